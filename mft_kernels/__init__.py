@@ -1,0 +1,25 @@
+"""Mask fine-tuning: fused masked-linear kernels, their reference, and MaskedLinear, a drop-in for nn.Linear."""
+
+from .backends import backend_report
+from .linear import MaskedLinear
+from .masking import masked_linear_by_ratio
+from .ops import (
+    accumulate_score_grad,
+    kept_threshold,
+    masked_linear,
+    masked_linear_packed,
+    pack_mask,
+    unpack_mask,
+)
+
+__all__ = [
+    "MaskedLinear",
+    "accumulate_score_grad",
+    "backend_report",
+    "kept_threshold",
+    "masked_linear",
+    "masked_linear_by_ratio",
+    "masked_linear_packed",
+    "pack_mask",
+    "unpack_mask",
+]

@@ -1,0 +1,137 @@
+"""The table: which implementation serves an op on a device, which one ``auto`` takes, and why not the others."""
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from . import reference
+
+logger = logging.getLogger("mft_kernels")
+
+#: ``auto`` takes the first of these that can serve the op; the reference serves everything.
+PREFERENCE = ("cuda", "triton", "cpu", "reference")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One set of implementations: functions with the names and arguments of ``reference``."""
+
+    name: str
+    device_types: frozenset[str]  # empty: every device
+    dtypes: frozenset[torch.dtype]  # of weight and scores; empty: every floating dtype
+    ops: Mapping[str, Callable]
+    unavailable: str | None = None  # why it cannot run on this machine; None when it can
+    detail: str = ""  # what is running, for instance the instruction set
+
+    def refusal(self, op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+        """Why this backend cannot serve ``op`` there; None when it can."""
+        if self.unavailable is not None:
+            return self.unavailable
+        if op not in self.ops:
+            return f"it has no {op}"
+        if self.device_types and device.type not in self.device_types:
+            return f"it runs on {', '.join(sorted(self.device_types))}, got a tensor on {device}"
+        if self.dtypes and not self.dtypes.issuperset(dtypes):
+            have = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.dtypes))
+            return f"it takes {have}, got {', '.join(str(d).removeprefix('torch.') for d in dtypes)}"
+        return None
+
+
+_TABLE: dict[str, Backend] = {}
+_announced: set[tuple[str, str]] = set()
+
+
+def register(backend: Backend) -> None:
+    """Enter a backend into the table. A name is taken once, so that no second registration wins silently."""
+    if backend.name not in PREFERENCE:
+        raise ValueError(f"backend must be one of {PREFERENCE}, got {backend.name!r}")
+    if backend.name in _TABLE:
+        raise ValueError(f"backend {backend.name!r} is registered already")
+    _TABLE[backend.name] = backend
+
+
+def choose(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], requested: str = "auto") -> Callable:
+    """The function that serves ``op`` on ``device``.
+
+    ``requested`` is "auto" or a backend's name; with "auto" the environment variable MFT_KERNELS may name one.
+    Raises: ValueError for an unknown name; RuntimeError, with the reason, when a named backend cannot serve the op.
+    """
+    source = "backend"
+    if requested == "auto":
+        requested, source = os.environ.get("MFT_KERNELS") or "auto", "MFT_KERNELS"
+    if requested == "auto":
+        return _automatic(op, device, dtypes).ops[op]
+    if requested not in PREFERENCE:
+        raise ValueError(f"{source} must be one of {('auto', *PREFERENCE)}, got {requested!r}")
+    reason = _refusal(requested, op, device, dtypes)
+    if reason is not None:
+        raise RuntimeError(f"{source}={requested!r} cannot serve {op}: {reason}; use 'auto' or 'reference'")
+    return _TABLE[requested].ops[op]
+
+
+def backend_report() -> dict[str, dict]:
+    """What is available, what ``auto`` chooses and why not the others.
+
+    Returns: {"backends": {name: {"available": bool, "detail": str, "reason": str | None}},
+    "auto": {device type: name}}, for the device types that this machine has.
+    """
+    backends = {}
+    for name in PREFERENCE:
+        reason = _TABLE[name].unavailable if name in _TABLE else "not implemented yet"
+        detail = _TABLE[name].detail if name in _TABLE else ""
+        backends[name] = {"available": reason is None, "detail": detail, "reason": reason}
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    auto = {d: _automatic("masked_linear", torch.device(d), (torch.float32,)).name for d in devices}
+    return {"backends": backends, "auto": auto}
+
+
+def _refusal(name: str, op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    return _TABLE[name].refusal(op, device, dtypes) if name in _TABLE else "not implemented yet"
+
+
+def _automatic(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Backend:
+    refusals: list[tuple[str, str]] = []
+    for name in PREFERENCE:
+        reason = _refusal(name, op, device, dtypes)
+        if reason is None:
+            _announce(op, device, name, refusals)
+            return _TABLE[name]
+        refusals.append((name, reason))
+    raise AssertionError(f"the reference serves every op, but not {op}")
+
+
+def _announce(op: str, device: torch.device, chosen: str, refusals: list[tuple[str, str]]) -> None:
+    if (op, device.type) in _announced:
+        return
+    _announced.add((op, device.type))
+    # A slow path where a kernel of ours exists for this device is worth a warning; the rest is information.
+    missed = [n for n, _ in refusals if n in _TABLE and device.type in _TABLE[n].device_types]
+    level = logging.WARNING if chosen == "reference" and missed else logging.INFO
+    why = "; ".join(f"not {name}: {reason}" for name, reason in refusals)
+    logger.log(level, "%s on %s: %s (%s)", op, device.type, chosen, why)
+
+
+register(
+    Backend(
+        name="reference",
+        device_types=frozenset(),
+        dtypes=frozenset(),
+        ops={
+            f.__name__: f
+            for f in (
+                reference.masked_linear,
+                reference.masked_linear_backward,
+                reference.masked_linear_packed,
+                reference.masked_linear_packed_backward,
+                reference.accumulate_score_grad,
+                reference.kept_threshold,
+                reference.pack_mask,
+                reference.pack_signs,
+            )
+        },
+        detail="plain PyTorch",
+    )
+)

@@ -1,0 +1,71 @@
+"""How an op of namespace ``mft`` is defined: schema, fake, one implementation for every device, autocast."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .reference import Gradients
+
+library = torch.library.Library("mft", "DEF")
+
+
+def define(schema: str, fake: Callable, implementation: Callable) -> None:
+    """Add an op: one implementation for every device, which asks the table, and its fake for tracing.
+
+    No argument of a schema has a default: the dispatcher drops trailing arguments that equal theirs, and
+    needs_input_grad would lose their places.
+    """
+    name = schema.split("(", 1)[0]
+    library.define(schema)
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mft::{name}", fake, lib=library)
+
+
+def define_autocast(name: str, casts: tuple[int, ...]) -> None:
+    """Autocast that casts the arguments at the positions ``casts`` and leaves the others, scores above all, alone.
+
+    torch.library.register_autocast would cast every floating argument.
+    """
+    op = getattr(torch.ops.mft, name).default
+
+    def autocast_for(device_type: str, key: torch._C.DispatchKey) -> Callable:
+        def kernel(*arguments):
+            args = list(arguments)
+            dtype = torch.get_autocast_dtype(device_type)
+            for i in casts:
+                if args[i] is not None and args[i].is_floating_point() and args[i].dtype != torch.float64:
+                    args[i] = args[i].to(dtype)
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                return op(*args)
+
+        return kernel
+
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        library.impl(name, autocast_for(device_type, getattr(torch._C.DispatchKey, key)), key)
+
+
+def define_no_double_backward(name: str) -> None:
+    """Make a second derivative an error instead of a silent zero."""
+
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"mft::{name} has no second derivative: the mask's gradient is straight-through")
+
+    torch.library.register_autograd(f"mft::{name}", backward, lib=library)
+
+
+def gradient_shapes(
+    output_mask: list[bool], grad_output: Tensor, x_shape: Sequence[int], weight: Tensor, score_dtype: torch.dtype
+) -> Gradients:
+    """Fakes of (d_x, d_weight, d_scores, d_bias), (0,) where not wanted."""
+    wanted = (
+        (x_shape, grad_output.dtype),
+        (weight.shape, weight.dtype),
+        (weight.shape, score_dtype),
+        (weight.shape[:1], grad_output.dtype),
+    )
+    empty = [
+        grad_output.new_empty(shape, dtype=dtype) if wants else grad_output.new_empty(0)
+        for wants, (shape, dtype) in zip(output_mask, wanted)
+    ]
+    return empty[0], empty[1], empty[2], empty[3]

@@ -1,0 +1,179 @@
+"""MaskedLinear: a drop-in for nn.Linear that learns which weights to keep. Parameters and state, no mathematics."""
+
+import torch
+from torch import Tensor, nn
+
+from .checks import NonFiniteScores, check_keep_ratio, check_mode
+from .masking import CurrentMask, current_mask, masked_linear_by_ratio
+from .ops import unpack_mask
+
+INITS = ("normal", "magnitude", "constant")
+_SCALE = 0.02  # of the scores: the paper's standard deviation
+_CONSTANT_NOISE = 0.01  # of _SCALE: enough to break ties, too little to drop much that the gradient wants
+
+
+class MaskedLinear(nn.Module):
+    """y = x @ where(keep, weight, 0).T + bias, where keep are the top ``keep_ratio`` of the weights by |scores|.
+
+    Weight and bias are frozen, scores are trained; their gradient passes straight through the comparison
+    (arXiv 2503.22764). The mask is found anew when the scores have changed, not in every forward.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as of nn.Linear.
+        keep_ratio: share of the weights that is kept, in [0, 1].
+        mode: "magnitude" keeps the largest |scores|, "value" the largest scores.
+        init: of the scores. "normal": N(0, 0.02), the paper's. "magnitude": |weight| scaled to a root mean square of
+            0.02, so that the first mask is the magnitude mask. "constant": 0.02 with 1 % noise.
+        scores_dtype: fp32 unless given (fp64 for an fp64 weight). 16-bit scores lose small updates to rounding, so
+            they need an optimiser that rounds stochastically. Casting the module leaves the scores' dtype alone.
+        threshold: a fixed threshold instead of keep_ratio.
+    Shapes: weight and scores (out_features, in_features), bias (out_features,); x (..., in_features).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        keep_ratio: float = 0.9,
+        mode: str = "magnitude",
+        init: str = "normal",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        scores_dtype: torch.dtype | None = None,
+        threshold: float | None = None,
+    ) -> None:
+        super().__init__()
+        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._adopt(linear, keep_ratio, mode, init, scores_dtype, threshold, None)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        keep_ratio: float = 0.9,
+        mode: str = "magnitude",
+        init: str = "normal",
+        scores_dtype: torch.dtype | None = None,
+        threshold: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> "MaskedLinear":
+        """A masked layer on the memory of ``linear``'s weight and bias, in its training mode; arguments as the class's.
+
+        ``generator`` draws the scores.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._adopt(linear, keep_ratio, mode, init, scores_dtype, threshold, generator)
+        return self.train(linear.training)
+
+    def _adopt(self, linear, keep_ratio, mode, init, scores_dtype, threshold, generator) -> None:
+        check_mode(mode)
+        weight = linear.weight.detach()
+        if scores_dtype is None:
+            scores_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.keep_ratio = keep_ratio
+        self.mode = mode
+        self.threshold = threshold
+        self.module_name = ""  # its place in a model, for messages
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.scores = nn.Parameter(torch.empty_like(weight, dtype=scores_dtype, memory_format=torch.contiguous_format))
+        self.reset_scores(init, generator=generator)
+
+    @property
+    def keep_ratio(self) -> float:
+        """Share of the weights that is kept, in [0, 1]. May be changed at any time."""
+        return self._keep_ratio
+
+    @keep_ratio.setter
+    def keep_ratio(self, value: float) -> None:
+        check_keep_ratio(value)
+        self._keep_ratio = value
+
+    @torch.no_grad()
+    def reset_scores(self, init: str = "normal", *, generator: torch.Generator | None = None) -> None:
+        """Draw the scores anew; ``init`` as of the class."""
+        if init == "normal":
+            self.scores.normal_(0, _SCALE, generator=generator)
+        elif init == "magnitude":
+            magnitude = self.weight.abs().to(torch.promote_types(self.scores.dtype, torch.float32))
+            norm = magnitude.square().mean().sqrt()
+            # A layer of zeros has no magnitudes to follow: its scores stay 0, which ties, and ties are kept.
+            self.scores.copy_(magnitude.mul_(_SCALE / norm.clamp(min=torch.finfo(norm.dtype).tiny)))
+        elif init == "constant":
+            self.scores.normal_(_SCALE, _SCALE * _CONSTANT_NOISE, generator=generator)
+        else:
+            raise ValueError(f"init must be one of {INITS}, got {init!r}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return masked_linear_by_ratio(
+                x,
+                self.weight,
+                self.scores,
+                self.bias,
+                keep_ratio=self._keep_ratio,
+                threshold=self.threshold,
+                mode=self.mode,
+            )
+        except NonFiniteScores as error:
+            raise self._named(error) from None
+
+    def current_mask(self) -> CurrentMask:
+        """Threshold, packed mask and packed signs that hold now."""
+        try:
+            return current_mask(self.scores, self.keep_ratio, self.threshold, self.mode)
+        except NonFiniteScores as error:
+            raise self._named(error) from None
+
+    def mask(self) -> Tensor:
+        """Boolean (out_features, in_features): True where the weight is kept."""
+        return unpack_mask(self.packed_mask(), self.weight.shape)
+
+    def packed_mask(self) -> Tensor:
+        """The mask as bits, int32 (out_features, ceil(in_features / 32)); see pack_mask."""
+        return self.current_mask().packed
+
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """An ordinary nn.Linear with the mask baked in: kept weights bit-equal, dropped ones +0. Copies."""
+        merged = nn.Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device="meta",
+            dtype=self.weight.dtype,
+        )
+        merged.weight = nn.Parameter(torch.where(self.mask(), self.weight, 0))
+        if self.bias is not None:
+            merged.bias = nn.Parameter(self.bias.detach().clone())
+        return merged.train(self.training)
+
+    def extra_repr(self) -> str:
+        kept = f"keep_ratio={self.keep_ratio}" if self.threshold is None else f"threshold={self.threshold}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{kept}, mode={self.mode!r}"
+        )
+
+    def _named(self, error: NonFiniteScores) -> NonFiniteScores:
+        return NonFiniteScores(self.scores.detach(), self.module_name) if self.module_name else error
+
+    def _apply(self, fn, recurse=True):
+        # .to(bfloat16), .half() and the like cast what they may: the scores keep their dtype, or their small
+        # updates would round away.
+        scores = self.scores
+
+        def keep_scores_dtype(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            is_score = tensor is scores or tensor is scores.grad
+            return tensor.to(applied.device) if is_score and applied.dtype != tensor.dtype else applied
+
+        return super()._apply(keep_scores_dtype, recurse)

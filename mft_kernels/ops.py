@@ -1,0 +1,304 @@
+"""The ops of namespace ``mft``: the checked functions that users call, then schemas, fakes and autograd.
+
+Each op finds its implementation in ``backends``; nothing here computes.
+"""
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends import choose
+from .checks import (
+    NonFiniteScores,
+    check_device,
+    check_floating,
+    check_keep_ratio,
+    check_linear,
+    check_mode,
+    check_packed,
+    check_scores,
+)
+from .library import define, define_autocast, define_no_double_backward, gradient_shapes, library
+
+# ---------------------------------------------------------------------------------------------- what users call
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mode: str = "magnitude",
+    backend: str = "auto",
+) -> Tensor:
+    """y = x @ where(|scores| >= threshold, weight, 0).T + bias
+
+    The gradient passes straight through the comparison (arXiv 2503.22764):
+    d_scores = (grad_output.T @ x) * weight * sign(scores), for the dropped weights' scores too.
+    In mode "value", keep is scores >= threshold and d_scores has no sign factor.
+
+    Args:
+        x: (..., K), floating.
+        weight: (N, K), dtype of x; its gradient, where(keep, grad_output.T @ x, 0), only if it asks for one.
+        scores: (N, K), fp32 or a 16-bit float.
+        threshold: () on the device of scores, cast to their dtype; see kept_threshold.
+        bias: (N,), dtype of x.
+        backend: "auto" or the name of one that must serve the call; see backend_report.
+    Returns: (..., N) in x's dtype; accumulated in fp32. Under autocast x, weight and bias are cast, scores never.
+    Raises: ValueError for shapes, devices or mode, TypeError for dtypes, RuntimeError for a backend that cannot serve.
+    """
+    check_mode(mode)
+    check_linear(x, weight, bias)
+    check_scores(scores, weight)
+    if threshold.dim() != 0:
+        raise ValueError(f"threshold must be 0-d, got shape {tuple(threshold.shape)}; see kept_threshold")
+    check_device("threshold", threshold, "scores", scores)
+    threshold = threshold.to(scores.dtype)
+    return torch.ops.mft.masked_linear(x, weight, scores, threshold, bias, mode, backend)
+
+
+def masked_linear_packed(
+    x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """y = x @ where(mask, weight, 0).T + bias, the mask given as bits (see pack_mask).
+
+    Gradients go to x, weight and bias; no score is involved.
+
+    Args: x (..., K); weight (N, K); packed int32 (N, ceil(K / 32)); bias (N,).
+    Returns: (..., N) in x's dtype.
+    """
+    check_linear(x, weight, bias)
+    check_packed("packed", packed, weight.shape)
+    check_device("packed", packed, "weight", weight)
+    return torch.ops.mft.masked_linear_packed(x, weight, packed, bias, backend)
+
+
+def accumulate_score_grad(
+    out: Tensor,
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    scores: Tensor | None = None,
+    signs: Tensor | None = None,
+    mode: str = "magnitude",
+    backend: str = "auto",
+) -> Tensor:
+    """out += (grad_output.T @ x) * weight * sign(scores), in place, without a temporary of the weight's size.
+
+    Args:
+        out: (N, K), fp32 or a 16-bit float, contiguous.
+        grad_output: (..., N); x: (..., K), both of weight's dtype, with equal leading dimensions.
+        scores: (N, K), for the sign in mode "magnitude"; or
+        signs: int32 (N, ceil(K / 32)), the bits of pack_signs, valid when no score is exactly 0.
+    Returns: out.
+    """
+    check_mode(mode)
+    check_linear(x, weight, None)
+    if out.shape != weight.shape or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous and match weight {tuple(weight.shape)}, got {tuple(out.shape)}")
+    if grad_output.shape != (*x.shape[:-1], weight.shape[0]):
+        expected = (*x.shape[:-1], weight.shape[0])
+        raise ValueError(f"grad_output must be {tuple(expected)}, got {tuple(grad_output.shape)}")
+    if mode == "magnitude" and scores is None and signs is None:
+        raise ValueError('mode "magnitude" needs scores or signs, got neither')
+    if scores is not None:
+        check_scores(scores, weight)
+    if signs is not None:
+        check_packed("signs", signs, weight.shape)
+    with torch.no_grad():
+        torch.ops.mft.accumulate_score_grad(out, grad_output, x, weight, scores, signs, mode, backend)
+    return out
+
+
+def kept_threshold(scores: Tensor, keep_ratio: float, *, mode: str = "magnitude", backend: str = "auto") -> Tensor:
+    """The k-th largest |scores| (scores in mode "value"), k = numel - int((1 - keep_ratio) * numel).
+
+    Exact, without a sort where a kernel serves it, and without a host synchronisation.
+
+    Returns: () in the scores' dtype; +inf if k is 0; NaN if a score on an accelerator is not finite.
+    Raises: ValueError if keep_ratio is outside [0, 1], or if scores on the CPU are not all finite.
+    """
+    check_mode(mode)
+    check_keep_ratio(keep_ratio)
+    check_floating("scores", scores)
+    threshold = torch.ops.mft.kept_threshold(scores.detach(), keep_ratio, mode, backend)
+    if scores.device.type == "cpu" and not torch.compiler.is_compiling() and threshold.isnan():
+        raise NonFiniteScores(scores)
+    return threshold
+
+
+def pack_mask(scores: Tensor, threshold: Tensor, *, mode: str = "magnitude", backend: str = "auto") -> Tensor:
+    """The mask as bits: bit j % 32 of word j // 32 of row n tells whether weight (n, j) is kept.
+
+    Args: scores (N, K); threshold ().
+    Returns: int32 (N, ceil(K / 32)); padding bits are 0.
+    """
+    check_mode(mode)
+    check_floating("scores", scores)
+    if scores.dim() != 2:
+        raise ValueError(f"scores must be (N, K), got shape {tuple(scores.shape)}")
+    if threshold.dim() != 0:
+        raise ValueError(f"threshold must be 0-d, got shape {tuple(threshold.shape)}; see kept_threshold")
+    return torch.ops.mft.pack_mask(scores.detach(), threshold.to(scores.dtype), mode, backend)
+
+
+def unpack_mask(packed: Tensor, shape: tuple[int, int] | torch.Size) -> Tensor:
+    """The boolean mask of ``shape`` (N, K) that pack_mask packed."""
+    if len(shape) != 2:
+        raise ValueError(f"shape must be (N, K), got {tuple(shape)}")
+    check_packed("packed", packed, shape)
+    return torch.ops.mft.unpack_mask(packed, list(shape))
+
+
+# ---------------------------------------------------------------------------------------------- their definition
+
+
+def _fake_linear(x, weight, *_):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_packed(scores):
+    return scores.new_empty((scores.shape[0], (scores.shape[1] + 31) // 32), dtype=torch.int32)
+
+
+define(
+    "masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor threshold, Tensor? bias, "
+    "str mode, str backend) -> Tensor",
+    _fake_linear,
+    lambda x, weight, scores, threshold, bias, mode, backend: choose(
+        "masked_linear", x.device, (weight.dtype, scores.dtype), backend
+    )(x, weight, scores, threshold, bias, mode),
+)
+
+define(
+    "masked_linear_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, Tensor threshold, "
+    "str mode, bool[4] output_mask, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda grad_output, x, weight, scores, threshold, mode, output_mask, backend: gradient_shapes(
+        output_mask, grad_output, (*grad_output.shape[:-1], weight.shape[1]), weight, scores.dtype
+    ),
+    lambda grad_output, x, weight, scores, threshold, mode, output_mask, backend: choose(
+        "masked_linear_backward", weight.device, (weight.dtype, scores.dtype), backend
+    )(grad_output, x, weight, scores, threshold, mode, output_mask),
+)
+
+define(
+    "masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias, str backend) -> Tensor",
+    _fake_linear,
+    lambda x, weight, packed, bias, backend: choose("masked_linear_packed", x.device, (weight.dtype,), backend)(
+        x, weight, packed, bias
+    ),
+)
+
+define(
+    "masked_linear_packed_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor packed, Tensor? scores, "
+    "Tensor? signs, str mode, bool[4] output_mask, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda grad_output, x, weight, packed, scores, signs, mode, output_mask, backend: gradient_shapes(
+        output_mask,
+        grad_output,
+        (*grad_output.shape[:-1], weight.shape[1]),
+        weight,
+        torch.float32 if scores is None else scores.dtype,
+    ),
+    lambda grad_output, x, weight, packed, scores, signs, mode, output_mask, backend: choose(
+        "masked_linear_packed_backward",
+        weight.device,
+        (weight.dtype,) if scores is None else (weight.dtype, scores.dtype),
+        backend,
+    )(grad_output, x, weight, packed, scores, signs, mode, output_mask),
+)
+
+# "mask_mode": the functionalisation of mutating ops (torch 2.13) trips over an argument called "mode".
+define(
+    "accumulate_score_grad(Tensor(a!) out, Tensor grad_output, Tensor x, Tensor weight, Tensor? scores, "
+    "Tensor? signs, str mask_mode, str backend) -> ()",
+    lambda *args: None,
+    lambda out, grad_output, x, weight, scores, signs, mode, backend: choose(
+        "accumulate_score_grad", out.device, (weight.dtype, out.dtype), backend
+    )(out, grad_output, x, weight, scores, signs, mode),
+)
+
+define(
+    "kept_threshold(Tensor scores, float keep_ratio, str mode, str backend) -> Tensor",
+    lambda scores, keep_ratio, mode, backend: scores.new_empty(()),
+    lambda scores, keep_ratio, mode, backend: choose("kept_threshold", scores.device, (scores.dtype,), backend)(
+        scores, keep_ratio, mode
+    ),
+)
+
+define(
+    "pack_mask(Tensor scores, Tensor threshold, str mode, str backend) -> Tensor",
+    lambda scores, threshold, mode, backend: _fake_packed(scores),
+    lambda scores, threshold, mode, backend: choose("pack_mask", scores.device, (scores.dtype,), backend)(
+        scores, threshold, mode
+    ),
+)
+
+define(
+    "pack_signs(Tensor scores, str backend) -> (Tensor, Tensor)",
+    lambda scores, backend: (_fake_packed(scores), scores.new_empty((), dtype=torch.int64)),
+    lambda scores, backend: choose("pack_signs", scores.device, (scores.dtype,), backend)(scores),
+)
+
+define(
+    "unpack_mask(Tensor packed, SymInt[] shape) -> Tensor",
+    lambda packed, shape: packed.new_empty(shape, dtype=torch.bool),
+    lambda packed, shape: reference.unpack_mask(packed, shape).contiguous(),
+)
+
+
+def _save_for_masked_linear(ctx, inputs, output):
+    x, weight, scores, threshold, _, ctx.mode, ctx.backend = inputs
+    needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    ctx.save_for_backward(x if needs_x else None, weight, scores, threshold)
+
+
+def _masked_linear_backward(ctx, grad_output):
+    x, weight, scores, threshold = ctx.saved_tensors
+    wants = ctx.needs_input_grad
+    output_mask = [wants[0], wants[1], wants[2], wants[4]]
+    d_x, d_weight, d_scores, d_bias = torch.ops.mft.masked_linear_backward(
+        grad_output,
+        grad_output if x is None else x,  # x is not read unless d_weight or d_scores is wanted
+        weight,
+        scores,
+        threshold,
+        ctx.mode,
+        output_mask,
+        ctx.backend,
+    )
+    grads = [g if wanted else None for g, wanted in zip((d_x, d_weight, d_scores, d_bias), output_mask)]
+    return grads[0], grads[1], grads[2], None, grads[3], None, None
+
+
+def _save_for_masked_linear_packed(ctx, inputs, output):
+    x, weight, packed, _, ctx.backend = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, packed)
+
+
+def _masked_linear_packed_backward(ctx, grad_output):
+    x, weight, packed = ctx.saved_tensors
+    wants = ctx.needs_input_grad
+    output_mask = [wants[0], wants[1], False, wants[3]]
+    x = grad_output if x is None else x
+    d_x, d_weight, _, d_bias = torch.ops.mft.masked_linear_packed_backward(
+        grad_output, x, weight, packed, None, None, "value", output_mask, ctx.backend
+    )
+    return d_x if wants[0] else None, d_weight if wants[1] else None, None, d_bias if wants[3] else None, None
+
+
+torch.library.register_autograd(
+    "mft::masked_linear", _masked_linear_backward, setup_context=_save_for_masked_linear, lib=library
+)
+torch.library.register_autograd(
+    "mft::masked_linear_packed",
+    _masked_linear_packed_backward,
+    setup_context=_save_for_masked_linear_packed,
+    lib=library,
+)
+define_no_double_backward("masked_linear_backward")
+define_no_double_backward("masked_linear_packed_backward")
+define_autocast("masked_linear", casts=(0, 1, 4))
+define_autocast("masked_linear_packed", casts=(0, 1, 3))

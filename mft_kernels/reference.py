@@ -1,0 +1,164 @@
+"""The oracle: every op in plain PyTorch, one function an op, on any device and in any floating dtype.
+
+M tokens, N out_features, K in_features. ``scores`` and ``weight`` are (N, K); keep is ``|scores| >= threshold``
+("magnitude") or ``scores >= threshold`` ("value"). Kernels take the same arguments and are checked against these
+functions; arguments are trusted here, the public door in ``ops`` checks them.
+"""
+
+import torch
+from torch import Tensor
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # x, weight, scores, bias; (0,) where not wanted
+
+_WORD = 32  # bits of an int32 word of a packed mask
+
+
+def kept_count(numel: int, keep_ratio: float) -> int:
+    """k = numel - int((1 - keep_ratio) * numel): how many of ``numel`` weights a keep ratio keeps."""
+    return numel - int((1 - keep_ratio) * numel)
+
+
+def keep_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
+    """Boolean (N, K): what is kept. Ties at the threshold are kept; a NaN score is dropped."""
+    return (scores.abs() if mode == "magnitude" else scores) >= threshold
+
+
+def masked_linear(
+    x: Tensor, weight: Tensor, scores: Tensor, threshold: Tensor, bias: Tensor | None, mode: str
+) -> Tensor:
+    """y = x @ where(keep, weight, 0).T + bias, (..., N) in x's dtype."""
+    return _linear(x, _select(weight, keep_mask(scores, threshold, mode)), bias)
+
+
+def masked_linear_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    threshold: Tensor,
+    mode: str,
+    output_mask: list[bool],
+) -> Gradients:
+    """d_x, d_weight, d_scores and d_bias of masked_linear, straight through the comparison (arXiv 2503.22764)."""
+    keep = keep_mask(scores, threshold, mode)
+    return _backward(grad_output, x, weight, keep, scores, None, mode, output_mask)
+
+
+def masked_linear_packed(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """masked_linear with the mask given as bits: packed is int32 (N, ceil(K / 32)), see pack_mask."""
+    return _linear(x, _select(weight, unpack_mask(packed, list(weight.shape))), bias)
+
+
+def masked_linear_packed_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    scores: Tensor | None,
+    signs: Tensor | None,
+    mode: str,
+    output_mask: list[bool],
+) -> Gradients:
+    """Gradients of masked_linear_packed; the sign of the scores comes from the bits of ``signs`` where given."""
+    keep = unpack_mask(packed, list(weight.shape))
+    return _backward(grad_output, x, weight, keep, scores, signs, mode, output_mask)
+
+
+def accumulate_score_grad(
+    out: Tensor, grad_output: Tensor, x: Tensor, weight: Tensor, scores: Tensor | None, signs: Tensor | None, mode: str
+) -> None:
+    """out += (grad_output.T @ x) * weight [* sign(scores) in magnitude mode], out (N, K)."""
+    out += _score_grad(grad_output, x, weight, scores, signs, mode, out.dtype)
+
+
+def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
+    """The k-th largest key (|scores|, or scores in value mode), 0-d in the scores' dtype.
+
+    +inf when nothing is kept; NaN when any score is not finite, so that the caller sees it without reading the scores.
+    """
+    flat = scores.reshape(-1)
+    keys = flat.abs() if mode == "magnitude" else flat
+    kept = kept_count(flat.numel(), keep_ratio)
+    kth = keys.kthvalue(flat.numel() - kept + 1).values if kept else torch.inf
+    return torch.where(flat.isfinite().all(), kth, torch.nan).to(scores.dtype)
+
+
+def pack_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
+    """keep as bits, int32 (N, ceil(K / 32)): bit j % 32 of word j // 32 of row n is keep[n, j]; padding bits are 0."""
+    return pack_bits(keep_mask(scores, threshold, mode))
+
+
+def pack_signs(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(scores > 0 as bits like pack_mask, how many scores are exactly 0 as 0-d int64: those have no sign bit)."""
+    return pack_bits(scores > 0), (scores == 0).sum()
+
+
+def unpack_mask(packed: Tensor, shape: list[int]) -> Tensor:
+    """Boolean mask of ``shape`` (N, K) from its bits."""
+    bits = (packed.unsqueeze(-1) >> torch.arange(_WORD, device=packed.device, dtype=torch.int32)) & 1
+    return bits.flatten(-2)[:, : shape[1]].bool()
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """A boolean (N, K) as int32 words (N, ceil(K / 32)), lowest bit first."""
+    rows, columns = bits.shape
+    words = -(-columns // _WORD)
+    padded = torch.nn.functional.pad(bits, (0, words * _WORD - columns)).view(rows, words, _WORD)
+    # The sum runs in int64 and wraps into the sign bit of int32, which is bit 31.
+    return (padded * (1 << torch.arange(_WORD, device=bits.device, dtype=torch.int64))).sum(-1).to(torch.int32)
+
+
+def _select(weight: Tensor, keep: Tensor) -> Tensor:
+    # Select, never multiply: a dropped NaN or Inf contributes an exact +0.
+    return torch.where(keep, weight, 0)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    scores: Tensor | None,
+    signs: Tensor | None,
+    mode: str,
+    output_mask: list[bool],
+) -> Gradients:
+    grad = grad_output.reshape(-1, weight.shape[0])
+    d_x = d_weight = d_scores = d_bias = None
+    if output_mask[0]:
+        d_x = (grad @ _select(weight, keep)).view(*grad_output.shape[:-1], weight.shape[1])
+    if output_mask[1]:
+        d_weight = _select(grad.T @ x.reshape(-1, weight.shape[1]), keep)
+    if output_mask[2]:
+        dtype = scores.dtype if scores is not None else torch.float32
+        d_scores = _score_grad(grad_output, x, weight, scores, signs, mode, dtype)
+    if output_mask[3]:
+        d_bias = grad.sum(0)
+    empty = [grad_output.new_empty(0) if g is None else g for g in (d_x, d_weight, d_scores, d_bias)]
+    return empty[0], empty[1], empty[2], empty[3]
+
+
+def _score_grad(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor | None,
+    signs: Tensor | None,
+    mode: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    wide = torch.promote_types(dtype, torch.float32)
+    d_scores = (grad_output.reshape(-1, weight.shape[0]).T @ x.reshape(-1, weight.shape[1])).to(wide)
+    d_scores *= weight
+    if mode == "magnitude":
+        if signs is not None:
+            d_scores *= unpack_mask(signs, list(weight.shape)).to(wide).mul_(2).sub_(1)
+        else:
+            assert scores is not None, "magnitude mode takes the sign from scores or signs"
+            d_scores *= scores.sign()
+    return d_scores.to(dtype)

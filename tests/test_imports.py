@@ -1,0 +1,78 @@
+"""Imports run downward only: draws the lines of the architecture from the sources and fails when one is crossed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# A module may import those on lines above its own, and none on its own line.
+KERNEL_LAYERS = (
+    ("reference", "testing"),
+    ("backends", "checks", "library"),
+    ("ops", "cpu"),
+    ("masking",),
+    ("linear",),
+    ("__init__",),
+)
+# Inside a layer of the recipe the names run downward too: left before right.
+RECIPE_LAYERS: tuple[tuple[str, ...], ...] = ()
+EXTERNAL = {"torch", "triton", "numpy"}  # all that mft_kernels may import besides the standard library
+
+
+def imports(path: Path, package: str) -> tuple[set[str], set[str]]:
+    """(modules of ``package``, top-level names of others) that a file imports, wherever in it."""
+    own, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            own |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            for name in names:
+                head, *rest = name.split(".")
+                if head == package and (rest or isinstance(node, ast.ImportFrom)):
+                    own |= {rest[0]} if rest else {alias.name for alias in node.names}
+                else:
+                    others.add(head)
+    return own, others
+
+
+def crossings(folder: Path, package: str, layers: tuple[tuple[str, ...], ...]) -> list[str]:
+    """Every import that does not run downward, and every module that no layer names."""
+    rank = {name: i for i, layer in enumerate(layers) for name in layer}
+    found = []
+    for path in sorted(folder.glob("*.py")):
+        module = path.stem
+        if module not in rank:
+            found.append(f"{path.name} stands in no layer")
+            continue
+        for imported in imports(path, package)[0] & rank.keys():
+            if rank[imported] >= rank[module]:
+                found.append(f"{module} imports {imported}")
+    return found
+
+
+def test_the_kernel_package_imports_downward():
+    assert crossings(ROOT / "mft_kernels", "mft_kernels", KERNEL_LAYERS) == []
+
+
+def test_the_kernel_package_needs_torch_triton_and_numpy_alone():
+    for path in (ROOT / "mft_kernels").rglob("*.py"):
+        _, others = imports(path, "mft_kernels")
+        assert others <= EXTERNAL | set(sys.stdlib_module_names), path
+
+
+def test_a_crossed_line_is_found(tmp_path):
+    (tmp_path / "low.py").write_text("def f():\n    from .high import g\n")
+    (tmp_path / "high.py").write_text("import kernels.low\nfrom kernels import low\n")
+    (tmp_path / "new.py").write_text("")
+    assert crossings(tmp_path, "kernels", (("low",), ("high",))) == ["low imports high", "new.py stands in no layer"]
+
+
+@pytest.mark.parametrize("module", ["transformers", "datasets", "yaml", "typer", "matplotlib"])
+def test_importing_the_kernels_loads_nothing_of_the_recipe(module):
+    code = f"import sys, mft_kernels; assert {module!r} not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

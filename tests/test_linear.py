@@ -1,0 +1,182 @@
+"""MaskedLinear works where nn.Linear does."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from mft_kernels import MaskedLinear
+
+
+@pytest.fixture
+def linear():
+    torch.manual_seed(0)
+    return nn.Linear(37, 19)
+
+
+def test_from_linear_shares_the_weights_memory_and_freezes_it(linear):
+    masked = MaskedLinear.from_linear(linear)
+    assert masked.weight.data_ptr() == linear.weight.data_ptr()
+    assert [n for n, p in masked.named_parameters() if p.requires_grad] == ["scores"]
+    assert linear.weight.requires_grad  # the original is left as it was
+
+
+def test_forward_is_the_dense_layer_on_the_masked_weight(linear):
+    masked = MaskedLinear.from_linear(linear, keep_ratio=0.7)
+    x = torch.randn(2, 3, 37)
+    expected = nn.functional.linear(x, linear.weight * masked.mask(), linear.bias)
+    torch.testing.assert_close(masked(x), expected)
+
+
+def test_merge_keeps_weights_bit_equal_and_drops_to_plus_zero(linear):
+    with torch.no_grad():
+        linear.weight[0, 0] = -1e-30
+    masked = MaskedLinear.from_linear(linear, keep_ratio=0.7)
+    with torch.no_grad():
+        masked.scores[0, 0] = 0  # dropped
+    merged, mask = masked.merge(), masked.mask()
+    assert type(merged) is nn.Linear
+    assert torch.equal(merged.weight[mask], linear.weight[mask])
+    dropped = merged.weight[~mask]
+    assert not dropped.any()
+    assert not dropped.signbit().any()
+    x = torch.randn(4, 37)
+    torch.testing.assert_close(merged(x), masked(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_copies_carry_the_state(bias):
+    masked = MaskedLinear(37, 19, bias, keep_ratio=0.5)
+    x = torch.randn(4, 37)
+    expected = masked(x)
+    assert torch.equal(copy.deepcopy(masked)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(masked))(x), expected)
+    other = MaskedLinear(37, 19, bias, keep_ratio=0.5)
+    buffer = io.BytesIO()
+    torch.save(masked.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(other(x), expected)
+    assert set(masked.state_dict()) == {"weight", "scores", *(["bias"] if bias else [])}
+
+
+def test_casting_moves_weights_but_leaves_scores_in_fp32(linear):
+    masked = MaskedLinear.from_linear(linear)
+    scores = masked.scores.detach().clone()
+    masked.scores.grad = torch.ones_like(masked.scores)
+    masked.to(torch.bfloat16)
+    assert masked.weight.dtype == masked.bias.dtype == torch.bfloat16
+    assert torch.equal(masked.scores, scores)
+    assert masked.scores.grad.dtype == torch.float32
+    assert masked.half()(torch.randn(2, 37).half()).dtype == torch.float16
+    assert nn.Sequential(masked).double()[0].scores.dtype == torch.float32
+
+
+def test_meta_construction_and_to_empty():
+    masked = MaskedLinear(37, 19, device="meta")
+    assert masked.scores.device.type == "meta"
+    masked.to_empty(device="cpu")
+    assert masked.scores.device.type == "cpu"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_eval_and_train_compute_the_same(linear, training):
+    masked = MaskedLinear.from_linear(linear.train(training))
+    assert masked.training == training
+    x = torch.randn(4, 37)
+    assert torch.equal(masked.train()(x), masked.eval()(x))
+
+
+def test_autocast_gives_the_low_dtype_and_trains_fp32_scores(linear):
+    masked = MaskedLinear.from_linear(linear)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = masked(torch.randn(4, 37))
+    assert y.dtype == torch.bfloat16
+    y.float().square().mean().backward()
+    assert masked.scores.grad.dtype == torch.float32
+    assert masked.scores.grad.any()
+
+
+def test_compiles_with_autocast_and_gradients(linear):
+    torch._dynamo.reset()
+    masked = MaskedLinear.from_linear(linear)
+    x = torch.randn(4, 37)
+
+    def step(module):
+        masked.scores.grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = module(x)
+        y.float().sum().backward()
+        return y.detach(), masked.scores.grad.clone()
+
+    for a, b in zip(step(masked), step(torch.compile(masked, fullgraph=True))):
+        torch.testing.assert_close(a, b)
+
+
+def test_weight_and_bias_train_when_asked(linear):
+    masked = MaskedLinear.from_linear(linear, keep_ratio=0.5)
+    masked.weight.requires_grad_()
+    masked.bias.requires_grad_()
+    masked(torch.randn(4, 37)).square().mean().backward()
+    assert masked.weight.grad[masked.mask()].any()
+    assert not masked.weight.grad[~masked.mask()].any()
+    assert masked.bias.grad.any()
+
+
+def test_initialisations(linear):
+    normal = MaskedLinear(400, 100, init="normal").scores
+    assert normal.std().item() == pytest.approx(0.02, rel=0.05)
+    assert normal.mean().abs().item() < 1e-3
+    magnitude = MaskedLinear.from_linear(linear, init="magnitude", keep_ratio=0.5)
+    cut = linear.weight.abs().flatten().kthvalue(int(0.5 * linear.weight.numel()) + 1).values
+    assert torch.equal(magnitude.mask(), linear.weight.abs() >= cut)
+    assert magnitude.scores.square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-4)
+    constant = MaskedLinear(400, 100, init="constant").scores
+    assert constant.mean().item() == pytest.approx(0.02, rel=0.01)
+    assert 0 < constant.std().item() < 0.001
+    with pytest.raises(ValueError, match="init must be one of .*got 'zeros'"):
+        MaskedLinear(4, 4, init="zeros")
+
+
+def test_magnitude_scores_of_a_bf16_layer_select_its_largest_weights():
+    linear = nn.Linear(64, 64, dtype=torch.bfloat16)
+    masked = MaskedLinear.from_linear(linear, init="magnitude")
+    assert masked.scores.dtype == torch.float32
+    assert linear.weight.abs()[~masked.mask()].max() < linear.weight.abs()[masked.mask()].min()
+
+
+def test_a_layer_of_zeros_is_kept_whole_under_magnitude_initialisation():
+    linear = nn.Linear(8, 8)
+    nn.init.zeros_(linear.weight)
+    assert MaskedLinear.from_linear(linear, init="magnitude").mask().all()
+
+
+def test_a_generator_makes_the_scores_repeatable(linear):
+    first, second = (
+        MaskedLinear.from_linear(linear, generator=torch.Generator().manual_seed(7)).scores for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+def test_nan_scores_are_reported_with_the_modules_name():
+    masked = MaskedLinear(8, 8)
+    masked.module_name = "model.layers.3.mlp.up_proj"
+    with torch.no_grad():
+        masked.scores[0, 0] = torch.nan
+    for use in (lambda: masked(torch.ones(1, 8)), masked.mask, masked.merge):
+        with pytest.raises(ValueError, match=r"scores of module 'model.layers.3.mlp.up_proj' must be finite, got 1"):
+            use()
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match=r"keep_ratio must lie in \[0, 1\].*got 90"):
+        MaskedLinear(4, 4, keep_ratio=90)
+    with pytest.raises(ValueError, match="mode must be one of"):
+        MaskedLinear(4, 4, mode="max")
+    with pytest.raises(TypeError, match="linear must be an nn.Linear, got Conv1d"):
+        MaskedLinear.from_linear(nn.Conv1d(4, 4, 1))
+    with pytest.raises(ValueError, match="x must end in in_features = 4"):
+        MaskedLinear(4, 4)(torch.ones(2, 5))

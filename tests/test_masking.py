@@ -1,0 +1,161 @@
+"""One selection per change of the scores, and never a stale mask."""
+
+import gc
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from mft_kernels import MaskedLinear, masking
+from mft_kernels.testing import random_inputs
+
+
+@pytest.fixture
+def selections(monkeypatch):
+    """The list of selections made so far."""
+    made = []
+    select = masking.kept_threshold
+
+    def counted(*args, **kwargs):
+        made.append(args)
+        return select(*args, **kwargs)
+
+    monkeypatch.setattr(masking, "kept_threshold", counted)
+    return made
+
+
+def test_sixteen_micro_batches_and_their_step_make_one_selection_a_matrix(selections):
+    layers = torch.nn.Sequential(MaskedLinear(8, 8), torch.nn.ReLU(), MaskedLinear(8, 8))
+    optimizer = torch.optim.AdamW([layers[0].scores, layers[2].scores], lr=1e-3)
+    for _ in range(3):
+        for _ in range(16):
+            layers(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(selections) == 3 * 2
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_makes_no_further_selection(selections, use_reentrant):
+    layer = MaskedLinear(8, 8)
+    x = torch.randn(4, 8, requires_grad=True)
+    for _ in range(3):
+        checkpoint(layer, x, use_reentrant=use_reentrant).square().mean().backward()
+    assert len(selections) == 1
+
+
+def test_a_compiled_layer_makes_one_selection_a_step(selections):
+    torch._dynamo.reset()
+    layer = MaskedLinear(8, 8)
+    compiled = torch.compile(layer, fullgraph=True)
+    optimizer = torch.optim.AdamW([layer.scores], lr=0.1)
+    outputs = []
+    x = torch.randn(4, 8)
+    for _ in range(2):
+        for _ in range(3):
+            y = compiled(x)
+            y.square().mean().backward()
+        outputs.append(y.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(selections) == 2
+    assert torch.equal(layer(x), compiled(x))
+
+
+def test_every_way_to_change_scores_is_seen():
+    layer = MaskedLinear(8, 8, keep_ratio=0.5)
+    fresh = lambda: MaskedLinear(8, 8).scores.detach()  # noqa: E731
+
+    def is_current():
+        kept = layer.scores.abs() >= layer.scores.abs().flatten().kthvalue(33).values
+        return torch.equal(layer.mask(), kept)
+
+    assert is_current()
+    with torch.no_grad():
+        layer.scores.copy_(fresh())
+    assert is_current()
+    layer.load_state_dict(layer.state_dict() | {"scores": fresh()})
+    assert is_current()
+    layer.scores = torch.nn.Parameter(fresh())
+    assert is_current()
+    layer.scores.data = fresh()
+    assert is_current()
+    layer.reset_scores("magnitude")
+    assert is_current()
+
+
+def test_an_optimiser_that_writes_behind_the_version_is_seen():
+    class RawWriter(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                p.data.copy_(p.data.flip(1))
+
+    layer = MaskedLinear(8, 8, keep_ratio=0.5)
+    before = layer.mask()
+    RawWriter([layer.scores]).step()
+    assert torch.equal(layer.mask(), before.flip(1))
+
+
+def test_outdate_tells_of_a_write_that_nothing_shows():
+    layer = MaskedLinear(8, 8, keep_ratio=0.5)
+    before = layer.mask()
+    layer.scores.data.copy_(layer.scores.data.flip(1))
+    masking.outdate(layer.scores)
+    assert torch.equal(layer.mask(), before.flip(1))
+
+
+def test_keep_ratio_threshold_and_mode_may_change_at_any_time():
+    layer = MaskedLinear(10, 10, keep_ratio=0.9)
+    assert layer.mask().sum() == 91  # 100 - int((1 - 0.9) * 100), which binary fractions make 9
+    layer.keep_ratio = 0.5
+    assert layer.mask().sum() == 50
+    layer.threshold = 0.0
+    assert layer.mask().all()
+    layer.mode = "value"
+    assert torch.equal(layer.mask(), layer.scores >= 0)
+
+
+def test_the_memo_of_dead_scores_is_dropped():
+    layer = MaskedLinear(8, 8)
+    layer.mask()
+    size = len(masking._memo)
+    del layer
+    gc.collect()
+    for _ in range(3):
+        MaskedLinear(8, 8).mask()
+        gc.collect()
+    assert len(masking._memo) <= size
+
+
+def test_scores_made_in_inference_mode_are_never_stale():
+    with torch.inference_mode():
+        layer = MaskedLinear(8, 8, keep_ratio=0.5)
+        before = layer.mask()
+        layer.scores.copy_(layer.scores.flip(1))
+        assert torch.equal(layer.mask(), before.flip(1))
+
+
+@pytest.mark.parametrize("mode", ["magnitude", "value"])
+def test_gradients_equal_those_of_the_stateless_op_also_for_a_score_of_zero(mode):
+    import mft_kernels
+
+    t = random_inputs(6, 5, 37)
+    t.scores[0, :5] = 0
+    threshold = mft_kernels.kept_threshold(t.scores, 0.8, mode=mode)
+    grads = []
+    for by_ratio in (True, False):
+        leaves = [v.clone().requires_grad_() for v in (t.x, t.weight, t.scores, t.bias)]
+        x, weight, scores, bias = leaves
+        if by_ratio:
+            y = mft_kernels.masked_linear_by_ratio(x, weight, scores, bias, keep_ratio=0.8, mode=mode)
+        else:
+            y = mft_kernels.masked_linear(x, weight, scores, threshold, bias, mode=mode)
+        y.backward(t.grad_output)
+        grads.append([leaf.grad for leaf in leaves])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    if mode == "magnitude":
+        assert not grads[0][2][0, :5].any()

@@ -1,0 +1,292 @@
+"""Each op: value, gradient, opcheck, fullgraph compile, autocast, and what the public door refuses."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import mft_kernels
+from mft_kernels import reference
+from mft_kernels.testing import assert_within_budget, detached_masked_linear, integer_inputs, random_inputs
+
+MODES = ("magnitude", "value")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _leaves(t, *names):
+    return [getattr(t, name).detach().clone().requires_grad_() for name in names]
+
+
+# ------------------------------------------------------------------------------------------------ values and gradients
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_linear_equals_the_detach_formulation_on_integers(mode, dtype):
+    t = integer_inputs(33, 17, 45, dtype)
+    threshold = torch.tensor(2.0)
+    ours, theirs = _leaves(t, "x", "weight", "scores", "bias"), _leaves(t, "x", "weight", "scores", "bias")
+    y = mft_kernels.masked_linear(*ours[:3], threshold, ours[3], mode=mode)
+    expected = detached_masked_linear(*theirs[:3], threshold, theirs[3], mode=mode)
+    assert torch.equal(y, expected)
+    y.backward(t.grad_output)
+    expected.backward(t.grad_output)
+    for name, a, b in zip(("x", "weight", "scores", "bias"), ours, theirs):
+        assert torch.equal(a.grad, b.grad), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_errors_stay_within_twice_those_of_pytorch(dtype):
+    t = random_inputs(64, 48, 96, dtype)
+    threshold = reference.kept_threshold(t.scores, 0.9, "magnitude")
+
+    def run(function, cast):
+        leaves = [v.detach().to(cast).requires_grad_() for v in (t.x, t.weight)]
+        scores = t.scores.to(cast if cast == torch.float64 else torch.float32).requires_grad_()
+        y = function(*leaves, scores, threshold.to(scores.dtype))
+        y.backward(t.grad_output.to(cast))
+        return y.detach(), leaves[0].grad, scores.grad
+
+    exact = run(detached_masked_linear, torch.float64)
+    plain = run(detached_masked_linear, dtype)
+    for got, same_dtype, truth in zip(run(mft_kernels.masked_linear, dtype), plain, exact):
+        assert_within_budget(got, same_dtype, truth)
+
+
+@pytest.mark.parametrize("shape", [(45,), (1, 45), (2, 3, 45), (0, 45), (2, 0, 45)], ids=str)
+def test_x_may_have_any_leading_shape(shape):
+    t = integer_inputs(1, 17, 45)
+    x = torch.ones(shape, requires_grad=True)
+    scores = t.scores.requires_grad_()
+    y = mft_kernels.masked_linear(x, t.weight, scores, torch.tensor(2.0), t.bias)
+    assert y.shape == (*shape[:-1], 17)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert scores.grad.shape == scores.shape
+
+
+def test_strided_and_expanded_inputs_equal_their_contiguous_copies():
+    t = integer_inputs(12, 17, 45)
+    threshold = torch.tensor(2.0)
+    x = t.x.T.contiguous().T  # column-major
+    weight, scores = t.weight.T.contiguous().T, t.scores.repeat(1, 2)[:, :45]
+    scores = scores.detach().requires_grad_()
+    y = mft_kernels.masked_linear(x, weight, scores, threshold)
+    assert torch.equal(y, mft_kernels.masked_linear(t.x, t.weight, t.scores, threshold))
+    grad = torch.ones(1).expand(12, 17)
+    y.backward(grad)
+    want = [False, False, True, False]
+    expected = reference.masked_linear_backward(
+        grad.contiguous(), t.x, t.weight, t.scores, threshold, "magnitude", want
+    )
+    assert torch.equal(scores.grad, expected[2])
+    expanded = t.x[:1].expand(12, 45)
+    assert torch.equal(
+        mft_kernels.masked_linear(expanded, t.weight, t.scores, threshold),
+        mft_kernels.masked_linear(expanded.contiguous(), t.weight, t.scores, threshold),
+    )
+
+
+def test_gradcheck_of_the_smooth_arguments():
+    t = random_inputs(3, 4, 5, torch.float64, torch.float64)
+    threshold = reference.kept_threshold(t.scores, 0.6, "magnitude")
+    packed = mft_kernels.pack_mask(t.scores, threshold)
+    x, weight, bias = _leaves(t, "x", "weight", "bias")
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: mft_kernels.masked_linear(x, w, t.scores, threshold, b), (x, weight, bias)
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: mft_kernels.masked_linear_packed(x, w, packed, b), (x, weight, bias)
+    )
+
+
+def test_nothing_is_saved_or_computed_for_arguments_without_gradient():
+    t = random_inputs(3, 4, 5)
+    x = t.x.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v) or v, lambda v: v):
+        y = mft_kernels.masked_linear(x, t.weight, t.scores, torch.tensor(0.01))
+    assert all(v.data_ptr() != x.data_ptr() for v in saved)
+    y.sum().backward()
+    assert t.weight.grad is None
+    assert t.scores.grad is None
+
+
+def test_a_second_derivative_is_refused():
+    t = random_inputs(3, 4, 5)
+    x = t.x.requires_grad_()
+    y = mft_kernels.masked_linear(x, t.weight, t.scores, torch.tensor(0.01)).square().sum()
+    (d_x,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        d_x.sum().backward()
+
+
+def test_scores_changed_between_forward_and_backward_are_noticed():
+    t = random_inputs(3, 4, 5)
+    scores = t.scores.requires_grad_()
+    y = mft_kernels.masked_linear(t.x, t.weight, scores, torch.tensor(0.01))
+    with torch.no_grad():
+        scores.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+# ------------------------------------------------------------------------------------------------ PyTorch's machinery
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_opcheck_of_every_op(mode):
+    t = integer_inputs(6, 5, 37)
+    t.scores[t.scores == 0] = 1
+    x, weight, scores, bias = _leaves(t, "x", "weight", "scores", "bias")
+    detached = scores.detach()
+    threshold = torch.tensor(2.0)
+    packed = mft_kernels.pack_mask(scores, threshold, mode=mode)
+    signs = reference.pack_signs(detached)[0]
+    mft = torch.ops.mft
+    want = [True, True, True, True]
+    opcheck(mft.masked_linear.default, (x, weight, scores, threshold, bias, mode, "auto"))
+    opcheck(mft.masked_linear_packed.default, (x, weight, packed, bias, "auto"))
+    opcheck(mft.masked_linear_by_ratio.default, (x, weight, scores, bias, 0.9, None, mode, "auto"))
+    opcheck(mft.kept_threshold.default, (detached, 0.9, mode, "auto"))
+    opcheck(mft.pack_mask.default, (detached, threshold, mode, "auto"))
+    opcheck(mft.pack_signs.default, (detached, "auto"))
+    opcheck(mft.unpack_mask.default, (packed, [5, 37]))
+    x, weight, bias = x.detach(), weight.detach(), bias.detach()
+    out = torch.zeros(5, 37)
+    opcheck(mft.accumulate_score_grad.default, (out, t.grad_output, x, weight, detached, None, mode, "auto"))
+    opcheck(mft.masked_linear_backward.default, (t.grad_output, x, weight, detached, threshold, mode, want, "auto"))
+    opcheck(
+        mft.masked_linear_packed_backward.default,
+        (t.grad_output, x, weight, packed, detached, signs, mode, want, "auto"),
+    )
+    opcheck(
+        mft.masked_linear_by_ratio_backward.default,
+        (t.grad_output, x, weight, detached, 0.9, None, mode, want, "auto"),
+    )
+
+
+def test_every_op_compiles_without_a_graph_break():
+    t = integer_inputs(6, 5, 37)
+
+    def everything(x, weight, scores, bias):
+        threshold = mft_kernels.kept_threshold(scores, 0.7)
+        packed = mft_kernels.pack_mask(scores, threshold)
+        mask = mft_kernels.unpack_mask(packed, weight.shape)
+        a = mft_kernels.masked_linear(x, weight, scores, threshold, bias)
+        b = mft_kernels.masked_linear_packed(x, weight, packed, bias)
+        out = mft_kernels.accumulate_score_grad(torch.zeros(5, 37), a.detach(), x, weight, scores=scores.detach())
+        return a + b, mask, out
+
+    def run(function):
+        leaves = _leaves(t, "x", "weight", "scores", "bias")
+        y, mask, out = function(*leaves)
+        y.backward(t.grad_output)
+        return [y.detach(), mask, out, *(leaf.grad for leaf in leaves)]
+
+    torch._dynamo.reset()
+    for a, b in zip(run(everything), run(torch.compile(everything, fullgraph=True))):
+        assert torch.equal(a, b)
+
+
+def test_autocast_casts_x_weight_and_bias_but_never_scores():
+    t = random_inputs(6, 5, 37)
+    # 1 and 1 + 2**-12 are one number in bf16; the mask must still tell them apart.
+    scores = torch.where(t.scores > 0, 1 + 2**-12, 1.0).requires_grad_()
+    threshold = torch.tensor(1 + 2**-12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = mft_kernels.masked_linear(t.x, t.weight, scores, threshold, t.bias)
+    assert y.dtype == torch.bfloat16
+    cast = [v.bfloat16() for v in (t.x, t.weight)]
+    assert torch.equal(
+        y, mft_kernels.masked_linear(*cast, scores, threshold, t.bias.bfloat16(), backend="reference")
+    ) or torch.allclose(y.float(), mft_kernels.masked_linear(t.x, t.weight, scores, threshold, t.bias), atol=0.02)
+    y.sum().backward()
+    assert scores.grad.dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------ the public door
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.ones(2, 6)}, ValueError, r"x must end in in_features = 5 of weight \(4, 5\), got shape \(2, 6\)"),
+        ({"x": torch.tensor(1.0)}, ValueError, r"x must end in in_features = 5"),
+        ({"x": torch.ones(2, 5, dtype=torch.int64)}, TypeError, "x must be float32.*got torch.int64"),
+        ({"x": torch.ones(2, 5).half()}, TypeError, "x must have weight's dtype torch.float32, got torch.float16"),
+        ({"x": torch.ones(2, 5, device="meta")}, ValueError, "x must be on weight's device cpu, got meta"),
+        ({"weight": torch.ones(5)}, ValueError, r"weight must be \(N, K\), got shape \(5,\)"),
+        ({"scores": torch.ones(4, 4)}, ValueError, r"scores must match weight \(4, 5\), got \(4, 4\)"),
+        ({"scores": torch.ones(4, 5, dtype=torch.int32)}, TypeError, "scores must be float32.*got torch.int32"),
+        ({"threshold": torch.ones(1)}, ValueError, r"threshold must be 0-d, got shape \(1,\)"),
+        ({"bias": torch.ones(5)}, ValueError, r"bias must be \(4,\), got \(5,\)"),
+        ({"bias": torch.ones(4).bfloat16()}, TypeError, "bias must have weight's dtype"),
+        ({"mode": "top"}, ValueError, r"mode must be one of \('magnitude', 'value'\), got 'top'"),
+        ({"backend": "quantum"}, ValueError, "backend must be one of .*got 'quantum'"),
+        ({"backend": "cuda"}, RuntimeError, "backend='cuda' cannot serve masked_linear"),
+    ],
+)
+def test_masked_linear_names_argument_rule_and_value(change, error, message):
+    arguments = {
+        "x": torch.ones(2, 5),
+        "weight": torch.ones(4, 5),
+        "scores": torch.ones(4, 5),
+        "threshold": torch.tensor(0.5),
+        "bias": torch.ones(4),
+    } | change
+    with pytest.raises(error, match=message):
+        mft_kernels.masked_linear(**arguments)
+
+
+@pytest.mark.parametrize("keep_ratio", [-0.1, 1.1, float("nan"), float("inf")])
+def test_a_keep_ratio_outside_0_to_1_is_refused(keep_ratio):
+    with pytest.raises(ValueError, match=r"keep_ratio must lie in \[0, 1\].*got"):
+        mft_kernels.kept_threshold(torch.ones(3, 3), keep_ratio)
+
+
+def test_a_keep_ratio_that_is_no_number_is_refused():
+    with pytest.raises(TypeError, match="keep_ratio must be a number, got str"):
+        mft_kernels.kept_threshold(torch.ones(3, 3), "0.9")
+
+
+def test_nan_scores_are_refused_with_their_count():
+    with pytest.raises(ValueError, match=r"scores must be finite, got 2 NaN or Inf among \(2, 2\)"):
+        mft_kernels.kept_threshold(torch.tensor([[torch.nan, 1], [torch.inf, 0]]), 0.9)
+
+
+def test_keep_ratio_1_keeps_all_and_0_keeps_none():
+    scores = random_inputs(1, 6, 7).scores
+    for keep_ratio, expected in ((1, True), (0, False), (1.0, True), (0.0, False)):
+        packed = mft_kernels.pack_mask(scores, mft_kernels.kept_threshold(scores, keep_ratio))
+        assert torch.equal(mft_kernels.unpack_mask(packed, scores.shape), torch.full((6, 7), expected))
+
+
+def test_empty_scores_have_a_threshold_and_a_mask():
+    scores = torch.empty(0, 7)
+    threshold = mft_kernels.kept_threshold(scores, 0.9)
+    assert threshold.item() == torch.inf
+    assert mft_kernels.pack_mask(scores, threshold).shape == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("packed", "error", "message"),
+    [
+        (torch.zeros(4, 1), TypeError, "packed must be int32, got torch.float32"),
+        (torch.zeros(4, 3, dtype=torch.int32), ValueError, r"packed must be \(4, 2\), 1 bit a weight of \(4, 33\)"),
+    ],
+)
+def test_a_packed_mask_of_another_form_is_refused(packed, error, message):
+    with pytest.raises(error, match=message):
+        mft_kernels.masked_linear_packed(torch.ones(2, 33), torch.ones(4, 33), packed)
+    with pytest.raises(error, match=message):
+        mft_kernels.unpack_mask(packed, (4, 33))
+
+
+def test_accumulate_score_grad_refuses_what_it_cannot_add_into():
+    x, weight, grad = torch.ones(2, 5), torch.ones(4, 5), torch.ones(2, 4)
+    with pytest.raises(ValueError, match=r"out must be contiguous and match weight \(4, 5\), got \(5, 4\)"):
+        mft_kernels.accumulate_score_grad(torch.zeros(5, 4), grad, x, weight, scores=weight)
+    with pytest.raises(ValueError, match=r"grad_output must be \(2, 4\), got \(3, 4\)"):
+        mft_kernels.accumulate_score_grad(torch.zeros(4, 5), torch.ones(3, 4), x, weight, scores=weight)
+    with pytest.raises(ValueError, match="needs scores or signs, got neither"):
+        mft_kernels.accumulate_score_grad(torch.zeros(4, 5), grad, x, weight)

@@ -1,0 +1,121 @@
+"""The oracle is checked against definitions that share no code with it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mft_kernels import reference
+from mft_kernels.testing import detached_masked_linear, integer_inputs, random_inputs
+
+MODES = ("magnitude", "value")
+ALL = [True, True, True, True]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_forward_and_gradients_match_the_detach_formulation(mode):
+    t = random_inputs(6, 5, 7, torch.float64, torch.float64)
+    threshold = reference.kept_threshold(t.scores, 0.6, mode)
+    leaves = [v.clone().requires_grad_() for v in (t.x, t.weight, t.scores, t.bias)]
+    x, weight, scores, bias = leaves
+    y = detached_masked_linear(x, weight, scores, threshold, bias, mode=mode)
+    y.backward(t.grad_output)
+
+    ours = reference.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, mode)
+    torch.testing.assert_close(ours, y.detach(), rtol=1e-12, atol=1e-14)
+    grads = reference.masked_linear_backward(t.grad_output, t.x, t.weight, t.scores, threshold, mode, ALL)
+    for got, leaf in zip(grads, leaves):
+        torch.testing.assert_close(got, leaf.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_d_scores_is_the_dense_weight_gradient_times_weight_and_sign():
+    t = integer_inputs(4, 3, 5)
+    dense = torch.zeros(3, 5, requires_grad=True)
+    torch.nn.functional.linear(t.x, dense).backward(t.grad_output)
+    threshold = torch.tensor(2.0)
+    want = [False, False, True, False]
+    magnitude = reference.masked_linear_backward(t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", want)
+    value = reference.masked_linear_backward(t.grad_output, t.x, t.weight, t.scores, threshold, "value", want)
+    assert torch.equal(magnitude[2], dense.grad * t.weight * t.scores.sign())
+    assert torch.equal(value[2], dense.grad * t.weight)
+    assert magnitude[0].shape == magnitude[1].shape == magnitude[3].shape == (0,)
+
+
+def test_a_dropped_nan_or_inf_weight_contributes_an_exact_zero():
+    weight = torch.tensor([[torch.nan, 2.0, torch.inf]])
+    scores = torch.tensor([[0.1, 1.0, -0.2]])
+    y = reference.masked_linear(torch.full((1, 3), 3.0), weight, scores, torch.tensor(0.5), None, "magnitude")
+    assert y.item() == 6
+
+
+@given(numel=st.integers(1, 200), keep_ratio=st.floats(0, 1), seed=st.integers(0, 99), mode=st.sampled_from(MODES))
+@settings(max_examples=60, deadline=None)
+def test_kept_threshold_is_the_kth_of_a_sort(numel, keep_ratio, seed, mode):
+    scores = torch.randint(-20, 21, (numel,), generator=torch.Generator().manual_seed(seed)).float()
+    k = numel - int((1 - keep_ratio) * numel)
+    keys = scores.abs() if mode == "magnitude" else scores
+    expected = keys.sort(descending=True).values[k - 1].item() if k else torch.inf
+    assert reference.kept_threshold(scores, keep_ratio, mode).item() == expected
+
+
+def test_ties_at_the_threshold_are_all_kept():
+    scores = torch.tensor([[0.5, -0.5, 0.5, 0.1]])
+    threshold = reference.kept_threshold(scores, 0.25, "magnitude")
+    assert reference.keep_mask(scores, threshold, "magnitude").tolist() == [[True, True, True, False]]
+
+
+def test_non_finite_scores_give_a_nan_threshold():
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        scores = torch.tensor([1.0, bad, 2.0])
+        assert reference.kept_threshold(scores, 0.5, "magnitude").isnan()
+
+
+@given(rows=st.integers(0, 5), columns=st.integers(1, 100), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_packing_and_unpacking_gives_the_mask_back(rows, columns, seed):
+    bits = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
+    packed = reference.pack_bits(bits)
+    assert packed.dtype == torch.int32
+    assert packed.shape == (rows, -(-columns // 32))
+    assert torch.equal(reference.unpack_mask(packed, [rows, columns]), bits)
+
+
+def test_bit_j_of_a_word_is_column_j():
+    bits = torch.zeros(1, 40, dtype=torch.bool)
+    bits[0, [0, 5, 31, 33]] = True
+    assert reference.pack_bits(bits).tolist() == [[1 + (1 << 5) - (1 << 31), 2]]
+
+
+def test_pack_signs_counts_scores_that_have_no_sign():
+    signs, zeros = reference.pack_signs(torch.tensor([[0.0, -0.0, 1.0, -1.0]]))
+    assert signs.tolist() == [[4]]
+    assert zeros.item() == 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_packed_form_agrees_with_the_form_from_scores(mode):
+    t = integer_inputs(9, 6, 40)
+    t.scores[t.scores == 0] = 1  # a score of 0 has no sign bit
+    threshold = torch.tensor(2.0)
+    packed = reference.pack_mask(t.scores, threshold, mode)
+    signs, _ = reference.pack_signs(t.scores)
+    assert torch.equal(
+        reference.masked_linear_packed(t.x, t.weight, packed, t.bias),
+        reference.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, mode),
+    )
+    expected = reference.masked_linear_backward(t.grad_output, t.x, t.weight, t.scores, threshold, mode, ALL)
+    for given_scores, given_signs in ((t.scores, None), (None, signs), (t.scores, signs)):
+        if mode == "value" and given_scores is None:
+            continue
+        got = reference.masked_linear_packed_backward(
+            t.grad_output, t.x, t.weight, packed, given_scores, given_signs, mode, ALL
+        )
+        for a, b in zip(got, expected):
+            assert torch.equal(a, b)
+
+
+def test_accumulate_score_grad_adds_to_what_is_there():
+    t = integer_inputs(4, 3, 5)
+    out = torch.ones(3, 5)
+    reference.accumulate_score_grad(out, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
+    assert torch.equal(out, 1 + (t.grad_output.T @ t.x) * t.weight * t.scores.sign())
