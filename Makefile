@@ -1,5 +1,6 @@
 # Everything sets itself up in .venv: `make demo` and `make test` work in a fresh clone.
 PYTHON ?= python3
+TORCH  ?= torch# or a pinned one: make test TORCH=torch==2.11.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 EXTENSION_SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
@@ -13,7 +14,7 @@ $(VENV)/.installed: $(EXTENSION_SOURCES)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
 	  f"Python 3.11 or newer is needed, {sys.executable} is {v.major}.{v.minor}; set PYTHON=/path/to/python3")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch "setuptools>=77" wheel ninja numpy
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja numpy
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,dev]"
 	@touch $@
 

@@ -1,0 +1,225 @@
+// The ops of namespace mft_cpu: schemas, and what leads from tensors to the kernels. Built on torch's stable ABI, so
+// that one shared object serves torch 2.11 and newer. Inputs are 2-d and contiguous: mft_kernels/cpu.py sees to it.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "cpu/capability.h"
+#include "cpu/keep_range.h"
+#include "cpu/linear.h"
+#include "cpu/select.h"
+
+namespace {
+
+using mft::Format;
+using mft::MaskSource;
+using mft::Matrix;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Format format_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Format::kFloat32;
+    case ScalarType::BFloat16:
+      return Format::kBFloat16;
+    case ScalarType::Half:
+      return Format::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16 for the cpu backend");
+  }
+}
+
+Matrix matrix(const Tensor& t, const char* name, void* data) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.is_contiguous(), name, " must be 2-d and contiguous");
+  return {data, format_of(t, name), t.size(0), t.size(1), t.size(1)};
+}
+
+Matrix input(const Tensor& t, const char* name) { return matrix(t, name, const_cast<void*>(t.const_data_ptr())); }
+
+Matrix output(const Tensor& t, const char* name) { return matrix(t, name, t.mutable_data_ptr()); }
+
+void check_size(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " must be (", rows, ", ", columns,
+                  ")");
+}
+
+const uint32_t* words(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous(), name, " must be int32 and contiguous");
+  check_size(t, rows, (columns + 31) / 32, name);
+  return static_cast<const uint32_t*>(t.const_data_ptr());
+}
+
+double value_of(const Tensor& threshold) {
+  STD_TORCH_CHECK(threshold.numel() == 1, "threshold must hold one element");
+  const void* data = threshold.const_data_ptr();
+  if (threshold.scalar_type() == ScalarType::Double) return *static_cast<const double*>(data);
+  const Format format = format_of(threshold, "threshold");
+  const uint32_t bits = format == Format::kFloat32 ? *static_cast<const uint32_t*>(data)
+                                                   : *static_cast<const uint16_t*>(data);
+  const uint32_t top = 1u << (8 * mft::bytes_of(format) - 1);
+  const double magnitude = mft::value_of_key(bits & ~top, format, true);
+  return bits & top ? -magnitude : magnitude;
+}
+
+MaskSource mask_source(const std::optional<Tensor>& scores, const std::optional<Tensor>& threshold,
+                       const std::optional<Tensor>& packed, bool magnitude, int64_t rows, int64_t columns) {
+  if (packed.has_value()) {
+    return {nullptr, Format::kFloat32, words(*packed, rows, columns, "packed"), {0, 0, false}, columns};
+  }
+  STD_TORCH_CHECK(scores.has_value() && threshold.has_value(), "give scores and threshold, or packed");
+  check_size(*scores, rows, columns, "scores");
+  const Matrix s = input(*scores, "scores");
+  return {s.data, s.format, nullptr, mft::range_at_least(value_of(*threshold), s.format, magnitude), columns};
+}
+
+Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns) {
+  const int64_t sizes[] = {rows, columns};
+  return torch::stable::new_empty(like, {sizes, 2});
+}
+
+Tensor masked_linear(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optional<Tensor> threshold,
+                     std::optional<Tensor> packed, std::optional<Tensor> bias, bool magnitude) {
+  const mft::Capability& cpu = mft::chosen_capability();
+  const Matrix w = input(weight, "weight"), in = input(x, "x");
+  STD_TORCH_CHECK(in.format == w.format && in.columns == w.columns, "x must be (M, K) in weight's dtype");
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->numel() == w.rows && bias->is_contiguous() && format_of(*bias, "bias") == w.format,
+                    "bias must be (N,) in weight's dtype");
+  }
+  Tensor y = empty_matrix(x, in.rows, w.rows);
+  mft::masked_linear(cpu, output(y, "y"), in, w,
+                     mask_source(scores, threshold, packed, magnitude, w.rows, w.columns),
+                     bias.has_value() ? bias->const_data_ptr() : nullptr);
+  return y;
+}
+
+Tensor grad_x(Tensor grad_output, Tensor weight, std::optional<Tensor> scores, std::optional<Tensor> threshold,
+              std::optional<Tensor> packed, bool magnitude) {
+  const mft::Capability& cpu = mft::chosen_capability();
+  const Matrix w = input(weight, "weight"), grad = input(grad_output, "grad_output");
+  STD_TORCH_CHECK(grad.format == w.format && grad.columns == w.rows, "grad_output must be (M, N) in weight's dtype");
+  Tensor d_x = empty_matrix(grad_output, grad.rows, w.columns);
+  mft::grad_x(cpu, output(d_x, "d_x"), grad, w, mask_source(scores, threshold, packed, magnitude, w.rows, w.columns));
+  return d_x;
+}
+
+Tensor grad_weight(Tensor grad_output, Tensor x, std::optional<Tensor> scores, std::optional<Tensor> threshold,
+                   std::optional<Tensor> packed, bool magnitude) {
+  const mft::Capability& cpu = mft::chosen_capability();
+  const Matrix in = input(x, "x"), grad = input(grad_output, "grad_output");
+  STD_TORCH_CHECK(grad.format == in.format && grad.rows == in.rows, "grad_output must be (M, N) in x's dtype");
+  Tensor d_weight = empty_matrix(x, grad.columns, in.columns);
+  mft::grad_weight(cpu, output(d_weight, "d_weight"), grad, in,
+                   mask_source(scores, threshold, packed, magnitude, grad.columns, in.columns));
+  return d_weight;
+}
+
+void grad_scores_(Tensor out, Tensor grad_output, Tensor x, Tensor weight, std::optional<Tensor> scores,
+                  std::optional<Tensor> signs, bool accumulate) {
+  const mft::Capability& cpu = mft::chosen_capability();
+  const Matrix w = input(weight, "weight"), in = input(x, "x"), grad = input(grad_output, "grad_output");
+  STD_TORCH_CHECK(grad.format == w.format && in.format == w.format && grad.rows == in.rows &&
+                      grad.columns == w.rows && in.columns == w.columns,
+                  "grad_output must be (M, N) and x (M, K), in weight's dtype");
+  check_size(out, w.rows, w.columns, "out");
+  mft::SignSource sign{nullptr, Format::kFloat32, nullptr, w.columns};
+  if (signs.has_value()) {
+    sign.words = words(*signs, w.rows, w.columns, "signs");
+  } else if (scores.has_value()) {
+    check_size(*scores, w.rows, w.columns, "scores");
+    sign.scores = input(*scores, "scores").data;
+    sign.score_format = format_of(*scores, "scores");
+  }
+  mft::grad_scores(cpu, output(out, "out"), grad, in, w, sign, accumulate);
+}
+
+Tensor kept_threshold(Tensor scores, int64_t k, bool magnitude) {
+  const Format format = format_of(scores, "scores");
+  STD_TORCH_CHECK(scores.is_contiguous() && k >= 0 && k <= scores.numel(), "k must lie in [0, numel]");
+  Tensor threshold = torch::stable::new_empty(scores, {});
+  const uint32_t bits = mft::kth_largest(scores.const_data_ptr(), format, scores.numel(), k, magnitude);
+  const auto low = static_cast<uint16_t>(bits);
+  const void* value = format == Format::kFloat32 ? static_cast<const void*>(&bits) : &low;
+  std::memcpy(threshold.mutable_data_ptr(), value, mft::bytes_of(format));
+  return threshold;
+}
+
+Tensor pack_rows(const Matrix& s, const Tensor& like, mft::KeepRange range) {
+  const mft::Capability& cpu = mft::chosen_capability();
+  const int64_t sizes[] = {s.rows, (s.columns + 31) / 32};
+  Tensor packed = torch::stable::new_empty(like, {sizes, 2}, ScalarType::Int);
+  auto* words = static_cast<uint32_t*>(packed.mutable_data_ptr());
+  torch::stable::parallel_for(0, s.rows, 1 + 32768 / (s.columns + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) cpu.rows->pack(words + r * sizes[1], s.row(r), s.format, range, s.columns);
+  });
+  return packed;
+}
+
+Tensor pack_mask(Tensor scores, Tensor threshold, bool magnitude) {
+  const Matrix s = input(scores, "scores");
+  return pack_rows(s, scores, mft::range_at_least(value_of(threshold), s.format, magnitude));
+}
+
+std::tuple<Tensor, Tensor> pack_signs(Tensor scores) {
+  const mft::Capability& cpu = mft::chosen_capability();
+  const Matrix s = input(scores, "scores");
+  Tensor signs = pack_rows(s, scores, mft::range_positive(s.format));
+  std::atomic<int64_t> zeros{0};
+  torch::stable::parallel_for(0, s.rows, 1 + 32768 / (s.columns + 1), [&](int64_t begin, int64_t end) {
+    int64_t found = 0;
+    for (int64_t r = begin; r < end; ++r) found += cpu.rows->count(s.row(r), s.format, mft::range_zero(s.format), s.columns);
+    zeros += found;
+  });
+  Tensor count = torch::stable::new_empty(scores, {}, ScalarType::Long);
+  *static_cast<int64_t*>(count.mutable_data_ptr()) = zeros;
+  return {signs, count};
+}
+
+std::string capability() { return mft::chosen_capability().name; }
+
+std::string capabilities() { return mft::available_capabilities(); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(mft_cpu, m) {
+  m.def(
+      "masked_linear(Tensor x, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, Tensor? bias, "
+      "bool magnitude) -> Tensor");
+  m.def(
+      "grad_x(Tensor grad_output, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, bool magnitude) "
+      "-> Tensor");
+  m.def(
+      "grad_weight(Tensor grad_output, Tensor x, Tensor? scores, Tensor? threshold, Tensor? packed, bool magnitude) "
+      "-> Tensor");
+  m.def(
+      "grad_scores_(Tensor(a!) out, Tensor grad_output, Tensor x, Tensor weight, Tensor? scores, Tensor? signs, "
+      "bool accumulate) -> ()");
+  m.def("kept_threshold(Tensor scores, int k, bool magnitude) -> Tensor");
+  m.def("pack_mask(Tensor scores, Tensor threshold, bool magnitude) -> Tensor");
+  m.def("pack_signs(Tensor scores) -> (Tensor, Tensor)");
+  m.def("capability() -> str");
+  m.def("capabilities() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CPU, m) {
+  m.impl("masked_linear", TORCH_BOX(&masked_linear));
+  m.impl("grad_x", TORCH_BOX(&grad_x));
+  m.impl("grad_weight", TORCH_BOX(&grad_weight));
+  m.impl("grad_scores_", TORCH_BOX(&grad_scores_));
+  m.impl("kept_threshold", TORCH_BOX(&kept_threshold));
+  m.impl("pack_mask", TORCH_BOX(&pack_mask));
+  m.impl("pack_signs", TORCH_BOX(&pack_signs));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CompositeExplicitAutograd, m) {
+  m.impl("capability", TORCH_BOX(&capability));
+  m.impl("capabilities", TORCH_BOX(&capabilities));
+}

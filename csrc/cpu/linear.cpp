@@ -1,0 +1,102 @@
+// The masked linear layer and its gradients, by slabs of the weight: neither a mask nor a masked weight is made whole.
+//
+// A slab is masked by all threads into a scratch that stays in the cache, then torch's GEMM takes it. The forward and
+// the score gradient cut the weight by rows, d_x by columns: so no sum is split, and no rounding is added.
+#include "linear.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "torch_matmul.h"
+
+namespace mft {
+namespace {
+
+constexpr int64_t kSlabBytes = 2 << 20;  // with its scores, half of two 1 MiB L2 and some L3
+
+int64_t slab_length(int64_t bytes_each, int64_t total) {
+  const int64_t fitting = kSlabBytes / std::max<int64_t>(bytes_each, 1);
+  return std::min(std::max<int64_t>(fitting / 32 * 32, 32), total);
+}
+
+std::unique_ptr<char[]> make_scratch(int64_t elements, Format format) {
+  return std::unique_ptr<char[]>(new char[elements * bytes_of(format)]);
+}
+
+// Row by row on all threads; f(first row, end row).
+template <typename F>
+void for_rows(int64_t rows, int64_t columns, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1));
+  torch::stable::parallel_for(0, rows, grain, f);
+}
+
+// The masked weight of rows `first` .. and columns `first_column` .., as large as `out`.
+void mask_slab(const Capability& cpu, const Matrix& out, const Matrix& weight, const MaskSource& mask, int64_t first,
+               int64_t first_column) {
+  const int width = bytes_of(weight.format);
+  for_rows(out.rows, out.columns, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      cpu.rows->mask(out.row(r), weight.row(first + r) + first_column * width, width,
+                     mask.row(first + r, first_column), mask.score_format, out.columns);
+    }
+  });
+}
+
+}  // namespace
+
+void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
+                   const MaskSource& mask, const void* bias) {
+  const int64_t rows = slab_length(weight.columns * bytes_of(weight.format), weight.rows);
+  const auto scratch = make_scratch(rows * weight.columns, weight.format);
+  for (int64_t r = 0; r < weight.rows; r += rows) {
+    const int64_t n = std::min(rows, weight.rows - r);
+    const Matrix slab{scratch.get(), weight.format, n, weight.columns, weight.columns};
+    mask_slab(cpu, slab, weight, mask, r, 0);
+    const char* slab_bias = bias ? static_cast<const char*>(bias) + r * bytes_of(y.format) : nullptr;
+    torch_linear(y.narrow_columns(r, n), x, slab, slab_bias);
+  }
+}
+
+void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
+            const MaskSource& mask) {
+  const int64_t columns = slab_length(weight.rows * bytes_of(weight.format), weight.columns);
+  const auto scratch = make_scratch(columns * weight.rows, weight.format);
+  for (int64_t c = 0; c < weight.columns; c += columns) {
+    const int64_t n = std::min(columns, weight.columns - c);
+    const Matrix slab{scratch.get(), weight.format, weight.rows, n, n};
+    mask_slab(cpu, slab, weight, mask, 0, c);
+    torch_matmul(d_x.narrow_columns(c, n), grad_output, slab);
+  }
+}
+
+void grad_weight(const Capability& cpu, const Matrix& d_weight, const Matrix& grad_output, const Matrix& x,
+                 const MaskSource& mask) {
+  const int64_t rows = slab_length(x.columns * bytes_of(x.format), d_weight.rows);
+  for (int64_t r = 0; r < d_weight.rows; r += rows) {
+    const int64_t n = std::min(rows, d_weight.rows - r);
+    const Matrix slab = d_weight.narrow_rows(r, n);
+    torch_matmul(slab, grad_output.narrow_columns(r, n).transposed(), x);
+    mask_slab(cpu, slab, d_weight, mask, r, 0);
+  }
+}
+
+void grad_scores(const Capability& cpu, const Matrix& out, const Matrix& grad_output, const Matrix& x,
+                 const Matrix& weight, const SignSource& sign, bool accumulate) {
+  const int64_t rows = slab_length(weight.columns * bytes_of(x.format), weight.rows);
+  const auto scratch = make_scratch(rows * weight.columns, x.format);
+  for (int64_t r = 0; r < weight.rows; r += rows) {
+    const int64_t n = std::min(rows, weight.rows - r);
+    const Matrix grad{scratch.get(), x.format, n, weight.columns, weight.columns};
+    torch_matmul(grad, grad_output.narrow_columns(r, n).transposed(), x);
+    for_rows(n, weight.columns, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        cpu.rows->score_grad(out.row(r + i), out.format, grad.row(i), grad.format, weight.row(r + i), weight.format,
+                             sign.row(r + i), sign.score_format, accumulate, weight.columns);
+      }
+    });
+  }
+}
+
+}  // namespace mft

@@ -1,0 +1,58 @@
+// The masked linear layer and its gradients, by slabs of the weight: neither a mask nor a masked weight is made whole.
+//
+// Shapes: x (M, K), weight (N, K), grad_output (M, N). All rows contiguous.
+#pragma once
+
+#include "capability.h"
+#include "matrix.h"
+
+namespace mft {
+
+// What the mask of the whole weight comes from: scores and a range, or packed words (N, ceil(K / 32)).
+struct MaskSource {
+  const void* scores;  // nullptr: take the words
+  Format score_format;
+  const uint32_t* words;
+  KeepRange range;
+  int64_t columns;
+
+  // The mask of row r from column `first`, a multiple of 32, on.
+  MaskRow row(int64_t r, int64_t first = 0) const {
+    if (scores != nullptr) {
+      return {static_cast<const char*>(scores) + (r * columns + first) * bytes_of(score_format), nullptr, range};
+    }
+    return {nullptr, words + r * ((columns + 31) / 32) + first / 32, range};
+  }
+};
+
+// What the sign of the scores comes from; both nullptr: no sign factor.
+struct SignSource {
+  const void* scores;
+  Format score_format;
+  const uint32_t* words;
+  int64_t columns;
+
+  SignRow row(int64_t r) const {
+    if (words != nullptr) return {nullptr, words + r * ((columns + 31) / 32)};
+    if (scores == nullptr) return {nullptr, nullptr};
+    return {static_cast<const char*>(scores) + r * columns * bytes_of(score_format), nullptr};
+  }
+};
+
+// y (M, N) = x @ where(keep, weight, 0).T + bias; bias (N,) in x's format, or nullptr.
+void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
+                   const MaskSource& mask, const void* bias);
+
+// d_x (M, K) = grad_output @ where(keep, weight, 0)
+void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
+            const MaskSource& mask);
+
+// d_weight (N, K) = where(keep, grad_output.T @ x, 0)
+void grad_weight(const Capability& cpu, const Matrix& d_weight, const Matrix& grad_output, const Matrix& x,
+                 const MaskSource& mask);
+
+// out (N, K) = [out +] (grad_output.T @ x) * weight [* sign(scores)]
+void grad_scores(const Capability& cpu, const Matrix& out, const Matrix& grad_output, const Matrix& x,
+                 const Matrix& weight, const SignSource& sign, bool accumulate);
+
+}  // namespace mft

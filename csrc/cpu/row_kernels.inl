@@ -1,0 +1,184 @@
+// The row kernels, once: included by one source file per instruction set, which names MFT_ROW_KERNELS and its flags.
+//
+// Only raw pointers here: an inline function shared with other files could be linked from the wrong instruction set.
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "row_kernels.h"
+
+namespace mft {
+namespace {
+
+#include "keep_bits.inl"
+
+// ------------------------------------------------------------------------------------------------ masks
+
+template <typename Weight>
+inline void select_columns(Weight* out, const Weight* weight, uint32_t bits, int64_t n) {
+  if (n == kStep) {
+    select(out, weight, bits);
+  } else {
+    for (int64_t j = 0; j < n; ++j) out[j] = (bits >> j) & 1 ? weight[j] : Weight{0};
+  }
+}
+
+template <typename Weight>
+void mask_typed(Weight* out, const Weight* weight, MaskRow mask, Format score_format, int64_t columns) {
+  if (mask.scores != nullptr) {
+    visit_words(mask.scores, score_format, mask.range, columns, [=](int64_t j, int64_t n, uint32_t bits) {
+      select_columns(out + j, weight + j, bits, n);
+    });
+  } else {
+    for (int64_t j = 0; j < columns; j += kStep) {
+      select_columns(out + j, weight + j, mask.words[j / kStep], columns - j < kStep ? columns - j : kStep);
+    }
+  }
+}
+
+void mask_row(void* out, const void* weight, int weight_bytes, MaskRow mask, Format score_format, int64_t columns) {
+  if (weight_bytes == 4) {
+    mask_typed(static_cast<uint32_t*>(out), static_cast<const uint32_t*>(weight), mask, score_format, columns);
+  } else {
+    mask_typed(static_cast<uint16_t*>(out), static_cast<const uint16_t*>(weight), mask, score_format, columns);
+  }
+}
+
+void pack_row(uint32_t* words, const void* scores, Format score_format, KeepRange range, int64_t columns) {
+  visit_words(scores, score_format, range, columns,
+              [=](int64_t j, int64_t, uint32_t bits) { words[j / kStep] = bits; });
+}
+
+int64_t count_row(const void* scores, Format score_format, KeepRange range, int64_t columns) {
+  int64_t total = 0;
+  visit_words(scores, score_format, range, columns,
+              [&total](int64_t, int64_t, uint32_t bits) { total += __builtin_popcount(bits); });
+  return total;
+}
+
+// ------------------------------------------------------------------------------------------------ score gradients
+
+inline float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t as_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float from_bfloat16(uint16_t h) { return as_float(static_cast<uint32_t>(h) << 16); }
+
+inline uint16_t to_bfloat16(float value) {  // to nearest, ties to even
+  const uint32_t bits = as_bits(value);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+inline float from_float16(uint16_t h) {
+  const uint32_t magnitude = h & 0x7fff;
+  // 2^112 moves the exponent from fp16's bias to fp32's and makes subnormals normal.
+  const uint32_t finite = as_bits(as_float(magnitude << 13) * 0x1p112f);
+  const uint32_t bits = magnitude >= 0x7c00 ? (magnitude << 13) | 0x7f800000 : finite;
+  return as_float(bits | static_cast<uint32_t>(h & 0x8000) << 16);
+}
+
+inline uint16_t to_float16(float value) {  // to nearest, ties to even
+  const uint32_t bits = as_bits(value), magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000) {
+    half = 0x7e00;
+  } else if (magnitude >= 0x477ff000) {  // 65520 and above round to infinity
+    half = 0x7c00;
+  } else if (magnitude < 0x38800000) {   // below 2^-14: subnormal; the sum with 0.5 rounds at the right bit
+    half = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000;
+  } else {
+    half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  }
+  return static_cast<uint16_t>(half | (bits >> 16 & 0x8000));
+}
+
+inline void widen(float* out, const void* in, Format format, int64_t n) {
+  if (format == Format::kFloat32) {
+    std::memcpy(out, in, n * sizeof(float));
+  } else if (format == Format::kBFloat16) {
+    for (int64_t j = 0; j < n; ++j) out[j] = from_bfloat16(static_cast<const uint16_t*>(in)[j]);
+  } else {
+    for (int64_t j = 0; j < n; ++j) out[j] = from_float16(static_cast<const uint16_t*>(in)[j]);
+  }
+}
+
+inline void narrow(void* out, const float* in, Format format, int64_t n) {
+  if (format == Format::kFloat32) {
+    std::memcpy(out, in, n * sizeof(float));
+  } else if (format == Format::kBFloat16) {
+    for (int64_t j = 0; j < n; ++j) static_cast<uint16_t*>(out)[j] = to_bfloat16(in[j]);
+  } else {
+    for (int64_t j = 0; j < n; ++j) static_cast<uint16_t*>(out)[j] = to_float16(in[j]);
+  }
+}
+
+constexpr int64_t kBlock = 512;  // three fp32 blocks of 2 KiB stay in L1
+
+inline const char* at(const void* base, Format format, int64_t column) {
+  return static_cast<const char*>(base) + column * bytes_of(format);
+}
+
+inline void multiply_by_words(float* product, const uint32_t* words, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) {
+    const uint32_t negative = ~(words[j / kStep] >> (j % kStep)) & 1;
+    product[j] = as_float(as_bits(product[j]) ^ (negative << 31));
+  }
+}
+
+template <typename Bits>
+inline void multiply_by_signs(float* product, const Bits* scores, uint32_t infinity, int64_t n) {
+  constexpr int kTop = 8 * sizeof(Bits) - 1;
+  constexpr uint32_t kMagnitudeBits = (uint32_t{1} << kTop) - 1;
+  for (int64_t j = 0; j < n; ++j) {
+    const uint32_t bits = scores[j], magnitude = bits & kMagnitudeBits;
+    const uint32_t one = magnitude - 1 < infinity ? 0x3f800000u : 0u;  // 0 and NaN have no sign, as in torch.sign
+    product[j] *= as_float(one | (bits >> kTop) << 31);
+  }
+}
+
+void score_grad_row(void* out, Format out_format, const void* grad, Format grad_format, const void* weight,
+                    Format weight_format, SignRow sign, Format score_format, bool accumulate, int64_t columns) {
+  alignas(64) float product[kBlock], factor[kBlock];
+  for (int64_t j = 0; j < columns; j += kBlock) {
+    const int64_t n = columns - j < kBlock ? columns - j : kBlock;
+    widen(product, at(grad, grad_format, j), grad_format, n);
+    widen(factor, at(weight, weight_format, j), weight_format, n);
+    for (int64_t i = 0; i < n; ++i) product[i] *= factor[i];
+    if (sign.words != nullptr) {
+      multiply_by_words(product, sign.words + j / kStep, n);
+    } else if (sign.scores != nullptr && score_format == Format::kFloat32) {
+      multiply_by_signs(product, static_cast<const uint32_t*>(sign.scores) + j, 0x7f800000, n);
+    } else if (sign.scores != nullptr) {
+      const uint32_t infinity = score_format == Format::kBFloat16 ? 0x7f80 : 0x7c00;
+      multiply_by_signs(product, static_cast<const uint16_t*>(sign.scores) + j, infinity, n);
+    }
+    void* here = const_cast<char*>(at(out, out_format, j));
+    if (accumulate) {
+      widen(factor, here, out_format, n);
+      for (int64_t i = 0; i < n; ++i) product[i] += factor[i];
+    }
+    narrow(here, product, out_format, n);
+  }
+}
+
+}  // namespace
+
+const RowKernels& MFT_ROW_KERNELS() {
+  static const RowKernels table = {MFT_ROW_KERNELS_NAME, mask_row, score_grad_row, pack_row, count_row};
+  return table;
+}
+
+}  // namespace mft

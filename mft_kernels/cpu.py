@@ -1,0 +1,165 @@
+"""The cpu backend: the C++ library of csrc/, its arguments made 2-d and contiguous.
+
+The library picks AVX-512 with bf16 dot products, AVX-512, AVX2 or portable code when it runs; the environment variable
+MFT_CPU_CAPABILITY (one of ``capabilities()``) overrides that, for tests and comparisons.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .backends import Backend, register
+from .reference import Gradients, kept_count
+
+_LIBRARY = Path(__file__).with_name("libmft_cpu.so")
+_REPORT = Path(__file__).with_name("_build.json")  # written by setup.py
+
+
+def masked_linear(
+    x: Tensor, weight: Tensor, scores: Tensor, threshold: Tensor, bias: Tensor | None, mode: str
+) -> Tensor:
+    """y = x @ where(keep, weight, 0).T + bias, straight from the scores."""
+    return _forward(x, weight, scores.contiguous(), threshold, None, bias, mode)
+
+
+def masked_linear_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    threshold: Tensor,
+    mode: str,
+    output_mask: list[bool],
+) -> Gradients:
+    """d_x, d_weight, d_scores, d_bias; (0,) for what output_mask leaves out."""
+    return _backward(grad_output, x, weight, scores.contiguous(), threshold, None, None, mode, output_mask)
+
+
+def masked_linear_packed(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """masked_linear with the mask given as bits, int32 (N, ceil(K / 32))."""
+    return _forward(x, weight, None, None, packed.contiguous(), bias, "value")
+
+
+def masked_linear_packed_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    scores: Tensor | None,
+    signs: Tensor | None,
+    mode: str,
+    output_mask: list[bool],
+) -> Gradients:
+    """Gradients of masked_linear_packed; the sign comes from the bits of ``signs`` where given, else from scores."""
+    return _backward(grad_output, x, weight, scores, None, packed.contiguous(), signs, mode, output_mask)
+
+
+def accumulate_score_grad(
+    out: Tensor, grad_output: Tensor, x: Tensor, weight: Tensor, scores: Tensor | None, signs: Tensor | None, mode: str
+) -> None:
+    """out += (grad_output.T @ x) * weight [* sign(scores)], (N, K) contiguous; no temporary of that size."""
+    _score_grad(out, _rows(grad_output), _rows(x), weight.contiguous(), scores, signs, mode, accumulate=True)
+
+
+def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
+    """The k-th largest key, by histograms; +inf if nothing is kept, NaN if a score is not finite."""
+    return torch.ops.mft_cpu.kept_threshold(
+        scores.contiguous(), kept_count(scores.numel(), keep_ratio), mode == "magnitude"
+    )
+
+
+def pack_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
+    """keep as bits, int32 (N, ceil(K / 32))."""
+    return torch.ops.mft_cpu.pack_mask(scores.contiguous(), threshold, mode == "magnitude")
+
+
+def pack_signs(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(scores > 0 as bits, how many scores are exactly 0)."""
+    return torch.ops.mft_cpu.pack_signs(scores.contiguous())
+
+
+def capabilities() -> list[str]:
+    """The instruction sets that can run here, best first; empty without the library."""
+    return [] if unavailable is not None else torch.ops.mft_cpu.capabilities().split(",")
+
+
+# ---------------------------------------------------------------------------------------------- below: private
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+
+
+def _forward(x, weight, scores, threshold, packed, bias, mode) -> Tensor:
+    bias = None if bias is None else bias.contiguous()
+    y = torch.ops.mft_cpu.masked_linear(
+        _rows(x), weight.contiguous(), scores, threshold, packed, bias, mode == "magnitude"
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _backward(grad_output, x, weight, scores, threshold, packed, signs, mode, output_mask) -> Gradients:
+    grad, weight, magnitude = _rows(grad_output), weight.contiguous(), mode == "magnitude"
+    d_x = d_weight = d_scores = d_bias = None
+    if output_mask[0]:
+        d_x = torch.ops.mft_cpu.grad_x(grad, weight, scores, threshold, packed, magnitude)
+        d_x = d_x.view(*grad_output.shape[:-1], weight.shape[1])
+    if output_mask[1]:
+        d_weight = torch.ops.mft_cpu.grad_weight(grad, _rows(x), scores, threshold, packed, magnitude)
+    if output_mask[2]:
+        d_scores = weight.new_empty(weight.shape, dtype=torch.float32 if scores is None else scores.dtype)
+        _score_grad(d_scores, grad, _rows(x), weight, scores, signs, mode, accumulate=False)
+    if output_mask[3]:
+        d_bias = grad.sum(0)
+    empty = [grad.new_empty(0) if g is None else g for g in (d_x, d_weight, d_scores, d_bias)]
+    return empty[0], empty[1], empty[2], empty[3]
+
+
+def _score_grad(out, grad, x, weight, scores, signs, mode, *, accumulate: bool) -> None:
+    if mode == "value":  # no sign factor
+        scores = signs = None
+    elif signs is not None:
+        scores, signs = None, signs.contiguous()
+    else:
+        scores = scores.contiguous()
+    torch.ops.mft_cpu.grad_scores_(out, grad, x, weight, scores, signs, accumulate)
+
+
+def _load() -> str | None:
+    """Load the library. Returns why it cannot serve, or None."""
+    if not _LIBRARY.exists():
+        reason = json.loads(_REPORT.read_text())["reason"] if _REPORT.exists() else "setup.py has not run"
+        return f"its C++ library is not built: {reason}; see setup.py, then pip install --no-build-isolation -e ."
+    try:
+        torch.ops.load_library(_LIBRARY)
+    except OSError as error:  # built for another torch or another machine
+        return f"its C++ library does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+unavailable = _load()
+
+register(
+    Backend(
+        name="cpu",
+        device_types=frozenset({"cpu"}),
+        dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+        ops={
+            f.__name__: f
+            for f in (
+                masked_linear,
+                masked_linear_backward,
+                masked_linear_packed,
+                masked_linear_packed_backward,
+                accumulate_score_grad,
+                kept_threshold,
+                pack_mask,
+                pack_signs,
+            )
+        },
+        unavailable=unavailable,
+        detail="" if unavailable else f"C++, {torch.ops.mft_cpu.capability()}",
+    )
+)

@@ -1,0 +1,279 @@
+"""The cpu backend gives what the reference gives, on every instruction set that this machine has."""
+
+import subprocess
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mft_kernels import cpu, reference
+from mft_kernels.testing import assert_within_budget, integer_inputs, random_inputs
+
+pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
+
+CAPABILITIES = ("avx512_bf16", "avx512", "avx2", "portable")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MODES = ("magnitude", "value")
+ALL = [True, True, True, True]
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability(request, monkeypatch):
+    if request.param not in cpu.capabilities():
+        pytest.skip(f"{request.param} is not among {cpu.capabilities()} of this machine and build")
+    monkeypatch.setenv("MFT_CPU_CAPABILITY", request.param)
+    assert torch.ops.mft_cpu.capability() == request.param
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def assert_same(got, expected):
+    """Equal in dtype, shape and every element (NaN equals NaN)."""
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    assert torch.equal(got.nan_to_num(12345), expected.nan_to_num(12345)), (got, expected)
+
+
+def assert_matches_reference(t, threshold, mode):
+    """Every op on the inputs ``t``, against the reference, bit for bit."""
+    packed = cpu.pack_mask(t.scores, threshold, mode)
+    signs, zeros = cpu.pack_signs(t.scores)
+    assert_same(packed, reference.pack_mask(t.scores, threshold, mode))
+    assert_same(signs, reference.pack_signs(t.scores)[0])
+    assert_same(zeros, reference.pack_signs(t.scores)[1])
+    for bias in (t.bias, None):
+        arguments = (t.x, t.weight, t.scores, threshold, bias, mode)
+        assert_same(cpu.masked_linear(*arguments), reference.masked_linear(*arguments))
+        arguments = (t.x, t.weight, packed, bias)
+        assert_same(cpu.masked_linear_packed(*arguments), reference.masked_linear_packed(*arguments))
+    arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, mode, ALL)
+    for got, want in zip(cpu.masked_linear_backward(*arguments), reference.masked_linear_backward(*arguments)):
+        assert_same(got, want)
+    for sign in ((t.scores, None), (None, signs)):
+        arguments = (t.grad_output, t.x, t.weight, packed, *sign, mode, ALL)
+        gradients = zip(
+            cpu.masked_linear_packed_backward(*arguments), reference.masked_linear_packed_backward(*arguments)
+        )
+        for got, want in gradients:
+            assert_same(got, want)
+        out = torch.ones_like(t.scores)
+        expected = out.clone()
+        cpu.accumulate_score_grad(out, t.grad_output, t.x, t.weight, *sign, mode)
+        reference.accumulate_score_grad(expected, t.grad_output, t.x, t.weight, *sign, mode)
+        assert_same(out, expected)
+
+
+@pytest.mark.parametrize("scores_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_op_equals_the_reference_on_integers(capability, mode, dtype, scores_dtype):
+    t = integer_inputs(5, 37, 59, dtype, scores_dtype)
+    assert_matches_reference(t, cpu.kept_threshold(t.scores, 0.6, mode), mode)
+
+
+@given(
+    m=st.integers(0, 50),
+    n=st.integers(1, 60),
+    k=st.integers(1, 60),
+    dtype=st.sampled_from(DTYPES),
+    scores_dtype=st.sampled_from(DTYPES),
+    mode=st.sampled_from(MODES),
+    threshold=st.sampled_from((-9.0, -1.0, 0.0, 1.0, 2.5, 9.0, torch.inf, -torch.inf, torch.nan)),
+    capability=st.sampled_from(cpu.capabilities() or ["none"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_odd_shapes_and_thresholds_equal_the_reference(m, n, k, dtype, scores_dtype, mode, threshold, capability):
+    t = integer_inputs(m, n, k, dtype, scores_dtype, seed=m + n + k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MFT_CPU_CAPABILITY", capability)
+        assert_matches_reference(t, torch.tensor(threshold, dtype=scores_dtype), mode)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 700, 3000), (70, 33, 3001), (2, 5000, 257)])
+def test_slabs_meet_without_a_seam(capability, dtype, shape):
+    t = integer_inputs(*shape, dtype, torch.bfloat16)
+    # One x and one grad_output in 61 is not zero, so that sums stay exact in 8 bits at these sizes.
+    for v in (t.x, t.grad_output):
+        v *= (torch.arange(v.numel()).view_as(v) % 61 == 0).to(dtype)
+    assert_matches_reference(t, torch.tensor(2, dtype=torch.bfloat16), "magnitude")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(64, 96, 160), (33, 130, 71)])
+def test_error_stays_within_twice_that_of_pytorch(capability, dtype, shape):
+    t = random_inputs(*shape, dtype, torch.bfloat16)
+    threshold = cpu.kept_threshold(t.scores, 0.7, "magnitude")
+
+    def exact(v):
+        return v.double()
+
+    y = cpu.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
+    assert_within_budget(
+        y,
+        reference.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude"),
+        reference.masked_linear(*map(exact, (t.x, t.weight, t.scores, threshold, t.bias)), "magnitude"),
+    )
+    arguments = (t.grad_output, t.x, t.weight, t.scores, threshold)
+    for got, same, want in zip(
+        cpu.masked_linear_backward(*arguments, "magnitude", ALL),
+        reference.masked_linear_backward(*arguments, "magnitude", ALL),
+        reference.masked_linear_backward(*map(exact, arguments), "magnitude", ALL),
+    ):
+        assert_within_budget(got, same, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ties_at_the_threshold_are_all_kept(capability, dtype):
+    scores = torch.tensor([[0.5, -0.5, 0.25, 0.5], [0.5, 0.0, -1.0, 0.25]]).to(dtype)
+    threshold = cpu.kept_threshold(scores, 0.25, "magnitude")  # k = 2 falls among the four 0.5
+    assert threshold.item() == 0.5
+    assert cpu.pack_mask(scores, threshold, "magnitude").tolist() == [[0b1011], [0b0101]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropped_nan_and_inf_weights_contribute_a_positive_zero(capability, dtype):
+    weight = torch.tensor([[torch.nan, 2.0, torch.inf], [-torch.inf, torch.nan, -torch.nan]]).to(dtype)
+    scores = torch.tensor([[0.1, 1.0, -0.2], [0.1, 0.1, 0.1]]).to(dtype)
+    threshold = torch.tensor(0.5, dtype=dtype)
+    x = torch.full((1, 3), -3.0, dtype=dtype)
+    y = cpu.masked_linear(x, weight, scores, threshold, None, "magnitude")
+    assert y.tolist() == [[-6, 0]]
+    grad = torch.ones(1, 2, dtype=dtype)
+    d_x, d_weight, _, _ = cpu.masked_linear_backward(grad, x, weight, scores, threshold, "magnitude", ALL)
+    assert d_x.tolist() == [[0, 2, 0]]
+    assert not d_x.signbit().any()
+    assert d_weight.tolist() == [[0, -3, 0], [0, 0, 0]]
+    assert not d_weight[1].signbit().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_scores_are_dropped_and_have_no_sign(capability, dtype):
+    scores = torch.tensor([[torch.nan, -torch.nan, 1.0, -0.0, 0.0, -1.0]]).to(dtype)
+    for threshold in (0.0, -1.0, torch.inf, torch.nan):
+        t = torch.tensor(threshold, dtype=dtype)
+        for mode in MODES:
+            assert_same(cpu.pack_mask(scores, t, mode), reference.pack_mask(scores, t, mode))
+    ones = torch.ones(1, 6, dtype=dtype)
+    want = [False, False, True, False]
+    t = torch.tensor(0.0, dtype=dtype)
+    d_scores = cpu.masked_linear_backward(ones[:, :1], ones, ones, scores, t, "magnitude", want)[2]
+    assert d_scores.tolist() == [[0, 0, 1, 0, 0, -1]]
+
+
+def test_strided_and_expanded_inputs_are_read_as_they_are(capability):
+    t = integer_inputs(12, 20, 24, torch.bfloat16)
+    threshold = torch.tensor(2.0)
+    x = t.x.view(3, 4, 24).transpose(0, 1)
+    weight, scores = t.weight.T.contiguous().T, t.scores.repeat(1, 2)[:, ::2]
+    arguments = (x, weight, scores, threshold, t.bias.expand(2, 20)[0], "magnitude")
+    assert_same(cpu.masked_linear(*arguments), reference.masked_linear(*arguments))
+    grad = torch.ones((), dtype=torch.bfloat16).expand(4, 3, 20)  # what y.sum().backward() sends
+    arguments = (grad, x, weight, scores, threshold, "magnitude", ALL)
+    for got, want in zip(cpu.masked_linear_backward(*arguments), reference.masked_linear_backward(*arguments)):
+        assert_same(got, want)
+
+
+def test_misaligned_pointers_are_read(capability):
+    t = integer_inputs(5, 40, 50, torch.bfloat16, torch.bfloat16)
+    for name in ("x", "weight", "scores", "grad_output"):
+        value = getattr(t, name)
+        shifted = torch.empty(value.numel() + 1, dtype=value.dtype)[1:].view_as(value)
+        setattr(t, name, shifted.copy_(value))
+    assert_matches_reference(t, torch.tensor(2, dtype=torch.bfloat16), "magnitude")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep_ratio", [0, 1e-4, 0.3, 0.5, 0.9, 1])
+def test_kept_threshold_is_the_kth_largest_of_random_scores(dtype, mode, keep_ratio):
+    scores = (0.02 * torch.randn(64, 999, generator=torch.Generator().manual_seed(1))).to(dtype)
+    assert_same(cpu.kept_threshold(scores, keep_ratio, mode), reference.kept_threshold(scores, keep_ratio, mode))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("mode", MODES)
+def test_one_non_finite_score_makes_the_threshold_nan(dtype, bad, mode):
+    scores = torch.randn(7, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scores[3, 5] = torch.finfo(dtype).max
+    scores[0, 0] = torch.finfo(dtype).min
+    assert cpu.kept_threshold(scores, 0.01, mode).isfinite()
+    scores[6, 8] = bad
+    for keep_ratio in (0, 0.5, 1):
+        assert cpu.kept_threshold(scores, keep_ratio, mode).isnan()
+
+
+def test_subnormal_scores_are_ordered(capability):
+    tiny = torch.tensor([[1.0, -2.0, 3.0, 0.0]]) * 2.0**-140
+    threshold = cpu.kept_threshold(tiny, 0.5, "magnitude")
+    assert threshold == 2.0**-139
+    assert cpu.pack_mask(tiny, threshold, "magnitude").item() == 0b0110
+
+
+def test_thread_count_changes_no_bit(threads):
+    t = random_inputs(40, 513, 700, torch.bfloat16)
+    results = []
+    for count in (1, 2):
+        threads(count)
+        threshold = cpu.kept_threshold(t.scores, 0.9, "magnitude")
+        packed = cpu.pack_mask(t.scores, threshold, "magnitude")
+        y = cpu.masked_linear_packed(t.x, t.weight, packed, t.bias)
+        arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", [True, False, True, False])
+        d_x, _, d_scores, _ = cpu.masked_linear_backward(*arguments)
+        results.append((threshold, packed, *cpu.pack_signs(t.scores), y, d_x, d_scores))
+    for one, two in zip(*results):
+        assert_same(one, two)
+
+
+def test_accumulation_adds_in_fp32_and_leaves_no_rounding_to_the_terms(capability):
+    t = random_inputs(16, 40, 70, torch.bfloat16)
+    out = torch.zeros(40, 70)
+    for _ in range(3):
+        cpu.accumulate_score_grad(out, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
+    want = [False, False, True, False]
+    arguments = (t.grad_output, t.x, t.weight, t.scores, torch.tensor(0.0), "magnitude", want)
+    once = cpu.masked_linear_backward(*arguments)[2]
+    torch.testing.assert_close(out, 3 * once, rtol=1e-6, atol=0)
+
+
+def test_an_unknown_or_missing_capability_is_an_error(monkeypatch):
+    monkeypatch.setenv("MFT_CPU_CAPABILITY", "mmx")
+    with pytest.raises(RuntimeError, match="MFT_CPU_CAPABILITY must be one of .*portable.* got 'mmx'"):
+        torch.ops.mft_cpu.capability()
+
+
+def test_the_library_needs_no_python_symbol():
+    # One build serves every Python and every torch from 2.11 on: only the stable C interface may be undefined.
+    nm = subprocess.run(["nm", "-D", "--undefined-only", str(cpu._LIBRARY)], capture_output=True, text=True)
+    if nm.returncode != 0:
+        pytest.skip(f"nm cannot read the library: {nm.stderr}")
+    symbols = [line.split()[-1] for line in nm.stdout.splitlines()]
+    assert not [s for s in symbols if s.startswith(("Py", "_Py"))]
+    assert not [s for s in symbols if "c10" in s or "at6native" in s]
+
+
+def test_ops_below_the_library_hold_under_inference_mode_and_grad_mode(capability):
+    t = integer_inputs(4, 8, 16, torch.bfloat16)
+    t.weight.requires_grad_()
+    threshold = torch.tensor(2.0)
+    with torch.inference_mode():
+        y = cpu.masked_linear(t.x.clone(), t.weight, t.scores, threshold, None, "magnitude")
+    assert_same(y.clone(), reference.masked_linear(t.x, t.weight, t.scores, threshold, None, "magnitude").detach())
+
+
+def test_without_the_library_the_backend_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "_LIBRARY", tmp_path / "libmft_cpu.so")
+    monkeypatch.setattr(cpu, "_REPORT", tmp_path / "_build.json")
+    assert "not built: setup.py has not run" in cpu._load()
+    (tmp_path / "_build.json").write_text('{"built": false, "reason": "no C++ compiler found"}')
+    assert "not built: no C++ compiler found" in cpu._load()
+    (tmp_path / "libmft_cpu.so").write_bytes(b"not a library")
+    assert "does not load with torch" in cpu._load()
