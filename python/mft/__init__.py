@@ -1,0 +1,51 @@
+"""The recipe on top of mft_kernels: convert a Hugging Face model, fine-tune its masks, compare, merge."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import MaskConfig, load_config
+    from .convert import (
+        mask_model,
+        masked_modules,
+        merge_model,
+        print_trainable_parameters,
+        trainable_parameters,
+    )
+    from .export import load_masks, save_masks
+    from .models import load_model, save_model
+
+# Loaded at first use: `mft --help` and `mft env` need not wait for transformers.
+_HOMES = {
+    "MaskConfig": "config",
+    "load_config": "config",
+    "load_masks": "export",
+    "load_model": "models",
+    "mask_model": "convert",
+    "masked_modules": "convert",
+    "merge_model": "convert",
+    "print_trainable_parameters": "convert",
+    "save_masks": "export",
+    "save_model": "models",
+    "trainable_parameters": "convert",
+}
+
+__all__ = [
+    "MaskConfig",
+    "load_config",
+    "load_masks",
+    "load_model",
+    "mask_model",
+    "masked_modules",
+    "merge_model",
+    "print_trainable_parameters",
+    "save_masks",
+    "save_model",
+    "trainable_parameters",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mft' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

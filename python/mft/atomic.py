@@ -1,0 +1,63 @@
+"""Directories that appear whole or not at all: written beside the target, synced, then renamed."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_directory(target: str | os.PathLike, *, replace: bool = True) -> Iterator[Path]:
+    """Yield an empty directory that becomes target when the block ends well, and vanishes when it does not.
+
+    With replace=False a target that another process finished first stays, and ours is dropped: both hold the same.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        yield scratch
+        _open_to_readers(scratch)
+        _sync_tree(scratch)
+        _move_into_place(scratch, target, replace)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _move_into_place(scratch: Path, target: Path, replace: bool) -> None:
+    if not target.exists():
+        try:
+            scratch.rename(target)
+            return
+        except OSError:
+            if not target.is_dir():  # not a race with another writer: a real failure
+                raise
+    if not replace:
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".old", dir=target.parent) as old:
+        target.rename(Path(old) / target.name)
+        scratch.rename(target)
+
+
+def _open_to_readers(scratch: Path) -> None:
+    """mkdtemp makes 0700; the target gets what the umask allows."""
+    umask = os.umask(0)
+    os.umask(umask)
+    scratch.chmod(0o777 & ~umask)
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        _sync(path)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,305 @@
+"""Configuration: dataclasses read from strict YAML plus `section.key=value` overrides.
+
+Whatever is unknown, of the wrong type or out of range is a ValueError that names the key, the rule and the value.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mft.choices import nearest, nearest_path
+from mft.fields import check_not_empty, check_one_of, check_rule, check_seed, coerce_fields, shown
+from mft.yaml_file import dump_yaml, parse_yaml
+
+DTYPES = ("bfloat16", "float32", "float16")
+MODES = ("magnitude", "value")
+INITS = ("normal", "magnitude", "constant")
+SCHEDULES = ("linear", "constant", "cosine")
+# What other trainers, and the paper's own code, call our keys.
+FOREIGN_NAMES = {
+    "learning_rate": "train.lr",
+    "max_steps": "train.steps",
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.accumulation",
+    "lr_scheduler_type": "train.schedule",
+    "logging_steps": "train.log_every",
+    "max_seq_length": "data.sequence_length",
+    "dataset": "data.source",
+    "torch_dtype": "model.dtype",
+    "model_name_or_path": "model.name",
+    "sparsity": "mask.keep_ratio",
+    "layers": "mask.layers_to_transform",
+}
+
+
+@dataclass
+class ModelConfig:
+    """Which model: a hub id, a local directory, a *.gguf file, or the shorthand smollm2-135m."""
+
+    name: str = "smollm2-135m"
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    attn_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        coerce_fields(self)
+        check_not_empty(self, "name", "revision", "attn_implementation")
+        check_one_of("dtype", self.dtype, DTYPES)
+
+
+@dataclass
+class MaskConfig:
+    """Which linear layers get a mask, how much of each is kept, and how the scores begin."""
+
+    target_modules: str | list[str] | None = None  # None: attention and MLP
+    layers_to_transform: int | list[int] | None = None  # a string such as "0-3,7" is accepted too
+    exclude_modules: str | list[str] | None = None
+    keep_ratio: float = 0.9
+    mode: str = "magnitude"
+    init: str = "normal"
+    threshold: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers_to_transform, str):
+            self.layers_to_transform = parse_layers(self.layers_to_transform)
+        coerce_fields(self)
+        check_not_empty(self, "target_modules", "layers_to_transform", "exclude_modules")
+        if isinstance(self.layers_to_transform, list):
+            self.layers_to_transform = sorted(set(self.layers_to_transform))
+        for layer in _as_list(self.layers_to_transform):
+            check_rule(layer >= 0, "layers_to_transform", "count layers from 0", self.layers_to_transform)
+        check_rule(0 <= self.keep_ratio <= 1, "keep_ratio", "lie in [0, 1]", self.keep_ratio)
+        check_one_of("mode", self.mode, MODES)
+        check_one_of("init", self.init, INITS)
+        if self.threshold is not None and self.mode == "magnitude":
+            check_rule(self.threshold >= 0, "threshold", "be at least 0 in magnitude mode", self.threshold)
+        check_seed(self.seed)
+
+
+@dataclass
+class DataConfig:
+    """Which text, and how it becomes rows of sequence_length tokens."""
+
+    source: str = "stdlib"  # or a hub id, a directory, *.jsonl, *.parquet
+    subset: str | None = None
+    split: str = "train"
+    validation_split: str | None = None
+    sequence_length: int = 512
+    packing: bool = True
+    assistant_only: bool = True
+    max_train_tokens: int | None = None
+    max_eval_tokens: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        coerce_fields(self)
+        check_not_empty(self, "source", "subset", "split", "validation_split")
+        check_rule(self.sequence_length >= 2, "sequence_length", "be at least 2", self.sequence_length)
+        for name in ("max_train_tokens", "max_eval_tokens"):
+            tokens = getattr(self, name)
+            if tokens is not None:
+                check_rule(
+                    tokens >= self.sequence_length,
+                    name,
+                    f"be at least one row of sequence_length = {self.sequence_length} tokens",
+                    tokens,
+                )
+        check_seed(self.seed)
+
+
+@dataclass
+class TrainConfig:
+    """One training run. Exactly one of steps and epochs says how long it is.
+
+    steps counts optimiser steps; each takes batch_size * accumulation rows.
+    """
+
+    lr: float = 3e-4  # masks move at 3e-4 to 4e-3 in short runs; the paper's 2e-5 needs about a thousand steps
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 1
+    accumulation: int = 1
+    warmup_ratio: float = 0.03
+    schedule: str = "linear"
+    max_grad_norm: float | None = None
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    log_every: int = 1
+
+    def __post_init__(self) -> None:
+        coerce_fields(self)
+        check_rule(self.lr > 0, "lr", "be positive", self.lr)
+        if self.steps is None and self.epochs is None:
+            raise ValueError(
+                "steps or epochs must be given (exactly one of them), got neither: set steps=100 or epochs=1"
+            )
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps or epochs must be given (exactly one of them), got steps={self.steps} and "
+                f"epochs={self.epochs}: set the other to null"
+            )
+        for name in ("steps", "epochs", "max_grad_norm"):
+            value = getattr(self, name)
+            check_rule(value is None or value > 0, name, "be positive (or null)", value)
+        for name in ("batch_size", "accumulation", "log_every"):
+            check_rule(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        check_rule(0 <= self.warmup_ratio <= 1, "warmup_ratio", "lie in [0, 1]", self.warmup_ratio)
+        check_one_of("schedule", self.schedule, SCHEDULES)
+        check_rule(self.weight_decay >= 0, "weight_decay", "be at least 0", self.weight_decay)
+        check_rule(all(0 <= beta < 1 for beta in self.betas), "betas", "lie in [0, 1)", self.betas)
+        check_seed(self.seed)
+
+
+@dataclass
+class RunConfig:
+    """Everything one command needs; the sections of a YAML file."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))
+    output_dir: str = "runs/mft"
+
+    def __post_init__(self) -> None:
+        coerce_fields(self)
+        check_not_empty(self, "output_dir")
+
+
+SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "mask": MaskConfig, "train": TrainConfig}
+
+
+def load_config(path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """The defaults, then the YAML file at path (None: no file), then overrides such as "train.lr=3e-4".
+
+    An override's value is YAML: null, true, 3e-4, [q_proj, v_proj]. The last of two for one key wins.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read_mapping(Path(path))
+        _check_keys(values, origin=f"{path}: ")
+    _apply_overrides(values, overrides)
+    sections = {}
+    for name, section in SECTIONS.items():
+        given = values.pop(name, None)
+        if given is not None:
+            sections[name] = _build(section, given, name, path, overrides)
+    return _build(RunConfig, values | sections, "", path, overrides)
+
+
+def save_config(config: RunConfig, path: str | os.PathLike) -> None:
+    """Write YAML from which load_config gives back an equal config."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(dump_yaml(_plain(dataclasses.asdict(config))), encoding="utf-8")
+
+
+def parse_layers(text: str) -> list[int]:
+    """ "0-3,7" -> [0, 1, 2, 3, 7]"""
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(
+                f'layers_to_transform must be an int, a list of ints or ranges such as "0-3,7", got {text!r}'
+            )
+        if dash and int(last) < int(first):
+            raise ValueError(f"layers_to_transform must have ranges that rise, got {part.strip()!r} in {text!r}")
+        layers.update(range(int(first), int(last or first) + 1))
+    return sorted(layers)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        if path.is_dir():
+            raise ValueError(f"config must be a YAML file, got the directory {path}")
+        raise ValueError(f"config must be a YAML file that exists, got {path}{nearest_path(path)}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: config must be UTF-8 text, byte {error.start} is not") from None
+    values = parse_yaml(text, str(path))
+    if values is None:
+        raise ValueError(f"{path}: config must hold keys such as train:, got an empty file")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: config must be a mapping of keys such as train:, got {shown(values)}")
+    return values
+
+
+def _apply_overrides(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise ValueError(f"an override must look like train.lr=3e-4, got {override!r}")
+        if key in SECTIONS:
+            names = ", ".join(f"{key}.{name}" for name in _field_names(SECTIONS[key]))
+            raise ValueError(f"an override must name one key, got the section {key!r}: its keys are {names}")
+        section, dot, name = key.partition(".")
+        value = parse_yaml(text, f"override {override!r}")
+        _check_keys({section: {name: None}} if dot else {section: value}, origin=f"override {override!r}: ")
+        target = values
+        if dot:
+            if values.get(section) is None:
+                values[section] = {}
+            target = values[section]
+        target[name if dot else section] = value
+
+
+def _check_keys(values: dict[Any, Any], origin: str) -> None:
+    """Raise on the first key that no dataclass has, wherever it stands."""
+    known = _field_names(RunConfig)
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(f"{origin}unknown key {str(key)!r}{_suggestion(str(key), '', known)}")
+        if key not in SECTIONS or value is None:
+            continue
+        if not isinstance(value, dict):
+            raise ValueError(f"{origin}{key} must be a mapping of keys, got {shown(value)}")
+        names = _field_names(SECTIONS[key])
+        for name in value:
+            if name not in names:
+                raise ValueError(f"{origin}unknown key '{key}.{name}'{_suggestion(str(name), f'{key}.', names)}")
+
+
+def _suggestion(name: str, prefix: str, names: list[str]) -> str:
+    """The nearest name in this section, else the same name in another one, else all names of this section."""
+    elsewhere = {f"{key}.{known}": known for key, section in SECTIONS.items() for known in _field_names(section)}
+    last = name.rpartition(".")[2]
+    exact = [path for path, known in elsewhere.items() if known == last or path == FOREIGN_NAMES.get(last)]
+    if exact:
+        return f"; did you mean {' or '.join(exact)}?"
+    close = nearest(name, names, prefix=prefix)
+    if not close:
+        close = nearest(name, list(elsewhere.values()), paths=elsewhere)
+    return close or f"; known here: {', '.join(prefix + known for known in names)}"
+
+
+def _build(cls: type, values: dict[str, Any], name: str, path: str | os.PathLike | None, overrides) -> Any:
+    """cls(**values); its errors begin with a field's name, so that the section and the file can stand before it."""
+    try:
+        return cls(**values)
+    except ValueError as error:
+        origin = f"{path}: " if path is not None else ""
+        after = f" (with the overrides {' '.join(overrides)})" if overrides else ""
+        raise ValueError(f"{origin}{name}{'.' if name else ''}{error}{after}") from None
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _field_names(cls: type) -> list[str]:
+    return [item.name for item in dataclasses.fields(cls)]
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, for YAML."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

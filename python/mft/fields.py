@@ -1,0 +1,87 @@
+"""Checks of a dataclass's fields against their annotations and against rules.
+
+Every message begins with the field's name, so that a reader of files can put the section before it.
+"""
+
+import math
+import types
+import typing
+from typing import Any
+
+from mft.choices import nearest
+
+
+def coerce_fields(config: Any) -> None:
+    """Check each field against its annotation; 1 becomes 1.0 where a float is due, 1e6 becomes 1000000 for an int."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        accepted, coerced = _match(value, hint)
+        if not accepted:
+            hint_text = "; quote it" if hint in (str, str | None) and value is not None else ""
+            raise ValueError(f"{name} must be {_hint_words(hint)}, got {shown(value)}{hint_text}")
+        if isinstance(coerced, float) and not math.isfinite(coerced):
+            raise ValueError(f"{name} must be a finite number, got {coerced}")
+        setattr(config, name, coerced)
+
+
+def _match(value: Any, hint: Any) -> tuple[bool, Any]:
+    """Whether value fits the type hint, and the value in that type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        for option in arguments:
+            accepted, coerced = _match(value, option)
+            if accepted:
+                return True, coerced
+        return False, value
+    if origin is list:
+        pairs = [_match(item, arguments[0]) for item in value] if isinstance(value, list | tuple) else [(False, None)]
+        return all(ok for ok, _ in pairs), [item for _, item in pairs]
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(arguments):
+            return False, value
+        pairs = [_match(item, option) for item, option in zip(value, arguments, strict=True)]
+        return all(ok for ok, _ in pairs), tuple(item for _, item in pairs)
+    if isinstance(value, bool) and hint in (int, float):
+        return False, value
+    if hint is float and isinstance(value, int):
+        return True, float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return True, int(value)
+    return isinstance(value, hint), value
+
+
+def _hint_words(hint: Any) -> str:
+    if typing.get_origin(hint) is types.UnionType:
+        return " or ".join(_hint_words(option) for option in typing.get_args(hint))
+    words = {str: "a string", int: "an int", float: "a number", bool: "true or false", type(None): "null"}
+    if typing.get_origin(hint) is list:
+        return f"a list of {typing.get_args(hint)[0].__name__}"
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {len(typing.get_args(hint))} numbers"
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def shown(value: Any) -> str:
+    text = repr(value)
+    return "null" if value is None else f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def check_rule(holds: bool, name: str, rule: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"{name} must {rule}, got {value}")
+
+
+def check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
+
+
+def check_not_empty(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value in ("", []) or (isinstance(value, list) and "" in value):
+            raise ValueError(f"{name} must not be empty, got {value!r}: leave the key out for its default")
+
+
+def check_seed(seed: int) -> None:
+    check_rule(0 <= seed < 2**63, "seed", "lie in [0, 2**63)", seed)

@@ -1,0 +1,240 @@
+"""Load a causal language model from wherever it lies, and save it so that plain transformers reads it back."""
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from mft.atomic import atomic_directory
+from mft.cache import cache_root, sha256_of
+from mft.choices import nearest, nearest_path
+from mft.config import ModelConfig
+from mft.fetch import GGUF_SHA256, fetch_smollm2
+from mft.hub import hub_is_reachable
+
+__all__ = ["SHORTHANDS", "fetch_smollm2", "load_model", "save_model", "smollm2_directory"]
+
+logger = logging.getLogger(__name__)
+
+SHORTHANDS = ("smollm2-135m",)
+# What save_pretrained and a model hub's snapshot write; save_model replaces a directory of these alone.
+_MODEL_FILES = re.compile(r".*\.safetensors|.*\.json|.*\.jinja|.*\.model|merges\.txt|.*\.md|\.gitattributes|LICENSE.*")
+
+
+def load_model(config: ModelConfig) -> tuple[Any, Any]:
+    """(model, tokenizer) in config.dtype on the CPU, in eval mode; pad = eos where the tokenizer has no pad.
+
+    A GGUF file is dequantised once and kept in the cache as an ordinary model directory.
+    Raises: ValueError if config.name is no causal language model that can be reached; it says what to do.
+    """
+    name = config.name
+    path = Path(name).expanduser()
+    if name in SHORTHANDS:
+        source = smollm2_directory(config.dtype)
+    elif path.is_file():
+        source = _dequantised(path, _gguf_hash(path), config.dtype)
+    elif path.is_dir():
+        source = _model_directory(path)
+    elif _looks_like_a_path(name):
+        raise ValueError(
+            f"model.name must be a model that exists, got {name!r}: no such file or directory{nearest_path(path)}"
+        )
+    else:
+        return _from_hub(config)
+    return _load(str(source), config, local_files_only=True)
+
+
+def smollm2_directory(dtype: str = "bfloat16") -> Path:
+    """SmolLM2-135M-Instruct in the cache as an ordinary model directory, fetched and dequantised on the first call."""
+    return _dequantised(None, GGUF_SHA256, dtype)
+
+
+def save_model(model: Any, tokenizer: Any, directory: str | os.PathLike) -> Path:
+    """Write model and tokenizer as an ordinary directory: AutoModelForCausalLM.from_pretrained(directory) reads it.
+
+    A model directory that stands there already is replaced; one that holds anything else is refused.
+    """
+    target = Path(directory)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"directory must be a directory, got the file {target}")
+    present = [entry.name for entry in target.iterdir()] if target.exists() else []
+    foreign = [name for name in present if not _MODEL_FILES.fullmatch(name)]
+    if foreign:
+        raise ValueError(
+            f"directory must be new, empty or a model's, got {target} with "
+            f"{', '.join(sorted(foreign)[:3])}: choose another one"
+        )
+    masked = [key for key, _ in model.named_parameters() if key.endswith(".scores")]
+    if masked:
+        raise ValueError(
+            f"model must be merged before it is saved, got {len(masked)} masked layers such as "
+            f"{masked[0].removesuffix('.scores')}: call merge_model(model) first"
+        )
+    _forget_gguf(model)
+    with atomic_directory(target) as scratch, _quiet_progress():
+        model.save_pretrained(scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+    return target
+
+
+def _load(source: str, config: ModelConfig, **options: Any) -> tuple[Any, Any]:
+    options |= {"trust_remote_code": False}
+    if config.revision is not None:
+        options["revision"] = config.revision
+    attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    model: Any
+    info: Any
+    what = "tokenizer"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        what = " ".join(["causal language model", *(f"with {key}={value!r}" for key, value in attention.items())])
+        with _quiet_progress():
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+                source,
+                dtype=getattr(torch, config.dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                **attention,
+                **options,
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"model.name {config.name!r} cannot be loaded as a {what}: {_first_lines(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"model.name {config.name!r} must hold every weight of a {type(model).__name__}, "
+            f"{len(missing)} are missing, such as {missing[0]}: is it a causal language model?"
+        )
+    return _prepared(model, tokenizer, config.name)
+
+
+def _prepared(model: Any, tokenizer: Any, name: str) -> tuple[Any, Any]:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model.name {name!r} must have a tokenizer with an end-of-sequence token, got none")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise ValueError(
+            f"model.name {name!r} must embed every token of its tokenizer, got {len(tokenizer)} tokens "
+            f"and {model.get_input_embeddings().num_embeddings} embeddings"
+        )
+    model.config.__dict__.pop("_model_name_or_path", None)  # a title from GGUF metadata, not a name to load by
+    model.config._name_or_path = name
+    return model.eval(), tokenizer
+
+
+def _from_hub(config: ModelConfig) -> tuple[Any, Any]:
+    name = config.name
+    hint = nearest(name.rpartition("/")[2], SHORTHANDS)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ValueError(
+            f"model.name must be {', '.join(SHORTHANDS)}, a directory, a *.gguf file or a hub id, got {name!r}{hint}"
+        )
+    online = hub_is_reachable()
+    try:
+        return _load(name, config, local_files_only=not online)
+    except ValueError as error:
+        if isinstance(error.__cause__, OSError) and not online:
+            raise ValueError(
+                f"model.name {name!r} is neither {' nor '.join(SHORTHANDS)}, nor a file or directory here, nor a model "
+                f"in the hub's local cache, and the hub cannot be reached: check the name and the network, or give a "
+                f"local directory{hint}"
+            ) from error
+        raise ValueError(f"{error}{hint}") from error
+
+
+def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
+    """The cached directory of this GGUF file in this dtype; gguf None stands for SmolLM2, fetched only if needed."""
+    target = cache_root() / "models" / f"{digest[:16]}-{dtype}"
+    if target.is_dir():
+        return target
+    gguf = gguf or fetch_smollm2()
+    logger.warning("dequantising %s to %s, once; kept in %s", gguf.name, dtype, target)
+    options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    dense = {}
+    if hasattr(transformers, "GgufConfig"):  # newer versions may keep weights packed, in layers that are not nn.Linear
+        dense = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    try:
+        with _quiet_progress():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                gguf.parent, dtype=getattr(torch, dtype), **dense, **options
+            )
+    except (OSError, ValueError, KeyError, IndexError, ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"model.name must be a GGUF file that transformers can read, got {gguf}: {_first_lines(error)}"
+        ) from error
+    _prepared(model, tokenizer, gguf.stem)
+    _forget_gguf(model)
+    with atomic_directory(target, replace=False) as scratch, _quiet_progress():
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+    return target
+
+
+def _gguf_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ValueError(
+            f"model.name must be a GGUF file if it is a file, got {path}, which begins with {magic!r}: "
+            "name the directory of an ordinary model"
+        )
+    return sha256_of(path)
+
+
+def _model_directory(path: Path) -> Path:
+    if (path / "config.json").is_file():
+        return path
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model.name must be a model, got {path}, which holds an adapter or a mask: name its base "
+            "model, or merge the mask first"
+        )
+    files = sorted(path.glob("*.gguf"))
+    remedy = f"name the file, {files[0]}" if files else "name a directory that save_pretrained wrote"
+    raise ValueError(f"model.name must be a directory with a config.json, got {path} without one: {remedy}")
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".gguf", ".safetensors", "/"))
+
+
+def _forget_gguf(model: Any) -> None:
+    """transformers refuses to save a model that it thinks is still quantised."""
+    settings = getattr(model.config, "quantization_config", None)
+    if settings is not None and not isinstance(settings, dict):
+        settings = settings.to_dict()
+    if settings is not None and settings.get("quant_method") == "gguf":
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+
+
+def _first_lines(error: BaseException) -> str:
+    """The first 300 characters of a library's message, on one line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+@contextmanager
+def _quiet_progress() -> Iterator[None]:
+    """Without transformers' bars over weights that load in a blink; a download's own bar stays."""
+    enabled = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers.utils.logging.enable_progress_bar()

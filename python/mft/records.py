@@ -1,0 +1,281 @@
+"""Where examples come from: stdlib, a JSONL or parquet file, a directory, or a hub id, as records of three splits."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+from mft.cache import sha256_of
+from mft.choices import nearest, nearest_path
+from mft.config import DataConfig
+from mft.corpus import check_stdlib, describe_stdlib, stdlib_files
+from mft.hub import hub_is_reachable
+
+SPLITS = ("train", "validation", "test")
+FILE_TYPES = (".jsonl", ".parquet")
+CONTENT_COLUMNS = ("messages", "prompt", "completion", "text")
+
+
+@dataclass
+class Records:
+    """Rows of one origin. place(i) says where row i stands; numbers[i] is its document number."""
+
+    rows: Sequence[dict[str, Any]]
+    place: Callable[[int], str]
+    columns: list[str]
+    numbers: Sequence[int]
+
+    def select(self, picked: list[int]) -> "Records":
+        rows = self.rows.select(picked) if isinstance(self.rows, datasets.Dataset) else [self.rows[i] for i in picked]
+        return Records(rows, lambda i: self.place(picked[i]), self.columns, [self.numbers[i] for i in picked])
+
+
+@dataclass
+class Source:
+    """The records of the three splits, loaded when asked; fingerprint stands for all of their content."""
+
+    fingerprint: str
+    load: Callable[[], dict[str, Records]]
+    notes: list[str] = field(default_factory=list)
+
+
+def form_of(records: Records) -> str:
+    """How records are read, by their columns: as messages, else as prompt and completion, else as text."""
+    columns = set(records.columns)
+    if "messages" in columns:
+        return "messages"
+    if {"prompt", "completion"} <= columns:
+        return "completion"
+    if "text" in columns:
+        return "text"
+    half = columns & {"prompt", "completion"}
+    close = next(filter(None, (nearest(column, CONTENT_COLUMNS) for column in sorted(columns))), "")
+    remedy = f"{half.pop()} needs its other half" if half else f"rename or convert them{close}"
+    raise ValueError(
+        f"{records.place(0)}: data must have a column messages, columns prompt and completion, or a "
+        f"column text, got {', '.join(sorted(columns)) or 'none'}: {remedy}"
+    )
+
+
+def open_source(config: DataConfig) -> Source:
+    """Raises ValueError if config.source is no data that can be reached; it says what to do."""
+    path = Path(config.source).expanduser()
+    if config.source == "stdlib":
+        return _stdlib(config)
+    if path.is_file():
+        return _single_file(path, config)
+    if path.is_dir() or not _looks_like_a_path(config.source):
+        return _datasets(path if path.is_dir() else None, config)
+    raise ValueError(
+        f"data.source must be data that exists, got {config.source!r}: no such file or directory{nearest_path(path)}"
+    )
+
+
+def _stdlib(config: DataConfig) -> Source:
+    _only_defaults(config, "the stdlib corpus is split by file hash")
+    sources = stdlib_files()
+    rows = [{"text": text} for text in sources.values()]
+    paths = list(sources)
+    everything = Records(rows, paths.__getitem__, ["text"], range(len(rows)))
+    splits = _split_off(everything, ["validation", "test"])
+    counts = {split: len(records.rows) for split, records in splits.items()}
+    check_stdlib(counts)
+    digest = hashlib.sha256("\0".join(part for item in sources.items() for part in item).encode())
+    return Source(digest.hexdigest(), lambda: splits, [describe_stdlib(counts)])
+
+
+def _single_file(path: Path, config: DataConfig) -> Source:
+    _only_defaults(config, f"the single file {path} has no splits, so name a directory with train and validation files")
+    if path.suffix not in FILE_TYPES:
+        raise ValueError(
+            f"data.source must be a {' or '.join(FILE_TYPES)} file if it is a file, got {path}: "
+            "convert it, for JSONL to one JSON object a line"
+        )
+    source = Source(sha256_of(path), dict)
+
+    def load() -> dict[str, Records]:
+        records = _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
+        return _complete({"train": records}, str(path), source.notes)
+
+    source.load = load
+    return source
+
+
+def _datasets(directory: Path | None, config: DataConfig) -> Source:
+    """A directory of data files or a hub id, through the datasets library."""
+    available = _load_datasets(directory, config)
+    chosen = {"train": _take(available, config.split, "split", config)}
+    if config.validation_split is not None:
+        chosen["validation"] = _take(available, config.validation_split, "validation_split", config)
+    elif "validation" in available and config.split != "validation":
+        chosen["validation"] = available["validation"]
+    if "test" in available and "test" not in (config.split, config.validation_split):
+        chosen["test"] = available["test"]
+    parts = [f"{split}={rows._fingerprint}" for split, rows in chosen.items()]
+    source = Source(hashlib.sha256(" ".join(parts).encode()).hexdigest(), dict)
+
+    def place_in(split: str) -> Callable[[int], str]:
+        return lambda i: f"{config.source}, split {split}, row {i}"
+
+    def load() -> dict[str, Records]:
+        records = {
+            split: Records(rows, place_in(split), rows.column_names, range(len(rows))) for split, rows in chosen.items()
+        }
+        return _complete(records, config.source, source.notes)
+
+    source.load = load
+    return source
+
+
+def _load_datasets(directory: Path | None, config: DataConfig) -> dict[str, datasets.Dataset]:
+    """Every split of the source."""
+    if directory is not None and any((directory / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        saved = datasets.load_from_disk(str(directory))
+        return dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    if directory is not None and not any(path.suffix in FILE_TYPES for path in directory.rglob("*")):
+        raise ValueError(
+            f"data.source must be a directory with {' or '.join(FILE_TYPES)} files, got {directory} with none"
+        )
+    if directory is None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source):
+        raise ValueError(
+            f"data.source must be stdlib, a .jsonl or .parquet file, a directory or a hub id, got {config.source!r}"
+        )
+    online = directory is not None or hub_is_reachable()
+    try:  # datasets answers an empty file with StopIteration
+        with _offline(not online):
+            loaded = datasets.load_dataset(str(directory or config.source), config.subset)
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if online:
+            reason = " ".join(str(cause).split())[:300] or "a file of it is empty"
+            message = f"data.source {config.source!r} cannot be loaded: {reason}"
+        else:
+            message = (
+                f"data.source {config.source!r} is neither stdlib, nor a file or directory here, nor in the "
+                "local cache of datasets, and the hub cannot be reached: check the name and the network, "
+                "or give a local file"
+            )
+        raise ValueError(message + nearest(config.source, ["stdlib"])) from error
+    return dict(loaded)
+
+
+@contextmanager
+def _offline(wanted: bool) -> Iterator[None]:
+    """datasets told that there is no network, so that it looks into its cache at once."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or wanted
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _take(available: dict[str, datasets.Dataset], expression: str, key: str, config: DataConfig) -> datasets.Dataset:
+    """A split by name; "train[:1000]" and "train[:10%]" cut one."""
+    name, _, _ = expression.partition("[")
+    if name not in available:
+        raise ValueError(
+            f"data.{key} must be one of {', '.join(available)}, got {expression!r}{nearest(name, available)}"
+        )
+    if name == expression:
+        return available[name]
+    rows = available[name]
+    try:
+        instruction = datasets.ReadInstruction.from_spec(expression).to_absolute({name: len(rows)})
+    except (ValueError, AssertionError) as error:
+        raise ValueError(
+            f"data.{key} must look like {name}, {name}[:1000] or {name}[:10%], got {expression!r}"
+        ) from error
+    return rows.select(range(instruction[0].from_, instruction[0].to))
+
+
+def _complete(records: dict[str, Records], source: str, notes: list[str]) -> dict[str, Records]:
+    """Split off by content hash what the source lacks of validation and test: a tenth of train each."""
+    for split, found in records.items():
+        if not len(found.rows):
+            raise ValueError(f"data.source {source!r} must hold examples, got an empty {split} split")
+        form_of(found)
+    lacking = [split for split in SPLITS if split not in records]
+    if lacking:
+        records = {**records, **_split_off(records["train"], lacking)}
+        sizes = ", ".join(f"{len(records[split].rows)} for {split}" for split in SPLITS)
+        notes.append(
+            f"{source}: no {' and no '.join(lacking)} split given, so about a tenth of train was split off "
+            f"for each by content hash: examples are now {sizes}"
+        )
+    return {split: records[split] for split in SPLITS}
+
+
+def _split_off(records: Records, lacking: list[str]) -> dict[str, Records]:
+    """Train and the lacking splits; equal rows fall into the same one, whatever their order."""
+    share = {"validation": 8, "test": 9}
+    digests = [hashlib.sha256(_content(row)).hexdigest() for row in records.rows]
+    groups: dict[str, set[str]] = {
+        split: {digest for digest in digests if int(digest[:8], 16) % 10 == share[split]} for split in lacking
+    }
+    distinct = sorted(set(digests))
+    if len(distinct) <= len(lacking):
+        raise ValueError(
+            f"data.source must have more than {len(lacking)} different examples to split off "
+            f"{' and '.join(lacking)}, got {len(distinct)}: add examples, or give those splits"
+        )
+    if any(not group for group in groups.values()) or len(set().union(*groups.values())) == len(distinct):
+        groups = {split: {distinct[i]} for i, split in enumerate(lacking)}  # so few that a tenth may be none
+    owner = {digest: split for split, group in groups.items() for digest in group}
+    picked: dict[str, list[int]] = {"train": [], **{split: [] for split in lacking}}
+    for i, digest in enumerate(digests):
+        picked[owner.get(digest, "train")].append(i)
+    return {split: records.select(indices) for split, indices in picked.items()}
+
+
+def _content(row: dict[str, Any]) -> bytes:
+    """What makes two rows the same example: an id beside the same text does not."""
+    row = {key: row[key] for key in CONTENT_COLUMNS if key in row} or row
+    return json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
+
+
+def _read_jsonl(path: Path) -> Records:
+    rows, lines = [], []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise ValueError(f"{path}:{number}: broken JSON, must be one object a line: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: must be a JSON object, got a {type(row).__name__}")
+            rows.append(row)
+            lines.append(number)
+    columns = sorted({key for row in rows for key in row})
+    return Records(rows, lambda i: f"{path}:{lines[i]}", columns, range(len(rows)))
+
+
+def _read_parquet(path: Path) -> Records:
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} must be a parquet file, and cannot be read as one: {error}") from None
+    return Records(datasets.Dataset(table), lambda i: f"{path} row {i}", table.column_names, range(table.num_rows))
+
+
+def _only_defaults(config: DataConfig, why: str) -> None:
+    for key, default in (("subset", None), ("split", "train"), ("validation_split", None)):
+        value = getattr(config, key)
+        if value != default:
+            raise ValueError(f"data.{key} must be left out for this source, got {value!r}: {why}")
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((*FILE_TYPES, ".json", ".csv", "/"))

