@@ -9,6 +9,9 @@ import torch
 
 TOKENS_OF_SMOLLM2 = 49152
 
+# Tests are small: a second thread gains nothing, and waiting for it on a busy machine costs a factor of five.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def smollm2_dir():

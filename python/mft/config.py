@@ -43,10 +43,11 @@ class ModelConfig:
     revision: str | None = None
     dtype: str = "bfloat16"
     attn_implementation: str | None = None
+    chat_template: str | None = None  # "tulu", or a Jinja file: for base models, whose tokenizers have none
 
     def __post_init__(self) -> None:
         coerce_fields(self)
-        check_not_empty(self, "name", "revision", "attn_implementation")
+        check_not_empty(self, "name", "revision", "attn_implementation", "chat_template")
         check_one_of("dtype", self.dtype, DTYPES)
 
 

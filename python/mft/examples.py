@@ -140,8 +140,9 @@ def _templated(tokenizer: Any, messages: list[dict[str, str]], *, add_generation
 def _template(tokenizer: Any, place: str) -> str:
     if not tokenizer.chat_template:
         raise ValueError(
-            f"{place}: messages need a tokenizer with a chat template, got one without: use an "
-            "instruction-tuned model, or data with prompt and completion"
+            f"{place}: messages need a tokenizer with a chat template, got one without: set "
+            "model.chat_template (tulu, or a Jinja file), use an instruction-tuned model, or data with prompt and "
+            "completion"
         )
     return tokenizer.get_chat_template()
 

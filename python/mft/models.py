@@ -24,6 +24,8 @@ __all__ = ["SHORTHANDS", "fetch_smollm2", "load_model", "save_model", "smollm2_d
 
 logger = logging.getLogger(__name__)
 
+TEMPLATES = Path(__file__).with_name("templates")
+
 SHORTHANDS = ("smollm2-135m",)
 # What save_pretrained and a model hub's snapshot write; save_model replaces a directory of these alone.
 _MODEL_FILES = re.compile(r".*\.safetensors|.*\.json|.*\.jinja|.*\.model|merges\.txt|.*\.md|\.gitattributes|LICENSE.*")
@@ -114,7 +116,21 @@ def _load(source: str, config: ModelConfig, **options: Any) -> tuple[Any, Any]:
             f"model.name {config.name!r} must hold every weight of a {type(model).__name__}, "
             f"{len(missing)} are missing, such as {missing[0]}: is it a causal language model?"
         )
+    if config.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(config.chat_template)
     return _prepared(model, tokenizer, config.name)
+
+
+def read_chat_template(name: str) -> str:
+    """The text of a shipped chat template ("tulu") or of a Jinja file; it goes into the saved tokenizer too."""
+    shipped = {path.stem: path for path in TEMPLATES.glob("*.jinja")}
+    path = shipped.get(name, Path(name).expanduser())
+    if not path.is_file():
+        raise ValueError(
+            f"model.chat_template must be {' or '.join(shipped)}, or a Jinja file that exists, got {name!r}"
+            f"{nearest(name, shipped) or nearest_path(path)}"
+        )
+    return path.read_text(encoding="utf-8")
 
 
 def _prepared(model: Any, tokenizer: Any, name: str) -> tuple[Any, Any]:

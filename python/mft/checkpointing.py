@@ -1,0 +1,64 @@
+"""Gradient checkpointing over a frozen prefix: the layers below the first masked one keep running without autograd.
+
+transformers makes the embeddings' output require a gradient whenever checkpointing is on, because reentrant
+checkpoints pass none to inputs that do not ask for it. Every frozen layer would then be recomputed and differentiated
+for nothing. Here only the first masked layer's input asks, and only where its checkpoint is a reentrant one.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class PrefixWithoutCheckpoints:
+    """Forward pre-hook of the module around layers, a part of model whose first masked layer is layers[first]."""
+
+    def __init__(self, model: nn.Module, layers: nn.ModuleList, first: int) -> None:
+        self.model = model
+        self.layers = layers
+        self.first = first
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        model: Any = self.model
+        hooked = bool(getattr(model, "_require_grads_hooks", None))
+        below: list[Any] = list(self.layers[: self.first])
+        checkpointed = [layer for layer in below if getattr(layer, "gradient_checkpointing", False)]
+        if not (hooked or checkpointed) or self._trains_elsewhere():
+            return
+        if hooked:
+            model.disable_input_require_grads()
+        for layer in checkpointed:  # nothing of it is needed in the backward pass
+            layer.gradient_checkpointing = False
+
+    def _trains_elsewhere(self) -> bool:
+        above = {id(p) for layer in self.layers[self.first :] for p in layer.parameters()}
+        return any(p.requires_grad and id(p) not in above for p in self.model.parameters())
+
+
+class ReentrantEntry:
+    """Forward pre-hook of the first masked layer: its input asks for a gradient if a reentrant checkpoint needs it."""
+
+    def __call__(self, layer: nn.Module, args: tuple) -> None:
+        checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+        active = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+        if not active or not getattr(checkpoint, "keywords", {}).get("use_reentrant", False):
+            return
+        if args and isinstance(args[0], Tensor) and args[0].is_floating_point() and not args[0].requires_grad:
+            args[0].requires_grad_(True)
+
+
+def add_checkpointing_hooks(model: nn.Module, stack: str, first: int) -> None:
+    """Let checkpointing skip what lies below the first masked layer; stack names the list of decoder layers."""
+    layers: Any = model.get_submodule(stack)
+    around = model.get_submodule(stack.rpartition(".")[0])
+    around.register_forward_pre_hook(PrefixWithoutCheckpoints(model, layers, first))
+    layers[first].register_forward_pre_hook(ReentrantEntry())
+
+
+def remove_checkpointing_hooks(model: nn.Module) -> None:
+    """Take back add_checkpointing_hooks."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, PrefixWithoutCheckpoints | ReentrantEntry):
+                del module._forward_pre_hooks[key]

@@ -1,0 +1,171 @@
+"""Whole models: put a mask on chosen linear layers, freeze the rest, and bake the masks in again."""
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mft.checkpointing import add_checkpointing_hooks, remove_checkpointing_hooks
+from mft.config import MaskConfig
+from mft.linears import layer_index, layer_stacks
+from mft.targets import select_targets
+from mft_kernels import MaskedLinear
+
+# Which parameters were trainable before, so that merge_model can say so again; an attribute of the model.
+_TRAINABLE_BEFORE = "_mft_trainable_before"
+_CAME_FROM_CONV1D = "_mft_from_conv1d"
+
+
+def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:
+    """Replace the linear layers that config chooses by MaskedLinear, in place; freeze everything but the scores.
+
+    Weights and biases are shared, not copied (a transposed copy for GPT-2's Conv1D). The scores depend on config.seed
+    and the layer's name alone, so choosing other layers too changes none of them.
+
+    Args:
+        model: any transformers causal LM built of nn.Linear or Conv1D.
+        config: see MaskConfig. target_modules as in PEFT: a list of suffixes, one regular expression for the full name,
+            or "all-linear"; None for the attention and MLP of every decoder layer. The output embedding never is.
+    Returns: the same model.
+    Raises: ValueError if nothing is chosen, a pattern or layer number does not exist, or a chosen module cannot be
+        masked. The model is then unchanged.
+    """
+    check_unwrapped(model)
+    check_unmasked(model)
+    convert(model, select_targets(model, config), config)
+    return model
+
+
+@torch.no_grad()
+def merge_model(model: nn.Module) -> nn.Module:
+    """Bake the masks into the weights, in place: an ordinary model of its original classes.
+
+    Kept weights are bit-equal to the base's, dropped ones are +0. What was trainable before mask_model is so again.
+
+    Returns: the same model. Raises: ValueError if nothing is masked, or scores are not finite.
+    """
+    masked = masked_modules(model)
+    if not masked:
+        raise ValueError(f"model has no masked layers to merge, got a plain {type(model).__name__}")
+    for module in masked.values():
+        module.packed_mask()  # non-finite scores raise before anything is replaced
+    for name in list(masked):
+        module = masked.pop(name)  # one at a time, so that a layer's scores are freed before the next one is copied
+        linear = module.merge()
+        _replace(model, name, _to_conv1d(linear) if getattr(module, _CAME_FROM_CONV1D, False) else linear)
+    remove_checkpointing_hooks(model)
+    before = getattr(model, _TRAINABLE_BEFORE, None)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.is_floating_point() if before is None else name in before)
+    if before is not None:
+        delattr(model, _TRAINABLE_BEFORE)
+    return model
+
+
+def masked_modules(model: nn.Module) -> dict[str, MaskedLinear]:
+    """The masked layers by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
+
+
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) numbers of parameters; scores count in both."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print the counts in PEFT's format."""
+    trainable, total = trainable_parameters(model)
+    share = 100 * trainable / total if total else 0.0
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+
+# ---------------------------------------------------------------------------------------------- for export
+
+
+def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
+    """mask_model for layers of these names, which must be maskable."""
+    names = list(names)
+    setattr(model, _TRAINABLE_BEFORE, {name for name, p in model.named_parameters() if p.requires_grad})
+    model.requires_grad_(False)
+    for name in names:
+        source: Any = model.get_submodule(name)
+        is_conv1d = isinstance(source, Conv1D)
+        masked = MaskedLinear.from_linear(
+            _to_linear(source) if is_conv1d else source,
+            keep_ratio=config.keep_ratio,
+            mode=config.mode,
+            init=config.init,
+            threshold=config.threshold,
+            generator=_generator(config.seed, name, source.weight.device),
+        )
+        masked.module_name = name
+        if is_conv1d:
+            setattr(masked, _CAME_FROM_CONV1D, True)
+        _replace(model, name, masked)
+    _prepare_checkpointing(model, names)
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise TypeError or ValueError unless model is a module that is not compiled or distributed."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"model must be the plain model, got one wrapped in {type(model).__name__}: mask it before "
+            "torch.compile and distribution"
+        )
+
+
+def check_unmasked(model: nn.Module) -> None:
+    """Raise ValueError if a layer is masked already."""
+    masked = list(masked_modules(model))
+    if masked:
+        raise ValueError(
+            f"model must not be masked already, got {len(masked)} masked layers ({masked[0]}, ...): "
+            "merge_model(model) first to learn a further mask on top, or start from a fresh model"
+        )
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """Seeded by the layer's name too, so that its scores do not depend on which other layers are masked."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator("cpu" if device.type == "meta" else device)
+    return generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _to_linear(conv: Conv1D) -> nn.Linear:
+    """Conv1D computes x @ weight + bias with weight (in, out); here (out, in)."""
+    linear = nn.Linear(conv.weight.shape[0], conv.weight.shape[1], device="meta")
+    linear.weight = nn.Parameter(conv.weight.detach().t().contiguous(), requires_grad=False)
+    linear.bias = conv.bias
+    return linear.train(conv.training)
+
+
+def _to_conv1d(linear: nn.Linear) -> Conv1D:
+    with torch.device("meta"):
+        conv = Conv1D(linear.out_features, linear.in_features)
+    conv.weight = nn.Parameter(linear.weight.detach().t().contiguous())
+    conv.bias = linear.bias
+    return conv.train(linear.training)
+
+
+def _prepare_checkpointing(model: nn.Module, names: list[str]) -> None:
+    stacks = layer_stacks(model)
+    if len(stacks) != 1:  # with several stacks no layer is the first: transformers' own way is right, if slower
+        return
+    first = min((index for name in names if (index := layer_index(name, stacks)) is not None), default=None)
+    if first is not None:
+        (stack,) = stacks
+        add_checkpointing_hooks(model, stack, first)

@@ -1,0 +1,209 @@
+"""Masks on disk: adapter_config.json and adapter_model.safetensors, 1 bit a weight, in PEFT's spelling.
+
+An export holds the masks alone, neither scores nor an optimiser: for evaluation, merging, or as a start for further
+training. It knows the base weights that it was learned on by their hash.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mft.atomic import atomic_directory
+from mft.config import MaskConfig
+from mft.convert import check_unwrapped, convert, masked_modules
+from mft.export_file import CONFIG_FILE, MASK_FILE, MaskEntry, MaskExport, is_export, read_export
+from mft.linears import find_targets, layer_index, layer_stacks
+from mft_kernels import MaskedLinear, unpack_mask
+
+# A loaded mask's scores: as far above the threshold as below, at the scale that scores are initialised with.
+_THRESHOLD = {"magnitude": 0.02, "value": 0.0}
+_MARGIN = 0.01
+_CHUNK = 1 << 24  # bytes hashed at once
+
+
+def save_masks(model: nn.Module, directory: str | os.PathLike, *, base_model_name_or_path: str | None = None) -> Path:
+    """Write the masks of a masked model; either the whole export appears in directory, or nothing.
+
+    Args:
+        directory: new, empty, or an earlier export, which is replaced. Anything else is refused.
+        base_model_name_or_path: noted for the reader; by default the name that the model was loaded from.
+    Returns: the directory.
+    """
+    check_unwrapped(model)
+    masked = masked_modules(model)
+    if not masked:
+        raise ValueError(f"model has no masked layers to save, got a plain {type(model).__name__}: mask_model it first")
+    target = Path(directory)
+    _check_replaceable(target)
+    if base_model_name_or_path is None:
+        base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    tensors = {f"{name}.mask": module.packed_mask().cpu().contiguous() for name, module in masked.items()}
+    export = _describe(model, masked, base_model_name_or_path)
+    with atomic_directory(target) as scratch:
+        (scratch / CONFIG_FILE).write_text(export.to_json(), encoding="utf-8")
+        (scratch / MASK_FILE).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
+    return target
+
+
+@torch.no_grad()
+def load_masks(model: nn.Module, directory: str | os.PathLike, *, force: bool = False) -> nn.Module:
+    """Put the masks of an export on a model, in place.
+
+    An ordinary model is converted as by mask_model; of a masked one the scores are replaced. The masks are exactly the
+    stored ones, held by a fixed threshold with every score at the same distance from it.
+
+    Args:
+        model: the base that the masks were learned on, ordinary or masked in the same layers.
+        force: accept other base weights of the same shapes.
+    Returns: the same model.
+    Raises: FileNotFoundError, or ValueError if the export is damaged, does not fit the model, or (without force) was
+        learned on other weights. The model is then unchanged.
+    """
+    check_unwrapped(model)
+    export, masks = read_export(Path(directory))
+    masked = masked_modules(model)
+    _check_fit(model, masked, export)
+    found = base_hash(model, [entry.name for entry in export.modules])
+    if found != export.base_hash and not force:
+        raise ValueError(_other_base(model, export, found, Path(directory)))
+    if not masked:
+        config = MaskConfig(
+            keep_ratio=1.0 if export.keep_ratio is None else export.keep_ratio,
+            mode=export.mode,
+            init="constant",
+            threshold=_THRESHOLD[export.mode],
+        )
+        convert(model, [entry.name for entry in export.modules], config)
+        masked = masked_modules(model)
+    for entry in export.modules:
+        _set_mask(masked[entry.name], masks[entry.name], export)
+    return model
+
+
+def base_hash(model: nn.Module, names: Iterable[str] | None = None) -> str:
+    """sha256 over name, dtype, shape (N, K) and bytes of the layers' weights; a masked model and its base agree.
+
+    Args: names: the layers, by default the masked ones. Weights are read in chunks, never copied whole.
+    """
+    names = masked_modules(model) if names is None else names
+    digest = hashlib.sha256()
+    count = 0
+    for name in sorted(names):
+        weight = _weight(model, name)
+        digest.update(f"{name}\0{_dtype_name(weight)}\0{tuple(weight.shape)}\0".encode())
+        for chunk in _chunks(weight):
+            digest.update(chunk)
+        count += 1
+    if not count:
+        raise ValueError("model has no masked layers whose base could be hashed: give their names")
+    return f"sha256:{digest.hexdigest()}"
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _describe(model: nn.Module, masked: dict[str, MaskedLinear], base: str | None) -> MaskExport:
+    modes = sorted({module.mode for module in masked.values()})
+    if len(modes) > 1:
+        raise ValueError(f"masked layers must share one mode to be saved together, got {' and '.join(modes)}")
+    ratios = {module.keep_ratio if module.threshold is None else None for module in masked.values()}
+    stacks = layer_stacks(model)
+    layers = sorted({index for name in masked if (index := layer_index(name, stacks)) is not None})
+    entries = [
+        MaskEntry(name, (module.out_features, module.in_features), _dtype_name(module.weight), int(module.mask().sum()))
+        for name, module in masked.items()
+    ]
+    return MaskExport(
+        base_model_name_or_path=base,
+        base_hash=base_hash(model),
+        mode=modes[0],
+        keep_ratio=ratios.pop() if len(ratios) == 1 else None,
+        target_modules=sorted({name.rpartition(".")[2] for name in masked}),
+        layers_to_transform=layers or None,
+        modules=entries,
+    )
+
+
+def _check_fit(model: nn.Module, masked: dict[str, MaskedLinear], export: MaskExport) -> None:
+    stored = {entry.name: entry for entry in export.modules}
+    if masked and masked.keys() != stored.keys():
+        missing, extra = sorted(stored.keys() - masked.keys()), sorted(masked.keys() - stored.keys())
+        raise ValueError(
+            f"model must be masked in the {len(stored)} layers of the export, or in none; "
+            f"only in the export: {missing[:3] or 'none'}, only in the model: {extra[:3] or 'none'}"
+        )
+    if not masked:
+        find_targets(model, stored)
+    for name, entry in stored.items():
+        shape = tuple(_weight(model, name).shape)
+        if shape != entry.shape:
+            raise ValueError(f"{name}: the mask is for a weight of {entry.shape}, the model's is {shape}")
+
+
+def _other_base(model: nn.Module, export: MaskExport, found: str, directory: Path) -> str:
+    learned_on = export.base_model_name_or_path or "a base without a name"
+    message = (
+        f"{directory}: the masks were learned on other weights of the same shapes ({learned_on}): expected base "
+        f"{export.base_hash}, the model's is {found}"
+    )
+    dtypes = sorted({_dtype_name(_weight(model, entry.name)) for entry in export.modules})
+    stored = sorted({entry.dtype for entry in export.modules})
+    if dtypes != stored:
+        message += f". The model's weights are {' '.join(dtypes)}, those were {' '.join(stored)}: load it in that dtype"
+    return message + ". To use the masks on this model all the same, pass force=True"
+
+
+def _set_mask(module: MaskedLinear, packed: Tensor, export: MaskExport) -> None:
+    keep = unpack_mask(packed, module.weight.shape).to(module.scores.device)
+    module.mode = export.mode
+    module.threshold = _THRESHOLD[export.mode]
+    if export.keep_ratio is not None:
+        module.keep_ratio = export.keep_ratio
+    module.scores.copy_(torch.where(keep, module.threshold + _MARGIN, module.threshold - _MARGIN))
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    """(N, K), also of a Conv1D."""
+    module: Any = model.get_submodule(name)
+    weight = module.weight.detach()
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def _chunks(weight: Tensor) -> Iterator[bytes]:
+    rows = max(1, _CHUNK // max(1, weight.shape[1] * weight.element_size()))
+    for start in range(0, weight.shape[0], rows):
+        yield weight[start : start + rows].contiguous().cpu().view(torch.uint8).numpy().tobytes()
+
+
+def _dtype_name(weight: Tensor) -> str:
+    return str(weight.dtype).removeprefix("torch.")
+
+
+def _check_replaceable(target: Path) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        kind = "a symbolic link" if target.is_symlink() else "a file"
+        raise ValueError(f"directory must be a directory, or not exist yet, got {kind}: {target}")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not is_export(target):
+        raise ValueError(
+            f"directory must be new, empty or an earlier export of masks, got {target}, which holds "
+            f"{_first_names(target)}: choose another one"
+        )
+    foreign = sorted({path.name for path in target.iterdir()} - {CONFIG_FILE, MASK_FILE})
+    if foreign:
+        raise ValueError(
+            f"directory {target} holds more than an export ({', '.join(foreign[:3])}), which replacing it "
+            "would lose: move that, or choose another directory"
+        )
+
+
+def _first_names(target: Path) -> str:
+    return ", ".join(sorted(path.name for path in target.iterdir())[:3])

@@ -1,0 +1,232 @@
+"""The format of an export of masks, version 1, read with suspicion: every key, shape, bit and byte count is checked.
+
+adapter_config.json: the fields of MaskExport, peft_type "MFT" and format_version. adapter_model.safetensors: for each
+module "<name>.mask", int32 (N, ceil(K / 32)), bit j % 32 of word j // 32 of row n set where weight (n, j) is kept.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from mft.choices import nearest
+from mft_kernels import unpack_mask
+
+CONFIG_FILE = "adapter_config.json"
+MASK_FILE = "adapter_model.safetensors"
+PEFT_TYPE = "MFT"
+FORMAT_VERSION = 1
+_MODES = ("magnitude", "value")
+_FIXED = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM"}
+
+
+@dataclass(frozen=True)
+class MaskEntry:
+    """One masked layer: its weight's shape (N, K) and dtype, and how many weights its mask keeps."""
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    kept: int
+
+    @property
+    def words(self) -> tuple[int, int]:
+        """Shape of the packed mask."""
+        return self.shape[0], -(-self.shape[1] // 32)
+
+
+@dataclass(frozen=True)
+class MaskExport:
+    """adapter_config.json. keep_ratio is None where the masks came from thresholds or differ in it."""
+
+    base_model_name_or_path: str | None
+    base_hash: str
+    mode: str
+    keep_ratio: float | None
+    target_modules: list[str]
+    layers_to_transform: list[int] | None
+    modules: list[MaskEntry]
+
+    def to_json(self) -> str:
+        """One module a line."""
+        fields = dataclasses.asdict(self)
+        modules = [json.dumps(entry) for entry in fields.pop("modules")]
+        head = json.dumps({**_FIXED, "format_version": FORMAT_VERSION, **fields}, indent=2)
+        return head.removesuffix("\n}") + ',\n  "modules": [\n    ' + ",\n    ".join(modules) + "\n  ]\n}\n"
+
+
+def is_export(directory: Path) -> bool:
+    """Whether directory claims to hold masks of ours; it may still be damaged."""
+    try:
+        values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.get("peft_type") == PEFT_TYPE
+
+
+def read_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor]]:
+    """The description, and the packed mask of each module by name.
+
+    Raises: FileNotFoundError, or ValueError naming the file, what it holds and what was expected.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory}: expected a directory with {CONFIG_FILE} and {MASK_FILE}, got "
+            f"{'a file' if directory.exists() else 'nothing there'}"
+        )
+    for name in (CONFIG_FILE, MASK_FILE):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory / name}: missing; an export has {CONFIG_FILE} and {MASK_FILE}")
+    export = _read_config(directory / CONFIG_FILE)
+    return export, _read_masks(directory / MASK_FILE, export)
+
+
+# ---------------------------------------------------------------------------------------------- the description
+
+
+def _read_config(path: Path) -> MaskExport:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, byte {error.start} is not") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: expected JSON, {error.msg}") from None
+    _expect(path, "content", values, isinstance(values, dict), "an object")
+    if values.get("peft_type") != PEFT_TYPE:
+        raise ValueError(f"{path}: expected peft_type {PEFT_TYPE!r}, got {values.get('peft_type')!r}: not our masks")
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}: "
+            "use the version of this software that wrote it"
+        )
+    known = [field.name for field in dataclasses.fields(MaskExport)]
+    _check_keys(path, values, [*known, *_FIXED, "format_version"])
+    modules = values["modules"]
+    _expect(path, "modules", modules, isinstance(modules, list) and bool(modules), "a list of masked layers")
+    entries = [_read_entry(path, number, entry) for number, entry in enumerate(modules)]
+    names = [entry.name for entry in entries]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    _expect(path, "modules", twice, not twice, "layers of different names")
+    export = MaskExport(**{name: values[name] for name in known if name != "modules"}, modules=entries)
+    _check_fields(path, export)
+    return export
+
+
+def _check_fields(path: Path, export: MaskExport) -> None:
+    base, layers, ratio = export.base_model_name_or_path, export.layers_to_transform, export.keep_ratio
+    _expect(path, "base_model_name_or_path", base, base is None or isinstance(base, str), "a string or null")
+    _expect(
+        path,
+        "base_hash",
+        export.base_hash,
+        isinstance(export.base_hash, str) and export.base_hash.startswith("sha256:"),
+        'a string "sha256:..."',
+    )
+    _expect(path, "mode", export.mode, export.mode in _MODES, " or ".join(_MODES))
+    _expect(
+        path,
+        "keep_ratio",
+        ratio,
+        ratio is None or (_is_number(ratio) and 0 <= ratio <= 1),
+        "a number in [0, 1] or null",
+    )
+    _expect(path, "target_modules", export.target_modules, _is_list_of(export.target_modules, str), "a list of strings")
+    _expect(path, "layers_to_transform", layers, layers is None or _is_list_of(layers, int), "a list of ints or null")
+
+
+def _read_entry(path: Path, number: int, entry: Any) -> MaskEntry:
+    where = f"modules[{number}]"
+    _expect(path, where, entry, isinstance(entry, dict), "an object")
+    _check_keys(path, entry, [field.name for field in dataclasses.fields(MaskEntry)], where)
+    name, shape, kept = entry["name"], entry["shape"], entry["kept"]
+    _expect(path, f"{where}.name", name, isinstance(name, str) and bool(name), "a module's name")
+    _expect(
+        path,
+        f"{where}.shape",
+        shape,
+        _is_list_of(shape, int) and len(shape) == 2 and min(shape) > 0,
+        "two positive ints [N, K]",
+    )
+    _expect(path, f"{where}.dtype", entry["dtype"], isinstance(entry["dtype"], str), "a dtype's name")
+    _expect(
+        path,
+        f"{where}.kept",
+        kept,
+        _is_list_of([kept], int) and 0 <= kept <= shape[0] * shape[1],
+        f"an int from 0 to {shape[0] * shape[1]}",
+    )
+    return MaskEntry(name, tuple(shape), entry["dtype"], kept)
+
+
+def _check_keys(path: Path, values: dict, known: list[str], where: str = "") -> None:
+    place = f" in {where}" if where else ""
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{path}: unknown key {key!r}{place}{nearest(key, known)}")
+    missing = [key for key in known if key not in values]
+    if missing:
+        raise ValueError(f"{path}: missing key {missing[0]!r}{place}")
+
+
+def _expect(path: Path, key: str, value: Any, holds: bool, rule: str) -> None:
+    if not holds:
+        shown = repr(value)
+        raise ValueError(f"{path}: {key} must be {rule}, got {shown if len(shown) < 80 else shown[:77] + '...'}")
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# ---------------------------------------------------------------------------------------------- the masks
+
+
+def _read_masks(path: Path, export: MaskExport) -> dict[str, Tensor]:
+    expected = {f"{entry.name}.mask": entry for entry in export.modules}
+    try:
+        file = safetensors.safe_open(path, framework="pt", device="cpu")
+    except safetensors.SafetensorError as error:
+        size = sum(4 * entry.words[0] * entry.words[1] for entry in export.modules)
+        raise ValueError(
+            f"{path}: expected a safetensors file with {size} bytes of masks and a header, got "
+            f"{path.stat().st_size} bytes that are damaged or cut off ({error})"
+        ) from None
+    with file:
+        stored = set(file.keys())
+        unknown, missing = sorted(stored - expected.keys()), sorted(expected.keys() - stored)
+        if unknown:
+            raise ValueError(
+                f"{path}: unknown tensor {unknown[0]!r}, of which {CONFIG_FILE} knows no module"
+                f"{nearest(unknown[0], expected)}"
+            )
+        if missing:
+            raise ValueError(f"{path}: missing tensor {missing[0]!r}, a module that {CONFIG_FILE} lists")
+        return {entry.name: _checked_mask(path, key, file.get_tensor(key), entry) for key, entry in expected.items()}
+
+
+def _checked_mask(path: Path, key: str, packed: Tensor, entry: MaskEntry) -> Tensor:
+    if packed.dtype != torch.int32 or tuple(packed.shape) != entry.words:
+        raise ValueError(
+            f"{path}: {key} must be int32 {entry.words} for a weight of {entry.shape}, got "
+            f"{packed.dtype} {tuple(packed.shape)}"
+        )
+    used = entry.shape[1] % 32
+    if used and (packed[:, -1] >> used & (1 << 32 - used) - 1).any():
+        raise ValueError(f"{path}: {key} must have 0 in each row's last {32 - used} bits, its padding: damaged")
+    kept = int(unpack_mask(packed, entry.shape).sum())
+    if kept != entry.kept:
+        raise ValueError(
+            f"{path}: {key} must keep {entry.kept} weights as {CONFIG_FILE} says, got {kept}: the two "
+            "files are not of one export, or damaged"
+        )
+    return packed

@@ -1,0 +1,436 @@
+"""save_masks, load_masks and base_hash: what comes back is bit for bit what was saved, and damage has a message."""
+
+import copy
+import json
+import os
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from mft import export as export_module
+from mft.config import MaskConfig
+from mft.convert import mask_model, masked_modules, merge_model
+from mft.export import base_hash, load_masks, save_masks
+
+TOKENS = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+CONFIG, MASKS = "adapter_config.json", "adapter_model.safetensors"
+UP = "model.layers.1.mlp.up_proj"
+
+
+def llama(hidden_size=40):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **TOKENS,
+            hidden_size=hidden_size,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+        )
+    )
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**TOKENS, n_embd=36, n_layer=2, n_head=4, n_positions=64))
+
+
+BASES = {"llama": llama, "bfloat16": lambda: llama().to(torch.bfloat16), "gpt2": gpt2}
+
+
+def masks(model):
+    return {name: module.mask() for name, module in masked_modules(model).items()}
+
+
+def assert_same_tensors(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+@pytest.fixture
+def masked():
+    return mask_model(llama(), MaskConfig(layers_to_transform=[1, 2]))
+
+
+@pytest.fixture
+def saved(masked, tmp_path):
+    return save_masks(masked, tmp_path / "export")
+
+
+def edit_config(directory, **changes):
+    path = directory / CONFIG
+    values = json.loads(path.read_text())
+    values.update({key: value for key, value in changes.items() if value is not KeyError})
+    for key in [key for key, value in changes.items() if value is KeyError]:
+        del values[key]
+    path.write_text(json.dumps(values))
+
+
+def edit_masks(directory, change):
+    tensors = safetensors.torch.load_file(directory / MASKS)
+    change(tensors)
+    safetensors.torch.save_file(tensors, directory / MASKS)
+
+
+# ---------------------------------------------------------------------------------------------- the round trip
+
+
+@pytest.mark.parametrize("mode", ["magnitude", "value"])
+@pytest.mark.parametrize("base", BASES)
+def test_masks_come_back_exactly_on_a_fresh_base(base, mode, tmp_path):
+    threshold = 0.005 if mode == "value" else None
+    model = mask_model(BASES[base](), MaskConfig(layers_to_transform=[1], mode=mode, threshold=threshold))
+    save_masks(model, tmp_path / "export")
+    loaded = load_masks(BASES[base](), tmp_path / "export")
+    assert_same_tensors(masks(loaded), masks(model))
+    assert_same_tensors(merge_model(loaded).state_dict(), merge_model(model).state_dict())
+
+
+def test_masks_come_back_onto_a_masked_model(masked, saved):
+    other = mask_model(llama(), MaskConfig(layers_to_transform=[1, 2], seed=7))
+    before = masks(other)[UP]
+    load_masks(other, saved)
+    assert not torch.equal(before, masks(other)[UP])
+    assert_same_tensors(masks(other), masks(masked))
+
+
+@pytest.mark.parametrize("mode", ["magnitude", "value"])
+def test_a_loaded_mask_still_trains_both_ways(mode, tmp_path):
+    threshold = 0.0 if mode == "value" else None
+    save_masks(mask_model(llama(), MaskConfig(mode=mode, threshold=threshold)), tmp_path / "export")
+    model = load_masks(llama(), tmp_path / "export")
+    tokens = torch.arange(3, 21).reshape(2, 9)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    module = masked_modules(model)[UP]
+    assert all(module.scores.grad[keep].abs().sum() > 0 for keep in (module.mask(), ~module.mask()))
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        f"{name}.scores" for name in masked_modules(model)
+    ]
+
+
+@pytest.mark.parametrize("keep_ratio", [0.0, 1.0])
+def test_keeping_all_or_none_survives(keep_ratio, tmp_path):
+    model = mask_model(llama(), MaskConfig(target_modules=["up_proj"], keep_ratio=keep_ratio))
+    loaded = load_masks(llama(), save_masks(model, tmp_path / "export"))
+    assert {float(mask.float().mean()) for mask in masks(loaded).values()} == {keep_ratio}
+
+
+def test_the_files_have_one_bit_a_weight_and_pefts_names(masked, saved):
+    assert sorted(os.listdir(saved)) == [CONFIG, MASKS]
+    tensors = safetensors.torch.load_file(saved / MASKS)
+    assert {(t.dtype, t.shape) for t in tensors.values() if t.shape[0] == 48} == {(torch.int32, (48, 2))}
+    assert tensors.keys() == {f"{name}.mask" for name in masked_modules(masked)}
+    config = json.loads((saved / CONFIG).read_text())
+    assert (config["peft_type"], config["format_version"], config["mode"]) == ("MFT", 1, "magnitude")
+    assert (config["keep_ratio"], config["layers_to_transform"]) == (0.9, [1, 2])
+    assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    entry = next(entry for entry in config["modules"] if entry["name"] == UP)
+    assert entry == {"name": UP, "shape": [48, 40], "dtype": "float32", "kept": int(masks(masked)[UP].sum())}
+    assert config["base_hash"] == base_hash(masked)
+
+
+def test_the_base_is_named_by_argument_or_by_where_it_was_loaded_from(masked, tmp_path):
+    def noted(directory):
+        return json.loads((directory / CONFIG).read_text())["base_model_name_or_path"]
+
+    assert noted(save_masks(masked, tmp_path / "a", base_model_name_or_path="org/base")) == "org/base"
+    assert noted(save_masks(masked, tmp_path / "b")) is None
+    masked.config._name_or_path = "some/dir"
+    assert noted(save_masks(masked, tmp_path / "c")) == "some/dir"
+
+
+def test_a_merged_model_is_an_ordinary_one_that_transformers_reloads_bit_equal(masked, tmp_path):
+    merge_model(masked).save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(loaded) is LlamaForCausalLM
+    assert_same_tensors(loaded.state_dict(), masked.state_dict())
+
+
+# ---------------------------------------------------------------------------------------------- the base's hash
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_hash_of_a_masked_model_is_its_bases(base):
+    fresh = BASES[base]()
+    model = mask_model(copy.deepcopy(fresh), MaskConfig())
+    assert base_hash(model) == base_hash(fresh, reversed(list(masked_modules(model))))
+
+
+@pytest.mark.parametrize("change", ["weight", "dtype", "name", "chunks"])
+def test_the_hash_sees_weight_dtype_and_name_but_not_its_chunks(change, monkeypatch):
+    names, others = [UP], [UP]
+    model = llama().to(torch.float16)
+    if change == "dtype":  # the same bytes in both
+        nn.init.zeros_(model.get_submodule(UP).weight)
+    expected = base_hash(model, names)
+    if change == "weight":
+        with torch.no_grad():
+            model.get_submodule(UP).weight[3, 4] += 1
+    elif change == "dtype":
+        model.to(torch.bfloat16)
+    elif change == "name":
+        others = ["model.layers.0.mlp.up_proj"]
+        model.get_submodule(others[0]).weight.data.copy_(model.get_submodule(UP).weight)
+    else:
+        monkeypatch.setattr(export_module, "_CHUNK", 500)
+    assert (base_hash(model, others) == expected) == (change == "chunks")
+
+
+def test_hashing_nothing_is_an_error():
+    with pytest.raises(ValueError, match="no masked layers whose base could be hashed"):
+        base_hash(llama())
+
+
+def test_another_base_is_refused_with_both_hashes_unless_forced(masked, saved):
+    other = llama()
+    with torch.no_grad():
+        other.get_submodule(UP).weight[0, 0] += 1
+    hashes = base_hash(masked), base_hash(other, masked_modules(masked))
+    message = f"other weights of the same shapes .* expected base {hashes[0]}, the model's is {hashes[1]}. .*force=True"
+    with pytest.raises(ValueError, match=message):
+        load_masks(other, saved)
+    assert not masked_modules(other)
+    assert_same_tensors(masks(load_masks(other, saved, force=True)), masks(masked))
+
+
+def test_the_right_base_in_another_dtype_is_told_so(saved):
+    with pytest.raises(ValueError, match="model's weights are bfloat16, those were float32: load it in that dtype"):
+        load_masks(llama().to(torch.bfloat16), saved)
+
+
+# ---------------------------------------------------------------------------------------------- what does not fit
+
+
+def test_a_base_of_other_shapes_is_refused_even_when_forced(saved):
+    with pytest.raises(ValueError, match=r"q_proj: the mask is for a weight of \(40, 40\), the model's is \(48, 48\)"):
+        load_masks(llama(hidden_size=48), saved, force=True)
+
+
+def test_a_model_without_the_layers_is_refused(saved):
+    with pytest.raises(ValueError, match="model has no linear layer named 'model.layers.1.self_attn.q_proj'"):
+        load_masks(gpt2(), saved)
+
+
+def test_a_model_masked_elsewhere_is_refused(saved):
+    model = mask_model(llama(), MaskConfig(layers_to_transform=[0, 1]))
+    with pytest.raises(
+        ValueError,
+        match=r"masked in the 14 layers of the export, or in none; only in the export: "
+        r"\['model.layers.2.*only in the model: \['model.layers.0",
+    ):
+        load_masks(model, saved)
+
+
+def test_an_export_that_names_the_head_is_refused(saved):
+    config = json.loads((saved / CONFIG).read_text())
+    entry = {"name": "lm_head", "shape": [64, 40], "dtype": "float32", "kept": 0}
+    edit_config(saved, modules=[*config["modules"], entry])
+    edit_masks(saved, lambda t: t.update({"lm_head.mask": torch.zeros(64, 2, dtype=torch.int32)}))
+    with pytest.raises(ValueError, match="lm_head is the output embedding, which is never masked"):
+        load_masks(llama(), saved, force=True)
+
+
+# ---------------------------------------------------------------------------------------------- damaged files
+
+
+@pytest.mark.parametrize("name", [CONFIG, MASKS])
+def test_a_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"export/{name}: missing; an export has {CONFIG} and {MASKS}"):
+        load_masks(llama(), saved)
+
+
+def test_a_missing_directory_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: expected a directory with .* got nothing there"):
+        load_masks(llama(), tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match="got a file"):
+        load_masks(llama(), tmp_path / "file")
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, -1])
+def test_a_truncated_file_tells_its_size(saved, length):
+    content = (saved / MASKS).read_bytes()
+    (saved / MASKS).write_bytes(content[:length])
+    size = len(content[:length])
+    with pytest.raises(ValueError, match=rf"{MASKS}: expected a safetensors file with \d+ bytes of masks.* got {size}"):
+        load_masks(llama(), saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "LORA"}, "expected peft_type 'MFT', got 'LORA': not our masks"),
+        ({"format_version": 2}, "expected format_version 1, got 2: use the version of this software that wrote it"),
+        ({"keep_raito": 0.5}, r"unknown key 'keep_raito'; did you mean keep_ratio\?"),
+        ({"base_hash": KeyError}, "missing key 'base_hash'"),
+        ({"base_hash": 5}, 'base_hash must be a string "sha256:...", got 5'),
+        ({"mode": "sideways"}, "mode must be magnitude or value, got 'sideways'"),
+        ({"keep_ratio": 1.5}, r"keep_ratio must be a number in \[0, 1\] or null, got 1.5"),
+        ({"keep_ratio": "0.9"}, "keep_ratio must be a number"),
+        ({"target_modules": "q_proj"}, "target_modules must be a list of strings, got 'q_proj'"),
+        ({"layers_to_transform": [1.5]}, r"layers_to_transform must be a list of ints or null, got \[1.5\]"),
+        ({"base_model_name_or_path": []}, r"base_model_name_or_path must be a string or null, got \[\]"),
+        ({"modules": []}, r"modules must be a list of masked layers, got \[\]"),
+        ({"modules": {}}, "modules must be a list of masked layers"),
+        ({"modules": [7]}, r"modules\[0\] must be an object, got 7"),
+        ({"modules": [{"name": "a", "shape": [4, 4], "dtype": "float32"}]}, r"missing key 'kept' in modules\[0\]"),
+        (
+            {"modules": [{"name": "a", "shape": [4, 0], "dtype": "x", "kept": 0}]},
+            r"modules\[0\].shape must be two positive ints \[N, K\]",
+        ),
+        (
+            {"modules": [{"name": "a", "shape": [4, 4], "dtype": "x", "kept": 17}]},
+            r"modules\[0\].kept must be an int from 0 to 16, got 17",
+        ),
+        (
+            {"modules": 2 * [{"name": "a", "shape": [4, 4], "dtype": "x", "kept": 3}]},
+            r"modules must be layers of different names, got \['a'\]",
+        ),
+    ],
+)
+def test_a_wrong_description_names_file_key_and_value(saved, changes, message):
+    edit_config(saved, **changes)
+    with pytest.raises(ValueError, match=f"export/{CONFIG}: {message}"):
+        load_masks(llama(), saved)
+
+
+def test_a_broken_description_names_the_line(saved):
+    (saved / CONFIG).write_text('{\n"peft_type": "MFT",\n}')
+    with pytest.raises(ValueError, match=f"{CONFIG}:3: expected JSON, "):
+        load_masks(llama(), saved)
+    (saved / CONFIG).write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ValueError, match=f"{CONFIG}: expected UTF-8 text, byte 7 is not"):
+        load_masks(llama(), saved)
+
+
+def set_padding(tensors):
+    tensors[f"{UP}.mask"][5, 1] |= 1 << 30
+
+
+def flip_bit(tensors):
+    tensors[f"{UP}.mask"][5, 1] ^= 1 << 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{UP}.mask"), f"missing tensor '{UP}.mask', a module that {CONFIG} lists"),
+        (
+            lambda t: t.update({"more.mask": torch.zeros(1)}),
+            f"unknown tensor 'more.mask', of which {CONFIG} knows no module",
+        ),
+        (
+            lambda t: t.update({f"{UP}.mask": t[f"{UP}.mask"][:47].clone()}),
+            rf"{UP}.mask must be int32 \(48, 2\) for a weight of \(48, 40\), got torch.int32 \(47, 2\)",
+        ),
+        (
+            lambda t: t.update({f"{UP}.mask": t[f"{UP}.mask"].float()}),
+            rf"{UP}.mask must be int32 .* got torch.float32 \(48, 2\)",
+        ),
+        (set_padding, f"{UP}.mask must have 0 in each row's last 24 bits, its padding: damaged"),
+        (flip_bit, rf"{UP}.mask must keep \d+ weights as {CONFIG} says, got \d+: the two files are not of one export"),
+    ],
+)
+def test_wrong_masks_name_file_and_tensor(saved, change, message):
+    edit_masks(saved, change)
+    model = llama()
+    with pytest.raises(ValueError, match=f"export/{MASKS}: {message}"):
+        load_masks(model, saved)
+    assert not masked_modules(model)
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def test_a_plain_model_has_no_masks_to_save(tmp_path):
+    with pytest.raises(ValueError, match="no masked layers to save, got a plain LlamaForCausalLM"):
+        save_masks(llama(), tmp_path / "export")
+    assert not os.listdir(tmp_path)
+
+
+def test_nan_scores_are_not_saved(masked, tmp_path):
+    with torch.no_grad():
+        masked_modules(masked)[UP].scores[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=UP):
+        save_masks(masked, tmp_path / "export")
+    assert not os.listdir(tmp_path)
+
+
+def test_an_earlier_export_is_replaced_and_nothing_else_is_left(saved):
+    other = mask_model(llama(), MaskConfig(layers_to_transform=[0], seed=5))
+    save_masks(other, saved)
+    assert_same_tensors(masks(load_masks(llama(), saved)), masks(other))
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_an_empty_directory_and_a_string_path_are_fine(masked, tmp_path):
+    (tmp_path / "empty").mkdir()
+    save_masks(masked, str(tmp_path / "empty"))
+    assert sorted(os.listdir(tmp_path / "empty")) == [CONFIG, MASKS]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model.safetensors": "x"}, "new, empty or an earlier export of masks, got .*target, which holds model.safe"),
+        ({CONFIG: '{"peft_type": "LORA"}'}, f"which holds {CONFIG}: choose another one"),
+        (
+            {CONFIG: '{"peft_type": "MFT"}', "notes.txt": "mine"},
+            r"holds more than an export \(notes.txt\), which replacing it",
+        ),
+    ],
+)
+def test_what_is_not_an_export_is_not_overwritten(masked, tmp_path, content, message):
+    target = tmp_path / "target"
+    target.mkdir()
+    for name, text in content.items():
+        (target / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        save_masks(masked, target)
+    assert {name: (target / name).read_text() for name in os.listdir(target)} == content
+
+
+def test_files_and_links_are_not_overwritten(masked, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name, kind in {"file": "a file", "link": "a symbolic link"}.items():
+        with pytest.raises(ValueError, match=f"must be a directory, or not exist yet, got {kind}: .*{name}"):
+            save_masks(masked, tmp_path / name)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_write_that_fails_leaves_what_was_there(masked, saved, exists, monkeypatch):
+    before = {name: (saved / name).read_bytes() for name in os.listdir(saved)}
+    if not exists:
+        shutil.rmtree(saved)
+    calls = []
+
+    def full_disk(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_masks(mask_model(llama(), MaskConfig(seed=9)), saved)
+    assert os.listdir(saved.parent) == ([saved.name] if exists else [])
+    if exists:
+        assert {name: (saved / name).read_bytes() for name in os.listdir(saved)} == before
+
+
+def test_no_pickle_is_read(saved, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("unpickled")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr("pickle.load", refuse)
+    monkeypatch.setattr("pickle.loads", refuse)
+    assert masked_modules(load_masks(llama(), saved))
