@@ -1,7 +1,7 @@
 """Packages mft_kernels and mft, and the C++ library of the cpu backend, mft_kernels/libmft_cpu.so.
 
 The library is built with ninja where that is at hand. Where it cannot be built (no torch, no compiler, a compiler that
-fails) the install goes on in pure Python, and mft_kernels/_build.json keeps the reason for mft_kernels.backend_report().
+fails) the install goes on in pure Python, and mft_kernels/_build.json keeps the reason for backend_report().
 MFT_BUILD=0 skips the build; MFT_BUILD=1 makes a failed build an error.
 """
 
@@ -27,6 +27,7 @@ X86_FLAGS = {
     "row_kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
     "gemm_bfloat16.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"],
 }
+DOT_BFLOAT16_ONLY = ("gemm_bfloat16.cpp", "fused_linear.cpp")
 
 
 class CannotBuild(Exception):
@@ -76,7 +77,7 @@ def compile_commands(compiler: str, torch_directory: Path) -> list[tuple[Path, l
     commands = []
     for source in [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]:
         own = X86_FLAGS.get(source.name, [])
-        if (own and not x86) or ("-mavx512bf16" in own and not dot_bfloat16):
+        if (own and not x86) or (source.name in DOT_BFLOAT16_ONLY and not dot_bfloat16):
             continue
         commands.append((source, [*flags, *own]))
     return commands
@@ -175,7 +176,7 @@ class BuildLibrary(build_ext):
 setup(
     packages=["mft_kernels", "mft"],
     package_dir={"mft_kernels": "mft_kernels", "mft": "python/mft"},
-    package_data={"mft": ["configs/*.yaml", "configs/**/*.yaml"]},
+    package_data={"mft": ["configs/*.yaml", "templates/*.jinja"]},
     ext_modules=[Extension("mft_kernels.libmft_cpu", sources=[])],
     cmdclass={"build_ext": BuildLibrary},
 )

@@ -7,10 +7,12 @@
 
 namespace mft {
 
+struct FusedLinear;
+
 struct Capability {
   const char* name;
   const RowKernels* rows;
-  bool dot_bfloat16;  // the fused bf16 products of gemm_bfloat16.h, instead of slabs and torch's GEMM
+  const FusedLinear* bfloat16;  // for bf16 weights, instead of slabs and torch's GEMM; nullptr: none
 };
 
 // The best one, or the one that the environment variable MFT_CPU_CAPABILITY names (read at every call).
