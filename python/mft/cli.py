@@ -1,0 +1,184 @@
+"""mft: full fine-tune, mask fine-tune, evaluate, compare, merge, inspect, from a YAML file and overrides."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mft.config import RunConfig, load_config
+
+# Loaded inside the verbs: transformers takes seconds, and `mft --help` should not wait for it.
+
+TRACEBACK = "MFT_TRACEBACK"
+
+
+class _OneMessageAnError(typer.core.TyperGroup):
+    """What the user can mend is one message and exit code 2; MFT_TRACEBACK=1 shows where it arose."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, RuntimeError, OSError) as error:
+            if os.environ.get(TRACEBACK):
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_OneMessageAnError,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Mask fine-tuning: train a 1-bit mask over frozen weights, and bake it in.",
+)
+
+Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; the defaults if none.")]
+Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override, such as train.lr=3e-4; repeatable.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides, such as train.lr=3e-4.", metavar="[KEY=VALUE]...")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run that output_dir holds.")]
+
+
+@app.command()
+def finetune(
+    config: Config = None, overrides: Overrides = None, sets: Set = None, overwrite: Overwrite = False
+) -> None:
+    """Fine-tune all weights; writes an ordinary model to output_dir/model."""
+    from mft.verbs import run_finetune
+
+    run_finetune(_read(config, overrides, sets), overwrite=overwrite)
+
+
+@app.command()
+def train(config: Config = None, overrides: Overrides = None, sets: Set = None, overwrite: Overwrite = False) -> None:
+    """Fine-tune masks over frozen weights; writes them to output_dir/masks."""
+    from mft.verbs import run_train
+
+    run_train(_read(config, overrides, sets), overwrite=overwrite)
+
+
+@app.command()
+def evaluate(
+    config: Config = None,
+    overrides: Overrides = None,
+    sets: Set = None,
+    masks: Annotated[Path | None, typer.Option(help="Masks to put on the model: an output_dir or its masks/.")] = None,
+    split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
+    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+) -> None:
+    """Held-out loss and next-token accuracy; with --masks also the difference from the model without them."""
+    from mft.verbs import run_evaluate
+
+    run_evaluate(_read(config, overrides, sets), masks, split, force=force)
+
+
+@app.command()
+def compare(
+    config: Config = None,
+    overrides: Overrides = None,
+    sets: Set = None,
+    base: Annotated[str | None, typer.Option(help="The model before its full fine-tune, as an arm.")] = None,
+    mask_lrs: Annotated[str, typer.Option(help="Rates tried for MFT.")] = "3e-4,1e-3,3e-3",
+    control_lrs: Annotated[str, typer.Option(help="Rates tried for the control.")] = "3e-5,1e-4,3e-4",
+    overwrite: Overwrite = False,
+) -> None:
+    """MFT against the same layers trained on, random and magnitude masks, from the fine-tuned model in model.name."""
+    from mft.verbs import run_compare
+
+    rates = (_numbers("--mask-lrs", mask_lrs), _numbers("--control-lrs", control_lrs))
+    run_compare(_read(config, overrides, sets), base, *rates, overwrite=overwrite)
+
+
+@app.command()
+def merge(
+    masks: Annotated[Path, typer.Argument(help="An output_dir of mft train, or its masks/.")],
+    output: Annotated[Path, typer.Argument(help="Where the ordinary model goes.")],
+    model: Annotated[str | None, typer.Option(help="The base; by default the one that the masks name.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the base.")] = "bfloat16",
+    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+) -> None:
+    """Bake masks into the weights: kept ones bit-equal, dropped ones +0."""
+    from mft.verbs import run_merge
+
+    run_merge(masks, output, model, dtype, force=force)
+
+
+@app.command()
+def inspect(
+    masks: Annotated[Path, typer.Argument(help="An output_dir of mft train, or its masks/.")],
+    model: Annotated[str | None, typer.Option(help="The base; by default the one that the masks name.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the base.")] = "bfloat16",
+    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+) -> None:
+    """Each layer's kept share, flips since initialisation and overlap with the magnitude mask."""
+    from mft.verbs import run_inspect
+
+    run_inspect(masks, model, dtype, force=force)
+
+
+@app.command()
+def env() -> None:
+    """Versions, threads, and which kernels serve which device."""
+    from importlib.metadata import PackageNotFoundError, version
+    from platform import python_version
+
+    import torch
+
+    import mft_kernels
+
+    console = Console()
+    console.print(f"python {python_version()}", highlight=False)
+    for package in ("mft_kernels", "torch", "triton", "transformers", "datasets"):
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            found = "not installed"
+        console.print(f"{package} {found}", highlight=False)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    console.print(f"threads {torch.get_num_threads()}, GPU {device}", highlight=False)
+    report = mft_kernels.backend_report()
+    table = Table("backend", "available", "what", "why not")
+    for name, entry in report["backends"].items():
+        table.add_row(name, "yes" if entry["available"] else "no", entry["detail"], entry["reason"] or "")
+    console.print(table)
+    for kind, name in report["auto"].items():
+        console.print(f"auto on {kind}: {name} (override with MFT_KERNELS=...)", highlight=False)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where its files go.")] = Path("runs/demo"),
+    overwrite: Annotated[bool, typer.Option(help="Delete the demo that lies there.")] = True,
+) -> None:
+    """SmolLM2-135M on the standard library's source, from full fine-tune to merged mask, in minutes on two cores."""
+    from mft.demo import run_demo
+
+    run_demo(output, overwrite=overwrite)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _read(config: Path | None, overrides: list[str] | None, sets: list[str] | None) -> RunConfig:
+    return load_config(None if config is None else str(config), [*(overrides or []), *(sets or [])])
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(0 < number < float("inf") for number in numbers):
+        raise ValueError(f"{option} must be positive numbers with commas between them, got {text!r}")
+    return numbers
+
+
+if __name__ == "__main__":
+    main()

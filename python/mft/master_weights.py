@@ -1,0 +1,68 @@
+"""AdamW on fp32 masters of 16-bit weights: no update is lost to rounding.
+
+A step of 1e-5 on a bf16 weight of 0.1 (spacing 5e-4) rounds away. The model computes in 16 bits; gradients of
+micro-batches are summed in fp32, AdamW steps on the fp32 master, and the model gets its rounded copy.
+fp32 parameters (scores among them) are their own masters.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mft.config import TrainConfig
+
+
+class MasterAdamW:
+    """AdamW over parameters of any float dtype; use as a context, which hooks the gradients.
+
+    Memory beyond the model: 12 bytes a trained weight while training (master or gradient, two moments), 16 in 16 bits.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], train: TrainConfig) -> None:
+        self.parameters = list(parameters)
+        if not self.parameters:
+            raise ValueError("the model must have a trainable parameter, all are frozen: mask it or unfreeze layers")
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
+        self.optimizer = torch.optim.AdamW(
+            self.masters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True
+        )
+
+    def __enter__(self) -> "MasterAdamW":
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(_add_gradient_to(master))
+            for p, master in zip(self.parameters, self.masters)
+            if p is not master
+        ]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for p in self.parameters:
+            p.grad = None
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale the gradients down to max_norm; returns the norm that they had."""
+        return nn.utils.clip_grad_norm_(self.masters, max_norm)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for p, master in zip(self.parameters, self.masters):
+            if p is not master:
+                p.copy_(master)
+
+
+def _add_gradient_to(master: Tensor):
+    def add(parameter: Tensor) -> None:
+        grad, parameter.grad = parameter.grad, None
+        if grad is not None:
+            master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
+
+    return add

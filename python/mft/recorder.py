@@ -1,0 +1,73 @@
+"""Where a run's events go: training steps and evaluations to the metrics file and to the progress display."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch import nn
+
+from mft.config import TrainConfig
+from mft.evaluate import Evaluation, evaluate
+from mft.prefix import PrefixMemory
+from mft.progress import Progress
+from mft.recipe import StepReport, count_steps
+from mft.run_directory import METRICS, MetricsFile
+
+EVALUATION_BATCH = 4
+
+
+class Recorder:
+    """Records phases of a run. Without a directory nothing is written; without a progress nothing is shown."""
+
+    def __init__(self, directory: Path | None = None, progress: Progress | None = None) -> None:
+        self.metrics = None if directory is None else MetricsFile(directory / METRICS)
+        self.progress = progress
+        self.curves: dict[str, list[StepReport]] = {}
+
+    def write(self, **values) -> None:
+        if self.metrics is not None:
+            self.metrics.write(**values)
+
+    @contextlib.contextmanager
+    def training(self, phase: str, dataset, train: TrainConfig) -> Iterator[Callable[[StepReport], None]]:
+        """Yield the on_step of a training loop; every train.log_every-th step and the last are written."""
+        curve = self.curves.setdefault(phase, [])
+        with self._shown(phase, count_steps(train, len(dataset))) as advance:
+
+            def on_step(report: StepReport) -> None:
+                curve.append(report)
+                if report.step % train.log_every == 0 or report.step == report.steps:
+                    self.write(phase=phase, **vars(report))
+                advance(1, tokens=report.tokens, loss=report.loss)
+
+            yield on_step
+
+    def evaluate(
+        self, phase: str, model: nn.Module, dataset, *, first: int = 0, memory: PrefixMemory | None = None
+    ) -> Evaluation:
+        """evaluate(), shown and written."""
+        with self._shown(phase, len(dataset)) as advance:
+            result = evaluate(
+                model,
+                dataset,
+                batch_size=EVALUATION_BATCH,
+                first=first,
+                memory=memory,
+                on_batch=lambda rows, tokens: advance(rows, tokens=tokens),
+            )
+        self.write(
+            phase=phase,
+            loss=result.loss,
+            accuracy=result.accuracy,
+            tokens=int(result.tokens.sum()),
+            documents=len(result.documents),
+        )
+        return result
+
+    @contextlib.contextmanager
+    def _shown(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        if self.progress is None:
+            yield lambda *args, **kwargs: None
+            return
+        with self.progress.phase(name, total) as phase:
+            yield phase.advance

@@ -1,0 +1,170 @@
+"""Each verb from the command line on a tiny model, and what wrong input is told."""
+
+import json
+
+import pytest
+import torch
+from tiny import WORDS, make_llama, one_thread  # noqa: F401
+from typer.testing import CliRunner
+
+from mft.cli import app
+
+LEARN = ["train.lr=1e-2", "train.epochs=null", "train.steps=4", "train.batch_size=2", "mask.layers_to_transform=2-3"]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """The tiny Llama with a tokenizer of one word a number, as save_pretrained writes it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<end>": 0} | {str(i): i for i in range(1, WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    directory = tmp_path_factory.mktemp("model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<end>").save_pretrained(directory)
+    make_llama().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def cli(model_dir, tmp_path, monkeypatch):
+    """cli("train", "key=value", ...) -> (exit code, output); runs in tmp_path on the tiny model and data."""
+    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"text": " ".join(str(1 + (i * 7 + j) % (WORDS - 1)) for j in range(20))}) for i in range(60)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "config.yaml").write_text(
+        f"model: {{name: {model_dir}, dtype: float32}}\ndata: {{source: data.jsonl, sequence_length: 12}}\n"
+        "output_dir: run\n"
+    )
+
+    def call(verb, *arguments):
+        options = ["--config", "config.yaml"] if verb in ("finetune", "train", "evaluate", "compare") else []
+        result = CliRunner().invoke(app, [verb, *options, *arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.output
+
+    return call
+
+
+def test_finetune_writes_a_model_that_train_evaluate_merge_and_inspect_use(cli, tmp_path):
+    code, output = cli("finetune", *LEARN)
+    assert code == 0, output
+    run = tmp_path / "run"
+    assert sorted(p.name for p in run.iterdir()) == [
+        "config.yaml",
+        "metrics.jsonl",
+        "model",
+        "plot.png",
+        "table.json",
+        "table.md",
+    ]
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if "step" in e] == [1, 2, 3, 4]
+
+    tuned = ["model.name=run/model", "output_dir=masked", "--set", "mask.init=magnitude"]
+    code, output = cli("train", *LEARN, *tuned)
+    assert code == 0, output
+    assert "% of the mask's bits flipped since initialisation" in output
+
+    code, output = cli("evaluate", "model.name=run/model", "--masks", "masked", "--split", "test")
+    assert code == 0, output
+    assert "with masks" in output
+    assert " ± " in output
+
+    code, output = cli("merge", "masked", "merged", "--dtype", "float32")
+    assert code == 0, output
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    weight = merged.model.layers[3].mlp.up_proj.weight
+    assert (weight == 0).float().mean() == pytest.approx(0.1, abs=0.01)
+
+    code, output = cli("inspect", "masked", "--dtype", "float32")
+    assert code == 0, output
+    assert "90.0" in output
+    assert "flips are unknown" not in output
+
+
+def test_compare_prints_a_table_and_a_verdict(cli, tmp_path, model_dir):
+    code, output = cli("compare", *LEARN, "--base", str(model_dir), "--mask-lrs", "1e-3,1e-2,1e-1")
+    assert code == 0, output
+    for arm in ("base", "full fine-tune", "control", "random mask", "magnitude mask", "MFT"):
+        assert f"| {arm} |" in (tmp_path / "run" / "table.md").read_text()
+    assert "MFT - control: " in output
+    assert "6 configurations tried (3 for control, 3 for MFT)" in output
+
+
+def test_env_says_which_kernels_serve_the_cpu(cli):
+    code, output = cli("env")
+    assert code == 0
+    assert f"torch {torch.__version__}" in output
+    assert "auto on cpu: " in output
+    assert "reference" in output
+
+
+def test_a_run_is_not_overwritten_unasked(cli, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    code, output = cli("train", *LEARN)
+    assert code == 2
+    assert "output_dir run already holds a run (metrics.jsonl)" in output
+    assert "--overwrite" in output
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "{}\n"
+    code, output = cli("train", *LEARN, "--overwrite")
+    assert code == 0, output
+
+
+def test_a_directory_of_something_else_is_never_emptied(cli, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years")
+    code, output = cli("train", *LEARN, "--overwrite")
+    assert code == 2
+    assert "output_dir must be new, empty or a run's, got run with thesis.tex" in output
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years"
+
+
+def test_a_failed_run_keeps_the_metrics_so_far(cli, tmp_path):
+    code, output = cli("finetune", *LEARN, "train.lr=1e30", "train.schedule=constant")
+    assert code == 2
+    assert "the loss must stay finite" in output
+    assert "Traceback" not in output
+    assert '"step": 1,' in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "train.learning_rate=1"], "unknown key 'train.learning_rate'; did you mean train.lr?"),
+        (["train", "--config", "nowhere.yaml"], "config must be a YAML file that exists, got nowhere.yaml"),
+        (["train", "--config", "broken.yaml"], "broken.yaml:3:1: broken YAML"),
+        (["train", "mask.keep_ratio=1.5"], "keep_ratio must lie in [0, 1], got 1.5"),
+        (["train", "train.lr=fast"], "train.lr must be"),
+        (["train", "model.name=./nowhere"], "model.name must be a model that exists, got './nowhere'"),
+        (["train", "data.source=nowhere.jsonl"], "nowhere.jsonl"),
+        (["train", "mask.layers_to_transform=9"], "layers_to_transform"),
+        (["train", "mask.target_modules=[q_prj]"], "q_proj"),
+        (["train", "nonsense"], "an override must look like train.lr=3e-4, got 'nonsense'"),
+        (["compare", "--mask-lrs", "1e-3,quick"], "--mask-lrs must be positive numbers with commas between them"),
+        (["compare", "--control-lrs", "0"], "--control-lrs must be positive numbers"),
+        (["evaluate", "--split", "train"], "--split must be validation or test, got 'train'"),
+        (["evaluate", "--masks", "nowhere"], "nowhere"),
+        (["merge", "nowhere", "merged"], "nowhere"),
+        (["inspect", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_input_is_told_in_one_message(cli, tmp_path, arguments, message):
+    (tmp_path / "broken.yaml").write_text("train:\n  lr: [1\n")
+    code, output = cli(*arguments)
+    assert code == 2
+    assert message in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_verb_is_a_usage_error(cli):
+    code, output = cli("trian")
+    assert code == 2
+    assert "train" in output

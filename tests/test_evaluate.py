@@ -1,0 +1,94 @@
+"""Held-out loss and accuracy, and the paired standard error."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import make_llama, make_rows, masked_llama, one_thread  # noqa: F401
+
+from mft.evaluate import Evaluation, evaluate, paired_difference
+from mft.prefix import PrefixMemory
+
+
+def evaluation(tokens, loss_sums, correct=None):
+    tokens = torch.tensor(tokens, dtype=torch.float64)
+    correct = torch.zeros_like(tokens) if correct is None else torch.tensor(correct, dtype=torch.float64)
+    return Evaluation(torch.arange(len(tokens)), tokens, torch.tensor(loss_sums, dtype=torch.float64), correct)
+
+
+def test_the_loss_is_the_models_own():
+    model, rows = make_llama(), make_rows(5)
+    batch = rows.with_format("torch")[:]
+    result = evaluate(model, rows, batch_size=2)
+    assert result.loss == pytest.approx(model(batch["input_ids"], labels=batch["labels"]).loss.item(), rel=1e-5)
+    hits = model(batch["input_ids"]).logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]
+    assert result.accuracy == pytest.approx(hits.float().mean().item())
+    assert result.documents.tolist() == [100, 101, 102]
+    assert result.tokens.tolist() == [22, 22, 11]
+
+
+def test_only_labelled_tokens_count():
+    rows = make_rows(2).map(lambda row: {"labels": [-100] * 9 + row["labels"][9:]})
+    assert evaluate(make_llama(), rows).tokens.tolist() == [6]
+
+
+def test_the_batch_size_changes_nothing():
+    model, rows = make_llama(), make_rows(5)
+    assert evaluate(model, rows, batch_size=1).loss == pytest.approx(evaluate(model, rows, batch_size=5).loss, rel=1e-6)
+
+
+def test_a_shared_memory_changes_nothing():
+    memory, rows, model = PrefixMemory(), make_rows(4), masked_llama()
+    plain = evaluate(model, rows)
+    for _ in range(2):
+        assert evaluate(model, rows, first=2, memory=memory).loss == plain.loss
+    assert len(memory.states) == 4
+
+
+def test_evaluation_leaves_the_training_mode_alone():
+    model = make_llama().train()
+    evaluate(model, make_rows(2))
+    assert model.training
+
+
+def test_rows_without_a_label_are_refused():
+    rows = make_rows(2).map(lambda row: {"labels": [-100] * 12})
+    with pytest.raises(ValueError, match="must score at least one token, got 2 rows without a label"):
+        evaluate(make_llama(), rows)
+    with pytest.raises(ValueError, match="at least one row to evaluate, got 0"):
+        evaluate(make_llama(), Dataset.from_dict({"input_ids": [], "labels": [], "document": []}))
+
+
+def test_the_standard_error_of_a_worked_example():
+    """Documents of 10, 10 and 20 tokens whose differences sum to 1, 3 and 4: mean 8 / 40 = 0.2 a token.
+
+    Residuals 1 - 2, 3 - 2, 4 - 4 = -1, 1, 0: sqrt(3 / 2 * 2) / 40 = 0.0433.
+    """
+    a, b = evaluation([10, 10, 20], [21, 23, 44]), evaluation([10, 10, 20], [20, 20, 40])
+    assert paired_difference(a, b) == pytest.approx((0.2, math.sqrt(3) / 40))
+    assert paired_difference(b, a) == pytest.approx((-0.2, math.sqrt(3) / 40))
+
+
+def test_the_accuracy_difference_is_paired_too():
+    a, b = evaluation([4, 4], [0, 0], [3, 2]), evaluation([4, 4], [0, 0], [1, 2])
+    assert paired_difference(a, b, "accuracy") == pytest.approx((0.25, math.sqrt(2 * 2) / 8))
+
+
+def test_a_model_does_not_differ_from_itself():
+    a = evaluation([3, 5], [1, 2])
+    assert paired_difference(a, a) == (0, 0)
+
+
+def test_a_single_document_has_no_standard_error():
+    a = evaluation([3], [1])
+    mean, error = paired_difference(a, evaluation([3], [2]))
+    assert mean == pytest.approx(-1 / 3)
+    assert math.isnan(error)
+
+
+def test_what_was_evaluated_on_other_documents_is_not_paired():
+    with pytest.raises(ValueError, match="same documents and tokens"):
+        paired_difference(evaluation([3, 4], [1, 1]), evaluation([3, 5], [1, 1]))
+    with pytest.raises(ValueError, match=r"metric must be one of .* got 'bleu'"):
+        paired_difference(evaluation([3], [1]), evaluation([3], [1]), "bleu")

@@ -1,0 +1,294 @@
+"""The training loop: what it learns, what it must not depend on, and how it stops."""
+
+import copy
+import json
+
+import pytest
+import torch
+from tiny import WORDS, make_llama, make_rows, masked_llama, one_thread  # noqa: F401
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mft.causal_lm import decoder_layers, first_trainable_layer, head_of, run_decoder, split_at_head
+from mft.config import MaskConfig, TrainConfig
+from mft.convert import mask_model, masked_modules
+from mft.prefix import FrozenPrefix, PrefixMemory
+from mft.recipe import NonFiniteLoss, finetune, schedule_factor, train_loop, train_masks, train_weights
+from mft.token_loss import backward_token_loss
+
+
+def score_gradients(model):
+    return {name: module.scores.grad for name, module in masked_modules(model).items()}
+
+
+@pytest.fixture
+def gradients_at_steps(monkeypatch):
+    """What AdamW was given, a list a step."""
+    steps, step = [], torch.optim.AdamW.step
+
+    def recording_step(self, *args):
+        steps.append([p.grad.clone() for p in self.param_groups[0]["params"]])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recording_step)
+    return steps
+
+
+def test_full_finetuning_learns():
+    reports = finetune(make_llama(), make_rows(), TrainConfig(lr=1e-2, steps=30, batch_size=8))
+    assert reports[-1].loss < 0.5 * reports[0].loss
+    assert [report.step for report in reports] == list(range(1, 31))
+
+
+def test_training_masks_learns_and_moves_scores_alone():
+    model = masked_llama(layers=range(4), init="magnitude")
+    before = copy.deepcopy(model.state_dict())
+    reports = train_masks(model, make_rows(), TrainConfig(lr=1e-2, steps=40, batch_size=8))
+    assert reports[-1].loss < reports[0].loss - 0.05  # a random model has little to select from
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) != name.endswith(".scores"), name
+
+
+def test_training_chosen_weights_moves_them_alone():
+    model = make_llama()
+    before = copy.deepcopy(model.state_dict())
+    name = "model.layers.3.mlp.down_proj"
+    train_weights(model, [name], make_rows(), TrainConfig(lr=1e-2, steps=2))
+    moved = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
+    assert moved == [f"{name}.weight"]
+
+
+def test_masks_cannot_be_trained_where_there_are_none():
+    with pytest.raises(ValueError, match="found none: call mask_model"):
+        train_masks(make_llama(), make_rows(), TrainConfig(steps=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_four_micro_batches_give_the_gradient_of_one_batch(dtype, gradients_at_steps):
+    """Also when rows score different numbers of tokens."""
+    rows = make_rows(4)
+    labels = [[-100] * i * 3 + row["labels"][i * 3 :] for i, row in enumerate(rows)]
+    rows = rows.remove_columns("labels").add_column("labels", labels)
+    losses = [
+        finetune(make_llama(dtype), rows, TrainConfig(steps=1, batch_size=batch_size, accumulation=accumulation))[
+            0
+        ].loss
+        for batch_size, accumulation in ((4, 1), (1, 4))
+    ]
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+    assert len(gradients_at_steps) == 2
+    for one, four in zip(*gradients_at_steps):
+        assert (one - four).norm() <= tolerance * one.norm()
+
+
+def test_small_updates_of_bf16_weights_are_not_rounded_away():
+    """256 steps of 1e-5 on weights of 0.1, whose spacing is 5e-4: each alone would vanish."""
+    model = make_llama(torch.bfloat16)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    torch.nn.init.constant_(weight, 0.1)
+    before = weight.detach().clone()
+    finetune(model, make_rows(), TrainConfig(lr=1e-5, steps=256, schedule="constant"))
+    assert ((weight - before).abs() > 0).float().mean() > 0.5
+    assert weight.dtype == torch.bfloat16
+
+
+def test_training_is_deterministic():
+    runs = [train_masks(masked_llama(), make_rows(), TrainConfig(lr=1e-3, steps=3, seed=5)) for _ in range(2)]
+    assert [r.loss for r in runs[0]] == [r.loss for r in runs[1]]
+
+
+def test_a_nonfinite_loss_stops_and_names_step_rows_and_documents():
+    model, rows, seen = make_llama(), make_rows(4), []
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = torch.inf
+    message = r"got nan at step \d of 4 in the batch of rows \[[23]\] \(documents \[101\]\)"
+    with pytest.raises(NonFiniteLoss, match=message):
+        finetune(
+            model,
+            rows.map(lambda row: row | {"input_ids": [7] * 12} if row["document"] == 101 else row),
+            TrainConfig(lr=1e-3, steps=4, seed=1),
+            on_step=seen.append,
+        )
+    assert seen
+    assert all(torch.isfinite(torch.tensor(report.loss)) for report in seen)
+
+
+def test_an_empty_dataset_is_refused():
+    with pytest.raises(ValueError, match="at least one row to train on, got 0"):
+        finetune(make_llama(), make_rows().select([]), TrainConfig(steps=1))
+
+
+def test_a_batch_without_labels_changes_nothing():
+    rows = make_rows(2).map(lambda row: {"labels": [-100] * 12})
+    report = finetune(make_llama(), rows, TrainConfig(steps=1))[0]
+    assert report.loss == 0
+
+
+def test_clipping_bounds_the_gradient(gradients_at_steps):
+    finetune(make_llama(), make_rows(), TrainConfig(steps=2, max_grad_norm=1e-3))
+    for gradients in gradients_at_steps:
+        assert torch.stack([gradient.norm() for gradient in gradients]).norm() <= 1.001e-3
+
+
+def test_the_linear_schedule_warms_up_and_falls_to_zero():
+    config = TrainConfig(steps=20, warmup_ratio=0.2)
+    factors = [schedule_factor(step, 20, config) for step in range(1, 21)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[-1] == pytest.approx(1 / 16)
+    assert factors[4:] == sorted(factors[4:], reverse=True)
+
+
+# ---------------------------------------------------------------------------------------------- the loss
+
+
+def test_the_chunked_loss_and_its_gradients_are_the_models_own(monkeypatch):
+    monkeypatch.setattr("mft.token_loss.CHUNK", 5)
+    rows = make_rows(3).with_format("torch")[:]
+    labels = rows["labels"].clone()
+    labels[0, :7] = -100
+    own, ours = make_llama(), make_llama()
+    loss = own(input_ids=rows["input_ids"], labels=labels).loss
+    loss.backward()
+    count = (labels[:, 1:] != -100).sum()
+    total = backward_token_loss(head_of(ours), run_decoder(ours, rows["input_ids"]), labels, 1 / count)
+    assert total / count == pytest.approx(loss.item(), rel=1e-5)
+    for p, q in zip(own.parameters(), ours.parameters()):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_capped_logits_are_taken_from_the_model():
+    """Gemma 2 caps its logits after the head, so the head alone would give another loss."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=WORDS,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            final_logit_softcapping=0.05,
+        )
+    ).eval()
+    ids = make_rows(2).with_format("torch")[:]["input_ids"]
+    run, head = split_at_head(model, ids)
+    torch.testing.assert_close(head(run(model, ids)), model(ids).logits)
+    assert isinstance(head, torch.nn.Identity)
+
+
+# ---------------------------------------------------------------------------------------------- the frozen prefix
+
+
+def make_gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=WORDS,
+            n_embd=32,
+            n_layer=4,
+            n_head=4,
+            n_positions=32,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    ).eval()
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gpt2])
+@pytest.mark.parametrize("remember", [False, True])
+def test_gradients_above_a_frozen_prefix_are_those_of_the_whole_model(make, remember):
+    ids = make_rows(4).with_format("torch")[:]["input_ids"]
+    config = MaskConfig(layers_to_transform=[2, 3])
+    whole, split = mask_model(make(), config), mask_model(make(), config)
+    head = head_of(whole)
+    backward_token_loss(head, run_decoder(whole, ids), ids, 1.0)
+    prefix = FrozenPrefix(split, memory=PrefixMemory() if remember else None)
+    assert prefix.first == 2
+    if remember:
+        prefix(ids, [0, 1, 2, 3])
+    backward_token_loss(head_of(split), prefix(ids, [0, 1, 2, 3]), ids, 1.0)
+    for (name, expected), found in zip(score_gradients(whole).items(), score_gradients(split).values()):
+        assert expected.abs().max() > 0
+        assert torch.equal(found, expected), name
+
+
+def test_no_graph_is_recorded_below_the_first_masked_layer():
+    model = masked_llama()
+    model.enable_input_require_grads()  # as trainers do for gradient checkpointing
+    recorded = {}
+    for number, layer in enumerate(decoder_layers(model)):
+        layer.register_forward_hook(lambda m, a, output, number=number: recorded.update({number: output.requires_grad}))
+    FrozenPrefix(model)(make_rows(2).with_format("torch")[:]["input_ids"], [0, 1])
+    assert recorded == {0: False, 1: False, 2: True, 3: True}
+
+
+def test_a_remembered_row_runs_its_frozen_layers_once():
+    model, calls = masked_llama(), []
+    decoder_layers(model)[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    memory = PrefixMemory()
+    train_masks(model, make_rows(4), TrainConfig(steps=12), memory=memory)
+    assert len(calls) == 4 + 3  # and three before the first step: is the head plain, do layers pass hidden states only
+    assert sorted(memory.states) == [0, 1, 2, 3]
+
+
+def test_training_from_memory_is_bit_equal_to_training_without():
+    runs = [masked_llama() for _ in range(2)]
+    for model, remember in zip(runs, (True, False)):
+        train_masks(model, make_rows(4), TrainConfig(lr=1e-2, steps=10, batch_size=2), remember=remember)
+    for a, b in zip(masked_modules(runs[0]).values(), masked_modules(runs[1]).values()):
+        assert torch.equal(a.scores, b.scores)
+
+
+def test_a_full_memory_changes_no_result():
+    row = 12 * 32 * 4
+    full, free = masked_llama(), masked_llama()
+    memory = PrefixMemory(max_bytes=2 * row)
+    train_masks(full, make_rows(4), TrainConfig(lr=1e-2, steps=8), memory=memory)
+    train_masks(free, make_rows(4), TrainConfig(lr=1e-2, steps=8), remember=False)
+    assert len(memory.states) == 2
+    for a, b in zip(masked_modules(full).values(), masked_modules(free).values()):
+        assert torch.equal(a.scores, b.scores)
+
+
+def test_layers_that_pass_more_than_hidden_states_are_refused_a_memory():
+    model = masked_llama()
+    second, third = decoder_layers(model)[1], decoder_layers(model)[2]
+    kept = []
+    second.register_forward_hook(lambda m, args, output: kept.append(args[0]))
+    third.register_forward_pre_hook(lambda m, args: (args[0] + 10 * kept.pop(),) if kept else None)
+    with pytest.raises(ValueError, match="must hand on hidden states only"):
+        train_masks(model, make_rows(2), TrainConfig(steps=4))
+
+
+def test_dropout_forbids_a_memory():
+    model = mask_model(make_llama(attention_dropout=0.1), MaskConfig(layers_to_transform=[3]))
+    assert FrozenPrefix(model, memory=PrefixMemory()).memory is None
+
+
+def test_a_trainable_embedding_leaves_no_frozen_prefix():
+    model = masked_llama()
+    assert first_trainable_layer(model) == 2
+    model.get_input_embeddings().weight.requires_grad_(True)
+    assert first_trainable_layer(model) == 0
+
+
+def test_gradient_checkpointing_changes_no_result():
+    runs = []
+    for checkpointing in (False, True):
+        model = masked_llama()
+        train_loop(model, make_rows(4), TrainConfig(lr=1e-2, steps=3, gradient_checkpointing=checkpointing))
+        runs.append([module.scores.detach().clone() for module in masked_modules(model).values()])
+        assert not any(layer.gradient_checkpointing for layer in decoder_layers(model))
+    for a, b in zip(*runs):
+        torch.testing.assert_close(a, b)
+
+
+def test_reports_are_plain_numbers():
+    report = finetune(make_llama(), make_rows(2), TrainConfig(steps=1))[0]
+    assert json.loads(json.dumps(vars(report)))["steps"] == 1

@@ -1,0 +1,47 @@
+"""Tiny models and rows that the recipe's tests share: a random Llama of 61 words learns to count."""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mft.config import MaskConfig
+from mft.convert import mask_model
+
+WORDS = 61
+
+
+def make_llama(dtype=torch.float32, **changes):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=WORDS,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+            **changes,
+        )
+        return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def make_rows(count=8, length=12, seed=0):
+    """Rows that count upwards from a random start, so that there is something to learn."""
+    start = torch.randint(0, WORDS, (count, 1), generator=torch.Generator().manual_seed(seed))
+    ids = ((start + torch.arange(length)) % WORDS).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids, "document": [100 + i // 2 for i in range(count)]})
+
+
+def masked_llama(layers=(2, 3), dtype=torch.float32, **mask):
+    return mask_model(make_llama(dtype), MaskConfig(layers_to_transform=list(layers), **mask))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads do not help matrices of 32 x 64, and wait for each other 40 times as long where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
