@@ -1,6 +1,7 @@
 """Each verb from the command line on a tiny model, and what wrong input is told."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_finetune_writes_a_model_that_train_evaluate_merge_and_inspect_use(cli, 
     code, output = cli("evaluate", "model.name=run/model", "--masks", "masked", "--split", "test")
     assert code == 0, output
     assert "with masks" in output
-    assert " ± " in output
+    assert "±" in output
 
     code, output = cli("merge", "masked", "merged", "--dtype", "float32")
     assert code == 0, output
@@ -94,7 +95,7 @@ def test_compare_prints_a_table_and_a_verdict(cli, tmp_path, model_dir):
     for arm in ("base", "full fine-tune", "control", "random mask", "magnitude mask", "MFT"):
         assert f"| {arm} |" in (tmp_path / "run" / "table.md").read_text()
     assert "MFT - control: " in output
-    assert "6 configurations tried (3 for control, 3 for MFT)" in output
+    assert re.search(r"configurations tried \([3-5] for control, [3-5] for MFT\)", output)
 
 
 def test_env_says_which_kernels_serve_the_cpu(cli):

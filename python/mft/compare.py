@@ -8,9 +8,9 @@ magnitude mask  the same share kept, the largest
 MFT             the trained mask
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import nn
 
@@ -23,6 +23,7 @@ from mft.evaluate import Evaluation
 from mft.prefix import PrefixMemory
 from mft.recipe import train_masks, train_weights
 from mft.recorder import Recorder
+from mft.tuning import Trial, tune
 
 ARMS = BASE, FULL, CONTROL, RANDOM, MAGNITUDE, MFT = (
     "base",
@@ -32,15 +33,6 @@ ARMS = BASE, FULL, CONTROL, RANDOM, MAGNITUDE, MFT = (
     "magnitude mask",
     "MFT",
 )
-
-
-@dataclass
-class Trial:
-    """One configuration that was trained and seen by the validation split."""
-
-    arm: str
-    lr: float
-    validation_loss: float
 
 
 @dataclass
@@ -68,6 +60,7 @@ def compare(
     mask_lrs: Sequence[float],
     control_lrs: Sequence[float],
     base: nn.Module | None = None,
+    extensions: int = 2,
     recorder: Recorder | None = None,
 ) -> Comparison:
     """Train masks and the control on splits.train, choose each arm's rate on validation, evaluate all arms on test.
@@ -76,6 +69,7 @@ def compare(
         model: the fully fine-tuned model; left unchanged. Its weights are shared by the arms.
         train: of both arms; its lr is replaced by each of mask_lrs and control_lrs in turn.
         base: the model before its full fine-tune, if it is to be shown.
+        extensions: how many further rates an arm may try while its best is the smallest or largest (see tune).
     """
     if not mask_lrs or not control_lrs:
         raise ValueError(
@@ -86,54 +80,40 @@ def compare(
     trained = mask_model(clone_with_own_weights(model), mask)
     names, first = list(masked_modules(trained)), first_trainable_layer(trained)
     memories = {split: PrefixMemory() for split in ("train", "validation", "test")}
-    trials: list[Trial] = []
 
-    def best_of(arm: str, lrs: Sequence[float]) -> nn.Module:
-        best, best_loss = model, math.inf
-        for lr in lrs:
-            candidate = clone_with_own_weights(model, names if arm == CONTROL else ())
-            phase = f"{arm}, lr {lr:g}"
-            with recorder.training(phase, splits.train, train) as on_step:
-                options = {"memory": memories["train"], "on_step": on_step}
-                if arm == CONTROL:
-                    train_weights(candidate, names, splits.train, replace(train, lr=lr), **options)
-                else:
-                    mask_model(candidate, mask)
-                    train_masks(candidate, splits.train, replace(train, lr=lr), **options)
-            loss = recorder.evaluate(
-                f"{phase}, validation", candidate, splits.validation, first=first, memory=memories["validation"]
-            ).loss
-            trials.append(Trial(arm, lr, loss))
-            if loss < best_loss:
-                best, best_loss = candidate, loss
-        return best
+    def attempt(arm: str, lr: float) -> tuple[nn.Module, float]:
+        candidate = clone_with_own_weights(model, names if arm == CONTROL else ())
+        phase = f"{arm}, lr {lr:g}"
+        with recorder.training(phase, splits.train, train) as on_step:
+            options = {"memory": memories["train"], "on_step": on_step}
+            if arm == CONTROL:
+                train_weights(candidate, names, splits.train, replace(train, lr=lr), **options)
+            else:
+                mask_model(candidate, mask)
+                train_masks(candidate, splits.train, replace(train, lr=lr), **options)
+        return candidate, on_validation(phase, candidate)
 
-    start = recorder.evaluate(
-        f"{FULL}, validation", model, splits.validation, first=first, memory=memories["validation"]
-    )
-    models = {CONTROL: best_of(CONTROL, control_lrs), MFT: best_of(MFT, mask_lrs)}
+    def on_validation(phase: str, candidate: nn.Module) -> float:
+        return recorder.evaluate(
+            f"{phase}, validation", candidate, splits.validation, first=first, memory=memories["validation"]
+        ).loss
+
+    start_loss = on_validation(FULL, model)
+    tuned = {
+        arm: tune(arm, lrs, partial(attempt, arm), extensions) for arm, lrs in ((CONTROL, control_lrs), (MFT, mask_lrs))
+    }
     models = {
         FULL: model,
-        CONTROL: models[CONTROL],
+        CONTROL: tuned[CONTROL].model,
         RANDOM: mask_model(clone_with_own_weights(model), replace(mask, init="normal")),
         MAGNITUDE: mask_model(clone_with_own_weights(model), replace(mask, init="magnitude")),
-        MFT: models[MFT],
+        MFT: tuned[MFT].model,
     }
     arms = {}
     if base is not None:
         arms[BASE] = recorder.evaluate(f"{BASE}, test", base, splits.test)
     for arm, candidate in models.items():
         arms[arm] = recorder.evaluate(f"{arm}, test", candidate, splits.test, first=first, memory=memories["test"])
-    notes = [_edge_note(arm, lrs, trials) for arm, lrs in ((CONTROL, control_lrs), (MFT, mask_lrs))]
-    return Comparison(arms, trials, models[MFT], start.loss, [note for note in notes if note])
-
-
-def _edge_note(arm: str, lrs: Sequence[float], trials: list[Trial]) -> str:
-    """A best rate at the end of its grid may not be the best there is."""
-    best = min((t for t in trials if t.arm == arm), key=lambda t: t.validation_loss).lr
-    if len(lrs) < 3:
-        return f"{arm}: only {len(lrs)} rate(s) tried, at least 3 make a fair choice"
-    if best in (min(lrs), max(lrs)):
-        end = "smallest" if best == min(lrs) else "largest"
-        return f"{arm}: the best rate, {best:g}, is the {end} of those tried; a wider grid may find a better one"
-    return ""
+    trials = [trial for found in tuned.values() for trial in found.trials]
+    notes = [note for found in tuned.values() for note in found.notes]
+    return Comparison(arms, trials, models[MFT], start_loss, notes)

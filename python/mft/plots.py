@@ -23,6 +23,7 @@ def plot_comparison(comparison: Comparison, curves: Curves, path: Path, *, stand
     left, middle, right = figure.subplots(1, 3)
     losing = {f"{t.arm}, lr {t.lr:g}" for t in comparison.trials if t.lr != comparison.chosen_lr(t.arm)}
     _draw_curves(left, {name: curve for name, curve in curves.items() if name not in losing})
+    left.set_title("Training, each on the same rows in the same order")
     _draw_trials(middle, comparison)
     _draw_differences(right, comparison, standard_errors)
     figure.savefig(path, dpi=120)

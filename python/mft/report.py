@@ -15,7 +15,7 @@ from mft.plots import Curves, plot_comparison
 from mft.run_directory import PLOT, TABLE_JSON, TABLE_MARKDOWN
 
 STANDARD_ERRORS = 2  # a difference within so many of 0 is no evidence
-_COLUMNS = ("loss", f"loss - {FULL}", f"loss - {CONTROL}", "accuracy", f"accuracy - {CONTROL}")
+_COLUMNS = ("loss", f"loss - {FULL}", f"loss - {CONTROL}", "acc %", f"acc % - {CONTROL}")
 
 
 def verdict(comparison: Comparison) -> str:
@@ -61,7 +61,7 @@ def table_rows(comparison: Comparison) -> list[dict[str, Any]]:
 def console_table(comparison: Comparison) -> Table:
     """The table for a terminal, 80 columns wide."""
     table = Table(title=_title(comparison), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("arm")
+    table.add_column("arm", no_wrap=True)
     for column in _COLUMNS:
         table.add_column(column.replace("- ", "-\n", 1), justify="right", no_wrap=True)
     for row in table_rows(comparison):
@@ -113,8 +113,8 @@ def _title(comparison: Comparison) -> str:
 
 def _counts(result: Evaluation) -> str:
     return (
-        f"{int(result.tokens.sum())} tokens of {len(result.documents)} documents. Loss in nats a token; differences are "
-        "paired, ± one standard error over documents."
+        f"{int(result.tokens.sum())} tokens of {len(result.documents)} documents. Loss in nats a token; differences "
+        "are paired, ± one standard error over documents; accuracy is that of the next token."
     )
 
 
@@ -123,12 +123,12 @@ def _cells(row: dict[str, Any]) -> list[str]:
     full, control, accuracy = (
         "-" if pair is None else show(pair) for pair, show in zip(pairs, (_loss_pair, _loss_pair, _accuracy_pair))
     )
-    return [f"{row['loss']:.4f}", full, control, f"{100 * row['accuracy']:.2f} %", accuracy]
+    return [f"{row['loss']:.4f}", full, control, f"{100 * row['accuracy']:.2f}", accuracy]
 
 
 def _loss_pair(pair: tuple[float, float]) -> str:
-    return f"{pair[0]:+.4f} ± {pair[1]:.4f}"
+    return f"{pair[0]:+.4f}±{pair[1]:.4f}"
 
 
 def _accuracy_pair(pair: tuple[float, float]) -> str:
-    return f"{100 * pair[0]:+.2f} ± {100 * pair[1]:.2f}"
+    return f"{100 * pair[0]:+.2f}±{100 * pair[1]:.2f}"
