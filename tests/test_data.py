@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mft import data, hub
 from mft.config import DataConfig
 from mft.corpus import EXCLUDED_DIRECTORIES, stdlib_files
