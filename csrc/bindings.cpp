@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "cpu/capability.h"
+#include "cpu/huge_pages.h"
 #include "cpu/keep_range.h"
 #include "cpu/linear.h"
 #include "cpu/select.h"
@@ -82,7 +83,9 @@ MaskSource mask_source(const std::optional<Tensor>& scores, const std::optional<
 
 Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns) {
   const int64_t sizes[] = {rows, columns};
-  return torch::stable::new_empty(like, {sizes, 2});
+  Tensor t = torch::stable::new_empty(like, {sizes, 2});
+  mft::advise_huge_pages(t.mutable_data_ptr(), rows * columns * mft::bytes_of(format_of(like, "input")));
+  return t;
 }
 
 Tensor masked_linear(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optional<Tensor> threshold,
@@ -138,7 +141,11 @@ void grad_scores_(Tensor out, Tensor grad_output, Tensor x, Tensor weight, std::
     sign.scores = input(*scores, "scores").data;
     sign.score_format = format_of(*scores, "scores");
   }
-  mft::grad_scores(cpu, output(out, "out"), grad, in, w, sign, accumulate);
+  const Matrix destination = output(out, "out");
+  if (!accumulate) {  // then it is most likely new
+    mft::advise_huge_pages(destination.data, w.rows * w.columns * mft::bytes_of(destination.format));
+  }
+  mft::grad_scores(cpu, destination, grad, in, w, sign, accumulate);
 }
 
 Tensor kept_threshold(Tensor scores, int64_t k, bool magnitude) {

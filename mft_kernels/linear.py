@@ -105,12 +105,15 @@ class MaskedLinear(nn.Module):
         elif init == "magnitude":
             magnitude = self.weight.abs().to(torch.promote_types(self.scores.dtype, torch.float32))
             norm = magnitude.square().mean().sqrt()
-            # A layer of zeros has no magnitudes to follow: its scores stay 0, which ties, and ties are kept.
+            # A layer of zeros has no magnitudes to follow: its scores tie, and ties are kept.
             self.scores.copy_(magnitude.mul_(_SCALE / norm.clamp(min=torch.finfo(norm.dtype).tiny)))
         elif init == "constant":
             self.scores.normal_(_SCALE, _SCALE * _CONSTANT_NOISE, generator=generator)
         else:
             raise ValueError(f"init must be one of {INITS}, got {init!r}")
+        # A score of exactly 0 gets no gradient (sign(0) = 0), so it would stay 0, and no bit holds its sign. A layer of
+        # 4096 x 4096 normal fp32 scores has one every other time.
+        self.scores.masked_fill_(self.scores == 0, torch.finfo(self.scores.dtype).tiny)
 
     def forward(self, x: Tensor) -> Tensor:
         try:

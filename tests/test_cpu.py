@@ -1,6 +1,8 @@
 """The cpu backend gives what the reference gives, on every instruction set that this machine has."""
 
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +106,83 @@ def test_slabs_meet_without_a_seam(capability, dtype, shape):
     for v in (t.x, t.grad_output):
         v *= (torch.arange(v.numel()).view_as(v) % 61 == 0).to(dtype)
     assert_matches_reference(t, torch.tensor(2, dtype=torch.bfloat16), "magnitude")
+
+
+@pytest.mark.parametrize(("scores_dtype", "count"), [(torch.float32, 2), (torch.bfloat16, 1)])
+@pytest.mark.parametrize(
+    "shape", [(513, 97, 70), (12, 193, 1057), (37, 517, 289), (25, 1030, 33), (2049, 14, 40), (64, 96, 512)]
+)
+def test_blocks_of_the_bfloat16_gemm_meet_without_a_seam(capability, threads, shape, scores_dtype, count):
+    # Its blocks: 512 deep, 96 rows, 256 and 1024 columns, 2048 tokens, tiles of 12 x 32.
+    threads(count)
+    t = integer_inputs(*shape, torch.bfloat16, scores_dtype)
+    for v in (t.x, t.grad_output):
+        v *= (torch.arange(v.numel()).view_as(v) % 61 == 0).to(torch.bfloat16)
+    t.weight[t.scores.abs() < 2] = torch.nan  # dropped, so that forward and d_x must not see it
+    threshold = torch.tensor(2, dtype=scores_dtype)
+    packed = cpu.pack_mask(t.scores, threshold, "magnitude")
+    signs = cpu.pack_signs(t.scores)[0]
+    arguments = (t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
+    y = reference.masked_linear(*arguments)
+    assert y.isfinite().all()
+    assert_same(cpu.masked_linear(*arguments), y)
+    assert_same(cpu.masked_linear_packed(t.x, t.weight, packed, t.bias), y)
+    arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", ALL)
+    for got, want in zip(cpu.masked_linear_backward(*arguments), reference.masked_linear_backward(*arguments)):
+        assert_same(got, want)
+    d_x = cpu.masked_linear_packed_backward(
+        t.grad_output, t.x, t.weight, packed, None, signs, "magnitude", [True, False, False, False]
+    )[0]
+    assert_same(d_x, reference.masked_linear_backward(*arguments)[0])
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("sign", ["scores", "signs", "none"])
+@pytest.mark.parametrize("shape", [(513, 97, 70), (7, 100, 545)])
+def test_accumulation_equals_the_reference_in_every_output_dtype(capability, shape, sign, out_dtype):
+    t = integer_inputs(*shape, torch.bfloat16)
+    t.x *= (torch.arange(t.x.numel()).view_as(t.x) % 61 == 0).to(torch.bfloat16)
+    out = torch.ones(t.weight.shape, dtype=out_dtype)
+    expected = out.clone()
+    scores = t.scores if sign == "scores" else None
+    signs = cpu.pack_signs(t.scores)[0] if sign == "signs" else None
+    arguments = (t.grad_output, t.x, t.weight, scores, signs, "value" if sign == "none" else "magnitude")
+    for _ in range(2):
+        cpu.accumulate_score_grad(out, *arguments)
+        reference.accumulate_score_grad(expected, *arguments)
+    assert_same(out, expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forbidden pages are made with Linux's mprotect")
+def test_no_op_reads_or_writes_beyond_its_tensors():
+    # In a process of its own, which such an access kills.
+    script = Path(__file__).with_name("guarded.py")
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert run.stdout == "within bounds\n", (run.returncode, run.stderr)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 40, 50), (1, 1, 1), (3, 1, 60), (4, 60, 1), (1, 33, 31)])
+def test_empty_batches_and_single_rows_and_columns_equal_the_reference(capability, dtype, shape):
+    assert_matches_reference(integer_inputs(*shape, dtype, dtype), torch.tensor(2, dtype=dtype), "magnitude")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_layer_without_inputs_gives_its_bias_and_one_without_outputs_a_zero_gradient(capability, dtype):
+    t = integer_inputs(3, 5, 7, dtype)
+    none = torch.empty(5, 0, dtype=dtype)
+    y = cpu.masked_linear(t.x[:, :0], none, none, torch.tensor(0.0), t.bias, "magnitude")
+    assert_same(y, t.bias.expand(3, 5))
+    d_x = cpu.masked_linear_backward(
+        t.grad_output[:, :0],
+        t.x,
+        t.weight[:0],
+        t.scores[:0],
+        torch.tensor(0.0),
+        "magnitude",
+        [True, False, False, False],
+    )[0]
+    assert_same(d_x, torch.zeros(3, 7, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

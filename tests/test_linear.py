@@ -154,6 +154,17 @@ def test_a_layer_of_zeros_is_kept_whole_under_magnitude_initialisation():
     assert MaskedLinear.from_linear(linear, init="magnitude").mask().all()
 
 
+@pytest.mark.parametrize("init", ["normal", "magnitude", "constant"])
+def test_no_score_begins_at_zero_where_it_would_never_learn(init, monkeypatch):
+    linear = nn.Linear(8, 8)
+    with torch.no_grad():
+        linear.weight[0] = 0
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda self, *args, **kwargs: self.zero_())
+    scores = MaskedLinear.from_linear(linear, init=init).scores
+    assert (scores != 0).all()
+    assert scores[0].max() < 1e-30
+
+
 def test_a_generator_makes_the_scores_repeatable(linear):
     first, second = (
         MaskedLinear.from_linear(linear, generator=torch.Generator().manual_seed(7)).scores for _ in range(2)

@@ -14,30 +14,41 @@
 #include <vector>
 
 #include "gemm_bfloat16.h"
+#include "huge_pages.h"
 
 namespace mft {
 namespace bfloat16 {
 namespace {
 
-constexpr int64_t kWeightRows = 96;      // rows of the weight in a block: 8 tiles, 104 KB a depth of 512 packed
-constexpr int64_t kWeightColumns = 512;  // columns of it in a block of d_x
-constexpr int64_t kGradDepth = 256;      // rows of it in a block of d_x: 256 KB packed, 512 KB of raw W and S ahead
-constexpr int64_t kTokens = 2048;        // the fp32 sums of a block are kept for so many tokens
+// From sweeps on Zen 5 (1 MiB L2 a core, 2 threads, N = K = 4096, M = 64, 512 and 2048, 2026-11-24); flat around them.
+constexpr int64_t kWeightRows = 96;        // rows of the weight in a block: 8 tiles, 104 KB a depth of 512 packed
+constexpr int64_t kWeightColumns = 256;    // columns of it in a block of d_x: with kGradDepth rows 128 KB packed
+constexpr int64_t kGradDepth = 256;        // divides kDepth
+constexpr int64_t kTaskColumns = 1024;     // columns in a task of d_x: half a page of a bf16 row, as page walks cost
+constexpr int64_t kTokens = 2048;          // the fp32 sums of a block are kept for so many tokens
+constexpr int64_t kSumBytes = 4 << 20;     // and take no more than this a thread
 constexpr int64_t kCacheBytes = 16 << 20;  // an output beyond this is written around the cache
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
+int64_t alignment_of(int64_t bytes) { return bytes >= kHugePage ? kHugePage : 64; }
+
+template <typename T>
 struct AlignedDelete {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
+  int64_t alignment;
+  void operator()(T* p) const { ::operator delete(p, std::align_val_t(alignment)); }
 };
 
 template <typename T>
-using Buffer = std::unique_ptr<T[], AlignedDelete>;
+using Buffer = std::unique_ptr<T[], AlignedDelete<T>>;
 
 template <typename T>
 Buffer<T> make_buffer(int64_t elements) {
-  return Buffer<T>(static_cast<T*>(::operator new(elements * sizeof(T) + 64, std::align_val_t{64})));
+  const int64_t bytes = elements * sizeof(T) + 64, alignment = alignment_of(bytes);
+  T* p = static_cast<T*>(::operator new(bytes, std::align_val_t(alignment)));
+  advise_huge_pages(p, bytes);
+  return Buffer<T>(p, AlignedDelete<T>{alignment});
 }
 
 const uint16_t* elements(const Matrix& m, int64_t row, int64_t column = 0) {
@@ -78,37 +89,55 @@ void for_tile_rows(int64_t rows, const F& f) {
   for (int64_t t = 0; t < tiles; ++t) f(rows * t / tiles, rows * (t + 1) / tiles);
 }
 
-// The addresses that multiply() brings in while it works on something else.
+// The addresses that multiply() brings into L2 while it works on something else: what the next tiles read at once, and
+// the weight and scores of the next block towards the end of this one, lest the tiles between push them out again.
 class Ahead {
  public:
-  void clear() {
-    addresses_.clear();
-    next_ = 0;
+  // Before the first of `calls` multiplications of `pairs` pairs.
+  void start_block(int64_t calls, int64_t pairs) {
+    soon_.clear();
+    late_.clear();
+    next_soon_ = next_late_ = 0;
+    calls_left_ = calls;
+    per_call_ = pairs / kPrefetchPairs;
   }
 
-  void add(const void* from, int64_t bytes) {
-    const char* p = static_cast<const char*>(from);
-    for (int64_t done = 0; done < bytes; done += kPrefetchBytes) addresses_.push_back(p + done);
-  }
+  void add_soon(const void* from, int64_t bytes) { add(soon_, from, bytes); }
 
   // Rows of the weight, and of the scores where the mask comes from them.
-  void add(const Matrix& weight, const MaskSource& mask, int64_t row, int64_t end_row, int64_t column, int64_t columns) {
+  void add_late(const Matrix& weight, const MaskSource& mask, int64_t row, int64_t end_row, int64_t column,
+                int64_t columns) {
     for (int64_t r = row; r < end_row; ++r) {
-      add(elements(weight, r, column), columns * 2);
-      if (mask.scores != nullptr) add(mask.row(r, column).scores, columns * bytes_of(mask.score_format));
+      add(late_, elements(weight, r, column), columns * 2);
+      if (mask.scores != nullptr) add(late_, mask.row(r, column).scores, columns * bytes_of(mask.score_format));
     }
   }
 
-  const char* const* take(int64_t pairs) {
-    const size_t count = divide_up(pairs, 16);
-    if (next_ + count > addresses_.size()) return nullptr;
-    next_ += count;
-    return addresses_.data() + next_ - count;
+  // What the next multiplication takes along, or nullptr.
+  const char* const* take() {
+    const int64_t calls_left = calls_left_--;
+    if (const auto* found = take(soon_, next_soon_)) return found;
+    const int64_t late = static_cast<int64_t>(late_.size() - next_late_);
+    // With all threads at a line a pair, memory is at its limit: ask at half that rate where there is time.
+    return 2 * late >= calls_left * per_call_ ? take(late_, next_late_) : nullptr;
   }
 
  private:
-  std::vector<const char*> addresses_;
-  size_t next_ = 0;
+  static void add(std::vector<const char*>& list, const void* from, int64_t bytes) {
+    for (int64_t done = 0; done < bytes; done += kPrefetchBytes) {
+      list.push_back(static_cast<const char*>(from) + done);
+    }
+  }
+
+  const char* const* take(const std::vector<const char*>& list, size_t& next) const {
+    if (per_call_ == 0 || next + per_call_ > list.size()) return nullptr;
+    next += per_call_;
+    return list.data() + next - per_call_;
+  }
+
+  std::vector<const char*> soon_, late_;
+  size_t next_soon_ = 0, next_late_ = 0;
+  int64_t calls_left_ = 0, per_call_ = 0;
 };
 
 // y.T tile = masked weight @ x.T: the weight's rows are rows of A as they lie in memory, and x.T is packed once.
@@ -143,22 +172,23 @@ void masked_linear(const Matrix& y, const Matrix& x, const Matrix& weight, const
         const int64_t here = std::min(chunk, tokens - token);
         for (int64_t block = 0; block < depth_blocks; ++block) {
           for (int64_t r = 0; r < count; ++r) {
-            uint32_t words[kDepth / 32];
-            mask_words(words, mask.row(first + r, block * kDepth), mask.score_format, depth_of(block));
-            pack_row(a + r * kRowStride, elements(weight, first + r, block * kDepth), words, depth_of(block));
-          }
-          ahead.clear();
-          if (block + 1 < depth_blocks) {
-            ahead.add(weight, mask, first, first + count, (block + 1) * kDepth, depth_of(block + 1));
-          } else if (token + chunk >= tokens && upcoming < rows.blocks) {
-            ahead.add(weight, mask, rows.begin(upcoming), rows.end(upcoming), 0, depth_of(0));
+            pack_masked_row(a + r * kRowStride, elements(weight, first + r, block * kDepth),
+                            mask.row(first + r, block * kDepth), mask.score_format, depth_of(block));
           }
           const int64_t pairs = divide_up(depth_of(block), 2);
+          ahead.start_block(divide_up(here, kTileColumns) * divide_up(count, kTileRows), pairs);
+          if (block + 1 < depth_blocks) {
+            ahead.add_late(weight, mask, first, first + count, (block + 1) * kDepth, depth_of(block + 1));
+          } else if (token + chunk >= tokens && upcoming < rows.blocks) {
+            ahead.add_late(weight, mask, rows.begin(upcoming), rows.end(upcoming), 0, depth_of(0));
+          }
           for (int64_t t = 0; t < here; t += kTileColumns) {
             const uint32_t* b = panels.get() + (block * token_tiles + (token + t) / kTileColumns) * panel;
+            ahead.add_soon(b + panel, panel * 4);
             for_tile_rows(count, [&](int64_t begin, int64_t end) {
+              prefetch_tile(sums + end * sum_stride + t, sum_stride, kTileRows);
               multiply(sums + begin * sum_stride + t, sum_stride, a + begin * kRowStride, b, end - begin, here - t,
-                       pairs, block > 0, ahead.take(pairs));
+                       pairs, block > 0, ahead.take());
             });
           }
         }
@@ -177,15 +207,17 @@ void grad_x(const Matrix& d_x, const Matrix& grad_output, const Matrix& weight, 
   torch::stable::parallel_for(0, depth_blocks * tokens, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / tokens, token = i % tokens;
-      pack_row(blocks.get() + i * kRowStride, elements(grad_output, token, block * kDepth), nullptr,
+      pack_row(blocks.get() + i * kRowStride, elements(grad_output, token, block * kDepth),
                std::min(kDepth, depth - block * kDepth));
     }
   });
 
-  const Cut columns(weight.columns, kWeightColumns, kTileColumns);
-  const int64_t chunk = std::min(tokens, kTokens), sum_stride = columns.largest() + 16;
-  const int64_t sums_size = chunk * sum_stride, panel = kGradDepth / 2 * kTileColumns + kTileColumns;
-  const int64_t panels_size = divide_up(columns.largest(), kTileColumns) * panel;
+  // A task takes whole pages of the weight's rows as long as its sums fit the cache; it masks them in pieces.
+  const int64_t chunk = std::max<int64_t>(1, std::min(tokens, kTokens));
+  const int64_t fitting = kSumBytes / 4 / chunk / kWeightColumns * kWeightColumns;
+  const Cut columns(weight.columns, std::min(kTaskColumns, std::max(fitting, kWeightColumns)), kTileColumns);
+  const int64_t sum_stride = columns.largest() + 16, panel = kGradDepth / 2 * kTileColumns + kTileColumns;
+  const int64_t sums_size = chunk * sum_stride, panels_size = kWeightColumns / kTileColumns * panel;
   const int64_t workers = torch::stable::get_num_threads();
   const auto all_sums = make_buffer<float>(workers * sums_size);
   const auto all_panels = make_buffer<uint32_t>(workers * panels_size);
@@ -193,38 +225,44 @@ void grad_x(const Matrix& d_x, const Matrix& grad_output, const Matrix& weight, 
     float* sums = all_sums.get() + worker * sums_size;
     uint32_t* panels = all_panels.get() + worker * panels_size;
     Ahead ahead;
-    for (int64_t task = next(), upcoming; task < columns.blocks; task = upcoming) {
-      upcoming = next();
-      const int64_t first = columns.begin(task), count = columns.end(task) - first;
+    for (int64_t task; (task = next()) < columns.blocks;) {
+      const int64_t first = columns.begin(task), end_column = columns.end(task);
       for (int64_t token = 0; token < tokens; token += chunk) {
         const int64_t here = std::min(chunk, tokens - token);
         for (int64_t row = 0; row < depth; row += kGradDepth) {
           const int64_t end_row = std::min(depth, row + kGradDepth), pairs = divide_up(end_row - row, 2);
-          for (int64_t r = row; r < end_row; r += 2) {
-            uint32_t words[2][kWeightColumns / 32 + 2];
-            const bool odd = r + 1 < end_row;
-            mask_words(words[0], mask.row(r, first), mask.score_format, count);
-            if (odd) mask_words(words[1], mask.row(r + 1, first), mask.score_format, count);
-            pack_row_pair(panels, panel, (r - row) / 2, elements(weight, r, first),
-                          odd ? elements(weight, r + 1, first) : nullptr, words[0], words[1], count);
-          }
-          ahead.clear();
-          if (end_row < depth) {
-            ahead.add(weight, mask, end_row, std::min(depth, end_row + kGradDepth), first, count);
-          } else if (token + chunk >= tokens && upcoming < columns.blocks) {
-            ahead.add(weight, mask, 0, std::min(depth, kGradDepth), columns.begin(upcoming),
-                      columns.end(upcoming) - columns.begin(upcoming));
-          }
           const uint16_t* a = blocks.get() + row / kDepth * block_size + token * kRowStride + row % kDepth;
-          for (int64_t c = 0; c < count; c += kTileColumns) {
+          for (int64_t column = first; column < end_column; column += kWeightColumns) {
+            const int64_t count = std::min(kWeightColumns, end_column - column);
+            for (int64_t r = row; r < end_row; r += 2) {
+              const bool odd = r + 1 < end_row;
+              pack_masked_row_pair(panels + (r - row) / 2 * kTileColumns, panel, elements(weight, r, column),
+                                   odd ? elements(weight, r + 1, column) : nullptr, mask.row(r, column),
+                                   mask.row(r + odd, column), mask.score_format, count);
+            }
+            ahead.start_block(divide_up(here, kTileRows) * divide_up(count, kTileColumns), pairs);
+            if (column + count < end_column) {
+              ahead.add_late(weight, mask, row, end_row, column + count,
+                             std::min(kWeightColumns, end_column - column - count));
+            } else {
+              ahead.add_late(weight, mask, end_row, std::min(depth, end_row + kGradDepth), first,
+                             std::min(kWeightColumns, end_column - first));
+            }
             for_tile_rows(here, [&](int64_t begin, int64_t end) {
-              multiply(sums + begin * sum_stride + c, sum_stride, a + begin * kRowStride,
-                       panels + c / kTileColumns * panel, end - begin, count - c, pairs, row > 0, ahead.take(pairs));
+              for (int64_t r = end; r < std::min(here, end + kTileRows); ++r) {
+                ahead.add_soon(a + r * kRowStride, 4 * pairs);
+              }
+              for (int64_t c = 0; c < count; c += kTileColumns) {
+                float* tile = sums + begin * sum_stride + column - first + c;
+                prefetch_tile(tile + kTileColumns, sum_stride, end - begin);
+                multiply(tile, sum_stride, a + begin * kRowStride, panels + c / kTileColumns * panel, end - begin,
+                         count - c, pairs, row > 0, ahead.take());
+              }
             });
           }
         }
         for (int64_t t = 0; t < here; ++t) {
-          store_row(mutable_elements(d_x, token + t, first), sums + t * sum_stride, count);
+          store_row(mutable_elements(d_x, token + t, first), sums + t * sum_stride, end_column - first);
         }
       }
     }
@@ -242,12 +280,14 @@ void grad_scores(const Matrix& out, const Matrix& grad_output, const Matrix& x, 
   torch::stable::parallel_for(0, divide_up(tokens, 2), 8, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t block = 2 * p / kDepth;
-      pack_row_pair(panels.get() + block * column_tiles * panel, panel, p - block * kDepth / 2, elements(x, 2 * p),
-                    2 * p + 1 < tokens ? elements(x, 2 * p + 1) : nullptr, nullptr, nullptr, columns);
+      uint32_t* b = panels.get() + block * column_tiles * panel + (p - block * kDepth / 2) * kTileColumns;
+      pack_row_pair(b, panel, elements(x, 2 * p), 2 * p + 1 < tokens ? elements(x, 2 * p + 1) : nullptr, columns);
     }
   });
 
-  const bool stream = out.rows * out.columns * bytes_of(out.format) > kCacheBytes;
+  const int64_t out_bytes = out.columns * bytes_of(out.format);
+  const bool stream = !accumulate && out.rows * out_bytes > kCacheBytes && out_bytes % 64 == 0 &&
+                      reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
   const ScoreGrad grad{out.data,          out.format, elements(weight, 0), sign.scores, sign.score_format,
                        sign.words, columns,    accumulate,          stream};
   const Cut rows(weight.rows, kWeightRows, 1);
@@ -256,37 +296,38 @@ void grad_scores(const Matrix& out, const Matrix& grad_output, const Matrix& x, 
   const bool x_in_cache = tokens * columns * 2 <= (512 << 10);
   for_workers(rows.blocks, [&](int64_t worker, const auto& next) {
     uint16_t* blocks = all_blocks.get() + worker * depth_blocks * block_size;
+    Ahead ahead;
     for (int64_t task; (task = next()) < rows.blocks;) {
       const int64_t first = rows.begin(task), count = rows.end(task) - first;
       for (int64_t block = 0; block < depth_blocks; ++block) {
         pack_transposed_block(blocks + block * block_size, elements(grad_output, block * kDepth, first),
                               grad_output.row_stride, depth_of(block), count);
       }
-      const auto prefetch_tile = [&](int64_t begin, int64_t end, int64_t c) {
-        for (int64_t r = begin; r < end; ++r) prefetch_score_grad(grad, first + r, c);
-      };
       const auto tile = [&](int64_t begin, int64_t end, int64_t c) {
         alignas(64) float sum[kTileRows * kTileColumns] = {};
         for (int64_t block = 0; block < depth_blocks; ++block) {
+          const int64_t pairs = divide_up(depth_of(block), 2);
           multiply(sum, kTileColumns, blocks + block * block_size + begin * kRowStride,
-                   panels.get() + (block * column_tiles + c / kTileColumns) * panel, end - begin, columns - c,
-                   divide_up(depth_of(block), 2), block > 0, nullptr);
+                   panels.get() + (block * column_tiles + c / kTileColumns) * panel, end - begin, columns - c, pairs,
+                   block > 0, ahead.take());
         }
-        for (int64_t r = begin; r < end; ++r) {
-          store_score_grad(grad, sum + (r - begin) * kTileColumns, first + r, c, std::min(kTileColumns, columns - c));
-        }
+        store_score_grad(grad, sum, first + begin, end - begin, c);
       };
       if (x_in_cache) {
         for_tile_rows(count, [&](int64_t begin, int64_t end) {
           for (int64_t c = 0; c < columns; c += kTileColumns) {
-            prefetch_tile(begin, end, c + 2 * kTileColumns);
+            prefetch_score_grad(grad, first + begin, end - begin, c + 2 * kTileColumns);
             tile(begin, end, c);
           }
         });
       } else {
         for (int64_t c = 0; c < columns; c += kTileColumns) {
+          ahead.start_block(0, kDepth / 2);
+          for (int64_t block = 0; block < depth_blocks; ++block) {
+            ahead.add_soon(panels.get() + (block * column_tiles + c / kTileColumns + 1) * panel, panel * 4);
+          }
           for_tile_rows(count, [&](int64_t begin, int64_t end) {
-            prefetch_tile(begin, end, c);
+            prefetch_score_grad(grad, first + begin, end - begin, c);
             tile(begin, end, c);
           });
         }

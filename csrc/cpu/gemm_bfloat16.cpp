@@ -31,26 +31,30 @@ void multiply_tile(float* tile, int64_t tile_stride, const uint16_t* a, const ui
       sum[r][v] = add ? _mm512_loadu_ps(tile + r * tile_stride + 16 * v) : _mm512_setzero_ps();
     }
   }
-  for (int64_t first = 0; first < pairs; first += 16) {
-    const int64_t end = pairs - first < 16 ? pairs : first + 16;
-    const char* ahead = kPrefetch ? *prefetch++ : nullptr;
-#pragma GCC unroll 4
-    for (int64_t p = first; p < end; ++p) {
-      if (kPrefetch) {
-        _mm_prefetch(ahead, _MM_HINT_T1);
-        ahead += 64;
-      }
-      __m512bh column[kVectors];
-      for (int v = 0; v < kVectors; ++v) {
-        column[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + p * kTileColumns + 16 * v));
-      }
-      for (int r = 0; r < kRows; ++r) {
-        const auto row = reinterpret_cast<__m512bh>(
-            _mm512_set1_epi32(static_cast<int>(pair_at(a + r * kRowStride + 2 * p))));
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], row, column[v]);
+  const auto step = [&](int64_t p) __attribute__((always_inline)) {
+    __m512bh column[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      column[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + p * kTileColumns + 16 * v));
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const auto row = reinterpret_cast<__m512bh>(
+          _mm512_set1_epi32(static_cast<int>(pair_at(a + r * kRowStride + 2 * p))));
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], row, column[v]);
+    }
+  };
+  int64_t p = 0;
+  if (kPrefetch) {
+    for (; p + kPrefetchPairs <= pairs; p += kPrefetchPairs) {
+      const char* ahead = *prefetch++;
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kPrefetchPairs; ++i) {
+        _mm_prefetch(ahead + 64 * i, _MM_HINT_T1);
+        step(p + i);
       }
     }
   }
+#pragma GCC unroll 4
+  for (; p < pairs; ++p) step(p);
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(tile + r * tile_stride + 16 * v, sum[r][v]);
   }
@@ -106,6 +110,57 @@ inline void transpose(__m512i rows[16]) {
   for (int i = 0; i < 16; ++i) rows[i] = t[i];
 }
 
+// What is kept of columns j .. j + 31 of a row, of which `left` exist: one type for each source of masks.
+struct KeepAll {
+  __mmask32 operator()(int64_t, int64_t left) const { return first32(left); }
+};
+
+struct KeepWords {
+  const uint32_t* words;
+  explicit KeepWords(MaskRow mask) : words(mask.words) {}
+  __mmask32 operator()(int64_t j, int64_t left) const { return words[j / kStep] & low_bits(left); }
+};
+
+template <typename Bits, bool kMagnitude>
+struct KeepScores {
+  const Bits* scores;
+  KeepRange range;
+  explicit KeepScores(MaskRow mask) : scores(static_cast<const Bits*>(mask.scores)), range(mask.range) {}
+  __mmask32 operator()(int64_t j, int64_t left) const {
+    return left >= kStep ? keep_bits<kMagnitude>(scores + j, range)
+                         : keep_bits_of_tail<kMagnitude>(scores + j, range, left);
+  }
+};
+
+template <typename Use>
+inline void with_keep(MaskRow mask, Format score_format, Use use) {
+  if (mask.scores == nullptr) {
+    use(KeepWords(mask));
+  } else if (score_format == Format::kFloat32) {
+    mask.range.magnitude ? use(KeepScores<uint32_t, true>(mask)) : use(KeepScores<uint32_t, false>(mask));
+  } else {
+    mask.range.magnitude ? use(KeepScores<uint16_t, true>(mask)) : use(KeepScores<uint16_t, false>(mask));
+  }
+}
+
+template <typename Keep>
+inline void pack_row_with(uint16_t* a, const uint16_t* row, Keep keep, int64_t depth) {
+  for (int64_t j = 0; j < depth; j += 32) {  // a has room for whole steps, and needs its padding zero
+    _mm512_storeu_si512(a + j, _mm512_maskz_loadu_epi16(keep(j, depth - j), row + j));
+  }
+}
+
+template <typename Keep>
+inline void pack_row_pair_with(uint32_t* b, int64_t panel_stride, const uint16_t* even, const uint16_t* odd,
+                               Keep keep_even, Keep keep_odd, int64_t columns) {
+  for (int64_t j = 0; j < columns; j += 32, b += panel_stride) {
+    const __m512i first = _mm512_maskz_loadu_epi16(keep_even(j, columns - j), even + j);
+    const __m512i second = odd != nullptr ? _mm512_maskz_loadu_epi16(keep_odd(j, columns - j), odd + j)
+                                          : _mm512_setzero_si512();
+    interleave(b, first, second);
+  }
+}
+
 // ------------------------------------------------------------------------------------------------ numbers
 
 inline __m512 widen(__m256i bfloat16) {
@@ -121,34 +176,28 @@ void multiply(float* tile, int64_t tile_stride, const uint16_t* a, const uint32_
   kMultiply[rows - 1][columns > 16][prefetch != nullptr](tile, tile_stride, a, b, pairs, add, prefetch);
 }
 
-void mask_words(uint32_t* words, MaskRow mask, Format score_format, int64_t columns) {
-  if (mask.scores != nullptr) {
-    visit_words(mask.scores, score_format, mask.range, columns,
-                [=](int64_t j, int64_t, uint32_t bits) { words[j / kStep] = bits; });
-  } else {
-    for (int64_t j = 0; j < columns; j += kStep) words[j / kStep] = mask.words[j / kStep] & low_bits(columns - j);
+void prefetch_tile(const float* tile, int64_t tile_stride, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) {
+    _mm_prefetch(reinterpret_cast<const char*>(tile + r * tile_stride), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(tile + r * tile_stride + 16), _MM_HINT_T0);
   }
 }
 
-void pack_row(uint16_t* a, const uint16_t* row, const uint32_t* words, int64_t depth) {
-  for (int64_t j = 0; j < depth; j += 32) {  // a has room for whole steps, and needs its padding zero
-    const __mmask32 keep = words != nullptr ? words[j / 32] : first32(depth - j);
-    _mm512_storeu_si512(a + j, _mm512_maskz_loadu_epi16(keep, row + j));
-  }
+void pack_row(uint16_t* a, const uint16_t* row, int64_t depth) { pack_row_with(a, row, KeepAll{}, depth); }
+
+void pack_masked_row(uint16_t* a, const uint16_t* row, MaskRow mask, Format score_format, int64_t depth) {
+  with_keep(mask, score_format, [=](auto keep) { pack_row_with(a, row, keep, depth); });
 }
 
-void pack_row_pair(uint32_t* b, int64_t panel_stride, int64_t pair, const uint16_t* even, const uint16_t* odd,
-                   const uint32_t* even_words, const uint32_t* odd_words, int64_t columns) {
-  uint32_t* out = b + pair * kTileColumns;
-  for (int64_t j = 0; j < columns; j += 32, out += panel_stride) {
-    const __mmask32 inside = first32(columns - j);
-    const __m512i first = _mm512_maskz_loadu_epi16(even_words != nullptr ? even_words[j / 32] : inside, even + j);
-    __m512i second = _mm512_setzero_si512();
-    if (odd != nullptr) {
-      second = _mm512_maskz_loadu_epi16(odd_words != nullptr ? odd_words[j / 32] : inside, odd + j);
-    }
-    interleave(out, first, second);
-  }
+void pack_row_pair(uint32_t* b, int64_t panel_stride, const uint16_t* even, const uint16_t* odd, int64_t columns) {
+  pack_row_pair_with(b, panel_stride, even, odd, KeepAll{}, KeepAll{}, columns);
+}
+
+void pack_masked_row_pair(uint32_t* b, int64_t panel_stride, const uint16_t* even, const uint16_t* odd,
+                          MaskRow even_mask, MaskRow odd_mask, Format score_format, int64_t columns) {
+  with_keep(even_mask, score_format, [=](auto keep) {
+    pack_row_pair_with(b, panel_stride, even, odd, keep, decltype(keep)(odd_mask), columns);
+  });
 }
 
 void pack_transposed_panel(uint32_t* b, const uint16_t* matrix, int64_t row_stride, int64_t rows, int64_t depth) {
@@ -199,10 +248,13 @@ void store_row(uint16_t* out, const float* tile, int64_t columns) {
 
 void store_transposed(uint16_t* out, int64_t out_stride, const float* tile, int64_t tile_stride, int64_t rows,
                       int64_t columns, const uint16_t* bias) {
-  for (int64_t n = 0; n < rows; n += 16) {
-    const __mmask16 inside = first16(rows - n);
-    const __m512 added = bias ? widen(_mm256_maskz_loadu_epi16(inside, bias + n)) : _mm512_setzero_ps();
-    for (int64_t m = 0; m < columns; m += 16) {
+  for (int64_t m = 0; m < columns; m += 16) {
+    for (int64_t i = 16; i < 32 && m + i < columns; ++i) {  // the next rows of out, which are written in pieces
+      for (int64_t n = 0; n < rows; n += 32) __builtin_prefetch(out + (m + i) * out_stride + n, 1);
+    }
+    for (int64_t n = 0; n < rows; n += 16) {
+      const __mmask16 inside = first16(rows - n);
+      const __m512 added = bias ? widen(_mm256_maskz_loadu_epi16(inside, bias + n)) : _mm512_setzero_ps();
       __m512i block[16];
       for (int i = 0; i < 16; ++i) {
         block[i] = n + i < rows ? _mm512_loadu_si512(tile + (n + i) * tile_stride + m) : _mm512_setzero_si512();
@@ -220,107 +272,139 @@ void store_transposed(uint16_t* out, int64_t out_stride, const float* tile, int6
 
 namespace {
 
+enum class Sign { kNone, kWords, kHalf, kFloat };
+
 struct Signs {
   __mmask32 negative, none;
 };
 
+template <Sign kSign>
 inline Signs signs_at(const ScoreGrad& grad, int64_t row, int64_t column, __mmask32 inside) {
-  if (grad.words != nullptr) {
-    const int64_t words_per_row = (grad.columns + 31) / 32;
-    return {~grad.words[row * words_per_row + column / 32], 0};
-  }
-  if (grad.scores == nullptr) return {0, 0};
   const int64_t at = row * grad.columns + column;
-  if (grad.score_format != Format::kFloat32) {
+  if constexpr (kSign == Sign::kWords) {
+    return {~grad.words[row * ((grad.columns + 31) / 32) + column / 32], 0};
+  } else if constexpr (kSign == Sign::kHalf) {
     const __m512i infinity = _mm512_set1_epi16(grad.score_format == Format::kBFloat16 ? 0x7f80 : 0x7c00);
     const __m512i bits = _mm512_maskz_loadu_epi16(inside, static_cast<const uint16_t*>(grad.scores) + at);
     const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
     // 0 and NaN have no sign, as in torch.sign.
     return {_mm512_movepi16_mask(bits),
             _mm512_cmpge_epu16_mask(_mm512_sub_epi16(magnitude, _mm512_set1_epi16(1)), infinity)};
-  }
-  const uint32_t* scores = static_cast<const uint32_t*>(grad.scores) + at;
-  Signs signs = {0, 0};
-  for (int half = 0; half < 2; ++half) {
-    const __m512i bits = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(inside >> (16 * half)), scores + 16 * half);
-    const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
-    const __mmask16 none = _mm512_cmpge_epu32_mask(_mm512_sub_epi32(magnitude, _mm512_set1_epi32(1)),
-                                                   _mm512_set1_epi32(0x7f800000));
-    signs.negative |= static_cast<__mmask32>(_mm512_movepi32_mask(bits)) << (16 * half);
-    signs.none |= static_cast<__mmask32>(none) << (16 * half);
-  }
-  return signs;
-}
-
-inline __m512 load_as_float(const void* base, Format format, int64_t at, __mmask16 inside) {
-  if (format == Format::kFloat32) return _mm512_maskz_loadu_ps(inside, static_cast<const float*>(base) + at);
-  const __m256i half = _mm256_maskz_loadu_epi16(inside, static_cast<const uint16_t*>(base) + at);
-  return format == Format::kBFloat16 ? widen(half) : _mm512_cvtph_ps(half);
-}
-
-inline __m256i narrow_to(Format format, __m512 value) {
-  return format == Format::kBFloat16 ? narrow(value)
-                                     : _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-
-inline bool aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 63) == 0; }
-
-}  // namespace
-
-void store_score_grad(const ScoreGrad& grad, const float* tile, int64_t row, int64_t column, int64_t columns) {
-  const int64_t at = row * grad.columns + column;
-  const __mmask32 inside = first32(columns);
-  const Signs signs = signs_at(grad, row, column, inside);
-  const __m512i sign_bit = _mm512_set1_epi32(static_cast<int>(0x80000000));
-  __m512 result[2];
-  for (int half = 0; half < 2; ++half) {
-    const auto part = static_cast<__mmask16>(inside >> (16 * half));
-    const __m256i weight = _mm256_maskz_loadu_epi16(part, grad.weight + at + 16 * half);
-    __m512 value = _mm512_mul_ps(_mm512_loadu_ps(tile + 16 * half), widen(weight));
-    const auto negative = static_cast<__mmask16>(signs.negative >> (16 * half));
-    const __m512i bits = _mm512_castps_si512(value);
-    value = _mm512_castsi512_ps(_mm512_mask_xor_epi32(bits, negative, bits, sign_bit));
-    value = _mm512_mask_mul_ps(value, static_cast<__mmask16>(signs.none >> (16 * half)), value, _mm512_setzero_ps());
-    if (grad.accumulate) {
-      value = _mm512_add_ps(value, load_as_float(grad.out, grad.out_format, at + 16 * half, part));
+  } else if constexpr (kSign == Sign::kFloat) {
+    const uint32_t* scores = static_cast<const uint32_t*>(grad.scores) + at;
+    Signs signs = {0, 0};
+    for (int half = 0; half < 2; ++half) {
+      const __m512i bits = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(inside >> (16 * half)), scores + 16 * half);
+      const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
+      const __mmask16 none = _mm512_cmpge_epu32_mask(_mm512_sub_epi32(magnitude, _mm512_set1_epi32(1)),
+                                                     _mm512_set1_epi32(0x7f800000));
+      signs.negative |= static_cast<__mmask32>(_mm512_movepi32_mask(bits)) << (16 * half);
+      signs.none |= static_cast<__mmask32>(none) << (16 * half);
     }
-    result[half] = value;
+    return signs;
+  } else {
+    return {0, 0};
   }
-  if (grad.out_format == Format::kFloat32) {
-    float* out = static_cast<float*>(grad.out) + at;
-    if (grad.stream && columns == 32 && aligned(out)) {
+}
+
+template <Format kFormat>
+inline __m512 load_as_float(const void* base, int64_t at, __mmask16 inside) {
+  if constexpr (kFormat == Format::kFloat32) {
+    return _mm512_maskz_loadu_ps(inside, static_cast<const float*>(base) + at);
+  } else {
+    const __m256i half = _mm256_maskz_loadu_epi16(inside, static_cast<const uint16_t*>(base) + at);
+    return kFormat == Format::kBFloat16 ? widen(half) : _mm512_cvtph_ps(half);
+  }
+}
+
+template <Format kFormat>
+inline __m256i narrow_to(__m512 value) {
+  return kFormat == Format::kBFloat16 ? narrow(value)
+                                      : _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+template <Format kOut>
+inline void store_columns(void* base, int64_t at, const __m512 (&result)[2], __mmask32 inside, bool stream) {
+  if constexpr (kOut == Format::kFloat32) {
+    float* out = static_cast<float*>(base) + at;
+    if (stream) {
       _mm512_stream_ps(out, result[0]);
       _mm512_stream_ps(out + 16, result[1]);
     } else {
       _mm512_mask_storeu_ps(out, static_cast<__mmask16>(inside), result[0]);
       _mm512_mask_storeu_ps(out + 16, static_cast<__mmask16>(inside >> 16), result[1]);
     }
-    return;
-  }
-  uint16_t* out = static_cast<uint16_t*>(grad.out) + at;
-  const __m512i halves = _mm512_inserti64x4(_mm512_castsi256_si512(narrow_to(grad.out_format, result[0])),
-                                            narrow_to(grad.out_format, result[1]), 1);
-  if (grad.stream && columns == 32 && aligned(out)) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(out), halves);
   } else {
-    _mm512_mask_storeu_epi16(out, inside, halves);
+    uint16_t* out = static_cast<uint16_t*>(base) + at;
+    const __m512i halves = _mm512_inserti64x4(_mm512_castsi256_si512(narrow_to<kOut>(result[0])),
+                                              narrow_to<kOut>(result[1]), 1);
+    if (stream) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out), halves);
+    } else {
+      _mm512_mask_storeu_epi16(out, inside, halves);
+    }
   }
 }
 
-void prefetch_score_grad(const ScoreGrad& grad, int64_t row, int64_t column) {
-  const int64_t at = row * grad.columns + column;
-  _mm_prefetch(reinterpret_cast<const char*>(grad.weight + at), _MM_HINT_T0);
-  if (grad.scores != nullptr) {
-    const int width = bytes_of(grad.score_format);
-    const char* scores = static_cast<const char*>(grad.scores) + at * width;
-    _mm_prefetch(scores, _MM_HINT_T0);
-    if (width == 4) _mm_prefetch(scores + 64, _MM_HINT_T0);
+template <Sign kSign, Format kOut, bool kAccumulate>
+void store_score_grad_tile(const ScoreGrad& grad, const float* tile, int64_t row, int64_t rows, int64_t column) {
+  const __mmask32 inside = first32(grad.columns - column);
+  const bool stream = grad.stream && inside == 0xffffffffu;
+  const __m512i sign_bit = _mm512_set1_epi32(static_cast<int>(0x80000000));
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = (row + r) * grad.columns + column;
+    const Signs signs = signs_at<kSign>(grad, row + r, column, inside);
+    __m512 result[2];
+    for (int half = 0; half < 2; ++half) {
+      const auto part = static_cast<__mmask16>(inside >> (16 * half));
+      const __m256i weight = _mm256_maskz_loadu_epi16(part, grad.weight + at + 16 * half);
+      __m512 value = _mm512_mul_ps(_mm512_loadu_ps(tile + r * kTileColumns + 16 * half), widen(weight));
+      const __m512i bits = _mm512_castps_si512(value);
+      const auto negative = static_cast<__mmask16>(signs.negative >> (16 * half));
+      const auto none = static_cast<__mmask16>(signs.none >> (16 * half));
+      value = _mm512_castsi512_ps(_mm512_mask_xor_epi32(bits, negative, bits, sign_bit));
+      value = _mm512_mask_mul_ps(value, none, value, _mm512_setzero_ps());
+      if (kAccumulate) value = _mm512_add_ps(value, load_as_float<kOut>(grad.out, at + 16 * half, part));
+      result[half] = value;
+    }
+    store_columns<kOut>(grad.out, at, result, inside, stream);
   }
-  if (grad.accumulate) {
-    const int width = bytes_of(grad.out_format);
-    const char* out = static_cast<const char*>(grad.out) + at * width;
-    _mm_prefetch(out, _MM_HINT_T0);
-    if (width == 4) _mm_prefetch(out + 64, _MM_HINT_T0);
+}
+
+using StoreScoreGrad = void (*)(const ScoreGrad&, const float*, int64_t, int64_t, int64_t);
+
+#define MFT_OUT(sign, format) {store_score_grad_tile<sign, format, false>, store_score_grad_tile<sign, format, true>}
+#define MFT_SIGN(sign) \
+  { MFT_OUT(sign, Format::kFloat32), MFT_OUT(sign, Format::kBFloat16), MFT_OUT(sign, Format::kFloat16) }
+const StoreScoreGrad kStoreScoreGrad[4][3][2] = {MFT_SIGN(Sign::kNone), MFT_SIGN(Sign::kWords), MFT_SIGN(Sign::kHalf),
+                                                 MFT_SIGN(Sign::kFloat)};
+#undef MFT_SIGN
+#undef MFT_OUT
+
+template <int kWrite>
+inline void prefetch_columns(const void* base, Format format, int64_t at) {
+  const char* p = static_cast<const char*>(base) + at * bytes_of(format);
+  __builtin_prefetch(p, kWrite);
+  if (format == Format::kFloat32) __builtin_prefetch(p + 64, kWrite);
+}
+
+}  // namespace
+
+void store_score_grad(const ScoreGrad& grad, const float* tile, int64_t row, int64_t rows, int64_t column) {
+  const Sign sign = grad.words != nullptr                     ? Sign::kWords
+                    : grad.scores == nullptr                  ? Sign::kNone
+                    : grad.score_format == Format::kFloat32   ? Sign::kFloat
+                                                              : Sign::kHalf;
+  const auto format = static_cast<int>(grad.out_format);
+  kStoreScoreGrad[static_cast<int>(sign)][format][grad.accumulate](grad, tile, row, rows, column);
+}
+
+void prefetch_score_grad(const ScoreGrad& grad, int64_t row, int64_t rows, int64_t column) {
+  for (int64_t r = row; r < row + rows; ++r) {
+    const int64_t at = r * grad.columns + column;
+    prefetch_columns<0>(grad.weight, Format::kBFloat16, at);
+    if (grad.scores != nullptr) prefetch_columns<0>(grad.scores, grad.score_format, at);
+    if (grad.accumulate) prefetch_columns<1>(grad.out, grad.out_format, at);
   }
 }
 

@@ -22,24 +22,27 @@ constexpr int64_t kTileRows = 12;
 constexpr int64_t kTileColumns = 32;
 constexpr int64_t kDepth = 512;
 constexpr int64_t kRowStride = kDepth + 32;  // rows 1088 B apart: at 1024 B all rows of a tile would share L1 sets
-constexpr int64_t kPrefetchBytes = 1024;     // what one entry of multiply()'s list covers
+constexpr int64_t kPrefetchBytes = 512;      // what one entry of multiply()'s list covers ...
+constexpr int64_t kPrefetchPairs = 8;        // ... in so many pairs: a line a pair, 22 GB/s a core at full speed
 
 // tile (rows, columns) = [tile +] A @ B over `pairs` pairs; columns are rounded up to 16 or 32.
-// prefetch: nullptr, or one address for each 16 pairs (rounded up), of which kPrefetchBytes are brought into L2.
+// prefetch: nullptr, or an address for every kPrefetchPairs pairs, from which kPrefetchBytes are brought into L2.
 void multiply(float* tile, int64_t tile_stride, const uint16_t* a, const uint32_t* b, int64_t rows, int64_t columns,
               int64_t pairs, bool add, const char* const* prefetch);
 
-// ---- packing. Masks are words of a packed mask whose padding bits are 0 (nullptr: keep all); depths are zero-padded.
+// Brings a tile's sums into L1: from L2 or L3 they would stall the start of the next multiply().
+void prefetch_tile(const float* tile, int64_t tile_stride, int64_t rows);
 
-// The words of a mask of n <= 512 columns, from scores or from packed words, padding bits cleared.
-void mask_words(uint32_t* words, MaskRow mask, Format score_format, int64_t columns);
+// ---- packing; depths are zero-padded
 
-// One row of an A block: the first `depth` elements of `row`, masked.
-void pack_row(uint16_t* a, const uint16_t* row, const uint32_t* words, int64_t depth);
+// One row of an A block: the first `depth` elements of `row`, all or those that the mask keeps.
+void pack_row(uint16_t* a, const uint16_t* row, int64_t depth);
+void pack_masked_row(uint16_t* a, const uint16_t* row, MaskRow mask, Format score_format, int64_t depth);
 
-// One pair of all B panels: the neighbours along the depth are two rows (odd may be nullptr), masked.
-void pack_row_pair(uint32_t* b, int64_t panel_stride, int64_t pair, const uint16_t* even, const uint16_t* odd,
-                   const uint32_t* even_words, const uint32_t* odd_words, int64_t columns);
+// One pair of all B panels, which lie panel_stride apart: neighbours along the depth are two rows. odd: or nullptr.
+void pack_row_pair(uint32_t* b, int64_t panel_stride, const uint16_t* even, const uint16_t* odd, int64_t columns);
+void pack_masked_row_pair(uint32_t* b, int64_t panel_stride, const uint16_t* even, const uint16_t* odd,
+                          MaskRow even_mask, MaskRow odd_mask, Format score_format, int64_t columns);
 
 // One B panel of matrix.T: the neighbours along the depth are neighbours in a row; up to 32 rows of `matrix`.
 void pack_transposed_panel(uint32_t* b, const uint16_t* matrix, int64_t row_stride, int64_t rows, int64_t depth);
@@ -66,14 +69,15 @@ struct ScoreGrad {
   const uint32_t* words;  // for the sign, or nullptr
   int64_t columns;        // of the matrices; rows are contiguous
   bool accumulate;
-  bool stream;            // write around the cache: out is larger than it
+  bool stream;            // write around the cache: out is larger than it, and its rows start on cache lines
 };
 
-// out[j] = round([out[j] +] tile[j] * weight[j] * sign[j]) for up to 32 columns from (row, column), a multiple of 32.
-void store_score_grad(const ScoreGrad& grad, const float* tile, int64_t row, int64_t column, int64_t columns);
+// out[r, j] = round([out[r, j] +] tile[r * kTileColumns + j] * weight[r, j] * sign[r, j]), for a tile of `rows` and up
+// to 32 columns at (row, column), column a multiple of 32.
+void store_score_grad(const ScoreGrad& grad, const float* tile, int64_t row, int64_t rows, int64_t column);
 
-// Brings what store_score_grad will read there into L2.
-void prefetch_score_grad(const ScoreGrad& grad, int64_t row, int64_t column);
+// Brings what store_score_grad will read into L1.
+void prefetch_score_grad(const ScoreGrad& grad, int64_t row, int64_t rows, int64_t column);
 
 // Makes streamed writes visible to other threads.
 void finish_streams();

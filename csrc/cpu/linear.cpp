@@ -47,7 +47,8 @@ void mask_slab(const Capability& cpu, const Matrix& out, const Matrix& weight, c
 }
 
 const FusedLinear* fused(const Capability& cpu, const Matrix& weight) {
-  return weight.format == Format::kBFloat16 ? cpu.bfloat16 : nullptr;
+  const bool empty = weight.rows == 0 || weight.columns == 0;
+  return weight.format == Format::kBFloat16 && !empty ? cpu.bfloat16 : nullptr;
 }
 
 }  // namespace

@@ -1,0 +1,89 @@
+"""Tensors that end, or begin, at a page that may not be touched: an access out of bounds dies at once.
+
+Run as a script it puts every op of the cpu backend to that test, on every instruction set of this machine.
+"""
+
+import ctypes
+import mmap
+import os
+import signal
+
+import torch
+from torch import Tensor
+
+from mft_kernels import cpu
+from mft_kernels.testing import random_inputs
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_maps: list[mmap.mmap] = []  # keeps the memory while tensors lie in it
+
+
+def guarded(tensor: Tensor, *, at_end: bool = True) -> Tensor:
+    """A copy of ``tensor`` whose last element lies right before a forbidden page, or its first right behind one."""
+    page = mmap.PAGESIZE
+    size = -(-tensor.nbytes // page) * page
+    memory = mmap.mmap(-1, size + 2 * page)
+    _maps.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for forbidden in (start, start + page + size):
+        if _libc.mprotect(ctypes.c_void_p(forbidden), ctypes.c_size_t(page), 0) != 0:
+            raise OSError(ctypes.get_errno(), "mprotect failed")
+    offset = page + (size - tensor.nbytes if at_end else 0)
+    if tensor.numel() == 0:
+        return torch.empty_like(tensor)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+def check_that_the_guard_bites() -> None:
+    """One element beyond the end is read in a child, which must die of it."""
+    t = guarded(torch.ones(8, 8))
+    child = os.fork()
+    if child == 0:
+        ctypes.string_at(t.data_ptr() + t.nbytes, 1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) in (signal.SIGSEGV, signal.SIGBUS)
+
+
+def run_every_op(shape: tuple[int, int, int], dtype: torch.dtype, scores_dtype: torch.dtype, at_end: bool) -> None:
+    """All inputs, and the buffer that is accumulated into, are guarded."""
+    t = random_inputs(*shape, dtype, scores_dtype)
+    x, weight, scores, bias, grad = (
+        guarded(v, at_end=at_end) for v in (t.x, t.weight, t.scores, t.bias, t.grad_output)
+    )
+    threshold = cpu.kept_threshold(scores, 0.9, "magnitude")
+    packed = guarded(cpu.pack_mask(scores, threshold, "magnitude"), at_end=at_end)
+    signs = guarded(cpu.pack_signs(scores)[0], at_end=at_end)
+    cpu.masked_linear(x, weight, scores, threshold, bias, "magnitude")
+    cpu.masked_linear_packed(x, weight, packed, bias)
+    every = [True, True, True, True]
+    cpu.masked_linear_backward(grad, x, weight, scores, threshold, "magnitude", every)
+    cpu.masked_linear_packed_backward(grad, x, weight, packed, None, signs, "magnitude", every)
+    for out_dtype in (torch.float32, dtype):
+        out = guarded(torch.zeros(weight.shape, dtype=out_dtype), at_end=at_end)
+        cpu.accumulate_score_grad(out, grad, x, weight, scores, None, "magnitude")
+        cpu.accumulate_score_grad(out, grad, x, weight, None, signs, "magnitude")
+        cpu.accumulate_score_grad(out, grad, x, weight, None, None, "value")
+
+
+def main() -> None:
+    """Every capability, odd shapes round the steps of 16, 32, 96, 256 and 512, both ends of the memory."""
+    torch.set_num_threads(1)
+    check_that_the_guard_bites()
+    for capability in cpu.capabilities():
+        os.environ["MFT_CPU_CAPABILITY"] = capability
+        for shape in ((0, 3, 5), (1, 1, 1), (13, 97, 31), (33, 47, 33), (5, 257, 545), (515, 17, 49), (32, 96, 64)):
+            for dtype, scores_dtype in (
+                (torch.bfloat16, torch.float32),
+                (torch.bfloat16, torch.bfloat16),
+                (torch.float32, torch.float16),
+            ):
+                for at_end in (True, False):
+                    run_every_op(shape, dtype, scores_dtype, at_end)
+    print("within bounds")
+
+
+if __name__ == "__main__":
+    main()
