@@ -218,8 +218,15 @@ def test_gradients_above_a_frozen_prefix_are_those_of_the_whole_model(make, reme
         assert torch.equal(found, expected), name
 
 
-def test_no_graph_is_recorded_below_the_first_masked_layer():
-    model = masked_llama()
+def plainly_frozen_llama():
+    model = make_llama().requires_grad_(False)
+    model.model.layers[2].mlp.up_proj.weight.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize("make", [masked_llama, plainly_frozen_llama])
+def test_no_graph_is_recorded_below_the_first_trained_layer(make):
+    model = make()
     model.enable_input_require_grads()  # as trainers do for gradient checkpointing
     recorded = {}
     for number, layer in enumerate(decoder_layers(model)):

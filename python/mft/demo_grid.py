@@ -1,6 +1,13 @@
 """How the demo's keep ratio was chosen: keep ratios and rates on the validation split; the test split stays closed.
 
 python -m mft.demo_grid [directory]; about five minutes on two cores. The demo itself chooses between rates only.
+Validation loss - full fine-tune's, in bf16 on Python 3.11's library (standard errors 0.001 to 0.014):
+
+    keep ratio    lr 3e-4    lr 1e-3    lr 3e-3
+    0.9           +0.0028    +0.0481    +0.2113
+    0.97          -0.0075    -0.0101    +0.0173
+    0.99          -0.0070    -0.0155    -0.0141
+    0.997         -0.0041    -0.0082    -0.0136
 """
 
 import json

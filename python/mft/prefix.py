@@ -20,7 +20,7 @@ from mft.causal_lm import decoder_layers, first_trainable_layer, has_dropout, ru
 
 @dataclass
 class PrefixMemory:
-    """Row number -> (T, D): what the frozen layers make of a row. Holds for one data set and one set of weights."""
+    """Row -> (T, D) in host memory: what frozen layers make of a row, for one data set and one set of weights."""
 
     max_bytes: int = 2 << 30  # a row of 512 tokens of SmolLM2-135M is 0.6 MB, one of 4096 of LLaMA2-7B 34 MB
     states: dict[int, Tensor] = field(default_factory=dict)
@@ -29,7 +29,7 @@ class PrefixMemory:
     def remember(self, row: int, state: Tensor) -> None:
         """Keep state if there is room; what does not fit is computed again when it is needed."""
         if self.nbytes + state.nbytes <= self.max_bytes:
-            self.states[row] = state
+            self.states[row] = state.cpu()
             self.nbytes += state.nbytes
 
 
@@ -63,7 +63,7 @@ class FrozenPrefix:
         if self.memory is None:
             with _replaced_forwards(self._layers[: self.first], lambda layer: torch.no_grad()(layer.forward)):
                 return self.run(self.model, input_ids)
-        known = {row: self.memory.states[row] for row in rows if row in self.memory.states}
+        known = {row: self.memory.states[row].to(input_ids.device) for row in rows if row in self.memory.states}
         missing = [i for i, row in enumerate(rows) if row not in known]
         if missing:
             for i, state in zip(missing, self._run_frozen_layers(input_ids[missing])):

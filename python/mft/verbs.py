@@ -3,7 +3,9 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -30,7 +32,7 @@ console = Console()
 def run_finetune(config: RunConfig, *, overwrite: bool) -> None:
     """mft finetune"""
     check_run_directory(config.output_dir, overwrite=overwrite)
-    model, tokenizer = load_model(config.model)
+    model, tokenizer = _load(config.model)
     splits = _load_data(config, tokenizer)
     directory, recorder = _begin(config, overwrite)
     before = recorder.evaluate("before, validation", model, splits.validation)
@@ -46,7 +48,7 @@ def run_finetune(config: RunConfig, *, overwrite: bool) -> None:
 def run_train(config: RunConfig, *, overwrite: bool) -> None:
     """mft train"""
     check_run_directory(config.output_dir, overwrite=overwrite)
-    model, tokenizer = load_model(config.model)
+    model, tokenizer = _load(config.model)
     splits = _load_data(config, tokenizer)
     masked = mask_model(clone_with_own_weights(model), config.mask)
     directory, recorder = _begin(config, overwrite)
@@ -72,7 +74,7 @@ def run_evaluate(config: RunConfig, masks: Path | None, split: str, *, force: bo
     if split not in ("validation", "test"):
         raise ValueError(f"--split must be validation or test, got {split!r}")
     export = None if masks is None else _masks_directory(masks)
-    model, tokenizer = load_model(config.model)
+    model, tokenizer = _load(config.model)
     dataset = getattr(_load_data(config, tokenizer), split)
     recorder = Recorder(progress=Progress(console))
     plain = recorder.evaluate(f"{config.model.name}, {split}", model, dataset)
@@ -93,8 +95,8 @@ def run_compare(
 ) -> None:
     """mft compare"""
     check_run_directory(config.output_dir, overwrite=overwrite)
-    model, tokenizer = load_model(config.model)
-    base = None if base_name is None else load_model(ModelConfig(name=base_name, dtype=config.model.dtype))[0]
+    model, tokenizer = _load(config.model)
+    base = None if base_name is None else _load(ModelConfig(name=base_name, dtype=config.model.dtype))[0]
     splits = _load_data(config, tokenizer)
     directory, recorder = _begin(config, overwrite)
     comparison = compare(
@@ -155,6 +157,12 @@ def run_inspect(masks: Path, model_name: str | None, dtype: str, *, force: bool)
 def _begin(config: RunConfig, overwrite: bool) -> tuple[Path, Recorder]:
     directory = open_run(config.output_dir, config, overwrite=overwrite)
     return directory, Recorder(directory, Progress(console))
+
+
+def _load(config: ModelConfig) -> tuple[Any, Any]:
+    """(model, tokenizer), the model on the GPU if there is one."""
+    model, tokenizer = load_model(config)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def _load_data(config: RunConfig, tokenizer) -> Splits:
