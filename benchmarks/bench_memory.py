@@ -1,0 +1,118 @@
+"""How much memory does a step need beyond parameters and gradients, at M = 64 in bf16, N = K = 4096?
+
+Each competitor runs in a process of its own; the peak of its resident memory over one forward and backward is read
+from the kernel's high-water mark, which is reset just before. A first step on a small layer has loaded all code.
+"""
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import mft_kernels
+
+from .harness import ROOT, THREADS, Finding, Spread, report
+from .rivals import KEEP_RATIO, eager_fast, eager_lean, paper_linear
+
+FEATURES, TOKENS = 4096, 64
+REPEATS = 2  # processes a competitor
+WEIGHT_BYTES = FEATURES * FEATURES * 2
+# name: whether the target (25 % of the weight's bytes beyond the gradients) is asked of it
+COMPETITORS = {
+    "dense": False,
+    "op": True,
+    "module": True,
+    "eager, masked weight kept": False,
+    "eager, masked twice": False,
+    "paper's layer": False,
+    "dense accumulating": False,
+    "module accumulating": False,
+    "packed op + accumulate_score_grad": True,
+}
+# These add to gradients of earlier micro-batches: a temporary gradient counts as extra memory.
+INTO_BUFFERS = {"dense accumulating", "module accumulating", "packed op + accumulate_score_grad"}
+
+
+def prepare(name: str, tokens: int, features: int):
+    """(step, bytes of the gradients that it makes): everything that lives before the step is made here."""
+    linear = torch.nn.Linear(features, features, bias=False, dtype=torch.bfloat16)
+    x = torch.randn(tokens, features, dtype=torch.bfloat16, requires_grad=True)
+    grad_output = torch.randn(tokens, features, dtype=torch.bfloat16)
+    weight = linear.weight.detach()
+    scores = torch.randn(features, features, dtype=torch.bfloat16).requires_grad_()
+    threshold = mft_kernels.kept_threshold(scores, KEEP_RATIO)
+    module = mft_kernels.MaskedLinear.from_linear(linear, keep_ratio=KEEP_RATIO)
+    linear.weight.grad, module.scores.grad = torch.ones_like(linear.weight), torch.ones_like(module.scores)
+    into_buffers = name in INTO_BUFFERS
+    if not into_buffers:
+        linear.weight.grad = module.scores.grad = None
+
+    def in_kernel():
+        mask = module.current_mask()
+        mft_kernels.masked_linear_packed(x, weight, mask.packed).backward(grad_output)
+        mft_kernels.accumulate_score_grad(
+            module.scores.grad, grad_output, x.detach(), weight, scores=module.scores.detach(), signs=mask.signs
+        )
+
+    forwards = {
+        "dense": lambda: linear(x),
+        "dense accumulating": lambda: linear(x),
+        "op": lambda: mft_kernels.masked_linear(x, weight, scores, threshold),
+        "module": lambda: module(x),
+        "module accumulating": lambda: module(x),
+        "eager, masked weight kept": lambda: eager_fast(x, weight, scores, threshold),
+        "eager, masked twice": lambda: eager_lean(x, weight, scores, threshold),
+        "paper's layer": lambda: paper_linear(x, weight, scores),
+    }
+    step = in_kernel if name not in forwards else lambda: forwards[name]().backward(grad_output)
+
+    def gradients() -> int:
+        new = [x, scores]
+        if not name.endswith("accumulating") and name != "packed op + accumulate_score_grad":
+            new += [linear.weight, module.scores]
+        return sum(p.grad.nbytes for p in new if p.grad is not None)
+
+    return step, gradients
+
+
+def peak_beyond_gradients(name: str) -> int:
+    """Bytes by which resident memory peaks over one step, less the gradients that the step leaves."""
+    torch.set_num_threads(THREADS)
+    small_step, _ = prepare(name, TOKENS, 512)
+    small_step()
+    step, gradients = prepare(name, TOKENS, FEATURES)
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before - gradients()
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}; this benchmark needs Linux")
+
+
+def measure(name: str, asked: bool) -> Finding:
+    """The competitor in processes of its own."""
+    command = [sys.executable, "-m", "benchmarks.bench_memory", name]
+    shares = [
+        100 * int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout) / WEIGHT_BYTES
+        for _ in range(REPEATS)
+    ]
+    rule, bound = ("at most", 25) if asked else (None, None)
+    return Finding(name, Spread.of(shares), "% of the weight", rule, bound)
+
+
+def main() -> None:
+    """Print and store the answer."""
+    findings = [measure(name, asked) for name, asked in COMPETITORS.items()]
+    report("memory", f"Peak memory of a step beyond its gradients, bf16, M = {TOKENS}, N = K = {FEATURES}", findings)
+
+
+if __name__ == "__main__":
+    print(peak_beyond_gradients(sys.argv[1]))

@@ -1,0 +1,156 @@
+"""Interleaved timing, ratios and their targets, one table and one JSON record a question.
+
+A shared machine drifts by more than what is measured. So every round runs each competitor once, in a new order;
+ratios are taken within a round, and then their median and quartiles over the rounds.
+"""
+
+import datetime
+import json
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+THREADS = 2
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+Samples = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of repeated measurements."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread":
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        return cls(statistics.median(values), low, high)
+
+    def __str__(self) -> str:
+        digits = 3 if self.median < 10 else 1
+        return f"{self.median:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One quantity, and what was asked of it: ``rule`` is "at most" or "at least", or None where nothing was."""
+
+    quantity: str
+    measured: Spread
+    unit: str = "x"
+    rule: str | None = None
+    bound: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the median keeps to the rule; None without one."""
+        if self.rule is None:
+            return None
+        return self.measured.median <= self.bound if self.rule == "at most" else self.measured.median >= self.bound
+
+    def row(self) -> tuple[str, str, str, str]:
+        """(quantity, measured, target, met), as text."""
+        target = "" if self.rule is None else f"{self.rule} {self.bound:g}"
+        return (
+            self.quantity,
+            f"{self.measured} {self.unit}",
+            target,
+            {None: "", True: "met", False: "NOT MET"}[self.met],
+        )
+
+
+def time_interleaved(
+    competitors: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1, *, seed: int = 0
+) -> Samples:
+    """Milliseconds a call of each competitor, one sample a round, the mean of ``calls`` calls in a row.
+
+    One call of each, not timed, comes first.
+    """
+    for call in competitors.values():
+        call()
+    order = random.Random(seed)
+    samples: Samples = {name: [] for name in competitors}
+    for _ in range(rounds):
+        for name in order.sample(list(competitors), len(competitors)):
+            start = time.perf_counter()
+            for _ in range(calls):
+                competitors[name]()
+            samples[name].append((time.perf_counter() - start) * 1e3 / calls)
+    return samples
+
+
+def times(samples: Samples, suffix: str = "") -> list[Finding]:
+    """The times themselves, as findings without a target."""
+    return [Finding(name + suffix, Spread.of(values), "ms") for name, values in samples.items()]
+
+
+def ratio(
+    samples: Samples, above: str, below: str, rule: str | None = None, bound: float | None = None, suffix: str = ""
+) -> Finding:
+    """Time of ``above`` in units of ``below``, round by round."""
+    values = [a / b for a, b in zip(samples[above], samples[below])]
+    return Finding(f"{above} / {below}{suffix}", Spread.of(values), "x", rule, bound)
+
+
+def environment() -> dict[str, str | int | bool]:
+    """Machine, versions and commit: what a number is worthless without."""
+    from mft_kernels import backend_report
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return run.stdout.strip() if run.returncode == 0 else ""
+
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "backend": backend_report()["backends"]["cpu"]["detail"] or "reference",
+        "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "mft_kernels": version("mft_kernels"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "commit": git("rev-parse", "HEAD") or "unknown",
+        "tree_is_dirty": bool(git("status", "--porcelain", "--", "csrc", "mft_kernels", "benchmarks/*.py", "setup.py")),
+    }
+
+
+def report(question: str, title: str, findings: list[Finding], device: str = "cpu") -> None:
+    """Print the table and write benchmarks/results/<question>-<device>.json."""
+    header = ("", "median [quartiles]", "target", "")
+    rows = [finding.row() for finding in findings]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(4)]
+    print(f"\n{title}")
+    for row in [header, *rows]:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip(), flush=True)
+    record = {
+        "question": question,
+        "title": title,
+        "environment": environment(),
+        "findings": [{**asdict(finding), "met": finding.met} for finding in findings],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{question}-{device}.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    family = f"family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else ""
+    return f"{fields.get('model name', platform.processor())} {family}".strip()
