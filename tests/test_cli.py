@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from tiny import WORDS, make_llama, one_thread  # noqa: F401
+from tiny import WORDS, make_llama
 from typer.testing import CliRunner
 
 from mft.cli import app

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import make_llama, make_rows, one_thread  # noqa: F401
+from tiny import make_llama, make_rows
 
 from mft.clones import clone_with_own_weights
 from mft.compare import ARMS, CONTROL, FULL, MAGNITUDE, MFT, RANDOM, compare

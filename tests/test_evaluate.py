@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from tiny import make_llama, make_rows, masked_llama, one_thread  # noqa: F401
+from tiny import make_llama, make_rows, masked_llama
 
 from mft.evaluate import Evaluation, evaluate, paired_difference
 from mft.prefix import PrefixMemory

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from tiny import WORDS, make_llama, make_rows, masked_llama, one_thread  # noqa: F401
+from tiny import WORDS, make_llama, make_rows, masked_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mft.causal_lm import decoder_layers, first_trainable_layer, head_of, run_decoder, split_at_head

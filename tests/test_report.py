@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from test_evaluate import evaluation
-from tiny import make_rows, masked_llama, one_thread  # noqa: F401
+from tiny import make_rows, masked_llama
 
 from mft.compare import BASE, CONTROL, FULL, MAGNITUDE, MFT, RANDOM, Comparison, Trial
 from mft.config import TrainConfig

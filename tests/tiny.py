@@ -1,6 +1,5 @@
 """Tiny models and rows that the recipe's tests share: a random Llama of 61 words learns to count."""
 
-import pytest
 import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -36,12 +35,3 @@ def make_rows(count=8, length=12, seed=0):
 
 def masked_llama(layers=(2, 3), dtype=torch.float32, **mask):
     return mask_model(make_llama(dtype), MaskConfig(layers_to_transform=list(layers), **mask))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads do not help matrices of 32 x 64, and wait for each other 40 times as long where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
