@@ -5,7 +5,7 @@ silently. This reader and writer follow the core schema of YAML 1.2 and refuse d
 """
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -23,11 +23,11 @@ _CORE = (
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012  (a class variable upstream too, which its stubs do not say)
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: ClassVar[dict] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012  (a class variable upstream too, which its stubs do not say)
 
 
 for _tag, _pattern, _first in _CORE:
