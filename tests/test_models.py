@@ -309,6 +309,12 @@ def test_the_tulu_template_scores_answers_with_their_end_token_and_is_saved(tiny
     assert load_model(ModelConfig(name=str(tmp_path / "tuned")))[1].chat_template == tulu.chat_template
 
 
+def test_a_name_alone_loads_with_the_defaults(tiny_llama, tokenizer, tmp_path):
+    save_model(tiny_llama, tokenizer, tmp_path / "base")
+    model, _ = load_model(str(tmp_path / "base"))
+    assert model.dtype == torch.bfloat16
+
+
 def test_an_unknown_chat_template_is_named(tiny_llama, tokenizer, tmp_path):
     save_model(tiny_llama, tokenizer, tmp_path / "base")
     with pytest.raises(

@@ -157,7 +157,7 @@ def _other_base(model: nn.Module, export: MaskExport, found: str, directory: Pat
     stored = sorted({entry.dtype for entry in export.modules})
     if dtypes != stored:
         message += f". The model's weights are {' '.join(dtypes)}, those were {' '.join(stored)}: load it in that dtype"
-    return message + ". To use the masks on this model all the same, pass force=True"
+    return message + ". To use the masks on this model all the same, pass force=True (--force)"
 
 
 def _set_mask(module: MaskedLinear, packed: Tensor, export: MaskExport) -> None:

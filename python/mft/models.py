@@ -31,12 +31,15 @@ SHORTHANDS = ("smollm2-135m",)
 _MODEL_FILES = re.compile(r".*\.safetensors|.*\.json|.*\.jinja|.*\.model|merges\.txt|.*\.md|\.gitattributes|LICENSE.*")
 
 
-def load_model(config: ModelConfig) -> tuple[Any, Any]:
+def load_model(config: ModelConfig | str) -> tuple[Any, Any]:
     """(model, tokenizer) in config.dtype on the CPU, in eval mode; pad = eos where the tokenizer has no pad.
 
+    A string is a name with the defaults of ModelConfig (bfloat16).
     A GGUF file is dequantised once and kept in the cache as an ordinary model directory.
     Raises: ValueError if config.name is no causal language model that can be reached; it says what to do.
     """
+    if isinstance(config, str):
+        config = ModelConfig(config)
     name = config.name
     path = Path(name).expanduser()
     if name in SHORTHANDS:

@@ -207,7 +207,7 @@ def _base_of(directory: Path, model_name: str | None, dtype: str):
 
 def _mask_table(rows: list[MaskStatistics]) -> Table:
     table = Table(
-        "layer",
+        Column("layer", overflow="fold"),  # the end of a name is what tells layers apart
         *(
             Column(heading, justify="right")
             for heading in ("weights", "kept", "flips since init", "dropped as by magnitude")
