@@ -1,1 +1,1 @@
-"""What the kernels cost, one file a question: `make bench` answers all of them, about four minutes on two cores."""
+"""What the kernels cost, one file a question: `make bench` answers all of them, about two minutes on two cores."""
