@@ -35,6 +35,16 @@ def check_scores(scores: Tensor, weight: Tensor) -> None:
     check_device("scores", scores, "weight", weight)
 
 
+def check_threshold(threshold: Tensor, scores: Tensor) -> None:
+    """Raise unless threshold is one for the matrix, (), or one for each row of scores, (N,)."""
+    if threshold.dim() != 0 and threshold.shape != scores.shape[:1]:
+        raise ValueError(
+            f"threshold must be () or one a row {tuple(scores.shape[:1])}, got shape {tuple(threshold.shape)}; "
+            "see kept_threshold"
+        )
+    check_device("threshold", threshold, "scores", scores)
+
+
 def check_packed(name: str, packed: Tensor, shape: tuple[int, int] | torch.Size) -> None:
     """Raise unless ``packed`` holds the bits of an (N, K) mask."""
     words = (shape[0], -(-shape[1] // 32))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import reference
 from .backends import Backend, register
 from .reference import Gradients, kept_count
 
@@ -20,7 +21,9 @@ _REPORT = Path(__file__).with_name("_build.json")  # written by setup.py
 def masked_linear(
     x: Tensor, weight: Tensor, scores: Tensor, threshold: Tensor, bias: Tensor | None, mode: str
 ) -> Tensor:
-    """y = x @ where(keep, weight, 0).T + bias, straight from the scores."""
+    """y = x @ where(keep, weight, 0).T + bias, straight from the scores; through their bits with thresholds by row."""
+    if threshold.dim() == 1:
+        return _forward(x, weight, None, None, pack_mask(scores, threshold, mode), bias, "value")
     return _forward(x, weight, scores.contiguous(), threshold, None, bias, mode)
 
 
@@ -34,6 +37,9 @@ def masked_linear_backward(
     output_mask: list[bool],
 ) -> Gradients:
     """d_x, d_weight, d_scores, d_bias; (0,) for what output_mask leaves out."""
+    if threshold.dim() == 1:
+        packed = pack_mask(scores, threshold, mode)
+        return _backward(grad_output, x, weight, scores, None, packed, None, mode, output_mask)
     return _backward(grad_output, x, weight, scores.contiguous(), threshold, None, None, mode, output_mask)
 
 
@@ -72,6 +78,8 @@ def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
 
 def pack_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
     """keep as bits, int32 (N, ceil(K / 32))."""
+    if threshold.dim() == 1:
+        return reference.pack_mask(scores, threshold, mode)
     return torch.ops.mft_cpu.pack_mask(scores.contiguous(), threshold, mode == "magnitude")
 
 

@@ -17,6 +17,7 @@ from .checks import (
     check_mode,
     check_packed,
     check_scores,
+    check_threshold,
 )
 from .library import define, define_autocast, define_no_double_backward, gradient_shapes, library
 
@@ -43,7 +44,7 @@ def masked_linear(
         x: (..., K), floating.
         weight: (N, K), dtype of x; its gradient, where(keep, grad_output.T @ x, 0), only if it asks for one.
         scores: (N, K), fp32 or a 16-bit float.
-        threshold: () on the device of scores, cast to their dtype; see kept_threshold.
+        threshold: () or one a row (N,), on the device of scores, cast to their dtype; see kept_threshold.
         bias: (N,), dtype of x.
         backend: "auto" or the name of one that must serve the call; see backend_report.
     Returns: (..., N) in x's dtype; accumulated in fp32. Under autocast x, weight and bias are cast, scores never.
@@ -52,9 +53,7 @@ def masked_linear(
     check_mode(mode)
     check_linear(x, weight, bias)
     check_scores(scores, weight)
-    if threshold.dim() != 0:
-        raise ValueError(f"threshold must be 0-d, got shape {tuple(threshold.shape)}; see kept_threshold")
-    check_device("threshold", threshold, "scores", scores)
+    check_threshold(threshold, scores)
     threshold = threshold.to(scores.dtype)
     return torch.ops.mft.masked_linear(x, weight, scores, threshold, bias, mode, backend)
 
@@ -133,15 +132,14 @@ def kept_threshold(scores: Tensor, keep_ratio: float, *, mode: str = "magnitude"
 def pack_mask(scores: Tensor, threshold: Tensor, *, mode: str = "magnitude", backend: str = "auto") -> Tensor:
     """The mask as bits: bit j % 32 of word j // 32 of row n tells whether weight (n, j) is kept.
 
-    Args: scores (N, K); threshold ().
+    Args: scores (N, K); threshold () or (N,).
     Returns: int32 (N, ceil(K / 32)); padding bits are 0.
     """
     check_mode(mode)
     check_floating("scores", scores)
     if scores.dim() != 2:
         raise ValueError(f"scores must be (N, K), got shape {tuple(scores.shape)}")
-    if threshold.dim() != 0:
-        raise ValueError(f"threshold must be 0-d, got shape {tuple(threshold.shape)}; see kept_threshold")
+    check_threshold(threshold, scores)
     return torch.ops.mft.pack_mask(scores.detach(), threshold.to(scores.dtype), mode, backend)
 
 

@@ -19,7 +19,9 @@ def kept_count(numel: int, keep_ratio: float) -> int:
 
 
 def keep_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
-    """Boolean (N, K): what is kept. Ties at the threshold are kept; a NaN score is dropped."""
+    """Boolean (N, K): what is kept. Ties at the threshold, () or one a row (N,), are kept; a NaN score is dropped."""
+    if threshold.dim() == 1:
+        threshold = threshold.unsqueeze(-1)
     return (scores.abs() if mode == "magnitude" else scores) >= threshold
 
 

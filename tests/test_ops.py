@@ -98,6 +98,25 @@ def test_strided_and_expanded_inputs_equal_their_contiguous_copies():
     )
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_threshold_may_be_given_for_each_row(mode, backend):
+    t = integer_inputs(6, 5, 37)
+    thresholds = torch.tensor([0.0, 1, 2, 3, 4])
+    x, scores = _leaves(t, "x", "scores")
+    y = mft_kernels.masked_linear(x, t.weight, scores, thresholds, t.bias, mode=mode, backend=backend)
+    y.backward(t.grad_output)
+    for row, threshold in enumerate(thresholds):
+        alone = slice(row, row + 1)
+        expected = reference.masked_linear(t.x, t.weight[alone], t.scores[alone], threshold, t.bias[alone], mode)
+        assert torch.equal(y[:, alone], expected)
+    want = [True, False, True, False]
+    expected = reference.masked_linear_backward(t.grad_output, t.x, t.weight, t.scores, thresholds, mode, want)
+    assert torch.equal(x.grad, expected[0])
+    assert torch.equal(scores.grad, expected[2])
+    packed = mft_kernels.pack_mask(t.scores, thresholds, mode=mode, backend=backend)
+    assert torch.equal(mft_kernels.unpack_mask(packed, (5, 37)), reference.keep_mask(t.scores, thresholds, mode))
+
+
 def test_gradcheck_of_the_smooth_arguments():
     t = random_inputs(3, 4, 5, torch.float64, torch.float64)
     threshold = reference.kept_threshold(t.scores, 0.6, "magnitude")
@@ -228,7 +247,7 @@ def test_autocast_casts_x_weight_and_bias_but_never_scores():
         ({"weight": torch.ones(5)}, ValueError, r"weight must be \(N, K\), got shape \(5,\)"),
         ({"scores": torch.ones(4, 4)}, ValueError, r"scores must match weight \(4, 5\), got \(4, 4\)"),
         ({"scores": torch.ones(4, 5, dtype=torch.int32)}, TypeError, "scores must be float32.*got torch.int32"),
-        ({"threshold": torch.ones(1)}, ValueError, r"threshold must be 0-d, got shape \(1,\)"),
+        ({"threshold": torch.ones(5)}, ValueError, r"threshold must be \(\) or one a row \(4,\), got shape \(5,\)"),
         ({"bias": torch.ones(5)}, ValueError, r"bias must be \(4,\), got \(5,\)"),
         ({"bias": torch.ones(4).bfloat16()}, TypeError, "bias must have weight's dtype"),
         ({"mode": "top"}, ValueError, r"mode must be one of \('magnitude', 'value'\), got 'top'"),
