@@ -55,9 +55,11 @@ def current_mask(scores: Tensor, keep_ratio: float, threshold: float | None, mod
         scores: (N, K). A write that neither bumps the tensor's version nor is an optimiser's step (a hand-written
             ``scores.data`` assignment in place) is not seen: call outdate(scores) after it.
         threshold: a fixed one, or None to find the one that keeps ``keep_ratio``.
-    Raises: NonFiniteScores (a ValueError).
+    Raises: NonFiniteScores (a ValueError); not while a CUDA graph is captured.
     """
-    if scores.is_inference():  # has no version, so nothing tells whether it changed
+    # An inference tensor has no version, so nothing tells whether it changed. A CUDA graph replays what it captured, so
+    # the selection has to be in it.
+    if scores.is_inference() or _capturing(scores):
         return _find_mask(scores, keep_ratio, threshold, mode)
     storage = StorageWeakRef(scores.untyped_storage())
     key = (storage.cdata, scores.storage_offset(), scores.shape, scores.stride(), scores.dtype)
@@ -82,6 +84,10 @@ def outdate(scores: Tensor) -> None:
             del _memo[key]
 
 
+def _capturing(scores: Tensor) -> bool:
+    return scores.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 @torch.no_grad()
 def _find_mask(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str) -> CurrentMask:
     scores = scores.detach()
@@ -89,12 +95,15 @@ def _find_mask(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str
         threshold = kept_threshold(scores, keep_ratio, mode=mode)
         bad = threshold.isnan()
     else:
-        threshold = scores.new_tensor(fixed)
+        threshold = scores.new_full((), fixed)  # filled on the device: a copy from the host cannot be captured
         bad = ~scores.isfinite().all()
-    if bad:  # one synchronisation per change of the scores, none in a forward
+    # Within a CUDA graph the host can ask nothing: scores that are not finite give the threshold NaN, which keeps no
+    # weight, and the sign comes from the scores.
+    capturing = _capturing(scores)
+    if not capturing and bad:  # one synchronisation per change of the scores, none in a forward
         raise checks.NonFiniteScores(scores)
     packed = pack_mask(scores, threshold, mode=mode)
-    if mode == "value":
+    if mode == "value" or capturing:
         return CurrentMask(threshold, packed, None)
     signs, zeros = torch.ops.mft.pack_signs(scores, "auto")
     return CurrentMask(threshold, packed, signs if zeros == 0 else None)
