@@ -174,7 +174,7 @@ class BuildLibrary(build_ext):
 
 
 setup(
-    packages=["mft_kernels", "mft"],
+    packages=["mft_kernels", "mft_kernels.triton", "mft"],
     package_dir={"mft_kernels": "mft_kernels", "mft": "python/mft"},
     package_data={"mft": ["configs/*.yaml", "templates/*.jinja"]},
     ext_modules=[Extension("mft_kernels.libmft_cpu", sources=[])],

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,6 +25,8 @@ class Backend:
     ops: Mapping[str, Callable]
     unavailable: str | None = None  # why it cannot run on this machine; None when it can
     detail: str = ""  # what is running, for instance the instruction set
+    automatic: Mapping[str, Callable] = field(default_factory=dict)  # what "auto" runs in place of those of ``ops``
+    on_request: str | None = None  # why "auto" passes it over; None when it does not
 
     def refusal(self, op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
         """Why this backend cannot serve ``op`` there; None when it can."""
@@ -63,7 +65,8 @@ def choose(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], reque
     if requested == "auto":
         requested, source = os.environ.get("MFT_KERNELS") or "auto", "MFT_KERNELS"
     if requested == "auto":
-        return _automatic(op, device, dtypes).ops[op]
+        backend = _automatic(op, device, dtypes)
+        return backend.automatic.get(op, backend.ops[op])
     if requested not in PREFERENCE:
         raise ValueError(f"{source} must be one of {('auto', *PREFERENCE)}, got {requested!r}")
     reason = _refusal(requested, op, device, dtypes)
@@ -96,6 +99,8 @@ def _automatic(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -
     refusals: list[tuple[str, str]] = []
     for name in PREFERENCE:
         reason = _refusal(name, op, device, dtypes)
+        if reason is None:
+            reason = _TABLE[name].on_request
         if reason is None:
             _announce(op, device, name, refusals)
             return _TABLE[name]

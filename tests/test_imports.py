@@ -13,11 +13,22 @@ ROOT = Path(__file__).parent.parent
 KERNEL_LAYERS = (
     ("reference", "testing"),
     ("backends", "checks", "library"),
-    ("ops", "cpu"),
+    ("ops", "cpu", "triton"),
     ("masking",),
     ("linear",),
     ("__init__",),
 )
+TRITON_LAYERS = (
+    ("launch", "tiles"),
+    ("target",),
+    ("bits", "choice", "plan", "select"),
+    ("arguments",),
+    ("product", "score_grad", "scratch"),
+    ("backward",),
+    ("ops",),
+    ("__init__",),
+)
+KERNELS_MAY_IMPORT = {"backends", "reference"}  # of mft_kernels: a kernel knows no sibling
 RECIPE_LAYERS = (
     ("atomic", "cache", "checkpointing", "choices", "clones", "corpus", "hub", "progress", "token_loss", "yaml_file"),
     ("export_file", "fetch", "fields", "linears"),
@@ -37,11 +48,15 @@ EXTERNAL = {"torch", "triton", "numpy"}  # all that mft_kernels may import besid
 
 
 def imports(path: Path, package: str) -> tuple[set[str], set[str]]:
-    """(modules of ``package``, top-level names of others) that a file imports, wherever in it."""
+    """(modules of ``package``, top-level names of others) that a file imports, wherever in it.
+
+    What comes from the package above is named with a dot before it.
+    """
     own, others = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            own |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+            names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+            own |= {"." * (node.level - 1) + name for name in names}
         elif isinstance(node, ast.ImportFrom | ast.Import):
             names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             for name in names:
@@ -70,6 +85,15 @@ def crossings(folder: Path, package: str, layers: tuple[tuple[str, ...], ...]) -
 
 def test_the_kernel_package_imports_downward():
     assert crossings(ROOT / "mft_kernels", "mft_kernels", KERNEL_LAYERS) == []
+
+
+def test_the_triton_kernels_import_downward_and_no_sibling():
+    folder = ROOT / "mft_kernels" / "triton"
+    assert crossings(folder, "mft_kernels.triton", TRITON_LAYERS) == []
+    for path in folder.glob("*.py"):
+        above = {name[1:] for name in imports(path, "mft_kernels.triton")[0] if name.startswith(".")}
+        assert above <= KERNELS_MAY_IMPORT, path
+        assert not any("mft_kernels" in name for name in imports(path, "mft_kernels.triton")[1]), path
 
 
 def test_the_recipe_imports_downward():

@@ -1,0 +1,75 @@
+"""The triton backend: enters the table of backends, or says there why it cannot run here."""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from importlib.metadata import version
+
+import torch
+
+from ..backends import Backend, register
+
+OLDEST = (3, 6)
+
+
+def _unavailable() -> str | None:
+    # Triton takes a second to import, so it is imported where a kernel can run, and nowhere else.
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton (Linux only)"
+    if tuple(int(part) for part in version("triton").split(".")[:2]) < OLDEST:
+        return f"it needs Triton {'.'.join(map(str, OLDEST))} or newer, got {version('triton')}"
+    if _interpreting():
+        return None
+    if not torch.cuda.is_available():
+        return "no GPU found by torch; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        return f"it needs compute capability 8.0 or newer, got {major}.{minor}"
+    return None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _ops() -> tuple[dict[str, Callable], dict[str, Callable]]:
+    """(what a request by name runs, what "auto" runs in its place)."""
+    from . import bits, choice, ops, select
+
+    chosen = (
+        ops.masked_linear,
+        ops.masked_linear_backward,
+        ops.masked_linear_packed,
+        ops.masked_linear_packed_backward,
+    )
+    others = (ops.accumulate_score_grad, select.kept_threshold, bits.pack_mask, bits.pack_signs)
+    return (
+        {f.__name__: f for f in (*chosen, *others)},
+        {f.__name__: functools.partial(f, choose=choice.automatic) for f in chosen},
+    )
+
+
+def _detail() -> str:
+    if _interpreting():
+        return f"Triton {version('triton')}, interpreter"
+    from .target import target_of
+
+    return f"Triton {version('triton')}, {target_of(torch.device('cuda', torch.cuda.current_device()))}"
+
+
+unavailable = _unavailable()
+_named, _automatic = _ops() if unavailable is None else ({}, {})
+
+register(
+    Backend(
+        name="triton",
+        device_types=frozenset({"cpu" if _interpreting() else "cuda"}),
+        dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+        ops=_named,
+        automatic=_automatic,
+        unavailable=unavailable,
+        detail="" if unavailable else _detail(),
+        on_request="the interpreter is for tests" if _interpreting() else None,
+    )
+)

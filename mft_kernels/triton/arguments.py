@@ -1,0 +1,89 @@
+"""What the launchers of the matrix kernels share: the mask's source, what TMA can read, the arithmetic."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .launch import interpreting
+from .plan import Operands
+from .target import Target
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What tells the mask: scores (N, K) with their thresholds, () or (N,), or packed words (mode "packed")."""
+
+    source: Tensor
+    thresholds: Tensor | None
+    mode: str
+
+    @property
+    def tiled(self) -> tuple[Tensor, ...]:
+        """What is read in tiles of the weight's shape: the scores; packed words are read one by one."""
+        return () if self.mode == "packed" else (self.source,)
+
+    @property
+    def by_row(self) -> bool:
+        """Whether each row has a threshold of its own."""
+        return self.thresholds is not None and self.thresholds.dim() == 1
+
+    @property
+    def threshold_stride(self) -> int:
+        """From one row's threshold to the next; 0 where all rows share one."""
+        return self.thresholds.stride(0) if self.thresholds is not None and self.by_row else 0
+
+    @property
+    def kind(self) -> str:
+        """ "packed", or the scores' dtype."""
+        return "packed" if self.mode == "packed" else str(self.source.dtype)
+
+
+def sign_kind(sign: Tensor | None) -> str:
+    """Where the sign of d_scores comes from: "bits" (int32 words), "scores" or "none"."""
+    if sign is None:
+        return "none"
+    return "bits" if sign.dtype == torch.int32 else "scores"
+
+
+def is_exact(tensor: Tensor) -> bool:
+    """Whether its products are to be made in full fp32 precision."""
+    return tensor.dtype == torch.float32 and _precision() == "ieee"
+
+
+def operands(weight: Tensor, keep: Keep | None, described: bool) -> Operands:
+    """What of these tensors decides the tiles."""
+    keep_bytes = 0 if keep is None or keep.mode == "packed" else keep.source.element_size()
+    return Operands(weight.element_size(), keep_bytes, is_exact(weight), described)
+
+
+def arithmetic(weight: Tensor) -> dict[str, str | bool]:
+    """Constexprs that say how tiles are multiplied."""
+    return {
+        "PRECISION": _precision() if weight.dtype == torch.float32 else "ieee",
+        "UPCAST": interpreting() and weight.dtype == torch.bfloat16,
+    }
+
+
+def describable(target: Target, *tensors: Tensor) -> bool:
+    """Whether TMA can read them all: rows that begin at multiples of 16 bytes, their elements without gaps.
+
+    Exact fp32 multiplies in ordinary registers, which spill with descriptors.
+    """
+    if not target.descriptors or is_exact(tensors[0]):
+        return False
+    return all(
+        t.stride(1) == 1 and t.stride(0) > 0 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+        for t in tensors
+    )
+
+
+def tiled(tensor: Tensor, block: list[int], described: bool) -> Tensor | TensorDescriptor:
+    """The tensor, or its descriptor for tiles of ``block``."""
+    return TensorDescriptor.from_tensor(tensor, block) if described else tensor
+
+
+def _precision() -> str:
+    # PyTorch's own setting, which torch.set_float32_matmul_precision changes.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,0 +1,147 @@
+"""d_x and d_scores in one launch, for few tokens, where both are bound by reading weight and scores.
+
+The grid walks strips of BLOCK_K columns of the weight. A strip's jobs are its tiles of d_x, each a walk down the strip,
+and its tiles of d_scores, one a block of rows:
+
+              strip                       tokens |  memory in units of one weight matrix, 16-bit scores
+        +-------+-------+---
+        | d_s   |       |                 two launches   weight, scores; weight, scores, d_scores    5
+      N | d_s   |       |                 one launch     weight, scores once from memory, once       3
+        | d_s   |       |                                from L2 (2 MiB a strip at N = 4096)
+        +-------+-------+---
+    M   | d_x   |       |                 The tiles of one kind wait for memory while those of the other multiply: two
+        +-------+-------+---              programs share a multiprocessor.
+
+From about M = 1024 on both products are bound by the tensor cores, there is nothing to share, and two launches allow
+each its best tile.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arguments import Keep, arithmetic, describable, operands, sign_kind, tiled
+from .launch import launch
+from .plan import EPILOGUE_COLUMNS, backward_tiles
+from .product import product_tile, sum_splits
+from .score_grad import outer_tile, store_gradients
+from .target import target_of
+from .tiles import store_tile
+
+
+@triton.jit(do_not_specialize=["M"])  # any number of tokens, one binary
+def _backward_kernel(
+    grad_rows, grad_columns, x, weight_tiles, keep_tiles, weight, keep, thresholds, signs, d_x, d_scores, d_weight,
+    M, N, K, N_SPLIT, stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk,
+    stride_kn, stride_kk, stride_t, stride_sn, stride_sk, stride_ds, stride_dm, stride_dk,
+    SIGN: tl.constexpr, MODE: tl.constexpr, BY_ROW: tl.constexpr, WRITE_WEIGHT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, MASK_ON_A: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Tiles of d_x are BLOCK_M x BLOCK_K, summed BLOCK_Q rows of N at a time, over N / SPLITS; those of d_scores
+    BLOCK_N x BLOCK_K, summed BLOCK_S tokens at a time."""
+    tl.assume(M > 0)
+    tl.assume(N_SPLIT > 0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    products = tiles_m * SPLITS
+    jobs = products + tl.cdiv(N, BLOCK_N)
+    for job in tl.range(tl.program_id(0), tl.cdiv(K, BLOCK_K) * jobs, tl.num_programs(0)):
+        column = job // jobs * BLOCK_K
+        within = job % jobs
+        if within < products:  # the longer ones first
+            split = within // tiles_m
+            token = within % tiles_m * BLOCK_M
+            start = split * N_SPLIT
+            product = product_tile(
+                grad_rows, weight_tiles, keep_tiles, thresholds, token, column, start, min(start + N_SPLIT, N), M, N, K,
+                stride_gm, stride_gn, stride_wn, stride_wk, stride_kn, stride_kk, stride_t,
+                True, MODE, BY_ROW, DESCRIPTORS, MASK_ON_A, PRECISION, UPCAST, BLOCK_M, BLOCK_K, BLOCK_Q, STAGES,
+            )  # fmt: skip
+            part = d_x + split.to(tl.int64) * stride_ds
+            store_tile(part, product, token, column, M, K, stride_dm, stride_dk, BLOCK_M, BLOCK_K)
+        else:
+            row = (within - products) * BLOCK_N
+            sums = outer_tile(
+                grad_columns, x, row, column, M, N, K, stride_gm, stride_gn, stride_xm, stride_xk,
+                DESCRIPTORS, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_S, STAGES,
+            )  # fmt: skip
+            store_gradients(
+                sums, weight, keep, thresholds, signs, d_scores, d_weight, row, column, N, K,
+                stride_wn, stride_wk, stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
+                SIGN, MODE, False, True, WRITE_WEIGHT, BLOCK_N, BLOCK_K, PIECES,
+            )  # fmt: skip
+
+
+def both(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    keep: Keep,
+    sign: Tensor | None,
+    d_scores: Tensor,
+    d_weight: Tensor | None,
+) -> Tensor:
+    """Fill d_scores (and d_weight), (N, K) contiguous, and return d_x (M, K). No axis is empty."""
+    (n, k), m = weight.shape, grad.shape[0]
+    target = target_of(grad.device)
+    described = describable(target, grad, x, weight, *keep.tiled)
+    tiles = backward_tiles(target, m, n, k, operands(weight, keep, described))
+    part = tiles.part(n)
+    splits = math.ceil(n / part)
+    d_x = grad.new_empty((m, k))
+    parts = d_x if splits == 1 else grad.new_empty((splits, m, k), dtype=torch.float32)
+    tokens = min(tiles.inner, max(16, tiles.rows))  # of one step of the sum over M
+    weight_block = [tiles.inner, tiles.columns]
+    jobs = math.ceil(k / tiles.columns) * (math.ceil(m / tiles.rows) * splits + math.ceil(n / tiles.columns))
+    launch(
+        _backward_kernel,
+        (min(tiles.blocks * target.multiprocessors, jobs),),
+        tiled(grad, [tiles.rows, tiles.inner], described),
+        tiled(grad, [tokens, tiles.columns], described),
+        tiled(x, [tokens, tiles.columns], described),
+        tiled(weight, weight_block, described),
+        tiled(keep.source, weight_block, described and keep.mode != "packed"),
+        weight,
+        keep.source,
+        keep.thresholds,
+        sign,
+        parts,
+        d_scores,
+        d_weight,
+        m,
+        n,
+        k,
+        part,
+        *grad.stride(),
+        *x.stride(),
+        *weight.stride(),
+        *keep.source.stride(),
+        keep.threshold_stride,
+        *(sign.stride() if sign is not None else (0, 0)),
+        m * k,
+        k,
+        1,
+        SIGN=sign_kind(sign),
+        MODE=keep.mode,
+        BY_ROW=keep.by_row,
+        WRITE_WEIGHT=d_weight is not None,
+        MASK_ON_A=target.swapped,
+        DESCRIPTORS=described,
+        BLOCK_M=tiles.rows,
+        BLOCK_N=tiles.columns,
+        BLOCK_K=tiles.columns,
+        BLOCK_Q=tiles.inner,
+        BLOCK_S=tokens,
+        SPLITS=splits,
+        STAGES=tiles.stages,
+        PIECES=tiles.columns // EPILOGUE_COLUMNS,
+        num_warps=tiles.warps,
+        **arithmetic(weight),
+    )
+    if splits > 1:
+        sum_splits(parts, None, d_x)
+    return d_x

@@ -1,0 +1,127 @@
+"""Fused kernel, or one mask pass into scratch and then torch's GEMM: by a table, or measured once and remembered.
+
+The same sizes on the same device give the same kernel. A measurement (MFT_AUTOTUNE=1) runs on sizes of its own, the
+next power of two in M, so that it does not depend on which batch came first; it is kept on disk, and
+torch.use_deterministic_algorithms(True) ignores it.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from .target import Target
+
+logger = logging.getLogger("mft_kernels")
+
+FUSED, SCRATCH = "fused", "scratch"
+
+#: The most tokens for which the fused product is taken. In 16 bits, a pass over weight, scores and masked weight costs
+#: c / M of the GEMM, c = 3 (FLOP/s) / (byte/s); a fused kernel at the share e of the GEMM's speed wins up to
+#: M = c e / (1 - e). All of it is an estimate from the cards' figures; not measured on any GPU.
+#:   sm_90: c = 790; mask on the first operand e = 0.84 -> 4096, through shared memory e = 0.6 -> 1024
+#:   sm_100: c = 620, e = 0.6; sm_80: c = 440, e = 0.7; gfx942: c = 400, e = 0.7 -> about 1024
+_MOST_TOKENS = {("sm_90", True): 4096, ("sm_90", False): 1024}
+_MOST_TOKENS_ELSEWHERE = 1024
+#: fp32 in full precision runs on ordinary cores, where torch's GEMM is far ahead of Triton's.
+_MOST_TOKENS_EXACT = 64
+
+#: A measured winner has to be this much faster to overrule the table: less is noise.
+_MARGIN = 1.03
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product to be made. M tokens; forward (M, K) -> (M, N), transposed (M, N) -> (M, K)."""
+
+    m: int
+    n: int
+    k: int
+    transposed: bool
+    dtype: str
+    mask: str  # "packed", or the scores' dtype
+    exact: bool = False  # fp32 in full precision
+    with_scores: bool = False  # d_x together with d_scores
+
+
+def by_table(product: Product, target: Target) -> str:
+    """FUSED or SCRATCH, from the table alone."""
+    if product.exact:
+        return FUSED if product.m <= _MOST_TOKENS_EXACT else SCRATCH
+    most = _MOST_TOKENS.get((str(target), target.swapped), _MOST_TOKENS_ELSEWHERE)
+    return FUSED if product.m <= most else SCRATCH
+
+
+def automatic(product: Product, target: Target, candidates: Mapping[str, Callable[[int], object]]) -> str:
+    """FUSED or SCRATCH: what was measured if MFT_AUTOTUNE=1, else by_table.
+
+    Args:
+        candidates: for FUSED and SCRATCH, a function that runs the product on M tokens; called to measure only.
+    """
+    if os.environ.get("MFT_AUTOTUNE") != "1" or torch.are_deterministic_algorithms_enabled():
+        return by_table(product, target)
+    bucket = max(16, 1 << (product.m - 1).bit_length())
+    key = json.dumps(asdict(product) | {"m": bucket}, sort_keys=True)
+    measured = _measured(_cache_file())
+    if key not in measured:
+        if torch.cuda.is_current_stream_capturing():  # nothing can be timed inside a graph
+            return by_table(product, target)
+        measured[key] = _measure(product, target, candidates, bucket)
+        _store(_cache_file(), measured)
+    return measured[key]
+
+
+def _measure(product: Product, target: Target, candidates: Mapping[str, Callable[[int], object]], m: int) -> str:
+    times = {name: _time(functools.partial(run, m)) for name, run in candidates.items()}
+    default = by_table(product, target)
+    other = SCRATCH if default == FUSED else FUSED
+    best = other if times[other] * _MARGIN < times[default] else default
+    logger.info("measured %s at M = %d: %s -> %s", product, m, {n: f"{t:.3f} ms" for n, t in times.items()}, best)
+    return best
+
+
+def _time(run: Callable[[], object]) -> float:
+    return triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")
+
+
+@functools.cache
+def _measured(path: Path) -> dict[str, str]:
+    """What earlier processes measured. A file that cannot be read is measured again, aloud."""
+    if not path.exists():
+        return {}
+    try:
+        stored = json.loads(path.read_text())
+        if not isinstance(stored, dict) or not set(stored.values()) <= {FUSED, SCRATCH}:
+            raise ValueError("it is no table of choices")
+    except (OSError, ValueError) as error:
+        logger.warning("%s is unreadable and is measured anew: %s", path, error)
+        return {}
+    return stored
+
+
+def _store(path: Path, measured: dict[str, str]) -> None:
+    """Write whole or not at all; a cache that cannot be written is only slower."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(measured, file, indent=1, sort_keys=True)
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.warning("cannot keep measurements in %s: %s", path, error)
+
+
+@functools.cache
+def _cache_file() -> Path:
+    """One file a device, set of versions and text of the kernels."""
+    base = os.environ.get("MFT_CACHE") or Path.home() / ".cache" / "mft"
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    parts = (torch.cuda.get_device_name(), torch.__version__, triton.__version__, hashlib.sha256(sources).hexdigest())
+    return Path(base, "kernels", f"choices-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.json")

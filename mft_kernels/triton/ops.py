@@ -1,0 +1,190 @@
+"""The triton backend's ops: functions with the names and arguments of ``reference``, each a launch or two.
+
+Strides, alignment and 2^31 elements are the kernels' business; nothing is copied here but leading axes that no view can
+merge. ``choose`` decides between the fused product and a pass into scratch: always FUSED where a caller asked for this
+backend by name, ``choice.automatic`` under "auto".
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..reference import Gradients
+from .arguments import Keep, is_exact
+from .backward import both
+from .choice import FUSED, SCRATCH, Product
+from .plan import one_launch
+from .product import fused_product
+from .score_grad import score_grad
+from .scratch import product_through_scratch
+from .target import Target, target_of
+
+Choose = Callable[[Product, Target, Mapping[str, Callable[[int], object]]], str]
+
+
+def always_fused(product: Product, target: Target, candidates: Mapping[str, Callable[[int], object]]) -> str:
+    """FUSED, whatever the sizes."""
+    return FUSED
+
+
+def always_scratch(product: Product, target: Target, candidates: Mapping[str, Callable[[int], object]]) -> str:
+    """SCRATCH, whatever the sizes: what the fused kernels are measured against."""
+    return SCRATCH
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    mode: str,
+    *,
+    choose: Choose = always_fused,
+) -> Tensor:
+    """y = x @ where(keep, weight, 0).T + bias, straight from the scores."""
+    return _forward(x, weight, Keep(scores, threshold, mode), bias, choose)
+
+
+def masked_linear_packed(
+    x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, *, choose: Choose = always_fused
+) -> Tensor:
+    """masked_linear with the mask given as bits, int32 (N, ceil(K / 32))."""
+    return _forward(x, weight, Keep(packed.contiguous(), None, "packed"), bias, choose)
+
+
+def masked_linear_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    threshold: Tensor,
+    mode: str,
+    output_mask: list[bool],
+    *,
+    choose: Choose = always_fused,
+) -> Gradients:
+    """d_x, d_weight, d_scores, d_bias; (0,) for what output_mask leaves out."""
+    sign = scores if mode == "magnitude" else None
+    return _backward(grad_output, x, weight, Keep(scores, threshold, mode), sign, scores.dtype, output_mask, choose)
+
+
+def masked_linear_packed_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    scores: Tensor | None,
+    signs: Tensor | None,
+    mode: str,
+    output_mask: list[bool],
+    *,
+    choose: Choose = always_fused,
+) -> Gradients:
+    """Gradients of masked_linear_packed; the sign comes from the bits of ``signs`` where given, else from scores."""
+    sign = _sign_source(scores, signs, mode)
+    dtype = torch.float32 if scores is None else scores.dtype
+    return _backward(
+        grad_output, x, weight, Keep(packed.contiguous(), None, "packed"), sign, dtype, output_mask, choose
+    )
+
+
+def accumulate_score_grad(
+    out: Tensor, grad_output: Tensor, x: Tensor, weight: Tensor, scores: Tensor | None, signs: Tensor | None, mode: str
+) -> None:
+    """out += (grad_output.T @ x) * weight [* sign(scores)], in the epilogue; no temporary of that size."""
+    sign = _sign_source(scores, signs, mode)
+    score_grad(_rows(grad_output), _rows(x), weight, None, sign, d_scores=out, accumulate=True)
+
+
+# ---------------------------------------------------------------------------------------------- below: private
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _sign_source(scores: Tensor | None, signs: Tensor | None, mode: str) -> Tensor | None:
+    if mode == "value":
+        return None
+    return scores if signs is None else signs.contiguous()
+
+
+def _forward(x: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, choose: Choose) -> Tensor:
+    y = _product(_rows(x), weight, keep, bias, False, choose)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    keep: Keep,
+    sign: Tensor | None,
+    score_dtype: torch.dtype,
+    output_mask: list[bool],
+    choose: Choose,
+) -> Gradients:
+    grad = _rows(grad_output)
+    d_x = d_bias = None
+    d_weight = weight.new_empty(weight.shape) if output_mask[1] else None
+    d_scores = weight.new_empty(weight.shape, dtype=score_dtype) if output_mask[2] else None
+    if output_mask[0] and d_scores is not None and _is_one_launch(grad, weight, keep, sign, score_dtype, choose):
+        d_x = both(grad, _rows(x), weight, keep, sign, d_scores, d_weight)
+    else:
+        if output_mask[0]:
+            d_x = _product(grad, weight, keep, None, True, choose)
+        if d_scores is not None or d_weight is not None:
+            score_grad(grad, _rows(x), weight, keep, sign, d_scores=d_scores, d_weight=d_weight)
+    if d_x is not None:
+        d_x = d_x.view(*grad_output.shape[:-1], weight.shape[1])
+    if output_mask[3]:
+        d_bias = grad.sum(0)
+    empty = [grad.new_empty(0) if g is None else g for g in (d_x, d_weight, d_scores, d_bias)]
+    return empty[0], empty[1], empty[2], empty[3]
+
+
+def _is_one_launch(
+    grad: Tensor, weight: Tensor, keep: Keep, sign: Tensor | None, score_dtype: torch.dtype, choose: Choose
+) -> bool:
+    """Whether d_x and d_scores come from one launch; the other choice is d_x through scratch, then d_scores."""
+    (n, k), m = weight.shape, grad.shape[0]
+    if m == 0 or weight.numel() == 0 or not one_launch(m, weight.element_size()):
+        return False
+
+    def run(tokens: int, fused: bool) -> None:
+        g, x = _tokens_like(grad, tokens, n), _tokens_like(grad, tokens, k)
+        d_scores = weight.new_empty(weight.shape, dtype=score_dtype)
+        if fused:
+            both(g, x, weight, keep, sign, d_scores, None)
+        else:
+            product_through_scratch(g, weight, keep, None, True)
+            score_grad(g, x, weight, keep, sign, d_scores=d_scores)
+
+    product = Product(m, n, k, True, str(weight.dtype), keep.kind, is_exact(weight), with_scores=True)
+    candidates = {FUSED: lambda tokens: run(tokens, True), SCRATCH: lambda tokens: run(tokens, False)}
+    return choose(product, target_of(grad.device), candidates) == FUSED
+
+
+def _product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool, choose: Choose) -> Tensor:
+    """a (M, Q) -> (M, P): a @ Wm.T + bias, or a @ Wm if transposed."""
+    (n, k), m = weight.shape, a.shape[0]
+    p, q = (k, n) if transposed else (n, k)
+    if m == 0 or p == 0 or q == 0:
+        empty = a.new_zeros((m, p))
+        return empty if bias is None else empty.add_(bias)
+    runs = {FUSED: fused_product, SCRATCH: product_through_scratch}
+
+    def candidate(name: str) -> Callable[[int], Tensor]:
+        return lambda tokens: runs[name](_tokens_like(a, tokens, q), weight, keep, bias, transposed)
+
+    product = Product(m, n, k, transposed, str(weight.dtype), keep.kind, is_exact(weight))
+    chosen = choose(product, target_of(a.device), {name: candidate(name) for name in runs})
+    return runs[chosen](a, weight, keep, bias, transposed)
+
+
+def _tokens_like(tensor: Tensor, tokens: int, features: int) -> Tensor:
+    """(tokens, features) to measure with: not zeros, which cost a GPU less power, and nothing from the user's RNG."""
+    values = torch.arange(tokens * features, device=tensor.device) * 7919 % 257 / 128 - 1
+    return values.view(tokens, features).to(tensor.dtype)

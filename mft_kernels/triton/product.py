@@ -1,0 +1,199 @@
+"""The masked product: out = a @ Wm.T (forward) or a @ Wm (d_x), Wm = where(keep, weight, 0), never in memory.
+
+    forward   out (M, N) = x           (M, K) @ Wm.T     P = N, Q = K
+    d_x       out (M, K) = grad_output (M, N) @ Wm       P = K, Q = N
+
+P is the axis of the result that comes from the weight, Q the one that is summed. One program takes tiles of
+BLOCK_M x BLOCK_P, and for each walks along Q:
+
+             Q ->                          weight and scores, BLOCK_Q at a time:
+        +---+---+---+                      select, then multiply
+      M | a | a | a |   x   [Wm][Wm][Wm]   = one tile of out
+        +---+---+---+
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arguments import Keep, arithmetic, describable, operands, tiled
+from .launch import launch
+from .plan import product_tiles
+from .target import target_of
+from .tiles import grouped, is_kept, load_bits, load_thresholds, load_tile, store_tile
+
+
+@triton.jit
+def product_tile(
+    a, weight, keep, thresholds, row, column, start, stop, M, N, K,
+    stride_am, stride_aq, stride_wn, stride_wk, stride_kn, stride_kk, stride_t,
+    TRANSPOSED: tl.constexpr, MODE: tl.constexpr, BY_ROW: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    MASK_ON_A: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, BLOCK_P) in fp32 of a @ Wm.T, or a @ Wm if TRANSPOSED, summed over Q from start to stop."""
+    Q = N if TRANSPOSED else K
+    ROWS: tl.constexpr = BLOCK_Q if TRANSPOSED else BLOCK_P
+    COLUMNS: tl.constexpr = BLOCK_P if TRANSPOSED else BLOCK_Q
+    if MASK_ON_A:
+        sums = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
+    else:
+        sums = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+    if MODE != "packed":
+        if TRANSPOSED:
+            threshold = load_thresholds(thresholds, 0, N, 0, BLOCK_Q)
+        else:
+            threshold = load_thresholds(thresholds, column, N, stride_t, BLOCK_P)
+    for q in tl.range(start, stop, BLOCK_Q, num_stages=STAGES):
+        tile = load_tile(a, row, q, M, Q, stride_am, stride_aq, BLOCK_M, BLOCK_Q, DESCRIPTORS)
+        # The weight's tile as it lies in memory: rows of N, columns of K.
+        n = q if TRANSPOSED else column
+        k = column if TRANSPOSED else q
+        w = load_tile(weight, n, k, N, K, stride_wn, stride_wk, ROWS, COLUMNS, DESCRIPTORS)
+        if MODE == "packed":
+            kept = load_bits(keep, n, k, N, K, stride_kn, ROWS, COLUMNS)
+        else:
+            scores = load_tile(keep, n, k, N, K, stride_kn, stride_kk, ROWS, COLUMNS, DESCRIPTORS)
+            if TRANSPOSED and BY_ROW:
+                threshold = load_thresholds(thresholds, n, N, stride_t, BLOCK_Q)
+            kept = is_kept(scores, threshold, MODE)
+        masked = tl.where(kept, w, 0.0)
+        if UPCAST:  # the interpreter's dot multiplies the bits of bf16; fp32 products of bf16 are exact
+            tile = tile.to(tl.float32)
+            masked = masked.to(tl.float32)
+        if MASK_ON_A:
+            if TRANSPOSED:
+                masked = masked.T
+            sums = tl.dot(masked, tile.T, sums, input_precision=PRECISION)
+        else:
+            if not TRANSPOSED:
+                masked = masked.T
+            sums = tl.dot(tile, masked, sums, input_precision=PRECISION)
+    if MASK_ON_A:
+        sums = sums.T
+    return sums
+
+
+@triton.jit(do_not_specialize=["M"])  # any number of tokens, one binary
+def _masked_product_kernel(
+    a, weight, keep, thresholds, bias, out, M, N, K, Q_SPLIT,
+    stride_am, stride_aq, stride_wn, stride_wk, stride_kn, stride_kk, stride_t, stride_os, stride_om, stride_op,
+    TRANSPOSED: tl.constexpr, MODE: tl.constexpr, BY_ROW: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    MASK_ON_A: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    P = K if TRANSPOSED else N
+    Q = N if TRANSPOSED else K
+    tl.assume(Q > 0)  # a loop that runs surely: else the first HGMMA waits for its accumulator (ptxas C7515)
+    tl.assume(Q_SPLIT > 0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_p = tl.cdiv(P, BLOCK_P)
+    tiles = tiles_m * tiles_p
+    for job in tl.range(tl.program_id(0), tiles * SPLITS, tl.num_programs(0)):
+        split = job // tiles
+        tile_p, tile_m = grouped(job % tiles, tiles_p, tiles_m, GROUP)
+        row = tile_m * BLOCK_M
+        column = tile_p * BLOCK_P
+        start = split * Q_SPLIT
+        sums = product_tile(
+            a, weight, keep, thresholds, row, column, start, min(start + Q_SPLIT, Q), M, N, K,
+            stride_am, stride_aq, stride_wn, stride_wk, stride_kn, stride_kk, stride_t,
+            TRANSPOSED, MODE, BY_ROW, DESCRIPTORS, MASK_ON_A, PRECISION, UPCAST, BLOCK_M, BLOCK_P, BLOCK_Q, STAGES,
+        )  # fmt: skip
+        if HAS_BIAS:
+            p = column + tl.arange(0, BLOCK_P)
+            sums += tl.load(bias + p, mask=p < P, other=0).to(tl.float32)[None, :]
+        part = out + split.to(tl.int64) * stride_os
+        store_tile(part, sums, row, column, M, P, stride_om, stride_op, BLOCK_M, BLOCK_P)
+
+
+@triton.jit(do_not_specialize=["M"])  # any number of tokens, one binary
+def _sum_splits_kernel(parts, bias, out, M, P, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """out (M, P) = sum of parts (SPLITS, M, P), always in the same order, + bias."""
+    size = tl.full((), 1, tl.int64) * M * P  # M may be the constant 1, which has no dtype
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(parts + split * size + element, mask=inside, other=0)
+    if HAS_BIAS:
+        total += tl.load(bias + element % P, mask=inside, other=0).to(tl.float32)
+    tl.store(out + element, total.to(out.dtype.element_ty), mask=inside)
+
+
+def fused_product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
+    """a (M, Q) -> (M, P): a @ Wm.T + bias, or a @ Wm if transposed. No axis is empty."""
+    (n, k), m = weight.shape, a.shape[0]
+    p, q = (k, n) if transposed else (n, k)
+    out = a.new_empty((m, p))
+    bias = None if bias is None else bias.contiguous()
+    target = target_of(a.device)
+    described = describable(target, a, weight, *keep.tiled)
+    tiles = product_tiles(target, m, p, q, operands(weight, keep, described))
+    part = tiles.part(q)
+    splits = math.ceil(q / part)
+    parts = out if splits == 1 else a.new_empty((splits, m, p), dtype=torch.float32)
+    weight_block = [tiles.inner, tiles.columns] if transposed else [tiles.columns, tiles.inner]
+    launch(
+        _masked_product_kernel,
+        (
+            min(
+                tiles.blocks * target.multiprocessors, math.ceil(m / tiles.rows) * math.ceil(p / tiles.columns) * splits
+            ),
+        ),
+        tiled(a, [tiles.rows, tiles.inner], described),
+        tiled(weight, weight_block, described),
+        tiled(keep.source, weight_block, described and keep.mode != "packed"),
+        keep.thresholds,
+        bias if splits == 1 else None,
+        parts,
+        m,
+        n,
+        k,
+        part,
+        *a.stride(),
+        *weight.stride(),
+        *keep.source.stride(),
+        keep.threshold_stride,
+        m * p,
+        p,
+        1,
+        TRANSPOSED=transposed,
+        MASK_ON_A=target.swapped,
+        MODE=keep.mode,
+        BY_ROW=keep.by_row,
+        DESCRIPTORS=described,
+        HAS_BIAS=bias is not None and splits == 1,
+        BLOCK_M=tiles.rows,
+        BLOCK_P=tiles.columns,
+        BLOCK_Q=tiles.inner,
+        GROUP=tiles.group,
+        SPLITS=splits,
+        STAGES=tiles.stages,
+        num_warps=tiles.warps,
+        **arithmetic(weight),
+    )
+    if splits > 1:
+        sum_splits(parts, bias, out)
+    return out
+
+
+def sum_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out (M, P) = sum of parts (SPLITS, M, P) + bias."""
+    block = 1024
+    launch(
+        _sum_splits_kernel,
+        (triton.cdiv(out.numel(), block),),
+        parts,
+        bias,
+        out,
+        *out.shape,
+        HAS_BIAS=bias is not None,
+        SPLITS=parts.shape[0],
+        BLOCK=block,
+        num_warps=4,
+    )

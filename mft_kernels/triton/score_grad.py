@@ -1,0 +1,197 @@
+"""d_scores = (grad_output.T @ x) * weight [* sign(scores)] and d_weight = where(keep, grad_output.T @ x, 0).
+
+grad_output (M, N), x (M, K) -> (N, K). One program takes tiles of BLOCK_N x BLOCK_K and sums over M:
+
+       M ->                    K                      the epilogue multiplies by weight and sign while the
+    +----+----+             +-----+                   sums are in registers; nothing of the product's own
+  N | gT | gT |   x   M     | x   |                   size goes to memory
+    +----+----+             | x   |
+"""
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arguments import Keep, arithmetic, describable, operands, sign_kind, tiled
+from .launch import launch
+from .plan import EPILOGUE_COLUMNS, outer_tiles
+from .target import target_of
+from .tiles import grouped, is_kept, load_bits, load_thresholds, load_tile, store_tile
+
+
+@triton.jit
+def outer_tile(
+    grad, x, row, column, M, N, K, stride_gm, stride_gn, stride_xm, stride_xk,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_N, BLOCK_K) in fp32 of grad.T @ x."""
+    sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for m in tl.range(0, M, BLOCK_M, num_stages=STAGES):
+        g = load_tile(grad, m, row, M, N, stride_gm, stride_gn, BLOCK_M, BLOCK_N, DESCRIPTORS)
+        b = load_tile(x, m, column, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, DESCRIPTORS)
+        if UPCAST:
+            g = g.to(tl.float32)
+            b = b.to(tl.float32)
+        sums = tl.dot(g.T, b, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def store_score_grad(
+    sums, weight, signs, d_scores, row, column, N, K,
+    stride_wn, stride_wk, stride_sn, stride_sk,
+    SIGN: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """d_scores (N, K) contiguous, from the sums of one tile. SIGN: where it comes from, "scores", "bits" or "none"."""
+    w = load_tile(weight, row, column, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, False)
+    value = sums * w.to(tl.float32)
+    if SIGN == "bits":
+        positive = load_bits(signs, row, column, N, K, stride_sn, BLOCK_N, BLOCK_K)
+        value = tl.where(positive, value, -value)
+    elif SIGN == "scores":
+        s = load_tile(signs, row, column, N, K, stride_sn, stride_sk, BLOCK_N, BLOCK_K, False).to(tl.float32)
+        value = tl.where(s > 0, value, tl.where(s < 0, -value, 0.0))
+    if ACCUMULATE:
+        value += load_tile(d_scores, row, column, N, K, K, 1, BLOCK_N, BLOCK_K, False).to(tl.float32)
+    store_tile(d_scores, value, row, column, N, K, K, 1, BLOCK_N, BLOCK_K)
+
+
+@triton.jit
+def store_weight_grad(
+    sums, keep, thresholds, d_weight, row, column, N, K, stride_kn, stride_kk, stride_t,
+    MODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """d_weight (N, K) contiguous, from the sums of one tile."""
+    if MODE == "packed":
+        kept = load_bits(keep, row, column, N, K, stride_kn, BLOCK_N, BLOCK_K)
+    else:
+        scores = load_tile(keep, row, column, N, K, stride_kn, stride_kk, BLOCK_N, BLOCK_K, False)
+        kept = is_kept(scores, load_thresholds(thresholds, row, N, stride_t, BLOCK_N), MODE)
+    store_tile(d_weight, tl.where(kept, sums, 0.0), row, column, N, K, K, 1, BLOCK_N, BLOCK_K)
+
+
+@triton.jit
+def store_gradients(
+    sums, weight, keep, thresholds, signs, d_scores, d_weight, row, column, N, K,
+    stride_wn, stride_wk, stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
+    SIGN: tl.constexpr, MODE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    WRITE_SCORES: tl.constexpr, WRITE_WEIGHT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of one tile, in PIECES of its columns, so that weight, sign and old sums need few registers."""
+    if PIECES == 1:
+        if WRITE_SCORES:
+            store_score_grad(
+                sums, weight, signs, d_scores, row, column, N, K, stride_wn, stride_wk, stride_sn, stride_sk,
+                SIGN, ACCUMULATE, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        if WRITE_WEIGHT:
+            store_weight_grad(
+                sums, keep, thresholds, d_weight, row, column, N, K, stride_kn, stride_kk, stride_t,
+                MODE, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    else:
+        left, right = sums.reshape(BLOCK_N, 2, BLOCK_K // 2).permute(0, 2, 1).split()
+        store_gradients(
+            left, weight, keep, thresholds, signs, d_scores, d_weight, row, column, N, K,
+            stride_wn, stride_wk, stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
+            SIGN, MODE, ACCUMULATE, WRITE_SCORES, WRITE_WEIGHT, BLOCK_N, BLOCK_K // 2, PIECES // 2,
+        )  # fmt: skip
+        store_gradients(
+            right, weight, keep, thresholds, signs, d_scores, d_weight, row, column + BLOCK_K // 2, N, K,
+            stride_wn, stride_wk, stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
+            SIGN, MODE, ACCUMULATE, WRITE_SCORES, WRITE_WEIGHT, BLOCK_N, BLOCK_K // 2, PIECES // 2,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])  # any number of tokens, one binary
+def _score_grad_kernel(
+    grad, x, weight, keep, thresholds, signs, d_scores, d_weight, M, N, K,
+    stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk,
+    stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
+    SIGN: tl.constexpr, MODE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    WRITE_SCORES: tl.constexpr, WRITE_WEIGHT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    PIECES: tl.constexpr,
+):  # fmt: skip
+    tl.assume(M > 0)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_k, tl.num_programs(0)):
+        tile_n, tile_k = grouped(tile, tiles_n, tiles_k, GROUP)
+        row = tile_n * BLOCK_N
+        column = tile_k * BLOCK_K
+        sums = outer_tile(
+            grad, x, row, column, M, N, K, stride_gm, stride_gn, stride_xm, stride_xk,
+            DESCRIPTORS, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_M, STAGES,
+        )  # fmt: skip
+        store_gradients(
+            sums, weight, keep, thresholds, signs, d_scores, d_weight, row, column, N, K,
+            stride_wn, stride_wk, stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
+            SIGN, MODE, ACCUMULATE, WRITE_SCORES, WRITE_WEIGHT, BLOCK_N, BLOCK_K, PIECES,
+        )  # fmt: skip
+
+
+def score_grad(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    keep: Keep | None,
+    sign: Tensor | None,
+    *,
+    d_scores: Tensor | None = None,
+    d_weight: Tensor | None = None,
+    accumulate: bool = False,
+) -> None:
+    """Fill d_scores and d_weight, (N, K) contiguous, where given; ``keep`` is read for d_weight alone."""
+    (n, k), m = weight.shape, grad.shape[0]
+    outputs = [g for g in (d_scores, d_weight) if g is not None]
+    if weight.numel() == 0:
+        return
+    if m == 0:
+        for g in outputs:
+            if not accumulate:
+                g.zero_()
+        return
+    target = target_of(grad.device)
+    described = describable(target, grad, x)
+    tiles = outer_tiles(target, m, n, k, operands(weight, None, described))
+    launch(
+        _score_grad_kernel,
+        (min(tiles.blocks * target.multiprocessors, math.ceil(n / tiles.rows) * math.ceil(k / tiles.columns)),),
+        tiled(grad, [tiles.inner, tiles.rows], described),
+        tiled(x, [tiles.inner, tiles.columns], described),
+        weight,
+        keep.source if keep else None,
+        keep.thresholds if keep else None,
+        sign,
+        d_scores,
+        d_weight,
+        m,
+        n,
+        k,
+        *grad.stride(),
+        *x.stride(),
+        *weight.stride(),
+        *(keep.source.stride() if keep else (0, 0)),
+        keep.threshold_stride if keep else 0,
+        *(sign.stride() if sign is not None else (0, 0)),
+        SIGN=sign_kind(sign),
+        MODE=keep.mode if keep else "packed",
+        ACCUMULATE=accumulate,
+        WRITE_SCORES=d_scores is not None,
+        WRITE_WEIGHT=d_weight is not None,
+        DESCRIPTORS=described,
+        BLOCK_N=tiles.rows,
+        BLOCK_K=tiles.columns,
+        BLOCK_M=tiles.inner,
+        GROUP=tiles.group,
+        STAGES=tiles.stages,
+        PIECES=tiles.columns // EPILOGUE_COLUMNS,
+        num_warps=tiles.warps,
+        **arithmetic(weight),
+    )

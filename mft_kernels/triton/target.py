@@ -1,0 +1,116 @@
+"""What kernels are compiled for: architecture, multiprocessors, shared memory, and which form is safe there."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from triton.runtime import driver
+
+from .launch import interpreting
+
+#: Older ones let the sm_90 code overwrite registers that a matrix instruction still reads (Triton issue 9433): Triton
+#: 3.6 waits too late, and ptxas 12.9 folds away the copies that make the code of Triton 3.9 safe.
+_SAFE_TRITON = (3, 9)
+_SAFE_ASSEMBLER = (13, 3)
+
+
+@dataclass(frozen=True)
+class Target:
+    """``arch``: compute capability times ten ("cuda": 80, 90, 100) or a name ("hip": "gfx942")."""
+
+    backend: str
+    arch: int | str
+    multiprocessors: int
+    shared_memory: int  # bytes that one block may use
+    swapped: bool = False  # the masked weight is the first operand of the product, which is transposed for it
+    descriptors: bool = False  # tiles come through TMA descriptors, where alignment allows
+
+    def __str__(self) -> str:
+        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch or self.backend)
+
+    @property
+    def hopper_or_newer(self) -> bool:
+        """Whether it has the matrix instructions of sm_90 or sm_100 that read shared memory."""
+        return self.backend == "cuda" and self.arch in (90, 100, 103)
+
+
+def make_target(
+    backend: str,
+    arch: int | str,
+    multiprocessors: int,
+    shared_memory: int,
+    compiler: tuple[int, int],
+    assembler: tuple[int, int],
+) -> Target:
+    """The target with the form that Triton ``compiler`` and ptxas ``assembler`` (versions) compile safely.
+
+    sm_90 can multiply with a first operand that lies in registers, where the masked weight is made. Where that is not
+    safe, the masked weight is the second operand, which goes through shared memory.
+    """
+    target = Target(backend, arch, multiprocessors, shared_memory)
+    if not target.hopper_or_newer:
+        return target
+    safe = compiler >= _SAFE_TRITON and assembler >= _SAFE_ASSEMBLER
+    return replace(target, swapped=arch != 90 or safe, descriptors=True)
+
+
+def target_of(device: torch.device) -> Target:
+    """The target of a tensor's device."""
+    if _assumed is not None:
+        return _assumed
+    if interpreting():
+        return INTERPRETER
+    return _ask(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@contextlib.contextmanager
+def assume(target: Target) -> Iterator[None]:
+    """Within the context every device is taken for ``target``: to record launches, or interpret those of a GPU."""
+    global _assumed
+    before, _assumed = _assumed, target
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+@functools.cache
+def _ask(index: int) -> Target:
+    with torch.cuda.device(index):
+        gpu = driver.active.get_current_target()
+    properties = driver.active.utils.get_device_properties(index)
+    assembler = installed_assembler(gpu.arch) if gpu.backend == "cuda" else (0, 0)
+    multiprocessors, shared_memory = properties["multiprocessor_count"], properties["max_shared_mem"]
+    return make_target(gpu.backend, gpu.arch, multiprocessors, shared_memory, installed_triton(), assembler)
+
+
+def installed_triton() -> tuple[int, int]:
+    """(major, minor) of Triton."""
+    return _version(triton.__version__)
+
+
+def installed_assembler(arch: int) -> tuple[int, int]:
+    """(major, minor) of the ptxas that Triton runs for an architecture; TRITON_PTXAS_PATH and its like change it."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return _version(get_ptxas(arch).version)
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+#: Cards that stand for the targets that tests compile for and interpret. H100_OLD_TRITON is one under Triton 3.6.
+A100 = make_target("cuda", 80, 108, 166912, (3, 9), (13, 4))
+H100 = make_target("cuda", 90, 132, 232448, (3, 9), (13, 4))
+H100_OLD_TRITON = make_target("cuda", 90, 132, 232448, (3, 6), (12, 8))
+B200 = make_target("cuda", 100, 148, 232448, (3, 9), (13, 4))
+MI300X = make_target("hip", "gfx942", 304, 65536, (3, 9), (0, 0))
+#: The interpreter runs one program after another: few of them, so that loops over tiles are walked.
+INTERPRETER = Target("interpreter", 0, 3, 65536)
+
+_assumed: Target | None = None

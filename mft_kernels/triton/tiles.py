@@ -1,0 +1,88 @@
+"""Device functions that the matrix kernels share: tiles in and out, what is kept, the order of tiles.
+
+A tile is read through a TMA descriptor where the launcher made one, else through pointers and strides; a constexpr
+tells which. Offsets are int64 before they are multiplied, and both axes are masked.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(
+    source, row, column, rows, columns, stride_row, stride_column,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, COLUMNS) of a (rows, columns) matrix from (row, column) on; 0 beyond its edges."""
+    if DESCRIPTOR:
+        tile = source.load([row, column])
+    else:
+        r = row + tl.arange(0, ROWS)
+        c = column + tl.arange(0, COLUMNS)
+        offsets = r.to(tl.int64)[:, None] * stride_row + c.to(tl.int64)[None, :] * stride_column
+        tile = tl.load(source + offsets, mask=(r < rows)[:, None] & (c < columns)[None, :], other=0)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    target, tile, row, column, rows, columns, stride_row, stride_column,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The tile, cast to the target's dtype, into a (rows, columns) matrix from (row, column) on."""
+    r = row + tl.arange(0, ROWS)
+    c = column + tl.arange(0, COLUMNS)
+    offsets = r.to(tl.int64)[:, None] * stride_row + c.to(tl.int64)[None, :] * stride_column
+    tl.store(target + offsets, tile.to(target.dtype.element_ty), mask=(r < rows)[:, None] & (c < columns)[None, :])
+
+
+@triton.jit
+def load_bits(
+    words, row, column, rows, columns, stride_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, COLUMNS) booleans from int32 words, 32 columns each; ``column`` and COLUMNS are multiples of 32.
+
+    A word a thread is loaded and then spread by a reshape. Loading the word of every element instead costs 96 copies
+    where this takes 3, and spills (sm_90, 128 x 64).
+    """
+    r = row + tl.arange(0, ROWS)
+    c = column // 32 + tl.arange(0, COLUMNS // 32)
+    inside = (r < rows)[:, None] & (c < tl.cdiv(columns, 32))[None, :]
+    word = tl.load(words + r.to(tl.int64)[:, None] * stride_row + c[None, :], mask=inside, other=0)
+    bits = (word[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return bits.reshape(ROWS, COLUMNS) != 0
+
+
+@triton.jit
+def load_thresholds(thresholds, row, rows, stride, ROWS: tl.constexpr):
+    """(ROWS, 1): the threshold of each row; stride 0 repeats that of the matrix.
+
+    Loaded a row each even where all are equal: a scalar that is spread over the tile makes every HGMMA of the loop
+    wait for its operand (ptxas C7515), and thresholds by row come for nothing.
+    """
+    r = row + tl.arange(0, ROWS)
+    return tl.load(thresholds + r.to(tl.int64) * stride, mask=r < rows, other=float("inf")).to(tl.float32)[:, None]
+
+
+@triton.jit
+def is_kept(scores, threshold, MODE: tl.constexpr):
+    """|scores| >= threshold, or scores >= threshold; NaN is dropped. fp32 holds every 16-bit score exactly."""
+    key = scores.to(tl.float32)
+    if MODE == "magnitude":
+        key = tl.abs(key)
+    return key >= threshold
+
+
+@triton.jit
+def grouped(tile, tiles_slow, tiles_fast, GROUP: tl.constexpr):
+    """(slow, fast) index of a tile: GROUP slow ones side by side for each fast one, so that both operands stay in L2.
+
+    slow 0 | 0 2 4 ..        with GROUP = 2
+    slow 1 | 1 3 5 ..
+    """
+    in_group = GROUP * tiles_fast
+    first = tile // in_group * GROUP
+    size = min(tiles_slow - first, GROUP)
+    within = tile % in_group
+    return first + within % size, within // size

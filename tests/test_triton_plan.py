@@ -1,0 +1,125 @@
+"""Forms, tiles and launches of the Triton kernels: what is decided on the host, for GPUs that are not here."""
+
+import itertools
+
+import pytest
+import torch
+
+from mft_kernels.triton import launch, ops, plan, target
+from mft_kernels.triton.plan import Operands
+
+TARGETS = (target.A100, target.H100, target.H100_OLD_TRITON, target.B200, target.MI300X)
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 14336), (1024, 4096), (1000, 1001))
+TOKENS = (1, 16, 17, 64, 512, 513, 1024, 4096, 16384)
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launches_of(card, function):
+    with target.assume(card), launch.record() as launches:
+        function()
+    return launches
+
+
+def backward(m, n=4096, k=4096, dtype=torch.bfloat16):
+    x, grad, weight = empty(m, k, dtype=dtype), empty(m, n, dtype=dtype), empty(n, k, dtype=dtype)
+    scores, threshold = empty(n, k, dtype=torch.float32), empty(dtype=torch.float32)
+    return ops.masked_linear_backward(grad, x, weight, scores, threshold, "magnitude", [True, False, True, False])
+
+
+@pytest.mark.parametrize(
+    ("compiler", "assembler", "swapped"),
+    [((3, 9), (13, 4), True), ((3, 10), (14, 0), True), ((3, 9), (12, 9), False), ((3, 6), (13, 4), False)],
+)
+def test_sm_90_multiplies_from_registers_only_where_compiler_and_assembler_are_safe(compiler, assembler, swapped):
+    assert target.make_target("cuda", 90, 132, 232448, compiler, assembler).swapped == swapped
+    assert target.make_target("cuda", 90, 132, 232448, compiler, assembler).descriptors
+
+
+def test_only_hopper_and_newer_use_descriptors():
+    assert [t.descriptors for t in TARGETS] == [False, True, True, True, False]
+    assert not target.make_target("cuda", 120, 170, 101376, (3, 9), (13, 4)).descriptors  # has no wgmma either
+
+
+def test_up_to_512_tokens_one_launch_makes_d_x_and_d_scores_and_above_two():
+    for card, m in itertools.product(TARGETS, (1, 100, 512)):
+        names = [entry.kernel.__name__ for entry in launches_of(card, lambda m=m: backward(m))]
+        assert [n for n in names if n != "_sum_splits_kernel"] == ["_backward_kernel"], (card, m)
+    for card in TARGETS:
+        names = [entry.kernel.__name__ for entry in launches_of(card, lambda: backward(513))]
+        assert names == ["_masked_product_kernel", "_score_grad_kernel"], card
+
+
+def test_few_tokens_split_the_sum_and_the_parts_cover_it_once():
+    for card, (n, k), m in itertools.product(TARGETS, SHAPES, TOKENS):
+        tiles = plan.product_tiles(card, m, n, k, Operands(2, 2, described=card.descriptors))
+        size = tiles.part(k)
+        parts = -(-k // size)
+        assert size % tiles.inner == 0
+        assert (parts - 1) * size < k <= parts * size
+        assert parts <= tiles.splits
+    one = plan.product_tiles(target.H100, 1, 4096, 4096, Operands(2, 2, described=True))
+    assert one.splits > 1
+    assert plan.product_tiles(target.H100, 4096, 4096, 4096, Operands(2, 2, described=True)).splits == 1
+
+
+def test_tiles_fit_shared_memory_with_at_least_two_stages():
+    smaller = target.make_target("cuda", 89, 128, 101376, (3, 9), (12, 9))
+    for card, element, keep in itertools.product((*TARGETS, smaller), (2, 4), (0, 2, 4)):
+        operands = Operands(element, keep, described=card.descriptors)
+        tiles = plan.product_tiles(card, 4096, 4096, 4096, operands)
+        stage = tiles.inner * (tiles.rows * element + tiles.columns * (element + keep))
+        assert tiles.stages >= 2
+        buffers = tiles.stages - (card.backend == "hip")  # Triton keeps the newest stage in registers there
+        assert tiles.blocks * buffers * stage <= card.shared_memory, (card, operands)
+
+
+def test_a_tensor_that_tma_cannot_read_takes_the_pointer_path():
+    def forward(x, weight, scores):
+        return ops.masked_linear(x, weight, scores, empty(dtype=scores.dtype), None, "magnitude")
+
+    def described(*tensors):
+        (entry,) = launches_of(target.H100, lambda: forward(*tensors))
+        return entry.options["DESCRIPTORS"]
+
+    x, weight, scores = empty(4096, 512), empty(4096, 512), empty(4096, 512)
+    assert described(x, weight, scores)
+    assert not described(empty(4096, 513)[:, :512], weight, scores)  # rows that begin between 16 bytes
+    assert not described(x, empty(512, 4096).T, scores)  # columns far apart
+    assert not described(x, weight, empty(1, 512).expand(4096, 512))  # one row again and again
+
+
+def test_precision_of_fp32_follows_torchs_setting():
+    def precision():
+        entries = launches_of(target.H100, lambda: backward(2048, dtype=torch.float32))
+        return {entry.options["PRECISION"] for entry in entries}
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        assert precision() == {"ieee"}
+        torch.set_float32_matmul_precision("high")
+        assert precision() == {"tf32"}
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_the_same_sizes_give_the_same_launches():
+    def signature():
+        return [
+            (e.kernel.__name__, e.grid, tuple(e.options.items()))
+            for e in launches_of(target.H100, lambda: backward(100))
+        ]
+
+    assert signature() == signature()
+
+
+def test_recording_launches_nothing_and_ends_with_its_context():
+    with launch.record() as launches:
+        launch.launch(None, (1,), num_warps=4)
+    assert [(entry.kernel, entry.grid) for entry in launches] == [(None, (1,))]
+    with pytest.raises(TypeError):
+        launch.launch(None, (1,), num_warps=4)
+    launch.launch(None, (0,))  # an empty grid is nothing to do
