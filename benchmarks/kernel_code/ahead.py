@@ -1,0 +1,65 @@
+"""Compile what would be launched, for a device that is not there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+if TYPE_CHECKING:
+    from mft_kernels.triton.launch import Launch
+    from mft_kernels.triton.target import Target
+
+
+def compile_ahead(kernel: Any, target: GPUTarget, args: tuple, options: dict[str, Any]) -> Any:
+    """The CompiledKernel that kernel[grid](*args, **options) would run on the target; tensors may be meta tensors."""
+    with _pretend(target):
+        return kernel.warmup(*args, grid=(1,), **options)
+
+
+def recorded(function: Callable[[], Any], target: Target) -> list[Launch]:
+    """What function(), called with meta tensors, would launch on the target; nothing runs."""
+    # Here and not above, so that the rest of this package needs no torch: Triton 3.6 is tried without one.
+    from mft_kernels.triton.launch import record
+    from mft_kernels.triton.target import assume
+
+    with assume(target), record() as launches:
+        function()
+    return launches
+
+
+def gpu_target(target: Target) -> GPUTarget:
+    """The target in Triton's terms."""
+    return GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
+
+
+@contextlib.contextmanager
+def _pretend(target: GPUTarget) -> Iterator[None]:
+    before = driver._active  # not .active, which would look for a real device and fail where there is none
+    driver.set_active(_NoDevice(target))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+class _NoDevice:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> str:
+        return str(self._target)  # Triton keeps compiled kernels by device: one device a target
+
+    def set_current_device(self, device: str) -> None:
+        pass
+
+    def get_current_stream(self, device: str) -> int:
+        return 0

@@ -1,0 +1,184 @@
+"""Every launch that the triton backend can make on a target: what is compiled and read."""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mft_kernels.triton import bits, ops, select
+from mft_kernels.triton.launch import Launch
+from mft_kernels.triton.target import (
+    A100,
+    B200,
+    H100,
+    H100_OLD_TRITON,
+    MI300X,
+    Target,
+    installed_assembler,
+    installed_triton,
+    make_target,
+)
+
+from .ahead import recorded
+
+N = K = 4096
+#: One for each height of a tile, below and above the bound of one launch.
+TOKENS = (1, 64, 512, 2048)
+FEW_TOKENS = (64, 2048)
+
+_MAGNITUDE = "magnitude"
+_D_X = [True, False, False, False]
+_BOTH = [True, False, True, False]
+_ALL = [True, True, True, False]
+
+
+Calls = Iterator[tuple[str, Callable[[], object]]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A launch on a target, and the first call that makes it."""
+
+    target: Target
+    call: str
+    launch: Launch
+
+
+def targets() -> list[Target]:
+    """A100, H100, B200 and MI300X, each in the form that the installed Triton and ptxas compile safely."""
+    hopper = H100 if _installed_form(H100).swapped else H100_OLD_TRITON
+    return [A100, hopper, B200, MI300X]
+
+
+def entries(target: Target, *, few: bool = False) -> list[Entry]:
+    """One of each launch that differs in what is compiled; ``few``: bf16, and no more than tests have time for."""
+    found: dict[tuple, Entry] = {}
+    for name, call in _calls(few):
+        for launch in recorded(call, target):
+            found.setdefault(_identity(launch), Entry(target, name, launch))
+    return list(found.values())
+
+
+def _installed_form(like: Target) -> Target:
+    assert isinstance(like.arch, int)
+    return make_target(
+        like.backend,
+        like.arch,
+        like.multiprocessors,
+        like.shared_memory,
+        installed_triton(),
+        installed_assembler(like.arch),
+    )
+
+
+def _calls(few: bool) -> Calls:
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for m in FEW_TOKENS if few else TOKENS:
+        yield from _usual(m, bf16, bf16)
+    yield from _of_selection(bf16)
+    if few:
+        return
+    yield from _of_selection(fp32)
+    for m in TOKENS:
+        yield from _usual(m, bf16, fp32)
+    for m in FEW_TOKENS:
+        yield from _rare(m, bf16, bf16)
+        yield from _usual(m, fp16, fp16)
+        yield from _usual(m, fp32, fp32)
+        yield from ((name, _in_tf32(call)) for name, call in _usual(m, fp32, fp32))
+    yield from _usual(64, bf16, bf16, odd=True)
+    yield from _rare(64, bf16, bf16, odd=True)
+
+
+class _Layer:
+    """Arguments of a layer, without memory. ``odd``: K = 4095, which neither a descriptor nor a wide load can read."""
+
+    def __init__(self, m: int, dtype: torch.dtype, scores_dtype: torch.dtype, odd: bool) -> None:
+        k = K - odd
+        self.name = f"M = {m}, {_name(dtype)}, scores {_name(scores_dtype)}{', odd' if odd else ''}"
+        self.x, self.grad, self.weight = (_empty(*shape, dtype=dtype) for shape in ((m, k), (m, N), (N, k)))
+        self.bias = _empty(N, dtype=dtype)
+        self.scores, self.threshold, self.rows = (_empty(*shape, dtype=scores_dtype) for shape in ((N, k), (), (N,)))
+        self.packed = _empty(N, -(-k // 32), dtype=torch.int32)
+        self.sums = _empty(N, k, dtype=torch.float32)
+
+    def forward(self, threshold: Tensor, mode: str = _MAGNITUDE, **choice: ops.Choose) -> None:
+        ops.masked_linear(self.x, self.weight, self.scores, threshold, self.bias, mode, **choice)
+
+    def backward(self, threshold: Tensor, wanted: list[bool], mode: str = _MAGNITUDE) -> None:
+        ops.masked_linear_backward(self.grad, self.x, self.weight, self.scores, threshold, mode, wanted)
+
+    def packed_backward(self, wanted: list[bool]) -> None:
+        arguments = (self.grad, self.x, self.weight, self.packed, self.scores, self.packed)
+        ops.masked_linear_packed_backward(*arguments, _MAGNITUDE, wanted)
+
+    def accumulate(self, scores: Tensor | None, signs: Tensor | None) -> None:
+        ops.accumulate_score_grad(self.sums, self.grad, self.x, self.weight, scores, signs, _MAGNITUDE)
+
+
+def _usual(m: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool = False) -> Calls:
+    """What MaskedLinear and the op do in training."""
+    o = _Layer(m, dtype, scores_dtype, odd)
+    yield f"forward, {o.name}", lambda: o.forward(o.threshold)
+    yield f"forward, packed, {o.name}", lambda: ops.masked_linear_packed(o.x, o.weight, o.packed, o.bias)
+    for name, wanted in (("d_x", _D_X), ("d_x, d_scores", _BOTH), ("all gradients", _ALL)):
+        yield f"{name}, {o.name}", functools.partial(o.backward, o.threshold, wanted)
+    yield f"d_x, d_scores, packed, {o.name}", lambda: o.packed_backward(_BOTH)
+    yield f"accumulate by bits, {o.name}", lambda: o.accumulate(None, o.packed)
+
+
+def _rare(m: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool = False) -> Calls:
+    """Thresholds by row, value mode, and the other sources of sign and mask."""
+    o = _Layer(m, dtype, scores_dtype, odd)
+    yield f"forward, by row, {o.name}", lambda: o.forward(o.rows)
+    yield f"d_x, by row, {o.name}", lambda: o.backward(o.rows, _D_X)
+    yield f"d_x, d_scores, by row, {o.name}", lambda: o.backward(o.rows, _BOTH)
+    yield f"forward, by value, {o.name}", lambda: o.forward(o.threshold, "value")
+    yield f"d_x, d_scores, by value, {o.name}", lambda: o.backward(o.threshold, _BOTH, "value")
+    yield f"all gradients, packed, {o.name}", lambda: o.packed_backward(_ALL)
+    yield f"accumulate by scores, {o.name}", lambda: o.accumulate(o.scores, None)
+    yield f"forward through scratch, {o.name}", lambda: o.forward(o.threshold, choose=ops.always_scratch)
+
+
+def _of_selection(dtype: torch.dtype) -> Calls:
+    scores, threshold = _empty(N, K, dtype=dtype), _empty(dtype=dtype)
+    for mode in (_MAGNITUDE, "value"):
+        yield f"kept_threshold, {mode}, {_name(dtype)}", lambda mode=mode: select.kept_threshold(scores, 0.9, mode)
+        yield f"pack_mask, {mode}, {_name(dtype)}", lambda mode=mode: bits.pack_mask(scores, threshold, mode)
+    yield f"pack_signs, {_name(dtype)}", lambda: bits.pack_signs(scores)
+
+
+def _in_tf32(call: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            return call()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return run
+
+
+def _identity(launch: Launch) -> tuple:
+    """What Triton specialises on: types, alignment to 16 bytes, 1 and multiples of 16; constexprs and options."""
+    return (launch.kernel.__name__, *map(_specialised, launch.args), tuple(sorted(launch.options.items(), key=str)))
+
+
+def _specialised(argument: object) -> object:
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, argument >= 2**31
+    block_shape = getattr(argument, "block_shape", None)  # of a descriptor
+    return argument if block_shape is None else (argument.base.dtype, *block_shape)  # type: ignore[attr-defined]
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,145 @@
+"""What became of each launch: a row of figures, and its faults by the rules of its target."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+from mft_kernels.triton.target import Target
+
+from . import amdgcn, hazard, sass
+from .ahead import compile_ahead, gpu_target
+from .launches import Entry, entries
+
+#: Of a multiprocessor of sm_80 to sm_100.
+_REGISTERS = 65536
+#: Shared memory that the driver takes from each block.
+_RESERVED = 1024
+#: Kernels whose loop multiplies, and whose grid is as large as the card.
+_PRODUCTS = ("_masked_product_kernel", "_score_grad_kernel", "_backward_kernel")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Figures of one binary. ``loops``: "HGMMA 4 (4 from registers), waits 0+2, copies 3" each; no faults: fine."""
+
+    target: str
+    kernel: str
+    tiles: str
+    call: str
+    registers: int
+    spills: int
+    shared: int
+    blocks: int
+    loops: tuple[str, ...]
+    faults: tuple[str, ...]
+
+
+def rows(targets: Iterable[Target], *, few: bool = False, processes: int = 2) -> Iterator[Row]:
+    """One for each launch of launches.entries, as they get ready."""
+    jobs = [(target, few, i) for target in targets for i in range(len(entries(target, few=few)))]
+    if processes == 1:
+        yield from map(_row_of, jobs)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        yield from pool.map(_row_of, jobs, chunksize=4)
+
+
+def count(targets: Iterable[Target], *, few: bool = False) -> int:
+    """How many rows there will be."""
+    return sum(len(entries(target, few=few)) for target in targets)
+
+
+_entries: dict[tuple[Target, bool], list[Entry]] = {}
+
+
+def _row_of(job: tuple[Target, bool, int]) -> Row:
+    target, few, i = job
+    if (target, few) not in _entries:  # a launch cannot be sent to another process, its place in the list can
+        _entries[target, few] = entries(target, few=few)
+    return row(_entries[target, few][i])
+
+
+def row(entry: Entry) -> Row:
+    """Compile and read one launch."""
+    target, launch = entry.target, entry.launch
+    compiled = compile_ahead(launch.kernel, gpu_target(target), launch.args, launch.options)
+    name = launch.kernel.__name__
+    blocks = -(-launch.grid[0] // target.multiprocessors) if name in _PRODUCTS else 1
+    if target.backend == "hip":
+        amd = amdgcn.read(compiled)
+        loops = tuple(f"MFMA {amdgcn.mma_count(loop)}" for loop in amd.loops)
+        registers, spills, shared = amd.vgprs, amd.spills, amd.shared
+        faults = list(_faults_of_amd(amd, name, entry))
+    else:
+        code = sass.read(compiled)
+        loops = tuple(map(_loop_text, code.loops))
+        registers, spills, shared = code.registers, code.spills, code.shared
+        faults = list(_faults_of_nvidia(code, compiled, name, entry, blocks))
+    if spills:
+        faults.append(f"{spills} spills")
+    if shared > target.shared_memory:
+        faults.append(f"{shared} bytes of shared memory, the target has {target.shared_memory}")
+    return Row(str(target), name, _tiles(entry), entry.call, registers, spills, shared, blocks, loops, tuple(faults))
+
+
+def _faults_of_nvidia(code: sass.Code, compiled: object, name: str, entry: Entry, blocks: int) -> Iterator[str]:
+    target, options = entry.target, entry.launch.options
+    if blocks * code.registers * options["num_warps"] * 32 > _REGISTERS:
+        yield f"{code.registers} registers do not let {blocks} blocks share a multiprocessor"
+    if blocks * (code.shared + _RESERVED) > target.shared_memory + _RESERVED:
+        yield f"{code.shared} bytes of shared memory do not let {blocks} blocks share a multiprocessor"
+    if name not in _PRODUCTS or _is_exact(entry):
+        return
+    expected = {"_backward_kernel": 2}.get(name, 1)
+    if len(code.loops) != expected:
+        yield f"{len(code.loops)} loops multiply, not {expected}"
+    if any(loop.async_copies == 0 for loop in code.loops) and "odd" not in entry.call:  # copies are of 4 bytes or more
+        yield "a loop without asynchronous copies"
+    if target.arch == 90:
+        yield from _faults_of_hopper(code, compiled, name, entry)
+    elif target.hopper_or_newer and not any(op.startswith("UTC") and op.endswith("MMA") for op in code.counts):
+        yield "no tensor memory instruction"
+
+
+def _faults_of_hopper(code: sass.Code, compiled: object, name: str, entry: Entry) -> Iterator[str]:
+    if any(loop.counts["HGMMA"] == 0 for loop in code.loops):
+        yield "a loop without HGMMA"
+    for loop in code.loops:
+        if loop.full_waits > 1:
+            yield f"{loop.full_waits} full waits in a loop of {loop.mma} HGMMA"
+    if entry.target.swapped and name != "_score_grad_kernel":
+        if not any(loop.register_a == loop.mma for loop in code.loops):
+            yield "the masked weight does not come from registers"
+    elif any(loop.register_a for loop in code.loops) and not entry.target.swapped:
+        yield "an operand comes from registers, which this compiler does not guard"
+    found = hazard.hazards(sass.disassemble(compiled.asm["cubin"]))  # type: ignore[attr-defined]
+    if found:
+        yield f"{len(found)} hazards, the first: {found[0]}"
+    yield from (warning for warning in sass.assembler_warnings(compiled) if "(C75" in warning)
+
+
+def _faults_of_amd(code: amdgcn.Code, name: str, entry: Entry) -> Iterator[str]:
+    if name in _PRODUCTS and not _is_exact(entry) and code.mma == 0:
+        yield "no MFMA instruction"
+
+
+def _is_exact(entry: Entry) -> bool:
+    """fp32 in full precision, which ordinary cores multiply."""
+    tensors = [getattr(argument, "base", argument) for argument in entry.launch.args]
+    return "float32" in str(getattr(tensors[0], "dtype", "")) and entry.launch.options["PRECISION"] == "ieee"
+
+
+def _loop_text(loop: sass.Loop) -> str:
+    name = next((op for op in loop.counts if op.endswith("MMA")), "MMA")
+    registers = f" ({loop.register_a} from registers)" if loop.register_a else ""
+    waits = f", waits {loop.full_waits}+{loop.partial_waits}" if name == "HGMMA" else ""
+    return f"{name} {loop.mma}{registers}{waits}, copies {loop.async_copies}"
+
+
+def _tiles(entry: Entry) -> str:
+    options = entry.launch.options
+    sizes = [f"{name.removeprefix('BLOCK_').lower()} {value}" for name, value in options.items() if "BLOCK_" in name]
+    extra = [f"stages {options['STAGES']}"] if "STAGES" in options else []
+    extra += ["TMA"] if options.get("DESCRIPTORS") else []
+    return ", ".join([*sizes, f"warps {options['num_warps']}", *extra])

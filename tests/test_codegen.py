@@ -1,0 +1,71 @@
+"""The code of the usual launches, for GPUs that are not here: no spills, what fits, what multiplies, no hazard.
+
+All launches, with every dtype and mode: `make kernels-report`, for Triton 3.6 too.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from benchmarks.kernel_code import launches, report
+from benchmarks.kernel_code.__main__ import main, summary
+from mft_kernels.triton import target
+
+KERNELS = {
+    "_masked_product_kernel",
+    "_sum_splits_kernel",
+    "_score_grad_kernel",
+    "_backward_kernel",
+    "_histogram_kernel",
+    "_threshold_kernel",
+    "_pack_kernel",
+}
+
+
+@pytest.mark.parametrize("card", launches.targets(), ids=str)
+def test_every_binary_of_the_usual_launches_is_as_it_should_be(card):
+    rows = list(report.rows([card], few=True))
+    print("\n" + summary(rows))
+    assert {row.kernel for row in rows} == KERNELS
+    assert {(row.kernel, row.tiles): row.faults for row in rows if row.faults} == {}
+
+
+def product_on(card, **options):
+    """The entry of the forward with 2048 tokens, with options of its launch changed."""
+    entry = next(e for e in launches.entries(card, few=True) if "forward, M = 2048" in e.call)
+    return replace(entry, launch=replace(entry.launch, options=entry.launch.options | options))
+
+
+def test_a_tile_that_spills_is_a_fault():
+    row = report.row(product_on(target.H100_OLD_TRITON, num_warps=2))
+    assert row.spills > 0
+    assert any("spills" in fault for fault in row.faults)
+
+
+def test_more_shared_memory_than_the_target_has_is_a_fault():
+    small = replace(target.A100, shared_memory=40000)
+    row = report.row(replace(product_on(target.A100), target=small))
+    assert any("bytes of shared memory, the target has 40000" in fault for fault in row.faults)
+
+
+def test_a_mask_on_the_second_operand_is_a_fault_where_registers_are_asked_for():
+    if not launches.targets()[1].swapped:
+        pytest.skip("this Triton or ptxas does not compile the swapped form safely")
+    row = report.row(product_on(target.H100, MASK_ON_A=False))
+    assert "the masked weight does not come from registers" in row.faults
+
+
+def test_a_loop_that_waits_for_its_copies_is_a_fault():
+    row = report.row(product_on(target.A100, STAGES=1))
+    assert "a loop without asynchronous copies" in row.faults
+
+
+def test_an_unknown_target_is_refused(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["--target", "sm_70"])
+    assert error.value.code == 2
+    assert "--target must be among sm_80, sm_90, sm_100, gfx942, got 'sm_70'" in capsys.readouterr().err

@@ -1,0 +1,274 @@
+"""The readers of generated code see what is there, what is wrong above all; nothing here needs a device."""
+
+import gzip
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+if knobs.runtime.interpret:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from masked_dot import compile_masked_dot
+
+from benchmarks.kernel_code import amdgcn, sass
+from benchmarks.kernel_code.ahead import gpu_target, recorded
+from benchmarks.kernel_code.flow import natural_loops
+from benchmarks.kernel_code.hazard import Hazard, hazards
+from mft_kernels.triton.launch import launch
+from mft_kernels.triton.target import A100, H100, MI300X
+
+SM80, SM90, SM100 = (GPUTarget("cuda", arch, 32) for arch in (80, 90, 100))
+GFX942 = GPUTarget("hip", "gfx942", 64)
+TRITON_36 = Path(__file__).parent / "data" / "rs_hazard_triton36.sass.gz"
+
+safe_triton = pytest.mark.skipif(
+    tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9),
+    reason=f"Triton {triton.__version__} is older than 3.9, whose waits these are",
+)
+
+
+@pytest.fixture(scope="module")
+def hopper():
+    return compile_masked_dot(SM90, 128, 128, 8)
+
+
+@pytest.fixture(scope="module")
+def clean(hopper):
+    return sass.disassemble(hopper.asm["cubin"])
+
+
+@pytest.fixture(scope="module")
+def spilling():
+    """Sums of 128 x 256 in 128 threads would take 256 registers each."""
+    return compile_masked_dot(SM90, 128, 256, 4)
+
+
+@safe_triton
+def test_main_loop_of_sm_90(hopper):
+    code = sass.read(hopper)
+    assert code.spills == code.stack == 0
+    assert 64 < code.registers < 168  # 64 are the sums
+    assert code.shared >= 2 * 3 * 128 * 64 * 2  # two stages of three tiles
+    assert code.counts["HGMMA"] == 4
+    (loop,) = code.loops
+    assert (loop.mma, loop.register_a, loop.async_copies) == (4, 4, 3)
+    assert (loop.full_waits, loop.partial_waits) == (0, 2)
+    assert loop.barriers == loop.counts["BAR"] > 0
+    assert sass.assembler_warnings(hopper) == []
+
+
+def test_operands_in_shared_memory_are_told_from_registers():
+    (loop,) = sass.read(compile_masked_dot(SM90, 128, 128, 8, masked=False)).loops
+    assert (loop.mma, loop.register_a, loop.full_waits, loop.partial_waits) == (4, 0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("target", "mma", "count", "copy"),
+    [(SM80, "HMMA", 64, "LDGSTS"), (SM100, "UTCHMMA", 4, "UTMALDG")],
+    ids=["sm_80", "sm_100"],
+)
+def test_main_loop_of_other_targets(target, mma, count, copy):
+    code = sass.read(compile_masked_dot(target, 128, 128, 8))
+    (loop,) = code.loops
+    assert loop.mma == loop.counts[mma] == count
+    assert loop.async_copies == loop.counts[copy] > 0
+    assert loop.register_a == loop.full_waits == loop.partial_waits == 0
+    assert code.spills == 0
+
+
+def test_main_loop_of_gfx942():
+    code = amdgcn.read(compile_masked_dot(GFX942, 128, 128, 8))
+    (loop,) = code.loops
+    assert amdgcn.mma_count(loop) == 16  # 128 x 128 x 64 over 8 wavefronts, 32 x 32 x 8 each
+    assert code.mma >= 16
+    assert code.spills == code.scratch == 0
+    assert 0 < code.vgprs <= 256
+    assert code.agprs <= code.vgprs
+    assert 0 < code.sgprs <= 102
+    assert code.shared > 0
+
+
+def test_spills_are_seen(spilling):
+    code = sass.read(spilling)
+    assert code.registers == 255
+    assert code.stack > 0
+    assert code.spill_stores > 0
+    assert code.spill_loads > 0
+    assert code.loops[0].full_waits > 0
+
+
+def test_assembler_says_that_it_serialises(spilling):
+    warnings = sass.assembler_warnings(spilling)
+    assert any("C7511" in line and "serialized" in line for line in warnings), warnings
+
+
+def test_spills_of_gfx942_are_seen():
+    code = amdgcn.read(compile_masked_dot(GFX942, 256, 256, 4, masked=False))
+    assert code.vgpr_spills > 0
+    assert code.scratch > 0
+
+
+@safe_triton
+def test_no_operand_is_overwritten_in_flight(clean):
+    assert hazards(clean) == []
+
+
+@safe_triton
+def test_each_wait_is_needed(clean):
+    waits = list(re.finditer(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", clean))
+    assert len(waits) == 2
+    for wait in waits:
+        found = hazards(clean[: wait.end() - 1] + "7" + clean[wait.end() :])
+        assert found, f"the scan must see that the wait at character {wait.start()} is gone"
+
+
+def test_operands_that_triton_3_6_overwrites_are_found():
+    found = hazards(gzip.decompress(TRITON_36.read_bytes()).decode())
+    assert len(found) == 41
+    # Read by hand. The loop ends with three HGMMAs in flight, and begins with:
+    #     /*0fb0*/ LDSM.16.M88.4 R88, [R7+UR12+0x14000]
+    # while /*1970*/ HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR12], R24, gsb0 is the oldest of them.
+    assert {Hazard(0xFB0, register, 0x1970) for register in range(88, 92)} <= set(found)
+    # Its fourth group, which reads R100 to R103, is the first one of the next turn: waited for in time.
+    assert not any(100 <= hazard.register < 104 for hazard in found)
+
+
+HGMMA = "HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8], R24"
+WAIT = "WARPGROUP.DEPBAR.LE gsb0, "
+OTHER = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"
+
+
+def kernel(*lines):
+    """Text as nvdisasm writes it: instructions 16 bytes apart, labels between them, a spin at the end."""
+    text, address = [], 0
+    for line in (*lines, "EXIT", ".L_end:", "BRA `(.L_end)"):
+        if line.endswith(":"):
+            text.append(line)
+        else:
+            text.append(f"        /*{address:04x}*/                   {line} ;")
+            address += 16
+    return "\n".join(text)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([f"{HGMMA}, gsb0", f"{WAIT}0x0", "MOV R4, R9"], []),
+        ([f"{HGMMA}, gsb0", "MOV R7, R9", f"{WAIT}0x0"], [(0x10, 7, 0x00)]),
+        ([f"{HGMMA}, gsb0", "MOV R8, R4", "STS.128 [R4], R4"], []),
+        ([f"{HGMMA}, gsb0", "@!P0 MOV R5, R9"], [(0x10, 5, 0x00)]),
+        ([f"{HGMMA}, gsb0", "LDS.64 R6, [R9]"], [(0x10, 6, 0x00), (0x10, 7, 0x00)]),
+        ([f"{HGMMA}, gsb0", "LDSM.16.M88.4 R0, [R9]"], []),
+        ([f"{HGMMA}, gsb0", "IMAD.WIDE.U32 R2, R9, 0x2, R4", "LDG.E.128 R0, desc[UR4][R2.64]"], []),
+        ([f"{HGMMA}, gsb0", "LOP3.LUT P0, R4, R9, 0x1, RZ, 0xc0, !PT"], [(0x10, 4, 0x00)]),
+        ([f"{HGMMA}, gsb0", "ISETP.GE.AND P0, PT, R4, R5, PT", "@P0 BRA `(.L_end)"], []),
+        ([f"{HGMMA}, gsb0", OTHER.replace("R24", "R0")], [(0x10, r, 0x00) for r in range(4, 8)]),
+        # A wait for all but one covers the older group, not the newer one.
+        ([f"{HGMMA}, gsb0", OTHER, f"{WAIT}0x1", "MOV R4, R9"], []),
+        ([OTHER, f"{HGMMA}, gsb0", f"{WAIT}0x1", "MOV R4, R9"], [(0x30, 4, 0x10)]),
+        # A group is one however many HGMMAs it holds, and no wait covers one that nothing closed.
+        ([HGMMA, OTHER, OTHER, f"{WAIT}0x1", "MOV R4, R9"], []),
+        ([HGMMA, OTHER, f"{WAIT}0x1", "MOV R4, R9"], [(0x30, 4, 0x00)]),
+        ([HGMMA, f"{WAIT}0x0", "MOV R4, R9"], [(0x20, 4, 0x00)]),
+        # Only round the loop; only by a jump out of it; only through a call.
+        ([".L_a:", "MOV R4, R9", f"{HGMMA}, gsb0", "@P0 BRA `(.L_a)", f"{WAIT}0x0"], [(0x00, 4, 0x10)]),
+        ([".L_a:", "MOV R4, R9", f"{HGMMA}, gsb0", f"{WAIT}0x0", "@P0 BRA `(.L_a)"], []),
+        ([f"{HGMMA}, gsb0", "@P0 BRA `(.L_b)", f"{WAIT}0x0", ".L_b:", "MOV R4, R9"], [(0x30, 4, 0x00)]),
+        ([f"{HGMMA}, gsb0", "BRA.U UP0, `(.L_b)", f"{WAIT}0x0", ".L_b:", "MOV R4, R9"], [(0x30, 4, 0x00)]),
+        (
+            [
+                f"{HGMMA}, gsb0",
+                "CALL.REL.NOINC `(f)",
+                f"{WAIT}0x0",
+                "EXIT",
+                "f:",
+                "MOV R4, R9",
+                "RET.REL.NODEC R2 `(k)",
+            ],
+            [(0x40, 4, 0x00)],
+        ),
+        (
+            ["BSSY B0, `(.L_c)", f"{HGMMA}, gsb0", ".L_b:", "BSYNC B0", f"{WAIT}0x0", ".L_c:", "MOV R4, R9"],
+            [(0x40, 4, 0x10)],
+        ),
+    ],
+)
+def test_hazards_of_written_code(lines, expected):
+    assert hazards(kernel(*lines)) == [Hazard(*values) for values in expected]
+
+
+def test_a_group_that_nothing_waits_for_stays_in_flight():
+    lines = [f"{HGMMA}, gsb0", ".L_a:", OTHER, "@P0 BRA `(.L_a)", f"{WAIT}0x7", "MOV R4, R9"]
+    assert hazards(kernel(*lines)) == [Hazard(0x40, 4, 0x00)]
+
+
+def test_jumps_without_a_known_target_are_refused():
+    with pytest.raises(ValueError, match="jumps must name their target"):
+        hazards(kernel("BRX R4 -0x10"))
+    with pytest.raises(ValueError, match="jumps must name a label"):
+        hazards(kernel("BRA `(.L_elsewhere)"))
+    with pytest.raises(ValueError, match="code of one kernel"):
+        hazards(kernel("NOP") + kernel("NOP"))
+
+
+def test_written_registers_are_those_of_nvdisasm(hopper, tmp_path):
+    """nvdisasm -plr draws a column for each register: ^ where it is written, v where read, x where both."""
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(hopper.asm["cubin"])
+    command = [knobs.nvidia.nvdisasm.path, "-c", "-plr", str(file)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if "life ranges" in result.stderr:
+        pytest.skip(f"this nvdisasm draws no life ranges: {result.stderr.splitlines()[-1]}")
+    header = next(line for line in result.stdout.splitlines() if re.search(r"// \|\s*#\s+0\s", line))
+    start = header.index("#")
+    columns = {match.end() - 1: int(match[0]) for match in re.finditer(r"\d+", header[: header.index("|", start)])}
+    lines = [line for line in result.stdout.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line)]
+    instructions = sass.parse(result.stdout).instructions
+    assert len(lines) == len(instructions)
+    writing = 0
+    for line, instruction in zip(lines, instructions):
+        drawn = {register for column, register in columns.items() if line[column : column + 1] in ("^", "x")}
+        assert drawn == set(sass.written_registers(instruction)), line
+        writing += bool(drawn)
+    assert writing > len(lines) / 3  # the others store, jump, wait or compute on uniform registers
+
+
+def test_spins_behind_the_end_are_no_loops():
+    #   0 -> 1 -> 2 -> 3 -> 4, where 3 -> 1 closes the loop and 1 may spin in 5, which jumps back to 2
+    loops = natural_loops([(1,), (2, 5), (3,), (1, 4), (), (5, 2)])
+    assert sorted(map(sorted, loops)) == [[1, 2, 3, 5], [5]]
+
+
+def test_the_innermost_loop_that_multiplies_is_the_main_loop():
+    text = kernel(
+        ".L_tiles:", "NOP",
+        ".L_main:", "NOP", ".L_spin:", "@!P1 BRA `(.L_spin)", f"{HGMMA}, gsb0", "@P0 BRA `(.L_main)",
+        ".L_store:", "STG.E desc[UR4][R2.64], R24", "@P3 BRA `(.L_store)", "@P2 BRA `(.L_tiles)",
+    )  # fmt: skip
+    (body,) = sass.parse(text).innermost_loops(sass.is_mma)
+    assert [instruction.address for instruction in body] == [0x10, 0x20, 0x30, 0x40]
+
+
+def test_compiling_ahead_leaves_the_driver_as_it_was(hopper):
+    before = driver._active
+    compile_masked_dot(SM90, 128, 128, 8)
+    assert driver._active is before
+
+
+@pytest.mark.parametrize("target", [A100, H100, MI300X], ids=str)
+def test_recorded_launches_are_what_would_run(target):
+    class Never:
+        def __getitem__(self, grid):
+            raise AssertionError("nothing must run")
+
+    kernel, tensor = Never(), torch.empty(3, device="meta")
+    (one,) = recorded(lambda: launch(kernel, (4,), tensor, 2, BLOCK=64), target)
+    assert (one.kernel, one.grid, one.args, one.options["BLOCK"]) == (kernel, (4,), (tensor, 2), 64)
+    assert gpu_target(target) in (SM80, SM90, GFX942)
