@@ -13,7 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -105,13 +105,21 @@ def ratio(
 
 
 def environment() -> dict[str, str | int | bool]:
-    """Machine, versions and commit: what a number is worthless without."""
+    """Machine, versions and commit: what a number is worthless without. Runs from a checkout that is not installed."""
     from mft_kernels import backend_report
 
-    def git(*arguments: str) -> str:
-        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-        return run.stdout.strip() if run.returncode == 0 else ""
+    def git(*arguments: str) -> str | None:
+        try:
+            run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
+        return run.stdout.strip() if run.returncode == 0 else None
 
+    try:
+        installed = version("mft_kernels")
+    except PackageNotFoundError:
+        installed = "not installed"
+    changes = git("status", "--porcelain", "--", "csrc", "mft_kernels", "benchmarks/*.py", "setup.py")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": _cpu_model(),
@@ -119,11 +127,11 @@ def environment() -> dict[str, str | int | bool]:
         "backend": backend_report()["backends"]["cpu"]["detail"] or "reference",
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
-        "mft_kernels": version("mft_kernels"),
+        "mft_kernels": installed,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "commit": git("rev-parse", "HEAD") or "unknown",
-        "tree_is_dirty": bool(git("status", "--porcelain", "--", "csrc", "mft_kernels", "benchmarks/*.py", "setup.py")),
+        "tree_is_dirty": "unknown" if changes is None else bool(changes),
     }
 
 

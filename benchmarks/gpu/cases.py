@@ -1,0 +1,161 @@
+"""What is measured, by whom and in which order: what the goals ask comes first, so that a short budget answers them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+_T = TypeVar("_T")
+
+SHAPES = {  # (N, K) of the linear layers; both models have 4096 x 4096
+    "llama2-7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
+    "llama3.1-8b": ((1024, 4096), (14336, 4096), (4096, 14336)),
+}
+TOKENS = (1, 16, 64, 512, 1024, 2048, 4096, 8192, 16384)
+PRODUCTS = ("step", "forward", "d_x", "d_scores")
+WHATS = ("correctness", *PRODUCTS, "memory", "threshold")
+
+DENSE = "cuBLAS, unmasked"
+FUSED = "fused"
+PACKED = "fused, packed"
+AUTO = "auto"
+PASS = "mask pass + cuBLAS"
+KEPT = "mask pass + cuBLAS, kept"
+COMPILED = "eager, compiled"
+EAGER = "eager"
+PAPER = "paper's layer"
+
+SQUARE = (4096, 4096)
+COMPILED_TOKENS = (16, 512, 2048)
+DRY_SHAPE, DRY_TOKENS = (24, 40), 3
+_COMPILED = {*((*SQUARE, m) for m in COMPILED_TOKENS), (*DRY_SHAPE, DRY_TOKENS)}
+PAPER_MOST_TOKENS = 2048
+WHY_NOT_COMPILED = f"compiled for 4096 x 4096 and M in {COMPILED_TOKENS} alone: each compilation takes 5 to 20 s"
+WHY_NOT_PAPER = f"left out above M = {PAPER_MOST_TOKENS}: there the products hide more and more of its sort"
+
+#: In order: what other answers rest on, then few tokens, where a launch is the cost, then many.
+CHECKS = ("exact", "random", "repeats", "tests")
+_TOKENS_BY_WORTH = (2048, 512, 1024, 64, 1, 4096, 16, 8192, 16384)
+_GOAL_TOKENS = (2048, 512)
+_MEMORY_TOKENS = (2048, 512)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure, whole or not at all. ``detail``: which check, or the dtype of the scores."""
+
+    what: str
+    n: int = 0
+    k: int = 0
+    m: int = 0
+    detail: str = ""
+
+    @property
+    def key(self) -> str:
+        """Its name in the journal."""
+        return " ".join(map(str, asdict(self).values()))
+
+    def __str__(self) -> str:
+        parts = [self.what, self.detail, f"{self.n} x {self.k}" if self.n else "", f"M = {self.m}" if self.m else ""]
+        return " ".join(part for part in parts if part)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile takes part."""
+        return self.what in PRODUCTS and COMPILED in competitors(self)
+
+
+def competitors(case: Case) -> tuple[str, ...]:
+    """Who is timed in a case of PRODUCTS, or whose memory is measured.
+
+    d_scores reads no mask, so nothing is to be chosen there. KEPT keeps the masked weight between forward and backward;
+    the others, but for the paper's layer and the eager step, keep nothing of its size.
+    """
+    names = (
+        [DENSE, FUSED, PACKED, PASS, EAGER] if case.what == "d_scores" else [DENSE, FUSED, PACKED, AUTO, PASS, EAGER]
+    )
+    if case.what in ("step", "memory"):
+        names.insert(names.index(PASS) + 1, KEPT)
+        names += [PAPER] if case.m <= PAPER_MOST_TOKENS else []
+    if (case.n, case.k, case.m) in _COMPILED and case.what != "memory":
+        names.append(COMPILED)
+    return tuple(names)
+
+
+def left_out(case: Case) -> dict[str, str]:
+    """Who is not measured in a case, and why."""
+    reasons = {}
+    if COMPILED not in competitors(case) and case.what != "memory":
+        reasons[COMPILED] = WHY_NOT_COMPILED
+    if case.what == "step" and case.m > PAPER_MOST_TOKENS:
+        reasons[PAPER] = WHY_NOT_PAPER
+    return reasons
+
+
+def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterable[int]) -> list[Case]:
+    """Every case asked for: correctness, the goals, memory and threshold, then the rest, the square shape first."""
+    whats, shapes, tokens = set(whats), tuple(shapes), set(tokens)
+    by_worth = [m for m in _TOKENS_BY_WORTH if m in tokens] + sorted(tokens - set(_TOKENS_BY_WORTH))
+    products = [what for what in PRODUCTS if what in whats]
+    goal_tokens = [m for m in by_worth if m in _GOAL_TOKENS]
+    goals = [
+        Case(what, *shape, m)
+        for shape in sorted(shapes, key=_goal_rank)
+        if _goal_rank(shape) < _NO_GOAL
+        for m in goal_tokens
+        for what in products
+    ]
+    square_first = sorted(shapes, key=lambda shape: shape != SQUARE)
+    rest = [Case(what, *shape, m) for shape in square_first for m in by_worth for what in products]
+    correctness = [Case("correctness", detail=check) for check in CHECKS if "correctness" in whats]
+    memory = [
+        Case("memory", n, k, m)
+        for n, k in _those(shapes, (SQUARE, (14336, 4096)))
+        for m in _those(by_worth, _MEMORY_TOKENS)
+        if "memory" in whats
+    ]
+    threshold = [
+        Case("threshold", n, k, detail=dtype)
+        for n, k in _those(shapes, (SQUARE, (4096, 14336)))
+        for dtype in ("bfloat16", "float32")
+        if "threshold" in whats
+    ]
+    return list(dict.fromkeys([*correctness, *goals, *memory, *threshold, *rest]))
+
+
+_GOAL_SHAPES = (SQUARE, (14336, 4096), (4096, 14336), (11008, 4096), (4096, 11008))
+_NO_GOAL = len(_GOAL_SHAPES)
+
+
+def _those(asked: Sequence[_T], preferred: Sequence[_T]) -> Sequence[_T]:
+    """What is preferred among what was asked for, or the first of that."""
+    return [one for one in preferred if one in asked] or asked[:1]
+
+
+def _goal_rank(shape: tuple[int, int]) -> int:
+    return _GOAL_SHAPES.index(shape) if shape in _GOAL_SHAPES else _NO_GOAL
+
+
+def work(what: str, n: int, k: int, m: int, keep_bytes: float) -> list[tuple[float, float]]:
+    """[(bytes that must move, floating-point operations)], one pair a phase; 2-byte elements.
+
+    ``keep_bytes`` tell one weight's mask: 2 for bf16 scores, 1/8 for a bit, 0 for a dense layer. A backward reads
+    weight and mask once for both its gradients; nothing but x and the weight stays from forward to backward.
+    """
+    matrix, x, y, product = n * k, 2.0 * m * k, 2.0 * m * n, 2.0 * m * n * k
+    read = matrix * (2 + keep_bytes)
+    # The dense gradient of a weight reads neither weight nor sign.
+    gradient = x + y + 2 * matrix
+    phases = {
+        "forward": [(read + x + y, product)],
+        "d_x": [(read + x + y, product)],
+        "d_scores": [(gradient + (read if keep_bytes else 0), product)],
+        # x and d_x, each M x K; grad_output; weight and mask; d_scores.
+        "backward": [(read + gradient + x, 2 * product)],
+    }
+    return phases["forward"] + phases["backward"] if what == "step" else phases[what]
+
+
+def floor_ms(phases: list[tuple[float, float]], byte_rate: float, flop_rate: float) -> tuple[float, float, float]:
+    """(by bytes alone, by operations alone, the larger of both phase by phase), milliseconds; rates a second."""
+    by_bytes, by_flops = [1e3 * b / byte_rate for b, _ in phases], [1e3 * f / flop_rate for _, f in phases]
+    return sum(by_bytes), sum(by_flops), sum(map(max, by_bytes, by_flops))

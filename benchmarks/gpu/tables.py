@@ -1,0 +1,175 @@
+"""The Markdown of a run, from its JSON alone."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..harness import Spread
+from .cases import AUTO, COMPILED, DENSE, EAGER, FUSED, KEPT, PACKED, PAPER, PASS, PRODUCTS, SHAPES
+from .journal import NOT_MEASURED
+
+Document = dict[str, Any]
+
+_COLUMNS = (DENSE, FUSED, PACKED, AUTO, PASS, KEPT, COMPILED, EAGER, PAPER)
+_OPENING = """# Measured on a GPU
+
+Written by `make gpu`; the same numbers, with every round, are in gpu-*.json beside this file.
+Times are medians [quartiles] of rounds in which the competitors take turns, of CUDA graphs over inputs that rotate
+through more copies than L2 holds. (q) marks what was queued behind a spin instead.
+"""
+_TITLES = {
+    "correctness": "Correctness",
+    "step": "A whole step: forward, d_x and d_scores",
+    "forward": "Forward",
+    "d_x": "d_x",
+    "d_scores": "d_scores",
+    "memory": "Peak memory of a step",
+    "threshold": "The threshold and the packed mask",
+}
+
+
+def markdown(documents: Sequence[Document]) -> str:
+    """All of them: where, goals, then a section each."""
+    parts = [_OPENING, _where(documents), _goals(documents)]
+    for document in documents:
+        parts.append(f"## {_TITLES[document['what']]}\n")
+        if document["what"] in PRODUCTS:
+            parts += _product(document)
+        else:
+            parts.append(
+                {"correctness": _checks, "memory": _memory, "threshold": _threshold}[document["what"]](document)
+            )
+        parts.append(_remarks(document))
+    return "\n".join(part for part in parts if part)
+
+
+def _where(documents: Sequence[Document]) -> str:
+    """A row a run: what one command measured has one environment, its date included."""
+    keys = ("device", "driver", "torch", "triton", "python", "commit", "tree_is_dirty", "sources", "date")
+    runs: dict[tuple[str, ...], list[str]] = {}
+    for d in documents:
+        values = [str(d["environment"].get(key, "")) for key in keys]
+        values[keys.index("commit")] = values[keys.index("commit")][:12]
+        runs.setdefault((*values, *_ceilings(d)), []).append(d["what"])
+    header = ["measured", *keys, "copy, TB/s", "cuBLAS, TFLOP/s"]
+    return _table(header, [[", ".join(whats), *values] for values, whats in runs.items()])
+
+
+def _ceilings(document: Document) -> list[str]:
+    ceilings = document["ceilings"]
+    if not ceilings:
+        return ["", ""]
+    return [f"{ceilings['bytes_per_second'] / 1e12:.2f}", f"{ceilings['flops_per_second'] / 1e12:.0f}"]
+
+
+def _goals(documents: Sequence[Document]) -> str:
+    rows = []
+    for goal in (goal for document in documents for goal in document["goals"]):
+        measured = f"{Spread(**goal['measured'])} {goal['unit']}".strip() if goal["measured"] else ""
+        rows.append([goal["quantity"], measured, f"{goal['rule']} {goal['bound']:g}", goal["state"]])
+    return "## Goals\n\n" + _table(["", "median [quartiles]", "goal", ""], rows) if rows else ""
+
+
+def _checks(document: Document) -> str:
+    rows = []
+    for case in document["cases"]:
+        if "failed" in case:
+            cut = "" if case.get("complete", True) else ", cut short"
+            rows.append([case["detail"], str(case["passed"]), str(case["failed"]), str(case["skipped"]) + cut])
+        else:
+            rows.append([case["detail"], f"{case['status']}: {case.get('reason', '')}", "", ""])
+    return _table(["", "passed", "failed", "skipped"], rows)
+
+
+def _product(document: Document) -> Iterable[str]:
+    known = [shape for shapes in SHAPES.values() for shape in shapes]
+    shapes = dict.fromkeys((case["n"], case["k"]) for case in document["cases"])
+    for n, k in sorted(shapes, key=lambda shape: (shape not in known, known.index(shape) if shape in known else shape)):
+        cases = [case for case in document["cases"] if (case["n"], case["k"]) == (n, k)]
+        cases.sort(key=lambda case: case["m"])
+        found = {name for case in cases for name in case.get("samples", {})}
+        columns = [name for name in _COLUMNS if name in found]
+        yield f"### {document['what']}, N = {n}, K = {k}\n"
+        if not columns:
+            yield "not measured\n"
+            continue
+        yield "ms, and % of cuBLAS\n"
+        yield _table(["M", *columns], [[str(case["m"]), *(_time(case, name) for name in columns)] for case in cases])
+        yield "% of the floor that bytes set / that operations set\n"
+        yield _table(["M", *columns], [[str(case["m"]), *(_floor(case, name) for name in columns)] for case in cases])
+
+
+def _time(case: dict[str, Any], name: str) -> str:
+    if case["status"] == NOT_MEASURED:
+        return "not measured"
+    if name in case.get("failures", {}):
+        return "FAILED"
+    sample = case.get("samples", {}).get(name)
+    if sample is None:
+        return ""
+    share = f", {sample['percent_of_cublas']['median']:.0f} %" if "percent_of_cublas" in sample else ""
+    return f"{_ms(sample)}{share}"
+
+
+def _ms(sample: dict[str, Any]) -> str:
+    median, low, high = (f"{sample['ms'][key]:.4g}" for key in ("median", "low", "high"))
+    return f"{median} [{low}, {high}]" + (" (q)" if sample["method"] == "queued" else "")
+
+
+def _floor(case: dict[str, Any], name: str) -> str:
+    sample = case.get("samples", {}).get(name)
+    return f"{sample['percent_of_byte_floor']:.0f} / {sample['percent_of_flop_floor']:.0f}" if sample else ""
+
+
+def _memory(document: Document) -> str:
+    rows = []
+    for case in document["cases"]:
+        place = f"{case['n']} x {case['k']}, M = {case['m']}"
+        weight = case.get("weight_bytes", 0)
+        for name, sample in case.get("samples", {}).items():
+            peak, results = (f"{sample[key] / 1e6:.1f}" for key in ("peak_bytes", "result_bytes"))
+            rows.append([place, name, peak, results, f"{100 * sample['beyond_results_of_weight']:.0f}",
+                         f"{weight / 1e6:.1f}"])  # fmt: skip
+        if not case.get("samples"):
+            rows.append([place, case["status"], "", "", "", ""])
+    header = ["", "", "peak, MB", "results, MB", "beyond them, % of the weight", "weight, MB"]
+    return _table(header, rows)
+
+
+def _threshold(document: Document) -> str:
+    rows = []
+    for case in document["cases"]:
+        place = f"{case['n'] * case['k'] / 1e6:.1f}M {case['detail']}"
+        for name, sample in case.get("samples", {}).items():
+            faster = f"{sample['times_faster_than_sort']:.1f}" if "times_faster_than_sort" in sample else ""
+            rows.append([place, name, _ms(sample), faster, f"{sample['percent_of_byte_floor']:.0f}"])
+        if not case.get("samples"):
+            rows.append([place, case["status"], "", "", ""])
+    return _table(["scores", "", "ms", "times faster than sort", "% of the byte floor"], rows)
+
+
+def _remarks(document: Document) -> str:
+    """Everything that is not in the tables, once each with its places."""
+    places: dict[str, list[str]] = {}
+    for case in document["cases"]:
+        place = f"{case['n']} x {case['k']}, M = {case['m']}" if case["m"] else f"{case['n']} x {case['k']}"
+        place = f"{case['detail']}" if not case["n"] else f"{place} {case['detail']}".strip()
+        if case["status"] == NOT_MEASURED:
+            places.setdefault(f"not measured: {case.get('reason', '')}", []).append(place)
+        elif "reason" in case:
+            places.setdefault(f"{case['status']}: {case['reason']}", []).append(place)
+        for name, why in case.get("failures", {}).items():
+            places.setdefault(f"{name} FAILED: {why}", []).append(place)
+        for name, why in case.get("left_out", {}).items():
+            places.setdefault(f"{name}: {why}", [])
+        for why in case.get("complaints", []):
+            places.setdefault(why, []).append(place)
+        for name, sample in case.get("samples", {}).items():
+            if sample.get("note") and sample["method"] == "queued":
+                places.setdefault(f"{name} was not captured: {sample['note']}", [])
+    lines = [f"- {text}{' (' + '; '.join(where) + ')' if where else ''}" for text, where in places.items()]
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
