@@ -115,8 +115,13 @@ def _select(weight: Tensor, keep: Tensor) -> Tensor:
     return torch.where(keep, weight, 0)
 
 
+def _rows(x: Tensor) -> Tensor:
+    # Not reshape(-1, ...): with no features the number of rows would be anyone's guess.
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    y = torch.nn.functional.linear(_rows(x), weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -130,12 +135,12 @@ def _backward(
     mode: str,
     output_mask: list[bool],
 ) -> Gradients:
-    grad = grad_output.reshape(-1, weight.shape[0])
+    grad = _rows(grad_output)
     d_x = d_weight = d_scores = d_bias = None
     if output_mask[0]:
         d_x = (grad @ _select(weight, keep)).view(*grad_output.shape[:-1], weight.shape[1])
     if output_mask[1]:
-        d_weight = _select(grad.T @ x.reshape(-1, weight.shape[1]), keep)
+        d_weight = _select(grad.T @ _rows(x), keep)
     if output_mask[2]:
         dtype = scores.dtype if scores is not None else torch.float32
         d_scores = _score_grad(grad_output, x, weight, scores, signs, mode, dtype)
@@ -155,7 +160,7 @@ def _score_grad(
     dtype: torch.dtype,
 ) -> Tensor:
     wide = torch.promote_types(dtype, torch.float32)
-    d_scores = (grad_output.reshape(-1, weight.shape[0]).T @ x.reshape(-1, weight.shape[1])).to(wide)
+    d_scores = (_rows(grad_output).T @ _rows(x)).to(wide)
     d_scores *= weight
     if mode == "magnitude":
         if signs is not None:

@@ -119,3 +119,12 @@ def test_accumulate_score_grad_adds_to_what_is_there():
     out = torch.ones(3, 5)
     reference.accumulate_score_grad(out, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
     assert torch.equal(out, 1 + (t.grad_output.T @ t.x) * t.weight * t.scores.sign())
+
+
+@pytest.mark.parametrize(("n", "k"), [(0, 3), (4, 0), (0, 0)])
+def test_a_layer_without_inputs_or_outputs_has_a_value_and_gradients(n, k):
+    x, weight, bias = torch.ones(2, 5, k), torch.ones(n, k), torch.ones(n)
+    y = reference.masked_linear(x, weight, weight, torch.tensor(1.0), bias, "magnitude")
+    assert torch.equal(y, bias.expand(2, 5, n) + k)
+    grads = reference.masked_linear_backward(y, x, weight, weight, torch.tensor(1.0), "magnitude", [True] * 4)
+    assert [g.shape for g in grads] == [x.shape, weight.shape, weight.shape, bias.shape]
