@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 EXTENSION_SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench gpu kernels-report kernels-report-3.6 clean
 
 install: $(VENV)/.installed
 
@@ -21,8 +21,10 @@ $(VENV)/.installed: $(EXTENSION_SOURCES)
 demo: install
 	$(BIN)/mft demo
 
+# The Triton kernels run in the interpreter, which has to be chosen before they are imported: a process of its own.
 test: install
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_kernels
 
 lint: install
 	$(BIN)/ruff check .
@@ -32,5 +34,26 @@ lint: install
 bench: install
 	$(BIN)/python -m benchmarks
 
+# Needs a GPU, torch, triton, numpy and pytest, and no installation: make gpu WHAT=step,forward GPU_PYTHON=python3
+GPU_PYTHON ?= python3
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu $(if $(WHAT),--what $(WHAT))
+
+# Compiles every kernel for every target and reads the code; about 7 minutes on 2 cores.
+kernels-report: install
+	$(BIN)/python -m benchmarks.kernel_code
+
+# The same and the interpreter's tests with the oldest Triton; its interpreter needs an older numpy.
+OLDEST := .venv-triton-3.6
+kernels-report-3.6: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m benchmarks.kernel_code
+	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest -o addopts= tests/triton_kernels
+
+$(OLDEST)/.installed:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet "$(TORCH)" "numpy<2.3" pytest hypothesis
+	$(OLDEST)/bin/python -m pip install --quiet triton==3.6.0
+	@touch $@
+
 clean:
-	rm -rf build *.egg-info mft_kernels/*.so mft_kernels/_build.json .pytest_cache .mypy_cache .ruff_cache $(VENV)/.installed
+	rm -rf build *.egg-info mft_kernels/*.so mft_kernels/_build.json .pytest_cache .mypy_cache .ruff_cache $(VENV)/.installed $(OLDEST)

@@ -19,8 +19,8 @@ KERNEL_LAYERS = (
     ("__init__",),
 )
 TRITON_LAYERS = (
-    ("launch", "tiles"),
-    ("target",),
+    ("target", "tiles"),
+    ("launch",),
     ("bits", "choice", "plan", "select"),
     ("arguments",),
     ("product", "score_grad", "scratch"),

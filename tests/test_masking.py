@@ -159,3 +159,17 @@ def test_gradients_equal_those_of_the_stateless_op_also_for_a_score_of_zero(mode
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     if mode == "magnitude":
         assert not grads[0][2][0, :5].any()
+
+
+def test_a_captured_graph_holds_the_selection_and_asks_the_host_nothing(selections, monkeypatch):
+    scores = torch.tensor([[3.0, 1], [2, 4]])
+    monkeypatch.setattr(masking, "_capturing", lambda _: True)
+    for values in ([[3.0, 1], [2, 4]], [[1.0, 3], [4, 2]]):
+        scores.data = torch.tensor(values)
+        mask = masking.current_mask(scores, 0.5, None, "magnitude")
+        assert mask.threshold.item() == 3
+        assert mask.signs is None  # whether a score is 0 is not known to the host
+    assert len(selections) == 2
+    assert masking.current_mask(scores, 0.5, 2.0, "magnitude").threshold.item() == 2
+    monkeypatch.setattr(masking, "kept_threshold", lambda *_, **__: torch.tensor(torch.nan))
+    assert not masking.current_mask(scores, 0.5, None, "magnitude").packed.any()

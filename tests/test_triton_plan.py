@@ -54,26 +54,27 @@ def test_up_to_512_tokens_one_launch_makes_d_x_and_d_scores_and_above_two():
 
 def test_few_tokens_split_the_sum_and_the_parts_cover_it_once():
     for card, (n, k), m in itertools.product(TARGETS, SHAPES, TOKENS):
-        tiles = plan.product_tiles(card, m, n, k, Operands(2, 2, described=card.descriptors))
+        tiles = plan.product_tiles(card, m, n, k, Operands(2, 2, aligned=True))
         size = tiles.part(k)
         parts = -(-k // size)
         assert size % tiles.inner == 0
         assert (parts - 1) * size < k <= parts * size
         assert parts <= tiles.splits
-    one = plan.product_tiles(target.H100, 1, 4096, 4096, Operands(2, 2, described=True))
+    one = plan.product_tiles(target.H100, 1, 4096, 4096, Operands(2, 2, aligned=True))
     assert one.splits > 1
-    assert plan.product_tiles(target.H100, 4096, 4096, 4096, Operands(2, 2, described=True)).splits == 1
+    assert plan.product_tiles(target.H100, 4096, 4096, 4096, Operands(2, 2, aligned=True)).splits == 1
 
 
 def test_tiles_fit_shared_memory_with_at_least_two_stages():
     smaller = target.make_target("cuda", 89, 128, 101376, (3, 9), (12, 9))
     for card, element, keep in itertools.product((*TARGETS, smaller), (2, 4), (0, 2, 4)):
-        operands = Operands(element, keep, described=card.descriptors)
+        operands = Operands(element, keep, aligned=True)
         tiles = plan.product_tiles(card, 4096, 4096, 4096, operands)
-        stage = tiles.inner * (tiles.rows * element + tiles.columns * (element + keep))
+        activations, masked = tiles.inner * tiles.rows * element, tiles.inner * tiles.columns * (element + keep)
         assert tiles.stages >= 2
-        buffers = tiles.stages - (card.backend == "hip")  # Triton keeps the newest stage in registers there
-        assert tiles.blocks * buffers * stage <= card.shared_memory, (card, operands)
+        # On sm_90 and sm_100 the newest activations wait in shared memory, what is masked in registers; on gfx942 both.
+        needed = (tiles.stages - (card.backend == "hip")) * activations + (tiles.stages - 1) * masked
+        assert tiles.blocks * needed <= card.shared_memory, (card, operands)
 
 
 def test_a_tensor_that_tma_cannot_read_takes_the_pointer_path():
@@ -117,9 +118,10 @@ def test_the_same_sizes_give_the_same_launches():
 
 
 def test_recording_launches_nothing_and_ends_with_its_context():
-    with launch.record() as launches:
-        launch.launch(None, (1,), num_warps=4)
+    with target.assume(target.H100), launch.record() as launches:
+        launch.launch(None, (1,), empty(1), num_warps=4)
     assert [(entry.kernel, entry.grid) for entry in launches] == [(None, (1,))]
-    with pytest.raises(TypeError):
-        launch.launch(None, (1,), num_warps=4)
-    launch.launch(None, (0,))  # an empty grid is nothing to do
+    with target.assume(target.H100):
+        with pytest.raises(TypeError):
+            launch.launch(None, (1,), empty(1), num_warps=4)
+        launch.launch(None, (0,), empty(1))  # an empty grid is nothing to do

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import interpreting
 from .plan import Operands
-from .target import Target
+from .target import Target, interpreting
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,10 @@ def is_exact(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and _precision() == "ieee"
 
 
-def operands(weight: Tensor, keep: Keep | None, described: bool) -> Operands:
+def operands(weight: Tensor, keep: Keep | None, is_aligned: bool) -> Operands:
     """What of these tensors decides the tiles."""
     keep_bytes = 0 if keep is None or keep.mode == "packed" else keep.source.element_size()
-    return Operands(weight.element_size(), keep_bytes, is_exact(weight), described)
+    return Operands(weight.element_size(), keep_bytes, is_exact(weight), is_aligned)
 
 
 def arithmetic(weight: Tensor) -> dict[str, str | bool]:
@@ -66,17 +65,17 @@ def arithmetic(weight: Tensor) -> dict[str, str | bool]:
     }
 
 
-def describable(target: Target, *tensors: Tensor) -> bool:
-    """Whether TMA can read them all: rows that begin at multiples of 16 bytes, their elements without gaps.
-
-    Exact fp32 multiplies in ordinary registers, which spill with descriptors.
-    """
-    if not target.descriptors or is_exact(tensors[0]):
-        return False
+def aligned(*tensors: Tensor) -> bool:
+    """Whether rows begin at multiples of 16 bytes and their elements lie without gaps: wide loads, and TMA, need it."""
     return all(
         t.stride(1) == 1 and t.stride(0) > 0 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
         for t in tensors
     )
+
+
+def describable(target: Target, operands: Operands) -> bool:
+    """Whether tiles come through TMA descriptors. Exact fp32 multiplies in ordinary registers, which spill with it."""
+    return target.descriptors and operands.aligned and not operands.exact
 
 
 def tiled(tensor: Tensor, block: list[int], described: bool) -> Tensor | TensorDescriptor:

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import Keep, arithmetic, describable, operands, sign_kind, tiled
+from .arguments import Keep, aligned, arithmetic, describable, operands, sign_kind, tiled
 from .launch import launch
 from .plan import EPILOGUE_COLUMNS, backward_tiles
 from .product import product_tile, sum_splits
@@ -88,8 +88,9 @@ def both(
     """Fill d_scores (and d_weight), (N, K) contiguous, and return d_x (M, K). No axis is empty."""
     (n, k), m = weight.shape, grad.shape[0]
     target = target_of(grad.device)
-    described = describable(target, grad, x, weight, *keep.tiled)
-    tiles = backward_tiles(target, m, n, k, operands(weight, keep, described))
+    given = operands(weight, keep, aligned(grad, x, weight, *keep.tiled))
+    described = describable(target, given)
+    tiles = backward_tiles(target, m, n, k, given)
     part = tiles.part(n)
     splits = math.ceil(n / part)
     d_x = grad.new_empty((m, k))

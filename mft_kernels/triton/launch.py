@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import triton
+import torch
+
+from .target import target_of
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,20 @@ _recording: list[Launch] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """kernel[grid](*args, **options); an empty grid launches nothing."""
+    """kernel[grid](*args, **options); an empty grid launches nothing. At least one argument is a tensor."""
+    tensor = next(a for a in args if isinstance(a, torch.Tensor))
     # Said aloud because its default changes with Triton 3.10. A fused multiply-add only spares a rounding here.
     options.setdefault("enable_fp_fusion", True)
+    if target_of(tensor.device).backend == "cuda":
+        # Else ptxas spills a few registers where that lets one more block in. 255 x 256 threads still fit.
+        options.setdefault("maxnreg", 255)
     if _recording is not None:
         _recording.append(Launch(kernel, grid, args, options))
     elif all(grid):
-        kernel[grid](*args, **options)
+        # Triton launches on the current device, which need not be that of the tensors.
+        elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+        with torch.cuda.device(tensor.device) if elsewhere else contextlib.nullcontext():
+            kernel[grid](*args, **options)
 
 
 @contextlib.contextmanager
@@ -40,8 +49,3 @@ def record() -> Iterator[list[Launch]]:
         yield _recording
     finally:
         _recording = before
-
-
-def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 before they were imported."""
-    return triton.knobs.runtime.interpret

@@ -23,7 +23,7 @@ class Operands:
     element: int  # bytes of an element of activations and weight
     keep: int = 0  # bytes of what tells whether one weight is kept; 0 for a packed bit
     exact: bool = False  # fp32 in full precision, which no tensor core does
-    described: bool = False  # tiles come through TMA descriptors
+    aligned: bool = True  # loads of 16 bytes and more
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ class Tiles:
         return math.ceil(math.ceil(summed / self.splits) / self.inner) * self.inner
 
 
+#: For operands that are read element by element: addresses fill the registers, and larger tiles spill.
+_NARROW = Tiles(64, 64, 32, 4, 2)
+
+
 def product_tiles(target: Target, m: int, p: int, q: int, operands: Operands) -> Tiles:
     """rows: tokens, columns: of P, inner: of Q."""
     rows = _fit(m, 128)
@@ -51,8 +55,8 @@ def product_tiles(target: Target, m: int, p: int, q: int, operands: Operands) ->
         tiles = Tiles(16, 32, 32, 4, 2)
     elif operands.exact:
         tiles = Tiles(32, 64, 32, 8, 2)  # 32 columns are a whole word of a packed mask; larger tiles spill
-    elif target.hopper_or_newer and not operands.described:
-        tiles = Tiles(max(rows, 16 if target.swapped else 64), 128, 64, 8, 3)  # 255 registers and spills with 4 warps
+    elif not operands.aligned:
+        tiles = _NARROW
     elif target.swapped:
         # 128 rows of the weight feed two m64 instructions; tokens are the free axis of the instruction.
         if rows < 128:
@@ -63,12 +67,11 @@ def product_tiles(target: Target, m: int, p: int, q: int, operands: Operands) ->
             tiles = Tiles(256, 128, 64, 8, 4)
     elif target.hopper_or_newer:
         # Two blocks on a multiprocessor, so that one masks while the other multiplies.
-        wide = operands.keep == 4
-        tiles = Tiles(max(rows, 64), 128, 32 if wide else 64, 4, 2, blocks=2)
+        tiles = Tiles(max(rows, 64), 128, 32 if operands.keep == 4 else 64, 4, 2, blocks=2)
     elif target.backend == "hip":
         tiles = Tiles(rows, 128, 64, 8, 2)
     else:
-        tiles = Tiles(rows, 128, 32, 8, 4)
+        tiles = Tiles(min(rows, 64) if operands.element == 4 else rows, 128, 32, 8, 4)  # 128 rows of fp32 spill
     return _split(_fit_memory(tiles, target, operands, masks=True), target, m, p, q)
 
 
@@ -77,9 +80,11 @@ def outer_tiles(target: Target, m: int, n: int, k: int, operands: Operands) -> T
     if target.backend == "interpreter":
         tiles = Tiles(16, 64, 16, 4, 2)
     elif operands.exact:
-        tiles = Tiles(64, 64, 16, 8, 2, blocks=2)
+        tiles = Tiles(64, 64, 16, 8, 2)
+    elif not operands.aligned:
+        tiles = _NARROW
     elif target.hopper_or_newer:
-        wide = operands.described and math.ceil(n / 128) * math.ceil(k / 256) >= target.multiprocessors
+        wide = math.ceil(n / 128) * math.ceil(k / 256) >= target.multiprocessors
         tiles = Tiles(128, 256 if wide else 128, 64, 8, 3)
     elif target.backend == "hip":
         tiles = Tiles(128, 128, 32, 8, 2)
@@ -98,6 +103,8 @@ def backward_tiles(target: Target, m: int, n: int, k: int, operands: Operands) -
     rows = _fit(m, 128)
     if target.backend == "interpreter":
         tiles = Tiles(16, 32, 32, 4, 2)
+    elif not operands.aligned:
+        tiles = _NARROW
     elif target.hopper_or_newer:
         tiles = Tiles(max(rows, 16 if target.swapped else 64), 128, 64, 8, 3)
     elif target.backend == "hip":
@@ -116,12 +123,16 @@ def _fit_memory(tiles: Tiles, target: Target, operands: Operands, *, masks: bool
     """fp32 takes half the step; then as many stages as shared memory holds, at most the table's, at least 2."""
     if operands.element == 4 and not operands.exact:
         tiles = replace(tiles, inner=max(32 if masks else 16, tiles.inner // 2), columns=min(tiles.columns, 128))
-    stage = tiles.inner * operands.element * (tiles.rows + tiles.columns)
+    step = tiles.inner * operands.element
+    stage = step * (tiles.rows + tiles.columns)
     fixed = 2048  # barriers, and what the driver keeps
     if masks:
+        weight = step * tiles.columns
         stage += tiles.inner * tiles.columns * operands.keep
-        if not target.swapped:  # the masked tile goes through shared memory
-            fixed += tiles.inner * tiles.columns * operands.element
+        # sm_90, swapped: the newest weight and scores are in registers, so they take one buffer less than there are
+        # stages. Else the masked tile goes through shared memory, or waits for tensor memory there, and takes one more.
+        in_registers = target.swapped and target.arch == 90
+        fixed += -(weight + tiles.inner * tiles.columns * operands.keep) if in_registers else weight
     room = target.shared_memory // tiles.blocks - fixed
     return replace(tiles, stages=max(2, min(tiles.stages, room // stage)))
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import Keep, arithmetic, describable, operands, tiled
+from .arguments import Keep, aligned, arithmetic, describable, operands, tiled
 from .launch import launch
 from .plan import product_tiles
 from .target import target_of
@@ -132,8 +132,9 @@ def fused_product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, tr
     out = a.new_empty((m, p))
     bias = None if bias is None else bias.contiguous()
     target = target_of(a.device)
-    described = describable(target, a, weight, *keep.tiled)
-    tiles = product_tiles(target, m, p, q, operands(weight, keep, described))
+    given = operands(weight, keep, aligned(a, weight, *keep.tiled))
+    described = describable(target, given)
+    tiles = product_tiles(target, m, p, q, given)
     part = tiles.part(q)
     splits = math.ceil(q / part)
     parts = out if splits == 1 else a.new_empty((splits, m, p), dtype=torch.float32)

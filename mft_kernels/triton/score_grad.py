@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import Keep, arithmetic, describable, operands, sign_kind, tiled
+from .arguments import Keep, aligned, arithmetic, describable, operands, sign_kind, tiled
 from .launch import launch
 from .plan import EPILOGUE_COLUMNS, outer_tiles
 from .target import target_of
@@ -158,8 +158,9 @@ def score_grad(
                 g.zero_()
         return
     target = target_of(grad.device)
-    described = describable(target, grad, x)
-    tiles = outer_tiles(target, m, n, k, operands(weight, None, described))
+    given = operands(weight, None, aligned(grad, x))
+    described = describable(target, given)
+    tiles = outer_tiles(target, m, n, k, given)
     launch(
         _score_grad_kernel,
         (min(tiles.blocks * target.multiprocessors, math.ceil(n / tiles.rows) * math.ceil(k / tiles.columns)),),

@@ -9,8 +9,6 @@ import torch
 import triton
 from triton.runtime import driver
 
-from .launch import interpreting
-
 #: Older ones let the sm_90 code overwrite registers that a matrix instruction still reads (Triton issue 9433): Triton
 #: 3.6 waits too late, and ptxas 12.9 folds away the copies that make the code of Triton 3.9 safe.
 _SAFE_TRITON = (3, 9)
@@ -55,6 +53,11 @@ def make_target(
         return target
     safe = compiler >= _SAFE_TRITON and assembler >= _SAFE_ASSEMBLER
     return replace(target, swapped=arch != 90 or safe, descriptors=True)
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 before they were imported."""
+    return triton.knobs.runtime.interpret
 
 
 def target_of(device: torch.device) -> Target:

@@ -6,7 +6,7 @@ import torch
 from mft_kernels import reference
 from mft_kernels.testing import integer_inputs
 from mft_kernels.triton import bits
-from mft_kernels.triton.launch import interpreting
+from mft_kernels.triton.target import interpreting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("magnitude", "value")
