@@ -24,7 +24,7 @@ demo: install
 # The Triton kernels run in the interpreter, which has to be chosen before they are imported: a process of its own.
 test: install
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_kernels tests/test_ops.py -k triton
 
 lint: install
 	$(BIN)/ruff check .

@@ -58,3 +58,28 @@ def test_auto_says_once_what_it_chose(caplog, monkeypatch):
         for _ in range(2):
             mft_kernels.kept_threshold(torch.ones(2, 2), 0.5)
     assert len([r for r in caplog.records if "kept_threshold on cpu" in r.message]) == 1
+
+
+def test_auto_takes_a_backends_own_choice_and_a_request_its_plain_function(monkeypatch):
+    def plain():
+        pass
+
+    def chosen():
+        pass
+
+    backend = backends.Backend("cpu", frozenset(), frozenset(), {"op": plain, "other": plain}, automatic={"op": chosen})
+    monkeypatch.setattr(backends, "_TABLE", {"cpu": backend})
+    cpu, floats = torch.device("cpu"), (torch.float32,)
+    assert backends.choose("op", cpu, floats) is chosen
+    assert backends.choose("other", cpu, floats) is plain
+    assert backends.choose("op", cpu, floats, "cpu") is plain
+
+
+def test_auto_passes_over_a_backend_for_tests_and_a_request_does_not(monkeypatch):
+    slow = backends.Backend("triton", frozenset(), frozenset(), {"op": print}, on_request="for tests")
+    fast = backends.Backend("cpu", frozenset(), frozenset(), {"op": repr})
+    monkeypatch.setattr(backends, "_TABLE", {"triton": slow, "cpu": fast})
+    monkeypatch.setattr(backends, "_announced", set())
+    cpu, floats = torch.device("cpu"), (torch.float32,)
+    assert backends.choose("op", cpu, floats) is repr
+    assert backends.choose("op", cpu, floats, "triton") is print

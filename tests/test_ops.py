@@ -14,7 +14,7 @@ MODES = ("magnitude", "value")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def backend(request):
     """Every backend that this machine has; a missing one skips with its reason."""
     reason = mft_kernels.backend_report()["backends"][request.param]["reason"]

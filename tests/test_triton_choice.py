@@ -56,6 +56,18 @@ def test_nothing_is_measured_unless_asked_for(monkeypatch):
     assert timed == []
 
 
+def test_the_choice_is_said_once_for_each_layer(monkeypatch, caplog):
+    monkeypatch.delenv("MFT_AUTOTUNE", raising=False)
+    choice._say.cache_clear()
+    with caplog.at_level(logging.INFO, logger="mft_kernels"):
+        for m in (16, 17, 16384, 16385):
+            choose(m, [], fused=1.0, scratch=1.0)
+    assert [r.getMessage() for r in caplog.records] == [
+        "forward of 4096 x 4096 on sm_90: fused, by the table for its number of tokens",
+        "forward of 4096 x 4096 on sm_90: scratch, by the table for its number of tokens",
+    ]
+
+
 def test_a_measured_winner_overrules_the_table_and_is_remembered(measuring, tmp_path):
     assert choose(100, measuring, fused=2.0, scratch=1.0) == SCRATCH
     assert measuring == [128, 128]  # the bucket's own size, not that of the batch that came first

@@ -92,8 +92,8 @@ def _faults_of_nvidia(code: sass.Code, compiled: object, name: str, entry: Entry
     if name not in _PRODUCTS or _is_exact(entry):
         return
     expected = {"_backward_kernel": 2}.get(name, 1)
-    if len(code.loops) != expected:
-        yield f"{len(code.loops)} loops multiply, not {expected}"
+    if len(code.loops) < expected:  # a compiler may peel one into two
+        yield f"{len(code.loops)} loops multiply, at least {expected} should"
     if any(loop.async_copies == 0 for loop in code.loops) and "odd" not in entry.call:  # copies are of 4 bytes or more
         yield "a loop without asynchronous copies"
     if target.arch == 90:

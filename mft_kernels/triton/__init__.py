@@ -55,7 +55,8 @@ def _detail() -> str:
         return f"Triton {version('triton')}, interpreter"
     from .target import target_of
 
-    return f"Triton {version('triton')}, {target_of(torch.device('cuda', torch.cuda.current_device()))}"
+    target = target_of(torch.device("cuda", torch.cuda.current_device()))
+    return f"Triton {version('triton')}, {target}, {'swapped' if target.swapped else 'plain'} form (docs/kernels.md)"
 
 
 unavailable = _unavailable()

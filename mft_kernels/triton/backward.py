@@ -9,8 +9,8 @@ and its tiles of d_scores, one a block of rows:
       N | d_s   |       |                 one launch     weight, scores once from memory, once       3
         | d_s   |       |                                from L2 (2 MiB a strip at N = 4096)
         +-------+-------+---
-    M   | d_x   |       |                 The tiles of one kind wait for memory while those of the other multiply: two
-        +-------+-------+---              programs share a multiprocessor.
+    M   | d_x   |       |                 The tiles of one kind wait for memory while the others multiply. Up to 64
+        +-------+-------+---              tokens two programs share a multiprocessor of sm_90 (not with fp32 scores).
 
 From about M = 1024 on both products are bound by the tensor cores, there is nothing to share, and two launches allow
 each its best tile.
@@ -90,7 +90,7 @@ def both(
     target = target_of(grad.device)
     given = operands(weight, keep, aligned(grad, x, weight, *keep.tiled))
     described = describable(target, given)
-    tiles = backward_tiles(target, m, n, k, given)
+    tiles = backward_tiles(target, m, n, k, given, weight_grad=d_weight is not None)
     part = tiles.part(n)
     splits = math.ceil(n / part)
     d_x = grad.new_empty((m, k))
@@ -141,6 +141,7 @@ def both(
         STAGES=tiles.stages,
         PIECES=tiles.columns // EPILOGUE_COLUMNS,
         num_warps=tiles.warps,
+        maxnreg=tiles.registers,
         **arithmetic(weight),
     )
     if splits > 1:

@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -67,24 +67,32 @@ def automatic(product: Product, target: Target, candidates: Mapping[str, Callabl
         candidates: for FUSED and SCRATCH, a function that runs the product on M tokens; called to measure only.
     """
     if os.environ.get("MFT_AUTOTUNE") != "1" or torch.are_deterministic_algorithms_enabled():
-        return by_table(product, target)
+        chosen = by_table(product, target)
+        _say(product.n, product.k, product.transposed, chosen, str(target))
+        return chosen
     bucket = max(16, 1 << (product.m - 1).bit_length())
     key = json.dumps(asdict(product) | {"m": bucket}, sort_keys=True)
     measured = _measured(_cache_file())
     if key not in measured:
         if torch.cuda.is_current_stream_capturing():  # nothing can be timed inside a graph
             return by_table(product, target)
-        measured[key] = _measure(product, target, candidates, bucket)
+        measured[key] = _measure(replace(product, m=bucket), target, candidates)
         _store(_cache_file(), measured)
     return measured[key]
 
 
-def _measure(product: Product, target: Target, candidates: Mapping[str, Callable[[int], object]], m: int) -> str:
-    times = {name: _time(functools.partial(run, m)) for name, run in candidates.items()}
+@functools.cache  # once for each
+def _say(n: int, k: int, transposed: bool, chosen: str, target: str) -> None:
+    name = "d_x" if transposed else "forward"
+    logger.info("%s of %d x %d on %s: %s, by the table for its number of tokens", name, n, k, target, chosen)
+
+
+def _measure(product: Product, target: Target, candidates: Mapping[str, Callable[[int], object]]) -> str:
+    times = {name: _time(functools.partial(run, product.m)) for name, run in candidates.items()}
     default = by_table(product, target)
     other = SCRATCH if default == FUSED else FUSED
     best = other if times[other] * _MARGIN < times[default] else default
-    logger.info("measured %s at M = %d: %s -> %s", product, m, {n: f"{t:.3f} ms" for n, t in times.items()}, best)
+    logger.info("measured %s: %s -> %s", product, {n: f"{t:.3f} ms" for n, t in times.items()}, best)
     return best
 
 

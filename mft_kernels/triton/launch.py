@@ -31,6 +31,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if target_of(tensor.device).backend == "cuda":
         # Else ptxas spills a few registers where that lets one more block in. 255 x 256 threads still fit.
         options.setdefault("maxnreg", 255)
+    else:  # no other compiler knows such a limit
+        options.pop("maxnreg", None)
     if _recording is not None:
         _recording.append(Launch(kernel, grid, args, options))
     elif all(grid):

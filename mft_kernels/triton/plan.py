@@ -39,6 +39,11 @@ class Tiles:
     splits: int = 1
     group: int = 8
 
+    @property
+    def registers(self) -> int:
+        """That a thread may have, so that ``blocks`` fit."""
+        return min(255, 65536 // (32 * self.warps * self.blocks) // 8 * 8)
+
     def part(self, summed: int) -> int:
         """Of a summed axis, what each of the splits sums: whole steps, and so whole words of a packed mask."""
         return math.ceil(math.ceil(summed / self.splits) / self.inner) * self.inner
@@ -98,13 +103,18 @@ def one_launch(m: int, element: int) -> bool:
     return m <= MOST_TOKENS_OF_ONE_LAUNCH and element < 4
 
 
-def backward_tiles(target: Target, m: int, n: int, k: int, operands: Operands) -> Tiles:
+def backward_tiles(target: Target, m: int, n: int, k: int, operands: Operands, *, weight_grad: bool) -> Tiles:
     """Of the launch that makes d_x and d_scores: rows: tokens, columns: of K and of N, inner: of N and of M."""
     rows = _fit(m, 128)
     if target.backend == "interpreter":
         tiles = Tiles(16, 32, 32, 4, 2)
     elif not operands.aligned:
         tiles = _NARROW
+    elif target.swapped and target.arch == 90:
+        # Two blocks leave 128 registers a thread: enough for up to 64 tokens, 16-bit scores or a packed mask (with the
+        # addresses of two stages, not three), and d_scores alone.
+        two = rows <= 64 and operands.keep <= 2 and not weight_grad
+        tiles = Tiles(max(rows, 64), 128, 64, 8, 2 if two and operands.keep == 0 else 3, blocks=2 if two else 1)
     elif target.hopper_or_newer:
         tiles = Tiles(max(rows, 16 if target.swapped else 64), 128, 64, 8, 3)
     elif target.backend == "hip":

@@ -176,6 +176,7 @@ def fused_product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, tr
         SPLITS=splits,
         STAGES=tiles.stages,
         num_warps=tiles.warps,
+        maxnreg=tiles.registers,
         **arithmetic(weight),
     )
     if splits > 1:

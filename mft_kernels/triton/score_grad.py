@@ -194,5 +194,6 @@ def score_grad(
         STAGES=tiles.stages,
         PIECES=tiles.columns // EPILOGUE_COLUMNS,
         num_warps=tiles.warps,
+        maxnreg=tiles.registers,
         **arithmetic(weight),
     )
