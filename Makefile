@@ -41,7 +41,7 @@ gpu:
 
 # Compiles every kernel for every target and reads the code; about 7 minutes on 2 cores.
 kernels-report: install
-	$(BIN)/python -m benchmarks.kernel_code
+	$(BIN)/python -m benchmarks.kernel_code --out docs/kernels-compiled.md
 
 # The same and the interpreter's tests with the oldest Triton; its interpreter needs an older numpy.
 OLDEST := .venv-triton-3.6

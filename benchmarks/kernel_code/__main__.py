@@ -18,6 +18,10 @@ from mft_kernels.triton.target import installed_assembler
 from .launches import targets
 from .report import Row, count, rows
 
+_HEADER = """Written by `make kernels-report`. A line is a kernel with its tiles on a target: how many binaries there are
+(dtypes, masks, modes), the most registers and shared memory of any, and the loops of the one with most registers:
+instructions that multiply, waits (full + partial), asynchronous copies."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table as it grows; the exit code."""
@@ -33,9 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--target must be among {', '.join(every)}, got {unknown[0]!r}")
     chosen = [every[name] for name in asked.target.split(",")]
     total, done, start = count(chosen, few=asked.few), [], time.monotonic()
-    print(
-        f"{total} binaries, Triton {triton.__version__}, ptxas {'.'.join(map(str, installed_assembler(90)))} on sm_90"
-    )
+    versions = f"Triton {triton.__version__}, ptxas {'.'.join(map(str, installed_assembler(90)))} on sm_90"
+    print(f"{total} binaries, {versions}")
     for i, one in enumerate(rows(chosen, few=asked.few, processes=asked.processes), 1):
         done.append(one)
         seconds = time.monotonic() - start
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for one in faulty:
         print(f"FAULT {one.target} {one.kernel} {one.tiles} ({one.call}): {'; '.join(one.faults)}")
     if asked.out:
-        asked.out.write_text(summary(done) + "\n")
+        asked.out.write_text(f"# Every binary of the Triton kernels\n\n{_HEADER}\n{versions}.\n\n{summary(done)}\n")
     return 1 if faulty else 0
 
 

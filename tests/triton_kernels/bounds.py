@@ -1,0 +1,106 @@
+"""Every Triton kernel on tensors that end, or begin, at a page that may not be touched: out of bounds is death.
+
+A script for the interpreter, whose loads and stores are those of the CPU. Inputs and all that the ops allocate are
+guarded, and wrong kernels show first that the guard bites.
+"""
+
+import os
+import signal
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import triton
+import triton.language as tl
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from guarded import guarded
+
+from mft_kernels.testing import Inputs, random_inputs
+from mft_kernels.triton import bits, ops, select, target
+from mft_kernels.triton.launch import launch
+
+TARGETS = (target.INTERPRETER, target.A100, target.H100, target.H100_OLD_TRITON, target.B200, target.MI300X)
+#: The last but one has rows of 16 bytes' multiples, which descriptors read; the last makes parts of the sums.
+SHAPES = ((1, 1, 1), (13, 37, 31), (17, 24, 72), (3, 517, 9))
+
+
+@triton.jit
+def _beyond_the_end(source, out, LOAD: tl.constexpr, STORE: tl.constexpr):
+    tl.store(out + STORE, tl.load(source + LOAD))
+
+
+def check_that_the_guard_bites() -> None:
+    """A kernel that reads or writes one element too far, or one too early, in a child that must die of it."""
+    for at_end, beyond in ((True, 8), (False, -1)):
+        source, out = guarded(torch.ones(8), at_end=at_end), guarded(torch.zeros(8), at_end=at_end)
+        assert not _dies(source, out, LOAD=7, STORE=0)
+        assert _dies(source, out, LOAD=beyond, STORE=0)
+        assert _dies(source, out, LOAD=7, STORE=beyond)
+
+
+def _dies(*args: torch.Tensor, **constexprs: int) -> bool:
+    child = os.fork()
+    if child == 0:
+        launch(_beyond_the_end, (1,), *args, **constexprs)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) in (signal.SIGSEGV, signal.SIGBUS)
+    return os.WIFSIGNALED(status)
+
+
+def run_every_op(t: Inputs, out_dtype: torch.dtype, by_row: bool, at_end: bool) -> None:
+    """On guarded copies of the inputs; what the ops allocate is to be guarded by the caller."""
+    guard = partial(guarded, at_end=at_end)
+    grad, x, weight, scores, bias = map(guard, (t.grad_output, t.x, t.weight, t.scores, t.bias))
+    threshold = select.kept_threshold(scores, 0.7, "magnitude")
+    threshold = guard(threshold.expand(scores.shape[0]) if by_row else threshold)
+    packed, signs = bits.pack_mask(scores, threshold, "magnitude"), bits.pack_signs(scores)[0]
+    for choose in (ops.always_fused, ops.always_scratch):
+        ops.masked_linear(x, weight, scores, threshold, bias, "magnitude", choose=choose)
+        ops.masked_linear_packed(x, weight, packed, bias, choose=choose)
+    for wanted in ([True, False, False, False], [False, True, True, False], [True, True, True, True]):
+        ops.masked_linear_backward(grad, x, weight, scores, threshold, "magnitude", wanted)
+    ops.masked_linear_packed_backward(grad, x, weight, packed, None, signs, "magnitude", wanted)
+    ops.accumulate_score_grad(guard(torch.zeros(weight.shape, dtype=out_dtype)), grad, x, weight, None, signs, "value")
+
+
+def guarded_allocation(at_end: bool) -> ExitStack:
+    """Within the context, what the ops allocate is guarded."""
+    stack = ExitStack()
+    for owner, name in ((torch.Tensor, "new_empty"), (torch.Tensor, "new_zeros"), (torch, "empty"), (torch, "zeros")):
+        stack.enter_context(patch.object(owner, name, _guarding(getattr(owner, name), at_end)))
+    return stack
+
+
+def _guarding(allocate, at_end: bool):
+    def allocate_guarded(*args, **kwargs) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        return guarded(tensor, at_end=at_end) if tensor.numel() else tensor
+
+    return allocate_guarded
+
+
+def main() -> None:
+    """Each target's tiles, shapes that no tile divides, both ends of the memory, few programs and many."""
+    torch.set_num_threads(1)
+    check_that_the_guard_bites()
+    for card in TARGETS:
+        for i, shape in enumerate(SHAPES):
+            dtypes = (torch.float32, torch.float32) if i == 1 else (torch.float16, torch.bfloat16)
+            t = random_inputs(*shape, *dtypes)
+            multiprocessors = 1000 if shape[0] == 3 else 1
+            for at_end in (True, False):
+                with target.assume(replace(card, multiprocessors=multiprocessors)), guarded_allocation(at_end):
+                    run_every_op(t, dtypes[i % 2], by_row=i % 2 == 0, at_end=at_end)
+    print("within bounds")
+
+
+if __name__ == "__main__":
+    main()
