@@ -18,8 +18,8 @@ from mft_kernels.triton.target import installed_assembler
 from .launches import targets
 from .report import Row, count, rows
 
-_HEADER = """Written by `make kernels-report`. A line is a kernel with its tiles on a target: how many binaries there are
-(dtypes, masks, modes), the most registers and shared memory of any, and the loops of the one with most registers:
+_HEADER = """Written by `make kernels-report`. A line is a kernel with its tiles on a target: how many binaries there
+are (dtypes, masks, modes), the most registers and shared memory of any, and the loops of the one with most registers:
 instructions that multiply, waits (full + partial), asynchronous copies."""
 
 

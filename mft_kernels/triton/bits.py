@@ -47,6 +47,7 @@ def _pack(scores: Tensor, thresholds: Tensor | None, mode: str, zeros: Tensor | 
         BLOCK_N=_BLOCK_N,
         BLOCK_K=_BLOCK_K,
         num_warps=4,
+        maxnreg=96,
     )
     return words
 

@@ -198,4 +198,5 @@ def sum_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
         SPLITS=parts.shape[0],
         BLOCK=block,
         num_warps=4,
+        maxnreg=96,
     )

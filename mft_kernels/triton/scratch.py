@@ -13,7 +13,7 @@ from .arguments import Keep
 from .launch import launch
 from .tiles import is_kept, load_bits, load_thresholds, load_tile, store_tile
 
-#: 64 x 64: 16 to 32 bytes a thread and load at 4 warps, and enough tiles for every multiprocessor.
+#: 64 x 64: two loads of 16 bytes a thread from each 16-bit matrix, and enough tiles for every multiprocessor.
 _BLOCK = 64
 
 
@@ -59,6 +59,7 @@ def masked_weight(weight: Tensor, keep: Keep) -> Tensor:
         MODE=keep.mode,
         BLOCK_N=_BLOCK,
         BLOCK_K=_BLOCK,
-        num_warps=4,
+        num_warps=8,
+        maxnreg=128,  # two blocks a multiprocessor at least: the pass waits for memory and nothing else
     )
     return out
