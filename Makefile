@@ -35,7 +35,7 @@ bench: install
 	$(BIN)/python -m benchmarks
 
 # Needs a GPU, torch, triton, numpy and pytest, and no installation: make gpu WHAT=step,forward GPU_PYTHON=python3
-GPU_PYTHON ?= python3
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu $(if $(WHAT),--what $(WHAT))
 

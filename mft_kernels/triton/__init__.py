@@ -4,7 +4,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -17,8 +17,8 @@ def _unavailable() -> str | None:
     # Triton takes a second to import, so it is imported where a kernel can run, and nowhere else.
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton (Linux only)"
-    if tuple(int(part) for part in version("triton").split(".")[:2]) < OLDEST:
-        return f"it needs Triton {'.'.join(map(str, OLDEST))} or newer, got {version('triton')}"
+    if tuple(int(part) for part in _version().split(".")[:2]) < OLDEST:
+        return f"it needs Triton {'.'.join(map(str, OLDEST))} or newer, got {_version()}"
     if _interpreting():
         return None
     if not torch.cuda.is_available():
@@ -29,8 +29,17 @@ def _unavailable() -> str | None:
     return None
 
 
+def _version() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:  # some builds of torch bring it under another name
+        import triton
+
+        return triton.__version__
+
+
 def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # what Triton takes for true
 
 
 def _ops() -> tuple[dict[str, Callable], dict[str, Callable]]:
@@ -52,11 +61,11 @@ def _ops() -> tuple[dict[str, Callable], dict[str, Callable]]:
 
 def _detail() -> str:
     if _interpreting():
-        return f"Triton {version('triton')}, interpreter"
+        return f"Triton {_version()}, interpreter"
     from .target import target_of
 
     target = target_of(torch.device("cuda", torch.cuda.current_device()))
-    return f"Triton {version('triton')}, {target}, {'swapped' if target.swapped else 'plain'} form (docs/kernels.md)"
+    return f"Triton {_version()}, {target}, {'swapped' if target.swapped else 'plain'} form (docs/kernels.md)"
 
 
 unavailable = _unavailable()
