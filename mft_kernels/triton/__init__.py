@@ -39,7 +39,8 @@ def _version() -> str:
 
 
 def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # what Triton takes for true
+    # What Triton takes for true.
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def _ops() -> tuple[dict[str, Callable], dict[str, Callable]]:
