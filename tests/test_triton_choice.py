@@ -46,7 +46,9 @@ def test_the_table_takes_the_fused_kernel_for_few_tokens_and_scratch_for_many():
         assert choice.by_table(product(16384), card) == SCRATCH
     assert choice.by_table(product(4096), target.H100) == FUSED
     assert choice.by_table(product(4096), target.H100_OLD_TRITON) == SCRATCH
-    assert choice.by_table(product(1024, exact=True), target.H100) == SCRATCH
+    for slow in ({"exact": True}, {"aligned": False}):
+        assert choice.by_table(product(64, **slow), target.H100) == FUSED
+        assert choice.by_table(product(1024, **slow), target.H100) == SCRATCH
 
 
 def test_nothing_is_measured_unless_asked_for(monkeypatch):

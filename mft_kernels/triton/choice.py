@@ -31,8 +31,9 @@ FUSED, SCRATCH = "fused", "scratch"
 #:   sm_100: c = 620, e = 0.6; sm_80: c = 440, e = 0.7; gfx942: c = 400, e = 0.7 -> about 1024
 _MOST_TOKENS = {("sm_90", True): 4096, ("sm_90", False): 1024}
 _MOST_TOKENS_ELSEWHERE = 1024
-#: fp32 in full precision runs on ordinary cores, where torch's GEMM is far ahead of Triton's.
-_MOST_TOKENS_EXACT = 64
+#: fp32 in full precision runs on ordinary cores, and rows that are not aligned are read element by element: there
+#: torch's GEMM is far ahead of Triton's.
+_MOST_TOKENS_SLOW = 64
 
 #: A measured winner has to be this much faster to overrule the table: less is noise.
 _MARGIN = 1.03
@@ -49,13 +50,14 @@ class Product:
     dtype: str
     mask: str  # "packed", or the scores' dtype
     exact: bool = False  # fp32 in full precision
+    aligned: bool = True  # rows begin at multiples of 16 bytes
     with_scores: bool = False  # d_x together with d_scores
 
 
 def by_table(product: Product, target: Target) -> str:
     """FUSED or SCRATCH, from the table alone."""
-    if product.exact:
-        return FUSED if product.m <= _MOST_TOKENS_EXACT else SCRATCH
+    if product.exact or not product.aligned:
+        return FUSED if product.m <= _MOST_TOKENS_SLOW else SCRATCH
     most = _MOST_TOKENS.get((str(target), target.swapped), _MOST_TOKENS_ELSEWHERE)
     return FUSED if product.m <= most else SCRATCH
 

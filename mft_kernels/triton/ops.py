@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..reference import Gradients
-from .arguments import Keep, is_exact
+from .arguments import Keep, aligned, is_exact
 from .backward import both
 from .choice import FUSED, SCRATCH, Product
 from .plan import one_launch
@@ -162,7 +162,7 @@ def _is_one_launch(
             product_through_scratch(g, weight, keep, None, True)
             score_grad(g, x, weight, keep, sign, d_scores=d_scores)
 
-    product = Product(m, n, k, True, str(weight.dtype), keep.kind, is_exact(weight), with_scores=True)
+    product = _describe(grad, weight, keep, transposed=True, with_scores=True)
     candidates = {FUSED: lambda tokens: run(tokens, True), SCRATCH: lambda tokens: run(tokens, False)}
     return choose(product, target_of(grad.device), candidates) == FUSED
 
@@ -179,9 +179,23 @@ def _product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transpo
     def candidate(name: str) -> Callable[[int], Tensor]:
         return lambda tokens: runs[name](_tokens_like(a, tokens, q), weight, keep, bias, transposed)
 
-    product = Product(m, n, k, transposed, str(weight.dtype), keep.kind, is_exact(weight))
+    product = _describe(a, weight, keep, transposed=transposed, with_scores=False)
     chosen = choose(product, target_of(a.device), {name: candidate(name) for name in runs})
     return runs[chosen](a, weight, keep, bias, transposed)
+
+
+def _describe(a: Tensor, weight: Tensor, keep: Keep, *, transposed: bool, with_scores: bool) -> Product:
+    return Product(
+        m=a.shape[0],
+        n=weight.shape[0],
+        k=weight.shape[1],
+        transposed=transposed,
+        dtype=str(weight.dtype),
+        mask=keep.kind,
+        exact=is_exact(weight),
+        aligned=aligned(a, weight, *keep.tiled),
+        with_scores=with_scores,
+    )
 
 
 def _tokens_like(tensor: Tensor, tokens: int, features: int) -> Tensor:
