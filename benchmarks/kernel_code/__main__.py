@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for one in faulty:
         print(f"FAULT {one.target} {one.kernel} {one.tiles} ({one.call}): {'; '.join(one.faults)}")
     if asked.out:
-        asked.out.write_text(f"# Every binary of the Triton kernels\n\n{_HEADER}\n{versions}.\n\n{summary(done)}\n")
+        asked.out.write_text(f"# Binaries of the Triton kernels\n\n{_HEADER}\n{versions}.\n\n{summary(done)}\n")
     return 1 if faulty else 0
 
 

@@ -1,4 +1,4 @@
-"""Every launch that the triton backend can make on a target: what is compiled and read."""
+"""The launches that are compiled and read: every kernel, form, tile, mode, mask and dtype, not all combinations."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from mft_kernels.triton.target import (
 
 from .ahead import recorded
 
-N = K = 4096
+FEATURES = 4096  # N and K
 #: One for each height of a tile, below and above the bound of one launch.
 TOKENS = (1, 64, 512, 2048)
 FEW_TOKENS = (64, 2048)
@@ -88,21 +88,22 @@ def _calls(few: bool) -> Calls:
         yield from _usual(m, fp16, fp16)
         yield from _usual(m, fp32, fp32)
         yield from ((name, _in_tf32(call)) for name, call in _usual(m, fp32, fp32))
+    yield from _usual(2048, bf16, bf16, features=1024)  # fewer tiles than multiprocessors
     yield from _usual(64, bf16, bf16, odd=True)
     yield from _rare(64, bf16, bf16, odd=True)
 
 
 class _Layer:
-    """Arguments of a layer, without memory. ``odd``: K = 4095, which neither a descriptor nor a wide load can read."""
+    """Arguments of a layer, without memory. ``odd``: K is one less: no descriptor and no wide load can read that."""
 
-    def __init__(self, m: int, dtype: torch.dtype, scores_dtype: torch.dtype, odd: bool) -> None:
-        k = K - odd
+    def __init__(self, m: int, dtype: torch.dtype, scores_dtype: torch.dtype, odd: bool, features: int) -> None:
+        n, k = features, features - odd
         self.name = f"M = {m}, {_name(dtype)}, scores {_name(scores_dtype)}{', odd' if odd else ''}"
-        self.x, self.grad, self.weight = (_empty(*shape, dtype=dtype) for shape in ((m, k), (m, N), (N, k)))
-        self.bias = _empty(N, dtype=dtype)
-        self.scores, self.threshold, self.rows = (_empty(*shape, dtype=scores_dtype) for shape in ((N, k), (), (N,)))
-        self.packed = _empty(N, -(-k // 32), dtype=torch.int32)
-        self.sums = _empty(N, k, dtype=torch.float32)
+        self.x, self.grad, self.weight = (_empty(*shape, dtype=dtype) for shape in ((m, k), (m, n), (n, k)))
+        self.bias = _empty(n, dtype=dtype)
+        self.scores, self.threshold, self.rows = (_empty(*shape, dtype=scores_dtype) for shape in ((n, k), (), (n,)))
+        self.packed = _empty(n, -(-k // 32), dtype=torch.int32)
+        self.sums = _empty(n, k, dtype=torch.float32)
 
     def forward(self, threshold: Tensor, mode: str = _MAGNITUDE, **choice: ops.Choose) -> None:
         ops.masked_linear(self.x, self.weight, self.scores, threshold, self.bias, mode, **choice)
@@ -118,9 +119,11 @@ class _Layer:
         ops.accumulate_score_grad(self.sums, self.grad, self.x, self.weight, scores, signs, _MAGNITUDE)
 
 
-def _usual(m: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool = False) -> Calls:
+def _usual(
+    m: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool = False, features: int = FEATURES
+) -> Calls:
     """What MaskedLinear and the op do in training."""
-    o = _Layer(m, dtype, scores_dtype, odd)
+    o = _Layer(m, dtype, scores_dtype, odd, features)
     yield f"forward, {o.name}", lambda: o.forward(o.threshold)
     yield f"forward, packed, {o.name}", lambda: ops.masked_linear_packed(o.x, o.weight, o.packed, o.bias)
     for name, wanted in (("d_x", _D_X), ("d_x, d_scores", _BOTH), ("all gradients", _ALL)):
@@ -131,7 +134,7 @@ def _usual(m: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool =
 
 def _rare(m: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool = False) -> Calls:
     """Thresholds by row, value mode, and the other sources of sign and mask."""
-    o = _Layer(m, dtype, scores_dtype, odd)
+    o = _Layer(m, dtype, scores_dtype, odd, FEATURES)
     yield f"forward, by row, {o.name}", lambda: o.forward(o.rows)
     yield f"d_x, by row, {o.name}", lambda: o.backward(o.rows, _D_X)
     yield f"d_x, d_scores, by row, {o.name}", lambda: o.backward(o.rows, _BOTH)
@@ -143,7 +146,7 @@ def _rare(m: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool = 
 
 
 def _of_selection(dtype: torch.dtype) -> Calls:
-    scores, threshold = _empty(N, K, dtype=dtype), _empty(dtype=dtype)
+    scores, threshold = _empty(FEATURES, FEATURES, dtype=dtype), _empty(dtype=dtype)
     for mode in (_MAGNITUDE, "value"):
         yield f"kept_threshold, {mode}, {_name(dtype)}", lambda mode=mode: select.kept_threshold(scores, 0.9, mode)
         yield f"pack_mask, {mode}, {_name(dtype)}", lambda mode=mode: bits.pack_mask(scores, threshold, mode)
