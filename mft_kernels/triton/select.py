@@ -34,10 +34,9 @@ _NARROW = _WIDE | {(4, "magnitude"): (8, 8, 8, 7), (4, "value"): (9, 8, 8, 7)}
 # from the SASS: a warp's POPC takes 2 clocks), which is 0.1 TB/s of fp32 scores.
 _WIDE_TRITON = (3, 9)
 
-# 16 scores a thread: two or four loads of 16 bytes, and three barriers for all of them. By magnitude a pass takes at most
-# 64 registers, so four programs of 8 warps fit a multiprocessor and keep 32 KiB of 16-bit scores in flight, twice what an
-# H100's 3.35 TB/s need at 700 ns. By value it takes up to 80 (102 with Triton 3.6), and spills where it may take 64.
-# 32 scores a thread take up to 112 and spill.
+# 16 scores a thread: two or four loads of 16 bytes, and three barriers for all of them. By magnitude a pass takes at
+# most 64 registers, so four programs of 8 warps fit a multiprocessor and keep 32 KiB of 16-bit scores in flight, twice
+# what an H100's 3.35 TB/s need at 700 ns. By value it spills with 64. 32 scores a thread take up to 112 and spill.
 _BLOCK = 4096
 _WARPS = 8
 _PROGRAMS = 4  # a multiprocessor; each adds its counts to those in memory once
