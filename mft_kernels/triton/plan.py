@@ -1,7 +1,6 @@
 """Which tiles a product takes on a target: small tables, and no measurement.
 
-Every entry compiles without a spill for each kind of mask (tests/test_codegen.py). Which is fastest was not measured
-where a line does not say so. M tokens; P and Q as in product.py.
+Every entry compiles without a spill for each kind of mask (make kernels-report). Which is fastest was not measured. M tokens; P and Q as in product.py.
 """
 
 import math
