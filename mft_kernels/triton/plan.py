@@ -1,6 +1,7 @@
 """Which tiles a product takes on a target: small tables, and no measurement.
 
-Every entry compiles without a spill for each kind of mask (make kernels-report). Which is fastest was not measured. M tokens; P and Q as in product.py.
+Every entry compiles without a spill for each kind of mask (make kernels-report). Which is fastest was not measured.
+M tokens; P and Q as in product.py.
 """
 
 import math
