@@ -13,82 +13,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from exact import (
+    ALL,
+    ARITHMETIC,
+    DTYPES,
+    HALF,
+    MODES,
+    arguments_of_backward,
+    assert_equals_reference,
+    assert_every_op_equals_reference,
+    assert_same,
+    bits_of,
+    integers,
+    launches_of,
+    threshold_of,
+)
 
 from mft_kernels import reference
-from mft_kernels.testing import Inputs, assert_within_budget, integer_inputs, random_inputs
+from mft_kernels.testing import Inputs, assert_within_budget, random_inputs
 from mft_kernels.triton import ops
-from mft_kernels.triton.launch import launch, record
 from mft_kernels.triton.target import assume, interpreting
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MODES = ("magnitude", "value")
-ALL = [True, True, True, True]
-HALF = torch.float16
-#: What shared memory, tensor cores and the tables of tiles tell apart. "tf32" is fp32 with that setting of PyTorch.
-ARITHMETIC = ("ieee", "tf32", "bfloat16", "float16")
-
-
-def assert_same(got, expected):
-    """Equal in dtype, shape and every element (NaN equals NaN), expected being exact."""
-    got = got.cpu()
-    assert got.dtype == expected.dtype
-    assert got.shape == expected.shape
-    if expected.dtype == torch.bfloat16 and expected.isfinite().any():
-        assert expected[expected.isfinite()].abs().max() <= 256, "inputs too large for an exact comparison"
-    assert torch.equal(got.nan_to_num(12345), expected.nan_to_num(12345)), (got - expected).abs().max()
-
-
-def assert_equals_reference(op, *arguments, **options):
-    """The op of this name on these arguments, against the reference on the CPU."""
-    on_cpu = [a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
-    if op == "accumulate_score_grad":
-        expected = (on_cpu[0].clone(), *on_cpu[1:])
-        reference.accumulate_score_grad(*expected)
-        ops.accumulate_score_grad(*arguments)
-        assert_same(arguments[0], expected[0])
-        return
-    got, expected = getattr(ops, op)(*arguments, **options), getattr(reference, op)(*on_cpu)
-    for g, e in zip(got, expected) if isinstance(got, tuple) else [(got, expected)]:
-        assert_same(g, e)
-
-
-def integers(device, *shape_and_dtypes, seed=0):
-    """integer_inputs on the device, and no score is 0, so that sign bits say the same as scores."""
-    t = integer_inputs(*shape_and_dtypes, seed=seed)
-    t.scores[t.scores == 0] = 3
-    return Inputs(*(value.to(device) for value in vars(t).values()))
-
-
-def bits_of(scores, threshold, mode):
-    """(packed mask, sign bits) on the device of scores."""
-    packed = reference.pack_mask(scores.cpu(), threshold.cpu(), mode)
-    return packed.to(scores.device), reference.pack_signs(scores.cpu())[0].to(scores.device)
-
-
-def assert_every_op_equals_reference(t, threshold, mode):
-    """Forward and backward from scores and from bits, each kind of sign, and accumulation."""
-    assert_equals_reference("masked_linear", t.x, t.weight, t.scores, threshold, t.bias, mode)
-    assert_equals_reference("masked_linear_backward", *arguments_of_backward(t, threshold, mode))
-    packed, signs = bits_of(t.scores, threshold, mode)
-    assert_equals_reference("masked_linear_packed", t.x, t.weight, packed, None)
-    arguments = (t.grad_output, t.x, t.weight, packed, None, signs, mode, ALL)
-    assert_equals_reference("masked_linear_packed_backward", *arguments)
-    out = torch.ones(t.scores.shape, dtype=t.scores.dtype, device=t.scores.device)
-    assert_equals_reference("accumulate_score_grad", out, t.grad_output, t.x, t.weight, t.scores, None, mode)
-
-
-def threshold_of(scores, value=2.0):
-    return torch.tensor(value, dtype=scores.dtype, device=scores.device)
-
-
-def arguments_of_backward(t, threshold, mode="magnitude", output_mask=ALL):
-    return t.grad_output, t.x, t.weight, t.scores, threshold, mode, output_mask
-
-
-def launches_of(function):
-    with record() as launches:
-        function()
-    return launches
 
 
 @pytest.fixture(params=ARITHMETIC)
@@ -355,82 +299,6 @@ def test_nan_scores_are_dropped_and_zero_and_nan_scores_have_no_sign(device, tar
     assert (d_scores[:, 1::3] == 0).all()
 
 
-def column_major(value):
-    return value.T.contiguous().T
-
-
-def every_second_column(value):
-    return torch.stack([value, torch.full_like(value, torch.nan)], 2).flatten(1)[:, ::2]
-
-
-def every_second_row(value):
-    return torch.stack([value, torch.full_like(value, torch.nan)], 1).flatten(0, 1)[::2]
-
-
-def misaligned(value):
-    return (
-        torch.full((value.numel() + 1,), torch.nan, dtype=value.dtype, device=value.device)[1:]
-        .view_as(value)
-        .copy_(value)
-    )
-
-
-def inside_a_larger_one(value):
-    """Rows and columns within a larger matrix of NaN, at an odd offset and with an odd pitch."""
-    rows, columns = value.shape
-    around = torch.full((rows + 2, columns + 5), torch.nan, dtype=value.dtype, device=value.device)
-    return around[1:-1, 3:-2].copy_(value)
-
-
-LAYOUTS = (column_major, every_second_column, every_second_row, misaligned, inside_a_larger_one)
-
-
-@pytest.mark.parametrize("shift", range(len(LAYOUTS)))
-def test_any_layouts_are_read_as_they_are(device, target, shift):
-    # Each tensor meets each layout, and no two tensors have the same.
-    t = integers(device, 18, 24, 40, HALF, torch.bfloat16)
-    names = ("x", "weight", "scores", "grad_output")
-    views = replace(t, **{n: LAYOUTS[(i + shift) % len(LAYOUTS)](getattr(t, n)) for i, n in enumerate(names)})
-    assert_every_op_equals_reference(views, threshold_of(t.scores), "magnitude")
-    arguments = (views.x, views.weight, views.scores, threshold_of(t.scores), None, "magnitude")
-    assert_equals_reference("masked_linear", *arguments, choose=ops.always_scratch)
-
-
-def test_expanded_inputs_are_read_as_they_are(device, target):
-    t = integers(device, 18, 24, 40, HALF, torch.bfloat16)
-    one = torch.ones((), dtype=HALF, device=device)
-    for views in (
-        replace(t, grad_output=one.expand(18, 24)),  # what y.sum().backward() sends
-        replace(t, x=t.x[:1].expand(18, 40), scores=t.scores[:, :1].expand(24, 40)),
-        replace(t, x=t.x[:, :1].expand(18, 40), weight=t.weight[:1].expand(24, 40)),
-    ):
-        threshold = threshold_of(t.scores)
-        arguments = (views.x, views.weight, views.scores, threshold, None, "magnitude")
-        assert_equals_reference("masked_linear", *arguments)
-        assert_equals_reference("masked_linear", *arguments, choose=ops.always_scratch)
-        assert_equals_reference("masked_linear_backward", *arguments_of_backward(views, threshold))
-
-
-def test_packed_words_may_have_strides(device, target):
-    t = integers(device, 6, 24, 72, HALF)
-    packed, signs = bits_of(t.scores, threshold_of(t.scores), "magnitude")
-    packed, signs = column_major(packed), column_major(signs)
-    assert_equals_reference("masked_linear_packed", t.x, t.weight, packed, t.bias)
-    arguments = (t.grad_output, t.x, t.weight, packed, None, signs, "magnitude", ALL)
-    assert_equals_reference("masked_linear_packed_backward", *arguments)
-
-
-@pytest.mark.parametrize("leading", [(), (1,), (2, 1, 3), (2, 0, 3)])
-def test_x_may_have_any_number_of_leading_axes(device, leading):
-    m = torch.Size(leading).numel()
-    t = integers(device, m, 24, 40, HALF)
-    views = replace(t, x=t.x.view(*leading, 40), grad_output=t.grad_output.view(*leading, 24))
-    assert_every_op_equals_reference(views, threshold_of(t.scores), "magnitude")
-    if len(leading) == 3:  # and where no view makes one axis of them
-        views = replace(t, x=views.x.transpose(0, 2), grad_output=views.grad_output.transpose(0, 2))
-        assert_every_op_equals_reference(views, threshold_of(t.scores), "magnitude")
-
-
 @pytest.mark.parametrize("dtype", DTYPES)  # fp32 without TF32, which is PyTorch's default
 def test_error_stays_within_twice_that_of_pytorch(device, target, dtype):
     t = random_inputs(17, 40, 136, dtype, torch.bfloat16)
@@ -484,59 +352,6 @@ def test_the_pass_through_scratch_equals_the_fused_product(device, mode, dtype):
         entries = launches_of(lambda run=through_scratch, arguments=arguments: run(*arguments))
         assert [entry.kernel.__name__ for entry in entries] == ["_masked_weight_kernel"]
         assert_equals_reference(op, *arguments, choose=ops.always_scratch)
-
-
-def far_apart(value, axis):
-    """The value as a view whose last index on the axis lies beyond 2^31 elements; memory between is not touched."""
-    stride = 2**31 // (value.shape[axis] - 1) // 8 * 8 + 8
-    strides = (stride, 1) if axis == 0 else (1, stride)
-    elements = 1 + sum((size - 1) * step for size, step in zip(value.shape, strides))
-    return torch.empty(elements, dtype=value.dtype, device=value.device).as_strided(value.shape, strides).copy_(value)
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("name", ["x", "weight", "scores", "grad_output"])
-def test_elements_beyond_2_to_the_31_are_read(device, target, name, axis):
-    t = integers(device, 9, 16, 24, HALF, HALF)
-    t = replace(t, **{name: far_apart(getattr(t, name), axis)})
-    threshold = threshold_of(t.scores)
-    arguments = (t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
-    assert_equals_reference("masked_linear", *arguments)
-    assert_equals_reference("masked_linear", *arguments, choose=ops.always_scratch)
-    assert_equals_reference("masked_linear_backward", *arguments_of_backward(t, threshold))
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_elements_beyond_2_to_the_31_are_written(device, target, axis):
-    # The launch of a small product, with the result's strides replaced by those of a view that spans 2^31 elements.
-    t = integers(device, 9, 40, 24, HALF)
-    arguments = (t.x, t.weight, t.scores, threshold_of(t.scores), None, "magnitude")
-    (entry,) = launches_of(lambda: ops.masked_linear(*arguments))
-    out = far_apart(torch.zeros(9, 40, dtype=HALF, device=device), axis)
-    places = [i for i, a in enumerate(entry.args) if isinstance(a, torch.Tensor) and a.shape == out.shape]
-    assert len(places) == 1
-    assert entry.args[-3:] == (9 * 40, 40, 1)
-    args = (*entry.args[: places[0]], out, *entry.args[places[0] + 1 : -2], *out.stride())
-    launch(entry.kernel, entry.grid, *args, **entry.options)
-    assert_same(out, reference.masked_linear(*(a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments)))
-
-
-@pytest.mark.skipif(interpreting(), reason="2^31 results are too many for the interpreter")
-def test_more_than_2_to_the_31_results_are_written(device):
-    n, k = 2**16, 2**15 + 8
-    t = integers(device, 16, n, 8, HALF)
-    x = integer_inputs(16, 1, k, HALF).x.to(device)
-    weight = torch.ones((), dtype=HALF, device=device).expand(n, k)
-    out = torch.zeros(n, k, dtype=HALF, device=device)
-    ops.accumulate_score_grad(out, t.grad_output, x, weight, None, None, "value")
-    assert_same(out[-3:], t.grad_output[:, -3:].T.cpu() @ x.cpu())
-    del out
-    rows = torch.ones(k, 8, dtype=HALF, device=device)
-    y = ops.masked_linear(rows, t.weight, t.scores, threshold_of(t.scores), None, "magnitude")
-    expected = reference.masked_linear(
-        rows[:1].cpu(), t.weight.cpu(), t.scores.cpu(), torch.tensor(2.0), None, "magnitude"
-    )
-    assert_same(y[-1:], expected)
 
 
 @pytest.mark.skipif(not interpreting(), reason="the guard is a page of the CPU's memory")
