@@ -1,0 +1,104 @@
+// What the bindings ask of the kernels: plain structs and pointers, neither torch nor CuTe.
+//
+// M tokens, N out_features, K in_features; weight, scores and masks are (N, K). Pointers are on the device, except in
+// the tests, where the kernels run in an emulator on the host. Nothing here waits for the device.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace mft::cuda {
+
+enum class Type : int { kFloat32, kBFloat16, kFloat16 };
+
+constexpr int bytes_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
+
+// Element (r, c) lies at data[r * stride + c].
+struct Matrix {
+  void* data = nullptr;  // null: not wanted, where an output may be left out
+  Type type = Type::kBFloat16;
+  int64_t rows = 0, columns = 0, stride = 0;
+};
+
+// Which weights are kept: by `words`, 1 bit a weight, if it is given; else by scores and their thresholds.
+struct Keep {
+  const uint32_t* words = nullptr;  // (N, ceil(K / 32)), contiguous, lowest bit first
+  Matrix scores;
+  const void* thresholds = nullptr;  // of the scores' type
+  int64_t threshold_stride = 0;      // from row to row; 0: one threshold for the matrix
+  bool magnitude = true;             // |score| >= threshold, else score >= threshold
+};
+
+// The factor of d_scores: 1 if both are null.
+struct Sign {
+  Matrix scores;                    // sign(score), 0 for a score of 0
+  const uint32_t* words = nullptr;  // (N, ceil(K / 32)): bit set +1, else -1
+};
+
+// out (M, N) = in (M, K) @ where(keep, weight, 0).T + bias; transposed: out (M, K) = in (M, N) @ where(keep, weight, 0).
+struct Product {
+  Matrix out, in, weight;  // one 16-bit type
+  Keep keep;
+  const void* bias = nullptr;  // (N,), of weight's type
+  bool transposed = false;
+};
+
+// G = grad_output.T @ x (N, K), never stored: d_scores = [d_scores +] G * weight * sign; d_weight = where(keep, G, 0).
+struct ScoreGrad {
+  Matrix d_scores;         // any type; or no data
+  Matrix d_weight;         // weight's type; or no data
+  Matrix grad_output, x;   // (M, N) and (M, K), of weight's type
+  Matrix weight;
+  Sign sign;
+  Keep keep;               // read for d_weight only
+  bool accumulate = false;  // add to d_scores instead of replacing it
+};
+
+// threshold = the k-th largest key of `count` contiguous scores, +inf if k is 0, NaN if a score is not finite;
+// then, if words are given, the mask of the scores as (rows, columns).
+struct Select {
+  const void* scores = nullptr;
+  Type type = Type::kBFloat16;
+  int64_t count = 0, k = 0;
+  bool magnitude = true;
+  void* threshold = nullptr;      // one element of the scores' type
+  void* workspace = nullptr;      // select_workspace() bytes, of any content
+  uint32_t* words = nullptr;      // (rows, ceil(columns / 32)), or null
+  int64_t rows = 0, columns = 0;  // rows * columns == count
+};
+
+// words (N, ceil(K / 32)): keep as bits.
+struct PackMask {
+  uint32_t* words = nullptr;
+  Keep keep;
+};
+
+// words: score > 0 as bits; *zeros: how many scores are exactly 0.
+struct PackSigns {
+  uint32_t* words = nullptr;
+  int64_t* zeros = nullptr;
+  Matrix scores;
+};
+
+// Where a kernel runs: `stream` is a cudaStream_t.
+struct Device {
+  void* stream = nullptr;
+  int multiprocessors = 1;
+  int capability = 80;  // 10 * major + minor
+};
+
+// Each launches and returns what went wrong, "" if nothing did. Matrices have unit column stride; they may be empty.
+// The sm_90 functions take what their `refusal` returns "" for, the others everything above.
+std::string refusal_sm90(const Product&);
+std::string refusal_sm90(const ScoreGrad&);
+std::string product_sm90(const Product&, const Device&);
+std::string score_grad_sm90(const ScoreGrad&, const Device&);
+std::string product_sm80(const Product&, const Device&);
+std::string score_grad_sm80(const ScoreGrad&, const Device&);
+std::string kept_threshold(const Select&, const Device&);
+std::string pack_mask(const PackMask&, const Device&);
+std::string pack_signs(const PackSigns&, const Device&);
+
+int64_t select_workspace(Type type);
+
+}  // namespace mft::cuda

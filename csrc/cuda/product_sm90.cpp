@@ -1,0 +1,30 @@
+// product_sm90: what it takes, and the file of the dtype.
+#include "api.h"
+#include "tma.h"
+
+namespace mft::cuda {
+
+std::string product_sm90_bf16(const Product&, const Device&);
+std::string product_sm90_fp16(const Product&, const Device&);
+
+std::string refusal_sm90(const Product& p) {
+  if (p.weight.type == Type::kFloat32) return "weight must be of a 16-bit type";
+  if (p.out.rows == 0 || p.out.columns == 0 || p.in.columns == 0) return "the product is empty";
+  for (const auto& [name, matrix] : {std::pair{"weight", &p.weight}, {"the input", &p.in}, {"the output", &p.out}}) {
+    if (std::string reason = refusal_of_tma(name, *matrix); !reason.empty()) return reason;
+  }
+  if (p.keep.words != nullptr) {
+    const Matrix words{const_cast<uint32_t*>(p.keep.words), Type::kFloat32, p.weight.rows,
+                       (p.weight.columns + 31) / 32, (p.weight.columns + 31) / 32};
+    return refusal_of_tma("the packed mask", words);
+  }
+  if (p.keep.scores.type != p.weight.type) return "scores must be of weight's type, or packed";
+  if (p.transposed && p.keep.threshold_stride != 0) return "thresholds by row must be packed for d_x";
+  return refusal_of_tma("scores", p.keep.scores);
+}
+
+std::string product_sm90(const Product& p, const Device& device) {
+  return p.weight.type == Type::kBFloat16 ? product_sm90_bf16(p, device) : product_sm90_fp16(p, device);
+}
+
+}  // namespace mft::cuda

@@ -1,0 +1,429 @@
+// The forward and d_x on sm_90a: the masked weight as wgmma's first operand, from registers.
+//
+//   forward      out.T (N, M) = Wm   (N, K) @ in.T (K, M)      P = N features, Q = K summed over
+//   transposed   out.T (K, M) = Wm.T (K, N) @ in.T (N, M)      P = K, Q = N
+//
+// A tile of out.T is 128 features x kTokens tokens; two blocks of a cluster take neighbouring features and the same
+// tokens. Each block: one producer thread and two consumer warpgroups, 64 features each.
+//
+//                      Q, 64 a step                       tokens
+//              +----------------------+            +---------------------+
+//   block 0    | W, scores: own TMA   |            |  in: each block     |
+//   128 feat.  |                      |            |  loads one half and |
+//              +----------------------+   x   64   |  multicasts it to   |
+//   block 1    | W, scores: own TMA   |       of Q |  both               |
+//   128 feat.  |                      |            |                     |
+//              +----------------------+            +---------------------+
+//
+// A stage of the ring holds one step of W, of scores (or of packed words) and of `in`, under one barrier. A consumer
+// reads W and scores as fragments, selects (keep.h), and multiplies from registers: neither mask nor masked weight is
+// ever written. Two sets of registers alternate: while the tensor cores work on one, the next is masked into the other.
+// The steps are a whole number of pairs, the last one perhaps outside of the matrices, where TMA reads zeros: an odd
+// step behind the loop would make ptxas wait for each wgmma (its warning C7514).
+//
+// The kernel is persistent; the producer fills the ring for the next tile while the consumers store this one.
+#pragma once
+
+#include "api.h"
+#include "isa_sm90.h"
+#include "keep.h"
+#include "tile_sm90.h"
+
+namespace mft::cuda {
+
+enum class MaskKind { kWords, kMagnitude, kValue };  // packed; or from scores of the weight's type
+
+template <class T, MaskKind kMask, bool kTransposed, int kTokens>
+struct ProductSm90 {
+  static constexpr int kConsumers = 2;  // warpgroups
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kBlocksPerMultiprocessor = 1;
+  static constexpr int kCluster = 2;
+
+  static constexpr int kFeatures = 64 * kConsumers;  // of a block
+  static constexpr int kStep = 64;                   // of Q: a swizzled row of 128 bytes
+  static constexpr int kWordsOfTile = 4;             // 16 bytes, the least that TMA reads: 128 columns
+
+  static constexpr int kWeightBytes = kFeatures * kStep * 2;
+  static constexpr int kMaskRows = kTransposed ? kStep : kFeatures;  // of weight
+  static constexpr int kMaskBytes = kMask == MaskKind::kWords ? kMaskRows * kWordsOfTile * 4 : kWeightBytes;
+  static constexpr int kInputBytes = kTokens * kStep * 2;
+  static constexpr int kStageBytes = kWeightBytes + kMaskBytes + kInputBytes;
+
+  // Results leave through buffers of 32 tokens x 64 features for each warpgroup.
+  static constexpr int kStoreTokens = 32, kStoreBytes = kStoreTokens * kRowBytes;
+  static constexpr int kStoreBuffers = 3;  // one is filled while the others are read
+
+  static constexpr int kSharedLimit = 227 * 1024;  // of a block on sm_90
+  static constexpr int kStoresBytes = kConsumers * kStoreBuffers * kStoreBytes;
+  static constexpr int kBarrierBytes = 1024;
+  static constexpr int kStages = (kSharedLimit - kStoresBytes - kBarrierBytes) / kStageBytes < 8
+                                     ? (kSharedLimit - kStoresBytes - kBarrierBytes) / kStageBytes
+                                     : 8;
+  static constexpr int kSharedBytes = kStages * kStageBytes + kStoresBytes + kBarrierBytes;
+  static_assert(kStages >= 3 && kStageBytes % 1024 == 0);
+
+  using KeepOfScores = KeepPair<T, kMask == MaskKind::kMagnitude>;
+
+  struct Arguments {
+    isa::TensorMap weight, mask, in, out;
+    const uint16_t* thresholds;
+    int64_t threshold_stride;
+    const T* bias;  // (P,) or null
+    int features, tokens;
+    int steps;  // of Q, even
+    int feature_tiles, token_tiles;  // of clusters
+  };
+
+  struct Place {  // in the ring
+    int stage = 0;
+    uint32_t parity = 0;
+
+    MFT_DEVICE void advance() {
+      if (++stage == kStages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+  };
+
+  MFT_DEVICE static char* weight_of(int stage) { return isa::shared_memory() + stage * kStageBytes; }
+  MFT_DEVICE static char* mask_of(int stage) { return weight_of(stage) + kWeightBytes; }
+  MFT_DEVICE static char* input_of(int stage) { return mask_of(stage) + kMaskBytes; }
+  MFT_DEVICE static char* stores_of(int consumer) {
+    return isa::shared_memory() + kStages * kStageBytes + consumer * kStoreBuffers * kStoreBytes;
+  }
+  MFT_DEVICE static isa::TransactionBarrier* full(int stage) {
+    return reinterpret_cast<isa::TransactionBarrier*>(isa::shared_memory() + kStages * kStageBytes + kStoresBytes) +
+           stage;
+  }
+  MFT_DEVICE static isa::TransactionBarrier* empty(int stage) { return full(kStages + stage); }
+
+  MFT_DEVICE static void run(const Arguments& a) {
+    const int rank = isa::rank_in_cluster();
+    if (isa::thread() == 0) {
+      isa::prefetch(a.weight);
+      isa::prefetch(a.mask);
+      isa::prefetch(a.in);
+      isa::prefetch(a.out);
+      for (int stage = 0; stage < kStages; ++stage) {
+        isa::init_barrier(full(stage), 1);
+        isa::init_barrier(empty(stage), kConsumers * kCluster);  // both blocks write into each other's ring
+      }
+      isa::publish_barriers();
+    }
+    isa::sync_cluster();
+    const int group = isa::warp() / 4;
+    if (group == kConsumers) {
+      isa::give_registers<40>();
+      if (isa::thread() == kConsumers * 128) produce(a, rank);
+    } else {
+      isa::claim_registers<232>();
+      consume(a, rank, group);
+    }
+    isa::sync_cluster();  // no block ends while the other may still write to it
+  }
+
+ private:
+  template <class Body>
+  MFT_DEVICE static void for_each_tile(const Arguments& a, int rank, Body body) {
+    const int clusters = static_cast<int>(isa::blocks(0)) / kCluster;
+    for (int i = static_cast<int>(isa::block(0)) / kCluster; i < a.feature_tiles * a.token_tiles; i += clusters) {
+      const Tile tile = tile_at(i, a.feature_tiles, a.token_tiles);
+      body((tile.feature * kCluster + rank) * kFeatures, tile.token * kTokens);
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------------ producer
+
+  MFT_DEVICE static void produce(const Arguments& a, int rank) {
+    Place place;
+    for_each_tile(a, rank, [&](int feature, int token) {
+      for (int step = 0; step < a.steps; ++step, place.advance()) {
+        isa::TransactionBarrier* b = full(place.stage);
+        isa::wait(empty(place.stage), place.parity ^ 1);  // true at once on the first round
+        isa::arrive_expecting(b, kStageBytes);
+        const int q = step * kStep;
+        load_weight(a.weight, b, weight_of(place.stage), feature, q);
+        if constexpr (kMask == MaskKind::kWords) {
+          // The four words that hold this step's columns: TMA wants them at multiples of 16 bytes.
+          const int column = kTransposed ? feature : q, row = kTransposed ? q : feature;
+          isa::load_tile(a.mask, b, mask_of(place.stage), column / 128 * kWordsOfTile, row);
+        } else {
+          load_weight(a.mask, b, mask_of(place.stage), feature, q);
+        }
+        constexpr int kHalf = kTokens / kCluster;
+        isa::load_tile_multicast(a.in, b, (1 << kCluster) - 1, input_of(place.stage) + rank * kHalf * kRowBytes, q,
+                                 token + rank * kHalf);
+      }
+    });
+  }
+
+  // 128 features x 64 of Q; transposed, a tile for each consumer.
+  MFT_DEVICE static void load_weight(const isa::TensorMap& map, isa::TransactionBarrier* b, char* shared, int feature,
+                                     int q) {
+    if constexpr (kTransposed) {
+      for (int i = 0; i < kConsumers; ++i) isa::load_tile(map, b, shared + i * kStep * kRowBytes, feature + 64 * i, q);
+    } else {
+      isa::load_tile(map, b, shared, q, feature);
+    }
+  }
+
+  // ----------------------------------------------------------------------------------------------- consumers
+
+  // The masked weights of one step, as wgmma wants its first operand.
+  struct Fragments {
+    uint32_t of[kStep / 16][4];
+  };
+
+  // What selects them, for the rows (features) lane / 4 and lane / 4 + 8 of this warp.
+  struct Selection {
+    KeepOfScores keep[2];
+  };
+
+  MFT_DEVICE static void consume(const Arguments& a, int rank, int group) {
+    const int warp = isa::warp() % 4, lane = isa::lane();
+    Place place;
+    int buffer = 0;
+    for_each_tile(a, rank, [&](int first_feature, int token) {
+      const int feature = first_feature + 64 * group;  // of this warpgroup
+      float sums[kTokens / 2];
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0;
+      const Selection selection = selection_of(a, feature + 16 * warp + lane / 4);
+      Fragments even, odd;
+      Place before = place;  // what the products under way read
+      for (int step = 0; step < a.steps; step += 2) {
+        isa::wait(full(place.stage), place.parity);
+        load(even, selection, place.stage, group, step);
+        multiply(sums, even, place.stage);
+        isa::wait_products<1>();
+        if (step > 0) release(before.stage);
+        before = place;
+        place.advance();
+        isa::wait(full(place.stage), place.parity);
+        load(odd, selection, place.stage, group, step + 1);
+        multiply(sums, odd, place.stage);
+        isa::wait_products<1>();
+        release(before.stage);
+        before = place;
+        place.advance();
+      }
+      isa::wait_products<0>();
+      isa::fence_registers(sums);
+      release(before.stage);
+      store(a, sums, feature, token, group, buffer);
+    });
+    isa::wait_stores_read<0>();
+  }
+
+  // One thread of the warpgroup tells each block that a stage is free. The product it waited for needed all four warps.
+  MFT_DEVICE static void release(int stage) {
+    const int thread = isa::thread() % 128;
+    if (thread < kCluster) isa::arrive(empty(stage), thread);
+  }
+
+  MFT_DEVICE static Selection selection_of(const Arguments& a, int feature) {
+    Selection s{};
+    if constexpr (kMask != MaskKind::kWords) {
+      for (int i = 0; i < 2; ++i) {
+        // Transposed, thresholds by row would vary along Q: there is one for the matrix.
+        int row = feature + 8 * i;
+        row = kTransposed ? 0 : row < a.features ? row : a.features - 1;
+        const uint32_t threshold = a.thresholds[row * a.threshold_stride];
+        s.keep[i] = KeepOfScores::of(threshold | threshold << 16);
+      }
+    }
+    return s;
+  }
+
+  MFT_DEVICE static void load(Fragments& fragments, const Selection& selection, int stage, int group, int step) {
+#pragma unroll
+    for (int i = 0; i < kStep / 16; ++i) {
+      const int at = matrix_row(group, i);
+      load_rows(fragments.of[i], weight_of(stage) + at);
+      if constexpr (kMask != MaskKind::kWords) {
+        uint32_t scores[4];
+        load_rows(scores, mask_of(stage) + at);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          fragments.of[i][j] = selection.keep[j % 2].select(fragments.of[i][j], scores[j]);
+        }
+      } else {
+        select_by_words(fragments.of[i], mask_of(stage), group, i, step);
+      }
+    }
+  }
+
+  // Which row of 16 bytes this lane names to ldmatrix for the 16 x 16 block i of a step.
+  MFT_DEVICE static int matrix_row(int group, int i) {
+    const int warp = isa::warp() % 4, matrix = isa::lane() / 8, row = isa::lane() % 8;
+    if constexpr (kTransposed) {  // tile (64 of Q, 64 features): matrices go through the features first
+      return group * kStep * kRowBytes + swizzled(16 * i + matrix / 2 * 8 + row, 2 * warp + matrix % 2);
+    } else {  // tile (128 features, 64 of Q)
+      return swizzled(64 * group + 16 * warp + matrix % 2 * 8 + row, 2 * i + matrix / 2);
+    }
+  }
+
+  MFT_DEVICE static void load_rows(uint32_t (&r)[4], const char* row) {
+    if constexpr (kTransposed) {
+      isa::load_matrices_transposed(r, row);
+    } else {
+      isa::load_matrices(r, row);
+    }
+  }
+
+  MFT_DEVICE static void select_by_words(uint32_t (&weights)[4], const char* words, int group, int i, int step) {
+    const int warp = isa::warp() % 4, g = isa::lane() / 4, c = isa::lane() % 4 * 2;
+    if constexpr (kTransposed) {
+      // Rows of weight c, c + 1 (and + 8) of this block of 16; of each the half word with this warp's 16 columns.
+      const auto* half = reinterpret_cast<const uint16_t*>(words) + (16 * i + c) * 2 * kWordsOfTile + 4 * group + warp;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {  // j % 2: columns + 8, j / 2: rows + 8
+        const uint32_t low = half[(j / 2 * 8) * 2 * kWordsOfTile], high = half[(j / 2 * 8 + 1) * 2 * kWordsOfTile];
+        const int column = g + j % 2 * 8;
+        weights[j] &= isa::spread_signs(low << (15 - column), high << (31 - column));
+      }
+    } else {
+      // Rows g and g + 8; the word with columns 16 i to 16 i + 15 of this step.
+      const auto* word = reinterpret_cast<const uint32_t*>(words) + (64 * group + 16 * warp + g) * kWordsOfTile +
+                         step % 2 * 2 + i / 2;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {  // j % 2: rows + 8, j / 2: columns + 8
+        const uint32_t bits = word[j % 2 * 8 * kWordsOfTile] >> c;
+        const int column = i % 2 * 16 + j / 2 * 8;  // its bit, and the next one
+        const uint32_t low = column < 16 ? bits << (15 - column) : bits >> (column - 15);
+        weights[j] &= isa::spread_signs(low, bits << (30 - column));
+      }
+    }
+  }
+
+  MFT_DEVICE static void multiply(float (&sums)[kTokens / 2], Fragments& fragments, int stage) {
+    const uint64_t in = isa::descriptor(input_of(stage));
+    isa::fence_registers(sums);
+    isa::begin_products();
+#pragma unroll
+    for (int i = 0; i < kStep / 16; ++i) {
+      isa::product<T, kTokens>(sums, fragments.of[i], in + (i * 32 >> 4));  // 16 elements on, within the swizzled row
+    }
+    isa::commit_products();
+    isa::fence_registers(sums);
+  }
+
+  // out (tokens, features): each 32 tokens of the sums are transposed into a buffer, and TMA stores it.
+  MFT_DEVICE static void store(const Arguments& a, const float (&sums)[kTokens / 2], int feature, int token, int group,
+                               int& buffer) {
+    const int warp = isa::warp() % 4, lane = isa::lane();
+    float bias[2] = {0, 0};
+    if (a.bias != nullptr) {
+      for (int i = 0; i < 2; ++i) {
+        const int f = feature + 16 * warp + lane / 4 + 8 * i;
+        bias[i] = f < a.features ? isa::widen(a.bias[f]) : 0;
+      }
+    }
+    const bool leader = isa::thread() % 128 == 0;
+#pragma unroll
+    for (int t = 0; t < kTokens; t += kStoreTokens) {
+      char* shared = stores_of(group) + buffer * kStoreBytes;
+      if (leader) isa::wait_stores_read<kStoreBuffers - 1>();
+      isa::sync_threads(1 + group, 128);  // the buffer is free
+#pragma unroll
+      for (int u = 0; u < kStoreTokens; u += 16) {  // two blocks of 8 tokens, two of 8 features
+        const float* d = &sums[(t + u) / 2];
+        const uint32_t r[4] = {
+            isa::round_pair<T>(d[0] + bias[0], d[1] + bias[0]), isa::round_pair<T>(d[2] + bias[1], d[3] + bias[1]),
+            isa::round_pair<T>(d[4] + bias[0], d[5] + bias[0]), isa::round_pair<T>(d[6] + bias[1], d[7] + bias[1])};
+        const int row = u + lane / 16 * 8 + lane % 8, chunk = 2 * warp + lane / 8 % 2;
+        isa::store_matrices_transposed(shared + swizzled(row, chunk), r);
+      }
+      isa::fence_shared_for_tma();
+      isa::sync_threads(1 + group, 128);  // the buffer is full
+      if (leader) {
+        isa::store_tile(a.out, shared, feature, token + t);
+        isa::commit_stores();
+      }
+      buffer = buffer + 1 == kStoreBuffers ? 0 : buffer + 1;
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------- launching
+
+template <class T, MaskKind kMask, bool kTransposed, int kTokens>
+std::string launch_product_sm90(const Product& p, const Device& device) {
+  using Kernel = ProductSm90<T, kMask, kTransposed, kTokens>;
+  typename Kernel::Arguments a{};
+  const int64_t q = p.in.columns;
+  a.thresholds = static_cast<const uint16_t*>(p.keep.thresholds);
+  a.threshold_stride = p.keep.threshold_stride;
+  a.bias = static_cast<const T*>(p.bias);
+  a.features = static_cast<int>(p.out.columns);
+  a.tokens = static_cast<int>(p.out.rows);
+  a.steps = static_cast<int>((q + 2 * Kernel::kStep - 1) / (2 * Kernel::kStep)) * 2;
+  a.feature_tiles = (a.features + Kernel::kCluster * Kernel::kFeatures - 1) / (Kernel::kCluster * Kernel::kFeatures);
+  a.token_tiles = (a.tokens + kTokens - 1) / kTokens;
+
+  const auto map = [](isa::TensorMap* m, const Matrix& matrix, int rows) {
+    return isa::make_tensor_map(m, matrix.data, 2, matrix.rows, matrix.columns, 2 * matrix.stride, rows,
+                                kRowBytes / 2, true);
+  };
+  const int weight_rows = kTransposed ? Kernel::kStep : Kernel::kFeatures;
+  std::string failure = map(&a.weight, p.weight, weight_rows);
+  if (failure.empty()) failure = map(&a.in, p.in, kTokens / Kernel::kCluster);
+  if (failure.empty()) failure = map(&a.out, p.out, Kernel::kStoreTokens);
+  if (!failure.empty()) return failure;
+  if constexpr (kMask == MaskKind::kWords) {
+    const int64_t words = (p.weight.columns + 31) / 32;
+    failure = isa::make_tensor_map(&a.mask, p.keep.words, 4, p.weight.rows, words, 4 * words, Kernel::kMaskRows,
+                                   Kernel::kWordsOfTile, false);
+  } else {
+    failure = map(&a.mask, p.keep.scores, weight_rows);
+  }
+  if (!failure.empty()) return failure;
+
+  const int64_t tiles = static_cast<int64_t>(a.feature_tiles) * a.token_tiles;
+  const int64_t clusters = device.multiprocessors / Kernel::kCluster;
+  LaunchShape shape;
+  shape.x = (tiles < clusters ? tiles : clusters > 0 ? clusters : 1) * Kernel::kCluster;
+  shape.cluster = Kernel::kCluster;
+  shape.shared_bytes = Kernel::kSharedBytes;
+  return isa::launch<Kernel>(shape, device.stream, a);
+}
+
+// Tokens of a tile: the most that still give every cluster a tile, and no more than the tokens there are.
+inline int tokens_of_tile(const Product& p, const Device& device) {
+  const int64_t feature_tiles = (p.out.columns + 255) / 256, clusters = device.multiprocessors / 2;
+  for (const int tokens : {256, 128}) {
+    const int64_t token_tiles = (p.out.rows + tokens - 1) / tokens;
+    if (p.out.rows > tokens / 2 && feature_tiles * token_tiles >= clusters) return tokens;
+  }
+  return 64;
+}
+
+template <class T, MaskKind kMask, bool kTransposed>
+std::string launch_product_sm90(const Product& p, const Device& device) {
+  switch (tokens_of_tile(p, device)) {
+    case 256:
+      return launch_product_sm90<T, kMask, kTransposed, 256>(p, device);
+    case 128:
+      return launch_product_sm90<T, kMask, kTransposed, 128>(p, device);
+    default:
+      return launch_product_sm90<T, kMask, kTransposed, 64>(p, device);
+  }
+}
+
+template <class T>
+std::string launch_product_sm90(const Product& p, const Device& device) {
+  if (p.keep.words != nullptr) {
+    return p.transposed ? launch_product_sm90<T, MaskKind::kWords, true>(p, device)
+                        : launch_product_sm90<T, MaskKind::kWords, false>(p, device);
+  }
+  if (p.keep.magnitude) {
+    return p.transposed ? launch_product_sm90<T, MaskKind::kMagnitude, true>(p, device)
+                        : launch_product_sm90<T, MaskKind::kMagnitude, false>(p, device);
+  }
+  return p.transposed ? launch_product_sm90<T, MaskKind::kValue, true>(p, device)
+                      : launch_product_sm90<T, MaskKind::kValue, false>(p, device);
+}
+
+}  // namespace mft::cuda

@@ -1,0 +1,8 @@
+// product_sm90 for bf16.
+#include "product_sm90.cuh"
+
+namespace mft::cuda {
+
+std::string product_sm90_bf16(const Product& p, const Device& device) { return launch_product_sm90<BFloat16>(p, device); }
+
+}  // namespace mft::cuda

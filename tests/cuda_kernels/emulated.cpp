@@ -1,0 +1,64 @@
+// The functions of api.h for Python, run in the emulator: a struct's address in, "" or what went wrong out.
+#include <string>
+
+#include "api.h"
+#include "emulator/machine.h"
+
+namespace mft::cuda {
+
+// Weak: null where no compiled file has it.
+#define MFT_WEAK __attribute__((weak))
+MFT_WEAK std::string refusal_sm90(const Product&);
+MFT_WEAK std::string product_sm90(const Product&, const Device&);
+MFT_WEAK std::string product_sm80(const Product&, const Device&);
+MFT_WEAK std::string score_grad_sm80(const ScoreGrad&, const Device&);
+MFT_WEAK std::string kept_threshold(const Select&, const Device&);
+MFT_WEAK std::string pack_mask(const PackMask&, const Device&);
+MFT_WEAK std::string pack_signs(const PackSigns&, const Device&);
+MFT_WEAK int64_t select_workspace(Type);
+
+namespace {
+
+template <class Asked>
+const char* call(std::string (*function)(const Asked&, const Device&), const Asked& asked, const Device& device) {
+  static std::string text;
+  text = function == nullptr ? "no compiled file has this function" : function(asked, device);
+  return text.c_str();
+}
+
+}  // namespace
+}  // namespace mft::cuda
+
+using namespace mft::cuda;
+
+extern "C" {
+
+const char* emulated_product_sm80(const Product& p, const Device& d) { return call(&product_sm80, p, d); }
+const char* emulated_score_grad_sm80(const ScoreGrad& p, const Device& d) { return call(&score_grad_sm80, p, d); }
+const char* emulated_kept_threshold(const Select& p, const Device& d) { return call(&kept_threshold, p, d); }
+const char* emulated_pack_mask(const PackMask& p, const Device& d) { return call(&pack_mask, p, d); }
+const char* emulated_pack_signs(const PackSigns& p, const Device& d) { return call(&pack_signs, p, d); }
+
+const char* emulated_product_sm90(const Product& p, const Device& d) {
+  std::string (*const refusal_of)(const Product&) = &refusal_sm90;
+  static std::string refusal;
+  refusal = refusal_of == nullptr ? "" : refusal_of(p);
+  return refusal.empty() ? call(&product_sm90, p, d) : refusal.c_str();
+}
+
+int64_t emulated_select_workspace(int type) {
+  return &select_workspace == nullptr ? 0 : select_workspace(static_cast<Type>(type));
+}
+
+void emulated_set_settings(unsigned seed, int asynchrony) {
+  emulator::set_settings({seed, static_cast<emulator::Asynchrony>(asynchrony)});
+}
+
+// By which Python checks its copies of the structs.
+int64_t emulated_size_of_product() { return sizeof(Product); }
+int64_t emulated_size_of_score_grad() { return sizeof(ScoreGrad); }
+int64_t emulated_size_of_select() { return sizeof(Select); }
+int64_t emulated_size_of_pack_mask() { return sizeof(PackMask); }
+int64_t emulated_size_of_pack_signs() { return sizeof(PackSigns); }
+int64_t emulated_size_of_device() { return sizeof(Device); }
+}

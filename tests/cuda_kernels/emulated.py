@@ -1,0 +1,415 @@
+"""The CUDA kernels on CPU tensors: every kernel's file compiled with g++ for the emulator, called like the reference.
+
+The functions have the names and arguments of ``mft_kernels.reference``, and as keywords what a device would decide:
+``arch`` ("sm_80" or "sm_90"), ``multiprocessors`` and ``capability``. Rows may have any stride. Outputs begin as NaN or
+as bits of alternating sign, so that an element that nobody writes is seen; with ``outputs_at_guard_pages()`` they lie
+between pages that may not be touched. A fault of the emulator is a RuntimeError.
+"""
+
+import ctypes
+import fcntl
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from guarded import guarded
+from torch import Tensor
+
+from mft_kernels.reference import Gradients, kept_count
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = Path(__file__).resolve().parent
+FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc/cuda'}", f"-I{TESTS}"]
+NOT_EMULATED = ("score_grad_sm90", "bindings")  # CUTLASS's, and torch's
+
+ASYNCHRONIES = ("at_issue", "as_late_as_possible", "random")
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_POISON = -1431655766  # 0xaaaaaaaa
+
+Pointer, Int64 = ctypes.c_void_p, ctypes.c_int64
+
+
+class NotBuilt(RuntimeError):
+    """Why there is no library on this machine."""
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = (("data", Pointer), ("type", ctypes.c_int), ("rows", Int64), ("columns", Int64), ("stride", Int64))
+
+
+class Keep(ctypes.Structure):
+    _fields_ = (
+        ("words", Pointer),
+        ("scores", Matrix),
+        ("thresholds", Pointer),
+        ("threshold_stride", Int64),
+        ("magnitude", ctypes.c_bool),
+    )
+
+
+class Sign(ctypes.Structure):
+    _fields_ = (("scores", Matrix), ("words", Pointer))
+
+
+class Product(ctypes.Structure):
+    _fields_ = (
+        ("out", Matrix),
+        ("in", Matrix),
+        ("weight", Matrix),
+        ("keep", Keep),
+        ("bias", Pointer),
+        ("transposed", ctypes.c_bool),
+    )
+
+
+class ScoreGrad(ctypes.Structure):
+    _fields_ = (
+        ("d_scores", Matrix),
+        ("d_weight", Matrix),
+        ("grad_output", Matrix),
+        ("x", Matrix),
+        ("weight", Matrix),
+        ("sign", Sign),
+        ("keep", Keep),
+        ("accumulate", ctypes.c_bool),
+    )
+
+
+class Select(ctypes.Structure):
+    _fields_ = (
+        ("scores", Pointer),
+        ("type", ctypes.c_int),
+        ("count", Int64),
+        ("k", Int64),
+        ("magnitude", ctypes.c_bool),
+        ("threshold", Pointer),
+        ("workspace", Pointer),
+        ("words", Pointer),
+        ("rows", Int64),
+        ("columns", Int64),
+    )
+
+
+class PackMask(ctypes.Structure):
+    _fields_ = (("words", Pointer), ("keep", Keep))
+
+
+class PackSigns(ctypes.Structure):
+    _fields_ = (("words", Pointer), ("zeros", Pointer), ("scores", Matrix))
+
+
+class Device(ctypes.Structure):
+    _fields_ = (("stream", Pointer), ("multiprocessors", ctypes.c_int), ("capability", ctypes.c_int))
+
+
+_STRUCTS = {
+    "product": Product,
+    "score_grad": ScoreGrad,
+    "select": Select,
+    "pack_mask": PackMask,
+    "pack_signs": PackSigns,
+    "device": Device,
+}
+
+# ------------------------------------------------------------------------------------------------------- building
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Built where something changed. MFT_EMULATED=select,product_sm80 takes only files that begin so, and builds apart."""
+    wanted = tuple(filter(None, os.environ.get("MFT_EMULATED", "").split(",")))
+    sources = [s for pattern in ("*.cu", "*.cpp") for s in sorted((ROOT / "csrc/cuda").glob(pattern))]
+    kernels = [s for s in sources if not s.name.startswith(NOT_EMULATED) and s.name.startswith(wanted or "")]
+    path = _build(
+        ROOT / "build" / "-".join(["cuda_emulated", *wanted]),
+        [*kernels, TESTS / "emulator/machine.cpp", TESTS / "emulated.cpp"],
+    )
+    loaded = ctypes.CDLL(str(path))
+    for name, struct in _STRUCTS.items():
+        size = getattr(loaded, f"emulated_size_of_{name}")
+        size.restype = Int64
+        assert size() == ctypes.sizeof(struct), f"{struct.__name__} is not the struct of csrc/cuda/api.h"
+    return loaded
+
+
+def compiler() -> str:
+    path = shutil.which("g++")
+    if path is None:
+        raise NotBuilt("the emulator is compiled with g++, and there is none in PATH")
+    return path
+
+
+def _build(directory: Path, sources: list[Path]) -> Path:
+    gxx, ninja = compiler(), _ninja()
+    directory.mkdir(parents=True, exist_ok=True)
+    # fmt: off
+    lines = [
+        "rule compile", f"  command = {gxx} {' '.join(FLAGS)} -MMD -MF $out.d -x c++ -c $in -o $out",
+        "  depfile = $out.d", "  deps = gcc",
+        "rule link", f"  command = {gxx} -shared $in -o $out",
+        *(f"build {source.name}.o: compile {source}" for source in sources),
+        f"build libemulated.so: link {' '.join(f'{source.name}.o' for source in sources)}", "",
+    ]
+    # fmt: on
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs of the tests build one after the other
+        (directory / "build.ninja").write_text("\n".join(lines))
+        built = subprocess.run([ninja, "-C", str(directory), "-j2"], capture_output=True, text=True)
+        if built.returncode != 0:
+            raise RuntimeError(f"the emulated kernels do not compile:\n{built.stdout}{built.stderr}")
+    return directory / "libemulated.so"
+
+
+def _ninja() -> str:
+    beside_python = Path(sys.executable).parent / "ninja"
+    path = shutil.which("ninja") or (str(beside_python) if beside_python.exists() else None)
+    if path is None:
+        raise NotBuilt("the emulator is built with ninja, and there is none; pip install ninja")
+    return path
+
+
+def set_settings(seed: int = 0, asynchrony: str = "random") -> None:
+    """Of every launch from here on: the order of warps and blocks, and when background work happens."""
+    library().emulated_set_settings(ctypes.c_uint(seed), ASYNCHRONIES.index(asynchrony))
+
+
+# ---------------------------------------------------------------------------------------- the reference's functions
+
+
+def masked_linear(
+    x: Tensor, weight: Tensor, scores: Tensor, threshold: Tensor, bias: Tensor | None, mode: str, **device
+) -> Tensor:
+    return _linear(x, weight, _keep(scores, threshold, mode), bias, device)
+
+
+def masked_linear_packed(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, **device) -> Tensor:
+    return _linear(x, weight, Keep(words=_words(packed)), bias, device)
+
+
+def masked_linear_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    threshold: Tensor,
+    mode: str,
+    output_mask: list[bool],
+    **device,
+) -> Gradients:
+    keep = _keep(scores, threshold, mode)
+    return _backward(grad_output, x, weight, keep, scores, None, mode, output_mask, device)
+
+
+def masked_linear_packed_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    scores: Tensor | None,
+    signs: Tensor | None,
+    mode: str,
+    output_mask: list[bool],
+    **device,
+) -> Gradients:
+    keep = Keep(words=_words(packed))
+    return _backward(grad_output, x, weight, keep, scores, signs, mode, output_mask, device)
+
+
+def accumulate_score_grad(
+    out: Tensor,
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor | None,
+    signs: Tensor | None,
+    mode: str,
+    **device,
+) -> None:
+    grad, rows = _rows(grad_output), _rows(x)
+    asked = ScoreGrad(
+        d_scores=_matrix(out),
+        grad_output=_matrix(grad),
+        x=_matrix(rows),
+        weight=_matrix(weight),
+        sign=_sign(scores, signs, mode),
+        accumulate=True,
+    )
+    _call("score_grad_sm80", asked, device)
+
+
+def kept_threshold(
+    scores: Tensor, keep_ratio: float, mode: str, *, words: bool = False, **device
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The threshold; with ``words`` also the packed mask of the scores (N, K), of the same chain of launches."""
+    scores = scores.contiguous()
+    threshold = _new((), scores.dtype)
+    size = library().emulated_select_workspace
+    size.restype = Int64
+    workspace = _new((size(_TYPES[scores.dtype]),), torch.uint8)
+    rows, columns = scores.shape if scores.dim() == 2 else (1, scores.numel())
+    packed = _new((rows, -(-columns // 32)), torch.int32) if words else None
+    asked = Select(
+        scores=scores.data_ptr(),
+        type=_TYPES[scores.dtype],
+        count=scores.numel(),
+        k=kept_count(scores.numel(), keep_ratio),
+        magnitude=mode == "magnitude",
+        threshold=threshold.data_ptr(),
+        workspace=workspace.data_ptr(),
+        words=None if packed is None else packed.data_ptr(),
+        rows=rows,
+        columns=columns,
+    )
+    _call("kept_threshold", asked, device)
+    return threshold if packed is None else (threshold, packed)
+
+
+def pack_mask(scores: Tensor, threshold: Tensor, mode: str, **device) -> Tensor:
+    words = _new((scores.shape[0], -(-scores.shape[1] // 32)), torch.int32)
+    _call("pack_mask", PackMask(words=words.data_ptr(), keep=_keep(scores, threshold, mode)), device)
+    return words
+
+
+def pack_signs(scores: Tensor, **device) -> tuple[Tensor, Tensor]:
+    words = _new((scores.shape[0], -(-scores.shape[1] // 32)), torch.int32)
+    zeros = _new((), torch.int64)
+    asked = PackSigns(words=words.data_ptr(), zeros=zeros.data_ptr(), scores=_matrix(scores))
+    _call("pack_signs", asked, device)
+    return words, zeros
+
+
+# ---------------------------------------------------------------------------------------------------------- private
+
+
+def _linear(x: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, device: dict) -> Tensor:
+    rows = _rows(x)
+    out = _new((rows.shape[0], weight.shape[0]), x.dtype)
+    _product(out, rows, weight, keep, bias, False, device)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _product(
+    out: Tensor, rows: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool, device: dict
+) -> None:
+    asked = Product(out=_matrix(out), weight=_matrix(weight), keep=keep, transposed=transposed)
+    setattr(asked, "in", _matrix(rows))  # a word of Python's
+    if bias is not None:
+        assert bias.is_contiguous()
+        assert bias.dtype == weight.dtype
+        asked.bias = bias.data_ptr()
+    _call("product_sm90" if device.get("arch") == "sm_90" else "product_sm80", asked, device)
+
+
+def _backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    keep: Keep,
+    scores: Tensor | None,
+    signs: Tensor | None,
+    mode: str,
+    output_mask: list[bool],
+    device: dict,
+) -> Gradients:
+    grad, rows = _rows(grad_output), _rows(x)
+    empty = grad_output.new_empty(0)
+    d_x = d_weight = d_scores = d_bias = empty
+    if output_mask[0]:
+        d_x = _new((grad.shape[0], weight.shape[1]), weight.dtype)
+        _product(d_x, grad, weight, keep, None, True, device)
+        d_x = d_x.view(*grad_output.shape[:-1], weight.shape[1])
+    if output_mask[1] or output_mask[2]:
+        asked = ScoreGrad(grad_output=_matrix(grad), x=_matrix(rows), weight=_matrix(weight))
+        if output_mask[1]:
+            d_weight = _new(weight.shape, weight.dtype)
+            asked.d_weight, asked.keep = _matrix(d_weight), keep
+        if output_mask[2]:
+            d_scores = _new(weight.shape, scores.dtype if scores is not None else torch.float32)
+            asked.d_scores, asked.sign = _matrix(d_scores), _sign(scores, signs, mode)
+        _call("score_grad_sm80", asked, device)
+    if output_mask[3]:
+        d_bias = grad.sum(0)
+    return d_x, d_weight, d_scores, d_bias
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _matrix(tensor: Tensor) -> Matrix:
+    rows, columns = tensor.shape
+    assert columns <= 1 or tensor.stride(1) == 1, "the kernels take matrices of unit column stride"
+    data = tensor.data_ptr() or _nowhere()  # null would say that the matrix is not wanted
+    return Matrix(data, _TYPES[tensor.dtype], rows, columns, tensor.stride(0))
+
+
+def _keep(scores: Tensor, threshold: Tensor, mode: str) -> Keep:
+    assert threshold.dtype == scores.dtype
+    return Keep(
+        scores=_matrix(scores),
+        thresholds=threshold.data_ptr() or _nowhere(),
+        threshold_stride=threshold.stride(0) if threshold.dim() == 1 else 0,
+        magnitude=mode == "magnitude",
+    )
+
+
+def _sign(scores: Tensor | None, signs: Tensor | None, mode: str) -> Sign:
+    if mode == "value":
+        return Sign()
+    if signs is not None:
+        return Sign(words=_words(signs))
+    assert scores is not None, "magnitude mode takes the sign from scores or signs"
+    return Sign(scores=_matrix(scores))
+
+
+def _words(packed: Tensor) -> int:
+    assert packed.is_contiguous()
+    assert packed.dtype == torch.int32
+    return packed.data_ptr() or _nowhere()
+
+
+_NOWHERE = ctypes.create_string_buffer(64)
+
+
+def _nowhere() -> int:
+    return ctypes.addressof(_NOWHERE)
+
+
+def _call(function: str, asked: ctypes.Structure, device: dict) -> None:
+    settings = dict(device)
+    arch = settings.pop("arch", "sm_80")
+    settings = {"multiprocessors": 4, "capability": {"sm_80": 80, "sm_90": 90}[arch]} | settings
+    kernel = getattr(library(), f"emulated_{function}")
+    kernel.restype = ctypes.c_char_p
+    error = kernel(ctypes.byref(asked), ctypes.byref(Device(None, **settings))).decode()
+    if error:
+        raise RuntimeError(f"{function}: {error}")
+
+
+_guards: list[bool] = []  # whether outputs end at a guard page, or begin behind one; empty: neither
+
+
+@contextmanager
+def outputs_at_guard_pages(*, at_end: bool) -> Iterator[None]:
+    """An access behind (or, unless ``at_end``, before) an output ends the process."""
+    _guards.append(at_end)
+    try:
+        yield
+    finally:
+        _guards.pop()
+
+
+def _new(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    if _guards:
+        tensor = guarded(tensor, at_end=_guards[-1])
+    if dtype.is_floating_point:
+        return tensor.fill_(torch.nan)
+    return tensor.fill_(_POISON if dtype != torch.uint8 else 0xAA)

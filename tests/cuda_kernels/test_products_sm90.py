@@ -1,0 +1,160 @@
+"""The register-fed wgmma kernels, executed in the emulator: forward and d_x against the reference, bit for bit."""
+
+import itertools
+
+import emulated
+import pytest
+import torch
+
+from mft_kernels import reference
+
+D_X = [True, False, False, False]
+
+
+def integers(*shape: int, dtype: torch.dtype, low: int = -2, high: int = 3) -> torch.Tensor:
+    """Small, so that every sum is exact in fp32 and in fp16, and in bf16 where K is small."""
+    return torch.randint(low, high, shape).to(dtype)
+
+
+def problem(
+    m: int, n: int, k: int, dtype: torch.dtype = torch.float16, *, mode: str = "magnitude", by_row: bool = False
+):
+    torch.manual_seed(m + 3 * n + 7 * k)
+    scores = (torch.randn(n, k) * 0.02).to(dtype)
+    threshold = reference.kept_threshold(scores, 0.9, "magnitude")
+    if mode == "value":
+        threshold = -threshold
+    if by_row:
+        threshold = (threshold * (1 + torch.arange(n) % 5)).to(dtype)
+    return integers(m, k, dtype=dtype), integers(m, n, dtype=dtype), integers(n, k, dtype=dtype), scores, threshold
+
+
+def check_forward(x, weight, scores, threshold, bias, mode, **device):
+    expected = reference.masked_linear(x, weight, scores, threshold, bias, mode)
+    device = {"arch": "sm_90"} | device
+    assert torch.equal(emulated.masked_linear(x, weight, scores, threshold, bias, mode, **device), expected)
+    packed = reference.pack_mask(scores, threshold, mode)
+    if packed.shape[1] % 4 == 0:
+        assert torch.equal(emulated.masked_linear_packed(x, weight, packed, bias, **device), expected)
+
+
+def check_d_x(grad, x, weight, scores, threshold, mode, **device):
+    expected = reference.masked_linear_backward(grad, x, weight, scores, threshold, mode, D_X)[0]
+    device = {"arch": "sm_90"} | device
+    if threshold.dim() == 0:
+        actual = emulated.masked_linear_backward(grad, x, weight, scores, threshold, mode, D_X, **device)[0]
+        assert torch.equal(actual, expected)
+    packed = reference.pack_mask(scores, threshold, mode)
+    if packed.shape[1] % 4 == 0:
+        actual = emulated.masked_linear_packed_backward(grad, x, weight, packed, None, None, mode, D_X, **device)[0]
+        assert torch.equal(actual, expected)
+
+
+def check(m: int, n: int, k: int, dtype: torch.dtype = torch.float16, mode: str = "magnitude", **device):
+    x, grad, weight, scores, threshold = problem(m, n, k, dtype, mode=mode)
+    check_forward(x, weight, scores, threshold, integers(n, dtype=dtype), mode, **device)
+    check_d_x(grad, x, weight, scores, threshold, mode, **device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["magnitude", "value"])
+@pytest.mark.parametrize(
+    "seed, asynchrony", [(0, "at_issue"), (1, "as_late_as_possible"), (2, "random"), (3, "random")]
+)
+def test_results_are_exact_however_the_background_work_is_timed(dtype, mode, seed, asynchrony):
+    emulated.set_settings(seed, asynchrony)
+    check(40, 256, 256, dtype, mode)
+
+
+@pytest.mark.parametrize("multiprocessors", [2, 4, 6])
+@pytest.mark.parametrize("tokens", [70, 130, 300])
+def test_every_tile_is_made_once_by_any_number_of_clusters(tokens, multiprocessors):
+    """And the ring runs on from tile to tile: more steps than it has stages."""
+    check(tokens, 520, 640, multiprocessors=multiprocessors)
+
+
+@pytest.mark.parametrize("m, n, k", [(1, 8, 8), (5, 128, 128), (64, 136, 72), (65, 264, 200), (33, 8, 1000)])
+def test_edges_are_cut_and_filled_with_zeros(m, n, k):
+    check(m, n, k)
+
+
+def test_each_row_may_have_a_threshold_of_its_own():
+    x, grad, weight, scores, threshold = problem(40, 200, 128, by_row=True)
+    check_forward(x, weight, scores, threshold, None, "magnitude")
+    check_d_x(grad, x, weight, scores, threshold, "magnitude")
+
+
+def test_d_x_with_thresholds_by_row_asks_for_bits():
+    x, grad, weight, scores, threshold = problem(40, 128, 128, by_row=True)
+    with pytest.raises(RuntimeError, match="thresholds by row must be packed"):
+        emulated.masked_linear_backward(grad, x, weight, scores, threshold, "magnitude", D_X, arch="sm_90")
+
+
+def test_rows_may_have_a_stride():
+    x, _, weight, scores, threshold = problem(40, 128, 128)
+    wide = [torch.full((t.shape[0], 192), torch.nan, dtype=t.dtype) for t in (x, weight, scores)]
+    for into, t in zip(wide, (x, weight, scores)):
+        into[:, :128] = t
+    check_forward(*(w[:, :128] for w in wide), threshold, None, "magnitude")
+
+
+SPECIAL = {
+    "zero": 0.0, "minus_zero": -0.0, "subnormal": 1e-7, "smallest": 6.103515625e-05, "one": 1.0, "minus_one": -1.0,
+    "largest": 65504.0, "infinity": torch.inf, "minus_infinity": -torch.inf, "nan": torch.nan,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["magnitude", "value"])
+@pytest.mark.parametrize("threshold", SPECIAL.values(), ids=SPECIAL.keys())
+def test_special_scores_are_kept_as_the_reference_keeps_them(threshold, mode):
+    x, grad, weight, scores, _ = problem(8, 128, 128)
+    values = torch.tensor([*SPECIAL.values()], dtype=scores.dtype)
+    scores = values[torch.randint(0, len(values), scores.shape)]
+    threshold = torch.tensor(threshold, dtype=scores.dtype)
+    check_forward(x, weight, scores, threshold, None, mode)
+    check_d_x(grad, x, weight, scores, threshold, mode)
+
+
+def test_dropped_weights_contribute_nothing_even_nan():
+    x, grad, weight, scores, threshold = problem(8, 128, 128)
+    dropped = ~reference.keep_mask(scores, threshold, "magnitude")
+    weight[dropped] = torch.tensor([torch.nan, torch.inf], dtype=weight.dtype)[torch.arange(dropped.sum()) % 2]
+    check_forward(x, weight, scores, threshold, None, "magnitude")
+    check_d_x(grad, x, weight, scores, threshold, "magnitude")
+
+
+def test_random_numbers_are_as_near_as_torch():
+    torch.manual_seed(0)
+    x, weight, scores = (torch.randn(s, dtype=torch.float64) for s in ((70, 512), (256, 512), (256, 512)))
+    bias = torch.randn(256, dtype=torch.float64)
+    x, weight, bias, scores = (t.to(torch.bfloat16) for t in (x, weight, bias, scores))
+    threshold = reference.kept_threshold(scores, 0.9, "magnitude")
+    exact = reference.masked_linear(x.double(), weight.double(), scores, threshold, bias.double(), "magnitude")
+    ours = emulated.masked_linear(x, weight, scores, threshold, bias, "magnitude", arch="sm_90")
+    theirs = reference.masked_linear(x, weight, scores, threshold, bias, "magnitude")
+    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+
+
+@pytest.mark.parametrize("what", ["weight", "x", "scores"])
+def test_what_tma_cannot_read_is_refused_by_name(what):
+    x, _, weight, scores, threshold = problem(8, 64, 64)
+    tensors = {"x": x, "weight": weight, "scores": scores}
+    wide = torch.zeros(tensors[what].shape[0], 65, dtype=x.dtype)
+    tensors[what] = wide[:, :64]
+    with pytest.raises(RuntimeError, match="must begin at multiples of 16 bytes, got a stride of 130"):
+        emulated.masked_linear(*tensors.values(), threshold, None, "magnitude", arch="sm_90")
+
+
+def test_words_that_tma_cannot_read_are_refused():
+    x, _, weight, scores, threshold = problem(8, 64, 96)
+    packed = reference.pack_mask(scores, threshold, "magnitude")
+    with pytest.raises(RuntimeError, match="the packed mask's rows must begin at multiples of 16 bytes"):
+        emulated.masked_linear_packed(x, weight, packed, None, arch="sm_90")
+
+
+def test_many_schedules_give_one_result():
+    x, grad, weight, scores, threshold = problem(130, 256, 384)
+    for seed, asynchrony in itertools.product(range(3), emulated.ASYNCHRONIES):
+        emulated.set_settings(seed, asynchrony)
+        check_forward(x, weight, scores, threshold, None, "magnitude", multiprocessors=2)
+        check_d_x(grad, x, weight, scores, threshold, "magnitude", multiprocessors=2)
