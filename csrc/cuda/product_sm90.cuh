@@ -15,9 +15,11 @@
 //   128 feat.  |                      |            |                     |
 //              +----------------------+            +---------------------+
 //
-// A stage of the ring holds one step of W, of scores (or of packed words) and of `in`, under one barrier. A consumer
-// reads W and scores as fragments, selects (keep.h), and multiplies from registers: neither mask nor masked weight is
-// ever written. Two sets of registers alternate: while the tensor cores work on one, the next is masked into the other.
+// Two rings of the same depth: one holds steps of W with their scores (or packed words) under one barrier, the other
+// steps of `in`. A consumer reads W and scores as fragments, selects (keep.h), and multiplies from registers: neither
+// mask nor masked weight is ever written. Two sets of registers alternate: while the tensor cores work on one, the next
+// is masked into the other. A stage of W is free as soon as it is in registers, one of `in` after its product; under one
+// barrier, W would come free two steps later, and of three stages only one would be loading.
 // The steps are a whole number of pairs, the last one perhaps outside of the matrices, where TMA reads zeros: an odd
 // step behind the loop would make ptxas wait for each wgmma (its warning C7514).
 //
@@ -48,7 +50,8 @@ struct ProductSm90 {
   static constexpr int kMaskRows = kTransposed ? kStep : kFeatures;  // of weight
   static constexpr int kMaskBytes = kMask == MaskKind::kWords ? kMaskRows * kWordsOfTile * 4 : kWeightBytes;
   static constexpr int kInputBytes = kTokens * kStep * 2;
-  static constexpr int kStageBytes = kWeightBytes + kMaskBytes + kInputBytes;
+  static constexpr int kWeightStageBytes = kWeightBytes + kMaskBytes;
+  static constexpr int kStageBytes = kWeightStageBytes + kInputBytes;
 
   // Results leave through buffers of 32 tokens x 64 features for each warpgroup.
   static constexpr int kStoreTokens = 32, kStoreBytes = kStoreTokens * kRowBytes;
@@ -61,7 +64,7 @@ struct ProductSm90 {
                                      ? (kSharedLimit - kStoresBytes - kBarrierBytes) / kStageBytes
                                      : 8;
   static constexpr int kSharedBytes = kStages * kStageBytes + kStoresBytes + kBarrierBytes;
-  static_assert(kStages >= 3 && kStageBytes % 1024 == 0);
+  static_assert(kStages >= 3 && kWeightStageBytes % 1024 == 0);
 
   using KeepOfScores = KeepPair<T, kMask == MaskKind::kMagnitude>;
 
@@ -87,17 +90,19 @@ struct ProductSm90 {
     }
   };
 
-  MFT_DEVICE static char* weight_of(int stage) { return isa::shared_memory() + stage * kStageBytes; }
+  MFT_DEVICE static char* weight_of(int stage) { return isa::shared_memory() + stage * kWeightStageBytes; }
   MFT_DEVICE static char* mask_of(int stage) { return weight_of(stage) + kWeightBytes; }
-  MFT_DEVICE static char* input_of(int stage) { return mask_of(stage) + kMaskBytes; }
-  MFT_DEVICE static char* stores_of(int consumer) {
-    return isa::shared_memory() + kStages * kStageBytes + consumer * kStoreBuffers * kStoreBytes;
+  MFT_DEVICE static char* input_of(int stage) {
+    return isa::shared_memory() + kStages * kWeightStageBytes + stage * kInputBytes;
   }
-  MFT_DEVICE static isa::TransactionBarrier* full(int stage) {
-    return reinterpret_cast<isa::TransactionBarrier*>(isa::shared_memory() + kStages * kStageBytes + kStoresBytes) +
-           stage;
+  MFT_DEVICE static char* stores_of(int consumer) { return input_of(kStages) + consumer * kStoreBuffers * kStoreBytes; }
+  MFT_DEVICE static isa::TransactionBarrier* barrier(int kind, int stage) {
+    return reinterpret_cast<isa::TransactionBarrier*>(stores_of(kConsumers)) + kind * kStages + stage;
   }
-  MFT_DEVICE static isa::TransactionBarrier* empty(int stage) { return full(kStages + stage); }
+  MFT_DEVICE static isa::TransactionBarrier* weight_full(int stage) { return barrier(0, stage); }
+  MFT_DEVICE static isa::TransactionBarrier* weight_empty(int stage) { return barrier(1, stage); }
+  MFT_DEVICE static isa::TransactionBarrier* input_full(int stage) { return barrier(2, stage); }
+  MFT_DEVICE static isa::TransactionBarrier* input_empty(int stage) { return barrier(3, stage); }
 
   MFT_DEVICE static void run(const Arguments& a) {
     const int rank = isa::rank_in_cluster();
@@ -107,8 +112,10 @@ struct ProductSm90 {
       isa::prefetch(a.in);
       isa::prefetch(a.out);
       for (int stage = 0; stage < kStages; ++stage) {
-        isa::init_barrier(full(stage), 1);
-        isa::init_barrier(empty(stage), kConsumers * kCluster);  // both blocks write into each other's ring
+        isa::init_barrier(weight_full(stage), 1);
+        isa::init_barrier(weight_empty(stage), kConsumers * 4);  // warps
+        isa::init_barrier(input_full(stage), 1);
+        isa::init_barrier(input_empty(stage), kConsumers * kCluster);  // both blocks write into each other's ring
       }
       isa::publish_barriers();
     }
@@ -140,9 +147,9 @@ struct ProductSm90 {
     Place place;
     for_each_tile(a, rank, [&](int feature, int token) {
       for (int step = 0; step < a.steps; ++step, place.advance()) {
-        isa::TransactionBarrier* b = full(place.stage);
-        isa::wait(empty(place.stage), place.parity ^ 1);  // true at once on the first round
-        isa::arrive_expecting(b, kStageBytes);
+        isa::TransactionBarrier* b = weight_full(place.stage);
+        isa::wait(weight_empty(place.stage), place.parity ^ 1);  // true at once on the first round
+        isa::arrive_expecting(b, kWeightStageBytes);
         const int q = step * kStep;
         load_weight(a.weight, b, weight_of(place.stage), feature, q);
         if constexpr (kMask == MaskKind::kWords) {
@@ -153,6 +160,9 @@ struct ProductSm90 {
           load_weight(a.mask, b, mask_of(place.stage), feature, q);
         }
         constexpr int kHalf = kTokens / kCluster;
+        b = input_full(place.stage);
+        isa::wait(input_empty(place.stage), place.parity ^ 1);
+        isa::arrive_expecting(b, kInputBytes);
         isa::load_tile_multicast(a.in, b, (1 << kCluster) - 1, input_of(place.stage) + rank * kHalf * kRowBytes, q,
                                  token + rank * kHalf);
       }
@@ -176,13 +186,17 @@ struct ProductSm90 {
     uint32_t of[kStep / 16][4];
   };
 
-  // What selects them, for the rows (features) lane / 4 and lane / 4 + 8 of this warp.
-  struct Selection {
-    KeepOfScores keep[2];
+  // What a lane needs for them, from tile to tile.
+  struct Lane {
+    int group, warp, g, c;   // of the fragment layout (isa.h): row lane / 4, column 2 (lane % 4)
+    int rows[kStep / 16];    // offset in a stage of what this lane names to ldmatrix
+    KeepOfScores keep[2];    // of features g and g + 8 of this warp
   };
 
   MFT_DEVICE static void consume(const Arguments& a, int rank, int group) {
-    const int warp = isa::warp() % 4, lane = isa::lane();
+    Lane lane{group, isa::warp() % 4, isa::lane() / 4, isa::lane() % 4 * 2, {}, {}};
+#pragma unroll
+    for (int i = 0; i < kStep / 16; ++i) lane.rows[i] = matrix_row(lane, i);
     Place place;
     int buffer = 0;
     for_each_tile(a, rank, [&](int first_feature, int token) {
@@ -190,78 +204,75 @@ struct ProductSm90 {
       float sums[kTokens / 2];
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0;
-      const Selection selection = selection_of(a, feature + 16 * warp + lane / 4);
+      find_keep(lane, a, feature);
       Fragments even, odd;
-      Place before = place;  // what the products under way read
+      int before = place.stage;  // what the product under way reads
       for (int step = 0; step < a.steps; step += 2) {
-        isa::wait(full(place.stage), place.parity);
-        load(even, selection, place.stage, group, step);
-        multiply(sums, even, place.stage);
+        load(even, lane, place, step);
+        multiply(sums, even, place);
         isa::wait_products<1>();
-        if (step > 0) release(before.stage);
-        before = place;
+        if (step > 0) release_input(before);
+        before = place.stage;
         place.advance();
-        isa::wait(full(place.stage), place.parity);
-        load(odd, selection, place.stage, group, step + 1);
-        multiply(sums, odd, place.stage);
+        load(odd, lane, place, step + 1);
+        multiply(sums, odd, place);
         isa::wait_products<1>();
-        release(before.stage);
-        before = place;
+        release_input(before);
+        before = place.stage;
         place.advance();
       }
       isa::wait_products<0>();
       isa::fence_registers(sums);
-      release(before.stage);
-      store(a, sums, feature, token, group, buffer);
+      release_input(before);
+      store(a, lane, sums, feature, token, buffer);
     });
     isa::wait_stores_read<0>();
   }
 
   // One thread of the warpgroup tells each block that a stage is free. The product it waited for needed all four warps.
-  MFT_DEVICE static void release(int stage) {
+  MFT_DEVICE static void release_input(int stage) {
     const int thread = isa::thread() % 128;
-    if (thread < kCluster) isa::arrive(empty(stage), thread);
+    if (thread < kCluster) isa::arrive(input_empty(stage), thread);
   }
 
-  MFT_DEVICE static Selection selection_of(const Arguments& a, int feature) {
-    Selection s{};
+  MFT_DEVICE static void find_keep(Lane& lane, const Arguments& a, int feature) {
     if constexpr (kMask != MaskKind::kWords) {
       for (int i = 0; i < 2; ++i) {
         // Transposed, thresholds by row would vary along Q: there is one for the matrix.
-        int row = feature + 8 * i;
+        int row = feature + 16 * lane.warp + lane.g + 8 * i;
         row = kTransposed ? 0 : row < a.features ? row : a.features - 1;
         const uint32_t threshold = a.thresholds[row * a.threshold_stride];
-        s.keep[i] = KeepOfScores::of(threshold | threshold << 16);
+        lane.keep[i] = KeepOfScores::of(threshold | threshold << 16);
       }
     }
-    return s;
   }
 
-  MFT_DEVICE static void load(Fragments& fragments, const Selection& selection, int stage, int group, int step) {
+  MFT_DEVICE static void load(Fragments& fragments, const Lane& lane, const Place& place, int step) {
+    isa::wait(weight_full(place.stage), place.parity);
+    const char* mask = mask_of(place.stage);
 #pragma unroll
     for (int i = 0; i < kStep / 16; ++i) {
-      const int at = matrix_row(group, i);
-      load_rows(fragments.of[i], weight_of(stage) + at);
+      load_rows(fragments.of[i], weight_of(place.stage) + lane.rows[i]);
       if constexpr (kMask != MaskKind::kWords) {
         uint32_t scores[4];
-        load_rows(scores, mask_of(stage) + at);
+        load_rows(scores, mask + lane.rows[i]);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          fragments.of[i][j] = selection.keep[j % 2].select(fragments.of[i][j], scores[j]);
-        }
+        for (int j = 0; j < 4; ++j) fragments.of[i][j] = lane.keep[j % 2].select(fragments.of[i][j], scores[j]);
       } else {
-        select_by_words(fragments.of[i], mask_of(stage), group, i, step);
+        select_by_words(fragments.of[i], reinterpret_cast<const uint32_t*>(mask), lane, i, step);
       }
     }
+    isa::sync_warp();
+    if (isa::lane() == 0) isa::arrive(weight_empty(place.stage), isa::rank_in_cluster());
   }
 
-  // Which row of 16 bytes this lane names to ldmatrix for the 16 x 16 block i of a step.
-  MFT_DEVICE static int matrix_row(int group, int i) {
-    const int warp = isa::warp() % 4, matrix = isa::lane() / 8, row = isa::lane() % 8;
+  // Where the row of 16 bytes lies that this lane names to ldmatrix for the 16 x 16 block i of a step.
+  MFT_DEVICE static int matrix_row(const Lane& lane, int i) {
+    const int matrix = isa::lane() / 8, row = isa::lane() % 8;
     if constexpr (kTransposed) {  // tile (64 of Q, 64 features): matrices go through the features first
-      return group * kStep * kRowBytes + swizzled(16 * i + matrix / 2 * 8 + row, 2 * warp + matrix % 2);
+      return lane.group * kStep * kRowBytes + swizzled(16 * i + matrix / 2 * 8 + row, 2 * lane.warp + matrix % 2);
     } else {  // tile (128 features, 64 of Q)
-      return swizzled(64 * group + 16 * warp + matrix % 2 * 8 + row, 2 * i + matrix / 2);
+      return swizzled(64 * lane.group + 16 * lane.warp + matrix % 2 * 8 + row, 2 * i + matrix / 2);
     }
   }
 
@@ -273,24 +284,25 @@ struct ProductSm90 {
     }
   }
 
-  MFT_DEVICE static void select_by_words(uint32_t (&weights)[4], const char* words, int group, int i, int step) {
-    const int warp = isa::warp() % 4, g = isa::lane() / 4, c = isa::lane() % 4 * 2;
+  MFT_DEVICE static void select_by_words(uint32_t (&weights)[4], const uint32_t* words, const Lane& lane, int i,
+                                         int step) {
     if constexpr (kTransposed) {
       // Rows of weight c, c + 1 (and + 8) of this block of 16; of each the half word with this warp's 16 columns.
-      const auto* half = reinterpret_cast<const uint16_t*>(words) + (16 * i + c) * 2 * kWordsOfTile + 4 * group + warp;
+      const auto* half = reinterpret_cast<const uint16_t*>(words) + (16 * i + lane.c) * 2 * kWordsOfTile +
+                         4 * lane.group + lane.warp;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {  // j % 2: columns + 8, j / 2: rows + 8
         const uint32_t low = half[(j / 2 * 8) * 2 * kWordsOfTile], high = half[(j / 2 * 8 + 1) * 2 * kWordsOfTile];
-        const int column = g + j % 2 * 8;
+        const int column = lane.g + j % 2 * 8;
         weights[j] &= isa::spread_signs(low << (15 - column), high << (31 - column));
       }
     } else {
       // Rows g and g + 8; the word with columns 16 i to 16 i + 15 of this step.
-      const auto* word = reinterpret_cast<const uint32_t*>(words) + (64 * group + 16 * warp + g) * kWordsOfTile +
-                         step % 2 * 2 + i / 2;
+      const uint32_t* word =
+          words + (64 * lane.group + 16 * lane.warp + lane.g) * kWordsOfTile + step % 2 * 2 + i / 2;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {  // j % 2: rows + 8, j / 2: columns + 8
-        const uint32_t bits = word[j % 2 * 8 * kWordsOfTile] >> c;
+        const uint32_t bits = word[j % 2 * 8 * kWordsOfTile] >> lane.c;
         const int column = i % 2 * 16 + j / 2 * 8;  // its bit, and the next one
         const uint32_t low = column < 16 ? bits << (15 - column) : bits >> (column - 15);
         weights[j] &= isa::spread_signs(low, bits << (30 - column));
@@ -298,8 +310,9 @@ struct ProductSm90 {
     }
   }
 
-  MFT_DEVICE static void multiply(float (&sums)[kTokens / 2], Fragments& fragments, int stage) {
-    const uint64_t in = isa::descriptor(input_of(stage));
+  MFT_DEVICE static void multiply(float (&sums)[kTokens / 2], Fragments& fragments, const Place& place) {
+    isa::wait(input_full(place.stage), place.parity);
+    const uint64_t in = isa::descriptor(input_of(place.stage));
     isa::fence_registers(sums);
     isa::begin_products();
 #pragma unroll
@@ -311,33 +324,32 @@ struct ProductSm90 {
   }
 
   // out (tokens, features): each 32 tokens of the sums are transposed into a buffer, and TMA stores it.
-  MFT_DEVICE static void store(const Arguments& a, const float (&sums)[kTokens / 2], int feature, int token, int group,
-                               int& buffer) {
-    const int warp = isa::warp() % 4, lane = isa::lane();
+  MFT_DEVICE static void store(const Arguments& a, const Lane& lane, const float (&sums)[kTokens / 2], int feature,
+                               int token, int& buffer) {
     float bias[2] = {0, 0};
     if (a.bias != nullptr) {
       for (int i = 0; i < 2; ++i) {
-        const int f = feature + 16 * warp + lane / 4 + 8 * i;
+        const int f = feature + 16 * lane.warp + lane.g + 8 * i;
         bias[i] = f < a.features ? isa::widen(a.bias[f]) : 0;
       }
     }
     const bool leader = isa::thread() % 128 == 0;
 #pragma unroll
     for (int t = 0; t < kTokens; t += kStoreTokens) {
-      char* shared = stores_of(group) + buffer * kStoreBytes;
+      char* shared = stores_of(lane.group) + buffer * kStoreBytes;
       if (leader) isa::wait_stores_read<kStoreBuffers - 1>();
-      isa::sync_threads(1 + group, 128);  // the buffer is free
+      isa::sync_threads(1 + lane.group, 128);  // the buffer is free
 #pragma unroll
       for (int u = 0; u < kStoreTokens; u += 16) {  // two blocks of 8 tokens, two of 8 features
         const float* d = &sums[(t + u) / 2];
         const uint32_t r[4] = {
             isa::round_pair<T>(d[0] + bias[0], d[1] + bias[0]), isa::round_pair<T>(d[2] + bias[1], d[3] + bias[1]),
             isa::round_pair<T>(d[4] + bias[0], d[5] + bias[0]), isa::round_pair<T>(d[6] + bias[1], d[7] + bias[1])};
-        const int row = u + lane / 16 * 8 + lane % 8, chunk = 2 * warp + lane / 8 % 2;
+        const int row = u + isa::lane() / 16 * 8 + isa::lane() % 8, chunk = 2 * lane.warp + isa::lane() / 8 % 2;
         isa::store_matrices_transposed(shared + swizzled(row, chunk), r);
       }
       isa::fence_shared_for_tma();
-      isa::sync_threads(1 + group, 128);  // the buffer is full
+      isa::sync_threads(1 + lane.group, 128);  // the buffer is full
       if (leader) {
         isa::store_tile(a.out, shared, feature, token + t);
         isa::commit_stores();

@@ -5,6 +5,7 @@ import itertools
 import emulated
 import pytest
 import torch
+from guarded import guarded
 
 from mft_kernels import reference
 
@@ -59,7 +60,7 @@ def check(m: int, n: int, k: int, dtype: torch.dtype = torch.float16, mode: str 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", ["magnitude", "value"])
 @pytest.mark.parametrize(
-    "seed, asynchrony", [(0, "at_issue"), (1, "as_late_as_possible"), (2, "random"), (3, "random")]
+    ("seed", "asynchrony"), [(0, "at_issue"), (1, "as_late_as_possible"), (2, "random"), (3, "random")]
 )
 def test_results_are_exact_however_the_background_work_is_timed(dtype, mode, seed, asynchrony):
     emulated.set_settings(seed, asynchrony)
@@ -73,7 +74,7 @@ def test_every_tile_is_made_once_by_any_number_of_clusters(tokens, multiprocesso
     check(tokens, 520, 640, multiprocessors=multiprocessors)
 
 
-@pytest.mark.parametrize("m, n, k", [(1, 8, 8), (5, 128, 128), (64, 136, 72), (65, 264, 200), (33, 8, 1000)])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 8, 8), (5, 128, 128), (64, 136, 72), (65, 264, 200), (33, 8, 1000)])
 def test_edges_are_cut_and_filled_with_zeros(m, n, k):
     check(m, n, k)
 
@@ -82,6 +83,12 @@ def test_each_row_may_have_a_threshold_of_its_own():
     x, grad, weight, scores, threshold = problem(40, 200, 128, by_row=True)
     check_forward(x, weight, scores, threshold, None, "magnitude")
     check_d_x(grad, x, weight, scores, threshold, "magnitude")
+
+
+def test_nothing_outside_of_the_inputs_is_read():
+    """TMA knows the sizes; thresholds and bias are read by threads, some of them beyond the last row."""
+    x, _, weight, scores, threshold = (guarded(t, at_end=True) for t in problem(40, 200, 128, by_row=True))
+    check_forward(x, weight, scores, threshold, guarded(integers(200, dtype=x.dtype), at_end=True), "magnitude")
 
 
 def test_d_x_with_thresholds_by_row_asks_for_bits():

@@ -20,6 +20,7 @@ struct BarrierState {
   int count = 0, pending = 0;
   int64_t bytes = 0;  // expected and not yet come; may go below 0 before they are expected
   uint32_t phase = 0;
+  bool published = false;
 };
 
 struct ProductOperation {
@@ -53,6 +54,7 @@ struct StoreGroup {
 
 struct ThreadState {
   size_t issued = 0, demanded = 0;          // products
+  bool begun = false;                       // begin_products since the last commit
   std::vector<size_t> commits;              // `issued` at each commit
   std::vector<StoreGroup*> stores;          // committed
   StoreGroup* current = nullptr;
@@ -94,10 +96,16 @@ inline ThreadState& thread_state() {
   return state().threads[{self.block->rank, self.index}];
 }
 
-inline BarrierState& barrier_at(const void* b) {
-  const auto found = state().barriers.find(b);
-  if (found == state().barriers.end()) emulator::fault("a barrier is used before it is initialised");
+inline BarrierState& barrier_of(HopperState& state, const void* b, const emulator::Block& block) {
+  const auto found = state.barriers.find(b);
+  if (found == state.barriers.end()) emulator::fault("a barrier is used before it is initialised");
+  if (!found->second.published) emulator::fault("a barrier is used before publish_barriers");
+  if (block.unfinished == 0) emulator::fault("something arrives at a barrier of a block that has ended");
   return found->second;
+}
+
+inline BarrierState& barrier_at(const void* b, int rank) {
+  return barrier_of(state(), b, emulator::block_of_rank(rank));
 }
 
 inline void complete_if_due(BarrierState& b) {
@@ -114,32 +122,38 @@ inline char* at_rank(void* shared, int rank, int64_t bytes, int alignment, const
 
 }  // namespace detail
 
+inline int rank_in_cluster() { return emulator::this_thread().block->rank; }
+
 inline void init_barrier(TransactionBarrier* b, int arrivals) {
   emulator::shared_offset(b, 8, 8, "init_barrier");
-  detail::state().barriers[b] = {arrivals, arrivals, 0, 0};
+  detail::state().barriers[b] = {arrivals, arrivals, 0, 0, false};
 }
 
-inline void publish_barriers() {}
+inline void publish_barriers() {
+  for (auto& [b, barrier] : detail::state().barriers) {
+    const char* shared = emulator::this_thread().block->shared;
+    const auto offset = static_cast<const char*>(b) - shared;
+    if (offset >= 0 && offset < emulator::current_launch().shared_bytes) barrier.published = true;
+  }
+}
 
 inline void arrive(TransactionBarrier* b, int rank) {
-  detail::BarrierState& barrier = detail::barrier_at(detail::at_rank(b, rank, 8, 8, "arrive"));
+  detail::BarrierState& barrier = detail::barrier_at(detail::at_rank(b, rank, 8, 8, "arrive"), rank);
   --barrier.pending;
   detail::complete_if_due(barrier);
 }
 
 inline void arrive_expecting(TransactionBarrier* b, int bytes) {
-  detail::BarrierState& barrier = detail::barrier_at(b);
+  detail::BarrierState& barrier = detail::barrier_at(b, rank_in_cluster());
   barrier.bytes += bytes;
   --barrier.pending;
   detail::complete_if_due(barrier);
 }
 
 inline void wait(TransactionBarrier* b, uint32_t parity) {
-  const detail::BarrierState& barrier = detail::barrier_at(b);
+  const detail::BarrierState& barrier = detail::barrier_at(b, rank_in_cluster());
   emulator::wait_until([&barrier, parity] { return barrier.phase != parity; }, "a barrier in shared memory");
 }
-
-inline int rank_in_cluster() { return emulator::this_thread().block->rank; }
 
 inline void sync_cluster() {
   emulator::sync(detail::state().cluster, emulator::cluster_size() * emulator::current_launch().threads,
@@ -204,9 +218,10 @@ inline void load_tile_multicast(const TensorMap& map, TransactionBarrier* b, uin
     if ((ranks >> rank & 1) == 0) continue;
     char* barrier = detail::at_rank(b, rank, 8, 8, "the barrier of a load");
     char* target = detail::at_rank(shared, rank, bytes, alignment, "load_tile");
-    char* block = emulator::block_of_rank(rank).shared;
+    const emulator::Block& owner = emulator::block_of_rank(rank);
+    char* block = owner.shared;
     const TensorMap copy = map;
-    emulator::defer([=, &state = detail::state()] {
+    emulator::defer([=, &owner, &state = detail::state()] {
       const int size = copy.bytes;
       detail::for_each_element(copy, block, target, column, row, [size](char* here, const char* element) {
         if (element != nullptr) {
@@ -215,10 +230,9 @@ inline void load_tile_multicast(const TensorMap& map, TransactionBarrier* b, uin
           std::memset(here, 0, static_cast<size_t>(size));
         }
       });
-      const auto found = state.barriers.find(barrier);
-      if (found == state.barriers.end()) emulator::fault("a load arrives at a barrier that is not initialised");
-      found->second.bytes -= bytes;
-      detail::complete_if_due(found->second);
+      detail::BarrierState& arrived = detail::barrier_of(state, barrier, owner);
+      arrived.bytes -= bytes;
+      detail::complete_if_due(arrived);
     });
   }
 }
@@ -242,7 +256,8 @@ inline void store_tile(const TensorMap& map, const void* shared, int column, int
     self.current = &state.store_groups.back();
   }
   ++self.current->open;
-  emulator::defer([=, group = self.current] {
+  emulator::defer([=, group = self.current, &owner = *emulator::this_thread().block] {
+    if (owner.unfinished == 0) emulator::fault("TMA reads the shared memory of a block that has ended");
     const size_t size = static_cast<size_t>(map.bytes);
     detail::for_each_element(map, block, source, column, row, [size](const char* here, char* element) {
       if (element != nullptr) std::memcpy(element, here, size);
@@ -315,7 +330,7 @@ inline uint64_t descriptor(const void* shared) {
 template <class Value, int kCount>
 void fence_registers(Value (&)[kCount]) {}
 
-inline void begin_products() {}
+inline void begin_products() { detail::thread_state().begun = true; }
 
 namespace detail {
 
@@ -371,6 +386,7 @@ template <class T, int kN>
 void product(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b) {
   detail::WarpGroup& group = detail::warp_group();
   detail::ThreadState& self = detail::thread_state();
+  if (!self.begun) emulator::fault("a wgmma without begin_products since the last commit");
   if (self.issued == group.operations.size()) {
     const bool late = emulator::asynchrony() == emulator::Asynchrony::kAsLateAsPossible ||
                       (emulator::asynchrony() == emulator::Asynchrony::kRandom && emulator::random_numbers()() % 2 == 0);
@@ -387,6 +403,7 @@ void product(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b) {
 inline void commit_products() {
   detail::ThreadState& self = detail::thread_state();
   self.commits.push_back(self.issued);
+  self.begun = false;
 }
 
 template <int kPending>
