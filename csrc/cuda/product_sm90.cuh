@@ -320,7 +320,6 @@ struct ProductSm90 {
       isa::product<T, kTokens>(sums, fragments.of[i], in + (i * 32 >> 4));  // 16 elements on, within the swizzled row
     }
     isa::commit_products();
-    isa::fence_registers(sums);
   }
 
   // out (tokens, features): each 32 tokens of the sums are transposed into a buffer, and TMA stores it.

@@ -19,9 +19,18 @@ MFT_WEAK int64_t select_workspace(Type);
 
 namespace {
 
+// Of a block, by the CUDA programming guide's table of compute capabilities.
+int shared_limit(int capability) {
+  const bool small = capability == 86 || capability == 89 || capability >= 120;
+  return 1024 * (small ? 99 : capability < 90 ? 163 : 227);
+}
+
 template <class Asked>
 const char* call(std::string (*function)(const Asked&, const Device&), const Asked& asked, const Device& device) {
   static std::string text;
+  emulator::Settings settings = emulator::settings();
+  settings.shared_limit = shared_limit(device.capability);
+  emulator::set_settings(settings);
   text = function == nullptr ? "no compiled file has this function" : function(asked, device);
   return text.c_str();
 }
@@ -51,7 +60,7 @@ int64_t emulated_select_workspace(int type) {
 }
 
 void emulated_set_settings(unsigned seed, int asynchrony) {
-  emulator::set_settings({seed, static_cast<emulator::Asynchrony>(asynchrony)});
+  emulator::set_settings({seed, static_cast<emulator::Asynchrony>(asynchrony), emulator::settings().shared_limit});
 }
 
 // By which Python checks its copies of the structs.

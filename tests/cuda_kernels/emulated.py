@@ -25,7 +25,8 @@ from mft_kernels.reference import Gradients, kept_count
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = Path(__file__).resolve().parent
-FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc/cuda'}", f"-I{TESTS}"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # "unroll" is nvcc's
+FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", *WARNINGS, f"-I{ROOT / 'csrc/cuda'}", f"-I{TESTS}"]
 NOT_EMULATED = ("score_grad_sm90", "bindings")  # CUTLASS's, and torch's
 
 ASYNCHRONIES = ("at_issue", "as_late_as_possible", "random")
@@ -123,7 +124,7 @@ _STRUCTS = {
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Built where something changed. MFT_EMULATED=select,product_sm80 takes only files that begin so, and builds apart."""
+    """Built where something changed. MFT_EMULATED=select,pack takes files that begin so, and builds them apart."""
     wanted = tuple(filter(None, os.environ.get("MFT_EMULATED", "").split(",")))
     sources = [s for pattern in ("*.cu", "*.cpp") for s in sorted((ROOT / "csrc/cuda").glob(pattern))]
     kernels = [s for s in sources if not s.name.startswith(NOT_EMULATED) and s.name.startswith(wanted or "")]

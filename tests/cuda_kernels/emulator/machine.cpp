@@ -115,7 +115,6 @@ std::string describe_deadlock() {
 }
 
 void run_threads() {
-  const int threads = cluster->launch->threads;
   std::vector<size_t> warps(cluster->fibres.size() / 32);
   std::iota(warps.begin(), warps.end(), 0);
   for (bool unfinished = true; unfinished && cluster->fault.empty();) {
@@ -142,7 +141,6 @@ void run_threads() {
       }
     }
   }
-  (void)threads;
   while (cluster->fault.empty() && !cluster->deferred.empty()) complete_one();
 }
 
@@ -193,7 +191,7 @@ std::string run_cluster(const Launch& launch, const Settings& settings, int64_t 
 std::string run(const Launch& launch, const Settings& settings) {
   if (launch.threads % 32 != 0) return "threads must be whole warps";
   if (launch.grid[0] % launch.cluster != 0) return "blocks along x must be whole clusters";
-  if (launch.shared_bytes > 227 * 1024) return "more shared memory than a multiprocessor has";
+  if (launch.shared_bytes > settings.shared_limit) return "more shared memory than the device has for a block";
   std::vector<int64_t> order(static_cast<size_t>(launch.grid[0] / launch.cluster * launch.grid[1] * launch.grid[2]));
   std::iota(order.begin(), order.end(), 0);
   std::mt19937 random(settings.seed);

@@ -23,6 +23,7 @@ enum class Asynchrony { kAtIssue, kAsLateAsPossible, kRandom };
 struct Settings {
   unsigned seed = 0;
   Asynchrony asynchrony = Asynchrony::kRandom;
+  int shared_limit = 227 * 1024;  // bytes that a block may have; sm_90's
 };
 
 struct Fault : std::runtime_error {
