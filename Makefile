@@ -3,18 +3,19 @@ PYTHON ?= python3
 TORCH  ?= torch# or a pinned one: make test TORCH=torch==2.11.0
 VENV   := .venv
 BIN    := $(VENV)/bin
-EXTENSION_SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml
 
-.PHONY: install demo test lint bench gpu kernels-report kernels-report-3.6 clean
+.PHONY: install demo test lint cuda bench gpu kernels-report kernels-report-3.6 clean
 
 install: $(VENV)/.installed
 
-# torch comes first and the build is not isolated: the extension compiles against the torch that will load it.
+# torch comes first and the build is not isolated: the extension compiles against the torch that will load it. Triton
+# brings the disassembler that lets older nvcc's Hopper code be checked (building/register_hazards.py).
 $(VENV)/.installed: $(EXTENSION_SOURCES)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
 	  f"Python 3.11 or newer is needed, {sys.executable} is {v.major}.{v.minor}; set PYTHON=/path/to/python3")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja numpy
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja numpy "triton; platform_system == 'Linux'"
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,dev]"
 	@touch $@
 
@@ -31,22 +32,33 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The CUDA library, on a machine without a GPU too; fetches what it lacks (the extra cuda-build). Minutes the first time,
+# then only what changed. build/cuda keeps what nvcc said of each file.
+cuda: install
+	packages="$$($(BIN)/python -m building.missing)" && test -z "$$packages" || \
+	  $(BIN)/python -m pip install --quiet $$packages
+	MFT_CUDA=$${MFT_CUDA:-1} $(BIN)/python setup.py --quiet build_ext --inplace
+
 bench: install
 	$(BIN)/python -m benchmarks
 
 # Needs a GPU, torch, triton, numpy and pytest, and no installation: make gpu WHAT=step,forward GPU_PYTHON=python3
+# The CUDA kernels take part if mft_kernels/libmft_cuda.so and _build.json are there (make cuda, on any x86-64 Linux);
+# else a warning says so. Exit code 3, compute-sanitizer is missing or gave no verdict, is a warning here.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu:
-	$(GPU_PYTHON) -m benchmarks.gpu $(if $(WHAT),--what $(WHAT))
+	$(GPU_PYTHON) -m benchmarks.gpu $(if $(WHAT),--what $(WHAT)) || test $$? -eq 3
 
-# Compiles every kernel for every target and reads the code; about 7 minutes on 2 cores.
+# Compiles every kernel for every target and reads the code; about 7 minutes on 2 cores, and the minutes of `make cuda`.
+# Where that fails, the table says what the CUDA part lacks. That part alone: python -m benchmarks.kernel_code --only cuda
 kernels-report: install
+	-$(MAKE) --no-print-directory cuda
 	$(BIN)/python -m benchmarks.kernel_code --out docs/kernels-compiled.md
 
 # The same and the interpreter's tests with the oldest Triton; its interpreter needs an older numpy.
 OLDEST := .venv-triton-3.6
 kernels-report-3.6: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m benchmarks.kernel_code
+	$(OLDEST)/bin/python -m benchmarks.kernel_code --only triton
 	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest -o addopts= tests/triton_kernels
 
 $(OLDEST)/.installed:

@@ -1,6 +1,6 @@
 """Mask fine-tuning: fused masked-linear kernels, their reference, and MaskedLinear, a drop-in for nn.Linear."""
 
-from . import cpu, triton  # noqa: F401  (enter their backends into the table)
+from . import cpu, cuda, triton  # noqa: F401  (enter their backends into the table)
 from .backends import backend_report
 from .linear import MaskedLinear
 from .masking import masked_linear_by_ratio

@@ -4,18 +4,13 @@ The library picks AVX-512 with bf16 dot products, AVX-512, AVX2 or portable code
 MFT_CPU_CAPABILITY (one of ``capabilities()``) overrides that, for tests and comparisons.
 """
 
-import json
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from . import reference
 from .backends import Backend, register
+from .built import load
 from .reference import Gradients, kept_count
-
-_LIBRARY = Path(__file__).with_name("libmft_cpu.so")
-_REPORT = Path(__file__).with_name("_build.json")  # written by setup.py
 
 
 def masked_linear(
@@ -135,19 +130,7 @@ def _score_grad(out, grad, x, weight, scores, signs, mode, *, accumulate: bool) 
     torch.ops.mft_cpu.grad_scores_(out, grad, x, weight, scores, signs, accumulate)
 
 
-def _load() -> str | None:
-    """Load the library. Returns why it cannot serve, or None."""
-    if not _LIBRARY.exists():
-        reason = json.loads(_REPORT.read_text())["reason"] if _REPORT.exists() else "setup.py has not run"
-        return f"its C++ library is not built: {reason}; see setup.py, then pip install --no-build-isolation -e ."
-    try:
-        torch.ops.load_library(_LIBRARY)
-    except OSError as error:  # built for another torch or another machine
-        return f"its C++ library does not load with torch {torch.__version__}: {error}"
-    return None
-
-
-unavailable = _load()
+unavailable = load("cpu")
 
 register(
     Backend(

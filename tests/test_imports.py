@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 # A module may import those on lines above its own, and none on its own line.
 KERNEL_LAYERS = (
     ("reference", "testing"),
-    ("backends", "checks", "library"),
-    ("ops", "cpu", "triton"),
+    ("backends", "built", "checks", "library"),
+    ("ops", "cpu", "cuda", "triton"),
     ("masking",),
     ("linear",),
     ("__init__",),

@@ -1,0 +1,1 @@
+"""What setup.py runs: how the two compiled libraries are made. Part of the sources, not of the installed package."""

@@ -1,0 +1,46 @@
+"""libmft_cpu.so: csrc/bindings.cpp and csrc/cpu, by the C++ compiler."""
+
+import platform
+import subprocess
+from pathlib import Path
+
+from .compile import CPP_FLAGS, Link, Unit, accepts, build, find_compiler, find_torch, system_headers
+
+LIBRARY = "libmft_cpu.so"
+
+X86_FLAGS = {
+    "row_kernels_avx2.cpp": ["-mavx2", "-mfma"],
+    "row_kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+    "gemm_bfloat16.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"],
+}
+DOT_BFLOAT16_ONLY = ("gemm_bfloat16.cpp", "fused_linear.cpp")
+
+
+def build_cpu(directory: Path, sources: Path) -> dict:
+    """Build into ``directory`` from csrc. Returns what was used, for the report."""
+    version, torch_directory = find_torch()
+    compiler = find_compiler()
+    link = Link(LIBRARY, compiler, [f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-ltorch"])
+    build(directory, units(compiler, torch_directory, sources), link)
+    first_line = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    return {"compiler": first_line, "torch": version}
+
+
+def units(compiler: str, torch_directory: Path, sources: Path) -> list[Unit]:
+    """Each file of the library that this machine and compiler can use."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    dot_bfloat16 = x86 and accepts(compiler, ["-mavx512bf16"])
+    flags = [
+        *CPP_FLAGS,
+        "-ffp-contract=off",
+        *(["-DMFT_X86"] if x86 else []),
+        *(["-DMFT_DOT_BFLOAT16"] if dot_bfloat16 else []),
+        *system_headers([torch_directory / "include"]),
+    ]
+    found = []
+    for source in [sources / "bindings.cpp", *sorted((sources / "cpu").glob("*.cpp"))]:
+        own = X86_FLAGS.get(source.name, [])
+        if (own and not x86) or (source.name in DOT_BFLOAT16_ONLY and not dot_bfloat16):
+            continue
+        found.append(Unit(source, compiler, [*flags, *own]))
+    return found

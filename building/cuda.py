@@ -1,0 +1,200 @@
+"""libmft_cuda.so: csrc/cuda, by nvcc and the C++ compiler. Neither a GPU nor a CUDA build of torch is needed.
+
+A file *_sm90* is for Hopper alone and belongs to the group of that name (product_sm90_bf16.cu to product_sm90), which
+is built whole or left out; the other files serve every GPU from 8.0 on. MFT_CUDA says what is wanted:
+
+    unset    all of it where an nvcc is found, else the reason, and the install goes on
+    0        nothing
+    1        all of it, and a failure is an error
+    80,90    the same, for these architectures alone (sm_80's code runs on 8.6 and 8.9 too)
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import register_hazards
+from .compile import CPP_FLAGS, CannotBuild, Link, Unit, build, find_compiler, find_torch, system_headers
+from .nvcc import Nvcc, find_cutlass, find_nvcc
+from .ptxas_log import summary
+
+LIBRARY = "libmft_cuda.so"
+
+ARCHITECTURES = (80, 90, 100, 120)
+USUAL = (80, 90)  # the driver makes code for newer ones from compute_80's, once, and keeps it
+GROUPS = ("product_sm90", "score_grad_sm90")  # what bindings.cpp can do without
+REGISTER_FED = "product_sm90"
+
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-DNDEBUG",
+    "--expt-relaxed-constexpr",
+    "--expt-extended-lambda",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "--ptxas-options=-v",
+]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """``required``: asked for by name, so that a failure is an error; ``portable``: with code for later GPUs."""
+
+    required: bool = False
+    architectures: tuple[int, ...] = USUAL
+    portable: bool = True
+
+    @property
+    def targets(self) -> list[str]:
+        """What the general files are compiled to."""
+        return [f"sm_{a}" for a in self.architectures] + (["compute_80"] if self.portable else [])
+
+
+def wanted() -> Wanted | None:
+    """What MFT_CUDA asks for; None for nothing. Raises: ValueError for what it cannot mean."""
+    value = os.environ.get("MFT_CUDA", "").strip()
+    if value == "0":
+        return None
+    if value in ("", "1"):
+        return Wanted(required=value == "1")
+    names = [name.strip() for name in value.split(",")]
+    known = [str(a) for a in ARCHITECTURES]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"MFT_CUDA must be 0, 1 or a list of {', '.join(known)}, got {unknown[0]!r}; "
+            "for 8.6 and 8.9 say 80, whose code they run"
+        )
+    return Wanted(required=True, architectures=tuple(sorted({int(name) for name in names})), portable=False)
+
+
+def build_cuda(directory: Path, sources: Path, asked: Wanted) -> dict:
+    """Build into ``directory`` from csrc/cuda. Returns what was used and what was left out, for the report."""
+    nvcc = find_nvcc()
+    version, torch_directory = find_torch()
+    compiler = find_compiler()
+    cutlass = find_cutlass()
+    readers = register_hazards.find_readers()
+    general, groups, left_out = plan(sources, asked, nvcc, cutlass is not None, readers)
+
+    include = system_headers([*nvcc.include, *([cutlass[1]] if cutlass else [])])
+    units = kernel_units(general, groups, asked, nvcc, compiler, include)
+    jobs = int(os.environ.get("MAX_JOBS") or min(2, os.cpu_count() or 1))  # a file may take 3 GiB
+    build(directory, [unit for some in units.values() for unit in some], jobs=jobs)
+
+    if REGISTER_FED in units:
+        objects = [directory / unit.object for unit in units[REGISTER_FED] if unit.source.suffix == ".cu"]
+        if reason := register_hazards.refusal_after(nvcc.ptxas, readers, objects):
+            left_out[REGISTER_FED] = reason
+            del units[REGISTER_FED]
+
+    chosen = [unit for some in units.values() for unit in some]
+    bindings = Unit(
+        sources / "bindings.cpp",
+        compiler,
+        [
+            *CPP_FLAGS,
+            *(f"-DMFT_CUDA_{name.upper()}" for name in units if name in GROUPS),
+            f"-DMFT_CUDA_TARGETS={'.'.join(asked.targets)}",
+            *system_headers([torch_directory / "include"]),
+            *include,
+        ],
+    )
+    build(directory, [*chosen, bindings], Link(LIBRARY, compiler, link_flags(nvcc, torch_directory)), jobs)
+    return {
+        "torch": version,
+        "nvcc": str(nvcc),
+        "ptxas": ".".join(map(str, nvcc.ptxas)),
+        "cutlass": cutlass[0] if cutlass else None,
+        "targets": asked.targets,
+        "left_out": left_out,
+        "kernels": {
+            u.source.name: summary((directory / u.log).read_text()) for u in chosen if u.source.suffix == ".cu"
+        },
+    }
+
+
+def plan(
+    sources: Path, asked: Wanted, nvcc: Nvcc, has_cutlass: bool, readers: register_hazards.Readers | None
+) -> tuple[list[Path], dict[str, list[Path]], dict[str, str]]:
+    """(files for every GPU, files of each group to compile, why the other groups are left out)."""
+    general: list[Path] = []
+    groups: dict[str, list[Path]] = {name: [] for name in GROUPS}
+    for source in sorted([*sources.glob("*.cu"), *sources.glob("*.cpp")]):
+        if source.name == "bindings.cpp":
+            continue
+        group = re.match(r".+_sm90", source.stem)
+        if group and group[0] not in groups:
+            raise CannotBuild(f"a file *_sm90* must belong to one of {', '.join(GROUPS)}, got {source.name}")
+        (groups[group[0]] if group else general).append(source)
+    if not any(source.suffix == ".cu" for source in general):
+        raise CannotBuild(f"there are no kernels in {sources}")
+
+    left_out = {}
+    for name in GROUPS:
+        if not groups[name]:
+            left_out[name] = "this source tree does not have it"
+        elif 90 not in asked.architectures:
+            left_out[name] = f"it is for sm_90, and MFT_CUDA={os.environ.get('MFT_CUDA')} does not name that"
+        elif not has_cutlass and needs_cutlass(groups[name]):
+            left_out[name] = "CUTLASS's headers are missing; pip install nvidia-cutlass, or set CUTLASS_PATH"
+        elif name == REGISTER_FED and (reason := register_hazards.refusal_before(nvcc.ptxas, readers)):
+            left_out[name] = reason
+    return general, {name: files for name, files in groups.items() if name not in left_out}, left_out
+
+
+def needs_cutlass(files: Sequence[Path]) -> bool:
+    """Whether one of the files includes CuTe or CUTLASS, itself or through our headers beside it."""
+    seen: set[Path] = set()
+    waiting = list(files)
+    while waiting:
+        path = waiting.pop()
+        if path in seen or not path.exists():
+            continue
+        seen.add(path)
+        included = re.findall(r'^\s*#include [<"](.+)[>"]', path.read_text(), re.MULTILINE)
+        if any(name.startswith(("cute/", "cutlass/")) for name in included):
+            return True
+        waiting += [path.parent / name for name in included]
+    return False
+
+
+def kernel_units(
+    general: Sequence[Path],
+    groups: dict[str, list[Path]],
+    asked: Wanted,
+    nvcc: Nvcc,
+    compiler: str,
+    include: Sequence[str],
+) -> dict[str, list[Unit]]:
+    """What is compiled for every GPU (named "") and for each group."""
+
+    def unit(source: Path, targets: str) -> Unit:
+        if source.suffix == ".cpp":
+            return Unit(source, compiler, [*CPP_FLAGS, *include])
+        flags = [*NVCC_FLAGS, f"-ccbin={compiler}", targets, *include]
+        return Unit(source, str(nvcc.path), flags, [nvcc.root / "bin" / "ptxas"])
+
+    # One pass of the front end for all of them; only the assembler runs once for each.
+    every = f"-gencode=arch=compute_80,code=[{','.join(asked.targets)}]"
+    # CUTLASS's first: they take longest, and would else end alone.
+    units = {}
+    for name in sorted(groups, reverse=True):
+        units[name] = [unit(source, "-gencode=arch=compute_90a,code=sm_90a") for source in groups[name]]
+    return units | {"": [unit(source, every) for source in general]}
+
+
+def link_flags(nvcc: Nvcc, torch_directory: Path) -> list[str]:
+    """The library needs torch alone: CUDA's runtime is inside, and the driver is asked for when a kernel is launched.
+
+    Named before use, for only a CUDA build of torch has the stream getter, which the library declares weak.
+    """
+    return [
+        str(nvcc.runtime),
+        f"-L{torch_directory / 'lib'}",
+        "-Wl,--no-as-needed,-ltorch,-ltorch_cpu",
+        "-Wl,--as-needed,-lrt,-lpthread,-ldl",
+        "-Wl,--exclude-libs,ALL",
+        "-Wl,-z,defs",
+    ]

@@ -1,0 +1,97 @@
+"""Whether code that feeds warpgroup MMAs from registers may be shipped: from a new assembler, or after a clean scan.
+
+ptxas older than 13.3 can overwrite such a register while an MMA still reads it (benchmarks/kernel_code/hazard.py says
+how). Its code is wrong only now and then, so it is read instead of trusted.
+"""
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from .compile import CannotBuild
+from .nvcc import Version, shown
+
+SAFE_PTXAS: Version = (13, 3)
+REMEDY = "pip install 'nvidia-cuda-nvcc>=13.3'"
+
+
+@dataclass(frozen=True)
+class Readers:
+    """The programs that a scan needs."""
+
+    cuobjdump: str
+    nvdisasm: str
+
+
+def find_readers() -> Readers | None:
+    """In PATH or in Triton; None if a scan cannot be made, for which Triton must be installed."""
+    triton = find_spec("triton")
+    if triton is None or find_spec("benchmarks.kernel_code") is None:
+        return None
+    bundled = [str(Path(place, "backends/nvidia/bin")) for place in triton.submodule_search_locations or []]
+    found = [
+        next((path for where in (None, *bundled) if (path := shutil.which(name, path=where))), None)
+        for name in ("cuobjdump", "nvdisasm")
+    ]
+    return Readers(*found) if all(found) else None  # type: ignore[arg-type]
+
+
+def refusal_before(ptxas: Version, readers: Readers | None) -> str | None:
+    """Why such code need not even be compiled; None if it may turn out well."""
+    if ptxas >= SAFE_PTXAS or readers is not None:
+        return None
+    return (
+        f"ptxas {shown(ptxas)} can overwrite registers that a warpgroup MMA reads, and without nvdisasm and Triton "
+        f"its code cannot be checked; {REMEDY}"
+    )
+
+
+def refusal_after(ptxas: Version, readers: Readers | None, objects: Sequence[Path]) -> str | None:
+    """Why the compiled objects must not be linked; None if they may."""
+    if ptxas >= SAFE_PTXAS:
+        return None
+    assert readers is not None, "refusal_before lets no old assembler pass without readers"
+    from benchmarks.kernel_code.hazard import hazards
+
+    register_fed = 0
+    for path in objects:
+        for name, code in disassemble(readers, path).items():
+            register_fed += len(re.findall(r"HGMMA\.\S+ R\d+, R\d+,", code))
+            try:
+                found = hazards(code)
+            except ValueError as error:
+                return f"the code of ptxas {shown(ptxas)} could not be checked ({name}: {error}); {REMEDY}"
+            if found:
+                return f"ptxas {shown(ptxas)} overwrites registers in flight ({name}: {found[0]}); {REMEDY}"
+    if not register_fed:
+        return f"the check of ptxas {shown(ptxas)} found no warpgroup MMA from registers in its code; {REMEDY}"
+    return None
+
+
+def disassemble(readers: Readers, path: Path) -> dict[str, str]:
+    """{kernel: nvdisasm's text} of an object of nvcc's."""
+    texts: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        _output([readers.cuobjdump, "--extract-elf", "all", str(path.resolve())], directory)
+        for cubin in sorted(Path(directory).glob("*.cubin")):
+            texts |= split(_output([readers.nvdisasm, "-c", str(cubin)], directory))
+    return texts
+
+
+def split(text: str) -> dict[str, str]:
+    """nvdisasm's text by kernel: each stands in a section .text.NAME."""
+    pieces = re.split(r"^\s*\.section\s+\.text\.([^\s,]+).*$", text, flags=re.MULTILINE)
+    return dict(zip(pieces[1::2], pieces[2::2], strict=True))
+
+
+def _output(command: list[str], directory: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, cwd=directory)
+    if result.returncode != 0:
+        lines = (result.stderr + result.stdout).splitlines()
+        raise CannotBuild(f"{Path(command[0]).name} failed: {(lines or ['no output'])[0]}")
+    return result.stdout

@@ -1,0 +1,376 @@
+// The ops of namespace mft_cuda: schemas, and what leads from tensors to the kernels of api.h. Built on torch's stable
+// ABI, so that one shared object serves torch 2.11 and newer. Inputs are 2-d with unit column stride:
+// mft_kernels/cuda.py sees to it.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "api.h"
+
+#ifdef MFT_CUDA_ON_HOST  // a test's library: its kernels run on the host, its ops take CPU tensors, its name is given
+#define MFT_NAMESPACE MFT_CUDA_ON_HOST
+#define MFT_KEY CPU
+#else
+#define MFT_NAMESPACE mft_cuda
+#define MFT_KEY CUDA
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+// A CPU build of torch has no such function, and the library loads there all the same.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
+
+#define MFT_TEXT(x) #x
+#define MFT_EXPANDED(x) MFT_TEXT(x)
+#define MFT_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define MFT_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+#ifndef MFT_CUDA_TARGETS
+#define MFT_CUDA_TARGETS none
+#endif
+
+namespace mft::cuda {
+
+// What this build leaves out (building/cuda.py says why).
+#ifndef MFT_CUDA_PRODUCT_SM90
+std::string refusal_sm90(const Product&) { return "this build has no product_sm90"; }
+std::string product_sm90(const Product& product, const Device&) { return refusal_sm90(product); }
+#endif
+#ifndef MFT_CUDA_SCORE_GRAD_SM90
+std::string refusal_sm90(const ScoreGrad&) { return "this build has no score_grad_sm90"; }
+std::string score_grad_sm90(const ScoreGrad& grad, const Device&) { return refusal_sm90(grad); }
+#endif
+
+}  // namespace mft::cuda
+
+namespace {
+
+using mft::cuda::Device;
+using mft::cuda::Keep;
+using mft::cuda::Matrix;
+using mft::cuda::Sign;
+using mft::cuda::Type;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// MFT_CUDA_CAPABILITY=80 runs an older GPU's kernels, for tests and comparisons.
+int chosen_capability(int capability) {
+  const char* asked = std::getenv("MFT_CUDA_CAPABILITY");
+  return asked ? std::atoi(asked) : capability;
+}
+
+#ifdef MFT_CUDA_ON_HOST
+
+struct Place {
+  Device device{nullptr, 4, chosen_capability(80)};
+  int index;
+  explicit Place(const Tensor& t) : index(t.get_device()) {}
+};
+
+#else
+
+void check(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error), "; see mft_kernels.backend_report()");
+}
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+// A tensor's device, current while this lives, and its stream. Nothing here waits, so CUDA graphs may record it.
+struct Place {
+  Device device;
+  int index;
+  torch::stable::accelerator::DeviceGuard guard;
+
+  explicit Place(const Tensor& t) : index(t.get_device()), guard(index) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "torch must be built with CUDA to launch a kernel");
+    check(cudaSetDevice(index));  // this library has a CUDA runtime of its own
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &device.stream));
+    device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
+    device.capability = chosen_capability(10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
+                                          attribute(cudaDevAttrComputeCapabilityMinor, index));
+  }
+};
+
+#endif
+
+void check_launch(const std::string& error) { STD_TORCH_CHECK(error.empty(), "the cuda backend: ", error); }
+
+Type type_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Type::kFloat32;
+    case ScalarType::BFloat16:
+      return Type::kBFloat16;
+    case ScalarType::Half:
+      return Type::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16 for the cuda backend");
+  }
+}
+
+void check_device(const Tensor& t, const Place& place, const char* name) {
+  STD_TORCH_CHECK(t.get_device() == place.index, name, " must be on device ", place.index, ", got ", t.get_device());
+}
+
+// Null says "not wanted" to the kernels, and an empty tensor's data may be null.
+template <class T>
+T* present(T* data) {
+  static char nowhere;
+  return data ? data : reinterpret_cast<T*>(&nowhere);
+}
+
+Matrix matrix(const Tensor& t, const Place& place, const char* name, void* data) {
+  check_device(t, place, name);
+  const bool many = t.numel() > 0 && t.dim() == 2;  // else strides mean nothing
+  STD_TORCH_CHECK(t.dim() == 2 && (!many || t.size(1) == 1 || t.stride(1) == 1), name,
+                  " must be 2-d with unit column stride");
+  // For a single row a multiple of 16 bytes, which the Hopper kernels ask for.
+  const int64_t stride = many && t.size(0) > 1 ? t.stride(0) : (t.size(1) + 7) / 8 * 8;
+  STD_TORCH_CHECK(stride >= t.size(1), name, " must have rows that do not overlap");
+  return {present(data), type_of(t, name), t.size(0), t.size(1), stride};
+}
+
+Matrix input(const Tensor& t, const Place& place, const char* name) {
+  return matrix(t, place, name, const_cast<void*>(t.const_data_ptr()));
+}
+
+Matrix output(const Tensor& t, const Place& place, const char* name) {
+  return matrix(t, place, name, t.mutable_data_ptr());
+}
+
+void check_size(const Matrix& m, int64_t rows, int64_t columns, const char* name) {
+  STD_TORCH_CHECK(m.rows == rows && m.columns == columns, name, " must be (", rows, ", ", columns, "), got (", m.rows,
+                  ", ", m.columns, ")");
+}
+
+const uint32_t* words(const Tensor& t, const Place& place, const Matrix& weight, const char* name) {
+  check_device(t, place, name);
+  const int64_t columns = (weight.columns + 31) / 32;
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous() && t.dim() == 2 &&
+                      t.size(0) == weight.rows && t.size(1) == columns,
+                  name, " must be int32, contiguous and (", weight.rows, ", ", columns, ")");
+  return present(static_cast<uint32_t*>(const_cast<void*>(t.const_data_ptr())));
+}
+
+Keep keep_by_scores(const Tensor& scores, const Tensor& threshold, const Place& place, bool magnitude) {
+  Keep keep;
+  keep.scores = input(scores, place, "scores");
+  check_device(threshold, place, "threshold");
+  STD_TORCH_CHECK(type_of(threshold, "threshold") == keep.scores.type, "threshold must have scores' dtype");
+  STD_TORCH_CHECK(threshold.dim() == 0 || (threshold.dim() == 1 && threshold.size(0) == keep.scores.rows),
+                  "threshold must be () or (", keep.scores.rows, ",)");
+  keep.thresholds = threshold.const_data_ptr();
+  keep.threshold_stride = threshold.dim() == 0 ? 0 : threshold.stride(0);
+  keep.magnitude = magnitude;
+  return keep;
+}
+
+Keep keep_of(const std::optional<Tensor>& scores, const std::optional<Tensor>& threshold,
+             const std::optional<Tensor>& packed, const Place& place, const Matrix& weight, bool magnitude) {
+  if (packed.has_value()) {
+    Keep keep;
+    keep.words = words(*packed, place, weight, "packed");
+    return keep;
+  }
+  STD_TORCH_CHECK(scores.has_value() && threshold.has_value(), "give scores and threshold, or packed");
+  const Keep keep = keep_by_scores(*scores, *threshold, place, magnitude);
+  check_size(keep.scores, weight.rows, weight.columns, "scores");
+  return keep;
+}
+
+Matrix weight_of(const Tensor& t, const Place& place) {
+  const Matrix weight = input(t, place, "weight");
+  STD_TORCH_CHECK(weight.type != Type::kFloat32, "weight must be bfloat16 or float16 for the cuda backend");
+  return weight;
+}
+
+Matrix like_weight(const Tensor& t, const Place& place, const Matrix& weight, const char* name) {
+  const Matrix m = input(t, place, name);
+  STD_TORCH_CHECK(m.type == weight.type, name, " must have weight's dtype");
+  return m;
+}
+
+Tensor empty_words(const Tensor& like, const Matrix& scores) {
+  const int64_t sizes[] = {scores.rows, (scores.columns + 31) / 32};
+  return torch::stable::new_empty(like, {sizes, 2}, ScalarType::Int);
+}
+
+// Hopper's kernel reads scores of weight's type, and for d_x one threshold. Anything else is packed first, 1 bit a
+// weight, where there are so many tokens that its speed is worth more than the pass. An estimate, not measured: at 400
+// against 700 TFLOP/s it wins 2.1e-15 s a token and weight, and reading an fp32 score at 3 TB/s costs 1.3e-12 s.
+std::optional<Tensor> bits_for_hopper(const mft::cuda::Product& p, const Place& place, const Tensor& weight) {
+  constexpr int64_t kTokensWorthBits = 512;
+  if (place.device.capability != 90 || p.keep.words || p.in.rows < kTokensWorthBits) return std::nullopt;
+  if (mft::cuda::refusal_sm90(p).empty()) return std::nullopt;
+  Tensor packed = empty_words(weight, p.weight);
+  mft::cuda::PackMask mask;
+  mask.words = static_cast<uint32_t*>(packed.mutable_data_ptr());
+  mask.keep = p.keep;
+  mft::cuda::Product by_bits = p;
+  by_bits.keep = {};
+  by_bits.keep.words = mask.words;
+  if (!mft::cuda::refusal_sm90(by_bits).empty()) return std::nullopt;
+  check_launch(mft::cuda::pack_mask(mask, place.device));
+  return packed;
+}
+
+Tensor product(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optional<Tensor> threshold,
+               std::optional<Tensor> packed, std::optional<Tensor> bias, bool magnitude, bool transposed) {
+  const Place place(weight);
+  mft::cuda::Product p;
+  p.weight = weight_of(weight, place);
+  p.in = like_weight(x, place, p.weight, "x");
+  check_size(p.in, p.in.rows, transposed ? p.weight.rows : p.weight.columns, "x");
+  p.keep = keep_of(scores, threshold, packed, place, p.weight, magnitude);
+  p.transposed = transposed;
+  if (bias.has_value()) {
+    check_device(*bias, place, "bias");
+    STD_TORCH_CHECK(!transposed && bias->dim() == 1 && bias->size(0) == p.weight.rows && bias->is_contiguous() &&
+                        type_of(*bias, "bias") == p.weight.type,
+                    "bias must be (N,), contiguous, in weight's dtype, and for the forward product");
+    p.bias = bias->const_data_ptr();
+  }
+  const int64_t sizes[] = {p.in.rows, transposed ? p.weight.columns : p.weight.rows};
+  Tensor out = torch::stable::new_empty(x, {sizes, 2});
+  p.out = output(out, place, "out");
+  const std::optional<Tensor> bits = bits_for_hopper(p, place, weight);
+  if (bits.has_value()) {
+    p.keep = {};
+    p.keep.words = words(*bits, place, p.weight, "packed");
+  }
+  const bool hopper = place.device.capability == 90 && mft::cuda::refusal_sm90(p).empty();
+  check_launch(hopper ? mft::cuda::product_sm90(p, place.device) : mft::cuda::product_sm80(p, place.device));
+  return out;
+}
+
+void score_grad_(std::optional<Tensor> d_scores, std::optional<Tensor> d_weight, Tensor grad_output, Tensor x,
+                 Tensor weight, std::optional<Tensor> sign_scores, std::optional<Tensor> sign_words,
+                 std::optional<Tensor> scores, std::optional<Tensor> threshold, std::optional<Tensor> packed,
+                 bool magnitude, bool accumulate) {
+  const Place place(weight);
+  mft::cuda::ScoreGrad g;
+  g.weight = weight_of(weight, place);
+  g.x = like_weight(x, place, g.weight, "x");
+  g.grad_output = like_weight(grad_output, place, g.weight, "grad_output");
+  check_size(g.x, g.x.rows, g.weight.columns, "x");
+  check_size(g.grad_output, g.x.rows, g.weight.rows, "grad_output");
+  g.accumulate = accumulate;
+  if (d_scores.has_value()) {
+    g.d_scores = output(*d_scores, place, "d_scores");
+    check_size(g.d_scores, g.weight.rows, g.weight.columns, "d_scores");
+  }
+  if (d_weight.has_value()) {
+    g.d_weight = output(*d_weight, place, "d_weight");
+    check_size(g.d_weight, g.weight.rows, g.weight.columns, "d_weight");
+    STD_TORCH_CHECK(g.d_weight.type == g.weight.type, "d_weight must have weight's dtype");
+    g.keep = keep_of(scores, threshold, packed, place, g.weight, magnitude);
+  }
+  if (sign_words.has_value()) {
+    g.sign.words = words(*sign_words, place, g.weight, "signs");
+  } else if (sign_scores.has_value()) {
+    g.sign.scores = input(*sign_scores, place, "scores");
+    check_size(g.sign.scores, g.weight.rows, g.weight.columns, "scores");
+  }
+  const bool hopper = place.device.capability == 90 && mft::cuda::refusal_sm90(g).empty();
+  check_launch(hopper ? mft::cuda::score_grad_sm90(g, place.device) : mft::cuda::score_grad_sm80(g, place.device));
+}
+
+Tensor kept_threshold(Tensor scores, int64_t k, bool magnitude) {
+  const Place place(scores);
+  STD_TORCH_CHECK(scores.is_contiguous() && k >= 0 && k <= scores.numel(), "k must lie in [0, numel]");
+  mft::cuda::Select s;
+  s.scores = scores.const_data_ptr();
+  s.type = type_of(scores, "scores");
+  s.count = scores.numel();
+  s.k = k;
+  s.magnitude = magnitude;
+  Tensor threshold = torch::stable::new_empty(scores, {});
+  const int64_t bytes[] = {mft::cuda::select_workspace(s.type)};
+  Tensor workspace = torch::stable::new_empty(scores, {bytes, 1}, ScalarType::Byte);
+  s.threshold = threshold.mutable_data_ptr();
+  s.workspace = workspace.mutable_data_ptr();
+  check_launch(mft::cuda::kept_threshold(s, place.device));
+  return threshold;
+}
+
+Tensor pack_mask(Tensor scores, Tensor threshold, bool magnitude) {
+  const Place place(scores);
+  mft::cuda::PackMask p;
+  p.keep = keep_by_scores(scores, threshold, place, magnitude);
+  Tensor packed = empty_words(scores, p.keep.scores);
+  p.words = static_cast<uint32_t*>(packed.mutable_data_ptr());
+  check_launch(mft::cuda::pack_mask(p, place.device));
+  return packed;
+}
+
+std::tuple<Tensor, Tensor> pack_signs(Tensor scores) {
+  const Place place(scores);
+  mft::cuda::PackSigns p;
+  p.scores = input(scores, place, "scores");
+  Tensor signs = empty_words(scores, p.scores);
+  Tensor zeros = torch::stable::new_empty(scores, {}, ScalarType::Long);
+  p.words = static_cast<uint32_t*>(signs.mutable_data_ptr());
+  p.zeros = static_cast<int64_t*>(zeros.mutable_data_ptr());
+  check_launch(mft::cuda::pack_signs(p, place.device));
+  return {signs, zeros};
+}
+
+// What the library holds: "sm_80.sm_90.compute_80", and its Hopper kernels after a space each.
+std::string contents() {
+  std::string text = MFT_EXPANDED(MFT_CUDA_TARGETS);
+#ifdef MFT_CUDA_PRODUCT_SM90
+  text += " product_sm90";
+#endif
+#ifdef MFT_CUDA_SCORE_GRAD_SM90
+  text += " score_grad_sm90";
+#endif
+  return text;
+}
+
+// CUDA's version inside the library, and the newest that the driver serves (0: no driver); 1000 * major + 10 * minor.
+std::tuple<int64_t, int64_t> versions() {
+  int runtime = 0, driver = 0;
+#ifndef MFT_CUDA_ON_HOST
+  cudaRuntimeGetVersion(&runtime);
+  cudaDriverGetVersion(&driver);
+#endif
+  return {runtime, driver};
+}
+
+}  // namespace
+
+MFT_LIBRARY(MFT_NAMESPACE, m) {
+  m.def(
+      "product(Tensor x, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, Tensor? bias, "
+      "bool magnitude, bool transposed) -> Tensor");
+  m.def(
+      "score_grad_(Tensor(a!)? d_scores, Tensor(b!)? d_weight, Tensor grad_output, Tensor x, Tensor weight, "
+      "Tensor? sign_scores, Tensor? sign_words, Tensor? scores, Tensor? threshold, Tensor? packed, bool magnitude, "
+      "bool accumulate) -> ()");
+  m.def("kept_threshold(Tensor scores, int k, bool magnitude) -> Tensor");
+  m.def("pack_mask(Tensor scores, Tensor threshold, bool magnitude) -> Tensor");
+  m.def("pack_signs(Tensor scores) -> (Tensor, Tensor)");
+  m.def("contents() -> str");
+  m.def("versions() -> (int, int)");
+}
+
+MFT_LIBRARY_IMPL(MFT_NAMESPACE, MFT_KEY, m) {
+  m.impl("product", TORCH_BOX(&product));
+  m.impl("score_grad_", TORCH_BOX(&score_grad_));
+  m.impl("kept_threshold", TORCH_BOX(&kept_threshold));
+  m.impl("pack_mask", TORCH_BOX(&pack_mask));
+  m.impl("pack_signs", TORCH_BOX(&pack_signs));
+}
+
+MFT_LIBRARY_IMPL(MFT_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("contents", TORCH_BOX(&contents));
+  m.impl("versions", TORCH_BOX(&versions));
+}

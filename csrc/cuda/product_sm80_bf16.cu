@@ -1,0 +1,8 @@
+// The general product of bf16.
+#include "product_sm80.cuh"
+
+namespace mft::cuda::sm80 {
+
+template std::string product_of<BFloat16>(const Product&, const Device&);
+
+}  // namespace mft::cuda::sm80

@@ -1,0 +1,233 @@
+// G = grad_output.T @ x by mma.sync, never stored: d_scores = [d_scores +] G * weight * sign, d_weight = keep ? G : 0.
+//
+//          features            d_scores, d_weight (features N, columns K): one block a tile of 128 x 128, 8 warps of
+//         +--------+           2 x 4, 64 x 32 each
+//  tokens | grad   |
+//         +--------+           grad_output and x stream through shared memory in 4 stages of 32 tokens (cp.async); both
+//         +--------+           have the depth as rows, so both go through ldmatrix.trans.
+//  tokens | x      |
+//         +--------+           Then G lies in the same memory in fp32, and each thread finishes 8 neighbours of a row a
+//          columns             time: weight, scores and d_scores are read and written in 16 bytes.
+//
+// Types and sources of signs and masks are decided in this second part, where memory is what takes the time: one kernel
+// serves them all.
+#pragma once
+
+#include "keep.h"
+#include "score_factor.h"
+#include "tile_sm80.h"
+
+namespace mft::cuda::sm80 {
+
+struct ScoreGradArguments {
+  View d_scores, d_weight, grad_output, x, weight;
+  View sign_scores, keep_scores;
+  const uint32_t *sign_words, *keep_words;
+  const char* thresholds;
+  int64_t threshold_bytes;  // from row to row
+  bool accumulate, magnitude;
+  int row_words, depth_tiles, tile_rows, tile_columns;
+};
+
+// 8 neighbours of a row as they lie in memory, zeros behind the row's end.
+struct Eight {
+  isa::Words4 half[2];  // 16-bit types: one
+
+  MFT_DEVICE static Eight of(const View& view, int row, int column) {
+    Eight v = {};
+    const char* const from = view.at(row, column);
+    const bool wide = view.type == Type::kFloat32;
+    if (view.chunked && column + 8 <= view.columns) {
+      v.half[0] = load<isa::Words4>(from);
+      if (wide) v.half[1] = load<isa::Words4>(from + kChunkBytes);
+    } else {
+      for (int i = 0; i < 8; ++i) {
+        if (column + i >= view.columns) continue;
+        if (wide) {
+          v.half[i / 4].words[i % 4] = load<uint32_t>(from + 4 * i);
+        } else {
+          v.half[0].words[i / 2] |= static_cast<uint32_t>(load<uint16_t>(from + 2 * i)) << (16 * (i % 2));
+        }
+      }
+    }
+    return v;
+  }
+
+  MFT_DEVICE void widen(float (&to)[8], Type type) const {
+    for (int i = 0; i < 8; ++i) {
+      const auto bits = static_cast<uint16_t>(half[0].words[i / 2] >> (16 * (i % 2)));
+      to[i] = type == Type::kFloat32    ? isa::as_float(half[i / 4].words[i % 4])
+              : type == Type::kBFloat16 ? isa::widen(BFloat16{bits})
+                                        : isa::widen(Float16{bits});
+    }
+  }
+
+  MFT_DEVICE static void write(const View& view, int row, int column, const float (&v)[8]) {
+    Eight rounded;
+    const bool wide = view.type == Type::kFloat32;
+    for (int i = 0; i < 8 && wide; ++i) rounded.half[i / 4].words[i % 4] = isa::as_bits(v[i]);
+    for (int i = 0; i < 8 && !wide; i += 2) {
+      rounded.half[0].words[i / 2] = view.type == Type::kBFloat16 ? isa::round_pair<BFloat16>(v[i], v[i + 1])
+                                                                  : isa::round_pair<Float16>(v[i], v[i + 1]);
+    }
+    char* const to = view.at(row, column);
+    if (view.chunked && column + 8 <= view.columns) {
+      store(to, rounded.half[0]);
+      if (wide) store(to + kChunkBytes, rounded.half[1]);
+    } else {
+      for (int i = 0; i < 8; ++i) {
+        if (column + i >= view.columns) continue;
+        if (wide) {
+          store(to + 4 * i, rounded.half[i / 4].words[i % 4]);
+        } else {
+          store(to + 2 * i, static_cast<uint16_t>(rounded.half[0].words[i / 2] >> (16 * (i % 2))));
+        }
+      }
+    }
+  }
+};
+
+// T: of grad_output, x, weight and d_weight. kChunked: grad_output and x are.
+template <class T, bool kChunked>
+struct ScoreGradKernel {
+  static constexpr int kThreads = 256;
+  static constexpr int kBlocksPerMultiprocessor = kChunked ? 2 : 1;  // one: loads by elements need registers
+  using Arguments = ScoreGradArguments;
+
+  static constexpr int kTile = 128, kTileDepth = 32, kStages = 4;
+  using Operand = Tile<kTileDepth, kTile, 2>;
+  using Sums4 = Tile<kTile, kTile, 4>;
+  static constexpr int kStageBytes = 2 * Operand::kBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static_assert(Sums4::kBytes <= kSharedBytes);
+
+  static constexpr int kWarpRows = 64, kWarpColumns = 32;
+  static constexpr int kDown = kWarpRows / 16, kAcross = kWarpColumns / 8;  // mma.sync's tiles in a warp's
+  using Sums = float[kDown][kAcross][4];
+
+  MFT_DEVICE static void run(const Arguments& a) {
+    const TilePlace place = TilePlace::of(static_cast<int>(isa::block(0)), a.tile_rows, a.tile_columns);
+    const int first_row = place.row * kTile, first_column = place.column * kTile;
+    const int warp_row = isa::warp() / 4 * kWarpRows, warp_column = isa::warp() % 4 * kWarpColumns;
+    char* const shared = isa::shared_memory();
+
+    TileReader<Operand, true, kChunked, kThreads> grad(a.grad_output, 0, first_row), x(a.x, 0, first_column);
+    const auto copy = [&](int stage) {
+      grad.copy(shared + stage * kStageBytes);
+      x.copy(shared + stage * kStageBytes + Operand::kBytes);
+      isa::commit_copies();
+    };
+
+    Sums sums = {};
+    for (int stage = 0; stage < kStages - 1; ++stage) copy(stage);
+    for (int tile = 0, stage = 0, done = kStages - 1; tile < a.depth_tiles; ++tile) {
+      isa::wait_copies<kStages - 2>();
+      isa::sync_block();  // the tile has come for all, and all are done with the one before it, which is overwritten
+      copy(done);
+      multiply(sums, shared + stage * kStageBytes, warp_row, warp_column);
+      done = stage;
+      stage = stage == kStages - 1 ? 0 : stage + 1;
+    }
+    isa::wait_copies<0>();
+    isa::sync_block();
+    spread(sums, shared, warp_row, warp_column);
+    isa::sync_block();
+    for (int at = isa::thread(); at < kTile * kTile / 8; at += kThreads) {
+      const int row = at / (kTile / 8), column = at % (kTile / 8) * 8;
+      if (first_row + row >= a.weight.rows || first_column + column >= a.weight.columns) continue;
+      float g[8];
+      for (int i = 0; i < 2; ++i) {
+        const auto words = load<isa::Words4>(shared + Sums4::offset(row, column / 4 + i));
+        for (int j = 0; j < 4; ++j) g[4 * i + j] = isa::as_float(words.words[j]);
+      }
+      finish(a, g, first_row + row, first_column + column);
+    }
+  }
+
+ private:
+  MFT_DEVICE static void multiply(Sums& sums, const char* stage, int warp_row, int warp_column) {
+#pragma unroll
+    for (int depth = 0; depth < kTileDepth; depth += 16) {
+      uint32_t x[kAcross / 2][4];
+#pragma unroll
+      for (int j = 0; j < kAcross / 2; ++j) {
+        load_b<Operand, true>(x[j], stage + Operand::kBytes, warp_column + 16 * j, depth);
+      }
+#pragma unroll
+      for (int i = 0; i < kDown; ++i) {
+        uint32_t grad[4];
+        load_a<Operand, true>(grad, stage, warp_row + 16 * i, depth);
+#pragma unroll
+        for (int j = 0; j < kAcross; ++j) {
+          isa::multiply_16x8x16<T>(sums[i][j], grad, x[j / 2][j % 2 * 2], x[j / 2][j % 2 * 2 + 1]);
+        }
+      }
+    }
+  }
+
+  MFT_DEVICE static void spread(const Sums& sums, char* shared, int warp_row, int warp_column) {
+    struct alignas(8) Two {
+      float low, high;
+    };
+#pragma unroll
+    for (int i = 0; i < kDown; ++i) {
+#pragma unroll
+      for (int j = 0; j < kAcross; ++j) {
+        for (int half = 0; half < 2; ++half) {
+          const int row = warp_row + 16 * i + 8 * half + isa::lane() / 4;
+          const int column = warp_column + 8 * j + isa::lane() % 4 * 2;
+          store(shared + Sums4::offset_of(row, column), Two{sums[i][j][2 * half], sums[i][j][2 * half + 1]});
+        }
+      }
+    }
+  }
+
+  // 8 neighbours from `column`, a multiple of 8.
+  MFT_DEVICE static void finish(const Arguments& a, const float (&g)[8], int row, int column) {
+    const int64_t word = static_cast<int64_t>(row) * a.row_words + column / 32;
+    if (a.d_scores.data != nullptr) {
+      // All that is read is asked for before any of it is used.
+      const Eight weights = Eight::of(a.weight, row, column);
+      const bool by_scores = a.sign_scores.data != nullptr;
+      const Eight scores = by_scores ? Eight::of(a.sign_scores, row, column) : Eight{};
+      const uint32_t signs = a.sign_words != nullptr ? a.sign_words[word] >> (column % 32) : 0xff;
+      const Eight before = a.accumulate ? Eight::of(a.d_scores, row, column) : Eight{};
+      float weight[8], score[8], v[8];
+      weights.widen(weight, a.weight.type);
+      scores.widen(score, a.sign_scores.type);
+      before.widen(v, a.d_scores.type);
+      for (int i = 0; i < 8; ++i) {
+        const float gradient =
+            score_gradient(g[i], weight[i], by_scores ? sign_of(score[i]) : sign_of_bit(signs, i));
+        v[i] = a.accumulate ? v[i] + gradient : gradient;
+      }
+      Eight::write(a.d_scores, row, column, v);
+    }
+    if (a.d_weight.data != nullptr) {
+      uint32_t kept = 0;
+      if (a.keep_words != nullptr) {
+        kept = a.keep_words[word] >> (column % 32);
+      } else {
+        float score[8];
+        Eight::of(a.keep_scores, row, column).widen(score, a.keep_scores.type);
+        const float threshold = threshold_of(a, row);
+        for (int i = 0; i < 8; ++i) {
+          const bool keep = a.magnitude ? keeps<true>(score[i], threshold) : keeps<false>(score[i], threshold);
+          kept |= static_cast<uint32_t>(keep) << i;
+        }
+      }
+      float v[8];
+      for (int i = 0; i < 8; ++i) v[i] = kept >> i & 1 ? g[i] : 0.0f;
+      Eight::write(a.d_weight, row, column, v);
+    }
+  }
+
+  MFT_DEVICE static float threshold_of(const Arguments& a, int row) {
+    const char* const from = a.thresholds + row * a.threshold_bytes;
+    if (a.keep_scores.type == Type::kFloat32) return load<float>(from);
+    const auto bits = load<uint16_t>(from);
+    return a.keep_scores.type == Type::kBFloat16 ? isa::widen(BFloat16{bits}) : isa::widen(Float16{bits});
+  }
+};
+
+}  // namespace mft::cuda::sm80

@@ -1,0 +1,25 @@
+"""What setup.py has built: loads libmft_cpu.so and libmft_cuda.so, or says why not, and reads its _build.json."""
+
+import json
+from pathlib import Path
+
+import torch
+
+
+def load(part: str, folder: Path = Path(__file__).parent) -> str | None:
+    """Load the library of ``part`` ("cpu" or "cuda"), which defines its ops. Returns why there is none, or None."""
+    library = folder / f"libmft_{part}.so"
+    if not library.exists():
+        reason = report(part, folder).get("reason") or "setup.py has not run"
+        return f"its library is not built: {reason}; see setup.py, then pip install --no-build-isolation -e ."
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:  # built for another torch or another machine
+        return f"its library does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+def report(part: str, folder: Path = Path(__file__).parent) -> dict:
+    """What setup.py wrote of that library: built or not, the reason, compilers, what was left out; {} if nothing."""
+    path = folder / "_build.json"
+    return json.loads(path.read_text()).get(part, {}) if path.exists() else {}

@@ -1,0 +1,252 @@
+"""From tensors to the kernels: mft_kernels/cuda.py and csrc/cuda/bindings.cpp, their ops registered for CPU tensors.
+
+The library of the ops is compiled here from the same bindings, with the emulated kernels in the place of the GPU's.
+What the kernels compute has tests of its own; here every argument must arrive where it belongs.
+"""
+
+import subprocess
+from pathlib import Path
+
+import emulated
+import pytest
+import torch
+
+from mft_kernels import cuda, reference
+from mft_kernels.testing import integer_inputs
+
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = (torch.bfloat16, torch.float16)
+ALL = [True, True, True, True]
+
+
+def compiled(folder: Path, name: str, *sources: str):
+    """torch.ops.NAME: the bindings with the kernels of ``sources``."""
+    torch_folder = Path(torch.__file__).parent
+    library = folder / f"lib{name}.so"
+    # fmt: off
+    command = [
+        emulated.compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-DMFT_CUDA_ON_HOST={name}", "-DMFT_CUDA_PRODUCT_SM90",
+        "-isystem", str(torch_folder / "include"), f"-I{ROOT / 'csrc/cuda'}", str(ROOT / "csrc/cuda/bindings.cpp"),
+        *sources, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ltorch", "-Wl,-Bsymbolic", "-o", str(library),
+    ]
+    # fmt: on
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    torch.ops.load_library(library)
+    return getattr(torch.ops, name)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ops(tmp_path_factory):
+    """The ops on the emulator's kernels."""
+    kernels = Path(emulated.library()._name)
+    folder = tmp_path_factory.mktemp("bindings")
+    return compiled(folder, "mft_cuda_on_host", str(kernels), f"-Wl,-rpath,{kernels.parent}")
+
+
+@pytest.fixture(autouse=True)
+def ops_on_host(ops, monkeypatch):
+    monkeypatch.setattr(torch.ops, "mft_cuda", ops, raising=False)
+
+
+@pytest.fixture(params=["80", "90"])
+def capability(request, monkeypatch):
+    """Whose kernels run: Hopper's take only some arguments, and the general ones the others."""
+    monkeypatch.setenv("MFT_CUDA_CAPABILITY", request.param)
+
+
+def assert_same(got, expected):
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    assert torch.equal(got, expected)
+
+
+def inputs(dtype=torch.bfloat16, scores_dtype=torch.bfloat16, *, m=5, n=12, k=40):
+    return integer_inputs(m, n, k, dtype, scores_dtype)
+
+
+@pytest.mark.parametrize("mode", ["magnitude", "value"])
+@pytest.mark.parametrize("scores_dtype", [torch.float32, *DTYPES])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_and_backward(dtype, scores_dtype, mode, capability):
+    t = inputs(dtype, scores_dtype)
+    for threshold in (torch.tensor(1.0), torch.arange(12) % 3):
+        threshold = threshold.to(scores_dtype)
+        forward = (t.x, t.weight, t.scores, threshold, t.bias, mode)
+        assert_same(cuda.masked_linear(*forward), reference.masked_linear(*forward))
+        backward = (t.grad_output, t.x, t.weight, t.scores, threshold, mode, ALL)
+        got = cuda.masked_linear_backward(*backward)
+        for g, e in zip(got, reference.masked_linear_backward(*backward)):
+            assert_same(g, e)
+
+
+def test_scores_that_hopper_does_not_read_become_bits(monkeypatch):
+    """fp32 ones, and for d_x a threshold a row, from 512 tokens on."""
+    monkeypatch.setenv("MFT_CUDA_CAPABILITY", "90")
+    t = inputs(scores_dtype=torch.float32, m=512, n=16, k=128)
+    threshold = (torch.arange(16) % 3).float()
+    forward = (t.x, t.weight, t.scores, threshold, t.bias, "value")
+    assert_same(cuda.masked_linear(*forward), reference.masked_linear(*forward))
+    backward = (t.grad_output, t.x, t.weight, t.scores, threshold, "value", [True, False, False, False])
+    assert_same(cuda.masked_linear_backward(*backward)[0], reference.masked_linear_backward(*backward)[0])
+
+
+@pytest.mark.parametrize("mode", ["magnitude", "value"])
+@pytest.mark.parametrize("sign", ["scores", "signs"])
+def test_the_packed_mask(mode, sign, capability):
+    t = inputs()
+    t.scores[t.scores == 0] = 1  # a zero has no sign bit
+    packed, signs = reference.pack_mask(t.scores, torch.tensor(2.0), "magnitude"), reference.pack_signs(t.scores)[0]
+    packed, signs = (torch.stack([words, ~words], 1).flatten(1)[:, :2] for words in (packed, signs))  # of wider rows
+    forward = (t.x, t.weight, packed, t.bias)
+    assert_same(cuda.masked_linear_packed(*forward), reference.masked_linear_packed(*forward))
+    source = (t.scores, None) if sign == "scores" else (None, signs)
+    backward = (t.grad_output, t.x, t.weight, packed, *source, mode, ALL)
+    for g, e in zip(cuda.masked_linear_packed_backward(*backward), reference.masked_linear_packed_backward(*backward)):
+        assert_same(g, e)
+
+
+@pytest.mark.parametrize("wanted", [[i == j for j in range(4)] for i in range(4)])
+def test_only_what_is_wanted_is_made(wanted):
+    t = inputs()
+    arguments = (t.grad_output, t.x, t.weight, t.scores, torch.tensor(1.0).bfloat16(), "magnitude", wanted)
+    expected = reference.masked_linear_backward(*arguments)
+    for g, e in zip(cuda.masked_linear_backward(*arguments), expected):
+        assert_same(g, e)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("source", ["scores", "signs", "none"])
+def test_score_gradients_are_added(out_dtype, source, capability):
+    t = inputs()
+    t.scores[t.scores == 0] = -1
+    signs = reference.pack_signs(t.scores)[0]
+    sign = {"scores": (t.scores, None), "signs": (None, signs), "none": (None, None)}[source]
+    mode = "value" if source == "none" else "magnitude"
+    got, expected = torch.full((12, 40), 3.0, dtype=out_dtype), torch.full((12, 40), 3.0, dtype=out_dtype)
+    cuda.accumulate_score_grad(got, t.grad_output, t.x, t.weight, *sign, mode)
+    reference.accumulate_score_grad(expected, t.grad_output, t.x, t.weight, *sign, mode)
+    assert_same(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
+@pytest.mark.parametrize("mode", ["magnitude", "value"])
+def test_thresholds_masks_and_signs(dtype, mode):
+    scores = inputs(scores_dtype=dtype).scores
+    for ratio in (0.0, 0.5, 0.9, 1.0):
+        threshold = reference.kept_threshold(scores, ratio, mode)
+        assert_same(cuda.kept_threshold(scores, ratio, mode), threshold)
+        assert_same(cuda.pack_mask(scores, threshold, mode), reference.pack_mask(scores, threshold, mode))
+        distinct = torch.arange(240).view(12, 20).to(dtype)
+        assert_same(cuda.kept_threshold(distinct, ratio, mode), reference.kept_threshold(distinct, ratio, mode))
+    rows = (torch.arange(12) % 3).to(dtype)
+    assert_same(cuda.pack_mask(scores, rows, mode), reference.pack_mask(scores, rows, mode))
+    for got, expected in zip(cuda.pack_signs(scores), reference.pack_signs(scores)):
+        assert_same(got, expected)
+
+
+def test_rows_of_any_stride_are_read_where_they_lie():
+    whole = torch.arange(240.0).view(10, 24).bfloat16()
+    for view in (whole, whole[:, :7], whole[::2], whole[:1, 3:4], whole[:0]):
+        assert cuda._matrix(view).data_ptr() == view.data_ptr()
+    for view in (whole.T, whole[:, ::2], whole[:1].expand(4, 24), whole[:, :1].expand(10, 4)):
+        copy = cuda._matrix(view)
+        assert copy.is_contiguous()
+        assert torch.equal(copy, view)
+
+
+def test_odd_layouts(capability):
+    """Columns of a wider tensor, a transposed one, an expanded gradient, three dimensions, one and no token."""
+    wide = inputs(m=6, n=14, k=44)
+    weight, scores = wide.weight[1:13, 3:42], wide.scores.T.contiguous().T[1:13, 3:42]
+    threshold, bias = torch.tensor(1.0).bfloat16(), wide.bias.repeat_interleave(2)[2:26:2]
+    for x in (wide.x[:, 3:42], wide.x[:, 3:42].view(2, 3, 39), wide.x[0, 3:42], wide.x[:1, 3:42], wide.x[:0, 3:42]):
+        forward = (x, weight, scores, threshold, bias, "magnitude")
+        assert_same(cuda.masked_linear(*forward), reference.masked_linear(*forward))
+        grad = torch.ones((), dtype=torch.bfloat16).expand(*x.shape[:-1], 12)
+        backward = (grad, x, weight, scores, threshold, "magnitude", ALL)
+        got = cuda.masked_linear_backward(*backward)
+        for g, e in zip(got, reference.masked_linear_backward(*backward)):
+            assert_same(g, e)
+
+
+@pytest.mark.parametrize(("n", "k"), [(0, 5), (5, 0), (0, 0), (1, 1)])
+def test_matrices_without_elements(n, k):
+    t = inputs(m=3, n=n, k=k)
+    packed = reference.pack_mask(t.scores, torch.tensor(1.0), "magnitude")
+    assert_same(
+        cuda.masked_linear_packed(t.x, t.weight, packed, t.bias),
+        reference.masked_linear_packed(t.x, t.weight, packed, t.bias),
+    )
+    backward = (t.grad_output, t.x, t.weight, t.scores, torch.tensor(1.0).bfloat16(), "magnitude", ALL)
+    for g, e in zip(cuda.masked_linear_backward(*backward), reference.masked_linear_backward(*backward)):
+        assert_same(g, e)
+
+
+def test_what_does_not_fit_is_refused(ops):
+    t = inputs()
+    one = torch.tensor(1.0).bfloat16()
+
+    def product(x=t.x, weight=t.weight, scores=t.scores, threshold=one, packed=None, bias=None, transposed=False):
+        return ops.product(x, weight, scores, threshold, packed, bias, True, transposed)
+
+    for message, arguments in {
+        "x must be .5, 40., got .5, 39.": {"x": t.x[:, :39]},
+        "x must have weight's dtype": {"x": t.x.half()},
+        "x must be 2-d with unit column stride": {"x": t.x.T.contiguous().T},
+        "x must have rows that do not overlap": {"x": t.x[:1].expand(5, 40)},
+        "weight must be bfloat16 or float16": {"weight": t.weight.float()},
+        "scores must be .12, 40., got .11, 40.": {"scores": t.scores[:11]},
+        "scores must be float32, bfloat16 or float16": {"scores": t.scores.double()},
+        "threshold must have scores' dtype": {"threshold": torch.tensor(1.0)},
+        "threshold must be .. or .12,.": {"threshold": one.expand(11)},
+        "give scores and threshold, or packed": {"scores": None},
+        "packed must be int32, contiguous and .12, 2.": {"packed": torch.zeros(12, 3, dtype=torch.int32)},
+        "bias must be .N,.": {"bias": t.bias[:11]},
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            product(**arguments)
+    assert product().shape == (5, 12)
+
+
+KERNELS = """
+#include "api.h"
+namespace mft::cuda {
+std::string product_sm80(const Product&, const Device& d) { return "general, " + std::to_string(d.capability); }
+std::string product_sm90(const Product& p, const Device&) { return p.keep.words ? "Hopper's, by bits" : "Hopper's"; }
+std::string refusal_sm90(const Product& p) {
+  const bool other_scores = !p.keep.words && p.keep.scores.type != p.weight.type;
+  return p.weight.stride % 8 ? "odd rows" : other_scores ? "scores of another type" : "";
+}
+std::string score_grad_sm80(const ScoreGrad&, const Device&) { return "general"; }
+std::string kept_threshold(const Select&, const Device&) { return ""; }
+std::string pack_mask(const PackMask&, const Device&) { return ""; }
+std::string pack_signs(const PackSigns&, const Device&) { return ""; }
+int64_t select_workspace(Type) { return 0; }
+}
+"""
+
+
+def test_hopper_gets_its_own_kernels_where_they_can_take_the_arguments(tmp_path, monkeypatch):
+    (tmp_path / "kernels.cpp").write_text(KERNELS)
+    monkeypatch.setattr(torch.ops, "mft_cuda", compiled(tmp_path, "mft_cuda_named", str(tmp_path / "kernels.cpp")))
+    for capability, k, runs in (
+        ("80", 40, "general, 80"),
+        ("89", 40, "general, 89"),
+        ("90", 40, "Hopper's"),
+        ("90", 39, "general, 90"),
+        ("100", 40, "general, 100"),
+    ):
+        monkeypatch.setenv("MFT_CUDA_CAPABILITY", capability)
+        t, one = inputs(k=k), torch.tensor(1.0).bfloat16()
+        with pytest.raises(RuntimeError, match=f"the cuda backend: {runs}"):
+            cuda.masked_linear(t.x, t.weight, t.scores, one, None, "magnitude")
+        with pytest.raises(RuntimeError, match="the cuda backend: general"):  # there is no other one in this build
+            cuda.accumulate_score_grad(t.scores, t.grad_output, t.x, t.weight, None, None, "value")
+    monkeypatch.setenv("MFT_CUDA_CAPABILITY", "90")
+    for tokens, k, runs in ((512, 40, "Hopper's, by bits"), (511, 40, "general, 90"), (512, 39, "general, 90")):
+        t = inputs(scores_dtype=torch.float32, m=tokens, k=k)
+        with pytest.raises(RuntimeError, match=f"the cuda backend: {runs}"):
+            cuda.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0), None, "magnitude")
+    assert torch.ops.mft_cuda.contents() == "none product_sm90"

@@ -1,0 +1,72 @@
+"""Where elements lie: the emulator and the device's code against CuTe's tables, bank conflicts, the order of tiles.
+
+CuTe runs on the host; its headers and CUDA's are needed, no nvcc. The last two tests need neither.
+"""
+
+import fcntl
+import subprocess
+from pathlib import Path
+
+import emulated
+import pytest
+
+from building.compile import CannotBuild, Unit, build, system_headers
+from building.nvcc import find_cutlass, find_nvcc
+
+KERNELS = [
+    source
+    for pattern in ("product_*.c*", "score_grad_sm80*.cu")
+    for source in sorted((emulated.ROOT / "csrc/cuda").glob(pattern))
+    if source.suffix in (".cu", ".cpp")
+]
+
+
+def cute_headers() -> list[str]:
+    """Flags for CUTLASS's and CUDA's headers; skips where one is missing."""
+    cutlass = find_cutlass()
+    if cutlass is None:
+        pytest.skip("CuTe is compared with: set CUTLASS_PATH, or pip install nvidia-cutlass")
+    try:
+        return system_headers([cutlass[1], *find_nvcc().include])
+    except CannotBuild as reason:
+        pytest.skip(f"CuTe needs CUDA's headers: {reason}")
+
+
+def built(name: str) -> Path:
+    """The object of an emulated file."""
+    return Path(emulated.library()._name).parent / f"{name}.o"
+
+
+def run(source: str, objects: list[Path], flags: list[str]) -> None:
+    """Compiles one of the files beside this one where something changed, and runs it: it says what went wrong."""
+    directory = emulated.ROOT / "build" / "cuda_layouts" / Path(source).stem
+    directory.mkdir(parents=True, exist_ok=True)
+    compiler = emulated.compiler()
+    unit = Unit(emulated.TESTS / source, compiler, [*emulated.FLAGS, *flags])
+    program = directory / "program"
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs of the tests build one after the other
+        build(directory, [unit])
+        linked = [str(directory / unit.object), *map(str, objects)]
+        subprocess.run([compiler, *linked, "-o", str(program)], check=True)
+        result = subprocess.run([str(program)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_emulator_executes_what_cute_describes():
+    run("test_layouts.cpp", [built("machine.cpp")], cute_headers())
+
+
+def test_the_device_addresses_shared_memory_and_tma_as_cute_does():
+    run("test_layouts_device.cpp", [built("machine.cpp")], cute_headers())
+
+
+def test_no_ldmatrix_or_stmatrix_has_bank_conflicts():
+    objects = [built(source.name) for source in KERNELS]
+    if missing := [o.name for o in objects if not o.exists()]:
+        pytest.skip(f"MFT_EMULATED leaves out {', '.join(missing)}")
+    run("test_bank_conflicts.cpp", objects, [])
+
+
+def test_tiles_come_in_panels_of_eight_token_tiles():
+    run("test_tile_order.cpp", [built("machine.cpp")], [])

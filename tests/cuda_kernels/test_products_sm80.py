@@ -1,0 +1,293 @@
+"""The sm_80 kernels in the emulator: forward, d_x, d_scores and d_weight against the reference, bit for bit."""
+
+import subprocess
+
+import emulated
+import pytest
+import torch
+from guarded import guarded
+from torch import Tensor
+
+from mft_kernels import reference
+from mft_kernels.testing import Inputs, assert_within_budget, integer_inputs, random_inputs
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = (BF16, FP16)
+SCORES = (FP32, BF16, FP16)
+MODES = ("magnitude", "value")
+ALL = [True, True, True, True]
+
+
+def same(got: Tensor, expected: Tensor) -> None:
+    """In every element; NaN equals NaN, and nothing stays unwritten unless it is to be NaN."""
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    assert torch.equal(got.isnan(), expected.isnan()), "NaN where there is none, or none where there is"
+    assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+
+
+def row_thresholds(t: Inputs) -> Tensor:
+    """Different from row to row: a row's neighbour keeps something else."""
+    return (torch.arange(len(t.weight)) % 7 - 3).to(t.scores.dtype)
+
+
+def check_products(t: Inputs, threshold: Tensor, mode: str) -> None:
+    """Forward and d_x, by scores and by words."""
+    packed = reference.pack_mask(t.scores, threshold, mode)
+    for bias in (t.bias, None):
+        expected = reference.masked_linear(t.x, t.weight, t.scores, threshold, bias, mode)
+        same(emulated.masked_linear(t.x, t.weight, t.scores, threshold, bias, mode), expected)
+        same(emulated.masked_linear_packed(t.x, t.weight, packed, bias), expected)
+    arguments = (t.grad_output, t.x, t.weight)
+    d_x = [True, False, False, False]
+    expected = reference.masked_linear_backward(*arguments, t.scores, threshold, mode, d_x)[0]
+    same(emulated.masked_linear_backward(*arguments, t.scores, threshold, mode, d_x)[0], expected)
+    same(emulated.masked_linear_packed_backward(*arguments, packed, None, None, mode, d_x)[0], expected)
+
+
+def check_score_grad(t: Inputs, threshold: Tensor, mode: str) -> None:
+    """d_weight and d_scores, together and apart, by scores and by words; d_scores added to what was there."""
+    arguments = (t.grad_output, t.x, t.weight)
+    for wanted in ([False, True, True, False], [False, True, False, False], [False, False, True, False]):
+        expected = reference.masked_linear_backward(*arguments, t.scores, threshold, mode, wanted)
+        for got, right in zip(emulated.masked_linear_backward(*arguments, t.scores, threshold, mode, wanted), expected):
+            same(got, right)
+    packed, signs = reference.pack_mask(t.scores, threshold, mode), reference.pack_signs(t.scores)[0]
+    for packed_signs in (signs, None):
+        rest = (packed, t.scores, packed_signs, mode, ALL)
+        expected = reference.masked_linear_packed_backward(*arguments, *rest)
+        for got, right in zip(emulated.masked_linear_packed_backward(*arguments, *rest), expected):
+            same(got, right)
+        for dtype in SCORES:
+            out = (torch.arange(t.weight.numel()).view(t.weight.shape) % 5 - 2).to(dtype)
+            right = out.clone()
+            reference.accumulate_score_grad(right, *arguments, t.scores, packed_signs, mode)
+            emulated.accumulate_score_grad(out, *arguments, t.scores, packed_signs, mode)
+            same(out, right)
+
+
+# ------------------------------------------------------------------------------------------------- every kernel once
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scores_dtype", SCORES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(33, 136, 160), (130, 72, 264), (35, 45, 131)])  # 64 and 128 tokens; odd rows
+def test_products_equal_the_reference(shape, dtype, scores_dtype, mode):
+    t = integer_inputs(*shape, dtype, scores_dtype)
+    check_products(t, torch.tensor(2.0, dtype=scores_dtype), mode)
+    check_products(t, row_thresholds(t), mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scores_dtype", SCORES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(40, 136, 152), (131, 45, 33)])
+def test_score_gradients_equal_the_reference(shape, dtype, scores_dtype, mode):
+    t = integer_inputs(*shape, dtype, scores_dtype)
+    check_score_grad(t, torch.tensor(2.0, dtype=scores_dtype), mode)
+    check_score_grad(t, row_thresholds(t), mode)
+
+
+# ------------------------------------------------------------------------------------------- shapes, rows, alignment
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1), (1, 7, 33), (64, 129, 31), (65, 8, 8), (129, 130, 128), (3, 24, 520), (5, 1, 1031), (128, 128, 32)],
+)
+def test_any_shape(shape):
+    t = integer_inputs(*shape, FP16, BF16)
+    check_products(t, row_thresholds(t), "magnitude")
+    check_score_grad(t, row_thresholds(t), "value")
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 16), (5, 0, 16), (5, 16, 0), (0, 0, 0), (0, 9, 7), (9, 0, 7), (9, 7, 0)])
+@pytest.mark.parametrize("scores_dtype", SCORES)
+def test_empty_axes(shape, scores_dtype):
+    t = integer_inputs(*shape, BF16, scores_dtype)
+    for threshold in (torch.tensor(1.0, dtype=scores_dtype), row_thresholds(t)):
+        check_products(t, threshold, "magnitude")
+        check_score_grad(t, threshold, "magnitude")
+
+
+@pytest.mark.parametrize("tokens", [1, 1200])
+def test_more_tiles_than_one_band(tokens):
+    t = integer_inputs(tokens, 1160, 272, FP16, FP16)
+    threshold = torch.tensor(1.0).half()
+    expected = reference.masked_linear(t.x, t.weight, t.scores, threshold, None, "value")
+    same(emulated.masked_linear(t.x, t.weight, t.scores, threshold, None, "value"), expected)
+    if tokens == 1:
+        check_score_grad(t, threshold, "value")
+
+
+def within(tensor: Tensor, before: int, stride: int) -> Tensor:
+    """The same matrix with rows `stride` apart, behind `before` elements; all around it is NaN."""
+    rows, columns = tensor.shape
+    memory = torch.full((before + (rows + 1) * stride,), torch.nan, dtype=tensor.dtype)
+    view = memory.as_strided((rows, columns), (stride, 1), before)
+    return view.copy_(tensor)
+
+
+@pytest.mark.parametrize("name", ["x", "grad_output", "weight", "scores", "all"])
+@pytest.mark.parametrize(("before", "more"), [(8, 8), (8, 16), (1, 8), (8, 1), (2, 6)])
+def test_rows_of_any_alignment_and_stride(name, before, more):
+    """Aligned ones, and each matrix alone at odd places; columns that are whole chunks, and not."""
+    for columns in (72, 70):
+        t = integer_inputs(35, columns, columns, BF16, FP32 if before == 2 else BF16)
+        for field in ("x", "grad_output", "weight", "scores") if name == "all" else (name,):
+            tensor = getattr(t, field)
+            setattr(t, field, within(tensor, before, columns + more))
+        threshold = row_thresholds(t)
+        check_products(t, threshold, "magnitude")
+        arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", [False, True, True, False])
+        expected = reference.masked_linear_backward(*arguments)
+        for got, right in zip(emulated.masked_linear_backward(*arguments), expected):
+            same(got, right)
+
+
+@pytest.mark.parametrize("scores_dtype", SCORES)
+def test_one_row_for_all_and_strided_thresholds(scores_dtype):
+    t = integer_inputs(20, 40, 48, FP16, scores_dtype)
+    t.x, t.scores = t.x[:1].expand(20, 48), t.scores[:1].expand(40, 48)
+    thresholds = torch.stack([row_thresholds(t), torch.full((40,), torch.nan, dtype=scores_dtype)], dim=1)[:, 0]
+    assert thresholds.stride() == (2,)
+    for threshold in (thresholds, thresholds[3].expand(40)):
+        check_products(t, threshold, "value")
+        check_score_grad(t, threshold, "value")
+
+
+@pytest.mark.parametrize(("before", "more"), [(0, 0), (8, 8), (1, 3)])
+def test_strided_outputs_and_nothing_around_them_is_written(before, more):
+    for out_dtype in SCORES:
+        t = integer_inputs(9, 130, 40, BF16, BF16)
+        out = within(torch.ones(130, 40, dtype=out_dtype), before, 40 + more)
+        right = torch.ones(130, 40, dtype=out_dtype)
+        memory = torch.tensor([], dtype=out_dtype).set_(out.untyped_storage())
+        around = int(memory.isnan().sum())
+        emulated.accumulate_score_grad(out, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
+        reference.accumulate_score_grad(right, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
+        same(out, right)
+        assert int(memory.isnan().sum()) == around
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (13, 37, 31), (70, 136, 40), (5, 24, 520), (66, 129, 130)])
+@pytest.mark.parametrize("dtypes", [(BF16, FP32), (FP16, BF16)])
+def test_nothing_outside_the_matrices_is_touched(dtypes, shape, at_end):
+    """Inputs and outputs end or begin at pages that kill who touches them."""
+    t = integer_inputs(*shape, *dtypes)
+    for name in ("x", "grad_output", "weight", "scores", "bias"):
+        setattr(t, name, guarded(getattr(t, name), at_end=at_end))
+    threshold = guarded(row_thresholds(t), at_end=at_end)
+    packed = guarded(reference.pack_mask(t.scores, threshold, "magnitude"), at_end=at_end)
+    signs = guarded(reference.pack_signs(t.scores)[0], at_end=at_end)
+    arguments = (t.grad_output, t.x, t.weight)
+    with emulated.outputs_at_guard_pages(at_end=at_end):
+        emulated.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
+        emulated.masked_linear_packed(t.x, t.weight, packed, t.bias)
+        emulated.masked_linear_backward(*arguments, t.scores, threshold, "magnitude", ALL)
+        emulated.masked_linear_packed_backward(*arguments, packed, None, signs, "magnitude", ALL)
+    for dtype in dtypes:
+        out = guarded(torch.zeros(t.weight.shape, dtype=dtype), at_end=at_end)
+        emulated.accumulate_score_grad(out, *arguments, None, signs, "magnitude")
+
+
+# ------------------------------------------------------------------------------------------------------------ values
+
+
+@pytest.mark.parametrize("columns", [40, 37])
+def test_dropped_weights_contribute_zero_whatever_they_are(columns):
+    t = integer_inputs(6, 24, columns, BF16, FP32)
+    threshold = torch.tensor(2.0)
+    wild = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=BF16).repeat(8 * columns).view(24, columns)
+    dropped = torch.where(t.scores.abs() >= 2, t.weight, wild)
+    kept = t.weight.clone()
+    kept[3, 5], t.scores[3, 5] = torch.nan, 3.0
+    for t.weight in (dropped, kept):
+        check_products(t, threshold, "magnitude")
+    y = emulated.masked_linear(t.x, kept, t.scores, threshold, None, "magnitude")
+    assert y[:, 3].isnan().all()
+    assert not y[:, 4].isnan().any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scores_dtype", SCORES)
+def test_special_scores_and_thresholds(scores_dtype, mode):
+    info = torch.finfo(scores_dtype)
+    tiny = info.smallest_normal * info.eps  # the smallest above zero
+    special = [torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0, tiny, -tiny, 3 * tiny, info.max, info.min, 1.0]
+    values = torch.tensor(special, dtype=torch.float64).to(scores_dtype)
+    t = integer_inputs(8, 24, 48, FP16, scores_dtype)
+    t.scores = torch.stack([values.roll(i).repeat(4) for i in range(24)])
+    check_products(t, values.repeat(2), mode)  # every score meets every threshold
+    check_score_grad(t, values.repeat(2), mode)
+    check_products(t, values[7], mode)
+
+
+@pytest.mark.parametrize("scores_dtype", SCORES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_random_floats_stay_within_the_budget(dtype, scores_dtype):
+    """Twice PyTorch's own error against float64; for d_scores, which it computes from a rounded G, too."""
+    t = random_inputs(72, 136, 520, dtype, scores_dtype)
+    threshold = reference.kept_threshold(t.scores, 0.9, "magnitude")
+    rest = (t.scores, threshold, "magnitude", ALL)
+    got = emulated.masked_linear_backward(t.grad_output, t.x, t.weight, *rest)
+    own = reference.masked_linear_backward(t.grad_output, t.x, t.weight, *rest)
+    exact = reference.masked_linear_backward(t.grad_output.double(), t.x.double(), t.weight.double(), *rest)
+    for ours, torchs, right in zip(got, own, exact):
+        assert_within_budget(ours, torchs, right.double())
+    rest = (t.scores, threshold, t.bias, "magnitude")
+    y = emulated.masked_linear(t.x, t.weight, *rest)
+    exact_y = reference.masked_linear(
+        t.x.double(), t.weight.double(), t.scores, threshold, t.bias.double(), "magnitude"
+    )
+    assert_within_budget(y, reference.masked_linear(t.x, t.weight, *rest), exact_y)
+
+
+def test_large_sums_are_rounded_once_and_infinite_ones_are_infinite():
+    """fp16: 65,504 is the last finite number, and a bias brings a sum beyond it back."""
+    x, weight = torch.full((1, 8), 128.0).half(), torch.full((2, 8), 64.0).half()
+    scores, threshold = torch.ones(2, 8).half(), torch.tensor(1.0).half()
+    y = emulated.masked_linear(x, weight, scores, threshold, torch.tensor([0.0, -1024.0]).half(), "magnitude")
+    assert y.tolist() == [[torch.inf, 64512.0]]
+
+
+# --------------------------------------------------------------------------------------------------------- schedules
+
+
+@pytest.mark.parametrize("asynchrony", emulated.ASYNCHRONIES)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("scores_dtype", [FP32, BF16])
+def test_results_do_not_depend_on_the_schedule(scores_dtype, seed, asynchrony):
+    """Warps in any order, copies at once or as late as may be; the ring of stages is run through several times."""
+    emulated.set_settings(seed, asynchrony)
+    t = integer_inputs(40, 328, 360, FP16, scores_dtype, seed=seed)
+    threshold = row_thresholds(t)
+    check_products(t, threshold, "magnitude")
+    t = integer_inputs(360, 40, 48, FP16, scores_dtype, seed=seed)
+    rest = (t.grad_output, t.x, t.weight, t.scores, row_thresholds(t), "magnitude", [False, True, True, False])
+    for got, right in zip(emulated.masked_linear_backward(*rest), reference.masked_linear_backward(*rest)):
+        same(got, right)
+
+
+# ------------------------------------------------------------------------------------------------------------- other
+
+
+def test_fp32_weights_are_refused():
+    t = integer_inputs(4, 8, 8, FP32, FP32)
+    with pytest.raises(RuntimeError, match="weight must be bf16 or fp16, got fp32"):
+        emulated.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0), None, "magnitude")
+    with pytest.raises(RuntimeError, match="weight must be bf16 or fp16, got fp32"):
+        emulated.accumulate_score_grad(t.scores, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
+
+
+def test_tiles_give_the_right_fragments_without_bank_conflicts(tmp_path):
+    program = str(tmp_path / "test_tile_sm80")
+    sources = [str(emulated.TESTS / name) for name in ("test_tile_sm80.cpp", "emulator/machine.cpp")]
+    built = subprocess.run(
+        [emulated.compiler(), *emulated.FLAGS, *sources, "-o", program], capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

@@ -1,0 +1,158 @@
+"""The cuda backend on a machine without a GPU: the library loads, and every refusal says why.
+
+What its ops do with tensors is tested in cuda_kernels/test_bindings.py, what the kernels compute beside it.
+"""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import mft_kernels
+from mft_kernels import backends, built, cuda, reference
+from mft_kernels.testing import integer_inputs
+
+LIBRARY = Path(cuda.__file__).with_name("libmft_cuda.so")
+NO_LIBRARY = cuda.load("cuda")  # what the module itself asked when it was imported
+
+needs_library = pytest.mark.skipif(NO_LIBRARY is not None, reason=f"cuda backend: {NO_LIBRARY}; make cuda")
+BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
+
+
+@needs_library
+def test_the_ops_are_registered_for_cuda_tensors():
+    for name in ("product", "score_grad_", "kept_threshold", "pack_mask", "pack_signs"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mft_cuda::{name}", "CUDA"), name
+        assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"mft_cuda::{name}", "CPU"), name
+
+
+@needs_library
+def test_a_tensor_on_the_cpu_is_refused_by_name():
+    with pytest.raises(NotImplementedError, match="'mft_cuda::kept_threshold' .* 'CPU' backend"):
+        cuda.kept_threshold(torch.ones(2, 2), 0.5, "magnitude")
+
+
+@needs_library
+def test_the_library_says_what_it_holds():
+    targets, *kernels = torch.ops.mft_cuda.contents().split()
+    report = built.report("cuda")
+    assert targets.split(".") == report["targets"]
+    assert {*kernels} == {"product_sm90", "score_grad_sm90"} - report["left_out"].keys()
+    assert torch.ops.mft_cuda.versions()[0] >= 12030
+    assert all(
+        kernel in cuda._detail() for kernel in ("product_sm90", "score_grad_sm90")
+    )  # with its reason, if without
+
+
+@needs_library
+def test_the_library_needs_torch_and_nothing_of_cuda():
+    needed = subprocess.run(["readelf", "-d", str(LIBRARY)], capture_output=True, text=True)
+    if needed.returncode != 0:
+        pytest.skip(f"readelf cannot read the library: {needed.stderr}")
+    libraries = [line.split("[")[1].rstrip("]") for line in needed.stdout.splitlines() if "(NEEDED)" in line]
+    assert "libtorch.so" in libraries  # through which a CUDA build's stream getter is found
+    assert not [name for name in libraries if name.startswith(("libcuda", "libnv", "libpython", "libc10"))]
+    undefined = subprocess.run(["nm", "-D", "--undefined-only", str(LIBRARY)], capture_output=True, text=True).stdout
+    symbols = dict(reversed(line.split()[-2:]) for line in undefined.splitlines())
+    assert symbols["aoti_torch_get_current_cuda_stream"] == "w"
+    assert not [s for s in symbols if s.startswith(("cu", "__cuda", "Py", "_Py")) or "c10" in s or "at6native" in s]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_a_request_raises_and_the_report_says_why():
+    t = integer_inputs(2, 3, 4, BFLOAT16, BFLOAT16)
+    row = mft_kernels.backend_report()["backends"]["cuda"]
+    expected = "no GPU found by torch" if NO_LIBRARY is None else "its library is not built: "
+    assert not row["available"]
+    assert row["reason"].startswith(expected)
+    with pytest.raises(RuntimeError, match=f"backend='cuda' cannot serve masked_linear: {expected}"):
+        mft_kernels.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0), backend="cuda")
+
+
+def test_every_op_of_the_reference_is_served_with_its_arguments():
+    import inspect
+
+    ops = backends._TABLE["cuda"].ops
+    assert ops.keys() == backends._TABLE["reference"].ops.keys()
+    for name, function in ops.items():
+        assert inspect.signature(function) == inspect.signature(getattr(reference, name))
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """As it would be where the library is built and a GPU is found."""
+    monkeypatch.setattr(cuda, "_device_refusal", lambda index: None)
+    registered = backends._TABLE["cuda"]
+    return cuda._Cuda(
+        registered.name,
+        registered.device_types,
+        registered.dtypes,
+        registered.ops,
+        on_request=registered.on_request,
+    )
+
+
+def test_weights_in_float32_are_tritons_and_scores_in_float32_are_not(backend):
+    gpu = torch.device("cuda", 0)
+    for op in ("masked_linear", "masked_linear_packed", "masked_linear_packed_backward", "accumulate_score_grad"):
+        assert "weight must be bfloat16 or float16, got float32, which the triton" in backend.refusal(
+            op, gpu, (FLOAT32,)
+        )
+        assert backend.refusal(op, gpu, (BFLOAT16, FLOAT32)) is None
+    for op in ("kept_threshold", "pack_mask", "pack_signs"):
+        assert backend.refusal(op, gpu, (FLOAT32,)) is None
+    assert "it takes bfloat16, float16, float32, got float64" in backend.refusal("pack_mask", gpu, (torch.float64,))
+    assert "it runs on cuda, got a tensor on cpu" in backend.refusal("pack_mask", torch.device("cpu"), (FLOAT32,))
+
+
+def test_auto_passes_it_over_until_it_is_timed(backend, monkeypatch):
+    other = backends.Backend("triton", frozenset({"cuda"}), frozenset(), {"pack_mask": print})
+    monkeypatch.setattr(backends, "_TABLE", {"cuda": backend, "triton": other})
+    monkeypatch.setattr(backends, "_announced", set())
+    gpu = torch.device("cuda", 0)
+    assert backends.choose("pack_mask", gpu, (BFLOAT16,)) is print
+    assert backends.choose("pack_mask", gpu, (BFLOAT16,), "cuda") is cuda.pack_mask
+
+
+def test_each_gpu_is_asked_for(backend, monkeypatch):
+    monkeypatch.setattr(cuda, "_device_refusal", lambda index: f"GPU {index} is too old")
+    assert backend.refusal("pack_mask", torch.device("cuda", 1), (BFLOAT16,)) == "GPU 1 is too old"
+
+
+@pytest.mark.parametrize(
+    ("capability", "targets", "refusal"),
+    [
+        (75, ["sm_80", "compute_80"], "it needs compute capability 8.0 or newer, got 7.5"),
+        (80, ["sm_80"], None),
+        (89, ["sm_80"], None),
+        (90, ["sm_80"], "it was built for sm_80, got compute capability 9.0; build it with another MFT_CUDA"),
+        (90, ["sm_80", "sm_90"], None),
+        (86, ["sm_90"], "it was built for sm_90, got compute capability 8.6; build it with another MFT_CUDA"),
+        (120, ["sm_80", "sm_90", "compute_80"], None),
+        (121, ["sm_120"], None),
+        (103, ["sm_120", "sm_90"], "it was built for sm_120, sm_90, got compute capability 10.3; build"),
+    ],
+)
+def test_a_gpu_needs_code_of_its_own_generation_or_portable_code(capability, targets, refusal):
+    reason = cuda._capability_refusal(capability, targets)
+    assert reason is None if refusal is None else reason.startswith(refusal)
+
+
+def test_a_driver_must_know_the_runtimes_major_version():
+    assert cuda._driver_refusal(13050, 13000) is None
+    assert cuda._driver_refusal(12080, 13000) is None
+    reason = cuda._driver_refusal(13050, 12080)
+    assert reason.startswith(
+        "it was built with CUDA 13.5, and the driver serves up to 12.8; update the driver, or build"
+    )
+
+
+def test_what_is_not_built_or_does_not_load_is_told(tmp_path):
+    for part in ("cpu", "cuda"):
+        assert "not built: setup.py has not run" in built.load(part, tmp_path)
+    (tmp_path / "_build.json").write_text('{"cuda": {"built": false, "reason": "no nvcc found"}}')
+    assert "its library is not built: no nvcc found; see setup.py" in built.load("cuda", tmp_path)
+    assert "not built: setup.py has not run" in built.load("cpu", tmp_path)
+    (tmp_path / "libmft_cuda.so").write_bytes(b"not a library")
+    assert "does not load with torch" in built.load("cuda", tmp_path)
