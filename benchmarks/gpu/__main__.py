@@ -2,8 +2,9 @@
 
 This process only watches: a kernel that hangs, or takes the CUDA context with it, ends the worker and not the run.
 
-Exit code: 0 done, also if a goal is missed or the budget left cases out; 1 something failed or is wrong; 2 no GPU, or
-a bad argument.
+Exit code: 0 done, also if a goal is missed, the budget left cases out, or without libmft_cuda.so Triton alone was
+measured; 1 something failed or is wrong; 2 no GPU, or a bad argument; 3 nothing failed, but compute-sanitizer, which
+should have looked into the CUDA kernels, is missing or gave no verdict.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from ..harness import RESULTS, ROOT
 from . import results, worker
-from .cases import DRY_SHAPE, DRY_TOKENS, SHAPES, TOKENS, WHATS, Case, plan
+from .cases import CUDA, DRY_SHAPE, DRY_TOKENS, SHAPES, TOKENS, WHATS, Case, plan, takes_part
 from .journal import FAILED, NOT_MEASURED, Journal
 
 BUDGET = 500.0
@@ -37,7 +38,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=_list_of(_tokens), default=list(TOKENS), help="values of M")
     parser.add_argument("--budget", type=_positive, default=BUDGET, help="seconds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where gpu-*.json and gpu.md go")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes in Triton's interpreter, no GPU needed")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, kernels emulated, no GPU needed")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # the journal of the process that watches
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--out", str(asked.out.absolute())]
         command += ["--worker", str(journal.path), "--deadline", str(deadline)]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        for name in ("MFT_KERNELS", "MFT_AUTOTUNE", "TRITON_INTERPRET"):  # the suite decides what runs
+        for name in ("MFT_KERNELS", "MFT_AUTOTUNE", "MFT_CUDA_CAPABILITY", "TRITON_INTERPRET"):  # the suite decides
             environment.pop(name, None)
         if asked.dry_run:
             environment["TRITON_INTERPRET"] = "1"
@@ -95,11 +96,13 @@ def watch(
 ) -> None:
     """Run workers until one ends by itself, each going on behind the case that ended the last; none after the deadline.
 
-    A case that hangs, or with which the worker died, is recorded as failed.
+    A case that hangs, or with which the worker died, is measured once more without the CUDA kernels if they took part:
+    they shall cost no other competitor its numbers. Else, or if that ends the same way, it is recorded as failed. From
+    then on they are left out of that kind of case, and after a hang, which costs a minute, of every kind.
     """
     while True:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, process_group=0)
-        why = None
+        why, lost = None, len(journal.events("lost"))
         try:
             since: tuple[str | None, float] = (None, clock())
             while process.poll() is None and why is None:
@@ -123,10 +126,16 @@ def watch(
         if case is None:  # not a case is to blame: a second worker would end the same way
             return
         late = clock() > deadline
-        last_words = [event["message"] for event in journal.events("lost") if event["key"] == case.key]
+        last_words = [event["message"] for event in journal.events("lost")[lost:] if event["key"] == case.key]
         why = why or (last_words[-1] if last_words else f"the worker died, exit code {process.returncode}")
-        journal.record(case, NOT_MEASURED if late else FAILED, reason=why)
         print(f"{case}: {why}", flush=True)
+        hung = why.startswith("hung")
+        if not late and takes_part(CUDA, case) and not journal.suspects(case):
+            journal.suspect(CUDA, case, why, everywhere=hung)
+            continue
+        if hung and case.detail.startswith(CUDA):
+            journal.suspect(CUDA, case, why, everywhere=True)
+        journal.record(case, NOT_MEASURED if late else FAILED, reason=why)
         if late:
             return
 
@@ -143,7 +152,18 @@ def _summary(journal: Journal, cases: Sequence[Case], out: Path) -> int:
         if some:
             print(f"{title}: {'; '.join(map(str, some))}")
     print(f"{len(cases) - len(failed) - len(left)} of {len(cases)} cases measured; written to {out}")
-    return 1 if failed else 0
+    for warning in _warnings(journal):
+        print(f"WARNING: {warning}", flush=True)
+    unproven = any(record.get("unproven") for record in records.values())
+    return 1 if failed else 3 if unproven else 0
+
+
+def _warnings(journal: Journal) -> list[str]:
+    """What nobody should overlook: no CUDA kernels, or nobody looked into them."""
+    library = journal.about().get("environment", {}).get("cuda_library", "")
+    missing = [f"the CUDA kernels were left out: {library[6:]}"] if library.startswith("none: ") else []
+    unproven = [f"{r['detail']}: {r['reason']}" for r in journal.records().values() if r.get("unproven")]
+    return missing + unproven
 
 
 def _has_gpu() -> bool:

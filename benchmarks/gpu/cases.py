@@ -11,11 +11,12 @@ SHAPES = {  # (N, K) of the linear layers; both models have 4096 x 4096
     "llama3.1-8b": ((1024, 4096), (14336, 4096), (4096, 14336)),
 }
 TOKENS = (1, 16, 64, 512, 1024, 2048, 4096, 8192, 16384)
-PRODUCTS = ("step", "forward", "d_x", "d_scores")
+PRODUCTS = ("step", "forward", "d_x", "d_scores", "accumulate")
 WHATS = ("correctness", *PRODUCTS, "memory", "threshold")
 
 DENSE = "cuBLAS, unmasked"
 FUSED = "fused"
+CUDA = "cuda"
 PACKED = "fused, packed"
 AUTO = "auto"
 PASS = "mask pass + cuBLAS"
@@ -32,11 +33,22 @@ PAPER_MOST_TOKENS = 2048
 WHY_NOT_COMPILED = f"compiled for 4096 x 4096 and M in {COMPILED_TOKENS} alone: each compilation takes 5 to 20 s"
 WHY_NOT_PAPER = f"left out above M = {PAPER_MOST_TOKENS}: there the products hide more and more of its sort"
 
-#: In order: what other answers rest on, then few tokens, where a launch is the cost, then many.
+#: Triton's kernels; then, each a case of its own so that one backend's fault is not the other's, those of csrc/cuda.
 CHECKS = ("exact", "random", "repeats", "tests")
+CUDA_CHECKS = ("cuda exact", "cuda random", "cuda repeats", "cuda layouts")
+SANITIZERS = ("cuda memcheck", "cuda racecheck")
+
+#: In order: what other answers rest on, then few tokens, where a launch is the cost, then many.
 _TOKENS_BY_WORTH = (2048, 512, 1024, 64, 1, 4096, 16, 8192, 16384)
 _GOAL_TOKENS = (2048, 512)
 _MEMORY_TOKENS = (2048, 512)
+#: What the CUDA kernels are asked on LLaMA2-7B's shapes: the fewest of these tokens are the hardest, and come first.
+CUDA_GOAL_TOKENS = (4096, 8192, 16384)
+_CUDA_GOAL_PRODUCTS = ("forward", "d_x", "d_scores")
+#: d_scores added to an fp32 buffer: what it costs beyond d_scores hardly depends on the shape.
+_ACCUMULATE_TOKENS = (4096, 512)
+#: (N, K) whose scores are selected; the second, 58.7M of them, is the one with a goal.
+SELECTED = (SQUARE, (4096, 14336))
 
 
 @dataclass(frozen=True)
@@ -67,12 +79,15 @@ class Case:
 def competitors(case: Case) -> tuple[str, ...]:
     """Who is timed in a case of PRODUCTS, or whose memory is measured.
 
-    d_scores reads no mask, so nothing is to be chosen there. KEPT keeps the masked weight between forward and backward;
-    the others, but for the paper's layer and the eager step, keep nothing of its size.
+    d_scores reads no mask, so nothing is to be chosen there. PASS is Triton's other way too: a pass into scratch, then
+    cuBLAS. KEPT keeps the masked weight between forward and backward; the others, but for the paper's layer and the
+    eager step, keep nothing of its size.
     """
-    names = (
-        [DENSE, FUSED, PACKED, PASS, EAGER] if case.what == "d_scores" else [DENSE, FUSED, PACKED, AUTO, PASS, EAGER]
-    )
+    if case.what == "accumulate":
+        return DENSE, FUSED, CUDA, PASS, EAGER
+    names = [DENSE, FUSED, CUDA, PACKED, AUTO, PASS, EAGER]
+    if case.what == "d_scores":
+        names.remove(AUTO)
     if case.what in ("step", "memory"):
         names.insert(names.index(PASS) + 1, KEPT)
         names += [PAPER] if case.m <= PAPER_MOST_TOKENS else []
@@ -81,10 +96,15 @@ def competitors(case: Case) -> tuple[str, ...]:
     return tuple(names)
 
 
+def takes_part(name: str, case: Case) -> bool:
+    """Whether a competitor runs in a case beside others."""
+    return case.what == "threshold" or (case.what != "correctness" and name in competitors(case))
+
+
 def left_out(case: Case) -> dict[str, str]:
     """Who is not measured in a case, and why."""
     reasons = {}
-    if COMPILED not in competitors(case) and case.what != "memory":
+    if COMPILED not in competitors(case) and case.what not in ("memory", "accumulate"):
         reasons[COMPILED] = WHY_NOT_COMPILED
     if case.what == "step" and case.m > PAPER_MOST_TOKENS:
         reasons[PAPER] = WHY_NOT_PAPER
@@ -92,21 +112,39 @@ def left_out(case: Case) -> dict[str, str]:
 
 
 def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterable[int]) -> list[Case]:
-    """Every case asked for: correctness, the goals, memory and threshold, then the rest, the square shape first."""
+    """Every case asked for: correctness, the goals (CUDA's hardest first), the sanitizer, memory, threshold, rest."""
     whats, shapes, tokens = set(whats), tuple(shapes), set(tokens)
     by_worth = [m for m in _TOKENS_BY_WORTH if m in tokens] + sorted(tokens - set(_TOKENS_BY_WORTH))
-    products = [what for what in PRODUCTS if what in whats]
-    goal_tokens = [m for m in by_worth if m in _GOAL_TOKENS]
+    products = [what for what in PRODUCTS if what in whats and what != "accumulate"]
+    llama2 = [shape for shape in SHAPES["llama2-7b"] if shape in shapes]
+    cuda_goals = [
+        Case(what, *shape, m)
+        for m in CUDA_GOAL_TOKENS
+        for shape in llama2
+        for what in _CUDA_GOAL_PRODUCTS
+        if m in tokens and what in whats
+    ]
+    hardest = [case for case in cuda_goals if case.m == CUDA_GOAL_TOKENS[0]]
     goals = [
         Case(what, *shape, m)
         for shape in sorted(shapes, key=_goal_rank)
         if _goal_rank(shape) < _NO_GOAL
-        for m in goal_tokens
+        for m in by_worth
+        if m in _GOAL_TOKENS
         for what in products
     ]
     square_first = sorted(shapes, key=lambda shape: shape != SQUARE)
     rest = [Case(what, *shape, m) for shape in square_first for m in by_worth for what in products]
-    correctness = [Case("correctness", detail=check) for check in CHECKS if "correctness" in whats]
+    correctness, sanitizers = (
+        [Case("correctness", detail=check) for check in checks if "correctness" in whats]
+        for checks in ((*CHECKS[:-1], *CUDA_CHECKS, CHECKS[-1]), SANITIZERS)
+    )
+    accumulate = [
+        Case("accumulate", n, k, m)
+        for n, k in _those(shapes, (SQUARE, (11008, 4096)))
+        for m in _those(by_worth, _ACCUMULATE_TOKENS)
+        if "accumulate" in whats
+    ]
     memory = [
         Case("memory", n, k, m)
         for n, k in _those(shapes, (SQUARE, (14336, 4096)))
@@ -115,11 +153,13 @@ def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterab
     ]
     threshold = [
         Case("threshold", n, k, detail=dtype)
-        for n, k in _those(shapes, (SQUARE, (4096, 14336)))
         for dtype in ("bfloat16", "float32")
+        for n, k in _those(shapes, SELECTED)
         if "threshold" in whats
     ]
-    return list(dict.fromkeys([*correctness, *goals, *memory, *threshold, *rest]))
+    select = [case for case in threshold if (case.n, case.k, case.detail) == (*SELECTED[-1], "bfloat16")]
+    first = [*correctness, *hardest, *select, *goals, *cuda_goals, *sanitizers, *accumulate]
+    return list(dict.fromkeys([*first, *memory, *threshold, *rest]))
 
 
 _GOAL_SHAPES = (SQUARE, (14336, 4096), (4096, 14336), (11008, 4096), (4096, 11008))
@@ -145,10 +185,12 @@ def work(what: str, n: int, k: int, m: int, keep_bytes: float) -> list[tuple[flo
     read = matrix * (2 + keep_bytes)
     # The dense gradient of a weight reads neither weight nor sign.
     gradient = x + y + 2 * matrix
+    added = x + y + 8 * matrix  # fp32, read and written
     phases = {
         "forward": [(read + x + y, product)],
         "d_x": [(read + x + y, product)],
         "d_scores": [(gradient + (read if keep_bytes else 0), product)],
+        "accumulate": [(added + (read if keep_bytes else 0), product)],
         # x and d_x, each M x K; grad_output; weight and mask; d_scores.
         "backward": [(read + gradient + x, 2 * product)],
     }

@@ -3,19 +3,19 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mft_kernels import reference
-from mft_kernels.triton import choice, ops
 
 from ..rivals import KEEP_RATIO, eager_grad_scores, eager_grad_x, eager_linear, eager_step, paper_linear
 from . import two_passes
-from .cases import AUTO, COMPILED, DENSE, EAGER, FUSED, KEPT, PACKED, PAPER, PASS
+from .cases import AUTO, COMPILED, CUDA, DENSE, EAGER, FUSED, KEPT, PACKED, PAPER, PASS
 from .device import Device
+from .kernels import kernels
 
 MODE = "magnitude"
 _D_X = [True, False, False, False]
@@ -35,7 +35,10 @@ NOT_CAPTURED = frozenset({PAPER})
 
 @dataclass(frozen=True)
 class Operands:
-    """bf16, contiguous: x (M, K), grad (M, N), weight and scores (N, K), threshold (), packed and signs as bits."""
+    """bf16, contiguous: x (M, K), grad (M, N), weight and scores (N, K), threshold (), packed and signs as bits.
+
+    sums: fp32 (N, K), what "accumulate" adds to; None elsewhere.
+    """
 
     x: Tensor
     grad: Tensor
@@ -44,6 +47,7 @@ class Operands:
     threshold: Tensor
     packed: Tensor
     signs: Tensor
+    sums: Tensor | None = None
 
 
 class Inputs:
@@ -54,18 +58,22 @@ class Inputs:
         self._generator = torch.Generator(device.torch_device).manual_seed(0)
         self._shape: tuple[int, int] | None = None
         self._layers: list[tuple[Tensor, ...]] = []
-        self._tokens: tuple[int, int, int] | None = None
+        self._tokens: tuple[int, int, int, bool] | None = None
         self._operands: list[Operands] = []
 
-    def get(self, n: int, k: int, m: int) -> list[Operands]:
-        """Equal in value, apart in memory."""
-        if (n, k, m) != self._tokens:
+    def get(self, n: int, k: int, m: int, *, sums: bool = False) -> list[Operands]:
+        """Equal in value, apart in memory; with ``sums`` a buffer each for "accumulate"."""
+        if (n, k, m, sums) != self._tokens:
             self._operands, self._tokens = [], None
             layers = self._layers_of(n, k)
             count = min(len(layers), self._copies(2 * n * k + 2 * m * min(n, k)))
             x, grad = self._normal(m, k), self._normal(m, n)
             self._operands = [Operands(x.clone(), grad.clone(), *layer) for layer in layers[:count]]
-            self._tokens = (n, k, m)
+            if sums:
+                self._operands = [
+                    replace(o, sums=torch.zeros_like(o.weight, dtype=torch.float32)) for o in self._operands
+                ]
+            self._tokens = (n, k, m, sums)
         return self._operands
 
     def _layers_of(self, n: int, k: int) -> list[tuple[Tensor, ...]]:
@@ -94,8 +102,8 @@ Run = Callable[[Operands], Tensor | tuple[Tensor, ...]]
 
 
 def functions(what: str, names: Sequence[str], device: Device) -> dict[str, Run]:
-    """The named competitors for "forward", "d_x", "d_scores" or "step"."""
-    return {name: _function(what, name, device) for name in names}
+    """The named competitors for one of cases.PRODUCTS, but those that the device is without."""
+    return {name: _function(what, name, device) for name in names if name not in device.without}
 
 
 def tolerance(name: str) -> float | None:
@@ -125,10 +133,15 @@ def _function(what: str, name: str, device: Device) -> Run:
     return _TABLE[what][name]
 
 
+def _eager_accumulate(grad: Tensor, x: Tensor, weight: Tensor, scores: Tensor, sums: Tensor) -> Tensor:
+    return sums.add_(eager_grad_scores(grad, x, weight, scores))
+
+
 _PLAIN: dict[str, Callable] = {
     "forward": eager_linear,
     "d_x": eager_grad_x,
     "d_scores": eager_grad_scores,
+    "accumulate": _eager_accumulate,
     "step": eager_step,
 }
 
@@ -138,34 +151,51 @@ def _arguments(what: str, o: Operands) -> tuple[Tensor, ...]:
         "forward": (o.x, o.weight, o.scores, o.threshold),
         "d_x": (o.grad, o.weight, o.scores, o.threshold),
         "d_scores": (o.grad, o.x, o.weight, o.scores),
+        "accumulate": (o.grad, o.x, o.weight, o.scores, o.sums),
         "step": (o.grad, o.x, o.weight, o.scores, o.threshold),
     }[what]
 
 
-def _forward(o: Operands, choose: ops.Choose) -> Tensor:
-    return ops.masked_linear(o.x, o.weight, o.scores, o.threshold, None, MODE, choose=choose)
+def _forward(o: Operands, by: str) -> Tensor:
+    return kernels(by).masked_linear(o.x, o.weight, o.scores, o.threshold, None, MODE)
 
 
 def _forward_packed(o: Operands) -> Tensor:
-    return ops.masked_linear_packed(o.x, o.weight, o.packed, None)
+    return kernels(FUSED).masked_linear_packed(o.x, o.weight, o.packed, None)
 
 
-def _backward(o: Operands, choose: ops.Choose, wanted: list[bool]) -> tuple[Tensor, ...]:
-    return ops.masked_linear_backward(o.grad, o.x, o.weight, o.scores, o.threshold, MODE, wanted, choose=choose)
+def _backward(o: Operands, by: str, wanted: list[bool]) -> tuple[Tensor, ...]:
+    return kernels(by).masked_linear_backward(o.grad, o.x, o.weight, o.scores, o.threshold, MODE, wanted)
 
 
 def _backward_packed(o: Operands, wanted: list[bool]) -> tuple[Tensor, ...]:
     # As in MaskedLinear: scores give the dtype of their gradient, bits the sign.
-    return ops.masked_linear_packed_backward(o.grad, o.x, o.weight, o.packed, o.scores, o.signs, MODE, wanted)
+    return kernels(FUSED).masked_linear_packed_backward(
+        o.grad, o.x, o.weight, o.packed, o.scores, o.signs, MODE, wanted
+    )
 
 
-def _d_x(o: Operands, choose: ops.Choose) -> Tensor:
-    return _backward(o, choose, _D_X)[0]
+def _d_x(o: Operands, by: str) -> Tensor:
+    return _backward(o, by, _D_X)[0]
 
 
-def _step(o: Operands, choose: ops.Choose) -> tuple[Tensor, ...]:
-    y = _forward(o, choose)
-    d_x, _, d_scores, _ = _backward(o, choose, _BOTH)
+def _d_scores(o: Operands, by: str) -> Tensor:
+    return _backward(o, by, _D_SCORES)[2]
+
+
+def _accumulate(o: Operands, by: str) -> Tensor:
+    kernels(by).accumulate_score_grad(o.sums, o.grad, o.x, o.weight, o.scores, None, MODE)
+    return _sums(o)
+
+
+def _sums(o: Operands) -> Tensor:
+    assert o.sums is not None, "accumulate needs operands with sums"
+    return o.sums
+
+
+def _step(o: Operands, by: str) -> tuple[Tensor, ...]:
+    y = _forward(o, by)
+    d_x, _, d_scores, _ = _backward(o, by, _BOTH)
     return y, d_x, d_scores
 
 
@@ -186,12 +216,9 @@ def _step_of_paper(o: Operands) -> tuple[Tensor, ...]:
     return y.detach(), d_x, d_scores
 
 
-def _chosen(run: Callable) -> dict[str, Run]:
-    """``run`` takes operands and what chooses the kernel."""
-    return {
-        FUSED: functools.partial(run, choose=ops.always_fused),
-        AUTO: functools.partial(run, choose=choice.automatic),
-    }
+def _by(run: Callable, *names: str) -> dict[str, Run]:
+    """``run`` takes operands and by whose kernels."""
+    return {name: functools.partial(run, by=name) for name in names}
 
 
 _TABLE: dict[str, dict[str, Run]] = {
@@ -199,19 +226,24 @@ _TABLE: dict[str, dict[str, Run]] = {
         DENSE: lambda o: F.linear(o.x, o.weight),
         PACKED: _forward_packed,
         PASS: lambda o: F.linear(o.x, two_passes.mask(o.weight, o.scores, o.threshold)),
-        **_chosen(_forward),
+        **_by(_forward, FUSED, AUTO, CUDA),
     },
     "d_x": {
         DENSE: lambda o: o.grad @ o.weight,
         PACKED: lambda o: _backward_packed(o, _D_X)[0],
         PASS: lambda o: o.grad @ two_passes.mask(o.weight, o.scores, o.threshold),
-        **_chosen(_d_x),
+        **_by(_d_x, FUSED, AUTO, CUDA),
     },
     "d_scores": {
         DENSE: lambda o: o.grad.T @ o.x,
-        FUSED: lambda o: _backward(o, ops.always_fused, _D_SCORES)[2],
         PACKED: lambda o: _backward_packed(o, _D_SCORES)[2],
         PASS: lambda o: two_passes.grad_scores(o.grad, o.x, o.weight, o.scores),
+        **_by(_d_scores, FUSED, CUDA),
+    },
+    "accumulate": {
+        DENSE: lambda o: _sums(o).add_(o.grad.T @ o.x),
+        PASS: lambda o: _sums(o).add_(two_passes.grad_scores(o.grad, o.x, o.weight, o.scores)),
+        **_by(_accumulate, FUSED, CUDA),
     },
     "step": {
         DENSE: lambda o: (F.linear(o.x, o.weight), o.grad @ o.weight, o.grad.T @ o.x),
@@ -219,6 +251,6 @@ _TABLE: dict[str, dict[str, Run]] = {
         PASS: functools.partial(_step_in_passes, keep_masked=False),
         KEPT: functools.partial(_step_in_passes, keep_masked=True),
         PAPER: _step_of_paper,
-        **_chosen(_step),
+        **_by(_step, FUSED, AUTO, CUDA),
     },
 }

@@ -1,16 +1,19 @@
-"""Where the suite runs: a GPU, or for a dry run the CPU with Triton's interpreter. All that differs between them."""
+"""Where the suite runs: a GPU, or for a dry run the CPU with both kinds of kernels emulated; all that differs there."""
 
 import contextlib
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 import triton
 from torch import Tensor
+
+from . import on_host
+from .cases import CUDA
 
 #: A graph lasts about this long, so that its launch, some 5 us, does not count; at most so many calls in one.
 _GRAPH_MS = 2.0
@@ -39,6 +42,7 @@ class Device(Protocol):
     dry: bool
     torch_device: torch.device
     l2_bytes: int
+    without: Mapping[str, str]  # competitors that cannot run here, and why
 
     def environment(self) -> dict[str, Any]: ...
 
@@ -52,6 +56,8 @@ class Device(Protocol):
 
     def timer(self, run: Callable[[int], object], copies: int, *, capture: bool) -> Timer: ...
 
+    def graph(self, run: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]: ...
+
     def peak(self, run: Callable[[], Sequence[Tensor]]) -> tuple[int, int]: ...
 
 
@@ -61,7 +67,10 @@ class Gpu:
     dry = False
 
     def __init__(self) -> None:
+        from mft_kernels import cuda
+
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        self.without = {CUDA: cuda.unavailable} if cuda.unavailable else {}
         properties = torch.cuda.get_device_properties(self.torch_device)
         self.l2_bytes = int(getattr(properties, "L2_cache_size", 0)) or 50 << 20
         self._stream = torch.cuda.Stream()
@@ -79,6 +88,7 @@ class Gpu:
             "driver": _driver(),
             "cuda": torch.version.cuda or f"hip {torch.version.hip}",
             "triton": triton.__version__,
+            "cuda_library": _library(self.without),
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "l2_mib": self.l2_bytes / 2**20,
@@ -118,6 +128,24 @@ class Gpu:
                 torch.cuda.synchronize()
         calls = min(calls, _QUEUED_CALLS)
         return Timer("queued", calls, estimate, lambda: self._queued(run, copies, calls), note)
+
+    def graph(self, run: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
+        """run() captured once: each call replays it and gives the same tensors, with what is in them then."""
+        run()  # what is made once
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                results = run()
+        finally:
+            torch.cuda.set_stream(self._stream)
+
+        def replay() -> Sequence[Tensor]:
+            graph.replay()
+            torch.cuda.synchronize()
+            return results
+
+        return replay
 
     def peak(self, run: Callable[[], Sequence[Tensor]]) -> tuple[int, int]:
         """(bytes by which the allocated memory peaks in run(), those of its results)."""
@@ -190,10 +218,17 @@ class Interpreter:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)  # so small that a second one only waits
+        reason = on_host.install()
+        self.without = {CUDA: reason} if reason else {}
 
     def environment(self) -> dict[str, Any]:
         """Says that nothing here was measured on a GPU."""
-        return {"device": "none: a dry run in Triton's interpreter", "triton": triton.__version__}
+        cuda = f"none: {self.without[CUDA]}" if CUDA in self.without else "csrc/cuda in the emulator of the tests"
+        return {
+            "device": "none: a dry run in Triton's interpreter",
+            "triton": triton.__version__,
+            "cuda_library": cuda,
+        }
 
     def ceilings(self) -> dict[str, float]:
         """Any numbers."""
@@ -220,10 +255,24 @@ class Interpreter:
 
         return Timer("wall clock", copies, 1.0, replay)
 
+    def graph(self, run: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
+        """Runs anew each time."""
+        return run
+
     def peak(self, run: Callable[[], Sequence[Tensor]]) -> tuple[int, int]:
         """As if nothing but the results were allocated."""
         size = sum(t.nbytes for t in run())
         return size, size
+
+
+def _library(without: Mapping[str, str]) -> str:
+    """What libmft_cuda.so holds and by which nvcc, or why there is none."""
+    from mft_kernels import backend_report
+    from mft_kernels.built import report
+
+    if CUDA in without:
+        return f"none: {without[CUDA]}"
+    return f"{backend_report()['backends']['cuda']['detail']}; {report('cuda').get('nvcc', 'nvcc unknown')}"
 
 
 def _driver() -> str:

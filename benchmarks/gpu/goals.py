@@ -1,4 +1,4 @@
-"""What was asked of the kernels on an H100, as findings: met, NOT MET, or not measured.
+"""What was asked of both backends on an H100, as findings: met, NOT MET, or not measured.
 
 A goal in percent of cuBLAS is judged where the card allows it at all: reading the scores takes time that the unmasked
 product has not, and with few tokens reading is all there is. A worst case is the median of the worst case.
@@ -9,7 +9,19 @@ from dataclasses import asdict
 from typing import Any
 
 from ..harness import Finding, Spread
-from .cases import AUTO, DENSE, FUSED, KEPT, PAPER, PAPER_MOST_TOKENS, PASS
+from .cases import (
+    AUTO,
+    CUDA,
+    CUDA_GOAL_TOKENS,
+    DENSE,
+    FUSED,
+    KEPT,
+    PAPER,
+    PAPER_MOST_TOKENS,
+    PASS,
+    SELECTED,
+    SHAPES,
+)
 from .journal import NOT_MEASURED
 
 Record = dict[str, Any]
@@ -22,11 +34,17 @@ def goals(what: str, cases: Iterable[Record]) -> list[Record]:
     """Findings of one kind of case, each with its "state"."""
     cases = list(cases)
     if what == "correctness":
-        return [_correct(cases)]
-    if what in ("forward", "d_x"):
-        return [_of_cublas(what, cases, 90, 2048)]
-    if what == "d_scores":
-        return [_of_cublas(what, cases, 95, None)]
+        of_cuda = [case for case in cases if case["detail"].startswith(CUDA)]
+        return [_correct("Triton", [case for case in cases if case not in of_cuda]), _correct(CUDA, of_cuda)]
+    if what in ("forward", "d_x", "d_scores"):
+        few = [case for case in cases if case["m"] <= 2048]
+        many = [c for c in cases if c["m"] >= CUDA_GOAL_TOKENS[0] and (c["n"], c["k"]) in SHAPES["llama2-7b"]]
+        where = f", M >= {CUDA_GOAL_TOKENS[0]}, LLaMA2-7B"
+        if what == "d_scores":
+            return [_of_cublas(FUSED, what, cases, 95, ""), _of_cublas(CUDA, what, many, 97, where)]
+        return [_of_cublas(FUSED, what, few, 90, ", M <= 2048"), _of_cublas(CUDA, what, many, 95, where)]
+    if what == "threshold":
+        return [_selection(cases)]
     if what == "step":
         at_2048 = [case for case in cases if case["m"] == 2048]
         few = [case for case in cases if case["m"] <= PAPER_MOST_TOKENS]
@@ -39,9 +57,9 @@ def goals(what: str, cases: Iterable[Record]) -> list[Record]:
     return []
 
 
-def _correct(cases: list[Record]) -> Record:
+def _correct(backend: str, cases: list[Record]) -> Record:
     judged = [case for case in cases if "failed" in case]
-    quantity = "checks that fail or were cut short"
+    quantity = f"checks of {backend} that fail or were cut short"
     if len(judged) < len(cases) or not judged:
         missing = ", ".join(case["detail"] for case in cases if "failed" not in case)
         bad = sum(case["failed"] for case in judged)
@@ -51,26 +69,37 @@ def _correct(cases: list[Record]) -> Record:
     return _finding(Finding(quantity, Spread.of([float(count)]), "", "at most", 0))
 
 
-def _of_cublas(what: str, cases: list[Record], percent: float, most_tokens: int | None) -> Record:
-    scope = f", M <= {most_tokens}" if most_tokens else ""
-    within = [case for case in cases if most_tokens is None or case["m"] <= most_tokens]
-    measured = [case for case in within if {DENSE, FUSED} <= case.get("samples", {}).keys()]
+def _of_cublas(name: str, what: str, within: list[Record], percent: float, where: str) -> Record:
+    measured = [case for case in within if {DENSE, name} <= case.get("samples", {}).keys()]
 
     def allowed(case: Record) -> bool:
-        return 100 * case["samples"][DENSE]["ms"]["median"] / case["samples"][FUSED]["floor_ms"] >= percent
+        return 100 * case["samples"][DENSE]["ms"]["median"] / case["samples"][name]["floor_ms"] >= percent
 
     possible = [case for case in measured if allowed(case)]
-    quantity = f"fused {what} in % of cuBLAS{scope}"
+    quantity = f"{name} {what} in % of cuBLAS{where}"
     impossible = len(measured) - len(possible)
     note = f"; {impossible} of {len(measured)} cases left out, where reading the scores alone forbids it"
-    return _of_worst(
+    found = _of_worst(
         quantity,
         within,
         possible,
-        lambda case: Spread(**case["samples"][FUSED]["percent_of_cublas"]),
+        lambda case: Spread(**case["samples"][name]["percent_of_cublas"]),
         ("%", percent),
         note if impossible else "",
     )
+    if broken := sum(name in case.get("failures", {}) for case in within):
+        found |= {"quantity": f"{found['quantity']}; FAILED in {broken}", "met": False, "state": "NOT MET"}
+    return found
+
+
+def _selection(cases: list[Record]) -> Record:
+    (n, k), microseconds = SELECTED[-1], 80
+    quantity, name = f"{CUDA} kept_threshold of {n * k / 1e6:.1f}M bfloat16 scores, us", f"kept_threshold, {CUDA}"
+    for case in cases:
+        if (case["n"], case["k"], case["detail"]) == (n, k, "bfloat16") and name in case.get("samples", {}):
+            rounds = [1e3 * ms for ms in case["samples"][name]["rounds_ms"]]
+            return _finding(Finding(quantity, Spread.of(rounds), "us", "at most", microseconds))
+    return _unmeasured(quantity, "at most", microseconds)
 
 
 def _worst(quantity: str, within: list[Record], above: list[str], below: str, bound: float) -> Record:

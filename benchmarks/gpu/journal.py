@@ -10,7 +10,9 @@ MEASURED, NOT_MEASURED, FAILED = "measured", "not measured", "failed"
 
 
 class Journal:
-    """Events: "about" (environment, ceilings), "started" (a case), "record" (its outcome)."""
+    """Events: "about" (environment, ceilings), "started" (a case), "lost" (the device, during it), "suspect" (who is
+    left out when it is measured once more), "record" (its outcome).
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,6 +44,15 @@ class Journal:
         """The case that was started last, if it has no outcome."""
         started = self.events("started")
         return started[-1] if started and started[-1]["key"] not in self.records() else None
+
+    def suspect(self, name: str, case: Case, reason: str, *, everywhere: bool) -> None:
+        """Leave ``name`` out from here on, of this kind of case or of all: a worker ended, or hung, where it ran."""
+        self.add("suspect", name=name, key=case.key, case=str(case), what="" if everywhere else case.what,
+                 reason=reason)  # fmt: skip
+
+    def suspects(self, case: Case) -> list[dict[str, Any]]:
+        """The events by which competitors are left out of a case."""
+        return [event for event in self.events("suspect") if event["what"] in ("", case.what)]
 
     def about(self) -> dict[str, Any]:
         """Environment and ceilings; empty if no worker came that far."""

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..harness import Spread
-from .cases import AUTO, COMPILED, DENSE, EAGER, FUSED, KEPT, PACKED, PAPER, PASS, PRODUCTS, SHAPES
+from .cases import AUTO, COMPILED, CUDA, DENSE, EAGER, FUSED, KEPT, PACKED, PAPER, PASS, PRODUCTS, SHAPES
 from .journal import NOT_MEASURED
 
 Document = dict[str, Any]
 
-_COLUMNS = (DENSE, FUSED, PACKED, AUTO, PASS, KEPT, COMPILED, EAGER, PAPER)
+_COLUMNS = (DENSE, CUDA, FUSED, PACKED, AUTO, PASS, KEPT, COMPILED, EAGER, PAPER)
 _OPENING = """# Measured on a GPU
 
 Written by `make gpu`; the same numbers, with every round, are in gpu-*.json beside this file.
@@ -22,6 +22,7 @@ _TITLES = {
     "forward": "Forward",
     "d_x": "d_x",
     "d_scores": "d_scores",
+    "accumulate": "d_scores, added to an fp32 buffer",
     "memory": "Peak memory of a step",
     "threshold": "The threshold and the packed mask",
 }
@@ -44,7 +45,18 @@ def markdown(documents: Sequence[Document]) -> str:
 
 def _where(documents: Sequence[Document]) -> str:
     """A row a run: what one command measured has one environment, its date included."""
-    keys = ("device", "driver", "torch", "triton", "python", "commit", "tree_is_dirty", "sources", "date")
+    keys = (
+        "device",
+        "driver",
+        "torch",
+        "triton",
+        "cuda_library",
+        "python",
+        "commit",
+        "tree_is_dirty",
+        "sources",
+        "date",
+    )
     runs: dict[tuple[str, ...], list[str]] = {}
     for d in documents:
         values = [str(d["environment"].get(key, "")) for key in keys]
@@ -74,6 +86,7 @@ def _checks(document: Document) -> str:
     for case in document["cases"]:
         if "failed" in case:
             cut = "" if case.get("complete", True) else ", cut short"
+            cut += f", {case['warnings']} warnings" if case.get("warnings") else ""
             rows.append([case["detail"], str(case["passed"]), str(case["failed"]), str(case["skipped"]) + cut])
         else:
             rows.append([case["detail"], f"{case['status']}: {case.get('reason', '')}", "", ""])

@@ -41,7 +41,7 @@ FAILURES = (RuntimeError, TritonError, TypeError, AttributeError, ValueError, No
 def time_product(case: Case, inputs: Inputs, device: Device, ceilings: Mapping[str, float]) -> dict[str, Any]:
     """samples, failures and what was left out, of one of cases.PRODUCTS."""
     device.tidy()
-    operands = inputs.get(case.n, case.k, case.m)
+    operands = inputs.get(case.n, case.k, case.m, sums=case.what == "accumulate")
     runs = functions(case.what, competitors(case), device)
     failures = _wrong(case, runs, operands[0], device)
     runs = {name: run for name, run in runs.items() if name not in failures}
@@ -57,7 +57,7 @@ def time_product(case: Case, inputs: Inputs, device: Device, ceilings: Mapping[s
         "copies": len(operands),
         "samples": samples,
         "failures": {**failures, **failed},
-        "left_out": left_out(case),
+        "left_out": without(case, device),
     }
 
 
@@ -123,19 +123,31 @@ def measure_memory(case: Case, inputs: Inputs, device: Device) -> dict[str, Any]
             continue
         beyond = peak - results
         samples[name] = {"peak_bytes": peak, "result_bytes": results, "beyond_results_of_weight": beyond / weight}
-    return {"weight_bytes": weight, "samples": samples, "failures": failures, "left_out": left_out(case)}
+    return {"weight_bytes": weight, "samples": samples, "failures": failures, "left_out": without(case, device)}
+
+
+def without(case: Case, device: Device) -> dict[str, str]:
+    """Who is not measured, and why: by plan, or because the device is without it."""
+    return left_out(case) | {name: why for name, why in device.without.items() if name in competitors(case)}
 
 
 def _wrong(case: Case, runs: Mapping[str, Any], operands: Operands, device: Device) -> dict[str, str]:
     """Why a competitor is not timed: it fails, or computes something else than the eager form."""
-    expected = functions(case.what, [EAGER], device)[EAGER](operands)
+
+    def results(run: Run) -> Tensor | tuple[Tensor, ...]:
+        if operands.sums is None:
+            return run(operands)
+        operands.sums.zero_()
+        return outputs(run(operands))[0].clone()
+
+    expected = results(functions(case.what, [EAGER], device)[EAGER])
     reasons = {}
     for name, run in runs.items():
         most = tolerance(name)
         if most is None:
             continue
         try:
-            apart = difference(run(operands), expected)
+            apart = difference(results(run), expected)
         except FAILURES as error:
             reasons[name] = reason(error, device)
             continue

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ..harness import ROOT
-from .cases import CHECKS, PRODUCTS, Case
+from .cases import CHECKS, CUDA_CHECKS, PRODUCTS, SANITIZERS, Case
 from .journal import FAILED, MEASURED, NOT_MEASURED, Journal
 
 #: Seconds of a case of which nothing is known yet; compiling its kernels is most of it.
-_FIRST_GUESS = {"exact": 45.0, "random": 10.0, "repeats": 10.0, "threshold": 6.0, "memory": 3.0}
+_FIRST_GUESS = {
+    "exact": 45.0, "random": 10.0, "repeats": 10.0, "threshold": 6.0, "memory": 3.0,
+    "cuda exact": 10.0, "cuda random": 5.0, "cuda repeats": 5.0, "cuda layouts": 20.0,
+    "cuda memcheck": 45.0, "cuda racecheck": 45.0,
+}  # fmt: skip
 _FIRST_GUESS_OF_A_PRODUCT = 4.0
 _COMPILATION = 12.0
 #: Of the budget, what the tests leave to what comes behind them, if that needs as much; and what they need at least.
@@ -48,7 +52,7 @@ class Estimates:
 
     @staticmethod
     def _kind(case: Case) -> str:
-        if case.detail in CHECKS:
+        if case.detail in (*CHECKS, *CUDA_CHECKS, *SANITIZERS):
             return case.detail
         return case.what + (" compiled" if case.compiles else "")
 
@@ -132,9 +136,11 @@ def work_on(cases: Sequence[Case], journal: Journal, out: Path, *, budget: float
             "about", environment=environment() | on.environment() | {"sources": _sources()}, ceilings=on.ceilings()
         )
     ceilings = journal.about()["ceilings"]
-    inputs = Inputs(on)
+    inputs, missing = Inputs(on), dict(on.without)
 
     def measure(case: Case, seconds: float) -> tuple[str, dict[str, Any]]:
+        suspected, culprits = without_suspects(case, journal)
+        on.without = missing | suspected
         try:
             if case.what == "correctness":
                 return correctness.check(case, on, seconds)
@@ -149,6 +155,7 @@ def work_on(cases: Sequence[Case], journal: Journal, out: Path, *, budget: float
         except RuntimeError as error:  # the device is lost: a new process goes on
             journal.add("lost", key=case.key, message=device.first_line(error))
             raise
+        blame(fields, culprits)
         return (FAILED if fields["failures"] else MEASURED), fields
 
     run_cases(
@@ -162,7 +169,21 @@ def work_on(cases: Sequence[Case], journal: Journal, out: Path, *, budget: float
     )
 
 
+def without_suspects(case: Case, journal: Journal) -> tuple[dict[str, str], dict[str, str]]:
+    """(who does not take part in a case, and why; who of them took a worker down in this very case, and how)."""
+    suspects = journal.suspects(case)
+    left_out = {s["name"]: f"not tried again after {s['case']}: {s['reason']}" for s in suspects}
+    return left_out, {s["name"]: s["reason"] for s in suspects if s["key"] == case.key}
+
+
+def blame(fields: dict[str, Any], culprits: dict[str, str]) -> None:
+    """Turn who was left out because this case failed with it into a failure of the case."""
+    fields["failures"] = fields["failures"] | culprits
+    fields["left_out"] = {name: why for name, why in fields["left_out"].items() if name not in culprits}
+
+
 def _sources() -> str:
     """Of the kernels that ran, 12 digits of a hash: a checkout may have no commit to name."""
-    files = sorted(Path(ROOT, "mft_kernels").rglob("*.py"))
+    package = Path(ROOT, "mft_kernels")
+    files = [*sorted(package.rglob("*.py")), *package.glob("libmft_cuda.so")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]

@@ -1,4 +1,6 @@
-"""Read the code that Triton makes of a kernel, for any target and without a device.
+"""Read the machine code of the kernels, for any target and without a device.
 
-ahead.py compiles, sass.py and amdgcn.py count what came out and find its main loops, hazard.py looks for one bug.
+ahead.py compiles what Triton would launch, cuda_object.py takes what nvcc has built apart, and cuda_launches.py finds
+how that would be launched; sass.py and amdgcn.py count instructions and find the main loops, hazard.py looks for one
+bug. report.py (Triton) and cuda.py (CUDA C++) judge, __main__.py writes both tables.
 """

@@ -1,10 +1,12 @@
-"""python -m benchmarks.kernel_code [--few] [--target sm_90,gfx942] [--out FILE.md]: compile every kernel, read, judge.
+"""python -m benchmarks.kernel_code [--only cuda] [--few] [--target sm_90,gfx942] [--out FILE.md]: read and judge.
 
-Exit code: 0 if no kernel has a fault, 1 otherwise, 2 for a bad argument. No GPU is needed.
+Compiles every Triton kernel, and reads the CUDA library as it is built. Exit code: 0 if no kernel has a fault, 1
+otherwise, 2 for a bad argument. No GPU is needed.
 """
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections import defaultdict
@@ -13,33 +15,58 @@ from pathlib import Path
 
 import triton
 
+from mft_kernels import built
 from mft_kernels.triton.target import installed_assembler
 
+from . import cuda
 from .launches import targets
 from .report import Row, count, rows
 
-_HEADER = """Written by `make kernels-report`. A line is a kernel with its tiles on a target: how many binaries there
-are (dtypes, masks, modes), the most registers and shared memory of any, and the loops of the one with most registers:
-instructions that multiply, waits (full + partial), asynchronous copies."""
+_TITLE = "# Binaries of the GPU kernels\n\nWritten by `make kernels-report`, without a GPU."
+
+_TRITON = """A line is a kernel with its tiles on a target: how many binaries there are (dtypes, masks, modes), the most
+registers and shared memory of any, and the loops of the one with most registers: instructions that multiply, waits
+(full + partial), asynchronous copies."""
+
+_CUDA = """A line is a kernel with the numbers among its template's arguments (tokens of a tile, digits of a key) on a
+target: how many binaries there are, the most registers, bytes spilled and bytes of shared memory (the launch's
+included) of any, the fewest blocks that fit a multiprocessor of those that the kernel asks for, and the loops of the
+one with most registers: instructions that multiply, waits (full + partial), loads from shared memory, asynchronous
+copies of the same warps. The kernels for sm_90a copy in warps of their own."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table as it grows; the exit code."""
+    """Print the tables, that of Triton as it grows; the exit code."""
     every = {str(target): target for target in targets()}
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_code", description=__doc__.split("\n")[0])
-    parser.add_argument("--few", action="store_true", help="what the tests compile: bf16, the usual calls")
-    parser.add_argument("--target", default=",".join(every), help=f"of {', '.join(every)}")
+    parser.add_argument("--only", choices=["triton", "cuda"], help="one part; the other's section of FILE.md stays")
+    parser.add_argument("--few", action="store_true", help="of Triton, what the tests compile: bf16, the usual calls")
+    parser.add_argument("--target", default=",".join(every), help=f"of Triton: {', '.join(every)}")
     parser.add_argument("--out", type=Path, help="write the summary as Markdown")
     parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1))
     asked = parser.parse_args(arguments)
     unknown = [name for name in asked.target.split(",") if name not in every]
     if unknown:
         parser.error(f"--target must be among {', '.join(every)}, got {unknown[0]!r}")
-    chosen = [every[name] for name in asked.target.split(",")]
-    total, done, start = count(chosen, few=asked.few), [], time.monotonic()
+    sections, faulty = {}, False
+    if asked.only != "triton":  # seconds, before the minutes
+        sections["CUDA C++"], faults = _read_cuda(asked.processes)
+        faulty |= faults
+    if asked.only != "cuda":
+        chosen = [every[name] for name in asked.target.split(",")]
+        sections["Triton"], faults = _compile_triton(chosen, asked.few, asked.processes)
+        faulty |= faults
+    if asked.out:
+        asked.out.write_text(document(sections, asked.out.read_text() if asked.out.exists() else ""))
+    return 1 if faulty else 0
+
+
+def _compile_triton(chosen: list, few: bool, processes: int) -> tuple[str, bool]:
+    """(the section's text, whether a kernel has a fault)."""
+    total, done, start = count(chosen, few=few), [], time.monotonic()
     versions = f"Triton {triton.__version__}, ptxas {'.'.join(map(str, installed_assembler(90)))} on sm_90"
     print(f"{total} binaries, {versions}")
-    for i, one in enumerate(rows(chosen, few=asked.few, processes=asked.processes), 1):
+    for i, one in enumerate(rows(chosen, few=few, processes=processes), 1):
         done.append(one)
         seconds = time.monotonic() - start
         print(f"[{i}/{total}, {i / seconds:.1f}/s, {seconds * (total - i) / i:.0f} s left] {_line(one)}", flush=True)
@@ -47,9 +74,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n" + summary(done))
     for one in faulty:
         print(f"FAULT {one.target} {one.kernel} {one.tiles} ({one.call}): {'; '.join(one.faults)}")
-    if asked.out:
-        asked.out.write_text(f"# Binaries of the Triton kernels\n\n{_HEADER}\n{versions}.\n\n{summary(done)}\n")
-    return 1 if faulty else 0
+    return f"{_TRITON}\n{versions}.\n\n{summary(done)}", bool(faulty)
+
+
+def _read_cuda(processes: int) -> tuple[str, bool]:
+    """(the section's text, whether a kernel has a fault). What is not built is no fault, but is said."""
+    report = built.report("cuda")
+    if reason := cuda.missing(report):
+        print(f"without the CUDA kernels: {reason}\n")
+        return f"Not read: {reason}.", False
+    versions = f"{report['nvcc'].split(' (')[0]}, ptxas {report['ptxas']}"  # without nvcc's path
+    versions += f", CUTLASS {report['cutlass']}" if report["cutlass"] else ""
+    versions += f"; general code for {', '.join(report['targets'])}"
+    left_out = [f"Without {name}: {why}." for name, why in report["left_out"].items()]
+    try:
+        done = cuda.rows(report, processes=processes)
+    except ValueError as error:
+        print(f"FAULT of the CUDA library: {error}\n")
+        return f"Not read: {error}.", True
+    print(f"{len(done)} binaries, {versions}", *left_out, "", cuda.table(done), "", sep="\n")
+    faulty = [one for one in done if one.faults]
+    for one in faulty:
+        print(f"FAULT {one.target} {one.kernel}: {'; '.join(one.faults)}")
+    return "\n".join([_CUDA, f"{versions}.", *left_out, "", cuda.table(done)]), bool(faulty)
+
+
+def document(sections: dict[str, str], before: str) -> str:
+    """The Markdown of these sections, and of the others that the text before had."""
+    pieces = re.split(r"^## (.+)\n", before, flags=re.MULTILINE)
+    kept = {title: text.strip() for title, text in zip(pieces[1::2], pieces[2::2], strict=True)}
+    every = kept | sections
+    order = [title for title in ("Triton", "CUDA C++") if title in every]
+    return "\n\n".join([_TITLE, *(f"## {title}\n\n{every[title]}" for title in order)]) + "\n"
 
 
 def _line(one: Row) -> str:

@@ -83,14 +83,14 @@ def read(compiled: Any) -> Code:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise ValueError(f"cuobjdump -res-usage must name registers and stack, got {usage!r}")
-    program = parse(disassemble(cubin))
-    return Code(
-        registers=int(found[1]),
-        stack=int(found[2]),
-        shared=compiled.metadata.shared,
-        counts=Counter(map(family, program.instructions)),
-        loops=[_loop(body) for body in program.innermost_loops(is_mma)],
-    )
+    return code_of(disassemble(cubin), int(found[1]), int(found[2]), compiled.metadata.shared)
+
+
+def code_of(sass: str, registers: int, stack: int, shared: int) -> Code:
+    """Of nvdisasm's text of one kernel, and of the sizes that it does not tell."""
+    program = parse(sass)
+    counts = Counter(map(family, program.instructions))
+    return Code(registers, stack, shared, counts, [_loop(body) for body in program.innermost_loops(is_mma)])
 
 
 def disassemble(cubin: bytes) -> str:
@@ -217,11 +217,6 @@ def _loop(body: list[Instruction]) -> Loop:
 def _successors(instructions: list[Instruction], labels: dict[str, int]) -> list[tuple[int, ...]]:
     """Where control may go. A return goes back to every call, more than can happen but never less."""
     returns = tuple(i + 1 for i, instruction in enumerate(instructions) if instruction.name == "CALL")
-    # BSSY names where the threads of a barrier meet, BSYNC with the same barrier goes there.
-    meetings: dict[str, list[int]] = {}
-    for instruction in instructions:
-        if instruction.name == "BSSY":
-            meetings.setdefault(instruction.operands[0], []).append(_target(instruction, labels))
 
     def after(i: int) -> tuple[int, ...]:
         instruction = instructions[i]
@@ -229,12 +224,10 @@ def _successors(instructions: list[Instruction], labels: dict[str, int]) -> list
         match instruction.name:
             case "BRX" | "BRXU" | "JMX" | "JMXU":
                 raise ValueError(f"jumps must name their target, got {instruction}")
-            case "EXIT":
+            case "EXIT" | "BSYNC":
                 jumps: tuple[int, ...] = ()
             case "RET":
                 jumps = returns
-            case "BSYNC":
-                jumps = tuple(meetings[instruction.operands[0]])
             case "BRA" | "JMP" | "CALL":
                 jumps = (_target(instruction, labels),)
                 if len(instruction.operands) > 1:  # BRA.U UP0, `(.L_x_1)
@@ -243,7 +236,48 @@ def _successors(instructions: list[Instruction], labels: dict[str, int]) -> list
                 return following
         return tuple(sorted({*jumps, *(following if instruction.guarded else ())}))
 
-    return [after(i) for i in range(len(instructions))]
+    return _with_meetings(instructions, labels, [after(i) for i in range(len(instructions))])
+
+
+def _with_meetings(
+    instructions: list[Instruction], labels: dict[str, int], successors: list[tuple[int, ...]]
+) -> list[tuple[int, ...]]:
+    """The same with what follows each BSYNC: where the BSSYs of its barrier that may have come before it point.
+
+    BSSY names where the threads of a barrier meet, BSYNC with the same barrier goes there. There are few barriers, and
+    each serves again and again: a BSYNC that led to all of its barrier's meetings would jump into loops.
+    """
+    every: dict[str, set[int]] = {}
+    for instruction in instructions:
+        if instruction.name == "BSSY":
+            every.setdefault(instruction.operands[0], set()).add(_target(instruction, labels))
+    if not every:
+        return successors
+    successors = list(successors)
+    begun: list[dict[str, frozenset[int]] | None] = [{}] + [None] * (len(instructions) - 1)  # before each instruction
+    waiting = [0]
+    while waiting:
+        i = waiting.pop()
+        instruction, now = instructions[i], begun[i] or {}
+        if instruction.name == "BSSY":
+            barrier, before = instruction.operands[0], now if instruction.guarded else {}
+            now = now | {barrier: before.get(barrier, frozenset()) | {_target(instruction, labels)}}
+        elif instruction.name == "BMOV" and instruction.operands[0] in every:  # what was kept in a register
+            now = now | {instruction.operands[0]: frozenset(every[instruction.operands[0]])}
+        elif instruction.name == "BSYNC":
+            barrier = instruction.operands[0]
+            successors[i] = tuple(sorted({*successors[i], *(now.get(barrier) or every[barrier])}))
+        for j in successors[i]:
+            known = begun[j]
+            if known is None:
+                begun[j] = now
+                waiting.append(j)
+            elif known is not now:
+                merged = known | {b: targets | known.get(b, frozenset()) for b, targets in now.items()}
+                if merged != known:
+                    begun[j] = merged
+                    waiting.append(j)
+    return successors
 
 
 def _target(instruction: Instruction, labels: dict[str, int]) -> int:

@@ -82,7 +82,7 @@ def test_products_equal_the_reference(shape, dtype, scores_dtype, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scores_dtype", SCORES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(40, 136, 152), (131, 45, 33)])
+@pytest.mark.parametrize("shape", [(40, 136, 152), (131, 45, 33), (7, 5, 36)])  # 36: half of an eight is left
 def test_score_gradients_equal_the_reference(shape, dtype, scores_dtype, mode):
     t = integer_inputs(*shape, dtype, scores_dtype)
     check_score_grad(t, torch.tensor(2.0, dtype=scores_dtype), mode)
@@ -172,7 +172,7 @@ def test_strided_outputs_and_nothing_around_them_is_written(before, more):
 
 
 @pytest.mark.parametrize("at_end", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (13, 37, 31), (70, 136, 40), (5, 24, 520), (66, 129, 130)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (13, 37, 31), (70, 136, 40), (5, 24, 520), (66, 129, 130), (9, 5, 36)])
 @pytest.mark.parametrize("dtypes", [(BF16, FP32), (FP16, BF16)])
 def test_nothing_outside_the_matrices_is_touched(dtypes, shape, at_end):
     """Inputs and outputs end or begin at pages that kill who touches them."""
@@ -209,6 +209,16 @@ def test_dropped_weights_contribute_zero_whatever_they_are(columns):
     y = emulated.masked_linear(t.x, kept, t.scores, threshold, None, "magnitude")
     assert y[:, 3].isnan().all()
     assert not y[:, 4].isnan().any()
+
+
+@pytest.mark.parametrize("scores_dtype", SCORES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kept_weights_go_through_in_every_bit(dtype, scores_dtype):
+    """The product with the identity is the masked weight itself."""
+    t = random_inputs(48, 48, 48, dtype, scores_dtype)
+    t.x = t.grad_output = torch.eye(48, dtype=dtype)
+    threshold = reference.kept_threshold(t.scores, 0.5, "magnitude")
+    check_products(t, threshold, "magnitude")
 
 
 @pytest.mark.parametrize("mode", MODES)

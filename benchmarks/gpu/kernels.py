@@ -1,0 +1,29 @@
+"""The sets of kernels that are checked and timed, by name: functions with the names and arguments of the reference."""
+
+import functools
+from types import SimpleNamespace
+
+import mft_kernels.cuda
+from mft_kernels.triton import bits, choice, ops, select
+
+from .cases import AUTO, CUDA, FUSED
+
+SCRATCH = "scratch"
+_CHOOSE = {FUSED: ops.always_fused, AUTO: choice.automatic, SCRATCH: ops.always_scratch}
+_CHOSEN = (
+    ops.masked_linear,
+    ops.masked_linear_backward,
+    ops.masked_linear_packed,
+    ops.masked_linear_packed_backward,
+)
+_OTHERS = (ops.accumulate_score_grad, select.kept_threshold, bits.pack_mask, bits.pack_signs)
+OPS = tuple(f.__name__ for f in (*_CHOSEN, *_OTHERS))
+
+
+@functools.cache
+def kernels(name: str) -> SimpleNamespace:
+    """FUSED, AUTO or SCRATCH of Triton, or CUDA: all ops of the reference, as attributes."""
+    if name == CUDA:
+        return SimpleNamespace(name=name, **{op: getattr(mft_kernels.cuda, op) for op in OPS})
+    chosen = {f.__name__: functools.partial(f, choose=_CHOOSE[name]) for f in _CHOSEN}
+    return SimpleNamespace(name=name, **chosen, **{f.__name__: f for f in _OTHERS})

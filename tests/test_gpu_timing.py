@@ -1,0 +1,130 @@
+"""How the GPU suite times: graphs over rotated copies, queues where no graph can be had, and the card's ceilings."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
+
+from benchmarks.gpu.device import Gpu, Timer
+
+
+class Card:
+    """Stands in for torch.cuda: every call on a stream takes ``ms`` of its time."""
+
+    def __init__(self, monkeypatch, capture_fails=False):
+        self.now, card = 0.0, self
+        self.log: list = []
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = card.now
+
+            def synchronize(self):
+                card.log.append("wait")
+
+            def elapsed_time(self, end):
+                return end.at - self.at or 1.0
+
+        class Graph:
+            calls: list = []  # noqa: RUF012
+
+            def replay(self):
+                card.log.append(f"replay {len(self.calls)}")
+                for ms in self.calls:
+                    card.now += ms
+
+        class Capture:
+            def __init__(self, graph, *, stream, capture_error_mode):
+                self.graph = graph
+
+            def __enter__(self):
+                self.before, card.recorded = card.now, []
+
+            def __exit__(self, *error):
+                self.graph.calls, card.recorded = card.recorded, None
+                if capture_fails:
+                    raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+        self.recorded = None
+        for name, value in {
+            "current_device": lambda: 0,
+            "get_device_properties": lambda device: type(
+                "Properties", (), {"L2_cache_size": 1 << 20, "multi_processor_count": 132, "total_memory": 80 << 30}
+            ),
+            "Stream": object,
+            "set_stream": lambda stream: None,
+            "synchronize": lambda: None,
+            "Event": Event,
+            "CUDAGraph": Graph,
+            "graph": Capture,
+            "_sleep": lambda cycles: None,
+            "get_device_name": lambda device: "a card",
+            "empty_cache": lambda: None,
+            "reset_peak_memory_stats": lambda: None,
+            "memory_allocated": lambda: 1000,
+            "max_memory_allocated": lambda: 1500,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def work(self, ms):
+        def call(copy):
+            self.log.append(copy)
+            if self.recorded is None:
+                self.now += ms
+            else:
+                self.recorded.append(ms)
+
+        return call
+
+
+def test_a_graph_holds_whole_rotations_over_the_copies(monkeypatch):
+    card = Card(monkeypatch)
+    timer = Gpu().timer(card.work(0.5), 3, capture=True)
+    assert (timer.method, timer.calls) == ("graph", 6)  # 4 calls would last 2 ms
+    assert timer.replay() == pytest.approx(0.5)
+    assert card.log[-2:] == ["replay 6", "wait"]
+    assert Gpu().timer(card.work(7.0), 3, capture=True).calls == 1
+
+
+def test_a_graph_of_a_step_is_captured_once_and_replayed(monkeypatch):
+    card = Card(monkeypatch)
+    work, results = card.work(0.5), [torch.zeros(1)]
+    replay = Gpu().graph(lambda: work("run") or results)
+    before = card.now
+    assert replay() is results
+    assert card.log == ["run", "run", "replay 1"]  # what is made once, the capture, and the replay
+    assert card.now == before + 0.5
+
+
+def test_what_cannot_be_captured_queues_up_instead_and_says_why(monkeypatch):
+    card = Card(monkeypatch, capture_fails=True)
+    timer = Gpu().timer(card.work(0.5), 3, capture=True)
+    assert (timer.method, timer.calls) == ("queued", 6)
+    assert timer.note == "operation not permitted when stream is capturing"
+    assert timer.replay() == pytest.approx(0.5)
+    assert Gpu().timer(card.work(0.5), 3, capture=False).note == "its host code cannot be captured"
+
+
+def test_the_card_is_described_and_its_ceilings_and_peaks_are_measured(monkeypatch):
+    from mft_kernels.triton import target
+
+    Card(monkeypatch)
+    gpu = Gpu()
+    with target.assume(target.H100):
+        described = gpu.environment()
+    assert (described["device"], described["l2_mib"], described["target"]) == ("a card", 1.0, "sm_90")
+    gpu.tidy()
+    gpu.torch_device = torch.device("cpu")
+    assert gpu._copy_rate(64) > 0
+    assert gpu._product_rate(8) > 0
+    assert gpu.peak(lambda: [torch.zeros(10), torch.zeros(15)]) == (500, 100)
+
+
+def test_the_slowest_take_part_in_the_first_rounds_alone():
+    from benchmarks.gpu.timing import in_rounds
+
+    timers = {"fast": Timer("graph", 1, 1.0, lambda: 1.0), "slow": Timer("queued", 1, 400.0, lambda: 400.0)}
+    assert {name: len(v) for name, v in in_rounds(timers, 11).items()} == {"fast": 11, "slow": 3}
