@@ -76,7 +76,8 @@ struct ProductKernel {
     }
     isa::wait_copies<0>();
     isa::sync_block();
-    write(a, sums, shared, first_token, first_feature, warp_token, warp_feature);
+    // Found again, for registers are short in the loop.
+    write(a, sums, shared, first_token, first_feature, isa::warp() / 4 * kWarpTokens, isa::warp() % 4 * kWarpFeatures);
   }
 
  private:

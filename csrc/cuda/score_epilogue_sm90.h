@@ -36,7 +36,7 @@ struct CutlassTypeOf<Float16> {
 template <class T>
 using CutlassType = typename CutlassTypeOf<T>::Type;
 
-// 4 bytes whose sector another load reads too.
+// A pair of 16 bits of what the kernel never writes.
 CUTLASS_DEVICE uint32_t load_word(const void* place) {
 #ifdef __CUDA_ARCH__
   return __ldg(static_cast<const unsigned*>(place));
@@ -45,16 +45,13 @@ CUTLASS_DEVICE uint32_t load_word(const void* place) {
 #endif
 }
 
-// 4 or 8 bytes that nobody else reads.
-CUTLASS_DEVICE void load_once(uint32_t (&pair)[1], const void* place) {
-#ifdef __CUDA_ARCH__
-  pair[0] = __ldcg(static_cast<const unsigned*>(place));
-#else
+// A pair of 16 bits of d_scores, half a sector: the other half is to be found in L1.
+CUTLASS_DEVICE void load_pair(uint32_t (&pair)[1], const void* place) {
   pair[0] = *static_cast<const uint32_t*>(place);
-#endif
 }
 
-CUTLASS_DEVICE void load_once(uint32_t (&pair)[2], const void* place) {
+// A pair of 32 bits, whole sectors: nothing is left for L1.
+CUTLASS_DEVICE void load_pair(uint32_t (&pair)[2], const void* place) {
 #ifdef __CUDA_ARCH__
   const uint2 words = __ldcg(static_cast<const uint2*>(place));
   pair[0] = words.x;
@@ -62,12 +59,6 @@ CUTLASS_DEVICE void load_once(uint32_t (&pair)[2], const void* place) {
 #else
   pair[0] = static_cast<const uint32_t*>(place)[0];
   pair[1] = static_cast<const uint32_t*>(place)[1];
-#endif
-}
-
-CUTLASS_DEVICE void prefetch_line([[maybe_unused]] const void* place) {
-#ifdef __CUDA_ARCH__
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(place));
 #endif
 }
 
@@ -141,18 +132,8 @@ struct ScoreEpilogue {
   CUTLASS_HOST_DEVICE ScoreEpilogue() {}
   CUTLASS_HOST_DEVICE ScoreEpilogue(const Params& params, const SharedStorage&) : params_(&params) {}
 
-  CUTLASS_DEVICE bool is_producer_load_needed() const { return true; }
+  CUTLASS_DEVICE bool is_producer_load_needed() const { return false; }
   CUTLASS_DEVICE bool is_C_load_needed() const { return false; }
-
-  template <class... Args>
-  CUTLASS_DEVICE auto get_producer_load_callbacks(const cutlass::epilogue::fusion::ProducerLoadArgs<Args...>& args) {
-    using Tile = decltype(args.tile_shape_mnk);
-    constexpr int kRows = cute::size<0>(Tile{}), kColumns = cute::size<1>(Tile{});
-    const int n = cute::get<0>(args.problem_shape_mnkl), k = cute::get<1>(args.problem_shape_mnkl);
-    const int row = cute::get<0>(args.tile_coord_mnkl) * kRows, column = cute::get<1>(args.tile_coord_mnkl) * kColumns;
-    return Prefetch<kColumns>{{},     params_, row, cute::min(row + kRows, n), column, cute::min(column + kColumns, k),
-                              args.thread_idx};
-  }
 
   template <bool kReferenceSource, class... Args>
   CUTLASS_DEVICE auto get_consumer_store_callbacks(const cutlass::epilogue::fusion::ConsumerStoreArgs<Args...>& args) {
@@ -166,40 +147,6 @@ struct ScoreEpilogue {
 
  private:
   const Params* params_;
-
-  // Brings what a tile's epilogue reads into L2.
-  template <int kColumns>
-  struct Prefetch : cutlass::epilogue::fusion::EmptyProducerLoadCallbacks {
-    const Params* p;
-    int row, end_row, column, end_column, lane;
-
-    CUTLASS_DEVICE void begin() {
-      fetch(p->weight, p->weight_stride);
-      if (p->d_scores != nullptr) fetch(p->d_scores, p->d_scores_stride);
-      if (p->source == SignSource::kBits) {  // 1 or 2 lines a row
-        for (int64_t r = row + lane; r < end_row; r += 32) {
-          const uint32_t* words = static_cast<const uint32_t*>(p->signs) + r * p->sign_stride;
-          prefetch_line(words + column / 32);
-          prefetch_line(words + (end_column - 1) / 32);
-        }
-      } else if (p->source == SignSource::kHalves) {
-        fetch(static_cast<const uint16_t*>(p->signs), p->sign_stride);
-      } else if (p->source == SignSource::kFloats) {
-        fetch(static_cast<const float*>(p->signs), p->sign_stride);
-      }
-    }
-
-   private:
-    // Neighbouring lanes take neighbouring lines of 128 bytes.
-    template <class E>
-    CUTLASS_DEVICE void fetch(const E* matrix, int64_t stride) const {
-      constexpr int kLine = 128 / sizeof(E), kLines = kColumns / kLine, kRows = 32 / kLines;
-      const int c = column + lane % kLines * kLine;
-      if (c >= end_column) return;
-      CUTLASS_PRAGMA_NO_UNROLL
-      for (int64_t r = row + lane / kLines; r < end_row; r += kRows) prefetch_line(matrix + r * stride + c);
-    }
-  };
 
   // What a thread reads for one subtile: 2 rows of 4 pairs.
   struct Inputs {
@@ -227,43 +174,49 @@ struct ScoreEpilogue {
     }
 
     CUTLASS_DEVICE void begin() {
-      // What is added if d_scores is not: -0 changes nothing, not even a sign.
+      // What is added if d_scores is not.
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < 8; ++i) {
-        for (uint32_t& word : inputs[0].old[i % 2][i / 2]) word = kNothing;
-        for (uint32_t& word : inputs[1].old[i % 2][i / 2]) word = kNothing;
+        for (uint32_t& word : inputs[0].old[i % 2][i / 2]) word = kNothings;
+        for (uint32_t& word : inputs[1].old[i % 2][i / 2]) word = kNothings;
       }
       load(inputs[0], 0);
-    }
-
-    CUTLASS_DEVICE void begin_loop(int, int subtile) {
-      if (subtile + 1 < kSubtiles) load(inputs[(subtile + 1) % 2], subtile + 1);
+      load(inputs[1], 1);
     }
 
     CUTLASS_DEVICE auto visit(const cutlass::Array<float, 16>& g, int, int, int subtile) {
       const Inputs& in = inputs[subtile % 2];
-      float sign[16];
-      read_signs(sign, in, subtile);
+      float value[16];  // 4 blocks of columns, 2 rows, 2 columns
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t pair = in.weight[i % 2][i / 2];
+        value[2 * i] = product(g[2 * i], low_of<T>(pair));
+        value[2 * i + 1] = product(g[2 * i + 1], high_of<T>(pair));
+      }
+      apply_signs(value, in, subtile);
       cutlass::Array<CutlassType<D>, 16> result;
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < 8; ++i) {  // the pair in column block i / 2 of row i % 2
-        const uint32_t pair = in.weight[i % 2][i / 2];
+      for (int i = 0; i < 8; ++i) {
         const auto& before = in.old[i % 2][i / 2];
-        const float low = score_gradient(g[2 * i], low_of<T>(pair), sign[2 * i]);
-        const float high = score_gradient(g[2 * i + 1], high_of<T>(pair), sign[2 * i + 1]);
         if constexpr (sizeof(D) == 4) {
-          result[2 * i] = low + isa::as_float(before[0]);
-          result[2 * i + 1] = high + isa::as_float(before[1]);
+          result[2 * i] = accumulated(value[2 * i], isa::as_float(before[0]));
+          result[2 * i + 1] = accumulated(value[2 * i + 1], isa::as_float(before[1]));
         } else {
-          const uint32_t rounded = isa::round_pair<D>(low + low_of<D>(before[0]), high + high_of<D>(before[0]));
-          reinterpret_cast<uint32_t*>(&result)[i] = rounded;
+          reinterpret_cast<uint32_t*>(&result)[i] =
+              isa::round_pair<D>(accumulated(value[2 * i], low_of<D>(before[0])),
+                                 accumulated(value[2 * i + 1], high_of<D>(before[0])));
         }
       }
       return result;
     }
 
+    // After the fence and the barriers of the TMA store, which would wait for loads issued before them.
+    CUTLASS_DEVICE void postreduce(int, int subtile, int, bool) {
+      if (subtile + 2 < kSubtiles) load(inputs[subtile % 2], subtile + 2);
+    }
+
    private:
-    static constexpr uint32_t kNothing = sizeof(D) == 4 ? 0x80000000 : 0x80008000;
+    static constexpr uint32_t kNothings = sizeof(D) == 4 ? 0x80000000 : 0x80008000;
 
     const Params& p;
     const T* weight[2];  // the thread's first place in both its rows
@@ -291,7 +244,7 @@ struct ScoreEpilogue {
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 8; ++i) {
           const int r = i % 2, block = i / 2, column = 32 * subtile + 8 * block;
-          if (inside(r, column)) load_once(in.old[r][block], old[r] + column);
+          if (inside(r, column)) load_pair(in.old[r][block], old[r] + column);
         }
       }
       if (p.source == SignSource::kBits) {
@@ -302,32 +255,29 @@ struct ScoreEpilogue {
       }
     }
 
-    CUTLASS_DEVICE void read_signs(float (&sign)[16], const Inputs& in, int subtile) const {
+    CUTLASS_DEVICE void apply_signs(float (&value)[16], const Inputs& in, int subtile) const {
       if (p.source == SignSource::kBits) {
         const uint32_t bits[2] = {in.bits[0] >> first_bit, in.bits[1] >> first_bit};
         CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < 16; ++i) sign[i] = sign_of_bit(bits[i / 2 % 2], i / 4 * 8 + i % 2);
-      } else if (p.source == SignSource::kHalves) {
+        for (int i = 0; i < 16; ++i) value[i] = signed_by_bit(value[i], bits[i / 2 % 2], i / 4 * 8 + i % 2);
+      } else if (p.source == SignSource::kHalves) {  // not read ahead: that would take the best path's registers
+        uint32_t pairs[8];
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 8; ++i) {
           const int r = i % 2, column = 32 * subtile + i / 2 * 8;
-          uint32_t pair = 0;
-          if (inside(r, column)) pair = load_word(static_cast<const uint16_t*>(signs[r]) + column);
-          sign[2 * i] = sign_of_half(pair & 0xffff, p.infinity);
-          sign[2 * i + 1] = sign_of_half(pair >> 16, p.infinity);
+          pairs[i] = inside(r, column) ? load_word(static_cast<const uint16_t*>(signs[r]) + column) : 0;
         }
-      } else if (p.source == SignSource::kFloats) {  // not ahead: that would take the registers of the best path
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < 16; ++i) value[i] *= sign_of_half(pairs[i / 2] >> i % 2 * 16 & 0xffff, p.infinity);
+      } else if (p.source == SignSource::kFloats) {
+        uint32_t scores[8][2] = {};
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 8; ++i) {
           const int r = i % 2, column = 32 * subtile + i / 2 * 8;
-          uint32_t pair[2] = {0, 0};
-          if (inside(r, column)) load_once(pair, static_cast<const float*>(signs[r]) + column);
-          sign[2 * i] = sign_of(isa::as_float(pair[0]));
-          sign[2 * i + 1] = sign_of(isa::as_float(pair[1]));
+          if (inside(r, column)) load_pair(scores[i], static_cast<const float*>(signs[r]) + column);
         }
-      } else {
         CUTLASS_PRAGMA_UNROLL
-        for (float& s : sign) s = 1.0f;
+        for (int i = 0; i < 16; ++i) value[i] *= sign_of(isa::as_float(scores[i / 2][i % 2]));
       }
     }
   };

@@ -27,6 +27,11 @@ MFT_DEVICE float sign_of_bit(uint32_t word, int position) {
   return isa::as_float(0x3f800000u | (~word << (31 - position) & 0x80000000u));
 }
 
+// The same as a factor: value or -value.
+MFT_DEVICE float signed_by_bit(float value, uint32_t word, int position) {
+  return isa::as_float(isa::as_bits(value) ^ (~word << (31 - position) & 0x80000000u));
+}
+
 template <class T>
 MFT_DEVICE float low_of(uint32_t pair) {
   return isa::widen(T{static_cast<uint16_t>(pair & 0xffff)});
@@ -37,14 +42,15 @@ MFT_DEVICE float high_of(uint32_t pair) {
   return isa::widen(T{static_cast<uint16_t>(pair >> 16)});
 }
 
-MFT_DEVICE float score_gradient(float g, float weight, float sign) {
+MFT_DEVICE float product(float g, float weight) {
 #ifdef __CUDA_ARCH__
-  const float product = __fmul_rn(g, weight);  // never fused with an addition
+  return __fmul_rn(g, weight);  // never fused with an addition
 #else
-  const float product = g * weight;
+  return g * weight;
 #endif
-  return product * sign;
 }
+
+MFT_DEVICE float score_gradient(float g, float weight, float sign) { return product(g, weight) * sign; }
 
 // What d_scores held before, if it is not to be added to: -0 changes no value, not even -0.
 constexpr float kNothing = -0.0f;

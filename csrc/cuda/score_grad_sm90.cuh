@@ -2,8 +2,21 @@
 //
 //   G (N, K) = grad_output.T @ x,  summed in fp32 over the M tokens,  d_scores = [d_scores +] G * weight * sign
 //
-// A block of 3 warpgroups (1 loads by TMA, 2 multiply) owns tiles of 128 x 256, 64 tokens a stage; two neighbouring
-// blocks share x by multicast. N, K and M are the M, N and K of CUTLASS.
+// A block of 3 warpgroups (1 loads by TMA, 2 multiply) owns tiles of 128 x 256, 64 tokens a stage; two blocks that are
+// neighbours in N share x by multicast. N, K and M are the M, N and K of CUTLASS.
+//
+// 4 stages, 168 registers at launch (232 in the warpgroups that multiply), no spill under nvcc 13.0 and 13.5; shared
+// memory 231,424 bytes with fp32 d_scores, 214,016 with 16-bit ones. What else was compiled, none of it timed (not
+// measured, as this is):
+//
+//   weight and scores by auxiliary TMA loads               3 stages at 128 x 256
+//   weight as CUTLASS's source C                           5 stages at 128 x 128
+//   the old d_scores as C, fp32                            3 stages at 128 x 128
+//   direct loads in CUTLASS's epilogue load pipeline       spills 32 bytes (13.5); a fence and a wait more a subtile
+//   16-bit scores read one subtile ahead like signs        spills 48 bytes (13.0, 16-bit d_scores)
+//
+// Which of sign's sources is read and whether d_scores is added to are branches that all threads take alike, at run
+// time: a kernel compiles in about 25 s, and there are two for each 16-bit type.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,6 +30,7 @@
 
 #include "api.h"
 #include "score_epilogue_sm90.h"
+#include "score_prefetch_sm90.h"
 
 namespace mft::cuda {
 
@@ -26,10 +40,10 @@ struct ScoreGradSm90 {
   using Element = CutlassType<T>;
   using Tile = cute::Shape<cute::_128, cute::_256, cute::_64>;
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
-  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+  using Epilogue = PrefetchingEpilogue<typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster, cute::Shape<cute::_128, cute::_32>, float,
       float, void, cutlass::layout::RowMajor, 16 / sizeof(D), CutlassType<D>, cutlass::layout::RowMajor,
-      16 / sizeof(D), cutlass::epilogue::TmaWarpSpecializedCooperative, ScoreEpilogue<T, D>>::CollectiveOp;
+      16 / sizeof(D), cutlass::epilogue::TmaWarpSpecializedCooperative, ScoreEpilogue<T, D>>::CollectiveOp>;
   // Both operands lie with the tokens, their summed index, as the slow one.
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::ColumnMajor, 8, Element,
@@ -80,6 +94,7 @@ struct ScoreGradSm90 {
     arguments.epilogue.ptr_D = static_cast<const CutlassType<D>*>(problem.d_scores.data);
     arguments.epilogue.dD = {problem.d_scores.stride, _1{}, 0};
     arguments.hw_info.sm_count = device.multiprocessors;
+    // Neighbouring tiles in squares, so that fewer columns of grad_output and x pass through L2 at a time.
     arguments.scheduler.max_swizzle_size = 8;
     return arguments;
   }

@@ -59,6 +59,10 @@ void bits() {
     for (uint32_t others : {0u, 0xffffffffu, 0xa5a5a5a5u}) {
       expect(sign_of_bit(others | one, position) == 1.0f, "set bit", position, others);
       expect(sign_of_bit(others & ~one, position) == -1.0f, "clear bit", position, others);
+      for (float value : {0.0f, -0.0f, 1.5f, -1e-40f}) {
+        expect(same(signed_by_bit(value, others | one, position), value), "set bit", position, value);
+        expect(same(signed_by_bit(value, others & ~one, position), -value), "clear bit", position, value);
+      }
     }
   }
 }
@@ -91,10 +95,10 @@ void gradients(int exponent_bits, const char* name) {
     for (unsigned bits : weights) {
       const float weight = low_of<T>(bits);
       for (float s : {-1.0f, 0.0f, 1.0f}) {
-        const float product = static_cast<float>(static_cast<double>(g) * meaning(bits, exponent_bits));
-        const float expected = s == 0 ? product * 0.0f : s < 0 ? -product : product;
+        const auto exact = static_cast<float>(static_cast<double>(g) * meaning(bits, exponent_bits));
+        const float expected = s == 0 ? exact * 0.0f : s < 0 ? -exact : exact;
         const float value = score_gradient(g, weight, s);
-        expect(same(value, expected), "score_gradient", value, expected);
+        expect(same(value, expected), "product", value, expected);
         // Nothing is added as -0, which leaves the value as it is.
         for (float old : {-0.0f, 0.0f, 1.0f, -0.01f, 0.50048828f}) {
           const float sum = accumulated(value, old);
@@ -125,11 +129,11 @@ void gradients(int exponent_bits, const char* name) {
 void infinities() {
   const float inf = std::numeric_limits<float>::infinity();
   expect(std::isnan(score_gradient(inf, 1.0f, 0.0f)), "0 times an infinite product is NaN");
-  expect(score_gradient(inf, -2.0f, -1.0f) == inf, "an infinite product keeps its sign");
-  expect(std::isnan(score_gradient(std::nanf(""), 1.0f, 1.0f)), "NaN stays");
+  expect(score_gradient(inf, -2.0f, -1.0f) == inf, "the sign applies to an infinite product");
+  expect(std::isnan(product(std::nanf(""), 1.0f)), "NaN stays");
   // Two roundings, not one: 0.1f * 0.1f - round(0.1f * 0.1f) is not 0 in a fused multiply-add.
-  const float product = 0.1f * 0.1f;
-  expect(accumulated(score_gradient(0.1f, 0.1f, 1.0f), -product) == 0.0f, "the product is rounded before the sum");
+  const float rounded = 0.1f * 0.1f;
+  expect(accumulated(product(0.1f, 0.1f), -rounded) == 0.0f, "the product is rounded before the sum");
 }
 
 }  // namespace

@@ -215,8 +215,19 @@ const Launch& current_launch() { return *cluster->launch; }
 std::mt19937& random_numbers() { return cluster->random; }
 Asynchrony asynchrony() { return cluster->asynchrony; }
 
+// Copies that were committed land some time, waited for or not.
+void land_copies(Thread& thread) {
+  if (cluster->asynchrony != Asynchrony::kRandom || cluster->random() % 8 != 0) return;
+  for (auto& group : thread.groups) {
+    for (const auto& copy : group) copy();
+    group.clear();  // the group itself counts until a wait
+    if (cluster->random() % 2 == 0) return;
+  }
+}
+
 void wait_until(const std::function<bool()>& ready, const char* what) {
   Fibre& self = *cluster->running;
+  land_copies(self.thread);
   // Now and then others go first, although nothing has to be waited for.
   if (ready() && cluster->random() % 8 != 0) return;
   self.thread.ready = &ready;
