@@ -32,12 +32,14 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The CUDA library, on a machine without a GPU too; fetches what it lacks (the extra cuda-build). Minutes the first time,
-# then only what changed. build/cuda keeps what nvcc said of each file.
+# The CUDA library, on a machine without a GPU too; fetches what it lacks (the extra cuda-build), and reads the machine
+# code: exit code 1 if a kernel has a fault. Minutes the first time, then only what changed. build/cuda keeps what nvcc
+# said of each file.
 cuda: install
 	packages="$$($(BIN)/python -m building.missing)" && test -z "$$packages" || \
 	  $(BIN)/python -m pip install --quiet $$packages
 	MFT_CUDA=$${MFT_CUDA:-1} $(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python -m benchmarks.kernel_code --only cuda
 
 bench: install
 	$(BIN)/python -m benchmarks

@@ -78,8 +78,7 @@ def build_cuda(directory: Path, sources: Path, asked: Wanted) -> dict:
     readers = register_hazards.find_readers()
     general, groups, left_out = plan(sources, asked, nvcc, cutlass is not None, readers)
 
-    include = system_headers([*nvcc.include, *([cutlass[1]] if cutlass else [])])
-    units = kernel_units(general, groups, asked, nvcc, compiler, include)
+    units = kernel_units(general, groups, asked, nvcc, compiler, [cutlass[1]] if cutlass else [])
     jobs = int(os.environ.get("MAX_JOBS") or min(2, os.cpu_count() or 1))  # a file may take 3 GiB
     build(directory, [unit for some in units.values() for unit in some], jobs=jobs)
 
@@ -97,8 +96,7 @@ def build_cuda(directory: Path, sources: Path, asked: Wanted) -> dict:
             *CPP_FLAGS,
             *(f"-DMFT_CUDA_{name.upper()}" for name in units if name in GROUPS),
             f"-DMFT_CUDA_TARGETS={'.'.join(asked.targets)}",
-            *system_headers([torch_directory / "include"]),
-            *include,
+            *system_headers([torch_directory / "include", *nvcc.include]),
         ],
     )
     build(directory, [*chosen, bindings], Link(LIBRARY, compiler, link_flags(nvcc, torch_directory)), jobs)
@@ -166,11 +164,12 @@ def kernel_units(
     asked: Wanted,
     nvcc: Nvcc,
     compiler: str,
-    include: Sequence[str],
+    cutlass: Sequence[Path],
 ) -> dict[str, list[Unit]]:
-    """What is compiled for every GPU (named "") and for each group."""
+    """What is compiled for every GPU (named "") and for each group; these alone read CUTLASS's headers."""
 
-    def unit(source: Path, targets: str) -> Unit:
+    def unit(source: Path, targets: str, headers: Sequence[Path] = ()) -> Unit:
+        include = system_headers([*nvcc.include, *headers])
         if source.suffix == ".cpp":
             return Unit(source, compiler, [*CPP_FLAGS, *include])
         flags = [*NVCC_FLAGS, f"-ccbin={compiler}", targets, *include]
@@ -181,7 +180,7 @@ def kernel_units(
     # CUTLASS's first: they take longest, and would else end alone.
     units = {}
     for name in sorted(groups, reverse=True):
-        units[name] = [unit(source, "-gencode=arch=compute_90a,code=sm_90a") for source in groups[name]]
+        units[name] = [unit(source, "-gencode=arch=compute_90a,code=sm_90a", cutlass) for source in groups[name]]
     return units | {"": [unit(source, every) for source in general]}
 
 

@@ -212,12 +212,15 @@ def test_a_file_of_no_group_and_a_tree_without_kernels_are_refused(sources, tmp_
 
 def test_each_file_is_compiled_for_its_own_gpus(sources):
     general, groups, _ = cuda.plan(sources, cuda.Wanted(), compiler(), True, None)
-    units = cuda.kernel_units(general, groups, cuda.Wanted(), compiler(), "g++", ["-isystem", "/cuda/include"])
+    units = cuda.kernel_units(general, groups, cuda.Wanted(), compiler(), "g++", [Path("/cutlass")])
     flags = {unit.source.name: unit.flags for some in units.values() for unit in some}
     assert "-gencode=arch=compute_80,code=[sm_80,sm_90,compute_80]" in flags["select.cu"]
     assert "-gencode=arch=compute_90a,code=sm_90a" in flags["product_sm90_bf16.cu"]
     assert "--ptxas-options=-v" in flags["product_sm90_bf16.cu"]
     assert not any(flag.startswith(("-gencode", "--")) for flag in flags["product_sm90.cpp"])
+    # Else all would be compiled again when CUTLASS is installed later.
+    assert "/cutlass" in flags["product_sm90_bf16.cu"]
+    assert "/cutlass" not in flags["select.cu"]
 
 
 HGMMA = "        /*0000*/  HGMMA.64x8x16.F32.BF16 R24, R4, gdesc[UR4], R24, gsb0 ;\n"
