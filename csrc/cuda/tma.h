@@ -1,22 +1,34 @@
 // What TMA can read and write: the rules of cuTensorMapEncodeTiled for matrices.
 #pragma once
 
-#include <limits>
+#include <cstdint>
+#include <string>
 #include <utility>
 
 #include "api.h"
 
 namespace mft::cuda {
 
-// "" or why not.
+constexpr int64_t kLargestTmaSize = int64_t{1} << 30;  // coordinates are ints, and boxes reach beyond the edge
+
+// Why TMA cannot move the matrix, or "".
 inline std::string refusal_of_tma(const std::string& name, const Matrix& matrix) {
-  const int64_t row_bytes = matrix.stride * bytes_of(matrix.type);
-  if (reinterpret_cast<uintptr_t>(matrix.data) % 16 != 0) return name + " must begin at a multiple of 16 bytes";
-  if (row_bytes % 16 != 0) {
-    return name + "'s rows must begin at multiples of 16 bytes, got a stride of " + std::to_string(row_bytes);
+  constexpr int64_t kAlignment = 16, kLargestStride = int64_t{1} << 40;  // bytes
+  const int64_t row = matrix.stride * bytes_of(matrix.type);
+  const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(matrix.data) % kAlignment);
+  if (past != 0) {
+    return name + " must begin at a multiple of 16 bytes, got " + std::to_string(past) + " bytes past one";
   }
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 2;  // coordinates, and tiles beyond the edge
-  if (matrix.rows > kMost || matrix.columns > kMost) return name + " must have less than 2^30 rows and columns";
+  if (row % kAlignment != 0) {
+    return name + "'s rows must begin at multiples of 16 bytes, got a stride of " + std::to_string(row) + " bytes";
+  }
+  if (matrix.stride < matrix.columns || row >= kLargestStride) {
+    return name + "'s rows must not overlap and lie less than 2^40 bytes apart, got a stride of " +
+           std::to_string(row) + " bytes";
+  }
+  if (matrix.rows > kLargestTmaSize || matrix.columns > kLargestTmaSize) {
+    return name + " must have at most 2^30 rows and columns";
+  }
   return "";
 }
 

@@ -61,6 +61,11 @@ def test_the_device_addresses_shared_memory_and_tma_as_cute_does():
     run("test_layouts_device.cpp", [built("machine.cpp")], cute_headers())
 
 
+def test_the_epilogue_of_d_scores_on_hopper_makes_each_element_from_its_own_inputs():
+    # CUTLASS's device code is parsed too, and g++ knows not all that it calls.
+    run("test_score_visitor.cpp", [], [*cute_headers(), "-fpermissive", "-w"])
+
+
 def test_no_ldmatrix_or_stmatrix_has_bank_conflicts():
     objects = [built(source.name) for source in KERNELS]
     if missing := [o.name for o in objects if not o.exists()]:

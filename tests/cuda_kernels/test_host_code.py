@@ -1,4 +1,4 @@
-"""C++ that needs no emulated threads, compiled and run: keep.h, and the emulator's numbers."""
+"""C++ that needs no emulated threads, compiled and run: masks, factors of d_scores, refusals, the emulator's numbers."""
 
 import shutil
 import subprocess
@@ -36,3 +36,11 @@ def test_every_score_is_kept_as_floats_compare(tmp_path):
 
 def test_the_emulator_converts_numbers_as_cuda_does(tmp_path):
     run("test_numbers.cpp", tmp_path, f"-isystem{cuda_headers()}")
+
+
+def test_factors_of_d_scores_are_the_reference_s(tmp_path):
+    run("test_score_factor.cpp", tmp_path)
+
+
+def test_the_hopper_kernel_of_d_scores_names_what_it_leaves_to_others(tmp_path):
+    run("test_refusal.cpp", tmp_path, str(emulated.ROOT / "csrc/cuda/score_grad_sm90.cpp"))
