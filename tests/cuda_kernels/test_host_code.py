@@ -1,4 +1,4 @@
-"""C++ that needs no emulated threads, compiled and run: masks, factors of d_scores, refusals, the emulator's numbers."""
+"""C++ without emulated threads, compiled and run: masks, factors of d_scores, refusals, the numbers of the emulator."""
 
 import shutil
 import subprocess

@@ -131,6 +131,7 @@ void run_threads() {
       }
       if (cluster->asynchrony == Asynchrony::kRandom && !cluster->deferred.empty() && cluster->random() % 4 == 0) {
         complete_one();
+        progress = true;
       }
     }
     if (unfinished && !progress && cluster->fault.empty()) {
