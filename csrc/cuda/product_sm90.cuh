@@ -119,11 +119,13 @@ struct ProductSm90 {
       }
       isa::publish_barriers();
     }
+    isa::sync_warp();  // sync_cluster is for whole warps
     isa::sync_cluster();
     const int group = isa::warp() / 4;
     if (group == kConsumers) {
       isa::give_registers<40>();
       if (isa::thread() == kConsumers * 128) produce(a, rank);
+      isa::sync_warp();
     } else {
       isa::claim_registers<232>();
       consume(a, rank, group);
