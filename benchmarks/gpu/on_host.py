@@ -4,9 +4,9 @@ It is compiled once, into build/cuda_on_host, and again when a source changes.
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -25,14 +25,14 @@ def install() -> str | None:
         if str(ROOT / folder) not in sys.path:
             sys.path.append(str(ROOT / folder))
     try:
+        import bindings_on_host
         import emulated
     except ImportError as error:
         return f"the emulator lies with the tests, and they are not here: {error}"
     if not _FOLDER.exists():
         print("compiling csrc/cuda for the emulator, minutes the first time", flush=True)
     try:
-        kernels = Path(emulated.library()._name)
-        torch.ops.load_library(_bindings(emulated.compiler(), kernels))
+        torch.ops.load_library(_bindings(bindings_on_host))
     except emulated.NotBuilt as reason:
         return str(reason)
     torch.ops.mft_cuda = getattr(torch.ops, _NAME)
@@ -40,23 +40,13 @@ def install() -> str | None:
     return None
 
 
-def _bindings(compiler: str, kernels: Path) -> Path:
-    sources = [ROOT / "csrc/cuda/bindings.cpp", ROOT / "csrc/cuda/api.h", Path(__file__)]
-    library, torch_folder = _FOLDER / f"{torch.__version__}.so", Path(torch.__file__).parent
+def _bindings(on_host: ModuleType) -> Path:
+    sources = [on_host.BINDINGS, on_host.BINDINGS.with_name("api.h"), Path(on_host.__file__)]
+    library = _FOLDER / f"{torch.__version__}.so"
     if library.exists() and library.stat().st_mtime > max(source.stat().st_mtime for source in sources):
         return library
     _FOLDER.mkdir(parents=True, exist_ok=True)
     part = library.with_suffix(f".{os.getpid()}")
-    # fmt: off
-    command = [
-        compiler, "-std=c++17", "-O1", "-fPIC", "-shared",
-        "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-DMFT_CUDA_ON_HOST={_NAME}", "-DMFT_CUDA_PRODUCT_SM90",
-        "-isystem", str(torch_folder / "include"), str(sources[0]), str(kernels), f"-Wl,-rpath,{kernels.parent}",
-        f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ltorch", "-o", str(part),
-    ]
-    # fmt: on
-    built = subprocess.run(command, capture_output=True, text=True)
-    if built.returncode != 0:
-        raise RuntimeError(f"csrc/cuda/bindings.cpp does not compile for the host:\n{built.stderr}")
+    on_host.build(part, _NAME, *on_host.emulated_kernels())
     part.replace(library)  # whole or not at all: another dry run may be reading it
     return library

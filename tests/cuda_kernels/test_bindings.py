@@ -4,35 +4,23 @@ The library of the ops is compiled here from the same bindings, with the emulate
 What the kernels compute has tests of its own; here every argument must arrive where it belongs.
 """
 
-import subprocess
 from pathlib import Path
 
-import emulated
+import bindings_on_host
 import pytest
 import torch
 
 from mft_kernels import cuda, reference
 from mft_kernels.testing import integer_inputs
 
-ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.bfloat16, torch.float16)
 ALL = [True, True, True, True]
 
 
-def compiled(folder: Path, name: str, *sources: str):
-    """torch.ops.NAME: the bindings with the kernels of ``sources``."""
-    torch_folder = Path(torch.__file__).parent
+def compiled(folder: Path, name: str, *kernels: str):
+    """torch.ops.NAME: the bindings with these kernels."""
     library = folder / f"lib{name}.so"
-    # fmt: off
-    command = [
-        emulated.compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror",
-        "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-DMFT_CUDA_ON_HOST={name}", "-DMFT_CUDA_PRODUCT_SM90",
-        "-isystem", str(torch_folder / "include"), f"-I{ROOT / 'csrc/cuda'}", str(ROOT / "csrc/cuda/bindings.cpp"),
-        *sources, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ltorch", "-Wl,-Bsymbolic", "-o", str(library),
-    ]
-    # fmt: on
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
+    bindings_on_host.build(library, name, *kernels)
     torch.ops.load_library(library)
     return getattr(torch.ops, name)
 
@@ -40,9 +28,8 @@ def compiled(folder: Path, name: str, *sources: str):
 @pytest.fixture(autouse=True, scope="session")
 def ops(tmp_path_factory):
     """The ops on the emulator's kernels."""
-    kernels = Path(emulated.library()._name)
     folder = tmp_path_factory.mktemp("bindings")
-    return compiled(folder, "mft_cuda_on_host", str(kernels), f"-Wl,-rpath,{kernels.parent}")
+    return compiled(folder, "mft_cuda_on_host", *bindings_on_host.emulated_kernels())
 
 
 @pytest.fixture(autouse=True)
