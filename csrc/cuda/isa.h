@@ -1,12 +1,13 @@
 // The instructions that kernels are written in: one short function each, in namespace mft::cuda::isa.
 //
 // nvcc gets them from isa_device.h; the tests put emulator/ on the include path instead, where the same functions run
-// on the host, so that every kernel is executed there as it is. Kernels use nothing else of CUDA.
+// on the host, so that every kernel is executed there as it is: but for d_scores on sm_90, which is CUTLASS's, kernels
+// use nothing else of CUDA.
 //
 //   where      thread() block(axis) blocks(axis) lane() warp() shared_memory()
 //   numbers    widen(T) round_to<T>(float) round_pair<T>(low, high) magnitude(float) as_bits(float) as_float(bits)
-//              spread_signs(pair) spread_signs(low, high) count_ones(bits) leading_zeros(bits)
-//   warps      sync_warp() shuffle(v, lane) shuffle_xor(v, mask) shuffle_down(v, by) ballot(predicate)
+//              spread_signs(pair) spread_signs(low, high)
+//   warps      sync_warp() shuffle(v, lane) shuffle_xor(v, mask) ballot(predicate)
 //   blocks     sync_block() sync_threads(barrier, threads)
 //   memory     add_shared(p, v) add_global(p, v) fence_device() load_streaming(p) load_volatile(p)
 //   sm_80      copy_async<16 | 8 | 4>(shared, global, valid) commit_copies() wait_copies<N>()

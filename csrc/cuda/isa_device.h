@@ -56,8 +56,6 @@ MFT_DEVICE uint32_t round_pair(float low, float high) {
 MFT_DEVICE float magnitude(float value) { return fabsf(value); }
 MFT_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
 MFT_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
-MFT_DEVICE int count_ones(uint32_t bits) { return __popc(bits); }
-MFT_DEVICE int leading_zeros(uint32_t bits) { return __clz(static_cast<int>(bits)); }
 
 // Each half 0xffff if its top bit is set, else 0. Selector digits 9 and b repeat the sign of bytes 1 and 3.
 MFT_DEVICE uint32_t spread_signs(uint32_t pair) {
@@ -90,11 +88,6 @@ MFT_DEVICE T shuffle(T value, int lane) {
 template <class T>
 MFT_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
-}
-
-template <class T>
-MFT_DEVICE T shuffle_down(T value, int by) {
-  return __shfl_down_sync(0xffffffffu, value, by);
 }
 
 MFT_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }

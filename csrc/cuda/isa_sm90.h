@@ -5,9 +5,9 @@
 //   clusters   rank_in_cluster() sync_cluster()
 //   TMA        TensorMap make_tensor_map(...) prefetch(map) load_tile(map, b, shared, column, row)
 //              load_tile_multicast(map, b, ranks, shared, column, row) store_tile(map, shared, column, row)
-//              commit_stores() wait_stores_read<N>() wait_stores<N>() fence_shared_for_tma()
+//              commit_stores() wait_stores_read<N>() fence_shared_for_tma()
 //   stmatrix   store_matrices_transposed(row, r)
-//   wgmma      descriptor(shared) begin_products(d) product<T, N>(d, a, descriptor) commit_products()
+//   wgmma      descriptor(shared) begin_products() product<T, N>(d, a, descriptor) commit_products()
 //              wait_products<N>() fence_registers(d) claim_registers<N>() give_registers<N>()
 #pragma once
 

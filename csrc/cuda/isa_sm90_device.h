@@ -121,8 +121,6 @@ MFT_DEVICE uint64_t descriptor(const void* shared) {
   return d.desc_;
 }
 
-MFT_DEVICE void fence_registers(float& d) { cute::warpgroup_fence_operand(d); }
-
 template <class Value, int kCount>
 MFT_DEVICE void fence_registers(Value (&values)[kCount]) {
 #pragma unroll

@@ -1,11 +1,13 @@
 """C++ without emulated threads, compiled and run: masks, factors of d_scores, refusals, the numbers of the emulator."""
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import emulated
 import pytest
+
+from building.compile import CannotBuild, system_headers
+from building.nvcc import find_nvcc
 
 
 def run(source: str, directory: Path, *flags: str) -> None:
@@ -18,16 +20,12 @@ def run(source: str, directory: Path, *flags: str) -> None:
     assert result.returncode == 0, result.stdout
 
 
-def cuda_headers() -> Path:
-    """The include directory of an nvcc; skips where there is none."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is not None:
-        # nvcc may be a script that calls another: its own word is what counts.
-        said = subprocess.run([nvcc, "-E", "-x", "cu", "-M", "/dev/null"], capture_output=True, text=True).stdout
-        for part in said.split():
-            if part.endswith("/cuda_runtime.h") and Path(part).with_name("cuda_fp16.h").exists():
-                return Path(part).parent
-    pytest.skip("CUDA's headers are compared with, and no nvcc that has them is in PATH")
+def cuda_headers() -> list[str]:
+    """Flags for CUDA's headers; skips where there are none."""
+    try:
+        return system_headers(find_nvcc().include)
+    except CannotBuild as reason:
+        pytest.skip(f"CUDA's headers are compared with: {reason}")
 
 
 def test_every_score_is_kept_as_floats_compare(tmp_path):
@@ -35,7 +33,7 @@ def test_every_score_is_kept_as_floats_compare(tmp_path):
 
 
 def test_the_emulator_converts_numbers_as_cuda_does(tmp_path):
-    run("test_numbers.cpp", tmp_path, f"-isystem{cuda_headers()}")
+    run("test_numbers.cpp", tmp_path, *cuda_headers())
 
 
 def test_factors_of_d_scores_are_the_reference_s(tmp_path):

@@ -79,8 +79,6 @@ uint32_t round_pair(float low, float high) {
 }
 
 inline float magnitude(float value) { return std::fabs(value); }
-inline int count_ones(uint32_t bits) { return __builtin_popcount(bits); }
-inline int leading_zeros(uint32_t bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
 inline uint32_t spread_signs(uint32_t pair) { return (pair >> 31) * 0xffff0000u | (pair >> 15 & 1) * 0xffffu; }
 inline uint32_t spread_signs(uint32_t low, uint32_t high) { return spread_signs((low & 0x8000) | (high & 0x80000000u)); }
 
@@ -126,11 +124,6 @@ T shuffle(T value, int from) {
 template <class T>
 T shuffle_xor(T value, int mask) {
   return detail::exchange("shuffle_xor", value, [mask](int lane) { return lane ^ mask; });
-}
-
-template <class T>
-T shuffle_down(T value, int by) {
-  return detail::exchange("shuffle_down", value, [by](int lane) { return lane + by; });
 }
 
 inline uint32_t ballot(bool predicate) {
