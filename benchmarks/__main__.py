@@ -1,16 +1,17 @@
-"""Answers every question, or those named: python -m benchmarks [masked_linear | kept_threshold | memory] ..."""
+"""Answers every question, or those named: python -m benchmarks [masked_linear | kept_threshold | ...] ..."""
 
 import sys
 
 import torch
 
-from . import bench_kept_threshold, bench_masked_linear, bench_memory
+from . import bench_kept_threshold, bench_masked_linear, bench_memory, bench_score_optimiser
 from .harness import RESULTS, ROOT, THREADS, environment
 
 QUESTIONS = {
     "masked_linear": bench_masked_linear.main,
     "kept_threshold": bench_kept_threshold.main,
     "memory": bench_memory.main,
+    "score_optimiser": bench_score_optimiser.main,
 }
 
 

@@ -8,11 +8,17 @@ from .compile import CPP_FLAGS, Link, Unit, accepts, build, find_compiler, find_
 
 LIBRARY = "libmft_cpu.so"
 
+AVX2_FLAGS = ["-mavx2", "-mfma"]
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 X86_FLAGS = {
-    "row_kernels_avx2.cpp": ["-mavx2", "-mfma"],
-    "row_kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
-    "gemm_bfloat16.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"],
+    "row_kernels_avx2.cpp": AVX2_FLAGS,
+    "row_kernels_avx512.cpp": AVX512_FLAGS,
+    "step_kernels_avx2.cpp": AVX2_FLAGS,
+    "step_kernels_avx512.cpp": [*AVX512_FLAGS, "-mprefer-vector-width=512"],
+    "gemm_bfloat16.cpp": [*AVX512_FLAGS, "-mavx512bf16"],
 }
+# Without them no loop with a square root, a choice or a conversion becomes vector code; they change no value.
+VECTOR_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 DOT_BFLOAT16_ONLY = ("gemm_bfloat16.cpp", "fused_linear.cpp")
 
 
@@ -42,5 +48,7 @@ def units(compiler: str, torch_directory: Path, sources: Path) -> list[Unit]:
         own = X86_FLAGS.get(source.name, [])
         if (own and not x86) or (source.name in DOT_BFLOAT16_ONLY and not dot_bfloat16):
             continue
+        if source.name.startswith("step_kernels_"):
+            own = [*own, *VECTOR_FLAGS]
         found.append(Unit(source, compiler, [*flags, *own]))
     return found

@@ -15,6 +15,7 @@
 #include "cpu/huge_pages.h"
 #include "cpu/keep_range.h"
 #include "cpu/linear.h"
+#include "cpu/score_step.h"
 #include "cpu/select.h"
 
 namespace {
@@ -125,10 +126,12 @@ Tensor grad_weight(Tensor grad_output, Tensor x, std::optional<Tensor> scores, s
   return d_weight;
 }
 
-void grad_scores_(Tensor out, Tensor grad_output, Tensor x, Tensor weight, std::optional<Tensor> scores,
+void grad_scores_(Tensor out, Tensor grad_output, Tensor x, std::optional<Tensor> weight, std::optional<Tensor> scores,
                   std::optional<Tensor> signs, bool accumulate) {
   const mft::Capability& cpu = mft::chosen_capability();
-  const Matrix w = input(weight, "weight"), in = input(x, "x"), grad = input(grad_output, "grad_output");
+  const Matrix in = input(x, "x"), grad = input(grad_output, "grad_output");
+  const Matrix w = weight.has_value() ? input(*weight, "weight")
+                                      : Matrix{nullptr, in.format, grad.columns, in.columns, in.columns};
   STD_TORCH_CHECK(grad.format == w.format && in.format == w.format && grad.rows == in.rows &&
                       grad.columns == w.rows && in.columns == w.columns,
                   "grad_output must be (M, N) and x (M, K), in weight's dtype");
@@ -190,6 +193,80 @@ std::tuple<Tensor, Tensor> pack_signs(Tensor scores) {
   return {signs, count};
 }
 
+mft::ScoreFormat score_format_of(const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Float) return mft::ScoreFormat::kFloat32;
+  if (t.scalar_type() == ScalarType::BFloat16) return mft::ScoreFormat::kBFloat16;
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Short, "scores must be float32, bfloat16 or int16");
+  return mft::ScoreFormat::kFixed16;
+}
+
+void* moment(const Tensor& t, const Tensor& scores, bool coded, const char* name) {
+  STD_TORCH_CHECK(t.is_contiguous() && t.numel() == scores.numel(), name, " must be contiguous, one a score");
+  STD_TORCH_CHECK(t.scalar_type() == (coded ? ScalarType::Byte : ScalarType::Float), name,
+                  " must be uint8 with scales, float32 without");
+  return t.mutable_data_ptr();
+}
+
+// k < 0: no threshold is asked for; then the result is no threshold.
+Tensor score_step_(Tensor scores, Tensor grad, std::optional<Tensor> weight, Tensor exp_avg, Tensor exp_avg_sq,
+                   std::optional<Tensor> scales, int64_t step, double step_size, double beta1, double beta2,
+                   double correction, double eps, double decay, std::optional<Tensor> grad_scale, int64_t seed,
+                   bool sign, int64_t k, bool magnitude, std::optional<Tensor> near) {
+  const int64_t n = scores.numel(), blocks = (n + mft::kStepBlock - 1) / mft::kStepBlock;
+  STD_TORCH_CHECK(scores.is_contiguous() && grad.is_contiguous() && grad.numel() == n && k <= n,
+                  "scores and grad must be contiguous and of one size");
+  mft::StepTensors t{};
+  t.scores = scores.mutable_data_ptr();
+  t.score_format = score_format_of(scores);
+  t.grad = grad.const_data_ptr();
+  t.grad_format = format_of(grad, "grad");
+  if (weight.has_value()) {
+    STD_TORCH_CHECK(weight->is_contiguous() && weight->numel() == n, "weight must be contiguous, one a score");
+    t.weight = weight->const_data_ptr();
+    t.weight_format = format_of(*weight, "weight");
+  }
+  t.exp_avg = moment(exp_avg, scores, scales.has_value(), "exp_avg");
+  t.exp_avg_sq = moment(exp_avg_sq, scores, scales.has_value(), "exp_avg_sq");
+  if (scales.has_value()) {
+    STD_TORCH_CHECK(scales->scalar_type() == ScalarType::Float && scales->is_contiguous(), "scales must be float32");
+    check_size(*scales, 2, blocks, "scales");
+    t.mean_scales = static_cast<float*>(scales->mutable_data_ptr());
+    t.square_scales = t.mean_scales + blocks;
+  }
+  mft::StepConstants c{};
+  c.beta1 = static_cast<float>(beta1);
+  c.one_minus_beta1 = static_cast<float>(1 - beta1);
+  c.beta2 = static_cast<float>(beta2);
+  c.one_minus_beta2 = static_cast<float>(1 - beta2);
+  c.decay = static_cast<float>(decay);
+  c.decays = decay != 1;
+  c.minus_step_size = static_cast<float>(-step_size);
+  c.correction = static_cast<float>(correction);
+  c.eps = static_cast<float>(eps);
+  if (grad_scale.has_value()) {
+    STD_TORCH_CHECK(grad_scale->scalar_type() == ScalarType::Float && grad_scale->numel() == 1,
+                    "grad_scale must be one float32");
+    c.grad_scale = *static_cast<const float*>(grad_scale->const_data_ptr());
+    c.scales_grad = true;
+  }
+  c.sign = sign;
+  c.seed_low = static_cast<uint32_t>(seed);
+  c.seed_high = static_cast<uint32_t>(seed >> 32);
+  c.step = static_cast<uint32_t>(step);
+  const void* hint = nullptr;
+  if (near.has_value()) {
+    STD_TORCH_CHECK(near->numel() == 1 && near->scalar_type() == scores.scalar_type(),
+                    "threshold must be one of the scores' dtype");
+    hint = near->const_data_ptr();
+  }
+  const uint32_t bits = mft::score_step(*mft::chosen_capability().step, t, c, n, k, magnitude, hint);
+  Tensor threshold = torch::stable::new_empty(scores, {});
+  const auto low = static_cast<uint16_t>(bits);
+  const bool wide = t.score_format == mft::ScoreFormat::kFloat32;
+  std::memcpy(threshold.mutable_data_ptr(), wide ? static_cast<const void*>(&bits) : &low, wide ? 4 : 2);
+  return threshold;
+}
+
 std::string capability() { return mft::chosen_capability().name; }
 
 std::string capabilities() { return mft::available_capabilities(); }
@@ -207,11 +284,15 @@ STABLE_TORCH_LIBRARY(mft_cpu, m) {
       "grad_weight(Tensor grad_output, Tensor x, Tensor? scores, Tensor? threshold, Tensor? packed, bool magnitude) "
       "-> Tensor");
   m.def(
-      "grad_scores_(Tensor(a!) out, Tensor grad_output, Tensor x, Tensor weight, Tensor? scores, Tensor? signs, "
+      "grad_scores_(Tensor(a!) out, Tensor grad_output, Tensor x, Tensor? weight, Tensor? scores, Tensor? signs, "
       "bool accumulate) -> ()");
   m.def("kept_threshold(Tensor scores, int k, bool magnitude) -> Tensor");
   m.def("pack_mask(Tensor scores, Tensor threshold, bool magnitude) -> Tensor");
   m.def("pack_signs(Tensor scores) -> (Tensor, Tensor)");
+  m.def(
+      "score_step_(Tensor(a!) scores, Tensor grad, Tensor? weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+      "Tensor(d!)? scales, int step, float step_size, float beta1, float beta2, float correction, float eps, "
+      "float decay, Tensor? grad_scale, int seed, bool sign, int k, bool magnitude, Tensor? near) -> Tensor");
   m.def("capability() -> str");
   m.def("capabilities() -> str");
 }
@@ -224,6 +305,7 @@ STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CPU, m) {
   m.impl("kept_threshold", TORCH_BOX(&kept_threshold));
   m.impl("pack_mask", TORCH_BOX(&pack_mask));
   m.impl("pack_signs", TORCH_BOX(&pack_signs));
+  m.impl("score_step_", TORCH_BOX(&score_step_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CompositeExplicitAutograd, m) {

@@ -2,6 +2,7 @@
 
 from . import cpu, cuda, triton  # noqa: F401  (enter their backends into the table)
 from .backends import backend_report
+from .fixed_point import fixed_from_float, float_from_fixed
 from .linear import MaskedLinear
 from .masking import masked_linear_by_ratio
 from .ops import (
@@ -12,15 +13,21 @@ from .ops import (
     pack_mask,
     unpack_mask,
 )
+from .optim import MaskAdamW
+from .step import score_step
 
 __all__ = [
+    "MaskAdamW",
     "MaskedLinear",
     "accumulate_score_grad",
     "backend_report",
+    "fixed_from_float",
+    "float_from_fixed",
     "kept_threshold",
     "masked_linear",
     "masked_linear_by_ratio",
     "masked_linear_packed",
     "pack_mask",
+    "score_step",
     "unpack_mask",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import reference
+from . import reference, reference_step
 
 logger = logging.getLogger("mft_kernels")
 
@@ -132,9 +132,11 @@ register(
                 reference.masked_linear_packed,
                 reference.masked_linear_packed_backward,
                 reference.accumulate_score_grad,
+                reference.accumulate_product,
                 reference.kept_threshold,
                 reference.pack_mask,
                 reference.pack_signs,
+                reference_step.score_step,
             )
         },
         detail="plain PyTorch",

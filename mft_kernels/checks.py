@@ -5,6 +5,8 @@ from torch import Tensor
 
 MODES = ("magnitude", "value")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STEPPED = (torch.float32, torch.bfloat16, torch.int16)  # scores that an optimiser step takes
+BLOCK = 256  # elements that share a scale of 8-bit moments
 
 
 class NonFiniteScores(ValueError):
@@ -81,6 +83,23 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise TypeError(f"bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
 
 
+def check_product(out: Tensor, grad_output: Tensor, x: Tensor) -> None:
+    """Raise unless grad_output.T @ x, of (..., N) and (..., K), can be added into out (N, K)."""
+    if out.dim() != 2 or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous and (N, K), got shape {tuple(out.shape)}, strides {out.stride()}")
+    check_floating("out", out)
+    check_floating("x", x)
+    if x.dim() == 0 or x.shape[-1] != out.shape[1]:
+        raise ValueError(f"x must end in K = {out.shape[1]} of out {tuple(out.shape)}, got shape {tuple(x.shape)}")
+    expected = (*x.shape[:-1], out.shape[0])
+    if grad_output.shape != expected:
+        raise ValueError(f"grad_output must be {expected}, got {tuple(grad_output.shape)}")
+    if grad_output.dtype != x.dtype:
+        raise TypeError(f"grad_output must have x's dtype {x.dtype}, got {grad_output.dtype}; convert one of them")
+    check_device("x", x, "out", out)
+    check_device("grad_output", grad_output, "out", out)
+
+
 def check_floating(name: str, tensor: Tensor) -> None:
     """Raise unless the tensor's dtype is a floating one that the ops know."""
     if tensor.dtype not in FLOATING:
@@ -91,3 +110,77 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
     """Raise unless both tensors are on one device."""
     if tensor.device != other.device:
         raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {tensor.device}")
+
+
+def check_step_inputs(
+    scores: Tensor, grad: Tensor, weight: Tensor | None, grad_scale: Tensor | None, threshold: Tensor | None
+) -> None:
+    """Raise unless these are what score_step takes."""
+    check_stepped("scores", scores)
+    if scores.dim() != 2 or not scores.is_contiguous():
+        raise ValueError(f"scores must be (N, K) and contiguous, got {tuple(scores.shape)}, strides {scores.stride()}")
+    for name, tensor in (("grad", grad), ("weight", weight)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOATING[:3]:
+            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+        if tensor.shape != scores.shape:
+            raise ValueError(f"{name} must match scores {tuple(scores.shape)}, got {tuple(tensor.shape)}")
+        check_device(name, tensor, "scores", scores)
+    for name, scalar, dtype in (("grad_scale", grad_scale, torch.float32), ("threshold", threshold, scores.dtype)):
+        if scalar is None:
+            continue
+        if scalar.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {scalar.dtype}")
+        if scalar.dim() != 0:
+            raise ValueError(f"{name} must be a scalar (), got {tuple(scalar.shape)}")
+        check_device(name, scalar, "scores", scores)
+
+
+def check_stepped(name: str, scores: Tensor) -> None:
+    """Raise unless the scores' dtype is one that an optimiser step takes."""
+    if scores.dtype not in STEPPED:
+        raise TypeError(
+            f"{name} must be float32, bfloat16 (rounded stochastically) or int16 (fixed point), got {scores.dtype}"
+        )
+
+
+def check_moments(scores: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scales: Tensor | None) -> None:
+    """Raise unless the moments fit the scores and one of the two schemes."""
+    dtype, scheme = (torch.float32, "without scales") if scales is None else (torch.uint8, "with scales")
+    for name, tensor in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype} {scheme}, got {tensor.dtype}")
+        if tensor.shape != scores.shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous and match scores {tuple(scores.shape)}, got {tuple(tensor.shape)}"
+            )
+        check_device(name, tensor, "scores", scores)
+    if scales is None:
+        return
+    if scales.dtype != torch.float32:
+        raise TypeError(f"scales must be float32, got {scales.dtype}")
+    expected = (2, -(-scores.numel() // BLOCK))
+    if tuple(scales.shape) != expected or not scales.is_contiguous():
+        raise ValueError(f"scales must be contiguous {expected}, one a block of {BLOCK}, got {tuple(scales.shape)}")
+    check_device("scales", scales, "scores", scores)
+
+
+def check_adam(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Raise unless these are numbers that AdamW can work with."""
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        check_number(name, value)
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    if len(betas) != 2:
+        raise ValueError(f"betas must be a pair, got {betas!r}")
+    for name, beta in zip(("betas[0]", "betas[1]"), betas):
+        check_number(name, beta)
+        if not 0 <= beta < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {beta}")
+
+
+def check_number(name: str, value: float) -> None:
+    """Raise unless value is an int or a float; a tensor would have to be read from its device at every step."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}; use float({name})")

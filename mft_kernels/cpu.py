@@ -64,6 +64,11 @@ def accumulate_score_grad(
     _score_grad(out, _rows(grad_output), _rows(x), weight.contiguous(), scores, signs, mode, accumulate=True)
 
 
+def accumulate_product(out: Tensor, grad_output: Tensor, x: Tensor) -> None:
+    """out += grad_output.T @ x, (N, K) contiguous; no temporary of that size."""
+    torch.ops.mft_cpu.grad_scores_(out, _rows(grad_output), _rows(x), None, None, None, True)
+
+
 def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
     """The k-th largest key, by histograms; +inf if nothing is kept, NaN if a score is not finite."""
     return torch.ops.mft_cpu.kept_threshold(
@@ -81,6 +86,58 @@ def pack_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
 def pack_signs(scores: Tensor) -> tuple[Tensor, Tensor]:
     """(scores > 0 as bits, how many scores are exactly 0)."""
     return torch.ops.mft_cpu.pack_signs(scores.contiguous())
+
+
+def score_step(
+    scores: Tensor,
+    grad: Tensor,
+    weight: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scales: Tensor | None,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: Tensor | None,
+    seed: int,
+    mode: str,
+    keep_ratio: float | None,
+    threshold: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One pass over gradient, weight, scores and moments, which finds the next threshold too; a second packs the mask.
+
+    fp32 scores take a third pass where the threshold before is not given or more than 3 % away from the next.
+    """
+    magnitude = mode == "magnitude"
+    found = torch.ops.mft_cpu.score_step_(
+        scores,
+        grad.contiguous(),
+        None if weight is None else weight.contiguous(),
+        exp_avg,
+        exp_avg_sq,
+        scales,
+        step,
+        lr / (1 - beta1**step),
+        beta1,
+        beta2,
+        (1 - beta2**step) ** (0.5 if scales is None else -0.5),
+        eps,
+        1 - lr * weight_decay,
+        grad_scale,
+        seed,
+        magnitude and weight is not None,
+        -1 if keep_ratio is None else kept_count(scores.numel(), keep_ratio),
+        magnitude,
+        threshold,
+    )
+    if keep_ratio is None:
+        return scores.new_empty(0), scores.new_empty(0, dtype=torch.int32)
+    if scores.dtype == torch.int16:  # codes order as fp16
+        return found, torch.ops.mft_cpu.pack_mask(scores.view(torch.float16), found.view(torch.float16), magnitude)
+    return found, torch.ops.mft_cpu.pack_mask(scores, found, magnitude)
 
 
 def capabilities() -> list[str]:
@@ -145,9 +202,11 @@ register(
                 masked_linear_packed,
                 masked_linear_packed_backward,
                 accumulate_score_grad,
+                accumulate_product,
                 kept_threshold,
                 pack_mask,
                 pack_signs,
+                score_step,
             )
         },
         unavailable=unavailable,

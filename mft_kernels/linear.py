@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from .checks import NonFiniteScores, check_keep_ratio, check_mode
+from .fixed_point import fixed_from_float
+from .held import Weight, masked_linear_held
 from .masking import CurrentMask, current_mask, masked_linear_by_ratio
 from .ops import unpack_mask
 
@@ -25,7 +27,9 @@ class MaskedLinear(nn.Module):
         init: of the scores. "normal": N(0, 0.02), the paper's. "magnitude": |weight| scaled to a root mean square of
             0.02, so that the first mask is the magnitude mask. "constant": 0.02 with 1 % noise.
         scores_dtype: fp32 unless given (fp64 for an fp64 weight). 16-bit scores lose small updates to rounding, so
-            they need an optimiser that rounds stochastically. Casting the module leaves the scores' dtype alone.
+            they need an optimiser that rounds stochastically (MaskAdamW). int16 is fixed point (see fixed_point.py):
+            autograd gives it no gradient, so it learns through hold() alone. Casting the module leaves the scores'
+            dtype alone.
         threshold: a fixed threshold instead of keep_ratio.
     Shapes: weight and scores (out_features, in_features), bias (out_features,); x (..., in_features).
     """
@@ -82,9 +86,13 @@ class MaskedLinear(nn.Module):
         self.mode = mode
         self.threshold = threshold
         self.module_name = ""  # its place in a model, for messages
+        self._held: tuple[Tensor, Tensor | None, Weight | None] | None = None
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        self.scores = nn.Parameter(torch.empty_like(weight, dtype=scores_dtype, memory_format=torch.contiguous_format))
+        self.scores = nn.Parameter(
+            torch.empty_like(weight, dtype=scores_dtype, memory_format=torch.contiguous_format),
+            requires_grad=scores_dtype.is_floating_point,
+        )
         self.reset_scores(init, generator=generator)
 
     @property
@@ -100,22 +108,45 @@ class MaskedLinear(nn.Module):
     @torch.no_grad()
     def reset_scores(self, init: str = "normal", *, generator: torch.Generator | None = None) -> None:
         """Draw the scores anew; ``init`` as of the class."""
+        fixed = self.scores.dtype == torch.int16
+        scores = torch.empty_like(self.scores, dtype=torch.float32) if fixed else self.scores
         if init == "normal":
-            self.scores.normal_(0, _SCALE, generator=generator)
+            scores.normal_(0, _SCALE, generator=generator)
         elif init == "magnitude":
-            magnitude = self.weight.abs().to(torch.promote_types(self.scores.dtype, torch.float32))
+            magnitude = self.weight.abs().to(torch.promote_types(scores.dtype, torch.float32))
             norm = magnitude.square().mean().sqrt()
             # A layer of zeros has no magnitudes to follow: its scores tie, and ties are kept.
-            self.scores.copy_(magnitude.mul_(_SCALE / norm.clamp(min=torch.finfo(norm.dtype).tiny)))
+            scores.copy_(magnitude.mul_(_SCALE / norm.clamp(min=torch.finfo(norm.dtype).tiny)))
         elif init == "constant":
-            self.scores.normal_(_SCALE, _SCALE * _CONSTANT_NOISE, generator=generator)
+            scores.normal_(_SCALE, _SCALE * _CONSTANT_NOISE, generator=generator)
         else:
             raise ValueError(f"init must be one of {INITS}, got {init!r}")
         # A score of exactly 0 gets no gradient (sign(0) = 0), so it would stay 0, and no bit holds its sign. A layer of
         # 4096 x 4096 normal fp32 scores has one every other time.
-        self.scores.masked_fill_(self.scores == 0, torch.finfo(self.scores.dtype).tiny)
+        scores.masked_fill_(scores == 0, torch.finfo(scores.dtype).tiny)
+        if fixed:
+            self.scores.copy_(fixed_from_float(scores))
+
+    def hold(self, packed: Tensor, grad_buffer: Tensor | None = None, *, weight: Weight | None = None) -> None:
+        """Compute with this mask, and not with the scores, until release(): they may rest elsewhere.
+
+        Args:
+            packed: int32 (out_features, ceil(in_features / 32)), beside the weight; see pack_mask.
+            grad_buffer: (out_features, in_features); the backward pass adds grad_output.T @ x into it. What
+                score_step makes the scores' gradient of.
+            weight: what stands in for self.weight, for instance a function that makes it from 4 bits.
+        """
+        self._held = packed, grad_buffer, weight
+
+    def release(self) -> None:
+        """Compute with the scores again."""
+        self._held = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._held is not None:
+            packed, grad_buffer, weight = self._held
+            weight = self.weight if weight is None else weight
+            return masked_linear_held(x, weight, packed, self.bias, grad_buffer=grad_buffer)
         try:
             return masked_linear_by_ratio(
                 x,

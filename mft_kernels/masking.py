@@ -14,12 +14,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import checks, library
+from .fixed_point import code_at_least, selectable
 from .ops import kept_threshold, pack_mask
 
 
 @dataclass(frozen=True)
 class CurrentMask:
-    """What the scores select. ``signs`` is None where no bit can tell them: in value mode, or if a score is 0."""
+    """What the scores select.
+
+    ``signs`` is None where no bit can tell them (in value mode, or if a score is 0), and where autograd asks for none:
+    of int16 scores.
+    """
 
     threshold: Tensor  # ()
     packed: Tensor  # int32 (N, ceil(K / 32))
@@ -91,19 +96,21 @@ def _capturing(scores: Tensor) -> bool:
 @torch.no_grad()
 def _find_mask(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str) -> CurrentMask:
     scores = scores.detach()
+    fixed_point = scores.dtype == torch.int16
     if fixed is None:
         threshold = kept_threshold(scores, keep_ratio, mode=mode)
-        bad = threshold.isnan()
+        bad = selectable(threshold).isnan()
     else:
-        threshold = scores.new_full((), fixed)  # filled on the device: a copy from the host cannot be captured
-        bad = ~scores.isfinite().all()
+        # Filled on the device: a copy from the host cannot be captured.
+        threshold = scores.new_full((), code_at_least(fixed) if fixed_point else fixed)
+        bad = ~selectable(scores).isfinite().all()
     # Within a CUDA graph the host can ask nothing: scores that are not finite give the threshold NaN, which keeps no
     # weight, and the sign comes from the scores.
     capturing = _capturing(scores)
     if not capturing and bad:  # one synchronisation per change of the scores, none in a forward
-        raise checks.NonFiniteScores(scores)
+        raise checks.NonFiniteScores(selectable(scores))
     packed = pack_mask(scores, threshold, mode=mode)
-    if mode == "value" or capturing:
+    if mode == "value" or capturing or fixed_point:
         return CurrentMask(threshold, packed, None)
     signs, zeros = torch.ops.mft.pack_signs(scores, "auto")
     return CurrentMask(threshold, packed, signs if zeros == 0 else None)
@@ -126,11 +133,11 @@ def masked_linear_by_ratio(
     """masked_linear with the threshold that keeps ``keep_ratio`` of the scores, or a fixed one; same gradients.
 
     Threshold and bits are found when the scores have changed; other forwards and backwards read 2 bits a weight
-    instead of the scores.
+    instead of the scores. int16 scores (see fixed_point.py) get no gradient.
     """
     checks.check_mode(mode)
     checks.check_linear(x, weight, bias)
-    checks.check_scores(scores, weight)
+    checks.check_scores(selectable(scores), weight)
     checks.check_keep_ratio(keep_ratio)
     return torch.ops.mft.masked_linear_by_ratio(x, weight, scores, bias, keep_ratio, threshold, mode, backend)
 
@@ -142,8 +149,9 @@ def _forward(x, weight, scores, bias, keep_ratio, threshold, mode, backend):
 
 def _backward(grad_output, x, weight, scores, keep_ratio, threshold, mode, output_mask, backend):
     mask = current_mask(scores, keep_ratio, threshold, mode)
+    sign = scores if scores.is_floating_point() else None  # int16 scores have no gradient
     return torch.ops.mft.masked_linear_packed_backward(
-        grad_output, x, weight, mask.packed, scores, mask.signs, mode, output_mask, backend
+        grad_output, x, weight, mask.packed, sign, mask.signs, mode, output_mask, backend
     )
 
 

@@ -16,9 +16,11 @@ from .checks import (
     check_linear,
     check_mode,
     check_packed,
+    check_product,
     check_scores,
     check_threshold,
 )
+from .fixed_point import selectable
 from .library import define, define_autocast, define_no_double_backward, gradient_shapes, library
 
 # ---------------------------------------------------------------------------------------------- what users call
@@ -78,7 +80,7 @@ def accumulate_score_grad(
     out: Tensor,
     grad_output: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     *,
     scores: Tensor | None = None,
     signs: Tensor | None = None,
@@ -87,14 +89,26 @@ def accumulate_score_grad(
 ) -> Tensor:
     """out += (grad_output.T @ x) * weight * sign(scores), in place, without a temporary of the weight's size.
 
+    With weight None, out += grad_output.T @ x: weight and sign are constant between two optimiser steps, so score_step
+    can multiply by them once a step.
+
     Args:
         out: (N, K), fp32 or a 16-bit float, contiguous.
         grad_output: (..., N); x: (..., K), both of weight's dtype, with equal leading dimensions.
+        weight: (N, K), or None; then scores and signs must be None too, whatever the mode.
         scores: (N, K), for the sign in mode "magnitude"; or
         signs: int32 (N, ceil(K / 32)), the bits of pack_signs, valid when no score is exactly 0.
     Returns: out.
     """
     check_mode(mode)
+    if weight is None:
+        if scores is not None or signs is not None:
+            given = "scores" if scores is not None else "signs"
+            raise ValueError(f"{given} must be None where weight is (score_step applies sign and weight), got a tensor")
+        check_product(out, grad_output, x)
+        with torch.no_grad():
+            torch.ops.mft.accumulate_score_grad(out, grad_output, x, None, None, None, mode, backend)
+        return out
     check_linear(x, weight, None)
     if out.shape != weight.shape or not out.is_contiguous():
         raise ValueError(f"out must be contiguous and match weight {tuple(weight.shape)}, got {tuple(out.shape)}")
@@ -117,30 +131,40 @@ def kept_threshold(scores: Tensor, keep_ratio: float, *, mode: str = "magnitude"
 
     Exact, without a sort where a kernel serves it, and without a host synchronisation.
 
-    Returns: () in the scores' dtype; +inf if k is 0; NaN if a score on an accelerator is not finite.
+    Args:
+        scores: any shape, floating or int16 (see fixed_point.py).
+    Returns: () in the scores' dtype; +inf if k is 0; NaN if a score on an accelerator is not finite (of int16 scores,
+        the codes that read so as fp16).
     Raises: ValueError if keep_ratio is outside [0, 1], or if scores on the CPU are not all finite.
     """
     check_mode(mode)
     check_keep_ratio(keep_ratio)
-    check_floating("scores", scores)
-    threshold = torch.ops.mft.kept_threshold(scores.detach(), keep_ratio, mode, backend)
+    keys = selectable(scores.detach())
+    check_floating("scores", keys)
+    threshold = torch.ops.mft.kept_threshold(keys, keep_ratio, mode, backend)
     if scores.device.type == "cpu" and not torch.compiler.is_compiling() and threshold.isnan():
-        raise NonFiniteScores(scores)
-    return threshold
+        raise NonFiniteScores(keys)
+    return threshold.view(scores.dtype)
 
 
 def pack_mask(scores: Tensor, threshold: Tensor, *, mode: str = "magnitude", backend: str = "auto") -> Tensor:
     """The mask as bits: bit j % 32 of word j // 32 of row n tells whether weight (n, j) is kept.
 
-    Args: scores (N, K); threshold () or (N,).
+    Args: scores (N, K), floating or int16 (see fixed_point.py); threshold () or (N,), for int16 scores a code too.
     Returns: int32 (N, ceil(K / 32)); padding bits are 0.
     """
     check_mode(mode)
-    check_floating("scores", scores)
-    if scores.dim() != 2:
+    if scores.dtype == torch.int16 and threshold.dtype != torch.int16:
+        raise TypeError(
+            f"threshold must be an int16 code as the scores are, got {threshold.dtype}; see kept_threshold and "
+            "fixed_from_float"
+        )
+    keys, threshold = selectable(scores.detach()), selectable(threshold)
+    check_floating("scores", keys)
+    if keys.dim() != 2:
         raise ValueError(f"scores must be (N, K), got shape {tuple(scores.shape)}")
-    check_threshold(threshold, scores)
-    return torch.ops.mft.pack_mask(scores.detach(), threshold.to(scores.dtype), mode, backend)
+    check_threshold(threshold, keys)
+    return torch.ops.mft.pack_mask(keys, threshold.to(keys.dtype), mode, backend)
 
 
 def unpack_mask(packed: Tensor, shape: tuple[int, int] | torch.Size) -> Tensor:
@@ -160,6 +184,14 @@ def _fake_linear(x, weight, *_):
 
 def _fake_packed(scores):
     return scores.new_empty((scores.shape[0], (scores.shape[1] + 31) // 32), dtype=torch.int32)
+
+
+def _accumulate_score_grad(out, grad_output, x, weight, scores, signs, mode, backend):
+    if weight is None:
+        choose("accumulate_product", out.device, (x.dtype, out.dtype), backend)(out, grad_output, x)
+        return
+    run = choose("accumulate_score_grad", out.device, (weight.dtype, out.dtype), backend)
+    run(out, grad_output, x, weight, scores, signs, mode)
 
 
 define(
@@ -210,12 +242,10 @@ define(
 
 # "mask_mode": the functionalisation of mutating ops (torch 2.13) trips over an argument called "mode".
 define(
-    "accumulate_score_grad(Tensor(a!) out, Tensor grad_output, Tensor x, Tensor weight, Tensor? scores, "
+    "accumulate_score_grad(Tensor(a!) out, Tensor grad_output, Tensor x, Tensor? weight, Tensor? scores, "
     "Tensor? signs, str mask_mode, str backend) -> ()",
     lambda *args: None,
-    lambda out, grad_output, x, weight, scores, signs, mode, backend: choose(
-        "accumulate_score_grad", out.device, (weight.dtype, out.dtype), backend
-    )(out, grad_output, x, weight, scores, signs, mode),
+    _accumulate_score_grad,
 )
 
 define(

@@ -73,6 +73,11 @@ def accumulate_score_grad(
     out += _score_grad(grad_output, x, weight, scores, signs, mode, out.dtype)
 
 
+def accumulate_product(out: Tensor, grad_output: Tensor, x: Tensor) -> None:
+    """out += grad_output.T @ x, out (N, K)."""
+    out += _rows(grad_output).T @ _rows(x)
+
+
 def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
     """The k-th largest key (|scores|, or scores in value mode), 0-d in the scores' dtype.
 

@@ -66,6 +66,7 @@ def run_every_op(shape: tuple[int, int, int], dtype: torch.dtype, scores_dtype: 
         cpu.accumulate_score_grad(out, grad, x, weight, scores, None, "magnitude")
         cpu.accumulate_score_grad(out, grad, x, weight, None, signs, "magnitude")
         cpu.accumulate_score_grad(out, grad, x, weight, None, None, "value")
+        cpu.accumulate_product(out, grad, x)
 
 
 def main() -> None:

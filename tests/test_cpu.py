@@ -153,6 +153,20 @@ def test_accumulation_equals_the_reference_in_every_output_dtype(capability, sha
     assert_same(out, expected)
 
 
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(513, 97, 70), (7, 100, 545), (0, 5, 7), (1, 1, 1)])
+def test_accumulation_without_a_weight_equals_the_reference(capability, shape, dtype, out_dtype):
+    t = integer_inputs(*shape, dtype)
+    t.x *= (torch.arange(t.x.numel()).view_as(t.x) % 61 == 0).to(dtype)
+    out = torch.ones(t.weight.shape, dtype=out_dtype)
+    expected = out.clone()
+    for _ in range(2):
+        cpu.accumulate_product(out, t.grad_output, t.x)
+        reference.accumulate_product(expected, t.grad_output, t.x)
+    assert_same(out, expected)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="forbidden pages are made with Linux's mprotect")
 def test_no_op_reads_or_writes_beyond_its_tensors():
     # In a process of its own, which such an access kills.

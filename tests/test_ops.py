@@ -185,6 +185,7 @@ def test_opcheck_of_every_op(mode, backend):
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
     out = torch.zeros(5, 37)
     opcheck(mft.accumulate_score_grad.default, (out, t.grad_output, x, weight, detached, None, mode, backend))
+    opcheck(mft.accumulate_score_grad.default, (out, t.grad_output, x, None, None, None, mode, backend))
     opcheck(mft.masked_linear_backward.default, (t.grad_output, x, weight, detached, threshold, mode, want, backend))
     opcheck(
         mft.masked_linear_packed_backward.default,
@@ -206,6 +207,7 @@ def test_every_op_compiles_without_a_graph_break():
         a = mft_kernels.masked_linear(x, weight, scores, threshold, bias)
         b = mft_kernels.masked_linear_packed(x, weight, packed, bias)
         out = mft_kernels.accumulate_score_grad(torch.zeros(5, 37), a.detach(), x, weight, scores=scores.detach())
+        mft_kernels.accumulate_score_grad(out, a.detach(), x, None)
         return a + b, mask, out
 
     def run(function):
@@ -319,3 +321,44 @@ def test_accumulate_score_grad_refuses_what_it_cannot_add_into():
         mft_kernels.accumulate_score_grad(torch.zeros(4, 5), torch.ones(3, 4), x, weight, scores=weight)
     with pytest.raises(ValueError, match="needs scores or signs, got neither"):
         mft_kernels.accumulate_score_grad(torch.zeros(4, 5), grad, x, weight)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_a_weight_the_product_alone_is_added(dtype, out_dtype, mode, backend):
+    t = integer_inputs(33, 17, 45, dtype)
+    out = torch.full((17, 45), 2.0, dtype=out_dtype)
+    x, grad = t.x.view(3, 11, 45), t.grad_output.view(3, 11, 17)
+    returned = mft_kernels.accumulate_score_grad(out, grad, x, None, mode=mode, backend=backend)
+    assert returned is out
+    assert torch.equal(out, (2 + t.grad_output.double().T @ t.x.double()).to(out_dtype))
+    mft_kernels.accumulate_score_grad(out, grad[:0], x[:0], None, mode=mode, backend=backend)  # no tokens
+    assert torch.equal(out, (2 + t.grad_output.double().T @ t.x.double()).to(out_dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_a_weight_errors_stay_within_twice_those_of_pytorch(dtype, backend):
+    t = random_inputs(64, 48, 97, dtype)
+    out = torch.ones(48, 97)
+    mft_kernels.accumulate_score_grad(out, t.grad_output, t.x, None, backend=backend)
+    exact = 1 + t.grad_output.double().T @ t.x.double()
+    assert_within_budget(out, 1 + (t.grad_output.T @ t.x).float(), exact)
+
+
+def test_without_a_weight_nothing_else_is_taken_and_shapes_come_from_out():
+    out, grad, x = torch.zeros(4, 5), torch.ones(2, 4), torch.ones(2, 5)
+    accumulate = mft_kernels.accumulate_score_grad
+    with pytest.raises(ValueError, match="scores must be None where weight is"):
+        accumulate(out, grad, x, None, scores=torch.ones(4, 5))
+    with pytest.raises(ValueError, match="signs must be None where weight is"):
+        accumulate(out, grad, x, None, signs=torch.ones(4, 1, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"out must be contiguous and \(N, K\), got shape \(4, 5\), strides \(1, 4\)"):
+        accumulate(torch.zeros(5, 4).T, grad, x, None)
+    with pytest.raises(ValueError, match=r"x must end in K = 5 of out \(4, 5\), got shape \(2, 4\)"):
+        accumulate(out, grad, x[:, :4], None)
+    with pytest.raises(ValueError, match=r"grad_output must be \(2, 4\), got \(3, 4\)"):
+        accumulate(out, torch.ones(3, 4), x, None)
+    with pytest.raises(TypeError, match="grad_output must have x's dtype torch.float32, got torch.bfloat16"):
+        accumulate(out, grad.bfloat16(), x, None)
+    assert not out.any()

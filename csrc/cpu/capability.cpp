@@ -18,15 +18,15 @@ std::vector<Capability> detect() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #if defined(MFT_DOT_BFLOAT16)
   if (avx512 && __builtin_cpu_supports("avx512bf16")) {
-    found.push_back({"avx512_bf16", &avx512_row_kernels(), &fused_linear()});
+    found.push_back({"avx512_bf16", &avx512_row_kernels(), &avx512_step_kernels(), &fused_linear()});
   }
 #endif
-  if (avx512) found.push_back({"avx512", &avx512_row_kernels(), nullptr});
+  if (avx512) found.push_back({"avx512", &avx512_row_kernels(), &avx512_step_kernels(), nullptr});
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    found.push_back({"avx2", &avx2_row_kernels(), nullptr});
+    found.push_back({"avx2", &avx2_row_kernels(), &avx2_step_kernels(), nullptr});
   }
 #endif
-  found.push_back({"portable", &portable_row_kernels(), nullptr});
+  found.push_back({"portable", &portable_row_kernels(), &portable_step_kernels(), nullptr});
   return found;
 }
 

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "row_kernels.h"
+#include "step_kernels.h"
 
 namespace mft {
 
@@ -12,6 +13,7 @@ struct FusedLinear;
 struct Capability {
   const char* name;
   const RowKernels* rows;
+  const StepKernels* step;
   const FusedLinear* bfloat16;  // for bf16 weights, instead of slabs and torch's GEMM; nullptr: none
 };
 

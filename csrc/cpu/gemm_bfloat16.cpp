@@ -357,8 +357,10 @@ void store_score_grad_tile(const ScoreGrad& grad, const float* tile, int64_t row
     __m512 result[2];
     for (int half = 0; half < 2; ++half) {
       const auto part = static_cast<__mmask16>(inside >> (16 * half));
-      const __m256i weight = _mm256_maskz_loadu_epi16(part, grad.weight + at + 16 * half);
-      __m512 value = _mm512_mul_ps(_mm512_loadu_ps(tile + r * kTileColumns + 16 * half), widen(weight));
+      __m512 value = _mm512_loadu_ps(tile + r * kTileColumns + 16 * half);
+      if (grad.weight != nullptr) {
+        value = _mm512_mul_ps(value, widen(_mm256_maskz_loadu_epi16(part, grad.weight + at + 16 * half)));
+      }
       const __m512i bits = _mm512_castps_si512(value);
       const auto negative = static_cast<__mmask16>(signs.negative >> (16 * half));
       const auto none = static_cast<__mmask16>(signs.none >> (16 * half));
@@ -402,7 +404,7 @@ void store_score_grad(const ScoreGrad& grad, const float* tile, int64_t row, int
 void prefetch_score_grad(const ScoreGrad& grad, int64_t row, int64_t rows, int64_t column) {
   for (int64_t r = row; r < row + rows; ++r) {
     const int64_t at = r * grad.columns + column;
-    prefetch_columns<0>(grad.weight, Format::kBFloat16, at);
+    if (grad.weight != nullptr) prefetch_columns<0>(grad.weight, Format::kBFloat16, at);
     if (grad.scores != nullptr) prefetch_columns<0>(grad.scores, grad.score_format, at);
     if (grad.accumulate) prefetch_columns<1>(grad.out, grad.out_format, at);
   }

@@ -63,7 +63,7 @@ void store_transposed(uint16_t* out, int64_t out_stride, const float* tile, int6
 struct ScoreGrad {
   void* out;
   Format out_format;
-  const uint16_t* weight;
+  const uint16_t* weight;  // nullptr: without that factor
   const void* scores;     // for the sign, or nullptr
   Format score_format;
   const uint32_t* words;  // for the sign, or nullptr

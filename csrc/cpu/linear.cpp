@@ -102,7 +102,8 @@ void grad_scores(const Capability& cpu, const Matrix& out, const Matrix& grad_ou
     torch_matmul(grad, grad_output.narrow_columns(r, n).transposed(), x);
     for_rows(n, weight.columns, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        cpu.rows->score_grad(out.row(r + i), out.format, grad.row(i), grad.format, weight.row(r + i), weight.format,
+        const void* factor = weight.data != nullptr ? weight.row(r + i) : nullptr;
+        cpu.rows->score_grad(out.row(r + i), out.format, grad.row(i), grad.format, factor, weight.format,
                              sign.row(r + i), sign.score_format, accumulate, weight.columns);
       }
     });

@@ -51,7 +51,7 @@ void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output,
 void grad_weight(const Capability& cpu, const Matrix& d_weight, const Matrix& grad_output, const Matrix& x,
                  const MaskSource& mask);
 
-// out (N, K) = [out +] (grad_output.T @ x) * weight [* sign(scores)]
+// out (N, K) = [out +] (grad_output.T @ x) [* weight] [* sign(scores)]; weight.data nullptr: without that factor.
 void grad_scores(const Capability& cpu, const Matrix& out, const Matrix& grad_output, const Matrix& x,
                  const Matrix& weight, const SignSource& sign, bool accumulate);
 

@@ -39,7 +39,7 @@ struct RowKernels {
   // out[j] = keep[j] ? weight[j] : +0. out may be weight. score_format is not read where words are given.
   void (*mask)(void* out, const void* weight, int weight_bytes, MaskRow mask, Format score_format, int64_t columns);
 
-  // out[j] = round(old + grad[j] * weight[j] * sign[j]), old = accumulate ? out[j] : 0, in fp32.
+  // out[j] = round(old + grad[j] * weight[j] * sign[j]), old = accumulate ? out[j] : 0, in fp32; weight nullptr: all 1.
   void (*score_grad)(void* out, Format out_format, const void* grad, Format grad_format, const void* weight,
                      Format weight_format, SignRow sign, Format score_format, bool accumulate, int64_t columns);
 

@@ -1,4 +1,4 @@
-// torch's own GEMM on borrowed memory, through the dispatcher.
+// torch's own GEMM and square root on borrowed memory, through the dispatcher.
 #include "torch_matmul.h"
 
 #include <torch/csrc/stable/library.h>
@@ -51,6 +51,11 @@ void torch_linear(const Matrix& out, const Matrix& x, const Matrix& weight, cons
   std::optional<Tensor> b;
   if (bias != nullptr) b = view(bias, out.format, out.columns);
   call<4>("aten::linear", {from(view(x)), from(view(weight)), from(b), from(view(out))});
+}
+
+void torch_sqrt(float* out, const float* in, int64_t n) {
+  using torch::stable::detail::from;
+  call<2>("aten::sqrt", {from(view(in, Format::kFloat32, n)), from(view(out, Format::kFloat32, n))});
 }
 
 }  // namespace mft

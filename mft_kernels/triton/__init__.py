@@ -45,7 +45,7 @@ def _interpreting() -> bool:
 
 def _ops() -> tuple[dict[str, Callable], dict[str, Callable]]:
     """(what a request by name runs, what "auto" runs in its place)."""
-    from . import bits, choice, ops, select
+    from . import bits, choice, ops, score_step, select
 
     chosen = (
         ops.masked_linear,
@@ -53,7 +53,14 @@ def _ops() -> tuple[dict[str, Callable], dict[str, Callable]]:
         ops.masked_linear_packed,
         ops.masked_linear_packed_backward,
     )
-    others = (ops.accumulate_score_grad, select.kept_threshold, bits.pack_mask, bits.pack_signs)
+    others = (
+        ops.accumulate_score_grad,
+        ops.accumulate_product,
+        select.kept_threshold,
+        bits.pack_mask,
+        bits.pack_signs,
+        score_step.score_step,
+    )
     return (
         {f.__name__: f for f in (*chosen, *others)},
         {f.__name__: functools.partial(f, choose=choice.automatic) for f in chosen},

@@ -98,6 +98,11 @@ def accumulate_score_grad(
     score_grad(_rows(grad_output), _rows(x), weight, None, sign, d_scores=out, accumulate=True)
 
 
+def accumulate_product(out: Tensor, grad_output: Tensor, x: Tensor) -> None:
+    """out += grad_output.T @ x, by the same kernel without weight and sign."""
+    score_grad(_rows(grad_output), _rows(x), None, None, None, d_scores=out, accumulate=True)
+
+
 # ---------------------------------------------------------------------------------------------- below: private
 
 

@@ -1,4 +1,4 @@
-"""d_scores = (grad_output.T @ x) * weight [* sign(scores)] and d_weight = where(keep, grad_output.T @ x, 0).
+"""d_scores = (grad_output.T @ x) [* weight] [* sign(scores)] and d_weight = where(keep, grad_output.T @ x, 0).
 
 grad_output (M, N), x (M, K) -> (N, K). One program takes tiles of BLOCK_N x BLOCK_K and sums over M:
 
@@ -45,9 +45,14 @@ def store_score_grad(
     stride_wn, stride_wk, stride_sn, stride_sk,
     SIGN: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """d_scores (N, K) contiguous, from the sums of one tile. SIGN: where it comes from, "scores", "bits" or "none"."""
-    w = load_tile(weight, row, column, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, False)
-    value = sums * w.to(tl.float32)
+    """d_scores (N, K) contiguous, from the sums of one tile. SIGN: where it comes from, "scores", "bits" or "none".
+
+    Without a weight (None) the sums are not multiplied by one.
+    """
+    value = sums
+    if weight is not None:
+        w = load_tile(weight, row, column, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, False)
+        value = sums * w.to(tl.float32)
     if SIGN == "bits":
         positive = load_bits(signs, row, column, N, K, stride_sn, BLOCK_N, BLOCK_K)
         value = tl.where(positive, value, -value)
@@ -139,7 +144,7 @@ def _score_grad_kernel(
 def score_grad(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     keep: Keep | None,
     sign: Tensor | None,
     *,
@@ -147,10 +152,13 @@ def score_grad(
     d_weight: Tensor | None = None,
     accumulate: bool = False,
 ) -> None:
-    """Fill d_scores and d_weight, (N, K) contiguous, where given; ``keep`` is read for d_weight alone."""
-    (n, k), m = weight.shape, grad.shape[0]
+    """Fill d_scores and d_weight, (N, K) contiguous, where given; ``keep`` is read for d_weight alone.
+
+    ``weight`` None: d_scores without that factor.
+    """
+    m, n, k = *grad.shape, x.shape[1]
     outputs = [g for g in (d_scores, d_weight) if g is not None]
-    if weight.numel() == 0:
+    if n == 0 or k == 0:
         return
     if m == 0:
         for g in outputs:
@@ -158,7 +166,7 @@ def score_grad(
                 g.zero_()
         return
     target = target_of(grad.device)
-    given = operands(weight, None, aligned(grad, x))
+    given = operands(x, None, aligned(grad, x))
     described = describable(target, given)
     tiles = outer_tiles(target, m, n, k, given)
     launch(
@@ -177,7 +185,7 @@ def score_grad(
         k,
         *grad.stride(),
         *x.stride(),
-        *weight.stride(),
+        *(weight.stride() if weight is not None else (0, 0)),
         *(keep.source.stride() if keep else (0, 0)),
         keep.threshold_stride if keep else 0,
         *(sign.stride() if sign is not None else (0, 0)),
@@ -195,5 +203,5 @@ def score_grad(
         PIECES=tiles.columns // EPILOGUE_COLUMNS,
         num_warps=tiles.warps,
         maxnreg=tiles.registers,
-        **arithmetic(weight),
+        **arithmetic(x),
     )

@@ -41,14 +41,16 @@ _BLOCK = 4096
 _WARPS = 8
 _PROGRAMS = 4  # a multiprocessor; each adds its counts to those in memory once
 
-_INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
+INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
 
 
-def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
+def kept_threshold(
+    scores: Tensor, keep_ratio: float, mode: str, *, into: Tensor | None = None, only_if: Tensor | None = None
+) -> Tensor:
     """The k-th largest key, 0-d in the scores' dtype; +inf if nothing is kept, NaN if a score is not finite.
 
     A threshold of zero may be -0.0, by the scores alone and not by their order. Scores that are not contiguous are
-    copied.
+    copied. ``into`` receives the threshold. Where ``only_if``, an int32 on the device, is 0, the kernels do nothing.
     """
     target = target_of(scores.device)
     return _kth_largest(
@@ -57,18 +59,33 @@ def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
         mode,
         digits=_digits(target.backend, triton.__version__)[scores.element_size(), mode],
         multiprocessors=target.multiprocessors,
+        into=into,
+        only_if=only_if,
     )
+
+
+def many_bins(backend: str, version: str) -> bool:
+    """Whether 2048 bins are counted as fast as 256."""
+    return tuple(int(part) for part in version.split(".")[:2]) >= _WIDE_TRITON and backend != "hip"
 
 
 def _digits(backend: str, version: str) -> dict[tuple[int, str], tuple[int, ...]]:
     """Bits of each digit, the highest first, by bytes of a score and mode."""
-    new = tuple(int(part) for part in version.split(".")[:2]) >= _WIDE_TRITON
-    return _WIDE if new and backend != "hip" else _NARROW
+    return _WIDE if many_bins(backend, version) else _NARROW
 
 
-def _kth_largest(scores: Tensor, kept: int, mode: str, *, digits: tuple[int, ...], multiprocessors: int) -> Tensor:
+def _kth_largest(
+    scores: Tensor,
+    kept: int,
+    mode: str,
+    *,
+    digits: tuple[int, ...],
+    multiprocessors: int,
+    into: Tensor | None = None,
+    only_if: Tensor | None = None,
+) -> Tensor:
     numel = scores.numel()
-    threshold = scores.new_empty(())
+    threshold = scores.new_empty(()) if into is None else into
     if numel == 0:
         return threshold.fill_(math.inf)
     word = torch.uint16 if scores.element_size() == 2 else torch.uint32
@@ -82,6 +99,7 @@ def _kth_largest(scores: Tensor, kept: int, mode: str, *, digits: tuple[int, ...
             (min(triton.cdiv(numel, _BLOCK), _PROGRAMS * multiprocessors),),
             bits,
             histograms,
+            only_if,
             numel,
             rank,
             **options,
@@ -96,10 +114,11 @@ def _kth_largest(scores: Tensor, kept: int, mode: str, *, digits: tuple[int, ...
         (1,),
         histograms,
         threshold.view(word),
+        only_if,
         rank,
         kept,
         **options,
-        INFINITY=_INFINITY[scores.dtype],
+        INFINITY=INFINITY[scores.dtype],
         SHIFT=sum(digits[1:]),
         num_warps=4,
     )
@@ -146,7 +165,7 @@ def _count(
 # Counts of one program are int32: it would take 2^31 scores a program, 2^40 on an H100, to overrun them.
 @triton.jit(do_not_specialize=["numel", "rank"])
 def _histogram_kernel(
-    bits, histograms, numel, rank,
+    bits, histograms, only_if, numel, rank,
     MODE: tl.constexpr, SIGN: tl.constexpr, DIGITS: tl.constexpr, PITCH: tl.constexpr,
     PASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -155,6 +174,8 @@ def _histogram_kernel(
     A program takes every num_programs-th block. Whole blocks are loaded without a mask: with one, a numel that 16 does
     not divide would make every load one score wide.
     """
+    if only_if is not None and tl.load(only_if) == 0:
+        return
     DIGIT: tl.constexpr = DIGITS[PASS]
     found = _select(histograms, rank, PASS, DIGITS, PITCH)
     counts = tl.zeros((1 << DIGIT,), tl.int32)
@@ -171,11 +192,13 @@ def _histogram_kernel(
 
 @triton.jit(do_not_specialize=["rank", "kept"])
 def _threshold_kernel(
-    histograms, threshold, rank, kept,
+    histograms, threshold, only_if, rank, kept,
     MODE: tl.constexpr, SIGN: tl.constexpr, DIGITS: tl.constexpr, PITCH: tl.constexpr,
     INFINITY: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """The bits of the key of this rank, of +inf if nothing is kept, of NaN if pass 0 saw a key that is not finite."""
+    if only_if is not None and tl.load(only_if) == 0:
+        return
     key = _select(histograms, rank, len(DIGITS), DIGITS, PITCH)
     if MODE == "magnitude":
         bits = key

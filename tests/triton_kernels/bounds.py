@@ -21,8 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from guarded import guarded
 
+from mft_kernels import reference_step
+from mft_kernels.fixed_point import fixed_from_float
 from mft_kernels.testing import Inputs, random_inputs
-from mft_kernels.triton import bits, ops, select, target
+from mft_kernels.triton import bits, ops, score_step, select, target
 from mft_kernels.triton.launch import launch
 
 TARGETS = (target.INTERPRETER, target.A100, target.H100, target.H100_OLD_TRITON, target.B200, target.MI300X)
@@ -69,6 +71,21 @@ def run_every_op(t: Inputs, out_dtype: torch.dtype, by_row: bool, at_end: bool) 
         ops.masked_linear_backward(grad, x, weight, scores, threshold, "magnitude", wanted)
     ops.masked_linear_packed_backward(grad, x, weight, packed, None, signs, "magnitude", wanted)
     ops.accumulate_score_grad(guard(torch.zeros(weight.shape, dtype=out_dtype)), grad, x, weight, None, signs, "value")
+    ops.accumulate_product(guard(torch.zeros(weight.shape, dtype=out_dtype)), grad, x)
+
+
+def run_score_steps(t: Inputs, at_end: bool) -> None:
+    """Both schemes, in two formats of scores; guarded as above."""
+    guard = partial(guarded, at_end=at_end)
+    like, weight = t.scores, guard(t.weight)
+    shape, blocks = like.shape, -(-like.numel() // reference_step.BLOCK)
+    for dtype, moments in ((torch.int16, torch.uint8), (torch.float32, torch.float32)):
+        scores = guard(fixed_from_float(like) if dtype == torch.int16 else like.float())
+        means, squares = (guard(torch.zeros(shape, dtype=moments)) for _ in range(2))
+        scales = guard(torch.zeros(2, blocks)) if moments == torch.uint8 else None
+        threshold = guard(torch.zeros((), dtype=dtype))
+        adam = (1, 1e-3, 0.9, 0.999, 1e-8, 0.0, guard(torch.ones(())), 0, "magnitude", 0.7, threshold)
+        score_step.score_step(scores, guard(like.float()), weight, means, squares, scales, *adam)
 
 
 def guarded_allocation(at_end: bool) -> ExitStack:
@@ -99,6 +116,8 @@ def main() -> None:
             for at_end in (True, False):
                 with target.assume(replace(card, multiprocessors=multiprocessors)), guarded_allocation(at_end):
                     run_every_op(t, dtypes[i % 2], by_row=i % 2 == 0, at_end=at_end)
+                    if card is target.INTERPRETER:  # its tiles are the same everywhere
+                        run_score_steps(t, at_end)
     print("within bounds")
 
 

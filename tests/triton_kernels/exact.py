@@ -28,10 +28,10 @@ def assert_same(got, expected):
 def assert_equals_reference(op, *arguments, **options):
     """The op of this name on these arguments, against the reference on the CPU."""
     on_cpu = [a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
-    if op == "accumulate_score_grad":
+    if op in ("accumulate_score_grad", "accumulate_product"):
         expected = (on_cpu[0].clone(), *on_cpu[1:])
-        reference.accumulate_score_grad(*expected)
-        ops.accumulate_score_grad(*arguments)
+        getattr(reference, op)(*expected)
+        getattr(ops, op)(*arguments)
         assert_same(arguments[0], expected[0])
         return
     got, expected = getattr(ops, op)(*arguments, **options), getattr(reference, op)(*on_cpu)

@@ -122,6 +122,15 @@ def test_accumulation_adds_to_what_lies_there_in_every_dtype(device, target, dty
     out = (torch.arange(37 * 40).view(37, 40) % 7).to(device, out_dtype)
     for sign in ((t.scores, None, "magnitude"), (None, signs, "magnitude"), (None, None, "value")):
         assert_equals_reference("accumulate_score_grad", out, t.grad_output, t.x, t.weight, *sign)
+    assert_equals_reference("accumulate_product", out, t.grad_output, t.x)
+
+
+def test_accumulation_without_a_weight_takes_empty_and_odd_shapes(device, target):
+    for shape in ((0, 5, 7), (3, 0, 7), (3, 5, 0), (1, 1, 1), (3, 33, 41)):
+        t = integers(device, *shape, HALF)
+        out = torch.ones(shape[1:], device=device)
+        assert_equals_reference("accumulate_product", out, t.grad_output, t.x)
+        assert_equals_reference("accumulate_product", out, t.grad_output.T.contiguous().T, t.x)
 
 
 def test_accumulation_rounds_the_sum_alone(device, target):

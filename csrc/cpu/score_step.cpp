@@ -1,0 +1,53 @@
+// One optimiser step on a matrix of scores, on all threads; counts the new scores' keys in the same pass.
+#include "score_step.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "select.h"
+#include "torch_matmul.h"
+
+namespace mft {
+namespace {
+
+// Elements stepped before their keys are counted: their scores, gradients and moments (24 bytes each) stay in L2, and
+// torch's sqrt is called often enough not to be seen (1 us a call).
+constexpr int64_t kSpan = 8192;
+
+void step_span(const StepKernels& kernels, const StepTensors& t, const StepConstants& c, float* root, int64_t begin,
+               int64_t n) {
+  if (t.mean_scales == nullptr) {
+    kernels.moments(t, c, begin, n);
+    torch_sqrt(root, static_cast<const float*>(t.exp_avg_sq) + begin, n);
+    kernels.scores(t, c, root, begin, n);
+    return;
+  }
+  for (int64_t done = 0; done < n; done += kStepChunk) {
+    kernels.chunk(t, c, begin + done, std::min(kStepChunk, n - done));
+  }
+}
+
+}  // namespace
+
+uint32_t score_step(const StepKernels& kernels, const StepTensors& t, const StepConstants& c, int64_t n, int64_t k,
+                    bool magnitude, const void* near) {
+  Selection selection(t.scores, selected_as(t.score_format), n, magnitude, near);
+  const auto step = [&](int64_t begin, int64_t end, uint32_t* bins) {
+    std::vector<float> root(t.mean_scales == nullptr ? kSpan : 0);
+    for (; begin < end; begin += kSpan) {
+      const int64_t here = std::min(kSpan, end - begin);
+      step_span(kernels, t, c, root.data(), begin, here);
+      if (bins != nullptr) selection.count(bins, begin, begin + here);
+    }
+  };
+  if (k >= 0) return selection.kth_largest(histogram(n, step), k);
+  const int64_t spans = (n + kSpan - 1) / kSpan;
+  torch::stable::parallel_for(0, spans, 4, [&](int64_t first, int64_t last) {
+    step(first * kSpan, std::min(last * kSpan, n), nullptr);
+  });
+  return 0;
+}
+
+}  // namespace mft

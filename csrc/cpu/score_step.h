@@ -1,0 +1,12 @@
+// One optimiser step on a matrix of scores, on all threads; counts the new scores' keys in the same pass.
+#pragma once
+
+#include "step_kernels.h"
+
+namespace mft {
+
+// Steps n elements. k >= 0: returns the k-th largest key's score as bits (see kth_largest); near as in Selection.
+uint32_t score_step(const StepKernels& kernels, const StepTensors& t, const StepConstants& c, int64_t n, int64_t k,
+                    bool magnitude, const void* near);
+
+}  // namespace mft

@@ -1,0 +1,247 @@
+// The kernels of an optimiser step, once: included by one source file per instruction set, which names MFT_STEP_KERNELS
+// and its flags. Plain loops over 256 elements that compilers make vectors of; 9 KB of them stay in L1.
+//
+// Only raw pointers here: an inline function shared with other files could be linked from the wrong instruction set.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "step_kernels.h"
+
+namespace mft {
+namespace {
+
+#include "formats.inl"
+
+constexpr uint32_t kInfinity = 0x7f800000, kMagnitude = 0x7fffffff, kTop = 0x80000000;
+
+inline const char* at(const void* base, int64_t bytes) { return static_cast<const char*>(base) + bytes; }
+
+// ------------------------------------------------------------------------------------------------ random words
+
+// One word an element of the chunk that begins at element `begin`: Philox 4x32-10.
+void random_words(uint32_t* words, const StepConstants& c, int64_t begin) {
+  const int64_t counter = begin / kStepChunk * kStepBlock;
+  const auto low = static_cast<uint32_t>(counter), high = static_cast<uint32_t>(counter >> 32);
+  for (uint32_t lane = 0; lane < kStepBlock; ++lane) {
+    uint32_t c0 = low + lane, c1 = high, c2 = c.step, c3 = 0;  // low is a multiple of 256: nothing is carried
+    uint32_t k0 = c.seed_low, k1 = c.seed_high;
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
+      c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+      c1 = static_cast<uint32_t>(p1);
+      c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+      c3 = static_cast<uint32_t>(p0);
+      k0 += 0x9E3779B9;
+      k1 += 0xBB67AE85;
+    }
+    words[lane] = c0;
+    words[lane + kStepBlock] = c1;
+    words[lane + 2 * kStepBlock] = c2;
+    words[lane + 3 * kStepBlock] = c3;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ scores
+
+void load_scores(float* out, const StepTensors& t, int64_t begin, int64_t n) {
+  if (t.score_format == ScoreFormat::kFloat32) {
+    std::memcpy(out, static_cast<const float*>(t.scores) + begin, n * sizeof(float));
+  } else if (t.score_format == ScoreFormat::kBFloat16) {
+    const auto* s = static_cast<const uint16_t*>(t.scores) + begin;
+    for (int64_t i = 0; i < n; ++i) out[i] = from_bfloat16(s[i]);
+  } else {
+    const auto* s = static_cast<const uint16_t*>(t.scores) + begin;
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t magnitude = s[i] & 0x7fff;
+      const uint32_t value = as_bits(static_cast<float>(magnitude) * 0x1p-18f);
+      const uint32_t sign = static_cast<uint32_t>(s[i] & 0x8000) << 16;
+      out[i] = as_float((magnitude > 31743 ? 0x7fc00000u : value) | sign);
+    }
+  }
+}
+
+void store_scores(const StepTensors& t, const float* in, const uint32_t* words, int64_t begin, int64_t n) {
+  if (t.score_format == ScoreFormat::kFloat32) {
+    std::memcpy(static_cast<float*>(t.scores) + begin, in, n * sizeof(float));
+  } else if (t.score_format == ScoreFormat::kBFloat16) {
+    auto* s = static_cast<uint16_t*>(t.scores) + begin;
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t bits = as_bits(in[i]);
+      const uint32_t rounded = bits + (words[i] & 0xffff);  // an infinity's lower half is 0: nothing is carried
+      s[i] = static_cast<uint16_t>(((bits & kMagnitude) > kInfinity ? 0x7fc00000 : rounded) >> 16);
+    }
+  } else {
+    auto* s = static_cast<uint16_t*>(t.scores) + begin;
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t bits = as_bits(in[i]), magnitude = bits & kMagnitude;
+      const float scaled = as_float(magnitude) * 0x1p18f, q = scaled < 31743.0f ? scaled : 31743.0f;
+      const auto whole = static_cast<int32_t>(q);
+      const auto bound = static_cast<float>(static_cast<int32_t>(words[i] & 0xffff));
+      const int32_t code = whole + ((q - static_cast<float>(whole)) * 65536.0f > bound ? 1 : 0);
+      const uint32_t sign = magnitude == 0 ? s[i] & 0x8000u : magnitude > kInfinity ? 0u : (bits & kTop) >> 16;
+      s[i] = static_cast<uint16_t>((magnitude < kInfinity ? static_cast<uint32_t>(code) : 0x7c00u) | sign);
+    }
+  }
+}
+
+// out[i] *= sign(score[i]): 0 and NaN have none, a fixed-point 0 has the one that it carries.
+void multiply_by_sign(float* out, const float* scores, ScoreFormat format, int64_t n) {
+  if (format == ScoreFormat::kFixed16) {
+    for (int64_t i = 0; i < n; ++i) out[i] = as_float(as_bits(out[i]) ^ (as_bits(scores[i]) & kTop));
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] *= scores[i] > 0 ? 1.0f : scores[i] < 0 ? -1.0f : 0.0f;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ fp32 moments
+
+void load_gradient(float* out, float* factor, const StepTensors& t, const float* scores, const StepConstants& c,
+                   bool with_weight, int64_t begin, int64_t n) {
+  widen(out, at(t.grad, begin * bytes_of(t.grad_format)), t.grad_format, n);
+  if (with_weight && t.weight != nullptr) {
+    widen(factor, at(t.weight, begin * bytes_of(t.weight_format)), t.weight_format, n);
+    for (int64_t i = 0; i < n; ++i) out[i] *= factor[i];
+  }
+  if (c.sign) multiply_by_sign(out, scores, t.score_format, n);
+  if (c.scales_grad) {
+    for (int64_t i = 0; i < n; ++i) out[i] *= c.grad_scale;
+  }
+}
+
+// As torch's kernels round: lerp_ and addcmul_ with a fused multiply-add.
+void move_moments(float* m, float* v, const float* g, const StepConstants& c, int64_t n) {
+  const float rest1 = c.one_minus_beta1, beta2 = c.beta2, rest2 = c.one_minus_beta2;  // which a write of m cannot change
+  if (rest1 < 0.5f) {
+    for (int64_t i = 0; i < n; ++i) m[i] = __builtin_fmaf(rest1, g[i] - m[i], m[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) m[i] = __builtin_fmaf(rest1 - 1.0f, g[i] - m[i], g[i]);
+  }
+  for (int64_t i = 0; i < n; ++i) v[i] = __builtin_fmaf(rest2 * g[i], g[i], v[i] * beta2);
+}
+
+void moments_of(const StepTensors& t, const StepConstants& c, int64_t begin, int64_t n) {
+  alignas(64) float g[kStepBlock], s[kStepBlock], factor[kStepBlock];
+  for (int64_t end = begin + n; begin < end; begin += kStepBlock) {
+    const int64_t here = end - begin < kStepBlock ? end - begin : kStepBlock;
+    if (c.sign) load_scores(s, t, begin, here);
+    load_gradient(g, factor, t, s, c, true, begin, here);
+    move_moments(static_cast<float*>(t.exp_avg) + begin, static_cast<float*>(t.exp_avg_sq) + begin, g, c, here);
+  }
+}
+
+void scores_of(const StepTensors& t, const StepConstants& c, const float* root, int64_t begin, int64_t n) {
+  alignas(64) float s[kStepBlock];
+  alignas(64) uint32_t words[kStepChunk];
+  for (int64_t done = 0; done < n; done += kStepBlock) {
+    const int64_t first = begin + done, here = n - done < kStepBlock ? n - done : kStepBlock;
+    if (t.score_format != ScoreFormat::kFloat32 && first % kStepChunk == 0) random_words(words, c, first);
+    load_scores(s, t, first, here);
+    const float* m = static_cast<const float*>(t.exp_avg) + first;
+    if (c.decays) {
+      for (int64_t i = 0; i < here; ++i) s[i] *= c.decay;
+    }
+    for (int64_t i = 0; i < here; ++i) {
+      s[i] += c.minus_step_size * m[i] / (root[done + i] / c.correction + c.eps);
+    }
+    store_scores(t, s, words + first % kStepChunk, first, here);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ 8-bit moments
+
+// Minifloats with 3 mantissa bits. kCodes 128: a sign in bit 7; kCodes 256: no sign.
+template <int kBias, int kCodes>
+void decode(float* out, const uint8_t* codes, float scale, int64_t n) {
+  const float least = as_float(static_cast<uint32_t>(127 - 2 - kBias) << 23);  // 2^(-2 - bias)
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t code = codes[i] & (kCodes - 1);
+    const uint32_t normal = (code + ((127 - kBias) << 3)) << 20;
+    const uint32_t subnormal = as_bits(static_cast<float>(static_cast<int32_t>(code)) * least);
+    const uint32_t sign = static_cast<uint32_t>(codes[i] & ~(kCodes - 1) & 0xff) << 24;
+    out[i] = as_float((code < 8 ? subnormal : normal) | sign) * scale;
+  }
+}
+
+// Returns the block's scale. words: of which the 8 bits from kShift on round.
+template <int kBias, int kCodes, int kShift>
+float encode(uint8_t* codes, const float* x, const uint32_t* words, int64_t n) {
+  uint32_t top = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t magnitude = as_bits(x[i]) & kMagnitude;
+    top = magnitude > top ? magnitude : top;  // patterns order as their values, NaN above all
+  }
+  if (top > kInfinity || top < as_bits(0x1p-125f)) {
+    std::memset(codes, 0, n);
+    return top > kInfinity ? as_float(0x7fc00000) : 0.0f;
+  }
+  const float largest = as_float(top) < 0x1p126f ? as_float(top) : 0x1p126f;
+  const float inverse = 1.875f / largest;
+  const float least = as_float(static_cast<uint32_t>(127 + 1 - kBias) << 23);       // 2^(1 - bias), the least normal one
+  const float fixed_point = as_float(static_cast<uint32_t>(127 + 22 + kBias) << 23);  // 2^(22 + bias)
+  for (int64_t i = 0; i < n; ++i) {
+    const float y = as_float(as_bits(x[i]) & kMagnitude) * inverse;
+    const float low = y < least ? y : least;
+    const auto subnormal = static_cast<uint32_t>(static_cast<int32_t>(low * fixed_point));
+    const uint32_t normal = as_bits(y) - (static_cast<uint32_t>(127 - kBias) << 23);
+    const uint32_t fixed = y < least ? subnormal : normal;
+    uint32_t code = (fixed + ((words[i] >> kShift & 0xff) << 12) + 2048) >> 20;
+    code = code < kCodes - 1 ? code : kCodes - 1;
+    const uint32_t bits = as_bits(x[i]), sign = kCodes == 128 ? bits >> 24 & 0x80 : 0;
+    if (kCodes == 256) code = code == 0 && bits != 0 ? 1 : code;  // squares are not negative, nor -0
+    codes[i] = static_cast<uint8_t>(code | sign);
+  }
+  return largest / 1.875f;
+}
+
+void block_of(const StepTensors& t, const StepConstants& c, const uint32_t* words, int64_t begin, int64_t n) {
+  alignas(64) float h[kStepBlock], s[kStepBlock], w[kStepBlock], m[kStepBlock], v[kStepBlock];
+  auto* mean_codes = static_cast<uint8_t*>(t.exp_avg) + begin;
+  auto* square_codes = static_cast<uint8_t*>(t.exp_avg_sq) + begin;
+  float& mean_scale = t.mean_scales[begin / kStepBlock];
+  float& square_scale = t.square_scales[begin / kStepBlock];
+  load_scores(s, t, begin, n);
+  load_gradient(h, w, t, s, c, false, begin, n);
+  decode<15, 128>(m, mean_codes, mean_scale, n);
+  decode<31, 256>(v, square_codes, square_scale, n);
+  for (int64_t i = 0; i < n; ++i) {
+    m[i] = m[i] * c.beta1 + h[i] * c.one_minus_beta1;
+    v[i] = v[i] * c.beta2 + h[i] * h[i] * c.one_minus_beta2;
+  }
+  if (c.decays) {
+    for (int64_t i = 0; i < n; ++i) s[i] *= c.decay;
+  }
+  if (t.weight != nullptr) {
+    widen(w, at(t.weight, begin * bytes_of(t.weight_format)), t.weight_format, n);
+    for (int64_t i = 0; i < n; ++i) {
+      const float size = as_float(as_bits(w[i]) & kMagnitude);
+      s[i] += m[i] * w[i] * c.minus_step_size / (std::sqrt(v[i]) * size * c.correction + c.eps);
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      s[i] += m[i] * c.minus_step_size / (std::sqrt(v[i]) * c.correction + c.eps);
+    }
+  }
+  mean_scale = encode<15, 128, 16>(mean_codes, m, words, n);
+  square_scale = encode<31, 256, 24>(square_codes, v, words, n);
+  store_scores(t, s, words, begin, n);
+}
+
+void chunk_of(const StepTensors& t, const StepConstants& c, int64_t begin, int64_t n) {
+  alignas(64) uint32_t words[kStepChunk];
+  random_words(words, c, begin);
+  for (int64_t done = 0; done < n; done += kStepBlock) {
+    block_of(t, c, words + done, begin + done, n - done < kStepBlock ? n - done : kStepBlock);
+  }
+}
+
+}  // namespace
+
+const StepKernels& MFT_STEP_KERNELS() {
+  static const StepKernels table = {moments_of, scores_of, chunk_of};
+  return table;
+}
+
+}  // namespace mft

@@ -1,0 +1,60 @@
+"""The masked product while a mask is held: bits in, and the backward pass adds into a buffer instead of returning.
+
+Between two optimiser steps neither weight nor mask changes, so a micro-batch needs 1 bit a weight of the scores, and
+its share of the gradient is grad_output.T @ x alone: weight and sign are multiplied in by score_step, once a step.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .ops import accumulate_score_grad, masked_linear_packed
+
+Weight = Tensor | Callable[[], Tensor]  # a function makes the weight anew for each product, for instance from 4 bits
+
+
+class _HeldLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, anchor, weight: Weight, packed, bias, grad_buffer):
+        ctx.save_for_backward(x)
+        ctx.held = weight, packed, grad_buffer
+        return masked_linear_packed(x, _dense(weight), packed, bias)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (x,) = ctx.saved_tensors
+        weight, packed, grad_buffer = ctx.held
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = torch.ops.mft.masked_linear_packed_backward(
+                grad_output, x, _dense(weight), packed, None, None, "value", [True, False, False, False], "auto"
+            )[0]
+        accumulate_score_grad(grad_buffer, grad_output, x, None)
+        return d_x, None, None, None, None, None
+
+
+def masked_linear_held(
+    x: Tensor, weight: Weight, packed: Tensor, bias: Tensor | None = None, *, grad_buffer: Tensor | None = None
+) -> Tensor:
+    """y = x @ where(mask, weight, 0).T + bias; its backward pass does grad_buffer += grad_output.T @ x, in place.
+
+    No gradient of the weight's size is made, and x is all that is saved. d_x is computed if x asks for it; weight and
+    bias get no gradient.
+
+    Args:
+        x: (..., K). weight: (N, K), or a function that returns it, called again in the backward pass.
+        packed: int32 (N, ceil(K / 32)); see pack_mask.
+        grad_buffer: (N, K) contiguous, fp32 or a 16-bit float; None: nothing is accumulated.
+    Returns: (..., N) in x's dtype.
+    """
+    if grad_buffer is None or not torch.is_grad_enabled():
+        # Detached, so that the packed op's own backward makes d_x alone.
+        dense = _dense(weight)
+        return masked_linear_packed(x, dense.detach(), packed, None if bias is None else bias.detach())
+    anchor = torch.empty(0, device=x.device, requires_grad=True)  # x itself may ask for no gradient
+    return _HeldLinear.apply(x, anchor, weight, packed, bias, grad_buffer)
+
+
+def _dense(weight: Weight) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight()

@@ -1,0 +1,176 @@
+"""MaskAdamW: AdamW over scores, its moments in 8 bits, through score_step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from .checks import BLOCK, check_adam, check_mode, check_stepped
+from .step import score_step
+
+MOMENTS = ("8bit", "fp32")
+
+
+class MaskAdamW(Optimizer):
+    """AdamW over score matrices: fp32, or bf16 and int16 fixed point, which are rounded stochastically.
+
+    Either step(), as any optimiser, on every parameter that has a .grad (d_scores, of any shape); or step_one() on one
+    matrix from grad_output.T @ x, whose factors weight and sign(scores) the step applies, and whose next mask it finds.
+
+    A parameter's stochastic rounding takes seed * 2^32 + the parameter's place among all parameters, and its step. So
+    a run that is resumed from state_dict repeats bit for bit, as long as parameters are given in the same order.
+
+    Args:
+        params: tensors or groups of them; float32, bfloat16, or int16 with requires_grad=False (those take step_one).
+        lr: score units a step; the paper's 2e-5 moves a score by 0.1 % of the usual scale of 0.02.
+        moments: "8bit", 2 bytes a weight and 2 floats a block of 256, or "fp32", which with fp32 scores is
+            torch.optim.AdamW(foreach=False) bit for bit.
+        mode: "magnitude" or "value"; for step_one.
+        seed: in [0, 2^31).
+    lr, betas, eps, weight_decay, moments, mode and seed are options of each group.
+    Raises: ValueError or TypeError, naming the option.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        moments: str = "8bit",
+        mode: str = "magnitude",
+        seed: int = 0,
+    ) -> None:
+        options = (lr, betas, eps, weight_decay, moments, mode, seed)
+        super().__init__(params, dict(zip(("lr", "betas", "eps", "weight_decay", "moments", "mode", "seed"), options)))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Check a group's options and dtypes, then add it."""
+        options = {**self.defaults, **param_group}
+        check_adam(options["lr"], options["betas"], options["eps"], options["weight_decay"])
+        check_mode(options["mode"])
+        if options["moments"] not in MOMENTS:
+            raise ValueError(f"moments must be one of {MOMENTS}, got {options['moments']!r}")
+        if not isinstance(options["seed"], int) or not 0 <= options["seed"] < 2**31:
+            raise ValueError(f"seed must be an integer in [0, 2^31), got {options['seed']!r}")
+        super().add_param_group(param_group)
+        try:
+            for p in param_group["params"]:
+                check_stepped("params", p)
+                if not p.is_contiguous():
+                    raise ValueError(f"params must be contiguous, got strides {p.stride()}; use p.contiguous()")
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter with a .grad. Returns what closure returned, or None."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._step(p, p.grad, None, self.tensors(p), {})
+        return loss
+
+    @torch.no_grad()
+    def step_one(
+        self,
+        p: Tensor,
+        grad: Tensor,
+        weight: Tensor | None = None,
+        *,
+        tensors: dict[str, Tensor] | None = None,
+        grad_scale: Tensor | None = None,
+        keep_ratio: float | None = None,
+        threshold: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """score_step on one of params, (N, K), with the options of its group; its step counter rises by one.
+
+        Args:
+            grad, weight, grad_scale, keep_ratio, threshold: see score_step.
+            tensors: copies of tensors(p) on grad's device, updated in place of those at rest.
+        Returns: (threshold, packed mask) of the new scores if keep_ratio is given.
+        Raises: ValueError if p is not one of params.
+        """
+        asked = {"grad_scale": grad_scale, "keep_ratio": keep_ratio, "threshold": threshold}
+        return self._step(p, grad, weight, self.tensors(p) if tensors is None else tensors, asked)
+
+    def tensors(self, p: Tensor) -> dict[str, Tensor]:
+        """What a step of p updates, as it rests: "scores" (p itself), "exp_avg", "exp_avg_sq" and, in 8 bits, "scales".
+
+        Moments begin at zero, on p's device and pinned where p is.
+        """
+        group, _ = self._place(p)
+        state = self.state[p]
+        if not state:
+            pinned = p.is_pinned()
+            state["step"] = 0
+            dtype = torch.uint8 if group["moments"] == "8bit" else torch.float32
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros(p.shape, dtype=dtype, device=p.device, pin_memory=pinned)
+            if group["moments"] == "8bit":
+                state["scales"] = torch.zeros(2, -(-p.numel() // BLOCK), device=p.device, pin_memory=pinned)
+        return {"scores": p, **{name: tensor for name, tensor in state.items() if name != "step"}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take options and states, which are copied and keep their dtypes: torch's own method casts them to p's."""
+        super().load_state_dict(state_dict)
+        places = [place for group in state_dict["param_groups"] for place in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for place, p in zip(places, params):
+            for name, value in state_dict["state"].get(place, {}).items():
+                if isinstance(value, Tensor):
+                    value = value.to(p.device, copy=True)
+                    self.state[p][name] = value.pin_memory() if p.is_pinned() else value
+
+    def _place(self, p: Tensor) -> tuple[dict[str, Any], int]:
+        """p's group, and its place among all parameters."""
+        place = 0
+        for group in self.param_groups:
+            for other in group["params"]:
+                if other is p:
+                    return group, place
+                place += 1
+        raise ValueError(f"p must be one of the optimiser's parameters, got another tensor of shape {tuple(p.shape)}")
+
+    def _step(
+        self, p: Tensor, grad: Tensor, weight: Tensor | None, tensors: dict[str, Tensor], asked: dict[str, Any]
+    ) -> tuple[Tensor, Tensor] | None:
+        group, place = self._place(p)
+        if grad.is_sparse:
+            raise TypeError("grad must be dense, got a sparse tensor; a score gradient has no zeros to leave out")
+        state = self.state[p]
+        result = score_step(
+            _as_matrix(tensors["scores"].detach()),
+            _as_matrix(grad),
+            weight,
+            _as_matrix(tensors["exp_avg"]),
+            _as_matrix(tensors["exp_avg_sq"]),
+            tensors.get("scales"),
+            step=state["step"] + 1,
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            seed=group["seed"] << 32 | place,
+            mode=group["mode"],
+            **asked,
+        )
+        state["step"] += 1
+        return result
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    # An element-wise step does not ask for the shape; blocks of 256 run over the flattened tensor.
+    if tensor.dim() == 2:
+        return tensor
+    return tensor.reshape(1, -1)

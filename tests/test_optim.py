@@ -1,0 +1,294 @@
+"""MaskAdamW is torch's AdamW where nothing is rounded, and resumes, schedules and refuses as an optimiser should."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+
+from mft_kernels import MaskAdamW, MaskedLinear, cpu, fixed_from_float, float_from_fixed, kept_threshold, pack_mask
+from mft_kernels.masking import current_mask
+
+BACKENDS = ("reference", *([] if cpu.unavailable else ["cpu"]))
+SCORES = (torch.float32, torch.bfloat16, torch.int16)
+MOMENTS = ("fp32", "8bit")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    monkeypatch.setenv("MFT_KERNELS", request.param)
+    return request.param
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parameter(shape, dtype=torch.float32, seed=0):
+    wide = 0.02 * normal(*shape, seed=seed)
+    if dtype == torch.int16:
+        return torch.nn.Parameter(fixed_from_float(wide), requires_grad=False)
+    return torch.nn.Parameter(wide.to(dtype))
+
+
+def gradient(step, shape):
+    return normal(*shape, seed=1000 + step) * normal(shape[0], *[1] * (len(shape) - 1), seed=step).exp()
+
+
+def warm_up_then_down(step):
+    return min(1.0, (step + 1) / 5) * (1 - step / 60)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_fp32_is_torch_s_adamw_bit_for_bit(backend, weight_decay, threads):
+    shape = (61, 103) if threads == 1 else (257, 1031)  # the latter is cut among the threads, within a vector
+    p, q = parameter(shape), parameter(shape)
+    options = {"lr": 3e-3, "betas": (0.9, 0.98), "weight_decay": weight_decay}
+    ours = MaskAdamW([p], moments="fp32", **options)
+    theirs = torch.optim.AdamW([q], foreach=False, fused=False, **options)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, warm_up_then_down) for o in (ours, theirs)]
+    torch.set_num_threads(threads)
+    try:
+        for i in range(40 if threads == 1 else 5):
+            p.grad = gradient(i, shape)
+            q.grad = p.grad.clone()
+            for thing in (ours, theirs, *schedules):
+                thing.step()
+            assert torch.equal(p, q)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(ours.state[p]["exp_avg_sq"], theirs.state[q]["exp_avg_sq"])
+    threshold = kept_threshold(p, 0.9)
+    assert torch.equal(pack_mask(p, threshold), pack_mask(q, kept_threshold(q, 0.9)))
+
+
+def test_step_one_is_torch_s_adamw_on_the_gradient_times_weight_and_sign(backend):
+    shape, weight = (40, 70), 0.02 * normal(40, 70, seed=5)
+    p, q = parameter(shape), parameter(shape)
+    ours = MaskAdamW([p], lr=3e-3, moments="fp32")
+    theirs = torch.optim.AdamW([q], lr=3e-3, weight_decay=0.0, foreach=False, fused=False)
+    threshold = None
+    for i in range(30):
+        grad = gradient(i, shape)
+        q.grad = grad * weight * q.detach().sign()
+        theirs.step()
+        threshold, packed = ours.step_one(p, grad, weight, keep_ratio=0.9, threshold=threshold)
+        assert torch.equal(p, q)
+        assert torch.equal(threshold, kept_threshold(q, 0.9))
+        assert torch.equal(packed, pack_mask(q, threshold))
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5, 300), (0, 4)])
+def test_step_takes_parameters_of_any_shape(backend, shape, dtype, moments):
+    p = torch.nn.Parameter(torch.full(shape, 0.5).to(dtype))
+    optimizer = MaskAdamW([p], lr=0.1, moments=moments)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert torch.allclose(p.float(), torch.full(shape, 0.4), atol=4e-3)
+    assert optimizer.state[p]["exp_avg"].shape == p.shape
+
+
+def test_a_closure_is_run_with_gradients_and_its_loss_returned():
+    p = parameter((4, 4))
+    optimizer = MaskAdamW([p])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (p * p).sum()
+        loss.backward()
+        return loss
+
+    before = (p * p).sum().item()
+    assert optimizer.step(closure).item() == before
+    assert (p * p).sum().item() < before
+
+
+def test_a_parameter_without_a_gradient_is_left_alone():
+    p, q = parameter((4, 4)), parameter((4, 4))
+    optimizer = MaskAdamW([p, q])
+    p.grad = torch.ones_like(p)
+    before = q.detach().clone()
+    optimizer.step()
+    assert torch.equal(q, before)
+    assert not optimizer.state[q]
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("dtype", SCORES)
+def test_a_resumed_run_repeats_bit_for_bit(tmp_path, dtype, moments):
+    def steps(optimizer, params, first, last):
+        for i in range(first, last):
+            for place, p in enumerate(params):
+                optimizer.step_one(p, gradient(i * 10 + place, p.shape), normal(*p.shape, seed=place))
+
+    params = [parameter((9, 300), dtype, seed) for seed in range(2)]
+    optimizer = MaskAdamW([{"params": [params[0]], "lr": 1e-3}, {"params": [params[1]]}], moments=moments, seed=3)
+    steps(optimizer, params, 0, 4)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    copies = [torch.nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in params]
+    steps(optimizer, params, 4, 8)
+
+    resumed = MaskAdamW([{"params": [p]} for p in copies], moments="fp32", lr=7.0)  # options come from the state
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for p, q in zip(params, copies):
+        for name, tensor in optimizer.tensors(p).items():
+            assert resumed.tensors(q)[name].dtype == tensor.dtype
+    steps(resumed, copies, 4, 8)
+    for p, q in zip(params, copies):
+        for name, tensor in optimizer.tensors(p).items():
+            assert torch.equal(resumed.tensors(q)[name], tensor), name
+
+
+def test_a_loaded_state_is_a_copy():
+    p, q = parameter((4, 300)), parameter((4, 300))
+    first, second = MaskAdamW([p]), MaskAdamW([q])
+    first.step_one(p, gradient(0, p.shape))
+    second.load_state_dict(first.state_dict())
+    before = first.state[p]["exp_avg"].clone()
+    second.step_one(q, gradient(1, q.shape))
+    assert torch.equal(first.state[p]["exp_avg"], before)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copied_optimizer_goes_on_alike(duplicate):
+    p = parameter((5, 300), torch.bfloat16)
+    optimizer = MaskAdamW([p])
+    optimizer.step_one(p, gradient(0, p.shape))
+    other = duplicate(optimizer)
+    (q,) = other.param_groups[0]["params"]
+    optimizer.step_one(p, gradient(1, p.shape))
+    other.step_one(q, gradient(1, p.shape))
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_copies_are_stepped_in_place_of_what_rests(backend, moments):
+    p, q = parameter((6, 300), torch.int16), parameter((6, 300), torch.int16)
+    resting, streamed = MaskAdamW([p], moments=moments), MaskAdamW([q], moments=moments)
+    for i in range(3):
+        grad, weight = gradient(i, p.shape), normal(*p.shape, seed=9)
+        want = resting.step_one(p, grad, weight, keep_ratio=0.9)
+        at_rest = streamed.tensors(q)
+        before = {name: tensor.clone() for name, tensor in at_rest.items()}
+        copies = {name: tensor.clone() for name, tensor in at_rest.items()}
+        got = streamed.step_one(q, grad, weight, tensors=copies, keep_ratio=0.9)
+        assert all(torch.equal(at_rest[name], tensor) for name, tensor in before.items())
+        for name, tensor in copies.items():
+            at_rest[name].copy_(tensor)
+        assert torch.equal(p, q)
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_tensors_are_what_a_scheme_needs():
+    p, q = parameter((3, 300)), parameter((3, 300))
+    optimizer = MaskAdamW([{"params": [p]}, {"params": [q], "moments": "fp32"}])
+    eight, exact = optimizer.tensors(p), optimizer.tensors(q)
+    assert list(eight) == ["scores", "exp_avg", "exp_avg_sq", "scales"]
+    assert list(exact) == ["scores", "exp_avg", "exp_avg_sq"]
+    assert eight["scores"] is p
+    assert (eight["exp_avg"].dtype, eight["scales"].shape) == (torch.uint8, (2, 4))
+    assert exact["exp_avg_sq"].dtype == torch.float32
+    assert optimizer.tensors(p)["exp_avg"] is eight["exp_avg"]
+
+
+def test_matrices_of_one_optimizer_round_by_different_random_words():
+    params = [parameter((8, 256), torch.bfloat16) for _ in range(2)]
+    optimizer = MaskAdamW(params)
+    for p in params:
+        optimizer.step_one(p, gradient(0, p.shape))
+    assert not torch.equal(*params)
+
+
+def test_a_group_added_later_takes_its_options_and_its_place():
+    p, q = parameter((2, 3)), parameter((2, 3))
+    optimizer = MaskAdamW([p], lr=0.5)
+    optimizer.add_param_group({"params": [q], "lr": 0.25, "mode": "value", "moments": "fp32"})
+    optimizer.step_one(q, torch.ones(2, 3), torch.ones(2, 3))
+    # In mode "value" the sign of a score is no factor: all move down.
+    assert torch.allclose(q, parameter((2, 3)) - 0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_masked_layer_sees_the_scores_that_a_step_changed(backend, dtype):
+    layer = MaskedLinear(64, 8, keep_ratio=0.5, scores_dtype=dtype)
+    optimizer = MaskAdamW([layer.scores], lr=0.05)
+    before = current_mask(layer.scores, 0.5, None, "magnitude").packed.clone()
+    optimizer.step_one(layer.scores, normal(8, 64), normal(8, 64, seed=1))  # no hook of Optimizer.step runs here
+    now = current_mask(layer.scores, 0.5, None, "magnitude").packed
+    scores = layer.scores.detach()
+    assert torch.equal(now, pack_mask(scores, kept_threshold(scores, 0.5)))
+    assert not torch.equal(now, before)
+
+
+@pytest.mark.parametrize("dtype", SCORES)
+def test_training_lowers_a_loss_that_only_the_scores_can_lower(dtype):
+    # Scores are pulled to a target of either sign by their own gradient; 16 bits arrive as fp32 does.
+    p, target = parameter((16, 256), dtype), 0.02 * normal(16, 256, seed=4)
+    optimizer = MaskAdamW([p], lr=1e-3)
+
+    def value():
+        return float_from_fixed(p) if dtype == torch.int16 else p.detach().float()
+
+    before = (value() - target).square().mean()
+    for _ in range(150):
+        optimizer.step_one(p, 2 * (value() - target))
+    assert (value() - target).square().mean() < before / 50
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"lr": -1e-3}, ValueError, "lr must be finite and at least 0, got -0.001"),
+        ({"lr": torch.tensor(1e-3)}, TypeError, "lr must be a number, got Tensor; use float(lr)"),
+        ({"betas": (0.9, 1.5)}, ValueError, "betas[1] must lie in [0, 1), got 1.5"),
+        ({"betas": (0.9,)}, ValueError, "betas must be a pair, got (0.9,)"),
+        ({"eps": -1.0}, ValueError, "eps must be finite and at least 0, got -1.0"),
+        ({"weight_decay": float("inf")}, ValueError, "weight_decay must be finite and at least 0, got inf"),
+        ({"moments": "bf16"}, ValueError, "moments must be one of ('8bit', 'fp32'), got 'bf16'"),
+        ({"mode": "sign"}, ValueError, "mode must be one of ('magnitude', 'value'), got 'sign'"),
+        ({"seed": 2**31}, ValueError, "seed must be an integer in [0, 2^31), got 2147483648"),
+    ],
+)
+def test_a_wrong_option_is_refused_by_name(options, error, message):
+    with pytest.raises(error) as caught:
+        MaskAdamW([parameter((2, 2))], **options)
+    assert message in str(caught.value)
+    with pytest.raises(error):
+        MaskAdamW([parameter((2, 2))]).add_param_group({"params": [parameter((2, 2))], **options})
+
+
+def test_parameters_of_another_dtype_or_layout_are_refused_and_not_added():
+    optimizer = MaskAdamW([parameter((2, 2))])
+    with pytest.raises(TypeError, match="params must be float32, bfloat16"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2, 2).half())]})
+    with pytest.raises(ValueError, match="params must be contiguous, got strides"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2, 3).T)]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_tensor_that_is_no_parameter_is_refused():
+    optimizer = MaskAdamW([parameter((2, 2))])
+    with pytest.raises(ValueError, match="p must be one of the optimiser's parameters, got another tensor"):
+        optimizer.step_one(torch.zeros(2, 2), torch.zeros(2, 2))
+
+
+def test_a_sparse_gradient_is_refused():
+    p = parameter((2, 2))
+    optimizer = MaskAdamW([p])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sparse = torch.ones(2, 2).to_sparse()
+    with pytest.raises(TypeError, match="grad must be dense"):
+        optimizer.step_one(p, sparse)
+
+
+def test_a_refused_step_does_not_count():
+    p = parameter((2, 2))
+    optimizer = MaskAdamW([p])
+    with pytest.raises(ValueError, match="grad must match scores"):
+        optimizer.step_one(p, torch.zeros(2, 3))
+    assert optimizer.state[p]["step"] == 0
