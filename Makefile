@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml
 
-.PHONY: install demo test lint cuda bench gpu kernels-report kernels-report-3.6 clean
+.PHONY: install demo test lint cuda bench simulate gpu kernels-report kernels-report-3.6 clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +43,13 @@ cuda: install
 
 bench: install
 	$(BIN)/python -m benchmarks
+
+# Peak memory of LLaMA2-7B's training step, way by way: what mft estimate says beside the engines themselves, run on fake
+# tensors. Half a minute, and less than 2 GB. make simulate MODEL=llama3.1-8b LAYERS=all
+MODEL  ?= llama2-7b
+LAYERS ?= 4-7
+simulate: install
+	$(BIN)/python -m mft.simulated_step $(MODEL) --layers $(LAYERS)
 
 # Needs a GPU, torch, triton, numpy and pytest, and no installation: make gpu WHAT=step,forward GPU_PYTHON=python3
 # The CUDA kernels take part if mft_kernels/libmft_cuda.so and _build.json are there (make cuda, on any x86-64 Linux);

@@ -23,6 +23,8 @@ KERNELS = {
     "_histogram_kernel",
     "_threshold_kernel",
     "_pack_kernel",
+    "_score_step_kernel",
+    "_window_kernel",
 }
 
 

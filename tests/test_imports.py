@@ -11,10 +11,11 @@ ROOT = Path(__file__).parent.parent
 
 # A module may import those on lines above its own, and none on its own line.
 KERNEL_LAYERS = (
-    ("reference", "testing"),
+    ("fixed_point", "reference", "testing"),
+    ("reference_step",),
     ("backends", "built", "checks", "library"),
-    ("ops", "cpu", "cuda", "triton"),
-    ("masking",),
+    ("ops", "cpu", "cuda", "step", "triton"),
+    ("held", "masking", "optim"),
     ("linear",),
     ("__init__",),
 )
@@ -25,19 +26,28 @@ TRITON_LAYERS = (
     ("arguments",),
     ("product", "score_grad", "scratch"),
     ("backward",),
-    ("ops",),
+    ("ops", "score_step"),
     ("__init__",),
 )
-KERNELS_MAY_IMPORT = {"backends", "reference"}  # of mft_kernels: a kernel knows no sibling
+KERNELS_MAY_IMPORT = {"backends", "reference", "reference_step"}  # of mft_kernels: a kernel knows no sibling
 RECIPE_LAYERS = (
-    ("atomic", "cache", "checkpointing", "choices", "clones", "corpus", "hub", "progress", "token_loss", "yaml_file"),
-    ("export_file", "fetch", "fields", "linears"),
-    ("causal_lm", "config"),
-    ("master_weights", "models", "prefix", "records", "run_directory", "targets"),
-    ("convert", "evaluate", "examples"),
-    ("export", "inspection", "recipe", "rows"),
-    ("data", "recorder", "tuning"),
-    ("compare",),
+    (
+        *("atomic", "cache", "checkpointing", "choices", "clones", "corpus", "hub", "moving", "progress"),
+        *("quantized_weight", "simulate", "token_loss", "yaml_file"),
+    ),
+    ("batches", "export_file", "fetch", "fields", "linears", "shapes"),
+    ("activations", "causal_lm", "config", "model_config", "setting"),
+    (
+        *("layer_calls", "master_weights", "models", "prefix", "records", "run_directory", "score_states"),
+        *("step_time", "targets"),
+    ),
+    ("convert", "estimate", "examples", "layer_engine"),
+    ("bases", "choice", "inspection", "layerwise", "plain", "rows"),
+    ("engines", "estimate_report"),
+    ("evaluate",),
+    ("export", "recipe"),
+    ("data", "fit", "quantized", "recorder", "tuning"),
+    ("compare", "simulated_step"),
     ("plots",),
     ("report",),
     ("demo", "verbs"),

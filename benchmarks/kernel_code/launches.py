@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mft_kernels.triton import bits, ops, select
+from mft_kernels.reference_step import BLOCK
+from mft_kernels.triton import bits, ops, score_step, select
 from mft_kernels.triton.launch import Launch
 from mft_kernels.triton.target import (
     A100,
@@ -78,9 +79,15 @@ def _calls(few: bool) -> Calls:
     for m in FEW_TOKENS if few else TOKENS:
         yield from _usual(m, bf16, bf16)
     yield from _of_selection(bf16)
+    yield from _of_steps(torch.int16, bf16, eight_bit=True)
     if few:
         return
     yield from _of_selection(fp32)
+    for scores_dtype in (fp32, bf16, torch.int16):
+        for eight_bit in (True, False):
+            for weight_dtype in (bf16, fp16, fp32, None):
+                yield from _of_steps(scores_dtype, weight_dtype, eight_bit=eight_bit)
+            yield from _of_steps(scores_dtype, bf16, eight_bit=eight_bit, mode="value", odd=True)
     for m in TOKENS:
         yield from _usual(m, bf16, fp32)
     for m in FEW_TOKENS:
@@ -130,6 +137,7 @@ def _usual(
         yield f"{name}, {o.name}", functools.partial(o.backward, o.threshold, wanted)
     yield f"d_x, d_scores, packed, {o.name}", lambda: o.packed_backward(_BOTH)
     yield f"accumulate by bits, {o.name}", lambda: o.accumulate(None, o.packed)
+    yield f"accumulate without weight, {o.name}", lambda: ops.accumulate_product(o.sums, o.grad, o.x)
 
 
 def _rare(m: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool = False) -> Calls:
@@ -151,6 +159,30 @@ def _of_selection(dtype: torch.dtype) -> Calls:
         yield f"kept_threshold, {mode}, {_name(dtype)}", lambda mode=mode: select.kept_threshold(scores, 0.9, mode)
         yield f"pack_mask, {mode}, {_name(dtype)}", lambda mode=mode: bits.pack_mask(scores, threshold, mode)
     yield f"pack_signs, {_name(dtype)}", lambda: bits.pack_signs(scores)
+
+
+def _of_steps(
+    scores_dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    *,
+    eight_bit: bool,
+    mode: str = _MAGNITUDE,
+    odd: bool = False,
+) -> Calls:
+    """An optimiser step that knows its old threshold and is asked for the new one; without a weight, scaled."""
+    shape = FEATURES, FEATURES - odd
+    moments = torch.uint8 if eight_bit else torch.float32
+    first, second = (_empty(*shape, dtype=moments) for _ in range(2))
+    scales = _empty(2, -(-shape[0] * shape[1] // BLOCK), dtype=torch.float32) if eight_bit else None
+    scores, threshold = _empty(*shape, dtype=scores_dtype), _empty(dtype=scores_dtype)
+    grad = _empty(*shape, dtype=torch.float32)
+    weight = None if weight_dtype is None else _empty(*shape, dtype=weight_dtype)
+    grad_scale = _empty(dtype=torch.float32) if weight is None else None
+    adam = {"step": 1, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+    options = {"grad_scale": grad_scale, "seed": 0, "mode": mode, "keep_ratio": 0.9, "threshold": threshold}
+    name = f"score_step, {_name(scores_dtype)}, {'8-bit' if eight_bit else 'exact'}"
+    name += f", weight {_name(weight_dtype) if weight_dtype else None}{', by value, odd' if odd else ''}"
+    yield name, lambda: score_step.score_step(scores, grad, weight, first, second, scales, **adam, **options)
 
 
 def _in_tf32(call: Callable[[], object]) -> Callable[[], object]:

@@ -3,13 +3,16 @@
 decoder(input_ids) -> hidden (B, T, D); head(hidden) -> logits (B, T, V).
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mft.linears import layer_stacks
+
+FEW = 8  # tokens are enough to see how a model is built
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -52,7 +55,7 @@ def split_at_head(model: nn.Module, input_ids: Tensor) -> tuple[Callable[[nn.Mod
     """
     was_training = model.training
     model.eval()
-    few = input_ids[:1, :8]
+    few = input_ids[:1, :FEW]
     own = _run_model(model, few).float()
     ours = head_of(model)(run_decoder(model, few)).float()
     model.train(was_training)
@@ -82,6 +85,22 @@ def has_dropout(model: Any) -> bool:
         return True
     config = vars(model.config.get_text_config())
     return any(isinstance(v, float) and v > 0 for k, v in config.items() if "dropout" in k or k == "layerdrop")
+
+
+@contextlib.contextmanager
+def replaced_forwards(layers: Iterable[nn.Module], forward_for: Callable[[nn.Module], Callable]) -> Iterator[None]:
+    """Each layer's forward is forward_for(layer) inside the context."""
+    before = [(layer, vars(layer).get("forward")) for layer in layers]
+    for layer, _ in before:
+        object.__setattr__(layer, "forward", forward_for(layer))
+    try:
+        yield
+    finally:
+        for layer, own in before:
+            if own is None:
+                del layer.__dict__["forward"]
+            else:
+                object.__setattr__(layer, "forward", own)
 
 
 def _run_model(model: nn.Module, input_ids: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ class _OneMessageAnError(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except typer.Exit:  # a RuntimeError too
+            raise
         except (ValueError, RuntimeError, OSError) as error:
             if os.environ.get(TRACEBACK):
                 raise
@@ -70,11 +72,14 @@ def evaluate(
     masks: Annotated[Path | None, typer.Option(help="Masks to put on the model: an output_dir or its masks/.")] = None,
     split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+    unquantized: Annotated[
+        bool, typer.Option("--unquantized", help="On exact weights, also if the masks were learned on quantised ones.")
+    ] = False,
 ) -> None:
     """Held-out loss and next-token accuracy; with --masks also the difference from the model without them."""
     from mft.verbs import run_evaluate
 
-    run_evaluate(_read(config, overrides, sets), masks, split, force=force)
+    run_evaluate(_read(config, overrides, sets), masks, split, force=force, unquantized=unquantized)
 
 
 @app.command()
@@ -119,6 +124,61 @@ def inspect(
     from mft.verbs import run_inspect
 
     run_inspect(masks, model, dtype, force=force)
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Option(help="A shipped name, a config.json, a model directory or a hub id.")],
+    layers: Annotated[str, typer.Option(help="Masked layers, such as 4-7, or all.")] = "all",
+    keep_ratio: Annotated[float, typer.Option(help="Share of the weights kept; it moves no number here.")] = 0.9,
+    sequence: Annotated[int, typer.Option(help="Tokens a row.")] = 4096,
+    micro_batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
+    accumulation: Annotated[int | None, typer.Option(help="Micro-batches a step; 128 rows if not given.")] = None,
+    memory: Annotated[str, typer.Option(help="auto, plain, resident, quantized or layerwise.")] = "auto",
+    gpu: Annotated[str | None, typer.Option(help="Its memory, such as 24GB or 24GiB.")] = None,
+    cpu: Annotated[str | None, typer.Option(help="Without a GPU: memory; this machine's if not given.")] = None,
+    host: Annotated[str | None, typer.Option(help="Host memory beside the GPU; no limit if not given.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights.")] = "bfloat16",
+    scores: Annotated[str, typer.Option(help="float32, bfloat16 or int16.")] = "float32",
+    moments: Annotated[str, typer.Option(help="float32 or 8bit.")] = "float32",
+    grad_dtype: Annotated[str | None, typer.Option(help="Of the gradient buffers; the weights' if not given.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="nf4 or int8, of the base.")] = None,
+    quantize_masked: Annotated[bool, typer.Option("--quantize-masked", help="The masked weights too.")] = False,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Of plain.")] = False,
+    target_modules: Annotated[str | None, typer.Option(help="Linear layers, such as up_proj,down_proj.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as one JSON object.")] = False,
+) -> None:
+    """What each way of training needs of memory and time, without loading a weight; exit code 2 if nothing fits."""
+    from mft.config import MaskConfig, parse_layers
+    from mft.estimate_report import machine_bytes, parse_bytes, run_estimate
+    from mft.setting import Setting
+
+    MaskConfig(keep_ratio=keep_ratio)  # refuses one outside of [0, 1]
+    if gpu is not None and cpu is not None:
+        raise ValueError(f"--gpu or --cpu must be given, got both, {gpu} and {cpu}: --host is the memory beside a GPU")
+    if gpu is None and host is not None:
+        raise ValueError(f"--host must come with --gpu, got {host} alone: --cpu is the one memory where there is none")
+    setting = Setting(
+        memory=memory,
+        layers=None if layers == "all" else tuple(parse_layers(layers)),
+        target_modules=None if target_modules is None else tuple(target_modules.split(",")),
+        sequence=sequence,
+        micro_batch=micro_batch,
+        accumulation=max(1, 128 // max(1, micro_batch)) if accumulation is None else accumulation,
+        scores=scores,
+        moments=moments,
+        grad_dtype=grad_dtype,
+        quantization=quantization,
+        quantize_masked=quantize_masked,
+        gradient_checkpointing=gradient_checkpointing,
+        device="cpu" if gpu is None else "cuda",
+    )
+    given = [parse_bytes(size, option) for size, option in ((gpu, "--gpu"), (cpu, "--cpu")) if size is not None]
+    device_bytes = given[0] if given else machine_bytes()
+    host_bytes = None if host is None else parse_bytes(host, "--host")
+    fits = run_estimate(model, setting, dtype, device_bytes=device_bytes, host_bytes=host_bytes, as_json=as_json)
+    if not fits:
+        raise typer.Exit(2)
 
 
 @app.command()

@@ -11,6 +11,7 @@ MFT             the trained mask
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -85,7 +86,7 @@ def compare(
         candidate = clone_with_own_weights(model, names if arm == CONTROL else ())
         phase = f"{arm}, lr {lr:g}"
         with recorder.training(phase, splits.train, train) as on_step:
-            options = {"memory": memories["train"], "on_step": on_step}
+            options: dict[str, Any] = {"memory": memories["train"], "on_step": on_step}
             if arm == CONTROL:
                 train_weights(candidate, names, splits.train, replace(train, lr=lr), **options)
             else:

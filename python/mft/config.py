@@ -17,6 +17,10 @@ DTYPES = ("bfloat16", "float32", "float16")
 MODES = ("magnitude", "value")
 INITS = ("normal", "magnitude", "constant")
 SCHEDULES = ("linear", "constant", "cosine")
+SCORES_DTYPES = ("float32", "bfloat16", "int16")  # int16: fixed point, see mft_kernels/fixed_point.py
+MOMENTS = ("float32", "8bit")
+QUANTIZATIONS = ("nf4", "int8")  # as mft/quantized_weight.py has them
+WAYS = ("auto", "plain", "resident", "quantized", "layerwise")
 # What other trainers, and the paper's own code, call our keys.
 FOREIGN_NAMES = {
     "learning_rate": "train.lr",
@@ -43,12 +47,22 @@ class ModelConfig:
     revision: str | None = None
     dtype: str = "bfloat16"
     attn_implementation: str | None = None
+    quantization: str | None = None  # of the frozen linears under mft train and evaluate; null: exact weights
+    quantize_masked: bool = False  # the masked linears' weights too
     chat_template: str | None = None  # "tulu", or a Jinja file: for base models, whose tokenizers have none
 
     def __post_init__(self) -> None:
         coerce_fields(self)
         check_not_empty(self, "name", "revision", "attn_implementation", "chat_template")
         check_one_of("dtype", self.dtype, DTYPES)
+        if self.quantization is not None:
+            check_one_of("quantization", self.quantization, QUANTIZATIONS)
+        check_rule(
+            not self.quantize_masked or self.quantization is not None,
+            "quantize_masked",
+            f"be false where quantization is null (it may be {' or '.join(QUANTIZATIONS)})",
+            self.quantize_masked,
+        )
 
 
 @dataclass
@@ -62,6 +76,7 @@ class MaskConfig:
     mode: str = "magnitude"
     init: str = "normal"
     threshold: float | None = None
+    scores_dtype: str = "float32"  # 16 bits are rounded stochastically
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -76,6 +91,10 @@ class MaskConfig:
         check_rule(0 <= self.keep_ratio <= 1, "keep_ratio", "lie in [0, 1]", self.keep_ratio)
         check_one_of("mode", self.mode, MODES)
         check_one_of("init", self.init, INITS)
+        check_one_of("scores_dtype", self.scores_dtype, SCORES_DTYPES)
+        check_rule(
+            self.scores_dtype != "int16" or self.threshold is None, "threshold", "be null with int16", self.threshold
+        )
         if self.threshold is not None and self.mode == "magnitude":
             check_rule(self.threshold >= 0, "threshold", "be at least 0 in magnitude mode", self.threshold)
         check_seed(self.seed)
@@ -129,6 +148,8 @@ class TrainConfig:
     max_grad_norm: float | None = None
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
+    moments: str = "float32"  # of the scores' optimiser
+    grad_dtype: str | None = None  # of the gradient buffers; null: the weights'
     gradient_checkpointing: bool = False
     seed: int = 0
     log_every: int = 1
@@ -152,6 +173,9 @@ class TrainConfig:
             check_rule(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         check_rule(0 <= self.warmup_ratio <= 1, "warmup_ratio", "lie in [0, 1]", self.warmup_ratio)
         check_one_of("schedule", self.schedule, SCHEDULES)
+        check_one_of("moments", self.moments, MOMENTS)
+        if self.grad_dtype is not None:
+            check_one_of("grad_dtype", self.grad_dtype, DTYPES)
         check_rule(self.weight_decay >= 0, "weight_decay", "be at least 0", self.weight_decay)
         check_rule(all(0 <= beta < 1 for beta in self.betas), "betas", "lie in [0, 1)", self.betas)
         check_seed(self.seed)
@@ -165,10 +189,12 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))
+    memory: str = "auto"  # how masks are trained: the fastest way that fits, or the one that is named
     output_dir: str = "runs/mft"
 
     def __post_init__(self) -> None:
         coerce_fields(self)
+        check_one_of("memory", self.memory, WAYS)
         check_not_empty(self, "output_dir")
 
 

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from mft.checkpointing import add_checkpointing_hooks, remove_checkpointing_hooks
 from mft.config import MaskConfig
 from mft.linears import layer_index, layer_stacks
+from mft.quantized_weight import quantized_weights
 from mft.targets import select_targets
 from mft_kernels import MaskedLinear
 
@@ -50,6 +51,12 @@ def merge_model(model: nn.Module) -> nn.Module:
     masked = masked_modules(model)
     if not masked:
         raise ValueError(f"model has no masked layers to merge, got a plain {type(model).__name__}")
+    quantized = quantized_weights(model)
+    if quantized:
+        raise ValueError(
+            f"masks must be merged into exact weights, got {len(quantized)} layers that are quantised "
+            f"({next(iter(quantized))}, ...): save_masks, and load_masks on the unquantised model"
+        )
     for module in masked.values():
         module.packed_mask()  # non-finite scores raise before anything is replaced
     for name in list(masked):
@@ -100,6 +107,7 @@ def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
             mode=config.mode,
             init=config.init,
             threshold=config.threshold,
+            scores_dtype=_scores_dtype(config, source.weight),
             generator=_generator(config.seed, name, source.weight.device),
         )
         masked.module_name = name
@@ -136,6 +144,11 @@ def check_unmasked(model: nn.Module) -> None:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def _scores_dtype(config: MaskConfig, weight: torch.Tensor) -> torch.dtype:
+    """config.scores_dtype; fp64 for an fp64 weight."""
+    return torch.float64 if weight.dtype == torch.float64 else getattr(torch, config.scores_dtype)
 
 
 def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:

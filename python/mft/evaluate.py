@@ -3,18 +3,23 @@
 Tokens of one document resemble each other, so documents, not tokens, are what the standard error counts.
 """
 
+import contextlib
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mft.causal_lm import split_at_head
+from mft.batches import MicroBatch, take_rows
+from mft.causal_lm import FEW, split_at_head
+from mft.engines import Device, start_engine
 from mft.prefix import FrozenPrefix, PrefixMemory
-from mft.token_loss import token_losses
+from mft.token_loss import count_labels, token_losses
 
 METRICS = ("loss", "accuracy")
+_TOGETHER = 16  # batches that pass a layer while its weights are on the device
 
 
 @dataclass
@@ -44,12 +49,15 @@ def evaluate(
     batch_size: int = 2,
     first: int = 0,
     memory: PrefixMemory | None = None,
+    way: str = "plain",
+    device: Device = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Loss and accuracy of model on dataset (columns input_ids, labels, document).
 
     Args:
         first, memory: the first ``first`` layers' outputs are remembered there, or taken from there (see FrozenPrefix).
+        way, device: where the model's weights are meanwhile; see train_masks. first and memory belong to "plain".
         on_batch: called with the numbers of rows and of tokens after each batch.
     Raises: ValueError if dataset scores no token.
     """
@@ -57,22 +65,20 @@ def evaluate(
         raise ValueError("dataset must hold at least one row to evaluate, got 0")
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    run, head = split_at_head(model, take_rows(dataset, [0], device)[0])
-    prefix = FrozenPrefix(model, first, memory, run)
     sums: dict[int, list[float]] = {}
-    with torch.no_grad():
-        for start in range(0, len(dataset), batch_size):
-            rows = list(range(start, min(start + batch_size, len(dataset))))
-            input_ids, labels, documents = take_rows(dataset, rows, device)
-            losses, correct = token_losses(head, prefix(input_ids, rows), labels)
-            tokens = (labels[:, 1:] != -100).sum(-1)
-            for document, *values in zip(documents, tokens.tolist(), losses.sum(-1).tolist(), correct.sum(-1).tolist()):
+    groups = [range(start, min(start + batch_size, len(dataset))) for start in range(0, len(dataset), batch_size)]
+    batches = (take_rows(dataset, list(rows)) for rows in groups)
+    few = take_rows(dataset, [0]).input_ids[:1, :FEW].to(next(model.parameters()).device)
+    with torch.no_grad(), _runner(model, few, way, device, first, memory) as (hidden_of, head):
+        for batch, hidden in hidden_of(batches):
+            losses, correct = token_losses(head, hidden, batch.labels.to(hidden.device))
+            per_row = (count_labels(batch.labels).tolist(), losses.sum(-1).tolist(), correct.sum(-1).tolist())
+            for document, *values in zip(batch.documents, *per_row):
                 entry = sums.setdefault(document, [0.0, 0.0, 0.0])
                 for i, value in enumerate(values):
                     entry[i] += value
             if on_batch is not None:
-                on_batch(len(rows), input_ids.numel())
+                on_batch(len(batch.rows), batch.input_ids.numel())
     model.train(was_training)
     if not any(tokens for tokens, _, _ in sums.values()):
         raise ValueError(f"dataset must score at least one token, got {len(dataset)} rows without a label")
@@ -100,7 +106,33 @@ def paired_difference(a: Evaluation, b: Evaluation, metric: str = "loss") -> tup
     return mean, error.item()
 
 
-def take_rows(dataset, rows: list[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, list[int]]:
-    """input_ids and labels (B, T), and the documents of the rows."""
-    batch = dataset.with_format("torch")[rows]
-    return batch["input_ids"].to(device), batch["labels"].to(device), batch["document"].tolist()
+HiddenOf = Callable[[Iterable[MicroBatch]], Iterator[tuple[MicroBatch, Tensor]]]
+
+
+@contextlib.contextmanager
+def _runner(
+    model: nn.Module, few: Tensor, way: str, device: Device, first: int, memory: PrefixMemory | None
+) -> Iterator[tuple[HiddenOf, nn.Module]]:
+    """(what the head reads of each batch, the head)."""
+    if way == "plain":
+        run, head = split_at_head(model, few)
+        prefix = FrozenPrefix(model, first, memory, run)
+        yield lambda batches: ((batch, prefix(batch.input_ids.to(few.device), batch.rows)) for batch in batches), head
+        return
+    engine = start_engine(model, few, way, device)
+
+    def hidden_of(batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
+        for group in _groups(batches, _TOGETHER):
+            # The states first: so that the engine comes to its end too.
+            yield from ((batch, hidden) for hidden, batch in zip(engine.hidden_states(group), group))
+
+    try:
+        yield hidden_of, engine.head
+    finally:
+        engine.close()
+
+
+def _groups(batches: Iterable[MicroBatch], size: int) -> Iterator[list[MicroBatch]]:
+    source = iter(batches)
+    while group := list(itertools.islice(source, size)):
+        yield group

@@ -20,12 +20,15 @@ from mft.config import MaskConfig
 from mft.convert import check_unwrapped, convert, masked_modules
 from mft.export_file import CONFIG_FILE, MASK_FILE, MaskEntry, MaskExport, is_export, read_export
 from mft.linears import find_targets, layer_index, layer_stacks
-from mft_kernels import MaskedLinear, unpack_mask
+from mft.quantized_weight import quantized_weights
+from mft_kernels import MaskedLinear, fixed_from_float, unpack_mask
 
 # A loaded mask's scores: as far above the threshold as below, at the scale that scores are initialised with.
 _THRESHOLD = {"magnitude": 0.02, "value": 0.0}
 _MARGIN = 0.01
 _CHUNK = 1 << 24  # bytes hashed at once
+# What keep_base_hash found: (names, hash); an attribute of the model.
+_EXACT_BASE = "_mft_exact_base"
 
 
 def save_masks(model: nn.Module, directory: str | os.PathLike, *, base_model_name_or_path: str | None = None) -> Path:
@@ -91,8 +94,18 @@ def base_hash(model: nn.Module, names: Iterable[str] | None = None) -> str:
     """sha256 over name, dtype, shape (N, K) and bytes of the layers' weights; a masked model and its base agree.
 
     Args: names: the layers, by default the masked ones. Weights are read in chunks, never copied whole.
+    Raises: ValueError if a layer's exact weight is gone, quantised without keep_base_hash.
     """
-    names = masked_modules(model) if names is None else names
+    names = set(masked_modules(model) if names is None else names)
+    quantized = sorted(names & quantized_weights(model).keys())
+    if quantized:
+        known, found = getattr(model, _EXACT_BASE, (set(), ""))
+        if names != known:
+            raise ValueError(
+                f"model must hold the exact weights that are hashed, got {len(quantized)} that are quantised "
+                f"({quantized[0]}, ...): load the unquantised model"
+            )
+        return found
     digest = hashlib.sha256()
     count = 0
     for name in sorted(names):
@@ -106,6 +119,13 @@ def base_hash(model: nn.Module, names: Iterable[str] | None = None) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def keep_base_hash(model: nn.Module) -> None:
+    """Remember base_hash(model) of the masked layers' exact weights, which are about to be replaced by codes."""
+    names = set(masked_modules(model))
+    if names:
+        setattr(model, _EXACT_BASE, (names, base_hash(model)))
+
+
 # ---------------------------------------------------------------------------------------------- private
 
 
@@ -116,6 +136,7 @@ def _describe(model: nn.Module, masked: dict[str, MaskedLinear], base: str | Non
     ratios = {module.keep_ratio if module.threshold is None else None for module in masked.values()}
     stacks = layer_stacks(model)
     layers = sorted({index for name in masked if (index := layer_index(name, stacks)) is not None})
+    quantized = quantized_weights(model)
     entries = [
         MaskEntry(name, (module.out_features, module.in_features), _dtype_name(module.weight), int(module.mask().sum()))
         for name, module in masked.items()
@@ -128,6 +149,8 @@ def _describe(model: nn.Module, masked: dict[str, MaskedLinear], base: str | Non
         target_modules=sorted({name.rpartition(".")[2] for name in masked}),
         layers_to_transform=layers or None,
         modules=entries,
+        base_quantization=next((weight.kind for weight in quantized.values()), None),
+        quantize_masked=not quantized.keys().isdisjoint(masked),
     )
 
 
@@ -166,7 +189,8 @@ def _set_mask(module: MaskedLinear, packed: Tensor, export: MaskExport) -> None:
     module.threshold = _THRESHOLD[export.mode]
     if export.keep_ratio is not None:
         module.keep_ratio = export.keep_ratio
-    module.scores.copy_(torch.where(keep, module.threshold + _MARGIN, module.threshold - _MARGIN))
+    scores = torch.where(keep, module.threshold + _MARGIN, module.threshold - _MARGIN)
+    module.scores.copy_(fixed_from_float(scores) if module.scores.dtype == torch.int16 else scores)
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

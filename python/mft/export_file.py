@@ -6,6 +6,7 @@ module "<name>.mask", int32 (N, ceil(K / 32)), bit j % 32 of word j // 32 of row
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mft.choices import nearest
+from mft.quantized_weight import QUANTIZATIONS
 from mft_kernels import unpack_mask
 
 CONFIG_FILE = "adapter_config.json"
@@ -22,6 +24,7 @@ MASK_FILE = "adapter_model.safetensors"
 PEFT_TYPE = "MFT"
 FORMAT_VERSION = 1
 _MODES = ("magnitude", "value")
+_MASKED_RULE = "true or false, and false where base_quantization is null"
 _FIXED = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM"}
 
 
@@ -42,7 +45,11 @@ class MaskEntry:
 
 @dataclass(frozen=True)
 class MaskExport:
-    """adapter_config.json. keep_ratio is None where the masks came from thresholds or differ in it."""
+    """adapter_config.json. keep_ratio is None where the masks came from thresholds or differ in it.
+
+    base_quantization is what the other linears were quantised to while the masks were learned, None: to nothing;
+    quantize_masked: the masked ones too. Exports of before these two existed lack them.
+    """
 
     base_model_name_or_path: str | None
     base_hash: str
@@ -51,6 +58,8 @@ class MaskExport:
     target_modules: list[str]
     layers_to_transform: list[int] | None
     modules: list[MaskEntry]
+    base_quantization: str | None = None
+    quantize_masked: bool = False
 
     def to_json(self) -> str:
         """One module a line."""
@@ -105,15 +114,19 @@ def _read_config(path: Path) -> MaskExport:
             f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}: "
             "use the version of this software that wrote it"
         )
-    known = [field.name for field in dataclasses.fields(MaskExport)]
-    _check_keys(path, values, [*known, *_FIXED, "format_version"])
+    fields = dataclasses.fields(MaskExport)
+    known = [field.name for field in fields]
+    optional = [field.name for field in fields if field.default is not dataclasses.MISSING]
+    _check_keys(path, values, [*known, *_FIXED, "format_version"], optional=optional)
     modules = values["modules"]
     _expect(path, "modules", modules, isinstance(modules, list) and bool(modules), "a list of masked layers")
     entries = [_read_entry(path, number, entry) for number, entry in enumerate(modules)]
     names = [entry.name for entry in entries]
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     _expect(path, "modules", twice, not twice, "layers of different names")
-    export = MaskExport(**{name: values[name] for name in known if name != "modules"}, modules=entries)
+    export = MaskExport(
+        **{name: values[name] for name in known if name in values and name != "modules"}, modules=entries
+    )
     _check_fields(path, export)
     return export
 
@@ -138,6 +151,9 @@ def _check_fields(path: Path, export: MaskExport) -> None:
     )
     _expect(path, "target_modules", export.target_modules, _is_list_of(export.target_modules, str), "a list of strings")
     _expect(path, "layers_to_transform", layers, layers is None or _is_list_of(layers, int), "a list of ints or null")
+    kind, masked = export.base_quantization, export.quantize_masked
+    _expect(path, "base_quantization", kind, kind in (*QUANTIZATIONS, None), f"{' or '.join(QUANTIZATIONS)}, or null")
+    _expect(path, "quantize_masked", masked, masked is False or (masked is True and kind is not None), _MASKED_RULE)
 
 
 def _read_entry(path: Path, number: int, entry: Any) -> MaskEntry:
@@ -164,12 +180,12 @@ def _read_entry(path: Path, number: int, entry: Any) -> MaskEntry:
     return MaskEntry(name, tuple(shape), entry["dtype"], kept)
 
 
-def _check_keys(path: Path, values: dict, known: list[str], where: str = "") -> None:
+def _check_keys(path: Path, values: dict, known: list[str], where: str = "", optional: Sequence[str] = ()) -> None:
     place = f" in {where}" if where else ""
     for key in values:
         if key not in known:
             raise ValueError(f"{path}: unknown key {key!r}{place}{nearest(key, known)}")
-    missing = [key for key in known if key not in values]
+    missing = [key for key in known if key not in values and key not in optional]
     if missing:
         raise ValueError(f"{path}: missing key {missing[0]!r}{place}")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mft.choices import nearest
+from mft.quantized_weight import QuantizedWeight
 
 _HEADS = {"lm_head", "embed_out"}
 _SHOWN = 3  # names a message lists
@@ -133,10 +134,14 @@ def listed(items: Iterable[str], separator: str = ", ") -> str:
 def _looks_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear | Conv1D):
         return True
+    if "Linear" not in type(module).__name__:
+        return False
+    if isinstance(getattr(module, "quantized", None), QuantizedWeight):  # asked first: its weight is made when read
+        return True
     weight = getattr(module, "weight", None)
     is_matrix = isinstance(weight, Tensor) and weight.dim() == 2
     is_wrapper = hasattr(module, "base_layer") or hasattr(module, "qweight")  # LoRA and its kin; GPTQ and its kin
-    return "Linear" in type(module).__name__ and (is_matrix or is_wrapper)
+    return is_matrix or is_wrapper
 
 
 def _obstacle(module: nn.Module) -> str | None:

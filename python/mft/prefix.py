@@ -8,14 +8,13 @@ Nothing of the model's own forward is rewritten. While remembered states are use
 them on; the masks, positions and rotations that the model prepares for its layers are its own.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from mft.causal_lm import decoder_layers, first_trainable_layer, has_dropout, run_decoder
+from mft.causal_lm import decoder_layers, first_trainable_layer, has_dropout, replaced_forwards, run_decoder
 
 
 @dataclass
@@ -61,7 +60,7 @@ class FrozenPrefix:
     def __call__(self, input_ids: Tensor, rows: list[int]) -> Tensor:
         """Hidden states (B, T, D), or what else run returns, of the rows with these numbers in the data set."""
         if self.memory is None:
-            with _replaced_forwards(self._layers[: self.first], lambda layer: torch.no_grad()(layer.forward)):
+            with replaced_forwards(self._layers[: self.first], lambda layer: torch.no_grad()(layer.forward)):
                 return self.run(self.model, input_ids)
         known = {row: self.memory.states[row].to(input_ids.device) for row in rows if row in self.memory.states}
         missing = [i for i, row in enumerate(rows) if row not in known]
@@ -80,7 +79,7 @@ class FrozenPrefix:
         outputs: list = []
         handle = self._layers[self.first - 1].register_forward_hook(lambda *call: outputs.append(call[-1]))
         try:
-            with _replaced_forwards(self._layers[self.first :], lambda layer: _first_argument):
+            with replaced_forwards(self._layers[self.first :], lambda layer: _first_argument):
                 self.run(self.model, input_ids)
         finally:
             handle.remove()
@@ -89,7 +88,7 @@ class FrozenPrefix:
     def _run_from(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
         """run with hidden (B, T, D) in place of what its frozen layers return."""
         returned = (hidden,) if self._returns_tuple else hidden
-        with _replaced_forwards(self._layers[: self.first], lambda layer: lambda *args, **kwargs: returned):
+        with replaced_forwards(self._layers[: self.first], lambda layer: lambda *args, **kwargs: returned):
             return self.run(self.model, input_ids)
 
     @torch.no_grad()
@@ -113,19 +112,3 @@ class FrozenPrefix:
 
 def _first_argument(hidden_states: Tensor, *args, **kwargs) -> Tensor:
     return hidden_states
-
-
-@contextlib.contextmanager
-def _replaced_forwards(layers: Iterable[nn.Module], forward_for: Callable[[nn.Module], Callable]) -> Iterator[None]:
-    """Each layer's forward is forward_for(layer) inside the context."""
-    before = [(layer, vars(layer).get("forward")) for layer in layers]
-    for layer, _ in before:
-        object.__setattr__(layer, "forward", forward_for(layer))
-    try:
-        yield
-    finally:
-        for layer, own in before:
-            if own is None:
-                del layer.__dict__["forward"]
-            else:
-                object.__setattr__(layer, "forward", own)

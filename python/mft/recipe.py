@@ -1,7 +1,7 @@
 """The training loop, and the three things that it trains: all weights, scores, or the weights of some layers.
 
-For each step: for each of its micro-batches backpropagate the loss, then AdamW at the scheduled rate. What trains is
-what requires grad; frozen leading layers run without autograd (see prefix.py).
+For each step: backpropagate the loss of each of its micro-batches, then AdamW at the scheduled rate. How a step runs is
+the business of plain.py and of the engines (layer_engine.py, layerwise.py), which give the same update in less memory.
 """
 
 import contextlib
@@ -11,15 +11,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mft.causal_lm import split_at_head
+from mft.batches import MicroBatch, take_rows
+from mft.causal_lm import FEW, split_at_head
 from mft.config import TrainConfig
 from mft.convert import masked_modules
-from mft.evaluate import take_rows
-from mft.master_weights import MasterAdamW
-from mft.prefix import FrozenPrefix, PrefixMemory
-from mft.token_loss import backward_token_loss, count_labels
+from mft.engines import Device, start_engine
+from mft.layer_engine import LayerEngine
+from mft.plain import Plain
+from mft.prefix import PrefixMemory
+from mft.token_loss import count_labels
+
+_CHUNK = 1024  # rows that are looked at together
 
 
 class NonFiniteLoss(RuntimeError):
@@ -44,15 +48,27 @@ def finetune(model: nn.Module, dataset, train: TrainConfig, **options) -> list[S
     return train_loop(model, dataset, train, **options)
 
 
-def train_masks(model: nn.Module, dataset, train: TrainConfig, **options) -> list[StepReport]:
-    """Train the scores of a masked model in place, and nothing else; options as of train_loop."""
+def train_masks(
+    model: nn.Module, dataset, train: TrainConfig, *, way: str = "plain", device: Device = None, **options
+) -> list[StepReport]:
+    """Train the scores of a masked model in place, and nothing else.
+
+    Args:
+        way: "plain", "resident", "quantized" or "layerwise" (see docs/memory.md); all give the same update.
+        device: of the three latter; None: the first GPU, or the CPU. model lies on the CPU, or there.
+        options: as of train_loop.
+    """
     masked = masked_modules(model)
     if not masked:
         raise ValueError("model must hold masked layers, found none: call mask_model(model, config) first")
     model.requires_grad_(False)
-    for module in masked.values():
+    for name, module in masked.items():
+        if way != "plain":
+            continue
+        if not module.scores.is_floating_point():
+            raise ValueError(f"memory must not be plain with int16 scores, which autograd cannot reach: {name}")
         module.scores.requires_grad_(True)
-    return train_loop(model, dataset, train, **options)
+    return train_loop(model, dataset, train, way=way, device=device, **options)
 
 
 def train_weights(model: nn.Module, modules: list[str], dataset, train: TrainConfig, **options) -> list[StepReport]:
@@ -68,6 +84,8 @@ def train_loop(
     dataset,
     train: TrainConfig,
     *,
+    way: str = "plain",
+    device: Device = None,
     memory: PrefixMemory | None = None,
     remember: bool = True,
     on_step: Callable[[StepReport], None] | None = None,
@@ -76,46 +94,81 @@ def train_loop(
 
     Args:
         dataset: rows of input_ids, labels (-100: not scored) and document.
+        way, device: see train_masks.
         memory: of the frozen layers' outputs, shared with other runs on the same rows.
         remember: whether to remember them at all; without a memory, done when rows are seen twice.
     Raises: NonFiniteLoss, naming step, rows and documents; the step's gradients are not applied.
     """
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one row to train on, got 0")
-    device = next(model.parameters()).device
     steps = count_steps(train, len(dataset))
     if remember and memory is None and steps * train.batch_size * train.accumulation > len(dataset):
         memory = PrefixMemory()
-    run, head = split_at_head(model, take_rows(dataset, [0], device)[0])
-    prefix = FrozenPrefix(model, memory=memory if remember else None, run=run)
+    memory = memory if remember else None
+    few = take_rows(dataset, [0]).input_ids[:1, :FEW].to(next(model.parameters()).device)
     stream = _row_numbers(len(dataset), train.seed)
     reports: list[StepReport] = []
-    begin = time.perf_counter()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    with _training_mode(model, train), MasterAdamW(trained, train) as optimizer:
-        for step in range(1, steps + 1):
-            micro_batches = [[next(stream) for _ in range(train.batch_size)] for _ in range(train.accumulation)]
-            batches = [(rows, *take_rows(dataset, rows, device)) for rows in micro_batches]
-            count = sum(count_labels(labels) for _, _, labels, _ in batches)
-            total = 0.0
-            for rows, input_ids, labels, documents in batches:
-                loss = backward_token_loss(head, prefix(input_ids, rows), labels, 1 / max(count, 1)).item()
-                if not math.isfinite(loss):
-                    raise NonFiniteLoss(
-                        f"the loss must stay finite, got {loss} at step {step} of {steps} in the batch of rows {rows} "
-                        f"(documents {documents}): lower train.lr (now {train.lr:g}) or look at these rows"
-                    )
-                total += loss
-            lr = train.lr * schedule_factor(step, steps, train)
-            optimizer.set_lr(lr)
-            if train.max_grad_norm is not None:
-                optimizer.clip(train.max_grad_norm)
-            optimizer.step()
-            tokens = sum(ids.numel() for _, ids, _, _ in batches)
-            reports.append(StepReport(step, steps, total / max(count, 1), lr, tokens, time.perf_counter() - begin))
-            if on_step is not None:
-                on_step(reports[-1])
+    with _training_mode(model, checkpointed=way == "plain" and train.gradient_checkpointing):
+        runner = _start(model, train, few, way, device, memory)
+        try:
+            if isinstance(runner, LayerEngine):
+                _rehearse(runner, dataset, train)
+            begin = time.perf_counter()
+            for step in range(1, steps + 1):
+                micro_batches = [[next(stream) for _ in range(train.batch_size)] for _ in range(train.accumulation)]
+                batches = [take_rows(dataset, rows) for rows in micro_batches]
+                count = sum(len(batch.labelled.targets) for batch in batches)
+                losses = _Losses(f"step {step} of {steps}", train)
+                lr = train.lr * schedule_factor(step, steps, train)
+                runner.step(batches, 1 / max(count, 1), lr, train.max_grad_norm, losses)
+                runner.check()
+                tokens = sum(batch.input_ids.numel() for batch in batches)
+                seconds = time.perf_counter() - begin
+                reports.append(StepReport(step, steps, losses.total / max(count, 1), lr, tokens, seconds))
+                if on_step is not None:
+                    on_step(reports[-1])
+        finally:
+            runner.close()
     return reports
+
+
+def _start(
+    model: nn.Module, train: TrainConfig, few: Tensor, way: str, device: Device, memory: PrefixMemory | None
+) -> Plain | LayerEngine:
+    if way == "plain":
+        return Plain(model, train, *split_at_head(model, few), memory)
+    return start_engine(model, few, way, device, train=train, memory=memory)
+
+
+def _rehearse(runner: LayerEngine, dataset, train: TrainConfig) -> None:
+    """The rows that score most tokens first, without an update: what does not fit shows before anything is learned.
+
+    Rows have one length, so nothing else can make one step larger than another.
+    """
+    numbers = range(len(dataset))
+    chunks = [list(numbers[start : start + _CHUNK]) for start in range(0, len(dataset), _CHUNK)]
+    scored = torch.cat([count_labels(take_rows(dataset, rows).labels) for rows in chunks])
+    if scored.min() == scored.max():
+        return
+    most = scored.argsort(descending=True)[: train.batch_size].tolist()
+    runner.step([take_rows(dataset, most)], 1.0, None, train.max_grad_norm, _Losses("the rehearsal", train))
+
+
+class _Losses:
+    """Adds up the losses of a step's micro-batches; the first that is not finite stops the step."""
+
+    def __init__(self, step: str, train: TrainConfig) -> None:
+        self.total = 0.0
+        self._step, self._train = step, train
+
+    def __call__(self, batch: MicroBatch, total: Tensor) -> None:
+        loss = total.item()
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(
+                f"the loss must stay finite, got {loss} at {self._step} in the batch of rows {batch.rows} (documents "
+                f"{batch.documents}): lower train.lr (now {self._train.lr:g}) or look at these rows"
+            )
+        self.total += loss
 
 
 def count_steps(train: TrainConfig, rows: int) -> int:
@@ -147,17 +200,17 @@ def _row_numbers(count: int, seed: int) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _training_mode(model: nn.Module, train: TrainConfig) -> Iterator[None]:
+def _training_mode(model: nn.Module, *, checkpointed: bool) -> Iterator[None]:
     """Training mode, with gradient checkpointing if asked for; eval mode and no checkpointing afterwards."""
     # TODO: drop the old names when transformers >= 6 is the floor
     renamed = hasattr(model, "activation_checkpointing_enable")
     kind = "activation_checkpointing" if renamed else "gradient_checkpointing"
     model.train()
-    if train.gradient_checkpointing:
+    if checkpointed:
         getattr(model, f"{kind}_enable")(**{f"{kind}_kwargs": {"use_reentrant": False}})
     try:
         yield
     finally:
-        if train.gradient_checkpointing:
+        if checkpointed:
             getattr(model, f"{kind}_disable")()
         model.eval()

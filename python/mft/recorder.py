@@ -8,7 +8,6 @@ from torch import nn
 
 from mft.config import TrainConfig
 from mft.evaluate import Evaluation, evaluate
-from mft.prefix import PrefixMemory
 from mft.progress import Progress
 from mft.recipe import StepReport, count_steps
 from mft.run_directory import METRICS, MetricsFile
@@ -43,17 +42,16 @@ class Recorder:
             yield on_step
 
     def evaluate(
-        self, phase: str, model: nn.Module, dataset, *, first: int = 0, memory: PrefixMemory | None = None
+        self, phase: str, model: nn.Module, dataset, *, batch_size: int = EVALUATION_BATCH, **options
     ) -> Evaluation:
-        """evaluate(), shown and written."""
+        """evaluate(), shown and written; options are its own."""
         with self._shown(phase, len(dataset)) as advance:
             result = evaluate(
                 model,
                 dataset,
-                batch_size=EVALUATION_BATCH,
-                first=first,
-                memory=memory,
+                batch_size=batch_size,
                 on_batch=lambda rows, tokens: advance(rows, tokens=tokens),
+                **options,
             )
         self.write(
             phase=phase,

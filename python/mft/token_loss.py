@@ -6,6 +6,7 @@ sum, taken in bf16, is 3.6 % off.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +15,27 @@ from torch import Tensor, nn
 CHUNK = 128  # tokens; fp32 logits of 49,152 words are then 25 MB
 
 
-def labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states (M, D) that predict a label, and the labels (M,): token t predicts label t + 1; -100 is none."""
-    targets = labels[:, 1:].reshape(-1)
-    scored = targets != -100
-    return hidden[:, :-1].flatten(0, 1)[scored], targets[scored]
+@dataclass(frozen=True)
+class Labelled:
+    """Where a next token is scored: positions (M,) among the B * T of a batch, and the tokens (M,)."""
+
+    positions: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> "Labelled":
+        return Labelled(self.positions.to(device), self.targets.to(device))
 
 
-def count_labels(labels: Tensor) -> int:
-    """How many tokens of (B, T) labels are scored."""
-    return int((labels[:, 1:] != -100).sum())
+def find_labelled(labels: Tensor) -> Labelled:
+    """Of labels (B, T): token t predicts label t + 1; -100 is none."""
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
+    positions = (shifted != -100).nonzero().squeeze(-1)
+    return Labelled(positions, shifted[positions])
+
+
+def count_labels(labels: Tensor) -> Tensor:
+    """(B,): how many tokens of each row of labels (B, T) are scored."""
+    return (labels[:, 1:] != -100).sum(-1)
 
 
 def backward_token_loss(head: nn.Module, hidden: Tensor, labels: Tensor, scale: float) -> Tensor:
@@ -31,7 +43,12 @@ def backward_token_loss(head: nn.Module, hidden: Tensor, labels: Tensor, scale: 
 
     A chunk's logits are dropped before the next chunk's are made, then the decoder's backward runs once.
     """
-    states, targets = labelled(hidden, labels)
+    return backward_labelled_loss(head, hidden, find_labelled(labels), scale)
+
+
+def backward_labelled_loss(head: nn.Module, hidden: Tensor, labelled: Labelled, scale: float) -> Tensor:
+    """backward_token_loss of labels that have been looked up."""
+    states, targets = hidden.flatten(0, 1).index_select(0, labelled.positions), labelled.targets
     total = torch.zeros((), device=hidden.device)
     grads = []
     for chunk, wanted in zip(states.detach().split(CHUNK), targets.split(CHUNK)):
@@ -52,8 +69,9 @@ def token_losses(head: nn.Module, hidden: Tensor, labels: Tensor) -> tuple[Tenso
     losses = torch.zeros(targets.shape, device=hidden.device)
     correct = torch.zeros(targets.shape, dtype=torch.bool, device=hidden.device)
     scored = targets != -100
-    states, wanted = labelled(hidden, labels)
-    found = list(_losses_of_chunks(head, states, wanted))
+    where = find_labelled(labels)
+    states = hidden.flatten(0, 1).index_select(0, where.positions)
+    found = list(_losses_of_chunks(head, states, where.targets))
     if found:
         losses[scored] = torch.cat([loss for loss, _ in found])
         correct[scored] = torch.cat([hit for _, hit in found])

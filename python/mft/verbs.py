@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from mft.clones import clone_with_own_weights
+from mft.bases import base_words, check_exact, evaluated_base, keeping_all
 from mft.compare import compare
 from mft.config import ModelConfig, RunConfig, load_config
 from mft.convert import mask_model, masked_modules, merge_model, print_trainable_parameters
@@ -17,20 +17,24 @@ from mft.data import Splits, load_splits
 from mft.evaluate import Evaluation, paired_difference
 from mft.export import load_masks, save_masks
 from mft.export_file import read_export
+from mft.fit import plan_training
 from mft.inspection import MaskStatistics, flip_share, initial_masks, mask_statistics
 from mft.models import load_model, save_model
 from mft.plots import plot_curves
 from mft.progress import Progress
+from mft.quantized import quantize_model
 from mft.recipe import finetune, train_masks
 from mft.recorder import Recorder
 from mft.report import console_table, evaluation_table, remarks, verdict, write_report
 from mft.run_directory import CONFIG, MASKS, MODEL, PLOT, TABLE_JSON, TABLE_MARKDOWN, check_run_directory, open_run
+from mft.targets import select_targets
 
 console = Console()
 
 
 def run_finetune(config: RunConfig, *, overwrite: bool) -> None:
     """mft finetune"""
+    check_exact(config.model, "finetune")
     check_run_directory(config.output_dir, overwrite=overwrite)
     model, tokenizer = _load(config.model)
     splits = _load_data(config, tokenizer)
@@ -48,17 +52,29 @@ def run_finetune(config: RunConfig, *, overwrite: bool) -> None:
 def run_train(config: RunConfig, *, overwrite: bool) -> None:
     """mft train"""
     check_run_directory(config.output_dir, overwrite=overwrite)
-    model, tokenizer = _load(config.model)
+    plan = plan_training(config)
+    console.print(plan.reason, highlight=False, soft_wrap=True)
+    kind = config.model.quantization = plan.quantization
+    model, tokenizer = load_model(config.model)
+    if plan.way == "plain":
+        model.to(plan.device)
     splits = _load_data(config, tokenizer)
-    masked = mask_model(clone_with_own_weights(model), config.mask)
+    select_targets(model, config.mask)  # raises before anything is written
     directory, recorder = _begin(config, overwrite)
-    before = recorder.evaluate("before, validation", model, splits.validation)
-    model = masked
+    where: dict[str, Any] = {"way": plan.way, "device": plan.device}
+    evaluated = where if plan.way == "plain" else where | {"batch_size": config.train.batch_size}
+    if kind is None:
+        before = recorder.evaluate("before, validation", model, splits.validation, **evaluated)
+    mask_model(model, config.mask)
+    if kind is not None:
+        quantize_model(model, kind, masked=config.model.quantize_masked)
+        with keeping_all(model):
+            before = recorder.evaluate(f"before in {kind}, validation", model, splits.validation, **evaluated)
     print_trainable_parameters(model)
     initial = initial_masks(model)
     with recorder.training("mask fine-tune", splits.train, config.train) as on_step:
-        train_masks(model, splits.train, config.train, on_step=on_step)
-    after = recorder.evaluate("after, validation", model, splits.validation)
+        train_masks(model, splits.train, config.train, on_step=on_step, **where)
+    after = recorder.evaluate("after, validation", model, splits.validation, **evaluated)
     save_masks(model, directory / MASKS, base_model_name_or_path=config.model.name)
     console.print(
         f"{100 * flip_share(model, initial):.2f} % of the mask's bits flipped since initialisation", highlight=False
@@ -69,20 +85,30 @@ def run_train(config: RunConfig, *, overwrite: bool) -> None:
     )
 
 
-def run_evaluate(config: RunConfig, masks: Path | None, split: str, *, force: bool) -> None:
+def run_evaluate(config: RunConfig, masks: Path | None, split: str, *, force: bool, unquantized: bool) -> None:
     """mft evaluate"""
     if split not in ("validation", "test"):
         raise ValueError(f"--split must be validation or test, got {split!r}")
-    export = None if masks is None else _masks_directory(masks)
+    directory = None if masks is None else _masks_directory(masks)
+    export = None if directory is None else read_export(directory)[0]
+    kind, quantize_masked = evaluated_base(config.model, export, unquantized)
     model, tokenizer = _load(config.model)
     dataset = getattr(_load_data(config, tokenizer), split)
     recorder = Recorder(progress=Progress(console))
-    plain = recorder.evaluate(f"{config.model.name}, {split}", model, dataset)
-    results = {config.model.name: plain}
-    if export is not None:
-        load_masks(model, export, force=force)
+    name = config.model.name if kind is None else f"{config.model.name} in {kind}"
+    results = {}
+    if kind is None:
+        results[name] = recorder.evaluate(f"{name}, {split}", model, dataset)
+    if directory is not None:
+        load_masks(model, directory, force=force)
+    if kind is not None:
+        quantize_model(model.requires_grad_(False), kind, masked=quantize_masked)
+        with keeping_all(model):
+            results[name] = recorder.evaluate(f"{name}, {split}", model, dataset)
+    if directory is not None:
         results["with masks"] = recorder.evaluate(f"with masks, {split}", model, dataset)
     console.print(evaluation_table(split, results))
+    console.print(base_words(kind, quantize_masked, export), highlight=False, soft_wrap=True)
 
 
 def run_compare(
@@ -94,6 +120,7 @@ def run_compare(
     overwrite: bool,
 ) -> None:
     """mft compare"""
+    check_exact(config.model, "compare")
     check_run_directory(config.output_dir, overwrite=overwrite)
     model, tokenizer = _load(config.model)
     base = None if base_name is None else _load(ModelConfig(name=base_name, dtype=config.model.dtype))[0]
@@ -126,6 +153,7 @@ def run_merge(masks: Path, output: Path, model_name: str | None, dtype: str, *, 
     directory = _masks_directory(masks)
     model, tokenizer = _base_of(directory, model_name, dtype)
     load_masks(model, directory, force=force)
+    kind = read_export(directory)[0].base_quantization
     kept = sum(int(module.mask().sum()) for module in masked_modules(model).values())
     total = sum(module.weight.numel() for module in masked_modules(model).values())
     save_model(merge_model(model), tokenizer, output)
@@ -134,6 +162,13 @@ def run_merge(masks: Path, output: Path, model_name: str | None, dtype: str, *, 
         highlight=False,
         soft_wrap=True,
     )
+    if kind is not None:
+        console.print(
+            f"the masks were learned on a base in {kind}; the merged weights are the exact ones: "
+            "mft evaluate --unquantized tells what that changes",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def run_inspect(masks: Path, model_name: str | None, dtype: str, *, force: bool) -> None:

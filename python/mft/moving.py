@@ -1,0 +1,115 @@
+"""Tensors that travel between host memory and the device, ahead of the work that needs them.
+
+    main stream   | layer 3 ......... | layer 4 ......... |
+    copy stream   | weights of 4, boundary of 3 to host   |
+
+All copies run in one stream, in the order in which they were asked for: so what is stored and then fetched again needs
+no further ordering. The host queues work far ahead of the device; so a tensor that leaves is kept until the main stream
+has been told to wait for its copy, one at a time, and what is queued holds no more memory than what runs. Where device
+and host are one memory, nothing is copied.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Tensors on their way to the device."""
+
+    tensors: list[Tensor]
+    event: torch.cuda.Event | None
+
+    def wait(self) -> list[Tensor]:
+        """The tensors, for work that is queued from now on; the host waits for nothing."""
+        if self.event is not None:
+            torch.cuda.current_stream(self.tensors[0].device).wait_event(self.event)
+        return self.tensors
+
+
+class Mover:
+    """Copies to and from ``device``.
+
+    Args:
+        separate: whether the device has a memory of its own; None: unless it is the CPU. With True a run on the CPU
+            copies as one on a GPU does, for tests and for the simulation of memory.
+    """
+
+    def __init__(self, device: torch.device | str, *, separate: bool | None = None) -> None:
+        self.device = torch.device(device)
+        self.separate = self.device.type != "cpu" if separate is None else separate
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._free: dict[tuple, list[Tensor]] = {}  # host buffers that may be written again
+        self._leaving: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def bring(self, tensors: Sequence[Tensor]) -> Arrival:
+        """Copies of host tensors on the device, or these themselves where nothing has to be copied."""
+        if not self.separate or not tensors:
+            return Arrival(list(tensors), None)
+        copies = [torch.empty_like(t, device=self.device) for t in tensors]
+        with self._copying():
+            for copy, tensor in zip(copies, tensors):
+                copy.copy_(tensor, non_blocking=True)
+            return Arrival(copies, self._stream.record_event() if self._stream else None)
+
+    def store(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        """The device's tensor in host memory: in ``out``, or in a buffer that give_back() takes."""
+        if not self.separate:
+            if out is not None and out is not tensor and out.data_ptr() != tensor.data_ptr():
+                out.copy_(tensor)
+            return tensor if out is None else out
+        out = self._buffer(tensor) if out is None else out
+        self.let_go()
+        with self._copying():
+            out.copy_(tensor, non_blocking=True)
+            if self._stream:
+                self._leaving = tensor, self._stream.record_event()
+        return out
+
+    def let_go(self) -> None:
+        """The memory of the tensor stored last may be used by work that is queued from now on."""
+        if self._leaving is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._leaving[1])
+            self._leaving = None
+
+    def give_back(self, buffer: Tensor) -> None:
+        """The host buffer of an earlier store() may be written by a later one."""
+        if self.separate:
+            self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
+
+    def rest(self, tensor: Tensor) -> Tensor:
+        """``tensor`` in host memory from which copies overlap with work: pinned, where there is a GPU."""
+        if self.device.type != "cuda":
+            return tensor
+        return tensor if tensor.is_pinned() else tensor.cpu().pin_memory()
+
+    def finish(self) -> None:
+        """Wait until every copy is done: before the host reads what was stored."""
+        if self._stream:
+            self._stream.synchronize()
+
+    def host(self) -> AbstractContextManager:
+        """Around allocations of host memory; a simulation counts them elsewhere."""
+        return contextlib.nullcontext()
+
+    def _buffer(self, like: Tensor) -> Tensor:
+        free = self._free.get((like.shape, like.dtype))
+        if free:
+            return free.pop()
+        with self.host():
+            return torch.empty(like.shape, dtype=like.dtype, pin_memory=self._stream is not None)
+
+    @contextlib.contextmanager
+    def _copying(self) -> Iterator[None]:
+        """In the copy stream, after all work that is queued so far: memory that was freed is written no earlier."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            yield

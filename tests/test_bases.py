@@ -1,0 +1,99 @@
+"""Exact and quantised bases from the command line: which one is used, and that the output says so."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import test_cli
+from tiny import make_rows, masked_llama
+
+from mft.bases import keeping_all
+from mft.config import ModelConfig
+from mft.convert import masked_modules
+from mft.evaluate import evaluate
+from mft.export_file import read_export
+from mft.quantized import quantize_model
+
+cli, model_dir = test_cli.cli, test_cli.model_dir  # fixtures
+
+LEARN = ["train.lr=1e-2", "train.epochs=null", "train.steps=2", "mask.layers_to_transform=2-3"]
+NF4 = "nf4 weights, those of masked layers exact"
+
+
+@pytest.fixture
+def trained(cli):
+    """cli, after a run on a base in NF4."""
+    code, output = cli("train", *LEARN, "model.quantization=nf4")
+    assert code == 0, output
+    return cli
+
+
+def losses(output):
+    """(without masks, with masks), as the table shows them."""
+    return re.findall(r"^ \S.*? +(\d\.\d{4}) ", output, re.MULTILINE)
+
+
+def test_masks_are_evaluated_on_the_base_on_which_they_were_learned(trained):
+    assert read_export(Path("run/masks"))[0].base_quantization == "nf4"
+    for same in ([], ["model.quantization=nf4"]):
+        code, output = trained("evaluate", "--masks", "run", *same)
+        assert code == 0, output
+        assert f"base: {NF4}, as the masks were learned" in output
+        seen = json.loads(Path("run/table.json").read_text())
+        assert losses(output) == [f"{seen[name]['loss']:.4f}" for name in ("before", "after")]
+
+
+def test_one_flag_evaluates_on_the_exact_base(trained):
+    quantised = trained("evaluate", "--masks", "run")[1]
+    for asked in ([], ["model.quantization=nf4"]):
+        code, output = trained("evaluate", "--masks", "run", "--unquantized", *asked)
+        assert code == 0, output
+        assert f"base: exact weights; the masks were learned on {NF4}" in output
+        assert len(losses(output)) == len(losses(quantised)) == 2
+        assert not set(losses(output)) & set(losses(quantised))
+
+
+def test_another_base_than_the_masks_is_refused(trained):
+    code, output = trained("evaluate", "--masks", "run", "model.quantization=int8")
+    assert code == 2
+    assert f"must be that of the base on which the masks were learned, {NF4}, got int8 weights, those of" in output
+    assert "leave it out, or pass --unquantized" in output
+
+
+def test_merging_uses_the_exact_weights_and_says_so(trained):
+    code, output = trained("merge", "run", "merged", "--dtype", "float32")
+    assert code == 0, output
+    assert "the masks were learned on a base in nf4; the merged weights are the exact ones" in output
+
+
+def test_a_model_alone_can_be_evaluated_quantised(cli):
+    code, output = cli("evaluate", "model.quantization=int8", "model.quantize_masked=true")
+    assert code == 0, output
+    assert output.rstrip().endswith("base: int8 weights")
+    code, output = cli("evaluate")
+    assert output.rstrip().endswith("base: exact weights")
+
+
+@pytest.mark.parametrize("verb", ["finetune", "compare"])
+def test_verbs_that_train_weights_refuse_a_quantised_base(cli, verb):
+    code, output = cli(verb, *LEARN, "model.quantization=nf4")
+    assert code == 2
+    assert f"model.quantization must be null for mft {verb}, which trains weights, got nf4" in output
+
+
+@pytest.mark.parametrize("mask", [{}, {"mode": "value"}, {"threshold": 0.01}])
+def test_keeping_all_is_the_model_without_masks_and_ends(mask):
+    rows = make_rows()
+    model, expected = (masked_llama(**mask), masked_llama(keep_ratio=1.0))
+    for each in (model, expected):
+        quantize_model(each, masked=True)
+    before = evaluate(model, rows).loss
+    with keeping_all(model):
+        assert evaluate(model, rows).loss == evaluate(expected, rows).loss != before
+    assert evaluate(model, rows).loss == before
+    assert {module.threshold for module in masked_modules(model).values()} == {mask.get("threshold")}
+
+
+def test_the_default_is_the_exact_base():
+    assert (ModelConfig().quantization, ModelConfig().quantize_masked) == (None, False)

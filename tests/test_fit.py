@@ -1,0 +1,127 @@
+"""What a run is told, or refused, before any weight is loaded."""
+
+import shutil
+
+import pytest
+import torch
+
+import mft.fit
+import mft.verbs
+from mft.config import DataConfig, MaskConfig, ModelConfig, RunConfig, TrainConfig
+from mft.estimate import estimate
+from mft.fit import plan_training, setting_of
+from mft.shapes import known_config, shape_from_config
+
+
+def config_of(name="llama2-7b", memory="auto", **sections):
+    return RunConfig(
+        model=ModelConfig(name=name, quantization=sections.pop("quantization", None)),
+        data=DataConfig(sequence_length=4096),
+        mask=MaskConfig(**{"layers_to_transform": "4-7"} | sections.pop("mask", {})),
+        train=TrainConfig(steps=1, **sections.pop("train", {})),
+        memory=memory,
+        output_dir="run",
+    )
+
+
+@pytest.fixture
+def with_free(monkeypatch, tmp_path):
+    """with_free(gigabytes): so much memory is free."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mft.fit, "default_device", lambda: torch.device("cpu"))
+    return lambda gigabytes: monkeypatch.setattr(mft.fit, "_available_host_bytes", lambda: gigabytes * 1e9)
+
+
+@pytest.mark.parametrize(("free", "way"), [(400, "plain"), (33, "resident"), (26.2, "layerwise")])
+def test_auto_takes_the_fastest_that_fits_and_says_why(with_free, free, way):
+    with_free(free)
+    plan = plan_training(config_of())
+    assert plan.way == way
+    assert f"memory: {way}, an estimated " in plan.reason
+    assert f"of {free:.1f} GB on cpu" in plan.reason
+    if way != "plain":
+        assert "plain cannot be taken: needs " in plan.reason
+
+
+def test_what_cannot_fit_is_refused_with_numbers_and_the_nearest_setting(with_free):
+    with_free(24)
+    with pytest.raises(ValueError, match=r"nothing fits: resident: needs .* GB of 24.0 GB, in backward; the nearest"):
+        plan_training(config_of(memory="resident"))
+
+
+def test_the_nearest_setting_fits(with_free):
+    with_free(24)
+    with pytest.raises(ValueError, match="nothing fits") as caught:
+        plan_training(config_of())
+    changes = str(caught.value).rpartition("the nearest setting that fits: ")[2].split()
+    assert changes
+    overrides = dict(change.split("=") for change in changes)
+    assert set(overrides) <= set(mft.fit._KEYS.values())
+    config = config_of(
+        memory=overrides.get("memory", "auto"),
+        quantization=overrides.get("model.quantization"),
+        mask={"scores_dtype": overrides.get("mask.scores_dtype", "float32")},
+        train={"moments": overrides.get("train.moments", "float32")},
+    )
+    config.model.quantize_masked = overrides.get("model.quantize_masked") == "true"
+    assert plan_training(config).way == config.memory
+
+
+def test_no_weight_is_loaded_before_the_refusal(with_free, monkeypatch):
+    with_free(1)
+    monkeypatch.setattr(mft.verbs, "load_model", lambda *_: pytest.fail("a weight was loaded"))
+    with pytest.raises(ValueError, match="nothing fits"):
+        mft.verbs.run_train(config_of(), overwrite=False)
+
+
+def test_quantized_means_nf4_unless_said_otherwise(with_free):
+    with_free(400)
+    assert plan_training(config_of(memory="quantized")).quantization == "nf4"
+    assert plan_training(config_of(memory="quantized", quantization="int8")).quantization == "int8"
+    plan = plan_training(config_of(quantization="int8"))
+    assert (plan.way, plan.quantization) == ("quantized", "int8")
+    assert plan_training(config_of()).quantization is None
+
+
+def test_clipping_rules_layerwise_out(with_free):
+    with_free(400)
+    with pytest.raises(ValueError, match="layerwise: it has no global gradient norm to clip"):
+        plan_training(config_of(memory="layerwise", train={"max_grad_norm": 1.0}))
+
+
+def test_a_full_disk_is_refused(with_free, monkeypatch):
+    with_free(400)
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000_000))
+    with pytest.raises(ValueError, match=r"output_dir must lie on a disk with 0.2 GB free, run has 0.0 GB"):
+        plan_training(config_of())
+
+
+def test_a_layer_that_the_model_does_not_have(with_free):
+    with_free(400)
+    with pytest.raises(ValueError, match=r"mask.layers_to_transform must lie in 0 to 31, llama2-7b has 32 layers"):
+        plan_training(config_of(mask={"layers_to_transform": "30-32"}))
+
+
+def test_shapes_that_are_not_known_are_not_refused(with_free, tmp_path):
+    with_free(1)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    plan = plan_training(config_of(name=str(tmp_path)))
+    assert plan.way == "plain"
+    assert plan.reason.startswith("memory: plain, not estimated: model must be of a family")
+    assert plan_training(config_of(name=str(tmp_path), memory="layerwise")).way == "layerwise"
+
+
+def test_a_setting_is_what_the_configuration_says():
+    config = config_of(
+        memory="layerwise",
+        mask={"scores_dtype": "int16", "target_modules": ["up_proj"]},
+        train={"moments": "8bit", "grad_dtype": "float32", "batch_size": 3},
+    )
+    setting = setting_of(config, torch.device("cuda"))
+    assert setting.layers == (4, 5, 6, 7)
+    assert (setting.scores, setting.moments, setting.grad_dtype) == ("int16", "8bit", "float32")
+    assert (setting.sequence, setting.micro_batch, setting.accumulation) == (4096, 3, 1)
+    assert (setting.memory, setting.device, setting.target_modules) == ("layerwise", "cuda", ("up_proj",))
+    shape = shape_from_config(known_config("llama2-7b"))
+    assert 3e9 < estimate(shape, setting).device_peak < 5e9

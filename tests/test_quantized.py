@@ -1,0 +1,453 @@
+"""Quantised bases: the codes and their error, products and gradients, whole models, and what an export says of them."""
+
+import copy
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from tiny import make_llama, make_rows, masked_llama
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import mft.config
+import mft.engines
+from mft import quantized_weight
+from mft.config import MaskConfig, ModelConfig, TrainConfig
+from mft.convert import mask_model, masked_modules, merge_model
+from mft.evaluate import evaluate
+from mft.export import base_hash, load_masks, save_masks
+from mft.export_file import read_export
+from mft.linears import find_candidates, layer_stacks
+from mft.moving import Mover
+from mft.quantized import QuantizedLinear, QuantizedMaskedLinear, quantize_model
+from mft.quantized_weight import BLOCK, QUANTIZATIONS, QuantizedWeight, quantized_weights
+from mft.recipe import train_masks
+from mft.simulate import MemoryTracker
+
+# The levels that appendix E of QLoRA (arXiv 2305.14314) lists.
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
+NF4 += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634]
+NF4 += [0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+SHAPES = [(64, 128), (33, 77), (3, 5), (1, 1), (130, 96), (257, 63)]
+GATE = "model.layers.0.mlp.gate_proj"
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
+
+
+def frozen_linear(out_features=24, in_features=40, bias=True, dtype=torch.float32):
+    linear = nn.Linear(in_features, out_features, bias, dtype=dtype).requires_grad_(False)
+    linear.weight.copy_(normal(out_features, in_features))
+    return linear
+
+
+def absmax_of_each(weight, kind):
+    """The absmax that belongs to each weight, (N, K)."""
+    if kind == "int8":
+        return weight.abs().amax(1, keepdim=True).expand_as(weight)
+    blocks = [block.abs().max().expand(len(block)) for block in weight.flatten().split(BLOCK)]
+    return torch.cat(blocks).view_as(weight)
+
+
+def levels(kind):
+    return torch.tensor(NF4) if kind == "nf4" else torch.arange(-127, 128) / 127
+
+
+# ---------------------------------------------------------------------------------------------- the codes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_every_weight_goes_to_the_nearest_level(kind, shape, dtype):
+    weight = normal(*shape, dtype=dtype)
+    dense = QuantizedWeight.quantize(weight, kind).dense()
+    assert (dense.shape, dense.dtype, dense.is_contiguous()) == (weight.shape, dtype, True)
+    absmax = absmax_of_each(weight, kind).float()
+    distances = (weight.float()[..., None] - absmax[..., None] * levels(kind)).abs()
+    # The result is rounded to dtype, and the level is found in fp32: half an ulp of each.
+    slack = absmax * (torch.finfo(dtype).eps + 1e-6)
+    assert ((weight.float() - dense.float()).abs() <= distances.amin(-1) + slack).all()
+
+
+@pytest.mark.parametrize(("kind", "gap"), [("nf4", 1 - 0.69619280), ("int8", 1 / 127)])
+def test_the_error_stays_below_half_of_the_widest_gap(kind, gap):
+    weight = normal(256, 512)
+    error = (weight - QuantizedWeight.quantize(weight, kind).dense()).abs() / absmax_of_each(weight, kind)
+    assert 0.45 * gap < error.max() <= 0.5 * gap + 1e-6
+
+
+@pytest.mark.parametrize(("kind", "error", "bytes_a_weight"), [("nf4", 0.092, 0.5625), ("int8", 0.0075, 1 + 4 / 1024)])
+def test_normal_weights_lose_what_is_known_of_each_kind(kind, error, bytes_a_weight):
+    weight = normal(512, 1024)
+    quantized = QuantizedWeight.quantize(weight, kind)
+    relative = ((weight - quantized.dense()).norm() / weight.norm()).item()
+    assert relative == pytest.approx(error, rel=0.05)
+    assert quantized.nbytes == bytes_a_weight * weight.numel()
+    assert quantized.nbytes == sum(tensor.nbytes for tensor in quantized.tensors().values())
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_what_lies_on_the_levels_comes_back_exactly(kind):
+    numbers = torch.arange(64 * 128).view(64, 128) * 7
+    chosen = levels(kind)[numbers % len(levels(kind))]
+    chosen[:, ::BLOCK] = 1
+    weight = chosen * 0.5  # an absmax of a power of two, so that no product is rounded
+    quantized = QuantizedWeight.quantize(weight, kind)
+    if kind == "int8":  # times 127 / 127 is not exact in fp32
+        assert torch.equal(quantized.codes, (chosen * 127).round().to(torch.int8))
+    else:
+        assert torch.equal(quantized.dense(), weight)
+
+
+@pytest.mark.parametrize("shape", [(257, 63), (400, 64), (70, 5)])
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_chunks_and_strides_change_no_code(kind, shape, monkeypatch):
+    weight = normal(*shape)
+    whole = QuantizedWeight.quantize(weight, kind)
+    dense = whole.dense()
+    monkeypatch.setattr(quantized_weight, "_QUANTIZED_AT_ONCE", 4096)
+    monkeypatch.setattr(quantized_weight, "_DEQUANTIZED_AT_ONCE", 100)
+    for same in (weight, weight.t().contiguous().t()):
+        chunked = QuantizedWeight.quantize(same, kind)
+        for name, tensor in whole.tensors().items():
+            assert torch.equal(chunked.tensors()[name], tensor), name
+        assert torch.equal(chunked.dense(), dense)
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_zeros_stay_zeros_and_denormals_finite(kind):
+    weight = normal(130, 64)
+    weight[:128] = 0
+    weight[1, 0] = 1e-42
+    dense = QuantizedWeight.quantize(weight, kind).dense()
+    assert not dense[0].any()
+    assert not dense[2:128].any()
+    assert dense[1].abs().max() < 1e-37
+    assert dense[128:].any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_weights_that_are_not_finite_are_refused(kind, value):
+    linear = frozen_linear()
+    linear.weight[3, 5] = value
+    with pytest.raises(ValueError, match="weight must be finite to be quantised, got NaN or infinite values"):
+        QuantizedLinear.from_linear(linear, kind)
+
+
+def test_wrong_weights_and_kinds_are_refused():
+    with pytest.raises(ValueError, match=r"weight must be a matrix \(N, K\) that is not empty, got \(3,\)"):
+        QuantizedWeight.quantize(torch.ones(3))
+    with pytest.raises(ValueError, match="weight must be fp32, fp16 or bf16 to be quantised, got torch.float64"):
+        QuantizedWeight.quantize(torch.ones(2, 2).double())
+    with pytest.raises(ValueError, match="kind must be one of nf4, int8, got 'fp4'"):
+        QuantizedWeight.quantize(torch.ones(2, 2), "fp4")
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_casting_a_model_changes_the_dense_dtype_and_no_code(kind):
+    quantized = QuantizedWeight.quantize(normal(16, 64), kind)
+    dense, before = quantized.dense(), copy.deepcopy(quantized.tensors())
+    nn.Sequential(quantized).to(torch.bfloat16)
+    for name, tensor in quantized.tensors().items():
+        assert torch.equal(tensor, before[name])
+        assert tensor.dtype == before[name].dtype
+    assert torch.equal(quantized.dense(), dense.bfloat16())
+    assert quantized.to("meta").codes.is_meta
+    assert quantized.dtype == torch.bfloat16
+
+
+def test_nf4_without_its_library_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    quantized_weight._bitsandbytes.cache_clear()
+    model = make_llama().requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r'nf4 needs bitsandbytes, .*: pip install "bitsandbytes>=0.50", or choose'):
+        quantize_model(model)
+    assert not quantized_weights(model)
+    assert quantized_weights(quantize_model(model, "int8"))
+
+
+# ---------------------------------------------------------------------------------------------- one linear
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_forward_and_gradients_are_those_of_the_dense_weight(kind, bias):
+    layer = QuantizedLinear.from_linear(frozen_linear(bias=bias), kind)
+    x = normal(2, 7, 40, seed=1).requires_grad_()
+    y = layer(x)
+    assert torch.equal(y, F.linear(x, layer.dense_weight(), layer.bias))
+    grad = normal(2, 7, 24, seed=2)
+    y.backward(grad)
+    assert torch.equal(x.grad, grad @ layer.dense_weight())
+    if bias:
+        layer.bias.requires_grad_()
+        layer(x).backward(grad)
+        assert torch.allclose(layer.bias.grad, grad.sum((0, 1)))
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_autocast_and_checkpointing_reach_through(kind):
+    layer = QuantizedLinear.from_linear(frozen_linear(), kind)
+    x = normal(7, 40, seed=1).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    y.backward(torch.ones_like(y))
+    assert (y.dtype, x.grad.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.allclose(x.grad, torch.ones(7, 24) @ layer.dense_weight(), atol=5e-3)
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_neither_the_dense_weight_nor_x_outlives_a_product(kind):
+    layer = QuantizedLinear.from_linear(frozen_linear(512, 512, bias=False), kind)
+    dense_bytes = 4 * 512 * 512
+    x = torch.ones(4, 512, requires_grad=True)
+    with MemoryTracker() as tracker:
+        y = layer(x * 1)
+        # The multiplication saves nothing, so what is left is y alone.
+        assert tracker.device_bytes == y.nbytes
+        assert dense_bytes <= tracker.device_peak < 2 * dense_bytes
+        tracker.reset_peaks()
+        y.backward(torch.ones_like(y))
+        assert dense_bytes <= tracker.device_peak < 2 * dense_bytes
+    assert tracker.device_bytes < dense_bytes / 8
+
+
+# ---------------------------------------------------------------------------------------------- whole models
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_the_decoders_linears_are_quantised_and_nothing_else(kind):
+    model = make_llama(tie_word_embeddings=False).requires_grad_(False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert quantize_model(model, kind) is model
+    linears = {name for name in before if name.endswith("_proj.weight")}
+    assert {f"{name}.weight" for name in quantized_weights(model)} == linears
+    assert len(linears) == 4 * 7
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys() - linears
+    assert all(torch.equal(after[name], before[name]) for name in after)
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_the_model_computes_what_one_with_the_dense_weights_does(kind):
+    dense = make_llama().requires_grad_(False)
+    model = quantize_model(copy.deepcopy(dense), kind)
+    for name, weight in quantized_weights(model).items():
+        dense.get_submodule(name).weight.copy_(weight.dense())
+    tokens = torch.arange(12)[None]
+    assert torch.equal(model(tokens).logits, dense(tokens).logits)
+    assert not torch.equal(model(tokens).logits, make_llama()(tokens).logits)
+
+
+def test_conv1d_of_gpt2_is_quantised_as_its_transpose():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+    model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    tokens = torch.arange(12)[None]
+    exact = model(tokens).logits
+    assert len(quantized_weights(quantize_model(model, "int8"))) == 2 * 4
+    assert (model(tokens).logits - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_masked_layers_are_quantised_on_request(masked):
+    model = masked_llama()
+    names, scores = list(masked_modules(model)), [m.scores for m in masked_modules(model).values()]
+    exact = {name: module.weight.clone() for name, module in masked_modules(model).items()}
+    quantize_model(model, masked=masked)
+    found = masked_modules(model)
+    assert list(found) == names
+    assert len(quantized_weights(model)) == 4 * 7 if masked else 2 * 7
+    for name, before in zip(names, scores):
+        module = found[name]
+        assert module.scores is before
+        assert isinstance(module, QuantizedMaskedLinear) == masked
+        assert torch.equal(module.weight, exact[name]) != masked
+        x = normal(3, module.in_features, seed=3)
+        expected = F.linear(x, torch.where(module.mask(), module.weight, 0), module.bias)
+        assert torch.allclose(module(x), expected, atol=1e-6)
+        assert "weight" not in dict(module.named_parameters()) or not masked
+
+
+def test_quantised_linears_are_linears_to_the_search_and_cannot_be_masked():
+    model = quantize_model(make_llama().requires_grad_(False))
+    candidates = [c for c in find_candidates(model, layer_stacks(model)) if not c.is_head]
+    assert len(candidates) == 4 * 7
+    with pytest.raises(ValueError, match="cannot mask .*: it is a mft.quantized.QuantizedLinear, not a plain nn.Lin"):
+        mask_model(model, MaskConfig())
+
+
+def test_a_trainable_linear_is_left_alone():
+    model = make_llama().requires_grad_(False)
+    model.get_submodule(GATE).weight.requires_grad_(True)
+    quantize_model(model)
+    assert type(model.get_submodule(GATE)) is nn.Linear
+    assert len(quantized_weights(model)) == 4 * 7 - 1
+
+
+def test_what_cannot_be_quantised_is_refused_and_left_as_it_was():
+    model = make_llama()
+    with pytest.raises(ValueError, match="frozen linears in its decoder layers to quantise, got 28 that are trainable"):
+        quantize_model(model)
+    model.requires_grad_(False).get_submodule(GATE).register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=f"cannot quantise {GATE}: it has hooks"):
+        quantize_model(model)
+    with pytest.raises(ValueError, match="kind must be one of nf4, int8, got 'int4'"):
+        quantize_model(model, "int4")
+    with pytest.raises(ValueError, match="must have linears in decoder layers to quantise, got Sequential without any"):
+        quantize_model(nn.Sequential(frozen_linear()))
+    assert not quantized_weights(model)
+    quantized = quantize_model(make_llama().requires_grad_(False), "int8")
+    with pytest.raises(ValueError, match=r"not be quantised already, got 28 layers that are \(.* in int8, ...\): load"):
+        quantize_model(quantized)
+
+
+def test_a_weight_that_is_not_finite_is_named():
+    model = make_llama().requires_grad_(False)
+    model.get_submodule(GATE).weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=f"{GATE}: weight must be finite"):
+        quantize_model(model)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("way", ["resident", "quantized", "layerwise"])
+@pytest.mark.parametrize("separate", [False, True], ids=["one memory", "two memories"])
+def test_every_way_gives_the_plain_update_on_a_quantised_base(way, masked, separate, monkeypatch):
+    monkeypatch.setattr(mft.engines, "Mover", lambda device, **_: Mover(device, separate=separate))
+    settings = TrainConfig(lr=1e-3, steps=3, batch_size=2, accumulation=2)
+    runs = []
+    for name in ("plain", way):
+        model = quantize_model(masked_llama(layers=(1, 3)), masked=masked)
+        start = {name: module.scores.detach().clone() for name, module in masked_modules(model).items()}
+        reports = train_masks(model, make_rows(), settings, way=name)
+        runs.append((model, [report.loss for report in reports]))
+    (plain, plain_losses), (ours, losses) = runs
+    assert losses == pytest.approx(plain_losses, abs=1e-6)
+    for name, module in masked_modules(ours).items():
+        expected = masked_modules(plain)[name].scores
+        assert (module.scores - expected).abs().max() <= 1e-6, name
+        assert (expected - start[name]).abs().max() > 1e-3, name
+
+
+def test_a_held_mask_makes_the_weight_anew_in_each_pass():
+    model = quantize_model(masked_llama(layers=(3,)), masked=True)
+    module = next(iter(masked_modules(model).values()))
+    dense_bytes = 4 * module.quantized.shape.numel()
+    buffer = torch.zeros(module.quantized.shape)
+    module.hold(module.packed_mask(), buffer, weight=module.quantized.dense)
+    x = torch.ones(3, module.in_features, requires_grad=True)
+    with MemoryTracker() as tracker:
+        y = module(x)
+        assert tracker.device_bytes < dense_bytes
+        y.sum().backward()
+    assert torch.equal(buffer, torch.full_like(buffer, 3))
+    assert torch.allclose(x.grad, torch.where(module.mask(), module.weight, 0).sum(0).expand_as(x), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- exports
+
+
+@pytest.mark.parametrize(("kind", "masked"), [(None, False), ("nf4", False), ("int8", True)])
+def test_an_export_says_on_which_base_the_masks_were_learned(kind, masked, tmp_path):
+    model = masked_llama()
+    exact = base_hash(model)
+    if kind is not None:
+        quantize_model(model, kind, masked=masked)
+    expected = {name: module.mask() for name, module in masked_modules(model).items()}
+    export, _ = read_export(save_masks(model, tmp_path / "export"))
+    assert (export.base_quantization, export.quantize_masked, export.base_hash) == (kind, masked, exact)
+    loaded = masked_modules(load_masks(make_llama(), tmp_path / "export"))
+    assert {name: module.mask().tolist() for name, module in loaded.items()} == {
+        name: mask.tolist() for name, mask in expected.items()
+    }
+    assert not quantized_weights(make_llama())
+
+
+def test_an_export_of_before_quantisation_still_loads(tmp_path):
+    path = save_masks(masked_llama(), tmp_path / "export") / "adapter_config.json"
+    values = json.loads(path.read_text())
+    del values["base_quantization"], values["quantize_masked"]
+    path.write_text(json.dumps(values))
+    export, _ = read_export(path.parent)
+    assert (export.base_quantization, export.quantize_masked) == (None, False)
+    assert masked_modules(load_masks(make_llama(), path.parent))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_quantization": "nf5"}, "base_quantization must be nf4 or int8, or null, got 'nf5'"),
+        ({"base_quantization": 4}, "base_quantization must be nf4 or int8, or null, got 4"),
+        (
+            {"quantize_masked": 1},
+            "quantize_masked must be true or false, and false where base_quantization is null, got",
+        ),
+        ({"quantize_masked": True}, "quantize_masked must be true or false, and false where .* is null, got True"),
+        ({"base_quantisation": None}, r"unknown key 'base_quantisation'; did you mean base_quantization\?"),
+    ],
+)
+def test_a_damaged_statement_is_named(changes, message, tmp_path):
+    path = save_masks(masked_llama(), tmp_path / "export") / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        read_export(path.parent)
+
+
+def test_masks_merge_into_exact_weights_alone():
+    model = quantize_model(masked_llama(), masked=True)
+    with pytest.raises(
+        ValueError, match="masks must be merged into exact weights, got 28 layers that are quantised .*: save_m"
+    ):
+        merge_model(model)
+    assert len(masked_modules(model)) == 2 * 7
+
+
+def test_the_hash_of_exact_weights_that_are_gone_is_refused():
+    model = quantize_model(masked_llama(), masked=True)
+    with pytest.raises(ValueError, match=rf"must hold the exact weights that are hashed, got 1 that are .*{GATE}"):
+        base_hash(model, [GATE])
+
+
+def test_the_configuration_knows_the_same_kinds():
+    assert mft.config.QUANTIZATIONS == QUANTIZATIONS
+    assert ModelConfig(quantization="int8", quantize_masked=True).quantize_masked
+    with pytest.raises(ValueError, match="quantization must be one of nf4, int8, got 'nf'; did you mean nf4"):
+        ModelConfig(quantization="nf")
+    with pytest.raises(ValueError, match=r"quantize_masked must be false where quantization is null .*, got True"):
+        ModelConfig(quantize_masked=True)
+
+
+# ---------------------------------------------------------------------------------------------- a real model
+
+
+@pytest.fixture(scope="module")
+def real_text(tokenizer):
+    """Rows of 128 tokens of the standard library's source."""
+    ids = tokenizer(Path(textwrap.__file__).read_text(encoding="utf-8"))["input_ids"][:1024]
+    rows = [ids[start : start + 128] for start in range(0, 1024, 128)]
+    return Dataset.from_dict({"input_ids": rows, "labels": rows, "document": list(range(8))})
+
+
+@pytest.mark.parametrize(("kind", "loss_added", "bytes_a_weight"), [("nf4", 0.3, 0.5625), ("int8", 0.03, 1.008)])
+def test_smollm2_loses_little(smollm2_dir, real_text, kind, loss_added, bytes_a_weight):
+    model = AutoModelForCausalLM.from_pretrained(smollm2_dir, local_files_only=True).requires_grad_(False)
+    exact = evaluate(model, real_text).loss
+    weights = sum(module.weight.numel() for name, module in model.named_modules() if name.endswith("_proj"))
+    quantize_model(model, kind)
+    held = quantized_weights(model).values()
+    assert sum(weight.shape.numel() for weight in held) == weights
+    assert sum(weight.nbytes for weight in held) <= bytes_a_weight * weights
+    quantized = evaluate(model, real_text).loss
+    assert quantized != exact
+    assert abs(quantized - exact) < loss_added

@@ -1,0 +1,190 @@
+"""The tracker of memory: hand-computed peaks, PyTorch's own tracker, and fake tensors against real ones."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaDecoderLayer
+
+from mft.activations import Layer
+from mft.shapes import known_config, shape_from_config
+from mft.simulate import BLOCK, MemoryTracker
+
+KB = 1024
+
+
+def floats(kilobytes):
+    return torch.empty(kilobytes * KB // 4)
+
+
+def test_a_peak_by_hand():
+    with MemoryTracker() as tracker:
+        a = floats(1)
+        b = floats(2)
+        del a
+        c = floats(4)
+        assert (tracker.device_bytes, tracker.device_peak) == (6 * KB, 6 * KB)
+        del b, c
+    assert (tracker.device_bytes, tracker.device_peak) == (0, 6 * KB)
+
+
+def test_backward_by_hand():
+    """y = (x * x).exp(): the square is freed, exp keeps its output, and its gradient passes through both."""
+    with MemoryTracker() as tracker:
+        x = floats(1).requires_grad_()
+        y = (x * x).exp()
+        assert (tracker.device_bytes, tracker.device_peak) == (2 * KB, 3 * KB)  # x, y; x, x * x, y
+        y.sum().backward()
+        del y
+    # x, y, the sum's block twice (and its gradient of one), grad * y, and of x * x: each of x's two, and their sum
+    assert tracker.device_bytes == 2 * KB
+    assert tracker.device_peak == 5 * KB + 2 * BLOCK
+
+
+def test_views_and_in_place_operators_make_nothing():
+    with MemoryTracker() as tracker:
+        a = floats(4)
+        kept = [a[3:], a.view(2, -1).t(), a.detach(), a.add_(1), a.mul_(2).reshape(-1)]
+        assert tracker.device_bytes == 4 * KB
+        del a
+        assert tracker.device_bytes == 4 * KB  # the views hold it
+        del kept
+        assert tracker.device_bytes == 0
+
+
+def test_a_storage_that_grows_is_counted_as_it_is():
+    with MemoryTracker() as tracker:
+        a = floats(1)
+        a.resize_(KB)
+        assert tracker.device_bytes == 4 * KB
+
+
+def test_sizes_are_rounded_up_to_blocks():
+    with MemoryTracker() as tracker:
+        kept = [torch.empty(1), torch.empty(129), torch.empty(0)]
+    assert tracker.device_bytes == 3 * BLOCK
+    del kept
+
+
+def test_what_was_there_before_counts_when_it_is_tracked():
+    before = floats(2)
+    with MemoryTracker() as tracker:
+        view = before.view(2, -1)
+        assert tracker.device_bytes == 0
+        with tracker.kind("weights"):
+            tracker.track([before, view])
+        assert tracker.device_breakdown == {"weights": 2 * KB}
+
+
+def test_kinds_phases_and_the_breakdown_at_the_peak():
+    with MemoryTracker() as tracker:
+        with tracker.kind("weights"):
+            weight = floats(4)
+        with tracker.kind("activations"), tracker.phase("forward"):
+            x = floats(8)
+        del x
+        with tracker.phase("backward"), tracker.kind("gradients"):
+            grad = floats(2)
+    assert tracker.device_breakdown == {"weights": 4 * KB, "activations": 8 * KB}
+    assert tracker.device_phase == "forward"
+    tracker.reset_peaks()
+    assert tracker.device_breakdown == {"weights": 4 * KB, "gradients": 2 * KB}
+    del weight, grad
+
+
+def test_host_and_device_are_counted_apart():
+    with MemoryTracker() as tracker:
+        with tracker.host():
+            resting = floats(8)
+        moved = floats(2)
+        tracker.mark_host(moved[1:])
+        kept = floats(1)
+        assert (tracker.device_bytes, tracker.host_bytes) == (KB, 10 * KB)
+        tracker.mark_device(moved)
+        assert (tracker.device_bytes, tracker.host_bytes) == (3 * KB, 8 * KB)
+        del resting, moved, kept
+        assert (tracker.device_bytes, tracker.host_bytes) == (0, 0)
+    assert tracker.host_peak == 10 * KB
+
+
+def toy():
+    return nn.Sequential(nn.Linear(128, 256, bias=False), nn.GELU(), nn.Linear(256, 128, bias=False))
+
+
+def test_pytorch_own_tracker_sees_the_same_peak():
+    model, x = toy(), torch.empty(64, 128)
+    theirs = MemTracker()
+    theirs.track_external(model, x)
+    with theirs:
+        model(x).square().sum().backward()
+    (found,) = theirs.get_tracker_snapshot("peak").values()
+    model, x = toy(), torch.empty(64, 128)
+    with MemoryTracker() as ours:
+        ours.track([*model.parameters(), x])
+        model(x).square().sum().backward()
+    # It counts a scalar as 4 bytes on a CPU, and not as the block that a GPU gives it.
+    assert ours.device_peak == pytest.approx(found["Total"], abs=4 * BLOCK)
+
+
+def run_layer(config, tokens, *, frozen=False):
+    """(tracker, bytes after the forward pass) of one decoder layer from its input and back, weights not counted."""
+    layer = LlamaDecoderLayer(config, 0).requires_grad_(not frozen)
+    rotations = [torch.empty(1, tokens, config.head_dim) for _ in range(2)]
+    with MemoryTracker() as tracker:
+        x = torch.empty(1, tokens, config.hidden_size, requires_grad=True)
+        grad = torch.empty(1, tokens, config.hidden_size)
+        with tracker.phase("forward"):
+            output = layer(x, position_embeddings=rotations, attention_mask=None)
+        held = tracker.device_bytes
+        with tracker.phase("backward"):
+            output.backward(grad)
+    return tracker, held
+
+
+@pytest.fixture
+def bfloat16():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_fake_and_real_tensors_agree(bfloat16):
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, attn_implementation="sdpa"
+    )
+    real, held = run_layer(config, 32)
+    with FakeTensorMode():
+        fake, fake_held = run_layer(config, 32)
+    assert (fake.device_peak, fake_held, fake.device_phase) == (real.device_peak, held, "backward")
+
+
+class Masked(torch.autograd.Function):
+    """What a held masked layer saves: its input."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x)
+        ctx.weight = weight
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        _ = ctx.saved_tensors
+        return grad_output @ ctx.weight, None
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(("name", "tokens"), [("llama2-7b", 4096), ("llama3.1-8b", 1024), ("llama2-70b", 4096)])
+def test_activations_of_one_layer(name, tokens, masked, monkeypatch, bfloat16):
+    """A whole layer of the published size, recomputed from its input and taken backward, under FakeTensorMode."""
+    config = known_config(name)
+    shape = shape_from_config(config, name)
+    known = LlamaConfig(**{k: v for k, v in config.items() if k != "model_type"}, attn_implementation="sdpa")
+    if masked:
+        monkeypatch.setattr(nn.Linear, "forward", lambda self, x: Masked.apply(x, self.weight))
+    with FakeTensorMode():
+        tracker, held = run_layer(known, tokens, frozen=True)
+    layer = Layer(shape, tokens, set(shape.linears) if masked else set())
+    assert layer.saved + 3 * layer.hidden == pytest.approx(held, rel=0.01)
+    assert layer.peak == pytest.approx(tracker.device_peak, rel=0.01)

@@ -1,0 +1,301 @@
+"""The ways to run a step: each gives the plain loop's update, and keeps to what it says of memory."""
+
+import copy
+
+import pytest
+import torch
+from tiny import make_llama, make_rows, masked_llama
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import mft.engines
+from mft.batches import take_rows
+from mft.config import MaskConfig, TrainConfig
+from mft.convert import mask_model, masked_modules, merge_model
+from mft.engines import start_engine
+from mft.evaluate import evaluate
+from mft.moving import Mover
+from mft.recipe import NonFiniteLoss, train_masks
+
+WAYS = ["resident", "layerwise"]
+EXACT = 1e-6  # of scores at 0.02 after steps at 1e-3; the order of sums is what differs
+
+
+@pytest.fixture(params=[False, True], ids=["one memory", "two memories"])
+def separate(request, monkeypatch):
+    """Runs on the CPU as if it were, or were not, a device with a memory of its own."""
+    monkeypatch.setattr(mft.engines, "Mover", lambda device, separate: Mover(device, separate=request.param))
+    return request.param
+
+
+def train(way, model=None, rows=None, **options):
+    model = masked_llama(layers=(1, 2, 3)) if model is None else model
+    settings = TrainConfig(**{"lr": 1e-3, "steps": 3, "batch_size": 2} | options)
+    reports = train_masks(model, make_rows() if rows is None else rows, settings, way=way)
+    return model, [report.loss for report in reports]
+
+
+def scores_of(model):
+    return {name: module.scores.detach().float() for name, module in masked_modules(model).items()}
+
+
+def assert_same_training(one, other, tolerance=EXACT):
+    (model, losses), (other_model, other_losses) = one, other
+    assert losses == pytest.approx(other_losses, abs=tolerance)
+    ours, theirs = scores_of(model), scores_of(other_model)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert (ours[name] - theirs[name]).abs().max() <= tolerance, name
+
+
+@pytest.mark.parametrize("accumulation", [1, 16])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_the_plain_update(way, accumulation, separate):
+    start = scores_of(masked_llama(layers=(1, 2, 3)))
+    plain = train("plain", accumulation=accumulation)
+    assert_same_training(train(way, accumulation=accumulation), plain)
+    moved = [(scores_of(plain[0])[name] - start[name]).abs().max() for name in start]
+    assert min(moved) > 1e-3
+
+
+@pytest.mark.parametrize("mask", [{"mode": "value"}, {"threshold": 0.01}, {"keep_ratio": 0.5, "init": "magnitude"}])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_kind_of_mask(way, mask, separate):
+    models = [masked_llama(layers=(0, 2), **mask) for _ in range(2)]
+    assert_same_training(train(way, models[0]), train("plain", models[1]))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_that_score_different_numbers_of_tokens(way, separate):
+    rows = make_rows(6)
+    labels = [[-100] * (i * 2) + row["labels"][i * 2 :] for i, row in enumerate(rows)]
+    labels[0] = [-100] * len(labels[0])
+    rows = rows.remove_columns("labels").add_column("labels", labels)
+    options = {"rows": rows, "accumulation": 3, "batch_size": 1}
+    assert_same_training(train(way, **options), train("plain", **options))
+
+
+def test_clipping_by_the_global_norm(separate):
+    clipped = train("resident", max_grad_norm=1e-3)
+    assert_same_training(clipped, train("plain", max_grad_norm=1e-3))
+    free = scores_of(train("resident")[0])
+    assert any((free[name] - ours).abs().max() > 10 * EXACT for name, ours in scores_of(clipped[0]).items())
+
+
+def test_layerwise_refuses_clipping():
+    with pytest.raises(ValueError, match="train.max_grad_norm must be null with memory: layerwise, got 1"):
+        train("layerwise", max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_are_untouched_and_the_result_merges(way, separate):
+    model = masked_llama(layers=(1, 3))
+    before = copy.deepcopy(model.state_dict())
+    trained, _ = train(way, model)
+    for name, value in trained.state_dict().items():
+        assert torch.equal(value, before[name]) != name.endswith(".scores"), name
+    tokens = torch.arange(10).unsqueeze(0)
+    with torch.no_grad():
+        masked = trained(tokens).logits
+        assert torch.allclose(merge_model(trained)(tokens).logits, masked, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_mask_held_after_the_last_step_is_the_scores(way, separate):
+    """A run's masks are exported from the scores; the engine computed with its own bits."""
+    rows = make_rows()
+    model, _ = train(way, rows=rows)
+    held = evaluate(model, rows, way=way)
+    assert held.loss == pytest.approx(evaluate(model, rows).loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_evaluation_in_every_way(way, separate):
+    rows = make_rows(7)
+    for model in (make_llama(), masked_llama()):
+        plain, ours = evaluate(model, rows), evaluate(model, rows, way=way, batch_size=2)
+        assert torch.equal(ours.documents, plain.documents)
+        assert torch.equal(ours.correct, plain.correct)
+        assert torch.allclose(ours.loss_sums, plain.loss_sums, atol=1e-5)
+
+
+@pytest.mark.parametrize("scores_dtype", ["bfloat16", "int16"])
+@pytest.mark.parametrize("way", WAYS)
+def test_scores_and_moments_in_few_bits_learn_the_same(way, scores_dtype, separate):
+    """Bit for bit in both ways, and near to fp32: rounding is a function of step and place alone."""
+    ours = [
+        train(w, masked_llama(layers=(1, 2), scores_dtype=scores_dtype), moments="8bit", steps=20)
+        for w in ("resident", way)
+    ]
+    for name, scores in scores_of(ours[0][0]).items():
+        assert torch.equal(scores, scores_of(ours[1][0])[name])
+    exact = train("plain", masked_llama(layers=(1, 2)), steps=20)
+    for name, module in masked_modules(ours[1][0]).items():
+        agree = (module.mask() == masked_modules(exact[0])[name].mask()).float().mean()
+        assert agree > 0.97, name
+
+
+def test_bfloat16_weights_and_buffers(separate):
+    plain = train("plain", masked_llama(dtype=torch.bfloat16))
+    for way in WAYS:
+        for grad_dtype in (None, "float32"):
+            ours = train(way, masked_llama(dtype=torch.bfloat16), grad_dtype=grad_dtype)
+            assert_same_training(ours, plain, tolerance=3e-3)  # as far as 3 steps at 1e-3 can go
+
+
+def test_plain_takes_sixteen_bit_scores_too():
+    model = masked_llama(scores_dtype="bfloat16")
+    before = scores_of(model)
+    trained, losses = train("plain", model, moments="8bit", steps=10, lr=1e-2)
+    assert losses[-1] < losses[0]
+    assert any(not torch.equal(before[name], after) for name, after in scores_of(trained).items())
+
+
+def test_plain_refuses_scores_that_autograd_cannot_reach():
+    with pytest.raises(ValueError, match="memory must not be plain with int16 scores"):
+        train("plain", masked_llama(scores_dtype="int16"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_frozen_layers_are_run_once_a_row(way, separate):
+    model = masked_llama(layers=(2, 3))
+    calls = []
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    train(way, model, steps=12, rows=make_rows(4))
+    looking = 4  # at how the model is built: the whole model, its head, layer by layer, the layer below
+    assert len(calls) <= 2 + looking
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_loss_that_is_not_finite_changes_no_score(way, separate):
+    model = masked_llama()
+    before = scores_of(model)
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    with pytest.raises(NonFiniteLoss, match="at step 1 of 3 in the batch of rows"):
+        train(way, model)
+    for name, scores in scores_of(model).items():
+        assert torch.equal(scores, before[name])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_scores_that_are_not_finite_are_named(way, separate):
+    model = masked_llama(layers=(2, 3))
+    with torch.no_grad():  # dropped, so that the forward pass does not see it; its score's gradient does
+        model.model.layers[3].mlp.down_proj.weight[0, 0] = torch.inf
+        model.model.layers[3].mlp.down_proj.scores[0, 0] = 1e-9
+    with pytest.raises(ValueError, match="scores of module 'model.layers.3.mlp.down_proj' must be finite, got 1 NaN"):
+        train(way, model)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_lack_of_memory_names_layer_contents_and_remedy(way, monkeypatch):
+    model = masked_llama()
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+
+    engine_of = mft.engines.ENGINES[way]
+    down = engine_of.down
+
+    def down_until_layer_two(self, layer, *args):
+        if layer == 2:
+            monkeypatch.setattr(self.calls, "run", fail)
+        return down(self, layer, *args)
+
+    monkeypatch.setattr(engine_of, "down", down_until_layer_two)
+    with pytest.raises(RuntimeError) as caught:
+        train(way, model)
+    message = str(caught.value)
+    assert message.startswith("out of memory at layer 2, backward; live on cpu")
+    assert all(word in message for word in ("weights", "gradient buffers", "2.00 GiB", "train.batch_size"))
+    assert ("memory: layerwise" in message) or way == "layerwise"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_dropout_is_refused(way):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=2, n_positions=32))
+    mask_model(model, MaskConfig())
+    with pytest.raises(ValueError, match=f"memory must be plain for a model with dropout, got {way}"):
+        train(way, model)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_other_architectures(way, separate):
+    """GPT-2 returns tuples from Conv1D layers, Gemma 3 tells layers apart by their attention, and both tie the head."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    def gpt2():
+        dropouts = {name: 0.0 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout")}
+        return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=3, n_head=2, n_positions=32, **dropouts))
+
+    def gemma():
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 16}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+        layers = ["sliding_attention", "full_attention", "sliding_attention"]
+        return Gemma3ForCausalLM(
+            Gemma3TextConfig(vocab_size=61, **sizes, **heads, sliding_window=4, layer_types=layers, pad_token_id=0)
+        )
+
+    for make in (gpt2, gemma):
+        torch.manual_seed(0)
+        models = [make().eval()]
+        models.append(copy.deepcopy(models[0]))
+        for model in models:
+            mask_model(model, MaskConfig(layers_to_transform=[1, 2]))
+        assert_same_training(train(way, models[0]), train("plain", models[1]))
+
+
+def test_layers_that_hand_on_more_than_hidden_states_are_refused(monkeypatch):
+    model = masked_llama()
+    layer = model.model.layers[2]
+    forward, seen = layer.forward, []
+
+    def forward_that_remembers(hidden, *args, **kwargs):
+        seen.append(hidden)
+        return forward(hidden * len(seen) % 3, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", forward_that_remembers)
+    with pytest.raises(ValueError, match="memory must be plain for LlamaForCausalLM: its layers hand on more"):
+        train("resident", model)
+
+
+def test_the_first_masked_layer_makes_no_gradient_of_its_input():
+    model = masked_llama(layers=(2, 3))
+    batch = take_rows(make_rows(), [0, 1])
+    engine = start_engine(model, batch.input_ids[:1, :8], "resident", train=TrainConfig(steps=1))
+    hidden = torch.randn(*engine.enter(batch).shape)
+    assert engine.down(3, hidden, torch.ones_like(hidden), batch).shape == hidden.shape
+    assert engine.down(2, hidden, torch.ones_like(hidden), batch) is None
+    engine.close()
+
+
+def test_layerwise_holds_one_layers_gradients(separate):
+    model = masked_llama(layers=(0, 1, 2, 3))
+    batch = take_rows(make_rows(), [0, 1])
+    engine = start_engine(model, batch.input_ids[:1, :8], "layerwise", train=TrainConfig(steps=1))
+    held = []
+    down = engine.down
+    engine.down = lambda layer, *args: (held.append([m.grad is not None for m in engine.masks]), down(layer, *args))[1]
+    engine.step([batch, batch], 1.0, 1e-3, None, lambda *_: None)
+    assert [sum(flags) for flags in held] == [7] * 8  # the seven linears of a layer, two micro-batches of four layers
+    assert not any(m.grad is not None for m in engine.masks)
+    engine.close()
+
+
+def test_host_buffers_are_used_again():
+    mover = Mover("cpu", separate=True)
+    first = mover.store(torch.ones(3))
+    mover.give_back(first)
+    second = mover.store(torch.zeros(3))
+    assert second.data_ptr() == first.data_ptr()
+    assert mover.store(torch.zeros(3)).data_ptr() != second.data_ptr()
+    (brought,) = mover.bring([second]).wait()
+    assert torch.equal(brought, second)
+    assert brought.data_ptr() != second.data_ptr()
+
+
+def test_one_memory_copies_nothing():
+    mover = Mover("cpu")
+    tensor = torch.ones(3)
+    assert mover.store(tensor) is tensor
+    assert mover.bring([tensor]).wait()[0] is tensor
