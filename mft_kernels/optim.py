@@ -117,7 +117,8 @@ class MaskAdamW(Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros(p.shape, dtype=dtype, device=p.device, pin_memory=pinned)
             if group["moments"] == "8bit":
-                state["scales"] = torch.zeros(2, -(-p.numel() // BLOCK), device=p.device, pin_memory=pinned)
+                shape = (2, -(-p.numel() // BLOCK))
+                state["scales"] = torch.zeros(shape, dtype=torch.float32, device=p.device, pin_memory=pinned)
         return {"scores": p, **{name: tensor for name, tensor in state.items() if name != "step"}}
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaDecoderLayer
 
@@ -135,10 +136,10 @@ def run_layer(config, tokens, *, frozen=False):
         x = torch.empty(1, tokens, config.hidden_size, requires_grad=True)
         grad = torch.empty(1, tokens, config.hidden_size)
         with tracker.phase("forward"):
-            output = layer(x, position_embeddings=rotations, attention_mask=None)
+            edge = get_gradient_edge(layer(x, position_embeddings=rotations, attention_mask=None))
         held = tracker.device_bytes
         with tracker.phase("backward"):
-            output.backward(grad)
+            torch.autograd.backward((edge,), (grad,))
     return tracker, held
 
 
@@ -186,5 +187,5 @@ def test_activations_of_one_layer(name, tokens, masked, monkeypatch, bfloat16):
     with FakeTensorMode():
         tracker, held = run_layer(known, tokens, frozen=True)
     layer = Layer(shape, tokens, set(shape.linears) if masked else set())
-    assert layer.saved + 3 * layer.hidden == pytest.approx(held, rel=0.01)
+    assert layer.saved + 2 * layer.hidden == pytest.approx(held, rel=0.01)
     assert layer.peak == pytest.approx(tracker.device_peak, rel=0.01)

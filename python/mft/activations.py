@@ -54,7 +54,7 @@ class Layer:
 
     @property
     def peak(self) -> int:
-        """The most that recomputing the layer and its backward pass hold, input, output and both gradients included."""
+        """The most that recomputing it and its backward pass hold, its input and its output's gradient included."""
         return self._ends + max(self.saved + self.transient, self._norm_peak, self._attention_peak)
 
     @property
@@ -78,7 +78,7 @@ class Layer:
 
     @property
     def _ends(self) -> int:
-        return 3 * self.hidden  # input, output, gradient of the output
+        return 2 * self.hidden  # input, and gradient of the output
 
     @property
     def _norm(self) -> int:

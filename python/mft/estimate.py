@@ -15,9 +15,9 @@ from mft.shapes import ModelShape
 from mft.step_time import step_seconds
 
 _NF4_BYTES = 0.5 + 4 / 64  # 4 bits, and an fp32 scale for each 64
-# Boundaries on the device beside the layer's own input, output and gradient: in resident the next one, and the last
-# layer's output and gradient until the step ends; in layerwise the next one, the next gradient, the one that leaves.
-_RESIDENT_BOUNDARIES = _LAYERWISE_BOUNDARIES = 3
+# Boundaries on the device beside the layer's own input and its output's gradient: in resident the next input; in
+# layerwise that, the next gradient, and the one that leaves.
+_RESIDENT_BOUNDARIES, _LAYERWISE_BOUNDARIES = 1, 3
 
 Sizes = dict[str, int]
 
@@ -84,12 +84,8 @@ def _plain(run: "_Run") -> dict[str, Sizes]:
     largest = max(n * k for n, k in run.matrices) * int(SCORE_BYTES[setting.scores])
     score_grad = largest if setting.accumulation > 1 else 0
     above = [run.layer(i, score_grad=score_grad) for i in range(run.first, shape.layers)]
-    if setting.gradient_checkpointing:
-        kept = [layer.hidden for layer in above]
-        peaks = [sum(kept[:i]) + layer.peak for i, layer in enumerate(above)]
-    else:
-        kept = [layer.saved for layer in above]
-        peaks = [sum(kept[:i]) + layer.peak - layer.hidden for i, layer in enumerate(above)]
+    kept = [layer.hidden if setting.gradient_checkpointing else layer.saved for layer in above]
+    peaks = [sum(kept[:i]) + layer.peak for i, layer in enumerate(above)]
     return {
         "loss": resident | {"activations": sum(kept), "logits": loss_peak(shape, setting.tokens)},
         "backward": resident | {"activations": max(peaks)},
@@ -99,16 +95,16 @@ def _plain(run: "_Run") -> dict[str, Sizes]:
 def _resident(run: "_Run") -> dict[str, Sizes]:
     """Weights, masks and gradients of all layers on the device; boundaries and states on the host."""
     resident = {
-        "weights": run.outside + sum(run.weights_of_layer),
+        "weights": run.outside - run.embedding_alone + sum(run.weights_of_layer),
         "masks": sum(run.mask_bytes),
         "gradients": run.masked_weights * run.grad_bytes,
     }
     above = range(run.first, run.shape.layers)
     return {
-        "loss": resident | {"boundaries": run.hidden, "logits": loss_peak(run.shape, run.setting.tokens)},
+        "loss": resident | {"logits": loss_peak(run.shape, run.setting.tokens)},
         "backward": resident
         | {"activations": max(run.layer(i).peak for i in above), "boundaries": _RESIDENT_BOUNDARIES * run.hidden},
-        "optimiser": resident | {"boundaries": 2 * run.hidden, "staging": run.staging(run.matrices)},
+        "optimiser": resident | {"staging": run.staging(run.matrices)},
     }
 
 
@@ -126,7 +122,7 @@ def _layerwise(run: "_Run") -> dict[str, Sizes]:
         return {"weights": sum(run.weights_of_layer[i] for i in both), "masks": sum(run.mask_bytes[i] for i in both)}
 
     boundaries = _LAYERWISE_BOUNDARIES * run.hidden
-    top = {"weights": run.weights_of_layer[-1] + run.outside, "masks": run.mask_bytes[-1]}
+    top = {"weights": run.weights_of_layer[-1] + run.outside - run.embedding_alone, "masks": run.mask_bytes[-1]}
     larger("forward", top | {"activations": run.layer(depth - 1).forward_peak, "boundaries": boundaries})
     larger("loss", top | {"logits": loss_peak(run.shape, tokens), "boundaries": boundaries})
     for i in range(run.first, depth):
@@ -185,6 +181,11 @@ class _Run:
         return elements * self.shape.dtype_bytes
 
     @property
+    def embedding_alone(self) -> int:
+        """The embedding where the head has a weight of its own: it rests on the host, and few of its rows travel."""
+        return 0 if self.shape.tied else self.shape.embedding * self.shape.dtype_bytes
+
+    @property
     def grad_bytes(self) -> int:
         return self.shape.dtype_bytes if self.setting.grad_dtype is None else GRAD_BYTES[self.setting.grad_dtype]
 
@@ -229,7 +230,7 @@ class _Run:
         if setting.memory == "plain":
             return {}
         if setting.memory != "layerwise":
-            return {"states": self.states, "boundaries": above * self.hidden}
+            return {"weights": self.embedding_alone, "states": self.states, "boundaries": above * self.hidden}
         return {
             "weights": self.outside + sum(self.weights_of_layer),
             "masks": sum(self.mask_bytes),
@@ -240,9 +241,9 @@ class _Run:
     def share_memory(self, sizes: Sizes) -> None:
         """From what the device holds in a phase to what one memory holds, in which nothing is copied to be near."""
         if self.setting.memory != "plain":
-            sizes |= (
-                {"boundaries": 0, "staging": 0} | self.host() | {"masks": max(sizes["masks"], sum(self.mask_bytes))}
-            )
+            nothing_travels = {"boundaries": 0, "staging": 0}
+            whole = {"weights": self.outside + sum(self.weights_of_layer), "masks": sum(self.mask_bytes)}
+            sizes |= nothing_travels | self.host() | whole
 
     def _dense(self, matrices: Sequence[tuple[int, int]]) -> int:
         return max((n * k for n, k in matrices), default=0) * self.shape.dtype_bytes

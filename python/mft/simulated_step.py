@@ -50,7 +50,7 @@ def simulate_step(config: Mapping[str, Any], setting: Setting, *, steps: int = 1
     tracker = MemoryTracker()
     with FakeTensorMode(), tracker:
         model = _masked_model(config, setting)
-        batches = [_batch(setting) for _ in range(setting.accumulation)]
+        batches = [fake_batch(setting) for _ in range(setting.accumulation)]
         runner = _runner(model, setting, tracker)
         tracker.reset_peaks()
         for _ in range(steps):
@@ -73,6 +73,27 @@ class SimulatedMover(Mover):
         return self._tracker.host()
 
 
+def fake_model(config: Mapping[str, Any]) -> Any:
+    """A causal language model of this config in bfloat16; fake if called under FakeTensorMode."""
+    options = {key: value for key, value in config.items() if key != "model_type"}
+    known = AutoConfig.for_model(config["model_type"], **options)
+    AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
+    AttentionMaskInterface.register(_CAUSAL, lambda *args, **kwargs: None)
+    return AutoModelForCausalLM.from_config(known, attn_implementation=_CAUSAL, dtype=DTYPE)
+
+
+def fake_batch(setting: Setting) -> MicroBatch:
+    """A micro-batch of this setting's size, every token of it scored."""
+    rows, tokens = setting.micro_batch, setting.sequence
+    ids = torch.zeros(rows, tokens, dtype=torch.int64)
+    batch = MicroBatch(list(range(rows)), ids, ids, [0] * rows)
+    # What find_labelled finds where every token is scored; under FakeTensorMode nothing can be looked up.
+    scored = rows * (tokens - 1)
+    found = Labelled(torch.zeros(scored, dtype=torch.int64), torch.zeros(scored, dtype=torch.int64))
+    vars(batch)["labelled"] = found
+    return batch
+
+
 # ---------------------------------------------------------------------------------------------- private
 
 
@@ -83,8 +104,8 @@ def _masked_model(config: Mapping[str, Any], setting: Setting) -> nn.Module:
         scores_dtype=setting.scores,
     )
     with unset_fake_temporarily(), torch.device("meta"):
-        names = select_targets(_model(config), mask)  # a fake weight is none that can be masked
-    model = _model(config)
+        names = select_targets(fake_model(config), mask)  # a fake weight is none that can be masked
+    model = fake_model(config)
     convert(model, names, mask)
     if setting.quantization is not None:
         _quantize(model, setting.quantization, masked=setting.quantize_masked)
@@ -104,25 +125,6 @@ def _quantize(model: Any, kind: str, *, masked: bool) -> None:
         else:
             parent, _, child = name.rpartition(".")
             setattr(decoder_layers(model).get_submodule(parent), child, QuantizedLinear(quantized))
-
-
-def _model(config: Mapping[str, Any]) -> Any:
-    options = {key: value for key, value in config.items() if key != "model_type"}
-    known = AutoConfig.for_model(config["model_type"], **options)
-    AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
-    AttentionMaskInterface.register(_CAUSAL, lambda *args, **kwargs: None)
-    return AutoModelForCausalLM.from_config(known, attn_implementation=_CAUSAL, dtype=DTYPE)
-
-
-def _batch(setting: Setting) -> MicroBatch:
-    rows, tokens = setting.micro_batch, setting.sequence
-    ids = torch.zeros(rows, tokens, dtype=torch.int64)
-    batch = MicroBatch(list(range(rows)), ids, ids, [0] * rows)
-    # What find_labelled finds where every token is scored; under FakeTensorMode nothing can be looked up.
-    scored = rows * (tokens - 1)
-    found = Labelled(torch.zeros(scored, dtype=torch.int64), torch.zeros(scored, dtype=torch.int64))
-    vars(batch)["labelled"] = found
-    return batch
 
 
 def _runner(model: nn.Module, setting: Setting, tracker: MemoryTracker) -> Any:
