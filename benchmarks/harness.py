@@ -119,7 +119,7 @@ def environment() -> dict[str, str | int | bool]:
         installed = version("mft_kernels")
     except PackageNotFoundError:
         installed = "not installed"
-    changes = git("status", "--porcelain", "--", "csrc", "mft_kernels", "benchmarks/*.py", "setup.py")
+    changes = git("status", "--porcelain", "--", "csrc", "mft_kernels", "python", "benchmarks/*.py", "setup.py")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": _cpu_model(),

@@ -2,7 +2,7 @@
 
 cards    LLaMA2-7B and others on cards nobody has here: estimated, and simulated on fake tensors (2 minutes)
 smollm2  SmolLM2-135M's real weights, every way of running: the same losses step by step (4 minutes)
-blocks   two layers of LLaMA2-7B's shape, measured: each way, the paper's formulation, careful eager PyTorch (10 minutes)
+blocks   two layers of LLaMA2-7B's shape, measured: each way, the paper's formulation, eager PyTorch (10 minutes)
 
 Each writes benchmarks/results/memory_<name>-<device>.json; the plot of all is benchmarks/results/memory.png.
 """

@@ -10,8 +10,8 @@ from mft.estimate import estimate
 from mft.setting import Setting
 from mft.shapes import known_config, shape_from_config
 
-KINDS = ("weights", "masks", "gradients", "states", "activations", "logits", "boundaries", "staging")
-COLOURS = dict(zip(KINDS, ("#4c78a8", "#72b7b2", "#f58518", "#e45756", "#54a24b", "#b279a2", "#9d755d", "#bab0ac")))
+KINDS = ("weights", "masks", "gradients", "states", "activations", "logits", "boundaries", "staging", "workspace")
+COLOURS = dict(zip(KINDS, [f"C{i}" for i in range(len(KINDS))]))
 LOCAL = (4, 5, 6, 7)
 
 

@@ -20,7 +20,7 @@ _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _OPTIONS = {"micro_batch": "micro-batch", "quantize_masked": "quantize-masked"}
 _KINDS = (
-    *("weights", "masks", "gradients", "states", "activations", "logits", "boundaries", "staging"),
+    *("weights", "masks", "gradients", "states", "activations", "logits", "boundaries", "staging", "workspace"),
     *("device peak", "host peak", "seconds a step", "fits"),
 )
 
@@ -76,7 +76,9 @@ def table(setting: Setting, choice: Choice) -> Table:
     for kind in _KINDS:
         cells = [_cell(kind, way, one, choice) for way, one in choice.estimates.items()]
         if any(cells) and not (kind == "host peak" and setting.device == "cpu"):
-            found.add_row(kind, *cells, end_section=kind in ("staging", "host peak"))
+            if kind in ("device peak", "seconds a step"):
+                found.add_section()
+            found.add_row(kind, *cells)
     found.add_row("peak in", *(one.phase for one in choice.estimates.values()))
     return found
 

@@ -16,6 +16,7 @@ from mft.config import TrainConfig
 from mft.moving import Mover
 from mft.quantized_weight import QuantizedWeight
 from mft_kernels import MaskAdamW, MaskedLinear, pack_mask
+from mft_kernels.masking import outdate
 
 MOMENTS = {"float32": "fp32", "8bit": "8bit"}  # train.moments as MaskAdamW calls them
 _CLIP_ROWS = 256  # of a gradient squared at once
@@ -55,8 +56,12 @@ def current_masks(masked: dict[str, MaskedLinear]) -> list[HeldMask]:
 
     Raises: NonFiniteScores, naming the layer.
     """
-    found = [(name, module, module.current_mask()) for name, module in masked.items()]
-    return [HeldMask(name, module, mask.packed.clone(), mask.threshold) for name, module, mask in found]
+    found = []
+    for name, module in masked.items():
+        mask = module.current_mask()
+        outdate(module.scores)  # the memo would keep another copy, and the signs, which a held mask does not need
+        found.append(HeldMask(name, module, mask.packed, mask.threshold))
+    return found
 
 
 class ScoreStates:
