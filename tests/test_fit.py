@@ -83,6 +83,19 @@ def test_quantized_means_nf4_unless_said_otherwise(with_free):
     assert plan_training(config_of()).quantization is None
 
 
+def test_frozen_layers_are_remembered_where_there_is_room_and_a_tenth_to_save(with_free):
+    upper = {"layers_to_transform": "24-31"}
+    with_free(400)
+    assert plan_training(config_of(mask=upper)).remember
+    assert not plan_training(config_of()).remember  # four of 32 layers are a thirtieth of the step
+    needed = mft.fit.choose(
+        shape_from_config(known_config("llama2-7b")), setting_of(config_of(mask=upper), torch.device("cpu")), None
+    ).estimates["layerwise"]
+    with_free((needed.device_peak + 1e9) / 1e9)
+    plan = plan_training(config_of(memory="layerwise", mask=upper))
+    assert not plan.remember
+
+
 def test_clipping_rules_layerwise_out(with_free):
     with_free(400)
     with pytest.raises(ValueError, match="layerwise: it has no global gradient norm to clip"):

@@ -14,8 +14,8 @@ from mft.setting import GRAD_BYTES, SCORE_BYTES, WAYS, Setting
 from mft.shapes import ModelShape
 from mft.step_time import step_seconds
 
-# On a CPU the kernels' own scratch counts: slabs of 2 MiB, histograms of 0.5 MiB a thread, pages of code. Measured peaks
-# of two LLaMA2-7B layers lay between -6 and +4 MB of the sum without it (benchmarks.memory blocks).
+# On a CPU the kernels' own scratch counts: slabs of 2 MiB, histograms of 0.5 MiB a thread, pages of code. Measured
+# peaks of two LLaMA2-7B layers lay between -6 and +4 MB of the sum without it (benchmarks.memory blocks).
 _CPU_WORKSPACE = 32 << 20
 _NF4_BYTES = 0.5 + 4 / 64  # 4 bits, and an fp32 scale for each 64
 # Boundaries on the device beside the layer's own input and its output's gradient: in resident the next input; in

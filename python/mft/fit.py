@@ -12,6 +12,7 @@ from mft.config import RunConfig
 from mft.engines import default_device
 from mft.fields import check_rule
 from mft.model_config import read_model_config
+from mft.prefix import PrefixMemory
 from mft.setting import Setting
 from mft.shapes import ModelShape, shape_from_config
 
@@ -31,11 +32,15 @@ _KEYS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run will train. quantization is that of the base, None for exact weights."""
+    """How a run will train.
+
+    quantization is that of the base, None for exact weights; remember: whether the frozen layers' outputs are kept.
+    """
 
     way: str
     device: torch.device
     quantization: str | None
+    remember: bool
     reason: str
 
 
@@ -54,7 +59,7 @@ def plan_training(config: RunConfig) -> Plan:
         way = config.memory
         if way == "auto":
             way = "quantized" if config.model.quantization else "plain"
-        return _plan(config, way, device, f"memory: {way}, not estimated: {error}")
+        return _plan(config, way, device, True, f"memory: {way}, not estimated: {error}")
     for layer in setting.layers or ():
         check_rule(
             layer < shape.layers,
@@ -71,7 +76,9 @@ def plan_training(config: RunConfig) -> Plan:
     needs = f"{gigabytes(found.device_peak)} of {gigabytes(device_bytes)} on {device}"
     if host_bytes is not None:
         needs += f", {gigabytes(found.host_peak)} of {gigabytes(host_bytes)} in host memory"
-    return _plan(config, choice.way, device, f"memory: {choice.way}, an estimated {needs}; {choice.reason}")
+    free, held = (device_bytes, found.device_peak) if host_bytes is None else (host_bytes, found.host_peak)
+    remember = free - held >= PrefixMemory.max_bytes and _saves_a_tenth(shape, setting)
+    return _plan(config, choice.way, device, remember, f"memory: {choice.way}, an estimated {needs}; {choice.reason}")
 
 
 def setting_of(config: RunConfig, device: torch.device) -> Setting:
@@ -100,9 +107,15 @@ def setting_of(config: RunConfig, device: torch.device) -> Setting:
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _plan(config: RunConfig, way: str, device: torch.device, reason: str) -> Plan:
+def _plan(config: RunConfig, way: str, device: torch.device, remember: bool, reason: str) -> Plan:
     kind = config.model.quantization
-    return Plan(way, device, "nf4" if way == "quantized" and kind is None else kind, reason)
+    return Plan(way, device, "nf4" if way == "quantized" and kind is None else kind, remember, reason)
+
+
+def _saves_a_tenth(shape: ModelShape, setting: Setting) -> bool:
+    """Whether the frozen layers below are a tenth of a step: forward alone, where those above run up, up and down."""
+    first = min(setting.layers or (0,))
+    return first >= 0.1 * (first + 4 * (shape.layers - first))
 
 
 def _free_memory(device: torch.device) -> tuple[float, float | None]:

@@ -73,7 +73,7 @@ def run_train(config: RunConfig, *, overwrite: bool) -> None:
     print_trainable_parameters(model)
     initial = initial_masks(model)
     with recorder.training("mask fine-tune", splits.train, config.train) as on_step:
-        train_masks(model, splits.train, config.train, on_step=on_step, **where)
+        train_masks(model, splits.train, config.train, remember=plan.remember, on_step=on_step, **where)
     after = recorder.evaluate("after, validation", model, splits.validation, **evaluated)
     save_masks(model, directory / MASKS, base_model_name_or_path=config.model.name)
     console.print(
