@@ -35,8 +35,7 @@ COMPACT = {"scores": "int16", "moments": "8bit"}
 WAYS = {
     "plain": ("plain", None, False, {"scores": "float32", "moments": "float32"}),
     "resident": ("resident", None, False, COMPACT),
-    "quantized": ("quantized", "nf4", False, COMPACT),
-    "quantized, masked too": ("quantized", "nf4", True, COMPACT),
+    "quantized": ("quantized", "nf4", True, COMPACT),
     "layerwise": ("layerwise", None, False, COMPACT),
 }
 

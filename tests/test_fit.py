@@ -83,6 +83,17 @@ def test_quantized_means_nf4_unless_said_otherwise(with_free):
     assert plan_training(config_of()).quantization is None
 
 
+def test_a_base_of_which_nothing_would_be_quantised_is_refused(with_free):
+    with_free(400)
+    everything = config_of(memory="quantized", mask={"layers_to_transform": None})
+    with pytest.raises(
+        ValueError, match=r"model.quantize_masked must be true .* got false: nothing would be quantised"
+    ):
+        plan_training(everything)
+    everything.model.quantization, everything.model.quantize_masked = "nf4", True
+    assert plan_training(everything).way == "quantized"
+
+
 def test_frozen_layers_are_remembered_where_there_is_room_and_a_tenth_to_save(with_free):
     upper = {"layers_to_transform": "24-31"}
     with_free(400)

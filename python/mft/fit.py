@@ -72,6 +72,11 @@ def plan_training(config: RunConfig) -> Plan:
     choice = choose(shape, setting, device_bytes, host_bytes)
     if choice.way is None:
         raise ValueError(_refusal(choice, setting))
+    if choice.way == "quantized" and not setting.quantize_masked and _masks_everything(shape, setting):
+        raise ValueError(
+            "model.quantize_masked must be true with memory: quantized where every linear of every layer is masked, got "
+            "false: nothing would be quantised"
+        )
     found = choice.estimates[choice.way]
     needs = f"{gigabytes(found.device_peak)} of {gigabytes(device_bytes)} on {device}"
     if host_bytes is not None:
@@ -110,6 +115,12 @@ def setting_of(config: RunConfig, device: torch.device) -> Setting:
 def _plan(config: RunConfig, way: str, device: torch.device, remember: bool, reason: str) -> Plan:
     kind = config.model.quantization
     return Plan(way, device, "nf4" if way == "quantized" and kind is None else kind, remember, reason)
+
+
+def _masks_everything(shape: ModelShape, setting: Setting) -> bool:
+    layers, targets = setting.layers, setting.target_modules
+    every_layer = layers is None or len(layers) == shape.layers
+    return every_layer and len(shape.targets(None if targets is None else list(targets))) == len(shape.linears)
 
 
 def _saves_a_tenth(shape: ModelShape, setting: Setting) -> bool:
