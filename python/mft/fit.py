@@ -74,8 +74,8 @@ def plan_training(config: RunConfig) -> Plan:
         raise ValueError(_refusal(choice, setting))
     if choice.way == "quantized" and not setting.quantize_masked and _masks_everything(shape, setting):
         raise ValueError(
-            "model.quantize_masked must be true with memory: quantized where every linear of every layer is masked, got "
-            "false: nothing would be quantised"
+            "model.quantize_masked must be true with memory: quantized where every linear layer is masked, got false: "
+            "nothing would be quantised"
         )
     found = choice.estimates[choice.way]
     needs = f"{gigabytes(found.device_peak)} of {gigabytes(device_bytes)} on {device}"

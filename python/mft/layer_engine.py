@@ -249,6 +249,11 @@ class Resident(LayerEngine):
             grads += [] if d_hidden is None else [d_hidden]
             del d_hidden
 
+    def close(self) -> None:
+        super().close()
+        for tensor in self.embedding_alone():  # the model is whole again: all but the scores on the device
+            tensor.data = tensor.data.to(self.mover.device)
+
     def _remedy(self) -> str:
         return f"Set memory: layerwise, or: {super()._remedy()}"
 
