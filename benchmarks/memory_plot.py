@@ -23,7 +23,7 @@ def draw(results: Path) -> None:
     cards = _findings(results / "memory_cards-cpu.json")
     for place, (layers, title) in enumerate(((LOCAL, "4 of 32 layers masked"), (None, "all layers masked"))):
         _draw_card(axes[place], layers, cards)
-        axes[place].set_title(f"LLaMA2-7B, {title}: on the device, estimated")
+        axes[place].set_title(f"LLaMA2-7B, {title}: GPU, estimated")
     _draw_blocks(axes[2], results / "memory_blocks-cpu.json")
     handles = {kind: axes[0].bar([0], [0], color=COLOURS[kind]) for kind in KINDS}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(KINDS))
@@ -57,7 +57,7 @@ def _draw_blocks(axes, path: Path) -> None:
     record = json.loads(path.read_text())
     measured = {name.removesuffix(": measured"): v for name, v in _findings(path).items() if name.endswith("measured")}
     bars = {name: record["estimated_bytes"].get(name, {}) for name in measured}
-    _stack(axes, bars)
+    _stack(axes, bars, totals=False)
     axes.plot(range(len(measured)), list(measured.values()), "k_", markersize=22, label="measured, resident memory")
     for place, value in enumerate(measured.values()):
         axes.annotate(f"{value:.2f}", (place, value), xytext=(0, 12), textcoords="offset points", ha="center")
@@ -66,14 +66,14 @@ def _draw_blocks(axes, path: Path) -> None:
     axes.tick_params(axis="x", rotation=30)
 
 
-def _stack(axes, bars: dict[str, dict[str, float]]) -> None:
+def _stack(axes, bars: dict[str, dict[str, float]], *, totals: bool = True) -> None:
     for place, sizes in enumerate(bars.values()):
         height = 0.0
         for kind in KINDS:
             size = sizes.get(kind, 0) / 1e9
             axes.bar(place, size, bottom=height, color=COLOURS[kind], width=0.7)
             height += size
-        if height and "measured" not in axes.get_title():
+        if height and totals:
             axes.annotate(f"{height:.1f}", (place, height), xytext=(0, 3), textcoords="offset points", ha="center")
     axes.set_xticks(range(len(bars)), list(bars))
     axes.set_ylabel("GB (1e9 bytes)")
