@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -62,14 +61,24 @@ def build(layers: int) -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config), dtype=torch.bfloat16).eval()
 
 
-def rows(model: Any, tokens: int, accumulation: int) -> datasets.Dataset:
-    """Random tokens: memory does not depend on which they are."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (STEPS * accumulation, tokens), generator=generator).tolist()
-    return datasets.Dataset.from_dict({"input_ids": ids, "labels": ids, "document": list(range(len(ids)))})
+class Rows:
+    """Random tokens (memory does not depend on which they are), as batches.take_rows reads a data set."""
+
+    def __init__(self, model: Any, tokens: int, count: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._ids = torch.randint(0, model.config.vocab_size, (count, tokens), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def with_format(self, _: str) -> "Rows":
+        return self
+
+    def __getitem__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        return {"input_ids": self._ids[rows], "labels": self._ids[rows], "document": torch.tensor(rows)}
 
 
-def train(competitor: str, model: Any, data: datasets.Dataset, accumulation: int, device: str) -> list[float]:
+def train(competitor: str, model: Any, data: Rows, accumulation: int, device: str) -> list[float]:
     """Two optimiser steps; the loss of each."""
     settings = TrainConfig(lr=1e-3, steps=STEPS, accumulation=accumulation)
     if competitor in RIVALS:
@@ -91,7 +100,7 @@ def main(competitor: str, layers: int, tokens: int, accumulation: int) -> None:
     _warm_up(competitor, device)
     before = _start_measuring(device)
     model = build(layers)
-    data = rows(model, tokens, accumulation)
+    data = Rows(model, tokens, STEPS * accumulation)
     begin = time.perf_counter()
     losses = train(competitor, model, data, accumulation, device)
     seconds = (time.perf_counter() - begin) / STEPS
@@ -109,7 +118,7 @@ def _warm_up(competitor: str, device: str) -> None:
     }
     family = config.pop("model_type")
     model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config), dtype=torch.bfloat16)
-    train(competitor, model.eval(), rows(model, 64, 1), 1, device)
+    train(competitor, model.eval(), Rows(model, 64, STEPS), 1, device)
 
 
 def _start_measuring(device: str) -> int:

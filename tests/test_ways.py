@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import mft.engines
 from mft.batches import take_rows
 from mft.config import MaskConfig, TrainConfig
-from mft.convert import mask_model, masked_modules, merge_model
+from mft.convert import mask_model, masked_modules, merge_model, trainable_parameters
 from mft.engines import start_engine
 from mft.evaluate import evaluate
 from mft.moving import Mover
@@ -132,6 +132,12 @@ def test_scores_and_moments_in_few_bits_learn_the_same(way, scores_dtype, separa
     for name, module in masked_modules(ours[1][0]).items():
         agree = (module.mask() == masked_modules(exact[0])[name].mask()).float().mean()
         assert agree > 0.97, name
+
+
+def test_fixed_point_scores_count_as_trainable():
+    counts = [trainable_parameters(masked_llama(scores_dtype=dtype)) for dtype in ("float32", "int16")]
+    assert counts[0] == counts[1]
+    assert 0 < counts[0][0] < counts[0][1]
 
 
 def test_bfloat16_weights_and_buffers(separate):

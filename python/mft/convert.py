@@ -78,8 +78,9 @@ def masked_modules(model: nn.Module) -> dict[str, MaskedLinear]:
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) numbers of parameters; scores count in both."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    """(trainable, total) numbers of parameters; scores count in both, int16 ones too, which learn without autograd."""
+    fixed_point = {id(m.scores) for m in masked_modules(model).values() if m.scores.dtype == torch.int16}
+    sizes = [(p.numel(), p.requires_grad or id(p) in fixed_point) for p in model.parameters()]
     return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
 
 
