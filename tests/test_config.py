@@ -64,8 +64,8 @@ def test_a_saved_config_loads_equal(tmp_path):
         DataConfig(source="é: # x", subset="0755", validation_split="true", max_train_tokens=4096),
         MaskConfig(target_modules=["a", "b"], layers_to_transform=[3, 1], keep_ratio=0.1, threshold=1e-7),
         TrainConfig(lr=2e-5, steps=3, max_grad_norm=1.0),
-        "resident",
         "runs/123",
+        "resident",
     )
     save_config(config, tmp_path / "new" / "run.yaml")
     assert load_config(tmp_path / "new" / "run.yaml") == config
@@ -102,7 +102,7 @@ def test_any_config_survives_the_round_trip(tmp_path_factory, train, data):
         ("data: {keep_ratio: 1}", "run.yaml: unknown key 'data.keep_ratio'; did you mean mask.keep_ratio?"),
         ("train: {learning_rate: 1}", "run.yaml: unknown key 'train.learning_rate'; did you mean train.lr?"),
         ("mask: {sparsity: 0.9}", "run.yaml: unknown key 'mask.sparsity'; did you mean mask.keep_ratio?"),
-        ("zzz: 1", "run.yaml: unknown key 'zzz'; known here: model, data, mask, train, memory, output_dir"),
+        ("zzz: 1", "run.yaml: unknown key 'zzz'; known here: model, data, mask, train, output_dir, memory"),
         ("1: 1", "run.yaml: unknown key '1'; known here: model"),
         ("train: 3", "run.yaml: train must be a mapping of keys, got 3 (int)"),
         ("model: {name: 7}", "run.yaml: model.name must be a string, got 7 (int); quote it"),

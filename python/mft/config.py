@@ -189,8 +189,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))
-    memory: str = "auto"  # how masks are trained: the fastest way that fits, or the one that is named
     output_dir: str = "runs/mft"
+    memory: str = "auto"  # how masks are trained: the fastest way that fits, or the one that is named
 
     def __post_init__(self) -> None:
         coerce_fields(self)

@@ -41,7 +41,9 @@ PROMPT = 'def read_lines(path):\n    """Return the lines of a text file, without
 def run_demo(output: Path, *, overwrite: bool = True) -> Comparison:
     """Run all phases; their files go to output."""
     console, begin = Console(), time.perf_counter()
-    config = RunConfig(ModelConfig(MODEL_NAME, dtype=faster_dtype()), DATA, MASK, MASK_TRAIN, str(output))
+    config = RunConfig(
+        ModelConfig(MODEL_NAME, dtype=faster_dtype()), DATA, MASK, MASK_TRAIN, output_dir=str(output), memory="plain"
+    )
     directory = open_run(output, config, overwrite=overwrite)
     recorder = Recorder(directory, Progress(console))
 
