@@ -108,12 +108,14 @@ class MaskedLinear(nn.Module):
     @torch.no_grad()
     def reset_scores(self, init: str = "normal", *, generator: torch.Generator | None = None) -> None:
         """Draw the scores anew; ``init`` as of the class."""
-        fixed = self.scores.dtype == torch.int16
-        scores = torch.empty_like(self.scores, dtype=torch.float32) if fixed else self.scores
+        dtype = self.scores.dtype
+        # 16-bit scores are drawn in fp32 and rounded, so that a seed gives one mask whatever they are kept in.
+        narrow = dtype.itemsize < 4
+        scores = torch.empty_like(self.scores, dtype=torch.float32) if narrow else self.scores
         if init == "normal":
             scores.normal_(0, _SCALE, generator=generator)
         elif init == "magnitude":
-            magnitude = self.weight.abs().to(torch.promote_types(scores.dtype, torch.float32))
+            magnitude = self.weight.abs().to(scores.dtype)
             norm = magnitude.square().mean().sqrt()
             # A layer of zeros has no magnitudes to follow: its scores tie, and ties are kept.
             scores.copy_(magnitude.mul_(_SCALE / norm.clamp(min=torch.finfo(norm.dtype).tiny)))
@@ -124,8 +126,10 @@ class MaskedLinear(nn.Module):
         # A score of exactly 0 gets no gradient (sign(0) = 0), so it would stay 0, and no bit holds its sign. A layer of
         # 4096 x 4096 normal fp32 scores has one every other time.
         scores.masked_fill_(scores == 0, torch.finfo(scores.dtype).tiny)
-        if fixed:
-            self.scores.copy_(fixed_from_float(scores))
+        if narrow:
+            self.scores.copy_(fixed_from_float(scores) if dtype == torch.int16 else scores)
+        if dtype == torch.float16:  # in which what was tiny is 0
+            self.scores.masked_fill_(self.scores == 0, torch.finfo(dtype).tiny)
 
     def hold(self, packed: Tensor, grad_buffer: Tensor | None = None, *, weight: Weight | None = None) -> None:
         """Compute with this mask, and not with the scores, until release(): they may rest elsewhere.
