@@ -85,12 +85,13 @@ def peak_beyond_gradients(name: str) -> int:
     step, gradients = prepare(name, TOKENS, FEATURES)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = process_bytes("VmRSS")
     step()
-    return _status("VmHWM") - before - gradients()
+    return process_bytes("VmHWM") - before - gradients()
 
 
-def _status(field: str) -> int:
+def process_bytes(field: str) -> int:
+    """Bytes of a field of /proc/self/status: VmRSS, or VmHWM, the peak since clear_refs."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

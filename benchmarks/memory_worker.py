@@ -24,6 +24,7 @@ from mft.quantized import quantize_model
 from mft.recipe import train_masks
 from mft.shapes import known_config
 
+from .bench_memory import process_bytes
 from .memory_rivals import RIVALS, train_rival
 
 MODEL = "llama2-7b"
@@ -128,18 +129,11 @@ def _start_measuring(device: str) -> int:
         return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return process_bytes("VmRSS")
 
 
 def _peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}; this benchmark needs Linux")
+    return torch.cuda.max_memory_allocated() if device == "cuda" else process_bytes("VmHWM")
 
 
 if __name__ == "__main__":
