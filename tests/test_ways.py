@@ -1,6 +1,7 @@
 """The ways to run a step: each gives the plain loop's update, and keeps to what it says of memory."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -305,3 +306,7 @@ def test_one_memory_copies_nothing():
     tensor = torch.ones(3)
     assert mover.store(tensor) is tensor
     assert mover.bring([tensor]).wait()[0] is tensor
+    alive = weakref.ref(tensor)
+    mover.give_back(tensor)
+    del tensor
+    assert alive() is None  # nor is anything kept
