@@ -1,7 +1,7 @@
 """What a training step holds on the device and on the host, way by way, from shapes alone; pure Python.
 
-Each way's step has phases; the peak is the largest phase's sum. docs of the ways: layer_engine.py, layerwise.py and
-plain.py, of whose tensors this is the list. tests/test_estimate.py holds it against a simulation of those engines.
+Each way's step has phases; the peak is the largest phase's sum. This is the list of the tensors of plain.py,
+layer_engine.py and layerwise.py. tests/test_estimate.py holds it against a simulation of those engines.
 Sizes are bytes of what is allocated; a CUDA context and the allocator's fragments come on top (see choice.py).
 """
 
@@ -15,7 +15,8 @@ from mft.shapes import ModelShape
 from mft.step_time import step_seconds
 
 # On a CPU the kernels' own scratch counts: slabs of 2 MiB, histograms of 0.5 MiB a thread, pages of code. Measured
-# peaks of two LLaMA2-7B layers lay between -6 and +4 MB of the sum without it (benchmarks.memory blocks).
+# peaks of two LLaMA2-7B layers lay between -6 and +4 MB of the sum without it (benchmarks.memory_worker, 128 to 1024
+# tokens).
 _CPU_WORKSPACE = 32 << 20
 _NF4_BYTES = 0.5 + 4 / 64  # 4 bits, and an fp32 scale for each 64
 # Boundaries on the device beside the layer's own input and its output's gradient: in resident the next input; in

@@ -102,6 +102,8 @@ class LayerEngine:
     def close(self) -> None:
         """Layers compute with their scores again, and these can be read."""
         self.mover.finish()
+        if self._states is not None:
+            self._states.close()
         for mask in self.masks:
             mask.module.release()
 

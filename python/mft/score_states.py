@@ -16,6 +16,7 @@ from mft.config import TrainConfig
 from mft.moving import Mover
 from mft.quantized_weight import QuantizedWeight
 from mft_kernels import MaskAdamW, MaskedLinear, pack_mask
+from mft_kernels.fixed_point import selectable
 from mft_kernels.masking import outdate
 
 MOMENTS = {"float32": "fp32", "8bit": "8bit"}  # train.moments as MaskAdamW calls them
@@ -85,6 +86,11 @@ class ScoreStates:
         )
         self._found_bad: list[tuple[HeldMask, Tensor]] = []
 
+    def close(self) -> None:
+        """The scores may learn by autograd again, those that it can reach."""
+        for mask in self._masks:
+            mask.module.scores.requires_grad_(mask.module.scores.is_floating_point())
+
     def new_buffer(self, mask: HeldMask, dtype: torch.dtype | None) -> Tensor:
         """Zeros for one layer's gradient, in dtype or the weight's."""
         return torch.zeros(mask.module.scores.shape, dtype=dtype or mask.weight_dtype(), device=self._mover.device)
@@ -134,15 +140,10 @@ class ScoreStates:
         )
         if selected is None:
             packed = pack_mask(tensors["scores"], mask.threshold, mode=module.mode)
-            self._found_bad.append((mask, ~_as_float(tensors["scores"]).isfinite().all()))
+            self._found_bad.append((mask, ~selectable(tensors["scores"]).isfinite().all()))
         else:
             mask.threshold, packed = selected
-            self._found_bad.append((mask, _as_float(mask.threshold).isnan()))
+            self._found_bad.append((mask, selectable(mask.threshold).isnan()))
         for name, tensor in tensors.items():
             self._mover.store(tensor, out=resting[name])
         return packed
-
-
-def _as_float(scores: Tensor) -> Tensor:
-    # Fixed point ends where the same bits in fp16 cease to be finite.
-    return scores.view(torch.float16) if scores.dtype == torch.int16 else scores
