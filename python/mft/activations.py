@@ -135,5 +135,5 @@ def loss_peak(shape: ModelShape, tokens: int) -> int:
 
 
 def _logits(shape: ModelShape, tokens: int) -> int:
-    """A chunk's logits in the model's dtype and in fp32, their log-softmax and its gradient."""
-    return tokens * shape.vocabulary * (12 + (shape.dtype_bytes if shape.dtype_bytes != 4 else 0))
+    """A chunk's logits and their gradient, and their softmax in fp32 (on a CPU a few rows of it: see token_loss.py)."""
+    return tokens * shape.vocabulary * (2 * shape.dtype_bytes + 4)

@@ -14,6 +14,9 @@ from mft.config import RunConfig, load_config
 
 TRACEBACK = "MFT_TRACEBACK"
 
+# torch reads it when it first allocates: large tensors in huge pages, or each new one costs a page fault every 4 KB.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 
 class _OneMessageAnError(typer.core.TyperGroup):
     """What the user can mend is one message and exit code 2; MFT_TRACEBACK=1 shows where it arose."""
@@ -70,33 +73,62 @@ def evaluate(
     overrides: Overrides = None,
     sets: Set = None,
     masks: Annotated[Path | None, typer.Option(help="Masks to put on the model: an output_dir or its masks/.")] = None,
-    split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
+    split: Annotated[str, typer.Option(help="validation or test; of the held-out loss.")] = "validation",
+    lm_eval: Annotated[
+        str | None, typer.Option("--lm-eval", help="Tasks of lm-eval instead, such as gsm8k,humaneval.")
+    ] = None,
+    lm_eval_tasks: Annotated[
+        Path | None, typer.Option("--lm-eval-tasks", help="A directory of your own task files.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many documents of each task.")] = None,
+    run_generated_code: Annotated[
+        bool, typer.Option("--run-generated-code", help="Tasks may run what the model wrote, on this machine.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the tasks' scores there as JSON.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
     unquantized: Annotated[
         bool, typer.Option("--unquantized", help="On exact weights, also if the masks were learned on quantised ones.")
     ] = False,
 ) -> None:
-    """Held-out loss and next-token accuracy; with --masks also the difference from the model without them."""
-    from mft.verbs import run_evaluate
+    """Held-out loss and accuracy, or the tasks of --lm-eval; with --masks both without them and with them."""
+    from mft.verbs import run_evaluate, run_lm_eval
 
-    run_evaluate(_read(config, overrides, sets), masks, split, force=force, unquantized=unquantized)
+    run_config = _read(config, overrides, sets)
+    if lm_eval is not None:
+        run_lm_eval(
+            run_config,
+            masks,
+            [name.strip() for name in lm_eval.split(",")],
+            tasks_dir=lm_eval_tasks,
+            limit=limit,
+            run_code=run_generated_code,
+            output=output,
+            force=force,
+            unquantized=unquantized,
+        )
+        return
+    for option, value in (("--lm-eval-tasks", lm_eval_tasks), ("--limit", limit), ("--output", output)):
+        if value is not None:
+            raise ValueError(f"{option} must come with --lm-eval, got {value} alone")
+    run_evaluate(run_config, masks, split, force=force, unquantized=unquantized)
 
 
 @app.command()
 def compare(
-    config: Config = None,
-    overrides: Overrides = None,
-    sets: Set = None,
-    base: Annotated[str | None, typer.Option(help="The model before its full fine-tune, as an arm.")] = None,
-    mask_lrs: Annotated[str, typer.Option(help="Rates tried for MFT.")] = "3e-4,1e-3,3e-3",
-    control_lrs: Annotated[str, typer.Option(help="Rates tried for the control.")] = "3e-5,1e-4,3e-4",
-    overwrite: Overwrite = False,
+    config: Annotated[str, typer.Option("--config", "-c", help="A study: small, smollm2, or a YAML file.")] = "small",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Overrides, such as seeds=[0,1].", metavar="[KEY=VALUE]...")
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", "-s", help="Override, such as arms.MFT.lrs=[1e-3]; repeatable.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the study that output_dir holds.")] = False,
 ) -> None:
-    """MFT against the same layers trained on, random and magnitude masks, from the fine-tuned model in model.name."""
+    """MFT against honest baselines, chosen on validation, reported on test; continues where it was interrupted."""
+    from mft.study.load import load_study
     from mft.verbs import run_compare
 
-    rates = (_numbers("--mask-lrs", mask_lrs), _numbers("--control-lrs", control_lrs))
-    run_compare(_read(config, overrides, sets), base, *rates, overwrite=overwrite)
+    run_compare(load_study(config, [*(overrides or []), *(sets or [])]), overwrite=overwrite)
 
 
 @app.command()
@@ -229,16 +261,6 @@ def main() -> None:
 
 def _read(config: Path | None, overrides: list[str] | None, sets: list[str] | None) -> RunConfig:
     return load_config(None if config is None else str(config), [*(overrides or []), *(sets or [])])
-
-
-def _numbers(option: str, text: str) -> list[float]:
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or not all(0 < number < float("inf") for number in numbers):
-        raise ValueError(f"{option} must be positive numbers with commas between them, got {text!r}")
-    return numbers
 
 
 if __name__ == "__main__":
