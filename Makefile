@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml
 
-.PHONY: install demo test lint cuda bench simulate gpu kernels-report kernels-report-3.6 clean
+.PHONY: install demo test lint cuda bench bench-compare simulate gpu kernels-report kernels-report-3.6 clean
 
 install: $(VENV)/.installed
 
@@ -41,8 +41,15 @@ cuda: install
 	MFT_CUDA=$${MFT_CUDA:-1} $(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m benchmarks.kernel_code --only cuda
 
+# All questions, about 25 minutes on 2 cores; make bench WHAT=ops or WHAT="ops scaling"; QUICK=1: a few minutes, into
+# build/benchmarks. docs/benchmarks.md says what is measured.
 bench: install
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(WHAT)
+
+# Fails if a ratio of ours has become worse: make bench-compare REF=main, or REF=a/folder/of/results.
+bench-compare: install
+	test -n "$(REF)" || { echo "REF must be a git ref or a folder of results: make bench-compare REF=HEAD~1"; exit 2; }
+	$(BIN)/python -m benchmarks.compare "$(REF)" $(if $(QUICK),--quick) $(if $(WHAT),--what $(WHAT)) $(if $(NOW),--now $(NOW))
 
 # Peak memory of LLaMA2-7B's training step, way by way: what mft estimate says beside the engines themselves, run on fake
 # tensors. Half a minute, and less than 2 GB. make simulate MODEL=llama3.1-8b LAYERS=all

@@ -1,31 +1,46 @@
-"""Answers every question, or those named: python -m benchmarks [masked_linear | kept_threshold | ...] ..."""
+"""Answers every question, or those named: python -m benchmarks [--quick] [--out FOLDER] [ops | train_step | ...] ..."""
 
-import sys
+import argparse
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from . import bench_kept_threshold, bench_masked_linear, bench_memory, bench_score_optimiser
-from .harness import RESULTS, ROOT, THREADS, environment
+from . import bench_memory, bench_ops, bench_scaling, bench_score_optimiser, bench_train_step
+from .harness import RESULTS, ROOT, THREADS, environment, write_results_to
 
-QUESTIONS = {
-    "masked_linear": bench_masked_linear.main,
-    "kept_threshold": bench_kept_threshold.main,
-    "memory": bench_memory.main,
-    "score_optimiser": bench_score_optimiser.main,
+# question: how it is answered, given whether to be quick
+QUESTIONS: dict[str, Callable[[bool], None]] = {
+    "ops": bench_ops.main,
+    "train_step": bench_train_step.main,
+    "scaling": bench_scaling.main,
+    "memory": lambda quick: bench_memory.main(),
+    "score_optimiser": lambda quick: bench_score_optimiser.main(),
 }
+TAKE_QUICK = ("ops", "train_step", "scaling")
+QUICK_RESULTS = ROOT / "build" / "benchmarks"
 
 
 def main() -> None:
     """Run the questions and say where the answers are."""
-    asked = sys.argv[1:] or list(QUESTIONS)
-    unknown = [question for question in asked if question not in QUESTIONS]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("questions", nargs="*", help=f"among {', '.join(QUESTIONS)}; all unless given")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: minutes; not for the record")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results (benchmarks/results; build/benchmarks if quick)"
+    )
+    parser.add_argument("--threads", type=int, default=THREADS, help=f"{THREADS} unless given")
+    asked = parser.parse_args()
+    unknown = [question for question in asked.questions if question not in QUESTIONS]
     if unknown:
-        sys.exit(f"questions must be among {', '.join(QUESTIONS)}, got {', '.join(unknown)}")
-    torch.set_num_threads(THREADS)
+        parser.error(f"questions must be among {', '.join(QUESTIONS)}, got {', '.join(unknown)}")
+    folder = (asked.out or (QUICK_RESULTS if asked.quick else RESULTS)).resolve()
+    write_results_to(folder)
+    torch.set_num_threads(asked.threads)
     print("\n".join(f"{key}: {value}" for key, value in environment().items()))
-    for question in asked:
-        QUESTIONS[question]()
-    print(f"\nwritten to {RESULTS.relative_to(ROOT)}")
+    for question in asked.questions or (TAKE_QUICK if asked.quick else QUESTIONS):
+        QUESTIONS[question](asked.quick)
+    print(f"\nwritten to {folder}")
 
 
 main()

@@ -6,6 +6,7 @@ ratios are taken within a round, and then their median and quartiles over the ro
 
 import datetime
 import json
+import math
 import platform
 import random
 import statistics
@@ -19,8 +20,10 @@ from pathlib import Path
 import torch
 
 THREADS = 2
+SAMPLE_MS = 2.0  # the clock and the interpreter are then below 1 % of a sample
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+_folder = RESULTS  # where report() writes; see write_results_to
 
 Samples = dict[str, list[float]]
 
@@ -80,15 +83,51 @@ def time_interleaved(
     """
     for call in competitors.values():
         call()
+    return _interleave(competitors, rounds, dict.fromkeys(competitors, calls), seed)
+
+
+def time_within(
+    competitors: Mapping[str, Callable[[], object]], seconds: float, *, least: int = 5, most: int = 21
+) -> Samples:
+    """time_interleaved with as many rounds as fit in ``seconds``, between ``least`` and ``most``.
+
+    A sample lasts SAMPLE_MS or more, so that a fast competitor is called many times in a row.
+    """
+    for call in competitors.values():
+        call()
+    once = {name: _milliseconds(call) for name, call in competitors.items()}
+    calls = {name: max(1, math.ceil(SAMPLE_MS / took)) for name, took in once.items()}
+    a_round = sum(once[name] * calls[name] for name in once)
+    return _interleave(competitors, max(least, min(most, int(seconds * 1e3 / a_round))), calls, seed=0)
+
+
+def time_told(
+    orders: Mapping[str, Callable[[], float]], rounds: int, fewer: Mapping[str, int], seed: int = 0
+) -> Samples:
+    """Interleaved too, where each order returns the milliseconds that it took; ``fewer`` names who ends early, when."""
     order = random.Random(seed)
-    samples: Samples = {name: [] for name in competitors}
-    for _ in range(rounds):
-        for name in order.sample(list(competitors), len(competitors)):
-            start = time.perf_counter()
-            for _ in range(calls):
-                competitors[name]()
-            samples[name].append((time.perf_counter() - start) * 1e3 / calls)
+    samples: Samples = {name: [] for name in orders}
+    for number in range(rounds):
+        for name in order.sample(list(orders), len(orders)):
+            if number < fewer.get(name, rounds):
+                samples[name].append(orders[name]())
     return samples
+
+
+def _interleave(
+    competitors: Mapping[str, Callable[[], object]], rounds: int, calls: Mapping[str, int], seed: int
+) -> Samples:
+    def timed(name: str) -> Callable[[], float]:
+        return lambda: _milliseconds(competitors[name], calls[name])
+
+    return time_told({name: timed(name) for name in competitors}, rounds, {}, seed)
+
+
+def _milliseconds(call: Callable[[], object], calls: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) * 1e3 / calls
 
 
 def times(samples: Samples, suffix: str = "") -> list[Finding]:
@@ -135,22 +174,65 @@ def environment() -> dict[str, str | int | bool]:
     }
 
 
-def report(question: str, title: str, findings: list[Finding], device: str = "cpu") -> None:
-    """Print the table and write benchmarks/results/<question>-<device>.json."""
+def write_results_to(folder: Path) -> None:
+    """Where report() writes from now on, instead of benchmarks/results."""
+    global _folder
+    _folder = folder
+
+
+def results_folder() -> Path:
+    """Where report() writes."""
+    return _folder
+
+
+def report(
+    question: str,
+    title: str,
+    findings: list[Finding],
+    device: str = "cpu",
+    *,
+    printed: bool = True,
+    **details: object,
+) -> Path:
+    """Print the table and write <question>-<device>.json, with ``details`` as they are; returns its path."""
     header = ("", "median [quartiles]", "target", "")
     rows = [finding.row() for finding in findings]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(4)]
     print(f"\n{title}")
-    for row in [header, *rows]:
+    for row in [header, *rows] if printed else []:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip(), flush=True)
     record = {
         "question": question,
         "title": title,
         "environment": environment(),
+        **details,
         "findings": [{**asdict(finding), "met": finding.met} for finding in findings],
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{question}-{device}.json").write_text(json.dumps(record, indent=2) + "\n")
+    _folder.mkdir(parents=True, exist_ok=True)
+    path = _folder / f"{question}-{device}.json"
+    path.write_text(_one_line_an_entry(record))
+    return path
+
+
+def _one_line_an_entry(record: Mapping[str, object]) -> str:
+    """JSON in which each entry of a list has a line: hundreds of findings stay readable, and a change is one line."""
+    parts = []
+    for key, value in record.items():
+        if isinstance(value, list):
+            text = "[\n    " + ",\n    ".join(json.dumps(_rounded(entry)) for entry in value) + "\n  ]"
+        else:
+            text = json.dumps(_rounded(value), indent=2).replace("\n", "\n  ")
+        parts.append(f"  {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _rounded(value: object) -> object:
+    """Floats to 6 digits, which is more than any spread leaves meaningful."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    return [_rounded(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _cpu_model() -> str:

@@ -42,8 +42,8 @@ class _EagerFast(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         x, weight, scores, masked = ctx.saved_tensors
-        d_x = grad_output @ masked
-        d_scores = (grad_output.T @ x).mul_(weight).mul_(scores.sign())
+        d_x = grad_output @ masked if ctx.needs_input_grad[0] else None
+        d_scores = eager_grad_scores(grad_output, x, weight, scores) if ctx.needs_input_grad[2] else None
         return d_x, None, d_scores, None
 
 
@@ -58,8 +58,8 @@ class _EagerLean(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         x, weight, scores, threshold = ctx.saved_tensors
-        d_x = grad_output @ torch.where(scores.abs() >= threshold, weight, 0)
-        d_scores = (grad_output.T @ x).mul_(weight).mul_(scores.sign())
+        d_x = eager_grad_x(grad_output, weight, scores, threshold) if ctx.needs_input_grad[0] else None
+        d_scores = eager_grad_scores(grad_output, x, weight, scores) if ctx.needs_input_grad[2] else None
         return d_x, None, d_scores, None
 
 

@@ -1,0 +1,162 @@
+"""What does each op cost beside a dense layer's, beside others' formulations, and beside what the machine can do?
+
+bf16, layers of SmolLM2-135M, LLaMA2-7B and LLaMA3.1-8B, M = 1 to 4096 tokens. Ratios are to the dense layer's same op
+(d_weight for d_scores), round by round; shares are of the roofline (see roofline.py).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from . import layer_competitors as layers
+from . import matrix_competitors as matrices
+from .harness import Finding, Samples, Spread, ratio, report, time_within
+from .layer_competitors import LayerCompetitors, inputs_of
+from .plots import draw_ops
+from .roofline import Ceilings, count_work
+
+SMOLLM2 = ((576, 576), (192, 576), (1536, 576), (576, 1536))
+LLAMA2_7B = ((4096, 4096), (11008, 4096), (4096, 11008))
+LLAMA3_8B = ((14336, 4096), (1024, 4096))
+SQUARE = (4096, 4096)
+STEP_SHAPES = ((576, 1536), SQUARE)  # forward and backward together, where the parts are added up
+TOKENS = (1, 8, 64, 512, 4096)
+PAPER_TOKENS = 512  # where the paper's layer runs: it sorts all scores, so that M hardly matters
+# Times the dense step of the square layer, at most, on 2 threads.
+STEP_TARGETS = {
+    (layers.FROM_SCORES, 64): 1.25,
+    (layers.FROM_SCORES, 512): 1.05,
+    (layers.HELD, 64): 1.10,
+    (layers.HELD, 512): 1.05,
+}
+FEW, FEWEST = 2e10, 1.5e11  # M N K from which fewer competitors run, and only ours against the dense layer
+SLOW = 2**25  # scores that sort and kthvalue are spared
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of the question is asked, and how long a case may take beyond its least rounds."""
+
+    shapes: tuple[tuple[int, int], ...] = SMOLLM2 + LLAMA2_7B + LLAMA3_8B
+    tokens: tuple[int, ...] = TOKENS
+    seconds: float = 0.8
+    least: int = 5
+
+
+STORED = Budget()
+QUICK = Budget(((576, 1536), SQUARE), (1, 64, 512), 0.1, 3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op on a shape; m is 0 where tokens play no part."""
+
+    op: str
+    n: int
+    k: int
+    m: int
+
+    def __str__(self) -> str:
+        tokens = f", M = {self.m}" if self.m else ""
+        return f"{self.op}, {self.n} x {self.k}{tokens}"
+
+
+class Measured:
+    """Findings and rows of all cases, printed as they come."""
+
+    def __init__(self) -> None:
+        self.findings: list[Finding] = []
+        self._timed: list[tuple[Case, str, str, Samples]] = []
+        self.ceilings = Ceilings()
+
+    def add(self, case: Case, baseline: str, forms: Mapping[str, str], samples: Samples) -> None:
+        """The samples of one case; forms names, for those whose share is known, what they move."""
+        print(f"{case}: {Spread.of(samples[baseline])} ms {baseline}", flush=True)
+        for name, values in samples.items():
+            if name == baseline and any(timed[:2] == (case, name) for timed in self._timed):
+                continue  # the paper's layer is timed against a dense one of its own
+            self._timed.append((case, name, forms.get(name, ""), {name: values, baseline: samples[baseline]}))
+            if name.startswith("ours"):
+                rule = ("at most", bound) if (bound := _bound(case, name)) else (None, None)
+                self.findings.append(ratio(samples, name, baseline, *rule, f": {case}"))
+                print(f"    {self.findings[-1].measured} x  {name}", flush=True)
+            elif name == matrices.SORT:
+                self.findings.append(ratio(samples, name, matrices.OURS, "at least", 10, f": {case}"))
+
+    def rows(self) -> list[dict]:
+        """A row a case and competitor; the shares by the ceilings of the whole run."""
+        return [self._row(*timed) for timed in self._timed]
+
+    def _row(self, case: Case, name: str, form: str, samples: Samples) -> dict:
+        time = Spread.of(samples[name])
+        baseline = next((values for other, values in samples.items() if other != name), samples[name])
+        row = {"op": case.op, "n": case.n, "k": case.k, "m": case.m, "competitor": name, "ms": vars(time)}
+        to_baseline = Spread.of([a / b for a, b in zip(samples[name], baseline)])
+        row |= {"ratio": vars(to_baseline), "rounds": len(samples[name])}
+        if form:
+            work = count_work(case.op, form, case.m, case.n, case.k)
+            row |= {**vars(work), "share": self.ceilings.share(work, time.median)}
+        return row
+
+
+def measure_layer(measured: Measured, n: int, k: int, budget: Budget) -> None:
+    """Forward, d_x, d_scores and, for two shapes, the whole step."""
+    made = LayerCompetitors(n, k)
+    for m in budget.tokens:
+        inputs = inputs_of(m, n, k)
+        for op in ("forward", "d_x", "d_scores", *(["step"] if (n, k) in STEP_SHAPES else [])):
+            for names, least in _groups(m, n, k, budget):
+                calls = {name: made.call(name, op, inputs) for name in names}
+                samples = time_within(calls, budget.seconds, least=least)
+                measured.add(Case(op, n, k, m), layers.DENSE, layers.FORMS, samples)
+
+
+def measure_matrix(measured: Measured, n: int, k: int, budget: Budget) -> None:
+    """Threshold, packing and optimiser step."""
+    makers: dict[str, Callable[[], matrices.Calls]] = {
+        "threshold": lambda: matrices.threshold_calls(n, k, slow=n * k < SLOW),
+        "packing": lambda: matrices.packing_calls(n, k),
+        "optimiser": lambda: matrices.optimiser_calls(n, k),
+    }
+    for op, make in makers.items():
+        samples = time_within(make(), budget.seconds, least=3)
+        measured.add(Case(op, n, k, 0), matrices.BASELINES[op], matrices.FORMS, samples)
+
+
+def main(quick: bool = False) -> None:
+    """Print, store and draw the answer."""
+    budget = QUICK if quick else STORED
+    torch.manual_seed(0)
+    measured = Measured()
+    for n, k in budget.shapes:
+        measured.ceilings.sample()
+        measure_layer(measured, n, k, budget)
+        measured.ceilings.sample()
+        measure_matrix(measured, n, k, budget)
+    path = report(
+        "ops",
+        f"Ops of one layer in bf16, {torch.get_num_threads()} threads, as ratios to a dense layer's",
+        measured.findings,
+        printed=False,
+        ceilings=measured.ceilings.record(),
+        cases=measured.rows(),
+    )
+    draw_ops(path)
+
+
+def _groups(m: int, n: int, k: int, budget: Budget) -> Iterator[tuple[list[str], int]]:
+    """Who is timed against the dense layer together, and the least rounds of it."""
+    work = m * n * k
+    if work >= FEWEST:
+        yield [layers.DENSE, layers.FROM_SCORES], 3
+    elif work >= FEW:
+        yield [layers.DENSE, layers.FROM_SCORES, layers.HELD, layers.EAGER], min(4, budget.least)
+    else:
+        yield [layers.DENSE, *layers.OURS, layers.EAGER, layers.COMPILED, layers.LORA], budget.least
+    if m == PAPER_TOKENS:
+        yield [layers.DENSE, layers.PAPER], 3
+
+
+def _bound(case: Case, name: str) -> float | None:
+    return STEP_TARGETS.get((name, case.m)) if case.op == "step" and (case.n, case.k) == SQUARE else None

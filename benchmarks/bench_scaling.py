@@ -1,0 +1,78 @@
+"""How does the cost of a training step grow with tokens, width, masked layers, micro-batches and threads?
+
+Small LLaMAs (training_steps.small_config), one setting changed at a time; the full fine-tune of the same model beside
+it, round by round.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .harness import Finding, Spread, ratio, report, time_within
+from .plots import draw_scaling
+from .training_steps import FULL, TrainingStep, build, small_config
+
+COMPETITORS = (FULL, "ours, plain", "ours, resident", "ours, layerwise")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model and step; the last ``masked`` of its layers have masks (all if None)."""
+
+    tokens: int = 256
+    width: int = 1024
+    layers: int = 2
+    masked: int | None = None
+    accumulation: int = 1
+    threads: int | None = None  # as many as all questions
+
+    @property
+    def masked_layers(self) -> list[int] | None:
+        return None if self.masked is None else list(range(self.layers - self.masked, self.layers))
+
+
+BASE = Point()
+EIGHT_LAYERS = Point(width=512, layers=8)
+SMALL_BATCHES = Point(tokens=128)
+# axis: what varies, from where, through which values
+AXES = {
+    "tokens": ("tokens", BASE, (64, 256, 1024, 2048)),
+    "width": ("width", BASE, (256, 512, 1024, 2048)),
+    "masked layers of 8": ("masked", EIGHT_LAYERS, (1, 2, 4, 8)),
+    "micro-batches a step": ("accumulation", SMALL_BATCHES, (1, 2, 4, 8)),
+    "threads": ("threads", BASE, (1, 2)),
+}
+
+
+def measure(axis: str, value: int, point: Point, seconds: float, least: int) -> tuple[list[Finding], list[dict]]:
+    """Findings and a row a competitor at one point."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(point.threads or threads)
+    steps = {}
+    for name in COMPETITORS:
+        model = build(small_config(point.width, point.layers))
+        layers = None if name == FULL else point.masked_layers
+        steps[name] = TrainingStep(name, model, point.tokens, point.accumulation, layers)
+    samples = time_within(steps, seconds, least=least)
+    for step in steps.values():
+        step.close()
+    torch.set_num_threads(threads)
+    suffix = f": {axis} = {value}"
+    findings = [ratio(samples, name, FULL, suffix=suffix) for name in COMPETITORS if name != FULL]
+    rows = [{"axis": axis, "value": value, "competitor": n, "ms": vars(Spread.of(v))} for n, v in samples.items()]
+    return findings, rows
+
+
+def main(quick: bool = False) -> None:
+    """Print, store and draw the answer."""
+    seconds, least = (0.1, 2) if quick else (2.0, 4)
+    findings, rows = [], []
+    for axis, (name, start, values) in AXES.items():
+        for value in values[:2] if quick else values:
+            print(f"{axis} = {value}", flush=True)
+            found, measured = measure(axis, value, replace(start, **{name: value}), seconds, least)
+            findings += found
+            rows += measured
+    draw_scaling(
+        report("scaling", "A training step of small LLaMAs in bf16, one setting at a time", findings, points=rows)
+    )

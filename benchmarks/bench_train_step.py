@@ -1,0 +1,107 @@
+"""What does a whole training step cost: tokens/s, peak memory, and where the time goes?
+
+SmolLM2-135M, and one block of LLaMA2-7B's shape; 2 micro-batches of 256 tokens a step; everything learns, or has a
+mask. Each competitor is a process of its own, so that its peak is its own; their steps are interleaved all the same:
+all processes live, and one at a time is told to run a step.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mft.shapes import known_config
+
+from .harness import ROOT, Finding, Spread, ratio, report, time_told
+from .plots import draw_train_step
+from .training_steps import COMPETITORS, FULL, PAPER
+
+TOKENS, ACCUMULATION = 256, 2
+PAPER_ROUNDS = 2  # ten times as long as the others
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Models by name, and how often each steps."""
+
+    models: Mapping[str, dict[str, Any]]
+    tokens: int
+    rounds: int
+
+
+BLOCK = known_config("llama2-7b") | {"num_hidden_layers": 1, "vocab_size": 512}  # without what a head would cost
+STORED = Budget({"SmolLM2-135M": known_config("smollm2-135m"), "a LLaMA2-7B block": BLOCK}, TOKENS, 5)
+QUICK = Budget({"4 layers of SmolLM2-135M": known_config("smollm2-135m") | {"num_hidden_layers": 4}}, 128, 2)
+
+
+class Worker:
+    """A competitor's process."""
+
+    def __init__(self, process: subprocess.Popen, name: str) -> None:
+        self._process, self._name = process, name
+        self._heard()  # ready
+
+    def ask(self, order: str) -> Any:
+        """step: seconds; peak: bytes; profile: milliseconds by kind. Raises RuntimeError if the process has died."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(order + "\n")
+        self._process.stdin.flush()
+        return self._heard()
+
+    def _heard(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of {self._name} must answer, it ended with {self._process.wait()}")
+        return json.loads(line)
+
+
+@contextmanager
+def started(name: str, config: dict[str, Any], tokens: int) -> Iterator[Worker]:
+    """The worker, after its first step; it ends with its input."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.train_step_worker"]
+    command += [name, json.dumps(config), str(tokens), str(ACCUMULATION), str(torch.get_num_threads())]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield Worker(process, name)
+
+
+def measure(model: str, config: dict[str, Any], budget: Budget) -> tuple[list[Finding], list[dict]]:
+    """Findings and a row a competitor."""
+    with ExitStack() as stack:
+        workers = {}
+        for name in COMPETITORS:
+            workers[name] = stack.enter_context(started(name, config, budget.tokens))
+            print(f"{model}: {name} is ready", flush=True)
+        orders = {name: lambda worker=worker: worker.ask("step") * 1e3 for name, worker in workers.items()}
+        samples = time_told(orders, budget.rounds, {PAPER: PAPER_ROUNDS})
+        peaks = {name: worker.ask("peak") for name, worker in workers.items()}
+        kinds = {name: worker.ask("profile") for name, worker in workers.items()}
+    findings, rows = [], []
+    for name in COMPETITORS:
+        rate = Spread.of([ACCUMULATION * budget.tokens / (ms * 1e-3) for ms in samples[name]])
+        findings.append(Finding(f"{name}: {model}", rate, "tokens/s"))
+        findings.append(Finding(f"{name}: {model}, peak memory", Spread.of([peaks[name] / 1e9]), "GB"))
+        if name != FULL:
+            findings.append(ratio(samples, name, FULL, suffix=f": {model}, time"))
+            memory = Spread.of([peaks[name] / peaks[FULL]])
+            findings.append(Finding(f"{name} / {FULL}: {model}, peak memory", memory))
+        row = {"model": model, "competitor": name, "ms": vars(Spread.of(samples[name])), "tokens_per_s": vars(rate)}
+        rows.append(row | {"peak_gb": peaks[name] / 1e9, "ms_by_kind": kinds[name]})
+    return findings, rows
+
+
+def main(quick: bool = False) -> None:
+    """Print, store and draw the answer."""
+    budget = QUICK if quick else STORED
+    findings, rows = [], []
+    for model, config in budget.models.items():
+        found, measured = measure(model, config, budget)
+        findings += found
+        rows += measured
+    title = f"A training step of {ACCUMULATION} x {budget.tokens} tokens, bf16, {torch.get_num_threads()} threads"
+    draw_train_step(report("train_step", title, findings, competitors=rows))

@@ -1,0 +1,175 @@
+"""Is it slower than it was? python -m benchmarks.compare REF [--what ops ...] [--now FOLDER] [--quick]
+
+REF is a folder of results, or a git ref, whose benchmarks/results are read. Unless --now names a folder of results, the
+questions are answered now.
+
+Compared are ratios of ours to another, taken within a run: they survive a slower machine, times do not. A ratio is a
+regression if its lower quartile lies above REF's upper quartile and its median is worse by more than 5 %. Times are
+shown where both runs name the same device, and decide nothing. Exit code 1: a regression, or a ratio that is missing;
+2: nothing to compare.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .harness import RESULTS, ROOT, Spread
+
+WORSE = 1.05  # times the median of REF, at most
+SUFFIX = "-cpu.json"
+SAME = ("device", "threads", "backend", "torch_instruction_set", "torch")  # else numbers may differ for that alone
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A ratio of ours in REF and now; None where one of them lacks it."""
+
+    quantity: str
+    before: Spread | None
+    now: Spread | None
+
+    @property
+    def verdict(self) -> str:
+        """new, missing, REGRESSION, better (by the same rule) or empty."""
+        if self.before is None:
+            return "new"
+        if self.now is None:
+            return "MISSING"
+        if _clearly_above(self.now, self.before):
+            return "REGRESSION"
+        return "better" if _clearly_above(self.before, self.now) else ""
+
+    def row(self) -> tuple[str, str, str, str, str]:
+        """(quantity, before, now, change of the median, verdict) as text."""
+        change = ""
+        if self.before is not None and self.now is not None:
+            change = f"{100 * (self.now.median / self.before.median - 1):+.1f} %"
+        return self.quantity, str(self.before or "-"), str(self.now or "-"), change, self.verdict
+
+
+def _clearly_above(a: Spread, b: Spread) -> bool:
+    return a.low > b.high and a.median > WORSE * b.median
+
+
+def ratios(record: Record) -> dict[str, Spread]:
+    """Those of ours to another, by quantity: less is better."""
+    return {
+        finding["quantity"]: Spread(**finding["measured"])
+        for finding in record["findings"]
+        if finding["unit"] == "x" and finding["quantity"].startswith("ours") and " / " in finding["quantity"]
+    }
+
+
+def compare(before: Record, now: Record, *, partial: bool = False) -> list[Change]:
+    """Every ratio of either; ``partial``: what a quick run did not ask is not missing."""
+    old, new = ratios(before), ratios(now)
+    asked = [name for name in old if not partial or name in new]
+    return [Change(name, old.get(name), new.get(name)) for name in dict.fromkeys((*asked, *new))]
+
+
+def differences(before: Record, now: Record) -> list[str]:
+    """What differs between the two machines, in words."""
+    old, new = before["environment"], now["environment"]
+    return [
+        f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in SAME if old.get(key, "") != new.get(key, "")
+    ]
+
+
+def read_folder(folder: Path) -> dict[str, Record]:
+    """Records by question."""
+    paths = sorted(folder.glob(f"*{SUFFIX}"))
+    return {path.name.removesuffix(SUFFIX): json.loads(path.read_text()) for path in paths}
+
+
+def read_ref(ref: str) -> dict[str, Record]:
+    """Records by question of a folder, or of benchmarks/results in a commit. Raises ValueError if it is neither."""
+    if Path(ref).is_dir():
+        return read_folder(Path(ref))
+    place = RESULTS.relative_to(ROOT).as_posix()
+    listed = _git("ls-tree", "--name-only", ref, f"{place}/")
+    if listed is None:
+        raise ValueError(f"REF must be a folder of results or a git ref, got {ref!r}")
+    paths = [path for path in listed.splitlines() if path.endswith(SUFFIX)]
+    return {Path(path).name.removesuffix(SUFFIX): json.loads(_git("show", f"{ref}:{path}") or "") for path in paths}
+
+
+def measure_now(questions: list[str], folder: Path, *, quick: bool) -> None:
+    """Answer them into folder, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks", *(["--quick"] if quick else []), "--out", str(folder), *questions]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+def show(question: str, before: Record, now: Record, changes: list[Change]) -> None:
+    """The table of one question: what changed, and how many did not."""
+    print(f"\n{question}: {before['environment']['commit'][:10]} -> {now['environment']['commit'][:10]}")
+    for difference in differences(before, now):
+        print(f"  !!! ANOTHER MACHINE: {difference}")
+    told = [change.row() for change in changes if change.verdict]
+    header = ("ratio", "before", "now", "median", "")
+    widths = [max(len(row[i]) for row in [header, *told]) for i in range(5)]
+    for row in [header, *told] if told else []:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    print(f"  {len(changes) - len(told)} of {len(changes)} ratios within the spread or {100 * (WORSE - 1):.0f} %")
+    if not differences(before, now):
+        _show_times(before, now)
+
+
+def main() -> None:
+    """Compare, print, and exit with the verdict."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.split("\n")[0])
+    parser.add_argument("ref", metavar="REF", help="a git ref, or a folder of results")
+    parser.add_argument("--what", nargs="+", default=[], help="questions; all that REF has ratios of, unless given")
+    parser.add_argument("--now", type=Path, help="a folder of results already measured")
+    parser.add_argument("--quick", action="store_true", help="measure few cases")
+    asked = parser.parse_args()
+    try:
+        before = read_ref(asked.ref)
+    except ValueError as error:
+        parser.error(str(error))
+    unknown = [question for question in asked.what if question not in before]
+    questions = [q for q in asked.what or before if q in before and ratios(before[q])]
+    if not questions:
+        parser.error(f"REF must hold ratios of ours, {asked.ref} has none of {', '.join(asked.what) or 'any question'}")
+    with tempfile.TemporaryDirectory() as folder:
+        if asked.now is None:
+            measure_now(questions, Path(folder), quick=asked.quick)
+        now = read_folder(asked.now or Path(folder))
+    failed = bool(unknown)
+    for question in unknown:
+        print(f"{question}: REF has no results")
+    for question in questions:
+        if question not in now:
+            print(f"\n{question}: MISSING, not measured now")
+            failed = True
+            continue
+        changes = compare(before[question], now[question], partial=asked.quick)
+        show(question, before[question], now[question], changes)
+        failed |= any(change.verdict in ("REGRESSION", "MISSING") for change in changes)
+    print("\nworse" if failed else "\nno regression")
+    sys.exit(int(failed))
+
+
+def _show_times(before: Record, now: Record) -> None:
+    old = {f["quantity"]: f["measured"]["median"] for f in before["findings"] if f["unit"] in ("ms", "tokens/s")}
+    for finding in now["findings"]:
+        name = finding["quantity"]
+        if name in old and finding["unit"] in ("ms", "tokens/s"):
+            print(
+                f"  (for information) {name}: {old[name]:.4g} -> {finding['measured']['median']:.4g} {finding['unit']}"
+            )
+
+
+def _git(*arguments: str) -> str | None:
+    run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return run.stdout if run.returncode == 0 else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""One linear layer in each formulation, on common inputs: what `ops` times, and `pytest benchmarks/test_ops.py` too.
+
+dense                 nn.Linear, whose weight learns: the bound
+ours, from scores     mft_kernels.masked_linear from bf16 scores and a threshold, as the eager formulations
+ours, module          MaskedLinear as autograd trains it: fp32 scores, whose mask is found once a step
+ours, held mask       as the engines train it: the mask as bits, gradients added to a buffer that exists
+eager                 the fastest formulation of PyTorch's own ops; see rivals.eager_fast
+compiled              the same under torch.compile
+the paper's layer     a sort in every forward
+LoRA                  peft's layer, rank 16
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import peft
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import mft_kernels
+from mft_kernels.held import masked_linear_held
+from mft_kernels.testing import Inputs, random_inputs
+
+from .rivals import KEEP_RATIO, eager_fast, paper_linear
+
+DENSE, PAPER, LORA = "dense", "the paper's layer", "LoRA"
+FROM_SCORES, MODULE, HELD = "ours, from scores", "ours, module", "ours, held mask"
+EAGER, COMPILED = "eager", "compiled"
+OURS = (FROM_SCORES, MODULE, HELD)
+# What each has to read and write, in roofline's terms; LoRA's d_A and d_B are another product than counted there.
+FORMS = {
+    DENSE: "dense",
+    FROM_SCORES: "scores",
+    MODULE: "module",
+    HELD: "held",
+    EAGER: "scores",
+    COMPILED: "scores",
+    PAPER: "scores",
+}
+LORA_RANK = 16
+
+# Backward passes are timed on a graph that is kept.
+torch._functorch.config.donated_buffer = False
+# A compilation each for no gradient, x, what learns and both, at M = 1 and above, and where a matrix is square.
+torch._dynamo.config.recompile_limit = 64
+# One for all other shapes: what it compiles is elementwise, and the GEMM is called.
+compiled_eager = torch.compile(eager_fast, fullgraph=True, dynamic=True)
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Formulation:
+    """y = layer(x), and what learns in it; ``frozen`` is the layer where nothing does."""
+
+    layer: Callable[[Tensor], Tensor]
+    learned: tuple[Tensor, ...]
+    frozen: Callable[[Tensor], Tensor]
+    into_buffer: bool = False  # the backward pass adds into a buffer and returns no gradient of what learns
+
+
+class LayerCompetitors:
+    """The formulations of one (N, K) layer in bf16, and their ops on M tokens."""
+
+    def __init__(self, n: int, k: int) -> None:
+        self.n, self.k = n, k
+        inputs = random_inputs(1, n, k, torch.bfloat16, torch.bfloat16)
+        self.weight, self.scores = inputs.weight, inputs.scores
+        self.threshold = mft_kernels.kept_threshold(self.scores, KEEP_RATIO)
+        self._packed = mft_kernels.pack_mask(self.scores, self.threshold)
+        self._made: dict[str, Formulation] = {}
+
+    def names(self) -> list[str]:
+        """All that may be asked for."""
+        return [DENSE, *OURS, EAGER, COMPILED, PAPER, LORA]
+
+    def call(self, name: str, op: str, inputs: Inputs) -> Call:
+        """One op of a formulation.
+
+        forward: without autograd. d_x, d_scores: the backward pass of a layer in which x alone or what learns alone
+        asks for a gradient. step: forward and backward, where both do. Gradients are new tensors, but for those that
+        are added to a buffer.
+        """
+        formulation = self._formulation(name)
+        wants_x, wants_learned = op in ("d_x", "step"), op in ("d_scores", "step")
+        x, grad = inputs.x.detach().requires_grad_(wants_x), inputs.grad_output
+        for tensor in formulation.learned:
+            tensor.requires_grad_(wants_learned)
+        layer = formulation.layer if wants_learned else formulation.frozen
+        if op == "forward":
+            return torch.no_grad()(lambda: layer(x))
+        wanted = [*([x] if wants_x else []), *(formulation.learned if wants_learned else [])]
+        if op == "step":
+            return lambda: torch.autograd.grad(layer(x), wanted, grad)
+        y = layer(x)
+        if formulation.into_buffer and wants_learned:
+            return lambda: y.backward(grad, retain_graph=True)
+        return lambda: torch.autograd.grad(y, wanted, grad, retain_graph=True)
+
+    def _formulation(self, name: str) -> Formulation:
+        if name not in self._made:
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def _make(self, name: str) -> Formulation:
+        weight, threshold = self.weight, self.threshold
+        if name == HELD:
+            buffer = torch.zeros(self.n, self.k, dtype=torch.bfloat16)
+            return Formulation(
+                lambda x: masked_linear_held(x, weight, self._packed, grad_buffer=buffer),
+                (),
+                lambda x: masked_linear_held(x, weight, self._packed),
+                into_buffer=True,
+            )
+        if name == MODULE:
+            linear = nn.Linear(self.k, self.n, bias=False, device="meta")
+            linear.weight = nn.Parameter(weight)
+            module = mft_kernels.MaskedLinear.from_linear(linear, keep_ratio=KEEP_RATIO)
+            return Formulation(module, (module.scores,), module)
+        if name == LORA:
+            lora = make_lora(weight)
+            return Formulation(lora, tuple(p for p in lora.parameters() if p is not lora.weight), lora)
+        if name == DENSE:
+            dense = weight.clone()  # which learns: the others' does not
+            return _learning(lambda x: F.linear(x, dense), dense)
+        scores = self.scores.clone()
+        if name == PAPER:
+            return _learning(lambda x: paper_linear(x, weight, scores), scores)
+        function = {FROM_SCORES: mft_kernels.masked_linear, EAGER: eager_fast, COMPILED: compiled_eager}[name]
+        return _learning(lambda x: function(x, weight, scores, threshold), scores)
+
+
+def _learning(layer: Callable[[Tensor], Tensor], *learned: Tensor) -> Formulation:
+    return Formulation(layer, learned, layer)
+
+
+def make_lora(weight: Tensor, rank: int = LORA_RANK) -> LoraLinear:
+    """peft's layer on a frozen weight (N, K), bf16 adapters."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank)
+    return LoraLinear(linear, "default", config=config, r=rank, lora_alpha=2 * rank)
+
+
+def inputs_of(tokens: int, n: int, k: int) -> Inputs:
+    """x (M, K) and grad_output (M, N) in bf16; the weight is LayerCompetitors' own."""
+    generator = torch.Generator().manual_seed(1)
+    x, grad = (torch.randn(tokens, width, generator=generator).bfloat16() for width in (k, n))
+    empty = torch.empty(0)
+    return Inputs(x, empty, empty, empty, grad)

@@ -1,0 +1,199 @@
+"""Draws ops.png, train_step.png and scaling.png beside the JSON files that they are drawn from."""
+
+import json
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+COLOURS = {
+    "dense": "0.2",
+    "full fine-tune": "0.2",
+    "ours, from scores": "C3",
+    "ours, module": "C1",
+    "ours, held mask": "C0",
+    "eager": "C2",
+    "compiled": "C4",
+    "LoRA": "C5",
+    "the paper's layer": "C6",
+    "ours, plain": "C3",
+    "ours, resident": "C0",
+    "ours, layerwise": "C1",
+}
+ROOFED = ("dense", "ours, from scores", "ours, module", "ours, held mask")
+MARKERS = {"forward": "o", "d_x": "s", "d_scores": "^"}
+MATRIX_OPS = ("threshold", "packing", "optimiser")
+
+
+def draw_ops(record_path: Path) -> None:
+    """Ratios to dense against M for a small and a large shape, the roofline, and what happens once a step."""
+    record = json.loads(record_path.read_text())
+    cases = record["cases"]
+    shapes = list(dict.fromkeys((case["n"], case["k"]) for case in cases))
+    wanted = [shape for shape in ((576, 1536), (4096, 4096)) if shape in shapes]
+    chosen = [*wanted, *(shape for shape in shapes if shape not in wanted)][:2]
+    figure = _figure(16, 13)
+    axes = figure.subplots(3, 3)
+    for row, shape in zip(axes, chosen):
+        for panel, op in zip(row, MARKERS):
+            _draw_ratios(panel, [c for c in cases if (c["n"], c["k"]) == shape and c["op"] == op])
+            panel.set_title(f"{op}, {shape[0]} x {shape[1]}")
+    axes[0, 0].legend(fontsize=8)
+    _draw_roofline(axes[2, 0], cases, record["ceilings"])
+    _draw_shares(axes[2, 1], cases)
+    _draw_matrix_ops(axes[2, 2], [c for c in cases if (c["n"], c["k"]) == chosen[-1] and c["op"] in MATRIX_OPS])
+    axes[2, 2].set_title(f"Once a step, {chosen[-1][0]} x {chosen[-1][1]}")
+    _save(figure, record, record_path.parent / "ops.png")
+
+
+def draw_train_step(record_path: Path) -> None:
+    """Tokens/s, peak memory and where the time goes, a row a model."""
+    record = json.loads(record_path.read_text())
+    models = list(dict.fromkeys(row["model"] for row in record["competitors"]))
+    figure = _figure(16, 4.6 * len(models) + 0.4)
+    for panels, model in zip(figure.subplots(len(models), 3, squeeze=False), models):
+        rows = [row for row in record["competitors"] if row["model"] == model]
+        names = [row["competitor"] for row in rows]
+        rates = [row["tokens_per_s"] for row in rows]
+        errors = [[r["median"] - r["low"] for r in rates], [r["high"] - r["median"] for r in rates]]
+        colours = [COLOURS.get(name, "C7" if name.startswith("ours") else "C6") for name in names]
+        bars = panels[0].barh(names, [r["median"] for r in rates], xerr=errors, color=colours)
+        panels[0].bar_label(bars, fmt="%.3g", padding=12)
+        panels[0].set_title(f"{model}: tokens/s")
+        bars = panels[1].barh(names, [row["peak_gb"] for row in rows], color=colours)
+        panels[1].bar_label(bars, fmt="%.2f", padding=3)
+        panels[1].set_title("peak of resident memory, GB (1e9 bytes)")
+        _draw_kinds(panels[2], names, [row["ms_by_kind"] for row in rows])
+        panels[2].set_title("where one step's time goes, s (profiled)")
+        for panel in panels:
+            panel.invert_yaxis()
+            panel.margins(x=0.15)
+        for panel in panels[1:]:
+            panel.set_yticklabels([])
+    _save(figure, record, record_path.parent / "train_step.png")
+
+
+def draw_scaling(record_path: Path) -> None:
+    """Seconds a step against each setting."""
+    record = json.loads(record_path.read_text())
+    points = record["points"]
+    names = list(dict.fromkeys(point["axis"] for point in points))
+    figure = _figure(4 * len(names), 4.6)
+    for panel, axis in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        here = [point for point in points if point["axis"] == axis]
+        for competitor in dict.fromkeys(point["competitor"] for point in here):
+            own = [point for point in here if point["competitor"] == competitor]
+            times = [{key: value / 1e3 for key, value in point["ms"].items()} for point in own]
+            _line(panel, [point["value"] for point in own], times, competitor)
+        _ticks(panel, {point["value"] for point in here})
+        panel.set_yscale("log")
+        panel.set_xlabel(axis)
+        panel.set_ylabel("s a step")
+    figure.axes[0].legend()
+    _save(figure, record, record_path.parent / "scaling.png")
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, record: dict, path: Path) -> None:
+    where = record["environment"]
+    figure.suptitle(
+        f"{record['title']}\n{where['device']}, torch {where['torch']}, commit {where['commit'][:10]}", fontsize=11
+    )
+    figure.savefig(path, dpi=100)
+
+
+def _line(panel, x: list, spreads: list[dict], name: str) -> None:
+    """Medians, and the quartiles as a band."""
+    colour = COLOURS.get(name, "C7")
+    panel.plot(x, [s["median"] for s in spreads], "o-", color=colour, label=name, markersize=4)
+    panel.fill_between(x, [s["low"] for s in spreads], [s["high"] for s in spreads], color=colour, alpha=0.15, lw=0)
+
+
+def _ticks(panel, values: set) -> None:
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(sorted(values), [str(value) for value in sorted(values)])
+    panel.minorticks_off()
+
+
+def _draw_ratios(panel, cases: list[dict]) -> None:
+    for name in dict.fromkeys(case["competitor"] for case in cases):
+        own = [case for case in cases if case["competitor"] == name]
+        _line(panel, [case["m"] for case in own], [case["ratio"] for case in own], name)
+    panel.set_yscale("log")
+    _ticks(panel, {case["m"] for case in cases})
+    ratios = (0.5, 1, 2, 4, 8, 16, 32, 64)
+    low, high = panel.get_ylim()
+    panel.set_yticks(ratios, [f"{ratio:g}" for ratio in ratios])
+    panel.set_ylim(low, high)
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)
+    panel.set_xlabel("M, tokens")
+    panel.set_ylabel("time / the dense layer's")
+
+
+def _draw_roofline(panel, cases: list[dict], ceilings: dict) -> None:
+    gemm, copy = ceilings["gemm_gflops"]["median"], ceilings["copy_gb_per_s"]["median"]
+    for case in cases:
+        if case["op"] in MARKERS and case["competitor"] in ROOFED:
+            rate = case["flops"] / case["ms"]["median"] / 1e6
+            colour = COLOURS[case["competitor"]]
+            panel.plot(case["flops"] / case["bytes"], rate, MARKERS[case["op"]], color=colour, markersize=4, alpha=0.6)
+    intensities = [0.1, gemm / copy, 5000]
+    panel.plot(intensities, [min(gemm, copy * i) for i in intensities], color="k", lw=1)
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    for op, marker in MARKERS.items():
+        panel.plot([], [], marker, color="0.5", label=op)
+    for name in ROOFED:
+        panel.plot([], [], "-", color=COLOURS[name], label=name)
+    panel.legend(fontsize=8)
+    panel.set_xlabel("flops / byte that must move")
+    panel.set_ylabel("GFLOP/s")
+    panel.set_title(f"Roofline: GEMM {gemm:.0f} GFLOP/s, copy {copy:.1f} GB/s", fontsize=10)
+
+
+def _draw_shares(panel, cases: list[dict]) -> None:
+    """Median over shapes of the share, an op and competitor a line."""
+    styles = {"forward": "-", "d_x": "--", "d_scores": ":"}
+    tokens = sorted({case["m"] for case in cases if case["m"]})
+    for op, style in styles.items():
+        for name in ROOFED:
+            shares = {
+                m: sorted(c["share"] for c in cases if (c["op"], c["competitor"], c["m"]) == (op, name, m))
+                for m in tokens
+            }
+            known = [m for m in tokens if shares[m]]
+            middle = [100 * shares[m][len(shares[m]) // 2] for m in known]
+            panel.plot(known, middle, style, color=COLOURS[name], label=f"{op}, {name}" if name == "dense" else None)
+    _ticks(panel, set(tokens))
+    panel.axhline(100, color="k", lw=1)
+    panel.set_ylim(bottom=0)
+    panel.legend(fontsize=8)
+    panel.set_xlabel("M, tokens")
+    panel.set_title("% of the roofline, median over shapes", fontsize=10)
+
+
+def _draw_matrix_ops(panel, cases: list[dict]) -> None:
+    labels = [f"{case['op']}: {case['competitor']}" for case in cases]
+    colours = ["C3" if case["competitor"].startswith("ours") else "0.6" for case in cases]
+    bars = panel.barh(labels, [case["ms"]["median"] for case in cases], color=colours)
+    panel.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+    panel.set_xscale("log")
+    panel.margins(x=0.2)
+    panel.tick_params(axis="y", labelsize=8)
+    panel.invert_yaxis()
+    panel.set_xlabel("ms")
+
+
+def _draw_kinds(panel, names: list[str], times: list[dict[str, float]]) -> None:
+    left = [0.0] * len(names)
+    for number, kind in enumerate(times[0]):
+        widths = [spent[kind] / 1e3 for spent in times]
+        panel.barh(names, widths, left=left, color=f"C{number}", label=kind)
+        left = [a + b for a, b in zip(left, widths)]
+    panel.legend(fontsize=8)

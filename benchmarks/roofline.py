@@ -1,0 +1,98 @@
+"""How close to the machine's own ceilings does an op come? Operations and bytes counted, ceilings measured in the run.
+
+    share = max(flops / GEMM ceiling, bytes / copy ceiling) / time
+
+Bytes are the least that must move: each operand read once, each result written once. Matrices that stay in a cache from
+call to call can beat the copy ceiling, which is that of the main memory: a share above 1 says so.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from .harness import Spread
+
+ELEMENT = 2  # bytes of bf16: x, y and their gradients
+GEMM_SIZE = 2048
+COPY_BYTES = 256 << 20  # eight times the L3 of most cores' share
+
+# (op, form): bytes of each weight's place that must move. Forms: dense; scores, the mask from bf16 scores; held, the
+# mask as bits and gradients added to a bf16 buffer; module, as held but with new fp32 gradients of the scores.
+WEIGHT_BYTES = {
+    ("forward", "dense"): 2,  # weight
+    ("forward", "scores"): 2 + 2,  # weight, scores
+    ("forward", "held"): 2 + 1 / 8,  # weight, bits
+    ("forward", "module"): 2 + 1 / 8,
+    ("d_x", "dense"): 2,
+    ("d_x", "scores"): 2 + 2,
+    ("d_x", "held"): 2 + 1 / 8,
+    ("d_x", "module"): 2 + 1 / 8,
+    ("d_scores", "dense"): 2,  # d_weight
+    ("d_scores", "scores"): 2 + 2 + 2,  # d_scores, weight, scores
+    ("d_scores", "held"): 2 + 2,  # the buffer, read and written
+    ("d_scores", "module"): 4 + 2 + 1 / 8,  # d_scores, weight, signs
+    ("threshold", "scores"): 2,  # bf16 scores
+    ("packing", "scores"): 2 + 1 / 8,  # bf16 scores, bits
+    ("optimiser", "int16"): 2 * (2 + 1 + 1) + 2 + 2 + 1 / 8,  # scores and moments both ways; gradient, weight, bits
+    ("optimiser", "fp32"): 2 * (4 + 4 + 4) + 2 + 2 + 1 / 8,
+    ("optimiser", "dense"): 2 * (4 + 4 + 4) + 4,  # masters and moments both ways; fp32 gradient
+}
+PRODUCTS = ("forward", "d_x", "d_scores")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an op needs at least."""
+
+    flops: float
+    bytes: float
+
+
+def count_work(op: str, form: str, m: int, n: int, k: int) -> Work:
+    """Of an op on M tokens and an (N, K) matrix; op "step" is the three products, each reading what it needs anew."""
+    if op == "step":
+        parts = [count_work(product, form, m, n, k) for product in PRODUCTS]
+        return Work(sum(part.flops for part in parts), sum(part.bytes for part in parts))
+    of_weight = WEIGHT_BYTES[op, form] * n * k
+    if op not in PRODUCTS:
+        return Work(0, of_weight)
+    return Work(2 * m * n * k, of_weight + ELEMENT * m * (n + k))
+
+
+@dataclass
+class Ceilings:
+    """GEMM in flop/s and copy in bytes/s, sampled through the whole run, as its competitors are."""
+
+    gemm: list[float] = field(default_factory=list)
+    copy: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        size = (GEMM_SIZE, GEMM_SIZE)
+        self._a, self._b, self._product = (torch.ones(size, dtype=torch.bfloat16) for _ in range(3))
+        self._source, self._target = (torch.ones(COPY_BYTES, dtype=torch.uint8) for _ in range(2))
+
+    def sample(self) -> None:
+        """One sample of each."""
+        took = _seconds(lambda: torch.mm(self._a, self._b, out=self._product))
+        self.gemm.append(2 * GEMM_SIZE**3 / took)
+        took = _seconds(lambda: self._target.copy_(self._source))
+        self.copy.append(2 * COPY_BYTES / took)
+
+    def share(self, work: Work, milliseconds: float) -> float:
+        """Of the time that the ceilings allow in the time that was taken."""
+        gemm, copy = Spread.of(self.gemm).median, Spread.of(self.copy).median
+        return max(work.flops / gemm, work.bytes / copy) / (milliseconds * 1e-3)
+
+    def record(self) -> dict[str, dict[str, float]]:
+        """GFLOP/s and GB/s with quartiles."""
+        named = (("gemm_gflops", self.gemm), ("copy_gb_per_s", self.copy))
+        spreads = {name: Spread.of([value / 1e9 for value in values]) for name, values in named}
+        return {name: vars(spread) for name, spread in spreads.items()}
+
+
+def _seconds(call) -> float:
+    call()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

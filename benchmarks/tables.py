@@ -1,0 +1,120 @@
+"""Markdown of the stored results, for README and docs: python -m benchmarks.tables [ops | train_step | scaling] ..."""
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .harness import RESULTS
+
+Record = dict[str, Any]
+
+
+def ops_tables(record: Record) -> list[str]:
+    """A table an op: ratios of every competitor at every shape and M; then what happens once a step."""
+    cases, parts = record["cases"], []
+    for op in dict.fromkeys(case["op"] for case in cases if case["m"]):
+        own = [case for case in cases if case["op"] == op]
+        tokens = sorted({case["m"] for case in own})
+        keys = dict.fromkeys((c["n"], c["k"], c["competitor"]) for c in own if c["competitor"] != "dense")
+        rows = []
+        for n, k, name in keys:
+            found = {c["m"]: c for c in own if (c["n"], c["k"], c["competitor"]) == (n, k, name)}
+            rows.append([f"{n} x {k}", name, *(_ratio_and_share(found.get(m)) for m in tokens)])
+        header = ["shape", "time / the dense layer's (% of the roofline)", *(f"M = {m}" for m in tokens)]
+        parts.append(f"**{op}**\n\n{markdown(header, rows)}")
+    once = [case for case in cases if not case["m"]]
+    rows = [
+        [c["op"], f"{c['n']} x {c['k']}", c["competitor"], f"{c['ms']['median']:.3g}", _ratio_and_share(c)]
+        for c in once
+    ]
+    parts.append("**once a step**\n\n" + markdown(["op", "shape", "", "ms", "time / the first (% of copy)"], rows))
+    ceilings = ", ".join(f"{name} {spread['median']:.4g}" for name, spread in record["ceilings"].items())
+    return [*parts, f"Ceilings of the run: {ceilings}."]
+
+
+def train_step_tables(record: Record) -> list[str]:
+    """A table a model: tokens/s, peak memory, seconds by kind."""
+    parts = []
+    for model in dict.fromkeys(row["model"] for row in record["competitors"]):
+        own = [row for row in record["competitors"] if row["model"] == model]
+        kinds = list(own[0]["ms_by_kind"])
+        rows = [
+            [
+                row["competitor"],
+                _with_quartiles(row["tokens_per_s"]),
+                f"{row['peak_gb']:.2f}",
+                *(f"{row['ms_by_kind'][kind] / 1e3:.2f}" for kind in kinds),
+            ]
+            for row in own
+        ]
+        header = [model, "tokens/s [quartiles]", "peak GB", *(f"{kind}, s" for kind in kinds)]
+        parts.append(markdown(header, rows))
+    return parts
+
+
+def scaling_tables(record: Record) -> list[str]:
+    """A table a setting: seconds a step."""
+    parts = []
+    for axis in dict.fromkeys(point["axis"] for point in record["points"]):
+        own = [point for point in record["points"] if point["axis"] == axis]
+        values = list(dict.fromkeys(point["value"] for point in own))
+        rows = []
+        for name in dict.fromkeys(point["competitor"] for point in own):
+            times = {p["value"]: p["ms"]["median"] / 1e3 for p in own if p["competitor"] == name}
+            rows.append([name, *(f"{times[value]:.3g}" for value in values)])
+        parts.append(markdown([f"s a step, {axis} =", *map(str, values)], rows))
+    return parts
+
+
+TABLES: dict[str, Callable[[Record], list[str]]] = {
+    "ops": ops_tables,
+    "train_step": train_step_tables,
+    "scaling": scaling_tables,
+}
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; the first column is left-aligned, numbers to the right."""
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def origin(record: Record) -> str:
+    """Where a record was measured."""
+    where = record["environment"]
+    dirty = " and changes" if where["tree_is_dirty"] else ""
+    return (
+        f"{record['title']}. {where['device']}, {where['threads']} threads, torch {where['torch']}, "
+        f"{where['backend']}, commit {where['commit'][:10]}{dirty}, {where['date'][:10]}."
+    )
+
+
+def main() -> None:
+    """Print the tables of the questions named, or of those that have results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
+    parser.add_argument("questions", nargs="*", help=f"among {', '.join(TABLES)}; all that are stored unless given")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    paths = {question: asked.results / f"{question}-cpu.json" for question in TABLES}
+    for question in asked.questions or [question for question, path in paths.items() if path.exists()]:
+        if question not in paths or not paths[question].exists():
+            parser.error(f"questions must be stored ones among {', '.join(TABLES)}, got {question} ({asked.results})")
+        record = json.loads(paths[question].read_text())
+        print("\n\n".join([origin(record), *TABLES[question](record)]) + "\n")
+
+
+def _ratio_and_share(case: Record | None) -> str:
+    if case is None:
+        return ""
+    share = f" ({100 * case['share']:.0f})" if "share" in case else ""
+    return f"{case['ratio']['median']:.3g}{share}"
+
+
+def _with_quartiles(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.3g} [{spread['low']:.3g}, {spread['high']:.3g}]"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""Benchmarks: what is counted, compared and printed; no timing."""
+
+import json
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import compare, harness
+from benchmarks.harness import Finding, Spread, report, time_told
+from benchmarks.layer_competitors import (
+    DENSE,
+    EAGER,
+    FROM_SCORES,
+    HELD,
+    LORA,
+    MODULE,
+    PAPER,
+    LayerCompetitors,
+    inputs_of,
+)
+from benchmarks.matrix_competitors import eager_pack, eager_step
+from benchmarks.roofline import Ceilings, count_work
+from benchmarks.step_profile import REST, kind_of
+from benchmarks.tables import markdown, ops_tables
+from mft_kernels import kept_threshold, pack_mask, score_step
+
+QUANTITY = "ours, from scores / dense: forward, 4 x 8, M = 2"
+
+
+def spread(median, width=0.01):
+    return {"median": median, "low": median - width, "high": median + width}
+
+
+def record(median=1.0, width=0.01, *, quantity=QUANTITY, unit="x", **environment):
+    found = [{"quantity": quantity, "measured": spread(median, width), "unit": unit}]
+    return {"environment": {"device": "a", "commit": "0" * 40} | environment, "findings": found}
+
+
+# ---------------------------------------------------------------------------------------------- comparing
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "verdict"),
+    [
+        ((1.0, 0.01), (1.2, 0.01), "REGRESSION"),
+        ((1.0, 0.01), (1.04, 0.01), ""),  # beyond the spreads, not by 5 %
+        ((1.0, 0.15), (1.2, 0.10), ""),  # by more than 5 %, within the spreads
+        ((1.2, 0.01), (1.0, 0.01), "better"),
+    ],
+)
+def test_a_regression_exceeds_both_spreads_and_5_percent(before, now, verdict):
+    (change,) = compare.compare(record(*before), record(*now))
+    assert change.verdict == verdict
+
+
+def test_new_and_missing_ratios_are_told_apart():
+    changes = compare.compare(record(quantity="ours / a"), record(quantity="ours / b"))
+    assert {change.quantity: change.verdict for change in changes} == {"ours / a": "MISSING", "ours / b": "new"}
+
+
+def test_what_a_quick_run_leaves_out_is_not_missing():
+    changes = compare.compare(record(quantity="ours / a"), record(quantity="ours / b"), partial=True)
+    assert [change.verdict for change in changes] == ["new"]
+
+
+@pytest.mark.parametrize(("quantity", "unit"), [("LoRA / dense: forward", "x"), (QUANTITY, "ms"), ("ours", "x")])
+def test_only_ratios_of_ours_are_compared(quantity, unit):
+    assert compare.ratios(record(quantity=quantity, unit=unit)) == {}
+
+
+def run_compare(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["compare", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        compare.main()
+    return stopped.value.code
+
+
+def write(folder, content, name="ops"):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}-cpu.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_the_exit_code_tells_a_regression_and_the_table_names_it(tmp_path, monkeypatch, capsys):
+    old, same = write(tmp_path / "old", record(1.0)), write(tmp_path / "same", record(1.0))
+    worse = write(tmp_path / "worse", record(1.5))
+    assert run_compare(monkeypatch, old, "--now", same) == 0
+    assert QUANTITY not in capsys.readouterr().out
+    assert run_compare(monkeypatch, old, "--now", worse) == 1
+    told = capsys.readouterr().out
+    assert QUANTITY in told
+    assert "REGRESSION" in told
+
+
+def test_a_question_that_was_not_measured_fails(tmp_path, monkeypatch, capsys):
+    old = write(write(tmp_path / "old", record()), record(), "scaling")
+    assert run_compare(monkeypatch, old, "--now", write(tmp_path / "now", record())) == 1
+    assert "scaling: MISSING" in capsys.readouterr().out
+
+
+def test_another_device_is_said_loudly_and_hides_times(tmp_path, monkeypatch, capsys):
+    def with_time(median, device):
+        both = record(1.0, device=device)
+        both["findings"].append({"quantity": "dense", "measured": spread(median), "unit": "ms"})
+        return both
+
+    old = write(tmp_path / "old", with_time(5.0, "a"))
+    assert run_compare(monkeypatch, old, "--now", write(tmp_path / "now", with_time(7.0, "b"))) == 0
+    told = capsys.readouterr().out
+    assert "!!! ANOTHER MACHINE: device was 'a' and is 'b'" in told
+    assert "for information" not in told
+    assert run_compare(monkeypatch, old, "--now", write(tmp_path / "now", with_time(7.0, "a"))) == 0
+    assert "(for information) dense: 5 -> 7 ms" in capsys.readouterr().out
+
+
+def test_a_ref_is_a_commit_whose_results_are_read(tmp_path, monkeypatch):
+    def git(*arguments):
+        named = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *named, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    results = tmp_path / "benchmarks" / "results"
+    results.parent.mkdir()
+    write(results, record(2.0))
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "results")
+    write(results, record(3.0))
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    monkeypatch.setattr(compare, "RESULTS", results)
+    assert compare.read_ref("HEAD")["ops"]["findings"][0]["measured"]["median"] == 2.0
+    with pytest.raises(ValueError, match="REF must be a folder of results or a git ref, got 'nowhere'"):
+        compare.read_ref("nowhere")
+
+
+# ---------------------------------------------------------------------------------------------- records and tables
+
+
+def test_a_record_reads_back_and_gives_each_finding_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "_folder", tmp_path)
+    findings = [Finding("a", Spread(1.23456789, 1.0, 2.0)), Finding("b", Spread(1.0, 1.0, 1.0), "ms", "at most", 2)]
+    path = report("ops", "Title", findings, printed=False, cases=[{"m": 1}])
+    stored = json.loads(path.read_text())
+    assert stored["findings"][0]["measured"]["median"] == 1.23457
+    assert stored["findings"][1]["met"] is True
+    assert stored["cases"] == [{"m": 1}]
+    assert {"device", "threads", "torch", "commit", "backend"} <= stored["environment"].keys()
+    assert sum('"quantity"' in line for line in path.read_text().splitlines()) == 2
+
+
+def test_who_ends_early_takes_part_in_the_first_rounds_alone():
+    heard = []
+    orders = {name: lambda name=name: heard.append(name) or 1.0 for name in "ab"}
+    samples = time_told(orders, 3, {"b": 1})
+    assert {name: len(values) for name, values in samples.items()} == {"a": 3, "b": 1}
+    assert "b" in heard[:2]
+
+
+def test_the_table_of_ops_has_a_row_a_shape_and_competitor():
+    def case(name, m, ratio):
+        own = {"op": "forward", "n": 4, "k": 8, "m": m, "competitor": name, "ms": spread(1.0), "ratio": spread(ratio)}
+        return own | {"share": 0.5}
+
+    once = case("ours", 0, 2.0) | {"op": "threshold"}
+    cases = [case("dense", 1, 1.0), case("ours", 1, 1.25), case("ours", 8, 1.5), once]
+    forward, at_once, _ = ops_tables({"cases": cases, "ceilings": {}})
+    assert "| 4 x 8 | ours | 1.25 (50) | 1.5 (50) |" in forward
+    assert "dense |" not in forward
+    assert "| threshold | 4 x 8 | ours | 1 | 2 (50) |" in at_once
+
+
+def test_markdown_aligns_numbers_to_the_right():
+    assert markdown(["a", "b"], [["x", "1"]]) == "| a | b |\n|---|---:|\n| x | 1 |"
+
+
+# ---------------------------------------------------------------------------------------------- roofline
+
+
+def test_work_counts_each_operand_once():
+    forward = count_work("forward", "scores", 2, 4, 8)
+    assert forward.flops == 2 * 2 * 4 * 8
+    assert forward.bytes == 4 * 8 * (2 + 2) + 2 * 2 * (4 + 8)
+    assert count_work("threshold", "scores", 0, 4, 8).bytes == 4 * 8 * 2
+    step = count_work("step", "dense", 2, 4, 8)
+    assert step.flops == 3 * forward.flops
+
+
+def test_the_share_is_of_the_ceiling_that_binds():
+    ceilings = Ceilings()
+    ceilings.gemm, ceilings.copy = [1e9], [1e9]
+    assert ceilings.share(count_work("forward", "dense", 1, 1000, 1000), 4.0) == pytest.approx(2.004e6 / 4e6)
+    assert ceilings.share(count_work("forward", "dense", 1000, 1000, 1000), 4e3) == pytest.approx(0.5)
+
+
+# ---------------------------------------------------------------------------------------------- competitors
+
+
+@pytest.mark.parametrize("op", ["d_x", "d_scores", "step"])
+@pytest.mark.parametrize("name", [DENSE, FROM_SCORES, MODULE, HELD, EAGER, PAPER, LORA])
+def test_every_competitor_makes_the_gradients_that_are_asked(name, op):
+    n, k, m = 24, 40, 3
+    found = LayerCompetitors(n, k).call(name, op, inputs_of(m, n, k))()
+    learned = {HELD: [], LORA: [(16, k), (n, 16)]}.get(name, [(n, k)])
+    wanted = {"d_x": [(m, k)], "d_scores": learned, "step": [(m, k), *learned]}[op]
+    assert [tuple(grad.shape) for grad in found or []] == wanted
+
+
+@pytest.mark.parametrize(("op", "products"), [("d_x", 1), ("d_scores", 1), ("step", 3)])
+def test_the_eager_form_does_no_product_that_nobody_asks_for(op, products):
+    call = LayerCompetitors(24, 40).call(EAGER, op, inputs_of(3, 24, 40))
+    with FlopCounterMode(display=False) as counter:
+        call()
+    assert counter.get_total_flops() == products * 2 * 3 * 24 * 40
+
+
+def test_the_held_mask_makes_no_score_gradient_for_d_x(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("d_x alone was asked for")
+
+    call = LayerCompetitors(24, 40).call(HELD, "d_x", inputs_of(3, 24, 40))
+    monkeypatch.setattr("mft_kernels.held.accumulate_score_grad", refuse)
+    call()
+
+
+def test_the_formulations_from_scores_agree():
+    n, k = 24, 64
+    made, inputs = LayerCompetitors(n, k), inputs_of(5, n, k)
+    results = {name: made.call(name, "step", inputs)() for name in (FROM_SCORES, EAGER, PAPER)}
+    for name in (EAGER, PAPER):
+        for ours, theirs in zip(results[FROM_SCORES], results[name]):
+            # The paper's layer multiplies by the gradient of |scores|, as we by the sign; bf16 sums differ in order.
+            torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02)
+    held = made.call(HELD, "forward", inputs)()
+    torch.testing.assert_close(held, made.call(FROM_SCORES, "forward", inputs)(), rtol=0.02, atol=0.02)
+
+
+def test_the_eager_packing_is_the_packed_mask():
+    scores = torch.randn(6, 96).bfloat16()
+    threshold = kept_threshold(scores, 0.9)
+    assert torch.equal(eager_pack(scores, threshold), pack_mask(scores, threshold))
+
+
+def test_the_eager_optimiser_step_is_ours_late_in_a_run():
+    torch.manual_seed(0)
+    grad, weight = torch.randn(4, 32), torch.randn(4, 32)
+    start = [0.02 * torch.randn(4, 32), 0.1 * torch.randn(4, 32), 0.1 + torch.rand(4, 32)]
+    ours, theirs = ([tensor.clone() for tensor in start] for _ in range(2))
+    score_step(ours[0], grad, weight, ours[1], ours[2], step=100_000, lr=3e-4)
+    eager_step(*theirs, grad, weight)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_an_operator_belongs_to_the_nearest_kind_above_it():
+    def event(name, parent=None):
+        return SimpleNamespace(name=name, cpu_parent=parent)
+
+    optimiser = event("Optimizer.step#AdamW.step")
+    assert kind_of(event("aten::mul", optimiser)) == "optimiser"
+    assert kind_of(event("aten::mm", event("aten::linear"))) == "products"
+    assert kind_of(event("aten::add")) == REST
