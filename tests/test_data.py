@@ -387,7 +387,7 @@ def test_wrong_files_say_where_and_what(tokenizer, tmp_path, name, content, mess
         ({"source": "./nowhere.jsonl"}, "data.source must be data that exists, got './nowhere.jsonl': no such file"),
         ({"source": "no data"}, "must be stdlib, a .jsonl or .parquet file, a directory or a hub id, got 'no data'"),
         ({"split": "test"}, "data.split must be left out for this source, got 'test': the stdlib corpus is split by"),
-        ({"subset": "main"}, "data.subset must be left out for this source, got 'main'"),
+        ({"subset": "main"}, "data.subset must be pretrain, finetune or null for the stdlib corpus, got 'main'"),
     ],
 )
 def test_a_wrong_source_says_what_it_is_and_what_to_do(tokenizer, config, message, monkeypatch):

@@ -104,8 +104,8 @@ class MaskConfig:
 class DataConfig:
     """Which text, and how it becomes rows of sequence_length tokens."""
 
-    source: str = "stdlib"  # or a hub id, a directory, *.jsonl, *.parquet
-    subset: str | None = None
+    source: str = "stdlib"  # or problems, a hub id, a directory, *.jsonl, *.parquet
+    subset: str | None = None  # of a hub data set; of stdlib: pretrain or finetune, parts of its training files
     split: str = "train"
     validation_split: str | None = None
     sequence_length: int = 512
@@ -208,7 +208,7 @@ def load_config(path: str | os.PathLike | None, overrides: list[str] | tuple[str
     """
     values: dict[str, Any] = {}
     if path is not None:
-        values = _read_mapping(Path(path))
+        values = read_mapping(Path(path))
         _check_keys(values, origin=f"{path}: ")
     _apply_overrides(values, overrides)
     sections = {}
@@ -226,22 +226,8 @@ def save_config(config: RunConfig, path: str | os.PathLike) -> None:
     target.write_text(dump_yaml(_plain(dataclasses.asdict(config))), encoding="utf-8")
 
 
-def parse_layers(text: str) -> list[int]:
-    """ "0-3,7" -> [0, 1, 2, 3, 7]"""
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = (piece.strip() for piece in part.partition("-"))
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(
-                f'layers_to_transform must be an int, a list of ints or ranges such as "0-3,7", got {text!r}'
-            )
-        if dash and int(last) < int(first):
-            raise ValueError(f"layers_to_transform must have ranges that rise, got {part.strip()!r} in {text!r}")
-        layers.update(range(int(first), int(last or first) + 1))
-    return sorted(layers)
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises ValueError that names the file."""
     if not path.is_file():
         if path.is_dir():
             raise ValueError(f"config must be a YAML file, got the directory {path}")
@@ -256,6 +242,21 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: config must be a mapping of keys such as train:, got {shown(values)}")
     return values
+
+
+def parse_layers(text: str) -> list[int]:
+    """ "0-3,7" -> [0, 1, 2, 3, 7]"""
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(
+                f'layers_to_transform must be an int, a list of ints or ranges such as "0-3,7", got {text!r}'
+            )
+        if dash and int(last) < int(first):
+            raise ValueError(f"layers_to_transform must have ranges that rise, got {part.strip()!r} in {text!r}")
+        layers.update(range(int(first), int(last or first) + 1))
+    return sorted(layers)
 
 
 def _apply_overrides(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:

@@ -40,12 +40,14 @@ def stdlib_files(directory: str | os.PathLike | None = None) -> dict[str, str]:
     return dict(sorted(sources.items()))
 
 
-def describe_stdlib(counts: dict[str, int]) -> str:
-    """One line for a report: which library, how many files a split, what was left out."""
+def describe_stdlib(counts: dict[str, int], subset: str | None = None) -> str:
+    """One line for a report: which library, how many files a split, which of the training files, what was left out."""
+    part = "" if subset is None else f" (train is the {subset} subset of the training files)"
     files = " / ".join(f"{count} {split}" for split, count in counts.items())
+    left_out = ", ".join(sorted(EXCLUDED_DIRECTORIES - {"__pycache__"}))
     return (
-        f"stdlib: the library source of Python {platform.python_version()}, split by file hash into {files} files; "
-        f"left out: {', '.join(sorted(EXCLUDED_DIRECTORIES - {'__pycache__'}))} and generated build settings"
+        f"stdlib: the library source of Python {platform.python_version()}, split by file hash into {files} "
+        f"files{part}; left out: {left_out} and generated build settings"
     )
 
 

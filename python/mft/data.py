@@ -66,7 +66,8 @@ def load_splits(config: DataConfig, tokenizer: Any) -> Splits:
                 seed=config.seed if training else 0,
             )
             rows.document = [records[split].numbers[i] for i in rows.document]
-            notes += _describe(split, rows, documents.empty, len(documents), training and config.packing)
+            available = len(set(records[split].numbers))
+            notes += _describe(split, rows, documents.empty, available, training and config.packing)
             if not len(rows):
                 raise ValueError(
                     f"data.source {config.source!r} must leave rows to score in every split, got none "

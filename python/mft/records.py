@@ -1,4 +1,4 @@
-"""Where examples come from: stdlib, a JSONL or parquet file, a directory, or a hub id, as records of three splits."""
+"""Where examples come from: stdlib, problems, a file, a directory or a hub id, as records of three splits."""
 
 import hashlib
 import json
@@ -18,9 +18,11 @@ from mft.choices import nearest, nearest_path
 from mft.config import DataConfig
 from mft.corpus import check_stdlib, describe_stdlib, stdlib_files
 from mft.hub import hub_is_reachable
+from mft.problems import Problem, describe_problems, fingerprint_of, make_problems
 
 SPLITS = ("train", "validation", "test")
 FILE_TYPES = (".jsonl", ".parquet")
+STDLIB_SUBSETS = ("pretrain", "finetune")  # about 60 % and 40 % of the training files
 CONTENT_COLUMNS = ("messages", "prompt", "completion", "text")
 
 
@@ -70,6 +72,8 @@ def open_source(config: DataConfig) -> Source:
     path = Path(config.source).expanduser()
     if config.source == "stdlib":
         return _stdlib(config)
+    if config.source == "problems":
+        return _problems(config)
     if path.is_file():
         return _single_file(path, config)
     if path.is_dir() or not _looks_like_a_path(config.source):
@@ -80,16 +84,46 @@ def open_source(config: DataConfig) -> Source:
 
 
 def _stdlib(config: DataConfig) -> Source:
-    _only_defaults(config, "the stdlib corpus is split by file hash")
+    _only_defaults(config, "the stdlib corpus is split by file hash", but=("subset",))
+    if config.subset not in (None, *STDLIB_SUBSETS):
+        raise ValueError(
+            f"data.subset must be {', '.join(STDLIB_SUBSETS)} or null for the stdlib corpus, got {config.subset!r}"
+            f"{nearest(config.subset, STDLIB_SUBSETS)}"
+        )
     sources = stdlib_files()
     rows = [{"text": text} for text in sources.values()]
     paths = list(sources)
     everything = Records(rows, paths.__getitem__, ["text"], range(len(rows)))
     splits = _split_off(everything, ["validation", "test"])
+    if config.subset is not None:
+        splits["train"] = _part_of(splits["train"], config.subset)
     counts = {split: len(records.rows) for split, records in splits.items()}
     check_stdlib(counts)
     digest = hashlib.sha256("\0".join(part for item in sources.items() for part in item).encode())
-    return Source(digest.hexdigest(), lambda: splits, [describe_stdlib(counts)])
+    return Source(digest.hexdigest(), lambda: splits, [describe_stdlib(counts, config.subset)])
+
+
+def _part_of(train: Records, subset: str) -> Records:
+    """The training files that belong to a subset by the hash of their text, by other digits than those of the split."""
+    digests = [hashlib.sha256(_content(row)).hexdigest()[8:16] for row in train.rows]
+    first = [int(digest, 16) % 10 < 6 for digest in digests]
+    return train.select([i for i, is_first in enumerate(first) if is_first == (subset == STDLIB_SUBSETS[0])])
+
+
+def _problems(config: DataConfig) -> Source:
+    _only_defaults(config, "problems have three fixed splits")
+    problems = make_problems()
+
+    def load() -> dict[str, Records]:
+        return {split: _problem_records(split, problems[split]) for split in SPLITS}
+
+    return Source(fingerprint_of(problems), load, [describe_problems(problems)])
+
+
+def _problem_records(split: str, problems: Sequence[Problem]) -> Records:
+    """A kind is a document: what has one template is not independent."""
+    rows = [problem.row for problem in problems]
+    return Records(rows, lambda i: f"problems, {split} row {i}", ["prompt", "completion"], [p.kind for p in problems])
 
 
 def _single_file(path: Path, config: DataConfig) -> Source:
@@ -165,7 +199,7 @@ def _load_datasets(directory: Path | None, config: DataConfig) -> dict[str, data
                 "local cache of datasets, and the hub cannot be reached: check the name and the network, "
                 "or give a local file"
             )
-        raise ValueError(message + nearest(config.source, ["stdlib"])) from error
+        raise ValueError(message + nearest(config.source, ["stdlib", "problems"])) from error
     return dict(loaded)
 
 
@@ -270,10 +304,10 @@ def _read_parquet(path: Path) -> Records:
     return Records(datasets.Dataset(table), lambda i: f"{path} row {i}", table.column_names, range(table.num_rows))
 
 
-def _only_defaults(config: DataConfig, why: str) -> None:
+def _only_defaults(config: DataConfig, why: str, *, but: tuple[str, ...] = ()) -> None:
     for key, default in (("subset", None), ("split", "train"), ("validation_split", None)):
         value = getattr(config, key)
-        if value != default:
+        if value != default and key not in but:
             raise ValueError(f"data.{key} must be left out for this source, got {value!r}: {why}")
 
 

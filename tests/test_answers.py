@@ -1,0 +1,164 @@
+"""Facts about mft.answers: what counts as an exact answer, and that batches and their padding change nothing."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import make_llama
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mft.answers import exact_matches
+from mft.config import MaskConfig, TrainConfig
+from mft.convert import mask_model
+from mft.recipe import finetune
+from mft.study.from_scratch import train_tokenizer
+
+LENGTH = 24
+NAMES = ("Al", "Bert", "Christopher", "Dee", "Evangeline", "Fay")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [f"{name} has {i}{j} and" for name in NAMES for i in range(10) for j in range(10)]
+    return train_tokenizer(texts, 270)
+
+
+def make_rows(pairs, tokenizer):
+    """Rows as load_splits makes them, of (prompt, completion, document)."""
+    columns = {"input_ids": [], "labels": [], "document": []}
+    for prompt, completion, document in pairs:
+        head = tokenizer.encode(prompt)
+        tail = [*tokenizer.encode(completion), tokenizer.eos_token_id]
+        padding = LENGTH - len(head) - len(tail)
+        columns["input_ids"].append(head + tail + [tokenizer.eos_token_id] * padding)
+        columns["labels"].append([-100] * len(head) + tail + [-100] * padding)
+        columns["document"].append(document)
+    return Dataset.from_dict(columns)
+
+
+def questions(start, stop):
+    return [(f"{NAMES[i % 6]} has {i}:", f" {i % 7}", i % 3) for i in range(start, stop)]
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    """Half trained: some answers right, some wrong."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.eos_token_id,
+                bos_token_id=None,
+            )
+        )
+    finetune(model, make_rows(questions(0, 24), tokenizer), TrainConfig(lr=3e-3, steps=120, batch_size=8))
+    return model
+
+
+def by_hand(model, tokenizer, dataset):
+    """The definition: one prompt at a time, no cache, no padding, argmax."""
+    right = {}
+    for ids, labels, document in zip(dataset["input_ids"], dataset["labels"], dataset["document"]):
+        first = next(i for i, label in enumerate(labels) if label != -100)
+        wanted = tokenizer.decode([i for i in labels if i not in (-100, tokenizer.eos_token_id)]).strip()
+        tokens, found = ids[:first], []
+        while len(found) < 8 and found[-1:] != [tokenizer.eos_token_id]:
+            with torch.no_grad():
+                found.append(model(torch.tensor([tokens + found])).logits[0, -1].argmax().item())
+        found = found[:-1] if found[-1] == tokenizer.eos_token_id else found
+        hits = right.setdefault(document, [0, 0])
+        hits[0] += tokenizer.decode(found).strip() == wanted
+        hits[1] += 1
+    return [torch.tensor([right[d][i] for d in sorted(right)]) for i in (0, 1)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 16])
+def test_answers_are_those_of_greedy_decoding_by_hand_whatever_the_batch(model, tokenizer, batch_size):
+    dataset = make_rows(questions(0, 40), tokenizer)
+    wanted, asked = by_hand(model, tokenizer, dataset)
+    assert 5 < wanted.sum() < 35
+    answers, count = exact_matches(model, tokenizer, dataset, batch_size=batch_size, max_new_tokens=8)
+    assert torch.equal(answers, wanted)
+    assert torch.equal(count, asked)
+    assert answers.dtype == count.dtype == torch.int64
+
+
+def test_masked_models_answer_and_a_mask_changes_answers(model, tokenizer):
+    dataset = make_rows(questions(0, 24), tokenizer)
+    plain, _ = exact_matches(model, tokenizer, dataset)
+    kept = mask_model(copy.deepcopy(model), MaskConfig(keep_ratio=1.0))
+    assert torch.equal(exact_matches(kept, tokenizer, dataset)[0], plain)
+    dropped = mask_model(copy.deepcopy(model), MaskConfig(keep_ratio=0.1))
+    assert exact_matches(dropped, tokenizer, dataset)[0].sum() < plain.sum()
+
+
+class Parrot(torch.nn.Module):
+    """Continues every prompt by the same tokens."""
+
+    def __init__(self, reply):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.reply = reply
+        self.generation_config = None
+
+    def generate(self, ids, attention_mask):
+        return torch.cat([ids, torch.tensor([self.reply] * len(ids))], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [(" 12", True), ("12", True), (" 12 \n", True), (" 123", False), (" 1", False), (" 1 2", False), ("", False)],
+)
+def test_the_text_up_to_eos_must_be_the_same_but_for_white_space_around(tokenizer, reply, right):
+    dataset = make_rows([("Al has 5:", " 12", 7)], tokenizer)
+    tokens = [*tokenizer.encode(reply), tokenizer.eos_token_id, *tokenizer.encode(" and")]
+    answers, asked = exact_matches(Parrot(tokens), tokenizer, dataset)
+    assert (answers.tolist(), asked.tolist()) == ([int(right)], [1])
+
+
+def test_documents_come_in_ascending_order_of_number(tokenizer):
+    pairs = [("Al has 5:", " 12", 9), ("Bert has 5:", " 3", 2), ("Al has 6:", " 12", 9), ("Fay has 5:", " 12", 2)]
+    reply = [*tokenizer.encode(" 12"), tokenizer.eos_token_id]
+    answers, asked = exact_matches(Parrot(reply), tokenizer, make_rows(pairs, tokenizer))
+    assert (answers.tolist(), asked.tolist()) == ([1, 2], [2, 2])
+
+
+def test_the_models_own_generation_settings_do_not_count_and_come_back(model, tokenizer):
+    dataset = make_rows(questions(0, 24), tokenizer)
+    plain, _ = exact_matches(model, tokenizer, dataset)
+    own = model.generation_config
+    try:
+        model.generation_config = type(own)(repetition_penalty=50.0, do_sample=True, suppress_tokens=[1, 2, 3])
+        mine = model.generation_config
+        model.train()
+        assert torch.equal(exact_matches(model, tokenizer, dataset)[0], plain)
+        assert model.training
+        assert model.generation_config is mine
+    finally:
+        model.generation_config = own
+        model.eval()
+
+
+def test_rows_without_one_prompt_and_one_completion_are_refused(model, tokenizer):
+    dataset = make_rows([("Al has 5:", " 12 and 12 and", 0)], tokenizer)
+    with pytest.raises(ValueError, match="row 0 of dataset must be answerable in max_new_tokens = 3, eos included"):
+        exact_matches(model, tokenizer, dataset, max_new_tokens=3)
+    whole = Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[1, 2, 3]], "document": [0]})
+    with pytest.raises(ValueError, match="must have a prompt that is not scored"):
+        exact_matches(make_llama(), tokenizer, whole)
+    two = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]], "labels": [[-100, 2, -100, 4]], "document": [0]})
+    with pytest.raises(ValueError, match="must have one completion, scored in one piece: load it without packing"):
+        exact_matches(make_llama(), tokenizer, two)
+    cut = Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[-100, 2, 3]], "document": [0]})
+    with pytest.raises(ValueError, match="must end its completion with eos: it was cut off, so raise data.sequence_le"):
+        exact_matches(make_llama(), tokenizer, cut)
+    with pytest.raises(ValueError, match="at least one row to answer, got 0"):
+        exact_matches(make_llama(), tokenizer, whole.select([]))
