@@ -1,0 +1,127 @@
+"""LoRA beside the weights: what it trains, what it leaves alone, and that merging changes nothing."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from tiny import make_llama, make_rows, masked_llama
+
+from mft.causal_lm import first_trainable_layer
+from mft.clones import clone_with_own_weights
+from mft.config import TrainConfig
+from mft.evaluate import evaluate
+from mft.lora import add_lora, merge_lora
+from mft.prefix import PrefixMemory
+from mft.recipe import train_loop
+
+NAMES = ["model.layers.2.mlp.up_proj", "model.layers.3.self_attn.q_proj"]
+TRAIN = TrainConfig(lr=3e-2, steps=20, batch_size=4)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(make_rows(4).with_format("torch")[:]["input_ids"]).logits
+
+
+def trained_lora(model, seed=0):
+    add_lora(model, NAMES, rank=4, seed=seed)
+    return model, train_loop(model, make_rows(16), TRAIN)
+
+
+def test_adapters_begin_as_the_model_itself():
+    model = make_llama()
+    before = logits(model)
+    assert add_lora(model, NAMES, 4, 0) is model
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_adapters_of_the_named_layers_train_in_fp32(dtype):
+    model = add_lora(make_llama(dtype), NAMES, rank=4, seed=0)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert sorted(trained) == sorted(f"{name}.lora_{part}.default.weight" for name in NAMES for part in "AB")
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert trained[f"{NAMES[0]}.lora_A.default.weight"].shape == (4, 32)
+    assert first_trainable_layer(model) == 2
+    assert model.get_submodule(NAMES[0]).scaling == {"default": 2.0}
+
+
+def test_training_lowers_the_loss_and_leaves_the_weights():
+    start = make_llama()
+    model = clone_with_own_weights(start)
+    before = copy.deepcopy(start.state_dict())
+    _, reports = trained_lora(model)
+    assert reports[-1].loss < reports[0].loss - 0.05
+    merge_lora(model)
+    assert evaluate(model, make_rows(8, seed=1)).loss < evaluate(start, make_rows(8, seed=1)).loss
+    for name, weight in start.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+
+
+def test_the_merged_model_is_the_adapted_one_under_its_old_names():
+    model, _ = trained_lora(make_llama())
+    adapted, start = logits(model), logits(make_llama())
+    merge_lora(model)
+    assert (adapted - start).abs().max() > 0.01  # so that the next line tells something
+    assert (logits(model) - adapted).abs().max() <= 1e-5
+    assert list(model.state_dict()) == list(make_llama().state_dict())
+    assert not hasattr(model, "peft_config")
+    assert type(model.get_submodule(NAMES[0])) is torch.nn.Linear
+
+
+def test_merged_16_bit_weights_are_rounded_once():
+    model, _ = trained_lora(make_llama(torch.bfloat16))
+    layer = model.get_submodule(NAMES[0])
+    product = layer.lora_B["default"].weight.detach() @ layer.lora_A["default"].weight.detach()
+    expected = (layer.base_layer.weight.float() + 2 * product).bfloat16()
+    assert torch.equal(merge_lora(model).get_submodule(NAMES[0]).weight, expected)
+
+
+def test_remembering_frozen_layers_changes_no_update():
+    runs = []
+    for options in ({"remember": False}, {"memory": PrefixMemory()}):
+        model = add_lora(make_llama(), NAMES, 4, 0)
+        runs.append([report.loss for report in train_loop(model, make_rows(4), TRAIN, **options)])
+    assert runs[0] == runs[1]
+
+
+def test_adapters_follow_the_seed_and_draw_from_no_other_generator():
+    torch.manual_seed(5)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    first = [dict(add_lora(make_llama(), NAMES, 4, seed).named_parameters()) for seed in (1, 1, 2)]
+    assert torch.equal(torch.rand(1), drawn)
+    a = f"{NAMES[0]}.lora_A.default.weight"
+    assert torch.equal(first[0][a], first[1][a])
+    assert not torch.equal(first[0][a], first[2][a])
+
+
+def test_conv1d_is_adapted_and_merged_too():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = {"vocab_size": 61, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **config)).eval()
+    add_lora(model, ["transformer.h.1.mlp.c_fc"], 2, 0)
+    with torch.no_grad():
+        model.get_submodule("transformer.h.1.mlp.c_fc").lora_B["default"].weight.normal_()
+    adapted = logits(model)
+    assert (logits(merge_lora(model)) - adapted).abs().max() < 1e-5
+
+
+def test_wrong_arguments_are_told(monkeypatch):
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        add_lora(make_llama(), NAMES, 0, 0)
+    with pytest.raises(ValueError, match="no linear layer named 'up_proj'"):
+        add_lora(make_llama(), ["up_proj"], 4, 0)
+    with pytest.raises(ValueError, match="names must hold at least one linear layer"):
+        add_lora(make_llama(), [], 4, 0)
+    with pytest.raises(
+        ValueError, match=r"cannot mask model.layers.2.mlp.up_proj: it is a mft_kernels.linear.MaskedLinear"
+    ):
+        add_lora(masked_llama(), NAMES, 4, 0)
+    with pytest.raises(ValueError, match="model must hold LoRA adapters, found none"):
+        merge_lora(make_llama())
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(RuntimeError, match=r"needs peft, which is not installed: pip install 'mft_kernels\[compare\]'"):
+        add_lora(make_llama(), NAMES, 4, 0)

@@ -1,0 +1,146 @@
+"""The temperature is where the loss is least, and one of 1 is the model itself."""
+
+import math
+
+import pytest
+import torch
+from tiny import WORDS, make_llama, make_rows, masked_llama
+
+from mft.config import TrainConfig
+from mft.evaluate import evaluate
+from mft.prefix import PrefixMemory
+from mft.recipe import finetune
+from mft.temperature import evaluate_tempered, fit_temperature
+from mft.token_loss import temperature_slopes
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A Llama that has learned to count a little, so that some sharpness suits it."""
+    model = make_llama()
+    finetune(model, make_rows(16), TrainConfig(lr=1e-2, steps=10, batch_size=4))
+    return model
+
+
+def scaled_head(model, factor, dtype=torch.float32):
+    scaled = make_llama(dtype)
+    scaled.load_state_dict(model.state_dict())
+    scaled.lm_head.weight.data *= factor
+    return scaled
+
+
+@pytest.mark.parametrize("options", [{}, {"way": "resident", "device": "cpu"}])
+def test_a_temperature_of_one_is_evaluate(trained, options):
+    rows = make_rows(5)
+    plain, tempered = evaluate(trained, rows, **options), evaluate_tempered(trained, rows, 1.0, **options)
+    assert torch.equal(plain.loss_sums, tempered.loss_sums)
+    assert torch.equal(plain.correct, tempered.correct)
+
+
+@pytest.mark.parametrize("options", [{}, {"way": "resident", "device": "cpu"}])
+def test_the_tempered_loss_is_that_of_divided_logits(trained, options):
+    rows = make_rows(5)
+    batch = rows.with_format("torch")[:]
+    with torch.no_grad():
+        logits = trained(batch["input_ids"]).logits[:, :-1] / 1.7
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()).item()
+    assert evaluate_tempered(trained, rows, 1.7, **options).loss == pytest.approx(expected, rel=1e-5)
+    assert evaluate(trained, rows).loss != pytest.approx(expected, rel=1e-3)  # no trace is left of it
+
+
+def test_sixteen_bit_logits_are_divided_in_fp32():
+    model, rows = make_llama(torch.bfloat16), make_rows(5)
+    batch = rows.with_format("torch")[:]
+    with torch.no_grad():
+        logits = model.lm_head(model.model(batch["input_ids"])[0]).float()[:, :-1] / 3
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()).item()
+    assert evaluate_tempered(model, rows, 3.0, batch_size=5).loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_slopes_are_the_derivatives_of_the_loss():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 90, 8, generator=generator)  # two chunks
+    head = torch.nn.Linear(8, WORDS, bias=False)
+    labels = torch.randint(0, WORDS, (2, 90), generator=generator)
+    labels[0, :20] = -100
+
+    def loss(inverse):
+        logits = head(hidden).double()[:, :-1] * inverse
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+    inverse = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(loss(inverse), inverse, create_graph=True)
+    (second,) = torch.autograd.grad(first, inverse)
+    found = temperature_slopes(head, hidden, labels, 1.3)
+    torch.testing.assert_close(torch.stack(found), torch.stack([first.detach(), second]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_fitted_temperature_beats_its_neighbours(trained):
+    rows = make_rows(8, seed=1)
+    fitted = fit_temperature(trained, rows)
+    best = evaluate_tempered(trained, rows, fitted)
+    assert abs(math.log(fitted)) > 0.02
+    for factor in (0.98, 1.02):
+        assert best.loss < evaluate_tempered(trained, rows, fitted * factor).loss
+    assert best.loss < evaluate(trained, rows).loss
+    assert best.accuracy == evaluate(trained, rows).accuracy
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.1, 20.0])
+def test_logits_so_many_times_as_large_need_so_many_times_the_temperature(trained, factor):
+    rows = make_rows(8, seed=1)
+    fitted = fit_temperature(trained, rows)
+    assert fit_temperature(scaled_head(trained, factor), rows) == pytest.approx(factor * fitted, rel=1e-4)
+
+
+def test_batches_and_a_memory_change_nothing(trained):
+    model, rows, memory = masked_llama(keep_ratio=0.8), make_rows(5), PrefixMemory()
+    expected = fit_temperature(model, rows)
+    assert fit_temperature(model, rows, batch_size=5) == pytest.approx(expected, rel=1e-5)
+    assert fit_temperature(model, rows, first=2, memory=memory) == pytest.approx(expected, rel=1e-5)
+    assert len(memory.states) == 5
+    assert evaluate_tempered(model, rows, 2.0, first=2, memory=memory).loss == evaluate_tempered(model, rows, 2.0).loss
+
+
+def test_the_training_mode_and_the_head_are_left_as_found():
+    model, rows = make_llama().train(), make_rows(2)
+    evaluate_tempered(model, rows, fit_temperature(model, make_rows(8)))
+    assert model.training
+    assert not model.lm_head._forward_hooks
+
+
+def test_where_the_loss_falls_without_end_the_range_ends():
+    class Certain(torch.nn.Linear):
+        def forward(self, hidden):
+            return torch.zeros(*hidden.shape[:-1], WORDS).index_fill_(-1, torch.tensor([7]), 1.0)
+
+    model = make_llama()
+    model.lm_head = Certain(32, WORDS, bias=False)
+    sevens = make_rows(2).map(lambda row: {"labels": [7] * 12})
+    assert 1 / 64 <= fit_temperature(model, sevens) < 1 / 16  # always right, soon by as much as fp32 can tell
+    eights = make_rows(2).map(lambda row: {"labels": [8] * 12})
+    assert fit_temperature(model, eights) == 64  # always wrong
+
+
+def test_a_soft_cap_is_refused():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=0.05)).eval()
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM must hand on its head's logits, or scale them"):
+        evaluate_tempered(model, make_rows(2), 2.0)
+    assert fit_temperature(model, make_rows(2)) > 0  # which looks at the logits themselves
+
+
+def test_wrong_arguments_are_told():
+    model, rows = make_llama(), make_rows(2)
+    with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
+        evaluate_tempered(model, rows, 0)
+    with pytest.raises(ValueError, match="hold at least one row to fit a temperature on, got 0"):
+        fit_temperature(model, rows.select([]))
+    with pytest.raises(ValueError, match="dataset must score at least one token, got 2 rows without a label"):
+        fit_temperature(model, rows.map(lambda row: {"labels": [-100] * 12}))
+    model.lm_head.weight.data[3, 3] = math.inf
+    with pytest.raises(ValueError, match="logits must be finite for a temperature, got a slope of nan"):
+        fit_temperature(model, rows)
