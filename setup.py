@@ -83,9 +83,9 @@ def attempt(build: Callable[[Path], tuple[Path, dict]], temporary: Path, target:
 
 
 setup(
-    packages=["mft_kernels", "mft_kernels.triton", "mft"],
+    packages=["mft_kernels", "mft_kernels.triton", "mft", "mft.study"],
     package_dir={"mft_kernels": "mft_kernels", "mft": "python/mft"},
-    package_data={"mft": ["configs/*.yaml", "known_models/*.json", "templates/*.jinja"]},
+    package_data={"mft": ["configs/*.yaml", "configs/compare/*.yaml", "known_models/*.json", "templates/*.jinja"]},
     ext_modules=[Extension("mft_kernels.libmft_cpu", sources=[])],
     cmdclass={"build_ext": BuildLibraries},
 )

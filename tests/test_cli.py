@@ -1,7 +1,6 @@
 """Each verb from the command line on a tiny model, and what wrong input is told."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -41,7 +40,7 @@ def cli(model_dir, tmp_path, monkeypatch):
     )
 
     def call(verb, *arguments):
-        options = ["--config", "config.yaml"] if verb in ("finetune", "train", "evaluate", "compare") else []
+        options = ["--config", "config.yaml"] if verb in ("finetune", "train", "evaluate") else []
         result = CliRunner().invoke(app, [verb, *options, *arguments])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
@@ -87,15 +86,6 @@ def test_finetune_writes_a_model_that_train_evaluate_merge_and_inspect_use(cli, 
     assert code == 0, output
     assert "90.0" in output
     assert "flips are unknown" not in output
-
-
-def test_compare_prints_a_table_and_a_verdict(cli, tmp_path, model_dir):
-    code, output = cli("compare", *LEARN, "--base", str(model_dir), "--mask-lrs", "1e-3,1e-2,1e-1")
-    assert code == 0, output
-    for arm in ("base", "full fine-tune", "control", "random mask", "magnitude mask", "MFT"):
-        assert f"| {arm} |" in (tmp_path / "run" / "table.md").read_text()
-    assert "MFT - control: " in output
-    assert re.search(r"configurations tried \([3-5] for control, [3-5] for MFT\)", output)
 
 
 def test_env_says_which_kernels_serve_the_cpu(cli):
@@ -148,8 +138,6 @@ def test_a_failed_run_keeps_the_metrics_so_far(cli, tmp_path):
         (["train", "mask.layers_to_transform=9"], "layers_to_transform"),
         (["train", "mask.target_modules=[q_prj]"], "q_proj"),
         (["train", "nonsense"], "an override must look like train.lr=3e-4, got 'nonsense'"),
-        (["compare", "--mask-lrs", "1e-3,quick"], "--mask-lrs must be positive numbers with commas between them"),
-        (["compare", "--control-lrs", "0"], "--control-lrs must be positive numbers"),
         (["evaluate", "--split", "train"], "--split must be validation or test, got 'train'"),
         (["evaluate", "--masks", "nowhere"], "nowhere"),
         (["merge", "nowhere", "merged"], "nowhere"),

@@ -32,26 +32,35 @@ TRITON_LAYERS = (
 KERNELS_MAY_IMPORT = {"backends", "reference", "reference_step"}  # of mft_kernels: a kernel knows no sibling
 RECIPE_LAYERS = (
     (
-        *("atomic", "cache", "checkpointing", "choices", "clones", "corpus", "hub", "moving", "progress"),
+        *("atomic", "cache", "checkpointing", "choices", "clones", "corpus", "hub", "moving", "problems", "progress"),
         *("quantized_weight", "simulate", "token_loss", "yaml_file"),
     ),
     ("batches", "export_file", "fetch", "fields", "linears", "shapes"),
-    ("activations", "causal_lm", "config", "model_config", "setting"),
+    ("activations", "causal_lm", "config", "lora", "model_config", "setting", "harness"),
     (
         *("layer_calls", "master_weights", "models", "prefix", "records", "run_directory", "score_states"),
         *("step_time", "targets"),
     ),
     ("convert", "estimate", "examples", "layer_engine"),
-    ("bases", "choice", "inspection", "layerwise", "plain", "rows"),
-    ("engines", "estimate_report"),
+    ("answers", "bases", "choice", "inspection", "layerwise", "plain", "rows"),
+    ("engines", "estimate_report", "one_shot"),
     ("evaluate",),
-    ("export", "recipe"),
-    ("data", "fit", "quantized", "recorder", "tuning"),
-    ("compare", "simulated_step"),
+    ("export", "recipe", "surface", "temperature"),
+    ("data", "fit", "overlap", "quantized", "recorder", "tuning"),
+    ("compare", "sensitivity", "simulated_step", "study"),
     ("plots",),
     ("report",),
     ("demo", "verbs"),
     ("cli", "demo_grid"),
+    ("__init__",),
+)
+STUDY_LAYERS = (
+    ("declared", "environment", "shown"),
+    ("ablate", "bench", "from_scratch", "load", "outcome"),
+    ("arms", "plan", "statistics"),
+    ("store", "table", "workers"),
+    ("plots", "run", "verdict"),
+    ("report",),
     ("__init__",),
 )
 EXTERNAL = {"torch", "triton", "numpy"}  # all that mft_kernels may import besides the standard library
@@ -70,11 +79,12 @@ def imports(path: Path, package: str) -> tuple[set[str], set[str]]:
         elif isinstance(node, ast.ImportFrom | ast.Import):
             names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             for name in names:
-                head, *rest = name.split(".")
-                if head == package and (rest or isinstance(node, ast.ImportFrom)):
-                    own |= {rest[0]} if rest else {alias.name for alias in node.names}
+                if name.startswith(f"{package}."):
+                    own.add(name.removeprefix(f"{package}.").split(".")[0])
+                elif name == package and isinstance(node, ast.ImportFrom):
+                    own |= {alias.name for alias in node.names}
                 else:
-                    others.add(head)
+                    others.add(name.split(".")[0])
     return own, others
 
 
@@ -108,6 +118,10 @@ def test_the_triton_kernels_import_downward_and_no_sibling():
 
 def test_the_recipe_imports_downward():
     assert crossings(ROOT / "python" / "mft", "mft", RECIPE_LAYERS) == []
+
+
+def test_the_study_imports_downward():
+    assert crossings(ROOT / "python" / "mft" / "study", "mft.study", STUDY_LAYERS) == []
 
 
 def test_the_kernel_package_needs_torch_triton_and_numpy_alone():

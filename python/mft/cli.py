@@ -132,6 +132,26 @@ def compare(
 
 
 @app.command()
+def ablate(
+    what: Annotated[str, typer.Argument(help="ratio, layers or data.")],
+    config: Annotated[str, typer.Option("--config", "-c", help="The study that it is derived from.")] = "small",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Overrides of it, such as seeds=[0,1].", metavar="[KEY=VALUE]...")
+    ] = None,
+    values: Annotated[
+        str | None, typer.Option(help="Keep ratios, groups of layers (0-3,4-7) or shares of the data.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the study that its directory holds.")] = False,
+) -> None:
+    """MFT by keep ratio, by masked layers or by share of the data, beside the same baselines; continues too."""
+    from mft.study.load import load_study
+    from mft.verbs import run_ablate
+
+    given = [] if values is None else values.split(",")
+    run_ablate(load_study(config, overrides or []), what, given, overwrite=overwrite)
+
+
+@app.command()
 def merge(
     masks: Annotated[Path, typer.Argument(help="An output_dir of mft train, or its masks/.")],
     output: Annotated[Path, typer.Argument(help="Where the ordinary model goes.")],

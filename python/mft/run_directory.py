@@ -10,6 +10,7 @@ from mft.config import RunConfig, save_config
 
 CONFIG, METRICS, PLOT = "config.yaml", "metrics.jsonl", "plot.png"
 TABLE_MARKDOWN, TABLE_JSON = "table.md", "table.json"
+ABLATION = "ablation.png"
 MASKS, MODEL = "masks", "model"
 _OURS = {CONFIG, METRICS, PLOT, TABLE_MARKDOWN, TABLE_JSON, MASKS, MODEL}
 

@@ -1,7 +1,7 @@
 """What the verbs of the command line do, in the order in which they do it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from mft.bases import base_words, check_exact, evaluated_base, keeping_all
-from mft.compare import compare
 from mft.config import ModelConfig, RunConfig, load_config
 from mft.convert import mask_model, masked_modules, merge_model, print_trainable_parameters
 from mft.data import Splits, load_splits
@@ -18,6 +17,7 @@ from mft.evaluate import Evaluation, paired_difference
 from mft.export import load_masks, save_masks
 from mft.export_file import read_export
 from mft.fit import plan_training
+from mft.harness import load_tasks, score_tasks, task_table, write_scores
 from mft.inspection import MaskStatistics, flip_share, initial_masks, mask_statistics
 from mft.models import load_model, save_model
 from mft.plots import plot_curves
@@ -25,8 +25,23 @@ from mft.progress import Progress
 from mft.quantized import quantize_model
 from mft.recipe import finetune, train_masks
 from mft.recorder import Recorder
-from mft.report import console_table, evaluation_table, remarks, verdict, write_report
-from mft.run_directory import CONFIG, MASKS, MODEL, PLOT, TABLE_JSON, TABLE_MARKDOWN, check_run_directory, open_run
+from mft.report import evaluation_table
+from mft.run_directory import (
+    ABLATION,
+    CONFIG,
+    MASKS,
+    MODEL,
+    PLOT,
+    TABLE_JSON,
+    TABLE_MARKDOWN,
+    check_run_directory,
+    open_run,
+)
+from mft.study.ablate import derive, plot_ablation
+from mft.study.declared import StudyConfig
+from mft.study.environment import environment
+from mft.study.report import console_report, write_study_report
+from mft.study.run import run_study
 from mft.targets import select_targets
 
 console = Console()
@@ -89,61 +104,61 @@ def run_evaluate(config: RunConfig, masks: Path | None, split: str, *, force: bo
     """mft evaluate"""
     if split not in ("validation", "test"):
         raise ValueError(f"--split must be validation or test, got {split!r}")
-    directory = None if masks is None else _masks_directory(masks)
-    export = None if directory is None else read_export(directory)[0]
-    kind, quantize_masked = evaluated_base(config.model, export, unquantized)
+    stages = _Stages(config.model, masks, unquantized=unquantized)
     model, tokenizer = _load(config.model)
     dataset = getattr(_load_data(config, tokenizer), split)
     recorder = Recorder(progress=Progress(console))
-    name = config.model.name if kind is None else f"{config.model.name} in {kind}"
-    results = {}
-    if kind is None:
-        results[name] = recorder.evaluate(f"{name}, {split}", model, dataset)
-    if directory is not None:
-        load_masks(model, directory, force=force)
-    if kind is not None:
-        quantize_model(model.requires_grad_(False), kind, masked=quantize_masked)
-        with keeping_all(model):
-            results[name] = recorder.evaluate(f"{name}, {split}", model, dataset)
-    if directory is not None:
-        results["with masks"] = recorder.evaluate(f"with masks, {split}", model, dataset)
+    results = {
+        name: recorder.evaluate(f"{name}, {split}", model, dataset) for name in stages.reached(model, force=force)
+    }
     console.print(evaluation_table(split, results))
-    console.print(base_words(kind, quantize_masked, export), highlight=False, soft_wrap=True)
+    console.print(stages.words, highlight=False, soft_wrap=True)
 
 
-def run_compare(
+def run_lm_eval(
     config: RunConfig,
-    base_name: str | None,
-    mask_lrs: Sequence[float],
-    control_lrs: Sequence[float],
+    masks: Path | None,
+    names: Sequence[str],
     *,
-    overwrite: bool,
+    tasks_dir: Path | None,
+    limit: int | None,
+    run_code: bool,
+    output: Path | None,
+    force: bool,
+    unquantized: bool,
 ) -> None:
-    """mft compare"""
-    check_exact(config.model, "compare")
-    check_run_directory(config.output_dir, overwrite=overwrite)
+    """mft evaluate --lm-eval"""
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise ValueError(f"--output must be a file in a directory that exists, got {output}")
+    stages = _Stages(config.model, masks, unquantized=unquantized)
+    tasks = load_tasks(names, tasks_dir=tasks_dir, run_code=run_code)
     model, tokenizer = _load(config.model)
-    base = None if base_name is None else _load(ModelConfig(name=base_name, dtype=config.model.dtype))[0]
-    splits = _load_data(config, tokenizer)
-    directory, recorder = _begin(config, overwrite)
-    comparison = compare(
-        model,
-        splits,
-        config.mask,
-        config.train,
-        mask_lrs=mask_lrs,
-        control_lrs=control_lrs,
-        base=base,
-        recorder=recorder,
-    )
-    save_masks(comparison.masked, directory / MASKS, base_model_name_or_path=config.model.name)
-    write_report(comparison, directory, recorder.curves, splits.notes)
-    console.print(console_table(comparison))
-    for line in (verdict(comparison), *remarks(comparison)):
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(
-        f"files: {directory}/ ({TABLE_MARKDOWN}, {TABLE_JSON}, {PLOT}, {MASKS}/)", highlight=False, soft_wrap=True
-    )
+    results = {name: score_tasks(model, tokenizer, tasks, limit=limit) for name in stages.reached(model, force=force)}
+    console.print(task_table(results))
+    console.print(stages.words, highlight=False, soft_wrap=True)
+    if output is not None:
+        write_scores(output, results, limit)
+        console.print(f"scores: {output}", highlight=False, soft_wrap=True)
+
+
+def run_compare(study: StudyConfig, *, overwrite: bool) -> None:
+    """mft compare"""
+    directory = Path(study.output_dir)
+    findings = run_study(study, directory, console=console, overwrite=overwrite)
+    write_study_report(findings, directory, environment())
+    for part in console_report(findings):
+        console.print(part)
+    console.print(f"files: {directory}/ ({TABLE_MARKDOWN}, {TABLE_JSON}, {PLOT})", highlight=False, soft_wrap=True)
+
+
+def run_ablate(study: StudyConfig, what: str, values: Sequence[str], *, overwrite: bool) -> None:
+    """mft ablate"""
+    study = derive(study, what, values)
+    directory = Path(study.output_dir)
+    run_compare(study, overwrite=overwrite)
+    numbers = json.loads((directory / TABLE_JSON).read_text(encoding="utf-8"))
+    plot_ablation(numbers, what, directory / ABLATION)
+    console.print(f"and {directory / ABLATION}", highlight=False, soft_wrap=True)
 
 
 def run_merge(masks: Path, output: Path, model_name: str | None, dtype: str, *, force: bool) -> None:
@@ -187,6 +202,33 @@ def run_inspect(masks: Path, model_name: str | None, dtype: str, *, force: bool)
 
 
 # ---------------------------------------------------------------------------------------------- private
+
+
+class _Stages:
+    """The states in which a model is evaluated: without masks, then with those of a directory, on the base that is due.
+
+    words: a line on that base.
+    """
+
+    def __init__(self, model: ModelConfig, masks: Path | None, *, unquantized: bool) -> None:
+        self._directory = None if masks is None else _masks_directory(masks)
+        export = None if self._directory is None else read_export(self._directory)[0]
+        self._kind, self._quantize_masked = evaluated_base(model, export, unquantized)
+        self._base = model.name if self._kind is None else f"{model.name} in {self._kind}"
+        self.words = base_words(self._kind, self._quantize_masked, export)
+
+    def reached(self, model: Any, *, force: bool) -> Iterator[str]:
+        """The name of each state, while model is in it."""
+        if self._kind is None:
+            yield self._base
+        if self._directory is not None:
+            load_masks(model, self._directory, force=force)
+        if self._kind is not None:
+            quantize_model(model.requires_grad_(False), self._kind, masked=self._quantize_masked)
+            with keeping_all(model):
+                yield self._base
+        if self._directory is not None:
+            yield "with masks"
 
 
 def _begin(config: RunConfig, overwrite: bool) -> tuple[Path, Recorder]:

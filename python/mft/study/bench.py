@@ -1,0 +1,105 @@
+"""What the units of a study share within one process: base model, data, one fine-tune, and its frozen layers' outputs.
+
+Results must not depend on which units ran before in the same process. A product of matrices may round differently in
+another batch, so remembered outputs are all made in one way before a unit sees them: in order, so many rows at once.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mft.batches import take_rows
+from mft.causal_lm import FEW, decoder_layers, first_trainable_layer, replaced_forwards, split_at_head
+from mft.clones import clone_with_own_weights
+from mft.config import ModelConfig
+from mft.data import Splits, load_splits
+from mft.models import load_model
+from mft.prefix import FrozenPrefix, PrefixMemory
+from mft.study.declared import ArmConfig, StudyConfig
+from mft.targets import select_targets
+
+ROWS = 8  # that are evaluated together
+
+
+class Bench:
+    """Loads the base model; the rest when it is first asked for.
+
+    model: the fine-tune (the base where there is none) that begin() chose, frozen; units take clones.
+    """
+
+    def __init__(self, study: StudyConfig, base: ModelConfig) -> None:
+        self.study = study
+        self.base, self.tokenizer = load_model(base)
+        self.base.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model: Any = self.base
+        self._begun: tuple[str, Path | None] | None = None
+        self._splits: dict[str, Splits] = {}
+        self._memories: dict[tuple[str, int], PrefixMemory] = {}
+        self._layers: dict[str, tuple[list[str], int]] = {}
+        for arm in study.arms.values():
+            self.layers_of(arm)  # raises before anything is trained
+
+    def splits(self, domain: str) -> Splits:
+        if domain not in self._splits:
+            self._splits[domain] = load_splits(self.study.domains[domain], self.tokenizer)
+        return self._splits[domain]
+
+    def begin(self, domain: str, start: Path | None) -> None:
+        """Take the fine-tune whose trained weights lie at start; None: the base model."""
+        if self._begun == (domain, start):
+            return
+        self.model = self.base if start is None else with_weights(self.base, load_file(start))
+        self._begun, self._memories = (domain, start), {}
+
+    def layers_of(self, arm: ArmConfig) -> tuple[list[str], int]:
+        """The linears that the arm's mask, adapters or control train, and how many layers lie below all of them."""
+        mask = self.study.mask_of(arm)
+        key = str(mask.layers_to_transform)
+        if key not in self._layers:
+            names = select_targets(self.base, mask)
+            self._layers[key] = names, self._layers_below(names)
+        return self._layers[key]
+
+    def memory(self, split: str, first: int) -> PrefixMemory | None:
+        """What the first layers of model make of every row of a split; None for no layers."""
+        if first == 0:
+            return None
+        if (split, first) not in self._memories:
+            assert self._begun is not None
+            self._memories[split, first] = self._filled(getattr(self.splits(self._begun[0]), split), first)
+        return self._memories[split, first]
+
+    @torch.no_grad()
+    def _filled(self, dataset, first: int) -> PrefixMemory:
+        memory, device = PrefixMemory(), next(self.model.parameters()).device
+        few = take_rows(dataset, [0]).input_ids[:1, :FEW].to(device)
+        prefix = FrozenPrefix(self.model, first, memory, split_at_head(self.model, few)[0])
+        if prefix.memory is None:
+            return memory  # with dropout nothing is remembered
+        with replaced_forwards(decoder_layers(self.model)[first:], lambda layer: _first_argument):
+            for start in range(0, len(dataset), ROWS):
+                batch = take_rows(dataset, list(range(start, min(start + ROWS, len(dataset)))))
+                prefix(batch.input_ids.to(device), batch.rows)
+        return memory
+
+    def _layers_below(self, names: list[str]) -> int:
+        clone = clone_with_own_weights(self.base, names)
+        for name in names:
+            clone.get_submodule(name).requires_grad_(True)
+        return first_trainable_layer(clone)
+
+
+def with_weights(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """A clone of model with these parameters, which it owns; the others are shared."""
+    clone = clone_with_own_weights(model, {name.rpartition(".")[0] for name in weights})
+    with torch.no_grad():
+        for name, weight in weights.items():
+            clone.get_parameter(name).copy_(weight)
+    return clone
+
+
+def _first_argument(hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    return hidden_states

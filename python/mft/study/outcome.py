@@ -1,0 +1,146 @@
+"""What a study measures: one model on one split, one run of one arm, and all of it together."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mft.evaluate import Evaluation
+from mft.study.declared import Setting, StudyConfig
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One run: an arm in a setting, on a domain, from a seed; part counts the runs of an average, else 0."""
+
+    domain: str
+    arm: str
+    seed: int
+    setting: Setting
+    part: int = 0
+
+    def __str__(self) -> str:
+        parts = [
+            self.domain,
+            self.arm,
+            str(self.setting),
+            f"seed {self.seed}",
+            f"part {self.part}" if self.part else "",
+        ]
+        return ", ".join(part for part in parts if part)
+
+
+@dataclass
+class Measured:
+    """One model on one split of one domain."""
+
+    evaluation: Evaluation  # sums a document
+    tempered: Evaluation | None = None  # the same at the temperature that validation likes best
+    temperature: float | None = None
+    answers: Tensor | None = None  # (documents,) examples a document whose generated answer is exact
+    questions: Tensor | None = None  # (documents,) examples a document
+
+
+@dataclass
+class Outcome:
+    """A finished run, as validation saw it. diverged says why training did not stay finite; then measured is None."""
+
+    unit: Unit
+    measured: Measured | None
+    curve: list[tuple[float, float]] = field(default_factory=list)  # (share of the run done, validation loss)
+    best_share: float = 1.0  # the checkpoint taken
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    flips: float | None = None  # share of mask bits that differ from the initial ones, for mask
+    diverged: str | None = None
+
+    @property
+    def loss(self) -> float:
+        """On validation; infinite if training diverged."""
+        return float("inf") if self.measured is None else self.measured.evaluation.loss
+
+
+@dataclass
+class Tested:
+    """A chosen unit's model, once all was chosen."""
+
+    unit: Unit
+    validation: Measured
+    test: Measured
+
+
+@dataclass
+class Findings:
+    """All that a report needs. The inner keys of chosen, validation and test: domain, arm (and seed)."""
+
+    study: StudyConfig
+    outcomes: list[Outcome]  # every run that was tried, of every arm and seed
+    chosen: dict[str, dict[str, Setting]]
+    validation: dict[str, dict[str, dict[int, Measured]]]
+    test: dict[str, dict[str, dict[int, Measured]]]
+    notes: list[str] = field(default_factory=list)
+    test_openings: int = 1  # how often test was evaluated with other arms or settings than before, this time included
+
+
+# In JSON: a float's shortest decimal form gives back its bits, so that what was written is what is read.
+
+
+def unit_values(unit: Unit) -> dict[str, Any]:
+    return asdict(unit)
+
+
+def unit_from(values: dict[str, Any]) -> Unit:
+    return Unit(**values | {"setting": Setting(**values["setting"])})
+
+
+def measured_values(measured: Measured) -> dict[str, Any]:
+    return {
+        "evaluation": _evaluation_values(measured.evaluation),
+        "tempered": None if measured.tempered is None else _evaluation_values(measured.tempered),
+        "temperature": measured.temperature,
+        "answers": None if measured.answers is None else measured.answers.tolist(),
+        "questions": None if measured.questions is None else measured.questions.tolist(),
+    }
+
+
+def measured_from(values: dict[str, Any]) -> Measured:
+    return Measured(
+        _evaluation_from(values["evaluation"]),
+        None if values["tempered"] is None else _evaluation_from(values["tempered"]),
+        values["temperature"],
+        None if values["answers"] is None else torch.tensor(values["answers"]),
+        None if values["questions"] is None else torch.tensor(values["questions"]),
+    )
+
+
+def outcome_values(outcome: Outcome) -> dict[str, Any]:
+    values = dict(vars(outcome))
+    measured = None if outcome.measured is None else measured_values(outcome.measured)
+    return values | {"unit": unit_values(outcome.unit), "measured": measured}
+
+
+def outcome_from(values: dict[str, Any]) -> Outcome:
+    measured = None if values["measured"] is None else measured_from(values["measured"])
+    curve = [(share, loss) for share, loss in values["curve"]]
+    return Outcome(**values | {"unit": unit_from(values["unit"]), "measured": measured, "curve": curve})
+
+
+def tested_values(tested: Tested) -> dict[str, Any]:
+    splits = {"validation": measured_values(tested.validation), "test": measured_values(tested.test)}
+    return {"unit": unit_values(tested.unit)} | splits
+
+
+def tested_from(values: dict[str, Any]) -> Tested:
+    splits = (measured_from(values[split]) for split in ("validation", "test"))
+    return Tested(unit_from(values["unit"]), *splits)
+
+
+def _evaluation_values(evaluation: Evaluation) -> dict[str, list]:
+    return {name: tensor.tolist() for name, tensor in vars(evaluation).items()}
+
+
+def _evaluation_from(values: dict[str, list]) -> Evaluation:
+    sums = {name: torch.tensor(values[name], dtype=torch.float64) for name in ("tokens", "loss_sums", "correct")}
+    return Evaluation(torch.tensor(values["documents"]), **sums)

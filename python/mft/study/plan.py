@@ -1,0 +1,245 @@
+"""What a study runs next, as a function of what it has found so far: nothing here trains, reads or writes.
+
+A domain goes through: the full fine-tune's grid with the first seed, its chosen setting with every seed, then all other
+arms likewise, each from its seed's fine-tune, then the averages of those. Test follows when no unit is left.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from mft.study.declared import AVERAGE, BASE, FULL, FULL_KINDS, LEAST_RATES, Setting, StudyConfig
+from mft.study.outcome import Outcome, Unit
+
+
+@dataclass
+class Selection:
+    """By domain and arm: the chosen setting, for arms whose grid is done, and how many settings were tried."""
+
+    chosen: dict[str, dict[str, Setting]]
+    tried: dict[str, dict[str, int]]
+
+
+def ready(study: StudyConfig, done: Iterable[Outcome]) -> list[Unit]:
+    """The units that can run now, those from one fine-tune next to each other; none when all is trained.
+
+    Raises: RuntimeError if an arm diverged in every setting.
+    """
+    found = _Found(study, done)
+    units: list[Unit] = []
+    for domain in study.domains:
+        for arm, config in study.arms.items():
+            if config.kind == BASE:
+                units += found.missing(domain, arm, Setting(), study.seeds[:1])
+        fine_tune = study.named(FULL)
+        assert fine_tune is not None  # StudyConfig sees to it
+        waiting = found.next_of(domain, fine_tune)
+        if not waiting:
+            for arm, config in study.arms.items():
+                if config.kind == AVERAGE:
+                    waiting += found.next_of_average(domain, arm)
+                elif config.kind not in FULL_KINDS:
+                    waiting += found.next_of(domain, arm)
+        units += sorted(waiting, key=lambda unit: study.seeds.index(unit.seed))
+    return units
+
+
+def selection(study: StudyConfig, outcomes: Iterable[Outcome]) -> Selection:
+    """What validation chose with the first seed: the least loss among settings that stayed finite with every seed."""
+    found = _Found(study, outcomes)
+    chosen: dict[str, dict[str, Setting]] = {domain: {} for domain in study.domains}
+    tried: dict[str, dict[str, int]] = {domain: {} for domain in study.domains}
+    for domain in study.domains:
+        for arm, config in study.arms.items():
+            source = str(config.of) if config.kind == AVERAGE else arm
+            best = found.best(domain, source)
+            if best is not None and not found.unexplored(domain, source):
+                chosen[domain][arm] = best
+            tried[domain][arm] = len(found.losses(domain, source))
+    return Selection(chosen, tried)
+
+
+def best_so_far(study: StudyConfig, outcomes: Iterable[Outcome]) -> dict[tuple[str, str], Setting]:
+    """By domain and arm the setting that would be chosen if no other were tried."""
+    found = _Found(study, outcomes)
+    best = {
+        (domain, arm): found.best(domain, str(config.of or arm))
+        for domain in study.domains
+        for arm, config in study.arms.items()
+    }
+    return {place: setting for place, setting in best.items() if setting is not None}
+
+
+def chosen_units(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
+    """The unit of every domain, arm and seed that test will see; call it when ready() is empty."""
+    chosen = selection(study, outcomes).chosen
+    return [
+        Unit(domain, arm, seed, chosen[domain][arm])
+        for domain in study.domains
+        for seed in study.seeds
+        for arm, config in study.arms.items()
+        if config.kind != BASE or seed == study.seeds[0]
+    ]
+
+
+def fine_tune_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit: Unit) -> Unit | None:
+    """The full fine-tune that a unit starts from; None for those that start from the base model."""
+    name = study.named(FULL)
+    if study.arms[unit.arm].kind in FULL_KINDS or name is None:
+        return None
+    return Unit(unit.domain, name, unit.seed, chosen[unit.domain][name])
+
+
+def parts_of(study: StudyConfig, unit: Unit) -> list[Unit]:
+    """The runs whose mean an average is: the arm's own, then those in other orders of the data."""
+    config = study.arms[unit.arm]
+    if config.kind != AVERAGE or unit.part:
+        return []
+    return [replace(unit, arm=str(config.of)), *(replace(unit, part=part) for part in range(1, config.runs))]
+
+
+def known_units(study: StudyConfig, outcomes: Iterable[Outcome]) -> int:
+    """How many units and evaluations on test the study will have run, as far as can be known."""
+    found, count = _Found(study, outcomes), 0
+    for domain in study.domains:
+        for arm, config in study.arms.items():
+            seeds = 1 if config.kind == BASE else len(study.seeds)
+            if config.kind == AVERAGE:
+                count += seeds * config.runs
+            else:
+                count += len(set(config.settings(study.mask)) | set(found.losses(domain, arm))) + seeds - 1
+            count += seeds
+    return count
+
+
+def notes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[str]:
+    """What a reader of the choices must know: runs that diverged, grids with few rates or with the best at an end."""
+    outcomes = list(outcomes)
+    found, lines = _Found(study, outcomes), []
+    for outcome in sorted_outcomes(study, outcomes):
+        if outcome.diverged is not None:
+            lines.append(f"{outcome.unit}: {outcome.diverged}")
+    for domain in study.domains:
+        for arm, config in study.arms.items():
+            best, losses = found.best(domain, arm), found.losses(domain, arm)
+            if not config.lrs or best is None:
+                continue
+            rates = {setting.lr for setting in losses}
+            if len(rates) < LEAST_RATES:
+                lines.append(
+                    f"{domain}, {arm}: only {len(rates)} rate(s) tried, at least {LEAST_RATES} make a fair choice"
+                )
+            line = _rates_beside(best, losses)
+            if len(line) > 1 and best.lr in (line[0], line[-1]):
+                end = "smallest" if best.lr == line[0] else "largest"
+                lines.append(
+                    f"{domain}, {arm}: the best rate, {best.lr:g}, is the {end} of those tried; a wider grid may find "
+                    "a better one"
+                )
+    return lines
+
+
+def sorted_outcomes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """In the order of the declaration, whatever the order in which they ran."""
+    domains, arms = list(study.domains), list(study.arms)
+
+    def place(outcome: Outcome) -> tuple:
+        unit = outcome.unit
+        where = (domains.index(unit.domain), arms.index(unit.arm), study.seeds.index(unit.seed))
+        return (*where, _order(unit.setting), unit.part)
+
+    return sorted(outcomes, key=place)
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+class _Found:
+    """Outcomes by unit, and what follows from them."""
+
+    def __init__(self, study: StudyConfig, outcomes: Iterable[Outcome]) -> None:
+        self.study = study
+        self.by_unit = {outcome.unit: outcome for outcome in outcomes}
+        self._first: dict[tuple[str, str], list[Outcome]] = {}  # with the first seed, by domain and arm
+        for unit, outcome in self.by_unit.items():
+            if (unit.seed, unit.part) == (study.seeds[0], 0):
+                self._first.setdefault((unit.domain, unit.arm), []).append(outcome)
+        source = {name: config.of or name for name, config in study.arms.items()}
+        self.diverged = {
+            (unit.domain, source[unit.arm], unit.setting)
+            for unit, outcome in self.by_unit.items()
+            if outcome.measured is None
+        }
+
+    def losses(self, domain: str, arm: str) -> dict[Setting, float]:
+        """Validation loss with the first seed of every setting tried; infinite if any seed or part diverged there."""
+        losses = {
+            outcome.unit.setting: math.inf if (domain, arm, outcome.unit.setting) in self.diverged else outcome.loss
+            for outcome in self._first.get((domain, arm), ())
+        }
+        return dict(sorted(losses.items(), key=lambda item: _order(item[0])))
+
+    def best(self, domain: str, arm: str) -> Setting | None:
+        losses = self.losses(domain, arm)
+        best = min(losses, key=losses.__getitem__, default=None)
+        return None if best is None or math.isinf(losses[best]) else best
+
+    def unexplored(self, domain: str, arm: str) -> list[Setting]:
+        """Settings of the grid that were not tried yet; once all were, one beyond its end if the best lies there."""
+        grid, losses = self.study.arms[arm].settings(self.study.mask), self.losses(domain, arm)
+        waiting = [setting for setting in grid if setting not in losses]
+        if waiting or len(set(losses) - set(grid)) >= self.study.extensions:
+            return waiting
+        further = _beyond_the_end(losses)
+        return [] if further is None else [further]
+
+    def next_of(self, domain: str, arm: str) -> list[Unit]:
+        waiting = self.unexplored(domain, arm)
+        if waiting:
+            return [Unit(domain, arm, self.study.seeds[0], setting) for setting in waiting]
+        best = self.best(domain, arm)
+        if best is None:
+            tried = "; ".join(str(setting) for setting in self.losses(domain, arm))
+            raise RuntimeError(
+                f"{domain}, {arm} must stay finite in one of its settings, it diverged in each ({tried}): "
+                f"add lower rates to arms.{arm}.lrs"
+            )
+        return self.missing(domain, arm, best, self.study.seeds)
+
+    def next_of_average(self, domain: str, arm: str) -> list[Unit]:
+        config = self.study.arms[arm]
+        if self.next_of(domain, str(config.of)):
+            return []
+        setting = self.best(domain, str(config.of))
+        assert setting is not None  # next_of raises otherwise
+        units = []
+        for seed in self.study.seeds:
+            whole = Unit(domain, arm, seed, setting)
+            missing = [part for part in parts_of(self.study, whole) if part not in self.by_unit]
+            units += missing or [unit for unit in [whole] if unit not in self.by_unit]
+        return units
+
+    def missing(self, domain: str, arm: str, setting: Setting, seeds: list[int]) -> list[Unit]:
+        units = [Unit(domain, arm, seed, setting) for seed in seeds]
+        return [unit for unit in units if unit not in self.by_unit]
+
+
+def _order(setting: Setting) -> tuple[float, float, float]:
+    return (setting.lr or 0.0, setting.epochs or 0.0, setting.keep_ratio or 0.0)
+
+
+def _rates_beside(best: Setting, losses: dict[Setting, float]) -> list[float]:
+    """The rates tried with the epochs and the keep ratio of the best setting, in ascending order."""
+    beside = (setting for setting in losses if replace(setting, lr=None) == replace(best, lr=None))
+    return sorted(setting.lr for setting in beside if setting.lr is not None)
+
+
+def _beyond_the_end(losses: dict[Setting, float]) -> Setting | None:
+    """The best setting at the next rate in the grid's ratio, if its rate is at an end; None if it lies inside."""
+    best = min(losses, key=losses.__getitem__)
+    rates = _rates_beside(best, losses)
+    if best.lr is None or len(rates) < 2 or best.lr not in (rates[0], rates[-1]):
+        return None
+    ratio = rates[0] / rates[1] if best.lr == rates[0] else rates[-1] / rates[-2]
+    further = replace(best, lr=float(f"{best.lr * ratio:.3g}"))
+    return None if further in losses else further

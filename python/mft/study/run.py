@@ -1,0 +1,195 @@
+"""Runs a study to its end: units as they become ready, then test; an interrupted one continues where it stopped."""
+
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from mft.bases import check_exact
+from mft.config import ModelConfig
+from mft.study.arms import Job
+from mft.study.bench import Bench
+from mft.study.declared import BASE, FULL, TRAINED, StudyConfig
+from mft.study.from_scratch import train_from_scratch
+from mft.study.outcome import Findings, Outcome, Tested, Unit
+from mft.study.plan import (
+    chosen_units,
+    fine_tune_of,
+    known_units,
+    notes,
+    parts_of,
+    ready,
+    selection,
+    sorted_outcomes,
+)
+from mft.study.shown import Shown, shown_progress
+from mft.study.store import BASE_MODEL, Store, open_store
+from mft.study.workers import Result, Workers, job_words, start_workers
+
+_SAME = 0.01  # nats a token: what rounding may move a model's loss by between its training and its file
+
+
+def run_study(study: StudyConfig, directory: Path, *, console: Console, overwrite: bool = False) -> Findings:
+    """Run what directory does not hold yet of the study, and gather all that it found.
+
+    Results depend neither on study.workers nor on interruptions.
+    Raises: RuntimeError that names the unit if one fails; what was done before is kept. ValueError as open_store.
+    """
+    check_exact(study.model, "compare")
+    with open_store(study, directory, overwrite=overwrite) as store:
+        base = _base_model(study, store.directory, console)
+        bench = Bench(study, base)
+        lines = [f"{domain}: {note}" for domain in study.domains for note in bench.splits(domain).notes]
+        for line in lines:
+            console.print(line, style="dim", highlight=False, soft_wrap=True)
+        with start_workers(study, base, bench) as workers, shown_progress(console) as shown:
+            run = _Run(study, store, workers, shown)
+            try:
+                run.train()
+                openings = run.test()
+            except KeyboardInterrupt:
+                console.print(
+                    f"interrupted: {len(run.outcomes)} units are kept in {directory}, the same command continues",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+                raise
+        return _findings(study, run, openings, lines)
+
+
+class _Run:
+    """One pass of the scheduler; outcomes and tested hold what is known, by unit."""
+
+    def __init__(self, study: StudyConfig, store: Store, workers: Workers, shown: Shown) -> None:
+        self.study, self.store, self.workers, self.shown = study, store, workers, shown
+        self.outcomes = {outcome.unit: outcome for outcome in store.outcomes()}
+        self.tested: dict[Unit, Tested] = {}
+        self._running: dict[Unit, float] = {}  # with the time at which it began
+        self.chosen = selection(study, self.outcomes.values()).chosen
+        shown.kept(len(self.outcomes))
+
+    def train(self) -> None:
+        """Run units until none is left."""
+        while self._step(ready(self.study, self.outcomes.values())):
+            pass
+
+    def test(self) -> int:
+        """Evaluate what was chosen on test; how many different sets of models test has seen by now."""
+        units = chosen_units(self.study, self.outcomes.values())
+        openings = self.store.open_test(units, self.chosen)
+        for unit in units:
+            tested = self.store.tested(unit, self.chosen)
+            if tested is not None:
+                self.tested[unit] = tested
+        self.shown.kept(len(self.tested))
+        while self._step([unit for unit in units if unit not in self.tested], on_test=True):
+            pass
+        return openings
+
+    def _step(self, waiting: list[Unit], *, on_test: bool = False) -> bool:
+        """Give units to idle workers and wait for one result; False if there was nothing to do."""
+        for unit in waiting:
+            self._submit(unit, on_test)
+        if not self._running:
+            return False
+        job, result = self.workers.next()
+        seconds = time.perf_counter() - self._running.pop(job.unit)
+        if isinstance(result, Tested):
+            self._take_tested(result)
+        else:
+            self._take_outcome(result)
+        self.shown.known(known_units(self.study, self.outcomes.values()))
+        self.shown.finished(f"{job_words(job)}: {_found_words(result)}", seconds)
+        return True
+
+    def _submit(self, unit: Unit, on_test: bool) -> None:
+        """To a worker if one is idle; what the job reads from disk and is not there is made again first."""
+        if len(self._running) == self.workers.count or unit in self._running:
+            return
+        job = self._job(unit, on_test)
+        lost = [read for read in self._reads(job) if not self.store.trained(read, self.chosen).is_file()]
+        if lost:
+            for read in lost:
+                self._submit(read, False)
+            return
+        self._running[unit] = time.perf_counter()
+        self.workers.submit(job)
+
+    def _job(self, unit: Unit, on_test: bool) -> Job:
+        start = fine_tune_of(self.study, self.chosen, unit)
+        return Job(
+            unit,
+            None if start is None else self.store.trained(start, self.chosen),
+            self.store.trained(unit, self.chosen),
+            tuple((part, self.store.trained(part, self.chosen)) for part in parts_of(self.study, unit)),
+            on_test,
+        )
+
+    def _reads(self, job: Job) -> list[Unit]:
+        """The units whose trained weights a job needs."""
+        start = fine_tune_of(self.study, self.chosen, job.unit)
+        units = [part for part, _ in job.parts] if start is None else [start, *(part for part, _ in job.parts)]
+        if job.on_test and self.study.arms[job.unit.arm].kind in (FULL, *TRAINED):
+            units.append(job.unit)
+        return units
+
+    def _take_outcome(self, outcome: Outcome) -> None:
+        self.store.save(outcome, self.chosen)
+        known = len(self.outcomes.keys() | {outcome.unit})
+        self.outcomes[outcome.unit] = outcome
+        if self.study.arms[outcome.unit.arm].kind == FULL:
+            # Which fine-tune is chosen decides which outcomes of the other arms are still this study's.
+            self.outcomes = {kept.unit: kept for kept in self.store.outcomes()}
+            self.shown.kept(len(self.outcomes) - known)
+        self.chosen = selection(self.study, self.outcomes.values()).chosen
+        self.store.prune(self.outcomes.values(), self.chosen)
+
+    def _take_tested(self, tested: Tested) -> None:
+        before, now = self.outcomes[tested.unit].loss, tested.validation.evaluation.loss
+        if not abs(now - before) < _SAME:
+            raise RuntimeError(
+                f"{tested.unit}: its file must give the validation loss that its run had, {before:.4f}, got {now:.4f}: "
+                f"delete {self.store.trained(tested.unit, self.chosen)}, and it is trained again"
+            )
+        self.store.save_tested(tested, self.chosen)
+        self.tested[tested.unit] = tested
+
+
+def _base_model(study: StudyConfig, directory: Path, console: Console) -> ModelConfig:
+    """The declared model, or the one that is trained from scratch first."""
+    if study.scratch is None:
+        return study.model
+    base = directory / BASE_MODEL
+    if not base.exists():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as all that follows
+        try:
+            with shown_progress(console) as shown:
+                train_from_scratch(study.scratch, base, progress=shown.step)
+        finally:
+            torch.set_num_threads(threads)
+    return ModelConfig(name=str(base), dtype="float32")
+
+
+def _found_words(result: Result) -> str:
+    if isinstance(result, Tested):
+        return "evaluated"
+    if result.diverged is not None:
+        return f"diverged ({result.diverged})"
+    return f"validation {result.loss:.4f}"
+
+
+def _findings(study: StudyConfig, run: _Run, openings: int, lines: list[str]) -> Findings:
+    validation: dict = {domain: {arm: {} for arm in study.arms} for domain in study.domains}
+    test: dict = {domain: {arm: {} for arm in study.arms} for domain in study.domains}
+    for tested in run.tested.values():
+        unit = tested.unit
+        seeds = study.seeds if study.arms[unit.arm].kind == BASE else [unit.seed]  # the base knows no seed
+        for seed in seeds:
+            validation[unit.domain][unit.arm][seed] = tested.validation
+            test[unit.domain][unit.arm][seed] = tested.test
+    outcomes = sorted_outcomes(study, run.outcomes.values())
+    return Findings(
+        study, outcomes, run.chosen, validation, test, lines + notes(study, outcomes), test_openings=openings
+    )

@@ -1,0 +1,74 @@
+"""A study's progress: a line for each finished unit, and on a terminal a bar below them."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from mft.progress import SECONDS_BETWEEN_LINES
+from mft.recipe import StepReport
+
+
+class Shown:
+    """Counts units; the rate is that of the units that this process saw."""
+
+    def __init__(self, console: Console, bars: Progress | None) -> None:
+        self._console, self._bars = console, bars
+        self._task: TaskID | None = None if bars is None else bars.add_task("units", total=None, rest="")
+        self._done, self._known, self._finished = 0, 0, 0
+        self._begin = self._printed = time.perf_counter()
+
+    def kept(self, units: int) -> None:
+        """So many were done by an earlier command."""
+        self._done += units
+
+    def known(self, units: int) -> None:
+        """So many there will be, as far as is known."""
+        self._known = units
+
+    def finished(self, words: str, seconds: float) -> None:
+        """One more unit is done."""
+        self._done += 1
+        self._finished += 1
+        spent = time.perf_counter() - self._begin
+        left = spent / self._finished * max(0, self._known - self._done)
+        rest = f"{3600 * self._finished / spent:.0f} an hour, about {_duration(left)} left"
+        line = f"{words}, {_duration(seconds)}"
+        if self._bars is None:
+            line = f"[{self._done}/{self._known}] {line} ({rest})"
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, completed=self._done, total=self._known, rest=rest)
+
+    def step(self, report: StepReport) -> None:
+        """A step of the model that is trained from scratch."""
+        left = report.seconds / report.step * (report.steps - report.step)
+        rest = f"loss {report.loss:.3f}, about {_duration(left)} left"
+        if self._bars is not None and self._task is not None:
+            self._bars.update(
+                self._task, completed=report.step, total=report.steps, rest=rest, description="base from scratch"
+            )
+        elif time.perf_counter() - self._printed > SECONDS_BETWEEN_LINES or report.step == report.steps:
+            self._printed = time.perf_counter()
+            self._console.print(
+                f"base from scratch: step {report.step}/{report.steps}, {rest}", highlight=False, soft_wrap=True
+            )
+
+
+@contextlib.contextmanager
+def shown_progress(console: Console) -> Iterator[Shown]:
+    """On console."""
+    if not console.is_terminal:
+        yield Shown(console, None)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[rest]}"))
+    with Progress(*columns, console=console) as bars:
+        yield Shown(console, bars)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

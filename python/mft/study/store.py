@@ -1,0 +1,255 @@
+"""A study on disk: what every finished unit found, and the trained weights that may still be needed.
+
+    output_dir/study.yaml                             what was declared
+               base/                                  the model from scratch, if there is one
+               units/<domain>/<arm>/<key>.json        an Outcome
+               trained/<domain>/<arm>/<key>.safetensors
+               test/<domain>/<arm>/<key>.json         a Tested; test/openings.json: each set of models that test saw
+               table.md, table.json, plot.png
+
+A unit's key is a hash of all that determines its result, so that what was found stays valid while arms, domains, seeds
+and rates are added. Files appear whole or not at all.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from mft.run_directory import ABLATION, PLOT, TABLE_JSON, TABLE_MARKDOWN
+from mft.study.declared import AVERAGE, FULL, FULL_KINDS, Setting, StudyConfig
+from mft.study.load import study_values
+from mft.study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values
+from mft.study.plan import best_so_far, fine_tune_of, selection
+from mft.yaml_file import dump_yaml, parse_yaml
+
+FORMAT = 1  # counts up when the same declaration gives other results
+STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK = "study.yaml", "base", "units", "trained", "test", ".lock"
+_OURS = {STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK, TABLE_MARKDOWN, TABLE_JSON, PLOT, ABLATION}
+_OPENINGS = "openings.json"
+_FREE = ("output_dir", "workers")  # change no result
+_GRIDS = ("lrs", "epochs", "keep_ratios")
+
+Chosen = dict[str, dict[str, Setting]]
+
+
+@contextlib.contextmanager
+def open_store(study: StudyConfig, directory: str | os.PathLike, *, overwrite: bool = False) -> Iterator["Store"]:
+    """The study's directory, made or taken up again; no other process may have it open meanwhile.
+
+    Raises: ValueError if it holds anything else, or a study that differs in more than what was added;
+        RuntimeError if another process has it open.
+    """
+    path = Path(directory)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output_dir must be a directory, got the file {path}")
+    foreign = sorted({entry.name for entry in path.iterdir()} - _OURS) if path.exists() else []
+    if foreign:
+        raise ValueError(
+            f"output_dir must be new, empty or a study's, got {path} with {', '.join(foreign[:3])}: name another one"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise RuntimeError(f"output_dir {path} must be one process's, another one is running this study now") from None
+    try:
+        if overwrite:
+            _empty(path)
+        _check_unchanged(path, study)
+        write_whole(path / STUDY, dump_yaml(study_values(study)))
+        yield Store(study, path)
+    finally:
+        lock.release()
+
+
+class Store:
+    """The files of one study."""
+
+    def __init__(self, study: StudyConfig, directory: Path) -> None:
+        self.study, self.directory = study, directory
+        self._values = study_values(study)
+
+    def key(self, unit: Unit, chosen: Chosen) -> str:
+        """A hash of all that determines the unit's result; chosen holds the fine-tune's setting for units after it."""
+        values, arm = self._values, self._values["arms"][unit.arm]
+        start = fine_tune_of(self.study, chosen, unit)
+        parts: dict[str, Any] = {
+            "format": FORMAT,
+            "domain": values["domains"][unit.domain],
+            "arm": _without_grid(arm),
+            "unit": {"seed": unit.seed, "setting": dataclasses.asdict(unit.setting), "part": unit.part},
+            "of": _without_grid(values["arms"][arm["of"]]) if arm["kind"] == AVERAGE else None,
+            "start": None if start is None else self.key(start, chosen),
+            "stage": None if arm["kind"] in FULL_KINDS else values["stage"],
+        }
+        parts |= {name: values[name] for name in ("model", "scratch", "mask", "full", "checkpoints")}
+        return _digest(parts)
+
+    def outcomes(self) -> list[Outcome]:
+        """Those whose keys are still the ones that the study gives them."""
+        found = [(path.stem, outcome_from(_read(path))) for path in sorted(self.directory.glob(f"{UNITS}/*/*/*.json"))]
+        known = [(key, outcome) for key, outcome in found if self._is_declared(outcome.unit)]
+        first = [
+            outcome for key, outcome in known if self._kind(outcome) in FULL_KINDS and key == self.key(outcome.unit, {})
+        ]
+        chosen = selection(self.study, first).chosen
+        ready = {domain for domain, arms in chosen.items() if self.study.named(FULL) in arms}
+        later = [
+            outcome
+            for key, outcome in known
+            if self._kind(outcome) not in FULL_KINDS
+            and outcome.unit.domain in ready
+            and key == self.key(outcome.unit, chosen)
+        ]
+        return first + later
+
+    def save(self, outcome: Outcome, chosen: Chosen) -> None:
+        path = self._path(UNITS, outcome.unit, self.key(outcome.unit, chosen), "json")
+        write_whole(path, json.dumps(outcome_values(outcome), allow_nan=False))
+
+    def trained(self, unit: Unit, chosen: Chosen) -> Path:
+        """Where the trained weights of a unit lie, or will."""
+        return self._path(TRAINED, unit, self.key(unit, chosen), "safetensors")
+
+    def prune(self, outcomes: Iterable[Outcome], chosen: Chosen) -> None:
+        """Delete trained weights of settings that are not the best of their arm so far."""
+        outcomes = list(outcomes)
+        best = best_so_far(self.study, outcomes)
+        for outcome in outcomes:
+            unit = outcome.unit
+            if unit.setting != best.get((unit.domain, unit.arm)):
+                self.trained(unit, chosen).unlink(missing_ok=True)
+
+    def tested(self, unit: Unit, chosen: Chosen) -> Tested | None:
+        path = self._test_path(unit, chosen)
+        return tested_from(_read(path)) if path.is_file() else None
+
+    def save_tested(self, tested: Tested, chosen: Chosen) -> None:
+        write_whole(self._test_path(tested.unit, chosen), json.dumps(tested_values(tested), allow_nan=False))
+
+    def open_test(self, units: list[Unit], chosen: Chosen) -> int:
+        """Note that test will see the models of these units; how many different sets of models it has seen then."""
+        keys = sorted(self.key(unit, chosen) for unit in units)
+        path = self.directory / TEST / _OPENINGS
+        openings = _read(path) if path.is_file() else []
+        if keys not in openings:
+            openings.append(keys)
+            write_whole(path, json.dumps(openings))
+        return len(openings)
+
+    def _is_declared(self, unit: Unit) -> bool:
+        return unit.domain in self.study.domains and unit.arm in self.study.arms and unit.seed in self.study.seeds
+
+    def _kind(self, outcome: Outcome) -> str:
+        return self.study.arms[outcome.unit.arm].kind
+
+    def _path(self, folder: str, unit: Unit, key: str, suffix: str) -> Path:
+        return self.directory / folder / unit.domain / unit.arm / f"{key}.{suffix}"
+
+    def _test_path(self, unit: Unit, chosen: Chosen) -> Path:
+        parts = [self.key(unit, chosen), unit.domain in self.study.answers]
+        return self._path(TEST, unit, _digest(parts), "json")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _without_grid(arm: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in arm.items() if key not in _GRIDS}
+
+
+def _digest(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be the JSON that was written, got {error}: delete it to run it again") from None
+
+
+def _empty(directory: Path) -> None:
+    for entry in directory.iterdir():
+        if entry.name == LOCK:
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _check_unchanged(directory: Path, study: StudyConfig) -> None:
+    path = directory / STUDY
+    if not path.is_file():
+        if (directory / UNITS).exists():
+            raise ValueError(f"output_dir must hold {STUDY} beside {UNITS}/, {directory} lacks it: pass --overwrite")
+        return
+    changes = changed(parse_yaml(path.read_text(encoding="utf-8"), str(path)), study_values(study))
+    if changes:
+        raise ValueError(
+            f"{path} must be what runs, only arms, domains, seeds after the first and grid values may be added; "
+            f"changed: {'; '.join(changes)}. Name another output_dir, or pass --overwrite to delete this study"
+        )
+
+
+def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The keys, with old and new value, in which a study differs from what was begun by more than additions."""
+    old, new = _flat(before), _flat(now)
+    lines = []
+    for key in dict.fromkeys([*old, *new]):
+        if old.get(key, _ABSENT) == new.get(key, _ABSENT) or _is_addition(key, old, new, before):
+            continue
+        name = key.replace("\0", ".")
+        lines.append(f"{name}: {old.get(key, 'not there')} -> {new.get(key, 'not there')}")
+    return lines
+
+
+_ABSENT = object()
+
+
+def _is_addition(key: str, old: dict[str, Any], new: dict[str, Any], before: dict[str, Any]) -> bool:
+    parts = key.split("\0")
+    if parts[0] in _FREE:
+        return True
+    if parts[0] in ("arms", "domains") and parts[1] not in before[parts[0]]:
+        return True
+    if key not in old or key not in new:
+        return False
+    if parts[0] == "extensions":
+        return new[key] >= old[key]
+    if parts[0] == "seeds":
+        return new[key][0] == old[key][0] and set(new[key]) >= set(old[key])
+    if parts[0] == "answers" or (parts[0] == "arms" and parts[-1] in _GRIDS):
+        return set(new[key]) >= set(old[key])
+    return False
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}\0")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

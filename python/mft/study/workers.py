@@ -1,0 +1,151 @@
+"""Where a study's jobs run: in this process, or in several that are started fresh, each with one thread.
+
+One thread everywhere: sums run in one order then, and two processes of one thread beat one process of two. So a result
+depends neither on how many workers there are nor on which of them had it.
+"""
+
+import contextlib
+import multiprocessing
+import signal
+import sys
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+import torch
+
+from mft.config import ModelConfig
+from mft.study.arms import Job, run_test, run_unit
+from mft.study.bench import Bench
+from mft.study.declared import StudyConfig
+from mft.study.outcome import Outcome, Tested, outcome_from, outcome_values, tested_from, tested_values
+
+Result = Outcome | Tested
+_PATIENCE = 10.0  # seconds that a process may take to end
+_TOLD = (ValueError, RuntimeError, OSError)  # what a message tells; anything else is a bug, and shows its traceback
+
+
+class Workers(Protocol):
+    """Takes up to count jobs at a time."""
+
+    count: int
+
+    def submit(self, job: Job) -> None: ...
+
+    def next(self) -> tuple[Job, Result]:
+        """Wait for a job to end. Raises: RuntimeError that names the job if it failed."""
+        ...
+
+
+@contextlib.contextmanager
+def start_workers(study: StudyConfig, base: ModelConfig, bench: Bench) -> Iterator[Workers]:
+    """study.workers of them; a single one is this process, with bench."""
+    threads = torch.get_num_threads()
+    if study.workers == 1:
+        torch.set_num_threads(1)
+        try:
+            yield _Here(bench)
+        finally:
+            torch.set_num_threads(threads)
+        return
+    processes = _Processes(study, base)
+    try:
+        yield processes
+    finally:
+        processes.close()
+
+
+def job_words(job: Job) -> str:
+    """The job in a line for people."""
+    return f"{job.unit}{', on test' if job.on_test else ''}"
+
+
+class _Here:
+    count = 1
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench, self._jobs = bench, list[Job]()
+
+    def submit(self, job: Job) -> None:
+        self._jobs.append(job)
+
+    def next(self) -> tuple[Job, Result]:
+        job = self._jobs.pop(0)
+        try:
+            return job, _run(self._bench, job)
+        except _TOLD as error:
+            raise RuntimeError(f"{job_words(job)}: {error}") from error
+
+
+class _Processes:
+    def __init__(self, study: StudyConfig, base: ModelConfig) -> None:
+        self.count = study.workers
+        context = multiprocessing.get_context("spawn")
+        self._workers: dict[Connection, Any] = {}
+        self._jobs: dict[Connection, Job] = {}
+        for _ in range(study.workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, study, base), daemon=True)
+            process.start()
+            theirs.close()  # so that a process that dies closes the pipe
+            self._workers[ours] = process
+
+    def submit(self, job: Job) -> None:
+        connection = next(connection for connection in self._workers if connection not in self._jobs)
+        self._jobs[connection] = job
+        try:
+            connection.send(job)
+        except BrokenPipeError:
+            raise self._ended(connection) from None
+
+    def next(self) -> tuple[Job, Result]:
+        connection: Any = wait(list(self._jobs))[0]
+        try:
+            values, error = connection.recv()
+        except (EOFError, ConnectionResetError):
+            raise self._ended(connection) from None
+        job = self._jobs.pop(connection)
+        if error is not None:
+            raise RuntimeError(f"{job_words(job)}: {error}")
+        return job, tested_from(values) if job.on_test else outcome_from(values)
+
+    def _ended(self, connection: Connection) -> RuntimeError:
+        process = self._workers[connection]
+        process.join()
+        return RuntimeError(
+            f"{job_words(self._jobs[connection])}: its process ended with exit code {process.exitcode}; a traceback "
+            "stands above, unless the system stopped it (-9: out of memory?): the same command continues, workers=1 "
+            "needs less"
+        )
+
+    def close(self) -> None:
+        for connection, process in self._workers.items():
+            connection.close()
+            process.terminate()
+            process.join(_PATIENCE)
+            process.kill()
+            process.join()
+
+
+def _serve(connection: Connection, study: StudyConfig, base: ModelConfig) -> None:
+    """A worker process: jobs come in, plain values go out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # semaphores of libraries are given back
+    torch.set_num_threads(1)
+    bench: Bench | None = None
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        try:
+            bench = bench or Bench(study, base)
+            result = _run(bench, job)
+        except _TOLD as error:
+            connection.send((None, str(error)))
+            continue
+        connection.send((tested_values(result) if isinstance(result, Tested) else outcome_values(result), None))
+
+
+def _run(bench: Bench, job: Job) -> Result:
+    return run_test(bench, job) if job.on_test else run_unit(bench, job)

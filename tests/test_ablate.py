@@ -1,0 +1,93 @@
+"""Ablations: the studies that they derive, what their plot reads, and one from the command line."""
+
+import pytest
+from tiny_study import FEW, make_study, write_ground
+from typer.testing import CliRunner
+
+from mft.cli import app
+from mft.study.ablate import ablation_points, derive, plot_ablation
+from mft.study.declared import CONTROL, MASK
+from mft.study.table import reference_of
+
+DATA = "domains.count.max_train_tokens=120"
+
+
+@pytest.fixture
+def study(tmp_path):
+    return make_study(tmp_path, FEW, [DATA])
+
+
+def test_every_ratio_gets_a_trained_a_magnitude_and_a_random_mask(study):
+    arms = derive(study, "ratio", ["0.5", "0.9"]).arms
+    assert list(arms)[:2] == ["full", "control"]
+    assert {name: arm.keep_ratios for name, arm in arms.items() if arm.keep_ratios} == {
+        f"{kind} {ratio}": [ratio] for kind in ("MFT", "magnitude", "random") for ratio in (0.5, 0.9)
+    }
+    assert arms["MFT 0.5"].lrs == study.arms["MFT"].lrs
+
+
+def test_each_group_of_layers_is_held_against_a_control_of_its_own(study):
+    ablated = derive(study, "layers", ["0-1", "3"])
+    assert ablated.arms["MFT 0-1"].layers_to_transform == [0, 1]
+    for group in ("0-1", "3"):
+        assert reference_of(ablated, f"MFT {group}") == f"control {group}"
+    with pytest.raises(ValueError, match="--values must name groups of layers for this model, such as 0-3,4-7, got"):
+        derive(study, "layers")
+
+
+def test_shares_of_the_data_are_domains_with_the_same_evaluation(study):
+    ablated = derive(study, "data", ["0.5", "1"])
+    assert {name: data.max_train_tokens for name, data in ablated.domains.items()} == {"count 0.5": 60, "count 1": 120}
+    assert {data.max_eval_tokens for data in ablated.domains.values()} == {96}
+    assert set(ablated.arms) == {"full", "control", "MFT"}
+
+
+@pytest.mark.parametrize(
+    ("what", "values", "message"),
+    [
+        ("rates", [], "the ablation must be one of ratio, layers, data, got 'rates'; did you mean ratio"),
+        ("ratio", ["half"], "--values must be numbers with commas between them, got 'half'"),
+        ("ratio", ["1.5"], "keep_ratios must lie in [0, 1]"),
+        ("layers", ["3-0"], "layers_to_transform must have ranges that rise"),
+        ("data", ["0"], "values must lie in (0, 1], got 0"),
+    ],
+)
+def test_a_wrong_request_says_so(study, what, values, message):
+    with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("(", r"\(")):
+        derive(study, what, values)
+
+
+def numbers(arms):
+    rows = [
+        {"arm": arm, "kind": kind, "minus_full": {"estimate": value, "low": value - 0.01, "high": value + 0.01}}
+        for arm, kind, value in arms
+    ]
+    return {"domains": {"code": {"rows": rows}}}
+
+
+def test_the_control_of_a_ratio_ablation_is_a_level():
+    arms = [(CONTROL, CONTROL, -0.1), ("MFT 0.5", MASK, 0.2), ("MFT 0.9", MASK, -0.2), ("random 0.5", "random", 3.0)]
+    points = ablation_points(numbers(arms), "ratio")["code"]
+    assert [(label, d["estimate"]) for label, d in points[CONTROL]] == [("0.5", -0.1), ("0.9", -0.1)]
+    assert [(label, d["estimate"]) for label, d in points[MASK]] == [("0.5", 0.2), ("0.9", -0.2)]
+    assert [label for label, _ in points["random"]] == ["0.5"]
+
+
+def test_an_ablation_runs_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
+    write_ground(tmp_path)
+    make_study(tmp_path, FEW)
+    config = ["--config", str(tmp_path / "study.yaml")]
+    result = CliRunner().invoke(app, ["ablate", "layers", *config, "seeds=[0]", "--values", "1,2-3"])
+    assert result.exit_code == 0, result.output
+    directory = tmp_path / "run-layers"
+    assert "| MFT 2-3 |" in (directory / "table.md").read_text().replace("**", "")
+    assert (directory / "ablation.png").stat().st_size > 10_000
+
+
+def test_a_plot_may_lack_intervals(tmp_path):
+    found = numbers([("MFT 0.5", MASK, 0.2), ("MFT 0.9", MASK, -0.2)])
+    for row in found["domains"]["code"]["rows"]:
+        row["minus_full"] |= {"low": None, "high": None}
+    plot_ablation(found, "ratio", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").is_file()

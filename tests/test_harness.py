@@ -1,0 +1,213 @@
+"""lm-eval scores the live, masked model; tasks that are missing are told before a model is run."""
+
+import json
+import logging
+import math
+import os
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mft.cli import app
+from mft.config import MaskConfig
+from mft.convert import mask_model, masked_modules
+from mft.export import save_masks
+from mft.harness import TaskScore, load_tasks, score_tasks, task_table
+
+QUESTIONS = [
+    {"question": f"{a} + {b} =", "answers": [str(a + b), str(a + b + 1), str(7 * b - a)], "gold": (a * b) % 3}
+    for a in range(5)
+    for b in range(3)
+]
+MASK = MaskConfig(keep_ratio=0.5, seed=1)
+
+
+@pytest.fixture
+def tasks_dir(tmp_path):
+    """Two tasks on a local file: choose the answer, and how likely the first answer is."""
+    directory = tmp_path / "tasks"
+    directory.mkdir()
+    (directory / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    shared = (
+        f"dataset_path: json\ndataset_kwargs:\n  data_files: {directory}/sums.jsonl\n  cache_dir: {tmp_path}/cache\n"
+        'test_split: train\ndoc_to_text: "{{question}}"\n'
+    )
+    (directory / "choice.yaml").write_text(
+        f'task: sums_choice\n{shared}output_type: multiple_choice\ndoc_to_choice: "{{{{answers}}}}"\n'
+        "doc_to_target: gold\nmetric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    (directory / "likelihood.yaml").write_text(
+        f'task: sums_likelihood\n{shared}output_type: loglikelihood\ndoc_to_target: " {{{{answers[0]}}}}"\n'
+        "metric_list:\n  - metric: perplexity\n    aggregation: perplexity\n    higher_is_better: false\n"
+    )
+    return directory
+
+
+@torch.no_grad()
+def log_likelihood(model, tokenizer, question, answer):
+    """Of the answer's tokens after the question, by the model's own logits."""
+    context, whole = tokenizer(question).input_ids, tokenizer(f"{question} {answer}").input_ids
+    shares = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    return sum(shares[i - 1, whole[i]].item() for i in range(len(context), len(whole)))
+
+
+def expected_scores(model, tokenizer):
+    likelihoods = [[log_likelihood(model, tokenizer, q["question"], a) for a in q["answers"]] for q in QUESTIONS]
+    right = sum(row.index(max(row)) == q["gold"] for row, q in zip(likelihoods, QUESTIONS))
+    perplexity = math.exp(-sum(row[0] for row in likelihoods) / len(QUESTIONS))
+    return {"sums_choice": right / len(QUESTIONS), "sums_likelihood": perplexity}
+
+
+def test_the_masked_model_is_what_is_scored(tiny_llama, tokenizer, tasks_dir):
+    tasks = load_tasks(["sums_choice", "sums_likelihood"], tasks_dir=tasks_dir)
+    found = []
+    for masked in (False, True):
+        if masked:
+            mask_model(tiny_llama, MASK)
+        scores = score_tasks(tiny_llama, tokenizer, tasks)
+        expected = expected_scores(tiny_llama, tokenizer)
+        assert {s.task: s.metric for s in scores} == {"sums_choice": "acc", "sums_likelihood": "perplexity"}
+        for score in scores:
+            assert score.value == pytest.approx(expected[score.task], rel=1e-3), score
+            assert score.samples == 15
+        assert scores[0].stderr > 0
+        found.append({score.task: score.value for score in scores})
+    assert found[0]["sums_likelihood"] != pytest.approx(found[1]["sums_likelihood"], rel=1e-2)
+
+
+def test_scoring_leaves_mode_masks_and_logger_as_found(tiny_llama, tokenizer, tasks_dir, caplog):
+    model = mask_model(tiny_llama, MASK).train()
+    caplog.set_level(17, logger="lm_eval")
+    scores = {name: module.scores.detach().clone() for name, module in masked_modules(model).items()}
+    score_tasks(model, tokenizer, load_tasks(["sums_choice"], tasks_dir=tasks_dir), limit=2)
+    assert model.training
+    assert logging.getLogger("lm_eval").level == 17
+    assert all(torch.equal(module.scores, scores[name]) for name, module in masked_modules(model).items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_limit_takes_only_so_many_documents(tiny_llama, tokenizer, tasks_dir):
+    tasks = load_tasks(["sums_choice"], tasks_dir=tasks_dir)
+    assert [score.samples for score in score_tasks(tiny_llama, tokenizer, tasks, limit=4)] == [4]
+    with pytest.raises(ValueError, match="--limit must be at least 1, got 0"):
+        score_tasks(tiny_llama, tokenizer, tasks, limit=0)
+
+
+def test_sixteen_bit_logits_are_compared_in_fp32(tiny_llama, tokenizer, tasks_dir):
+    model = tiny_llama.bfloat16()
+    (score,) = score_tasks(model, tokenizer, load_tasks(["sums_likelihood"], tasks_dir=tasks_dir), batch_size=1)
+    for question in QUESTIONS:
+        question["exact"] = log_likelihood_in_fp32(model, tokenizer, question["question"], question["answers"][0])
+    expected = math.exp(-sum(question.pop("exact") for question in QUESTIONS) / len(QUESTIONS))
+    assert score.value == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def log_likelihood_in_fp32(model, tokenizer, question, answer):
+    context, whole = tokenizer(question).input_ids, tokenizer(f"{question} {answer}").input_ids
+    shares = model(torch.tensor([whole[:-1]])).logits[0].float().log_softmax(-1)
+    return sum(shares[i - 1, whole[i]].item() for i in range(len(context), len(whole)))
+
+
+def test_evaluate_prints_and_writes_the_scores_without_and_with_masks(tiny_llama, tokenizer, tasks_dir, tmp_path):
+    model_dir, masks, output = tmp_path / "model", tmp_path / "masks", tmp_path / "scores.json"
+    tiny_llama.save_pretrained(model_dir)
+    tokenizer.save_pretrained(model_dir)
+    expected = expected_scores(tiny_llama, tokenizer)
+    save_masks(mask_model(tiny_llama, MASK), masks, base_model_name_or_path=str(model_dir))
+    arguments = [f"model.name={model_dir}", "model.dtype=float32", "--masks", str(masks), "--output", str(output)]
+    arguments += ["--lm-eval", "sums_choice,sums_likelihood", "--lm-eval-tasks", str(tasks_dir)]
+    result = CliRunner().invoke(app, ["evaluate", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "base: exact weights" in result.output
+    written = json.loads(output.read_text())
+    assert written["limit"] is None
+    base, masked = ({s["task"]: s["value"] for s in scores} for scores in written["results"].values())
+    assert list(written["results"]) == [str(model_dir), "with masks"]
+    assert base == pytest.approx(expected, rel=1e-3)
+    assert masked == pytest.approx(expected_scores(tiny_llama, tokenizer), rel=1e-3)
+    assert f"{masked['sums_choice']:.4f} ± " in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--limit", "3"], "--limit must come with --lm-eval, got 3 alone"),
+        (["--lm-eval", ""], "--lm-eval must be names of tasks with commas between them, got "),
+        (
+            ["--lm-eval", "gsm8k", "--output", "nowhere/scores.json"],
+            "--output must be a file in a directory that exists",
+        ),
+        (["--lm-eval", "gsm8k", "--lm-eval-tasks", "nowhere"], "--lm-eval-tasks must be a directory of task files"),
+    ],
+)
+def test_what_does_not_fit_together_is_one_message(arguments, message):
+    result = CliRunner().invoke(app, ["evaluate", *arguments])
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+class _Manager:
+    """lm-eval's TaskManager as far as it is used, without the 17 s that reading 14,684 tasks takes."""
+
+    all_tasks = ("gsm8k", "humaneval", "offline", "needy", "guarded")
+    task_index = dict.fromkeys(all_tasks)
+
+    def load(self, names):
+        (name,) = names
+        if name == "offline":
+            raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub\nand more")
+        if name == "needy":
+            raise ModuleNotFoundError("No module named 'langdetect'")
+        if name == "guarded":
+            raise ValueError("set the environment variable HF_ALLOW_CODE_EVAL")
+        return {"tasks": {name: type("Task", (), {"UNSAFE_CODE": name == "humaneval"})()}}
+
+
+@pytest.fixture
+def known_tasks(monkeypatch):
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **options: _Manager())
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gsm8", r"--lm-eval must name tasks of lm-eval, got 'gsm8'; did you mean gsm8k\?"),
+        ("zzz", r"got 'zzz'; lm_eval ls tasks lists them"),
+        ("offline", r"task offline must be loadable, got ConnectionError: Couldn't reach 'openai/gsm8k' on the Hub\. "),
+        ("needy", r"task needy must be loadable, got ModuleNotFoundError: No module named 'langdetect'\. "),
+        ("humaneval", r"task humaneval runs code that the model wrote, .* pass --run-generated-code"),
+        ("guarded", r"task guarded runs code that the model wrote, .* pass --run-generated-code"),
+    ],
+)
+def test_a_task_that_cannot_be_run_is_one_message(known_tasks, name, message):
+    with pytest.raises(ValueError, match=message):
+        load_tasks(["gsm8k", name])
+    assert "HF_ALLOW_CODE_EVAL" not in os.environ
+
+
+def test_code_is_run_only_with_leave(known_tasks, monkeypatch):
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")  # so that it is put back
+    tasks = load_tasks(["humaneval", "gsm8k", "humaneval"], run_code=True)
+    assert (tasks.names, tasks.run_code) == (["humaneval", "gsm8k"], True)
+    assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
+
+
+def test_without_lm_eval_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(RuntimeError, match=r"which is not installed: pip install 'mft_kernels\[lm-eval\]'"):
+        load_tasks(["gsm8k"])
+
+
+def test_the_table_leaves_out_what_a_model_lacks():
+    a = TaskScore("sums", "acc", 0.5, 0.1, 10)
+    table = task_table({"base": [a, TaskScore("sums", "f1,strict", 0.25, None, 10)], "with masks": [a]})
+    assert [list(column.cells) for column in table.columns] == [
+        ["sums", "sums"],
+        ["acc", "f1,strict"],
+        ["0.5000 ± 0.1000", "0.2500"],
+        ["0.5000 ± 0.1000", ""],
+    ]

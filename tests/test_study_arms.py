@@ -1,0 +1,238 @@
+"""Each kind of arm on the tiny Llama: what it trains, what it leaves alone, what its files hold."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_study import equal, make_study, write_ground
+
+from mft.config import ModelConfig
+from mft.convert import masked_modules
+from mft.evaluate import evaluate
+from mft.study import arms
+from mft.study.arms import Job, run_test, run_unit
+from mft.study.bench import Bench, with_weights
+from mft.study.declared import Setting
+from mft.study.outcome import Unit
+
+ARMS = """
+  base: {kind: base}
+  full: {kind: full, lrs: [1e-2]}
+  continued: {kind: continued, lrs: [1e-2]}
+  control: {kind: control, lrs: [1e-2]}
+  lora: {kind: lora, lrs: [1e-2], lora_rank: 2}
+  random: {kind: random}
+  magnitude: {kind: magnitude}
+  magnitude_rows: {kind: magnitude_rows}
+  wanda: {kind: wanda}
+  gradient: {kind: gradient}
+  temperature: {kind: temperature}
+  mask: {kind: mask, lrs: [1e-2]}
+  mask from wanda: {kind: mask, lrs: [1e-2], init: wanda}
+  mask lower: {kind: mask, lrs: [1e-2], layers_to_transform: 1}
+  mean of masks: {kind: average, of: mask, runs: 2}
+  mean of adapters: {kind: average, of: lora, runs: 2}
+"""
+TRAINED, ONE_SHOT = ("continued", "control", "lora", "mask"), ("random", "magnitude", "wanda", "gradient")
+LAYERS = ("model.layers.2.", "model.layers.3.")
+
+
+class Ground:
+    """A bench on files, the fine-tune of seed 0 on it, and units of all arms from there."""
+
+    def __init__(self, directory: Path, monkeypatch) -> None:
+        monkeypatch.setenv("MFT_CACHE", str(directory / "cache"))
+        write_ground(directory)
+        self.directory = directory
+        self.bench = self.fresh()
+        self.full = run_unit(self.bench, self.job("full"))
+
+    def fresh(self, **options) -> Bench:
+        study = make_study(self.directory, ARMS, [f"{key}={value}" for key, value in options.items()])
+        return Bench(study, ModelConfig(str(self.directory / "model"), dtype="float32"))
+
+    def job(self, arm, *, part=0, seed=0, keep=0.9, lr=1e-2, on_test=False) -> Job:
+        kind = self.bench.study.arms[arm].kind
+        kind = self.bench.study.arms[self.bench.study.arms[arm].of].kind if kind == "average" else kind
+        trained = kind in ("full", *TRAINED)
+        masked = kind in (*ONE_SHOT, "magnitude_rows", "mask")
+        setting = Setting(lr if trained else None, 1.0 if trained else None, keep if masked else None)
+        parts = ()
+        if self.bench.study.arms[arm].kind == "average" and part == 0:
+            jobs = [self.job(self.bench.study.arms[arm].of), self.job(arm, part=1)]
+            parts = tuple((job.unit, job.trained) for job in jobs)
+        start = None if arm in ("base", "full") else self.directory / "full 0.safetensors"
+        path = self.directory / f"{arm} {part}.safetensors"
+        return Job(Unit("count", arm, seed, setting, part), start, path, parts, on_test)
+
+    def weights(self, arm, part=0):
+        return load_file(self.job(arm, part=part).trained)
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        yield Ground(tmp_path_factory.mktemp("ground"), patch)
+
+
+def fine_tune(ground):
+    ground.bench.begin("count", ground.directory / "full 0.safetensors")
+    return ground.bench.model
+
+
+@pytest.mark.parametrize(
+    "arm", [*TRAINED, *ONE_SHOT, "base", "magnitude_rows", "temperature", "mask from wanda", "mask lower"]
+)
+def test_every_kind_runs_and_its_files_give_on_test_what_validation_saw(ground, arm):
+    found = run_unit(ground.bench, ground.job(arm))
+    tested = run_test(ground.bench, ground.job(arm, on_test=True))
+    assert tested.validation.evaluation.loss == pytest.approx(found.loss, abs=1e-5)
+    assert tested.test.evaluation.tokens.sum() > 0
+    assert tested.test.tempered is not None
+    assert tested.test.temperature > 0
+    assert found.curve[-1][0] == 1.0
+
+
+def test_the_fine_tune_begins_at_the_base_and_is_evaluated_at_its_end_alone(ground):
+    assert [share for share, _ in ground.full.curve] == [1.0]
+    base = run_unit(ground.bench, ground.job("base"))
+    assert ground.full.loss < base.loss - 0.5
+    assert set(ground.weights("full")) == {name for name, _ in ground.bench.base.named_parameters()}
+    assert not torch.equal(ground.weights("full")["model.norm.weight"], ground.bench.base.model.norm.weight)
+
+
+@pytest.mark.parametrize("arm", [*TRAINED, *ONE_SHOT])
+def test_no_arm_changes_the_fine_tune_or_the_base(ground, arm):
+    model = fine_tune(ground)
+    before, base = copy.deepcopy(model.state_dict()), copy.deepcopy(ground.bench.base.state_dict())
+    run_unit(ground.bench, ground.job(arm))
+    assert fine_tune(ground) is model
+    assert equal(dict(model.state_dict()), dict(before))
+    assert equal(dict(ground.bench.base.state_dict()), dict(base))
+    assert not masked_modules(model)
+
+
+def test_control_and_masks_change_the_chosen_layers_linears_alone(ground):
+    state = fine_tune(ground).state_dict()
+    for arm in ("control", "mask"):
+        run_unit(ground.bench, ground.job(arm))
+        weights = ground.weights(arm)
+        names, _ = ground.bench.layers_of(ground.bench.study.arms[arm])
+        assert set(weights) == {f"{name}.weight" for name in names}
+        assert all(name.startswith(LAYERS) for name in weights)
+        for name, weight in weights.items():
+            changed = weight != state[name]
+            if arm == "mask":
+                assert (weight[changed] == 0).all()
+                assert changed.float().mean() == pytest.approx(0.1, abs=0.01)
+            else:
+                assert changed.float().mean() > 0.9
+
+
+def test_an_arm_may_have_layers_of_its_own(ground):
+    run_unit(ground.bench, ground.job("mask lower"))
+    assert {name[:15] for name in ground.weights("mask lower")} == {"model.layers.1."}
+
+
+def test_flips_count_from_the_initial_mask(ground):
+    assert run_unit(ground.bench, ground.job("mask")).flips > 0
+    assert run_unit(ground.bench, ground.job("mask", lr=1e-9)).flips == 0
+    assert run_unit(ground.bench, ground.job("control")).flips is None
+
+
+def test_evaluating_on_the_way_leaves_training_as_it_was(ground):
+    ends = []
+    for checkpoints in (1, 3):
+        bench = ground.fresh(checkpoints=checkpoints)
+        for arm in TRAINED:
+            ends.append((arm, run_unit(bench, ground.job(arm)).curve))
+    for (arm, once), (_, thrice) in zip(ends[: len(TRAINED)], ends[len(TRAINED) :], strict=True):
+        assert len(thrice) == 3, arm
+        assert once[-1] == thrice[-1], arm
+
+
+def test_the_best_checkpoint_is_kept(ground, monkeypatch):
+    losses = iter([2.0, 1.0, 3.0])
+    real = evaluate
+
+    def worse_in_the_end(*args, **options):
+        result = real(*args, **options)
+        result.loss_sums = next(losses) * result.tokens
+        return result
+
+    monkeypatch.setattr(arms, "evaluate", worse_in_the_end)
+    bench = ground.fresh(checkpoints=3)
+    found = run_unit(bench, ground.job("control"))
+    monkeypatch.undo()
+    assert [loss for _, loss in found.curve] == pytest.approx([2.0, 1.0, 3.0])
+    assert found.best_share == found.curve[1][0]
+    assert found.loss == pytest.approx(1.0)
+    kept = ground.weights("control")
+    whole = run_unit(ground.bench, ground.job("control"))
+    assert whole.best_share == 1.0
+    name = next(iter(kept))
+    assert not torch.equal(kept[name], ground.weights("control")[name])
+
+
+def test_an_average_is_the_mean_of_the_merged_weights(ground):
+    for arm, of in (("mean of masks", "mask"), ("mean of adapters", "lora")):
+        for job in (ground.job(of), ground.job(arm, part=1)):
+            run_unit(ground.bench, job)
+        average = run_unit(ground.bench, ground.job(arm))
+        tested = run_test(ground.bench, ground.job(arm, on_test=True))
+        assert tested.validation.evaluation.loss == average.loss
+        if of == "mask":
+            first, second = ground.weights(of), ground.weights(arm, part=1)
+            mean = {name: (first[name] + second[name]) / 2 for name in first}
+            validation = ground.bench.splits("count").validation
+            assert average.loss == pytest.approx(evaluate(with_weights(fine_tune(ground), mean), validation).loss)
+
+
+def test_parts_begin_alike_and_differ_in_the_order_of_data(ground):
+    for job in (ground.job("mask"), ground.job("mean of masks", part=1)):
+        run_unit(ground.bench, job)
+    first, second = ground.weights("mask"), ground.weights("mean of masks", part=1)
+    assert not equal(first, second)
+
+
+def test_a_run_that_does_not_stay_finite_is_an_outcome(ground):
+    found = run_unit(ground.bench, ground.job("control", lr=1e30))
+    assert found.measured is None
+    assert found.loss == float("inf")
+    assert "must stay finite" in found.diverged
+
+
+def test_results_do_not_depend_on_what_ran_before(ground):
+    run_unit(ground.bench, ground.job("control"))
+    run_unit(ground.bench, ground.job("gradient"))
+    after = run_unit(ground.bench, ground.job("mask", keep=0.8))
+    alone = run_unit(ground.fresh(), ground.job("mask", keep=0.8))
+    assert equal(after.measured, alone.measured)
+    assert after.curve == alone.curve
+
+
+def test_temperature_scales_the_fine_tunes_logits(ground):
+    found = run_unit(ground.bench, ground.job("temperature"))
+    tested = run_test(ground.bench, ground.job("full", on_test=True))
+    assert found.loss <= ground.full.loss
+    assert found.measured.temperature == pytest.approx(tested.test.temperature, rel=1e-3)
+    tempered = run_test(ground.bench, ground.job("temperature", on_test=True))
+    assert equal(tempered.test.evaluation, tempered.test.tempered)
+    assert tempered.test.evaluation.loss == pytest.approx(tested.test.tempered.loss, abs=1e-4)
+
+
+def test_answers_are_counted_where_the_study_asks_for_them(ground, monkeypatch):
+    asked = []
+
+    def count(model, tokenizer, dataset):
+        asked.append(len(dataset))
+        return torch.tensor([1]), torch.tensor([2])
+
+    monkeypatch.setattr(arms, "exact_matches", count)
+    assert run_test(ground.bench, ground.job("full", on_test=True)).test.answers is None
+    tested = run_test(ground.fresh(answers="[count]"), ground.job("full", on_test=True))
+    assert (tested.test.answers.tolist(), tested.validation.questions.tolist()) == ([1], [2])
+    splits = ground.bench.splits("count")
+    assert asked == [len(splits.validation), len(splits.test)]

@@ -1,0 +1,240 @@
+"""What a study runs next: the order of its phases, its grids, and what a reader is told of them."""
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mft.config import DataConfig
+from mft.evaluate import Evaluation
+from mft.study.declared import ArmConfig, Setting, StudyConfig
+from mft.study.outcome import Measured, Outcome, Unit
+from mft.study.plan import (
+    best_so_far,
+    chosen_units,
+    fine_tune_of,
+    known_units,
+    notes,
+    parts_of,
+    ready,
+    selection,
+    sorted_outcomes,
+)
+
+RATES = [1e-4, 1e-3, 1e-2]
+ARMS = {
+    "base": ArmConfig("base"),
+    "full": ArmConfig("full", lrs=RATES, epochs=[1, 2]),
+    "control": ArmConfig("control", lrs=RATES),
+    "random": ArmConfig("random", keep_ratios=[0.9, 0.99]),
+    "temperature": ArmConfig("temperature"),
+    "MFT": ArmConfig("mask", lrs=RATES, keep_ratios=[0.9, 0.99]),
+    "mean": ArmConfig("average", of="MFT", runs=3),
+}
+
+
+def make(arms=ARMS, seeds=(0, 1), extensions=2, domains=("code",)):
+    domains = {name: DataConfig() for name in domains}
+    return StudyConfig(arms=dict(arms), domains=domains, seeds=list(seeds), extensions=extensions)
+
+
+def outcome(unit, loss):
+    """A finished unit whose validation loss is so large; infinite: it diverged."""
+    if math.isinf(loss):
+        return Outcome(unit, None, diverged="the loss must stay finite, got nan")
+    one = torch.ones(1, dtype=torch.float64)
+    return Outcome(unit, Measured(Evaluation(torch.zeros(1), one, one * loss, one)))
+
+
+def bowl(best, keep=0.9):
+    """Least at this rate, and at this keep ratio."""
+
+    def loss(unit):
+        setting = unit.setting
+        far = 0 if setting.lr is None else abs(math.log(setting.lr / best))
+        return 2 + far + abs((setting.keep_ratio or keep) - keep) + 0.1 * abs((setting.epochs or 1) - 1)
+
+    return loss
+
+
+def play(study, loss, done=(), order=None, workers=1):
+    """Run until nothing is left, as many as workers at a time, in an order of chance; the outcomes as they came."""
+    done, running = list(done), []
+    order = order or random.Random(0)
+    while True:
+        waiting = [unit for unit in ready(study, done) if unit not in running]
+        order.shuffle(waiting)
+        running += waiting[: workers - len(running)]
+        if not running:
+            return done
+        unit = running.pop(order.randrange(len(running)))
+        done.append(outcome(unit, loss(unit)))
+
+
+def tried(outcomes, arm, seed=0):
+    return sorted(o.unit.setting.lr for o in outcomes if (o.unit.arm, o.unit.seed, o.unit.part) == (arm, seed, 0))
+
+
+def test_the_fine_tunes_of_every_seed_come_before_any_other_trained_arm():
+    done = play(make(), bowl(1e-3))
+    last = max(i for i, o in enumerate(done) if o.unit.arm == "full")
+    first = min(i for i, o in enumerate(done) if o.unit.arm not in ("base", "full"))
+    assert last < first
+    assert {o.unit.seed for o in done[: last + 1] if o.unit.arm == "full"} == {0, 1}
+
+
+def test_other_seeds_run_the_setting_that_the_first_one_chose():
+    done = play(make(), bowl(1e-3))
+    for arm in ("full", "control"):
+        assert tried(done, arm, seed=0)[::2] if arm == "full" else tried(done, arm) == RATES
+        assert tried(done, arm, seed=1) == [1e-3]
+
+
+def test_base_runs_once_whatever_the_seeds():
+    units = [o.unit for o in play(make(seeds=(3, 1, 2)), bowl(1e-3)) if o.unit.arm == "base"]
+    assert units == [Unit("code", "base", 3, Setting())]
+
+
+def test_an_average_waits_for_its_parts_and_reuses_the_arms_own_run():
+    study = make()
+    done = play(study, bowl(1e-3))
+    order = [o.unit for o in done]
+    for seed in study.seeds:
+        whole = Unit("code", "mean", seed, Setting(1e-3, 1.0, 0.9))
+        parts = parts_of(study, whole)
+        assert [(p.arm, p.part) for p in parts] == [("MFT", 0), ("mean", 1), ("mean", 2)]
+        assert all(order.index(part) < order.index(whole) for part in parts)
+        assert parts_of(study, parts[1]) == []
+    assert sum(unit.arm == "mean" for unit in order) == 2 * 3
+
+
+def test_test_sees_every_arm_and_seed_in_its_chosen_setting():
+    study = make()
+    done = play(study, bowl(1e-3))
+    units = chosen_units(study, done)
+    assert len(units) == 1 + 6 * 2
+    assert set(units) <= {o.unit for o in done}
+    assert Unit("code", "random", 1, Setting(keep_ratio=0.9)) in units
+
+
+def test_what_follows_starts_from_its_seeds_fine_tune():
+    study = make()
+    chosen = selection(study, play(study, bowl(1e-3))).chosen
+    unit = Unit("code", "MFT", 1, Setting(1e-3, 1.0, 0.9))
+    assert fine_tune_of(study, chosen, unit) == Unit("code", "full", 1, Setting(1e-3, 1.0))
+    assert fine_tune_of(study, chosen, Unit("code", "full", 1, Setting(1e-3, 1.0))) is None
+    assert fine_tune_of(study, chosen, Unit("code", "base", 0, Setting())) is None
+
+
+def test_the_grid_grows_while_its_best_rate_is_at_an_end():
+    assert tried(play(make(), bowl(1e-1)), "control") == [*RATES, 1e-1, 1.0]
+    assert tried(play(make(), bowl(1e-5)), "control") == [1e-6, 1e-5, *RATES]
+    assert tried(play(make(), bowl(1e-3)), "control") == RATES
+    assert tried(play(make(), bowl(1e-9)), "control") == [1e-6, 1e-5, *RATES]  # no more than extensions
+    assert tried(play(make(extensions=0), bowl(1e-1)), "control") == RATES
+
+
+def test_a_grid_grows_beside_its_best_setting_alone():
+    done = play(make(), bowl(1e-1, keep=0.99))
+    further = [o.unit.setting for o in done if o.unit.arm == "MFT" and o.unit.setting.lr > 1e-2 and o.unit.seed == 0]
+    assert further == [Setting(1e-1, 1.0, 0.99), Setting(1.0, 1.0, 0.99)]
+
+
+def test_one_rate_is_no_grid_to_grow():
+    study = make(ARMS | {"control": ArmConfig("control", lrs=[1e-3])})
+    assert tried(play(study, bowl(1e-1)), "control") == [1e-3]
+
+
+def test_a_rate_that_diverges_is_a_trial_but_is_not_chosen():
+    def loss(unit):
+        return math.inf if (unit.setting.lr or 0) >= 1e-2 else bowl(1e-2)(unit)
+
+    study = make()
+    done = play(study, loss)
+    found = selection(study, done)
+    assert found.chosen["code"]["control"].lr == 1e-3
+    assert found.tried["code"]["control"] == 3
+    assert "code, control, lr 0.01, epochs 1, seed 0: the loss must stay finite, got nan" in notes(study, done)
+
+
+def test_a_setting_that_diverges_with_another_seed_gives_way_to_the_next_best():
+    def loss(unit):
+        return math.inf if unit.seed == 1 and unit.setting.lr == 1e-3 else bowl(1.2e-3)(unit)
+
+    study = make()
+    done = play(study, loss)
+    assert selection(study, done).chosen["code"]["control"].lr == 1e-2
+    assert tried(done, "control", seed=1) == [1e-3, 1e-2]
+    assert {unit.setting.lr for unit in chosen_units(study, done) if unit.setting.lr} == {1e-2}
+
+
+def test_a_part_that_diverges_takes_its_arm_to_another_setting_too():
+    def loss(unit):
+        return math.inf if unit.part == 2 and unit.setting.lr == 1e-3 else bowl(1.2e-3)(unit)
+
+    chosen = selection(make(), play(make(), loss)).chosen["code"]
+    assert chosen["MFT"] == chosen["mean"] == Setting(1e-2, 1.0, 0.9)
+
+
+def test_an_arm_that_always_diverges_is_an_error_that_names_it():
+    def loss(unit):
+        return math.inf if unit.arm == "control" else 2.0
+
+    with pytest.raises(RuntimeError, match=r"code, control must stay finite in one of its settings.*arms.control.lrs"):
+        play(make(), loss)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**30), st.integers(1, 5), st.data())
+def test_what_is_chosen_depends_neither_on_order_nor_on_interruptions_nor_on_workers(seed, workers, data):
+    table = random.Random(seed)
+    values = {}
+
+    def loss(unit):
+        if unit not in values:
+            values[unit] = table.choice([2.0, 2.1, 2.2, 2.3, 2.4, 2.5]) + (unit.setting.lr or 0)
+        return values[unit]
+
+    study = make(domains=("code", "math"))
+    whole = play(study, loss)
+    cut = data.draw(st.integers(0, len(whole)))
+    again = play(study, loss, done=whole[:cut], order=random.Random(seed), workers=workers)
+    assert selection(study, again) == selection(study, whole)
+    assert [o.unit for o in sorted_outcomes(study, again)] == [o.unit for o in sorted_outcomes(study, whole)]
+
+
+def test_more_seeds_or_rates_need_only_what_is_new():
+    done = play(make(), bowl(1e-3))
+    more = play(make(seeds=(0, 1, 2)), bowl(1e-3), done=done)
+    assert {o.unit.seed for o in more[len(done) :]} == {2}
+    wider = ARMS | {"control": ArmConfig("control", lrs=[*RATES, 3e-3])}
+    more = play(make(wider), bowl(1e-3), done=done)
+    assert [o.unit for o in more[len(done) :]] == [Unit("code", "control", 0, Setting(3e-3, 1.0))]
+
+
+def test_the_number_of_units_is_known_in_the_end_and_never_too_large_before():
+    study = make()
+    done = play(study, bowl(1e-1))
+    total = len(done) + len(chosen_units(study, done))
+    assert known_units(study, done) == total
+    assert known_units(study, done[:5]) <= total
+
+
+def test_the_best_so_far_is_what_is_kept():
+    study = make()
+    done = [outcome(Unit("code", "full", 0, Setting(lr, 1.0)), loss) for lr, loss in ((1e-4, 2.2), (1e-3, 2.1))]
+    assert best_so_far(study, done) == {("code", "full"): Setting(1e-3, 1.0)}
+    assert selection(study, done).chosen == {"code": {}}  # its grid is not done
+
+
+def test_few_rates_and_a_best_one_at_the_end_are_said():
+    study = make(extensions=0)
+    lines = notes(study, play(study, bowl(1e-1)))
+    assert "code, control: only 3 rate(s) tried, at least 5 make a fair choice" in lines
+    assert any(line.startswith("code, MFT: the best rate, 0.01, is the largest of those tried") for line in lines)
+    rates = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
+    study = make({"full": ArmConfig("full", lrs=rates), "control": ArmConfig("control", lrs=rates)})
+    assert notes(study, play(study, bowl(1e-3))) == []

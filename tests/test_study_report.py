@@ -1,0 +1,329 @@
+"""A study's table, verdicts, files and plots, from findings made by hand."""
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from mft.config import DataConfig
+from mft.evaluate import Evaluation
+from mft.study.declared import ArmConfig, Setting, StudyConfig
+from mft.study.outcome import Findings, Measured, Outcome, Unit
+from mft.study.plots import plot_study, plot_summary
+from mft.study.report import console_report, verdicts, write_study_report
+from mft.study.statistics import differences, paired
+from mft.study.table import study_numbers, study_tables
+from mft.study.verdict import HELPS, LOST, NO_EVIDENCE, remarks
+
+DOCUMENTS = 30
+ARMS = {
+    "base": ArmConfig("base"),
+    "full fine-tune": ArmConfig("full", lrs=[1e-5, 3e-5, 1e-4, 3e-4, 1e-3]),
+    "control": ArmConfig("control", lrs=[1e-5, 3e-5, 1e-4, 3e-4, 1e-3]),
+    "random mask": ArmConfig("random"),
+    "MFT": ArmConfig("mask", lrs=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2]),
+    "MFT x3": ArmConfig("average", of="MFT", runs=3),
+    "control x3": ArmConfig("average", of="control", runs=3),
+}
+LOSSES = {"base": 2.4, "full fine-tune": 2.0, "control": 1.97, "random mask": 2.5, "MFT": 1.95}
+LOSSES |= {"MFT x3": 1.93, "control x3": 1.96}
+
+
+def measured(loss, seed, answers=None, documents=DOCUMENTS, noise=0.002):
+    """Documents of different difficulty, the same for all arms; arms and seeds differ by a little noise."""
+    own = np.random.default_rng((int(loss * 1e6), seed)).normal(0, noise, documents)
+    tokens = np.random.default_rng(7).integers(80, 400, documents)
+    per_token = loss + np.random.default_rng(8).normal(0, 0.3, documents) + own
+    evaluation = Evaluation(
+        torch.arange(documents),
+        torch.tensor(tokens, dtype=torch.float64),
+        torch.tensor(per_token * tokens),
+        torch.tensor(np.round(tokens * np.exp(-loss) + 2)),
+    )
+    if answers is None:
+        return Measured(evaluation, evaluation, 1.1)
+    questions = torch.full((documents,), 5)
+    return Measured(evaluation, evaluation, 1.1, (questions * answers).round().long(), questions)
+
+
+def findings(arms=ARMS, test=LOSSES, validation=LOSSES, seeds=(0, 1, 2), domains=("code",), notes=(), **options):
+    """options: of measured()."""
+    study = StudyConfig(arms=dict(arms), domains={name: DataConfig() for name in domains}, seeds=list(seeds))
+
+    def split(losses, **extra):
+        of = {arm: {seed: measured(losses[arm], seed, **extra) for seed in seeds} for arm in arms}
+        if "base" in of:
+            of["base"] = {seeds[0]: of["base"][seeds[0]]}
+        return {domain: dict(of) for domain in domains}
+
+    tested, outcomes, chosen = split(test, **options), [], {}
+    for domain in domains:
+        for name, arm in arms.items():
+            settings = arms[arm.of].settings(study.mask) if arm.of else arm.settings(study.mask)
+            best = settings[len(settings) // 2]
+            chosen.setdefault(domain, {})[name] = best
+            tried = [] if arm.of else [(setting, seeds[0]) for setting in settings]
+            for setting, seed in tried + [(best, seed) for seed in seeds if arm.of or seed != seeds[0]]:
+                far = 0 if setting.lr is None else math.log10(setting.lr / best.lr) ** 2
+                diverged = "loss is nan" if far > 0.9 and setting.lr > best.lr and arm.kind == "mask" else None
+                result = None if diverged else measured(validation[name] + 0.05 * far, seed)
+                for part in range(arm.runs if arm.of else 1):  # part 0 of an average is the mean, without training
+                    seconds = 0.0 if arm.of and part == 0 else 10.0
+                    steps = 0 if setting.lr is None else 40
+                    unit = Unit(domain, name, seed, setting, part)
+                    outcomes.append(Outcome(unit, result, steps=steps, seconds=seconds, diverged=diverged))
+    return Findings(study, outcomes, chosen, split(validation), tested, list(notes))
+
+
+def without(*names):
+    return {name: arm for name, arm in ARMS.items() if name not in names}
+
+
+SINGLE = without("MFT x3", "control x3")
+
+
+def said(**changes):
+    (paragraph,) = verdicts(findings(arms=SINGLE, **changes))
+    return paragraph
+
+
+def test_mft_helps_where_interval_holm_and_validation_agree():
+    text = said()
+    assert f"MFT: {HELPS}. " in text
+    assert LOST not in text
+    assert NO_EVIDENCE not in text
+
+
+def test_the_three_differences_stand_together():
+    text = said()
+    assert "MFT - full fine-tune: -0.05" in text
+    assert "; control - full fine-tune: -0.0" in text
+    assert "; MFT - control: -0.0" in text
+    assert "Holm-adjusted p <0.001" in text
+
+
+def test_a_lost_comparison_is_stated_as_lost():
+    worse = LOSSES | {"MFT": 1.99}
+    text = said(test=worse, validation=worse)
+    assert f"MFT: {LOST}. " in text
+    assert HELPS not in text
+
+
+def test_an_interval_with_zero_in_it_claims_nothing():
+    text = said(test=LOSSES | {"MFT": 1.9695}, noise=0.03)
+    assert f"MFT: {NO_EVIDENCE} (" in text
+    assert "but the interval includes 0" in text
+    assert HELPS not in text
+
+
+@pytest.mark.parametrize("loss", [1.95, 1.99])
+def test_validation_that_disagrees_takes_the_claim_away(loss):
+    other = {1.95: 1.99, 1.99: 1.95}[loss]
+    text = said(test=LOSSES | {"MFT": loss}, validation=LOSSES | {"MFT": other})
+    assert f"{NO_EVIDENCE} ({'MFT' if loss < 1.97 else 'control'} is ahead on test, but validation disagrees)" in text
+    assert HELPS not in text
+    assert LOST not in text
+
+
+def test_no_validation_no_claim():
+    study = findings(arms=SINGLE)
+    del study.validation["code"]["MFT"]
+    assert f"{NO_EVIDENCE} (MFT is ahead on test, but there is no validation difference" in verdicts(study)[0]
+
+
+def test_many_comparisons_take_the_claim_of_a_weak_one_away():
+    def claims(masks):
+        names = [f"MFT {i}" for i in range(masks)]
+        arms = without("MFT", "MFT x3", "control x3") | {name: ARMS["MFT"] for name in names}
+        losses = LOSSES | dict.fromkeys(names, 1.9695) | {names[0]: 1.9545}
+        return verdicts(findings(arms=arms, test=losses, validation=losses, noise=0.03))[0].split("MFT 1:")[0]
+
+    assert f"MFT 0: {HELPS}" in claims(1)
+    assert f"MFT 0: {NO_EVIDENCE} (MFT is ahead on test, but not after Holm's correction)" in claims(12)
+
+
+def test_holm_counts_the_comparisons_of_all_domains():
+    one, two = (
+        study_tables(findings(arms=SINGLE, domains=names, noise=0.05))["code"].row("MFT").minus_control["loss"]
+        for names in (("code",), ("code", "text"))
+    )
+    assert one.p_holm == one.p < 0.5
+    assert two.p_holm == 2 * two.p == 2 * one.p
+
+
+def test_without_a_control_there_is_no_verdict():
+    (text,) = verdicts(findings(arms={name: SINGLE[name] for name in ("full fine-tune", "MFT")}))
+    assert "no control arm" in text
+    assert "so there is no verdict" in text
+    assert "MFT - full fine-tune: -0.05" in text
+    for claim in (HELPS, LOST, NO_EVIDENCE):
+        assert claim not in text
+
+
+def test_a_single_document_allows_no_claim():
+    text = said(documents=1)
+    assert f"{NO_EVIDENCE} (a single document has no interval)" in text
+    assert "nan" not in text
+
+
+def test_a_single_seed_is_said():
+    assert "A single seed: the intervals know of documents only" in said(seeds=(0,))
+    assert "single seed" not in said()
+
+
+def test_averages_are_held_against_averages_of_as_many_runs():
+    tables = study_tables(findings())
+    row = tables["code"].row("MFT x3")
+    assert row.against == "control x3"
+    expected = paired(findings().test["code"]["MFT x3"], findings().test["code"]["control x3"])
+    assert row.minus_control["loss"].estimate == pytest.approx(differences([expected])[0].estimate)
+    assert tables["code"].row("control x3").against is None
+    assert "MFT x3 - control x3: -0.03" in verdicts(findings())[0]
+
+
+@pytest.mark.parametrize("runs", [None, 2])
+def test_an_average_without_its_match_is_not_compared(runs):
+    arms = without("control x3") | (
+        {} if runs is None else {"control x2": ArmConfig("average", of="control", runs=runs)}
+    )
+    losses = LOSSES | {"control x2": 1.96}
+    (text,) = verdicts(findings(arms=arms, test=losses, validation=losses))
+    assert "not compared: no arm averages 3 runs of control, and a single run is no match" in text
+    assert "MFT x3: " not in text
+
+
+def test_the_base_model_is_one_for_all_seeds():
+    row = study_tables(findings())["code"].row("base")
+    assert row.minus_full.seeds == 3
+    assert row.minus_full.estimate == pytest.approx(0.4, abs=0.01)
+
+
+def test_table_holds_what_statistics_say():
+    study = findings(answers=0.4)
+    row = study_tables(study)["code"].row("MFT")
+    test = study.test["code"]
+    for metric in ("loss", "tempered", "accuracy", "answers"):
+        pair = paired(test["MFT"], test["control"], metric)
+        expected, found = differences([pair])[0], row.minus_control[metric]
+        for name in ("estimate", "low", "high", "p"):
+            assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-6, abs=1e-12)
+    assert row.loss == pytest.approx(np.mean([test["MFT"][seed].evaluation.loss for seed in (0, 1, 2)]))
+    assert row.exact == pytest.approx(0.4)
+    assert row.validation == pytest.approx(-0.02, abs=0.002)
+    assert (row.tried, row.seconds, row.seconds_tried) == (5, 10, 70)
+
+
+def test_an_average_costs_all_its_runs_and_tries_none():
+    row = study_tables(findings())["code"].row("MFT x3")
+    assert row.tried == 0
+    assert row.seconds == 30  # of the run that it shares with its arm and of two more
+
+
+def test_remarks_tell_counts_seeds_and_notes():
+    study = findings(notes=["a note"])
+    text = "\n".join(remarks(study, study_tables(study)))
+    assert "means of 3 seeds" in text
+    assert "code: 17 configurations tried (base 1, full fine-tune 5, control 5, random mask 1, MFT 5)" in text
+    assert "39 runs and 390 s in all" in text  # 17 tried, 5 arms in 2 more seeds, 2 more parts of 2 averages in 3 seeds
+    assert "over the 2 comparisons of MFT" in text
+    assert "1 rows a step, linear schedule" in text
+    assert "The test split was opened once" in text
+    assert text.endswith("\na note")
+    assert "Warning" not in text
+
+
+def test_remarks_warn_of_a_used_test_split_few_documents_and_missing_seeds():
+    study = findings(documents=19)
+    study.test_openings = 3
+    del study.test["code"]["MFT"][2]
+    del study.test["code"]["random mask"]
+    text = "\n".join(remarks(study, study_tables(study)))
+    assert "opened 3 times" in text
+    assert "optimistic" in text
+    assert "opened once" not in text
+    assert "19 test documents, fewer than 20" in text
+    assert "code, MFT: compared in 2 of 3 seeds" in text
+    assert "code was not tested for random mask" in text
+
+
+def test_the_report_writes_table_numbers_and_plot(tmp_path):
+    study = findings(answers=0.4)
+    write_study_report(study, tmp_path, {"commit": "abc", "versions": {"torch": "2.13", "peft": "0.21"}})
+    text = (tmp_path / "table.md").read_text()
+    row = study_tables(study)["code"].row("MFT")
+    difference = row.minus_control["loss"]
+    cell = f"{difference.estimate:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+    (line,) = [line for line in text.splitlines() if line.startswith("| **MFT** ")]
+    points = row.minus_control["accuracy"]
+    assert f" | {100 * points.estimate:+.2f} [{100 * points.low:+.2f}, {100 * points.high:+.2f}] | " in line
+    assert line.startswith(f"| **MFT** | lr 0.001, epochs 1, keep 0.9 | {row.loss:.4f} | ")
+    assert f" | {cell} | " in line
+    assert " | 40.0 | +0.0 [+0.0, +0.0] | " in line
+    assert line.endswith(" | 5 | 40 | 10.0 |")
+    assert verdicts(study)[0] in text
+    assert text.endswith("- commit: abc\n- versions: torch 2.13, peft 0.21\n")
+    assert "| **MFT x3** |" in text
+    assert "| control |" in text
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_holds_the_numbers_and_goes_round(tmp_path):
+    study = findings()
+    write_study_report(study, tmp_path, {"commit": "abc"})
+    numbers = json.loads((tmp_path / "table.json").read_text(), parse_constant=pytest.fail)
+    assert numbers["environment"] == {"commit": "abc"}
+    rows = {row["arm"]: row for row in numbers["domains"]["code"]["rows"]}
+    expected = study_tables(study)["code"].row("MFT").minus_control["loss"]
+    assert rows["MFT"]["minus_control"]["loss"] == {name: value for name, value in vars(expected).items()}
+    assert rows["MFT"]["conclusion"] == HELPS
+    assert rows["control"]["conclusion"] is None
+    assert rows["MFT"]["setting"] == {"lr": 1e-3, "epochs": 1, "keep_ratio": 0.9}
+    diverged = [trial for trial in numbers["domains"]["code"]["trials"] if trial["diverged"] is not None]
+    assert diverged
+    assert all(trial["validation_loss"] is None for trial in diverged)
+    plot_study(numbers, tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "plot.png").read_bytes()
+
+
+def test_columns_without_an_entry_are_left_out(tmp_path):
+    write_study_report(findings(arms={name: SINGLE[name] for name in ("full fine-tune", "MFT")}), tmp_path)
+    header = next(line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| arm"))
+    assert header == "| arm | chosen | loss | loss - full fine-tune | acc % | tried | steps | s a run |"
+
+
+def test_the_console_report_fits_100_columns():
+    arms = SINGLE | {"MFT of a rather long name": ARMS["MFT"]}
+    losses = LOSSES | {"MFT of a rather long name": 1.96}
+    console = Console(width=180, record=True, file=io.StringIO())
+    for part in console_report(findings(arms=arms, test=losses, validation=losses, answers=0.4)):
+        console.print(part)
+    text = console.export_text()
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 100
+    assert HELPS in text
+    assert "exact % -" in text
+    assert "lr 0.001, epochs 1, keep 0.9" in text
+
+
+def test_a_summary_is_drawn_from_findings_numbers_and_files(tmp_path):
+    study = findings(domains=("code", "text"))
+    write_study_report(study, tmp_path)
+    sources = {"findings": study, "numbers": study_numbers(study), "file": tmp_path / "table.json"}
+    for name, source in sources.items():
+        plot_summary(source, tmp_path / f"{name}.png")
+    images = {(tmp_path / f"{name}.png").read_bytes() for name in sources}
+    assert len(images) == 1
+    assert images.pop().startswith(b"\x89PNG")
+
+
+def test_a_summary_without_a_control_is_refused(tmp_path):
+    study = findings(arms={name: SINGLE[name] for name in ("full fine-tune", "MFT")})
+    with pytest.raises(ValueError, match="must have a domain with a control arm"):
+        plot_summary(study, tmp_path / "summary.png")
+
+
+def test_settings_read_as_they_are_shown():
+    assert str(Setting(1e-3, 2, 0.99)) == "lr 0.001, epochs 2, keep 0.99"

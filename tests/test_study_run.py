@@ -1,0 +1,210 @@
+"""A whole study: interrupted, resumed, with more workers, with more seeds, it finds the same; what fails is named."""
+
+import io
+import os
+import shutil
+import signal
+
+import pytest
+from rich.console import Console
+from tiny_study import FEW, FULL, equal, make_study, write_ground
+from typer.testing import CliRunner
+
+from mft.cli import app
+from mft.study import arms, run, workers
+from mft.study.declared import Setting
+from mft.study.outcome import Unit
+from mft.study.run import run_study
+
+UNTRAINED = FULL + "  random: {kind: random}\n  temperature: {kind: temperature}\n"
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("ground")
+    write_ground(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MFT_CACHE", str(directory / "cache"))
+        yield directory
+
+
+class Runs:
+    """Runs studies on the ground, each in a directory of its own, and keeps what the console said."""
+
+    def __init__(self, ground, tmp_path):
+        self.ground, self.directory = ground, tmp_path / "run"
+
+    def __call__(self, *overrides, arms=FEW, **options):
+        self.said = io.StringIO()
+        console = Console(file=self.said, width=200)
+        return run_study(make_study(self.ground, arms, overrides), self.directory, console=console, **options)
+
+    def afresh(self, *overrides, **options):
+        shutil.rmtree(self.directory, ignore_errors=True)
+        return self(*overrides, **options)
+
+    @property
+    def lines(self):
+        return [line for line in self.said.getvalue().splitlines() if line.startswith("[")]
+
+
+@pytest.fixture
+def study(ground, tmp_path):
+    return Runs(ground, tmp_path)
+
+
+def facts(findings):
+    """What was found, without the time that it took."""
+    for outcome in findings.outcomes:
+        outcome.seconds = 0.0
+    return {name: vars(findings)[name] for name in ("outcomes", "chosen", "validation", "test", "notes")}
+
+
+def stop_after(monkeypatch, count, error):
+    """Raise error instead of the count-th unit (from 0); returns the units that ran."""
+    ran, real = [], workers._run
+
+    def run_or_stop(bench, job):
+        if len(ran) == count:
+            raise error
+        ran.append(job.unit)
+        return real(bench, job)
+
+    monkeypatch.setattr(workers, "_run", run_or_stop)
+    return ran
+
+
+def test_an_interrupted_study_resumes_to_the_same_bits(study, monkeypatch):
+    whole = facts(study())
+    units = len(study.lines)
+    shutil.rmtree(study.directory)
+    for count in (1, 4, 5):
+        with monkeypatch.context() as patch:
+            stop_after(patch, count, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                study()
+            assert "units are kept in" in study.said.getvalue()
+            assert "the same command continues" in study.said.getvalue()
+    resumed = study()
+    assert len(study.lines) == units - 1 - 4 - 5
+    assert equal(facts(resumed), whole)
+    assert resumed.test_openings == 1
+    study()
+    assert study.lines == []  # all is done
+
+
+def test_two_processes_find_what_one_finds(study):
+    one = facts(study())
+    two = facts(study.afresh("workers=2"))
+    assert equal(two, one)
+
+
+def test_a_seed_that_is_added_later_finds_what_it_would_have_found_at_once(study):
+    at_once = facts(study("seeds=[0,1]"))
+    study.afresh("seeds=[0]")
+    later = study("seeds=[0,1]")
+    assert later.test_openings == 2
+    assert equal(facts(later), at_once)
+
+
+def test_a_wider_grid_of_the_fine_tune_takes_up_what_still_holds(study):
+    study()
+    study("arms.full.lrs=[1e-6,1e-3,1e-2]")  # the further rate is not the best one
+    assert len(study.lines) == 1
+    assert "full, lr 1e-06" in study.lines[0]
+
+
+def test_nothing_sees_test_before_all_is_trained(study, monkeypatch):
+    order, real = [], workers._run
+    monkeypatch.setattr(workers, "_run", lambda bench, job: order.append(job.on_test) or real(bench, job))
+    findings = study()
+    assert order == sorted(order)
+    assert order.count(True) == 3 * 2
+    assert {arm: set(seeds) for arm, seeds in findings.test["count"].items()} == {
+        arm: {0, 1} for arm in ("full", "control", "MFT")
+    }
+
+
+def test_base_stands_for_every_seed(study):
+    findings = study(arms="  base: {kind: base}\n" + UNTRAINED)
+    assert findings.test["count"]["base"][0] is findings.test["count"]["base"][1]
+    assert findings.chosen["count"]["base"] == Setting()
+
+
+def test_trained_weights_that_were_lost_are_made_again(study):
+    whole = facts(study(arms=FEW))
+    shutil.rmtree(study.directory / "trained")
+    shutil.rmtree(study.directory / "test")
+    again = study(arms=FEW)
+    assert equal(facts(again), whole)
+    assert any("full, lr 0.01, epochs 1, seed 1: validation" in line for line in study.lines)
+
+
+def test_a_unit_that_fails_is_named_and_what_was_done_is_kept(study, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, ValueError("the data is wrong"))
+        with pytest.raises(RuntimeError, match=r"^count, control, lr 0.01, epochs 1, seed 0: the data is wrong$"):
+            study()
+    study()
+    assert "[4/" in study.lines[0]
+
+
+@pytest.fixture
+def process(study):
+    """(one worker process, a job whose fine-tune is not there)"""
+    declared = make_study(study.ground)
+    processes = workers._Processes(declared, declared.model)
+    yield processes, arms.Job(Unit("count", "control", 0, Setting(1e-2, 1.0)), study.directory / "x", study.directory)
+    processes.close()
+    assert not any(worker.is_alive() for worker in processes._workers.values())
+
+
+def test_a_process_that_fails_names_its_unit(process):
+    processes, job = process
+    processes.submit(job)
+    with pytest.raises(RuntimeError, match="^count, control, lr 0.01, epochs 1, seed 0: No such file or directory"):
+        processes.next()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_process_that_is_killed_names_its_unit(process, before):
+    processes, job = process
+    (worker,) = processes._workers.values()
+    if not before:
+        processes.submit(job)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    with pytest.raises(RuntimeError, match="^count, control, lr 0.01, epochs 1, seed 0: its process ended .* -9"):
+        processes.submit(job) if before else processes.next()
+
+
+def test_a_file_that_gives_another_model_is_found(study, monkeypatch):
+    monkeypatch.setattr(run, "_SAME", 0.0)
+    with pytest.raises(RuntimeError, match="its file must give the validation loss that its run had"):
+        study()
+
+
+def test_lines_say_how_far_the_study_is(study):
+    study(arms=UNTRAINED)
+    assert study.lines[0].startswith("[1/13] count, full, lr 0.001, epochs 1, seed 0: validation ")
+    assert "an hour, about" in study.lines[0]
+    assert study.lines[-1].startswith("[13/13] count, temperature, seed 1, on test: evaluated")
+
+
+def test_the_command_writes_its_tables_and_continues(ground, tmp_path):
+    make_study(ground)
+    call = ["compare", "--config", str(ground / "study.yaml"), "seeds=[0]", f"output_dir={tmp_path}/run"]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "run" / "plot.png").is_file()
+    assert "MFT - control" in (tmp_path / "run" / "table.md").read_text()
+    assert f"files: {tmp_path}/run/" in result.output
+    again = CliRunner().invoke(app, call)
+    assert again.exit_code == 0
+    assert "[1/" not in again.output
+    changed = CliRunner().invoke(app, [*call, "stage.batch_size=2"])
+    assert changed.exit_code == 2
+    assert "stage.batch_size: 4 -> 2" in changed.output
+    anew = CliRunner().invoke(app, [*call, "--set", "stage.batch_size=2", "--overwrite"])
+    assert anew.exit_code == 0, anew.output
+    assert "[1/" in anew.output

@@ -1,0 +1,58 @@
+"""A study small enough for a test: the tiny Llama on disk, rows of words that count, two or three settings an arm."""
+
+import json
+
+import torch
+from tiny import WORDS, make_llama
+
+from mft.study.load import load_study
+
+STUDY = """
+model: {{name: {directory}/model, dtype: float32}}
+mask: {{layers_to_transform: 2-3, init: magnitude, keep_ratio: 0.9}}
+domains: {{count: {{source: {directory}/data.jsonl, sequence_length: 12, max_train_tokens: 288, max_eval_tokens: 96}}}}
+full: {{batch_size: 4}}
+stage: {{batch_size: 4}}
+seeds: [0, 1]
+extensions: 0
+checkpoints: 2
+workers: 1
+output_dir: {directory}/run
+arms:
+"""
+FULL = "  full: {kind: full, lrs: [1e-3, 1e-2]}\n"
+FEW = FULL + "  control: {kind: control, lrs: [1e-2]}\n  MFT: {kind: mask, lrs: [1e-2, 3e-2]}\n"
+
+
+def write_ground(directory):
+    """The model and the data."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<end>": 0} | {str(i): i for i in range(1, WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<end>")
+    wrapped.save_pretrained(directory / "model")
+    make_llama().save_pretrained(directory / "model")
+    lines = [json.dumps({"text": " ".join(str(1 + (i * 7 + j) % (WORDS - 1)) for j in range(20))}) for i in range(60)]
+    (directory / "data.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def make_study(directory, arms=FEW, overrides=()):
+    path = directory / "study.yaml"
+    path.write_text(STUDY.format(directory=directory) + arms)
+    return load_study(path, list(overrides))
+
+
+def equal(a, b):
+    """Whether two values are the same to the last bit, tensors included."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    if hasattr(a, "__dict__") and not isinstance(a, type):
+        return type(a) is type(b) and equal(vars(a), vars(b))
+    return a == b
