@@ -1,1 +1,1 @@
-"""What the kernels cost, one file a question: `make bench` answers all of them, about two minutes on two cores."""
+"""What kernels and training steps cost, one file a question: `make bench` answers all; see docs/benchmarks.md."""

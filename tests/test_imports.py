@@ -59,8 +59,9 @@ STUDY_LAYERS = (
     ("ablate", "bench", "from_scratch", "load", "outcome"),
     ("arms", "plan", "statistics"),
     ("store", "table", "workers"),
-    ("plots", "run", "verdict"),
+    ("figures", "plots", "run", "verdict"),
     ("report",),
+    ("verbs",),
     ("__init__",),
 )
 EXTERNAL = {"torch", "triton", "numpy"}  # all that mft_kernels may import besides the standard library

@@ -299,3 +299,36 @@ def test_gradient_checkpointing_changes_no_result():
 def test_reports_are_plain_numbers():
     report = finetune(make_llama(), make_rows(2), TrainConfig(steps=1))[0]
     assert json.loads(json.dumps(vars(report)))["steps"] == 1
+
+
+def test_before_update_sees_the_gradients_of_a_step_and_may_change_them():
+    model, seen = masked_llama(init="magnitude"), []
+    before = copy.deepcopy(model.state_dict())
+
+    def erase(step, steps):
+        gradients = score_gradients(model).values()
+        seen.append((step, steps, all(grad.abs().sum() > 0 for grad in gradients)))
+        for grad in gradients:
+            grad.zero_()
+
+    train_masks(model, make_rows(), TrainConfig(lr=1e-2, steps=3, accumulation=2), before_update=erase)
+    assert seen == [(1, 3, True), (2, 3, True), (3, 3, True)]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_before_update_comes_before_clipping():
+    def blow_up(step, steps):
+        for grad in score_gradients(models[1]).values():
+            grad.mul_(1000)
+
+    models = [masked_llama(init="magnitude") for _ in range(2)]
+    train = TrainConfig(lr=1e-2, steps=2, max_grad_norm=1e-6)
+    for model, hook in zip(models, (None, blow_up)):
+        train_masks(model, make_rows(), train, before_update=hook)
+    for one, other in zip(*(masked_modules(model).values() for model in models)):
+        torch.testing.assert_close(one.scores, other.scores)
+
+
+def test_before_update_is_refused_where_it_has_no_gradients_to_show():
+    with pytest.raises(ValueError, match="before_update must be None unless way is plain, .* got 'resident'"):
+        train_masks(masked_llama(), make_rows(), TrainConfig(steps=1), way="resident", before_update=lambda *_: None)

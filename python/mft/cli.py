@@ -126,7 +126,7 @@ def compare(
 ) -> None:
     """MFT against honest baselines, chosen on validation, reported on test; continues where it was interrupted."""
     from mft.study.load import load_study
-    from mft.verbs import run_compare
+    from mft.study.verbs import run_compare
 
     run_compare(load_study(config, [*(overrides or []), *(sets or [])]), overwrite=overwrite)
 
@@ -145,10 +145,41 @@ def ablate(
 ) -> None:
     """MFT by keep ratio, by masked layers or by share of the data, beside the same baselines; continues too."""
     from mft.study.load import load_study
-    from mft.verbs import run_ablate
+    from mft.study.verbs import run_ablate
 
     given = [] if values is None else values.split(",")
     run_ablate(load_study(config, overrides or []), what, given, overwrite=overwrite)
+
+
+@app.command()
+def sensitivity(
+    config: Config = None,
+    overrides: Overrides = None,
+    sets: Set = None,
+    layers: Annotated[int, typer.Option(help="Layers in a group.")] = 1,
+    kinds: Annotated[bool, typer.Option("--kinds", help="Groups of one kind, such as down_proj, instead.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Ranks groups of layers by what a briefly trained mask on each alone does to the validation loss."""
+    from mft.verbs import run_sensitivity
+
+    run_sensitivity(_read(config, overrides, sets), None if kinds else layers, overwrite=overwrite)
+
+
+@app.command()
+def plot(
+    what: Annotated[str, typer.Argument(help="surface, overlap or summary.")],
+    directory: Annotated[Path, typer.Argument(help="The output_dir of a finished mft compare.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A PNG; by default named as the plot.")] = None,
+    domain: Annotated[str | None, typer.Option(help="Of surface; the first if not given.")] = None,
+    rows: Annotated[int, typer.Option(help="Of surface: validation rows that every point sees.")] = 32,
+    points: Annotated[int, typer.Option(help="Of surface: points along each axis.")] = 11,
+) -> None:
+    """Pictures of a study: loss round its models, overlap of its masks, differences from the control."""
+    from mft.study.verbs import run_plot
+
+    output = Path(f"{what}.png") if output is None else output
+    run_plot(what, directory, output, domain=domain, rows=rows, points=points)
 
 
 @app.command()

@@ -36,6 +36,7 @@ class Plain:
         self._device = next(model.parameters()).device
         self._optimizer = _optimizer(model, train)
         self._optimizer.__enter__()
+        self.before_update: Callable[[], None] | None = None  # see train_loop
 
     def step(
         self, batches: Sequence[MicroBatch], scale: float, lr: float, max_norm: float | None, on_loss: OnLoss
@@ -44,6 +45,8 @@ class Plain:
         for batch in batches:
             hidden = self._prefix(batch.input_ids.to(self._device), batch.rows)
             on_loss(batch, backward_labelled_loss(self._head, hidden, batch.labelled.to(self._device), scale))
+        if self.before_update is not None:
+            self.before_update()
         self._optimizer.set_lr(lr)
         if max_norm is not None:
             self._optimizer.clip(max_norm)

@@ -88,6 +88,7 @@ def train_loop(
     device: Device = None,
     memory: PrefixMemory | None = None,
     remember: bool = True,
+    before_update: Callable[[int, int], None] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> list[StepReport]:
     """Train what requires grad; the model ends in eval mode.
@@ -97,10 +98,14 @@ def train_loop(
         way, device: see train_masks.
         memory: of the frozen layers' outputs, shared with other runs on the same rows.
         remember: whether to remember them at all; without a memory, done when rows are seen twice.
+        before_update: called with (step, steps) when a step's gradients are complete and not yet clipped or applied; it
+            may change them (of fp32 parameters: the .grad) and the parameters. Belongs to way "plain".
     Raises: NonFiniteLoss, naming step, rows and documents; the step's gradients are not applied.
     """
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one row to train on, got 0")
+    if before_update is not None and way != "plain":
+        raise ValueError(f"before_update must be None unless way is plain, whose gradients it may change, got {way!r}")
     steps = count_steps(train, len(dataset))
     if remember and memory is None and steps * train.batch_size * train.accumulation > len(dataset):
         memory = PrefixMemory()
@@ -110,6 +115,8 @@ def train_loop(
     reports: list[StepReport] = []
     with _training_mode(model, checkpointed=way == "plain" and train.gradient_checkpointing):
         runner = _start(model, train, few, way, device, memory)
+        if isinstance(runner, Plain) and before_update is not None:
+            runner.before_update = lambda: before_update(len(reports) + 1, steps)
         try:
             if isinstance(runner, LayerEngine):
                 _rehearse(runner, dataset, train)

@@ -1,5 +1,6 @@
 """What the verbs of the command line do, in the order in which they do it."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +28,6 @@ from mft.recipe import finetune, train_masks
 from mft.recorder import Recorder
 from mft.report import evaluation_table
 from mft.run_directory import (
-    ABLATION,
     CONFIG,
     MASKS,
     MODEL,
@@ -37,11 +37,14 @@ from mft.run_directory import (
     check_run_directory,
     open_run,
 )
-from mft.study.ablate import derive, plot_ablation
-from mft.study.declared import StudyConfig
-from mft.study.environment import environment
-from mft.study.report import console_report, write_study_report
-from mft.study.run import run_study
+from mft.sensitivity import (
+    kind_groups,
+    layer_groups,
+    layer_sensitivity,
+    plot_sensitivity,
+    recommendation,
+    sensitivity_table,
+)
 from mft.targets import select_targets
 
 console = Console()
@@ -141,24 +144,26 @@ def run_lm_eval(
         console.print(f"scores: {output}", highlight=False, soft_wrap=True)
 
 
-def run_compare(study: StudyConfig, *, overwrite: bool) -> None:
-    """mft compare"""
-    directory = Path(study.output_dir)
-    findings = run_study(study, directory, console=console, overwrite=overwrite)
-    write_study_report(findings, directory, environment())
-    for part in console_report(findings):
-        console.print(part)
-    console.print(f"files: {directory}/ ({TABLE_MARKDOWN}, {TABLE_JSON}, {PLOT})", highlight=False, soft_wrap=True)
-
-
-def run_ablate(study: StudyConfig, what: str, values: Sequence[str], *, overwrite: bool) -> None:
-    """mft ablate"""
-    study = derive(study, what, values)
-    directory = Path(study.output_dir)
-    run_compare(study, overwrite=overwrite)
-    numbers = json.loads((directory / TABLE_JSON).read_text(encoding="utf-8"))
-    plot_ablation(numbers, what, directory / ABLATION)
-    console.print(f"and {directory / ABLATION}", highlight=False, soft_wrap=True)
+def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> None:
+    """mft sensitivity"""
+    check_exact(config.model, "sensitivity")
+    check_run_directory(config.output_dir, overwrite=overwrite)
+    model, tokenizer = _load(config.model)
+    splits = _load_data(config, tokenizer)
+    groups = kind_groups(model, config.mask) if size is None else layer_groups(model, config.mask, size=size)
+    directory, recorder = _begin(config, overwrite)
+    rows = layer_sensitivity(
+        model, splits.train, splits.validation, config.mask, groups, config.train, recorder=recorder
+    )
+    console.print(sensitivity_table(rows))
+    console.print(recommendation(rows), highlight=False, soft_wrap=True)
+    with (directory / TABLE_MARKDOWN).open("w", encoding="utf-8") as file:
+        Console(file=file, width=120).print(sensitivity_table(rows))
+    (directory / TABLE_JSON).write_text(
+        json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8"
+    )
+    plot_sensitivity(sorted(rows, key=lambda row: groups.index(row.group)), directory / PLOT)
+    console.print(f"table and plot: {directory}/", highlight=False, soft_wrap=True)
 
 
 def run_merge(masks: Path, output: Path, model_name: str | None, dtype: str, *, force: bool) -> None:

@@ -1,0 +1,432 @@
+"""What makes a mask better than training on: variants of mask training against a tuned control, on validation.
+
+    python -m benchmarks.mask_variants --base DIR [--situation small] [--seeds 0,1] [--only window,noise] [--log FILE]
+
+Every variant's rate is climbed to on a grid of factor 2 with the first seed, from one start (a local search: it stops
+when both neighbours are worse); further seeds run at what the first one chose. Runs are appended to a log and not
+repeated. The table and benchmarks/results/mask_variants.json come from the log. No test split is opened.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from benchmarks.harness import RESULTS, environment
+from benchmarks.mask_variants_ground import Ground, Log, Situation, Tried
+from benchmarks.mask_variants_rules import (
+    FreeThreshold,
+    GradientSigmoid,
+    GradientWindow,
+    KeepSchedule,
+    PullToStart,
+    Rule,
+    ScoreAverage,
+    ScoreNoise,
+    SlowThreshold,
+    Start,
+)
+from mft.config import DataConfig, TrainConfig
+from mft.evaluate import paired_difference
+from mft.one_shot import initialise_scores
+
+START, CONTROL = "fine-tune", "control"
+PART = ", a part"  # of an average: no variant of its own
+CONTROL_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
+LONGER = (1.0, 2.0)
+STEP = 2.0  # ratio of neighbouring rates
+MOST = 3  # rates that one search may try
+FLAT = 1e-4  # nats that a search does not follow: a fifth of a typical standard error
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of training a mask; rules are made anew for every run."""
+
+    name: str
+    hypothesis: str
+    keep_ratio: float
+    lr: float  # where the search begins
+    rules: Callable[[Ground], list[Rule]] = field(default=lambda ground: [])
+    init: str = "magnitude"
+    longer: float = 1.0  # times the situation's epochs
+    train: Callable[[TrainConfig], TrainConfig] = field(default=lambda train: train)
+
+
+def situations(base: str, source: str, full_lr: float, full_epochs: float) -> dict[str, Situation]:
+    """What masks meet, all but the last two in the upper half of the layers.
+
+    tuned: a fine-tune of as many epochs as validation likes best. medium: one that wants more epochs. overfitted: one
+    that had too many. all and lower: tuned with other layers.
+    """
+    full = TrainConfig(lr=full_lr, epochs=full_epochs, batch_size=4, warmup_ratio=0.05)
+    data = DataConfig(source=source, sequence_length=256, max_train_tokens=384 * 256, max_eval_tokens=160 * 256)
+    if source == "stdlib":
+        data = replace(data, subset="finetune")
+    depth = AutoConfig.from_pretrained(base).num_hidden_layers
+    upper, lower = tuple(range(depth // 2, depth)), tuple(range(depth // 2))
+    medium = Situation("", base, data, upper, full, epochs=0.5)
+    few = replace(data, max_train_tokens=128 * 256)
+    few_at_once = replace(full, batch_size=2)
+    tuned = replace(medium, data=few, full=replace(few_at_once, epochs=2 * full_epochs), epochs=1.0)
+    found = {
+        "medium": medium,
+        "tuned": tuned,
+        "overfitted": replace(tuned, full=replace(few_at_once, epochs=4 * full_epochs)),
+        "all": replace(tuned, layers=None),
+        "lower": replace(tuned, layers=lower),
+    }
+    return {name: replace(situation, name=f"{Path(source).stem}, {name}") for name, situation in found.items()}
+
+
+def climb(attempt: Callable[[float], float], start: float) -> float:
+    """A rate on start * STEP^n from which neither neighbour lowers attempt(rate) by more than FLAT."""
+    losses: dict[int, float] = {}
+
+    def loss(place: int) -> float:
+        if place not in losses:
+            losses[place] = attempt(float(f"{start * STEP**place:.4g}"))
+        return losses[place]
+
+    best = 0
+    while len(losses) < MOST:
+        better = min((best - 1, best + 1), key=loss)
+        if loss(better) > loss(best) - FLAT:
+            break
+        best = better
+    return float(f"{start * STEP ** min(losses, key=losses.__getitem__):.4g}")
+
+
+def _gradient_start(ground: Ground) -> Callable[[nn.Module], None]:
+    return lambda model: initialise_scores(model, "gradient", ground.splits.train)
+
+
+def _betas(*betas: float) -> Callable[[TrainConfig], TrainConfig]:
+    return lambda train: replace(train, betas=betas)
+
+
+def _batch(size: int) -> Callable[[TrainConfig], TrainConfig]:
+    return lambda train: replace(train, batch_size=size)
+
+
+KEEP, RATE = 0.98, 1e-3  # of the plain variant that the others change in one thing
+
+VARIANTS = [
+    *(
+        Variant(f"magnitude, keep {keep:g}", "fewer drops, less harm", keep, RATE)
+        for keep in (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+    ),
+    *(Variant(f"normal, keep {keep:g}", "the paper's scores", keep, RATE, init="normal") for keep in (0.9, 0.99)),
+    *(
+        Variant(
+            f"gradient start, keep {keep:g}",
+            "training goes on from the best one-shot mask",
+            keep,
+            RATE / 4,
+            lambda ground: [Start(_gradient_start(ground))],
+        )
+        for keep in (0.9, 0.98, 0.995)
+    ),
+    *(
+        Variant(
+            f"keep 1 to {final:g}, power {power:g}",
+            "scores learn before they must drop",
+            1.0,
+            RATE,
+            partial(lambda final, power, ground: [KeepSchedule(final, power)], final, power),
+        )
+        for final in (0.9, 0.98)
+        for power in (1, 3)
+    ),
+    *(
+        Variant(
+            f"window {width:g}",
+            "scores far from the cut should not drift",
+            KEEP,
+            RATE,
+            partial(lambda width, ground: [GradientWindow(width)], width),
+        )
+        for width in (1.0, 4.0)
+    ),
+    *(
+        Variant(
+            f"sigmoid {width:g}",
+            "the same, smoothly",
+            KEEP,
+            RATE,
+            partial(lambda width, ground: [GradientSigmoid(width)], width),
+        )
+        for width in (1.0, 4.0)
+    ),
+    *(
+        Variant(
+            f"noise {deviation:g}",
+            "drops that survive noise generalise",
+            KEEP,
+            RATE,
+            partial(lambda deviation, ground: [ScoreNoise(deviation)], deviation),
+        )
+        for deviation in (0.1, 0.3)
+    ),
+    *(
+        Variant(
+            f"average {share:g}",
+            "the mean of late scores is less noisy",
+            KEEP,
+            RATE,
+            partial(lambda share, ground: [ScoreAverage(share)], share),
+        )
+        for share in (0.1, 0.3)
+    ),
+    Variant("slow threshold", "a cut that follows slowly", KEEP, RATE, lambda ground: [SlowThreshold(0.95)]),
+    Variant(
+        "average and slow threshold",
+        "both",
+        KEEP,
+        RATE,
+        lambda ground: [SlowThreshold(0.95), ScoreAverage(0.1)],
+    ),
+    *(
+        Variant(
+            f"pull {strength:g}",
+            "only lasting evidence should flip a weight",
+            KEEP,
+            RATE,
+            partial(lambda strength, ground: [PullToStart(strength)], strength),
+        )
+        for strength in (0.01, 0.05)
+    ),
+    Variant(
+        "free threshold", "begin at the fine-tune, drop what asks for it", 1.0, RATE / 4, lambda g: [FreeThreshold()]
+    ),
+    Variant(
+        "free threshold, margin 0.1",
+        "the same, and no weight for nothing",
+        1.0,
+        RATE / 2,
+        lambda g: [FreeThreshold(margin=0.1)],
+    ),
+    Variant(
+        "free threshold, level",
+        "the same, whatever the weight's size",
+        1.0,
+        2 * RATE,
+        lambda g: [FreeThreshold(level=True)],
+    ),
+    *(
+        Variant(f"betas {a:g}, {b:g}", "Adam's memory", KEEP, RATE, train=_betas(a, b))
+        for a, b in ((0.9, 0.95), (0.0, 0.99), (0.98, 0.999))
+    ),
+    *(Variant(f"batch {size}", "fewer, surer steps", KEEP, 2 * RATE, train=_batch(size)) for size in (8, 32)),
+    *(
+        Variant(
+            f"keep {keep:g}, {times:g} times as long", "masks need steps, and do not overfit", keep, RATE, longer=times
+        )
+        for keep, times in ((0.98, 2.0), (0.98, 4.0), (0.9, 4.0))
+    ),
+]
+
+
+def search(ground: Ground, variant: Variant) -> None:
+    """Climb to the variant's rate with this ground's seed."""
+
+    def attempt(lr: float) -> float:
+        known = ground.log.find(situation=ground.situation.name, variant=variant.name, seed=ground.seed, lr=lr)
+        return known[0].loss if known else _run(ground, variant, lr).loss
+
+    climb(attempt, variant.lr)
+
+
+def _run(ground: Ground, variant: Variant, lr: float) -> Tried:
+    rules = variant.rules(ground)
+    _, run = ground.masks(
+        variant.name,
+        lr,
+        variant.longer * ground.situation.epochs,
+        variant.keep_ratio,
+        rules,
+        init=variant.init,
+        train=variant.train,
+    )
+    _say(ground, run)
+    return run
+
+
+def control(ground: Ground, rates=CONTROL_RATES) -> None:
+    for epochs in (longer * ground.situation.epochs for longer in LONGER):
+        for lr in rates:
+            known = {"situation": ground.situation.name, "variant": CONTROL, "seed": ground.seed}
+            if not ground.log.find(**known, lr=lr, epochs=epochs):
+                _say(ground, ground.weights(CONTROL, lr, epochs)[1])
+
+
+def averages(ground: Ground, runs: int) -> None:
+    """Mean weights of runs that differ in the order of their rows: of the control, and of masks as wild as theirs."""
+    epochs = ground.situation.epochs
+    for lr in CONTROL_RATES[2::2]:
+        name = f"average of {runs}, control"
+        if not ground.log.find(situation=ground.situation.name, variant=name, seed=ground.seed, lr=lr):
+            models = [ground.weights(f"{CONTROL}{PART}", lr, epochs, part=part)[0] for part in range(runs)]
+            _say(ground, ground.average(name, models, lr, epochs, None))
+    for keep, lr in itertools.product((0.98, 0.9), (RATE, 4 * RATE)):
+        name = f"average of {runs}, magnitude, keep {keep:g}"
+        if not ground.log.find(situation=ground.situation.name, variant=name, seed=ground.seed, lr=lr):
+            models = [ground.masks(f"keep {keep:g}{PART}", lr, epochs, keep, part=part)[0] for part in range(runs)]
+            _say(ground, ground.average(name, models, lr, epochs, keep))
+
+
+def _say(ground: Ground, run: Tried) -> None:
+    start = ground.log.find(situation=run.situation, variant="fine-tune", seed=run.seed)[0]
+    mean, error = paired_difference(run.evaluation(), start.evaluation())
+    flips = "" if run.flips is None else f"flips {100 * run.flips:.2f} % kept {run.kept:.4f}"
+    print(
+        f"{run.situation} s{run.seed} {run.variant:30} lr {run.lr} x {run.epochs} keep {run.keep_ratio}: "
+        f"{run.loss:.4f} {mean:+.5f} +- {error:.5f} {flips} ({run.seconds:.0f} s)",
+        flush=True,
+    )
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A variant at its best setting of the first seed; differences are means over seeds, with the documents' error."""
+
+    situation: str
+    variant: str
+    hypothesis: str
+    lr: float | None
+    epochs: float | None
+    keep_ratio: float | None
+    kept: float | None
+    flips: float | None
+    seeds: int
+    tried: int
+    from_finetune: float
+    from_finetune_error: float
+    from_control: float
+    from_control_error: float
+
+
+def ranked(log: Log, situation: str) -> list[Ranked]:
+    """Best first. Each seed is paired with its own fine-tune and its own control."""
+    hypotheses = {variant.name: variant.hypothesis for variant in VARIANTS}
+    runs = [run for run in log.find(situation=situation) if not run.variant.endswith(PART)]
+    best: dict[str, Tried] = {}
+    first = min(run.seed for run in runs)
+    for run in runs:
+        if run.seed == first and (run.variant not in best or run.loss < best[run.variant].loss):
+            best[run.variant] = run
+    rows = []
+    for name, chosen in best.items():
+        same = [r for r in runs if (r.variant, r.lr, r.epochs, r.keep_ratio) == _setting(chosen)]
+        pairs = {
+            against: [_difference(run, _match(runs, best[against], run.seed)) for run in same]
+            for against in (START, CONTROL)
+        }
+        tried = sum(run.variant == name and run.seed == first for run in runs)
+        rows.append(
+            Ranked(
+                situation,
+                name,
+                hypotheses.get(name, ""),
+                chosen.lr,
+                chosen.epochs,
+                chosen.keep_ratio,
+                chosen.kept,
+                chosen.flips,
+                len(same),
+                tried,
+                *_mean(pairs[START]),
+                *_mean(pairs[CONTROL]),
+            )
+        )
+    return sorted(rows, key=lambda row: row.from_finetune)
+
+
+def _setting(run: Tried) -> tuple:
+    return run.variant, run.lr, run.epochs, run.keep_ratio
+
+
+def _match(runs: list[Tried], chosen: Tried, seed: int) -> Tried:
+    return next(run for run in runs if run.seed == seed and _setting(run) == _setting(chosen))
+
+
+def _difference(run: Tried, other: Tried) -> tuple[float, float]:
+    return paired_difference(run.evaluation(), other.evaluation())
+
+
+def _mean(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    """Seeds share the documents, so their errors do not fall with the number of seeds: the mean error is kept."""
+    means, errors = zip(*pairs, strict=True)
+    return sum(means) / len(means), sum(errors) / len(errors)
+
+
+def main() -> None:
+    """Search, then print and record the ranking."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="only rank what the log holds")
+    parser.add_argument("--base", help="directory of a model that was trained beforehand")
+    parser.add_argument("--source", default="stdlib", help="data of the fine-tune, as of data.source")
+    parser.add_argument("--full-lr", type=float, default=1e-3)
+    parser.add_argument("--full-epochs", type=float, default=2.0)
+    parser.add_argument("--situation", default="small")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--only", default="", help="parts of variants' names, separated by ';'; control; none")
+    parser.add_argument("--averages", type=int, default=0, help="runs to average; 0: no averages")
+    parser.add_argument("--log", type=Path, default=Path("runs/mask_variants.jsonl"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    log = Log(options.log)
+    if not options.table:
+        _search_all(log, options)
+    rows = [row for name in sorted({run.situation for run in log.runs}) for row in ranked(log, name)]
+    for row in rows:
+        print(
+            f"{row.situation:16} {row.variant:34} {row.from_finetune:+.5f} +- {row.from_finetune_error:.5f} "
+            f"{row.from_control:+.5f} +- {row.from_control_error:.5f} of {row.tried}, {row.seeds} seeds"
+        )
+    record = {"environment": environment(), "rows": [asdict(row) for row in rows]}
+    (RESULTS / "mask_variants.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _search_all(log: Log, options: argparse.Namespace) -> None:
+    declared = situations(options.base, options.source, options.full_lr, options.full_epochs)
+    situation, models = declared[options.situation], options.log.parent / "fine-tuned"
+    parts = [part for part in options.only.split(";") if part]
+    wanted = [v for v in VARIANTS if not parts or any(part in v.name for part in parts)]
+    first, *others = map(int, options.seeds.split(","))
+    ground = Ground(situation, first, log, models)
+    if not parts or CONTROL in parts:
+        control(ground)
+    for variant in wanted:
+        search(ground, variant)
+    if options.averages:
+        averages(ground, options.averages)
+    for seed in others:
+        confirm(Ground(situation, seed, log, models), wanted, first)
+
+
+def confirm(ground: Ground, variants: list[Variant], first: int) -> None:
+    """Control and variants with another seed, at the settings that the first seed chose."""
+    name = ground.situation.name
+    best = min(ground.log.find(situation=name, variant=CONTROL, seed=first), key=lambda run: run.loss)
+    if not ground.log.find(situation=name, variant=CONTROL, seed=ground.seed):
+        assert best.lr is not None
+        assert best.epochs is not None
+        _say(ground, ground.weights(CONTROL, best.lr, best.epochs)[1])
+    for variant in variants:
+        runs = ground.log.find(situation=name, variant=variant.name, seed=first)
+        chosen = min(runs, key=lambda run: run.loss, default=None)
+        if chosen is not None and not ground.log.find(situation=name, variant=variant.name, seed=ground.seed):
+            assert chosen.lr is not None
+            _run(ground, variant, chosen.lr)
+
+
+if __name__ == "__main__":
+    main()

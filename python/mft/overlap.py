@@ -1,0 +1,138 @@
+"""How alike two masks are: overlap of the weights that they drop, or that training flipped, against chance."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mft.inspection import flip_share, initial_masks
+from mft.recipe import StepReport
+
+Sets = Mapping[str, Tensor]  # layer -> boolean (N, K): which of its weights belong to the set
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Of two sets of weights A and B."""
+
+    jaccard: float  # |A and B| / |A or B|; NaN if both sets are empty
+    chance: float  # the same of independent sets, as many weights of every layer as A and B have
+
+    @property
+    def beyond_chance(self) -> float:
+        """(jaccard - chance) / (1 - chance): 0 for independent sets, 1 for equal ones."""
+        return (self.jaccard - self.chance) / (1 - self.chance)
+
+
+def dropped(masks: Sets) -> dict[str, Tensor]:
+    """The weights that masks drop; masks as of inspection.initial_masks."""
+    return {name: ~mask for name, mask in masks.items()}
+
+
+def flipped(masks: Sets, initial: Sets) -> dict[str, Tensor]:
+    """The weights whose bit differs: what masks that began alike have learned, which what they drop hides."""
+    return {name: mask != initial[name] for name, mask in masks.items()}
+
+
+def overlap(a: Sets, b: Sets) -> Overlap:
+    """Overlap of two sets, with what chance gives: n p q of n weights of a layer lie in both at random.
+
+    chance is the ratio of the expected sizes, over all layers. Raises: ValueError if the layers differ.
+    """
+    if list(a) != list(b) or any(a[name].shape != b[name].shape for name in a):
+        raise ValueError(
+            f"a and b must hold the same layers in the same shapes to be compared, got {len(a)} layers and {len(b)}: "
+            "compare masks of one model and one choice of layers"
+        )
+    both = either = at_random = in_all = 0.0
+    for name in a:
+        x, y, n = int(a[name].sum()), int(b[name].sum()), a[name].numel()
+        both += int((a[name] & b[name]).sum())
+        either += int((a[name] | b[name]).sum())
+        at_random += x * y / n
+        in_all += x + y
+    if not either:
+        return Overlap(math.nan, math.nan)
+    return Overlap(both / either, at_random / (in_all - at_random))
+
+
+def overlaps(sets: Mapping[str, Sets]) -> dict[tuple[str, str], Overlap]:
+    """Of each pair, in the order of the names: of seeds, domains, or methods."""
+    names = list(sets)
+    return {(one, other): overlap(sets[one], sets[other]) for i, one in enumerate(names) for other in names[i + 1 :]}
+
+
+@dataclass
+class FlipCurve:
+    """An on_step callback of train_masks: how far the mask has moved, and how much it still moves.
+
+    share: of all masked weights; from_start: bits that differ from those at the beginning; a_step: bits that changed
+    since the last record, a step.
+    """
+
+    model: nn.Module
+    every: int = 1
+    steps: list[int] = field(default_factory=list)
+    from_start: list[float] = field(default_factory=list)
+    a_step: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._initial = self._last = initial_masks(self.model)
+
+    def __call__(self, report: StepReport) -> None:
+        if report.step % self.every and report.step != report.steps:
+            return
+        since = report.step - (self.steps[-1] if self.steps else 0)
+        self.steps.append(report.step)
+        self.from_start.append(flip_share(self.model, self._initial))
+        self.a_step.append(flip_share(self.model, self._last) / since)
+        self._last = initial_masks(self.model)
+
+
+def plot_overlaps(found: Mapping[tuple[str, str], Overlap], path: Path, *, title: str) -> None:
+    """A matrix: below the diagonal the Jaccard overlap, above it what chance gives."""
+    names = list(dict.fromkeys(name for pair in found for name in pair))
+    table = torch.full((len(names), len(names)), torch.nan)
+    for (one, other), value in found.items():
+        low, high = sorted((names.index(one), names.index(other)))
+        table[high, low], table[low, high] = value.jaccard, value.chance
+    figure = _figure(2.2 + 0.75 * len(names), 1.8 + 0.6 * len(names))
+    axes = figure.subplots()
+    image = axes.imshow(table.numpy(), vmin=0, vmax=max(0.01, table[~table.isnan()].max().item()), cmap="Blues")
+    for i in range(len(names)):
+        for j in range(len(names)):
+            if i != j:
+                dark = table[i, j] > 0.6 * image.get_clim()[1]
+                axes.text(j, i, f"{table[i, j]:.3f}", ha="center", va="center", color="white" if dark else "black")
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_title(f"{title}\nbelow the diagonal: Jaccard overlap; above: by chance", fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def plot_flips(curves: Mapping[str, FlipCurve], path: Path) -> None:
+    """Flips since the start, and flips a step, over training."""
+    figure = _figure(10, 3.8)
+    left, right = figure.subplots(1, 2)
+    for name, curve in curves.items():
+        left.plot(curve.steps, [100 * share for share in curve.from_start], label=name)
+        right.plot(curve.steps, [100 * share for share in curve.a_step], label=name)
+    left.set_ylabel("bits that differ from the first mask, %")
+    right.set_ylabel("bits that change a step, %")
+    right.set_yscale("log")
+    for axes in (left, right):
+        axes.set_xlabel("optimiser step")
+    left.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

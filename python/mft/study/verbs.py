@@ -1,0 +1,59 @@
+"""What the verbs of the command line do with a study: compare, ablate, plot."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from mft.progress import Progress
+from mft.run_directory import ABLATION, PLOT, TABLE_JSON, TABLE_MARKDOWN
+from mft.study.ablate import derive, plot_ablation
+from mft.study.declared import StudyConfig
+from mft.study.environment import environment
+from mft.study.figures import draw_overlap, draw_surface
+from mft.study.plots import plot_summary
+from mft.study.report import console_report, write_study_report
+from mft.study.run import run_study
+
+console = Console()
+
+
+def run_compare(study: StudyConfig, *, overwrite: bool) -> None:
+    """mft compare"""
+    directory = Path(study.output_dir)
+    findings = run_study(study, directory, console=console, overwrite=overwrite)
+    write_study_report(findings, directory, environment())
+    for part in console_report(findings):
+        console.print(part)
+    console.print(f"files: {directory}/ ({TABLE_MARKDOWN}, {TABLE_JSON}, {PLOT})", highlight=False, soft_wrap=True)
+
+
+def run_ablate(study: StudyConfig, what: str, values: Sequence[str], *, overwrite: bool) -> None:
+    """mft ablate"""
+    study = derive(study, what, values)
+    directory = Path(study.output_dir)
+    run_compare(study, overwrite=overwrite)
+    numbers = json.loads((directory / TABLE_JSON).read_text(encoding="utf-8"))
+    plot_ablation(numbers, what, directory / ABLATION)
+    _written(directory / ABLATION)
+
+
+def run_plot(what: str, directory: Path, output: Path, *, domain: str | None, rows: int, points: int) -> None:
+    """mft plot"""
+    if what == "surface":
+        with Progress(console).phase("loss surface", 3 * points * points) as phase:
+            draw_surface(
+                directory, domain, output, rows=rows, points=points, on_point=lambda done, of: phase.advance(1)
+            )
+    elif what == "overlap":
+        draw_overlap(directory, output)
+    elif what == "summary":
+        plot_summary(directory / TABLE_JSON, output)
+    else:
+        raise ValueError(f"the plot must be one of surface, overlap, summary, got {what!r}")
+    _written(output)
+
+
+def _written(path: Path) -> None:
+    console.print(f"written: {path}", highlight=False, soft_wrap=True)
