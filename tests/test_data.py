@@ -1,5 +1,6 @@
 """Facts about mft.data and what it stands on (corpus, records, examples, rows): splits, labels, packing, errors."""
 
+import itertools
 import json
 import random
 import re
@@ -17,6 +18,7 @@ from mft.config import DataConfig
 from mft.corpus import EXCLUDED_DIRECTORIES, stdlib_files
 from mft.data import load_splits
 from mft.examples import IGNORED, Documents, Encoded, open_documents
+from mft.header_corpus import header_files
 from mft.records import Records, open_source
 from mft.rows import build_rows
 
@@ -93,12 +95,28 @@ def test_the_stdlib_corpus_leaves_out_tests_packages_and_generated_tables():
     assert not [path for path in paths if EXCLUDED_DIRECTORIES & set(path.split("/")[:-1])]
 
 
+def test_the_headers_splits_are_disjoint_and_hold_no_near_duplicates():
+    splits = open_source(DataConfig(source="headers")).load()
+    texts = [{row["text"] for row in splits[split].rows} for split in ("train", "validation", "test")]
+    assert not any(one & other for one, other in itertools.combinations(texts, 2))
+    assert min(map(len, texts)) >= 100
+    paths = header_files()
+    assert {"c10/core/Device.h", "torch/csrc/Export.h"} <= paths.keys()
+    assert not [path for path in paths if "/ops/" in path or "/vec/" in path]
+
+
+def test_a_torch_without_its_headers_is_refused(monkeypatch):
+    monkeypatch.setattr("mft.records.header_files", dict)
+    with pytest.raises(ValueError, match="'headers' must give at least 20 files a split, got 0 in all: install a"):
+        open_source(DataConfig(source="headers"))
+
+
 def test_a_small_budget_covers_many_files(tokenizer):
     splits = load_splits(DataConfig(sequence_length=128, max_train_tokens=5120, max_eval_tokens=2560), tokenizer)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (40, 20, 20)
     assert len(set(splits.validation["document"])) == len(set(splits.test["document"])) == 20
     assert len(set(splits.train["document"])) > 35
-    assert re.search("split by file hash into .* files; left out: ", splits.notes[0])
+    assert re.search("stdlib: the library source of Python .*, split by file hash into .* files", splits.notes[0])
 
 
 def test_evaluation_rows_are_the_same_for_every_seed(tokenizer):
@@ -378,14 +396,17 @@ def test_wrong_files_say_where_and_what(tokenizer, tmp_path, name, content, mess
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"source": "stdlb"}, "data.source 'stdlb' is neither stdlib, nor a file or directory here, nor in the"),
+        ({"source": "stdlb"}, "data.source 'stdlb' is neither stdlib, headers, problems, nor a file or directory here"),
         (
             {"source": "stdlb"},
             "the hub cannot be reached: check the name and the network, or give a local file; did you mean stdlib?",
         ),
         ({"source": "someone/some-data"}, "the hub cannot be reached"),
         ({"source": "./nowhere.jsonl"}, "data.source must be data that exists, got './nowhere.jsonl': no such file"),
-        ({"source": "no data"}, "must be stdlib, a .jsonl or .parquet file, a directory or a hub id, got 'no data'"),
+        (
+            {"source": "no data"},
+            "must be stdlib, headers, problems, a .jsonl or .parquet file, a directory or a hub id, got 'no data'",
+        ),
         ({"split": "test"}, "data.split must be left out for this source, got 'test': the stdlib corpus is split by"),
         ({"subset": "main"}, "data.subset must be pretrain, finetune or null for the stdlib corpus, got 'main'"),
     ],

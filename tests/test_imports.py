@@ -32,8 +32,8 @@ TRITON_LAYERS = (
 KERNELS_MAY_IMPORT = {"backends", "reference", "reference_step"}  # of mft_kernels: a kernel knows no sibling
 RECIPE_LAYERS = (
     (
-        *("atomic", "cache", "checkpointing", "choices", "clones", "corpus", "hub", "moving", "problems", "progress"),
-        *("quantized_weight", "simulate", "token_loss", "yaml_file"),
+        *("atomic", "cache", "checkpointing", "choices", "clones", "corpus", "header_corpus", "hub", "moving"),
+        *("problems", "progress", "quantized_weight", "simulate", "token_loss", "yaml_file"),
     ),
     ("batches", "export_file", "fetch", "fields", "linears", "shapes"),
     ("activations", "causal_lm", "config", "lora", "model_config", "setting", "harness"),

@@ -22,7 +22,6 @@ EXCLUDED_DIRECTORIES = {
 }
 EXCLUDED_PREFIXES = ("config-", "_sysconfigdata")  # one machine's build settings
 MINIMUM_CHARACTERS = 200  # an empty __init__.py teaches nothing
-MINIMUM_FILES = 20  # in each of validation and test, so that a standard error over files means something
 
 
 def stdlib_files(directory: str | os.PathLike | None = None) -> dict[str, str]:
@@ -40,25 +39,10 @@ def stdlib_files(directory: str | os.PathLike | None = None) -> dict[str, str]:
     return dict(sorted(sources.items()))
 
 
-def describe_stdlib(counts: dict[str, int], subset: str | None = None) -> str:
-    """One line for a report: which library, how many files a split, which of the training files, what was left out."""
-    part = "" if subset is None else f" (train is the {subset} subset of the training files)"
-    files = " / ".join(f"{count} {split}" for split, count in counts.items())
+def describe_stdlib() -> str:
+    """Which library, and what of it was left out."""
     left_out = ", ".join(sorted(EXCLUDED_DIRECTORIES - {"__pycache__"}))
-    return (
-        f"stdlib: the library source of Python {platform.python_version()}, split by file hash into {files} "
-        f"files{part}; left out: {left_out} and generated build settings"
-    )
-
-
-def check_stdlib(counts: dict[str, int]) -> None:
-    """Raise ValueError if a split has too few files, as on an interpreter without its library's sources."""
-    for split, count in counts.items():
-        if count < MINIMUM_FILES:
-            raise ValueError(
-                f"data.source 'stdlib' must give at least {MINIMUM_FILES} files a split, got {count} for {split} from "
-                f"{sysconfig.get_path('stdlib')}: install the interpreter's whole library, or name other data"
-            )
+    return f"the library source of Python {platform.python_version()}, without {left_out} and generated build settings"
 
 
 def _wanted(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Where examples come from: stdlib, problems, a file, a directory or a hub id, as records of three splits."""
+"""Where examples come from: stdlib, headers, problems, a file, a directory or a hub id, as records of three splits."""
 
 import hashlib
 import json
@@ -16,13 +16,16 @@ import pyarrow.parquet
 from mft.cache import sha256_of
 from mft.choices import nearest, nearest_path
 from mft.config import DataConfig
-from mft.corpus import check_stdlib, describe_stdlib, stdlib_files
+from mft.corpus import describe_stdlib, stdlib_files
+from mft.header_corpus import describe_headers, header_files
 from mft.hub import hub_is_reachable
 from mft.problems import Problem, describe_problems, fingerprint_of, make_problems
 
 SPLITS = ("train", "validation", "test")
+NAMED = ("stdlib", "headers", "problems")  # sources on every machine
 FILE_TYPES = (".jsonl", ".parquet")
 STDLIB_SUBSETS = ("pretrain", "finetune")  # about 60 % and 40 % of the training files
+MINIMUM_FILES = 20  # of an installed corpus, in each split, so that a standard error over files means something
 CONTENT_COLUMNS = ("messages", "prompt", "completion", "text")
 
 
@@ -72,6 +75,8 @@ def open_source(config: DataConfig) -> Source:
     path = Path(config.source).expanduser()
     if config.source == "stdlib":
         return _stdlib(config)
+    if config.source == "headers":
+        return _headers(config)
     if config.source == "problems":
         return _problems(config)
     if path.is_file():
@@ -90,17 +95,33 @@ def _stdlib(config: DataConfig) -> Source:
             f"data.subset must be {', '.join(STDLIB_SUBSETS)} or null for the stdlib corpus, got {config.subset!r}"
             f"{nearest(config.subset, STDLIB_SUBSETS)}"
         )
-    sources = stdlib_files()
-    rows = [{"text": text} for text in sources.values()]
-    paths = list(sources)
+    return _installed(config, stdlib_files(), describe_stdlib(), "install the interpreter's whole library")
+
+
+def _headers(config: DataConfig) -> Source:
+    _only_defaults(config, "the corpus of headers is split by file hash")
+    return _installed(config, header_files(), describe_headers(), "install a torch that has its include directory")
+
+
+def _installed(config: DataConfig, sources: dict[str, str], what: str, remedy: str) -> Source:
+    """Files that came with Python or a package, one a document."""
+    rule = f"data.source {config.source!r} must give at least {MINIMUM_FILES} files a split, got"
+    if len(sources) < MINIMUM_FILES * len(SPLITS):
+        raise ValueError(f"{rule} {len(sources)} in all: {remedy}, or name other data")
+    rows, paths = [{"text": text} for text in sources.values()], list(sources)
     everything = Records(rows, paths.__getitem__, ["text"], range(len(rows)))
     splits = _split_off(everything, ["validation", "test"])
+    part = ""
     if config.subset is not None:
         splits["train"] = _part_of(splits["train"], config.subset)
-    counts = {split: len(records.rows) for split, records in splits.items()}
-    check_stdlib(counts)
-    digest = hashlib.sha256("\0".join(part for item in sources.items() for part in item).encode())
-    return Source(digest.hexdigest(), lambda: splits, [describe_stdlib(counts, config.subset)])
+        part = f" (train is the {config.subset} subset of the training files)"
+    for split, records in splits.items():
+        if len(records.rows) < MINIMUM_FILES:
+            raise ValueError(f"{rule} {len(records.rows)} for {split}: {remedy}, or name other data")
+    files = " / ".join(f"{len(records.rows)} {split}" for split, records in splits.items())
+    digest = hashlib.sha256("\0".join(text for item in sources.items() for text in item).encode())
+    note = f"{config.source}: {what}, split by file hash into {files} files{part}"
+    return Source(digest.hexdigest(), lambda: splits, [note])
 
 
 def _part_of(train: Records, subset: str) -> Records:
@@ -180,7 +201,8 @@ def _load_datasets(directory: Path | None, config: DataConfig) -> dict[str, data
         )
     if directory is None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source):
         raise ValueError(
-            f"data.source must be stdlib, a .jsonl or .parquet file, a directory or a hub id, got {config.source!r}"
+            f"data.source must be {', '.join(NAMED)}, a .jsonl or .parquet file, a directory or a hub id, "
+            f"got {config.source!r}"
         )
     online = directory is not None or hub_is_reachable()
     try:  # datasets answers an empty file with StopIteration
@@ -195,11 +217,11 @@ def _load_datasets(directory: Path | None, config: DataConfig) -> dict[str, data
             message = f"data.source {config.source!r} cannot be loaded: {reason}"
         else:
             message = (
-                f"data.source {config.source!r} is neither stdlib, nor a file or directory here, nor in the "
-                "local cache of datasets, and the hub cannot be reached: check the name and the network, "
+                f"data.source {config.source!r} is neither {', '.join(NAMED)}, nor a file or directory here, nor in "
+                "the local cache of datasets, and the hub cannot be reached: check the name and the network, "
                 "or give a local file"
             )
-        raise ValueError(message + nearest(config.source, ["stdlib", "problems"])) from error
+        raise ValueError(message + nearest(config.source, NAMED)) from error
     return dict(loaded)
 
 
