@@ -8,6 +8,7 @@ from tiny import WORDS, make_llama
 from typer.testing import CliRunner
 
 from mft.cli import app
+from mft.flips import read_flips
 
 LEARN = ["train.lr=1e-2", "train.epochs=null", "train.steps=4", "train.batch_size=2", "mask.layers_to_transform=2-3"]
 
@@ -157,3 +158,38 @@ def test_an_unknown_verb_is_a_usage_error(cli):
     code, output = cli("trian")
     assert code == 2
     assert "train" in output
+
+
+def test_flips_of_runs_are_drawn_from_their_metrics(cli, tmp_path):
+    for seed in (0, 1):
+        code, output = cli(
+            "train", *LEARN, f"output_dir=run{seed}", "--set", "mask.init=magnitude", f"train.seed={seed}"
+        )
+        assert code == 0, output
+    curve = read_flips(tmp_path / "run0" / "metrics.jsonl")
+    assert curve.steps == [1, 2, 3, 4]
+    assert f"{100 * read_flips(tmp_path / 'run1' / 'metrics.jsonl').from_start[-1]:.2f} % of the mask's bits" in output
+    code, output = cli("plot", "flips", "run0", "run1", "--output", "flips.png")
+    assert code == 0, output
+    assert (tmp_path / "flips.png").read_bytes()[:4] == b"\x89PNG"
+    code, output = cli("plot", "flips", "run0", "nowhere")
+    assert code == 2
+    assert "a directory must be a run's of mft train, got none with nowhere/metrics.jsonl" in output
+    (tmp_path / "run1" / "metrics.jsonl").write_text("")
+    code, output = cli("plot", "flips", "run1")
+    assert code == 2
+    assert "a run must have counted flips to plot them, got none in run1/metrics.jsonl" in output
+
+
+def test_sensitivity_ranks_layers_and_writes_table_and_plot(cli, tmp_path):
+    code, output = cli("sensitivity", "--config", "config.yaml", *LEARN)
+    assert code == 0, output
+    rows = json.loads((tmp_path / "run" / "table.json").read_text())
+    assert sorted(row["group"]["name"] for row in rows) == ["layer 2", "layer 3"]  # of mask.layers_to_transform
+    assert [row["difference"] for row in rows] == sorted(row["difference"] for row in rows)
+    assert "layer 2" in (tmp_path / "run" / "table.md").read_text()
+    assert (tmp_path / "run" / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    assert "of the 2 groups" in output or "of 2 groups gain" in output
+    code, output = cli("sensitivity", "--config", "config.yaml", *LEARN, "--layers", "0", "--overwrite")
+    assert code == 2
+    assert "size must be at least 1, got 0" in output

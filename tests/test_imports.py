@@ -46,7 +46,7 @@ RECIPE_LAYERS = (
     ("engines", "estimate_report", "one_shot"),
     ("evaluate",),
     ("export", "recipe", "surface", "temperature"),
-    ("data", "fit", "overlap", "quantized", "recorder", "tuning"),
+    ("data", "fit", "flips", "overlap", "quantized", "recorder", "tuning"),
     ("compare", "sensitivity", "simulated_step", "study"),
     ("plots",),
     ("report",),

@@ -1,20 +1,11 @@
-"""Overlap of masks against chance, and flips over training."""
+"""Overlap of masks against chance."""
 
 import math
 
 import pytest
 import torch
-from tiny import make_rows, masked_llama
 
-from mft.config import TrainConfig
-from mft.inspection import initial_masks
-from mft.overlap import FlipCurve, dropped, flipped, overlap, overlaps, plot_flips, plot_overlaps
-from mft.recipe import train_masks
-
-
-def share(masks, others):
-    """Of all weights, those whose bits differ."""
-    return sum(int((masks[n] != others[n]).sum()) for n in masks) / sum(m.numel() for m in masks.values())
+from mft.overlap import dropped, flipped, overlap, overlaps, plot_overlaps
 
 
 def marked(*places, size=10):
@@ -74,28 +65,7 @@ def test_flips_and_drops_come_from_masks():
     assert torch.equal(flipped(last, first)["w"], marked(0, 2))
 
 
-def test_the_flip_curve_follows_training():
-    model = masked_llama(init="magnitude")
-    curve = FlipCurve(model, every=2)
-    masks = [initial_masks(model)]
-
-    def on_step(report):
-        curve(report)
-        masks.append(initial_masks(model))
-
-    train_masks(model, make_rows(), TrainConfig(lr=3e-3, steps=5), on_step=on_step)
-    assert curve.steps == [2, 4, 5]
-    assert curve.from_start == [share(masks[step], masks[0]) for step in (2, 4, 5)]
-    assert curve.from_start[-1] > 0
-    since = [(2, 0), (4, 2), (5, 4)]
-    assert curve.a_step == [share(masks[now], masks[then]) / (now - then) for now, then in since]
-
-
-def test_plots_are_written(tmp_path):
+def test_the_matrix_is_drawn(tmp_path):
     found = overlaps({name: {"w": marked(i, i + 1)} for i, name in enumerate(("seed 0", "seed 1", "seed 2"))})
     plot_overlaps(found, tmp_path / "overlap.png", title="Dropped weights")
-    model = masked_llama(init="magnitude")
-    curve = FlipCurve(model)
-    train_masks(model, make_rows(), TrainConfig(lr=3e-3, steps=3), on_step=curve)
-    plot_flips({"seed 0": curve}, tmp_path / "flips.png")
-    assert min((tmp_path / name).stat().st_size for name in ("overlap.png", "flips.png")) > 5000
+    assert (tmp_path / "overlap.png").stat().st_size > 5000

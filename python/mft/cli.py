@@ -168,18 +168,21 @@ def sensitivity(
 
 @app.command()
 def plot(
-    what: Annotated[str, typer.Argument(help="surface, overlap or summary.")],
-    directory: Annotated[Path, typer.Argument(help="The output_dir of a finished mft compare.")],
+    what: Annotated[str, typer.Argument(help="summary, surface, overlap or flips.")],
+    directories: Annotated[
+        list[Path],
+        typer.Argument(help="A finished mft compare's; of summary: or a table.json; of flips: runs of mft train."),
+    ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A PNG; by default named as the plot.")] = None,
     domain: Annotated[str | None, typer.Option(help="Of surface; the first if not given.")] = None,
     rows: Annotated[int, typer.Option(help="Of surface: validation rows that every point sees.")] = 32,
     points: Annotated[int, typer.Option(help="Of surface: points along each axis.")] = 11,
 ) -> None:
-    """Pictures of a study: loss round its models, overlap of its masks, differences from the control."""
+    """Pictures of a study: differences from the control, loss surface, overlap of masks; flips over training."""
     from mft.study.verbs import run_plot
 
     output = Path(f"{what}.png") if output is None else output
-    run_plot(what, directory, output, domain=domain, rows=rows, points=points)
+    run_plot(what, directories, output, domain=domain, rows=rows, points=points)
 
 
 @app.command()

@@ -21,8 +21,8 @@ class MaskStatistics:
 
 
 def initial_masks(model: nn.Module) -> dict[str, Tensor]:
-    """The masks as they are now, to count flips against later."""
-    return {name: module.mask() for name, module in masked_modules(model).items()}
+    """The masks as they are now, on the CPU, to count flips against later."""
+    return {name: module.mask().cpu() for name, module in masked_modules(model).items()}
 
 
 def mask_statistics(model: nn.Module, initial: dict[str, Tensor] | None = None) -> list[MaskStatistics]:
@@ -30,16 +30,16 @@ def mask_statistics(model: nn.Module, initial: dict[str, Tensor] | None = None) 
     rows = []
     for name, module in masked_modules(model).items():
         mask = module.mask()
-        flips = None if initial is None else (mask != initial[name]).float().mean().item()
+        flips = None if initial is None else (mask.cpu() != initial[name]).float().mean().item()
         rows.append(MaskStatistics(name, mask.numel(), mask.float().mean().item(), flips, _overlap(module, mask)))
     return rows
 
 
 def flip_share(model: nn.Module, initial: dict[str, Tensor]) -> float:
     """Share of all masked weights whose bit differs from the initial mask's."""
-    masks = initial_masks(model)
-    flipped = sum(int((masks[name] != initial[name]).sum()) for name in masks)
-    return flipped / sum(mask.numel() for mask in masks.values())
+    masks = ((name, module.mask().cpu()) for name, module in masked_modules(model).items())  # one at a time
+    flipped = sum(int((mask != initial[name]).sum()) for name, mask in masks)
+    return flipped / sum(mask.numel() for mask in initial.values())
 
 
 @torch.no_grad()

@@ -2,14 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-
-from mft.inspection import flip_share, initial_masks
-from mft.recipe import StepReport
+from torch import Tensor
 
 Sets = Mapping[str, Tensor]  # layer -> boolean (N, K): which of its weights belong to the set
 
@@ -65,41 +62,18 @@ def overlaps(sets: Mapping[str, Sets]) -> dict[tuple[str, str], Overlap]:
     return {(one, other): overlap(sets[one], sets[other]) for i, one in enumerate(names) for other in names[i + 1 :]}
 
 
-@dataclass
-class FlipCurve:
-    """An on_step callback of train_masks: how far the mask has moved, and how much it still moves.
-
-    share: of all masked weights; from_start: bits that differ from those at the beginning; a_step: bits that changed
-    since the last record, a step.
-    """
-
-    model: nn.Module
-    every: int = 1
-    steps: list[int] = field(default_factory=list)
-    from_start: list[float] = field(default_factory=list)
-    a_step: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._initial = self._last = initial_masks(self.model)
-
-    def __call__(self, report: StepReport) -> None:
-        if report.step % self.every and report.step != report.steps:
-            return
-        since = report.step - (self.steps[-1] if self.steps else 0)
-        self.steps.append(report.step)
-        self.from_start.append(flip_share(self.model, self._initial))
-        self.a_step.append(flip_share(self.model, self._last) / since)
-        self._last = initial_masks(self.model)
-
-
 def plot_overlaps(found: Mapping[tuple[str, str], Overlap], path: Path, *, title: str) -> None:
     """A matrix: below the diagonal the Jaccard overlap, above it what chance gives."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
+    from matplotlib.figure import Figure
+
     names = list(dict.fromkeys(name for pair in found for name in pair))
     table = torch.full((len(names), len(names)), torch.nan)
     for (one, other), value in found.items():
         low, high = sorted((names.index(one), names.index(other)))
         table[high, low], table[low, high] = value.jaccard, value.chance
-    figure = _figure(2.2 + 0.75 * len(names), 1.8 + 0.6 * len(names))
+    figure = Figure(figsize=(2.2 + 0.75 * len(names), 1.8 + 0.6 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
     axes = figure.subplots()
     image = axes.imshow(table.numpy(), vmin=0, vmax=max(0.01, table[~table.isnan()].max().item()), cmap="Blues")
     for i in range(len(names)):
@@ -111,28 +85,3 @@ def plot_overlaps(found: Mapping[tuple[str, str], Overlap], path: Path, *, title
     axes.set_yticks(range(len(names)), names)
     axes.set_title(f"{title}\nbelow the diagonal: Jaccard overlap; above: by chance", fontsize=10)
     figure.savefig(path, dpi=120)
-
-
-def plot_flips(curves: Mapping[str, FlipCurve], path: Path) -> None:
-    """Flips since the start, and flips a step, over training."""
-    figure = _figure(10, 3.8)
-    left, right = figure.subplots(1, 2)
-    for name, curve in curves.items():
-        left.plot(curve.steps, [100 * share for share in curve.from_start], label=name)
-        right.plot(curve.steps, [100 * share for share in curve.a_step], label=name)
-    left.set_ylabel("bits that differ from the first mask, %")
-    right.set_ylabel("bits that change a step, %")
-    right.set_yscale("log")
-    for axes in (left, right):
-        axes.set_xlabel("optimiser step")
-    left.legend()
-    figure.savefig(path, dpi=120)
-
-
-def _figure(width: float, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

@@ -18,13 +18,14 @@ from mft.evaluate import Evaluation, paired_difference
 from mft.export import load_masks, save_masks
 from mft.export_file import read_export
 from mft.fit import plan_training
+from mft.flips import PHASE, POINTS, FlipCounter
 from mft.harness import load_tasks, score_tasks, task_table, write_scores
 from mft.inspection import MaskStatistics, flip_share, initial_masks, mask_statistics
 from mft.models import load_model, save_model
 from mft.plots import plot_curves
 from mft.progress import Progress
 from mft.quantized import quantize_model
-from mft.recipe import finetune, train_masks
+from mft.recipe import StepReport, count_steps, finetune, train_masks
 from mft.recorder import Recorder
 from mft.report import evaluation_table
 from mft.run_directory import (
@@ -90,8 +91,17 @@ def run_train(config: RunConfig, *, overwrite: bool) -> None:
             before = recorder.evaluate(f"before in {kind}, validation", model, splits.validation, **evaluated)
     print_trainable_parameters(model)
     initial = initial_masks(model)
+    steps = count_steps(config.train, len(splits.train))
+    # The other ways keep scores elsewhere while they train.
+    flips = FlipCounter(model, every=max(1, -(-steps // POINTS))) if plan.way == "plain" else None
     with recorder.training("mask fine-tune", splits.train, config.train) as on_step:
-        train_masks(model, splits.train, config.train, remember=plan.remember, on_step=on_step, **where)
+
+        def after_step(report: StepReport) -> None:
+            on_step(report)
+            if flips is not None and (counted := flips(report)) is not None:
+                recorder.write(phase=PHASE, **counted)
+
+        train_masks(model, splits.train, config.train, remember=plan.remember, on_step=after_step, **where)
     after = recorder.evaluate("after, validation", model, splits.validation, **evaluated)
     save_masks(model, directory / MASKS, base_model_name_or_path=config.model.name)
     console.print(

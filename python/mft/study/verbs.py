@@ -6,8 +6,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mft.choices import nearest
+from mft.flips import plot_flips, read_flips
 from mft.progress import Progress
-from mft.run_directory import ABLATION, PLOT, TABLE_JSON, TABLE_MARKDOWN
+from mft.run_directory import ABLATION, METRICS, PLOT, TABLE_JSON, TABLE_MARKDOWN
 from mft.study.ablate import derive, plot_ablation
 from mft.study.declared import StudyConfig
 from mft.study.environment import environment
@@ -15,6 +17,8 @@ from mft.study.figures import draw_overlap, draw_surface
 from mft.study.plots import plot_summary
 from mft.study.report import console_report, write_study_report
 from mft.study.run import run_study
+
+PLOTS = ("summary", "surface", "overlap", "flips")
 
 console = Console()
 
@@ -39,8 +43,15 @@ def run_ablate(study: StudyConfig, what: str, values: Sequence[str], *, overwrit
     _written(directory / ABLATION)
 
 
-def run_plot(what: str, directory: Path, output: Path, *, domain: str | None, rows: int, points: int) -> None:
+def run_plot(
+    what: str, directories: Sequence[Path], output: Path, *, domain: str | None, rows: int, points: int
+) -> None:
     """mft plot"""
+    if what not in PLOTS:
+        raise ValueError(f"the plot must be one of {', '.join(PLOTS)}, got {what!r}{nearest(what, PLOTS)}")
+    directory, *others = directories
+    if others and what != "flips":
+        raise ValueError(f"{what} must be drawn from one directory, got {len(directories)}")
     if what == "surface":
         with Progress(console).phase("loss surface", 3 * points * points) as phase:
             draw_surface(
@@ -48,10 +59,13 @@ def run_plot(what: str, directory: Path, output: Path, *, domain: str | None, ro
             )
     elif what == "overlap":
         draw_overlap(directory, output)
-    elif what == "summary":
-        plot_summary(directory / TABLE_JSON, output)
+    elif what == "flips":
+        plot_flips({str(run): read_flips(run / METRICS) for run in directories}, output)
     else:
-        raise ValueError(f"the plot must be one of surface, overlap, summary, got {what!r}")
+        table = directory if directory.is_file() else directory / TABLE_JSON
+        if not table.is_file():
+            raise ValueError(f"directory must be a finished study's, or its {TABLE_JSON}, got {directory}")
+        plot_summary(table, output)
     _written(output)
 
 

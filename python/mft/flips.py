@@ -1,0 +1,79 @@
+"""Flips over training: how far a mask has moved from its first one, and how much it still moves a step."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mft.inspection import flip_share, initial_masks
+from mft.recipe import StepReport
+
+PHASE = "flips"  # of its events in a run's metrics file
+POINTS = 100  # that a curve of a run has at most, so that counting costs little
+
+
+@dataclass
+class FlipCurve:
+    """share of all masked weights; from_start: bits that differ from the first mask; a_step: bits changed a step."""
+
+    steps: list[int] = field(default_factory=list)
+    from_start: list[float] = field(default_factory=list)
+    a_step: list[float] = field(default_factory=list)
+
+
+class FlipCounter:
+    """Counts every so many steps, and at the last; make it before training, and call it after each step."""
+
+    def __init__(self, model: nn.Module, *, every: int = 1) -> None:
+        self.curve = FlipCurve()
+        self._model, self._every = model, every
+        self._initial = self._last = initial_masks(model)
+
+    def __call__(self, report: StepReport) -> dict[str, Any] | None:
+        """The step's values if it was counted."""
+        if report.step % self._every and report.step != report.steps:
+            return None
+        curve = self.curve
+        since = report.step - (curve.steps[-1] if curve.steps else 0)
+        curve.steps.append(report.step)
+        curve.from_start.append(flip_share(self._model, self._initial))
+        curve.a_step.append(flip_share(self._model, self._last) / since)
+        self._last = initial_masks(self._model)
+        return {"step": report.step, "from_start": curve.from_start[-1], "a_step": curve.a_step[-1]}
+
+
+def read_flips(metrics: Path) -> FlipCurve:
+    """The curve in a run's metrics file. Raises: ValueError if it holds none."""
+    if not metrics.is_file():
+        raise ValueError(f"a directory must be a run's of mft train, got none with {metrics}")
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    events = [line for line in lines if line["phase"] == PHASE]
+    if not events:
+        raise ValueError(
+            f"a run must have counted flips to plot them, got none in {metrics}: mft train counts them where memory "
+            "is plain"
+        )
+    return FlipCurve(*([event[name] for event in events] for name in ("step", "from_start", "a_step")))
+
+
+def plot_flips(curves: Mapping[str, FlipCurve], path: Path) -> None:
+    """Flips since the start, and flips a step, over training."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for name, curve in curves.items():
+        left.plot(curve.steps, [100 * share for share in curve.from_start], label=name)
+        right.plot(curve.steps, [100 * share for share in curve.a_step], label=name)
+    left.set_ylabel("bits that differ from the first mask, %")
+    right.set_ylabel("bits that change a step, %")
+    right.set_yscale("log")
+    for axes in (left, right):
+        axes.set_xlabel("optimiser step")
+    left.legend()
+    figure.savefig(path, dpi=120)

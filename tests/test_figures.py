@@ -1,0 +1,97 @@
+"""mft plot: pictures from a finished study's files, and what it says of an unfinished or a wrong one."""
+
+import io
+import re
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_study import FEW, make_study, write_ground
+from typer.testing import CliRunner
+
+from mft.cli import app
+from mft.study import figures
+from mft.study.figures import draw_overlap, draw_surface
+from mft.study.report import write_study_report
+from mft.study.run import run_study
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """The directory of a finished study, and what it found."""
+    directory = tmp_path_factory.mktemp("figures")
+    write_ground(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MFT_CACHE", str(directory / "cache"))
+        findings = run_study(make_study(directory, FEW), directory / "run", console=Console(file=io.StringIO()))
+        write_study_report(findings, directory / "run", {})
+        yield directory / "run", findings
+
+
+@pytest.mark.parametrize("what", ["surface", "overlap", "summary"])
+def test_each_picture_is_drawn_from_the_command_line(study, tmp_path, what):
+    picture = tmp_path / "picture.png"
+    options = ["--points", "3", "--rows", "4"] if what == "surface" else []
+    result = CliRunner().invoke(app, ["plot", what, str(study[0]), "--output", str(picture), *options])
+    assert result.exit_code == 0, result.output
+    assert "written: " in result.output
+    assert picture.read_bytes()[:4] == PNG
+
+
+def test_the_surface_has_the_losses_that_the_study_measured(study, tmp_path, monkeypatch):
+    directory, findings = study
+    drawn = {}
+    monkeypatch.setattr(figures, "plot_surfaces", lambda surfaces, path: drawn.update(surfaces))
+    monkeypatch.setattr(figures, "REACH", 1.0)  # and the grid then has a point at each mark of the random planes
+    draw_surface(directory, None, tmp_path / "unused.png", rows=1000, points=3)
+    measured = {arm: findings.validation["count"][arm][0].evaluation.loss for arm in ("full", "MFT")}
+    for arm, loss in measured.items():
+        surface = drawn[f"round {arm}"]
+        assert surface.marks == {arm: (0.0, 0.0)}
+        assert surface.losses[1, 1].item() == pytest.approx(loss, abs=1e-6)
+        assert surface.losses.unique().numel() > 1
+
+
+def test_the_overlap_is_of_the_weights_that_the_masks_dropped(study, tmp_path, monkeypatch):
+    directory, _ = study
+    found = {}
+    monkeypatch.setattr(figures, "plot_overlaps", lambda overlaps, path, title: found.update(overlaps))
+    kept = []
+    real = figures.overlaps
+    monkeypatch.setattr(figures, "overlaps", lambda sets: kept.append(sets) or real(sets))
+    draw_overlap(directory, tmp_path / "unused.png")
+    assert list(found) == [("count, seed 0", "count, seed 1")]
+    for dropped in kept[0].values():
+        assert torch.stack([mask.float().mean() for mask in dropped.values()]).mean() == pytest.approx(0.1, abs=0.01)
+    assert 0 < found["count, seed 0", "count, seed 1"].jaccard <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["contours"], "the plot must be one of summary, surface, overlap, flips, got 'contours'"),
+        (["surface", "--domain", "cont"], "--domain must be one of count, got 'cont'; did you mean count"),
+    ],
+)
+def test_a_wrong_request_says_so(study, arguments, message):
+    what, *options = arguments
+    result = CliRunner().invoke(app, ["plot", what, str(study[0]), *options])
+    assert result.exit_code != 0
+    assert message in " ".join(f"{result.output} {result.exception}".split())
+
+
+@pytest.mark.parametrize("what", ["surface", "overlap", "summary"])
+def test_a_directory_without_a_study_is_refused(tmp_path, what):
+    result = CliRunner().invoke(app, ["plot", what, str(tmp_path)])
+    assert result.exit_code != 0
+    assert re.search("directory must be a (finished )?study's", " ".join(f"{result.output} {result.exception}".split()))
+
+
+def test_an_unfinished_study_is_refused(study, tmp_path):
+    directory, _ = study
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "study.yaml").write_text((directory / "study.yaml").read_text())
+    with pytest.raises(ValueError, match="the study must be finished, MFT on count is not: run mft compare"):
+        draw_overlap(tmp_path / "run", tmp_path / "unused.png")
