@@ -1,12 +1,18 @@
 """Ablations: the studies that they derive, what their plot reads, and one from the command line."""
 
+import dataclasses
+import io
+
 import pytest
-from tiny_study import FEW, make_study, write_ground
+from rich.console import Console
+from tiny_study import FEW, equal, make_study, write_ground
 from typer.testing import CliRunner
 
 from mft.cli import app
 from mft.study.ablate import ablation_points, derive, plot_ablation
 from mft.study.declared import CONTROL, MASK
+from mft.study.run import run_study
+from mft.study.store import copy_fine_tunes
 from mft.study.table import reference_of
 
 DATA = "domains.count.max_train_tokens=120"
@@ -57,6 +63,15 @@ def test_a_wrong_request_says_so(study, what, values, message):
         derive(study, what, values)
 
 
+def test_an_ablation_of_one_domain_leaves_the_others_out(study):
+    two = dataclasses.replace(study, domains={**study.domains, "other": study.domains["count"]}, answers=["other"])
+    assert list(derive(two, "ratio", ["0.5"], ["count"]).domains) == ["count"]
+    assert derive(two, "ratio", ["0.5"], ["count"]).answers == []
+    assert list(derive(two, "data", ["0.5"], ["other"]).domains) == ["other 0.5"]
+    with pytest.raises(ValueError, match="--domain must be one of count, other, got 'othr'; did you mean other"):
+        derive(two, "ratio", ["0.5"], ["othr"])
+
+
 def numbers(arms):
     rows = [
         {"arm": arm, "kind": kind, "minus_full": {"estimate": value, "low": value - 0.01, "high": value + 0.01}}
@@ -83,6 +98,34 @@ def test_an_ablation_runs_from_the_command_line(tmp_path, monkeypatch):
     directory = tmp_path / "run-layers"
     assert "| MFT 2-3 |" in (directory / "table.md").read_text().replace("**", "")
     assert (directory / "ablation.png").stat().st_size > 10_000
+
+
+def test_an_ablation_takes_the_fine_tunes_of_its_study(tmp_path, monkeypatch):
+    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
+    write_ground(tmp_path)
+    study = make_study(tmp_path, FEW, ["seeds=[0]"])
+    findings = run_study(study, tmp_path / "run", console=Console(file=io.StringIO()))
+    ablated = derive(study, "ratio", ["0.5"])
+    assert (
+        copy_fine_tunes(tmp_path / "run", ablated, tmp_path / "ablated") == 3
+    )  # two rates, and the best one's weights
+    said = io.StringIO()
+    again = run_study(ablated, tmp_path / "ablated", console=Console(file=said, width=200))
+    assert "full, lr" not in "".join(line for line in said.getvalue().splitlines(True) if "on test" not in line)
+    assert again.chosen["count"]["full"] == findings.chosen["count"]["full"]
+    assert equal(again.test["count"]["full"], findings.test["count"]["full"])
+
+
+def test_fine_tunes_of_another_model_are_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
+    write_ground(tmp_path)
+    study = make_study(tmp_path, FEW, ["seeds=[0]"])
+    run_study(study, tmp_path / "run", console=Console(file=io.StringIO()))
+    other = dataclasses.replace(study, model=dataclasses.replace(study.model, dtype="bfloat16"))
+    assert copy_fine_tunes(tmp_path / "run", other, tmp_path / "other") == 0
+    assert not (tmp_path / "other").exists()
+    assert copy_fine_tunes(tmp_path / "nowhere", study, tmp_path / "other") == 0
+    assert copy_fine_tunes(tmp_path / "run", study, tmp_path / "run") == 0
 
 
 def test_a_plot_may_lack_intervals(tmp_path):

@@ -141,6 +141,9 @@ def ablate(
     values: Annotated[
         str | None, typer.Option(help="Keep ratios, groups of layers (0-3,4-7) or shares of the data.")
     ] = None,
+    domains: Annotated[
+        list[str] | None, typer.Option("--domain", help="Of the study; repeatable; all if not given.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the study that its directory holds.")] = False,
 ) -> None:
     """MFT by keep ratio, by masked layers or by share of the data, beside the same baselines; continues too."""
@@ -148,7 +151,7 @@ def ablate(
     from mft.study.verbs import run_ablate
 
     given = [] if values is None else values.split(",")
-    run_ablate(load_study(config, overrides or []), what, given, overwrite=overwrite)
+    run_ablate(load_study(config, overrides or []), what, given, domains or [], overwrite=overwrite)
 
 
 @app.command()

@@ -68,10 +68,18 @@ ABLATIONS: dict[str, Callable[[StudyConfig, Sequence[str]], StudyConfig]] = {
 }
 
 
-def derive(study: StudyConfig, what: str, values: Sequence[str] = ()) -> StudyConfig:
-    """The ablation of this name; its output_dir stands beside the study's."""
+def derive(study: StudyConfig, what: str, values: Sequence[str] = (), domains: Sequence[str] = ()) -> StudyConfig:
+    """The ablation of this name, on some of the study's domains (all, if none is named); it stands beside the study."""
     if what not in ABLATIONS:
         raise ValueError(f"the ablation must be one of {', '.join(ABLATIONS)}, got {what!r}{nearest(what, ABLATIONS)}")
+    for name in domains:
+        if name not in study.domains:
+            known = ", ".join(study.domains)
+            raise ValueError(f"--domain must be one of {known}, got {name!r}{nearest(name, study.domains)}")
+    if domains:
+        kept = {name: data for name, data in study.domains.items() if name in domains}
+        answers = [name for name in study.answers if name in domains]
+        study = dataclasses.replace(study, domains=kept, answers=answers)
     return ABLATIONS[what](study, values)
 
 

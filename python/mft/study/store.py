@@ -71,6 +71,30 @@ def open_store(study: StudyConfig, directory: str | os.PathLike, *, overwrite: b
         lock.release()
 
 
+def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: str | os.PathLike) -> int:
+    """What another study's directory holds of the same base model and full fine-tune, into a new directory for study.
+
+    How many files were copied; none if directory exists, or parent is no study of the same model. Keys decide which of
+    them study takes up.
+    """
+    source, target = Path(parent), Path(directory)
+    if target.exists() or not (source / STUDY).is_file():
+        return 0
+    values, now = parse_yaml((source / STUDY).read_text(encoding="utf-8"), str(source / STUDY)), study_values(study)
+    if any(values.get(name) != now[name] for name in ("model", "scratch")):
+        return 0
+    shared = [path for path in source.glob(f"{BASE_MODEL}/**/*") if path.is_file()]
+    for folder in (UNITS, TRAINED):
+        shared += source.glob(f"{folder}/*/{study.named(FULL)}/[!.]*")  # names with a dot are being written
+    for path in shared:
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, copy)
+    if shared:
+        write_whole(target / STUDY, dump_yaml(now))
+    return len(shared)
+
+
 class Store:
     """The files of one study."""
 

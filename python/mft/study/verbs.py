@@ -17,6 +17,7 @@ from mft.study.figures import draw_overlap, draw_surface
 from mft.study.plots import plot_summary
 from mft.study.report import console_report, write_study_report
 from mft.study.run import run_study
+from mft.study.store import copy_fine_tunes
 
 PLOTS = ("summary", "surface", "overlap", "flips")
 
@@ -33,10 +34,15 @@ def run_compare(study: StudyConfig, *, overwrite: bool) -> None:
     console.print(f"files: {directory}/ ({TABLE_MARKDOWN}, {TABLE_JSON}, {PLOT})", highlight=False, soft_wrap=True)
 
 
-def run_ablate(study: StudyConfig, what: str, values: Sequence[str], *, overwrite: bool) -> None:
+def run_ablate(
+    study: StudyConfig, what: str, values: Sequence[str], domains: Sequence[str], *, overwrite: bool
+) -> None:
     """mft ablate"""
-    study = derive(study, what, values)
+    parent = Path(study.output_dir)
+    study = derive(study, what, values, domains)
     directory = Path(study.output_dir)
+    if copy_fine_tunes(parent, study, directory):
+        console.print(f"base model and fine-tunes: those of {parent}", highlight=False, soft_wrap=True)
     run_compare(study, overwrite=overwrite)
     numbers = json.loads((directory / TABLE_JSON).read_text(encoding="utf-8"))
     plot_ablation(numbers, what, directory / ABLATION)
