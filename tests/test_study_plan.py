@@ -238,3 +238,18 @@ def test_few_rates_and_a_best_one_at_the_end_are_said():
     rates = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
     study = make({"full": ArmConfig("full", lrs=rates), "control": ArmConfig("control", lrs=rates)})
     assert notes(study, play(study, bowl(1e-3))) == []
+
+
+def test_epochs_and_keep_ratios_at_the_end_are_said_too():
+    lines = notes(make(), play(make(), bowl(1e-3)))
+    assert (
+        "code, full: the best number of epochs, 1, is the smallest of those tried; a wider grid may find a better one"
+        in lines
+    )
+    assert (
+        "code, MFT: the best keep ratio, 0.9, is the smallest of those tried; a wider grid may find a better one"
+        in lines
+    )
+    assert not [
+        line for line in lines if "random" in line
+    ]  # a mask without data has no better end than dropping nothing

@@ -113,7 +113,7 @@ def known_units(study: StudyConfig, outcomes: Iterable[Outcome]) -> int:
 
 
 def notes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[str]:
-    """What a reader of the choices must know: runs that diverged, grids with few rates or with the best at an end."""
+    """What a reader of the choices must know: runs that diverged, grids with few rates, choices at a grid's end."""
     outcomes = list(outcomes)
     found, lines = _Found(study, outcomes), []
     for outcome in sorted_outcomes(study, outcomes):
@@ -129,13 +129,14 @@ def notes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[str]:
                 lines.append(
                     f"{domain}, {arm}: only {len(rates)} rate(s) tried, at least {LEAST_RATES} make a fair choice"
                 )
-            line = _rates_beside(best, losses)
-            if len(line) > 1 and best.lr in (line[0], line[-1]):
-                end = "smallest" if best.lr == line[0] else "largest"
-                lines.append(
-                    f"{domain}, {arm}: the best rate, {best.lr:g}, is the {end} of those tried; a wider grid may find "
-                    "a better one"
-                )
+            for name, what in (("lr", "rate"), ("epochs", "number of epochs"), ("keep_ratio", "keep ratio")):
+                line, value = _values_beside(best, losses, name), getattr(best, name)
+                if len(line) > 1 and value in (line[0], line[-1]):
+                    end = "smallest" if value == line[0] else "largest"
+                    lines.append(
+                        f"{domain}, {arm}: the best {what}, {value:g}, is the {end} of those tried; a wider grid may "
+                        "find a better one"
+                    )
     return lines
 
 
@@ -228,16 +229,16 @@ def _order(setting: Setting) -> tuple[float, float, float]:
     return (setting.lr or 0.0, setting.epochs or 0.0, setting.keep_ratio or 0.0)
 
 
-def _rates_beside(best: Setting, losses: dict[Setting, float]) -> list[float]:
-    """The rates tried with the epochs and the keep ratio of the best setting, in ascending order."""
-    beside = (setting for setting in losses if replace(setting, lr=None) == replace(best, lr=None))
-    return sorted(setting.lr for setting in beside if setting.lr is not None)
+def _values_beside(best: Setting, losses: dict[Setting, float], name: str) -> list[float]:
+    """The values of lr, epochs or keep_ratio tried with the best setting's other values, in ascending order."""
+    beside = (setting for setting in losses if replace(setting, **{name: None}) == replace(best, **{name: None}))
+    return sorted(value for setting in beside if (value := getattr(setting, name)) is not None)
 
 
 def _beyond_the_end(losses: dict[Setting, float]) -> Setting | None:
     """The best setting at the next rate in the grid's ratio, if its rate is at an end; None if it lies inside."""
     best = min(losses, key=losses.__getitem__)
-    rates = _rates_beside(best, losses)
+    rates = _values_beside(best, losses, "lr")
     if best.lr is None or len(rates) < 2 or best.lr not in (rates[0], rates[-1]):
         return None
     ratio = rates[0] / rates[1] if best.lr == rates[0] else rates[-1] / rates[-2]
