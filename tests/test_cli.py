@@ -187,7 +187,7 @@ def test_sensitivity_ranks_layers_and_writes_table_and_plot(cli, tmp_path):
     rows = json.loads((tmp_path / "run" / "table.json").read_text())
     assert sorted(row["group"]["name"] for row in rows) == ["layer 2", "layer 3"]  # of mask.layers_to_transform
     assert [row["difference"] for row in rows] == sorted(row["difference"] for row in rows)
-    assert "layer 2" in (tmp_path / "run" / "table.md").read_text()
+    assert "| layer 2 |" in (tmp_path / "run" / "table.md").read_text()
     assert (tmp_path / "run" / "plot.png").read_bytes()[:4] == b"\x89PNG"
     assert "of the 2 groups" in output or "of 2 groups gain" in output
     code, output = cli("sensitivity", "--config", "config.yaml", *LEARN, "--layers", "0", "--overwrite")

@@ -25,6 +25,8 @@ from mft.recorder import Recorder
 from mft.targets import select_targets
 
 LEVEL = 0.05  # two-sided, of all groups together
+_TITLE = "Validation loss with a mask - without, nats a token"
+_COLUMNS = ("group", "weights", "before training", "trained", "s.e.", "flips %")
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,19 @@ def recommendation(rows: Sequence[Sensitivity]) -> str:
 
 def sensitivity_table(rows: Sequence[Sensitivity]) -> Table:
     """For the console; best first."""
-    table = Table(title="Validation loss with a mask - without, nats a token")
-    for column in ("group", "weights", "before training", "trained", "s.e.", "flips %"):
-        table.add_column(column, justify="left" if column == "group" else "right")
+    table = Table(title=_TITLE)
+    for column in _COLUMNS:
+        table.add_column(column, justify="left" if column == _COLUMNS[0] else "right")
     for row in rows:
-        figures = (f"{row.first:+.4f}", f"{row.difference:+.4f}", f"{row.error:.4f}", f"{100 * row.flips:.2f}")
-        table.add_row(row.group.name, f"{row.weights:,}", *figures)
+        table.add_row(*_cells(row))
     return table
+
+
+def sensitivity_markdown(rows: Sequence[Sensitivity]) -> str:
+    """The same for a file."""
+    lines = [f"| {' | '.join(_COLUMNS)} |", f"|---|{'---:|' * (len(_COLUMNS) - 1)}"]
+    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    return "\n".join([f"{_TITLE}.", "", *lines, "", recommendation(rows), ""])
 
 
 def plot_sensitivity(rows: Sequence[Sensitivity], path: Path) -> None:
@@ -138,6 +146,11 @@ def plot_sensitivity(rows: Sequence[Sensitivity], path: Path) -> None:
     axes.set_xlabel("loss with a mask on this group alone - without (left is better)")
     axes.set_title("Trained mask, 2 standard errors; hollow: before training")
     figure.savefig(path, dpi=120)
+
+
+def _cells(row: Sensitivity) -> tuple[str, ...]:
+    figures = (f"{row.first:+.4f}", f"{row.difference:+.4f}", f"{row.error:.4f}", f"{100 * row.flips:.2f}")
+    return row.group.name, f"{row.weights:,}", *figures
 
 
 def _try(

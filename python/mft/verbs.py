@@ -44,6 +44,7 @@ from mft.sensitivity import (
     layer_sensitivity,
     plot_sensitivity,
     recommendation,
+    sensitivity_markdown,
     sensitivity_table,
 )
 from mft.targets import select_targets
@@ -167,8 +168,7 @@ def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> 
     )
     console.print(sensitivity_table(rows))
     console.print(recommendation(rows), highlight=False, soft_wrap=True)
-    with (directory / TABLE_MARKDOWN).open("w", encoding="utf-8") as file:
-        Console(file=file, width=120).print(sensitivity_table(rows))
+    (directory / TABLE_MARKDOWN).write_text(sensitivity_markdown(rows), encoding="utf-8")
     (directory / TABLE_JSON).write_text(
         json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8"
     )
