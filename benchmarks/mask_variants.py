@@ -1,6 +1,6 @@
 """What makes a mask better than training on: variants of mask training against a tuned control, on validation.
 
-    python -m benchmarks.mask_variants --base DIR [--situation small] [--seeds 0,1] [--only window,noise] [--log FILE]
+    python -m benchmarks.mask_variants --base DIR [--situation tuned] [--seeds 0,1] [--only window,noise] [--log FILE]
 
 Every variant's rate is climbed to on a grid of factor 2 with the first seed, from one start (a local search: it stops
 when both neighbours are worse); further seeds run at what the first one chose. Runs are appended to a log and not
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,8 +40,8 @@ from mft.one_shot import initialise_scores
 
 START, CONTROL = "fine-tune", "control"
 PART = ", a part"  # of an average: no variant of its own
-CONTROL_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
-LONGER = (1.0, 2.0)
+CONTROL_RATES = (1e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+LONGER = (1.0, 2.0)  # of the control; masks have variants of their own for that
 STEP = 2.0  # ratio of neighbouring rates
 MOST = 3  # rates that one search may try
 FLAT = 1e-4  # nats that a search does not follow: a fifth of a typical standard error
@@ -61,25 +62,20 @@ class Variant:
 
 
 def situations(base: str, source: str, full_lr: float, full_epochs: float) -> dict[str, Situation]:
-    """What masks meet, all but the last two in the upper half of the layers.
+    """What masks meet; masks and control in the upper half of the layers but in the last two.
 
-    tuned: a fine-tune of as many epochs as validation likes best. medium: one that wants more epochs. overfitted: one
-    that had too many. all and lower: tuned with other layers.
+    tuned: rows, batch, and fine-tune of the small study, whose rate and epochs validation liked best there. more: four
+    times the rows. overfitted: three times the epochs. all, lower: tuned with other layers.
     """
-    full = TrainConfig(lr=full_lr, epochs=full_epochs, batch_size=4, warmup_ratio=0.05)
-    data = DataConfig(source=source, sequence_length=256, max_train_tokens=384 * 256, max_eval_tokens=160 * 256)
-    if source == "stdlib":
-        data = replace(data, subset="finetune")
+    full = TrainConfig(lr=full_lr, epochs=full_epochs, batch_size=8, betas=(0.9, 0.99))
+    data = DataConfig(source=source, sequence_length=256, max_train_tokens=65536, max_eval_tokens=32768)
     depth = AutoConfig.from_pretrained(base).num_hidden_layers
     upper, lower = tuple(range(depth // 2, depth)), tuple(range(depth // 2))
-    medium = Situation("", base, data, upper, full, epochs=0.5)
-    few = replace(data, max_train_tokens=128 * 256)
-    few_at_once = replace(full, batch_size=2)
-    tuned = replace(medium, data=few, full=replace(few_at_once, epochs=2 * full_epochs), epochs=1.0)
+    tuned = Situation("", base, data, upper, full, epochs=2.0)
     found = {
-        "medium": medium,
         "tuned": tuned,
-        "overfitted": replace(tuned, full=replace(few_at_once, epochs=4 * full_epochs)),
+        "more": replace(tuned, data=replace(data, max_train_tokens=4 * 65536)),
+        "overfitted": replace(tuned, full=replace(full, epochs=3 * full_epochs)),
         "all": replace(tuned, layers=None),
         "lower": replace(tuned, layers=lower),
     }
@@ -116,120 +112,81 @@ def _batch(size: int) -> Callable[[TrainConfig], TrainConfig]:
     return lambda train: replace(train, batch_size=size)
 
 
-KEEP, RATE = 0.98, 1e-3  # of the plain variant that the others change in one thing
+KEEP, RATE = 0.9, 2e-3  # of the plain variant that the others change in one thing
+
+
+def _changed(name: str, hypothesis: str, *rules: Callable[[], Rule], **changes: Any) -> Variant:
+    """The plain variant with rules added, or with other values of its fields."""
+    plain = Variant(name, hypothesis, KEEP, RATE, lambda ground: [rule() for rule in rules], init="normal")
+    return replace(plain, **changes)
+
 
 VARIANTS = [
+    *(_changed(f"normal, keep {keep:g}", "the paper's scores", keep_ratio=keep) for keep in (0.8, 0.9, 0.95, 0.98)),
     *(
-        Variant(f"magnitude, keep {keep:g}", "fewer drops, less harm", keep, RATE)
-        for keep in (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+        _changed(f"magnitude, keep {keep:g}", "no harm at first", keep_ratio=keep, init="magnitude")
+        for keep in (0.8, 0.9, 0.98, 0.995)
     ),
-    *(Variant(f"normal, keep {keep:g}", "the paper's scores", keep, RATE, init="normal") for keep in (0.9, 0.99)),
     *(
-        Variant(
+        _changed(
+            f"constant, keep {keep:g}",
+            "ties keep all at first: begins at the fine-tune",
+            keep_ratio=keep,
+            init="constant",
+        )
+        for keep in (0.8, 0.9, 0.98)
+    ),
+    *(
+        _changed(
             f"gradient start, keep {keep:g}",
             "training goes on from the best one-shot mask",
-            keep,
-            RATE / 4,
-            lambda ground: [Start(_gradient_start(ground))],
+            keep_ratio=keep,
+            rules=lambda ground: [Start(_gradient_start(ground))],
         )
-        for keep in (0.9, 0.98, 0.995)
+        for keep in (0.9, 0.995)
     ),
     *(
-        Variant(
-            f"keep 1 to {final:g}, power {power:g}",
+        _changed(
+            f"keep 1 to {KEEP:g}, power {power:g}",
             "scores learn before they must drop",
-            1.0,
-            RATE,
-            partial(lambda final, power, ground: [KeepSchedule(final, power)], final, power),
+            partial(KeepSchedule, KEEP, power),
+            keep_ratio=1.0,
         )
-        for final in (0.9, 0.98)
         for power in (1, 3)
     ),
     *(
-        Variant(
-            f"window {width:g}",
-            "scores far from the cut should not drift",
-            KEEP,
-            RATE,
-            partial(lambda width, ground: [GradientWindow(width)], width),
-        )
+        _changed(f"window {width:g}", "scores far from the cut should not drift", partial(GradientWindow, width))
         for width in (1.0, 4.0)
     ),
+    _changed("sigmoid 1", "the same, smoothly", partial(GradientSigmoid, 1.0)),
     *(
-        Variant(
-            f"sigmoid {width:g}",
-            "the same, smoothly",
-            KEEP,
-            RATE,
-            partial(lambda width, ground: [GradientSigmoid(width)], width),
-        )
-        for width in (1.0, 4.0)
-    ),
-    *(
-        Variant(
-            f"noise {deviation:g}",
-            "drops that survive noise generalise",
-            KEEP,
-            RATE,
-            partial(lambda deviation, ground: [ScoreNoise(deviation)], deviation),
-        )
+        _changed(f"noise {deviation:g}", "drops that survive noise generalise", partial(ScoreNoise, deviation))
         for deviation in (0.1, 0.3)
     ),
+    _changed("average 0.1", "the mean of late scores is less noisy", partial(ScoreAverage, 0.1)),
+    _changed("slow threshold", "a cut that follows slowly", partial(SlowThreshold, 0.95)),
+    _changed("average and slow threshold", "both", partial(SlowThreshold, 0.95), partial(ScoreAverage, 0.1)),
     *(
-        Variant(
-            f"average {share:g}",
-            "the mean of late scores is less noisy",
-            KEEP,
-            RATE,
-            partial(lambda share, ground: [ScoreAverage(share)], share),
-        )
-        for share in (0.1, 0.3)
-    ),
-    Variant("slow threshold", "a cut that follows slowly", KEEP, RATE, lambda ground: [SlowThreshold(0.95)]),
-    Variant(
-        "average and slow threshold",
-        "both",
-        KEEP,
-        RATE,
-        lambda ground: [SlowThreshold(0.95), ScoreAverage(0.1)],
-    ),
-    *(
-        Variant(
-            f"pull {strength:g}",
-            "only lasting evidence should flip a weight",
-            KEEP,
-            RATE,
-            partial(lambda strength, ground: [PullToStart(strength)], strength),
-        )
+        _changed(f"pull {strength:g}", "only lasting evidence should flip a weight", partial(PullToStart, strength))
         for strength in (0.01, 0.05)
     ),
-    Variant(
-        "free threshold", "begin at the fine-tune, drop what asks for it", 1.0, RATE / 4, lambda g: [FreeThreshold()]
-    ),
-    Variant(
-        "free threshold, margin 0.1",
-        "the same, and no weight for nothing",
-        1.0,
-        RATE / 2,
-        lambda g: [FreeThreshold(margin=0.1)],
-    ),
-    Variant(
+    _changed("free threshold", "begin at the fine-tune, drop what asks for it", FreeThreshold, keep_ratio=1.0),
+    _changed(
         "free threshold, level",
         "the same, whatever the weight's size",
-        1.0,
-        2 * RATE,
-        lambda g: [FreeThreshold(level=True)],
+        partial(FreeThreshold, level=True),
+        keep_ratio=1.0,
     ),
+    *(_changed(f"betas {a:g}, {b:g}", "Adam's memory", train=_betas(a, b)) for a, b in ((0.0, 0.99), (0.98, 0.999))),
+    *(_changed(f"batch {size}", "fewer, surer steps; or more, noisier ones", train=_batch(size)) for size in (2, 32)),
     *(
-        Variant(f"betas {a:g}, {b:g}", "Adam's memory", KEEP, RATE, train=_betas(a, b))
-        for a, b in ((0.9, 0.95), (0.0, 0.99), (0.98, 0.999))
-    ),
-    *(Variant(f"batch {size}", "fewer, surer steps", KEEP, 2 * RATE, train=_batch(size)) for size in (8, 32)),
-    *(
-        Variant(
-            f"keep {keep:g}, {times:g} times as long", "masks need steps, and do not overfit", keep, RATE, longer=times
+        _changed(
+            f"normal, keep {keep:g}, 2 times as long",
+            "masks need steps, and do not overfit",
+            keep_ratio=keep,
+            longer=2.0,
         )
-        for keep, times in ((0.98, 2.0), (0.98, 4.0), (0.9, 4.0))
+        for keep in (0.8, 0.9)
     ),
 ]
 
@@ -268,18 +225,18 @@ def control(ground: Ground, rates=CONTROL_RATES) -> None:
 
 
 def averages(ground: Ground, runs: int) -> None:
-    """Mean weights of runs that differ in the order of their rows: of the control, and of masks as wild as theirs."""
+    """Mean weights of runs that differ in the order of their rows: of the control, and of masks."""
     epochs = ground.situation.epochs
-    for lr in CONTROL_RATES[2::2]:
+    for lr in CONTROL_RATES[3::2]:
         name = f"average of {runs}, control"
         if not ground.log.find(situation=ground.situation.name, variant=name, seed=ground.seed, lr=lr):
             models = [ground.weights(f"{CONTROL}{PART}", lr, epochs, part=part)[0] for part in range(runs)]
             _say(ground, ground.average(name, models, lr, epochs, None))
-    for keep, lr in itertools.product((0.98, 0.9), (RATE, 4 * RATE)):
-        name = f"average of {runs}, magnitude, keep {keep:g}"
+    for init, lr in itertools.product(("normal", "magnitude"), (RATE, 4 * RATE)):
+        name = f"average of {runs}, {init}, keep {KEEP:g}"
         if not ground.log.find(situation=ground.situation.name, variant=name, seed=ground.seed, lr=lr):
-            models = [ground.masks(f"keep {keep:g}{PART}", lr, epochs, keep, part=part)[0] for part in range(runs)]
-            _say(ground, ground.average(name, models, lr, epochs, keep))
+            models = [ground.masks(f"{init}{PART}", lr, epochs, KEEP, init=init, part=part)[0] for part in range(runs)]
+            _say(ground, ground.average(name, models, lr, epochs, KEEP))
 
 
 def _say(ground: Ground, run: Tried) -> None:
@@ -372,10 +329,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="only rank what the log holds")
     parser.add_argument("--base", help="directory of a model that was trained beforehand")
-    parser.add_argument("--source", default="stdlib", help="data of the fine-tune, as of data.source")
-    parser.add_argument("--full-lr", type=float, default=1e-3)
-    parser.add_argument("--full-epochs", type=float, default=2.0)
-    parser.add_argument("--situation", default="small")
+    parser.add_argument("--source", default="headers", help="data of the fine-tune, as of data.source")
+    parser.add_argument("--full-lr", type=float, default=4e-3, help="of the fine-tune")
+    parser.add_argument("--full-epochs", type=float, default=4.0)
+    parser.add_argument("--situation", default="tuned", help="tuned, more, overfitted, all or lower")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--only", default="", help="parts of variants' names, separated by ';'; control; none")
     parser.add_argument("--averages", type=int, default=0, help="runs to average; 0: no averages")
