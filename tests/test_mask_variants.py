@@ -1,0 +1,138 @@
+"""The comparison of ways to train masks: its search for rates, its ranking, and rules that change what they say."""
+
+import math
+
+import pytest
+import torch
+from tiny import make_rows, masked_llama
+
+from benchmarks.mask_variants import CONTROL, PART, START, climb, ranked
+from benchmarks.mask_variants_ground import Log, Tried
+from benchmarks.mask_variants_rules import (
+    FreeThreshold,
+    GradientSigmoid,
+    GradientWindow,
+    KeepSchedule,
+    PullToStart,
+    Rule,
+    ScoreAverage,
+    ScoreNoise,
+    SlowThreshold,
+)
+from mft.config import TrainConfig
+from mft.convert import masked_modules
+from mft.recipe import train_masks
+
+STEPS = 4
+
+
+@pytest.mark.parametrize(("start", "best"), [(1e-3, 1e-3), (1e-3, 2e-3), (4e-3, 2e-3)])
+def test_the_search_climbs_to_the_best_rate_near_its_start(start, best):
+    tried = []
+
+    def attempt(lr):
+        tried.append(lr)
+        return abs(math.log(lr / best))
+
+    assert climb(attempt, start) == best
+    assert len(tried) == len(set(tried)) <= 4
+
+
+def test_each_seed_is_paired_with_its_own_fine_tune_and_control(tmp_path):
+    log = Log(tmp_path / "log.jsonl")
+
+    def add(variant, seed, lr, *losses):
+        log.add(Tried("s", variant, seed, lr, 1.0, None, sum(losses) / len(losses), list(losses), [1.0] * len(losses)))
+
+    for seed, start in ((0, 2.0), (1, 3.0)):
+        add(START, seed, None, start, start)
+        add(CONTROL, seed, 1e-3, start - 0.2, start - 0.2)
+        add("window", seed, 1e-3, start - 0.3, start - 0.1)
+    add(CONTROL, 0, 1e-2, 5.0, 5.0)  # the worse rate is not the control
+    add("window" + PART, 0, 1e-3, 0.0, 0.0)
+    rows = {row.variant: row for row in ranked(Log(tmp_path / "log.jsonl"), "s")}
+    assert set(rows) == {START, CONTROL, "window"}
+    assert rows["window"].from_finetune == pytest.approx(-0.2)
+    assert rows["window"].from_control == pytest.approx(0.0)
+    assert (rows["window"].seeds, rows[CONTROL].tried) == (2, 2)
+
+
+def trained(*rules, keep_ratio=0.9):
+    """A masked model trained under rules, and what its masks kept after each step."""
+    model = masked_llama(init="magnitude", keep_ratio=keep_ratio)
+    kept = []
+    for rule in rules:
+        rule.begin(model, STEPS)
+
+    def after(report):
+        for rule in rules:
+            rule.after_update(report.step, report.steps)
+        masks = [module.mask() for module in masked_modules(model).values()]
+        kept.append(sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks))
+
+    train_masks(
+        model,
+        make_rows(),
+        TrainConfig(lr=3e-3, steps=STEPS),
+        before_update=lambda step, steps: [rule.before_update(step, steps) for rule in rules],
+        on_step=after,
+    )
+    for rule in rules:
+        rule.end()
+    return model, kept
+
+
+def scores(model):
+    return torch.cat([module.scores.detach().flatten() for module in masked_modules(model).values()])
+
+
+def test_the_keep_ratio_falls_from_one_to_its_end():
+    _, kept = trained(KeepSchedule(0.8, 1.0), keep_ratio=1.0)
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] > 0.85
+    assert kept[-1] == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "rule", [GradientWindow(1.0), GradientSigmoid(1.0), ScoreNoise(0.3), PullToStart(0.5), SlowThreshold(0.5)]
+)
+def test_a_rule_changes_what_is_learned(rule):
+    plain, _ = trained()
+    changed, _ = trained(rule)
+    assert not torch.equal(scores(plain), scores(changed))
+
+
+def test_a_window_without_an_edge_changes_nothing():
+    assert torch.equal(scores(trained()[0]), scores(trained(GradientWindow(math.inf))[0]))
+
+
+def test_noise_is_gone_when_training_ends():
+    assert torch.equal(scores(trained()[0]), scores(trained(ScoreNoise(0.0))[0]))
+
+
+def test_the_average_is_an_exponential_mean_of_the_scores_on_the_way():
+    seen = []
+
+    class Watch(Rule):
+        def begin(self, model, steps):
+            self.model = model
+            seen.append(scores(model))
+
+        def after_update(self, step, steps):
+            seen.append(scores(self.model))
+
+    average = ScoreAverage(0.5)  # over 2 of 4 steps
+    found = scores(trained(Watch(), average)[0])
+    mean = seen[0]
+    for later in seen[1:]:
+        mean = math.exp(-1 / 2) * mean + (1 - math.exp(-1 / 2)) * later
+    assert torch.allclose(found, mean)
+    assert not torch.allclose(found, seen[-1])
+
+
+def test_a_free_threshold_begins_at_the_fine_tune():
+    model = masked_llama(init="magnitude", keep_ratio=1.0)
+    FreeThreshold().begin(model, STEPS)
+    assert all(module.mask().all() for module in masked_modules(model).values())
+    _, kept = trained(FreeThreshold(), keep_ratio=1.0)
+    assert 0.5 < kept[-1] < 1
