@@ -121,6 +121,18 @@ def _changed(name: str, hypothesis: str, *rules: Callable[[], Rule], **changes: 
     return replace(plain, **changes)
 
 
+# What is tried together with what else helped, after each had been tried alone.
+TOGETHER: list[tuple[str, list[Callable[[], Rule]], dict[str, Any]]] = [
+    ("free threshold", [FreeThreshold], {"keep_ratio": 1.0}),
+    ("constant", [], {"init": "constant"}),
+]
+# The same freedom for the control.
+CONTROLS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
+    CONTROL: lambda train: train,
+    f"{CONTROL}, betas 0, 0.99": _betas(0.0, 0.99),
+    f"{CONTROL}, batch 2": _batch(2),
+}
+
 VARIANTS = [
     *(_changed(f"normal, keep {keep:g}", "the paper's scores", keep_ratio=keep) for keep in (0.8, 0.9, 0.95, 0.98)),
     *(
@@ -181,6 +193,41 @@ VARIANTS = [
     *(_changed(f"batch {size}", "fewer, surer steps; or more, noisier ones", train=_batch(size)) for size in (2, 32)),
     *(
         _changed(
+            f"{name}, betas 0, 0.99",
+            "what helped, together: no momentum",
+            *rules,
+            lr=2 * RATE,
+            train=_betas(0.0, 0.99),
+            **changes,
+        )
+        for name, rules, changes in TOGETHER
+    ),
+    *(
+        _changed(
+            f"{name}, betas 0, 0.99, batch 2",
+            "what helped, together: no momentum, more steps",
+            *rules,
+            lr=2 * RATE,
+            train=lambda train: replace(train, betas=(0.0, 0.99), batch_size=2),
+            **changes,
+        )
+        for name, rules, changes in TOGETHER
+    ),
+    *(
+        _changed(
+            f"{name}, betas 0, 0.99, {times:g} times as long",
+            "what helped, together: no momentum, more epochs",
+            *rules,
+            lr=2 * RATE,
+            longer=times,
+            train=_betas(0.0, 0.99),
+            **changes,
+        )
+        for name, rules, changes in TOGETHER
+        for times in (2.0, 4.0)
+    ),
+    *(
+        _changed(
             f"normal, keep {keep:g}, 2 times as long",
             "masks need steps, and do not overfit",
             keep_ratio=keep,
@@ -216,12 +263,13 @@ def _run(ground: Ground, variant: Variant, lr: float) -> Tried:
     return run
 
 
-def control(ground: Ground, rates=CONTROL_RATES) -> None:
+def control(ground: Ground, name: str) -> None:
+    """Every rate, for as many epochs as masks get, and for twice as many."""
     for epochs in (longer * ground.situation.epochs for longer in LONGER):
-        for lr in rates:
-            known = {"situation": ground.situation.name, "variant": CONTROL, "seed": ground.seed}
+        for lr in CONTROL_RATES:
+            known = {"situation": ground.situation.name, "variant": name, "seed": ground.seed}
             if not ground.log.find(**known, lr=lr, epochs=epochs):
-                _say(ground, ground.weights(CONTROL, lr, epochs)[1])
+                _say(ground, ground.weights(name, lr, epochs, train=CONTROLS[name])[1])
 
 
 def averages(ground: Ground, runs: int) -> None:
@@ -360,8 +408,9 @@ def _search_all(log: Log, options: argparse.Namespace) -> None:
     wanted = [v for v in VARIANTS if not parts or any(part in v.name for part in parts)]
     first, *others = map(int, options.seeds.split(","))
     ground = Ground(situation, first, log, models)
-    if not parts or CONTROL in parts:
-        control(ground)
+    for name in CONTROLS:
+        if not parts or name in parts:
+            control(ground, name)
     for variant in wanted:
         search(ground, variant)
     if options.averages:

@@ -106,12 +106,19 @@ class Ground:
             self._record("fine-tune", self.model, None, None, None, time.perf_counter())
 
     def weights(
-        self, variant: str, lr: float, epochs: float, start: nn.Module | None = None, *, part: int = 0
+        self,
+        variant: str,
+        lr: float,
+        epochs: float,
+        start: nn.Module | None = None,
+        *,
+        train: Callable[[TrainConfig], TrainConfig] = lambda train: train,
+        part: int = 0,
     ) -> tuple[nn.Module, Tried]:
         """The control: the weights of the same layers trained on; part numbers runs with other orders of the rows."""
         begin = time.perf_counter()
         model = clone_with_own_weights(self.model if start is None else start, self.names)
-        config = self._train(lr, epochs, part)
+        config = train(self._train(lr, epochs, part))
         train_weights(model, self.names, self.splits.train, config, memory=self.memories["train"])
         return model, self._record(variant, model, lr, epochs, None, begin)
 
