@@ -49,6 +49,38 @@ def test_the_grid_is_every_combination_in_ascending_order(load):
     assert ArmConfig("base").settings(MaskConfig()) == [Setting()]
 
 
+def test_an_arm_may_have_a_mode_a_threshold_and_betas_of_its_own(load):
+    study = load(more="  free: {kind: mask, lrs: [1e-3], mode: value, threshold: 0, betas: [0, 0.99]}\n")
+    arm = study.arms["free"]
+    assert arm.settings(study.mask) == [Setting(1e-3, 1.0, None)]  # the threshold decides what is kept
+    mask = study.mask_of(arm)
+    assert (mask.mode, mask.threshold, mask.layers_to_transform) == ("value", 0.0, [2, 3])
+    assert study.train_of(arm, Setting(1e-3, 1.0), 0).betas == (0.0, 0.99)
+    assert study.train_of(study.arms["control"], Setting(1e-3, 1.0), 0).betas == study.stage.betas
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("{kind: control, lrs: [1], mode: value}", "mode must be left out for this kind, got value"),
+        ("{kind: random, threshold: 0.1}", "threshold must be left out for this kind, got 0.1"),
+        ("{kind: random, betas: [0, 0.9]}", "betas must be left out for this kind"),
+        ("{kind: mask, lrs: [1], betas: [0, 1]}", "betas must lie in [0, 1), got"),
+        ("{kind: mask, lrs: [1], mode: values}", "mode must be one of magnitude, value, got 'values'"),
+        ("{kind: mask, lrs: [1], threshold: -1}", "threshold must be at least 0 unless mode is value, got -1"),
+        ("{kind: mask, lrs: [1], threshold: 0, keep_ratios: [0.9]}", "keep_ratios must be left out beside a threshold"),
+    ],
+)
+def test_what_an_arm_may_not_say(load, arm, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(more=f"  wrong: {arm}\n")
+
+
+def test_a_threshold_is_an_arms(load):
+    with pytest.raises(ValueError, match=r"mask.threshold must be null: an arm has it, got 0.1"):
+        load("mask.threshold=0.1")
+
+
 def test_overrides_reach_every_key(load):
     study = load(
         "seeds=[5]",

@@ -31,6 +31,7 @@ ARMS = """
   temperature: {kind: temperature}
   mask: {kind: mask, lrs: [1e-2]}
   mask from wanda: {kind: mask, lrs: [1e-2], init: wanda}
+  mask free: {kind: mask, lrs: [1e-2], mode: value, threshold: 0, betas: [0, 0.99]}
   mask lower: {kind: mask, lrs: [1e-2], layers_to_transform: 1}
   mean of masks: {kind: average, of: mask, runs: 2}
   mean of adapters: {kind: average, of: lora, runs: 2}
@@ -236,3 +237,14 @@ def test_answers_are_counted_where_the_study_asks_for_them(ground, monkeypatch):
     assert (tested.test.answers.tolist(), tested.validation.questions.tolist()) == ([1], [2])
     splits = ground.bench.splits("count")
     assert asked == [len(splits.validation), len(splits.test)]
+
+
+def test_a_mask_with_a_fixed_threshold_begins_at_the_fine_tune_and_drops_what_it_learns_to(ground):
+    unit = ground.job("mask free", keep=None, lr=1e-9)
+    still = run_unit(ground.bench, unit)
+    assert still.flips == 0
+    assert still.loss == pytest.approx(ground.full.loss, abs=1e-6)
+    moved = run_unit(ground.bench, ground.job("mask free", keep=None, lr=1e-1))
+    assert moved.flips > 0
+    dropped = [weight == 0 for weight in load_file(ground.job("mask free", keep=None, lr=1e-1).trained).values()]
+    assert sum(int(d.sum()) for d in dropped) / sum(d.numel() for d in dropped) == pytest.approx(moved.flips, abs=1e-6)

@@ -254,9 +254,11 @@ def _arm(bench: Bench, unit: Unit) -> ArmConfig:
 
 
 def _mask_of(bench: Bench, unit: Unit, **changes: Any) -> MaskConfig:
-    keep_ratio = unit.setting.keep_ratio
-    assert keep_ratio is not None  # of an arm with a mask
-    return replace(bench.study.mask_of(_arm(bench, unit)), keep_ratio=keep_ratio, seed=unit.seed, **changes)
+    mask, keep_ratio = bench.study.mask_of(_arm(bench, unit)), unit.setting.keep_ratio
+    if mask.threshold is None:
+        assert keep_ratio is not None  # of an arm with a mask
+        changes["keep_ratio"] = keep_ratio
+    return replace(mask, seed=unit.seed, **changes)
 
 
 def _keeps_prefix(kind: str) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mft.choices import nearest
-from mft.config import INITS, DataConfig, MaskConfig, ModelConfig, TrainConfig, parse_layers
+from mft.config import INITS, MODES, DataConfig, MaskConfig, ModelConfig, TrainConfig, parse_layers
 from mft.fields import check_not_empty, check_one_of, check_rule, check_seed, coerce_fields
 from mft.one_shot import METHODS
 
@@ -52,6 +52,9 @@ class ArmConfig:
     epochs: list[float] = field(default_factory=lambda: [1.0])
     keep_ratios: list[float] = field(default_factory=list)  # empty: the study's mask.keep_ratio
     init: str | None = None  # of scores, one of mask.init's or a one-shot method; null: the study's mask.init
+    mode: str | None = None  # what is compared with the threshold; null: the study's mask.mode
+    threshold: float | None = None  # fixed, in place of keep_ratios
+    betas: tuple[float, float] | None = None  # of AdamW; null: those of full or stage
     layers_to_transform: int | list[int] | None = None  # null: the study's mask.layers_to_transform
     lora_rank: int = 8
     of: str | None = None
@@ -73,7 +76,18 @@ class ArmConfig:
         layers = self.layers_to_transform
         rule = "be left out for this kind"
         check_rule(layers is None or self.kind in (CONTROL, LORA, MASK, *ONE_SHOT), "layers_to_transform", rule, layers)
-        check_rule(self.kind == MASK or self.init is None, "init", "be left out for this kind", self.init)
+        for name in ("init", "mode", "threshold"):
+            value = getattr(self, name)
+            check_rule(self.kind == MASK or value is None, name, "be left out for this kind", value)
+        if self.mode is not None:
+            check_one_of("mode", self.mode, MODES)
+        if self.threshold is not None:
+            rule = "be at least 0 unless mode is value"
+            check_rule(self.threshold >= 0 or self.mode == "value", "threshold", rule, self.threshold)
+            check_rule(not self.keep_ratios, "keep_ratios", "be left out beside a threshold", self.keep_ratios)
+        check_rule(trained or self.betas is None, "betas", "be left out for this kind", self.betas)
+        if self.betas is not None:
+            check_rule(all(0 <= beta < 1 for beta in self.betas), "betas", "lie in [0, 1)", self.betas)
         if self.init is not None:
             check_one_of("init", self.init, (*INITS, *(name for name in METHODS if name not in INITS)))
         check_rule(
@@ -87,7 +101,7 @@ class ArmConfig:
         lrs: list[Any] = sorted(set(self.lrs)) or [None]
         epochs: list[Any] = sorted(set(self.epochs)) if self.lrs else [None]
         ratios: list[Any] = [None]
-        if self.kind in (MASK, *ONE_SHOT):
+        if self.kind in (MASK, *ONE_SHOT) and self.threshold is None:
             ratios = sorted(set(self.keep_ratios)) or [mask.keep_ratio]
         return [Setting(*values) for values in itertools.product(lrs, epochs, ratios)]
 
@@ -154,6 +168,7 @@ class StudyConfig:
                 )
         annealed = self.full.schedule != "constant"
         check_rule(annealed, "full.schedule", "fall to 0 (linear or cosine): arms start at its end", self.full.schedule)
+        check_rule(self.mask.threshold is None, "mask.threshold", "be null: an arm has it", self.mask.threshold)
         for name in self.answers:
             check_one_of("answers", name, tuple(self.domains))
         kinds = [arm.kind for arm in self.arms.values()]
@@ -170,12 +185,13 @@ class StudyConfig:
         return next((name for name, arm in self.arms.items() if arm.kind == kind), None)
 
     def mask_of(self, arm: ArmConfig) -> MaskConfig:
-        """The study's mask on the arm's layers."""
-        layers = arm.layers_to_transform
-        return self.mask if layers is None else dataclasses.replace(self.mask, layers_to_transform=layers)
+        """The study's mask with what the arm says of it; its keep ratio is a setting's."""
+        said = {name: getattr(arm, name) for name in ("layers_to_transform", "mode", "threshold")}
+        return dataclasses.replace(self.mask, **{name: value for name, value in said.items() if value is not None})
 
     def train_of(self, arm: ArmConfig, setting: Setting, seed: int) -> TrainConfig:
         """How a trained arm is trained in a setting; seed draws the order of the data."""
         train = self.full if arm.kind == FULL else self.stage
         assert setting.lr is not None  # of a trained arm
-        return dataclasses.replace(train, lr=setting.lr, epochs=setting.epochs, steps=None, seed=seed)
+        betas = train.betas if arm.betas is None else arm.betas
+        return dataclasses.replace(train, lr=setting.lr, epochs=setting.epochs, steps=None, betas=betas, seed=seed)
