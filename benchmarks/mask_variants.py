@@ -319,7 +319,7 @@ class Ranked:
 
 
 def ranked(log: Log, situation: str) -> list[Ranked]:
-    """Best first. Each seed is paired with its own fine-tune and its own control."""
+    """Best first. Each seed is paired with its own fine-tune, and with its own run of the best control."""
     hypotheses = {variant.name: variant.hypothesis for variant in VARIANTS}
     runs = [run for run in log.find(situation=situation) if not run.variant.endswith(PART)]
     best: dict[str, Tried] = {}
@@ -328,11 +328,12 @@ def ranked(log: Log, situation: str) -> list[Ranked]:
         if run.seed == first and (run.variant not in best or run.loss < best[run.variant].loss):
             best[run.variant] = run
     rows = []
+    references = {START: best[START], CONTROL: min((best[name] for name in CONTROLS if name in best), key=_loss)}
     for name, chosen in best.items():
         same = [r for r in runs if (r.variant, r.lr, r.epochs, r.keep_ratio) == _setting(chosen)]
         pairs = {
-            against: [_difference(run, _match(runs, best[against], run.seed)) for run in same]
-            for against in (START, CONTROL)
+            against: [_difference(run, _match(runs, reference, run.seed)) for run in same]
+            for against, reference in references.items()
         }
         tried = sum(run.variant == name and run.seed == first for run in runs)
         rows.append(
@@ -352,6 +353,10 @@ def ranked(log: Log, situation: str) -> list[Ranked]:
             )
         )
     return sorted(rows, key=lambda row: row.from_finetune)
+
+
+def _loss(run: Tried) -> float:
+    return run.loss
 
 
 def _setting(run: Tried) -> tuple:
@@ -422,14 +427,16 @@ def _search_all(log: Log, options: argparse.Namespace) -> None:
 def confirm(ground: Ground, variants: list[Variant], first: int) -> None:
     """Control and variants with another seed, at the settings that the first seed chose."""
     name = ground.situation.name
-    best = min(ground.log.find(situation=name, variant=CONTROL, seed=first), key=lambda run: run.loss)
-    if not ground.log.find(situation=name, variant=CONTROL, seed=ground.seed):
+    best = min(
+        (run for control in CONTROLS for run in ground.log.find(situation=name, variant=control, seed=first)), key=_loss
+    )
+    if not ground.log.find(situation=name, variant=best.variant, seed=ground.seed):
         assert best.lr is not None
         assert best.epochs is not None
-        _say(ground, ground.weights(CONTROL, best.lr, best.epochs)[1])
+        _say(ground, ground.weights(best.variant, best.lr, best.epochs, train=CONTROLS[best.variant])[1])
     for variant in variants:
         runs = ground.log.find(situation=name, variant=variant.name, seed=first)
-        chosen = min(runs, key=lambda run: run.loss, default=None)
+        chosen = min(runs, key=_loss, default=None)
         if chosen is not None and not ground.log.find(situation=name, variant=variant.name, seed=ground.seed):
             assert chosen.lr is not None
             _run(ground, variant, chosen.lr)
