@@ -77,7 +77,7 @@ def test_a_model_alone_can_be_evaluated_quantised(cli):
 
 @pytest.mark.parametrize("verb", ["finetune", "compare"])
 def test_verbs_that_train_weights_refuse_a_quantised_base(cli, verb):
-    code, output = cli(verb, *LEARN, "model.quantization=nf4")
+    code, output = cli(verb, "model.quantization=nf4")
     assert code == 2
     assert f"model.quantization must be null for mft {verb}, which trains weights, got nf4" in output
 
