@@ -22,9 +22,10 @@ $(VENV)/.installed: $(EXTENSION_SOURCES)
 demo: install
 	$(BIN)/mft demo
 
-# The Triton kernels run in the interpreter, which has to be chosen before they are imported: a process of its own.
+# Two processes of one thread each (tests/conftest.py says why one): a file's tests stay together, as they share what is
+# slow to make. The Triton kernels run in the interpreter, which has to be chosen before they are imported.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_kernels tests/test_ops.py -k triton
 
 lint: install

@@ -28,10 +28,12 @@ int shared_limit(int capability) {
 template <class Asked>
 const char* call(std::string (*function)(const Asked&, const Device&), const Asked& asked, const Device& device) {
   static std::string text;
-  emulator::Settings settings = emulator::settings();
+  const emulator::Settings before = emulator::settings();
+  emulator::Settings settings = before;
   settings.shared_limit = shared_limit(device.capability);
   emulator::set_settings(settings);
   text = function == nullptr ? "no compiled file has this function" : function(asked, device);
+  emulator::set_settings(before);  // the bindings' launches in this process know of no device
   return text.c_str();
 }
 
