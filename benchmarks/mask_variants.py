@@ -2,13 +2,12 @@
 
     python -m benchmarks.mask_variants --base DIR [--situation tuned] [--seeds 0,1] [--only window,noise] [--log FILE]
 
-Every variant's rate is climbed to on a grid of factor 2 with the first seed, from one start (a local search: it stops
-when both neighbours are worse); further seeds run at what the first one chose. Runs are appended to a log and not
-repeated. The table and benchmarks/results/mask_variants-cpu.json come from the log. No test split is opened.
+With the first seed every variant tries three rates, its own and those a factor of 2 beside it, and a control seven, for
+two lengths; further seeds run at what the first one chose. Runs are appended to a log and not repeated; --table ranks
+what it holds and writes benchmarks/results/mask_variants-cpu.json. No test split is opened.
 """
 
 import argparse
-import itertools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -39,12 +38,9 @@ from mft.evaluate import paired_difference
 from mft.one_shot import initialise_scores
 
 START, CONTROL = "fine-tune", "control"
-PART = ", a part"  # of an average: no variant of its own
 CONTROL_RATES = (1e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 LONGER = (1.0, 2.0)  # of the control; masks have variants of their own for that
-STEP = 2.0  # ratio of neighbouring rates
-MOST = 3  # rates that one search may try
-FLAT = 1e-4  # nats that a search does not follow: a fifth of a typical standard error
+BESIDE = (0.5, 1.0, 2.0)  # times a variant's own rate
 
 
 @dataclass(frozen=True)
@@ -54,9 +50,9 @@ class Variant:
     name: str
     hypothesis: str
     keep_ratio: float
-    lr: float  # where the search begins
+    lr: float  # the middle one of three
     rules: Callable[[Ground], list[Rule]] = field(default=lambda ground: [])
-    init: str = "magnitude"
+    init: str = "normal"
     longer: float = 1.0  # times the situation's epochs
     train: Callable[[TrainConfig], TrainConfig] = field(default=lambda train: train)
 
@@ -82,24 +78,6 @@ def situations(base: str, source: str, full_lr: float, full_epochs: float) -> di
     return {name: replace(situation, name=f"{Path(source).stem}, {name}") for name, situation in found.items()}
 
 
-def climb(attempt: Callable[[float], float], start: float) -> float:
-    """A rate on start * STEP^n from which neither neighbour lowers attempt(rate) by more than FLAT."""
-    losses: dict[int, float] = {}
-
-    def loss(place: int) -> float:
-        if place not in losses:
-            losses[place] = attempt(float(f"{start * STEP**place:.4g}"))
-        return losses[place]
-
-    best = 0
-    while len(losses) < MOST:
-        better = min((best - 1, best + 1), key=loss)
-        if loss(better) > loss(best) - FLAT:
-            break
-        best = better
-    return float(f"{start * STEP ** min(losses, key=losses.__getitem__):.4g}")
-
-
 def _gradient_start(ground: Ground) -> Callable[[nn.Module], None]:
     return lambda model: initialise_scores(model, "gradient", ground.splits.train)
 
@@ -117,7 +95,7 @@ KEEP, RATE = 0.9, 2e-3  # of the plain variant that the others change in one thi
 
 def _changed(name: str, hypothesis: str, *rules: Callable[[], Rule], **changes: Any) -> Variant:
     """The plain variant with rules added, or with other values of its fields."""
-    plain = Variant(name, hypothesis, KEEP, RATE, lambda ground: [rule() for rule in rules], init="normal")
+    plain = Variant(name, hypothesis, KEEP, RATE, lambda ground: [rule() for rule in rules])
     return replace(plain, **changes)
 
 
@@ -239,28 +217,16 @@ VARIANTS = [
 
 
 def search(ground: Ground, variant: Variant) -> None:
-    """Climb to the variant's rate with this ground's seed."""
-
-    def attempt(lr: float) -> float:
-        known = ground.log.find(situation=ground.situation.name, variant=variant.name, seed=ground.seed, lr=lr)
-        return known[0].loss if known else _run(ground, variant, lr).loss
-
-    climb(attempt, variant.lr)
+    """Three rates with this ground's seed."""
+    for lr in (float(f"{times * variant.lr:.4g}") for times in BESIDE):
+        if not ground.log.find(situation=ground.situation.name, variant=variant.name, seed=ground.seed, lr=lr):
+            _run(ground, variant, lr)
 
 
-def _run(ground: Ground, variant: Variant, lr: float) -> Tried:
-    rules = variant.rules(ground)
-    _, run = ground.masks(
-        variant.name,
-        lr,
-        variant.longer * ground.situation.epochs,
-        variant.keep_ratio,
-        rules,
-        init=variant.init,
-        train=variant.train,
-    )
-    _say(ground, run)
-    return run
+def _run(ground: Ground, variant: Variant, lr: float) -> None:
+    epochs, rules = variant.longer * ground.situation.epochs, variant.rules(ground)
+    changes: dict[str, Any] = {"init": variant.init, "train": variant.train}
+    _say(ground, ground.masks(variant.name, lr, epochs, variant.keep_ratio, rules, **changes))
 
 
 def control(ground: Ground, name: str) -> None:
@@ -269,22 +235,7 @@ def control(ground: Ground, name: str) -> None:
         for lr in CONTROL_RATES:
             known = {"situation": ground.situation.name, "variant": name, "seed": ground.seed}
             if not ground.log.find(**known, lr=lr, epochs=epochs):
-                _say(ground, ground.weights(name, lr, epochs, train=CONTROLS[name])[1])
-
-
-def averages(ground: Ground, runs: int) -> None:
-    """Mean weights of runs that differ in the order of their rows: of the control, and of masks."""
-    epochs = ground.situation.epochs
-    for lr in CONTROL_RATES[3::2]:
-        name = f"average of {runs}, control"
-        if not ground.log.find(situation=ground.situation.name, variant=name, seed=ground.seed, lr=lr):
-            models = [ground.weights(f"{CONTROL}{PART}", lr, epochs, part=part)[0] for part in range(runs)]
-            _say(ground, ground.average(name, models, lr, epochs, None))
-    for init, lr in itertools.product(("normal", "magnitude"), (RATE, 4 * RATE)):
-        name = f"average of {runs}, {init}, keep {KEEP:g}"
-        if not ground.log.find(situation=ground.situation.name, variant=name, seed=ground.seed, lr=lr):
-            models = [ground.masks(f"{init}{PART}", lr, epochs, KEEP, init=init, part=part)[0] for part in range(runs)]
-            _say(ground, ground.average(name, models, lr, epochs, KEEP))
+                _say(ground, ground.weights(name, lr, epochs, CONTROLS[name]))
 
 
 def _say(ground: Ground, run: Tried) -> None:
@@ -321,7 +272,7 @@ class Ranked:
 def ranked(log: Log, situation: str) -> list[Ranked]:
     """Best first. Each seed is paired with its own fine-tune, and with its own run of the best control."""
     hypotheses = {variant.name: variant.hypothesis for variant in VARIANTS}
-    runs = [run for run in log.find(situation=situation) if not run.variant.endswith(PART)]
+    runs = log.find(situation=situation)
     best: dict[str, Tried] = {}
     first = min(run.seed for run in runs)
     for run in runs:
@@ -378,9 +329,9 @@ def _mean(pairs: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Search, then print and record the ranking."""
+    """Search, then print the ranking, or store it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="only rank what the log holds")
+    parser.add_argument("--table", action="store_true", help="run nothing, but store the ranking of what the log holds")
     parser.add_argument("--base", help="directory of a model that was trained beforehand")
     parser.add_argument("--source", default="headers", help="data of the fine-tune, as of data.source")
     parser.add_argument("--full-lr", type=float, default=4e-3, help="of the fine-tune")
@@ -388,7 +339,6 @@ def main() -> None:
     parser.add_argument("--situation", default="tuned", help="tuned, more, overfitted, all or lower")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--only", default="", help="parts of variants' names, separated by ';'; control; none")
-    parser.add_argument("--averages", type=int, default=0, help="runs to average; 0: no averages")
     parser.add_argument("--log", type=Path, default=Path("runs/mask_variants.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -401,9 +351,10 @@ def main() -> None:
             f"{row.situation:16} {row.variant:34} {row.from_finetune:+.5f} +- {row.from_finetune_error:.5f} "
             f"{row.from_control:+.5f} +- {row.from_control_error:.5f} of {row.tried}, {row.seeds} seeds"
         )
-    title = "Ways of training masks against a tuned control; validation loss, nats a token, ± one standard error"
-    record = {"title": title, "environment": environment(), "rows": [asdict(row) for row in rows]}
-    (RESULTS / "mask_variants-cpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    if options.table:
+        title = "Ways of training masks against a tuned control; validation loss, nats a token, ± one standard error"
+        record = {"title": title, "environment": environment(), "rows": [asdict(row) for row in rows]}
+        (RESULTS / "mask_variants-cpu.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _search_all(log: Log, options: argparse.Namespace) -> None:
@@ -414,12 +365,10 @@ def _search_all(log: Log, options: argparse.Namespace) -> None:
     first, *others = map(int, options.seeds.split(","))
     ground = Ground(situation, first, log, models)
     for name in CONTROLS:
-        if not parts or name in parts:
+        if not parts or name in parts or name == CONTROL:  # which every row is paired with
             control(ground, name)
     for variant in wanted:
         search(ground, variant)
-    if options.averages:
-        averages(ground, options.averages)
     for seed in others:
         confirm(Ground(situation, seed, log, models), wanted, first)
 
@@ -433,7 +382,7 @@ def confirm(ground: Ground, variants: list[Variant], first: int) -> None:
     if not ground.log.find(situation=name, variant=best.variant, seed=ground.seed):
         assert best.lr is not None
         assert best.epochs is not None
-        _say(ground, ground.weights(best.variant, best.lr, best.epochs, train=CONTROLS[best.variant])[1])
+        _say(ground, ground.weights(best.variant, best.lr, best.epochs, CONTROLS[best.variant]))
     for variant in variants:
         runs = ground.log.find(situation=name, variant=variant.name, seed=first)
         chosen = min(runs, key=_loss, default=None)

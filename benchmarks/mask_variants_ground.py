@@ -17,14 +17,13 @@ from torch import nn
 from benchmarks.mask_variants_rules import Rule
 from mft.clones import clone_with_own_weights
 from mft.config import DataConfig, MaskConfig, ModelConfig, TrainConfig
-from mft.convert import mask_model, masked_modules
+from mft.convert import mask_model
 from mft.data import load_splits
 from mft.evaluate import Evaluation, evaluate
 from mft.inspection import flip_share, initial_masks
 from mft.models import load_model
 from mft.prefix import PrefixMemory
 from mft.recipe import count_steps, finetune, train_masks, train_weights
-from mft.surface import weights_of
 from mft.targets import select_targets
 
 EVALUATION_BATCH = 16
@@ -40,13 +39,11 @@ class Situation:
     layers: tuple[int, ...] | None
     full: TrainConfig
     epochs: float  # of what comes after the fine-tune
-    modules: tuple[str, ...] | None = None
 
     @property
     def mask(self) -> MaskConfig:
         layers = None if self.layers is None else list(self.layers)
-        modules = None if self.modules is None else list(self.modules)
-        return MaskConfig(layers_to_transform=layers, target_modules=modules, init="magnitude")
+        return MaskConfig(layers_to_transform=layers)
 
 
 @dataclass
@@ -110,17 +107,14 @@ class Ground:
         variant: str,
         lr: float,
         epochs: float,
-        start: nn.Module | None = None,
-        *,
-        train: Callable[[TrainConfig], TrainConfig] = lambda train: train,
-        part: int = 0,
-    ) -> tuple[nn.Module, Tried]:
-        """The control: the weights of the same layers trained on; part numbers runs with other orders of the rows."""
+        train: Callable[[TrainConfig], TrainConfig],
+    ) -> Tried:
+        """The control: the weights of the same layers trained on."""
         begin = time.perf_counter()
-        model = clone_with_own_weights(self.model if start is None else start, self.names)
-        config = train(self._train(lr, epochs, part))
+        model = clone_with_own_weights(self.model, self.names)
+        config = train(self._train(lr, epochs))
         train_weights(model, self.names, self.splits.train, config, memory=self.memories["train"])
-        return model, self._record(variant, model, lr, epochs, None, begin)
+        return self._record(variant, model, lr, epochs, None, begin)
 
     def masks(
         self,
@@ -128,19 +122,16 @@ class Ground:
         lr: float,
         epochs: float,
         keep_ratio: float,
-        rules: Sequence[Rule] = (),
+        rules: Sequence[Rule],
         *,
-        init: str = "magnitude",
-        start: nn.Module | None = None,
-        train: Callable[[TrainConfig], TrainConfig] = lambda train: train,
-        also_keep: Sequence[float] = (),
-        part: int = 0,
-    ) -> tuple[nn.Module, Tried]:
-        """A mask trained under rules; also_keep: evaluated with these keep ratios too, as variants of their own."""
+        init: str,
+        train: Callable[[TrainConfig], TrainConfig],
+    ) -> Tried:
+        """A mask trained under rules."""
         begin = time.perf_counter()
-        model = clone_with_own_weights(self.model if start is None else start)
+        model = clone_with_own_weights(self.model)
         mask_model(model, replace(self.situation.mask, keep_ratio=keep_ratio, init=init, seed=self.seed))
-        config = train(self._train(lr, epochs, part))
+        config = train(self._train(lr, epochs))
         steps = count_steps(config, len(self.splits.train))
         for rule in rules:
             rule.begin(model, steps)
@@ -155,36 +146,11 @@ class Ground:
         )
         for rule in rules:
             rule.end()
-        run = self._record(variant, model, lr, epochs, keep_ratio, begin, flip_share(model, initial))
-        for other in also_keep:
-            self._keep(model, other)
-            self._record(f"{variant}, evaluated at {other:g}", model, lr, epochs, keep_ratio, time.perf_counter())
-        self._keep(model, keep_ratio)
-        return model, run
+        return self._record(variant, model, lr, epochs, keep_ratio, begin, flip_share(model, initial))
 
-    def average(
-        self, variant: str, runs: Sequence[nn.Module], lr: float, epochs: float, keep_ratio: float | None
-    ) -> Tried:
-        """The mean weights of trained models, masks applied: no mask any more where they disagree."""
-        begin = time.perf_counter()
-        model = clone_with_own_weights(self.model, self.names)
-        weights = [weights_of(run, self.names) for run in runs]
-        with torch.no_grad():
-            for name in self.names:
-                model.get_submodule(name).weight.copy_(torch.stack([each[name] for each in weights]).mean(0))
-        return self._record(variant, model, lr, epochs, keep_ratio, begin)
-
-    def untrained(self, variant: str, keep_ratio: float, model: nn.Module) -> Tried:
-        """A model that nobody trained, for instance with a one-shot mask."""
-        return self._record(variant, model, None, None, keep_ratio, time.perf_counter())
-
-    def _keep(self, model: nn.Module, keep_ratio: float) -> None:
-        for module in masked_modules(model).values():
-            module.keep_ratio = keep_ratio
-
-    def _train(self, lr: float, epochs: float, part: int) -> TrainConfig:
+    def _train(self, lr: float, epochs: float) -> TrainConfig:
         # Another order of the rows than the fine-tune's.
-        return replace(self.situation.full, lr=lr, epochs=epochs, seed=self.seed + 1000 * (part + 1))
+        return replace(self.situation.full, lr=lr, epochs=epochs, seed=self.seed + 1000)
 
     def _full_finetune(self, model: nn.Module, path: Path) -> nn.Module:
         if not path.exists():

@@ -178,8 +178,8 @@ class FreeThreshold(_OnModules):
     many are dropped as the loss asks for. level: SCALE for every weight alike instead of |W|.
     """
 
-    def __init__(self, *, margin: float = 0.0, level: bool = False) -> None:
-        self.margin, self.level = margin, level
+    def __init__(self, *, level: bool = False) -> None:
+        self.level = level
 
     def begin(self, model: nn.Module, steps: int) -> None:
         super().begin(model, steps)
@@ -189,7 +189,6 @@ class FreeThreshold(_OnModules):
                     module.scores.fill_(SCALE)
                 else:
                     module.reset_scores("magnitude")
-                    module.scores.add_(self.margin * SCALE)
             module.mode, module.threshold = "value", 0.0
 
 
@@ -218,14 +217,3 @@ class Start(_OnModules):
     def begin(self, model: nn.Module, steps: int) -> None:
         super().begin(model, steps)
         self.initialise(model)
-
-
-class KeepAtEnd(_OnModules):
-    """Train with one keep ratio, evaluate with another: of the dropped weights, only the surest stay dropped."""
-
-    def __init__(self, keep_ratio: float) -> None:
-        self.keep_ratio = keep_ratio
-
-    def end(self) -> None:
-        for module in self.modules:
-            module.keep_ratio = self.keep_ratio

@@ -1,12 +1,13 @@
 """The comparison of ways to train masks: its search for rates, its ranking, and rules that change what they say."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import make_rows, masked_llama
 
-from benchmarks.mask_variants import CONTROL, PART, START, climb, ranked
+from benchmarks.mask_variants import CONTROL, START, Variant, ranked, search
 from benchmarks.mask_variants_ground import Log, Tried
 from benchmarks.mask_variants_rules import (
     FreeThreshold,
@@ -26,16 +27,22 @@ from mft.recipe import train_masks
 STEPS = 4
 
 
-@pytest.mark.parametrize(("start", "best"), [(1e-3, 1e-3), (1e-3, 2e-3), (4e-3, 2e-3)])
-def test_the_search_climbs_to_the_best_rate_near_its_start(start, best):
-    tried = []
+def test_a_search_tries_three_rates_and_repeats_none_that_stands_in_the_log(tmp_path):
+    log, tried = Log(tmp_path / "log.jsonl"), []
 
-    def attempt(lr):
-        tried.append(lr)
-        return abs(math.log(lr / best))
+    class Ground:
+        situation, seed = SimpleNamespace(name="s", epochs=2.0), 0
 
-    assert climb(attempt, start) == best
-    assert len(tried) == len(set(tried)) <= 4
+        def masks(self, name, lr, epochs, keep_ratio, rules, *, init, train):
+            tried.append((lr, epochs))
+            return log.add(Tried("s", name, 0, lr, epochs, keep_ratio, 1.0, [1.0, 1.0], [1.0, 1.0]))
+
+    Ground.log = log
+    log.add(Tried("s", START, 0, None, None, None, 1.0, [1.0, 1.0], [1.0, 1.0]))
+    variant = Variant("plain", "", 0.9, 2e-3, longer=2.0)
+    log.add(Tried("s", "plain", 0, 2e-3, 4.0, 0.9, 1.0, [1.0, 1.0], [1.0, 1.0]))
+    search(Ground(), variant)
+    assert tried == [(1e-3, 4.0), (4e-3, 4.0)]
 
 
 def test_each_seed_is_paired_with_its_own_fine_tune_and_control(tmp_path):
@@ -49,7 +56,6 @@ def test_each_seed_is_paired_with_its_own_fine_tune_and_control(tmp_path):
         add(CONTROL, seed, 1e-3, start - 0.2, start - 0.2)
         add("window", seed, 1e-3, start - 0.3, start - 0.1)
     add(CONTROL, 0, 1e-2, 5.0, 5.0)  # the worse rate is not the control
-    add("window" + PART, 0, 1e-3, 0.0, 0.0)
     rows = {row.variant: row for row in ranked(Log(tmp_path / "log.jsonl"), "s")}
     assert set(rows) == {START, CONTROL, "window"}
     assert rows["window"].from_finetune == pytest.approx(-0.2)
