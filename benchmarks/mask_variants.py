@@ -341,6 +341,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="parts of variants' names, separated by ';'; control; none")
     parser.add_argument("--log", type=Path, default=Path("runs/mask_variants.jsonl"))
     options = parser.parse_args()
+    if options.base is None and not options.table:
+        parser.error("--base must name a model's directory, got none: mft compare --config small makes one, base/")
     torch.set_num_threads(1)
     log = Log(options.log)
     if not options.table:

@@ -15,6 +15,7 @@ from mft.study.figures import draw_overlap, draw_surface
 from mft.study.report import write_study_report
 from mft.study.run import run_study
 
+ARMS = FEW + "  MFT 2: {kind: mask, lrs: [1e-2], keep_ratios: [0.8]}\n"
 PNG = b"\x89PNG"
 
 
@@ -25,7 +26,7 @@ def study(tmp_path_factory):
     write_ground(directory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MFT_CACHE", str(directory / "cache"))
-        findings = run_study(make_study(directory, FEW), directory / "run", console=Console(file=io.StringIO()))
+        findings = run_study(make_study(directory, ARMS), directory / "run", console=Console(file=io.StringIO()))
         write_study_report(findings, directory / "run", {})
         yield directory / "run", findings
 
@@ -40,12 +41,20 @@ def test_each_picture_is_drawn_from_the_command_line(study, tmp_path, what):
     assert picture.read_bytes()[:4] == PNG
 
 
+def test_an_arm_can_be_named(study, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(figures, "plot_overlaps", lambda overlaps, path, title: titles.append(title))
+    for arm in (None, "MFT 2"):
+        draw_overlap(study[0], tmp_path / "unused.png", arm=arm)
+    assert titles == ["weights dropped by MFT", "weights dropped by MFT 2"]
+
+
 def test_the_surface_has_the_losses_that_the_study_measured(study, tmp_path, monkeypatch):
     directory, findings = study
     drawn = {}
     monkeypatch.setattr(figures, "plot_surfaces", lambda surfaces, path: drawn.update(surfaces))
     monkeypatch.setattr(figures, "REACH", 1.0)  # and the grid then has a point at each mark of the random planes
-    draw_surface(directory, None, tmp_path / "unused.png", rows=1000, points=3)
+    draw_surface(directory, tmp_path / "unused.png", rows=1000, points=3)
     measured = {arm: findings.validation["count"][arm][0].evaluation.loss for arm in ("full", "MFT")}
     for arm, loss in measured.items():
         surface = drawn[f"round {arm}"]
@@ -73,6 +82,7 @@ def test_the_overlap_is_of_the_weights_that_the_masks_dropped(study, tmp_path, m
     [
         (["contours"], "the plot must be one of summary, surface, overlap, flips, got 'contours'"),
         (["surface", "--domain", "cont"], "--domain must be one of count, got 'cont'; did you mean count"),
+        (["surface", "--arm", "control"], "--arm must be one of MFT, MFT 2, got 'control'"),
     ],
 )
 def test_a_wrong_request_says_so(study, arguments, message):

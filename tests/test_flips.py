@@ -14,7 +14,7 @@ def share(a, b):
 
 def test_the_flip_curve_follows_training():
     model = masked_llama(init="magnitude")
-    counter = FlipCounter(model, every=2)
+    counter = FlipCounter(model, initial_masks(model), every=2)
     masks = [initial_masks(model)]
 
     def on_step(report):

@@ -178,6 +178,7 @@ def plot(
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A PNG; by default named as the plot.")] = None,
     domain: Annotated[str | None, typer.Option(help="Of surface; the first if not given.")] = None,
+    arm: Annotated[str | None, typer.Option(help="Of surface and overlap: one of MFT; the first if not given.")] = None,
     rows: Annotated[int, typer.Option(help="Of surface: validation rows that every point sees.")] = 32,
     points: Annotated[int, typer.Option(help="Of surface: points along each axis.")] = 11,
 ) -> None:
@@ -185,7 +186,7 @@ def plot(
     from mft.study.verbs import run_plot
 
     output = Path(f"{what}.png") if output is None else output
-    run_plot(what, directories, output, domain=domain, rows=rows, points=points)
+    run_plot(what, directories, output, domain=domain, arm=arm, rows=rows, points=points)
 
 
 @app.command()

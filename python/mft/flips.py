@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mft.inspection import flip_share, initial_masks
 from mft.recipe import StepReport
@@ -25,12 +25,12 @@ class FlipCurve:
 
 
 class FlipCounter:
-    """Counts every so many steps, and at the last; make it before training, and call it after each step."""
+    """Counts every so many steps, and at the last; call it after each step. initial: the masks before the first."""
 
-    def __init__(self, model: nn.Module, *, every: int = 1) -> None:
+    def __init__(self, model: nn.Module, initial: dict[str, Tensor], *, every: int = 1) -> None:
         self.curve = FlipCurve()
         self._model, self._every = model, every
-        self._initial = self._last = initial_masks(model)
+        self._initial = self._last = initial
 
     def __call__(self, report: StepReport) -> dict[str, Any] | None:
         """The step's values if it was counted."""

@@ -94,7 +94,7 @@ def run_train(config: RunConfig, *, overwrite: bool) -> None:
     initial = initial_masks(model)
     steps = count_steps(config.train, len(splits.train))
     # The other ways keep scores elsewhere while they train.
-    flips = FlipCounter(model, every=max(1, -(-steps // POINTS))) if plan.way == "plain" else None
+    flips = FlipCounter(model, initial, every=max(1, -(-steps // POINTS))) if plan.way == "plain" else None
     with recorder.training("mask fine-tune", splits.train, config.train) as on_step:
 
         def after_step(report: StepReport) -> None:

@@ -12,11 +12,12 @@ from mft.choices import nearest
 from mft.config import ModelConfig
 from mft.overlap import overlaps, plot_overlaps
 from mft.study.bench import Bench, with_weights
-from mft.study.declared import CONTROL, FULL, MASK
+from mft.study.declared import FULL, MASK
 from mft.study.load import load_study
 from mft.study.outcome import Unit
 from mft.study.plan import fine_tune_of, selection
 from mft.study.store import BASE_MODEL, STUDY, Store, open_store
+from mft.study.table import reference_of
 from mft.surface import loss_surface, plane_through, plot_surfaces, random_plane, weights_of
 
 REACH = 0.5  # beyond the models: of the distance between fine-tune and control, or of the rows' norms
@@ -24,9 +25,10 @@ REACH = 0.5  # beyond the models: of the distance between fine-tune and control,
 
 def draw_surface(
     directory: Path,
-    domain: str | None,
     path: Path,
     *,
+    domain: str | None = None,
+    arm: str | None = None,
     rows: int = 32,
     points: int = 11,
     on_point: Callable[[int, int], None] | None = None,
@@ -34,12 +36,14 @@ def draw_surface(
     """Validation loss of the first seed's models: through fine-tune, control and MFT, and round the first and the last.
 
     Args:
-        directory: a finished study's. domain: None: the first. rows: of validation that every point is evaluated on.
+        directory: a finished study's. domain, arm: the first, and the first of MFT, if None. rows: of validation that
+            every point is evaluated on.
     """
     with _opened(directory) as ground:
         domain = next(iter(ground.study.domains)) if domain is None else domain
         ground.check("domain", domain, list(ground.study.domains))
-        full, control, mask = (ground.arm(kind) for kind in (FULL, CONTROL, MASK))
+        mask = ground.masked_arm(arm)
+        full, control = ground.arm(FULL), ground.control_of(mask)
         names, first = ground.bench.layers_of(ground.study.arms[mask])
         seed = ground.study.seeds[0]
         models = {arm: ground.model(domain, arm, seed) for arm in (full, control, mask)}
@@ -64,10 +68,10 @@ def draw_surface(
         plot_surfaces(surfaces, path)
 
 
-def draw_overlap(directory: Path, path: Path) -> None:
+def draw_overlap(directory: Path, path: Path, *, arm: str | None = None) -> None:
     """Which weights the masks of all seeds and domains drop: overlap of each pair, against chance."""
     with _opened(directory) as ground:
-        arm = ground.arm(MASK)
+        arm = ground.masked_arm(arm)
         sets = {
             f"{domain}, seed {seed}": ground.dropped(domain, arm, seed)
             for domain in ground.study.domains
@@ -92,6 +96,21 @@ class _Ground:
         name = self.study.named(kind)
         if name is None:
             raise ValueError(f"the study must hold an arm of kind {kind}, got {', '.join(self.study.arms)}")
+        return name
+
+    def masked_arm(self, name: str | None) -> str:
+        """The arm of MFT of this name; None: the first."""
+        known = [arm for arm, config in self.study.arms.items() if config.kind == MASK]
+        if name is None:
+            return self.arm(MASK)
+        self.check("arm", name, known)
+        return name
+
+    def control_of(self, arm: str) -> str:
+        """The control of the same layers."""
+        name = reference_of(self.study, arm)
+        if name is None:
+            raise ValueError(f"the study must hold a control of {arm}'s layers, got {', '.join(self.study.arms)}")
         return name
 
     def model(self, domain: str, arm: str, seed: int):

@@ -41,7 +41,7 @@ def run_ablate(
     parent = Path(study.output_dir)
     study = derive(study, what, values, domains)
     directory = Path(study.output_dir)
-    if copy_fine_tunes(parent, study, directory):
+    if not overwrite and copy_fine_tunes(parent, study, directory):
         console.print(f"base model and fine-tunes: those of {parent}", highlight=False, soft_wrap=True)
     run_compare(study, overwrite=overwrite)
     numbers = json.loads((directory / TABLE_JSON).read_text(encoding="utf-8"))
@@ -50,7 +50,14 @@ def run_ablate(
 
 
 def run_plot(
-    what: str, directories: Sequence[Path], output: Path, *, domain: str | None, rows: int, points: int
+    what: str,
+    directories: Sequence[Path],
+    output: Path,
+    *,
+    domain: str | None,
+    arm: str | None,
+    rows: int,
+    points: int,
 ) -> None:
     """mft plot"""
     if what not in PLOTS:
@@ -61,10 +68,16 @@ def run_plot(
     if what == "surface":
         with Progress(console).phase("loss surface", 3 * points * points) as phase:
             draw_surface(
-                directory, domain, output, rows=rows, points=points, on_point=lambda done, of: phase.advance(1)
+                directory,
+                output,
+                domain=domain,
+                arm=arm,
+                rows=rows,
+                points=points,
+                on_point=lambda done, of: phase.advance(1),
             )
     elif what == "overlap":
-        draw_overlap(directory, output)
+        draw_overlap(directory, output, arm=arm)
     elif what == "flips":
         plot_flips({str(run): read_flips(run / METRICS) for run in directories}, output)
     else:
