@@ -9,6 +9,7 @@ from tiny_study import FEW, equal, make_study, write_ground
 from typer.testing import CliRunner
 
 from mft.cli import app
+from mft.study import verbs
 from mft.study.ablate import ablation_points, derive, plot_ablation
 from mft.study.declared import CONTROL, MASK
 from mft.study.run import run_study
@@ -114,6 +115,14 @@ def test_an_ablation_takes_the_fine_tunes_of_its_study(tmp_path, monkeypatch):
     assert "full, lr" not in "".join(line for line in said.getvalue().splitlines(True) if "on test" not in line)
     assert again.chosen["count"]["full"] == findings.chosen["count"]["full"]
     assert equal(again.test["count"]["full"], findings.test["count"]["full"])
+
+
+def test_what_is_overwritten_is_not_copied_first(tmp_path, monkeypatch):
+    """It would be deleted at once, after a message that says the contrary."""
+    monkeypatch.setattr(verbs, "copy_fine_tunes", lambda *_: pytest.fail("copied"))
+    monkeypatch.setattr(verbs, "run_compare", lambda study, *, overwrite: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        verbs.run_ablate(make_study(tmp_path, FEW), "ratio", ["0.5"], [], overwrite=True)
 
 
 def test_fine_tunes_of_another_model_are_not_taken(tmp_path, monkeypatch):

@@ -82,6 +82,7 @@ def test_the_overlap_is_of_the_weights_that_the_masks_dropped(study, tmp_path, m
     [
         (["contours"], "the plot must be one of summary, surface, overlap, flips, got 'contours'"),
         (["surface", "--domain", "cont"], "--domain must be one of count, got 'cont'; did you mean count"),
+        (["overlap", "elsewhere"], "overlap must be drawn from one directory, got 2"),
         (["surface", "--arm", "control"], "--arm must be one of MFT, MFT 2, got 'control'"),
     ],
 )

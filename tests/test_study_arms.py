@@ -248,3 +248,16 @@ def test_a_mask_with_a_fixed_threshold_begins_at_the_fine_tune_and_drops_what_it
     assert moved.flips > 0
     dropped = [weight == 0 for weight in load_file(ground.job("mask free", keep=None, lr=1e-1).trained).values()]
     assert sum(int(d.sum()) for d in dropped) / sum(d.numel() for d in dropped) == pytest.approx(moved.flips, abs=1e-6)
+
+
+@pytest.mark.parametrize("arm", ["mask", "random", "magnitude"])
+def test_what_is_kept_is_the_settings_share_not_the_studys(ground, arm):
+    job = ground.job(arm, keep=0.6)
+    run_unit(ground.bench, job)
+    ground.bench.begin("count", job.start)
+    model = arms._model_of(ground.bench, job)
+    names, _ = ground.bench.layers_of(ground.bench.study.arms[arm])
+    for name in names:
+        module = model.get_submodule(name)
+        kept = module.mask() if hasattr(module, "mask") else module.weight != 0
+        assert kept.float().mean().item() == pytest.approx(0.6, abs=0.02)
