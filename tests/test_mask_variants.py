@@ -56,10 +56,12 @@ def test_each_seed_is_paired_with_its_own_fine_tune_and_control(tmp_path):
         add(CONTROL, seed, 1e-3, start - 0.2, start - 0.2)
         add("window", seed, 1e-3, start - 0.3, start - 0.1)
     add(CONTROL, 0, 1e-2, 5.0, 5.0)  # the worse rate is not the control
+    add("window", 1, 1e-2, 0.1, 0.1)  # settings are chosen with the first seed
     rows = {row.variant: row for row in ranked(Log(tmp_path / "log.jsonl"), "s")}
     assert set(rows) == {START, CONTROL, "window"}
     assert rows["window"].from_finetune == pytest.approx(-0.2)
     assert rows["window"].from_control == pytest.approx(0.0)
+    assert rows["window"].lr == 1e-3
     assert (rows["window"].seeds, rows[CONTROL].tried) == (2, 2)
 
 
