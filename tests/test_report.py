@@ -31,9 +31,9 @@ def comparison(mft, control=(20, 20, 40)):
 
 
 def test_mft_helps_only_if_the_difference_excludes_zero():
-    assert verdict(comparison([19, 19.1, 38])).startswith("MFT helps: ")
+    assert verdict(comparison([19, 19.1, 38])).startswith("MFT is ahead in this run: ")
     assert verdict(comparison([19, 21.5, 39])).startswith("No evidence that MFT gains anything beyond continued")
-    assert verdict(comparison([22, 22.1, 44])).startswith("MFT does not help: ")
+    assert verdict(comparison([22, 22.1, 44])).startswith("MFT is behind in this run: ")
 
 
 def test_the_verdict_carries_its_numbers():

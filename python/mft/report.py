@@ -25,9 +25,11 @@ def verdict(comparison: Comparison) -> str:
     if math.isnan(error):
         return f"No evidence either way: a single document has no standard error. {measured}."
     if loss < -STANDARD_ERRORS * error:
-        return f"MFT helps: its held-out loss is lower than that of the same layers trained on. {measured}."
+        return (
+            f"MFT is ahead in this run: its held-out loss is lower than that of the same layers trained on. {measured}."
+        )
     if loss > STANDARD_ERRORS * error:
-        return f"MFT does not help: the same layers trained on have the lower held-out loss. {measured}."
+        return f"MFT is behind in this run: the same layers trained on have the lower held-out loss. {measured}."
     return f"No evidence that MFT gains anything beyond continued training. {measured}."
 
 
@@ -39,7 +41,8 @@ def remarks(comparison: Comparison) -> list[str]:
         f"{CONTROL}: the weights of the same layers, trained on for as many steps.",
         f"{len(comparison.trials)} configurations tried ({counts}), rate {chosen} chosen on the validation split; the "
         "test split was opened once.",
-        "One run: the standard error is that of the test documents; another seed of the training moves results too.",
+        "One run: the standard error is that of the test documents; another seed of the training moves results too. "
+        "mft compare tunes the control further, in several seeds, before it says that MFT helps.",
         *comparison.notes,
     ]
 
