@@ -45,6 +45,8 @@ def test_a_study_says_what_its_file_says(load):
 def test_the_grid_is_every_combination_in_ascending_order(load):
     grid = load().arms["MFT 0.9"].settings(MaskConfig())
     assert grid == [Setting(1e-3, epochs, keep) for epochs in (1.0, 2.0) for keep in (0.8, 0.9)]
+    momentum = ArmConfig("control", lrs=[1e-3], beta1s=[0.9, 0]).settings(MaskConfig())
+    assert momentum == [Setting(1e-3, 1.0, beta1=beta1) for beta1 in (0.0, 0.9)]
     assert ArmConfig("random").settings(MaskConfig(keep_ratio=0.7)) == [Setting(keep_ratio=0.7)]
     assert ArmConfig("base").settings(MaskConfig()) == [Setting()]
 
@@ -56,6 +58,7 @@ def test_an_arm_may_have_a_mode_a_threshold_and_betas_of_its_own(load):
     mask = study.mask_of(arm)
     assert (mask.mode, mask.threshold, mask.layers_to_transform) == ("value", 0.0, [2, 3])
     assert study.train_of(arm, Setting(1e-3, 1.0), 0).betas == (0.0, 0.99)
+    assert study.train_of(arm, Setting(1e-3, 1.0, beta1=0.5), 0).betas == (0.5, 0.99)
     assert study.train_of(study.arms["control"], Setting(1e-3, 1.0), 0).betas == study.stage.betas
 
 
@@ -66,6 +69,8 @@ def test_an_arm_may_have_a_mode_a_threshold_and_betas_of_its_own(load):
         ("{kind: random, threshold: 0.1}", "threshold must be left out for this kind, got 0.1"),
         ("{kind: random, betas: [0, 0.9]}", "betas must be left out for this kind"),
         ("{kind: mask, lrs: [1], betas: [0, 1]}", "betas must lie in [0, 1), got"),
+        ("{kind: random, beta1s: [0]}", "beta1s must be left out for this kind"),
+        ("{kind: control, lrs: [1], beta1s: [0, 1]}", "beta1s must lie in [0, 1), got [0.0, 1.0]"),
         ("{kind: mask, lrs: [1], mode: values}", "mode must be one of magnitude, value, got 'values'"),
         ("{kind: mask, lrs: [1], threshold: -1}", "threshold must be at least 0 unless mode is value, got -1"),
         ("{kind: mask, lrs: [1], threshold: 0, keep_ratios: [0.9]}", "keep_ratios must be left out beside a threshold"),

@@ -240,6 +240,13 @@ def test_few_rates_and_a_best_one_at_the_end_are_said():
     assert notes(study, play(study, bowl(1e-3))) == []
 
 
+def test_an_arm_chooses_its_momentum_and_its_rates_grow_beside_the_best_one():
+    study = make({"full": ArmConfig("full", lrs=RATES), "control": ArmConfig("control", lrs=RATES, beta1s=[0, 0.9])})
+    done = play(study, lambda unit: bowl(1e-1)(unit) + (unit.setting.beta1 or 0.0))
+    assert selection(study, done).chosen["code"]["control"] == Setting(1e-1, 1.0, beta1=0.0)
+    assert selection(study, done).tried["code"]["control"] == 2 * len(RATES) + 2
+
+
 def test_epochs_and_keep_ratios_at_the_end_are_said_too():
     lines = notes(make(), play(make(), bowl(1e-3)))
     assert (

@@ -69,6 +69,7 @@ def test_all_that_was_saved_is_found_again(tmp_path):
         ["seeds=[0,1,2]"],
         ["arms.control.lrs=[1e-3,1e-2,3e-2]"],
         ["arms.MFT.keep_ratios=[0.9,0.95]"],
+        ["arms.control.beta1s=[0,0.9]"],
         ["extensions=2"],
         ["workers=5"],
         ["output_dir=elsewhere"],

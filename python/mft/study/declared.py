@@ -31,9 +31,10 @@ class Setting:
     lr: float | None = None
     epochs: float | None = None
     keep_ratio: float | None = None
+    beta1: float | None = None
 
     def __str__(self) -> str:
-        parts = (("lr", self.lr), ("epochs", self.epochs), ("keep", self.keep_ratio))
+        parts = (("lr", self.lr), ("epochs", self.epochs), ("keep", self.keep_ratio), ("beta1", self.beta1))
         return ", ".join(f"{name} {value:g}" for name, value in parts if value is not None)
 
 
@@ -54,6 +55,7 @@ class ArmConfig:
     init: str | None = None  # of scores, one of mask.init's or a one-shot method; null: the study's mask.init
     mode: str | None = None  # what is compared with the threshold; null: the study's mask.mode
     threshold: float | None = None  # fixed, in place of keep_ratios
+    beta1s: list[float] = field(default_factory=list)  # of AdamW, its momentum; empty: that of betas
     betas: tuple[float, float] | None = None  # of AdamW; null: those of full or stage
     layers_to_transform: int | list[int] | None = None  # null: the study's mask.layers_to_transform
     lora_rank: int = 8
@@ -86,8 +88,10 @@ class ArmConfig:
             check_rule(self.threshold >= 0 or self.mode == "value", "threshold", rule, self.threshold)
             check_rule(not self.keep_ratios, "keep_ratios", "be left out beside a threshold", self.keep_ratios)
         check_rule(trained or self.betas is None, "betas", "be left out for this kind", self.betas)
-        if self.betas is not None:
-            check_rule(all(0 <= beta < 1 for beta in self.betas), "betas", "lie in [0, 1)", self.betas)
+        check_rule(trained or not self.beta1s, "beta1s", "be left out for this kind", self.beta1s)
+        for name in ("betas", "beta1s"):
+            value = getattr(self, name)
+            check_rule(all(0 <= beta < 1 for beta in value or ()), name, "lie in [0, 1)", value)
         if self.init is not None:
             check_one_of("init", self.init, (*INITS, *(name for name in METHODS if name not in INITS)))
         check_rule(
@@ -103,7 +107,8 @@ class ArmConfig:
         ratios: list[Any] = [None]
         if self.kind in (MASK, *ONE_SHOT) and self.threshold is None:
             ratios = sorted(set(self.keep_ratios)) or [mask.keep_ratio]
-        return [Setting(*values) for values in itertools.product(lrs, epochs, ratios)]
+        beta1s: list[Any] = sorted(set(self.beta1s)) or [None]
+        return [Setting(*values) for values in itertools.product(lrs, epochs, ratios, beta1s)]
 
 
 @dataclass
@@ -194,4 +199,6 @@ class StudyConfig:
         train = self.full if arm.kind == FULL else self.stage
         assert setting.lr is not None  # of a trained arm
         betas = train.betas if arm.betas is None else arm.betas
+        if setting.beta1 is not None:
+            betas = (setting.beta1, betas[1])
         return dataclasses.replace(train, lr=setting.lr, epochs=setting.epochs, steps=None, betas=betas, seed=seed)

@@ -225,12 +225,12 @@ class _Found:
         return [unit for unit in units if unit not in self.by_unit]
 
 
-def _order(setting: Setting) -> tuple[float, float, float]:
-    return (setting.lr or 0.0, setting.epochs or 0.0, setting.keep_ratio or 0.0)
+def _order(setting: Setting) -> tuple[float, ...]:
+    return tuple(value or 0.0 for value in (setting.lr, setting.epochs, setting.keep_ratio, setting.beta1))
 
 
 def _values_beside(best: Setting, losses: dict[Setting, float], name: str) -> list[float]:
-    """The values of lr, epochs or keep_ratio tried with the best setting's other values, in ascending order."""
+    """The values of lr, epochs, keep_ratio or beta1 tried with the best setting's other values, in ascending order."""
     beside = (setting for setting in losses if replace(setting, **{name: None}) == replace(best, **{name: None}))
     return sorted(value for setting in beside if (value := getattr(setting, name)) is not None)
 

@@ -35,7 +35,7 @@ STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK = "study.yaml", "base", "units", "
 _OURS = {STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK, TABLE_MARKDOWN, TABLE_JSON, PLOT, ABLATION}
 _OPENINGS = "openings.json"
 _FREE = ("output_dir", "workers")  # change no result
-_GRIDS = ("lrs", "epochs", "keep_ratios")
+_GRIDS = ("lrs", "epochs", "keep_ratios", "beta1s")
 
 Chosen = dict[str, dict[str, Setting]]
 
