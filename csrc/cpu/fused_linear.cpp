@@ -11,6 +11,7 @@
 #include <atomic>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "gemm_bfloat16.h"
@@ -20,7 +21,8 @@ namespace mft {
 namespace bfloat16 {
 namespace {
 
-// From sweeps on Zen 5 (1 MiB L2 a core, 2 threads, N = K = 4096, M = 64, 512 and 2048, 2026-11-24); flat around them.
+// From sweeps on Zen 5 (1 MiB L2 a core, 2 threads, N = K = 4096, M = 64, 512 and 2048, 2026-11-24); flat around them. On
+// Zen 4 twice the rows are level at M = 512 and 3 % slower at M = 64.
 constexpr int64_t kWeightRows = 96;        // rows of the weight in a block: 8 tiles, 104 KB a depth of 512 packed
 constexpr int64_t kWeightColumns = 256;    // columns of it in a block of d_x: with kGradDepth rows 128 KB packed
 constexpr int64_t kGradDepth = 256;        // divides kDepth
@@ -72,13 +74,17 @@ struct Cut {
   int64_t largest() const { return round_up(divide_up(total, blocks), unit) + unit; }
 };
 
-// f(worker, next) on all threads; next() hands out 0 .. tasks - 1, then `tasks`.
+// f(worker, next) on all threads; next() hands out 0 .. tasks - 1, then `tasks`. A worker's first task is its own: one that
+// asks for two at once would else leave nothing to a thread that wakes up late.
 template <typename F>
 void for_workers(int64_t tasks, const F& f) {
-  std::atomic<int64_t> task{0}, worker{0};
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    f(worker++, [&task, tasks] { return std::min(task++, tasks); });
+  std::atomic<int64_t> task{threads};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      bool began = false;
+      f(worker, [&] { return std::exchange(began, true) ? std::min(task++, tasks) : worker; });
+    }
   });
 }
 
@@ -144,13 +150,16 @@ class Ahead {
 void masked_linear(const Matrix& y, const Matrix& x, const Matrix& weight, const MaskSource& mask, const void* bias) {
   const int64_t tokens = x.rows, depth = x.columns;
   const int64_t depth_blocks = divide_up(depth, kDepth), token_tiles = divide_up(tokens, kTileColumns);
-  const int64_t panel = divide_up(std::min(depth, kDepth), 2) * kTileColumns;
-  const auto panels = make_buffer<uint32_t>(depth_blocks * token_tiles * panel);
+  const auto panels = make_buffer<uint32_t>(divide_up(depth, 2) * token_tiles * kTileColumns);
   const auto depth_of = [&](int64_t block) { return std::min(kDepth, depth - block * kDepth); };
+  const auto panel_size = [&](int64_t block) { return divide_up(depth_of(block), 2) * kTileColumns; };
+  const auto panel_at = [&](int64_t block, int64_t tile) {
+    return panels.get() + block * token_tiles * (kDepth / 2 * kTileColumns) + tile * panel_size(block);
+  };
   torch::stable::parallel_for(0, depth_blocks * token_tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t block = i / token_tiles, first = i % token_tiles * kTileColumns;
-      pack_transposed_panel(panels.get() + i * panel, elements(x, first, block * kDepth), x.row_stride,
+      const int64_t block = i / token_tiles, tile = i % token_tiles, first = tile * kTileColumns;
+      pack_transposed_panel(panel_at(block, tile), elements(x, first, block * kDepth), x.row_stride,
                             std::min(kTileColumns, tokens - first), depth_of(block));
     }
   });
@@ -183,8 +192,8 @@ void masked_linear(const Matrix& y, const Matrix& x, const Matrix& weight, const
             ahead.add_late(weight, mask, rows.begin(upcoming), rows.end(upcoming), 0, depth_of(0));
           }
           for (int64_t t = 0; t < here; t += kTileColumns) {
-            const uint32_t* b = panels.get() + (block * token_tiles + (token + t) / kTileColumns) * panel;
-            ahead.add_soon(b + panel, panel * 4);
+            const uint32_t* b = panel_at(block, (token + t) / kTileColumns);
+            ahead.add_soon(b + panel_size(block), panel_size(block) * 4);
             for_tile_rows(count, [&](int64_t begin, int64_t end) {
               prefetch_tile(sums + end * sum_stride + t, sum_stride, kTileRows);
               multiply(sums + begin * sum_stride + t, sum_stride, a + begin * kRowStride, b, end - begin, here - t,
