@@ -78,6 +78,21 @@ def test_the_gradient_ranks_by_what_dropping_costs_to_first_order():
         torch.testing.assert_close(found[name], -weight.grad * weight.detach(), rtol=1e-4, atol=1e-9)
 
 
+def test_fisher_adds_half_the_mean_square_of_a_tokens_gradient():
+    model, rows = make_llama(), padded_rows()
+    found = importance(model, [UP, Q], "fisher", rows, rows=6, batch_size=1)
+    first = importance(model, [UP, Q], "gradient", rows, **ALL)
+    tokens = sum(label != -100 for row in rows["labels"] for label in row)
+    for name in (UP, Q):
+        weight, squares = model.get_submodule(name).weight, 0.0
+        for row in rows.with_format("torch"):
+            model.zero_grad()
+            (model(row["input_ids"][None], labels=row["labels"][None]).loss * (row["labels"] != -100).sum()).backward()
+            squares += weight.grad.square()
+        expected = first[name] + squares / tokens * weight.detach().square() / 2
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-9)
+
+
 def test_dropping_the_weight_of_least_importance_lowers_the_loss_most():
     model, rows = make_llama().double(), make_rows(4)
     batch = rows.with_format("torch")[:]
@@ -213,7 +228,7 @@ def test_scores_to_train_are_in_proportion_to_importance():
     torch.testing.assert_close(module.scores / module.scores.max(), module.weight.abs() / module.weight.abs().max())
 
 
-@pytest.mark.parametrize("method", ["wanda", "gradient"])
+@pytest.mark.parametrize("method", ["wanda", "gradient", "fisher"])
 def test_a_masked_layer_counts_as_if_it_kept_every_weight(method):
     rows = padded_rows()
     model = masked_llama(keep_ratio=0.5)

@@ -28,6 +28,7 @@ ARMS = """
   magnitude_rows: {kind: magnitude_rows}
   wanda: {kind: wanda}
   gradient: {kind: gradient}
+  fisher: {kind: fisher}
   temperature: {kind: temperature}
   mask: {kind: mask, lrs: [1e-2]}
   mask from wanda: {kind: mask, lrs: [1e-2], init: wanda}
@@ -36,7 +37,7 @@ ARMS = """
   mean of masks: {kind: average, of: mask, runs: 2}
   mean of adapters: {kind: average, of: lora, runs: 2}
 """
-TRAINED, ONE_SHOT = ("continued", "control", "lora", "mask"), ("random", "magnitude", "wanda", "gradient")
+TRAINED, ONE_SHOT = ("continued", "control", "lora", "mask"), ("random", "magnitude", "wanda", "gradient", "fisher")
 LAYERS = ("model.layers.2.", "model.layers.3.")
 
 

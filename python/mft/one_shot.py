@@ -6,6 +6,8 @@ magnitude_rows  sum over j of |w_ij|: whole output rows go (the L1 baseline of t
 wanda           |w_ij| * ||x_j||_2 over the calibration tokens, compared within an output row (arXiv 2306.11695)
 gradient        -g_ij * w_ij with g the gradient of the calibration loss: to first order what the loss rises by without
                 w_ij, so what is expected to lower it most goes first
+fisher          -g_ij * w_ij + F_ij * w_ij^2 / 2: to second order, the curvature F being the mean square of a token's
+                gradient, as if tokens were independent (arXiv 1801.05787, which leaves g out)
 """
 
 import contextlib
@@ -30,7 +32,9 @@ from mft.targets import select_targets
 from mft.token_loss import backward_token_loss, count_labels
 from mft_kernels import fixed_from_float
 
-METHODS = ("random", "magnitude", "magnitude_rows", "wanda", "gradient")
+METHODS = ("random", "magnitude", "magnitude_rows", "wanda", "gradient", "fisher")
+_SIGNED = ("gradient", "fisher")  # importance may be negative
+_BY_DATA = ("wanda", *_SIGNED)
 _SCALE = 0.02  # root mean square of scores that will be trained, as MaskedLinear's own
 _ONE = 0x3F800000  # the bits of 1.0 in fp32; from there on 2^30 finite floats follow in order
 
@@ -51,8 +55,8 @@ def importance(
     left as they were.
 
     Args:
-        dataset: columns input_ids, labels, document; so many ``rows`` of it, drawn by ``seed``, are what wanda and
-            gradient look at. Tokens after a row's last label are padding, and left out.
+        dataset: columns input_ids, labels, document; so many ``rows`` of it, drawn by ``seed``, are what wanda,
+            gradient and fisher look at. Tokens after a row's last label are padding, and left out.
     Returns: by name (N, K), fp32, on the weight's device.
     Raises: ValueError if a name is no linear layer, no token is labelled, or what is found of a layer is the same for
         all its weights, or not finite.
@@ -61,15 +65,19 @@ def importance(
     for argument, value in (("rows", rows), ("batch_size", batch_size)):
         check_rule(value >= 1, argument, "be at least 1", value)
     modules = _linear_modules(model, names)
-    batches = list(_calibration(dataset, rows, batch_size, seed)) if method in ("wanda", "gradient") else []
+    batches = list(_calibration(dataset, rows, batch_size, seed)) if method in _BY_DATA else []
     found: dict[str, Tensor] = {}
     with keeping_all(model), _evaluating(model):
         if method == "wanda":
             norms = _input_norms(model, modules, batches)
             found = {name: _matrix(module).abs().float() * norms[name] for name, module in modules.items()}
-        elif method == "gradient":
-            gradients = _gradients(model, modules, batches)
-            found = {name: -gradients[name] * _matrix(module).float() for name, module in modules.items()}
+        elif method in _SIGNED:
+            gradients, squares = _gradients(model, modules, batches, squares=method == "fisher")
+            for name, module in modules.items():
+                weight = _matrix(module).float()
+                found[name] = -gradients[name] * weight
+                if squares:
+                    found[name] += squares.pop(name) * weight.square() / 2
         else:
             found = {name: _BY_WEIGHT[method](_matrix(module), seed, name) for name, module in modules.items()}
     for name, values in found.items():
@@ -113,7 +121,7 @@ def initialise_scores(
     """Begin the scores of a masked model where ``method`` would mask it: positive, root mean square 0.02, none 0.
 
     In proportion to importance; for wanda to importance over that of the row's last kept weight, so that each row keeps
-    its share; for gradient, whose importance has both signs, to its rank within the matrix.
+    its share; for gradient and fisher, whose importance has both signs, to its rank within the matrix.
 
     Returns: the same model. Raises: as importance; ValueError if nothing is masked.
     """
@@ -123,7 +131,7 @@ def initialise_scores(
         values = found.pop(name).double()
         if method == "wanda":
             values /= _last_kept(values, module.keep_ratio).clamp(min=torch.finfo(torch.float32).tiny)
-        elif method == "gradient":
+        elif method in _SIGNED:
             values = _dense_ranks(values).double() + 1
         scores = (values * (_SCALE / values.square().mean().sqrt())).float()
         scores.clamp_(min=torch.finfo(torch.float32).tiny)  # a score of exactly 0 never learns: sign(0) = 0
@@ -219,12 +227,16 @@ def _not_padding(labels: Tensor) -> Tensor:
     return (to_come > 0) | (labelled.sum(1, keepdim=True) == 0)
 
 
-def _gradients(model: nn.Module, modules: dict[str, Any], batches: list[MicroBatch]) -> dict[str, Tensor]:
-    """Of the mean token loss by each module's weight, (N, K) in fp32, summed over batches in fp32 too."""
+def _gradients(
+    model: nn.Module, modules: dict[str, Any], batches: list[MicroBatch], *, squares: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of the mean token loss by each module's weight, (N, K) in fp32, summed over batches in fp32 too; and the mean
+    square of a token's gradient where ``squares`` asks for it: the squares of batches' sums, over all tokens."""
     tokens = sum(int(count_labels(batch.labels).sum()) for batch in batches)
     check_rule(tokens > 0, "dataset", "label a token for a gradient", f"{tokens} labels in the rows drawn")
     weights = {name: module.weight for name, module in modules.items()}
     totals = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+    square_totals = {name: torch.zeros_like(total) for name, total in totals.items()} if squares else {}
     device = next(model.parameters()).device
     run, head = split_at_head(model, batches[0].input_ids[:1, :FEW].to(device))
     with _requiring_grad(model, weights.values()):
@@ -235,7 +247,13 @@ def _gradients(model: nn.Module, modules: dict[str, Any], batches: list[MicroBat
             for name, weight in weights.items():
                 if weight.grad is not None:  # None where no token came by, in an expert for instance
                     totals[name] += weight.grad
+                    if squares:  # of grad = sum / tokens
+                        square_totals[name] += tokens * weight.grad.float().square()
                     weight.grad = None
+    return _as_matrices(totals, modules), _as_matrices(square_totals, modules)
+
+
+def _as_matrices(totals: dict[str, Tensor], modules: dict[str, Any]) -> dict[str, Tensor]:
     return {name: total.t() if isinstance(modules[name], Conv1D) else total for name, total in totals.items()}
 
 

@@ -17,7 +17,7 @@ from mft.one_shot import METHODS
 # What an arm is. "full" is where all but "base" start; there is one of it, and one of "base" at most.
 FULL_KINDS = BASE, FULL = ("base", "full")
 TRAINED = CONTINUED, CONTROL, LORA, MASK = ("continued", "control", "lora", "mask")
-ONE_SHOT = tuple(METHODS)  # random, magnitude, magnitude_rows, wanda, gradient
+ONE_SHOT = tuple(METHODS)  # random, magnitude, magnitude_rows, wanda, gradient, fisher
 TEMPERATURE, AVERAGE = "temperature", "average"
 KINDS = (*FULL_KINDS, *TRAINED, *ONE_SHOT, TEMPERATURE, AVERAGE)
 _NAME = re.compile(r"\w[\w .()+-]*")
@@ -44,8 +44,8 @@ class ArmConfig:
 
     kind: base: before the full fine-tune. full: the full fine-tune, annealed. continued: all weights trained on.
     control: the masked layers' weights trained on. lora: adapters on the same layers. mask: scores trained.
-    random, magnitude, magnitude_rows, wanda, gradient: a mask found in one shot (see one_shot.py). temperature: the
-    fine-tune with its logits scaled. average: the mean weights of `runs` runs of the arm `of`, from one fine-tune.
+    random, magnitude, magnitude_rows, wanda, gradient, fisher: a mask found in one shot (see one_shot.py). temperature:
+    the fine-tune with its logits scaled. average: the mean weights of `runs` runs of the arm `of`, from one fine-tune.
     """
 
     kind: str
