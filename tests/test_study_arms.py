@@ -11,9 +11,10 @@ from tiny_study import equal, make_study, write_ground
 from mft.config import ModelConfig
 from mft.convert import masked_modules
 from mft.evaluate import evaluate
+from mft.prefix import PrefixMemory
 from mft.study import arms
 from mft.study.arms import Job, run_test, run_unit
-from mft.study.bench import Bench, with_weights
+from mft.study.bench import Bench, with_layers_remembered, with_weights
 from mft.study.declared import Setting
 from mft.study.outcome import Unit
 
@@ -95,6 +96,19 @@ def test_every_kind_runs_and_its_files_give_on_test_what_validation_saw(ground, 
     assert tested.test.tempered is not None
     assert tested.test.temperature > 0
     assert found.curve[-1][0] == 1.0
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_with_its_layers_remembered_a_model_runs_its_head_alone(ground, first):
+    model, rows, tokens = fine_tune(ground).eval(), ground.bench.splits("count").test, []
+    options = {"batch_size": 3, "first": first, "memory": PrefixMemory()}
+    expected = evaluate(model, rows, batch_size=3)
+    remembering = with_layers_remembered(model, rows, **options)
+    handle = model.model.layers[3].mlp.register_forward_hook(lambda *call: tokens.append(call[1][0].shape[:2].numel()))
+    found = evaluate(model, rows, **remembering)
+    handle.remove()
+    assert torch.equal(found.loss_sums, expected.loss_sums)
+    assert sum(tokens) < 0.5 * sum(map(len, rows["input_ids"]))  # one row checks what layers hand on
 
 
 def test_the_fine_tune_begins_at_the_base_and_is_evaluated_at_its_end_alone(ground):

@@ -27,7 +27,7 @@ from mft.inspection import flip_share, initial_masks
 from mft.lora import add_lora, merge_lora
 from mft.one_shot import initialise_scores, one_shot_mask
 from mft.recipe import NonFiniteLoss, StepReport, count_steps, finetune, train_loop, train_masks, train_weights
-from mft.study.bench import ROWS, Bench, with_weights
+from mft.study.bench import ROWS, Bench, with_layers_remembered, with_weights
 from mft.study.declared import (
     AVERAGE,
     BASE,
@@ -85,13 +85,15 @@ def run_test(bench: Bench, job: Job) -> Tested:
     unit, kind = job.unit, _arm(bench, job.unit).kind
     bench.begin(unit.domain, job.trained if kind == FULL else job.start)
     model, splits = _model_of(bench, job), bench.splits(unit.domain)
-    options = _options(bench, _arm(bench, unit))
-    temperature = fit_temperature(model, splits.validation, **options("validation"))
+    options, temperature = _options(bench, _arm(bench, unit)), 0.0
     measured = {}
     for split in ("validation", "test"):
         dataset = getattr(splits, split)
-        tempered = evaluate_tempered(model, dataset, temperature, **options(split))
-        plain = tempered if kind == TEMPERATURE else evaluate(model, dataset, **options(split))
+        remembering = with_layers_remembered(model, dataset, **options(split))
+        if split == "validation":
+            temperature = fit_temperature(model, dataset, **remembering)
+        tempered = evaluate_tempered(model, dataset, temperature, **remembering)
+        plain = tempered if kind == TEMPERATURE else evaluate(model, dataset, **remembering)
         measured[split] = Measured(plain, tempered, temperature)
         if unit.domain in bench.study.answers:
             answers, questions = exact_matches(model, bench.tokenizer, dataset)

@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mft.batches import take_rows
-from mft.causal_lm import FEW, decoder_layers, first_trainable_layer, replaced_forwards, split_at_head
+from mft.causal_lm import (
+    FEW,
+    decoder_layers,
+    first_trainable_layer,
+    has_dropout,
+    replaced_forwards,
+    split_at_head,
+)
 from mft.clones import clone_with_own_weights
 from mft.config import ModelConfig
 from mft.data import Splits, load_splits
@@ -90,6 +97,32 @@ class Bench:
         for name in names:
             clone.get_submodule(name).requires_grad_(True)
         return first_trainable_layer(clone)
+
+
+@torch.no_grad()
+def with_layers_remembered(
+    model: nn.Module, dataset, *, batch_size: int, first: int = 0, memory: PrefixMemory | None = None
+) -> dict[str, Any]:
+    """These options of evaluate, such that further passes over dataset run the head alone; model is in eval mode."""
+    options = {"batch_size": batch_size, "first": first, "memory": memory}
+    if has_dropout(model):
+        return options  # with dropout nothing is remembered
+    layers, outputs, whole = decoder_layers(model), list[Any](), PrefixMemory()
+    device = next(model.parameters()).device
+    few = take_rows(dataset, [0]).input_ids[:1, :FEW].to(device)
+    prefix = FrozenPrefix(model, first, memory, split_at_head(model, few)[0])
+    handle = layers[-1].register_forward_hook(lambda *call: outputs.append(call[-1]))
+    try:
+        for start in range(0, len(dataset), batch_size):
+            batch = take_rows(dataset, list(range(start, min(start + batch_size, len(dataset)))))
+            prefix(batch.input_ids.to(device), batch.rows)
+            last = outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
+            for row, state in zip(batch.rows, last):
+                whole.remember(row, state)
+            outputs.clear()
+    finally:
+        handle.remove()
+    return options | {"first": len(layers), "memory": whole}
 
 
 def with_weights(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
