@@ -76,21 +76,9 @@ class Bench:
             return None
         if (split, first) not in self._memories:
             assert self._begun is not None
-            self._memories[split, first] = self._filled(getattr(self.splits(self._begun[0]), split), first)
+            dataset = getattr(self.splits(self._begun[0]), split)
+            self._memories[split, first] = _remembered(self.model, dataset, first, batch_size=ROWS)
         return self._memories[split, first]
-
-    @torch.no_grad()
-    def _filled(self, dataset, first: int) -> PrefixMemory:
-        memory, device = PrefixMemory(), next(self.model.parameters()).device
-        few = take_rows(dataset, [0]).input_ids[:1, :FEW].to(device)
-        prefix = FrozenPrefix(self.model, first, memory, split_at_head(self.model, few)[0])
-        if prefix.memory is None:
-            return memory  # with dropout nothing is remembered
-        with replaced_forwards(decoder_layers(self.model)[first:], lambda layer: _first_argument):
-            for start in range(0, len(dataset), ROWS):
-                batch = take_rows(dataset, list(range(start, min(start + ROWS, len(dataset)))))
-                prefix(batch.input_ids.to(device), batch.rows)
-        return memory
 
     def _layers_below(self, names: list[str]) -> int:
         clone = clone_with_own_weights(self.base, names)
@@ -99,30 +87,13 @@ class Bench:
         return first_trainable_layer(clone)
 
 
-@torch.no_grad()
 def with_layers_remembered(
     model: nn.Module, dataset, *, batch_size: int, first: int = 0, memory: PrefixMemory | None = None
 ) -> dict[str, Any]:
     """These options of evaluate, such that further passes over dataset run the head alone; model is in eval mode."""
-    options = {"batch_size": batch_size, "first": first, "memory": memory}
-    if has_dropout(model):
-        return options  # with dropout nothing is remembered
-    layers, outputs, whole = decoder_layers(model), list[Any](), PrefixMemory()
-    device = next(model.parameters()).device
-    few = take_rows(dataset, [0]).input_ids[:1, :FEW].to(device)
-    prefix = FrozenPrefix(model, first, memory, split_at_head(model, few)[0])
-    handle = layers[-1].register_forward_hook(lambda *call: outputs.append(call[-1]))
-    try:
-        for start in range(0, len(dataset), batch_size):
-            batch = take_rows(dataset, list(range(start, min(start + batch_size, len(dataset)))))
-            prefix(batch.input_ids.to(device), batch.rows)
-            last = outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
-            for row, state in zip(batch.rows, last):
-                whole.remember(row, state)
-            outputs.clear()
-    finally:
-        handle.remove()
-    return options | {"first": len(layers), "memory": whole}
+    depth = len(decoder_layers(model))
+    whole = _remembered(model, dataset, depth, batch_size=batch_size, first=first, memory=memory)
+    return {"batch_size": batch_size, "first": depth, "memory": whole}
 
 
 def with_weights(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
@@ -132,6 +103,32 @@ def with_weights(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
         for name, weight in weights.items():
             clone.get_parameter(name).copy_(weight)
     return clone
+
+
+@torch.no_grad()
+def _remembered(
+    model: nn.Module, dataset, depth: int, *, batch_size: int, first: int = 0, memory: PrefixMemory | None = None
+) -> PrefixMemory:
+    """What the first ``depth`` layers of model make of every row; memory holds it of the first ``first`` already."""
+    found, layers, outputs = PrefixMemory(), decoder_layers(model), list[Any]()
+    if has_dropout(model):
+        return found  # with dropout nothing is remembered
+    device = next(model.parameters()).device
+    few = take_rows(dataset, [0]).input_ids[:1, :FEW].to(device)
+    prefix = FrozenPrefix(model, first, memory, split_at_head(model, few)[0])
+    handle = layers[depth - 1].register_forward_hook(lambda *call: outputs.append(call[-1]))
+    try:
+        with replaced_forwards(layers[depth:], lambda layer: _first_argument):
+            for start in range(0, len(dataset), batch_size):
+                batch = take_rows(dataset, list(range(start, min(start + batch_size, len(dataset)))))
+                prefix(batch.input_ids.to(device), batch.rows)
+                last = outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
+                for row, state in zip(batch.rows, last):
+                    found.remember(row, state)
+                outputs.clear()
+    finally:
+        handle.remove()
+    return found
 
 
 def _first_argument(hidden_states: Tensor, *args, **kwargs) -> Tensor:
