@@ -3,10 +3,11 @@
 REF is a folder of results, or a git ref, whose benchmarks/results are read. Unless --now names a folder of results, the
 questions are answered now.
 
-Compared are ratios of ours to another, taken within a run: they survive a slower machine, times do not. A ratio is a
-regression if its lower quartile lies above REF's upper quartile and its median is worse by more than 5 %. Times are
-shown where both runs name the same device, and decide nothing. Exit code 1: a regression, or a ratio that is missing;
-2: nothing to compare.
+Compared are ratios of ours to another, taken within a run: they survive a slower machine, times do not. A ratio is
+suspect if its lower quartile lies above REF's upper quartile and its median is worse by more than 5 %. Quartiles are of
+the rounds of one run, and runs differ by more: a question with suspects is therefore answered once again, and what is
+suspect both times is a regression. Times are shown where both runs name the same device, and decide nothing. Exit code
+1: a regression, or a ratio that is missing; 2: nothing to compare.
 """
 
 import argparse
@@ -29,21 +30,28 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Change:
-    """A ratio of ours in REF and now; None where one of them lacks it."""
+    """A ratio of ours in REF and now, and again if it was asked once more; None where one of them lacks it."""
 
     quantity: str
     before: Spread | None
     now: Spread | None
+    again: Spread | None = None
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it is worse now."""
+        return self.before is not None and self.now is not None and _clearly_above(self.now, self.before)
 
     @property
     def verdict(self) -> str:
-        """new, missing, REGRESSION, better (by the same rule) or empty."""
+        """new, missing, REGRESSION, not repeated, better (by the same rule) or empty."""
         if self.before is None:
             return "new"
         if self.now is None:
             return "MISSING"
-        if _clearly_above(self.now, self.before):
-            return "REGRESSION"
+        if self.suspect:
+            repeated = self.again is None or _clearly_above(self.again, self.before)
+            return "REGRESSION" if repeated else f"not repeated: {self.again}"
         return "better" if _clearly_above(self.before, self.now) else ""
 
     def row(self) -> tuple[str, str, str, str, str]:
@@ -67,11 +75,13 @@ def ratios(record: Record) -> dict[str, Spread]:
     }
 
 
-def compare(before: Record, now: Record, *, partial: bool = False) -> list[Change]:
+def compare(before: Record, now: Record, again: Record | None = None, *, partial: bool = False) -> list[Change]:
     """Every ratio of either; ``partial``: what a quick run did not ask is not missing."""
     old, new = ratios(before), ratios(now)
+    repeated = {} if again is None else ratios(again)
     asked = [name for name in old if not partial or name in new]
-    return [Change(name, old.get(name), new.get(name)) for name in dict.fromkeys((*asked, *new))]
+    names = dict.fromkeys((*asked, *new))
+    return [Change(name, old.get(name), new.get(name), repeated.get(name)) for name in names]
 
 
 def differences(before: Record, now: Record) -> list[str]:
@@ -100,10 +110,25 @@ def read_ref(ref: str) -> dict[str, Record]:
     return {Path(path).name.removesuffix(SUFFIX): json.loads(_git("show", f"{ref}:{path}") or "") for path in paths}
 
 
-def measure_now(questions: list[str], folder: Path, *, quick: bool) -> None:
-    """Answer them into folder, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks", *(["--quick"] if quick else []), "--out", str(folder), *questions]
-    subprocess.run(command, cwd=ROOT, check=True)
+def measure(
+    before: Mapping[str, Record], questions: list[str], *, quick: bool
+) -> tuple[dict[str, Record], dict[str, Record]]:
+    """Records by question, and a second one of each in which something is suspect."""
+    now = _answers(questions, quick=quick)
+    suspects = {q: sum(change.suspect for change in compare(before[q], now[q])) for q in questions}
+    for question, count in suspects.items():
+        if count:
+            print(f"\n{question}: {count} ratios seem worse; asked again", flush=True)
+    doubtful = [question for question, count in suspects.items() if count]
+    return now, _answers(doubtful, quick=quick) if doubtful else {}
+
+
+def _answers(questions: list[str], *, quick: bool) -> dict[str, Record]:
+    """Given by a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks", *(["--quick"] if quick else []), "--out", folder, *questions]
+        subprocess.run(command, cwd=ROOT, check=True)
+        return read_folder(Path(folder))
 
 
 def show(question: str, before: Record, now: Record, changes: list[Change]) -> None:
@@ -137,10 +162,7 @@ def main() -> None:
     questions = [q for q in asked.what or before if q in before and ratios(before[q])]
     if not questions:
         parser.error(f"REF must hold ratios of ours, {asked.ref} has none of {', '.join(asked.what) or 'any question'}")
-    with tempfile.TemporaryDirectory() as folder:
-        if asked.now is None:
-            measure_now(questions, Path(folder), quick=asked.quick)
-        now = read_folder(asked.now or Path(folder))
+    now, again = (read_folder(asked.now), {}) if asked.now else measure(before, questions, quick=asked.quick)
     failed = bool(unknown)
     for question in unknown:
         print(f"{question}: REF has no results")
@@ -149,7 +171,7 @@ def main() -> None:
             print(f"\n{question}: MISSING, not measured now")
             failed = True
             continue
-        changes = compare(before[question], now[question], partial=asked.quick)
+        changes = compare(before[question], now[question], again.get(question), partial=asked.quick)
         show(question, before[question], now[question], changes)
         failed |= any(change.verdict in ("REGRESSION", "MISSING") for change in changes)
     print("\nworse" if failed else "\nno regression")

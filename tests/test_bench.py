@@ -95,6 +95,34 @@ def test_the_exit_code_tells_a_regression_and_the_table_names_it(tmp_path, monke
     assert "REGRESSION" in told
 
 
+def answers_in_turn(monkeypatch, *medians):
+    """Instead of measuring: each time it is asked, the next of these medians. Returns what was asked."""
+    asked, left = [], list(medians)
+
+    def answer(questions, *, quick):
+        asked.append(questions)
+        return {question: record(left.pop(0)) for question in questions}
+
+    monkeypatch.setattr(compare, "_answers", answer)
+    return asked
+
+
+@pytest.mark.parametrize(("again", "code", "told"), [(1.5, 1, "REGRESSION"), (1.0, 0, "not repeated: 1.000")])
+def test_what_seems_worse_is_measured_again_and_decides_if_it_repeats(tmp_path, monkeypatch, capsys, again, code, told):
+    old = write(tmp_path / "old", record(1.0))
+    asked = answers_in_turn(monkeypatch, 1.5, again)
+    assert run_compare(monkeypatch, old) == code
+    assert asked == [["ops"], ["ops"]]
+    assert told in capsys.readouterr().out
+
+
+def test_only_questions_with_suspects_are_asked_again(tmp_path, monkeypatch):
+    old = write(write(tmp_path / "old", record(1.0)), record(1.0), "scaling")
+    asked = answers_in_turn(monkeypatch, 1.0, 1.5, 1.5)
+    assert run_compare(monkeypatch, old) == 1
+    assert asked == [["ops", "scaling"], ["scaling"]]
+
+
 def test_a_question_that_was_not_measured_fails(tmp_path, monkeypatch, capsys):
     old = write(write(tmp_path / "old", record()), record(), "scaling")
     assert run_compare(monkeypatch, old, "--now", write(tmp_path / "now", record())) == 1
