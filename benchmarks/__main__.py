@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import bench_memory, bench_ops, bench_scaling, bench_score_optimiser, bench_train_step
+from . import bench_demo, bench_memory, bench_ops, bench_scaling, bench_score_optimiser, bench_train_step
 from .harness import RESULTS, ROOT, THREADS, environment, write_results_to
 
 # question: how it is answered, given whether to be quick
@@ -16,6 +16,7 @@ QUESTIONS: dict[str, Callable[[bool], None]] = {
     "scaling": bench_scaling.main,
     "memory": lambda quick: bench_memory.main(),
     "score_optimiser": lambda quick: bench_score_optimiser.main(),
+    "demo": lambda quick: bench_demo.main(),
 }
 TAKE_QUICK = ("ops", "train_step", "scaling")
 QUICK_RESULTS = ROOT / "build" / "benchmarks"

@@ -1,17 +1,24 @@
-"""Where the time of a training step goes: the profiler's own time of each operator, added up by kind."""
+"""Where time goes: the profiler's own time of each operator, added up by kind."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch.profiler import ProfilerActivity, profile
 
 # An operator belongs to the first kind that names it, or else the operator that called it, and so on upwards.
 KINDS = {
-    "optimiser": ("Optimizer.step", "mft::score_step"),
-    "threshold and packing": ("mft::kept_threshold", "mft::pack_", "_SortedSubnet", "aten::sort"),
+    "optimiser": ("Optimizer.step", "MasterAdamW.step", "mft::score_step"),
+    "threshold and packing": (
+        "mft::kept_threshold",
+        "mft_cpu::kept_threshold",
+        "mft::pack_",
+        "_SortedSubnet",
+        "aten::sort",
+    ),
     "dequantisation": ("bitsandbytes::", "mft::dequantize"),
     "attention": ("aten::scaled_dot_product", "aten::_scaled_dot_product"),
-    "loss": ("aten::cross_entropy", "aten::_log_softmax", "aten::nll_loss", "aten::log_softmax"),
+    "loss": ("aten::cross_entropy", "aten::_softmax", "aten::_log_softmax", "aten::nll_loss", "aten::log_softmax"),
     "products": ("mft::masked_linear", "mft::accumulate_score_grad", "aten::linear", "aten::mm", "aten::addmm"),
 }
 REST = "elementwise and the rest"
@@ -19,15 +26,22 @@ REST = "elementwise and the rest"
 
 def profile_step(step: Callable[[], object]) -> dict[str, float]:
     """Milliseconds by kind; what no operator accounts for is the rest, so that the sum is the step's time."""
+    with profiled() as spent:
+        step()
+    return spent
+
+
+@contextmanager
+def profiled() -> Iterator[dict[str, float]]:
+    """profile_step of the block, once it is left."""
+    spent = dict.fromkeys((*KINDS, REST), 0.0)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         start = time.perf_counter()
-        step()
+        yield spent
         total = (time.perf_counter() - start) * 1e3
-    spent = dict.fromkeys((*KINDS, REST), 0.0)
     for event in profiler.events():
         spent[kind_of(event)] += event.self_cpu_time_total / 1e3
     spent[REST] += total - sum(spent.values())
-    return spent
 
 
 def kind_of(event) -> str:

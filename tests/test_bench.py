@@ -2,13 +2,16 @@
 
 import json
 import subprocess
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import make_llama, make_rows
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import compare, harness
+from benchmarks.bench_demo import ProfilingRecorder
 from benchmarks.harness import Finding, Spread, report, time_told
 from benchmarks.layer_competitors import (
     DENSE,
@@ -23,8 +26,11 @@ from benchmarks.layer_competitors import (
 )
 from benchmarks.matrix_competitors import eager_pack, eager_step
 from benchmarks.roofline import Ceilings, count_work
-from benchmarks.step_profile import REST, kind_of
+from benchmarks.step_profile import REST, kind_of, profiled
 from benchmarks.tables import markdown, ops_tables
+from mft.config import TrainConfig
+from mft.evaluate import evaluate
+from mft.recipe import finetune
 from mft_kernels import kept_threshold, pack_mask, score_step
 
 QUANTITY = "ours, from scores / dense: forward, 4 x 8, M = 2"
@@ -288,3 +294,27 @@ def test_an_operator_belongs_to_the_nearest_kind_above_it():
     assert kind_of(event("aten::mul", optimiser)) == "optimiser"
     assert kind_of(event("aten::mm", event("aten::linear"))) == "products"
     assert kind_of(event("aten::add")) == REST
+
+
+def test_the_kinds_of_a_profile_add_up_to_its_time():
+    a = torch.ones(600, 600)
+    start = time.perf_counter()
+    with profiled() as spent:
+        for _ in range(20):
+            a @ a
+    took = (time.perf_counter() - start) * 1e3
+    assert 0 < spent["products"] < sum(spent.values()) < took
+    assert spent["attention"] == spent["optimiser"] == 0
+
+
+def test_the_demos_phases_are_profiled_by_what_they_do():
+    recorder, rows, model = ProfilingRecorder(), make_rows(4), make_llama()
+    with recorder.training("full fine-tune", rows, TrainConfig(steps=2)) as on_step:
+        finetune(model, rows, TrainConfig(steps=2), on_step=on_step)
+    assert set(recorder.curves) == {"full fine-tune"}
+    assert all(recorder.seconds["training"][kind] > 0 for kind in ("products", "attention", "optimiser", "loss"))
+    assert sum(recorder.seconds["evaluating"].values()) == 0
+    loss = recorder.evaluate("test", model, rows).loss
+    assert loss == evaluate(model, rows, batch_size=4).loss
+    assert recorder.seconds["evaluating"]["products"] > 0
+    assert recorder.seconds["evaluating"]["optimiser"] == 0

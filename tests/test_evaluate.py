@@ -9,6 +9,7 @@ from tiny import make_llama, make_rows, masked_llama
 
 from mft.evaluate import Evaluation, evaluate, paired_difference
 from mft.prefix import PrefixMemory
+from mft.token_loss import likeliest
 
 
 def evaluation(tokens, loss_sums, correct=None):
@@ -26,6 +27,14 @@ def test_the_loss_is_the_models_own():
     assert result.accuracy == pytest.approx(hits.float().mean().item())
     assert result.documents.tolist() == [100, 101, 102]
     assert result.tokens.tolist() == [22, 22, 11]
+
+
+@pytest.mark.parametrize("words", [1024, 1000])  # groups of 256 divide the one and not the other
+def test_the_likeliest_word_is_the_first_of_equals(words):
+    logits = torch.randint(0, 40, (50, words)).bfloat16()  # dozens of words share the largest
+    assert torch.equal(likeliest(logits), logits.argmax(-1))
+    logits[3, 700] = math.nan
+    assert torch.equal(likeliest(logits), logits.argmax(-1))
 
 
 def test_only_labelled_tokens_count():

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mft.causal_lm import decoder_layers, first_trainable_layer, head_of, run_decoder, split_at_head
 from mft.config import MaskConfig, TrainConfig
 from mft.convert import mask_model, masked_modules
+from mft.master_weights import MasterAdamW
 from mft.prefix import FrozenPrefix, PrefixMemory
 from mft.recipe import NonFiniteLoss, finetune, schedule_factor, train_loop, train_masks, train_weights
 from mft.token_loss import backward_token_loss
@@ -90,6 +91,19 @@ def test_small_updates_of_bf16_weights_are_not_rounded_away():
     finetune(model, make_rows(), TrainConfig(lr=1e-5, steps=256, schedule="constant"))
     assert ((weight - before).abs() > 0).float().mean() > 0.5
     assert weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_16_bit_gradients_are_summed_in_fp32_whatever_the_block(monkeypatch, transposed):
+    monkeypatch.setattr("mft.master_weights._BLOCK", 4)
+    weight = torch.nn.Parameter(torch.ones(3, 5, dtype=torch.bfloat16))
+    with MasterAdamW([weight], TrainConfig(steps=1)) as optimizer:
+        given = [torch.randn(5, 3).T if transposed else torch.randn(3, 5) for _ in range(3)]
+        for grad in given:
+            (weight * grad.bfloat16()).sum().backward()
+        expected = sum(grad.bfloat16().float() for grad in given)
+        assert torch.equal(optimizer.masters[0].grad, expected)
+        assert weight.grad is None
 
 
 def test_training_is_deterministic():

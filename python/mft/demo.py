@@ -4,6 +4,7 @@ Full fine-tune, masks and their baselines, test table, merge, reload with plain 
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,16 @@ KEEP_RATIO_NOTE = (
 PROMPT = 'def read_lines(path):\n    """Return the lines of a text file, without their line ends."""\n    with open('
 
 
-def run_demo(output: Path, *, overwrite: bool = True) -> Comparison:
-    """Run all phases; their files go to output."""
+def run_demo(
+    output: Path, *, overwrite: bool = True, recorder_of: Callable[[Path, Progress], Recorder] = Recorder
+) -> Comparison:
+    """Run all phases; their files go to output. recorder_of is what records a phase."""
     console, begin = Console(), time.perf_counter()
     config = RunConfig(
         ModelConfig(MODEL_NAME, dtype=faster_dtype()), DATA, MASK, MASK_TRAIN, output_dir=str(output), memory="plain"
     )
     directory = open_run(output, config, overwrite=overwrite)
-    recorder = Recorder(directory, Progress(console))
+    recorder = recorder_of(directory, Progress(console))
 
     _say(console, f"1. Load {MODEL_NAME} in {config.model.dtype}, and the standard library's source")
     base, tokenizer = load_model(config.model)

