@@ -192,4 +192,4 @@ def test_sensitivity_ranks_layers_and_writes_table_and_plot(cli, tmp_path):
     assert "of the 2 groups" in output or "of 2 groups gain" in output
     code, output = cli("sensitivity", "--config", "config.yaml", *LEARN, "--layers", "0", "--overwrite")
     assert code == 2
-    assert "size must be at least 1, got 0" in output
+    assert "greater than or equal to 1" in output

@@ -159,7 +159,7 @@ def sensitivity(
     config: Config = None,
     overrides: Overrides = None,
     sets: Set = None,
-    layers: Annotated[int, typer.Option(help="Layers in a group.")] = 1,
+    layers: Annotated[int, typer.Option(min=1, help="Layers in a group.")] = 1,
     kinds: Annotated[bool, typer.Option("--kinds", help="Groups of one kind, such as down_proj, instead.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
