@@ -16,12 +16,13 @@ from mft.study.plan import (
     best_so_far,
     chosen_units,
     fine_tune_of,
-    known_units,
+    left_to_do,
     notes,
     parts_of,
     ready,
     selection,
     sorted_outcomes,
+    work_of,
 )
 
 RATES = [1e-4, 1e-3, 1e-2]
@@ -219,8 +220,25 @@ def test_the_number_of_units_is_known_in_the_end_and_never_too_large_before():
     study = make()
     done = play(study, bowl(1e-1))
     total = len(done) + len(chosen_units(study, done))
-    assert known_units(study, done) == total
-    assert known_units(study, done[:5]) <= total
+    units = chosen_units(study, done)
+    assert left_to_do(study, done, []) == (len(units), sum(work_of(study, unit, on_test=True) for unit in units))
+    assert left_to_do(study, done, units) == (0, 0)
+    assert 5 + left_to_do(study, done[:5], [])[0] <= total
+
+
+def test_what_is_left_shrinks_with_each_unit_done():
+    study = make()
+    done = play(study, bowl(1e-3))  # the best is inside the grid: nothing is added to it
+    left = [left_to_do(study, done[:count], []) for count in range(len(done) + 1)]
+    assert [number for number, _ in left] == list(range(left[0][0], left[0][0] - len(left), -1))
+    whole = sum(work_of(study, o.unit) for o in done) + left[-1][1]
+    assert left[0][1] == pytest.approx(whole, rel=0.1)  # the epochs of further seeds are guessed
+
+
+def test_an_epoch_of_the_whole_model_is_more_work_than_one_of_the_control():
+    study = make()
+    full, control = (work_of(study, Unit("code", arm, 0, Setting(1e-3, 1.0))) for arm in ("full", "control"))
+    assert full > control > work_of(study, Unit("code", "base", 0, Setting()))
 
 
 def test_the_best_so_far_is_what_is_kept():

@@ -8,8 +8,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from mft.study.declared import AVERAGE, BASE, FULL, FULL_KINDS, LEAST_RATES, Setting, StudyConfig
+from mft.config import DataConfig
+from mft.study.declared import AVERAGE, BASE, CONTINUED, FULL, FULL_KINDS, LEAST_RATES, Setting, StudyConfig
 from mft.study.outcome import Outcome, Unit
+
+_WHOLE_MODEL = 1.7  # times as long a token as half of its layers, measured in the small study
 
 
 @dataclass
@@ -98,18 +101,46 @@ def parts_of(study: StudyConfig, unit: Unit) -> list[Unit]:
     return [replace(unit, arm=str(config.of)), *(replace(unit, part=part) for part in range(1, config.runs))]
 
 
-def known_units(study: StudyConfig, outcomes: Iterable[Outcome]) -> int:
-    """How many units and evaluations on test the study will have run, as far as can be known."""
-    found, count = _Found(study, outcomes), 0
+def units_left(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
+    """What is still to be trained, as far as can be known: the middle of a grid stands for what it has not chosen."""
+    found, left = _Found(study, outcomes), []
     for domain in study.domains:
         for arm, config in study.arms.items():
-            seeds = 1 if config.kind == BASE else len(study.seeds)
+            source = str(config.of) if config.kind == AVERAGE else arm
+            grid = study.arms[source].settings(study.mask)
+            likely = found.best(domain, source) or grid[len(grid) // 2]
+            seeds = study.seeds[:1] if config.kind == BASE else study.seeds
+            units = [Unit(domain, arm, seed, likely) for seed in seeds]
             if config.kind == AVERAGE:
-                count += seeds * config.runs
-            else:
-                count += len(set(config.settings(study.mask)) | set(found.losses(domain, arm))) + seeds - 1
-            count += seeds
-    return count
+                units += [part for unit in units for part in parts_of(study, unit)[1:]]
+            elif untried := found.unexplored(domain, arm):
+                units = [*units[1:], *(Unit(domain, arm, seeds[0], setting) for setting in untried)]
+            left += [unit for unit in units if unit not in found.by_unit]
+    return left
+
+
+def left_to_do(study: StudyConfig, outcomes: Iterable[Outcome], tested: Iterable[Unit]) -> tuple[int, float]:
+    """How many units and evaluations on test there will be yet, as far as can be known, and their work."""
+    units, seen = units_left(study, outcomes), list(tested)
+    number, work = len(units), sum(work_of(study, unit) for unit in units)
+    for domain, data in study.domains.items():
+        tests = sum(1 if config.kind == BASE else len(study.seeds) for config in study.arms.values())
+        tests -= sum(unit.domain == domain for unit in seen)
+        number, work = number + tests, work + tests * _work_on_test(data)
+    return number, work
+
+
+def work_of(study: StudyConfig, unit: Unit, *, on_test: bool = False) -> float:
+    """About how much there is to do, in tokens evaluated: how long the rest will take is judged by it."""
+    config, data = study.arms[unit.arm], study.domains[unit.domain]
+    if on_test:
+        return _work_on_test(data)
+    trained = unit.setting.epochs or 0
+    if config.kind == AVERAGE and not unit.part:
+        trained = 0
+    if config.kind in (FULL, CONTINUED):
+        trained *= _WHOLE_MODEL
+    return trained * (data.max_train_tokens or 1) + (data.max_eval_tokens or 1)
 
 
 def notes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[str]:
@@ -153,6 +184,10 @@ def sorted_outcomes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Out
 
 
 # ---------------------------------------------------------------------------------------------- private
+
+
+def _work_on_test(data: DataConfig) -> float:
+    return 2 * (data.max_eval_tokens or 1)  # validation again, and test
 
 
 class _Found:

@@ -16,12 +16,13 @@ from mft.study.outcome import Findings, Outcome, Tested, Unit
 from mft.study.plan import (
     chosen_units,
     fine_tune_of,
-    known_units,
+    left_to_do,
     notes,
     parts_of,
     ready,
     selection,
     sorted_outcomes,
+    work_of,
 )
 from mft.study.shown import Shown, shown_progress
 from mft.study.store import BASE_MODEL, Store, open_store
@@ -99,8 +100,9 @@ class _Run:
             self._take_tested(result)
         else:
             self._take_outcome(result)
-        self.shown.known(known_units(self.study, self.outcomes.values()))
-        self.shown.finished(f"{job_words(job)}: {_found_words(result)}", seconds)
+        self.shown.left(*left_to_do(self.study, self.outcomes.values(), self.tested))
+        work = work_of(self.study, job.unit, on_test=on_test)
+        self.shown.finished(f"{job_words(job)}: {_found_words(result)}", seconds, work)
         return True
 
     def _submit(self, unit: Unit, on_test: bool) -> None:

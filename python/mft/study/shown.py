@@ -12,35 +12,38 @@ from mft.recipe import StepReport
 
 
 class Shown:
-    """Counts units; the rate is that of the units that this process saw."""
+    """Counts units; the rate is that of the units that this process saw, the rest goes by their work."""
 
     def __init__(self, console: Console, bars: Progress | None) -> None:
         self._console, self._bars = console, bars
         self._task: TaskID | None = None if bars is None else bars.add_task("units", total=None, rest="")
-        self._done, self._known, self._finished = 0, 0, 0
+        self._done, self._finished, self._worked = 0, 0, 0.0
+        self._left, self._work_left = 0, 0.0
         self._begin = self._printed = time.perf_counter()
 
     def kept(self, units: int) -> None:
         """So many were done by an earlier command."""
         self._done += units
 
-    def known(self, units: int) -> None:
-        """So many there will be, as far as is known."""
-        self._known = units
+    def left(self, units: int, work: float) -> None:
+        """So many are left, and so much work, as far as is known."""
+        self._left, self._work_left = units, work
 
-    def finished(self, words: str, seconds: float) -> None:
-        """One more unit is done."""
+    def finished(self, words: str, seconds: float, work: float) -> None:
+        """One more unit is done, which was so much work."""
         self._done += 1
         self._finished += 1
+        self._worked += work
+        known = self._done + self._left
         spent = time.perf_counter() - self._begin
-        left = spent / self._finished * max(0, self._known - self._done)
+        left = spent / self._worked * self._work_left
         rest = f"{3600 * self._finished / spent:.0f} an hour, about {_duration(left)} left"
         line = f"{words}, {_duration(seconds)}"
         if self._bars is None:
-            line = f"[{self._done}/{self._known}] {line} ({rest})"
+            line = f"[{self._done}/{known}] {line} ({rest})"
         self._console.print(line, highlight=False, soft_wrap=True, markup=False)
         if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, completed=self._done, total=self._known, rest=rest)
+            self._bars.update(self._task, completed=self._done, total=known, rest=rest)
 
     def step(self, report: StepReport) -> None:
         """A step of the model that is trained from scratch."""
