@@ -1,8 +1,7 @@
 """Where time goes: the profiler's own time of each operator, added up by kind."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
 
@@ -26,22 +25,20 @@ REST = "elementwise and the rest"
 
 def profile_step(step: Callable[[], object]) -> dict[str, float]:
     """Milliseconds by kind; what no operator accounts for is the rest, so that the sum is the step's time."""
-    with profiled() as spent:
-        step()
-    return spent
-
-
-@contextmanager
-def profiled() -> Iterator[dict[str, float]]:
-    """profile_step of the block, once it is left."""
-    spent = dict.fromkeys((*KINDS, REST), 0.0)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         start = time.perf_counter()
-        yield spent
+        step()
         total = (time.perf_counter() - start) * 1e3
+    return time_by_kind(profiler, total)
+
+
+def time_by_kind(profiler: profile, total: float) -> dict[str, float]:
+    """Milliseconds by kind of what the profiler saw, of the ``total`` that it took."""
+    spent = dict.fromkeys((*KINDS, REST), 0.0)
     for event in profiler.events():
         spent[kind_of(event)] += event.self_cpu_time_total / 1e3
     spent[REST] += total - sum(spent.values())
+    return spent
 
 
 def kind_of(event) -> str:

@@ -9,13 +9,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <new>
 #include <utility>
 #include <vector>
 
 #include "gemm_bfloat16.h"
-#include "huge_pages.h"
+#include "scratch.h"
 
 namespace mft {
 namespace bfloat16 {
@@ -34,24 +32,15 @@ constexpr int64_t kCacheBytes = 16 << 20;  // an output beyond this is written a
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-int64_t alignment_of(int64_t bytes) { return bytes >= kHugePage ? kHugePage : 64; }
-
 template <typename T>
-struct AlignedDelete {
-  int64_t alignment;
-  void operator()(T* p) const { ::operator delete(p, std::align_val_t(alignment)); }
+class Buffer {
+ public:
+  explicit Buffer(int64_t elements) : scratch_(elements * sizeof(T) + 64) {}
+  T* get() const { return static_cast<T*>(scratch_.get()); }
+
+ private:
+  Scratch scratch_;
 };
-
-template <typename T>
-using Buffer = std::unique_ptr<T[], AlignedDelete<T>>;
-
-template <typename T>
-Buffer<T> make_buffer(int64_t elements) {
-  const int64_t bytes = elements * sizeof(T) + 64, alignment = alignment_of(bytes);
-  T* p = static_cast<T*>(::operator new(bytes, std::align_val_t(alignment)));
-  advise_huge_pages(p, bytes);
-  return Buffer<T>(p, AlignedDelete<T>{alignment});
-}
 
 const uint16_t* elements(const Matrix& m, int64_t row, int64_t column = 0) {
   return reinterpret_cast<const uint16_t*>(m.row(row)) + column;
@@ -150,7 +139,7 @@ class Ahead {
 void masked_linear(const Matrix& y, const Matrix& x, const Matrix& weight, const MaskSource& mask, const void* bias) {
   const int64_t tokens = x.rows, depth = x.columns;
   const int64_t depth_blocks = divide_up(depth, kDepth), token_tiles = divide_up(tokens, kTileColumns);
-  const auto panels = make_buffer<uint32_t>(divide_up(depth, 2) * token_tiles * kTileColumns);
+  const Buffer<uint32_t> panels(divide_up(depth, 2) * token_tiles * kTileColumns);
   const auto depth_of = [&](int64_t block) { return std::min(kDepth, depth - block * kDepth); };
   const auto panel_size = [&](int64_t block) { return divide_up(depth_of(block), 2) * kTileColumns; };
   const auto panel_at = [&](int64_t block, int64_t tile) {
@@ -168,8 +157,8 @@ void masked_linear(const Matrix& y, const Matrix& x, const Matrix& weight, const
   const int64_t chunk = std::min(round_up(tokens, kTileColumns), kTokens), sum_stride = chunk + 16;
   const int64_t sums_size = rows.largest() * sum_stride, block_size = rows.largest() * kRowStride;
   const int64_t workers = torch::stable::get_num_threads();
-  const auto all_sums = make_buffer<float>(workers * sums_size);
-  const auto all_blocks = make_buffer<uint16_t>(workers * block_size);
+  const Buffer<float> all_sums(workers * sums_size);
+  const Buffer<uint16_t> all_blocks(workers * block_size);
   for_workers(rows.blocks, [&](int64_t worker, const auto& next) {
     float* sums = all_sums.get() + worker * sums_size;
     uint16_t* a = all_blocks.get() + worker * block_size;
@@ -212,7 +201,7 @@ void masked_linear(const Matrix& y, const Matrix& x, const Matrix& weight, const
 void grad_x(const Matrix& d_x, const Matrix& grad_output, const Matrix& weight, const MaskSource& mask) {
   const int64_t tokens = grad_output.rows, depth = weight.rows;
   const int64_t depth_blocks = divide_up(depth, kDepth), block_size = tokens * kRowStride;
-  const auto blocks = make_buffer<uint16_t>(depth_blocks * block_size);
+  const Buffer<uint16_t> blocks(depth_blocks * block_size);
   torch::stable::parallel_for(0, depth_blocks * tokens, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / tokens, token = i % tokens;
@@ -228,8 +217,8 @@ void grad_x(const Matrix& d_x, const Matrix& grad_output, const Matrix& weight, 
   const int64_t sum_stride = columns.largest() + 16, panel = kGradDepth / 2 * kTileColumns + kTileColumns;
   const int64_t sums_size = chunk * sum_stride, panels_size = kWeightColumns / kTileColumns * panel;
   const int64_t workers = torch::stable::get_num_threads();
-  const auto all_sums = make_buffer<float>(workers * sums_size);
-  const auto all_panels = make_buffer<uint32_t>(workers * panels_size);
+  const Buffer<float> all_sums(workers * sums_size);
+  const Buffer<uint32_t> all_panels(workers * panels_size);
   for_workers(columns.blocks, [&](int64_t worker, const auto& next) {
     float* sums = all_sums.get() + worker * sums_size;
     uint32_t* panels = all_panels.get() + worker * panels_size;
@@ -284,7 +273,7 @@ void grad_scores(const Matrix& out, const Matrix& grad_output, const Matrix& x, 
   const int64_t tokens = x.rows, columns = x.columns;
   const int64_t depth_blocks = divide_up(tokens, kDepth), column_tiles = divide_up(columns, kTileColumns);
   const int64_t panel = divide_up(std::min(tokens, kDepth), 2) * kTileColumns;
-  const auto panels = make_buffer<uint32_t>(depth_blocks * column_tiles * panel);
+  const Buffer<uint32_t> panels(depth_blocks * column_tiles * panel);
   const auto depth_of = [&](int64_t block) { return std::min(kDepth, tokens - block * kDepth); };
   torch::stable::parallel_for(0, divide_up(tokens, 2), 8, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
@@ -301,7 +290,7 @@ void grad_scores(const Matrix& out, const Matrix& grad_output, const Matrix& x, 
                        sign.words, columns,    accumulate,          stream};
   const Cut rows(weight.rows, kWeightRows, 1);
   const int64_t block_size = rows.largest() * kRowStride;
-  const auto all_blocks = make_buffer<uint16_t>(torch::stable::get_num_threads() * depth_blocks * block_size);
+  const Buffer<uint16_t> all_blocks(torch::stable::get_num_threads() * depth_blocks * block_size);
   const bool x_in_cache = tokens * columns * 2 <= (512 << 10);
   for_workers(rows.blocks, [&](int64_t worker, const auto& next) {
     uint16_t* blocks = all_blocks.get() + worker * depth_blocks * block_size;
