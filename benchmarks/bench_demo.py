@@ -35,9 +35,9 @@ class ProfilingRecorder(Recorder):
         self.profiling = 0.0  # seconds
 
     @contextlib.contextmanager
-    def _shown(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+    def shown(self, name: str, total: int) -> Iterator[Callable[..., None]]:
         seen = _Phase()
-        with super()._shown(name, total) as advance:
+        with super().shown(name, total) as advance:
 
             def step(*done, **details) -> None:
                 advance(*done, **details)
@@ -55,7 +55,8 @@ class _Phase:
     def __init__(self) -> None:
         self.working = self.profiling = 0.0  # seconds: of all steps, and of what comes between them
         self._spent = dict.fromkeys((*KINDS, REST), 0.0)  # milliseconds of the steps that were profiled
-        self._steps, self._profiler = 0, profile(activities=[ProfilerActivity.CPU])
+        self._steps = 0
+        self._profiler: profile | None = None  # while it runs
         self._began = time.perf_counter()
 
     def step(self) -> None:
@@ -64,10 +65,11 @@ class _Phase:
         took = ended - self._began
         self._steps += 1
         self.working += took
-        if self._steps % EVERY == 0:
+        if self._profiler is not None:
             self._profiler.stop()
             for kind, spent in time_by_kind(self._profiler, took * 1e3).items():
                 self._spent[kind] += spent
+            self._profiler = None
         elif self._steps % EVERY == EVERY - 1:
             self._profiler = profile(activities=[ProfilerActivity.CPU])
             self._profiler.start()
@@ -76,7 +78,7 @@ class _Phase:
 
     def shares(self) -> dict[str, float]:
         """By kind, of the steps that were profiled; the last call. Raises ValueError if there was none."""
-        if self._steps % EVERY == EVERY - 1:
+        if self._profiler is not None:
             self._profiler.stop()
         total = sum(self._spent.values())
         if not total:

@@ -326,6 +326,28 @@ def test_thread_count_changes_no_bit(threads):
         assert_same(one, two)
 
 
+def test_scratch_memory_carries_nothing_from_one_call_to_the_next(capability):
+    """Calls whose scratch is large enough to be kept, of other sizes and full of NaN in between."""
+
+    def results(fill=None):
+        found = []
+        for m in (1500, 300, 2100, 700):
+            t = random_inputs(m, 200, 576, torch.bfloat16, torch.bfloat16)
+            for tensor in () if fill is None else (t.x, t.grad_output):
+                tensor.fill_(fill)
+            threshold = reference.kept_threshold(t.scores, 0.9, "magnitude")
+            found.append(cpu.masked_linear(t.x, t.weight, t.scores, threshold, None, "magnitude"))
+            arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", [True, False, True, False])
+            d_x, _, d_scores, _ = cpu.masked_linear_backward(*arguments)
+            found += [d_x, d_scores]
+        return found
+
+    first = results()
+    results(torch.nan)
+    for got, expected in zip(results(), first, strict=True):
+        assert_same(got, expected)
+
+
 def test_accumulation_adds_in_fp32_and_leaves_no_rounding_to_the_terms(capability):
     t = random_inputs(16, 40, 70, torch.bfloat16)
     out = torch.zeros(40, 70)

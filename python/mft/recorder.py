@@ -31,7 +31,7 @@ class Recorder:
     def training(self, phase: str, dataset, train: TrainConfig) -> Iterator[Callable[[StepReport], None]]:
         """Yield the on_step of a training loop; every train.log_every-th step and the last are written."""
         curve = self.curves.setdefault(phase, [])
-        with self._shown(phase, count_steps(train, len(dataset))) as advance:
+        with self.shown(phase, count_steps(train, len(dataset))) as advance:
 
             def on_step(report: StepReport) -> None:
                 curve.append(report)
@@ -45,7 +45,7 @@ class Recorder:
         self, phase: str, model: nn.Module, dataset, *, batch_size: int = EVALUATION_BATCH, **options
     ) -> Evaluation:
         """evaluate(), shown and written; options are its own."""
-        with self._shown(phase, len(dataset)) as advance:
+        with self.shown(phase, len(dataset)) as advance:
             result = evaluate(
                 model,
                 dataset,
@@ -63,7 +63,8 @@ class Recorder:
         return result
 
     @contextlib.contextmanager
-    def _shown(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+    def shown(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        """Yield what is called after each of total steps; see progress.py."""
         if self.progress is None:
             yield lambda *args, **kwargs: None
             return
