@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from mft.cli import app
 from mft.study import verbs
-from mft.study.ablate import ablation_points, derive, plot_ablation
+from mft.study.ablate import ablation_lines, derive, plot_ablation
 from mft.study.declared import CONTROL, MASK
 from mft.study.run import run_study
 from mft.study.store import copy_fine_tunes
@@ -46,7 +46,9 @@ def test_shares_of_the_data_are_domains_with_the_same_evaluation(study):
     ablated = derive(study, "data", ["0.5", "1"])
     assert {name: data.max_train_tokens for name, data in ablated.domains.items()} == {"count 0.5": 60, "count 1": 120}
     assert {data.max_eval_tokens for data in ablated.domains.values()} == {96}
-    assert set(ablated.arms) == {"full", "control", "MFT"}
+    assert list(ablated.arms) == ["full", "control", "MFT"]
+    again = dataclasses.replace(study, arms={**study.arms, "MFT too": study.arms["MFT"]})
+    assert list(derive(again, "data", ["0.5"]).arms) == ["full", "control", "MFT", "MFT too"]
 
 
 @pytest.mark.parametrize(
@@ -83,10 +85,17 @@ def numbers(arms):
 
 def test_the_control_of_a_ratio_ablation_is_a_level():
     arms = [(CONTROL, CONTROL, -0.1), ("MFT 0.5", MASK, 0.2), ("MFT 0.9", MASK, -0.2), ("random 0.5", "random", 3.0)]
-    points = ablation_points(numbers(arms), "ratio")["code"]
-    assert [(label, d["estimate"]) for label, d in points[CONTROL]] == [("0.5", -0.1), ("0.9", -0.1)]
-    assert [(label, d["estimate"]) for label, d in points[MASK]] == [("0.5", 0.2), ("0.9", -0.2)]
-    assert [label for label, _ in points["random"]] == ["0.5"]
+    lines = ablation_lines(numbers(arms), "ratio")["code"]
+    assert [(label, d["estimate"]) for label, d in lines[CONTROL].points] == [("0.5", -0.1), ("0.9", -0.1)]
+    assert [(label, d["estimate"]) for label, d in lines["MFT"].points] == [("0.5", 0.2), ("0.9", -0.2)]
+    assert [label for label, _ in lines["random"].points] == ["0.5"]
+
+
+def test_shares_of_the_data_join_into_a_line_an_arm():
+    few, all_of_it = (numbers([("MFT", MASK, v), ("MFT (paper)", MASK, 2 * v)])["domains"]["code"] for v in (0.1, 0.2))
+    panels = ablation_lines({"domains": {"C++ code 0.1": few, "C++ code 1": all_of_it}}, "data")
+    drawn = {name: [(share, d["estimate"]) for share, d in line.points] for name, line in panels["C++ code"].items()}
+    assert drawn == {"MFT": [("0.1", 0.1), ("1", 0.2)], "MFT (paper)": [("0.1", 0.2), ("1", 0.4)]}
 
 
 def test_an_ablation_runs_from_the_command_line(tmp_path, monkeypatch):

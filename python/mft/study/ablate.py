@@ -5,7 +5,9 @@ validation with the first seed, tested with every seed.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from mft.study.declared import CONTROL, FULL, MASK, ArmConfig, StudyConfig
 
 RATIOS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 SHARES = (0.1, 0.25, 0.5, 1.0)
-_COLOURS = {MASK: "#c1121f", CONTROL: "#e69f00", "magnitude": "#0072b2", "random": "0.5"}
+_COLOURS = {MASK: ["#c1121f", "#cc79a7", "#56b4e9"], CONTROL: ["#e69f00"], "magnitude": ["#0072b2"], "random": ["0.5"]}
 
 
 def ratio_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
@@ -47,7 +49,9 @@ def layers_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
 
 
 def data_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
-    """Fine-tune, control and MFT on a share of the training tokens, each share a domain; evaluated on the same rows."""
+    """Fine-tune, control and every MFT on a share of the training tokens, each share a domain; evaluated on the same
+    rows.
+    """
     shares = [_number("values", value) for value in values] or list(SHARES)
     domains = {}
     for name, data in study.domains.items():
@@ -58,7 +62,9 @@ def data_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
             tokens = max(data.sequence_length, int(share * data.max_train_tokens))
             domains[f"{name} {share:g}"] = dataclasses.replace(data, max_train_tokens=tokens)
     answers = [name for name in domains if name.rpartition(" ")[0] in study.answers]
-    return _derived(study, "data", arms=_prototypes(study, FULL, CONTROL, MASK), domains=domains, answers=answers)
+    arms = _prototypes(study, FULL, CONTROL, MASK)
+    arms |= {name: arm for name, arm in study.arms.items() if arm.kind == MASK}
+    return _derived(study, "data", arms=arms, domains=domains, answers=answers)
 
 
 ABLATIONS: dict[str, Callable[[StudyConfig, Sequence[str]], StudyConfig]] = {
@@ -83,29 +89,37 @@ def derive(study: StudyConfig, what: str, values: Sequence[str] = (), domains: S
     return ABLATIONS[what](study, values)
 
 
+@dataclass
+class Line:
+    """Arms of one kind that differ in what varies: its values, and the difference from the fine-tune at each."""
+
+    kind: str
+    points: list[tuple[str, Any]] = field(default_factory=list)
+
+
 def plot_ablation(numbers: Mapping[str, Any], what: str, path: Path) -> None:
     """Test loss less the fine-tune's against what varies, from the numbers of a table.json; 95 % intervals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
     from matplotlib.figure import Figure
 
-    panels = ablation_points(numbers, what)
+    panels = ablation_lines(numbers, what)
     figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (domain, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        labels = list(dict.fromkeys(label for points in lines.values() for label, _ in points))
-        for offset, (kind, points) in enumerate(lines.items()):
-            places = [labels.index(label) + 0.06 * offset for label, _ in points]
-            estimates = [d["estimate"] for _, d in points]
-            bars = [[d[end] if d[end] is not None else d["estimate"] for _, d in points] for end in ("low", "high")]
-            errors = [[e - low for e, low in zip(estimates, bars[0])], [h - e for e, h in zip(estimates, bars[1])]]
-            name = "MFT" if kind == MASK else kind
-            axes.errorbar(places, estimates, yerr=errors, fmt="o-", capsize=3, color=_COLOURS[kind], label=name)
+        labels = list(dict.fromkeys(label for line in lines.values() for label, _ in line.points))
+        colours = {kind: itertools.cycle(own) for kind, own in _COLOURS.items()}
+        for offset, (name, line) in enumerate(lines.items()):
+            places = [labels.index(label) + 0.06 * offset for label, _ in line.points]
+            estimates = [d["estimate"] for _, d in line.points]
+            low, high = ([_end(d, end) for _, d in line.points] for end in ("low", "high"))
+            errors = [[e - end for e, end in zip(estimates, low)], [end - e for e, end in zip(estimates, high)]]
+            colour = next(colours[line.kind])
+            axes.errorbar(places, estimates, yerr=errors, fmt="o-", capsize=3, color=colour, label=name)
         axes.axhline(0, color="0.25", linestyle="--", linewidth=1)
-        trained = [d["estimate"] for kind in (MASK, CONTROL) for _, d in lines.get(kind, [])]
-        if trained and max(abs(e) for points in lines.values() for _, d in points if (e := d["estimate"])) > 10 * max(
-            map(abs, trained)
-        ):
-            axes.set_yscale("symlog", linthresh=2 * max(map(abs, trained)))  # random masks are far off
+        size = {name: max(abs(d["estimate"]) for _, d in line.points) for name, line in lines.items()}
+        trained = max((size[name] for name, line in lines.items() if line.kind in (MASK, CONTROL)), default=0.0)
+        if 0 < 10 * trained < max(size.values()):
+            axes.set_yscale("symlog", linthresh=2 * trained)  # random masks are far off
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlabel({"ratio": "keep ratio", "layers": "masked layers", "data": "share of the training data"}[what])
         axes.set_title(domain, loc="left")
@@ -114,22 +128,29 @@ def plot_ablation(numbers: Mapping[str, Any], what: str, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def ablation_points(numbers: Mapping[str, Any], what: str) -> dict[str, dict[str, list[tuple[str, Any]]]]:
-    """By panel and kind of arm: what varies, and the difference from the fine-tune."""
-    panels: dict[str, dict[str, list[tuple[str, Any]]]] = {}
+def _end(difference: Mapping[str, Any], end: str) -> float:
+    return difference["estimate"] if difference[end] is None else difference[end]
+
+
+def ablation_lines(numbers: Mapping[str, Any], what: str) -> dict[str, dict[str, Line]]:
+    """By panel and name in the legend."""
+    panels: dict[str, dict[str, Line]] = {}
     for domain, table in numbers["domains"].items():
         name, _, share = domain.rpartition(" ")
         lines = panels.setdefault(name if what == "data" else domain, {})
         labels = {row["arm"].rpartition(" ")[2] for row in table["rows"] if row["kind"] == MASK}
         for row in table["rows"]:
-            if row["kind"] not in _COLOURS or row["minus_full"] is None:
+            kind, difference = row["kind"], row["minus_full"]
+            if kind not in _COLOURS or difference is None:
                 continue
             if what == "data":
-                lines.setdefault(row["kind"], []).append((share, row["minus_full"]))
-            elif what == "ratio" and row["kind"] == CONTROL:  # which has none: a level
-                lines[CONTROL] = [(label, row["minus_full"]) for label in sorted(labels, key=float)]
+                lines.setdefault(row["arm"], Line(kind)).points.append((share, difference))
+                continue
+            line = lines.setdefault("MFT" if kind == MASK else kind, Line(kind))
+            if what == "ratio" and kind == CONTROL:  # which has none: a level
+                line.points = [(label, difference) for label in sorted(labels, key=float)]
             else:
-                lines.setdefault(row["kind"], []).append((row["arm"].rpartition(" ")[2], row["minus_full"]))
+                line.points.append((row["arm"].rpartition(" ")[2], difference))
     return panels
 
 
