@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from . import bench_demo, bench_memory, bench_ops, bench_scaling, bench_score_optimiser, bench_train_step
+from . import bench_demo, bench_memory, bench_ops, bench_scaling, bench_score_optimiser, bench_train_step, pooled
 from .harness import RESULTS, ROOT, THREADS, environment, write_results_to
+from .plots import draw_ops, draw_scaling, draw_train_step
 
 # question: how it is answered, given whether to be quick
 QUESTIONS: dict[str, Callable[[bool], None]] = {
@@ -18,7 +19,8 @@ QUESTIONS: dict[str, Callable[[bool], None]] = {
     "score_optimiser": lambda quick: bench_score_optimiser.main(),
     "demo": lambda quick: bench_demo.main(),
 }
-TAKE_QUICK = ("ops", "train_step", "scaling")
+# Those that are answered by several processes together, and what draws the answer; they can also be quick.
+POOLED: dict[str, Callable[[Path], None]] = {"ops": draw_ops, "train_step": draw_train_step, "scaling": draw_scaling}
 QUICK_RESULTS = ROOT / "build" / "benchmarks"
 
 
@@ -27,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("questions", nargs="*", help=f"among {', '.join(QUESTIONS)}; all unless given")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: minutes; not for the record")
+    parser.add_argument("--alone", action="store_true", help="in this process; not for the record either")
     parser.add_argument(
         "--out", type=Path, help="folder of the results (benchmarks/results; build/benchmarks if quick)"
     )
@@ -39,8 +42,11 @@ def main() -> None:
     write_results_to(folder)
     torch.set_num_threads(asked.threads)
     print("\n".join(f"{key}: {value}" for key, value in environment().items()))
-    for question in asked.questions or (TAKE_QUICK if asked.quick else QUESTIONS):
-        QUESTIONS[question](asked.quick)
+    for question in asked.questions or (POOLED if asked.quick else QUESTIONS):
+        if question in POOLED and not (asked.quick or asked.alone):
+            POOLED[question](pooled.answer(question, folder, asked.threads))
+        else:
+            QUESTIONS[question](asked.quick)
     print(f"\nwritten to {folder}")
 
 

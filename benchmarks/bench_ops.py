@@ -36,12 +36,12 @@ SLOW = 2**25  # scores that sort and kthvalue are spared
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of the question is asked, and how long a case may take beyond its least rounds."""
+    """How much of the question is asked, and how long a case may take beyond its least rounds, in one process."""
 
     shapes: tuple[tuple[int, int], ...] = SMOLLM2 + LLAMA2_7B + LLAMA3_8B
     tokens: tuple[int, ...] = TOKENS
-    seconds: float = 0.8
-    least: int = 5
+    seconds: float = 0.25
+    least: int = 3
 
 
 STORED = Budget()
@@ -120,7 +120,7 @@ def measure_matrix(measured: Measured, n: int, k: int, budget: Budget) -> None:
         "optimiser": lambda: matrices.optimiser_calls(n, k),
     }
     for op, make in makers.items():
-        samples = time_within(make(), budget.seconds, least=3)
+        samples = time_within(make(), budget.seconds, least=2)
         measured.add(Case(op, n, k, 0), matrices.BASELINES[op], matrices.FORMS, samples)
 
 
@@ -149,13 +149,13 @@ def _groups(m: int, n: int, k: int, budget: Budget) -> Iterator[tuple[list[str],
     """Who is timed against the dense layer together, and the least rounds of it."""
     work = m * n * k
     if work >= FEWEST:
-        yield [layers.DENSE, layers.FROM_SCORES], 3
+        yield [layers.DENSE, layers.FROM_SCORES], 2
     elif work >= FEW:
-        yield [layers.DENSE, layers.FROM_SCORES, layers.HELD, layers.EAGER], min(4, budget.least)
+        yield [layers.DENSE, layers.FROM_SCORES, layers.HELD, layers.EAGER], 2
     else:
         yield [layers.DENSE, *layers.OURS, layers.EAGER, layers.COMPILED, layers.LORA], budget.least
     if m == PAPER_TOKENS:
-        yield [layers.DENSE, layers.PAPER], 3
+        yield [layers.DENSE, layers.PAPER], 2
 
 
 def _bound(case: Case, name: str) -> float | None:

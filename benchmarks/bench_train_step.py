@@ -22,12 +22,12 @@ from .plots import draw_train_step
 from .training_steps import COMPETITORS, FULL, PAPER
 
 TOKENS, ACCUMULATION = 256, 2
-PAPER_ROUNDS = 2  # ten times as long as the others
+PAPER_ROUNDS = 1  # ten times as long as the others
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Models by name, and how often each steps."""
+    """Models by name, and how often each steps in one of the processes (pooled.py)."""
 
     models: Mapping[str, dict[str, Any]]
     tokens: int
@@ -35,7 +35,7 @@ class Budget:
 
 
 BLOCK = known_config("llama2-7b") | {"num_hidden_layers": 1, "vocab_size": 512}  # without what a head would cost
-STORED = Budget({"SmolLM2-135M": known_config("smollm2-135m"), "a LLaMA2-7B block": BLOCK}, TOKENS, 5)
+STORED = Budget({"SmolLM2-135M": known_config("smollm2-135m"), "a LLaMA2-7B block": BLOCK}, TOKENS, 2)
 QUICK = Budget({"4 layers of SmolLM2-135M": known_config("smollm2-135m") | {"num_hidden_layers": 4}}, 128, 2)
 
 

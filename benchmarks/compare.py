@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .harness import RESULTS, ROOT, Spread
+from .harness import RESULTS, ROOT, Spread, read_records
 
 WORSE = 1.05  # times the median of REF, at most
 SUFFIX = "-cpu.json"
@@ -92,16 +92,10 @@ def differences(before: Record, now: Record) -> list[str]:
     ]
 
 
-def read_folder(folder: Path) -> dict[str, Record]:
-    """Records by question."""
-    paths = sorted(folder.glob(f"*{SUFFIX}"))
-    return {path.name.removesuffix(SUFFIX): json.loads(path.read_text()) for path in paths}
-
-
 def read_ref(ref: str) -> dict[str, Record]:
     """Records by question of a folder, or of benchmarks/results in a commit. Raises ValueError if it is neither."""
     if Path(ref).is_dir():
-        return read_folder(Path(ref))
+        return read_records(Path(ref))
     place = RESULTS.relative_to(ROOT).as_posix()
     listed = _git("ls-tree", "--name-only", ref, f"{place}/")
     if listed is None:
@@ -128,7 +122,7 @@ def _answers(questions: list[str], *, quick: bool) -> dict[str, Record]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks", *(["--quick"] if quick else []), "--out", folder, *questions]
         subprocess.run(command, cwd=ROOT, check=True)
-        return read_folder(Path(folder))
+        return read_records(Path(folder))
 
 
 def show(question: str, before: Record, now: Record, changes: list[Change]) -> None:
@@ -162,7 +156,7 @@ def main() -> None:
     questions = [q for q in asked.what or before if q in before and ratios(before[q])]
     if not questions:
         parser.error(f"REF must hold ratios of ours, {asked.ref} has none of {', '.join(asked.what) or 'any question'}")
-    now, again = (read_folder(asked.now), {}) if asked.now else measure(before, questions, quick=asked.quick)
+    now, again = (read_records(asked.now), {}) if asked.now else measure(before, questions, quick=asked.quick)
     failed = bool(unknown)
     for question in unknown:
         print(f"{question}: REF has no results")

@@ -195,12 +195,19 @@ def report(
     **details: object,
 ) -> Path:
     """Print the table and write <question>-<device>.json, with ``details`` as they are; returns its path."""
-    header = ("", "median [quartiles]", "target", "")
+    header = ("", "median [spread]", "target", "")
     rows = [finding.row() for finding in findings]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(4)]
     print(f"\n{title}")
     for row in [header, *rows] if printed else []:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip(), flush=True)
+    return write_record(question, title, findings, _folder, device, **details)
+
+
+def write_record(
+    question: str, title: str, findings: list[Finding], folder: Path, device: str = "cpu", **details: object
+) -> Path:
+    """Write <question>-<device>.json into folder; returns its path."""
     record = {
         "question": question,
         "title": title,
@@ -208,10 +215,16 @@ def report(
         **details,
         "findings": [{**asdict(finding), "met": finding.met} for finding in findings],
     }
-    _folder.mkdir(parents=True, exist_ok=True)
-    path = _folder / f"{question}-{device}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{question}-{device}.json"
     path.write_text(_one_line_an_entry(record))
     return path
+
+
+def read_records(folder: Path, device: str = "cpu") -> dict[str, dict]:
+    """Records by question."""
+    suffix = f"-{device}.json"
+    return {path.name.removesuffix(suffix): json.loads(path.read_text()) for path in sorted(folder.glob(f"*{suffix}"))}
 
 
 def _one_line_an_entry(record: Mapping[str, object]) -> str:

@@ -25,6 +25,7 @@ from benchmarks.layer_competitors import (
     inputs_of,
 )
 from benchmarks.matrix_competitors import eager_pack, eager_step
+from benchmarks.pooled import pooled
 from benchmarks.roofline import Ceilings, count_work
 from benchmarks.step_profile import REST, kind_of, profile_step
 from benchmarks.tables import markdown, ops_tables
@@ -319,3 +320,33 @@ def test_the_demos_phases_are_profiled_by_what_they_do():
     assert loss == evaluate(model, rows, batch_size=1).loss
     assert recorder.seconds["evaluating"]["products"] > 0
     assert recorder.seconds["evaluating"]["optimiser"] == 0
+
+
+def test_pooled_records_span_every_process():
+    def record(median, met, rounds):
+        spread = {"median": median, "low": median - 1, "high": median + 1}
+        finding = {
+            "quantity": "ours / dense",
+            "measured": spread,
+            "unit": "x",
+            "rule": "at most",
+            "bound": 2,
+            "met": met,
+        }
+        return {
+            "title": "t",
+            "environment": {"date": str(median)},
+            "cases": [{"m": 8, "rounds": rounds}],
+            "findings": [finding],
+        }
+
+    found = pooled([record(3.0, False, 2), record(1.0, True, 3), record(1.5, True, 2)])
+    assert found["findings"][0]["measured"] == {"median": 1.5, "low": 0.0, "high": 4.0}
+    assert found["cases"] == [{"m": 8, "rounds": 7}]
+    assert found["environment"] == {"date": "3.0"}
+    other = record(1.0, True, 2)
+    other["findings"][0]["quantity"] = "theirs"
+    with pytest.raises(ValueError, match="every process must give the same quantity, got ours / dense, theirs"):
+        pooled([record(1.0, True, 2), other])
+    with pytest.raises(ValueError, match="every process must give the same cases"):
+        pooled([record(1.0, True, 2), record(1.0, True, 2) | {"cases": []}])

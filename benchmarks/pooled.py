@@ -1,0 +1,74 @@
+"""One answer from several processes: where memory comes to lie differs from process to process, and so do times.
+
+Within a process rounds agree to a few percent; the next process, same code and same quiet machine, was seen to give
+ratios up to 30 % away (a training step of a LLaMA2-7B block). So the median of the processes' medians is stored, and in
+place of quartiles the lowest and the highest quartile of any process.
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .harness import ROOT, Finding, Spread, read_records, write_record
+
+PROCESSES = 3
+_SPREAD = {"median", "low", "high"}
+_NOT_MEASURED = {"environment", "n", "k", "m", "value", "bound"}  # taken from the first process
+
+
+def answer(question: str, folder: Path, threads: int) -> Path:
+    """Ask in PROCESSES processes, one after the other, and write what they say together into folder."""
+    records = []
+    for number in range(PROCESSES):
+        print(f"\n{question}: process {number + 1} of {PROCESSES}", flush=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            command = [sys.executable, "-m", "benchmarks", "--alone", "--out", scratch, "--threads", str(threads)]
+            subprocess.run([*command, question], cwd=ROOT, check=True)
+            records.append(read_records(Path(scratch))[question])
+    record = {**pooled(records), "processes": PROCESSES}
+    findings = [Finding(**{**f, "measured": Spread(**f["measured"])}) for f in map(_without_met, record["findings"])]
+    return write_record(question, record["title"], findings, folder, **_details(record))
+
+
+def pooled(values: Sequence[Any], name: str = "") -> Any:
+    """The same structure with every number pooled; what is no measurement must agree."""
+    first = values[0]
+    if name in _NOT_MEASURED:
+        return first
+    if isinstance(first, Mapping):
+        if first.keys() == _SPREAD:
+            return {
+                "median": statistics.median(value["median"] for value in values),
+                "low": min(value["low"] for value in values),
+                "high": max(value["high"] for value in values),
+            }
+        if any(value.keys() != first.keys() for value in values):
+            raise ValueError(f"every process must give the same keys, {name or 'the record'} differs in them")
+        return {key: pooled([value[key] for value in values], key) for key in first}
+    if isinstance(first, list):
+        if len({len(value) for value in values}) > 1:
+            raise ValueError(f"every process must give the same cases, got {[len(v) for v in values]} {name}")
+        return [pooled(entries) for entries in zip(*values)]
+    if name == "rounds":
+        return sum(values)
+    if isinstance(first, bool) or not isinstance(first, int | float):
+        return first if name == "met" else _agreed(values, name)
+    return statistics.median(values)
+
+
+def _agreed(values: Sequence[Any], name: str) -> Any:
+    if any(value != values[0] for value in values):
+        raise ValueError(f"every process must give the same {name}, got {', '.join(map(str, values))}")
+    return values[0]
+
+
+def _without_met(finding: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in finding.items() if key != "met"}
+
+
+def _details(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: record[key] for key in record if key not in ("question", "title", "environment", "findings")}
