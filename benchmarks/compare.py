@@ -4,9 +4,8 @@ REF is a folder of results, or a git ref, whose benchmarks/results are read. Unl
 questions are answered now.
 
 Compared are ratios of ours to another, taken within a run: they survive a slower machine, times do not. A ratio is
-suspect if its lower quartile lies above REF's upper quartile and its median is worse by more than 5 %. Quartiles are of
-the rounds of one run, and runs differ by more: a question with suspects is therefore answered once again, and what is
-suspect both times is a regression. Times are shown where both runs name the same device, and decide nothing. Exit code
+suspect if its spread lies above REF's and its median is worse by more than 5 %. Among hundreds of ratios some will by
+chance: a question with suspects is therefore answered once again, and what is suspect both times is a regression. Times are shown where both runs name the same device, and decide nothing. Exit code
 1: a regression, or a ratio that is missing; 2: nothing to compare.
 """
 
