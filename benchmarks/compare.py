@@ -5,8 +5,9 @@ questions are answered now.
 
 Compared are ratios of ours to another, taken within a run: they survive a slower machine, times do not. A ratio is
 suspect if its spread lies above REF's and its median is worse by more than 5 %. Among hundreds of ratios some will by
-chance: a question with suspects is therefore answered once again, and what is suspect both times is a regression. Times are shown where both runs name the same device, and decide nothing. Exit code
-1: a regression, or a ratio that is missing; 2: nothing to compare.
+chance: a question with suspects is therefore answered once again, and what is suspect both times is a regression. Times
+are shown where both runs name the same device, and decide nothing. Exit code 1: a regression, or a ratio that is
+missing; 2: nothing to compare.
 """
 
 import argparse
