@@ -33,9 +33,9 @@ KERNELS_MAY_IMPORT = {"backends", "reference", "reference_step"}  # of mft_kerne
 RECIPE_LAYERS = (
     (
         *("atomic", "cache", "checkpointing", "choices", "clones", "corpus", "header_corpus", "hub", "moving"),
-        *("problems", "progress", "quantized_weight", "simulate", "token_loss", "yaml_file"),
+        *("problems", "progress", "quantized_weight", "run_lock", "simulate", "token_loss", "yaml_file"),
     ),
-    ("batches", "export_file", "fetch", "fields", "linears", "shapes"),
+    ("batches", "checkpoint", "export_file", "fetch", "fields", "linears", "shapes"),
     ("activations", "causal_lm", "config", "lora", "model_config", "setting", "harness"),
     (
         *("layer_calls", "master_weights", "models", "prefix", "records", "run_directory", "score_states"),
@@ -43,11 +43,12 @@ RECIPE_LAYERS = (
     ),
     ("convert", "estimate", "examples", "layer_engine"),
     ("answers", "bases", "choice", "inspection", "layerwise", "plain", "rows"),
-    ("engines", "estimate_report", "one_shot"),
+    ("engines", "estimate_report", "one_shot", "training_state"),
+    ("saver",),
     ("evaluate",),
     ("export", "recipe", "surface", "temperature"),
     ("data", "fit", "flips", "overlap", "quantized", "recorder", "tuning"),
-    ("compare", "sensitivity", "simulated_step", "study"),
+    ("compare", "resume", "sensitivity", "simulated_step", "study"),
     ("plots",),
     ("report",),
     ("demo", "verbs"),

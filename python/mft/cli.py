@@ -46,25 +46,41 @@ Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override, su
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides, such as train.lr=3e-4.", metavar="[KEY=VALUE]...")
 ]
+Resume = Annotated[
+    Path | None, typer.Option("--resume", help="Go on with the run in this output_dir, with its own configuration.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Resume although configuration, data or base have changed.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run that output_dir holds.")]
 
 
 @app.command()
 def finetune(
-    config: Config = None, overrides: Overrides = None, sets: Set = None, overwrite: Overwrite = False
+    config: Config = None,
+    overrides: Overrides = None,
+    sets: Set = None,
+    overwrite: Overwrite = False,
+    resume: Resume = None,
+    force: Force = False,
 ) -> None:
     """Fine-tune all weights; writes an ordinary model to output_dir/model."""
     from mft.verbs import run_finetune
 
-    run_finetune(_read(config, overrides, sets), overwrite=overwrite)
+    run_finetune(*_begun(config, overrides, sets, overwrite=overwrite, resume=resume, force=force))
 
 
 @app.command()
-def train(config: Config = None, overrides: Overrides = None, sets: Set = None, overwrite: Overwrite = False) -> None:
+def train(
+    config: Config = None,
+    overrides: Overrides = None,
+    sets: Set = None,
+    overwrite: Overwrite = False,
+    resume: Resume = None,
+    force: Force = False,
+) -> None:
     """Fine-tune masks over frozen weights; writes them to output_dir/masks."""
     from mft.verbs import run_train
 
-    run_train(_read(config, overrides, sets), overwrite=overwrite)
+    run_train(*_begun(config, overrides, sets, overwrite=overwrite, resume=resume, force=force))
 
 
 @app.command()
@@ -315,6 +331,28 @@ def demo(
 def main() -> None:
     """The console script."""
     app()
+
+
+def _begun(
+    config: Path | None,
+    overrides: list[str] | None,
+    sets: list[str] | None,
+    *,
+    overwrite: bool,
+    resume: Path | None,
+    force: bool,
+) -> tuple[RunConfig, Any]:
+    """The configuration of finetune or train, and how the run begins."""
+    from mft.resume import Start, resumed_config
+
+    if resume is None:
+        if force:
+            raise ValueError("--force must come with --resume, got it alone")
+        return _read(config, overrides, sets), Start(overwrite=overwrite)
+    if overwrite:
+        raise ValueError("--overwrite must not come with --resume: one deletes the run, the other goes on with it")
+    changes = [*(overrides or []), *(sets or [])]
+    return resumed_config(resume, config, changes, force=force), Start(resume=True, force=force)
 
 
 def _read(config: Path | None, overrides: list[str] | None, sets: list[str] | None) -> RunConfig:

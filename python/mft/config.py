@@ -191,11 +191,16 @@ class RunConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))
     output_dir: str = "runs/mft"
     memory: str = "auto"  # how masks are trained: the fastest way that fits, or the one that is named
+    checkpoint_minutes: float | None = (
+        10.0  # between two checkpoints, from which --resume goes on; null: none is written
+    )
 
     def __post_init__(self) -> None:
         coerce_fields(self)
         check_one_of("memory", self.memory, WAYS)
         check_not_empty(self, "output_dir")
+        minutes = self.checkpoint_minutes
+        check_rule(minutes is None or minutes >= 0, "checkpoint_minutes", "be at least 0 (or null)", minutes)
 
 
 SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "mask": MaskConfig, "train": TrainConfig}

@@ -31,12 +31,14 @@ class Splits:
 
     Rows of validation and test never mix documents; those of train do if data.packing is on.
     notes says in sentences what a reader of the results must know: where splits came from, what was cut or left out.
+    key names the rows: another configuration, source or tokenizer gives another one.
     """
 
     train: datasets.Dataset
     validation: datasets.Dataset
     test: datasets.Dataset
     notes: list[str] = field(default_factory=list)
+    key: str = ""
 
 
 def load_splits(config: DataConfig, tokenizer: Any) -> Splits:
@@ -82,7 +84,7 @@ def load_splits(config: DataConfig, tokenizer: Any) -> Splits:
     for note in notes:
         logger.info(note)
     train, validation, test = (datasets.Dataset.from_file(str(directory / f"{split}.arrow")) for split in SPLITS)
-    return Splits(train, validation, test, notes)
+    return Splits(train, validation, test, notes, directory.name)
 
 
 def _pad(tokenizer: Any) -> int:

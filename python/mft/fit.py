@@ -86,6 +86,11 @@ def plan_training(config: RunConfig) -> Plan:
     return _plan(config, choice.way, device, remember, f"memory: {choice.way}, an estimated {needs}; {choice.reason}")
 
 
+def replan(config: RunConfig, *, way: str, remember: bool) -> Plan:
+    """The plan of a run that goes on: bit for bit the same only if it runs as it did."""
+    return _plan(config, way, default_device(), remember, f"memory: {way}, as before")
+
+
 def setting_of(config: RunConfig, device: torch.device) -> Setting:
     """What of a run's configuration decides its memory."""
     mask, train = config.mask, config.train

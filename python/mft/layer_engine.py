@@ -20,8 +20,9 @@ from mft.batches import MicroBatch
 from mft.layer_calls import Call, LayerCalls
 from mft.moving import Mover
 from mft.prefix import PrefixMemory
-from mft.score_states import HeldMask, ScoreStates
+from mft.score_states import HeldMask, ScoreStates, current_masks
 from mft.token_loss import backward_labelled_loss
+from mft_kernels import MaskAdamW
 
 OnLoss = Callable[[MicroBatch, Tensor], None]  # may raise, before any score has changed
 
@@ -98,6 +99,25 @@ class LayerEngine:
     def check(self) -> None:
         """Raise NonFiniteScores, naming the layer, if the last step has made a score NaN or infinite."""
         self.states.check()
+
+    def recall(self, batches: Sequence[MicroBatch]) -> None:
+        """Remember what the frozen layers make of these rows, as step would; nothing is trained."""
+        raise NotImplementedError
+
+    @property
+    def optimizer(self) -> MaskAdamW:
+        return self.states.optimizer
+
+    def learned(self) -> dict[str, Tensor]:
+        """The scores, as they rest, by the parameter's name; copies of them have arrived."""
+        self.mover.finish()
+        return {f"{mask.name}.scores": mask.module.scores for mask in self.masks}
+
+    def relearned(self) -> None:
+        """After a change of the scores: the masks follow."""
+        for mask, selected in zip(self.masks, current_masks({mask.name: mask.module for mask in self.masks})):
+            mask.packed.copy_(selected.packed)
+            mask.threshold = selected.threshold.to(self.mover.device)
 
     def close(self) -> None:
         """Layers compute with their scores again, and these can be read."""
@@ -228,16 +248,26 @@ class Resident(LayerEngine):
 
     def _climb(self, batch: MicroBatch, boundaries: list[Tensor]) -> Tensor:
         """The last layer's output; boundaries become those from the first masked layer on, in host memory."""
+        hidden = self._below(batch)
+        for layer in range(self.first, self.depth):
+            boundaries.append(self.mover.store(hidden))
+            hidden = self.up(layer, hidden, batch)
+        self.mover.let_go()
+        return hidden
+
+    def recall(self, batches: Sequence[MicroBatch]) -> None:
+        if self.memory is not None:
+            for batch in batches:
+                self._below(batch)
+
+    def _below(self, batch: MicroBatch) -> Tensor:
+        """What reaches the first masked layer."""
         hidden = self.remembered(batch)
         if hidden is None:
             hidden = self.enter(batch)
             for layer in range(self.first):
                 hidden = self.up(layer, hidden, batch)
             self.remember(batch, hidden)
-        for layer in range(self.first, self.depth):
-            boundaries.append(self.mover.store(hidden))
-            hidden = self.up(layer, hidden, batch)
-        self.mover.let_go()
         return hidden
 
     def _descend(self, batch: MicroBatch, boundaries: list[Tensor], grads: list[Tensor]) -> None:

@@ -62,6 +62,15 @@ class Layerwise(LayerEngine):
         for _ in visits:
             raise AssertionError("a layer was not visited")
 
+    def recall(self, batches: Sequence[MicroBatch]) -> None:
+        if self.memory is None or all(self.remembered(batch) is not None for batch in batches):
+            return
+        visits = self._visit([self._outside, *range(self.first)])
+        for hidden in self._below(batches, visits):
+            self.mover.give_back(hidden)
+        for _ in visits:
+            raise AssertionError("a layer was not visited")
+
     def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
         visits = self._visit([self._outside, *range(self.depth), self._outside])
         hidden = self._enter(batches, visits)

@@ -59,6 +59,11 @@ class MasterAdamW:
     def step(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.copy_masters()
+
+    @torch.no_grad()
+    def copy_masters(self) -> None:
+        """Round the masters into the model."""
         for p, master in zip(self.parameters, self.masters):
             if p is not master:
                 p.copy_(master)

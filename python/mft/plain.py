@@ -31,11 +31,11 @@ class Plain:
         head: nn.Module,
         memory: PrefixMemory | None,
     ) -> None:
-        self._head = head
+        self._model, self._head = model, head
         self._prefix = FrozenPrefix(model, memory=memory, run=run)
         self._device = next(model.parameters()).device
-        self._optimizer = _optimizer(model, train)
-        self._optimizer.__enter__()
+        self._stepper = _stepper(model, train)
+        self._stepper.__enter__()
         self.before_update: Callable[[], None] | None = None  # see train_loop
 
     def step(
@@ -47,24 +47,42 @@ class Plain:
             on_loss(batch, backward_labelled_loss(self._head, hidden, batch.labelled.to(self._device), scale))
         if self.before_update is not None:
             self.before_update()
-        self._optimizer.set_lr(lr)
+        self._stepper.set_lr(lr)
         if max_norm is not None:
-            self._optimizer.clip(max_norm)
-        self._optimizer.step()
+            self._stepper.clip(max_norm)
+        self._stepper.step()
 
     def check(self) -> None:
         """Nothing: a masked layer finds non-finite scores in its next forward."""
 
+    def recall(self, batches: Sequence[MicroBatch]) -> None:
+        """Remember what the frozen layers make of these rows, as step would; nothing is trained."""
+        for batch in batches:
+            self._prefix.recall(batch.input_ids.to(self._device), batch.rows)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._stepper.optimizer
+
+    def learned(self) -> dict[str, Tensor]:
+        """What is trained, by the parameter's name: fp32 masters of 16-bit weights, else the parameters themselves."""
+        masters = {id(p): master for p, master in zip(self._stepper.parameters, self._stepper.masters)}
+        return {name: masters[id(p)] for name, p in self._model.named_parameters() if id(p) in masters}
+
+    def relearned(self) -> None:
+        """After a change of what is learned: the model computes with it."""
+        self._stepper.copy_masters()
+
     def close(self) -> None:
-        self._optimizer.__exit__()
+        self._stepper.__exit__()
 
 
 class _ScoreAdamW:
     """MaskAdamW over scores, in MasterAdamW's place."""
 
     def __init__(self, masked: Sequence[MaskedLinear], train: TrainConfig) -> None:
-        self._scores = [module.scores for module in masked]
-        self._optimizer = MaskAdamW(
+        self.parameters = self.masters = [module.scores for module in masked]
+        self.optimizer = MaskAdamW(
             [{"params": [module.scores], "mode": module.mode} for module in masked],
             lr=train.lr,
             betas=train.betas,
@@ -77,21 +95,24 @@ class _ScoreAdamW:
         return self
 
     def __exit__(self, *_) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def set_lr(self, lr: float) -> None:
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
 
     def clip(self, max_norm: float) -> None:
-        nn.utils.clip_grad_norm_(self._scores, max_norm)
+        nn.utils.clip_grad_norm_(self.parameters, max_norm)
 
     def step(self) -> None:
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def copy_masters(self) -> None:
+        """Scores are their own masters."""
 
 
-def _optimizer(model: nn.Module, train: TrainConfig) -> MasterAdamW | _ScoreAdamW:
+def _stepper(model: nn.Module, train: TrainConfig) -> MasterAdamW | _ScoreAdamW:
     trained = [p for p in model.parameters() if p.requires_grad]
     masked = [m for m in model.modules() if isinstance(m, MaskedLinear) and m.scores.requires_grad]
     if len(masked) != len(trained) or not masked:

@@ -27,6 +27,8 @@ class PrefixMemory:
 
     def remember(self, row: int, state: Tensor) -> None:
         """Keep state if there is room; what does not fit is computed again when it is needed."""
+        if row in self.states:
+            self.nbytes -= self.states.pop(row).nbytes
         if self.nbytes + state.nbytes <= self.max_bytes:
             self.states[row] = state.cpu()
             self.nbytes += state.nbytes
@@ -62,16 +64,23 @@ class FrozenPrefix:
         if self.memory is None:
             with replaced_forwards(self._layers[: self.first], lambda layer: torch.no_grad()(layer.forward)):
                 return self.run(self.model, input_ids)
-        known = {row: self.memory.states[row].to(input_ids.device) for row in rows if row in self.memory.states}
-        missing = [i for i, row in enumerate(rows) if row not in known]
-        if missing:
-            for i, state in zip(missing, self._run_frozen_layers(input_ids[missing])):
-                known[rows[i]] = state
-                self.memory.remember(rows[i], state)
-        hidden = torch.stack([known[row] for row in rows])
+        missing = self.recall(input_ids, rows)
+        hidden = torch.stack(
+            [missing[row] if row in missing else self.memory.states[row].to(input_ids.device) for row in rows]
+        )
         if self._returns_tuple is None:
             self._check_that_layers_pass_hidden_states_only(input_ids[:1], hidden[:1])
         return self._run_from(input_ids, hidden)
+
+    def recall(self, input_ids: Tensor, rows: list[int]) -> dict[int, Tensor]:
+        """Remember these rows, as a call would; returns the (T, D) of those that memory did not hold."""
+        if self.memory is None:
+            return {}
+        missing = [i for i, row in enumerate(rows) if row not in self.memory.states]
+        found = dict(zip((rows[i] for i in missing), self._run_frozen_layers(input_ids[missing]))) if missing else {}
+        for row, state in found.items():
+            self.memory.remember(row, state)
+        return found
 
     @torch.no_grad()
     def _run_frozen_layers(self, input_ids: Tensor) -> Tensor:

@@ -16,13 +16,14 @@ class Phase:
 
     def __init__(self, name: str, total: int) -> None:
         self.name, self.total = name, total
-        self.done, self.tokens = 0, 0
+        self.done, self.tokens, self.resumed = 0, 0, 0
         self.loss: float | None = None
         self.begin = time.perf_counter()
 
-    def advance(self, done: int = 1, *, tokens: int = 0, loss: float | None = None) -> None:
-        """done of total are ready, with so many tokens; loss is the latest."""
+    def advance(self, done: int = 1, *, tokens: int = 0, loss: float | None = None, resumed: bool = False) -> None:
+        """done of total are ready, with so many tokens; loss is the latest. resumed: they were before this began."""
         self.done += done
+        self.resumed += done if resumed else 0
         self.tokens += tokens
         self.loss = loss
         self.show()
@@ -74,6 +75,8 @@ class _Bar(Phase):
         self.bars, self.task = bars, bars.add_task(name, total=total, figures="")
 
     def show(self) -> None:
+        if self.done == self.resumed:
+            self.bars.reset(self.task, completed=self.done)  # else they count as if done in no time
         self.bars.update(self.task, completed=self.done, figures=self.figures)
 
 
@@ -88,7 +91,8 @@ class _Lines(Phase):
 
     def print(self) -> None:
         self.printed = time.perf_counter()
-        left = self.seconds / self.done * (self.total - self.done) if self.done else 0
+        own = self.done - self.resumed
+        left = self.seconds / own * (self.total - self.done) if own else 0
         eta = f", about {left:.0f} s left" if self.done < self.total else ""
         self.console.print(
             f"{self.name}: {self.done}/{self.total}  {self.figures}  ({self.seconds:.0f} s{eta})",

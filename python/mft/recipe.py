@@ -8,7 +8,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from mft.engines import Device, start_engine
 from mft.layer_engine import LayerEngine
 from mft.plain import Plain
 from mft.prefix import PrefixMemory
+from mft.saver import Saver, StepReport
 from mft.token_loss import count_labels
 
 _CHUNK = 1024  # rows that are looked at together
@@ -28,18 +28,6 @@ _CHUNK = 1024  # rows that are looked at together
 
 class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite."""
-
-
-@dataclass
-class StepReport:
-    """One optimiser step."""
-
-    step: int  # from 1
-    steps: int
-    loss: float  # mean a token
-    lr: float
-    tokens: int  # of this step
-    seconds: float  # since the loop began
 
 
 def finetune(model: nn.Module, dataset, train: TrainConfig, **options) -> list[StepReport]:
@@ -90,6 +78,7 @@ def train_loop(
     remember: bool = True,
     before_update: Callable[[int, int], None] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
+    saver: Saver | None = None,
 ) -> list[StepReport]:
     """Train what requires grad; the model ends in eval mode.
 
@@ -100,6 +89,7 @@ def train_loop(
         remember: whether to remember them at all; without a memory, done when rows are seen twice.
         before_update: called with (step, steps) when a step's gradients are complete and not yet clipped or applied; it
             may change them (of fp32 parameters: the .grad) and the parameters. Belongs to way "plain".
+        saver: writes checkpoints, and may begin at one; on_step does not hear of the steps done before.
     Raises: NonFiniteLoss, naming step, rows and documents; the step's gradients are not applied.
     """
     if len(dataset) == 0:
@@ -113,17 +103,28 @@ def train_loop(
     few = take_rows(dataset, [0]).input_ids[:1, :FEW].to(next(model.parameters()).device)
     stream = _row_numbers(len(dataset), train.seed)
     reports: list[StepReport] = []
-    with _training_mode(model, checkpointed=way == "plain" and train.gradient_checkpointing):
+    with (
+        _training_mode(model, checkpointed=way == "plain" and train.gradient_checkpointing),
+        contextlib.nullcontext() if saver is None else saver.listening(),
+    ):
         runner = _start(model, train, few, way, device, memory)
         if isinstance(runner, Plain) and before_update is not None:
             runner.before_update = lambda: before_update(len(reports) + 1, steps)
         try:
             if isinstance(runner, LayerEngine):
                 _rehearse(runner, dataset, train)
-            begin = time.perf_counter()
+            if saver is not None:
+                reports += saver.begin(runner)
+            done, epoch = len(reports), len(dataset) / (train.batch_size * train.accumulation)
+            begin = time.perf_counter() - (reports[-1].seconds if reports else 0.0)
             for step in range(1, steps + 1):
                 micro_batches = [[next(stream) for _ in range(train.batch_size)] for _ in range(train.accumulation)]
+                if step <= done and step > epoch + 1:
+                    continue
                 batches = [take_rows(dataset, rows) for rows in micro_batches]
+                if step <= done:
+                    runner.recall(batches)  # in the groups of then, on which the last bits may depend
+                    continue
                 count = sum(len(batch.labelled.targets) for batch in batches)
                 losses = _Losses(f"step {step} of {steps}", train)
                 lr = train.lr * schedule_factor(step, steps, train)
@@ -134,6 +135,8 @@ def train_loop(
                 reports.append(StepReport(step, steps, losses.total / max(count, 1), lr, tokens, seconds))
                 if on_step is not None:
                     on_step(reports[-1])
+                if saver is not None:
+                    saver.after_step(runner, reports)
         finally:
             runner.close()
     return reports

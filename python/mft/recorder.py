@@ -9,8 +9,9 @@ from torch import nn
 from mft.config import TrainConfig
 from mft.evaluate import Evaluation, evaluate
 from mft.progress import Progress
-from mft.recipe import StepReport, count_steps
+from mft.recipe import count_steps
 from mft.run_directory import METRICS, MetricsFile
+from mft.saver import StepReport
 
 EVALUATION_BATCH = 4
 
@@ -28,18 +29,10 @@ class Recorder:
             self.metrics.write(**values)
 
     @contextlib.contextmanager
-    def training(self, phase: str, dataset, train: TrainConfig) -> Iterator[Callable[[StepReport], None]]:
+    def training(self, phase: str, dataset, train: TrainConfig) -> Iterator["Steps"]:
         """Yield the on_step of a training loop; every train.log_every-th step and the last are written."""
-        curve = self.curves.setdefault(phase, [])
         with self.shown(phase, count_steps(train, len(dataset))) as advance:
-
-            def on_step(report: StepReport) -> None:
-                curve.append(report)
-                if report.step % train.log_every == 0 or report.step == report.steps:
-                    self.write(phase=phase, **vars(report))
-                advance(1, tokens=report.tokens, loss=report.loss)
-
-            yield on_step
+            yield Steps(self, phase, train.log_every, advance)
 
     def evaluate(
         self, phase: str, model: nn.Module, dataset, *, batch_size: int = EVALUATION_BATCH, **options
@@ -70,3 +63,22 @@ class Recorder:
             return
         with self.progress.phase(name, total) as phase:
             yield phase.advance
+
+
+class Steps:
+    """Called with each step's report."""
+
+    def __init__(self, recorder: Recorder, phase: str, log_every: int, advance: Callable[..., None]) -> None:
+        self._recorder, self._phase, self._log_every, self._advance = recorder, phase, log_every, advance
+        self._curve = recorder.curves.setdefault(phase, [])
+
+    def __call__(self, report: StepReport) -> None:
+        self._curve.append(report)
+        if report.step % self._log_every == 0 or report.step == report.steps:
+            self._recorder.write(phase=self._phase, **vars(report))
+        self._advance(1, tokens=report.tokens, loss=report.loss)
+
+    def go_on(self, reports: list[StepReport]) -> None:
+        """These steps were done, and written, before the run was stopped."""
+        self._curve.extend(reports)
+        self._advance(len(reports), resumed=True)

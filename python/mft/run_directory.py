@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from mft.config import RunConfig, save_config
+from mft.run_lock import LOCK
 
 CONFIG, METRICS, PLOT = "config.yaml", "metrics.jsonl", "plot.png"
 TABLE_MARKDOWN, TABLE_JSON = "table.md", "table.json"
 ABLATION = "ablation.png"
-MASKS, MODEL = "masks", "model"
-_OURS = {CONFIG, METRICS, PLOT, TABLE_MARKDOWN, TABLE_JSON, MASKS, MODEL}
+MASKS, MODEL, CHECKPOINTS = "masks", "model", "checkpoints"
+_OURS = {CONFIG, METRICS, PLOT, TABLE_MARKDOWN, TABLE_JSON, MASKS, MODEL, CHECKPOINTS}
 
 
 def check_run_directory(directory: str | os.PathLike, *, overwrite: bool = False) -> None:
@@ -20,16 +21,17 @@ def check_run_directory(directory: str | os.PathLike, *, overwrite: bool = False
     path = Path(directory)
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir must be a directory, got the file {path}")
-    entries = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    entries = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK) if path.exists() else []
     foreign = [name for name in entries if name not in _OURS]
     if foreign:
         raise ValueError(
             f"output_dir must be new, empty or a run's, got {path} with {', '.join(foreign[:3])}: name another one"
         )
     if entries and not overwrite:
+        resumed = f"go on with --resume {path}, " if CHECKPOINTS in entries else ""
         raise ValueError(
-            f"output_dir {path} already holds a run ({', '.join(entries)}): name another one, or pass --overwrite to "
-            "delete it"
+            f"output_dir {path} already holds a run ({', '.join(entries)}): {resumed}name another one, or pass "
+            "--overwrite to delete it"
         )
 
 
@@ -41,7 +43,7 @@ def open_run(directory: str | os.PathLike, config: RunConfig, *, overwrite: bool
     for entry in path.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
-        else:
+        elif entry.name != LOCK:
             entry.unlink()
     save_config(config, path / CONFIG)
     return path
@@ -56,3 +58,17 @@ class MetricsFile:
     def write(self, **values: Any) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written after this step, of which a run that was stopped repeats all."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                values = json.loads(line)
+            except ValueError:  # the last one, which was being written
+                break
+            if values.get("step", 0) > step:
+                break
+            kept.append(line)
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

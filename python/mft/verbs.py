@@ -1,7 +1,10 @@
 """What the verbs of the command line do, in the order in which they do it."""
 
+import contextlib
 import dataclasses
 import json
+import math
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,14 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from mft.bases import base_words, check_exact, evaluated_base, keeping_all
-from mft.config import ModelConfig, RunConfig, load_config
+from mft.checkpoint import Checkpoint
+from mft.config import ModelConfig, RunConfig, load_config, save_config
 from mft.convert import mask_model, masked_modules, merge_model, print_trainable_parameters
 from mft.data import Splits, load_splits
 from mft.evaluate import Evaluation, paired_difference
-from mft.export import load_masks, save_masks
+from mft.export import base_hash, load_masks, save_masks
 from mft.export_file import read_export
-from mft.fit import plan_training
+from mft.fit import plan_training, replan
 from mft.flips import PHASE, POINTS, FlipCounter
 from mft.harness import load_tasks, score_tasks, task_table, write_scores
 from mft.inspection import MaskStatistics, flip_share, initial_masks, mask_statistics
@@ -26,9 +30,11 @@ from mft.plots import plot_curves
 from mft.progress import Progress
 from mft.quantized import quantize_model
 from mft.recipe import StepReport, count_steps, finetune, train_masks
-from mft.recorder import Recorder
+from mft.recorder import Recorder, Steps
 from mft.report import evaluation_table
+from mft.resume import Start, find_checkpoint
 from mft.run_directory import (
+    CHECKPOINTS,
     CONFIG,
     MASKS,
     MODEL,
@@ -38,6 +44,8 @@ from mft.run_directory import (
     check_run_directory,
     open_run,
 )
+from mft.run_lock import hold
+from mft.saver import Saver, Stopped
 from mft.sensitivity import (
     kind_groups,
     layer_groups,
@@ -52,27 +60,28 @@ from mft.targets import select_targets
 console = Console()
 
 
-def run_finetune(config: RunConfig, *, overwrite: bool) -> None:
+def run_finetune(config: RunConfig, start: Start) -> None:
     """mft finetune"""
     check_exact(config.model, "finetune")
-    check_run_directory(config.output_dir, overwrite=overwrite)
+    found = _check_start(config, start)
     model, tokenizer = _load(config.model)
     splits = _load_data(config, tokenizer)
-    directory, recorder = _begin(config, overwrite)
-    before = recorder.evaluate("before, validation", model, splits.validation)
-    model.requires_grad_(True)
-    print_trainable_parameters(model)
-    with recorder.training("full fine-tune", splits.train, config.train) as on_step:
-        finetune(model, splits.train, config.train, on_step=on_step)
-    after = recorder.evaluate("after, validation", model, splits.validation)
-    save_model(model, tokenizer, directory / MODEL)
-    _finish(directory, recorder, before, after, directory / MODEL)
+    with _running(config, start, found) as (directory, recorder):
+        before = _before(recorder, found, "before, validation", model, splits.validation)
+        model.requires_grad_(True)
+        print_trainable_parameters(model)
+        with recorder.training("full fine-tune", splits.train, config.train) as on_step:
+            saver = _saver(config, start, found, {"data": splits.key}, on_step)
+            finetune(model, splits.train, config.train, on_step=on_step, saver=saver)
+        after = recorder.evaluate("after, validation", model, splits.validation)
+        save_model(model, tokenizer, directory / MODEL)
+        _finish(directory, recorder, before, after, directory / MODEL)
 
 
-def run_train(config: RunConfig, *, overwrite: bool) -> None:
+def run_train(config: RunConfig, start: Start) -> None:
     """mft train"""
-    check_run_directory(config.output_dir, overwrite=overwrite)
-    plan = plan_training(config)
+    found = _check_start(config, start)
+    plan = plan_training(config) if found is None else replan(config, **found.facts()["facts"]["plan"])
     console.print(plan.reason, highlight=False, soft_wrap=True)
     kind = config.model.quantization = plan.quantization
     model, tokenizer = load_model(config.model)
@@ -80,35 +89,43 @@ def run_train(config: RunConfig, *, overwrite: bool) -> None:
         model.to(plan.device)
     splits = _load_data(config, tokenizer)
     select_targets(model, config.mask)  # raises before anything is written
-    directory, recorder = _begin(config, overwrite)
     where: dict[str, Any] = {"way": plan.way, "device": plan.device}
     evaluated = where if plan.way == "plain" else where | {"batch_size": config.train.batch_size}
-    if kind is None:
-        before = recorder.evaluate("before, validation", model, splits.validation, **evaluated)
-    mask_model(model, config.mask)
-    if kind is not None:
-        quantize_model(model, kind, masked=config.model.quantize_masked)
-        with keeping_all(model):
-            before = recorder.evaluate(f"before in {kind}, validation", model, splits.validation, **evaluated)
-    print_trainable_parameters(model)
-    initial = initial_masks(model)
-    steps = count_steps(config.train, len(splits.train))
-    # The other ways keep scores elsewhere while they train.
-    flips = FlipCounter(model, initial, every=max(1, -(-steps // POINTS))) if plan.way == "plain" else None
-    with recorder.training("mask fine-tune", splits.train, config.train) as on_step:
+    with _running(config, start, found) as (directory, recorder):
+        if kind is None:
+            before = _before(recorder, found, "before, validation", model, splits.validation, **evaluated)
+        mask_model(model, config.mask)
+        if kind is not None:
+            quantize_model(model, kind, masked=config.model.quantize_masked)
+            with keeping_all(model):
+                name = f"before in {kind}, validation"
+                before = _before(recorder, found, name, model, splits.validation, **evaluated)
+        print_trainable_parameters(model)
+        initial = initial_masks(model)
+        steps = count_steps(config.train, len(splits.train))
+        # The other ways keep scores elsewhere while they train.
+        flips = FlipCounter(model, initial, every=max(1, -(-steps // POINTS))) if plan.way == "plain" else None
+        facts = {
+            "plan": {"way": plan.way, "remember": plan.remember},
+            "data": splits.key,
+            "base": base_hash(model),
+        }
+        with recorder.training("mask fine-tune", splits.train, config.train) as on_step:
 
-        def after_step(report: StepReport) -> None:
-            on_step(report)
-            if flips is not None and (counted := flips(report)) is not None:
-                recorder.write(phase=PHASE, **counted)
+            def after_step(report: StepReport) -> None:
+                on_step(report)
+                if flips is not None and (counted := flips(report)) is not None:
+                    recorder.write(phase=PHASE, **counted)
 
-        train_masks(model, splits.train, config.train, remember=plan.remember, on_step=after_step, **where)
-    after = recorder.evaluate("after, validation", model, splits.validation, **evaluated)
-    save_masks(model, directory / MASKS, base_model_name_or_path=config.model.name)
-    console.print(
-        f"{100 * flip_share(model, initial):.2f} % of the mask's bits flipped since initialisation", highlight=False
-    )
-    _finish(directory, recorder, before, after, directory / MASKS)
+            saver = _saver(config, start, found, facts, on_step)
+            options = where | {"remember": plan.remember, "saver": saver}
+            train_masks(model, splits.train, config.train, on_step=after_step, **options)
+        after = recorder.evaluate("after, validation", model, splits.validation, **evaluated)
+        save_masks(model, directory / MASKS, base_model_name_or_path=config.model.name)
+        console.print(
+            f"{100 * flip_share(model, initial):.2f} % of the mask's bits flipped since initialisation", highlight=False
+        )
+        _finish(directory, recorder, before, after, directory / MASKS)
     console.print(
         f"next: mft inspect {directory}, or mft merge {directory} <directory>", highlight=False, soft_wrap=True
     )
@@ -162,7 +179,8 @@ def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> 
     model, tokenizer = _load(config.model)
     splits = _load_data(config, tokenizer)
     groups = kind_groups(model, config.mask) if size is None else layer_groups(model, config.mask, size=size)
-    directory, recorder = _begin(config, overwrite)
+    directory = open_run(config.output_dir, config, overwrite=overwrite)
+    recorder = Recorder(directory, Progress(console))
     rows = layer_sensitivity(
         model, splits.train, splits.validation, config.mask, groups, config.train, recorder=recorder
     )
@@ -246,9 +264,52 @@ class _Stages:
             yield "with masks"
 
 
-def _begin(config: RunConfig, overwrite: bool) -> tuple[Path, Recorder]:
-    directory = open_run(config.output_dir, config, overwrite=overwrite)
-    return directory, Recorder(directory, Progress(console))
+def _say(line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def _check_start(config: RunConfig, start: Start) -> Checkpoint | None:
+    """Before anything is loaded: raise if output_dir is not to be written; the checkpoint to go on from, if any."""
+    if start.resume:
+        return find_checkpoint(Path(config.output_dir), _say)
+    check_run_directory(config.output_dir, overwrite=start.overwrite)
+    return None
+
+
+@contextlib.contextmanager
+def _running(config: RunConfig, start: Start, found: Checkpoint | None) -> Iterator[tuple[Path, Recorder]]:
+    """The run's directory, which no other process may use meanwhile; its checkpoints go when it has its result."""
+    directory = Path(config.output_dir)
+    with hold(directory):
+        if found is None:
+            open_run(directory, config, overwrite=start.overwrite or start.resume)
+        else:
+            save_config(config, directory / CONFIG)
+        recorder = Recorder(directory, Progress(console))
+        if found is not None and recorder.metrics is not None:
+            recorder.metrics.rewind(found.step)
+        try:
+            yield directory, recorder
+        except Stopped as stopped:
+            _say(f"{stopped.message}; go on with --resume {directory}")
+            raise
+        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+
+
+def _before(recorder: Recorder, found: Checkpoint | None, *arguments: Any, **options: Any) -> Evaluation:
+    """Evaluate; what a run that goes on has written already, it does not write again."""
+    own = recorder if found is None else Recorder(progress=recorder.progress)
+    return own.evaluate(*arguments, **options)
+
+
+def _saver(
+    config: RunConfig, start: Start, found: Checkpoint | None, facts: dict[str, Any], on_step: Steps
+) -> Saver | None:
+    if config.checkpoint_minutes is None and found is None:
+        return None
+    minutes = math.inf if config.checkpoint_minutes is None else config.checkpoint_minutes
+    root = Path(config.output_dir) / CHECKPOINTS
+    return Saver(root, minutes, found, facts=facts, force=start.force, on_found=on_step.go_on)
 
 
 def _load(config: ModelConfig) -> tuple[Any, Any]:

@@ -1,0 +1,163 @@
+"""Training checkpoints on disk: whole or absent, verified before they are trusted, the old one kept until then.
+
+    checkpoints/step-00000120/state.safetensors   tensors
+                              state.json          everything else
+                              manifest.json       sizes and SHA-256 of the other two; written last
+
+A checkpoint is written under another name, synced, renamed, and read again; only then the older ones go. Whoever is
+killed at any point leaves a directory that verifies. No pickle is written or read.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mft.atomic import atomic_directory
+from mft.cache import sha256_of
+
+FORMAT_VERSION = 1
+TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})")
+_LEFT_OVER = re.compile(r"\.step-\d{8,}\..*\.(tmp|old)")  # of a writer that was killed; see atomic.py
+_MOST_MANIFEST = 1 << 16  # bytes
+_HEADROOM = 1 << 20  # bytes beyond the tensors that a checkpoint may take
+
+
+class BadCheckpoint(ValueError):
+    """A checkpoint that does not verify; the message names file, what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that has been verified."""
+
+    path: Path
+    step: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """On the CPU. Raises: BadCheckpoint."""
+        try:
+            return load_file(self.path / TENSORS)
+        except safetensors.SafetensorError as error:
+            raise BadCheckpoint(f"{self.path / TENSORS}: expected a safetensors file, got one with {error}") from None
+
+    def facts(self) -> dict[str, Any]:
+        """What is no tensor. Raises: BadCheckpoint."""
+        return _read_json(self.path / FACTS)
+
+
+def write_checkpoint(root: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Checkpoint:
+    """Save as the newest under root, verify it, then delete the others.
+
+    Args: tensors: on any device. facts: what JSON can hold.
+    Raises: OSError, if the disk has no room or cannot be written; what was there stays. BadCheckpoint, if what was
+    written does not read back.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for entry in root.iterdir():
+        if _LEFT_OVER.fullmatch(entry.name):
+            shutil.rmtree(entry, ignore_errors=True)
+    check_space(root, sum(tensor.nbytes for tensor in tensors.values()))
+    target = root / f"step-{step:08d}"
+    with atomic_directory(target) as scratch:
+        _save({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, scratch / TENSORS)
+        (scratch / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        files = {name: _described(scratch / name) for name in (TENSORS, FACTS)}
+        manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
+        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    written = verify_checkpoint(target)
+    for other in _found(root):
+        if other != target:
+            shutil.rmtree(other)
+    return written
+
+
+def check_space(root: Path, needed: int) -> None:
+    """Raise OSError if the disk of root has less room than so many bytes and a little."""
+    needed += _HEADROOM
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise OSError(
+            f"{root}: checkpoints take {needed / 1e9:.2f} GB more, as a new one is written beside the old one; "
+            f"{free / 1e9:.2f} GB are free: make room, or name another output_dir"
+        )
+
+
+def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest one that verifies, and why each newer one was passed over."""
+    skipped: list[str] = []
+    for path in reversed(_found(root)):
+        try:
+            return verify_checkpoint(path), skipped
+        except BadCheckpoint as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+def verify_checkpoint(path: Path) -> Checkpoint:
+    """Read the manifest strictly, compare sizes, then hashes. Raises: BadCheckpoint."""
+    named = _NAME.fullmatch(path.name)
+    manifest_path = path / MANIFEST
+    manifest = _read_json(manifest_path, most=_MOST_MANIFEST)
+    _expect(manifest_path, "keys", sorted(manifest), ["files", "format_version", "step"])
+    version = manifest["format_version"]
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise BadCheckpoint(f"{manifest_path}: expected format_version {FORMAT_VERSION}, got {version}: upgrade mft")
+    _expect(manifest_path, "format_version", version, FORMAT_VERSION)
+    _expect(manifest_path, "step", manifest["step"], int(named.group(1)) if named else None)
+    files = manifest["files"]
+    names = sorted(files) if isinstance(files, dict) else files
+    _expect(manifest_path, "files", names, sorted([FACTS, TENSORS]))
+    _expect(path, "files", sorted(os.listdir(path)), sorted([FACTS, MANIFEST, TENSORS]))
+    for name, described in files.items():
+        _expect(path / name, "bytes", (path / name).stat().st_size, described.get("bytes"))
+    for name, described in files.items():
+        _expect(path / name, "sha256", sha256_of(path / name), described.get("sha256"))
+    return Checkpoint(path, manifest["step"])
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except safetensors.SafetensorError as error:  # of the disk: what else may fail is not in our hands
+        raise OSError(f"{path}: the checkpoint could not be written: {error}") from None
+
+
+def _described(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _found(root: Path) -> list[Path]:
+    """Oldest first."""
+    entries = root.iterdir() if root.is_dir() else []
+    numbered = [(int(named.group(1)), entry) for entry in entries if (named := _NAME.fullmatch(entry.name))]
+    return [entry for _, entry in sorted(numbered)]
+
+
+def _read_json(path: Path, most: int | None = None) -> dict[str, Any]:
+    try:
+        size = path.stat().st_size
+        if most is not None and size > most:
+            raise BadCheckpoint(f"{path}: expected at most {most} bytes, got {size}")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadCheckpoint(f"{path}: expected a file, got {error.strerror}") from None
+    except ValueError as error:  # of JSON or UTF-8
+        raise BadCheckpoint(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(values, dict):
+        raise BadCheckpoint(f"{path}: expected an object, got {type(values).__name__}")
+    return values
+
+
+def _expect(path: Path, what: str, got: Any, expected: Any) -> None:
+    if got != expected or type(got) is not type(expected):
+        raise BadCheckpoint(f"{path}: expected {what} {expected}, got {got}")

@@ -1,0 +1,50 @@
+"""One process at a time works in a run directory: a lock that names it, and that the system drops when it dies."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def hold(directory: Path) -> Iterator[None]:
+    """Hold directory, made if need be, until the block ends.
+
+    Raises: RuntimeError that names the process which holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / LOCK
+    while True:
+        with path.open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise RuntimeError(
+                    f"output_dir {directory} is in use by {holder}: wait for it, stop it, or name another output_dir"
+                ) from None
+            if not _is_at(path, file.fileno()):  # its last holder has removed it: lock the one that lies there now
+                continue
+            file.truncate(0)
+            began = datetime.now().astimezone().isoformat(timespec="seconds")
+            file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": began}) + "\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

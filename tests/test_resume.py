@@ -1,0 +1,125 @@
+"""A run that stops and goes on gives what it would have given: losses and scores bit for bit, in every way."""
+
+import copy
+import os
+import signal
+
+import pytest
+import torch
+from tiny import make_llama, make_rows, masked_llama
+
+from mft.checkpoint import newest_checkpoint
+from mft.config import MaskConfig, TrainConfig
+from mft.convert import mask_model
+from mft.quantized import quantize_model
+from mft.recipe import finetune, train_masks
+from mft.saver import Saver, Stopped
+
+STEPS, FIRST = 20, 7
+ROWS = 10  # of which a step takes 4: epochs end within steps, and within micro-batches of 4
+
+
+def masks(dtype=torch.float32, *, quantized=None, **mask):
+    model = masked_llama(dtype=dtype, **mask)
+    return model if quantized is None else quantize_model(model, quantized, masked=True)
+
+
+def with_dropout():
+    model = mask_model(make_llama(attention_dropout=0.2), MaskConfig(layers_to_transform=[2, 3]))
+    return model
+
+
+EIGHT = {"moments": "8bit"}
+RUNS = {
+    "weights": (make_llama, finetune, {}, {}),
+    "16-bit weights on masters": (lambda: make_llama(torch.bfloat16), finetune, {}, {}),
+    "plain": (masks, train_masks, {}, {"way": "plain"}),
+    "plain, dropout": (with_dropout, train_masks, {}, {"way": "plain"}),
+    "plain, bf16": (lambda: masks(scores_dtype="bfloat16"), train_masks, EIGHT, {"way": "plain"}),
+    "plain, clipped": (masks, train_masks, {"max_grad_norm": 0.1}, {"way": "plain"}),
+    "resident": (lambda: masks(scores_dtype="int16"), train_masks, EIGHT, {"way": "resident"}),
+    "resident, fp32": (lambda: masks(torch.bfloat16), train_masks, {}, {"way": "resident"}),
+    "resident, free threshold": (
+        lambda: masks(mode="value", threshold=0.0, init="magnitude"),
+        train_masks,
+        {},
+        {"way": "resident"},
+    ),
+    "quantized": (
+        lambda: masks(torch.bfloat16, quantized="nf4", scores_dtype="int16"),
+        train_masks,
+        EIGHT,
+        {"way": "quantized"},
+    ),
+    "layerwise": (lambda: masks(scores_dtype="int16"), train_masks, EIGHT, {"way": "layerwise"}),
+}
+
+
+def settings(**changes):
+    return TrainConfig(**{"lr": 1e-2, "steps": STEPS, "batch_size": 2, "accumulation": 2, "seed": 3} | changes)
+
+
+@pytest.mark.parametrize("batch", [{}, {"batch_size": 4, "accumulation": 1}], ids=["accumulated", "whole"])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, name, batch):
+    make, run, changes, options = RUNS[name]
+    train, rows = settings(**changes, **batch), make_rows(ROWS)
+    straight = make()
+    torch.manual_seed(5)
+    expected = run(straight, rows, train, **options)
+
+    def stop(report):
+        if report.step == FIRST:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    torch.manual_seed(5)
+    with pytest.raises(Stopped) as stopped:
+        run(make(), rows, train, on_step=stop, saver=Saver(tmp_path, None), **options)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    checkpoint, skipped = newest_checkpoint(tmp_path)
+    assert (checkpoint.step, skipped) == (FIRST, [])
+    resumed, heard = make(), []
+    torch.manual_seed(6)  # the checkpoint's own state is what counts
+    reports = run(
+        resumed,
+        rows,
+        train,
+        on_step=lambda report: heard.append(report.step),
+        saver=Saver(tmp_path, None, checkpoint),
+        **options,
+    )
+    assert heard == list(range(FIRST + 1, STEPS + 1))
+    assert [report.loss for report in reports] == [report.loss for report in expected]
+    found, wanted = resumed.state_dict(), straight.state_dict()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert newest_checkpoint(tmp_path)[0].step == STEPS
+
+
+def test_a_run_without_its_checkpoint_would_differ(tmp_path):
+    """What the test above compares depends on where it begins."""
+    train, rows = settings(), make_rows(ROWS)
+    straight, other = masks(), masks()
+    train_masks(straight, rows, train)
+    with torch.no_grad():
+        other.get_submodule("model.layers.2.mlp.up_proj").scores.mul_(1.01)
+    train_masks(other, rows, train)
+    assert not all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), other.state_dict().values()))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    train, rows = settings(steps=1), make_rows(ROWS)
+    train_masks(masks(), rows, train, saver=Saver(tmp_path, None))
+    checkpoint, _ = newest_checkpoint(tmp_path)
+    other = masked_llama(layers=(1, 2, 3))
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"learned.model.layers.1.mlp.down_proj.scores is missing there"):
+        train_masks(other, rows, train, saver=Saver(tmp_path, None, checkpoint))
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    with pytest.raises(ValueError, match=r"must be torch.bfloat16 of shape .*, the checkpoint has torch.float32"):
+        train_masks(masks(scores_dtype="bfloat16"), rows, train, saver=Saver(tmp_path, None, checkpoint))
+
+
+def test_signals_act_as_before_once_training_is_over(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    train_masks(masks(), make_rows(ROWS), settings(steps=1), saver=Saver(tmp_path, 0))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before

@@ -1,0 +1,142 @@
+"""mft train and mft finetune, stopped and gone on with: by signals, after kills, and with what must be refused."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_cli import LEARN, cli, model_dir  # noqa: F401
+
+from mft.run_lock import hold
+
+SLOW = [*LEARN, "train.steps=30", "checkpoint_minutes=0", "mask.keep_ratio=0.8"]
+
+
+def start(verb, *arguments):
+    """A process of its own, in the current directory."""
+    options = [] if "--resume" in arguments else ["--config", "config.yaml"]
+    command = [sys.executable, "-m", "mft.cli", verb, *options, *arguments]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # on which the last bits depend
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | threads
+    )
+
+
+def wait_for_checkpoint(directory, process):
+    while not list((directory / "checkpoints").glob("step-*")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+
+
+def finish(process, code):
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == code, output
+    return output
+
+
+def steps(directory, phase="mask fine-tune"):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if line["phase"] == phase]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_told_to_stop_saves_and_goes_on(cli, tmp_path, number, code):  # noqa: F811
+    cli("train", *SLOW, "output_dir=straight", "checkpoint_minutes=null")
+    process = start("train", *SLOW)
+    wait_for_checkpoint(tmp_path / "run", process)
+    process.send_signal(number)
+    output = finish(process, code)
+    step = int(re.search(r"stopped by SIG\w+ after step (\d+) of 30; saved: ", output).group(1))
+    assert "go on with --resume run" in output
+    output = finish(start("train", "--resume", "run"), 0)
+    assert f"goes on after step {step}" in output
+    assert steps(tmp_path / "run") == steps(tmp_path / "straight")
+    masks = [load_file(tmp_path / run / "masks" / "adapter_model.safetensors") for run in ("run", "straight")]
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[1])
+    assert sorted(os.listdir(tmp_path / "run")) == sorted([*os.listdir(tmp_path / "straight")])
+    assert (tmp_path / "run" / "table.json").read_text() == (tmp_path / "straight" / "table.json").read_text()
+
+
+def test_a_killed_fine_tune_goes_on(cli, tmp_path):  # noqa: F811
+    few = [*LEARN, "train.steps=30", "checkpoint_minutes=0"]
+    cli("finetune", *few, "output_dir=straight")
+    process = start("finetune", *few)
+    wait_for_checkpoint(tmp_path / "run", process)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+    finish(start("finetune", "--resume", "run"), 0)
+    assert steps(tmp_path / "run", "full fine-tune") == steps(tmp_path / "straight", "full fine-tune")
+    found, expected = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("run", "straight"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def stopped(cli, tmp_path):  # noqa: F811
+    """A run that was killed after a checkpoint."""
+    process = start("train", *SLOW)
+    wait_for_checkpoint(tmp_path / "run", process)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+    return tmp_path / "run"
+
+
+def test_what_has_changed_is_refused_unless_forced(stopped, cli, tmp_path):  # noqa: F811
+    code, output = cli("train", *SLOW)
+    assert code == 2
+    assert "already holds a run" in output
+    assert "go on with --resume run" in output
+    output = finish(start("train", "--resume", "run", "train.lr=2e-2", "mask.seed=1"), 2)
+    assert "mask.seed was 0, now 1; train.lr was 0.01, now 0.02" in output
+    data = tmp_path / "data.jsonl"
+    data.write_text(data.read_text().replace('"text": "1 ', '"text": "2 '))
+    output = finish(start("train", "--resume", "run"), 2)
+    assert re.search(
+        r"must be of this very run, but data was \w+, now \w+: take the change back, or pass --force", output
+    )
+    output = finish(start("train", "--resume", "run", "--force", "train.lr=2e-2"), 0)
+    assert "goes on after step" in output
+
+
+def test_only_one_process_works_in_a_run(stopped):
+    with hold(stopped):
+        output = finish(start("train", "--resume", "run"), 2)
+    assert re.search(rf'output_dir run is in use by {{"process": {os.getpid()}, "host": .*}}: wait for it', output)
+    assert finish(start("train", "--resume", "run"), 0)
+
+
+def test_without_a_checkpoint_that_verifies_nothing_is_begun(stopped, cli):  # noqa: F811
+    (checkpoint,) = (stopped / "checkpoints").glob("step-*")
+    state = checkpoint / "state.json"
+    state.write_bytes(state.read_bytes()[:-3])
+    output = finish(start("train", "--resume", "run"), 2)
+    assert re.search(
+        r"state.json: expected bytes \d+, got \d+; no other checkpoint verifies: --overwrite begins", output
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume", "nowhere"], "--resume must name the output_dir of a run, nowhere has no config.yaml"),
+        (["--force"], "--force must come with --resume"),
+        (["--resume", "run", "--overwrite"], "--overwrite must not come with --resume"),
+        (["checkpoint_minutes=-1"], "checkpoint_minutes must be at least 0"),
+    ],
+)
+def test_wrong_requests_are_told(cli, arguments, message):  # noqa: F811
+    code, output = cli("train", *arguments)
+    assert code == 2
+    assert message in output
+
+
+def test_a_finished_run_is_not_resumed(cli):  # noqa: F811
+    cli("train", *LEARN)
+    code, output = cli("train", "--resume", "run")
+    assert code == 2
+    assert "must name a run that is not finished, run has its masks/ already" in output

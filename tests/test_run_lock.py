@@ -1,0 +1,50 @@
+"""One process at a time in a run directory."""
+
+import json
+import os
+import threading
+
+import pytest
+
+from mft.run_lock import LOCK, hold
+
+
+def test_a_second_holder_is_told_who_the_first_is(tmp_path):
+    with hold(tmp_path / "run"):
+        refused = pytest.raises(RuntimeError, match=rf'run is in use by {{"process": {os.getpid()}, "host": "')
+        with refused, hold(tmp_path / "run"):
+            pass
+        assert json.loads((tmp_path / "run" / LOCK).read_text())["process"] == os.getpid()
+    assert not (tmp_path / "run" / LOCK).exists()
+    with hold(tmp_path / "run"):
+        pass
+
+
+def test_a_lock_that_a_killed_process_left_holds_nobody(tmp_path):
+    (tmp_path / LOCK).write_text("what it wrote")
+    with hold(tmp_path):
+        assert "what it wrote" not in (tmp_path / LOCK).read_text()
+
+
+def test_never_two_at_once(tmp_path):
+    """Although the file is removed with every release."""
+    inside, most, turns = [], [], []
+
+    def work():
+        for _ in range(200):
+            try:
+                with hold(tmp_path):
+                    inside.append(1)
+                    most.append(len(inside))
+                    inside.pop()
+                    turns.append(1)
+            except RuntimeError:
+                pass
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1
+    assert len(turns) > 100
