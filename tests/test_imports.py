@@ -47,11 +47,11 @@ RECIPE_LAYERS = (
     ("saver",),
     ("evaluate",),
     ("export", "recipe", "surface", "temperature"),
-    ("data", "fit", "flips", "overlap", "quantized", "recorder", "tuning"),
+    ("data", "fit", "flips", "overlap", "paper_masks", "quantized", "recorder", "tuning", "verify"),
     ("compare", "resume", "sensitivity", "simulated_step", "study"),
     ("plots",),
     ("report",),
-    ("demo", "verbs"),
+    ("demo", "mask_verbs", "verbs"),
     ("cli", "demo_grid"),
     ("__init__",),
 )

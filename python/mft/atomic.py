@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all: written beside the target, synced, then renamed."""
+"""Directories and files that appear whole or not at all: written beside the target, synced, then renamed."""
 
 import os
 import shutil
@@ -19,12 +19,29 @@ def atomic_directory(target: str | os.PathLike, *, replace: bool = True) -> Iter
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         yield scratch
-        _open_to_readers(scratch)
+        _open_to_readers(scratch, 0o777)
         _sync_tree(scratch)
         _move_into_place(scratch, target, replace)
         _sync(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
+    """Yield a path; what is written there becomes target when the block ends well, and vanishes when it does not."""
+    target = Path(target)
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(descriptor)
+    scratch = Path(name)
+    try:
+        yield scratch
+        _open_to_readers(scratch, 0o666)
+        _sync(scratch)
+        scratch.replace(target)
+        _sync(target.parent)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _move_into_place(scratch: Path, target: Path, replace: bool) -> None:
@@ -47,11 +64,11 @@ def _move_into_place(scratch: Path, target: Path, replace: bool) -> None:
     shutil.rmtree(old)
 
 
-def _open_to_readers(scratch: Path) -> None:
-    """mkdtemp makes 0700; the target gets what the umask allows."""
+def _open_to_readers(scratch: Path, mode: int) -> None:
+    """tempfile gives the owner alone access; the target gets what the umask allows."""
     umask = os.umask(0)
     os.umask(umask)
-    scratch.chmod(0o777 & ~umask)
+    scratch.chmod(mode & ~umask)
 
 
 def _sync_tree(directory: Path) -> None:

@@ -214,7 +214,7 @@ def merge(
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
 ) -> None:
     """Bake masks into the weights: kept ones bit-equal, dropped ones +0."""
-    from mft.verbs import run_merge
+    from mft.mask_verbs import run_merge
 
     run_merge(masks, output, model, dtype, force=force)
 
@@ -227,9 +227,49 @@ def inspect(
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
 ) -> None:
     """Each layer's kept share, flips since initialisation and overlap with the magnitude mask."""
-    from mft.verbs import run_inspect
+    from mft.mask_verbs import run_inspect
 
     run_inspect(masks, model, dtype, force=force)
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="An output_dir, its masks/, or one of its checkpoints.")],
+    model: Annotated[str | None, typer.Option(help="The base; by default the one that the masks name.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the base.")] = "bfloat16",
+    base: Annotated[bool, typer.Option("--base/--no-base", help="Whether to load the base and compare it.")] = True,
+) -> None:
+    """Whether masks and checkpoints are whole, and the base is the one that the masks were learned on."""
+    from mft.mask_verbs import run_verify
+
+    run_verify(directory, model, dtype, base=base)
+
+
+@app.command("import-masks")
+def import_masks(
+    path: Annotated[Path, typer.Argument(help="A masks.pt of the paper's code.")],
+    output: Annotated[Path, typer.Argument(help="Where the masks go.")],
+    model: Annotated[str, typer.Option(help="The base that they are for.")],
+    dtype: Annotated[str, typer.Option(help="Of the base.")] = "bfloat16",
+) -> None:
+    """Masks of the paper's code, as masks of ours; the one pickle that is ever read, by torch's weights-only loader."""
+    from mft.mask_verbs import run_import_masks
+
+    run_import_masks(path, output, model, dtype)
+
+
+@app.command("export-masks")
+def export_masks(
+    masks: Annotated[Path, typer.Argument(help="An output_dir of mft train, or its masks/.")],
+    output: Annotated[Path, typer.Argument(help="The new masks.pt.")],
+    model: Annotated[str | None, typer.Option(help="The base; by default the one that the masks name.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the base.")] = "bfloat16",
+    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+) -> None:
+    """Masks in the form of the paper's code."""
+    from mft.mask_verbs import run_export_masks
+
+    run_export_masks(masks, output, model, dtype, force=force)
 
 
 @app.command()

@@ -4,6 +4,7 @@ An export holds the masks alone, neither scores nor an optimiser: for evaluation
 training. It knows the base weights that it was learned on by their hash.
 """
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from mft.atomic import atomic_directory
 from mft.config import MaskConfig
 from mft.convert import check_unwrapped, convert, masked_modules
-from mft.export_file import CONFIG_FILE, MASK_FILE, MaskEntry, MaskExport, is_export, read_export
+from mft.export_file import CONFIG_FILE, MASK_FILE, MaskEntry, MaskExport, content_hash, is_export, read_export
 from mft.linears import find_targets, layer_index, layer_stacks
 from mft.quantized_weight import quantized_weights
 from mft_kernels import MaskedLinear, fixed_from_float, unpack_mask
@@ -47,8 +48,9 @@ def save_masks(model: nn.Module, directory: str | os.PathLike, *, base_model_nam
     _check_replaceable(target)
     if base_model_name_or_path is None:
         base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    tensors = {f"{name}.mask": module.packed_mask().cpu().contiguous() for name, module in masked.items()}
-    export = _describe(model, masked, base_model_name_or_path)
+    packed = {name: module.packed_mask().cpu().contiguous() for name, module in masked.items()}
+    tensors = {f"{name}.mask": words for name, words in packed.items()}
+    export = _describe(model, masked, packed, base_model_name_or_path)
     with atomic_directory(target) as scratch:
         (scratch / CONFIG_FILE).write_text(export.to_json(), encoding="utf-8")
         (scratch / MASK_FILE).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
@@ -71,22 +73,41 @@ def load_masks(model: nn.Module, directory: str | os.PathLike, *, force: bool = 
     """
     check_unwrapped(model)
     export, masks = read_export(Path(directory))
-    masked = masked_modules(model)
-    _check_fit(model, masked, export)
+    shapes = {entry.name: entry.shape for entry in export.modules}
+    _check_fit(model, shapes)
     found = base_hash(model, [entry.name for entry in export.modules])
     if found != export.base_hash and not force:
         raise ValueError(_other_base(model, export, found, Path(directory)))
+    return put_masks(model, masks, shapes, mode=export.mode, keep_ratio=export.keep_ratio)
+
+
+@torch.no_grad()
+def put_masks(
+    model: nn.Module,
+    masks: dict[str, Tensor],
+    shapes: dict[str, tuple[int, int]],
+    *,
+    mode: str = "magnitude",
+    keep_ratio: float | None = None,
+) -> nn.Module:
+    """load_masks of what has been read already, whatever base it was learned on.
+
+    Args: masks: packed, by module; shapes: (N, K) of their weights.
+    Raises: ValueError if they do not fit the model, which is then unchanged.
+    """
+    _check_fit(model, shapes)
+    masked = masked_modules(model)
     if not masked:
         config = MaskConfig(
-            keep_ratio=1.0 if export.keep_ratio is None else export.keep_ratio,
-            mode=export.mode,
+            keep_ratio=1.0 if keep_ratio is None else keep_ratio,
+            mode=mode,
             init="constant",
-            threshold=_THRESHOLD[export.mode],
+            threshold=_THRESHOLD[mode],
         )
-        convert(model, [entry.name for entry in export.modules], config)
+        convert(model, list(shapes), config)
         masked = masked_modules(model)
-    for entry in export.modules:
-        _set_mask(masked[entry.name], masks[entry.name], export)
+    for name, packed in masks.items():
+        _set_mask(masked[name], packed, mode, keep_ratio)
     return model
 
 
@@ -129,7 +150,9 @@ def keep_base_hash(model: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _describe(model: nn.Module, masked: dict[str, MaskedLinear], base: str | None) -> MaskExport:
+def _describe(
+    model: nn.Module, masked: dict[str, MaskedLinear], packed: dict[str, Tensor], base: str | None
+) -> MaskExport:
     modes = sorted({module.mode for module in masked.values()})
     if len(modes) > 1:
         raise ValueError(f"masked layers must share one mode to be saved together, got {' and '.join(modes)}")
@@ -141,7 +164,7 @@ def _describe(model: nn.Module, masked: dict[str, MaskedLinear], base: str | Non
         MaskEntry(name, (module.out_features, module.in_features), _dtype_name(module.weight), int(module.mask().sum()))
         for name, module in masked.items()
     ]
-    return MaskExport(
+    export = MaskExport(
         base_model_name_or_path=base,
         base_hash=base_hash(model),
         mode=modes[0],
@@ -152,10 +175,11 @@ def _describe(model: nn.Module, masked: dict[str, MaskedLinear], base: str | Non
         base_quantization=next((weight.kind for weight in quantized.values()), None),
         quantize_masked=not quantized.keys().isdisjoint(masked),
     )
+    return dataclasses.replace(export, content_hash=content_hash(export, packed))
 
 
-def _check_fit(model: nn.Module, masked: dict[str, MaskedLinear], export: MaskExport) -> None:
-    stored = {entry.name: entry for entry in export.modules}
+def _check_fit(model: nn.Module, stored: dict[str, tuple[int, int]]) -> None:
+    masked = masked_modules(model)
     if masked and masked.keys() != stored.keys():
         missing, extra = sorted(stored.keys() - masked.keys()), sorted(masked.keys() - stored.keys())
         raise ValueError(
@@ -164,10 +188,10 @@ def _check_fit(model: nn.Module, masked: dict[str, MaskedLinear], export: MaskEx
         )
     if not masked:
         find_targets(model, stored)
-    for name, entry in stored.items():
+    for name, expected in stored.items():
         shape = tuple(_weight(model, name).shape)
-        if shape != entry.shape:
-            raise ValueError(f"{name}: the mask is for a weight of {entry.shape}, the model's is {shape}")
+        if shape != expected:
+            raise ValueError(f"{name}: the mask is for a weight of {expected}, the model's is {shape}")
 
 
 def _other_base(model: nn.Module, export: MaskExport, found: str, directory: Path) -> str:
@@ -183,12 +207,12 @@ def _other_base(model: nn.Module, export: MaskExport, found: str, directory: Pat
     return message + ". To use the masks on this model all the same, pass force=True (--force)"
 
 
-def _set_mask(module: MaskedLinear, packed: Tensor, export: MaskExport) -> None:
+def _set_mask(module: MaskedLinear, packed: Tensor, mode: str, keep_ratio: float | None) -> None:
     keep = unpack_mask(packed, module.weight.shape).to(module.scores.device)
-    module.mode = export.mode
-    module.threshold = _THRESHOLD[export.mode]
-    if export.keep_ratio is not None:
-        module.keep_ratio = export.keep_ratio
+    module.mode = mode
+    module.threshold = _THRESHOLD[mode]
+    if keep_ratio is not None:
+        module.keep_ratio = keep_ratio
     scores = torch.where(keep, module.threshold + _MARGIN, module.threshold - _MARGIN)
     module.scores.copy_(fixed_from_float(scores) if module.scores.dtype == torch.int16 else scores)
 

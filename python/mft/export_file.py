@@ -5,14 +5,14 @@ module "<name>.mask", int32 (N, ceil(K / 32)), bit j % 32 of word j // 32 of row
 """
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from torch import Tensor
 
 from mft.choices import nearest
@@ -48,7 +48,7 @@ class MaskExport:
     """adapter_config.json. keep_ratio is None where the masks came from thresholds or differ in it.
 
     base_quantization is what the other linears were quantised to while the masks were learned, None: to nothing;
-    quantize_masked: the masked ones too. Exports of before these two existed lack them.
+    quantize_masked: the masked ones too. content_hash: see the function. Older exports lack these three.
     """
 
     base_model_name_or_path: str | None
@@ -60,6 +60,7 @@ class MaskExport:
     modules: list[MaskEntry]
     base_quantization: str | None = None
     quantize_masked: bool = False
+    content_hash: str | None = None
 
     def to_json(self) -> str:
         """One module a line."""
@@ -67,6 +68,16 @@ class MaskExport:
         modules = [json.dumps(entry) for entry in fields.pop("modules")]
         head = json.dumps({**_FIXED, "format_version": FORMAT_VERSION, **fields}, indent=2)
         return head.removesuffix("\n}") + ',\n  "modules": [\n    ' + ",\n    ".join(modules) + "\n  ]\n}\n"
+
+
+def content_hash(export: MaskExport, masks: Mapping[str, Tensor]) -> str:
+    """sha256 over all else that an export says and over its masks' words: what tells any damage of either file."""
+    said = {key: value for key, value in dataclasses.asdict(export).items() if key != "content_hash"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name in sorted(masks):
+        digest.update(f"\0{name}\0".encode())
+        digest.update(masks[name].contiguous().numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def is_export(directory: Path) -> bool:
@@ -92,7 +103,13 @@ def read_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor]]:
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory / name}: missing; an export has {CONFIG_FILE} and {MASK_FILE}")
     export = _read_config(directory / CONFIG_FILE)
-    return export, _read_masks(directory / MASK_FILE, export)
+    masks = _read_masks(directory / MASK_FILE, export)
+    if export.content_hash is not None and (found := content_hash(export, masks)) != export.content_hash:
+        raise ValueError(
+            f"{directory / CONFIG_FILE}: expected content_hash {found}, as the two files together give, got "
+            f"{export.content_hash}: damaged, or changed by hand"
+        )
+    return export, masks
 
 
 # ---------------------------------------------------------------------------------------------- the description
@@ -110,10 +127,9 @@ def _read_config(path: Path) -> MaskExport:
         raise ValueError(f"{path}: expected peft_type {PEFT_TYPE!r}, got {values.get('peft_type')!r}: not our masks")
     version = values.get("format_version")
     if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}: "
-            "use the version of this software that wrote it"
-        )
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        remedy = "upgrade mft" if newer else "use the version of this software that wrote it"
+        raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}: {remedy}")
     fields = dataclasses.fields(MaskExport)
     known = [field.name for field in fields]
     optional = [field.name for field in fields if field.default is not dataclasses.MISSING]
@@ -128,6 +144,8 @@ def _read_config(path: Path) -> MaskExport:
         **{name: values[name] for name in known if name in values and name != "modules"}, modules=entries
     )
     _check_fields(path, export)
+    if "content_hash" in values:
+        _expect(path, "content_hash", export.content_hash, isinstance(export.content_hash, str), "a string")
     return export
 
 
@@ -227,15 +245,17 @@ def _read_masks(path: Path, export: MaskExport) -> dict[str, Tensor]:
             )
         if missing:
             raise ValueError(f"{path}: missing tensor {missing[0]!r}, a module that {CONFIG_FILE} lists")
+        for key, entry in expected.items():  # before anything is allocated
+            declared = file.get_slice(key)
+            dtype, shape = declared.get_dtype(), tuple(declared.get_shape())
+            if dtype != "I32" or shape != entry.words:
+                raise ValueError(
+                    f"{path}: {key} must be int32 {entry.words} for a weight of {entry.shape}, got {dtype} {shape}"
+                )
         return {entry.name: _checked_mask(path, key, file.get_tensor(key), entry) for key, entry in expected.items()}
 
 
 def _checked_mask(path: Path, key: str, packed: Tensor, entry: MaskEntry) -> Tensor:
-    if packed.dtype != torch.int32 or tuple(packed.shape) != entry.words:
-        raise ValueError(
-            f"{path}: {key} must be int32 {entry.words} for a weight of {entry.shape}, got "
-            f"{packed.dtype} {tuple(packed.shape)}"
-        )
     used = entry.shape[1] % 32
     if used and (packed[:, -1] >> used & (1 << 32 - used) - 1).any():
         raise ValueError(f"{path}: {key} must have 0 in each row's last {32 - used} bits, its padding: damaged")

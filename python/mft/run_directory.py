@@ -49,6 +49,11 @@ def open_run(directory: str | os.PathLike, config: RunConfig, *, overwrite: bool
     return path
 
 
+def masks_directory(path: Path) -> Path:
+    """masks/ of a run, or the directory itself."""
+    return path / MASKS if (path / MASKS).is_dir() else path
+
+
 class MetricsFile:
     """A line of JSON an event, on disk as soon as it is written."""
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Column, Table
 
 from mft.bases import base_words, check_exact, evaluated_base, keeping_all
 from mft.checkpoint import Checkpoint
-from mft.config import ModelConfig, RunConfig, load_config, save_config
-from mft.convert import mask_model, masked_modules, merge_model, print_trainable_parameters
+from mft.config import ModelConfig, RunConfig, save_config
+from mft.convert import mask_model, print_trainable_parameters
 from mft.data import Splits, load_splits
 from mft.evaluate import Evaluation, paired_difference
 from mft.export import base_hash, load_masks, save_masks
@@ -24,7 +23,7 @@ from mft.export_file import read_export
 from mft.fit import plan_training, replan
 from mft.flips import PHASE, POINTS, FlipCounter
 from mft.harness import load_tasks, score_tasks, task_table, write_scores
-from mft.inspection import MaskStatistics, flip_share, initial_masks, mask_statistics
+from mft.inspection import flip_share, initial_masks
 from mft.models import load_model, save_model
 from mft.plots import plot_curves
 from mft.progress import Progress
@@ -42,6 +41,7 @@ from mft.run_directory import (
     TABLE_JSON,
     TABLE_MARKDOWN,
     check_run_directory,
+    masks_directory,
     open_run,
 )
 from mft.run_lock import hold
@@ -194,46 +194,6 @@ def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> 
     console.print(f"table and plot: {directory}/", highlight=False, soft_wrap=True)
 
 
-def run_merge(masks: Path, output: Path, model_name: str | None, dtype: str, *, force: bool) -> None:
-    """mft merge"""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output must be a new or empty directory, got {output}")
-    directory = _masks_directory(masks)
-    model, tokenizer = _base_of(directory, model_name, dtype)
-    load_masks(model, directory, force=force)
-    kind = read_export(directory)[0].base_quantization
-    kept = sum(int(module.mask().sum()) for module in masked_modules(model).values())
-    total = sum(module.weight.numel() for module in masked_modules(model).values())
-    save_model(merge_model(model), tokenizer, output)
-    console.print(
-        f"merged: {kept} of {total} masked weights kept, the others are 0; the model lies in {output}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if kind is not None:
-        console.print(
-            f"the masks were learned on a base in {kind}; the merged weights are the exact ones: "
-            "mft evaluate --unquantized tells what that changes",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-def run_inspect(masks: Path, model_name: str | None, dtype: str, *, force: bool) -> None:
-    """mft inspect"""
-    directory = _masks_directory(masks)
-    run_config, initial = directory.parent / CONFIG, None
-    model, _ = _base_of(directory, model_name, dtype)
-    if run_config.is_file():
-        # Scores begin as a function of configuration, layer name and weight alone, so the first masks can be remade.
-        initial = initial_masks(mask_model(model, load_config(str(run_config)).mask))
-        model, _ = _base_of(directory, model_name, dtype)
-    load_masks(model, directory, force=force)
-    console.print(_mask_table(mask_statistics(model, initial)))
-    if initial is None:
-        console.print(f"flips are unknown: no {run_config} tells how the scores began", highlight=False, soft_wrap=True)
-
-
 # ---------------------------------------------------------------------------------------------- private
 
 
@@ -244,7 +204,7 @@ class _Stages:
     """
 
     def __init__(self, model: ModelConfig, masks: Path | None, *, unquantized: bool) -> None:
-        self._directory = None if masks is None else _masks_directory(masks)
+        self._directory = None if masks is None else masks_directory(masks)
         export = None if self._directory is None else read_export(self._directory)[0]
         self._kind, self._quantize_masked = evaluated_base(model, export, unquantized)
         self._base = model.name if self._kind is None else f"{model.name} in {self._kind}"
@@ -343,30 +303,3 @@ def _finish(directory: Path, recorder: Recorder, before: Evaluation, after: Eval
     )
     plot_curves(recorder.curves, directory / PLOT)
     console.print(f"result: {result}; metrics, table and plot: {directory}/", highlight=False, soft_wrap=True)
-
-
-def _masks_directory(path: Path) -> Path:
-    """masks/ of a run, or the directory itself."""
-    return path / MASKS if (path / MASKS).is_dir() else path
-
-
-def _base_of(directory: Path, model_name: str | None, dtype: str):
-    """(model, tokenizer) that the masks in directory are for."""
-    name = model_name or read_export(directory)[0].base_model_name_or_path
-    if name is None:
-        raise ValueError(f"--model must name the base, {directory} does not")
-    return load_model(ModelConfig(name=name, dtype=dtype))
-
-
-def _mask_table(rows: list[MaskStatistics]) -> Table:
-    table = Table(
-        Column("layer", overflow="fold"),  # the end of a name is what tells layers apart
-        *(
-            Column(heading, justify="right")
-            for heading in ("weights", "kept", "flips since init", "dropped as by magnitude")
-        ),
-    )
-    for row in rows:
-        flips = "?" if row.flips is None else f"{100 * row.flips:.2f} %"
-        table.add_row(row.name, str(row.weights), f"{100 * row.kept:.2f} %", flips, f"{100 * row.overlap:.1f} %")
-    return table

@@ -1,0 +1,110 @@
+"""What the verbs on finished masks do: merge, inspect, verify, and the exchange with the paper's own files."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from mft.config import ModelConfig, load_config
+from mft.convert import mask_model, masked_modules, merge_model
+from mft.export import load_masks, save_masks
+from mft.export_file import read_export
+from mft.inspection import MaskStatistics, initial_masks, mask_statistics
+from mft.models import load_model, save_model
+from mft.paper_masks import import_paper_masks, write_paper_masks
+from mft.run_directory import CONFIG, masks_directory
+from mft.verify import check_base, verify_directory
+
+console = Console()
+
+
+def run_merge(masks: Path, output: Path, model_name: str | None, dtype: str, *, force: bool) -> None:
+    """mft merge"""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output must be a new or empty directory, got {output}")
+    directory = masks_directory(masks)
+    model, tokenizer = _base_of(directory, model_name, dtype)
+    load_masks(model, directory, force=force)
+    kind = read_export(directory)[0].base_quantization
+    kept = sum(int(module.mask().sum()) for module in masked_modules(model).values())
+    total = sum(module.weight.numel() for module in masked_modules(model).values())
+    save_model(merge_model(model), tokenizer, output)
+    _say(f"merged: {kept} of {total} masked weights kept, the others are 0; the model lies in {output}")
+    if kind is not None:
+        _say(
+            f"the masks were learned on a base in {kind}; the merged weights are the exact ones: "
+            "mft evaluate --unquantized tells what that changes"
+        )
+
+
+def run_inspect(masks: Path, model_name: str | None, dtype: str, *, force: bool) -> None:
+    """mft inspect"""
+    directory = masks_directory(masks)
+    run_config, initial = directory.parent / CONFIG, None
+    model, _ = _base_of(directory, model_name, dtype)
+    if run_config.is_file():
+        # Scores begin as a function of configuration, layer name and weight alone, so the first masks can be remade.
+        initial = initial_masks(mask_model(model, load_config(str(run_config)).mask))
+        model, _ = _base_of(directory, model_name, dtype)
+    load_masks(model, directory, force=force)
+    console.print(_mask_table(mask_statistics(model, initial)))
+    if initial is None:
+        _say(f"flips are unknown: no {run_config} tells how the scores began")
+
+
+def run_verify(directory: Path, model_name: str | None, dtype: str, *, base: bool) -> None:
+    """mft verify"""
+    for found in verify_directory(directory):
+        _say(f"{found.kind} {found.path}: {found.words}")
+        if found.export is not None and base:
+            model, _ = _base_of(found.path, model_name, dtype)
+            check_base(model, found)
+            _say(f"base: {found.export.base_hash} agrees")
+
+
+def run_import_masks(path: Path, output: Path, model_name: str, dtype: str) -> None:
+    """mft import-masks"""
+    model, _ = load_model(ModelConfig(name=model_name, dtype=dtype))
+    import_paper_masks(model, path)
+    save_masks(model, output, base_model_name_or_path=model_name)
+    _say(f"{len(masked_modules(model))} masks of {path} on {model_name}: {output}")
+
+
+def run_export_masks(masks: Path, output: Path, model_name: str | None, dtype: str, *, force: bool) -> None:
+    """mft export-masks"""
+    if output.exists():
+        raise ValueError(f"output must be a new file, got {output}")
+    directory = masks_directory(masks)
+    model, _ = _base_of(directory, model_name, dtype)
+    load_masks(model, directory, force=force)
+    write_paper_masks(model, output)
+    _say(f"{len(masked_modules(model))} masks of {directory} in the form of the paper's code: {output}")
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def _base_of(directory: Path, model_name: str | None, dtype: str):
+    """(model, tokenizer) that the masks in directory are for."""
+    name = model_name or read_export(directory)[0].base_model_name_or_path
+    if name is None:
+        raise ValueError(f"--model must name the base, {directory} does not")
+    return load_model(ModelConfig(name=name, dtype=dtype))
+
+
+def _mask_table(rows: list[MaskStatistics]) -> Table:
+    table = Table(
+        Column("layer", overflow="fold"),  # the end of a name is what tells layers apart
+        *(
+            Column(heading, justify="right")
+            for heading in ("weights", "kept", "flips since init", "dropped as by magnitude")
+        ),
+    )
+    for row in rows:
+        flips = "?" if row.flips is None else f"{100 * row.flips:.2f} %"
+        table.add_row(row.name, str(row.weights), f"{100 * row.kept:.2f} %", flips, f"{100 * row.overlap:.1f} %")
+    return table
