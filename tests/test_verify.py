@@ -1,0 +1,62 @@
+"""mft verify, and the verbs that bring the paper's masks in and ours out."""
+
+import json
+import shutil
+
+import pytest
+from test_cli import LEARN, cli, model_dir  # noqa: F401
+
+from mft.checkpoint import write_checkpoint
+
+
+@pytest.fixture
+def run(cli, tmp_path):  # noqa: F811
+    code, output = cli("train", *LEARN)
+    assert code == 0, output
+    return tmp_path / "run"
+
+
+def test_masks_checkpoints_and_base_verify(run, cli, model_dir):  # noqa: F811
+    write_checkpoint(run / "checkpoints", 7, {}, {})
+    code, output = cli("verify", "run", "--dtype", "float32")
+    assert code == 0, output
+    assert "masks run/masks: 14 masked layers, 90" in output
+    assert "content hash agrees" in output
+    assert "base: sha256:" in output
+    assert "checkpoint run/checkpoints/step-00000007: after step 7; sizes and hashes agree" in output
+    assert cli("verify", "run/masks", "--no-base")[0] == 0
+    assert cli("verify", "run/checkpoints/step-00000007")[0] == 0
+
+
+def test_damage_and_another_base_are_told(run, cli, model_dir, tmp_path):  # noqa: F811
+    code, output = cli("verify", "run", "--dtype", "bfloat16")
+    assert code == 2
+    assert "expected a base with sha256:" in output
+    path = run / "masks" / "adapter_config.json"
+    values = json.loads(path.read_text())
+    values["keep_ratio"] = 0.5
+    path.write_text(json.dumps(values))
+    code, output = cli("verify", "run", "--no-base")
+    assert code == 2
+    assert "adapter_config.json: expected content_hash sha256:" in output
+    assert "damaged, or changed by hand" in output
+    shutil.rmtree(run / "masks")
+    code, output = cli("verify", "run")
+    assert code == 2
+    assert (
+        "run: expected adapter_config.json or manifest.json, here, in masks/ or in checkpoints/, got neither" in output
+    )
+
+
+def test_masks_go_to_the_papers_form_and_come_back(run, cli, model_dir, tmp_path):  # noqa: F811
+    code, output = cli("export-masks", "run", "masks.pt", "--dtype", "float32")
+    assert code == 0, output
+    assert "14 masks of run/masks in the form of the paper's code: masks.pt" in output
+    code, output = cli("export-masks", "run", "masks.pt", "--dtype", "float32")
+    assert code == 2
+    assert "output must be a new file, got masks.pt" in output
+    code, output = cli("import-masks", "masks.pt", "again", "--model", str(model_dir), "--dtype", "float32")
+    assert code == 0, output
+    before, after = (tmp_path / d / "adapter_model.safetensors" for d in ("run/masks", "again"))
+    assert before.read_bytes() == after.read_bytes()
+    assert cli("verify", "again", "--dtype", "float32")[0] == 0
