@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml
 
-.PHONY: install demo test lint cuda bench bench-compare simulate gpu kernels-report kernels-report-3.6 clean
+.PHONY: install demo test lint sanitize faults cuda bench bench-compare simulate gpu kernels-report kernels-report-3.6 clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +32,17 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The CPU library under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer; minutes.
+sanitize: install
+	$(BIN)/python -m building.sanitized address
+	$(BIN)/python -m building.sanitized thread
+
+# What the tests do in small, for long: writers of checkpoints killed, files edited. make faults KILLS=1000 EDITS=20000
+KILLS ?= 1000
+EDITS ?= 20000
+faults: install
+	MFT_KILLS=$(KILLS) MFT_FUZZ=$(EDITS) $(BIN)/python -m pytest -s -o addopts= tests/test_checkpoint.py tests/test_strangers.py
 
 # The CUDA library, on a machine without a GPU too; fetches what it lacks (the extra cuda-build), and reads the machine
 # code: exit code 1 if a kernel has a fault. Minutes the first time, then only what changed. build/cuda keeps what nvcc

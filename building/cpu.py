@@ -2,6 +2,8 @@
 
 import platform
 import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .compile import CPP_FLAGS, Link, Unit, accepts, build, find_compiler, find_torch, system_headers
@@ -22,12 +24,13 @@ VECTOR_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 DOT_BFLOAT16_ONLY = ("gemm_bfloat16.cpp", "fused_linear.cpp")
 
 
-def build_cpu(directory: Path, sources: Path) -> dict:
-    """Build into ``directory`` from csrc. Returns what was used, for the report."""
+def build_cpu(directory: Path, sources: Path, extra: Sequence[str] = ()) -> dict:
+    """Build into ``directory`` from csrc, with ``extra`` flags. Returns what was used, for the report."""
     version, torch_directory = find_torch()
     compiler = find_compiler()
-    link = Link(LIBRARY, compiler, [f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-ltorch"])
-    build(directory, units(compiler, torch_directory, sources), link)
+    link = Link(LIBRARY, compiler, [f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-ltorch", *extra])
+    found = [replace(unit, flags=[*unit.flags, *extra]) for unit in units(compiler, torch_directory, sources)]
+    build(directory, found, link)
     first_line = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
     return {"compiler": first_line, "torch": version}
 

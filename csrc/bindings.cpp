@@ -15,6 +15,7 @@
 #include "cpu/huge_pages.h"
 #include "cpu/keep_range.h"
 #include "cpu/linear.h"
+#include "cpu/parallel.h"
 #include "cpu/score_step.h"
 #include "cpu/select.h"
 
@@ -167,7 +168,7 @@ Tensor pack_rows(const Matrix& s, const Tensor& like, mft::KeepRange range) {
   const int64_t sizes[] = {s.rows, (s.columns + 31) / 32};
   Tensor packed = torch::stable::new_empty(like, {sizes, 2}, ScalarType::Int);
   auto* words = static_cast<uint32_t*>(packed.mutable_data_ptr());
-  torch::stable::parallel_for(0, s.rows, 1 + 32768 / (s.columns + 1), [&](int64_t begin, int64_t end) {
+  mft::parallel_for(0, s.rows, 1 + 32768 / (s.columns + 1), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) cpu.rows->pack(words + r * sizes[1], s.row(r), s.format, range, s.columns);
   });
   return packed;
@@ -183,7 +184,7 @@ std::tuple<Tensor, Tensor> pack_signs(Tensor scores) {
   const Matrix s = input(scores, "scores");
   Tensor signs = pack_rows(s, scores, mft::range_positive(s.format));
   std::atomic<int64_t> zeros{0};
-  torch::stable::parallel_for(0, s.rows, 1 + 32768 / (s.columns + 1), [&](int64_t begin, int64_t end) {
+  mft::parallel_for(0, s.rows, 1 + 32768 / (s.columns + 1), [&](int64_t begin, int64_t end) {
     int64_t found = 0;
     for (int64_t r = begin; r < end; ++r) found += cpu.rows->count(s.row(r), s.format, mft::range_zero(s.format), s.columns);
     zeros += found;

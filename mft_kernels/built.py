@@ -1,6 +1,7 @@
 """What setup.py has built: loads libmft_cpu.so and libmft_cuda.so, or says why not, and reads its _build.json."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -8,7 +9,8 @@ import torch
 
 def load(part: str, folder: Path = Path(__file__).parent) -> str | None:
     """Load the library of ``part`` ("cpu" or "cuda"), which defines its ops. Returns why there is none, or None."""
-    library = folder / f"libmft_{part}.so"
+    # MFT_CPU_LIBRARY, MFT_CUDA_LIBRARY: another build of the same code, for instance under a sanitizer.
+    library = Path(os.environ.get(f"MFT_{part.upper()}_LIBRARY") or folder / f"libmft_{part}.so")
     if not library.exists():
         reason = report(part, folder).get("reason") or "setup.py has not run"
         return f"its library is not built: {reason}; see setup.py, then pip install --no-build-isolation -e ."

@@ -5,14 +5,13 @@
 // whole inner dimension, in an order that depends on neither the threads nor the cut into blocks.
 #include "fused_linear.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 #include <utility>
 #include <vector>
 
 #include "gemm_bfloat16.h"
+#include "parallel.h"
 #include "scratch.h"
 
 namespace mft {
@@ -55,7 +54,7 @@ struct Cut {
   int64_t total, blocks, unit;
   Cut(int64_t total, int64_t largest, int64_t unit)
       : total(total), blocks(std::max<int64_t>(1, divide_up(total, largest))), unit(unit) {
-    const int64_t units = divide_up(total, unit), threads = torch::stable::get_num_threads();
+    const int64_t units = divide_up(total, unit), threads = num_threads();
     blocks = std::max<int64_t>(1, std::min(round_up(blocks, threads), units));
   }
   int64_t begin(int64_t block) const { return std::min(total, divide_up(total, unit) * block / blocks * unit); }
@@ -67,9 +66,9 @@ struct Cut {
 // asks for two at once would else leave nothing to a thread that wakes up late.
 template <typename F>
 void for_workers(int64_t tasks, const F& f) {
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  const int64_t threads = std::min<int64_t>(num_threads(), tasks);
   std::atomic<int64_t> task{threads};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       bool began = false;
       f(worker, [&] { return std::exchange(began, true) ? std::min(task++, tasks) : worker; });
@@ -145,7 +144,7 @@ void masked_linear(const Matrix& y, const Matrix& x, const Matrix& weight, const
   const auto panel_at = [&](int64_t block, int64_t tile) {
     return panels.get() + block * token_tiles * (kDepth / 2 * kTileColumns) + tile * panel_size(block);
   };
-  torch::stable::parallel_for(0, depth_blocks * token_tiles, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, depth_blocks * token_tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / token_tiles, tile = i % token_tiles, first = tile * kTileColumns;
       pack_transposed_panel(panel_at(block, tile), elements(x, first, block * kDepth), x.row_stride,
@@ -156,7 +155,7 @@ void masked_linear(const Matrix& y, const Matrix& x, const Matrix& weight, const
   const Cut rows(weight.rows, kWeightRows, 1);
   const int64_t chunk = std::min(round_up(tokens, kTileColumns), kTokens), sum_stride = chunk + 16;
   const int64_t sums_size = rows.largest() * sum_stride, block_size = rows.largest() * kRowStride;
-  const int64_t workers = torch::stable::get_num_threads();
+  const int64_t workers = num_threads();
   const Buffer<float> all_sums(workers * sums_size);
   const Buffer<uint16_t> all_blocks(workers * block_size);
   for_workers(rows.blocks, [&](int64_t worker, const auto& next) {
@@ -202,7 +201,7 @@ void grad_x(const Matrix& d_x, const Matrix& grad_output, const Matrix& weight, 
   const int64_t tokens = grad_output.rows, depth = weight.rows;
   const int64_t depth_blocks = divide_up(depth, kDepth), block_size = tokens * kRowStride;
   const Buffer<uint16_t> blocks(depth_blocks * block_size);
-  torch::stable::parallel_for(0, depth_blocks * tokens, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(0, depth_blocks * tokens, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / tokens, token = i % tokens;
       pack_row(blocks.get() + i * kRowStride, elements(grad_output, token, block * kDepth),
@@ -216,7 +215,7 @@ void grad_x(const Matrix& d_x, const Matrix& grad_output, const Matrix& weight, 
   const Cut columns(weight.columns, std::min(kTaskColumns, std::max(fitting, kWeightColumns)), kTileColumns);
   const int64_t sum_stride = columns.largest() + 16, panel = kGradDepth / 2 * kTileColumns + kTileColumns;
   const int64_t sums_size = chunk * sum_stride, panels_size = kWeightColumns / kTileColumns * panel;
-  const int64_t workers = torch::stable::get_num_threads();
+  const int64_t workers = num_threads();
   const Buffer<float> all_sums(workers * sums_size);
   const Buffer<uint32_t> all_panels(workers * panels_size);
   for_workers(columns.blocks, [&](int64_t worker, const auto& next) {
@@ -275,7 +274,7 @@ void grad_scores(const Matrix& out, const Matrix& grad_output, const Matrix& x, 
   const int64_t panel = divide_up(std::min(tokens, kDepth), 2) * kTileColumns;
   const Buffer<uint32_t> panels(depth_blocks * column_tiles * panel);
   const auto depth_of = [&](int64_t block) { return std::min(kDepth, tokens - block * kDepth); };
-  torch::stable::parallel_for(0, divide_up(tokens, 2), 8, [&](int64_t begin, int64_t end) {
+  parallel_for(0, divide_up(tokens, 2), 8, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t block = 2 * p / kDepth;
       uint32_t* b = panels.get() + block * column_tiles * panel + (p - block * kDepth / 2) * kTileColumns;
@@ -290,7 +289,7 @@ void grad_scores(const Matrix& out, const Matrix& grad_output, const Matrix& x, 
                        sign.words, columns,    accumulate,          stream};
   const Cut rows(weight.rows, kWeightRows, 1);
   const int64_t block_size = rows.largest() * kRowStride;
-  const Buffer<uint16_t> all_blocks(torch::stable::get_num_threads() * depth_blocks * block_size);
+  const Buffer<uint16_t> all_blocks(num_threads() * depth_blocks * block_size);
   const bool x_in_cache = tokens * columns * 2 <= (512 << 10);
   for_workers(rows.blocks, [&](int64_t worker, const auto& next) {
     uint16_t* blocks = all_blocks.get() + worker * depth_blocks * block_size;

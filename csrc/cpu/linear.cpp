@@ -5,12 +5,11 @@
 // In bf16, a machine with AVX512-BF16 takes fused_linear.cpp instead (d_weight excepted, which is seldom asked for).
 #include "linear.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <memory>
 
 #include "fused_linear.h"
+#include "parallel.h"
 #include "torch_matmul.h"
 
 namespace mft {
@@ -31,7 +30,7 @@ std::unique_ptr<char[]> make_scratch(int64_t elements, Format format) {
 template <typename F>
 void for_rows(int64_t rows, int64_t columns, const F& f) {
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1));
-  torch::stable::parallel_for(0, rows, grain, f);
+  parallel_for(0, rows, grain, f);
 }
 
 // The masked weight of rows `first` .. and columns `first_column` .., as large as `out`.

@@ -1,11 +1,10 @@
 // One optimiser step on a matrix of scores, on all threads; counts the new scores' keys in the same pass.
 #include "score_step.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <vector>
 
+#include "parallel.h"
 #include "select.h"
 #include "torch_matmul.h"
 
@@ -44,7 +43,7 @@ uint32_t score_step(const StepKernels& kernels, const StepTensors& t, const Step
   };
   if (k >= 0) return selection.kth_largest(histogram(n, step), k);
   const int64_t spans = (n + kSpan - 1) / kSpan;
-  torch::stable::parallel_for(0, spans, 4, [&](int64_t first, int64_t last) {
+  parallel_for(0, spans, 4, [&](int64_t first, int64_t last) {
     step(first * kSpan, std::min(last * kSpan, n), nullptr);
   });
   return 0;

@@ -1,12 +1,13 @@
 // The exact k-th largest score without a sort (select.h). Keys are biased to be unsigned.
 #include "select.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <mutex>
+
+#include "parallel.h"
 
 namespace mft {
 namespace {
@@ -69,7 +70,7 @@ Histogram histogram(int64_t n, const std::function<void(int64_t, int64_t, uint32
   Histogram total(kBins, 0);
   std::mutex merging;
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
+  parallel_for(0, num_threads(), 1, [&](int64_t, int64_t) {
     std::unique_ptr<uint32_t[]> bins(new uint32_t[kBins]());
     int64_t counted = 0;
     const auto merge = [&] {
