@@ -1,6 +1,7 @@
 """A run that stops and goes on gives what it would have given: losses and scores bit for bit, in every way."""
 
 import copy
+import math
 import os
 import signal
 
@@ -74,7 +75,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, name, batch):
 
     torch.manual_seed(5)
     with pytest.raises(Stopped) as stopped:
-        run(make(), rows, train, on_step=stop, saver=Saver(tmp_path, None), **options)
+        run(make(), rows, train, on_step=stop, saver=Saver(tmp_path, math.inf), **options)
     assert stopped.value.code == 128 + signal.SIGTERM
     checkpoint, skipped = newest_checkpoint(tmp_path)
     assert (checkpoint.step, skipped) == (FIRST, [])
@@ -85,7 +86,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, name, batch):
         rows,
         train,
         on_step=lambda report: heard.append(report.step),
-        saver=Saver(tmp_path, None, checkpoint),
+        saver=Saver(tmp_path, math.inf, checkpoint),
         **options,
     )
     assert heard == list(range(FIRST + 1, STEPS + 1))
@@ -108,15 +109,15 @@ def test_a_run_without_its_checkpoint_would_differ(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     train, rows = settings(steps=1), make_rows(ROWS)
-    train_masks(masks(), rows, train, saver=Saver(tmp_path, None))
+    train_masks(masks(), rows, train, saver=Saver(tmp_path, math.inf))
     checkpoint, _ = newest_checkpoint(tmp_path)
     other = masked_llama(layers=(1, 2, 3))
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(ValueError, match=r"learned.model.layers.1.mlp.down_proj.scores is missing there"):
-        train_masks(other, rows, train, saver=Saver(tmp_path, None, checkpoint))
+        train_masks(other, rows, train, saver=Saver(tmp_path, math.inf, checkpoint))
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
     with pytest.raises(ValueError, match=r"must be torch.bfloat16 of shape .*, the checkpoint has torch.float32"):
-        train_masks(masks(scores_dtype="bfloat16"), rows, train, saver=Saver(tmp_path, None, checkpoint))
+        train_masks(masks(scores_dtype="bfloat16"), rows, train, saver=Saver(tmp_path, math.inf, checkpoint))
 
 
 def test_signals_act_as_before_once_training_is_over(tmp_path):
