@@ -119,6 +119,7 @@ def test_edited_fields_of_an_export(export, copy, path, value):
         shutil.copy(export / CONFIG_FILE, copy / CONFIG_FILE)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @trials
 @given(edit=edits)
 def test_edited_bytes_of_the_papers_masks(export, tmp_path_factory, edit):
