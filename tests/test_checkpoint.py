@@ -53,7 +53,10 @@ def test_the_newest_is_kept_and_holds_what_was_given(tmp_path):
     for step in (9, 10, 100):
         assert_holds(write(root, step), step)
         assert os.listdir(root) == [f"step-{step:08d}"]
-    assert newest_checkpoint(root)[0].step == 100
+    found, _ = newest_checkpoint(root)
+    assert found.step == 100
+    modes = {path.stat().st_mode & 0o777 for path in found.path.iterdir()}
+    assert len(modes) == 1, "the files are open to the same readers"
 
 
 def save_on_and_on(root, first):

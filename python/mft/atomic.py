@@ -19,7 +19,8 @@ def atomic_directory(target: str | os.PathLike, *, replace: bool = True) -> Iter
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         yield scratch
-        _open_to_readers(scratch, 0o777)
+        for path in (scratch, *scratch.rglob("*")):
+            _open_to_readers(path, 0o777 if path.is_dir() else 0o666)
         _sync_tree(scratch)
         _move_into_place(scratch, target, replace)
         _sync(target.parent)
@@ -65,7 +66,7 @@ def _move_into_place(scratch: Path, target: Path, replace: bool) -> None:
 
 
 def _open_to_readers(scratch: Path, mode: int) -> None:
-    """tempfile gives the owner alone access; the target gets what the umask allows."""
+    """tempfile and safetensors give the owner alone access; the target gets what the umask allows."""
     umask = os.umask(0)
     os.umask(umask)
     scratch.chmod(mode & ~umask)
