@@ -53,7 +53,7 @@ cuda: install
 	MFT_CUDA=$${MFT_CUDA:-1} $(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m benchmarks.kernel_code --only cuda
 
-# All questions, about 70 minutes on 2 cores; make bench WHAT=ops or WHAT="ops scaling"; QUICK=1: a few minutes, into
+# All questions, more than an hour on 2 cores; make bench WHAT=ops or WHAT="ops scaling"; QUICK=1: a few minutes, into
 # build/benchmarks. docs/benchmarks.md says what is measured.
 bench: install
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(WHAT)
