@@ -12,6 +12,7 @@ from tiny import make_llama, make_rows, masked_llama
 from mft.checkpoint import newest_checkpoint
 from mft.config import MaskConfig, TrainConfig
 from mft.convert import mask_model
+from mft.prefix import FrozenPrefix
 from mft.quantized import quantize_model
 from mft.recipe import finetune, train_masks
 from mft.saver import Saver, Stopped
@@ -124,3 +125,20 @@ def test_signals_act_as_before_once_training_is_over(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     train_masks(masks(), make_rows(ROWS), settings(steps=1), saver=Saver(tmp_path, 0))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_frozen_layers_are_run_in_the_groups_of_a_straight_run(tmp_path, monkeypatch):
+    """The last bits of what is remembered of a row may depend on the rows beside it."""
+    groups, run = [], FrozenPrefix._run_frozen_layers
+
+    def recording(self, input_ids):
+        groups.append(input_ids.tolist())
+        return run(self, input_ids)
+
+    monkeypatch.setattr(FrozenPrefix, "_run_frozen_layers", recording)
+    rows = make_rows(ROWS)
+    train_masks(masks(), rows, settings(), saver=Saver(tmp_path, math.inf))
+    straight = groups.copy()
+    groups.clear()
+    train_masks(masks(), rows, settings(), saver=Saver(tmp_path, math.inf, newest_checkpoint(tmp_path)[0]))
+    assert groups == straight
