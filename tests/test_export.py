@@ -307,7 +307,7 @@ def test_a_broken_description_names_the_line(saved):
     with pytest.raises(ValueError, match=rf"{CONFIG}:[23]: expected JSON, "):
         load_masks(llama(), saved)
     (saved / CONFIG).write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(ValueError, match=f"{CONFIG}: expected UTF-8 text, byte 7 is not"):
+    with pytest.raises(ValueError, match=f"{CONFIG}: expected UTF-8 text, got byte 7, which is not"):
         load_masks(llama(), saved)
 
 

@@ -32,7 +32,8 @@ TRITON_LAYERS = (
 KERNELS_MAY_IMPORT = {"backends", "reference", "reference_step"}  # of mft_kernels: a kernel knows no sibling
 RECIPE_LAYERS = (
     (
-        *("atomic", "cache", "checkpointing", "choices", "clones", "corpus", "header_corpus", "hub", "moving"),
+        *("atomic", "cache", "checkpointing", "choices", "clones", "corpus", "header_corpus", "hub", "json_file"),
+        "moving",
         *("problems", "progress", "quantized_weight", "run_lock", "simulate", "token_loss", "yaml_file"),
     ),
     ("batches", "checkpoint", "export_file", "fetch", "fields", "linears", "shapes"),

@@ -91,6 +91,26 @@ def assert_reads_what_was_written_or_refuses(directory, original):
     assert all(torch.equal(masks[name], expected_masks[name]) for name in masks)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"format_version": ' + b"1" * 5000 + b"}", "Exceeds the limit"),
+        (b"[1]", "expected an object, got list"),
+        (b'{"a": "\xff"}', "got byte 7, which is not"),
+        (b"{\n,}", ":2: expected JSON"),
+    ],
+)
+def test_json_that_no_honest_writer_makes_is_one_error(export, copy, content, message):
+    (copy / CONFIG_FILE).write_bytes(content)
+    try:
+        with pytest.raises(ValueError, match=message) as caught:
+            read_export(copy)
+        assert_named(caught.value, copy / CONFIG_FILE)
+    finally:
+        shutil.copy(export / CONFIG_FILE, copy / CONFIG_FILE)
+
+
 @pytest.fixture(scope="module")
 def copy(export, tmp_path_factory):
     directory = tmp_path_factory.mktemp("copy") / "masks"

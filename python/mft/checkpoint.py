@@ -23,12 +23,14 @@ from torch import Tensor
 
 from mft.atomic import atomic_directory
 from mft.cache import sha256_of
+from mft.json_file import read_object
 
 FORMAT_VERSION = 1
 TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _LEFT_OVER = re.compile(r"\.step-\d{8,}\..*\.(tmp|old)")  # of a writer that was killed; see atomic.py
 _MOST_MANIFEST = 1 << 16  # bytes
+_MOST_FACTS = 1 << 30  # bytes: the reports of millions of steps
 _HEADROOM = 1 << 20  # bytes beyond the tensors that a checkpoint may take
 
 
@@ -52,7 +54,7 @@ class Checkpoint:
 
     def facts(self) -> dict[str, Any]:
         """What is no tensor. Raises: BadCheckpoint."""
-        return _read_json(self.path / FACTS)
+        return _read_json(self.path / FACTS, _MOST_FACTS)
 
 
 def write_checkpoint(root: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Checkpoint:
@@ -107,7 +109,7 @@ def verify_checkpoint(path: Path) -> Checkpoint:
     """Read the manifest strictly, compare sizes, then hashes. Raises: BadCheckpoint."""
     named = _NAME.fullmatch(path.name)
     manifest_path = path / MANIFEST
-    manifest = _read_json(manifest_path, most=_MOST_MANIFEST)
+    manifest = _read_json(manifest_path, _MOST_MANIFEST)
     _expect(manifest_path, "keys", sorted(manifest), ["files", "format_version", "step"])
     version = manifest["format_version"]
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -143,19 +145,13 @@ def _found(root: Path) -> list[Path]:
     return [entry for _, entry in sorted(numbered)]
 
 
-def _read_json(path: Path, most: int | None = None) -> dict[str, Any]:
+def _read_json(path: Path, most: int) -> dict[str, Any]:
     try:
-        size = path.stat().st_size
-        if most is not None and size > most:
-            raise BadCheckpoint(f"{path}: expected at most {most} bytes, got {size}")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path, most)
     except OSError as error:
         raise BadCheckpoint(f"{path}: expected a file, got {error.strerror}") from None
-    except ValueError as error:  # of JSON or UTF-8
-        raise BadCheckpoint(f"{path}: expected JSON, got {error}") from None
-    if not isinstance(values, dict):
-        raise BadCheckpoint(f"{path}: expected an object, got {type(values).__name__}")
-    return values
+    except ValueError as error:
+        raise BadCheckpoint(str(error)) from None
 
 
 def _expect(path: Path, what: str, got: Any, expected: Any) -> None:

@@ -16,6 +16,7 @@ import safetensors
 from torch import Tensor
 
 from mft.choices import nearest
+from mft.json_file import read_object
 from mft.quantized_weight import QUANTIZATIONS
 from mft_kernels import unpack_mask
 
@@ -23,6 +24,7 @@ CONFIG_FILE = "adapter_config.json"
 MASK_FILE = "adapter_model.safetensors"
 PEFT_TYPE = "MFT"
 FORMAT_VERSION = 1
+_MOST_CONFIG = 1 << 26  # bytes: half a million lines of a masked layer
 _MODES = ("magnitude", "value")
 _MASKED_RULE = "true or false, and false where base_quantization is null"
 _FIXED = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM"}
@@ -83,10 +85,9 @@ def content_hash(export: MaskExport, masks: Mapping[str, Tensor]) -> str:
 def is_export(directory: Path) -> bool:
     """Whether directory claims to hold masks of ours; it may still be damaged."""
     try:
-        values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        return read_object(directory / CONFIG_FILE, _MOST_CONFIG).get("peft_type") == PEFT_TYPE
     except (OSError, ValueError):
         return False
-    return isinstance(values, dict) and values.get("peft_type") == PEFT_TYPE
 
 
 def read_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor]]:
@@ -116,13 +117,7 @@ def read_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor]]:
 
 
 def _read_config(path: Path) -> MaskExport:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, byte {error.start} is not") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: expected JSON, {error.msg}") from None
-    _expect(path, "content", values, isinstance(values, dict), "an object")
+    values = read_object(path, _MOST_CONFIG)
     if values.get("peft_type") != PEFT_TYPE:
         raise ValueError(f"{path}: expected peft_type {PEFT_TYPE!r}, got {values.get('peft_type')!r}: not our masks")
     version = values.get("format_version")
