@@ -1,0 +1,188 @@
+"""README and docs: every block of code runs, every link leads somewhere, every verb is listed.
+
+Blocks marked python and sh run in the order of their document, in a directory of its own. There smollm2-135m is a
+Llama of as many layers and the same tokens but 32 wide, runs take two steps, and what a reader brings (a model, rows,
+a layer) lies ready: the fixture ground, and brought(). Commands that take hours (LONG) are parsed, and their
+configuration read; of make each target is asked what it would do.
+"""
+
+import functools
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from tiny import make_rows, masked_llama
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from mft import models
+from mft.cli import app
+from mft.config import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LONG = {"compare", "ablate", "demo", "plot"}
+SHORT = {
+    verb: ["train.steps=2", "train.epochs=null", "data.max_train_tokens=2048", "data.max_eval_tokens=1024"]
+    for verb in ("finetune", "train", "evaluate", "sensitivity")
+}
+OF_THE_SHELL = {".", "cd", "export", "git", "pip"}  # what a reader's machine does
+
+
+def blocks(document):
+    return BLOCK.findall(document.read_text())
+
+
+def titled(documents):
+    return [pytest.param(document, id=str(document.relative_to(ROOT))) for document in documents]
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory, tokenizer):
+    """What a reader has: base/ and my-model/ (models), my.jsonl (text), run.yaml, and what README's commands leave."""
+    directory = tmp_path_factory.mktemp("ground")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+        words = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+        config = LlamaConfig(**sizes, **words, num_hidden_layers=30, tie_word_embeddings=True)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    models.save_model(model, tokenizer, directory / "base")
+    for name in ("my-model", "llama2-7b-dir"):
+        shutil.copytree(directory / "base", directory / name)
+    texts = [f"Row {i}: " + " and ".join(map(str, range(i, i + 99))) for i in range(60)]
+    (directory / "my.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (directory / "run.yaml").write_text("mask: {layers_to_transform: 28-29}\ndata: {sequence_length: 64}\n")
+    shutil.copy(ROOT / "python/mft/configs/compare/small.yaml", directory / "my.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        enter(directory, directory, patch)
+        for language, block in blocks(ROOT / "README.md"):
+            if language == "sh":
+                run_block(language, block, {})
+    shutil.rmtree(directory / "runs" / "merged")
+    return directory
+
+
+def enter(directory, ground, patch):
+    patch.chdir(directory)
+    patch.setenv("MFT_CACHE", str(ground / "cache"))
+    patch.setattr(models, "smollm2_directory", lambda dtype: ground / "base")
+
+
+def brought():
+    """Names that blocks take for granted."""
+    linear = torch.nn.Linear(48, 32)
+    return {
+        "linear": linear,
+        "weight": linear.weight.detach(),
+        "bias": linear.bias.detach(),
+        "x": torch.randn(3, 48),
+        "scores": torch.randn(32, 48, requires_grad=True),
+        "model": masked_llama(),
+        "rows": make_rows(),
+        "train": TrainConfig(steps=2),
+    }
+
+
+@pytest.mark.parametrize("document", titled(d for d in DOCUMENTS if blocks(d)))
+def test_the_blocks_of_a_document_run(document, ground, tmp_path, monkeypatch):
+    directory = shutil.copytree(ground, tmp_path / "here", ignore=shutil.ignore_patterns("cache"))
+    enter(directory, ground, monkeypatch)
+    names = brought()
+    for language, text in blocks(document):
+        run_block(language, text, names)
+
+
+def run_block(language, text, names):
+    assert language in ("python", "sh"), f"a block must be marked python or sh, got {language!r}"
+    if language == "python":
+        exec(compile(text, text.strip().splitlines()[0], "exec"), names)
+    elif language == "sh":
+        for line in text.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                run_command(words)
+
+
+def run_command(words):
+    name, *rest = words
+    if name == "mft":
+        run_mft(rest)
+    elif name == "make":
+        ask_make(tuple(rest))
+    elif Path(name).name in ("python", "python3", "torchrun"):
+        module = rest[rest.index("-m") + 1]
+        assert importlib.util.find_spec(module) is not None, module
+    else:
+        assert name in OF_THE_SHELL, f"a command must be one that this test knows, got {shlex.join(words)}"
+
+
+def run_mft(words):
+    verb, *rest = words
+    if verb in LONG or "--resume" in rest:
+        parse(verb, rest)
+        return
+    for word in rest:
+        if word.startswith("output_dir="):
+            shutil.rmtree(word.removeprefix("output_dir="), ignore_errors=True)
+    result = CliRunner().invoke(app, [*words, *SHORT.get(verb, [])])
+    assert result.exit_code == 0, f"mft {shlex.join(words)}: {result.output} {result.exception}"
+
+
+def parse(verb, rest):
+    from mft.study.load import load_study
+
+    with typer.main.get_command(app).commands[verb].make_context(verb, list(rest)) as context:
+        if verb in ("compare", "ablate"):
+            load_study(context.params["config"], [*(context.params["overrides"] or [])])
+
+
+@functools.cache
+def ask_make(words):
+    result = subprocess.run(["make", "--dry-run", *words], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    makefile = (ROOT / "Makefile").read_text()
+    for word in words:
+        variable, equals, _ = word.partition("=")
+        assert not equals or f"$({variable}" in makefile, f"the Makefile must use {variable}"
+
+
+@pytest.mark.parametrize("document", titled(DOCUMENTS))
+def test_commands_stand_in_blocks_that_run(document):
+    bare = BLOCK.sub("", document.read_text())
+    assert re.findall(r"^    (?:mft|make|python|pip|torchrun) .*", bare, re.MULTILINE) == []
+
+
+def anchors(document):
+    """As forges name a heading: lower case, hyphens for spaces, other punctuation dropped."""
+    titles = re.findall(r"^#+ (.*)$", BLOCK.sub("", document.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", titled(DOCUMENTS))
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", document.read_text())):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (document.parent / path).resolve() if path else document
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+def test_every_document_is_in_the_index():
+    index = (ROOT / "docs" / "README.md").read_text()
+    missing = [d.name for d in DOCUMENTS[1:] if f"({d.name})" not in index and d.name != "README.md"]
+    assert missing == []
+
+
+def test_readme_lists_every_verb():
+    readme = (ROOT / "README.md").read_text()
+    assert [verb for verb in typer.main.get_command(app).commands if f"`mft {verb}" not in readme] == []
