@@ -37,6 +37,15 @@ def check_scores(scores: Tensor, weight: Tensor) -> None:
     check_device("scores", scores, "weight", weight)
 
 
+def check_whole(name: str, tensor: Tensor) -> None:
+    """Raise if tensor is a DTensor, of which a process holds a part: the threshold of a part is another one."""
+    if hasattr(tensor, "full_tensor"):  # torch.distributed.tensor takes long to import
+        raise ValueError(
+            f"{name} must be a plain tensor, got a DTensor of shape {tuple(tensor.shape)} spread over processes: "
+            f"unshard() its module on every process first (mft.gathered(model) does), or take {name}.full_tensor()"
+        )
+
+
 def check_threshold(threshold: Tensor, scores: Tensor) -> None:
     """Raise unless threshold is one for the matrix, (), or one for each row of scores, (N,)."""
     if threshold.dim() != 0 and threshold.shape != scores.shape[:1]:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .checks import NonFiniteScores, check_keep_ratio, check_mode
 from .fixed_point import fixed_from_float
 from .held import Weight, masked_linear_held
-from .masking import CurrentMask, current_mask, masked_linear_by_ratio
+from .masking import CurrentMask, current_mask, masked_linear_by_ratio, outdate_all
 from .ops import unpack_mask
 
 INITS = ("normal", "magnitude", "constant")
@@ -203,6 +203,10 @@ class MaskedLinear(nn.Module):
 
     def _named(self, error: NonFiniteScores) -> NonFiniteScores:
         return NonFiniteScores(self.scores.detach(), self.module_name) if self.module_name else error
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        outdate_all()  # FSDP2 gathers the scores anew without a new version
 
     def _apply(self, fn, recurse=True):
         # .to(bfloat16), .half() and the like cast what they may: the scores keep their dtype, or their small

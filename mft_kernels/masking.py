@@ -40,17 +40,18 @@ class _Entry:
 
 _memo: dict[tuple, _Entry] = {}
 _lock = threading.Lock()
-_optimizer_steps = 0
+_changes = 0  # that no version shows
 
 
-def _count_optimizer_step(*_) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
+def outdate_all(*_) -> None:
+    """Forget what is memoised of all scores, after a write to shards, say: FSDP2 gathers them without a new version."""
+    global _changes
+    _changes += 1
 
 
 # A tensor's version does not see writes through .data or a raw pointer, as some optimisers make them.
 # So a step of any torch.optim.Optimizer outdates every memo.
-register_optimizer_step_post_hook(_count_optimizer_step)
+register_optimizer_step_post_hook(outdate_all)
 
 
 def current_mask(scores: Tensor, keep_ratio: float, threshold: float | None, mode: str) -> CurrentMask:
@@ -60,15 +61,17 @@ def current_mask(scores: Tensor, keep_ratio: float, threshold: float | None, mod
         scores: (N, K). A write that neither bumps the tensor's version nor is an optimiser's step (a hand-written
             ``scores.data`` assignment in place) is not seen: call outdate(scores) after it.
         threshold: a fixed one, or None to find the one that keeps ``keep_ratio``.
-    Raises: NonFiniteScores (a ValueError); not while a CUDA graph is captured.
+    Raises: NonFiniteScores (a ValueError); not while a CUDA graph is captured. ValueError if scores are spread over
+        processes.
     """
+    checks.check_whole("scores", scores)
     # An inference tensor has no version, so nothing tells whether it changed. A CUDA graph replays what it captured, so
     # the selection has to be in it.
     if scores.is_inference() or _capturing(scores):
         return _find_mask(scores, keep_ratio, threshold, mode)
     storage = StorageWeakRef(scores.untyped_storage())
     key = (storage.cdata, scores.storage_offset(), scores.shape, scores.stride(), scores.dtype)
-    freshness = (scores._version, _optimizer_steps, keep_ratio, threshold, mode)
+    freshness = (scores._version, _changes, keep_ratio, threshold, mode)
     with _lock:
         entry = _memo.get(key)
     if entry is not None and entry.freshness == freshness:

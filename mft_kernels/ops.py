@@ -19,6 +19,7 @@ from .checks import (
     check_product,
     check_scores,
     check_threshold,
+    check_whole,
 )
 from .fixed_point import selectable
 from .library import define, define_autocast, define_no_double_backward, gradient_shapes, library
@@ -137,6 +138,7 @@ def kept_threshold(scores: Tensor, keep_ratio: float, *, mode: str = "magnitude"
         the codes that read so as fp16).
     Raises: ValueError if keep_ratio is outside [0, 1], or if scores on the CPU are not all finite.
     """
+    check_whole("scores", scores)
     check_mode(mode)
     check_keep_ratio(keep_ratio)
     keys = selectable(scores.detach())
@@ -153,6 +155,7 @@ def pack_mask(scores: Tensor, threshold: Tensor, *, mode: str = "magnitude", bac
     Args: scores (N, K), floating or int16 (see fixed_point.py); threshold () or (N,), for int16 scores a code too.
     Returns: int32 (N, ceil(K / 32)); padding bits are 0.
     """
+    check_whole("scores", scores)
     check_mode(mode)
     if scores.dtype == torch.int16 and threshold.dtype != torch.int16:
         raise TypeError(

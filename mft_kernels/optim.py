@@ -30,7 +30,7 @@ class MaskAdamW(Optimizer):
         mode: "magnitude" or "value"; for step_one.
         seed: in [0, 2^31).
     lr, betas, eps, weight_decay, moments, mode and seed are options of each group.
-    Raises: ValueError or TypeError, naming the option.
+    Raises: ValueError or TypeError, naming the option. ValueError for parameters that fully_shard has spread.
     """
 
     def __init__(
@@ -60,6 +60,12 @@ class MaskAdamW(Optimizer):
         super().add_param_group(param_group)
         try:
             for p in param_group["params"]:
+                if hasattr(p, "full_tensor"):  # a DTensor
+                    raise ValueError(
+                        f"params must be plain tensors, got a DTensor of shape {tuple(p.shape)} spread over processes: "
+                        "8-bit moments share scales, and stochastic rounding counts elements, over the whole "
+                        "matrix; take torch.optim.AdamW on fp32 scores, or DistributedDataParallel"
+                    )
                 check_stepped("params", p)
                 if not p.is_contiguous():
                     raise ValueError(f"params must be contiguous, got strides {p.stride()}; use p.contiguous()")

@@ -39,8 +39,8 @@ RECIPE_LAYERS = (
     ("batches", "checkpoint", "export_file", "fetch", "fields", "linears", "shapes"),
     ("activations", "causal_lm", "config", "lora", "model_config", "setting", "harness"),
     (
-        *("layer_calls", "master_weights", "models", "prefix", "records", "run_directory", "score_states"),
-        *("step_time", "targets"),
+        *("distributed", "layer_calls", "master_weights", "models", "prefix", "records", "run_directory"),
+        *("score_states", "step_time", "targets"),
     ),
     ("convert", "estimate", "examples", "layer_engine"),
     ("answers", "bases", "choice", "inspection", "layerwise", "plain", "rows"),

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
         print_trainable_parameters,
         trainable_parameters,
     )
+    from .distributed import gathered
     from .export import load_masks, save_masks
     from .models import load_model, save_model
 
 # Loaded at first use: `mft --help` and `mft env` need not wait for transformers.
 _HOMES = {
     "MaskConfig": "config",
+    "gathered": "distributed",
     "load_config": "config",
     "load_masks": "export",
     "load_model": "models",
@@ -32,6 +34,7 @@ _HOMES = {
 
 __all__ = [
     "MaskConfig",
+    "gathered",
     "load_config",
     "load_masks",
     "load_model",

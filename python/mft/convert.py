@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mft.checkpointing import add_checkpointing_hooks, remove_checkpointing_hooks
 from mft.config import MaskConfig
+from mft.distributed import check_unsharded, unwrapped
 from mft.linears import layer_index, layer_stacks
 from mft.quantized_weight import quantized_weights
 from mft.targets import select_targets
@@ -46,8 +47,11 @@ def merge_model(model: nn.Module) -> nn.Module:
 
     Kept weights are bit-equal to the base's, dropped ones are +0. What was trainable before mask_model is so again.
 
-    Returns: the same model. Raises: ValueError if nothing is masked, or scores are not finite.
+    Returns: the same model; of one in DistributedDataParallel, the model within.
+    Raises: ValueError if nothing is masked, scores are not finite, or fully_shard has spread the model.
     """
+    model = unwrapped(model)
+    check_unsharded(model)
     masked = masked_modules(model)
     if not masked:
         raise ValueError(f"model has no masked layers to merge, got a plain {type(model).__name__}")

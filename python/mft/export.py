@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from mft.atomic import atomic_directory
 from mft.config import MaskConfig
 from mft.convert import check_unwrapped, convert, masked_modules
+from mft.distributed import check_unsharded, unwrapped
 from mft.export_file import CONFIG_FILE, MASK_FILE, MaskEntry, MaskExport, content_hash, is_export, read_export
 from mft.linears import find_targets, layer_index, layer_stacks
 from mft.quantized_weight import quantized_weights
@@ -36,10 +37,13 @@ def save_masks(model: nn.Module, directory: str | os.PathLike, *, base_model_nam
     """Write the masks of a masked model; either the whole export appears in directory, or nothing.
 
     Args:
+        model: also one in DistributedDataParallel; one that fully_shard has spread, only under gathered(model). One
+            process writes.
         directory: new, empty, or an earlier export, which is replaced. Anything else is refused.
         base_model_name_or_path: noted for the reader; by default the name that the model was loaded from.
     Returns: the directory.
     """
+    model = unwrapped(model)
     check_unwrapped(model)
     masked = masked_modules(model)
     if not masked:
@@ -72,6 +76,7 @@ def load_masks(model: nn.Module, directory: str | os.PathLike, *, force: bool = 
         learned on other weights. The model is then unchanged.
     """
     check_unwrapped(model)
+    check_unsharded(model)
     export, masks = read_export(Path(directory))
     shapes = {entry.name: entry.shape for entry in export.modules}
     _check_fit(model, shapes)

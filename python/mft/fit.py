@@ -136,7 +136,7 @@ def _saves_a_tenth(shape: ModelShape, setting: Setting) -> bool:
 
 def _free_memory(device: torch.device) -> tuple[float, float | None]:
     """Bytes free on the device, and on the host where that is another memory."""
-    host = _available_host_bytes()
+    host = _available_host_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # shared by torchrun's processes
     return (host, None) if device.type == "cpu" else (torch.cuda.mem_get_info(device)[0], host)
 
 

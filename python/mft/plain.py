@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mft.batches import MicroBatch
 from mft.config import TrainConfig
+from mft.distributed import ALONE, Processes
 from mft.layer_engine import OnLoss
 from mft.master_weights import MasterAdamW
 from mft.prefix import FrozenPrefix, PrefixMemory
@@ -18,7 +19,8 @@ from mft_kernels import MaskAdamW, MaskedLinear
 class Plain:
     """Trains what requires grad: weights by AdamW on fp32 masters, scores that are not fp32 by MaskAdamW.
 
-    Args: run, head: see causal_lm.split_at_head. memory: of the frozen layers' outputs, or None.
+    Args: run, head: see causal_lm.split_at_head. memory: of the frozen layers' outputs, or None. processes: those whose
+        gradients make up a step.
     """
 
     way = "plain"
@@ -30,8 +32,9 @@ class Plain:
         run: Callable[[nn.Module, Tensor], Tensor],
         head: nn.Module,
         memory: PrefixMemory | None,
+        processes: Processes = ALONE,
     ) -> None:
-        self._model, self._head = model, head
+        self._model, self._head, self._processes = model, head, processes
         self._prefix = FrozenPrefix(model, memory=memory, run=run)
         self._device = next(model.parameters()).device
         self._stepper = _stepper(model, train)
@@ -45,6 +48,7 @@ class Plain:
         for batch in batches:
             hidden = self._prefix(batch.input_ids.to(self._device), batch.rows)
             on_loss(batch, backward_labelled_loss(self._head, hidden, batch.labelled.to(self._device), scale))
+        self._processes.sum_gradients(self._stepper.masters)
         if self.before_update is not None:
             self.before_update()
         self._stepper.set_lr(lr)

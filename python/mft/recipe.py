@@ -16,6 +16,7 @@ from mft.batches import MicroBatch, take_rows
 from mft.causal_lm import FEW, split_at_head
 from mft.config import TrainConfig
 from mft.convert import masked_modules
+from mft.distributed import ALONE, Processes
 from mft.engines import Device, start_engine
 from mft.layer_engine import LayerEngine
 from mft.plain import Plain
@@ -79,6 +80,7 @@ def train_loop(
     before_update: Callable[[int, int], None] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
     saver: Saver | None = None,
+    processes: Processes = ALONE,
 ) -> list[StepReport]:
     """Train what requires grad; the model ends in eval mode.
 
@@ -90,12 +92,14 @@ def train_loop(
         before_update: called with (step, steps) when a step's gradients are complete and not yet clipped or applied; it
             may change them (of fp32 parameters: the .grad) and the parameters. Belongs to way "plain".
         saver: writes checkpoints, and may begin at one; on_step does not hear of the steps done before.
+        processes: those that train together, each of which calls this with the same arguments; see distributed.py.
     Raises: NonFiniteLoss, naming step, rows and documents; the step's gradients are not applied.
     """
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one row to train on, got 0")
     if before_update is not None and way != "plain":
         raise ValueError(f"before_update must be None unless way is plain, whose gradients it may change, got {way!r}")
+    processes.check(train, way, model)
     steps = count_steps(train, len(dataset))
     if remember and memory is None and steps * train.batch_size * train.accumulation > len(dataset):
         memory = PrefixMemory()
@@ -107,7 +111,7 @@ def train_loop(
         _training_mode(model, checkpointed=way == "plain" and train.gradient_checkpointing),
         contextlib.nullcontext() if saver is None else saver.listening(),
     ):
-        runner = _start(model, train, few, way, device, memory)
+        runner = _start(model, train, few, way, device, memory, processes)
         if isinstance(runner, Plain) and before_update is not None:
             runner.before_update = lambda: before_update(len(reports) + 1, steps)
         try:
@@ -115,38 +119,48 @@ def train_loop(
                 _rehearse(runner, dataset, train)
             if saver is not None:
                 reports += saver.begin(runner)
+            processes.agree_on(runner.learned())
             done, epoch = len(reports), len(dataset) / (train.batch_size * train.accumulation)
             begin = time.perf_counter() - (reports[-1].seconds if reports else 0.0)
             for step in range(1, steps + 1):
                 micro_batches = [[next(stream) for _ in range(train.batch_size)] for _ in range(train.accumulation)]
-                if step <= done and step > epoch + 1:
+                if step <= done and step > epoch + 1 and processes.count == 1:  # all rows have been seen
                     continue
-                batches = [take_rows(dataset, rows) for rows in micro_batches]
+                batches = [take_rows(dataset, rows) for rows in processes.share(micro_batches)]
                 if step <= done:
                     runner.recall(batches)  # in the groups of then, on which the last bits may depend
                     continue
-                count = sum(len(batch.labelled.targets) for batch in batches)
+                labelled = sum(len(batch.labelled.targets) for batch in batches)
+                length = sum(batch.input_ids.numel() for batch in batches)
+                count, tokens = (int(total) for total in processes.sum(labelled, length))
                 losses = _Losses(f"step {step} of {steps}", train)
                 lr = train.lr * schedule_factor(step, steps, train)
                 runner.step(batches, 1 / max(count, 1), lr, train.max_grad_norm, losses)
                 runner.check()
-                tokens = sum(batch.input_ids.numel() for batch in batches)
+                (loss,) = processes.sum(losses.total)
                 seconds = time.perf_counter() - begin
-                reports.append(StepReport(step, steps, losses.total / max(count, 1), lr, tokens, seconds))
+                reports.append(StepReport(step, steps, loss / max(count, 1), lr, tokens, seconds))
                 if on_step is not None:
                     on_step(reports[-1])
                 if saver is not None:
                     saver.after_step(runner, reports)
+            processes.agree_on(runner.learned())  # else their machines compute differently
         finally:
             runner.close()
     return reports
 
 
 def _start(
-    model: nn.Module, train: TrainConfig, few: Tensor, way: str, device: Device, memory: PrefixMemory | None
+    model: nn.Module,
+    train: TrainConfig,
+    few: Tensor,
+    way: str,
+    device: Device,
+    memory: PrefixMemory | None,
+    processes: Processes,
 ) -> Plain | LayerEngine:
     if way == "plain":
-        return Plain(model, train, *split_at_head(model, few), memory)
+        return Plain(model, train, *split_at_head(model, few), memory, processes)
     return start_engine(model, few, way, device, train=train, memory=memory)
 
 

@@ -39,7 +39,7 @@ def resumed_config(directory: Path, path: Path | None, overrides: Sequence[str],
     asked.output_dir = str(directory)
     if asked.model.quantization is None:  # memory: quantized has chosen it
         asked.model.quantization = own.model.quantization
-    was, now = _flat(own), _flat(asked)
+    was, now = flat(own), flat(asked)
     changed = [f"{key} was {was[key]}, now {now[key]}" for key in was if was[key] != now[key] and key not in _FREE]
     if changed and not force:
         raise ValueError(
@@ -63,8 +63,8 @@ def find_checkpoint(directory: Path, say: Callable[[str], None]) -> Checkpoint |
     return found
 
 
-def _flat(config: RunConfig) -> dict[str, Any]:
-    """ "section.key" -> value"""
+def flat(config: RunConfig) -> dict[str, Any]:
+    """ "section.key" -> value, as an override names it."""
     values = dataclasses.asdict(config)
     sections = {key: value for key, value in values.items() if isinstance(value, dict)}
     flat = {key: value for key, value in values.items() if key not in sections}

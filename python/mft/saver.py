@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from mft.checkpoint import Checkpoint, check_space, write_checkpoint
+from mft.distributed import ALONE, Processes
 from mft.layer_engine import LayerEngine
 from mft.plain import Plain
 from mft.training_state import put_state, state_bytes, take_state
@@ -24,11 +25,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Stopped(SystemExit):
     """Training was told to stop and has saved where it stood."""
 
-    def __init__(self, number: int, step: int, steps: int, checkpoint: Checkpoint) -> None:
+    def __init__(self, number: int, step: int, steps: int, where: Path) -> None:
         super().__init__(128 + number)
-        self.message = (
-            f"stopped by {signal.Signals(number).name} after step {step} of {steps}; saved: {checkpoint.path}"
-        )
+        self.message = f"stopped by {signal.Signals(number).name} after step {step} of {steps}; saved: {where}"
 
 
 @dataclass
@@ -52,6 +51,7 @@ class Saver:
         found: continue from there.
         facts: kept in every checkpoint; those of found must be the same, unless force is True.
         on_found: hears of the steps that found had done.
+        processes: those that train together; the first one writes, all go on from what it wrote.
     """
 
     def __init__(
@@ -63,9 +63,10 @@ class Saver:
         facts: dict[str, Any] | None = None,
         force: bool = False,
         on_found: Callable[[list[StepReport]], None] | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self._root, self._minutes, self._found, self._facts = root, minutes, found, facts or {}
-        self._force, self._on_found = force, on_found
+        self._force, self._on_found, self._processes = force, on_found, processes
         self._last = time.monotonic()
         self._told: int | None = None  # the signal that came
 
@@ -74,8 +75,9 @@ class Saver:
 
         Raises: OSError if the disk has no room for two checkpoints. ValueError, if the checkpoint is another run's.
         """
-        self._root.mkdir(parents=True, exist_ok=True)
-        check_space(self._root, (1 if self._found else 2) * state_bytes(runner))
+        if self._processes.first:
+            self._root.mkdir(parents=True, exist_ok=True)
+            check_space(self._root, (1 if self._found else 2) * state_bytes(runner))
         self._last = time.monotonic()
         if self._found is None:
             return []
@@ -97,17 +99,18 @@ class Saver:
         return reports
 
     def after_step(self, runner: Plain | LayerEngine, reports: list[StepReport]) -> None:
-        """Save if it is time. Raises: Stopped, if a signal came."""
-        done, told = reports[-1].step == reports[-1].steps, self._told
+        """Save if it is time. Raises: Stopped, if a signal came, to whichever process."""
+        done, told = reports[-1].step == reports[-1].steps, self._processes.largest(self._told or 0)
         due = time.monotonic() - self._last >= 60 * self._minutes
-        if not (due or done or told is not None):
-            return
-        tensors, numbers = take_state(runner)
-        facts = {"numbers": numbers, "reports": [asdict(report) for report in reports], "facts": self._facts}
-        checkpoint = write_checkpoint(self._root, reports[-1].step, tensors, facts)
-        self._last = time.monotonic()
-        if told is not None:
-            raise Stopped(told, reports[-1].step, reports[-1].steps, checkpoint)
+        where = self._root
+        if self._processes.first and (due or done or told):
+            tensors, numbers = take_state(runner)
+            facts = {"numbers": numbers, "reports": [asdict(report) for report in reports], "facts": self._facts}
+            where = write_checkpoint(self._root, reports[-1].step, tensors, facts).path
+            self._last = time.monotonic()
+        if told:
+            self._processes.wait()  # torchrun ends all as soon as one has left, and the first may be writing
+            raise Stopped(told, reports[-1].step, reports[-1].steps, where)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

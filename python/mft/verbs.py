@@ -17,10 +17,11 @@ from mft.checkpoint import Checkpoint
 from mft.config import ModelConfig, RunConfig, save_config
 from mft.convert import mask_model, print_trainable_parameters
 from mft.data import Splits, load_splits
+from mft.distributed import Processes, joined
 from mft.evaluate import Evaluation, paired_difference
 from mft.export import base_hash, load_masks, save_masks
 from mft.export_file import read_export
-from mft.fit import plan_training, replan
+from mft.fit import Plan, plan_training, replan
 from mft.flips import PHASE, POINTS, FlipCounter
 from mft.harness import load_tasks, score_tasks, task_table, write_scores
 from mft.inspection import flip_share, initial_masks
@@ -31,7 +32,7 @@ from mft.quantized import quantize_model
 from mft.recipe import StepReport, count_steps, finetune, train_masks
 from mft.recorder import Recorder, Steps
 from mft.report import evaluation_table
-from mft.resume import Start, find_checkpoint
+from mft.resume import Start, find_checkpoint, flat
 from mft.run_directory import (
     CHECKPOINTS,
     CONFIG,
@@ -63,72 +64,14 @@ console = Console()
 def run_finetune(config: RunConfig, start: Start) -> None:
     """mft finetune"""
     check_exact(config.model, "finetune")
-    found = _check_start(config, start)
-    model, tokenizer = _load(config.model)
-    splits = _load_data(config, tokenizer)
-    with _running(config, start, found) as (directory, recorder):
-        before = _before(recorder, found, "before, validation", model, splits.validation)
-        model.requires_grad_(True)
-        print_trainable_parameters(model)
-        with recorder.training("full fine-tune", splits.train, config.train) as on_step:
-            saver = _saver(config, start, found, {"data": splits.key}, on_step)
-            finetune(model, splits.train, config.train, on_step=on_step, saver=saver)
-        after = recorder.evaluate("after, validation", model, splits.validation)
-        save_model(model, tokenizer, directory / MODEL)
-        _finish(directory, recorder, before, after, directory / MODEL)
+    with joined() as processes:
+        _finetune(config, start, processes)
 
 
 def run_train(config: RunConfig, start: Start) -> None:
     """mft train"""
-    found = _check_start(config, start)
-    plan = plan_training(config) if found is None else replan(config, **found.facts()["facts"]["plan"])
-    console.print(plan.reason, highlight=False, soft_wrap=True)
-    kind = config.model.quantization = plan.quantization
-    model, tokenizer = load_model(config.model)
-    if plan.way == "plain":
-        model.to(plan.device)
-    splits = _load_data(config, tokenizer)
-    select_targets(model, config.mask)  # raises before anything is written
-    where: dict[str, Any] = {"way": plan.way, "device": plan.device}
-    evaluated = where if plan.way == "plain" else where | {"batch_size": config.train.batch_size}
-    with _running(config, start, found) as (directory, recorder):
-        if kind is None:
-            before = _before(recorder, found, "before, validation", model, splits.validation, **evaluated)
-        mask_model(model, config.mask)
-        if kind is not None:
-            quantize_model(model, kind, masked=config.model.quantize_masked)
-            with keeping_all(model):
-                name = f"before in {kind}, validation"
-                before = _before(recorder, found, name, model, splits.validation, **evaluated)
-        print_trainable_parameters(model)
-        initial = initial_masks(model)
-        steps = count_steps(config.train, len(splits.train))
-        # The other ways keep scores elsewhere while they train.
-        flips = FlipCounter(model, initial, every=max(1, -(-steps // POINTS))) if plan.way == "plain" else None
-        facts = {
-            "plan": {"way": plan.way, "remember": plan.remember},
-            "data": splits.key,
-            "base": base_hash(model),
-        }
-        with recorder.training("mask fine-tune", splits.train, config.train) as on_step:
-
-            def after_step(report: StepReport) -> None:
-                on_step(report)
-                if flips is not None and (counted := flips(report)) is not None:
-                    recorder.write(phase=PHASE, **counted)
-
-            saver = _saver(config, start, found, facts, on_step)
-            options = where | {"remember": plan.remember, "saver": saver}
-            train_masks(model, splits.train, config.train, on_step=after_step, **options)
-        after = recorder.evaluate("after, validation", model, splits.validation, **evaluated)
-        save_masks(model, directory / MASKS, base_model_name_or_path=config.model.name)
-        console.print(
-            f"{100 * flip_share(model, initial):.2f} % of the mask's bits flipped since initialisation", highlight=False
-        )
-        _finish(directory, recorder, before, after, directory / MASKS)
-    console.print(
-        f"next: mft inspect {directory}, or mft merge {directory} <directory>", highlight=False, soft_wrap=True
-    )
+    with joined() as processes:
+        _train(config, start, processes)
 
 
 def run_evaluate(config: RunConfig, masks: Path | None, split: str, *, force: bool, unquantized: bool) -> None:
@@ -197,6 +140,94 @@ def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> 
 # ---------------------------------------------------------------------------------------------- private
 
 
+def _finetune(config: RunConfig, start: Start, processes: Processes) -> None:
+    processes.check(config.train, "plain")
+    found = _check_start(config, start, processes)
+    model, tokenizer = _load(config.model)
+    splits = _load_data(config, tokenizer)
+    processes.agree({"data": splits.key})
+    with _running(config, start, found, processes) as (directory, recorder):
+        before = _before(recorder, found, "before, validation", model, splits.validation)
+        model.requires_grad_(True)
+        print_trainable_parameters(model)
+        with recorder.training("full fine-tune", splits.train, config.train) as on_step:
+            saver = _saver(config, start, found, {"data": splits.key}, on_step, processes)
+            finetune(model, splits.train, config.train, on_step=on_step, saver=saver, processes=processes)
+        after = recorder.evaluate("after, validation", model, splits.validation)
+        if processes.first:
+            save_model(model, tokenizer, directory / MODEL)
+            _finish(directory, recorder, before, after, directory / MODEL)
+
+
+def _train(config: RunConfig, start: Start, processes: Processes) -> None:
+    found = _check_start(config, start, processes)
+    plan = _plan(config, found, processes)
+    console.print(plan.reason, highlight=False, soft_wrap=True)
+    kind = config.model.quantization = plan.quantization
+    model, tokenizer = load_model(config.model)
+    if plan.way == "plain":
+        model.to(plan.device)
+    splits = _load_data(config, tokenizer)
+    select_targets(model, config.mask)  # raises before anything is written
+    where: dict[str, Any] = {"way": plan.way, "device": plan.device}
+    evaluated = where if plan.way == "plain" else where | {"batch_size": config.train.batch_size}
+    with _running(config, start, found, processes) as (directory, recorder):
+        if kind is None:
+            before = _before(recorder, found, "before, validation", model, splits.validation, **evaluated)
+        mask_model(model, config.mask)
+        if kind is not None:
+            quantize_model(model, kind, masked=config.model.quantize_masked)
+            with keeping_all(model):
+                name = f"before in {kind}, validation"
+                before = _before(recorder, found, name, model, splits.validation, **evaluated)
+        print_trainable_parameters(model)
+        initial = initial_masks(model)
+        steps = count_steps(config.train, len(splits.train))
+        # The other ways keep scores elsewhere while they train.
+        counts = plan.way == "plain" and processes.first
+        flips = FlipCounter(model, initial, every=max(1, -(-steps // POINTS))) if counts else None
+        facts = {
+            "plan": {"way": plan.way, "remember": plan.remember},
+            "data": splits.key,
+            "base": base_hash(model),
+        }
+        processes.agree(facts)
+        with recorder.training("mask fine-tune", splits.train, config.train) as on_step:
+
+            def after_step(report: StepReport) -> None:
+                on_step(report)
+                if flips is not None and (counted := flips(report)) is not None:
+                    recorder.write(phase=PHASE, **counted)
+
+            saver = _saver(config, start, found, facts, on_step, processes)
+            options = where | {"remember": plan.remember, "saver": saver, "processes": processes}
+            train_masks(model, splits.train, config.train, on_step=after_step, **options)
+        after = recorder.evaluate("after, validation", model, splits.validation, **evaluated)
+        if not processes.first:
+            return
+        save_masks(model, directory / MASKS, base_model_name_or_path=config.model.name)
+        console.print(
+            f"{100 * flip_share(model, initial):.2f} % of the mask's bits flipped since initialisation", highlight=False
+        )
+        _finish(directory, recorder, before, after, directory / MASKS)
+    console.print(
+        f"next: mft inspect {directory}, or mft merge {directory} <directory>", highlight=False, soft_wrap=True
+    )
+
+
+def _plan(config: RunConfig, found: Checkpoint | None, processes: Processes) -> Plan:
+    """How all processes train, before a weight is loaded."""
+    if found is not None:
+        plan = replan(config, **found.facts()["facts"]["plan"])
+    elif processes.count > 1 and config.memory == "auto":
+        plan = plan_training(dataclasses.replace(config, memory="plain"))
+    else:
+        plan = plan_training(config)
+    processes.check(config.train, plan.way)
+    # Each process has found other memory free.
+    return dataclasses.replace(plan, remember=all(processes.gather(plan.remember)))
+
+
 class _Stages:
     """The states in which a model is evaluated: without masks, then with those of a directory, on the base that is due.
 
@@ -228,18 +259,27 @@ def _say(line: str) -> None:
     console.print(line, highlight=False, soft_wrap=True)
 
 
-def _check_start(config: RunConfig, start: Start) -> Checkpoint | None:
+def _check_start(config: RunConfig, start: Start, processes: Processes) -> Checkpoint | None:
     """Before anything is loaded: raise if output_dir is not to be written; the checkpoint to go on from, if any."""
-    if start.resume:
-        return find_checkpoint(Path(config.output_dir), _say)
-    check_run_directory(config.output_dir, overwrite=start.overwrite)
-    return None
+    found = find_checkpoint(Path(config.output_dir), _say) if start.resume else None
+    if not start.resume:
+        check_run_directory(config.output_dir, overwrite=start.overwrite)
+    processes.agree(flat(config) | {"the checkpoint's step": None if found is None else found.step})
+    return found
 
 
 @contextlib.contextmanager
-def _running(config: RunConfig, start: Start, found: Checkpoint | None) -> Iterator[tuple[Path, Recorder]]:
-    """The run's directory, which no other process may use meanwhile; its checkpoints go when it has its result."""
+def _running(
+    config: RunConfig, start: Start, found: Checkpoint | None, processes: Processes
+) -> Iterator[tuple[Path, Recorder]]:
+    """The run's directory, which no other run may use meanwhile; its checkpoints go when it has its result.
+
+    Of several processes the first one alone holds it and writes there.
+    """
     directory = Path(config.output_dir)
+    if not processes.first:
+        yield directory, Recorder()
+        return
     with hold(directory):
         if found is None:
             open_run(directory, config, overwrite=start.overwrite or start.resume)
@@ -263,13 +303,18 @@ def _before(recorder: Recorder, found: Checkpoint | None, *arguments: Any, **opt
 
 
 def _saver(
-    config: RunConfig, start: Start, found: Checkpoint | None, facts: dict[str, Any], on_step: Steps
+    config: RunConfig,
+    start: Start,
+    found: Checkpoint | None,
+    facts: dict[str, Any],
+    on_step: Steps,
+    processes: Processes,
 ) -> Saver | None:
     if config.checkpoint_minutes is None and found is None:
         return None
     minutes = math.inf if config.checkpoint_minutes is None else config.checkpoint_minutes
     root = Path(config.output_dir) / CHECKPOINTS
-    return Saver(root, minutes, found, facts=facts, force=start.force, on_found=on_step.go_on)
+    return Saver(root, minutes, found, facts=facts, force=start.force, on_found=on_step.go_on, processes=processes)
 
 
 def _load(config: ModelConfig) -> tuple[Any, Any]:
