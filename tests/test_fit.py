@@ -44,6 +44,12 @@ def test_auto_takes_the_fastest_that_fits_and_says_why(with_free, free, way):
         assert "plain cannot be taken: needs " in plan.reason
 
 
+def test_processes_on_one_machine_share_its_memory(with_free, monkeypatch):
+    with_free(400)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert "of 100.0 GB on cpu" in plan_training(config_of()).reason
+
+
 def test_what_cannot_fit_is_refused_with_numbers_and_the_nearest_setting(with_free):
     with_free(24)
     with pytest.raises(ValueError, match=r"nothing fits: resident: needs .* GB of 24.0 GB, in backward; the nearest"):

@@ -1,0 +1,391 @@
+"""Two gloo processes give the single-process result: DDP, FSDP2, and the recipe, from Python and under torchrun."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from test_cli import LEARN, cli, model_dir  # noqa: F401
+from test_resume_cli import steps, wait_for_checkpoint
+from tiny import make_llama, make_rows, masked_llama
+
+import mft
+from mft.checkpoint import newest_checkpoint
+from mft.config import MaskConfig, TrainConfig
+from mft.convert import mask_model, masked_modules
+from mft.distributed import Processes
+from mft.recipe import finetune, train_masks
+from mft.run_lock import hold
+from mft.saver import Saver, Stopped
+from mft_kernels import MaskAdamW, MaskedLinear, kept_threshold
+
+COUNT, STEPS, STOP = 2, 6, 3
+HEAVY = "model.layers.1.mlp.down_proj"
+
+# ---------------------------------------------------------------------------------------------- what is computed
+
+
+def whole(tensor):
+    """On this process, without a graph."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
+def scores_of(model):
+    return {name: whole(module.scores) for name, module in masked_modules(model).items()}
+
+
+def masked(**mask):
+    return masked_llama(layers=range(4), **mask)
+
+
+def halves():
+    ids = torch.tensor(make_rows(4)["input_ids"])
+    return [ids[:2], ids[2:]]
+
+
+def learn(model, optimizer, parts):
+    """Losses of some steps, each the mean over parts of the rows."""
+    losses = []
+    for _ in range(STEPS):
+        losses.append(0.0)
+        for ids in parts:
+            loss = model(input_ids=ids, labels=ids).loss / len(parts)
+            loss.backward()
+            losses[-1] += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+OPTIMIZERS = {
+    "AdamW": ({}, lambda scores: torch.optim.AdamW(scores, lr=1e-2)),
+    "MaskAdamW": ({}, lambda scores: MaskAdamW(scores, lr=1e-2, moments="fp32")),
+    "MaskAdamW, 16 and 8 bits": ({"scores_dtype": "bfloat16"}, lambda scores: MaskAdamW(scores, lr=1e-2)),
+}
+
+
+def trained_scores(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def rows():
+    """Ten, of which some score few tokens, and two none: the mean is over the tokens of all processes."""
+    found = make_rows(10)
+    labels = [[-100] * (i % 5 * 3) + row["labels"][i % 5 * 3 :] for i, row in enumerate(found)]
+    return found.remove_columns("labels").add_column("labels", labels)
+
+
+def settings(**changes):
+    return TrainConfig(**{"lr": 1e-2, "steps": STEPS, "batch_size": 2, "accumulation": COUNT, "seed": 3} | changes)
+
+
+# Two terms have one sum, whoever adds them; with more, or where other rows stand beside a remembered one, the last bits
+# depend on the order.
+RECIPES = {
+    "fp32": (masked, train_masks, {}, True),
+    "a row at a time": (masked, train_masks, {"batch_size": 1}, True),
+    "16 and 8 bits": (lambda: masked(scores_dtype="bfloat16"), train_masks, {"moments": "8bit"}, True),
+    "clipped": (masked, train_masks, {"max_grad_norm": 0.1}, True),
+    "uneven shares": (masked, train_masks, {"accumulation": 3}, False),
+    "remembered layers": (masked_llama, train_masks, {}, False),
+    "16-bit weights": (lambda: make_llama(torch.bfloat16), finetune, {}, False),
+}
+
+
+def recipe(name, **options):
+    make, run, changes, _ = RECIPES[name]
+    model = make()
+    reports = run(model, rows(), settings(**changes), **options)
+    losses = [[report.step, report.loss, report.lr, report.tokens] for report in reports]
+    return {"reports": losses, "state": {key: value.clone() for key, value in model.state_dict().items()}}
+
+
+# ---------------------------------------------------------------------------------------------- in both processes
+
+
+def work(rank, folder):
+    """One process; what it found goes to folder/rank.pt, for the tests to judge."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    folder = Path(folder)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=COUNT)
+    processes = Processes(rank, COUNT)
+    found = {f"DDP, {name}": in_ddp(rank, name, folder) for name in OPTIMIZERS}
+    found["FSDP2"] = in_fsdp2(rank, folder)
+    found["uneven shards"] = in_uneven_shards()
+    found |= {name: recipe(name, processes=processes) for name in RECIPES}
+    found["stopped"] = stopped(rank, folder / "checkpoints", processes)
+    found["other settings"] = refusal(lambda: processes.agree({"train.lr": 0.1 + rank, "train.seed": 3}))
+    other = mask_model(make_llama(), MaskConfig(seed=rank))
+    found["other scores"] = refusal(lambda: train_masks(other, rows(), settings(), processes=processes))
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def refusal(call):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        call()
+    return str(caught.value)
+
+
+def in_ddp(rank, name, folder):
+    mask, make_optimizer = OPTIMIZERS[name]
+    model = masked(**mask)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    losses = learn(wrapped, make_optimizer(trained_scores(model)), halves()[rank : rank + 1])
+    scores = scores_of(model)
+    if rank == 0:
+        mft.save_masks(wrapped, folder / name)
+    return {"losses": losses, "scores": scores, "merged": whole(mft.merge_model(wrapped).get_submodule(HEAVY).weight)}
+
+
+def in_fsdp2(rank, folder):
+    from torch.distributed.fsdp import fully_shard
+
+    model = masked()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    scores, part = trained_scores(model), halves()[rank]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = learn(model, torch.optim.AdamW(scores, lr=1e-2), [part])
+    module = model.get_submodule(HEAVY)
+    found = {"losses": losses, "scores": scores_of(model), "local rows": module.scores.to_local().shape[0]}
+    found["refusals"] = [
+        refusal(module.mask),
+        refusal(lambda: kept_threshold(module.scores, 0.9)),
+        refusal(lambda: MaskAdamW(scores)),
+        refusal(lambda: mft.save_masks(model, folder / "nothing")),
+        refusal(lambda: mft.merge_model(model)),
+        refusal(lambda: mft.load_masks(model, folder / "nothing")),
+    ]
+    with mft.gathered(model):
+        found["mask"] = module.mask()
+        if rank == 0:
+            mft.save_masks(model, folder / "FSDP2")
+    with torch.no_grad():
+        found["after"] = model(input_ids=part, labels=part).loss.item()
+        model.load_state_dict(before)
+        found["loaded"] = model(input_ids=part, labels=part).loss.item()
+    return found
+
+
+def five_by_eight():
+    torch.manual_seed(0)
+    return MaskedLinear(8, 5, keep_ratio=0.5)
+
+
+def squares(layer):
+    """One step down the squares of what comes out, on small integers; returns that and the new scores."""
+    optimizer = torch.optim.AdamW([layer.scores], lr=1e-2)
+    y = layer(torch.arange(24.0).reshape(3, 8))
+    y.square().sum().backward()
+    optimizer.step()
+    return {"y": y.detach(), "scores": whole(layer.scores)}
+
+
+def in_uneven_shards():
+    from torch.distributed.fsdp import fully_shard
+
+    return squares(fully_shard(five_by_eight()))
+
+
+def stopped(rank, root, processes):
+    """A signal to the second process alone, and what goes on from there."""
+    make, _, changes, _ = RECIPES["fp32"]
+
+    def stop(report):
+        if (rank, report.step) == (1, STOP):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    saver = Saver(root, math.inf, processes=processes)
+    with pytest.raises(Stopped) as caught:
+        train_masks(make(), rows(), settings(**changes), on_step=stop, saver=saver, processes=processes)
+    checkpoint, _ = newest_checkpoint(root)
+    saver = Saver(root, math.inf, checkpoint, processes=processes)
+    return {"code": caught.value.code, "step": checkpoint.step} | recipe("fp32", saver=saver, processes=processes)
+
+
+# ---------------------------------------------------------------------------------------------- DDP and FSDP2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where both processes have left what they found."""
+    folder = tmp_path_factory.mktemp("distributed")
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=COUNT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """What each process found."""
+    return [torch.load(folder / f"{rank}.pt") for rank in range(COUNT)]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def alone(name):
+    """(losses, masked model) of one process that takes the halves one after the other."""
+    mask, make_optimizer = OPTIMIZERS[name]
+    model = masked(**mask)
+    return learn(model, make_optimizer(trained_scores(model)), halves()), model
+
+
+def exported(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_ddp_is_bit_equal_to_one_process(found, folder, tmp_path, name):
+    losses, model = alone(name)
+    assert [sum(pair) / 2 for pair in zip(*(each[f"DDP, {name}"]["losses"] for each in found))] == losses
+    for each in found:
+        assert equal(each[f"DDP, {name}"]["scores"], scores_of(model))
+    mft.save_masks(model, tmp_path / "masks")
+    assert equal(exported(folder / name), exported(tmp_path / "masks"))
+    merged = mft.merge_model(model).get_submodule(HEAVY).weight
+    assert torch.equal(found[0][f"DDP, {name}"]["merged"], merged)
+    assert (merged == 0).any()
+
+
+def test_fsdp2_is_bit_equal_to_one_process(found, folder, tmp_path):
+    losses, model = alone("AdamW")
+    assert [sum(pair) / 2 for pair in zip(*(each["FSDP2"]["losses"] for each in found))] == losses
+    for each in found:
+        assert equal(each["FSDP2"]["scores"], scores_of(model))
+        assert torch.equal(each["FSDP2"]["mask"], model.get_submodule(HEAVY).mask())
+        assert each["FSDP2"]["local rows"] == model.get_submodule(HEAVY).out_features / COUNT
+    mft.save_masks(model, tmp_path / "masks")
+    assert equal(exported(folder / "FSDP2"), exported(tmp_path / "masks"))
+
+
+def test_what_would_read_a_part_of_a_matrix_is_refused(found, folder):
+    mask, threshold, optimizer, save, merge, load = found[1]["FSDP2"]["refusals"]
+    for message in (mask, threshold, save):
+        assert (
+            "scores must be a plain tensor, got a DTensor of shape (32, 64) spread over processes: unshard()" in message
+        )
+    assert "8-bit moments share scales" in optimizer
+    assert "take torch.optim.AdamW" in optimizer
+    for message in (merge, load):
+        assert "must not be sharded yet, got a FSDPLlamaForCausalLM that fully_shard has spread" in message
+    assert not (folder / "nothing").exists()
+
+
+def test_scores_loaded_into_shards_are_what_the_next_forward_selects(found):
+    """FSDP2 gathers them into the same memory, and keeps its version."""
+    for each in found:
+        assert each["FSDP2"]["loaded"] == each["FSDP2"]["losses"][0] != each["FSDP2"]["after"]
+
+
+def test_the_threshold_is_the_matrix_s_although_shards_are_uneven(found):
+    expected = squares(five_by_eight())
+    for each in found:
+        assert equal(each["uneven shards"], expected)
+
+
+# ---------------------------------------------------------------------------------------------- the recipe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipe_gives_the_single_process_result(found, name):
+    expected, exact = recipe(name), RECIPES[name][-1]
+    assert equal(found[0][name]["state"], found[1][name]["state"])
+    assert found[0][name]["reports"] == found[1][name]["reports"]
+    if exact:
+        assert found[0][name]["reports"] == expected["reports"]
+        assert equal(found[0][name]["state"], expected["state"])
+        return
+    for report, wanted in zip(found[0][name]["reports"], expected["reports"]):
+        assert report == pytest.approx(wanted, rel=1e-5)
+    for key, value in expected["state"].items():
+        assert (found[0][name]["state"][key] - value).float().norm() <= 1e-3 * value.float().norm()
+
+
+def test_a_signal_to_one_process_stops_all_with_one_checkpoint_from_which_they_go_on(found):
+    expected = recipe("fp32")
+    for each in found:
+        assert each["stopped"]["code"] == 128 + signal.SIGTERM
+        assert each["stopped"]["step"] == STOP
+        assert each["stopped"]["reports"] == expected["reports"]
+        assert equal(each["stopped"]["state"], expected["state"])
+
+
+def test_processes_that_disagree_are_told_in_what(found):
+    for each in found:
+        assert (
+            "but train.lr is 1.1 in process 1, 0.1 in process 0: start all with one command" in each["other settings"]
+        )
+        assert "train.seed" not in each["other settings"]
+        assert "the hash of model.layers.0.self_attn.q_proj.scores is" in each["other scores"]
+        assert each["other scores"].count(" in process 1, ") == 3  # of 28
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "options", "message"),
+    [
+        (masked, {"accumulation": 1}, {}, r"train.accumulation must be at least 2, the number of processes, .* got 1"),
+        (
+            masked,
+            {},
+            {"way": "layerwise"},
+            r"memory must be plain \(or auto\) on several processes, got layerwise",
+        ),
+        (
+            lambda: mask_model(make_llama(attention_dropout=0.2), MaskConfig()),
+            {},
+            {},
+            "model must have no dropout on several processes, got LlamaForCausalLM on 2",
+        ),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(make, changes, options, message):
+    with pytest.raises(ValueError, match=message):
+        train_masks(make(), rows(), settings(**changes), processes=Processes(0, COUNT), **options)
+
+
+# ---------------------------------------------------------------------------------------------- torchrun
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={COUNT}"]
+    command += ["-m", "mft.cli", "train", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def test_a_run_whose_writer_is_killed_ends_and_goes_on_to_the_single_process_result(cli, tmp_path):  # noqa: F811
+    learn = [*LEARN, "train.steps=30", f"train.accumulation={COUNT}", "mask.keep_ratio=0.8", "checkpoint_minutes=0"]
+    code, output = cli("train", *learn, "output_dir=straight")
+    assert code == 0, output
+
+    process = torchrun("--config", "config.yaml", *learn)
+    wait_for_checkpoint(tmp_path / "run", process)
+    os.kill(json.loads((tmp_path / "run" / ".lock").read_text())["process"], signal.SIGKILL)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in output
+    with hold(tmp_path / "run"):  # nobody else does
+        assert newest_checkpoint(tmp_path / "run" / "checkpoints")[0].step < 30
+
+    process = torchrun("--resume", "run")
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    for line in ("goes on after step", "trainable params", "mask fine-tune: 30/30", "result: run/masks"):
+        assert output.count(line) == 1, output
+    assert sorted(os.listdir("run")) == sorted(os.listdir("straight"))
+    for (step, loss), (wanted_step, wanted) in zip(steps(tmp_path / "run"), steps(tmp_path / "straight"), strict=True):
+        assert step == wanted_step
+        assert loss == pytest.approx(wanted, rel=1e-5)
+    assert equal(exported(tmp_path / "run" / "masks"), exported(tmp_path / "straight" / "masks"))
