@@ -273,9 +273,8 @@ def test_fsdp2_is_bit_equal_to_one_process(found, folder, tmp_path):
 def test_what_would_read_a_part_of_a_matrix_is_refused(found, folder):
     mask, threshold, optimizer, save, merge, load = found[1]["FSDP2"]["refusals"]
     for message in (mask, threshold, save):
-        assert (
-            "scores must be a plain tensor, got a DTensor of shape (32, 64) spread over processes: unshard()" in message
-        )
+        assert "scores must be a plain tensor, got a DTensor of shape (32, " in message
+        assert "spread over processes: unshard() its module on every process first" in message
     assert "8-bit moments share scales" in optimizer
     assert "take torch.optim.AdamW" in optimizer
     for message in (merge, load):

@@ -118,9 +118,8 @@ class Processes:
     def agree_on(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise ValueError, on all, unless all hold tensors of the same bits, as far as a hash tells."""
         if self.count > 1:
-            self.agree(
-                {f"the hash of {name}": int(torch.hash_tensor(tensor.detach())) for name, tensor in tensors.items()}
-            )
+            hashes = {name: torch.hash_tensor(tensor.detach()).view(torch.int64) for name, tensor in tensors.items()}
+            self.agree({f"the hash of {name}": int(value) for name, value in hashes.items()})
 
 
 ALONE = Processes()

@@ -232,7 +232,8 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 def _chunks(weight: Tensor) -> Iterator[bytes]:
     rows = max(1, _CHUNK // max(1, weight.shape[1] * weight.element_size()))
     for start in range(0, weight.shape[0], rows):
-        yield weight[start : start + rows].contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        # A copy: memory that numpy has seen cannot be resized, which is how FSDP2 frees gathered weights.
+        yield weight[start : start + rows].to("cpu", copy=True).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _dtype_name(weight: Tensor) -> str:
