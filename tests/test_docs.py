@@ -92,6 +92,17 @@ def brought():
     }
 
 
+@pytest.fixture
+def torchrun(monkeypatch):
+    """What torchrun tells its one process."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("torchrun")
 @pytest.mark.parametrize("document", titled(d for d in DOCUMENTS if blocks(d)))
 def test_the_blocks_of_a_document_run(document, ground, tmp_path, monkeypatch):
     directory = shutil.copytree(ground, tmp_path / "here", ignore=shutil.ignore_patterns("cache"))
