@@ -1,4 +1,4 @@
-"""Fixtures that several tests share: the real SmolLM2-135M and its tokenizer from the cache, and a tiny Llama."""
+"""Fixtures that several tests share: the backends, threads, the real SmolLM2-135M and its tokenizer, and a tiny Llama."""
 
 import os
 
@@ -11,6 +11,24 @@ TOKENS_OF_SMOLLM2 = 49152
 
 # Tests are small: a second thread gains nothing, and waiting for it on a busy machine costs a factor of five.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def backend(request):
+    """Every backend that this machine has; a missing one skips with its reason."""
+    from mft_kernels import backend_report
+
+    reason = backend_report()["backends"][request.param]["reason"]
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """A function that sets how many threads torch takes; one again afterwards."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -29,13 +29,6 @@ def capability(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def assert_same(got, expected):
     """Equal in dtype, shape and every element (NaN equals NaN)."""
     assert got.dtype == expected.dtype

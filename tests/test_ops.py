@@ -14,15 +14,6 @@ MODES = ("magnitude", "value")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
-def backend(request):
-    """Every backend that this machine has; a missing one skips with its reason."""
-    reason = mft_kernels.backend_report()["backends"][request.param]["reason"]
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
-
-
 def _leaves(t, *names):
     return [getattr(t, name).detach().clone().requires_grad_() for name in names]
 

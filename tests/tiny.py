@@ -13,17 +13,16 @@ WORDS = 61
 def make_llama(dtype=torch.float32, **changes):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=WORDS,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            pad_token_id=0,
-            **changes,
-        )
-        return LlamaForCausalLM(config).to(dtype).eval()
+        sizes = {
+            "vocab_size": WORDS,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "pad_token_id": 0,
+        }
+        return LlamaForCausalLM(LlamaConfig(**sizes | changes)).to(dtype).eval()
 
 
 def make_rows(count=8, length=12, seed=0):
