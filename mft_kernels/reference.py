@@ -86,7 +86,7 @@ def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
     flat = scores.reshape(-1)
     keys = flat.abs() if mode == "magnitude" else flat
     kept = kept_count(flat.numel(), keep_ratio)
-    kth = keys.kthvalue(flat.numel() - kept + 1).values if kept else torch.inf
+    kth = _kth_smallest(keys, flat.numel() - kept + 1) if kept else torch.inf
     return torch.where(flat.isfinite().all(), kth, torch.nan).to(scores.dtype)
 
 
@@ -113,6 +113,13 @@ def pack_bits(bits: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(bits, (0, words * _WORD - columns)).view(rows, words, _WORD)
     # The sum runs in int64 and wraps into the sign bit of int32, which is bit 31.
     return (padded * (1 << torch.arange(_WORD, device=bits.device, dtype=torch.int64))).sum(-1).to(torch.int32)
+
+
+def _kth_smallest(keys: Tensor, k: int) -> Tensor:
+    # Deterministic mode refuses kthvalue on a GPU: its index, not its value, depends on the order of threads.
+    if torch.are_deterministic_algorithms_enabled():
+        return keys.sort().values[k - 1]
+    return keys.kthvalue(k).values
 
 
 def _select(weight: Tensor, keep: Tensor) -> Tensor:

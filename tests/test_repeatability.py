@@ -1,0 +1,164 @@
+"""Every op repeats bit for bit, on every backend that runs here, and deterministic mode changes and refuses nothing."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mft_kernels
+from mft_kernels import reference
+from mft_kernels.testing import random_inputs
+
+REPEATS = 100
+KEPT = 0.7
+#: M, N, K. In Triton's interpreter a call takes milliseconds whatever its size; large scores are cut among threads.
+SMALL, LARGER = (3, 5, 37), (33, 257, 1031)
+STEPS = {  # scores and moments of the optimiser's step
+    "fp32": (torch.float32, torch.float32),
+    "bf16, 8 bits": (torch.bfloat16, torch.uint8),
+    "int16, 8 bits": (torch.int16, torch.uint8),
+}
+
+
+@contextmanager
+def deterministic_mode():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def calls(backend, shape, dtype=torch.float32):
+    """By name, a function for each op that computes it anew on the same inputs and returns all that it makes."""
+    t = random_inputs(*shape, dtype)
+    threshold = mft_kernels.kept_threshold(t.scores, KEPT)
+    packed = mft_kernels.pack_mask(t.scores, threshold)
+    signs = reference.pack_signs(t.scores)[0]
+
+    def differentiated(op, *names):
+        leaves = [getattr(t, name).clone().requires_grad_() for name in names]
+        y = op(*leaves)
+        y.backward(t.grad_output)
+        return y, *[leaf.grad for leaf in leaves]
+
+    def linear(mode):
+        def op(x, weight, scores, bias):
+            return mft_kernels.masked_linear(x, weight, scores, threshold, bias, mode=mode, backend=backend)
+
+        return lambda: differentiated(op, "x", "weight", "scores", "bias")
+
+    def linear_packed(x, weight, bias):
+        return mft_kernels.masked_linear_packed(x, weight, packed, bias, backend=backend)
+
+    def linear_by_ratio(x, weight, scores, bias):
+        return mft_kernels.masked_linear_by_ratio(x, weight, scores, bias, keep_ratio=KEPT, backend=backend)
+
+    def accumulated(weight, **signs):
+        return lambda: mft_kernels.accumulate_score_grad(
+            torch.ones(shape[1:]), t.grad_output, t.x, weight, backend=backend, **signs
+        )
+
+    def stepped(scores_dtype, moments_dtype):
+        """What two steps leave behind, the second on moments that are not zero."""
+        fixed_point = scores_dtype == torch.int16
+        scores = mft_kernels.fixed_from_float(t.scores) if fixed_point else t.scores.to(scores_dtype, copy=True)
+        moments = [torch.zeros(scores.shape, dtype=moments_dtype) for _ in range(2)]
+        scales = torch.zeros(2, -(-scores.numel() // 256)) if moments_dtype == torch.uint8 else None
+        found = None, None
+        for step in (1, 2):
+            options = {"step": step, "lr": 1e-2, "keep_ratio": KEPT, "threshold": found[0], "backend": backend}
+            found = mft_kernels.score_step(scores, t.weight.flip(0), t.weight, *moments, scales, **options)
+        return scores, *moments, *([] if scales is None else [scales]), *found
+
+    return {
+        "masked_linear": linear("magnitude"),
+        "masked_linear by value": linear("value"),
+        "masked_linear_packed": lambda: differentiated(linear_packed, "x", "weight", "bias"),
+        "masked_linear_by_ratio": lambda: differentiated(linear_by_ratio, "x", "weight", "scores", "bias"),
+        "accumulate_score_grad by scores": accumulated(t.weight, scores=t.scores),
+        "accumulate_score_grad by signs": accumulated(t.weight, signs=signs),
+        "accumulate_score_grad of the product": accumulated(None),
+        "kept_threshold": lambda: mft_kernels.kept_threshold(t.scores, KEPT, backend=backend),
+        "kept_threshold by value": lambda: mft_kernels.kept_threshold(t.scores, KEPT, mode="value", backend=backend),
+        "pack_mask": lambda: mft_kernels.pack_mask(t.scores, threshold, backend=backend),
+        "unpack_mask": lambda: mft_kernels.unpack_mask(packed, t.weight.shape),
+        "pack_signs": lambda: torch.ops.mft.pack_signs(t.scores, backend),
+    } | {f"score_step of {name}": lambda name=name: stepped(*STEPS[name]) for name in STEPS}
+
+
+def bits(tensors):
+    """The bytes of each, so that -0 is not 0."""
+    tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
+    return [t.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for t in tensors]
+
+
+OPS = list(calls("reference", SMALL))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_hundred_calls_in_deterministic_mode_give_the_bits_of_one_without(op, backend):
+    call = calls(backend, SMALL)[op]
+    expected = bits(call())
+    with deterministic_mode():
+        for _ in range(REPEATS):
+            assert bits(call()) == expected
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_a_hundred_calls_on_two_threads_give_the_same_bits(op, backend, threads):
+    call = calls(backend, LARGER, torch.bfloat16)[op]
+    threads(2)
+    expected = bits(call())
+    with deterministic_mode():
+        for _ in range(REPEATS):
+            assert bits(call()) == expected
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_how_many_threads_changes_no_bit(op, dtype, backend, threads):
+    call = calls(backend, LARGER, dtype)[op]
+    expected = bits(call())
+    for count in (2, 3):
+        threads(count)
+        assert bits(call()) == expected, count
+
+
+class Recorder(TorchDispatchMode):
+    """Remembers which ops of ours were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mft":
+            self.seen.add(func.name())
+        return func(*args, **kwargs or {})
+
+
+def test_no_op_is_left_out():
+    with Recorder() as recorder:
+        for call in calls("reference", SMALL).values():
+            call()
+    assert recorder.seen == {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mft::")}
+
+
+def test_the_reference_takes_nothing_that_deterministic_mode_refuses_on_a_gpu(monkeypatch):
+    def thresholds():
+        scores = random_inputs(1, 7, 33).scores
+        scores[0] = scores[1]  # ties
+        found = [(ratio, mode) for ratio in (0, 0.3, 0.9, 1) for mode in ("magnitude", "value")]
+        return bits([reference.kept_threshold(scores, ratio, mode) for ratio, mode in found])
+
+    def kthvalue(*args):
+        raise RuntimeError("kthvalue CUDA does not have a deterministic implementation")
+
+    expected = thresholds()
+    monkeypatch.setattr(torch.Tensor, "kthvalue", kthvalue)
+    with deterministic_mode():
+        assert thresholds() == expected
