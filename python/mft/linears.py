@@ -152,7 +152,10 @@ def _obstacle(module: nn.Module) -> str | None:
     if type(weight.data) is not Tensor or not weight.is_floating_point() or weight.element_size() < 2:
         return f"it holds a {type(weight.data).__name__} of {weight.dtype}: masks need fp32, fp16 or bf16 weights"
     if hasattr(module, "_hf_hook") or "forward" in vars(module):
-        return "its forward is replaced (offloaded or patched): load the model without device_map, and mask it first"
+        return (
+            "its forward is replaced (by a device_map of several devices or offloading, or patched): load it on one "
+            "device, mask it, and dispatch it afterwards"
+        )
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks, which a masked layer would lose: add them after mask_model"
     return None
