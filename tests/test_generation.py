@@ -1,0 +1,52 @@
+"""model.generate on a masked model: with every cache the tokens of the merged model."""
+
+import copy
+
+import pytest
+import torch
+from tiny import WORDS, make_llama, masked_llama
+
+from mft.convert import merge_model
+from mft.quantized import quantize_model
+
+NEW = 12
+
+
+def greedy(model, **options):
+    """Two prompts, the second shorter and padded on its left."""
+    ids = torch.randint(3, WORDS, (2, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[1, :3] = mask[1, :3] = 0
+    return model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, **options)[
+        :, ids.shape[1] :
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_cache": False}, {"use_cache": True}, {"cache_implementation": "static"}],
+    ids=["no cache", "dynamic cache", "static cache"],
+)
+def test_a_masked_model_generates_what_the_merged_one_does(options):
+    masked = masked_llama(layers=range(4), keep_ratio=0.5)
+    tokens = greedy(masked, **options)
+    assert torch.equal(tokens, greedy(merge_model(copy.deepcopy(masked)), use_cache=False))
+    assert not torch.equal(tokens, greedy(make_llama(), use_cache=False))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_cache_changes_no_token_on_a_quantised_base(kind):
+    masked = quantize_model(masked_llama(keep_ratio=0.5), kind, masked=True)
+    assert torch.equal(greedy(masked, use_cache=True), greedy(masked, use_cache=False))
+
+
+def test_a_changed_score_changes_what_is_generated_next():
+    masked = masked_llama(layers=range(4), keep_ratio=0.5)
+    before = greedy(masked)
+    with torch.no_grad():
+        for module in masked.modules():
+            if hasattr(module, "scores"):
+                module.scores.copy_(module.scores.flip(1))
+    after = greedy(masked)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, greedy(merge_model(masked)))
