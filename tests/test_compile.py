@@ -1,0 +1,162 @@
+"""A whole masked Llama under torch.compile, autocast and torch.export."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import WORDS, make_llama
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from mft.config import MaskConfig
+from mft.convert import mask_model, masked_modules, merge_model
+
+#: Of the norm of a gradient: what decompositions and fused loops may round otherwise.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+def tiny(layers=2, dtype=torch.float32):
+    return mask_model(make_llama(dtype, num_hidden_layers=layers), MaskConfig(keep_ratio=0.7))
+
+
+def tokens(rows=2, length=9):
+    return torch.randint(0, WORDS, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def loss_and_gradients(forward, model, autocast=False):
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = forward(input_ids=tokens(), labels=tokens(), use_cache=False).loss
+    loss.backward()
+    return [loss.detach(), *[module.scores.grad.clone() for module in masked_modules(model).values()]]
+
+
+def assert_close(got, expected, tolerance):
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert (a - b).norm() <= tolerance * b.norm()
+        assert b.any()
+
+
+def take_a_large_step(model):
+    """Moves every mask, as an optimiser's step does."""
+    before = [module.mask() for module in masked_modules(model).values()]
+    torch.optim.AdamW([module.scores for module in masked_modules(model).values()], lr=0.01).step()
+    for module, mask in zip(masked_modules(model).values(), before):
+        assert not torch.equal(module.mask(), mask)
+
+
+# ---------------------------------------------------------------------------------------------- compile
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)],
+    ids=["fp32", "bf16", "autocast"],
+)
+def test_a_whole_model_is_one_graph_that_changed_scores_do_not_compile_again(dtype, autocast):
+    model = tiny(dtype=dtype)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for _ in range(3):
+        expected = loss_and_gradients(model, model, autocast)
+        got = loss_and_gradients(compiled, model, autocast)
+        assert_close(got, expected, ROUNDING[torch.bfloat16 if autocast else dtype])
+        take_a_large_step(model)
+    assert counter.frame_count == 1
+    called = [str(node.target) for node in counter.graphs[0].graph.nodes]
+    assert sum("masked_linear_by_ratio" in target for target in called) == 2 * 7
+
+
+def test_inductor_changes_nothing_but_rounding():
+    model = tiny(layers=1)
+    expected = loss_and_gradients(model, model)
+    compiled = torch.compile(model, fullgraph=True)
+    assert_close(loss_and_gradients(compiled, model), expected, ROUNDING[torch.float32])
+    take_a_large_step(model)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        got = loss_and_gradients(compiled, model)
+    assert_close(got, loss_and_gradients(model, model), ROUNDING[torch.float32])
+
+
+# ---------------------------------------------------------------------------------------------- autocast
+
+
+def test_autocast_computes_what_the_merged_model_does_and_leaves_scores_in_fp32():
+    model = tiny()
+    loss_and_gradients(model, model, autocast=True)
+    assert {module.scores.grad.dtype for module in masked_modules(model).values()} == {torch.float32}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens()).logits
+        merged = merge_model(model)(tokens()).logits
+    assert logits.dtype == torch.bfloat16
+    assert_close([logits], [merged], ROUNDING[torch.bfloat16])
+    full = model(tokens()).logits
+    assert not torch.equal(full, merged.float())  # so that it was autocast
+
+
+# ---------------------------------------------------------------------------------------------- export
+
+
+def ops_of(program):
+    return [str(node.target) for node in program.graph.nodes if str(node.target).startswith("mft.")]
+
+
+class Logits(nn.Module):
+    """Tokens to logits: what export wants of a model, tensors in and tensors out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids):
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+
+def exported(model):
+    any_size = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    return torch.export.export(Logits(model), (tokens(),), dynamic_shapes=(any_size,), strict=False)
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["masked", "merged"])
+def test_an_exported_model_computes_the_same_on_any_batch(merged, tmp_path):
+    model = tiny().eval().requires_grad_(False)
+    if merged:
+        merge_model(model)
+    program = exported(model)
+    assert ops_of(program) == ([] if merged else ["mft.masked_linear_by_ratio.default"] * 2 * 7)
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2")
+    with torch.no_grad():
+        for ids in (tokens(), tokens(3, 14)):
+            expected = model(ids, use_cache=False).logits
+            for again in (program, loaded):
+                torch.testing.assert_close(again.module()(ids), expected)
+
+
+def test_loading_a_masked_program_needs_mft_kernels_imported_and_nothing_more(tmp_path):
+    model = tiny(layers=1).eval()
+    torch.export.save(exported(model), tmp_path / "model.pt2")
+    torch.save((tokens(), model(tokens(), use_cache=False).logits.detach()), tmp_path / "expected.pt")
+    script = f"""
+import sys, torch
+try:
+    torch.export.load({str(tmp_path / "model.pt2")!r})
+    sys.exit("loaded without mft_kernels")
+except RuntimeError:
+    pass
+import mft_kernels
+program = torch.export.load({str(tmp_path / "model.pt2")!r})
+tokens, expected = torch.load({str(tmp_path / "expected.pt")!r})
+torch.testing.assert_close(program.module()(tokens).detach(), expected)
+assert "transformers" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "masked_linear_by_ratio" in result.stderr  # what torch could not find
