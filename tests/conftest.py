@@ -1,4 +1,4 @@
-"""Fixtures that several tests share: the backends, threads, the real SmolLM2-135M and its tokenizer, and a tiny Llama."""
+"""Fixtures that several tests share: backends, threads, the real SmolLM2-135M and its tokenizer, a tiny Llama."""
 
 import os
 
