@@ -1,0 +1,108 @@
+"""Readers of files from strangers under a coverage-guided fuzzer: python tests/fuzz_readers.py READER SECONDS
+
+atheris (libFuzzer) keeps each input that reaches a new line of mft's readers, and mutates it further. It begins with a
+good file; what it kept lies in build/fuzz/READER, for the next run. An input that is neither read nor refused by one
+error that names the file ends the run, with exit code 77, and lies beside the others as crash-*.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import atheris
+import torch
+from torch._weights_only_unpickler import Unpickler
+
+Unpickler.load = atheris.instrument_func(Unpickler.load)  # torch's loader of the paper's file is watched too
+with atheris.instrument_imports(include=["mft"]):
+    from tiny import masked_llama
+
+    from mft.checkpoint import verify_checkpoint, write_checkpoint
+    from mft.config import RunConfig, load_config, save_config
+    from mft.export import save_masks
+    from mft.export_file import CONFIG_FILE, MASK_FILE, read_export
+    from mft.paper_masks import read_paper_masks, write_paper_masks
+
+ROOT = Path(__file__).resolve().parent.parent
+LONGEST = 8192  # bytes of an input
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a good directory is made, which of its files is mutated, and what reads the directory."""
+
+    make: Callable[[Path], None]
+    file: str
+    read: Callable[[Path], object]
+
+
+def main() -> None:
+    """Fuzz; libFuzzer ends the process."""
+    if len(sys.argv) != 3 or sys.argv[1] not in READERS:
+        sys.exit(f"READER SECONDS must follow, READER one of {', '.join(READERS)}; got {' '.join(sys.argv[1:])}")
+    name, seconds = sys.argv[1], int(sys.argv[2])
+    reader = READERS[name]
+    warnings.simplefilter("ignore")  # torch warns of each pickle's protocol
+    corpus = ROOT / "build" / "fuzz" / name
+    corpus.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+    reader.make(directory)
+    path = directory / reader.file
+    shutil.copy(path, corpus / "good")
+    reader.read(directory)
+
+    def try_input(content: bytes) -> None:
+        path.write_bytes(content)
+        try:
+            reader.read(directory)
+        except ValueError as error:
+            if str(directory) not in str(error):
+                raise AssertionError(f"the error must name the file, got {error}") from error
+
+    limits = [f"-max_total_time={seconds}", f"-max_len={LONGEST}", f"-artifact_prefix={corpus}/", "-timeout=10"]
+    atheris.Setup([sys.argv[0], str(corpus), *limits, "-rss_limit_mb=8000", "-print_final_stats=1"], try_input)
+    atheris.Fuzz()
+
+
+def _make_export(directory: Path) -> None:
+    save_masks(masked_llama(layers=(3,), target_modules=["q_proj"]), directory / "masks")
+
+
+def _make_paper_masks(directory: Path) -> None:
+    write_paper_masks(masked_llama(layers=(3,), target_modules=["q_proj"]), directory / "masks.pt")
+
+
+def _make_checkpoint(directory: Path) -> None:
+    write_checkpoint(directory, 3, {"scores": torch.arange(40.0).view(5, 8)}, {"numbers": [1, 2]})
+
+
+def _make_config(directory: Path) -> None:
+    save_config(RunConfig(), directory / "config.yaml")
+
+
+def _read_checkpoint(directory: Path) -> None:
+    found = verify_checkpoint(directory / "step-00000003")
+    found.facts()
+    found.tensors()
+
+
+def _read_export(directory: Path) -> None:
+    read_export(directory / "masks")
+
+
+READERS = {
+    "export-config": Reader(_make_export, f"masks/{CONFIG_FILE}", _read_export),
+    "export-masks": Reader(_make_export, f"masks/{MASK_FILE}", _read_export),
+    "checkpoint": Reader(_make_checkpoint, "step-00000003/manifest.json", _read_checkpoint),
+    "config": Reader(_make_config, "config.yaml", lambda directory: load_config(directory / "config.yaml")),
+    "paper-masks": Reader(_make_paper_masks, "masks.pt", lambda directory: read_paper_masks(directory / "masks.pt")),
+}
+
+
+if __name__ == "__main__":
+    main()
