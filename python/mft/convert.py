@@ -66,7 +66,7 @@ def merge_model(model: nn.Module) -> nn.Module:
     for name in list(masked):
         module = masked.pop(name)  # one at a time, so that a layer's scores are freed before the next one is copied
         linear = module.merge()
-        _replace(model, name, _to_conv1d(linear) if getattr(module, _CAME_FROM_CONV1D, False) else linear)
+        replace_module(model, name, _to_conv1d(linear) if getattr(module, _CAME_FROM_CONV1D, False) else linear)
     remove_checkpointing_hooks(model)
     before = getattr(model, _TRAINABLE_BEFORE, None)
     for name, parameter in model.named_parameters():
@@ -107,7 +107,7 @@ def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
         source: Any = model.get_submodule(name)
         is_conv1d = isinstance(source, Conv1D)
         masked = MaskedLinear.from_linear(
-            _to_linear(source) if is_conv1d else source,
+            as_linear(source),
             keep_ratio=config.keep_ratio,
             mode=config.mode,
             init=config.init,
@@ -118,8 +118,24 @@ def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
         masked.module_name = name
         if is_conv1d:
             setattr(masked, _CAME_FROM_CONV1D, True)
-        _replace(model, name, masked)
+        replace_module(model, name, masked)
     _prepare_checkpointing(model, names)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put module in the place that name names."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def as_linear(module: nn.Linear | Conv1D) -> nn.Linear:
+    """module, or what equals a Conv1D: it computes x @ weight + bias with weight (in, out); here a copy, (out, in)."""
+    if isinstance(module, nn.Linear):
+        return module
+    linear = nn.Linear(module.weight.shape[0], module.weight.shape[1], device="meta")
+    linear.weight = nn.Parameter(module.weight.detach().t().contiguous(), requires_grad=False)
+    linear.bias = module.bias
+    return linear.train(module.training)
 
 
 def check_unwrapped(model: nn.Module) -> None:
@@ -146,11 +162,6 @@ def check_unmasked(model: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 def _scores_dtype(config: MaskConfig, weight: torch.Tensor) -> torch.dtype:
     """config.scores_dtype; fp64 for an fp64 weight."""
     return torch.float64 if weight.dtype == torch.float64 else getattr(torch, config.scores_dtype)
@@ -161,14 +172,6 @@ def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator("cpu" if device.type == "meta" else device)
     return generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def _to_linear(conv: Conv1D) -> nn.Linear:
-    """Conv1D computes x @ weight + bias with weight (in, out); here (out, in)."""
-    linear = nn.Linear(conv.weight.shape[0], conv.weight.shape[1], device="meta")
-    linear.weight = nn.Parameter(conv.weight.detach().t().contiguous(), requires_grad=False)
-    linear.bias = conv.bias
-    return linear.train(conv.training)
 
 
 def _to_conv1d(linear: nn.Linear) -> Conv1D:

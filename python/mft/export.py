@@ -80,9 +80,7 @@ def load_masks(model: nn.Module, directory: str | os.PathLike, *, force: bool = 
     export, masks = read_export(Path(directory))
     shapes = {entry.name: entry.shape for entry in export.modules}
     _check_fit(model, shapes)
-    found = base_hash(model, [entry.name for entry in export.modules])
-    if found != export.base_hash and not force:
-        raise ValueError(_other_base(model, export, found, Path(directory)))
+    check_learned_on(model, export, Path(directory), force=force)
     return put_masks(model, masks, shapes, mode=export.mode, keep_ratio=export.keep_ratio)
 
 
@@ -145,6 +143,21 @@ def base_hash(model: nn.Module, names: Iterable[str] | None = None) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def check_learned_on(model: nn.Module, export: MaskExport, directory: Path, *, force: bool) -> None:
+    """Raise ValueError unless the masks of export, read from directory, were learned on model's weights, or force."""
+    found = base_hash(model, [entry.name for entry in export.modules])
+    if found != export.base_hash and not force:
+        raise ValueError(_other_base(model, export, found, directory))
+
+
+def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, int]]) -> None:
+    """Raise ValueError unless the layers of these names have weights of these shapes (N, K)."""
+    for name, expected in shapes.items():
+        shape = tuple(_weight(model, name).shape)
+        if shape != expected:
+            raise ValueError(f"{name}: the mask is for a weight of {expected}, the model's is {shape}")
+
+
 def keep_base_hash(model: nn.Module) -> None:
     """Remember base_hash(model) of the masked layers' exact weights, which are about to be replaced by codes."""
     names = set(masked_modules(model))
@@ -193,10 +206,7 @@ def _check_fit(model: nn.Module, stored: dict[str, tuple[int, int]]) -> None:
         )
     if not masked:
         find_targets(model, stored)
-    for name, expected in stored.items():
-        shape = tuple(_weight(model, name).shape)
-        if shape != expected:
-            raise ValueError(f"{name}: the mask is for a weight of {expected}, the model's is {shape}")
+    check_shapes(model, stored)
 
 
 def _other_base(model: nn.Module, export: MaskExport, found: str, directory: Path) -> str:
