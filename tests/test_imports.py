@@ -32,9 +32,9 @@ TRITON_LAYERS = (
 KERNELS_MAY_IMPORT = {"backends", "reference", "reference_step"}  # of mft_kernels: a kernel knows no sibling
 RECIPE_LAYERS = (
     (
-        *("atomic", "cache", "checkpointing", "choices", "clones", "corpus", "header_corpus", "hub", "json_file"),
-        "moving",
-        *("problems", "progress", "quantized_weight", "run_lock", "simulate", "token_loss", "yaml_file"),
+        *("atomic", "banked_linear", "cache", "checkpointing", "choices", "clones", "corpus", "header_corpus", "hub"),
+        *("json_file", "moving", "problems", "progress", "quantized_weight", "run_lock", "simulate", "token_loss"),
+        "yaml_file",
     ),
     ("batches", "checkpoint", "export_file", "fetch", "fields", "linears", "shapes"),
     ("activations", "causal_lm", "config", "lora", "model_config", "setting", "harness"),
@@ -48,7 +48,7 @@ RECIPE_LAYERS = (
     ("saver",),
     ("evaluate",),
     ("export", "recipe", "surface", "temperature"),
-    ("data", "fit", "flips", "overlap", "paper_masks", "quantized", "recorder", "tuning", "verify"),
+    ("data", "fit", "flips", "mask_bank", "overlap", "paper_masks", "quantized", "recorder", "tuning", "verify"),
     ("compare", "resume", "sensitivity", "simulated_step", "study"),
     ("plots",),
     ("report",),

@@ -14,13 +14,16 @@ if TYPE_CHECKING:
     )
     from .distributed import gathered
     from .export import load_masks, save_masks
+    from .mask_bank import MaskBank, load_mask_bank
     from .models import load_model, save_model
 
 # Loaded at first use: `mft --help` and `mft env` need not wait for transformers.
 _HOMES = {
+    "MaskBank": "mask_bank",
     "MaskConfig": "config",
     "gathered": "distributed",
     "load_config": "config",
+    "load_mask_bank": "mask_bank",
     "load_masks": "export",
     "load_model": "models",
     "mask_model": "convert",
@@ -33,9 +36,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "MaskBank",
     "MaskConfig",
     "gathered",
     "load_config",
+    "load_mask_bank",
     "load_masks",
     "load_model",
     "mask_model",

@@ -1,0 +1,121 @@
+"""A linear layer with many masks on one weight, and the two ways to choose: one task for all rows, or a task a row."""
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mft_kernels import masked_linear_packed
+
+
+class Choice(Protocol):
+    """Which masks the rows of a batch take."""
+
+    def product(self, layer: "BankedLinear", x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)"""
+
+
+class BankedLinear(nn.Module):
+    """y = x @ where(mask, weight, 0).T + bias with the mask of the task in use; dense for a task that has none here.
+
+    Shapes: weight (N, K), bias (N,), both frozen; masks int32 (N, ceil(K / 32)) by task; x (..., K).
+    """
+
+    def __init__(self, linear: nn.Linear, choice: ContextVar[Choice]) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.masks: Mapping[str, Tensor] = {}  # replaced, never changed: another thread may be reading it
+        self._choice = choice
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        choice = self._choice.get(None)
+        if choice is None:
+            raise RuntimeError(
+                "a model with a bank of masks must be called under bank.use(task), in the thread that calls it, got no "
+                "task; bank.use(None) is the bare base"
+            )
+        return choice.product(self, x)
+
+    def product(self, x: Tensor, packed: Tensor | None) -> Tensor:
+        """With one mask for all of x, or with none."""
+        if packed is None:
+            return F.linear(x, self.weight, self.bias)
+        return masked_linear_packed(x, self.weight, packed, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"tasks={list(self.masks)}"
+        )
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.masks = {task: fn(packed) for task, packed in self.masks.items()}
+        return self
+
+
+class OneTask:
+    """The same task for all rows, or None for the bare base."""
+
+    def __init__(self, task: str | None) -> None:
+        self.task = task
+
+    def product(self, layer: BankedLinear, x: Tensor) -> Tensor:
+        return layer.product(x, None if self.task is None else layer.masks.get(self.task))
+
+
+class TaskPerRow:
+    """Row i of the batch takes tasks[i]: rows are sorted by task, multiplied a group at a time, and put back.
+
+    For a layer, tasks that do not mask it and the bare base are one group.
+    """
+
+    def __init__(self, tasks: tuple[str | None, ...]) -> None:
+        self.tasks = tasks
+        self._groups: dict[tuple, _Groups] = {}  # layers that the same tasks mask share theirs
+
+    def product(self, layer: BankedLinear, x: Tensor) -> Tensor:
+        if x.dim() < 3 or x.shape[0] != len(self.tasks):
+            raise ValueError(
+                f"tasks must be one a row of a batch (rows, ..., K), got {len(self.tasks)} of them and an input of "
+                f"{tuple(x.shape)}: repeat a task for each beam and returned sequence; where the model flattens rows, "
+                "use one task a batch"
+            )
+        masks = layer.masks
+        groups = self._grouped(frozenset(masks), x.device)
+        ordered = x if groups.order is None else x.index_select(0, groups.order)
+        parts = [
+            layer.product(part, masks[task] if task is not None else None)
+            for task, part in zip(groups.tasks, ordered.split(groups.sizes))
+        ]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return y if groups.inverse is None else y.index_select(0, groups.inverse)
+
+    def _grouped(self, masked: frozenset[str], device: torch.device) -> "_Groups":
+        """Of a layer that these tasks mask."""
+        if (masked, device) not in self._groups:
+            rows: dict[str | None, list[int]] = {}
+            for row, task in enumerate(self.tasks):
+                rows.setdefault(task if task in masked else None, []).append(row)
+            order = [row for group in rows.values() for row in group]
+            moved = None if order == sorted(order) else torch.tensor(order, device=device)
+            inverse = None if moved is None else moved.argsort()
+            self._groups[masked, device] = _Groups(list(rows), [len(group) for group in rows.values()], moved, inverse)
+        return self._groups[masked, device]
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The groups' tasks and numbers of rows; row numbers in groups, and where each row went: None if it stayed."""
+
+    tasks: list[str | None]
+    sizes: list[int]
+    order: Tensor | None
+    inverse: Tensor | None

@@ -1,0 +1,373 @@
+"""Many masks on one base: each task computes what its masks alone would, also row by row of one batch."""
+
+import threading
+
+import pytest
+import torch
+from tiny import WORDS, make_llama
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import mft
+from mft.banked_linear import BankedLinear
+from mft.config import MaskConfig
+from mft.convert import mask_model, masked_modules, merge_model
+from mft.export import load_masks, save_masks
+from mft.mask_bank import MaskBank, load_mask_bank
+from mft_kernels import masked_linear_packed
+
+# Different layers, and masks that drop half: what a task computes is far from the others'.
+TASKS = {
+    "code": {"layers_to_transform": [2, 3], "keep_ratio": 0.5, "seed": 1},
+    "math": {"layers_to_transform": [1, 2], "keep_ratio": 0.5, "seed": 2, "target_modules": ["up_proj", "down_proj"]},
+    "chat": {"layers_to_transform": [0], "keep_ratio": 0.4, "seed": 3, "target_modules": ["q_proj"]},
+}
+TOKENS = torch.randint(0, WORDS, (6, 9), generator=torch.Generator().manual_seed(5))
+MIXED = ["math", None, "code", "chat", "math", "code"]
+
+
+def base(dtype=torch.float32):
+    """With weights so large that what masks do to them decides which word is the likeliest."""
+    return make_llama(dtype, initializer_range=0.3)
+
+
+def masked(mask, dtype=torch.float32):
+    return mask_model(base(dtype), MaskConfig(**mask))
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    root = tmp_path_factory.mktemp("exports")
+    return {task: save_masks(masked(mask), root / task) for task, mask in TASKS.items()}
+
+
+@pytest.fixture
+def bank(exports):
+    return load_mask_bank(base(), exports)
+
+
+def with_masks_of(exports, task, model=None):
+    """The model that load_masks makes of one task."""
+    model = base() if model is None else model
+    return model if task is None else load_masks(model, exports[task])
+
+
+@torch.no_grad()
+def logits(model, tokens=TOKENS, **options):
+    return model(tokens, **options).logits
+
+
+# ---------------------------------------------------------------------------------------------- one task
+
+
+@pytest.mark.parametrize("task", [*TASKS, None])
+def test_a_task_computes_what_its_masks_alone_do_bit_for_bit(exports, bank, task):
+    with bank.use(task):
+        assert torch.equal(logits(bank.model), logits(with_masks_of(exports, task)))
+
+
+def test_a_bfloat16_base_too(tmp_path):
+    for task, mask in TASKS.items():
+        save_masks(masked(mask, torch.bfloat16), tmp_path / task)
+    bank = load_mask_bank(base(torch.bfloat16), {task: tmp_path / task for task in TASKS})
+    for task in TASKS:
+        with bank.use(task):
+            assert torch.equal(logits(bank.model), logits(load_masks(base(torch.bfloat16), tmp_path / task)))
+
+
+def test_a_task_computes_what_the_merged_model_does(exports, bank):
+    for task in TASKS:
+        with bank.use(task):
+            found = logits(bank.model)
+        torch.testing.assert_close(found, logits(merge_model(with_masks_of(exports, task))), rtol=1e-5, atol=1e-6)
+
+
+def test_the_tasks_differ_by_far(bank):
+    found = []
+    for task in (*TASKS, None):
+        with bank.use(task):
+            found.append(logits(bank.model))
+    for i in range(4):
+        assert all((found[i] - other).abs().max() > 1e-2 for other in found[:i])
+
+
+def test_uses_nest_and_the_outer_one_comes_back(exports, bank):
+    with bank.use("code"):
+        with bank.use("math"):
+            assert torch.equal(logits(bank.model), logits(with_masks_of(exports, "math")))
+        assert torch.equal(logits(bank.model), logits(with_masks_of(exports, "code")))
+
+
+# ---------------------------------------------------------------------------------------------- a task a row
+
+
+def test_each_row_of_a_mixed_batch_takes_its_own_masks(exports, bank):
+    with bank.use(MIXED):
+        found = logits(bank.model)
+    for row, task in enumerate(MIXED):
+        alone = logits(with_masks_of(exports, task), TOKENS[row : row + 1])
+        torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_gives_each_group_of_rows_the_packed_product_bit_for_bit(exports, dtype):
+    bank = load_mask_bank(base().to(dtype), exports, force=dtype != torch.float32)
+    layer = bank.model.model.layers[2].mlp.up_proj  # which code and math mask
+    x = torch.randn(6, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with bank.use(MIXED):
+        found = layer(x)
+    for rows, task in (([0, 4], "math"), ([2, 5], "code")):
+        assert torch.equal(found[rows], masked_linear_packed(x[rows], layer.weight, layer.masks[task], layer.bias))
+    assert torch.equal(found[[1, 3]], torch.nn.functional.linear(x[[1, 3]], layer.weight))
+
+
+def test_a_layer_computes_one_product_a_mask_and_one_for_all_rows_without(bank, monkeypatch):
+    products, product = [], BankedLinear.product
+
+    def noted(layer, x, packed):
+        products.append((len(x), packed is not None))
+        return product(layer, x, packed)
+
+    monkeypatch.setattr(BankedLinear, "product", noted)
+    layers = bank.model.model.layers
+    up, query, x = layers[2].mlp.up_proj, layers[0].self_attn.q_proj, torch.randn(6, 5, 32)
+    for tasks, layer, expected in (
+        (MIXED, up, [(2, True), (2, False), (2, True)]),  # math; chat and the base; code
+        (MIXED, query, [(5, False), (1, True)]),
+        (["code"] * 6, up, [(6, True)]),
+        (["code", "math", None] * 2, query, [(6, False)]),
+    ):
+        products.clear()
+        with bank.use(tasks), torch.no_grad():
+            layer(x)
+        assert products == expected
+
+
+def test_a_mixed_batch_generates_what_each_row_alone_does(exports, bank):
+    prompts = [TOKENS[row, : 4 + row].tolist() for row in range(len(MIXED))]
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    attended = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    with bank.use(MIXED):
+        found = bank.model.generate(padded, attention_mask=attended, **options)[:, longest:]
+    told = set()
+    for row, task in enumerate(MIXED):
+        prompt = torch.tensor([prompts[row]])
+        model = with_masks_of(exports, task)
+        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, len(prompts[row]) :]
+        assert found[row].tolist() == alone.tolist()
+        bare = base().generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, len(prompts[row]) :]
+        told |= {task} if alone.tolist() != bare.tolist() else set()
+    assert told == set(TASKS)  # the masks decide what is generated
+
+
+def test_beams_are_rows_of_their_own(bank):
+    options = {"num_beams": 2, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    attended = torch.ones_like(TOKENS[:2])
+    with bank.use(["code", "code", "math", "math"]):
+        found = bank.model.generate(TOKENS[:2], attention_mask=attended, **options)
+    for row, task in enumerate(("code", "math")):
+        with bank.use(task):
+            alone = bank.model.generate(TOKENS[row : row + 1], attention_mask=attended[:1], **options)
+        assert found[row].tolist() == alone[0].tolist()
+
+
+def test_autocast_and_gradients_of_the_input_pass_through_a_mixed_layer(bank):
+    layer = bank.model.model.layers[2].mlp.up_proj
+    x = torch.randn(6, 5, 32, requires_grad=True)
+    with bank.use(MIXED), torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad.abs().sum((1, 2)).gt(0).all()
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("tasks", ["cod", ["math", "cod"]])
+def test_an_unknown_task_is_an_error_that_offers_the_nearest(bank, tasks):
+    with (
+        pytest.raises(ValueError, match=r"one of the bank's \(code, math, chat\), got 'cod'; did you mean code\?"),
+        bank.use(tasks),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("count", [0, 5, 12])
+def test_another_number_of_rows_is_an_error(bank, count):
+    message = rf"tasks must be one a row .*, got {count} of them and an input of \(6, 9, 32"
+    with pytest.raises(ValueError, match=message), bank.use(["code"] * count):
+        logits(bank.model)
+
+
+def test_flattened_rows_are_not_guessed(bank):
+    message = r"input of \(6, 32\): .* where the model flattens rows, use one task a batch"
+    with pytest.raises(ValueError, match=message), bank.use(MIXED):
+        bank.model.model.layers[2].mlp.up_proj(torch.randn(6, 32))
+    with bank.use("code"):
+        assert bank.model.model.layers[2].mlp.up_proj(torch.randn(6, 32)).shape == (6, 64)
+
+
+def test_a_call_without_a_task_is_an_error(bank):
+    with pytest.raises(
+        RuntimeError, match=r"must be called under bank.use\(task\), .*bank.use\(None\) is the bare base"
+    ):
+        logits(bank.model)
+
+
+def test_another_base_is_refused_as_by_load_masks_unless_forced(exports):
+    model = base()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="the masks were learned on other weights of the same shapes"):
+        load_mask_bank(model, exports)  # the third task's masks; the first two fit
+    assert not any(isinstance(module, BankedLinear) for module in model.modules())
+    assert load_mask_bank(model, exports, force=True).tasks == ("code", "math", "chat")
+
+
+def test_what_does_not_fit_is_refused(exports, bank, tmp_path):
+    with pytest.raises(ValueError, match=r"task must be new to the bank, got 'code': remove it first"):
+        bank.add("code", exports["code"])
+    with pytest.raises(ValueError, match=r"task must be a name, got ''"):
+        bank.add("", exports["code"])
+    with pytest.raises(FileNotFoundError, match="nowhere: expected a directory"):
+        bank.add("more", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"model must not hold a bank of masks already, got \d+ layers with one"):
+        MaskBank(bank.model)
+    with pytest.raises(ValueError, match="model must not be masked already"):
+        MaskBank(masked(TASKS["code"]))
+    other = mask_model(make_llama(head_dim=16), MaskConfig(layers_to_transform=[2]))
+    with pytest.raises(ValueError, match=r"q_proj: the mask is for a weight of \(64, 32\), the model's is \(32, 32\)"):
+        bank.add("wide", save_masks(other, tmp_path / "wide"), force=True)
+    assert bank.tasks == ("code", "math", "chat")
+
+
+# ---------------------------------------------------------------------------------------------- adding and removing
+
+
+def test_a_task_can_be_added_later_and_removed_again(exports):
+    bank = load_mask_bank(base(), {"code": exports["code"]})
+    with bank.use("code"):
+        bank.add("math", exports["math"])  # also while another is in use
+        assert torch.equal(logits(bank.model), logits(with_masks_of(exports, "code")))
+    with bank.use("math"):
+        assert torch.equal(logits(bank.model), logits(with_masks_of(exports, "math")))
+        with pytest.raises(RuntimeError, match="task must not be in use when it is removed, got 'math'"):
+            bank.remove("math")
+    before = bank.nbytes()
+    bank.remove("math")
+    assert bank.nbytes() == {"code": before["code"]}
+    with pytest.raises(ValueError, match=r"task must be one of the bank's \(code\), got 'math'"):
+        bank.remove("math")
+    bank.add("math", exports["math"])
+    with bank.use("math"):
+        assert torch.equal(logits(bank.model), logits(with_masks_of(exports, "math")))
+
+
+def test_a_run_of_mft_train_is_named_by_its_directory(exports, tmp_path):
+    (tmp_path / "run").mkdir()
+    save_masks(masked(TASKS["code"]), tmp_path / "run" / "masks")
+    bank = load_mask_bank(base(), {"code": str(tmp_path / "run")})
+    with bank.use("code"):
+        assert torch.equal(logits(bank.model), logits(with_masks_of(exports, "code")))
+
+
+def test_a_failed_call_leaves_no_task_in_use(bank):
+    with pytest.raises(ValueError, match="one a row"), bank.use(["code"]):
+        logits(bank.model)
+    bank.remove("code")
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def test_a_task_takes_one_bit_a_weight_and_the_base_is_shared(exports, capsys):
+    model = base()
+    weights = {name: module.weight for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    whole = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    bank = load_mask_bank(model, exports)
+    for name, weight in weights.items():
+        assert model.get_submodule(name).weight.data_ptr() == weight.data_ptr()
+    layers = {task: masked_modules(masked(mask)).values() for task, mask in TASKS.items()}
+    bits = {task: sum(layer.weight.numel() for layer in layers[task]) for task in TASKS}
+    assert bank.nbytes() == {task: bits[task] // 8 for task in TASKS}  # every K here is a multiple of 32
+    bank.print_memory()
+    told = capsys.readouterr().out
+    assert f"base: {whole:,d} bytes || masks: code {bits['code'] // 8:,d} (" in told
+    assert f"together: {whole + sum(bits.values()) // 8:,d} || as 3 merged models: {3 * whole:,d}" in told
+
+
+def test_a_cast_or_a_move_takes_the_masks_along_as_bits(bank):
+    bank.model.to(torch.bfloat16)
+    layer = bank.model.model.layers[2].mlp.up_proj
+    assert {packed.dtype for packed in layer.masks.values()} == {torch.int32}
+    with bank.use(MIXED):
+        assert logits(bank.model).dtype == torch.bfloat16
+    bank.model.to("meta")
+    assert {packed.device.type for packed in layer.masks.values()} == {"meta"}
+
+
+# ---------------------------------------------------------------------------------------------- threads, Conv1D
+
+
+def test_threads_use_different_tasks_at_once(exports, bank):
+    expected = {task: logits(with_masks_of(exports, task)) for task in TASKS}
+    both, found = threading.Barrier(len(TASKS)), {}
+
+    def serve(task):
+        with bank.use(task):
+            both.wait(20)  # all tasks are in use
+            found[task] = logits(bank.model)
+            both.wait(20)
+
+    threads = [threading.Thread(target=serve, args=(task,)) for task in TASKS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found.keys() == expected.keys()
+    for task in TASKS:
+        assert torch.equal(found[task], expected[task])
+
+
+def test_a_thread_does_not_take_over_a_task_unasked(bank):
+    caught = []
+
+    def call():
+        try:
+            logits(bank.model)
+        except RuntimeError as error:
+            caught.append(str(error))
+
+    with bank.use("code"):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert "in the thread that calls it" in caught[0]
+
+
+def test_conv1d_layers_of_gpt2_hold_masks_too(tmp_path):
+    def gpt2():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1)
+            return GPT2LMHeadModel(config).eval()
+
+    masks = {"a": MaskConfig(keep_ratio=0.5, seed=1), "b": MaskConfig(keep_ratio=0.5, seed=2, layers_to_transform=[1])}
+    for task, mask in masks.items():
+        save_masks(mask_model(gpt2(), mask), tmp_path / task)
+    bank = load_mask_bank(gpt2(), {task: tmp_path / task for task in masks})
+    for task in masks:
+        with bank.use(task):
+            assert torch.equal(logits(bank.model), logits(load_masks(gpt2(), tmp_path / task)))
+    with bank.use(["b", "a", "b", None, "a", "a"]):
+        found = logits(bank.model)
+    torch.testing.assert_close(found[3], logits(gpt2())[3], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0], logits(load_masks(gpt2(), tmp_path / "b"))[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_package_offers_it():
+    assert mft.load_mask_bank is load_mask_bank
+    assert mft.MaskBank is MaskBank
