@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from sums import QUESTIONS, expected_scores, write_tasks
 from typer.testing import CliRunner
 
 from mft.cli import app
@@ -16,48 +17,12 @@ from mft.convert import mask_model, masked_modules
 from mft.export import save_masks
 from mft.harness import TaskScore, load_tasks, score_tasks, task_table
 
-QUESTIONS = [
-    {"question": f"{a} + {b} =", "answers": [str(a + b), str(a + b + 1), str(7 * b - a)], "gold": (a * b) % 3}
-    for a in range(5)
-    for b in range(3)
-]
 MASK = MaskConfig(keep_ratio=0.5, seed=1)
 
 
 @pytest.fixture
 def tasks_dir(tmp_path):
-    """Two tasks on a local file: choose the answer, and how likely the first answer is."""
-    directory = tmp_path / "tasks"
-    directory.mkdir()
-    (directory / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    shared = (
-        f"dataset_path: json\ndataset_kwargs:\n  data_files: {directory}/sums.jsonl\n  cache_dir: {tmp_path}/cache\n"
-        'test_split: train\ndoc_to_text: "{{question}}"\n'
-    )
-    (directory / "choice.yaml").write_text(
-        f'task: sums_choice\n{shared}output_type: multiple_choice\ndoc_to_choice: "{{{{answers}}}}"\n'
-        "doc_to_target: gold\nmetric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
-    )
-    (directory / "likelihood.yaml").write_text(
-        f'task: sums_likelihood\n{shared}output_type: loglikelihood\ndoc_to_target: " {{{{answers[0]}}}}"\n'
-        "metric_list:\n  - metric: perplexity\n    aggregation: perplexity\n    higher_is_better: false\n"
-    )
-    return directory
-
-
-@torch.no_grad()
-def log_likelihood(model, tokenizer, question, answer):
-    """Of the answer's tokens after the question, by the model's own logits."""
-    context, whole = tokenizer(question).input_ids, tokenizer(f"{question} {answer}").input_ids
-    shares = model(torch.tensor([whole])).logits[0].log_softmax(-1)
-    return sum(shares[i - 1, whole[i]].item() for i in range(len(context), len(whole)))
-
-
-def expected_scores(model, tokenizer):
-    likelihoods = [[log_likelihood(model, tokenizer, q["question"], a) for a in q["answers"]] for q in QUESTIONS]
-    right = sum(row.index(max(row)) == q["gold"] for row, q in zip(likelihoods, QUESTIONS))
-    perplexity = math.exp(-sum(row[0] for row in likelihoods) / len(QUESTIONS))
-    return {"sums_choice": right / len(QUESTIONS), "sums_likelihood": perplexity}
+    return write_tasks(tmp_path)
 
 
 def test_the_masked_model_is_what_is_scored(tiny_llama, tokenizer, tasks_dir):

@@ -49,7 +49,7 @@ RECIPE_LAYERS = (
     ("evaluate",),
     ("export", "recipe", "surface", "temperature"),
     ("data", "fit", "flips", "mask_bank", "overlap", "paper_masks", "quantized", "recorder", "tuning", "verify"),
-    ("compare", "resume", "sensitivity", "simulated_step", "study"),
+    ("compare", "lm_eval_model", "resume", "sensitivity", "simulated_step", "study"),
     ("plots",),
     ("report",),
     ("demo", "mask_verbs", "verbs"),
