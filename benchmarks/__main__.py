@@ -6,7 +6,16 @@ from pathlib import Path
 
 import torch
 
-from . import bench_demo, bench_memory, bench_ops, bench_scaling, bench_score_optimiser, bench_train_step, pooled
+from . import (
+    bench_demo,
+    bench_many_masks,
+    bench_memory,
+    bench_ops,
+    bench_scaling,
+    bench_score_optimiser,
+    bench_train_step,
+    pooled,
+)
 from .harness import RESULTS, ROOT, THREADS, environment, write_results_to
 from .plots import draw_ops, draw_scaling, draw_train_step
 
@@ -18,6 +27,7 @@ QUESTIONS: dict[str, Callable[[bool], None]] = {
     "memory": lambda quick: bench_memory.main(),
     "score_optimiser": lambda quick: bench_score_optimiser.main(),
     "demo": lambda quick: bench_demo.main(),
+    "many_masks": lambda quick: bench_many_masks.main(),
 }
 # Those that are answered by several processes together, and what draws the answer; they can also be quick.
 POOLED: dict[str, Callable[[Path], None]] = {"ops": draw_ops, "train_step": draw_train_step, "scaling": draw_scaling}

@@ -93,11 +93,24 @@ def mask_variants_tables(record: Record) -> list[str]:
     return parts
 
 
+def many_masks_tables(record: Record) -> list[str]:
+    """Loss of every task under every mask, nats a token, the difference from the base in brackets; then the bytes."""
+    own = record["losses"]
+    masks = list(dict.fromkeys(row["mask"] for row in own))
+    losses = []
+    for task in dict.fromkeys(row["task"] for row in own):
+        found = {row["mask"]: row for row in own if row["task"] == task}
+        losses.append([task, *(_loss_and_difference(found[mask]) for mask in masks)])
+    sizes = [[name, f"{size:,d}"] for name, size in record["bytes"].items()]
+    return [markdown(["held-out loss of", *masks], losses), markdown(["", "bytes"], sizes)]
+
+
 TABLES: dict[str, Callable[[Record], list[str]]] = {
     "ops": ops_tables,
     "train_step": train_step_tables,
     "scaling": scaling_tables,
     "mask_variants": mask_variants_tables,
+    "many_masks": many_masks_tables,
 }
 
 
@@ -136,6 +149,11 @@ def _ratio_and_share(case: Record | None) -> str:
         return ""
     share = f" ({100 * case['share']:.0f})" if "share" in case else ""
     return f"{case['ratio']['median']:.3g}{share}"
+
+
+def _loss_and_difference(row: Record) -> str:
+    shown = f"{row['loss']:.4f}"
+    return f"{shown} ({row['difference']:+.4f} ± {row['error']:.4f})" if row["difference"] else shown
 
 
 def _with_quartiles(spread: dict[str, float]) -> str:

@@ -1,0 +1,194 @@
+"""What do many masks on one base give and cost? Three tasks on SmolLM2-135M, beside three merged models.
+
+Three short mask trainings (layers 24 to 29, keep 0.99, as in the demo) on the standard library's Python, torch's C++
+headers and problems with exact answers. Then: held-out loss of every task under every mask; bytes of masks and merged
+models, on disk and in memory. Speed is asked of the dearest case, masks on all linears of all layers. Which of the
+weights they keep does not matter to it, so these are not trained.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mft.batches import take_rows
+from mft.config import DataConfig, MaskConfig, TrainConfig
+from mft.convert import mask_model, merge_model
+from mft.data import Splits, load_splits
+from mft.evaluate import Evaluation, evaluate, paired_difference
+from mft.export import load_masks, save_masks
+from mft.mask_bank import MaskBank, load_mask_bank
+from mft.models import load_model, save_model
+from mft.prefix import PrefixMemory
+from mft.recipe import train_masks
+
+from .harness import Finding, Samples, Spread, ratio, report, time_within
+
+MODEL = "smollm2-135m"
+FIRST = 24  # masked layer, of 30
+MASK = MaskConfig(layers_to_transform=list(range(FIRST, 30)), keep_ratio=0.99, init="magnitude")
+STEPS, TRAINED, HELD_OUT = 16, 64 * 128, 32 * 128  # tokens a task
+TASKS = {
+    "python": DataConfig("stdlib", sequence_length=128, max_train_tokens=TRAINED, max_eval_tokens=HELD_OUT),
+    "c++": DataConfig("headers", sequence_length=128, max_train_tokens=TRAINED, max_eval_tokens=HELD_OUT),
+    # A problem is a row of validation, and has less than 64 tokens.
+    "problems": DataConfig("problems", sequence_length=64, max_train_tokens=TRAINED, max_eval_tokens=HELD_OUT),
+}
+BASE = "base"
+ROWS, SCORED, PROMPT, GENERATED = 2, 128, 32, 16  # rows a task; tokens a row
+SECONDS = 20.0  # of timing, for scoring and for generating
+MERGED, ONE, MIXED, IN_TURN = "merged model", "one task", "mixed batch", "a call a task"
+
+
+def main() -> None:
+    """Print and store the answer."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        _, tokenizer = load_model(MODEL)
+        splits = {task: load_splits(config, tokenizer) for task, config in TASKS.items()}
+        for task in TASKS:
+            train(task, splits[task], root)
+        model, _ = load_model(MODEL)
+        bank = load_mask_bank(model, {task: root / task for task in TASKS})
+        losses = losses_by_mask(bank, {task: splits[task].validation for task in TASKS}, FIRST)
+        apart, sizes = merge_all(bank, losses, splits, tokenizer, root)
+        sizes |= bytes_of(bank)
+        sizes |= {f"{name}, all layers": size for name, size in bytes_of(bank_of_all_layers(root)[0]).items()}
+        samples = speed(root)
+    counts = {"scoring": 3 * ROWS * SCORED, "generating": 3 * ROWS * GENERATED}
+    findings = [Finding("bank's loss against the merged model's, largest difference", Spread.of([apart]), "nats")]
+    findings += [Finding(name, Spread.of([float(size)]), "bytes") for name, size in sizes.items()]
+    for what, found in samples.items():
+        for name, times in found.items():
+            findings.append(
+                Finding(f"{what}: {name}", Spread.of([counts[what] * 1e3 / ms for ms in times]), "tokens/s")
+            )
+        findings += [ratio(found, name, MERGED, suffix=f": {what}") for name in (ONE, MIXED, IN_TURN)]
+        findings.append(ratio(found, MIXED, IN_TURN, suffix=f": {what}"))
+    report("many_masks", "Three tasks on one SmolLM2-135M", findings, losses=loss_rows(losses), bytes=sizes)
+
+
+def train(task: str, splits: Splits, root: Path) -> None:
+    """One epoch, and the masks in root/task."""
+    model, _ = load_model(MODEL)
+    mask_model(model, MASK)
+    settings = TrainConfig(lr=1e-3, steps=STEPS, batch_size=len(splits.train) // STEPS, warmup_ratio=0.05)
+    reports = train_masks(model, splits.train, settings, remember=False)
+    save_masks(model, root / task)
+    print(
+        f"{task}: {reports[-1].seconds:.0f} s of training, loss {reports[0].loss:.3f} -> {reports[-1].loss:.3f}",
+        flush=True,
+    )
+
+
+def losses_by_mask(bank: MaskBank, data: Mapping[str, Any], first: int) -> dict[str, dict[str, Evaluation]]:
+    """Of each task's data under the bare base and under each mask; the first layers are masked in none."""
+    found: dict[str, dict[str, Evaluation]] = {}
+    for task, rows in data.items():
+        memory = PrefixMemory()
+        found[task] = {}
+        for mask in (None, *bank.tasks):
+            with bank.use(mask):
+                found[task][mask or BASE] = evaluate(bank.model, rows, batch_size=4, first=first, memory=memory)
+    return found
+
+
+def loss_rows(losses: Mapping[str, Mapping[str, Evaluation]]) -> list[dict[str, Any]]:
+    """A row a task and mask: nats a token, and the difference from the base with its standard error over documents."""
+    rows = []
+    for task, by_mask in losses.items():
+        for mask, found in by_mask.items():
+            difference, error = paired_difference(found, by_mask[BASE])
+            row = {"task": task, "mask": mask, "loss": found.loss, "difference": difference, "error": error}
+            rows.append(row | {"tokens": int(found.tokens.sum()), "documents": len(found.documents)})
+    return rows
+
+
+def merge_all(
+    bank: MaskBank, losses: Mapping[str, Mapping[str, Evaluation]], splits: Mapping[str, Splits], tokenizer, root: Path
+) -> tuple[float, dict[str, int]]:
+    """(largest difference of a merged model's loss on its own task from the bank's, bytes on disk and in memory)."""
+    apart, sizes = 0.0, dict.fromkeys(("merged models on disk", "masks on disk", "merged models in memory"), 0)
+    for task in TASKS:
+        model, _ = load_model(MODEL)
+        merge_model(load_masks(model, root / task))
+        loss = evaluate(model, splits[task].validation, batch_size=4).loss
+        apart = max(apart, abs(loss - losses[task][task].loss))
+        saved = save_model(model, tokenizer, root / "merged" / task)
+        sizes["merged models on disk"] += (saved / "model.safetensors").stat().st_size
+        sizes["masks on disk"] += sum(path.stat().st_size for path in (root / task).iterdir())
+        sizes["merged models in memory"] += tensor_bytes(model)
+    return apart, sizes
+
+
+def bytes_of(bank: MaskBank) -> dict[str, int]:
+    """Measured of the tensors, and computed from the shapes."""
+    layers = [module for module in bank.model.modules() if hasattr(module, "masks")]
+    computed = sum(len(m.masks) * m.out_features * -(-m.in_features // 32) * 4 for m in layers)
+    return {
+        "base in memory": tensor_bytes(bank.model),
+        "masks in memory": sum(bank.nbytes().values()),
+        "masks in memory, computed": computed,
+    }
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Of parameters and buffers, each once."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def bank_of_all_layers(root: Path) -> tuple[MaskBank, list[Path]]:
+    """Masks on every linear of every layer, in the order of the tasks; and where they lie."""
+    paths = [root / "all" / task for task in TASKS]
+    for seed, path in enumerate(paths):
+        if not path.exists():
+            model, _ = load_model(MODEL)
+            save_masks(mask_model(model, MaskConfig(seed=seed)), path)
+    model, _ = load_model(MODEL)
+    return load_mask_bank(model, dict(zip(TASKS, paths))), paths
+
+
+def speed(root: Path) -> dict[str, Samples]:
+    """Milliseconds: to score and to generate the same rows, ROWS a task and the tasks in turn."""
+    bank, paths = bank_of_all_layers(root)
+    model, tokenizer = load_model(MODEL)
+    merged = merge_model(load_masks(model, paths[0]))
+    validation = [load_splits(config, tokenizer).validation for config in list(TASKS.values())[:2]]
+    rows = torch.cat([take_rows(split, list(range(3))).input_ids for split in validation])[:, :SCORED]
+    return {
+        "scoring": time_within(competitors(bank, merged, rows, score), SECONDS, least=3, most=9),
+        "generating": time_within(competitors(bank, merged, rows[:, :PROMPT], generate), SECONDS, least=3, most=9),
+    }
+
+
+def competitors(
+    bank: MaskBank, merged: nn.Module, rows: Tensor, run: Callable[[nn.Module, Tensor], object]
+) -> dict[str, Callable[[], object]]:
+    """Ways to run 3 * ROWS rows: row i is of task i % 3 where tasks are told apart."""
+    tasks = list(bank.tasks)
+
+    def use(chosen: Any, own: Tensor) -> object:
+        with bank.use(chosen):
+            return run(bank.model, own)
+
+    return {
+        MERGED: lambda: run(merged, rows),
+        ONE: lambda: use(tasks[0], rows),
+        MIXED: lambda: use(tasks * ROWS, rows),
+        IN_TURN: lambda: [use(task, rows[i :: len(tasks)]) for i, task in enumerate(tasks)],
+    }
+
+
+@torch.no_grad()
+def score(model: nn.Module, rows: Tensor) -> None:
+    """Logits of every token."""
+    model(rows)
+
+
+def generate(model: Any, rows: Tensor) -> None:
+    """GENERATED tokens a row, greedily, with a cache."""
+    options = {"min_new_tokens": GENERATED, "max_new_tokens": GENERATED, "do_sample": False}
+    model.generate(rows, attention_mask=torch.ones_like(rows), pad_token_id=0, **options)
