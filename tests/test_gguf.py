@@ -1,6 +1,7 @@
 """A merged model goes on: plain transformers gives its logits bit for bit, and so does a GGUF file made from its files.
 
-llama.cpp's converter is no package. Where MFT_LLAMA_CPP names a checkout of llama.cpp, it is run on SmolLM2 itself.
+llama.cpp's converter brings a gguf of its own and is not installed beside ours. Where MFT_LLAMA_CPP names a directory with
+convert_hf_to_gguf.py, it is run on SmolLM2 itself.
 """
 
 import json
@@ -56,7 +57,7 @@ def test_the_files_of_a_merged_model_are_all_that_a_gguf_file_of_equal_logits_ne
 
 def test_llama_cpps_converter_takes_a_merged_model(smollm2_dir, tmp_path):
     if not os.environ.get("MFT_LLAMA_CPP"):
-        pytest.skip("needs MFT_LLAMA_CPP, a checkout of llama.cpp")
+        pytest.skip("needs MFT_LLAMA_CPP, a directory with llama.cpp's convert_hf_to_gguf.py")
     converter = Path(os.environ["MFT_LLAMA_CPP"]) / "convert_hf_to_gguf.py"
     model, tokenizer = load_model("smollm2-135m")
     names = list(masked_modules(mask_model(model, MASK)))
