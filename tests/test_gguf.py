@@ -1,7 +1,7 @@
 """A merged model goes on: plain transformers gives its logits bit for bit, and so does a GGUF file made from its files.
 
-llama.cpp's converter brings a gguf of its own and is not installed beside ours. Where MFT_LLAMA_CPP names a directory with
-convert_hf_to_gguf.py, it is run on SmolLM2 itself.
+llama.cpp's converter brings a gguf of its own and is not installed beside ours. Where MFT_LLAMA_CPP names a directory
+with convert_hf_to_gguf.py, it is run on SmolLM2 itself.
 """
 
 import json
