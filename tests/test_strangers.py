@@ -19,7 +19,7 @@ from mft.export_file import CONFIG_FILE, MASK_FILE, read_export
 from mft.paper_masks import read_paper_masks, write_paper_masks
 
 TRIES = int(os.environ.get("MFT_FUZZ", "300"))  # a test
-trials = settings(max_examples=TRIES, deadline=5000, suppress_health_check=list(HealthCheck), database=None)
+trials = settings(max_examples=TRIES, deadline=30_000, suppress_health_check=list(HealthCheck), database=None)
 
 # An edit of a file: where in it (a share), what is done, with which bytes.
 edits = st.lists(
