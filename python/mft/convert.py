@@ -95,7 +95,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
 
-# ---------------------------------------------------------------------------------------------- for export
+# ---------------------------------------------------------------------------------------------- for export and PEFT
 
 
 def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
@@ -104,22 +104,25 @@ def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
     setattr(model, _TRAINABLE_BEFORE, {name for name, p in model.named_parameters() if p.requires_grad})
     model.requires_grad_(False)
     for name in names:
-        source: Any = model.get_submodule(name)
-        is_conv1d = isinstance(source, Conv1D)
-        masked = MaskedLinear.from_linear(
-            as_linear(source),
-            keep_ratio=config.keep_ratio,
-            mode=config.mode,
-            init=config.init,
-            threshold=config.threshold,
-            scores_dtype=_scores_dtype(config, source.weight),
-            generator=_generator(config.seed, name, source.weight.device),
-        )
-        masked.module_name = name
-        if is_conv1d:
-            setattr(masked, _CAME_FROM_CONV1D, True)
-        replace_module(model, name, masked)
+        replace_module(model, name, masked_layer(model.get_submodule(name), name, config))
     _prepare_checkpointing(model, names)
+
+
+def masked_layer(source: Any, name: str, config: MaskConfig) -> MaskedLinear:
+    """A masked layer on the weight and bias of source, an nn.Linear or Conv1D that a model calls name."""
+    masked = MaskedLinear.from_linear(
+        as_linear(source),
+        keep_ratio=config.keep_ratio,
+        mode=config.mode,
+        init=config.init,
+        threshold=config.threshold,
+        scores_dtype=_scores_dtype(config, source.weight),
+        generator=_generator(config.seed, name, source.weight.device),
+    )
+    masked.module_name = name
+    if isinstance(source, Conv1D):
+        setattr(masked, _CAME_FROM_CONV1D, True)
+    return masked
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -101,17 +101,24 @@ def put_masks(
     _check_fit(model, shapes)
     masked = masked_modules(model)
     if not masked:
-        config = MaskConfig(
-            keep_ratio=1.0 if keep_ratio is None else keep_ratio,
-            mode=mode,
-            init="constant",
-            threshold=_THRESHOLD[mode],
-        )
-        convert(model, list(shapes), config)
+        convert(model, list(shapes), loaded_config(mode, keep_ratio))
         masked = masked_modules(model)
     for name, packed in masks.items():
         _set_mask(masked[name], packed, mode, keep_ratio)
     return model
+
+
+def loaded_config(mode: str, keep_ratio: float | None) -> MaskConfig:
+    """What a loaded mask is held by: a fixed threshold, see scores_of_mask; the ratio is remembered alone."""
+    return MaskConfig(
+        keep_ratio=1.0 if keep_ratio is None else keep_ratio, mode=mode, init="constant", threshold=_THRESHOLD[mode]
+    )
+
+
+def scores_of_mask(packed: Tensor, shape: tuple[int, int] | torch.Size, mode: str) -> Tensor:
+    """fp32 scores (N, K) that select exactly this mask, all at one distance from the threshold of loaded_config."""
+    threshold = _THRESHOLD[mode]
+    return torch.where(unpack_mask(packed, shape), threshold + _MARGIN, threshold - _MARGIN)
 
 
 def base_hash(model: nn.Module, names: Iterable[str] | None = None) -> str:
@@ -147,7 +154,7 @@ def check_learned_on(model: nn.Module, export: MaskExport, directory: Path, *, f
     """Raise ValueError unless the masks of export, read from directory, were learned on model's weights, or force."""
     found = base_hash(model, [entry.name for entry in export.modules])
     if found != export.base_hash and not force:
-        raise ValueError(_other_base(model, export, found, directory))
+        raise ValueError(other_base(model, export, found, directory))
 
 
 def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, int]]) -> None:
@@ -156,6 +163,20 @@ def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, int]]) -> None:
         shape = tuple(_weight(model, name).shape)
         if shape != expected:
             raise ValueError(f"{name}: the mask is for a weight of {expected}, the model's is {shape}")
+
+
+def other_base(model: nn.Module, export: MaskExport, found: str, directory: Path) -> str:
+    """The message that the masks were learned on another base than the model, whose hash was found."""
+    learned_on = export.base_model_name_or_path or "a base without a name"
+    message = (
+        f"{directory}: the masks were learned on other weights of the same shapes ({learned_on}): expected base "
+        f"{export.base_hash}, the model's is {found}"
+    )
+    dtypes = sorted({_dtype_name(_weight(model, entry.name)) for entry in export.modules})
+    stored = sorted({entry.dtype for entry in export.modules})
+    if dtypes != stored:
+        message += f". The model's weights are {' '.join(dtypes)}, those were {' '.join(stored)}: load it in that dtype"
+    return message + ". To use the masks on this model all the same, pass force=True to load_masks (--force)"
 
 
 def keep_base_hash(model: nn.Module) -> None:
@@ -209,26 +230,12 @@ def _check_fit(model: nn.Module, stored: dict[str, tuple[int, int]]) -> None:
     check_shapes(model, stored)
 
 
-def _other_base(model: nn.Module, export: MaskExport, found: str, directory: Path) -> str:
-    learned_on = export.base_model_name_or_path or "a base without a name"
-    message = (
-        f"{directory}: the masks were learned on other weights of the same shapes ({learned_on}): expected base "
-        f"{export.base_hash}, the model's is {found}"
-    )
-    dtypes = sorted({_dtype_name(_weight(model, entry.name)) for entry in export.modules})
-    stored = sorted({entry.dtype for entry in export.modules})
-    if dtypes != stored:
-        message += f". The model's weights are {' '.join(dtypes)}, those were {' '.join(stored)}: load it in that dtype"
-    return message + ". To use the masks on this model all the same, pass force=True (--force)"
-
-
 def _set_mask(module: MaskedLinear, packed: Tensor, mode: str, keep_ratio: float | None) -> None:
-    keep = unpack_mask(packed, module.weight.shape).to(module.scores.device)
     module.mode = mode
     module.threshold = _THRESHOLD[mode]
     if keep_ratio is not None:
         module.keep_ratio = keep_ratio
-    scores = torch.where(keep, module.threshold + _MARGIN, module.threshold - _MARGIN)
+    scores = scores_of_mask(packed.to(module.scores.device), module.weight.shape, mode)
     module.scores.copy_(fixed_from_float(scores) if module.scores.dtype == torch.int16 else scores)
 
 
