@@ -154,7 +154,7 @@ def check_learned_on(model: nn.Module, export: MaskExport, directory: Path, *, f
     """Raise ValueError unless the masks of export, read from directory, were learned on model's weights, or force."""
     found = base_hash(model, [entry.name for entry in export.modules])
     if found != export.base_hash and not force:
-        raise ValueError(other_base(model, export, found, directory))
+        raise ValueError(_other_base(model, export, found, directory))
 
 
 def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, int]]) -> None:
@@ -165,7 +165,7 @@ def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, int]]) -> None:
             raise ValueError(f"{name}: the mask is for a weight of {expected}, the model's is {shape}")
 
 
-def other_base(model: nn.Module, export: MaskExport, found: str, directory: Path) -> str:
+def _other_base(model: nn.Module, export: MaskExport, found: str, directory: Path) -> str:
     """The message that the masks were learned on another base than the model, whose hash was found."""
     learned_on = export.base_model_name_or_path or "a base without a name"
     message = (

@@ -85,9 +85,10 @@ def content_hash(export: MaskExport, masks: Mapping[str, Tensor]) -> str:
 def is_export(directory: Path) -> bool:
     """Whether directory claims to hold masks of ours; it may still be damaged."""
     try:
-        return read_object(directory / CONFIG_FILE, _MOST_CONFIG).get("peft_type") == PEFT_TYPE
+        values = read_object(directory / CONFIG_FILE, _MOST_CONFIG)
     except (OSError, ValueError):
         return False
+    return values.get("peft_type") == PEFT_TYPE and not _is_of_peft(values)
 
 
 def read_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor]]:
@@ -120,6 +121,11 @@ def _read_config(path: Path) -> MaskExport:
     values = read_object(path, _MOST_CONFIG)
     if values.get("peft_type") != PEFT_TYPE:
         raise ValueError(f"{path}: expected peft_type {PEFT_TYPE!r}, got {values.get('peft_type')!r}: not our masks")
+    if _is_of_peft(values):
+        raise ValueError(
+            f"{path}: expected an export of masks, got an adapter that PEFT saved, which holds scores: load it with "
+            "PeftModel.from_pretrained (docs/peft.md)"
+        )
     version = values.get("format_version")
     if version != FORMAT_VERSION:
         newer = isinstance(version, int) and version > FORMAT_VERSION
@@ -142,6 +148,11 @@ def _read_config(path: Path) -> MaskExport:
     if "content_hash" in values:
         _expect(path, "content_hash", export.content_hash, isinstance(export.content_hash, str), "a string")
     return export
+
+
+def _is_of_peft(values: dict) -> bool:
+    """Whether PEFT wrote this: its configurations always have inference_mode, ours never."""
+    return "inference_mode" in values
 
 
 def _check_fields(path: Path, export: MaskExport) -> None:

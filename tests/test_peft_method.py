@@ -1,0 +1,572 @@
+"""Masks under PEFT: equal to our own API bit for bit, and what PEFT asks of every method.
+
+The second part follows the tests that PEFT runs against its own methods (huggingface/peft, tests/testing_common.py,
+Apache 2.0), by subject and in our words; test_peft_suite.py runs the originals, where a checkout of PEFT is given.
+"""
+
+import copy
+import importlib
+import json
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_base_model_state_dict, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file
+from tiny import make_llama, make_rows
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mft import MaskConfig, load_masks, mask_model, masked_modules, merge_model, save_masks
+from mft.peft_layer import MaskLinear
+from mft.peft_method import MaskPeftConfig, to_masked_model
+
+# What PEFT 0.21 still calls in transformers 5.24.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.* is deprecated and will be removed:FutureWarning"
+)
+
+TOKENS = torch.tensor(make_rows(3)["input_ids"])
+UP = "model.layers.2.mlp.up_proj"
+SETTING = {"layers_to_transform": [2, 3], "keep_ratio": 0.7}
+
+
+def make_gpt2(dtype=torch.float32):
+    config = {"vocab_size": 61, "n_positions": 16, "n_embd": 32, "n_layer": 4, "n_head": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **config)).to(dtype).eval()
+
+
+BASES = {
+    "llama": make_llama,
+    "llama in bf16": lambda: make_llama(torch.bfloat16),
+    "gpt2": make_gpt2,  # Conv1D
+}
+
+
+def config(**changes):
+    return MaskPeftConfig(**SETTING | {"task_type": "CAUSAL_LM"} | changes)
+
+
+def with_masks(base=None, **changes):
+    return get_peft_model(make_llama() if base is None else base, config(**changes)).eval()
+
+
+def two_masks():
+    """Two masks of other layers, ratios and seeds on one base; the first is active."""
+    model = with_masks()
+    model.add_adapter("other", config(layers_to_transform=[1, 2], keep_ratio=0.5, seed=1))
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, MaskLinear)]
+
+
+def scores(model):
+    """Of our masked layers, or of the default adapter of PEFT's, by module."""
+    found = {layer.module_name: layer.mft_scores["default"].detach() for layer in layers(model)}
+    return found or {name: module.scores.detach() for name, module in masked_modules(model).items()}
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(found, expected):
+    """Equal bit for bit, NaN and -0.0 included."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensor.dtype == found[name].dtype, name
+        assert torch.equal(*(t.contiguous().view(torch.uint8) for t in (found[name], tensor))), name
+
+
+def gradients(model):
+    model.zero_grad()
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    return {
+        name.replace("base_model.model.", "").replace("mft_scores.default", "scores"): p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+
+
+# ---------------------------------------------------------------------------------------------- equal to our own API
+
+
+@pytest.mark.parametrize("make", BASES.values(), ids=BASES)
+def test_logits_and_gradients_are_those_of_mask_model_bit_for_bit(make):
+    ours, model = mask_model(make(), MaskConfig(**SETTING)), with_masks(make())
+    assert torch.equal(logits(model), logits(ours))
+    assert not torch.equal(logits(model), logits(make()))
+    assert_same(gradients(model), gradients(ours))
+
+
+@pytest.mark.parametrize("make", BASES.values(), ids=BASES)
+def test_merge_and_unload_gives_the_model_of_merge_model_bit_for_bit(make):
+    expected = merge_model(mask_model(make(), MaskConfig(**SETTING)))
+    merged = with_masks(make()).merge_and_unload()
+    assert [type(module) for module in merged.modules()] == [type(module) for module in expected.modules()]
+    assert_same(state(merged), state(expected))
+    assert not hasattr(merged, "peft_config")
+
+
+def test_training_takes_the_steps_of_mask_model():
+    ours, model = mask_model(make_llama(), MaskConfig(**SETTING)), with_masks()
+    for trained in (ours, model):
+        optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=5e-3)
+        for _ in range(4):
+            trained(input_ids=TOKENS, labels=TOKENS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(scores(model), scores(ours))
+    assert not torch.equal(logits(model), logits(with_masks()))
+
+
+def test_autocast_computes_what_mask_model_does():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits(with_masks()), logits(mask_model(make_llama(), MaskConfig(**SETTING))))
+
+
+def test_every_field_of_mask_config_is_taken():
+    ours = MaskConfig(
+        target_modules="all-linear",
+        exclude_modules=["mlp"],
+        layers_to_transform="0,3",
+        mode="value",
+        threshold=0.01,
+        init="magnitude",
+        scores_dtype="bfloat16",
+        seed=5,
+    )
+    model = get_peft_model(make_llama(), MaskPeftConfig(**vars(ours)))
+    masked = mask_model(make_llama(), ours)
+    assert_same(scores(model), scores(masked))
+    assert torch.equal(logits(model), logits(masked))
+
+
+# ---------------------------------------------------------------------------------------------- model and training
+
+
+@pytest.mark.parametrize("name", ["default", "another-name"])
+def test_only_the_scores_of_the_chosen_layers_are_trained(name):
+    model = get_peft_model(make_llama(), config(target_modules=["up_proj", "q_proj"]), adapter_name=name)
+    modules = [f"model.layers.{i}.{part}" for i in (2, 3) for part in ("self_attn.q_proj", "mlp.up_proj")]
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"base_model.model.{module}.mft_scores.{name}" for module in modules}
+    assert model.get_nb_trainable_parameters()[0] == 2 * (32 * 32 + 64 * 32)
+    assert type(model) is peft.PeftModelForCausalLM
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == trained
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
+    model = with_masks().train()
+    plain = gradients(model)
+    model.prepare_model_for_gradient_checkpointing(model)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert_same(gradients(model), plain)
+
+
+def test_a_base_prepared_for_quantised_training_trains():
+    base = peft.prepare_model_for_kbit_training(make_llama())
+    assert not any(p.requires_grad for p in base.parameters())
+    assert_same(gradients(with_masks(base)), gradients(with_masks()))
+
+
+def test_inputs_embeds_and_generate_work():
+    model = with_masks()
+    embeddings = model.get_input_embeddings()(TOKENS)
+    with torch.no_grad():
+        assert torch.equal(model(inputs_embeds=embeddings).logits, logits(model))
+    generated = model.generate(input_ids=TOKENS, max_new_tokens=3, do_sample=False)
+    assert generated.shape == (3, TOKENS.shape[1] + 3)
+
+
+@pytest.mark.parametrize("scores_dtype", ["float32", "bfloat16"])
+def test_casting_the_model_leaves_the_scores_alone(scores_dtype):
+    model = with_masks(scores_dtype=scores_dtype).to(torch.float16)
+    assert {layer.mft_scores["default"].dtype for layer in layers(model)} == {getattr(torch, scores_dtype)}
+    assert {layer.weight.dtype for layer in layers(model)} == {torch.float16}
+
+
+# ---------------------------------------------------------------------------------------------- several masks
+
+
+def test_adapters_are_switched_and_share_the_frozen_weights():
+    base = make_llama()
+    address = base.get_submodule(UP).weight.data_ptr()
+    model = get_peft_model(base, config())
+    first = logits(model)
+    model.add_adapter("other", config(layers_to_transform=[1, 2], keep_ratio=0.5, seed=1))
+    assert torch.equal(logits(model), first)
+    model.set_adapter("other")
+    alone = mask_model(make_llama(), MaskConfig(layers_to_transform=[1, 2], keep_ratio=0.5, seed=1))
+    assert torch.equal(logits(model), logits(alone))
+    trained = {name.rpartition(".mft_scores.")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"other"}
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    assert model.get_submodule(f"base_model.model.{UP}").weight.data_ptr() == address
+
+
+def test_disable_adapter_gives_the_output_of_the_base_bit_for_bit():
+    model, base = two_masks(), logits(make_llama())
+    masked = logits(model)
+    for merged in (False, True):
+        if merged:
+            model.merge_adapter()
+        with model.disable_adapter():
+            assert torch.equal(logits(model), base)
+        assert torch.equal(logits(model), masked)  # what was merged is unmerged, as elsewhere in PEFT
+    assert not torch.equal(masked, base)
+
+
+def test_several_active_masks_are_refused():
+    model = two_masks()
+    with pytest.raises(ValueError, match=r"one mask at a time can be active, got \['default', 'other'\]"):
+        model.base_model.set_adapter(["default", "other"])
+    assert model.active_adapters == ["default"]
+    with pytest.raises(ValueError, match="one mask at a time serves a whole batch, got adapter_names="):
+        model(input_ids=TOKENS, adapter_names=["default", "other", "other"])
+
+
+def test_a_deleted_mask_is_gone_and_the_others_stay():
+    model = with_masks()
+    model.add_adapter("other", config(seed=1))
+    first = logits(model)
+    model.delete_adapter("other")
+    assert list(model.peft_config) == ["default"] == model.active_adapters
+    assert not any("other" in layer.mft_scores or "other" in layer.mft_config for layer in layers(model))
+    assert torch.equal(logits(model), first)
+    with pytest.raises(ValueError, match="Adapter other does not exist"):
+        model.delete_adapter("other")
+    model.delete_adapter("default")
+    assert torch.equal(logits(model.base_model), logits(make_llama()))
+
+
+def test_deleting_the_active_mask_activates_another():
+    model = with_masks()
+    model.add_adapter("other", config(seed=1))
+    model.set_adapter("other")
+    with pytest.warns(UserWarning, match="was active which is now deleted"):
+        model.delete_adapter("other")
+    assert model.active_adapters == ["default"]
+    assert torch.equal(logits(model), logits(with_masks()))
+
+
+def test_unload_gives_the_base_back():
+    base = two_masks().unload()
+    assert_same(state(base), state(make_llama()))
+    assert [type(module) for module in base.modules()] == [type(module) for module in make_llama().modules()]
+
+
+def test_the_state_of_the_base_is_found_under_its_own_names():
+    assert_same(get_base_model_state_dict(two_masks()), state(make_llama()))
+
+
+def test_masks_are_injected_into_a_plain_model():
+    model = inject_adapter_in_model(config(), make_llama())
+    assert torch.equal(logits(model), logits(with_masks()))
+
+
+# ---------------------------------------------------------------------------------------------- merging
+
+
+def test_unmerging_restores_every_bit_of_the_weights():
+    base = make_llama()
+    with torch.no_grad():
+        base.get_submodule(UP).weight.view(-1)[:6] = torch.tensor([float("nan"), float("-inf"), -0.0, 0.0, -1.0, 2.0])
+    for kind in (torch.float32, torch.bfloat16):
+        model = with_masks(copy.deepcopy(base).to(kind))
+        before = state(model)
+        model.merge_adapter()
+        assert any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        model.unmerge_adapter()
+        assert_same(state(model), before)
+
+
+def test_merging_leaves_a_model_that_shares_the_weights_alone():
+    base = make_llama()
+    shared = copy.deepcopy(base, {id(p): nn.Parameter(p.data) for p in base.parameters()})
+    with_masks(base).merge_and_unload()
+    assert_same(state(shared), state(make_llama()))
+
+
+def test_a_merged_model_computes_what_it_did_and_merges_once():
+    model = with_masks()
+    masked = logits(model)
+    model.merge_adapter()
+    merged = logits(model)
+    assert (merged - masked).abs().max() < 1e-5
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
+        model.merge_adapter()
+    assert torch.equal(logits(model), merged)
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
+        assert torch.equal(logits(model.merge_and_unload()), merged)
+
+
+def test_a_named_mask_is_merged_whichever_is_active():
+    merged = two_masks().merge_and_unload(adapter_names=["other"])
+    model = two_masks()
+    model.set_adapter("other")
+    assert_same(state(merged), state(model.merge_and_unload()))
+
+
+def test_two_masks_are_not_merged_into_one_weight():
+    model = two_masks()
+    before = state(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(
+            ValueError, match=r"merged into model.layers.2.self_attn.q_proj, got \['default', 'other'\]"
+        ):
+            merge(adapter_names=["default", "other"])
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"got \['default', 'other'\]: unmerge_adapter\(\) first"):
+        model.merge_adapter(adapter_names=["other"])
+    with pytest.warns(UserWarning, match="Already unmerged"):  # PEFT's word for the layers of the other mask
+        model.unmerge_adapter()
+    assert_same(state(model), before)
+
+
+def test_a_mask_added_to_a_merged_model_is_drawn_from_the_whole_weights():
+    model = with_masks()
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="unmerging it first"):
+        model.add_adapter("other", config(init="magnitude"))
+    model.set_adapter("other")
+    assert torch.equal(logits(model), logits(with_masks(init="magnitude")))
+
+
+@pytest.mark.parametrize("safe_merge", [True, False])
+def test_scores_that_are_not_finite_leave_every_weight_as_it_was(safe_merge):
+    model = with_masks()
+    with torch.no_grad():
+        layers(model)[-1].mft_scores["default"][0, 0] = float("nan")
+    before = state(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(
+            ValueError, match="The adapter default seems to be broken: scores of module 'model.layers.3"
+        ):
+            merge(safe_merge=safe_merge)
+    assert_same(state(model), before)
+    with pytest.raises(ValueError, match="scores of module 'model.layers.3.mlp.down_proj' must be finite"):
+        logits(model)
+
+
+def test_safe_merge_refuses_a_kept_infinity_and_takes_a_dropped_one():
+    model = with_masks(target_modules=["up_proj"], layers_to_transform=2)
+    (layer,) = layers(model)
+    with torch.no_grad():
+        layer.weight[0, 0] = float("inf")
+        layer.mft_scores["default"][0, 0] = 1.0
+    before = state(model)
+    with pytest.raises(ValueError, match=f"it keeps weights of {UP} that are NaN or Inf"):
+        model.merge_and_unload(safe_merge=True)
+    assert_same(state(model), before)
+    with torch.no_grad():
+        layer.mft_scores["default"][0, 0] = 1e-9
+    assert model.merge_and_unload(safe_merge=True).get_submodule(UP).weight[0, 0] == 0
+
+
+def test_tied_embeddings_stay_tied():
+    model = with_masks(make_llama(tie_word_embeddings=True), target_modules="all-linear").merge_and_unload()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def test_what_is_saved_is_loaded_bit_for_bit_and_trains_on(tmp_path):
+    model = two_masks()
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "other"),
+    }
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key.rpartition(".")[2] for key in stored} == {"mft_scores"}
+    loaded = PeftModel.from_pretrained(make_llama(), tmp_path, is_trainable=True)
+    result = loaded.load_adapter(tmp_path / "other", "other")
+    assert result.missing_keys == []
+    assert_same(state(loaded), state(model))
+    assert_same(gradients(loaded), gradients(model))
+    frozen = PeftModel.from_pretrained(make_llama(), tmp_path)
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear", ["q_proj", "up_proj"], r".*\.(q|up)_proj"])
+def test_the_configuration_is_saved_as_it_was_written(tmp_path, targets):
+    written = config(target_modules=targets, exclude_modules=["k_proj"])
+    model = get_peft_model(make_llama(), written).eval()
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (stored["peft_type"], stored["target_modules"], stored["exclude_modules"]) == ("MFT", targets, ["k_proj"])
+    assert stored["keep_ratio"] == 0.7
+    assert torch.equal(logits(PeftModel.from_pretrained(make_llama(), tmp_path)), logits(model))
+
+
+def test_a_selected_adapter_is_saved_alone_whatever_the_others_are_called(tmp_path):
+    model = with_masks()
+    for name in ("default2", "other_default", "efaul"):
+        model.add_adapter(name, config())
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == len(layers(model))
+
+
+def test_low_cpu_mem_usage_loads_the_same_scores(tmp_path):
+    model = with_masks(make_llama(torch.bfloat16))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_llama(torch.bfloat16), tmp_path, low_cpu_mem_usage=True)
+    assert_same(state(loaded), state(model))
+    loaded.load_adapter(tmp_path, "again", low_cpu_mem_usage=True)
+    assert not any(p.is_meta for p in loaded.parameters())
+    injected = inject_adapter_in_model(config(), make_llama(), low_cpu_mem_usage=True)
+    assert {layer.mft_scores["default"].is_meta for layer in layers(injected)} == {True}
+
+
+def test_modules_to_save_are_trained_and_saved_beside_the_masks(tmp_path):
+    model = with_masks(modules_to_save=["model.norm"])
+    with torch.no_grad():
+        model.get_base_model().model.norm.modules_to_save["default"].weight.add_(1)
+    assert "model.norm.modules_to_save.default.weight" in gradients(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(make_llama(), tmp_path)), logits(model))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(make_llama()))
+    with pytest.raises(ValueError, match="modules_to_save must be null"):
+        to_masked_model(model)
+
+
+def test_a_module_to_save_gets_no_mask():
+    model = with_masks(modules_to_save=["layers.3.mlp.up_proj"], target_modules=["up_proj"])
+    assert [layer.module_name for layer in layers(model)] == [UP]
+
+
+# ---------------------------------------------------------------------------------------------- our export
+
+
+def test_the_active_mask_becomes_a_masked_model_and_an_export(tmp_path):
+    model = two_masks()
+    model.set_adapter("other")
+    model.merge_adapter()
+    expected = mask_model(make_llama(), MaskConfig(layers_to_transform=[1, 2], keep_ratio=0.5, seed=1))
+    masked = to_masked_model(model)
+    assert_same(state(masked), state(expected))
+    save_masks(masked, tmp_path / "masks")
+    loaded = load_masks(make_llama(), tmp_path / "masks")
+    bits = [{n: m.packed_mask() for n, m in masked_modules(each).items()} for each in (loaded, expected)]
+    assert_same(*bits)
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gpt2])
+@pytest.mark.parametrize("mode", ["magnitude", "value"])
+def test_an_export_of_masks_is_loaded_by_peft(tmp_path, make, mode):
+    save_masks(mask_model(make(), MaskConfig(**SETTING, mode=mode)), tmp_path / "masks")
+    model = PeftModel.from_pretrained(make(), tmp_path / "masks")
+    assert torch.equal(logits(model), logits(load_masks(make(), tmp_path / "masks")))
+    model.save_pretrained(tmp_path / "scores")
+    assert torch.equal(logits(PeftModel.from_pretrained(make(), tmp_path / "scores")), logits(model))
+    model.load_adapter(tmp_path / "masks", "again")
+    model.set_adapter("again")
+    assert torch.equal(logits(model), logits(load_masks(make(), tmp_path / "masks")))
+
+
+def test_an_export_of_another_base_is_refused(tmp_path):
+    save_masks(mask_model(make_llama(), MaskConfig(**SETTING)), tmp_path / "masks")
+    with pytest.raises(ValueError, match=r"learned on other weights .* those were float32: load it in that dtype"):
+        PeftModel.from_pretrained(make_llama(torch.bfloat16), tmp_path / "masks")
+    with pytest.raises(ValueError, match="must be a local directory, given to PeftModel.from_pretrained .* without"):
+        PeftModel.from_pretrained(make_llama(), tmp_path / "masks", config=config())
+
+
+def test_a_damaged_export_is_refused(tmp_path):
+    save_masks(mask_model(make_llama(), MaskConfig(**SETTING)), tmp_path / "masks")
+    file = tmp_path / "masks" / "adapter_config.json"
+    file.write_text(file.read_text().replace('"keep_ratio": 0.7', '"keep_ratio": 0.8'))
+    with pytest.raises(ValueError, match="damaged, or changed by hand"):
+        PeftModel.from_pretrained(make_llama(), tmp_path / "masks")
+
+
+def test_an_adapter_of_peft_is_no_export(tmp_path):
+    with_masks().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="an adapter that PEFT saved, which holds scores: load it with PeftModel"):
+        load_masks(make_llama(), tmp_path)
+    with pytest.raises(ValueError, match="directory must be new, empty or an earlier export of masks"):
+        save_masks(mask_model(make_llama(), MaskConfig()), tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": ["q_porj"]}, "did you mean q_proj?"),
+        ({"target_modules": ["embed_tokens"]}, r"embed_tokens \(Embedding\), not a linear layer"),
+        ({"target_modules": ["lm_head"]}, "matches only the output embedding lm_head, which is never masked"),
+        ({"layers_to_transform": 4}, "must lie in 0 to 3"),
+        ({"keep_ratio": 1.5}, r"keep_ratio must lie in \[0, 1\], got 1.5"),
+        ({"scores_dtype": "int16"}, "scores_dtype must be float32 or bfloat16 under PEFT"),
+    ],
+)
+def test_what_cannot_be_masked_is_refused_before_the_model_changes(changes, message):
+    base = make_llama()
+    with pytest.raises(ValueError, match=message):
+        with_masks(base, **changes)
+    assert_same(state(base), state(make_llama()))
+    assert all(p.requires_grad for p in base.parameters())
+
+
+def test_a_convolution_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"'0' names 0 \(Conv2d\), not a linear layer; linear layers here: 2"):
+        get_peft_model(model, MaskPeftConfig(target_modules=["0"]))
+
+
+def test_an_adapted_layer_is_refused():
+    model = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), make_llama())
+    del model.peft_config
+    with pytest.raises(ValueError, match="cannot mask model.layers.2.self_attn.q_proj: it is a peft.tuners.lora"):
+        inject_adapter_in_model(config(), model)
+
+
+def test_a_failed_second_mask_leaves_the_first_as_it_was():
+    model = with_masks()
+    masked = logits(model)
+    with pytest.raises(ValueError, match="did you mean q_proj?"):
+        model.add_adapter("other", config(target_modules=["q_porj"]))
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model), masked)
+
+
+# ---------------------------------------------------------------------------------------------- PEFT itself
+
+
+@pytest.mark.parametrize("version", ["0.20.0", "0.22.0"])
+def test_a_version_of_peft_that_was_not_tried_is_refused(monkeypatch, version):
+    monkeypatch.delitem(sys.modules, "mft.peft_method")
+    monkeypatch.setattr(peft, "__version__", version)
+    with pytest.raises(ImportError, match=f"got {version}: pip install 'peft>="):
+        importlib.import_module("mft.peft_method")
+
+
+def test_a_missing_peft_is_told(monkeypatch):
+    monkeypatch.delitem(sys.modules, "mft.peft_method")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"mft.peft_method needs peft >= 0.*: pip install 'peft>="):
+        importlib.import_module("mft.peft_method")
+
+
+def test_our_own_api_does_without_peft():
+    code = "import sys, mft; mft.mask_model; mft.save_masks; assert 'peft' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
