@@ -103,6 +103,7 @@ def torchrun(monkeypatch):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
 @pytest.mark.usefixtures("torchrun")
 @pytest.mark.parametrize("document", titled(d for d in DOCUMENTS if blocks(d) and d.name not in ELSEWHERE))
 def test_the_blocks_of_a_document_run(document, ground, tmp_path, monkeypatch):
