@@ -34,7 +34,7 @@ lint: install
 	$(BIN)/mypy
 
 # The CPU library under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer; 4 minutes, with
-# QUICK=1 less.
+# QUICK=1, as in .ci/run, half.
 sanitize: install
 	$(BIN)/python -m building.sanitized address $(if $(QUICK),$(SLIM_SANITIZED))
 	$(BIN)/python -m building.sanitized thread $(if $(QUICK),$(SLIM_SANITIZED))
