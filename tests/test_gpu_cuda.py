@@ -1,9 +1,12 @@
-"""The CUDA kernels in the GPU suite: a wrong one is found, a missing library and a missing sanitizer are said aloud."""
+"""The CUDA kernels in the GPU suite: a wrong one is found, a missing library is said, a missing sanitizer fails it."""
 
 import importlib
 import os
+import shutil
+import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +22,8 @@ from benchmarks.gpu.cases import CUDA, Case
 from benchmarks.gpu.journal import FAILED, MEASURED, NOT_MEASURED, Journal
 from benchmarks.gpu.kernels import OPS, kernels
 from mft_kernels import cuda, reference
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -274,7 +279,7 @@ def test_the_sanitizer_s_program_gets_its_options_and_a_time_limit(tmp_path, mon
     assert "unproven" not in sanitizer.run("racecheck", 60, dry=True)[1]
 
 
-def test_a_missing_sanitizer_is_a_warning_and_exit_code_3(tmp_path, capsys):
+def test_a_missing_sanitizer_ends_with_exit_code_3_and_all_results_written(tmp_path, capsys):
     planned = [Case("correctness", detail=detail) for detail in ("cuda exact", "cuda memcheck")]
     for failed, code in ((0, 3), (1, 1)):
         journal, out = Journal(tmp_path / f"journal{failed}"), tmp_path / f"out{failed}"
@@ -283,8 +288,15 @@ def test_a_missing_sanitizer_is_a_warning_and_exit_code_3(tmp_path, capsys):
         journal.record(planned[1], NOT_MEASURED, reason="not found: nowhere", unproven=True)
         results.write(out, journal, planned)
         assert command._summary(journal, planned, out) == code
-        assert "WARNING: cuda memcheck: not found: nowhere" in capsys.readouterr().out
+        assert "UNPROVEN: cuda memcheck: not found: nowhere" in capsys.readouterr().out
         assert "| cuda memcheck | not measured: not found: nowhere |" in (out / "gpu.md").read_text()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("code", [0, 3])
+def test_make_gpu_fails_without_the_sanitizer_s_verdict(code):
+    run = subprocess.run(["make", "gpu", f"GPU_PYTHON=sh -c 'exit {code}'"], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode == 0) == (code == 0), run.stderr
 
 
 def test_a_missing_library_is_a_warning_in_the_summary_and_a_column_of_the_table(tmp_path, capsys):

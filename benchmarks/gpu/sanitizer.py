@@ -47,8 +47,8 @@ def find(environment: Mapping[str, str] = os.environ) -> tuple[str | None, str]:
         if os.access(path, os.X_OK):
             return str(path), ""
     return None, (
-        f"not found: {NAME} is neither in PATH nor in {toolkit}, and nvidia-cuda-sanitizer-api is not installed; "
-        "nobody looked for accesses out of bounds and races on this GPU"
+        f"not found: {NAME} is neither in PATH nor in {toolkit}, nor a package: pip install nvidia-cuda-sanitizer-api. "
+        "Nobody looked for accesses out of bounds and races on this GPU"
     )
 
 
