@@ -1,5 +1,9 @@
 """Mask fine-tuning: fused masked-linear kernels, their reference, and MaskedLinear, a drop-in for nn.Linear."""
 
+from .checks import check_torch
+
+check_torch()  # before anything asks an older torch for what it lacks
+
 from . import cpu, cuda, triton  # noqa: F401  (enter their backends into the table)
 from .backends import backend_report
 from .fixed_point import fixed_from_float, float_from_fixed

@@ -10,14 +10,21 @@ import torch
 def load(part: str, folder: Path = Path(__file__).parent) -> str | None:
     """Load the library of ``part`` ("cpu" or "cuda"), which defines its ops. Returns why there is none, or None."""
     # MFT_CPU_LIBRARY, MFT_CUDA_LIBRARY: another build of the same code, for instance under a sanitizer.
-    library = Path(os.environ.get(f"MFT_{part.upper()}_LIBRARY") or folder / f"libmft_{part}.so")
+    variable = f"MFT_{part.upper()}_LIBRARY"
+    named = os.environ.get(variable)
+    library = Path(named or folder / f"libmft_{part}.so")
+    if named and not library.exists():
+        return f"{variable} must be a library that exists, got {named}; unset it for the one that setup.py built"
     if not library.exists():
         reason = report(part, folder).get("reason") or "setup.py has not run"
         return f"its library is not built: {reason}; see setup.py, then pip install --no-build-isolation -e ."
     try:
         torch.ops.load_library(library)
     except OSError as error:  # built for another torch or another machine
-        return f"its library does not load with torch {torch.__version__}: {error}"
+        return (
+            f"its library {library.name} does not load with torch {torch.__version__}: {error}; build it again with "
+            "pip install --no-build-isolation -e ."
+        )
     return None
 
 

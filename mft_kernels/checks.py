@@ -2,10 +2,13 @@
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch  # torch.func has no public question whether it tracks a tensor
+from torch.autograd import forward_ad
 
 MODES = ("magnitude", "value")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STEPPED = (torch.float32, torch.bfloat16, torch.int16)  # scores that an optimiser step takes
+OLDEST_TORCH = (2, 11)
 BLOCK = 256  # elements that share a scale of 8-bit moments
 
 
@@ -17,20 +20,20 @@ class NonFiniteScores(ValueError):
         where = f"of module {module!r} " if module else ""
         super().__init__(
             f"scores {where}must be finite, got {bad} NaN or Inf among {tuple(scores.shape)}; "
-            "lower the learning rate, or look for a non-finite loss before this step"
+            "lower the learning rate, or look for NaN or Inf in the weight, and in the gradients of the step before"
         )
 
 
 def check_keep_ratio(keep_ratio: float) -> None:
     """Raise unless keep_ratio is a number in [0, 1] (NaN is not)."""
-    if not isinstance(keep_ratio, int | float) or isinstance(keep_ratio, bool):
-        raise TypeError(f"keep_ratio must be a number, got {type(keep_ratio).__name__}")
+    check_number("keep_ratio", keep_ratio)
     if not 0 <= keep_ratio <= 1:
         raise ValueError(f"keep_ratio must lie in [0, 1] (the share of the weights that is kept), got {keep_ratio}")
 
 
 def check_scores(scores: Tensor, weight: Tensor) -> None:
     """Raise unless scores match weight's shape and device and are of a floating dtype."""
+    check_tensor("scores", scores)
     check_floating("scores", scores)
     if scores.shape != weight.shape:
         raise ValueError(f"scores must match weight {tuple(weight.shape)}, got {tuple(scores.shape)}")
@@ -48,6 +51,7 @@ def check_whole(name: str, tensor: Tensor) -> None:
 
 def check_threshold(threshold: Tensor, scores: Tensor) -> None:
     """Raise unless threshold is one for the matrix, (), or one for each row of scores, (N,)."""
+    check_tensor("threshold", threshold)
     if threshold.dim() != 0 and threshold.shape != scores.shape[:1]:
         raise ValueError(
             f"threshold must be () or one a row {tuple(scores.shape[:1])}, got shape {tuple(threshold.shape)}; "
@@ -56,9 +60,19 @@ def check_threshold(threshold: Tensor, scores: Tensor) -> None:
     check_device("threshold", threshold, "scores", scores)
 
 
+def check_fixed_threshold(threshold: float | None) -> None:
+    """Raise unless threshold is None, or a number to compare scores with."""
+    if threshold is None:
+        return
+    check_number("threshold", threshold)
+    if threshold != threshold:
+        raise ValueError("threshold must be a number or None, got nan, which keeps nothing; keep_ratio=0 says that")
+
+
 def check_packed(name: str, packed: Tensor, shape: tuple[int, int] | torch.Size) -> None:
     """Raise unless ``packed`` holds the bits of an (N, K) mask."""
     words = (shape[0], -(-shape[1] // 32))
+    check_tensor(name, packed)
     if packed.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {packed.dtype}")
     if tuple(packed.shape) != words:
@@ -73,6 +87,8 @@ def check_mode(mode: str) -> None:
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise unless x (..., K), weight (N, K) and bias (N,) fit each other as in nn.Linear."""
+    check_tensor("x", x)
+    check_tensor("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight must be (N, K), got shape {tuple(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
@@ -81,19 +97,27 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     check_device("x", x, "weight", weight)
     check_floating("x", x)
-    autocast = torch.is_autocast_enabled(x.device.type)  # which brings the dtypes together
-    if x.dtype != weight.dtype and not autocast:
+    check_floating("weight", weight)
+    if x.dtype != weight.dtype and not _autocasts(x):
         raise TypeError(f"x must have weight's dtype {weight.dtype}, got {x.dtype}; convert x or use torch.autocast")
     if bias is not None:
+        check_tensor("bias", bias)
         if bias.shape != (weight.shape[0],):
             raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
         check_device("bias", bias, "weight", weight)
-        if bias.dtype != weight.dtype and not autocast:
+        if bias.dtype != weight.dtype and not _autocasts(x):
             raise TypeError(f"bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
+
+
+def _autocasts(x: Tensor) -> bool:
+    """Whether torch.autocast will bring the dtypes together; of the meta device it cannot be asked."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def check_product(out: Tensor, grad_output: Tensor, x: Tensor) -> None:
     """Raise unless grad_output.T @ x, of (..., N) and (..., K), can be added into out (N, K)."""
+    for name, tensor in (("out", out), ("grad_output", grad_output), ("x", x)):
+        check_tensor(name, tensor)
     if out.dim() != 2 or not out.is_contiguous():
         raise ValueError(f"out must be contiguous and (N, K), got shape {tuple(out.shape)}, strides {out.stride()}")
     check_floating("out", out)
@@ -107,6 +131,41 @@ def check_product(out: Tensor, grad_output: Tensor, x: Tensor) -> None:
         raise TypeError(f"grad_output must have x's dtype {x.dtype}, got {grad_output.dtype}; convert one of them")
     check_device("x", x, "out", out)
     check_device("grad_output", grad_output, "out", out)
+
+
+def check_tensor(name: str, value: Tensor) -> None:
+    """Raise unless value is a tensor, and a dense one: kernels read its memory by strides."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; use torch.as_tensor({name})")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be dense (torch.strided), got {value.layout}; use {name}.to_dense()")
+
+
+def check_transforms(op: str, *tensors: Tensor | None, in_place: bool = False) -> None:
+    """Raise where torch.func or forward mode would differentiate, of which an op knows nothing: jvp would be zero.
+
+    in_place: also where torch.vmap has batched a tensor, which is else one call a slice.
+    """
+    if torch.compiler.is_compiling() or not (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
+        return
+    for tensor in tensors:
+        inner = tensor
+        while inner is not None and functorch.is_batchedtensor(inner):
+            inner = functorch.get_unwrapped(inner)
+        if inner is not tensor and in_place:
+            raise RuntimeError(
+                f"{op} must not be called under torch.vmap, as it writes in place, got a batched tensor: call it for "
+                "one matrix after the other"
+            )
+        if inner is not None and (
+            functorch.is_gradtrackingtensor(inner) or forward_ad.unpack_dual(inner).tangent is not None
+        ):
+            raise RuntimeError(
+                f"{op} must be differentiated by backward() or torch.autograd.grad, got a tensor that torch.func or "
+                "forward mode tracks: call backward(), for one sample after the other where each needs its own gradient"
+            )
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -125,12 +184,14 @@ def check_step_inputs(
     scores: Tensor, grad: Tensor, weight: Tensor | None, grad_scale: Tensor | None, threshold: Tensor | None
 ) -> None:
     """Raise unless these are what score_step takes."""
+    check_tensor("scores", scores)
     check_stepped("scores", scores)
     if scores.dim() != 2 or not scores.is_contiguous():
         raise ValueError(f"scores must be (N, K) and contiguous, got {tuple(scores.shape)}, strides {scores.stride()}")
     for name, tensor in (("grad", grad), ("weight", weight)):
         if tensor is None:
             continue
+        check_tensor(name, tensor)
         if tensor.dtype not in FLOATING[:3]:
             raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
         if tensor.shape != scores.shape:
@@ -139,6 +200,7 @@ def check_step_inputs(
     for name, scalar, dtype in (("grad_scale", grad_scale, torch.float32), ("threshold", threshold, scores.dtype)):
         if scalar is None:
             continue
+        check_tensor(name, scalar)
         if scalar.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, got {scalar.dtype}")
         if scalar.dim() != 0:
@@ -158,6 +220,7 @@ def check_moments(scores: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scales: T
     """Raise unless the moments fit the scores and one of the two schemes."""
     dtype, scheme = (torch.float32, "without scales") if scales is None else (torch.uint8, "with scales")
     for name, tensor in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        check_tensor(name, tensor)
         if tensor.dtype != dtype:
             raise TypeError(f"{name} must be {dtype} {scheme}, got {tensor.dtype}")
         if tensor.shape != scores.shape or not tensor.is_contiguous():
@@ -167,6 +230,7 @@ def check_moments(scores: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scales: T
         check_device(name, tensor, "scores", scores)
     if scales is None:
         return
+    check_tensor("scales", scales)
     if scales.dtype != torch.float32:
         raise TypeError(f"scales must be float32, got {scales.dtype}")
     expected = (2, -(-scores.numel() // BLOCK))
@@ -193,3 +257,16 @@ def check_number(name: str, value: float) -> None:
     """Raise unless value is an int or a float; a tensor would have to be read from its device at every step."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}; use float({name})")
+
+
+def check_scores_dtype(dtype: torch.dtype) -> None:
+    """Raise unless scores of this dtype can be drawn and selected."""
+    if dtype not in (*FLOATING, torch.int16):
+        raise TypeError(f"scores_dtype must be float32, bfloat16, float16, float64 or int16 (fixed point), got {dtype}")
+
+
+def check_torch() -> None:
+    """Raise unless torch is one that the ops and the compiled libraries are written for."""
+    version, oldest = torch.__version__, ".".join(map(str, OLDEST_TORCH))
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+        raise ImportError(f"mft_kernels needs torch {oldest} or newer, got {version}; pip install 'torch>={oldest}'")

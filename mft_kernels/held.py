@@ -19,12 +19,18 @@ class _HeldLinear(torch.autograd.Function):
     def forward(ctx, x, anchor, weight: Weight, packed, bias, grad_buffer):
         ctx.save_for_backward(x)
         ctx.held = weight, packed, grad_buffer
+        ctx.version = _version(packed)
         return masked_linear_packed(x, _dense(weight), packed, bias)
 
     @staticmethod
     def backward(ctx, grad_output):
         (x,) = ctx.saved_tensors
         weight, packed, grad_buffer = ctx.held
+        if _version(packed) != ctx.version:
+            raise RuntimeError(
+                f"packed must stay as it is until the backward pass, got {tuple(packed.shape)} modified by an inplace "
+                "operation since the forward pass: call backward() before the mask changes"
+            )
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = torch.ops.mft.masked_linear_packed_backward(
@@ -58,3 +64,7 @@ def masked_linear_held(
 
 def _dense(weight: Weight) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight()
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version

@@ -1,5 +1,6 @@
 """How an op of namespace ``mft`` is defined: schema, fake, one implementation for every device, autocast."""
 
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -49,9 +50,27 @@ def define_no_double_backward(name: str) -> None:
     """Make a second derivative an error instead of a silent zero."""
 
     def backward(ctx, *grads):
-        raise NotImplementedError(f"mft::{name} has no second derivative: the mask's gradient is straight-through")
+        raise NotImplementedError(
+            f"mft::{name} has no second derivative, as the mask's gradient is straight-through: leave out "
+            "create_graph=True, or detach() its gradients"
+        )
 
     torch.library.register_autograd(f"mft::{name}", backward, lib=library)
+
+
+def unchanged(ctx) -> tuple[Tensor | None, ...]:
+    """What a forward pass saved. Raises: RuntimeError if some of it was changed in place since."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        changed = re.search(r"(\[torch\.[\w.]+ .*\]).* is at version (\d+); expected version (\d+)", str(error))
+        if changed is None:
+            raise
+        raise RuntimeError(
+            "x, weight, scores, threshold and packed must stay as they are until the backward pass, got one "
+            f"{changed[1]} modified by an inplace operation since the forward pass (version {changed[2]}, expected "
+            f"{changed[3]}): call backward() before optimizer.step() and the like, or change a clone()"
+        ) from error
 
 
 def gradient_shapes(

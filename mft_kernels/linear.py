@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor, nn
 
-from .checks import NonFiniteScores, check_keep_ratio, check_mode
+from .checks import (
+    NonFiniteScores,
+    check_fixed_threshold,
+    check_floating,
+    check_keep_ratio,
+    check_mode,
+    check_packed,
+    check_scores_dtype,
+)
 from .fixed_point import fixed_from_float
 from .held import Weight, masked_linear_held
 from .masking import CurrentMask, current_mask, masked_linear_by_ratio, outdate_all
@@ -77,9 +85,11 @@ class MaskedLinear(nn.Module):
 
     def _adopt(self, linear, keep_ratio, mode, init, scores_dtype, threshold, generator) -> None:
         check_mode(mode)
+        check_fixed_threshold(threshold)
         weight = linear.weight.detach()
         if scores_dtype is None:
             scores_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        check_scores_dtype(scores_dtype)
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.keep_ratio = keep_ratio
@@ -140,6 +150,12 @@ class MaskedLinear(nn.Module):
                 score_step makes the scores' gradient of.
             weight: what stands in for self.weight, for instance a function that makes it from 4 bits.
         """
+        shape = self.out_features, self.in_features
+        check_packed("packed", packed, shape)
+        if grad_buffer is not None:
+            check_floating("grad_buffer", grad_buffer)
+            if grad_buffer.shape != shape or not grad_buffer.is_contiguous():
+                raise ValueError(f"grad_buffer must be contiguous {shape}, got {tuple(grad_buffer.shape)}")
         self._held = packed, grad_buffer, weight
 
     def release(self) -> None:

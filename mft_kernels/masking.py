@@ -142,6 +142,8 @@ def masked_linear_by_ratio(
     checks.check_linear(x, weight, bias)
     checks.check_scores(selectable(scores), weight)
     checks.check_keep_ratio(keep_ratio)
+    checks.check_fixed_threshold(threshold)
+    checks.check_transforms("masked_linear_by_ratio", x, weight, scores, bias)
     return torch.ops.mft.masked_linear_by_ratio(x, weight, scores, bias, keep_ratio, threshold, mode, backend)
 
 
@@ -181,7 +183,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad_output):
-    x, weight, scores = ctx.saved_tensors
+    x, weight, scores = library.unchanged(ctx)
     keep_ratio, threshold, mode, backend = ctx.arguments
     wants = list(ctx.needs_input_grad[:4])
     grads = torch.ops.mft.masked_linear_by_ratio_backward(

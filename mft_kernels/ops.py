@@ -18,11 +18,13 @@ from .checks import (
     check_packed,
     check_product,
     check_scores,
+    check_tensor,
     check_threshold,
+    check_transforms,
     check_whole,
 )
 from .fixed_point import selectable
-from .library import define, define_autocast, define_no_double_backward, gradient_shapes, library
+from .library import define, define_autocast, define_no_double_backward, gradient_shapes, library, unchanged
 
 # ---------------------------------------------------------------------------------------------- what users call
 
@@ -57,6 +59,7 @@ def masked_linear(
     check_linear(x, weight, bias)
     check_scores(scores, weight)
     check_threshold(threshold, scores)
+    check_transforms("masked_linear", x, weight, scores, bias)
     threshold = threshold.to(scores.dtype)
     return torch.ops.mft.masked_linear(x, weight, scores, threshold, bias, mode, backend)
 
@@ -74,6 +77,7 @@ def masked_linear_packed(
     check_linear(x, weight, bias)
     check_packed("packed", packed, weight.shape)
     check_device("packed", packed, "weight", weight)
+    check_transforms("masked_linear_packed", x, weight, bias)
     return torch.ops.mft.masked_linear_packed(x, weight, packed, bias, backend)
 
 
@@ -102,6 +106,7 @@ def accumulate_score_grad(
     Returns: out.
     """
     check_mode(mode)
+    check_transforms("accumulate_score_grad", out, grad_output, x, weight, scores, in_place=True)
     if weight is None:
         if scores is not None or signs is not None:
             given = "scores" if scores is not None else "signs"
@@ -111,17 +116,17 @@ def accumulate_score_grad(
             torch.ops.mft.accumulate_score_grad(out, grad_output, x, None, None, None, mode, backend)
         return out
     check_linear(x, weight, None)
+    check_tensor("out", out)
     if out.shape != weight.shape or not out.is_contiguous():
         raise ValueError(f"out must be contiguous and match weight {tuple(weight.shape)}, got {tuple(out.shape)}")
-    if grad_output.shape != (*x.shape[:-1], weight.shape[0]):
-        expected = (*x.shape[:-1], weight.shape[0])
-        raise ValueError(f"grad_output must be {tuple(expected)}, got {tuple(grad_output.shape)}")
+    check_product(out, grad_output, x)
     if mode == "magnitude" and scores is None and signs is None:
         raise ValueError('mode "magnitude" needs scores or signs, got neither')
     if scores is not None:
         check_scores(scores, weight)
     if signs is not None:
         check_packed("signs", signs, weight.shape)
+        check_device("signs", signs, "weight", weight)
     with torch.no_grad():
         torch.ops.mft.accumulate_score_grad(out, grad_output, x, weight, scores, signs, mode, backend)
     return out
@@ -141,12 +146,10 @@ def kept_threshold(scores: Tensor, keep_ratio: float, *, mode: str = "magnitude"
     check_whole("scores", scores)
     check_mode(mode)
     check_keep_ratio(keep_ratio)
+    check_tensor("scores", scores)
     keys = selectable(scores.detach())
     check_floating("scores", keys)
-    threshold = torch.ops.mft.kept_threshold(keys, keep_ratio, mode, backend)
-    if scores.device.type == "cpu" and not torch.compiler.is_compiling() and threshold.isnan():
-        raise NonFiniteScores(keys)
-    return threshold.view(scores.dtype)
+    return torch.ops.mft.kept_threshold(keys, keep_ratio, mode, backend).view(scores.dtype)
 
 
 def pack_mask(scores: Tensor, threshold: Tensor, *, mode: str = "magnitude", backend: str = "auto") -> Tensor:
@@ -157,6 +160,8 @@ def pack_mask(scores: Tensor, threshold: Tensor, *, mode: str = "magnitude", bac
     """
     check_whole("scores", scores)
     check_mode(mode)
+    check_tensor("scores", scores)
+    check_tensor("threshold", threshold)
     if scores.dtype == torch.int16 and threshold.dtype != torch.int16:
         raise TypeError(
             f"threshold must be an int16 code as the scores are, got {threshold.dtype}; see kept_threshold and "
@@ -195,6 +200,14 @@ def _accumulate_score_grad(out, grad_output, x, weight, scores, signs, mode, bac
         return
     run = choose("accumulate_score_grad", out.device, (weight.dtype, out.dtype), backend)
     run(out, grad_output, x, weight, scores, signs, mode)
+
+
+def _kept_threshold(scores, keep_ratio, mode, backend):
+    threshold = choose("kept_threshold", scores.device, (scores.dtype,), backend)(scores, keep_ratio, mode)
+    # Inside the op, so that compiled code and vmap meet it too. An accelerator would have to be waited for.
+    if scores.device.type == "cpu" and threshold.isnan():
+        raise NonFiniteScores(scores)
+    return threshold
 
 
 define(
@@ -254,9 +267,7 @@ define(
 define(
     "kept_threshold(Tensor scores, float keep_ratio, str mode, str backend) -> Tensor",
     lambda scores, keep_ratio, mode, backend: scores.new_empty(()),
-    lambda scores, keep_ratio, mode, backend: choose("kept_threshold", scores.device, (scores.dtype,), backend)(
-        scores, keep_ratio, mode
-    ),
+    _kept_threshold,
 )
 
 define(
@@ -287,7 +298,7 @@ def _save_for_masked_linear(ctx, inputs, output):
 
 
 def _masked_linear_backward(ctx, grad_output):
-    x, weight, scores, threshold = ctx.saved_tensors
+    x, weight, scores, threshold = unchanged(ctx)
     wants = ctx.needs_input_grad
     output_mask = [wants[0], wants[1], wants[2], wants[4]]
     d_x, d_weight, d_scores, d_bias = torch.ops.mft.masked_linear_backward(
@@ -310,7 +321,7 @@ def _save_for_masked_linear_packed(ctx, inputs, output):
 
 
 def _masked_linear_packed_backward(ctx, grad_output):
-    x, weight, packed = ctx.saved_tensors
+    x, weight, packed = unchanged(ctx)
     wants = ctx.needs_input_grad
     output_mask = [wants[0], wants[1], False, wants[3]]
     x = grad_output if x is None else x

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .backends import choose
-from .checks import check_adam, check_keep_ratio, check_mode, check_moments, check_step_inputs
+from .checks import check_adam, check_keep_ratio, check_mode, check_moments, check_step_inputs, check_transforms
 from .library import define
 
 
@@ -53,6 +53,7 @@ def score_step(
     check_step_inputs(scores, grad, weight, grad_scale, threshold)
     check_moments(scores, exp_avg, exp_avg_sq, scales)
     check_adam(lr, betas, eps, weight_decay)
+    check_transforms("score_step", scores, grad, weight, exp_avg, exp_avg_sq, in_place=True)
     if not isinstance(step, int) or step < 1:
         raise ValueError(f"step must be an integer from 1, got {step!r}; it counts the steps of this matrix")
     if not isinstance(seed, int) or not 0 <= seed < 2**63:

@@ -18,7 +18,8 @@ def _unavailable() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton (Linux only)"
     if tuple(int(part) for part in _version().split(".")[:2]) < OLDEST:
-        return f"it needs Triton {'.'.join(map(str, OLDEST))} or newer, got {_version()}"
+        oldest = ".".join(map(str, OLDEST))
+        return f"it needs Triton {oldest} or newer, got {_version()}; pip install 'triton>={oldest}'"
     if _interpreting():
         return None
     if not torch.cuda.is_available():
