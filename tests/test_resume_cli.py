@@ -116,7 +116,7 @@ def test_without_a_checkpoint_that_verifies_nothing_is_begun(stopped, cli):  # n
     state.write_bytes(state.read_bytes()[:-3])
     output = finish(start("train", "--resume", "run"), 2)
     assert re.search(
-        r"state.json: expected bytes \d+, got \d+; no other checkpoint verifies: --overwrite begins", output
+        r"state.json: expected bytes \d+, got \d+: restore .*; no other checkpoint verifies: --overwrite begins", output
     )
 
 

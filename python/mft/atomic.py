@@ -15,8 +15,13 @@ def atomic_directory(target: str | os.PathLike, *, replace: bool = True) -> Iter
     With replace=False a target that another process finished first stays, and ours is dropped: both hold the same.
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    except OSError as error:
+        raise OSError(
+            f"{target} must lie where directories can be made, got {target.parent} ({error.strerror}): name another one"
+        ) from error
     try:
         yield scratch
         for path in (scratch, *scratch.rglob("*")):

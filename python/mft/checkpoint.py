@@ -156,4 +156,6 @@ def _read_json(path: Path, most: int) -> dict[str, Any]:
 
 def _expect(path: Path, what: str, got: Any, expected: Any) -> None:
     if got != expected or type(got) is not type(expected):
-        raise BadCheckpoint(f"{path}: expected {what} {expected}, got {got}")
+        raise BadCheckpoint(
+            f"{path}: expected {what} {expected}, got {got}: restore what was written, or delete the checkpoint"
+        )

@@ -54,7 +54,9 @@ def merge_model(model: nn.Module) -> nn.Module:
     check_unsharded(model)
     masked = masked_modules(model)
     if not masked:
-        raise ValueError(f"model has no masked layers to merge, got a plain {type(model).__name__}")
+        raise ValueError(
+            f"model has no masked layers to merge, got a plain {type(model).__name__}: mask_model or load_masks first"
+        )
     quantized = quantized_weights(model)
     if quantized:
         raise ValueError(

@@ -45,7 +45,10 @@ def start_engine(
         separate: see Mover.
     """
     if way not in ENGINES:
-        raise ValueError(f"way must be one of {', '.join(ENGINES)}, got {way!r}")
+        raise ValueError(f"way must be one of plain, {', '.join(ENGINES)}, got {way!r}")
+    device = default_device() if device is None else torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that torch finds, got {device} and no GPU: leave it out, or say cpu")
     if has_dropout(model):
         raise ValueError(
             f"memory must be plain for a model with dropout, got {way}: layers are run twice, and the two runs must "
@@ -60,7 +63,7 @@ def start_engine(
         run, head = split_at_head(model, few)
         calls = LayerCalls(model, run)
         calls.check(few)
-        mover = Mover(default_device() if device is None else device, separate=separate)
+        mover = Mover(device, separate=separate)
         states = None if train is None else ScoreStates(masks, train, mover)
         dtype = None if train is None or train.grad_dtype is None else getattr(torch, train.grad_dtype)
         engine = ENGINES[way](calls, head, masks, mover, states=states, grad_dtype=dtype, memory=memory)

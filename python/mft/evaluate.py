@@ -95,7 +95,10 @@ def paired_difference(a: Evaluation, b: Evaluation, metric: str = "loss") -> tup
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
     if not torch.equal(a.documents, b.documents) or not torch.equal(a.tokens, b.tokens):
-        raise ValueError("a and b must be evaluated on the same documents and tokens to be paired")
+        raise ValueError(
+            f"a and b must be evaluated on the same documents and tokens to be paired, got {len(a.documents)} and "
+            f"{len(b.documents)} documents of {int(a.tokens.sum())} and {int(b.tokens.sum())} tokens"
+        )
     d = a.loss_sums - b.loss_sums if metric == "loss" else a.correct - b.correct
     total, count = a.tokens.sum(), len(a.documents)
     mean = (d.sum() / total).item()

@@ -162,7 +162,10 @@ def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, int]]) -> None:
     for name, expected in shapes.items():
         shape = tuple(_weight(model, name).shape)
         if shape != expected:
-            raise ValueError(f"{name}: the mask is for a weight of {expected}, the model's is {shape}")
+            raise ValueError(
+                f"{name}: the mask is for a weight of {expected}, the model's is {shape}: load the base that it was "
+                "learned on"
+            )
 
 
 def _other_base(model: nn.Module, export: MaskExport, found: str, directory: Path) -> str:

@@ -103,13 +103,15 @@ def read_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor]]:
         )
     for name in (CONFIG_FILE, MASK_FILE):
         if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory / name}: missing; an export has {CONFIG_FILE} and {MASK_FILE}")
+            raise FileNotFoundError(
+                f"{directory / name}: missing; an export has {CONFIG_FILE} and {MASK_FILE}: copy both"
+            )
     export = _read_config(directory / CONFIG_FILE)
     masks = _read_masks(directory / MASK_FILE, export)
     if export.content_hash is not None and (found := content_hash(export, masks)) != export.content_hash:
         raise ValueError(
             f"{directory / CONFIG_FILE}: expected content_hash {found}, as the two files together give, got "
-            f"{export.content_hash}: damaged, or changed by hand"
+            f"{export.content_hash}: damaged, or changed by hand; copy the export again"
         )
     return export, masks
 
@@ -120,7 +122,10 @@ def read_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor]]:
 def _read_config(path: Path) -> MaskExport:
     values = read_object(path, _MOST_CONFIG)
     if values.get("peft_type") != PEFT_TYPE:
-        raise ValueError(f"{path}: expected peft_type {PEFT_TYPE!r}, got {values.get('peft_type')!r}: not our masks")
+        raise ValueError(
+            f"{path}: expected peft_type {PEFT_TYPE!r}, got {values.get('peft_type')!r}: not our masks; load it "
+            "with peft"
+        )
     if _is_of_peft(values):
         raise ValueError(
             f"{path}: expected an export of masks, got an adapter that PEFT saved, which holds scores: load it with "
@@ -239,7 +244,7 @@ def _read_masks(path: Path, export: MaskExport) -> dict[str, Tensor]:
         size = sum(4 * entry.words[0] * entry.words[1] for entry in export.modules)
         raise ValueError(
             f"{path}: expected a safetensors file with {size} bytes of masks and a header, got "
-            f"{path.stat().st_size} bytes that are damaged or cut off ({error})"
+            f"{path.stat().st_size} bytes that are damaged or cut off ({error}); copy the export again"
         ) from None
     with file:
         stored = set(file.keys())
@@ -269,6 +274,6 @@ def _checked_mask(path: Path, key: str, packed: Tensor, entry: MaskEntry) -> Ten
     if kept != entry.kept:
         raise ValueError(
             f"{path}: {key} must keep {entry.kept} weights as {CONFIG_FILE} says, got {kept}: the two "
-            "files are not of one export, or damaged"
+            "files are not of one export, or damaged; copy both again"
         )
     return packed

@@ -9,8 +9,8 @@
 Nothing else of the forward pass is kept, and of the backward pass no more than one layer's activations exist at once.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from mft.layer_calls import Call, LayerCalls
 from mft.moving import Mover
 from mft.prefix import PrefixMemory
 from mft.score_states import HeldMask, ScoreStates, current_masks
+from mft.step_errors import naming_lack_of_memory
 from mft.token_loss import backward_labelled_loss
 from mft_kernels import MaskAdamW
 
@@ -100,6 +101,9 @@ class LayerEngine:
         """Raise NonFiniteScores, naming the layer, if the last step has made a score NaN or infinite."""
         self.states.check()
 
+    def check_learned(self) -> None:
+        """Nothing: check() has looked at every step."""
+
     def recall(self, batches: Sequence[MicroBatch]) -> None:
         """Remember what the frozen layers make of these rows, as step would; nothing is trained."""
         raise NotImplementedError
@@ -178,14 +182,8 @@ class LayerEngine:
             for row, state in zip(batch.rows, hidden):
                 self.memory.remember(row, state)
 
-    @contextlib.contextmanager
-    def _at(self, place: str) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            raise RuntimeError(f"out of memory at {place}; {self._live()}. {self._remedy()} ({error})") from error
+    def _at(self, place: str) -> AbstractContextManager:
+        return naming_lack_of_memory(place, lambda: f"{self._live()}. {self._remedy()}")
 
     def _live(self) -> str:
         scores = {id(mask.module.scores) for mask in self.masks}

@@ -42,6 +42,11 @@ def load_model(config: ModelConfig | str) -> tuple[Any, Any]:
         config = ModelConfig(config)
     name = config.name
     path = Path(name).expanduser()
+    if config.revision is not None and (name in SHORTHANDS or path.exists()):
+        raise ValueError(
+            f"model.revision must be null for a model on this machine, which has one state, got {config.revision!r} "
+            f"for {name!r}: leave it out, or name a hub id"
+        )
     if name in SHORTHANDS:
         source = smollm2_directory(config.dtype)
     elif path.is_file():
@@ -161,14 +166,15 @@ def _from_hub(config: ModelConfig) -> tuple[Any, Any]:
             f"model.name must be {', '.join(SHORTHANDS)}, a directory, a *.gguf file or a hub id, got {name!r}{hint}"
         )
     online = hub_is_reachable()
+    revision = "" if config.revision is None else f" at model.revision {config.revision!r}"
     try:
         return _load(name, config, local_files_only=not online)
     except ValueError as error:
         if isinstance(error.__cause__, OSError) and not online:
             raise ValueError(
-                f"model.name {name!r} is neither {' nor '.join(SHORTHANDS)}, nor a file or directory here, nor a model "
-                f"in the hub's local cache, and the hub cannot be reached: check the name and the network, or give a "
-                f"local directory{hint}"
+                f"model.name {name!r}{revision} is neither {' nor '.join(SHORTHANDS)}, nor a file or directory here, "
+                "nor a model in the hub's local cache, and the hub cannot be reached: check the name and the "
+                f"network, or give a local directory{hint}"
             ) from error
         raise ValueError(f"{error}{hint}") from error
 

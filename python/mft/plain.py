@@ -1,6 +1,7 @@
 """The ordinary step: autograd over the model's own forward, then AdamW; what every other way of running must equal."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from mft.layer_engine import OnLoss
 from mft.master_weights import MasterAdamW
 from mft.prefix import FrozenPrefix, PrefixMemory
 from mft.score_states import MOMENTS
+from mft.step_errors import NonFiniteLoss, naming_lack_of_memory
 from mft.token_loss import backward_labelled_loss
 from mft_kernels import MaskAdamW, MaskedLinear
 
@@ -44,20 +46,33 @@ class Plain:
     def step(
         self, batches: Sequence[MicroBatch], scale: float, lr: float, max_norm: float | None, on_loss: OnLoss
     ) -> None:
-        """One optimiser step; see LayerEngine."""
+        """One optimiser step; see LayerEngine. Raises: RuntimeError for a lack of memory, naming the rows."""
         for batch in batches:
-            hidden = self._prefix(batch.input_ids.to(self._device), batch.rows)
-            on_loss(batch, backward_labelled_loss(self._head, hidden, batch.labelled.to(self._device), scale))
-        self._processes.sum_gradients(self._stepper.masters)
-        if self.before_update is not None:
-            self.before_update()
-        self._stepper.set_lr(lr)
-        if max_norm is not None:
-            self._stepper.clip(max_norm)
-        self._stepper.step()
+            with self._at(f"rows {batch.rows} of {batch.input_ids.shape[1]} tokens"):
+                hidden = self._prefix(batch.input_ids.to(self._device), batch.rows)
+                total = backward_labelled_loss(self._head, hidden, batch.labelled.to(self._device), scale)
+                on_loss(batch, total)
+        with self._at("the optimiser step"):
+            self._processes.sum_gradients(self._stepper.masters)
+            if self.before_update is not None:
+                self.before_update()
+            self._stepper.set_lr(lr)
+            if max_norm is not None:
+                self._stepper.clip(max_norm)
+            self._stepper.step()
 
     def check(self) -> None:
         """Nothing: a masked layer finds non-finite scores in its next forward."""
+
+    def check_learned(self) -> None:
+        """Raise NonFiniteLoss if what is learned is not finite: before it is saved, where no later loss shows it."""
+        for name, tensor in self.learned().items():
+            bad = tensor.numel() - int(tensor.isfinite().sum())
+            if bad:
+                raise NonFiniteLoss(
+                    f"{name} must stay finite, got {bad} NaN or Inf after the last step: lower train.lr, or look for "
+                    "NaN or Inf in the model's weights"
+                )
 
     def recall(self, batches: Sequence[MicroBatch]) -> None:
         """Remember what the frozen layers make of these rows, as step would; nothing is trained."""
@@ -79,6 +94,16 @@ class Plain:
 
     def close(self) -> None:
         self._stepper.__exit__()
+
+    def _at(self, place: str) -> AbstractContextManager:
+        return naming_lack_of_memory(
+            place,
+            lambda: (
+                f"all weights and activations are live on {self._device} under memory: plain. Set train.batch_size or "
+                "data.sequence_length lower, or train.gradient_checkpointing; for masks set memory: layerwise; `mft "
+                "estimate` tells what fits"
+            ),
+        )
 
 
 class _ScoreAdamW:

@@ -22,13 +22,10 @@ from mft.layer_engine import LayerEngine
 from mft.plain import Plain
 from mft.prefix import PrefixMemory
 from mft.saver import Saver, StepReport
+from mft.step_errors import NonFiniteLoss
 from mft.token_loss import count_labels
 
 _CHUNK = 1024  # rows that are looked at together
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite."""
 
 
 def finetune(model: nn.Module, dataset, train: TrainConfig, **options) -> list[StepReport]:
@@ -55,7 +52,10 @@ def train_masks(
         if way != "plain":
             continue
         if not module.scores.is_floating_point():
-            raise ValueError(f"memory must not be plain with int16 scores, which autograd cannot reach: {name}")
+            raise ValueError(
+                f"memory must not be plain with int16 scores, which autograd cannot reach, got {name}: set memory: "
+                "resident"
+            )
         module.scores.requires_grad_(True)
     return train_loop(model, dataset, train, way=way, device=device, **options)
 
@@ -93,7 +93,8 @@ def train_loop(
             may change them (of fp32 parameters: the .grad) and the parameters. Belongs to way "plain".
         saver: writes checkpoints, and may begin at one; on_step does not hear of the steps done before.
         processes: those that train together, each of which calls this with the same arguments; see distributed.py.
-    Raises: NonFiniteLoss, naming step, rows and documents; the step's gradients are not applied.
+    Raises: NonFiniteLoss, naming step, rows and documents; the step's gradients are not applied. RuntimeError for a
+        lack of memory, naming rows or layer.
     """
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one row to train on, got 0")
@@ -144,6 +145,7 @@ def train_loop(
                     on_step(reports[-1])
                 if saver is not None:
                     saver.after_step(runner, reports)
+            runner.check_learned()
             processes.agree_on(runner.learned())  # else their machines compute differently
         finally:
             runner.close()

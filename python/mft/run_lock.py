@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
 LOCK = ".lock"
 
@@ -16,12 +17,11 @@ LOCK = ".lock"
 def hold(directory: Path) -> Iterator[None]:
     """Hold directory, made if need be, until the block ends.
 
-    Raises: RuntimeError that names the process which holds it.
+    Raises: RuntimeError that names the process which holds it; OSError if nothing can be written there.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK
     while True:
-        with path.open("a+", encoding="utf-8") as file:
+        with _open(path) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -41,6 +41,14 @@ def hold(directory: Path) -> Iterator[None]:
             finally:
                 path.unlink(missing_ok=True)
             return
+
+
+def _open(path: Path) -> TextIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"output_dir must be writable, got {path.parent} ({error.strerror}): name another one") from error
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

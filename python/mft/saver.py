@@ -99,11 +99,15 @@ class Saver:
         return reports
 
     def after_step(self, runner: Plain | LayerEngine, reports: list[StepReport]) -> None:
-        """Save if it is time. Raises: Stopped, if a signal came, to whichever process."""
+        """Save if it is time.
+
+        Raises: Stopped, if a signal came, to whichever process; NonFiniteLoss, if what is learned is not finite.
+        """
         done, told = reports[-1].step == reports[-1].steps, self._processes.largest(self._told or 0)
         due = time.monotonic() - self._last >= 60 * self._minutes
         where = self._root
         if self._processes.first and (due or done or told):
+            runner.check_learned()
             tensors, numbers = take_state(runner)
             facts = {"numbers": numbers, "reports": [asdict(report) for report in reports], "facts": self._facts}
             where = write_checkpoint(self._root, reports[-1].step, tensors, facts).path

@@ -40,7 +40,7 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode) and key.value in seen:
             raise yaml.MarkedYAMLError(
-                problem=f"the key {key.value!r} stands twice, first in line {seen[key.value].line + 1}",
+                problem=f"the key {key.value!r} stands twice, first in line {seen[key.value].line + 1}: leave one out",
                 problem_mark=key.start_mark,
             )
         if isinstance(key, yaml.ScalarNode):
