@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml
 
-.PHONY: install demo test lint sanitize faults fuzz cuda bench bench-compare simulate gpu kernels-report kernels-report-3.6 clean
+.PHONY: install demo test lint errors sanitize faults fuzz cuda bench bench-compare simulate gpu kernels-report kernels-report-3.6 clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +32,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# docs/errors.md: every bad input of tests/bad_inputs, and what the code says to it today.
+errors: install
+	PYTHONPATH=tests $(BIN)/python -m bad_inputs > docs/errors.md
 
 # The CPU library under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer; 4 minutes, with
 # QUICK=1, as in .ci/run, half.

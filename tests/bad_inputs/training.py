@@ -1,0 +1,474 @@
+"""Training and evaluation of a random Llama of four layers, masks on layers 2 and 3, on eight rows of twelve tokens;
+`run_in(tmp)` is the directory of a run that was stopped, `nan_at(model, step)` makes a gradient of that step NaN.
+"""
+
+import math
+
+import torch
+from tiny import make_llama, make_rows, masked_llama
+
+from mft import fit
+from mft.bases import check_exact
+from mft.checkpoint import check_space, newest_checkpoint, write_checkpoint
+from mft.config import MaskConfig, ModelConfig, RunConfig, TrainConfig, load_config, save_config
+from mft.convert import mask_model, masked_modules, merge_model
+from mft.estimate_report import parse_bytes
+from mft.evaluate import evaluate, paired_difference
+from mft.quantized import quantize_model
+from mft.recipe import finetune, train_loop, train_masks
+from mft.resume import find_checkpoint, resumed_config
+from mft.run_directory import check_run_directory
+from mft.run_lock import LOCK, hold
+from mft.saver import Saver
+from mft.step_errors import NonFiniteLoss
+from mft_kernels.checks import NonFiniteScores
+
+from .registry import accepted, refused
+
+DOWN = "model.layers.3.mlp.down_proj"
+
+
+def steps(count=1, **changes):
+    return TrainConfig(**{"lr": 1e-2, "steps": count} | changes)
+
+
+def run_in(tmp):
+    save_config(RunConfig(train=steps(30)), tmp / "run" / "config.yaml")
+    return tmp / "run"
+
+
+def nan_at(model, step):
+    """Spoils a gradient of that step."""
+
+    def spoil(now, _):
+        if now == step:
+            model.get_submodule(DOWN).weight.grad.fill_(torch.nan)
+
+    return spoil
+
+
+def needs_2_to_60_bytes(layer, *_):
+    if layer.training:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------- NaN, and lack of memory
+
+
+@refused(
+    NonFiniteLoss,
+    where="step 1 of 3 in the batch of rows",
+    got="got nan",
+    rule="the loss must stay finite",
+    remedy="lower train.lr (now 0.01) or look at these rows",
+)
+def a_loss_that_becomes_nan():
+    model = masked_llama()
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    train_masks(model, make_rows(), steps(3))
+
+
+@refused(
+    NonFiniteScores,
+    where=f"scores of module '{DOWN}'",
+    got="got 1 NaN or Inf",
+    rule="must be finite",
+    remedy="lower the learning rate, or look for NaN or Inf in the weight",
+)
+def a_dropped_weight_of_inf_whose_score_learns():
+    model = masked_llama()
+    with torch.no_grad():
+        model.get_submodule(DOWN).weight[0, 0] = torch.inf
+        model.get_submodule(DOWN).scores[0, 0] = 1e-9
+    train_masks(model, make_rows(), steps(3))
+
+
+@refused(
+    NonFiniteLoss,
+    where=f"{DOWN}.weight",
+    got="got 2048 NaN or Inf after the last step",
+    rule="must stay finite",
+    remedy="lower train.lr, or look for NaN or Inf in the model's weights",
+)
+def a_gradient_of_nan_in_the_last_step():
+    model = make_llama()
+    finetune(model, make_rows(), steps(), before_update=nan_at(model, 1))
+
+
+@refused(
+    NonFiniteLoss,
+    where=f"{DOWN}.weight",
+    got="got 2048 NaN or Inf",
+    rule="must stay finite",
+    remedy="lower train.lr",
+)
+def a_checkpoint_of_weights_that_are_nan(tmp):
+    model = make_llama()
+    try:
+        finetune(model, make_rows(), steps(3), before_update=nan_at(model, 2), saver=Saver(tmp, 0))
+    finally:
+        assert newest_checkpoint(tmp)[0].step == 1  # the good one stays
+
+
+@refused(NonFiniteScores, where=DOWN, got="got 1 NaN or Inf", rule="must be finite", remedy="lower the learning rate")
+def a_merge_of_nan_scores():
+    model = masked_llama()
+    with torch.no_grad():
+        model.get_submodule(DOWN).scores[0, 0] = torch.nan
+    merge_model(model)
+
+
+@refused(
+    RuntimeError,
+    where="out of memory at rows [",
+    got="you tried to allocate 1152921504606846976 bytes",
+    rule="all weights and activations are live on cpu under memory: plain",
+    remedy="Set train.batch_size or data.sequence_length lower, or train.gradient_checkpointing",
+    other=r"\[enforce.*?(?=DefaultCPU)",
+)
+def a_step_that_needs_more_memory_than_there_is():
+    model = masked_llama()
+    model.model.layers[2].register_forward_hook(needs_2_to_60_bytes)
+    train_masks(model, make_rows(), steps())
+
+
+@refused(
+    ValueError,
+    where="plain: needs",
+    got="of 8.0 GB",
+    rule="nothing fits",
+    remedy="the nearest setting that fits: memory=layerwise train.moments=8bit",
+    other=r"\d+\.\d(?= GB)",
+)
+def a_model_that_does_not_fit(patch):
+    patch.setattr(fit, "default_device", lambda: torch.device("cpu"))
+    patch.setattr(fit, "_free_memory", lambda device: (8e9, None))
+    fit.plan_training(load_config(None, ["model.name=llama2-7b", "train.steps=1", "mask.layers_to_transform=[4, 5]"]))
+
+
+# ---------------------------------------------------------------------------------------------- what is trained
+
+
+@refused(ValueError, where="dataset", got="got 0", rule="must hold at least one row to train on")
+def training_on_no_rows():
+    finetune(make_llama(), make_rows().select([]), steps())
+
+
+@refused(
+    ValueError,
+    where="model",
+    got="found none",
+    rule="must hold masked layers",
+    remedy="call mask_model(model, config) first",
+)
+def training_masks_that_are_not_there():
+    train_masks(make_llama(), make_rows(), steps())
+
+
+@refused(
+    ValueError,
+    where="the model",
+    got="all are frozen",
+    rule="must have a trainable parameter",
+    remedy="mask it or unfreeze layers",
+)
+def training_a_frozen_model():
+    train_loop(make_llama().requires_grad_(False), make_rows(), steps())
+
+
+@refused(ValueError, where="way", got="'fast'", rule="must be one of plain, resident, quantized, layerwise")
+def training_in_an_unknown_way():
+    train_masks(masked_llama(), make_rows(), steps(), way="fast")
+
+
+@refused(ValueError, where="memory", got="int16 scores", rule="must not be plain", remedy="set memory: resident")
+def training_fixed_point_scores_by_autograd():
+    train_masks(masked_llama(scores_dtype="int16"), make_rows(), steps())
+
+
+@refused(
+    ValueError,
+    where="memory",
+    got="got resident",
+    rule="must be plain for a model with dropout",
+    remedy="set the dropout of the model's configuration to 0",
+)
+def training_with_dropout_layer_by_layer():
+    model = mask_model(make_llama(attention_dropout=0.2), MaskConfig(layers_to_transform=3))
+    train_masks(model, make_rows(), steps(), way="resident")
+
+
+@refused(
+    ValueError,
+    where="train.max_grad_norm",
+    got="got 1",
+    rule="must be null with memory: layerwise",
+    remedy="memory: resident has one",
+)
+def clipping_one_layer_at_a_time():
+    train_masks(masked_llama(), make_rows(), steps(max_grad_norm=1.0), way="layerwise")
+
+
+@refused(ValueError, where="train.moments", got="got 8bit", rule="must be float32 where weights are trained")
+def fine_tuning_weights_on_8_bit_moments():
+    finetune(make_llama(), make_rows(), steps(moments="8bit"))
+
+
+@refused(ValueError, where="model.quantization", got="got int8", rule="must be null for mft finetune")
+def fine_tuning_quantised_weights():
+    check_exact(ModelConfig(quantization="int8"), "finetune")
+
+
+@refused(
+    ValueError,
+    where="masks",
+    got="got 28 layers that are quantised",
+    rule="must be merged into exact weights",
+    remedy="save_masks, and load_masks on the unquantised model",
+)
+def a_merge_into_quantised_weights():
+    merge_model(quantize_model(masked_llama(), "int8", masked=True))
+
+
+@refused(
+    ValueError,
+    where="model",
+    got="14 layers that are (model.layers.0.",
+    rule="must not be quantised already",
+    remedy="load it anew",
+)
+def a_model_quantised_twice():
+    quantize_model(quantize_model(masked_llama(), "int8"), "int8")
+
+
+@refused(ValueError, where="weight", got="NaN or infinite values", rule="must be finite to be quantised")
+def a_weight_of_nan_to_quantise():
+    model = masked_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    quantize_model(model, "int8")
+
+
+@refused(ValueError, where="dataset", got="got 2 rows without a label", rule="must score at least one token")
+def an_evaluation_of_rows_without_labels():
+    rows = make_rows(2).map(lambda row: row | {"labels": [-100] * 12})
+    evaluate(make_llama(), rows)
+
+
+@refused(
+    ValueError,
+    where="a and b",
+    got="got 1 and 2 documents of 22 and 44 tokens",
+    rule="must be evaluated on the same documents and tokens",
+)
+def a_difference_on_other_documents():
+    model = make_llama()
+    paired_difference(evaluate(model, make_rows(2)), evaluate(model, make_rows(4)))
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+@refused(
+    ValueError,
+    where="steps or epochs",
+    got="got steps=10 and epochs=1.0",
+    rule="must be given (exactly one of them)",
+    remedy="set the other to null",
+)
+def steps_and_epochs_at_once():
+    TrainConfig(steps=10, epochs=1)
+
+
+@refused(
+    ValueError,
+    where="steps or epochs",
+    got="got neither",
+    rule="must be given (exactly one of them)",
+    remedy="set steps=100 or epochs=1",
+)
+def neither_steps_nor_epochs():
+    TrainConfig()
+
+
+@refused(ValueError, where="lr", got="got 0.0", rule="must be positive")
+def a_learning_rate_of_zero():
+    TrainConfig(lr=0, steps=1)
+
+
+@refused(ValueError, where="lr", got="got nan", rule="must be a finite number")
+def a_learning_rate_of_nan():
+    TrainConfig(lr=math.nan, steps=1)
+
+
+@refused(
+    ValueError,
+    where="schedule",
+    got="got 'cosin'",
+    rule="must be one of linear, constant, cosine",
+    remedy="did you mean cosine?",
+)
+def a_schedule_that_is_misspelt():
+    TrainConfig(steps=1, schedule="cosin")
+
+
+@refused(ValueError, where="threshold", got="got -1.0", rule="must be at least 0 in magnitude mode")
+def a_negative_threshold_of_magnitudes():
+    MaskConfig(threshold=-1.0)
+
+
+@refused(ValueError, where="--gpu", got="'24 gigs'", rule="must be a size such as 24GB, 24GiB or 24e9")
+def a_size_in_unknown_units():
+    parse_bytes("24 gigs", "--gpu")
+
+
+# ---------------------------------------------------------------------------------------------- runs that go on
+
+
+@refused(
+    ValueError,
+    where="the configuration",
+    got="train.lr was 0.01, now 0.02",
+    rule="must be the run's own",
+    remedy="take the changes back, or pass --force",
+)
+def a_resumed_run_with_another_configuration(tmp):
+    resumed_config(run_in(tmp), None, ["train.lr=2e-2"], force=False)
+
+
+@refused(
+    ValueError,
+    where="step-00000001",
+    got="data was old, now new",
+    rule="must be of this very run",
+    remedy="take the change back, or pass --force",
+)
+def a_resumed_run_on_other_data(tmp):
+    train_masks(masked_llama(), make_rows(), steps(), saver=Saver(tmp, 0, facts={"data": "old"}))
+    saver = Saver(tmp, 0, newest_checkpoint(tmp)[0], facts={"data": "new"})
+    train_masks(masked_llama(), make_rows(), steps(), saver=saver)
+
+
+@refused(
+    ValueError,
+    where="learned.model.layers.1.mlp.down_proj.scores",
+    got="is missing there",
+    rule="the checkpoint must hold what this run trains",
+)
+def a_resumed_run_with_other_layers(tmp):
+    train_masks(masked_llama(), make_rows(), steps(), saver=Saver(tmp, 0))
+    saver = Saver(tmp, 0, newest_checkpoint(tmp)[0])
+    train_masks(masked_llama(layers=(1, 2, 3)), make_rows(), steps(), saver=saver)
+
+
+@refused(
+    ValueError,
+    where=".scores",
+    got="the checkpoint has torch.float32",
+    rule="must be torch.bfloat16 of shape",
+)
+def a_resumed_run_with_scores_in_another_format(tmp):
+    train_masks(masked_llama(), make_rows(), steps(), saver=Saver(tmp, 0))
+    saver = Saver(tmp, 0, newest_checkpoint(tmp)[0])
+    train_masks(masked_llama(scores_dtype="bfloat16"), make_rows(), steps(), saver=saver)
+
+
+@refused(ValueError, where="--resume", got="has no config.yaml", rule="must name the output_dir of a run")
+def a_resumed_run_that_never_was(tmp):
+    resumed_config(tmp, None, [], force=False)
+
+
+@refused(ValueError, where="--resume", got="has its masks/ already", rule="must name a run that is not finished")
+def a_resumed_run_that_is_finished(tmp):
+    (run_in(tmp) / "masks").mkdir()
+    resumed_config(tmp / "run", None, [], force=False)
+
+
+@refused(
+    ValueError,
+    where="state.json",
+    got="got 2",
+    rule="no other checkpoint verifies",
+    remedy="--overwrite begins anew",
+)
+def a_resumed_run_whose_only_checkpoint_is_damaged(tmp):
+    path = write_checkpoint(tmp / "checkpoints", 3, {}, {}).path
+    (path / "state.json").write_text("{}")
+    find_checkpoint(tmp, print)
+
+
+@refused(
+    RuntimeError,
+    where="output_dir",
+    got='is in use by {"process": ',
+    rule="is in use by",
+    remedy="wait for it, stop it, or name another output_dir",
+    other=r'(?<=in use by ){"process".*?}',
+)
+def two_processes_in_one_run(tmp):
+    with hold(tmp), hold(tmp):
+        pass
+
+
+@refused(
+    ValueError,
+    where="output_dir",
+    got="already holds a run (config.yaml)",
+    rule="already holds a run",
+    remedy="name another one, or pass --overwrite to delete it",
+)
+def a_run_over_an_earlier_one(tmp):
+    check_run_directory(run_in(tmp))
+
+
+@refused(
+    OSError,
+    where="checkpoints",
+    got="GB are free",
+    rule="checkpoints take 1000000000.00 GB more",
+    remedy="make room, or name another output_dir",
+    other=r"\d+\.\d\d(?= GB are free)",
+)
+def checkpoints_on_a_disk_that_is_too_small(tmp):
+    check_space(tmp, 10**18)
+
+
+# ---------------------------------------------------------------------------------------------- accepted
+
+
+@accepted("nothing is learned from them, and nothing breaks")
+def a_batch_without_labels():
+    model = masked_llama()
+    before = {name: module.scores.clone() for name, module in masked_modules(model).items()}
+    rows = make_rows(2).map(lambda row: row | {"labels": [-100] * 12})
+    train_masks(model, rows, steps(batch_size=2))
+    assert all(torch.equal(module.scores, before[name]) for name, module in masked_modules(model).items())
+
+
+@accepted("rows are seen again, each epoch in another order")
+def more_steps_than_rows():
+    assert len(train_masks(masked_llama(), make_rows(2), steps(5))) == 5
+
+
+@accepted("the system has dropped it with the process: the run goes on")
+def a_lock_that_a_killed_process_left(tmp):
+    (tmp / LOCK).write_text("what it wrote")
+    with hold(tmp):
+        assert "what it wrote" not in (tmp / LOCK).read_text()
+
+
+@accepted("free: how often progress is shown, where the run lies and when checkpoints are written change no result")
+def a_resumed_run_with_another_log_every(tmp):
+    asked = resumed_config(run_in(tmp), None, ["train.log_every=7", "checkpoint_minutes=1"], force=False)
+    assert (asked.train.log_every, asked.checkpoint_minutes) == (7, 1)
+
+
+@accepted("the masked layer selects, so the loss stays finite while the weight stays dropped and its score still")
+def a_dropped_weight_of_nan_in_a_model():
+    model = masked_llama()
+    down = model.get_submodule(DOWN)
+    with torch.no_grad():
+        down.weight[0, 0] = torch.nan
+        down.scores[0, 0] = 1e-9
+    assert math.isfinite(evaluate(model, make_rows(2)).loss)

@@ -1,0 +1,45 @@
+"""Each bad input has the message that it is listed with, each odd one its result, and docs/errors.md says so."""
+
+from pathlib import Path
+
+import pytest
+from bad_inputs.registry import ACCEPTED, REFUSED, running, told
+from bad_inputs.report import GROUPS, report
+
+PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
+
+
+def listed(cases):
+    return [pytest.param(case, id=f"{case.group}-{case.title.replace(' ', '-')}") for case in cases]
+
+
+@pytest.mark.parametrize("case", listed(REFUSED))
+def test_a_bad_input_is_told_what_where_got_expected_and_remedy(case):
+    said = told(case)
+    assert said.error is case.error
+    assert case.lacks(said.message) == [], said.message
+    assert "\n" not in said.shown
+
+
+@pytest.mark.parametrize("case", listed(ACCEPTED))
+def test_an_odd_input_is_accepted(case):
+    with running(case) as (run, _):
+        run()
+
+
+def test_a_poor_message_is_noticed():
+    case = next(case for case in REFUSED if case.remedy is not None)
+    assert case.lacks("size mismatch") == ["where", "got", "rule", "remedy"]
+    assert case.lacks(f"{case.where} {case.rule}, got {case.got}") == ["remedy"]
+
+
+def test_there_are_at_least_sixty_of_all_four_groups():
+    groups = {module.__name__.rpartition(".")[2] for module in GROUPS}
+    assert len(REFUSED) >= 60
+    assert {case.group for case in REFUSED} == {case.group for case in ACCEPTED} == groups
+    titles = [case.title for case in (*REFUSED, *ACCEPTED)]
+    assert len(set(titles)) == len(titles)
+
+
+def test_the_page_is_what_the_code_says_today():
+    assert PAGE.read_text() == report(), "make errors writes it anew"
