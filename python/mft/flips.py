@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mft.inspection import flip_share, initial_masks
-from mft.recipe import StepReport
+from mft.step_report import StepReport
 
 PHASE = "flips"  # of its events in a run's metrics file
 POINTS = 100  # that a curve of a run has at most, so that counting costs little

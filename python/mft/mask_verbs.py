@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from mft.config import ModelConfig, load_config
+from mft.console import console, say
 from mft.convert import mask_model, masked_modules, merge_model
 from mft.export import load_masks, save_masks
 from mft.export_file import read_export
@@ -14,8 +14,6 @@ from mft.models import load_model, save_model
 from mft.paper_masks import import_paper_masks, write_paper_masks
 from mft.run_directory import CONFIG, masks_directory
 from mft.verify import check_base, verify_directory
-
-console = Console()
 
 
 def run_merge(masks: Path, output: Path, model_name: str | None, dtype: str, *, force: bool) -> None:
@@ -29,9 +27,9 @@ def run_merge(masks: Path, output: Path, model_name: str | None, dtype: str, *, 
     kept = sum(int(module.mask().sum()) for module in masked_modules(model).values())
     total = sum(module.weight.numel() for module in masked_modules(model).values())
     save_model(merge_model(model), tokenizer, output)
-    _say(f"merged: {kept} of {total} masked weights kept, the others are 0; the model lies in {output}")
+    say(f"merged: {kept} of {total} masked weights kept, the others are 0; the model lies in {output}")
     if kind is not None:
-        _say(
+        say(
             f"the masks were learned on a base in {kind}; the merged weights are the exact ones: "
             "mft evaluate --unquantized tells what that changes"
         )
@@ -49,17 +47,17 @@ def run_inspect(masks: Path, model_name: str | None, dtype: str, *, force: bool)
     load_masks(model, directory, force=force)
     console.print(_mask_table(mask_statistics(model, initial)))
     if initial is None:
-        _say(f"flips are unknown: no {run_config} tells how the scores began")
+        say(f"flips are unknown: no {run_config} tells how the scores began")
 
 
 def run_verify(directory: Path, model_name: str | None, dtype: str, *, base: bool) -> None:
     """mft verify"""
     for found in verify_directory(directory):
-        _say(f"{found.kind} {found.path}: {found.words}")
+        say(f"{found.kind} {found.path}: {found.words}")
         if found.export is not None and base:
             model, _ = _base_of(found.path, model_name, dtype)
             check_base(model, found)
-            _say(f"base: {found.export.base_hash} agrees")
+            say(f"base: {found.export.base_hash} agrees")
 
 
 def run_import_masks(path: Path, output: Path, model_name: str, dtype: str) -> None:
@@ -67,7 +65,7 @@ def run_import_masks(path: Path, output: Path, model_name: str, dtype: str) -> N
     model, _ = load_model(ModelConfig(name=model_name, dtype=dtype))
     import_paper_masks(model, path)
     save_masks(model, output, base_model_name_or_path=model_name)
-    _say(f"{len(masked_modules(model))} masks of {path} on {model_name}: {output}")
+    say(f"{len(masked_modules(model))} masks of {path} on {model_name}: {output}")
 
 
 def run_export_masks(masks: Path, output: Path, model_name: str | None, dtype: str, *, force: bool) -> None:
@@ -78,14 +76,10 @@ def run_export_masks(masks: Path, output: Path, model_name: str | None, dtype: s
     model, _ = _base_of(directory, model_name, dtype)
     load_masks(model, directory, force=force)
     write_paper_masks(model, output)
-    _say(f"{len(masked_modules(model))} masks of {directory} in the form of the paper's code: {output}")
+    say(f"{len(masked_modules(model))} masks of {directory} in the form of the paper's code: {output}")
 
 
 # ---------------------------------------------------------------------------------------------- private
-
-
-def _say(line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True)
 
 
 def _base_of(directory: Path, model_name: str | None, dtype: str):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mft.compare import BASE, CONTROL, FULL, MFT, Comparison
 from mft.evaluate import paired_difference
-from mft.recipe import StepReport
+from mft.step_report import StepReport
 
 Curves = dict[str, list[StepReport]]
 _COLOURS = {FULL: "C0", CONTROL: "C1", MFT: "C3"}

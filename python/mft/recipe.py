@@ -21,8 +21,9 @@ from mft.engines import Device, start_engine
 from mft.layer_engine import LayerEngine
 from mft.plain import Plain
 from mft.prefix import PrefixMemory
-from mft.saver import Saver, StepReport
+from mft.saver import Saver
 from mft.step_errors import NonFiniteLoss
+from mft.step_report import StepReport
 from mft.token_loss import count_labels
 
 _CHUNK = 1024  # rows that are looked at together

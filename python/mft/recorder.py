@@ -11,7 +11,7 @@ from mft.evaluate import Evaluation, evaluate
 from mft.progress import Progress
 from mft.recipe import count_steps
 from mft.run_directory import METRICS, MetricsFile
-from mft.saver import StepReport
+from mft.step_report import StepReport
 
 EVALUATION_BATCH = 4
 

@@ -8,7 +8,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +17,7 @@ from mft.checkpoint import Checkpoint, check_space, write_checkpoint
 from mft.distributed import ALONE, Processes
 from mft.layer_engine import LayerEngine
 from mft.plain import Plain
+from mft.step_report import StepReport
 from mft.training_state import put_state, state_bytes, take_state
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -28,18 +29,6 @@ class Stopped(SystemExit):
     def __init__(self, number: int, step: int, steps: int, where: Path) -> None:
         super().__init__(128 + number)
         self.message = f"stopped by {signal.Signals(number).name} after step {step} of {steps}; saved: {where}"
-
-
-@dataclass
-class StepReport:
-    """One optimiser step."""
-
-    step: int  # from 1
-    steps: int
-    loss: float  # mean a token
-    lr: float
-    tokens: int  # of this step
-    seconds: float  # since the loop began
 
 
 class Saver:

@@ -15,6 +15,7 @@ from rich.console import Console
 from mft.bases import base_words, check_exact, evaluated_base, keeping_all
 from mft.checkpoint import Checkpoint
 from mft.config import ModelConfig, RunConfig, save_config
+from mft.console import console, say
 from mft.convert import mask_model, print_trainable_parameters
 from mft.data import Splits, load_splits
 from mft.distributed import Processes, joined
@@ -29,7 +30,7 @@ from mft.models import load_model, save_model
 from mft.plots import plot_curves
 from mft.progress import Progress
 from mft.quantized import quantize_model
-from mft.recipe import StepReport, count_steps, finetune, train_masks
+from mft.recipe import count_steps, finetune, train_masks
 from mft.recorder import Recorder, Steps
 from mft.report import evaluation_table
 from mft.resume import Start, find_checkpoint, flat
@@ -56,9 +57,8 @@ from mft.sensitivity import (
     sensitivity_markdown,
     sensitivity_table,
 )
+from mft.step_report import StepReport
 from mft.targets import select_targets
-
-console = Console()
 
 
 def run_finetune(config: RunConfig, start: Start) -> None:
@@ -86,7 +86,7 @@ def run_evaluate(config: RunConfig, masks: Path | None, split: str, *, force: bo
         name: recorder.evaluate(f"{name}, {split}", model, dataset) for name in stages.reached(model, force=force)
     }
     console.print(evaluation_table(split, results))
-    console.print(stages.words, highlight=False, soft_wrap=True)
+    say(stages.words)
 
 
 def run_lm_eval(
@@ -109,10 +109,10 @@ def run_lm_eval(
     model, tokenizer = _load(config.model)
     results = {name: score_tasks(model, tokenizer, tasks, limit=limit) for name in stages.reached(model, force=force)}
     console.print(task_table(results))
-    console.print(stages.words, highlight=False, soft_wrap=True)
+    say(stages.words)
     if output is not None:
         write_scores(output, results, limit)
-        console.print(f"scores: {output}", highlight=False, soft_wrap=True)
+        say(f"scores: {output}")
 
 
 def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> None:
@@ -128,13 +128,13 @@ def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> 
         model, splits.train, splits.validation, config.mask, groups, config.train, recorder=recorder
     )
     console.print(sensitivity_table(rows))
-    console.print(recommendation(rows), highlight=False, soft_wrap=True)
+    say(recommendation(rows))
     (directory / TABLE_MARKDOWN).write_text(sensitivity_markdown(rows), encoding="utf-8")
     (directory / TABLE_JSON).write_text(
         json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8"
     )
     plot_sensitivity(sorted(rows, key=lambda row: groups.index(row.group)), directory / PLOT)
-    console.print(f"table and plot: {directory}/", highlight=False, soft_wrap=True)
+    say(f"table and plot: {directory}/")
 
 
 # ---------------------------------------------------------------------------------------------- private
@@ -162,7 +162,7 @@ def _finetune(config: RunConfig, start: Start, processes: Processes) -> None:
 def _train(config: RunConfig, start: Start, processes: Processes) -> None:
     found = _check_start(config, start, processes)
     plan = _plan(config, found, processes)
-    console.print(plan.reason, highlight=False, soft_wrap=True)
+    say(plan.reason)
     kind = config.model.quantization = plan.quantization
     model, tokenizer = load_model(config.model)
     if plan.way == "plain":
@@ -210,9 +210,7 @@ def _train(config: RunConfig, start: Start, processes: Processes) -> None:
             f"{100 * flip_share(model, initial):.2f} % of the mask's bits flipped since initialisation", highlight=False
         )
         _finish(directory, recorder, before, after, directory / MASKS)
-    console.print(
-        f"next: mft inspect {directory}, or mft merge {directory} <directory>", highlight=False, soft_wrap=True
-    )
+    say(f"next: mft inspect {directory}, or mft merge {directory} <directory>")
 
 
 def _plan(config: RunConfig, found: Checkpoint | None, processes: Processes) -> Plan:
@@ -255,13 +253,9 @@ class _Stages:
             yield "with masks"
 
 
-def _say(line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True)
-
-
 def _check_start(config: RunConfig, start: Start, processes: Processes) -> Checkpoint | None:
     """Before anything is loaded: raise if output_dir is not to be written; the checkpoint to go on from, if any."""
-    found = find_checkpoint(Path(config.output_dir), _say) if start.resume else None
+    found = find_checkpoint(Path(config.output_dir), say) if start.resume else None
     if not start.resume:
         check_run_directory(config.output_dir, overwrite=start.overwrite)
     processes.agree(flat(config) | {"the checkpoint's step": None if found is None else found.step})
@@ -291,7 +285,7 @@ def _running(
         try:
             yield directory, recorder
         except Stopped as stopped:
-            _say(f"{stopped.message}; go on with --resume {directory}")
+            say(f"{stopped.message}; go on with --resume {directory}")
             raise
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
 
@@ -347,4 +341,4 @@ def _finish(directory: Path, recorder: Recorder, before: Evaluation, after: Eval
         encoding="utf-8",
     )
     plot_curves(recorder.curves, directory / PLOT)
-    console.print(f"result: {result}; metrics, table and plot: {directory}/", highlight=False, soft_wrap=True)
+    say(f"result: {result}; metrics, table and plot: {directory}/")
