@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mft.config import MaskConfig
 from mft.convert import mask_model, masked_modules, merge_model
+from mft.quantized import quantize_model
 
 #: Of the norm of a gradient: what decompositions and fused loops may round otherwise.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -72,6 +73,30 @@ def test_a_whole_model_is_one_graph_that_changed_scores_do_not_compile_again(dty
     assert counter.frame_count == 1
     called = [str(node.target) for node in counter.graphs[0].graph.nodes]
     assert sum("masked_linear_by_ratio" in target for target in called) == 2 * 7
+
+
+def checkpointed(model, use_reentrant):
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    return model.train()
+
+
+@pytest.mark.parametrize(
+    ("change", "fullgraph"),
+    [
+        (lambda model: quantize_model(model, "int8", masked=True), True),
+        (lambda model: quantize_model(model, "nf4", masked=True), True),
+        (lambda model: checkpointed(model, use_reentrant=True), False),
+        (lambda model: checkpointed(model, use_reentrant=False), False),
+    ],
+    ids=["int8", "nf4", "reentrant", "not reentrant"],
+)
+def test_quantised_bases_are_one_graph_and_checkpointing_takes_several(change, fullgraph):
+    expected = change(tiny(layers=1))
+    model = change(tiny(layers=1))  # its first forward is a compiled one
+    compiled = torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
+    for _ in range(2):
+        got = loss_and_gradients(compiled, model)
+        assert_close(got, loss_and_gradients(expected, expected), ROUNDING[torch.float32])
 
 
 def test_inductor_changes_nothing_but_rounding():

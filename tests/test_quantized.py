@@ -166,7 +166,7 @@ def test_casting_a_model_changes_the_dense_dtype_and_no_code(kind):
 
 def test_nf4_without_its_library_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    quantized_weight._bitsandbytes.cache_clear()
+    monkeypatch.setattr(quantized_weight, "_functional", None)
     model = make_llama().requires_grad_(False)
     with pytest.raises(RuntimeError, match=r'nf4 needs bitsandbytes, .*: pip install "bitsandbytes>=0.50", or choose'):
         quantize_model(model)

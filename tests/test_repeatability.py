@@ -65,15 +65,14 @@ def calls(backend, shape, dtype=torch.float32, learned=EVERYTHING):
         )
 
     def stepped(scores_dtype, moments_dtype):
-        """What two steps leave behind, the second on moments that are not zero."""
+        """What a step leaves behind of scores and of moments that are not zero."""
         fixed_point = scores_dtype == torch.int16
         scores = mft_kernels.fixed_from_float(t.scores) if fixed_point else t.scores.to(scores_dtype, copy=True)
-        moments = [torch.zeros(scores.shape, dtype=moments_dtype) for _ in range(2)]
-        scales = torch.zeros(2, -(-scores.numel() // 256)) if moments_dtype == torch.uint8 else None
-        found = None, None
-        for step in (1, 2):
-            options = {"step": step, "lr": 1e-2, "keep_ratio": KEPT, "threshold": found[0], "backend": backend}
-            found = mft_kernels.score_step(scores, t.weight.flip(0), t.weight, *moments, scales, **options)
+        moments = [(2000 * t.weight.abs()).to(moments_dtype) for _ in range(2)]
+        scales = torch.full((2, -(-scores.numel() // 256)), 0.01) if moments_dtype == torch.uint8 else None
+        before = mft_kernels.kept_threshold(scores, KEPT)
+        options = {"step": 3, "lr": 1e-2, "keep_ratio": KEPT, "threshold": before, "backend": backend}
+        found = mft_kernels.score_step(scores, t.weight.flip(0), t.weight, *moments, scales, **options)
         return scores, *moments, *([] if scales is None else [scales]), *found
 
     return {

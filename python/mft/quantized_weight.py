@@ -7,7 +7,6 @@
 NF4 is bitsandbytes'. int8 has its layout, but is computed here: on a GPU its kernel takes fp16 weights alone.
 """
 
-import functools
 import logging
 from typing import Any
 
@@ -167,15 +166,20 @@ def _quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return share.mul_(_LARGEST_CODE).round_().nan_to_num_(0, 0, 0).to(torch.int8), absmax
 
 
-@functools.cache
+_functional: Any = None  # bitsandbytes.functional once imported; torch.compile would trace what a functools.cache holds
+
+
 def _bitsandbytes() -> Any:
+    global _functional
+    if _functional is not None:
+        return _functional
     # On import it advises to install a GEMM from the hub, which is not used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        from bitsandbytes import functional
+        from bitsandbytes import functional as _functional
     except ImportError as error:
         raise RuntimeError(
             f'quantization nf4 needs bitsandbytes, which cannot be imported ({error}): pip install "bitsandbytes>=0.50"'
             ", or choose int8, which needs nothing"
         ) from error
-    return functional
+    return _functional
