@@ -283,7 +283,7 @@ def an_architecture_that_nobody_builds_for(patch):
     other=r"(?<=imported \().*?(?=\):)",
 )
 def nf4_without_bitsandbytes(patch):
-    patch.setattr(quantized_weight, "_bitsandbytes", quantized_weight._bitsandbytes.__wrapped__)
+    patch.setattr(quantized_weight, "_functional", None)
     patch.setitem(sys.modules, "bitsandbytes", None)
     quantized_weight.check_library("nf4")
 
