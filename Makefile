@@ -26,7 +26,7 @@ demo: install
 # slow to make. The Triton kernels run in the interpreter, which has to be chosen before they are imported.
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_kernels tests/test_ops.py tests/test_repeatability.py -k triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels tests/test_ops.py tests/test_repeatability.py -k triton
 
 lint: install
 	$(BIN)/ruff check .
