@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml
 
-.PHONY: install demo test lint errors sanitize faults fuzz cuda bench bench-compare simulate gpu kernels-report kernels-report-3.6 clean
+.PHONY: install demo test lint errors sanitize faults fuzz architectures cuda bench bench-compare simulate gpu kernels-report kernels-report-3.6 clean
 
 install: $(VENV)/.installed
 
@@ -56,6 +56,10 @@ FUZZED := export-config export-masks checkpoint config paper-masks
 fuzz: install
 	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet atheris
 	for reader in $(FUZZED); do $(BIN)/python tests/fuzz_readers.py $$reader $(FUZZ_SECONDS) || exit 1; done
+
+# docs/architectures.md: which causal language models of transformers can be masked, each made small and tried; minutes.
+architectures: install
+	$(BIN)/python -W ignore tests/architectures.py
 
 # The CUDA library, on a machine without a GPU too; fetches what it lacks (the extra cuda-build), and reads the machine
 # code: exit code 1 if a kernel has a fault. Minutes the first time, then only what changed. build/cuda keeps what nvcc

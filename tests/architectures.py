@@ -1,4 +1,4 @@
-"""Which causal language models of transformers can be masked: python tests/architectures.py; minutes, writes the table.
+"""Which causal language models of transformers can be masked: make architectures; minutes, writes the table.
 
 Every architecture that transformers names, of its default configuration made small, with random weights. Converted:
 with everything kept the logits are the model's own, bit for bit; with a share kept every masked layer's scores get a
@@ -131,7 +131,7 @@ def markdown(rows: list[Row]) -> str:
     left = [row.kind for row in rows if row.state == "not made"]
     lines = [
         "# Architectures that were converted\n",
-        f"By `python tests/architectures.py` with transformers {transformers.__version__}, in small sizes, with random",
+        f"By `make architectures` with transformers {transformers.__version__}, in small sizes, with random",
         f"weights: **{len(converted)} converted**, {len(refused)} refused by name. With everything kept the logits are",
         "the model's own, bit for bit; scores get gradients; merged, the logits stay within 1e-5.\n",
         "| architecture | masked by default |\n|---|---|",

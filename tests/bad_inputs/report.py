@@ -1,13 +1,17 @@
 """docs/errors.md: the lists as a page."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+
+import torch
 
 from . import environment, files, tensors, training
 from .registry import ACCEPTED, REFUSED, Accepted, Refused, told
 
 GROUPS = (tensors, files, training, environment)
+VERSIONS = f"Python {sys.version_info[0]}.{sys.version_info[1]} and torch {'.'.join(torch.__version__.split('.')[:2])}"
 
 
 def report() -> str:
@@ -18,6 +22,7 @@ def report() -> str:
         "",
         "Made by `make errors` of the functions in `tests/bad_inputs/`; `tests/test_bad_inputs.py` runs each and holds",
         f"this page to what the code says today: {len(REFUSED)} inputs are refused, {len(ACCEPTED)} odd ones accepted.",
+        f"Some texts are {VERSIONS}'s own, which others may put in other words.",
         "`/tmp/dir` is a new directory, `patch` pytest's `MonkeyPatch`, `...` what differs from machine to machine.",
         "On the command line, `mft` prints the message alone and ends with exit code 2; `MFT_TRACEBACK=1` shows where.",
         "",
