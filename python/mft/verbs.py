@@ -219,6 +219,7 @@ def _plan(config: RunConfig, found: Checkpoint | None, processes: Processes) -> 
         plan = replan(config, **found.facts()["facts"]["plan"])
     elif processes.count > 1 and config.memory == "auto":
         plan = plan_training(dataclasses.replace(config, memory="plain"))
+        plan = dataclasses.replace(plan, reason=f"{plan.reason} (auto is plain on several processes)")
     else:
         plan = plan_training(config)
     processes.check(config.train, plan.way)
