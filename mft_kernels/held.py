@@ -17,20 +17,21 @@ Weight = Tensor | Callable[[], Tensor]  # a function makes the weight anew for e
 class _HeldLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, anchor, weight: Weight, packed, bias, grad_buffer):
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x)  # alone: weight and mask are the module's
         ctx.held = weight, packed, grad_buffer
-        ctx.version = _version(packed)
+        ctx.versions = _version(weight), _version(packed)
         return masked_linear_packed(x, _dense(weight), packed, bias)
 
     @staticmethod
     def backward(ctx, grad_output):
         (x,) = ctx.saved_tensors
         weight, packed, grad_buffer = ctx.held
-        if _version(packed) != ctx.version:
-            raise RuntimeError(
-                f"packed must stay as it is until the backward pass, got {tuple(packed.shape)} modified by an inplace "
-                "operation since the forward pass: call backward() before the mask changes"
-            )
+        for name, tensor, version in zip(("weight", "packed"), (weight, packed), ctx.versions):
+            if _version(tensor) != version:
+                raise RuntimeError(
+                    f"{name} must stay as it is until the backward pass, got {tuple(tensor.shape)} modified by an "
+                    f"inplace operation since the forward pass: call backward() before {name} changes"
+                )
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = torch.ops.mft.masked_linear_packed_backward(
@@ -66,5 +67,6 @@ def _dense(weight: Weight) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight()
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def _version(tensor: Weight) -> int | None:
+    """None of what has none: a function, and an inference tensor."""
+    return tensor._version if isinstance(tensor, Tensor) and not tensor.is_inference() else None

@@ -10,6 +10,9 @@ from .reference import Gradients
 
 library = torch.library.Library("mft", "DEF")
 
+#: Says of tensors that a kernel has written into them, through pointers; scores.py takes the name in torch's own place.
+increment_version = torch.autograd.graph.increment_version
+
 
 def define(schema: str, fake: Callable, implementation: Callable) -> None:
     """Add an op: one implementation for every device, which asks the table, and its fake for tracing.

@@ -24,7 +24,15 @@ from .checks import (
     check_whole,
 )
 from .fixed_point import selectable
-from .library import define, define_autocast, define_no_double_backward, gradient_shapes, library, unchanged
+from .library import (
+    define,
+    define_autocast,
+    define_no_double_backward,
+    gradient_shapes,
+    increment_version,
+    library,
+    unchanged,
+)
 
 # ---------------------------------------------------------------------------------------------- what users call
 
@@ -197,9 +205,10 @@ def _fake_packed(scores):
 def _accumulate_score_grad(out, grad_output, x, weight, scores, signs, mode, backend):
     if weight is None:
         choose("accumulate_product", out.device, (x.dtype, out.dtype), backend)(out, grad_output, x)
-        return
-    run = choose("accumulate_score_grad", out.device, (weight.dtype, out.dtype), backend)
-    run(out, grad_output, x, weight, scores, signs, mode)
+    else:
+        run = choose("accumulate_score_grad", out.device, (weight.dtype, out.dtype), backend)
+        run(out, grad_output, x, weight, scores, signs, mode)
+    increment_version(out)
 
 
 def _kept_threshold(scores, keep_ratio, mode, backend):

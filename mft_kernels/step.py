@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .backends import choose
 from .checks import check_adam, check_keep_ratio, check_mode, check_moments, check_step_inputs, check_transforms
-from .library import define
+from .library import define, increment_version
 
 
 def score_step(
@@ -100,9 +100,7 @@ def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype, ...]:
 def _step(scores, grad, weight, exp_avg, exp_avg_sq, scales, *rest):
     kernel = choose("score_step", scores.device, _dtypes(scores, grad, weight), rest[-1])
     result = kernel(scores, grad, weight, exp_avg, exp_avg_sq, scales, *rest[:-1])
-    # A kernel writes through raw pointers, and by their version alone does masking.py see that scores changed.
-    changed = [t for t in (scores, exp_avg, exp_avg_sq, scales) if t is not None]
-    torch.autograd.graph.increment_version(changed)
+    increment_version([t for t in (scores, exp_avg, exp_avg_sq, scales) if t is not None])
     return result
 
 

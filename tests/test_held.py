@@ -129,3 +129,14 @@ def test_fixed_point_scores_begin_as_the_others(init):
     x = torch.randn(3, 64, dtype=torch.bfloat16, requires_grad=True)
     fixed(x).sum().backward()
     assert x.grad is not None
+
+
+def test_a_weight_that_changes_before_the_backward_pass_is_refused():
+    inputs = integer_inputs(5, 4, 6)
+    for name, change in (("weight", inputs.weight), ("packed", held(inputs))):
+        packed = change if name == "packed" else held(inputs)
+        x = inputs.x.clone().requires_grad_()
+        y = masked_linear_held(x, inputs.weight, packed, grad_buffer=torch.zeros(4, 6))
+        change.add_(1)
+        with pytest.raises(RuntimeError, match=f"{name} must stay as it is until the backward pass"):
+            y.sum().backward()

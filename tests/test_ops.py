@@ -152,6 +152,18 @@ def test_scores_changed_between_forward_and_backward_are_noticed():
         y.sum().backward()
 
 
+@pytest.mark.parametrize("with_weight", [True, False])
+def test_accumulation_shows_in_the_version_of_its_buffer(with_weight, backend):
+    t = integer_inputs(6, 5, 37)
+    out = torch.zeros(5, 37)
+    factors = {"weight": t.weight, "scores": t.scores} if with_weight else {"weight": None}
+    version = out._version
+    mft_kernels.accumulate_score_grad(out, t.grad_output, t.x, **factors, backend=backend)
+    assert out._version > version
+    with torch.inference_mode():
+        mft_kernels.accumulate_score_grad(torch.zeros(5, 37), t.grad_output, t.x, **factors, backend=backend)
+
+
 # ------------------------------------------------------------------------------------------------ PyTorch's machinery
 
 
