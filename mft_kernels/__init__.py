@@ -8,7 +8,7 @@ from . import cpu, cuda, triton  # noqa: F401  (enter their backends into the ta
 from .backends import backend_report
 from .fixed_point import fixed_from_float, float_from_fixed
 from .linear import MaskedLinear
-from .masking import masked_linear_by_ratio
+from .masking import masked_linear_by_ratio, outdate
 from .ops import (
     accumulate_score_grad,
     kept_threshold,
@@ -31,6 +31,7 @@ __all__ = [
     "masked_linear",
     "masked_linear_by_ratio",
     "masked_linear_packed",
+    "outdate",
     "pack_mask",
     "score_step",
     "unpack_mask",

@@ -14,8 +14,9 @@ from .checks import (
 )
 from .fixed_point import fixed_from_float
 from .held import Weight, masked_linear_held
-from .masking import CurrentMask, current_mask, masked_linear_by_ratio, outdate_all
+from .masking import CurrentMask, current_mask, masked_linear_by_ratio
 from .ops import unpack_mask
+from .scores import watch
 
 INITS = ("normal", "magnitude", "constant")
 _SCALE = 0.02  # of the scores: the paper's standard deviation
@@ -181,9 +182,9 @@ class MaskedLinear(nn.Module):
             raise self._named(error) from None
 
     def current_mask(self) -> CurrentMask:
-        """Threshold, packed mask and packed signs that hold now."""
+        """Threshold, packed mask and packed signs that hold now, selected anew."""
         try:
-            return current_mask(self.scores, self.keep_ratio, self.threshold, self.mode)
+            return current_mask(self.scores, self.keep_ratio, self.threshold, self.mode, anew=True)
         except NonFiniteScores as error:
             raise self._named(error) from None
 
@@ -220,9 +221,17 @@ class MaskedLinear(nn.Module):
     def _named(self, error: NonFiniteScores) -> NonFiniteScores:
         return NonFiniteScores(self.scores.detach(), self.module_name) if self.module_name else error
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
-        outdate_all()  # FSDP2 gathers the scores anew without a new version
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of nn.Module; whatever becomes ``scores`` is watched for writes."""
+        super().register_parameter(name, param)
+        if name == "scores" and param is not None:
+            watch(param)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        watch(self.scores)  # a pickle holds an ordinary Parameter
+        if not self.scores.untyped_storage().resizable():  # in memory of the file's reader, which might write
+            self.scores.data = self.scores.data.clone()
 
     def _apply(self, fn, recurse=True):
         # .to(bfloat16), .half() and the like cast what they may: the scores keep their dtype, or their small
@@ -234,4 +243,6 @@ class MaskedLinear(nn.Module):
             is_score = tensor is scores or tensor is scores.grad
             return tensor.to(applied.device) if is_score and applied.dtype != tensor.dtype else applied
 
-        return super()._apply(keep_scores_dtype, recurse)
+        super()._apply(keep_scores_dtype, recurse)
+        watch(self.scores)  # which another Parameter may have replaced
+        return self

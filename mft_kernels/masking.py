@@ -1,21 +1,20 @@
 """From scores to the mask that holds now: one selection per change of the scores, however many forwards.
 
-The mask changes once an optimiser step, so threshold, packed mask and packed signs (1 bit a weight each) are memoised.
-The memo belongs to the scores' storage and is fresh while their version is: aliases that checkpointing or a compiled
-graph make of a parameter hit it, and nothing has to be invalidated by hand.
+The mask changes once an optimiser step, so threshold, packed mask and packed signs (1 bit a weight each) are remembered
+with the scores, for as long as scores.py can vouch that nothing wrote into them. Of scores that are no parameter of a
+masked layer nothing is remembered.
 """
 
-import threading
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import checks, library
 from .fixed_point import code_at_least, selectable
 from .ops import kept_threshold, pack_mask
+from .scores import Scores, State, optimiser_stepped, state, still
 
 
 @dataclass(frozen=True)
@@ -31,65 +30,54 @@ class CurrentMask:
     signs: Tensor | None  # int32 (N, ceil(K / 32))
 
 
+Rule = tuple[float, float | None, str]  # keep_ratio, threshold, mode
+
+
 @dataclass(frozen=True)
-class _Entry:
-    storage: StorageWeakRef  # while it is held, no other storage can take the same address
-    freshness: tuple
+class _Memo:
+    state: State
+    rule: Rule
     mask: CurrentMask
 
 
-_memo: dict[tuple, _Entry] = {}
-_lock = threading.Lock()
-_changes = 0  # that no version shows
-
-
-def outdate_all(*_) -> None:
-    """Forget what is memoised of all scores, after a write to shards, say: FSDP2 gathers them without a new version."""
-    global _changes
-    _changes += 1
-
-
-# A tensor's version does not see writes through .data or a raw pointer, as some optimisers make them.
-# So a step of any torch.optim.Optimizer outdates every memo.
-register_optimizer_step_post_hook(outdate_all)
-
-
-def current_mask(scores: Tensor, keep_ratio: float, threshold: float | None, mode: str) -> CurrentMask:
+def current_mask(
+    scores: Tensor, keep_ratio: float, threshold: float | None, mode: str, *, anew: bool = False
+) -> CurrentMask:
     """Threshold, packed mask and packed signs of ``scores`` as they are now.
 
     Args:
-        scores: (N, K). A write that neither bumps the tensor's version nor is an optimiser's step (a hand-written
-            ``scores.data`` assignment in place) is not seen: call outdate(scores) after it.
+        scores: (N, K).
         threshold: a fixed one, or None to find the one that keeps ``keep_ratio``.
+        anew: select, whatever is remembered; for what is saved, shown or reported.
     Raises: NonFiniteScores (a ValueError); not while a CUDA graph is captured. ValueError if scores are spread over
         processes.
     """
     checks.check_whole("scores", scores)
-    # An inference tensor has no version, so nothing tells whether it changed. A CUDA graph replays what it captured, so
-    # the selection has to be in it.
-    if scores.is_inference() or _capturing(scores):
+    if type(scores) is not Scores:
         return _find_mask(scores, keep_ratio, threshold, mode)
-    storage = StorageWeakRef(scores.untyped_storage())
-    key = (storage.cdata, scores.storage_offset(), scores.shape, scores.stride(), scores.dtype)
-    freshness = (scores._version, _changes, keep_ratio, threshold, mode)
-    with _lock:
-        entry = _memo.get(key)
-    if entry is not None and entry.freshness == freshness:
-        return entry.mask
+    memo, rule = scores.memo, (keep_ratio, threshold, mode)
+    if _capturing(scores):
+        scores.in_graph = True  # a CUDA graph replays what it captured, so the selection has to be in it
+    elif memo is not None and not anew and memo.rule == rule and still(scores, memo.state):
+        return memo.mask
+    now = state(scores)  # before the selection: what is written in it is seen later
     mask = _find_mask(scores, keep_ratio, threshold, mode)
-    with _lock:
-        for stale in [k for k, e in _memo.items() if e.storage.expired()]:
-            del _memo[stale]
-        _memo[key] = _Entry(storage, freshness, mask)
+    scores.memo = None if now is None else _Memo(now, rule, mask)
     return mask
 
 
-def outdate(scores: Tensor) -> None:
-    """Forget what is memoised of ``scores``, after a write that its version does not show."""
-    cdata = StorageWeakRef(scores.untyped_storage()).cdata
-    with _lock:
-        for key in [k for k in _memo if k[0] == cdata]:
-            del _memo[key]
+def outdate(scores: Tensor | None = None) -> None:
+    """Forget the mask that is remembered of ``scores``, or of all, after a write that nothing shows.
+
+    That is a write through a raw pointer or, on a GPU, one by a collective or a CUDA graph; see scores.py.
+    """
+    if scores is None:
+        optimiser_stepped()
+    elif type(scores) is Scores:
+        scores.memo = None
+
+
+register_optimizer_step_post_hook(optimiser_stepped)
 
 
 def _capturing(scores: Tensor) -> bool:
@@ -98,7 +86,7 @@ def _capturing(scores: Tensor) -> bool:
 
 @torch.no_grad()
 def _find_mask(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str) -> CurrentMask:
-    scores = scores.detach()
+    scores = Tensor.detach(scores)  # not Scores.detach, which counts as handing them out
     fixed_point = scores.dtype == torch.int16
     if fixed is None:
         threshold = kept_threshold(scores, keep_ratio, mode=mode)
@@ -135,8 +123,9 @@ def masked_linear_by_ratio(
 ) -> Tensor:
     """masked_linear with the threshold that keeps ``keep_ratio`` of the scores, or a fixed one; same gradients.
 
-    Threshold and bits are found when the scores have changed; other forwards and backwards read 2 bits a weight
-    instead of the scores. int16 scores (see fixed_point.py) get no gradient.
+    Of a MaskedLinear's scores, threshold and bits are found when they have changed; other forwards and backwards read
+    2 bits a weight instead. Of any other tensor's they are found in each. int16 scores (see fixed_point.py) get no
+    gradient.
     """
     checks.check_mode(mode)
     checks.check_linear(x, weight, bias)
@@ -154,7 +143,11 @@ def _forward(x, weight, scores, bias, keep_ratio, threshold, mode, backend):
 
 def _backward(grad_output, x, weight, scores, keep_ratio, threshold, mode, output_mask, backend):
     mask = current_mask(scores, keep_ratio, threshold, mode)
-    sign = scores if scores.is_floating_point() else None  # int16 scores have no gradient
+    return _backward_of(mask, grad_output, x, weight, scores, mode, output_mask, backend)
+
+
+def _backward_of(mask, grad_output, x, weight, scores, mode, output_mask, backend):
+    sign = Tensor.detach(scores) if scores.is_floating_point() else None  # int16 scores have no gradient
     return torch.ops.mft.masked_linear_packed_backward(
         grad_output, x, weight, mask.packed, sign, mask.signs, mode, output_mask, backend
     )
@@ -180,15 +173,21 @@ def _save(ctx, inputs, output):
     x, weight, scores, _, *ctx.arguments = inputs
     needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     ctx.save_for_backward(x if needs_x else None, weight, scores)
+    # Of what a forward pass has just selected, the backward pass asks nothing: it is the mask of that forward.
+    ctx.mask = scores.memo.mask if type(scores) is Scores and scores.memo is not None else None
 
 
 def _differentiate(ctx, grad_output):
     x, weight, scores = library.unchanged(ctx)
     keep_ratio, threshold, mode, backend = ctx.arguments
     wants = list(ctx.needs_input_grad[:4])
-    grads = torch.ops.mft.masked_linear_by_ratio_backward(
-        grad_output, grad_output if x is None else x, weight, scores, keep_ratio, threshold, mode, wants, backend
-    )
+    x = grad_output if x is None else x
+    if ctx.mask is not None:
+        grads = _backward_of(ctx.mask, grad_output, x, weight, scores, mode, wants, backend)
+    else:
+        grads = torch.ops.mft.masked_linear_by_ratio_backward(
+            grad_output, x, weight, scores, keep_ratio, threshold, mode, wants, backend
+        )
     return *[g if wanted else None for g, wanted in zip(grads, wants)], None, None, None, None
 
 

@@ -6,6 +6,7 @@ import torch
 import mft_kernels
 from mft_kernels import fixed_from_float, fixed_point, float_from_fixed, masking, reference
 from mft_kernels.fixed_point import FIXED_POINT_STEP, LARGEST_CODE, LARGEST_FIXED, code_at_least
+from mft_kernels.scores import watch
 
 EVERY_CODE = torch.arange(-0x8000, 0x8000, dtype=torch.int32).to(torch.int16)
 FINITE = EVERY_CODE[(EVERY_CODE & 0x7FFF).le(LARGEST_CODE)]
@@ -100,7 +101,8 @@ def test_the_smallest_code_that_reaches_a_threshold():
 
 
 def test_a_change_of_the_codes_outdates_the_mask():
-    codes = fixed_from_float(normal(8, 33))
+    codes = torch.nn.Parameter(fixed_from_float(normal(8, 33)), requires_grad=False)
+    watch(codes)
     before = masking.current_mask(codes, 0.5, None, "magnitude")
     assert masking.current_mask(codes, 0.5, None, "magnitude") is before
     codes.copy_(fixed_from_float(normal(8, 33, seed=1)))

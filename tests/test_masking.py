@@ -1,6 +1,8 @@
 """One selection per change of the scores, and never a stale mask."""
 
 import gc
+import sys
+import weakref
 
 import pytest
 import torch
@@ -12,12 +14,13 @@ from mft_kernels.testing import random_inputs
 
 @pytest.fixture
 def selections(monkeypatch):
-    """The list of selections made so far."""
+    """The list of the shapes selected from so far; not of the scores, which it would keep alive, so that others could
+    write into them."""
     made = []
     select = masking.kept_threshold
 
     def counted(*args, **kwargs):
-        made.append(args)
+        made.append(args[0].shape)
         return select(*args, **kwargs)
 
     monkeypatch.setattr(masking, "kept_threshold", counted)
@@ -99,14 +102,6 @@ def test_an_optimiser_that_writes_behind_the_version_is_seen():
     assert torch.equal(layer.mask(), before.flip(1))
 
 
-def test_outdate_tells_of_a_write_that_nothing_shows():
-    layer = MaskedLinear(8, 8, keep_ratio=0.5)
-    before = layer.mask()
-    layer.scores.data.copy_(layer.scores.data.flip(1))
-    masking.outdate(layer.scores)
-    assert torch.equal(layer.mask(), before.flip(1))
-
-
 def test_keep_ratio_threshold_and_mode_may_change_at_any_time():
     layer = MaskedLinear(10, 10, keep_ratio=0.9)
     assert layer.mask().sum() == 91  # 100 - int((1 - 0.9) * 100), which binary fractions make 9
@@ -118,16 +113,29 @@ def test_keep_ratio_threshold_and_mode_may_change_at_any_time():
     assert torch.equal(layer.mask(), layer.scores >= 0)
 
 
-def test_the_memo_of_dead_scores_is_dropped():
+def test_of_dead_scores_nothing_is_remembered():
     layer = MaskedLinear(8, 8)
-    layer.mask()
-    size = len(masking._memo)
+    layer(torch.randn(2, 8))
+    remembered = weakref.ref(layer.scores.memo.mask.packed)
     del layer
     gc.collect()
-    for _ in range(3):
-        MaskedLinear(8, 8).mask()
-        gc.collect()
-    assert len(masking._memo) <= size
+    assert remembered() is None
+
+
+def test_three_thousand_layers_cost_no_more_each_than_one(selections):
+    # A miss once looked at every other layer's entry.
+    layers = [MaskedLinear(2, 2) for _ in range(3000)]
+    for layer in layers:
+        layer(torch.ones(1, 2))
+    looked = []
+    with torch.no_grad():
+        layers[0].scores.add_(1)
+    tracer = lambda frame, event, arg: looked.append(event) or tracer  # noqa: E731
+    sys.settrace(tracer)
+    masking.current_mask(layers[0].scores, 0.9, None, "magnitude")
+    sys.settrace(None)
+    assert len(selections) == 3001
+    assert len(looked) < 1000  # lines of Python
 
 
 def test_scores_made_in_inference_mode_are_never_stale():

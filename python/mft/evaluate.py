@@ -17,6 +17,7 @@ from mft.causal_lm import FEW, split_at_head
 from mft.engines import Device, start_engine
 from mft.prefix import FrozenPrefix, PrefixMemory
 from mft.token_loss import count_labels, token_losses
+from mft_kernels import outdate
 
 METRICS = ("loss", "accuracy")
 _TOGETHER = 16  # batches that pass a layer while its weights are on the device
@@ -63,6 +64,7 @@ def evaluate(
     """
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one row to evaluate, got 0")
+    outdate()  # a figure is of the scores as they are, whoever has written them
     was_training = model.training
     model.eval()
     sums: dict[int, list[float]] = {}

@@ -13,6 +13,7 @@ from mft.convert import masked_layer
 from mft_kernels import masked_linear_by_ratio, unpack_mask
 from mft_kernels.checks import NonFiniteScores
 from mft_kernels.masking import current_mask
+from mft_kernels.scores import watch
 
 
 class MaskLinear(nn.Module, BaseTunerLayer):
@@ -50,6 +51,7 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged or name is None:
             return self.base_layer(x)
         config, scores = self.mft_config[name], self.mft_scores[name]
+        watch(scores)  # PEFT replaces parameters when it loads them
         try:
             return masked_linear_by_ratio(
                 x,
@@ -67,7 +69,7 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         """The mask of this name as bits; see pack_mask."""
         config, scores = self.mft_config[name], self.mft_scores[name]
         try:
-            return current_mask(scores, config.keep_ratio, config.threshold, config.mode).packed
+            return current_mask(scores, config.keep_ratio, config.threshold, config.mode, anew=True).packed
         except NonFiniteScores:
             raise NonFiniteScores(scores.detach(), self.module_name) from None
 

@@ -392,7 +392,7 @@ def an_input_changed_in_place_after_a_masked_layer():
     where="packed",
     got="(4, 1) modified by an inplace operation",
     rule="must stay as it is until the backward pass",
-    remedy="call backward() before the mask changes",
+    remedy="call backward() before packed changes",
 )
 def a_held_mask_changed_between_forward_and_backward():
     layer, own = MaskedLinear(5, 4), packed.clone()
@@ -634,13 +634,15 @@ def vmap_over_tokens_or_masks():
     equal(rows, masked_linear(x, weight, scores, threshold))
 
 
-@accepted("seen: every in-place change and every optimiser's step makes the next forward select anew")
+@accepted("seen, whether by an operation, an optimiser, .data or numpy; after writes through a pointer, call outdate()")
 def scores_changed_between_two_forwards():
-    layer = MaskedLinear(5, 4, keep_ratio=0.5)
+    layer = MaskedLinear(5, 4, bias=False, keep_ratio=0.5)
     before = layer.mask()
     with torch.no_grad():
         layer.scores.copy_(layer.scores.flip(1))
     equal(layer.mask().float(), before.flip(1).float())
+    layer.scores.data.copy_(layer.scores.flip(1))
+    equal(layer(torch.eye(5)), torch.where(before, layer.weight, 0).T)
 
 
 @accepted("not noticed, as with torch's own operations: d_x is taken by the new scores. torch.no_grad() would be seen")

@@ -1,0 +1,436 @@
+"""No mask is stale: whatever Python can write scores through is seen by the next forward, and the memo still holds."""
+
+import copy
+import ctypes
+import io
+import logging
+import os
+import pickle
+import threading
+
+import numpy
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.optim import optimizer
+
+from mft_kernels import MaskedLinear, fixed_from_float, masking, outdate, score_step
+from mft_kernels.scores import Scores, state
+
+SIZE = 64
+UNSAMPLED = (1, 6)  # an element that the sample of a 64 x 64 fp32 matrix leaves out
+
+
+def new_layer(seed: int = 0, **options) -> MaskedLinear:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return MaskedLinear(SIZE, SIZE, keep_ratio=0.5, init="normal", **options)
+
+
+def is_current(layer: MaskedLinear) -> bool:
+    """Whether the layer computes with the mask that its scores imply, found without any code of ours."""
+    x = torch.eye(SIZE, dtype=layer.weight.dtype)
+    keys = layer.scores.detach().float().abs()
+    keep = keys >= keys.flatten().kthvalue(SIZE * SIZE // 2 + 1).values
+    with torch.no_grad():
+        y = layer(x) if layer.bias is None else layer(x) - layer.bias
+    return torch.allclose(y.T, torch.where(keep, layer.weight, 0), atol=1e-6)
+
+
+def other_scores(seed: int = 1) -> torch.Tensor:
+    return new_layer(seed).scores.detach().clone()
+
+
+# ------------------------------------------------------------------------------------------ writes
+
+
+def through_data(p):
+    p.data.copy_(other_scores())
+
+
+def through_data_in_place(p):
+    p.data -= 0.05 * torch.sign(p.data)
+
+
+def through_data_in_part(p):
+    p.data[UNSAMPLED] = 10
+
+
+def through_a_view_in_part(p):
+    p.view(-1).data[UNSAMPLED[0] * SIZE + UNSAMPLED[1]] = 10
+
+
+def through_a_row(p):
+    p[1].data.fill_(10)
+
+
+def through_the_transpose(p):
+    p.T.data[UNSAMPLED[::-1]] = 10
+
+
+def through_numpy(p):
+    p.detach().numpy()[UNSAMPLED] = 10
+
+
+def through_dlpack(p):
+    torch.from_dlpack(p.detach()).data[UNSAMPLED] = 10
+
+
+def through_the_storage(p):
+    p.untyped_storage().copy_(other_scores().untyped_storage())
+
+
+def by_set(p):
+    with torch.no_grad():
+        p.set_(other_scores())
+
+
+def by_a_data_swap(p):
+    other = new_layer(1).scores
+    p.data, other.data = other.data, p.data
+
+
+def by_an_operation_on_a_list(p):
+    with torch.no_grad():
+        torch._foreach_copy_([p], [other_scores()])
+
+
+def by_vector_to_parameters(p):
+    vector_to_parameters(parameters_to_vector([p]).flip(0), [p])
+
+
+def in_another_thread(p):
+    thread = threading.Thread(target=through_data_in_part, args=(p,))
+    thread.start()
+    thread.join()
+
+
+def by_a_pointer_that_is_said(p):
+    ctypes.c_float.from_address(p.data_ptr() + 4 * (UNSAMPLED[0] * SIZE + UNSAMPLED[1])).value = 10
+    outdate(p)
+
+
+def by_a_pointer_to_all(p):
+    new = other_scores()
+    ctypes.memmove(torch.Tensor.data_ptr(p), new.data_ptr(), new.nbytes)
+
+
+WRITES = [f for name, f in list(globals().items()) if name.startswith(("through_", "by_", "in_"))]
+
+
+@pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
+def test_a_write_is_seen(write):
+    layer = new_layer()
+    assert is_current(layer)
+    for _ in range(2):
+        write(layer.scores)
+        assert is_current(layer)
+
+
+def test_a_write_is_seen_by_mask_merge_and_bits_also_where_nothing_shows_it():
+    layer = new_layer()
+    before = layer.mask()
+    layer(torch.randn(2, SIZE))
+    address = torch.Tensor.data_ptr(layer.scores) + 4 * (UNSAMPLED[0] * SIZE + UNSAMPLED[1])
+    ctypes.c_float.from_address(address).value = 0 if before[UNSAMPLED] else 10
+    assert layer.mask()[UNSAMPLED] != before[UNSAMPLED]
+    assert (layer.merge().weight[UNSAMPLED] != 0) != before[UNSAMPLED]
+
+
+# ------------------------------------------------------------------------------------------ aliases that live on
+
+
+def alias_data(p):
+    return p.data
+
+
+def alias_array(p):
+    return torch.from_numpy(p.detach().numpy())
+
+
+def alias_dlpack(p):
+    return torch.from_dlpack(p.detach())
+
+
+def alias_parameter(p):
+    return nn.Parameter(p.data).data
+
+
+def alias_scores(p):
+    return nn.Parameter(p).data
+
+
+def alias_vector(p):
+    vector = parameters_to_vector([p]).detach().clone()
+    vector_to_parameters(vector, [p])
+    return vector.view_as(p)
+
+
+def alias_foreign_memory(p):
+    array = numpy.array(other_scores())
+    p.data = torch.from_numpy(array)
+    return torch.from_numpy(array)
+
+
+def alias_storage(p):
+    storage = p.untyped_storage()
+    return torch.empty(0).set_(storage, 0, p.shape, p.stride())
+
+
+@pytest.mark.parametrize("alias", [f for name, f in list(globals().items()) if name.startswith("alias_")])
+def test_writes_through_an_alias_are_seen_for_as_long_as_it_lives(alias):
+    layer = new_layer()
+    other = alias(layer.scores)
+    for i in range(4):
+        assert is_current(layer)
+        other[UNSAMPLED[0], UNSAMPLED[1] + 2 * i] = 10
+    assert is_current(layer)
+
+
+def test_integer_scores_are_watched_too():
+    layer = new_layer(scores_dtype=torch.int16)
+    layer.scores.data.copy_(fixed_from_float(other_scores()))
+    array = layer.scores.numpy()
+    for i in range(3):
+        before = layer.mask()
+        layer(torch.randn(2, SIZE))
+        array[1] = 31743 if i % 2 == 0 else 0
+        with torch.no_grad():
+            y = layer(torch.eye(SIZE)) - layer.bias
+        assert torch.equal(y.T != 0, layer.mask())
+        assert not torch.equal(before, layer.mask())
+
+
+def test_scores_that_have_no_name_of_their_own_are_told_of(caplog):
+    layer = new_layer()
+    alias = layer.scores.data
+    with caplog.at_level(logging.WARNING, logger="mft_kernels"):
+        for _ in range(200):
+            layer(torch.randn(1, SIZE))
+    assert [r.levelname for r in caplog.records if "selected in each" in r.message] == ["WARNING"]
+    del alias
+    layer(torch.randn(1, SIZE))
+    assert state(layer.scores) is not None
+
+
+def test_a_process_that_shares_the_memory_is_seen():
+    layer = new_layer()
+    layer.share_memory()
+    assert is_current(layer)
+    child = os.fork()
+    if child == 0:
+        torch.Tensor.data.__get__(layer.scores)[UNSAMPLED] = 10
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert layer.scores[UNSAMPLED] == 10
+    assert is_current(layer)
+
+
+# ------------------------------------------------------------------------------------------ training loops
+
+
+def test_a_hand_written_loop_learns():
+    layer, x = new_layer(), torch.randn(32, SIZE)
+    y, target = [], layer.weight[:8].sum(0).expand(32, SIZE)
+    for _ in range(30):
+        loss = (layer(x) - target).square().mean()
+        y.append(loss.item())
+        loss.backward()
+        for p in layer.parameters():
+            if p.grad is not None:
+                p.data -= 3 * p.grad
+                p.grad = None
+        assert is_current(layer)
+    assert y[-1] < 0.9 * y[0]
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
+def test_optimisers_are_seen_and_take_scores_as_parameters(options):
+    layer = new_layer()
+    own = torch.optim.AdamW([layer.scores], lr=0.05, **options)
+    plain = nn.Parameter(layer.scores.detach().clone())
+    other = torch.optim.AdamW([plain], lr=0.05, **options)
+    for _ in range(3):
+        layer(torch.randn(4, SIZE)).square().sum().backward()
+        plain.grad = layer.scores.grad.clone()
+        own.step()
+        other.step()
+        assert is_current(layer)
+    assert torch.equal(plain, layer.scores)
+
+
+def test_optimisers_choose_for_scores_as_they_choose_for_parameters(monkeypatch):
+    monkeypatch.setattr(optimizer, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
+    chosen = [
+        optimizer._default_to_fused_or_foreach([p], differentiable=False, use_fused=False)
+        for p in (new_layer().scores, nn.Parameter(torch.randn(2, 2)))
+    ]
+    assert chosen == [(False, True)] * 2
+
+
+def test_an_average_of_the_scores_is_what_is_evaluated_and_what_is_restored():
+    """As torch_ema does it: store, copy_to, restore, all through .data."""
+    layer = new_layer()
+    x = torch.randn(3, SIZE)
+    raw = layer(x)
+    stored = [p.clone() for p in (layer.scores,)]
+    layer.scores.data.copy_(other_scores().data)
+    averaged = layer.mask()
+    assert is_current(layer)
+    assert not torch.equal(layer(x), raw)
+    layer.scores.data.copy_(stored[0].data)
+    assert torch.equal(layer(x), raw)
+    assert not torch.equal(layer.mask(), averaged)
+
+
+def test_an_averaged_model_is_of_its_own():
+    layer = new_layer()
+    model = torch.optim.swa_utils.AveragedModel(layer)
+    model.update_parameters(layer)
+    model.module(torch.randn(1, SIZE))
+    layer.scores.data.copy_(other_scores())
+    model.update_parameters(layer)
+    assert is_current(model.module)
+    assert is_current(layer)
+
+
+def test_writes_within_a_step_are_seen_as_by_sharpness_aware_minimisation():
+    layer, x = new_layer(), torch.randn(4, SIZE)
+    layer(x).square().sum().backward()
+    step = 0.1 * layer.scores.grad.sign()
+    layer.scores.data.add_(step)
+    assert is_current(layer)
+    layer(x).square().sum().backward()
+    layer.scores.data.sub_(step)
+    assert is_current(layer)
+
+
+def test_a_backward_pass_uses_the_mask_of_its_forward_pass():
+    layer, x = new_layer(), torch.randn(4, SIZE, requires_grad=True)
+    expected = torch.ones(4, SIZE) @ layer.merge().weight
+    y = layer(x)
+    layer.scores.data.copy_(other_scores())
+    layer(x)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["whole", "part"])
+def test_a_compiled_function_that_reads_and_then_writes_leaves_nothing_stale(part):
+    torch._dynamo.reset()
+    layer = new_layer()
+
+    @torch.compile(fullgraph=True)
+    def evaluate_then_write(x):
+        with torch.no_grad():
+            y = layer(x)
+            if part:
+                layer.scores[1, 6] = -layer.scores[1, 6] * 1000
+            else:
+                layer.scores.copy_(layer.scores.flip(0))
+            return y
+
+    for _ in range(3):
+        evaluate_then_write(torch.randn(2, SIZE))
+        assert is_current(layer)
+
+
+def test_functional_call_computes_with_the_scores_that_it_is_given():
+    layer, x = new_layer(), torch.randn(2, SIZE)
+    own = layer(x)
+    given = other_scores()
+    for _ in range(2):
+        given[1] = given[1].flip(0)
+        array = given.numpy()
+        array[UNSAMPLED] = 10 - array[UNSAMPLED]
+        other = new_layer()
+        other.scores.data.copy_(given)
+        assert torch.equal(torch.func.functional_call(layer, {"scores": given}, x), other(x))
+    assert torch.equal(layer(x), own)
+
+
+def test_score_step_is_seen():
+    layer = new_layer()
+    assert is_current(layer)
+    moments = torch.zeros(2, SIZE, SIZE)
+    score_step(layer.scores, torch.randn(SIZE, SIZE), layer.weight, *moments, step=1, lr=0.5)
+    assert is_current(layer)
+    assert state(layer.scores) is not None
+
+
+# ------------------------------------------------------------------------------------------ what becomes of the module
+
+
+def assigned(layer):
+    layer.load_state_dict({name: value.clone() for name, value in layer.state_dict().items()}, assign=True)
+    return layer
+
+
+def replaced(layer):
+    layer.scores = nn.Parameter(layer.scores.detach().clone())
+    return layer
+
+
+def pickled(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
+def saved(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+def swapped(layer):
+    other = new_layer(1)
+    torch.utils.swap_tensors(layer.scores, other.scores)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "change", [assigned, replaced, copy.deepcopy, pickled, saved, swapped, lambda m: m.to(torch.float64).float()]
+)
+def test_scores_stay_watched_whatever_becomes_of_their_module(change):
+    layer = new_layer()
+    layer(torch.randn(1, SIZE))
+    layer = change(layer)
+    assert type(layer.scores) is Scores
+    assert isinstance(layer.scores, nn.Parameter)
+    assert is_current(layer)
+    assert state(layer.scores) is not None
+    layer.scores.data[UNSAMPLED] = 10
+    assert is_current(layer)
+
+
+def test_scores_are_pickled_as_a_parameter_without_their_memo():
+    layer = new_layer()
+    layer(torch.randn(1, SIZE))
+    layer.scores.note = "kept"
+    again = pickle.loads(pickle.dumps(layer.scores))
+    assert type(again) is nn.Parameter
+    assert again.__dict__ == {"note": "kept"}
+    file = io.BytesIO()
+    torch.save(layer.scores, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True), layer.scores)
+
+
+def test_a_captured_cuda_graph_may_write_scores_for_ever_after(monkeypatch):
+    layer = new_layer()
+    monkeypatch.setattr(masking, "_capturing", lambda _: True)
+    layer(torch.randn(1, SIZE))
+    monkeypatch.undo()
+    layer(torch.randn(1, SIZE))
+    assert state(layer.scores) is None
+
+
+def test_a_step_that_is_captured_may_write_scores_for_ever_after(monkeypatch):
+    layer = new_layer()
+    stepper = torch.optim.SGD([layer.scores], lr=0.1)
+    layer(torch.randn(1, SIZE)).sum().backward()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    stepper.step()
+    monkeypatch.undo()
+    assert state(layer.scores) is None
