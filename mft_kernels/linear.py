@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import (
+    MODES,
     NonFiniteScores,
     check_fixed_threshold,
     check_floating,
@@ -226,6 +227,37 @@ class MaskedLinear(nn.Module):
         super().register_parameter(name, param)
         if name == "scores" and param is not None:
             watch(param)
+
+    # What selects is saved with the scores, which by another ratio would be another mask; as a tensor, since
+    # safetensors takes nothing else.
+
+    def get_extra_state(self) -> Tensor:
+        """keep_ratio, the place of mode in MODES, whether the threshold is fixed, and which (else 0): float64 (4,)."""
+        fixed = self.threshold is not None
+        rule = (self.keep_ratio, MODES.index(self.mode), fixed, self.threshold if fixed else 0)
+        return torch.tensor(rule, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to take over: loading compares, and refuses what differs."""
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        key = f"{prefix}_extra_state"
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if key not in state_dict:  # of before the rule was saved
+            missing_keys[:] = [missing for missing in missing_keys if missing != key]
+            return
+        keep_ratio, mode, fixed, threshold = state_dict[key].tolist()
+        saved = keep_ratio, threshold if fixed else None, MODES[int(mode)]
+        if saved != (self.keep_ratio, self.threshold, self.mode):
+            error_msgs.append(
+                f"{prefix}scores must be loaded into a layer that selects as the saved one did, with keep_ratio="
+                f"{saved[0]}, threshold={saved[1]}, mode={saved[2]!r}, got one with keep_ratio={self.keep_ratio}, "
+                f"threshold={self.threshold}, mode={self.mode!r}: set these three to the saved ones first"
+            )
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

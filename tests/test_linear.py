@@ -60,7 +60,7 @@ def test_copies_carry_the_state(bias):
     buffer.seek(0)
     other.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(other(x), expected)
-    assert set(masked.state_dict()) == {"weight", "scores", *(["bias"] if bias else [])}
+    assert set(masked.state_dict()) == {"weight", "scores", "_extra_state", *(["bias"] if bias else [])}
 
 
 def test_casting_moves_weights_but_leaves_scores_in_fp32(linear):
@@ -191,3 +191,39 @@ def test_wrong_arguments_are_named():
         MaskedLinear.from_linear(nn.Conv1d(4, 4, 1))
     with pytest.raises(ValueError, match="x must end in in_features = 4"):
         MaskedLinear(4, 4)(torch.ones(2, 5))
+
+
+def test_scores_are_refused_by_a_layer_that_selects_otherwise():
+    saved = MaskedLinear(8, 4, keep_ratio=0.5).state_dict()
+    layer = MaskedLinear(8, 4, keep_ratio=0.5)
+    layer.load_state_dict(saved)
+    expected = layer.mask()
+    for change in ({"keep_ratio": 0.9}, {"threshold": 0.0}, {"mode": "value"}):
+        other = MaskedLinear(8, 4, **{"keep_ratio": 0.5, **change})
+        with pytest.raises(RuntimeError) as error:
+            torch.nn.Sequential(other).load_state_dict({f"0.{name}": value for name, value in saved.items()})
+        (name, value), text = next(iter(change.items())), str(error.value)
+        assert "0.scores" in text
+        assert "keep_ratio=0.5, threshold=None, mode='magnitude', got one with" in text
+        assert f"{name}={value!r}" in text.split("got one with")[1]
+        other.keep_ratio, other.threshold, other.mode = 0.5, None, "magnitude"
+        other.load_state_dict(saved)
+        assert torch.equal(other.mask(), expected)
+
+
+def test_the_rule_is_saved_as_a_tensor_that_safetensors_takes(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    layer = MaskedLinear(8, 4, keep_ratio=0.9, threshold=0.25, mode="value")
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    MaskedLinear(8, 4, keep_ratio=0.9, threshold=0.25, mode="value").load_state_dict(
+        load_file(tmp_path / "layer.safetensors")
+    )
+
+
+def test_a_state_dict_of_before_the_rule_was_saved_loads():
+    old = {name: value for name, value in MaskedLinear(8, 4).state_dict().items() if name != "_extra_state"}
+    assert set(old) == {"weight", "bias", "scores"}
+    layer = MaskedLinear(8, 4)
+    assert not any(layer.load_state_dict(old))
+    assert torch.equal(layer.scores, old["scores"])
