@@ -121,6 +121,7 @@ def work(rank, folder):
     found = {f"DDP, {name}": in_ddp(rank, name, folder) for name in OPTIMIZERS}
     found["FSDP2"] = in_fsdp2(rank, folder)
     found["uneven shards"] = in_uneven_shards()
+    found["collectives"] = after_collectives(rank)
     found |= {name: recipe(name, processes=processes) for name in RECIPES}
     found["stopped"] = stopped(rank, folder / "checkpoints", processes)
     found["other settings"] = refusal(lambda: processes.agree({"train.lr": 0.1 + rank, "train.seed": 3}))
@@ -128,6 +129,24 @@ def work(rank, folder):
     found["other scores"] = refusal(lambda: train_masks(other, rows(), settings(), processes=processes))
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def after_collectives(rank):
+    """Whether a layer whose scores came from the other process computes with them: by .detach(), .data, themselves."""
+    torch.manual_seed(rank)
+    layer, x, current = MaskedLinear(64, 64, keep_ratio=0.5, init="normal"), torch.randn(2, 64), []
+    collectives = (
+        lambda scores: dist.broadcast(scores.detach(), 1),
+        lambda scores: dist.all_reduce(scores.data),
+        lambda scores: dist.all_reduce(scores.mul_(1 + rank), dist.ReduceOp.MAX),
+    )
+    with torch.no_grad():
+        for collective in collectives:
+            layer(x)
+            collective(layer.scores)
+            current.append(torch.allclose(layer(x), layer.merge()(x), atol=1e-5))
+            layer.reset_scores("normal")
+    return current
 
 
 def refusal(call):
@@ -286,6 +305,10 @@ def test_scores_loaded_into_shards_are_what_the_next_forward_selects(found):
     """FSDP2 gathers them into the same memory, and keeps its version."""
     for each in found:
         assert each["FSDP2"]["loaded"] == each["FSDP2"]["losses"][0] != each["FSDP2"]["after"]
+
+
+def test_collectives_on_scores_are_seen(found):
+    assert [processes["collectives"] for processes in found] == [[True] * 3] * COUNT
 
 
 def test_the_threshold_is_the_matrix_s_although_shards_are_uneven(found):

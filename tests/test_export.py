@@ -82,6 +82,25 @@ def edit_masks(directory, change):
 # ---------------------------------------------------------------------------------------------- the round trip
 
 
+def test_an_average_of_the_scores_that_takes_their_place_is_what_is_saved(masked, tmp_path):
+    """As torch_ema's average_parameters() does it: through .data, and back."""
+    ids = torch.arange(8)[None]
+    raw, loss = masks(masked), masked(ids, labels=ids).loss
+    parameters = [p for p in masked.parameters() if p.requires_grad]
+    stored = [p.clone() for p in parameters]
+    for p in parameters:
+        p.data.copy_(p.data.flip(0))
+    averaged = masked(ids, labels=ids).loss
+    save_masks(masked, tmp_path / "averaged")
+    for p, own in zip(parameters, stored):
+        p.data.copy_(own.data)
+    again = load_masks(llama(), tmp_path / "averaged")
+    assert averaged != loss
+    assert again(ids, labels=ids).loss == averaged
+    assert masked(ids, labels=ids).loss == loss
+    assert_same_tensors(masks(masked), raw)
+
+
 @pytest.mark.parametrize("mode", ["magnitude", "value"])
 @pytest.mark.parametrize("base", BASES)
 def test_masks_come_back_exactly_on_a_fresh_base(base, mode, tmp_path):
