@@ -11,6 +11,7 @@ from torch import Tensor
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # x, weight, scores, bias; (0,) where not wanted
 
 _WORD = 32  # bits of an int32 word of a packed mask
+_AMX_ROW = 32  # 16-bit elements in a row of an AMX tile
 
 
 def kept_count(numel: int, keep_ratio: float) -> int:
@@ -75,7 +76,7 @@ def accumulate_score_grad(
 
 def accumulate_product(out: Tensor, grad_output: Tensor, x: Tensor) -> None:
     """out += grad_output.T @ x, out (N, K)."""
-    out += _rows(grad_output).T @ _rows(x)
+    out += _weight_gradient(grad_output, x)
 
 
 def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
@@ -115,6 +116,21 @@ def pack_bits(bits: Tensor) -> Tensor:
     return (padded * (1 << torch.arange(_WORD, device=bits.device, dtype=torch.int64))).sum(-1).to(torch.int32)
 
 
+def filled(operand: Tensor, axis: int) -> Tensor:
+    """A 2-d operand of one of torch's products, which sums over ``axis``, as every processor multiplies it rightly.
+
+    A CPU with AMX (oneDNN 3.12, torch 2.13) reads rows of 16-bit elements on to the next multiple of 32 and multiplies
+    what it finds there, in a pitch or in the next row, by 0; NaN and Inf come out. So its operands are contiguous, and
+    long enough by zeros.
+    """
+    if operand.device.type != "cpu" or operand.element_size() != 2:
+        return operand
+    missing = -operand.shape[axis] % _AMX_ROW
+    if missing == 0:
+        return operand.contiguous()
+    return torch.nn.functional.pad(operand, (0, missing) if axis == 1 else (0, 0, 0, missing))
+
+
 def _kth_smallest(keys: Tensor, k: int) -> Tensor:
     # Deterministic mode refuses kthvalue on a GPU: its index, not its value, depends on the order of threads.
     if torch.are_deterministic_algorithms_enabled():
@@ -133,8 +149,13 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = torch.nn.functional.linear(_rows(x), weight, bias)
+    y = torch.nn.functional.linear(filled(_rows(x), 1), filled(weight, 1), bias)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _weight_gradient(grad_output: Tensor, x: Tensor) -> Tensor:
+    """grad_output.T @ x, (N, K)."""
+    return filled(_rows(grad_output), 0).T @ filled(_rows(x), 0)
 
 
 def _backward(
@@ -150,9 +171,10 @@ def _backward(
     grad = _rows(grad_output)
     d_x = d_weight = d_scores = d_bias = None
     if output_mask[0]:
-        d_x = (grad @ _select(weight, keep)).view(*grad_output.shape[:-1], weight.shape[1])
+        d_x = filled(grad, 1) @ filled(_select(weight, keep), 0)
+        d_x = d_x.view(*grad_output.shape[:-1], weight.shape[1])
     if output_mask[1]:
-        d_weight = _select(grad.T @ _rows(x), keep)
+        d_weight = _select(_weight_gradient(grad_output, x), keep)
     if output_mask[2]:
         dtype = scores.dtype if scores is not None else torch.float32
         d_scores = _score_grad(grad_output, x, weight, scores, signs, mode, dtype)
@@ -172,7 +194,7 @@ def _score_grad(
     dtype: torch.dtype,
 ) -> Tensor:
     wide = torch.promote_types(dtype, torch.float32)
-    d_scores = (_rows(grad_output).T @ _rows(x)).to(wide)
+    d_scores = _weight_gradient(grad_output, x).to(wide)
     d_scores *= weight
     if mode == "magnitude":
         if signs is not None:

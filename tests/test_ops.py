@@ -1,9 +1,11 @@
 """Each op: value, gradient, opcheck, fullgraph compile, autocast, and what the public door refuses."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
+from pitched import OPERANDS, assert_no_pitch_is_read, assert_rows_are_independent
 from torch.library import opcheck
 
 import mft_kernels
@@ -87,6 +89,36 @@ def test_strided_and_expanded_inputs_equal_their_contiguous_copies():
         mft_kernels.masked_linear(expanded, t.weight, t.scores, threshold),
         mft_kernels.masked_linear(expanded.contiguous(), t.weight, t.scores, threshold),
     )
+
+
+def served_by(backend):
+    """The ops by name, in the arguments of the reference."""
+
+    def op(name):
+        return lambda *arguments: getattr(torch.ops.mft, name)(*arguments, backend)
+
+    names = ("masked_linear", "masked_linear_packed", "accumulate_score_grad")
+    ops = {name: op(name) for name in (*names, *(f"{name}_backward" for name in names[:2]))}
+    return SimpleNamespace(
+        **ops, accumulate_product=lambda *arguments: ops["accumulate_score_grad"](*arguments, None, None, None, "value")
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_behind_the_rows_of_an_operand_reaches_no_result(dtype, backend):
+    ops = served_by(backend)
+    assert_no_pitch_is_read(ops, 37, dtype, *OPERANDS)
+    if backend == "triton":  # its interpreter takes seconds, and tests/triton_kernels has more
+        return
+    for length in (*range(1, 9), *range(33, 61)):
+        assert_no_pitch_is_read(ops, length, dtype, *OPERANDS)
+    for operand in OPERANDS:
+        assert_no_pitch_is_read(ops, 37, dtype, operand)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_token_of_nan_reaches_its_own_row_alone(dtype, backend):
+    assert_rows_are_independent(served_by(backend), 33, dtype)
 
 
 @pytest.mark.parametrize("mode", MODES)

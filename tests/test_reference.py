@@ -1,9 +1,13 @@
 """The oracle is checked against definitions that share no code with it."""
 
+import contextlib
+
 import pytest
 import torch
+from amx_gemm import amx_gemm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pitched import OPERANDS, assert_no_pitch_is_read, assert_rows_are_independent
 
 from mft_kernels import reference
 from mft_kernels.testing import detached_masked_linear, integer_inputs, random_inputs
@@ -128,3 +132,35 @@ def test_a_layer_without_inputs_or_outputs_has_a_value_and_gradients(n, k):
     assert torch.equal(y, bias.expand(2, 5, n) + k)
     grads = reference.masked_linear_backward(y, x, weight, weight, torch.tensor(1.0), "magnitude", [True] * 4)
     assert [g.shape for g in grads] == [x.shape, weight.shape, weight.shape, bias.shape]
+
+
+# ------------------------------------------------------------------------------------------------ on every processor
+
+
+@pytest.mark.parametrize("operand", OPERANDS)
+@pytest.mark.parametrize("gemm", [contextlib.nullcontext, amx_gemm], ids=["this processor's", "of AMX"])
+def test_nothing_behind_the_rows_of_an_operand_is_multiplied(gemm, operand):
+    with gemm():
+        for length in (*range(1, 9), *range(33, 61)):
+            assert_no_pitch_is_read(reference, length, torch.bfloat16, operand)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gemm", [contextlib.nullcontext, amx_gemm], ids=["this processor's", "of AMX"])
+def test_all_rows_may_have_a_pitch_and_a_token_of_nan_stays_in_its_row(gemm, dtype):
+    with gemm():
+        for length in range(1, 61):
+            assert_no_pitch_is_read(reference, length, dtype, *OPERANDS)
+            assert_rows_are_independent(reference, length, dtype)
+
+
+@pytest.mark.parametrize("length", [40, 70])
+def test_the_gemm_of_amx_that_tests_stand_in_reads_behind_rows(length):
+    x = torch.ones(4, length + 3, dtype=torch.bfloat16)
+    x[2, length:] = x[3] = torch.nan
+    weight = torch.ones(6, length, dtype=torch.bfloat16)
+    with amx_gemm():
+        y = torch.nn.functional.linear(x[:, :length], weight)
+        dense = torch.nn.functional.linear(x[:, :length].contiguous(), weight)
+    assert y.isnan().any(1).tolist() == [False, False, True, True]  # its own pitch
+    assert dense.isnan().any(1).tolist() == [False, False, True, True]  # the next row

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import filled
 from .arguments import Keep
 from .launch import launch
 from .tiles import is_kept, load_bits, load_thresholds, load_tile, store_tile
@@ -36,7 +37,7 @@ def _masked_weight_kernel(
 
 def product_through_scratch(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
     """a (M, Q) -> (M, P): a @ Wm.T + bias, or a @ Wm if transposed."""
-    masked = masked_weight(weight, keep)
+    a, masked = filled(a, 1), filled(masked_weight(weight, keep), 0 if transposed else 1)
     return a @ masked if transposed else torch.nn.functional.linear(a, masked, bias)
 
 
