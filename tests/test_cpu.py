@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from amx_gemm import amx_gemm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pitched import OPERANDS, assert_no_pitch_is_read, assert_rows_are_independent, every_product
 
 from mft_kernels import cpu, reference
 from mft_kernels.testing import assert_within_budget, integer_inputs, random_inputs
@@ -265,6 +268,28 @@ def test_strided_and_expanded_inputs_are_read_as_they_are(capability):
     arguments = (grad, x, weight, scores, threshold, "magnitude", ALL)
     for got, want in zip(cpu.masked_linear_backward(*arguments), reference.masked_linear_backward(*arguments)):
         assert_same(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torchs_gemm_gets_nothing_that_amx_would_multiply_wrongly(capability, dtype):
+    with amx_gemm():
+        for length in (5, 31, 33, 45, 60):
+            assert_no_pitch_is_read(cpu, length, dtype, *OPERANDS)
+            assert_rows_are_independent(cpu, length, dtype)
+
+
+def test_no_slab_is_read_beyond_its_rows(capability):
+    """The weight is cut in two, with which grad_output's columns have a pitch; NaN in one token of one feature."""
+    t = integer_inputs(3, 500, 2500, torch.bfloat16)
+    for v in (t.x, t.grad_output):
+        v *= (torch.arange(v.numel()).view_as(v) % 61 == 0).to(torch.bfloat16)
+    t.grad_output[1, 5] = torch.nan
+    exact = replace(t, **{name: value.float() for name, value in vars(t).items()})
+    expected = every_product(reference, exact)
+    with amx_gemm():
+        results = list(every_product(cpu, t))
+    for (name, got), (_, want) in zip(results, expected):
+        assert torch.equal(got.nan_to_num(777), want.to(got.dtype).nan_to_num(777)), name
 
 
 def test_misaligned_pointers_are_read(capability):

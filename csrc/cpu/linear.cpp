@@ -6,6 +6,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 
 #include "fused_linear.h"
@@ -26,12 +27,41 @@ std::unique_ptr<char[]> make_scratch(int64_t elements, Format format) {
   return std::unique_ptr<char[]>(new char[elements * bytes_of(format)]);
 }
 
+// How long a row of an operand that torch's GEMM sums over has to be: oneDNN 3.12 on AMX reads 16-bit rows up to the next
+// multiple of 32 and multiplies what it finds there by 0, so NaN and Inf come out, of a pitch or of the next row.
+int64_t filled(int64_t columns, Format format) {
+  return format == Format::kFloat32 ? columns : (columns + 31) / 32 * 32;
+}
+
 // Row by row on all threads; f(first row, end row).
 template <typename F>
 void for_rows(int64_t rows, int64_t columns, const F& f) {
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1));
   parallel_for(0, rows, grain, f);
 }
+
+// A matrix without a pitch, its rows filled up with zeros to `columns`: itself where it is that, else a copy.
+class Dense {
+ public:
+  explicit Dense(const Matrix& m) : Dense(m, m.columns) {}
+  Dense(const Matrix& m, int64_t columns) : matrix_(m) {
+    if (m.columns == columns && m.row_stride == columns) return;
+    memory_ = make_scratch(m.rows * columns, m.format);
+    matrix_ = {memory_.get(), m.format, m.rows, columns, columns};
+    const int64_t width = bytes_of(m.format);
+    for_rows(m.rows, columns, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        std::memcpy(matrix_.row(r), m.row(r), m.columns * width);
+        std::memset(matrix_.row(r) + m.columns * width, 0, (columns - m.columns) * width);
+      }
+    });
+  }
+  const Matrix& get() const { return matrix_; }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  Matrix matrix_;
+};
 
 // The masked weight of rows `first` .. and columns `first_column` .., as large as `out`.
 void mask_slab(const Capability& cpu, const Matrix& out, const Matrix& weight, const MaskSource& mask, int64_t first,
@@ -56,13 +86,16 @@ void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, cons
                    const MaskSource& mask, const void* bias) {
   if (const FusedLinear* f = fused(cpu, weight)) return f->masked_linear(y, x, weight, mask, bias);
   const int64_t rows = slab_length(weight.columns * bytes_of(weight.format), weight.rows);
-  const auto scratch = make_scratch(rows * weight.columns, weight.format);
+  const int64_t depth = filled(weight.columns, weight.format);
+  const Dense operand(x, depth);
+  const auto scratch = make_scratch(rows * depth, weight.format);
+  if (depth != weight.columns) std::memset(scratch.get(), 0, rows * depth * bytes_of(weight.format));
   for (int64_t r = 0; r < weight.rows; r += rows) {
     const int64_t n = std::min(rows, weight.rows - r);
-    const Matrix slab{scratch.get(), weight.format, n, weight.columns, weight.columns};
-    mask_slab(cpu, slab, weight, mask, r, 0);
+    const Matrix slab{scratch.get(), weight.format, n, depth, depth};
+    mask_slab(cpu, slab.narrow_columns(0, weight.columns), weight, mask, r, 0);
     const char* slab_bias = bias ? static_cast<const char*>(bias) + r * bytes_of(y.format) : nullptr;
-    torch_linear(y.narrow_columns(r, n), x, slab, slab_bias);
+    torch_linear(y.narrow_columns(r, n), operand.get(), slab, slab_bias);
   }
 }
 
@@ -70,12 +103,15 @@ void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output,
             const MaskSource& mask) {
   if (const FusedLinear* f = fused(cpu, weight)) return f->grad_x(d_x, grad_output, weight, mask);
   const int64_t columns = slab_length(weight.rows * bytes_of(weight.format), weight.columns);
-  const auto scratch = make_scratch(columns * weight.rows, weight.format);
+  const int64_t depth = filled(weight.rows, weight.format);
+  const Dense operand(grad_output, depth);
+  const auto scratch = make_scratch(columns * depth, weight.format);
   for (int64_t c = 0; c < weight.columns; c += columns) {
     const int64_t n = std::min(columns, weight.columns - c);
-    const Matrix slab{scratch.get(), weight.format, weight.rows, n, n};
-    mask_slab(cpu, slab, weight, mask, 0, c);
-    torch_matmul(d_x.narrow_columns(c, n), grad_output, slab);
+    const Matrix slab{scratch.get(), weight.format, depth, n, n};
+    mask_slab(cpu, slab.narrow_rows(0, weight.rows), weight, mask, 0, c);
+    std::memset(slab.row(weight.rows), 0, (depth - weight.rows) * n * bytes_of(weight.format));
+    torch_matmul(d_x.narrow_columns(c, n), operand.get(), slab);
   }
 }
 
@@ -85,7 +121,8 @@ void grad_weight(const Capability& cpu, const Matrix& d_weight, const Matrix& gr
   for (int64_t r = 0; r < d_weight.rows; r += rows) {
     const int64_t n = std::min(rows, d_weight.rows - r);
     const Matrix slab = d_weight.narrow_rows(r, n);
-    torch_matmul(slab, grad_output.narrow_columns(r, n).transposed(), x);
+    const Dense grad(grad_output.narrow_columns(r, n));
+    torch_matmul(slab, grad.get().transposed(), x);
     mask_slab(cpu, slab, d_weight, mask, r, 0);
   }
 }
@@ -98,7 +135,8 @@ void grad_scores(const Capability& cpu, const Matrix& out, const Matrix& grad_ou
   for (int64_t r = 0; r < weight.rows; r += rows) {
     const int64_t n = std::min(rows, weight.rows - r);
     const Matrix grad{scratch.get(), x.format, n, weight.columns, weight.columns};
-    torch_matmul(grad, grad_output.narrow_columns(r, n).transposed(), x);
+    const Dense operand(grad_output.narrow_columns(r, n));
+    torch_matmul(grad, operand.get().transposed(), x);
     for_rows(n, weight.columns, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const void* factor = weight.data != nullptr ? weight.row(r + i) : nullptr;
