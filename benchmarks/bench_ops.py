@@ -72,15 +72,17 @@ class Measured:
 
     def add(self, case: Case, baseline: str, forms: Mapping[str, str], samples: Samples) -> None:
         """The samples of one case; forms names, for those whose share is known, what they move."""
-        print(f"{case}: {Spread.of(samples[baseline])} ms {baseline}", flush=True)
         for name, values in samples.items():
-            if name == baseline and any(timed[:2] == (case, name) for timed in self._timed):
-                continue  # the paper's layer is timed against a dense one of its own
+            if name == baseline:
+                if any(timed[:2] == (case, name) for timed in self._timed):
+                    continue  # the paper's layer is timed against a dense one of its own
+                print(f"{case}: {Spread.of(values)} ms {name}", flush=True)
+            else:
+                print(f"    {ratio(samples, name, baseline).measured} x  {name}", flush=True)
             self._timed.append((case, name, forms.get(name, ""), {name: values, baseline: samples[baseline]}))
             if name.startswith("ours"):
                 rule = ("at most", bound) if (bound := _bound(case, name)) else (None, None)
                 self.findings.append(ratio(samples, name, baseline, *rule, f": {case}"))
-                print(f"    {self.findings[-1].measured} x  {name}", flush=True)
             elif name == matrices.SORT:
                 self.findings.append(ratio(samples, name, matrices.OURS, "at least", 10, f": {case}"))
 

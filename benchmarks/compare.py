@@ -3,11 +3,14 @@
 REF is a folder of results, or a git ref, whose benchmarks/results are read. Unless --now names a folder of results, the
 questions are answered now.
 
-Compared are ratios of ours to another, taken within a run: they survive a slower machine, times do not. A ratio is
+Compared are ratios of ours to another, taken within a run: they survive a busy machine, times do not. A ratio is
 suspect if its spread lies above REF's and its median is worse by more than 5 %. Among hundreds of ratios some will by
 chance: a question with suspects is therefore answered once again, and what is suspect both times is a regression. Times
-are shown where both runs name the same device, and decide nothing. Exit code 1: a regression, or a ratio that is
-missing; 2: nothing to compare.
+are shown where both runs name the same device, and decide nothing.
+
+On another processor, with other threads or another torch the rival has another speed too, so a ratio says nothing of
+the code: what differs is shown, and nothing is concluded. Exit code 1: a regression, or a ratio that is missing; 2:
+nothing to conclude from.
 """
 
 import argparse
@@ -20,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .harness import RESULTS, ROOT, Spread, read_records
+from .harness import RESULTS, ROOT, THREADS, Spread, environment, read_records
 
 WORSE = 1.05  # times the median of REF, at most
 SUFFIX = "-cpu.json"
+REMEDY = "Measure REF here: python -m benchmarks --out FOLDER in a checkout of it; then compare with FOLDER."
 SAME = ("device", "threads", "backend", "torch_instruction_set", "torch")  # else numbers may differ for that alone
 Record = Mapping[str, Any]
 
@@ -36,6 +40,7 @@ class Change:
     before: Spread | None
     now: Spread | None
     again: Spread | None = None
+    alike: bool = True  # whether both were measured on one machine
 
     @property
     def suspect(self) -> bool:
@@ -44,11 +49,13 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """new, missing, REGRESSION, not repeated, better (by the same rule) or empty."""
+        """new, MISSING, REGRESSION, not repeated, better (by the same rule) or empty; of two machines, what differs."""
         if self.before is None:
             return "new"
         if self.now is None:
             return "MISSING"
+        if not self.alike:
+            return "higher here" if self.suspect else "lower here" if _clearly_above(self.before, self.now) else ""
         if self.suspect:
             repeated = self.again is None or _clearly_above(self.again, self.before)
             return "REGRESSION" if repeated else f"not repeated: {self.again}"
@@ -81,12 +88,12 @@ def compare(before: Record, now: Record, again: Record | None = None, *, partial
     repeated = {} if again is None else ratios(again)
     asked = [name for name in old if not partial or name in new]
     names = dict.fromkeys((*asked, *new))
-    return [Change(name, old.get(name), new.get(name), repeated.get(name)) for name in names]
+    alike = not differences(before["environment"], now["environment"])
+    return [Change(name, old.get(name), new.get(name), repeated.get(name), alike) for name in names]
 
 
-def differences(before: Record, now: Record) -> list[str]:
-    """What differs between the two machines, in words."""
-    old, new = before["environment"], now["environment"]
+def differences(old: Record, new: Record) -> list[str]:
+    """What differs between two environments, in words."""
     return [
         f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in SAME if old.get(key, "") != new.get(key, "")
     ]
@@ -109,7 +116,7 @@ def measure(
 ) -> tuple[dict[str, Record], dict[str, Record]]:
     """Records by question, and a second one of each in which something is suspect."""
     now = _answers(questions, quick=quick)
-    suspects = {q: sum(change.suspect for change in compare(before[q], now[q])) for q in questions}
+    suspects = {q: sum(change.suspect and change.alike for change in compare(before[q], now[q])) for q in questions}
     for question, count in suspects.items():
         if count:
             print(f"\n{question}: {count} ratios seem worse; asked again", flush=True)
@@ -128,15 +135,16 @@ def _answers(questions: list[str], *, quick: bool) -> dict[str, Record]:
 def show(question: str, before: Record, now: Record, changes: list[Change]) -> None:
     """The table of one question: what changed, and how many did not."""
     print(f"\n{question}: {before['environment']['commit'][:10]} -> {now['environment']['commit'][:10]}")
-    for difference in differences(before, now):
-        print(f"  !!! ANOTHER MACHINE: {difference}")
+    others = differences(before["environment"], now["environment"])
+    for difference in others:
+        print(f"  !!! NOT THE SAME MACHINE: {difference}")
     told = [change.row() for change in changes if change.verdict]
     header = ("ratio", "before", "now", "median", "")
     widths = [max(len(row[i]) for row in [header, *told]) for i in range(5)]
     for row in [header, *told] if told else []:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     print(f"  {len(changes) - len(told)} of {len(changes)} ratios within the spread or {100 * (WORSE - 1):.0f} %")
-    if not differences(before, now):
+    if not others:
         _show_times(before, now)
 
 
@@ -156,8 +164,10 @@ def main() -> None:
     questions = [q for q in asked.what or before if q in before and ratios(before[q])]
     if not questions:
         parser.error(f"REF must hold ratios of ours, {asked.ref} has none of {', '.join(asked.what) or 'any question'}")
+    if not asked.now:
+        _warn({q: before[q] for q in questions})
     now, again = (read_records(asked.now), {}) if asked.now else measure(before, questions, quick=asked.quick)
-    failed = bool(unknown)
+    failed, undecided = bool(unknown), False
     for question in unknown:
         print(f"{question}: REF has no results")
     for question in questions:
@@ -168,8 +178,19 @@ def main() -> None:
         changes = compare(before[question], now[question], again.get(question), partial=asked.quick)
         show(question, before[question], now[question], changes)
         failed |= any(change.verdict in ("REGRESSION", "MISSING") for change in changes)
-    print("\nworse" if failed else "\nno regression")
-    sys.exit(int(failed))
+        undecided |= not all(change.alike for change in changes)
+    if undecided:
+        print(f"\nno verdict on another machine: whether the code became slower cannot be told. {REMEDY}")
+    if failed or not undecided:
+        print("\nworse" if failed else "\nno regression")
+    sys.exit(1 if failed else 2 if undecided else 0)
+
+
+def _warn(before: Mapping[str, Record]) -> None:
+    """Before an hour is spent on measuring."""
+    here = {**environment(), "threads": THREADS}
+    if others := {difference for record in before.values() for difference in differences(record["environment"], here)}:
+        print(f"REF was not measured on this machine ({'; '.join(sorted(others))}): there will be no verdict. {REMEDY}")
 
 
 def _show_times(before: Record, now: Record) -> None:

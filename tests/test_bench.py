@@ -12,7 +12,7 @@ from tiny import make_llama, make_rows, masked_llama
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import bench_many_masks, compare, harness
+from benchmarks import bench_many_masks, bench_ops, compare, harness
 from benchmarks.bench_demo import ProfilingRecorder
 from benchmarks.bench_many_masks import BASE, bytes_of, loss_rows, losses_by_mask
 from benchmarks.harness import Finding, Spread, report, time_told
@@ -141,19 +141,48 @@ def test_a_question_that_was_not_measured_fails(tmp_path, monkeypatch, capsys):
     assert "scaling: MISSING" in capsys.readouterr().out
 
 
-def test_another_device_is_said_loudly_and_hides_times(tmp_path, monkeypatch, capsys):
-    def with_time(median, device):
-        both = record(1.0, device=device)
-        both["findings"].append({"quantity": "dense", "measured": spread(median), "unit": "ms"})
-        return both
+def with_time(median, device, ratio=1.0):
+    both = record(ratio, device=device)
+    both["findings"].append({"quantity": "dense", "measured": spread(median), "unit": "ms"})
+    return both
 
+
+def test_times_are_shown_for_one_machine_and_decide_nothing(tmp_path, monkeypatch, capsys):
     old = write(tmp_path / "old", with_time(5.0, "a"))
-    assert run_compare(monkeypatch, old, "--now", write(tmp_path / "now", with_time(7.0, "b"))) == 0
-    told = capsys.readouterr().out
-    assert "!!! ANOTHER MACHINE: device was 'a' and is 'b'" in told
-    assert "for information" not in told
     assert run_compare(monkeypatch, old, "--now", write(tmp_path / "now", with_time(7.0, "a"))) == 0
     assert "(for information) dense: 5 -> 7 ms" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("ratio", "told"), [(1.5, "higher here"), (0.5, "lower here"), (1.0, "1 of 1 ratios within")])
+def test_between_two_machines_nothing_is_concluded(tmp_path, monkeypatch, capsys, ratio, told):
+    old = write(tmp_path / "old", with_time(5.0, "a"))
+    assert run_compare(monkeypatch, old, "--now", write(tmp_path / "now", with_time(7.0, "b", ratio))) == 2
+    printed = capsys.readouterr().out
+    assert "!!! NOT THE SAME MACHINE: device was 'a' and is 'b'" in printed
+    assert told in printed
+    assert "whether the code became slower cannot be told. Measure REF here: python -m benchmarks --out" in printed
+    for verdict in ("REGRESSION", "no regression", "better", "worse", "for information"):
+        assert verdict not in printed
+
+
+def test_a_ratio_that_is_missing_on_another_machine_fails(tmp_path, monkeypatch):
+    old = write(tmp_path / "old", record(quantity="ours / a", device="a"))
+    now = write(tmp_path / "now", record(quantity="ours / b", device="b"))
+    assert run_compare(monkeypatch, old, "--now", now) == 1
+
+
+def test_another_machine_is_said_before_anything_is_measured_and_nothing_is_asked_twice(tmp_path, monkeypatch, capsys):
+    old = write(tmp_path / "old", record(1.0))
+    environment = {**harness.environment(), "device": "b"}
+    monkeypatch.setattr(compare, "environment", lambda: environment)
+
+    def answer(questions, *, quick):
+        assert "REF was not measured on this machine (" in capsys.readouterr().out
+        return {question: record(1.5, device="b") for question in questions}
+
+    monkeypatch.setattr(compare, "_answers", answer)
+    assert run_compare(monkeypatch, old) == 2
+    assert "asked again" not in capsys.readouterr().out
 
 
 def test_a_ref_is_a_commit_whose_results_are_read(tmp_path, monkeypatch):
@@ -196,6 +225,19 @@ def test_every_round_has_each_competitor_once():
     samples = time_told(orders, 3)
     assert {name: len(values) for name, values in samples.items()} == {"a": 3, "b": 3}
     assert all(set(heard[i : i + 2]) == {"a", "b"} for i in (0, 2, 4))
+
+
+def test_a_case_of_ops_is_printed_once_with_every_competitor(capsys):
+    measured = bench_ops.Measured()
+    case = bench_ops.Case("forward", 4, 8, 512)
+    times = {DENSE: [1.0, 2.0], FROM_SCORES: [2.0, 4.0], EAGER: [3.0, 6.0], LORA: [1.5, 3.0]}
+    measured.add(case, DENSE, {}, times)
+    measured.add(case, DENSE, {}, {DENSE: [1.1, 2.1], PAPER: [11.0, 21.0]})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("forward, 4 x 8, M = 512: 1.500 ")
+    assert [line.split()[0] for line in lines[1:]] == ["2.000", "3.000", "1.500", "10.0"]
+    assert [line.split("x  ")[1] for line in lines[1:]] == [FROM_SCORES, EAGER, LORA, PAPER]
+    assert [finding.quantity for finding in measured.findings] == [f"{FROM_SCORES} / {DENSE}: {case}"]
 
 
 def test_the_table_of_ops_has_a_row_a_shape_and_competitor():
