@@ -7,6 +7,7 @@ ratios are taken within a round, and then their median and quartiles over the ro
 import datetime
 import json
 import math
+import os
 import platform
 import random
 import statistics
@@ -155,12 +156,15 @@ def environment() -> dict[str, str | int | bool]:
         installed = version("mft_kernels")
     except PackageNotFoundError:
         installed = "not installed"
+    known = backend_report()
+    asked = os.environ.get("MFT_KERNELS") or "auto"
+    taken = known["auto"]["cpu"] if asked == "auto" else asked
     changes = git("status", "--porcelain", "--", "csrc", "mft_kernels", "python", "benchmarks/*.py", "setup.py")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": _cpu_model(),
         "threads": torch.get_num_threads(),
-        "backend": backend_report()["backends"]["cpu"]["detail"] or "reference",
+        "backend": known["backends"][taken]["detail"] or taken,
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "mft_kernels": installed,

@@ -5,7 +5,7 @@ from .checks import check_torch
 check_torch()  # before anything asks an older torch for what it lacks
 
 from . import cpu, cuda, triton  # noqa: F401  (enter their backends into the table)
-from .backends import backend_report
+from .backends import backend_report, import_entry_points
 from .fixed_point import fixed_from_float, float_from_fixed
 from .linear import MaskedLinear
 from .masking import masked_linear_by_ratio, outdate
@@ -36,3 +36,5 @@ __all__ = [
     "score_step",
     "unpack_mask",
 ]
+
+import_entry_points()  # last: those modules import what is above

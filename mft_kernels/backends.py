@@ -1,9 +1,13 @@
-"""The table: which implementation serves an op on a device, which one ``auto`` takes, and why not the others."""
+"""The table: which implementation serves an op on a device, which one ``auto`` takes, and why not the others.
+
+Other packages enter theirs by ``register``; docs/adding-a-kernel.md shows how.
+"""
 
 import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 
 import torch
 
@@ -13,6 +17,8 @@ logger = logging.getLogger("mft_kernels")
 
 #: ``auto`` takes the first of these that can serve the op; the reference serves everything.
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
+#: Modules that other packages name under this group of entry points are imported with mft_kernels.
+ENTRY_POINTS = "mft_kernels.backends"
 
 
 @dataclass(frozen=True)
@@ -43,16 +49,43 @@ class Backend:
 
 
 _TABLE: dict[str, Backend] = {}
+_order = list(PREFERENCE)  # with the backends from outside that have a place
 _announced: set[tuple[str, str]] = set()
 
 
-def register(backend: Backend) -> None:
-    """Enter a backend into the table. A name is taken once, so that no second registration wins silently."""
-    if backend.name not in PREFERENCE:
-        raise ValueError(f"backend must be one of {PREFERENCE}, got {backend.name!r}")
+def register(backend: Backend, *, before: str | None = None) -> None:
+    """Enter a backend into the table, under a name that is still free.
+
+    Args:
+        before: the backend that "auto" is to ask after this one. None: "auto" passes it over, and a request by name,
+            backend= or MFT_KERNELS, takes it.
+    Raises: ValueError for a name that is taken or an op that there is not.
+    """
+    if backend.name in ("", "auto"):
+        raise ValueError(f"name of a backend must be a word of its own, got {backend.name!r}")
     if backend.name in _TABLE:
-        raise ValueError(f"backend {backend.name!r} is registered already")
+        raise ValueError(f"backend {backend.name!r} is registered already; take another name")
+    ops = _TABLE["reference"].ops if "reference" in _TABLE else backend.ops
+    if unknown := backend.ops.keys() - ops.keys():
+        raise ValueError(f"ops of {backend.name!r} must be among {tuple(ops)}, got {', '.join(sorted(unknown))}")
+    if before is not None:
+        if before not in _order:
+            raise ValueError(f"before must be a backend that auto asks, one of {tuple(_order)}, got {before!r}")
+        _order.insert(_order.index(before), backend.name)
     _TABLE[backend.name] = backend
+
+
+def registered(name: str) -> Backend:
+    """The backend of that name, for instance to borrow ops from. Raises: ValueError if there is none."""
+    if name not in _TABLE:
+        raise ValueError(f"name must be one of {tuple(_TABLE)}, got {name!r}; import the module that registers it")
+    return _TABLE[name]
+
+
+def import_entry_points() -> None:
+    """Import what other packages name in the group ENTRY_POINTS: each registers its backends."""
+    for entry_point in metadata.entry_points(group=ENTRY_POINTS):
+        entry_point.load()
 
 
 def choose(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], requested: str = "auto") -> Callable:
@@ -67,8 +100,11 @@ def choose(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], reque
     if requested == "auto":
         backend = _automatic(op, device, dtypes)
         return backend.automatic.get(op, backend.ops[op])
-    if requested not in PREFERENCE:
-        raise ValueError(f"{source} must be one of {('auto', *PREFERENCE)}, got {requested!r}")
+    if requested not in _names():
+        raise ValueError(
+            f"{source} must be one of {('auto', *_names())}, got {requested!r}; one from elsewhere is there once the "
+            "module that registers it is imported"
+        )
     reason = _refusal(requested, op, device, dtypes)
     if reason is not None:
         raise RuntimeError(f"{source}={requested!r} cannot serve {op}: {reason}; use 'auto' or 'reference'")
@@ -82,7 +118,7 @@ def backend_report() -> dict[str, dict]:
     "auto": {device type: name}}, for the device types that this machine has.
     """
     backends = {}
-    for name in PREFERENCE:
+    for name in _names():
         reason = _TABLE[name].unavailable if name in _TABLE else "not implemented yet"
         detail = _TABLE[name].detail if name in _TABLE else ""
         backends[name] = {"available": reason is None, "detail": detail, "reason": reason}
@@ -91,13 +127,18 @@ def backend_report() -> dict[str, dict]:
     return {"backends": backends, "auto": auto}
 
 
+def _names() -> list[str]:
+    """In the order in which "auto" asks, then those that it does not ask."""
+    return [*_order, *(name for name in _TABLE if name not in _order)]
+
+
 def _refusal(name: str, op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     return _TABLE[name].refusal(op, device, dtypes) if name in _TABLE else "not implemented yet"
 
 
 def _automatic(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Backend:
     refusals: list[tuple[str, str]] = []
-    for name in PREFERENCE:
+    for name in _order:
         reason = _refusal(name, op, device, dtypes)
         if reason is None:
             reason = _TABLE[name].on_request

@@ -13,9 +13,9 @@ TOKENS_OF_SMOLLM2 = 49152
 torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
+@pytest.fixture(params=["reference", "cpu", "triton", *os.environ.get("MFT_TEST_BACKENDS", "").split()])
 def backend(request):
-    """Every backend that this machine has; a missing one skips with its reason."""
+    """Every backend that this machine has, and those of MFT_TEST_BACKENDS; a missing one skips with its reason."""
     from mft_kernels import backend_report
 
     reason = backend_report()["backends"][request.param]["reason"]

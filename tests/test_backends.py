@@ -28,9 +28,76 @@ def test_the_environment_variable_chooses_and_is_named_in_errors(monkeypatch):
     assert mft_kernels.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0)).shape == (2, 3)
 
 
-def test_a_name_is_registered_once():
-    with pytest.raises(ValueError, match="registered already"):
-        backends.register(backends.Backend("reference", frozenset(), frozenset(), {}))
+@pytest.fixture
+def table(monkeypatch):
+    """The table and its order, which a test may change."""
+    monkeypatch.setattr(backends, "_TABLE", dict(backends._TABLE))
+    monkeypatch.setattr(backends, "_order", list(backends._order))
+    monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.delenv("MFT_KERNELS", raising=False)
+
+
+def of_strangers(name="mine", **options):
+    return backends.Backend(name, frozenset({"cpu"}), frozenset(), {"kept_threshold": print}, **options)
+
+
+CPU, FLOATS = torch.device("cpu"), (torch.float32,)
+
+
+@pytest.mark.parametrize("name", backends.PREFERENCE)
+def test_a_name_is_registered_once(name, table):
+    with pytest.raises(ValueError, match=f"backend '{name}' is registered already; take another name"):
+        backends.register(of_strangers(name))
+    backends.register(of_strangers())
+    with pytest.raises(ValueError, match="backend 'mine' is registered already"):
+        backends.register(of_strangers())
+
+
+def test_a_backend_from_outside_is_taken_where_it_is_asked_for(table, monkeypatch):
+    backends.register(of_strangers(detail="my own"))
+    assert backends.choose("kept_threshold", CPU, FLOATS) is not print
+    assert backends.choose("kept_threshold", CPU, FLOATS, "mine") is print
+    with pytest.raises(RuntimeError, match="backend='mine' cannot serve pack_mask: it has no pack_mask"):
+        backends.choose("pack_mask", CPU, FLOATS, "mine")
+    report = mft_kernels.backend_report()
+    assert report["backends"]["mine"] == {"available": True, "detail": "my own", "reason": None}
+    assert report["auto"]["cpu"] != "mine"
+    monkeypatch.setenv("MFT_KERNELS", "mine")
+    assert backends.choose("kept_threshold", CPU, FLOATS) is print
+
+
+def test_auto_asks_a_backend_from_outside_that_has_a_place(table):
+    others = backends.choose("pack_mask", CPU, FLOATS)
+    backends.register(of_strangers("theirs"), before="reference")
+    backends.register(of_strangers(), before="cpu")
+    assert list(mft_kernels.backend_report()["backends"]) == ["cuda", "triton", "mine", "cpu", "theirs", "reference"]
+    assert backends.choose("kept_threshold", CPU, FLOATS) is print
+    assert backends.choose("pack_mask", CPU, FLOATS) is others
+
+
+@pytest.mark.parametrize(
+    ("backend", "before", "message"),
+    [
+        (of_strangers("auto"), None, "name of a backend must be a word of its own, got 'auto'"),
+        (of_strangers(""), None, "name of a backend must be a word of its own, got ''"),
+        (of_strangers(), "cpus", r"before must be a backend that auto asks, one of \('cuda', .*\), got 'cpus'"),
+        (
+            backends.Backend("mine", frozenset(), frozenset(), {"pack_masks": print, "pack_mask": print}),
+            None,
+            r"ops of 'mine' must be among \('masked_linear', .*\), got pack_masks$",
+        ),
+    ],
+)
+def test_what_cannot_be_registered_is_refused_and_leaves_nothing(table, backend, before, message):
+    with pytest.raises(ValueError, match=message):
+        backends.register(backend, before=before)
+    assert list(mft_kernels.backend_report()["backends"]) == list(backends.PREFERENCE)
+
+
+def test_a_backend_is_found_by_its_name():
+    assert backends.registered("reference").detail == "plain PyTorch"
+    with pytest.raises(ValueError, match=r"name must be one of .*got 'mine'; import the module that registers it"):
+        backends.registered("mine")
 
 
 def test_a_backend_says_why_it_refuses():
