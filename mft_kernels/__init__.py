@@ -4,7 +4,7 @@ from .checks import check_torch
 
 check_torch()  # before anything asks an older torch for what it lacks
 
-from . import cpu, cuda, triton  # noqa: F401  (enter their backends into the table)
+from . import cpu, cuda, maskable, triton  # noqa: F401  (enter their backends into the table; torch's hook)
 from .backends import backend_report, import_entry_points
 from .fixed_point import fixed_from_float, float_from_fixed
 from .linear import MaskedLinear

@@ -44,6 +44,8 @@ class MaskedLinear(nn.Module):
     Shapes: weight and scores (out_features, in_features), bias (out_features,); x (..., in_features).
     """
 
+    masks_weight = True  # see maskable.py
+
     def __init__(
         self,
         in_features: int,
@@ -165,6 +167,8 @@ class MaskedLinear(nn.Module):
         self._held = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_nested:
+            return self._forward_nested(x)
         if self._held is not None:
             packed, grad_buffer, weight = self._held
             weight = self.weight if weight is None else weight
@@ -181,6 +185,12 @@ class MaskedLinear(nn.Module):
             )
         except NonFiniteScores as error:
             raise self._named(error) from None
+
+    def _forward_nested(self, x: Tensor) -> Tensor:
+        """Of rows of several lengths, as nn.TransformerEncoder makes them of a padded batch: as one batch of all."""
+        rows = x.unbind()
+        y = self.forward(torch.cat(rows))
+        return torch.nested.as_nested_tensor(list(y.split([len(row) for row in rows])), layout=x.layout)
 
     def current_mask(self) -> CurrentMask:
         """Threshold, packed mask and packed signs that hold now, selected anew."""

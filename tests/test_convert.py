@@ -500,6 +500,32 @@ def test_integer_weights_hooks_and_offloaded_layers_are_refused():
         mask_model(model, MaskConfig())
 
 
+def encoder():
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")  # the merged model's
+def test_torchs_own_encoder_computes_with_its_masks():
+    """Its inference fast path reads the layers' weights; with padding the batch is nested on the way there."""
+    model = mask_model(encoder(), MaskConfig(target_modules=["linear1", "linear2"], keep_ratio=0.5))
+    x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    trained = model(x, src_key_padding_mask=padding)  # in eval mode, with gradients
+    trained.sum().backward()
+    assert all(module.scores.grad is not None for module in masked_modules(model).values())
+    merged = merge_model(copy.deepcopy(model))
+    with torch.no_grad():
+        for masking in (None, padding):
+            y, expected = (m(x, src_key_padding_mask=masking) for m in (model, merged))
+            torch.testing.assert_close(y[~padding], expected[~padding])
+
+
+def test_a_layer_whose_parent_reads_its_weight_is_refused():
+    model = encoder()
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.out_proj: nn.MultiheadAttention computes with out_proj"):
+        mask_model(model, MaskConfig(target_modules=["out_proj"]))
+    assert not masked_modules(model)
+
+
 def test_masking_twice_is_refused():
     model = mask_model(llama(), MaskConfig(layers_to_transform=0))
     with pytest.raises(ValueError, match=r"must not be masked already, got 7 masked layers \(model.layers.0.self_attn"):

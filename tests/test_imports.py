@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 KERNEL_LAYERS = (
     ("fixed_point", "reference", "testing"),
     ("reference_step",),
-    ("backends", "built", "checks", "library"),
+    ("backends", "built", "checks", "library", "maskable"),
     ("ops", "cpu", "cuda", "step", "triton"),
     ("held", "masking", "optim"),
     ("linear",),

@@ -25,6 +25,8 @@ class BankedLinear(nn.Module):
     Shapes: weight (N, K), bias (N,), both frozen; masks int32 (N, ceil(K / 32)) by task; x (..., K).
     """
 
+    masks_weight = True  # see mft_kernels/maskable.py
+
     def __init__(self, linear: nn.Linear, choice: ContextVar[Choice]) -> None:
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape

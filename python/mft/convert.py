@@ -129,8 +129,13 @@ def masked_layer(source: Any, name: str, config: MaskConfig) -> MaskedLinear:
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put module in the place that name names."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    *path, child = name.split(".")
+    parent = model
+    for part in [None, *path]:
+        parent = parent if part is None else getattr(parent, part)
+        if isinstance(parent, nn.TransformerEncoder):
+            parent.use_nested_tensor = False  # it is for torch's fast path, which no masked layer takes
+    setattr(parent, child, module)
 
 
 def as_linear(module: nn.Linear | Conv1D) -> nn.Linear:

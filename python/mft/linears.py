@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mft.choices import nearest
 from mft.quantized_weight import QuantizedWeight
+from mft_kernels.maskable import why_not_there
 
 _HEADS = {"lm_head", "embed_out"}
 _SHOWN = 3  # names a message lists
@@ -47,7 +48,12 @@ def find_candidates(model: nn.Module, stacks: dict[str, nn.ModuleList]) -> list[
         if _looks_linear(module):
             is_head = id(module) in heads or name.rpartition(".")[2] in _HEADS
             owner = next((type(m).__name__ for outer, m in wrappers.items() if name.startswith(f"{outer}.")), None)
-            obstacle = f"it belongs to the {owner} around it" if owner else _obstacle(module)
+            parent, _, child = name.rpartition(".")
+            obstacle = (
+                f"it belongs to the {owner} around it"
+                if owner
+                else why_not_there(model.get_submodule(parent), child) or _obstacle(module)
+            )
             found.append(Candidate(name, module, layer, obstacle, is_head=is_head))
             if next(module.children(), None) is not None:
                 wrappers[name] = module

@@ -24,6 +24,7 @@ class MaskLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("mft_scores",)
     other_param_names = ("mft_config",)
+    masks_weight = True  # see mft_kernels/maskable.py
 
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
         super().__init__()

@@ -1,0 +1,121 @@
+"""Parents that read a child's weight past its forward: made right, or refused, wherever a masked layer is put."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from mft_kernels import MaskedLinear
+
+# torch says so of its encoder's own way of batching.
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+
+PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])  # left-aligned, so that torch nests the batch
+
+
+@pytest.fixture
+def encoder():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    return nn.TransformerEncoder(layer, 3).eval()
+
+
+def masked(linear):
+    return MaskedLinear.from_linear(linear, keep_ratio=0.5)
+
+
+def merged(model):
+    """A copy with every masked layer merged, on torch's slow path too: its fast one rounds otherwise."""
+    model = copy.deepcopy(model)
+    for layer in model.layers:
+        layer.activation_relu_or_gelu = 0
+        for name in ("linear1", "linear2"):
+            child = getattr(layer, name)
+            setattr(layer, name, child.merge() if isinstance(child, MaskedLinear) else child)
+    return model
+
+
+def assert_computes_with_its_masks(encoder):
+    """Padded (nested within) and not; against the fast path of the merged model too."""
+    x = torch.randn(2, 5, 16)
+    slow, fast = merged(encoder), merged(encoder)
+    for layer in fast.layers:
+        layer.activation_relu_or_gelu = 1
+    with torch.no_grad():
+        for padding in (None, PADDING):
+            y = encoder(x, src_key_padding_mask=padding)
+            torch.testing.assert_close(y, slow(x, src_key_padding_mask=padding), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(y, fast(x, src_key_padding_mask=padding), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [("linear1",), ("linear2",), ("linear1", "linear2")])
+@pytest.mark.parametrize("layers", [(0,), (1, 2), (0, 1, 2)])
+def test_an_encoder_masked_by_hand_computes_with_its_masks(encoder, layers, names):
+    for layer in layers:
+        for name in names:
+            setattr(encoder.layers[layer], name, masked(getattr(encoder.layers[layer], name)))
+    assert_computes_with_its_masks(encoder)
+
+
+@pytest.mark.parametrize("put", ["add_module", "register_module", "set_submodule"])
+def test_however_a_layer_is_put_there(encoder, put):
+    getattr(encoder.layers[0], put)("linear1", masked(encoder.layers[0].linear1))
+    assert_computes_with_its_masks(encoder)
+
+
+def test_copies_pickles_and_stacks_of_a_masked_encoder_layer_keep_it_right(encoder):
+    layer = encoder.layers[0]
+    layer.linear1 = masked(layer.linear1)
+    assert_computes_with_its_masks(copy.deepcopy(encoder))
+    with pytest.warns(UserWarning, match="use_nested_tensor is False because encoder_layer.activation_relu_or_gelu"):
+        stack = nn.TransformerEncoder(layer, 2).eval()
+    assert_computes_with_its_masks(stack)
+    file = io.BytesIO()
+    torch.save(encoder, file)
+    file.seek(0)
+    assert_computes_with_its_masks(torch.load(file, weights_only=False))
+
+
+def test_a_nested_batch_gives_each_row_what_it_gives_alone():
+    layer = masked(nn.Linear(16, 8))
+    rows = [torch.randn(5, 16), torch.randn(0, 16), torch.randn(3, 16)]
+    result = layer(torch.nested.as_nested_tensor(rows))
+    assert result.is_nested
+    for row, y in zip(rows, result.unbind(), strict=True):
+        torch.testing.assert_close(y, layer(row))
+    torch.cat(result.unbind()).sum().backward()
+    assert layer.scores.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("parent", "name"),
+    [
+        pytest.param(lambda: nn.MultiheadAttention(16, 2), "out_proj", id="MultiheadAttention"),
+        pytest.param(
+            lambda: nn.LinearCrossEntropyLoss(16, 4),
+            "linear",
+            id="LinearCrossEntropyLoss",
+            marks=pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="torch before 2.13 has none"),
+        ),
+    ],
+)
+def test_a_parent_that_computes_with_the_childs_weight_takes_no_masked_layer(parent, name):
+    parent = parent()
+    before = getattr(parent, name)
+    for put in (setattr, nn.Module.add_module):
+        with pytest.raises(
+            ValueError, match=rf"{name} of .* must not be a MaskedLinear: .* computes with {name}\.weight"
+        ):
+            put(parent, name, masked(nn.Linear(16, 16)))
+    assert getattr(parent, name) is before
+    setattr(parent, name, nn.Linear(16, 16))  # other layers go there as ever
+
+
+def test_torchs_batch_norm_fusion_keeps_the_mask():
+    """It multiplies whole rows of a copy's weight, which commutes with a mask."""
+    layer, norm = masked(nn.Linear(16, 8)).eval(), nn.BatchNorm1d(8).eval()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(4, 16)
+    torch.testing.assert_close(nn.utils.fusion.fuse_linear_bn_eval(layer, norm)(x), norm(layer(x)))
