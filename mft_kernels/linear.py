@@ -15,6 +15,7 @@ from .checks import (
 )
 from .fixed_point import fixed_from_float
 from .held import Weight, masked_linear_held
+from .maskable import why_no_mask
 from .masking import CurrentMask, current_mask, masked_linear_by_ratio
 from .ops import unpack_mask
 from .scores import watch
@@ -82,6 +83,9 @@ class MaskedLinear(nn.Module):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        why = why_no_mask(linear)
+        if why is not None:
+            raise ValueError(f"linear cannot be masked: {why}")
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._adopt(linear, keep_ratio, mode, init, scores_dtype, threshold, generator)

@@ -1,4 +1,4 @@
-"""The places in other modules that a masked layer must not stand in, or that it changes when it is put there.
+"""What can be masked: which linear layers, and in which places of the modules around them.
 
 A masked layer does not multiply by its ``weight`` alone, so a parent that reads ``child.weight`` instead of calling the
 child would leave the mask out without a word. Of torch's modules these do (torch 2.11 to 2.13):
@@ -11,10 +11,37 @@ The rule holds wherever a module is registered (``layer.linear1 = masked``, add_
 hook there. Writing into ``_modules`` goes past it.
 """
 
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules.module import register_module_module_registration_hook
 
 _READERS = {"MultiheadAttention": ("out_proj",), "LinearCrossEntropyLoss": ("linear",)}  # the second since torch 2.13
+
+
+def why_no_mask(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | None:
+    """Why module, of this kind or a subclass, cannot be masked; None if it can.
+
+    A masked layer computes what ``kind`` computes, from a weight of ordinary floating-point numbers, and nothing else.
+    """
+    if type(module).forward is not kind.forward:
+        name = f"{type(module).__module__}.{type(module).__qualname__}"
+        return (
+            f"it is a {name}, not a plain nn.Linear: its forward is its own (quantised, adapted, or with more to it), "
+            "and a masked layer would leave that out"
+        )
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is no parameter, but made of others (by a parametrisation or pruning): bake that in first"
+    if type(weight.data) not in (Tensor, FakeTensor) or not weight.is_floating_point() or weight.element_size() < 2:
+        return f"it holds a {type(weight.data).__name__} of {weight.dtype}: masks need fp32, fp16 or bf16 weights"
+    if hasattr(module, "_hf_hook") or "forward" in vars(module):
+        return (
+            "its forward is replaced (by a device_map of several devices or offloading, or patched): load it on one "
+            "device, mask it, and dispatch it afterwards"
+        )
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks, which a masked layer would lose: mask it first, and add them afterwards"
+    return None
 
 
 def why_not_there(parent: nn.Module, name: str) -> str | None:

@@ -451,7 +451,14 @@ def test_a_tied_head_stays_tied_to_the_embedding():
 
 
 class Linear4bit(nn.Linear):
-    """As bitsandbytes has it: a subclass of nn.Linear with packed weights."""
+    """As bitsandbytes has it: a subclass of nn.Linear whose forward reads packed weights."""
+
+    def forward(self, x):
+        raise NotImplementedError
+
+
+class NamedLinear(nn.Linear):
+    """Computes as nn.Linear does."""
 
 
 class LoraLinear(nn.Module):
@@ -474,6 +481,13 @@ def test_quantised_and_adapted_layers_are_refused_by_name_and_type(target_module
         model.model.layers[1].mlp.up_proj = replacement(32, 48, bias=False)
         with pytest.raises(ValueError, match=r"mask model.layers.1.mlp.up_proj: it is a \S+Linear\w*, not a plain"):
             mask_model(model, config)
+
+
+def test_a_subclass_that_computes_as_linear_does_is_masked_as_by_hand():
+    model = llama()
+    model.model.layers[1].mlp.up_proj = NamedLinear(32, 48, bias=False)
+    mask_model(model, MaskConfig(target_modules=["1.mlp.up_proj"]))
+    assert type(merge_model(model).model.layers[1].mlp.up_proj) is nn.Linear
 
 
 def test_the_linears_inside_an_adapter_are_refused_too():

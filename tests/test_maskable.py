@@ -1,4 +1,4 @@
-"""Parents that read a child's weight past its forward: made right, or refused, wherever a masked layer is put."""
+"""Which linear layers take a mask, by hand as by mask_model; and parents that read a child's weight themselves."""
 
 import copy
 import io
@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from mft_kernels import MaskedLinear
 
@@ -13,6 +14,57 @@ from mft_kernels import MaskedLinear
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 
 PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])  # left-aligned, so that torch nests the batch
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Renamed(nn.Linear):
+    """Computes as nn.Linear does."""
+
+
+def hooked():
+    linear = nn.Linear(16, 8)
+    linear.register_forward_hook(lambda module, args, output: 2 * output)
+    return linear
+
+
+def patched():
+    linear = nn.Linear(16, 8)
+    linear.forward = torch.sin
+    return linear
+
+
+def whole_numbers():
+    linear = nn.Linear(16, 8)
+    linear.weight = nn.Parameter(torch.ones(8, 16, dtype=torch.int8), requires_grad=False)
+    return linear
+
+
+# What mask_model refuses too: it asks the same function.
+UNMASKABLE = {
+    "a forward of its own": (lambda: Doubling(16, 8), r"test_maskable\.Doubling, not a plain nn\.Linear"),
+    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 8)), "its weight is no parameter"),
+    "pruning": (lambda: prune.random_unstructured(nn.Linear(16, 8), "weight", 0.5), "its weight is no parameter"),
+    "int8": (whole_numbers, "it holds a Tensor of torch.int8"),
+    "a hook": (hooked, "it has hooks"),
+    "a replaced forward": (patched, "its forward is replaced"),
+}
+
+
+@pytest.mark.parametrize(("make", "why"), UNMASKABLE.values(), ids=UNMASKABLE)
+def test_by_hand_too_a_layer_that_computes_otherwise_is_refused(make, why):
+    with pytest.raises(ValueError, match=f"linear cannot be masked: .*{why}"):
+        MaskedLinear.from_linear(make())
+
+
+def test_a_subclass_with_the_forward_of_linear_is_masked():
+    linear = Renamed(16, 8)
+    layer = MaskedLinear.from_linear(linear, keep_ratio=1)
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(layer(x), linear(x))
 
 
 @pytest.fixture

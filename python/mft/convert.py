@@ -43,7 +43,7 @@ def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:
 
 @torch.no_grad()
 def merge_model(model: nn.Module) -> nn.Module:
-    """Bake the masks into the weights, in place: an ordinary model of its original classes.
+    """Bake the masks into the weights, in place: an ordinary model of nn.Linear and Conv1D.
 
     Kept weights are bit-equal to the base's, dropped ones are +0. What was trainable before mask_model is so again.
 

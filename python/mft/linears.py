@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mft.choices import nearest
 from mft.quantized_weight import QuantizedWeight
-from mft_kernels.maskable import why_not_there
+from mft_kernels.maskable import why_no_mask, why_not_there
 
 _HEADS = {"lm_head", "embed_out"}
 _SHOWN = 3  # names a message lists
@@ -48,12 +48,7 @@ def find_candidates(model: nn.Module, stacks: dict[str, nn.ModuleList]) -> list[
         if _looks_linear(module):
             is_head = id(module) in heads or name.rpartition(".")[2] in _HEADS
             owner = next((type(m).__name__ for outer, m in wrappers.items() if name.startswith(f"{outer}.")), None)
-            parent, _, child = name.rpartition(".")
-            obstacle = (
-                f"it belongs to the {owner} around it"
-                if owner
-                else why_not_there(model.get_submodule(parent), child) or _obstacle(module)
-            )
+            obstacle = f"it belongs to the {owner} around it" if owner else _obstacle(model, name, module)
             found.append(Candidate(name, module, layer, obstacle, is_head=is_head))
             if next(module.children(), None) is not None:
                 wrappers[name] = module
@@ -150,21 +145,10 @@ def _looks_linear(module: nn.Module) -> bool:
     return is_matrix or is_wrapper
 
 
-def _obstacle(module: nn.Module) -> str | None:
-    kind = f"{type(module).__module__}.{type(module).__qualname__}"
-    if type(module) not in (nn.Linear, Conv1D):
-        return f"it is a {kind}, not a plain nn.Linear: a mask needs the weight itself (unquantised, no adapter)"
-    weight: Any = module.weight
-    if type(weight.data) is not Tensor or not weight.is_floating_point() or weight.element_size() < 2:
-        return f"it holds a {type(weight.data).__name__} of {weight.dtype}: masks need fp32, fp16 or bf16 weights"
-    if hasattr(module, "_hf_hook") or "forward" in vars(module):
-        return (
-            "its forward is replaced (by a device_map of several devices or offloading, or patched): load it on one "
-            "device, mask it, and dispatch it afterwards"
-        )
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "it has hooks, which a masked layer would lose: add them after mask_model"
-    return None
+def _obstacle(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    parent, _, child = name.rpartition(".")
+    kind = Conv1D if isinstance(module, Conv1D) else nn.Linear
+    return why_not_there(model.get_submodule(parent), child) or why_no_mask(module, kind)
 
 
 def _expert_parameters(name: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:

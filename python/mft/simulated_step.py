@@ -104,7 +104,7 @@ def _masked_model(config: Mapping[str, Any], setting: Setting) -> nn.Module:
         scores_dtype=setting.scores,
     )
     with unset_fake_temporarily(), torch.device("meta"):
-        names = select_targets(fake_model(config), mask)  # a fake weight is none that can be masked
+        names = select_targets(fake_model(config), mask)  # ties are told by addresses, which fake weights lack
     model = fake_model(config)
     convert(model, names, mask)
     if setting.quantization is not None:

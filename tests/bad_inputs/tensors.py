@@ -246,6 +246,31 @@ def a_convolution_to_mask():
     MaskedLinear.from_linear(nn.Conv1d(5, 4, 1))
 
 
+@refused(
+    ValueError,
+    where="linear cannot be masked",
+    got="has hooks",
+    rule="which a masked layer would lose",
+    remedy="mask it first, and add them afterwards",
+)
+def a_linear_with_a_hook_to_mask_by_hand():
+    linear = nn.Linear(5, 4)
+    linear.register_forward_hook(lambda module, args, output: 2 * output)
+    MaskedLinear.from_linear(linear)
+
+
+@refused(
+    ValueError,
+    where="out_proj of MultiheadAttention",
+    got="MaskedLinear",
+    rule="must not be a MaskedLinear: nn.MultiheadAttention computes with out_proj.weight itself",
+    remedy="Leave it as it is, or write a module that calls it",
+)
+def a_masked_layer_where_the_weight_is_read_past_it():
+    attention = nn.MultiheadAttention(8, 2)
+    attention.out_proj = MaskedLinear(8, 8)
+
+
 # ---------------------------------------------------------------------------------------------- values
 
 
