@@ -1,5 +1,6 @@
 """Many masks on one base: each task computes what its masks alone would, also row by row of one batch."""
 
+import copy
 import threading
 
 import pytest
@@ -193,6 +194,26 @@ def test_an_unknown_task_is_an_error_that_offers_the_nearest(bank, tasks):
         bank.use(tasks),
     ):
         pass
+
+
+@pytest.mark.parametrize("tasks", [3, 0.5, object()])
+def test_what_is_no_task_at_all_is_an_error_that_says_what_is(bank, tasks):
+    message = r"tasks must be a task's name, a list with one a row of the batch, or None, got "
+    with pytest.raises(TypeError, match=message), bank.use(tasks):
+        pass
+    with pytest.raises(ValueError, match=r"task must be one of the bank's .*, got \['code'\]"), bank.use([["code"]]):
+        pass
+
+
+def test_a_copy_of_the_model_takes_the_banks_choices_and_refuses_what_came_later(exports):
+    bank = load_mask_bank(base(), {"code": exports["code"]})
+    copied = copy.deepcopy(bank.model)
+    bank.add("chat", exports["chat"])
+    with bank.use("code"):
+        assert torch.equal(logits(copied), logits(bank.model))
+    for tasks in ("chat", ["code", "chat"] * 3):
+        with pytest.raises(ValueError, match=r"that this copy .*holds \(code\), got 'chat'.* copy"), bank.use(tasks):
+            logits(copied)
 
 
 @pytest.mark.parametrize("count", [0, 5, 12])

@@ -1,6 +1,7 @@
 """A linear layer with many masks on one weight, and the two ways to choose: one task for all rows, or a task a row."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,7 +33,9 @@ class BankedLinear(nn.Module):
         self.out_features, self.in_features = linear.weight.shape
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        self.masks: Mapping[str, Tensor] = {}  # replaced, never changed: another thread may be reading it
+        # Replaced, never changed: another thread may be reading them.
+        self.masks: Mapping[str, Tensor] = {}
+        self.tasks: frozenset[str] = frozenset()  # all that the model has masks for, here or in other layers
         self._choice = choice
         self.train(linear.training)
 
@@ -51,11 +54,27 @@ class BankedLinear(nn.Module):
             return F.linear(x, self.weight, self.bias)
         return masked_linear_packed(x, self.weight, packed, self.bias)
 
+    def check_tasks(self, tasks: Iterable[str | None]) -> None:
+        """Raise ValueError for a task that came to the bank after the model, or a copy of it, was made."""
+        unknown = [task for task in tasks if task is not None and task not in self.tasks]
+        if unknown:
+            raise ValueError(
+                f"task must be one that this copy of the bank's model holds ({', '.join(sorted(self.tasks))}), got "
+                f"{unknown[0]!r}: bank.add changes bank.model alone, so copy that again"
+            )
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"tasks={list(self.masks)}"
         )
+
+    def __deepcopy__(self, memo: dict) -> "BankedLinear":
+        """A copy is chosen for by the same bank, and keeps the masks that it has now."""
+        memo[id(self._choice)] = self._choice  # a ContextVar cannot be copied
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -70,6 +89,7 @@ class OneTask:
         self.task = task
 
     def product(self, layer: BankedLinear, x: Tensor) -> Tensor:
+        layer.check_tasks((self.task,))
         return layer.product(x, None if self.task is None else layer.masks.get(self.task))
 
 
@@ -90,6 +110,7 @@ class TaskPerRow:
                 f"{tuple(x.shape)}: repeat a task for each beam and returned sequence; where the model flattens rows, "
                 "use one task a batch"
             )
+        layer.check_tasks(self.tasks)
         masks = layer.masks
         groups = self._grouped(frozenset(masks), x.device)
         ordered = x if groups.order is None else x.index_select(0, groups.order)

@@ -13,7 +13,7 @@ import contextlib
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -80,14 +80,18 @@ class MaskBank:
 
         Of a sequence, row i of the batch takes the masks of tasks[i]: one product a task and layer. Masked layers must
         see (rows, ..., K), as most models' do. Beams and num_return_sequences are rows, next to each other.
-        Raises: ValueError if a task is unknown; from the model's call, if the batch has another number of rows.
+        Raises: TypeError or ValueError if tasks are none of these, or unknown; from the model's call, if the batch has
+            another number of rows.
         """
         one = tasks is None or isinstance(tasks, str)
+        if not one and not isinstance(tasks, Iterable):
+            raise TypeError(f"tasks must be a task's name, a list with one a row of the batch, or None, got {tasks!r}")
         each: tuple[Any, ...] = (tasks,) if one else tuple(tasks or ())
-        named = set(each) - {None}
         with self._lock:
-            for task in named:
-                self._check_known(task)
+            for task in each:
+                if task is not None:
+                    self._check_known(task)
+            named = set(each) - {None}
             self._in_use.update(named)
         before = self._choice.set(OneTask(each[0]) if one else TaskPerRow(each))
         try:
@@ -110,6 +114,7 @@ class MaskBank:
             self._tasks.remove(task)
             for layer in self._layers():
                 layer.masks = {name: packed for name, packed in layer.masks.items() if name != task}
+                layer.tasks = frozenset(self._tasks)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of the masks, by task."""
@@ -144,9 +149,12 @@ class MaskBank:
                 layer: Any = self.model.get_submodule(name)
                 if not isinstance(layer, BankedLinear):
                     layer = BankedLinear(as_linear(layer), self._choice)
+                    layer.tasks = frozenset(self._tasks)
                     replace_module(self.model, name, layer)
                 layer.masks = {**layer.masks, task: packed.to(layer.weight.device)}
             self._tasks.append(task)
+            for layer in self._layers():
+                layer.tasks = frozenset(self._tasks)
 
     def _check_new(self, task: Any) -> None:
         if not isinstance(task, str) or not task:
