@@ -134,6 +134,35 @@ def test_a_loaded_mask_still_trains_both_ways(mode, tmp_path):
     ]
 
 
+def test_a_run_is_loaded_by_its_directory_too(masked, tmp_path):
+    save_masks(masked, tmp_path / "run" / "masks")
+    (tmp_path / "run" / "config.yaml").touch()
+    assert_same_tensors(masks(load_masks(llama(), tmp_path / "run")), masks(masked))
+
+
+def test_a_compiled_model_is_saved_loaded_and_merged_as_what_it_holds(masked, tmp_path):
+    ids = torch.arange(12).view(1, -1)
+
+    def compiled(model):
+        return torch.compile(model, backend="eager")
+
+    with torch.no_grad():
+        expected = masked(ids).logits
+        save_masks(compiled(masked), tmp_path / "export")
+        assert (tmp_path / "export" / CONFIG).read_text().count("_orig_mod") == 0
+        loaded = compiled(llama())
+        dense = loaded(ids).logits
+        assert load_masks(loaded, tmp_path / "export") is loaded
+        found = loaded(ids).logits  # what was compiled before the masks came is not used any more
+        merged = merge_model(loaded)
+        assert type(merged) is LlamaForCausalLM
+        assert not masked_modules(loaded)
+        torch.testing.assert_close(found, expected)
+        assert not torch.allclose(dense, expected)
+        torch.testing.assert_close(merged(ids).logits, expected)
+        torch.testing.assert_close(loaded(ids).logits, expected)
+
+
 @pytest.mark.parametrize("keep_ratio", [0.0, 1.0])
 def test_keeping_all_or_none_survives(keep_ratio, tmp_path):
     model = mask_model(llama(), MaskConfig(target_modules=["up_proj"], keep_ratio=keep_ratio))

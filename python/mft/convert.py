@@ -47,7 +47,7 @@ def merge_model(model: nn.Module) -> nn.Module:
 
     Kept weights are bit-equal to the base's, dropped ones are +0. What was trainable before mask_model is so again.
 
-    Returns: the same model; of one in DistributedDataParallel, the model within.
+    Returns: the same model; of one in torch.compile or DistributedDataParallel, the model within.
     Raises: ValueError if nothing is masked, scores are not finite, or fully_shard has spread the model.
     """
     model = unwrapped(model)

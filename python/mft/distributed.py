@@ -151,8 +151,16 @@ def joined() -> Iterator[Processes]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model within DistributedDataParallel or DataParallel, else model itself."""
-    return model.module if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else model
+    """The model within torch.compile, DistributedDataParallel and DataParallel, else model itself."""
+    inner = uncompiled(model)
+    if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrapped(inner.module)
+    return inner
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model within torch.compile, whose parameters and names it has, else model itself."""
+    return getattr(model, "_orig_mod", model)
 
 
 def check_unsharded(model: nn.Module) -> None:

@@ -19,10 +19,11 @@ from transformers.pytorch_utils import Conv1D
 from mft.atomic import atomic_directory
 from mft.config import MaskConfig
 from mft.convert import check_unwrapped, convert, masked_modules
-from mft.distributed import check_unsharded, unwrapped
+from mft.distributed import check_unsharded, uncompiled, unwrapped
 from mft.export_file import CONFIG_FILE, MASK_FILE, MaskEntry, MaskExport, content_hash, is_export, read_export
 from mft.linears import find_targets, layer_index, layer_stacks
 from mft.quantized_weight import quantized_weights
+from mft.run_directory import masks_directory
 from mft_kernels import MaskedLinear, fixed_from_float, unpack_mask
 
 # A loaded mask's scores: as far above the threshold as below, at the scale that scores are initialised with.
@@ -37,8 +38,8 @@ def save_masks(model: nn.Module, directory: str | os.PathLike, *, base_model_nam
     """Write the masks of a masked model; either the whole export appears in directory, or nothing.
 
     Args:
-        model: also one in DistributedDataParallel; one that fully_shard has spread, only under gathered(model). One
-            process writes.
+        model: also one in torch.compile or DistributedDataParallel; one that fully_shard has spread, only under
+            gathered(model). One process writes.
         directory: new, empty, or an earlier export, which is replaced. Anything else is refused.
         base_model_name_or_path: noted for the reader; by default the name that the model was loaded from.
     Returns: the directory.
@@ -69,19 +70,23 @@ def load_masks(model: nn.Module, directory: str | os.PathLike, *, force: bool = 
     stored ones, held by a fixed threshold with every score at the same distance from it.
 
     Args:
-        model: the base that the masks were learned on, ordinary or masked in the same layers.
+        model: the base that the masks were learned on, ordinary or masked in the same layers; also in torch.compile.
+        directory: what save_masks wrote, or a run of mft train.
         force: accept other base weights of the same shapes.
     Returns: the same model.
     Raises: FileNotFoundError, or ValueError if the export is damaged, does not fit the model, or (without force) was
         learned on other weights. The model is then unchanged.
     """
-    check_unwrapped(model)
-    check_unsharded(model)
-    export, masks = read_export(Path(directory))
+    inner = uncompiled(model)
+    check_unwrapped(inner)
+    check_unsharded(inner)
+    path = masks_directory(Path(directory))
+    export, masks = read_export(path)
     shapes = {entry.name: entry.shape for entry in export.modules}
-    _check_fit(model, shapes)
-    check_learned_on(model, export, Path(directory), force=force)
-    return put_masks(model, masks, shapes, mode=export.mode, keep_ratio=export.keep_ratio)
+    _check_fit(inner, shapes)
+    check_learned_on(inner, export, path, force=force)
+    put_masks(inner, masks, shapes, mode=export.mode, keep_ratio=export.keep_ratio)
+    return model
 
 
 @torch.no_grad()
