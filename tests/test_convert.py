@@ -26,6 +26,8 @@ from transformers import (
     Qwen3ForCausalLM,
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
@@ -314,9 +316,37 @@ class Toy(nn.Module):
 
 def test_experts_count_as_mlp_of_their_layer_and_routers_do_not():
     expected = [f"blocks.1.mlp.experts.{expert}" for expert in range(4)]
-    assert names(mask_model(Toy(), MaskConfig(layers_to_transform=1))) == expected
+    config = MaskConfig(layers_to_transform=1, exclude_modules=["norm_scale"])
+    assert names(mask_model(Toy(), config)) == expected
     with pytest.raises(ValueError, match=r"must lie in 0 to 1 \(blocks has 2 layers\), got 2"):
         mask_model(Toy(), MaskConfig(layers_to_transform=2))
+
+
+def test_what_the_default_leaves_out_of_a_layer_is_named_but_for_routers():
+    with pytest.warns(UserWarning, match=r"leaves out .*: norm_scale \(blocks.0.norm_scale and 1 more\)") as told:
+        mask_model(Toy(), MaskConfig())
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("act", ["relu", "gated-gelu"])
+def test_the_default_takes_t5s_mlps_of_both_stacks_by_their_shapes(act):
+    config = T5Config(**TOKENS, d_model=32, d_kv=8, d_ff=48, num_heads=4, num_layers=2, feed_forward_proj=act)
+    config.num_decoder_layers = 3
+    model = mask_model(T5ForConditionalGeneration(config), MaskConfig())
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert linears == {"lm_head"}  # all others are masked
+    assert len([name for name in names(model) if ".wo" in name]) == 5
+
+
+def test_a_block_that_narrows_is_no_mlp():
+    """Adapters and low-rank projections go down before they go up."""
+    model = Toy()
+    for block in model.blocks:
+        block.adapter = nn.Module()
+        block.adapter.down, block.adapter.up = nn.Linear(8, 2), nn.Linear(2, 8)
+    with pytest.warns(UserWarning, match="down, norm_scale, up"):
+        masked = names(mask_model(model, MaskConfig()))
+    assert not [name for name in masked if "adapter" in name]
 
 
 def test_all_linear_reaches_layers_outside_the_decoder_layers():

@@ -99,7 +99,7 @@ def check_maskable(model: nn.Module, chosen: Iterable[Candidate]) -> None:
 
 
 def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The lists of decoder layers by name: the outermost ModuleLists, and if any has the config's depth those alone."""
+    """The lists of layers by name: the outermost ModuleLists, and if any is as long as the config says those alone."""
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in stacks)
@@ -108,8 +108,8 @@ def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    depth = getattr(config, "num_hidden_layers", None)
-    return {name: stack for name, stack in stacks.items() if len(stack) == depth} or stacks
+    depths = [getattr(config, f"{which}_layers", None) for which in ("num_hidden", "num_decoder", "decoder")]
+    return {name: stack for name, stack in stacks.items() if len(stack) in depths} or stacks
 
 
 def layer_index(name: str, stacks: dict[str, nn.ModuleList]) -> int | None:

@@ -1,12 +1,16 @@
 """Which linear layers get a mask: target_modules, layers_to_transform and exclude_modules, in PEFT's sense.
 
-What a pattern names and cannot be masked, and a pattern that adds nothing, is an error that says why.
+What a pattern names and cannot be masked, and a pattern that adds nothing, is an error that says why. Without a pattern
+it is attention and MLP of every decoder layer; a layer's other linears, but for routers, are named in a warning.
 """
 
+import itertools
 import re
+import warnings
 from collections.abc import Callable, Iterable
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from mft.choices import nearest
 from mft.config import MaskConfig
@@ -14,11 +18,12 @@ from mft.linears import Candidate, check_maskable, find_candidates, layer_stacks
 
 ALL_LINEAR = "all-linear"
 # Path components and class names that mean attention or an MLP: fc1 and fc2 in OPT's layer, intermediate and output in
-# BERT's. Routers and state-space mixers are neither. Tried on the 173 causal LMs that transformers 5.24 builds from
-# default configurations.
+# BERT's. What is named otherwise (T5's DenseReluDense) is known by its shapes, unless it is called what is neither.
+# Tried on the causal LMs and encoder-decoders that transformers 5.24 builds from default configurations.
 _ATTENTION_OR_MLP = re.compile(
     r"attn|attention|mlp|feed_?forward|ffn|expert|moe|^fc_?\d$|^intermediate$|^output$", re.IGNORECASE
 )
+_NEITHER = re.compile(r"mamba|mixer|ssm|lstm|recurrent|conv|norm", re.IGNORECASE)
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 
@@ -45,6 +50,9 @@ def select_targets(model: nn.Module, config: MaskConfig) -> list[str]:
             raise ValueError(_why_nothing(pattern, matches, config))
         chosen.update({c.name: c for c in kept})
     check_maskable(model, chosen.values())
+    if config.target_modules is None:
+        in_layers = [c for c in candidates if c.layer is not None and not c.is_head and allowed(c)]
+        _tell_left_out([c for c in in_layers if _default(c, stacks) == "other"])
     return [c.name for c in candidates if c.name in chosen]
 
 
@@ -56,7 +64,8 @@ def _requests(
 ) -> Iterable[tuple[str, list[Candidate]]]:
     """Each pattern of target_modules with what it matches, which is never nothing."""
     if targets is None:
-        matches = [c for c in candidates if not c.is_head and _is_attention_or_mlp(model, c, stacks)]
+        in_layers = [c for c in candidates if c.layer is not None and not c.is_head]
+        matches = [c for c in in_layers if _default(c, stacks) == "target"]
         if not matches:
             raise ValueError(
                 "target_modules must be given for this model: no decoder layers with attention or MLP "
@@ -77,18 +86,36 @@ def _requests(
             yield f"target_modules: {suffix!r}", matches
 
 
-def _is_attention_or_mlp(model: nn.Module, candidate: Candidate, stacks: dict[str, nn.ModuleList]) -> bool:
-    stack = next((s for s in stacks if candidate.name.startswith(f"{s}.")), None)
-    if candidate.layer is None or stack is None:
-        return False
+def _default(candidate: Candidate, stacks: dict[str, nn.ModuleList]) -> str:
+    """What a decoder layer's linear is when no target_modules are given: "target", "router", or "other"."""
+    stack = next(name for name in stacks if candidate.name.startswith(f"{name}."))
     path = candidate.name.removeprefix(f"{stack}.").split(".")[1:]
-    classes, module = [], stacks[stack][candidate.layer]
+    classes, module = [], stacks[stack][candidate.layer or 0]
     for part in path[:-1]:
         module = getattr(module, part)
         classes.append(type(module).__name__)
     if _ROUTERS & set(path) or any("Router" in name for name in [*classes, type(candidate.module).__name__]):
-        return False
-    return any(_ATTENTION_OR_MLP.search(text) for text in [*path, *classes])
+        return "router"
+    names = [stack.rpartition(".")[2], *path, *classes]  # XLM has one list of attentions and one of ffns
+    if any(_ATTENTION_OR_MLP.search(name) for name in names):
+        return "target"
+    is_mlp = _is_in_an_mlp(candidate.module, module) and not any(_NEITHER.search(name) for name in names)
+    return "target" if is_mlp else "other"
+
+
+def _is_in_an_mlp(linear: nn.Module, parent: nn.Module) -> bool:
+    """Whether parent has a linear to a larger width and one back, later, and linear is one of the two."""
+    linears = [child for child in parent.children() if isinstance(child, nn.Linear | Conv1D)]
+    for wide, back in itertools.combinations(linears, 2):
+        if linear in (wide, back) and _shape(wide) == _shape(back)[::-1] and _shape(wide)[0] > _shape(wide)[1]:
+            return True
+    return False
+
+
+def _shape(linear: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(N, K)"""
+    n, k = linear.weight.shape
+    return (k, n) if isinstance(linear, Conv1D) else (n, k)
 
 
 def _excluded(patterns: str | list[str] | None, candidates: list[Candidate]) -> set[str]:
@@ -184,6 +211,16 @@ def _why_nothing(pattern: str, matches: list[Candidate], config: MaskConfig) -> 
     where = f"in layers {listed(map(str, layers))}" if layers else "outside the decoder layers"
     found = listed(c.name for c in matches)
     return f"{pattern} matches {found} {where}, but {' and '.join(filters)} leaves none of them"
+
+
+def _tell_left_out(left: list[Candidate]) -> None:
+    if left:
+        warnings.warn(
+            f"target_modules=None takes attention and MLP, and leaves out what is neither by name or shape: "
+            f"{_endings(left)} ({left[0].name} and {len(left) - 1} more). Name such linear layers in target_modules to "
+            "mask them too, or in exclude_modules to leave them out without this warning",
+            stacklevel=1,  # one place, so that it is shown once though a run chooses twice
+        )
 
 
 def _endings(candidates: Iterable[Candidate]) -> str:
