@@ -1,5 +1,7 @@
 """Flips over training: what is counted."""
 
+import pytest
+import torch
 from tiny import make_rows, masked_llama
 
 from mft.config import TrainConfig
@@ -28,3 +30,32 @@ def test_the_flip_curve_follows_training():
     assert curve.from_start[-1] > 0
     since = [(2, 0), (4, 2), (5, 4)]
     assert curve.a_step == [share(masks[now], masks[then]) / (now - then) for now, then in since]
+
+
+def test_a_counter_goes_on_from_the_masks_of_the_step_counted_last():
+    model = masked_llama(init="magnitude")
+    initial = initial_masks(model)
+    straight, stopped = FlipCounter(model, initial, every=3), FlipCounter(model, initial, every=3)
+    resumed = FlipCounter(model, initial, every=3)
+
+    def on_step(report):
+        straight(report)
+        if report.step <= 4:
+            stopped(report)
+        if report.step == 4:
+            resumed.put_state(stopped.take_state())
+        if report.step > 4:
+            resumed(report)
+
+    train_masks(model, make_rows(), TrainConfig(lr=3e-3, steps=7), on_step=on_step)
+    assert resumed.curve.steps == [6, 7] == straight.curve.steps[1:]
+    assert resumed.curve.from_start == straight.curve.from_start[1:]
+    assert resumed.curve.a_step == straight.curve.a_step[1:]
+
+
+def test_a_checkpoint_without_the_masks_counted_last_is_refused():
+    counter = FlipCounter(masked_llama(), initial_masks(masked_llama()))
+    tensors = counter.take_state()
+    assert tensors.pop("flips.step") == torch.tensor(0)
+    with pytest.raises(ValueError, match=r"must hold the masks that flips were last counted on, flips.step is missing"):
+        counter.put_state(tensors)

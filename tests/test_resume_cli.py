@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import load_file
 from test_cli import LEARN, cli, model_dir  # noqa: F401
 
+from mft.flips import PHASE
+from mft.recorder import Steps
+from mft.run_directory import METRICS
 from mft.run_lock import hold
 
 SLOW = [*LEARN, "train.steps=30", "checkpoint_minutes=0", "mask.keep_ratio=0.8"]
@@ -61,6 +64,42 @@ def test_a_run_told_to_stop_saves_and_goes_on(cli, tmp_path, number, code):  # n
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[1])
     assert sorted(os.listdir(tmp_path / "run")) == sorted([*os.listdir(tmp_path / "straight")])
     assert (tmp_path / "run" / "table.json").read_text() == (tmp_path / "straight" / "table.json").read_text()
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+@pytest.mark.parametrize("way", ["plain", "resident", "quantized", "layerwise"])
+def test_the_metrics_of_a_run_that_goes_on_are_those_of_a_straight_one(cli, tmp_path, monkeypatch, way):  # noqa: F811
+    """Flips included: every third step counts, from the one that counted before, which lies before the checkpoint."""
+    monkeypatch.setattr("mft.verbs.POINTS", 4)
+    few = [*LEARN, "train.steps=10", f"memory={way}", "mask.init=magnitude", "checkpoint_minutes=0"]
+    code, output = cli("train", *few, "output_dir=straight")
+    assert code == 0, output
+    record = Steps.__call__
+
+    def die(self, report):
+        record(self, report)
+        if report.step == 6:
+            raise Killed
+
+    monkeypatch.setattr(Steps, "__call__", die)
+    with pytest.raises(Killed):
+        cli("train", *few)
+    monkeypatch.setattr(Steps, "__call__", record)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005"]
+    code, output = cli("train", "--resume", "run", "--config", "run/config.yaml")
+    assert code == 0, output
+    events, expected = events_of(tmp_path / "run"), events_of(tmp_path / "straight")
+    assert events == expected
+    assert [event["step"] for event in events if event["phase"] == PHASE] == ([3, 6, 9, 10] if way == "plain" else [])
+
+
+def events_of(directory):
+    """A run's metrics, without the clock's."""
+    events = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
+    return [{key: value for key, value in event.items() if key != "seconds"} for event in events]
 
 
 def test_a_killed_fine_tune_goes_on(cli, tmp_path):  # noqa: F811

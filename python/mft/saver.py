@@ -7,11 +7,13 @@ second one leaves at once, and what the last checkpoint holds is kept.
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from mft.checkpoint import Checkpoint, check_space, write_checkpoint
 from mft.distributed import ALONE, Processes
@@ -31,6 +33,14 @@ class Stopped(SystemExit):
         self.message = f"stopped by {signal.Signals(number).name} after step {step} of {steps}; saved: {where}"
 
 
+class Counter(Protocol):
+    """What hears of each step before the saver does, and counts from one step to a later one."""
+
+    def take_state(self) -> dict[str, Tensor]: ...
+
+    def put_state(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+
 class Saver:
     """What train_loop tells of each step.
 
@@ -41,6 +51,7 @@ class Saver:
         facts: kept in every checkpoint; those of found must be the same, unless force is True.
         on_found: hears of the steps that found had done.
         processes: those that train together; the first one writes, all go on from what it wrote.
+        counter: goes on with the run; its tensors lie in the checkpoint too.
     """
 
     def __init__(
@@ -53,9 +64,10 @@ class Saver:
         force: bool = False,
         on_found: Callable[[list[StepReport]], None] | None = None,
         processes: Processes = ALONE,
+        counter: Counter | None = None,
     ) -> None:
         self._root, self._minutes, self._found, self._facts = root, minutes, found, facts or {}
-        self._force, self._on_found, self._processes = force, on_found, processes
+        self._force, self._on_found, self._processes, self._counter = force, on_found, processes, counter
         self._last = time.monotonic()
         self._told: int | None = None  # the signal that came
 
@@ -81,7 +93,10 @@ class Saver:
                 f"{self._found.path} must be of this very run, but {'; '.join(changed)}: take the change back, or pass "
                 "--force"
             )
-        put_state(runner, self._found.tensors(), found["numbers"])
+        tensors = self._found.tensors()
+        if self._counter is not None:
+            self._counter.put_state(tensors)
+        put_state(runner, tensors, found["numbers"])
         reports = [StepReport(**report) for report in found["reports"]]
         if self._on_found is not None:
             self._on_found(reports)
@@ -98,6 +113,8 @@ class Saver:
         if self._processes.first and (due or done or told):
             runner.check_learned()
             tensors, numbers = take_state(runner)
+            if self._counter is not None:
+                tensors |= self._counter.take_state()
             facts = {"numbers": numbers, "reports": [asdict(report) for report in reports], "facts": self._facts}
             where = write_checkpoint(self._root, reports[-1].step, tensors, facts).path
             self._last = time.monotonic()

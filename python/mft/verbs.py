@@ -199,7 +199,7 @@ def _train(config: RunConfig, start: Start, processes: Processes) -> None:
                 if flips is not None and (counted := flips(report)) is not None:
                     recorder.write(phase=PHASE, **counted)
 
-            saver = _saver(config, start, found, facts, on_step, processes)
+            saver = _saver(config, start, found, facts, on_step, processes, flips)
             options = where | {"remember": plan.remember, "saver": saver, "processes": processes}
             train_masks(model, splits.train, config.train, on_step=after_step, **options)
         after = recorder.evaluate("after, validation", model, splits.validation, **evaluated)
@@ -304,12 +304,14 @@ def _saver(
     facts: dict[str, Any],
     on_step: Steps,
     processes: Processes,
+    flips: FlipCounter | None = None,
 ) -> Saver | None:
     if config.checkpoint_minutes is None and found is None:
         return None
     minutes = math.inf if config.checkpoint_minutes is None else config.checkpoint_minutes
     root = Path(config.output_dir) / CHECKPOINTS
-    return Saver(root, minutes, found, facts=facts, force=start.force, on_found=on_step.go_on, processes=processes)
+    options: dict[str, Any] = {"on_found": on_step.go_on, "processes": processes, "counter": flips}
+    return Saver(root, minutes, found, facts=facts, force=start.force, **options)
 
 
 def _load(config: ModelConfig) -> tuple[Any, Any]:
