@@ -368,7 +368,7 @@ def test_processes_that_disagree_are_told_in_what(found):
             lambda: mask_model(make_llama(attention_dropout=0.2), MaskConfig()),
             {},
             {},
-            "model must have no dropout on several processes, got LlamaForCausalLM on 2",
+            "model must have no dropout, nor draw at random otherwise, on several processes, got LlamaForCausalLM on 2",
         ),
     ],
 )

@@ -288,8 +288,14 @@ def test_layers_that_pass_more_than_hidden_states_are_refused_a_memory():
 
 
 def test_dropout_forbids_a_memory():
-    model = mask_model(make_llama(attention_dropout=0.1), MaskConfig(layers_to_transform=[3]))
-    assert FrozenPrefix(model, memory=PrefixMemory()).memory is None
+    def remembered(**changes):
+        model = mask_model(make_llama(**changes), MaskConfig(layers_to_transform=[3]))
+        memory = PrefixMemory()
+        train_masks(model, make_rows(4), TrainConfig(steps=2), memory=memory)
+        return len(memory.states)
+
+    assert remembered() > 0
+    assert remembered(attention_dropout=0.1) == 0
 
 
 def test_a_trainable_embedding_leaves_no_frozen_prefix():
@@ -307,6 +313,47 @@ def test_gradient_checkpointing_changes_no_result():
         runs.append([module.scores.detach().clone() for module in masked_modules(model).values()])
         assert not any(layer.gradient_checkpointing for layer in decoder_layers(model))
     for a, b in zip(*runs):
+        torch.testing.assert_close(a, b)
+
+
+def gpt2(**changes):
+    """With its own dropouts of 0.1."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=3, n_head=2, n_positions=32, **changes))
+
+
+def masked_gpt2():
+    return mask_model(gpt2(), MaskConfig(layers_to_transform=[1, 2]))
+
+
+@pytest.mark.parametrize(("make", "run"), [(gpt2, finetune), (masked_gpt2, train_masks)])
+def test_the_seed_of_the_run_decides_its_dropout(make, run):
+    def losses(seed, before):
+        model = make()
+        torch.manual_seed(before)
+        expected = torch.get_rng_state()
+        reports = run(model, make_rows(8), TrainConfig(lr=1e-2, steps=2, batch_size=8, seed=seed))
+        assert torch.equal(torch.get_rng_state(), expected)  # the caller's numbers are not the run's
+        return [report.loss for report in reports], learned_of(model)
+
+    (one, learned), (again, learned_again), (other, _) = losses(1, before=2), losses(1, before=3), losses(4, before=2)
+    assert one == again
+    assert all(map(torch.equal, learned, learned_again))
+    assert other[0] != pytest.approx(one[0], rel=1e-5)  # every step sees all rows: their order is not what differs
+
+
+def learned_of(model):
+    return [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad]
+
+
+def test_gradient_checkpointing_drops_the_same_in_both_passes():
+    runs = []
+    for checkpointing in (False, True):
+        model = masked_gpt2()
+        train = TrainConfig(lr=1e-2, steps=3, batch_size=2, gradient_checkpointing=checkpointing)
+        runs.append(([report.loss for report in train_masks(model, make_rows(4), train)], learned_of(model)))
+    assert runs[0][0] == runs[1][0]
+    for a, b in zip(runs[0][1], runs[1][1]):
         torch.testing.assert_close(a, b)
 
 

@@ -177,7 +177,7 @@ def test_frozen_layers_are_run_once_a_row(way, separate):
     calls = []
     model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
     train(way, model, steps=12, rows=make_rows(4))
-    looking = 4  # at how the model is built: the whole model, its head, layer by layer, the layer below
+    looking = 5  # at how the model is built: in training, the whole model, its head, layer by layer, the layer below
     assert len(calls) <= 2 + looking
 
 
@@ -228,11 +228,28 @@ def test_lack_of_memory_names_layer_contents_and_remedy(way, monkeypatch):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_dropout_is_refused(way):
+def test_dropout_is_refused_in_training_and_plays_no_part_in_evaluation(way):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=2, n_positions=32))
     mask_model(model, MaskConfig())
-    with pytest.raises(ValueError, match=f"memory must be plain for a model with dropout, got {way}"):
+    with pytest.raises(ValueError, match=f"memory must be plain for a model with dropout, .*, got {way}"):
         train(way, model)
+    rows = make_rows(4)
+    assert evaluate(model, rows, way=way).loss == pytest.approx(evaluate(model, rows).loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_noise_that_no_configuration_names_is_refused_like_dropout(way):
+    """Of a router, say: the layer is run twice, and its gradient would be of another pass than its output."""
+    model = masked_llama()
+    model.model.layers[3].mlp.register_forward_hook(
+        lambda mlp, _, output: output * torch.rand_like(output) if mlp.training else None
+    )
+    state = torch.get_rng_state()
+    with pytest.raises(
+        ValueError, match=f"memory must be plain for a model with dropout, or other noise .*, got {way}"
+    ):
+        train(way, model)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("way", WAYS)

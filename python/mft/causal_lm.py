@@ -79,14 +79,6 @@ def first_trainable_layer(model: nn.Module) -> int:
     return len(layers)
 
 
-def has_dropout(model: Any) -> bool:
-    """Whether two training passes over the same row can differ."""
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        return True
-    config = vars(model.config.get_text_config())
-    return any(isinstance(v, float) and v > 0 for k, v in config.items() if "dropout" in k or k == "layerdrop")
-
-
 @contextlib.contextmanager
 def replaced_forwards(layers: Iterable[nn.Module], forward_for: Callable[[nn.Module], Callable]) -> Iterator[None]:
     """Each layer's forward is forward_for(layer) inside the context."""

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mft.causal_lm import has_dropout
 from mft.config import TrainConfig
+from mft.randomness import draws_at_random
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Processes:
         """Whether this one writes files and speaks."""
         return self.rank == 0
 
-    def check(self, train: TrainConfig, way: str, model: nn.Module | None = None) -> None:
+    def check(self, train: TrainConfig, way: str) -> None:
         """Raise ValueError unless so many processes can train so; one alone always can."""
         if self.count == 1:
             return
@@ -48,10 +48,14 @@ class Processes:
                 f"micro-batches of a step; got {train.accumulation}: set train.accumulation={self.count}, and "
                 f"train.batch_size so that a step keeps its {train.batch_size * train.accumulation} rows"
             )
-        if model is not None and has_dropout(model):
+
+    def check_model(self, model: nn.Module, few: Tensor) -> None:
+        """Raise ValueError unless each process computes of a row what one alone does; few: tokens to try it on."""
+        if self.count > 1 and draws_at_random(model, few):
             raise ValueError(
-                f"model must have no dropout on several processes, got {type(model).__name__} on {self.count}: each "
-                "would drop otherwise than one process does; set the dropout of the model's configuration to 0"
+                "model must have no dropout, nor draw at random otherwise, on several processes, got "
+                f"{type(model).__name__} on {self.count}: each would draw otherwise than one process does; set the "
+                "dropout of the model's configuration to 0"
             )
 
     def share(self, micro_batches: list[list[int]]) -> list[list[int]]:

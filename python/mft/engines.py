@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from mft.causal_lm import has_dropout, split_at_head
+from mft.causal_lm import split_at_head
 from mft.config import TrainConfig
 from mft.convert import masked_modules
 from mft.layer_calls import LayerCalls
@@ -13,6 +13,7 @@ from mft.layer_engine import LayerEngine, Resident
 from mft.layerwise import Layerwise
 from mft.moving import Mover
 from mft.prefix import PrefixMemory
+from mft.randomness import draws_at_random
 from mft.score_states import ScoreStates, current_masks
 
 Device = torch.device | str | None
@@ -49,17 +50,17 @@ def start_engine(
     device = default_device() if device is None else torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be one that torch finds, got {device} and no GPU: leave it out, or say cpu")
-    if has_dropout(model):
-        raise ValueError(
-            f"memory must be plain for a model with dropout, got {way}: layers are run twice, and the two runs must "
-            "agree; set the dropout of the model's configuration to 0"
-        )
     masks = current_masks(masked_modules(model))
     with contextlib.ExitStack() as undo:
         for mask in masks:  # the scores may lie elsewhere than the weights, from an earlier engine
             mask.packed = mask.packed.to(few.device)
             mask.hold(None)
             undo.callback(mask.module.release)
+        if train is not None and draws_at_random(model, few):
+            raise ValueError(
+                f"memory must be plain for a model with dropout, or other noise in training, got {way}: layers are run "
+                "twice, and the two runs must agree; set the dropout of the model's configuration to 0"
+            )
         run, head = split_at_head(model, few)
         calls = LayerCalls(model, run)
         calls.check(few)

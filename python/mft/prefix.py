@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mft.causal_lm import decoder_layers, first_trainable_layer, has_dropout, replaced_forwards, run_decoder
+from mft.causal_lm import decoder_layers, first_trainable_layer, replaced_forwards, run_decoder
 
 
 @dataclass
@@ -40,8 +40,8 @@ class FrozenPrefix:
     Args:
         model: a transformers causal LM.
         first: number of leading layers that are frozen; None finds it (see first_trainable_layer).
-        memory: may be shared by models whose frozen layers are equal; None remembers nothing. Left unused where
-            nothing is frozen, or where dropout makes two passes differ.
+        memory: may be shared by models whose frozen layers are equal; None remembers nothing, as it has to be where
+            those layers draw at random (see randomness.py). Left unused where nothing is frozen.
         run: what is called, the decoder unless given (see causal_lm.split_at_head).
     """
 
@@ -55,7 +55,7 @@ class FrozenPrefix:
         self.model = model
         self.run = run
         self.first = first_trainable_layer(model) if first is None else first
-        self.memory = memory if self.first > 0 and not has_dropout(model) else None
+        self.memory = memory if self.first > 0 else None
         self._layers = decoder_layers(model)
         self._returns_tuple: bool | None = None  # whether a layer returns (hidden, ...); None: not looked yet
 

@@ -21,6 +21,7 @@ from mft.engines import Device, start_engine
 from mft.layer_engine import LayerEngine
 from mft.plain import Plain
 from mft.prefix import PrefixMemory
+from mft.randomness import draws_at_random, seeded
 from mft.saver import Saver
 from mft.step_errors import NonFiniteLoss
 from mft.step_report import StepReport
@@ -85,11 +86,14 @@ def train_loop(
 ) -> list[StepReport]:
     """Train what requires grad; the model ends in eval mode.
 
+    What is random in it, dropout say, comes from train.seed; torch's generators are the caller's again afterwards.
+
     Args:
         dataset: rows of input_ids, labels (-100: not scored) and document.
         way, device: see train_masks.
         memory: of the frozen layers' outputs, shared with other runs on the same rows.
-        remember: whether to remember them at all; without a memory, done when rows are seen twice.
+        remember: whether to remember them at all; without a memory, done when rows are seen twice. Not done where the
+            model draws at random in training: a frozen layer's dropout is drawn anew in each pass.
         before_update: called with (step, steps) when a step's gradients are complete and not yet clipped or applied; it
             may change them (of fp32 parameters: the .grad) and the parameters. Belongs to way "plain".
         saver: writes checkpoints, and may begin at one; on_step does not hear of the steps done before.
@@ -101,15 +105,17 @@ def train_loop(
         raise ValueError("dataset must hold at least one row to train on, got 0")
     if before_update is not None and way != "plain":
         raise ValueError(f"before_update must be None unless way is plain, whose gradients it may change, got {way!r}")
-    processes.check(train, way, model)
+    processes.check(train, way)
     steps = count_steps(train, len(dataset))
     if remember and memory is None and steps * train.batch_size * train.accumulation > len(dataset):
         memory = PrefixMemory()
     memory = memory if remember else None
     few = take_rows(dataset, [0]).input_ids[:1, :FEW].to(next(model.parameters()).device)
+    processes.check_model(model, few)
     stream = _row_numbers(len(dataset), train.seed)
     reports: list[StepReport] = []
     with (
+        seeded(train.seed),
         _training_mode(model, checkpointed=way == "plain" and train.gradient_checkpointing),
         contextlib.nullcontext() if saver is None else saver.listening(),
     ):
@@ -163,6 +169,8 @@ def _start(
     processes: Processes,
 ) -> Plain | LayerEngine:
     if way == "plain":
+        if memory is not None and draws_at_random(model, few):
+            memory = None
         return Plain(model, train, *split_at_head(model, few), memory, processes)
     return start_engine(model, few, way, device, train=train, memory=memory)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mft.layer_engine import LayerEngine
 from mft.plain import Plain
+from mft.randomness import put_random_states, take_random_states
 from mft_kernels import MaskAdamW
 
 _MOMENTS = 8  # bytes an element of torch's AdamW
@@ -29,7 +30,7 @@ def take_state(runner: Plain | LayerEngine) -> tuple[dict[str, Tensor], dict[str
                 tensors[name] = value
             else:
                 numbers[name] = value
-    return tensors | _random_states(), numbers
+    return tensors | take_random_states(), numbers
 
 
 def put_state(runner: Plain | LayerEngine, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -59,7 +60,7 @@ def put_state(runner: Plain | LayerEngine, tensors: Mapping[str, Tensor], number
             states.setdefault(int(place), {})[key] = value
     runner.optimizer.load_state_dict(runner.optimizer.state_dict() | {"state": states})
     runner.relearned()
-    _set_random_states(tensors)
+    put_random_states(tensors)
 
 
 def state_bytes(runner: Plain | LayerEngine) -> int:
@@ -72,15 +73,3 @@ def state_bytes(runner: Plain | LayerEngine) -> int:
 
 def _where(name: str, found: set[str]) -> str:
     return "in the checkpoint alone" if name in found else "missing there"
-
-
-def _random_states() -> dict[str, Tensor]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"random.cpu": torch.get_rng_state()} | {f"random.cuda.{i}": state for i, state in enumerate(cuda)}
-
-
-def _set_random_states(tensors: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(tensors["random.cpu"])
-    for i in range(torch.cuda.device_count()):
-        if (state := tensors.get(f"random.cuda.{i}")) is not None:
-            torch.cuda.set_rng_state(state, i)

@@ -191,7 +191,7 @@ def training_fixed_point_scores_by_autograd():
     ValueError,
     where="memory",
     got="got resident",
-    rule="must be plain for a model with dropout",
+    rule="must be plain for a model with dropout, or other noise in training",
     remedy="set the dropout of the model's configuration to 0",
 )
 def training_with_dropout_layer_by_layer():

@@ -12,14 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mft.batches import take_rows
-from mft.causal_lm import (
-    FEW,
-    decoder_layers,
-    first_trainable_layer,
-    has_dropout,
-    replaced_forwards,
-    split_at_head,
-)
+from mft.causal_lm import FEW, decoder_layers, first_trainable_layer, replaced_forwards, split_at_head
 from mft.clones import clone_with_own_weights
 from mft.config import ModelConfig
 from mft.data import Splits, load_splits
@@ -111,8 +104,6 @@ def _remembered(
 ) -> PrefixMemory:
     """What the first ``depth`` layers of model make of every row; memory holds it of the first ``first`` already."""
     found, layers, outputs = PrefixMemory(), decoder_layers(model), list[Any]()
-    if has_dropout(model):
-        return found  # with dropout nothing is remembered
     device = next(model.parameters()).device
     few = take_rows(dataset, [0]).input_ids[:1, :FEW].to(device)
     prefix = FrozenPrefix(model, first, memory, split_at_head(model, few)[0])
