@@ -33,9 +33,8 @@ KERNELS_MAY_IMPORT = {"backends", "reference", "reference_step"}  # of mft_kerne
 RECIPE_LAYERS = (
     (
         *("atomic", "banked_linear", "cache", "checkpointing", "choices", "clones", "console", "corpus"),
-        *("header_corpus", "hub", "json_file", "moving", "problems", "progress", "quantized_weight", "randomness"),
-        *("run_lock", "simulate", "step_errors", "step_report", "token_loss"),
-        "yaml_file",
+        *("header_corpus", "hub", "json_file", "moving", "next_tokens", "problems", "progress", "quantized_weight"),
+        *("randomness", "run_lock", "simulate", "step_errors", "step_report", "token_loss", "yaml_file"),
     ),
     ("batches", "checkpoint", "export_file", "fetch", "fields", "linears", "shapes"),
     ("activations", "causal_lm", "config", "lora", "model_config", "setting", "harness"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mft.batches import MicroBatch, take_rows
 from mft.causal_lm import FEW, split_at_head
 from mft.engines import Device, start_engine
+from mft.next_tokens import check_next_tokens
 from mft.prefix import FrozenPrefix, PrefixMemory
 from mft.token_loss import count_labels, token_losses
 from mft_kernels import outdate
@@ -60,17 +61,19 @@ def evaluate(
         first, memory: the first ``first`` layers' outputs are remembered there, or taken from there (see FrozenPrefix).
         way, device: where the model's weights are meanwhile; see train_masks. first and memory belong to "plain".
         on_batch: called with the numbers of rows and of tokens after each batch.
-    Raises: ValueError if dataset scores no token.
+    Raises: ValueError if dataset scores no token, or the model predicts no next tokens, or has too few positions.
     """
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one row to evaluate, got 0")
+    first_row = take_rows(dataset, [0]).input_ids
+    check_next_tokens(model.config, type(model).__name__, first_row.shape[1])
     outdate()  # a figure is of the scores as they are, whoever has written them
     was_training = model.training
     model.eval()
     sums: dict[int, list[float]] = {}
     groups = [range(start, min(start + batch_size, len(dataset))) for start in range(0, len(dataset), batch_size)]
     batches = (take_rows(dataset, list(rows)) for rows in groups)
-    few = take_rows(dataset, [0]).input_ids[:1, :FEW].to(next(model.parameters()).device)
+    few = first_row[:, :FEW].to(next(model.parameters()).device)
     with torch.no_grad(), _runner(model, few, way, device, first, memory) as (hidden_of, head):
         for batch, hidden in hidden_of(batches):
             losses, correct = token_losses(head, hidden, batch.labels.to(hidden.device))

@@ -19,6 +19,7 @@ from mft.choices import nearest, nearest_path
 from mft.config import ModelConfig
 from mft.fetch import GGUF_SHA256, fetch_smollm2
 from mft.hub import hub_is_reachable
+from mft.next_tokens import check_next_tokens
 
 __all__ = ["SHORTHANDS", "fetch_smollm2", "load_model", "save_model", "smollm2_directory"]
 
@@ -31,12 +32,14 @@ SHORTHANDS = ("smollm2-135m",)
 _MODEL_FILES = re.compile(r".*\.safetensors|.*\.json|.*\.jinja|.*\.model|merges\.txt|.*\.md|\.gitattributes|LICENSE.*")
 
 
-def load_model(config: ModelConfig | str) -> tuple[Any, Any]:
+def load_model(config: ModelConfig | str, *, sequence_length: int | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) in config.dtype on the CPU, in eval mode; pad = eos where the tokenizer has no pad.
 
     A string is a name with the defaults of ModelConfig (bfloat16).
     A GGUF file is dequantised once and kept in the cache as an ordinary model directory.
-    Raises: ValueError if config.name is no causal language model that can be reached; it says what to do.
+    Args: sequence_length: of the rows that it is to read, for which it must have positions.
+    Raises: ValueError if config.name is no causal language model that can be reached, before its weights are loaded;
+        it says what to do.
     """
     if isinstance(config, str):
         config = ModelConfig(config)
@@ -58,8 +61,8 @@ def load_model(config: ModelConfig | str) -> tuple[Any, Any]:
             f"model.name must be a model that exists, got {name!r}: no such file or directory{nearest_path(path)}"
         )
     else:
-        return _from_hub(config)
-    return _load(str(source), config, local_files_only=True)
+        return _from_hub(config, sequence_length)
+    return _load(str(source), config, sequence_length, local_files_only=True)
 
 
 def smollm2_directory(dtype: str = "bfloat16") -> Path:
@@ -96,28 +99,28 @@ def save_model(model: Any, tokenizer: Any, directory: str | os.PathLike) -> Path
     return target
 
 
-def _load(source: str, config: ModelConfig, **options: Any) -> tuple[Any, Any]:
+def _load(source: str, config: ModelConfig, sequence_length: int | None, **options: Any) -> tuple[Any, Any]:
     options |= {"trust_remote_code": False}
     if config.revision is not None:
         options["revision"] = config.revision
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    with _loading(config, "model"):
+        architecture = transformers.AutoConfig.from_pretrained(source, **options)
+    check_next_tokens(architecture, config.name, sequence_length)
+    with _loading(config, "tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    what = " ".join(["causal language model", *(f"with {key}={value!r}" for key, value in attention.items())])
     model: Any
     info: Any
-    what = "tokenizer"
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        what = " ".join(["causal language model", *(f"with {key}={value!r}" for key, value in attention.items())])
-        with _quiet_progress():
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-                source,
-                dtype=getattr(torch, config.dtype),
-                use_safetensors=True,
-                output_loading_info=True,
-                **attention,
-                **options,
-            )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise ValueError(f"model.name {config.name!r} cannot be loaded as a {what}: {_first_lines(error)}") from error
+    with _loading(config, what), _quiet_progress():
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            source,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **attention,
+            **options,
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
@@ -127,6 +130,15 @@ def _load(source: str, config: ModelConfig, **options: Any) -> tuple[Any, Any]:
     if config.chat_template is not None:
         tokenizer.chat_template = read_chat_template(config.chat_template)
     return _prepared(model, tokenizer, config.name)
+
+
+@contextmanager
+def _loading(config: ModelConfig, what: str) -> Iterator[None]:
+    """A library's errors as one that names the model and what it cannot be loaded as."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"model.name {config.name!r} cannot be loaded as a {what}: {_first_lines(error)}") from error
 
 
 def read_chat_template(name: str) -> str:
@@ -158,7 +170,7 @@ def _prepared(model: Any, tokenizer: Any, name: str) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _from_hub(config: ModelConfig) -> tuple[Any, Any]:
+def _from_hub(config: ModelConfig, sequence_length: int | None) -> tuple[Any, Any]:
     name = config.name
     hint = nearest(name.rpartition("/")[2], SHORTHANDS)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
@@ -168,7 +180,7 @@ def _from_hub(config: ModelConfig) -> tuple[Any, Any]:
     online = hub_is_reachable()
     revision = "" if config.revision is None else f" at model.revision {config.revision!r}"
     try:
-        return _load(name, config, local_files_only=not online)
+        return _load(name, config, sequence_length, local_files_only=not online)
     except ValueError as error:
         if isinstance(error.__cause__, OSError) and not online:
             raise ValueError(

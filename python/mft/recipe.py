@@ -19,6 +19,7 @@ from mft.convert import masked_modules
 from mft.distributed import ALONE, Processes
 from mft.engines import Device, start_engine
 from mft.layer_engine import LayerEngine
+from mft.next_tokens import check_next_tokens
 from mft.plain import Plain
 from mft.prefix import PrefixMemory
 from mft.randomness import draws_at_random, seeded
@@ -98,19 +99,21 @@ def train_loop(
             may change them (of fp32 parameters: the .grad) and the parameters. Belongs to way "plain".
         saver: writes checkpoints, and may begin at one; on_step does not hear of the steps done before.
         processes: those that train together, each of which calls this with the same arguments; see distributed.py.
-    Raises: NonFiniteLoss, naming step, rows and documents; the step's gradients are not applied. RuntimeError for a
-        lack of memory, naming rows or layer.
+    Raises: ValueError if the model predicts no next tokens, or has too few positions. NonFiniteLoss, naming step, rows
+        and documents; the step's gradients are not applied. RuntimeError for a lack of memory, naming rows or layer.
     """
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one row to train on, got 0")
     if before_update is not None and way != "plain":
         raise ValueError(f"before_update must be None unless way is plain, whose gradients it may change, got {way!r}")
     processes.check(train, way)
+    first_row = take_rows(dataset, [0]).input_ids
+    check_next_tokens(model.config, type(model).__name__, first_row.shape[1])
     steps = count_steps(train, len(dataset))
     if remember and memory is None and steps * train.batch_size * train.accumulation > len(dataset):
         memory = PrefixMemory()
     memory = memory if remember else None
-    few = take_rows(dataset, [0]).input_ids[:1, :FEW].to(next(model.parameters()).device)
+    few = first_row[:, :FEW].to(next(model.parameters()).device)
     processes.check_model(model, few)
     stream = _row_numbers(len(dataset), train.seed)
     reports: list[StepReport] = []

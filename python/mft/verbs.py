@@ -79,7 +79,7 @@ def run_evaluate(config: RunConfig, masks: Path | None, split: str, *, force: bo
     if split not in ("validation", "test"):
         raise ValueError(f"--split must be validation or test, got {split!r}")
     stages = _Stages(config.model, masks, unquantized=unquantized)
-    model, tokenizer = _load(config.model)
+    model, tokenizer = _load(config.model, config.data.sequence_length)
     dataset = getattr(_load_data(config, tokenizer), split)
     recorder = Recorder(progress=Progress(console))
     results = {
@@ -119,7 +119,7 @@ def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> 
     """mft sensitivity"""
     check_exact(config.model, "sensitivity")
     check_run_directory(config.output_dir, overwrite=overwrite)
-    model, tokenizer = _load(config.model)
+    model, tokenizer = _load(config.model, config.data.sequence_length)
     splits = _load_data(config, tokenizer)
     groups = kind_groups(model, config.mask) if size is None else layer_groups(model, config.mask, size=size)
     directory = open_run(config.output_dir, config, overwrite=overwrite)
@@ -143,7 +143,7 @@ def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> 
 def _finetune(config: RunConfig, start: Start, processes: Processes) -> None:
     processes.check(config.train, "plain")
     found = _check_start(config, start, processes)
-    model, tokenizer = _load(config.model)
+    model, tokenizer = _load(config.model, config.data.sequence_length)
     splits = _load_data(config, tokenizer)
     processes.agree({"data": splits.key})
     with _running(config, start, found, processes) as (directory, recorder):
@@ -164,7 +164,7 @@ def _train(config: RunConfig, start: Start, processes: Processes) -> None:
     plan = _plan(config, found, processes)
     say(plan.reason)
     kind = config.model.quantization = plan.quantization
-    model, tokenizer = load_model(config.model)
+    model, tokenizer = load_model(config.model, sequence_length=config.data.sequence_length)
     if plan.way == "plain":
         model.to(plan.device)
     splits = _load_data(config, tokenizer)
@@ -314,9 +314,9 @@ def _saver(
     return Saver(root, minutes, found, facts=facts, force=start.force, **options)
 
 
-def _load(config: ModelConfig) -> tuple[Any, Any]:
-    """(model, tokenizer), the model on the GPU if there is one."""
-    model, tokenizer = load_model(config)
+def _load(config: ModelConfig, sequence_length: int | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of load_model, the model on the GPU if there is one."""
+    model, tokenizer = load_model(config, sequence_length=sequence_length)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 from tiny import make_llama, make_rows, masked_llama
+from transformers import BertConfig, BertLMHeadModel
 
 from mft import fit
 from mft.bases import check_exact
@@ -175,6 +176,28 @@ def training_masks_that_are_not_there():
 )
 def training_a_frozen_model():
     train_loop(make_llama().requires_grad_(False), make_rows(), steps())
+
+
+@refused(
+    ValueError,
+    where="data.sequence_length",
+    got="got 12",
+    rule="must be at most 8, as many positions as 'LlamaForCausalLM' has",
+    remedy="set data.sequence_length=8 or less, or a rope scaling that reaches further in its config.json",
+)
+def training_on_rows_longer_than_the_model_reads():
+    finetune(make_llama(max_position_embeddings=8), make_rows(), steps())
+
+
+@refused(
+    ValueError,
+    where="model.name",
+    got="got 'BertLMHeadModel': a model of type bert with is_decoder false",
+    rule="must be a causal language model",
+    remedy="name a decoder, or set is_decoder to true in its config.json if it is one",
+)
+def training_a_masked_language_model_on_next_tokens():
+    finetune(BertLMHeadModel(BertConfig(num_hidden_layers=1)), make_rows(), steps())
 
 
 @refused(ValueError, where="way", got="'fast'", rule="must be one of plain, resident, quantized, layerwise")

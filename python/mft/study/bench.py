@@ -32,7 +32,8 @@ class Bench:
 
     def __init__(self, study: StudyConfig, base: ModelConfig) -> None:
         self.study = study
-        self.base, self.tokenizer = load_model(base)
+        longest = max(data.sequence_length for data in study.domains.values())
+        self.base, self.tokenizer = load_model(base, sequence_length=longest)
         self.base.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
         self.model: Any = self.base
         self._begun: tuple[str, Path | None] | None = None
