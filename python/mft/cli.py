@@ -52,6 +52,9 @@ Resume = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Resume although configuration, data or base have changed.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run that output_dir holds.")]
 
+BaseModel = Annotated[str | None, typer.Option(help="The base; by default the one that the masks were learned on.")]
+BaseDtype = Annotated[str | None, typer.Option(help="Of the base; by default as the masks were learned.")]
+
 
 @app.command()
 def finetune(
@@ -106,10 +109,16 @@ def evaluate(
         bool, typer.Option("--unquantized", help="On exact weights, also if the masks were learned on quantised ones.")
     ] = False,
 ) -> None:
-    """Held-out loss and accuracy, or the tasks of --lm-eval; with --masks both without them and with them."""
-    from mft.verbs import run_evaluate, run_lm_eval
+    """Held-out loss and accuracy, or the tasks of --lm-eval; with --masks both without them and with them.
 
-    run_config = _read(config, overrides, sets)
+    Without --config, masks are evaluated on the base and the data of their run; overrides win.
+    """
+    from mft.verbs import masks_config, run_evaluate, run_lm_eval
+
+    if config is None and masks is not None:
+        run_config = masks_config(masks, [*(overrides or []), *(sets or [])])
+    else:
+        run_config = _read(config, overrides, sets)
     if lm_eval is not None:
         run_lm_eval(
             run_config,
@@ -209,8 +218,8 @@ def plot(
 def merge(
     masks: Annotated[Path, typer.Argument(help="An output_dir of mft train, or its masks/.")],
     output: Annotated[Path, typer.Argument(help="Where the ordinary model goes.")],
-    model: Annotated[str | None, typer.Option(help="The base; by default the one that the masks name.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the base.")] = "bfloat16",
+    model: BaseModel = None,
+    dtype: BaseDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
 ) -> None:
     """Bake masks into the weights: kept ones bit-equal, dropped ones +0."""
@@ -222,8 +231,8 @@ def merge(
 @app.command()
 def inspect(
     masks: Annotated[Path, typer.Argument(help="An output_dir of mft train, or its masks/.")],
-    model: Annotated[str | None, typer.Option(help="The base; by default the one that the masks name.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the base.")] = "bfloat16",
+    model: BaseModel = None,
+    dtype: BaseDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
 ) -> None:
     """Each layer's kept share, flips since initialisation and overlap with the magnitude mask."""
@@ -235,8 +244,8 @@ def inspect(
 @app.command()
 def verify(
     directory: Annotated[Path, typer.Argument(help="An output_dir, its masks/, or one of its checkpoints.")],
-    model: Annotated[str | None, typer.Option(help="The base; by default the one that the masks name.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the base.")] = "bfloat16",
+    model: BaseModel = None,
+    dtype: BaseDtype = None,
     base: Annotated[bool, typer.Option("--base/--no-base", help="Whether to load the base and compare it.")] = True,
 ) -> None:
     """Whether masks and checkpoints are whole, and the base is the one that the masks were learned on."""
@@ -262,8 +271,8 @@ def import_masks(
 def export_masks(
     masks: Annotated[Path, typer.Argument(help="An output_dir of mft train, or its masks/.")],
     output: Annotated[Path, typer.Argument(help="The new masks.pt.")],
-    model: Annotated[str | None, typer.Option(help="The base; by default the one that the masks name.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the base.")] = "bfloat16",
+    model: BaseModel = None,
+    dtype: BaseDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
 ) -> None:
     """Masks in the form of the paper's code."""

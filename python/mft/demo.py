@@ -5,6 +5,7 @@ Full fine-tune, masks and their baselines, test table, merge, reload with plain 
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mft.progress import Progress
 from mft.recipe import finetune
 from mft.recorder import Recorder
 from mft.report import console_table, remarks, verdict, write_report
-from mft.run_directory import MASKS, METRICS, MODEL, PLOT, TABLE_MARKDOWN, open_run
+from mft.run_directory import BASE, MASKS, METRICS, MODEL, PLOT, TABLE_MARKDOWN, next_steps, open_run
 
 MODEL_NAME = "smollm2-135m"
 DATA = DataConfig(source="stdlib", sequence_length=256, max_train_tokens=96 * 256, max_eval_tokens=64 * 256)
@@ -44,22 +45,23 @@ def run_demo(
 ) -> Comparison:
     """Run all phases; their files go to output. recorder_of is what records a phase."""
     console, begin = Console(), time.perf_counter()
-    config = RunConfig(
-        ModelConfig(MODEL_NAME, dtype=faster_dtype()), DATA, MASK, MASK_TRAIN, output_dir=str(output), memory="plain"
-    )
+    start = ModelConfig(MODEL_NAME, dtype=faster_dtype())
+    tuned = replace(start, name=str(output / BASE))  # what the masks are for, and so the model of their run
+    config = RunConfig(tuned, DATA, MASK, MASK_TRAIN, output_dir=str(output), memory="plain")
     directory = open_run(output, config, overwrite=overwrite)
     recorder = recorder_of(directory, Progress(console))
 
-    _say(console, f"1. Load {MODEL_NAME} in {config.model.dtype}, and the standard library's source")
-    base, tokenizer = load_model(config.model)
+    _say(console, f"1. Load {MODEL_NAME} in {start.dtype}, and the standard library's source")
+    base, tokenizer = load_model(start)
     splits = load_splits(config.data, tokenizer)
     for note in splits.notes:
         console.print(f"   {note}", style="dim", highlight=False, soft_wrap=True)
 
     _say(console, f"2. Full fine-tune: all {sum(p.numel() for p in base.parameters()):,} weights, rate annealed to 0")
-    model, _ = load_model(config.model)
+    model, _ = load_model(start)
     with recorder.training("full fine-tune", splits.train, FULL) as on_step:
         finetune(model, splits.train, FULL, on_step=on_step)
+    save_model(model, tokenizer, directory / BASE)
 
     _say(
         console,
@@ -70,7 +72,7 @@ def run_demo(
         model, splits, MASK, MASK_TRAIN, mask_lrs=MASK_LRS, control_lrs=CONTROL_LRS, base=base, recorder=recorder
     )
     comparison.notes.append(KEEP_RATIO_NOTE)
-    save_masks(comparison.masked, directory / MASKS, base_model_name_or_path="the demo's full fine-tune")
+    save_masks(comparison.masked, directory / MASKS, base_model_name_or_path=config.model.name)
     write_report(comparison, directory, recorder.curves, splits.notes)
     console.print(console_table(comparison))
     console.print(verdict(comparison), style="bold", highlight=False, soft_wrap=True)
@@ -90,10 +92,14 @@ def run_demo(
         (TABLE_MARKDOWN, "the table above"),
         (PLOT, "training curves and differences"),
         (METRICS, "every step and evaluation"),
+        (f"{BASE}/", "the full fine-tune, which the masks are for"),
         (f"{MASKS}/", "the masks, 1 bit a weight"),
         (f"{MODEL}/", "the merged model, for AutoModelForCausalLM.from_pretrained"),
     ):
         console.print(f"   {name:<14} {what}", highlight=False)
+    console.print("Next:", highlight=False)
+    for command in next_steps(directory):
+        console.print(f"   {command}", highlight=False, soft_wrap=True)
     return comparison
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from rich.table import Column, Table
 
+from mft.bases import config_of_run, learned_base
 from mft.config import ModelConfig, load_config
 from mft.console import console, say
 from mft.convert import mask_model, masked_modules, merge_model
@@ -16,7 +17,7 @@ from mft.run_directory import CONFIG, masks_directory
 from mft.verify import check_base, verify_directory
 
 
-def run_merge(masks: Path, output: Path, model_name: str | None, dtype: str, *, force: bool) -> None:
+def run_merge(masks: Path, output: Path, model_name: str | None, dtype: str | None, *, force: bool) -> None:
     """mft merge"""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output must be a new or empty directory, got {output}")
@@ -35,22 +36,21 @@ def run_merge(masks: Path, output: Path, model_name: str | None, dtype: str, *, 
         )
 
 
-def run_inspect(masks: Path, model_name: str | None, dtype: str, *, force: bool) -> None:
+def run_inspect(masks: Path, model_name: str | None, dtype: str | None, *, force: bool) -> None:
     """mft inspect"""
     directory = masks_directory(masks)
-    run_config, initial = directory.parent / CONFIG, None
+    run_config, initial = config_of_run(directory), None
     model, _ = _base_of(directory, model_name, dtype)
-    if run_config.is_file():
+    if run_config is not None:
         # Scores begin as a function of configuration, layer name and weight alone, so the first masks can be remade.
-        initial = initial_masks(mask_model(model, load_config(str(run_config)).mask))
-        model, _ = _base_of(directory, model_name, dtype)
+        initial = initial_masks(mask_model(model, load_config(run_config).mask))
     load_masks(model, directory, force=force)
     console.print(_mask_table(mask_statistics(model, initial)))
     if initial is None:
-        say(f"flips are unknown: no {run_config} tells how the scores began")
+        say(f"flips are unknown: no {CONFIG} of the run beside {directory} tells how the scores began")
 
 
-def run_verify(directory: Path, model_name: str | None, dtype: str, *, base: bool) -> None:
+def run_verify(directory: Path, model_name: str | None, dtype: str | None, *, base: bool) -> None:
     """mft verify"""
     for found in verify_directory(directory):
         say(f"{found.kind} {found.path}: {found.words}")
@@ -68,7 +68,7 @@ def run_import_masks(path: Path, output: Path, model_name: str, dtype: str) -> N
     say(f"{len(masked_modules(model))} masks of {path} on {model_name}: {output}")
 
 
-def run_export_masks(masks: Path, output: Path, model_name: str | None, dtype: str, *, force: bool) -> None:
+def run_export_masks(masks: Path, output: Path, model_name: str | None, dtype: str | None, *, force: bool) -> None:
     """mft export-masks"""
     if output.exists():
         raise ValueError(f"output must be a new file, got {output}")
@@ -82,12 +82,11 @@ def run_export_masks(masks: Path, output: Path, model_name: str | None, dtype: s
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _base_of(directory: Path, model_name: str | None, dtype: str):
+def _base_of(directory: Path, model_name: str | None, dtype: str | None):
     """(model, tokenizer) that the masks in directory are for."""
-    name = model_name or read_export(directory)[0].base_model_name_or_path
-    if name is None:
-        raise ValueError(f"--model must name the base, {directory} does not")
-    return load_model(ModelConfig(name=name, dtype=dtype))
+    config, words = learned_base(directory, model_name, dtype)
+    say(words)
+    return load_model(config)
 
 
 def _mask_table(rows: list[MaskStatistics]) -> Table:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ CONFIG, METRICS, PLOT = "config.yaml", "metrics.jsonl", "plot.png"
 TABLE_MARKDOWN, TABLE_JSON = "table.md", "table.json"
 ABLATION = "ablation.png"
 MASKS, MODEL, CHECKPOINTS = "masks", "model", "checkpoints"
-_OURS = {CONFIG, METRICS, PLOT, TABLE_MARKDOWN, TABLE_JSON, MASKS, MODEL, CHECKPOINTS}
+BASE = "base"  # what the demo's masks are for: its full fine-tune
+_OURS = {BASE, CONFIG, METRICS, PLOT, TABLE_MARKDOWN, TABLE_JSON, MASKS, MODEL, CHECKPOINTS}
 
 
 def check_run_directory(directory: str | os.PathLike, *, overwrite: bool = False) -> None:
@@ -52,6 +54,12 @@ def open_run(directory: str | os.PathLike, config: RunConfig, *, overwrite: bool
 def masks_directory(path: Path) -> Path:
     """masks/ of a run, or the directory itself."""
     return path / MASKS if (path / MASKS).is_dir() else path
+
+
+def next_steps(directory: Path) -> list[str]:
+    """What is done with the masks of a finished run, as commands that work as they stand."""
+    run, merged = shlex.quote(str(directory)), shlex.quote(f"{directory}-merged")
+    return [f"mft inspect {run}", f"mft evaluate --masks {run} --split test", f"mft merge {run} {merged}"]
 
 
 class MetricsFile:

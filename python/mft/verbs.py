@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mft.bases import base_words, check_exact, evaluated_base, keeping_all
+from mft.bases import base_words, check_exact, evaluated_base, evaluated_config, keeping_all
 from mft.checkpoint import Checkpoint
 from mft.config import ModelConfig, RunConfig, save_config
 from mft.console import console, say
@@ -44,6 +44,7 @@ from mft.run_directory import (
     TABLE_MARKDOWN,
     check_run_directory,
     masks_directory,
+    next_steps,
     open_run,
 )
 from mft.run_lock import hold
@@ -72,6 +73,13 @@ def run_train(config: RunConfig, start: Start) -> None:
     """mft train"""
     with joined() as processes:
         _train(config, start, processes)
+
+
+def masks_config(masks: Path, overrides: Sequence[str]) -> RunConfig:
+    """The base and the data of the run that wrote masks, with overrides; says where they were found."""
+    config, words = evaluated_config(masks_directory(masks), overrides)
+    say(words)
+    return config
 
 
 def run_evaluate(config: RunConfig, masks: Path | None, split: str, *, force: bool, unquantized: bool) -> None:
@@ -210,7 +218,8 @@ def _train(config: RunConfig, start: Start, processes: Processes) -> None:
             f"{100 * flip_share(model, initial):.2f} % of the mask's bits flipped since initialisation", highlight=False
         )
         _finish(directory, recorder, before, after, directory / MASKS)
-    say(f"next: mft inspect {directory}, or mft merge {directory} <directory>")
+    for line in ("next:", *next_steps(directory)):
+        say(line)
 
 
 def _plan(config: RunConfig, found: Checkpoint | None, processes: Processes) -> Plan:

@@ -1,0 +1,132 @@
+"""What mft train and mft demo print as next steps works as printed, wherever it is typed and wherever the base lies."""
+
+import json
+import re
+import shlex
+import shutil
+
+import pytest
+from test_cli import LEARN, cli, model_dir  # noqa: F401
+from tiny import make_llama
+from typer.testing import CliRunner
+
+import mft.demo
+from mft.cli import app
+from mft.config import DataConfig, MaskConfig, TrainConfig, load_config
+from mft.models import load_model
+
+
+def printed_commands(output):
+    """The verbs and arguments of the lines that are commands."""
+    return [shlex.split(line)[1:] for line in re.findall(r"^ *(mft .*?) *$", output, re.MULTILINE)]
+
+
+def mft_runs(*arguments):
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_what_train_prints_works_as_printed(cli, model_dir, tmp_path):  # noqa: F811
+    code, output = cli("train", *LEARN, "output_dir=runs/a b")  # the tiny model in float32
+    assert code == 0, output
+    commands = printed_commands(output)
+    assert [command[0] for command in commands] == ["inspect", "evaluate", "merge"]
+    told = f"from runs/a b/config.yaml unless given: base {model_dir} in float32"
+    for command in commands:
+        assert told in mft_runs(*command)
+    assert "data data.jsonl" in mft_runs(*commands[1])
+    assert load_model("runs/a b-merged")[0].config.num_hidden_layers == 4
+    assert "agrees" in mft_runs("verify", "runs/a b")
+
+
+def test_what_is_given_wins(cli, model_dir, tmp_path, monkeypatch):  # noqa: F811
+    assert cli("train", *LEARN)[0] == 0
+    code, output = cli("inspect", "run", "--dtype", "bfloat16")
+    assert code == 2
+    assert "The model's weights are bfloat16, those were float32" in output
+    make_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "other")
+    code, output = cli("verify", "run", "--model", str(tmp_path / "other"))
+    assert code == 2
+    assert f"base {tmp_path}/other in float32" in output.replace("\n", "")
+    shutil.copy(tmp_path / "data.jsonl", tmp_path / "more.jsonl")
+    assert "data more.jsonl" in mft_runs("evaluate", "--masks", "run", "data.source=more.jsonl")
+
+
+def test_relative_paths_are_those_of_the_run_wherever_it_is_used(cli, model_dir, tmp_path, monkeypatch):  # noqa: F811
+    shutil.copytree(model_dir, tmp_path / "base")
+    assert cli("train", *LEARN, "model.name=base", "output_dir=runs/x")[0] == 0
+    (tmp_path / "else" / "base").mkdir(parents=True)  # of the same name, and no model
+    monkeypatch.chdir(tmp_path / "else")
+    assert f"base {tmp_path}/base in float32" in mft_runs("verify", tmp_path / "runs" / "x")
+    output = mft_runs("evaluate", "--masks", tmp_path / "runs" / "x")
+    assert f"data {tmp_path}/data.jsonl" in output
+    monkeypatch.chdir(tmp_path / "runs" / "x" / "masks")
+    assert f"base {tmp_path}/base in float32" in mft_runs("verify", ".")
+
+
+def test_masks_without_their_run_name_base_and_dtype_themselves(cli, model_dir, tmp_path):  # noqa: F811
+    assert cli("train", *LEARN)[0] == 0
+    shutil.move(tmp_path / "run" / "masks", tmp_path / "alone")
+    told = f"from the masks in alone unless given: base {model_dir} in float32"
+    assert told in mft_runs("verify", "alone")
+    assert f"{told}; data: data.jsonl" in mft_runs(
+        "evaluate", "--masks", "alone", "data.source=data.jsonl", "data.sequence_length=12"
+    )
+    # A config.yaml that happens to lie there and is of another model is no word on these masks.
+    shutil.move(tmp_path / "alone", tmp_path / "masks")
+    (tmp_path / "config.yaml").write_text("model: {name: another}\n")
+    assert f"from the masks in masks unless given: base {model_dir}" in mft_runs("verify", "masks")
+
+
+def test_a_revision_is_that_of_the_run_and_not_of_another_base(cli, model_dir, tmp_path):  # noqa: F811
+    from mft.bases import learned_base
+
+    assert cli("train", *LEARN)[0] == 0
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("revision: null", "revision: v2"))
+    assert learned_base(tmp_path / "run" / "masks")[0].revision == "v2"
+    assert learned_base(tmp_path / "run" / "masks", "elsewhere")[0].revision is None
+
+
+@pytest.fixture
+def tiny_demo(model_dir, tmp_path, monkeypatch):  # noqa: F811
+    """The demo on the tiny model, of which one layer is masked at one rate."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
+    lines = [json.dumps({"text": " ".join(str(1 + (i * 7 + j) % 60) for j in range(20))}) for i in range(60)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
+    train = TrainConfig(lr=1e-2, steps=2, batch_size=2)
+    for name, value in {
+        "MODEL_NAME": str(model_dir),
+        "DATA": DataConfig(source="data.jsonl", sequence_length=12),
+        "FULL": train,
+        "LAYERS": [3],
+        "MASK": MaskConfig(layers_to_transform=[3], keep_ratio=0.9, init="magnitude"),
+        "MASK_TRAIN": train,
+        "MASK_LRS": (1e-2,),
+        "CONTROL_LRS": (1e-3,),
+        "_generate": lambda *arguments: "print()",
+    }.items():
+        monkeypatch.setattr(mft.demo, name, value)
+    return tmp_path
+
+
+def test_what_the_demo_leaves_can_be_used_as_it_prints(tiny_demo, monkeypatch):
+    output = mft_runs("demo")
+    commands = printed_commands(output)
+    assert [command[0] for command in commands] == ["inspect", "evaluate", "merge"]
+    for command in [*commands, ["verify", "runs/demo"]]:
+        told = mft_runs(*command)
+        assert "from runs/demo/config.yaml unless given: base runs/demo/base in " in told
+    assert "flips are unknown" not in mft_runs(*commands[0])
+    config = load_config(tiny_demo / "runs" / "demo" / "config.yaml")
+    assert config.model.name == "runs/demo/base"
+    shutil.move(tiny_demo / "runs" / "demo", tiny_demo / "elsewhere")
+    monkeypatch.chdir("/")
+    assert f"base {tiny_demo}/elsewhere/base in " in mft_runs("verify", tiny_demo / "elsewhere")
+    monkeypatch.chdir(tiny_demo)
+    shutil.move(tiny_demo / "elsewhere", tiny_demo / "runs" / "demo")
+    mft_runs("demo")  # deletes the old one, its base too
