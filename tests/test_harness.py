@@ -26,7 +26,7 @@ def tasks_dir(tmp_path):
 
 
 def test_the_masked_model_is_what_is_scored(tiny_llama, tokenizer, tasks_dir):
-    tasks = load_tasks(["sums_choice", "sums_likelihood"], tasks_dir=tasks_dir)
+    tasks = load_tasks(["sums_choice", "sums_likelihood"], tasks_dir=tasks_dir, run_task_code=True)
     found = []
     for masked in (False, True):
         if masked:
@@ -46,7 +46,7 @@ def test_scoring_leaves_mode_masks_and_logger_as_found(tiny_llama, tokenizer, ta
     model = mask_model(tiny_llama, MASK).train()
     caplog.set_level(17, logger="lm_eval")
     scores = {name: module.scores.detach().clone() for name, module in masked_modules(model).items()}
-    score_tasks(model, tokenizer, load_tasks(["sums_choice"], tasks_dir=tasks_dir), limit=2)
+    score_tasks(model, tokenizer, load_tasks(["sums_choice"], tasks_dir=tasks_dir, run_task_code=True), limit=2)
     assert model.training
     assert logging.getLogger("lm_eval").level == 17
     assert all(torch.equal(module.scores, scores[name]) for name, module in masked_modules(model).items())
@@ -54,7 +54,7 @@ def test_scoring_leaves_mode_masks_and_logger_as_found(tiny_llama, tokenizer, ta
 
 
 def test_a_limit_takes_only_so_many_documents(tiny_llama, tokenizer, tasks_dir):
-    tasks = load_tasks(["sums_choice"], tasks_dir=tasks_dir)
+    tasks = load_tasks(["sums_choice"], tasks_dir=tasks_dir, run_task_code=True)
     assert [score.samples for score in score_tasks(tiny_llama, tokenizer, tasks, limit=4)] == [4]
     with pytest.raises(ValueError, match="--limit must be at least 1, got 0"):
         score_tasks(tiny_llama, tokenizer, tasks, limit=0)
@@ -62,7 +62,9 @@ def test_a_limit_takes_only_so_many_documents(tiny_llama, tokenizer, tasks_dir):
 
 def test_sixteen_bit_logits_are_compared_in_fp32(tiny_llama, tokenizer, tasks_dir):
     model = tiny_llama.bfloat16()
-    (score,) = score_tasks(model, tokenizer, load_tasks(["sums_likelihood"], tasks_dir=tasks_dir), batch_size=1)
+    (score,) = score_tasks(
+        model, tokenizer, load_tasks(["sums_likelihood"], tasks_dir=tasks_dir, run_task_code=True), batch_size=1
+    )
     for question in QUESTIONS:
         question["exact"] = log_likelihood_in_fp32(model, tokenizer, question["question"], question["answers"][0])
     expected = math.exp(-sum(question.pop("exact") for question in QUESTIONS) / len(QUESTIONS))
@@ -83,7 +85,7 @@ def test_evaluate_prints_and_writes_the_scores_without_and_with_masks(tiny_llama
     expected = expected_scores(tiny_llama, tokenizer)
     save_masks(mask_model(tiny_llama, MASK), masks, base_model_name_or_path=str(model_dir))
     arguments = [f"model.name={model_dir}", "model.dtype=float32", "--masks", str(masks), "--output", str(output)]
-    arguments += ["--lm-eval", "sums_choice,sums_likelihood", "--lm-eval-tasks", str(tasks_dir)]
+    arguments += ["--lm-eval", "sums_choice,sums_likelihood", "--lm-eval-tasks", str(tasks_dir), "--run-task-code"]
     result = CliRunner().invoke(app, ["evaluate", *arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "base: exact weights" in result.output
@@ -96,10 +98,32 @@ def test_evaluate_prints_and_writes_the_scores_without_and_with_masks(tiny_llama
     assert f"{masked['sums_choice']:.4f} ± " in result.output
 
 
+@pytest.mark.parametrize("way", ["function", "template"])
+def test_task_files_run_their_code_only_with_leave(tasks_dir, tmp_path, way):
+    mark, path = tmp_path / "ran", tasks_dir / "choice.yaml"
+    if way == "function":
+        (tasks_dir / "own").mkdir()
+        (tasks_dir / "own" / "utils.py").write_text(f"open({str(mark)!r}, 'w').close()\nsame = lambda docs: docs\n")
+        path.write_text(path.read_text() + "process_docs: !function own.utils.same\n")
+    else:
+        call = f"cycler.__init__.__globals__.os.makedirs({str(mark)!r}, exist_ok=True)"
+        template = 'doc_to_text: "{{question}}'
+        path.write_text(path.read_text().replace(template, f"{template}{{{{ {call} or '' }}}}"))
+    with pytest.raises(ValueError, match="--lm-eval-tasks must come with --run-task-code") as refused:
+        load_tasks(["sums_choice"], tasks_dir=tasks_dir)
+    assert not mark.exists()
+    files = "own/utils.py, choice.yaml, likelihood.yaml" if way == "function" else "choice.yaml, likelihood.yaml"
+    assert f"got {tasks_dir} alone: task files are programs, {files} would run on this machine" in str(refused.value)
+    load_tasks(["sums_choice"], tasks_dir=tasks_dir, run_task_code=True)
+    assert mark.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--limit", "3"], "--limit must come with --lm-eval, got 3 alone"),
+        (["--lm-eval", "gsm8k", "--run-task-code"], "--run-task-code must come with --lm-eval-tasks, got it alone"),
+        (["--lm-eval", "gsm8k", "--lm-eval-tasks", "."], "--lm-eval-tasks must come with --run-task-code, got . alone"),
         (["--lm-eval", ""], "--lm-eval must be names of tasks with commas between them, got "),
         (
             ["--lm-eval", "gsm8k", "--output", "nowhere/scores.json"],

@@ -99,6 +99,9 @@ def evaluate(
     lm_eval_tasks: Annotated[
         Path | None, typer.Option("--lm-eval-tasks", help="A directory of your own task files.")
     ] = None,
+    run_task_code: Annotated[
+        bool, typer.Option("--run-task-code", help="Those files may run what they hold, on this machine.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(help="Only so many documents of each task.")] = None,
     run_generated_code: Annotated[
         bool, typer.Option("--run-generated-code", help="Tasks may run what the model wrote, on this machine.")
@@ -119,12 +122,15 @@ def evaluate(
         run_config = masks_config(masks, [*(overrides or []), *(sets or [])])
     else:
         run_config = _read(config, overrides, sets)
+    if run_task_code and lm_eval_tasks is None:
+        raise ValueError("--run-task-code must come with --lm-eval-tasks, got it alone")
     if lm_eval is not None:
         run_lm_eval(
             run_config,
             masks,
             [name.strip() for name in lm_eval.split(",")],
             tasks_dir=lm_eval_tasks,
+            run_task_code=run_task_code,
             limit=limit,
             run_code=run_generated_code,
             output=output,

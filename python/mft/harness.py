@@ -21,6 +21,9 @@ from mft.fields import check_rule
 _ALLOW_CODE = "HF_ALLOW_CODE_EVAL"  # what the metric of code tasks asks for before it runs anything
 
 
+_SHOWN = 5  # files that a message lists
+
+
 @dataclass(frozen=True)
 class TaskScore:
     """One metric of one task, or of a group of tasks."""
@@ -41,19 +44,27 @@ class LoadedTasks:
     run_code: bool
 
 
-def load_tasks(names: Sequence[str], *, tasks_dir: Path | None = None, run_code: bool = False) -> LoadedTasks:
+def load_tasks(
+    names: Sequence[str], *, tasks_dir: Path | None = None, run_task_code: bool = False, run_code: bool = False
+) -> LoadedTasks:
     """Find tasks, groups or tags by name, and load their data, so that what is missing shows before a model is run.
 
     Args:
         tasks_dir: a directory of the user's own task files (*.yaml), which go before lm-eval's of the same name.
+        run_task_code: they may run: what !function names is Python, and so is what a template or a metric calls.
         run_code: tasks such as humaneval may run what the model wrote, on this machine.
-    Raises: ValueError for an unknown task, one that runs code without leave, or data that cannot be loaded;
+    Raises: ValueError for an unknown task, code that has no leave to run, or data that cannot be loaded;
         RuntimeError without lm-eval.
     """
     names = list(dict.fromkeys(names))
     check_rule(bool(names) and all(names), "--lm-eval", "be names of tasks with commas between them", ",".join(names))
     if tasks_dir is not None and not tasks_dir.is_dir():
         raise ValueError(f"--lm-eval-tasks must be a directory of task files, got {tasks_dir}{nearest_path(tasks_dir)}")
+    if tasks_dir is not None and not run_task_code:
+        raise ValueError(
+            f"--lm-eval-tasks must come with --run-task-code, got {tasks_dir} alone: task files are programs, "
+            f"{_programs(tasks_dir)} would run on this machine: pass it if you trust whoever wrote them"
+        )
     manager = _find_tasks(names, tasks_dir)
     if run_code:
         os.environ[_ALLOW_CODE] = "1"
@@ -157,6 +168,15 @@ def _find_tasks(names: list[str], tasks_dir: Path | None) -> Any:
                 f"got {name!r}{close or '; lm_eval ls tasks lists them'}"
             )
     return manager
+
+
+def _programs(tasks_dir: Path) -> str:
+    """The files that lm-eval may run: templates are unrestricted Jinja, so every task file is one of them."""
+    names = [
+        str(path.relative_to(tasks_dir)) for kind in ("py", "yaml") for path in sorted(tasks_dir.rglob(f"*.{kind}"))
+    ]
+    more = len(names) - _SHOWN
+    return (", ".join(names[:_SHOWN]) or "what is put there") + (f" and {more} more" if more > 0 else "")
 
 
 def _runs_code(name: str) -> ValueError:

@@ -103,6 +103,7 @@ def run_lm_eval(
     names: Sequence[str],
     *,
     tasks_dir: Path | None,
+    run_task_code: bool,
     limit: int | None,
     run_code: bool,
     output: Path | None,
@@ -113,7 +114,7 @@ def run_lm_eval(
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise ValueError(f"--output must be a file in a directory that exists, got {output}")
     stages = _Stages(config.model, masks, unquantized=unquantized)
-    tasks = load_tasks(names, tasks_dir=tasks_dir, run_code=run_code)
+    tasks = load_tasks(names, tasks_dir=tasks_dir, run_task_code=run_task_code, run_code=run_code)
     model, tokenizer = _load(config.model)
     results = {name: score_tasks(model, tokenizer, tasks, limit=limit) for name in stages.reached(model, force=force)}
     console.print(task_table(results))

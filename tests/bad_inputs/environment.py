@@ -312,6 +312,18 @@ def benchmarks_without_lm_eval(patch):
     harness.load_tasks(["gsm8k"])
 
 
+@refused(
+    ValueError,
+    where="--lm-eval-tasks",
+    got="/tmp/dir alone: task files are programs, sums.yaml would run on this machine",
+    rule="must come with --run-task-code",
+    remedy="pass it if you trust whoever wrote them",
+)
+def task_files_without_leave_to_run(tmp):
+    (tmp / "sums.yaml").write_text("task: sums\nprocess_docs: !function utils.docs\n")
+    harness.load_tasks(["sums"], tasks_dir=tmp)
+
+
 # ---------------------------------------------------------------------------------------------- disks and networks
 
 
