@@ -4,8 +4,10 @@ import itertools
 import json
 import random
 import re
+import socket
 import time
 
+import datasets
 import numpy
 import pyarrow
 import pyarrow.parquet
@@ -19,6 +21,7 @@ from mft.corpus import EXCLUDED_DIRECTORIES, stdlib_files
 from mft.data import load_splits
 from mft.examples import IGNORED, Documents, Encoded, open_documents
 from mft.header_corpus import header_files
+from mft.record_files import find_splits
 from mft.records import Records, open_source
 from mft.rows import build_rows
 
@@ -311,8 +314,7 @@ def test_parquet_gives_the_rows_of_the_same_jsonl(tokenizer, write, tmp_path):
     assert (one.train[:], one.test[:]) == (two.train[:], two.test[:])
 
 
-def test_a_directory_gives_its_own_splits(tokenizer, write, tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+def test_a_directory_gives_its_own_splits(tokenizer, write, tmp_path):
     write(chats(20), "set/train.jsonl")
     write(chats(3), "set/test.jsonl")
     write(chats(4), "set/validation.jsonl")
@@ -321,7 +323,9 @@ def test_a_directory_gives_its_own_splits(tokenizer, write, tmp_path, monkeypatc
     assert [len(split) for split in (splits.train, splits.validation, splits.test)] == [20, 4, 3]
     splits = load_splits(DataConfig(**config, split="train[:50%]", validation_split="test"), tokenizer)
     assert [len(splits.validation), len(splits.train) + len(splits.test)] == [3, 10]
-    with pytest.raises(ValueError, match=r"data.split must be one of train, .*, got 'trian'; did you mean train\?"):
+    with pytest.raises(
+        ValueError, match=r"data.split must be one of test, train, .*, got 'trian'; did you mean train\?"
+    ):
         load_splits(DataConfig(**config, split="trian"), tokenizer)
 
 
@@ -334,6 +338,99 @@ def test_a_second_start_reads_the_cache_and_a_changed_file_does_not(tokenizer, w
     assert (first.train[:], first.notes) == (second.train[:], second.notes)
     write([chat("Other?", "Yes.")] * 5 + chats())
     assert load_splits(config, tokenizer).train[:] != first.train[:]
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Whoever asks for a name or a connection fails, and the hub's client is told that it may ask."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError(f"asked the network for {arguments}")
+
+    for name in ("getaddrinfo", "gethostbyname", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - {{split: train, path: "{}"}}
+---
+"""
+
+
+@pytest.mark.parametrize(
+    "place", ["http://example.com/x.jsonl", "hf://datasets/a/b/x.jsonl", "{}/secret.jsonl", "../*"]
+)
+def test_a_directorys_card_names_nothing_that_is_read(tokenizer, write, tmp_path, no_network, place):
+    write([{"text": "the owner's own"}] * 4, "secret.jsonl")
+    write([{"text": f"a stranger's {i}"} for i in range(9)], "set/data.jsonl")
+    (tmp_path / "set" / "README.md").write_text(CARD.format(place.format(tmp_path)))
+    (tmp_path / "set" / "loader.py").write_text("raise SystemExit('a script ran')")
+    source = open_source(DataConfig(source=str(tmp_path / "set")))
+    texts = [row["text"] for records in source.load().values() for row in records.rows]
+    assert sorted(texts) == [f"a stranger's {i}" for i in range(9)]
+
+
+def test_what_save_to_disk_wrote_is_read_from_that_directory_alone(tokenizer, write, tmp_path, no_network):
+    rows = datasets.Dataset.from_list(chats(20))
+    rows.save_to_disk(tmp_path / "one", num_shards=2)
+    datasets.DatasetDict({"train": rows, "test": rows.select(range(3))}).save_to_disk(tmp_path / "several")
+    config = {"sequence_length": 64, "packing": False}
+    one = load_splits(DataConfig(source=str(tmp_path / "one"), **config), tokenizer)
+    assert len(one.train) + len(one.validation) + len(one.test) == 20
+    several = load_splits(DataConfig(source=str(tmp_path / "several"), **config), tokenizer)
+    assert len(several.test) == 3
+    shard = next((tmp_path / "several" / "test").glob("*.arrow"))
+    for outside in (str(shard), f"../several/test/{shard.name}", "..", "nowhere.arrow"):
+        state = {"_data_files": [{"filename": outside}]}
+        (tmp_path / "one" / "state.json").write_text(json.dumps(state))
+        with pytest.raises(ValueError, match="state.json: _data_files must be the names of what lies beside it, got"):
+            open_source(DataConfig(source=str(tmp_path / "one")))
+
+
+def test_a_columns_declared_pictures_are_not_fetched(tmp_path, no_network):
+    pytest.importorskip("PIL")
+    table = pyarrow.table(
+        {"text": list("abcdefghi"), "seen": [{"bytes": None, "path": "http://example.com/x.png"}] * 9}
+    )
+    features = datasets.Features({"text": datasets.Value("string"), "seen": datasets.Image()})
+    pyarrow.parquet.write_table(table.cast(features.arrow_schema), tmp_path / "data.parquet")
+    source = open_source(DataConfig(source=str(tmp_path / "data.parquet")))
+    assert len([row for records in source.load().values() for row in records.rows]) == 9
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a.jsonl", "deep/b.jsonl"], {"train": ["a.jsonl", "deep/b.jsonl"]}),
+        (["train.jsonl", "dev.jsonl", "x.jsonl"], {"train": ["train.jsonl"], "validation": ["dev.jsonl"]}),
+        (
+            ["train/0.jsonl", "train/1.jsonl", "Test/0.jsonl"],
+            {"train": ["train/0.jsonl", "train/1.jsonl"], "test": ["Test/0.jsonl"]},
+        ),
+        (["tests/train_1.jsonl", "my-eval.jsonl"], {"train": ["tests/train_1.jsonl"], "test": ["my-eval.jsonl"]}),
+        (
+            ["data/train_sft-00000-of-00001.jsonl", "data/x.jsonl"],
+            {"train_sft": ["data/train_sft-00000-of-00001.jsonl"]},
+        ),
+        (["contest.jsonl", ".hidden/train.jsonl", "latest.jsonl"], {"train": ["contest.jsonl", "latest.jsonl"]}),
+    ],
+)
+def test_names_of_files_say_their_splits(tmp_path, names, expected):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    splits, left_out = find_splits(tmp_path)
+    found = {split: [str(path.relative_to(tmp_path)) for path in paths] for split, paths in splits.items()}
+    assert found == expected
+    assert [path.name for path in left_out] == [
+        name.rpartition("/")[2] for name in names if name in ("x.jsonl", "data/x.jsonl")
+    ]
 
 
 def test_what_is_cut_or_left_out_is_said(tokenizer, write):
@@ -392,12 +489,25 @@ def test_wrong_records_say_which_and_what(tokenizer, write, rows, message):
             "a.jsonl:3: broken JSON, must be one object a line: Expecting value",
         ),
         ("a.jsonl", b'[{"text": "a"}]', "a.jsonl:1: must be a JSON object, got a list"),
-        ("a.jsonl", b"\xff\xfe", "a.jsonl:1: broken JSON"),
+        (
+            "a.jsonl",
+            b'\xef\xbb\xbf{"text": "a"}\n{"text": "\xe9"}\n',
+            "a.jsonl:2: must be UTF-8 text, got 0xe9 at byte 27 of the file: convert it, if it is LATIN1 by",
+        ),
+        ("a.jsonl", b"\xef\xbb\xbf\xe9", "a.jsonl:1: must be UTF-8 text, got 0xe9 at byte 3 of the file"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "got 0xff at byte 0 of the file: convert it, if it is UTF-16"),
+        ("a.jsonl", b'{}\n{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "a.jsonl:2: JSON must nest a few levels deep"),
+        ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "a.jsonl:1: broken JSON, must be one object a line: Exceeds the"),
         ("a.parquet", b"PAR1", "a.parquet must be a parquet file, and cannot be read as one"),
         ("a.csv", b"text", "data.source must be a .jsonl or .parquet file if it is a file, got "),
         ("b/a.txt", b"text", "data.source must be a directory with .jsonl or .parquet files, got "),
-        ("b/train.jsonl", b'{"text": \n', "cannot be loaded: JSON parse error"),
-        ("c/train.jsonl", b"", "cannot be loaded: a file of it is empty"),
+        ("b/train.jsonl", b'{"text": \n', "b/train.jsonl:1: broken JSON, must be one object a line"),
+        ("c/train.jsonl", b"", "must hold examples, got an empty train split"),
+        (
+            "d/train-test.jsonl",
+            b"",
+            "must have files of one split each, got train-test.jsonl, which names train and test",
+        ),
     ],
 )
 def test_wrong_files_say_where_and_what(tokenizer, tmp_path, name, content, message):

@@ -36,7 +36,7 @@ RECIPE_LAYERS = (
         *("header_corpus", "hub", "json_file", "moving", "next_tokens", "problems", "progress", "quantized_weight"),
         *("randomness", "run_lock", "simulate", "step_errors", "step_report", "token_loss", "yaml_file"),
     ),
-    ("batches", "checkpoint", "export_file", "fetch", "fields", "linears", "shapes"),
+    ("batches", "checkpoint", "export_file", "fetch", "fields", "linears", "record_files", "shapes"),
     ("activations", "causal_lm", "config", "lora", "model_config", "setting", "harness"),
     (
         *("distributed", "layer_calls", "master_weights", "models", "prefix", "records", "run_directory"),

@@ -3,15 +3,13 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow
-import pyarrow.parquet
 
 from mft.cache import sha256_of
 from mft.choices import nearest, nearest_path
@@ -20,36 +18,34 @@ from mft.corpus import describe_stdlib, stdlib_files
 from mft.header_corpus import describe_headers, header_files
 from mft.hub import hub_is_reachable
 from mft.problems import Problem, describe_problems, fingerprint_of, make_problems
+from mft.record_files import CONTENT_COLUMNS, FILE_TYPES, Records, find_splits, hash_splits, read_files
 
 SPLITS = ("train", "validation", "test")
 NAMED = ("stdlib", "headers", "problems")  # sources on every machine
-FILE_TYPES = (".jsonl", ".parquet")
 STDLIB_SUBSETS = ("pretrain", "finetune")  # about 60 % and 40 % of the training files
+_KEYS = {"train": "split", "validation": "validation_split"}  # of data, that name a source's split
 MINIMUM_FILES = 20  # of an installed corpus, in each split, so that a standard error over files means something
-CONTENT_COLUMNS = ("messages", "prompt", "completion", "text")
-
-
-@dataclass
-class Records:
-    """Rows of one origin. place(i) says where row i stands; numbers[i] is its document number."""
-
-    rows: Sequence[dict[str, Any]]
-    place: Callable[[int], str]
-    columns: list[str]
-    numbers: Sequence[int]
-
-    def select(self, picked: list[int]) -> "Records":
-        rows = self.rows.select(picked) if isinstance(self.rows, datasets.Dataset) else [self.rows[i] for i in picked]
-        return Records(rows, lambda i: self.place(picked[i]), self.columns, [self.numbers[i] for i in picked])
 
 
 @dataclass
 class Source:
-    """The records of the three splits, loaded when asked; fingerprint stands for all of their content."""
+    """The records of the three splits, loaded when asked; fingerprint stands for all of their content.
+
+    hash finds the fingerprint again, where others may write the files meanwhile.
+    """
 
     fingerprint: str
     load: Callable[[], dict[str, Records]]
     notes: list[str] = field(default_factory=list)
+    hash: Callable[[], str] | None = None
+
+    def check(self) -> None:
+        """Raise ValueError if what was read since may not be what fingerprint stands for."""
+        if self.hash is not None and self.hash() != self.fingerprint:
+            raise ValueError(
+                "data.source must stay as it is while it is read, got files that changed meanwhile: begin again when "
+                "they are written"
+            )
 
 
 def form_of(records: Records) -> str:
@@ -81,8 +77,10 @@ def open_source(config: DataConfig) -> Source:
         return _problems(config)
     if path.is_file():
         return _single_file(path, config)
-    if path.is_dir() or not _looks_like_a_path(config.source):
-        return _datasets(path if path.is_dir() else None, config)
+    if path.is_dir():
+        return _directory(path, config)
+    if not _looks_like_a_path(config.source):
+        return _hub(config)
     raise ValueError(
         f"data.source must be data that exists, got {config.source!r}: no such file or directory{nearest_path(path)}"
     )
@@ -154,60 +152,64 @@ def _single_file(path: Path, config: DataConfig) -> Source:
             f"data.source must be a {' or '.join(FILE_TYPES)} file if it is a file, got {path}: "
             "convert it, for JSONL to one JSON object a line"
         )
-    source = Source(sha256_of(path), dict)
+    source = Source(sha256_of(path), dict, hash=lambda: sha256_of(path))
+    source.load = lambda: _complete({"train": read_files([path])}, str(path), source.notes)
+    return source
+
+
+def _directory(directory: Path, config: DataConfig) -> Source:
+    """A directory of data files."""
+    if config.subset is not None:
+        raise ValueError(
+            f"data.subset must be left out for a directory, whose card is not read, got {config.subset!r}: name the "
+            "directory of that subset"
+        )
+    splits, left_out = find_splits(directory)
+    chosen = _chosen(splits, config)
+    used = {name: splits[name] for name in map(_name_of, chosen.values())}
+    source = Source(hash_splits(used), dict, hash=lambda: hash_splits(used))
+    if left_out:
+        names = ", ".join(str(path.relative_to(directory)) for path in left_out[:3])
+        source.notes.append(f"{config.source}: {len(left_out)} files name no split and were left out, such as {names}")
 
     def load() -> dict[str, Records]:
-        records = _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
-        return _complete({"train": records}, str(path), source.notes)
+        available = {name: read_files(paths) for name, paths in used.items()}
+        return _complete(_cut(available, chosen), config.source, source.notes)
 
     source.load = load
     return source
 
 
-def _datasets(directory: Path | None, config: DataConfig) -> Source:
-    """A directory of data files or a hub id, through the datasets library."""
-    available = _load_datasets(directory, config)
-    chosen = {"train": _take(available, config.split, "split", config)}
-    if config.validation_split is not None:
-        chosen["validation"] = _take(available, config.validation_split, "validation_split", config)
-    elif "validation" in available and config.split != "validation":
-        chosen["validation"] = available["validation"]
-    if "test" in available and "test" not in (config.split, config.validation_split):
-        chosen["test"] = available["test"]
-    parts = [f"{split}={rows._fingerprint}" for split, rows in chosen.items()]
+def _hub(config: DataConfig) -> Source:
+    """A data set of the hub, through the datasets library."""
+    loaded = _load_from_hub(config)
+    chosen = _chosen(loaded, config)
+    parts = [f"{split}={loaded[_name_of(text)]._fingerprint}" for split, text in chosen.items()]
     source = Source(hashlib.sha256(" ".join(parts).encode()).hexdigest(), dict)
 
-    def place_in(split: str) -> Callable[[int], str]:
-        return lambda i: f"{config.source}, split {split}, row {i}"
+    def records_of(name: str) -> Records:
+        rows = loaded[name]
+        return Records(rows, lambda i: f"{config.source}, split {name}, row {i}", rows.column_names, range(len(rows)))
 
     def load() -> dict[str, Records]:
-        records = {
-            split: Records(rows, place_in(split), rows.column_names, range(len(rows))) for split, rows in chosen.items()
-        }
-        return _complete(records, config.source, source.notes)
+        available = {name: records_of(name) for name in map(_name_of, chosen.values())}
+        return _complete(_cut(available, chosen), config.source, source.notes)
 
     source.load = load
     return source
 
 
-def _load_datasets(directory: Path | None, config: DataConfig) -> dict[str, datasets.Dataset]:
+def _load_from_hub(config: DataConfig) -> dict[str, datasets.Dataset]:
     """Every split of the source."""
-    if directory is not None and any((directory / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        saved = datasets.load_from_disk(str(directory))
-        return dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-    if directory is not None and not any(path.suffix in FILE_TYPES for path in directory.rglob("*")):
-        raise ValueError(
-            f"data.source must be a directory with {' or '.join(FILE_TYPES)} files, got {directory} with none"
-        )
-    if directory is None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source):
         raise ValueError(
             f"data.source must be {', '.join(NAMED)}, a .jsonl or .parquet file, a directory or a hub id, "
             f"got {config.source!r}"
         )
-    online = directory is not None or hub_is_reachable()
+    online = hub_is_reachable()
     try:  # datasets answers an empty file with StopIteration
         with _offline(not online):
-            loaded = datasets.load_dataset(str(directory or config.source), config.subset)
+            loaded = datasets.load_dataset(config.source, config.subset)
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -236,23 +238,45 @@ def _offline(wanted: bool) -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE = before
 
 
-def _take(available: dict[str, datasets.Dataset], expression: str, key: str, config: DataConfig) -> datasets.Dataset:
-    """A split by name; "train[:1000]" and "train[:10%]" cut one."""
-    name, _, _ = expression.partition("[")
-    if name not in available:
-        raise ValueError(
-            f"data.{key} must be one of {', '.join(available)}, got {expression!r}{nearest(name, available)}"
-        )
-    if name == expression:
-        return available[name]
-    rows = available[name]
-    try:
-        instruction = datasets.ReadInstruction.from_spec(expression).to_absolute({name: len(rows)})
-    except (ValueError, AssertionError) as error:
-        raise ValueError(
-            f"data.{key} must look like {name}, {name}[:1000] or {name}[:10%], got {expression!r}"
-        ) from error
-    return rows.select(range(instruction[0].from_, instruction[0].to))
+def _name_of(expression: str) -> str:
+    """train, of train[:1000]."""
+    return expression.partition("[")[0]
+
+
+def _chosen(names: Collection[str], config: DataConfig) -> dict[str, str]:
+    """What of the splits of these names becomes which of ours, as data.split says: "train", or a part of it."""
+    chosen = {"train": config.split}
+    if config.validation_split is not None:
+        chosen["validation"] = config.validation_split
+    elif "validation" in names and config.split != "validation":
+        chosen["validation"] = "validation"
+    if "test" in names and "test" not in (config.split, config.validation_split):
+        chosen["test"] = "test"
+    for split, expression in chosen.items():
+        if _name_of(expression) not in names:
+            raise ValueError(
+                f"data.{_KEYS[split]} must be one of {', '.join(names)}, got {expression!r}"
+                f"{nearest(_name_of(expression), names)}"
+            )
+    return chosen
+
+
+def _cut(available: Mapping[str, Records], chosen: Mapping[str, str]) -> dict[str, Records]:
+    """ "train[:1000]" and "train[:10%]" are parts of a split."""
+    cut = {}
+    for split, expression in chosen.items():
+        name = _name_of(expression)
+        records = cut[split] = available[name]
+        if name == expression:
+            continue
+        try:
+            instruction = datasets.ReadInstruction.from_spec(expression).to_absolute({name: len(records.rows)})
+        except (ValueError, AssertionError) as error:
+            raise ValueError(
+                f"data.{_KEYS[split]} must look like {name}, {name}[:1000] or {name}[:10%], got {expression!r}"
+            ) from error
+        cut[split] = records.select(range(instruction[0].from_, instruction[0].to))
+    return cut
 
 
 def _complete(records: dict[str, Records], source: str, notes: list[str]) -> dict[str, Records]:
@@ -298,32 +322,6 @@ def _content(row: dict[str, Any]) -> bytes:
     """What makes two rows the same example: an id beside the same text does not."""
     row = {key: row[key] for key in CONTENT_COLUMNS if key in row} or row
     return json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
-
-
-def _read_jsonl(path: Path) -> Records:
-    rows, lines = [], []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise ValueError(f"{path}:{number}: broken JSON, must be one object a line: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: must be a JSON object, got a {type(row).__name__}")
-            rows.append(row)
-            lines.append(number)
-    columns = sorted({key for row in rows for key in row})
-    return Records(rows, lambda i: f"{path}:{lines[i]}", columns, range(len(rows)))
-
-
-def _read_parquet(path: Path) -> Records:
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} must be a parquet file, and cannot be read as one: {error}") from None
-    return Records(datasets.Dataset(table), lambda i: f"{path} row {i}", table.column_names, range(table.num_rows))
 
 
 def _only_defaults(config: DataConfig, why: str, *, but: tuple[str, ...] = ()) -> None:

@@ -540,6 +540,53 @@ def data_with_a_broken_line(tmp):
 
 @refused(
     ValueError,
+    where="data.jsonl:2",
+    got="got 0xe9 at byte 24 of the file",
+    rule="must be UTF-8 text",
+    remedy="convert it, if it is LATIN1 by iconv -f LATIN1 -t UTF-8",
+)
+def data_in_latin_1(tmp):
+    (tmp / "data.jsonl").write_bytes('{"text": "a"}\n{"text": "é"}\n'.encode("latin-1"))
+    open_source(DataConfig(source=str(tmp / "data.jsonl"))).load()
+
+
+@refused(
+    ValueError,
+    where="data.jsonl:1",
+    got="got one that is too deep to be read",
+    rule="JSON must nest a few levels deep",
+    remedy="examples need no more than messages",
+)
+def data_that_nest_too_deeply(tmp):
+    open_source(DataConfig(source=str(write(tmp / "data.jsonl", "[" * 10**5)))).load()
+
+
+@refused(
+    ValueError,
+    where="data.source",
+    got="both, perhaps the same twice",
+    rule="must be a directory with .jsonl or .parquet files",
+    remedy="name the directory of one",
+)
+def data_of_two_types_in_one_directory(tmp):
+    for name in ("a.jsonl", "a.parquet"):
+        write(tmp / name, "")
+    open_source(DataConfig(source=str(tmp)))
+
+
+@refused(
+    ValueError,
+    where="state.json",
+    got="../../secret.arrow",
+    rule="_data_files must be the names of what lies beside it",
+)
+def saved_data_that_name_a_file_elsewhere(tmp):
+    write(tmp / "state.json", '{"_data_files": [{"filename": "../../secret.arrow"}]}')
+    open_source(DataConfig(source=str(tmp)))
+
+
+@refused(
+    ValueError,
     where="data.jsonl:1",
     got="got txt",
     rule="data must have a column messages, columns prompt and completion, or a column text",
