@@ -6,6 +6,7 @@ import random
 import re
 import socket
 import time
+from pathlib import Path
 
 import datasets
 import numpy
@@ -338,6 +339,52 @@ def test_a_second_start_reads_the_cache_and_a_changed_file_does_not(tokenizer, w
     assert (first.train[:], first.notes) == (second.train[:], second.notes)
     write([chat("Other?", "Yes.")] * 5 + chats())
     assert load_splits(config, tokenizer).train[:] != first.train[:]
+
+
+def test_data_that_change_while_they_are_read_are_refused_and_not_kept(tokenizer, write, tmp_path, monkeypatch):
+    for source in (write(chats()), str(Path(write(chats(), "set/train.jsonl")).parent)):
+        config = DataConfig(source=source, sequence_length=64)
+
+        def replaced(*arguments, **options):
+            for name in ("data.jsonl", "set/train.jsonl"):
+                (tmp_path / "new").write_text(json.dumps(chat("Other?", "Yes.")) + "\n")
+                (tmp_path / "new").replace(tmp_path / name)
+            return open_documents(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "open_documents", replaced)
+            with pytest.raises(
+                ValueError, match="data.source must stay as it is while it is read, got files that changed"
+            ):
+                load_splits(config, tokenizer)
+        write(chats())
+        write(chats(), "set/train.jsonl")
+        splits = load_splits(config, tokenizer)
+        assert "It is 5." in "".join(
+            scored_text(row, tokenizer) for part in (splits.train, splits.test) for row in part
+        )
+
+
+@pytest.mark.parametrize("damage", ["flip", "shorten", "delete", "notes", "sums"])
+def test_rows_that_rotted_in_the_cache_are_made_again_and_that_is_said(tokenizer, write, caplog, damage):
+    config = DataConfig(source=write(chats()), sequence_length=64)
+    first = load_splits(config, tokenizer)
+    expected = first.train[:], first.test[:], first.notes
+    directory = Path(first.train.cache_files[0]["filename"]).parent
+    del first
+    path = directory / {"notes": "notes.json", "sums": "SHA256SUMS"}.get(damage, "train.arrow")
+    if damage == "delete":
+        path.unlink()
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content[:-1] if damage == "shorten" else content)
+    again = load_splits(config, tokenizer)
+    assert (again.train[:], again.test[:], again.notes) == expected
+    assert f"the rows kept in {directory} are damaged or incomplete: they are made again" in caplog.text
+    caplog.clear()
+    load_splits(config, tokenizer)
+    assert not caplog.text
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import numpy
 import pyarrow
 
 from mft.atomic import atomic_directory
-from mft.cache import cache_root
+from mft.cache import cache_root, sha256_of
 from mft.config import DataConfig
 from mft.examples import open_documents
 from mft.records import SPLITS, open_source
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1  # counts up when the rows made from the same data change
 NOTES_FILE = "notes.json"
+FILES = (*(f"{split}.arrow" for split in SPLITS), NOTES_FILE)
+SUMS_FILE = "SHA256SUMS"  # of those, as sha256sum writes it
 
 
 @dataclass
@@ -52,7 +54,9 @@ def load_splits(config: DataConfig, tokenizer: Any) -> Splits:
         raise ValueError("tokenizer must have an end-of-sequence token, which closes a document; got none")
     source = open_source(config)
     directory = cache_root() / "rows" / _key(config, source.fingerprint, tokenizer)
-    if not directory.is_dir():
+    if not _is_whole(directory):
+        if directory.exists():
+            logger.warning("the rows kept in %s are damaged or incomplete: they are made again", directory)
         records = source.load()
         built, notes = {}, list(source.notes)
         for split in SPLITS:
@@ -76,15 +80,28 @@ def load_splits(config: DataConfig, tokenizer: Any) -> Splits:
                     f"for {split}: {'; '.join(notes[-2:])}"
                 )
             built[split] = rows
-        with atomic_directory(directory, replace=False) as scratch:
+        source.check()
+        # Looked at again: another process may have made them meanwhile, and have opened them.
+        with atomic_directory(directory, replace=not _is_whole(directory)) as scratch:
             for split, rows in built.items():
                 _write(rows, scratch / f"{split}.arrow")
             (scratch / NOTES_FILE).write_text(json.dumps(notes), encoding="utf-8")
+            (scratch / SUMS_FILE).write_text(_sums(scratch), encoding="utf-8")
     notes = json.loads((directory / NOTES_FILE).read_text(encoding="utf-8"))
     for note in notes:
         logger.info(note)
     train, validation, test = (datasets.Dataset.from_file(str(directory / f"{split}.arrow")) for split in SPLITS)
     return Splits(train, validation, test, notes, directory.name)
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether the rows in directory are, byte for byte, those that were written."""
+    files = [directory / name for name in (*FILES, SUMS_FILE)]
+    return all(path.is_file() for path in files) and files[-1].read_bytes() == _sums(directory).encode()
+
+
+def _sums(directory: Path) -> str:
+    return "".join(f"{sha256_of(directory / name)}  {name}\n" for name in FILES)
 
 
 def _pad(tokenizer: Any) -> int:
