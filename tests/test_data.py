@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mft import data, hub
+from mft import data, examples, hub, record_files
 from mft.config import DataConfig
 from mft.corpus import EXCLUDED_DIRECTORIES, stdlib_files
 from mft.data import load_splits
@@ -229,6 +229,46 @@ def test_packed_examples_stay_whole():
 def test_text_ends_with_eos_and_is_scored_whole(tokenizer):
     ids, labels = encoded({"text": "def f():\n    return 1"}, tokenizer)
     assert labels == ids == [*tokenizer("def f():\n    return 1")["input_ids"], tokenizer.eos_token_id]
+
+
+def test_a_long_text_is_tokenised_in_pieces_that_end_where_lines_do(tokenizer, monkeypatch):
+    texts = ["", "one\ntwo " * 200, "short", "consider" * 40, " \n", *(f"{i} is a line\n" * i for i in range(9))]
+    rows = [{"text": text} for text in texts]
+    records = Records(rows, lambda i: f"row {i}", ["text"], range(len(rows)))
+
+    def ids():
+        documents = open_documents(records, tokenizer, assistant_only=True)
+        return {i: example.ids.tolist() for i, example in documents.encoded(range(len(rows)))}
+
+    whole, sizes = ids(), []
+    monkeypatch.setattr(examples, "PIECE", 100)
+
+    def spied(texts, *arguments, _tokens=examples._tokens, **options):
+        sizes.append(sum(map(len, texts)))
+        return _tokens(texts, *arguments, **options)
+
+    monkeypatch.setattr(examples, "_tokens", spied)
+    pieces = ids()
+    assert max(sizes) <= 100
+    cut = pieces.pop(3)
+    assert whole.pop(3) != cut  # of one word, which the cuts divide
+    assert tokenizer.decode(cut[:-1]) == texts[3]
+    assert pieces == whole
+
+
+@pytest.mark.parametrize("row", [chat("?", "a" * 2**22), {"prompt": "?" * 2**22, "completion": "a"}])
+def test_an_example_that_cannot_be_tokenised_in_pieces_has_a_longest_length(tokenizer, row):
+    with pytest.raises(
+        ValueError, match="row 0: an example must have at most 4194304 characters, got 4194305: leave it"
+    ):
+        encoded(row, tokenizer)
+
+
+def test_a_file_without_line_ends_is_not_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(record_files, "LONGEST_LINE", 100)
+    (tmp_path / "data.jsonl").write_text('{"text": "' + "a" * 87 + '"}\n' + '{"text": "' + "a" * 90 + '"}\n')
+    with pytest.raises(ValueError, match=r"data.jsonl:2: a line must have at most 100 bytes, got more"):
+        open_source(DataConfig(source=str(tmp_path / "data.jsonl"))).load()
 
 
 def test_only_the_completion_and_its_eos_are_scored(tokenizer):

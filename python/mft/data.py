@@ -21,7 +21,7 @@ from mft.rows import Rows, build_rows
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # counts up when the rows made from the same data change
+FORMAT = 2  # counts up when the rows made from the same data change
 NOTES_FILE = "notes.json"
 FILES = (*(f"{split}.arrow" for split in SPLITS), NOTES_FILE)
 SUMS_FILE = "SHA256SUMS"  # of those, as sha256sum writes it

@@ -4,6 +4,7 @@ labels repeat the ids that are scored and hold IGNORED elsewhere; models shift t
 """
 
 import re
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from mft.records import Records, form_of
 IGNORED = -100
 ROLES = ("system", "user", "assistant", "tool")
 BATCH = 64  # records tokenised at once: tokenizers spread a batch over the cores
+PIECE = 2**20  # characters tokenised at once, for each of which a tokenizer takes about 200 bytes
+LONGEST = 2**22  # characters of a chat, or of prompt and completion, which cannot be tokenised in pieces
 
 
 @dataclass
@@ -64,12 +67,15 @@ def open_documents(records: Records, tokenizer: Any, *, assistant_only: bool) ->
 
 
 def _texts(rows: Sequence[dict[str, Any]], place: Callable[[int], str], tokenizer: Any) -> list[Encoded]:
-    """tokens eos, all scored; an empty text gives none."""
+    """tokens eos, all scored; an empty text gives none. A long text is tokenised in pieces, cut where a line ends."""
     texts = [_string(row, "text", place(j)) for j, row in enumerate(rows)]
-    return [
-        _whole([*ids, *_eos_unless_there(ids, tokenizer)] if text.strip() else [])
-        for text, ids in zip(texts, _tokens(texts, tokenizer))
-    ]
+    examples = []
+    for group in _groups(texts):
+        found = _tokens(group, tokenizer) if len(group[0]) <= PIECE else [_long_tokens(group[0], tokenizer)]
+        for text, ids in zip(group, found):
+            ids.extend(_eos_unless_there(ids, tokenizer))
+            examples.append(_whole(ids if text.strip() else []))
+    return examples
 
 
 def _completions(rows: Sequence[dict[str, Any]], place: Callable[[int], str], tokenizer: Any) -> list[Encoded]:
@@ -77,6 +83,7 @@ def _completions(rows: Sequence[dict[str, Any]], place: Callable[[int], str], to
     examples = []
     for j, row in enumerate(rows):
         prompt, completion = _string(row, "prompt", place(j)), _string(row, "completion", place(j))
+        _check_length(len(prompt) + len(completion), place(j))
         head, both = _tokens([prompt, prompt + completion], tokenizer)
         head = head[: len(head) - (head[-1:] == [tokenizer.eos_token_id])]  # some tokenizers close every text
         # At inference the prompt is tokenised alone, so the completion must continue exactly those tokens.
@@ -161,6 +168,7 @@ def _messages(row: dict[str, Any], place: str) -> list[dict[str, str]]:
             role = message["role"]
             raise ValueError(f"{where}.role must be one of {', '.join(ROLES)}, got {role!r}{nearest(str(role), ROLES)}")
         _string(message, "content", where)
+    _check_length(sum(len(message["content"]) for message in messages), place)
     answered = any(message["role"] == "assistant" and message["content"].strip() for message in messages)
     return messages if answered else []
 
@@ -180,21 +188,56 @@ def _string(row: dict[str, Any], column: str, place: str) -> str:
     return value
 
 
+def _check_length(characters: int, place: str) -> None:
+    if characters > LONGEST:
+        raise ValueError(
+            f"{place}: an example must have at most {LONGEST} characters, got {characters}: leave it out, or write it "
+            "as several"
+        )
+
+
+def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Texts that follow each other, of at most PIECE characters together, or one that has more."""
+    group: list[str] = []
+    for text in texts:
+        if group and sum(map(len, group)) + len(text) > PIECE:
+            yield group
+            group = []
+        group.append(text)
+    if group:
+        yield group
+
+
+def _long_tokens(text: str, tokenizer: Any) -> array:
+    """As _tokens of one text, but for the tokens that a cut divides, and in the memory of one piece."""
+    ids = array("i")
+    start = 0
+    while start < len(text):
+        end = start + PIECE
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        piece = _tokens([text[start:end]], tokenizer, special=not start)[0]
+        closed = not start and not _eos_unless_there(piece, tokenizer)  # some tokenizers close every text
+        ids.extend(piece[:-1] if closed else piece)
+        start = end
+    return ids
+
+
 def _tokens(texts: list[str], tokenizer: Any, *, special: bool = True) -> list[list[int]]:
     return tokenizer(
         texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )["input_ids"]
 
 
-def _eos_unless_there(ids: list[int], tokenizer: Any) -> list[int]:
-    return [] if ids[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
+def _eos_unless_there(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    return [] if len(ids) and ids[-1] == tokenizer.eos_token_id else [tokenizer.eos_token_id]
 
 
-def _whole(ids: list[int]) -> Encoded:
+def _whole(ids: Sequence[int]) -> Encoded:
     return Encoded(_array(ids), _array(ids))
 
 
-def _array(values: list[int]) -> numpy.ndarray:
+def _array(values: Sequence[int]) -> numpy.ndarray:
     return numpy.array(values, dtype=numpy.int32)
 
 
