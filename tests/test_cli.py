@@ -154,6 +154,28 @@ def test_wrong_input_is_told_in_one_message(cli, tmp_path, arguments, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("verb", "argument", "message"),
+    [
+        *((verb, "data.source=nowhere.jsonl", "nowhere.jsonl") for verb in ("finetune", "train", "evaluate")),
+        *(
+            (verb, "data.source=bad.jsonl", "bad.jsonl:2: text must be")
+            for verb in ("train", "evaluate", "sensitivity")
+        ),
+        *((verb, "mask.target_modules=[q_prj]", "did you mean q_proj?") for verb in ("train", "sensitivity")),
+    ],
+)
+def test_what_is_wrong_is_told_before_a_weight_is_read(cli, tmp_path, monkeypatch, verb, argument, message):
+    from transformers import PreTrainedModel
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("the base is loaded"))
+    (tmp_path / "bad.jsonl").write_text('{"text": "1 2"}\n{"text": 3}\n{"text": "4"}\n')
+    options = ["--config", "config.yaml"] if verb == "sensitivity" else []
+    code, output = cli(verb, *options, argument)
+    assert code == 2
+    assert message in output
+
+
 def test_an_unknown_verb_is_a_usage_error(cli):
     code, output = cli("trian")
     assert code == 2

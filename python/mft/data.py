@@ -16,7 +16,7 @@ from mft.atomic import atomic_directory
 from mft.cache import cache_root, sha256_of
 from mft.config import DataConfig
 from mft.examples import open_documents
-from mft.records import SPLITS, open_source
+from mft.records import SPLITS, Source, open_source
 from mft.rows import Rows, build_rows
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ class Splits:
     key: str = ""
 
 
-def load_splits(config: DataConfig, tokenizer: Any) -> Splits:
-    """The rows of config.source; a token budget counts whole rows, padding included.
+def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None) -> Splits:
+    """The rows of config.source, which may be open already; a token budget counts whole rows, padding included.
 
     max_train_tokens and max_eval_tokens (for validation and test each) spread over as many documents as they can.
     The evaluation rows do not depend on config.seed, so that runs with different seeds can be compared.
@@ -52,7 +52,7 @@ def load_splits(config: DataConfig, tokenizer: Any) -> Splits:
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an end-of-sequence token, which closes a document; got none")
-    source = open_source(config)
+    source = source or open_source(config)
     directory = cache_root() / "rows" / _key(config, source.fingerprint, tokenizer)
     if not _is_whole(directory):
         if directory.exists():

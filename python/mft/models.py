@@ -3,8 +3,9 @@
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from mft.fetch import GGUF_SHA256, fetch_smollm2
 from mft.hub import hub_is_reachable
 from mft.next_tokens import check_next_tokens
 
-__all__ = ["SHORTHANDS", "fetch_smollm2", "load_model", "save_model", "smollm2_directory"]
+__all__ = [
+    "SHORTHANDS",
+    "fetch_smollm2",
+    "load_model",
+    "load_outline",
+    "load_tokenizer",
+    "save_model",
+    "smollm2_directory",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -41,28 +50,18 @@ def load_model(config: ModelConfig | str, *, sequence_length: int | None = None)
     Raises: ValueError if config.name is no causal language model that can be reached, before its weights are loaded;
         it says what to do.
     """
-    if isinstance(config, str):
-        config = ModelConfig(config)
-    name = config.name
-    path = Path(name).expanduser()
-    if config.revision is not None and (name in SHORTHANDS or path.exists()):
-        raise ValueError(
-            f"model.revision must be null for a model on this machine, which has one state, got {config.revision!r} "
-            f"for {name!r}: leave it out, or name a hub id"
-        )
-    if name in SHORTHANDS:
-        source = smollm2_directory(config.dtype)
-    elif path.is_file():
-        source = _dequantised(path, _gguf_hash(path), config.dtype)
-    elif path.is_dir():
-        source = _model_directory(path)
-    elif _looks_like_a_path(name):
-        raise ValueError(
-            f"model.name must be a model that exists, got {name!r}: no such file or directory{nearest_path(path)}"
-        )
-    else:
-        return _from_hub(config, sequence_length)
-    return _load(str(source), config, sequence_length, local_files_only=True)
+    config = ModelConfig(config) if isinstance(config, str) else config
+    return _reached(config, partial(_load, sequence_length=sequence_length))
+
+
+def load_tokenizer(config: ModelConfig, *, sequence_length: int | None = None) -> Any:
+    """The tokenizer that load_model would give, without the model. Raises as load_model does, if not for weights."""
+    return _reached(config, partial(_load_tokenizer, sequence_length=sequence_length))
+
+
+def load_outline(config: ModelConfig) -> Any:
+    """The model that load_model would give, on the meta device: modules and shapes, and no weight is read."""
+    return _reached(config, _load_outline)
 
 
 def smollm2_directory(dtype: str = "bfloat16") -> Path:
@@ -99,20 +98,71 @@ def save_model(model: Any, tokenizer: Any, directory: str | os.PathLike) -> Path
     return target
 
 
-def _load(source: str, config: ModelConfig, sequence_length: int | None, **options: Any) -> tuple[Any, Any]:
-    options |= {"trust_remote_code": False}
-    if config.revision is not None:
-        options["revision"] = config.revision
-    attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+def _reached(config: ModelConfig, load: Callable[..., Any]) -> Any:
+    """load(source, config, **options) with what transformers' from_pretrained takes for config.name."""
+    name = config.name
+    path = Path(name).expanduser()
+    if config.revision is not None and (name in SHORTHANDS or path.exists()):
+        raise ValueError(
+            f"model.revision must be null for a model on this machine, which has one state, got {config.revision!r} "
+            f"for {name!r}: leave it out, or name a hub id"
+        )
+    if name in SHORTHANDS:
+        source = smollm2_directory(config.dtype)
+    elif path.is_file():
+        source = _dequantised(path, _gguf_hash(path), config.dtype)
+    elif path.is_dir():
+        source = _model_directory(path)
+    elif _looks_like_a_path(name):
+        raise ValueError(
+            f"model.name must be a model that exists, got {name!r}: no such file or directory{nearest_path(path)}"
+        )
+    else:
+        return _from_hub(config, load)
+    return load(str(source), config, **_options(config, local_files_only=True))
+
+
+def _options(config: ModelConfig, **options: Any) -> dict[str, Any]:
+    revision = {} if config.revision is None else {"revision": config.revision}
+    return {"trust_remote_code": False, **revision, **options}
+
+
+@contextmanager
+def _loading(config: ModelConfig, what: str) -> Iterator[None]:
+    """transformers' errors as one that names the model."""
+    try:
+        with _quiet_progress():
+            yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"model.name {config.name!r} cannot be loaded as a {what}: {_first_lines(error)}") from error
+
+
+def _load_tokenizer(source: str, config: ModelConfig, *, sequence_length: int | None, **options: Any) -> Any:
     with _loading(config, "model"):
         architecture = transformers.AutoConfig.from_pretrained(source, **options)
     check_next_tokens(architecture, config.name, sequence_length)
     with _loading(config, "tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    what = " ".join(["causal language model", *(f"with {key}={value!r}" for key, value in attention.items())])
+    if config.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(config.chat_template)
+    return _padding(tokenizer, config.name)
+
+
+def _load_outline(source: str, config: ModelConfig, **options: Any) -> Any:
+    with _loading(config, "causal language model"), torch.device("meta"):
+        settings = transformers.AutoConfig.from_pretrained(source, **options)
+        return transformers.AutoModelForCausalLM.from_config(
+            settings, dtype=getattr(torch, config.dtype), trust_remote_code=False
+        )
+
+
+def _load(source: str, config: ModelConfig, *, sequence_length: int | None, **options: Any) -> tuple[Any, Any]:
+    tokenizer = _load_tokenizer(source, config, sequence_length=sequence_length, **options)
+    attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     model: Any
     info: Any
-    with _loading(config, what), _quiet_progress():
+    what = " ".join(["causal language model", *(f"with {key}={value!r}" for key, value in attention.items())])
+    with _loading(config, what):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             source,
             dtype=getattr(torch, config.dtype),
@@ -127,18 +177,7 @@ def _load(source: str, config: ModelConfig, sequence_length: int | None, **optio
             f"model.name {config.name!r} must hold every weight of a {type(model).__name__}, "
             f"{len(missing)} are missing, such as {missing[0]}: is it a causal language model?"
         )
-    if config.chat_template is not None:
-        tokenizer.chat_template = read_chat_template(config.chat_template)
     return _prepared(model, tokenizer, config.name)
-
-
-@contextmanager
-def _loading(config: ModelConfig, what: str) -> Iterator[None]:
-    """A library's errors as one that names the model and what it cannot be loaded as."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise ValueError(f"model.name {config.name!r} cannot be loaded as a {what}: {_first_lines(error)}") from error
 
 
 def read_chat_template(name: str) -> str:
@@ -153,11 +192,15 @@ def read_chat_template(name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _prepared(model: Any, tokenizer: Any, name: str) -> tuple[Any, Any]:
+def _padding(tokenizer: Any, name: str) -> Any:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.name {name!r} must have a tokenizer with an end-of-sequence token, got none")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _prepared(model: Any, tokenizer: Any, name: str) -> tuple[Any, Any]:
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -170,7 +213,7 @@ def _prepared(model: Any, tokenizer: Any, name: str) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _from_hub(config: ModelConfig, sequence_length: int | None) -> tuple[Any, Any]:
+def _from_hub(config: ModelConfig, load: Callable[..., Any]) -> Any:
     name = config.name
     hint = nearest(name.rpartition("/")[2], SHORTHANDS)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
@@ -180,7 +223,7 @@ def _from_hub(config: ModelConfig, sequence_length: int | None) -> tuple[Any, An
     online = hub_is_reachable()
     revision = "" if config.revision is None else f" at model.revision {config.revision!r}"
     try:
-        return _load(name, config, sequence_length, local_files_only=not online)
+        return load(name, config, **_options(config, local_files_only=not online))
     except ValueError as error:
         if isinstance(error.__cause__, OSError) and not online:
             raise ValueError(
@@ -212,7 +255,7 @@ def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
         raise ValueError(
             f"model.name must be a GGUF file that transformers can read, got {gguf}: {_first_lines(error)}"
         ) from error
-    _prepared(model, tokenizer, gguf.stem)
+    _prepared(model, _padding(tokenizer, gguf.stem), gguf.stem)
     _forget_gguf(model)
     with atomic_directory(target, replace=False) as scratch, _quiet_progress():
         model.save_pretrained(scratch)

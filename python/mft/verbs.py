@@ -26,12 +26,13 @@ from mft.fit import Plan, plan_training, replan
 from mft.flips import PHASE, POINTS, FlipCounter
 from mft.harness import load_tasks, score_tasks, task_table, write_scores
 from mft.inspection import flip_share, initial_masks
-from mft.models import load_model, save_model
+from mft.models import load_model, load_outline, load_tokenizer, save_model
 from mft.plots import plot_curves
 from mft.progress import Progress
 from mft.quantized import quantize_model
 from mft.recipe import count_steps, finetune, train_masks
 from mft.recorder import Recorder, Steps
+from mft.records import open_source
 from mft.report import evaluation_table
 from mft.resume import Start, find_checkpoint, flat
 from mft.run_directory import (
@@ -87,8 +88,8 @@ def run_evaluate(config: RunConfig, masks: Path | None, split: str, *, force: bo
     if split not in ("validation", "test"):
         raise ValueError(f"--split must be validation or test, got {split!r}")
     stages = _Stages(config.model, masks, unquantized=unquantized)
-    model, tokenizer = _load(config.model, config.data.sequence_length)
-    dataset = getattr(_load_data(config, tokenizer), split)
+    dataset = getattr(_load_data(config), split)
+    model, _ = _load(config.model)
     recorder = Recorder(progress=Progress(console))
     results = {
         name: recorder.evaluate(f"{name}, {split}", model, dataset) for name in stages.reached(model, force=force)
@@ -128,9 +129,10 @@ def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> 
     """mft sensitivity"""
     check_exact(config.model, "sensitivity")
     check_run_directory(config.output_dir, overwrite=overwrite)
-    model, tokenizer = _load(config.model, config.data.sequence_length)
-    splits = _load_data(config, tokenizer)
-    groups = kind_groups(model, config.mask) if size is None else layer_groups(model, config.mask, size=size)
+    splits = _load_data(config)
+    outline = load_outline(config.model)
+    groups = kind_groups(outline, config.mask) if size is None else layer_groups(outline, config.mask, size=size)
+    model, _ = _load(config.model)
     directory = open_run(config.output_dir, config, overwrite=overwrite)
     recorder = Recorder(directory, Progress(console))
     rows = layer_sensitivity(
@@ -152,8 +154,8 @@ def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> 
 def _finetune(config: RunConfig, start: Start, processes: Processes) -> None:
     processes.check(config.train, "plain")
     found = _check_start(config, start, processes)
-    model, tokenizer = _load(config.model, config.data.sequence_length)
-    splits = _load_data(config, tokenizer)
+    splits = _load_data(config)
+    model, tokenizer = _load(config.model)
     processes.agree({"data": splits.key})
     with _running(config, start, found, processes) as (directory, recorder):
         before = _before(recorder, found, "before, validation", model, splits.validation)
@@ -173,10 +175,11 @@ def _train(config: RunConfig, start: Start, processes: Processes) -> None:
     plan = _plan(config, found, processes)
     say(plan.reason)
     kind = config.model.quantization = plan.quantization
-    model, tokenizer = load_model(config.model, sequence_length=config.data.sequence_length)
+    splits = _load_data(config)
+    select_targets(load_outline(config.model), config.mask)  # before the weights are read, which may take minutes
+    model, _ = load_model(config.model)
     if plan.way == "plain":
         model.to(plan.device)
-    splits = _load_data(config, tokenizer)
     select_targets(model, config.mask)  # raises before anything is written
     where: dict[str, Any] = {"way": plan.way, "device": plan.device}
     evaluated = where if plan.way == "plain" else where | {"batch_size": config.train.batch_size}
@@ -324,14 +327,16 @@ def _saver(
     return Saver(root, minutes, found, facts=facts, force=start.force, **options)
 
 
-def _load(config: ModelConfig, sequence_length: int | None = None) -> tuple[Any, Any]:
+def _load(config: ModelConfig) -> tuple[Any, Any]:
     """(model, tokenizer) of load_model, the model on the GPU if there is one."""
-    model, tokenizer = load_model(config, sequence_length=sequence_length)
+    model, tokenizer = load_model(config)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def _load_data(config: RunConfig, tokenizer) -> Splits:
-    splits = load_splits(config.data, tokenizer)
+def _load_data(config: RunConfig) -> Splits:
+    """Without the model, and what can be said without its tokenizer, which may have to be fetched, first."""
+    source = open_source(config.data)
+    splits = load_splits(config.data, load_tokenizer(config.model, sequence_length=config.data.sequence_length), source)
     for note in splits.notes:
         console.print(note, style="dim", highlight=False, soft_wrap=True)
     return splits
