@@ -65,7 +65,7 @@ def test_finetune_writes_a_model_that_train_evaluate_merge_and_inspect_use(cli, 
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [e["step"] for e in events if "step" in e] == [1, 2, 3, 4]
 
-    tuned = ["model.name=run/model", "output_dir=masked", "--set", "mask.init=magnitude"]
+    tuned = ["model.name=run/model", "output_dir=masked", "--set", "mask.keep_ratio=0.9"]
     code, output = cli("train", *LEARN, *tuned)
     assert code == 0, output
     assert "% of the mask's bits flipped since initialisation" in output
@@ -130,7 +130,8 @@ def test_a_failed_run_keeps_the_metrics_so_far(cli, tmp_path):
     ("arguments", "message"),
     [
         (["train", "train.learning_rate=1"], "unknown key 'train.learning_rate'; did you mean train.lr?"),
-        (["train", "--config", "nowhere.yaml"], "config must be a YAML file that exists, got nowhere.yaml"),
+        (["train", "--config", "nowhere.yaml"], "config must be a YAML file or one of llama2_7b_code, "),
+        (["finetune", "--config", "papr"], "llama3.1_8b_math, paper, got papr; did you mean paper?"),
         (["train", "--config", "broken.yaml"], "broken.yaml:3:1: broken YAML"),
         (["train", "mask.keep_ratio=1.5"], "keep_ratio must lie in [0, 1], got 1.5"),
         (["train", "train.lr=fast"], "train.lr must be"),

@@ -41,7 +41,7 @@ app = typer.Typer(
     help="Mask fine-tuning: train a 1-bit mask over frozen weights, and bake it in.",
 )
 
-Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; the defaults if none.")]
+Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file, or paper; the defaults if none.")]
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override, such as train.lr=3e-4; repeatable.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides, such as train.lr=3e-4.", metavar="[KEY=VALUE]...")

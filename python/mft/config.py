@@ -20,6 +20,7 @@ SCHEDULES = ("linear", "constant", "cosine")
 SCORES_DTYPES = ("float32", "bfloat16", "int16")  # int16: fixed point, see mft_kernels/fixed_point.py
 MOMENTS = ("float32", "8bit")
 QUANTIZATIONS = ("nf4", "int8")  # as mft/quantized_weight.py has them
+CONFIGS = Path(__file__).parent / "configs"  # shipped; --config takes their names
 WAYS = ("auto", "plain", "resident", "quantized", "layerwise")
 # What other trainers, and the paper's own code, call our keys.
 FOREIGN_NAMES = {
@@ -209,11 +210,13 @@ SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "mask": M
 def load_config(path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """The defaults, then the YAML file at path (None: no file), then overrides such as "train.lr=3e-4".
 
-    An override's value is YAML: null, true, 3e-4, [q_proj, v_proj]. The last of two for one key wins.
+    path may be the name of a shipped file, such as "paper". An override's value is YAML: null, true, 3e-4,
+    [q_proj, v_proj]. The last of two for one key wins.
     """
     values: dict[str, Any] = {}
     if path is not None:
-        values = read_mapping(Path(path))
+        path = find_config(path, CONFIGS)
+        values = read_mapping(path)
         _check_keys(values, origin=f"{path}: ")
     _apply_overrides(values, overrides)
     sections = {}
@@ -229,6 +232,20 @@ def save_config(config: RunConfig, path: str | os.PathLike) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(dump_yaml(_plain(dataclasses.asdict(config))), encoding="utf-8")
+
+
+def find_config(name: str | os.PathLike, directory: Path) -> Path:
+    """The file at the path name, or else the one of directory that is called so without its .yaml.
+
+    Raises: ValueError that lists those of directory, if name is neither and no path elsewhere.
+    """
+    path, known = Path(name), {file.stem: file for file in sorted(directory.glob("*.yaml"))}
+    if str(name) in known and not path.is_file():  # a directory is no configuration
+        return known[str(name)]
+    if path.exists() or len(path.parts) > 1:
+        return path
+    close = nearest(path.name.removesuffix(".yaml"), known) or nearest_path(path)
+    raise ValueError(f"config must be a YAML file or one of {', '.join(known)}, got {path}{close}")
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

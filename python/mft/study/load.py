@@ -5,13 +5,13 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from mft.choices import nearest, nearest_path
-from mft.config import FOREIGN_NAMES, read_mapping
+from mft.choices import nearest
+from mft.config import CONFIGS, FOREIGN_NAMES, find_config, read_mapping
 from mft.fields import shown
 from mft.study.declared import StudyConfig
 from mft.yaml_file import parse_yaml
 
-SHIPPED = Path(__file__).parent.parent / "configs" / "compare"
+SHIPPED = CONFIGS / "compare"
 _NAMED = ("arms", "domains")  # mappings of names that the file chooses
 _FROM_ARMS = ("lr", "steps", "epochs", "seed")  # of full and stage: what the arms and seeds decide
 
@@ -22,7 +22,7 @@ def load_study(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) ->
     An override is a key and a YAML value: seeds=[0,1], stage.batch_size=8, arms.MFT.lrs=[1e-3].
     Raises: ValueError that names the file or the override, the key, the rule and the value.
     """
-    path = _find(name)
+    path = find_config(name, SHIPPED)
     values = read_mapping(path)
     origin = f"{path}: "
     _check_keys(StudyConfig, values, "", origin)
@@ -50,17 +50,6 @@ def study_values(study: StudyConfig) -> dict[str, Any]:
         for key in _FROM_ARMS:
             del values[section][key]
     return values
-
-
-def _find(name: str | Path) -> Path:
-    path = Path(name)
-    shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
-    if path.exists() or str(name) not in shipped:
-        if not path.exists() and len(path.parts) == 1:
-            close = nearest(path.stem, shipped) or nearest_path(path)
-            raise ValueError(f"config must be a YAML file or one of {', '.join(shipped)}, got {path}{close}")
-        return path
-    return shipped[str(name)]
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
