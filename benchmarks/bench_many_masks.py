@@ -146,7 +146,7 @@ def bank_of_all_layers(root: Path) -> tuple[MaskBank, list[Path]]:
     for seed, path in enumerate(paths):
         if not path.exists():
             model, _ = load_model(MODEL)
-            save_masks(mask_model(model, MaskConfig(seed=seed)), path)
+            save_masks(mask_model(model, MaskConfig.paper(seed=seed)), path)
     model, _ = load_model(MODEL)
     return load_mask_bank(model, dict(zip(TASKS, paths))), paths
 

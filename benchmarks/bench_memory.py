@@ -43,7 +43,7 @@ def prepare(name: str, tokens: int, features: int):
     weight = linear.weight.detach()
     scores = torch.randn(features, features, dtype=torch.bfloat16).requires_grad_()
     threshold = mft_kernels.kept_threshold(scores, KEEP_RATIO)
-    module = mft_kernels.MaskedLinear.from_linear(linear, keep_ratio=KEEP_RATIO)
+    module = mft_kernels.MaskedLinear.from_linear(linear, keep_ratio=KEEP_RATIO, init="normal")
     linear.weight.grad, module.scores.grad = torch.ones_like(linear.weight), torch.ones_like(module.scores)
     into_buffers = name in INTO_BUFFERS
     if not into_buffers:

@@ -117,7 +117,7 @@ class LayerCompetitors:
         if name == MODULE:
             linear = nn.Linear(self.k, self.n, bias=False, device="meta")
             linear.weight = nn.Parameter(weight)
-            module = mft_kernels.MaskedLinear.from_linear(linear, keep_ratio=KEEP_RATIO)
+            module = mft_kernels.MaskedLinear.from_linear(linear, keep_ratio=KEEP_RATIO, init="normal")
             return Formulation(module, (module.scores,), module)
         if name == LORA:
             lora = make_lora(weight)

@@ -43,7 +43,7 @@ class Situation:
     @property
     def mask(self) -> MaskConfig:
         layers = None if self.layers is None else list(self.layers)
-        return MaskConfig(layers_to_transform=layers)
+        return MaskConfig.paper(layers_to_transform=layers)
 
 
 @dataclass

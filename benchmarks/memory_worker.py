@@ -86,7 +86,7 @@ def train(competitor: str, model: Any, data: Rows, accumulation: int, device: st
         return train_rival(RIVALS[competitor], model.to(device), data, settings)
     way, quantization, quantize_masked, states = WAYS[competitor]
     settings.moments = states["moments"]
-    mask_model(model, MaskConfig(scores_dtype=states["scores"]))
+    mask_model(model, MaskConfig.paper(scores_dtype=states["scores"]))
     if quantization is not None:
         quantize_model(model, quantization, masked=quantize_masked)
     if way == "plain":

@@ -96,7 +96,7 @@ class TrainingStep:
             way, quantization, quantize_masked, states = WAYS[competitor.removeprefix("ours, ")]
             train.moments = states["moments"]
             model.requires_grad_(False)
-            mask_model(model, MaskConfig(scores_dtype=states["scores"], layers_to_transform=layers))
+            mask_model(model, MaskConfig.paper(scores_dtype=states["scores"], layers_to_transform=layers))
             if quantization is not None:
                 quantize_model(model, quantization, masked=quantize_masked)
         else:

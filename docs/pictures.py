@@ -22,7 +22,7 @@ def main() -> None:
     """Draw both."""
     IMAGES.mkdir(exist_ok=True)
     model, tokenizer = mft.load_model("smollm2-135m")
-    mft.mask_model(model, mft.MaskConfig(layers_to_transform=29, keep_ratio=KEEP_RATIO))
+    mft.mask_model(model, mft.MaskConfig.paper(layers_to_transform=29, keep_ratio=KEEP_RATIO))
     layer = dict(model.named_modules())[LAYER]
     draw_mask(layer.weight.detach().float(), layer.scores.detach())
     rows = load_splits(DataConfig(sequence_length=128, max_train_tokens=8192, max_eval_tokens=256), tokenizer).train

@@ -35,8 +35,9 @@ class MaskedLinear(nn.Module):
         in_features, out_features, bias, device, dtype: as of nn.Linear.
         keep_ratio: share of the weights that is kept, in [0, 1].
         mode: "magnitude" keeps the largest |scores|, "value" the largest scores.
-        init: of the scores. "normal": N(0, 0.02), the paper's. "magnitude": |weight| scaled to a root mean square of
-            0.02, so that the first mask is the magnitude mask. "constant": 0.02 with 1 % noise.
+        init: of the scores. "magnitude": |weight| scaled to a root mean square of 0.02, so that the first mask is the
+            magnitude mask. "normal": N(0, 0.02), the paper's, with keep_ratio 0.9; it drops weights at random.
+            "constant": 0.02 with 1 % noise.
         scores_dtype: fp32 unless given (fp64 for an fp64 weight). 16-bit scores lose small updates to rounding, so
             they need an optimiser that rounds stochastically (MaskAdamW). int16 is fixed point (see fixed_point.py):
             autograd gives it no gradient, so it learns through hold() alone. Casting the module leaves the scores'
@@ -53,9 +54,9 @@ class MaskedLinear(nn.Module):
         out_features: int,
         bias: bool = True,
         *,
-        keep_ratio: float = 0.9,
+        keep_ratio: float = 0.99,
         mode: str = "magnitude",
-        init: str = "normal",
+        init: str = "magnitude",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         scores_dtype: torch.dtype | None = None,
@@ -70,9 +71,9 @@ class MaskedLinear(nn.Module):
         cls,
         linear: nn.Linear,
         *,
-        keep_ratio: float = 0.9,
+        keep_ratio: float = 0.99,
         mode: str = "magnitude",
-        init: str = "normal",
+        init: str = "magnitude",
         scores_dtype: torch.dtype | None = None,
         threshold: float | None = None,
         generator: torch.Generator | None = None,
@@ -124,7 +125,7 @@ class MaskedLinear(nn.Module):
         self._keep_ratio = value
 
     @torch.no_grad()
-    def reset_scores(self, init: str = "normal", *, generator: torch.Generator | None = None) -> None:
+    def reset_scores(self, init: str = "magnitude", *, generator: torch.Generator | None = None) -> None:
         """Draw the scores anew; ``init`` as of the class."""
         dtype = self.scores.dtype
         # 16-bit scores are drawn in fp32 and rounded, so that a seed gives one mask whatever they are kept in.

@@ -87,7 +87,7 @@ def attempt(kind: str) -> Row:
         return Row(kind, "refused", first_line(error))
     if not torch.equal(logits(masked, ids), expected):
         return Row(kind, "wrong", "with everything kept the logits differ")
-    masked = mask_model(copy.deepcopy(base), MaskConfig(keep_ratio=0.7))
+    masked = mask_model(copy.deepcopy(base), MaskConfig.paper(keep_ratio=0.7))
     layers, called = masked_modules(masked), set()
     for name, layer in layers.items():
         layer.register_forward_hook(lambda *_, name=name: called.add(name))

@@ -96,7 +96,7 @@ def test_masked_models_answer_and_a_mask_changes_answers(model, tokenizer):
     plain, _ = exact_matches(model, tokenizer, dataset)
     kept = mask_model(copy.deepcopy(model), MaskConfig(keep_ratio=1.0))
     assert torch.equal(exact_matches(kept, tokenizer, dataset)[0], plain)
-    dropped = mask_model(copy.deepcopy(model), MaskConfig(keep_ratio=0.1))
+    dropped = mask_model(copy.deepcopy(model), MaskConfig.paper(keep_ratio=0.1))
     assert exact_matches(dropped, tokenizer, dataset)[0].sum() < plain.sum()
 
 

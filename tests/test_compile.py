@@ -23,7 +23,7 @@ def fresh_compiler():
 
 
 def tiny(layers=2, dtype=torch.float32):
-    return mask_model(make_llama(dtype, num_hidden_layers=layers), MaskConfig(keep_ratio=0.7))
+    return mask_model(make_llama(dtype, num_hidden_layers=layers), MaskConfig.paper(keep_ratio=0.7))
 
 
 def tokens(rows=2, length=9):

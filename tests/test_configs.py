@@ -1,14 +1,16 @@
-"""The shipped configurations of the paper's runs: each loads, and says what the paper's code says."""
+"""The shipped configurations: each loads by its name, says what the paper's code says, and leans on no default."""
 
 from pathlib import Path
 
 import pytest
 
 import mft.config
-from mft.config import load_config
+from mft.config import DataConfig, MaskConfig, ModelConfig, TrainConfig, load_config, read_mapping
+from mft.study.load import load_study
 
 CONFIGS = Path(mft.config.__file__).parent / "configs"
 LAYERS = {"math": [4, 5, 6, 7], "code": [20, 21, 22, 23], "instructions": [0, 1, 2, 3]}
+STEPS = {"math": 938, "code": 469, "instructions": 875}
 MODELS = {"llama2_7b": "meta-llama/Llama-2-7b-hf", "llama3.1_8b": "meta-llama/Llama-3.1-8B"}
 
 
@@ -33,3 +35,46 @@ def test_values_are_the_papers(model, task):
     assert (train.lr, train.schedule, train.warmup_ratio, train.weight_decay) == (2e-5, "linear", 0.03, 0.0)
     assert train.batch_size * train.accumulation == 128
     assert (config.data.sequence_length, config.data.packing, config.data.assistant_only) == (4096, False, True)
+
+
+@pytest.mark.parametrize("task", LAYERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_masks_and_rates_do_not_lean_on_defaults(model, task):
+    config = load_config(str(CONFIGS / f"{model}_{task}.yaml"))
+    assert config.mask == MaskConfig.paper(layers_to_transform=LAYERS[task], seed=42)
+    assert {"keep_ratio", "mode", "init"} <= read_mapping(CONFIGS / f"{model}_{task}.yaml")["mask"].keys()
+    assert config.train == TrainConfig(
+        lr=2e-5, steps=STEPS[task], accumulation=128, gradient_checkpointing=True, seed=42
+    )
+
+
+def test_the_papers_setting_has_a_name_in_files_and_in_python():
+    config = load_config("paper", ["mask.layers_to_transform=4-7"])
+    assert config.mask == MaskConfig.paper(layers_to_transform=[4, 5, 6, 7])
+    assert config.mask == MaskConfig(layers_to_transform=[4, 5, 6, 7], keep_ratio=0.9, mode="magnitude", init="normal")
+    assert config.train == TrainConfig(lr=2e-5, epochs=2.0, accumulation=128)
+    assert (config.model, config.data) == (ModelConfig(), DataConfig())
+    assert MaskConfig.paper(keep_ratio=0.8).keep_ratio == 0.8
+
+
+@pytest.mark.parametrize("name", ["small", "smollm2"])
+def test_masks_of_studies_do_not_lean_on_defaults(name):
+    given = read_mapping(CONFIGS / "compare" / f"{name}.yaml")
+    assert given["mask"].keys() >= {"keep_ratio", "init"}
+    mask = load_study(name).mask
+    keep, layers = {"small": (0.98, [2, 3]), "smollm2": (0.99, [24, 25, 26, 27, 28, 29])}[name]
+    assert mask == MaskConfig(layers_to_transform=layers, keep_ratio=keep, mode="magnitude", init="magnitude")
+    assert (given["arms"]["MFT (paper)"]["init"], given["arms"]["MFT (paper)"]["keep_ratios"]) == ("normal", [0.9])
+
+
+def test_a_shipped_file_goes_by_its_name_unless_a_file_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "paper").mkdir()  # of PDFs, say
+    assert load_config("paper").mask.init == "normal"
+    (tmp_path / "paper").rmdir()
+    (tmp_path / "paper").write_text("mask: {init: constant}\n")
+    assert load_config("paper").mask.init == "constant"
+    with pytest.raises(
+        ValueError, match=r"or one of llama2_7b_code, .*, paper, got lama2_7b_code; did you mean llama2"
+    ):
+        load_config("lama2_7b_code")

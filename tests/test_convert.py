@@ -187,7 +187,7 @@ class TestEveryArchitecture:
 
     def test_merging_gives_the_original_classes_with_kept_weights_bit_equal(self, kind, tokens):
         base = MODELS[kind][0]().eval()
-        model = mask_model(copy.deepcopy(base), MaskConfig(keep_ratio=0.7))
+        model = mask_model(copy.deepcopy(base), MaskConfig.paper(keep_ratio=0.7))
         expected = state(base)
         for name, module in masked_modules(model).items():
             mask = module.mask()
@@ -206,7 +206,7 @@ class TestEveryArchitecture:
 def test_dropped_negative_weights_merge_to_positive_zero():
     model = llama()
     nn.init.constant_(model.model.layers[0].mlp.up_proj.weight, -1.0)
-    merge_model(mask_model(model, MaskConfig(target_modules=["up_proj"], keep_ratio=0.5)))
+    merge_model(mask_model(model, MaskConfig.paper(target_modules=["up_proj"], keep_ratio=0.5)))
     weight = model.model.layers[0].mlp.up_proj.weight
     assert (weight == 0).any()
     assert not torch.signbit(weight[weight == 0]).any()
@@ -357,13 +357,13 @@ def test_all_linear_reaches_layers_outside_the_decoder_layers():
 
 def test_scores_depend_on_seed_and_name_not_on_what_else_is_masked():
     def scores(**config):
-        return masked_modules(mask_model(llama(), MaskConfig(**config)))["model.layers.1.mlp.up_proj"].scores
+        return masked_modules(mask_model(llama(), MaskConfig.paper(**config)))["model.layers.1.mlp.up_proj"].scores
 
     alone = scores(target_modules=["up_proj"], layers_to_transform=1, seed=3)
     torch.manual_seed(99)
     assert torch.equal(alone, scores(seed=3))
     assert not torch.equal(alone, scores(seed=4))
-    other = mask_model(llama(), MaskConfig(seed=3)).model.layers[0].mlp.up_proj.scores
+    other = mask_model(llama(), MaskConfig.paper(seed=3)).model.layers[0].mlp.up_proj.scores
     assert not torch.equal(alone, other)
 
 
@@ -610,7 +610,7 @@ def test_merging_makes_trainable_again_what_was_trainable_before():
 
 
 def test_training_mode_dtype_and_name_carry_over():
-    model = mask_model(llama().to(torch.bfloat16).eval(), MaskConfig())
+    model = mask_model(llama().to(torch.bfloat16).eval(), MaskConfig.paper())
     module = model.model.layers[1].mlp.up_proj
     assert not module.training
     assert module.module_name == "model.layers.1.mlp.up_proj"
@@ -621,7 +621,7 @@ def test_training_mode_dtype_and_name_carry_over():
 
 
 def test_a_masked_model_copies_and_pickles(tokens):
-    model = mask_model(gpt2().eval(), MaskConfig(layers_to_transform=[1]))
+    model = mask_model(gpt2().eval(), MaskConfig.paper(layers_to_transform=[1]))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(tokens).logits, model(tokens).logits)
         assert type(merge_model(other).transformer.h[1].mlp.c_fc) is Conv1D
@@ -664,7 +664,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind, use_reentrant, first, 
     for module in model.modules():
         if hasattr(module, "dropout") and isinstance(module.dropout, float):
             module.dropout = 0.0
-    mask_model(model, MaskConfig(layers_to_transform=list(range(first, 3))))
+    mask_model(model, MaskConfig.paper(layers_to_transform=list(range(first, 3))))
     expected = score_grads(model, tokens)
     checkpoint_activations(model, use_reentrant)
     for grads in (score_grads(model, tokens), score_grads(model, tokens)):
@@ -675,7 +675,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind, use_reentrant, first, 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_under_checkpointing_layers_below_the_first_masked_one_run_without_autograd(use_reentrant, tokens):
-    model = mask_model(llama().train(), MaskConfig(layers_to_transform=[2]))
+    model = mask_model(llama().train(), MaskConfig.paper(layers_to_transform=[2]))
     checkpoint_activations(model, use_reentrant)
     outputs, runs = {}, {0: 0, 1: 0, 2: 0}
     for index, layer in enumerate(model.model.layers):
@@ -696,7 +696,7 @@ def test_a_trainable_embedding_still_gets_its_gradient_under_checkpointing(token
 
 
 def test_a_masked_model_compiles_as_one_graph_and_checkpointing_switches_off_again(tokens):
-    model = mask_model(llama().train(), MaskConfig(layers_to_transform=[1]))
+    model = mask_model(llama().train(), MaskConfig.paper(layers_to_transform=[1]))
     expected = score_grads(model, tokens)
     checkpoint_activations(model, True)
     score_grads(model, tokens)
@@ -709,14 +709,14 @@ def test_a_masked_model_compiles_as_one_graph_and_checkpointing_switches_off_aga
 
 
 def test_merging_takes_the_hooks_away(tokens):
-    model = mask_model(llama().train(), MaskConfig(layers_to_transform=[2]))
+    model = mask_model(llama().train(), MaskConfig.paper(layers_to_transform=[2]))
     merge_model(model)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_masked_model_trains_under_the_transformers_trainer(tmp_path, tokens, checkpointing):
-    model = mask_model(llama(), MaskConfig(layers_to_transform=[1, 2]))
+    model = mask_model(llama(), MaskConfig.paper(layers_to_transform=[1, 2]))
     before = state(model)
     rows = [{"input_ids": row, "labels": row} for row in tokens.repeat(4, 1)]
     has_new_name = "activation_checkpointing" in inspect.signature(TrainingArguments).parameters

@@ -36,7 +36,7 @@ def assert_learns_as_if_never_placed(model):
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}], ids=str)
 def test_a_model_on_one_device_is_masked_and_learns(directory, device_map):
     model = LlamaForCausalLM.from_pretrained(directory, device_map=device_map)
-    assert_learns_as_if_never_placed(mask_model(model, MaskConfig(layers_to_transform=[2, 3])))
+    assert_learns_as_if_never_placed(mask_model(model, MaskConfig.paper(layers_to_transform=[2, 3])))
 
 
 @pytest.mark.parametrize("layer", [0, 3])

@@ -125,7 +125,7 @@ def work(rank, folder):
     found |= {name: recipe(name, processes=processes) for name in RECIPES}
     found["stopped"] = stopped(rank, folder / "checkpoints", processes)
     found["other settings"] = refusal(lambda: processes.agree({"train.lr": 0.1 + rank, "train.seed": 3}))
-    other = mask_model(make_llama(), MaskConfig(seed=rank))
+    other = mask_model(make_llama(), MaskConfig.paper(seed=rank))
     found["other scores"] = refusal(lambda: train_masks(other, rows(), settings(), processes=processes))
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -365,7 +365,7 @@ def test_processes_that_disagree_are_told_in_what(found):
             r"memory must be plain \(or auto\) on several processes, got layerwise",
         ),
         (
-            lambda: mask_model(make_llama(attention_dropout=0.2), MaskConfig()),
+            lambda: mask_model(make_llama(attention_dropout=0.2), MaskConfig.paper()),
             {},
             {},
             "model must have no dropout, nor draw at random otherwise, on several processes, got LlamaForCausalLM on 2",

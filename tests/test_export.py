@@ -56,7 +56,7 @@ def assert_same_tensors(one, other):
 
 @pytest.fixture
 def masked():
-    return mask_model(llama(), MaskConfig(layers_to_transform=[1, 2]))
+    return mask_model(llama(), MaskConfig.paper(layers_to_transform=[1, 2]))
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_an_average_of_the_scores_that_takes_their_place_is_what_is_saved(masked
 @pytest.mark.parametrize("base", BASES)
 def test_masks_come_back_exactly_on_a_fresh_base(base, mode, tmp_path):
     threshold = 0.005 if mode == "value" else None
-    model = mask_model(BASES[base](), MaskConfig(layers_to_transform=[1], mode=mode, threshold=threshold))
+    model = mask_model(BASES[base](), MaskConfig.paper(layers_to_transform=[1], mode=mode, threshold=threshold))
     save_masks(model, tmp_path / "export")
     loaded = load_masks(BASES[base](), tmp_path / "export")
     assert_same_tensors(masks(loaded), masks(model))
@@ -113,7 +113,7 @@ def test_masks_come_back_exactly_on_a_fresh_base(base, mode, tmp_path):
 
 
 def test_masks_come_back_onto_a_masked_model(masked, saved):
-    other = mask_model(llama(), MaskConfig(layers_to_transform=[1, 2], seed=7))
+    other = mask_model(llama(), MaskConfig.paper(layers_to_transform=[1, 2], seed=7))
     before = masks(other)[UP]
     load_masks(other, saved)
     assert not torch.equal(before, masks(other)[UP])
@@ -123,7 +123,7 @@ def test_masks_come_back_onto_a_masked_model(masked, saved):
 @pytest.mark.parametrize("mode", ["magnitude", "value"])
 def test_a_loaded_mask_still_trains_both_ways(mode, tmp_path):
     threshold = 0.0 if mode == "value" else None
-    save_masks(mask_model(llama(), MaskConfig(mode=mode, threshold=threshold)), tmp_path / "export")
+    save_masks(mask_model(llama(), MaskConfig.paper(mode=mode, threshold=threshold)), tmp_path / "export")
     model = load_masks(llama(), tmp_path / "export")
     tokens = torch.arange(3, 21).reshape(2, 9)
     model(input_ids=tokens, labels=tokens).loss.backward()
@@ -165,7 +165,7 @@ def test_a_compiled_model_is_saved_loaded_and_merged_as_what_it_holds(masked, tm
 
 @pytest.mark.parametrize("keep_ratio", [0.0, 1.0])
 def test_keeping_all_or_none_survives(keep_ratio, tmp_path):
-    model = mask_model(llama(), MaskConfig(target_modules=["up_proj"], keep_ratio=keep_ratio))
+    model = mask_model(llama(), MaskConfig.paper(target_modules=["up_proj"], keep_ratio=keep_ratio))
     loaded = load_masks(llama(), save_masks(model, tmp_path / "export"))
     assert {float(mask.float().mean()) for mask in masks(loaded).values()} == {keep_ratio}
 
@@ -207,7 +207,7 @@ def test_a_merged_model_is_an_ordinary_one_that_transformers_reloads_bit_equal(m
 @pytest.mark.parametrize("base", BASES)
 def test_the_hash_of_a_masked_model_is_its_bases(base):
     fresh = BASES[base]()
-    model = mask_model(copy.deepcopy(fresh), MaskConfig())
+    model = mask_model(copy.deepcopy(fresh), MaskConfig.paper())
     assert base_hash(model) == base_hash(fresh, reversed(list(masked_modules(model))))
 
 
@@ -267,7 +267,7 @@ def test_a_model_without_the_layers_is_refused(saved):
 
 
 def test_a_model_masked_elsewhere_is_refused(saved):
-    model = mask_model(llama(), MaskConfig(layers_to_transform=[0, 1]))
+    model = mask_model(llama(), MaskConfig.paper(layers_to_transform=[0, 1]))
     with pytest.raises(
         ValueError,
         match=r"masked in the 14 layers of the export, or in none; only in the export: "
@@ -413,7 +413,7 @@ def test_nan_scores_are_not_saved(masked, tmp_path):
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else_is_left(saved):
-    other = mask_model(llama(), MaskConfig(layers_to_transform=[0], seed=5))
+    other = mask_model(llama(), MaskConfig.paper(layers_to_transform=[0], seed=5))
     save_masks(other, saved)
     assert_same_tensors(masks(load_masks(llama(), saved)), masks(other))
     assert os.listdir(saved.parent) == [saved.name]
@@ -468,7 +468,7 @@ def test_a_write_that_fails_leaves_what_was_there(masked, saved, exists, monkeyp
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        save_masks(mask_model(llama(), MaskConfig(seed=9)), saved)
+        save_masks(mask_model(llama(), MaskConfig.paper(seed=9)), saved)
     assert os.listdir(saved.parent) == ([saved.name] if exists else [])
     if exists:
         assert {name: (saved / name).read_bytes() for name in os.listdir(saved)} == before

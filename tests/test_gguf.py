@@ -21,7 +21,7 @@ from mft.convert import mask_model, masked_modules, merge_model
 from mft.export import load_masks, save_masks
 from mft.models import load_model, save_model
 
-MASK = MaskConfig(keep_ratio=0.7, seed=1)
+MASK = MaskConfig.paper(keep_ratio=0.7, seed=1)
 TOKENS = torch.arange(40, 64).reshape(2, 12)
 
 

@@ -17,7 +17,7 @@ from mft.convert import mask_model, masked_modules
 from mft.export import save_masks
 from mft.harness import TaskScore, load_tasks, score_tasks, task_table
 
-MASK = MaskConfig(keep_ratio=0.5, seed=1)
+MASK = MaskConfig.paper(keep_ratio=0.5, seed=1)
 
 
 @pytest.fixture

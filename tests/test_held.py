@@ -120,8 +120,10 @@ def test_a_module_computes_with_what_it_holds_until_it_is_released():
 def test_fixed_point_scores_begin_as_the_others(init):
     linear = torch.nn.Linear(64, 32)
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
-    exact = MaskedLinear.from_linear(linear, init=init, generator=generators[0])
-    fixed = MaskedLinear.from_linear(linear, init=init, generator=generators[1], scores_dtype=torch.int16)
+    exact = MaskedLinear.from_linear(linear, init=init, keep_ratio=0.9, generator=generators[0])
+    fixed = MaskedLinear.from_linear(
+        linear, init=init, keep_ratio=0.9, generator=generators[1], scores_dtype=torch.int16
+    )
     assert fixed.scores.dtype == torch.int16
     assert not fixed.scores.requires_grad
     assert (fixed.mask() != exact.mask()).float().mean() < 0.01

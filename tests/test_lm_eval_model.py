@@ -19,7 +19,7 @@ from mft.lm_eval_model import MaskedLM
 from mft.models import save_model
 from mft.quantized import quantize_model
 
-MASK = MaskConfig(keep_ratio=0.5, seed=1)
+MASK = MaskConfig.paper(keep_ratio=0.5, seed=1)
 METRICS = {"sums_choice": "acc", "sums_likelihood": "perplexity"}
 
 

@@ -32,7 +32,7 @@ def base(dtype=torch.float32):
 
 
 def masked(mask, dtype=torch.float32):
-    return mask_model(base(dtype), MaskConfig(**mask))
+    return mask_model(base(dtype), MaskConfig.paper(**mask))
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_refused(exports, bank, tmp_path):
         MaskBank(bank.model)
     with pytest.raises(ValueError, match="model must not be masked already"):
         MaskBank(masked(TASKS["code"]))
-    other = mask_model(make_llama(head_dim=16), MaskConfig(layers_to_transform=[2]))
+    other = mask_model(make_llama(head_dim=16), MaskConfig.paper(layers_to_transform=[2]))
     with pytest.raises(ValueError, match=r"q_proj: the mask is for a weight of \(64, 32\), the model's is \(32, 32\)"):
         bank.add("wide", save_masks(other, tmp_path / "wide"), force=True)
     assert bank.tasks == ("code", "math", "chat")
@@ -376,7 +376,10 @@ def test_conv1d_layers_of_gpt2_hold_masks_too(tmp_path):
             config = GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1)
             return GPT2LMHeadModel(config).eval()
 
-    masks = {"a": MaskConfig(keep_ratio=0.5, seed=1), "b": MaskConfig(keep_ratio=0.5, seed=2, layers_to_transform=[1])}
+    masks = {
+        "a": MaskConfig.paper(keep_ratio=0.5, seed=1),
+        "b": MaskConfig.paper(keep_ratio=0.5, seed=2, layers_to_transform=[1]),
+    }
     for task, mask in masks.items():
         save_masks(mask_model(gpt2(), mask), tmp_path / task)
     bank = load_mask_bank(gpt2(), {task: tmp_path / task for task in masks})

@@ -49,7 +49,7 @@ def test_checkpointing_makes_no_further_selection(selections, use_reentrant):
 
 def test_a_compiled_layer_makes_one_selection_a_step(selections):
     torch._dynamo.reset()
-    layer = MaskedLinear(8, 8)
+    layer = MaskedLinear(8, 8, keep_ratio=0.9)
     compiled = torch.compile(layer, fullgraph=True)
     optimizer = torch.optim.AdamW([layer.scores], lr=0.1)
     outputs = []
@@ -103,7 +103,7 @@ def test_an_optimiser_that_writes_behind_the_version_is_seen():
 
 
 def test_keep_ratio_threshold_and_mode_may_change_at_any_time():
-    layer = MaskedLinear(10, 10, keep_ratio=0.9)
+    layer = MaskedLinear(10, 10, keep_ratio=0.9, init="normal")
     assert layer.mask().sum() == 91  # 100 - int((1 - 0.9) * 100), which binary fractions make 9
     layer.keep_ratio = 0.5
     assert layer.mask().sum() == 50

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 TOKENS = torch.tensor(make_rows(3)["input_ids"])
 UP = "model.layers.2.mlp.up_proj"
-SETTING = {"layers_to_transform": [2, 3], "keep_ratio": 0.7}
+SETTING = {"layers_to_transform": [2, 3], "keep_ratio": 0.7, "init": "normal"}
 
 
 def make_gpt2(dtype=torch.float32):
@@ -210,7 +210,7 @@ def test_adapters_are_switched_and_share_the_frozen_weights():
     model.add_adapter("other", config(layers_to_transform=[1, 2], keep_ratio=0.5, seed=1))
     assert torch.equal(logits(model), first)
     model.set_adapter("other")
-    alone = mask_model(make_llama(), MaskConfig(layers_to_transform=[1, 2], keep_ratio=0.5, seed=1))
+    alone = mask_model(make_llama(), MaskConfig.paper(layers_to_transform=[1, 2], keep_ratio=0.5, seed=1))
     assert torch.equal(logits(model), logits(alone))
     trained = {name.rpartition(".mft_scores.")[2] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"other"}
@@ -459,7 +459,7 @@ def test_the_active_mask_becomes_a_masked_model_and_an_export(tmp_path):
     model = two_masks()
     model.set_adapter("other")
     model.merge_adapter()
-    expected = mask_model(make_llama(), MaskConfig(layers_to_transform=[1, 2], keep_ratio=0.5, seed=1))
+    expected = mask_model(make_llama(), MaskConfig.paper(layers_to_transform=[1, 2], keep_ratio=0.5, seed=1))
     masked = to_masked_model(model)
     assert_same(state(masked), state(expected))
     save_masks(masked, tmp_path / "masks")

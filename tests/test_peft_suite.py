@@ -80,5 +80,5 @@ def base(tmp_path_factory):
 @pytest.mark.filterwarnings("default")  # their own tests do not make errors of warnings
 @pytest.mark.parametrize(("attribute", "arguments"), cases())
 def test_peft(base, attribute, arguments):
-    settings = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "up_proj"], "keep_ratio": 0.7}
+    settings = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "up_proj"], "keep_ratio": 0.7, "init": "normal"}
     getattr(Tester(), attribute)(model_id=base, config_cls=MaskPeftConfig, config_kwargs=settings, **arguments)

@@ -282,7 +282,7 @@ def test_quantised_linears_are_linears_to_the_search_and_cannot_be_masked():
     candidates = [c for c in find_candidates(model, layer_stacks(model)) if not c.is_head]
     assert len(candidates) == 4 * 7
     with pytest.raises(ValueError, match="cannot mask .*: it is a mft.quantized.QuantizedLinear, not a plain nn.Lin"):
-        mask_model(model, MaskConfig())
+        mask_model(model, MaskConfig.paper())
 
 
 def test_a_trainable_linear_is_left_alone():

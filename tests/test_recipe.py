@@ -218,7 +218,7 @@ def make_gpt2():
 @pytest.mark.parametrize("remember", [False, True])
 def test_gradients_above_a_frozen_prefix_are_those_of_the_whole_model(make, remember):
     ids = make_rows(4).with_format("torch")[:]["input_ids"]
-    config = MaskConfig(layers_to_transform=[2, 3])
+    config = MaskConfig.paper(layers_to_transform=[2, 3])
     whole, split = mask_model(make(), config), mask_model(make(), config)
     head = head_of(whole)
     backward_token_loss(head, run_decoder(whole, ids), ids, 1.0)
@@ -289,7 +289,7 @@ def test_layers_that_pass_more_than_hidden_states_are_refused_a_memory():
 
 def test_dropout_forbids_a_memory():
     def remembered(**changes):
-        model = mask_model(make_llama(**changes), MaskConfig(layers_to_transform=[3]))
+        model = mask_model(make_llama(**changes), MaskConfig.paper(layers_to_transform=[3]))
         memory = PrefixMemory()
         train_masks(model, make_rows(4), TrainConfig(steps=2), memory=memory)
         return len(memory.states)

@@ -35,7 +35,7 @@ def gpt2():
 
 
 def masked_gpt2():
-    return mask_model(gpt2(), MaskConfig(layers_to_transform=[1, 2]))
+    return mask_model(gpt2(), MaskConfig.paper(layers_to_transform=[1, 2]))
 
 
 EIGHT = {"moments": "8bit"}

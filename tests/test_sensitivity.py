@@ -96,7 +96,7 @@ def test_no_group_is_refused():
 def test_phases_are_recorded(tmp_path):
     model, rows = make_llama(), make_rows()
     groups = layer_groups(model, MaskConfig(layers_to_transform=[3]))
-    layer_sensitivity(model, rows, rows, MaskConfig(), groups, TRAIN, recorder=Recorder(tmp_path))
+    layer_sensitivity(model, rows, rows, MaskConfig.paper(), groups, TRAIN, recorder=Recorder(tmp_path))
     text = (tmp_path / METRICS).read_text()
     assert all(f'"{phase}"' in text for phase in ("unmasked, validation", "layer 3", "layer 3, validation"))
 

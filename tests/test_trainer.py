@@ -155,7 +155,7 @@ def test_accumulating_two_batches_is_one_batch_of_their_rows(tmp_path):
 
 def test_torch_compile_changes_nothing_but_rounding(tmp_path):
     def tiny():
-        return mask_model(make_llama(num_hidden_layers=1), MaskConfig())
+        return mask_model(make_llama(num_hidden_layers=1), MaskConfig.paper())
 
     options = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 3}
     start = scores_of(tiny())

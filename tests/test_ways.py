@@ -230,7 +230,7 @@ def test_lack_of_memory_names_layer_contents_and_remedy(way, monkeypatch):
 @pytest.mark.parametrize("way", WAYS)
 def test_dropout_is_refused_in_training_and_plays_no_part_in_evaluation(way):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=2, n_positions=32))
-    mask_model(model, MaskConfig())
+    mask_model(model, MaskConfig.paper())
     with pytest.raises(ValueError, match=f"memory must be plain for a model with dropout, .*, got {way}"):
         train(way, model)
     rows = make_rows(4)
@@ -274,7 +274,7 @@ def test_other_architectures(way, separate):
         models = [make().eval()]
         models.append(copy.deepcopy(models[0]))
         for model in models:
-            mask_model(model, MaskConfig(layers_to_transform=[1, 2]))
+            mask_model(model, MaskConfig.paper(layers_to_transform=[1, 2]))
         assert_same_training(train(way, models[0]), train("plain", models[1]))
 
 

@@ -33,4 +33,4 @@ def make_rows(count=8, length=12, seed=0):
 
 
 def masked_llama(layers=(2, 3), dtype=torch.float32, **mask):
-    return mask_model(make_llama(dtype), MaskConfig(layers_to_transform=list(layers), **mask))
+    return mask_model(make_llama(dtype), MaskConfig.paper(layers_to_transform=list(layers), **mask))

@@ -7,7 +7,7 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mft.choices import nearest, nearest_path
 from mft.fields import check_not_empty, check_one_of, check_rule, check_seed, coerce_fields, shown
@@ -68,14 +68,17 @@ class ModelConfig:
 
 @dataclass
 class MaskConfig:
-    """Which linear layers get a mask, how much of each is kept, and how the scores begin."""
+    """Which linear layers get a mask, how much of each is kept, and how the scores begin.
+
+    The defaults begin near the model as it is, less the smallest hundredth of its weights (docs/recipe.md).
+    """
 
     target_modules: str | list[str] | None = None  # None: attention and MLP
     layers_to_transform: int | list[int] | None = None  # a string such as "0-3,7" is accepted too
     exclude_modules: str | list[str] | None = None
-    keep_ratio: float = 0.9
+    keep_ratio: float = 0.99
     mode: str = "magnitude"
-    init: str = "normal"
+    init: str = "magnitude"
     threshold: float | None = None
     scores_dtype: str = "float32"  # 16 bits are rounded stochastically
     seed: int = 0
@@ -99,6 +102,11 @@ class MaskConfig:
         if self.threshold is not None and self.mode == "magnitude":
             check_rule(self.threshold >= 0, "threshold", "be at least 0 in magnitude mode", self.threshold)
         check_seed(self.seed)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> Self:
+        """The paper's masks (arXiv 2503.22764): a random tenth of each matrix is dropped at first."""
+        return cls(**{"keep_ratio": 0.9, "mode": "magnitude", "init": "normal"} | changes)
 
 
 @dataclass

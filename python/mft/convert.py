@@ -24,8 +24,8 @@ _CAME_FROM_CONV1D = "_mft_from_conv1d"
 def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:
     """Replace the linear layers that config chooses by MaskedLinear, in place; freeze everything but the scores.
 
-    Weights and biases are shared, not copied (a transposed copy for GPT-2's Conv1D). The scores depend on config.seed
-    and the layer's name alone, so choosing other layers too changes none of them.
+    Weights and biases are shared, not copied (a transposed copy for GPT-2's Conv1D). Scores that are drawn depend on
+    config.seed and the layer's name alone, so choosing other layers too changes none of them.
 
     Args:
         model: any transformers causal LM built of nn.Linear or Conv1D.
