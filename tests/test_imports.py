@@ -47,7 +47,7 @@ RECIPE_LAYERS = (
     ("engines", "estimate_report", "one_shot", "training_state"),
     ("saver",),
     ("evaluate",),
-    ("export", "recipe", "surface", "temperature"),
+    ("export", "mask_cost", "recipe", "surface", "temperature"),
     (
         *("data", "fit", "flips", "mask_bank", "overlap", "paper_masks", "peft_method", "quantized", "recorder"),
         *("tuning", "verify"),

@@ -26,6 +26,7 @@ from mft.fit import Plan, plan_training, replan
 from mft.flips import PHASE, POINTS, FlipCounter
 from mft.harness import load_tasks, score_tasks, task_table, write_scores
 from mft.inspection import flip_share, initial_masks
+from mft.mask_cost import said_of_cost
 from mft.models import load_model, load_outline, load_tokenizer, save_model
 from mft.plots import plot_curves
 from mft.progress import Progress
@@ -194,6 +195,10 @@ def _train(config: RunConfig, start: Start, processes: Processes) -> None:
                 before = _before(recorder, found, name, model, splits.validation, **evaluated)
         print_trainable_parameters(model)
         initial = initial_masks(model)
+        if found is None and processes.first:
+            cost = said_of_cost(model, config.mask, splits.validation, **evaluated)
+            if cost is not None:
+                say(cost)
         steps = count_steps(config.train, len(splits.train))
         # The other ways keep scores elsewhere while they train.
         counts = plan.way == "plain" and processes.first
