@@ -36,8 +36,8 @@ class MaskedLinear(nn.Module):
         keep_ratio: share of the weights that is kept, in [0, 1].
         mode: "magnitude" keeps the largest |scores|, "value" the largest scores.
         init: of the scores. "magnitude": |weight| scaled to a root mean square of 0.02, so that the first mask is the
-            magnitude mask. "normal": N(0, 0.02), the paper's, with keep_ratio 0.9; it drops weights at random.
-            "constant": 0.02 with 1 % noise.
+            magnitude mask but for weights of 0, which it keeps. "normal": N(0, 0.02), the paper's, with keep_ratio 0.9;
+            it drops weights at random. "constant": 0.02 with 1 % noise.
         scores_dtype: fp32 unless given (fp64 for an fp64 weight). 16-bit scores lose small updates to rounding, so
             they need an optimiser that rounds stochastically (MaskAdamW). int16 is fixed point (see fixed_point.py):
             autograd gives it no gradient, so it learns through hold() alone. Casting the module leaves the scores'
@@ -138,6 +138,9 @@ class MaskedLinear(nn.Module):
             norm = magnitude.square().mean().sqrt()
             # A layer of zeros has no magnitudes to follow: its scores tie, and ties are kept.
             scores.copy_(magnitude.mul_(_SCALE / norm.clamp(min=torch.finfo(norm.dtype).tiny)))
+            # Pruned, merged and 4-bit models have many weights of 0. To drop one has no effect, and its score has no
+            # gradient: it would hold a dropped weight's place for ever. Kept, it leaves the place to others.
+            scores.masked_fill_(self.weight == 0, _SCALE)
         elif init == "constant":
             scores.normal_(_SCALE, _SCALE * _CONSTANT_NOISE, generator=generator)
         else:

@@ -162,7 +162,16 @@ def test_no_score_begins_at_zero_where_it_would_never_learn(init, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "normal_", lambda self, *args, **kwargs: self.zero_())
     scores = MaskedLinear.from_linear(linear, init=init).scores
     assert (scores != 0).all()
-    assert scores[0].max() < 1e-30
+    assert init == "magnitude" or scores[0].max() < 1e-30
+
+
+def test_weights_of_zero_take_no_dropped_places_under_magnitude_initialisation():
+    linear = nn.Linear(32, 32)
+    with torch.no_grad():
+        linear.weight[:16] = 0
+    mask = MaskedLinear.from_linear(linear, init="magnitude", keep_ratio=0.9).mask()
+    assert mask[:16].all()
+    assert (~mask[16:]).sum() == 102  # a tenth of all
 
 
 def test_a_generator_makes_the_scores_repeatable(linear):
