@@ -496,6 +496,11 @@ def a_configuration_that_is_misspelt(tmp):
     load_config(tmp / "rnu.yaml")
 
 
+@refused(ValueError, where="config", got="papr", rule="must be a YAML file or one of", remedy="did you mean paper?")
+def a_shipped_configuration_that_is_misspelt():
+    load_config("papr")
+
+
 @refused(ValueError, where="override", got="'train.lr'", rule="must look like train.lr=3e-4")
 def an_override_without_a_value():
     load_config(None, ["train.lr"])
