@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
+from mft import estimate_report
 from mft.choice import RESERVE, choose, gigabytes
 from mft.cli import app
 from mft.estimate import estimate
@@ -135,6 +136,33 @@ def test_checkpointing_holds_boundaries_alone():
     assert less.seconds > saved.seconds
 
 
+def test_the_weights_are_read_before_they_are_anywhere_else():
+    """Plain moves them to the device before it makes scores; the others make them on the host."""
+    weights, masked = 2 * SEVEN.parameters, 4 * 202_375_168
+    plain, resident, quantized = (estimate(SEVEN, Setting(memory=way, layers=LOCAL)) for way in WAYS[:3])
+    assert (plain.loading, plain.host_peak, plain.host_needed) == (weights, 0, weights)
+    assert resident.loading == resident.host_needed == weights + masked // 8 + 4 * masked > resident.host_peak
+    assert quantized.loading == resident.loading
+    together = estimate(SEVEN, Setting(memory="quantized", layers=LOCAL, device="cpu"))
+    assert (together.loading, together.phases["loading"]) == (0, resident.loading)
+
+
+def test_what_is_quantised_is_counted():
+    linears = 32 * 7
+    counts = {
+        (LOCAL, False): linears - 4 * 7,
+        (LOCAL, True): linears,
+        (None, False): 0,
+        (None, True): linears,
+    }
+    for (layers, masked), count in counts.items():
+        setting = Setting(memory="quantized", layers=layers, quantization="nf4", quantize_masked=masked)
+        assert estimate(SEVEN, setting).quantized == count
+    some = Setting(memory="layerwise", target_modules=("down_proj",), quantization="int8")
+    assert estimate(SEVEN, some).quantized == 32 * 6
+    assert estimate(SEVEN, Setting(memory="resident", layers=LOCAL)).quantized == 0
+
+
 def test_one_memory_holds_everything_once():
     for way in ("resident", "layerwise"):
         apart = estimate(SEVEN, Setting(memory=way, layers=LOCAL, accumulation=2))
@@ -210,6 +238,15 @@ def test_nothing_at_all_fits():
     assert (choice.way, choice.nearest) == (None, None)
 
 
+def test_a_quantised_base_of_which_nothing_would_be_quantised_is_refused():
+    for way in ("quantized", "layerwise"):
+        choice = choose(SEVEN, Setting(memory=way, quantization="nf4"), 80e9)
+        assert "nothing would be quantised without quantize_masked" in choice.refusals[way]
+        assert choice.nearest.quantize_masked or choice.nearest.quantization is None
+    assert choose(SEVEN, Setting(memory="quantized", quantization="nf4", quantize_masked=True), 80e9).way == "quantized"
+    assert "layerwise" not in choose(SEVEN, Setting(), 80e9).refusals
+
+
 def test_ways_that_the_engines_refuse():
     assert choose(SEVEN, Setting(layers=LOCAL, scores="int16"), 80e9).way == "resident"
     clipped = choose(SEVEN, Setting(layers=LOCAL, clipping=True), 8e9)
@@ -239,6 +276,12 @@ def test_settings_that_make_no_sense():
 # ---------------------------------------------------------------------------------------------- the verb
 
 
+@pytest.fixture(autouse=True)
+def this_machine(monkeypatch):
+    """One of 64 GB."""
+    monkeypatch.setattr(estimate_report, "machine_bytes", lambda: 64e9)
+
+
 def call(*arguments):
     result = CliRunner().invoke(app, ["estimate", *arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
@@ -253,8 +296,39 @@ def test_the_verb_prints_a_table_and_the_choice():
     assert code == 0, output
     assert "llama2-7b, layers 4-7, 1 x 4096 tokens, on a GPU" in output
     assert "memory: resident. it is the fastest way that fits; plain cannot be taken" in output
-    assert "quantized would fit in" in output
-    assert "not measured" in output
+    assert "quantized, which auto leaves alone since it changes the base, would fit in 7.8 GB" in output
+    assert "are not measured: they assume a card that sustains 150 TFLOP/s" in output
+    rows = {line[:16].strip(): line[16:].split() for line in output.splitlines()}
+    assert rows["device peak"] == ["42.84", "15.91", "7.77", "2.31", "24.00"]
+    assert rows["host peak"] == ["13.48", "16.82", "16.82", "147.85", "64.00"]
+    assert rows["linears in nf4"] == ["none", "none", "196", "none", "224"]
+    assert rows["fits"] == ["no", "yes", "yes", "no"]
+
+
+def test_what_the_host_must_hold_is_part_of_what_fits():
+    asked = ("--model", "llama3.1-8b", "--gpu", "12GB")
+    code, output = call(*asked)
+    assert code == 2
+    assert "layerwise: needs 242.4 GB of the host's 64.0 GB" in output
+    assert "this machine has 64.0 GB (--host for another)" in output
+    code, output = call(*asked, "--host", "256GB")
+    assert code == 0, output
+    assert "memory: layerwise" in output
+    assert "this machine" not in output
+    found = json.loads(call(*asked, "--json")[1])
+    assert (found["memory"], found["host_limit_gb"]) == (None, 64)
+    assert found["ways"]["layerwise"]["host_peak_gb"] == pytest.approx(242.4, abs=0.1)
+    assert "an RTX 4090" in found["seconds_assume"]
+
+
+def test_nf4_stands_over_no_exact_weight():
+    code, output = call("--model", "llama2-7b", "--gpu", "80GB", "--host", "400GB")
+    assert code == 0, output
+    counts = next(line for line in output.splitlines() if "linears in nf4" in line).split()
+    assert counts[3:] == ["none", "none", "none", "none", "224"]
+    assert "cannot be taken: every linear layer is masked" in output
+    found = json.loads(call("--model", "llama2-7b", "--quantize-masked", "--gpu", "8GB", "--json")[1])
+    assert found["ways"]["quantized"]["quantized_linears"] == 224
 
 
 def test_json_has_the_numbers_of_the_estimate():
@@ -264,8 +338,9 @@ def test_json_has_the_numbers_of_the_estimate():
     expected = estimate(SEVEN, Setting(memory="resident", layers=LOCAL))
     assert found["memory"] == "resident"
     assert found["device_peak_gb"] == expected.device_peak / 1e9
-    assert found["host_peak_gb"] == expected.host_peak / 1e9
-    assert found["ways"]["layerwise"]["refusal"] is None
+    assert found["host_peak_gb"] == expected.host_needed / 1e9
+    assert found["ways"]["layerwise"]["refusal"] == "needs 147.8 GB of the host's 64.0 GB"
+    assert found["ways"]["quantized"]["refusal"] is None
     assert found["ways"]["resident"]["device_gb"]["gradients"] == pytest.approx(1.619, abs=1e-3)
 
 
@@ -294,7 +369,7 @@ def test_on_a_cpu_there_is_one_memory():
     found = json.loads(output)
     assert (found["memory"], found["host_peak_gb"]) == ("plain", 0)
     _, output = call("--model", "smollm2-135m", "--sequence", "512", "--json")
-    assert json.loads(output)["device_limit_gb"] > 1
+    assert json.loads(output)["device_limit_gb"] == 64
 
 
 def test_a_config_file_and_a_directory(tmp_path):
@@ -313,7 +388,9 @@ def test_a_config_file_and_a_directory(tmp_path):
         (["--model", "meta-llama/Llama-2-7b-hf"], "it is not in the hub's local cache"),
         (["--model", "./nowhere"], "model must exist, got './nowhere': no such file or directory"),
         (["--model", "no such model"], "a model directory or a hub id, got 'no such model'"),
-        (["--model", "llama2-7b", "--gpu", "24 apples"], "--gpu must be a size such as 24GB, 24GiB or 24e9"),
+        (["--model", "llama2-7b", "--gpu", "24 apples"], "--gpu must be a size with its unit, such as 24GB or 24GiB"),
+        (["--model", "llama2-7b", "--gpu", "12"], "got '12': did you mean 12GB?"),
+        (["--model", "llama2-7b", "--gpu", "12GB", "--host", "64"], "got '64': did you mean 64GB?"),
         (["--model", "llama2-7b", "--gpu", "1GB", "--cpu", "1GB"], "--gpu or --cpu must be given, got both"),
         (["--model", "llama2-7b", "--host", "1GB"], "--host must come with --gpu, got 1GB alone"),
         (["--model", "llama2-7b", "--keep-ratio", "1.5"], "keep_ratio must lie in [0, 1], got 1.5"),
@@ -340,13 +417,13 @@ def test_a_file_that_is_no_config(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("24GB", 24e9), ("24GiB", 24 * 2**30), ("24e9", 24e9), ("1.5 gb", 1.5e9), ("512mib", 2**29)]
+    ("text", "size"), [("24GB", 24e9), ("24GiB", 24 * 2**30), ("24e9B", 24e9), ("1.5 gb", 1.5e9), ("512mib", 2**29)]
 )
 def test_sizes(text, size):
     assert parse_bytes(text, "--gpu") == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "24XB", "1..5GB", "0", "infGB"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "24XB", "1..5GB", "0", "0GB", "24", "24e9", "infGB"])
 def test_what_is_no_size(text):
     with pytest.raises(ValueError, match="--host must be a size"):
         parse_bytes(text, "--host")

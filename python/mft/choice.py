@@ -45,7 +45,7 @@ def choose(shape: ModelShape, setting: Setting, device_bytes: float | None, host
     estimates = {way: estimate(shape, _with_way(setting, way)) for way in WAYS}
     refusals = {}
     for way, found in estimates.items():
-        obstacle = _obstacle(setting, way) or _shortage(found, setting.device, device_bytes, host_bytes)
+        obstacle = _obstacle(setting, way, found) or _shortage(found, setting.device, device_bytes, host_bytes)
         if obstacle is not None:
             refusals[way] = obstacle
     asked = _candidates(setting)
@@ -82,7 +82,7 @@ def _with_way(setting: Setting, way: str) -> Setting:
     return replace(setting, memory=way, quantization=None, quantize_masked=False)
 
 
-def _obstacle(setting: Setting, way: str) -> str | None:
+def _obstacle(setting: Setting, way: str, found: Estimate) -> str | None:
     """Why the engines refuse the way, whatever the memory."""
     if way in ("plain", "resident") and setting.quantization:
         return f"quantization={setting.quantization} asks for a quantised base"
@@ -90,6 +90,8 @@ def _obstacle(setting: Setting, way: str) -> str | None:
         return "autograd cannot reach int16 scores"
     if way == "layerwise" and setting.clipping:
         return "it has no global gradient norm to clip"
+    if not found.quantized and (way == "quantized" or (way == "layerwise" and setting.quantization)):
+        return "every linear layer is masked, so nothing would be quantised without quantize_masked"
     return None
 
 
@@ -98,8 +100,9 @@ def _shortage(found: Estimate, device: str, device_bytes: float | None, host_byt
     if device_bytes is not None and needed > device_bytes:
         with_reserve = f" (and {gigabytes(RESERVE[device])} for the context)" if RESERVE[device] else ""
         return f"needs {gigabytes(found.device_peak)}{with_reserve} of {gigabytes(device_bytes)}, in {found.phase}"
-    if host_bytes is not None and found.host_peak > host_bytes:
-        return f"needs {gigabytes(found.host_peak)} of the host's {gigabytes(host_bytes)}"
+    if host_bytes is not None and found.host_needed > host_bytes:
+        when = "" if found.host_peak > host_bytes else ", while the weights are loaded"
+        return f"needs {gigabytes(found.host_needed)} of the host's {gigabytes(host_bytes)}{when}"
     return None
 
 
@@ -109,9 +112,10 @@ def _nearest(
     """The cheapest combination of changes that fits."""
     settings = sorted(_variants(setting), key=lambda pair: pair[0])
     for _, changed in settings:
-        if _obstacle(changed, changed.memory):
+        found = estimate(shape, changed)
+        if _obstacle(changed, changed.memory, found):
             continue
-        if _shortage(estimate(shape, changed), setting.device, device_bytes, host_bytes) is None:
+        if _shortage(found, setting.device, device_bytes, host_bytes) is None:
             return changed
     return None
 
@@ -120,7 +124,7 @@ def _variants(setting: Setting) -> Iterator[tuple[int, Setting]]:
     """(cost, setting) of every combination of changes, each with a way."""
     kinds = ["float32", "8bit"] if setting.moments == "float32" else ["8bit"]
     scores = {"float32": ["float32", "bfloat16", "int16"], "bfloat16": ["bfloat16"], "int16": ["int16"]}
-    bases = [(setting.quantization, setting.quantize_masked)]
+    bases = [(setting.quantization, setting.quantize_masked and setting.quantization is not None)]
     bases += [base for base in (("nf4", False), ("nf4", True)) if base not in bases]
     rows = _halvings(setting.micro_batch, 1)
     accumulations = _halvings(setting.accumulation, 1)

@@ -298,7 +298,7 @@ def estimate(
     memory: Annotated[str, typer.Option(help="auto, plain, resident, quantized or layerwise.")] = "auto",
     gpu: Annotated[str | None, typer.Option(help="Its memory, such as 24GB or 24GiB.")] = None,
     cpu: Annotated[str | None, typer.Option(help="Without a GPU: memory; this machine's if not given.")] = None,
-    host: Annotated[str | None, typer.Option(help="Host memory beside the GPU; no limit if not given.")] = None,
+    host: Annotated[str | None, typer.Option(help="Memory beside the GPU; this machine's if not given.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights.")] = "bfloat16",
     scores: Annotated[str, typer.Option(help="float32, bfloat16 or int16.")] = "float32",
     moments: Annotated[str, typer.Option(help="float32 or 8bit.")] = "float32",
@@ -311,7 +311,7 @@ def estimate(
 ) -> None:
     """What each way of training needs of memory and time, without loading a weight; exit code 2 if nothing fits."""
     from mft.config import MaskConfig, parse_layers
-    from mft.estimate_report import machine_bytes, parse_bytes, run_estimate
+    from mft.estimate_report import parse_bytes, run_estimate
     from mft.setting import Setting
 
     MaskConfig(keep_ratio=keep_ratio)  # refuses one outside of [0, 1]
@@ -335,7 +335,7 @@ def estimate(
         device="cpu" if gpu is None else "cuda",
     )
     given = [parse_bytes(size, option) for size, option in ((gpu, "--gpu"), (cpu, "--cpu")) if size is not None]
-    device_bytes = given[0] if given else machine_bytes()
+    device_bytes = given[0] if given else None
     host_bytes = None if host is None else parse_bytes(host, "--host")
     fits = run_estimate(model, setting, dtype, device_bytes=device_bytes, host_bytes=host_bytes, as_json=as_json)
     if not fits:

@@ -30,14 +30,18 @@ Sizes = dict[str, int]
 class Estimate:
     """Bytes by kind when the device holds the most, in ``phase``; ``host`` at the end of the way up.
 
-    On a CPU device is all there is, and host is empty. seconds: of an optimiser step, roughly.
+    loading: what the host holds before the first step, when the exact weights have been read and the scores made.
+    On a CPU device is all there is: host is empty, and loading is one of the phases.
+    seconds: of an optimiser step, roughly. quantized: how many linears of the base lie in few bits.
     """
 
     way: str
     device: Sizes
     host: Sizes
+    loading: int
     phase: str
     seconds: float
+    quantized: int
     phases: dict[str, int] = field(default_factory=dict)  # the device's peak in each
 
     @property
@@ -46,7 +50,12 @@ class Estimate:
 
     @property
     def host_peak(self) -> int:
+        """In a step."""
         return sum(self.host.values())
+
+    @property
+    def host_needed(self) -> int:
+        return max(self.host_peak, self.loading)
 
 
 def estimate(shape: ModelShape, setting: Setting) -> Estimate:
@@ -61,16 +70,17 @@ def estimate(shape: ModelShape, setting: Setting) -> Estimate:
         setting = replace(setting, quantization="nf4")
     run = _Run(shape, setting)
     phases = {"plain": _plain, "layerwise": _layerwise}.get(setting.memory, _resident)(run)
-    host = run.host()
+    host, loading = run.host(), run.loading()
     if setting.device == "cpu":
         for sizes in phases.values():
             run.share_memory(sizes)
-        host = {}
+        phases["loading"], host, loading = loading, {}, {}
     peaks = {name: sum(sizes.values()) for name, sizes in phases.items()}
     phase = max(peaks, key=peaks.__getitem__)
     found = {kind: size for kind, size in phases[phase].items() if size}
     seconds = step_seconds(shape, setting, run.masks, run.weights_of_layer)
-    return Estimate(setting.memory, found, {k: v for k, v in host.items() if v}, phase, seconds, peaks)
+    there = {kind: size for kind, size in host.items() if size}
+    return Estimate(setting.memory, found, there, sum(loading.values()), phase, seconds, run.quantized, peaks)
 
 
 # ---------------------------------------------------------------------------------------------- the ways
@@ -185,6 +195,10 @@ class _Run:
         return elements * self.shape.dtype_bytes
 
     @property
+    def quantized(self) -> int:
+        return sum(self._is_quantized(i, name) for i in range(self.shape.layers) for name in self.shape.linears)
+
+    @property
     def embedding_alone(self) -> int:
         """The embedding where the head has a weight of its own: it rests on the host, and few of its rows travel."""
         return 0 if self.shape.tied else self.shape.embedding * self.shape.dtype_bytes
@@ -242,6 +256,14 @@ class _Run:
             "boundaries": (above + 1) * setting.accumulation * self.hidden,
         }
 
+    def loading(self) -> Sizes:
+        """Before the first step: plain moves the weights to the device before it makes scores there."""
+        sizes = {"weights": self.shape.parameters * self.shape.dtype_bytes}
+        if self.setting.memory != "plain":
+            sizes |= {"masks": sum(self.mask_bytes)}
+            sizes |= {"states": self.masked_weights * int(SCORE_BYTES[self.setting.scores])}
+        return sizes
+
     def share_memory(self, sizes: Sizes) -> None:
         """From what the device holds in a phase to what one memory holds, in which nothing is copied to be near."""
         if self.setting.memory != "plain":
@@ -253,12 +275,15 @@ class _Run:
     def _dense(self, matrices: Sequence[tuple[int, int]]) -> int:
         return max((n * k for n, k in matrices), default=0) * self.shape.dtype_bytes
 
+    def _is_quantized(self, layer: int, name: str) -> bool:
+        masked = self.masks[layer] and name in self.targets
+        return self.setting.quantization is not None and (self.setting.quantize_masked or not masked)
+
     def _weights(self, layer: int) -> int:
         shape, setting = self.shape, self.setting
         size = shape.layer_rest * shape.dtype_bytes
         for name, (n, k) in shape.linears.items():
-            exact = self.masks[layer] and name in self.targets and not setting.quantize_masked
-            if setting.quantization is None or exact:
+            if not self._is_quantized(layer, name):
                 size += n * k * shape.dtype_bytes
             else:
                 size += int(n * k * _NF4_BYTES) if setting.quantization == "nf4" else n * k + 4 * n

@@ -7,50 +7,60 @@ import re
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from mft.choice import RESERVE, Choice, choose, gigabytes
-from mft.estimate import Estimate
+from mft.console import console, say
 from mft.model_config import read_model_config
 from mft.setting import Setting
 from mft.shapes import ModelShape, shape_from_config
+from mft.step_time import SPEEDS
 
-_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+_UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+# Whichever card or machine is named: no way's seconds depend on it.
+ASSUMED = {
+    "cuda": f"they assume a card that sustains {SPEEDS['cuda']}, as an RTX 4090 may at its best",
+    "cpu": f"they assume a processor that sustains {SPEEDS['cpu']}, more than most have",
+}
 _OPTIONS = {"micro_batch": "micro-batch", "quantize_masked": "quantize-masked"}
-_KINDS = (
-    *("weights", "masks", "gradients", "states", "activations", "logits", "boundaries", "staging", "workspace"),
-    *("device peak", "host peak", "seconds a step", "fits"),
-)
+_KINDS = ("weights", "masks", "gradients", "states", "activations", "logits", "boundaries", "staging", "workspace")
 
 
 def run_estimate(
     model: str, setting: Setting, dtype: str, *, device_bytes: float | None, host_bytes: float | None, as_json: bool
 ) -> bool:
-    """mft estimate; returns whether something fits."""
+    """mft estimate; returns whether something fits. Sizes that are None are this machine's."""
     shape = shape_from_config(read_model_config(model), model, dtype=dtype)
+    machine = machine_bytes()
+    assumed = device_bytes is None or (setting.device == "cuda" and host_bytes is None)
+    device_bytes = machine if device_bytes is None else device_bytes
+    if setting.device == "cuda" and host_bytes is None:
+        host_bytes = machine
     choice = choose(shape, setting, device_bytes, host_bytes)
     if as_json:
         print(json.dumps(as_dictionary(shape, setting, choice, device_bytes, host_bytes), indent=2))
         return choice.way is not None
-    console = Console()
-    console.print(title(shape, setting), highlight=False, soft_wrap=True)
-    console.print(table(setting, choice))
+    say(title(shape, setting))
+    console.print(table(shape, setting, choice, device_bytes, host_bytes))
     for line in remarks(setting, choice):
-        console.print(line, highlight=False, soft_wrap=True)
+        say(line)
+    if assumed:
+        option = "--host" if setting.device == "cuda" else "--cpu"
+        say(f"this machine has {gigabytes(machine)} ({option} for another); mft train counts what is free of it then")
     return choice.way is not None
 
 
 def parse_bytes(text: str, option: str) -> float:
-    """ "24GB" -> 24e9, "24GiB" -> 24 * 2**30, "24e9" -> 24e9. Raises: ValueError naming the option."""
+    """ "24GB" -> 24e9, "24GiB" -> 24 * 2**30. Raises: ValueError naming the option."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
     try:
         size = float(match[1]) * _UNITS[match[2].lower()] if match else 0.0
     except (ValueError, KeyError):
         size = 0.0
     if not 0 < size < float("inf"):
-        raise ValueError(f"{option} must be a size such as 24GB, 24GiB or 24e9, got {text!r}")
+        unit = f": did you mean {text.strip()}GB?" if re.fullmatch(r"\s*[1-9][0-9.]*\s*", text) else ""
+        raise ValueError(f"{option} must be a size with its unit, such as 24GB or 24GiB, got {text!r}{unit}")
     return size
 
 
@@ -65,21 +75,32 @@ def title(shape: ModelShape, setting: Setting) -> str:
     return f"{shape.name}, {layers}, {setting.micro_batch} x {setting.sequence} tokens, {where}; in GB = 1e9 bytes"
 
 
-def table(setting: Setting, choice: Choice) -> Table:
-    """GB by kind when the device holds the most; a column a way."""
+def table(shape: ModelShape, setting: Setting, choice: Choice, device_bytes: float, host_bytes: float | None) -> Table:
+    """GB by kind when the device holds the most, and when the host does; a column a way, and one of what is there."""
+    ways = choice.estimates
     found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     found.add_column("")
-    for way in choice.estimates:
-        kind = setting.quantization or "nf4"
-        base = f"\n{kind}" if way == "quantized" or (way == "layerwise" and setting.quantization) else ""
-        found.add_column(f"{way}{base}", justify="right", style="bold" if way == choice.way else None, no_wrap=True)
+    for way in ways:
+        found.add_column(way, justify="right", style="bold" if way == choice.way else None, no_wrap=True)
+    found.add_column("there is", justify="right", no_wrap=True)
     for kind in _KINDS:
-        cells = [_cell(kind, way, one, choice) for way, one in choice.estimates.items()]
-        if any(cells) and not (kind == "host peak" and setting.device == "cpu"):
-            if kind in ("device peak", "seconds a step"):
-                found.add_section()
-            found.add_row(kind, *cells)
-    found.add_row("peak in", *(one.phase for one in choice.estimates.values()))
+        if any(kind in one.device for one in ways.values()):
+            found.add_row(kind, *(_gb(one.device.get(kind)) for one in ways.values()))
+    found.add_row("device peak", *(_gb(one.device_peak) for one in ways.values()), _gb(device_bytes))
+    found.add_row("peak in", *(one.phase for one in ways.values()))
+    if host_bytes is not None:
+        found.add_section()
+        for kind in _KINDS:
+            if any(kind in one.host for one in ways.values()):
+                found.add_row(f"host: {kind}", *(_gb(one.host.get(kind)) for one in ways.values()))
+        found.add_row("host, loading", *(_gb(one.loading) for one in ways.values()))
+        found.add_row("host peak", *(_gb(one.host_needed) for one in ways.values()), _gb(host_bytes))
+    found.add_section()
+    found.add_row("fits", *("no" if way in choice.refusals else "yes" for way in ways))
+    kind, linears = setting.quantization or "nf4", shape.layers * len(shape.linears)
+    counts = ("all" if one.quantized == linears else str(one.quantized or "none") for one in ways.values())
+    found.add_row(f"linears in {kind}", *counts, str(linears))
+    found.add_row("seconds a step", *(f"{one.seconds:.0f}" for one in ways.values()))
     return found
 
 
@@ -89,17 +110,21 @@ def remarks(setting: Setting, choice: Choice) -> list[str]:
     if choice.way is None:
         near = choice.nearest
         lines.append(
-            "no setting found that fits" if near is None else f"nearest that fits: {difference(setting, near)}"
+            "no setting was found that fits: mask fewer layers (--layers), or take a smaller model"
+            if near is None
+            else f"nearest that fits: {difference(setting, near)}"
         )
     quantized = choice.estimates["quantized"]
     if setting.memory == "auto" and setting.quantization is None:
         refusal = choice.refusals.get("quantized")
-        would = f"would not fit: it {refusal}" if refusal else f"would fit in {gigabytes(quantized.device_peak)}"
-        lines.append(f"quantized {would}; auto leaves it alone, since it changes the base (--memory quantized)")
+        would = f"cannot be taken: {refusal}" if refusal else f"would fit in {gigabytes(quantized.device_peak)}"
+        lines.append(f"quantized, which auto leaves alone since it changes the base, {would}")
     reserve = RESERVE[setting.device]
     if reserve:
         lines.append(f"{gigabytes(reserve)} of the GPU are set aside for its context and the allocator's fragments")
-    lines.append(f"seconds are a rough estimate for {setting.accumulation} micro-batches a step, not measured")
+    lines.append(
+        f"seconds, for {setting.accumulation} micro-batches a step, are not measured: {ASSUMED[setting.device]}"
+    )
     return lines
 
 
@@ -110,7 +135,7 @@ def difference(setting: Setting, near: Setting) -> str:
         value = getattr(near, item.name)
         if value != getattr(setting, item.name):
             option = f"--{_OPTIONS.get(item.name, item.name)}"
-            changed.append(option if value is True else f"{option} {value}")
+            changed.append(f"without {option}" if value is False else option if value is True else f"{option} {value}")
     return " ".join(changed)
 
 
@@ -123,11 +148,14 @@ def as_dictionary(
     ways = {
         way: {
             "device_peak_gb": one.device_peak / 1e9,
-            "host_peak_gb": one.host_peak / 1e9,
+            "host_peak_gb": one.host_needed / 1e9,
             "device_gb": {kind: size / 1e9 for kind, size in one.device.items()},
             "host_gb": {kind: size / 1e9 for kind, size in one.host.items()},
+            "host_loading_gb": one.loading / 1e9,
+            "quantized_linears": one.quantized,
             "peak_in": one.phase,
             "seconds_a_step": one.seconds,
+            "fits": way not in choice.refusals,
             "refusal": choice.refusals.get(way),
         }
         for way, one in choice.estimates.items()
@@ -136,8 +164,9 @@ def as_dictionary(
         "model": shape.name,
         "memory": choice.way,
         "device_peak_gb": shown.device_peak / 1e9,
-        "host_peak_gb": shown.host_peak / 1e9,
+        "host_peak_gb": shown.host_needed / 1e9,
         "seconds_a_step": shown.seconds,
+        "seconds_assume": ASSUMED[setting.device],
         "reason": choice.reason,
         "nearest": None if choice.nearest is None else dataclasses.asdict(choice.nearest),
         "device_limit_gb": None if device_bytes is None else device_bytes / 1e9,
@@ -151,16 +180,8 @@ def as_dictionary(
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _cell(kind: str, way: str, one: Estimate, choice: Choice) -> str:
-    if kind == "device peak":
-        return f"{one.device_peak / 1e9:.2f}"
-    if kind == "host peak":
-        return f"{one.host_peak / 1e9:.2f}"
-    if kind == "seconds a step":
-        return f"{one.seconds:.0f}"
-    if kind == "fits":
-        return "no" if way in choice.refusals else "yes"
-    return f"{one.device[kind] / 1e9:.2f}" if kind in one.device else ""
+def _gb(size: float | None) -> str:
+    return f"{size / 1e9:.2f}" if size else ""
 
 
 def _ranges(layers: tuple[int, ...]) -> str:

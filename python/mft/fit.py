@@ -72,15 +72,10 @@ def plan_training(config: RunConfig) -> Plan:
     choice = choose(shape, setting, device_bytes, host_bytes)
     if choice.way is None:
         raise ValueError(_refusal(choice, setting))
-    if choice.way == "quantized" and not setting.quantize_masked and _masks_everything(shape, setting):
-        raise ValueError(
-            "model.quantize_masked must be true with memory: quantized where every linear layer is masked, got false: "
-            "nothing would be quantised"
-        )
     found = choice.estimates[choice.way]
     needs = f"{gigabytes(found.device_peak)} of {gigabytes(device_bytes)} on {device}"
     if host_bytes is not None:
-        needs += f", {gigabytes(found.host_peak)} of {gigabytes(host_bytes)} in host memory"
+        needs += f", {gigabytes(found.host_needed)} of {gigabytes(host_bytes)} in host memory"
     free, held = (device_bytes, found.device_peak) if host_bytes is None else (host_bytes, found.host_peak)
     remember = free - held >= PrefixMemory.max_bytes and _saves_a_tenth(shape, setting)
     return _plan(config, choice.way, device, remember, f"memory: {choice.way}, an estimated {needs}; {choice.reason}")
@@ -122,12 +117,6 @@ def _plan(config: RunConfig, way: str, device: torch.device, remember: bool, rea
     return Plan(way, device, "nf4" if way == "quantized" and kind is None else kind, remember, reason)
 
 
-def _masks_everything(shape: ModelShape, setting: Setting) -> bool:
-    layers, targets = setting.layers, setting.target_modules
-    every_layer = layers is None or len(layers) == shape.layers
-    return every_layer and len(shape.targets(None if targets is None else list(targets))) == len(shape.linears)
-
-
 def _saves_a_tenth(shape: ModelShape, setting: Setting) -> bool:
     """Whether the frozen layers below are a tenth of a step: forward alone, where those above run up, up and down."""
     first = min(setting.layers or (0,))
@@ -167,7 +156,7 @@ def _check_disk(config: RunConfig, shape: ModelShape, setting: Setting) -> None:
 def _refusal(choice: Choice, setting: Setting) -> str:
     near = choice.nearest
     if near is None:
-        return f"{choice.reason}; no setting was found that fits"
+        return f"{choice.reason}; no setting was found that fits: mask fewer layers, or take a smaller model"
     changes = [
         f"{_KEYS[item.name]}={str(getattr(near, item.name)).lower()}"
         for item in fields(Setting)

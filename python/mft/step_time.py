@@ -1,6 +1,6 @@
 """Seconds of an optimiser step, roughly: arithmetic and the link's traffic overlap, the optimiser's states do not.
 
-Assumes what SPEEDS says of the hardware; meant for comparing ways and settings, and not measured.
+Assumes what SPEEDS says of the hardware, whatever card is there; for comparing ways and settings, and not measured.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,13 @@ class Speeds:
     memory: float
     link: float
 
+    def __str__(self) -> str:
+        link = "" if self.link == float("inf") else f" and {self.link / 1e9:g} GB/s to the host"
+        return f"{self.flops / 1e12:g} TFLOP/s, {self.memory / 1e9:g} GB/s of memory{link}"
+
 
 SPEEDS = {
-    "cuda": Speeds(flops=150e12, memory=0.8e12, link=20e9),  # half of an RTX 4090's bf16 peak or so; PCIe 4 x16
+    "cuda": Speeds(flops=150e12, memory=0.8e12, link=20e9),  # an RTX 4090 at its best; PCIe 4 x16
     "cpu": Speeds(flops=0.5e12, memory=50e9, link=float("inf")),
 }
 

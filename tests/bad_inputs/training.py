@@ -137,14 +137,14 @@ def a_step_that_needs_more_memory_than_there_is():
 @refused(
     ValueError,
     where="plain: needs",
-    got="of 8.0 GB",
+    got="of 17.0 GB",
     rule="nothing fits",
     remedy="the nearest setting that fits: memory=layerwise train.moments=8bit",
     other=r"\d+\.\d(?= GB)",
 )
 def a_model_that_does_not_fit(patch):
     patch.setattr(fit, "default_device", lambda: torch.device("cpu"))
-    patch.setattr(fit, "_free_memory", lambda device: (8e9, None))
+    patch.setattr(fit, "_free_memory", lambda device: (17e9, None))
     fit.plan_training(load_config(None, ["model.name=llama2-7b", "train.steps=1", "mask.layers_to_transform=[4, 5]"]))
 
 
@@ -341,9 +341,14 @@ def a_negative_threshold_of_magnitudes():
     MaskConfig(threshold=-1.0)
 
 
-@refused(ValueError, where="--gpu", got="'24 gigs'", rule="must be a size such as 24GB, 24GiB or 24e9")
+@refused(ValueError, where="--gpu", got="'24 gigs'", rule="must be a size with its unit, such as 24GB or 24GiB")
 def a_size_in_unknown_units():
     parse_bytes("24 gigs", "--gpu")
+
+
+@refused(ValueError, where="--gpu", got="'12'", rule="must be a size with its unit", remedy="did you mean 12GB?")
+def a_size_without_a_unit():
+    parse_bytes("12", "--gpu")
 
 
 # ---------------------------------------------------------------------------------------------- runs that go on
