@@ -1,14 +1,19 @@
-"""Progress that is always visible: bars on a terminal, elsewhere a line at most every ten seconds."""
+"""Progress that is always visible: a bar on a terminal of any width, elsewhere a line at most every ten seconds."""
 
 import contextlib
 import time
 from collections.abc import Iterator
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
+_WIDEST_BAR, _SHORTEST_BAR = 20, 5
+# Wide enough for "before, validation" and "3 min 20 s left": the bars of phases stand below each other, and still.
+_NAME, _TIME = 18, 15
 
 
 class Phase:
@@ -36,48 +41,91 @@ class Phase:
         return time.perf_counter() - self.begin
 
     @property
-    def figures(self) -> str:
+    def left(self) -> float | None:
+        """Seconds until all is done, at the pace so far; None before the first was."""
+        own = self.done - self.resumed
+        return self.seconds / own * (self.total - self.done) if own else None
+
+    @property
+    def figures(self) -> list[str]:
         """Loss and speed, as far as they are known."""
-        loss = "" if self.loss is None else f"loss {self.loss:.3f}  "
-        return f"{loss}{self.tokens / max(self.seconds, 1e-9):.0f} tokens/s" if self.tokens else loss.strip()
+        loss = [] if self.loss is None else [f"loss {self.loss:.3f}"]
+        return [*loss, f"{self.tokens / max(self.seconds, 1e-9):.0f} tokens/s"] if self.tokens else loss
 
 
 class Progress:
-    """Shows phases one after another on console; None is standard output."""
+    """Shows phases one after another on console."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+    def __init__(self, console: Console) -> None:
+        self.console = console
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int) -> Iterator[Phase]:
         """Yield the phase whose advance() moves the bar."""
-        if not self.console.is_terminal:
+        if not self.console.is_terminal or self.console.is_dumb_terminal:
             phase = _Lines(name, total, self.console)
             yield phase
             phase.print()
             return
-        columns = (
-            TextColumn("{task.description:<32}"),
-            BarColumn(20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]:<26}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        with Bars(*columns, console=self.console) as bars:
-            yield _Bar(name, total, bars)
+        bar = _Bar(name, total)
+        with Live(bar, console=self.console):
+            yield bar
+            bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """The figures that matter: "42 s", "3 min 20 s", "14 min", "2 h 05 min", "14 h", "3 d 4 h"."""
+    whole = round(seconds)
+    minutes, hours = whole // 60, whole // 3600
+    if whole < 60:
+        return f"{whole} s"
+    if minutes < 60:
+        return f"{minutes} min {whole % 60:02} s" if minutes < 10 else f"{minutes} min"
+    if hours < 48:
+        return f"{hours} h {minutes % 60:02} min" if hours < 10 else f"{hours} h"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 class _Bar(Phase):
-    def __init__(self, name: str, total: int, bars: Bars) -> None:
-        super().__init__(name, total)
-        self.bars, self.task = bars, bars.add_task(name, total=total, figures="")
+    """One line that fits whatever width there is, and is drawn anew while it is live."""
 
-    def show(self) -> None:
-        if self.done == self.resumed:
-            self.bars.reset(self.task, completed=self.done)  # else they count as if done in no time
-        self.bars.update(self.task, completed=self.done, figures=self.figures)
+    def __init__(self, name: str, total: int) -> None:
+        super().__init__(name, total)
+        self._took: float | None = None
+
+    def stop(self) -> None:
+        self._took = self.seconds
+
+    @property
+    def seconds(self) -> float:
+        return super().seconds if self._took is None else self._took
+
+    def parts(self, width: int) -> tuple[str, int, str]:
+        """(name, cells of the bar, the rest): a narrow terminal loses the bar first, then the speed, then the loss."""
+        count = f"{self.done:>{len(str(self.total))}}/{self.total}"
+        for figures in (self.figures, self.figures[:1], []):
+            rest = "  ".join([count, *figures, f"{self._time:<{_TIME}}"])
+            if _NAME + 2 + len(rest) <= width:
+                break
+        room = max(0, width - len(rest) - 2)
+        name = self.name.ljust(_NAME) if len(self.name) <= room else f"{self.name[: max(0, room - 3)]}..."
+        bar = min(_WIDEST_BAR, room - len(name) - 2)
+        return name[:room], bar if bar >= _SHORTEST_BAR else 0, rest
+
+    @property
+    def _time(self) -> str:
+        if self.done >= self.total:
+            return f"in {duration(self.seconds)}"
+        return "" if self.left is None else f"{duration(self.left)} left"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        name, bar, rest = self.parts(options.max_width)
+        if bar:
+            line = Table.grid(padding=0)
+            line.add_row(Text(f"{name}  "), ProgressBar(self.total, self.done, width=bar), Text(f"  {rest}"))
+            yield line
+        else:
+            yield Text(f"{name}  {rest}", no_wrap=True, overflow="crop")
 
 
 class _Lines(Phase):
@@ -91,11 +139,8 @@ class _Lines(Phase):
 
     def print(self) -> None:
         self.printed = time.perf_counter()
-        own = self.done - self.resumed
-        left = self.seconds / own * (self.total - self.done) if own else 0
-        eta = f", about {left:.0f} s left" if self.done < self.total else ""
-        self.console.print(
-            f"{self.name}: {self.done}/{self.total}  {self.figures}  ({self.seconds:.0f} s{eta})",
-            highlight=False,
-            soft_wrap=True,
-        )
+        left = self.left
+        ahead = "" if left is None or self.done >= self.total else f", about {duration(left)} left"
+        figures = "  ".join(self.figures)
+        line = f"{self.name}: {self.done}/{self.total}  {figures}  ({duration(self.seconds)}{ahead})"
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)

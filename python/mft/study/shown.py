@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
-from mft.progress import SECONDS_BETWEEN_LINES
+from mft.progress import SECONDS_BETWEEN_LINES, duration
 from mft.recipe import StepReport
 
 
@@ -37,8 +38,8 @@ class Shown:
         known = self._done + self._left
         spent = time.perf_counter() - self._begin
         left = spent / self._worked * self._work_left
-        rest = f"{3600 * self._finished / spent:.0f} an hour, about {_duration(left)} left"
-        line = f"{words}, {_duration(seconds)}"
+        rest = f"{3600 * self._finished / spent:.0f} an hour, about {duration(left)} left"
+        line = f"{words}, {duration(seconds)}"
         if self._bars is None:
             line = f"[{self._done}/{known}] {line} ({rest})"
         self._console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -48,7 +49,7 @@ class Shown:
     def step(self, report: StepReport) -> None:
         """A step of the model that is trained from scratch."""
         left = report.seconds / report.step * (report.steps - report.step)
-        rest = f"loss {report.loss:.3f}, about {_duration(left)} left"
+        rest = f"loss {report.loss:.3f}, about {duration(left)} left"
         if self._bars is not None and self._task is not None:
             self._bars.update(
                 self._task, completed=report.step, total=report.steps, rest=rest, description="base from scratch"
@@ -66,12 +67,7 @@ def shown_progress(console: Console) -> Iterator[Shown]:
     if not console.is_terminal:
         yield Shown(console, None)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[rest]}"))
+    count = MofNCompleteColumn(table_column=Column(no_wrap=True))  # else it is the one that a narrow terminal cuts
+    columns = (TextColumn("{task.description}"), BarColumn(20), count, TextColumn("{task.fields[rest]}"))
     with Progress(*columns, console=console) as bars:
         yield Shown(console, bars)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
