@@ -50,6 +50,14 @@ def cli(model_dir, tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.parametrize("name", ["runs/[lr=3]", "runs/[/y]"])
+def test_brackets_in_a_directory_are_shown_as_they_are(cli, name):
+    code, output = cli("train", *LEARN, "train.steps=1", f"output_dir={name}")
+    assert code == 0, output
+    assert f"result: {name}/masks; metrics, table and plot: {name}/" in output
+    assert f"mft merge {name} <directory>" in output
+
+
 def test_finetune_writes_a_model_that_train_evaluate_merge_and_inspect_use(cli, tmp_path):
     code, output = cli("finetune", *LEARN)
     assert code == 0, output

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from mft.config import RunConfig, load_config
+from mft.console import console
 
 # Loaded inside the verbs: transformers takes seconds, and `mft --help` should not wait for it.
 
@@ -352,24 +352,23 @@ def env() -> None:
 
     import mft_kernels
 
-    console = Console()
-    console.print(f"python {python_version()}", highlight=False)
-    console.print(f"torch {torch.__version__}", highlight=False)  # its metadata lack the build, such as +cpu
+    console.print(f"python {python_version()}")
+    console.print(f"torch {torch.__version__}")  # its metadata lack the build, such as +cpu
     for package in ("mft_kernels", "triton", "transformers", "datasets"):
         try:
             found = version(package)
         except PackageNotFoundError:
             found = "not installed"
-        console.print(f"{package} {found}", highlight=False)
+        console.print(f"{package} {found}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    console.print(f"threads {torch.get_num_threads()}, GPU {device}", highlight=False)
+    console.print(f"threads {torch.get_num_threads()}, GPU {device}")
     report = mft_kernels.backend_report()
     table = Table("backend", "available", "what", "why not")
     for name, entry in report["backends"].items():
         table.add_row(name, "yes" if entry["available"] else "no", entry["detail"], entry["reason"] or "")
     console.print(table)
     for kind, name in report["auto"].items():
-        console.print(f"auto on {kind}: {name} (override with MFT_KERNELS=...)", highlight=False)
+        console.print(f"auto on {kind}: {name} (override with MFT_KERNELS=...)")
 
 
 @app.command()

@@ -15,6 +15,7 @@ from torch import nn
 
 from mft.compare import Comparison, compare
 from mft.config import DataConfig, MaskConfig, ModelConfig, RunConfig, TrainConfig
+from mft.console import console
 from mft.convert import merge_model
 from mft.data import load_splits
 from mft.export import save_masks
@@ -44,7 +45,7 @@ def run_demo(
     output: Path, *, overwrite: bool = True, recorder_of: Callable[[Path, Progress], Recorder] = Recorder
 ) -> Comparison:
     """Run all phases; their files go to output. recorder_of is what records a phase."""
-    console, begin = Console(), time.perf_counter()
+    begin = time.perf_counter()
     start = ModelConfig(MODEL_NAME, dtype=faster_dtype())
     tuned = replace(start, name=str(output / BASE))  # what the masks are for, and so the model of their run
     config = RunConfig(tuned, DATA, MASK, MASK_TRAIN, output_dir=str(output), memory="plain")

@@ -15,11 +15,11 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from rich.console import Console
 
 from mft.causal_lm import first_trainable_layer
 from mft.clones import clone_with_own_weights
 from mft.config import ModelConfig
+from mft.console import console
 from mft.convert import mask_model
 from mft.data import load_splits
 from mft.demo import DATA, FULL, MASK, MASK_LRS, MASK_TRAIN, MODEL_NAME, faster_dtype
@@ -36,7 +36,6 @@ KEEP_RATIOS = (0.9, 0.97, 0.99, 0.997)
 
 def run_grid(directory: Path) -> list[dict]:
     """The demo's full fine-tune, then masks for every pair of KEEP_RATIOS and MASK_LRS; written to grid.json."""
-    console = Console()
     recorder = Recorder(progress=Progress(console))
     model, tokenizer = load_model(ModelConfig(MODEL_NAME, dtype=faster_dtype()))
     splits = load_splits(DATA, tokenizer)

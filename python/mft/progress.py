@@ -141,6 +141,5 @@ class _Lines(Phase):
         self.printed = time.perf_counter()
         left = self.left
         ahead = "" if left is None or self.done >= self.total else f", about {duration(left)} left"
-        figures = "  ".join(self.figures)
-        line = f"{self.name}: {self.done}/{self.total}  {figures}  ({duration(self.seconds)}{ahead})"
-        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        line = "  ".join([f"{self.done}/{self.total}", *self.figures, f"({duration(self.seconds)}{ahead})"])
+        self.console.print(f"{self.name}: {line}", highlight=False, soft_wrap=True, markup=False)

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from mft.bases import base_words, check_exact, evaluated_base, evaluated_config, keeping_all
 from mft.checkpoint import Checkpoint
 from mft.config import ModelConfig, RunConfig, save_config
-from mft.console import console, say
+from mft.console import console, new_console, say
 from mft.convert import mask_model, print_trainable_parameters
 from mft.data import Splits, load_splits
 from mft.distributed import Processes, joined
@@ -352,7 +351,7 @@ def _finish(directory: Path, recorder: Recorder, before: Evaluation, after: Eval
     table = evaluation_table("validation", results)
     console.print(table)
     with (directory / TABLE_MARKDOWN).open("w", encoding="utf-8") as file:
-        Console(file=file, width=120).print(table)
+        new_console(file, width=120).print(table)
     difference, error = paired_difference(after, before)
     (directory / TABLE_JSON).write_text(
         json.dumps(

@@ -4,9 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from mft.choices import nearest
+from mft.console import console, say
 from mft.flips import plot_flips, read_flips
 from mft.progress import Progress
 from mft.run_directory import ABLATION, METRICS, PLOT, TABLE_JSON, TABLE_MARKDOWN
@@ -21,8 +20,6 @@ from mft.study.store import copy_fine_tunes
 
 PLOTS = ("summary", "surface", "overlap", "flips")
 
-console = Console()
-
 
 def run_compare(study: StudyConfig, *, overwrite: bool) -> None:
     """mft compare"""
@@ -31,7 +28,7 @@ def run_compare(study: StudyConfig, *, overwrite: bool) -> None:
     write_study_report(findings, directory, environment())
     for part in console_report(findings):
         console.print(part)
-    console.print(f"files: {directory}/ ({TABLE_MARKDOWN}, {TABLE_JSON}, {PLOT})", highlight=False, soft_wrap=True)
+    say(f"files: {directory}/ ({TABLE_MARKDOWN}, {TABLE_JSON}, {PLOT})")
 
 
 def run_ablate(
@@ -42,11 +39,11 @@ def run_ablate(
     study = derive(study, what, values, domains)
     directory = Path(study.output_dir)
     if not overwrite and copy_fine_tunes(parent, study, directory):
-        console.print(f"base model and fine-tunes: those of {parent}", highlight=False, soft_wrap=True)
+        say(f"base model and fine-tunes: those of {parent}")
     run_compare(study, overwrite=overwrite)
     numbers = json.loads((directory / TABLE_JSON).read_text(encoding="utf-8"))
     plot_ablation(numbers, what, directory / ABLATION)
-    _written(directory / ABLATION)
+    say(f"written: {directory / ABLATION}")
 
 
 def run_plot(
@@ -85,8 +82,4 @@ def run_plot(
         if not table.is_file():
             raise ValueError(f"directory must be a finished study's, or its {TABLE_JSON}, got {directory}")
         plot_summary(table, output)
-    _written(output)
-
-
-def _written(path: Path) -> None:
-    console.print(f"written: {path}", highlight=False, soft_wrap=True)
+    say(f"written: {output}")

@@ -1,0 +1,53 @@
+"""The one console: what a user gave is shown as it was given."""
+
+import ast
+import io
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+
+import mft
+from mft.console import console, new_console, say
+from mft.progress import Progress
+
+TEXTS = ["runs/[lr=3]", "runs/[/y]", "[bold]x[/bold]", "a:fire:b", r"\[x]", "runs/100"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_nothing_in_a_line_or_a_table_is_markup(text):
+    file = io.StringIO()
+    shown = new_console(file, width=80)
+    shown.print(f"to {text}", style="bold")
+    table = Table("run", title=text, title_justify="left")
+    table.add_column(text)
+    table.add_row(text, text)
+    shown.print(table)
+    assert file.getvalue().splitlines()[0] == f"to {text}"
+    assert file.getvalue().count(text) == 5
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_nothing_in_a_name_of_progress_is_markup(text, capsys):
+    say(text)
+    with Progress(console).phase(text, 1) as phase:
+        phase.advance()
+    assert capsys.readouterr().out == f"{text}\n{text}: 1/1  (0 s)\n"
+
+
+def test_lines_are_neither_broken_nor_coloured():
+    file = io.StringIO()
+    path = "/a/" + 30 * "long/" + "path 1 'x' 0.5 True"
+    new_console(file, width=40).print(path, soft_wrap=True)
+    assert file.getvalue() == f"{path}\n"
+
+
+def test_no_module_makes_a_console_of_its_own():
+    folder = Path(mft.__file__).parent
+    makers = [
+        path.name
+        for path in folder.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Console"
+    ]
+    assert makers == ["console.py"]
