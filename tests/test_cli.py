@@ -41,7 +41,8 @@ def cli(model_dir, tmp_path, monkeypatch):
     )
 
     def call(verb, *arguments):
-        options = ["--config", "config.yaml"] if verb in ("finetune", "train", "evaluate") else []
+        configured = verb in ("finetune", "train", "evaluate") and "--config" not in " ".join(arguments)
+        options = ["--config", "config.yaml"] if configured else []
         result = CliRunner().invoke(app, [verb, *options, *arguments])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
@@ -56,6 +57,23 @@ def test_brackets_in_a_directory_are_shown_as_they_are(cli, name):
     assert code == 0, output
     assert f"result: {name}/masks; metrics, table and plot: {name}/" in output
     assert f"mft merge {name} <directory>" in output
+
+
+def test_a_tilde_is_the_home_directory_wherever_a_path_is_given(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "config.yaml").rename(tmp_path / "home" / "own.yaml")
+    (tmp_path / "data.jsonl").rename(tmp_path / "home" / "data.jsonl")
+    one_step = [*LEARN, "train.steps=1", "data.source=~/data.jsonl", "output_dir=~/run"]
+    code, output = cli("train", "--config=~/own.yaml", *one_step)
+    assert code == 0, output
+    code, output = cli("merge", "~/run", "~/merged", "--dtype=float32")
+    assert code == 0, output
+    code, output = cli("evaluate", "--config=~/own.yaml", "data.source=~/data.jsonl", "--masks=~/run")
+    assert code == 0, output
+    assert (tmp_path / "home" / "run" / "masks").is_dir()
+    assert (tmp_path / "home" / "merged" / "config.json").is_file()
+    assert not (tmp_path / "~").exists()
 
 
 def test_finetune_writes_a_model_that_train_evaluate_merge_and_inspect_use(cli, tmp_path):

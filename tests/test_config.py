@@ -16,6 +16,7 @@ from mft.config import (
     parse_layers,
     save_config,
 )
+from mft.study.load import load_study
 
 
 @pytest.fixture
@@ -44,6 +45,18 @@ def test_a_file_fills_the_sections_and_overrides_come_last(write):
 def test_every_spelling_of_a_number_is_a_number(write, number):
     assert load_config(write(f"train: {{steps: 1, lr: {number}}}")).train.lr == pytest.approx(3e-4)
     assert load_config(None, ["train.steps=1", f"train.lr={number}"]).train.lr == pytest.approx(3e-4)
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config(
+        write('model: {name: ~/base, chat_template: ~/chat.jinja}\ndata: {source: ~/rows}\noutput_dir: "~/run"\n')
+    )
+    assert (config.model.name, config.model.chat_template) == ("/home/me/base", "/home/me/chat.jinja")
+    assert (config.data.source, config.output_dir) == ("/home/me/rows", "/home/me/run")
+    assert load_config(None, ["output_dir=~/x", "model.name=a~b"]).output_dir == "/home/me/x"
+    assert ModelConfig("a~/b").name == "a~/b"
+    assert load_study("small", ["output_dir=~/x"]).output_dir == "/home/me/x"
 
 
 def test_words_and_dates_stay_strings(write):

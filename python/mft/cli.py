@@ -21,6 +21,9 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 class _OneMessageAnError(typer.core.TyperGroup):
     """What the user can mend is one message and exit code 2; MFT_TRACEBACK=1 shows where it arose."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [_at_home(argument) for argument in args])
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -31,6 +34,12 @@ class _OneMessageAnError(typer.core.TyperGroup):
                 raise
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
+
+
+def _at_home(argument: str) -> str:
+    """The argument, or the value of --option=value, whose ~ the shell has left; configurations expand their own."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return option + equals + os.path.expanduser(value)
 
 
 app = typer.Typer(

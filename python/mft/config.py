@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from mft.choices import nearest, nearest_path
-from mft.fields import check_not_empty, check_one_of, check_rule, check_seed, coerce_fields, shown
+from mft.fields import check_not_empty, check_one_of, check_rule, check_seed, coerce_fields, expand_home, shown
 from mft.yaml_file import dump_yaml, parse_yaml
 
 DTYPES = ("bfloat16", "float32", "float16")
@@ -55,6 +55,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         coerce_fields(self)
         check_not_empty(self, "name", "revision", "attn_implementation", "chat_template")
+        expand_home(self, "name", "chat_template")
         check_one_of("dtype", self.dtype, DTYPES)
         if self.quantization is not None:
             check_one_of("quantization", self.quantization, QUANTIZATIONS)
@@ -127,6 +128,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         coerce_fields(self)
         check_not_empty(self, "source", "subset", "split", "validation_split")
+        expand_home(self, "source")
         check_rule(self.sequence_length >= 2, "sequence_length", "be at least 2", self.sequence_length)
         for name in ("max_train_tokens", "max_eval_tokens"):
             tokens = getattr(self, name)
@@ -208,6 +210,7 @@ class RunConfig:
         coerce_fields(self)
         check_one_of("memory", self.memory, WAYS)
         check_not_empty(self, "output_dir")
+        expand_home(self, "output_dir")
         minutes = self.checkpoint_minutes
         check_rule(minutes is None or minutes >= 0, "checkpoint_minutes", "be at least 0 (or null)", minutes)
 

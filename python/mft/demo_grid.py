@@ -15,7 +15,6 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-
 from mft.causal_lm import first_trainable_layer
 from mft.clones import clone_with_own_weights
 from mft.config import ModelConfig

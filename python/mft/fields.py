@@ -4,6 +4,7 @@ Every message begins with the field's name, so that a reader of files can put th
 """
 
 import math
+import os
 import types
 import typing
 from typing import Any
@@ -72,6 +73,13 @@ def _hint_words(hint: Any) -> str:
 def shown(value: Any) -> str:
     text = repr(value)
     return "null" if value is None else f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def expand_home(config: Any, *names: str) -> None:
+    """A path in these fields may begin with ~, which no shell expands in a YAML file or after "output_dir="."""
+    for name in names:
+        if (value := getattr(config, name)) is not None:
+            setattr(config, name, os.path.expanduser(value))
 
 
 def check_rule(holds: bool, name: str, rule: str, value: Any) -> None:

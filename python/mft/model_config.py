@@ -14,7 +14,7 @@ def read_model_config(name: str) -> dict[str, Any]:
 
     Raises: ValueError if there is none; it says what to do.
     """
-    path = Path(name).expanduser()
+    path = Path(name)
     if name in known_models():
         return known_config(name)
     if path.is_dir():

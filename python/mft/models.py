@@ -101,7 +101,7 @@ def save_model(model: Any, tokenizer: Any, directory: str | os.PathLike) -> Path
 def _reached(config: ModelConfig, load: Callable[..., Any]) -> Any:
     """load(source, config, **options) with what transformers' from_pretrained takes for config.name."""
     name = config.name
-    path = Path(name).expanduser()
+    path = Path(name)
     if config.revision is not None and (name in SHORTHANDS or path.exists()):
         raise ValueError(
             f"model.revision must be null for a model on this machine, which has one state, got {config.revision!r} "
@@ -183,7 +183,7 @@ def _load(source: str, config: ModelConfig, *, sequence_length: int | None, **op
 def read_chat_template(name: str) -> str:
     """The text of a shipped chat template ("tulu") or of a Jinja file; it goes into the saved tokenizer too."""
     shipped = {path.stem: path for path in TEMPLATES.glob("*.jinja")}
-    path = shipped.get(name, Path(name).expanduser())
+    path = shipped.get(name, Path(name))
     if not path.is_file():
         raise ValueError(
             f"model.chat_template must be {' or '.join(shipped)}, or a Jinja file that exists, got {name!r}"

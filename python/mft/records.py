@@ -68,7 +68,7 @@ def form_of(records: Records) -> str:
 
 def open_source(config: DataConfig) -> Source:
     """Raises ValueError if config.source is no data that can be reached; it says what to do."""
-    path = Path(config.source).expanduser()
+    path = Path(config.source)
     if config.source == "stdlib":
         return _stdlib(config)
     if config.source == "headers":

@@ -11,7 +11,7 @@ from typing import Any
 
 from mft.choices import nearest
 from mft.config import INITS, MODES, DataConfig, MaskConfig, ModelConfig, TrainConfig, parse_layers
-from mft.fields import check_not_empty, check_one_of, check_rule, check_seed, coerce_fields
+from mft.fields import check_not_empty, check_one_of, check_rule, check_seed, coerce_fields, expand_home
 from mft.one_shot import METHODS
 
 # What an arm is. "full" is where all but "base" start; there is one of it, and one of "base" at most.
@@ -165,6 +165,7 @@ class StudyConfig:
             check_rule(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         check_rule(self.extensions >= 0, "extensions", "be at least 0", self.extensions)
         check_not_empty(self, "output_dir")
+        expand_home(self, "output_dir")
         check_rule(bool(self.domains), "domains", "hold at least one data set", self.domains)
         for section in ("arms", "domains"):  # their names become directories
             for name in getattr(self, section):
