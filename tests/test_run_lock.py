@@ -26,6 +26,19 @@ def test_a_lock_that_a_killed_process_left_holds_nobody(tmp_path):
         assert "what it wrote" not in (tmp_path / LOCK).read_text()
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_lock_that_is_a_link_is_refused_and_what_it_points_to_left_alone(tmp_path, exists):
+    victim = tmp_path / "victim"
+    if exists:
+        victim.write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to(victim)
+    refused = pytest.raises(OSError, match=r"run/\.lock must be a file of mft's own, got a symbolic link: remove it")
+    with refused, hold(tmp_path / "run"):
+        pass
+    assert victim.read_text() == "precious" if exists else not victim.exists()
+
+
 def test_never_two_at_once(tmp_path):
     """Although the file is removed with every release."""
     inside, most, turns = [], [], []

@@ -1,6 +1,7 @@
 """One process at a time works in a run directory: a lock that names it, and that the system drops when it dies."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -17,7 +18,8 @@ LOCK = ".lock"
 def hold(directory: Path) -> Iterator[None]:
     """Hold directory, made if need be, until the block ends.
 
-    Raises: RuntimeError that names the process which holds it; OSError if nothing can be written there.
+    Raises: RuntimeError that names the process which holds it; OSError if nothing can be written there, or the lock is
+        a symbolic link, through which another file would be emptied.
     """
     path = directory / LOCK
     while True:
@@ -46,13 +48,16 @@ def hold(directory: Path) -> Iterator[None]:
 def _open(path: Path) -> TextIO:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a+", encoding="utf-8")
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        return open(descriptor, "a+", encoding="utf-8")
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(f"{path} must be a file of mft's own, got a symbolic link: remove it") from error
         raise OSError(f"output_dir must be writable, got {path.parent} ({error.strerror}): name another one") from error
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
         return False
