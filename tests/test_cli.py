@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from mft.cli import app
 from mft.flips import read_flips
+from mft.run_directory import check_run_directory
 
 LEARN = ["train.lr=1e-2", "train.epochs=null", "train.steps=4", "train.batch_size=2", "mask.layers_to_transform=2-3"]
 
@@ -221,6 +222,13 @@ def test_flips_of_runs_are_drawn_from_their_metrics(cli, tmp_path):
     code, output = cli("plot", "flips", "run0", "run1", "--output", "flips.png")
     assert code == 0, output
     assert (tmp_path / "flips.png").read_bytes()[:4] == b"\x89PNG"
+    code, output = cli("plot", "flips", "run0", "run1")
+    assert (code, output) == (0, "written: run0/flips.png\n")
+    check_run_directory("run0", overwrite=True)  # the picture is the run's own
+    code, output = cli("plot", "summary", "run0")
+    assert code == 2
+    assert "directory must be a finished study's, as mft compare and mft ablate write it" in output
+    assert "got run0 with a table of no domains: a run of mft train has its curves in plot.png" in output
     code, output = cli("plot", "flips", "run0", "nowhere")
     assert code == 2
     assert "a directory must be a run's of mft train, got none with nowhere/metrics.jsonl" in output

@@ -14,6 +14,7 @@ from mft.study import figures
 from mft.study.figures import draw_overlap, draw_surface
 from mft.study.report import write_study_report
 from mft.study.run import run_study
+from mft.study.store import open_store
 
 ARMS = FEW + "  MFT 2: {kind: mask, lrs: [1e-2], keep_ratios: [0.8]}\n"
 PNG = b"\x89PNG"
@@ -91,6 +92,29 @@ def test_a_wrong_request_says_so(study, arguments, message):
     result = CliRunner().invoke(app, ["plot", what, str(study[0]), *options])
     assert result.exit_code != 0
     assert message in " ".join(f"{result.output} {result.exception}".split())
+
+
+def test_a_picture_goes_beside_its_study_and_is_no_stranger_there(study):
+    directory, findings = study
+    for asked in (directory, directory / "table.json"):
+        result = CliRunner().invoke(app, ["plot", "summary", str(asked)])
+        assert result.exit_code == 0, result.output
+        assert (directory / "summary.png").read_bytes()[:4] == b"\x89PNG"
+        (directory / "summary.png").unlink()
+    for name in ("summary", "surface", "overlap"):
+        (directory / f"{name}.png").touch()
+    with open_store(findings.study, directory):
+        pass
+    for name in ("summary", "surface", "overlap"):
+        (directory / f"{name}.png").unlink()
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"arms": []}', '{"domains": []}'])
+def test_a_table_that_is_no_studys_is_refused(tmp_path, text):
+    (tmp_path / "table.json").write_text(text)
+    result = CliRunner().invoke(app, ["plot", "summary", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "table" in result.output
 
 
 @pytest.mark.parametrize("what", ["surface", "overlap", "summary"])

@@ -216,7 +216,9 @@ def plot(
         list[Path],
         typer.Argument(help="A finished mft compare's; of summary: or a table.json; of flips: runs of mft train."),
     ],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="A PNG; by default named as the plot.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A PNG; by default beside what it shows.")
+    ] = None,
     domain: Annotated[str | None, typer.Option(help="Of surface; the first if not given.")] = None,
     arm: Annotated[str | None, typer.Option(help="Of surface and overlap: one of MFT; the first if not given.")] = None,
     rows: Annotated[int, typer.Option(help="Of surface: validation rows that every point sees.")] = 32,
@@ -225,7 +227,6 @@ def plot(
     """Pictures of a study: differences from the control, loss surface, overlap of masks; flips over training."""
     from mft.study.verbs import run_plot
 
-    output = Path(f"{what}.png") if output is None else output
     run_plot(what, directories, output, domain=domain, arm=arm, rows=rows, points=points)
 
 

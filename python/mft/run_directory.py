@@ -12,10 +12,10 @@ from mft.run_lock import LOCK
 
 CONFIG, METRICS, PLOT = "config.yaml", "metrics.jsonl", "plot.png"
 TABLE_MARKDOWN, TABLE_JSON = "table.md", "table.json"
-ABLATION = "ablation.png"
+ABLATION, FLIPS = "ablation.png", "flips.png"
 MASKS, MODEL, CHECKPOINTS = "masks", "model", "checkpoints"
 BASE = "base"  # what the demo's masks are for: its full fine-tune
-_OURS = {BASE, CONFIG, METRICS, PLOT, TABLE_MARKDOWN, TABLE_JSON, MASKS, MODEL, CHECKPOINTS}
+_OURS = {BASE, CONFIG, METRICS, PLOT, FLIPS, TABLE_MARKDOWN, TABLE_JSON, MASKS, MODEL, CHECKPOINTS}
 
 
 def check_run_directory(directory: str | os.PathLike, *, overwrite: bool = False) -> None:

@@ -33,6 +33,7 @@ from mft.yaml_file import dump_yaml, parse_yaml
 FORMAT = 1  # counts up when the same declaration gives other results
 STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK = "study.yaml", "base", "units", "trained", "test", ".lock"
 _OURS = {STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK, TABLE_MARKDOWN, TABLE_JSON, PLOT, ABLATION}
+_OURS |= {"summary.png", "surface.png", "overlap.png"}  # of mft plot
 _OPENINGS = "openings.json"
 _FREE = ("output_dir", "workers")  # change no result
 _GRIDS = ("lrs", "epochs", "keep_ratios", "beta1s")

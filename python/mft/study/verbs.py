@@ -3,10 +3,12 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mft.choices import nearest
 from mft.console import console, say
 from mft.flips import plot_flips, read_flips
+from mft.json_file import read_object
 from mft.progress import Progress
 from mft.run_directory import ABLATION, METRICS, PLOT, TABLE_JSON, TABLE_MARKDOWN
 from mft.study.ablate import derive, plot_ablation
@@ -19,6 +21,7 @@ from mft.study.run import run_study
 from mft.study.store import copy_fine_tunes
 
 PLOTS = ("summary", "surface", "overlap", "flips")
+_LARGEST_TABLE = 1 << 28  # bytes
 
 
 def run_compare(study: StudyConfig, *, overwrite: bool) -> None:
@@ -49,19 +52,21 @@ def run_ablate(
 def run_plot(
     what: str,
     directories: Sequence[Path],
-    output: Path,
+    output: Path | None,
     *,
     domain: str | None,
     arm: str | None,
     rows: int,
     points: int,
 ) -> None:
-    """mft plot"""
+    """mft plot; without an output the picture goes beside what it shows."""
     if what not in PLOTS:
         raise ValueError(f"the plot must be one of {', '.join(PLOTS)}, got {what!r}{nearest(what, PLOTS)}")
     directory, *others = directories
     if others and what != "flips":
         raise ValueError(f"{what} must be drawn from one directory, got {len(directories)}")
+    if output is None:
+        output = (directory.parent if directory.is_file() else directory) / f"{what}.png"
     if what == "surface":
         with Progress(console).phase("loss surface", 3 * points * points) as phase:
             draw_surface(
@@ -78,8 +83,20 @@ def run_plot(
     elif what == "flips":
         plot_flips({str(run): read_flips(run / METRICS) for run in directories}, output)
     else:
-        table = directory if directory.is_file() else directory / TABLE_JSON
-        if not table.is_file():
-            raise ValueError(f"directory must be a finished study's, or its {TABLE_JSON}, got {directory}")
-        plot_summary(table, output)
+        plot_summary(_study_table(directory), output)
     say(f"written: {output}")
+
+
+def _study_table(directory: Path) -> dict[str, Any]:
+    """The numbers in the table.json of a study."""
+    table = directory if directory.is_file() else directory / TABLE_JSON
+    rule = f"directory must be a finished study's, as mft compare and mft ablate write it, or its {TABLE_JSON}"
+    if not table.is_file():
+        raise ValueError(f"{rule}, got {directory}")
+    numbers = read_object(table, _LARGEST_TABLE) if table.suffix == ".json" else {}
+    if not isinstance(numbers.get("domains"), dict):
+        raise ValueError(
+            f"{rule}, got {directory} with a table of no domains: a run of mft train has its curves in {PLOT}, and mft "
+            "plot flips draws how its masks moved"
+        )
+    return numbers
