@@ -368,6 +368,10 @@ def test_a_directory_gives_its_own_splits(tokenizer, write, tmp_path):
         ValueError, match=r"data.split must be one of test, train, .*, got 'trian'; did you mean train\?"
     ):
         load_splits(DataConfig(**config, split="trian"), tokenizer)
+    monkeypatch.chdir(tmp_path / "set")
+    for here in (".", "./", "../set/."):
+        splits = load_splits(DataConfig(**config | {"source": here}), tokenizer)
+        assert [len(split) for split in (splits.train, splits.validation, splits.test)] == [20, 4, 3]
 
 
 def test_a_second_start_reads_the_cache_and_a_changed_file_does_not(tokenizer, write, monkeypatch):
