@@ -1,12 +1,14 @@
 """Each verb from the command line on a tiny model, and what wrong input is told."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
 from tiny import WORDS, make_llama
 from typer.testing import CliRunner
 
+import mft
 from mft.cli import app
 from mft.flips import read_flips
 from mft.run_directory import check_run_directory
@@ -114,6 +116,13 @@ def test_finetune_writes_a_model_that_train_evaluate_merge_and_inspect_use(cli, 
     assert code == 0, output
     assert "90.0" in output
     assert "flips are unknown" not in output
+
+
+def test_the_version_and_the_public_names(cli):
+    assert cli("--version") == (0, f"mft {version('mft_kernels')}\n")
+    assert cli("--version", "nonsense")[0] == 0
+    assert dir(mft) == sorted(mft.__all__) == sorted(mft._HOMES)
+    assert all(callable(getattr(mft, name)) for name in dir(mft))
 
 
 def test_env_says_which_kernels_serve_the_cpu(cli):

@@ -50,6 +50,22 @@ app = typer.Typer(
     help="Mask fine-tuning: train a 1-bit mask over frozen weights, and bake it in.",
 )
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        console.print(f"mft {_version('mft_kernels')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file, or paper; the defaults if none.")]
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override, such as train.lr=3e-4; repeatable.")]
 Overrides = Annotated[
@@ -355,7 +371,6 @@ def estimate(
 @app.command()
 def env() -> None:
     """Versions, threads, and which kernels serve which device."""
-    from importlib.metadata import PackageNotFoundError, version
     from platform import python_version
 
     import torch
@@ -365,11 +380,7 @@ def env() -> None:
     console.print(f"python {python_version()}")
     console.print(f"torch {torch.__version__}")  # its metadata lack the build, such as +cpu
     for package in ("mft_kernels", "triton", "transformers", "datasets"):
-        try:
-            found = version(package)
-        except PackageNotFoundError:
-            found = "not installed"
-        console.print(f"{package} {found}")
+        console.print(f"{package} {_version(package)}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     console.print(f"threads {torch.get_num_threads()}, GPU {device}")
     report = mft_kernels.backend_report()
@@ -395,6 +406,15 @@ def demo(
 def main() -> None:
     """The console script."""
     app()
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _begun(
