@@ -32,10 +32,12 @@ TRITON_LAYERS = (
 KERNELS_MAY_IMPORT = {"backends", "reference", "reference_step"}  # of mft_kernels: a kernel knows no sibling
 RECIPE_LAYERS = (
     (
-        *("atomic", "banked_linear", "cache", "checkpointing", "choices", "clones", "console", "corpus"),
-        *("header_corpus", "hub", "json_file", "moving", "next_tokens", "problems", "progress", "quantized_weight"),
-        *("randomness", "run_lock", "simulate", "step_errors", "step_report", "token_loss", "yaml_file"),
+        *("atomic", "banked_linear", "checkpointing", "choices", "clones", "console", "corpus"),
+        *("header_corpus", "hub", "moving", "next_tokens", "problems", "progress", "quantized_weight", "randomness"),
+        *("regular_file", "run_lock", "simulate", "step_errors", "step_report", "token_loss", "yaml_file"),
     ),
+    ("cache", "json_file"),
+    ("safetensors_file",),
     ("batches", "checkpoint", "export_file", "fetch", "fields", "linears", "record_files", "shapes"),
     ("activations", "causal_lm", "config", "lora", "model_config", "setting", "harness"),
     (

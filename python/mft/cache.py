@@ -4,6 +4,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from mft.regular_file import open_regular
+
 
 def cache_root(directory: str | os.PathLike | None = None) -> Path:
     """The cache directory, made if need be."""
@@ -21,6 +23,6 @@ def cache_root(directory: str | os.PathLike | None = None) -> Path:
 
 
 def sha256_of(path: str | os.PathLike) -> str:
-    """The hexadecimal SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
+    """The hexadecimal SHA-256 of a file's bytes. Raises: as open_regular."""
+    with open_regular(Path(path)) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,18 +12,20 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mft.atomic import atomic_directory
 from mft.cache import sha256_of
 from mft.json_file import read_object
+from mft.safetensors_file import open_tensors
 
 FORMAT_VERSION = 1
 TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
@@ -31,6 +33,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 _LEFT_OVER = re.compile(r"\.step-\d{8,}\..*\.(tmp|old)")  # of a writer that was killed; see atomic.py
 _MOST_MANIFEST = 1 << 16  # bytes
 _MOST_FACTS = 1 << 30  # bytes: the reports of millions of steps
+_REMEDY = "restore what was written, or delete the checkpoint"
 _HEADROOM = 1 << 20  # bytes beyond the tensors that a checkpoint may take
 
 
@@ -47,10 +50,9 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Tensor]:
         """On the CPU. Raises: BadCheckpoint."""
-        try:
-            return load_file(self.path / TENSORS)
-        except safetensors.SafetensorError as error:
-            raise BadCheckpoint(f"{self.path / TENSORS}: expected a safetensors file, got one with {error}") from None
+        path = self.path / TENSORS
+        with _blamed_on(path), open_tensors(path, _REMEDY) as file:
+            return {name: file.get_tensor(name) for name in list(file.keys())}
 
     def facts(self) -> dict[str, Any]:
         """What is no tensor. Raises: BadCheckpoint."""
@@ -110,20 +112,23 @@ def verify_checkpoint(path: Path) -> Checkpoint:
     named = _NAME.fullmatch(path.name)
     manifest_path = path / MANIFEST
     manifest = _read_json(manifest_path, _MOST_MANIFEST)
-    _expect(manifest_path, "keys", sorted(manifest), ["files", "format_version", "step"])
+    _expect_keys(manifest_path, "keys", manifest, ["files", "format_version", "step"])
     version = manifest["format_version"]
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise BadCheckpoint(f"{manifest_path}: expected format_version {FORMAT_VERSION}, got {version}: upgrade mft")
     _expect(manifest_path, "format_version", version, FORMAT_VERSION)
     _expect(manifest_path, "step", manifest["step"], int(named.group(1)) if named else None)
     files = manifest["files"]
-    names = sorted(files) if isinstance(files, dict) else files
-    _expect(manifest_path, "files", names, sorted([FACTS, TENSORS]))
+    _expect_keys(manifest_path, "files", files, [FACTS, TENSORS])
+    for name, described in files.items():
+        _expect_keys(manifest_path, f"files.{name}", described, ["bytes", "sha256"])
     _expect(path, "files", sorted(os.listdir(path)), sorted([FACTS, MANIFEST, TENSORS]))
     for name, described in files.items():
-        _expect(path / name, "bytes", (path / name).stat().st_size, described.get("bytes"))
+        with _blamed_on(path / name):
+            _expect(path / name, "bytes", (path / name).stat().st_size, described["bytes"])
     for name, described in files.items():
-        _expect(path / name, "sha256", sha256_of(path / name), described.get("sha256"))
+        with _blamed_on(path / name):
+            _expect(path / name, "sha256", sha256_of(path / name), described["sha256"])
     return Checkpoint(path, manifest["step"])
 
 
@@ -146,16 +151,27 @@ def _found(root: Path) -> list[Path]:
 
 
 def _read_json(path: Path, most: int) -> dict[str, Any]:
-    try:
+    with _blamed_on(path):
         return read_object(path, most)
+
+
+@contextmanager
+def _blamed_on(path: Path) -> Iterator[None]:
+    """What a file's readers raise, as BadCheckpoint."""
+    try:
+        yield
     except OSError as error:
         raise BadCheckpoint(f"{path}: expected a file, got {error.strerror}") from None
     except ValueError as error:
         raise BadCheckpoint(str(error)) from None
 
 
+def _expect_keys(path: Path, what: str, got: Any, expected: list[str]) -> None:
+    if not isinstance(got, dict):
+        raise BadCheckpoint(f"{path}: expected {what} {sorted(expected)}, got {got!r}: {_REMEDY}")
+    _expect(path, what, sorted(got), sorted(expected))
+
+
 def _expect(path: Path, what: str, got: Any, expected: Any) -> None:
     if got != expected or type(got) is not type(expected):
-        raise BadCheckpoint(
-            f"{path}: expected {what} {expected}, got {got}: restore what was written, or delete the checkpoint"
-        )
+        raise BadCheckpoint(f"{path}: expected {what} {expected}, got {got}: {_REMEDY}")

@@ -1,12 +1,14 @@
 """A model's config.json as a dictionary, wherever the model lies, without its weights."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from mft.choices import nearest, nearest_path
+from mft.json_file import read_object
 from mft.shapes import known_config, known_models
+
+_MOST_CONFIG = 1 << 24  # bytes: a thousand times the longest of published models
 
 
 def read_model_config(name: str) -> dict[str, Any]:
@@ -39,17 +41,9 @@ def read_model_config(name: str) -> dict[str, Any]:
 
 
 def _read(path: Path, name: str) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"model must be a directory with a config.json, got {name} without one")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"model must be a config.json if it is a file, got {path}, which is no JSON: {error}"
-        ) from None
-    if not isinstance(config, dict):
-        raise ValueError(f"model must be a config.json with keys such as hidden_size, got a {type(config).__name__}")
-    return config
+    return read_object(path, _MOST_CONFIG)
 
 
 def _from_hub(name: str, hint: str) -> dict[str, Any]:
