@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from mft.choices import nearest, nearest_path
 from mft.fields import check_not_empty, check_one_of, check_rule, check_seed, coerce_fields, expand_home, shown
+from mft.regular_file import read_regular
 from mft.yaml_file import dump_yaml, parse_yaml
 
 DTYPES = ("bfloat16", "float32", "float16")
@@ -22,6 +23,8 @@ MOMENTS = ("float32", "8bit")
 QUANTIZATIONS = ("nf4", "int8")  # as mft/quantized_weight.py has them
 CONFIGS = Path(__file__).parent / "configs"  # shipped; --config takes their names
 WAYS = ("auto", "plain", "resident", "quantized", "layerwise")
+_MOST_CONFIG = 1 << 16  # bytes: 25 times the longest of ours; its reader takes a second for them
+_MOST_LAYERS = 10_000  # no model has a tenth as many
 # What other trainers, and the paper's own code, call our keys.
 FOREIGN_NAMES = {
     "learning_rate": "train.lr",
@@ -261,12 +264,12 @@ def find_config(name: str | os.PathLike, directory: Path) -> Path:
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file. Raises ValueError that names the file."""
-    if not path.is_file():
-        if path.is_dir():
-            raise ValueError(f"config must be a YAML file, got the directory {path}")
+    if path.is_dir():
+        raise ValueError(f"config must be a YAML file, got the directory {path}")
+    if not path.exists():
         raise ValueError(f"config must be a YAML file that exists, got {path}{nearest_path(path)}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, _MOST_CONFIG).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: config must be UTF-8 text, byte {error.start} is not") from None
     values = parse_yaml(text, str(path))
@@ -285,6 +288,11 @@ def parse_layers(text: str) -> list[int]:
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ValueError(
                 f'layers_to_transform must be an int, a list of ints or ranges such as "0-3,7", got {text!r}'
+            )
+        digits = len(str(_MOST_LAYERS))
+        if any(len(number) > digits or int(number) >= _MOST_LAYERS for number in (first, last) if number):
+            raise ValueError(
+                f"layers_to_transform must count layers below {_MOST_LAYERS}, got {shown(text)}: give the model's own"
             )
         if dash and int(last) < int(first):
             raise ValueError(f"layers_to_transform must have ranges that rise, got {part.strip()!r} in {text!r}")

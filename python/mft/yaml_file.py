@@ -20,10 +20,18 @@ _CORE = (
     ),
     ("merge", r"<<", ["<"]),
 )
+_MOST_NODES = 100_000  # values: more than the longest configuration that is read can spell out
+_BITS = 64  # of an integer: no setting needs more, and Python does not print one of 20,000
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012  (a class variable upstream too, which its stubs do not say)
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _count_nodes(node, {})
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -33,6 +41,22 @@ class _Dumper(yaml.SafeDumper):
 for _tag, _pattern, _first in _CORE:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def _count_nodes(node: yaml.Node, counted: dict[yaml.Node, int]) -> int:
+    """How many values a node stands for once its aliases are written out, which is what a message about it would do.
+
+    Ten lines of which each names the one before ten times stand for ten billion.
+    """
+    if node not in counted:
+        counted[node] = _MOST_NODES  # of one that contains itself
+        inside = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        parts = [] if isinstance(node, yaml.ScalarNode) else inside
+        counted[node] = 1 + sum(_count_nodes(part, counted) for part in parts)
+    if counted[node] > _MOST_NODES:
+        problem = f"aliases that stand for more than {_MOST_NODES} values: write out what is meant"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    return counted[node]
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
@@ -52,7 +76,10 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
 def _decimal_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     """0755 is 755: a leading zero means octal in YAML 1.1 alone."""
     text = loader.construct_scalar(node).replace("_", "")
-    return int(text, 16) if text.startswith("0x") else int(text)
+    value = int(text, 16) if text.startswith("0x") else int(text)
+    if value.bit_length() > _BITS:
+        raise yaml.MarkedYAMLError(problem=f"an integer of more than {_BITS} bits", problem_mark=node.start_mark)
+    return value
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
