@@ -2,8 +2,11 @@
 
 import copy
 import json
+import multiprocessing
 import os
+import resource
 import shutil
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -12,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from mft import export as export_module
+from mft import export_file
 from mft.config import MaskConfig
 from mft.convert import mask_model, masked_modules, merge_model
 from mft.export import base_hash, load_masks, save_masks
@@ -176,7 +180,7 @@ def test_the_files_have_one_bit_a_weight_and_pefts_names(masked, saved):
     assert {(t.dtype, t.shape) for t in tensors.values() if t.shape[0] == 48} == {(torch.int32, (48, 2))}
     assert tensors.keys() == {f"{name}.mask" for name in masked_modules(masked)}
     config = json.loads((saved / CONFIG).read_text())
-    assert (config["peft_type"], config["format_version"], config["mode"]) == ("MFT", 1, "magnitude")
+    assert (config["peft_type"], config["format_version"], config["mode"]) == ("MFT", 2, "magnitude")
     assert (config["keep_ratio"], config["layers_to_transform"]) == (0.9, [1, 2])
     assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     entry = next(entry for entry in config["modules"] if entry["name"] == UP)
@@ -279,7 +283,7 @@ def test_a_model_masked_elsewhere_is_refused(saved):
 def test_an_export_that_names_the_head_is_refused(saved):
     config = json.loads((saved / CONFIG).read_text())
     entry = {"name": "lm_head", "shape": [64, 40], "dtype": "float32", "kept": 0}
-    edit_config(saved, modules=[*config["modules"], entry], content_hash=KeyError)
+    edit_config(saved, modules=[*config["modules"], entry], format_version=1, content_hash=KeyError)
     edit_masks(saved, lambda t: t.update({"lm_head.mask": torch.zeros(64, 2, dtype=torch.int32)}))
     with pytest.raises(ValueError, match="lm_head is the output embedding, which is never masked"):
         load_masks(llama(), saved, force=True)
@@ -308,7 +312,10 @@ def test_a_truncated_file_tells_its_size(saved, length):
     content = (saved / MASKS).read_bytes()
     (saved / MASKS).write_bytes(content[:length])
     size = len(content[:length])
-    with pytest.raises(ValueError, match=rf"{MASKS}: expected a safetensors file with \d+ bytes of masks.* got {size}"):
+    message = (
+        rf"{MASKS}: expected a safetensors file, got {size} bytes that are damaged or cut off .*: copy the export again"
+    )
+    with pytest.raises(ValueError, match=message):
         load_masks(llama(), saved)
 
 
@@ -316,10 +323,21 @@ def test_a_truncated_file_tells_its_size(saved, length):
     ("changes", "message"),
     [
         ({"peft_type": "LORA"}, "expected peft_type 'MFT', got 'LORA': not our masks"),
-        ({"format_version": 2}, "expected format_version 1, got 2: upgrade mft"),
+        ({"format_version": 3}, "expected format_version 2, got 3: upgrade mft"),
+        (
+            {"format_version": True},
+            "expected format_version 2, got True: use the version",
+        ),
+        ({"format_version": 0}, "expected format_version 2, got 0: use the version"),
+        ({"content_hash": KeyError}, "missing key 'content_hash'"),
+        ({"content_hash": None}, 'content_hash must be a string "sha256:" and 64 hexadecimal digits, got None'),
+        ({"content_hash": "sha256:"}, "content_hash must be a string"),
+        ({"base_quantization": KeyError}, "missing key 'base_quantization'"),
         ({"keep_raito": 0.5}, r"unknown key 'keep_raito'; did you mean keep_ratio\?"),
         ({"base_hash": KeyError}, "missing key 'base_hash'"),
-        ({"base_hash": 5}, 'base_hash must be a string "sha256:...", got 5'),
+        ({"base_hash": 5}, 'base_hash must be a string "sha256:" and 64 hexadecimal digits, got 5'),
+        ({"base_hash": ""}, "base_hash must be a string"),
+        ({"base_hash": "sha256:"}, "base_hash must be a string"),
         ({"mode": "sideways"}, "mode must be magnitude or value, got 'sideways'"),
         ({"keep_ratio": 1.5}, r"keep_ratio must be a number in \[0, 1\] or null, got 1.5"),
         ({"keep_ratio": "0.9"}, "keep_ratio must be a number"),
@@ -333,6 +351,10 @@ def test_a_truncated_file_tells_its_size(saved, length):
         (
             {"modules": [{"name": "a", "shape": [4, 0], "dtype": "x", "kept": 0}]},
             r"modules\[0\].shape must be two positive ints \[N, K\]",
+        ),
+        (
+            {"modules": [{"name": "a", "shape": [10**4000, 10**4000], "dtype": "x", "kept": 0}]},
+            r"modules\[0\].shape must be two positive ints \[N, K\] below 2\*\*31, got \[1000*[.]{3}",
         ),
         (
             {"modules": [{"name": "a", "shape": [4, 4], "dtype": "x", "kept": 17}]},
@@ -393,6 +415,52 @@ def test_wrong_masks_name_file_and_tensor(saved, change, message):
     with pytest.raises(ValueError, match=f"export/{MASKS}: {message}"):
         load_masks(model, saved)
     assert not masked_modules(model)
+
+
+def swap_layers(tensors):
+    """Of two layers of one shape and count."""
+    first, second = (f"model.layers.{layer}.mlp.up_proj.mask" for layer in (1, 2))
+    assert not torch.equal(tensors[first], tensors[second])
+    tensors[first], tensors[second] = tensors[second], tensors[first]
+
+
+def test_swapped_layers_are_told_by_the_content_hash(saved):
+    edit_masks(saved, swap_layers)
+    with pytest.raises(ValueError, match=f"{CONFIG}: expected content_hash sha256:.*: damaged, or changed by hand"):
+        load_masks(llama(), saved)
+
+
+def test_an_old_export_without_a_content_hash_loads_and_it_is_said_what_that_cannot_tell(saved, masked, caplog):
+    assert_same_tensors(masks(load_masks(llama(), saved)), masks(masked))
+    assert caplog.text == ""
+    missing = dict.fromkeys(("content_hash", "base_quantization", "quantize_masked"), KeyError)
+    edit_config(saved, format_version=1, **missing)
+    loaded = load_masks(llama(), saved)
+    assert_same_tensors(masks(loaded), masks(masked))
+    assert "no content_hash, as in format_version 1: swapped masks cannot be told; save_masks writes one" in caplog.text
+    save_masks(loaded, saved)
+    caplog.clear()
+    load_masks(llama(), saved)
+    assert caplog.text == ""
+
+
+def peak_of_check(packed, entry, answers):
+    """Put how many bytes the check took at most beside those that were there."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    export_file._checked_mask(Path("file"), "key", packed, entry)
+    answers.put(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+
+def test_a_mask_is_checked_in_little_more_memory_than_it_takes():
+    """Unpacked whole, it took 64 times as many bytes. In a process of its own: a peak does not fall again."""
+    packed = torch.full((2048, 2048), 0x0F0F0F0F, dtype=torch.int32)  # 16 MiB
+    packed[0, 0] = -1
+    entry = export_file.MaskEntry("layer", (2048, 65536), "float32", 16 * packed.numel() + 16)
+    answers = multiprocessing.get_context("fork").Queue()
+    process = multiprocessing.get_context("fork").Process(target=peak_of_check, args=(packed, entry, answers))
+    process.start()
+    assert answers.get(timeout=60) <= 4 * packed.nbytes
+    process.join()
 
 
 # ---------------------------------------------------------------------------------------------- writing

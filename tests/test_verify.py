@@ -5,8 +5,11 @@ import shutil
 
 import pytest
 from test_cli import LEARN, cli, model_dir  # noqa: F401
+from tiny import masked_llama
 
 from mft.checkpoint import write_checkpoint
+from mft.export import save_masks
+from mft.verify import verify_directory
 
 
 @pytest.fixture
@@ -26,6 +29,17 @@ def test_masks_checkpoints_and_base_verify(run, cli, model_dir):  # noqa: F811
     assert "checkpoint run/checkpoints/step-00000007: after step 7; sizes and hashes agree" in output
     assert cli("verify", "run/masks", "--no-base")[0] == 0
     assert cli("verify", "run/checkpoints/step-00000007")[0] == 0
+
+
+def test_an_export_without_a_content_hash_is_told_from_one_that_was_verified(tmp_path):
+    save_masks(masked_llama(), tmp_path)
+    assert "content hash agrees" in verify_directory(tmp_path)[0].words
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text())
+    del values["content_hash"]
+    path.write_text(json.dumps(values | {"format_version": 1}))
+    words = verify_directory(tmp_path)[0].words
+    assert "no content_hash, as in format_version 1: swapped masks cannot be told; save_masks writes one" in words
 
 
 def test_damage_and_another_base_are_told(run, cli, model_dir, tmp_path):  # noqa: F811

@@ -6,6 +6,7 @@ training. It knows the base weights that it was learned on by their hash.
 
 import dataclasses
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,11 +21,22 @@ from mft.atomic import atomic_directory
 from mft.config import MaskConfig
 from mft.convert import check_unwrapped, convert, masked_modules
 from mft.distributed import check_unsharded, uncompiled, unwrapped
-from mft.export_file import CONFIG_FILE, MASK_FILE, MaskEntry, MaskExport, content_hash, is_export, read_export
+from mft.export_file import (
+    CONFIG_FILE,
+    MASK_FILE,
+    UNVERIFIED,
+    MaskEntry,
+    MaskExport,
+    content_hash,
+    is_export,
+    read_export,
+)
 from mft.linears import find_targets, layer_index, layer_stacks
 from mft.quantized_weight import quantized_weights
 from mft.run_directory import masks_directory
 from mft_kernels import MaskedLinear, fixed_from_float, unpack_mask
+
+logger = logging.getLogger(__name__)
 
 # A loaded mask's scores: as far above the threshold as below, at the scale that scores are initialised with.
 _THRESHOLD = {"magnitude": 0.02, "value": 0.0}
@@ -156,7 +168,12 @@ def base_hash(model: nn.Module, names: Iterable[str] | None = None) -> str:
 
 
 def check_learned_on(model: nn.Module, export: MaskExport, directory: Path, *, force: bool) -> None:
-    """Raise ValueError unless the masks of export, read from directory, were learned on model's weights, or force."""
+    """Raise ValueError unless the masks of export, read from directory, were learned on model's weights, or force.
+
+    A warning says if nothing tells whether they are still the masks that were learned.
+    """
+    if export.content_hash is None:
+        logger.warning("%s: %s", directory, UNVERIFIED)
     found = base_hash(model, [entry.name for entry in export.modules])
     if found != export.base_hash and not force:
         raise ValueError(_other_base(model, export, found, directory))

@@ -1,32 +1,40 @@
-"""The format of an export of masks, version 1, read with suspicion: every key, shape, bit and byte count is checked.
+"""The format of an export of masks, version 2, read with suspicion: every key, shape, bit and byte count is checked.
 
 adapter_config.json: the fields of MaskExport, peft_type "MFT" and format_version. adapter_model.safetensors: for each
 module "<name>.mask", int32 (N, ceil(K / 32)), bit j % 32 of word j // 32 of row n set where weight (n, j) is kept.
+Version 1 is the same, but that content_hash may be missing.
 """
 
 import dataclasses
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 from torch import Tensor
 
 from mft.choices import nearest
 from mft.json_file import read_object
 from mft.quantized_weight import QUANTIZATIONS
-from mft_kernels import unpack_mask
+from mft.safetensors_file import open_tensors
 
 CONFIG_FILE = "adapter_config.json"
 MASK_FILE = "adapter_model.safetensors"
 PEFT_TYPE = "MFT"
-FORMAT_VERSION = 1
-_MOST_CONFIG = 1 << 26  # bytes: half a million lines of a masked layer
+FORMAT_VERSION = 2
+_UNHASHED_VERSION = 1  # may lack content_hash
+_MOST_CONFIG = 1 << 24  # bytes: 120,000 masked layers; 100 layers of 256 experts with 3 matrices each have 76,800
+_CHUNK = 1 << 22  # words of a mask whose bits are counted at once
+_HASH = re.compile(r"sha256:[0-9a-f]{64}")
+_HASH_RULE = 'a string "sha256:" and 64 hexadecimal digits'
 _MODES = ("magnitude", "value")
+_COPY_BOTH = "the two files are not of one export, or damaged; copy both again"
 _MASKED_RULE = "true or false, and false where base_quantization is null"
+UNVERIFIED = "no content_hash, as in format_version 1: swapped masks cannot be told; save_masks writes one"
 _FIXED = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM"}
 
 
@@ -50,7 +58,8 @@ class MaskExport:
     """adapter_config.json. keep_ratio is None where the masks came from thresholds or differ in it.
 
     base_quantization is what the other linears were quantised to while the masks were learned, None: to nothing;
-    quantize_masked: the masked ones too. content_hash: see the function. Older exports lack these three.
+    quantize_masked: the masked ones too. content_hash: see the function; None only of version 1, in which all three may
+    be missing.
     """
 
     base_model_name_or_path: str | None
@@ -102,7 +111,7 @@ def read_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor]]:
             f"{'a file' if directory.exists() else 'nothing there'}"
         )
     for name in (CONFIG_FILE, MASK_FILE):
-        if not (directory / name).is_file():
+        if not (directory / name).exists():
             raise FileNotFoundError(
                 f"{directory / name}: missing; an export has {CONFIG_FILE} and {MASK_FILE}: copy both"
             )
@@ -123,7 +132,7 @@ def _read_config(path: Path) -> MaskExport:
     values = read_object(path, _MOST_CONFIG)
     if values.get("peft_type") != PEFT_TYPE:
         raise ValueError(
-            f"{path}: expected peft_type {PEFT_TYPE!r}, got {values.get('peft_type')!r}: not our masks; load it "
+            f"{path}: expected peft_type {PEFT_TYPE!r}, got {_shown(values.get('peft_type'))}: not our masks; load it "
             "with peft"
         )
     if _is_of_peft(values):
@@ -132,26 +141,27 @@ def _read_config(path: Path) -> MaskExport:
             "PeftModel.from_pretrained (docs/peft.md)"
         )
     version = values.get("format_version")
-    if version != FORMAT_VERSION:
-        newer = isinstance(version, int) and version > FORMAT_VERSION
+    if type(version) is not int or not _UNHASHED_VERSION <= version <= FORMAT_VERSION:  # True is an int, and equals 1
+        newer = type(version) is int and version > FORMAT_VERSION
         remedy = "upgrade mft" if newer else "use the version of this software that wrote it"
-        raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}: {remedy}")
+        raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {_shown(version)}: {remedy}")
     fields = dataclasses.fields(MaskExport)
     known = [field.name for field in fields]
     optional = [field.name for field in fields if field.default is not dataclasses.MISSING]
+    if version > _UNHASHED_VERSION:
+        optional = []
     _check_keys(path, values, [*known, *_FIXED, "format_version"], optional=optional)
     modules = values["modules"]
     _expect(path, "modules", modules, isinstance(modules, list) and bool(modules), "a list of masked layers")
     entries = [_read_entry(path, number, entry) for number, entry in enumerate(modules)]
-    names = [entry.name for entry in entries]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    twice = sorted(name for name, count in Counter(entry.name for entry in entries).items() if count > 1)
     _expect(path, "modules", twice, not twice, "layers of different names")
     export = MaskExport(
         **{name: values[name] for name in known if name in values and name != "modules"}, modules=entries
     )
     _check_fields(path, export)
     if "content_hash" in values:
-        _expect(path, "content_hash", export.content_hash, isinstance(export.content_hash, str), "a string")
+        _expect(path, "content_hash", export.content_hash, _is_hash(export.content_hash), _HASH_RULE)
     return export
 
 
@@ -163,13 +173,7 @@ def _is_of_peft(values: dict) -> bool:
 def _check_fields(path: Path, export: MaskExport) -> None:
     base, layers, ratio = export.base_model_name_or_path, export.layers_to_transform, export.keep_ratio
     _expect(path, "base_model_name_or_path", base, base is None or isinstance(base, str), "a string or null")
-    _expect(
-        path,
-        "base_hash",
-        export.base_hash,
-        isinstance(export.base_hash, str) and export.base_hash.startswith("sha256:"),
-        'a string "sha256:..."',
-    )
+    _expect(path, "base_hash", export.base_hash, _is_hash(export.base_hash), _HASH_RULE)
     _expect(path, "mode", export.mode, export.mode in _MODES, " or ".join(_MODES))
     _expect(
         path,
@@ -195,8 +199,8 @@ def _read_entry(path: Path, number: int, entry: Any) -> MaskEntry:
         path,
         f"{where}.shape",
         shape,
-        _is_list_of(shape, int) and len(shape) == 2 and min(shape) > 0,
-        "two positive ints [N, K]",
+        _is_list_of(shape, int) and len(shape) == 2 and min(shape) > 0 and max(shape) < 2**31,
+        "two positive ints [N, K] below 2**31",
     )
     _expect(path, f"{where}.dtype", entry["dtype"], isinstance(entry["dtype"], str), "a dtype's name")
     _expect(
@@ -213,7 +217,7 @@ def _check_keys(path: Path, values: dict, known: list[str], where: str = "", opt
     place = f" in {where}" if where else ""
     for key in values:
         if key not in known:
-            raise ValueError(f"{path}: unknown key {key!r}{place}{nearest(key, known)}")
+            raise ValueError(f"{path}: unknown key {_shown(key)}{place}{nearest(key, known)}")
     missing = [key for key in known if key not in values and key not in optional]
     if missing:
         raise ValueError(f"{path}: missing key {missing[0]!r}{place}")
@@ -221,8 +225,16 @@ def _check_keys(path: Path, values: dict, known: list[str], where: str = "", opt
 
 def _expect(path: Path, key: str, value: Any, holds: bool, rule: str) -> None:
     if not holds:
-        shown = repr(value)
-        raise ValueError(f"{path}: {key} must be {rule}, got {shown if len(shown) < 80 else shown[:77] + '...'}")
+        raise ValueError(f"{path}: {key} must be {rule}, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and _HASH.fullmatch(value) is not None
 
 
 def _is_list_of(value: Any, kind: type) -> bool:
@@ -238,24 +250,17 @@ def _is_number(value: Any) -> bool:
 
 def _read_masks(path: Path, export: MaskExport) -> dict[str, Tensor]:
     expected = {f"{entry.name}.mask": entry for entry in export.modules}
-    try:
-        file = safetensors.safe_open(path, framework="pt", device="cpu")
-    except safetensors.SafetensorError as error:
-        size = sum(4 * entry.words[0] * entry.words[1] for entry in export.modules)
-        raise ValueError(
-            f"{path}: expected a safetensors file with {size} bytes of masks and a header, got "
-            f"{path.stat().st_size} bytes that are damaged or cut off ({error}); copy the export again"
-        ) from None
-    with file:
+    with open_tensors(path, "copy the export again") as file:
         stored = set(file.keys())
         unknown, missing = sorted(stored - expected.keys()), sorted(expected.keys() - stored)
         if unknown:
             raise ValueError(
-                f"{path}: unknown tensor {unknown[0]!r}, of which {CONFIG_FILE} knows no module"
-                f"{nearest(unknown[0], expected)}"
+                f"{path}: unknown tensor {_shown(unknown[0])}, of which {CONFIG_FILE} knows no module: {_COPY_BOTH}"
             )
         if missing:
-            raise ValueError(f"{path}: missing tensor {missing[0]!r}, a module that {CONFIG_FILE} lists")
+            raise ValueError(
+                f"{path}: missing tensor {_shown(missing[0])}, a module that {CONFIG_FILE} lists: {_COPY_BOTH}"
+            )
         for key, entry in expected.items():  # before anything is allocated
             declared = file.get_slice(key)
             dtype, shape = declared.get_dtype(), tuple(declared.get_shape())
@@ -270,10 +275,15 @@ def _checked_mask(path: Path, key: str, packed: Tensor, entry: MaskEntry) -> Ten
     used = entry.shape[1] % 32
     if used and (packed[:, -1] >> used & (1 << 32 - used) - 1).any():
         raise ValueError(f"{path}: {key} must have 0 in each row's last {32 - used} bits, its padding: damaged")
-    kept = int(unpack_mask(packed, entry.shape).sum())
+    kept = _count_bits(packed)
     if kept != entry.kept:
         raise ValueError(
-            f"{path}: {key} must keep {entry.kept} weights as {CONFIG_FILE} says, got {kept}: the two "
-            "files are not of one export, or damaged; copy both again"
+            f"{path}: {key} must keep {entry.kept} weights as {CONFIG_FILE} says, got {kept}: {_COPY_BOTH}"
         )
     return packed
+
+
+def _count_bits(packed: Tensor) -> int:
+    """How many bits are set. In chunks: a mask unpacked whole takes 64 times its bytes."""
+    words = packed.flatten().split(_CHUNK)
+    return sum(int.from_bytes(chunk.numpy().tobytes(), "little").bit_count() for chunk in words)

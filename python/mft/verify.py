@@ -7,7 +7,7 @@ from torch import nn
 
 from mft.checkpoint import FACTS, MANIFEST, verify_checkpoint
 from mft.export import base_hash
-from mft.export_file import CONFIG_FILE, MaskExport, read_export
+from mft.export_file import CONFIG_FILE, UNVERIFIED, MaskExport, read_export
 from mft.run_directory import CHECKPOINTS, MASKS
 
 
@@ -56,7 +56,7 @@ def _verified_export(path: Path) -> Verified:
     export, _ = read_export(path)
     weights = sum(entry.shape[0] * entry.shape[1] for entry in export.modules)
     kept = sum(entry.kept for entry in export.modules)
-    hashed = "content hash agrees" if export.content_hash else "no content hash, as exports of before it"
+    hashed = "content hash agrees" if export.content_hash else UNVERIFIED
     layers = f"{len(export.modules)} masked layers, {100 * kept / weights:.2f} % of {weights} weights kept"
     return Verified(path, "masks", f"{layers}; {hashed}", export)
 
