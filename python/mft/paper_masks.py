@@ -1,10 +1,12 @@
 """masks.pt, the file of the paper's own code: module name -> (N, K) tensor of ones (kept) and zeros, pickled.
 
-It is read by torch's weights-only loader, which makes tensors and containers and runs nothing else, and only when asked
-for by name: no other file of ours is a pickle.
+It is read by torch's weights-only loader, and only when asked for by name: no other file of ours is a pickle. Of what
+that loader would make, bytes by the gigabyte and nested, quantised or meta tensors among it, the pickle may name dense
+tensors alone; their values are mapped from the file, and no tensor is looked into before all are known to lie in it.
 """
 
 import pickle
+import pickletools
 import struct
 import zipfile
 from pathlib import Path
@@ -16,7 +18,15 @@ from torch import Tensor, nn
 from mft.atomic import atomic_file
 from mft.convert import masked_modules
 from mft.export import put_masks
+from mft.regular_file import open_regular
 from mft_kernels import pack_mask
+
+_MOST_PICKLE = 1 << 22  # bytes of the pickle, which holds no values: about 300 a module
+_NUMBERS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+_NAMED = {
+    *("collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"),
+    *(f"torch {number}Storage" for number in _NUMBERS),
+}
 
 # What torch's loader raises on bytes that are no such file; whatever it is, the file is to blame.
 _BROKEN = (
@@ -37,10 +47,11 @@ def import_paper_masks(model: nn.Module, path: Path) -> nn.Module:
 
 def read_paper_masks(path: Path) -> dict[str, Tensor]:
     """Module name -> (N, K) bool. Raises as import_paper_masks does."""
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: expected the masks.pt of the paper's code, got nothing there")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_pickle(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except _BROKEN as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -48,7 +59,15 @@ def read_paper_masks(path: Path) -> dict[str, Tensor]:
         ) from None
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: expected a dictionary of masks, got {type(content).__name__} {_size(content)}")
-    return {_name(path, name): _mask(path, name, mask) for name, mask in content.items()}
+    for name, mask in content.items():
+        _check_matrix(path, name, mask)
+    needed, stored = sum(mask.nbytes for mask in content.values()), path.stat().st_size
+    if needed > stored:
+        raise ValueError(
+            f"{path}: expected every value of every mask in the file, got {stored} bytes for masks of {needed}: save "
+            "contiguous tensors (mask.contiguous()), each with a memory of its own"
+        )
+    return {name: _mask(path, name, mask) for name, mask in content.items()}
 
 
 def write_paper_masks(model: nn.Module, path: Path) -> None:
@@ -61,24 +80,37 @@ def write_paper_masks(model: nn.Module, path: Path) -> None:
         torch.save(masks, scratch)
 
 
-def _name(path: Path, name: Any) -> str:
+def _check_pickle(path: Path) -> None:
+    """Raise ValueError, zipfile's or pickletools' errors unless the pickle names dense tensors alone."""
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("compressed entries, which torch does not write")
+        pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
+        if len(pickles) != 1 or pickles[0].file_size > _MOST_PICKLE:
+            raise ValueError(f"{len(pickles)} pickles, where torch writes one of at most {_MOST_PICKLE} bytes")
+        content = archive.read(pickles[0])
+    for opcode, named, _ in pickletools.genops(content):
+        if opcode.name == "GLOBAL" and named not in _NAMED:
+            raise ValueError(f"{str(named).replace(' ', '.')!r}, which no dictionary of dense masks needs")
+
+
+def _check_matrix(path: Path, name: Any, mask: Any) -> None:
     if not isinstance(name, str) or not name:
         raise ValueError(f"{path}: expected modules' names as keys, got {name!r}")
-    return name
-
-
-def _mask(path: Path, name: str, mask: Any) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.layout != torch.strided or mask.dim() != 2 or not mask.numel():
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not mask.numel():
         shape = f" of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else ""
         raise ValueError(f"{path}: {name} must be a dense matrix (N, K), got {type(mask).__name__}{shape}")
-    if mask.is_complex():
-        raise ValueError(f"{path}: {name} must hold ones and zeros, got {mask.dtype}")
-    other = mask[(mask != 0) & (mask != 1)]
+
+
+def _mask(path: Path, name: str, mask: Tensor) -> Tensor:
+    kept = mask != 0
+    other = mask[kept & (mask != 1)]
     if other.numel():
         raise ValueError(
             f"{path}: {name} must hold ones and zeros, got {other.numel()} other values, {other[0].item()} among them"
         )
-    return mask != 0
+    return kept
 
 
 def _size(content: Any) -> str:
