@@ -1,6 +1,7 @@
 """Facts about mft.models and what it stands on (fetch, hub, atomic): loading, saving, and what goes wrong."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -125,7 +127,10 @@ def test_saving_refuses_an_unmerged_model(tiny_llama, tokenizer, tmp_path):
         ("{dir}", "model.name must be a directory with a config.json, got {dir} without one: name a directory that"),
         ("{dir}/adapter", "got {dir}/adapter, which holds an adapter or a mask: name its base model"),
         ("{dir}/ggufs", "without one: name the file, {dir}/ggufs/broken.gguf"),
-        ("{dir}/ggufs/broken.gguf", "must be a GGUF file that transformers can read, got {dir}/ggufs/broken.gguf: "),
+        (
+            "{dir}/ggufs/broken.gguf",
+            "{dir}/ggufs/broken.gguf: expected a GGUF file, got one with magic",
+        ),
         ("{dir}/model/config.json", "must be a GGUF file if it is a file, got {dir}/model/config.json, which begins"),
         (
             "smollm2",
@@ -164,7 +169,48 @@ def test_a_model_without_some_weights_is_refused(saved):
 def test_a_truncated_model_is_refused(saved):
     with open(saved / "model.safetensors", "r+b") as file:
         file.truncate(1000)
-    with pytest.raises(ValueError, match="cannot be loaded as a causal language model"):
+    with pytest.raises(ValueError, match=r"model.safetensors: expected a safetensors file, got 1000 bytes .* damaged"):
+        load_model(ModelConfig(name=str(saved)))
+
+
+def test_a_file_that_holds_no_object_where_one_is_due_is_named(saved):
+    names = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    for name in [*names, "special_tokens_map.json", "added_tokens.json"]:
+        path = saved / name
+        kept = path.read_bytes() if path.exists() else None
+        for content, got in {b"null": "null", b"[3]": "list"}.items():
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=f"{path}: expected an object, got {got}"):
+                load_model(ModelConfig(name=str(saved)))
+        path.unlink()
+        if kept is not None:
+            path.write_bytes(kept)
+
+
+def test_values_that_make_no_sense_to_transformers_are_one_error(saved):
+    for name, changes in (
+        ("config.json", {"num_attention_heads": 0}),
+        ("config.json", {"model_type": []}),
+        ("config.json", {"vocab_size": 2**62}),
+        ("tokenizer_config.json", {"eos_token": 3}),
+        ("tokenizer_config.json", {"tokenizer_class": 3}),
+        ("tokenizer.json", {"normalizer": 3}),  # tokenizers raises Exception itself
+        ("tokenizer.json", {"added_tokens": 3}),
+    ):
+        path = saved / name
+        kept = path.read_bytes()
+        path.write_text(json.dumps(json.loads(kept) | changes))
+        with pytest.raises(ValueError, match=f"model.name '{saved}' cannot be loaded as a "):
+            load_model(ModelConfig(name=str(saved)))
+        path.write_bytes(kept)
+
+
+def test_what_transformers_would_not_raise_of_a_file_is_not_blamed_on_it(saved, monkeypatch):
+    def interrupted(*_, **__):
+        raise StopIteration
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", interrupted)
+    with pytest.raises(StopIteration):
         load_model(ModelConfig(name=str(saved)))
 
 

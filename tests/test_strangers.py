@@ -4,18 +4,24 @@ import json
 import os
 import random
 import shutil
+import stat
+import struct
 
 import pytest
 import torch
 import yaml
+from cpu_seconds import cpu_seconds
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 from tiny import masked_llama
 
 from mft.checkpoint import BadCheckpoint, verify_checkpoint, write_checkpoint
 from mft.config import RunConfig, load_config, save_config
 from mft.export import save_masks
-from mft.export_file import CONFIG_FILE, MASK_FILE, read_export
+from mft.export_file import CONFIG_FILE, MASK_FILE, is_export, read_export
+from mft.model_config import read_model_config
+from mft.models import load_model, read_chat_template
 from mft.paper_masks import read_paper_masks, write_paper_masks
 
 TRIES = int(os.environ.get("MFT_FUZZ", "300"))  # a test
@@ -99,6 +105,10 @@ def assert_reads_what_was_written_or_refuses(directory, original):
         (b"[1]", "expected an object, got list"),
         (b'{"a": "\xff"}', "got byte 7, which is not"),
         (b"{\n,}", ":2: expected JSON"),
+        (b'{"a": 1, "a": 1}', "the key 'a' twice: leave one out"),
+        (b'{"modules": [{"name": "a", "b": 1, "name": "c"}]}', "the key 'name' twice"),
+        (b'{"peft_type": "MFT", "format_version": true}', "expected format_version 2, got True"),
+        (b'{"' + b"k" * 10**6 + b'": 1, "peft_type": "MFT", "format_version": 2}', "unknown key 'kkk.*k[.]{3}$"),
     ],
 )
 def test_json_that_no_honest_writer_makes_is_one_error(export, copy, content, message):
@@ -174,6 +184,167 @@ def test_edited_bytes_of_a_checkpoint(checkpoint, edit, name):
         assert_named(error, checkpoint.path)
     finally:
         path.write_bytes(content)
+
+
+def test_a_manifest_whose_files_are_anything_is_one_error(checkpoint):
+    path = checkpoint.path / "manifest.json"
+    content = path.read_bytes()
+    files = json.loads(content)["files"]
+    some = files["state.json"]
+    others = [None, [], 3, "x", sorted(files), {name: 3 for name in files}, {name: None for name in files}]
+    others += [files | {"state.json": described} for described in (["bytes", "sha256"], {}, some | {"more": 1})]
+    others += [files | {"state.json": some | {"bytes": bad}} for bad in (None, True, [1], float(some["bytes"]))]
+    try:
+        for other in others:
+            path.write_text(json.dumps(json.loads(content) | {"files": other}))
+            with pytest.raises(BadCheckpoint, match=r"expected (files|bytes).* got .*: restore what was written"):
+                verify_checkpoint(checkpoint.path)
+    finally:
+        path.write_bytes(content)
+    assert verify_checkpoint(checkpoint.path) == checkpoint
+
+
+# ---------------------------------------------------------------------------------------------- what is no file
+
+READERS = {
+    f"masks/{CONFIG_FILE}": lambda root: read_export(root / "masks"),
+    f"masks/{MASK_FILE}": lambda root: read_export(root / "masks"),
+    "step-00000003/manifest.json": lambda root: verify_checkpoint(root / "step-00000003"),
+    "step-00000003/state.json": lambda root: verify_checkpoint(root / "step-00000003"),
+    "step-00000003/state.safetensors": lambda root: verify_checkpoint(root / "step-00000003"),
+    "config.yaml": lambda root: load_config(root / "config.yaml"),
+    "masks.pt": lambda root: read_paper_masks(root / "masks.pt"),
+    "model/config.json": lambda root: read_model_config(str(root / "model")),
+    "model/tokenizer.json": lambda root: load_model(str(root / "model")),
+    "model/chat_template.jinja": lambda root: load_model(str(root / "model")),
+    "model/model.safetensors": lambda root: load_model(str(root / "model")),
+    "template.jinja": lambda root: read_chat_template(str(root / "template.jinja")),
+}
+
+
+@pytest.fixture(scope="module")
+def everything(export, checkpoint, tmp_path_factory):
+    """A directory with every file that a stranger may give us."""
+    root = tmp_path_factory.mktemp("everything")
+    shutil.copytree(export, root / "masks")
+    shutil.copytree(checkpoint.path, root / checkpoint.path.name)
+    save_config(RunConfig(), root / "config.yaml")
+    shutil.copy(export.parent / "masks.pt", root)
+    (root / "model").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (root / "model" / name).write_text("{}")
+    return root
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+@pytest.mark.parametrize("name", READERS)
+def test_what_never_ends_is_refused_and_not_waited_for(everything, name, kind, tmp_path):
+    path = everything / name
+    kept = shutil.move(path, tmp_path / "kept") if path.exists() else None
+    try:
+        if kind == "device":
+            path.symlink_to("/dev/zero")
+        else:
+            os.mknod(path, 0o600 | (stat.S_IFIFO if kind == "pipe" else stat.S_IFSOCK))
+        with cpu_seconds(5), pytest.raises(ValueError, match=f"{path.name}: expected .*") as caught:
+            READERS[name](everything)
+        assert_named(caught.value, path)
+        if "state" not in name:  # whose size is compared first
+            assert f"expected a regular file, got a {kind}: put the file itself there" in str(caught.value)
+    finally:
+        path.unlink()
+        if kept is not None:
+            shutil.move(kept, path)
+
+
+def test_a_pipe_is_no_export_that_may_be_replaced(tmp_path):
+    os.mkfifo(tmp_path / CONFIG_FILE)
+    with cpu_seconds(5):
+        assert not is_export(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- safetensors headers
+
+
+def doubled(content, name):
+    """A file of one tensor, in whose header the tensor stands twice."""
+    length = struct.unpack_from("<Q", content)[0]
+    header = json.loads(content[8 : 8 + length])
+    twice = (
+        json.dumps(header)[:-1] + "," + json.dumps({name: header[name] | {"shape": [*header[name]["shape"], 1]}})[1:]
+    )
+    return struct.pack("<Q", len(twice)) + twice.encode() + content[8 + length :]
+
+
+def test_a_tensor_that_stands_twice_is_refused(copy, export, checkpoint, tmp_path):
+    content = doubled(save({"scores": torch.ones(3)}), "scores")
+    targets = (
+        (copy / MASK_FILE, lambda: read_export(copy)),
+        (checkpoint.path / "state.safetensors", checkpoint.tensors),
+    )
+    for path, read in targets:
+        kept = path.read_bytes()
+        path.write_bytes(content)
+        try:
+            with pytest.raises(ValueError, match="the key 'scores' twice: leave one out") as caught:
+                read()
+            assert_named(caught.value, path)
+        finally:
+            path.write_bytes(kept)
+
+
+# ---------------------------------------------------------------------------------------------- sizes
+
+
+def test_many_repeated_modules_are_told_in_linear_time(copy, export):
+    """Each name was counted in all the others: half an hour for 200,000."""
+    values = json.loads((export / CONFIG_FILE).read_text())
+    values["modules"] = [values["modules"][0] | {"name": f"layer.{i % 20_000}"} for i in range(40_000)]
+    (copy / CONFIG_FILE).write_text(json.dumps(values))
+    try:
+        with (
+            cpu_seconds(5),
+            pytest.raises(ValueError, match=r"modules must be layers of different names, got \['layer.0'"),
+        ):
+            read_export(copy)
+    finally:
+        shutil.copy(export / CONFIG_FILE, copy / CONFIG_FILE)
+
+
+TENFOLD = [f"&a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            f"output_dir: [&a0 [1, 1], {', '.join(TENFOLD)}]",
+            "aliases that stand for more than 100000 values: write",
+        ),
+        ("output_dir: &a [*a]", ":1:13: broken YAML: aliases that stand for more than"),
+        (
+            "mask: {layers_to_transform: 0-99999999999}",
+            "layers_to_transform must count layers below 10000, got '0-9999",
+        ),
+        ("mask: {layers_to_transform: 7-" + "9" * 5000 + "}", "layers_to_transform must count layers below 10000"),
+        ("train: {lr: 1" + "0" * 400 + "}", ":1:13: broken YAML: an integer of more than 64 bits"),
+        ("train: {steps: 0x" + "f" * 6000 + "}", "an integer of more than 64 bits"),
+        ("# " + "x" * 10**6, "expected at most 65536 bytes, got 1000002"),
+    ],
+)
+def test_a_small_configuration_does_not_ask_for_much(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with cpu_seconds(5), pytest.raises(ValueError, match=f"{path}.*{message}"):
+        load_config(path)
+
+
+def test_aliases_that_stand_for_little_are_read(tmp_path):
+    (tmp_path / "config.yaml").write_text("train: {lr: &rate 1e-3, weight_decay: *rate, steps: 3}")
+    assert load_config(tmp_path / "config.yaml").train.weight_decay == 1e-3
+
+
+# ---------------------------------------------------------------------------------------------- configurations
 
 
 @trials

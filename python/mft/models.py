@@ -19,8 +19,12 @@ from mft.cache import cache_root, sha256_of
 from mft.choices import nearest, nearest_path
 from mft.config import ModelConfig
 from mft.fetch import GGUF_SHA256, fetch_smollm2
+from mft.gguf_file import MAGIC, check_gguf
 from mft.hub import hub_is_reachable
+from mft.json_file import read_object
 from mft.next_tokens import check_next_tokens
+from mft.regular_file import check_regular, open_regular, read_regular
+from mft.safetensors_file import check_header
 
 __all__ = [
     "SHORTHANDS",
@@ -39,6 +43,18 @@ TEMPLATES = Path(__file__).with_name("templates")
 SHORTHANDS = ("smollm2-135m",)
 # What save_pretrained and a model hub's snapshot write; save_model replaces a directory of these alone.
 _MODEL_FILES = re.compile(r".*\.safetensors|.*\.json|.*\.jinja|.*\.model|merges\.txt|.*\.md|\.gitattributes|LICENSE.*")
+# Of a model's directory, what transformers takes for an object without looking.
+_OBJECTS = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
+_MOST_JSON = 1 << 28  # bytes: a tokenizer of 262,144 tokens has 33 MB
+_MOST_TEMPLATE = 1 << 20  # bytes: a hundred times the longest of published models
+# What transformers raises on files of a right form whose values make no sense to it.
+_UNREADABLE = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError),
+    *(ValueError, SafetensorError, StrictDataclassError),
+)
 
 
 def load_model(config: ModelConfig | str, *, sequence_length: int | None = None) -> tuple[Any, Any]:
@@ -130,11 +146,8 @@ def _options(config: ModelConfig, **options: Any) -> dict[str, Any]:
 @contextmanager
 def _loading(config: ModelConfig, what: str) -> Iterator[None]:
     """transformers' errors as one that names the model."""
-    try:
-        with _quiet_progress():
-            yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise ValueError(f"model.name {config.name!r} cannot be loaded as a {what}: {_first_lines(error)}") from error
+    with _refusing(f"model.name {config.name!r} cannot be loaded as a {what}"), _quiet_progress():
+        yield
 
 
 def _load_tokenizer(source: str, config: ModelConfig, *, sequence_length: int | None, **options: Any) -> Any:
@@ -171,12 +184,7 @@ def _load(source: str, config: ModelConfig, *, sequence_length: int | None, **op
             **attention,
             **options,
         )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"model.name {config.name!r} must hold every weight of a {type(model).__name__}, "
-            f"{len(missing)} are missing, such as {missing[0]}: is it a causal language model?"
-        )
+    _check_whole(model, info, config.name)
     return _prepared(model, tokenizer, config.name)
 
 
@@ -184,12 +192,25 @@ def read_chat_template(name: str) -> str:
     """The text of a shipped chat template ("tulu") or of a Jinja file; it goes into the saved tokenizer too."""
     shipped = {path.stem: path for path in TEMPLATES.glob("*.jinja")}
     path = shipped.get(name, Path(name))
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(
             f"model.chat_template must be {' or '.join(shipped)}, or a Jinja file that exists, got {name!r}"
             f"{nearest(name, shipped) or nearest_path(path)}"
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return read_regular(path, _MOST_TEMPLATE).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: model.chat_template must be UTF-8 text, byte {error.start} is not") from None
+
+
+def _check_whole(model: Any, info: dict[str, Any], name: str) -> None:
+    """Raise ValueError if weights were missing, which transformers makes up."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"model.name {name!r} must hold every weight of a {type(model).__name__}, "
+            f"{len(missing)} are missing, such as {missing[0]}: is it a causal language model?"
+        )
 
 
 def _padding(tokenizer: Any, name: str) -> Any:
@@ -245,17 +266,16 @@ def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
     dense = {}
     if hasattr(transformers, "GgufConfig"):  # newer versions may keep weights packed, in layers that are not nn.Linear
         dense = {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    try:
-        with _quiet_progress():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                gguf.parent, dtype=getattr(torch, dtype), **dense, **options
-            )
-    except (OSError, ValueError, KeyError, IndexError, ImportError, RuntimeError) as error:
-        raise ValueError(
-            f"model.name must be a GGUF file that transformers can read, got {gguf}: {_first_lines(error)}"
-        ) from error
-    _prepared(model, _padding(tokenizer, gguf.stem), gguf.stem)
+    model: Any
+    info: Any
+    refusal = f"model.name must be a GGUF file that transformers can read, got {gguf}"
+    with _refusing(refusal), _quiet_progress():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            gguf.parent, dtype=getattr(torch, dtype), output_loading_info=True, **dense, **options
+        )
+    _check_whole(model, info, str(gguf))
+    _prepared(model, _padding(tokenizer, str(gguf)), str(gguf))
     _forget_gguf(model)
     with atomic_directory(target, replace=False) as scratch, _quiet_progress():
         model.save_pretrained(scratch)
@@ -264,18 +284,20 @@ def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
 
 
 def _gguf_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
+    with open_regular(path) as file:
+        magic = file.read(len(MAGIC))
+    if magic != MAGIC:
         raise ValueError(
             f"model.name must be a GGUF file if it is a file, got {path}, which begins with {magic!r}: "
             "name the directory of an ordinary model"
         )
+    check_gguf(path)
     return sha256_of(path)
 
 
 def _model_directory(path: Path) -> Path:
-    if (path / "config.json").is_file():
+    if (path / "config.json").exists():
+        _check_files(path)
         return path
     if (path / "adapter_config.json").is_file():
         raise ValueError(
@@ -285,6 +307,30 @@ def _model_directory(path: Path) -> Path:
     files = sorted(path.glob("*.gguf"))
     remedy = f"name the file, {files[0]}" if files else "name a directory that save_pretrained wrote"
     raise ValueError(f"model.name must be a directory with a config.json, got {path} without one: {remedy}")
+
+
+def _check_files(directory: Path) -> None:
+    """Raise ValueError that names a file which transformers would wait on, or stumble over."""
+    for path in sorted(directory.iterdir()):
+        if path.is_dir() or not path.exists():
+            continue
+        check_regular(path)
+        if path.name in _OBJECTS:
+            read_object(path, _MOST_JSON)
+        elif path.suffix == ".safetensors":
+            check_header(path, "copy the model again")
+
+
+@contextmanager
+def _refusing(words: str) -> Iterator[None]:
+    """What transformers raises while it reads a model's files, as a ValueError that begins with these words."""
+    try:
+        yield
+    except Exception as error:
+        # tokenizers raises Exception itself, of which there is no narrower class.
+        if not isinstance(error, _UNREADABLE) and type(error) is not Exception:
+            raise
+        raise ValueError(f"{words}: {_first_lines(error)}") from error
 
 
 def _looks_like_a_path(name: str) -> bool:

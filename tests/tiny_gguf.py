@@ -1,0 +1,49 @@
+"""A GGUF file of 24 kB: a random Llama of two blocks and its tokenizer of 41 tokens."""
+
+import string
+
+import gguf
+import numpy
+
+HIDDEN, INTERMEDIATE, BLOCKS, HEADS, KV_HEADS = 16, 32, 2, 2, 1
+PAIRS = ["ab", "cd", "ef", "gh", "ij", "kl", "mn", "op", "qr", "st"]
+TOKENS = ["<unk>", "<s>", "</s>", *string.ascii_lowercase, "Ġ", *PAIRS, "<|endoftext|>"]
+
+
+def write_tiny_gguf(path):
+    """Returns the bytes of its header."""
+    chance = numpy.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(BLOCKS)
+    writer.add_context_length(64)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INTERMEDIATE)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e4)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_custom_alignment(32)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(TOKENS) - 3))
+    writer.add_token_merges([" ".join(pair) for pair in PAIRS])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    shapes = {"attn_q": (HIDDEN, HIDDEN), "attn_output": (HIDDEN, HIDDEN)}
+    shapes |= dict.fromkeys(("attn_k", "attn_v"), (HIDDEN // HEADS * KV_HEADS, HIDDEN))
+    shapes |= {"ffn_gate": (INTERMEDIATE, HIDDEN), "ffn_up": (INTERMEDIATE, HIDDEN), "ffn_down": (HIDDEN, INTERMEDIATE)}
+    shapes |= {"attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,)}
+    named = {"token_embd": (len(TOKENS), HIDDEN), "output_norm": (HIDDEN,)}
+    named |= {f"blk.{block}.{name}": shape for block in range(BLOCKS) for name, shape in shapes.items()}
+    for name, shape in named.items():
+        writer.add_tensor(f"{name}.weight", chance.standard_normal(shape).astype(numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return gguf.GGUFReader(path).data_offset
