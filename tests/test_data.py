@@ -303,6 +303,25 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, monkeypatc
         encoded(chat("a", "b", "c", "d"), tokenizer)
 
 
+@pytest.mark.parametrize("assistant_only", [True, False])
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages.__class__.__mro__ }}", "SecurityError: access to attribute '__class__'"),
+        ("{{ raise_exception('roles must alternate') }}", "TemplateError: roles must alternate"),
+        ("{% for m in %}", "TemplateSyntaxError: "),
+        ("{{ 'a' + 1 }}", "TypeError: "),
+        ("{{ range(10**9)|length }}", "OverflowError: Range too big"),
+        ("{% generation %}{{ messages[9].content }}{% endgeneration %}", "UndefinedError: "),
+    ],
+)
+def test_a_template_that_stops_is_one_error(tokenizer, template, message, assistant_only, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    said = rf"row 0: the chat template of this tokenizer must .* {message}.*, or set model.chat_template \(tulu"
+    with pytest.raises(ValueError, match=said):
+        encoded(chat("a", "b"), tokenizer, assistant_only=assistant_only)
+
+
 def test_a_tokenizer_without_a_template_takes_no_messages(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(ValueError, match="messages need a tokenizer with a chat template, got one without"):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jinja2
 import numpy
 
 from mft.choices import nearest
@@ -16,6 +17,8 @@ from mft.records import Records, form_of
 
 IGNORED = -100
 ROLES = ("system", "user", "assistant", "tool")
+# What a template refuses or runs into, its sandbox's refusals (SecurityError) and raise_exception among it.
+_TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError)
 BATCH = 64  # records tokenised at once: tokenizers spread a batch over the cores
 PIECE = 2**20  # characters tokenised at once, for each of which a tokenizer takes about 200 bytes
 LONGEST = 2**22  # characters of a chat, or of prompt and completion, which cannot be tokenised in pieces
@@ -105,9 +108,9 @@ def _chats(
         if not messages:
             examples.append(_whole([]))
         elif not assistant_only:
-            examples.append(_whole(_templated(tokenizer, messages)))
+            examples.append(_whole(_templated(tokenizer, messages, place(j))["input_ids"]))
         elif marked:
-            output = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+            output = _templated(tokenizer, messages, place(j), return_assistant_tokens_mask=True)
             ids, scored = _array(output["input_ids"]), numpy.array(output["assistant_masks"], dtype=bool)
             examples.append(Encoded(ids, numpy.where(scored, ids, IGNORED).astype(numpy.int32)))
         else:
@@ -117,13 +120,14 @@ def _chats(
 
 def _by_prefixes(tokenizer: Any, messages: list[dict[str, str]], place: str) -> Encoded:
     """An assistant turn is what the template adds to the generation prompt before it, up to its end-of-turn token."""
-    ids = _templated(tokenizer, messages)
+    ids = _templated(tokenizer, messages, place)["input_ids"]
     labels = numpy.full(len(ids), IGNORED, dtype=numpy.int32)
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _templated(tokenizer, messages[:turn], add_generation_prompt=True) if turn else []
-        after = _templated(tokenizer, messages[: turn + 1])
+        before, after = [], _templated(tokenizer, messages[: turn + 1], place)["input_ids"]
+        if turn:
+            before = _templated(tokenizer, messages[:turn], place, add_generation_prompt=True)["input_ids"]
         if not turn or after[: len(before)] != before or ids[: len(after)] != after:
             raise ValueError(
                 f"{place}: the chat template of this tokenizer must render a conversation as a continuation of its "
@@ -139,9 +143,15 @@ def _by_prefixes(tokenizer: Any, messages: list[dict[str, str]], place: str) -> 
     return Encoded(_array(ids), labels)
 
 
-def _templated(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> list[int]:
-    output = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, return_dict=True)
-    return output["input_ids"]
+def _templated(tokenizer: Any, messages: list[dict[str, str]], place: str, **asked: bool) -> dict[str, list[int]]:
+    try:
+        return tokenizer.apply_chat_template(messages, return_dict=True, **asked)
+    except _TEMPLATE_ERRORS as error:
+        raise ValueError(
+            f"{place}: the chat template of this tokenizer must render messages, and stops with "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}: change the messages, or set "
+            "model.chat_template (tulu, or a Jinja file)"
+        ) from error
 
 
 def _template(tokenizer: Any, place: str) -> str:
