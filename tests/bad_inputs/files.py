@@ -5,6 +5,7 @@ random Llama of four layers, `masks_in(tmp)` an export of masks on its layers 2 
 import json
 import os
 import re
+import struct
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -211,9 +212,9 @@ def an_export_without_its_masks(tmp):
     ValueError,
     where=MASKS,
     got="got 1000 bytes that are damaged or cut off",
-    rule="expected a safetensors file with",
+    rule="expected a safetensors file",
     remedy="copy the export again",
-    other=r"(?<=cut off \().*(?=\);)",
+    other=r"(?<=cut off \().*(?=\):)",
 )
 def an_export_cut_off(tmp):
     os.truncate(masks_in(tmp) / MASKS, 1000)
@@ -250,9 +251,29 @@ def an_export_with_an_unknown_key(tmp):
     load_masks(make_llama(), tmp / "masks")
 
 
-@refused(ValueError, where=CONFIG, got="got 2", rule="expected format_version 1", remedy="upgrade mft")
+@refused(ValueError, where=CONFIG, got="got 3", rule="expected format_version 2", remedy="upgrade mft")
 def an_export_of_a_newer_format(tmp):
-    edit(masks_in(tmp) / CONFIG, format_version=2)
+    edit(masks_in(tmp) / CONFIG, format_version=3)
+    load_masks(make_llama(), tmp / "masks")
+
+
+@refused(ValueError, where=CONFIG, got="the key 'mode' twice", rule="expected JSON", remedy="leave one out")
+def an_export_with_a_key_twice(tmp):
+    path = masks_in(tmp) / CONFIG
+    path.write_text(path.read_text().replace("{", '{"mode": "value",', 1))
+    load_masks(make_llama(), tmp / "masks")
+
+
+@refused(ValueError, where=CONFIG, got="got ''", rule='base_hash must be a string "sha256:" and 64 hexadecimal digits')
+def an_export_of_no_base(tmp):
+    edit(masks_in(tmp) / CONFIG, base_hash="")
+    load_masks(make_llama(), tmp / "masks")
+
+
+@refused(ValueError, where=CONFIG, got="got a pipe", rule="expected a regular file", remedy="put the file itself there")
+def an_export_that_is_a_pipe(tmp):
+    (masks_in(tmp) / CONFIG).unlink()
+    os.mkfifo(tmp / "masks" / CONFIG)
     load_masks(make_llama(), tmp / "masks")
 
 
@@ -333,6 +354,30 @@ def a_masks_pt_with_shares_in_place_of_a_mask(tmp):
     read_paper_masks(tmp / "masks.pt")
 
 
+@refused(
+    ValueError,
+    where="masks.pt",
+    got="bytes for masks of 17179869184",
+    rule="expected every value of every mask in the file",
+    remedy="save contiguous tensors (mask.contiguous())",
+    other=r"(?<=got )\d+(?= bytes)",
+)
+def a_masks_pt_of_a_kilobyte_that_asks_for_17_gigabytes(tmp):
+    torch.save({"up_proj": torch.ones(1).expand(65536, 65536)}, tmp / "masks.pt")
+    read_paper_masks(tmp / "masks.pt")
+
+
+@refused(
+    ValueError,
+    where="masks.pt",
+    got="got a file with: 'torch._utils._rebuild_meta_tensor_no_storage'",
+    rule="which no dictionary of dense masks needs",
+)
+def a_masks_pt_of_tensors_without_values(tmp):
+    torch.save({"up_proj": torch.empty(4, 5, device="meta")}, tmp / "masks.pt")
+    read_paper_masks(tmp / "masks.pt")
+
+
 class Runs:
     """What a pickle may make: a call."""
 
@@ -343,9 +388,8 @@ class Runs:
 @refused(
     ValueError,
     where="masks.pt",
-    got="got a file with",
+    got="got a file with: '__builtin__.print'",
     rule="expected a dictionary of tensors saved by torch",
-    other=r"(?<=a file with: ).*",
 )
 def a_masks_pt_that_would_run_code(tmp):
     torch.save({"up_proj": Runs()}, tmp / "masks.pt")
@@ -371,6 +415,18 @@ def a_checkpoint_with_another_byte(tmp):
 @refused(BadCheckpoint, where="manifest.json", got="got 2", rule="expected format_version 1", remedy="upgrade mft")
 def a_checkpoint_of_a_newer_format(tmp):
     edit(checkpoint_in(tmp) / "manifest.json", format_version=2)
+    verify_checkpoint(tmp / "step-00000003")
+
+
+@refused(
+    BadCheckpoint,
+    where="manifest.json",
+    got="got None",
+    rule="expected files ['state.json', 'state.safetensors']",
+    remedy=RESTORE,
+)
+def a_checkpoint_whose_manifest_names_no_files(tmp):
+    edit(checkpoint_in(tmp) / "manifest.json", files=None)
     verify_checkpoint(tmp / "step-00000003")
 
 
@@ -436,8 +492,25 @@ def a_pickled_model(tmp):
 
 
 @refused(
-    ValueError, where="model", got="which is no JSON", rule="must be a config.json if it is a file", other=r": Expe.*"
+    ValueError,
+    where="model.gguf",
+    got="1099511627776 bytes claimed at byte 32, where 16 are left",
+    rule="expected a GGUF file",
+    remedy="copy it again",
 )
+def a_gguf_cut_off(tmp):
+    (tmp / "model.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 1, 1) + struct.pack("<Q", 1 << 40) + bytes(16))
+    load_model(str(tmp / "model.gguf"))
+
+
+@refused(ValueError, where="tokenizer.json", got="got null", rule="expected an object")
+def a_tokenizer_that_is_null(tmp):
+    write(tmp / "config.json", "{}")
+    write(tmp / "tokenizer.json", "null")
+    load_model(str(tmp))
+
+
+@refused(ValueError, where="config.json:1", got="got a file with: Expecting value", rule="expected JSON")
 def a_model_config_that_is_no_json(tmp):
     read_model_config(str(write(tmp / "config.json", "hidden_size: 64")))
 
@@ -509,6 +582,29 @@ def an_override_without_a_value():
 @refused(ValueError, where="layers_to_transform", got="'3-1'", rule="must have ranges that rise")
 def a_falling_range_of_layers():
     parse_layers("3-1")
+
+
+@refused(
+    ValueError,
+    where="layers_to_transform",
+    got="'0-99999999999'",
+    rule="must count layers below 10000",
+    remedy="give the model's own",
+)
+def a_range_of_more_layers_than_any_model_has():
+    parse_layers("0-99999999999")
+
+
+@refused(
+    ValueError,
+    where="run.yaml",
+    got="aliases that stand for more than 100000 values",
+    rule="broken YAML",
+    remedy="write out what is meant",
+)
+def a_configuration_of_six_lines_that_stands_for_a_million_values(tmp):
+    lines = [f"- &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 6)]
+    load_config(write(tmp / "run.yaml", "\n".join(["output_dir:", "- &a0 [1, 1]", *lines])))
 
 
 @refused(
