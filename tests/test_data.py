@@ -374,7 +374,7 @@ def test_parquet_gives_the_rows_of_the_same_jsonl(tokenizer, write, tmp_path):
     assert (one.train[:], one.test[:]) == (two.train[:], two.test[:])
 
 
-def test_a_directory_gives_its_own_splits(tokenizer, write, tmp_path):
+def test_a_directory_gives_its_own_splits(tokenizer, write, tmp_path, monkeypatch):
     write(chats(20), "set/train.jsonl")
     write(chats(3), "set/test.jsonl")
     write(chats(4), "set/validation.jsonl")

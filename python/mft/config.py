@@ -110,7 +110,8 @@ class MaskConfig:
     @classmethod
     def paper(cls, **changes: Any) -> Self:
         """The paper's masks (arXiv 2503.22764): a random tenth of each matrix is dropped at first."""
-        return cls(**{"keep_ratio": 0.9, "mode": "magnitude", "init": "normal"} | changes)
+        values: dict[str, Any] = {"keep_ratio": 0.9, "mode": "magnitude", "init": "normal"} | changes
+        return cls(**values)
 
 
 @dataclass
