@@ -40,12 +40,13 @@ void for_rows(int64_t rows, int64_t columns, const F& f) {
   parallel_for(0, rows, grain, f);
 }
 
-// A matrix without a pitch, its rows filled up with zeros to `columns`: itself where it is that, else a copy.
+// A 16-bit matrix without a pitch, its rows filled up with zeros to `columns`: itself where it is that, else a copy. A
+// matrix in fp32 is taken as it is.
 class Dense {
  public:
   explicit Dense(const Matrix& m) : Dense(m, m.columns) {}
   Dense(const Matrix& m, int64_t columns) : matrix_(m) {
-    if (m.columns == columns && m.row_stride == columns) return;
+    if (m.format == Format::kFloat32 || (m.columns == columns && m.row_stride == columns)) return;
     memory_ = make_scratch(m.rows * columns, m.format);
     matrix_ = {memory_.get(), m.format, m.rows, columns, columns};
     const int64_t width = bytes_of(m.format);
