@@ -73,9 +73,7 @@ def test_the_layer_runs_on_it_where_the_environment_says_so(folder):
     counted = folder / "counted.py"
     counted.write_text(COUNTED + (folder / script).read_text())
     called = run(folder, [sys.executable, str(counted)], **environment)
-    assert called == (
-        "called: kept_threshold masked_linear_packed masked_linear_packed_backward pack_mask pack_signs\n"
-    )
+    assert called == "called: kept_threshold masked_linear_packed masked_linear_packed_backward pack_mask pack_signs\n"
 
 
 def test_the_command_mft_lists_it_and_auto_passes_it_over(folder):
