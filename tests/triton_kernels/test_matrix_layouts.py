@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from amx_gemm import amx_gemm
 from exact import (
     ALL,
     HALF,
@@ -52,6 +53,20 @@ def inside_a_larger_one(value):
 
 
 LAYOUTS = (column_major, every_second_column, every_second_row, misaligned, inside_a_larger_one)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, HALF], ids=str)
+def test_the_scratch_product_hands_torch_nothing_that_amx_would_multiply_wrongly(device, dtype):
+    t = integers(device, 5, 33, 45, dtype, torch.float32)
+    t = replace(t, x=inside_a_larger_one(t.x), grad_output=inside_a_larger_one(t.grad_output))
+    t.x[2] = t.grad_output[3] = torch.nan
+    threshold = threshold_of(t.scores)
+    with amx_gemm():
+        y = ops.masked_linear(t.x, t.weight, t.scores, threshold, None, "magnitude", choose=ops.always_scratch)
+        arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", [True, False, False, False])
+        d_x = ops.masked_linear_backward(*arguments, choose=ops.always_scratch)[0]
+    assert y.isnan().any(1).tolist() == [False, False, True, False, False]
+    assert d_x.isnan().any(1).tolist() == [False, False, False, True, False]
 
 
 @pytest.mark.parametrize("shift", range(len(LAYOUTS)))
