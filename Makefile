@@ -48,11 +48,12 @@ SLIM_SANITIZED := tests/test_cpu.py -k "thread or seam or beyond or misaligned o
 KILLS ?= 1000
 EDITS ?= 20000
 faults: install
-	MFT_KILLS=$(KILLS) MFT_FUZZ=$(EDITS) $(BIN)/python -m pytest -s -o addopts= tests/test_checkpoint.py tests/test_strangers.py
+	MFT_KILLS=$(KILLS) MFT_FUZZ=$(EDITS) $(BIN)/python -m pytest -s -o addopts= \
+	  tests/test_checkpoint.py tests/test_strangers.py tests/test_gguf_file.py
 
 # The same readers under a coverage-guided fuzzer, each for so many seconds; fetches atheris.
 FUZZ_SECONDS ?= 60
-FUZZED := export-config export-masks checkpoint config paper-masks
+FUZZED := export-config export-masks checkpoint checkpoint-facts checkpoint-tensors config paper-masks gguf model-config
 fuzz: install
 	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet atheris
 	for reader in $(FUZZED); do $(BIN)/python tests/fuzz_readers.py $$reader $(FUZZ_SECONDS) || exit 1; done

@@ -1,10 +1,12 @@
 """Readers of files from strangers under a coverage-guided fuzzer: python tests/fuzz_readers.py READER SECONDS
 
 atheris (libFuzzer) keeps each input that reaches a new line of mft's readers, and mutates it further. It begins with a
-good file; what it kept lies in build/fuzz/READER, for the next run. An input that is neither read nor refused by one
-error that names the file ends the run, with exit code 77, and lies beside the others as crash-*.
+good file, and with some that it would hardly come upon; what it kept lies in build/fuzz/READER, for the next run. An
+input that is neither read nor refused by one error that names the file, or that takes 10 seconds or 3 GB, ends the run,
+with exit code 77, 70 or 71, and lies beside the others as crash-*, timeout-* or oom-*.
 """
 
+import io
 import os
 import shutil
 import sys
@@ -20,12 +22,15 @@ from torch._weights_only_unpickler import Unpickler
 
 Unpickler.load = atheris.instrument_func(Unpickler.load)  # torch's loader of the paper's file is watched too
 with atheris.instrument_imports(include=["mft"]):
-    from tiny import masked_llama
+    from tiny import make_llama, masked_llama
+    from tiny_gguf import write_tiny_gguf
 
-    from mft.checkpoint import verify_checkpoint, write_checkpoint
+    from mft.checkpoint import Checkpoint, verify_checkpoint, write_checkpoint
     from mft.config import RunConfig, load_config, save_config
     from mft.export import save_masks
     from mft.export_file import CONFIG_FILE, MASK_FILE, read_export
+    from mft.gguf_file import check_gguf
+    from mft.model_config import read_model_config
     from mft.paper_masks import read_paper_masks, write_paper_masks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,9 +41,10 @@ LONGEST = 8192  # bytes of an input
 class Reader:
     """How a good directory is made, which of its files is mutated, and what reads the directory."""
 
-    make: Callable[[Path], None]
+    make: Callable[[Path], object]
     file: str
     read: Callable[[Path], object]
+    more: Callable[[], list[bytes]] = list  # other contents of the file to begin with
 
 
 def main() -> None:
@@ -54,6 +60,8 @@ def main() -> None:
     reader.make(directory)
     path = directory / reader.file
     shutil.copy(path, corpus / "good")
+    for number, content in enumerate(reader.more()):
+        (corpus / f"more-{number}").write_bytes(content)
     reader.read(directory)
 
     def try_input(content: bytes) -> None:
@@ -64,8 +72,10 @@ def main() -> None:
             if str(directory) not in str(error):
                 raise AssertionError(f"the error must name the file, got {error}") from error
 
-    limits = [f"-max_total_time={seconds}", f"-max_len={LONGEST}", f"-artifact_prefix={corpus}/", "-timeout=10"]
-    atheris.Setup([sys.argv[0], str(corpus), *limits, "-rss_limit_mb=8000", "-print_final_stats=1"], try_input)
+    longest = max(LONGEST, path.stat().st_size + 1024)
+    limits = [f"-max_total_time={seconds}", f"-max_len={longest}", "-timeout=10", "-rss_limit_mb=3000"]
+    options = [f"-artifact_prefix={corpus}/", "-print_final_stats=1"]
+    atheris.Setup([sys.argv[0], str(corpus), *limits, *options], try_input)
     atheris.Fuzz()
 
 
@@ -75,6 +85,29 @@ def _make_export(directory: Path) -> None:
 
 def _make_paper_masks(directory: Path) -> None:
     write_paper_masks(masked_llama(layers=(3,), target_modules=["q_proj"]), directory / "masks.pt")
+
+
+def _odd_masks() -> list[bytes]:
+    """What a pickle may hold that is no dense matrix in the file."""
+    made = [
+        torch.empty(9, 9, device="meta"),
+        torch.ones(1).expand(1 << 16, 1 << 16),
+        torch.ones(4, 4).to_sparse(),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        torch.nn.Parameter(torch.ones(4, 4)),
+        torch.ones(4, 6).t(),
+    ]
+    files = []
+    for mask in made:
+        buffer = io.BytesIO()
+        torch.save({"up_proj": mask}, buffer)
+        files.append(buffer.getvalue())
+    return files
+
+
+def _aliases() -> list[bytes]:
+    lines = [f"- &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
+    return ["\n".join(["output_dir:", "- &a0 [1, 1]", *lines]).encode(), b"mask: {layers_to_transform: 0-9}"]
 
 
 def _make_checkpoint(directory: Path) -> None:
@@ -91,6 +124,10 @@ def _read_checkpoint(directory: Path) -> None:
     found.tensors()
 
 
+def _checkpoint(directory: Path) -> Checkpoint:
+    return Checkpoint(directory / "step-00000003", 3)
+
+
 def _read_export(directory: Path) -> None:
     read_export(directory / "masks")
 
@@ -99,8 +136,20 @@ READERS = {
     "export-config": Reader(_make_export, f"masks/{CONFIG_FILE}", _read_export),
     "export-masks": Reader(_make_export, f"masks/{MASK_FILE}", _read_export),
     "checkpoint": Reader(_make_checkpoint, "step-00000003/manifest.json", _read_checkpoint),
-    "config": Reader(_make_config, "config.yaml", lambda directory: load_config(directory / "config.yaml")),
-    "paper-masks": Reader(_make_paper_masks, "masks.pt", lambda directory: read_paper_masks(directory / "masks.pt")),
+    "checkpoint-facts": Reader(_make_checkpoint, "step-00000003/state.json", lambda root: _checkpoint(root).facts()),
+    "checkpoint-tensors": Reader(
+        _make_checkpoint, "step-00000003/state.safetensors", lambda root: _checkpoint(root).tensors()
+    ),
+    "config": Reader(_make_config, "config.yaml", lambda root: load_config(root / "config.yaml"), _aliases),
+    "paper-masks": Reader(_make_paper_masks, "masks.pt", lambda root: read_paper_masks(root / "masks.pt"), _odd_masks),
+    "gguf": Reader(
+        lambda root: write_tiny_gguf(root / "model.gguf"), "model.gguf", lambda root: check_gguf(root / "model.gguf")
+    ),
+    "model-config": Reader(
+        lambda root: make_llama().config.save_pretrained(root),
+        "config.json",
+        lambda root: read_model_config(str(root / "config.json")),
+    ),
 }
 
 

@@ -37,7 +37,7 @@ RECIPE_LAYERS = (
         *("regular_file", "run_lock", "simulate", "step_errors", "step_report", "token_loss", "yaml_file"),
     ),
     ("cache", "json_file"),
-    ("safetensors_file",),
+    ("gguf_file", "safetensors_file"),
     ("batches", "checkpoint", "export_file", "fetch", "fields", "linears", "record_files", "shapes"),
     ("activations", "causal_lm", "config", "lora", "model_config", "setting", "harness"),
     (

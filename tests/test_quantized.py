@@ -378,7 +378,7 @@ def test_an_export_of_before_quantisation_still_loads(tmp_path):
     path = save_masks(masked_llama(), tmp_path / "export") / "adapter_config.json"
     values = json.loads(path.read_text())
     del values["base_quantization"], values["quantize_masked"]
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(values | {"format_version": 1}))
     export, _ = read_export(path.parent)
     assert (export.base_quantization, export.quantize_masked) == (None, False)
     assert masked_modules(load_masks(make_llama(), path.parent))

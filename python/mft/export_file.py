@@ -2,7 +2,7 @@
 
 adapter_config.json: the fields of MaskExport, peft_type "MFT" and format_version. adapter_model.safetensors: for each
 module "<name>.mask", int32 (N, ceil(K / 32)), bit j % 32 of word j // 32 of row n set where weight (n, j) is kept.
-Version 1 is the same, but that content_hash may be missing.
+Version 1 is the same, but content_hash and what is said of quantisation may be missing.
 """
 
 import dataclasses
@@ -58,8 +58,8 @@ class MaskExport:
     """adapter_config.json. keep_ratio is None where the masks came from thresholds or differ in it.
 
     base_quantization is what the other linears were quantised to while the masks were learned, None: to nothing;
-    quantize_masked: the masked ones too. content_hash: see the function; None only of version 1, in which all three may
-    be missing.
+    quantize_masked: the masked ones too. content_hash: see the function; None only of version 1, which may lack all
+    three.
     """
 
     base_model_name_or_path: str | None
