@@ -7,6 +7,7 @@ import torch
 from test_evaluate import evaluation
 from tiny import make_rows, masked_llama
 
+from mft import plots
 from mft.compare import BASE, CONTROL, FULL, MAGNITUDE, MFT, RANDOM, Comparison, Trial
 from mft.config import TrainConfig
 from mft.inspection import flip_share, initial_masks, mask_statistics
@@ -94,3 +95,15 @@ def test_flips_are_counted_against_the_first_mask():
         assert row.overlap < 0.6  # random scores know nothing of magnitudes
     assert 0 < flip_share(model, initial) < 0.3
     assert mask_statistics(model)[0].flips is None
+
+
+def test_no_label_of_the_plot_lies_across_a_line(tmp_path, monkeypatch):
+    """Numbers and legends stand outside of the axes in which lines run."""
+    figures, make = [], plots._figure
+    monkeypatch.setattr(plots, "_figure", lambda *size: figures.append(make(*size)) or figures[-1])
+    curves = {"full fine-tune": [StepReport(s, 4, 3 / s, 1e-3, 8, s) for s in range(1, 5)]}
+    plots.plot_comparison(comparison([19, 19, 38]), curves, tmp_path / "plot.png", standard_errors=2)
+    axes = figures[0].axes
+    assert [text.get_text() for text in axes[2].texts] == ["-0.1000", "+4.4000", "+0.0750", "-0.2000"]
+    labels = [text for panel in axes for text in panel.texts] + [panel.get_legend() for panel in axes[:2]]
+    assert not [label for label in labels for panel in axes if panel.bbox.overlaps(label.get_window_extent())]

@@ -23,7 +23,7 @@ def plot_comparison(comparison: Comparison, curves: Curves, path: Path, *, stand
     left, middle, right = figure.subplots(1, 3)
     losing = {f"{t.arm}, lr {t.lr:g}" for t in comparison.trials if t.lr != comparison.chosen_lr(t.arm)}
     _draw_curves(left, {name: curve for name, curve in curves.items() if name not in losing})
-    left.set_title("Training, each on the same rows in the same order")
+    left.set_title("Training, on the same rows in the same order")
     _draw_trials(middle, comparison)
     _draw_differences(right, comparison, standard_errors)
     figure.savefig(path, dpi=120)
@@ -48,7 +48,7 @@ def _draw_curves(axes, curves: Curves) -> None:
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss, nats a token")
     axes.set_title("Training (faint: each step; strong: running mean)")
-    axes.legend()
+    _legend_below(axes)
 
 
 def _draw_trials(axes, comparison: Comparison) -> None:
@@ -62,8 +62,8 @@ def _draw_trials(axes, comparison: Comparison) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("rate")
     axes.set_ylabel("loss, nats a token")
-    axes.set_title("Validation: each rate tried, the chosen one circled")
-    axes.legend()
+    axes.set_title("Validation: rates, the chosen one circled")
+    _legend_below(axes)
 
 
 def _draw_differences(axes, comparison: Comparison, standard_errors: float) -> None:
@@ -73,13 +73,19 @@ def _draw_differences(axes, comparison: Comparison, standard_errors: float) -> N
         axes.errorbar(
             difference, place, xerr=standard_errors * error, fmt="o", capsize=4, color=_COLOURS.get(arm, "0.4")
         )
-        axes.annotate(f"{difference:+.4f}", (difference, place), textcoords="offset points", xytext=(0, 8), ha="center")
+        # Beside the axes, where no line and no interval runs.
+        axes.annotate(f"{difference:+.4f}", (1.03, place), xycoords=("axes fraction", "data"), va="center")
     axes.axvline(0, color=_COLOURS[FULL], linestyle="--")
     axes.set_yticks(range(len(arms)), arms)
     axes.set_ylim(len(arms) - 0.5, -0.6)
     axes.margins(x=0.15)
     axes.set_xlabel("loss - full fine-tune's (left is better)")
     axes.set_title(f"Test: difference and {standard_errors:g} standard errors")
+
+
+def _legend_below(axes) -> None:
+    """Inside it would cover the lines that it explains."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize="small")
 
 
 def _running_mean(values: list[float]) -> list[float]:
