@@ -22,6 +22,7 @@ from mft.run_directory import check_run_directory
 from mft.run_lock import LOCK, hold
 from mft.saver import Saver
 from mft.step_errors import NonFiniteLoss
+from mft.study.verbs import run_plot
 from mft_kernels.checks import NonFiniteScores
 
 from .registry import accepted, refused
@@ -146,6 +147,32 @@ def a_model_that_does_not_fit(patch):
     patch.setattr(fit, "default_device", lambda: torch.device("cpu"))
     patch.setattr(fit, "_free_memory", lambda device: (17e9, None))
     fit.plan_training(load_config(None, ["model.name=llama2-7b", "train.steps=1", "mask.layers_to_transform=[4, 5]"]))
+
+
+@refused(
+    ValueError,
+    where="layerwise: needs 242.4 GB of the host's 64.0 GB",
+    got="resident: needs 30.9 GB (and 0.6 GB for the context) of 12.0 GB",
+    rule="nothing fits",
+    remedy="the nearest setting that fits: memory=layerwise",
+)
+def a_model_whose_states_the_host_cannot_hold(patch):
+    patch.setattr(fit, "default_device", lambda: torch.device("cuda"))
+    patch.setattr(fit, "_free_memory", lambda device: (12e9, 64e9))
+    sizes = ["data.sequence_length=4096", "train.steps=1", "train.accumulation=128"]
+    fit.plan_training(load_config(None, ["model.name=llama3.1-8b", *sizes]))
+
+
+@refused(
+    ValueError,
+    where="quantized",
+    got="every linear layer is masked",
+    rule="nothing would be quantised without quantize_masked",
+    remedy="the nearest setting that fits: memory=quantized model.quantize_masked=true",
+)
+def a_quantised_base_of_which_nothing_is_quantised(patch):
+    patch.setattr(fit, "_free_memory", lambda device: (400e9, None))
+    fit.plan_training(load_config(None, ["model.name=llama2-7b", "train.steps=1", "model.quantization=nf4"]))
 
 
 # ---------------------------------------------------------------------------------------------- what is trained
@@ -437,6 +464,25 @@ def a_resumed_run_whose_only_checkpoint_is_damaged(tmp):
 def two_processes_in_one_run(tmp):
     with hold(tmp), hold(tmp):
         pass
+
+
+@refused(OSError, where=".lock", got="got a symbolic link", rule="must be a file of mft's own", remedy="remove it")
+def a_lock_that_points_elsewhere(tmp):
+    (tmp / LOCK).symlink_to(tmp / "precious")
+    with hold(tmp):
+        pass
+
+
+@refused(
+    ValueError,
+    where="directory",
+    got="with a table of no domains",
+    rule="must be a finished study's",
+    remedy="a run of mft train has its curves in plot.png, and mft plot flips draws how its masks moved",
+)
+def a_summary_of_a_run(tmp):
+    (tmp / "table.json").write_text('{"before": {"loss": 1.44}}')
+    run_plot("summary", [tmp], None, domain=None, arm=None, rows=32, points=11)
 
 
 @refused(
