@@ -1,5 +1,6 @@
 """Tables, verdicts, mask statistics and plots."""
 
+import io
 import json
 
 import pytest
@@ -10,7 +11,9 @@ from tiny import make_rows, masked_llama
 from mft import plots
 from mft.compare import BASE, CONTROL, FULL, MAGNITUDE, MFT, RANDOM, Comparison, Trial
 from mft.config import TrainConfig
-from mft.inspection import flip_share, initial_masks, mask_statistics
+from mft.console import new_console
+from mft.inspection import MaskStatistics, flip_share, initial_masks, mask_statistics
+from mft.mask_verbs import _mask_table
 from mft.recipe import train_masks
 from mft.report import console_table, remarks, table_rows, verdict, write_report
 from mft.step_report import StepReport
@@ -107,3 +110,12 @@ def test_no_label_of_the_plot_lies_across_a_line(tmp_path, monkeypatch):
     assert [text.get_text() for text in axes[2].texts] == ["-0.1000", "+4.4000", "+0.0750", "-0.2000"]
     labels = [text for panel in axes for text in panel.texts] + [panel.get_legend() for panel in axes[:2]]
     assert not [label for label in labels for panel in axes if panel.bbox.overlaps(label.get_window_extent())]
+
+
+def test_a_table_of_masks_is_eighty_columns_wide():
+    names = [f"model.layers.{layer}.self_attn.{kind}_proj" for layer in (3, 31) for kind in "qkvo"]
+    file = io.StringIO()
+    rows = [MaskStatistics(name, 58_720_256, 0.9004, 0.1681, 0.127) for name in names]
+    new_console(file, width=80).print(_mask_table(rows))
+    assert all(f"{name} " in file.getvalue() for name in names)  # none is broken
+    assert "since init" in file.getvalue()

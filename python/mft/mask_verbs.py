@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from rich import box
 from rich.table import Column, Table
 
 from mft.bases import config_of_run, learned_base
@@ -94,8 +95,10 @@ def _mask_table(rows: list[MaskStatistics]) -> Table:
         Column("layer", overflow="fold"),  # the end of a name is what tells layers apart
         *(
             Column(heading, justify="right")
-            for heading in ("weights", "kept", "flips since init", "dropped as by magnitude")
+            for heading in ("weights", "kept", "flips\nsince init", "dropped as\nby magnitude")
         ),
+        box=box.SIMPLE_HEAD,  # 80 columns hold the name of an attention's projection
+        padding=(0, 1, 0, 0),
     )
     for row in rows:
         flips = "?" if row.flips is None else f"{100 * row.flips:.2f} %"
