@@ -12,6 +12,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # x, weight, scores, bias; (0
 
 _WORD = 32  # bits of an int32 word of a packed mask
 _AMX_ROW = 32  # 16-bit elements in a row of an AMX tile
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as a floating element
 
 
 def kept_count(numel: int, keep_ratio: float) -> int:
@@ -20,10 +21,14 @@ def kept_count(numel: int, keep_ratio: float) -> int:
 
 
 def keep_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
-    """Boolean (N, K): what is kept. Ties at the threshold, () or one a row (N,), are kept; a NaN score is dropped."""
+    """Boolean (N, K): what is kept. Ties at the threshold, () or one a row (N,), are kept; a NaN score is dropped.
+
+    threshold is of the scores' dtype.
+    """
     if threshold.dim() == 1:
         threshold = threshold.unsqueeze(-1)
-    return (scores.abs() if mode == "magnitude" else scores) >= threshold
+    kept = _keys(scores, mode) >= _keys(threshold, "value")
+    return kept & ~(scores.isnan() | threshold.isnan())
 
 
 def masked_linear(
@@ -85,10 +90,12 @@ def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
     +inf when nothing is kept; NaN when any score is not finite, so that the caller sees it without reading the scores.
     """
     flat = scores.reshape(-1)
-    keys = flat.abs() if mode == "magnitude" else flat
     kept = kept_count(flat.numel(), keep_ratio)
-    kth = _kth_smallest(keys, flat.numel() - kept + 1) if kept else torch.inf
-    return torch.where(flat.isfinite().all(), kth, torch.nan).to(scores.dtype)
+    kth = flat.new_full((), torch.inf)
+    if kept:
+        key = _kth_smallest(_keys(flat, mode), flat.numel() - kept + 1)
+        kth = torch.where(key < 0, -key | torch.iinfo(key.dtype).min, key).view(scores.dtype)
+    return torch.where(flat.isfinite().all(), kth, torch.nan)
 
 
 def pack_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
@@ -98,13 +105,19 @@ def pack_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
 
 def pack_signs(scores: Tensor) -> tuple[Tensor, Tensor]:
     """(scores > 0 as bits like pack_mask, how many scores are exactly 0 as 0-d int64: those have no sign bit)."""
-    return pack_bits(scores > 0), (scores == 0).sum()
+    signs = signs_of(scores)
+    return pack_bits(signs > 0), ((signs == 0) & ~scores.isnan()).sum()
 
 
 def unpack_mask(packed: Tensor, shape: list[int]) -> Tensor:
     """Boolean mask of ``shape`` (N, K) from its bits."""
     bits = (packed.unsqueeze(-1) >> torch.arange(_WORD, device=packed.device, dtype=torch.int32)) & 1
     return bits.flatten(-2)[:, : shape[1]].bool()
+
+
+def signs_of(scores: Tensor) -> Tensor:
+    """sign(scores) as integers; that of NaN is 0."""
+    return _keys(scores, "value").sign().masked_fill(scores.isnan(), 0)
 
 
 def pack_bits(bits: Tensor) -> Tensor:
@@ -129,6 +142,16 @@ def filled(operand: Tensor, axis: int) -> Tensor:
     if missing == 0:
         return operand.contiguous()
     return torch.nn.functional.pad(operand, (0, missing) if axis == 1 else (0, 0, 0, missing))
+
+
+def _keys(values: Tensor, mode: str) -> Tensor:
+    """Integers in the order of the values, or of their magnitudes; -0 is 0, and NaN lies outside the infinities.
+
+    A comparison of floats is the processor's: told to take subnormals for 0 (torch.set_flush_denormal), it finds ties.
+    """
+    bits = values.detach().view(_BITS[values.element_size()])
+    magnitude = bits & torch.iinfo(bits.dtype).max
+    return magnitude if mode == "magnitude" else torch.where(bits < 0, -magnitude, magnitude)
 
 
 def _kth_smallest(keys: Tensor, k: int) -> Tensor:
@@ -201,5 +224,5 @@ def _score_grad(
             d_scores *= unpack_mask(signs, list(weight.shape)).to(wide).mul_(2).sub_(1)
         else:
             assert scores is not None, "magnitude mode takes the sign from scores or signs"
-            d_scores *= scores.sign()
+            d_scores *= signs_of(scores)
     return d_scores.to(dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .fixed_point import LARGEST_CODE as LARGEST_SCORE
 from .fixed_point import float_from_fixed
-from .reference import kept_threshold, pack_mask
+from .reference import kept_threshold, pack_mask, signs_of
 
 BLOCK = 256  # consecutive elements of the flattened matrix that share one scale
 CHUNK = 1024  # consecutive elements that take the words of 256 counters
@@ -153,7 +153,7 @@ def narrow_scores(wide: Tensor, old: Tensor, bits: Tensor) -> Tensor:
 
 def _sign(scores: Tensor) -> Tensor:
     if scores.dtype != torch.int16:
-        return scores.float().sign()
+        return signs_of(scores).float()
     return torch.where(scores < 0, -1.0, 1.0)  # a 0 counts as the sign that it has
 
 

@@ -24,8 +24,9 @@ inline uint16_t to_bfloat16(float value) {  // to nearest, ties to even
 
 inline float from_float16(uint16_t h) {
   const uint32_t magnitude = h & 0x7fff;
-  // 2^112 moves the exponent from fp16's bias to fp32's and makes subnormals normal.
-  const uint32_t finite = as_bits(as_float(magnitude << 13) * 0x1p112f);
+  // A subnormal counts steps of 2^-24, as the fraction of 0.5 does: no subnormal of fp32 arises, which may be taken for 0.
+  const uint32_t small = as_bits(as_float(magnitude + 0x3f000000) - 0.5f);
+  const uint32_t finite = magnitude < 0x0400 ? small : (magnitude << 13) + 0x38000000;  // biases differ by 112
   const uint32_t bits = magnitude >= 0x7c00 ? (magnitude << 13) | 0x7f800000 : finite;
   return as_float(bits | static_cast<uint32_t>(h & 0x8000) << 16);
 }

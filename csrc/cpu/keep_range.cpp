@@ -2,7 +2,6 @@
 #include "keep_range.h"
 
 #include <cmath>
-#include <cstring>
 
 namespace mft {
 
@@ -16,20 +15,15 @@ double value_of_key(int64_t key, Format format, bool magnitude) {
   // Two's complement order: the negative value with magnitude bits m has the key ~m (so -0 is -1).
   const bool negative = !magnitude && key < 0;
   const uint32_t bits = static_cast<uint32_t>(negative ? ~key : key);
-  double value;
-  if (format == Format::kFloat16) {
-    const int exponent = static_cast<int>(bits >> 10), fraction = static_cast<int>(bits & 0x3ff);
-    if (exponent == 31) {
-      value = fraction == 0 ? INFINITY : NAN;
-    } else {
-      value = exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
-    }
-  } else {
-    const uint32_t wide = format == Format::kBFloat16 ? bits << 16 : bits;
-    float narrow;
-    std::memcpy(&narrow, &wide, sizeof narrow);
-    value = narrow;
-  }
+  const uint32_t infinity = static_cast<uint32_t>(infinity_key(format));
+  if (bits >= infinity) return bits > infinity ? NAN : negative ? -INFINITY : INFINITY;
+  // Not through float: a processor that takes subnormals for 0 would read them as 0. All are normal doubles.
+  const int fraction_bits = format == Format::kFloat32 ? 23 : format == Format::kBFloat16 ? 7 : 10;
+  const int bias = format == Format::kFloat16 ? 15 : 127;
+  const int exponent = static_cast<int>(bits >> fraction_bits);
+  const uint32_t one = 1u << fraction_bits, fraction = bits & (one - 1);
+  const double significand = exponent == 0 ? fraction : one + fraction;
+  const double value = std::ldexp(significand, (exponent == 0 ? 1 : exponent) - bias - fraction_bits);
   return negative ? -value : value;
 }
 

@@ -92,7 +92,10 @@ void multiply_by_sign(float* out, const float* scores, ScoreFormat format, int64
   if (format == ScoreFormat::kFixed16) {
     for (int64_t i = 0; i < n; ++i) out[i] = as_float(as_bits(out[i]) ^ (as_bits(scores[i]) & kTop));
   } else {
-    for (int64_t i = 0; i < n; ++i) out[i] *= scores[i] > 0 ? 1.0f : scores[i] < 0 ? -1.0f : 0.0f;
+    for (int64_t i = 0; i < n; ++i) {  // by bits: a comparison may take a subnormal for 0
+      const uint32_t bits = as_bits(scores[i]), magnitude = bits & kMagnitude;
+      out[i] *= as_float(magnitude - 1 < kInfinity ? (bits & kTop) | 0x3f800000 : 0);
+    }
   }
 }
 
