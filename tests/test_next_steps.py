@@ -11,9 +11,11 @@ from tiny import make_llama
 from typer.testing import CliRunner
 
 import mft.demo
+from mft.bases import learned_base
 from mft.cli import app
 from mft.config import DataConfig, MaskConfig, TrainConfig, load_config
 from mft.models import load_model
+from mft.run_directory import check_run_directory
 
 
 def printed_commands(output):
@@ -69,6 +71,10 @@ def test_relative_paths_are_those_of_the_run_wherever_it_is_used(cli, model_dir,
 
 def test_masks_without_their_run_name_base_and_dtype_themselves(cli, model_dir, tmp_path):  # noqa: F811
     assert cli("train", *LEARN)[0] == 0
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("revision: null", "revision: v2"))
+    assert learned_base(tmp_path / "run" / "masks")[0].revision == "v2"
+    assert learned_base(tmp_path / "run" / "masks", "elsewhere")[0].revision is None  # which is of another base
     shutil.move(tmp_path / "run" / "masks", tmp_path / "alone")
     told = f"from the masks in alone unless given: base {model_dir} in float32"
     assert told in mft_runs("verify", "alone")
@@ -79,16 +85,6 @@ def test_masks_without_their_run_name_base_and_dtype_themselves(cli, model_dir, 
     shutil.move(tmp_path / "alone", tmp_path / "masks")
     (tmp_path / "config.yaml").write_text("model: {name: another}\n")
     assert f"from the masks in masks unless given: base {model_dir}" in mft_runs("verify", "masks")
-
-
-def test_a_revision_is_that_of_the_run_and_not_of_another_base(cli, model_dir, tmp_path):  # noqa: F811
-    from mft.bases import learned_base
-
-    assert cli("train", *LEARN)[0] == 0
-    path = tmp_path / "run" / "config.yaml"
-    path.write_text(path.read_text().replace("revision: null", "revision: v2"))
-    assert learned_base(tmp_path / "run" / "masks")[0].revision == "v2"
-    assert learned_base(tmp_path / "run" / "masks", "elsewhere")[0].revision is None
 
 
 @pytest.fixture
@@ -121,12 +117,10 @@ def test_what_the_demo_leaves_can_be_used_as_it_prints(tiny_demo, monkeypatch):
     for command in [*commands, ["verify", "runs/demo"]]:
         told = mft_runs(*command)
         assert "from runs/demo/config.yaml unless given: base runs/demo/base in " in told
-    assert "flips are unknown" not in mft_runs(*commands[0])
+        assert "flips are unknown" not in told
     config = load_config(tiny_demo / "runs" / "demo" / "config.yaml")
     assert config.model.name == "runs/demo/base"
     shutil.move(tiny_demo / "runs" / "demo", tiny_demo / "elsewhere")
     monkeypatch.chdir("/")
     assert f"base {tiny_demo}/elsewhere/base in " in mft_runs("verify", tiny_demo / "elsewhere")
-    monkeypatch.chdir(tiny_demo)
-    shutil.move(tiny_demo / "elsewhere", tiny_demo / "runs" / "demo")
-    mft_runs("demo")  # deletes the old one, its base too
+    check_run_directory(tiny_demo / "elsewhere", overwrite=True)  # the next demo may delete it, its base too
