@@ -1,11 +1,40 @@
-"""Directories and files that appear whole or not at all: written beside the target, synced, then renamed."""
+"""Directories and files that appear whole or not at all: written beside the target, synced, then renamed.
 
+What a killed writer leaves beside its target has a name of its own, .TARGET.RANDOM.tmp, or .old of what was there
+before; sweep() clears it away.
+"""
+
+import contextlib
 import os
+import re
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+_SCRATCH = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.(?:tmp|old)")
+
+
+class NotWritten(OSError):
+    """A file or directory could not be written or deleted; the message names it, which a failed write(2) does not."""
+
+
+@contextmanager
+def naming(target: str | os.PathLike, what: str = "written") -> Iterator[None]:
+    """Errors of the disk while target is written, or deleted, become a NotWritten that names target."""
+    try:
+        yield
+    except NotWritten:
+        raise
+    except (OSError, SafetensorError) as error:  # safetensors has but this one, whatever has failed
+        reason = getattr(error, "strerror", None) or error
+        raise NotWritten(
+            f"{target} could not be {what} ({reason}): see that the disk has room and may be written to"
+        ) from error
 
 
 @contextmanager
@@ -13,41 +42,91 @@ def atomic_directory(target: str | os.PathLike, *, replace: bool = True) -> Iter
     """Yield an empty directory that becomes target when the block ends well, and vanishes when it does not.
 
     With replace=False a target that another process finished first stays, and ours is dropped: both hold the same.
+    Raises: NotWritten.
     """
     target = Path(target)
-    try:
+    with naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    except OSError as error:
-        raise OSError(
-            f"{target} must lie where directories can be made, got {target.parent} ({error.strerror}): name another one"
-        ) from error
-    try:
-        yield scratch
-        for path in (scratch, *scratch.rglob("*")):
-            _open_to_readers(path, 0o777 if path.is_dir() else 0o666)
-        _sync_tree(scratch)
-        _move_into_place(scratch, target, replace)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            yield scratch
+            for path in (scratch, *scratch.rglob("*")):
+                _open_to_readers(path, 0o777 if path.is_dir() else 0o666)
+            _sync_tree(scratch)
+            _move_into_place(scratch, target, replace)
+            _sync(target.parent)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
 def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
-    """Yield a path; what is written there becomes target when the block ends well, and vanishes when it does not."""
+    """Yield a path; what is written there becomes target when the block ends well, and vanishes when it does not.
+
+    Raises: NotWritten.
+    """
     target = Path(target)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(descriptor)
-    scratch = Path(name)
-    try:
-        yield scratch
-        _open_to_readers(scratch, 0o666)
-        _sync(scratch)
-        scratch.replace(target)
-        _sync(target.parent)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with naming(target):
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        os.close(descriptor)
+        scratch = Path(name)
+        try:
+            yield scratch
+            _open_to_readers(scratch, 0o666)
+            _sync(scratch)
+            scratch.replace(target)
+            _sync(target.parent)
+        finally:
+            with contextlib.suppress(OSError):  # the error that brought us here says more
+                scratch.unlink(missing_ok=True)
+
+
+def write_whole(target: str | os.PathLike, content: str | bytes) -> None:
+    """A file of this content, in UTF-8 if it is text; one that holds it already is not touched. Raises: NotWritten."""
+    target = Path(target)
+    content = content.encode() if isinstance(content, str) else content
+    with naming(target):
+        if target.is_file() and target.read_bytes() == content:
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(target) as scratch:
+            scratch.write_bytes(content)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a directory, of which no part is ever seen under its name. Raises: NotWritten."""
+    with naming(path, "deleted"):
+        if path.is_dir() and not path.is_symlink():
+            scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+            path.rename(scratch)
+            shutil.rmtree(scratch)
+        else:
+            path.unlink()
+
+
+def target_of(name: str) -> str | None:
+    """Of what a file or directory called name is the scratch; None if it is none."""
+    found = _SCRATCH.fullmatch(name)
+    return found and found.group(1)
+
+
+def sweep(directory: Path, ours: Callable[[str], object]) -> None:
+    """Delete what killed writers left of targets in directory whose names are ours; nobody may be writing there.
+
+    A target that was about to be replaced, and is missing, comes back. Raises: NotWritten.
+    """
+    for entry in list(directory.iterdir()):
+        name = target_of(entry.name)
+        if name is None or not ours(name):
+            continue
+        target = entry.with_name(name)
+        with naming(entry, "deleted"):
+            if entry.suffix == ".old" and not target.exists():
+                entry.rename(target)
+            elif entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
 
 def _move_into_place(scratch: Path, target: Path, replace: bool) -> None:

@@ -3,12 +3,14 @@
 Whatever is unknown, of the wrong type or out of range is a ValueError that names the key, the rule and the value.
 """
 
+import copy
 import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from mft.atomic import write_whole
 from mft.choices import nearest, nearest_path
 from mft.fields import check_not_empty, check_one_of, check_rule, check_seed, coerce_fields, expand_home, shown
 from mft.regular_file import read_regular
@@ -228,11 +230,16 @@ def load_config(path: str | os.PathLike | None, overrides: list[str] | tuple[str
     path may be the name of a shipped file, such as "paper". An override's value is YAML: null, true, 3e-4,
     [q_proj, v_proj]. The last of two for one key wins.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        path = find_config(path, CONFIGS)
-        values = read_mapping(path)
-        _check_keys(values, origin=f"{path}: ")
+    path = None if path is None else find_config(path, CONFIGS)
+    return config_from({} if path is None else read_mapping(path), path, overrides)
+
+
+def config_from(
+    values: dict[str, Any], path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()
+) -> RunConfig:
+    """The same with the file's values, as config_values gives them; path is for messages."""
+    values = copy.deepcopy(values)
+    _check_keys(values, origin=f"{path}: ")
     _apply_overrides(values, overrides)
     sections = {}
     for name, section in SECTIONS.items():
@@ -243,10 +250,13 @@ def load_config(path: str | os.PathLike | None, overrides: list[str] | tuple[str
 
 
 def save_config(config: RunConfig, path: str | os.PathLike) -> None:
-    """Write YAML from which load_config gives back an equal config."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(dump_yaml(_plain(dataclasses.asdict(config))), encoding="utf-8")
+    """Write YAML from which load_config gives back an equal config, whole or not at all. Raises: NotWritten."""
+    write_whole(path, dump_yaml(config_values(config)))
+
+
+def config_values(config: RunConfig) -> dict[str, Any]:
+    """What YAML and JSON can hold, and config_from takes."""
+    return _plain(dataclasses.asdict(config))
 
 
 def find_config(name: str | os.PathLike, directory: Path) -> Path:

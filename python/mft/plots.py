@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mft.atomic import atomic_file
 from mft.compare import BASE, CONTROL, FULL, MFT, Comparison
 from mft.evaluate import paired_difference
 from mft.step_report import StepReport
@@ -14,7 +15,8 @@ def plot_curves(curves: Curves, path: Path) -> None:
     """Training losses of a run without a comparison."""
     figure = _figure(6.5, 4.2)
     _draw_curves(figure.subplots(), curves)
-    figure.savefig(path, dpi=120)
+    with atomic_file(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=120)
 
 
 def plot_comparison(comparison: Comparison, curves: Curves, path: Path, *, standard_errors: float) -> None:
@@ -26,7 +28,8 @@ def plot_comparison(comparison: Comparison, curves: Curves, path: Path, *, stand
     left.set_title("Training, on the same rows in the same order")
     _draw_trials(middle, comparison)
     _draw_differences(right, comparison, standard_errors)
-    figure.savefig(path, dpi=120)
+    with atomic_file(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=120)
 
 
 def _figure(width: float, height: float):

@@ -9,6 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from mft.atomic import write_whole
 from mft.compare import CONTROL, FULL, MFT, Comparison
 from mft.evaluate import METRICS, Evaluation, paired_difference
 from mft.plots import Curves, plot_comparison
@@ -96,7 +97,7 @@ def write_report(comparison: Comparison, directory: Path, curves: Curves, notes:
     lines += [f"| {' | '.join((row['arm'], *_cells(row)))} |" for row in table_rows(comparison)]
     text = [_title(comparison), "", *lines, "", f"**{verdict(comparison)}**", ""]
     text += [f"- {note}" for note in (*remarks(comparison), *notes)]
-    (directory / TABLE_MARKDOWN).write_text("\n".join(text) + "\n", encoding="utf-8")
+    write_whole(directory / TABLE_MARKDOWN, "\n".join(text) + "\n")
     numbers = {
         "arms": table_rows(comparison),
         "verdict": verdict(comparison),
@@ -106,7 +107,7 @@ def write_report(comparison: Comparison, directory: Path, curves: Curves, notes:
         "documents": len(comparison.arms[MFT].documents),
         "tokens": int(comparison.arms[MFT].tokens.sum()),
     }
-    (directory / TABLE_JSON).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    write_whole(directory / TABLE_JSON, json.dumps(numbers, indent=2) + "\n")
     plot_comparison(comparison, curves, directory / PLOT, standard_errors=STANDARD_ERRORS)
 
 

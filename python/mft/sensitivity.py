@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
+from mft.atomic import atomic_file
 from mft.clones import clone_with_own_weights
 from mft.config import MaskConfig, TrainConfig
 from mft.convert import check_unmasked, convert
@@ -145,7 +146,8 @@ def plot_sensitivity(rows: Sequence[Sensitivity], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("loss with a mask on this group alone - without (left is better)")
     axes.set_title("Trained mask, 2 standard errors; hollow: before training")
-    figure.savefig(path, dpi=120)
+    with atomic_file(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=120)
 
 
 def _cells(row: Sensitivity) -> tuple[str, ...]:

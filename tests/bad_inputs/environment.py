@@ -21,7 +21,7 @@ from building import cuda as building_cuda
 from building import nvcc
 from building.compile import CannotBuild, find_compiler
 from mft import fetch, harness, lora, quantized_weight
-from mft.atomic import atomic_directory
+from mft.atomic import NotWritten, atomic_directory
 from mft.cache import cache_root
 from mft.config import DataConfig, TrainConfig
 from mft.export import save_masks
@@ -358,7 +358,7 @@ def a_cache_that_is_read_only(tmp, patch):
     where="output_dir",
     got="(Read-only file system)",
     rule="must be writable",
-    remedy="name another one",
+    remedy="see that the disk has room and may be written to, or name another one",
 )
 def an_output_dir_that_is_read_only(tmp, patch):
     patch.setattr(Path, "mkdir", read_only)
@@ -367,11 +367,11 @@ def an_output_dir_that_is_read_only(tmp, patch):
 
 
 @refused(
-    OSError,
+    NotWritten,
     where="masks",
     got="(Read-only file system)",
-    rule="must lie where directories can be made",
-    remedy="name another one",
+    rule="could not be written",
+    remedy="see that the disk has room and may be written to",
 )
 def masks_on_a_read_only_disk(tmp, patch):
     patch.setattr(tempfile, "mkdtemp", read_only)

@@ -23,6 +23,7 @@ from typing import Any
 
 import filelock
 
+from mft.atomic import write_whole
 from mft.run_directory import ABLATION, PLOT, TABLE_JSON, TABLE_MARKDOWN
 from mft.study.declared import AVERAGE, FULL, FULL_KINDS, Setting, StudyConfig
 from mft.study.load import study_values
@@ -183,17 +184,6 @@ class Store:
     def _test_path(self, unit: Unit, chosen: Chosen) -> Path:
         parts = [self.key(unit, chosen), unit.domain in self.study.answers]
         return self._path(TEST, unit, _digest(parts), "json")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
 
 
 # ---------------------------------------------------------------------------------------------- private
