@@ -66,12 +66,14 @@ def save_on_and_on(root, first):
 
 def test_a_writer_killed_at_any_point_leaves_a_checkpoint_that_loads(tmp_path):
     """MFT_KILLS=1000 kills more often."""
+    began = time.monotonic()
     chance, written = random.Random(0), write(tmp_path, 1).step
+    longest = max(0.06, 20 * (time.monotonic() - began))  # on a busy machine too, most are killed while they write
     survived = 0
     for _ in range(KILLS):
         writer = multiprocessing.get_context("fork").Process(target=save_on_and_on, args=(tmp_path, written + 1))
         writer.start()
-        time.sleep(chance.uniform(0.0, 0.06))
+        time.sleep(chance.uniform(0.0, longest))
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
         found, skipped = newest_checkpoint(tmp_path)
@@ -91,7 +93,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        with pytest.raises(OSError, match=rf"{TENSORS}: the checkpoint could not be written: .*too large"):
+        with pytest.raises(OSError, match=r"step-00000002 could not be written \(.*too large.*\): see that"):
             write(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from tiny import WORDS, make_llama
+from tiny import WORDS, save_llama
 from typer.testing import CliRunner
 
 import mft
@@ -19,15 +19,8 @@ LEARN = ["train.lr=1e-2", "train.epochs=null", "train.steps=4", "train.batch_siz
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     """The tiny Llama with a tokenizer of one word a number, as save_pretrained writes it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<end>": 0} | {str(i): i for i in range(1, WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     directory = tmp_path_factory.mktemp("model")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<end>").save_pretrained(directory)
-    make_llama().save_pretrained(directory)
+    save_llama(directory)
     return directory
 
 
@@ -44,8 +37,8 @@ def cli(model_dir, tmp_path, monkeypatch):
     )
 
     def call(verb, *arguments):
-        configured = verb in ("finetune", "train", "evaluate") and "--config" not in " ".join(arguments)
-        options = ["--config", "config.yaml"] if configured else []
+        own = verb in ("finetune", "train", "evaluate") and not {"--resume", "--config"} & set(arguments)
+        options = ["--config", "config.yaml"] if own else []
         result = CliRunner().invoke(app, [verb, *options, *arguments])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception

@@ -10,7 +10,7 @@ import mft.verbs
 from mft.config import DataConfig, MaskConfig, ModelConfig, RunConfig, TrainConfig
 from mft.estimate import estimate
 from mft.fit import plan_training, setting_of
-from mft.resume import Start
+from mft.resume import Begin
 from mft.shapes import known_config, shape_from_config
 
 
@@ -88,7 +88,7 @@ def test_no_weight_is_loaded_before_the_refusal(with_free, monkeypatch):
     with_free(1)
     monkeypatch.setattr(mft.verbs, "load_model", lambda *_: pytest.fail("a weight was loaded"))
     with pytest.raises(ValueError, match="nothing fits"):
-        mft.verbs.run_train(config_of(), Start())
+        mft.verbs.run_train(Begin(config_of()))
 
 
 def test_quantized_means_nf4_unless_said_otherwise(with_free):

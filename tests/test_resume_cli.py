@@ -1,5 +1,6 @@
 """mft train and mft finetune, stopped and gone on with: by signals, after kills, and with what must be refused."""
 
+import fcntl
 import json
 import os
 import re
@@ -7,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_cli import LEARN, cli, model_dir  # noqa: F401
 
+from mft.demo import run_demo
 from mft.flips import PHASE
 from mft.recorder import Steps
 from mft.run_directory import METRICS
@@ -179,3 +182,117 @@ def test_a_finished_run_is_not_resumed(cli):  # noqa: F811
     code, output = cli("train", "--resume", "run")
     assert code == 2
     assert "must name a run that is not finished, run has its masks/ already" in output
+
+
+# ---------------------------------------------------------------------------------------------- killed at a place
+
+
+def in_a_fork(work):
+    """The exit code of a child of this process that does work, a function; 9 if it was killed there."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            code = work()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_before(call, place, *arguments):
+    """A run that dies where it would call place ("module.function")."""
+
+    def work():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(place, lambda *_, **__: os._exit(9))
+            return call(*arguments)[0]
+
+    assert in_a_fork(work) == 9
+
+
+def files(run):
+    """By name; of metrics.jsonl what a run that went on has in common with one that never stopped."""
+    found = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    return found | {"metrics.jsonl": steps(run) or steps(run, "full fine-tune")}
+
+
+SHORT = [*LEARN, "train.steps=3", "checkpoint_minutes=0", "mask.keep_ratio=0.8"]
+BEFORE_FINISHING = "mft.verbs.evaluation_table"
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["missing", "empty"])
+def test_what_is_lost_beside_a_checkpoint_is_made_anew_from_it(cli, tmp_path, damage):  # noqa: F811
+    cli("train", *SHORT)
+    wanted = files(tmp_path / "run")
+    killed_before(cli, BEFORE_FINISHING, "train", *SHORT, "--overwrite")
+    for name in ("config.yaml", "metrics.jsonl"):
+        damage(tmp_path / "run" / name)
+    code, output = cli("train", "--resume", "run")
+    assert code == 0, output
+    assert "goes on after step 3" in output
+    assert files(tmp_path / "run") == wanted
+
+
+def test_a_configuration_edited_beside_a_checkpoint_is_refused(cli, tmp_path):  # noqa: F811
+    killed_before(cli, BEFORE_FINISHING, "train", *SHORT)
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("lr: 0.01", "lr: 0.02"))
+    code, output = cli("train", "--resume", "run")
+    assert code == 2
+    assert "train.lr was 0.01, now 0.02" in output
+
+
+@pytest.mark.parametrize(
+    ("verb", "place"),
+    [
+        ("train", "mft.verbs.plot_curves"),
+        ("train", "safetensors.torch.save"),
+        ("train", "mft.verbs.remove"),
+        ("finetune", "transformers.PreTrainedTokenizerBase.save_pretrained"),
+    ],
+)
+def test_a_run_killed_while_it_finishes_finishes_again(cli, tmp_path, verb, place):  # noqa: F811
+    """And what was half-written lies nowhere any more."""
+    cli(verb, *SHORT)
+    wanted = files(tmp_path / "run")
+    killed_before(cli, place, verb, *SHORT, "--overwrite")
+    code, output = cli(verb, "--resume", "run")
+    if place == "mft.verbs.remove":  # of the checkpoints, when the result is there
+        assert (code, "has its masks/ already" in output) == (2, True)
+    else:
+        assert code == 0, output
+    assert files(tmp_path / "run") == wanted
+    assert sorted(os.listdir(tmp_path / "run")) == sorted({name.partition("/")[0] for name in wanted})
+
+
+@pytest.mark.parametrize("begun", [BEFORE_FINISHING, "mft.verbs.train_masks", None])
+def test_what_another_process_finishes_meanwhile_stays(cli, tmp_path, monkeypatch, begun):  # noqa: F811
+    """Whether a run goes on, with a checkpoint or without, or begins: another does the same just before it locks."""
+    if begun is not None:
+        killed_before(cli, begun, "train", *SHORT)
+    arguments = ("train", *SHORT) if begun is None else ("train", "--resume", "run")
+    lock = fcntl.flock
+
+    def late(descriptor, operation):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        assert in_a_fork(lambda: cli(*arguments)[0]) == 0
+        late.found = files(tmp_path / "run")
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    code, output = cli(*arguments)
+    assert code == 2
+    assert ("run already holds a run" if begun is None else "run has its masks/ already") in output
+    assert files(tmp_path / "run") == late.found
+
+
+def test_nothing_is_deleted_without_the_lock(cli, tmp_path):  # noqa: F811
+    (tmp_path / "run" / "masks").mkdir(parents=True)
+    with hold(tmp_path / "run"):
+        for verb in ("train", "finetune", "sensitivity"):
+            code, output = cli(verb, *([] if verb != "sensitivity" else ["--config", "config.yaml"]), "--overwrite")
+            assert code == 2
+            assert "is in use by" in output
+        with pytest.raises(RuntimeError, match="is in use by"):
+            run_demo(tmp_path / "run")
+    assert (tmp_path / "run" / "masks").is_dir()

@@ -25,6 +25,18 @@ def make_llama(dtype=torch.float32, **changes):
         return LlamaForCausalLM(LlamaConfig(**sizes | changes)).to(dtype).eval()
 
 
+def save_llama(directory):
+    """The same with a tokenizer of one word a number, as save_pretrained writes it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<end>": 0} | {str(i): i for i in range(1, WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<end>").save_pretrained(directory)
+    make_llama().save_pretrained(directory)
+
+
 def make_rows(count=8, length=12, seed=0):
     """Rows that count upwards from a random start, so that there is something to learn."""
     start = torch.randint(0, WORDS, (count, 1), generator=torch.Generator().manual_seed(seed))

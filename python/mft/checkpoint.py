@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mft.atomic import atomic_directory
+from mft.atomic import atomic_directory, naming, remove, sweep
 from mft.cache import sha256_of
 from mft.json_file import read_object
 from mft.safetensors_file import open_tensors
@@ -30,7 +29,6 @@ from mft.safetensors_file import open_tensors
 FORMAT_VERSION = 1
 TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
-_LEFT_OVER = re.compile(r"\.step-\d{8,}\..*\.(tmp|old)")  # of a writer that was killed; see atomic.py
 _MOST_MANIFEST = 1 << 16  # bytes
 _MOST_FACTS = 1 << 30  # bytes: the reports of millions of steps
 _REMEDY = "restore what was written, or delete the checkpoint"
@@ -58,22 +56,32 @@ class Checkpoint:
         """What is no tensor. Raises: BadCheckpoint."""
         return _read_json(self.path / FACTS, _MOST_FACTS)
 
+    def run(self) -> dict[str, Any]:
+        """What a run of the command line needs to go on: its config, and the events of its metrics so far.
+
+        Raises: BadCheckpoint, also if it was not written by such a run, or by one of an older version.
+        """
+        run = self.facts().get("run")
+        if not isinstance(run, dict) or run.keys() != {"config", "events"}:
+            raise BadCheckpoint(
+                f"{self.path / FACTS}: expected the config and events of a run of this version of mft, got "
+                f"{sorted(run) if isinstance(run, dict) else run}: go on with the version or the program that wrote it"
+            )
+        return run
+
 
 def write_checkpoint(root: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Checkpoint:
     """Save as the newest under root, verify it, then delete the others.
 
     Args: tensors: on any device. facts: what JSON can hold.
-    Raises: OSError, if the disk has no room or cannot be written; what was there stays. BadCheckpoint, if what was
-    written does not read back.
+    Raises: OSError, if the disk has no room or cannot be written (NotWritten); what was there stays. BadCheckpoint, if
+    what was written does not read back.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    for entry in root.iterdir():
-        if _LEFT_OVER.fullmatch(entry.name):
-            shutil.rmtree(entry, ignore_errors=True)
+    prepare(root)
     check_space(root, sum(tensor.nbytes for tensor in tensors.values()))
     target = root / f"step-{step:08d}"
     with atomic_directory(target) as scratch:
-        _save({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, scratch / TENSORS)
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, scratch / TENSORS)
         (scratch / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         files = {name: _described(scratch / name) for name in (TENSORS, FACTS)}
         manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
@@ -81,8 +89,15 @@ def write_checkpoint(root: Path, step: int, tensors: Mapping[str, Tensor], facts
     written = verify_checkpoint(target)
     for other in _found(root):
         if other != target:
-            shutil.rmtree(other)
+            remove(other)
     return written
+
+
+def prepare(root: Path) -> None:
+    """Make root if need be, and clear away what killed writers left half-written. Raises: NotWritten."""
+    with naming(root):
+        root.mkdir(parents=True, exist_ok=True)
+    sweep(root, _NAME.fullmatch)
 
 
 def check_space(root: Path, needed: int) -> None:
@@ -109,6 +124,13 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def verify_checkpoint(path: Path) -> Checkpoint:
     """Read the manifest strictly, compare sizes, then hashes. Raises: BadCheckpoint."""
+    try:
+        return _verified(path)
+    except OSError as error:
+        raise _unreadable(error.filename or path, error) from None
+
+
+def _verified(path: Path) -> Checkpoint:
     named = _NAME.fullmatch(path.name)
     manifest_path = path / MANIFEST
     manifest = _read_json(manifest_path, _MOST_MANIFEST)
@@ -130,13 +152,6 @@ def verify_checkpoint(path: Path) -> Checkpoint:
         with _blamed_on(path / name):
             _expect(path / name, "sha256", sha256_of(path / name), described["sha256"])
     return Checkpoint(path, manifest["step"])
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except safetensors.SafetensorError as error:  # of the disk: what else may fail is not in our hands
-        raise OSError(f"{path}: the checkpoint could not be written: {error}") from None
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -161,7 +176,7 @@ def _blamed_on(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise BadCheckpoint(f"{path}: expected a file, got {error.strerror}") from None
+        raise _unreadable(path, error) from None
     except ValueError as error:
         raise BadCheckpoint(str(error)) from None
 
@@ -170,6 +185,12 @@ def _expect_keys(path: Path, what: str, got: Any, expected: list[str]) -> None:
     if not isinstance(got, dict):
         raise BadCheckpoint(f"{path}: expected {what} {sorted(expected)}, got {got!r}: {_REMEDY}")
     _expect(path, what, sorted(got), sorted(expected))
+
+
+def _unreadable(path: str | os.PathLike, error: OSError) -> BadCheckpoint:
+    return BadCheckpoint(
+        f"{path}: expected a file that can be read, got {error.strerror}: see to the disk, or restore what was written"
+    )
 
 
 def _expect(path: Path, what: str, got: Any, expected: Any) -> None:

@@ -93,7 +93,7 @@ def finetune(
     """Fine-tune all weights; writes an ordinary model to output_dir/model."""
     from mft.verbs import run_finetune
 
-    run_finetune(*_begun(config, overrides, sets, overwrite=overwrite, resume=resume, force=force))
+    run_finetune(_start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force))
 
 
 @app.command()
@@ -108,7 +108,7 @@ def train(
     """Fine-tune masks over frozen weights; writes them to output_dir/masks."""
     from mft.verbs import run_train
 
-    run_train(*_begun(config, overrides, sets, overwrite=overwrite, resume=resume, force=force))
+    run_train(_start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force))
 
 
 @app.command()
@@ -417,7 +417,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _begun(
+def _start(
     config: Path | None,
     overrides: list[str] | None,
     sets: list[str] | None,
@@ -425,18 +425,17 @@ def _begun(
     overwrite: bool,
     resume: Path | None,
     force: bool,
-) -> tuple[RunConfig, Any]:
-    """The configuration of finetune or train, and how the run begins."""
-    from mft.resume import Start, resumed_config
+) -> Any:
+    """How a run of finetune or train begins."""
+    from mft.resume import Begin, Resume
 
     if resume is None:
         if force:
             raise ValueError("--force must come with --resume, got it alone")
-        return _read(config, overrides, sets), Start(overwrite=overwrite)
+        return Begin(_read(config, overrides, sets), overwrite=overwrite)
     if overwrite:
         raise ValueError("--overwrite must not come with --resume: one deletes the run, the other goes on with it")
-    changes = [*(overrides or []), *(sets or [])]
-    return resumed_config(resume, config, changes, force=force), Start(resume=True, force=force)
+    return Resume(resume, config, [*(overrides or []), *(sets or [])], force=force)
 
 
 def _read(config: Path | None, overrides: list[str] | None, sets: list[str] | None) -> RunConfig:

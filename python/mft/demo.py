@@ -24,7 +24,18 @@ from mft.progress import Progress
 from mft.recipe import finetune
 from mft.recorder import Recorder
 from mft.report import console_table, remarks, verdict, write_report
-from mft.run_directory import BASE, MASKS, METRICS, MODEL, PLOT, TABLE_MARKDOWN, next_steps, open_run
+from mft.run_directory import (
+    BASE,
+    MASKS,
+    METRICS,
+    MODEL,
+    PLOT,
+    TABLE_MARKDOWN,
+    check_run_directory,
+    holding,
+    next_steps,
+    open_run,
+)
 
 MODEL_NAME = "smollm2-135m"
 DATA = DataConfig(source="stdlib", sequence_length=256, max_train_tokens=96 * 256, max_eval_tokens=64 * 256)
@@ -45,6 +56,12 @@ def run_demo(
     output: Path, *, overwrite: bool = True, recorder_of: Callable[[Path, Progress], Recorder] = Recorder
 ) -> Comparison:
     """Run all phases; their files go to output. recorder_of is what records a phase."""
+    check_run_directory(output, overwrite=overwrite)
+    with holding(output):
+        return _run_demo(output, overwrite=overwrite, recorder_of=recorder_of)
+
+
+def _run_demo(output: Path, *, overwrite: bool, recorder_of: Callable[[Path, Progress], Recorder]) -> Comparison:
     begin = time.perf_counter()
     start = ModelConfig(MODEL_NAME, dtype=faster_dtype())
     tuned = replace(start, name=str(output / BASE))  # what the masks are for, and so the model of their run

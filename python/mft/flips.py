@@ -1,6 +1,5 @@
 """Flips over training: how far a mask has moved from its first one, and how much it still moves a step."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mft.inspection import flip_share, initial_masks
+from mft.run_directory import read_metrics
 from mft.step_report import StepReport
 from mft_kernels import pack_mask, unpack_mask
 
@@ -72,8 +72,7 @@ def read_flips(metrics: Path) -> FlipCurve:
     """The curve in a run's metrics file. Raises: ValueError if it holds none."""
     if not metrics.is_file():
         raise ValueError(f"a directory must be a run's of mft train, got none with {metrics}")
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    events = [line for line in lines if line["phase"] == PHASE]
+    events = [event for event in read_metrics(metrics) if event.get("phase") == PHASE]
     if not events:
         raise ValueError(
             f"a run must have counted flips to plot them, got none in {metrics}: mft train counts them where memory "

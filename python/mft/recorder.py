@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -17,10 +18,19 @@ EVALUATION_BATCH = 4
 
 
 class Recorder:
-    """Records phases of a run. Without a directory nothing is written; without a progress nothing is shown."""
+    """Records phases of a run. Without a directory nothing is written; without a progress nothing is shown.
 
-    def __init__(self, directory: Path | None = None, progress: Progress | None = None) -> None:
-        self.metrics = None if directory is None else MetricsFile(directory / METRICS)
+    events: of MetricsFile.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None = None,
+        progress: Progress | None = None,
+        *,
+        events: list[dict[str, Any]] | None = None,
+    ) -> None:
+        self.metrics = None if directory is None else MetricsFile(directory / METRICS, events)
         self.progress = progress
         self.curves: dict[str, list[StepReport]] = {}
 

@@ -1,21 +1,29 @@
-"""One run, one directory: configuration, metrics as they come, tables, plot, models; never overwritten unasked."""
+"""One run, one directory: configuration, metrics as they come, tables, plot, models; never overwritten unasked.
 
+A run is finished when its result lies there, masks/ or model/, which comes last and by one renaming; until then it goes
+on from checkpoints/. Whoever looks which it is, or changes anything, holds the lock (run_lock.py).
+"""
+
+import contextlib
 import json
 import os
 import shlex
-import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mft.atomic import naming, remove, sweep, target_of, write_whole
+from mft.checkpoint import newest_checkpoint
 from mft.config import RunConfig, save_config
-from mft.run_lock import LOCK
+from mft.run_lock import LOCK, hold
 
 CONFIG, METRICS, PLOT = "config.yaml", "metrics.jsonl", "plot.png"
 TABLE_MARKDOWN, TABLE_JSON = "table.md", "table.json"
 ABLATION, FLIPS = "ablation.png", "flips.png"
 MASKS, MODEL, CHECKPOINTS = "masks", "model", "checkpoints"
 BASE = "base"  # what the demo's masks are for: its full fine-tune
-_OURS = {BASE, CONFIG, METRICS, PLOT, FLIPS, TABLE_MARKDOWN, TABLE_JSON, MASKS, MODEL, CHECKPOINTS}
+# In the order in which they are deleted: without its configuration a run cannot begin anew, whatever is left of it.
+_OURS = (CONFIG, METRICS, PLOT, FLIPS, TABLE_MARKDOWN, TABLE_JSON, MASKS, MODEL, BASE, CHECKPOINTS)
 
 
 def check_run_directory(directory: str | os.PathLike, *, overwrite: bool = False) -> None:
@@ -23,18 +31,37 @@ def check_run_directory(directory: str | os.PathLike, *, overwrite: bool = False
     path = Path(directory)
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir must be a directory, got the file {path}")
-    entries = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK) if path.exists() else []
+    names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    entries = [name for name in names if name != LOCK and target_of(name) not in _OURS]
     foreign = [name for name in entries if name not in _OURS]
     if foreign:
         raise ValueError(
             f"output_dir must be new, empty or a run's, got {path} with {', '.join(foreign[:3])}: name another one"
         )
     if entries and not overwrite:
-        resumed = f"go on with --resume {path}, " if CHECKPOINTS in entries else ""
+        resumed = f"go on with --resume {path}, " if CHECKPOINTS in entries and result_of(path) is None else ""
         raise ValueError(
             f"output_dir {path} already holds a run ({', '.join(entries)}): {resumed}name another one, or pass "
             "--overwrite to delete it"
         )
+
+
+def result_of(path: Path) -> Path | None:
+    """masks/ or model/ of a finished run; None if it is not finished."""
+    return next((path / name for name in (MASKS, MODEL) if (path / name).exists()), None)
+
+
+@contextlib.contextmanager
+def holding(path: Path) -> Iterator[None]:
+    """Hold the lock of a run's directory, and clear away what a killed run left half-written, or had yet to delete.
+
+    Raises: as run_lock.hold does; NotWritten.
+    """
+    with hold(path):
+        sweep(path, _OURS.__contains__)
+        if result_of(path) is not None and newest_checkpoint(path / CHECKPOINTS)[0] is not None:
+            remove(path / CHECKPOINTS)
+        yield
 
 
 def open_run(directory: str | os.PathLike, config: RunConfig, *, overwrite: bool = False) -> Path:
@@ -42,11 +69,9 @@ def open_run(directory: str | os.PathLike, config: RunConfig, *, overwrite: bool
     check_run_directory(directory, overwrite=overwrite)
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    for entry in path.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        elif entry.name != LOCK:
-            entry.unlink()
+    for name in _OURS:
+        if (path / name).exists():
+            remove(path / name)
     save_config(config, path / CONFIG)
     return path
 
@@ -63,25 +88,45 @@ def next_steps(directory: Path) -> list[str]:
 
 
 class MetricsFile:
-    """A line of JSON an event, on disk as soon as it is written."""
+    """A line of JSON an event, on disk as soon as it is written.
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    events: of a run that goes on, as they were at its checkpoint; the file then holds these and no others.
+    """
+
+    def __init__(self, path: str | os.PathLike, events: Iterable[dict[str, Any]] | None = None) -> None:
         self.path = Path(path)
+        self.events = list(events or ())
+        if events is not None:
+            write_whole(self.path, "".join(map(_line, self.events)))
 
     def write(self, **values: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        self.events.append(values)
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(values))
 
-    def rewind(self, step: int) -> None:
-        """Forget what was written after this step, of which a run that was stopped repeats all."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = []
-        for line in lines:
-            try:
-                values = json.loads(line)
-            except ValueError:  # the last one, which was being written
-                break
-            if values.get("step", 0) > step:
-                break
-            kept.append(line)
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    def sync(self) -> None:
+        """Return when the disk has it."""
+        with naming(self.path), self.path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The events of a run that may still be going on, or was killed: a last line that is not whole yet is left out.
+
+    Raises: ValueError that names a line which is no event.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    events = []
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict):
+            raise ValueError(f"{path}:{number}: expected an event as mft writes it, a JSON object, got {line[:80]!r}")
+        events.append(event)
+    return events
+
+
+def _line(event: dict[str, Any]) -> str:
+    return json.dumps(event) + "\n"

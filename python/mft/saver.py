@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from mft.checkpoint import Checkpoint, check_space, write_checkpoint
+from mft.checkpoint import Checkpoint, check_space, prepare, write_checkpoint
 from mft.distributed import ALONE, Processes
 from mft.layer_engine import LayerEngine
 from mft.plain import Plain
@@ -49,6 +49,7 @@ class Saver:
         minutes: between two; 0 saves after every step.
         found: continue from there.
         facts: kept in every checkpoint; those of found must be the same, unless force is True.
+        run: gives what else every checkpoint keeps, for whoever goes on (Checkpoint.run).
         on_found: hears of the steps that found had done.
         processes: those that train together; the first one writes, all go on from what it wrote.
         counter: goes on with the run; its tensors lie in the checkpoint too.
@@ -61,13 +62,15 @@ class Saver:
         found: Checkpoint | None = None,
         *,
         facts: dict[str, Any] | None = None,
+        run: Callable[[], dict[str, Any]] = dict,
         force: bool = False,
         on_found: Callable[[list[StepReport]], None] | None = None,
         processes: Processes = ALONE,
         counter: Counter | None = None,
     ) -> None:
         self._root, self._minutes, self._found, self._facts = root, minutes, found, facts or {}
-        self._force, self._on_found, self._processes, self._counter = force, on_found, processes, counter
+        self._run, self._counter = run, counter
+        self._force, self._on_found, self._processes = force, on_found, processes
         self._last = time.monotonic()
         self._told: int | None = None  # the signal that came
 
@@ -77,7 +80,7 @@ class Saver:
         Raises: OSError if the disk has no room for two checkpoints. ValueError, if the checkpoint is another run's.
         """
         if self._processes.first:
-            self._root.mkdir(parents=True, exist_ok=True)
+            prepare(self._root)
             check_space(self._root, (1 if self._found else 2) * state_bytes(runner))
         self._last = time.monotonic()
         if self._found is None:
@@ -116,6 +119,7 @@ class Saver:
             if self._counter is not None:
                 tensors |= self._counter.take_state()
             facts = {"numbers": numbers, "reports": [asdict(report) for report in reports], "facts": self._facts}
+            facts["run"] = self._run()
             where = write_checkpoint(self._root, reports[-1].step, tensors, facts).path
             self._last = time.monotonic()
         if told:

@@ -2,18 +2,19 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mft.atomic import NotWritten, remove, write_whole
 from mft.bases import base_words, check_exact, evaluated_base, evaluated_config, keeping_all
-from mft.checkpoint import Checkpoint
-from mft.config import ModelConfig, RunConfig, save_config
+from mft.checkpoint import BadCheckpoint, Checkpoint
+from mft.config import ModelConfig, RunConfig, config_values, save_config
 from mft.console import console, new_console, say
 from mft.convert import mask_model, print_trainable_parameters
 from mft.data import Splits, load_splits
@@ -34,7 +35,7 @@ from mft.recipe import count_steps, finetune, train_masks
 from mft.recorder import Recorder, Steps
 from mft.records import open_source
 from mft.report import evaluation_table
-from mft.resume import Start, find_checkpoint, flat
+from mft.resume import Begin, Start, started
 from mft.run_directory import (
     CHECKPOINTS,
     CONFIG,
@@ -44,11 +45,11 @@ from mft.run_directory import (
     TABLE_JSON,
     TABLE_MARKDOWN,
     check_run_directory,
+    holding,
     masks_directory,
     next_steps,
     open_run,
 )
-from mft.run_lock import hold
 from mft.saver import Saver, Stopped
 from mft.sensitivity import (
     kind_groups,
@@ -63,17 +64,17 @@ from mft.step_report import StepReport
 from mft.targets import select_targets
 
 
-def run_finetune(config: RunConfig, start: Start) -> None:
+def run_finetune(start: Start) -> None:
     """mft finetune"""
-    check_exact(config.model, "finetune")
-    with joined() as processes:
-        _finetune(config, start, processes)
+    with joined() as processes, started(start, processes) as (config, found):
+        check_exact(config.model, "finetune")
+        _finetune(config, start, found, processes)
 
 
-def run_train(config: RunConfig, start: Start) -> None:
+def run_train(start: Start) -> None:
     """mft train"""
-    with joined() as processes:
-        _train(config, start, processes)
+    with joined() as processes, started(start, processes) as (config, found):
+        _train(config, start, found, processes)
 
 
 def masks_config(masks: Path, overrides: Sequence[str]) -> RunConfig:
@@ -128,7 +129,16 @@ def run_lm_eval(
 def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> None:
     """mft sensitivity"""
     check_exact(config.model, "sensitivity")
-    check_run_directory(config.output_dir, overwrite=overwrite)
+    check_run_directory(config.output_dir, overwrite=True)
+    with holding(Path(config.output_dir)):
+        check_run_directory(config.output_dir, overwrite=overwrite)
+        _sensitivity(config, size, overwrite=overwrite)
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> None:
     splits = _load_data(config)
     outline = load_outline(config.model)
     groups = kind_groups(outline, config.mask) if size is None else layer_groups(outline, config.mask, size=size)
@@ -140,20 +150,14 @@ def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> 
     )
     console.print(sensitivity_table(rows))
     say(recommendation(rows))
-    (directory / TABLE_MARKDOWN).write_text(sensitivity_markdown(rows), encoding="utf-8")
-    (directory / TABLE_JSON).write_text(
-        json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8"
-    )
+    write_whole(directory / TABLE_MARKDOWN, sensitivity_markdown(rows))
+    write_whole(directory / TABLE_JSON, json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
     plot_sensitivity(sorted(rows, key=lambda row: groups.index(row.group)), directory / PLOT)
     say(f"table and plot: {directory}/")
 
 
-# ---------------------------------------------------------------------------------------------- private
-
-
-def _finetune(config: RunConfig, start: Start, processes: Processes) -> None:
+def _finetune(config: RunConfig, start: Start, found: Checkpoint | None, processes: Processes) -> None:
     processes.check(config.train, "plain")
-    found = _check_start(config, start, processes)
     splits = _load_data(config)
     model, tokenizer = _load(config.model)
     processes.agree({"data": splits.key})
@@ -162,16 +166,15 @@ def _finetune(config: RunConfig, start: Start, processes: Processes) -> None:
         model.requires_grad_(True)
         print_trainable_parameters(model)
         with recorder.training("full fine-tune", splits.train, config.train) as on_step:
-            saver = _saver(config, start, found, {"data": splits.key}, on_step, processes)
+            saver = _saver(config, start, found, {"data": splits.key}, recorder, on_step, processes)
             finetune(model, splits.train, config.train, on_step=on_step, saver=saver, processes=processes)
         after = recorder.evaluate("after, validation", model, splits.validation)
         if processes.first:
-            save_model(model, tokenizer, directory / MODEL)
-            _finish(directory, recorder, before, after, directory / MODEL)
+            with _finishing(directory, recorder, before, after, directory / MODEL) as result:
+                save_model(model, tokenizer, result)
 
 
-def _train(config: RunConfig, start: Start, processes: Processes) -> None:
-    found = _check_start(config, start, processes)
+def _train(config: RunConfig, start: Start, found: Checkpoint | None, processes: Processes) -> None:
     plan = _plan(config, found, processes)
     say(plan.reason)
     kind = config.model.quantization = plan.quantization
@@ -215,17 +218,17 @@ def _train(config: RunConfig, start: Start, processes: Processes) -> None:
                 if flips is not None and (counted := flips(report)) is not None:
                     recorder.write(phase=PHASE, **counted)
 
-            saver = _saver(config, start, found, facts, on_step, processes, flips)
+            saver = _saver(config, start, found, facts, recorder, on_step, processes, flips)
             options = where | {"remember": plan.remember, "saver": saver, "processes": processes}
             train_masks(model, splits.train, config.train, on_step=after_step, **options)
         after = recorder.evaluate("after, validation", model, splits.validation, **evaluated)
         if not processes.first:
             return
-        save_masks(model, directory / MASKS, base_model_name_or_path=config.model.name)
         console.print(
             f"{100 * flip_share(model, initial):.2f} % of the mask's bits flipped since initialisation", highlight=False
         )
-        _finish(directory, recorder, before, after, directory / MASKS)
+        with _finishing(directory, recorder, before, after, directory / MASKS) as result:
+            save_masks(model, result, base_model_name_or_path=config.model.name)
     for line in ("next:", *next_steps(directory)):
         say(line)
 
@@ -271,41 +274,35 @@ class _Stages:
             yield "with masks"
 
 
-def _check_start(config: RunConfig, start: Start, processes: Processes) -> Checkpoint | None:
-    """Before anything is loaded: raise if output_dir is not to be written; the checkpoint to go on from, if any."""
-    found = find_checkpoint(Path(config.output_dir), say) if start.resume else None
-    if not start.resume:
-        check_run_directory(config.output_dir, overwrite=start.overwrite)
-    processes.agree(flat(config) | {"the checkpoint's step": None if found is None else found.step})
-    return found
-
-
 @contextlib.contextmanager
 def _running(
     config: RunConfig, start: Start, found: Checkpoint | None, processes: Processes
 ) -> Iterator[tuple[Path, Recorder]]:
-    """The run's directory, which no other run may use meanwhile; its checkpoints go when it has its result.
+    """The run's directory, as it was at the checkpoint; its checkpoints go when it has its result.
 
-    Of several processes the first one alone holds it and writes there.
+    Of several processes the first one alone writes there.
     """
-    directory = Path(config.output_dir)
+    directory = start.directory
     if not processes.first:
         yield directory, Recorder()
         return
-    with hold(directory):
-        if found is None:
-            open_run(directory, config, overwrite=start.overwrite or start.resume)
-        else:
+    again = "start again"
+    try:
+        if isinstance(start, Begin):
+            open_run(directory, config, overwrite=start.overwrite)
+        else:  # deletes nothing
             save_config(config, directory / CONFIG)
-        recorder = Recorder(directory, Progress(console))
-        if found is not None and recorder.metrics is not None:
-            recorder.metrics.rewind(found.step)
-        try:
-            yield directory, recorder
-        except Stopped as stopped:
-            say(f"{stopped.message}; go on with --resume {directory}")
-            raise
-        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+        again = f"go on with --resume {directory}"
+        events = found.run()["events"] if found is not None else []
+        yield directory, Recorder(directory, Progress(console), events=events)
+        again = f"{directory} has its result"
+        if (directory / CHECKPOINTS).exists():
+            remove(directory / CHECKPOINTS)
+    except Stopped as stopped:
+        say(f"{stopped.message}; go on with --resume {directory}")
+        raise
+    except (NotWritten, BadCheckpoint) as error:
+        raise OSError(f"{error}; then {again}") from error
 
 
 def _before(recorder: Recorder, found: Checkpoint | None, *arguments: Any, **options: Any) -> Evaluation:
@@ -319,6 +316,7 @@ def _saver(
     start: Start,
     found: Checkpoint | None,
     facts: dict[str, Any],
+    recorder: Recorder,
     on_step: Steps,
     processes: Processes,
     flips: FlipCounter | None = None,
@@ -326,9 +324,21 @@ def _saver(
     if config.checkpoint_minutes is None and found is None:
         return None
     minutes = math.inf if config.checkpoint_minutes is None else config.checkpoint_minutes
-    root = Path(config.output_dir) / CHECKPOINTS
-    options: dict[str, Any] = {"on_found": on_step.go_on, "processes": processes, "counter": flips}
-    return Saver(root, minutes, found, facts=facts, force=start.force, **options)
+
+    def run() -> dict[str, Any]:
+        return {"config": config_values(config), "events": [] if recorder.metrics is None else recorder.metrics.events}
+
+    return Saver(
+        start.directory / CHECKPOINTS,
+        minutes,
+        found,
+        facts=facts,
+        run=run,
+        force=start.force,
+        on_found=on_step.go_on,
+        processes=processes,
+        counter=flips,
+    )
 
 
 def _load(config: ModelConfig) -> tuple[Any, Any]:
@@ -346,21 +356,25 @@ def _load_data(config: RunConfig) -> Splits:
     return splits
 
 
-def _finish(directory: Path, recorder: Recorder, before: Evaluation, after: Evaluation, result: Path) -> None:
+@contextlib.contextmanager
+def _finishing(
+    directory: Path, recorder: Recorder, before: Evaluation, after: Evaluation, result: Path
+) -> Iterator[Path]:
+    """Table, plot and metrics; then the block writes the result, which makes the run a finished one."""
     results = {"before": before, "after": after}
     table = evaluation_table("validation", results)
     console.print(table)
-    with (directory / TABLE_MARKDOWN).open("w", encoding="utf-8") as file:
-        new_console(file, width=120).print(table)
+    markdown = io.StringIO()
+    new_console(markdown, width=120).print(table)
+    write_whole(directory / TABLE_MARKDOWN, markdown.getvalue())
     difference, error = paired_difference(after, before)
-    (directory / TABLE_JSON).write_text(
-        json.dumps(
-            {name: {"loss": result.loss, "accuracy": result.accuracy} for name, result in results.items()}
-            | {"loss after - before": difference, "standard error": error},
-            indent=2,
-        )
-        + "\n",
-        encoding="utf-8",
-    )
+    numbers: dict[str, Any] = {
+        name: {"loss": result.loss, "accuracy": result.accuracy} for name, result in results.items()
+    }
+    numbers |= {"loss after - before": difference, "standard error": error}
+    write_whole(directory / TABLE_JSON, json.dumps(numbers, indent=2) + "\n")
     plot_curves(recorder.curves, directory / PLOT)
+    if recorder.metrics is not None:
+        recorder.metrics.sync()
+    yield result
     say(f"result: {result}; metrics, table and plot: {directory}/")

@@ -17,7 +17,7 @@ from mft.estimate_report import parse_bytes
 from mft.evaluate import evaluate, paired_difference
 from mft.quantized import quantize_model
 from mft.recipe import finetune, train_loop, train_masks
-from mft.resume import find_checkpoint, resumed_config
+from mft.resume import Resume, find_checkpoint
 from mft.run_directory import check_run_directory
 from mft.run_lock import LOCK, hold
 from mft.saver import Saver
@@ -389,7 +389,7 @@ def a_size_without_a_unit():
     remedy="take the changes back, or pass --force",
 )
 def a_resumed_run_with_another_configuration(tmp):
-    resumed_config(run_in(tmp), None, ["train.lr=2e-2"], force=False)
+    Resume(run_in(tmp), overrides=["train.lr=2e-2"]).look()
 
 
 @refused(
@@ -431,13 +431,13 @@ def a_resumed_run_with_scores_in_another_format(tmp):
 
 @refused(ValueError, where="--resume", got="has no config.yaml", rule="must name the output_dir of a run")
 def a_resumed_run_that_never_was(tmp):
-    resumed_config(tmp, None, [], force=False)
+    Resume(tmp).check()
 
 
 @refused(ValueError, where="--resume", got="has its masks/ already", rule="must name a run that is not finished")
 def a_resumed_run_that_is_finished(tmp):
     (run_in(tmp) / "masks").mkdir()
-    resumed_config(tmp / "run", None, [], force=False)
+    Resume(tmp / "run").look()
 
 
 @refused(
@@ -450,7 +450,7 @@ def a_resumed_run_that_is_finished(tmp):
 def a_resumed_run_whose_only_checkpoint_is_damaged(tmp):
     path = write_checkpoint(tmp / "checkpoints", 3, {}, {}).path
     (path / "state.json").write_text("{}")
-    find_checkpoint(tmp, print)
+    find_checkpoint(tmp)
 
 
 @refused(
@@ -534,7 +534,7 @@ def a_lock_that_a_killed_process_left(tmp):
 
 @accepted("free: how often progress is shown, where the run lies and when checkpoints are written change no result")
 def a_resumed_run_with_another_log_every(tmp):
-    asked = resumed_config(run_in(tmp), None, ["train.log_every=7", "checkpoint_minutes=1"], force=False)
+    asked, _ = Resume(run_in(tmp), overrides=["train.log_every=7", "checkpoint_minutes=1"]).look()
     assert (asked.train.log_every, asked.checkpoint_minutes) == (7, 1)
 
 
