@@ -44,10 +44,12 @@ sanitize: install
 	$(BIN)/python -m building.sanitized thread $(if $(QUICK),$(SLIM_SANITIZED))
 SLIM_SANITIZED := tests/test_cpu.py -k "thread or seam or beyond or misaligned or empty"
 
-# What the tests do in small, for long: writers of checkpoints killed, files edited. make faults KILLS=1000 EDITS=20000
+# What the tests do in small, for long: runs that die or whose disk fails at every call that touches a file (a quarter of
+# an hour on 2 cores), writers of checkpoints killed, files edited. make faults KILLS=1000 EDITS=20000
 KILLS ?= 1000
 EDITS ?= 20000
 faults: install
+	$(BIN)/python tests/file_faults.py
 	MFT_KILLS=$(KILLS) MFT_FUZZ=$(EDITS) $(BIN)/python -m pytest -s -o addopts= \
 	  tests/test_checkpoint.py tests/test_strangers.py tests/test_gguf_file.py
 

@@ -267,7 +267,7 @@ def test_a_run_killed_while_it_finishes_finishes_again(cli, tmp_path, verb, plac
 
 @pytest.mark.parametrize("begun", [BEFORE_FINISHING, "mft.verbs.train_masks", None])
 def test_what_another_process_finishes_meanwhile_stays(cli, tmp_path, monkeypatch, begun):  # noqa: F811
-    """Whether a run goes on, with a checkpoint or without, or begins: another does the same just before it locks."""
+    """A run goes on after a checkpoint, or without one, or begins; another has done the same when it gets the lock."""
     if begun is not None:
         killed_before(cli, begun, "train", *SHORT)
     arguments = ("train", *SHORT) if begun is None else ("train", "--resume", "run")

@@ -61,9 +61,7 @@ def test_a_directory_made_for_a_run_that_fails_goes_again(tmp_path):
 def test_a_run_is_overwritten_only_if_that_is_asked(tmp_path):
     open_run(tmp_path, RunConfig())
     (tmp_path / "masks").mkdir()
-    with pytest.raises(
-        ValueError, match=r"already holds a run \(config.yaml, masks\): name another one, or pass --over"
-    ):
+    with pytest.raises(ValueError, match=r"already holds a run \(config.yaml, masks\): name another one"):
         open_run(tmp_path, RunConfig())
     open_run(tmp_path, RunConfig(), overwrite=True)
     assert not (tmp_path / "masks").exists()

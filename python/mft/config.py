@@ -283,6 +283,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         text = read_regular(path, _MOST_CONFIG).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: config must be UTF-8 text, byte {error.start} is not") from None
+    except OSError as error:
+        raise ValueError(f"{path}: config must be readable, got {error.strerror}: see to the disk, or rights") from None
     values = parse_yaml(text, str(path))
     if values is None:
         raise ValueError(f"{path}: config must hold keys such as train:, got an empty file")

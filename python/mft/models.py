@@ -110,7 +110,7 @@ def save_model(model: Any, tokenizer: Any, directory: str | os.PathLike) -> Path
     with atomic_directory(target) as scratch, _quiet_progress():
         model.save_pretrained(scratch)
         if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
+            _save_tokenizer(tokenizer, scratch)
     return target
 
 
@@ -279,8 +279,17 @@ def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
     _forget_gguf(model)
     with atomic_directory(target, replace=False) as scratch, _quiet_progress():
         model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        _save_tokenizer(tokenizer, scratch)
     return target
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from error  # tokenizers, in Rust, has no kind of its own for what the disk refuses
 
 
 def _gguf_hash(path: Path) -> str:

@@ -1,0 +1,404 @@
+"""A run whose process dies, or whose disk fails, at each call that touches its files, and that goes on afterwards.
+
+    python tests/file_faults.py               every call, every fault; some minutes
+    python tests/file_faults.py --cases 20    as many, spread over all
+
+A short mft train, mft finetune and what resumes or overwrites one run in children of this process, which has torch and
+transformers loaded already. file_faults.c, preloaded, counts their calls below the run's directory: opening, reading,
+writing, renaming, deleting, syncing. For each call and each fault the run begins anew and meets that fault; what is
+left of it then goes on, unharmed. It must end with the bytes of a run that met none (metrics.jsonl: but for the
+seconds), have lost no checkpoint, and have left nothing beside them; if its disk failed, it must have said so in one
+message that names the file and what to do.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import errno
+import gc
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+SOURCE = Path(__file__).with_suffix(".c")
+COUNT, DIE, HALF, FAIL, FAIL_ON = range(5)  # as in file_faults.c
+KILLED, NO_COMPILER = 137, 3  # exit codes
+RUN = "run"
+CONFIG = "../config.yaml"
+_UNLIKE = ("seconds", "a_step")  # TODO: the latter goes when flips are counted rightly after a resume
+REMEDY = re.compile("go on with --resume run|start again|has its result|name another (output_dir|one)|see to the disk")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    name: str
+    kind: int
+    number: int = 0
+
+    @property
+    def kills(self) -> bool:
+        return self.kind in (DIE, HALF)
+
+
+FAULTS = [
+    Fault("killed before the call", DIE),
+    Fault("killed within it, or after it", HALF),
+    Fault("ENOSPC from then on", FAIL_ON, errno.ENOSPC),
+    Fault("EIO, once", FAIL, errno.EIO),
+    Fault("EROFS from then on", FAIL_ON, errno.EROFS),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """A command on a directory that lies in a certain state."""
+
+    name: str
+    command: tuple[str, ...]
+    begun: Path | None  # a copy of its run's directory; None: nothing is there
+    wanted: str  # whose result
+    calls: tuple[str, ...] = ()  # "rename /checkpoints/step-00000001", in the order of a run without a fault
+    tried: range = range(0)  # the calls that meet faults, from 1; others are those of another scenario
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    scenario: Scenario
+    call: int  # from 1
+    fault: Fault
+
+
+class Wrong(AssertionError):
+    """What must not be."""
+
+
+def build(directory: Path) -> Path | None:
+    """file_faults.c as a shared object; None without a C compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    library = directory / "file_faults.so"
+    subprocess.run([compiler, "-std=gnu11", "-O1", "-fPIC", "-shared", "-o", library, SOURCE, "-ldl"], check=True)
+    return library
+
+
+def main(arguments: list[str]) -> int:
+    """Build the library, and go on in a process that has it preloaded."""
+    options = _options().parse_args(arguments)
+    if options.inside is not None:
+        return sweep(options.inside, options.cases, options.jobs)
+    shared = Path("/dev/shm")  # where a sync costs nothing
+    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as name:
+        work = Path(name).resolve()
+        library = build(work)
+        if library is None:
+            print("needs a C compiler: cc, gcc or clang")
+            return NO_COMPILER
+        threads = {
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "MFT_CACHE": str(work / "cache"),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        command = [sys.executable, str(Path(__file__)), "--inside", name, *arguments]
+        return subprocess.call(command, env=os.environ | threads | {"LD_PRELOAD": str(library)})
+
+
+def sweep(work: Path, most: int | None, jobs: int) -> int:
+    """Try the cases, and print a table of them; 1 if one went wrong."""
+    from mft.console import console
+    from mft.progress import Progress
+
+    global _lab  # of the pool's processes too, which are forks of this one
+    lab = _lab = Lab(work)
+    scenarios = lab.scenarios()
+    cases = [case for scenario in scenarios for case in _cases(scenario)]
+    if most is not None:
+        cases = [cases[i * len(cases) // most] for i in range(most)]
+    ends: Counter[tuple[str, str]] = Counter()
+    wrong: list[str] = []
+    with Progress(console).phase("faults", len(cases)) as shown, multiprocessing.get_context("fork").Pool(jobs) as pool:
+        for case, end, problem in pool.imap_unordered(_tried, cases):
+            ends[case.scenario.name, end] += 1
+            if problem:
+                wrong.append(problem)
+                console.print(problem, markup=False, highlight=False, soft_wrap=True)
+            shown.advance()
+    print(f"\n| {'command':<50} | calls | faults | killed | refused in one message | went on | wrong |")
+    print(f"|{'-' * 52}|---:|---:|---:|---:|---:|---:|")
+    for scenario in scenarios:
+        counts = [ends[scenario.name, end] for end in ENDS]
+        print(f"| {scenario.name:<50} | {len(scenario.tried)} | {sum(counts)} | {' | '.join(map(str, counts))} |")
+    totals = [sum(ends[scenario.name, end] for scenario in scenarios) for end in ENDS]
+    calls = sum(len(scenario.tried) for scenario in scenarios)
+    print(f"| {'all':<50} | {calls} | {sum(totals)} | {' | '.join(map(str, totals))} |")
+    gc.unfreeze()
+    return 1 if wrong else 0
+
+
+ENDS = ("killed", "refused", "done", "wrong")
+
+
+class Lab:
+    """Runs of a tiny model below one directory, each in a child of this process."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.results: dict[str, dict[str, bytes]] = {}
+        _warm_up(work)
+
+    def scenarios(self) -> list[Scenario]:
+        """Each with its calls; the results that they lead to are kept."""
+        train = ("train", "--config", CONFIG)
+        tune = ("finetune", "--config", CONFIG)
+        again, tune_again = ("train", "--resume", RUN), ("finetune", "--resume", RUN)
+        begun = self.work / "begun"
+        first = self.recorded("mft train", train, None, "masks")
+        tuned_first = self.recorded("mft finetune, as it finishes", tune, None, "model", begin="rename /plot.png")
+        found = [first, tuned_first]
+        for name, of, command, after in (
+            ("mft train --resume, killed after step 1", first, again, "rename /checkpoints/step-00000001"),
+            ("mft train --resume, killed while it finished", first, again, "rename /plot.png"),
+            ("mft finetune --resume, killed while it finished", tuned_first, tune_again, "rename /plot.png"),
+        ):
+            state = begun / name.replace(" ", "-")
+            with self.directory() as case:
+                number = of.calls.index(after) + 1
+                code, _ = self.run(case, of.command, number, Fault("", HALF))
+                assert code == KILLED
+                shutil.copytree(case / RUN, state)
+            found.append(self.recorded(name, command, state, of.wanted))
+        other = begun / "other"
+        with self.directory() as case:
+            code, output = self.run(case, (*train, "train.lr=1e-3", "checkpoint_minutes=null"))
+            assert code == 0, output
+            shutil.copytree(case / RUN, other)
+        name, command = "mft train --overwrite, as it begins", (*train, "--overwrite")
+        found.append(self.recorded(name, command, other, "masks", end="rename /metrics.jsonl"))
+        return found
+
+    def recorded(
+        self,
+        name: str,
+        command: tuple[str, ...],
+        begun: Path | None,
+        wanted: str,
+        begin: str | None = None,
+        end: str | None = None,
+    ) -> Scenario:
+        """The scenario, with the calls of a run without a fault, and that run's result kept."""
+        scenario = Scenario(name, command, begun, wanted)
+        with self.directory(begun) as case:
+            log = case / "calls"
+            code, output = self.run(case, command, log=log)
+            if code:
+                raise Wrong(f"{name}: {output}")
+            result = contents(case / RUN)
+            if self.results.setdefault(wanted, result) != result:
+                raise Wrong(f"{name} without a fault: {_difference(result, self.results[wanted])}")
+            calls = tuple(_steady(line) for line in log.read_text().splitlines())
+        first = 1 if begin is None else calls.index(begin) + 1
+        last = len(calls) if end is None else calls.index(end) + 1
+        return dataclasses.replace(scenario, calls=calls, tried=range(first, last + 1))
+
+    def tried(self, case: Case) -> tuple[Case, str, str]:
+        """(case, how it ended, what went wrong)"""
+        scenario, fault = case.scenario, case.fault
+        where = f"{scenario.name}, call {case.call} ({scenario.calls[case.call - 1]}), {fault.name}"
+        with self.directory(scenario.begun) as directory:
+            try:
+                return case, self.try_case(directory, case), ""
+            except Wrong as error:
+                return case, "wrong", f"{where}: {error}"
+
+    def try_case(self, directory: Path, case: Case) -> str:
+        scenario, fault, run = case.scenario, case.fault, directory / RUN
+        code, output = self.run(directory, scenario.command, case.call, fault)
+        if fault.kills:
+            _must(code == KILLED, f"exit code {code}, {output}")
+        elif code:
+            _must(code == 2, f"exit code {code}, {output}")
+            errors = [line for line in output.splitlines() if line.startswith("error: ")]
+            _must(len(errors) == 1 and "Traceback" not in output, f"must end with one message, got {output}")
+            _must(
+                RUN in errors[0] and os.strerror(fault.number) in errors[0], f"must name file and reason: {errors[0]}"
+            )
+            _must(REMEDY.search(errors[0]) is not None, f"must say what to do: {errors[0]}")
+        end = "killed" if fault.kills else "refused" if code else "done"
+        self.lost_nothing(run, case)
+        self.settle(directory, scenario)
+        found = contents(run)
+        _must(found == self.results[scenario.wanted], _difference(found, self.results[scenario.wanted]))
+        return end
+
+    def lost_nothing(self, run: Path, case: Case) -> None:
+        """What had been saved when the fault came is there."""
+        from mft.checkpoint import newest_checkpoint
+
+        done = case.scenario.calls[: case.call - 1 + (case.fault.kind == HALF)]
+        saved = [int(name[-8:]) for name in done if re.fullmatch(r"rename /checkpoints/step-\d{8}", name)]
+        if saved and not (run / case.scenario.wanted).exists():
+            found, skipped = newest_checkpoint(run / "checkpoints")
+            _must(found is not None and found.step >= saved[-1], f"saved {saved}, has {found}; {skipped}")
+
+    def settle(self, directory: Path, scenario: Scenario) -> None:
+        """Do what its user would, until the run is done."""
+        run = directory / RUN
+        begun = (run / "config.yaml").is_file() and (
+            (run / "config.yaml").read_bytes() == self.results[scenario.wanted]["config.yaml"]
+        )
+        resume = (scenario.command[0], "--resume", RUN)
+        finished = begun and (run / scenario.wanted).exists()
+        code, output = self.run(directory, resume if begun else scenario.command)
+        if finished:
+            _must(code == 2 and "must name a run that is not finished" in output, f"finished, then {code}: {output}")
+        else:
+            _must(code == 0, f"{' '.join(resume) if begun else 'again'}: {code}, {output}")
+
+    @contextlib.contextmanager
+    def directory(self, begun: Path | None = None) -> Iterator[Path]:
+        """One of its own, below the work directory; begun is copied there as its run."""
+        path = Path(tempfile.mkdtemp(dir=self.work))
+        if begun is not None:
+            shutil.copytree(begun, path / RUN)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path)
+
+    def run(
+        self, case: Path, command: tuple[str, ...], call: int = 0, fault: Fault | None = None, log: Path | None = None
+    ) -> tuple[int, str]:
+        """(exit code, output) of mft with the command, in a child that works in the directory case."""
+        with (case / "output").open("w+b") as output:
+            child = os.fork()
+            if not child:
+                signal.alarm(120)
+                os.chdir(case)
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                to = -1 if log is None else os.open(log, os.O_WRONLY | os.O_CREAT)
+                fault = fault or Fault("none", COUNT)
+                ctypes.CDLL(None).faults_arm(
+                    os.fsencode(case / RUN), ctypes.c_long(call), fault.kind, fault.number, ctypes.c_int(to)
+                )
+                os._exit(_mft(command))
+            _, status = os.waitpid(child, 0)
+            output.seek(0)
+            return os.waitstatus_to_exitcode(status), output.read().decode()
+
+
+_lab: Lab
+
+
+def _cases(scenario: Scenario) -> Iterator[Case]:
+    """Every fault at each call; but to be killed at a call that changes nothing is to have been killed before it."""
+    written = True
+    for number in scenario.tried:
+        call, _ = scenario.calls[number - 1].split(" ")
+        changes = call not in ("look", "read")
+        for fault in FAULTS:
+            if (fault.kind != DIE or (changes and written)) and (changes or fault.number == errno.EIO):
+                yield Case(scenario, number, fault)
+        written = call == "write" or (written and not changes)
+
+
+def _tried(case: Case) -> tuple[Case, str, str]:
+    return _lab.tried(case)
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file below run by name; metrics without what no two runs have in common."""
+    found = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    events = [json.loads(line) for line in found.pop("metrics.jsonl", b"").splitlines()]
+    lines = [json.dumps({key: value for key, value in event.items() if key not in _UNLIKE}) for event in events]
+    return found | {"metrics.jsonl, but for seconds": "\n".join(lines).encode()}
+
+
+def _mft(command: tuple[str, ...]) -> int:
+    """The exit code of the command line's main."""
+    from mft.cli import main
+
+    sys.argv = ["mft", *command]
+    code = 1
+    try:
+        main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+    except BaseException:  # noqa: BLE001  (the child must end here, as the interpreter would)
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def _warm_up(work: Path) -> None:
+    """Do once what every child would have to: import, compile, fill caches. No thread is started: a fork is safe."""
+    import torch
+    from tiny import WORDS, save_llama
+
+    torch.set_num_threads(1)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+        save_llama(work / "model")
+    lines = [json.dumps({"text": " ".join(str(1 + (i * 7 + j) % (WORDS - 1)) for j in range(20))}) for i in range(30)]
+    (work / "data.jsonl").write_text("\n".join(lines) + "\n")
+    (work / "config.yaml").write_text(
+        f"model: {{name: {work / 'model'}, dtype: float32}}\n"
+        f"data: {{source: {work / 'data.jsonl'}, sequence_length: 12}}\n"
+        "mask: {layers_to_transform: 2-3, keep_ratio: 0.8}\n"
+        "train: {lr: 1e-2, epochs: null, steps: 2, batch_size: 2}\n"
+        f"output_dir: {RUN}\ncheckpoint_minutes: 0\n"
+    )
+    import matplotlib.figure
+
+    # Takes two fifths of a run and touches no file: plots stay blank here, test_resume_cli.py compares drawn ones.
+    matplotlib.figure.Figure.draw = lambda *_: None
+    for verb in ("train", "finetune"):
+        run = work / f"warm-{verb}"
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+            if _mft((verb, "--config", str(work / "config.yaml"), f"output_dir={run}")):
+                raise RuntimeError(said.getvalue())
+    gc.collect()
+    gc.freeze()  # or each child copies what its collector touches
+
+
+def _steady(call: str) -> str:
+    """Without what is random in it."""
+    return re.sub(r"\.[a-z0-9_]{8}\.(tmp|old)", r".*.\1", call)
+
+
+def _must(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise Wrong(otherwise)
+
+
+def _difference(found: dict[str, bytes], wanted: dict[str, bytes]) -> str:
+    other = [name for name in found.keys() & wanted.keys() if found[name] != wanted[name]]
+    return (
+        f"lacks {sorted(wanted.keys() - found.keys())}, has {sorted(found.keys() - wanted.keys())} too, differs in "
+        f"{sorted(other)}"
+    )
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, help="only so many, spread over all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,24 @@
+"""Whatever a disk does to a run, and wherever a run is killed: it goes on to the same end. The slim form."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import file_faults
+import pytest
+
+CASES = int(os.environ.get("MFT_FILE_FAULTS", "12"))  # of some two thousand, at places spread over all
+
+
+def test_a_run_that_met_a_fault_goes_on_to_the_same_bytes():
+    """MFT_FILE_FAULTS=200 tries more; python tests/file_faults.py (make faults) each fault at every call."""
+    command = [sys.executable, str(Path(file_faults.__file__)), "--cases", str(CASES), "--jobs", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60 + 20 * CASES)
+    if result.returncode == file_faults.NO_COMPILER:
+        pytest.skip(result.stdout.strip())
+    assert result.returncode == 0, result.stdout + result.stderr
+    all_of_them = [cell.strip() for cell in result.stdout.splitlines()[-1].split("|")]
+    assert all_of_them[1] == "all"
+    assert int(all_of_them[3]) == CASES
+    assert all_of_them[-2] == "0"
