@@ -1,8 +1,9 @@
 /* What a disk can do to a process: preloaded, it counts the calls that touch files below one directory, and lets the
  * process die at the n-th, or the call fail. Built and driven by file_faults.py.
  *
- * libc's own calls of these (fopen's of open, fwrite's of write) do not come through here; Python, Rust and libstdc++,
- * which write a run's files, call them from outside.
+ * What libc calls for itself (fopen open, fwrite write) does not come through here; Python, Rust and libstdc++, which
+ * write a run's files, call from outside. strace sees the same calls but one: safetensors renames its file, within a
+ * directory that is itself still scratch, by a system call of its own.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertLMHeadModel
 
 from mft import fit
 from mft.bases import check_exact
-from mft.checkpoint import check_space, newest_checkpoint, write_checkpoint
+from mft.checkpoint import BadCheckpoint, check_space, newest_checkpoint, write_checkpoint
 from mft.config import MaskConfig, ModelConfig, RunConfig, TrainConfig, load_config, save_config
 from mft.convert import mask_model, masked_modules, merge_model
 from mft.estimate_report import parse_bytes
@@ -451,6 +451,18 @@ def a_resumed_run_whose_only_checkpoint_is_damaged(tmp):
     path = write_checkpoint(tmp / "checkpoints", 3, {}, {}).path
     (path / "state.json").write_text("{}")
     find_checkpoint(tmp)
+
+
+@refused(
+    BadCheckpoint,
+    where="state.json",
+    got="got []",
+    rule="expected the config and events of a run of this version of mft",
+    remedy="go on with the version or the program that wrote it",
+)
+def a_resumed_run_whose_checkpoint_another_program_wrote(tmp):
+    train_masks(masked_llama(), make_rows(), steps(), saver=Saver(run_in(tmp) / "checkpoints", 0))
+    Resume(tmp / "run").look()
 
 
 @refused(
