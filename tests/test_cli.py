@@ -52,7 +52,7 @@ def test_brackets_in_a_directory_are_shown_as_they_are(cli, name):
     code, output = cli("train", *LEARN, "train.steps=1", f"output_dir={name}")
     assert code == 0, output
     assert f"result: {name}/masks; metrics, table and plot: {name}/" in output
-    assert f"mft merge {name} <directory>" in output
+    assert f"mft merge '{name}' '{name}-merged'" in output
 
 
 def test_a_tilde_is_the_home_directory_wherever_a_path_is_given(cli, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ KERNEL_LAYERS = (
     ("fixed_point", "reference", "testing"),
     ("reference_step",),
     ("backends", "built", "checks", "library", "maskable"),
-    ("ops", "cpu", "cuda", "step", "triton"),
+    ("ops", "cpu", "cuda", "scores", "step", "triton"),
     ("held", "masking", "optim"),
     ("linear",),
     ("__init__",),
