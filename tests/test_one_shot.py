@@ -10,7 +10,7 @@ from mft.convert import masked_modules
 from mft.one_shot import METHODS, importance, initialise_scores, one_shot_mask, set_keep_ratio
 
 UP, Q = "model.layers.2.mlp.up_proj", "model.layers.3.self_attn.q_proj"
-LAYERS = MaskConfig(layers_to_transform=[2, 3])
+LAYERS = MaskConfig(layers_to_transform=[2, 3], keep_ratio=0.9)
 ALL = {"rows": 6, "batch_size": 4}  # of padded_rows: every row, in batches of which the last is short
 
 
@@ -250,7 +250,7 @@ def test_conv1d_counts_its_weight_the_other_way_round():
     for method in METHODS:
         found = importance(model, ["transformer.h.1.mlp.c_fc"], method, make_rows(4))
         assert found["transformer.h.1.mlp.c_fc"].shape == (128, 32)
-    one_shot_mask(model, MaskConfig(layers_to_transform=1), "wanda", make_rows(4))
+    one_shot_mask(model, MaskConfig(layers_to_transform=1, keep_ratio=0.9), "wanda", make_rows(4))
     assert (masked_modules(model)["transformer.h.1.mlp.c_fc"].mask().sum(1) == 32 - 3).all()
 
 
