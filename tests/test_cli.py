@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from tiny import WORDS, save_llama
+from tiny import WORDS, make_llama, save_llama
 from typer.testing import CliRunner
 
 import mft
@@ -116,6 +116,19 @@ def test_the_version_and_the_public_names(cli):
     assert cli("--version", "nonsense")[0] == 0
     assert dir(mft) == sorted(mft.__all__) == sorted(mft._HOMES)
     assert all(callable(getattr(mft, name)) for name in dir(mft))
+
+
+def test_modules_to_save_are_trained_saved_and_merged(cli, tmp_path):
+    code, output = cli("train", *LEARN, "mask.modules_to_save=[lm_head]", "mask.layers_to_transform=3")
+    assert code == 0, output
+    assert "auto is plain with mask.modules_to_save" in output
+    code, output = cli("merge", "run", "merged", "--dtype", "float32")
+    assert code == 0, output
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "run" / "masks" / "adapter_model.safetensors")["lm_head.weight"]
+    assert torch.equal(saved, load_file(tmp_path / "merged" / "model.safetensors")["lm_head.weight"])
+    assert not torch.equal(saved, make_llama().lm_head.weight)
 
 
 def test_env_says_which_kernels_serve_the_cpu(cli):

@@ -38,8 +38,8 @@ RECIPE_LAYERS = (
     ),
     ("cache", "json_file"),
     ("gguf_file", "safetensors_file"),
-    ("batches", "checkpoint", "export_file", "fetch", "fields", "linears", "record_files", "shapes"),
-    ("activations", "causal_lm", "config", "lora", "model_config", "setting", "harness"),
+    ("batches", "checkpoint", "fetch", "fields", "linears", "record_files", "saved_modules", "shapes"),
+    ("activations", "causal_lm", "config", "export_file", "lora", "model_config", "setting", "harness"),
     (
         *("distributed", "layer_calls", "master_weights", "models", "prefix", "records", "run_directory"),
         *("score_states", "step_time", "targets"),

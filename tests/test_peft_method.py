@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_base_model_state_dict, get_peft_mode
 from safetensors.torch import load_file
 from tiny import make_llama, make_rows
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 
 from mft import MaskConfig, load_masks, mask_model, masked_modules, merge_model, save_masks
 from mft.peft_layer import MaskLinear
@@ -445,6 +445,13 @@ def test_modules_to_save_are_trained_and_saved_beside_the_masks(tmp_path):
         assert torch.equal(logits(model), logits(make_llama()))
     with pytest.raises(ValueError, match="modules_to_save must be null"):
         to_masked_model(model)
+
+
+def test_peft_may_name_heads_that_a_classifier_lacks():
+    """For a task PEFT itself asks to save "classifier" and "score", of which a model has one."""
+    classifier = LlamaForSequenceClassification(make_llama().config)
+    model = get_peft_model(classifier, MaskPeftConfig(task_type="SEQ_CLS"))
+    assert any(p.requires_grad for p in model.get_base_model().score.parameters())
 
 
 def test_a_module_to_save_gets_no_mask():

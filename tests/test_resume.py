@@ -46,6 +46,7 @@ RUNS = {
     "weights, dropout": (gpt2, finetune, {}, {}),
     "plain, dropout": (masked_gpt2, train_masks, {}, {"way": "plain"}),
     "plain, dropout, checkpointed": (masked_gpt2, train_masks, {"gradient_checkpointing": True}, {"way": "plain"}),
+    "plain, with modules_to_save": (lambda: masks(modules_to_save=["lm_head"]), train_masks, {}, {"way": "plain"}),
     "plain, bf16": (lambda: masks(scores_dtype="bfloat16"), train_masks, EIGHT, {"way": "plain"}),
     "plain, clipped": (masks, train_masks, {"max_grad_norm": 0.1}, {"way": "plain"}),
     "resident": (lambda: masks(scores_dtype="int16"), train_masks, EIGHT, {"way": "resident"}),

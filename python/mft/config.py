@@ -82,6 +82,7 @@ class MaskConfig:
     target_modules: str | list[str] | None = None  # None: attention and MLP
     layers_to_transform: int | list[int] | None = None  # a string such as "0-3,7" is accepted too
     exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None  # trained whole beside the masks, and saved with them
     keep_ratio: float = 0.99
     mode: str = "magnitude"
     init: str = "magnitude"
@@ -93,7 +94,7 @@ class MaskConfig:
         if isinstance(self.layers_to_transform, str):
             self.layers_to_transform = parse_layers(self.layers_to_transform)
         coerce_fields(self)
-        check_not_empty(self, "target_modules", "layers_to_transform", "exclude_modules")
+        check_not_empty(self, "target_modules", "layers_to_transform", "exclude_modules", "modules_to_save")
         if isinstance(self.layers_to_transform, list):
             self.layers_to_transform = sorted(set(self.layers_to_transform))
         for layer in _as_list(self.layers_to_transform):
@@ -215,6 +216,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         coerce_fields(self)
         check_one_of("memory", self.memory, WAYS)
+        check_rule(
+            self.mask.modules_to_save is None or self.memory in ("auto", "plain"),
+            "memory",
+            "be plain (or auto) with mask.modules_to_save, as the other ways train scores alone",
+            self.memory,
+        )
         check_not_empty(self, "output_dir")
         expand_home(self, "output_dir")
         minutes = self.checkpoint_minutes

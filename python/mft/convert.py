@@ -13,6 +13,7 @@ from mft.config import MaskConfig
 from mft.distributed import check_unsharded, unwrapped
 from mft.linears import layer_index, layer_stacks
 from mft.quantized_weight import quantized_weights
+from mft.saved_modules import forget_saved_modules, select_saved_modules, train_whole
 from mft.targets import select_targets
 from mft_kernels import MaskedLinear
 
@@ -22,7 +23,7 @@ _CAME_FROM_CONV1D = "_mft_from_conv1d"
 
 
 def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:
-    """Replace the linear layers that config chooses by MaskedLinear, in place; freeze everything but the scores.
+    """Replace the linear layers that config chooses by MaskedLinear, in place; scores and modules_to_save are trained.
 
     Weights and biases are shared, not copied (a transposed copy for GPT-2's Conv1D). Scores that are drawn depend on
     config.seed and the layer's name alone, so choosing other layers too changes none of them.
@@ -31,6 +32,7 @@ def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:
         model: any transformers causal LM built of nn.Linear or Conv1D.
         config: see MaskConfig. target_modules as in PEFT: a list of suffixes, one regular expression for the full name,
             or "all-linear"; None for the attention and MLP of every decoder layer. The output embedding never is.
+            modules_to_save: names of modules that are trained whole, such as a new classifier's head.
     Returns: the same model.
     Raises: ValueError if nothing is chosen, a pattern or layer number does not exist, or a chosen module cannot be
         masked. The model is then unchanged.
@@ -70,6 +72,7 @@ def merge_model(model: nn.Module) -> nn.Module:
         linear = module.merge()
         replace_module(model, name, _to_conv1d(linear) if getattr(module, _CAME_FROM_CONV1D, False) else linear)
     remove_checkpointing_hooks(model)
+    forget_saved_modules(model)
     before = getattr(model, _TRAINABLE_BEFORE, None)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.is_floating_point() if before is None else name in before)
@@ -107,6 +110,7 @@ def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
     model.requires_grad_(False)
     for name in names:
         replace_module(model, name, masked_layer(model.get_submodule(name), name, config))
+    train_whole(model, select_saved_modules(model, config.modules_to_save))
     _prepare_checkpointing(model, names)
 
 

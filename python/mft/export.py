@@ -1,7 +1,7 @@
 """Masks on disk: adapter_config.json and adapter_model.safetensors, 1 bit a weight, in PEFT's spelling.
 
-An export holds the masks alone, neither scores nor an optimiser: for evaluation, merging, or as a start for further
-training. It knows the base weights that it was learned on by their hash.
+An export holds the masks (and modules_to_save), neither scores nor an optimiser: for evaluation, merging, or as a start
+for further training. It knows the base weights that it was learned on by their hash.
 """
 
 import dataclasses
@@ -29,11 +29,12 @@ from mft.export_file import (
     MaskExport,
     content_hash,
     is_export,
-    read_export,
+    read_whole_export,
 )
 from mft.linears import find_targets, layer_index, layer_stacks
 from mft.quantized_weight import quantized_weights
 from mft.run_directory import masks_directory
+from mft.saved_modules import check_saved_tensors, put_saved_tensors, saved_modules, saved_tensors
 from mft_kernels import MaskedLinear, fixed_from_float, unpack_mask
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ _EXACT_BASE = "_mft_exact_base"
 
 
 def save_masks(model: nn.Module, directory: str | os.PathLike, *, base_model_name_or_path: str | None = None) -> Path:
-    """Write the masks of a masked model; either the whole export appears in directory, or nothing.
+    """Write a masked model's masks, and its modules_to_save; either the whole export appears in directory, or nothing.
 
     Args:
         model: also one in torch.compile or DistributedDataParallel; one that fully_shard has spread, only under
@@ -66,8 +67,9 @@ def save_masks(model: nn.Module, directory: str | os.PathLike, *, base_model_nam
     if base_model_name_or_path is None:
         base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     packed = {name: module.packed_mask().cpu().contiguous() for name, module in masked.items()}
-    tensors = {f"{name}.mask": words for name, words in packed.items()}
-    export = _describe(model, masked, packed, base_model_name_or_path)
+    saved = saved_tensors(model)
+    tensors = {f"{name}.mask": words for name, words in packed.items()} | saved
+    export = _describe(model, masked, packed, saved, base_model_name_or_path)
     with atomic_directory(target) as scratch:
         (scratch / CONFIG_FILE).write_text(export.to_json(), encoding="utf-8")
         (scratch / MASK_FILE).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
@@ -93,11 +95,14 @@ def load_masks(model: nn.Module, directory: str | os.PathLike, *, force: bool = 
     check_unwrapped(inner)
     check_unsharded(inner)
     path = masks_directory(Path(directory))
-    export, masks = read_export(path)
+    export, masks, saved = read_whole_export(path)
+    kept_whole = export.modules_to_save or []
     shapes = {entry.name: entry.shape for entry in export.modules}
     _check_fit(inner, shapes)
+    check_saved_tensors(inner, kept_whole, saved)
     check_learned_on(inner, export, path, force=force)
     put_masks(inner, masks, shapes, mode=export.mode, keep_ratio=export.keep_ratio)
+    put_saved_tensors(inner, kept_whole, saved)
     return model
 
 
@@ -215,7 +220,11 @@ def keep_base_hash(model: nn.Module) -> None:
 
 
 def _describe(
-    model: nn.Module, masked: dict[str, MaskedLinear], packed: dict[str, Tensor], base: str | None
+    model: nn.Module,
+    masked: dict[str, MaskedLinear],
+    packed: dict[str, Tensor],
+    saved: dict[str, Tensor],
+    base: str | None,
 ) -> MaskExport:
     modes = sorted({module.mode for module in masked.values()})
     if len(modes) > 1:
@@ -238,8 +247,9 @@ def _describe(
         modules=entries,
         base_quantization=next((weight.kind for weight in quantized.values()), None),
         quantize_masked=not quantized.keys().isdisjoint(masked),
+        modules_to_save=list(saved_modules(model)) or None,
     )
-    return dataclasses.replace(export, content_hash=content_hash(export, packed))
+    return dataclasses.replace(export, content_hash=content_hash(export, packed, saved))
 
 
 def _check_fit(model: nn.Module, stored: dict[str, tuple[int, int]]) -> None:

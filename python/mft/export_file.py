@@ -1,8 +1,9 @@
 """The format of an export of masks, version 2, read with suspicion: every key, shape, bit and byte count is checked.
 
 adapter_config.json: the fields of MaskExport, peft_type "MFT" and format_version. adapter_model.safetensors: for each
-module "<name>.mask", int32 (N, ceil(K / 32)), bit j % 32 of word j // 32 of row n set where weight (n, j) is kept.
-Version 1 is the same, but content_hash and what is said of quantisation may be missing.
+module "<name>.mask", int32 (N, ceil(K / 32)), bit j % 32 of word j // 32 of row n set where weight (n, j) is kept; and
+what the modules of modules_to_save hold, by its name in the model. Version 1 is the same, but content_hash and what is
+said of quantisation may be missing.
 """
 
 import dataclasses
@@ -15,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mft.choices import nearest
 from mft.json_file import read_object
 from mft.quantized_weight import QUANTIZATIONS
 from mft.safetensors_file import open_tensors
+from mft.saved_modules import is_inside
 
 CONFIG_FILE = "adapter_config.json"
 MASK_FILE = "adapter_model.safetensors"
@@ -60,6 +63,7 @@ class MaskExport:
     base_quantization is what the other linears were quantised to while the masks were learned, None: to nothing;
     quantize_masked: the masked ones too. content_hash: see the function; None only of version 1, which may lack all
     three.
+    modules_to_save: modules whose tensors are saved too; exports of masks alone lack it.
     """
 
     base_model_name_or_path: str | None
@@ -72,22 +76,26 @@ class MaskExport:
     base_quantization: str | None = None
     quantize_masked: bool = False
     content_hash: str | None = None
+    modules_to_save: list[str] | None = None
 
     def to_json(self) -> str:
         """One module a line."""
-        fields = dataclasses.asdict(self)
+        fields = _said(self)
         modules = [json.dumps(entry) for entry in fields.pop("modules")]
         head = json.dumps({**_FIXED, "format_version": FORMAT_VERSION, **fields}, indent=2)
         return head.removesuffix("\n}") + ',\n  "modules": [\n    ' + ",\n    ".join(modules) + "\n  ]\n}\n"
 
 
-def content_hash(export: MaskExport, masks: Mapping[str, Tensor]) -> str:
-    """sha256 over all else that an export says and over its masks' words: what tells any damage of either file."""
-    said = {key: value for key, value in dataclasses.asdict(export).items() if key != "content_hash"}
+def content_hash(export: MaskExport, masks: Mapping[str, Tensor], saved: Mapping[str, Tensor] | None = None) -> str:
+    """sha256 over all else that an export says, its masks' words and saved tensors: tells any damage of either file."""
+    said = {key: value for key, value in _said(export).items() if key != "content_hash"}
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name in sorted(masks):
         digest.update(f"\0{name}\0".encode())
         digest.update(masks[name].contiguous().numpy().tobytes())
+    for name, tensor in sorted((saved or {}).items()):
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -101,7 +109,12 @@ def is_export(directory: Path) -> bool:
 
 
 def read_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor]]:
-    """The description, and the packed mask of each module by name.
+    """read_whole_export without the saved tensors."""
+    return read_whole_export(directory)[:2]
+
+
+def read_whole_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor], dict[str, Tensor]]:
+    """The description, the packed mask of each module by name, and what the modules of modules_to_save hold.
 
     Raises: FileNotFoundError, or ValueError naming the file, what it holds and what was expected.
     """
@@ -116,13 +129,22 @@ def read_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor]]:
                 f"{directory / name}: missing; an export has {CONFIG_FILE} and {MASK_FILE}: copy both"
             )
     export = _read_config(directory / CONFIG_FILE)
-    masks = _read_masks(directory / MASK_FILE, export)
-    if export.content_hash is not None and (found := content_hash(export, masks)) != export.content_hash:
+    masks, saved = _read_tensors(directory / MASK_FILE, export)
+    if export.content_hash is not None and (found := content_hash(export, masks, saved)) != export.content_hash:
         raise ValueError(
             f"{directory / CONFIG_FILE}: expected content_hash {found}, as the two files together give, got "
             f"{export.content_hash}: damaged, or changed by hand; copy the export again"
         )
-    return export, masks
+    return export, masks, saved
+
+
+def check_masks_alone(export: MaskExport, directory: Path, reader: str) -> None:
+    """Raise ValueError if modules_to_save were saved with the masks, which reader cannot take over."""
+    if export.modules_to_save:
+        raise ValueError(
+            f"{directory}: expected masks alone, got modules_to_save too ({', '.join(export.modules_to_save)}): they "
+            f"are not for {reader}; use load_masks"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- the description
@@ -170,6 +192,11 @@ def _is_of_peft(values: dict) -> bool:
     return "inference_mode" in values
 
 
+def _said(export: MaskExport) -> dict[str, Any]:
+    """Its fields, without modules_to_save where there are none: as files are that have masks alone."""
+    return {k: v for k, v in dataclasses.asdict(export).items() if k != "modules_to_save" or v is not None}
+
+
 def _check_fields(path: Path, export: MaskExport) -> None:
     base, layers, ratio = export.base_model_name_or_path, export.layers_to_transform, export.keep_ratio
     _expect(path, "base_model_name_or_path", base, base is None or isinstance(base, str), "a string or null")
@@ -184,6 +211,8 @@ def _check_fields(path: Path, export: MaskExport) -> None:
     )
     _expect(path, "target_modules", export.target_modules, _is_list_of(export.target_modules, str), "a list of strings")
     _expect(path, "layers_to_transform", layers, layers is None or _is_list_of(layers, int), "a list of ints or null")
+    saved = export.modules_to_save
+    _expect(path, "modules_to_save", saved, saved is None or _is_list_of(saved, str), "a list of strings or null")
     kind, masked = export.base_quantization, export.quantize_masked
     _expect(path, "base_quantization", kind, kind in (*QUANTIZATIONS, None), f"{' or '.join(QUANTIZATIONS)}, or null")
     _expect(path, "quantize_masked", masked, masked is False or (masked is True and kind is not None), _MASKED_RULE)
@@ -248,10 +277,13 @@ def _is_number(value: Any) -> bool:
 # ---------------------------------------------------------------------------------------------- the masks
 
 
-def _read_masks(path: Path, export: MaskExport) -> dict[str, Tensor]:
+def _read_tensors(path: Path, export: MaskExport) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Masks by module, saved tensors by their name."""
     expected = {f"{entry.name}.mask": entry for entry in export.modules}
     with open_tensors(path, "copy the export again") as file:
         stored = set(file.keys())
+        saved = {key for key in stored - expected.keys() if is_inside(key, export.modules_to_save or ())}
+        stored -= saved
         unknown, missing = sorted(stored - expected.keys()), sorted(expected.keys() - stored)
         if unknown:
             raise ValueError(
@@ -268,7 +300,8 @@ def _read_masks(path: Path, export: MaskExport) -> dict[str, Tensor]:
                 raise ValueError(
                     f"{path}: {key} must be int32 {entry.words} for a weight of {entry.shape}, got {dtype} {shape}"
                 )
-        return {entry.name: _checked_mask(path, key, file.get_tensor(key), entry) for key, entry in expected.items()}
+        masks = {entry.name: _checked_mask(path, key, file.get_tensor(key), entry) for key, entry in expected.items()}
+        return masks, {key: file.get_tensor(key) for key in saved}
 
 
 def _checked_mask(path: Path, key: str, packed: Tensor, entry: MaskEntry) -> Tensor:

@@ -24,7 +24,7 @@ from mft.banked_linear import BankedLinear, Choice, OneTask, TaskPerRow
 from mft.choices import nearest
 from mft.convert import as_linear, check_unmasked, check_unwrapped, replace_module
 from mft.export import check_learned_on, check_shapes
-from mft.export_file import read_export
+from mft.export_file import check_masks_alone, read_export
 from mft.linears import find_targets
 from mft.run_directory import masks_directory
 
@@ -136,6 +136,7 @@ class MaskBank:
         self._check_new(task)
         path = masks_directory(Path(directory))
         export, masks = read_export(path)
+        check_masks_alone(export, path, "a bank, whose tasks share all but the masks")
         modules = dict(self.model.named_modules())
         find_targets(self.model, [name for name in masks if not isinstance(modules.get(name), BankedLinear)])
         check_shapes(self.model, {entry.name: entry.shape for entry in export.modules})

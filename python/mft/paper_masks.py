@@ -19,6 +19,7 @@ from mft.atomic import atomic_file
 from mft.convert import masked_modules
 from mft.export import put_masks
 from mft.regular_file import open_regular
+from mft.saved_modules import saved_modules
 from mft_kernels import pack_mask
 
 _MOST_PICKLE = 1 << 22  # bytes of the pickle, which holds no values: about 300 a module
@@ -75,6 +76,12 @@ def write_paper_masks(model: nn.Module, path: Path) -> None:
     masked = masked_modules(model)
     if not masked:
         raise ValueError(f"model has no masked layers to save, got a plain {type(model).__name__}: mask_model it first")
+    whole = saved_modules(model)
+    if whole:
+        raise ValueError(
+            f"model must hold masks alone for the paper's format, got modules_to_save too ({', '.join(whole)}), which "
+            "it has no place for: use save_masks"
+        )
     masks = {name: module.mask().to(module.weight.dtype).cpu() for name, module in masked.items()}
     with atomic_file(path) as scratch:
         torch.save(masks, scratch)

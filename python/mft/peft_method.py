@@ -4,6 +4,7 @@ PEFT's adapters hold scores, from which training goes on; to_masked_model and sa
 weight, which PeftModel.from_pretrained loads too. docs/peft.md tells them apart.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from mft.config import MaskConfig
 from mft.convert import convert, masked_modules
 from mft.export import check_learned_on, loaded_config, scores_of_mask
-from mft.export_file import PEFT_TYPE, is_export, read_export
+from mft.export_file import PEFT_TYPE, check_masks_alone, is_export, read_export
 from mft.fields import check_rule
 from mft.targets import select_targets
 
@@ -39,12 +40,7 @@ _EXPORT = "_mft_export"  # where a configuration came from an export: its direct
 
 @dataclass
 class MaskPeftConfig(MaskConfig, PeftConfig):
-    """MaskConfig's fields and PEFT's own: MaskPeftConfig(**vars(mask_config)) makes one of the other.
-
-    modules_to_save: modules that are trained whole beside the masks and saved with them, as elsewhere in PEFT.
-    """
-
-    modules_to_save: list[str] | None = None
+    """MaskConfig's fields and PEFT's own: MaskPeftConfig(**vars(mask_config)) makes one of the other."""
 
     def __post_init__(self) -> None:
         PeftConfig.__post_init__(self)
@@ -66,6 +62,7 @@ class MaskPeftConfig(MaskConfig, PeftConfig):
         if not is_export(directory):
             return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         export, _ = read_export(directory)
+        check_masks_alone(export, directory, "PEFT, which keeps such modules in files of its own")
         config = cls(
             **vars(loaded_config(export.mode, export.keep_ratio))
             | {"target_modules": [entry.name for entry in export.modules]},
@@ -86,8 +83,10 @@ class MaskModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
         written = config.target_modules, config.exclude_modules
+        masks_alone = copy.copy(config)
+        masks_alone.modules_to_save = None  # PEFT's own business; it names heads that a model may lack
         with _unwrapped(model):
-            names = select_targets(model, config)
+            names = select_targets(model, masks_alone)
         saved = config.modules_to_save or []
         names = [name for name in names if not any(f".{module}." in f".{name}." for module in saved)]
         setattr(config, _CHOSEN, frozenset(names))

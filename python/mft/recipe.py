@@ -23,6 +23,7 @@ from mft.next_tokens import check_next_tokens
 from mft.plain import Plain
 from mft.prefix import PrefixMemory
 from mft.randomness import draws_at_random, seeded
+from mft.saved_modules import saved_modules, train_whole
 from mft.saver import Saver
 from mft.step_errors import NonFiniteLoss
 from mft.step_report import StepReport
@@ -40,7 +41,7 @@ def finetune(model: nn.Module, dataset, train: TrainConfig, **options) -> list[S
 def train_masks(
     model: nn.Module, dataset, train: TrainConfig, *, way: str = "plain", device: Device = None, **options
 ) -> list[StepReport]:
-    """Train the scores of a masked model in place, and nothing else.
+    """Train the scores of a masked model in place, and its modules_to_save; nothing else.
 
     Args:
         way: "plain", "resident", "quantized" or "layerwise" (see docs/memory.md); all give the same update.
@@ -60,6 +61,13 @@ def train_masks(
                 "resident"
             )
         module.scores.requires_grad_(True)
+    whole = saved_modules(model)
+    if whole and way != "plain":
+        raise ValueError(
+            f"memory must be plain to train modules_to_save ({', '.join(whole)}), got {way}, which trains scores "
+            "alone: set memory: plain"
+        )
+    train_whole(model, whole)
     return train_loop(model, dataset, train, way=way, device=device, **options)
 
 

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from mft.choices import nearest
 from mft.config import MaskConfig
 from mft.linears import Candidate, check_maskable, find_candidates, layer_stacks, listed
+from mft.saved_modules import is_inside, select_saved_modules
 
 ALL_LINEAR = "all-linear"
 # Path components and class names that mean attention or an MLP: fc1 and fc2 in OPT's layer, intermediate and output in
@@ -39,9 +40,11 @@ def select_targets(model: nn.Module, config: MaskConfig) -> list[str]:
         raise ValueError(f"model must have linear layers, got {type(model).__name__} without any")
     layers = _requested_layers(config.layers_to_transform, stacks)
     excluded = _excluded(config.exclude_modules, candidates)
+    saved = select_saved_modules(model, config.modules_to_save)
 
     def allowed(candidate: Candidate) -> bool:
-        return candidate.name not in excluded and (layers is None or candidate.layer in layers)
+        is_kept = candidate.name in excluded or is_inside(candidate.name, saved)
+        return not is_kept and (layers is None or candidate.layer in layers)
 
     chosen: dict[str, Candidate] = {}
     for pattern, matches in _requests(model, config.target_modules, candidates, stacks):
@@ -205,7 +208,7 @@ def _why_nothing(pattern: str, matches: list[Candidate], config: MaskConfig) -> 
     layers = sorted({c.layer for c in matches if c.layer is not None})
     filters = [
         f"{name}={value!r}"
-        for name in ("layers_to_transform", "exclude_modules")
+        for name in ("layers_to_transform", "exclude_modules", "modules_to_save")
         if (value := getattr(config, name)) is not None
     ]
     where = f"in layers {listed(map(str, layers))}" if layers else "outside the decoder layers"

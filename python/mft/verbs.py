@@ -240,6 +240,9 @@ def _plan(config: RunConfig, found: Checkpoint | None, processes: Processes) -> 
     elif processes.count > 1 and config.memory == "auto":
         plan = plan_training(dataclasses.replace(config, memory="plain"))
         plan = dataclasses.replace(plan, reason=f"{plan.reason} (auto is plain on several processes)")
+    elif config.mask.modules_to_save and config.memory == "auto":
+        plan = plan_training(dataclasses.replace(config, memory="plain"))
+        plan = dataclasses.replace(plan, reason=f"{plan.reason} (auto is plain with mask.modules_to_save)")
     else:
         plan = plan_training(config)
     processes.check(config.train, plan.way)
