@@ -13,7 +13,7 @@ from tiny import make_llama, masked_llama
 from torch import nn
 
 from mft.checkpoint import BadCheckpoint, newest_checkpoint, verify_checkpoint, write_checkpoint
-from mft.config import DataConfig, MaskConfig, ModelConfig, load_config, parse_layers
+from mft.config import DataConfig, MaskConfig, ModelConfig, RunConfig, load_config, parse_layers
 from mft.convert import mask_model, masked_modules, merge_model
 from mft.export import load_masks, save_masks
 from mft.model_config import read_model_config
@@ -156,6 +156,28 @@ def a_mask_on_a_layer_that_is_misspelt():
 @refused(ValueError, where="layers_to_transform", got="got 4", rule="must lie in 0 to 3")
 def a_mask_on_a_layer_that_is_not_there():
     mask_model(make_llama(), MaskConfig(layers_to_transform=4))
+
+
+@refused(
+    ValueError,
+    where="modules_to_save",
+    got="'lm_haed'",
+    rule="it takes the ends of modules' names",
+    remedy="did you mean lm_head?",
+)
+def a_module_to_save_that_is_misspelt():
+    mask_model(make_llama(), MaskConfig(modules_to_save=["lm_haed"]))
+
+
+@refused(
+    ValueError,
+    where="memory",
+    got="layerwise",
+    rule="be plain (or auto) with mask.modules_to_save",
+    remedy="as the other ways train scores alone",
+)
+def a_module_to_save_where_scores_alone_are_trained():
+    RunConfig(mask=MaskConfig(modules_to_save=["lm_head"]), memory="layerwise")
 
 
 @refused(
