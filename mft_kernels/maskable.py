@@ -11,6 +11,8 @@ The rule holds wherever a module is registered (``layer.linear1 = masked``, add_
 hook there. Writing into ``_modules`` goes past it.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -52,7 +54,12 @@ def why_not_there(parent: nn.Module, name: str) -> str | None:
     return None
 
 
-def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+def has_slow_path(parent: nn.Module, name: str) -> bool:
+    """Whether parent reads this child's weight on its fast path alone, off which a masked layer keeps it."""
+    return isinstance(parent, nn.TransformerEncoderLayer) and name in ("linear1", "linear2")
+
+
+def _on_registration(parent: Any, name: str, child: nn.Module | None) -> None:
     """Called by torch before child becomes parent.name. Classes say of themselves that they mask their weight."""
     if not getattr(type(child), "masks_weight", False):
         return
@@ -62,7 +69,7 @@ def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> N
             f"{name} of {type(parent).__name__} must not be a {type(child).__name__}: {why}. Leave it as it is, or "
             "write a module that calls it"
         )
-    if isinstance(parent, nn.TransformerEncoderLayer) and name in ("linear1", "linear2"):
+    if has_slow_path(parent, name):
         # One of the conditions of the fast path; an attribute, so that copies and pickles keep it. It stays off after
         # a merge: right, if slower.
         parent.activation_relu_or_gelu = 0

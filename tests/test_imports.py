@@ -34,7 +34,8 @@ RECIPE_LAYERS = (
     (
         *("atomic", "banked_linear", "checkpointing", "choices", "clones", "console", "corpus"),
         *("header_corpus", "hub", "moving", "next_tokens", "problems", "progress", "quantized_weight", "randomness"),
-        *("regular_file", "run_lock", "simulate", "step_errors", "step_report", "token_loss", "yaml_file"),
+        *("regular_file", "run_lock", "simulate", "step_errors", "step_report", "token_loss"),
+        *("weight_readers", "yaml_file"),
     ),
     ("cache", "json_file"),
     ("gguf_file", "safetensors_file"),

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mft.choices import nearest
 from mft.quantized_weight import QuantizedWeight
-from mft_kernels.maskable import why_no_mask, why_not_there
+from mft.weight_readers import why_read
+from mft_kernels.maskable import has_slow_path, why_no_mask, why_not_there
 
 _HEADS = {"lm_head", "embed_out"}
 _SHOWN = 3  # names a message lists
@@ -146,9 +147,11 @@ def _looks_linear(module: nn.Module) -> bool:
 
 
 def _obstacle(model: nn.Module, name: str, module: nn.Module) -> str | None:
-    parent, _, child = name.rpartition(".")
+    path, _, child = name.rpartition(".")
+    parent = model.get_submodule(path)
     kind = Conv1D if isinstance(module, Conv1D) else nn.Linear
-    return why_not_there(model.get_submodule(parent), child) or why_no_mask(module, kind)
+    why = why_not_there(parent, child) or why_no_mask(module, kind)
+    return why if why or has_slow_path(parent, child) else why_read(parent, child)
 
 
 def _expert_parameters(name: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:

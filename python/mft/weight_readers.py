@@ -1,0 +1,99 @@
+"""Modules that compute with a child's weight instead of calling the child, found in the source of their forward.
+
+    time_step = self.dt_proj.weight @ time_step      MambaMixer: a mask on dt_proj would be left out without a word
+
+Followed are forward and the methods that it calls on self. Asking for a weight's dtype, device or shape is no reading;
+nor is what stands under an ``if`` on self alone that does not hold (BLOOM's slow_but_exact).
+"""
+
+import ast
+import functools
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from torch import nn
+
+_LOOKED_AT = {"dtype", "device", "shape", "size", "dim", "ndim"}
+
+
+@dataclass(frozen=True)
+class _Read:
+    """self.CHILD.weight in a method's source, and the conditions on self around it, each with the value it needs."""
+
+    child: str
+    place: str
+    conditions: tuple[tuple[CodeType, bool], ...]
+
+    def happens(self, module: nn.Module) -> bool:
+        return all(bool(eval(test, {}, {"self": module})) == value for test, value in self.conditions)
+
+
+def why_read(parent: nn.Module, child: str) -> str | None:
+    """Where parent computes with child.weight itself, or None. Classes without a source are not looked into."""
+    kind: Any = type(parent)
+    for read in _reads(kind):
+        if read.child == child and read.happens(parent):
+            return f"{read.place} computes with {child}.weight itself, past what would stand in {child}'s place"
+    return None
+
+
+@functools.cache
+def _reads(kind: Any) -> tuple[_Read, ...]:
+    found: list[_Read] = []
+    seen, left = set(), ["forward"]
+    while left:
+        name = left.pop()
+        method = getattr(kind, name, None)
+        if name in seen or not inspect.isfunction(method):
+            continue
+        seen.add(name)
+        method = inspect.unwrap(method)
+        parents = _parents(method)
+        for node in parents:
+            if isinstance(node, ast.Attribute) and _is_self(node.value):
+                left.append(node.attr)
+            if _is_read(node, parents):
+                place = f"{kind.__name__}.{name} ({Path(inspect.getfile(method)).name})"
+                found.append(_Read(node.value.attr, place, tuple(_conditions(node, parents))))
+    return tuple(found)
+
+
+def _parents(method: Any) -> dict[Any, ast.AST]:
+    """Each node of the method's source with the one around it."""
+    try:
+        source = inspect.getsource(method)
+    except OSError:  # made at run time, or shipped without its source
+        return {}
+    tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
+    return {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+
+
+def _is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
+def _is_read(node: Any, parents: dict[Any, ast.AST]) -> bool:
+    """Whether node is self.CHILD.weight, and not merely looked at."""
+    if not isinstance(node, ast.Attribute) or node.attr != "weight" or not isinstance(node.ctx, ast.Load):
+        return False
+    around: Any = parents[node]
+    looked_at = isinstance(around, ast.Attribute) and around.attr in _LOOKED_AT
+    asked = isinstance(around, ast.Call) and getattr(around.func, "id", None) in ("isinstance", "hasattr", "getattr")
+    return isinstance(node.value, ast.Attribute) and _is_self(node.value.value) and not looked_at and not asked
+
+
+def _conditions(node: Any, parents: dict[Any, ast.AST]) -> Iterator[tuple[CodeType, bool]]:
+    """The ifs around node that ask self alone, call nothing and do not ask for training, which changes."""
+    while node in parents:
+        inner, node = node, parents[node]
+        if not isinstance(node, ast.If) or inner is node.test:
+            continue
+        parts = list(ast.walk(node.test))
+        names = {part.id for part in parts if isinstance(part, ast.Name)}
+        changes = any(isinstance(part, ast.Call) or getattr(part, "attr", None) == "training" for part in parts)
+        if names == {"self"} and not changes:
+            yield compile(ast.Expression(node.test), "<condition>", "eval"), inner in node.body
