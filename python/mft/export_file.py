@@ -171,7 +171,7 @@ def _read_config(path: Path) -> MaskExport:
     known = [field.name for field in fields]
     optional = [field.name for field in fields if field.default is not dataclasses.MISSING]
     if version > _UNHASHED_VERSION:
-        optional = []
+        optional = ["modules_to_save"]
     _check_keys(path, values, [*known, *_FIXED, "format_version"], optional=optional)
     modules = values["modules"]
     _expect(path, "modules", modules, isinstance(modules, list) and bool(modules), "a list of masked layers")
