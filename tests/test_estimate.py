@@ -407,7 +407,7 @@ def test_errors_of_the_verb(arguments, message):
 
 
 def test_a_file_that_is_no_config(tmp_path):
-    for text, message in (("{", "no JSON"), ("[]", "with keys such as hidden_size, got a list")):
+    for text, message in (("{", "config.json:1: expected JSON"), ("[]", "config.json: expected an object, got list")):
         (tmp_path / "config.json").write_text(text)
         code, output = call("--model", str(tmp_path / "config.json"))
         assert code == 2
