@@ -218,6 +218,8 @@ READERS = {
     "model/tokenizer.json": lambda root: load_model(str(root / "model")),
     "model/chat_template.jinja": lambda root: load_model(str(root / "model")),
     "model/model.safetensors": lambda root: load_model(str(root / "model")),
+    "model.gguf": lambda root: load_model(str(root / "model.gguf")),
+    "config.json": lambda root: read_model_config(str(root / "config.json")),
     "template.jinja": lambda root: read_chat_template(str(root / "template.jinja")),
 }
 

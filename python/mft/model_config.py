@@ -21,7 +21,7 @@ def read_model_config(name: str) -> dict[str, Any]:
         return known_config(name)
     if path.is_dir():
         return _read(path / "config.json", name)
-    if path.is_file():
+    if path.exists():
         return _read(path, name)
     hint = nearest(name.rpartition("/")[2], known_models())
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json"):

@@ -125,10 +125,10 @@ def _reached(config: ModelConfig, load: Callable[..., Any]) -> Any:
         )
     if name in SHORTHANDS:
         source = smollm2_directory(config.dtype)
-    elif path.is_file():
-        source = _dequantised(path, _gguf_hash(path), config.dtype)
     elif path.is_dir():
         source = _model_directory(path)
+    elif path.exists():
+        source = _dequantised(path, _gguf_hash(path), config.dtype)
     elif _looks_like_a_path(name):
         raise ValueError(
             f"model.name must be a model that exists, got {name!r}: no such file or directory{nearest_path(path)}"
