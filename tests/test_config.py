@@ -1,6 +1,7 @@
 """Facts about mft.config: what a YAML file and overrides may say, and what each mistake answers."""
 
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -213,3 +214,15 @@ def test_a_missing_file_names_its_nearest_neighbour(write):
         load_config(path.with_name("rnu.yaml"))
     with pytest.raises(ValueError, match="config must be a YAML file, got the directory"):
         load_config(path.parent)
+
+
+def test_a_file_that_the_disk_does_not_give_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "run.yaml"
+    path.write_text("train: {steps: 3}")
+
+    def failing(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_text", failing)
+    with pytest.raises(ValueError, match="run.yaml: config must be readable, got Input/output error: see to the disk"):
+        load_config(path)

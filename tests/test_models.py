@@ -15,10 +15,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny import make_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mft import fetch, hub
-from mft.atomic import atomic_directory
+from mft.atomic import NotWritten, atomic_directory
 from mft.cache import cache_root
 from mft.config import ModelConfig
 from mft.models import load_model, save_model
@@ -367,3 +368,13 @@ def test_an_unknown_chat_template_is_named(tiny_llama, tokenizer, tmp_path):
         ValueError, match="chat_template must be tulu, or a Jinja file that exists, got 'tula'; did you"
     ):
         load_model(ModelConfig(name=str(tmp_path / "base"), chat_template="tula"))
+
+
+def test_a_tokenizer_that_cannot_be_written_names_the_directory(tmp_path):
+    class Tokenizer:
+        def save_pretrained(self, directory):
+            raise Exception("Input/output error (os error 5)")
+
+    with pytest.raises(NotWritten, match=r"base could not be written \(Input/output error"):
+        save_model(make_llama(), Tokenizer(), tmp_path / "base")
+    assert os.listdir(tmp_path) == []

@@ -14,7 +14,7 @@ from mft.verify import verify_directory
 
 @pytest.fixture
 def run(cli, tmp_path):  # noqa: F811
-    code, output = cli("train", *LEARN)
+    code, output = cli("train", *LEARN, "mask.keep_ratio=0.9")
     assert code == 0, output
     return tmp_path / "run"
 

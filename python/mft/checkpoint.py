@@ -127,7 +127,7 @@ def verify_checkpoint(path: Path) -> Checkpoint:
     try:
         return _verified(path)
     except OSError as error:
-        raise _unreadable(error.filename or path, error) from None
+        raise _unreadable(error.filename or path, error.strerror) from None
 
 
 def _verified(path: Path) -> Checkpoint:
@@ -176,7 +176,9 @@ def _blamed_on(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable(path, error.strerror) from None
+    except RuntimeError as error:  # of torch, which maps it
+        raise _unreadable(path, str(error)) from None
     except ValueError as error:
         raise BadCheckpoint(str(error)) from None
 
@@ -187,9 +189,9 @@ def _expect_keys(path: Path, what: str, got: Any, expected: list[str]) -> None:
     _expect(path, what, sorted(got), sorted(expected))
 
 
-def _unreadable(path: str | os.PathLike, error: OSError) -> BadCheckpoint:
+def _unreadable(path: str | os.PathLike, reason: str | None) -> BadCheckpoint:
     return BadCheckpoint(
-        f"{path}: expected a file that can be read, got {error.strerror}: see to the disk, or restore what was written"
+        f"{path}: expected a file that can be read, got {reason}: see to the disk, or restore what was written"
     )
 
 
