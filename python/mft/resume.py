@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mft.checkpoint import Checkpoint, newest_checkpoint
 from mft.config import RunConfig, config_from, config_values, load_config
@@ -25,7 +25,7 @@ class Begin:
 
     config: RunConfig
     overwrite: bool = False
-    force: bool = False
+    force: ClassVar[bool] = False  # there is nothing that could have changed
 
     @property
     def directory(self) -> Path:
