@@ -44,8 +44,8 @@ sanitize: install
 	$(BIN)/python -m building.sanitized thread $(if $(QUICK),$(SLIM_SANITIZED))
 SLIM_SANITIZED := tests/test_cpu.py -k "thread or seam or beyond or misaligned or empty"
 
-# What the tests do in small, for long: runs that die or whose disk fails at every call that touches a file (a quarter of
-# an hour on 2 cores), writers of checkpoints killed, files edited. make faults KILLS=1000 EDITS=20000
+# What the tests do in small, for long: runs that die or whose disk fails at every call that touches a file, writers of
+# checkpoints killed, files edited. make faults KILLS=1000 EDITS=20000
 KILLS ?= 1000
 EDITS ?= 20000
 faults: install
