@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mft.config import DataConfig
+from mft.config import DataConfig, MaskConfig
 from mft.evaluate import Evaluation
 from mft.study.declared import ArmConfig, Setting, StudyConfig
 from mft.study.outcome import Findings, Measured, Outcome, Unit
@@ -52,7 +52,8 @@ def measured(loss, seed, answers=None, documents=DOCUMENTS, noise=0.002):
 
 def findings(arms=ARMS, test=LOSSES, validation=LOSSES, seeds=(0, 1, 2), domains=("code",), notes=(), **options):
     """options: of measured()."""
-    study = StudyConfig(arms=dict(arms), domains={name: DataConfig() for name in domains}, seeds=list(seeds))
+    domain_data = {name: DataConfig() for name in domains}
+    study = StudyConfig(mask=MaskConfig.paper(), arms=dict(arms), domains=domain_data, seeds=list(seeds))
 
     def split(losses, **extra):
         of = {arm: {seed: measured(losses[arm], seed, **extra) for seed in seeds} for arm in arms}
