@@ -38,7 +38,7 @@ COUNT, DIE, HALF, FAIL, FAIL_ON = range(5)  # as in file_faults.c
 KILLED, NO_COMPILER = 137, 3  # exit codes
 RUN = "run"
 CONFIG = "../config.yaml"
-_UNLIKE = ("seconds",)  # TODO: the latter goes when flips are counted rightly after a resume
+_UNLIKE = ("seconds",)
 REMEDY = re.compile("go on with --resume run|start again|has its result|name another (output_dir|one)|see to the disk")
 
 
