@@ -1,7 +1,7 @@
 """Facts about mft.config: what a YAML file and overrides may say, and what each mistake answers."""
 
+import os
 import re
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -223,6 +223,6 @@ def test_a_file_that_the_disk_does_not_give_is_named(tmp_path, monkeypatch):
     def failing(*_, **__):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Path, "read_text", failing)
+    monkeypatch.setattr(os, "open", failing)
     with pytest.raises(ValueError, match="run.yaml: config must be readable, got Input/output error: see to the disk"):
         load_config(path)
