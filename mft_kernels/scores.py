@@ -23,7 +23,6 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, _foreach_supported_types
-from torch.utils import _foreach_utils
 
 from .library import increment_version
 
@@ -115,8 +114,7 @@ for _name in _ALIASING_PROPERTIES:
     setattr(Scores, _name, _handing_out_property(_name))
 
 # By exact type, so that optimisers treat scores as they treat any parameter; torch enters DTensor in the same way.
-for _types in (_foreach_supported_types, _foreach_utils._foreach_supported_types):
-    _types.append(Scores)  # type: ignore[arg-type]
+_foreach_supported_types.append(Scores)  # type: ignore[arg-type]
 
 
 def watch(parameter: Tensor) -> None:

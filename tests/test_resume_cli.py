@@ -21,7 +21,7 @@ from mft.recorder import Steps
 from mft.run_directory import METRICS
 from mft.run_lock import hold
 
-SLOW = [*LEARN, "train.steps=30", "checkpoint_minutes=0", "mask.keep_ratio=0.8"]
+SLOW = [*LEARN, "train.steps=16", "checkpoint_minutes=0", "mask.keep_ratio=0.8"]
 
 
 def start(verb, *arguments):
@@ -58,7 +58,7 @@ def test_a_run_told_to_stop_saves_and_goes_on(cli, tmp_path, number, code):  # n
     wait_for_checkpoint(tmp_path / "run", process)
     process.send_signal(number)
     output = finish(process, code)
-    step = int(re.search(r"stopped by SIG\w+ after step (\d+) of 30; saved: ", output).group(1))
+    step = int(re.search(r"stopped by SIG\w+ after step (\d+) of 16; saved: ", output).group(1))
     assert "go on with --resume run" in output
     output = finish(start("train", "--resume", "run"), 0)
     assert f"goes on after step {step}" in output
