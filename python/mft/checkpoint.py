@@ -176,7 +176,7 @@ def _blamed_on(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _unreadable(path, error.strerror) from None
+        raise _unreadable(path, error.strerror or str(error)) from None  # safetensors gives no strerror
     except RuntimeError as error:  # of torch, which maps it
         raise _unreadable(path, str(error)) from None
     except ValueError as error:
