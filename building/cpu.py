@@ -12,16 +12,21 @@ LIBRARY = "libmft_cpu.so"
 
 AVX2_FLAGS = ["-mavx2", "-mfma"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+DOT_BFLOAT16_FLAGS = ["-mavx512bf16"]
+AMX_FLAGS = ["-mamx-tile", "-mamx-bf16"]
 X86_FLAGS = {
     "row_kernels_avx2.cpp": AVX2_FLAGS,
     "row_kernels_avx512.cpp": AVX512_FLAGS,
     "step_kernels_avx2.cpp": AVX2_FLAGS,
     "step_kernels_avx512.cpp": [*AVX512_FLAGS, "-mprefer-vector-width=512"],
-    "gemm_bfloat16.cpp": [*AVX512_FLAGS, "-mavx512bf16"],
+    "gemm_float32.cpp": AVX512_FLAGS,
+    "gemm_bfloat16.cpp": [*AVX512_FLAGS, *DOT_BFLOAT16_FLAGS],
+    "gemm_amx.cpp": [*AVX512_FLAGS, *DOT_BFLOAT16_FLAGS, *AMX_FLAGS],
+    "gemm_amx_emulated.cpp": [*AVX512_FLAGS, *DOT_BFLOAT16_FLAGS],
 }
+AMX_FILES = ["gemm_amx.cpp", "gemm_amx_emulated.cpp"]
 # Without them no loop with a square root, a choice or a conversion becomes vector code; they change no value.
 VECTOR_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
-DOT_BFLOAT16_ONLY = ("gemm_bfloat16.cpp", "fused_linear.cpp")
 
 
 def build_cpu(directory: Path, sources: Path, extra: Sequence[str] = ()) -> dict:
@@ -38,18 +43,21 @@ def build_cpu(directory: Path, sources: Path, extra: Sequence[str] = ()) -> dict
 def units(compiler: str, torch_directory: Path, sources: Path) -> list[Unit]:
     """Each file of the library that this machine and compiler can use."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    dot_bfloat16 = x86 and accepts(compiler, ["-mavx512bf16"])
+    dot_bfloat16 = x86 and accepts(compiler, DOT_BFLOAT16_FLAGS)
+    amx = dot_bfloat16 and accepts(compiler, AMX_FLAGS)
+    unknown = [*([] if dot_bfloat16 else ["gemm_bfloat16.cpp"]), *([] if amx else AMX_FILES)]
     flags = [
         *CPP_FLAGS,
         "-ffp-contract=off",
         *(["-DMFT_X86"] if x86 else []),
         *(["-DMFT_DOT_BFLOAT16"] if dot_bfloat16 else []),
+        *(["-DMFT_AMX"] if amx else []),
         *system_headers([torch_directory / "include"]),
     ]
     found = []
     for source in [sources / "bindings.cpp", *sorted((sources / "cpu").glob("*.cpp"))]:
         own = X86_FLAGS.get(source.name, [])
-        if (own and not x86) or (source.name in DOT_BFLOAT16_ONLY and not dot_bfloat16):
+        if (own and not x86) or source.name in unknown:
             continue
         if source.name.startswith("step_kernels_"):
             own = [*own, *VECTOR_FLAGS]

@@ -272,6 +272,8 @@ std::string capability() { return mft::chosen_capability().name; }
 
 std::string capabilities() { return mft::available_capabilities(); }
 
+std::string missing_capabilities() { return mft::missing_capabilities(); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(mft_cpu, m) {
@@ -296,6 +298,7 @@ STABLE_TORCH_LIBRARY(mft_cpu, m) {
       "float decay, Tensor? grad_scale, int seed, bool sign, int k, bool magnitude, Tensor? near) -> Tensor");
   m.def("capability() -> str");
   m.def("capabilities() -> str");
+  m.def("missing_capabilities() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CPU, m) {
@@ -312,4 +315,5 @@ STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CompositeExplicitAutograd, m) {
   m.impl("capability", TORCH_BOX(&capability));
   m.impl("capabilities", TORCH_BOX(&capabilities));
+  m.impl("missing_capabilities", TORCH_BOX(&missing_capabilities));
 }

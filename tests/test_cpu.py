@@ -17,7 +17,7 @@ from mft_kernels.testing import assert_within_budget, integer_inputs, random_inp
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
 
-CAPABILITIES = ("avx512_bf16", "avx512", "avx2", "portable")
+CAPABILITIES = ("amx", "amx_emulated", "avx512_bf16", "avx512", "avx2", "portable")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("magnitude", "value")
 ALL = [True, True, True, True]
@@ -217,6 +217,25 @@ def test_error_stays_within_twice_that_of_pytorch(capability, dtype, shape):
         reference.masked_linear_backward(*map(exact, arguments), "magnitude", ALL),
     ):
         assert_within_budget(got, same, want)
+
+
+@pytest.mark.parametrize("shape", [(70, 97, 1100), (3, 40, 33)])
+def test_emulated_tiles_give_the_bits_of_real_ones(monkeypatch, shape):
+    """Overflow and subnormal operands and sums, which count as 0, included."""
+    if "amx" not in cpu.capabilities():
+        pytest.skip(f"amx is not among {cpu.capabilities()} of this machine and build")
+    t = random_inputs(*shape, torch.bfloat16, torch.bfloat16)
+    t.x[0, :2] = torch.tensor((1e-39, 3e38))
+    t.x[1] *= 1e-37
+    t.weight[1, 1] = 3e38
+    t.weight[2] *= 1e-3
+    t.scores *= 100  # of which every_product keeps a third
+    results = {}
+    for name in ("amx", "amx_emulated"):
+        monkeypatch.setenv("MFT_CPU_CAPABILITY", name)
+        results[name] = [product for _, product in every_product(cpu, t)]
+    for real, emulated in zip(results["amx"], results["amx_emulated"], strict=True):
+        assert_same(real, emulated)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,42 +5,109 @@
 #include <stdexcept>
 #include <vector>
 
-#include "fused_linear.h"
+#if defined(MFT_X86)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "gemm.h"
 
 namespace mft {
 namespace {
 
-std::vector<Capability> detect() {
-  std::vector<Capability> found;
+struct Found {
+  std::vector<Capability> capabilities;
+  std::string missing;
+};
+
+void miss(Found& found, const char* name, const std::string& why) {
+  found.missing += std::string(name) + ": " + why + "\n";
+}
+
+#if defined(MFT_X86)
+
+// Why tiles cannot be used, or "". The kernel keeps their 8 KiB of registers for those processes alone that ask.
+std::string why_no_tiles() {
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+  constexpr uint32_t kTile = 1u << 24, kBFloat16 = 1u << 22;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTile) == 0 || (d & kBFloat16) == 0) {
+    return "the processor has no AMX";
+  }
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? "" : "the kernel refused the use of AMX's registers";
+#else
+  return "only Linux is asked for AMX's registers";
+#endif
+}
+
+#endif
+
+Found detect() {
+  Found found;
+  std::vector<Capability>& all = found.capabilities;
 #if defined(MFT_X86)
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool bfloat16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const auto of_avx512 = [](const char* name, const Gemm* of_bfloat16) -> Capability {
+    return {name,
+            &avx512_row_kernels(),
+            &avx512_step_kernels(),
+            {&float32_gemm(Format::kFloat32), of_bfloat16, &float32_gemm(Format::kFloat16)}};
+  };
+#if defined(MFT_AMX)
+  const std::string no_tiles = bfloat16 ? why_no_tiles() : "the processor has no AVX512-BF16, which packs for it";
+  if (no_tiles.empty()) {
+    all.push_back(of_avx512("amx", &amx_gemm()));
+  } else {
+    miss(found, "amx", no_tiles);
+  }
+#else
+  miss(found, "amx", "the compiler that built the library does not know it");
+#endif
 #if defined(MFT_DOT_BFLOAT16)
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
-    found.push_back({"avx512_bf16", &avx512_row_kernels(), &avx512_step_kernels(), &fused_linear()});
+  if (bfloat16) {
+    all.push_back(of_avx512("avx512_bf16", &bfloat16_gemm()));
+  } else {
+    miss(found, "avx512_bf16", "the processor does not have it");
   }
+#else
+  miss(found, "avx512_bf16", "the compiler that built the library does not know it");
 #endif
-  if (avx512) found.push_back({"avx512", &avx512_row_kernels(), &avx512_step_kernels(), nullptr});
+  if (avx512) {
+    all.push_back(of_avx512("avx512", &float32_gemm(Format::kBFloat16)));
+  } else {
+    miss(found, "avx512", "the processor does not have it");
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    found.push_back({"avx2", &avx2_row_kernels(), &avx2_step_kernels(), nullptr});
+    all.push_back({"avx2", &avx2_row_kernels(), &avx2_step_kernels(), {}});
+  } else {
+    miss(found, "avx2", "the processor does not have it");
   }
 #endif
-  found.push_back({"portable", &portable_row_kernels(), &portable_step_kernels(), nullptr});
+  all.push_back({"portable", &portable_row_kernels(), &portable_step_kernels(), {}});
+#if defined(MFT_AMX)
+  if (bfloat16) all.push_back(of_avx512("amx_emulated", &emulated_amx_gemm()));
+#endif
   return found;
 }
 
-const std::vector<Capability>& capabilities() {
-  static const std::vector<Capability> found = detect();
-  return found;
+const Found& found() {
+  static const Found once = detect();
+  return once;
 }
 
 }  // namespace
 
 const Capability& chosen_capability() {
   const char* wanted = std::getenv("MFT_CPU_CAPABILITY");
-  if (wanted == nullptr || *wanted == '\0') return capabilities().front();
-  for (const Capability& capability : capabilities()) {
+  if (wanted == nullptr || *wanted == '\0') return found().capabilities.front();
+  for (const Capability& capability : found().capabilities) {
     if (capability.name == std::string(wanted)) return capability;
   }
   throw std::runtime_error("MFT_CPU_CAPABILITY must be one of " + available_capabilities() + " on this machine, got '" +
@@ -49,11 +116,13 @@ const Capability& chosen_capability() {
 
 std::string available_capabilities() {
   std::string names;
-  for (const Capability& capability : capabilities()) {
+  for (const Capability& capability : found().capabilities) {
     if (!names.empty()) names += ",";
     names += capability.name;
   }
   return names;
 }
+
+std::string missing_capabilities() { return found().missing; }
 
 }  // namespace mft

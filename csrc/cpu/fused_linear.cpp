@@ -1,4 +1,4 @@
-// The masked linear layer and its score gradient in bf16, the mask fused into the packing of a GEMM (gemm_bfloat16.h).
+// The masked linear layer and its score gradient, the mask fused into the packing of a GEMM (gemm.h).
 //
 // The activations are packed once a call. Then each thread takes blocks of the weight: it masks a block of the weight
 // into its own cache while it packs it, multiplies, and meanwhile brings in the next block. Sums run in fp32 over the
@@ -7,23 +7,18 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <utility>
 #include <vector>
 
-#include "gemm_bfloat16.h"
+#include "gemm.h"
 #include "parallel.h"
 #include "scratch.h"
 
 namespace mft {
-namespace bfloat16 {
 namespace {
 
-// From sweeps on Zen 5 (1 MiB L2 a core, 2 threads, N = K = 4096, M = 64, 512 and 2048, 2026-11-24); flat around them. On
-// Zen 4 twice the rows are level at M = 512 and 3 % slower at M = 64.
-constexpr int64_t kWeightRows = 96;        // rows of the weight in a block: 8 tiles, 104 KB a depth of 512 packed
-constexpr int64_t kWeightColumns = 256;    // columns of it in a block of d_x: with kGradDepth rows 128 KB packed
-constexpr int64_t kGradDepth = 256;        // divides kDepth
-constexpr int64_t kTaskColumns = 1024;     // columns in a task of d_x: half a page of a bf16 row, as page walks cost
+constexpr int64_t kWeightColumns = 256;    // columns of the weight in a block of d_x
 constexpr int64_t kTokens = 2048;          // the fp32 sums of a block are kept for so many tokens
 constexpr int64_t kSumBytes = 4 << 20;     // and take no more than this a thread
 constexpr int64_t kCacheBytes = 16 << 20;  // an output beyond this is written around the cache
@@ -41,13 +36,7 @@ class Buffer {
   Scratch scratch_;
 };
 
-const uint16_t* elements(const Matrix& m, int64_t row, int64_t column = 0) {
-  return reinterpret_cast<const uint16_t*>(m.row(row)) + column;
-}
-
-uint16_t* mutable_elements(const Matrix& m, int64_t row, int64_t column = 0) {
-  return reinterpret_cast<uint16_t*>(m.row(row)) + column;
-}
+char* at(const Matrix& m, int64_t row, int64_t column = 0) { return m.row(row) + column * bytes_of(m.format); }
 
 // A dimension cut into blocks of nearly equal size, as many for each thread.
 struct Cut {
@@ -76,24 +65,27 @@ void for_workers(int64_t tasks, const F& f) {
   });
 }
 
-// f(begin, end) of nearly equal groups of at most 12 rows.
+// f(begin, end) of the rows of each tile: nearly equal numbers, or as many as a whole tile takes.
 template <typename F>
-void for_tile_rows(int64_t rows, const F& f) {
-  const int64_t tiles = divide_up(rows, kTileRows);
-  for (int64_t t = 0; t < tiles; ++t) f(rows * t / tiles, rows * (t + 1) / tiles);
+void for_tile_rows(const Gemm& gemm, int64_t rows, const F& f) {
+  const int64_t tiles = divide_up(rows, gemm.tile_rows);
+  const auto begin = [&](int64_t t) {
+    return gemm.whole_tiles ? std::min(rows, t * gemm.tile_rows) : rows * t / tiles;
+  };
+  for (int64_t t = 0; t < tiles; ++t) f(begin(t), begin(t + 1));
 }
 
 // The addresses that multiply() brings into L2 while it works on something else: what the next tiles read at once, and
 // the weight and scores of the next block towards the end of this one, lest the tiles between push them out again.
 class Ahead {
  public:
-  // Before the first of `calls` multiplications of `pairs` pairs.
-  void start_block(int64_t calls, int64_t pairs) {
+  // Before the first of `calls` multiplications of `groups` groups.
+  void start_block(int64_t calls, int64_t groups) {
     soon_.clear();
     late_.clear();
     next_soon_ = next_late_ = 0;
     calls_left_ = calls;
-    per_call_ = pairs / kPrefetchPairs;
+    per_call_ = groups / kPrefetchGroups;
   }
 
   void add_soon(const void* from, int64_t bytes) { add(soon_, from, bytes); }
@@ -102,7 +94,7 @@ class Ahead {
   void add_late(const Matrix& weight, const MaskSource& mask, int64_t row, int64_t end_row, int64_t column,
                 int64_t columns) {
     for (int64_t r = row; r < end_row; ++r) {
-      add(late_, elements(weight, r, column), columns * 2);
+      add(late_, at(weight, r, column), columns * bytes_of(weight.format));
       if (mask.scores != nullptr) add(late_, mask.row(r, column).scores, columns * bytes_of(mask.score_format));
     }
   }
@@ -112,7 +104,7 @@ class Ahead {
     const int64_t calls_left = calls_left_--;
     if (const auto* found = take(soon_, next_soon_)) return found;
     const int64_t late = static_cast<int64_t>(late_.size() - next_late_);
-    // With all threads at a line a pair, memory is at its limit: ask at half that rate where there is time.
+    // With all threads at a line a group, memory is at its limit: ask at half that rate where there is time.
     return 2 * late >= calls_left * per_call_ ? take(late_, next_late_) : nullptr;
   }
 
@@ -134,87 +126,129 @@ class Ahead {
   int64_t calls_left_ = 0, per_call_ = 0;
 };
 
+// The depth of a product in groups, cut into blocks of kDepth; in packed operands each block is filled up with zeros.
+struct Depth {
+  int64_t elements, per_group;
+  int64_t block_elements() const { return kDepth * per_group; }
+  int64_t blocks() const { return divide_up(elements, block_elements()); }
+  int64_t first(int64_t block) const { return block * block_elements(); }
+  int64_t length(int64_t block) const { return std::min(block_elements(), elements - first(block)); }
+  int64_t groups(int64_t block) const { return divide_up(length(block), per_group); }
+  int64_t packed_groups(int64_t block) const { return round_up(groups(block), kDepthStep); }
+};
+
+// Zeros for the groups from `groups` on up to a whole step, in panels that lie panel_stride apart.
+void fill_depth(uint32_t* b, int64_t panel_stride, int64_t groups, int64_t columns) {
+  const int64_t missing = round_up(groups, kDepthStep) - groups;
+  for (int64_t c = 0; missing > 0 && c < columns; c += kTileColumns, b += panel_stride) {
+    std::memset(b + groups * kTileColumns, 0, missing * kTileColumns * sizeof *b);
+  }
+}
+
+// A thread's turn at the table's instructions.
+class Session {
+ public:
+  explicit Session(const Gemm& gemm) : gemm_(gemm) {
+    if (gemm.begin != nullptr) gemm.begin();
+  }
+  ~Session() {
+    if (gemm_.end != nullptr) gemm_.end();
+  }
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+
+ private:
+  const Gemm& gemm_;
+};
+
+}  // namespace
+
 // y.T tile = masked weight @ x.T: the weight's rows are rows of A as they lie in memory, and x.T is packed once.
-void masked_linear(const Matrix& y, const Matrix& x, const Matrix& weight, const MaskSource& mask, const void* bias) {
-  const int64_t tokens = x.rows, depth = x.columns;
-  const int64_t depth_blocks = divide_up(depth, kDepth), token_tiles = divide_up(tokens, kTileColumns);
-  const Buffer<uint32_t> panels(divide_up(depth, 2) * token_tiles * kTileColumns);
-  const auto depth_of = [&](int64_t block) { return std::min(kDepth, depth - block * kDepth); };
-  const auto panel_size = [&](int64_t block) { return divide_up(depth_of(block), 2) * kTileColumns; };
+void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, const Matrix& weight,
+                         const MaskSource& mask, const void* bias) {
+  const int64_t tokens = x.rows, token_tiles = divide_up(tokens, kTileColumns);
+  const Depth depth{x.columns, gemm.per_group};
+  const auto panel_size = [&](int64_t block) { return depth.packed_groups(block) * kTileColumns; };
+  const Buffer<uint32_t> panels(((depth.blocks() - 1) * kDepth * kTileColumns + panel_size(depth.blocks() - 1)) *
+                                token_tiles);
   const auto panel_at = [&](int64_t block, int64_t tile) {
-    return panels.get() + block * token_tiles * (kDepth / 2 * kTileColumns) + tile * panel_size(block);
+    return panels.get() + block * token_tiles * kDepth * kTileColumns + tile * panel_size(block);
   };
-  parallel_for(0, depth_blocks * token_tiles, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, depth.blocks() * token_tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / token_tiles, tile = i % token_tiles, first = tile * kTileColumns;
-      pack_transposed_panel(panel_at(block, tile), elements(x, first, block * kDepth), x.row_stride,
-                            std::min(kTileColumns, tokens - first), depth_of(block));
+      gemm.pack_transposed_panel(panel_at(block, tile), at(x, first, depth.first(block)), x.row_stride,
+                                 std::min(kTileColumns, tokens - first), depth.length(block));
     }
   });
 
-  const Cut rows(weight.rows, kWeightRows, 1);
+  const Cut rows(weight.rows, gemm.weight_rows, gemm.whole_tiles ? gemm.tile_rows : 1);
   const int64_t chunk = std::min(round_up(tokens, kTileColumns), kTokens), sum_stride = chunk + 16;
-  const int64_t sums_size = rows.largest() * sum_stride, block_size = rows.largest() * kRowStride;
+  const int64_t block_rows = round_up(rows.largest(), gemm.tile_rows);
+  const int64_t sums_size = block_rows * sum_stride, block_size = block_rows * kRowStride;
   const int64_t workers = num_threads();
   const Buffer<float> all_sums(workers * sums_size);
-  const Buffer<uint16_t> all_blocks(workers * block_size);
+  const Buffer<uint32_t> all_blocks(workers * block_size);
   for_workers(rows.blocks, [&](int64_t worker, const auto& next) {
     float* sums = all_sums.get() + worker * sums_size;
-    uint16_t* a = all_blocks.get() + worker * block_size;
+    uint32_t* a = all_blocks.get() + worker * block_size;
     Ahead ahead;
+    const Session session(gemm);
     for (int64_t task = next(), upcoming; task < rows.blocks; task = upcoming) {
       upcoming = next();
       const int64_t first = rows.begin(task), count = rows.end(task) - first;
       for (int64_t token = 0; token < tokens; token += chunk) {
         const int64_t here = std::min(chunk, tokens - token);
-        for (int64_t block = 0; block < depth_blocks; ++block) {
+        for (int64_t block = 0; block < depth.blocks(); ++block) {
           for (int64_t r = 0; r < count; ++r) {
-            pack_masked_row(a + r * kRowStride, elements(weight, first + r, block * kDepth),
-                            mask.row(first + r, block * kDepth), mask.score_format, depth_of(block));
+            gemm.pack_masked_row(a + r * kRowStride, at(weight, first + r, depth.first(block)),
+                                 mask.row(first + r, depth.first(block)), mask.score_format, depth.length(block));
           }
-          const int64_t pairs = divide_up(depth_of(block), 2);
-          ahead.start_block(divide_up(here, kTileColumns) * divide_up(count, kTileRows), pairs);
-          if (block + 1 < depth_blocks) {
-            ahead.add_late(weight, mask, first, first + count, (block + 1) * kDepth, depth_of(block + 1));
+          ahead.start_block(divide_up(here, kTileColumns) * divide_up(count, gemm.tile_rows), depth.groups(block));
+          if (block + 1 < depth.blocks()) {
+            ahead.add_late(weight, mask, first, first + count, depth.first(block + 1), depth.length(block + 1));
           } else if (token + chunk >= tokens && upcoming < rows.blocks) {
-            ahead.add_late(weight, mask, rows.begin(upcoming), rows.end(upcoming), 0, depth_of(0));
+            ahead.add_late(weight, mask, rows.begin(upcoming), rows.end(upcoming), 0, depth.length(0));
           }
           for (int64_t t = 0; t < here; t += kTileColumns) {
             const uint32_t* b = panel_at(block, (token + t) / kTileColumns);
             ahead.add_soon(b + panel_size(block), panel_size(block) * 4);
-            for_tile_rows(count, [&](int64_t begin, int64_t end) {
-              prefetch_tile(sums + end * sum_stride + t, sum_stride, kTileRows);
-              multiply(sums + begin * sum_stride + t, sum_stride, a + begin * kRowStride, b, end - begin, here - t,
-                       pairs, block > 0, ahead.take());
+            for_tile_rows(gemm, count, [&](int64_t begin, int64_t end) {
+              gemm.prefetch_tile(sums + end * sum_stride + t, sum_stride, gemm.tile_rows);
+              gemm.multiply(sums + begin * sum_stride + t, sum_stride, a + begin * kRowStride, b, end - begin,
+                            here - t, depth.groups(block), block > 0, ahead.take());
             });
           }
         }
-        store_transposed(mutable_elements(y, token, first), y.row_stride, sums, sum_stride, count, here,
-                         bias != nullptr ? static_cast<const uint16_t*>(bias) + first : nullptr);
+        gemm.store_transposed(at(y, token, first), y.row_stride, sums, sum_stride, count, here,
+                              bias != nullptr ? static_cast<const char*>(bias) + first * bytes_of(y.format) : nullptr);
       }
     }
   });
 }
 
-// d_x tile = grad_output @ masked weight: grad_output is packed once, pairs of the weight's rows become panels.
-void grad_x(const Matrix& d_x, const Matrix& grad_output, const Matrix& weight, const MaskSource& mask) {
-  const int64_t tokens = grad_output.rows, depth = weight.rows;
-  const int64_t depth_blocks = divide_up(depth, kDepth), block_size = tokens * kRowStride;
-  const Buffer<uint16_t> blocks(depth_blocks * block_size);
-  parallel_for(0, depth_blocks * tokens, 64, [&](int64_t begin, int64_t end) {
+// d_x tile = grad_output @ masked weight: grad_output is packed once, groups of the weight's rows become panels.
+void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
+                  const MaskSource& mask) {
+  const int64_t tokens = grad_output.rows;
+  const Depth depth{weight.rows, gemm.per_group};
+  const int64_t block_size = tokens * kRowStride;
+  const Buffer<uint32_t> blocks(depth.blocks() * block_size + gemm.tile_rows * kRowStride);
+  parallel_for(0, depth.blocks() * tokens, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / tokens, token = i % tokens;
-      pack_row(blocks.get() + i * kRowStride, elements(grad_output, token, block * kDepth),
-               std::min(kDepth, depth - block * kDepth));
+      gemm.pack_row(blocks.get() + i * kRowStride, at(grad_output, token, depth.first(block)), depth.length(block));
     }
   });
 
   // A task takes whole pages of the weight's rows as long as its sums fit the cache; it masks them in pieces.
   const int64_t chunk = std::max<int64_t>(1, std::min(tokens, kTokens));
   const int64_t fitting = kSumBytes / 4 / chunk / kWeightColumns * kWeightColumns;
-  const Cut columns(weight.columns, std::min(kTaskColumns, std::max(fitting, kWeightColumns)), kTileColumns);
-  const int64_t sum_stride = columns.largest() + 16, panel = kGradDepth / 2 * kTileColumns + kTileColumns;
-  const int64_t sums_size = chunk * sum_stride, panels_size = kWeightColumns / kTileColumns * panel;
+  const Cut columns(weight.columns, std::min(gemm.task_columns, std::max(fitting, kWeightColumns)), kTileColumns);
+  const int64_t sum_stride = columns.largest() + 16, panel = gemm.grad_depth * kTileColumns + kTileColumns;
+  const int64_t sums_size = round_up(chunk, gemm.tile_rows) * sum_stride;
+  const int64_t panels_size = kWeightColumns / kTileColumns * panel;
+  const int64_t depth_rows = gemm.grad_depth * gemm.per_group;
   const int64_t workers = num_threads();
   const Buffer<float> all_sums(workers * sums_size);
   const Buffer<uint32_t> all_panels(workers * panels_size);
@@ -222,44 +256,48 @@ void grad_x(const Matrix& d_x, const Matrix& grad_output, const Matrix& weight, 
     float* sums = all_sums.get() + worker * sums_size;
     uint32_t* panels = all_panels.get() + worker * panels_size;
     Ahead ahead;
+    const Session session(gemm);
     for (int64_t task; (task = next()) < columns.blocks;) {
       const int64_t first = columns.begin(task), end_column = columns.end(task);
       for (int64_t token = 0; token < tokens; token += chunk) {
         const int64_t here = std::min(chunk, tokens - token);
-        for (int64_t row = 0; row < depth; row += kGradDepth) {
-          const int64_t end_row = std::min(depth, row + kGradDepth), pairs = divide_up(end_row - row, 2);
-          const uint16_t* a = blocks.get() + row / kDepth * block_size + token * kRowStride + row % kDepth;
+        for (int64_t row = 0; row < weight.rows; row += depth_rows) {
+          const int64_t end_row = std::min(weight.rows, row + depth_rows);
+          const int64_t groups = divide_up(end_row - row, gemm.per_group);
+          const uint32_t* a = blocks.get() + row / depth.block_elements() * block_size + token * kRowStride +
+                              row % depth.block_elements() / gemm.per_group;
           for (int64_t column = first; column < end_column; column += kWeightColumns) {
             const int64_t count = std::min(kWeightColumns, end_column - column);
-            for (int64_t r = row; r < end_row; r += 2) {
-              const bool odd = r + 1 < end_row;
-              pack_masked_row_pair(panels + (r - row) / 2 * kTileColumns, panel, elements(weight, r, column),
-                                   odd ? elements(weight, r + 1, column) : nullptr, mask.row(r, column),
-                                   mask.row(r + odd, column), mask.score_format, count);
+            for (int64_t r = row; r < end_row; r += gemm.per_group) {
+              const int64_t odd = std::min(r + 1, end_row - 1);
+              gemm.pack_masked_group(panels + (r - row) / gemm.per_group * kTileColumns, panel,
+                                     at(weight, r, column), r + 1 < end_row ? at(weight, odd, column) : nullptr,
+                                     mask.row(r, column), mask.row(odd, column), mask.score_format, count);
             }
-            ahead.start_block(divide_up(here, kTileRows) * divide_up(count, kTileColumns), pairs);
+            fill_depth(panels, panel, groups, count);
+            ahead.start_block(divide_up(here, gemm.tile_rows) * divide_up(count, kTileColumns), groups);
             if (column + count < end_column) {
               ahead.add_late(weight, mask, row, end_row, column + count,
                              std::min(kWeightColumns, end_column - column - count));
             } else {
-              ahead.add_late(weight, mask, end_row, std::min(depth, end_row + kGradDepth), first,
+              ahead.add_late(weight, mask, end_row, std::min(weight.rows, end_row + depth_rows), first,
                              std::min(kWeightColumns, end_column - first));
             }
-            for_tile_rows(here, [&](int64_t begin, int64_t end) {
-              for (int64_t r = end; r < std::min(here, end + kTileRows); ++r) {
-                ahead.add_soon(a + r * kRowStride, 4 * pairs);
+            for_tile_rows(gemm, here, [&](int64_t begin, int64_t end) {
+              for (int64_t r = end; r < std::min(here, end + gemm.tile_rows); ++r) {
+                ahead.add_soon(a + r * kRowStride, 4 * groups);
               }
               for (int64_t c = 0; c < count; c += kTileColumns) {
                 float* tile = sums + begin * sum_stride + column - first + c;
-                prefetch_tile(tile + kTileColumns, sum_stride, end - begin);
-                multiply(tile, sum_stride, a + begin * kRowStride, panels + c / kTileColumns * panel, end - begin,
-                         count - c, pairs, row > 0, ahead.take());
+                gemm.prefetch_tile(tile + kTileColumns, sum_stride, end - begin);
+                gemm.multiply(tile, sum_stride, a + begin * kRowStride, panels + c / kTileColumns * panel, end - begin,
+                              count - c, groups, row > 0, ahead.take());
               }
             });
           }
         }
         for (int64_t t = 0; t < here; ++t) {
-          store_row(mutable_elements(d_x, token + t, first), sums + t * sum_stride, end_column - first);
+          gemm.store_row(at(d_x, token + t, first), sums + t * sum_stride, end_column - first);
         }
       }
     }
@@ -267,79 +305,73 @@ void grad_x(const Matrix& d_x, const Matrix& grad_output, const Matrix& weight, 
 }
 
 // A tile of grad_output.T @ x never leaves the cache: weight and sign are multiplied in when its sum is complete.
-void grad_scores(const Matrix& out, const Matrix& grad_output, const Matrix& x, const Matrix& weight,
-                 const SignSource& sign, bool accumulate) {
-  const int64_t tokens = x.rows, columns = x.columns;
-  const int64_t depth_blocks = divide_up(tokens, kDepth), column_tiles = divide_up(columns, kTileColumns);
-  const int64_t panel = divide_up(std::min(tokens, kDepth), 2) * kTileColumns;
-  const Buffer<uint32_t> panels(depth_blocks * column_tiles * panel);
-  const auto depth_of = [&](int64_t block) { return std::min(kDepth, tokens - block * kDepth); };
-  parallel_for(0, divide_up(tokens, 2), 8, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t block = 2 * p / kDepth;
-      uint32_t* b = panels.get() + block * column_tiles * panel + (p - block * kDepth / 2) * kTileColumns;
-      pack_row_pair(b, panel, elements(x, 2 * p), 2 * p + 1 < tokens ? elements(x, 2 * p + 1) : nullptr, columns);
+void fused_grad_scores(const Gemm& gemm, const Matrix& out, const Matrix& grad_output, const Matrix& x,
+                       const Matrix& weight, const SignSource& sign, bool accumulate) {
+  const int64_t columns = x.columns, column_tiles = divide_up(columns, kTileColumns);
+  const Depth depth{x.rows, gemm.per_group};
+  const int64_t panel = round_up(std::min(divide_up(x.rows, gemm.per_group), kDepth), kDepthStep) * kTileColumns;
+  const Buffer<uint32_t> panels(depth.blocks() * column_tiles * panel);
+  parallel_for(0, divide_up(x.rows, gemm.per_group), 8, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t block = g / kDepth, token = g * gemm.per_group;
+      uint32_t* b = panels.get() + block * column_tiles * panel;
+      gemm.pack_group(b + (g - block * kDepth) * kTileColumns, panel, at(x, token),
+                      token + 1 < x.rows ? at(x, token + 1) : nullptr, columns);
+      if (token + gemm.per_group >= x.rows) fill_depth(b, panel, depth.groups(block), columns);
     }
   });
 
   const int64_t out_bytes = out.columns * bytes_of(out.format);
   const bool stream = !accumulate && out.rows * out_bytes > kCacheBytes && out_bytes % 64 == 0 &&
                       reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
-  const ScoreGrad grad{out.data,          out.format, elements(weight, 0), sign.scores, sign.score_format,
-                       sign.words, columns,    accumulate,          stream};
-  const Cut rows(weight.rows, kWeightRows, 1);
-  const int64_t block_size = rows.largest() * kRowStride;
-  const Buffer<uint16_t> all_blocks(num_threads() * depth_blocks * block_size);
-  const bool x_in_cache = tokens * columns * 2 <= (512 << 10);
+  const ScoreGrad grad{out.data,   out.format, weight.data, sign.scores, sign.score_format,
+                       sign.words, columns,    accumulate,  stream};
+  const Cut rows(weight.rows, gemm.weight_rows, gemm.whole_tiles ? gemm.tile_rows : 1);
+  const int64_t block_size = round_up(rows.largest(), kMostTileRows) * kRowStride;
+  const Buffer<uint32_t> all_blocks(num_threads() * depth.blocks() * block_size);
+  const bool x_in_cache = x.rows * columns * bytes_of(x.format) <= (512 << 10);
   for_workers(rows.blocks, [&](int64_t worker, const auto& next) {
-    uint16_t* blocks = all_blocks.get() + worker * depth_blocks * block_size;
+    uint32_t* blocks = all_blocks.get() + worker * depth.blocks() * block_size;
     Ahead ahead;
+    const Session session(gemm);
     for (int64_t task; (task = next()) < rows.blocks;) {
       const int64_t first = rows.begin(task), count = rows.end(task) - first;
-      for (int64_t block = 0; block < depth_blocks; ++block) {
-        pack_transposed_block(blocks + block * block_size, elements(grad_output, block * kDepth, first),
-                              grad_output.row_stride, depth_of(block), count);
+      for (int64_t block = 0; block < depth.blocks(); ++block) {
+        gemm.pack_transposed_block(blocks + block * block_size, at(grad_output, depth.first(block), first),
+                                   grad_output.row_stride, depth.length(block), count);
       }
       const auto tile = [&](int64_t begin, int64_t end, int64_t c) {
-        alignas(64) float sum[kTileRows * kTileColumns] = {};
-        for (int64_t block = 0; block < depth_blocks; ++block) {
-          const int64_t pairs = divide_up(depth_of(block), 2);
-          multiply(sum, kTileColumns, blocks + block * block_size + begin * kRowStride,
-                   panels.get() + (block * column_tiles + c / kTileColumns) * panel, end - begin, columns - c, pairs,
-                   block > 0, ahead.take());
+        alignas(64) float sum[kMostTileRows * kTileColumns];
+        for (int64_t block = 0; block < depth.blocks(); ++block) {
+          gemm.multiply(sum, kTileColumns, blocks + block * block_size + begin * kRowStride,
+                        panels.get() + (block * column_tiles + c / kTileColumns) * panel, end - begin, columns - c,
+                        depth.groups(block), block > 0, ahead.take());
         }
-        store_score_grad(grad, sum, first + begin, end - begin, c);
+        if (depth.blocks() == 0) std::memset(sum, 0, sizeof sum);
+        gemm.store_score_grad(grad, sum, first + begin, end - begin, c);
       };
       if (x_in_cache) {
-        for_tile_rows(count, [&](int64_t begin, int64_t end) {
+        for_tile_rows(gemm, count, [&](int64_t begin, int64_t end) {
           for (int64_t c = 0; c < columns; c += kTileColumns) {
-            prefetch_score_grad(grad, first + begin, end - begin, c + 2 * kTileColumns);
+            gemm.prefetch_score_grad(grad, first + begin, end - begin, c + 2 * kTileColumns);
             tile(begin, end, c);
           }
         });
       } else {
         for (int64_t c = 0; c < columns; c += kTileColumns) {
-          ahead.start_block(0, kDepth / 2);
-          for (int64_t block = 0; block < depth_blocks; ++block) {
+          ahead.start_block(0, kDepth);
+          for (int64_t block = 0; block < depth.blocks(); ++block) {
             ahead.add_soon(panels.get() + (block * column_tiles + c / kTileColumns + 1) * panel, panel * 4);
           }
-          for_tile_rows(count, [&](int64_t begin, int64_t end) {
-            prefetch_score_grad(grad, first + begin, end - begin, c);
+          for_tile_rows(gemm, count, [&](int64_t begin, int64_t end) {
+            gemm.prefetch_score_grad(grad, first + begin, end - begin, c);
             tile(begin, end, c);
           });
         }
       }
     }
-    finish_streams();
+    gemm.finish_streams();
   });
-}
-
-}  // namespace
-}  // namespace bfloat16
-
-const FusedLinear& fused_linear() {
-  static const FusedLinear table = {bfloat16::masked_linear, bfloat16::grad_x, bfloat16::grad_scores};
-  return table;
 }
 
 }  // namespace mft

@@ -1,21 +1,20 @@
-// The masked linear layer and its score gradient in bf16, the mask fused into the packing of a GEMM (gemm_bfloat16.h).
+// The masked linear layer and its score gradient, the mask fused into the packing of a GEMM (gemm.h).
 //
-// Same shapes and meaning as linear.h, every matrix but scores and out in bf16; needs AVX512-BF16.
+// Same shapes and meaning as linear.h, every matrix but scores and out in the table's format, the weight not empty.
 #pragma once
 
+#include "gemm.h"
 #include "linear.h"
 
 namespace mft {
 
-struct FusedLinear {
-  void (*masked_linear)(const Matrix& y, const Matrix& x, const Matrix& weight, const MaskSource& mask,
-                        const void* bias);
-  void (*grad_x)(const Matrix& d_x, const Matrix& grad_output, const Matrix& weight, const MaskSource& mask);
-  void (*grad_scores)(const Matrix& out, const Matrix& grad_output, const Matrix& x, const Matrix& weight,
-                      const SignSource& sign, bool accumulate);
-};
+void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, const Matrix& weight,
+                         const MaskSource& mask, const void* bias);
 
-// Compiled in where the compiler knows AVX512-BF16 (MFT_DOT_BFLOAT16).
-const FusedLinear& fused_linear();
+void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
+                  const MaskSource& mask);
+
+void fused_grad_scores(const Gemm& gemm, const Matrix& out, const Matrix& grad_output, const Matrix& x,
+                       const Matrix& weight, const SignSource& sign, bool accumulate);
 
 }  // namespace mft

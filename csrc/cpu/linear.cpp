@@ -2,7 +2,7 @@
 //
 // A slab is masked by all threads into a scratch that stays in the cache, then torch's GEMM takes it. The forward and
 // the score gradient cut the weight by rows, d_x by columns: so no sum is split, and no rounding is added.
-// In bf16, a machine with AVX512-BF16 takes fused_linear.cpp instead (d_weight excepted, which is seldom asked for).
+// With AVX-512, fused_linear.cpp is taken instead (d_weight excepted, which is seldom asked for).
 #include "linear.h"
 
 #include <algorithm>
@@ -76,16 +76,16 @@ void mask_slab(const Capability& cpu, const Matrix& out, const Matrix& weight, c
   });
 }
 
-const FusedLinear* fused(const Capability& cpu, const Matrix& weight) {
+const Gemm* fused(const Capability& cpu, const Matrix& weight) {
   const bool empty = weight.rows == 0 || weight.columns == 0;
-  return weight.format == Format::kBFloat16 && !empty ? cpu.bfloat16 : nullptr;
+  return empty ? nullptr : cpu.gemms[static_cast<int>(weight.format)];
 }
 
 }  // namespace
 
 void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
                    const MaskSource& mask, const void* bias) {
-  if (const FusedLinear* f = fused(cpu, weight)) return f->masked_linear(y, x, weight, mask, bias);
+  if (const Gemm* gemm = fused(cpu, weight)) return fused_masked_linear(*gemm, y, x, weight, mask, bias);
   const int64_t rows = slab_length(weight.columns * bytes_of(weight.format), weight.rows);
   const int64_t depth = filled(weight.columns, weight.format);
   const Dense operand(x, depth);
@@ -102,7 +102,7 @@ void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, cons
 
 void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
             const MaskSource& mask) {
-  if (const FusedLinear* f = fused(cpu, weight)) return f->grad_x(d_x, grad_output, weight, mask);
+  if (const Gemm* gemm = fused(cpu, weight)) return fused_grad_x(*gemm, d_x, grad_output, weight, mask);
   const int64_t columns = slab_length(weight.rows * bytes_of(weight.format), weight.columns);
   const int64_t depth = filled(weight.rows, weight.format);
   const Dense operand(grad_output, depth);
@@ -130,7 +130,9 @@ void grad_weight(const Capability& cpu, const Matrix& d_weight, const Matrix& gr
 
 void grad_scores(const Capability& cpu, const Matrix& out, const Matrix& grad_output, const Matrix& x,
                  const Matrix& weight, const SignSource& sign, bool accumulate) {
-  if (const FusedLinear* f = fused(cpu, weight)) return f->grad_scores(out, grad_output, x, weight, sign, accumulate);
+  if (const Gemm* gemm = fused(cpu, weight)) {
+    return fused_grad_scores(*gemm, out, grad_output, x, weight, sign, accumulate);
+  }
   const int64_t rows = slab_length(weight.columns * bytes_of(x.format), weight.rows);
   const auto scratch = make_scratch(rows * weight.columns, x.format);
   for (int64_t r = 0; r < weight.rows; r += rows) {
