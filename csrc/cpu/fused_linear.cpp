@@ -18,9 +18,11 @@
 namespace mft {
 namespace {
 
-constexpr int64_t kWeightColumns = 256;    // columns of the weight in a block of d_x
 constexpr int64_t kTokens = 2048;          // the fp32 sums of a block are kept for so many tokens
 constexpr int64_t kSumBytes = 4 << 20;     // and take no more than this a thread
+constexpr int64_t kOperandBytes = 1 << 20; // packed operands up to this stay in a core's own cache
+constexpr int64_t kRowsAhead = 4;          // of the weight, when they are brought in while others are packed
+constexpr int64_t kColumnRowsAhead = 16;   // the same, of pieces of rows
 constexpr int64_t kCacheBytes = 16 << 20;  // an output beyond this is written around the cache
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -79,16 +81,20 @@ void for_tile_rows(const Gemm& gemm, int64_t rows, const F& f) {
 // the weight and scores of the next block towards the end of this one, lest the tiles between push them out again.
 class Ahead {
  public:
+  explicit Ahead(const Gemm& gemm) : gemm_(gemm) {}
+
   // Before the first of `calls` multiplications of `groups` groups.
   void start_block(int64_t calls, int64_t groups) {
     soon_.clear();
     late_.clear();
     next_soon_ = next_late_ = 0;
     calls_left_ = calls;
-    per_call_ = groups / kPrefetchGroups;
+    per_call_ = groups / gemm_.prefetch_groups;
   }
 
-  void add_soon(const void* from, int64_t bytes) { add(soon_, from, bytes); }
+  void add_soon(const void* from, int64_t bytes) {
+    if (gemm_.prefetch_operands) add(soon_, from, bytes);
+  }
 
   // Rows of the weight, and of the scores where the mask comes from them.
   void add_late(const Matrix& weight, const MaskSource& mask, int64_t row, int64_t end_row, int64_t column,
@@ -121,6 +127,7 @@ class Ahead {
     return list.data() + next - per_call_;
   }
 
+  const Gemm& gemm_;
   std::vector<const char*> soon_, late_;
   size_t next_soon_ = 0, next_late_ = 0;
   int64_t calls_left_ = 0, per_call_ = 0;
@@ -161,6 +168,50 @@ class Session {
   const Gemm& gemm_;
 };
 
+// Prefetches part of a row of the weight, and of its scores.
+void prefetch_row(const Matrix& weight, const MaskSource& mask, int64_t row, int64_t column, int64_t columns) {
+  const auto bring = [&](const void* from, int64_t bytes) {
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(from) + b);
+  };
+  bring(at(weight, row, column), columns * bytes_of(weight.format));
+  if (mask.scores != nullptr) bring(mask.row(row, column).scores, columns * bytes_of(mask.score_format));
+}
+
+// The forward where all of packed x stays in the cache: as many rows of the weight as a tile has, for all tokens at once.
+template <typename PanelAt>
+void multiply_narrow(const Gemm& gemm, const Matrix& y, const Matrix& weight, const MaskSource& mask, const void* bias,
+                     const Depth& depth, const PanelAt& panel_at) {
+  const Cut rows(weight.rows, gemm.tile_rows, gemm.whole_tiles ? gemm.tile_rows : 1);
+  const int64_t sum_stride = round_up(y.rows, kTileColumns), sums_size = gemm.tile_rows * sum_stride;
+  const int64_t block_size = gemm.tile_rows * kRowStride;
+  const Buffer<uint32_t> all_blocks(num_threads() * block_size);
+  const Buffer<float> all_sums(num_threads() * sums_size);
+  for_workers(rows.blocks, [&](int64_t worker, const auto& next) {
+    uint32_t* a = all_blocks.get() + worker * block_size;
+    float* sums = all_sums.get() + worker * sums_size;
+    const Session session(gemm);
+    for (int64_t task; (task = next()) < rows.blocks;) {
+      const int64_t first = rows.begin(task), count = rows.end(task) - first;
+      for (int64_t block = 0; block < depth.blocks(); ++block) {
+        for (int64_t r = 0; r < count; ++r) {
+          const int64_t later = r + kRowsAhead, over = later >= count;  // the same rows come in the next block
+          if (block + over < depth.blocks()) {
+            prefetch_row(weight, mask, first + later % count, depth.first(block + over), depth.length(block + over));
+          }
+          gemm.pack_masked_row(a + r * kRowStride, at(weight, first + r, depth.first(block)),
+                               mask.row(first + r, depth.first(block)), mask.score_format, depth.length(block));
+        }
+        for (int64_t token = 0; token < y.rows; token += kTileColumns) {
+          gemm.multiply(sums + token, sum_stride, a, panel_at(block, token / kTileColumns), count, y.rows - token,
+                        depth.groups(block), block > 0, nullptr);
+        }
+      }
+      gemm.store_transposed(at(y, 0, first), y.row_stride, sums, sum_stride, count, y.rows,
+                            bias != nullptr ? static_cast<const char*>(bias) + first * bytes_of(y.format) : nullptr);
+    }
+  });
+}
+
 }  // namespace
 
 // y.T tile = masked weight @ x.T: the weight's rows are rows of A as they lie in memory, and x.T is packed once.
@@ -182,6 +233,10 @@ void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, con
     }
   });
 
+  if (token_tiles * kTileColumns * x.columns * bytes_of(x.format) <= kOperandBytes) {
+    multiply_narrow(gemm, y, weight, mask, bias, depth, panel_at);
+    return;
+  }
   const Cut rows(weight.rows, gemm.weight_rows, gemm.whole_tiles ? gemm.tile_rows : 1);
   const int64_t chunk = std::min(round_up(tokens, kTileColumns), kTokens), sum_stride = chunk + 16;
   const int64_t block_rows = round_up(rows.largest(), gemm.tile_rows);
@@ -192,7 +247,7 @@ void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, con
   for_workers(rows.blocks, [&](int64_t worker, const auto& next) {
     float* sums = all_sums.get() + worker * sums_size;
     uint32_t* a = all_blocks.get() + worker * block_size;
-    Ahead ahead;
+    Ahead ahead(gemm);
     const Session session(gemm);
     for (int64_t task = next(), upcoming; task < rows.blocks; task = upcoming) {
       upcoming = next();
@@ -201,6 +256,9 @@ void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, con
         const int64_t here = std::min(chunk, tokens - token);
         for (int64_t block = 0; block < depth.blocks(); ++block) {
           for (int64_t r = 0; r < count; ++r) {
+            if (r + kRowsAhead < count) {
+              prefetch_row(weight, mask, first + r + kRowsAhead, depth.first(block), depth.length(block));
+            }
             gemm.pack_masked_row(a + r * kRowStride, at(weight, first + r, depth.first(block)),
                                  mask.row(first + r, depth.first(block)), mask.score_format, depth.length(block));
           }
@@ -243,11 +301,11 @@ void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output
 
   // A task takes whole pages of the weight's rows as long as its sums fit the cache; it masks them in pieces.
   const int64_t chunk = std::max<int64_t>(1, std::min(tokens, kTokens));
-  const int64_t fitting = kSumBytes / 4 / chunk / kWeightColumns * kWeightColumns;
-  const Cut columns(weight.columns, std::min(gemm.task_columns, std::max(fitting, kWeightColumns)), kTileColumns);
+  const int64_t fitting = kSumBytes / 4 / chunk / gemm.weight_columns * gemm.weight_columns;
+  const Cut columns(weight.columns, std::min(gemm.task_columns, std::max(fitting, gemm.weight_columns)), kTileColumns);
   const int64_t sum_stride = columns.largest() + 16, panel = gemm.grad_depth * kTileColumns + kTileColumns;
   const int64_t sums_size = round_up(chunk, gemm.tile_rows) * sum_stride;
-  const int64_t panels_size = kWeightColumns / kTileColumns * panel;
+  const int64_t panels_size = gemm.weight_columns / kTileColumns * panel;
   const int64_t depth_rows = gemm.grad_depth * gemm.per_group;
   const int64_t workers = num_threads();
   const Buffer<float> all_sums(workers * sums_size);
@@ -255,7 +313,7 @@ void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output
   for_workers(columns.blocks, [&](int64_t worker, const auto& next) {
     float* sums = all_sums.get() + worker * sums_size;
     uint32_t* panels = all_panels.get() + worker * panels_size;
-    Ahead ahead;
+    Ahead ahead(gemm);
     const Session session(gemm);
     for (int64_t task; (task = next()) < columns.blocks;) {
       const int64_t first = columns.begin(task), end_column = columns.end(task);
@@ -266,10 +324,14 @@ void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output
           const int64_t groups = divide_up(end_row - row, gemm.per_group);
           const uint32_t* a = blocks.get() + row / depth.block_elements() * block_size + token * kRowStride +
                               row % depth.block_elements() / gemm.per_group;
-          for (int64_t column = first; column < end_column; column += kWeightColumns) {
-            const int64_t count = std::min(kWeightColumns, end_column - column);
+          for (int64_t column = first; column < end_column; column += gemm.weight_columns) {
+            const int64_t count = std::min(gemm.weight_columns, end_column - column);
             for (int64_t r = row; r < end_row; r += gemm.per_group) {
               const int64_t odd = std::min(r + 1, end_row - 1);
+              for (int64_t i = r; i < r + gemm.per_group; ++i) {
+                const int64_t later = std::min(i + kColumnRowsAhead, end_row - 1);
+                prefetch_row(weight, mask, later, column, count);
+              }
               gemm.pack_masked_group(panels + (r - row) / gemm.per_group * kTileColumns, panel,
                                      at(weight, r, column), r + 1 < end_row ? at(weight, odd, column) : nullptr,
                                      mask.row(r, column), mask.row(odd, column), mask.score_format, count);
@@ -278,10 +340,10 @@ void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output
             ahead.start_block(divide_up(here, gemm.tile_rows) * divide_up(count, kTileColumns), groups);
             if (column + count < end_column) {
               ahead.add_late(weight, mask, row, end_row, column + count,
-                             std::min(kWeightColumns, end_column - column - count));
+                             std::min(gemm.weight_columns, end_column - column - count));
             } else {
               ahead.add_late(weight, mask, end_row, std::min(weight.rows, end_row + depth_rows), first,
-                             std::min(kWeightColumns, end_column - first));
+                             std::min(gemm.weight_columns, end_column - first));
             }
             for_tile_rows(gemm, here, [&](int64_t begin, int64_t end) {
               for (int64_t r = end; r < std::min(here, end + gemm.tile_rows); ++r) {
@@ -332,7 +394,7 @@ void fused_grad_scores(const Gemm& gemm, const Matrix& out, const Matrix& grad_o
   const bool x_in_cache = x.rows * columns * bytes_of(x.format) <= (512 << 10);
   for_workers(rows.blocks, [&](int64_t worker, const auto& next) {
     uint32_t* blocks = all_blocks.get() + worker * depth.blocks() * block_size;
-    Ahead ahead;
+    Ahead ahead(gemm);
     const Session session(gemm);
     for (int64_t task; (task = next()) < rows.blocks;) {
       const int64_t first = rows.begin(task), count = rows.end(task) - first;

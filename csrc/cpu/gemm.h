@@ -22,8 +22,7 @@ constexpr int64_t kTileColumns = 32;
 constexpr int64_t kDepth = 256;             // groups
 constexpr int64_t kRowStride = kDepth + 16;  // rows 1088 B apart: at 1024 B all rows of a tile would share L1 sets
 constexpr int64_t kDepthStep = 16;          // groups: a row of a tile of AMX
-constexpr int64_t kPrefetchBytes = 512;     // what one entry of multiply()'s list covers ...
-constexpr int64_t kPrefetchGroups = 8;      // ... in so many groups: a line a group
+constexpr int64_t kPrefetchBytes = 512;     // what one entry of multiply()'s list covers
 
 // Where the score gradient of a matrix goes, and what it is made with.
 struct ScoreGrad {
@@ -45,16 +44,19 @@ struct Gemm {
   // Whether multiply() reads and writes all rows of a tile, whatever it is asked for: then tiles begin at multiples of
   // tile_rows, and there is memory behind the last.
   bool whole_tiles;
+  int64_t prefetch_groups;  // in which multiply() asks for an entry of its list
+  bool prefetch_operands;   // whether that pays for packed operands, which the processor may bring in by itself
   int64_t weight_rows;   // of the weight in a block of the forward and the score gradient, a multiple of tile_rows
-  int64_t grad_depth;    // groups in a block of d_x; divides kDepth
-  int64_t task_columns;  // of the weight in a task of d_x, at most
+  int64_t grad_depth;      // groups in a block of d_x; divides kDepth
+  int64_t weight_columns;  // of the weight in such a block, a multiple of 32
+  int64_t task_columns;    // of the weight in a task of d_x, at most
 
   // Around all multiplications of a thread; nullptr: nothing to do.
   void (*begin)();
   void (*end)();
 
   // tile (rows, columns) = [tile +] A @ B over `groups` groups; columns are rounded up to 16 or 32.
-  // prefetch: nullptr, or an address for every kPrefetchGroups groups, from which kPrefetchBytes are brought into L2.
+  // prefetch: nullptr, or an address for every prefetch_groups groups, from which kPrefetchBytes are brought into L2.
   void (*multiply)(float* tile, int64_t tile_stride, const uint32_t* a, const uint32_t* b, int64_t rows,
                    int64_t columns, int64_t groups, bool add, const char* const* prefetch);
 

@@ -25,10 +25,13 @@ const Gemm& bfloat16_gemm() {
   static const Gemm table = [] {
     Gemm gemm = gemm_of_pairs();
     gemm.tile_rows = kVectorTileRows;
+    gemm.prefetch_groups = kPrefetchGroups;
+    gemm.prefetch_operands = true;
     // From sweeps on Zen 5 (1 MiB L2 a core, 2 threads, N = K = 4096, M = 64, 512 and 2048, 2026-11-24); flat around
     // them. On Zen 4 twice the rows are level at M = 512 and 3 % slower at M = 64.
     gemm.weight_rows = 96;    // 104 KB a block
     gemm.grad_depth = 128;    // with 256 columns 128 KB packed
+    gemm.weight_columns = 256;
     gemm.task_columns = 1024;  // half a page of a bf16 row, as page walks cost
     gemm.multiply = multiply_vectors<DotProduct>;
     return gemm;

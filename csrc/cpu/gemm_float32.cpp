@@ -94,8 +94,11 @@ Gemm make_gemm() {
   gemm.format = kFormat;
   gemm.per_group = 1;
   gemm.tile_rows = kVectorTileRows;
+  gemm.prefetch_groups = kPrefetchGroups;
+  gemm.prefetch_operands = true;
   gemm.weight_rows = 96;
   gemm.grad_depth = 128;
+  gemm.weight_columns = 256;
   gemm.task_columns = 512;
   gemm.multiply = multiply_vectors<FusedMultiplyAdd>;
   gemm.prefetch_tile = prefetch_tile;
