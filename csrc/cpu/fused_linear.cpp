@@ -23,6 +23,7 @@ constexpr int64_t kSumBytes = 4 << 20;     // and take no more than this a threa
 constexpr int64_t kOperandBytes = 1 << 20; // packed operands up to this stay in a core's own cache
 constexpr int64_t kRowsAhead = 4;          // of the weight, when they are brought in while others are packed
 constexpr int64_t kColumnRowsAhead = 16;   // the same, of pieces of rows
+constexpr int64_t kTilesAbreast = 16;      // 1 KB of a bf16 row
 constexpr int64_t kCacheBytes = 16 << 20;  // an output beyond this is written around the cache
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -391,7 +392,11 @@ void fused_grad_scores(const Gemm& gemm, const Matrix& out, const Matrix& grad_o
   const Cut rows(weight.rows, gemm.weight_rows, gemm.whole_tiles ? gemm.tile_rows : 1);
   const int64_t block_size = round_up(rows.largest(), kMostTileRows) * kRowStride;
   const Buffer<uint32_t> all_blocks(num_threads() * depth.blocks() * block_size);
+  // So many tiles side by side pass all rows before the next ones do: their panels stay in the cache meanwhile.
   const bool x_in_cache = x.rows * columns * bytes_of(x.format) <= (512 << 10);
+  const int64_t panels_bytes = std::max<int64_t>(depth.blocks() * panel * 4, 1);
+  const int64_t fitting = std::clamp<int64_t>(gemm.panels_bytes / panels_bytes, 1, kTilesAbreast);
+  const int64_t abreast = std::min(gemm.panels_bytes == 0 && x_in_cache ? column_tiles : fitting, column_tiles);
   for_workers(rows.blocks, [&](int64_t worker, const auto& next) {
     uint32_t* blocks = all_blocks.get() + worker * depth.blocks() * block_size;
     Ahead ahead(gemm);
@@ -402,34 +407,33 @@ void fused_grad_scores(const Gemm& gemm, const Matrix& out, const Matrix& grad_o
         gemm.pack_transposed_block(blocks + block * block_size, at(grad_output, depth.first(block), first),
                                    grad_output.row_stride, depth.length(block), count);
       }
-      const auto tile = [&](int64_t begin, int64_t end, int64_t c) {
-        alignas(64) float sum[kMostTileRows * kTileColumns];
-        for (int64_t block = 0; block < depth.blocks(); ++block) {
-          gemm.multiply(sum, kTileColumns, blocks + block * block_size + begin * kRowStride,
-                        panels.get() + (block * column_tiles + c / kTileColumns) * panel, end - begin, columns - c,
-                        depth.groups(block), block > 0, ahead.take());
+      for (int64_t tile = 0; tile < column_tiles; tile += abreast) {
+        const int64_t end_tile = std::min(tile + abreast, column_tiles), end_column = end_tile * kTileColumns;
+        ahead.start_block(0, kDepth);
+        for (int64_t block = 0; !x_in_cache && block < depth.blocks(); ++block) {
+          ahead.add_soon(panels.get() + (block * column_tiles + end_tile) * panel,
+                         std::min(abreast, column_tiles - end_tile) * panel * 4);
         }
-        if (depth.blocks() == 0) std::memset(sum, 0, sizeof sum);
-        gemm.store_score_grad(grad, sum, first + begin, end - begin, c);
-      };
-      if (x_in_cache) {
         for_tile_rows(gemm, count, [&](int64_t begin, int64_t end) {
-          for (int64_t c = 0; c < columns; c += kTileColumns) {
-            gemm.prefetch_score_grad(grad, first + begin, end - begin, c + 2 * kTileColumns);
-            tile(begin, end, c);
+          for (int64_t c = tile * kTileColumns; c < end_column; c += kTileColumns) {
+            if (gemm.panels_bytes == 0) {
+              gemm.prefetch_score_grad(grad, first + begin, end - begin, x_in_cache ? c + 2 * kTileColumns : c,
+                                       kTileColumns);
+            } else {  // a share of what the tiles of the next rows read: row by row, as it lies in memory
+              const int64_t share = divide_up(gemm.tile_rows, abreast), row = end + (c / kTileColumns - tile) * share;
+              gemm.prefetch_score_grad(grad, first + row, std::min(share, count - row), tile * kTileColumns,
+                                       abreast * kTileColumns);
+            }
+            alignas(64) float sum[kMostTileRows * kTileColumns];
+            for (int64_t block = 0; block < depth.blocks(); ++block) {
+              gemm.multiply(sum, kTileColumns, blocks + block * block_size + begin * kRowStride,
+                            panels.get() + (block * column_tiles + c / kTileColumns) * panel, end - begin, columns - c,
+                            depth.groups(block), block > 0, ahead.take());
+            }
+            if (depth.blocks() == 0) std::memset(sum, 0, sizeof sum);
+            gemm.store_score_grad(grad, sum, first + begin, end - begin, c);
           }
         });
-      } else {
-        for (int64_t c = 0; c < columns; c += kTileColumns) {
-          ahead.start_block(0, kDepth);
-          for (int64_t block = 0; block < depth.blocks(); ++block) {
-            ahead.add_soon(panels.get() + (block * column_tiles + c / kTileColumns + 1) * panel, panel * 4);
-          }
-          for_tile_rows(gemm, count, [&](int64_t begin, int64_t end) {
-            gemm.prefetch_score_grad(grad, first + begin, end - begin, c);
-            tile(begin, end, c);
-          });
-        }
       }
     }
     gemm.finish_streams();

@@ -50,6 +50,7 @@ struct Gemm {
   int64_t grad_depth;      // groups in a block of d_x; divides kDepth
   int64_t weight_columns;  // of the weight in such a block, a multiple of 32
   int64_t task_columns;    // of the weight in a task of d_x, at most
+  int64_t panels_bytes;    // of packed x that the score gradient keeps while all rows of a block pass; 0: one tile's
 
   // Around all multiplications of a thread; nullptr: nothing to do.
   void (*begin)();
@@ -95,8 +96,9 @@ struct Gemm {
   // to 32 columns at (row, column), column a multiple of 32.
   void (*store_score_grad)(const ScoreGrad& grad, const float* tile, int64_t row, int64_t rows, int64_t column);
 
-  // Brings what store_score_grad will read into L1.
-  void (*prefetch_score_grad)(const ScoreGrad& grad, int64_t row, int64_t rows, int64_t column);
+  // Brings what store_score_grad will read of these rows and columns into the cache; no more than there is, nothing of
+  // less than one row.
+  void (*prefetch_score_grad)(const ScoreGrad& grad, int64_t row, int64_t rows, int64_t column, int64_t columns);
 
   // Makes streamed writes visible to other threads.
   void (*finish_streams)();

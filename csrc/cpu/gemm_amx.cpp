@@ -98,6 +98,7 @@ const Gemm& amx_gemm() {
     gemm.grad_depth = 128;
     gemm.weight_columns = 512;
     gemm.task_columns = 2048;
+    gemm.panels_bytes = 512 << 10;
     gemm.begin = tile_begin;
     gemm.end = tile_end;
     gemm.multiply = multiply;

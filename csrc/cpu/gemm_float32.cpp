@@ -100,6 +100,7 @@ Gemm make_gemm() {
   gemm.grad_depth = 128;
   gemm.weight_columns = 256;
   gemm.task_columns = 512;
+  gemm.panels_bytes = 0;
   gemm.multiply = multiply_vectors<FusedMultiplyAdd>;
   gemm.prefetch_tile = prefetch_tile;
   gemm.pack_row = Pack::pack_row;

@@ -333,19 +333,19 @@ void store_score_grad(const ScoreGrad& grad, const float* tile, int64_t row, int
 }
 
 template <int kWrite>
-inline void prefetch_columns(const void* base, Format format, int64_t at) {
-  const char* p = static_cast<const char*>(base) + at * bytes_of(format);
-  __builtin_prefetch(p, kWrite);
-  if (format == Format::kFloat32) __builtin_prefetch(p + 64, kWrite);
+inline void prefetch_bytes(const void* base, Format format, int64_t at, int64_t columns) {
+  const char* from = static_cast<const char*>(base) + at * bytes_of(format);
+  for (int64_t b = 0; b < columns * bytes_of(format); b += 64) __builtin_prefetch(from + b, kWrite);
 }
 
 template <Format kFormat>
-void prefetch_score_grad(const ScoreGrad& grad, int64_t row, int64_t rows, int64_t column) {
+void prefetch_score_grad(const ScoreGrad& grad, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  const int64_t count = columns < grad.columns - column ? columns : grad.columns - column;
   for (int64_t r = row; r < row + rows; ++r) {
     const int64_t at = r * grad.columns + column;
-    if (grad.weight != nullptr) prefetch_columns<0>(grad.weight, kFormat, at);
-    if (grad.scores != nullptr) prefetch_columns<0>(grad.scores, grad.score_format, at);
-    if (grad.accumulate) prefetch_columns<1>(grad.out, grad.out_format, at);
+    if (grad.weight != nullptr) prefetch_bytes<0>(grad.weight, kFormat, at, count);
+    if (grad.scores != nullptr) prefetch_bytes<0>(grad.scores, grad.score_format, at, count);
+    if (grad.accumulate) prefetch_bytes<1>(grad.out, grad.out_format, at, count);
   }
 }
 
