@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml
 
-.PHONY: install demo test lint errors sanitize faults fuzz architectures cuda bench bench-compare simulate gpu kernels-report kernels-report-3.6 clean
+.PHONY: install demo test lint errors sanitize ports faults fuzz architectures cuda bench bench-compare simulate gpu kernels-report kernels-report-3.6 clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +43,11 @@ sanitize: install
 	$(BIN)/python -m building.sanitized address $(if $(QUICK),$(SLIM_SANITIZED))
 	$(BIN)/python -m building.sanitized thread $(if $(QUICK),$(SLIM_SANITIZED))
 SLIM_SANITIZED := tests/test_cpu.py -k "thread or seam or beyond or misaligned or empty"
+
+# The CPU library by each g++ and clang++ of this machine, with its tests, 2 minutes each; and for aarch64, its kernels
+# executed under qemu. Says which of these tools are missing, and installs none. make ports ONLY="clang++-22 aarch64"
+ports: install
+	$(BIN)/python -m building.ports $(ONLY)
 
 # What the tests do in small, for long: runs that die or whose disk fails at every call that touches a file, writers of
 # checkpoints killed, files edited. make faults KILLS=1000 EDITS=20000

@@ -29,10 +29,10 @@ AMX_FILES = ["gemm_amx.cpp", "gemm_amx_emulated.cpp"]
 VECTOR_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 
 
-def build_cpu(directory: Path, sources: Path, extra: Sequence[str] = ()) -> dict:
+def build_cpu(directory: Path, sources: Path, extra: Sequence[str] = (), compiler: str | None = None) -> dict:
     """Build into ``directory`` from csrc, with ``extra`` flags. Returns what was used, for the report."""
     version, torch_directory = find_torch()
-    compiler = find_compiler()
+    compiler = compiler or find_compiler()
     link = Link(LIBRARY, compiler, [f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-ltorch", *extra])
     found = [replace(unit, flags=[*unit.flags, *extra]) for unit in units(compiler, torch_directory, sources)]
     build(directory, found, link)
@@ -40,9 +40,9 @@ def build_cpu(directory: Path, sources: Path, extra: Sequence[str] = ()) -> dict
     return {"compiler": first_line, "torch": version}
 
 
-def units(compiler: str, torch_directory: Path, sources: Path) -> list[Unit]:
-    """Each file of the library that this machine and compiler can use."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+def units(compiler: str, torch_directory: Path, sources: Path, machine: str | None = None) -> list[Unit]:
+    """Each file of the library that this compiler can use for ``machine``, by default the one that runs this."""
+    x86 = (machine or platform.machine()).lower() in ("x86_64", "amd64")
     dot_bfloat16 = x86 and accepts(compiler, DOT_BFLOAT16_FLAGS)
     amx = dot_bfloat16 and accepts(compiler, AMX_FLAGS)
     unknown = [*([] if dot_bfloat16 else ["gemm_bfloat16.cpp"]), *([] if amx else AMX_FILES)]

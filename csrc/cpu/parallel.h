@@ -2,13 +2,13 @@
 // OpenMP are hidden from it, so that every hand-over between them would be a race to it).
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstdint>
 #ifdef MFT_OWN_THREADS
 #include <thread>
 #include <vector>
+#else
+#include <torch/csrc/stable/ops.h>
 #endif
 
 namespace mft {
