@@ -4,12 +4,15 @@ The library picks AVX-512 with bf16 dot products, AVX-512, AVX2 or portable code
 MFT_CPU_CAPABILITY (one of ``capabilities()``) overrides that, for tests and comparisons.
 """
 
+import os
+
 import torch
 from torch import Tensor
 
 from . import reference
 from .backends import Backend, register
 from .built import load
+from .processor import NEEDS, this_processor
 from .reference import Gradients, kept_count
 
 
@@ -143,6 +146,47 @@ def score_step(
 def capabilities() -> list[str]:
     """The instruction sets that can run here, best first; empty without the library."""
     return [] if unavailable is not None else torch.ops.mft_cpu.capabilities().split(",")
+
+
+# What is run where a path is taken: for people.
+PATHS = {
+    "amx": "tiles and AVX512-BF16, permission granted",
+    "avx512_bf16": "bf16 products by AVX512-BF16",
+    "avx512": "rows by AVX-512, products by torch",
+    "avx2": "rows by AVX2, products by torch",
+    "portable": "rows by portable code, products by torch",
+}
+_CHOOSE = "MFT_CPU_CAPABILITY"
+
+
+def capability_reasons() -> str:
+    """Lines "name: reason" of the instruction sets that are ahead of the one taken, and are not."""
+    taken, available = torch.ops.mft_cpu.capability(), capabilities()
+    asked, features = os.environ.get(_CHOOSE), this_processor().features
+    lines = []
+    for name in NEEDS:
+        if name == taken:
+            break
+        if name in available:
+            lines.append(f"{name}: {_CHOOSE}={asked} asks for {taken}")
+        elif name in features:
+            lines.append(f"{name}: the processor has it, but this build of the library has no kernels for it")
+        else:
+            lines.append(f"{name}: the processor lacks it")
+    return "\n".join(lines)
+
+
+def path_taken() -> tuple[str, list[str]]:
+    """("amx: tiles and ...", the lines of capability_reasons) of the path that products take here and now.
+
+    Raises: RuntimeError if MFT_CPU_CAPABILITY names what cannot run here.
+    """
+    if unavailable is not None:
+        return "none, plain PyTorch instead", [f"the library: {unavailable}"]
+    taken = torch.ops.mft_cpu.capability()
+    what = PATHS.get(taken, "")
+    why = f"{_CHOOSE}={os.environ[_CHOOSE]} asks for it" if os.environ.get(_CHOOSE) else what
+    return f"{taken}: {why}", capability_reasons().splitlines()
 
 
 # ---------------------------------------------------------------------------------------------- below: private

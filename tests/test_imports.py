@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module may import those on lines above its own, and none on its own line.
 KERNEL_LAYERS = (
-    ("fixed_point", "reference", "testing"),
+    ("eager", "fixed_point", "processor", "reference", "testing", "timing"),
     ("reference_step",),
     ("backends", "built", "checks", "library", "maskable"),
     ("ops", "cpu", "cuda", "scores", "step", "triton"),
@@ -37,7 +37,7 @@ RECIPE_LAYERS = (
         *("regular_file", "run_lock", "simulate", "step_errors", "step_report", "token_loss"),
         *("weight_readers", "yaml_file"),
     ),
-    ("cache", "json_file"),
+    ("cache", "json_file", "measure"),
     ("gguf_file", "safetensors_file"),
     ("batches", "checkpoint", "fetch", "fields", "linears", "record_files", "saved_modules", "shapes"),
     ("activations", "causal_lm", "config", "export_file", "lora", "model_config", "setting", "harness"),

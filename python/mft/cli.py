@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from mft.config import RunConfig, load_config
-from mft.console import console
+from mft.console import console, say
 
 # Loaded inside the verbs: transformers takes seconds, and `mft --help` should not wait for it.
 
@@ -369,13 +369,19 @@ def estimate(
 
 
 @app.command()
-def env() -> None:
-    """Versions, threads, and which kernels serve which device."""
+def env(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time ours beside dense and eager PyTorch, in less than 30 s.")
+    ] = False,
+) -> None:
+    """Versions, threads, the processor, and which kernels serve which device."""
     from platform import python_version
 
     import torch
 
     import mft_kernels
+    from mft_kernels.cpu import path_taken
+    from mft_kernels.processor import this_processor
 
     console.print(f"python {python_version()}")
     console.print(f"torch {torch.__version__}")  # its metadata lack the build, such as +cpu
@@ -383,6 +389,12 @@ def env() -> None:
         console.print(f"{package} {_version(package)}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     console.print(f"threads {torch.get_num_threads()}, GPU {device}")
+    processor = this_processor()
+    say(f"processor {processor}: {', '.join(processor.features) or 'none of the instruction sets of our kernels'}")
+    path, reasons = path_taken()
+    say(f"path of the cpu library {path}")
+    for reason in reasons:
+        say(f"  not {reason}")
     report = mft_kernels.backend_report()
     table = Table("backend", "available", "what", "why not")
     for name, entry in report["backends"].items():
@@ -390,6 +402,10 @@ def env() -> None:
     console.print(table)
     for kind, name in report["auto"].items():
         console.print(f"auto on {kind}: {name} (override with MFT_KERNELS=...)")
+    if measure:
+        from mft.measure import run_measure
+
+        run_measure(console)
 
 
 @app.command()

@@ -1,0 +1,69 @@
+"""mft env --measure: what is timed is right, and what is said of it follows from the times."""
+
+import io
+
+import pytest
+import torch
+
+from mft import measure
+from mft.console import new_console
+from mft.measure import DENSE, EAGER, HELD, SCORES, Row, calls_of, conclusion, run_measure, table_of, verdict
+
+
+def row(scores, held, eager=1.0, m=1):
+    samples = {DENSE: [2.0, 2.0], SCORES: [2 * scores] * 2, HELD: [2 * held] * 2, EAGER: [2 * eager] * 2}
+    return Row("bf16", "forward", m, samples)
+
+
+def shown(content):
+    console = new_console(io.StringIO(), width=120)
+    console.print(content)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "told"), [(0.9, "faster"), (0.96, "level"), (1.0, "level"), (1.05, "level"), (1.06, "SLOWER")]
+)
+def test_five_percent_either_way_is_level(ratio, told):
+    assert verdict(ratio) == told
+
+
+def test_the_table_compares_with_dense():
+    (line,) = [line for line in shown(table_of([row(1.5, 0.8, 3.0)], 64)).splitlines() if "forward, bf16" in line]
+    assert [part.strip() for part in line.strip("│ \n").split("│")] == [
+        *("forward, bf16", "1", "2", "1.50 SLOWER", "0.80 faster", "3.00")
+    ]
+
+
+def test_the_last_line_names_where_eager_would_be_better():
+    assert conclusion([row(3.0, 0.8, 3.0)]) == "eager PyTorch is nowhere faster than what auto takes by more than 5 %"
+    told = conclusion([row(3.0, 2.0, 2.0, m=7), row(1.0, 1.0)])
+    assert told == (
+        "auto would be better off with eager PyTorch in 1 of 4: forward, bf16, M = 7, from scores (1.50 times eager)"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_timed_agrees(dtype):
+    tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    calls = calls_of(3, 64, dtype)
+    for op, place in (("forward", None), ("d_x", 0), ("d_scores", 2)):
+        found = {name: call() for name, call in calls[op].items()}
+        ours = found[SCORES] if place is None else found[SCORES][place]
+        torch.testing.assert_close(ours, found[EAGER], **tolerance)
+        assert not torch.equal(found[DENSE], found[EAGER])
+        if op != "d_scores":  # the held one adds into a buffer what weight and sign are multiplied into later
+            held = found[HELD] if place is None else found[HELD][place]
+            torch.testing.assert_close(held, found[EAGER], **tolerance)
+
+
+def test_all_rows_are_measured_and_shown(monkeypatch):
+    monkeypatch.setattr(measure, "SIZES", (64, 32, 32))
+    console = new_console(io.StringIO(), width=120)
+    rows = run_measure(console, seconds=0.0)
+    assert len(rows) == len({(row.dtype, row.op, row.m) for row in rows}) == 18
+    told = console.file.getvalue()
+    assert "measuring: 18/18" in told
+    assert "N = K = 32, 1 threads" in told  # no larger one fits into no time
+    assert all(f"{op}, {dtype}" in told for op in measure.OPS for dtype in measure.DTYPES)
+    assert told.splitlines()[-1].startswith(("eager PyTorch is nowhere", "auto would be better off"))
