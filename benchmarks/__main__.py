@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from . import (
+    bench_cpu,
     bench_demo,
+    bench_generate,
     bench_many_masks,
     bench_memory,
     bench_ops,
@@ -22,6 +24,8 @@ from .plots import draw_ops, draw_scaling, draw_train_step
 # question: how it is answered, given whether to be quick
 QUESTIONS: dict[str, Callable[[bool], None]] = {
     "ops": bench_ops.main,
+    "cpu": bench_cpu.main,
+    "generate": bench_generate.main,
     "train_step": bench_train_step.main,
     "scaling": bench_scaling.main,
     "memory": lambda quick: bench_memory.main(),
@@ -29,8 +33,14 @@ QUESTIONS: dict[str, Callable[[bool], None]] = {
     "demo": lambda quick: bench_demo.main(),
     "many_masks": lambda quick: bench_many_masks.main(),
 }
-# Those that are answered by several processes together, and what draws the answer; they can also be quick.
-POOLED: dict[str, Callable[[Path], None]] = {"ops": draw_ops, "train_step": draw_train_step, "scaling": draw_scaling}
+# Those that are answered by several processes together, and what shows the answer; they can also be quick.
+POOLED: dict[str, Callable[[Path], None]] = {
+    "ops": draw_ops,
+    "cpu": bench_cpu.conclude,
+    "generate": bench_generate.conclude,
+    "train_step": draw_train_step,
+    "scaling": draw_scaling,
+}
 QUICK_RESULTS = ROOT / "build" / "benchmarks"
 
 

@@ -24,8 +24,9 @@ from mft.mask_bank import MaskBank, load_mask_bank
 from mft.models import load_model, save_model
 from mft.prefix import PrefixMemory
 from mft.recipe import train_masks
+from mft_kernels.timing import Samples, time_within
 
-from .harness import Finding, Samples, Spread, ratio, report, time_within
+from .harness import Finding, Spread, ratio, report
 
 MODEL = "smollm2-135m"
 FIRST = 24  # masked layer, of 30

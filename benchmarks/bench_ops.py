@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from mft_kernels.timing import Samples, time_within
+
 from . import layer_competitors as layers
 from . import matrix_competitors as matrices
-from .harness import Finding, Samples, Spread, ratio, report, time_within
+from .harness import Finding, Spread, ratio, report
 from .layer_competitors import LayerCompetitors, inputs_of
 from .plots import draw_ops
 from .roofline import Ceilings, count_work

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .harness import Finding, Spread, ratio, report, time_within
+from mft_kernels.timing import time_within
+
+from .harness import Finding, Spread, ratio, report
 from .plots import draw_scaling
 from .training_steps import FULL, TrainingStep, build, small_config
 

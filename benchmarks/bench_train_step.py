@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from mft.shapes import known_config
+from mft_kernels.timing import Samples, time_told
 
-from .harness import ROOT, Finding, Samples, Spread, ratio, report, time_told
+from .harness import ROOT, Finding, Spread, ratio, report
 from .plots import draw_train_step
 from .training_steps import COMPETITORS, FULL, PAPER
 

@@ -1,7 +1,7 @@
 """Is it slower than it was? python -m benchmarks.compare REF [--what ops ...] [--now FOLDER] [--quick]
 
 REF is a folder of results, or a git ref, whose benchmarks/results are read. Unless --now names a folder of results, the
-questions are answered now.
+questions are answered now. Compared are answers of one instruction set: this machine's, or those that --now holds.
 
 Compared are ratios of ours to another, taken within a run: they survive a busy machine, times do not. A ratio is
 suspect if its spread lies above REF's and its median is worse by more than 5 %. Among hundreds of ratios some will by
@@ -21,15 +21,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from .harness import RESULTS, ROOT, THREADS, Spread, environment, read_records
+from .harness import THREADS, Spread, environment, instruction_set
+from .records import RESULTS, ROOT, Record, by_question, instruction_sets, is_record, read_all, read_records
 
 WORSE = 1.05  # times the median of REF, at most
-SUFFIX = "-cpu.json"
 REMEDY = "Measure REF here: python -m benchmarks --out FOLDER in a checkout of it; then compare with FOLDER."
 SAME = ("device", "threads", "backend", "torch_instruction_set", "torch")  # else numbers may differ for that alone
-Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -99,16 +97,16 @@ def differences(old: Record, new: Record) -> list[str]:
     ]
 
 
-def read_ref(ref: str) -> dict[str, Record]:
-    """Records by question of a folder, or of benchmarks/results in a commit. Raises ValueError if it is neither."""
+def read_ref(ref: str) -> list[tuple[str, Record]]:
+    """(name, record) of a folder, or of benchmarks/results in a commit. Raises ValueError if it is neither."""
     if Path(ref).is_dir():
-        return read_records(Path(ref))
+        return read_all(Path(ref))
     place = RESULTS.relative_to(ROOT).as_posix()
     listed = _git("ls-tree", "--name-only", ref, f"{place}/")
     if listed is None:
         raise ValueError(f"REF must be a folder of results or a git ref, got {ref!r}")
-    paths = [path for path in listed.splitlines() if path.endswith(SUFFIX)]
-    return {Path(path).name.removesuffix(SUFFIX): json.loads(_git("show", f"{ref}:{path}") or "") for path in paths}
+    paths = [path for path in listed.splitlines() if is_record(Path(path).name)]
+    return [(Path(path).name, json.loads(_git("show", f"{ref}:{path}") or "")) for path in paths]
 
 
 def measure(
@@ -129,7 +127,7 @@ def _answers(questions: list[str], *, quick: bool) -> dict[str, Record]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks", *(["--quick"] if quick else []), "--out", folder, *questions]
         subprocess.run(command, cwd=ROOT, check=True)
-        return read_records(Path(folder))
+        return dict(read_records(Path(folder), instruction_set()))
 
 
 def show(question: str, before: Record, now: Record, changes: list[Change]) -> None:
@@ -157,16 +155,47 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="measure few cases")
     asked = parser.parse_args()
     try:
-        before = read_ref(asked.ref)
+        ref = read_ref(asked.ref)
     except ValueError as error:
         parser.error(str(error))
+    told = read_all(asked.now) if asked.now else []
+    sets = instruction_sets(told) if asked.now else [instruction_set()]
+    alike = [name for name in sets if name in instruction_sets(ref)]
+    if not alike:
+        parser.error(
+            f"REF must hold results of an instruction set that is compared, {' and '.join(sets) or 'none'}, "
+            f"{asked.ref} has those of {' and '.join(instruction_sets(ref)) or 'none'}: the rest is another machine's. "
+            + REMEDY
+        )
+    failed = undecided = False
+    for name in alike:
+        now = by_question(told, name) if asked.now else None
+        worse, unsure = _judge(by_question(ref, name), now, asked, parser)
+        failed, undecided = failed or worse, undecided or unsure
+    if undecided:
+        print(f"\nno verdict on another machine: whether the code became slower cannot be told. {REMEDY}")
+    if failed or not undecided:
+        print("\nworse" if failed else "\nno regression")
+    sys.exit(1 if failed else 2 if undecided else 0)
+
+
+def _judge(
+    before: Mapping[str, Record],
+    told: Mapping[str, Record] | None,
+    asked: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+) -> tuple[bool, bool]:
+    """(whether something is worse or missing, whether nothing can be concluded) among the answers of one set.
+
+    ``told`` is what is compared with before; None: it is measured.
+    """
     unknown = [question for question in asked.what if question not in before]
     questions = [q for q in asked.what or before if q in before and ratios(before[q])]
     if not questions:
         parser.error(f"REF must hold ratios of ours, {asked.ref} has none of {', '.join(asked.what) or 'any question'}")
-    if not asked.now:
+    if told is None:
         _warn({q: before[q] for q in questions})
-    now, again = (read_records(asked.now), {}) if asked.now else measure(before, questions, quick=asked.quick)
+    now, again = (told, {}) if told is not None else measure(before, questions, quick=asked.quick)
     failed, undecided = bool(unknown), False
     for question in unknown:
         print(f"{question}: REF has no results")
@@ -179,11 +208,7 @@ def main() -> None:
         show(question, before[question], now[question], changes)
         failed |= any(change.verdict in ("REGRESSION", "MISSING") for change in changes)
         undecided |= not all(change.alike for change in changes)
-    if undecided:
-        print(f"\nno verdict on another machine: whether the code became slower cannot be told. {REMEDY}")
-    if failed or not undecided:
-        print("\nworse" if failed else "\nno regression")
-    sys.exit(1 if failed else 2 if undecided else 0)
+    return failed, undecided
 
 
 def _warn(before: Mapping[str, Record]) -> None:

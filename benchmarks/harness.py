@@ -1,32 +1,29 @@
-"""Interleaved timing, ratios and their targets, one table and one JSON record a question.
+"""Ratios and their targets, one table and one JSON record a question.
 
-A shared machine drifts by more than what is measured. So every round runs each competitor once, in a new order;
-ratios are taken within a round, and then their median and quartiles over the rounds.
+How time is taken is in mft_kernels/timing.py; ratios are taken within a round, and then their median and quartiles over
+the rounds. How records are named and read again is in records.py.
 """
 
 import datetime
 import json
-import math
 import os
 import platform
-import random
 import statistics
 import subprocess
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-THREADS = 2
-SAMPLE_MS = 2.0  # the clock and the interpreter are then below 1 % of a sample
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-_folder = RESULTS  # where report() writes; see write_results_to
+from mft_kernels.processor import this_processor
+from mft_kernels.timing import Samples
 
-Samples = dict[str, list[float]]
+from .records import RESULTS, ROOT, file_name
+
+THREADS = 2
+_folder = RESULTS  # where report() writes; see write_results_to
 
 
 @dataclass(frozen=True)
@@ -75,59 +72,6 @@ class Finding:
         )
 
 
-def time_interleaved(
-    competitors: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1, *, seed: int = 0
-) -> Samples:
-    """Milliseconds a call of each competitor, one sample a round, the mean of ``calls`` calls in a row.
-
-    One call of each, not timed, comes first.
-    """
-    for call in competitors.values():
-        call()
-    return _interleave(competitors, rounds, dict.fromkeys(competitors, calls), seed)
-
-
-def time_within(
-    competitors: Mapping[str, Callable[[], object]], seconds: float, *, least: int = 5, most: int = 21
-) -> Samples:
-    """time_interleaved with as many rounds as fit in ``seconds``, between ``least`` and ``most``.
-
-    A sample lasts SAMPLE_MS or more, so that a fast competitor is called many times in a row.
-    """
-    for call in competitors.values():
-        call()
-    once = {name: _milliseconds(call) for name, call in competitors.items()}
-    calls = {name: max(1, math.ceil(SAMPLE_MS / took)) for name, took in once.items()}
-    a_round = sum(once[name] * calls[name] for name in once)
-    return _interleave(competitors, max(least, min(most, int(seconds * 1e3 / a_round))), calls, seed=0)
-
-
-def time_told(orders: Mapping[str, Callable[[], float]], rounds: int, seed: int = 0) -> Samples:
-    """Interleaved too, where each order returns the milliseconds that it took."""
-    order = random.Random(seed)
-    samples: Samples = {name: [] for name in orders}
-    for _ in range(rounds):
-        for name in order.sample(list(orders), len(orders)):
-            samples[name].append(orders[name]())
-    return samples
-
-
-def _interleave(
-    competitors: Mapping[str, Callable[[], object]], rounds: int, calls: Mapping[str, int], seed: int
-) -> Samples:
-    def timed(name: str) -> Callable[[], float]:
-        return lambda: _milliseconds(competitors[name], calls[name])
-
-    return time_told({name: timed(name) for name in competitors}, rounds, seed)
-
-
-def _milliseconds(call: Callable[[], object], calls: int = 1) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - start) * 1e3 / calls
-
-
 def times(samples: Samples, suffix: str = "") -> list[Finding]:
     """The times themselves, as findings without a target."""
     return [Finding(name + suffix, Spread.of(values), "ms") for name, values in samples.items()]
@@ -156,15 +100,14 @@ def environment() -> dict[str, str | int | bool]:
         installed = version("mft_kernels")
     except PackageNotFoundError:
         installed = "not installed"
-    known = backend_report()
-    asked = os.environ.get("MFT_KERNELS") or "auto"
-    taken = known["auto"]["cpu"] if asked == "auto" else asked
+    known, taken = backend_report(), _taken()
     changes = git("status", "--porcelain", "--", "csrc", "mft_kernels", "python", "benchmarks/*.py", "setup.py")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": _cpu_model(),
+        "device": str(this_processor()),
         "threads": torch.get_num_threads(),
         "backend": known["backends"][taken]["detail"] or taken,
+        "instruction_set": instruction_set(),
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "mft_kernels": installed,
@@ -173,6 +116,20 @@ def environment() -> dict[str, str | int | bool]:
         "commit": git("rev-parse", "HEAD") or "unknown",
         "tree_is_dirty": "unknown" if changes is None else bool(changes),
     }
+
+
+def instruction_set() -> str:
+    """What stands for this machine in the names of records: what the cpu library takes, or another backend's name."""
+    taken = _taken()
+    return torch.ops.mft_cpu.capability() if taken == "cpu" else taken
+
+
+def _taken() -> str:
+    """The backend that serves the CPU."""
+    from mft_kernels import backend_report
+
+    asked = os.environ.get("MFT_KERNELS") or "auto"
+    return backend_report()["auto"]["cpu"] if asked == "auto" else asked
 
 
 def write_results_to(folder: Path) -> None:
@@ -195,7 +152,7 @@ def report(
     printed: bool = True,
     **details: object,
 ) -> Path:
-    """Print the table and write <question>-<device>.json, with ``details`` as they are; returns its path."""
+    """Print the table and write the record, with ``details`` as they are; returns its path."""
     header = ("", "median [spread]", "target", "")
     rows = [finding.row() for finding in findings]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(4)]
@@ -208,7 +165,7 @@ def report(
 def write_record(
     question: str, title: str, findings: list[Finding], folder: Path, device: str = "cpu", **details: object
 ) -> Path:
-    """Write <question>-<device>.json into folder; returns its path."""
+    """Write <question>-<device>.json into folder, for a CPU with the instruction set (see records.py)."""
     record = {
         "question": question,
         "title": title,
@@ -217,15 +174,9 @@ def write_record(
         "findings": [{**asdict(finding), "met": finding.met} for finding in findings],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{question}-{device}.json"
+    path = folder / (file_name(question, instruction_set()) if device == "cpu" else f"{question}-{device}.json")
     path.write_text(_one_line_an_entry(record))
     return path
-
-
-def read_records(folder: Path, device: str = "cpu") -> dict[str, dict]:
-    """Records by question."""
-    suffix = f"-{device}.json"
-    return {path.name.removesuffix(suffix): json.loads(path.read_text()) for path in sorted(folder.glob(f"*{suffix}"))}
 
 
 def _one_line_an_entry(record: Mapping[str, object]) -> str:
@@ -247,14 +198,3 @@ def _rounded(value: object) -> object:
     if isinstance(value, dict):
         return {key: _rounded(entry) for key, entry in value.items()}
     return [_rounded(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
-    family = f"family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else ""
-    return f"{fields.get('model name', platform.processor())} {family}".strip()

@@ -1,7 +1,7 @@
 """One linear layer in each formulation, on common inputs: what `ops` times, and `pytest benchmarks/test_ops.py` too.
 
 dense                 nn.Linear, whose weight learns: the bound
-ours, from scores     mft_kernels.masked_linear from bf16 scores and a threshold, as the eager formulations
+ours, from scores     mft_kernels.masked_linear from scores and a threshold, as the eager formulations
 ours, module          MaskedLinear as autograd trains it: fp32 scores, whose mask is found once a step
 ours, held mask       as the engines train it: the mask as bits, gradients added to a buffer that exists
 eager                 the fastest formulation of PyTorch's own ops; see rivals.eager_fast
@@ -62,11 +62,11 @@ class Formulation:
 
 
 class LayerCompetitors:
-    """The formulations of one (N, K) layer in bf16, and their ops on M tokens."""
+    """The formulations of one (N, K) layer, and their ops on M tokens; weight and scores of one dtype."""
 
-    def __init__(self, n: int, k: int) -> None:
-        self.n, self.k = n, k
-        inputs = random_inputs(1, n, k, torch.bfloat16, torch.bfloat16)
+    def __init__(self, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.n, self.k, self.dtype = n, k, dtype
+        inputs = random_inputs(1, n, k, dtype, dtype)
         self.weight, self.scores = inputs.weight, inputs.scores
         self.threshold = mft_kernels.kept_threshold(self.scores, KEEP_RATIO)
         self._packed = mft_kernels.pack_mask(self.scores, self.threshold)
@@ -107,7 +107,7 @@ class LayerCompetitors:
     def _make(self, name: str) -> Formulation:
         weight, threshold = self.weight, self.threshold
         if name == HELD:
-            buffer = torch.zeros(self.n, self.k, dtype=torch.bfloat16)
+            buffer = torch.zeros(self.n, self.k, dtype=self.dtype)
             return Formulation(
                 lambda x: masked_linear_held(x, weight, self._packed, grad_buffer=buffer),
                 (),
@@ -137,16 +137,16 @@ def _learning(layer: Callable[[Tensor], Tensor], *learned: Tensor) -> Formulatio
 
 
 def make_lora(weight: Tensor, rank: int = LORA_RANK) -> LoraLinear:
-    """peft's layer on a frozen weight (N, K), bf16 adapters."""
+    """peft's layer on a frozen weight (N, K), adapters of its dtype."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank)
     return LoraLinear(linear, "default", config=config, r=rank, lora_alpha=2 * rank)
 
 
-def inputs_of(tokens: int, n: int, k: int) -> Inputs:
-    """x (M, K) and grad_output (M, N) in bf16; the weight is LayerCompetitors' own."""
+def inputs_of(tokens: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Inputs:
+    """x (M, K) and grad_output (M, N); the weight is LayerCompetitors' own."""
     generator = torch.Generator().manual_seed(1)
-    x, grad = (torch.randn(tokens, width, generator=generator).bfloat16() for width in (k, n))
+    x, grad = (torch.randn(tokens, width, generator=generator).to(dtype) for width in (k, n))
     empty = torch.empty(0)
     return Inputs(x, empty, empty, empty, grad)

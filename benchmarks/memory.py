@@ -4,7 +4,7 @@ cards    LLaMA2-7B and others on cards nobody has here: estimated, and simulated
 smollm2  SmolLM2-135M's real weights, every way of running: the same losses step by step (4 minutes)
 blocks   two layers of LLaMA2-7B's shape, measured: each way, the paper's formulation, eager PyTorch (10 minutes)
 
-Each writes benchmarks/results/memory_<name>-<device>.json; the plot of all is benchmarks/results/memory.png.
+Each writes a record memory_<name> into benchmarks/results; the plot of all is benchmarks/results/memory.png.
 """
 
 import json
@@ -116,8 +116,7 @@ def blocks() -> None:
         findings.append(Finding(f"{name}: time a step", Spread.of([measured["seconds"]]), "s"))
         print(f"{name}: {peak} GB, {measured['seconds']:.1f} s a step, losses {measured['losses']}", flush=True)
     title = f"{LAYERS} layers of {MODEL}'s shape, all masked, bf16, {ACCUMULATION} x {TOKENS} tokens a step, {device}"
-    report("memory_blocks", title, findings, device)
-    path = RESULTS / f"memory_blocks-{device}.json"
+    path = report("memory_blocks", title, findings, device)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"estimated_bytes": breakdown}, indent=2) + "\n")
 
 

@@ -10,6 +10,8 @@ from mft.estimate import estimate
 from mft.setting import Setting
 from mft.shapes import known_config, shape_from_config
 
+from .records import Record, by_machine, machine
+
 KINDS = ("weights", "masks", "gradients", "states", "activations", "logits", "boundaries", "staging", "workspace")
 COLOURS = dict(zip(KINDS, [f"C{i}" for i in range(len(KINDS))]))
 LOCAL = (4, 5, 6, 7)
@@ -24,7 +26,7 @@ def draw(results: Path) -> None:
     for place, (layers, title) in enumerate(((LOCAL, "4 of 32 layers masked"), (None, "all layers masked"))):
         _draw_card(axes[place], layers, cards)
         axes[place].set_title(f"LLaMA2-7B, {title}: GPU, estimated")
-    _draw_blocks(axes[2], results / "memory_blocks-cpu.json")
+    _draw_blocks(axes[2], by_machine(results, "memory_blocks"))
     handles = {kind: axes[0].bar([0], [0], color=COLOURS[kind]) for kind in KINDS}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(KINDS))
     figure.savefig(results / "memory.png", dpi=110)
@@ -49,21 +51,28 @@ def _draw_card(axes, layers: tuple[int, ...] | None, cards: dict[str, float]) ->
             )
 
 
-def _draw_blocks(axes, path: Path) -> None:
+def _draw_blocks(axes, records: dict[str, Record]) -> None:
+    """The estimate stacked, once, and what each machine measured."""
     axes.set_title("2 layers of LLaMA2-7B's shape on a CPU")
-    if not path.exists():
+    if not records:
         axes.annotate("not measured yet", (0.5, 0.5), xycoords="axes fraction", ha="center")
         return
-    record = json.loads(path.read_text())
-    measured = {name.removesuffix(": measured"): v for name, v in _findings(path).items() if name.endswith("measured")}
-    bars = {name: record["estimated_bytes"].get(name, {}) for name in measured}
-    _stack(axes, bars, totals=False)
-    axes.plot(range(len(measured)), list(measured.values()), "k_", markersize=22, label="measured, resident memory")
-    for place, value in enumerate(measured.values()):
+    first = next(iter(records.values()))
+    names = list(_measured(first))
+    _stack(axes, {name: first["estimated_bytes"].get(name, {}) for name in names}, totals=False)
+    for marker, record in zip("_x+", records.values()):
+        peaks = list(_measured(record).values())
+        axes.plot(range(len(names)), peaks, f"k{marker}", markersize=22 if marker == "_" else 8, label=machine(record))
+    for place, value in enumerate(_measured(first).values()):
         axes.annotate(f"{value:.2f}", (place, value), xytext=(0, 12), textcoords="offset points", ha="center")
-    axes.legend(loc="upper left")
+    axes.legend(loc="upper left", title="measured, resident memory")
     axes.margins(y=0.15)
     axes.tick_params(axis="x", rotation=30)
+
+
+def _measured(record: Record) -> dict[str, float]:
+    found = {f["quantity"]: f["measured"]["median"] for f in record["findings"]}
+    return {name.removesuffix(": measured"): peak for name, peak in found.items() if name.endswith(": measured")}
 
 
 def _stack(axes, bars: dict[str, dict[str, float]], *, totals: bool = True) -> None:

@@ -1,10 +1,15 @@
-"""Draws ops.png, train_step.png and scaling.png beside the JSON files that they are drawn from."""
+"""Draws the pictures beside the JSON files that they are drawn from.
+
+ops, train_step and scaling a machine each, named as the record; cpu.png has the machines side by side.
+"""
 
 import json
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from .records import by_machine, machine
 
 COLOURS = {
     "dense": "0.2",
@@ -43,7 +48,7 @@ def draw_ops(record_path: Path) -> None:
     _draw_shares(axes[2, 1], cases)
     _draw_matrix_ops(axes[2, 2], [c for c in cases if (c["n"], c["k"]) == chosen[-1] and c["op"] in MATRIX_OPS])
     axes[2, 2].set_title(f"Once a step, {chosen[-1][0]} x {chosen[-1][1]}")
-    _save(figure, record, record_path.parent / "ops.png")
+    _save(figure, record, picture_of(record_path))
 
 
 def draw_train_step(record_path: Path) -> None:
@@ -70,7 +75,7 @@ def draw_train_step(record_path: Path) -> None:
             panel.margins(x=0.15)
         for panel in panels[1:]:
             panel.set_yticklabels([])
-    _save(figure, record, record_path.parent / "train_step.png")
+    _save(figure, record, picture_of(record_path))
 
 
 def draw_scaling(record_path: Path) -> None:
@@ -90,7 +95,52 @@ def draw_scaling(record_path: Path) -> None:
         panel.set_xlabel(axis)
         panel.set_ylabel("s a step")
     figure.axes[0].legend()
-    _save(figure, record, record_path.parent / "scaling.png")
+    _save(figure, record, picture_of(record_path))
+
+
+def draw_cpu(record_path: Path) -> None:
+    """Times dense of every case, a row a dtype, a column a machine whose record lies beside this one."""
+    records = by_machine(record_path.parent, "cpu")
+    dtypes = list(dict.fromkeys(case["dtype"] for record in records.values() for case in record["cases"]))
+    figure = _figure(9 * len(records), 5 * len(dtypes))
+    axes = figure.subplots(len(dtypes), len(records), squeeze=False, sharey=True)
+    for column, record in enumerate(records.values()):
+        for row, dtype in enumerate(dtypes):
+            panel = axes[row, column]
+            _draw_beside_dense(panel, [case for case in record["cases"] if case["dtype"] == dtype])
+            where = record["environment"]
+            panel.set_title(f"{machine(record)}, {dtype}, torch {where['torch']}, commit {where['commit'][:10]}")
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle("A masked layer's time / the dense layer's of the same dtype; dashes: the target")
+    figure.savefig(record_path.parent / "cpu.png", dpi=100)
+
+
+def _draw_beside_dense(panel, cases: list[dict]) -> None:
+    names = [name for name in dict.fromkeys(case["competitor"] for case in cases) if name != "dense"]
+    places = list(dict.fromkeys((c["op"], c["n"], c["k"], c["m"], c["threads"]) for c in cases))
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        own = [case for case in cases if case["competitor"] == name]
+        at = [places.index((c["op"], c["n"], c["k"], c["m"], c["threads"])) + (number - 1) * width for c in own]
+        ratios = [case["ratio"] for case in own]
+        errors = [[r["median"] - r["low"] for r in ratios], [r["high"] - r["median"] for r in ratios]]
+        panel.bar(at, [r["median"] for r in ratios], width, yerr=errors, color=COLOURS[name], label=name)
+        asked = [(x, case["target"]) for x, case in zip(at, own) if case["target"] is not None]
+        for x, target in asked:
+            panel.plot([x - width / 2, x + width / 2], [target, target], "--", color="k", lw=1.5)
+    panel.axhline(1, color=COLOURS["dense"], lw=1)
+    panel.set_yscale("log")
+    ratios_shown = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
+    panel.set_yticks(ratios_shown, [f"{ratio:g}" for ratio in ratios_shown])
+    panel.minorticks_off()
+    labels = [f"{op}\n{n} x {k}\nM = {m}" + ("\n1 thread" if t == 1 else "") for op, n, k, m, t in places]
+    panel.set_xticks(range(len(places)), labels, fontsize=7)
+    panel.set_ylabel("time / dense")
+
+
+def picture_of(record_path: Path) -> Path:
+    """Beside the record: ops-cpu-amx.json has ops-amx.png."""
+    return record_path.with_name(record_path.name.replace("-cpu-", "-")).with_suffix(".png")
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -102,7 +152,7 @@ def _figure(width: float, height: float) -> Figure:
 def _save(figure: Figure, record: dict, path: Path) -> None:
     where = record["environment"]
     figure.suptitle(
-        f"{record['title']}\n{where['device']}, torch {where['torch']}, commit {where['commit'][:10]}", fontsize=11
+        f"{record['title']}\n{machine(record)}, torch {where['torch']}, commit {where['commit'][:10]}", fontsize=11
     )
     figure.savefig(path, dpi=100)
 

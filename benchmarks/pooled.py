@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .harness import ROOT, Finding, Spread, read_records, write_record
+from .harness import ROOT, Finding, Spread, instruction_set, write_record
+from .records import read_records
 
 PROCESSES = 3
 _SPREAD = {"median", "low", "high"}
-_NOT_MEASURED = {"environment", "n", "k", "m", "value", "bound"}  # taken from the first process
+_NOT_MEASURED = {"environment", "n", "k", "m", "threads", "value", "bound", "target"}  # taken from the first process
 
 
 def answer(question: str, folder: Path, threads: int) -> Path:
@@ -28,7 +29,7 @@ def answer(question: str, folder: Path, threads: int) -> Path:
         with tempfile.TemporaryDirectory() as scratch:
             command = [sys.executable, "-m", "benchmarks", "--alone", "--out", scratch, "--threads", str(threads)]
             subprocess.run([*command, question], cwd=ROOT, check=True)
-            records.append(read_records(Path(scratch))[question])
+            records.append(read_records(Path(scratch), instruction_set())[question])
     record = {**pooled(records), "processes": PROCESSES}
     findings = [Finding(**{**f, "measured": Spread(**f["measured"])}) for f in map(_without_met, record["findings"])]
     return write_record(question, record["title"], findings, folder, **_details(record))

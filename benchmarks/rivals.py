@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mft_kernels.eager import eager_grad_scores, eager_grad_x
+
 KEEP_RATIO = 0.9
 
 
@@ -71,26 +73,3 @@ def eager_fast(x: Tensor, weight: Tensor, scores: Tensor, threshold: Tensor) -> 
 def eager_lean(x: Tensor, weight: Tensor, scores: Tensor, threshold: Tensor) -> Tensor:
     """Careful eager PyTorch from a given threshold, the masked weight made twice."""
     return _EagerLean.apply(x, weight, scores, threshold)
-
-
-def eager_linear(x: Tensor, weight: Tensor, scores: Tensor, threshold: Tensor) -> Tensor:
-    """y = x @ where(|scores| >= threshold, weight, 0).T, without autograd."""
-    return F.linear(x, torch.where(scores.abs() >= threshold, weight, 0))
-
-
-def eager_grad_x(grad_output: Tensor, weight: Tensor, scores: Tensor, threshold: Tensor) -> Tensor:
-    """d_x = grad_output @ where(|scores| >= threshold, weight, 0)."""
-    return grad_output @ torch.where(scores.abs() >= threshold, weight, 0)
-
-
-def eager_grad_scores(grad_output: Tensor, x: Tensor, weight: Tensor, scores: Tensor) -> Tensor:
-    """d_scores = (grad_output.T @ x) * weight * sign(scores)."""
-    return (grad_output.T @ x).mul_(weight).mul_(scores.sign())
-
-
-def eager_step(
-    grad_output: Tensor, x: Tensor, weight: Tensor, scores: Tensor, threshold: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, d_x, d_scores) without autograd, the masked weight made once."""
-    masked = torch.where(scores.abs() >= threshold, weight, 0)
-    return F.linear(x, masked), grad_output @ masked, eager_grad_scores(grad_output, x, weight, scores)

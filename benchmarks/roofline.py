@@ -4,6 +4,9 @@
 
 Bytes are the least that must move: each operand read once, each result written once. Matrices that stay in a cache from
 call to call can beat the copy ceiling, which is that of the main memory: a share above 1 says so.
+
+`ops` takes the copy of more than any cache holds; `cpu` the reading of as many bytes as the weight has, which is what a
+product of few tokens does, and which a cache may hold.
 """
 
 import time
@@ -13,30 +16,30 @@ import torch
 
 from .harness import Spread
 
-ELEMENT = 2  # bytes of bf16: x, y and their gradients
 GEMM_SIZE = 2048
 COPY_BYTES = 256 << 20  # eight times the L3 of most cores' share
 
-# (op, form): bytes of each weight's place that must move. Forms: dense; scores, the mask from bf16 scores; held, the
-# mask as bits and gradients added to a bf16 buffer; module, as held but with new fp32 gradients of the scores.
-WEIGHT_BYTES = {
-    ("forward", "dense"): 2,  # weight
-    ("forward", "scores"): 2 + 2,  # weight, scores
-    ("forward", "held"): 2 + 1 / 8,  # weight, bits
-    ("forward", "module"): 2 + 1 / 8,
-    ("d_x", "dense"): 2,
-    ("d_x", "scores"): 2 + 2,
-    ("d_x", "held"): 2 + 1 / 8,
-    ("d_x", "module"): 2 + 1 / 8,
-    ("d_scores", "dense"): 2,  # d_weight
-    ("d_scores", "scores"): 2 + 2 + 2,  # d_scores, weight, scores
-    ("d_scores", "held"): 2 + 2,  # the buffer, read and written
-    ("d_scores", "module"): 4 + 2 + 1 / 8,  # d_scores, weight, signs
-    ("threshold", "scores"): 2,  # bf16 scores
-    ("packing", "scores"): 2 + 1 / 8,  # bf16 scores, bits
-    ("optimiser", "int16"): 2 * (2 + 1 + 1) + 2 + 2 + 1 / 8,  # scores and moments both ways; gradient, weight, bits
-    ("optimiser", "fp32"): 2 * (4 + 4 + 4) + 2 + 2 + 1 / 8,
-    ("optimiser", "dense"): 2 * (4 + 4 + 4) + 4,  # masters and moments both ways; fp32 gradient
+# (op, form): what of each weight's place must move, as (elements of the layer's dtype, other bytes). Forms: dense;
+# scores, the mask from scores; held, the mask as bits and gradients added to a buffer; module, as held but with new
+# fp32 gradients of the scores.
+WEIGHT_TRAFFIC: dict[tuple[str, str], tuple[int, float]] = {
+    ("forward", "dense"): (1, 0),  # weight
+    ("forward", "scores"): (2, 0),  # weight, scores
+    ("forward", "held"): (1, 1 / 8),  # weight, bits
+    ("forward", "module"): (1, 1 / 8),
+    ("d_x", "dense"): (1, 0),
+    ("d_x", "scores"): (2, 0),
+    ("d_x", "held"): (1, 1 / 8),
+    ("d_x", "module"): (1, 1 / 8),
+    ("d_scores", "dense"): (1, 0),  # d_weight
+    ("d_scores", "scores"): (3, 0),  # d_scores, weight, scores
+    ("d_scores", "held"): (2, 0),  # the buffer, read and written
+    ("d_scores", "module"): (1, 4 + 1 / 8),  # weight; d_scores, signs
+    ("threshold", "scores"): (1, 0),  # scores
+    ("packing", "scores"): (1, 1 / 8),  # scores, bits
+    ("optimiser", "int16"): (2, 2 * (2 + 1 + 1) + 1 / 8),  # gradient, weight; scores and moments both ways, bits
+    ("optimiser", "fp32"): (2, 2 * (4 + 4 + 4) + 1 / 8),
+    ("optimiser", "dense"): (0, 2 * (4 + 4 + 4) + 4),  # masters and moments both ways; fp32 gradient
 }
 PRODUCTS = ("forward", "d_x", "d_scores")
 
@@ -49,15 +52,16 @@ class Work:
     bytes: float
 
 
-def count_work(op: str, form: str, m: int, n: int, k: int) -> Work:
+def count_work(op: str, form: str, m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Work:
     """Of an op on M tokens and an (N, K) matrix; op "step" is the three products, each reading what it needs anew."""
     if op == "step":
-        parts = [count_work(product, form, m, n, k) for product in PRODUCTS]
+        parts = [count_work(product, form, m, n, k, dtype) for product in PRODUCTS]
         return Work(sum(part.flops for part in parts), sum(part.bytes for part in parts))
-    of_weight = WEIGHT_BYTES[op, form] * n * k
+    elements, others = WEIGHT_TRAFFIC[op, form]
+    of_weight = (elements * dtype.itemsize + others) * n * k
     if op not in PRODUCTS:
         return Work(0, of_weight)
-    return Work(2 * m * n * k, of_weight + ELEMENT * m * (n + k))
+    return Work(2 * m * n * k, of_weight + dtype.itemsize * m * (n + k))
 
 
 @dataclass

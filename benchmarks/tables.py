@@ -1,14 +1,10 @@
-"""Markdown of the stored results, for README and docs: python -m benchmarks.tables [ops | train_step | scaling] ..."""
+"""Markdown of the stored results, machine by machine: python -m benchmarks.tables [ops | cpu | train_step] ..."""
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from .harness import RESULTS
-
-Record = dict[str, Any]
+from .records import RESULTS, Record, by_machine
 
 
 def ops_tables(record: Record) -> list[str]:
@@ -105,10 +101,69 @@ def many_masks_tables(record: Record) -> list[str]:
     return [markdown(["held-out loss of", *masks], losses), markdown(["", "bytes"], sizes)]
 
 
+def cpu_tables(record: Record) -> list[str]:
+    """What was asked and whether it was met; every case beside dense and eager; what is slower than eager; ceilings."""
+    cases = record["cases"]
+    asked = [case for case in cases if case["target"] is not None]
+    rows = [
+        [
+            case_name(case),
+            case["competitor"],
+            f"{case['target']:.2f}",
+            f"{case['ratio']['median']:.2f}",
+            "met" if case["ratio"]["median"] <= case["target"] else "NOT MET",
+        ]
+        for case in asked
+    ]
+    header = ["times the dense layer", "", "target", "measured", ""]
+    parts = [markdown(header, rows) if asked else "Nothing is asked of this instruction set beside dense."]
+    names = list(dict.fromkeys(case["competitor"] for case in cases if case["competitor"] != "dense"))
+    rows = []
+    for place in dict.fromkeys(map(case_name, cases)):
+        own = {case["competitor"]: case for case in cases if case_name(case) == place}
+        dense = own["dense"]
+        first = f"{dense['ms']['median']:.3g} ({100 * dense['share']:.0f})"
+        rows.append([place, first, *(_ratio_and_share(own[name]) for name in names)])
+    header = ["", "dense, ms (% of the ceiling)", *(f"{name}, times dense (%)" for name in names)]
+    parts.append(markdown(header, rows))
+    slower = [f for f in record["findings"] if "/ eager" in f["quantity"] and f["met"] is False]
+    told = "; ".join(f"{f['quantity']}: {f['measured']['median']:.2f}" for f in slower)
+    parts.append(f"Slower than eager PyTorch by more than 5 %: {told or 'nowhere'}.")
+    return [*parts, *map(_ceilings, record["ceilings"])]
+
+
+def generate_tables(record: Record) -> list[str]:
+    """Tokens/s by dtype."""
+    rows = record["competitors"]
+    names = list(dict.fromkeys(row["competitor"] for row in rows))
+    found = {(row["dtype"], row["competitor"]): row for row in rows}
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    lines = [[name, *(_with_quartiles(found[dtype, name]["tokens_per_s"]) for dtype in dtypes)] for name in names]
+    return [markdown(["tokens/s [quartiles]", *dtypes], lines)]
+
+
+def case_name(case: Record) -> str:
+    """A case of `cpu` in words."""
+    thread = ", 1 thread" if case["threads"] == 1 else ""
+    return f"{case['op']}, {case['dtype']}, {case['n']} x {case['k']}, M = {case['m']}{thread}"
+
+
+def _ceilings(found: Record) -> str:
+    told = [
+        f"{dtype} GEMM {by['gemm_gflops']['median']:.4g} GFLOP/s, reading {by['read_gb_per_s']['median']:.3g} GB/s, "
+        f"copy {by['copy_gb_per_s']['median']:.3g}"
+        for dtype, by in found.items()
+        if dtype != "threads"
+    ]
+    return f"Ceilings of the run, {found['threads']} threads: {'; '.join(told)}."
+
+
 TABLES: dict[str, Callable[[Record], list[str]]] = {
     "ops": ops_tables,
     "train_step": train_step_tables,
     "scaling": scaling_tables,
+    "cpu": cpu_tables,
+    "generate": generate_tables,
     "mask_variants": mask_variants_tables,
     "many_masks": many_masks_tables,
 }
@@ -136,12 +191,12 @@ def main() -> None:
     parser.add_argument("questions", nargs="*", help=f"among {', '.join(TABLES)}; all that are stored unless given")
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    paths = {question: asked.results / f"{question}-cpu.json" for question in TABLES}
-    for question in asked.questions or [question for question, path in paths.items() if path.exists()]:
-        if question not in paths or not paths[question].exists():
+    stored = {question: by_machine(asked.results, question) for question in TABLES}
+    for question in asked.questions or [question for question in TABLES if stored[question]]:
+        if not stored.get(question):
             parser.error(f"questions must be stored ones among {', '.join(TABLES)}, got {question} ({asked.results})")
-        record = json.loads(paths[question].read_text())
-        print("\n\n".join([origin(record), *TABLES[question](record)]) + "\n")
+        for record in stored[question].values():
+            print("\n\n".join([origin(record), *TABLES[question](record)]) + "\n")
 
 
 def _ratio_and_share(case: Record | None) -> str:

@@ -34,12 +34,12 @@ COMPETITORS = (FULL, LORA, PAPER, *OURS)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def build(config: Mapping[str, Any]) -> Any:
-    """A causal LM of this configuration in bf16."""
+def build(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A causal LM of this configuration."""
     fields = dict(config)
     family = fields.pop("model_type")
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields), dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields), dtype=dtype)
 
 
 def small_config(width: int, layers: int) -> dict[str, Any]:

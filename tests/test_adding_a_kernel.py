@@ -92,9 +92,10 @@ def test_its_ops_are_tested_as_ours_are(folder):
 
 def test_the_benchmarks_measure_it(folder, monkeypatch):
     """What the page's command times, without its process, which imports for 10 s."""
-    from benchmarks.harness import environment, time_interleaved
+    from benchmarks.harness import environment
     from benchmarks.layer_competitors import DENSE, EAGER, HELD, MODULE, LayerCompetitors, inputs_of
     from benchmarks.test_ops import SHAPES
+    from mft_kernels.timing import time_interleaved
 
     variables, words = command_of("MFT_KERNELS=mine python -m pytest benchmarks")
     assert (words[3], words[-1]) == ("benchmarks/test_ops.py", "576x1536 and 64 and forward")

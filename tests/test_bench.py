@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import bench_many_masks, bench_ops, compare, harness
 from benchmarks.bench_demo import ProfilingRecorder
 from benchmarks.bench_many_masks import BASE, bytes_of, loss_rows, losses_by_mask
-from benchmarks.harness import Finding, Spread, report, time_told
+from benchmarks.harness import Finding, Spread, report
 from benchmarks.layer_competitors import (
     DENSE,
     EAGER,
@@ -29,6 +29,7 @@ from benchmarks.layer_competitors import (
 )
 from benchmarks.matrix_competitors import eager_pack, eager_step
 from benchmarks.pooled import pooled
+from benchmarks.records import by_question, file_name
 from benchmarks.roofline import Ceilings, count_work
 from benchmarks.step_profile import REST, kind_of, profile_step
 from benchmarks.tables import many_masks_tables, markdown, ops_tables
@@ -90,9 +91,11 @@ def run_compare(monkeypatch, *arguments):
     return stopped.value.code
 
 
-def write(folder, content, name="ops"):
+def write(folder, content, name="ops", instruction_set=None):
     folder.mkdir(exist_ok=True)
-    (folder / f"{name}-cpu.json").write_text(json.dumps(content))
+    path = folder / file_name(name, instruction_set or harness.instruction_set())
+    own = {"instruction_set": instruction_set or harness.instruction_set()} | content["environment"]
+    path.write_text(json.dumps(content | {"environment": own}))
     return folder
 
 
@@ -165,6 +168,26 @@ def test_between_two_machines_nothing_is_concluded(tmp_path, monkeypatch, capsys
         assert verdict not in printed
 
 
+def test_answers_of_another_instruction_set_are_not_compared(tmp_path, monkeypatch, capsys):
+    old = write(tmp_path / "old", record(1.0), instruction_set="avx9")
+    assert run_compare(monkeypatch, old) == 2  # nothing is measured for it
+    mine = harness.instruction_set()
+    assert f"an instruction set that is compared, {mine}, {old} has those of avx9" in capsys.readouterr().err
+    both = write(write(tmp_path / "both", record(1.0)), record(1.0), instruction_set="avx9")
+    now = write(tmp_path / "now", record(1.5), instruction_set="avx9")
+    assert run_compare(monkeypatch, both, "--now", now) == 1
+    assert run_compare(monkeypatch, both, "--now", write(tmp_path / "same", record(1.0))) == 0
+
+
+def test_a_ref_from_before_names_told_the_instruction_set_is_placed_by_its_backend(tmp_path, monkeypatch):
+    old = tmp_path / "old"
+    old.mkdir()
+    placed = record(1.0, backend=f"C++, {harness.instruction_set()}")
+    (old / "ops-cpu.json").write_text(json.dumps(placed))
+    now = write(tmp_path / "now", record(1.5, backend=placed["environment"]["backend"]))
+    assert run_compare(monkeypatch, old, "--now", now) == 1
+
+
 def test_a_ratio_that_is_missing_on_another_machine_fails(tmp_path, monkeypatch):
     old = write(tmp_path / "old", record(quantity="ours / a", device="a"))
     now = write(tmp_path / "now", record(quantity="ours / b", device="b"))
@@ -199,7 +222,8 @@ def test_a_ref_is_a_commit_whose_results_are_read(tmp_path, monkeypatch):
     write(results, record(3.0))
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     monkeypatch.setattr(compare, "RESULTS", results)
-    assert compare.read_ref("HEAD")["ops"]["findings"][0]["measured"]["median"] == 2.0
+    found = by_question(compare.read_ref("HEAD"), harness.instruction_set())
+    assert found["ops"]["findings"][0]["measured"]["median"] == 2.0
     with pytest.raises(ValueError, match="REF must be a folder of results or a git ref, got 'nowhere'"):
         compare.read_ref("nowhere")
 
@@ -217,14 +241,6 @@ def test_a_record_reads_back_and_gives_each_finding_a_line(tmp_path, monkeypatch
     assert stored["cases"] == [{"m": 1}]
     assert {"device", "threads", "torch", "commit", "backend"} <= stored["environment"].keys()
     assert sum('"quantity"' in line for line in path.read_text().splitlines()) == 2
-
-
-def test_every_round_has_each_competitor_once():
-    heard = []
-    orders = {name: lambda name=name: heard.append(name) or 1.0 for name in "ab"}
-    samples = time_told(orders, 3)
-    assert {name: len(values) for name, values in samples.items()} == {"a": 3, "b": 3}
-    assert all(set(heard[i : i + 2]) == {"a", "b"} for i in (0, 2, 4))
 
 
 def test_a_case_of_ops_is_printed_once_with_every_competitor(capsys):
@@ -267,6 +283,9 @@ def test_work_counts_each_operand_once():
     assert count_work("threshold", "scores", 0, 4, 8).bytes == 4 * 8 * 2
     step = count_work("step", "dense", 2, 4, 8)
     assert step.flops == 3 * forward.flops
+    assert count_work("step", "dense", 2, 4, 8, torch.float32).bytes == 2 * step.bytes
+    held = count_work("forward", "held", 2, 4, 8, torch.float32)
+    assert held.bytes == 4 * 8 * (4 + 1 / 8) + 4 * 2 * (4 + 8)
 
 
 def test_the_share_is_of_the_ceiling_that_binds():
@@ -316,6 +335,12 @@ def test_the_formulations_from_scores_agree():
             torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02)
     held = made.call(HELD, "forward", inputs)()
     torch.testing.assert_close(held, made.call(FROM_SCORES, "forward", inputs)(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("name", [DENSE, FROM_SCORES, MODULE, HELD, EAGER, LORA])
+def test_every_competitor_runs_in_fp32_too(name):
+    call = LayerCompetitors(24, 40, torch.float32).call(name, "step", inputs_of(3, 24, 40, torch.float32))
+    assert all(grad.dtype == torch.float32 for grad in call() or [])
 
 
 def test_the_eager_packing_is_the_packed_mask():
@@ -449,7 +474,7 @@ def test_the_question_of_many_masks_is_answered(smollm2_dir, tokenizer, tmp_path
     tasks = {task: replace(config, **short) for task, config in bench_many_masks.TASKS.items()}
     monkeypatch.setattr(bench_many_masks, "TASKS", tasks)
     bench_many_masks.main()
-    record = json.loads((tmp_path / "many_masks-cpu.json").read_text())
+    record = json.loads((tmp_path / file_name("many_masks", harness.instruction_set())).read_text())
     assert len(record["losses"]) == 12
     found = {finding["quantity"]: finding["measured"]["median"] for finding in record["findings"]}
     assert found["bank's loss against the merged model's, largest difference"] < 1e-4

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mft_kernels import reference
+from mft_kernels.eager import eager_grad_scores, eager_grad_x, eager_linear, eager_step
 
-from ..rivals import KEEP_RATIO, eager_grad_scores, eager_grad_x, eager_linear, eager_step, paper_linear
+from ..rivals import KEEP_RATIO, paper_linear
 from . import two_passes
 from .cases import AUTO, COMPILED, CUDA, DENSE, EAGER, FUSED, KEPT, PACKED, PAPER, PASS
 from .device import Device

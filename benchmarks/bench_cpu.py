@@ -1,0 +1,159 @@
+"""Is the mask free on this processor? A layer's step and few tokens beside dense and eager PyTorch, bf16 and fp32.
+
+Minutes, where `ops` takes most of an hour: only what cpu_targets.py asks for, and its neighbours. Shares are of the
+machine's own ceilings, measured in the run: torch's best GEMM of the dtype at 4096 x 4096 x 4096, the reading of as
+many bytes as the 4096 x 4096 weight has, and its copy.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mft_kernels.timing import Samples, time_interleaved, time_within
+
+from . import layer_competitors as layers
+from .cpu_ceilings import DTYPES, CpuCeilings
+from .cpu_targets import EAGER_BOUND, NARROW, SQUARE, bound
+from .harness import Finding, Spread, instruction_set, ratio, report
+from .layer_competitors import DENSE, EAGER, FROM_SCORES, HELD, LayerCompetitors, inputs_of
+from .plots import draw_cpu
+from .roofline import count_work
+from .tables import cpu_tables
+
+COMPETITORS = (DENSE, FROM_SCORES, HELD, EAGER)
+Cases = tuple[tuple[tuple[int, int], tuple[tuple[str, int], ...]], ...]  # (N, K), (op, M)
+# Most tokens last: a matrix of 4096 x 4096 and its gradients then lie where they will.
+MANY_THREADS: Cases = (
+    (
+        SQUARE,
+        (
+            *(("forward", 1), ("d_x", 1), ("forward", 16), ("d_x", 16)),
+            *(("step", 64), ("step", 512), ("step", 4096)),
+        ),
+    ),
+    (NARROW, (("step", 512),)),
+)
+ONE_THREAD: Cases = ((SQUARE, (("forward", 1), ("d_x", 1), ("step", 512))),)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is asked, and how long a case may take beyond its least rounds, in one process."""
+
+    many: Cases = MANY_THREADS
+    one: Cases = ONE_THREAD
+    seconds: float = 0.5
+    ceilings: int = 4096  # rows of the ceilings' matrices
+
+
+STORED = Budget()
+SLOW = 8e9  # M N K a thread from which two rounds are enough in one process
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op on a shape, in a dtype, with so many threads."""
+
+    op: str
+    dtype: str
+    n: int
+    k: int
+    m: int
+    threads: int
+
+    def __str__(self) -> str:
+        thread = ", 1 thread" if self.threads == 1 else ""
+        return f"{self.op}, {self.dtype}, {self.n} x {self.k}, M = {self.m}{thread}"
+
+
+class Measured:
+    """Findings and rows of all cases, printed as they come."""
+
+    def __init__(self) -> None:
+        self.findings: list[Finding] = []
+        self._timed: list[tuple[Case, Samples]] = []
+
+    def add(self, case: Case, samples: Samples) -> None:
+        """Ratios of ours to dense, by what is asked of them, and to eager; of eager to dense without a target."""
+        self._timed.append((case, samples))
+        print(f"{case}: {Spread.of(samples[DENSE])} ms {DENSE}", flush=True)
+        for name in COMPETITORS[1:]:
+            asked = _bound(case, name)
+            rule = None if asked is None else "at most"
+            found = ratio(samples, name, DENSE, rule, asked, f": {case}")
+            self.findings.append(found)
+            print(f"    {found.measured} x  {name}", flush=True)
+            if name != EAGER:
+                # The masked weight that eager's d_x reads was made in its forward pass: the step pays for it, not d_x.
+                rule, most = (None, None) if case.op == "d_x" else ("at most", EAGER_BOUND)
+                self.findings.append(ratio(samples, name, EAGER, rule, most, f": {case}"))
+
+    def rows(self, ceilings: Mapping[int, CpuCeilings]) -> list[dict]:
+        """A row a case and competitor; shares by the ceilings of its number of threads, over the whole run."""
+        return [
+            self._row(case, name, samples, ceilings[case.threads])
+            for case, samples in self._timed
+            for name in COMPETITORS
+        ]
+
+    def _row(self, case: Case, name: str, samples: Samples, ceilings: CpuCeilings) -> dict:
+        time = Spread.of(samples[name])
+        work = count_work(case.op, layers.FORMS[name], case.m, case.n, case.k, DTYPES[case.dtype])
+        to_dense = Spread.of([a / b for a, b in zip(samples[name], samples[DENSE])])
+        return {
+            **vars(case),
+            "competitor": name,
+            "ms": vars(time),
+            "ratio": vars(to_dense),
+            "rounds": len(samples[name]),
+            "share": ceilings.share(case.op, case.dtype, work, time.median),
+            "target": _bound(case, name),
+        }
+
+
+def measure(measured: Measured, ceilings: CpuCeilings, dtype: str, cases: Cases, threads: int, budget: Budget) -> None:
+    """The cases of one dtype, with as many threads as torch has now; ceilings are sampled before each shape."""
+    for (n, k), asked in cases:
+        ceilings.sample(dtype)
+        made = LayerCompetitors(n, k, DTYPES[dtype])
+        for op, m in asked:
+            inputs = inputs_of(m, n, k, DTYPES[dtype])
+            calls = {name: made.call(name, op, inputs) for name in COMPETITORS}
+            slow = m * n * k / threads >= SLOW
+            samples = time_interleaved(calls, rounds=2) if slow else time_within(calls, budget.seconds, least=3)
+            measured.add(Case(op, dtype, n, k, m, threads), samples)
+
+
+def main(quick: bool = False, budget: Budget = STORED) -> None:
+    """Print and store the answer of this process."""
+    torch.manual_seed(0)
+    measured, many = Measured(), torch.get_num_threads()
+    by_threads = {many: budget.many} | ({} if many == 1 or quick else {1: budget.one})
+    ceilings = {}
+    for threads, cases in by_threads.items():
+        torch.set_num_threads(threads)
+        ceilings[threads] = CpuCeilings(budget.ceilings)
+        for dtype in DTYPES:
+            measure(measured, ceilings[threads], dtype, cases, threads, budget)
+    torch.set_num_threads(many)
+    report(
+        "cpu",
+        f"A masked layer on a CPU, {many} threads and one, as ratios to a dense layer of the same dtype",
+        measured.findings,
+        printed=False,
+        ceilings=[found.record(threads) for threads, found in ceilings.items()],
+        cases=measured.rows(ceilings),
+    )
+
+
+def conclude(path: Path) -> None:
+    """Print the tables of the record that has been written, and draw it beside those of other machines."""
+    print("\n" + "\n\n".join(cpu_tables(json.loads(path.read_text()))))
+    draw_cpu(path)
+
+
+def _bound(case: Case, name: str) -> float | None:
+    return bound(instruction_set(), case.dtype, case.op, (case.n, case.k), case.m, case.threads, name)

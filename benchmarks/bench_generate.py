@@ -1,0 +1,78 @@
+"""Does a masked model generate as fast as the dense one? SmolLM2-135M, batch 1, bf16 and fp32, tokens/s.
+
+Every linear of the decoder is masked: by MaskedLinear, which looks whether its scores have changed, and with the mask
+held as bits. Weights are random, which changes no time; the cache, the sampling of the likeliest token and all else are
+transformers' own, so much of a token is the host's.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mft.config import MaskConfig
+from mft.convert import mask_model, masked_modules
+from mft.shapes import known_config
+from mft_kernels.timing import time_within
+
+from .cpu_ceilings import DTYPES
+from .harness import Finding, Spread, ratio, report
+from .tables import generate_tables
+from .training_steps import build
+
+DENSE, MODULE, HELD = "dense", "ours, module", "ours, held mask"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Tokens of the prompt and after it, and how long a dtype may take beyond its least rounds, in one process."""
+
+    prompt: int = 32
+    new: int = 32
+    seconds: float = 12.0
+    config: Mapping[str, Any] = field(default_factory=lambda: known_config("smollm2-135m"))
+
+
+STORED = Budget()
+
+
+def models(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The three of one dtype; the masks are random and keep 90 %."""
+    found = {name: build(config, dtype).eval().requires_grad_(False) for name in (DENSE, MODULE, HELD)}
+    for name in (MODULE, HELD):
+        mask_model(found[name], MaskConfig.paper())
+    for module in masked_modules(found[HELD]).values():
+        module.hold(module.packed_mask())
+    return found
+
+
+def generate(model: Any, prompt: torch.Tensor, new: int) -> torch.Tensor:
+    """So many new tokens, greedily, with a cache."""
+    options = {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+
+
+def main(quick: bool = False, budget: Budget = STORED) -> None:
+    """Print and store the answer of this process."""
+    prompt = torch.randint(3, 200, (1, budget.prompt), generator=torch.Generator().manual_seed(0))
+    findings, rows = [], []
+    for dtype in DTYPES:
+        found = models(budget.config, DTYPES[dtype])
+        calls = {name: lambda m=model: generate(m, prompt, budget.new) for name, model in found.items()}
+        samples = time_within(calls, 0 if quick else budget.seconds, least=3)
+        for name, times in samples.items():
+            rate = Spread.of([budget.new * 1e3 / ms for ms in times])
+            rows.append({"dtype": dtype, "competitor": name, "tokens_per_s": vars(rate), "rounds": len(times)})
+            findings.append(Finding(f"{name}: {dtype}", rate, "tokens/s"))
+        findings += [ratio(samples, name, DENSE, "at most", 1.0, f": {dtype}") for name in (MODULE, HELD)]
+    tokens = f"{budget.prompt} + {budget.new} tokens"
+    title = f"SmolLM2-135M's generate, batch 1, {tokens}, {torch.get_num_threads()} threads"
+    report("generate", title, findings, competitors=rows)
+
+
+def conclude(path: Path) -> None:
+    """Print the table of the record that has been written."""
+    print("\n" + "\n\n".join(generate_tables(json.loads(path.read_text()))))

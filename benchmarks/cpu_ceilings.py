@@ -1,0 +1,77 @@
+"""What the machine itself reaches: torch's best GEMM, reading the weight's bytes, copying them.
+
+    share = max(flops / GEMM, bytes / memory) / time
+
+where memory is the reading for the forward pass and d_x, which write little, and the copy for what makes a gradient of
+the weight's size. Reading and copying are of as many bytes as the weight has, so where the cache is large they are the
+cache's: what a layer that is called again and again finds there too.
+"""
+
+import time
+
+import torch
+
+from .harness import Spread
+from .roofline import Work
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+READERS = {"sum": torch.sum, "amax": torch.amax, "dot": lambda t: torch.dot(t, t)}
+
+
+class CpuCeilings:
+    """In flop/s and bytes/s, sampled through the run with as many threads as torch has; the best way of each counts."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._gemm: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
+        self._read: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
+        self._copy: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
+
+    def sample(self, dtype: str) -> None:
+        """One sample of each."""
+        size = self._size
+        a, b, product = (torch.ones(size, size, dtype=DTYPES[dtype]) for _ in range(3))
+        took = min(_seconds(lambda other=other: torch.mm(a, other, out=product)) for other in (b, b.T))
+        self._gemm[dtype].append(2 * size**3 / took)
+        floats = a.view(-1).view(torch.float32)  # the same bytes; bf16 would be converted while it is read
+        self._read[dtype].append(a.nbytes / min(_seconds(lambda f=f: f(floats), 3) for f in READERS.values()))
+        self._copy[dtype].append(2 * a.nbytes / _seconds(lambda: b.copy_(a), 3))
+
+    def share(self, op: str, dtype: str, work: Work, milliseconds: float) -> float:
+        """Of the time that the ceilings allow in the time that was taken."""
+        memory = self._read if op in ("forward", "d_x") else self._copy
+        least = max(work.flops / _median(self._gemm[dtype]), work.bytes / _median(memory[dtype]))
+        return least / (milliseconds * 1e-3)
+
+    def record(self, threads: int) -> dict:
+        """By dtype: GFLOP/s and GB/s with quartiles."""
+        return {
+            "threads": threads,
+            **{
+                dtype: {
+                    "gemm_gflops": _spread(self._gemm[dtype]),
+                    "read_gb_per_s": _spread(self._read[dtype]),
+                    "copy_gb_per_s": _spread(self._copy[dtype]),
+                }
+                for dtype in DTYPES
+            },
+        }
+
+
+def _median(values: list[float]) -> float:
+    return Spread.of(values).median
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return vars(Spread.of([value / 1e9 for value in values]))
+
+
+def _seconds(call, times: int = 1) -> float:
+    """The least of ``times``, after one that is not timed."""
+    call()
+    took = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - start)
+    return min(took)

@@ -1,0 +1,59 @@
+"""What is asked of the layer on a CPU: its time in units of a dense layer's of the same dtype, by instruction set.
+
+A cell is an op on a shape; its columns are bf16 with AMX, bf16 with AVX512-BF16, and fp32 on any AVX-512. Beside that,
+no forward pass and no step may take more than 1.05 times eager PyTorch's, whatever the processor.
+"""
+
+from dataclasses import dataclass
+
+from .layer_competitors import FROM_SCORES, HELD
+
+SQUARE, NARROW = (4096, 4096), (576, 1536)
+AMX, AVX512_BF16, FP32 = "AMX", "AVX512-BF16", "fp32 (AVX-512)"
+EAGER_BOUND = 1.05  # times eager PyTorch, at most, everywhere
+
+
+@dataclass(frozen=True)
+class Target:
+    """A row of the table: the bounds of one competitor, by column."""
+
+    op: str
+    shape: tuple[int, int]
+    m: int
+    competitor: str
+    bounds: tuple[float, float, float]  # in the order of COLUMNS
+
+
+COLUMNS = (AMX, AVX512_BF16, FP32)
+TARGETS = (
+    Target("step", SQUARE, 4096, FROM_SCORES, (1.05, 1.08, 1.05)),
+    Target("step", SQUARE, 4096, HELD, (1.05, 1.08, 1.05)),
+    Target("step", SQUARE, 512, FROM_SCORES, (1.10, 1.03, 1.10)),
+    Target("step", SQUARE, 512, HELD, (1.00, 0.97, 1.05)),
+    Target("step", SQUARE, 64, FROM_SCORES, (1.10, 0.97, 1.10)),
+    Target("step", SQUARE, 64, HELD, (0.90, 0.77, 1.00)),
+    Target("forward", SQUARE, 1, HELD, (0.6, 0.8, 0.9)),
+    Target("forward", SQUARE, 16, HELD, (0.6, 0.8, 0.9)),
+    Target("step", NARROW, 512, FROM_SCORES, (1.15, 1.15, 1.15)),
+    Target("step", NARROW, 512, HELD, (1.15, 1.15, 1.15)),
+)
+
+
+def column(instruction_set: str, dtype: str) -> str | None:
+    """Which bounds hold for bf16 or fp32 on an instruction set; None: there are none."""
+    if dtype == "fp32":
+        return FP32 if instruction_set in ("amx", "avx512_bf16", "avx512") else None
+    return {"amx": AMX, "avx512_bf16": AVX512_BF16}.get(instruction_set)
+
+
+def bound(
+    instruction_set: str, dtype: str, op: str, shape: tuple[int, int], m: int, threads: int, competitor: str
+) -> float | None:
+    """Times the dense layer, at most; None where nothing is asked, as with one thread."""
+    found = column(instruction_set, dtype)
+    if found is None or threads == 1:
+        return None
+    for target in TARGETS:
+        if (target.op, target.shape, target.m, target.competitor) == (op, shape, m, competitor):
+            return target.bounds[COLUMNS.index(found)]
+    return None

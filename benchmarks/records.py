@@ -1,0 +1,94 @@
+"""Stored answers: a JSON file a question and instruction set, so that machines stand beside each other.
+
+    ops-cpu-amx.json, ops-cpu-avx512_bf16.json     times and measured memory: what the processor decides
+    memory_cards-cpu.json                          simulated, or a loss: what it does not
+    cpu-amx.json                                   of the question `cpu`
+
+The instruction set is the one that the cpu library takes, or the name of the backend that stands in for it.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mft_kernels.processor import NEEDS
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# What no processor changes: simulated memory, and losses and masks after training, equal but for the order of sums.
+ON_ANY = frozenset({"memory_cards", "score_optimiser", "mask_variants"})
+
+Record = Mapping[str, Any]
+_NAME = re.compile(r"(?:(?P<question>\w+)-)?cpu(?:-(?P<instruction_set>\w+))?\.json")
+
+
+def file_name(question: str, instruction_set: str) -> str:
+    """Of the answer to a question on a CPU."""
+    name = "cpu" if question == "cpu" else f"{question}-cpu"
+    return f"{name}.json" if question in ON_ANY else f"{name}-{instruction_set}.json"
+
+
+def instruction_set_of(record: Record) -> str:
+    """That gave it; of a record from before its name said so, from what was said of the backend."""
+    where = record["environment"]
+    return where.get("instruction_set") or where.get("backend", "").removeprefix("C++, ")
+
+
+def by_question(records: Iterable[tuple[str, Record]], instruction_set: str) -> dict[str, Record]:
+    """Those of one instruction set and those that need none, of (file name, record)."""
+    found = {}
+    for name, record in records:
+        question, parts = _question(name), _NAME.fullmatch(name)
+        if question is None or parts is None:
+            continue
+        own = parts["instruction_set"] or ("" if question in ON_ANY else instruction_set_of(record))
+        if own in ("", instruction_set):
+            found[question] = record
+    return found
+
+
+def is_record(name: str) -> bool:
+    """Whether a file's name is that of an answer on a CPU."""
+    return _question(name) is not None
+
+
+def read_all(folder: Path) -> list[tuple[str, Record]]:
+    """(file name, record) of every answer on a CPU that a folder holds."""
+    paths = sorted(path for path in folder.glob("*.json") if is_record(path.name))
+    return [(path.name, json.loads(path.read_text())) for path in paths]
+
+
+def read_records(folder: Path, instruction_set: str) -> dict[str, Record]:
+    """by_question of a folder."""
+    return by_question(read_all(folder), instruction_set)
+
+
+def instruction_sets(records: Iterable[tuple[str, Record]]) -> list[str]:
+    """Those that records are of, best first, then others by name."""
+    found = {instruction_set_of(record) for name, record in records if not by_question([(name, record)], "")}
+    return sorted(found, key=_rank)
+
+
+def by_machine(folder: Path, question: str) -> dict[str, Record]:
+    """The answers to one question, by instruction set, best first; one of ON_ANY is under the set that gave it."""
+    found = {instruction_set_of(record): record for name, record in read_all(folder) if _question(name) == question}
+    return {name: found[name] for name in sorted(found, key=_rank)}
+
+
+def machine(record: Record) -> str:
+    """Processor and instruction set, short enough for the head of a column."""
+    name = re.sub(r"\(R\)|\(TM\)|Processor|CPU|@.*|family.*", "", record["environment"]["device"])
+    return f"{' '.join(name.split())}, {instruction_set_of(record)}"
+
+
+def _question(name: str) -> str | None:
+    """That a file of this name answers; None: it is no answer on a CPU."""
+    parts = _NAME.fullmatch(name)
+    return None if parts is None else parts["question"] or "cpu"
+
+
+def _rank(instruction_set: str) -> tuple[int, str]:
+    order = [*NEEDS, "portable"]
+    return (order.index(instruction_set) if instruction_set in order else len(order), instruction_set)
