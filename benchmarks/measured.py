@@ -84,12 +84,17 @@ def memory_table(records: Records) -> str:
 
 
 def cpu_table(records: Records) -> str:
-    """Of `cpu`: times dense beside what was asked; a pair of columns a machine."""
-    names = list(dict.fromkeys(_row_of(c) for r in records.values() for c in r["cases"] if _is_shown(c)))
-    columns = [{_row_of(c): c for c in r["cases"] if _is_shown(c)} for r in records.values()]
-    rows = [[*name, *(cell for column in columns for cell in _measured_and_asked(column.get(name)))] for name in names]
-    heads = [head for record in records.values() for head in (machine(record), "asked")]
-    return markdown(["times dense", "", *heads], rows)
+    """Of `cpu`: times dense, and what was asked in brackets; a group of columns a machine."""
+    names = list(dict.fromkeys(case_name(case) for r in records.values() for case in r["cases"]))
+    competitors = {name: _competitors(record) for name, record in records.items()}
+    columns = {
+        (name, own): {case_name(c): c for c in records[name]["cases"] if c["competitor"] == own}
+        for name in records
+        for own in competitors[name]
+    }
+    rows = [[place, *(_measured_and_asked(column.get(place)) for column in columns.values())] for place in names]
+    heads = [f"{machine(records[name])}: {own}" for name, own in columns]
+    return markdown(["times dense (asked)", *heads], rows)
 
 
 def shares_table(records: Records) -> str:
@@ -170,21 +175,18 @@ def _origins(question: str, records: Records) -> str:
     return f"`make bench WHAT={question}`. {'; '.join(told)}."
 
 
-def _is_shown(case: Record) -> bool:
-    return case["competitor"] != "dense"
+def _competitors(record: Record) -> list[str]:
+    return [name for name in dict.fromkeys(case["competitor"] for case in record["cases"]) if name != "dense"]
 
 
-def _row_of(case: Record) -> tuple[str, str]:
-    return case_name(case), case["competitor"]
-
-
-def _measured_and_asked(case: Record | None) -> tuple[str, str]:
+def _measured_and_asked(case: Record | None) -> str:
+    """Bold where it was missed."""
     if case is None:
-        return "", ""
-    asked = case["target"]
-    missed = asked is not None and case["ratio"]["median"] > asked
-    shown = _ratio(case["ratio"]["median"])
-    return f"**{shown}**" if missed else shown, "" if asked is None else f"{asked:.2f}"
+        return ""
+    shown, asked = _ratio(case["ratio"]["median"]), case["target"]
+    if asked is None:
+        return shown
+    return f"{shown} ({asked:.2f})" if case["ratio"]["median"] <= asked else f"**{shown}** ({asked:.2f})"
 
 
 def _three(value: float | None) -> str:

@@ -155,7 +155,8 @@ def _ceilings(found: Record) -> str:
         for dtype, by in found.items()
         if dtype != "threads"
     ]
-    return f"Ceilings of the run, {found['threads']} threads: {'; '.join(told)}."
+    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
+    return f"Ceilings of the run, {threads}: {'; '.join(told)}."
 
 
 TABLES: dict[str, Callable[[Record], list[str]]] = {

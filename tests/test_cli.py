@@ -137,6 +137,8 @@ def test_env_says_which_kernels_serve_the_cpu(cli):
     assert f"torch {torch.__version__}" in output
     assert "auto on cpu: " in output
     assert "reference" in output
+    assert "processor " in output
+    assert "path of the cpu library " in output
 
 
 def test_a_run_is_not_overwritten_unasked(cli, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from mft import measure
 from mft.console import new_console
 from mft.measure import DENSE, EAGER, HELD, SCORES, Row, calls_of, conclusion, run_measure, table_of, verdict
+from mft_kernels.testing import random_inputs
 
 
 def row(scores, held, eager=1.0, m=1):
@@ -43,10 +44,15 @@ def test_the_last_line_names_where_eager_would_be_better():
     )
 
 
+def test_other_work_is_told():
+    assert measure.other_work(0.9, 2) == ""
+    assert "load average 4.0 on 2 processors" in measure.other_work(4.0, 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_timed_agrees(dtype):
     tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
-    calls = calls_of(3, 64, dtype)
+    calls = calls_of(random_inputs(5, 64, 64, dtype, dtype), 3)
     for op, place in (("forward", None), ("d_x", 0), ("d_scores", 2)):
         found = {name: call() for name, call in calls[op].items()}
         ours = found[SCORES] if place is None else found[SCORES][place]

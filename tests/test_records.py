@@ -1,6 +1,7 @@
 """Stored results by machine: names, what is read again, and the page that shows them side by side."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -135,14 +136,18 @@ def test_the_targets_and_the_machines_stand_side_by_side(two_machines, capsys):
     assert told.count("| met |") == 4  # both dtypes, with two threads and, as the bounds here have it, with one
     assert told.count("| NOT MET |") == 4
     assert "| step, fp32, 4 x 64, M = 3, 1 thread |" in told
-    assert "Ceilings of the run, 1 threads: bf16 GEMM" in told
+    assert "Ceilings of the run, 1 thread: bf16 GEMM" in told
     assert cpu_tables(records["avx2"])[0] == "Nothing is asked of this instruction set beside dense."
 
     (speeds,) = generate_tables(by_machine(two_machines, "generate")["amx"])
     assert speeds.startswith("| tokens/s [quartiles] | bf16 | fp32 |")
     table = measured.cpu_table(records)
-    assert table.splitlines()[0].count("asked") == 2
-    assert "**" in next(line for line in table.splitlines() if "step, bf16" in line and FROM_SCORES in line)
+    assert table.splitlines()[0].count(FROM_SCORES) == 2
+    (line,) = [line for line in table.splitlines() if "| step, bf16, 4 x 64, M = 3 |" in line]
+    scores, held, _, scores_elsewhere, *_ = [cell.strip() for cell in line.split("|")[2:]]
+    assert re.fullmatch(r"\*\*[\d.]+\*\* \(0\.00\)", scores)  # missed
+    assert re.fullmatch(r"[\d.]+ \(1000\.00\)", held)
+    assert scores_elsewhere == scores.split()[0].strip("*")  # where nothing is asked
     assert measured.shares_table(records).count("\n") == 1 + 8
     speeds = measured.generate_table(by_machine(two_machines, "generate"))
     assert [line.split("|")[1].strip() for line in speeds.splitlines()[2:]] == [

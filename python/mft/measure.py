@@ -4,6 +4,7 @@ Forward, d_x and d_scores one by one, without autograd: ours from scores and wit
 product, and PyTorch's own ops on a masked weight (mft_kernels/eager.py). The ops are those that "auto" takes.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 import mft_kernels
 from mft.progress import Progress
 from mft_kernels.eager import eager_grad_scores, eager_grad_x, eager_linear
-from mft_kernels.testing import random_inputs
+from mft_kernels.testing import Inputs, random_inputs
 from mft_kernels.timing import Samples, median_ratio, time_within
 
 DENSE, SCORES, HELD, EAGER = "dense", "from scores", "held mask", "eager"
@@ -29,6 +30,7 @@ SECONDS = 20.0  # for all of it, with what else is done below 30
 SIZES = (4096, 2048, 1024, 512, 256)  # N = K: the largest that fits
 CALLS = 5 * 4 * len(OPS)  # of a dense product of the most tokens, at least: rounds and warming up, competitors, ops
 SLACK = 3.0  # times as long as dense what is measured may take on the average
+BUSY = 0.5  # load average a processor from which times say little: 4 on 2 made every product take 8 ms, small or large
 LEVEL = 1.05  # times as long, either way, is level
 
 Call = Callable[[], object]
@@ -50,6 +52,7 @@ class Row:
 
 def run_measure(console: Console, *, seconds: float = SECONDS) -> list[Row]:
     """Measure, with progress, and print the table and whether eager would be better anywhere."""
+    busy = other_work(os.getloadavg()[0], os.cpu_count() or 1)
     size = fitting_size(seconds)
     rows: list[Row] = []
     with Progress(console).phase("measuring", len(DTYPES) * len(TOKENS) * len(OPS)) as phase:
@@ -57,8 +60,20 @@ def run_measure(console: Console, *, seconds: float = SECONDS) -> list[Row]:
             rows.append(row)
             phase.advance()
     console.print(table_of(rows, size))
+    if busy:
+        console.print(busy, soft_wrap=True)
     console.print(conclusion(rows), soft_wrap=True)
     return rows
+
+
+def other_work(load: float, processors: int) -> str:
+    """What to say of the load average before anything was measured; empty where the machine was idle enough."""
+    if load <= BUSY * processors:
+        return ""
+    return (
+        f"other work is running (load average {load:.1f} on {processors} processors): a thread that waits for its turn "
+        "costs more than a product, so measure again on a quiet machine"
+    )
 
 
 def fitting_size(seconds: float) -> int:
@@ -78,17 +93,17 @@ def measured(size: int, seconds: float, tokens: tuple[int, ...] = TOKENS) -> Ite
     """Every row, at N = K = size; seconds are shared out over those that are left."""
     begin, left = time.perf_counter(), len(DTYPES) * len(tokens) * len(OPS)
     for dtype in DTYPES:
+        layer = random_inputs(max(tokens), size, size, DTYPES[dtype], DTYPES[dtype])
         for m in tokens:
-            for op, calls in calls_of(m, size, DTYPES[dtype]).items():
+            for op, calls in calls_of(layer, m).items():
                 own = (seconds - (time.perf_counter() - begin)) / left
                 yield Row(dtype, op, m, time_within(calls, max(0.0, own), least=3))
                 left -= 1
 
 
-def calls_of(m: int, size: int, dtype: torch.dtype) -> dict[str, dict[str, Call]]:
-    """By op, then by competitor."""
-    t = random_inputs(m, size, size, dtype, dtype)
-    x, weight, scores, grad = t.x, t.weight, t.scores, t.grad_output
+def calls_of(layer: Inputs, m: int) -> dict[str, dict[str, Call]]:
+    """By op, then by competitor, on the first m tokens."""
+    x, weight, scores, grad = layer.x[:m], layer.weight, layer.scores, layer.grad_output[:m]
     threshold = mft_kernels.kept_threshold(scores, KEEP_RATIO)
     packed = mft_kernels.pack_mask(scores, threshold)
     buffer = torch.zeros_like(weight)
@@ -128,8 +143,8 @@ def verdict(ratio: float) -> str:
 
 def table_of(rows: list[Row], size: int) -> Table:
     """A line a row, and how ours compare with dense."""
-    table = Table(title=f"N = K = {size}, {torch.get_num_threads()} threads; times the dense product")
-    for name in ("", "M", "dense, ms", f"ours, {SCORES}", f"ours, {HELD}", EAGER):
+    table = Table(title=f"ours and eager, times dense; N = K = {size}, {torch.get_num_threads()} threads")
+    for name in ("", "M", "dense, ms", SCORES, HELD, EAGER):
         table.add_column(name, justify="right" if name else "left", no_wrap=not name)
     for row in rows:
         dense = sorted(row.samples[DENSE])[len(row.samples[DENSE]) // 2]
