@@ -19,11 +19,15 @@ X86_FLAGS = {
     "row_kernels_avx512.cpp": AVX512_FLAGS,
     "step_kernels_avx2.cpp": AVX2_FLAGS,
     "step_kernels_avx512.cpp": [*AVX512_FLAGS, "-mprefer-vector-width=512"],
+    "few_tokens_avx2.cpp": [*AVX2_FLAGS, "-mf16c"],
+    "few_tokens_avx512.cpp": AVX512_FLAGS,
+    "few_tokens_avx512_bf16.cpp": [*AVX512_FLAGS, *DOT_BFLOAT16_FLAGS],
     "gemm_float32.cpp": AVX512_FLAGS,
     "gemm_bfloat16.cpp": [*AVX512_FLAGS, *DOT_BFLOAT16_FLAGS],
     "gemm_amx.cpp": [*AVX512_FLAGS, *DOT_BFLOAT16_FLAGS, *AMX_FLAGS],
     "gemm_amx_emulated.cpp": [*AVX512_FLAGS, *DOT_BFLOAT16_FLAGS],
 }
+DOT_BFLOAT16_FILES = ["few_tokens_avx512_bf16.cpp", "gemm_bfloat16.cpp"]
 AMX_FILES = ["gemm_amx.cpp", "gemm_amx_emulated.cpp"]
 # Without them no loop with a square root, a choice or a conversion becomes vector code; they change no value.
 VECTOR_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
@@ -45,7 +49,7 @@ def units(compiler: str, torch_directory: Path, sources: Path, machine: str | No
     x86 = (machine or platform.machine()).lower() in ("x86_64", "amd64")
     dot_bfloat16 = x86 and accepts(compiler, DOT_BFLOAT16_FLAGS)
     amx = dot_bfloat16 and accepts(compiler, AMX_FLAGS)
-    unknown = [*([] if dot_bfloat16 else ["gemm_bfloat16.cpp"]), *([] if amx else AMX_FILES)]
+    unknown = [*([] if dot_bfloat16 else DOT_BFLOAT16_FILES), *([] if amx else AMX_FILES)]
     flags = [
         *CPP_FLAGS,
         "-ffp-contract=off",

@@ -81,6 +81,7 @@ def main() -> None:
                 (torch.bfloat16, torch.float32),
                 (torch.bfloat16, torch.bfloat16),
                 (torch.float32, torch.float16),
+                (torch.float16, torch.float32),
             ):
                 for at_end in (True, False):
                     run_every_op(shape, dtype, scores_dtype, at_end)

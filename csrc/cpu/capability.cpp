@@ -29,6 +29,12 @@ void miss(Found& found, const char* name, const std::string& why) {
 
 #if defined(MFT_X86)
 
+// Conversion of fp16. Every processor with AVX2 has it; __builtin_cpu_supports() does not know its name everywhere.
+bool has_f16c() {
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
+
 // Why tiles cannot be used, or "". The kernel keeps their 8 KiB of registers for those processes alone that ask.
 std::string why_no_tiles() {
   uint32_t a = 0, b = 0, c = 0, d = 0;
@@ -54,16 +60,17 @@ Found detect() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bfloat16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  const auto of_avx512 = [](const char* name, const Gemm* of_bfloat16) -> Capability {
+  const auto of_avx512 = [](const char* name, const FewKernels& few, const Gemm& of_bfloat16) -> Capability {
     return {name,
             &avx512_row_kernels(),
             &avx512_step_kernels(),
-            {&float32_gemm(Format::kFloat32), of_bfloat16, &float32_gemm(Format::kFloat16)}};
+            &few,
+            {&float32_gemm(Format::kFloat32), &of_bfloat16, &float32_gemm(Format::kFloat16)}};
   };
 #if defined(MFT_AMX)
   const std::string no_tiles = bfloat16 ? why_no_tiles() : "the processor has no AVX512-BF16, which packs for it";
   if (no_tiles.empty()) {
-    all.push_back(of_avx512("amx", &amx_gemm()));
+    all.push_back(of_avx512("amx", avx512_bf16_few_kernels(), amx_gemm()));
   } else {
     miss(found, "amx", no_tiles);
   }
@@ -72,7 +79,7 @@ Found detect() {
 #endif
 #if defined(MFT_DOT_BFLOAT16)
   if (bfloat16) {
-    all.push_back(of_avx512("avx512_bf16", &bfloat16_gemm()));
+    all.push_back(of_avx512("avx512_bf16", avx512_bf16_few_kernels(), bfloat16_gemm()));
   } else {
     miss(found, "avx512_bf16", "the processor does not have it");
   }
@@ -80,19 +87,19 @@ Found detect() {
   miss(found, "avx512_bf16", "the compiler that built the library does not know it");
 #endif
   if (avx512) {
-    all.push_back(of_avx512("avx512", &float32_gemm(Format::kBFloat16)));
+    all.push_back(of_avx512("avx512", avx512_few_kernels(), float32_gemm(Format::kBFloat16)));
   } else {
     miss(found, "avx512", "the processor does not have it");
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    all.push_back({"avx2", &avx2_row_kernels(), &avx2_step_kernels(), {}});
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
+    all.push_back({"avx2", &avx2_row_kernels(), &avx2_step_kernels(), &avx2_few_kernels(), {}});
   } else {
     miss(found, "avx2", "the processor does not have it");
   }
 #endif
-  all.push_back({"portable", &portable_row_kernels(), &portable_step_kernels(), {}});
+  all.push_back({"portable", &portable_row_kernels(), &portable_step_kernels(), &portable_few_kernels(), {}});
 #if defined(MFT_AMX)
-  if (bfloat16) all.push_back(of_avx512("amx_emulated", &emulated_amx_gemm()));
+  if (bfloat16) all.push_back(of_avx512("amx_emulated", avx512_bf16_few_kernels(), emulated_amx_gemm()));
 #endif
   return found;
 }

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "few_tokens.h"
 #include "row_kernels.h"
 #include "step_kernels.h"
 
@@ -14,6 +15,7 @@ struct Capability {
   const char* name;
   const RowKernels* rows;
   const StepKernels* step;
+  const FewKernels* few;
   const Gemm* gemms[3];  // by Format, of what the mask is fused with; nullptr: none, slabs go through torch's GEMM
 };
 

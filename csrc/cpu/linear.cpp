@@ -9,6 +9,7 @@
 #include <cstring>
 #include <memory>
 
+#include "few_linear.h"
 #include "fused_linear.h"
 #include "parallel.h"
 #include "torch_matmul.h"
@@ -85,6 +86,7 @@ const Gemm* fused(const Capability& cpu, const Matrix& weight) {
 
 void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
                    const MaskSource& mask, const void* bias) {
+  if (few_masked_linear_wins(cpu, x, weight)) return few_masked_linear(cpu, y, x, weight, mask, bias);
   if (const Gemm* gemm = fused(cpu, weight)) return fused_masked_linear(*gemm, y, x, weight, mask, bias);
   const int64_t rows = slab_length(weight.columns * bytes_of(weight.format), weight.rows);
   const int64_t depth = filled(weight.columns, weight.format);
@@ -102,6 +104,7 @@ void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, cons
 
 void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
             const MaskSource& mask) {
+  if (few_grad_x_wins(cpu, grad_output, weight)) return few_grad_x(cpu, d_x, grad_output, weight, mask);
   if (const Gemm* gemm = fused(cpu, weight)) return fused_grad_x(*gemm, d_x, grad_output, weight, mask);
   const int64_t columns = slab_length(weight.rows * bytes_of(weight.format), weight.columns);
   const int64_t depth = filled(weight.rows, weight.format);

@@ -1,0 +1,99 @@
+// The masked linear layer and its d_x for few tokens: the tokens are prepared once, then threads share the weight's rows
+// (forward) or columns (d_x), so that each sum belongs to one of them.
+#include "few_linear.h"
+
+#include <algorithm>
+
+#include "parallel.h"
+#include "scratch.h"
+
+namespace mft {
+namespace {
+
+// A thread's share is no smaller than this: below, waking a second one costs more than it saves.
+constexpr int64_t kShareBytes = 512 << 10;
+
+bool wins(const Matrix& tokens, const Matrix& weight, const int64_t most[3]) {
+  const bool empty = tokens.rows == 0 || weight.rows == 0 || weight.columns == 0;
+  return !empty && tokens.rows <= std::min(most[static_cast<int>(weight.format)], kFewTokens);
+}
+
+using Prepare = void (*)(float*, const void*, Format, int64_t);
+
+// The tokens as a kernel reads them.
+class Prepared {
+ public:
+  Prepared(const Matrix& tokens, Prepare prepare)
+      : memory_(tokens.rows * few_token_stride(tokens.columns) * sizeof(float)) {
+    const int64_t stride = few_token_stride(tokens.columns);
+    for (int64_t t = 0; t < tokens.rows; ++t) {
+      prepare(static_cast<float*>(memory_.get()) + t * stride, tokens.row(t), tokens.format, tokens.columns);
+    }
+  }
+  const float* get() const { return static_cast<const float*>(memory_.get()); }
+
+ private:
+  Scratch memory_;
+};
+
+FewTokens call_of(const Matrix& out, const Matrix& weight, const MaskSource& mask, const void* bias,
+                  const Prepared& tokens) {
+  return {weight.format,
+          out.rows,
+          weight.rows,
+          weight.columns,
+          static_cast<const char*>(weight.data),
+          mask.scores,
+          mask.score_format,
+          mask.words,
+          mask.range,
+          static_cast<const char*>(bias),
+          tokens.get(),
+          static_cast<char*>(out.data)};
+}
+
+// f(first, end) of spans of `total`, which begin at multiples of `unit` and read kShareBytes or more.
+template <typename F>
+void for_spans(int64_t total, int64_t unit, int64_t bytes, const F& f) {
+  const int64_t units = (total + unit - 1) / unit;
+  const int64_t grain = std::max<int64_t>(1, units * kShareBytes / std::max<int64_t>(bytes, 1));
+  parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { f(begin * unit, std::min(total, end * unit)); });
+}
+
+int64_t bytes_read(const Matrix& weight, const MaskSource& mask) {
+  const int64_t each = bytes_of(weight.format) + (mask.scores != nullptr ? bytes_of(mask.score_format) : 0);
+  return weight.rows * weight.columns * each;
+}
+
+}  // namespace
+
+bool few_masked_linear_wins(const Capability& cpu, const Matrix& x, const Matrix& weight) {
+  return wins(x, weight, cpu.few->most_dot);
+}
+
+bool few_grad_x_wins(const Capability& cpu, const Matrix& grad_output, const Matrix& weight) {
+  return wins(grad_output, weight, cpu.few->most_sum);
+}
+
+void few_masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
+                       const MaskSource& mask, const void* bias) {
+  const Prepared tokens(x, cpu.few->prepare_dot);
+  const FewTokens call = call_of(y, weight, mask, bias, tokens);
+  const int64_t words = mask.scores == nullptr ? 0 : kDotRows * ((weight.columns + 31) / 32);
+  for_spans(weight.rows, kDotRows, bytes_read(weight, mask), [&](int64_t first, int64_t end) {
+    const Scratch scratch(words * sizeof(uint32_t));
+    cpu.few->dot(call, first, end, static_cast<uint32_t*>(scratch.get()));
+  });
+}
+
+void few_grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
+                const MaskSource& mask) {
+  const Prepared tokens(grad_output, cpu.few->prepare_sum);
+  const FewTokens call = call_of(d_x, weight, mask, nullptr, tokens);
+  for_spans(weight.columns, 64, bytes_read(weight, mask), [&](int64_t first, int64_t end) {
+    const Scratch scratch(call.count * (kStripColumns + 16) * sizeof(float));
+    cpu.few->sum(call, first, end, static_cast<float*>(scratch.get()));
+  });
+}
+
+}  // namespace mft

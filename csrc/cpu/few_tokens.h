@@ -1,0 +1,58 @@
+// One token and few: products with the masked weight that memory bounds. The weight is read once, straight from where it
+// lies: it is masked in registers and meets all tokens there, so neither it nor its mask is copied or packed.
+//
+//   dot   y (M, N) = x @ where(keep, weight, 0).T + bias: rows of the weight meet the tokens; each sum has one vector
+//   sum   d_x (M, K) = grad_output @ where(keep, weight, 0): rows of the weight are added up in fp32, strips of columns
+//
+// A sum's order depends on neither the threads nor the number of tokens. fp32 throughout, one rounding at the end.
+#pragma once
+
+#include <cstdint>
+
+#include "row_kernels.h"
+
+namespace mft {
+
+constexpr int64_t kFewTokens = 16;       // the most that the kernels take; how many pay is in FewKernels
+constexpr int64_t kDotRows = 8;          // rows of the weight at a time, at most; whoever splits rows splits at these
+constexpr int64_t kStripBytes = 4096;    // of a row of the weight in a strip of sum(): a page, as page walks cost
+constexpr int64_t kStripColumns = 2048;  // the most columns in a strip
+
+// One call. All matrices are contiguous and of one format; `tokens` and `scratch` are made by whoever calls.
+struct FewTokens {
+  Format format;
+  int64_t count, rows, columns;  // M, N, K
+  const char* weight;
+  const void* scores;  // nullptr: take the words
+  Format score_format;
+  const uint32_t* words;
+  KeepRange range;
+  const char* bias;     // dot: (N,) or nullptr
+  const float* tokens;  // M rows, few_token_stride() apart, made by prepare_*()
+  char* out;
+};
+
+// From one prepared token to the next: room for 32 columns more, and an odd number of cache lines, since tokens a power
+// of two apart would share their sets of L1.
+constexpr int64_t few_token_stride(int64_t length) { return (length + 31) / 32 * 32 + 16; }
+
+struct FewKernels {
+  // One token as dot() or sum() reads it, zeros behind it.
+  void (*prepare_dot)(float* out, const void* token, Format format, int64_t length);
+  void (*prepare_sum)(float* out, const void* token, Format format, int64_t length);
+
+  // y[:, first .. end), with scratch for kDotRows rows of words.
+  void (*dot)(const FewTokens& call, int64_t first_row, int64_t end_row, uint32_t* scratch);
+  // d_x[:, first .. end), first a multiple of 32, with scratch for count rows of kStripColumns sums and 16 more.
+  void (*sum)(const FewTokens& call, int64_t first_column, int64_t end_column, float* scratch);
+
+  // The most tokens for which dot() and sum() win, by Format; 0: never.
+  int64_t most_dot[3], most_sum[3];
+};
+
+const FewKernels& portable_few_kernels();
+const FewKernels& avx2_few_kernels();
+const FewKernels& avx512_few_kernels();
+const FewKernels& avx512_bf16_few_kernels();
+
+}  // namespace mft

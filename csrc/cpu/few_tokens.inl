@@ -1,0 +1,670 @@
+// The kernels of few_tokens.h, once: included by one source file per instruction set, which names MFT_FEW_KERNELS and its
+// flags. Only raw pointers here, as in row_kernels.inl.
+//
+// 32 columns of a row and their word of the mask are taken in units of two vectors of fp32 (first, second). A unit of
+// bf16 is widened by a shift and a mask, so `first` holds its even columns and `second` its odd ones: the tokens of dot()
+// are laid out likewise, the sums of sum() put in order at the end. With AVX512-BF16 a unit of dot() is one vector of
+// bf16 against one of the token, and sum() interleaves two rows so that vdpbf16ps adds both at once.
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "few_tokens.h"
+
+namespace mft {
+namespace {
+
+#include "keep_bits.inl"
+#include "formats.inl"
+
+#define MFT_UNROLL _Pragma("GCC unroll 16")
+
+// ------------------------------------------------------------------------------------------------ vectors
+
+#if defined(__AVX512BW__)
+
+using Floats = __m512;
+constexpr int kLanes = 16;
+constexpr int kDotTokens = 6;   // 4 rows x 6 tokens: 24 of 32 registers
+constexpr int kSumTokens = 12;  // 12 tokens x 2 vectors: the same
+
+inline Floats zeros() { return _mm512_setzero_ps(); }
+inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+inline Floats broadcast(const float* p) { return _mm512_set1_ps(*p); }
+inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
+
+struct Two {
+  Floats first, second;
+};
+
+inline Two kept_float32(const uint32_t* weight, uint32_t bits) {
+  return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi32(static_cast<__mmask16>(bits), weight)),
+          _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(static_cast<__mmask16>(bits >> 16), weight + 16))};
+}
+
+inline Two kept_bfloat16(const uint16_t* weight, uint32_t bits) {
+  const __m512i both = _mm512_maskz_loadu_epi16(bits, weight);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
+          _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+}
+
+inline Two kept_float16(const uint16_t* weight, uint32_t bits) {
+  const auto* halves = reinterpret_cast<const __m256i*>(weight);
+  return {_mm512_maskz_cvtph_ps(static_cast<__mmask16>(bits), _mm256_loadu_si256(halves)),
+          _mm512_maskz_cvtph_ps(static_cast<__mmask16>(bits >> 16), _mm256_loadu_si256(halves + 1))};
+}
+
+inline Two interleaved(Two v) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  return {_mm512_permutex2var_ps(v.first, low, v.second), _mm512_permutex2var_ps(v.first, high, v.second)};
+}
+
+// out[i] = the sum of v[i], in one order for each i.
+inline void add_across(float out[4], const Floats v[4]) {
+  __m256 half[4];
+  for (int i = 0; i < 4; ++i) {
+    half[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
+  }
+  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
+
+#elif defined(__AVX2__)
+
+using Floats = __m256;
+constexpr int kLanes = 8;
+constexpr int kDotTokens = 3;  // 4 rows x 3 tokens: 12 of 16 registers
+constexpr int kSumTokens = 6;  // 6 tokens x 2 vectors: the same
+
+inline Floats zeros() { return _mm256_setzero_ps(); }
+inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+inline Floats broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm256_fmadd_ps(a, b, sum); }
+
+struct Two {
+  Floats first, second;
+};
+
+// Ones where bit i, or bit step * i + first, of `bits` is set.
+inline __m256i lanes_of(uint32_t bits, __m256i one_bit) {
+  return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), one_bit), one_bit);
+}
+
+inline Two kept_float32(const uint32_t* weight, uint32_t bits) {
+  const __m256i low = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128), high = _mm256_slli_epi32(low, 8);
+  return {_mm256_castsi256_ps(_mm256_and_si256(lanes_of(bits, low), load(static_cast<const void*>(weight)))),
+          _mm256_castsi256_ps(_mm256_and_si256(lanes_of(bits, high), load(static_cast<const void*>(weight + 8))))};
+}
+
+inline Two kept_bfloat16(const uint16_t* weight, uint32_t bits) {
+  const __m256i one_bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
+                                            static_cast<short>(32768));
+  const __m256i word = _mm256_set1_epi16(static_cast<short>(bits));
+  const __m256i keep = _mm256_cmpeq_epi16(_mm256_and_si256(word, one_bit), one_bit);
+  const __m256i both = _mm256_and_si256(keep, load(static_cast<const void*>(weight)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)),
+          _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
+}
+
+inline Two kept_float16(const uint16_t* weight, uint32_t bits) {
+  const __m256i low = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128), high = _mm256_slli_epi32(low, 8);
+  const auto* halves = reinterpret_cast<const __m128i*>(weight);
+  return {_mm256_and_ps(_mm256_castsi256_ps(lanes_of(bits, low)), _mm256_cvtph_ps(_mm_loadu_si128(halves))),
+          _mm256_and_ps(_mm256_castsi256_ps(lanes_of(bits, high)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1)))};
+}
+
+inline Two interleaved(Two v) {
+  const __m256 low = _mm256_unpacklo_ps(v.first, v.second), high = _mm256_unpackhi_ps(v.first, v.second);
+  return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+}
+
+inline void add_across(float out[4], const Floats v[4]) {
+  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
+
+#else
+
+// The compiler's own vectors: SSE2, NEON, or what else the machine has.
+typedef float Floats __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(16)));
+typedef uint16_t HalfWords __attribute__((vector_size(8)));
+constexpr int kLanes = 4;
+constexpr int kDotTokens = 2;  // 4 rows x 2 tokens: 8 of 16 registers
+constexpr int kSumTokens = 4;  // 4 tokens x 2 vectors: the same
+
+inline Floats zeros() { return Floats{}; }
+inline Floats load(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+inline Floats broadcast(const float* p) { return Floats{*p, *p, *p, *p}; }
+inline Floats multiply_add(Floats a, Floats b, Floats sum) { return sum + a * b; }
+
+struct Two {
+  Floats first, second;
+};
+
+inline Words load_words(const uint32_t* p) {
+  Words v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Words load_words(const uint16_t* p) {
+  HalfWords v;
+  std::memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, Words);
+}
+
+inline Floats kept_of(Words weight, uint32_t bits, Words one_bit) {
+  return reinterpret_cast<Floats>(weight & reinterpret_cast<Words>((Words{bits, bits, bits, bits} & one_bit) != 0));
+}
+
+inline Two kept_float32(const uint32_t* weight, uint32_t bits) {
+  return {kept_of(load_words(weight), bits, Words{1, 2, 4, 8}),
+          kept_of(load_words(weight + 4), bits, Words{16, 32, 64, 128})};
+}
+
+inline Two kept_bfloat16(const uint16_t* weight, uint32_t bits) {
+  Words both;  // a pair each: the even column lies low where the machine counts so
+  std::memcpy(&both, weight, sizeof both);
+  return {kept_of(both << 16, bits, Words{1, 4, 16, 64}), kept_of(both & 0xffff0000u, bits, Words{2, 8, 32, 128})};
+}
+
+// from_float16(), whose comment says why so.
+inline Words widened(Words half) {
+  const Words magnitude = half & 0x7fff;
+  const Words small = reinterpret_cast<Words>(reinterpret_cast<Floats>(magnitude + 0x3f000000u) - 0.5f);
+  const Words large = (magnitude << 13) | 0x7f800000u, normal = (magnitude << 13) + 0x38000000u;
+  const Words is_small = reinterpret_cast<Words>(magnitude < 0x0400u);
+  const Words is_large = reinterpret_cast<Words>(magnitude >= 0x7c00u);
+  const Words value = (is_small & small) | (is_large & large) | (~(is_small | is_large) & normal);
+  return value | (half & 0x8000u) << 16;
+}
+
+inline Two kept_float16(const uint16_t* weight, uint32_t bits) {
+  return {kept_of(widened(load_words(weight)), bits, Words{1, 2, 4, 8}),
+          kept_of(widened(load_words(weight + 4)), bits, Words{16, 32, 64, 128})};
+}
+
+inline Two interleaved(Two v) {
+  return {Floats{v.first[0], v.second[0], v.first[1], v.second[1]},
+          Floats{v.first[2], v.second[2], v.first[3], v.second[3]}};
+}
+
+inline void add_across(float out[4], const Floats v[4]) {
+  for (int i = 0; i < 4; ++i) out[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
+}
+
+#endif
+
+constexpr int kUnit = 2 * kLanes;      // columns
+constexpr int kUnits = kStep / kUnit;  // in a word of the mask
+
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into L2
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ------------------------------------------------------------------------------------------------ kinds of product
+
+// What dot() and sum() do with each format: how a unit of the weight is kept, and what it is multiplied with.
+// Element: of the weight. kPair: rows that sum() takes at once. Kept: a unit, for dot().
+struct Float32 {
+  using Element = uint32_t;
+  static constexpr Format kFormat = Format::kFloat32;
+  static constexpr int kPair = 1;
+  static Two kept(const Element* weight, uint32_t bits) { return kept_float32(weight, bits); }
+  static Two in_order(Two sums) { return sums; }
+};
+
+struct BFloat16 {
+  using Element = uint16_t;
+  static constexpr Format kFormat = Format::kBFloat16;
+  static constexpr int kPair = 1;
+  static Two kept(const Element* weight, uint32_t bits) { return kept_bfloat16(weight, bits); }
+  static Two in_order(Two sums) { return interleaved(sums); }
+};
+
+struct Float16 {
+  using Element = uint16_t;
+  static constexpr Format kFormat = Format::kFloat16;
+  static constexpr int kPair = 1;
+  static Two kept(const Element* weight, uint32_t bits) { return kept_float16(weight, bits); }
+  static Two in_order(Two sums) { return sums; }
+};
+
+// sums[row][token] += a unit of each row times one of each token.
+template <typename Kind, int kRows, int kTokens>
+struct Dot {
+  static inline __attribute__((always_inline)) void add(Floats sums[kRows][kTokens], const typename Kind::Element* const* weight, const uint32_t* bits,
+                  int64_t j, const float* tokens, int64_t stride, int64_t column) {
+    MFT_UNROLL
+    for (int part = 0; part < 2; ++part) {
+      Floats w[kRows];
+      MFT_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const Two both = Kind::kept(weight[r] + column, bits[r] >> j);
+        w[r] = part == 0 ? both.first : both.second;
+      }
+      MFT_UNROLL
+      for (int t = 0; t < kTokens; ++t) {
+        const Floats x = load(tokens + t * stride + column + part * kLanes);
+        MFT_UNROLL
+        for (int r = 0; r < kRows; ++r) sums[r][t] = multiply_add(w[r], x, sums[r][t]);
+      }
+    }
+  }
+};
+
+// One row of a unit for sum(), and how it is added to the sums of a token.
+template <typename Kind>
+struct Sum {
+  static Two kept(const typename Kind::Element* const* weight, const uint32_t* const* words, int64_t word, int j,
+                  int64_t column) {
+    return Kind::kept(weight[0] + column, words[0][word] >> j);
+  }
+  static inline __attribute__((always_inline)) void add(Two& sums, Two weight, const float* token) {
+    const Floats factor = broadcast(token);
+    sums.first = multiply_add(weight.first, factor, sums.first);
+    sums.second = multiply_add(weight.second, factor, sums.second);
+  }
+};
+
+#if defined(__AVX512BF16__)
+
+inline __m512bh as_pairs(__m512i v) { return reinterpret_cast<__m512bh>(v); }
+
+struct PairsOfBFloat16 {
+  using Element = uint16_t;
+  static constexpr Format kFormat = Format::kBFloat16;
+  static constexpr int kPair = 2;
+  // Columns 0 .. 3 of each 8 went to `first`, 4 .. 7 to `second`.
+  static Two in_order(Two sums) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    return {_mm512_permutex2var_ps(sums.first, low, sums.second),
+            _mm512_permutex2var_ps(sums.first, high, sums.second)};
+  }
+};
+
+template <int kRows, int kTokens>
+struct Dot<PairsOfBFloat16, kRows, kTokens> {
+  static inline __attribute__((always_inline)) void add(Floats sums[kRows][kTokens], const uint16_t* const* weight, const uint32_t* bits, int64_t,
+                  const float* tokens, int64_t stride, int64_t column) {
+    __m512i w[kRows];
+    MFT_UNROLL
+    for (int r = 0; r < kRows; ++r) w[r] = _mm512_maskz_loadu_epi16(bits[r], weight[r] + column);
+    MFT_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      const __m512i x = _mm512_loadu_si512(reinterpret_cast<const uint16_t*>(tokens + t * stride) + column);
+      MFT_UNROLL
+      for (int r = 0; r < kRows; ++r) sums[r][t] = _mm512_dpbf16_ps(sums[r][t], as_pairs(w[r]), as_pairs(x));
+    }
+  }
+};
+
+template <>
+struct Sum<PairsOfBFloat16> {
+  static Two kept(const uint16_t* const* weight, const uint32_t* const* words, int64_t word, int, int64_t column) {
+    const __m512i even = _mm512_maskz_loadu_epi16(words[0][word], weight[0] + column);
+    const __m512i odd = _mm512_maskz_loadu_epi16(words[1][word], weight[1] + column);
+    return {_mm512_castsi512_ps(_mm512_unpacklo_epi16(even, odd)),
+            _mm512_castsi512_ps(_mm512_unpackhi_epi16(even, odd))};
+  }
+  static inline __attribute__((always_inline)) void add(Two& sums, Two weight, const float* token) {
+    const __m512i pair = _mm512_set1_epi32(*reinterpret_cast<const int*>(token));
+    sums.first = _mm512_dpbf16_ps(sums.first, as_pairs(_mm512_castps_si512(weight.first)), as_pairs(pair));
+    sums.second = _mm512_dpbf16_ps(sums.second, as_pairs(_mm512_castps_si512(weight.second)), as_pairs(pair));
+  }
+};
+
+using BFloat16Kind = PairsOfBFloat16;
+#else
+using BFloat16Kind = BFloat16;
+#endif
+
+// use(kind) with the kind of a format.
+template <typename Use>
+inline void with_kind(Format format, Use use) {
+  if (format == Format::kFloat32) {
+    use(Float32());
+  } else if (format == Format::kBFloat16) {
+    use(BFloat16Kind());
+  } else {
+    use(Float16());
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ tokens
+
+void prepare_in_order(float* out, const void* token, Format format, int64_t length) {
+  const int64_t padded = (length + kStep - 1) / kStep * kStep;
+  if (format == BFloat16Kind::kFormat && BFloat16Kind::kPair == 2) {
+    auto* pairs = reinterpret_cast<uint16_t*>(out);
+    std::memcpy(pairs, token, length * 2);
+    std::memset(pairs + length, 0, (padded - length) * 2);
+  } else {
+    widen(out, token, format, length);
+    std::memset(out + length, 0, (padded - length) * 4);
+  }
+}
+
+void prepare_sum(float* out, const void* token, Format format, int64_t length) {
+  prepare_in_order(out, token, format, length);
+}
+
+void prepare_dot(float* out, const void* token, Format format, int64_t length) {
+  prepare_in_order(out, token, format, length);
+  if (format != Format::kBFloat16 || BFloat16Kind::kPair == 2) return;
+  for (int64_t j = 0; j < length; j += kUnit) {
+    float even[kLanes], odd[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      even[i] = out[j + 2 * i];
+      odd[i] = out[j + 2 * i + 1];
+    }
+    std::memcpy(out + j, even, sizeof even);
+    std::memcpy(out + j + kLanes, odd, sizeof odd);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ masks
+
+inline const char* weight_row(const FewTokens& call, int64_t row) {
+  return call.weight + row * call.columns * bytes_of(call.format);
+}
+
+// The words of columns `first` .. of a row: its own, or made of its scores in `scratch`. What the row `rows` further on
+// will need is brought into L2.
+inline const uint32_t* words_of(const FewTokens& call, int64_t row, int64_t first, int64_t columns, int64_t rows,
+                                uint32_t* scratch) {
+  if (call.scores == nullptr) {
+    const int64_t stride = (call.columns + kStep - 1) / kStep;
+    const uint32_t* words = call.words + row * stride + first / kStep;
+    for (int64_t j = 0; j < columns; j += 16 * kStep) prefetch(words + rows * stride + j / kStep);
+    return words;
+  }
+  const int64_t width = bytes_of(call.score_format), ahead = rows * call.columns * width;
+  const char* scores = static_cast<const char*>(call.scores) + (row * call.columns + first) * width;
+  visit_words(scores, call.score_format, call.range, columns, [=](int64_t j, int64_t, uint32_t bits) {
+    prefetch(scores + j * width + ahead);
+    if (width == 4) prefetch(scores + j * width + ahead + 64);
+    scratch[j / kStep] = bits;
+  });
+  return scratch;
+}
+
+// ------------------------------------------------------------------------------------------------ dot
+
+// kRows rows of the weight at each of kTokens tokens; rows from `rows` on repeat the last one, and are not stored.
+template <typename Kind, int kRows, int kTokens>
+void dot_block(const FewTokens& call, const typename Kind::Element* const* weight, const uint32_t* const* words,
+               int64_t first_row, int64_t rows, int64_t first_token, bool fetch) {
+  using Element = typename Kind::Element;
+  constexpr int kColumns = Kind::kPair == 2 ? kStep : kUnit;
+  const int64_t whole = call.columns / kStep * kStep, left = call.columns - whole;
+  const int64_t stride = few_token_stride(call.columns);
+  const float* tokens = call.tokens + first_token * stride;
+
+  const Element* from[kRows];
+  const uint32_t* masks[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    from[r] = weight[r];
+    masks[r] = words[r];
+  }
+  Floats sums[kRows][kTokens];
+  MFT_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    MFT_UNROLL
+    for (int t = 0; t < kTokens; ++t) sums[r][t] = zeros();
+  }
+  Element padded[kRows][kStep];
+  uint32_t last[kRows];
+  int64_t columns = whole, ahead = fetch ? kRows * call.columns * static_cast<int64_t>(sizeof(Element)) : 0;
+  for (int pass = 0; pass < (left > 0 ? 2 : 1); ++pass) {
+    if (pass == 1) {  // the last columns, with zeros behind them
+      for (int r = 0; r < kRows; ++r) {
+        std::memset(padded[r], 0, sizeof padded[r]);
+        std::memcpy(padded[r], from[r] + whole, left * sizeof(Element));
+        last[r] = masks[r][whole / kStep] & low_bits(left);
+        from[r] = padded[r];
+        masks[r] = last + r;
+      }
+      tokens += Kind::kPair == 2 ? whole / 2 : whole;
+      columns = kStep;
+      ahead = 0;
+    }
+    for (int64_t j = 0; j < columns; j += kStep) {
+      uint32_t bits[kRows];
+      MFT_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        bits[r] = masks[r][j / kStep];
+        if (ahead != 0) {
+          const char* next = reinterpret_cast<const char*>(from[r] + j) + ahead;
+          prefetch(next);
+          if (sizeof(Element) == 4) prefetch(next + 64);
+        }
+      }
+      MFT_UNROLL
+      for (int u = 0; u < kStep; u += kColumns) {
+        Dot<Kind, kRows, kTokens>::add(sums, from, bits, u, tokens, stride, j + u);
+      }
+    }
+  }
+
+  constexpr int kFours = (kRows + 3) / 4;
+  float y[kTokens][4 * kFours];
+  MFT_UNROLL
+  for (int t = 0; t < kTokens; ++t) {
+    MFT_UNROLL
+    for (int f = 0; f < kFours; ++f) {
+      Floats four[4];
+      MFT_UNROLL
+      for (int i = 0; i < 4; ++i) four[i] = 4 * f + i < kRows ? sums[4 * f + i < kRows ? 4 * f + i : 0][t] : zeros();
+      add_across(y[t] + 4 * f, four);
+    }
+  }
+  float bias[4 * kFours] = {};
+  if (call.bias != nullptr) widen(bias, call.bias + first_row * bytes_of(call.format), call.format, rows);
+  for (int t = 0; t < kTokens; ++t) {
+    if (call.bias != nullptr) {
+      for (int i = 0; i < 4 * kFours; ++i) y[t][i] += bias[i];
+    }
+    char* out = call.out + ((first_token + t) * call.rows + first_row) * bytes_of(call.format);
+    narrow(out, y[t], call.format, rows);
+  }
+}
+
+template <typename Kind, int kRows>
+void dot_tokens(const FewTokens& call, const typename Kind::Element* const* weight, const uint32_t* const* words,
+                int64_t first_row, int64_t rows) {
+  using Block = void (*)(const FewTokens&, const typename Kind::Element* const*, const uint32_t* const*, int64_t,
+                         int64_t, int64_t, bool);
+  static constexpr Block kBlocks[] = {
+      dot_block<Kind, kRows, 1>,
+      dot_block<Kind, kRows, kDotTokens < 2 ? kDotTokens : 2>,
+      dot_block<Kind, kRows, kDotTokens < 3 ? kDotTokens : 3>,
+      dot_block<Kind, kRows, kDotTokens < 4 ? kDotTokens : 4>,
+      dot_block<Kind, kRows, kDotTokens < 5 ? kDotTokens : 5>,
+      dot_block<Kind, kRows, kDotTokens < 6 ? kDotTokens : 6>,
+  };
+  const int64_t groups = (call.count + kDotTokens - 1) / kDotTokens;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = call.count * g / groups, end = call.count * (g + 1) / groups;
+    kBlocks[end - first - 1](call, weight, words, first_row, rows, first, g == 0);
+  }
+}
+
+template <typename Kind, int kRows>
+void dot_rows(const FewTokens& call, int64_t first_row, int64_t end_row, uint32_t* scratch) {
+  using Element = typename Kind::Element;
+  const int64_t words_stride = (call.columns + kStep - 1) / kStep;
+  for (int64_t row = first_row; row < end_row; row += kRows) {
+    const int64_t rows = smaller(kRows, end_row - row);
+    const Element* weight[kRows];
+    const uint32_t* words[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      const bool exists = r < rows;
+      weight[r] = exists ? reinterpret_cast<const Element*>(weight_row(call, row + r)) : weight[rows - 1];
+      words[r] = exists ? words_of(call, row + r, 0, call.columns, kRows, scratch + r * words_stride) : words[rows - 1];
+    }
+    dot_tokens<Kind, kRows>(call, weight, words, row, rows);
+  }
+}
+
+void dot(const FewTokens& call, int64_t first_row, int64_t end_row, uint32_t* scratch) {
+  with_kind(call.format, [&](auto kind) {
+    using Kind = decltype(kind);
+    if (call.count == 1) {
+      dot_rows<Kind, kDotRows>(call, first_row, end_row, scratch);
+    } else {
+      dot_rows<Kind, 4>(call, first_row, end_row, scratch);
+    }
+  });
+}
+
+// ------------------------------------------------------------------------------------------------ sum
+
+constexpr int kSumRows = 16;  // even: with PairsOfBFloat16 they are taken by twos
+
+// sums[token][columns] += token[rows] @ rows, for kTokens tokens and up to kSumRows rows of a strip.
+template <typename Kind, int kTokens>
+void sum_block(float* sums, int64_t sums_stride, const typename Kind::Element* const* weight,
+               const uint32_t* const* words, const float* tokens, int64_t token_stride, int64_t rows, int64_t columns,
+               int64_t ahead) {
+  constexpr int kColumns = Kind::kPair == 2 ? kStep : kUnit;
+  float factors[kSumRows / Kind::kPair][kTokens];
+  for (int t = 0; t < kTokens; ++t) {
+    for (int64_t r = 0; r < rows; r += Kind::kPair) {
+      std::memcpy(&factors[r / Kind::kPair][t], tokens + t * token_stride + r / Kind::kPair, sizeof(float));
+    }
+  }
+  for (int64_t j = 0; j < columns; j += kStep) {
+    if (ahead != 0) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const char* next = reinterpret_cast<const char*>(weight[r] + j) + ahead;
+        prefetch(next);
+        if (sizeof(typename Kind::Element) == 4) prefetch(next + 64);
+      }
+    }
+    for (int u = 0; u < kStep; u += kColumns) {
+      Two sum[kTokens];
+      MFT_UNROLL
+      for (int t = 0; t < kTokens; ++t) {
+        const float* from = sums + t * sums_stride + j + u;
+        sum[t] = {load(from), load(from + kLanes)};
+      }
+      for (int64_t r = 0; r < rows; r += Kind::kPair) {
+        const Two w = Sum<Kind>::kept(weight + r, words + r, j / kStep, u, j + u);
+        MFT_UNROLL
+        for (int t = 0; t < kTokens; ++t) Sum<Kind>::add(sum[t], w, &factors[r / Kind::kPair][t]);
+      }
+      MFT_UNROLL
+      for (int t = 0; t < kTokens; ++t) {
+        float* to = sums + t * sums_stride + j + u;
+        store(to, sum[t].first);
+        store(to + kLanes, sum[t].second);
+      }
+    }
+  }
+}
+
+template <typename Kind>
+void sum_tokens(float* sums, int64_t sums_stride, const typename Kind::Element* const* weight,
+                const uint32_t* const* words, const float* tokens, int64_t token_stride, int64_t count, int64_t rows,
+                int64_t columns, int64_t ahead) {
+  using Block = void (*)(float*, int64_t, const typename Kind::Element* const*, const uint32_t* const*, const float*,
+                         int64_t, int64_t, int64_t, int64_t);
+#define MFT_SUM_BLOCK(n) sum_block<Kind, (kSumTokens < n ? kSumTokens : n)>
+  static constexpr Block kBlocks[] = {
+      MFT_SUM_BLOCK(1), MFT_SUM_BLOCK(2), MFT_SUM_BLOCK(3), MFT_SUM_BLOCK(4),  MFT_SUM_BLOCK(5),  MFT_SUM_BLOCK(6),
+      MFT_SUM_BLOCK(7), MFT_SUM_BLOCK(8), MFT_SUM_BLOCK(9), MFT_SUM_BLOCK(10), MFT_SUM_BLOCK(11), MFT_SUM_BLOCK(12)};
+#undef MFT_SUM_BLOCK
+  const int64_t groups = (count + kSumTokens - 1) / kSumTokens;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = count * g / groups, end = count * (g + 1) / groups;
+    kBlocks[end - first - 1](sums + first * sums_stride, sums_stride, weight, words, tokens + first * token_stride,
+                             token_stride, rows, columns, g == 0 ? ahead : 0);
+  }
+}
+
+template <typename Kind>
+void store_sums(char* out, const float* sums, int64_t columns) {
+  alignas(64) float block[8 * kStep];
+  for (int64_t j = 0; j < columns; j += 8 * kStep) {
+    const int64_t n = smaller(8 * kStep, columns - j);
+    for (int64_t u = 0; u < n; u += kUnit) {
+      const Two ordered = Kind::in_order({load(sums + j + u), load(sums + j + u + kLanes)});
+      store(block + u, ordered.first);
+      store(block + u + kLanes, ordered.second);
+    }
+    narrow(out + j * bytes_of(Kind::kFormat), block, Kind::kFormat, n);
+  }
+}
+
+template <typename Kind>
+void sum_strip(const FewTokens& call, int64_t first, int64_t columns, float* sums) {
+  using Element = typename Kind::Element;
+  constexpr int64_t kStride = kStripColumns + 16;
+  constexpr int kWords = kStripColumns / kStep;
+  const int64_t stride = few_token_stride(call.rows), whole = columns / kStep * kStep, left = columns - whole;
+  const int64_t used = (columns + kStep - 1) / kStep * kStep;
+  for (int64_t t = 0; t < call.count; ++t) std::memset(sums + t * kStride, 0, used * sizeof(float));
+  uint32_t scratch[kSumRows][kWords];
+  static const uint32_t kNone[kWords] = {};
+  for (int64_t row = 0; row < call.rows; row += kSumRows) {
+    const int64_t rows = smaller(kSumRows, call.rows - row);
+    const Element* weight[kSumRows];
+    const uint32_t* words[kSumRows];
+    for (int64_t r = 0; r < kSumRows; ++r) {
+      const bool exists = r < rows;  // else it is the missing half of a pair: nothing of it is kept
+      weight[r] = exists ? reinterpret_cast<const Element*>(weight_row(call, row + r)) + first : weight[rows - 1];
+      words[r] = exists ? words_of(call, row + r, first, columns, kSumRows, scratch[r]) : kNone;
+    }
+    const float* tokens = call.tokens + row / Kind::kPair;
+    sum_tokens<Kind>(sums, kStride, weight, words, tokens, stride, call.count, rows, whole,
+                     kSumRows * call.columns * static_cast<int64_t>(sizeof(Element)));
+    if (left == 0) continue;
+    Element padded[kSumRows][kStep] = {};
+    const Element* tails[kSumRows];
+    uint32_t bits[kSumRows];
+    const uint32_t* last[kSumRows];
+    for (int64_t r = 0; r < kSumRows; ++r) {
+      if (r < rows) std::memcpy(padded[r], weight[r] + whole, left * sizeof(Element));
+      tails[r] = padded[r];
+      bits[r] = words[r][whole / kStep] & low_bits(left);
+      last[r] = bits + r;
+    }
+    sum_tokens<Kind>(sums + whole, kStride, tails, last, tokens, stride, call.count, rows, kStep, 0);
+  }
+  for (int64_t t = 0; t < call.count; ++t) {
+    store_sums<Kind>(call.out + (t * call.columns + first) * bytes_of(call.format), sums + t * kStride, columns);
+  }
+}
+
+void sum(const FewTokens& call, int64_t first_column, int64_t end_column, float* scratch) {
+  const int64_t strip = smaller(kStripColumns, kStripBytes / bytes_of(call.format));
+  with_kind(call.format, [&](auto kind) {
+    for (int64_t c = first_column; c < end_column; c += strip) {
+      sum_strip<decltype(kind)>(call, c, smaller(strip, end_column - c), scratch);
+    }
+  });
+}
+
+}  // namespace
+
+const FewKernels& MFT_FEW_KERNELS() {
+  static const FewKernels table = {prepare_dot, prepare_sum, dot, sum, MFT_MOST_DOT, MFT_MOST_SUM};
+  return table;
+}
+
+}  // namespace mft

@@ -1,0 +1,137 @@
+"""The cpu backend's kernels for one token and few: forward and d_x of up to 16 tokens."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mft_kernels import cpu, reference
+from mft_kernels.testing import Inputs, assert_within_budget, integer_inputs, random_inputs
+
+pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MODES = ("magnitude", "value")
+D_X = [True, False, False, False]
+
+
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
+def capability(request, monkeypatch):
+    if request.param not in cpu.capabilities():
+        pytest.skip(f"{request.param} is not among {cpu.capabilities()} of this machine and build")
+    monkeypatch.setenv("MFT_CPU_CAPABILITY", request.param)
+    return request.param
+
+
+def products(t: Inputs, threshold, mode, backend=cpu):
+    """y with and without bias and d_x, from the scores and from the packed mask."""
+    packed = reference.pack_mask(t.scores, threshold, mode)
+    arguments = (t.grad_output, t.x, t.weight)
+    return [
+        backend.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, mode),
+        backend.masked_linear_packed(t.x, t.weight, packed, None),
+        backend.masked_linear_backward(*arguments, t.scores, threshold, mode, D_X)[0],
+        backend.masked_linear_packed_backward(*arguments, packed, t.scores, None, mode, D_X)[0],
+    ]
+
+
+def assert_equal(got, expected):
+    """Bit-equal, but for the payload of NaN."""
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype == e.dtype
+        assert g.shape == e.shape
+        assert torch.equal(g.isnan(), e.isnan())
+        assert torch.equal(g.nan_to_num(7).signbit() & (g == 0), e.nan_to_num(7).signbit() & (e == 0))
+        assert torch.equal(g.nan_to_num(7), e.nan_to_num(7)), (g, e)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", range(1, 17))
+def test_products_equal_the_reference_on_integers(capability, m, dtype):
+    # Both lengths meet every remainder of the steps of 32 columns and of 4, 8 and 16 rows.
+    for i, (n, k) in enumerate([(1, 1), (31, 33), (32, 32), (33, 31), (5, 70), (70, 5), (17, 100), (100, 17)]):
+        for scores_dtype in DTYPES:
+            mode = MODES[(i + m) % 2]
+            t = integer_inputs(m, n, k, dtype, scores_dtype, seed=i + m)
+            threshold = torch.tensor(1.0 if mode == "magnitude" else -1.0, dtype=scores_dtype)
+            assert_equal(products(t, threshold, mode), products(t, threshold, mode, reference))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 19, 5003), (9, 5003, 19), (1, 40, 2112), (16, 24, 2048)])
+def test_long_rows_and_strips_of_columns_meet_without_a_seam(capability, shape, dtype):
+    t = integer_inputs(*shape, dtype, torch.bfloat16)
+    for v in (t.x, t.grad_output):  # one in 61 is not zero: sums stay exact
+        v *= (torch.arange(v.numel()).view_as(v) % 61 == 0).to(dtype)
+    threshold = torch.tensor(2, dtype=torch.bfloat16)
+    assert_equal(products(t, threshold, "magnitude"), products(t, threshold, "magnitude", reference))
+
+
+def shifted(v):
+    """A contiguous copy that begins one element behind an aligned address."""
+    memory = torch.empty(v.numel() + 1, dtype=v.dtype)
+    return memory[1:].view(v.shape).copy_(v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_misaligned_tensors_give_the_same_bits(capability, dtype):
+    t = random_inputs(6, 41, 133, dtype, dtype)
+    threshold = torch.tensor(0.01, dtype=dtype)
+    moved = Inputs(*(shifted(v) for v in (t.x, t.weight, t.scores, t.bias, t.grad_output)))
+    assert_equal(products(moved, threshold, "magnitude"), products(t, threshold, "magnitude"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 5, 16])
+def test_dropped_weights_that_are_not_finite_contribute_zero(capability, m, dtype):
+    t = integer_inputs(m, 37, 103, dtype)
+    threshold = torch.tensor(2.0)
+    dropped = t.scores.abs() < threshold
+    bad = torch.tensor([torch.nan, torch.inf, -torch.inf]).to(dtype)
+    weight = torch.where(dropped, bad[torch.arange(t.weight.numel()).view_as(t.weight) % 3], t.weight)
+    clean = replace(t, weight=torch.where(dropped, 0, t.weight))
+    got = products(replace(t, weight=weight), threshold, "magnitude")
+    assert all(v.isfinite().all() for v in got)
+    assert_equal(got, products(clean, threshold, "magnitude", reference))
+    nothing = torch.tensor(9.0)  # keeps none: every element is +0, or the bias
+    for v in products(replace(t, weight=weight, bias=torch.zeros_like(t.bias)), nothing, "magnitude"):
+        assert torch.equal(v, torch.zeros_like(v))
+        assert not v.signbit().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 7, 16])
+def test_what_is_not_finite_in_a_token_or_a_kept_weight_goes_where_it_belongs(capability, m, dtype):
+    t = integer_inputs(m, 37, 103, dtype)
+    threshold = torch.tensor(2.0)
+    t.x[m // 2, 70], t.grad_output[m // 2, 36] = torch.nan, torch.inf
+    kept = (t.scores.abs() >= threshold).nonzero()
+    t.weight[tuple(kept[len(kept) // 2])] = torch.inf
+    got = products(t, threshold, "magnitude")
+    assert got[0][m // 2].isnan().all()
+    assert_equal(got, products(t, threshold, "magnitude", reference))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 6])
+def test_neither_threads_nor_other_tokens_change_a_bit(capability, threads, m, dtype):
+    t = random_inputs(16, 1100, 1030, dtype, torch.bfloat16)  # large enough to be shared by four threads
+    few = replace(t, x=t.x[:m].clone(), grad_output=t.grad_output[:m].clone())
+    threshold = torch.tensor(0.004, dtype=torch.bfloat16)
+    expected = products(few, threshold, "magnitude")
+    for count in (2, 3, 7):
+        threads(count)
+        assert_equal(products(few, threshold, "magnitude"), expected)
+    threads(1)
+    assert_equal([v[:m] for v in products(t, threshold, "magnitude")], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 16])
+def test_error_stays_within_twice_that_of_pytorch(capability, m, dtype):
+    t = random_inputs(m, 200, 300, dtype, torch.bfloat16)
+    threshold = torch.tensor(0.004, dtype=torch.bfloat16)
+    exact = Inputs(*(v.double() for v in (t.x, t.weight, t.scores, t.bias, t.grad_output)))
+    results = (products(t, threshold, "magnitude", backend) for backend in (cpu, reference))
+    for got, same, want in zip(*results, products(exact, threshold.double(), "magnitude", reference), strict=True):
+        assert_within_budget(got, same, want)
