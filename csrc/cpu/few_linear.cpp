@@ -12,6 +12,7 @@ namespace {
 
 // A thread's share is no smaller than this: below, waking a second one costs more than it saves.
 constexpr int64_t kShareBytes = 512 << 10;
+constexpr int64_t kFarBytes = 8 << 20;  // from here on asking ahead pays; below, the processor's own prefetching is better
 
 bool wins(const Matrix& tokens, const Matrix& weight, const int64_t most[3]) {
   const bool empty = tokens.rows == 0 || weight.rows == 0 || weight.columns == 0;
@@ -36,6 +37,11 @@ class Prepared {
   Scratch memory_;
 };
 
+int64_t bytes_read(const Matrix& weight, const MaskSource& mask) {
+  const int64_t each = bytes_of(weight.format) + (mask.scores != nullptr ? bytes_of(mask.score_format) : 0);
+  return weight.rows * weight.columns * each;
+}
+
 FewTokens call_of(const Matrix& out, const Matrix& weight, const MaskSource& mask, const void* bias,
                   const Prepared& tokens) {
   return {weight.format,
@@ -49,6 +55,7 @@ FewTokens call_of(const Matrix& out, const Matrix& weight, const MaskSource& mas
           mask.range,
           static_cast<const char*>(bias),
           tokens.get(),
+          bytes_read(weight, mask) >= kFarBytes,
           static_cast<char*>(out.data)};
 }
 
@@ -58,11 +65,6 @@ void for_spans(int64_t total, int64_t unit, int64_t bytes, const F& f) {
   const int64_t units = (total + unit - 1) / unit;
   const int64_t grain = std::max<int64_t>(1, units * kShareBytes / std::max<int64_t>(bytes, 1));
   parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { f(begin * unit, std::min(total, end * unit)); });
-}
-
-int64_t bytes_read(const Matrix& weight, const MaskSource& mask) {
-  const int64_t each = bytes_of(weight.format) + (mask.scores != nullptr ? bytes_of(mask.score_format) : 0);
-  return weight.rows * weight.columns * each;
 }
 
 }  // namespace
@@ -91,7 +93,7 @@ void few_grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_out
   const Prepared tokens(grad_output, cpu.few->prepare_sum);
   const FewTokens call = call_of(d_x, weight, mask, nullptr, tokens);
   for_spans(weight.columns, 64, bytes_read(weight, mask), [&](int64_t first, int64_t end) {
-    const Scratch scratch(call.count * (kStripColumns + 16) * sizeof(float));
+    const Scratch scratch(call.count * (few_strip_columns(call.format, call.count) + 16) * sizeof(float));
     cpu.few->sum(call, first, end, static_cast<float*>(scratch.get()));
   });
 }

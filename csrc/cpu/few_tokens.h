@@ -15,8 +15,7 @@ namespace mft {
 
 constexpr int64_t kFewTokens = 16;       // the most that the kernels take; how many pay is in FewKernels
 constexpr int64_t kDotRows = 8;          // rows of the weight at a time, at most; whoever splits rows splits at these
-constexpr int64_t kStripBytes = 4096;    // of a row of the weight in a strip of sum(): a page, as page walks cost
-constexpr int64_t kStripColumns = 2048;  // the most columns in a strip
+constexpr int64_t kStripColumns = 8192;  // the most columns in a strip of sum()
 
 // One call. All matrices are contiguous and of one format; `tokens` and `scratch` are made by whoever calls.
 struct FewTokens {
@@ -29,12 +28,20 @@ struct FewTokens {
   KeepRange range;
   const char* bias;     // dot: (N,) or nullptr
   const float* tokens;  // M rows, few_token_stride() apart, made by prepare_*()
+  bool far;             // the weight lies beyond the caches: what comes next is asked for ahead
   char* out;
 };
 
 // From one prepared token to the next: room for 32 columns more, and an odd number of cache lines, since tokens a power
 // of two apart would share their sets of L1.
 constexpr int64_t few_token_stride(int64_t length) { return (length + 31) / 32 * 32 + 16; }
+
+// How many columns of d_x are summed at a time: the sums stay in L1, or nearly, and a row's share is no less than a page,
+// as page walks cost.
+constexpr int64_t few_strip_columns(Format format, int64_t count) {
+  const int64_t page = 4096 / bytes_of(format), fitting = kStripColumns / count / 32 * 32;
+  return page > fitting ? page : fitting;
+}
 
 struct FewKernels {
   // One token as dot() or sum() reads it, zeros behind it.
@@ -43,7 +50,7 @@ struct FewKernels {
 
   // y[:, first .. end), with scratch for kDotRows rows of words.
   void (*dot)(const FewTokens& call, int64_t first_row, int64_t end_row, uint32_t* scratch);
-  // d_x[:, first .. end), first a multiple of 32, with scratch for count rows of kStripColumns sums and 16 more.
+  // d_x[:, first .. end), first a multiple of 32, with scratch for few_strip_columns() + 16 floats a token.
   void (*sum)(const FewTokens& call, int64_t first_column, int64_t end_column, float* scratch);
 
   // The most tokens for which dot() and sum() win, by Format; 0: never.

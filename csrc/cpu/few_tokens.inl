@@ -22,6 +22,7 @@ namespace {
 #include "formats.inl"
 
 #define MFT_UNROLL _Pragma("GCC unroll 16")
+#define MFT_INLINE inline __attribute__((always_inline))  // so that the sums are found to fit registers
 
 // ------------------------------------------------------------------------------------------------ vectors
 
@@ -246,8 +247,8 @@ struct Float16 {
 // sums[row][token] += a unit of each row times one of each token.
 template <typename Kind, int kRows, int kTokens>
 struct Dot {
-  static inline __attribute__((always_inline)) void add(Floats sums[kRows][kTokens], const typename Kind::Element* const* weight, const uint32_t* bits,
-                  int64_t j, const float* tokens, int64_t stride, int64_t column) {
+  MFT_INLINE static void add(Floats sums[kRows][kTokens], const typename Kind::Element* const* weight,
+                             const uint32_t* bits, int64_t j, const float* tokens, int64_t stride, int64_t column) {
     MFT_UNROLL
     for (int part = 0; part < 2; ++part) {
       Floats w[kRows];
@@ -269,11 +270,11 @@ struct Dot {
 // One row of a unit for sum(), and how it is added to the sums of a token.
 template <typename Kind>
 struct Sum {
-  static Two kept(const typename Kind::Element* const* weight, const uint32_t* const* words, int64_t word, int j,
-                  int64_t column) {
+  MFT_INLINE static Two kept(const typename Kind::Element* const* weight, const uint32_t* const* words, int64_t word,
+                             int j, int64_t column) {
     return Kind::kept(weight[0] + column, words[0][word] >> j);
   }
-  static inline __attribute__((always_inline)) void add(Two& sums, Two weight, const float* token) {
+  MFT_INLINE static void add(Two& sums, Two weight, const float* token) {
     const Floats factor = broadcast(token);
     sums.first = multiply_add(weight.first, factor, sums.first);
     sums.second = multiply_add(weight.second, factor, sums.second);
@@ -299,8 +300,8 @@ struct PairsOfBFloat16 {
 
 template <int kRows, int kTokens>
 struct Dot<PairsOfBFloat16, kRows, kTokens> {
-  static inline __attribute__((always_inline)) void add(Floats sums[kRows][kTokens], const uint16_t* const* weight, const uint32_t* bits, int64_t,
-                  const float* tokens, int64_t stride, int64_t column) {
+  MFT_INLINE static void add(Floats sums[kRows][kTokens], const uint16_t* const* weight, const uint32_t* bits, int64_t,
+                             const float* tokens, int64_t stride, int64_t column) {
     __m512i w[kRows];
     MFT_UNROLL
     for (int r = 0; r < kRows; ++r) w[r] = _mm512_maskz_loadu_epi16(bits[r], weight[r] + column);
@@ -315,13 +316,14 @@ struct Dot<PairsOfBFloat16, kRows, kTokens> {
 
 template <>
 struct Sum<PairsOfBFloat16> {
-  static Two kept(const uint16_t* const* weight, const uint32_t* const* words, int64_t word, int, int64_t column) {
+  MFT_INLINE static Two kept(const uint16_t* const* weight, const uint32_t* const* words, int64_t word, int,
+                             int64_t column) {
     const __m512i even = _mm512_maskz_loadu_epi16(words[0][word], weight[0] + column);
     const __m512i odd = _mm512_maskz_loadu_epi16(words[1][word], weight[1] + column);
     return {_mm512_castsi512_ps(_mm512_unpacklo_epi16(even, odd)),
             _mm512_castsi512_ps(_mm512_unpackhi_epi16(even, odd))};
   }
-  static inline __attribute__((always_inline)) void add(Two& sums, Two weight, const float* token) {
+  MFT_INLINE static void add(Two& sums, Two weight, const float* token) {
     const __m512i pair = _mm512_set1_epi32(*reinterpret_cast<const int*>(token));
     sums.first = _mm512_dpbf16_ps(sums.first, as_pairs(_mm512_castps_si512(weight.first)), as_pairs(pair));
     sums.second = _mm512_dpbf16_ps(sums.second, as_pairs(_mm512_castps_si512(weight.second)), as_pairs(pair));
@@ -387,17 +389,18 @@ inline const char* weight_row(const FewTokens& call, int64_t row) {
 // will need is brought into L2.
 inline const uint32_t* words_of(const FewTokens& call, int64_t row, int64_t first, int64_t columns, int64_t rows,
                                 uint32_t* scratch) {
+  const bool far = call.far;
   if (call.scores == nullptr) {
     const int64_t stride = (call.columns + kStep - 1) / kStep;
     const uint32_t* words = call.words + row * stride + first / kStep;
-    for (int64_t j = 0; j < columns; j += 16 * kStep) prefetch(words + rows * stride + j / kStep);
+    for (int64_t j = 0; far && j < columns; j += 16 * kStep) prefetch(words + rows * stride + j / kStep);
     return words;
   }
   const int64_t width = bytes_of(call.score_format), ahead = rows * call.columns * width;
   const char* scores = static_cast<const char*>(call.scores) + (row * call.columns + first) * width;
   visit_words(scores, call.score_format, call.range, columns, [=](int64_t j, int64_t, uint32_t bits) {
-    prefetch(scores + j * width + ahead);
-    if (width == 4) prefetch(scores + j * width + ahead + 64);
+    if (far) prefetch(scores + j * width + ahead);
+    if (far && width == 4) prefetch(scores + j * width + ahead + 64);
     scratch[j / kStep] = bits;
   });
   return scratch;
@@ -500,7 +503,7 @@ void dot_tokens(const FewTokens& call, const typename Kind::Element* const* weig
   const int64_t groups = (call.count + kDotTokens - 1) / kDotTokens;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = call.count * g / groups, end = call.count * (g + 1) / groups;
-    kBlocks[end - first - 1](call, weight, words, first_row, rows, first, g == 0);
+    kBlocks[end - first - 1](call, weight, words, first_row, rows, first, call.far && g == 0);
   }
 }
 
@@ -534,45 +537,59 @@ void dot(const FewTokens& call, int64_t first_row, int64_t end_row, uint32_t* sc
 
 // ------------------------------------------------------------------------------------------------ sum
 
-constexpr int kSumRows = 16;  // even: with PairsOfBFloat16 they are taken by twos
+constexpr int kSumRows = 8;  // even: with PairsOfBFloat16 they are taken by twos
 
-// sums[token][columns] += token[rows] @ rows, for kTokens tokens and up to kSumRows rows of a strip.
+// sums[token][columns] += token[rows] @ rows, for kTokens tokens and kSumRows rows of a strip.
 template <typename Kind, int kTokens>
 void sum_block(float* sums, int64_t sums_stride, const typename Kind::Element* const* weight,
-               const uint32_t* const* words, const float* tokens, int64_t token_stride, int64_t rows, int64_t columns,
+               const uint32_t* const* words, const float* tokens, int64_t token_stride, int64_t columns,
                int64_t ahead) {
+  using Element = typename Kind::Element;
   constexpr int kColumns = Kind::kPair == 2 ? kStep : kUnit;
-  float factors[kSumRows / Kind::kPair][kTokens];
+  constexpr int kPairs = kSumRows / Kind::kPair;
+  float factors[kPairs][kTokens];
   for (int t = 0; t < kTokens; ++t) {
-    for (int64_t r = 0; r < rows; r += Kind::kPair) {
-      std::memcpy(&factors[r / Kind::kPair][t], tokens + t * token_stride + r / Kind::kPair, sizeof(float));
-    }
+    for (int p = 0; p < kPairs; ++p) std::memcpy(&factors[p][t], tokens + t * token_stride + p, sizeof(float));
+  }
+  const Element* from[kSumRows];
+  const uint32_t* masks[kSumRows];
+  for (int r = 0; r < kSumRows; ++r) {
+    from[r] = weight[r];
+    masks[r] = words[r];
   }
   for (int64_t j = 0; j < columns; j += kStep) {
     if (ahead != 0) {
-      for (int64_t r = 0; r < rows; ++r) {
-        const char* next = reinterpret_cast<const char*>(weight[r] + j) + ahead;
+      MFT_UNROLL
+      for (int r = 0; r < kSumRows; ++r) {
+        const char* next = reinterpret_cast<const char*>(from[r] + j) + ahead;
         prefetch(next);
-        if (sizeof(typename Kind::Element) == 4) prefetch(next + 64);
+        if (sizeof(Element) == 4) prefetch(next + 64);
       }
     }
     for (int u = 0; u < kStep; u += kColumns) {
       Two sum[kTokens];
       MFT_UNROLL
       for (int t = 0; t < kTokens; ++t) {
-        const float* from = sums + t * sums_stride + j + u;
-        sum[t] = {load(from), load(from + kLanes)};
+        const float* here = sums + t * sums_stride + j + u;
+        sum[t] = {load(here), load(here + kLanes)};
       }
-      for (int64_t r = 0; r < rows; r += Kind::kPair) {
-        const Two w = Sum<Kind>::kept(weight + r, words + r, j / kStep, u, j + u);
+      const auto add_rows = [&](int p) {
+        const int r = p * Kind::kPair;
+        const Two w = Sum<Kind>::kept(from + r, masks + r, j / kStep, u, j + u);
         MFT_UNROLL
-        for (int t = 0; t < kTokens; ++t) Sum<Kind>::add(sum[t], w, &factors[r / Kind::kPair][t]);
+        for (int t = 0; t < kTokens; ++t) Sum<Kind>::add(sum[t], w, &factors[p][t]);
+      };
+      if constexpr (kTokens <= 4) {
+        MFT_UNROLL
+        for (int p = 0; p < kPairs; ++p) add_rows(p);
+      } else {
+        for (int p = 0; p < kPairs; ++p) add_rows(p);
       }
       MFT_UNROLL
       for (int t = 0; t < kTokens; ++t) {
-        float* to = sums + t * sums_stride + j + u;
-        store(to, sum[t].first);
-        store(to + kLanes, sum[t].second);
+        float* here = sums + t * sums_stride + j + u;
+        store(here, sum[t].first);
+        store(here + kLanes, sum[t].second);
       }
     }
   }
@@ -580,10 +597,10 @@ void sum_block(float* sums, int64_t sums_stride, const typename Kind::Element* c
 
 template <typename Kind>
 void sum_tokens(float* sums, int64_t sums_stride, const typename Kind::Element* const* weight,
-                const uint32_t* const* words, const float* tokens, int64_t token_stride, int64_t count, int64_t rows,
-                int64_t columns, int64_t ahead) {
+                const uint32_t* const* words, const float* tokens, int64_t token_stride, int64_t count, int64_t columns,
+                int64_t ahead) {
   using Block = void (*)(float*, int64_t, const typename Kind::Element* const*, const uint32_t* const*, const float*,
-                         int64_t, int64_t, int64_t, int64_t);
+                         int64_t, int64_t, int64_t);
 #define MFT_SUM_BLOCK(n) sum_block<Kind, (kSumTokens < n ? kSumTokens : n)>
   static constexpr Block kBlocks[] = {
       MFT_SUM_BLOCK(1), MFT_SUM_BLOCK(2), MFT_SUM_BLOCK(3), MFT_SUM_BLOCK(4),  MFT_SUM_BLOCK(5),  MFT_SUM_BLOCK(6),
@@ -593,7 +610,7 @@ void sum_tokens(float* sums, int64_t sums_stride, const typename Kind::Element* 
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = count * g / groups, end = count * (g + 1) / groups;
     kBlocks[end - first - 1](sums + first * sums_stride, sums_stride, weight, words, tokens + first * token_stride,
-                             token_stride, rows, columns, g == 0 ? ahead : 0);
+                             token_stride, columns, g == 0 ? ahead : 0);
   }
 }
 
@@ -612,13 +629,12 @@ void store_sums(char* out, const float* sums, int64_t columns) {
 }
 
 template <typename Kind>
-void sum_strip(const FewTokens& call, int64_t first, int64_t columns, float* sums) {
+void sum_strip(const FewTokens& call, int64_t first, int64_t columns, int64_t sums_stride, float* sums) {
   using Element = typename Kind::Element;
-  constexpr int64_t kStride = kStripColumns + 16;
   constexpr int kWords = kStripColumns / kStep;
   const int64_t stride = few_token_stride(call.rows), whole = columns / kStep * kStep, left = columns - whole;
   const int64_t used = (columns + kStep - 1) / kStep * kStep;
-  for (int64_t t = 0; t < call.count; ++t) std::memset(sums + t * kStride, 0, used * sizeof(float));
+  for (int64_t t = 0; t < call.count; ++t) std::memset(sums + t * sums_stride, 0, used * sizeof(float));
   uint32_t scratch[kSumRows][kWords];
   static const uint32_t kNone[kWords] = {};
   for (int64_t row = 0; row < call.rows; row += kSumRows) {
@@ -626,13 +642,13 @@ void sum_strip(const FewTokens& call, int64_t first, int64_t columns, float* sum
     const Element* weight[kSumRows];
     const uint32_t* words[kSumRows];
     for (int64_t r = 0; r < kSumRows; ++r) {
-      const bool exists = r < rows;  // else it is the missing half of a pair: nothing of it is kept
+      const bool exists = r < rows;  // else nothing of it is kept, and 0 is added
       weight[r] = exists ? reinterpret_cast<const Element*>(weight_row(call, row + r)) + first : weight[rows - 1];
       words[r] = exists ? words_of(call, row + r, first, columns, kSumRows, scratch[r]) : kNone;
     }
     const float* tokens = call.tokens + row / Kind::kPair;
-    sum_tokens<Kind>(sums, kStride, weight, words, tokens, stride, call.count, rows, whole,
-                     kSumRows * call.columns * static_cast<int64_t>(sizeof(Element)));
+    sum_tokens<Kind>(sums, sums_stride, weight, words, tokens, stride, call.count, whole,
+                     call.far ? kSumRows * call.columns * static_cast<int64_t>(sizeof(Element)) : 0);
     if (left == 0) continue;
     Element padded[kSumRows][kStep] = {};
     const Element* tails[kSumRows];
@@ -644,18 +660,18 @@ void sum_strip(const FewTokens& call, int64_t first, int64_t columns, float* sum
       bits[r] = words[r][whole / kStep] & low_bits(left);
       last[r] = bits + r;
     }
-    sum_tokens<Kind>(sums + whole, kStride, tails, last, tokens, stride, call.count, rows, kStep, 0);
+    sum_tokens<Kind>(sums + whole, sums_stride, tails, last, tokens, stride, call.count, kStep, 0);
   }
   for (int64_t t = 0; t < call.count; ++t) {
-    store_sums<Kind>(call.out + (t * call.columns + first) * bytes_of(call.format), sums + t * kStride, columns);
+    store_sums<Kind>(call.out + (t * call.columns + first) * bytes_of(call.format), sums + t * sums_stride, columns);
   }
 }
 
 void sum(const FewTokens& call, int64_t first_column, int64_t end_column, float* scratch) {
-  const int64_t strip = smaller(kStripColumns, kStripBytes / bytes_of(call.format));
+  const int64_t strip = few_strip_columns(call.format, call.count);
   with_kind(call.format, [&](auto kind) {
     for (int64_t c = first_column; c < end_column; c += strip) {
-      sum_strip<decltype(kind)>(call, c, smaller(strip, end_column - c), scratch);
+      sum_strip<decltype(kind)>(call, c, smaller(strip, end_column - c), strip + 16, scratch);
     }
   });
 }
