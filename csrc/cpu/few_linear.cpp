@@ -1,5 +1,5 @@
-// The masked linear layer and its d_x for few tokens: the tokens are prepared once, then threads share the weight's rows
-// (forward) or columns (d_x), so that each sum belongs to one of them.
+// The masked linear layer and its d_x for few tokens: the tokens are prepared once, then threads share the rows of the
+// weight (forward) or its columns (d_x), so that each sum belongs to one of them.
 #include "few_linear.h"
 
 #include <algorithm>
@@ -10,8 +10,9 @@
 namespace mft {
 namespace {
 
-// A thread's share is no smaller than this: below, waking a second one costs more than it saves.
-constexpr int64_t kShareBytes = 512 << 10;
+// The work of a thread is no less than this, in bytes that one token makes it read (for more see work()); below, waking
+// a second one costs more than it saves.
+constexpr int64_t kShare = 512 << 10;
 constexpr int64_t kFarBytes = 8 << 20;  // from here on asking ahead pays; below, the processor's own prefetching is better
 
 bool wins(const Matrix& tokens, const Matrix& weight, const int64_t most[3]) {
@@ -59,11 +60,13 @@ FewTokens call_of(const Matrix& out, const Matrix& weight, const MaskSource& mas
           static_cast<char*>(out.data)};
 }
 
-// f(first, end) of spans of `total`, which begin at multiples of `unit` and read kShareBytes or more.
+int64_t work(const FewTokens& call, int64_t bytes) { return bytes * (3 + call.count) / 4; }
+
+// f(first, end) of spans of `total`, which begin at multiples of `unit` and are kShare of the work or more.
 template <typename F>
-void for_spans(int64_t total, int64_t unit, int64_t bytes, const F& f) {
+void for_spans(int64_t total, int64_t unit, int64_t work, const F& f) {
   const int64_t units = (total + unit - 1) / unit;
-  const int64_t grain = std::max<int64_t>(1, units * kShareBytes / std::max<int64_t>(bytes, 1));
+  const int64_t grain = std::max<int64_t>(1, units * kShare / std::max<int64_t>(work, 1));
   parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { f(begin * unit, std::min(total, end * unit)); });
 }
 
@@ -82,7 +85,7 @@ void few_masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, 
   const Prepared tokens(x, cpu.few->prepare_dot);
   const FewTokens call = call_of(y, weight, mask, bias, tokens);
   const int64_t words = mask.scores == nullptr ? 0 : kDotRows * ((weight.columns + 31) / 32);
-  for_spans(weight.rows, kDotRows, bytes_read(weight, mask), [&](int64_t first, int64_t end) {
+  for_spans(weight.rows, kDotRows, work(call, bytes_read(weight, mask)), [&](int64_t first, int64_t end) {
     const Scratch scratch(words * sizeof(uint32_t));
     cpu.few->dot(call, first, end, static_cast<uint32_t*>(scratch.get()));
   });
@@ -92,7 +95,7 @@ void few_grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_out
                 const MaskSource& mask) {
   const Prepared tokens(grad_output, cpu.few->prepare_sum);
   const FewTokens call = call_of(d_x, weight, mask, nullptr, tokens);
-  for_spans(weight.columns, 64, bytes_read(weight, mask), [&](int64_t first, int64_t end) {
+  for_spans(weight.columns, 64, work(call, bytes_read(weight, mask)), [&](int64_t first, int64_t end) {
     const Scratch scratch(call.count * (few_strip_columns(call.format, call.count) + 16) * sizeof(float));
     cpu.few->sum(call, first, end, static_cast<float*>(scratch.get()));
   });

@@ -1,4 +1,4 @@
-// One token and few: products with the masked weight that memory bounds. The weight is read once, straight from where it
+// One token and few: products with the masked weight, bound by memory. The weight is read once, straight from where it
 // lies: it is masked in registers and meets all tokens there, so neither it nor its mask is copied or packed.
 //
 //   dot   y (M, N) = x @ where(keep, weight, 0).T + bias: rows of the weight meet the tokens; each sum has one vector

@@ -1,9 +1,9 @@
-// The kernels of few_tokens.h, once: included by one source file per instruction set, which names MFT_FEW_KERNELS and its
-// flags. Only raw pointers here, as in row_kernels.inl.
+// The kernels of few_tokens.h, once: included by one source file per instruction set, which names MFT_FEW_KERNELS and
+// its flags. Only raw pointers here, as in row_kernels.inl.
 //
 // 32 columns of a row and their word of the mask are taken in units of two vectors of fp32 (first, second). A unit of
-// bf16 is widened by a shift and a mask, so `first` holds its even columns and `second` its odd ones: the tokens of dot()
-// are laid out likewise, the sums of sum() put in order at the end. With AVX512-BF16 a unit of dot() is one vector of
+// bf16 is widened by a shift and a mask, so that `first` has its even columns and `second` its odd ones: the tokens of
+// dot() are laid out likewise, the sums of sum() put in order at the end. With AVX512-BF16 a unit of dot() is one vector of
 // bf16 against one of the token, and sum() interleaves two rows so that vdpbf16ps adds both at once.
 
 #include <cstdint>
@@ -30,8 +30,10 @@ namespace {
 
 using Floats = __m512;
 constexpr int kLanes = 16;
-constexpr int kDotTokens = 6;   // 4 rows x 6 tokens: 24 of 32 registers
-constexpr int kSumTokens = 12;  // 12 tokens x 2 vectors: the same
+constexpr int kManyRows = 4;
+constexpr int kDotTokens = 6;   // with 4 rows 24 of 32 registers
+constexpr int kSumTokens = 12;  // with 2 vectors each the same
+constexpr bool kFloat16Alternates = false;
 
 inline Floats zeros() { return _mm512_setzero_ps(); }
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
@@ -80,8 +82,10 @@ inline void add_across(float out[4], const Floats v[4]) {
 
 using Floats = __m256;
 constexpr int kLanes = 8;
-constexpr int kDotTokens = 3;  // 4 rows x 3 tokens: 12 of 16 registers
-constexpr int kSumTokens = 6;  // 6 tokens x 2 vectors: the same
+constexpr int kManyRows = 2;
+constexpr int kDotTokens = 6;  // with 2 rows 12 of 16 registers: what is kept of a row is costly here, and shared by all
+constexpr int kSumTokens = 6;  // with 2 vectors each the same
+constexpr bool kFloat16Alternates = false;
 
 inline Floats zeros() { return _mm256_setzero_ps(); }
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
@@ -136,10 +140,12 @@ inline void add_across(float out[4], const Floats v[4]) {
 // The compiler's own vectors: SSE2, NEON, or what else the machine has.
 typedef float Floats __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(16)));
-typedef uint16_t HalfWords __attribute__((vector_size(8)));
+typedef int32_t Integers __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
-constexpr int kDotTokens = 2;  // 4 rows x 2 tokens: 8 of 16 registers
-constexpr int kSumTokens = 4;  // 4 tokens x 2 vectors: the same
+constexpr int kManyRows = 2;
+constexpr int kDotTokens = 4;  // with 2 rows 8 of 16 registers; a product takes one more before it is added
+constexpr int kSumTokens = 4;  // with 2 vectors each the same
+constexpr bool kFloat16Alternates = true;
 
 inline Floats zeros() { return Floats{}; }
 inline Floats load(const float* p) {
@@ -155,20 +161,14 @@ struct Two {
   Floats first, second;
 };
 
-inline Words load_words(const uint32_t* p) {
+inline Words load_words(const void* p) {
   Words v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
-inline Words load_words(const uint16_t* p) {
-  HalfWords v;
-  std::memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, Words);
-}
-
 inline Floats kept_of(Words weight, uint32_t bits, Words one_bit) {
-  return reinterpret_cast<Floats>(weight & reinterpret_cast<Words>((Words{bits, bits, bits, bits} & one_bit) != 0));
+  return reinterpret_cast<Floats>(weight & reinterpret_cast<Words>((Words{bits, bits, bits, bits} & one_bit) == one_bit));
 }
 
 inline Two kept_float32(const uint32_t* weight, uint32_t bits) {
@@ -177,8 +177,7 @@ inline Two kept_float32(const uint32_t* weight, uint32_t bits) {
 }
 
 inline Two kept_bfloat16(const uint16_t* weight, uint32_t bits) {
-  Words both;  // a pair each: the even column lies low where the machine counts so
-  std::memcpy(&both, weight, sizeof both);
+  const Words both = load_words(weight);  // an even column below an odd one
   return {kept_of(both << 16, bits, Words{1, 4, 16, 64}), kept_of(both & 0xffff0000u, bits, Words{2, 8, 32, 128})};
 }
 
@@ -187,15 +186,17 @@ inline Words widened(Words half) {
   const Words magnitude = half & 0x7fff;
   const Words small = reinterpret_cast<Words>(reinterpret_cast<Floats>(magnitude + 0x3f000000u) - 0.5f);
   const Words large = (magnitude << 13) | 0x7f800000u, normal = (magnitude << 13) + 0x38000000u;
-  const Words is_small = reinterpret_cast<Words>(magnitude < 0x0400u);
-  const Words is_large = reinterpret_cast<Words>(magnitude >= 0x7c00u);
+  const auto compared = reinterpret_cast<Integers>(magnitude);  // SSE2 compares signed integers only
+  const Words is_small = reinterpret_cast<Words>(compared < 0x0400);
+  const Words is_large = reinterpret_cast<Words>(compared > 0x7bff);
   const Words value = (is_small & small) | (is_large & large) | (~(is_small | is_large) & normal);
   return value | (half & 0x8000u) << 16;
 }
 
 inline Two kept_float16(const uint16_t* weight, uint32_t bits) {
-  return {kept_of(widened(load_words(weight)), bits, Words{1, 2, 4, 8}),
-          kept_of(widened(load_words(weight + 4)), bits, Words{16, 32, 64, 128})};
+  const Words both = load_words(weight);
+  return {kept_of(widened(both & 0xffffu), bits, Words{1, 4, 16, 64}),
+          kept_of(widened(both >> 16), bits, Words{2, 8, 32, 128})};
 }
 
 inline Two interleaved(Two v) {
@@ -219,11 +220,12 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 // ------------------------------------------------------------------------------------------------ kinds of product
 
 // What dot() and sum() do with each format: how a unit of the weight is kept, and what it is multiplied with.
-// Element: of the weight. kPair: rows that sum() takes at once. Kept: a unit, for dot().
+// Element: of the weight. kPair: rows that sum() takes at once. kAlternates: `first` has the even columns.
 struct Float32 {
   using Element = uint32_t;
   static constexpr Format kFormat = Format::kFloat32;
   static constexpr int kPair = 1;
+  static constexpr bool kAlternates = false;
   static Two kept(const Element* weight, uint32_t bits) { return kept_float32(weight, bits); }
   static Two in_order(Two sums) { return sums; }
 };
@@ -232,6 +234,7 @@ struct BFloat16 {
   using Element = uint16_t;
   static constexpr Format kFormat = Format::kBFloat16;
   static constexpr int kPair = 1;
+  static constexpr bool kAlternates = true;
   static Two kept(const Element* weight, uint32_t bits) { return kept_bfloat16(weight, bits); }
   static Two in_order(Two sums) { return interleaved(sums); }
 };
@@ -240,8 +243,9 @@ struct Float16 {
   using Element = uint16_t;
   static constexpr Format kFormat = Format::kFloat16;
   static constexpr int kPair = 1;
+  static constexpr bool kAlternates = kFloat16Alternates;
   static Two kept(const Element* weight, uint32_t bits) { return kept_float16(weight, bits); }
-  static Two in_order(Two sums) { return sums; }
+  static Two in_order(Two sums) { return kAlternates ? interleaved(sums) : sums; }
 };
 
 // sums[row][token] += a unit of each row times one of each token.
@@ -289,6 +293,7 @@ struct PairsOfBFloat16 {
   using Element = uint16_t;
   static constexpr Format kFormat = Format::kBFloat16;
   static constexpr int kPair = 2;
+  static constexpr bool kAlternates = false;
   // Columns 0 .. 3 of each 8 went to `first`, 4 .. 7 to `second`.
   static Two in_order(Two sums) {
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
@@ -367,7 +372,9 @@ void prepare_sum(float* out, const void* token, Format format, int64_t length) {
 
 void prepare_dot(float* out, const void* token, Format format, int64_t length) {
   prepare_in_order(out, token, format, length);
-  if (format != Format::kBFloat16 || BFloat16Kind::kPair == 2) return;
+  bool alternates = false;
+  with_kind(format, [&](auto kind) { alternates = decltype(kind)::kAlternates; });
+  if (!alternates) return;
   for (int64_t j = 0; j < length; j += kUnit) {
     float even[kLanes], odd[kLanes];
     for (int i = 0; i < kLanes; ++i) {
@@ -530,7 +537,7 @@ void dot(const FewTokens& call, int64_t first_row, int64_t end_row, uint32_t* sc
     if (call.count == 1) {
       dot_rows<Kind, kDotRows>(call, first_row, end_row, scratch);
     } else {
-      dot_rows<Kind, 4>(call, first_row, end_row, scratch);
+      dot_rows<Kind, kManyRows>(call, first_row, end_row, scratch);
     }
   });
 }
