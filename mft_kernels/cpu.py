@@ -12,7 +12,6 @@ from torch import Tensor
 from . import reference
 from .backends import Backend, register
 from .built import load
-from .processor import NEEDS, this_processor
 from .reference import Gradients, kept_count
 
 
@@ -148,13 +147,14 @@ def capabilities() -> list[str]:
     return [] if unavailable is not None else torch.ops.mft_cpu.capabilities().split(",")
 
 
-# What is run where a path is taken: for people.
+# What is run where a path is taken, best first: for people.
 PATHS = {
-    "amx": "tiles and AVX512-BF16, permission granted",
-    "avx512_bf16": "bf16 products by AVX512-BF16",
-    "avx512": "rows by AVX-512, products by torch",
-    "avx2": "rows by AVX2, products by torch",
-    "portable": "rows by portable code, products by torch",
+    "amx": "bf16 products by tiles of AMX, which the kernel permits; all others by AVX-512",
+    "avx512_bf16": "bf16 products by AVX512-BF16, all others by AVX-512",
+    "avx512": "products by AVX-512, in fp32",
+    "avx2": "few tokens by AVX2, larger products by torch on slabs of the masked weight",
+    "portable": "few tokens by portable code, larger products by torch on slabs of the masked weight",
+    "amx_emulated": "bf16 products by tiles of AMX in plain code: for tests, and slow",
 }
 _CHOOSE = "MFT_CPU_CAPABILITY"
 
@@ -162,17 +162,13 @@ _CHOOSE = "MFT_CPU_CAPABILITY"
 def capability_reasons() -> str:
     """Lines "name: reason" of the instruction sets that are ahead of the one taken, and are not."""
     taken, available = torch.ops.mft_cpu.capability(), capabilities()
-    asked, features = os.environ.get(_CHOOSE), this_processor().features
-    lines = []
-    for name in NEEDS:
-        if name == taken:
-            break
-        if name in available:
-            lines.append(f"{name}: {_CHOOSE}={asked} asks for {taken}")
-        elif name in features:
-            lines.append(f"{name}: the processor has it, but this build of the library has no kernels for it")
-        else:
-            lines.append(f"{name}: the processor lacks it")
+    asked = f"{_CHOOSE}={os.environ.get(_CHOOSE)} asks for {taken}"
+    missing = dict(line.split(": ", 1) for line in torch.ops.mft_cpu.missing_capabilities().splitlines())
+    lines = [
+        f"{name}: {asked if name in available else missing[name]}"
+        for name in list(PATHS)[: list(PATHS).index(taken)]
+        if name in available or name in missing
+    ]
     return "\n".join(lines)
 
 

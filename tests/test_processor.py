@@ -63,7 +63,7 @@ def test_the_best_path_says_what_it_does_and_no_worse_one_is_excused(monkeypatch
 @needs_library
 def test_every_path_of_the_library_is_described():
     assert set(cpu.capabilities()) <= set(cpu.PATHS)
-    assert [*processor.NEEDS, "portable"] == list(cpu.PATHS)
+    assert [*processor.NEEDS, "portable", "amx_emulated"] == list(cpu.PATHS)
     assert torch.ops.mft_cpu.capability() in cpu.PATHS
 
 

@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kTokens = 2048;          // the fp32 sums of a block are kept for so many tokens
 constexpr int64_t kSumBytes = 4 << 20;     // and take no more than this a thread
 constexpr int64_t kOperandBytes = 1 << 20; // packed operands up to this stay in a core's own cache
-constexpr int64_t kRowsAhead = 4;          // of the weight, when they are brought in while others are packed
+constexpr int64_t kRowsAhead = 8;          // of the weight, when they are brought in while others are packed
 constexpr int64_t kColumnRowsAhead = 16;   // the same, of pieces of rows
 constexpr int64_t kTilesAbreast = 16;      // 1 KB of a bf16 row
 constexpr int64_t kCacheBytes = 16 << 20;  // an output beyond this is written around the cache
@@ -172,7 +172,7 @@ class Session {
 // Prefetches part of a row of the weight, and of its scores.
 void prefetch_row(const Matrix& weight, const MaskSource& mask, int64_t row, int64_t column, int64_t columns) {
   const auto bring = [&](const void* from, int64_t bytes) {
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(from) + b);
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(from) + b, 0, 2);
   };
   bring(at(weight, row, column), columns * bytes_of(weight.format));
   if (mask.scores != nullptr) bring(mask.row(row, column).scores, columns * bytes_of(mask.score_format));
