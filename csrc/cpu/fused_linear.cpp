@@ -18,8 +18,7 @@
 namespace mft {
 namespace {
 
-constexpr int64_t kTokens = 2048;          // the fp32 sums of a block are kept for so many tokens
-constexpr int64_t kSumBytes = 4 << 20;     // and take no more than this a thread
+constexpr int64_t kSumBytes = 4 << 20;     // of the sums of d_x, a thread
 constexpr int64_t kOperandBytes = 1 << 20; // packed operands up to this stay in a core's own cache
 constexpr int64_t kRowsAhead = 8;          // of the weight, when they are brought in while others are packed
 constexpr int64_t kColumnRowsAhead = 16;   // the same, of pieces of rows
@@ -239,7 +238,7 @@ void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, con
     return;
   }
   const Cut rows(weight.rows, gemm.weight_rows, gemm.whole_tiles ? gemm.tile_rows : 1);
-  const int64_t chunk = std::min(round_up(tokens, kTileColumns), kTokens), sum_stride = chunk + 16;
+  const int64_t chunk = std::min(round_up(tokens, kTileColumns), gemm.tokens), sum_stride = chunk + 16;
   const int64_t block_rows = round_up(rows.largest(), gemm.tile_rows);
   const int64_t sums_size = block_rows * sum_stride, block_size = block_rows * kRowStride;
   const int64_t workers = num_threads();
@@ -301,7 +300,7 @@ void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output
   });
 
   // A task takes whole pages of the weight's rows as long as its sums fit the cache; it masks them in pieces.
-  const int64_t chunk = std::max<int64_t>(1, std::min(tokens, kTokens));
+  const int64_t chunk = std::max<int64_t>(1, std::min(tokens, gemm.tokens));
   const int64_t fitting = kSumBytes / 4 / chunk / gemm.weight_columns * gemm.weight_columns;
   const Cut columns(weight.columns, std::min(gemm.task_columns, std::max(fitting, gemm.weight_columns)), kTileColumns);
   const int64_t sum_stride = columns.largest() + 16, panel = gemm.grad_depth * kTileColumns + kTileColumns;

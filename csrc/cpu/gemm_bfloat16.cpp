@@ -29,6 +29,9 @@ const Gemm& bfloat16_gemm() {
     gemm.prefetch_operands = true;
     // From sweeps on Zen 5 (1 MiB L2 a core, 2 threads, N = K = 4096, M = 64, 512 and 2048, 2026-11-24); flat around
     // them. On Zen 4 twice the rows are level at M = 512 and 3 % slower at M = 64.
+    gemm.tokens = 2048;
+    gemm.most_forward = kAnyTokens;
+    gemm.most_score_grad = kAnyTokens;
     gemm.weight_rows = 96;    // 104 KB a block
     gemm.grad_depth = 128;    // with 256 columns 128 KB packed
     gemm.weight_columns = 256;

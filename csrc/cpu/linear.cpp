@@ -2,7 +2,8 @@
 //
 // A slab is masked by all threads into a scratch that stays in the cache, then torch's GEMM takes it. The forward and
 // the score gradient cut the weight by rows, d_x by columns: so no sum is split, and no rounding is added.
-// With AVX-512, fused_linear.cpp is taken instead (d_weight excepted, which is seldom asked for).
+// With AVX-512, fused_linear.cpp is taken instead, but for many tokens where torch's GEMM is much the faster one (and
+// d_weight, which is seldom asked for). Few tokens: few_linear.cpp.
 #include "linear.h"
 
 #include <algorithm>
@@ -77,9 +78,11 @@ void mask_slab(const Capability& cpu, const Matrix& out, const Matrix& weight, c
   });
 }
 
-const Gemm* fused(const Capability& cpu, const Matrix& weight) {
+// What the mask is fused with in a product of so many tokens; nullptr: torch's GEMM on slabs.
+const Gemm* fused(const Capability& cpu, const Matrix& weight, int64_t tokens, int64_t Gemm::*most = nullptr) {
+  const Gemm* gemm = cpu.gemms[static_cast<int>(weight.format)];
   const bool empty = weight.rows == 0 || weight.columns == 0;
-  return empty ? nullptr : cpu.gemms[static_cast<int>(weight.format)];
+  return empty || gemm == nullptr || (most != nullptr && tokens > gemm->*most) ? nullptr : gemm;
 }
 
 }  // namespace
@@ -87,7 +90,7 @@ const Gemm* fused(const Capability& cpu, const Matrix& weight) {
 void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
                    const MaskSource& mask, const void* bias) {
   if (few_masked_linear_wins(cpu, x, weight)) return few_masked_linear(cpu, y, x, weight, mask, bias);
-  if (const Gemm* gemm = fused(cpu, weight)) return fused_masked_linear(*gemm, y, x, weight, mask, bias);
+  if (const Gemm* gemm = fused(cpu, weight, x.rows, &Gemm::most_forward)) return fused_masked_linear(*gemm, y, x, weight, mask, bias);
   const int64_t rows = slab_length(weight.columns * bytes_of(weight.format), weight.rows);
   const int64_t depth = filled(weight.columns, weight.format);
   const Dense operand(x, depth);
@@ -105,7 +108,7 @@ void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, cons
 void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
             const MaskSource& mask) {
   if (few_grad_x_wins(cpu, grad_output, weight)) return few_grad_x(cpu, d_x, grad_output, weight, mask);
-  if (const Gemm* gemm = fused(cpu, weight)) return fused_grad_x(*gemm, d_x, grad_output, weight, mask);
+  if (const Gemm* gemm = fused(cpu, weight, grad_output.rows)) return fused_grad_x(*gemm, d_x, grad_output, weight, mask);
   const int64_t columns = slab_length(weight.rows * bytes_of(weight.format), weight.columns);
   const int64_t depth = filled(weight.rows, weight.format);
   const Dense operand(grad_output, depth);
@@ -133,7 +136,7 @@ void grad_weight(const Capability& cpu, const Matrix& d_weight, const Matrix& gr
 
 void grad_scores(const Capability& cpu, const Matrix& out, const Matrix& grad_output, const Matrix& x,
                  const Matrix& weight, const SignSource& sign, bool accumulate) {
-  if (const Gemm* gemm = fused(cpu, weight)) {
+  if (const Gemm* gemm = fused(cpu, weight, x.rows, &Gemm::most_score_grad)) {
     return fused_grad_scores(*gemm, out, grad_output, x, weight, sign, accumulate);
   }
   const int64_t rows = slab_length(weight.columns * bytes_of(x.format), weight.rows);
