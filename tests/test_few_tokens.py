@@ -1,4 +1,4 @@
-"""The cpu backend's kernels for one token and few: forward and d_x of up to 16 tokens."""
+"""The cpu backend's kernels for one token and few: forward and d_x."""
 
 from dataclasses import replace
 
@@ -58,8 +58,8 @@ def test_products_equal_the_reference_on_integers(capability, m, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 19, 5003), (9, 5003, 19), (1, 40, 2112), (16, 24, 2048)])
-def test_long_rows_and_strips_of_columns_meet_without_a_seam(capability, shape, dtype):
+@pytest.mark.parametrize("shape", [(2, 19, 5003), (9, 5003, 19), (1, 24, 9000), (16, 24, 2112), (131, 30, 70)])
+def test_long_rows_strips_of_columns_and_turns_of_tokens_meet_without_a_seam(capability, shape, dtype):
     t = integer_inputs(*shape, dtype, torch.bfloat16)
     for v in (t.x, t.grad_output):  # one in 61 is not zero: sums stay exact
         v *= (torch.arange(v.numel()).view_as(v) % 61 == 0).to(dtype)
@@ -113,9 +113,10 @@ def test_what_is_not_finite_in_a_token_or_a_kept_weight_goes_where_it_belongs(ca
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [1, 6])
+@pytest.mark.parametrize("m", [1, 3])
 def test_neither_threads_nor_other_tokens_change_a_bit(capability, threads, m, dtype):
-    t = random_inputs(16, 1100, 1030, dtype, torch.bfloat16)  # large enough to be shared by four threads
+    all_tokens = 4 if capability == "portable" else 16  # more are another kernel's
+    t = random_inputs(all_tokens, 1100, 1030, dtype, torch.bfloat16)  # large enough to be shared by four threads
     few = replace(t, x=t.x[:m].clone(), grad_output=t.grad_output[:m].clone())
     threshold = torch.tensor(0.004, dtype=torch.bfloat16)
     expected = products(few, threshold, "magnitude")

@@ -1,5 +1,5 @@
 // The masked linear layer and its d_x for few tokens: the tokens are prepared once, then threads share the rows of the
-// weight (forward) or its columns (d_x), so that each sum belongs to one of them.
+// weight (forward) or its columns (d_x), so that each sum belongs to one of them. More tokens go in turns.
 #include "few_linear.h"
 
 #include <algorithm>
@@ -13,11 +13,11 @@ namespace {
 // The work of a thread is no less than this, in bytes that one token makes it read (for more see work()); below, waking
 // a second one costs more than it saves.
 constexpr int64_t kShare = 512 << 10;
-constexpr int64_t kFarBytes = 8 << 20;  // from here on asking ahead pays; below, the processor's own prefetching is better
+constexpr int64_t kFarBytes = 8 << 20;  // from here on asking ahead pays; below, the processor does better alone
 
 bool wins(const Matrix& tokens, const Matrix& weight, const int64_t most[3]) {
   const bool empty = tokens.rows == 0 || weight.rows == 0 || weight.columns == 0;
-  return !empty && tokens.rows <= std::min(most[static_cast<int>(weight.format)], kFewTokens);
+  return !empty && tokens.rows <= most[static_cast<int>(weight.format)];
 }
 
 using Prepare = void (*)(float*, const void*, Format, int64_t);
@@ -82,23 +82,29 @@ bool few_grad_x_wins(const Capability& cpu, const Matrix& grad_output, const Mat
 
 void few_masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
                        const MaskSource& mask, const void* bias) {
-  const Prepared tokens(x, cpu.few->prepare_dot);
-  const FewTokens call = call_of(y, weight, mask, bias, tokens);
   const int64_t words = mask.scores == nullptr ? 0 : kDotRows * ((weight.columns + 31) / 32);
-  for_spans(weight.rows, kDotRows, work(call, bytes_read(weight, mask)), [&](int64_t first, int64_t end) {
-    const Scratch scratch(words * sizeof(uint32_t));
-    cpu.few->dot(call, first, end, static_cast<uint32_t*>(scratch.get()));
-  });
+  for (int64_t t = 0; t < x.rows; t += kFewTokens) {
+    const int64_t count = std::min(kFewTokens, x.rows - t);
+    const Prepared tokens(x.narrow_rows(t, count), cpu.few->prepare_dot);
+    const FewTokens call = call_of(y.narrow_rows(t, count), weight, mask, bias, tokens);
+    for_spans(weight.rows, kDotRows, work(call, bytes_read(weight, mask)), [&](int64_t first, int64_t end) {
+      const Scratch scratch(words * sizeof(uint32_t));
+      cpu.few->dot(call, first, end, static_cast<uint32_t*>(scratch.get()));
+    });
+  }
 }
 
 void few_grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
                 const MaskSource& mask) {
-  const Prepared tokens(grad_output, cpu.few->prepare_sum);
-  const FewTokens call = call_of(d_x, weight, mask, nullptr, tokens);
-  for_spans(weight.columns, 64, work(call, bytes_read(weight, mask)), [&](int64_t first, int64_t end) {
-    const Scratch scratch(call.count * (few_strip_columns(call.format, call.count) + 16) * sizeof(float));
-    cpu.few->sum(call, first, end, static_cast<float*>(scratch.get()));
-  });
+  for (int64_t t = 0; t < grad_output.rows; t += kFewTokens) {
+    const int64_t count = std::min(kFewTokens, grad_output.rows - t);
+    const Prepared tokens(grad_output.narrow_rows(t, count), cpu.few->prepare_sum);
+    const FewTokens call = call_of(d_x.narrow_rows(t, count), weight, mask, nullptr, tokens);
+    for_spans(weight.columns, 64, work(call, bytes_read(weight, mask)), [&](int64_t first, int64_t end) {
+      const Scratch scratch(count * (few_strip_columns(call.format, count) + 16) * sizeof(float));
+      cpu.few->sum(call, first, end, static_cast<float*>(scratch.get()));
+    });
+  }
 }
 
 }  // namespace mft

@@ -13,9 +13,10 @@
 
 namespace mft {
 
-constexpr int64_t kFewTokens = 16;       // the most that the kernels take; how many pay is in FewKernels
+constexpr int64_t kFewTokens = 64;       // in a turn, at most: their sums and they themselves fit L2
 constexpr int64_t kDotRows = 8;          // rows of the weight at a time, at most; whoever splits rows splits at these
 constexpr int64_t kStripColumns = 8192;  // the most columns in a strip of sum()
+constexpr int64_t kAnyNumber = INT64_MAX;
 
 // One call. All matrices are contiguous and of one format; `tokens` and `scratch` are made by whoever calls.
 struct FewTokens {
@@ -36,8 +37,8 @@ struct FewTokens {
 // of two apart would share their sets of L1.
 constexpr int64_t few_token_stride(int64_t length) { return (length + 31) / 32 * 32 + 16; }
 
-// How many columns of d_x are summed at a time: the sums stay in L1, or nearly, and a row's share is no less than a page,
-// as page walks cost.
+// How many columns of d_x are summed at a time: the sums stay in L1, or nearly, but a row's share is no less than a
+// page, as walks through page tables cost.
 constexpr int64_t few_strip_columns(Format format, int64_t count) {
   const int64_t page = 4096 / bytes_of(format), fitting = kStripColumns / count / 32 * 32;
   return page > fitting ? page : fitting;
@@ -53,7 +54,7 @@ struct FewKernels {
   // d_x[:, first .. end), first a multiple of 32, with scratch for few_strip_columns() + 16 floats a token.
   void (*sum)(const FewTokens& call, int64_t first_column, int64_t end_column, float* scratch);
 
-  // The most tokens for which dot() and sum() win, by Format; 0: never.
+  // The most tokens for which dot() and sum() win over what else masked_linear() and grad_x() have, by Format.
   int64_t most_dot[3], most_sum[3];
 };
 

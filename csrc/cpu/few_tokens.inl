@@ -3,8 +3,8 @@
 //
 // 32 columns of a row and their word of the mask are taken in units of two vectors of fp32 (first, second). A unit of
 // bf16 is widened by a shift and a mask, so that `first` has its even columns and `second` its odd ones: the tokens of
-// dot() are laid out likewise, the sums of sum() put in order at the end. With AVX512-BF16 a unit of dot() is one vector of
-// bf16 against one of the token, and sum() interleaves two rows so that vdpbf16ps adds both at once.
+// dot() are laid out likewise, the sums of sum() put in order at the end. With AVX512-BF16 dot() takes a vector of bf16
+// as it is, and sum() interleaves two rows so that vdpbf16ps adds both at once.
 
 #include <cstdint>
 #include <cstring>
@@ -83,7 +83,7 @@ inline void add_across(float out[4], const Floats v[4]) {
 using Floats = __m256;
 constexpr int kLanes = 8;
 constexpr int kManyRows = 2;
-constexpr int kDotTokens = 6;  // with 2 rows 12 of 16 registers: what is kept of a row is costly here, and shared by all
+constexpr int kDotTokens = 6;  // with 2 rows 12 of 16 registers: a mask is costly here, and all tokens share it
 constexpr int kSumTokens = 6;  // with 2 vectors each the same
 constexpr bool kFloat16Alternates = false;
 
@@ -168,7 +168,8 @@ inline Words load_words(const void* p) {
 }
 
 inline Floats kept_of(Words weight, uint32_t bits, Words one_bit) {
-  return reinterpret_cast<Floats>(weight & reinterpret_cast<Words>((Words{bits, bits, bits, bits} & one_bit) == one_bit));
+  const Words word = {bits, bits, bits, bits};
+  return reinterpret_cast<Floats>(weight & reinterpret_cast<Words>((word & one_bit) == one_bit));
 }
 
 inline Two kept_float32(const uint32_t* weight, uint32_t bits) {
