@@ -69,10 +69,13 @@ inline const char* at(const void* base, Format format, int64_t column) {
   return static_cast<const char*>(base) + column * bytes_of(format);
 }
 
+// Word by word, else gcc makes no vectors of it (5 times as long); unrolled, clang 14 makes none.
 inline void multiply_by_words(float* product, const uint32_t* words, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) {
-    const uint32_t negative = ~(words[j / kStep] >> (j % kStep)) & 1;
-    product[j] = as_float(as_bits(product[j]) ^ (negative << 31));
+  for (int64_t j = 0; j < n; j += kStep) {
+    const uint32_t clear = ~words[j / kStep];
+    const int columns = static_cast<int>(n - j < kStep ? n - j : kStep);
+#pragma GCC unroll 1
+    for (int i = 0; i < columns; ++i) product[j + i] = as_float(as_bits(product[j + i]) ^ (clear >> i << 31));
   }
 }
 
