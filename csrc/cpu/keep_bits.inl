@@ -116,15 +116,17 @@ inline void select(uint32_t* out, const uint32_t* weight, uint32_t bits) {
 #else
 
 template <bool kMagnitude, typename Bits>
-inline uint32_t keep_bits(const Bits* scores, KeepRange range) {
+inline bool keeps(Bits score, KeepRange range) {
   constexpr Bits kMagnitudeBits = static_cast<Bits>(~Bits{0}) >> 1;
+  const Bits negative = static_cast<Bits>(-(score >> (8 * sizeof(Bits) - 1)));  // all ones or 0
+  const Bits key = kMagnitude ? score & kMagnitudeBits : score ^ (negative & kMagnitudeBits);
+  return static_cast<Bits>(key - static_cast<Bits>(range.low)) < static_cast<Bits>(range.count);
+}
+
+template <bool kMagnitude, typename Bits>
+inline uint32_t keep_bits(const Bits* scores, KeepRange range) {
   uint32_t bits = 0;
-  for (int j = 0; j < kStep; ++j) {
-    const Bits negative = static_cast<Bits>(-(scores[j] >> (8 * sizeof(Bits) - 1)));  // all ones or 0
-    const Bits key = kMagnitude ? scores[j] & kMagnitudeBits : scores[j] ^ (negative & kMagnitudeBits);
-    const bool keep = static_cast<Bits>(key - static_cast<Bits>(range.low)) < static_cast<Bits>(range.count);
-    bits |= static_cast<uint32_t>(keep) << j;
-  }
+  for (int j = 0; j < kStep; ++j) bits |= static_cast<uint32_t>(keeps<kMagnitude>(scores[j], range)) << j;
   return bits;
 }
 

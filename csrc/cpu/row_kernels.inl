@@ -28,12 +28,45 @@ inline void select_columns(Weight* out, const Weight* weight, uint32_t bits, int
   }
 }
 
+#if defined(__AVX2__)
+
+template <typename Weight>
+void mask_by_scores(Weight* out, const Weight* weight, MaskRow mask, Format score_format, int64_t columns) {
+  visit_words(mask.scores, score_format, mask.range, columns, [=](int64_t j, int64_t n, uint32_t bits) {
+    select_columns(out + j, weight + j, bits, n);
+  });
+}
+
+#else
+
+// A loop that compilers make vectors of: where no instruction makes bits of comparisons, words took 4 to 18 times as long
+// (SSE2 on Sapphire Rapids, gcc 12 and clang 22).
+template <bool kMagnitude, typename Weight, typename Bits>
+void mask_by(Weight* out, const Weight* weight, const Bits* scores, KeepRange range, int64_t columns) {
+  for (int64_t j = 0; j < columns; ++j) {
+    out[j] = weight[j] & static_cast<Weight>(-static_cast<Weight>(keeps<kMagnitude>(scores[j], range)));
+  }
+}
+
+template <typename Weight>
+void mask_by_scores(Weight* out, const Weight* weight, MaskRow mask, Format score_format, int64_t columns) {
+  const auto by = [=](const auto* scores) {
+    mask.range.magnitude ? mask_by<true>(out, weight, scores, mask.range, columns)
+                         : mask_by<false>(out, weight, scores, mask.range, columns);
+  };
+  if (score_format == Format::kFloat32) {
+    by(static_cast<const uint32_t*>(mask.scores));
+  } else {
+    by(static_cast<const uint16_t*>(mask.scores));
+  }
+}
+
+#endif
+
 template <typename Weight>
 void mask_typed(Weight* out, const Weight* weight, MaskRow mask, Format score_format, int64_t columns) {
   if (mask.scores != nullptr) {
-    visit_words(mask.scores, score_format, mask.range, columns, [=](int64_t j, int64_t n, uint32_t bits) {
-      select_columns(out + j, weight + j, bits, n);
-    });
+    mask_by_scores(out, weight, mask, score_format, columns);
   } else {
     for (int64_t j = 0; j < columns; j += kStep) {
       select_columns(out + j, weight + j, mask.words[j / kStep], columns - j < kStep ? columns - j : kStep);
