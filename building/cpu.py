@@ -63,7 +63,7 @@ def units(compiler: str, torch_directory: Path, sources: Path, machine: str | No
         own = X86_FLAGS.get(source.name, [])
         if (own and not x86) or source.name in unknown:
             continue
-        if source.name.startswith("step_kernels_"):
+        if source.name.startswith(("row_kernels_", "step_kernels_")):
             own = [*own, *VECTOR_FLAGS]
         found.append(Unit(source, compiler, [*flags, *own]))
     return found
