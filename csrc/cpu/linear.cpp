@@ -90,7 +90,9 @@ const Gemm* fused(const Capability& cpu, const Matrix& weight, int64_t tokens, i
 void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
                    const MaskSource& mask, const void* bias) {
   if (few_masked_linear_wins(cpu, x, weight)) return few_masked_linear(cpu, y, x, weight, mask, bias);
-  if (const Gemm* gemm = fused(cpu, weight, x.rows, &Gemm::most_forward)) return fused_masked_linear(*gemm, y, x, weight, mask, bias);
+  if (const Gemm* gemm = fused(cpu, weight, x.rows, &Gemm::most_forward)) {
+    return fused_masked_linear(*gemm, y, x, weight, mask, bias);
+  }
   const int64_t rows = slab_length(weight.columns * bytes_of(weight.format), weight.rows);
   const int64_t depth = filled(weight.columns, weight.format);
   const Dense operand(x, depth);
@@ -108,7 +110,9 @@ void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, cons
 void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
             const MaskSource& mask) {
   if (few_grad_x_wins(cpu, grad_output, weight)) return few_grad_x(cpu, d_x, grad_output, weight, mask);
-  if (const Gemm* gemm = fused(cpu, weight, grad_output.rows)) return fused_grad_x(*gemm, d_x, grad_output, weight, mask);
+  if (const Gemm* gemm = fused(cpu, weight, grad_output.rows)) {
+    return fused_grad_x(*gemm, d_x, grad_output, weight, mask);
+  }
   const int64_t columns = slab_length(weight.rows * bytes_of(weight.format), weight.columns);
   const int64_t depth = filled(weight.rows, weight.format);
   const Dense operand(grad_output, depth);
