@@ -168,6 +168,7 @@ def _run(command: list[str], environment: dict[str, str] | None = None, *, show:
             if show:
                 print(lines[-1], flush=True)
     if process.returncode != 0:
-        errors = [line for line in lines if re.search("error|fatal", line.lower())]  # nvcc fatal : Unknown option
+        # "nvcc fatal : ...", but not the -Werror of a command.
+        errors = [line for line in lines if re.search(r"\berror|fatal", line.lower())]
         raise CannotBuild(f"{Path(command[0]).name} failed: {(errors or lines or ['no output'])[0]}")
     return "".join(f"{line}\n" for line in lines)

@@ -79,6 +79,13 @@ def test_a_function_that_the_linker_may_give_to_other_files_is_seen(tmp_path):
     assert found == (["kernel.cpp: shared_one(int)"] if instruction_set else [])
 
 
+def test_a_warning_that_ends_a_build_is_its_reason(tmp_path):
+    source = tmp_path / "unused.cpp"
+    source.write_text("static int nobody_calls_it() { return 1; }\n")
+    with pytest.raises(CannotBuild, match="nobody_calls_it"):
+        compile.build(tmp_path / "build", [Unit(source, compiler_or_skip(), ["-Wall", "-Werror"])])
+
+
 def test_a_checksum_that_differs_is_named():
     expected = "0123456789abcdef  pack fp32\n00000000000000ff  pack bf16\n"
     assert ports.differences(expected, expected) == []

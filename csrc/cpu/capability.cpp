@@ -23,11 +23,11 @@ struct Found {
   std::string missing;
 };
 
+#if defined(MFT_X86)
+
 void miss(Found& found, const char* name, const std::string& why) {
   found.missing += std::string(name) + ": " + why + "\n";
 }
-
-#if defined(MFT_X86)
 
 // Conversion of fp16. Every processor with AVX2 has it; __builtin_cpu_supports() does not know its name everywhere.
 bool has_f16c() {
