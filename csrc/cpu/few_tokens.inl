@@ -491,7 +491,7 @@ void dot_block(const FewTokens& call, const typename Kind::Element* const* weigh
       for (int i = 0; i < 4 * kFours; ++i) y[t][i] += bias[i];
     }
     char* out = call.out + ((first_token + t) * call.rows + first_row) * bytes_of(call.format);
-    narrow(out, y[t], call.format, rows < kRows ? rows : kRows);  // else gcc sees more than y has be read
+    narrow(out, y[t], call.format, rows < kRows ? rows : kRows);  // else gcc warns of reads beyond y
   }
 }
 
