@@ -37,8 +37,8 @@ lint: install
 errors: install
 	PYTHONPATH=tests $(BIN)/python -m bad_inputs > docs/errors.md
 
-# The CPU library under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer; 4 minutes, with
-# QUICK=1, as in .ci/run, half.
+# The CPU library under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer; with QUICK=1, as in
+# .ci/run, some of the tests: 5.5 minutes on 2 cores.
 sanitize: install
 	$(BIN)/python -m building.sanitized address $(if $(QUICK),$(SLIM_SANITIZED))
 	$(BIN)/python -m building.sanitized thread $(if $(QUICK),$(SLIM_SANITIZED))
