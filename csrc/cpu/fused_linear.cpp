@@ -19,9 +19,6 @@ namespace mft {
 namespace {
 
 constexpr int64_t kSumBytes = 4 << 20;     // of the sums of d_x, a thread
-constexpr int64_t kOperandBytes = 1 << 20; // packed operands up to this stay in a core's own cache
-constexpr int64_t kRowsAhead = 8;          // of the weight, when they are brought in while others are packed
-constexpr int64_t kColumnRowsAhead = 16;   // the same, of pieces of rows
 constexpr int64_t kTilesAbreast = 16;      // 1 KB of a bf16 row
 constexpr int64_t kCacheBytes = 16 << 20;  // an output beyond this is written around the cache
 
@@ -194,7 +191,7 @@ void multiply_narrow(const Gemm& gemm, const Matrix& y, const Matrix& weight, co
       const int64_t first = rows.begin(task), count = rows.end(task) - first;
       for (int64_t block = 0; block < depth.blocks(); ++block) {
         for (int64_t r = 0; r < count; ++r) {
-          const int64_t later = r + kRowsAhead, over = later >= count;  // the same rows come in the next block
+          const int64_t later = r + gemm.rows_ahead, over = later >= count;  // the same rows come in the next block
           if (block + over < depth.blocks()) {
             prefetch_row(weight, mask, first + later % count, depth.first(block + over), depth.length(block + over));
           }
@@ -233,7 +230,7 @@ void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, con
     }
   });
 
-  if (token_tiles * kTileColumns * x.columns * bytes_of(x.format) <= kOperandBytes) {
+  if (token_tiles * kTileColumns * x.columns * bytes_of(x.format) <= gemm.narrow_bytes) {
     multiply_narrow(gemm, y, weight, mask, bias, depth, panel_at);
     return;
   }
@@ -256,8 +253,8 @@ void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, con
         const int64_t here = std::min(chunk, tokens - token);
         for (int64_t block = 0; block < depth.blocks(); ++block) {
           for (int64_t r = 0; r < count; ++r) {
-            if (r + kRowsAhead < count) {
-              prefetch_row(weight, mask, first + r + kRowsAhead, depth.first(block), depth.length(block));
+            if (gemm.rows_ahead > 0 && r + gemm.rows_ahead < count) {
+              prefetch_row(weight, mask, first + r + gemm.rows_ahead, depth.first(block), depth.length(block));
             }
             gemm.pack_masked_row(a + r * kRowStride, at(weight, first + r, depth.first(block)),
                                  mask.row(first + r, depth.first(block)), mask.score_format, depth.length(block));
@@ -328,8 +325,8 @@ void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output
             const int64_t count = std::min(gemm.weight_columns, end_column - column);
             for (int64_t r = row; r < end_row; r += gemm.per_group) {
               const int64_t odd = std::min(r + 1, end_row - 1);
-              for (int64_t i = r; i < r + gemm.per_group; ++i) {
-                const int64_t later = std::min(i + kColumnRowsAhead, end_row - 1);
+              for (int64_t i = r; gemm.rows_ahead > 0 && i < r + gemm.per_group; ++i) {
+                const int64_t later = std::min(i + 2 * gemm.rows_ahead, end_row - 1);
                 prefetch_row(weight, mask, later, column, count);
               }
               gemm.pack_masked_group(panels + (r - row) / gemm.per_group * kTileColumns, panel,

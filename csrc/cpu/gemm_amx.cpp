@@ -94,6 +94,8 @@ const Gemm& amx_gemm() {
     gemm.whole_tiles = true;
     gemm.prefetch_groups = kPrefetchSteps * kDepthStep;
     gemm.prefetch_operands = false;
+    gemm.rows_ahead = 8;
+    gemm.narrow_bytes = 1 << 20;
     gemm.tokens = 1024;
     // Sapphire Rapids, 4096 x 4096: M = 4096 136 ms to 114 by slabs, M = 1024 27 to 29.
     gemm.most_forward = 1024;

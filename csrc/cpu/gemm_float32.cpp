@@ -96,6 +96,8 @@ Gemm make_gemm() {
   gemm.tile_rows = kVectorTileRows;
   gemm.prefetch_groups = kPrefetchGroups;
   gemm.prefetch_operands = true;
+  gemm.rows_ahead = 8;
+  gemm.narrow_bytes = 1 << 20;
   gemm.tokens = 2048;
   // Sapphire Rapids, 4096 x 4096, M = 4096: forward 680 ms to 589 by slabs, score gradient 716 to 566; level at 1024.
   gemm.most_forward = kFormat == Format::kBFloat16 ? kAnyTokens : 1024;
