@@ -2,11 +2,12 @@
 
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .compile import CPP_FLAGS, Link, Unit, accepts, build, find_compiler, find_torch, system_headers
+from .compile import CPP_FLAGS, CannotBuild, Link, Unit, accepts, build, find_compiler, find_torch, system_headers
 
 LIBRARY = "libmft_cpu.so"
 
@@ -67,3 +68,21 @@ def units(compiler: str, torch_directory: Path, sources: Path, machine: str | No
             own = [*own, *VECTOR_FLAGS]
         found.append(Unit(source, compiler, [*flags, *own]))
     return found
+
+
+def library_capabilities(environment: dict[str, str], prefix: Sequence[str] = ()) -> list[str]:
+    """Those of the library that MFT_CPU_LIBRARY names. Without this all tests would skip where it cannot be loaded.
+
+    ``prefix``: of the command that loads it. Raises: CannotBuild.
+    """
+    script = "from mft_kernels import cpu; print(cpu.unavailable or '', ','.join(cpu.capabilities()), sep='\\n')"
+    environment = {name: value for name, value in environment.items() if name != "MFT_CPU_CAPABILITY"}
+    command = [*prefix, sys.executable, "-c", script]
+    root = Path(__file__).resolve().parent.parent
+    ran = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    if ran.returncode != 0:
+        raise CannotBuild(f"mft_kernels cannot be imported: {ran.stderr.strip()}")
+    unavailable, capabilities = ran.stdout.splitlines()[-2:]
+    if unavailable:
+        raise CannotBuild(f"the library is not used: {unavailable}")
+    return capabilities.split(",")

@@ -141,7 +141,7 @@ def check(port: Port) -> str:
     if shared := shared_functions(port.directory, found):
         raise Failed(f"the linker may take {shared[0]} for every instruction set; give it internal linkage")
     environment = os.environ | {"MFT_CPU_LIBRARY": str(port.directory / cpu.LIBRARY)}
-    capabilities = library_capabilities(environment)
+    capabilities = cpu.library_capabilities(environment)
     driver = build_driver(port, port.directory / "driver")
     for capability in capabilities:
         compare(port, driver, capability)
@@ -212,19 +212,6 @@ def shared_functions(directory: Path, units: Sequence[Unit]) -> list[str]:
             weak = re.findall(r"^\w+ [WVu] (.*)$", symbols, re.MULTILINE)
             found += [f"{unit.source.name}: {name}" for name in weak]
     return found
-
-
-def library_capabilities(environment: dict[str, str]) -> list[str]:
-    """Those of the library that MFT_CPU_LIBRARY names. Without this all tests would skip where it cannot be loaded."""
-    script = "from mft_kernels import cpu; print(cpu.unavailable or '', ','.join(cpu.capabilities()), sep='\\n')"
-    environment = {name: value for name, value in environment.items() if name != "MFT_CPU_CAPABILITY"}
-    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if ran.returncode != 0:
-        raise Failed(f"mft_kernels cannot be imported: {ran.stderr.strip()}")
-    unavailable, capabilities = ran.stdout.splitlines()[-2:]
-    if unavailable:
-        raise Failed(f"the library is not used: {unavailable}")
-    return capabilities.split(",")
 
 
 if __name__ == "__main__":

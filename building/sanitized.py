@@ -63,7 +63,9 @@ def main() -> None:
         "MFT_CPU_LIBRARY": str(directory / cpu.LIBRARY),
     }
     # Shadow memory lies where the kernel may have put Python, unless it is told to put nothing at random.
-    command = ["setarch", "-R", sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
+    fixed = ["setarch", "-R"]
+    cpu.library_capabilities(environment, fixed)
+    command = [*fixed, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
     sys.exit(subprocess.run(command, cwd=ROOT, env=environment).returncode)
 
 
