@@ -235,9 +235,10 @@ void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, con
     return;
   }
   const Cut rows(weight.rows, gemm.weight_rows, gemm.whole_tiles ? gemm.tile_rows : 1);
-  const int64_t chunk = std::min(round_up(tokens, kTileColumns), gemm.tokens), sum_stride = chunk + 16;
+  const int64_t chunk = std::min(round_up(tokens, kTileColumns), gemm.tokens);
   const int64_t block_rows = round_up(rows.largest(), gemm.tile_rows);
-  const int64_t sums_size = block_rows * sum_stride, block_size = block_rows * kRowStride;
+  const int64_t tiles_size = block_rows * kTileColumns;  // of the sums of 32 tokens, each row in 128 B
+  const int64_t sums_size = divide_up(chunk, kTileColumns) * tiles_size, block_size = block_rows * kRowStride;
   const int64_t workers = num_threads();
   const Buffer<float> all_sums(workers * sums_size);
   const Buffer<uint32_t> all_blocks(workers * block_size);
@@ -268,15 +269,19 @@ void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, con
           for (int64_t t = 0; t < here; t += kTileColumns) {
             const uint32_t* b = panel_at(block, (token + t) / kTileColumns);
             ahead.add_soon(b + panel_size(block), panel_size(block) * 4);
+            float* tiles = sums + t / kTileColumns * tiles_size;
             for_tile_rows(gemm, count, [&](int64_t begin, int64_t end) {
-              gemm.prefetch_tile(sums + end * sum_stride + t, sum_stride, gemm.tile_rows);
-              gemm.multiply(sums + begin * sum_stride + t, sum_stride, a + begin * kRowStride, b, end - begin,
-                            here - t, depth.groups(block), block > 0, ahead.take());
+              gemm.prefetch_tile(tiles + end * kTileColumns, kTileColumns, gemm.tile_rows);
+              gemm.multiply(tiles + begin * kTileColumns, kTileColumns, a + begin * kRowStride, b, end - begin, here - t,
+                            depth.groups(block), block > 0, ahead.take());
             });
           }
         }
-        gemm.store_transposed(at(y, token, first), y.row_stride, sums, sum_stride, count, here,
-                              bias != nullptr ? static_cast<const char*>(bias) + first * bytes_of(y.format) : nullptr);
+        for (int64_t t = 0; t < here; t += kTileColumns) {
+          gemm.store_transposed(at(y, token + t, first), y.row_stride, sums + t / kTileColumns * tiles_size, kTileColumns,
+                                count, std::min(kTileColumns, here - t),
+                                bias != nullptr ? static_cast<const char*>(bias) + first * bytes_of(y.format) : nullptr);
+        }
       }
     }
   });
@@ -297,11 +302,12 @@ void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output
   });
 
   // A task takes whole pages of the weight's rows as long as its sums fit the cache; it masks them in pieces.
-  const int64_t chunk = std::max<int64_t>(1, std::min(tokens, gemm.tokens));
+  const int64_t chunk = std::max<int64_t>(1, std::min(tokens, gemm.grad_tokens));
   const int64_t fitting = kSumBytes / 4 / chunk / gemm.weight_columns * gemm.weight_columns;
   const Cut columns(weight.columns, std::min(gemm.task_columns, std::max(fitting, gemm.weight_columns)), kTileColumns);
-  const int64_t sum_stride = columns.largest() + 16, panel = gemm.grad_depth * kTileColumns + kTileColumns;
-  const int64_t sums_size = round_up(chunk, gemm.tile_rows) * sum_stride;
+  const int64_t panel = gemm.grad_depth * kTileColumns + kTileColumns;
+  const int64_t tiles_size = round_up(chunk, gemm.tile_rows) * kTileColumns;  // of the sums of 32 columns, each row in 128 B
+  const int64_t sums_size = divide_up(columns.largest(), kTileColumns) * tiles_size;
   const int64_t panels_size = gemm.weight_columns / kTileColumns * panel;
   const int64_t depth_rows = gemm.grad_depth * gemm.per_group;
   const int64_t workers = num_threads();
@@ -342,21 +348,25 @@ void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output
               ahead.add_late(weight, mask, end_row, std::min(weight.rows, end_row + depth_rows), first,
                              std::min(gemm.weight_columns, end_column - first));
             }
-            for_tile_rows(gemm, here, [&](int64_t begin, int64_t end) {
-              for (int64_t r = end; r < std::min(here, end + gemm.tile_rows); ++r) {
-                ahead.add_soon(a + r * kRowStride, 4 * groups);
-              }
-              for (int64_t c = 0; c < count; c += kTileColumns) {
-                float* tile = sums + begin * sum_stride + column - first + c;
-                gemm.prefetch_tile(tile + kTileColumns, sum_stride, end - begin);
-                gemm.multiply(tile, sum_stride, a + begin * kRowStride, panels + c / kTileColumns * panel, end - begin,
+            for (int64_t c = 0; c < count; c += kTileColumns) {
+              const uint32_t* b = panels + c / kTileColumns * panel;
+              float* tiles = sums + (column - first + c) / kTileColumns * tiles_size;
+              for_tile_rows(gemm, here, [&](int64_t begin, int64_t end) {
+                for (int64_t r = end; c == 0 && r < std::min(here, end + gemm.tile_rows); ++r) {
+                  ahead.add_soon(a + r * kRowStride, 4 * groups);
+                }
+                gemm.prefetch_tile(tiles + end * kTileColumns, kTileColumns, gemm.tile_rows);
+                gemm.multiply(tiles + begin * kTileColumns, kTileColumns, a + begin * kRowStride, b, end - begin,
                               count - c, groups, row > 0, ahead.take());
-              }
-            });
+              });
+            }
           }
         }
         for (int64_t t = 0; t < here; ++t) {
-          gemm.store_row(at(d_x, token + t, first), sums + t * sum_stride, end_column - first);
+          for (int64_t c = first; c < end_column; c += kTileColumns) {
+            gemm.store_row(at(d_x, token + t, c), sums + (c - first) / kTileColumns * tiles_size + t * kTileColumns,
+                           std::min(kTileColumns, end_column - c));
+          }
         }
       }
     }
@@ -388,13 +398,22 @@ void fused_grad_scores(const Gemm& gemm, const Matrix& out, const Matrix& grad_o
   const Cut rows(weight.rows, gemm.weight_rows, gemm.whole_tiles ? gemm.tile_rows : 1);
   const int64_t block_size = round_up(rows.largest(), kMostTileRows) * kRowStride;
   const Buffer<uint32_t> all_blocks(num_threads() * depth.blocks() * block_size);
-  // So many tiles side by side pass all rows before the next ones do: their panels stay in the cache meanwhile.
+  // So many tiles side by side pass all rows before the next ones do: their panels stay in the cache meanwhile. Where
+  // the depth has several blocks these pass one after the other, and the tiles' sums are kept between them.
+  const bool by_blocks = gemm.tiles_by_blocks > 0 && depth.blocks() > 1;
   const bool x_in_cache = x.rows * columns * bytes_of(x.format) <= (512 << 10);
   const int64_t panels_bytes = std::max<int64_t>(depth.blocks() * panel * 4, 1);
   const int64_t fitting = std::clamp<int64_t>(gemm.panels_bytes / panels_bytes, 1, kTilesAbreast);
-  const int64_t abreast = std::min(gemm.panels_bytes == 0 && x_in_cache ? column_tiles : fitting, column_tiles);
+  const int64_t abreast = std::min(by_blocks                                ? gemm.tiles_by_blocks
+                                   : gemm.panels_bytes == 0 && x_in_cache ? column_tiles
+                                                                          : fitting,
+                                   column_tiles);
+  const int64_t tile_stride = by_blocks ? round_up(rows.largest(), kMostTileRows) * kTileColumns : 0;
+  const int64_t sums_size = std::max(abreast * tile_stride, kMostTileRows * kTileColumns);
+  const Buffer<float> all_sums(num_threads() * sums_size);
   for_workers(rows.blocks, [&](int64_t worker, const auto& next) {
     uint32_t* blocks = all_blocks.get() + worker * depth.blocks() * block_size;
+    float* sums = all_sums.get() + worker * sums_size;
     Ahead ahead(gemm);
     const Session session(gemm);
     for (int64_t task; (task = next()) < rows.blocks;) {
@@ -404,30 +423,43 @@ void fused_grad_scores(const Gemm& gemm, const Matrix& out, const Matrix& grad_o
                                    grad_output.row_stride, depth.length(block), count);
       }
       for (int64_t tile = 0; tile < column_tiles; tile += abreast) {
-        const int64_t end_tile = std::min(tile + abreast, column_tiles), end_column = end_tile * kTileColumns;
+        const int64_t end_tile = std::min(tile + abreast, column_tiles);
+        const auto panel_at = [&](int64_t block, int64_t t) { return panels.get() + (block * column_tiles + t) * panel; };
+        const auto sum_at = [&](int64_t t, int64_t row) {
+          return by_blocks ? sums + (t - tile) * tile_stride + row * kTileColumns : sums;
+        };
+        const auto add_block = [&](int64_t block, int64_t t, int64_t begin, int64_t end) {
+          gemm.multiply(sum_at(t, begin), kTileColumns, blocks + block * block_size + begin * kRowStride,
+                        panel_at(block, t), end - begin, columns - t * kTileColumns, depth.groups(block), block > 0,
+                        ahead.take());
+        };
+        for (int64_t block = 0; by_blocks && block + 1 < depth.blocks(); ++block) {
+          for (int64_t t = tile; t < end_tile; ++t) {
+            ahead.start_block(0, kDepth);
+            ahead.add_soon(t + 1 < end_tile ? panel_at(block, t + 1) : panel_at(block + 1, tile), panel * 4);
+            for_tile_rows(gemm, count, [&](int64_t begin, int64_t end) { add_block(block, t, begin, end); });
+          }
+        }
         ahead.start_block(0, kDepth);
-        for (int64_t block = 0; !x_in_cache && block < depth.blocks(); ++block) {
-          ahead.add_soon(panels.get() + (block * column_tiles + end_tile) * panel,
-                         std::min(abreast, column_tiles - end_tile) * panel * 4);
+        for (int64_t block = 0; !by_blocks && !x_in_cache && block < depth.blocks(); ++block) {
+          ahead.add_soon(panel_at(block, end_tile), std::min(abreast, column_tiles - end_tile) * panel * 4);
         }
         for_tile_rows(gemm, count, [&](int64_t begin, int64_t end) {
-          for (int64_t c = tile * kTileColumns; c < end_column; c += kTileColumns) {
+          for (int64_t t = tile; t < end_tile; ++t) {
+            const int64_t column = t * kTileColumns;
             if (gemm.panels_bytes == 0) {
-              gemm.prefetch_score_grad(grad, first + begin, end - begin, x_in_cache ? c + 2 * kTileColumns : c,
+              gemm.prefetch_score_grad(grad, first + begin, end - begin, x_in_cache ? column + 2 * kTileColumns : column,
                                        kTileColumns);
             } else {  // a share of what the tiles of the next rows read: row by row, as it lies in memory
-              const int64_t share = divide_up(gemm.tile_rows, abreast), row = end + (c / kTileColumns - tile) * share;
+              const int64_t share = divide_up(gemm.tile_rows, abreast), row = end + (t - tile) * share;
               gemm.prefetch_score_grad(grad, first + row, std::min(share, count - row), tile * kTileColumns,
                                        abreast * kTileColumns);
             }
-            alignas(64) float sum[kMostTileRows * kTileColumns];
-            for (int64_t block = 0; block < depth.blocks(); ++block) {
-              gemm.multiply(sum, kTileColumns, blocks + block * block_size + begin * kRowStride,
-                            panels.get() + (block * column_tiles + c / kTileColumns) * panel, end - begin, columns - c,
-                            depth.groups(block), block > 0, ahead.take());
+            for (int64_t block = by_blocks ? depth.blocks() - 1 : 0; block < depth.blocks(); ++block) {
+              add_block(block, t, begin, end);
             }
-            if (depth.blocks() == 0) std::memset(sum, 0, sizeof sum);
-            gemm.store_score_grad(grad, sum, first + begin, end - begin, c);
+            if (depth.blocks() == 0) std::memset(sums, 0, kMostTileRows * kTileColumns * sizeof *sums);
+            gemm.store_score_grad(grad, sum_at(t, begin), first + begin, end - begin, column);
           }
         });
       }

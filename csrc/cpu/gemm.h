@@ -48,7 +48,7 @@ struct Gemm {
   bool prefetch_operands;   // whether that pays for packed operands, which the processor may bring in by itself
   int64_t rows_ahead;       // of the weight, to be brought in while others are packed; 0: multiply()'s list does it
   int64_t narrow_bytes;     // of packed x, up to which a tile's rows of the weight meet all tokens at once; 0: never
-  int64_t tokens;           // for which the sums of a block are kept
+  int64_t tokens, grad_tokens;  // for which the sums of a block are kept: of the forward, of d_x
   int64_t weight_rows;      // of a block of the forward and the score gradient, a multiple of tile_rows
   int64_t grad_depth;      // groups in a block of d_x; divides kDepth
   int64_t weight_columns;  // of the weight in such a block, a multiple of 32
@@ -56,6 +56,7 @@ struct Gemm {
   // Beyond so many tokens torch's own GEMM on slabs of the masked weight is faster.
   int64_t most_forward, most_score_grad;
   int64_t panels_bytes;  // of packed x that the score gradient keeps while all rows of a block pass; 0: one tile's
+  int64_t tiles_by_blocks;  // side by side, whose sums it keeps from block to block of the depth; 0: each tile's at once
 
   // Around all multiplications of a thread; nullptr: nothing to do.
   void (*begin)();

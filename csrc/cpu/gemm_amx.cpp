@@ -96,7 +96,7 @@ const Gemm& amx_gemm() {
     gemm.prefetch_operands = false;
     gemm.rows_ahead = 8;
     gemm.narrow_bytes = 1 << 20;
-    gemm.tokens = 1024;
+    gemm.tokens = gemm.grad_tokens = 1024;
     // Sapphire Rapids, 4096 x 4096: M = 4096 136 ms to 114 by slabs, M = 1024 27 to 29.
     gemm.most_forward = 1024;
     gemm.most_score_grad = kAnyTokens;
@@ -105,6 +105,7 @@ const Gemm& amx_gemm() {
     gemm.weight_columns = 512;
     gemm.task_columns = 2048;
     gemm.panels_bytes = 512 << 10;
+    gemm.tiles_by_blocks = 16;
     gemm.begin = tile_begin;
     gemm.end = tile_end;
     gemm.multiply = multiply;

@@ -31,7 +31,7 @@ const Gemm& bfloat16_gemm() {
     // them. On Zen 4 twice the rows are level at M = 512 and 3 % slower at M = 64.
     gemm.rows_ahead = 0;
     gemm.narrow_bytes = 0;
-    gemm.tokens = 2048;
+    gemm.tokens = gemm.grad_tokens = 2048;
     gemm.most_forward = kAnyTokens;
     gemm.most_score_grad = kAnyTokens;
     gemm.weight_rows = 96;    // 104 KB a block
@@ -39,6 +39,7 @@ const Gemm& bfloat16_gemm() {
     gemm.weight_columns = 256;
     gemm.task_columns = 1024;  // half a page of a bf16 row, as page walks cost
     gemm.panels_bytes = 0;  // a panel
+    gemm.tiles_by_blocks = 0;
     gemm.multiply = multiply_vectors<DotProduct>;
     return gemm;
   }();
