@@ -86,7 +86,7 @@ class Ahead {
     late_.clear();
     next_soon_ = next_late_ = 0;
     calls_left_ = calls;
-    per_call_ = groups / gemm_.prefetch_groups;
+    per_call_ = gemm_.prefetch_groups == 0 ? 0 : groups / gemm_.prefetch_groups;
   }
 
   void add_soon(const void* from, int64_t bytes) {
@@ -403,11 +403,10 @@ void fused_grad_scores(const Gemm& gemm, const Matrix& out, const Matrix& grad_o
   const bool by_blocks = gemm.tiles_by_blocks > 0 && depth.blocks() > 1;
   const bool x_in_cache = x.rows * columns * bytes_of(x.format) <= (512 << 10);
   const int64_t panels_bytes = std::max<int64_t>(depth.blocks() * panel * 4, 1);
-  const int64_t fitting = std::clamp<int64_t>(gemm.panels_bytes / panels_bytes, 1, kTilesAbreast);
-  const int64_t abreast = std::min(by_blocks                                ? gemm.tiles_by_blocks
-                                   : gemm.panels_bytes == 0 && x_in_cache ? column_tiles
-                                                                          : fitting,
-                                   column_tiles);
+  int64_t abreast = std::clamp<int64_t>(gemm.panels_bytes / panels_bytes, 1, kTilesAbreast);
+  if (by_blocks) abreast = gemm.tiles_by_blocks;
+  if (!by_blocks && gemm.panels_bytes == 0 && x_in_cache) abreast = column_tiles;
+  abreast = std::min(abreast, column_tiles);
   const int64_t tile_stride = by_blocks ? round_up(rows.largest(), kMostTileRows) * kTileColumns : 0;
   const int64_t sums_size = std::max(abreast * tile_stride, kMostTileRows * kTileColumns);
   const Buffer<float> all_sums(num_threads() * sums_size);

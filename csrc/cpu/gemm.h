@@ -44,7 +44,7 @@ struct Gemm {
   // Whether multiply() reads and writes all rows of a tile, whatever it is asked for: then tiles begin at multiples of
   // tile_rows, and there is memory behind the last.
   bool whole_tiles;
-  int64_t prefetch_groups;  // in which multiply() asks for an entry of its list
+  int64_t prefetch_groups;  // in which multiply() asks for an entry of its list; 0: it takes none
   bool prefetch_operands;   // whether that pays for packed operands, which the processor may bring in by itself
   int64_t rows_ahead;       // of the weight, to be brought in while others are packed; 0: multiply()'s list does it
   int64_t narrow_bytes;     // of packed x, up to which a tile's rows of the weight meet all tokens at once; 0: never

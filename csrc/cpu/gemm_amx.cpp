@@ -14,10 +14,6 @@ namespace {
 #include "gemm_parts.inl"
 #include "gemm_pairs.inl"
 
-// A line for every load of a tile: at four times that rate the loads wait for it (Sapphire Rapids).
-constexpr int64_t kPrefetchSteps = 2;
-constexpr int64_t kLinesAStep = kPrefetchBytes / 64 / kPrefetchSteps;
-
 constexpr int64_t kFour = 4;  // bytes of a group, and of a sum
 constexpr int64_t kPanelStride = kTileColumns * kFour;
 constexpr int64_t kBlockStride = kRowStride * kFour;
@@ -25,9 +21,8 @@ constexpr int64_t kBlockStride = kRowStride * kFour;
 //              B: 16 columns  16 columns
 //   A: 16 rows      tile 0      tile 1       4 products of 16 cycles for 4 loads of 8
 //      16 rows      tile 2      tile 3
-template <bool kTwoRows, bool kTwoColumns, bool kPrefetch>
-void multiply_tiles(float* tile, int64_t tile_stride, const uint32_t* a, const uint32_t* b, int64_t groups, bool add,
-                    const char* const* prefetch) {
+template <bool kTwoRows, bool kTwoColumns>
+void multiply_tiles(float* tile, int64_t tile_stride, const uint32_t* a, const uint32_t* b, int64_t groups, bool add) {
   const int64_t stride = tile_stride * kFour;
   float* lower = tile + 16 * tile_stride;
   if (add) {
@@ -41,15 +36,7 @@ void multiply_tiles(float* tile, int64_t tile_stride, const uint32_t* a, const u
     if constexpr (kTwoRows) tile_zero<2>();
     if constexpr (kTwoRows && kTwoColumns) tile_zero<3>();
   }
-  [[maybe_unused]] const int64_t entries = groups / (kPrefetchSteps * kDepthStep);
   for (int64_t g = 0; g < groups; g += kDepthStep, a += kDepthStep, b += kDepthStep * kTileColumns) {
-    if constexpr (kPrefetch) {
-      const int64_t step = g / kDepthStep;
-      if (step / kPrefetchSteps < entries) {
-        const char* ahead = prefetch[step / kPrefetchSteps] + step % kPrefetchSteps * kLinesAStep * 64;
-        for (int64_t i = 0; i < kLinesAStep; ++i) tile_prefetch(ahead + 64 * i);
-      }
-    }
     tile_load<4>(a, kBlockStride);
     tile_load<6>(b, kPanelStride);
     tile_add_product<0, 4, 6>();
@@ -69,16 +56,13 @@ void multiply_tiles(float* tile, int64_t tile_stride, const uint32_t* a, const u
   if constexpr (kTwoRows && kTwoColumns) tile_store<3>(lower + 16, stride);
 }
 
-using MultiplyTiles = void (*)(float*, int64_t, const uint32_t*, const uint32_t*, int64_t, bool, const char* const*);
-const MultiplyTiles kMultiplyTiles[2][2][2] = {
-    {{multiply_tiles<false, false, false>, multiply_tiles<false, false, true>},
-     {multiply_tiles<false, true, false>, multiply_tiles<false, true, true>}},
-    {{multiply_tiles<true, false, false>, multiply_tiles<true, false, true>},
-     {multiply_tiles<true, true, false>, multiply_tiles<true, true, true>}}};
+using MultiplyTiles = void (*)(float*, int64_t, const uint32_t*, const uint32_t*, int64_t, bool);
+const MultiplyTiles kMultiplyTiles[2][2] = {{multiply_tiles<false, false>, multiply_tiles<false, true>},
+                                            {multiply_tiles<true, false>, multiply_tiles<true, true>}};
 
 void multiply(float* tile, int64_t tile_stride, const uint32_t* a, const uint32_t* b, int64_t rows, int64_t columns,
-              int64_t groups, bool add, const char* const* prefetch) {
-  kMultiplyTiles[rows > 16][columns > 16][false](tile, tile_stride, a, b, groups, add, prefetch);
+              int64_t groups, bool add, const char* const*) {
+  kMultiplyTiles[rows > 16][columns > 16](tile, tile_stride, a, b, groups, add);
 }
 
 }  // namespace
@@ -92,7 +76,7 @@ const Gemm& amx_gemm() {
     Gemm gemm = gemm_of_pairs();
     gemm.tile_rows = 32;
     gemm.whole_tiles = true;
-    gemm.prefetch_groups = kPrefetchSteps * kDepthStep;
+    gemm.prefetch_groups = 0;  // loads of tiles and prefetches wait for the same line buffers (Sapphire Rapids)
     gemm.prefetch_operands = false;
     gemm.rows_ahead = 8;
     gemm.narrow_bytes = 1 << 20;

@@ -55,8 +55,6 @@ inline void tile_add_product() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB));
 }
 
-inline void tile_prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
-
 #else
 
 struct EmulatedTile {
@@ -129,8 +127,6 @@ inline void tile_add_product() {
     }
   }
 }
-
-inline void tile_prefetch(const void*) {}
 
 #endif
 
