@@ -51,6 +51,7 @@ class Backend:
 _TABLE: dict[str, Backend] = {}
 _order = list(PREFERENCE)  # with the backends from outside that have a place
 _announced: set[tuple[str, str]] = set()
+_chosen: dict[tuple, Callable] = {}  # what choose() has found, since the last backend was registered
 
 
 def register(backend: Backend, *, before: str | None = None) -> None:
@@ -73,6 +74,7 @@ def register(backend: Backend, *, before: str | None = None) -> None:
             raise ValueError(f"before must be a backend that auto asks, one of {tuple(_order)}, got {before!r}")
         _order.insert(_order.index(before), backend.name)
     _TABLE[backend.name] = backend
+    _chosen.clear()
 
 
 def registered(name: str) -> Backend:
@@ -97,18 +99,11 @@ def choose(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], reque
     source = "backend"
     if requested == "auto":
         requested, source = os.environ.get("MFT_KERNELS") or "auto", "MFT_KERNELS"
-    if requested == "auto":
-        backend = _automatic(op, device, dtypes)
-        return backend.automatic.get(op, backend.ops[op])
-    if requested not in _names():
-        raise ValueError(
-            f"{source} must be one of {('auto', *_names())}, got {requested!r}; one from elsewhere is there once the "
-            "module that registers it is imported"
-        )
-    reason = _refusal(requested, op, device, dtypes)
-    if reason is not None:
-        raise RuntimeError(f"{source}={requested!r} cannot serve {op}: {reason}; use 'auto' or 'reference'")
-    return _TABLE[requested].ops[op]
+    call = op, device, dtypes, requested, source
+    found = _chosen.get(call)
+    if found is None:
+        found = _chosen[call] = _find(*call)
+    return found
 
 
 def backend_report() -> dict[str, dict]:
@@ -125,6 +120,21 @@ def backend_report() -> dict[str, dict]:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     auto = {d: _automatic("masked_linear", torch.device(d), (torch.float32,)).name for d in devices}
     return {"backends": backends, "auto": auto}
+
+
+def _find(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], requested: str, source: str) -> Callable:
+    if requested == "auto":
+        backend = _automatic(op, device, dtypes)
+        return backend.automatic.get(op, backend.ops[op])
+    if requested not in _names():
+        raise ValueError(
+            f"{source} must be one of {('auto', *_names())}, got {requested!r}; one from elsewhere is there once the "
+            "module that registers it is imported"
+        )
+    reason = _refusal(requested, op, device, dtypes)
+    if reason is not None:
+        raise RuntimeError(f"{source}={requested!r} cannot serve {op}: {reason}; use 'auto' or 'reference'")
+    return _TABLE[requested].ops[op]
 
 
 def _names() -> list[str]:

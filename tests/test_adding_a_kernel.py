@@ -101,6 +101,7 @@ def test_the_benchmarks_measure_it(folder, monkeypatch):
     assert (words[3], words[-1]) == ("benchmarks/test_ops.py", "576x1536 and 64 and forward")
     assert (576, 1536) in SHAPES
     monkeypatch.setattr(backends, "_TABLE", dict(backends._TABLE))
+    monkeypatch.setattr(backends, "_chosen", {})
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     spec = importlib.util.spec_from_file_location("mine", folder / "mine.py")

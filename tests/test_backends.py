@@ -34,6 +34,7 @@ def table(monkeypatch):
     monkeypatch.setattr(backends, "_TABLE", dict(backends._TABLE))
     monkeypatch.setattr(backends, "_order", list(backends._order))
     monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.setattr(backends, "_chosen", {})
     monkeypatch.delenv("MFT_KERNELS", raising=False)
 
 
@@ -68,6 +69,7 @@ def test_a_backend_from_outside_is_taken_where_it_is_asked_for(table, monkeypatc
 
 def test_auto_asks_a_backend_from_outside_that_has_a_place(table):
     others = backends.choose("pack_mask", CPU, FLOATS)
+    assert backends.choose("kept_threshold", CPU, FLOATS) is not print  # which is not remembered beyond this
     backends.register(of_strangers("theirs"), before="reference")
     backends.register(of_strangers(), before="cpu")
     assert list(mft_kernels.backend_report()["backends"]) == ["cuda", "triton", "mine", "cpu", "theirs", "reference"]
@@ -120,6 +122,7 @@ def test_the_report_names_every_backend_and_what_auto_chooses():
 
 def test_auto_says_once_what_it_chose(caplog, monkeypatch):
     monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.setattr(backends, "_chosen", {})
     monkeypatch.delenv("MFT_KERNELS", raising=False)
     with caplog.at_level(logging.INFO, logger="mft_kernels"):
         for _ in range(2):
@@ -136,6 +139,7 @@ def test_auto_takes_a_backends_own_choice_and_a_request_its_plain_function(monke
 
     backend = backends.Backend("cpu", frozenset(), frozenset(), {"op": plain, "other": plain}, automatic={"op": chosen})
     monkeypatch.setattr(backends, "_TABLE", {"cpu": backend})
+    monkeypatch.setattr(backends, "_chosen", {})
     cpu, floats = torch.device("cpu"), (torch.float32,)
     assert backends.choose("op", cpu, floats) is chosen
     assert backends.choose("other", cpu, floats) is plain
@@ -147,6 +151,7 @@ def test_auto_passes_over_a_backend_for_tests_and_a_request_does_not(monkeypatch
     fast = backends.Backend("cpu", frozenset(), frozenset(), {"op": repr})
     monkeypatch.setattr(backends, "_TABLE", {"triton": slow, "cpu": fast})
     monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.setattr(backends, "_chosen", {})
     cpu, floats = torch.device("cpu"), (torch.float32,)
     assert backends.choose("op", cpu, floats) is repr
     assert backends.choose("op", cpu, floats, "triton") is print

@@ -116,6 +116,7 @@ def test_auto_passes_it_over_until_it_is_timed(backend, monkeypatch):
     other = backends.Backend("triton", frozenset({"cuda"}), frozenset(), {"pack_mask": print})
     monkeypatch.setattr(backends, "_TABLE", {"cuda": backend, "triton": other})
     monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.setattr(backends, "_chosen", {})
     gpu = torch.device("cuda", 0)
     assert backends.choose("pack_mask", gpu, (BFLOAT16,)) is print
     assert backends.choose("pack_mask", gpu, (BFLOAT16,), "cuda") is cuda.pack_mask

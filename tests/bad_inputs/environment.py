@@ -41,6 +41,7 @@ NAMES = "must be one of ('auto', 'cuda', 'triton', 'cpu', 'reference')"
 def without(patch, name, reason):
     backend = dataclasses.replace(backends._TABLE[name], unavailable=reason)
     patch.setitem(backends._TABLE, name, backend)
+    patch.setattr(backends, "_chosen", {})
 
 
 def read_only(*_, **__):
