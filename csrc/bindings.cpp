@@ -1,5 +1,6 @@
 // The ops of namespace mft_cpu: schemas, and what leads from tensors to the kernels. Built on torch's stable ABI, so
-// that one shared object serves torch 2.11 and newer. Inputs are 2-d and contiguous: mft_kernels/cpu.py sees to it.
+// that one shared object serves torch 2.11 and newer. Inputs are contiguous, and 2-d but for the tokens of
+// masked_linear: mft_kernels/cpu.py sees to it.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -10,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu/capability.h"
 #include "cpu/huge_pages.h"
@@ -46,6 +48,15 @@ Matrix matrix(const Tensor& t, const char* name, void* data) {
 }
 
 Matrix input(const Tensor& t, const char* name) { return matrix(t, name, const_cast<void*>(t.const_data_ptr())); }
+
+// A tensor (..., columns) as (M, columns).
+Matrix flat(const Tensor& t, int64_t columns, const char* name, void* data) {
+  STD_TORCH_CHECK(t.dim() >= 1 && t.size(-1) == columns && t.is_contiguous(), name, " must be (..., ", columns,
+                  ") and contiguous");
+  int64_t rows = 1;
+  for (int64_t d = 0; d < t.dim() - 1; ++d) rows *= t.size(d);
+  return {data, format_of(t, name), rows, columns, columns};
+}
 
 Matrix output(const Tensor& t, const char* name) { return matrix(t, name, t.mutable_data_ptr()); }
 
@@ -90,17 +101,27 @@ Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns) {
   return t;
 }
 
+// (..., columns) of the `rows` tokens of x (..., K).
+Tensor empty_product(const Tensor& x, int64_t rows, int64_t columns) {
+  const auto tokens = x.sizes();
+  std::vector<int64_t> sizes(tokens.begin(), tokens.end());
+  sizes.back() = columns;
+  Tensor t = torch::stable::new_empty(x, {sizes.data(), sizes.size()});
+  mft::advise_huge_pages(t.mutable_data_ptr(), rows * columns * mft::bytes_of(format_of(x, "x")));
+  return t;
+}
+
 Tensor masked_linear(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optional<Tensor> threshold,
                      std::optional<Tensor> packed, std::optional<Tensor> bias, bool magnitude) {
   const mft::Capability& cpu = mft::chosen_capability();
-  const Matrix w = input(weight, "weight"), in = input(x, "x");
-  STD_TORCH_CHECK(in.format == w.format && in.columns == w.columns, "x must be (M, K) in weight's dtype");
+  const Matrix w = input(weight, "weight"), in = flat(x, w.columns, "x", const_cast<void*>(x.const_data_ptr()));
+  STD_TORCH_CHECK(in.format == w.format, "x must be in weight's dtype");
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->numel() == w.rows && bias->is_contiguous() && format_of(*bias, "bias") == w.format,
                     "bias must be (N,) in weight's dtype");
   }
-  Tensor y = empty_matrix(x, in.rows, w.rows);
-  mft::masked_linear(cpu, output(y, "y"), in, w,
+  Tensor y = empty_product(x, in.rows, w.rows);
+  mft::masked_linear(cpu, flat(y, w.rows, "y", y.mutable_data_ptr()), in, w,
                      mask_source(scores, threshold, packed, magnitude, w.rows, w.columns),
                      bias.has_value() ? bias->const_data_ptr() : nullptr);
   return y;

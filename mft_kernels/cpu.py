@@ -194,10 +194,9 @@ def _rows(x: Tensor) -> Tensor:
 
 def _forward(x, weight, scores, threshold, packed, bias, mode) -> Tensor:
     bias = None if bias is None else bias.contiguous()
-    y = torch.ops.mft_cpu.masked_linear(
-        _rows(x), weight.contiguous(), scores, threshold, packed, bias, mode == "magnitude"
+    return torch.ops.mft_cpu.masked_linear(
+        x.contiguous(), weight.contiguous(), scores, threshold, packed, bias, mode == "magnitude"
     )
-    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _backward(grad_output, x, weight, scores, threshold, packed, signs, mode, output_mask) -> Gradients:
