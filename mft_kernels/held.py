@@ -57,14 +57,17 @@ def masked_linear_held(
     """
     if grad_buffer is None or not torch.is_grad_enabled():
         # Detached, so that the packed op's own backward makes d_x alone.
-        dense = _dense(weight)
-        return masked_linear_packed(x, dense.detach(), packed, None if bias is None else bias.detach())
+        return masked_linear_packed(x, _detached(_dense(weight)), packed, None if bias is None else _detached(bias))
     anchor = torch.empty(0, device=x.device, requires_grad=True)  # x itself may ask for no gradient
     return _HeldLinear.apply(x, anchor, weight, packed, bias, grad_buffer)
 
 
 def _dense(weight: Weight) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight()
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _version(tensor: Weight) -> int | None:

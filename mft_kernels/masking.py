@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import checks, library
+from .direct import is_direct
 from .fixed_point import code_at_least, selectable
-from .ops import kept_threshold, pack_mask
+from .ops import kept_threshold, pack_mask, product_of_packed
 from .scores import Scores, State, optimiser_stepped, state, still
 
 
@@ -132,13 +133,15 @@ def masked_linear_by_ratio(
     checks.check_scores(selectable(scores), weight)
     checks.check_keep_ratio(keep_ratio)
     checks.check_fixed_threshold(threshold)
+    if is_direct(x, weight, scores, bias):
+        return _forward(x, weight, scores, bias, keep_ratio, threshold, mode, backend)
     checks.check_transforms("masked_linear_by_ratio", x, weight, scores, bias)
     return torch.ops.mft.masked_linear_by_ratio(x, weight, scores, bias, keep_ratio, threshold, mode, backend)
 
 
 def _forward(x, weight, scores, bias, keep_ratio, threshold, mode, backend):
     mask = current_mask(scores, keep_ratio, threshold, mode)
-    return torch.ops.mft.masked_linear_packed(x, weight, mask.packed, bias, backend)
+    return product_of_packed(x, weight, mask.packed, bias, backend)
 
 
 def _backward(grad_output, x, weight, scores, keep_ratio, threshold, mode, output_mask, backend):

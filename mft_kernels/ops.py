@@ -1,6 +1,7 @@
 """The ops of namespace ``mft``: the checked functions that users call, then schemas, fakes and autograd.
 
-Each op finds its implementation in ``backends``; nothing here computes.
+Each op finds its implementation in ``backends``; nothing here computes. A call that nothing else has to see goes there
+without PyTorch's dispatcher; see direct.py.
 """
 
 import torch
@@ -23,6 +24,7 @@ from .checks import (
     check_transforms,
     check_whole,
 )
+from .direct import is_direct
 from .fixed_point import selectable
 from .library import (
     define,
@@ -67,8 +69,10 @@ def masked_linear(
     check_linear(x, weight, bias)
     check_scores(scores, weight)
     check_threshold(threshold, scores)
-    check_transforms("masked_linear", x, weight, scores, bias)
     threshold = threshold.to(scores.dtype)
+    if is_direct(x, weight, scores, threshold, bias):
+        return _masked_linear(x, weight, scores, threshold, bias, mode, backend)
+    check_transforms("masked_linear", x, weight, scores, bias)
     return torch.ops.mft.masked_linear(x, weight, scores, threshold, bias, mode, backend)
 
 
@@ -85,8 +89,15 @@ def masked_linear_packed(
     check_linear(x, weight, bias)
     check_packed("packed", packed, weight.shape)
     check_device("packed", packed, "weight", weight)
+    if is_direct(x, weight, packed, bias):
+        return product_of_packed(x, weight, packed, bias, backend)
     check_transforms("masked_linear_packed", x, weight, bias)
     return torch.ops.mft.masked_linear_packed(x, weight, packed, bias, backend)
+
+
+def product_of_packed(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """What masked_linear_packed computes, unchecked and out of the dispatcher's sight: for use within an op."""
+    return choose("masked_linear_packed", x.device, (weight.dtype,), backend)(x, weight, packed, bias)
 
 
 def accumulate_score_grad(
@@ -202,6 +213,11 @@ def _fake_packed(scores):
     return scores.new_empty((scores.shape[0], (scores.shape[1] + 31) // 32), dtype=torch.int32)
 
 
+def _masked_linear(x, weight, scores, threshold, bias, mode, backend):
+    run = choose("masked_linear", x.device, (weight.dtype, scores.dtype), backend)
+    return run(x, weight, scores, threshold, bias, mode)
+
+
 def _accumulate_score_grad(out, grad_output, x, weight, scores, signs, mode, backend):
     if weight is None:
         choose("accumulate_product", out.device, (x.dtype, out.dtype), backend)(out, grad_output, x)
@@ -223,9 +239,7 @@ define(
     "masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor threshold, Tensor? bias, "
     "str mode, str backend) -> Tensor",
     _fake_linear,
-    lambda x, weight, scores, threshold, bias, mode, backend: choose(
-        "masked_linear", x.device, (weight.dtype, scores.dtype), backend
-    )(x, weight, scores, threshold, bias, mode),
+    _masked_linear,
 )
 
 define(
@@ -242,9 +256,7 @@ define(
 define(
     "masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias, str backend) -> Tensor",
     _fake_linear,
-    lambda x, weight, packed, bias, backend: choose("masked_linear_packed", x.device, (weight.dtype,), backend)(
-        x, weight, packed, bias
-    ),
+    product_of_packed,
 )
 
 define(

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 KERNEL_LAYERS = (
     ("eager", "fixed_point", "processor", "reference", "testing", "timing"),
     ("reference_step",),
-    ("backends", "built", "checks", "library", "maskable"),
+    ("backends", "built", "checks", "direct", "library", "maskable"),
     ("ops", "cpu", "cuda", "scores", "step", "triton"),
     ("held", "masking", "optim"),
     ("linear",),

@@ -1,0 +1,58 @@
+"""Whether a call may go straight to its kernel: PyTorch's way through an op written in Python takes 20 to 50 us.
+
+One token on a small layer is less work than that way, so generation would lose to the dense model for its sake alone.
+"""
+
+import torch
+from torch import Tensor
+from torch._C import (
+    _any_requires_grad,
+    _are_functorch_transforms_active,
+    _dispatch_keys,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+)
+from torch.autograd import _profiler_enabled, forward_ad
+from torch.overrides import has_torch_function
+
+_DEVICE_TYPES = ("cpu", "cuda")
+
+#: Whom the dispatcher asks on an ordinary tensor's account, as bits: others for fakes, wrappers and lazy negation.
+_plain_keys: set[int] = set()
+_seen_device_types: set[str] = set()
+
+
+def is_direct(*tensors: Tensor | None) -> bool:
+    """Whether nothing but the kernel has to see a call on these tensors, so that the dispatcher may be left out.
+
+    Others who may have to: autograd, autocast, a compiler or tracer, modes and subclasses, torch.func, forward mode,
+    and the profiler, which names the op (and so measures its way too).
+    """
+    if (
+        torch.compiler.is_compiling()  # first, as a compiler cannot trace the others
+        or has_torch_function(tensors)  # of a mode, too
+        or _len_torch_dispatch_stack() != 0
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _is_any_autocast_enabled()
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
+        or (torch.is_grad_enabled() and _any_requires_grad(*tensors))
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and _dispatch_keys(tensor).raw_repr() not in _plain_keys and not _is_plain(tensor):
+            return False
+    return True
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether an empty tensor of the same device has the same keys; remembered."""
+    device_type = tensor.device.type
+    if device_type in _DEVICE_TYPES and device_type not in _seen_device_types:
+        for inference in (False, True):
+            with torch.inference_mode(inference):
+                _plain_keys.add(_dispatch_keys(torch.empty(0, device=device_type)).raw_repr())
+        _seen_device_types.add(device_type)
+    return _dispatch_keys(tensor).raw_repr() in _plain_keys

@@ -1,0 +1,313 @@
+"""Calls that only their kernel has to see leave the dispatcher out; whoever else has to see one still does."""
+
+import sys
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
+from torch.func import functional_call, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+
+import mft_kernels
+from mft_kernels import MaskedLinear, reference
+from mft_kernels.direct import is_direct
+from mft_kernels.held import masked_linear_held
+from mft_kernels.testing import integer_inputs
+
+OPS = ("masked_linear", "masked_linear_packed", "masked_linear_by_ratio")
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """The names of the ops that are called by way of the dispatcher, in turn."""
+    seen = []
+
+    class Watched:
+        def __init__(self, op):
+            self.op = op
+
+        def __call__(self, *arguments):
+            seen.append(self.op.__name__)
+            return self.op(*arguments)
+
+        def __getattr__(self, name):
+            return getattr(self.op, name)
+
+    for name in OPS:
+        monkeypatch.setattr(torch.ops.mft, name, Watched(getattr(torch.ops.mft, name)))
+    return seen
+
+
+class Layer:
+    """One masked product in every way that there is to ask for it."""
+
+    def __init__(self):
+        t = integer_inputs(6, 5, 37)
+        self.x, self.weight, self.scores, self.bias = t.x, t.weight, t.scores, t.bias
+        self.threshold = torch.tensor(2.0)
+        self.packed = mft_kernels.pack_mask(t.scores, self.threshold)
+        self.module = MaskedLinear(37, 5, threshold=2.0)
+        with torch.no_grad():
+            for name in ("weight", "scores", "bias"):
+                getattr(self.module, name).copy_(getattr(t, name))
+        self.module.requires_grad_(False)
+        self.expected = reference.masked_linear(t.x, t.weight, t.scores, self.threshold, t.bias, "magnitude")
+
+        self.ways = (
+            (OPS[0], lambda x: mft_kernels.masked_linear(x, self.weight, self.scores, self.threshold, self.bias)),
+            (OPS[1], lambda x: mft_kernels.masked_linear_packed(x, self.weight, self.packed, self.bias)),
+            (OPS[1], lambda x: masked_linear_held(x, self.weight, self.packed, self.bias)),
+            (OPS[2], self.module),
+        )
+
+
+@pytest.fixture
+def layer():
+    return Layer()
+
+
+class SeeingDispatch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class SeeingFunctions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Named(torch.Tensor):
+    """A subclass that results are of, too."""
+
+
+class Wrapped(torch.Tensor):
+    """A subclass that sees the ops."""
+
+    seen: ClassVar[list] = []
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(func)
+        plain = [a.inner if isinstance(a, Wrapped) else a for a in args]
+        return return_and_correct_aliasing(func, args, kwargs or {}, func(*plain, **(kwargs or {})))
+
+
+# ---------------------------------------------------------------------------------------------- direct
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_call_that_nothing_else_has_to_see_is_direct(context, layer, dispatched):
+    with context():
+        for _ in range(2):
+            for _, call in layer.ways:
+                y = call(layer.x)
+                assert torch.equal(y, layer.expected)
+                assert not y.requires_grad
+                assert y.is_inference() == torch.is_inference_mode_enabled()
+    assert dispatched == []
+
+
+def test_scores_that_ask_for_a_gradient_are_direct_without_grad_mode(layer, dispatched):
+    layer.module.scores.requires_grad_()
+    with torch.no_grad():
+        layer.module(layer.x)
+    assert dispatched == []
+    layer.module(layer.x)
+    assert dispatched == [OPS[2]]
+
+
+@pytest.mark.parametrize("shape", [(37,), (1, 37), (1, 1, 37), (0, 37), (2, 0, 37), (2, 3, 2, 37)], ids=str)
+def test_a_direct_result_has_the_shape_and_strides_of_the_ops(shape, layer, dispatched, backend):
+    x = torch.ones(shape)
+    y = mft_kernels.masked_linear_packed(x, layer.weight, layer.packed, layer.bias, backend=backend)
+    assert dispatched == []
+    expected = torch.ops.mft.masked_linear_packed(x, layer.weight, layer.packed, layer.bias, backend)
+    assert torch.equal(y, expected)
+    assert (y.shape, y.stride(), y.dtype) == (expected.shape, expected.stride(), expected.dtype)
+
+
+def test_a_direct_call_refuses_what_the_op_refuses(layer, monkeypatch):
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot serve masked_linear_packed"):
+        mft_kernels.masked_linear_packed(layer.x, layer.weight, layer.packed, backend="cuda")
+    layer.module.scores.data[0, 0] = torch.nan
+    layer.module.module_name = "a.b"
+    with pytest.raises(ValueError, match="scores of module 'a.b' must be finite, got 1 NaN or Inf"):
+        layer.module(layer.x)
+    monkeypatch.setenv("MFT_KERNELS", "cuda")
+    with pytest.raises(RuntimeError, match="MFT_KERNELS='cuda' cannot serve masked_linear_packed"):
+        mft_kernels.masked_linear_packed(layer.x, layer.weight, layer.packed)
+
+
+def test_a_functional_call_on_plain_tensors_is_direct(layer, dispatched):
+    weight = torch.zeros(5, 37)
+    y = functional_call(layer.module, {"weight": weight}, (layer.x,))
+    assert torch.equal(y, layer.bias.expand(6, 5))
+    assert dispatched == []
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_forward_without_gradients_runs_next_to_no_python_of_torch(held, layer):
+    """Python functions of torch that a forward enters; by way of the dispatcher there are 12 to 25 more."""
+    if held:
+        layer.module.hold(layer.packed)
+    entered = []
+
+    def enter(frame, event, argument):
+        name = frame.f_globals.get("__name__", "")
+        if event == "call" and name.startswith("torch"):
+            entered.append(f"{name}.{frame.f_code.co_name}")
+
+    with torch.no_grad():
+        layer.module(layer.x)
+        sys.setprofile(enter)
+        try:
+            layer.module(layer.x)
+        finally:
+            sys.setprofile(None)
+    allowed = {"torch.nn.modules.module", "torch.compiler", "torch._ops", "torch._jit_internal"}
+    assert {name.rpartition(".")[0] for name in entered} <= allowed, entered
+    assert len(entered) <= 12, entered
+
+
+# ---------------------------------------------------------------------------------------------- seen by others
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+def test_autograd_sees_a_call(name, layer, dispatched):
+    for owner in (layer, layer.module):
+        if hasattr(owner, name):
+            getattr(owner, name).requires_grad_()
+    for i, (op, call) in enumerate(layer.ways):
+        dispatched.clear()
+        y = call(layer.x)
+        constant = i == 2 and name != "x"  # masked_linear_held gives weight and bias no gradient
+        assert dispatched == ([] if constant else [op])
+        assert y.requires_grad != constant
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        SeeingDispatch,
+        SeeingFunctions,
+        lambda: torch.device("cpu"),
+        profile,
+        forward_ad.dual_level,
+    ],
+    ids=["autocast", "dispatch mode", "function mode", "device", "profiler", "forward mode"],
+)
+def test_a_context_that_has_to_see_calls_does(context, layer, dispatched):
+    with torch.no_grad(), context():
+        for op, call in layer.ways:
+            dispatched.clear()
+            torch.testing.assert_close(call(layer.x).float(), layer.expected, rtol=1e-2, atol=1e-2)
+            assert set(dispatched) == {op}
+
+
+def test_a_mode_sees_the_ops_by_name(layer):
+    with torch.no_grad(), SeeingDispatch() as mode:
+        for op, call in layer.ways:
+            mode.seen.clear()
+            call(layer.x)
+            assert getattr(torch.ops.mft, op).default in mode.seen
+
+
+def test_a_profile_names_the_ops(layer):
+    with torch.no_grad(), profile() as profiler:
+        for _, call in layer.ways:
+            call(layer.x)
+    assert {event.key for event in profiler.key_averages()} >= {f"mft::{op}" for op in OPS}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+def test_tracers_see_the_ops(layer):
+    for op, call in layer.ways[:3]:
+        graph = make_fx(call)(layer.x).graph
+        assert any(f"mft.{op}" in str(node.target) for node in graph.nodes)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer.module, layer.x)
+    assert "mft::masked_linear_by_ratio" in str(traced.graph)
+    assert torch.equal(traced(layer.x), layer.expected)
+
+
+def test_a_compiled_call_without_gradients_is_one_graph_with_the_op(layer):
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module.graph)
+        return module.forward
+
+    with torch.no_grad():
+        for op, call in layer.ways:
+            y = torch.compile(call, fullgraph=True, backend=backend)(layer.x)
+            assert torch.equal(y, layer.expected)
+            assert any(op in str(node.target) for node in graphs[-1].nodes)
+
+
+@torch.no_grad()
+def test_subclasses_see_a_call_and_are_what_it_returns(layer, dispatched):
+    for op, call in layer.ways:
+        dispatched.clear()
+        y = call(layer.x.as_subclass(Named))
+        assert type(y) is Named
+        assert torch.equal(y.as_subclass(torch.Tensor), layer.expected)
+        assert set(dispatched) == {op}
+        Wrapped.seen.clear()
+        assert torch.equal(call(Wrapped(layer.x)), layer.expected)
+        assert getattr(torch.ops.mft, op).default in Wrapped.seen
+
+
+@torch.no_grad()
+def test_fakes_and_batches_see_a_call(layer, dispatched):
+    for op, call in layer.ways:
+        dispatched.clear()
+        assert torch.equal(vmap(call)(layer.x), layer.expected)
+        assert dispatched[0] == op
+        dispatched.clear()
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert isinstance(call(mode.from_tensor(layer.x)), FakeTensor)
+        assert dispatched == [op]
+
+
+@torch.no_grad()
+def test_tensors_that_are_not_what_their_memory_holds_are_not_direct(layer, dispatched):
+    negative = torch.complex(layer.x, -layer.x).conj().imag  # a view of -x, with a bit that says: negate
+    assert negative.is_neg()
+    functional = torch._to_functional_tensor(layer.x)
+    assert is_direct(layer.x, layer.weight, None)
+    for tensor in (negative, functional, layer.x.to("meta"), layer.x.to_sparse()):
+        assert not is_direct(layer.x, tensor)
+    for op, call in layer.ways:
+        dispatched.clear()
+        assert torch.equal(call(negative), layer.expected)
+        assert dispatched == [op]
+    assert mft_kernels.masked_linear_packed(
+        layer.x.to("meta"), layer.weight.to("meta"), layer.packed.to("meta")
+    ).is_meta
+
+
+def test_parameters_and_buffers_are_plain(layer):
+    assert is_direct(nn.Parameter(layer.weight, requires_grad=False), nn.Buffer(layer.packed), layer.module.scores)
+    with torch.inference_mode():
+        made = torch.ones(2)
+    assert is_direct(made, layer.x)
