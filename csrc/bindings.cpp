@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/capability.h"
+#include "cpu/choice.h"
 #include "cpu/huge_pages.h"
 #include "cpu/keep_range.h"
 #include "cpu/linear.h"
@@ -112,7 +113,7 @@ Tensor empty_product(const Tensor& x, int64_t rows, int64_t columns) {
 }
 
 Tensor masked_linear(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optional<Tensor> threshold,
-                     std::optional<Tensor> packed, std::optional<Tensor> bias, bool magnitude) {
+                     std::optional<Tensor> packed, std::optional<Tensor> bias, bool magnitude, std::string path) {
   const mft::Capability& cpu = mft::chosen_capability();
   const Matrix w = input(weight, "weight"), in = flat(x, w.columns, "x", const_cast<void*>(x.const_data_ptr()));
   STD_TORCH_CHECK(in.format == w.format, "x must be in weight's dtype");
@@ -123,17 +124,18 @@ Tensor masked_linear(Tensor x, Tensor weight, std::optional<Tensor> scores, std:
   Tensor y = empty_product(x, in.rows, w.rows);
   mft::masked_linear(cpu, flat(y, w.rows, "y", y.mutable_data_ptr()), in, w,
                      mask_source(scores, threshold, packed, magnitude, w.rows, w.columns),
-                     bias.has_value() ? bias->const_data_ptr() : nullptr);
+                     bias.has_value() ? bias->const_data_ptr() : nullptr, mft::path_of(path));
   return y;
 }
 
 Tensor grad_x(Tensor grad_output, Tensor weight, std::optional<Tensor> scores, std::optional<Tensor> threshold,
-              std::optional<Tensor> packed, bool magnitude) {
+              std::optional<Tensor> packed, bool magnitude, std::string path) {
   const mft::Capability& cpu = mft::chosen_capability();
   const Matrix w = input(weight, "weight"), grad = input(grad_output, "grad_output");
   STD_TORCH_CHECK(grad.format == w.format && grad.columns == w.rows, "grad_output must be (M, N) in weight's dtype");
   Tensor d_x = empty_matrix(grad_output, grad.rows, w.columns);
-  mft::grad_x(cpu, output(d_x, "d_x"), grad, w, mask_source(scores, threshold, packed, magnitude, w.rows, w.columns));
+  mft::grad_x(cpu, output(d_x, "d_x"), grad, w, mask_source(scores, threshold, packed, magnitude, w.rows, w.columns),
+              mft::path_of(path));
   return d_x;
 }
 
@@ -149,7 +151,7 @@ Tensor grad_weight(Tensor grad_output, Tensor x, std::optional<Tensor> scores, s
 }
 
 void grad_scores_(Tensor out, Tensor grad_output, Tensor x, std::optional<Tensor> weight, std::optional<Tensor> scores,
-                  std::optional<Tensor> signs, bool accumulate) {
+                  std::optional<Tensor> signs, bool accumulate, std::string path) {
   const mft::Capability& cpu = mft::chosen_capability();
   const Matrix in = input(x, "x"), grad = input(grad_output, "grad_output");
   const Matrix w = weight.has_value() ? input(*weight, "weight")
@@ -170,7 +172,7 @@ void grad_scores_(Tensor out, Tensor grad_output, Tensor x, std::optional<Tensor
   if (!accumulate) {  // then it is most likely new
     mft::advise_huge_pages(destination.data, w.rows * w.columns * mft::bytes_of(destination.format));
   }
-  mft::grad_scores(cpu, destination, grad, in, w, sign, accumulate);
+  mft::grad_scores(cpu, destination, grad, in, w, sign, accumulate, mft::path_of(path));
 }
 
 Tensor kept_threshold(Tensor scores, int64_t k, bool magnitude) {
@@ -289,6 +291,30 @@ Tensor score_step_(Tensor scores, Tensor grad, std::optional<Tensor> weight, Ten
   return threshold;
 }
 
+// The paths that a product of these sizes has, the fastest first, with commas. `capability` may be one that cannot run here.
+std::string paths(std::string capability, std::string product, std::string dtype, int64_t m, int64_t n, int64_t k,
+                  double weight_bytes) {
+  const mft::Call call{mft::product_of(product), mft::format_of(dtype), m, n, k, weight_bytes};
+  std::string names;
+  for (const mft::Path path : mft::paths(capability, call)) {
+    if (!names.empty()) names += ",";
+    names += mft::name_of(path);
+  }
+  return names;
+}
+
+// How much there is to do on a path, in the terms of the model: numbers, with commas. `paths` says which is the fastest.
+std::string path_work(std::string path, std::string product, std::string dtype, int64_t m, int64_t n, int64_t k,
+                      double weight_bytes) {
+  const mft::Call call{mft::product_of(product), mft::format_of(dtype), m, n, k, weight_bytes};
+  std::string numbers;
+  for (const double term : mft::work_of(call, mft::path_of(path))) {
+    if (!numbers.empty()) numbers += ",";
+    numbers += std::to_string(term);
+  }
+  return numbers;
+}
+
 std::string capability() { return mft::chosen_capability().name; }
 
 std::string capabilities() { return mft::available_capabilities(); }
@@ -300,16 +326,16 @@ std::string missing_capabilities() { return mft::missing_capabilities(); }
 STABLE_TORCH_LIBRARY(mft_cpu, m) {
   m.def(
       "masked_linear(Tensor x, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, Tensor? bias, "
-      "bool magnitude) -> Tensor");
+      "bool magnitude, str path) -> Tensor");
   m.def(
-      "grad_x(Tensor grad_output, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, bool magnitude) "
-      "-> Tensor");
+      "grad_x(Tensor grad_output, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, bool magnitude, "
+      "str path) -> Tensor");
   m.def(
       "grad_weight(Tensor grad_output, Tensor x, Tensor? scores, Tensor? threshold, Tensor? packed, bool magnitude) "
       "-> Tensor");
   m.def(
       "grad_scores_(Tensor(a!) out, Tensor grad_output, Tensor x, Tensor? weight, Tensor? scores, Tensor? signs, "
-      "bool accumulate) -> ()");
+      "bool accumulate, str path) -> ()");
   m.def("kept_threshold(Tensor scores, int k, bool magnitude) -> Tensor");
   m.def("pack_mask(Tensor scores, Tensor threshold, bool magnitude) -> Tensor");
   m.def("pack_signs(Tensor scores) -> (Tensor, Tensor)");
@@ -317,6 +343,10 @@ STABLE_TORCH_LIBRARY(mft_cpu, m) {
       "score_step_(Tensor(a!) scores, Tensor grad, Tensor? weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
       "Tensor(d!)? scales, int step, float step_size, float beta1, float beta2, float correction, float eps, "
       "float decay, Tensor? grad_scale, int seed, bool sign, int k, bool magnitude, Tensor? near) -> Tensor");
+  m.def(
+      "paths(str capability, str product, str dtype, int m, int n, int k, float weight_bytes) -> str");
+  m.def(
+      "path_work(str path, str product, str dtype, int m, int n, int k, float weight_bytes) -> str");
   m.def("capability() -> str");
   m.def("capabilities() -> str");
   m.def("missing_capabilities() -> str");
@@ -334,6 +364,8 @@ STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CompositeExplicitAutograd, m) {
+  m.impl("paths", TORCH_BOX(&paths));
+  m.impl("path_work", TORCH_BOX(&path_work));
   m.impl("capability", TORCH_BOX(&capability));
   m.impl("capabilities", TORCH_BOX(&capabilities));
   m.impl("missing_capabilities", TORCH_BOX(&missing_capabilities));

@@ -9,12 +9,9 @@ import torch
 
 def load(part: str, folder: Path = Path(__file__).parent) -> str | None:
     """Load the library of ``part`` ("cpu" or "cuda"), which defines its ops. Returns why there is none, or None."""
-    # MFT_CPU_LIBRARY, MFT_CUDA_LIBRARY: another build of the same code, for instance under a sanitizer.
-    variable = f"MFT_{part.upper()}_LIBRARY"
-    named = os.environ.get(variable)
-    library = Path(named or folder / f"libmft_{part}.so")
-    if named and not library.exists():
-        return f"{variable} must be a library that exists, got {named}; unset it for the one that setup.py built"
+    variable, library = _variable(part), library_path(part, folder)
+    if os.environ.get(variable) and not library.exists():
+        return f"{variable} must be a library that exists, got {library}; unset it for the one that setup.py built"
     if not library.exists():
         reason = report(part, folder).get("reason") or "setup.py has not run"
         return f"its library is not built: {reason}; see setup.py, then pip install --no-build-isolation -e ."
@@ -26,6 +23,16 @@ def load(part: str, folder: Path = Path(__file__).parent) -> str | None:
             "pip install --no-build-isolation -e ."
         )
     return None
+
+
+def library_path(part: str, folder: Path = Path(__file__).parent) -> Path:
+    """Where the library of ``part`` is, if it is there."""
+    return Path(os.environ.get(_variable(part)) or folder / f"libmft_{part}.so")
+
+
+def _variable(part: str) -> str:
+    # MFT_CPU_LIBRARY, MFT_CUDA_LIBRARY: another build of the same code, for instance under a sanitizer.
+    return f"MFT_{part.upper()}_LIBRARY"
 
 
 def report(part: str, folder: Path = Path(__file__).parent) -> dict:

@@ -1,10 +1,12 @@
 """The cpu backend: the C++ library of csrc/, its arguments made 2-d and contiguous.
 
 The library picks AVX-512 with bf16 dot products, AVX-512, AVX2 or portable code when it runs; the environment variable
-MFT_CPU_CAPABILITY (one of ``capabilities()``) overrides that, for tests and comparisons.
+MFT_CPU_CAPABILITY (one of ``capabilities()``) overrides that, for tests and comparisons. Which of its ways it makes a
+product by is in cpu_choice.py.
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from . import reference
 from .backends import Backend, register
 from .built import load
+from .cpu_choice import MEASURE, VARIABLE, grad_product_of, measured_path, measuring, product_of
 from .reference import Gradients, kept_count
 
 
@@ -68,7 +71,7 @@ def accumulate_score_grad(
 
 def accumulate_product(out: Tensor, grad_output: Tensor, x: Tensor) -> None:
     """out += grad_output.T @ x, (N, K) contiguous; no temporary of that size."""
-    torch.ops.mft_cpu.grad_scores_(out, _rows(grad_output), _rows(x), None, None, None, True)
+    _grad_scores(out, _rows(grad_output), _rows(x), None, None, None, accumulate=True)
 
 
 def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
@@ -175,14 +178,15 @@ def capability_reasons() -> str:
 def path_taken() -> tuple[str, list[str]]:
     """("amx: tiles and ...", the lines of capability_reasons) of the path that products take here and now.
 
-    Raises: RuntimeError if MFT_CPU_CAPABILITY names what cannot run here.
+    Raises: RuntimeError if MFT_CPU_CAPABILITY names what cannot run here, ValueError if MFT_CPU_CHOICE does.
     """
     if unavailable is not None:
         return "none, plain PyTorch instead", [f"the library: {unavailable}"]
     taken = torch.ops.mft_cpu.capability()
     what = PATHS.get(taken, "")
     why = f"{_CHOOSE}={os.environ[_CHOOSE]} asks for it" if os.environ.get(_CHOOSE) else what
-    return f"{taken}: {why}", capability_reasons().splitlines()
+    measured = f"; the way of each product is measured, as {VARIABLE}={MEASURE} asks" if measuring() else ""
+    return f"{taken}: {why}{measured}", capability_reasons().splitlines()
 
 
 # ---------------------------------------------------------------------------------------------- below: private
@@ -194,16 +198,25 @@ def _rows(x: Tensor) -> Tensor:
 
 def _forward(x, weight, scores, threshold, packed, bias, mode) -> Tensor:
     bias = None if bias is None else bias.contiguous()
-    return torch.ops.mft_cpu.masked_linear(
-        x.contiguous(), weight.contiguous(), scores, threshold, packed, bias, mode == "magnitude"
-    )
+    arguments = (x.contiguous(), weight.contiguous(), scores, threshold, packed, bias, mode == "magnitude")
+    return _product("forward", torch.ops.mft_cpu.masked_linear, arguments, scores if packed is None else packed)
+
+
+def _product(name: str, op: Callable[..., Tensor], arguments: tuple, mask: Tensor) -> Tensor:
+    """The forward pass or d_x of arguments that begin with tokens and weight, by the path that is chosen."""
+    path = "auto"
+    if measuring():
+        product = product_of(name, arguments[0], arguments[1], mask)
+        path = measured_path(product, lambda: lambda path: op(*arguments, path))
+    return op(*arguments, path)
 
 
 def _backward(grad_output, x, weight, scores, threshold, packed, signs, mode, output_mask) -> Gradients:
     grad, weight, magnitude = _rows(grad_output), weight.contiguous(), mode == "magnitude"
     d_x = d_weight = d_scores = d_bias = None
     if output_mask[0]:
-        d_x = torch.ops.mft_cpu.grad_x(grad, weight, scores, threshold, packed, magnitude)
+        arguments = (grad, weight, scores, threshold, packed, magnitude)
+        d_x = _product("d_x", torch.ops.mft_cpu.grad_x, arguments, scores if packed is None else packed)
         d_x = d_x.view(*grad_output.shape[:-1], weight.shape[1])
     if output_mask[1]:
         d_weight = torch.ops.mft_cpu.grad_weight(grad, _rows(x), scores, threshold, packed, magnitude)
@@ -223,7 +236,20 @@ def _score_grad(out, grad, x, weight, scores, signs, mode, *, accumulate: bool) 
         scores, signs = None, signs.contiguous()
     else:
         scores = scores.contiguous()
-    torch.ops.mft_cpu.grad_scores_(out, grad, x, weight, scores, signs, accumulate)
+    _grad_scores(out, grad, x, weight, scores, signs, accumulate=accumulate)
+
+
+def _grad_scores(out, grad, x, weight, scores, signs, *, accumulate: bool) -> None:
+    path = "auto"
+    if measuring():
+
+        def prepare() -> Callable[[str], None]:
+            aside = torch.zeros_like(out)  # out itself gets its sum once
+            return lambda path: torch.ops.mft_cpu.grad_scores_(aside, grad, x, weight, scores, signs, accumulate, path)
+
+        sign = scores if signs is None else signs
+        path = measured_path(grad_product_of(out, x, weight, sign, accumulate=accumulate), prepare)
+    torch.ops.mft_cpu.grad_scores_(out, grad, x, weight, scores, signs, accumulate, path)
 
 
 unavailable = load("cpu")

@@ -14,6 +14,7 @@ KERNEL_LAYERS = (
     ("eager", "fixed_point", "processor", "reference", "testing", "timing"),
     ("reference_step",),
     ("backends", "built", "checks", "direct", "library", "maskable"),
+    ("cpu_choice",),
     ("ops", "cpu", "cuda", "scores", "step", "triton"),
     ("held", "masking", "optim"),
     ("linear",),

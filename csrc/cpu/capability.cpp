@@ -35,16 +35,6 @@ bool has_f16c() {
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
 }
 
-// Tiles take up to 16 tokens in the time of one, so that they win over the streaming kernels from few tokens on.
-const FewKernels& few_beside_tiles() {
-  static const FewKernels table = [] {
-    FewKernels few = avx512_bf16_few_kernels();
-    few.most_dot[static_cast<int>(Format::kBFloat16)] = few.most_sum[static_cast<int>(Format::kBFloat16)] = 6;
-    return few;
-  }();
-  return table;
-}
-
 // Why tiles cannot be used, or "". The kernel keeps their 8 KiB of registers for those processes alone that ask.
 std::string why_no_tiles() {
   uint32_t a = 0, b = 0, c = 0, d = 0;
@@ -80,7 +70,7 @@ Found detect() {
 #if defined(MFT_AMX)
   const std::string no_tiles = bfloat16 ? why_no_tiles() : "the processor has no AVX512-BF16, which packs for it";
   if (no_tiles.empty()) {
-    all.push_back(of_avx512("amx", few_beside_tiles(), amx_gemm()));
+    all.push_back(of_avx512("amx", avx512_bf16_few_kernels(), amx_gemm()));
   } else {
     miss(found, "amx", no_tiles);
   }
@@ -109,7 +99,7 @@ Found detect() {
 #endif
   all.push_back({"portable", &portable_row_kernels(), &portable_step_kernels(), &portable_few_kernels(), {}});
 #if defined(MFT_AMX)
-  if (bfloat16) all.push_back(of_avx512("amx_emulated", few_beside_tiles(), emulated_amx_gemm()));
+  if (bfloat16) all.push_back(of_avx512("amx_emulated", avx512_bf16_few_kernels(), emulated_amx_gemm()));
 #endif
   return found;
 }

@@ -15,11 +15,6 @@ namespace {
 constexpr int64_t kShare = 512 << 10;
 constexpr int64_t kFarBytes = 8 << 20;  // from here on asking ahead pays; below, the processor does better alone
 
-bool wins(const Matrix& tokens, const Matrix& weight, const int64_t most[3]) {
-  const bool empty = tokens.rows == 0 || weight.rows == 0 || weight.columns == 0;
-  return !empty && tokens.rows <= most[static_cast<int>(weight.format)];
-}
-
 using Prepare = void (*)(float*, const void*, Format, int64_t);
 
 // The tokens as a kernel reads them.
@@ -71,14 +66,6 @@ void for_spans(int64_t total, int64_t unit, int64_t work, const F& f) {
 }
 
 }  // namespace
-
-bool few_masked_linear_wins(const Capability& cpu, const Matrix& x, const Matrix& weight) {
-  return wins(x, weight, cpu.few->most_dot);
-}
-
-bool few_grad_x_wins(const Capability& cpu, const Matrix& grad_output, const Matrix& weight) {
-  return wins(grad_output, weight, cpu.few->most_sum);
-}
 
 void few_masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
                        const MaskSource& mask, const void* bias) {

@@ -6,11 +6,7 @@
 
 namespace mft {
 
-// Whether the kernels win for so many tokens.
-bool few_masked_linear_wins(const Capability& cpu, const Matrix& x, const Matrix& weight);
-bool few_grad_x_wins(const Capability& cpu, const Matrix& grad_output, const Matrix& weight);
-
-// masked_linear() and grad_x() of linear.h.
+// masked_linear() and grad_x() of linear.h, nothing empty.
 void few_masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
                        const MaskSource& mask, const void* bias);
 void few_grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,

@@ -16,7 +16,6 @@ namespace mft {
 constexpr int64_t kFewTokens = 64;       // in a turn, at most: their sums and they themselves fit L2
 constexpr int64_t kDotRows = 8;          // rows of the weight at a time, at most; whoever splits rows splits at these
 constexpr int64_t kStripColumns = 8192;  // the most columns in a strip of sum()
-constexpr int64_t kAnyNumber = INT64_MAX;
 
 // One call. All matrices are contiguous and of one format; `tokens` and `scratch` are made by whoever calls.
 struct FewTokens {
@@ -53,9 +52,6 @@ struct FewKernels {
   void (*dot)(const FewTokens& call, int64_t first_row, int64_t end_row, uint32_t* scratch);
   // d_x[:, first .. end), first a multiple of 32, with scratch for few_strip_columns() + 16 floats a token.
   void (*sum)(const FewTokens& call, int64_t first_column, int64_t end_column, float* scratch);
-
-  // The most tokens for which dot() and sum() win over what else masked_linear() and grad_x() have, by Format.
-  int64_t most_dot[3], most_sum[3];
 };
 
 const FewKernels& portable_few_kernels();

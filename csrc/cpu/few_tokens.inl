@@ -687,7 +687,7 @@ void sum(const FewTokens& call, int64_t first_column, int64_t end_column, float*
 }  // namespace
 
 const FewKernels& MFT_FEW_KERNELS() {
-  static const FewKernels table = {prepare_dot, prepare_sum, dot, sum, MFT_MOST_DOT, MFT_MOST_SUM};
+  static const FewKernels table = {prepare_dot, prepare_sum, dot, sum};
   return table;
 }
 

@@ -53,8 +53,6 @@ struct Gemm {
   int64_t grad_depth;      // groups in a block of d_x; divides kDepth
   int64_t weight_columns;  // of the weight in such a block, a multiple of 32
   int64_t task_columns;    // of the weight in a task of d_x, at most
-  // Beyond so many tokens torch's own GEMM on slabs of the masked weight is faster.
-  int64_t most_forward, most_score_grad;
   int64_t panels_bytes;  // of packed x that the score gradient keeps while all rows of a block pass; 0: one tile's
   int64_t tiles_by_blocks;  // side by side, whose sums it keeps from block to block of the depth; 0: each tile's at once
 
@@ -111,7 +109,6 @@ struct Gemm {
 };
 
 constexpr int64_t kMostTileRows = 32;  // of any table
-constexpr int64_t kAnyTokens = int64_t{1} << 62;
 
 // By tiles of AMX, or an emulation of them for tests; by AVX512-BF16; by AVX-512, formats widened to fp32.
 const Gemm& amx_gemm();

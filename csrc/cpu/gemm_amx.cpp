@@ -81,9 +81,6 @@ const Gemm& amx_gemm() {
     gemm.rows_ahead = 8;
     gemm.narrow_bytes = 1 << 20;
     gemm.tokens = gemm.grad_tokens = 1024;
-    // Sapphire Rapids, 4096 x 4096: M = 4096 136 ms to 114 by slabs, M = 1024 27 to 29.
-    gemm.most_forward = 1024;
-    gemm.most_score_grad = kAnyTokens;
     gemm.weight_rows = 256;
     gemm.grad_depth = 128;
     gemm.weight_columns = 512;

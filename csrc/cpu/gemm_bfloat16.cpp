@@ -32,8 +32,6 @@ const Gemm& bfloat16_gemm() {
     gemm.rows_ahead = 0;
     gemm.narrow_bytes = 0;
     gemm.tokens = gemm.grad_tokens = 2048;
-    gemm.most_forward = kAnyTokens;
-    gemm.most_score_grad = kAnyTokens;
     gemm.weight_rows = 96;    // 104 KB a block
     gemm.grad_depth = 128;    // with 256 columns 128 KB packed
     gemm.weight_columns = 256;

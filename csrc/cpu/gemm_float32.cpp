@@ -101,8 +101,6 @@ Gemm make_gemm() {
   // From sweeps on Sapphire Rapids (2 MiB L2 a core, 2 threads, N = K = 4096, M = 512 and 4096).
   gemm.tokens = 4096;  // their sums, 3 MB, are read once a block; with 1024 the weight is packed four times, 1.28 to 1.05
   gemm.grad_tokens = 1024;
-  gemm.most_forward = kAnyTokens;
-  gemm.most_score_grad = kAnyTokens;
   gemm.weight_rows = 192;
   gemm.grad_depth = 128;
   gemm.weight_columns = 512;

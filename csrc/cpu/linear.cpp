@@ -2,8 +2,8 @@
 //
 // A slab is masked by all threads into a scratch that stays in the cache, then torch's GEMM takes it. The forward and
 // the score gradient cut the weight by rows, d_x by columns: so no sum is split, and no rounding is added.
-// With AVX-512, fused_linear.cpp is taken instead, but for many tokens where torch's GEMM is much the faster one (and
-// d_weight, which is seldom asked for). Few tokens: few_linear.cpp.
+// The other ways are fused_linear.cpp and few_linear.cpp; choice.cpp says which is taken. d_weight, which is seldom asked
+// for, has this one alone.
 #include "linear.h"
 
 #include <algorithm>
@@ -12,6 +12,7 @@
 
 #include "few_linear.h"
 #include "fused_linear.h"
+#include "gemm.h"
 #include "parallel.h"
 #include "torch_matmul.h"
 
@@ -19,11 +20,6 @@ namespace mft {
 namespace {
 
 constexpr int64_t kSlabBytes = 2 << 20;  // with its scores, half of two 1 MiB L2 and some L3
-
-int64_t slab_length(int64_t bytes_each, int64_t total) {
-  const int64_t fitting = kSlabBytes / std::max<int64_t>(bytes_each, 1);
-  return std::min(std::max<int64_t>(fitting / 32 * 32, 32), total);
-}
 
 std::unique_ptr<char[]> make_scratch(int64_t elements, Format format) {
   return std::unique_ptr<char[]>(new char[elements * bytes_of(format)]);
@@ -78,21 +74,29 @@ void mask_slab(const Capability& cpu, const Matrix& out, const Matrix& weight, c
   });
 }
 
-// What the mask is fused with in a product of so many tokens; nullptr: torch's GEMM on slabs.
-const Gemm* fused(const Capability& cpu, const Matrix& weight, int64_t tokens, int64_t Gemm::*most = nullptr) {
-  const Gemm* gemm = cpu.gemms[static_cast<int>(weight.format)];
-  const bool empty = weight.rows == 0 || weight.columns == 0;
-  return empty || gemm == nullptr || (most != nullptr && tokens > gemm->*most) ? nullptr : gemm;
+// What the mask is fused with, where the choice fell on that.
+const Gemm& fused(const Capability& cpu, Format format) { return *cpu.gemms[static_cast<int>(format)]; }
+
+double mask_bytes(const MaskSource& mask) { return mask.scores != nullptr ? bytes_of(mask.score_format) : 1.0 / 8; }
+
+double sign_bytes(const SignSource& sign) {
+  return sign.words != nullptr ? 1.0 / 8 : sign.scores != nullptr ? bytes_of(sign.score_format) : 0;
 }
 
 }  // namespace
 
+int64_t slab_length(int64_t bytes_each, int64_t total) {
+  const int64_t fitting = kSlabBytes / std::max<int64_t>(bytes_each, 1);
+  return std::min(std::max<int64_t>(fitting / 32 * 32, 32), total);
+}
+
 void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
-                   const MaskSource& mask, const void* bias) {
-  if (few_masked_linear_wins(cpu, x, weight)) return few_masked_linear(cpu, y, x, weight, mask, bias);
-  if (const Gemm* gemm = fused(cpu, weight, x.rows, &Gemm::most_forward)) {
-    return fused_masked_linear(*gemm, y, x, weight, mask, bias);
-  }
+                   const MaskSource& mask, const void* bias, Path path) {
+  const Call call{Product::kForward, weight.format,  x.rows,
+                  weight.rows,       weight.columns, bytes_of(weight.format) + mask_bytes(mask)};
+  path = choose(cpu.name, call, path);
+  if (path == Path::kFew) return few_masked_linear(cpu, y, x, weight, mask, bias);
+  if (path == Path::kFused) return fused_masked_linear(fused(cpu, weight.format), y, x, weight, mask, bias);
   const int64_t rows = slab_length(weight.columns * bytes_of(weight.format), weight.rows);
   const int64_t depth = filled(weight.columns, weight.format);
   const Dense operand(x, depth);
@@ -108,11 +112,12 @@ void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, cons
 }
 
 void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
-            const MaskSource& mask) {
-  if (few_grad_x_wins(cpu, grad_output, weight)) return few_grad_x(cpu, d_x, grad_output, weight, mask);
-  if (const Gemm* gemm = fused(cpu, weight, grad_output.rows)) {
-    return fused_grad_x(*gemm, d_x, grad_output, weight, mask);
-  }
+            const MaskSource& mask, Path path) {
+  const Call call{Product::kGradX, weight.format,  grad_output.rows,
+                  weight.rows,     weight.columns, bytes_of(weight.format) + mask_bytes(mask)};
+  path = choose(cpu.name, call, path);
+  if (path == Path::kFew) return few_grad_x(cpu, d_x, grad_output, weight, mask);
+  if (path == Path::kFused) return fused_grad_x(fused(cpu, weight.format), d_x, grad_output, weight, mask);
   const int64_t columns = slab_length(weight.rows * bytes_of(weight.format), weight.columns);
   const int64_t depth = filled(weight.rows, weight.format);
   const Dense operand(grad_output, depth);
@@ -139,9 +144,13 @@ void grad_weight(const Capability& cpu, const Matrix& d_weight, const Matrix& gr
 }
 
 void grad_scores(const Capability& cpu, const Matrix& out, const Matrix& grad_output, const Matrix& x,
-                 const Matrix& weight, const SignSource& sign, bool accumulate) {
-  if (const Gemm* gemm = fused(cpu, weight, x.rows, &Gemm::most_score_grad)) {
-    return fused_grad_scores(*gemm, out, grad_output, x, weight, sign, accumulate);
+                 const Matrix& weight, const SignSource& sign, bool accumulate, Path path) {
+  const double factors = (weight.data != nullptr ? bytes_of(weight.format) : 0) + sign_bytes(sign);
+  const Call call{Product::kGradScores, weight.format,  x.rows,
+                  weight.rows,          weight.columns, factors + (accumulate ? 2 : 1) * bytes_of(out.format)};
+  path = choose(cpu.name, call, path);
+  if (path == Path::kFused) {
+    return fused_grad_scores(fused(cpu, weight.format), out, grad_output, x, weight, sign, accumulate);
   }
   const int64_t rows = slab_length(weight.columns * bytes_of(x.format), weight.rows);
   const auto scratch = make_scratch(rows * weight.columns, x.format);

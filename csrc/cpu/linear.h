@@ -1,9 +1,11 @@
 // The masked linear layer and its gradients, by slabs of the weight: neither a mask nor a masked weight is made whole.
 //
-// Shapes: x (M, K), weight (N, K), grad_output (M, N). All rows contiguous.
+// Shapes: x (M, K), weight (N, K), grad_output (M, N). All rows contiguous. A path that is asked for and cannot serve is
+// an error (choice.h).
 #pragma once
 
 #include "capability.h"
+#include "choice.h"
 #include "matrix.h"
 
 namespace mft {
@@ -39,13 +41,16 @@ struct SignSource {
   }
 };
 
+// How many rows, or for d_x columns, of bytes_each are masked at a time where torch's GEMM takes them.
+int64_t slab_length(int64_t bytes_each, int64_t total);
+
 // y (M, N) = x @ where(keep, weight, 0).T + bias; bias (N,) in x's format, or nullptr.
 void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
-                   const MaskSource& mask, const void* bias);
+                   const MaskSource& mask, const void* bias, Path path = Path::kAuto);
 
 // d_x (M, K) = grad_output @ where(keep, weight, 0)
 void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
-            const MaskSource& mask);
+            const MaskSource& mask, Path path = Path::kAuto);
 
 // d_weight (N, K) = where(keep, grad_output.T @ x, 0)
 void grad_weight(const Capability& cpu, const Matrix& d_weight, const Matrix& grad_output, const Matrix& x,
@@ -53,6 +58,6 @@ void grad_weight(const Capability& cpu, const Matrix& d_weight, const Matrix& gr
 
 // out (N, K) = [out +] (grad_output.T @ x) [* weight] [* sign(scores)]; weight.data nullptr: without that factor.
 void grad_scores(const Capability& cpu, const Matrix& out, const Matrix& grad_output, const Matrix& x,
-                 const Matrix& weight, const SignSource& sign, bool accumulate);
+                 const Matrix& weight, const SignSource& sign, bool accumulate, Path path = Path::kAuto);
 
 }  // namespace mft

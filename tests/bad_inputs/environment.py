@@ -199,6 +199,20 @@ def an_unknown_instruction_set(patch):
 
 @refused(
     ValueError,
+    where="MFT_CPU_CHOICE",
+    got="got 'fast'",
+    rule="must be 'model' or 'measure'",
+    remedy="unset it for the model",
+)
+def an_unknown_choice_of_paths(patch):
+    if cpu.unavailable is not None:
+        pytest.skip(f"cpu backend: {cpu.unavailable}")
+    patch.setenv("MFT_CPU_CHOICE", "fast")
+    masked_linear(*arguments, backend="cpu")
+
+
+@refused(
+    ValueError,
     where="device",
     got="got cuda and no GPU",
     rule="must be one that torch finds",

@@ -1,0 +1,50 @@
+// Which way a product is made: by the kernels for few tokens, fused into a GEMM, or by slabs through torch's GEMM.
+//
+//   time of a path = max(reading, work) + call
+//     reading   the weight's bytes, as fast as memory gives them
+//     work      what is done to those bytes, to each product of two numbers, to each number of the operands
+//
+// What each costs was measured, by instruction set, format, product and path (choice_costs.inl). The number of threads
+// does not enter, so that it changes no bit of a result.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "row_kernels.h"
+
+namespace mft {
+
+enum class Path { kAuto, kFew, kFused, kSlabs };
+enum class Product { kForward, kGradX, kGradScores };
+
+// A product to be made: M tokens, N out_features, K in_features.
+struct Call {
+  Product product;
+  Format format;
+  int64_t tokens, rows, columns;
+  // Of memory for each element of the weight: itself, its mask or sign, its gradient as often as it is read or written.
+  double weight_bytes;
+};
+
+// "auto", "few", "fused" or "slabs". Throws std::invalid_argument for another name.
+Path path_of(const std::string& name);
+const char* name_of(Path path);
+
+// "forward", "d_x" or "d_scores"; "float32", "bfloat16" or "float16". Throw std::invalid_argument for another name.
+Product product_of(const std::string& name);
+Format format_of(const std::string& name);
+
+// How much there is to do: bytes of the weight, products of two numbers, numbers of the operands.
+using Work = std::array<double, 3>;
+Work work_of(const Call& call, Path path);
+
+// The paths that an instruction set has for this call, the fastest first.
+std::vector<Path> paths(const std::string& capability, const Call& call);
+
+// `asked`, or the fastest where that is kAuto. Throws std::invalid_argument if the call cannot go that way.
+Path choose(const std::string& capability, const Call& call, Path asked);
+
+}  // namespace mft
