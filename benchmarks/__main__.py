@@ -13,6 +13,7 @@ from . import (
     bench_many_masks,
     bench_memory,
     bench_ops,
+    bench_paths,
     bench_scaling,
     bench_score_optimiser,
     bench_train_step,
@@ -25,6 +26,7 @@ from .plots import draw_ops, draw_scaling, draw_train_step
 QUESTIONS: dict[str, Callable[[bool], None]] = {
     "ops": bench_ops.main,
     "cpu": bench_cpu.main,
+    "paths": bench_paths.main,
     "generate": bench_generate.main,
     "train_step": bench_train_step.main,
     "scaling": bench_scaling.main,

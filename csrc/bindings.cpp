@@ -293,8 +293,8 @@ Tensor score_step_(Tensor scores, Tensor grad, std::optional<Tensor> weight, Ten
 
 // The paths that a product of these sizes has, the fastest first, with commas. `capability` may be one that cannot run here.
 std::string paths(std::string capability, std::string product, std::string dtype, int64_t m, int64_t n, int64_t k,
-                  double weight_bytes) {
-  const mft::Call call{mft::product_of(product), mft::format_of(dtype), m, n, k, weight_bytes};
+                  double weight_bytes, double mask_bytes) {
+  const mft::Call call{mft::product_of(product), mft::format_of(dtype), m, n, k, weight_bytes, mask_bytes};
   std::string names;
   for (const mft::Path path : mft::paths(capability, call)) {
     if (!names.empty()) names += ",";
@@ -305,8 +305,8 @@ std::string paths(std::string capability, std::string product, std::string dtype
 
 // How much there is to do on a path, in the terms of the model: numbers, with commas. `paths` says which is the fastest.
 std::string path_work(std::string path, std::string product, std::string dtype, int64_t m, int64_t n, int64_t k,
-                      double weight_bytes) {
-  const mft::Call call{mft::product_of(product), mft::format_of(dtype), m, n, k, weight_bytes};
+                      double weight_bytes, double mask_bytes) {
+  const mft::Call call{mft::product_of(product), mft::format_of(dtype), m, n, k, weight_bytes, mask_bytes};
   std::string numbers;
   for (const double term : mft::work_of(call, mft::path_of(path))) {
     if (!numbers.empty()) numbers += ",";
@@ -344,9 +344,10 @@ STABLE_TORCH_LIBRARY(mft_cpu, m) {
       "Tensor(d!)? scales, int step, float step_size, float beta1, float beta2, float correction, float eps, "
       "float decay, Tensor? grad_scale, int seed, bool sign, int k, bool magnitude, Tensor? near) -> Tensor");
   m.def(
-      "paths(str capability, str product, str dtype, int m, int n, int k, float weight_bytes) -> str");
+      "paths(str capability, str product, str dtype, int m, int n, int k, float weight_bytes, float mask_bytes) "
+      "-> str");
   m.def(
-      "path_work(str path, str product, str dtype, int m, int n, int k, float weight_bytes) -> str");
+      "path_work(str path, str product, str dtype, int m, int n, int k, float weight_bytes, float mask_bytes) -> str");
   m.def("capability() -> str");
   m.def("capabilities() -> str");
   m.def("missing_capabilities() -> str");

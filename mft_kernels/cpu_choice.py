@@ -41,34 +41,45 @@ class Product(NamedTuple):
     n: int
     k: int
     weight_bytes: float  # of memory for each element of the weight; see weight_bytes() and grad_bytes()
+    mask_bytes: float  # of these, of the mask or sign
     source: str = ""  # of the mask or sign: the dtype of scores or words; "" for none
 
     def paths(self, capability: str) -> list[str]:
         """Those that can serve, the fastest by the model first."""
-        sizes = (self.m, self.n, self.k, self.weight_bytes)
+        sizes = (self.m, self.n, self.k, self.weight_bytes, self.mask_bytes)
         return torch.ops.mft_cpu.paths(capability, self.product, self.dtype, *sizes).split(",")
 
 
 def product_of(product: str, tokens: Tensor, weight: Tensor, mask: Tensor | None) -> Product:
     """The forward pass or d_x of ``tokens``, with the mask from scores or int32 words."""
-    return Product(product, _name(weight.dtype), len(tokens), *weight.shape, weight_bytes(weight, mask), _source(mask))
+    n, k = weight.shape
+    size = weight_bytes(weight, mask)
+    return Product(product, _name(weight.dtype), len(tokens), n, k, size, mask_bytes(mask), _source(mask))
 
 
 def grad_product_of(out: Tensor, x: Tensor, weight: Tensor | None, sign: Tensor | None, *, accumulate: bool) -> Product:
     """d_scores of the tokens x, written to ``out`` or added to it."""
+    n, k = out.shape
     size = grad_bytes(out, weight, sign, accumulate=accumulate)
-    return Product("d_scores", _name(x.dtype), len(x), *out.shape, size, _source(sign))
+    return Product("d_scores", _name(x.dtype), len(x), n, k, size, mask_bytes(sign), _source(sign))
 
 
 def weight_bytes(weight: Tensor, mask: Tensor | None) -> float:
     """Bytes of memory that the forward pass or d_x reads for each element of the weight, as the library counts them."""
-    return weight.element_size() + _bytes_an_element(mask)
+    return weight.element_size() + mask_bytes(mask)
 
 
 def grad_bytes(out: Tensor, weight: Tensor | None, sign: Tensor | None, *, accumulate: bool) -> float:
     """The same for d_scores, which reads and writes ``out``, or writes it alone."""
-    factors = (0 if weight is None else weight.element_size()) + _bytes_an_element(sign)
+    factors = (0 if weight is None else weight.element_size()) + mask_bytes(sign)
     return factors + (2 if accumulate else 1) * out.element_size()
+
+
+def mask_bytes(scores_or_words: Tensor | None) -> float:
+    """Bytes of these that the mask or sign comes from."""
+    if scores_or_words is None:
+        return 0.0
+    return scores_or_words.element_size() if scores_or_words.is_floating_point() else 1 / 8
 
 
 def measuring() -> bool:
@@ -109,12 +120,6 @@ def _name(dtype: torch.dtype) -> str:
 
 def _source(scores_or_words: Tensor | None) -> str:
     return "" if scores_or_words is None else _name(scores_or_words.dtype)
-
-
-def _bytes_an_element(scores_or_words: Tensor | None) -> float:
-    if scores_or_words is None:
-        return 0.0
-    return scores_or_words.element_size() if scores_or_words.is_floating_point() else 1 / 8
 
 
 def _fastest(product: Product, paths: list[str], run: Callable[[str], object]) -> str:

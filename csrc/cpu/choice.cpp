@@ -41,9 +41,10 @@ int index_of(const std::string& capability) {
   return kPortable;
 }
 
-// Picoseconds for a byte that is read, a byte, product and number that is worked on; microseconds a call.
+// Picoseconds for a byte that is read; for a byte, one of the mask, a product and a number that are worked on; microseconds
+// for a call.
 struct Cost {
-  float reading, byte, product, number, call;
+  float reading, byte, mask, product, number, call;
 };
 
 struct Measured {
@@ -62,7 +63,7 @@ constexpr Measured kMeasured[] = {
 class Costs {
  public:
   Costs() {
-    of_.fill({0, 0, 0, 0, std::numeric_limits<float>::infinity()});
+    of_.fill({0, 0, 0, 0, 0, std::numeric_limits<float>::infinity()});
     for (const Measured& m : kMeasured) of_[place(index_of(m.capability), m.format, m.product, m.path)] = m.cost;
     // What AMX or AVX512-BF16 have no costs of their own for is done by AVX-512: they multiply bf16 alone.
     for (const int lesser : {kAvx512, kAvx512 - 1}) {
@@ -86,7 +87,7 @@ class Costs {
 
 double microseconds(const Cost& cost, const Work& work) {
   const double reading = cost.reading * work[0];
-  const double working = cost.byte * work[0] + cost.product * work[1] + cost.number * work[2];
+  const double working = cost.byte * work[0] + cost.mask * work[1] + cost.product * work[2] + cost.number * work[3];
   return std::max(reading, working) * 1e-6 + cost.call;
 }
 
@@ -103,18 +104,20 @@ const char* name_of(Path path) { return kPaths[static_cast<int>(path)].c_str(); 
 Work work_of(const Call& call, Path path) {
   const bool grad_x = call.product == Product::kGradX;
   const double elements = static_cast<double>(call.rows) * call.columns, bytes = elements * call.weight_bytes;
+  const double mask = elements * call.mask_bytes;
   // Of the operand that meets every slab, and of the other one or the result.
   const double common = static_cast<double>(call.tokens) * (grad_x ? call.rows : call.columns);
   const double other = static_cast<double>(call.tokens) * (grad_x ? call.columns : call.rows);
   if (path == Path::kFew) {  // reads the weight once a turn
-    return {bytes * divide_up(call.tokens, kFewTokens), elements * call.tokens, common + other};
+    const double turns = divide_up(call.tokens, kFewTokens);
+    return {bytes * turns, mask * turns, elements * call.tokens, common + other};
   }
   if (path == Path::kFused) {  // has tiles of 16 tokens
-    return {bytes, elements * (divide_up(call.tokens, 16) * 16), common + other};
+    return {bytes, mask, elements * (divide_up(call.tokens, 16) * 16), common + other};
   }
   const int64_t length = grad_x ? call.columns : call.rows, across = grad_x ? call.rows : call.columns;
   const int64_t slabs = length == 0 ? 0 : divide_up(length, slab_length(across * bytes_of(call.format), length));
-  return {bytes, elements * call.tokens, common * slabs + other};
+  return {bytes, mask, elements * call.tokens, common * slabs + other};
 }
 
 std::vector<Path> paths(const std::string& capability, const Call& call) {
@@ -139,10 +142,10 @@ Path choose(const std::string& capability, const Call& call, Path asked) {
   Names names;
   for (const Path path : found) names.push_back(name_of(path));
   const auto size = [](int64_t length) { return std::to_string(length); };
-  throw std::invalid_argument("path must be one of " + listed(names) + " for " + kProducts[static_cast<int>(call.product)] +
-                              " in " + kFormats[static_cast<int>(call.format)] + ", M, N, K = " + size(call.tokens) +
-                              ", " + size(call.rows) + ", " + size(call.columns) + " by " + capability + ", got '" +
-                              name_of(asked) + "'");
+  const std::string what = kProducts[static_cast<int>(call.product)] + " in " + kFormats[static_cast<int>(call.format)];
+  const std::string sizes = size(call.tokens) + ", " + size(call.rows) + ", " + size(call.columns);
+  throw std::invalid_argument("path must be one of " + listed(names) + " for " + what + ", M, N, K = " + sizes + " by " +
+                              capability + ", got '" + name_of(asked) + "'");
 }
 
 }  // namespace mft

@@ -2,7 +2,8 @@
 //
 //   time of a path = max(reading, work) + call
 //     reading   the weight's bytes, as fast as memory gives them
-//     work      what is done to those bytes, to each product of two numbers, to each number of the operands
+//     work      what is done to those bytes, to those of the mask, to each product of two numbers and each number of the
+//               operands
 //
 // What each costs was measured, by instruction set, format, product and path (choice_costs.inl). The number of threads
 // does not enter, so that it changes no bit of a result.
@@ -27,6 +28,7 @@ struct Call {
   int64_t tokens, rows, columns;
   // Of memory for each element of the weight: itself, its mask or sign, its gradient as often as it is read or written.
   double weight_bytes;
+  double mask_bytes;  // of these, of its mask or sign, which costs more than to be read
 };
 
 // "auto", "few", "fused" or "slabs". Throws std::invalid_argument for another name.
@@ -37,8 +39,8 @@ const char* name_of(Path path);
 Product product_of(const std::string& name);
 Format format_of(const std::string& name);
 
-// How much there is to do: bytes of the weight, products of two numbers, numbers of the operands.
-using Work = std::array<double, 3>;
+// How much there is to do: bytes of the weight, of these of its mask, products of two numbers, numbers of the operands.
+using Work = std::array<double, 4>;
 Work work_of(const Call& call, Path path);
 
 // The paths that an instruction set has for this call, the fastest first.

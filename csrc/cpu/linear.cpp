@@ -92,8 +92,9 @@ int64_t slab_length(int64_t bytes_each, int64_t total) {
 
 void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
                    const MaskSource& mask, const void* bias, Path path) {
+  const double masked = mask_bytes(mask);
   const Call call{Product::kForward, weight.format,  x.rows,
-                  weight.rows,       weight.columns, bytes_of(weight.format) + mask_bytes(mask)};
+                  weight.rows,       weight.columns, bytes_of(weight.format) + masked, masked};
   path = choose(cpu.name, call, path);
   if (path == Path::kFew) return few_masked_linear(cpu, y, x, weight, mask, bias);
   if (path == Path::kFused) return fused_masked_linear(fused(cpu, weight.format), y, x, weight, mask, bias);
@@ -113,8 +114,9 @@ void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, cons
 
 void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
             const MaskSource& mask, Path path) {
+  const double masked = mask_bytes(mask);
   const Call call{Product::kGradX, weight.format,  grad_output.rows,
-                  weight.rows,     weight.columns, bytes_of(weight.format) + mask_bytes(mask)};
+                  weight.rows,     weight.columns, bytes_of(weight.format) + masked, masked};
   path = choose(cpu.name, call, path);
   if (path == Path::kFew) return few_grad_x(cpu, d_x, grad_output, weight, mask);
   if (path == Path::kFused) return fused_grad_x(fused(cpu, weight.format), d_x, grad_output, weight, mask);
@@ -145,9 +147,9 @@ void grad_weight(const Capability& cpu, const Matrix& d_weight, const Matrix& gr
 
 void grad_scores(const Capability& cpu, const Matrix& out, const Matrix& grad_output, const Matrix& x,
                  const Matrix& weight, const SignSource& sign, bool accumulate, Path path) {
-  const double factors = (weight.data != nullptr ? bytes_of(weight.format) : 0) + sign_bytes(sign);
+  const double signs = sign_bytes(sign), factors = (weight.data != nullptr ? bytes_of(weight.format) : 0) + signs;
   const Call call{Product::kGradScores, weight.format,  x.rows,
-                  weight.rows,          weight.columns, factors + (accumulate ? 2 : 1) * bytes_of(out.format)};
+                  weight.rows,          weight.columns, factors + (accumulate ? 2 : 1) * bytes_of(out.format), signs};
   path = choose(cpu.name, call, path);
   if (path == Path::kFused) {
     return fused_grad_scores(fused(cpu, weight.format), out, grad_output, x, weight, sign, accumulate);

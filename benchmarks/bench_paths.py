@@ -1,0 +1,210 @@
+"""Which way is the fastest for a product, and does the library's model take it?
+
+Every path that can serve is timed side by side: the kernels for few tokens, the mask fused into a GEMM, slabs through
+torch's GEMM. Weights are cold, as in a model of many layers: calls go round several of them, COLD_BYTES together.
+
+A lesser instruction set is asked for with torch held back to it as well, else its slabs would have torch's best GEMM:
+
+    MFT_CPU_CAPABILITY  ONEDNN_MAX_CPU_ISA  MKL_ENABLE_INSTRUCTIONS  ATEN_CPU_CAPABILITY
+    avx512_bf16         AVX512_CORE_BF16
+    avx512              AVX512_CORE
+    avx2                AVX2                AVX2                     avx2
+    portable            SSE41               SSE4_2                   default
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mft_kernels.cpu_choice import grad_bytes, mask_bytes, weight_bytes
+from mft_kernels.testing import random_inputs
+from mft_kernels.timing import Samples, time_within
+
+from .harness import Finding, Spread, instruction_set, report
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+HELD_BACK = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
+COLD_BYTES = 256 << 20
+BOUND = 1.05  # times the best path, at most
+HOPELESS = 2.0  # times the best path: not measured
+SETTLED = 16  # tokens from which a path can be hopeless: those of one may say little of many
+MANY = 2048  # tokens from which two rounds are enough
+KEEP = 0.9
+
+# (product, what mask or sign comes from); without either d_scores is added to a buffer, as while a mask is held.
+PRODUCTS = (*itertools.product(("forward", "d_x", "d_scores"), ("words", "scores")), ("d_scores", ""))
+Shapes = Mapping[tuple[int, int], tuple[int, ...]]  # (N, K): tokens
+SMALL = (1, 4, 8, 16, 32, 64, 128, 512, 2048)
+STORED: Shapes = {
+    (4096, 4096): (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096),
+    (2048, 2048): SMALL,
+    (576, 1536): SMALL,
+    (1536, 576): SMALL,
+}
+# Where torch's 16-bit GEMM is slow, down to a loop in plain code, or ours has no vectors.
+SLOW: Shapes = {(2048, 2048): (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512), (576, 1536): (1, 4, 16, 64, 256, 1024)}
+QUICK: Shapes = {(576, 1536): (1, 16, 64, 512)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A product on a shape, in a dtype."""
+
+    product: str
+    dtype: str
+    source: str
+    n: int
+    k: int
+    m: int
+
+    def __str__(self) -> str:
+        source = f"from {self.source}" if self.source else "accumulated"
+        return f"{self.product} {source}, {self.dtype}, {self.n} x {self.k}, M = {self.m}"
+
+
+class Weights:
+    """So many layers of one shape that the one that is called has left the caches."""
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, source: str) -> None:
+        # Scores have the weight's dtype; fp16 models come with bf16 scores.
+        scores_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+        first = random_inputs(1, n, k, dtype, scores_dtype)
+        self.threshold = torch.ops.mft_cpu.kept_threshold(first.scores, int(KEEP * n * k), True)
+        packed = torch.ops.mft_cpu.pack_mask(first.scores, self.threshold, True)
+        masks = {"words": packed, "scores": first.scores}
+        mask = masks.get(source)
+        each = first.weight.nbytes + (0 if mask is None else mask.nbytes)
+        count = max(2, -(-COLD_BYTES // each))
+        self.source = source
+        self.layers = [(first.weight.clone(), None if mask is None else mask.clone()) for _ in range(count)]
+
+    def call(self, case: Case, path: str) -> Callable[[], object]:
+        """The product by that path, on the next layer each time."""
+        dtype = DTYPES[case.dtype]
+        x, grad = torch.randn(case.m, case.k).to(dtype), torch.randn(case.m, case.n).to(dtype)
+        layers = itertools.cycle(self.layers)
+        ops, scores = torch.ops.mft_cpu, self.source == "scores"
+
+        def mask_of(mask: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+            return (mask, self.threshold, None) if scores else (None, None, mask)
+
+        def forward() -> Tensor:
+            weight, mask = next(layers)
+            return ops.masked_linear(x, weight, *mask_of(mask), None, scores, path)
+
+        def d_x() -> Tensor:
+            weight, mask = next(layers)
+            return ops.grad_x(grad, weight, *mask_of(mask), scores, path)
+
+        def d_scores() -> Tensor:
+            weight, sign = next(layers)
+            if sign is None:
+                ops.grad_scores_(weight, grad, x, None, None, None, True, path)  # any buffer of that dtype
+                return weight
+            out = torch.empty_like(weight)
+            ops.grad_scores_(out, grad, x, weight, *((sign, None) if scores else (None, sign)), False, path)
+            return out
+
+        return {"forward": forward, "d_x": d_x, "d_scores": d_scores}[case.product]
+
+    def bytes_an_element(self, case: Case) -> tuple[float, float]:
+        """Of the weight, and of these of its mask, as the library's model counts them."""
+        weight, mask = self.layers[0]
+        if case.product != "d_scores":
+            return weight_bytes(weight, mask), mask_bytes(mask)
+        size = grad_bytes(weight, None if mask is None else weight, mask, accumulate=mask is None)
+        return size, mask_bytes(mask)
+
+
+def paths_of(case: Case, bytes_an_element: tuple[float, float], capability: str) -> list[str]:
+    """The paths that can serve, the model's first."""
+    dtype = str(DTYPES[case.dtype]).removeprefix("torch.")
+    sizes = (case.m, case.n, case.k, *bytes_an_element)
+    return torch.ops.mft_cpu.paths(capability, case.product, dtype, *sizes).split(",")
+
+
+def measured(dtype: str, shapes: Shapes, seconds: float, products=PRODUCTS) -> Iterator[dict]:
+    """A row a case: milliseconds of each path, and in units of the best one."""
+    for (n, k), tokens in shapes.items():
+        for product, source in products:
+            weights, last = Weights(n, k, DTYPES[dtype], source), {}
+            for m in tokens:
+                case = Case(product, dtype, source, n, k, m)
+                size = weights.bytes_an_element(case)
+                found = paths_of(case, size, instruction_set())
+                asked = [path for path in found if m <= SETTLED or not _hopeless(path, m, last)]
+                calls = {path: weights.call(case, path) for path in asked}
+                samples = time_within(calls, seconds, least=3 if m < MANY else 2, most=9)
+                last |= {path: (m, Spread.of(values).median) for path, values in samples.items()}
+                yield _row(case, size, found[0], samples)
+
+
+def _hopeless(path: str, m: int, last: Mapping[str, tuple[int, float]]) -> bool:
+    """Whether it must take HOPELESS times as long as another: time grows with M, and no faster than M.
+
+    That of the kernels for few tokens grows as M does, from their largest turn of 64 on.
+    """
+    if path not in last:
+        return False
+    before, took = last[path]
+    if path == "few" and before >= 64:
+        took *= m / before
+    others = [took * m / before for other, (before, took) in last.items() if other != path]
+    return took > HOPELESS * min(others, default=took)
+
+
+def _row(case: Case, size: tuple[float, float], taken: str, samples: Samples) -> dict:
+    ms = {path: Spread.of(values) for path, values in samples.items()}
+    best = min(ms, key=lambda path: ms[path].median)
+    behind = {path: Spread.of([a / b for a, b in zip(values, samples[best])]) for path, values in samples.items()}
+    shown = ", ".join(f"{path} {spread}" for path, spread in ms.items())
+    late = "" if taken == best else f"  {taken} is taken: {behind[taken]}" if taken in behind else f"  {taken} is taken"
+    print(f"{case}: {shown}{late}", flush=True)
+    return {
+        **vars(case),
+        "weight_bytes": size[0],
+        "mask_bytes": size[1],
+        "ms": {path: vars(spread) for path, spread in ms.items()},
+        "times_best": {path: vars(spread) for path, spread in behind.items()},
+        "rounds": len(samples[best]),
+    }
+
+
+def findings_of(rows: list[dict], capability: str) -> list[Finding]:
+    """By dtype and product: how far the model's choice is behind the best path, at worst."""
+    found = []
+    for dtype, product in dict.fromkeys((row["dtype"], row["product"]) for row in rows):
+        own = [row for row in rows if (row["dtype"], row["product"]) == (dtype, product)]
+        worst = max((behind(row, capability) for row in own), key=lambda spread: spread.median)
+        found.append(Finding(f"the model's path / the best: {product}, {dtype}", worst, "x", "at most", BOUND))
+    return found
+
+
+def behind(row: Mapping, capability: str) -> Spread:
+    """Time of the path that the model takes now, in units of the best one; HOPELESS for one that was not measured."""
+    case = Case(*(row[name] for name in ("product", "dtype", "source", "n", "k", "m")))
+    taken = paths_of(case, (row["weight_bytes"], row["mask_bytes"]), capability)[0]
+    return Spread(**row["times_best"][taken]) if taken in row["times_best"] else Spread(*[HOPELESS] * 3)
+
+
+def write(rows: list[dict]) -> Path:
+    """Print how good the choice is, and store everything."""
+    return report(
+        "paths",
+        f"The model's choice of a path against the best one, {torch.get_num_threads()} threads",
+        findings_of(rows, instruction_set()),
+        held_back={name: os.environ[name] for name in HELD_BACK if name in os.environ},
+        cases=rows,
+    )
+
+
+def main(quick: bool = False) -> None:
+    """Print and store the answer."""
+    torch.manual_seed(0)
+    shapes = QUICK if quick else SLOW if instruction_set() in ("avx512", "avx2", "portable") else STORED
+    write([row for dtype in DTYPES for row in measured(dtype, shapes, 0.05 if quick else 0.2)])
