@@ -54,7 +54,7 @@ def product_of(product: str, tokens: Tensor, weight: Tensor, mask: Tensor | None
     """The forward pass or d_x of ``tokens``, with the mask from scores or int32 words."""
     n, k = weight.shape
     size = weight_bytes(weight, mask)
-    return Product(product, _name(weight.dtype), len(tokens), n, k, size, mask_bytes(mask), _source(mask))
+    return Product(product, _name(weight.dtype), tokens.shape[:-1].numel(), n, k, size, mask_bytes(mask), _source(mask))
 
 
 def grad_product_of(out: Tensor, x: Tensor, weight: Tensor | None, sign: Tensor | None, *, accumulate: bool) -> Product:

@@ -106,7 +106,8 @@ def test_each_row_of_a_mixed_batch_takes_its_own_masks(exports, bank):
         found = logits(bank.model)
     for row, task in enumerate(MIXED):
         alone = logits(with_masks_of(exports, task), TOKENS[row : row + 1])
-        torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-5, atol=1e-6)
+        # Batches of another size are summed in another order: 1.006e-6 with ONEDNN_MAX_CPU_ISA=SSE41.
+        torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-5, atol=4e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
