@@ -11,6 +11,7 @@ from amx_gemm import amx_gemm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pitched import OPERANDS, assert_no_pitch_is_read, assert_rows_are_independent, every_product
+from taken_path import take_path
 
 from mft_kernels import cpu, reference
 from mft_kernels.testing import assert_within_budget, integer_inputs, random_inputs
@@ -29,6 +30,7 @@ def capability(request, monkeypatch):
         pytest.skip(f"{request.param} is not among {cpu.capabilities()} of this machine and build")
     monkeypatch.setenv("MFT_CPU_CAPABILITY", request.param)
     assert torch.ops.mft_cpu.capability() == request.param
+    take_path(monkeypatch, "fused")  # test_few_tokens.py and test_cpu_choice.py have the others
     return request.param
 
 
@@ -85,12 +87,14 @@ def test_every_op_equals_the_reference_on_integers(capability, mode, dtype, scor
     mode=st.sampled_from(MODES),
     threshold=st.sampled_from((-9.0, -1.0, 0.0, 1.0, 2.5, 9.0, torch.inf, -torch.inf, torch.nan)),
     capability=st.sampled_from(cpu.capabilities() or ["none"]),
+    path=st.sampled_from(("few", "fused", "slabs")),
 )
 @settings(max_examples=150, deadline=None)
-def test_odd_shapes_and_thresholds_equal_the_reference(m, n, k, dtype, scores_dtype, mode, threshold, capability):
+def test_odd_shapes_and_thresholds_equal_the_reference(m, n, k, dtype, scores_dtype, mode, threshold, capability, path):
     t = integer_inputs(m, n, k, dtype, scores_dtype, seed=m + n + k)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MFT_CPU_CAPABILITY", capability)
+        take_path(patch, path)
         assert_matches_reference(t, torch.tensor(threshold, dtype=scores_dtype), mode)
 
 
@@ -231,6 +235,7 @@ def test_emulated_tiles_give_the_bits_of_real_ones(monkeypatch, shape):
     t.weight[2] *= 1e-3
     t.scores *= 100  # of which every_product keeps a third
     results = {}
+    take_path(monkeypatch, "fused")
     for name in ("amx", "amx_emulated"):
         monkeypatch.setenv("MFT_CPU_CAPABILITY", name)
         results[name] = [product for _, product in every_product(cpu, t)]
