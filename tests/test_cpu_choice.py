@@ -19,10 +19,17 @@ pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backen
 
 RECORDS = by_machine(RESULTS, "paths")
 CASE = ("product", "dtype", "source", "n", "k", "m")
-# Known to be slower: the fit found no costs by which these are taken better and no others worse.
+# Known to be slower: the fit found no costs by which these are taken better and no others worse. Behind: times the best.
 MISSED = {
-    ("amx", "forward", "bf16", "scores", 4096, 4096, 2048),  # 1.20 times the best
-    ("amx", "d_scores", "fp32", "", 2048, 2048, 2048),  # 1.08
+    ("amx", "forward", "bf16", "scores", 4096, 4096, 1024),  # 1.18
+    ("amx", "d_x", "bf16", "words", 4096, 4096, 2048),  # 1.17
+    ("amx", "d_x", "bf16", "words", 4096, 4096, 4096),  # 1.27
+    ("amx", "d_x", "bf16", "scores", 4096, 4096, 4096),  # 1.19
+    ("amx", "forward", "fp32", "scores", 576, 1536, 16),  # 1.14
+    ("amx", "d_x", "fp32", "words", 4096, 4096, 4096),  # 1.13
+    ("amx", "d_x", "fp32", "words", 2048, 2048, 2048),  # 1.17
+    ("amx", "d_x", "fp32", "scores", 1536, 576, 2048),  # 1.15
+    ("amx", "d_scores", "fp32", "scores", 2048, 2048, 2048),  # 1.23
     ("avx512_bf16", "d_x", "bf16", "words", 576, 1536, 2048),  # 1.06
     ("avx512_bf16", "d_x", "bf16", "words", 1536, 576, 2048),  # 1.23
 }
