@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backen
 
 RECORDS = by_machine(RESULTS, "paths")
 CASE = ("product", "dtype", "source", "n", "k", "m")
-# Known to be slower: the fit found no costs by which these are taken better and no others worse. Behind: times the best.
+# Known to be slower: the fit found no costs by which these are taken better and no others worse. Times the best path:
 MISSED = {
     ("amx", "forward", "bf16", "scores", 4096, 4096, 1024),  # 1.18
     ("amx", "d_x", "bf16", "words", 4096, 4096, 2048),  # 1.17
