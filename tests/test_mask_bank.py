@@ -79,7 +79,8 @@ def test_a_task_computes_what_the_merged_model_does(exports, bank):
     for task in TASKS:
         with bank.use(task):
             found = logits(bank.model)
-        torch.testing.assert_close(found, logits(merge_model(with_masks_of(exports, task))), rtol=1e-5, atol=1e-6)
+        # Sums in fp32 of another kernel, in another order: up to 1.9e-6 apart.
+        torch.testing.assert_close(found, logits(merge_model(with_masks_of(exports, task))), rtol=1e-5, atol=4e-6)
 
 
 def test_the_tasks_differ_by_far(bank):

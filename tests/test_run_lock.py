@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 
 import pytest
 
@@ -42,9 +43,10 @@ def test_a_lock_that_is_a_link_is_refused_and_what_it_points_to_left_alone(tmp_p
 def test_never_two_at_once(tmp_path):
     """Although the file is removed with every release."""
     inside, most, turns = [], [], []
+    give_up = time.monotonic() + 60  # beside other work most attempts meet a lock
 
     def work():
-        for _ in range(200):
+        while len(turns) < 200 and time.monotonic() < give_up:
             try:
                 with hold(tmp_path):
                     inside.append(1)
@@ -60,4 +62,4 @@ def test_never_two_at_once(tmp_path):
     for thread in threads:
         thread.join()
     assert max(most) == 1
-    assert len(turns) > 100
+    assert len(turns) >= 200
