@@ -89,9 +89,7 @@ class Ahead {
     per_call_ = gemm_.prefetch_groups == 0 ? 0 : groups / gemm_.prefetch_groups;
   }
 
-  void add_soon(const void* from, int64_t bytes) {
-    if (gemm_.prefetch_operands) add(soon_, from, bytes);
-  }
+  void add_soon(const void* from, int64_t bytes) { add(soon_, from, bytes); }
 
   // Rows of the weight, and of the scores where the mask comes from them.
   void add_late(const Matrix& weight, const MaskSource& mask, int64_t row, int64_t end_row, int64_t column,
@@ -112,7 +110,8 @@ class Ahead {
   }
 
  private:
-  static void add(std::vector<const char*>& list, const void* from, int64_t bytes) {
+  void add(std::vector<const char*>& list, const void* from, int64_t bytes) const {
+    if (per_call_ == 0) return;
     for (int64_t done = 0; done < bytes; done += kPrefetchBytes) {
       list.push_back(static_cast<const char*>(from) + done);
     }

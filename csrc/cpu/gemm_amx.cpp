@@ -77,7 +77,6 @@ const Gemm& amx_gemm() {
     gemm.tile_rows = 32;
     gemm.whole_tiles = true;
     gemm.prefetch_groups = 0;  // loads of tiles and prefetches wait for the same line buffers (Sapphire Rapids)
-    gemm.prefetch_operands = false;
     gemm.rows_ahead = 8;
     gemm.narrow_bytes = 1 << 20;
     gemm.tokens = gemm.grad_tokens = 1024;

@@ -26,7 +26,6 @@ const Gemm& bfloat16_gemm() {
     Gemm gemm = gemm_of_pairs();
     gemm.tile_rows = kVectorTileRows;
     gemm.prefetch_groups = kPrefetchGroups;
-    gemm.prefetch_operands = true;
     // From sweeps on Zen 5 (1 MiB L2 a core, 2 threads, N = K = 4096, M = 64, 512 and 2048, 2026-11-24); flat around
     // them. On Zen 4 twice the rows are level at M = 512 and 3 % slower at M = 64.
     gemm.rows_ahead = 0;

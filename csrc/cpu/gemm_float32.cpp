@@ -95,7 +95,6 @@ Gemm make_gemm() {
   gemm.per_group = 1;
   gemm.tile_rows = kVectorTileRows;
   gemm.prefetch_groups = kPrefetchGroups;
-  gemm.prefetch_operands = true;
   gemm.rows_ahead = 8;
   gemm.narrow_bytes = 1 << 20;
   // From sweeps on Sapphire Rapids (2 MiB L2 a core, 2 threads, N = K = 4096, M = 512 and 4096).
