@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .autotune import AUTOTUNE, measuring
 from .backends import Backend, register
 from .built import load
-from .cpu_choice import MEASURE, VARIABLE, grad_product_of, measured_path, measuring, product_of
+from .cpu_choice import grad_product_of, measured_path, product_of
 from .reference import Gradients, kept_count
 
 
@@ -178,14 +179,15 @@ def capability_reasons() -> str:
 def path_taken() -> tuple[str, list[str]]:
     """("amx: tiles and ...", the lines of capability_reasons) of the path that products take here and now.
 
-    Raises: RuntimeError if MFT_CPU_CAPABILITY names what cannot run here, ValueError if MFT_CPU_CHOICE does.
+    Raises: RuntimeError if MFT_CPU_CAPABILITY names what cannot run here, ValueError for an unknown
+    value of MFT_AUTOTUNE.
     """
     if unavailable is not None:
         return "none, plain PyTorch instead", [f"the library: {unavailable}"]
     taken = torch.ops.mft_cpu.capability()
     what = PATHS.get(taken, "")
     why = f"{_CHOOSE}={os.environ[_CHOOSE]} asks for it" if os.environ.get(_CHOOSE) else what
-    measured = f"; the way of each product is measured, as {VARIABLE}={MEASURE} asks" if measuring() else ""
+    measured = f"; the way of each product is measured, as {AUTOTUNE}=1 asks" if measuring() else ""
     return f"{taken}: {why}{measured}", capability_reasons().splitlines()
 
 

@@ -1,34 +1,25 @@
 """Which way the cpu library makes a product: by its model of bytes and flops, or measured once and remembered.
 
-MFT_CPU_CHOICE=measure: the first call of a size times every path that can serve on its own operands, and the fastest is
-taken from then on, by other processes too: it is kept in a file of the user's cache folder that belongs to processor,
-instruction set, torch and library. torch.use_deterministic_algorithms(True) pins the model.
+MFT_AUTOTUNE=1: the first call of a size times every path that can serve on its own operands, and the fastest is taken
+from then on, by other processes too; see autotune.py.
 """
 
 import functools
 import hashlib
-import json
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .autotune import Choices, fastest
 from .built import library_path
 from .processor import this_processor
 
 logger = logging.getLogger("mft_kernels")
 
-VARIABLE = "MFT_CPU_CHOICE"
-MODEL, MEASURE = "model", "measure"
-
-#: A measured winner has to be this much faster to overrule the model: less is noise.
-_MARGIN = 1.03
 _LEAST_ROUNDS, _MOST_ROUNDS, _SECONDS = 2, 5, 0.2  # of a measurement; no further round after so long
 
 
@@ -82,16 +73,6 @@ def mask_bytes(scores_or_words: Tensor | None) -> float:
     return scores_or_words.element_size() if scores_or_words.is_floating_point() else 1 / 8
 
 
-def measuring() -> bool:
-    """Whether MFT_CPU_CHOICE asks for measurements. Raises: ValueError for what is no choice."""
-    asked = os.environ.get(VARIABLE)
-    if not asked or asked == MODEL:
-        return False
-    if asked != MEASURE:
-        raise ValueError(f"{VARIABLE} must be {MODEL!r} or {MEASURE!r}, got {asked!r}; unset it for the model")
-    return not torch.are_deterministic_algorithms_enabled()
-
-
 def measured_path(product: Product, prepare: Callable[[], Callable[[str], object]]) -> str:
     """The fastest path, measured now unless it has been.
 
@@ -100,15 +81,16 @@ def measured_path(product: Product, prepare: Callable[[], Callable[[str], object
     """
     if 0 in (product.m, product.n, product.k):
         return "auto"
-    capability, threads = torch.ops.mft_cpu.capability(), torch.get_num_threads()
-    known = _remembered(capability)
-    bucket = product._replace(m=1 << (product.m - 1).bit_length())
-    key = (*bucket, threads)
-    if key not in known:
+    capability = torch.ops.mft_cpu.capability()
+    choices = _choices(capability)
+    bucket = 1 << (product.m - 1).bit_length()
+    key = product._asdict() | {"m": bucket, "threads": torch.get_num_threads()}
+    path = choices.get(key)
+    if path is None:
         paths = product.paths(capability)
-        known[key] = paths[0] if len(paths) == 1 else _fastest(product, paths, prepare())
-        _store(capability, known)
-    return known[key]
+        path = paths[0] if len(paths) == 1 else _measure(product, paths, prepare())
+        choices.add(key, path)
+    return path
 
 
 # ---------------------------------------------------------------------------------------------- below: private
@@ -122,7 +104,7 @@ def _source(scores_or_words: Tensor | None) -> str:
     return "" if scores_or_words is None else _name(scores_or_words.dtype)
 
 
-def _fastest(product: Product, paths: list[str], run: Callable[[str], object]) -> str:
+def _measure(product: Product, paths: list[str], run: Callable[[str], object]) -> str:
     """The model's path, paths[0], unless another one is clearly faster."""
     took = dict.fromkeys(paths, float("inf"))
     begin = time.perf_counter()
@@ -131,7 +113,7 @@ def _fastest(product: Product, paths: list[str], run: Callable[[str], object]) -
             break
         for path in paths:
             took[path] = min(took[path], _time(run, path))
-    best = min(paths, key=lambda path: took[path] * (1 if path == paths[0] else _MARGIN))
+    best = fastest(took, paths[0])
     logger.info("measured %s: %s -> %s", product, {path: f"{t * 1e3:.3f} ms" for path, t in took.items()}, best)
     return best
 
@@ -142,71 +124,18 @@ def _time(run: Callable[[str], object], path: str) -> float:
     return time.perf_counter() - start
 
 
-@functools.cache  # the dictionary grows as more is measured
-def _remembered(capability: str) -> dict[tuple, str]:
-    """What earlier processes measured. A file that cannot be used is said, and measured anew."""
-    file = _cache_file(capability)
-    try:
-        return _read(file, capability)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        logger.warning("%s is ignored and its measurements are made anew: %s", file, error)
-        return {}
-
-
-def _read(file: Path, capability: str) -> dict[tuple, str]:
-    """Raises: OSError; ValueError if it is damaged or another's."""
-    stored = json.loads(file.read_bytes())
-    if not isinstance(stored, dict) or stored.get("made_for") != _made_for(capability):
-        raise ValueError(f"it must be made for {_made_for(capability)}")
-    found = {}
-    try:
-        for *fields, threads, path in stored["paths"]:
-            if path not in Product(*fields).paths(capability):
-                raise ValueError(f"it has no path {path!r}")
-            found[(*fields, threads)] = path
-    except (KeyError, TypeError, RuntimeError) as error:  # RuntimeError: no such product or dtype
-        raise ValueError("its paths must be lists of a product's fields, threads and path") from error
-    return found
-
-
-def _store(capability: str, known: dict[tuple, str]) -> None:
-    """Add to the file what is known: whole or not at all. One that cannot be written only costs time."""
-    file = _cache_file(capability)
-    try:
-        others = _read(file, capability)
-    except (OSError, ValueError):
-        others = {}
-    paths = sorted([*key, path] for key, path in (others | known).items())
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as aside:
-            try:
-                json.dump({"made_for": _made_for(capability), "paths": paths}, aside, indent=1)
-                aside.flush()
-                os.fsync(aside.fileno())
-                os.replace(aside.name, file)
-            except BaseException:
-                os.unlink(aside.name)
-                raise
-    except OSError as error:
-        _cannot_keep(file.parent, str(error))
-
-
-@functools.cache  # once
-def _cannot_keep(folder: Path, reason: str) -> None:
-    logger.warning("cannot keep measurements in %s, so that each process makes its own: %s", folder, reason)
-
-
-def _cache_file(capability: str) -> Path:
-    """One a processor, instruction set, torch and build of the library."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    parts = json.dumps(_made_for(capability), sort_keys=True)
-    return Path(base, "mft_kernels", f"cpu-paths-{hashlib.sha256(parts.encode()).hexdigest()[:16]}.json")
-
-
 @functools.cache
+def _choices(capability: str) -> Choices:
+    def is_path(facts: dict[str, Any], path: str) -> bool:
+        sizes = {name: value for name, value in facts.items() if name != "threads"}
+        try:
+            return path in Product(**sizes).paths(capability)
+        except (TypeError, ValueError, RuntimeError):  # no fields of a product, or no such product or dtype
+            return False
+
+    return Choices(_made_for(capability), is_path)
+
+
 def _made_for(capability: str) -> dict[str, str]:
     return {
         "processor": str(this_processor()),

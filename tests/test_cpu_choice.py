@@ -137,17 +137,12 @@ def test_a_path_that_cannot_serve_is_refused(capability):
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """MFT_CPU_CHOICE=measure with a cache of its own, and nothing remembered."""
-    monkeypatch.setenv("MFT_CPU_CHOICE", "measure")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-    def forget():
-        cpu_choice._remembered.cache_clear()
-        cpu_choice._cannot_keep.cache_clear()
-
-    forget()
-    yield tmp_path / "mft_kernels"
-    forget()
+    """MFT_AUTOTUNE=1 with a cache of its own, and nothing remembered."""
+    monkeypatch.setenv("MFT_AUTOTUNE", "1")
+    monkeypatch.setenv("MFT_CACHE", str(tmp_path))
+    cpu_choice._choices.cache_clear()
+    yield tmp_path / "kernels"
+    cpu_choice._choices.cache_clear()
 
 
 @pytest.fixture
@@ -164,10 +159,6 @@ def clock(monkeypatch):
     return told
 
 
-def another_process():
-    cpu_choice._remembered.cache_clear()
-
-
 def forward(m=5, seed=0):
     t = integer_inputs(m, 24, 40, torch.bfloat16, torch.bfloat16, seed=seed)
     threshold = torch.tensor(2.0, dtype=torch.bfloat16)
@@ -176,49 +167,48 @@ def forward(m=5, seed=0):
 
 
 def stored(cache):
+    """(the facts, the path) of each choice."""
     (file,) = cache.iterdir()
-    return json.loads(file.read_text())["paths"]
+    return [(json.loads(key), path) for key, path in json.loads(file.read_text())["choices"].items()]
 
 
 def test_nothing_is_measured_unless_asked_for(cache, clock, monkeypatch):
-    for value in (None, "", "model"):
-        monkeypatch.delenv("MFT_CPU_CHOICE") if value is None else monkeypatch.setenv("MFT_CPU_CHOICE", value)
-        forward()
+    monkeypatch.setenv("MFT_AUTOTUNE", "0")
+    forward()
     assert clock["timed"] == []
     assert not cache.exists()
-
-
-def test_another_value_of_the_variable_is_an_error(monkeypatch):
-    monkeypatch.setenv("MFT_CPU_CHOICE", "fast")
-    with pytest.raises(ValueError, match="MFT_CPU_CHOICE must be 'model' or 'measure', got 'fast'"):
-        forward()
 
 
 def test_the_fastest_is_kept_for_this_process_and_the_next(cache, clock):
     clock["slabs"] = 0.5
     forward(5)
     assert set(clock["timed"]) >= {"few", "slabs"}
-    first = stored(cache)
-    assert [path for *_, path in first] == ["slabs"]
+    assert [path for _, path in stored(cache)] == ["slabs"]
     clock["timed"].clear()
     forward(7, seed=1)  # the same power of two
-    another_process()
+    cpu_choice._choices.cache_clear()  # another process
     forward(8)
     assert clock["timed"] == []
     forward(9)
     assert clock["timed"] != []
-    assert len(stored(cache)) == 2
+    assert sorted(facts["m"] for facts, _ in stored(cache)) == [8, 16]
 
 
-def test_a_lead_within_the_noise_does_not_overrule_the_model(cache, clock):
-    forward(5)
-    (by_model,) = [path for *_, path in stored(cache)]
-    clock["timed"].clear()
-    clock[next(path for path in ("few", "slabs") if path != by_model)] = 0.98
-    forward(50)
-    *_, (*_, again) = stored(cache)
-    t = torch.ops.mft_cpu.paths(cpu.capabilities()[0], "forward", "bfloat16", 50, 24, 40, 4.0, 2.0)
-    assert again == t.split(",")[0]
+def test_tokens_of_any_leading_shape_are_counted(cache, clock):
+    t = integer_inputs(6, 24, 40, torch.bfloat16, torch.bfloat16)
+    threshold = torch.tensor(2.0, dtype=torch.bfloat16)
+    cpu.masked_linear(t.x.view(2, 3, 40), t.weight, t.scores, threshold, None, "magnitude")
+    assert [facts["m"] for facts, _ in stored(cache)] == [8]
+
+
+@pytest.mark.parametrize("m", [5, 50])
+def test_the_model_is_what_a_measurement_has_to_overrule(cache, clock, m):
+    """By more than noise."""
+    name = torch.ops.mft_cpu.capability()
+    by_model, *others = torch.ops.mft_cpu.paths(name, "forward", "bfloat16", m, 24, 40, 4.0, 2.0).split(",")
+    clock.update(dict.fromkeys(others, 0.98))
+    forward(m)
+    assert [path for _, path in stored(cache)] == [by_model]
 
 
 def test_what_is_added_up_is_added_once_while_it_is_measured(cache, clock):
@@ -246,67 +236,22 @@ def test_gradients_are_right_while_they_are_measured(cache):
     arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", [True, False, True, False])
     for got, expected in zip(cpu.masked_linear_backward(*arguments), reference.masked_linear_backward(*arguments)):
         assert torch.equal(got, expected)
-    assert {fields[0] for fields in stored(cache)} == {"d_x", "d_scores"}
+    assert {facts["product"] for facts, _ in stored(cache)} == {"d_x", "d_scores"}
 
 
-DAMAGED = ["{", "[1, 2]", "{}", '{"made_for": {}, "paths": []}', "\x80"]
-
-
-@pytest.mark.parametrize("content", DAMAGED)
-def test_a_damaged_or_foreign_file_is_said_once_and_measured_anew(cache, clock, caplog, content):
+@pytest.mark.parametrize("change", [{"product": "backward"}, {"dtype": "int8"}, {"m": "many"}, {"depth": 3}])
+def test_a_file_of_products_that_there_are_not_is_damaged(cache, clock, caplog, change):
     forward()
-    (file,) = cache.iterdir()
-    good = file.read_text()
-    file.write_bytes(content.encode("latin-1"))
-    another_process()
-    with caplog.at_level(logging.WARNING, logger="mft_kernels"):
-        forward()
-        forward(20)
-    assert [record.getMessage().split(" is ignored")[0] for record in caplog.records] == [str(file)]
-    assert json.loads(good)["made_for"] == json.loads(file.read_text())["made_for"]
-    assert len(stored(cache)) == 2
-
-
-@pytest.mark.parametrize("change", [("path", "fast"), ("path", 7), ("product", "backward"), ("fields", [1])])
-def test_a_file_of_paths_that_there_are_not_is_damaged(cache, clock, caplog, change):
-    forward()
+    ((facts, path),) = stored(cache)
     (file,) = cache.iterdir()
     record = json.loads(file.read_text())
-    (row,) = record["paths"]
-    what, value = change
-    record["paths"] = [{"path": [*row[:-1], value], "product": [value, *row[1:]], "fields": value}[what]]
+    record["choices"] = {json.dumps(facts | change): path}
     file.write_text(json.dumps(record))
-    another_process()
+    cpu_choice._choices.cache_clear()
     with caplog.at_level(logging.WARNING, logger="mft_kernels"):
         forward()
     assert "is ignored" in caplog.text
-    assert stored(cache) == [row]
-
-
-def test_a_folder_that_cannot_be_written_is_said_once(cache, clock, caplog):
-    cache.write_text("a file stands where the folder would be")
-    with caplog.at_level(logging.WARNING, logger="mft_kernels"):
-        forward(5)
-        forward(50)
-    assert sum("cannot keep measurements in" in record.getMessage() for record in caplog.records) == 1
-    clock["timed"].clear()
-    forward(5)
-    assert clock["timed"] == []
-
-
-def test_what_another_process_has_stored_meanwhile_stays(cache, clock):
-    forward(5)
-    another_process()
-    forward(5)  # has read the file
-    (file,) = cache.iterdir()
-    record = json.loads(file.read_text())
-    theirs = [*record["paths"][0][:2], 1024, *record["paths"][0][3:]]
-    record["paths"].append(theirs)
-    file.write_text(json.dumps(record))
-    forward(50)
-    assert theirs in stored(cache)
-    assert len(stored(cache)) == 3
-    assert [path.suffix for path in cache.iterdir()] == [".json"]
+    assert stored(cache) == [(facts, path)]
 
 
 def test_a_process_of_its_own_reads_what_this_one_measured(cache, clock):
@@ -319,33 +264,19 @@ torch.set_num_threads(THREADS)
 cpu_choice._time = None  # whatever is timed fails
 t = [torch.ones(size, dtype=torch.bfloat16) for size in ((5, 40), (24, 40), (24, 40), ())]
 cpu.masked_linear(*t, None, "magnitude")
-print(set(cpu_choice._remembered(torch.ops.mft_cpu.capability()).values()))
+print(set(cpu_choice._choices(torch.ops.mft_cpu.capability())._known.values()))
 """
     code = code.replace("THREADS", str(torch.get_num_threads()))
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), cwd=ROOT)
     assert ran.stdout.strip() == "{'slabs'}", ran.stderr
 
 
-def test_deterministic_algorithms_pin_the_model(cache, clock):
-    torch.use_deterministic_algorithms(True)
-    try:
-        forward()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert clock["timed"] == []
-
-
-def test_each_machine_torch_and_build_has_a_file_of_its_own(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made, names = cpu_choice._made_for("portable"), set()
-    for field in made:
-        monkeypatch.setattr(cpu_choice, "_made_for", lambda capability, field=field: made | {field: "another"})
-        names.add(cpu_choice._cache_file("portable"))
-    assert len(names) == len(made) == 4
-    assert all(name.parent == tmp_path / "mft_kernels" for name in names)
+def test_each_machine_torch_and_build_measures_for_itself():
+    assert set(cpu_choice._made_for("portable")) == {"processor", "instruction_set", "torch", "library"}
+    assert cpu_choice._made_for("portable") != cpu_choice._made_for("avx2")
 
 
 def test_what_is_measured_is_said_where_the_path_is(monkeypatch):
     assert "measure" not in cpu.path_taken()[0]
-    monkeypatch.setenv("MFT_CPU_CHOICE", "measure")
-    assert "MFT_CPU_CHOICE=measure" in cpu.path_taken()[0]
+    monkeypatch.setenv("MFT_AUTOTUNE", "1")
+    assert "MFT_AUTOTUNE=1" in cpu.path_taken()[0]

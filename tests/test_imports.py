@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 KERNEL_LAYERS = (
     ("eager", "fixed_point", "processor", "reference", "testing", "timing"),
     ("reference_step",),
-    ("backends", "built", "checks", "direct", "library", "maskable"),
+    ("autotune", "backends", "built", "checks", "direct", "library", "maskable"),
     ("cpu_choice",),
     ("ops", "cpu", "cuda", "scores", "step", "triton"),
     ("held", "masking", "optim"),
@@ -30,7 +30,8 @@ TRITON_LAYERS = (
     ("ops", "score_step"),
     ("__init__",),
 )
-KERNELS_MAY_IMPORT = {"backends", "reference", "reference_step"}  # of mft_kernels: a kernel knows no sibling
+# Of mft_kernels: a kernel knows no sibling.
+KERNELS_MAY_IMPORT = {"autotune", "backends", "reference", "reference_step"}
 RECIPE_LAYERS = (
     (
         *("atomic", "banked_linear", "checkpointing", "choices", "clones", "console", "corpus"),

@@ -20,12 +20,19 @@ def measuring(monkeypatch, tmp_path):
     """MFT_AUTOTUNE=1 with a clock that says what a test wants; the list of the tokens that were timed."""
     monkeypatch.setenv("MFT_AUTOTUNE", "1")
     timed = []
-    monkeypatch.setattr(choice, "_cache_file", lambda: tmp_path / "choices.json")
+    monkeypatch.setenv("MFT_CACHE", str(tmp_path))
     monkeypatch.setattr(choice, "_time", lambda run: run())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # a CPU build of torch cannot tell
-    choice._measured.cache_clear()
+    # A CPU build of torch cannot tell either.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    choice._choices.cache_clear()
     yield timed
-    choice._measured.cache_clear()
+    choice._choices.cache_clear()
+
+
+def stored(folder):
+    (file,) = (folder / "kernels").iterdir()
+    return list(json.loads(file.read_text())["choices"].values())
 
 
 def candidates(timed, fused, scratch):
@@ -76,10 +83,10 @@ def test_a_measured_winner_overrules_the_table_and_is_remembered(measuring, tmp_
     assert choose(128, measuring, fused=1.0, scratch=9.0) == SCRATCH
     assert choose(65, measuring, fused=1.0, scratch=9.0) == SCRATCH
     assert len(measuring) == 2
-    choice._measured.cache_clear()  # another process
+    choice._choices.cache_clear()  # another process
     assert choose(100, measuring, fused=1.0, scratch=9.0) == SCRATCH
     assert len(measuring) == 2
-    assert list(json.loads((tmp_path / "choices.json").read_text()).values()) == [SCRATCH]
+    assert stored(tmp_path) == [SCRATCH]
 
 
 def test_a_lead_within_the_noise_does_not_overrule_the_table(measuring):
@@ -108,30 +115,21 @@ def test_nothing_is_measured_while_a_graph_is_captured(measuring, monkeypatch):
     assert measuring == []
 
 
-@pytest.mark.parametrize("content", ["{", "[1, 2]", '{"a": "both"}'])
-def test_a_broken_file_of_measurements_is_measured_anew_and_said(measuring, tmp_path, caplog, content):
-    (tmp_path / "choices.json").write_text(content)
+def test_a_file_of_choices_that_there_are_not_is_measured_anew(measuring, tmp_path, caplog):
+    choose(100, measuring, fused=1.0, scratch=2.0)
+    (file,) = (tmp_path / "kernels").iterdir()
+    file.write_text(file.read_text().replace(f'"{FUSED}"', '"both"'))
+    choice._choices.cache_clear()
     with caplog.at_level(logging.WARNING, logger="mft_kernels"):
         assert choose(100, measuring, fused=2.0, scratch=1.0) == SCRATCH
-    assert "measured anew" in caplog.text
-    assert list(json.loads((tmp_path / "choices.json").read_text()).values()) == [SCRATCH]
+    assert "made anew" in caplog.text
+    assert stored(tmp_path) == [SCRATCH]
 
 
-def test_measurements_that_cannot_be_kept_are_said_and_used(measuring, monkeypatch, caplog, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(choice, "_cache_file", lambda: tmp_path / "file" / "choices.json")
-    with caplog.at_level(logging.WARNING, logger="mft_kernels"):
-        assert choose(100, measuring, fused=2.0, scratch=1.0) == SCRATCH
-    assert "cannot keep measurements" in caplog.text
-
-
-def test_the_file_belongs_to_device_versions_and_kernels(monkeypatch, tmp_path):
-    monkeypatch.setenv("MFT_CACHE", str(tmp_path))
-    names = set()
-    for device in ("NVIDIA H100", "NVIDIA A100", "NVIDIA H100"):
+def test_the_file_belongs_to_device_versions_and_kernels(monkeypatch):
+    made_for = []
+    for device in ("NVIDIA H100", "NVIDIA A100"):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=device: device)
-        choice._cache_file.cache_clear()
-        names.add(choice._cache_file())
-    choice._cache_file.cache_clear()
-    assert len(names) == 2
-    assert all(name.parent == tmp_path / "kernels" for name in names)
+        made_for.append(choice._made_for())
+    assert made_for[0] != made_for[1]
+    assert set(made_for[0]) == {"device", "torch", "triton", "kernels"}

@@ -7,10 +7,7 @@ torch.use_deterministic_algorithms(True) ignores it.
 
 import functools
 import hashlib
-import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +15,7 @@ from pathlib import Path
 import torch
 import triton
 
+from ..autotune import Choices, fastest, measuring
 from .target import Target
 
 logger = logging.getLogger("mft_kernels")
@@ -34,9 +32,6 @@ _MOST_TOKENS_ELSEWHERE = 1024
 #: fp32 in full precision runs on ordinary cores, and rows that are not aligned are read element by element: there
 #: torch's GEMM is far ahead of Triton's.
 _MOST_TOKENS_SLOW = 64
-
-#: A measured winner has to be this much faster to overrule the table: less is noise.
-_MARGIN = 1.03
 
 
 @dataclass(frozen=True)
@@ -68,19 +63,19 @@ def automatic(product: Product, target: Target, candidates: Mapping[str, Callabl
     Args:
         candidates: for FUSED and SCRATCH, a function that runs the product on M tokens; called to measure only.
     """
-    if os.environ.get("MFT_AUTOTUNE") != "1" or torch.are_deterministic_algorithms_enabled():
+    if not measuring():
         chosen = by_table(product, target)
         _say(product.n, product.k, product.transposed, chosen, str(target))
         return chosen
     bucket = max(16, 1 << (product.m - 1).bit_length())
-    key = json.dumps(asdict(product) | {"m": bucket}, sort_keys=True)
-    measured = _measured(_cache_file())
-    if key not in measured:
+    choices, key = _choices(), asdict(product) | {"m": bucket}
+    measured = choices.get(key)
+    if measured is None:
         if torch.cuda.is_current_stream_capturing():  # nothing can be timed inside a graph
             return by_table(product, target)
-        measured[key] = _measure(replace(product, m=bucket), target, candidates)
-        _store(_cache_file(), measured)
-    return measured[key]
+        measured = _measure(replace(product, m=bucket), target, candidates)
+        choices.add(key, measured)
+    return measured
 
 
 @functools.cache  # once for each
@@ -91,9 +86,7 @@ def _say(n: int, k: int, transposed: bool, chosen: str, target: str) -> None:
 
 def _measure(product: Product, target: Target, candidates: Mapping[str, Callable[[int], object]]) -> str:
     times = {name: _time(functools.partial(run, product.m)) for name, run in candidates.items()}
-    default = by_table(product, target)
-    other = SCRATCH if default == FUSED else FUSED
-    best = other if times[other] * _MARGIN < times[default] else default
+    best = fastest(times, by_table(product, target))
     logger.info("measured %s: %s -> %s", product, {n: f"{t:.3f} ms" for n, t in times.items()}, best)
     return best
 
@@ -103,35 +96,15 @@ def _time(run: Callable[[], object]) -> float:
 
 
 @functools.cache
-def _measured(path: Path) -> dict[str, str]:
-    """What earlier processes measured. A file that cannot be read is measured again, aloud."""
-    if not path.exists():
-        return {}
-    try:
-        stored = json.loads(path.read_text())
-        if not isinstance(stored, dict) or not set(stored.values()) <= {FUSED, SCRATCH}:
-            raise ValueError("it is no table of choices")
-    except (OSError, ValueError) as error:
-        logger.warning("%s is unreadable and is measured anew: %s", path, error)
-        return {}
-    return stored
+def _choices() -> Choices:
+    return Choices(_made_for(), lambda product, chosen: chosen in (FUSED, SCRATCH))
 
 
-def _store(path: Path, measured: dict[str, str]) -> None:
-    """Write whole or not at all; a cache that cannot be written is only slower."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(measured, file, indent=1, sort_keys=True)
-        os.replace(file.name, path)
-    except OSError as error:
-        logger.warning("cannot keep measurements in %s: %s", path, error)
-
-
-@functools.cache
-def _cache_file() -> Path:
-    """One file a device, set of versions and text of the kernels."""
-    base = os.environ.get("MFT_CACHE") or Path.home() / ".cache" / "mft"
+def _made_for() -> dict[str, str]:
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    parts = (torch.cuda.get_device_name(), torch.__version__, triton.__version__, hashlib.sha256(sources).hexdigest())
-    return Path(base, "kernels", f"choices-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.json")
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "kernels": hashlib.sha256(sources).hexdigest(),
+    }

@@ -29,7 +29,7 @@ from mft.models import load_model
 from mft.recipe import train_masks
 from mft.records import open_source
 from mft.run_lock import hold
-from mft_kernels import backends, built, cpu, cuda, masked_linear, triton
+from mft_kernels import autotune, backends, built, cpu, cuda, masked_linear, triton
 
 from .registry import accepted, refused
 
@@ -199,15 +199,15 @@ def an_unknown_instruction_set(patch):
 
 @refused(
     ValueError,
-    where="MFT_CPU_CHOICE",
-    got="got 'fast'",
-    rule="must be 'model' or 'measure'",
-    remedy="unset it for the model",
+    where="MFT_AUTOTUNE",
+    got="got 'yes'",
+    rule="must be 0 or 1",
+    remedy="unset it to measure nothing",
 )
-def an_unknown_choice_of_paths(patch):
+def an_unknown_value_of_autotune(patch):
     if cpu.unavailable is not None:
         pytest.skip(f"cpu backend: {cpu.unavailable}")
-    patch.setenv("MFT_CPU_CHOICE", "fast")
+    patch.setenv("MFT_AUTOTUNE", "yes")
     masked_linear(*arguments, backend="cpu")
 
 
@@ -456,11 +456,13 @@ def an_empty_mft_kernels(patch):
 
 @accepted("kernels are timed anew in each process, and a warning says why")
 def measurements_of_kernels_in_a_read_only_cache(tmp, patch):
-    choice = pytest.importorskip("mft_kernels.triton.choice", reason="needs triton")
     said = []
-    patch.setattr(choice.logger, "warning", lambda text, *values: said.append(text % values))
+    patch.setattr(autotune.logger, "warning", lambda text, *values: said.append(text % values))
+    patch.setenv("MFT_CACHE", str(tmp))
+    choices = autotune.Choices({"device": "this one"}, lambda facts, choice: True)
     patch.setattr(Path, "mkdir", read_only)
-    choice._store(tmp / "kernels" / "choices.json", {"product": choice.FUSED})
+    choices.add({"m": 8}, "fused")
+    assert choices.get({"m": 8}) == "fused"
     assert "cannot keep measurements in" in said[0]
     assert "Read-only file system" in said[0]
 
