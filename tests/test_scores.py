@@ -128,6 +128,20 @@ def test_a_write_is_seen(write):
         assert is_current(layer)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("eighth", range(7))
+def test_the_sample_reaches_into_every_eighth_but_the_last(eighth):
+    """Between the two forward passes nobody but the pointer touches the scores: the sample alone can see it."""
+    layer, x, begin = new_layer(), torch.eye(SIZE), eighth * SIZE // 8
+    rows = other_scores()[begin : begin + SIZE // 8]
+    before = layer(x)
+    ctypes.memmove(torch.Tensor.data_ptr(layer.scores) + begin * SIZE * 4, rows.data_ptr(), rows.nbytes)
+    seen = layer(x)
+    outdate(layer.scores)
+    assert torch.equal(seen, layer(x))
+    assert not torch.equal(seen, before)
+
+
 def test_a_write_is_seen_by_mask_merge_and_bits_also_where_nothing_shows_it():
     layer = new_layer()
     before = layer.mask()
