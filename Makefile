@@ -93,7 +93,7 @@ bench-compare: install
 MODEL  ?= llama2-7b
 LAYERS ?= 4-7
 simulate: install
-	$(BIN)/python -m mft.simulated_step $(MODEL) --layers $(LAYERS)
+	$(BIN)/python -m benchmarks.memory.simulated_step $(MODEL) --layers $(LAYERS)
 
 # Needs a GPU, torch, triton, numpy and pytest, and no installation: make gpu WHAT=step,forward GPU_PYTHON=python3
 # The CUDA kernels take part if mft_kernels/libmft_cuda.so and _build.json are there (make cuda, on any x86-64 Linux);

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -83,9 +83,13 @@ def attempt(build: Callable[[Path], tuple[Path, dict]], temporary: Path, target:
 
 
 setup(
-    packages=["mft_kernels", "mft_kernels.triton", "mft", "mft.study"],
+    packages=[*find_packages(include=["mft_kernels", "mft_kernels.*"]), *find_packages("python")],
     package_dir={"mft_kernels": "mft_kernels", "mft": "python/mft"},
-    package_data={"mft": ["configs/*.yaml", "configs/compare/*.yaml", "known_models/*.json", "templates/*.jinja"]},
+    package_data={
+        "mft": ["configs/*.yaml", "configs/compare/*.yaml"],
+        "mft.memory": ["known_models/*.json"],
+        "mft.models": ["templates/*.jinja"],
+    },
     ext_modules=[Extension("mft_kernels.libmft_cpu", sources=[])],
     cmdclass={"build_ext": BuildLibraries},
 )

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
-from mft.demo import run_demo
-from mft.recorder import Recorder
-from mft.run_directory import TABLE_JSON
+from mft.demo.run import run_demo
+from mft.training.metrics import Recorder
+from mft.training.run_directory import TABLE_JSON
 
 from .harness import Finding, Spread, report
 from .step_profile import KINDS, REST, time_by_kind

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from mft.config import MaskConfig
-from mft.convert import mask_model, masked_modules
-from mft.shapes import known_config
+from mft.masks.convert import mask_model, masked_modules
+from mft.memory.shapes import known_config
 from mft_kernels.timing import time_within
 
 from .cpu_ceilings import DTYPES

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mft.batches import take_rows
 from mft.config import DataConfig, MaskConfig, TrainConfig
-from mft.convert import mask_model, merge_model
-from mft.data import Splits, load_splits
-from mft.evaluate import Evaluation, evaluate, paired_difference
-from mft.export import load_masks, save_masks
-from mft.mask_bank import MaskBank, load_mask_bank
-from mft.models import load_model, save_model
-from mft.prefix import PrefixMemory
-from mft.recipe import train_masks
+from mft.data.batches import take_rows
+from mft.data.splits import Splits, load_splits
+from mft.evaluation.evaluate import Evaluation, evaluate, paired_difference
+from mft.masks.bank import MaskBank, load_mask_bank
+from mft.masks.convert import mask_model, merge_model
+from mft.masks.export import load_masks, save_masks
+from mft.models.frozen_layers import PrefixMemory
+from mft.models.pretrained import load_model, save_model
+from mft.training.loop import train_masks
 from mft_kernels.timing import Samples, time_within
 
 from .harness import Finding, Spread, ratio, report

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mft.shapes import known_config
+from mft.memory.shapes import known_config
 from mft_kernels.timing import Samples, time_told
 
 from .harness import ROOT, Finding, Spread, ratio, report

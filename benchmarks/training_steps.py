@@ -2,7 +2,7 @@
 
 full fine-tune     all weights, bf16 with fp32 masters, AdamW
 LoRA               peft, rank 16, on every linear of the decoder; bf16 adapters with fp32 masters
-the paper's MFT    see memory_rivals.py
+the paper's MFT    see memory/rivals.py
 ours, <way>        masks on every linear of the decoder, in each way of running (docs/memory.md); all but plain keep
                    int16 scores and 8-bit moments at rest
 """
@@ -15,18 +15,18 @@ import peft
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mft.batches import MicroBatch, take_rows
-from mft.causal_lm import FEW, split_at_head
 from mft.config import MaskConfig, TrainConfig
-from mft.convert import mask_model
-from mft.engines import start_engine
-from mft.plain import Plain
-from mft.quantized import quantize_model
-from mft.shapes import known_config
+from mft.data.batches import MicroBatch, take_rows
+from mft.engines.plain import Plain
+from mft.engines.start import start_engine
+from mft.masks.convert import mask_model
+from mft.masks.quantize import quantize_model
+from mft.memory.shapes import known_config
+from mft.models.causal_lm import FEW, split_at_head
 
 from .layer_competitors import LORA, LORA_RANK
-from .memory_rivals import RIVALS, RivalLoop
-from .memory_worker import WAYS, Rows
+from .memory.rivals import RIVALS, RivalLoop
+from .memory.worker import WAYS, Rows
 
 FULL, PAPER = "full fine-tune", "the paper's MFT"
 OURS = tuple(f"ours, {way}" for way in WAYS)

@@ -1,6 +1,6 @@
 """Whether code that feeds warpgroup MMAs from registers may be shipped: from a new assembler, or after a clean scan.
 
-ptxas older than 13.3 can overwrite such a register while an MMA still reads it (benchmarks/kernel_code/hazard.py says
+ptxas older than 13.3 can overwrite such a register while an MMA still reads it (machine_code/hazard.py says
 how). Its code is wrong only now and then, so it is read instead of trusted.
 """
 
@@ -31,7 +31,7 @@ class Readers:
 def find_readers() -> Readers | None:
     """In PATH or in Triton; None if a scan cannot be made, for which Triton must be installed."""
     triton = find_spec("triton")
-    if triton is None or find_spec("benchmarks.kernel_code") is None:
+    if triton is None:
         return None
     bundled = [str(Path(place, "backends/nvidia/bin")) for place in triton.submodule_search_locations or []]
     found = [
@@ -56,7 +56,7 @@ def refusal_after(ptxas: Version, readers: Readers | None, objects: Sequence[Pat
     if ptxas >= SAFE_PTXAS:
         return None
     assert readers is not None, "refusal_before lets no old assembler pass without readers"
-    from benchmarks.kernel_code.hazard import hazards
+    from .machine_code.hazard import hazards  # needs Triton
 
     register_fed = 0
     for path in objects:

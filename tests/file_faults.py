@@ -122,8 +122,8 @@ def main(arguments: list[str]) -> int:
 
 def sweep(work: Path, only: str, most: int | None, jobs: int) -> int:
     """Try the cases, or those alone whose words are asked for, and print a table of them; 1 if one went wrong."""
-    from mft.console import console
-    from mft.progress import Progress
+    from mft.training.console import console
+    from mft.training.progress import Progress
 
     global _lab  # of the pool's processes too, which are forks of this one
     lab = _lab = Lab(work)
@@ -248,7 +248,7 @@ class Lab:
 
     def lost_nothing(self, run: Path, case: Case) -> None:
         """What had been saved when the fault came is there."""
-        from mft.checkpoint import newest_checkpoint
+        from mft.training.checkpoint import newest_checkpoint
 
         done = case.scenario.calls[: case.call - 1 + (case.fault.kind == HALF)]
         saved = [int(name[-8:]) for name in done if re.fullmatch(r"rename /checkpoints/step-\d{8}", name)]
@@ -332,7 +332,7 @@ def contents(run: Path) -> dict[str, bytes]:
 
 def _mft(command: tuple[str, ...]) -> int:
     """The exit code of the command line's main."""
-    from mft.cli import main
+    from mft.cli.app import main
 
     sys.argv = ["mft", *command]
     code = 1

@@ -25,13 +25,13 @@ with atheris.instrument_imports(include=["mft"]):
     from tiny import make_llama, masked_llama
     from tiny_gguf import write_tiny_gguf
 
-    from mft.checkpoint import Checkpoint, verify_checkpoint, write_checkpoint
     from mft.config import RunConfig, load_config, save_config
-    from mft.export import save_masks
-    from mft.export_file import CONFIG_FILE, MASK_FILE, read_export
-    from mft.gguf_file import check_gguf
-    from mft.model_config import read_model_config
-    from mft.paper_masks import read_paper_masks, write_paper_masks
+    from mft.files.gguf_file import check_gguf
+    from mft.masks.export import save_masks
+    from mft.masks.export_format import CONFIG_FILE, MASK_FILE, read_export
+    from mft.masks.paper_masks import read_paper_masks, write_paper_masks
+    from mft.memory.model_config import read_model_config
+    from mft.training.checkpoint import Checkpoint, verify_checkpoint, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = 8192  # bytes of an input

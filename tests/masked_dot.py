@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.kernel_code.ahead import compile_ahead
-from benchmarks.kernel_code.sass import disassemble
+from building.machine_code.sass import disassemble
 
 
 @triton.jit

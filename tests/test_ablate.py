@@ -8,13 +8,13 @@ from rich.console import Console
 from tiny_study import FEW, equal, make_study, write_ground
 from typer.testing import CliRunner
 
-from mft.cli import app
-from mft.study import verbs
+from mft.cli import study as study_verbs
+from mft.cli.app import app
 from mft.study.ablate import ablation_lines, derive, plot_ablation
-from mft.study.declared import CONTROL, MASK
+from mft.study.config import CONTROL, MASK
+from mft.study.report.table import reference_of
 from mft.study.run import run_study
 from mft.study.store import copy_fine_tunes
-from mft.study.table import reference_of
 
 DATA = "domains.count.max_train_tokens=120"
 
@@ -128,10 +128,12 @@ def test_an_ablation_takes_the_fine_tunes_of_its_study(tmp_path, monkeypatch):
 
 def test_what_is_overwritten_is_not_copied_first(tmp_path, monkeypatch):
     """It would be deleted at once, after a message that says the contrary."""
-    monkeypatch.setattr(verbs, "copy_fine_tunes", lambda *_: pytest.fail("copied"))
-    monkeypatch.setattr(verbs, "run_compare", lambda study, *, overwrite: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(study_verbs, "copy_fine_tunes", lambda *_: pytest.fail("copied"))
+    monkeypatch.setattr(
+        study_verbs, "run_compare", lambda study, *, overwrite: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
-        verbs.run_ablate(make_study(tmp_path, FEW), "ratio", ["0.5"], [], overwrite=True)
+        study_verbs.run_ablate(make_study(tmp_path, FEW), "ratio", ["0.5"], [], overwrite=True)
 
 
 def test_fine_tunes_of_another_model_are_not_taken(tmp_path, monkeypatch):

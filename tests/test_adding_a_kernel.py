@@ -78,7 +78,7 @@ def test_the_layer_runs_on_it_where_the_environment_says_so(folder):
 
 def test_the_command_mft_lists_it_and_auto_passes_it_over(folder):
     _, (_, verb) = command_of("mft env")
-    told = run(folder, [sys.executable, "-m", "mft.cli", verb])
+    told = run(folder, [sys.executable, "-m", "mft", verb])
     assert re.search(r"mine +│ yes +│ blocks of 256 rows", told), told
     assert "auto on cpu: mine" not in told
 

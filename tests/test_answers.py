@@ -1,4 +1,4 @@
-"""Facts about mft.answers: what counts as an exact answer, and that batches and their padding change nothing."""
+"""Facts about mft.evaluation.exact_match: what counts as an exact answer; batches and their padding change nothing."""
 
 import copy
 
@@ -8,11 +8,11 @@ from datasets import Dataset
 from tiny import make_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mft.answers import exact_matches
 from mft.config import MaskConfig, TrainConfig
-from mft.convert import mask_model
-from mft.recipe import finetune
+from mft.evaluation.exact_match import exact_matches
+from mft.masks.convert import mask_model
 from mft.study.from_scratch import train_tokenizer
+from mft.training.loop import finetune
 
 LENGTH = 24
 NAMES = ("Al", "Bert", "Christopher", "Dee", "Evangeline", "Fay")

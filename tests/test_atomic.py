@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from mft.atomic import NotWritten, atomic_directory, atomic_file, naming, remove, sweep, write_whole
+from mft.files.atomic import NotWritten, atomic_directory, atomic_file, naming, remove, sweep, write_whole
 
 
 def test_a_file_that_holds_it_already_is_not_touched(tmp_path):

@@ -8,12 +8,12 @@ import pytest
 import test_cli
 from tiny import make_rows, masked_llama
 
-from mft.bases import keeping_all
 from mft.config import ModelConfig
-from mft.convert import masked_modules
-from mft.evaluate import evaluate
-from mft.export_file import read_export
-from mft.quantized import quantize_model
+from mft.evaluation.evaluate import evaluate
+from mft.evaluation.evaluated_base import keeping_all
+from mft.masks.convert import masked_modules
+from mft.masks.export_format import read_export
+from mft.masks.quantize import quantize_model
 
 cli, model_dir = test_cli.cli, test_cli.model_dir  # fixtures
 

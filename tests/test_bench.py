@@ -34,10 +34,10 @@ from benchmarks.roofline import Ceilings, count_work
 from benchmarks.step_profile import REST, kind_of, profile_step
 from benchmarks.tables import many_masks_tables, markdown, ops_tables
 from mft.config import TrainConfig
-from mft.evaluate import evaluate
-from mft.export import load_masks, save_masks
-from mft.mask_bank import load_mask_bank
-from mft.recipe import finetune
+from mft.evaluation.evaluate import evaluate
+from mft.masks.bank import load_mask_bank
+from mft.masks.export import load_masks, save_masks
+from mft.training.loop import finetune
 from mft_kernels import kept_threshold, pack_mask, score_step
 
 QUANTITY = "ours, from scores / dense: forward, 4 x 8, M = 2"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mft.checkpoint import (
+from mft.training.checkpoint import (
     FACTS,
     MANIFEST,
     TENSORS,

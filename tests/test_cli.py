@@ -9,9 +9,9 @@ from tiny import WORDS, make_llama, save_llama
 from typer.testing import CliRunner
 
 import mft
-from mft.cli import app
-from mft.flips import read_flips
-from mft.run_directory import check_run_directory
+from mft.cli.app import app
+from mft.training.flips import read_flips
+from mft.training.run_directory import check_run_directory
 
 LEARN = ["train.lr=1e-2", "train.epochs=null", "train.steps=4", "train.batch_size=2", "mask.layers_to_transform=2-3"]
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny import make_llama, make_rows
 
-from mft.clones import clone_with_own_weights
-from mft.compare import ARMS, CONTROL, FULL, MAGNITUDE, MFT, RANDOM, compare
 from mft.config import MaskConfig, TrainConfig
-from mft.convert import masked_modules
-from mft.data import Splits
-from mft.recorder import Recorder
+from mft.data.splits import Splits
+from mft.demo.compare import ARMS, CONTROL, FULL, MAGNITUDE, MFT, RANDOM, compare
+from mft.masks.convert import masked_modules
+from mft.models.clones import clone_with_own_weights
+from mft.training.metrics import Recorder
 
 MASK = MaskConfig(layers_to_transform=[2, 3], init="magnitude")
 TRAIN = TrainConfig(lr=1.0, steps=3, batch_size=2)

@@ -10,8 +10,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mft.config import MaskConfig
-from mft.convert import mask_model, masked_modules, merge_model
-from mft.quantized import quantize_model
+from mft.masks.convert import mask_model, masked_modules, merge_model
+from mft.masks.quantize import quantize_model
 
 #: Of the norm of a gradient: what decompositions and fused loops may round otherwise.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 3e-2}

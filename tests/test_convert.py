@@ -34,7 +34,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from mft.config import MaskConfig
-from mft.convert import (
+from mft.masks.convert import (
     mask_model,
     masked_modules,
     merge_model,

@@ -1,4 +1,4 @@
-"""Facts about mft.data and what it stands on (corpus, records, examples, rows): splits, labels, packing, errors."""
+"""Facts about mft.data.splits and what it stands on, from sources to packing: splits, labels, packing, errors."""
 
 import itertools
 import json
@@ -16,15 +16,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mft import data, examples, hub, record_files
 from mft.config import DataConfig
-from mft.corpus import EXCLUDED_DIRECTORIES, stdlib_files
-from mft.data import load_splits
-from mft.examples import IGNORED, Documents, Encoded, open_documents
-from mft.header_corpus import header_files
-from mft.record_files import find_splits
-from mft.records import Records, open_source
-from mft.rows import build_rows
+from mft.data import record_files, splits, tokenization
+from mft.data.corpora import EXCLUDED_DIRECTORIES, stdlib_files
+from mft.data.header_corpus import header_files
+from mft.data.packing import build_rows
+from mft.data.record_files import find_splits
+from mft.data.sources import Records, open_source
+from mft.data.splits import load_splits
+from mft.data.tokenization import IGNORED, Documents, Encoded, open_documents
+from mft.files import hub
 
 MARKED_CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
@@ -126,7 +127,7 @@ def test_generated_and_short_headers_and_other_projects_are_left_out(tmp_path):
 
 
 def test_a_torch_without_its_headers_is_refused(monkeypatch):
-    monkeypatch.setattr("mft.records.header_files", dict)
+    monkeypatch.setattr("mft.data.sources.header_files", dict)
     with pytest.raises(ValueError, match="'headers' must give at least 20 files a split, got 0 in all: install a"):
         open_source(DataConfig(source="headers"))
 
@@ -147,7 +148,7 @@ def test_evaluation_rows_are_the_same_for_every_seed(tokenizer):
 
 
 def test_an_interpreter_without_its_library_is_refused(monkeypatch):
-    monkeypatch.setattr("mft.records.stdlib_files", lambda: {f"{i}.py": f"# {i}" for i in range(30)})
+    monkeypatch.setattr("mft.data.sources.stdlib_files", lambda: {f"{i}.py": f"# {i}" for i in range(30)})
     with pytest.raises(ValueError, match="data.source 'stdlib' must give at least 20 files a split, got"):
         open_source(DataConfig())
 
@@ -241,13 +242,13 @@ def test_a_long_text_is_tokenised_in_pieces_that_end_where_lines_do(tokenizer, m
         return {i: example.ids.tolist() for i, example in documents.encoded(range(len(rows)))}
 
     whole, sizes = ids(), []
-    monkeypatch.setattr(examples, "PIECE", 100)
+    monkeypatch.setattr(tokenization, "PIECE", 100)
 
-    def spied(texts, *arguments, _tokens=examples._tokens, **options):
+    def spied(texts, *arguments, _tokens=tokenization._tokens, **options):
         sizes.append(sum(map(len, texts)))
         return _tokens(texts, *arguments, **options)
 
-    monkeypatch.setattr(examples, "_tokens", spied)
+    monkeypatch.setattr(tokenization, "_tokens", spied)
     pieces = ids()
     assert max(sizes) <= 100
     cut = pieces.pop(3)
@@ -397,7 +398,7 @@ def test_a_second_start_reads_the_cache_and_a_changed_file_does_not(tokenizer, w
     config = DataConfig(source=write(chats()), sequence_length=64)
     first = load_splits(config, tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "open_documents", lambda *_, **__: pytest.fail("tokenised again"))
+        patch.setattr(splits, "open_documents", lambda *_, **__: pytest.fail("tokenised again"))
         second = load_splits(config, tokenizer)
     assert (first.train[:], first.notes) == (second.train[:], second.notes)
     write([chat("Other?", "Yes.")] * 5 + chats())
@@ -415,17 +416,15 @@ def test_data_that_change_while_they_are_read_are_refused_and_not_kept(tokenizer
             return open_documents(*arguments, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(data, "open_documents", replaced)
+            patch.setattr(splits, "open_documents", replaced)
             with pytest.raises(
                 ValueError, match="data.source must stay as it is while it is read, got files that changed"
             ):
                 load_splits(config, tokenizer)
         write(chats())
         write(chats(), "set/train.jsonl")
-        splits = load_splits(config, tokenizer)
-        assert "It is 5." in "".join(
-            scored_text(row, tokenizer) for part in (splits.train, splits.test) for row in part
-        )
+        read = load_splits(config, tokenizer)
+        assert "It is 5." in "".join(scored_text(row, tokenizer) for part in (read.train, read.test) for row in part)
 
 
 @pytest.mark.parametrize("damage", ["flip", "shorten", "delete", "notes", "sums"])

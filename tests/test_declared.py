@@ -6,9 +6,9 @@ import pytest
 from tiny_study import STUDY
 
 from mft.config import DataConfig, MaskConfig
-from mft.study.declared import ArmConfig, ScratchConfig, Setting
+from mft.files.yaml_file import dump_yaml
+from mft.study.config import ArmConfig, ScratchConfig, Setting
 from mft.study.load import SHIPPED, load_study, study_values
-from mft.yaml_file import dump_yaml
 
 ARMS = """
   full: {kind: full, lrs: [1e-3, 1e-2]}

@@ -2,7 +2,7 @@
 
 import pytest
 
-import mft.demo
+import mft.demo.run
 from mft.config import load_config
 
 
@@ -14,9 +14,9 @@ def test_the_demos_configuration_is_written_and_loads(tmp_path, monkeypatch):
     def stop(_):
         raise Stop
 
-    monkeypatch.setattr(mft.demo, "load_model", stop)
+    monkeypatch.setattr(mft.demo.run, "load_model", stop)
     with pytest.raises(Stop):
-        mft.demo.run_demo(tmp_path / "demo")
+        mft.demo.run.run_demo(tmp_path / "demo")
     config = load_config(tmp_path / "demo" / "config.yaml")
     assert (config.output_dir, config.memory) == (str(tmp_path / "demo"), "plain")
     assert config.mask.init == "magnitude"

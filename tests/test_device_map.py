@@ -7,7 +7,7 @@ from tiny import make_llama, make_rows, masked_llama
 from transformers import LlamaForCausalLM
 
 from mft.config import MaskConfig
-from mft.convert import mask_model, masked_modules, merge_model
+from mft.masks.convert import mask_model, masked_modules, merge_model
 
 AROUND = ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head")
 LAYERS = [f"model.layers.{index}" for index in range(4)]

@@ -17,13 +17,13 @@ from test_resume_cli import steps, wait_for_checkpoint
 from tiny import make_llama, make_rows, masked_llama
 
 import mft
-from mft.checkpoint import newest_checkpoint
 from mft.config import MaskConfig, TrainConfig
-from mft.convert import mask_model, masked_modules
-from mft.distributed import Processes
-from mft.recipe import finetune, train_masks
-from mft.run_lock import hold
-from mft.saver import Saver, Stopped
+from mft.engines.distributed import Processes
+from mft.masks.convert import mask_model, masked_modules
+from mft.training.checkpoint import newest_checkpoint
+from mft.training.loop import finetune, train_masks
+from mft.training.run_lock import hold
+from mft.training.saver import Saver, Stopped
 from mft_kernels import MaskAdamW, MaskedLinear, kept_threshold
 
 COUNT, STEPS, STOP = 2, 6, 3
@@ -382,7 +382,7 @@ def test_what_several_processes_cannot_do_is_refused(make, changes, options, mes
 
 def torchrun(*arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={COUNT}"]
-    command += ["-m", "mft.cli", "train", *arguments]
+    command += ["-m", "mft", "train", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 

@@ -22,9 +22,9 @@ from tiny import make_rows, masked_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from mft import models
-from mft.cli import app
+from mft.cli.app import app
 from mft.config import TrainConfig
+from mft.models import pretrained
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,7 +58,7 @@ def ground(tmp_path_factory, tokenizer):
         words = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
         config = LlamaConfig(**sizes, **words, num_hidden_layers=30, tie_word_embeddings=True)
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    models.save_model(model, tokenizer, directory / "base")
+    pretrained.save_model(model, tokenizer, directory / "base")
     for name in ("my-model", "llama2-7b-dir"):
         shutil.copytree(directory / "base", directory / name)
     texts = [f"Row {i}: " + " and ".join(map(str, range(i, i + 99))) for i in range(60)]
@@ -77,7 +77,7 @@ def ground(tmp_path_factory, tokenizer):
 def enter(directory, ground, patch):
     patch.chdir(directory)
     patch.setenv("MFT_CACHE", str(ground / "cache"))
-    patch.setattr(models, "smollm2_directory", lambda dtype: ground / "base")
+    patch.setattr(pretrained, "smollm2_directory", lambda dtype: ground / "base")
 
 
 def brought():

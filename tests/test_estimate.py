@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from mft import estimate_report
-from mft.choice import RESERVE, choose, gigabytes
-from mft.cli import app
-from mft.estimate import estimate
-from mft.estimate_report import parse_bytes
-from mft.setting import WAYS, Setting
-from mft.shapes import known_config, shape_from_config
-from mft.simulated_step import simulate_step
+from benchmarks.memory.simulated_step import simulate_step
+from mft.cli import estimate as estimate_command
+from mft.cli.app import app
+from mft.cli.estimate import parse_bytes
+from mft.memory.estimate import estimate
+from mft.memory.fit import RESERVE, choose, gigabytes
+from mft.memory.shapes import known_config, shape_from_config
+from mft.memory.workload import WAYS, Setting
 
 # LLaMA2-7B's proportions at an eighth of its width.
 SMALL = known_config("llama2-7b") | {
@@ -279,7 +279,7 @@ def test_settings_that_make_no_sense():
 @pytest.fixture(autouse=True)
 def this_machine(monkeypatch):
     """One of 64 GB."""
-    monkeypatch.setattr(estimate_report, "machine_bytes", lambda: 64e9)
+    monkeypatch.setattr(estimate_command, "machine_bytes", lambda: 64e9)
 
 
 def call(*arguments):

@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset
 from tiny import make_llama, make_rows, masked_llama
 
-from mft.evaluate import Evaluation, evaluate, paired_difference
-from mft.prefix import PrefixMemory
-from mft.token_loss import likeliest
+from mft.evaluation.evaluate import Evaluation, evaluate, paired_difference
+from mft.models.frozen_layers import PrefixMemory
+from mft.models.token_loss import likeliest
 
 
 def evaluation(tokens, loss_sums, correct=None):

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from mft import export as export_module
-from mft import export_file
 from mft.config import MaskConfig
-from mft.convert import mask_model, masked_modules, merge_model
-from mft.export import base_hash, load_masks, save_masks
+from mft.masks import export as export_module
+from mft.masks import export_format
+from mft.masks.convert import mask_model, masked_modules, merge_model
+from mft.masks.export import base_hash, load_masks, save_masks
 
 TOKENS = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 CONFIG, MASKS = "adapter_config.json", "adapter_model.safetensors"
@@ -447,7 +447,7 @@ def test_an_old_export_without_a_content_hash_loads_and_it_is_said_what_that_can
 def peak_of_check(packed, entry, answers):
     """Put how many bytes the check took at most beside those that were there."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    export_file._checked_mask(Path("file"), "key", packed, entry)
+    export_format._checked_mask(Path("file"), "key", packed, entry)
     answers.put(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 
@@ -455,7 +455,7 @@ def test_a_mask_is_checked_in_little_more_memory_than_it_takes():
     """Unpacked whole, it took 64 times as many bytes. In a process of its own: a peak does not fall again."""
     packed = torch.full((2048, 2048), 0x0F0F0F0F, dtype=torch.int32)  # 16 MiB
     packed[0, 0] = -1
-    entry = export_file.MaskEntry("layer", (2048, 65536), "float32", 16 * packed.numel() + 16)
+    entry = export_format.MaskEntry("layer", (2048, 65536), "float32", 16 * packed.numel() + 16)
     answers = multiprocessing.get_context("fork").Queue()
     process = multiprocessing.get_context("fork").Process(target=peak_of_check, args=(packed, entry, answers))
     process.start()

@@ -9,10 +9,10 @@ from rich.console import Console
 from tiny_study import FEW, make_study, write_ground
 from typer.testing import CliRunner
 
-from mft.cli import app
-from mft.study import figures
-from mft.study.figures import draw_overlap, draw_surface
-from mft.study.report import write_study_report
+from mft.cli.app import app
+from mft.study.report import figures
+from mft.study.report.figures import draw_overlap, draw_surface
+from mft.study.report.write import write_study_report
 from mft.study.run import run_study
 from mft.study.store import open_store
 

@@ -5,13 +5,13 @@ import shutil
 import pytest
 import torch
 
-import mft.fit
-import mft.verbs
+import mft.cli.train
+import mft.training.plan
 from mft.config import DataConfig, MaskConfig, ModelConfig, RunConfig, TrainConfig
-from mft.estimate import estimate
-from mft.fit import plan_training, setting_of
-from mft.resume import Begin
-from mft.shapes import known_config, shape_from_config
+from mft.memory.estimate import estimate
+from mft.memory.shapes import known_config, shape_from_config
+from mft.training.plan import plan_training, setting_of
+from mft.training.resume import Begin
 
 
 def config_of(name="llama2-7b", memory="auto", **sections):
@@ -29,8 +29,8 @@ def config_of(name="llama2-7b", memory="auto", **sections):
 def with_free(monkeypatch, tmp_path):
     """with_free(gigabytes): so much memory is free."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(mft.fit, "default_device", lambda: torch.device("cpu"))
-    return lambda gigabytes: monkeypatch.setattr(mft.fit, "_available_host_bytes", lambda: gigabytes * 1e9)
+    monkeypatch.setattr(mft.training.plan, "default_device", lambda: torch.device("cpu"))
+    return lambda gigabytes: monkeypatch.setattr(mft.training.plan, "_available_host_bytes", lambda: gigabytes * 1e9)
 
 
 @pytest.mark.parametrize(("free", "way"), [(400, "plain"), (33, "resident"), (26.2, "layerwise")])
@@ -63,7 +63,7 @@ def test_the_nearest_setting_fits(with_free):
     changes = str(caught.value).rpartition("the nearest setting that fits: ")[2].split()
     assert changes
     overrides = dict(change.split("=") for change in changes)
-    assert set(overrides) <= set(mft.fit._KEYS.values())
+    assert set(overrides) <= set(mft.training.plan._KEYS.values())
     config = config_of(
         memory=overrides.get("memory", "auto"),
         quantization=overrides.get("model.quantization"),
@@ -86,9 +86,9 @@ def test_the_exact_weights_have_to_fit_before_they_are_quantised(with_free):
 
 def test_no_weight_is_loaded_before_the_refusal(with_free, monkeypatch):
     with_free(1)
-    monkeypatch.setattr(mft.verbs, "load_model", lambda *_: pytest.fail("a weight was loaded"))
+    monkeypatch.setattr(mft.cli.train, "load_model", lambda *_: pytest.fail("a weight was loaded"))
     with pytest.raises(ValueError, match="nothing fits"):
-        mft.verbs.run_train(Begin(config_of()))
+        mft.cli.train.run_train(Begin(config_of()))
 
 
 def test_quantized_means_nf4_unless_said_otherwise(with_free):
@@ -114,7 +114,7 @@ def test_frozen_layers_are_remembered_where_there_is_room_and_a_tenth_to_save(wi
     with_free(400)
     assert plan_training(config_of(mask=upper)).remember
     assert not plan_training(config_of()).remember  # four of 32 layers are a thirtieth of the step
-    needed = mft.fit.choose(
+    needed = mft.training.plan.choose(
         shape_from_config(known_config("llama2-7b")), setting_of(config_of(mask=upper), torch.device("cpu")), None
     ).estimates["layerwise"]
     with_free((needed.device_peak + 1e9) / 1e9)

@@ -5,9 +5,9 @@ import torch
 from tiny import make_rows, masked_llama
 
 from mft.config import TrainConfig
-from mft.flips import FlipCounter
-from mft.inspection import initial_masks
-from mft.recipe import train_masks
+from mft.masks.inspection import initial_masks
+from mft.training.flips import FlipCounter
+from mft.training.loop import train_masks
 
 
 def share(a, b):

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mft.config import DataConfig, ModelConfig, TrainConfig
-from mft.models import load_model
-from mft.records import open_source
-from mft.study.declared import ScratchConfig
+from mft.data.sources import open_source
+from mft.models.pretrained import load_model
+from mft.study.config import ScratchConfig
 from mft.study.from_scratch import EOS, make_model, train_from_scratch, train_tokenizer
 
 TEXTS = [f"def add_{i}(first, second):\n    return first + second + {i}\n\n" for i in range(60)]

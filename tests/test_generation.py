@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import WORDS, make_llama, masked_llama
 
-from mft.convert import merge_model
-from mft.quantized import quantize_model
+from mft.masks.convert import merge_model
+from mft.masks.quantize import quantize_model
 
 NEW = 12
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from mft.config import MaskConfig, ModelConfig
-from mft.convert import mask_model, masked_modules, merge_model
-from mft.export import load_masks, save_masks
-from mft.models import load_model, save_model
+from mft.masks.convert import mask_model, masked_modules, merge_model
+from mft.masks.export import load_masks, save_masks
+from mft.models.pretrained import load_model, save_model
 
 MASK = MaskConfig.paper(keep_ratio=0.7, seed=1)
 TOKENS = torch.arange(40, 64).reshape(2, 12)

@@ -10,7 +10,7 @@ from cpu_seconds import cpu_seconds
 from tiny_gguf import write_tiny_gguf
 
 from mft.config import ModelConfig
-from mft.models import load_model
+from mft.models.pretrained import load_model
 
 TRIES = int(os.environ.get("MFT_FUZZ", "300")) // 5
 

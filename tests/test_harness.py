@@ -11,11 +11,11 @@ import torch
 from sums import QUESTIONS, expected_scores, write_tasks
 from typer.testing import CliRunner
 
-from mft.cli import app
+from mft.cli.app import app
 from mft.config import MaskConfig
-from mft.convert import mask_model, masked_modules
-from mft.export import save_masks
-from mft.harness import TaskScore, load_tasks, score_tasks, task_table
+from mft.evaluation.lm_eval_tasks import TaskScore, load_tasks, score_tasks, task_table
+from mft.masks.convert import mask_model, masked_modules
+from mft.masks.export import save_masks
 
 MASK = MaskConfig.paper(keep_ratio=0.5, seed=1)
 

@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Collection, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -32,47 +34,10 @@ TRITON_LAYERS = (
 )
 # Of mft_kernels: a kernel knows no sibling.
 KERNELS_MAY_IMPORT = {"autotune", "backends", "reference", "reference_step"}
-RECIPE_LAYERS = (
-    (
-        *("atomic", "banked_linear", "checkpointing", "choices", "clones", "console", "corpus"),
-        *("header_corpus", "hub", "moving", "next_tokens", "problems", "progress", "quantized_weight", "randomness"),
-        *("regular_file", "run_lock", "simulate", "step_errors", "step_report", "token_loss"),
-        *("weight_readers", "yaml_file"),
-    ),
-    ("cache", "json_file", "measure"),
-    ("gguf_file", "safetensors_file"),
-    ("batches", "checkpoint", "fetch", "fields", "linears", "record_files", "saved_modules", "shapes"),
-    ("activations", "causal_lm", "config", "export_file", "lora", "model_config", "setting", "harness"),
-    (
-        *("distributed", "layer_calls", "master_weights", "models", "prefix", "records", "run_directory"),
-        *("score_states", "step_time", "targets"),
-    ),
-    ("convert", "estimate", "examples", "layer_engine"),
-    ("answers", "bases", "choice", "inspection", "layerwise", "peft_layer", "plain", "rows"),
-    ("engines", "estimate_report", "one_shot", "training_state"),
-    ("saver",),
-    ("evaluate",),
-    ("export", "mask_cost", "recipe", "surface", "temperature"),
-    (
-        *("data", "fit", "flips", "mask_bank", "overlap", "paper_masks", "peft_method", "quantized", "recorder"),
-        *("tuning", "verify"),
-    ),
-    ("compare", "lm_eval_model", "resume", "sensitivity", "simulated_step", "study"),
-    ("plots",),
-    ("report",),
-    ("demo", "mask_verbs", "verbs"),
-    ("cli", "demo_grid"),
-    ("__init__",),
-)
-STUDY_LAYERS = (
-    ("declared", "environment", "shown"),
-    ("ablate", "bench", "from_scratch", "load", "outcome"),
-    ("arms", "plan", "statistics"),
-    ("store", "table", "workers"),
-    ("figures", "plots", "run", "verdict"),
-    ("report",),
-    ("verbs",),
-    ("__init__",),
+# Of mft: a package may import those before it. In a package there is no order, and no circle.
+RECIPE_ORDER = (
+    *("choices", "checks", "files", "memory", "config", "data", "models", "masks", "engines", "evaluation", "training"),
+    *("study", "study.report", "demo", "cli", "__main__"),
 )
 EXTERNAL = {"torch", "triton", "numpy"}  # all that mft_kernels may import besides the standard library
 
@@ -127,12 +92,56 @@ def test_the_triton_kernels_import_downward_and_no_sibling():
         assert not any("mft_kernels" in name for name in imports(path, "mft_kernels.triton")[1]), path
 
 
-def test_the_recipe_imports_downward():
-    assert crossings(ROOT / "python" / "mft", "mft", RECIPE_LAYERS) == []
+def modules_of(folder: Path) -> dict[str, Path]:
+    """{dotted name below the package: file}; a package's own name stands for its __init__.py, the outermost's is ""."""
+    found = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
 
 
-def test_the_study_imports_downward():
-    assert crossings(ROOT / "python" / "mft" / "study", "mft.study", STUDY_LAYERS) == []
+def imported_modules(path: Path, package: str, modules: Collection[str]) -> set[str]:
+    """Those of ``modules`` that a file imports by their whole names, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level or path.name == "__init__.py", f"{path}: write the whole name"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    below = {name.removeprefix(f"{package}.") for name in found if name}
+    return {name for name in below if name in modules and name != ""}
+
+
+def faults(folder: Path, package: str, order: Sequence[str]) -> list[str]:
+    """Every import of a package that comes later in ``order``, and every circle of modules inside one package."""
+    modules = modules_of(folder)
+    known = {name: imported_modules(path, package, modules) for name, path in modules.items() if name}
+    home = {name: max((p for p in order if f"{name}.".startswith(f"{p}.")), key=len, default=None) for name in known}
+    found = [f"{name} stands in no package of the order" for name in known if home[name] is None]
+    rank = {name: len(order) if place is None else order.index(place) for name, place in home.items()}
+    for name, below in known.items():
+        found += [f"{name} imports {other}" for other in sorted(below) if rank[other] > rank[name]]
+    for place in order:
+        inside = {name: {o for o in below if home[o] == place} for name, below in known.items() if home[name] == place}
+        try:
+            TopologicalSorter(inside).prepare()
+        except CycleError as error:
+            found.append(f"a circle: {' imports '.join(reversed(error.args[1]))}")
+    return found
+
+
+def test_the_recipe_imports_downward_and_in_no_circle():
+    assert faults(ROOT / "python" / "mft", "mft", RECIPE_ORDER) == [
+        "data.batches imports models.token_loss",
+        "evaluation.evaluated_base imports training.run_directory",
+        "evaluation.lm_eval_model imports training.run_directory",
+        "masks.bank imports training.run_directory",
+        "masks.convert imports engines.distributed",
+        "masks.export imports engines.distributed",
+        "masks.export imports training.run_directory",
+    ]
 
 
 def test_the_kernel_package_needs_torch_triton_and_numpy_alone():
@@ -146,6 +155,23 @@ def test_a_crossed_line_is_found(tmp_path):
     (tmp_path / "high.py").write_text("import kernels.low\nfrom kernels import low\n")
     (tmp_path / "new.py").write_text("")
     assert crossings(tmp_path, "kernels", (("low",), ("high",))) == ["low imports high", "new.py stands in no layer"]
+
+
+def test_a_line_crossed_between_packages_and_a_circle_inside_one_are_found(tmp_path):
+    for name, text in {
+        "low/a.py": "def f():\n    from p.low.b import g\n",
+        "low/b.py": "from p.low import c\n",
+        "low/c.py": "import p.low.a\n",
+        "low/d.py": "from p.high.e import f\n",
+        "high/e.py": "from p.low.a import f\n",
+        "new.py": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = faults(tmp_path, "p", ("low", "high"))
+    assert found[:2] == ["new stands in no package of the order", "low.d imports high.e"]
+    assert len(found) == 3
+    assert found[2].startswith("a circle: low.")
 
 
 @pytest.mark.parametrize("module", ["transformers", "datasets", "yaml", "typer", "matplotlib"])

@@ -17,10 +17,11 @@ if knobs.runtime.interpret:
 
 from masked_dot import compile_masked_dot
 
-from benchmarks.kernel_code import amdgcn, sass
+from benchmarks.kernel_code import amdgcn
 from benchmarks.kernel_code.ahead import gpu_target, recorded
-from benchmarks.kernel_code.flow import natural_loops
-from benchmarks.kernel_code.hazard import Hazard, hazards
+from building.machine_code import sass
+from building.machine_code.flow import natural_loops
+from building.machine_code.hazard import Hazard, hazards
 from mft_kernels.triton.launch import launch
 from mft_kernels.triton.target import A100, H100, MI300X
 

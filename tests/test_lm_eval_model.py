@@ -13,11 +13,11 @@ from lm_eval.tasks import TaskManager
 from sums import expected_scores, write_tasks
 
 from mft.config import MaskConfig
-from mft.convert import mask_model, masked_modules
-from mft.export import load_masks, save_masks
-from mft.lm_eval_model import MaskedLM
-from mft.models import save_model
-from mft.quantized import quantize_model
+from mft.evaluation.lm_eval_model import MaskedLM
+from mft.masks.convert import mask_model, masked_modules
+from mft.masks.export import load_masks, save_masks
+from mft.masks.quantize import quantize_model
+from mft.models.pretrained import save_model
 
 MASK = MaskConfig.paper(keep_ratio=0.5, seed=1)
 METRICS = {"sums_choice": "acc", "sums_likelihood": "perplexity"}
@@ -39,8 +39,8 @@ def test_the_command_line_of_lm_eval_scores_a_directory_of_masks(masks, tiny_lla
     arguments += ["--include_path", str(tasks), "--output_path", str(output), "--batch_size", "4"]
     monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)  # it would log to this test's stderr for good
     monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
-    with pytest.warns(RuntimeWarning, match="'mft.lm_eval_model' found in sys.modules"):
-        runpy.run_module("mft.lm_eval_model", run_name="__main__")
+    with pytest.warns(RuntimeWarning, match="'mft.evaluation.lm_eval_model' found in sys.modules"):
+        runpy.run_module("mft.evaluation.lm_eval_model", run_name="__main__")
     (written,) = tmp_path.glob("scores*.json")
     results = json.loads(written.read_text())["results"]
     found = {task: results[task][f"{metric},none"] for task, metric in METRICS.items()}

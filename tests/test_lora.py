@@ -7,13 +7,13 @@ import pytest
 import torch
 from tiny import make_llama, make_rows, masked_llama
 
-from mft.causal_lm import first_trainable_layer
-from mft.clones import clone_with_own_weights
 from mft.config import TrainConfig
-from mft.evaluate import evaluate
-from mft.lora import add_lora, merge_lora
-from mft.prefix import PrefixMemory
-from mft.recipe import train_loop
+from mft.evaluation.evaluate import evaluate
+from mft.models.causal_lm import first_trainable_layer
+from mft.models.clones import clone_with_own_weights
+from mft.models.frozen_layers import PrefixMemory
+from mft.study.lora import add_lora, merge_lora
+from mft.training.loop import train_loop
 
 NAMES = ["model.layers.2.mlp.up_proj", "model.layers.3.self_attn.q_proj"]
 TRAIN = TrainConfig(lr=3e-2, steps=20, batch_size=4)

@@ -9,11 +9,11 @@ from tiny import WORDS, make_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import mft
-from mft.banked_linear import BankedLinear
 from mft.config import MaskConfig
-from mft.convert import mask_model, masked_modules, merge_model
-from mft.export import load_masks, save_masks
-from mft.mask_bank import MaskBank, load_mask_bank
+from mft.masks.bank import MaskBank, load_mask_bank
+from mft.masks.banked_linear import BankedLinear
+from mft.masks.convert import mask_model, masked_modules, merge_model
+from mft.masks.export import load_masks, save_masks
 from mft_kernels import masked_linear_packed
 
 # Logits of 7, summed in one order or another: either is up to 1.2e-5 from fp64's. Tasks differ by more than 1e-2.

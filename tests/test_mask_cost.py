@@ -10,15 +10,15 @@ import torch
 from tiny import make_llama, make_rows, masked_llama
 from typer.testing import CliRunner
 
-from mft import mask_cost
-from mft.cli import app
+from mft.cli.app import app
 from mft.config import MaskConfig, TrainConfig
-from mft.convert import mask_model, masked_modules
-from mft.evaluate import evaluate
-from mft.mask_cost import said_of_cost
-from mft.recipe import finetune, train_masks
-from mft.run_directory import CHECKPOINTS
-from mft.saver import Saver
+from mft.evaluation import mask_cost
+from mft.evaluation.evaluate import evaluate
+from mft.evaluation.mask_cost import said_of_cost
+from mft.masks.convert import mask_model, masked_modules
+from mft.training.loop import finetune, train_masks
+from mft.training.run_directory import CHECKPOINTS
+from mft.training.saver import Saver
 from mft_kernels import MaskedLinear
 
 cli, model_dir = test_cli.cli, test_cli.model_dir  # fixtures

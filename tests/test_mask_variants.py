@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny import make_rows, masked_llama
 
-from benchmarks.mask_variants import CONTROL, START, Variant, ranked, search
-from benchmarks.mask_variants_ground import Log, Tried
-from benchmarks.mask_variants_rules import (
+from benchmarks.mask_variants.__main__ import CONTROL, START, Variant, ranked, search
+from benchmarks.mask_variants.ground import Log, Tried
+from benchmarks.mask_variants.rules import (
     FreeThreshold,
     GradientSigmoid,
     GradientWindow,
@@ -21,8 +21,8 @@ from benchmarks.mask_variants_rules import (
     SlowThreshold,
 )
 from mft.config import TrainConfig
-from mft.convert import masked_modules
-from mft.recipe import train_masks
+from mft.masks.convert import masked_modules
+from mft.training.loop import train_masks
 
 STEPS = 4
 

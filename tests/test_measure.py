@@ -5,9 +5,9 @@ import io
 import pytest
 import torch
 
-from mft import measure
-from mft.console import new_console
-from mft.measure import DENSE, EAGER, HELD, SCORES, Row, calls_of, conclusion, run_measure, table_of, verdict
+from mft.cli import measure
+from mft.cli.measure import DENSE, EAGER, HELD, SCORES, Row, calls_of, conclusion, run_measure, table_of, verdict
+from mft.training.console import new_console
 from mft_kernels.testing import random_inputs
 
 

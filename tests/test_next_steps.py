@@ -10,12 +10,12 @@ from test_cli import LEARN, cli, model_dir  # noqa: F401
 from tiny import make_llama
 from typer.testing import CliRunner
 
-import mft.demo
-from mft.bases import learned_base
-from mft.cli import app
+import mft.demo.run
+from mft.cli.app import app
 from mft.config import DataConfig, MaskConfig, TrainConfig, load_config
-from mft.models import load_model
-from mft.run_directory import check_run_directory
+from mft.evaluation.evaluated_base import learned_base
+from mft.models.pretrained import load_model
+from mft.training.run_directory import check_run_directory
 
 
 def printed_commands(output):
@@ -106,7 +106,7 @@ def tiny_demo(model_dir, tmp_path, monkeypatch):  # noqa: F811
         "CONTROL_LRS": (1e-3,),
         "_generate": lambda *arguments: "print()",
     }.items():
-        monkeypatch.setattr(mft.demo, name, value)
+        monkeypatch.setattr(mft.demo.run, name, value)
     return tmp_path
 
 

@@ -21,11 +21,11 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mft.config import MaskConfig, ModelConfig, TrainConfig
-from mft.convert import mask_model
-from mft.evaluate import evaluate
-from mft.next_tokens import check_next_tokens, longest_row
-from mft.recipe import finetune, train_masks
-from mft.study.bench import Bench
+from mft.evaluation.evaluate import evaluate
+from mft.masks.convert import mask_model
+from mft.models.next_tokens import check_next_tokens, longest_row
+from mft.study.workspace import Bench
+from mft.training.loop import finetune, train_masks
 
 SIZES = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 BERT = {**SIZES, "intermediate_size": 64, "max_position_embeddings": 64}

@@ -6,8 +6,8 @@ from datasets import Dataset
 from tiny import make_llama, make_rows, masked_llama
 
 from mft.config import MaskConfig
-from mft.convert import masked_modules
-from mft.one_shot import METHODS, importance, initialise_scores, one_shot_mask, set_keep_ratio
+from mft.masks.convert import masked_modules
+from mft.study.one_shot import METHODS, importance, initialise_scores, one_shot_mask, set_keep_ratio
 
 UP, Q = "model.layers.2.mlp.up_proj", "model.layers.3.self_attn.q_proj"
 LAYERS = MaskConfig(layers_to_transform=[2, 3], keep_ratio=0.9)
@@ -139,7 +139,7 @@ def test_ties_are_all_kept():
 
 
 def test_ranks_tell_neighbouring_floats_apart():
-    from mft.one_shot import _ranks
+    from mft.study.one_shot import _ranks
 
     values = torch.tensor([[-1.0, 1.0], [1.0 + 2**-23, 1.0 - 2**-24], [0.0, -0.0]])
     ranks = _ranks(values)
@@ -149,7 +149,7 @@ def test_ranks_tell_neighbouring_floats_apart():
 
 
 def test_equal_importance_in_a_row_goes_by_column_so_that_wanda_keeps_each_rows_share():
-    from mft.one_shot import _row_ranks
+    from mft.study.one_shot import _row_ranks
 
     assert _row_ranks(torch.tensor([[5.0, 5, 5, 1], [1, 2, 3, 4]])).tolist() == [[4, 3, 2, 1], [1, 2, 3, 4]]
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mft.overlap import dropped, flipped, overlap, overlaps, plot_overlaps
+from mft.study.report.overlap import dropped, flipped, overlap, overlaps, plot_overlaps
 
 
 def marked(*places, size=10):

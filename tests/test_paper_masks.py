@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import make_llama, masked_llama
 
-from mft.convert import masked_modules
-from mft.paper_masks import import_paper_masks, read_paper_masks, write_paper_masks
+from mft.masks.convert import masked_modules
+from mft.masks.paper_masks import import_paper_masks, read_paper_masks, write_paper_masks
 
 UP = "model.layers.2.mlp.up_proj"
 

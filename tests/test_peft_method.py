@@ -20,8 +20,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 
 from mft import MaskConfig, load_masks, mask_model, masked_modules, merge_model, save_masks
-from mft.peft_layer import MaskLinear
-from mft.peft_method import MaskPeftConfig, to_masked_model
+from mft.masks.peft import MaskPeftConfig, to_masked_model
+from mft.masks.peft_layer import MaskLinear
 
 # What PEFT 0.21 still calls in transformers 5.24.
 pytestmark = pytest.mark.filterwarnings(
@@ -561,17 +561,17 @@ def test_a_failed_second_mask_leaves_the_first_as_it_was():
 
 @pytest.mark.parametrize("version", ["0.20.0", "0.22.0"])
 def test_a_version_of_peft_that_was_not_tried_is_refused(monkeypatch, version):
-    monkeypatch.delitem(sys.modules, "mft.peft_method")
+    monkeypatch.delitem(sys.modules, "mft.masks.peft")
     monkeypatch.setattr(peft, "__version__", version)
     with pytest.raises(ImportError, match=f"got {version}: pip install 'peft>="):
-        importlib.import_module("mft.peft_method")
+        importlib.import_module("mft.masks.peft")
 
 
 def test_a_missing_peft_is_told(monkeypatch):
-    monkeypatch.delitem(sys.modules, "mft.peft_method")
+    monkeypatch.delitem(sys.modules, "mft.masks.peft")
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r"mft.peft_method needs peft >= 0.*: pip install 'peft>="):
-        importlib.import_module("mft.peft_method")
+    with pytest.raises(ImportError, match=r"mft.masks.peft needs peft >= 0.*: pip install 'peft>="):
+        importlib.import_module("mft.masks.peft")
 
 
 def test_our_own_api_does_without_peft():

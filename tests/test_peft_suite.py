@@ -13,7 +13,7 @@ import torch
 from tiny import make_llama
 from transformers import AutoModelForCausalLM
 
-from mft.peft_method import MaskPeftConfig
+from mft.masks.peft import MaskPeftConfig
 
 CHECKOUT = os.environ.get("MFT_PEFT")
 if CHECKOUT is None:

@@ -1,4 +1,4 @@
-"""Facts about mft.problems: answers are right, splits share no problem, a kind is a document."""
+"""Facts about mft.data.problems: answers are right, splits share no problem, a kind is a document."""
 
 import itertools
 import math
@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 
 from mft.config import DataConfig
-from mft.data import load_splits
-from mft.problems import KINDS, SPLIT_SIZES, make_problems
-from mft.records import open_source
+from mft.data.problems import KINDS, SPLIT_SIZES, make_problems
+from mft.data.sources import open_source
+from mft.data.splits import load_splits
 
 
 @pytest.fixture(scope="module")

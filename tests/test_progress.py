@@ -5,15 +5,15 @@ import io
 import pytest
 from rich.console import Console
 
-import mft.progress
-from mft.progress import Progress, duration
+import mft.training.progress
+from mft.training.progress import Progress, duration
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """clock(seconds): so much later is it now."""
     now = [1000.0]
-    monkeypatch.setattr(mft.progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(mft.training.progress.time, "perf_counter", lambda: now[0])
 
     def advance(seconds):
         now[0] += seconds

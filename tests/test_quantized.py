@@ -15,19 +15,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import mft.config
-import mft.engines
-from mft import quantized_weight
+import mft.engines.start
+from benchmarks.memory.tracker import MemoryTracker
 from mft.config import MaskConfig, ModelConfig, TrainConfig
-from mft.convert import mask_model, masked_modules, merge_model
-from mft.evaluate import evaluate
-from mft.export import base_hash, load_masks, save_masks
-from mft.export_file import read_export
-from mft.linears import find_candidates, layer_stacks
-from mft.moving import Mover
-from mft.quantized import QuantizedLinear, QuantizedMaskedLinear, quantize_model
-from mft.quantized_weight import BLOCK, QUANTIZATIONS, QuantizedWeight, quantized_weights
-from mft.recipe import train_masks
-from mft.simulate import MemoryTracker
+from mft.engines.offload import Mover
+from mft.evaluation.evaluate import evaluate
+from mft.masks.convert import mask_model, masked_modules, merge_model
+from mft.masks.export import base_hash, load_masks, save_masks
+from mft.masks.export_format import read_export
+from mft.masks.quantize import QuantizedLinear, QuantizedMaskedLinear, quantize_model
+from mft.models import quantized_weight
+from mft.models.linears import find_candidates, layer_stacks
+from mft.models.quantized_weight import BLOCK, QUANTIZATIONS, QuantizedWeight, quantized_weights
+from mft.training.loop import train_masks
 
 # The levels that appendix E of QLoRA (arXiv 2305.14314) lists.
 NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
@@ -281,7 +281,7 @@ def test_quantised_linears_are_linears_to_the_search_and_cannot_be_masked():
     model = quantize_model(make_llama().requires_grad_(False))
     candidates = [c for c in find_candidates(model, layer_stacks(model)) if not c.is_head]
     assert len(candidates) == 4 * 7
-    with pytest.raises(ValueError, match="cannot mask .*: it is a mft.quantized.QuantizedLinear, not a plain nn.Lin"):
+    with pytest.raises(ValueError, match="cannot mask .*: it is a mft.masks.quantize.QuantizedLinear, not a plain"):
         mask_model(model, MaskConfig.paper())
 
 
@@ -324,7 +324,7 @@ def test_a_weight_that_is_not_finite_is_named():
 @pytest.mark.parametrize("way", ["resident", "quantized", "layerwise"])
 @pytest.mark.parametrize("separate", [False, True], ids=["one memory", "two memories"])
 def test_every_way_gives_the_plain_update_on_a_quantised_base(way, masked, separate, monkeypatch):
-    monkeypatch.setattr(mft.engines, "Mover", lambda device, **_: Mover(device, separate=separate))
+    monkeypatch.setattr(mft.engines.start, "Mover", lambda device, **_: Mover(device, separate=separate))
     settings = TrainConfig(lr=1e-3, steps=3, batch_size=2, accumulation=2)
     runs = []
     for name in ("plain", way):

@@ -8,13 +8,13 @@ import torch
 from tiny import WORDS, make_llama, make_rows, masked_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mft.causal_lm import decoder_layers, first_trainable_layer, head_of, run_decoder, split_at_head
 from mft.config import MaskConfig, TrainConfig
-from mft.convert import mask_model, masked_modules
-from mft.master_weights import MasterAdamW
-from mft.prefix import FrozenPrefix, PrefixMemory
-from mft.recipe import NonFiniteLoss, finetune, schedule_factor, train_loop, train_masks, train_weights
-from mft.token_loss import backward_token_loss
+from mft.engines.master_weights import MasterAdamW
+from mft.masks.convert import mask_model, masked_modules
+from mft.models.causal_lm import decoder_layers, first_trainable_layer, head_of, run_decoder, split_at_head
+from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
+from mft.models.token_loss import backward_token_loss
+from mft.training.loop import NonFiniteLoss, finetune, schedule_factor, train_loop, train_masks, train_weights
 
 
 def score_gradients(model):
@@ -95,7 +95,7 @@ def test_small_updates_of_bf16_weights_are_not_rounded_away():
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_16_bit_gradients_are_summed_in_fp32_whatever_the_block(monkeypatch, transposed):
-    monkeypatch.setattr("mft.master_weights._BLOCK", 4)
+    monkeypatch.setattr("mft.engines.master_weights._BLOCK", 4)
     weight = torch.nn.Parameter(torch.ones(3, 5, dtype=torch.bfloat16))
     with MasterAdamW([weight], TrainConfig(steps=1)) as optimizer:
         given = [torch.randn(5, 3).T if transposed else torch.randn(3, 5) for _ in range(3)]
@@ -156,7 +156,7 @@ def test_the_linear_schedule_warms_up_and_falls_to_zero():
 
 
 def test_the_chunked_loss_and_its_gradients_are_the_models_own(monkeypatch):
-    monkeypatch.setattr("mft.token_loss.CHUNK", 5)
+    monkeypatch.setattr("mft.models.token_loss.CHUNK", 5)
     rows = make_rows(3).with_format("torch")[:]
     labels = rows["labels"].clone()
     labels[0, :7] = -100

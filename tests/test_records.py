@@ -12,7 +12,7 @@ from benchmarks.layer_competitors import FROM_SCORES, HELD
 from benchmarks.pooled import pooled
 from benchmarks.records import ON_ANY, RESULTS, by_machine, by_question, file_name, instruction_sets, machine, read_all
 from benchmarks.tables import cpu_tables, generate_tables
-from mft.shapes import known_config
+from mft.memory.shapes import known_config
 
 SMALL = bench_cpu.Budget(
     many=(((4, 64), (("forward", 1), ("step", 3))), ((4, 32), (("d_x", 2),))),

@@ -8,15 +8,15 @@ import torch
 from test_evaluate import evaluation
 from tiny import make_rows, masked_llama
 
-from mft import plots
-from mft.compare import BASE, CONTROL, FULL, MAGNITUDE, MFT, RANDOM, Comparison, Trial
+from mft.cli.masks import _mask_table
 from mft.config import TrainConfig
-from mft.console import new_console
-from mft.inspection import MaskStatistics, flip_share, initial_masks, mask_statistics
-from mft.mask_verbs import _mask_table
-from mft.recipe import train_masks
-from mft.report import console_table, remarks, table_rows, verdict, write_report
-from mft.step_report import StepReport
+from mft.demo import plots
+from mft.demo.compare import BASE, CONTROL, FULL, MAGNITUDE, MFT, RANDOM, Comparison, Trial
+from mft.demo.report import console_table, remarks, table_rows, verdict, write_report
+from mft.engines.step import StepReport
+from mft.masks.inspection import MaskStatistics, flip_share, initial_masks, mask_statistics
+from mft.training.console import new_console
+from mft.training.loop import train_masks
 
 TOKENS = [10, 10, 20]
 

@@ -10,13 +10,13 @@ import torch
 from tiny import make_llama, make_rows, masked_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mft.checkpoint import newest_checkpoint
 from mft.config import MaskConfig, TrainConfig
-from mft.convert import mask_model
-from mft.prefix import FrozenPrefix
-from mft.quantized import quantize_model
-from mft.recipe import finetune, train_masks
-from mft.saver import Saver, Stopped
+from mft.masks.convert import mask_model
+from mft.masks.quantize import quantize_model
+from mft.models.frozen_layers import FrozenPrefix
+from mft.training.checkpoint import newest_checkpoint
+from mft.training.loop import finetune, train_masks
+from mft.training.saver import Saver, Stopped
 
 STEPS, FIRST = 20, 7
 ROWS = 10  # of which a step takes 4: epochs end within steps, and within micro-batches of 4

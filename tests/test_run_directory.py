@@ -2,9 +2,9 @@
 
 import pytest
 
-from mft.checkpoint import write_checkpoint
 from mft.config import RunConfig
-from mft.run_directory import MetricsFile, check_run_directory, holding, open_run, read_metrics
+from mft.training.checkpoint import write_checkpoint
+from mft.training.run_directory import MetricsFile, check_run_directory, holding, open_run, read_metrics
 
 
 def test_a_line_that_is_being_written_is_not_an_event_yet(tmp_path):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mft.run_lock import LOCK, hold
+from mft.training.run_lock import LOCK, hold
 
 
 def test_a_second_holder_is_told_who_the_first_is(tmp_path):

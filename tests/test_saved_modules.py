@@ -10,12 +10,12 @@ from tiny import WORDS, make_llama, make_rows
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from mft.config import MaskConfig, RunConfig, TrainConfig
-from mft.convert import mask_model, masked_modules, merge_model, trainable_parameters
-from mft.export import load_masks, save_masks
-from mft.export_file import CONFIG_FILE, MASK_FILE, read_export
-from mft.mask_bank import load_mask_bank
-from mft.paper_masks import write_paper_masks
-from mft.recipe import train_masks
+from mft.masks.bank import load_mask_bank
+from mft.masks.convert import mask_model, masked_modules, merge_model, trainable_parameters
+from mft.masks.export import load_masks, save_masks
+from mft.masks.export_format import CONFIG_FILE, MASK_FILE, read_export
+from mft.masks.paper_masks import write_paper_masks
+from mft.training.loop import train_masks
 
 IDS = torch.randint(1, WORDS, (3, 7), generator=torch.Generator().manual_seed(1))
 MASK = {"modules_to_save": ["score"], "layers_to_transform": [1], "keep_ratio": 0.5}

@@ -7,12 +7,10 @@ import torch
 from tiny import make_llama, make_rows, masked_llama
 
 from mft.config import MaskConfig, TrainConfig, load_config
-from mft.convert import mask_model
-from mft.evaluate import evaluate
-from mft.recipe import finetune, train_masks
-from mft.recorder import Recorder
-from mft.run_directory import METRICS
-from mft.sensitivity import (
+from mft.evaluation.evaluate import evaluate
+from mft.masks.convert import mask_model
+from mft.masks.targets import select_targets
+from mft.study.sensitivity import (
     Group,
     Sensitivity,
     kind_groups,
@@ -22,7 +20,9 @@ from mft.sensitivity import (
     recommendation,
     sensitivity_table,
 )
-from mft.targets import select_targets
+from mft.training.loop import finetune, train_masks
+from mft.training.metrics import Recorder
+from mft.training.run_directory import METRICS
 
 TRAIN = TrainConfig(lr=1e-3, steps=12, batch_size=8)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mft.linears import layer_stacks
-from mft.shapes import known_config, known_models, shape_from_config
+from mft.memory.shapes import known_config, known_models, shape_from_config
+from mft.models.linears import layer_stacks
 
 # Parameters, as the models' cards and checkpoints have them.
 PUBLISHED = {

@@ -8,9 +8,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaDecoderLayer
 
-from mft.activations import Layer
-from mft.shapes import known_config, shape_from_config
-from mft.simulate import BLOCK, MemoryTracker
+from benchmarks.memory.tracker import BLOCK, MemoryTracker
+from mft.memory.activations import Layer
+from mft.memory.shapes import known_config, shape_from_config
 
 KB = 1024
 

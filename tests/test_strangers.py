@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from tiny import masked_llama
 
-from mft.checkpoint import BadCheckpoint, verify_checkpoint, write_checkpoint
 from mft.config import RunConfig, load_config, save_config
-from mft.export import save_masks
-from mft.export_file import CONFIG_FILE, MASK_FILE, is_export, read_export
-from mft.model_config import read_model_config
-from mft.models import load_model, read_chat_template
-from mft.paper_masks import read_paper_masks, write_paper_masks
+from mft.masks.export import save_masks
+from mft.masks.export_format import CONFIG_FILE, MASK_FILE, is_export, read_export
+from mft.masks.paper_masks import read_paper_masks, write_paper_masks
+from mft.memory.model_config import read_model_config
+from mft.models.pretrained import load_model, read_chat_template
+from mft.training.checkpoint import BadCheckpoint, verify_checkpoint, write_checkpoint
 
 TRIES = int(os.environ.get("MFT_FUZZ", "300"))  # a test
 trials = settings(max_examples=TRIES, deadline=30_000, suppress_health_check=list(HealthCheck), database=None)

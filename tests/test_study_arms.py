@@ -9,14 +9,14 @@ from safetensors.torch import load_file
 from tiny_study import equal, make_study, write_ground
 
 from mft.config import ModelConfig
-from mft.convert import masked_modules
-from mft.evaluate import evaluate
-from mft.prefix import PrefixMemory
+from mft.evaluation.evaluate import evaluate
+from mft.masks.convert import masked_modules
+from mft.models.frozen_layers import PrefixMemory
 from mft.study import arms
 from mft.study.arms import Job, run_test, run_unit
-from mft.study.bench import Bench, with_layers_remembered, with_weights
-from mft.study.declared import Setting
+from mft.study.config import Setting
 from mft.study.outcome import Unit
+from mft.study.workspace import Bench, with_layers_remembered, with_weights
 
 ARMS = """
   base: {kind: base}

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mft.config import DataConfig
-from mft.evaluate import Evaluation
-from mft.study.declared import ArmConfig, Setting, StudyConfig
+from mft.evaluation.evaluate import Evaluation
+from mft.study.config import ArmConfig, Setting, StudyConfig
 from mft.study.outcome import Measured, Outcome, Unit
 from mft.study.plan import (
     best_so_far,

@@ -10,14 +10,14 @@ import torch
 from rich.console import Console
 
 from mft.config import DataConfig, MaskConfig
-from mft.evaluate import Evaluation
-from mft.study.declared import ArmConfig, Setting, StudyConfig
+from mft.evaluation.evaluate import Evaluation
+from mft.study.config import ArmConfig, Setting, StudyConfig
 from mft.study.outcome import Findings, Measured, Outcome, Unit
-from mft.study.plots import plot_study, plot_summary
-from mft.study.report import console_report, verdicts, write_study_report
-from mft.study.statistics import differences, paired
-from mft.study.table import study_numbers, study_tables
-from mft.study.verdict import HELPS, LOST, NO_EVIDENCE, remarks
+from mft.study.report.plots import plot_study, plot_summary
+from mft.study.report.statistics import differences, paired
+from mft.study.report.table import study_numbers, study_tables
+from mft.study.report.verdict import HELPS, LOST, NO_EVIDENCE, remarks
+from mft.study.report.write import console_report, verdicts, write_study_report
 
 DOCUMENTS = 30
 ARMS = {

@@ -10,9 +10,9 @@ from rich.console import Console
 from tiny_study import FEW, FULL, equal, make_study, write_ground
 from typer.testing import CliRunner
 
-from mft.cli import app
+from mft.cli.app import app
 from mft.study import arms, run, workers
-from mft.study.declared import Setting
+from mft.study.config import Setting
 from mft.study.outcome import Unit
 from mft.study.run import run_study
 

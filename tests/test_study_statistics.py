@@ -10,10 +10,10 @@ import pytest
 import torch
 from scipy import stats
 
-from mft.evaluate import Evaluation, paired_difference
-from mft.study import statistics
+from mft.evaluation.evaluate import Evaluation, paired_difference
 from mft.study.outcome import Measured
-from mft.study.statistics import Paired, differences, holm, paired, resampled, with_holm
+from mft.study.report import statistics
+from mft.study.report.statistics import Paired, differences, holm, paired, resampled, with_holm
 
 
 def measured(generator, documents=6, shift=0.0, tokens=None):

@@ -7,9 +7,9 @@ import torch
 from test_study_plan import bowl, outcome, play
 from tiny_study import equal, make_study
 
-from mft.evaluate import Evaluation
+from mft.evaluation.evaluate import Evaluation
 from mft.study import outcome as outcomes
-from mft.study.declared import Setting
+from mft.study.config import Setting
 from mft.study.outcome import Measured, Outcome, Unit, outcome_from, outcome_values
 from mft.study.plan import selection
 from mft.study.store import Store, open_store

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import make_llama, make_rows, masked_llama
 
-from mft.evaluate import evaluate
-from mft.surface import loss_surface, plane_through, plot_surfaces, random_plane, weights_of
+from mft.evaluation.evaluate import evaluate
+from mft.study.report.surface import loss_surface, plane_through, plot_surfaces, random_plane, weights_of
 
 NAMES = ["model.layers.2.mlp.down_proj", "model.layers.3.self_attn.q_proj"]
 

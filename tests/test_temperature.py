@@ -7,11 +7,11 @@ import torch
 from tiny import WORDS, make_llama, make_rows, masked_llama
 
 from mft.config import TrainConfig
-from mft.evaluate import evaluate
-from mft.prefix import PrefixMemory
-from mft.recipe import finetune
-from mft.temperature import evaluate_tempered, fit_temperature
-from mft.token_loss import temperature_slopes
+from mft.evaluation.evaluate import evaluate
+from mft.evaluation.temperature import evaluate_tempered, fit_temperature
+from mft.models.frozen_layers import PrefixMemory
+from mft.models.token_loss import temperature_slopes
+from mft.training.loop import finetune
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mft.config import MaskConfig
-from mft.convert import mask_model, masked_modules
-from mft.quantized import quantize_model
+from mft.masks.convert import mask_model, masked_modules
+from mft.masks.quantize import quantize_model
 from mft_kernels import MaskAdamW
 
 STEPS = 6

@@ -5,8 +5,8 @@ import math
 import pytest
 from torch import nn
 
-from mft.recipe import NonFiniteLoss
-from mft.tuning import tune
+from mft.demo.tuning import tune
+from mft.training.loop import NonFiniteLoss
 
 
 def tuned(losses, lrs, extensions=2):

@@ -7,9 +7,9 @@ import pytest
 from test_cli import LEARN, cli, model_dir  # noqa: F401
 from tiny import masked_llama
 
-from mft.checkpoint import write_checkpoint
-from mft.export import save_masks
-from mft.verify import verify_directory
+from mft.cli.verify import verify_directory
+from mft.masks.export import save_masks
+from mft.training.checkpoint import write_checkpoint
 
 
 @pytest.fixture

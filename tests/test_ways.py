@@ -8,14 +8,14 @@ import torch
 from tiny import make_llama, make_rows, masked_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import mft.engines
-from mft.batches import take_rows
+import mft.engines.start
 from mft.config import MaskConfig, TrainConfig
-from mft.convert import mask_model, masked_modules, merge_model, trainable_parameters
-from mft.engines import start_engine
-from mft.evaluate import evaluate
-from mft.moving import Mover
-from mft.recipe import NonFiniteLoss, train_masks
+from mft.data.batches import take_rows
+from mft.engines.offload import Mover
+from mft.engines.start import start_engine
+from mft.evaluation.evaluate import evaluate
+from mft.masks.convert import mask_model, masked_modules, merge_model, trainable_parameters
+from mft.training.loop import NonFiniteLoss, train_masks
 
 WAYS = ["resident", "layerwise"]
 EXACT = 1e-6  # of scores at 0.02 after steps at 1e-3; the order of sums is what differs
@@ -24,7 +24,7 @@ EXACT = 1e-6  # of scores at 0.02 after steps at 1e-3; the order of sums is what
 @pytest.fixture(params=[False, True], ids=["one memory", "two memories"])
 def separate(request, monkeypatch):
     """Runs on the CPU as if it were, or were not, a device with a memory of its own."""
-    monkeypatch.setattr(mft.engines, "Mover", lambda device, separate: Mover(device, separate=request.param))
+    monkeypatch.setattr(mft.engines.start, "Mover", lambda device, separate: Mover(device, separate=request.param))
     return request.param
 
 
@@ -210,7 +210,7 @@ def test_lack_of_memory_names_layer_contents_and_remedy(way, monkeypatch):
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
 
-    engine_of = mft.engines.ENGINES[way]
+    engine_of = mft.engines.start.ENGINES[way]
     down = engine_of.down
 
     def down_until_layer_two(self, layer, *args):

@@ -8,8 +8,8 @@ from transformers.models.jamba.modeling_jamba import JambaMambaMixer
 from transformers.models.t5.modeling_t5 import T5DenseActDense
 
 from mft.config import MaskConfig
-from mft.convert import mask_model, masked_modules, merge_model
-from mft.weight_readers import why_read
+from mft.masks.convert import mask_model, masked_modules, merge_model
+from mft.models.weight_readers import why_read
 
 
 class Reader(nn.Module):

@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mft.config import MaskConfig
-from mft.convert import mask_model
+from mft.masks.convert import mask_model
 
 WORDS = 61
 

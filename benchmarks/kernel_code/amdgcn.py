@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from .flow import Instruction, Program
+from building.machine_code.flow import Instruction, Program
 
 _LINE = re.compile(r"^\s+([a-z]\w+)(?:\s+([^;]*?))?\s*(?:;.*)?$")
 _LABEL = re.compile(r"^(\.?\w+):")

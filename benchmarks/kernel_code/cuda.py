@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from . import hazard
+from building.machine_code import hazard
+from building.machine_code.sass import Loop
+
 from .cuda_launches import Launch, launches
 from .cuda_object import Kernel, kernels
-from .sass import Loop
 
 _ROOT = Path(__file__).parents[2]
 SOURCES = _ROOT / "csrc" / "cuda"

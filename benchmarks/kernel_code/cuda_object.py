@@ -14,9 +14,8 @@ from pathlib import Path
 from triton import knobs
 
 from building import ptxas_log
+from building.machine_code import sass
 from building.register_hazards import split
-
-from . import sass
 
 #: Shared memory that every block gives to the system, and cuobjdump counts in, from sm_90 on.
 _SYSTEM_BYTES = 1024

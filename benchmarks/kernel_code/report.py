@@ -5,9 +5,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 
+from building.machine_code import hazard, sass
 from mft_kernels.triton.target import Target
 
-from . import amdgcn, hazard, sass
+from . import amdgcn
 from .ahead import compile_ahead, gpu_target
 from .launches import Entry, entries
 

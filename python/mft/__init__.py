@@ -5,34 +5,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import MaskConfig, load_config
-    from .convert import (
+    from .engines.distributed import gathered
+    from .masks.bank import MaskBank, load_mask_bank
+    from .masks.convert import (
         mask_model,
         masked_modules,
         merge_model,
         print_trainable_parameters,
         trainable_parameters,
     )
-    from .distributed import gathered
-    from .export import load_masks, save_masks
-    from .mask_bank import MaskBank, load_mask_bank
-    from .models import load_model, save_model
+    from .masks.export import load_masks, save_masks
+    from .models.pretrained import load_model, save_model
 
 # Loaded at first use: `mft --help` and `mft env` need not wait for transformers.
 _HOMES = {
-    "MaskBank": "mask_bank",
+    "MaskBank": "masks.bank",
     "MaskConfig": "config",
-    "gathered": "distributed",
+    "gathered": "engines.distributed",
     "load_config": "config",
-    "load_mask_bank": "mask_bank",
-    "load_masks": "export",
-    "load_model": "models",
-    "mask_model": "convert",
-    "masked_modules": "convert",
-    "merge_model": "convert",
-    "print_trainable_parameters": "convert",
-    "save_masks": "export",
-    "save_model": "models",
-    "trainable_parameters": "convert",
+    "load_mask_bank": "masks.bank",
+    "load_masks": "masks.export",
+    "load_model": "models.pretrained",
+    "mask_model": "masks.convert",
+    "masked_modules": "masks.convert",
+    "merge_model": "masks.convert",
+    "print_trainable_parameters": "masks.convert",
+    "save_masks": "masks.export",
+    "save_model": "models.pretrained",
+    "trainable_parameters": "masks.convert",
 }
 
 __all__ = [

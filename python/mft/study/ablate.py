@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mft.checks import check_rule
 from mft.choices import nearest
 from mft.config import parse_layers
-from mft.fields import check_rule
-from mft.study.declared import CONTROL, FULL, MASK, ArmConfig, StudyConfig
+from mft.study.config import CONTROL, FULL, MASK, ArmConfig, StudyConfig
 
 RATIOS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 SHARES = (0.1, 0.25, 0.5, 1.0)

@@ -18,17 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mft.answers import exact_matches
-from mft.clones import clone_with_own_weights
 from mft.config import INITS, MaskConfig
-from mft.convert import mask_model, masked_modules
-from mft.evaluate import Evaluation, evaluate
-from mft.inspection import flip_share, initial_masks
-from mft.lora import add_lora, merge_lora
-from mft.one_shot import initialise_scores, one_shot_mask
-from mft.recipe import NonFiniteLoss, StepReport, count_steps, finetune, train_loop, train_masks, train_weights
-from mft.study.bench import ROWS, Bench, with_layers_remembered, with_weights
-from mft.study.declared import (
+from mft.evaluation.evaluate import Evaluation, evaluate
+from mft.evaluation.exact_match import exact_matches
+from mft.evaluation.temperature import evaluate_tempered, fit_temperature
+from mft.masks.convert import mask_model, masked_modules
+from mft.masks.inspection import flip_share, initial_masks
+from mft.models.clones import clone_with_own_weights
+from mft.study.config import (
     AVERAGE,
     BASE,
     CONTINUED,
@@ -41,8 +38,11 @@ from mft.study.declared import (
     TRAINED,
     ArmConfig,
 )
+from mft.study.lora import add_lora, merge_lora
+from mft.study.one_shot import initialise_scores, one_shot_mask
 from mft.study.outcome import Measured, Outcome, Tested, Unit
-from mft.temperature import evaluate_tempered, fit_temperature
+from mft.study.workspace import ROWS, Bench, with_layers_remembered, with_weights
+from mft.training.loop import NonFiniteLoss, StepReport, count_steps, finetune, train_loop, train_masks, train_weights
 from mft_kernels.checks import NonFiniteScores
 
 Weights = dict[str, Tensor]

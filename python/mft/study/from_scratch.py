@@ -11,11 +11,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mft.data import load_splits
-from mft.models import save_model
-from mft.recipe import StepReport, finetune
-from mft.records import form_of, open_source
-from mft.study.declared import ScratchConfig
+from mft.data.sources import form_of, open_source
+from mft.data.splits import load_splits
+from mft.models.pretrained import save_model
+from mft.study.config import ScratchConfig
+from mft.training.loop import StepReport, finetune
 
 EOS = "<|endoftext|>"
 BYTES = 256  # tokens that a byte-level vocabulary holds before any merge

@@ -5,11 +5,11 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from mft.checks import shown
 from mft.choices import nearest
 from mft.config import CONFIGS, FOREIGN_NAMES, find_config, read_mapping
-from mft.fields import shown
-from mft.study.declared import StudyConfig
-from mft.yaml_file import parse_yaml
+from mft.files.yaml_file import parse_yaml
+from mft.study.config import StudyConfig
 
 SHIPPED = CONFIGS / "compare"
 _NAMED = ("arms", "domains")  # mappings of names that the file chooses

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mft.evaluate import Evaluation
-from mft.study.declared import Setting, StudyConfig
+from mft.evaluation.evaluate import Evaluation
+from mft.study.config import Setting, StudyConfig
 
 
 @dataclass(frozen=True)

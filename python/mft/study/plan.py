@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from mft.config import DataConfig
-from mft.study.declared import AVERAGE, BASE, CONTINUED, FULL, FULL_KINDS, LEAST_RATES, Setting, StudyConfig
+from mft.study.config import AVERAGE, BASE, CONTINUED, FULL, FULL_KINDS, LEAST_RATES, Setting, StudyConfig
 from mft.study.outcome import Outcome, Unit
 
 _WHOLE_MODEL = 1.7  # times as long a token as half of its layers, measured in the small study

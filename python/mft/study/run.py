@@ -6,11 +6,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from mft.bases import check_exact
 from mft.config import ModelConfig
+from mft.evaluation.evaluated_base import check_exact
 from mft.study.arms import Job
-from mft.study.bench import Bench
-from mft.study.declared import BASE, FULL, TRAINED, StudyConfig
+from mft.study.config import BASE, FULL, TRAINED, StudyConfig
 from mft.study.from_scratch import train_from_scratch
 from mft.study.outcome import Findings, Outcome, Tested, Unit
 from mft.study.plan import (
@@ -24,9 +23,10 @@ from mft.study.plan import (
     sorted_outcomes,
     work_of,
 )
-from mft.study.shown import Shown, shown_progress
+from mft.study.progress import Shown, shown_progress
 from mft.study.store import BASE_MODEL, Store, open_store
 from mft.study.workers import Result, Workers, job_words, start_workers
+from mft.study.workspace import Bench
 
 _SAME = 0.01  # nats a token: what rounding may move a model's loss by between its training and its file
 

@@ -23,13 +23,13 @@ from typing import Any
 
 import filelock
 
-from mft.atomic import write_whole
-from mft.run_directory import ABLATION, PLOT, TABLE_JSON, TABLE_MARKDOWN
-from mft.study.declared import AVERAGE, FULL, FULL_KINDS, Setting, StudyConfig
+from mft.files.atomic import write_whole
+from mft.files.yaml_file import dump_yaml, parse_yaml
+from mft.study.config import AVERAGE, FULL, FULL_KINDS, Setting, StudyConfig
 from mft.study.load import study_values
 from mft.study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values
 from mft.study.plan import best_so_far, fine_tune_of, selection
-from mft.yaml_file import dump_yaml, parse_yaml
+from mft.training.run_directory import ABLATION, PLOT, TABLE_JSON, TABLE_MARKDOWN
 
 FORMAT = 1  # counts up when the same declaration gives other results
 STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK = "study.yaml", "base", "units", "trained", "test", ".lock"

@@ -16,9 +16,9 @@ import torch
 
 from mft.config import ModelConfig
 from mft.study.arms import Job, run_test, run_unit
-from mft.study.bench import Bench
-from mft.study.declared import StudyConfig
+from mft.study.config import StudyConfig
 from mft.study.outcome import Outcome, Tested, outcome_from, outcome_values, tested_from, tested_values
+from mft.study.workspace import Bench
 
 Result = Outcome | Tested
 _PATIENCE = 10.0  # seconds that a process may take to end

@@ -1,0 +1,1 @@
+"""Ways of training masks against a tuned control, on validation."""

@@ -1,0 +1,175 @@
+"""One training step of a masked model under FakeTensorMode: what the engines hold at their peak, without the memory.
+
+    python -m benchmarks.memory.simulated_step llama2-7b --layers 4-7    # or make simulate
+
+The engines run as they are, on the fake CPU, with a mover that copies as to a device and marks what rests on the host.
+"""
+
+import argparse
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from benchmarks.memory.tracker import MemoryTracker
+from mft.config import MaskConfig, TrainConfig, parse_layers
+from mft.data.batches import MicroBatch
+from mft.engines.layer_calls import LayerCalls
+from mft.engines.offload import Mover
+from mft.engines.plain import Plain
+from mft.engines.score_states import HeldMask, ScoreStates
+from mft.engines.start import ENGINES
+from mft.masks.convert import convert, masked_modules
+from mft.masks.quantize import QuantizedLinear, QuantizedMaskedLinear
+from mft.masks.targets import select_targets
+from mft.memory.estimate import estimate
+from mft.memory.shapes import known_config, known_models, shape_from_config
+from mft.memory.workload import Setting
+from mft.models.causal_lm import decoder_layers, head_of, run_decoder
+from mft.models.quantized_weight import QuantizedWeight
+from mft.models.token_loss import Labelled
+from mft_kernels import MaskedLinear
+
+DTYPE = torch.bfloat16
+# sdpa without a mask, as real tensors of whole rows get it; for fake ones transformers makes a mask of T x T.
+_CAUSAL = "sdpa_causal"
+
+
+def simulate_step(config: Mapping[str, Any], setting: Setting, *, steps: int = 1) -> MemoryTracker:
+    """The tracker after ``steps`` whole optimiser steps of setting.accumulation micro-batches each.
+
+    Args:
+        config: config.json of the model, as a dictionary; the model is built in bfloat16.
+        setting: memory must not be auto, and quantization be given where it is quantized.
+    """
+    tracker = MemoryTracker()
+    with FakeTensorMode(), tracker:
+        model = _masked_model(config, setting)
+        batches = [fake_batch(setting) for _ in range(setting.accumulation)]
+        runner = _runner(model, setting, tracker)
+        tracker.reset_peaks()
+        for _ in range(steps):
+            runner.step(batches, 1.0, 1e-3, None, lambda batch, total: None)
+    return tracker
+
+
+class SimulatedMover(Mover):
+    """Copies between two memories that are both the fake CPU's."""
+
+    def __init__(self, tracker: MemoryTracker) -> None:
+        super().__init__("cpu", separate=True)
+        self._tracker = tracker
+
+    def rest(self, tensor: Tensor) -> Tensor:
+        self._tracker.mark_host(tensor)
+        return tensor
+
+    def host(self) -> AbstractContextManager:
+        return self._tracker.host()
+
+
+def fake_model(config: Mapping[str, Any]) -> Any:
+    """A causal language model of this config in bfloat16; fake if called under FakeTensorMode."""
+    options = {key: value for key, value in config.items() if key != "model_type"}
+    known = AutoConfig.for_model(config["model_type"], **options)
+    AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
+    AttentionMaskInterface.register(_CAUSAL, lambda *args, **kwargs: None)
+    return AutoModelForCausalLM.from_config(known, attn_implementation=_CAUSAL, dtype=DTYPE)
+
+
+def fake_batch(setting: Setting) -> MicroBatch:
+    """A micro-batch of this setting's size, every token of it scored."""
+    rows, tokens = setting.micro_batch, setting.sequence
+    ids = torch.zeros(rows, tokens, dtype=torch.int64)
+    batch = MicroBatch(list(range(rows)), ids, ids, [0] * rows)
+    # What find_labelled finds where every token is scored; under FakeTensorMode nothing can be looked up.
+    scored = rows * (tokens - 1)
+    found = Labelled(torch.zeros(scored, dtype=torch.int64), torch.zeros(scored, dtype=torch.int64))
+    vars(batch)["labelled"] = found
+    return batch
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _masked_model(config: Mapping[str, Any], setting: Setting) -> nn.Module:
+    mask = MaskConfig.paper(  # its scores are drawn in place, without a temporary of a weight's size
+        target_modules=None if setting.target_modules is None else list(setting.target_modules),
+        layers_to_transform=None if setting.layers is None else list(setting.layers),
+        scores_dtype=setting.scores,
+    )
+    with unset_fake_temporarily(), torch.device("meta"):
+        names = select_targets(fake_model(config), mask)  # ties are told by addresses, which fake weights lack
+    model = fake_model(config)
+    convert(model, names, mask)
+    if setting.quantization is not None:
+        _quantize(model, setting.quantization, masked=setting.quantize_masked)
+    return model.train()
+
+
+def _quantize(model: Any, kind: str, *, masked: bool) -> None:
+    """quantize_model of weights that have no values."""
+    for name, module in list(decoder_layers(model).named_modules()):
+        is_masked = isinstance(module, MaskedLinear)
+        if not (masked if is_masked else isinstance(module, nn.Linear)):
+            continue
+        quantized = QuantizedWeight.empty(tuple(module.weight.shape), DTYPE, kind)
+        if is_masked:
+            del module.weight
+            module.__class__, module.quantized = QuantizedMaskedLinear, quantized
+        else:
+            parent, _, child = name.rpartition(".")
+            setattr(decoder_layers(model).get_submodule(parent), child, QuantizedLinear(quantized))
+
+
+def _runner(model: nn.Module, setting: Setting, tracker: MemoryTracker) -> Any:
+    train = TrainConfig(steps=1, moments=setting.moments, grad_dtype=setting.grad_dtype)
+    if setting.memory == "plain":
+        return Plain(model, train, run_decoder, head_of(model), None)
+    mover = SimulatedMover(tracker)
+    masks = [
+        HeldMask(name, module, _packed(module.scores), torch.zeros((), dtype=module.scores.dtype))
+        for name, module in masked_modules(model).items()
+    ]
+    states = ScoreStates(masks, train, mover)
+    with tracker.host():
+        for mask in masks:
+            states.optimizer.tensors(mask.module.scores)
+    dtype = None if setting.grad_dtype is None else getattr(torch, setting.grad_dtype)
+    calls = LayerCalls(model, run_decoder)
+    return ENGINES[setting.memory](calls, head_of(model), masks, mover, states=states, grad_dtype=dtype)
+
+
+def _packed(scores: Tensor) -> Tensor:
+    rows, columns = scores.shape
+    return torch.zeros(rows, -(-columns // 32), dtype=torch.int32)
+
+
+def main() -> None:
+    """The estimate beside the simulation, for the three exact ways."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("model", help=f"one of {', '.join(known_models())}")
+    parser.add_argument("--layers", default="all", help="masked layers, such as 4-7")
+    parser.add_argument("--sequence", type=int, default=4096)
+    asked = parser.parse_args()
+    config = known_config(asked.model)
+    layers = None if asked.layers == "all" else tuple(parse_layers(asked.layers))
+    print(
+        f"{asked.model}, layers {asked.layers}, 2 micro-batches of 1 x {asked.sequence} tokens; peaks in GB = 1e9 bytes"
+    )
+    print(f"{'way':10} {'estimate':>9} {'simulated':>9} {'host':>9} {'simulated':>9}")
+    for way in ("plain", "resident", "layerwise"):
+        setting = Setting(memory=way, layers=layers, sequence=asked.sequence, accumulation=2)
+        expected = estimate(shape_from_config(config, asked.model), setting)
+        found = simulate_step(config, setting, steps=2)
+        peaks = (expected.device_peak, found.device_peak, expected.host_peak, found.host_peak)
+        print(f"{way:10}", *(f"{peak / 1e9:9.3f}" for peak in peaks), f" in {expected.phase}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Reads what an assembler made: instructions, loops, and one bug of theirs."""

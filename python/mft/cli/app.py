@@ -1,0 +1,462 @@
+"""mft: full fine-tune, mask fine-tune, evaluate, compare, merge, inspect, from a YAML file and overrides."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from mft.config import RunConfig, load_config
+from mft.training.console import console, say
+
+# Loaded inside the verbs: transformers takes seconds, and `mft --help` should not wait for it.
+
+TRACEBACK = "MFT_TRACEBACK"
+
+# torch reads it when it first allocates: large tensors in huge pages, or each new one costs a page fault every 4 KB.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+class _OneMessageAnError(typer.core.TyperGroup):
+    """What the user can mend is one message and exit code 2; MFT_TRACEBACK=1 shows where it arose."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [_at_home(argument) for argument in args])
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.Exit:  # a RuntimeError too
+            raise
+        except (ValueError, RuntimeError, OSError) as error:
+            if os.environ.get(TRACEBACK):
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+
+
+def _at_home(argument: str) -> str:
+    """The argument, or the value of --option=value, whose ~ the shell has left; configurations expand their own."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return option + equals + os.path.expanduser(value)
+
+
+app = typer.Typer(
+    cls=_OneMessageAnError,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Mask fine-tuning: train a 1-bit mask over frozen weights, and bake it in.",
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        console.print(f"mft {_version('mft_kernels')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file, or paper; the defaults if none.")]
+Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override, such as train.lr=3e-4; repeatable.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides, such as train.lr=3e-4.", metavar="[KEY=VALUE]...")
+]
+Resume = Annotated[
+    Path | None, typer.Option("--resume", help="Go on with the run in this output_dir, with its own configuration.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Resume although configuration, data or base have changed.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run that output_dir holds.")]
+
+BaseModel = Annotated[str | None, typer.Option(help="The base; by default the one that the masks were learned on.")]
+BaseDtype = Annotated[str | None, typer.Option(help="Of the base; by default as the masks were learned.")]
+
+
+@app.command()
+def finetune(
+    config: Config = None,
+    overrides: Overrides = None,
+    sets: Set = None,
+    overwrite: Overwrite = False,
+    resume: Resume = None,
+    force: Force = False,
+) -> None:
+    """Fine-tune all weights; writes an ordinary model to output_dir/model."""
+    from mft.cli.train import run_finetune
+
+    run_finetune(_start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force))
+
+
+@app.command()
+def train(
+    config: Config = None,
+    overrides: Overrides = None,
+    sets: Set = None,
+    overwrite: Overwrite = False,
+    resume: Resume = None,
+    force: Force = False,
+) -> None:
+    """Fine-tune masks over frozen weights; writes them to output_dir/masks."""
+    from mft.cli.train import run_train
+
+    run_train(_start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force))
+
+
+@app.command()
+def evaluate(
+    config: Config = None,
+    overrides: Overrides = None,
+    sets: Set = None,
+    masks: Annotated[Path | None, typer.Option(help="Masks to put on the model: an output_dir or its masks/.")] = None,
+    split: Annotated[str, typer.Option(help="validation or test; of the held-out loss.")] = "validation",
+    lm_eval: Annotated[
+        str | None, typer.Option("--lm-eval", help="Tasks of lm-eval instead, such as gsm8k,humaneval.")
+    ] = None,
+    lm_eval_tasks: Annotated[
+        Path | None, typer.Option("--lm-eval-tasks", help="A directory of your own task files.")
+    ] = None,
+    run_task_code: Annotated[
+        bool, typer.Option("--run-task-code", help="Those files may run what they hold, on this machine.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(help="Only so many documents of each task.")] = None,
+    run_generated_code: Annotated[
+        bool, typer.Option("--run-generated-code", help="Tasks may run what the model wrote, on this machine.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the tasks' scores there as JSON.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+    unquantized: Annotated[
+        bool, typer.Option("--unquantized", help="On exact weights, also if the masks were learned on quantised ones.")
+    ] = False,
+) -> None:
+    """Held-out loss and accuracy, or the tasks of --lm-eval; with --masks both without them and with them.
+
+    Without --config, masks are evaluated on the base and the data of their run; overrides win.
+    """
+    from mft.cli.train import masks_config, run_evaluate, run_lm_eval
+
+    if config is None and masks is not None:
+        run_config = masks_config(masks, [*(overrides or []), *(sets or [])])
+    else:
+        run_config = _read(config, overrides, sets)
+    if run_task_code and lm_eval_tasks is None:
+        raise ValueError("--run-task-code must come with --lm-eval-tasks, got it alone")
+    if lm_eval is not None:
+        run_lm_eval(
+            run_config,
+            masks,
+            [name.strip() for name in lm_eval.split(",")],
+            tasks_dir=lm_eval_tasks,
+            run_task_code=run_task_code,
+            limit=limit,
+            run_code=run_generated_code,
+            output=output,
+            force=force,
+            unquantized=unquantized,
+        )
+        return
+    for option, value in (("--lm-eval-tasks", lm_eval_tasks), ("--limit", limit), ("--output", output)):
+        if value is not None:
+            raise ValueError(f"{option} must come with --lm-eval, got {value} alone")
+    run_evaluate(run_config, masks, split, force=force, unquantized=unquantized)
+
+
+@app.command()
+def compare(
+    config: Annotated[str, typer.Option("--config", "-c", help="A study: small, smollm2, or a YAML file.")] = "small",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Overrides, such as seeds=[0,1].", metavar="[KEY=VALUE]...")
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", "-s", help="Override, such as arms.MFT.lrs=[1e-3]; repeatable.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the study that output_dir holds.")] = False,
+) -> None:
+    """MFT against honest baselines, chosen on validation, reported on test; continues where it was interrupted."""
+    from mft.cli.study import run_compare
+    from mft.study.load import load_study
+
+    run_compare(load_study(config, [*(overrides or []), *(sets or [])]), overwrite=overwrite)
+
+
+@app.command()
+def ablate(
+    what: Annotated[str, typer.Argument(help="ratio, layers or data.")],
+    config: Annotated[str, typer.Option("--config", "-c", help="The study that it is derived from.")] = "small",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Overrides of it, such as seeds=[0,1].", metavar="[KEY=VALUE]...")
+    ] = None,
+    values: Annotated[
+        str | None, typer.Option(help="Keep ratios, groups of layers (0-3,4-7) or shares of the data.")
+    ] = None,
+    domains: Annotated[
+        list[str] | None, typer.Option("--domain", help="Of the study; repeatable; all if not given.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the study that its directory holds.")] = False,
+) -> None:
+    """MFT by keep ratio, by masked layers or by share of the data, beside the same baselines; continues too."""
+    from mft.cli.study import run_ablate
+    from mft.study.load import load_study
+
+    given = [] if values is None else values.split(",")
+    run_ablate(load_study(config, overrides or []), what, given, domains or [], overwrite=overwrite)
+
+
+@app.command()
+def sensitivity(
+    config: Config = None,
+    overrides: Overrides = None,
+    sets: Set = None,
+    layers: Annotated[int, typer.Option(min=1, help="Layers in a group.")] = 1,
+    kinds: Annotated[bool, typer.Option("--kinds", help="Groups of one kind, such as down_proj, instead.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Ranks groups of layers by what a briefly trained mask on each alone does to the validation loss."""
+    from mft.cli.train import run_sensitivity
+
+    run_sensitivity(_read(config, overrides, sets), None if kinds else layers, overwrite=overwrite)
+
+
+@app.command()
+def plot(
+    what: Annotated[str, typer.Argument(help="summary, surface, overlap or flips.")],
+    directories: Annotated[
+        list[Path],
+        typer.Argument(help="A finished mft compare's; of summary: or a table.json; of flips: runs of mft train."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A PNG; by default beside what it shows.")
+    ] = None,
+    domain: Annotated[str | None, typer.Option(help="Of surface; the first if not given.")] = None,
+    arm: Annotated[str | None, typer.Option(help="Of surface and overlap: one of MFT; the first if not given.")] = None,
+    rows: Annotated[int, typer.Option(help="Of surface: validation rows that every point sees.")] = 32,
+    points: Annotated[int, typer.Option(help="Of surface: points along each axis.")] = 11,
+) -> None:
+    """Pictures of a study: differences from the control, loss surface, overlap of masks; flips over training."""
+    from mft.cli.study import run_plot
+
+    run_plot(what, directories, output, domain=domain, arm=arm, rows=rows, points=points)
+
+
+@app.command()
+def merge(
+    masks: Annotated[Path, typer.Argument(help="An output_dir of mft train, or its masks/.")],
+    output: Annotated[Path, typer.Argument(help="Where the ordinary model goes.")],
+    model: BaseModel = None,
+    dtype: BaseDtype = None,
+    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+) -> None:
+    """Bake masks into the weights: kept ones bit-equal, dropped ones +0."""
+    from mft.cli.masks import run_merge
+
+    run_merge(masks, output, model, dtype, force=force)
+
+
+@app.command()
+def inspect(
+    masks: Annotated[Path, typer.Argument(help="An output_dir of mft train, or its masks/.")],
+    model: BaseModel = None,
+    dtype: BaseDtype = None,
+    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+) -> None:
+    """Each layer's kept share, flips since initialisation and overlap with the magnitude mask."""
+    from mft.cli.masks import run_inspect
+
+    run_inspect(masks, model, dtype, force=force)
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="An output_dir, its masks/, or one of its checkpoints.")],
+    model: BaseModel = None,
+    dtype: BaseDtype = None,
+    base: Annotated[bool, typer.Option("--base/--no-base", help="Whether to load the base and compare it.")] = True,
+) -> None:
+    """Whether masks and checkpoints are whole, and the base is the one that the masks were learned on."""
+    from mft.cli.masks import run_verify
+
+    run_verify(directory, model, dtype, base=base)
+
+
+@app.command("import-masks")
+def import_masks(
+    path: Annotated[Path, typer.Argument(help="A masks.pt of the paper's code.")],
+    output: Annotated[Path, typer.Argument(help="Where the masks go.")],
+    model: Annotated[str, typer.Option(help="The base that they are for.")],
+    dtype: Annotated[str, typer.Option(help="Of the base.")] = "bfloat16",
+) -> None:
+    """Masks of the paper's code, as masks of ours; the one pickle that is ever read, by torch's weights-only loader."""
+    from mft.cli.masks import run_import_masks
+
+    run_import_masks(path, output, model, dtype)
+
+
+@app.command("export-masks")
+def export_masks(
+    masks: Annotated[Path, typer.Argument(help="An output_dir of mft train, or its masks/.")],
+    output: Annotated[Path, typer.Argument(help="The new masks.pt.")],
+    model: BaseModel = None,
+    dtype: BaseDtype = None,
+    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+) -> None:
+    """Masks in the form of the paper's code."""
+    from mft.cli.masks import run_export_masks
+
+    run_export_masks(masks, output, model, dtype, force=force)
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Option(help="A shipped name, a config.json, a model directory or a hub id.")],
+    layers: Annotated[str, typer.Option(help="Masked layers, such as 4-7, or all.")] = "all",
+    keep_ratio: Annotated[float, typer.Option(help="Share of the weights kept; it moves no number here.")] = 0.9,
+    sequence: Annotated[int, typer.Option(help="Tokens a row.")] = 4096,
+    micro_batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
+    accumulation: Annotated[int | None, typer.Option(help="Micro-batches a step; 128 rows if not given.")] = None,
+    memory: Annotated[str, typer.Option(help="auto, plain, resident, quantized or layerwise.")] = "auto",
+    gpu: Annotated[str | None, typer.Option(help="Its memory, such as 24GB or 24GiB.")] = None,
+    cpu: Annotated[str | None, typer.Option(help="Without a GPU: memory; this machine's if not given.")] = None,
+    host: Annotated[str | None, typer.Option(help="Memory beside the GPU; this machine's if not given.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights.")] = "bfloat16",
+    scores: Annotated[str, typer.Option(help="float32, bfloat16 or int16.")] = "float32",
+    moments: Annotated[str, typer.Option(help="float32 or 8bit.")] = "float32",
+    grad_dtype: Annotated[str | None, typer.Option(help="Of the gradient buffers; the weights' if not given.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="nf4 or int8, of the base.")] = None,
+    quantize_masked: Annotated[bool, typer.Option("--quantize-masked", help="The masked weights too.")] = False,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Of plain.")] = False,
+    target_modules: Annotated[str | None, typer.Option(help="Linear layers, such as up_proj,down_proj.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as one JSON object.")] = False,
+) -> None:
+    """What each way of training needs of memory and time, without loading a weight; exit code 2 if nothing fits."""
+    from mft.cli.estimate import parse_bytes, run_estimate
+    from mft.config import MaskConfig, parse_layers
+    from mft.memory.workload import Setting
+
+    MaskConfig(keep_ratio=keep_ratio)  # refuses one outside of [0, 1]
+    if gpu is not None and cpu is not None:
+        raise ValueError(f"--gpu or --cpu must be given, got both, {gpu} and {cpu}: --host is the memory beside a GPU")
+    if gpu is None and host is not None:
+        raise ValueError(f"--host must come with --gpu, got {host} alone: --cpu is the one memory where there is none")
+    setting = Setting(
+        memory=memory,
+        layers=None if layers == "all" else tuple(parse_layers(layers)),
+        target_modules=None if target_modules is None else tuple(target_modules.split(",")),
+        sequence=sequence,
+        micro_batch=micro_batch,
+        accumulation=max(1, 128 // max(1, micro_batch)) if accumulation is None else accumulation,
+        scores=scores,
+        moments=moments,
+        grad_dtype=grad_dtype,
+        quantization=quantization,
+        quantize_masked=quantize_masked,
+        gradient_checkpointing=gradient_checkpointing,
+        device="cpu" if gpu is None else "cuda",
+    )
+    given = [parse_bytes(size, option) for size, option in ((gpu, "--gpu"), (cpu, "--cpu")) if size is not None]
+    device_bytes = given[0] if given else None
+    host_bytes = None if host is None else parse_bytes(host, "--host")
+    fits = run_estimate(model, setting, dtype, device_bytes=device_bytes, host_bytes=host_bytes, as_json=as_json)
+    if not fits:
+        raise typer.Exit(2)
+
+
+@app.command()
+def env(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time ours beside dense and eager PyTorch, in less than 30 s.")
+    ] = False,
+) -> None:
+    """Versions, threads, the processor, and which kernels serve which device."""
+    from platform import python_version
+
+    import torch
+
+    import mft_kernels
+    from mft_kernels.cpu import path_taken
+    from mft_kernels.processor import this_processor
+
+    console.print(f"python {python_version()}")
+    console.print(f"torch {torch.__version__}")  # its metadata lack the build, such as +cpu
+    for package in ("mft_kernels", "triton", "transformers", "datasets"):
+        console.print(f"{package} {_version(package)}")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    console.print(f"threads {torch.get_num_threads()}, GPU {device}")
+    processor = this_processor()
+    say(f"processor {processor}: {', '.join(processor.features) or 'none of the instruction sets of our kernels'}")
+    path, reasons = path_taken()
+    say(f"path of the cpu library {path}")
+    for reason in reasons:
+        say(f"  not {reason}")
+    report = mft_kernels.backend_report()
+    table = Table("backend", "available", "what", "why not")
+    for name, entry in report["backends"].items():
+        table.add_row(name, "yes" if entry["available"] else "no", entry["detail"], entry["reason"] or "")
+    console.print(table)
+    for kind, name in report["auto"].items():
+        console.print(f"auto on {kind}: {name} (override with MFT_KERNELS=...)")
+    if measure:
+        from mft.cli.measure import run_measure
+
+        run_measure(console)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where its files go.")] = Path("runs/demo"),
+    overwrite: Annotated[bool, typer.Option(help="Delete the demo that lies there.")] = True,
+) -> None:
+    """SmolLM2-135M on the standard library's source, from full fine-tune to merged mask, in minutes on two cores."""
+    from mft.demo.run import run_demo
+
+    run_demo(output, overwrite=overwrite)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _start(
+    config: Path | None,
+    overrides: list[str] | None,
+    sets: list[str] | None,
+    *,
+    overwrite: bool,
+    resume: Path | None,
+    force: bool,
+) -> Any:
+    """How a run of finetune or train begins."""
+    from mft.training.resume import Begin, Resume
+
+    if resume is None:
+        if force:
+            raise ValueError("--force must come with --resume, got it alone")
+        return Begin(_read(config, overrides, sets), overwrite=overwrite)
+    if overwrite:
+        raise ValueError("--overwrite must not come with --resume: one deletes the run, the other goes on with it")
+    return Resume(resume, config, [*(overrides or []), *(sets or [])], force=force)
+
+
+def _read(config: Path | None, overrides: list[str] | None, sets: list[str] | None) -> RunConfig:
+    return load_config(None if config is None else str(config), [*(overrides or []), *(sets or [])])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""mft estimate: what each way of training needs, as a table or as JSON, and which one fits."""
+
+import dataclasses
+import json
+import os
+import re
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from mft.memory.fit import RESERVE, Choice, choose, gigabytes
+from mft.memory.model_config import read_model_config
+from mft.memory.shapes import ModelShape, shape_from_config
+from mft.memory.step_time import SPEEDS
+from mft.memory.workload import Setting
+from mft.training.console import console, say
+
+_UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+# Whichever card or machine is named: no way's seconds depend on it.
+ASSUMED = {
+    "cuda": f"they assume a card that sustains {SPEEDS['cuda']}, as an RTX 4090 may at its best",
+    "cpu": f"they assume a processor that sustains {SPEEDS['cpu']}, more than most have",
+}
+_OPTIONS = {"micro_batch": "micro-batch", "quantize_masked": "quantize-masked"}
+_KINDS = ("weights", "masks", "gradients", "states", "activations", "logits", "boundaries", "staging", "workspace")
+
+
+def run_estimate(
+    model: str, setting: Setting, dtype: str, *, device_bytes: float | None, host_bytes: float | None, as_json: bool
+) -> bool:
+    """mft estimate; returns whether something fits. Sizes that are None are this machine's."""
+    shape = shape_from_config(read_model_config(model), model, dtype=dtype)
+    machine = machine_bytes()
+    assumed = device_bytes is None or (setting.device == "cuda" and host_bytes is None)
+    device_bytes = machine if device_bytes is None else device_bytes
+    if setting.device == "cuda" and host_bytes is None:
+        host_bytes = machine
+    choice = choose(shape, setting, device_bytes, host_bytes)
+    if as_json:
+        print(json.dumps(as_dictionary(shape, setting, choice, device_bytes, host_bytes), indent=2))
+        return choice.way is not None
+    say(title(shape, setting))
+    console.print(table(shape, setting, choice, device_bytes, host_bytes))
+    for line in remarks(setting, choice):
+        say(line)
+    if assumed:
+        option = "--host" if setting.device == "cuda" else "--cpu"
+        say(f"this machine has {gigabytes(machine)} ({option} for another); mft train counts what is free of it then")
+    return choice.way is not None
+
+
+def parse_bytes(text: str, option: str) -> float:
+    """ "24GB" -> 24e9, "24GiB" -> 24 * 2**30. Raises: ValueError naming the option."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    try:
+        size = float(match[1]) * _UNITS[match[2].lower()] if match else 0.0
+    except (ValueError, KeyError):
+        size = 0.0
+    if not 0 < size < float("inf"):
+        unit = f": did you mean {text.strip()}GB?" if re.fullmatch(r"\s*[1-9][0-9.]*\s*", text) else ""
+        raise ValueError(f"{option} must be a size with its unit, such as 24GB or 24GiB, got {text!r}{unit}")
+    return size
+
+
+def machine_bytes() -> int:
+    """The memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def title(shape: ModelShape, setting: Setting) -> str:
+    layers = "all layers" if setting.layers is None else f"layers {_ranges(setting.layers)}"
+    where = "on a GPU" if setting.device == "cuda" else "in one memory"
+    return f"{shape.name}, {layers}, {setting.micro_batch} x {setting.sequence} tokens, {where}; in GB = 1e9 bytes"
+
+
+def table(shape: ModelShape, setting: Setting, choice: Choice, device_bytes: float, host_bytes: float | None) -> Table:
+    """GB by kind when the device holds the most, and when the host does; a column a way, and one of what is there."""
+    ways = choice.estimates
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    found.add_column("")
+    for way in ways:
+        found.add_column(way, justify="right", style="bold" if way == choice.way else None, no_wrap=True)
+    found.add_column("there is", justify="right", no_wrap=True)
+    for kind in _KINDS:
+        if any(kind in one.device for one in ways.values()):
+            found.add_row(kind, *(_gb(one.device.get(kind)) for one in ways.values()))
+    found.add_row("device peak", *(_gb(one.device_peak) for one in ways.values()), _gb(device_bytes))
+    found.add_row("peak in", *(one.phase for one in ways.values()))
+    if host_bytes is not None:
+        found.add_section()
+        for kind in _KINDS:
+            if any(kind in one.host for one in ways.values()):
+                found.add_row(f"host: {kind}", *(_gb(one.host.get(kind)) for one in ways.values()))
+        found.add_row("host, loading", *(_gb(one.loading) for one in ways.values()))
+        found.add_row("host peak", *(_gb(one.host_needed) for one in ways.values()), _gb(host_bytes))
+    found.add_section()
+    found.add_row("fits", *("no" if way in choice.refusals else "yes" for way in ways))
+    kind, linears = setting.quantization or "nf4", shape.layers * len(shape.linears)
+    counts = ("all" if one.quantized == linears else str(one.quantized or "none") for one in ways.values())
+    found.add_row(f"linears in {kind}", *counts, str(linears))
+    found.add_row("seconds a step", *(f"{one.seconds:.0f}" for one in ways.values()))
+    return found
+
+
+def remarks(setting: Setting, choice: Choice) -> list[str]:
+    """What a reader of the table must know."""
+    lines = [f"memory: {choice.way}. {choice.reason}" if choice.way else choice.reason]
+    if choice.way is None:
+        near = choice.nearest
+        lines.append(
+            "no setting was found that fits: mask fewer layers (--layers), or take a smaller model"
+            if near is None
+            else f"nearest that fits: {difference(setting, near)}"
+        )
+    quantized = choice.estimates["quantized"]
+    if setting.memory == "auto" and setting.quantization is None:
+        refusal = choice.refusals.get("quantized")
+        would = f"cannot be taken: {refusal}" if refusal else f"would fit in {gigabytes(quantized.device_peak)}"
+        lines.append(f"quantized, which auto leaves alone since it changes the base, {would}")
+    reserve = RESERVE[setting.device]
+    if reserve:
+        lines.append(f"{gigabytes(reserve)} of the GPU are set aside for its context and the allocator's fragments")
+    lines.append(
+        f"seconds, for {setting.accumulation} micro-batches a step, are not measured: {ASSUMED[setting.device]}"
+    )
+    return lines
+
+
+def difference(setting: Setting, near: Setting) -> str:
+    """The options that turn one setting into the other."""
+    changed = []
+    for item in dataclasses.fields(Setting):
+        value = getattr(near, item.name)
+        if value != getattr(setting, item.name):
+            option = f"--{_OPTIONS.get(item.name, item.name)}"
+            changed.append(f"without {option}" if value is False else option if value is True else f"{option} {value}")
+    return " ".join(changed)
+
+
+def as_dictionary(
+    shape: ModelShape, setting: Setting, choice: Choice, device_bytes: float | None, host_bytes: float | None
+) -> dict[str, Any]:
+    """The table's numbers, those of the chosen way at the top (of the way asked for, or the smallest, if none fits)."""
+    asked = setting.memory if setting.memory != "auto" else "layerwise"
+    shown = choice.estimates[choice.way or asked]
+    ways = {
+        way: {
+            "device_peak_gb": one.device_peak / 1e9,
+            "host_peak_gb": one.host_needed / 1e9,
+            "device_gb": {kind: size / 1e9 for kind, size in one.device.items()},
+            "host_gb": {kind: size / 1e9 for kind, size in one.host.items()},
+            "host_loading_gb": one.loading / 1e9,
+            "quantized_linears": one.quantized,
+            "peak_in": one.phase,
+            "seconds_a_step": one.seconds,
+            "fits": way not in choice.refusals,
+            "refusal": choice.refusals.get(way),
+        }
+        for way, one in choice.estimates.items()
+    }
+    return {
+        "model": shape.name,
+        "memory": choice.way,
+        "device_peak_gb": shown.device_peak / 1e9,
+        "host_peak_gb": shown.host_needed / 1e9,
+        "seconds_a_step": shown.seconds,
+        "seconds_assume": ASSUMED[setting.device],
+        "reason": choice.reason,
+        "nearest": None if choice.nearest is None else dataclasses.asdict(choice.nearest),
+        "device_limit_gb": None if device_bytes is None else device_bytes / 1e9,
+        "host_limit_gb": None if host_bytes is None else host_bytes / 1e9,
+        "reserve_gb": RESERVE[setting.device] / 1e9,
+        "setting": dataclasses.asdict(setting),
+        "ways": ways,
+    }
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _gb(size: float | None) -> str:
+    return f"{size / 1e9:.2f}" if size else ""
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    """(4, 5, 6, 9) -> "4-6,9"."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

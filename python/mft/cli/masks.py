@@ -1,0 +1,106 @@
+"""What the verbs on finished masks do: merge, inspect, verify, and the exchange with the paper's own files."""
+
+from pathlib import Path
+
+from rich import box
+from rich.table import Column, Table
+
+from mft.cli.verify import check_base, verify_directory
+from mft.config import ModelConfig, load_config
+from mft.evaluation.evaluated_base import config_of_run, learned_base
+from mft.masks.convert import mask_model, masked_modules, merge_model
+from mft.masks.export import load_masks, save_masks
+from mft.masks.export_format import read_export
+from mft.masks.inspection import MaskStatistics, initial_masks, mask_statistics
+from mft.masks.paper_masks import import_paper_masks, write_paper_masks
+from mft.models.pretrained import load_model, save_model
+from mft.training.console import console, say
+from mft.training.run_directory import CONFIG, masks_directory
+
+
+def run_merge(masks: Path, output: Path, model_name: str | None, dtype: str | None, *, force: bool) -> None:
+    """mft merge"""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output must be a new or empty directory, got {output}")
+    directory = masks_directory(masks)
+    model, tokenizer = _base_of(directory, model_name, dtype)
+    load_masks(model, directory, force=force)
+    kind = read_export(directory)[0].base_quantization
+    kept = sum(int(module.mask().sum()) for module in masked_modules(model).values())
+    total = sum(module.weight.numel() for module in masked_modules(model).values())
+    save_model(merge_model(model), tokenizer, output)
+    say(f"merged: {kept} of {total} masked weights kept, the others are 0; the model lies in {output}")
+    if kind is not None:
+        say(
+            f"the masks were learned on a base in {kind}; the merged weights are the exact ones: "
+            "mft evaluate --unquantized tells what that changes"
+        )
+
+
+def run_inspect(masks: Path, model_name: str | None, dtype: str | None, *, force: bool) -> None:
+    """mft inspect"""
+    directory = masks_directory(masks)
+    run_config, initial = config_of_run(directory), None
+    model, _ = _base_of(directory, model_name, dtype)
+    if run_config is not None:
+        # Scores begin as a function of configuration, layer name and weight alone, so the first masks can be remade.
+        initial = initial_masks(mask_model(model, load_config(run_config).mask))
+    load_masks(model, directory, force=force)
+    console.print(_mask_table(mask_statistics(model, initial)))
+    if initial is None:
+        say(f"flips are unknown: no {CONFIG} of the run beside {directory} tells how the scores began")
+
+
+def run_verify(directory: Path, model_name: str | None, dtype: str | None, *, base: bool) -> None:
+    """mft verify"""
+    for found in verify_directory(directory):
+        say(f"{found.kind} {found.path}: {found.words}")
+        if found.export is not None and base:
+            model, _ = _base_of(found.path, model_name, dtype)
+            check_base(model, found)
+            say(f"base: {found.export.base_hash} agrees")
+
+
+def run_import_masks(path: Path, output: Path, model_name: str, dtype: str) -> None:
+    """mft import-masks"""
+    model, _ = load_model(ModelConfig(name=model_name, dtype=dtype))
+    import_paper_masks(model, path)
+    save_masks(model, output, base_model_name_or_path=model_name)
+    say(f"{len(masked_modules(model))} masks of {path} on {model_name}: {output}")
+
+
+def run_export_masks(masks: Path, output: Path, model_name: str | None, dtype: str | None, *, force: bool) -> None:
+    """mft export-masks"""
+    if output.exists():
+        raise ValueError(f"output must be a new file, got {output}")
+    directory = masks_directory(masks)
+    model, _ = _base_of(directory, model_name, dtype)
+    load_masks(model, directory, force=force)
+    write_paper_masks(model, output)
+    say(f"{len(masked_modules(model))} masks of {directory} in the form of the paper's code: {output}")
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _base_of(directory: Path, model_name: str | None, dtype: str | None):
+    """(model, tokenizer) that the masks in directory are for."""
+    config, words = learned_base(directory, model_name, dtype)
+    say(words)
+    return load_model(config)
+
+
+def _mask_table(rows: list[MaskStatistics]) -> Table:
+    table = Table(
+        Column("layer", overflow="fold"),  # the end of a name is what tells layers apart
+        *(
+            Column(heading, justify="right")
+            for heading in ("weights", "kept", "flips\nsince init", "dropped as\nby magnitude")
+        ),
+        box=box.SIMPLE_HEAD,  # 80 columns hold the name of an attention's projection
+        padding=(0, 1, 0, 0),
+    )
+    for row in rows:
+        flips = "?" if row.flips is None else f"{100 * row.flips:.2f} %"
+        table.add_row(row.name, str(row.weights), f"{100 * row.kept:.2f} %", flips, f"{100 * row.overlap:.1f} %")
+    return table

@@ -1,0 +1,167 @@
+"""`mft env --measure`: what a masked layer costs on this machine with this torch, beside dense and eager PyTorch.
+
+Forward, d_x and d_scores one by one, without autograd: ours from scores and with the mask held as bits, torch's dense
+product, and PyTorch's own ops on a masked weight (mft_kernels/eager.py). The ops are those that "auto" takes.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional as F
+
+import mft_kernels
+from mft.training.progress import Progress
+from mft_kernels.eager import eager_grad_scores, eager_grad_x, eager_linear
+from mft_kernels.testing import Inputs, random_inputs
+from mft_kernels.timing import Samples, median_ratio, time_within
+
+DENSE, SCORES, HELD, EAGER = "dense", "from scores", "held mask", "eager"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TOKENS = (1, 64, 512)
+OPS = ("forward", "d_x", "d_scores")
+KEEP_RATIO = 0.9
+SECONDS = 20.0  # for all of it, with what else is done below 30
+SIZES = (4096, 2048, 1024, 512, 256)  # N = K: the largest that fits
+CALLS = 5 * 4 * len(OPS)  # of a dense product of the most tokens, at least: rounds and warming up, competitors, ops
+SLACK = 3.0  # times as long as dense what is measured may take on the average
+BUSY = 0.5  # load average a processor from which times say little: 4 on 2 made every product take 8 ms, small or large
+LEVEL = 1.05  # times as long, either way, is level
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op in one dtype on M tokens: milliseconds of each competitor, round by round."""
+
+    dtype: str
+    op: str
+    m: int
+    samples: Samples
+
+    def against(self, name: str, other: str) -> float:
+        """Time of ``name`` in units of ``other``."""
+        return median_ratio(self.samples, name, other)
+
+
+def run_measure(console: Console, *, seconds: float = SECONDS) -> list[Row]:
+    """Measure, with progress, and print the table and whether eager would be better anywhere."""
+    busy = other_work(os.getloadavg()[0], os.cpu_count() or 1)
+    size = fitting_size(seconds)
+    rows: list[Row] = []
+    with Progress(console).phase("measuring", len(DTYPES) * len(TOKENS) * len(OPS)) as phase:
+        for row in measured(size, seconds):
+            rows.append(row)
+            phase.advance()
+    console.print(table_of(rows, size))
+    if busy:
+        console.print(busy, soft_wrap=True)
+    console.print(conclusion(rows), soft_wrap=True)
+    return rows
+
+
+def other_work(load: float, processors: int) -> str:
+    """What to say of the load average before anything was measured; empty where the machine was idle enough."""
+    if load <= BUSY * processors:
+        return ""
+    return (
+        f"other work is running (load average {load:.1f} on {processors} processors): a thread that waits for its turn "
+        "costs more than a product, so measure again on a quiet machine"
+    )
+
+
+def fitting_size(seconds: float) -> int:
+    """N = K with which all rows fit: the dense fp32 and bf16 products of the most tokens are timed, small."""
+    small = SIZES[-2]
+    took = 0.0
+    for dtype in DTYPES.values():
+        x, weight = torch.ones(max(TOKENS), small, dtype=dtype), torch.ones(small, small, dtype=dtype)
+        took += min(time_within({DENSE: partial(F.linear, x, weight)}, 0, least=3)[DENSE]) * 1e-3
+    for size in SIZES[:-1]:
+        if SLACK * CALLS * took * (size / small) ** 2 <= seconds:
+            return size
+    return SIZES[-1]
+
+
+def measured(size: int, seconds: float, tokens: tuple[int, ...] = TOKENS) -> Iterator[Row]:
+    """Every row, at N = K = size; seconds are shared out over those that are left."""
+    begin, left = time.perf_counter(), len(DTYPES) * len(tokens) * len(OPS)
+    for dtype in DTYPES:
+        layer = random_inputs(max(tokens), size, size, DTYPES[dtype], DTYPES[dtype])
+        for m in tokens:
+            for op, calls in calls_of(layer, m).items():
+                own = (seconds - (time.perf_counter() - begin)) / left
+                yield Row(dtype, op, m, time_within(calls, max(0.0, own), least=3))
+                left -= 1
+
+
+def calls_of(layer: Inputs, m: int) -> dict[str, dict[str, Call]]:
+    """By op, then by competitor, on the first m tokens."""
+    x, weight, scores, grad = layer.x[:m], layer.weight, layer.scores, layer.grad_output[:m]
+    threshold = mft_kernels.kept_threshold(scores, KEEP_RATIO)
+    packed = mft_kernels.pack_mask(scores, threshold)
+    buffer = torch.zeros_like(weight)
+    backward, backward_packed = torch.ops.mft.masked_linear_backward, torch.ops.mft.masked_linear_packed_backward
+
+    def from_scores(*wanted: bool) -> object:
+        return backward(grad, x, weight, scores, threshold, "magnitude", list(wanted), "auto")
+
+    return {
+        "forward": {
+            DENSE: lambda: F.linear(x, weight),
+            SCORES: lambda: mft_kernels.masked_linear(x, weight, scores, threshold),
+            HELD: lambda: mft_kernels.masked_linear_packed(x, weight, packed),
+            EAGER: lambda: eager_linear(x, weight, scores, threshold),
+        },
+        "d_x": {
+            DENSE: lambda: grad @ weight,
+            SCORES: lambda: from_scores(True, False, False, False),
+            HELD: lambda: backward_packed(
+                grad, x, weight, packed, None, None, "value", [True, False, False, False], "auto"
+            ),
+            EAGER: lambda: eager_grad_x(grad, weight, scores, threshold),
+        },
+        "d_scores": {
+            DENSE: lambda: grad.T @ x,
+            SCORES: lambda: from_scores(False, False, True, False),
+            HELD: lambda: mft_kernels.accumulate_score_grad(buffer, grad, x, None),
+            EAGER: lambda: eager_grad_scores(grad, x, weight, scores),
+        },
+    }
+
+
+def verdict(ratio: float) -> str:
+    """faster, level or SLOWER."""
+    return "faster" if ratio < 1 / LEVEL else "level" if ratio <= LEVEL else "SLOWER"
+
+
+def table_of(rows: list[Row], size: int) -> Table:
+    """A line a row, and how ours compare with dense."""
+    table = Table(title=f"ours and eager, times dense; N = K = {size}, {torch.get_num_threads()} threads")
+    for name in ("", "M", "dense, ms", SCORES, HELD, EAGER):
+        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
+    for row in rows:
+        dense = sorted(row.samples[DENSE])[len(row.samples[DENSE]) // 2]
+        ours = [row.against(name, DENSE) for name in (SCORES, HELD)]
+        shown = [f"{ratio:.2f} {verdict(ratio):6}" for ratio in ours]
+        table.add_row(f"{row.op}, {row.dtype}", str(row.m), f"{dense:.3g}", *shown, f"{row.against(EAGER, DENSE):.2f}")
+    return table
+
+
+def conclusion(rows: list[Row]) -> str:
+    """Whether "auto" would be better off with eager PyTorch anywhere."""
+    worse = [
+        f"{row.op}, {row.dtype}, M = {row.m}, {name} ({row.against(name, EAGER):.2f} times eager)"
+        for row in rows
+        for name in (SCORES, HELD)
+        if row.against(name, EAGER) > LEVEL
+    ]
+    if not worse:
+        return f"eager PyTorch is nowhere faster than what auto takes by more than {100 * (LEVEL - 1):.0f} %"
+    return f"auto would be better off with eager PyTorch in {len(worse)} of {2 * len(rows)}: {'; '.join(worse)}"

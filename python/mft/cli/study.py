@@ -1,0 +1,102 @@
+"""What the verbs of the command line do with a study: compare, ablate, plot."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mft.choices import nearest
+from mft.files.json_file import read_object
+from mft.study.ablate import derive, plot_ablation
+from mft.study.config import StudyConfig
+from mft.study.report.environment import environment
+from mft.study.report.figures import draw_overlap, draw_surface
+from mft.study.report.plots import plot_summary
+from mft.study.report.write import console_report, write_study_report
+from mft.study.run import run_study
+from mft.study.store import copy_fine_tunes
+from mft.training.console import console, say
+from mft.training.flips import plot_flips, read_flips
+from mft.training.progress import Progress
+from mft.training.run_directory import ABLATION, METRICS, PLOT, TABLE_JSON, TABLE_MARKDOWN
+
+PLOTS = ("summary", "surface", "overlap", "flips")
+_LARGEST_TABLE = 1 << 28  # bytes
+
+
+def run_compare(study: StudyConfig, *, overwrite: bool) -> None:
+    """mft compare"""
+    directory = Path(study.output_dir)
+    findings = run_study(study, directory, console=console, overwrite=overwrite)
+    write_study_report(findings, directory, environment())
+    for part in console_report(findings):
+        console.print(part)
+    say(f"files: {directory}/ ({TABLE_MARKDOWN}, {TABLE_JSON}, {PLOT})")
+
+
+def run_ablate(
+    study: StudyConfig, what: str, values: Sequence[str], domains: Sequence[str], *, overwrite: bool
+) -> None:
+    """mft ablate"""
+    parent = Path(study.output_dir)
+    study = derive(study, what, values, domains)
+    directory = Path(study.output_dir)
+    if not overwrite and copy_fine_tunes(parent, study, directory):
+        say(f"base model and fine-tunes: those of {parent}")
+    run_compare(study, overwrite=overwrite)
+    numbers = json.loads((directory / TABLE_JSON).read_text(encoding="utf-8"))
+    plot_ablation(numbers, what, directory / ABLATION)
+    say(f"written: {directory / ABLATION}")
+
+
+def run_plot(
+    what: str,
+    directories: Sequence[Path],
+    output: Path | None,
+    *,
+    domain: str | None,
+    arm: str | None,
+    rows: int,
+    points: int,
+) -> None:
+    """mft plot; without an output the picture goes beside what it shows."""
+    if what not in PLOTS:
+        raise ValueError(f"the plot must be one of {', '.join(PLOTS)}, got {what!r}{nearest(what, PLOTS)}")
+    directory, *others = directories
+    if others and what != "flips":
+        raise ValueError(f"{what} must be drawn from one directory, got {len(directories)}")
+    if output is None:
+        output = (directory.parent if directory.is_file() else directory) / f"{what}.png"
+    if what == "surface":
+        with Progress(console).phase("loss surface", 3 * points * points) as phase:
+            draw_surface(
+                directory,
+                output,
+                domain=domain,
+                arm=arm,
+                rows=rows,
+                points=points,
+                on_point=lambda done, of: phase.advance(1),
+            )
+    elif what == "overlap":
+        draw_overlap(directory, output, arm=arm)
+    elif what == "flips":
+        plot_flips({str(run): read_flips(run / METRICS) for run in directories}, output)
+    else:
+        plot_summary(_study_table(directory), output)
+    say(f"written: {output}")
+
+
+def _study_table(directory: Path) -> dict[str, Any]:
+    """The numbers in the table.json of a study."""
+    table = directory if directory.is_file() else directory / TABLE_JSON
+    rule = f"directory must be a finished study's, as mft compare and mft ablate write it, or its {TABLE_JSON}"
+    if not table.is_file():
+        raise ValueError(f"{rule}, got {directory}")
+    numbers = read_object(table, _LARGEST_TABLE) if table.suffix == ".json" else {}
+    if not isinstance(numbers.get("domains"), dict):
+        raise ValueError(
+            f"{rule}, got {directory} with a table of no domains: a run of mft train has its curves in {PLOT}, and mft "
+            "plot flips draws how its masks moved"
+        )
+    return numbers

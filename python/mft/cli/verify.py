@@ -1,0 +1,66 @@
+"""mft verify: what lies in a directory, whether it is whole, and whether the base is the one that it was learned on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from mft.masks.export import base_hash
+from mft.masks.export_format import CONFIG_FILE, UNVERIFIED, MaskExport, read_export
+from mft.training.checkpoint import FACTS, MANIFEST, verify_checkpoint
+from mft.training.run_directory import CHECKPOINTS, MASKS
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One thing that was found whole."""
+
+    path: Path
+    kind: str  # masks or checkpoint
+    words: str
+    export: MaskExport | None = None
+
+
+def verify_directory(directory: Path) -> list[Verified]:
+    """Every export and checkpoint in an export, a checkpoint, or a run's directory.
+
+    Raises: FileNotFoundError if there is none; ValueError naming the first file that is not whole, what was found and
+    what was expected.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: expected a directory with masks or checkpoints, got nothing there")
+    exports = [path for path in (directory, directory / MASKS) if (path / CONFIG_FILE).is_file()]
+    checkpoints = [
+        path for path in (directory, *sorted(directory.glob(f"{CHECKPOINTS}/step-*"))) if _is_checkpoint(path)
+    ]
+    if not exports and not checkpoints:
+        raise FileNotFoundError(
+            f"{directory}: expected {CONFIG_FILE} or {MANIFEST}, here, in {MASKS}/ or in {CHECKPOINTS}/, got neither"
+        )
+    return [_verified_export(path) for path in exports] + [_verified_checkpoint(path) for path in checkpoints]
+
+
+def check_base(model: nn.Module, found: Verified) -> None:
+    """Raise ValueError unless model has the weights that the masks were learned on."""
+    assert found.export is not None
+    expected, got = found.export.base_hash, base_hash(model, [entry.name for entry in found.export.modules])
+    if got != expected:
+        raise ValueError(f"{found.path}: expected a base with {expected}, the model's is {got}: another base")
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / MANIFEST).is_file() or (path / FACTS).is_file()
+
+
+def _verified_export(path: Path) -> Verified:
+    export, _ = read_export(path)
+    weights = sum(entry.shape[0] * entry.shape[1] for entry in export.modules)
+    kept = sum(entry.kept for entry in export.modules)
+    hashed = "content hash agrees" if export.content_hash else UNVERIFIED
+    layers = f"{len(export.modules)} masked layers, {100 * kept / weights:.2f} % of {weights} weights kept"
+    return Verified(path, "masks", f"{layers}; {hashed}", export)
+
+
+def _verified_checkpoint(path: Path) -> Verified:
+    found = verify_checkpoint(path)
+    return Verified(path, "checkpoint", f"after step {found.step}; sizes and hashes agree")

@@ -1,0 +1,1 @@
+"""Text to rows of tokens: sources, tokenization, packing, splits, batches."""

@@ -1,0 +1,186 @@
+"""Tokenised documents become rows of one length, packed or each document by itself, within a budget of rows."""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy
+
+from mft.data.tokenization import IGNORED, Documents, Encoded
+
+OPEN_ROWS = 32  # rows that a packed example may still join; more would save little padding
+
+
+@dataclass
+class Rows:
+    """input_ids and labels (R, L) int32, document (R,): whose tokens a row holds, or whose come first in a packed row.
+
+    cut counts the examples that were longer than a row and lost their end.
+    """
+
+    length: int
+    pad: int
+    input_ids: list[numpy.ndarray] = field(default_factory=list)
+    labels: list[numpy.ndarray] = field(default_factory=list)
+    document: list[int] = field(default_factory=list)
+    cut: int = 0
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    def add(self, ids: numpy.ndarray, labels: numpy.ndarray, document: int) -> None:
+        """Append one row, padded on the right, where causal attention never looks back from a real token."""
+        missing = self.length - len(ids)
+        self.input_ids.append(numpy.pad(ids, (0, missing), constant_values=self.pad))
+        self.labels.append(numpy.pad(labels, (0, missing), constant_values=IGNORED))
+        self.document.append(document)
+
+    def reorder(self, order: Sequence[int]) -> None:
+        self.input_ids = [self.input_ids[i] for i in order]
+        self.labels = [self.labels[i] for i in order]
+        self.document = [self.document[i] for i in order]
+
+
+def build_rows(documents: Documents, length: int, pad: int, *, budget: int | None, packing: bool, seed: int) -> Rows:
+    """At most budget rows (None: all there are), drawn over as many documents as the budget allows.
+
+    packing fills rows with the ends and beginnings of several documents; without it no row mixes documents.
+    The result is a function of the arguments alone. Order: shuffled if packing, else by document.
+    """
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)
+    if documents.is_text:
+        rows = _text_rows(documents, order, length, pad, budget, packing, seed)
+    elif packing:
+        rows = _packed_examples(documents, order, length, pad, budget)
+    else:
+        rows = _single_examples(documents, order, length, pad, budget)
+    numbers = list(range(len(rows)))
+    if packing:
+        random.Random(seed).shuffle(numbers)
+    else:
+        numbers.sort(key=lambda row: rows.document[row])  # stable: a document's rows stay in order
+    rows.reorder(numbers)
+    return rows
+
+
+def _text_rows(
+    documents: Documents, order: list[int], length: int, pad: int, budget: int | None, packing: bool, seed: int
+) -> Rows:
+    """With a budget a document gives at most `share` rows, from a place drawn at random: 1, or as many as it takes."""
+    share = None if budget is None else 1
+    while True:
+        rows, shortened = Rows(length, pad), False
+        stream = _Stream(rows)
+        for i, example in documents.encoded(order):
+            full = len(example.ids) // length
+            if share is not None and full > share:
+                shortened = True
+                first = random.Random(f"{seed} {i}").randrange(len(example.ids) - share * length + 1)
+                _add_full_rows(rows, example, first, share, i)
+            else:
+                _add_full_rows(rows, example, 0, full, i)
+                ids, labels = example.ids[full * length :], example.labels[full * length :]
+                if packing:
+                    stream.append(ids, labels, i)
+                elif not full:  # a tail after full rows would be mostly padding
+                    rows.add(ids, labels, i)
+            if share == 1 and budget is not None and len(rows) >= budget:
+                break
+        stream.flush()
+        if budget is None or share is None or len(rows) >= budget or not shortened:
+            rows.reorder(_first_of_each(rows.document)[:budget])
+            return rows
+        share *= 2
+
+
+def _first_of_each(numbers: list[int]) -> list[int]:
+    """Indices of numbers: first where each occurs for the first time, then for the second time, and so on."""
+    seen: Counter[int] = Counter()
+    occurrence = []
+    for number in numbers:
+        occurrence.append(seen[number])
+        seen[number] += 1
+    return sorted(range(len(numbers)), key=occurrence.__getitem__)
+
+
+def _add_full_rows(rows: Rows, example: Encoded, first: int, count: int, document: int) -> None:
+    for start in range(first, first + count * rows.length, rows.length):
+        rows.add(example.ids[start : start + rows.length], example.labels[start : start + rows.length], document)
+
+
+class _Stream:
+    """Short documents and tails laid end to end, and cut into rows."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.clear()
+
+    def clear(self) -> None:
+        self.pieces: list[Encoded] = []
+        self.documents: list[int] = []
+        self.size = 0
+
+    def append(self, ids: numpy.ndarray, labels: numpy.ndarray, document: int) -> None:
+        while len(ids):
+            room = self.rows.length - self.size
+            self.pieces.append(Encoded(ids[:room], labels[:room]))
+            self.documents.append(document)
+            self.size += len(ids[:room])
+            ids, labels = ids[room:], labels[room:]
+            if self.size == self.rows.length:
+                self.flush()
+
+    def flush(self) -> None:
+        """Close the row that is being filled."""
+        if self.size > 1:
+            self.rows.add(
+                numpy.concatenate([piece.ids for piece in self.pieces]),
+                numpy.concatenate([piece.labels for piece in self.pieces]),
+                self.documents[0],
+            )
+        self.clear()
+
+
+def _shorten(rows: Rows, example: Encoded) -> Encoded | None:
+    """The example's beginning; None if that scores nothing."""
+    if len(example.ids) <= rows.length:
+        return example
+    rows.cut += 1
+    ids, labels = example.ids[: rows.length], example.labels[: rows.length]
+    return Encoded(ids, labels) if (labels[1:] != IGNORED).any() else None
+
+
+def _single_examples(documents: Documents, order: list[int], length: int, pad: int, budget: int | None) -> Rows:
+    rows = Rows(length, pad)
+    for i, example in documents.encoded(order):
+        short = _shorten(rows, example)
+        if short is not None:
+            rows.add(short.ids, short.labels, i)
+        if budget is not None and len(rows) >= budget:
+            break
+    return rows
+
+
+def _packed_examples(documents: Documents, order: list[int], length: int, pad: int, budget: int | None) -> Rows:
+    """First fit: an example joins the first open row with room, whole."""
+    rows = Rows(length, pad)
+    waiting: list[_Stream] = []
+    for i, example in documents.encoded(order):
+        short = _shorten(rows, example)
+        if short is None:
+            continue
+        row = next((row for row in waiting if row.size + len(short.ids) <= length), None)
+        if row is None:
+            if budget is not None and len(rows) + len(waiting) >= budget:
+                break
+            row = _Stream(rows)
+            waiting.append(row)
+            if len(waiting) > OPEN_ROWS:
+                waiting.pop(max(range(len(waiting)), key=lambda j: waiting[j].size)).flush()
+        row.append(short.ids, short.labels, i)
+        waiting = [row for row in waiting if row.size]
+    for row in waiting:
+        row.flush()
+    return rows

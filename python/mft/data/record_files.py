@@ -1,0 +1,232 @@
+"""Records from data files: JSON lines, parquet, what datasets' save_to_disk wrote. Of a directory nothing else is read.
+
+A data set's card, a loading script or the features that a file declares can name URLs and other people's files, and
+datasets follows them; so files are found by their names here, and read as plain columns.
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+from mft.files.cache import sha256_of
+from mft.files.json_file import read_object
+
+FILE_TYPES = (".jsonl", ".parquet")
+CONTENT_COLUMNS = ("messages", "prompt", "completion", "text")
+LONGEST_LINE = 64 * 2**20  # bytes; a file without line ends must not fill the memory
+SAVED = ("dataset_dict.json", "state.json")  # of save_to_disk: of several splits, of one
+_LONGEST_STATE = 16 * 2**20  # bytes of those files
+_SPLIT_WORDS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "dev", "val"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+_SHARD = re.compile(r"(\w[\w.]*)-\d{5}-of-\d{5}")  # data/train_sft-00000-of-00003.parquet, as the hub names them
+
+
+@dataclass
+class Records:
+    """Rows of one origin. place(i) says where row i stands; numbers[i] is its document number."""
+
+    rows: Sequence[dict[str, Any]]
+    place: Callable[[int], str]
+    columns: list[str]
+    numbers: Sequence[int]
+
+    def select(self, picked: Sequence[int]) -> "Records":
+        rows = self.rows.select(picked) if isinstance(self.rows, datasets.Dataset) else [self.rows[i] for i in picked]
+        return Records(rows, lambda i: self.place(picked[i]), self.columns, [self.numbers[i] for i in picked])
+
+
+def find_splits(directory: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+    """({split: its files in order}, files that were left out), by names alone.
+
+    What save_to_disk wrote has its own splits. Else a split's word (train, validation, test or a synonym) in a file's
+    name, or in that of the nearest directory around it, says where it belongs; if no file has one, all are train.
+    Raises: ValueError if there are no data files, of several types, or one with the words of several splits.
+    """
+    if any((directory / name).is_file() for name in SAVED):
+        return _saved_splits(directory), []
+    inside = {path: path.relative_to(directory) for path in sorted(directory.rglob("*"))}
+    files = [
+        path
+        for path, name in inside.items()
+        if path.suffix in FILE_TYPES and path.is_file() and not any(part.startswith((".", "__")) for part in name.parts)
+    ]
+    types = sorted({path.suffix for path in files})
+    if len(types) != 1:
+        found = "both, perhaps the same twice: name the directory of one" if types else "none"
+        raise ValueError(
+            f"data.source must be a directory with {' or '.join(FILE_TYPES)} files, got {directory} with {found}"
+        )
+    sharded = {path: _SHARD.match(path.name) for path in files if inside[path].parent == Path("data")}
+    split_of = {path: match[1] for path, match in sharded.items() if match}
+    if not split_of:
+        split_of = {path: split for path in files if (split := _split_by_words(directory, inside[path]))}
+    if not split_of:
+        return {"train": files}, []
+    splits = {split: [path for path in split_of if split_of[path] == split] for split in sorted(set(split_of.values()))}
+    return splits, [path for path in files if path not in split_of]
+
+
+def read_files(paths: Sequence[Path]) -> Records:
+    """The records of files of one type, one after another, with their content columns alone."""
+    parts = [_READERS[path.suffix](path) for path in paths]
+    starts = list(itertools.accumulate((len(part.rows) for part in parts), initial=0))
+    columns = sorted({column for part in parts for column in part.columns})
+    if isinstance(parts[0].rows, pyarrow.Table):
+        try:
+            table = pyarrow.concat_tables([part.rows for part in parts], promote_options="permissive")
+        except pyarrow.ArrowException as error:
+            raise ValueError(
+                f"{paths[0]} and the files beside it must have columns of the same types: {error}"
+            ) from None
+        rows: Sequence[dict[str, Any]] = datasets.Dataset(table)
+    else:
+        rows = [row for part in parts for row in part.rows]
+
+    def place(i: int) -> str:
+        part = bisect.bisect_right(starts, i) - 1
+        return parts[part].place(i - starts[part])
+
+    return Records(rows, place, columns, range(starts[-1]))
+
+
+def hash_splits(splits: Mapping[str, Sequence[Path]]) -> str:
+    """SHA-256 of which bytes belong to which split."""
+    lines = [f"{split} {sha256_of(path)}" for split, paths in sorted(splits.items()) for path in paths]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+@dataclass
+class _File:
+    """What one file holds."""
+
+    rows: Any  # a list of dictionaries, or a pyarrow.Table
+    place: Callable[[int], str]
+    columns: list[str]
+
+
+def _read_jsonl(path: Path) -> _File:
+    rows, lines, columns = [], [], dict[str, None]()
+    with path.open("rb") as file:
+        start = 0
+        for number in itertools.count(1):
+            line = file.readline(LONGEST_LINE + 1)
+            if not line:
+                break
+            if len(line) > LONGEST_LINE:
+                raise ValueError(
+                    f"{path}:{number}: a line must have at most {LONGEST_LINE} bytes, got more: write an example a line"
+                )
+            if line.strip():
+                row = _parsed(line, f"{path}:{number}", start)
+                columns.update(dict.fromkeys(row))
+                rows.append({column: row[column] for column in CONTENT_COLUMNS if column in row})
+                lines.append(number)
+            start += len(line)
+    return _File(rows, lambda i: f"{path}:{lines[i]}", list(columns))
+
+
+def _parsed(line: bytes, place: str, start: int) -> dict[str, Any]:
+    """The object in a line that begins at byte ``start`` of its file."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        at = start + len(line) - len(error.object) + error.start  # of the line without its mark
+        encoding = "UTF-16" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
+        raise ValueError(
+            f"{place}: must be UTF-8 text, got 0x{error.object[error.start]:02x} at byte {at} of the file: convert it, "
+            f"if it is {encoding} by iconv -f {encoding} -t UTF-8"
+        ) from None
+    except RecursionError:
+        raise ValueError(
+            f"{place}: JSON must nest a few levels deep, got one that is too deep to be read: examples need no more "
+            "than messages, each with a role and a content"
+        ) from None
+    except ValueError as error:  # of a number too long to be one, too
+        raise ValueError(f"{place}: broken JSON, must be one object a line: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: must be a JSON object, got a {type(row).__name__}")
+    return row
+
+
+def _read_parquet(path: Path) -> _File:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            return _of_table(file.read(columns=_content_of(names)), path, names)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} must be a parquet file, and cannot be read as one: {error}") from None
+
+
+def _read_arrow(path: Path) -> _File:
+    try:
+        table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} must be an Arrow stream, and cannot be read as one: {error}") from None
+    return _of_table(table.select(_content_of(table.column_names)), path, table.column_names)
+
+
+_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".arrow": _read_arrow}
+
+
+def _content_of(names: list[str]) -> list[str]:
+    return [name for name in CONTENT_COLUMNS if name in names] or names[:1]  # without columns rows cannot be counted
+
+
+def _of_table(table: pyarrow.Table, path: Path, columns: list[str]) -> _File:
+    # The metadata may declare pictures and sounds, which datasets fetches from where they say.
+    return _File(table.replace_schema_metadata(None), lambda i: f"{path} row {i}", columns)
+
+
+def _saved_splits(directory: Path) -> dict[str, list[Path]]:
+    """The files of what save_to_disk wrote, which all lie in it."""
+    path = directory / SAVED[0]
+    if not path.is_file():
+        return {"train": _saved_files(directory)}
+    names = read_object(path, _LONGEST_STATE).get("splits")
+    return {name: _saved_files(directory / name) for name in _checked(names, path, "splits", Path.is_dir)}
+
+
+def _saved_files(directory: Path) -> list[Path]:
+    path = directory / SAVED[1]
+    entries = read_object(path, _LONGEST_STATE).get("_data_files")
+    names = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries or ()]
+    return [directory / name for name in _checked(names, path, "_data_files", Path.is_file)]
+
+
+def _checked(names: Any, path: Path, key: str, is_kind: Callable[[Path], bool]) -> list[str]:
+    """What a file at path lists, if that lies beside it and nowhere else."""
+    plain = isinstance(names, list) and all(isinstance(name, str) and Path(name).name == name for name in names)
+    if not plain or not names or not all(is_kind(path.parent / name) for name in names):
+        raise ValueError(f"{path}: {key} must be the names of what lies beside it, got {str(names)[:100]}")
+    return names
+
+
+def _split_by_words(directory: Path, name: Path) -> str | None:
+    """The split whose word is nearest to the end of a path inside directory."""
+    for part in (name.stem, *(parent.name for parent in name.parents)):
+        words = set(re.split(r"[-._ 0-9]+", part.lower()))
+        found = [split for split, known in _SPLIT_WORDS.items() if words & known]
+        if len(found) > 1:
+            raise ValueError(
+                f"data.source {str(directory)!r} must have files of one split each, got {name}, which names "
+                f"{' and '.join(found)}: rename it"
+            )
+        if found:
+            return found[0]
+    return None

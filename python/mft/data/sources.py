@@ -1,0 +1,335 @@
+"""Where examples come from: stdlib, headers, problems, a file, a directory or a hub id, as records of three splits."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from mft.choices import nearest, nearest_path
+from mft.config import DataConfig
+from mft.data.corpora import describe_stdlib, stdlib_files
+from mft.data.header_corpus import describe_headers, header_files
+from mft.data.problems import Problem, describe_problems, fingerprint_of, make_problems
+from mft.data.record_files import CONTENT_COLUMNS, FILE_TYPES, Records, find_splits, hash_splits, read_files
+from mft.files.cache import sha256_of
+from mft.files.hub import hub_is_reachable
+
+SPLITS = ("train", "validation", "test")
+NAMED = ("stdlib", "headers", "problems")  # sources on every machine
+STDLIB_SUBSETS = ("pretrain", "finetune")  # about 60 % and 40 % of the training files
+_KEYS = {"train": "split", "validation": "validation_split"}  # of data, that name a source's split
+MINIMUM_FILES = 20  # of an installed corpus, in each split, so that a standard error over files means something
+
+
+@dataclass
+class Source:
+    """The records of the three splits, loaded when asked; fingerprint stands for all of their content.
+
+    hash finds the fingerprint again, where others may write the files meanwhile.
+    """
+
+    fingerprint: str
+    load: Callable[[], dict[str, Records]]
+    notes: list[str] = field(default_factory=list)
+    hash: Callable[[], str] | None = None
+
+    def check(self) -> None:
+        """Raise ValueError if what was read since may not be what fingerprint stands for."""
+        if self.hash is not None and self.hash() != self.fingerprint:
+            raise ValueError(
+                "data.source must stay as it is while it is read, got files that changed meanwhile: begin again when "
+                "they are written"
+            )
+
+
+def form_of(records: Records) -> str:
+    """How records are read, by their columns: as messages, else as prompt and completion, else as text."""
+    columns = set(records.columns)
+    if "messages" in columns:
+        return "messages"
+    if {"prompt", "completion"} <= columns:
+        return "completion"
+    if "text" in columns:
+        return "text"
+    half = columns & {"prompt", "completion"}
+    close = next(filter(None, (nearest(column, CONTENT_COLUMNS) for column in sorted(columns))), "")
+    remedy = f"{half.pop()} needs its other half" if half else f"rename or convert them{close}"
+    raise ValueError(
+        f"{records.place(0)}: data must have a column messages, columns prompt and completion, or a "
+        f"column text, got {', '.join(sorted(columns)) or 'none'}: {remedy}"
+    )
+
+
+def open_source(config: DataConfig) -> Source:
+    """Raises ValueError if config.source is no data that can be reached; it says what to do."""
+    path = Path(config.source)
+    if config.source == "stdlib":
+        return _stdlib(config)
+    if config.source == "headers":
+        return _headers(config)
+    if config.source == "problems":
+        return _problems(config)
+    if path.is_file():
+        return _single_file(path, config)
+    if path.is_dir():
+        return _directory(path, config)
+    if not _looks_like_a_path(config.source):
+        return _hub(config)
+    raise ValueError(
+        f"data.source must be data that exists, got {config.source!r}: no such file or directory{nearest_path(path)}"
+    )
+
+
+def _stdlib(config: DataConfig) -> Source:
+    _only_defaults(config, "the stdlib corpus is split by file hash", but=("subset",))
+    if config.subset not in (None, *STDLIB_SUBSETS):
+        raise ValueError(
+            f"data.subset must be {', '.join(STDLIB_SUBSETS)} or null for the stdlib corpus, got {config.subset!r}"
+            f"{nearest(config.subset, STDLIB_SUBSETS)}"
+        )
+    return _installed(config, stdlib_files(), describe_stdlib(), "install the interpreter's whole library")
+
+
+def _headers(config: DataConfig) -> Source:
+    _only_defaults(config, "the corpus of headers is split by file hash")
+    return _installed(config, header_files(), describe_headers(), "install a torch that has its include directory")
+
+
+def _installed(config: DataConfig, sources: dict[str, str], what: str, remedy: str) -> Source:
+    """Files that came with Python or a package, one a document."""
+    rule = f"data.source {config.source!r} must give at least {MINIMUM_FILES} files a split, got"
+    if len(sources) < MINIMUM_FILES * len(SPLITS):
+        raise ValueError(f"{rule} {len(sources)} in all: {remedy}, or name other data")
+    rows, paths = [{"text": text} for text in sources.values()], list(sources)
+    everything = Records(rows, paths.__getitem__, ["text"], range(len(rows)))
+    splits = _split_off(everything, ["validation", "test"])
+    part = ""
+    if config.subset is not None:
+        splits["train"] = _part_of(splits["train"], config.subset)
+        part = f" (train is the {config.subset} subset of the training files)"
+    for split, records in splits.items():
+        if len(records.rows) < MINIMUM_FILES:
+            raise ValueError(f"{rule} {len(records.rows)} for {split}: {remedy}, or name other data")
+    files = " / ".join(f"{len(records.rows)} {split}" for split, records in splits.items())
+    digest = hashlib.sha256("\0".join(text for item in sources.items() for text in item).encode())
+    note = f"{config.source}: {what}, split by file hash into {files} files{part}"
+    return Source(digest.hexdigest(), lambda: splits, [note])
+
+
+def _part_of(train: Records, subset: str) -> Records:
+    """The training files that belong to a subset by the hash of their text, by other digits than those of the split."""
+    digests = [hashlib.sha256(_content(row)).hexdigest()[8:16] for row in train.rows]
+    first = [int(digest, 16) % 10 < 6 for digest in digests]
+    return train.select([i for i, is_first in enumerate(first) if is_first == (subset == STDLIB_SUBSETS[0])])
+
+
+def _problems(config: DataConfig) -> Source:
+    _only_defaults(config, "problems have three fixed splits")
+    problems = make_problems()
+
+    def load() -> dict[str, Records]:
+        return {split: _problem_records(split, problems[split]) for split in SPLITS}
+
+    return Source(fingerprint_of(problems), load, [describe_problems(problems)])
+
+
+def _problem_records(split: str, problems: Sequence[Problem]) -> Records:
+    """A kind is a document: what has one template is not independent."""
+    rows = [problem.row for problem in problems]
+    return Records(rows, lambda i: f"problems, {split} row {i}", ["prompt", "completion"], [p.kind for p in problems])
+
+
+def _single_file(path: Path, config: DataConfig) -> Source:
+    _only_defaults(config, f"the single file {path} has no splits, so name a directory with train and validation files")
+    if path.suffix not in FILE_TYPES:
+        raise ValueError(
+            f"data.source must be a {' or '.join(FILE_TYPES)} file if it is a file, got {path}: "
+            "convert it, for JSONL to one JSON object a line"
+        )
+    source = Source(sha256_of(path), dict, hash=lambda: sha256_of(path))
+    source.load = lambda: _complete({"train": read_files([path])}, str(path), source.notes)
+    return source
+
+
+def _directory(directory: Path, config: DataConfig) -> Source:
+    """A directory of data files."""
+    if config.subset is not None:
+        raise ValueError(
+            f"data.subset must be left out for a directory, whose card is not read, got {config.subset!r}: name the "
+            "directory of that subset"
+        )
+    splits, left_out = find_splits(directory)
+    chosen = _chosen(splits, config)
+    used = {name: splits[name] for name in map(_name_of, chosen.values())}
+    source = Source(hash_splits(used), dict, hash=lambda: hash_splits(used))
+    if left_out:
+        names = ", ".join(str(path.relative_to(directory)) for path in left_out[:3])
+        source.notes.append(f"{config.source}: {len(left_out)} files name no split and were left out, such as {names}")
+
+    def load() -> dict[str, Records]:
+        available = {name: read_files(paths) for name, paths in used.items()}
+        return _complete(_cut(available, chosen), config.source, source.notes)
+
+    source.load = load
+    return source
+
+
+def _hub(config: DataConfig) -> Source:
+    """A data set of the hub, through the datasets library."""
+    loaded = _load_from_hub(config)
+    chosen = _chosen(loaded, config)
+    parts = [f"{split}={loaded[_name_of(text)]._fingerprint}" for split, text in chosen.items()]
+    source = Source(hashlib.sha256(" ".join(parts).encode()).hexdigest(), dict)
+
+    def records_of(name: str) -> Records:
+        rows = loaded[name]
+        return Records(rows, lambda i: f"{config.source}, split {name}, row {i}", rows.column_names, range(len(rows)))
+
+    def load() -> dict[str, Records]:
+        available = {name: records_of(name) for name in map(_name_of, chosen.values())}
+        return _complete(_cut(available, chosen), config.source, source.notes)
+
+    source.load = load
+    return source
+
+
+def _load_from_hub(config: DataConfig) -> dict[str, datasets.Dataset]:
+    """Every split of the source."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source):
+        raise ValueError(
+            f"data.source must be {', '.join(NAMED)}, a .jsonl or .parquet file, a directory or a hub id, "
+            f"got {config.source!r}"
+        )
+    online = hub_is_reachable()
+    try:  # datasets answers an empty file with StopIteration
+        with _offline(not online):
+            loaded = datasets.load_dataset(config.source, config.subset)
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if online:
+            reason = " ".join(str(cause).split())[:300] or "a file of it is empty"
+            message = f"data.source {config.source!r} cannot be loaded: {reason}"
+        else:
+            message = (
+                f"data.source {config.source!r} is neither {', '.join(NAMED)}, nor a file or directory here, nor in "
+                "the local cache of datasets, and the hub cannot be reached: check the name and the network, "
+                "or give a local file"
+            )
+        raise ValueError(message + nearest(config.source, NAMED)) from error
+    return dict(loaded)
+
+
+@contextmanager
+def _offline(wanted: bool) -> Iterator[None]:
+    """datasets told that there is no network, so that it looks into its cache at once."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or wanted
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _name_of(expression: str) -> str:
+    """train, of train[:1000]."""
+    return expression.partition("[")[0]
+
+
+def _chosen(names: Collection[str], config: DataConfig) -> dict[str, str]:
+    """What of the splits of these names becomes which of ours, as data.split says: "train", or a part of it."""
+    chosen = {"train": config.split}
+    if config.validation_split is not None:
+        chosen["validation"] = config.validation_split
+    elif "validation" in names and config.split != "validation":
+        chosen["validation"] = "validation"
+    if "test" in names and "test" not in (config.split, config.validation_split):
+        chosen["test"] = "test"
+    for split, expression in chosen.items():
+        if _name_of(expression) not in names:
+            raise ValueError(
+                f"data.{_KEYS[split]} must be one of {', '.join(names)}, got {expression!r}"
+                f"{nearest(_name_of(expression), names)}"
+            )
+    return chosen
+
+
+def _cut(available: Mapping[str, Records], chosen: Mapping[str, str]) -> dict[str, Records]:
+    """ "train[:1000]" and "train[:10%]" are parts of a split."""
+    cut = {}
+    for split, expression in chosen.items():
+        name = _name_of(expression)
+        records = cut[split] = available[name]
+        if name == expression:
+            continue
+        try:
+            instruction = datasets.ReadInstruction.from_spec(expression).to_absolute({name: len(records.rows)})
+        except (ValueError, AssertionError) as error:
+            raise ValueError(
+                f"data.{_KEYS[split]} must look like {name}, {name}[:1000] or {name}[:10%], got {expression!r}"
+            ) from error
+        cut[split] = records.select(range(instruction[0].from_, instruction[0].to))
+    return cut
+
+
+def _complete(records: dict[str, Records], source: str, notes: list[str]) -> dict[str, Records]:
+    """Split off by content hash what the source lacks of validation and test: a tenth of train each."""
+    for split, found in records.items():
+        if not len(found.rows):
+            raise ValueError(f"data.source {source!r} must hold examples, got an empty {split} split")
+        form_of(found)
+    lacking = [split for split in SPLITS if split not in records]
+    if lacking:
+        records = {**records, **_split_off(records["train"], lacking)}
+        sizes = ", ".join(f"{len(records[split].rows)} for {split}" for split in SPLITS)
+        notes.append(
+            f"{source}: no {' and no '.join(lacking)} split given, so about a tenth of train was split off "
+            f"for each by content hash: examples are now {sizes}"
+        )
+    return {split: records[split] for split in SPLITS}
+
+
+def _split_off(records: Records, lacking: list[str]) -> dict[str, Records]:
+    """Train and the lacking splits; equal rows fall into the same one, whatever their order."""
+    share = {"validation": 8, "test": 9}
+    digests = [hashlib.sha256(_content(row)).hexdigest() for row in records.rows]
+    groups: dict[str, set[str]] = {
+        split: {digest for digest in digests if int(digest[:8], 16) % 10 == share[split]} for split in lacking
+    }
+    distinct = sorted(set(digests))
+    if len(distinct) <= len(lacking):
+        raise ValueError(
+            f"data.source must have more than {len(lacking)} different examples to split off "
+            f"{' and '.join(lacking)}, got {len(distinct)}: add examples, or give those splits"
+        )
+    if any(not group for group in groups.values()) or len(set().union(*groups.values())) == len(distinct):
+        groups = {split: {distinct[i]} for i, split in enumerate(lacking)}  # so few that a tenth may be none
+    owner = {digest: split for split, group in groups.items() for digest in group}
+    picked: dict[str, list[int]] = {"train": [], **{split: [] for split in lacking}}
+    for i, digest in enumerate(digests):
+        picked[owner.get(digest, "train")].append(i)
+    return {split: records.select(indices) for split, indices in picked.items()}
+
+
+def _content(row: dict[str, Any]) -> bytes:
+    """What makes two rows the same example: an id beside the same text does not."""
+    row = {key: row[key] for key in CONTENT_COLUMNS if key in row} or row
+    return json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
+
+
+def _only_defaults(config: DataConfig, why: str, *, but: tuple[str, ...] = ()) -> None:
+    for key, default in (("subset", None), ("split", "train"), ("validation_split", None)):
+        value = getattr(config, key)
+        if value != default and key not in but:
+            raise ValueError(f"data.{key} must be left out for this source, got {value!r}: {why}")
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((*FILE_TYPES, ".json", ".csv", "/"))

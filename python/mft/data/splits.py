@@ -1,0 +1,161 @@
+"""Data for training and evaluation: three datasets of fixed-length rows, made once and kept in the cache."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy
+import pyarrow
+
+from mft.config import DataConfig
+from mft.data.packing import Rows, build_rows
+from mft.data.sources import SPLITS, Source, open_source
+from mft.data.tokenization import open_documents
+from mft.files.atomic import atomic_directory
+from mft.files.cache import cache_root, sha256_of
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 2  # counts up when the rows made from the same data change
+NOTES_FILE = "notes.json"
+FILES = (*(f"{split}.arrow" for split in SPLITS), NOTES_FILE)
+SUMS_FILE = "SHA256SUMS"  # of those, as sha256sum writes it
+
+
+@dataclass
+class Splits:
+    """Three datasets with columns input_ids and labels (sequence_length each; -100 is not scored) and document.
+
+    Rows of validation and test never mix documents; those of train do if data.packing is on.
+    notes says in sentences what a reader of the results must know: where splits came from, what was cut or left out.
+    key names the rows: another configuration, source or tokenizer gives another one.
+    """
+
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    test: datasets.Dataset
+    notes: list[str] = field(default_factory=list)
+    key: str = ""
+
+
+def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None) -> Splits:
+    """The rows of config.source, which may be open already; a token budget counts whole rows, padding included.
+
+    max_train_tokens and max_eval_tokens (for validation and test each) spread over as many documents as they can.
+    The evaluation rows do not depend on config.seed, so that runs with different seeds can be compared.
+    Raises: ValueError naming the file, line or row, and the rule that it breaks.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer must have an end-of-sequence token, which closes a document; got none")
+    source = source or open_source(config)
+    directory = cache_root() / "rows" / _key(config, source.fingerprint, tokenizer)
+    if not _is_whole(directory):
+        if directory.exists():
+            logger.warning("the rows kept in %s are damaged or incomplete: they are made again", directory)
+        records = source.load()
+        built, notes = {}, list(source.notes)
+        for split in SPLITS:
+            documents = open_documents(records[split], tokenizer, assistant_only=config.assistant_only)
+            training = split == "train"
+            tokens = config.max_train_tokens if training else config.max_eval_tokens
+            rows = build_rows(
+                documents,
+                config.sequence_length,
+                _pad(tokenizer),
+                budget=None if tokens is None else tokens // config.sequence_length,
+                packing=training and config.packing,
+                seed=config.seed if training else 0,
+            )
+            rows.document = [records[split].numbers[i] for i in rows.document]
+            available = len(set(records[split].numbers))
+            notes += _describe(split, rows, documents.empty, available, training and config.packing)
+            if not len(rows):
+                raise ValueError(
+                    f"data.source {config.source!r} must leave rows to score in every split, got none "
+                    f"for {split}: {'; '.join(notes[-2:])}"
+                )
+            built[split] = rows
+        source.check()
+        # Looked at again: another process may have made them meanwhile, and have opened them.
+        with atomic_directory(directory, replace=not _is_whole(directory)) as scratch:
+            for split, rows in built.items():
+                _write(rows, scratch / f"{split}.arrow")
+            (scratch / NOTES_FILE).write_text(json.dumps(notes), encoding="utf-8")
+            (scratch / SUMS_FILE).write_text(_sums(scratch), encoding="utf-8")
+    notes = json.loads((directory / NOTES_FILE).read_text(encoding="utf-8"))
+    for note in notes:
+        logger.info(note)
+    train, validation, test = (datasets.Dataset.from_file(str(directory / f"{split}.arrow")) for split in SPLITS)
+    return Splits(train, validation, test, notes, directory.name)
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether the rows in directory are, byte for byte, those that were written."""
+    files = [directory / name for name in (*FILES, SUMS_FILE)]
+    return all(path.is_file() for path in files) and files[-1].read_bytes() == _sums(directory).encode()
+
+
+def _sums(directory: Path) -> str:
+    return "".join(f"{sha256_of(directory / name)}  {name}\n" for name in FILES)
+
+
+def _pad(tokenizer: Any) -> int:
+    """Any token will do: padding is neither scored nor seen by what is."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _describe(split: str, rows: Rows, empty: int, available: int, packed: bool) -> list[str]:
+    """What became of a split's documents; the last line is the summary."""
+    notes = []
+    if empty:
+        notes.append(f"{split}: {empty} examples have nothing to score (empty text, or no answer) and were left out")
+    if rows.cut:
+        notes.append(
+            f"{split}: {rows.cut} examples are longer than sequence_length = {rows.length} and were cut "
+            "there; those whose answer begins later were left out"
+        )
+    covered = len(set(rows.document))
+    scored = sum(int((labels[1:] >= 0).sum()) for labels in rows.labels)
+    notes.append(
+        f"{split}: {len(rows)} rows of {rows.length} tokens, {scored} of them scored, "
+        f"from {'at least ' if packed else ''}{covered} of {available} documents"
+    )
+    return notes
+
+
+def _key(config: DataConfig, source: str, tokenizer: Any) -> str:
+    """One name for the same rows: configuration, content of the source, and tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    parts = [
+        FORMAT,
+        dataclasses.asdict(config),
+        source,
+        vocabulary,
+        type(tokenizer).__name__,
+        tokenizer.chat_template,
+        tokenizer.eos_token_id,
+        _pad(tokenizer),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _write(rows: Rows, path: Path) -> None:
+    """An Arrow stream, which datasets maps into memory instead of reading."""
+    columns = {
+        "input_ids": _fixed(rows.input_ids, rows.length),
+        "labels": _fixed(rows.labels, rows.length),
+        "document": pyarrow.array(rows.document, pyarrow.int64()),
+    }
+    table = pyarrow.table(columns)
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1024)
+
+
+def _fixed(values: list[numpy.ndarray], length: int) -> pyarrow.Array:
+    return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(numpy.concatenate(values)), length)

@@ -1,0 +1,261 @@
+"""One record becomes token ids and labels: chat messages, prompt and completion, or plain text.
+
+labels repeat the ids that are scored and hold IGNORED elsewhere; models shift them by one themselves.
+"""
+
+import re
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+import numpy
+
+from mft.choices import nearest
+from mft.data.sources import Records, form_of
+
+IGNORED = -100
+ROLES = ("system", "user", "assistant", "tool")
+# What a template refuses or runs into, its sandbox's refusals (SecurityError) and raise_exception among it.
+_TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError)
+BATCH = 64  # records tokenised at once: tokenizers spread a batch over the cores
+PIECE = 2**20  # characters tokenised at once, for each of which a tokenizer takes about 200 bytes
+LONGEST = 2**22  # characters of a chat, or of prompt and completion, which cannot be tokenised in pieces
+
+
+@dataclass
+class Encoded:
+    """ids and labels, both int32 (T,)."""
+
+    ids: numpy.ndarray
+    labels: numpy.ndarray
+
+
+@dataclass
+class Documents:
+    """The examples of one split, tokenised only as far as they are asked for."""
+
+    records: Records
+    encode: Callable[[Sequence[dict[str, Any]], Callable[[int], str]], list[Encoded]]
+    is_text: bool
+    empty: int = 0  # examples met so far without a token to score
+    _known: dict[int, Encoded] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.records.rows)
+
+    def encoded(self, order: Sequence[int]) -> Iterator[tuple[int, Encoded]]:
+        """(index, example) in the given order; those without a token to score are left out and counted."""
+        for start in range(0, len(order), BATCH):
+            batch = order[start : start + BATCH]
+            new = [i for i in batch if i not in self._known]
+            if new:
+                found = self.encode([self.records.rows[i] for i in new], lambda j: self.records.place(new[j]))  # noqa: B023
+                self._known.update(zip(new, found))
+                self.empty += sum(not _scored(example) for example in found)
+            for i in batch:
+                if _scored(self._known[i]):
+                    yield i, self._known[i]
+
+
+def open_documents(records: Records, tokenizer: Any, *, assistant_only: bool) -> Documents:
+    """Records as the examples that their columns make them: chats, completions or texts."""
+    form = form_of(records)
+    if form == "messages":
+        return Documents(records, lambda rows, place: _chats(rows, place, tokenizer, assistant_only), is_text=False)
+    if form == "completion":
+        return Documents(records, lambda rows, place: _completions(rows, place, tokenizer), is_text=False)
+    return Documents(records, lambda rows, place: _texts(rows, place, tokenizer), is_text=True)
+
+
+def _texts(rows: Sequence[dict[str, Any]], place: Callable[[int], str], tokenizer: Any) -> list[Encoded]:
+    """tokens eos, all scored; an empty text gives none. A long text is tokenised in pieces, cut where a line ends."""
+    texts = [_string(row, "text", place(j)) for j, row in enumerate(rows)]
+    examples = []
+    for group in _groups(texts):
+        found = _tokens(group, tokenizer) if len(group[0]) <= PIECE else [_long_tokens(group[0], tokenizer)]
+        for text, ids in zip(group, found):
+            ids.extend(_eos_unless_there(ids, tokenizer))
+            examples.append(_whole(ids if text.strip() else []))
+    return examples
+
+
+def _completions(rows: Sequence[dict[str, Any]], place: Callable[[int], str], tokenizer: Any) -> list[Encoded]:
+    """prompt completion eos, with the completion and eos scored."""
+    examples = []
+    for j, row in enumerate(rows):
+        prompt, completion = _string(row, "prompt", place(j)), _string(row, "completion", place(j))
+        _check_length(len(prompt) + len(completion), place(j))
+        head, both = _tokens([prompt, prompt + completion], tokenizer)
+        head = head[: len(head) - (head[-1:] == [tokenizer.eos_token_id])]  # some tokenizers close every text
+        # At inference the prompt is tokenised alone, so the completion must continue exactly those tokens.
+        tail = both[len(head) :] if both[: len(head)] == head else _tokens([completion], tokenizer, special=False)[0]
+        tail = [*tail, *_eos_unless_there(tail, tokenizer)] if completion.strip() else []
+        labels = [IGNORED] * len(head) + tail
+        examples.append(Encoded(_array(head + tail), _array(labels)))
+    return examples
+
+
+def _chats(
+    rows: Sequence[dict[str, Any]], place: Callable[[int], str], tokenizer: Any, assistant_only: bool
+) -> list[Encoded]:
+    template = _template(tokenizer, place(0))
+    marked = re.search(r"\{%-?\s*generation\b", template) is not None
+    examples = []
+    for j, row in enumerate(rows):
+        messages = _messages(row, place(j))
+        if not messages:
+            examples.append(_whole([]))
+        elif not assistant_only:
+            examples.append(_whole(_templated(tokenizer, messages, place(j))["input_ids"]))
+        elif marked:
+            output = _templated(tokenizer, messages, place(j), return_assistant_tokens_mask=True)
+            ids, scored = _array(output["input_ids"]), numpy.array(output["assistant_masks"], dtype=bool)
+            examples.append(Encoded(ids, numpy.where(scored, ids, IGNORED).astype(numpy.int32)))
+        else:
+            examples.append(_by_prefixes(tokenizer, messages, place(j)))
+    return examples
+
+
+def _by_prefixes(tokenizer: Any, messages: list[dict[str, str]], place: str) -> Encoded:
+    """An assistant turn is what the template adds to the generation prompt before it, up to its end-of-turn token."""
+    ids = _templated(tokenizer, messages, place)["input_ids"]
+    labels = numpy.full(len(ids), IGNORED, dtype=numpy.int32)
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = [], _templated(tokenizer, messages[: turn + 1], place)["input_ids"]
+        if turn:
+            before = _templated(tokenizer, messages[:turn], place, add_generation_prompt=True)["input_ids"]
+        if not turn or after[: len(before)] != before or ids[: len(after)] != after:
+            raise ValueError(
+                f"{place}: the chat template of this tokenizer must render a conversation as a continuation of its "
+                f"beginning, and does not at messages[{turn}] (assistant): which tokens to score is unknown; begin "
+                "with a user message, use a template with {% generation %} marks, or set data.assistant_only to false"
+            )
+        end = len(after)
+        special = set(tokenizer.all_special_ids)
+        closing = [i for i in range(len(before), end) if ids[i] in special]
+        if closing:
+            end = closing[-1] + 1  # without the newline that ChatML puts after its end-of-turn token
+        labels[len(before) : end] = ids[len(before) : end]
+    return Encoded(_array(ids), labels)
+
+
+def _templated(tokenizer: Any, messages: list[dict[str, str]], place: str, **asked: bool) -> dict[str, list[int]]:
+    try:
+        return tokenizer.apply_chat_template(messages, return_dict=True, **asked)
+    except _TEMPLATE_ERRORS as error:
+        raise ValueError(
+            f"{place}: the chat template of this tokenizer must render messages, and stops with "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}: change the messages, or set "
+            "model.chat_template (tulu, or a Jinja file)"
+        ) from error
+
+
+def _template(tokenizer: Any, place: str) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{place}: messages need a tokenizer with a chat template, got one without: set "
+            "model.chat_template (tulu, or a Jinja file), use an instruction-tuned model, or data with prompt and "
+            "completion"
+        )
+    return tokenizer.get_chat_template()
+
+
+def _messages(row: dict[str, Any], place: str) -> list[dict[str, str]]:
+    """The checked conversation; [] if it has no assistant turn with text."""
+    messages = row.get("messages")
+    if not isinstance(messages, list):
+        raise ValueError(f"{place}: messages must be a list of {{role, content}}, got {_shown(messages)}")
+    for turn, message in enumerate(messages):
+        where = f"{place}: messages[{turn}]"
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            keys = f"the keys {', '.join(map(str, message))}" if isinstance(message, dict) else _shown(message)
+            raise ValueError(f"{where} must have a role and a content, got {keys}")
+        if message["role"] not in ROLES:
+            role = message["role"]
+            raise ValueError(f"{where}.role must be one of {', '.join(ROLES)}, got {role!r}{nearest(str(role), ROLES)}")
+        _string(message, "content", where)
+    _check_length(sum(len(message["content"]) for message in messages), place)
+    answered = any(message["role"] == "assistant" and message["content"].strip() for message in messages)
+    return messages if answered else []
+
+
+def _string(row: dict[str, Any], column: str, place: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: {column} must be a string, got {_shown(value)}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{place}: {column} must be Unicode text, got half a surrogate pair at character "
+                f"{error.start}: {_shown(value[error.start])}"
+            ) from None
+    return value
+
+
+def _check_length(characters: int, place: str) -> None:
+    if characters > LONGEST:
+        raise ValueError(
+            f"{place}: an example must have at most {LONGEST} characters, got {characters}: leave it out, or write it "
+            "as several"
+        )
+
+
+def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Texts that follow each other, of at most PIECE characters together, or one that has more."""
+    group: list[str] = []
+    for text in texts:
+        if group and sum(map(len, group)) + len(text) > PIECE:
+            yield group
+            group = []
+        group.append(text)
+    if group:
+        yield group
+
+
+def _long_tokens(text: str, tokenizer: Any) -> array:
+    """As _tokens of one text, but for the tokens that a cut divides, and in the memory of one piece."""
+    ids = array("i")
+    start = 0
+    while start < len(text):
+        end = start + PIECE
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        piece = _tokens([text[start:end]], tokenizer, special=not start)[0]
+        closed = not start and not _eos_unless_there(piece, tokenizer)  # some tokenizers close every text
+        ids.extend(piece[:-1] if closed else piece)
+        start = end
+    return ids
+
+
+def _tokens(texts: list[str], tokenizer: Any, *, special: bool = True) -> list[list[int]]:
+    return tokenizer(
+        texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )["input_ids"]
+
+
+def _eos_unless_there(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    return [] if len(ids) and ids[-1] == tokenizer.eos_token_id else [tokenizer.eos_token_id]
+
+
+def _whole(ids: Sequence[int]) -> Encoded:
+    return Encoded(_array(ids), _array(ids))
+
+
+def _array(values: Sequence[int]) -> numpy.ndarray:
+    return numpy.array(values, dtype=numpy.int32)
+
+
+def _scored(example: Encoded) -> bool:
+    """Whether a token after the first is scored: the first has nothing before it to be predicted from."""
+    return bool((example.labels[1:] != IGNORED).any())
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return "null" if value is None else f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

@@ -1,0 +1,1 @@
+"""The recipe on a real model in minutes."""

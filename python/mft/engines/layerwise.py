@@ -1,0 +1,194 @@
+"""All micro-batches of a step through one layer, then through the next: one layer's weights on the device at a time.
+
+    up      layer 0: micro-batches 1 .. n | layer 1: 1 .. n | ...      the next layer's weights arrive meanwhile
+    loss    micro-batches 1 .. n
+    down    layer L-1: n micro-batches, then its scores are updated | layer L-2: ...
+
+Boundaries and their gradients rest in host memory, as do weights and masks (L2L, arXiv 2002.05645, for one optimiser
+step; there weights learn, here scores). The weights of a layer travel three times a step, however many micro-batches.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mft.data.batches import MicroBatch
+from mft.engines.layer_engine import LayerEngine, OnLoss, tensors_of
+from mft.engines.score_states import HeldMask
+
+Resting = deque[Tensor]  # a micro-batch each, in host memory
+
+
+class Layerwise(LayerEngine):
+    """Weights, masks, boundaries in host memory; on the device two layers' weights and one layer's gradients."""
+
+    way = "layerwise"
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self._outside = self.depth  # the group of what no layer holds, norm and head, without the embedding
+        self._groups = [self._tensors_of_layer(i) for i in range(self.depth)] + [self._tensors_outside()]
+        for tensor in (*self.embedding_alone(), *(t for group in self._groups for t in group)):
+            tensor.data = self.mover.rest(tensor.data)
+        for mask in self.masks:
+            mask.hold(None)
+        self._updated: list[HeldMask] = []  # in the layer that is visited
+
+    def step(
+        self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss
+    ) -> None:
+        if max_norm is not None:
+            raise ValueError(
+                f"train.max_grad_norm must be null with memory: layerwise, got {max_norm:g}: a layer's scores are "
+                "updated before the gradients below it exist, so there is no global norm; memory: resident has one"
+            )
+        start = self._remembered_all(batches)
+        below = [] if start is not None else [self._outside, *range(self.first)]
+        order = [*below, *range(self.first, self.depth), self._outside, *reversed(range(self.first, self.depth))]
+        visits = self._visit(order)
+        hidden = start if start is not None else self._below(batches, visits)
+        boundaries: list[Resting] = []
+        for _ in range(self.first, self.depth):
+            layer = next(visits)
+            boundaries.append(hidden)
+            hidden = self._through(layer, hidden, batches, keep=True)
+        next(visits)
+        grads = self._losses(batches, hidden, scale, on_loss)
+        for _ in range(self.first, self.depth):
+            layer = next(visits)
+            grads = self._back(layer, batches, boundaries.pop(), grads, lr)
+        for _ in visits:
+            raise AssertionError("a layer was not visited")
+
+    def recall(self, batches: Sequence[MicroBatch]) -> None:
+        if self.memory is None or all(self.remembered(batch) is not None for batch in batches):
+            return
+        visits = self._visit([self._outside, *range(self.first)])
+        for hidden in self._below(batches, visits):
+            self.mover.give_back(hidden)
+        for _ in visits:
+            raise AssertionError("a layer was not visited")
+
+    def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
+        visits = self._visit([self._outside, *range(self.depth), self._outside])
+        hidden = self._enter(batches, visits)
+        for _ in range(self.depth):
+            hidden = self._through(next(visits), hidden, batches)
+        next(visits)
+        for batch, state in zip(batches, self._taken(hidden)):
+            with torch.no_grad():
+                yield self.calls.leave(batch.input_ids.to(self.mover.device), state)
+        for _ in visits:
+            raise AssertionError("a layer was not visited")
+
+    # ------------------------------------------------------------------------------------------ a layer at a time
+
+    def _enter(self, batches: Sequence[MicroBatch], visits: Iterator[int]) -> Resting:
+        next(visits)
+        return deque(self.mover.store(self.enter(batch)) for batch in batches)
+
+    def _below(self, batches: Sequence[MicroBatch], visits: Iterator[int]) -> Resting:
+        """What reaches the first masked layer."""
+        hidden = self._enter(batches, visits)
+        for _ in range(self.first):
+            hidden = self._through(next(visits), hidden, batches)
+        if self.memory is not None:
+            self.mover.finish()
+            for batch, state in zip(batches, hidden):
+                self.remember(batch, state.clone() if self.mover.separate else state)  # its memory is used again
+        return hidden
+
+    def _through(self, layer: int, hidden: Resting, batches: Sequence[MicroBatch], *, keep: bool = False) -> Resting:
+        """hidden of all micro-batches through one layer; the inputs' memory is used again unless they are kept."""
+        states = self._arriving(hidden) if keep else self._taken(hidden)
+        return deque(self.mover.store(self.up(layer, state, batch)) for batch, state in zip(batches, states))
+
+    def _losses(self, batches: Sequence[MicroBatch], hidden: Resting, scale: float, on_loss: OnLoss) -> Resting:
+        totals, grads = [], Resting()
+        for batch, state in zip(batches, self._taken(hidden)):
+            total, grad = self.loss(batch, state, scale)
+            totals.append(total)
+            grads.append(self.mover.store(grad))
+        for batch, total in zip(batches, totals):
+            on_loss(batch, total)
+        return grads
+
+    def _back(
+        self, layer: int, batches: Sequence[MicroBatch], boundaries: Resting, grads: Resting, lr: float | None
+    ) -> Resting:
+        masks = self.masks_of_layer[layer]
+        for mask in masks:
+            mask.hold(self.states.new_buffer(mask, self.grad_dtype))
+        inputs = Resting()
+        for batch, hidden, grad in zip(batches, self._taken(boundaries), self._taken(grads)):
+            d_hidden = self.down(layer, hidden, grad, batch)
+            if d_hidden is not None:
+                inputs.append(self.mover.store(d_hidden))
+        if masks and lr is not None:
+            with self._at(f"the optimiser step of layer {layer}"):
+                self.states.update(masks, lr)
+            self._updated = masks
+        for mask in masks:
+            mask.hold(None)
+        return inputs
+
+    def _arriving(self, resting: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The tensors on the device, the next one on its way while one is worked on."""
+        ahead = None
+        for tensor in resting:
+            current, ahead = ahead, self.mover.bring([tensor])
+            if current is not None:
+                yield current.wait()[0]
+        if ahead is not None:
+            yield ahead.wait()[0]
+
+    def _taken(self, resting: Resting) -> Iterator[Tensor]:
+        """As _arriving; each one's memory may be used again, and resting ends empty."""
+
+        def take() -> Iterator[Tensor]:
+            while resting:
+                tensor = resting.popleft()
+                yield tensor
+                self.mover.give_back(tensor)
+
+        return self._arriving(take())
+
+    def _visit(self, order: list[int]) -> Iterator[int]:
+        """Each group's tensors lie on the device while it is visited; the next group's are on their way."""
+        arriving = self.mover.bring(self._groups[order[0]])
+        for place, number in enumerate(order):
+            group = self._groups[number]
+            arrived = arriving.wait()
+            if place + 1 < len(order):
+                arriving = self.mover.bring(self._groups[order[place + 1]])
+            resting = [tensor.data for tensor in group]
+            for tensor, copy in zip(group, arrived):
+                tensor.data = copy
+            del arrived
+            try:
+                yield number
+            finally:
+                changed, self._updated = {id(mask.packed) for mask in self._updated}, []
+                for tensor, data in zip(group, resting):
+                    if id(tensor) in changed:
+                        self.mover.store(tensor.data, out=data)
+                    tensor.data = data
+
+    def _remembered_all(self, batches: Sequence[MicroBatch]) -> Resting | None:
+        states = [self.remembered(batch) for batch in batches]
+        return (
+            deque(self.mover.store(s) for s in states if s is not None) if all(s is not None for s in states) else None
+        )
+
+    def _tensors_of_layer(self, index: int) -> list[Tensor]:
+        masks = self.masks_of_layer[index]
+        scores = {id(mask.module.scores) for mask in masks}
+        tensors = [*tensors_of(self.calls.layers[index]), *(mask.packed for mask in masks)]
+        return list({id(t): t for t in tensors if id(t) not in scores}.values())
+
+    def _tensors_outside(self) -> list[Tensor]:
+        inside = {id(t) for layer in self.calls.layers for t in tensors_of(layer)}
+        inside |= {id(t) for t in self.embedding_alone()}
+        return [t for t in tensors_of(self.calls.model) if id(t) not in inside]

@@ -1,0 +1,153 @@
+"""The ordinary step: autograd over the model's own forward, then AdamW; what every other way of running must equal."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from mft.config import TrainConfig
+from mft.data.batches import MicroBatch
+from mft.engines.distributed import ALONE, Processes
+from mft.engines.layer_engine import OnLoss
+from mft.engines.master_weights import MasterAdamW
+from mft.engines.score_states import MOMENTS
+from mft.engines.step_errors import NonFiniteLoss, naming_lack_of_memory
+from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
+from mft.models.token_loss import backward_labelled_loss
+from mft_kernels import MaskAdamW, MaskedLinear
+
+
+class Plain:
+    """Trains what requires grad: weights by AdamW on fp32 masters, scores that are not fp32 by MaskAdamW.
+
+    Args: run, head: see causal_lm.split_at_head. memory: of the frozen layers' outputs, or None. processes: those whose
+        gradients make up a step.
+    """
+
+    way = "plain"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: TrainConfig,
+        run: Callable[[nn.Module, Tensor], Tensor],
+        head: nn.Module,
+        memory: PrefixMemory | None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self._model, self._head, self._processes = model, head, processes
+        self._prefix = FrozenPrefix(model, memory=memory, run=run)
+        self._device = next(model.parameters()).device
+        self._stepper = _stepper(model, train)
+        self._stepper.__enter__()
+        self.before_update: Callable[[], None] | None = None  # see train_loop
+
+    def step(
+        self, batches: Sequence[MicroBatch], scale: float, lr: float, max_norm: float | None, on_loss: OnLoss
+    ) -> None:
+        """One optimiser step; see LayerEngine. Raises: RuntimeError for a lack of memory, naming the rows."""
+        for batch in batches:
+            with self._at(f"rows {batch.rows} of {batch.input_ids.shape[1]} tokens"):
+                hidden = self._prefix(batch.input_ids.to(self._device), batch.rows)
+                total = backward_labelled_loss(self._head, hidden, batch.labelled.to(self._device), scale)
+                on_loss(batch, total)
+        with self._at("the optimiser step"):
+            self._processes.sum_gradients(self._stepper.masters)
+            if self.before_update is not None:
+                self.before_update()
+            self._stepper.set_lr(lr)
+            if max_norm is not None:
+                self._stepper.clip(max_norm)
+            self._stepper.step()
+
+    def check(self) -> None:
+        """Nothing: a masked layer finds non-finite scores in its next forward."""
+
+    def check_learned(self) -> None:
+        """Raise NonFiniteLoss if what is learned is not finite: before it is saved, where no later loss shows it."""
+        for name, tensor in self.learned().items():
+            bad = tensor.numel() - int(tensor.isfinite().sum())
+            if bad:
+                raise NonFiniteLoss(
+                    f"{name} must stay finite, got {bad} NaN or Inf after the last step: lower train.lr, or look for "
+                    "NaN or Inf in the model's weights"
+                )
+
+    def recall(self, batches: Sequence[MicroBatch]) -> None:
+        """Remember what the frozen layers make of these rows, as step would; nothing is trained."""
+        for batch in batches:
+            self._prefix.recall(batch.input_ids.to(self._device), batch.rows)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._stepper.optimizer
+
+    def learned(self) -> dict[str, Tensor]:
+        """What is trained, by the parameter's name: fp32 masters of 16-bit weights, else the parameters themselves."""
+        masters = {id(p): master for p, master in zip(self._stepper.parameters, self._stepper.masters)}
+        return {name: masters[id(p)] for name, p in self._model.named_parameters() if id(p) in masters}
+
+    def relearned(self) -> None:
+        """After a change of what is learned: the model computes with it."""
+        self._stepper.copy_masters()
+
+    def close(self) -> None:
+        self._stepper.__exit__()
+
+    def _at(self, place: str) -> AbstractContextManager:
+        return naming_lack_of_memory(
+            place,
+            lambda: (
+                f"all weights and activations are live on {self._device} under memory: plain. Set train.batch_size or "
+                "data.sequence_length lower, or train.gradient_checkpointing; for masks set memory: layerwise; `mft "
+                "estimate` tells what fits"
+            ),
+        )
+
+
+class _ScoreAdamW:
+    """MaskAdamW over scores, in MasterAdamW's place."""
+
+    def __init__(self, masked: Sequence[MaskedLinear], train: TrainConfig) -> None:
+        self.parameters = self.masters = [module.scores for module in masked]
+        self.optimizer = MaskAdamW(
+            [{"params": [module.scores], "mode": module.mode} for module in masked],
+            lr=train.lr,
+            betas=train.betas,
+            weight_decay=train.weight_decay,
+            moments=MOMENTS[train.moments],
+            seed=train.seed,
+        )
+
+    def __enter__(self) -> "_ScoreAdamW":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def clip(self, max_norm: float) -> None:
+        nn.utils.clip_grad_norm_(self.parameters, max_norm)
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def copy_masters(self) -> None:
+        """Scores are their own masters."""
+
+
+def _stepper(model: nn.Module, train: TrainConfig) -> MasterAdamW | _ScoreAdamW:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    masked = [m for m in model.modules() if isinstance(m, MaskedLinear) and m.scores.requires_grad]
+    if len(masked) != len(trained) or not masked:
+        if train.moments != "float32":
+            raise ValueError(f"train.moments must be float32 where weights are trained, got {train.moments}")
+        return MasterAdamW(trained, train)
+    if train.moments == "float32" and all(module.scores.dtype == torch.float32 for module in masked):
+        return MasterAdamW(trained, train)
+    return _ScoreAdamW(masked, train)

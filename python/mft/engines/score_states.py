@@ -1,0 +1,149 @@
+"""Scores and moments at rest in host memory, and the optimiser step that takes them to the device a matrix at a time.
+
+             host                        device
+scores, moments of matrix 2  ------>  score_step(gradient, weight) -> next mask of 2
+scores, moments of matrix 3  -- on its way --
+scores, moments of matrix 1  <------  done
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mft.config import TrainConfig
+from mft.engines.offload import Mover
+from mft.models.quantized_weight import QuantizedWeight
+from mft_kernels import MaskAdamW, MaskedLinear, pack_mask
+from mft_kernels.fixed_point import selectable
+from mft_kernels.masking import outdate
+
+MOMENTS = {"float32": "fp32", "8bit": "8bit"}  # train.moments as MaskAdamW calls them
+_CLIP_ROWS = 256  # of a gradient squared at once
+_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
+
+
+@dataclass(eq=False)
+class HeldMask:
+    """A masked layer with the mask that it computes with between two steps, and its gradient buffer."""
+
+    name: str
+    module: MaskedLinear
+    packed: Tensor
+    threshold: Tensor
+    grad: Tensor | None = None
+
+    @property
+    def quantized(self) -> QuantizedWeight | None:
+        """What the weight is made of, if it is."""
+        return getattr(self.module, "quantized", None)
+
+    def weight(self) -> Tensor:
+        """(N, K), made anew if it is quantised."""
+        return self.module.weight.detach() if self.quantized is None else self.quantized.dense()
+
+    def weight_dtype(self) -> torch.dtype:
+        return self.module.weight.dtype if self.quantized is None else self.quantized.dtype
+
+    def hold(self, grad: Tensor | None) -> None:
+        """From now on the backward pass adds into grad."""
+        self.grad = grad
+        self.module.hold(self.packed, grad, weight=None if self.quantized is None else self.quantized.dense)
+
+
+def current_masks(masked: dict[str, MaskedLinear]) -> list[HeldMask]:
+    """The masks that the layers' scores select now, of which they may be changed in place.
+
+    Raises: NonFiniteScores, naming the layer.
+    """
+    found = []
+    for name, module in masked.items():
+        mask = module.current_mask()
+        outdate(module.scores)  # the memo would keep another copy, and the signs, which a held mask does not need
+        found.append(HeldMask(name, module, mask.packed, mask.threshold))
+    return found
+
+
+class ScoreStates:
+    """MaskAdamW over the scores of masked layers, whose masks the layers hold meanwhile.
+
+    The scores are moved to (pinned) host memory, and learn through this alone.
+    """
+
+    def __init__(self, masks: Sequence[HeldMask], train: TrainConfig, mover: Mover) -> None:
+        self._mover, self._masks = mover, masks
+        for mask in masks:
+            mask.module.scores.requires_grad_(False)
+            mask.module.scores.data = mover.rest(mask.module.scores.data)
+        self.optimizer = MaskAdamW(
+            [{"params": [mask.module.scores], "mode": mask.module.mode} for mask in masks],
+            lr=train.lr,
+            betas=train.betas,
+            weight_decay=train.weight_decay,
+            moments=MOMENTS[train.moments],
+            seed=train.seed,
+        )
+        self._found_bad: list[tuple[HeldMask, Tensor]] = []
+
+    def close(self) -> None:
+        """The scores may learn by autograd again, those that it can reach."""
+        for mask in self._masks:
+            mask.module.scores.requires_grad_(mask.module.scores.is_floating_point())
+
+    def new_buffer(self, mask: HeldMask, dtype: torch.dtype | None) -> Tensor:
+        """Zeros for one layer's gradient, in dtype or the weight's."""
+        return torch.zeros(mask.module.scores.shape, dtype=dtype or mask.weight_dtype(), device=self._mover.device)
+
+    def clip_factor(self, max_norm: float) -> Tensor:
+        """min(1, max_norm / (norm + 1e-6)) of all scores' gradients together, 0-d on the device.
+
+        |weight * sign(score)| = |weight|, so the scores are not needed.
+        """
+        total = torch.zeros((), device=self._mover.device)
+        for mask in self._masks:
+            assert mask.grad is not None, "clipping needs every gradient"
+            for grad, weight in zip(mask.grad.split(_CLIP_ROWS), mask.weight().split(_CLIP_ROWS)):
+                total += (grad.float() * weight.float()).square_().sum()
+        return (max_norm / (total.sqrt() + _EPSILON)).clamp_(max=1.0)
+
+    def update(self, masks: Sequence[HeldMask], lr: float, grad_scale: Tensor | None = None) -> None:
+        """One optimiser step of these layers from their buffers, whose next masks they hold then."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for mask in masks:
+            mask.packed.copy_(self._step(mask, grad_scale))
+            self._mover.let_go()
+
+    def check(self) -> None:
+        """Raise NonFiniteScores if a score has become NaN or infinite; the one synchronisation of a step."""
+        found, self._found_bad = self._found_bad, []
+        for (mask, _), is_bad in zip(found, torch.stack([bad for _, bad in found]).tolist()):
+            if is_bad:
+                self._mover.finish()
+                mask.module.current_mask()  # which raises, naming the layer
+                raise AssertionError(f"{mask.name} has a threshold that is not finite, but its scores are")
+
+    def _step(self, mask: HeldMask, grad_scale: Tensor | None) -> Tensor:
+        module, resting = mask.module, self.optimizer.tensors(mask.module.scores)
+        tensors = dict(zip(resting, self._mover.bring(list(resting.values())).wait()))
+        fixed = module.threshold is not None
+        assert mask.grad is not None, "a step needs the gradient"
+        selected = self.optimizer.step_one(
+            module.scores,
+            mask.grad,
+            mask.weight(),
+            tensors=tensors,
+            grad_scale=grad_scale,
+            keep_ratio=None if fixed else module.keep_ratio,
+            threshold=None if fixed else mask.threshold,
+        )
+        if selected is None:
+            packed = pack_mask(tensors["scores"], mask.threshold, mode=module.mode)
+            self._found_bad.append((mask, ~selectable(tensors["scores"]).isfinite().all()))
+        else:
+            mask.threshold, packed = selected
+            self._found_bad.append((mask, selectable(mask.threshold).isnan()))
+        for name, tensor in tensors.items():
+            self._mover.store(tensor, out=resting[name])
+        return packed

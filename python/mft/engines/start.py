@@ -1,0 +1,72 @@
+"""An engine for a way of running: the model brought to where it keeps what."""
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+from mft.config import TrainConfig
+from mft.engines.layer_calls import LayerCalls
+from mft.engines.layer_engine import LayerEngine, Resident
+from mft.engines.layerwise import Layerwise
+from mft.engines.offload import Mover
+from mft.engines.randomness import draws_at_random
+from mft.engines.score_states import ScoreStates, current_masks
+from mft.masks.convert import masked_modules
+from mft.models.causal_lm import split_at_head
+from mft.models.frozen_layers import PrefixMemory
+
+Device = torch.device | str | None
+
+ENGINES: dict[str, type[LayerEngine]] = {"resident": Resident, "quantized": Resident, "layerwise": Layerwise}
+
+
+def default_device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def start_engine(
+    model: nn.Module,
+    few: Tensor,
+    way: str,
+    device: Device = None,
+    *,
+    train: TrainConfig | None = None,
+    memory: PrefixMemory | None = None,
+    separate: bool | None = None,
+) -> LayerEngine:
+    """An engine on ``device``; close() gives the model back.
+
+    Args:
+        model: masked or not, on the CPU or on device.
+        few: some tokens (1, T) beside the model, on which it is looked at.
+        way: "resident", "quantized" (the same over a base that is quantised already) or "layerwise".
+        train: None for evaluation alone.
+        separate: see Mover.
+    """
+    if way not in ENGINES:
+        raise ValueError(f"way must be one of plain, {', '.join(ENGINES)}, got {way!r}")
+    device = default_device() if device is None else torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that torch finds, got {device} and no GPU: leave it out, or say cpu")
+    masks = current_masks(masked_modules(model))
+    with contextlib.ExitStack() as undo:
+        for mask in masks:  # the scores may lie elsewhere than the weights, from an earlier engine
+            mask.packed = mask.packed.to(few.device)
+            mask.hold(None)
+            undo.callback(mask.module.release)
+        if train is not None and draws_at_random(model, few):
+            raise ValueError(
+                f"memory must be plain for a model with dropout, or other noise in training, got {way}: layers are run "
+                "twice, and the two runs must agree; set the dropout of the model's configuration to 0"
+            )
+        run, head = split_at_head(model, few)
+        calls = LayerCalls(model, run)
+        calls.check(few)
+        mover = Mover(device, separate=separate)
+        states = None if train is None else ScoreStates(masks, train, mover)
+        dtype = None if train is None or train.grad_dtype is None else getattr(torch, train.grad_dtype)
+        engine = ENGINES[way](calls, head, masks, mover, states=states, grad_dtype=dtype, memory=memory)
+        undo.pop_all()
+    return engine

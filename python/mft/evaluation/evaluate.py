@@ -1,0 +1,146 @@
+"""Held-out loss and next-token accuracy, and the paired difference of two models with its standard error.
+
+Tokens of one document resemble each other, so documents, not tokens, are what the standard error counts.
+"""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mft.data.batches import MicroBatch, take_rows
+from mft.engines.start import Device, start_engine
+from mft.models.causal_lm import FEW, split_at_head
+from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
+from mft.models.next_tokens import check_next_tokens
+from mft.models.token_loss import count_labels, token_losses
+from mft_kernels import outdate
+
+METRICS = ("loss", "accuracy")
+_TOGETHER = 16  # batches that pass a layer while its weights are on the device
+
+
+@dataclass
+class Evaluation:
+    """Sums a document, in ascending order of document number; all (documents,)."""
+
+    documents: Tensor
+    tokens: Tensor
+    loss_sums: Tensor
+    correct: Tensor
+
+    @property
+    def loss(self) -> float:
+        """Mean loss a token, in nats."""
+        return (self.loss_sums.sum() / self.tokens.sum()).item()
+
+    @property
+    def accuracy(self) -> float:
+        """Share of tokens that are the model's likeliest."""
+        return (self.correct.sum() / self.tokens.sum()).item()
+
+
+def evaluate(
+    model: nn.Module,
+    dataset,
+    *,
+    batch_size: int = 2,
+    first: int = 0,
+    memory: PrefixMemory | None = None,
+    way: str = "plain",
+    device: Device = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Loss and accuracy of model on dataset (columns input_ids, labels, document).
+
+    Args:
+        first, memory: the first ``first`` layers' outputs are remembered there, or taken from there (see FrozenPrefix).
+        way, device: where the model's weights are meanwhile; see train_masks. first and memory belong to "plain".
+        on_batch: called with the numbers of rows and of tokens after each batch.
+    Raises: ValueError if dataset scores no token, or the model predicts no next tokens, or has too few positions.
+    """
+    if len(dataset) == 0:
+        raise ValueError("dataset must hold at least one row to evaluate, got 0")
+    first_row = take_rows(dataset, [0]).input_ids
+    check_next_tokens(model.config, type(model).__name__, first_row.shape[1])
+    outdate()  # a figure is of the scores as they are, whoever has written them
+    was_training = model.training
+    model.eval()
+    sums: dict[int, list[float]] = {}
+    groups = [range(start, min(start + batch_size, len(dataset))) for start in range(0, len(dataset), batch_size)]
+    batches = (take_rows(dataset, list(rows)) for rows in groups)
+    few = first_row[:, :FEW].to(next(model.parameters()).device)
+    with torch.no_grad(), _runner(model, few, way, device, first, memory) as (hidden_of, head):
+        for batch, hidden in hidden_of(batches):
+            losses, correct = token_losses(head, hidden, batch.labels.to(hidden.device))
+            per_row = (count_labels(batch.labels).tolist(), losses.sum(-1).tolist(), correct.sum(-1).tolist())
+            for document, *values in zip(batch.documents, *per_row):
+                entry = sums.setdefault(document, [0.0, 0.0, 0.0])
+                for i, value in enumerate(values):
+                    entry[i] += value
+            if on_batch is not None:
+                on_batch(len(batch.rows), batch.input_ids.numel())
+    model.train(was_training)
+    if not any(tokens for tokens, _, _ in sums.values()):
+        raise ValueError(f"dataset must score at least one token, got {len(dataset)} rows without a label")
+    table = torch.tensor([sums[document] for document in sorted(sums)], dtype=torch.float64)
+    return Evaluation(torch.tensor(sorted(sums)), *table.unbind(-1))
+
+
+def paired_difference(a: Evaluation, b: Evaluation, metric: str = "loss") -> tuple[float, float]:
+    """Mean of a - b a token, and its standard error over documents (a ratio estimate, clustered by document).
+
+    d = sum of a - sum of b in a document, n its tokens, D documents: mean m = sum d / sum n,
+    standard error = sqrt(D / (D - 1) * sum (d - m n)^2) / sum n; NaN for a single document.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+    if not torch.equal(a.documents, b.documents) or not torch.equal(a.tokens, b.tokens):
+        raise ValueError(
+            f"a and b must be evaluated on the same documents and tokens to be paired, got {len(a.documents)} and "
+            f"{len(b.documents)} documents of {int(a.tokens.sum())} and {int(b.tokens.sum())} tokens"
+        )
+    d = a.loss_sums - b.loss_sums if metric == "loss" else a.correct - b.correct
+    total, count = a.tokens.sum(), len(a.documents)
+    mean = (d.sum() / total).item()
+    if count < 2:
+        return mean, math.nan
+    residuals = d - mean * a.tokens
+    error = (residuals.square().sum() * count / (count - 1)).sqrt() / total
+    return mean, error.item()
+
+
+HiddenOf = Callable[[Iterable[MicroBatch]], Iterator[tuple[MicroBatch, Tensor]]]
+
+
+@contextlib.contextmanager
+def _runner(
+    model: nn.Module, few: Tensor, way: str, device: Device, first: int, memory: PrefixMemory | None
+) -> Iterator[tuple[HiddenOf, nn.Module]]:
+    """(what the head reads of each batch, the head)."""
+    if way == "plain":
+        run, head = split_at_head(model, few)
+        prefix = FrozenPrefix(model, first, memory, run)
+        yield lambda batches: ((batch, prefix(batch.input_ids.to(few.device), batch.rows)) for batch in batches), head
+        return
+    engine = start_engine(model, few, way, device)
+
+    def hidden_of(batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
+        for group in _groups(batches, _TOGETHER):
+            # The states first: so that the engine comes to its end too.
+            yield from ((batch, hidden) for hidden, batch in zip(engine.hidden_states(group), group))
+
+    try:
+        yield hidden_of, engine.head
+    finally:
+        engine.close()
+
+
+def _groups(batches: Iterable[MicroBatch], size: int) -> Iterator[list[MicroBatch]]:
+    source = iter(batches)
+    while group := list(itertools.islice(source, size)):
+        yield group

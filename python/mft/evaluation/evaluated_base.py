@@ -1,0 +1,157 @@
+"""Which base a verb runs on: that of the masks unless another is given, exact or quantised, and the words for it."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from mft.config import ModelConfig, RunConfig, load_config
+from mft.data.sources import NAMED
+from mft.masks.convert import masked_modules
+from mft.masks.export_format import MaskExport, read_export
+from mft.models.pretrained import SHORTHANDS
+from mft.training.run_directory import CONFIG, MASKS
+
+
+def learned_base(masks: Path, name: str | None = None, dtype: str | None = None) -> tuple[ModelConfig, str]:
+    """(the base that an export of masks was learned on, a line on where that was found); what is given wins.
+
+    The configuration of the run says it where that lies beside the masks, else the masks themselves.
+    Raises: ValueError if neither names a base, or as read_export does.
+    """
+    path, known = _known(masks)
+    model = load_config(path, known).model
+    if name is None and not known:
+        raise ValueError(f"--model must name the base, {masks} does not")
+    if name is not None:
+        model = dataclasses.replace(model, name=name, revision=None)  # the revision was that of the other one
+    if dtype is not None:
+        model = dataclasses.replace(model, dtype=dtype)
+    return model, f"{_source(path, masks)}: base {_name(model)} in {model.dtype}"
+
+
+def config_of_run(masks: Path) -> Path | None:
+    """The configuration of the run that wrote an export of masks, if it lies beside them and is of their base."""
+    masks = masks if masks.name else masks.absolute()
+    path = masks.parent / CONFIG
+    if masks.name != MASKS or not path.is_file():
+        return None
+    named = read_export(masks)[0].base_model_name_or_path
+    return path if named in (None, load_config(path).model.name) else None
+
+
+def evaluated_config(masks: Path, overrides: Sequence[str]) -> tuple[RunConfig, str]:
+    """(on what base and data masks are evaluated, a line on where that was found), as learned_base; overrides win."""
+    path, known = _known(masks)
+    config = load_config(path, [*known, *overrides])
+    model = config.model
+    data = f"; data: {config.data.source}" if path is None else f", data {config.data.source}"  # masks know no data
+    return config, f"{_source(path, masks)}: base {_name(model)} in {model.dtype}{data}"
+
+
+def check_exact(model: ModelConfig, verb: str) -> None:
+    """Raise ValueError if the configuration quantises the base of a verb that trains weights."""
+    if model.quantization is not None:
+        raise ValueError(
+            f"model.quantization must be null for mft {verb}, which trains weights, got {model.quantization}"
+        )
+
+
+def evaluated_base(model: ModelConfig, export: MaskExport | None, unquantized: bool) -> tuple[str | None, bool]:
+    """(what the base is quantised to, whether the masked layers are too): as the masks were learned.
+
+    Raises: ValueError if the configuration asks for another quantisation than that.
+    """
+    if unquantized:
+        return None, False
+    asked = (model.quantization, model.quantize_masked)
+    if export is None:
+        return asked
+    learned = (export.base_quantization, export.quantize_masked)
+    if model.quantization is not None and asked != learned:
+        raise ValueError(
+            f"model.quantization must be that of the base on which the masks were learned, {_words(*learned)}, got "
+            f"{_words(*asked)}: leave it out, or pass --unquantized for the exact base"
+        )
+    return learned
+
+
+def base_words(kind: str | None, quantize_masked: bool, export: MaskExport | None) -> str:
+    """A line that says which base was evaluated, and on which one the masks were learned."""
+    if export is None:
+        return f"base: {_words(kind, True)}"
+    base = f"base: {_words(kind, quantize_masked)}"
+    learned = (export.base_quantization, export.quantize_masked)
+    if learned == (kind, quantize_masked):
+        return f"{base}, as the masks were learned"
+    return f"{base}; the masks were learned on {_words(*learned)}"
+
+
+@contextlib.contextmanager
+def keeping_all(model: nn.Module) -> Iterator[None]:
+    """Masked layers keep every weight meanwhile: a model without its masks, and without a second copy of it."""
+    masked = masked_modules(model).values()
+    before = [(module.threshold, module.keep_ratio) for module in masked]
+    for module in masked:
+        module.threshold, module.keep_ratio = None, 1.0
+    try:
+        yield
+    finally:
+        for module, (threshold, keep_ratio) in zip(masked, before):
+            module.threshold, module.keep_ratio = threshold, keep_ratio
+
+
+def _known(masks: Path) -> tuple[Path | None, list[str]]:
+    """(the configuration of the run that wrote masks, the overrides on it that name its files as seen from here).
+
+    Without such a run, None and what the masks say themselves; without their base's name, nothing.
+    """
+    path = config_of_run(masks)
+    if path is not None:
+        config = load_config(path)
+        places = {
+            "model.name": config.model.name,
+            "model.chat_template": config.model.chat_template,
+            "data.source": config.data.source,
+        }
+        return path, [
+            f"{key}={json.dumps(_seen_from_here(place, config.output_dir, path.parent))}"
+            for key, place in places.items()
+            if place is not None
+        ]
+    export, _ = read_export(masks)
+    if export.base_model_name_or_path is None:
+        return None, []
+    return None, [
+        f"model.name={json.dumps(export.base_model_name_or_path)}",
+        f"model.dtype={export.modules[0].dtype}",
+    ]
+
+
+def _seen_from_here(place: str, output_dir: str, run: Path) -> str:
+    """A path in the configuration of the run that lies in ``run``: relative ones began where its output_dir did."""
+    if place in (*SHORTHANDS, *NAMED) or os.path.isabs(place) != os.path.isabs(output_dir):
+        return place
+    found = os.path.normpath(run / os.path.relpath(place, output_dir))
+    if not os.path.exists(found):
+        return place
+    as_written = os.path.exists(place) and (os.path.isabs(place) or os.path.samefile(place, found))
+    return place if as_written else found
+
+
+def _source(path: Path | None, masks: Path) -> str:
+    return f"from {f'the masks in {masks}' if path is None else path} unless given"
+
+
+def _name(model: ModelConfig) -> str:
+    return model.name if model.revision is None else f"{model.name} at {model.revision}"
+
+
+def _words(kind: str | None, quantize_masked: bool) -> str:
+    if kind is None:
+        return "exact weights"
+    return f"{kind} weights{'' if quantize_masked else ', those of masked layers exact'}"

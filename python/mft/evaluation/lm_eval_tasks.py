@@ -1,0 +1,212 @@
+"""Benchmarks of EleutherAI's lm-evaluation-harness on a live model, masked or not: no merge, no second copy."""
+
+import importlib.metadata
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Column, Table
+from torch import nn
+
+from mft.checks import check_rule
+from mft.choices import nearest, nearest_path
+
+# lm_eval is imported inside the functions: it takes seconds, and only what asks for a benchmark needs it.
+
+_ALLOW_CODE = "HF_ALLOW_CODE_EVAL"  # what the metric of code tasks asks for before it runs anything
+
+
+_SHOWN = 5  # files that a message lists
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task, or of a group of tasks."""
+
+    task: str
+    metric: str  # with the filter of answers after a comma, unless that is none
+    value: float
+    stderr: float | None
+    samples: int | None  # documents that count; None where the harness does not say
+
+
+@dataclass(frozen=True)
+class LoadedTasks:
+    """Tasks that exist and whose data are here. manager is lm-eval's."""
+
+    names: list[str]
+    manager: Any
+    run_code: bool
+
+
+def load_tasks(
+    names: Sequence[str], *, tasks_dir: Path | None = None, run_task_code: bool = False, run_code: bool = False
+) -> LoadedTasks:
+    """Find tasks, groups or tags by name, and load their data, so that what is missing shows before a model is run.
+
+    Args:
+        tasks_dir: a directory of the user's own task files (*.yaml), which go before lm-eval's of the same name.
+        run_task_code: they may run: what !function names is Python, and so is what a template or a metric calls.
+        run_code: tasks such as humaneval may run what the model wrote, on this machine.
+    Raises: ValueError for an unknown task, code that has no leave to run, or data that cannot be loaded;
+        RuntimeError without lm-eval.
+    """
+    names = list(dict.fromkeys(names))
+    check_rule(bool(names) and all(names), "--lm-eval", "be names of tasks with commas between them", ",".join(names))
+    if tasks_dir is not None and not tasks_dir.is_dir():
+        raise ValueError(f"--lm-eval-tasks must be a directory of task files, got {tasks_dir}{nearest_path(tasks_dir)}")
+    if tasks_dir is not None and not run_task_code:
+        raise ValueError(
+            f"--lm-eval-tasks must come with --run-task-code, got {tasks_dir} alone: task files are programs, "
+            f"{_programs(tasks_dir)} would run on this machine: pass it if you trust whoever wrote them"
+        )
+    manager = _find_tasks(names, tasks_dir)
+    if run_code:
+        os.environ[_ALLOW_CODE] = "1"
+    for name in names:
+        try:
+            loaded = manager.load([name])
+        except (OSError, ImportError, ValueError) as error:
+            if _ALLOW_CODE in str(error):
+                raise _runs_code(name) from None
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(
+                f"lm-eval's task {name} must be loadable, got {type(error).__name__}: {reason}. Its data come from the "
+                "network on the first use; --lm-eval-tasks takes a directory of tasks on local files"
+            ) from None
+        if not run_code and any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):
+            raise _runs_code(name)
+    return LoadedTasks(names, manager, run_code)
+
+
+def score_tasks(
+    model: nn.Module, tokenizer: Any, tasks: LoadedTasks, *, limit: int | None = None, batch_size: int = 4
+) -> list[TaskScore]:
+    """What lm-eval makes of model as it is now, with the masks that it holds. Log-probabilities are fp32.
+
+    Args: limit: only so many documents of each task, for a trial; the result then stands for nothing.
+    """
+    check_rule(limit is None or limit >= 1, "--limit", "be at least 1", limit)
+    lm_eval = _import_lm_eval()
+    from lm_eval.models.huggingface import HFLM
+
+    was_training = model.training
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of every live model that it is one
+    try:
+        runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
+        found = lm_eval.simple_evaluate(
+            runner,
+            tasks=tasks.names,
+            task_manager=tasks.manager,
+            limit=limit,
+            log_samples=False,
+            confirm_run_unsafe_code=tasks.run_code,
+        )
+    finally:
+        logger.setLevel(level)
+        model.train(was_training)
+    return [score for name, result in found["results"].items() for score in _scores(name, result, found["n-samples"])]
+
+
+def task_table(results: Mapping[str, Sequence[TaskScore]]) -> Table:
+    """A row a metric, a column a model; results by the model's name."""
+    table = Table(
+        Column("task", overflow="fold"), "metric", *(Column(name, justify="right", overflow="fold") for name in results)
+    )
+    columns = [{(score.task, score.metric): score for score in scores} for scores in results.values()]
+    for task, metric in columns[0]:
+        table.add_row(task, metric, *(_shown(column.get((task, metric))) for column in columns))
+    return table
+
+
+def write_scores(path: Path, results: Mapping[str, Sequence[TaskScore]], limit: int | None) -> None:
+    """The same as JSON, with lm-eval's version and the limit."""
+    content = {
+        "lm_eval": importlib.metadata.version("lm_eval"),
+        "limit": limit,
+        "results": {name: [asdict(score) for score in scores] for name, scores in results.items()},
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _import_lm_eval() -> Any:
+    try:
+        import lm_eval
+    except ImportError:
+        raise RuntimeError(
+            "--lm-eval needs lm-eval, which is not installed: pip install 'mft_kernels[lm-eval]'"
+        ) from None
+    return lm_eval
+
+
+def _find_tasks(names: list[str], tasks_dir: Path | None) -> Any:
+    """A TaskManager that knows all names."""
+    _import_lm_eval()
+    from lm_eval.tasks import TaskManager
+
+    if tasks_dir is not None:
+        # Alone first: reading lm-eval's own 14,684 tasks takes 17 s on one core.
+        own = TaskManager(include_path=str(tasks_dir), include_defaults=False)
+        if set(names) <= set(own.all_tasks):
+            return own
+    manager = TaskManager(include_path=None if tasks_dir is None else str(tasks_dir))
+    for name in names:
+        if name not in manager.task_index:
+            close = nearest(name, manager.all_tasks)
+            raise ValueError(
+                f"--lm-eval must name tasks of lm-eval{'' if tasks_dir is None else f' or of {tasks_dir}'}, "
+                f"got {name!r}{close or '; lm_eval ls tasks lists them'}"
+            )
+    return manager
+
+
+def _programs(tasks_dir: Path) -> str:
+    """The files that lm-eval may run: templates are unrestricted Jinja, so every task file is one of them."""
+    names = [
+        str(path.relative_to(tasks_dir)) for kind in ("py", "yaml") for path in sorted(tasks_dir.rglob(f"*.{kind}"))
+    ]
+    more = len(names) - _SHOWN
+    return (", ".join(names[:_SHOWN]) or "what is put there") + (f" and {more} more" if more > 0 else "")
+
+
+def _runs_code(name: str) -> ValueError:
+    return ValueError(
+        f"lm-eval's task {name} runs code that the model wrote, on this machine: pass --run-generated-code if it may, "
+        "in a container at best"
+    )
+
+
+def _scores(name: str, result: dict[str, Any], samples: dict[str, dict[str, int]]) -> list[TaskScore]:
+    """From lm-eval's {"acc,none": 0.3, "acc_stderr,none": 0.1, ...}."""
+    scores = []
+    for key, value in result.items():
+        metric, comma, answers = key.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue
+        stderr = result.get(f"{metric}_stderr,{answers}")
+        scores.append(
+            TaskScore(
+                task=name,
+                metric=metric if answers == "none" else key,
+                value=float(value),
+                stderr=stderr if isinstance(stderr, float) else None,  # "N/A" where there is none
+                samples=samples.get(name, {}).get("effective"),
+            )
+        )
+    return scores
+
+
+def _shown(score: TaskScore | None) -> str:
+    if score is None:
+        return ""
+    return f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")

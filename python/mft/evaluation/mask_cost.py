@@ -1,0 +1,48 @@
+"""What masks cost before they have learned anything, and what to say where training will hardly win it back."""
+
+import dataclasses
+
+from torch import nn
+
+from mft.config import MaskConfig
+from mft.evaluation.evaluate import evaluate
+from mft.evaluation.evaluated_base import keeping_all
+from mft.masks.convert import masked_modules
+
+ROWS = 4  # next to nothing beside a validation
+# Nats a token, a tenth in perplexity. On SmolLM2-135M masks by magnitude begin within 0.01 of it at 0.9 to 0.99 kept,
+# random ones 0.25 above at 0.99 and 7.3 above at 0.9 (docs/recipe.md).
+WELL_ABOVE = 0.1
+
+
+def said_of_cost(model: nn.Module, config: MaskConfig, dataset, **options) -> str | None:
+    """A line that says so where the masks of config, as they begin, raise the loss well above the unmasked model's.
+
+    The line names the setting that would not. Of the first rows of dataset, in eval mode: no random number is drawn.
+
+    Args: model: masked by mask_model. options: of evaluate.
+    """
+    few = dataset.select(range(min(ROWS, len(dataset))))
+    masked = evaluate(model, few, **options).loss
+    with keeping_all(model):
+        unmasked = evaluate(model, few, **options).loss
+    if not masked > unmasked + WELL_ABOVE:  # of a loss that is NaN the first step speaks
+        return None
+    cut = f"keep_ratio={config.keep_ratio:g}" if config.threshold is None else f"threshold={config.threshold:g}"
+    return (
+        f"the masks alone cost {masked - unmasked:.2f} nats a token: the loss is {masked:.2f} before the first step, "
+        f"{unmasked:.2f} without them ({len(few)} rows of validation). mask.init={config.init} mask.{cut} on "
+        f"{len(masked_modules(model))} layers drops what the model needs; {_remedy(config)}"
+    )
+
+
+def _remedy(config: MaskConfig) -> str:
+    harmless = dataclasses.replace(config, **{name: getattr(MaskConfig(), name) for name in ("init", "threshold")})
+    harmless.keep_ratio = max(config.keep_ratio, MaskConfig().keep_ratio)
+    was, better = (dataclasses.asdict(value) for value in (config, harmless))
+    changes = [
+        f"mask.{name}={'null' if value is None else value}" for name, value in better.items() if was[name] != value
+    ]
+    if changes:
+        return f"{' '.join(changes)} begins near the model as it is"
+    return "set mask.keep_ratio nearer to 1, or mask fewer layers with mask.layers_to_transform"

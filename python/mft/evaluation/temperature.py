@@ -1,0 +1,122 @@
+"""One temperature for all logits, fitted on held-out text: what calibration alone makes of a loss (arXiv 1706.04599).
+
+T = argmin over T of the mean loss of softmax(logits / T): convex in 1 / T, so Newton's method finds it in a few passes.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from mft.checks import check_rule
+from mft.data.batches import take_rows
+from mft.evaluation.evaluate import Evaluation, evaluate
+from mft.models.causal_lm import FEW, head_of, split_at_head
+from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
+from mft.models.token_loss import count_labels, temperature_slopes
+
+LARGEST = 64.0  # and 1 / 64 the smallest: beyond, the model is worse than chance, or always right
+_PASSES = 40
+_CLOSE = 1e-3  # relative step of 1 / T: Newton squares it, so that T then errs by about 1e-6
+
+
+def fit_temperature(
+    model: nn.Module, dataset, *, batch_size: int = 2, first: int = 0, memory: PrefixMemory | None = None
+) -> float:
+    """The temperature in [1 / 64, 64] at which model's mean token loss on dataset is least.
+
+    Takes 2 to 4 passes over the data from T = 1, each a chunk of logits at a time; about 15 where an end is least.
+
+    Args: dataset, batch_size, first, memory: as of evaluate.
+    Raises: ValueError if no token is scored, or logits are not finite.
+    """
+    check_rule(len(dataset) > 0, "dataset", "hold at least one row to fit a temperature on", len(dataset))
+    inverse, low, high = 1.0, 1 / LARGEST, LARGEST
+    with _evaluating(model):
+        slopes = _Slopes(model, dataset, batch_size, first, memory)
+        for _ in range(_PASSES):
+            slope, curvature = slopes.at(inverse)
+            check_rule(math.isfinite(slope), "logits", "be finite for a temperature", f"a slope of {slope}")
+            low, high = (inverse, high) if slope < 0 else (low, inverse)
+            step = -slope / curvature if curvature > 0 else math.copysign(math.inf, -slope)
+            if abs(step) < _CLOSE * inverse:
+                return 1 / min(max(inverse + step, 1 / LARGEST), LARGEST)
+            if high < (1 + _CLOSE) * low:
+                return 1 / (high if slope < 0 else low)
+            # Far from the least loss Newton's step may leave what is known to hold it.
+            inverse = inverse + step if low < inverse + step < high else math.sqrt(low * high)
+    raise RuntimeError(f"1 / temperature must settle within {_PASSES} passes, got [{low:.6g}, {high:.6g}] still open")
+
+
+def evaluate_tempered(model: nn.Module, dataset, temperature: float, **options: Any) -> Evaluation:
+    """evaluate() of the model with its logits divided by ``temperature``; options are evaluate's.
+
+    Raises: ValueError as evaluate, or if temperature is not positive, or if the model bends its logits after its head
+        (a soft cap), so that dividing before is not dividing after.
+    """
+    check_rule(0 < temperature < math.inf, "temperature", "be positive and finite", temperature)
+    if len(dataset):
+        _check_scales(model, take_rows(dataset, [0]).input_ids[:1, :FEW])
+    with _divided(model, temperature):
+        return evaluate(model, dataset, **options)
+
+
+class _Slopes:
+    """Derivatives of the mean token loss by 1 / T."""
+
+    def __init__(self, model: nn.Module, dataset, batch_size: int, first: int, memory: PrefixMemory | None) -> None:
+        self._dataset, self._batch_size = dataset, batch_size
+        self._device = next(model.parameters()).device
+        run, self._head = split_at_head(model, take_rows(dataset, [0]).input_ids[:1, :FEW].to(self._device))
+        self._prefix = FrozenPrefix(model, first, memory, run)
+
+    @torch.no_grad()
+    def at(self, inverse: float) -> tuple[float, float]:
+        tokens, first, second = 0, 0.0, 0.0
+        for start in range(0, len(self._dataset), self._batch_size):
+            batch = take_rows(self._dataset, list(range(start, min(start + self._batch_size, len(self._dataset)))))
+            hidden = self._prefix(batch.input_ids.to(self._device), batch.rows)
+            sums = temperature_slopes(self._head, hidden, batch.labels.to(self._device), inverse)
+            tokens += int(count_labels(batch.labels).sum())
+            first, second = first + sums[0].item(), second + sums[1].item()
+        check_rule(tokens > 0, "dataset", "score at least one token", f"{len(self._dataset)} rows without a label")
+        return first / tokens, second / tokens
+
+
+@contextlib.contextmanager
+def _divided(model: nn.Module, temperature: float) -> Iterator[None]:
+    """The head's logits are divided by temperature meanwhile, in fp32, wherever they are made."""
+    handle = head_of(model).register_forward_hook(lambda module, arguments, logits: logits.float() / temperature)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def _check_scales(model: nn.Module, few: torch.Tensor) -> None:
+    """That halving the head's logits halves the model's."""
+    few = few.to(next(model.parameters()).device)
+    with _evaluating(model):
+        own = model(input_ids=few, use_cache=False).logits.float()
+        with _divided(model, 2.0):
+            halved = model(input_ids=few, use_cache=False).logits.float()
+    error = (2 * halved - own).abs().max().item()
+    if not error <= 0.02 * own.abs().max().item():
+        raise ValueError(
+            f"{type(model).__name__} must hand on its head's logits, or scale them, to be tempered, but halving them "
+            f"is off by {error:.3g}: set a soft cap (final_logit_softcapping) of its configuration to null"
+        )
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

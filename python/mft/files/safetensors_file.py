@@ -1,0 +1,51 @@
+"""A safetensors file that a stranger may have written: its header is read strictly before the library reads it.
+
+The library keeps the last of two tensors of one name, in silence.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+
+from mft.files.json_file import parse_object
+from mft.files.regular_file import open_regular
+
+_LENGTH = 8  # bytes at the file's start that say how long its header is
+_MOST_HEADER = 1 << 25  # bytes: 200,000 tensors, more than any published model has in one file
+
+
+@contextmanager
+def open_tensors(path: Path, remedy: str) -> Iterator[Any]:
+    """The file as safetensors.safe_open gives it, on the CPU.
+
+    Raises: ValueError that names the file and ends in the remedy, if it is damaged; OSError.
+    """
+    check_header(path, remedy)
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except safetensors.SafetensorError as error:
+        raise _damaged(path, str(error), remedy) from None
+
+
+def check_header(path: Path, remedy: str) -> None:
+    """Raise ValueError unless the header is a JSON object in which each name stands once."""
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(_LENGTH), "little")
+        size = os.fstat(file.fileno()).st_size
+        if size < _LENGTH or length > size - _LENGTH:
+            raise _damaged(path, f"a header of {length} bytes", remedy)
+        if length > _MOST_HEADER:
+            raise ValueError(f"{path}: expected a header of at most {_MOST_HEADER} bytes, got {length}")
+        parse_object(file.read(length), path)
+
+
+def _damaged(path: Path, reason: str, remedy: str) -> ValueError:
+    size = path.stat().st_size
+    return ValueError(
+        f"{path}: expected a safetensors file, got {size} bytes that are damaged or cut off ({reason}): {remedy}"
+    )

@@ -1,0 +1,1 @@
+"""Masks on a model, and on disk."""

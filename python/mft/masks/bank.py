@@ -1,0 +1,174 @@
+"""Many masks on one base: the masks of every task at 1 bit a weight beside one exact weight, chosen by request or row.
+
+    bank = load_mask_bank(model, {"code": "runs/code", "math": "runs/math"})
+    with bank.use("code"):
+        model.generate(...)
+    with bank.use(["code", "math", None]):  # the task of each row of the batch; None: the bare base
+        model(...)
+
+For inference: bits do not learn, and weights are frozen.
+"""
+
+import contextlib
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mft.choices import nearest
+from mft.masks.banked_linear import BankedLinear, Choice, OneTask, TaskPerRow
+from mft.masks.convert import as_linear, check_unmasked, check_unwrapped, replace_module
+from mft.masks.export import check_learned_on, check_shapes
+from mft.masks.export_format import check_masks_alone, read_export
+from mft.models.linears import find_targets
+from mft.training.run_directory import masks_directory
+
+
+def load_mask_bank(
+    model: nn.Module, directories: Mapping[str, str | os.PathLike], *, force: bool = False
+) -> "MaskBank":
+    """Put the masks of several exports on one model, in place.
+
+    Tasks may mask different layers; what a task does not mask runs dense for it. Weights are shared, not copied (a
+    transposed copy for GPT-2's Conv1D), and are the exact ones, also for masks that were learned on a quantised base.
+
+    Args:
+        model: the base that all the masks were learned on, ordinary and unmasked.
+        directories: what save_masks wrote, or a run of mft train, by the task's name.
+        force: accept other base weights of the same shapes.
+    Raises: as load_masks; the model is then unchanged.
+    """
+    bank = MaskBank(model)
+    read = {task: bank._read(task, directory, force) for task, directory in directories.items()}
+    for task, masks in read.items():
+        bank._put(task, masks)
+    return bank
+
+
+class MaskBank:
+    """The tasks whose masks a model holds, and the choice among them.
+
+    Threads may call the model with different tasks at once, and add tasks meanwhile: a choice holds in the thread, or
+    the asyncio task, that made it. A thread started under ``use`` has none, and a call without one is an error.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        check_unwrapped(model)
+        check_unmasked(model)
+        self.model = model
+        held = self._layers()
+        if held:
+            raise ValueError(f"model must not hold a bank of masks already, got {len(held)} layers with one: add to it")
+        self._tasks: list[str] = []
+        self._in_use: Counter[str] = Counter()
+        self._lock = threading.RLock()
+        self._choice: ContextVar[Choice] = ContextVar("mft.MaskBank")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Their names, in the order in which they came."""
+        return tuple(self._tasks)
+
+    @contextlib.contextmanager
+    def use(self, tasks: str | Sequence[str | None] | None) -> Iterator[None]:
+        """Meanwhile the model's calls take this task's masks; None: the bare base.
+
+        Of a sequence, row i of the batch takes the masks of tasks[i]: one product a task and layer. Masked layers must
+        see (rows, ..., K), as most models' do. Beams and num_return_sequences are rows, next to each other.
+        Raises: TypeError or ValueError if tasks are none of these, or unknown; from the model's call, if the batch has
+            another number of rows.
+        """
+        one = tasks is None or isinstance(tasks, str)
+        if not one and not isinstance(tasks, Iterable):
+            raise TypeError(f"tasks must be a task's name, a list with one a row of the batch, or None, got {tasks!r}")
+        each: tuple[Any, ...] = (tasks,) if one else tuple(tasks or ())
+        with self._lock:
+            for task in each:
+                if task is not None:
+                    self._check_known(task)
+            named = set(each) - {None}
+            self._in_use.update(named)
+        before = self._choice.set(OneTask(each[0]) if one else TaskPerRow(each))
+        try:
+            yield
+        finally:
+            self._choice.reset(before)
+            with self._lock:
+                self._in_use.subtract(named)
+
+    def add(self, task: str, directory: str | os.PathLike, *, force: bool = False) -> None:
+        """One more task; arguments and errors as of load_mask_bank."""
+        self._put(task, self._read(task, directory, force))
+
+    def remove(self, task: str) -> None:
+        """Free a task's masks. Raises: ValueError if it is unknown, RuntimeError while a call may be using it."""
+        with self._lock:
+            self._check_known(task)
+            if self._in_use[task]:
+                raise RuntimeError(f"task must not be in use when it is removed, got {task!r}: leave bank.use first")
+            self._tasks.remove(task)
+            for layer in self._layers():
+                layer.masks = {name: packed for name, packed in layer.masks.items() if name != task}
+                layer.tasks = frozenset(self._tasks)
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the masks, by task."""
+        layers = self._layers()
+        return {task: sum(each.masks[task].nbytes for each in layers if task in each.masks) for task in self.tasks}
+
+    def print_memory(self) -> None:
+        """Print the bytes of the base and of each task's masks, beside those of as many merged models."""
+        base = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
+        masks = self.nbytes()
+        each = ", ".join(f"{task} {size:,d} ({100 * size / base:.2f} %)" for task, size in masks.items())
+        print(
+            f"base: {base:,d} bytes || masks: {each or 'none'} || together: {base + sum(masks.values()):,d} || "
+            f"as {len(masks)} merged models: {base * len(masks):,d}"
+        )
+
+    def _read(self, task: str, directory: str | os.PathLike, force: bool) -> dict[str, Tensor]:
+        """A task's masks by layer, checked against the bank and the model, which stay as they are."""
+        self._check_new(task)
+        path = masks_directory(Path(directory))
+        export, masks = read_export(path)
+        check_masks_alone(export, path, "a bank, whose tasks share all but the masks")
+        modules = dict(self.model.named_modules())
+        find_targets(self.model, [name for name in masks if not isinstance(modules.get(name), BankedLinear)])
+        check_shapes(self.model, {entry.name: entry.shape for entry in export.modules})
+        check_learned_on(self.model, export, path, force=force)
+        return masks
+
+    def _put(self, task: str, masks: Mapping[str, Tensor]) -> None:
+        with self._lock:
+            self._check_new(task)
+            for name, packed in masks.items():
+                layer: Any = self.model.get_submodule(name)
+                if not isinstance(layer, BankedLinear):
+                    layer = BankedLinear(as_linear(layer), self._choice)
+                    layer.tasks = frozenset(self._tasks)
+                    replace_module(self.model, name, layer)
+                layer.masks = {**layer.masks, task: packed.to(layer.weight.device)}
+            self._tasks.append(task)
+            for layer in self._layers():
+                layer.tasks = frozenset(self._tasks)
+
+    def _check_new(self, task: Any) -> None:
+        if not isinstance(task, str) or not task:
+            raise ValueError(f"task must be a name, got {task!r}")
+        if task in self._tasks:
+            raise ValueError(f"task must be new to the bank, got {task!r}: remove it first")
+
+    def _check_known(self, task: Any) -> None:
+        if task not in self._tasks:
+            raise ValueError(
+                f"task must be one of the bank's ({', '.join(self._tasks) or 'none'}), got {task!r}"
+                f"{nearest(str(task), self._tasks)}"
+            )
+
+    def _layers(self) -> list[BankedLinear]:
+        return [module for module in self.model.modules() if isinstance(module, BankedLinear)]

@@ -1,0 +1,206 @@
+"""Whole models: put a mask on chosen linear layers, freeze the rest, and bake the masks in again."""
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mft.config import MaskConfig
+from mft.engines.distributed import check_unsharded, unwrapped
+from mft.masks.gradient_checkpointing import add_checkpointing_hooks, remove_checkpointing_hooks
+from mft.masks.saved_modules import forget_saved_modules, select_saved_modules, train_whole
+from mft.masks.targets import select_targets
+from mft.models.linears import layer_index, layer_stacks
+from mft.models.quantized_weight import quantized_weights
+from mft_kernels import MaskedLinear
+
+# Which parameters were trainable before, so that merge_model can say so again; an attribute of the model.
+_TRAINABLE_BEFORE = "_mft_trainable_before"
+_CAME_FROM_CONV1D = "_mft_from_conv1d"
+
+
+def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:
+    """Replace the linear layers that config chooses by MaskedLinear, in place; scores and modules_to_save are trained.
+
+    Weights and biases are shared, not copied (a transposed copy for GPT-2's Conv1D). Scores that are drawn depend on
+    config.seed and the layer's name alone, so choosing other layers too changes none of them.
+
+    Args:
+        model: any transformers causal LM built of nn.Linear or Conv1D.
+        config: see MaskConfig. target_modules as in PEFT: a list of suffixes, one regular expression for the full name,
+            or "all-linear"; None for the attention and MLP of every decoder layer. The output embedding never is.
+            modules_to_save: names of modules that are trained whole, such as a new classifier's head.
+    Returns: the same model.
+    Raises: ValueError if nothing is chosen, a pattern or layer number does not exist, or a chosen module cannot be
+        masked. The model is then unchanged.
+    """
+    check_unwrapped(model)
+    check_unmasked(model)
+    convert(model, select_targets(model, config), config)
+    return model
+
+
+@torch.no_grad()
+def merge_model(model: nn.Module) -> nn.Module:
+    """Bake the masks into the weights, in place: an ordinary model of nn.Linear and Conv1D.
+
+    Kept weights are bit-equal to the base's, dropped ones are +0. What was trainable before mask_model is so again.
+
+    Returns: the same model; of one in torch.compile or DistributedDataParallel, the model within.
+    Raises: ValueError if nothing is masked, scores are not finite, or fully_shard has spread the model.
+    """
+    model = unwrapped(model)
+    check_unsharded(model)
+    masked = masked_modules(model)
+    if not masked:
+        raise ValueError(
+            f"model has no masked layers to merge, got a plain {type(model).__name__}: mask_model or load_masks first"
+        )
+    quantized = quantized_weights(model)
+    if quantized:
+        raise ValueError(
+            f"masks must be merged into exact weights, got {len(quantized)} layers that are quantised "
+            f"({next(iter(quantized))}, ...): save_masks, and load_masks on the unquantised model"
+        )
+    for module in masked.values():
+        module.packed_mask()  # non-finite scores raise before anything is replaced
+    for name in list(masked):
+        module = masked.pop(name)  # one at a time, so that a layer's scores are freed before the next one is copied
+        linear = module.merge()
+        replace_module(model, name, _to_conv1d(linear) if getattr(module, _CAME_FROM_CONV1D, False) else linear)
+    remove_checkpointing_hooks(model)
+    forget_saved_modules(model)
+    before = getattr(model, _TRAINABLE_BEFORE, None)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.is_floating_point() if before is None else name in before)
+    if before is not None:
+        delattr(model, _TRAINABLE_BEFORE)
+    return model
+
+
+def masked_modules(model: nn.Module) -> dict[str, MaskedLinear]:
+    """The masked layers by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
+
+
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) numbers of parameters; scores count in both, int16 ones too, which learn without autograd."""
+    fixed_point = {id(m.scores) for m in masked_modules(model).values() if m.scores.dtype == torch.int16}
+    sizes = [(p.numel(), p.requires_grad or id(p) in fixed_point) for p in model.parameters()]
+    return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print the counts in PEFT's format."""
+    trainable, total = trainable_parameters(model)
+    share = 100 * trainable / total if total else 0.0
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+
+# ---------------------------------------------------------------------------------------------- for export and PEFT
+
+
+def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
+    """mask_model for layers of these names, which must be maskable."""
+    names = list(names)
+    setattr(model, _TRAINABLE_BEFORE, {name for name, p in model.named_parameters() if p.requires_grad})
+    model.requires_grad_(False)
+    for name in names:
+        replace_module(model, name, masked_layer(model.get_submodule(name), name, config))
+    train_whole(model, select_saved_modules(model, config.modules_to_save))
+    _prepare_checkpointing(model, names)
+
+
+def masked_layer(source: Any, name: str, config: MaskConfig) -> MaskedLinear:
+    """A masked layer on the weight and bias of source, an nn.Linear or Conv1D that a model calls name."""
+    masked = MaskedLinear.from_linear(
+        as_linear(source),
+        keep_ratio=config.keep_ratio,
+        mode=config.mode,
+        init=config.init,
+        threshold=config.threshold,
+        scores_dtype=_scores_dtype(config, source.weight),
+        generator=_generator(config.seed, name, source.weight.device),
+    )
+    masked.module_name = name
+    if isinstance(source, Conv1D):
+        setattr(masked, _CAME_FROM_CONV1D, True)
+    return masked
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put module in the place that name names."""
+    *path, child = name.split(".")
+    parent = model
+    for part in [None, *path]:
+        parent = parent if part is None else getattr(parent, part)
+        if isinstance(parent, nn.TransformerEncoder):
+            parent.use_nested_tensor = False  # it is for torch's fast path, which no masked layer takes
+    setattr(parent, child, module)
+
+
+def as_linear(module: nn.Linear | Conv1D) -> nn.Linear:
+    """module, or what equals a Conv1D: it computes x @ weight + bias with weight (in, out); here a copy, (out, in)."""
+    if isinstance(module, nn.Linear):
+        return module
+    linear = nn.Linear(module.weight.shape[0], module.weight.shape[1], device="meta")
+    linear.weight = nn.Parameter(module.weight.detach().t().contiguous(), requires_grad=False)
+    linear.bias = module.bias
+    return linear.train(module.training)
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise TypeError or ValueError unless model is a module that is not compiled or distributed."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"model must be the plain model, got one wrapped in {type(model).__name__}: mask it before "
+            "torch.compile and distribution"
+        )
+
+
+def check_unmasked(model: nn.Module) -> None:
+    """Raise ValueError if a layer is masked already."""
+    masked = list(masked_modules(model))
+    if masked:
+        raise ValueError(
+            f"model must not be masked already, got {len(masked)} masked layers ({masked[0]}, ...): "
+            "merge_model(model) first to learn a further mask on top, or start from a fresh model"
+        )
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _scores_dtype(config: MaskConfig, weight: torch.Tensor) -> torch.dtype:
+    """config.scores_dtype; fp64 for an fp64 weight."""
+    return torch.float64 if weight.dtype == torch.float64 else getattr(torch, config.scores_dtype)
+
+
+def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """Seeded by the layer's name too, so that its scores do not depend on which other layers are masked."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator("cpu" if device.type == "meta" else device)
+    return generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _to_conv1d(linear: nn.Linear) -> Conv1D:
+    with torch.device("meta"):
+        conv = Conv1D(linear.out_features, linear.in_features)
+    conv.weight = nn.Parameter(linear.weight.detach().t().contiguous())
+    conv.bias = linear.bias
+    return conv.train(linear.training)
+
+
+def _prepare_checkpointing(model: nn.Module, names: list[str]) -> None:
+    stacks = layer_stacks(model)
+    if len(stacks) != 1:  # with several stacks no layer is the first: transformers' own way is right, if slower
+        return
+    first = min((index for name in names if (index := layer_index(name, stacks)) is not None), default=None)
+    if first is not None:
+        (stack,) = stacks
+        add_checkpointing_hooks(model, stack, first)

@@ -1,0 +1,315 @@
+"""Masks on disk: adapter_config.json and adapter_model.safetensors, 1 bit a weight, in PEFT's spelling.
+
+An export holds the masks (and modules_to_save), neither scores nor an optimiser: for evaluation, merging, or as a start
+for further training. It knows the base weights that it was learned on by their hash.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mft.config import MaskConfig
+from mft.engines.distributed import check_unsharded, uncompiled, unwrapped
+from mft.files.atomic import atomic_directory
+from mft.masks.convert import check_unwrapped, convert, masked_modules
+from mft.masks.export_format import (
+    CONFIG_FILE,
+    MASK_FILE,
+    UNVERIFIED,
+    MaskEntry,
+    MaskExport,
+    content_hash,
+    is_export,
+    read_whole_export,
+)
+from mft.masks.saved_modules import check_saved_tensors, put_saved_tensors, saved_modules, saved_tensors
+from mft.models.linears import find_targets, layer_index, layer_stacks
+from mft.models.quantized_weight import quantized_weights
+from mft.training.run_directory import masks_directory
+from mft_kernels import MaskedLinear, fixed_from_float, unpack_mask
+
+logger = logging.getLogger(__name__)
+
+# A loaded mask's scores: as far above the threshold as below, at the scale that scores are initialised with.
+_THRESHOLD = {"magnitude": 0.02, "value": 0.0}
+_MARGIN = 0.01
+_CHUNK = 1 << 24  # bytes hashed at once
+# What keep_base_hash found: (names, hash); an attribute of the model.
+_EXACT_BASE = "_mft_exact_base"
+
+
+def save_masks(model: nn.Module, directory: str | os.PathLike, *, base_model_name_or_path: str | None = None) -> Path:
+    """Write a masked model's masks, and its modules_to_save; either the whole export appears in directory, or nothing.
+
+    Args:
+        model: also one in torch.compile or DistributedDataParallel; one that fully_shard has spread, only under
+            gathered(model). One process writes.
+        directory: new, empty, or an earlier export, which is replaced. Anything else is refused.
+        base_model_name_or_path: noted for the reader; by default the name that the model was loaded from.
+    Returns: the directory.
+    """
+    model = unwrapped(model)
+    check_unwrapped(model)
+    masked = masked_modules(model)
+    if not masked:
+        raise ValueError(f"model has no masked layers to save, got a plain {type(model).__name__}: mask_model it first")
+    target = Path(directory)
+    _check_replaceable(target)
+    if base_model_name_or_path is None:
+        base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    packed = {name: module.packed_mask().cpu().contiguous() for name, module in masked.items()}
+    saved = saved_tensors(model)
+    tensors = {f"{name}.mask": words for name, words in packed.items()} | saved
+    export = _describe(model, masked, packed, saved, base_model_name_or_path)
+    with atomic_directory(target) as scratch:
+        (scratch / CONFIG_FILE).write_text(export.to_json(), encoding="utf-8")
+        (scratch / MASK_FILE).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
+    return target
+
+
+@torch.no_grad()
+def load_masks(model: nn.Module, directory: str | os.PathLike, *, force: bool = False) -> nn.Module:
+    """Put the masks of an export on a model, in place.
+
+    An ordinary model is converted as by mask_model; of a masked one the scores are replaced. The masks are exactly the
+    stored ones, held by a fixed threshold with every score at the same distance from it.
+
+    Args:
+        model: the base that the masks were learned on, ordinary or masked in the same layers; also in torch.compile.
+        directory: what save_masks wrote, or a run of mft train.
+        force: accept other base weights of the same shapes.
+    Returns: the same model.
+    Raises: FileNotFoundError, or ValueError if the export is damaged, does not fit the model, or (without force) was
+        learned on other weights. The model is then unchanged.
+    """
+    inner = uncompiled(model)
+    check_unwrapped(inner)
+    check_unsharded(inner)
+    path = masks_directory(Path(directory))
+    export, masks, saved = read_whole_export(path)
+    kept_whole = export.modules_to_save or []
+    shapes = {entry.name: entry.shape for entry in export.modules}
+    _check_fit(inner, shapes)
+    check_saved_tensors(inner, kept_whole, saved)
+    check_learned_on(inner, export, path, force=force)
+    put_masks(inner, masks, shapes, mode=export.mode, keep_ratio=export.keep_ratio)
+    put_saved_tensors(inner, kept_whole, saved)
+    return model
+
+
+@torch.no_grad()
+def put_masks(
+    model: nn.Module,
+    masks: dict[str, Tensor],
+    shapes: dict[str, tuple[int, int]],
+    *,
+    mode: str = "magnitude",
+    keep_ratio: float | None = None,
+) -> nn.Module:
+    """load_masks of what has been read already, whatever base it was learned on.
+
+    Args: masks: packed, by module; shapes: (N, K) of their weights.
+    Raises: ValueError if they do not fit the model, which is then unchanged.
+    """
+    _check_fit(model, shapes)
+    masked = masked_modules(model)
+    if not masked:
+        convert(model, list(shapes), loaded_config(mode, keep_ratio))
+        masked = masked_modules(model)
+    for name, packed in masks.items():
+        _set_mask(masked[name], packed, mode, keep_ratio)
+    return model
+
+
+def loaded_config(mode: str, keep_ratio: float | None) -> MaskConfig:
+    """What a loaded mask is held by: a fixed threshold, see scores_of_mask; the ratio is remembered alone."""
+    return MaskConfig(
+        keep_ratio=1.0 if keep_ratio is None else keep_ratio, mode=mode, init="constant", threshold=_THRESHOLD[mode]
+    )
+
+
+def scores_of_mask(packed: Tensor, shape: tuple[int, int] | torch.Size, mode: str) -> Tensor:
+    """fp32 scores (N, K) that select exactly this mask, all at one distance from the threshold of loaded_config."""
+    threshold = _THRESHOLD[mode]
+    return torch.where(unpack_mask(packed, shape), threshold + _MARGIN, threshold - _MARGIN)
+
+
+def base_hash(model: nn.Module, names: Iterable[str] | None = None) -> str:
+    """sha256 over name, dtype, shape (N, K) and bytes of the layers' weights; a masked model and its base agree.
+
+    Args: names: the layers, by default the masked ones. Weights are read in chunks, never copied whole.
+    Raises: ValueError if a layer's exact weight is gone, quantised without keep_base_hash.
+    """
+    names = set(masked_modules(model) if names is None else names)
+    quantized = sorted(names & quantized_weights(model).keys())
+    if quantized:
+        known, found = getattr(model, _EXACT_BASE, (set(), ""))
+        if names != known:
+            raise ValueError(
+                f"model must hold the exact weights that are hashed, got {len(quantized)} that are quantised "
+                f"({quantized[0]}, ...): load the unquantised model"
+            )
+        return found
+    digest = hashlib.sha256()
+    count = 0
+    for name in sorted(names):
+        weight = _weight(model, name)
+        digest.update(f"{name}\0{_dtype_name(weight)}\0{tuple(weight.shape)}\0".encode())
+        for chunk in _chunks(weight):
+            digest.update(chunk)
+        count += 1
+    if not count:
+        raise ValueError("model has no masked layers whose base could be hashed: give their names")
+    return f"sha256:{digest.hexdigest()}"
+
+
+def check_learned_on(model: nn.Module, export: MaskExport, directory: Path, *, force: bool) -> None:
+    """Raise ValueError unless the masks of export, read from directory, were learned on model's weights, or force.
+
+    A warning says if nothing tells whether they are still the masks that were learned.
+    """
+    if export.content_hash is None:
+        logger.warning("%s: %s", directory, UNVERIFIED)
+    found = base_hash(model, [entry.name for entry in export.modules])
+    if found != export.base_hash and not force:
+        raise ValueError(_other_base(model, export, found, directory))
+
+
+def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, int]]) -> None:
+    """Raise ValueError unless the layers of these names have weights of these shapes (N, K)."""
+    for name, expected in shapes.items():
+        shape = tuple(_weight(model, name).shape)
+        if shape != expected:
+            raise ValueError(
+                f"{name}: the mask is for a weight of {expected}, the model's is {shape}: load the base that it was "
+                "learned on"
+            )
+
+
+def _other_base(model: nn.Module, export: MaskExport, found: str, directory: Path) -> str:
+    """The message that the masks were learned on another base than the model, whose hash was found."""
+    learned_on = export.base_model_name_or_path or "a base without a name"
+    message = (
+        f"{directory}: the masks were learned on other weights of the same shapes ({learned_on}): expected base "
+        f"{export.base_hash}, the model's is {found}"
+    )
+    dtypes = sorted({_dtype_name(_weight(model, entry.name)) for entry in export.modules})
+    stored = sorted({entry.dtype for entry in export.modules})
+    if dtypes != stored:
+        message += f". The model's weights are {' '.join(dtypes)}, those were {' '.join(stored)}: load it in that dtype"
+    return message + ". To use the masks on this model all the same, pass force=True to load_masks (--force)"
+
+
+def keep_base_hash(model: nn.Module) -> None:
+    """Remember base_hash(model) of the masked layers' exact weights, which are about to be replaced by codes."""
+    names = set(masked_modules(model))
+    if names:
+        setattr(model, _EXACT_BASE, (names, base_hash(model)))
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _describe(
+    model: nn.Module,
+    masked: dict[str, MaskedLinear],
+    packed: dict[str, Tensor],
+    saved: dict[str, Tensor],
+    base: str | None,
+) -> MaskExport:
+    modes = sorted({module.mode for module in masked.values()})
+    if len(modes) > 1:
+        raise ValueError(f"masked layers must share one mode to be saved together, got {' and '.join(modes)}")
+    ratios = {module.keep_ratio if module.threshold is None else None for module in masked.values()}
+    stacks = layer_stacks(model)
+    layers = sorted({index for name in masked if (index := layer_index(name, stacks)) is not None})
+    quantized = quantized_weights(model)
+    entries = [
+        MaskEntry(name, (module.out_features, module.in_features), _dtype_name(module.weight), int(module.mask().sum()))
+        for name, module in masked.items()
+    ]
+    export = MaskExport(
+        base_model_name_or_path=base,
+        base_hash=base_hash(model),
+        mode=modes[0],
+        keep_ratio=ratios.pop() if len(ratios) == 1 else None,
+        target_modules=sorted({name.rpartition(".")[2] for name in masked}),
+        layers_to_transform=layers or None,
+        modules=entries,
+        base_quantization=next((weight.kind for weight in quantized.values()), None),
+        quantize_masked=not quantized.keys().isdisjoint(masked),
+        modules_to_save=list(saved_modules(model)) or None,
+    )
+    return dataclasses.replace(export, content_hash=content_hash(export, packed, saved))
+
+
+def _check_fit(model: nn.Module, stored: dict[str, tuple[int, int]]) -> None:
+    masked = masked_modules(model)
+    if masked and masked.keys() != stored.keys():
+        missing, extra = sorted(stored.keys() - masked.keys()), sorted(masked.keys() - stored.keys())
+        raise ValueError(
+            f"model must be masked in the {len(stored)} layers of the export, or in none; "
+            f"only in the export: {missing[:3] or 'none'}, only in the model: {extra[:3] or 'none'}"
+        )
+    if not masked:
+        find_targets(model, stored)
+    check_shapes(model, stored)
+
+
+def _set_mask(module: MaskedLinear, packed: Tensor, mode: str, keep_ratio: float | None) -> None:
+    module.mode = mode
+    module.threshold = _THRESHOLD[mode]
+    if keep_ratio is not None:
+        module.keep_ratio = keep_ratio
+    scores = scores_of_mask(packed.to(module.scores.device), module.weight.shape, mode)
+    module.scores.copy_(fixed_from_float(scores) if module.scores.dtype == torch.int16 else scores)
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    """(N, K), also of a Conv1D."""
+    module: Any = model.get_submodule(name)
+    weight = module.weight.detach()
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def _chunks(weight: Tensor) -> Iterator[bytes]:
+    rows = max(1, _CHUNK // max(1, weight.shape[1] * weight.element_size()))
+    for start in range(0, weight.shape[0], rows):
+        # A copy: memory that numpy has seen cannot be resized, which is how FSDP2 frees gathered weights.
+        yield weight[start : start + rows].to("cpu", copy=True).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _dtype_name(weight: Tensor) -> str:
+    return str(weight.dtype).removeprefix("torch.")
+
+
+def _check_replaceable(target: Path) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        kind = "a symbolic link" if target.is_symlink() else "a file"
+        raise ValueError(f"directory must be a directory, or not exist yet, got {kind}: {target}")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not is_export(target):
+        raise ValueError(
+            f"directory must be new, empty or an earlier export of masks, got {target}, which holds "
+            f"{_first_names(target)}: choose another one"
+        )
+    foreign = sorted({path.name for path in target.iterdir()} - {CONFIG_FILE, MASK_FILE})
+    if foreign:
+        raise ValueError(
+            f"directory {target} holds more than an export ({', '.join(foreign[:3])}), which replacing it "
+            "would lose: move that, or choose another directory"
+        )
+
+
+def _first_names(target: Path) -> str:
+    return ", ".join(sorted(path.name for path in target.iterdir())[:3])

@@ -1,0 +1,322 @@
+"""The format of an export of masks, version 2, read with suspicion: every key, shape, bit and byte count is checked.
+
+adapter_config.json: the fields of MaskExport, peft_type "MFT" and format_version. adapter_model.safetensors: for each
+module "<name>.mask", int32 (N, ceil(K / 32)), bit j % 32 of word j // 32 of row n set where weight (n, j) is kept; and
+what the modules of modules_to_save hold, by its name in the model. Version 1 is the same, but content_hash and what is
+said of quantisation may be missing.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mft.choices import nearest
+from mft.files.json_file import read_object
+from mft.files.safetensors_file import open_tensors
+from mft.masks.saved_modules import is_inside
+from mft.models.quantized_weight import QUANTIZATIONS
+
+CONFIG_FILE = "adapter_config.json"
+MASK_FILE = "adapter_model.safetensors"
+PEFT_TYPE = "MFT"
+FORMAT_VERSION = 2
+_UNHASHED_VERSION = 1  # may lack content_hash
+_MOST_CONFIG = 1 << 24  # bytes: 120,000 masked layers; 100 layers of 256 experts with 3 matrices each have 76,800
+_CHUNK = 1 << 22  # words of a mask whose bits are counted at once
+_HASH = re.compile(r"sha256:[0-9a-f]{64}")
+_HASH_RULE = 'a string "sha256:" and 64 hexadecimal digits'
+_MODES = ("magnitude", "value")
+_COPY_BOTH = "the two files are not of one export, or damaged; copy both again"
+_MASKED_RULE = "true or false, and false where base_quantization is null"
+UNVERIFIED = "no content_hash, as in format_version 1: swapped masks cannot be told; save_masks writes one"
+_FIXED = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM"}
+
+
+@dataclass(frozen=True)
+class MaskEntry:
+    """One masked layer: its weight's shape (N, K) and dtype, and how many weights its mask keeps."""
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    kept: int
+
+    @property
+    def words(self) -> tuple[int, int]:
+        """Shape of the packed mask."""
+        return self.shape[0], -(-self.shape[1] // 32)
+
+
+@dataclass(frozen=True)
+class MaskExport:
+    """adapter_config.json. keep_ratio is None where the masks came from thresholds or differ in it.
+
+    base_quantization is what the other linears were quantised to while the masks were learned, None: to nothing;
+    quantize_masked: the masked ones too. content_hash: see the function; None only of version 1, which may lack all
+    three.
+    modules_to_save: modules whose tensors are saved too; exports of masks alone lack it.
+    """
+
+    base_model_name_or_path: str | None
+    base_hash: str
+    mode: str
+    keep_ratio: float | None
+    target_modules: list[str]
+    layers_to_transform: list[int] | None
+    modules: list[MaskEntry]
+    base_quantization: str | None = None
+    quantize_masked: bool = False
+    content_hash: str | None = None
+    modules_to_save: list[str] | None = None
+
+    def to_json(self) -> str:
+        """One module a line."""
+        fields = _said(self)
+        modules = [json.dumps(entry) for entry in fields.pop("modules")]
+        head = json.dumps({**_FIXED, "format_version": FORMAT_VERSION, **fields}, indent=2)
+        return head.removesuffix("\n}") + ',\n  "modules": [\n    ' + ",\n    ".join(modules) + "\n  ]\n}\n"
+
+
+def content_hash(export: MaskExport, masks: Mapping[str, Tensor], saved: Mapping[str, Tensor] | None = None) -> str:
+    """sha256 over all else that an export says, its masks' words and saved tensors: tells any damage of either file."""
+    said = {key: value for key, value in _said(export).items() if key != "content_hash"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name in sorted(masks):
+        digest.update(f"\0{name}\0".encode())
+        digest.update(masks[name].contiguous().numpy().tobytes())
+    for name, tensor in sorted((saved or {}).items()):
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def is_export(directory: Path) -> bool:
+    """Whether directory claims to hold masks of ours; it may still be damaged."""
+    try:
+        values = read_object(directory / CONFIG_FILE, _MOST_CONFIG)
+    except (OSError, ValueError):
+        return False
+    return values.get("peft_type") == PEFT_TYPE and not _is_of_peft(values)
+
+
+def read_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor]]:
+    """read_whole_export without the saved tensors."""
+    return read_whole_export(directory)[:2]
+
+
+def read_whole_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor], dict[str, Tensor]]:
+    """The description, the packed mask of each module by name, and what the modules of modules_to_save hold.
+
+    Raises: FileNotFoundError, or ValueError naming the file, what it holds and what was expected.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory}: expected a directory with {CONFIG_FILE} and {MASK_FILE}, got "
+            f"{'a file' if directory.exists() else 'nothing there'}"
+        )
+    for name in (CONFIG_FILE, MASK_FILE):
+        if not (directory / name).exists():
+            raise FileNotFoundError(
+                f"{directory / name}: missing; an export has {CONFIG_FILE} and {MASK_FILE}: copy both"
+            )
+    export = _read_config(directory / CONFIG_FILE)
+    masks, saved = _read_tensors(directory / MASK_FILE, export)
+    if export.content_hash is not None and (found := content_hash(export, masks, saved)) != export.content_hash:
+        raise ValueError(
+            f"{directory / CONFIG_FILE}: expected content_hash {found}, as the two files together give, got "
+            f"{export.content_hash}: damaged, or changed by hand; copy the export again"
+        )
+    return export, masks, saved
+
+
+def check_masks_alone(export: MaskExport, directory: Path, reader: str) -> None:
+    """Raise ValueError if modules_to_save were saved with the masks, which reader cannot take over."""
+    if export.modules_to_save:
+        raise ValueError(
+            f"{directory}: expected masks alone, got modules_to_save too ({', '.join(export.modules_to_save)}): they "
+            f"are not for {reader}; use load_masks"
+        )
+
+
+# ---------------------------------------------------------------------------------------------- the description
+
+
+def _read_config(path: Path) -> MaskExport:
+    values = read_object(path, _MOST_CONFIG)
+    if values.get("peft_type") != PEFT_TYPE:
+        raise ValueError(
+            f"{path}: expected peft_type {PEFT_TYPE!r}, got {_shown(values.get('peft_type'))}: not our masks; load it "
+            "with peft"
+        )
+    if _is_of_peft(values):
+        raise ValueError(
+            f"{path}: expected an export of masks, got an adapter that PEFT saved, which holds scores: load it with "
+            "PeftModel.from_pretrained (docs/peft.md)"
+        )
+    version = values.get("format_version")
+    if type(version) is not int or not _UNHASHED_VERSION <= version <= FORMAT_VERSION:  # True is an int, and equals 1
+        newer = type(version) is int and version > FORMAT_VERSION
+        remedy = "upgrade mft" if newer else "use the version of this software that wrote it"
+        raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {_shown(version)}: {remedy}")
+    fields = dataclasses.fields(MaskExport)
+    known = [field.name for field in fields]
+    optional = [field.name for field in fields if field.default is not dataclasses.MISSING]
+    if version > _UNHASHED_VERSION:
+        optional = ["modules_to_save"]
+    _check_keys(path, values, [*known, *_FIXED, "format_version"], optional=optional)
+    modules = values["modules"]
+    _expect(path, "modules", modules, isinstance(modules, list) and bool(modules), "a list of masked layers")
+    entries = [_read_entry(path, number, entry) for number, entry in enumerate(modules)]
+    twice = sorted(name for name, count in Counter(entry.name for entry in entries).items() if count > 1)
+    _expect(path, "modules", twice, not twice, "layers of different names")
+    export = MaskExport(
+        **{name: values[name] for name in known if name in values and name != "modules"}, modules=entries
+    )
+    _check_fields(path, export)
+    if "content_hash" in values:
+        _expect(path, "content_hash", export.content_hash, _is_hash(export.content_hash), _HASH_RULE)
+    return export
+
+
+def _is_of_peft(values: dict) -> bool:
+    """Whether PEFT wrote this: its configurations always have inference_mode, ours never."""
+    return "inference_mode" in values
+
+
+def _said(export: MaskExport) -> dict[str, Any]:
+    """Its fields, without modules_to_save where there are none: as files are that have masks alone."""
+    return {k: v for k, v in dataclasses.asdict(export).items() if k != "modules_to_save" or v is not None}
+
+
+def _check_fields(path: Path, export: MaskExport) -> None:
+    base, layers, ratio = export.base_model_name_or_path, export.layers_to_transform, export.keep_ratio
+    _expect(path, "base_model_name_or_path", base, base is None or isinstance(base, str), "a string or null")
+    _expect(path, "base_hash", export.base_hash, _is_hash(export.base_hash), _HASH_RULE)
+    _expect(path, "mode", export.mode, export.mode in _MODES, " or ".join(_MODES))
+    _expect(
+        path,
+        "keep_ratio",
+        ratio,
+        ratio is None or (_is_number(ratio) and 0 <= ratio <= 1),
+        "a number in [0, 1] or null",
+    )
+    _expect(path, "target_modules", export.target_modules, _is_list_of(export.target_modules, str), "a list of strings")
+    _expect(path, "layers_to_transform", layers, layers is None or _is_list_of(layers, int), "a list of ints or null")
+    saved = export.modules_to_save
+    _expect(path, "modules_to_save", saved, saved is None or _is_list_of(saved, str), "a list of strings or null")
+    kind, masked = export.base_quantization, export.quantize_masked
+    _expect(path, "base_quantization", kind, kind in (*QUANTIZATIONS, None), f"{' or '.join(QUANTIZATIONS)}, or null")
+    _expect(path, "quantize_masked", masked, masked is False or (masked is True and kind is not None), _MASKED_RULE)
+
+
+def _read_entry(path: Path, number: int, entry: Any) -> MaskEntry:
+    where = f"modules[{number}]"
+    _expect(path, where, entry, isinstance(entry, dict), "an object")
+    _check_keys(path, entry, [field.name for field in dataclasses.fields(MaskEntry)], where)
+    name, shape, kept = entry["name"], entry["shape"], entry["kept"]
+    _expect(path, f"{where}.name", name, isinstance(name, str) and bool(name), "a module's name")
+    _expect(
+        path,
+        f"{where}.shape",
+        shape,
+        _is_list_of(shape, int) and len(shape) == 2 and min(shape) > 0 and max(shape) < 2**31,
+        "two positive ints [N, K] below 2**31",
+    )
+    _expect(path, f"{where}.dtype", entry["dtype"], isinstance(entry["dtype"], str), "a dtype's name")
+    _expect(
+        path,
+        f"{where}.kept",
+        kept,
+        _is_list_of([kept], int) and 0 <= kept <= shape[0] * shape[1],
+        f"an int from 0 to {shape[0] * shape[1]}",
+    )
+    return MaskEntry(name, tuple(shape), entry["dtype"], kept)
+
+
+def _check_keys(path: Path, values: dict, known: list[str], where: str = "", optional: Sequence[str] = ()) -> None:
+    place = f" in {where}" if where else ""
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{path}: unknown key {_shown(key)}{place}{nearest(key, known)}")
+    missing = [key for key in known if key not in values and key not in optional]
+    if missing:
+        raise ValueError(f"{path}: missing key {missing[0]!r}{place}")
+
+
+def _expect(path: Path, key: str, value: Any, holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{path}: {key} must be {rule}, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and _HASH.fullmatch(value) is not None
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# ---------------------------------------------------------------------------------------------- the masks
+
+
+def _read_tensors(path: Path, export: MaskExport) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Masks by module, saved tensors by their name."""
+    expected = {f"{entry.name}.mask": entry for entry in export.modules}
+    with open_tensors(path, "copy the export again") as file:
+        stored = set(file.keys())
+        saved = {key for key in stored - expected.keys() if is_inside(key, export.modules_to_save or ())}
+        stored -= saved
+        unknown, missing = sorted(stored - expected.keys()), sorted(expected.keys() - stored)
+        if unknown:
+            raise ValueError(
+                f"{path}: unknown tensor {_shown(unknown[0])}, of which {CONFIG_FILE} knows no module: {_COPY_BOTH}"
+            )
+        if missing:
+            raise ValueError(
+                f"{path}: missing tensor {_shown(missing[0])}, a module that {CONFIG_FILE} lists: {_COPY_BOTH}"
+            )
+        for key, entry in expected.items():  # before anything is allocated
+            declared = file.get_slice(key)
+            dtype, shape = declared.get_dtype(), tuple(declared.get_shape())
+            if dtype != "I32" or shape != entry.words:
+                raise ValueError(
+                    f"{path}: {key} must be int32 {entry.words} for a weight of {entry.shape}, got {dtype} {shape}"
+                )
+        masks = {entry.name: _checked_mask(path, key, file.get_tensor(key), entry) for key, entry in expected.items()}
+        return masks, {key: file.get_tensor(key) for key in saved}
+
+
+def _checked_mask(path: Path, key: str, packed: Tensor, entry: MaskEntry) -> Tensor:
+    used = entry.shape[1] % 32
+    if used and (packed[:, -1] >> used & (1 << 32 - used) - 1).any():
+        raise ValueError(f"{path}: {key} must have 0 in each row's last {32 - used} bits, its padding: damaged")
+    kept = _count_bits(packed)
+    if kept != entry.kept:
+        raise ValueError(
+            f"{path}: {key} must keep {entry.kept} weights as {CONFIG_FILE} says, got {kept}: {_COPY_BOTH}"
+        )
+    return packed
+
+
+def _count_bits(packed: Tensor) -> int:
+    """How many bits are set. In chunks: a mask unpacked whole takes 64 times its bytes."""
+    words = packed.flatten().split(_CHUNK)
+    return sum(int.from_bytes(chunk.numpy().tobytes(), "little").bit_count() for chunk in words)

@@ -1,0 +1,53 @@
+"""What a mask did, layer by layer: kept share, flips since its initialisation, overlap with the magnitude mask."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mft.masks.convert import masked_modules
+from mft_kernels import MaskedLinear
+
+
+@dataclass
+class MaskStatistics:
+    """Of one masked layer; shares of all its weights, except overlap."""
+
+    name: str
+    weights: int
+    kept: float
+    flips: float | None  # weights whose bit differs from the initial mask's; None if that is not known
+    overlap: float  # of the dropped weights, the share that the magnitude mask of the same size drops too
+
+
+def initial_masks(model: nn.Module) -> dict[str, Tensor]:
+    """The masks as they are now, on the CPU, to count flips against later."""
+    return {name: module.mask().cpu() for name, module in masked_modules(model).items()}
+
+
+def mask_statistics(model: nn.Module, initial: dict[str, Tensor] | None = None) -> list[MaskStatistics]:
+    """One entry a masked layer, in the model's order."""
+    rows = []
+    for name, module in masked_modules(model).items():
+        mask = module.mask()
+        flips = None if initial is None else (mask.cpu() != initial[name]).float().mean().item()
+        rows.append(MaskStatistics(name, mask.numel(), mask.float().mean().item(), flips, _overlap(module, mask)))
+    return rows
+
+
+def flip_share(model: nn.Module, initial: dict[str, Tensor]) -> float:
+    """Share of all masked weights whose bit differs from the initial mask's."""
+    masks = ((name, module.mask().cpu()) for name, module in masked_modules(model).items())  # one at a time
+    flipped = sum(int((mask != initial[name]).sum()) for name, mask in masks)
+    return flipped / sum(mask.numel() for mask in initial.values())
+
+
+@torch.no_grad()
+def _overlap(module: MaskedLinear, mask: Tensor) -> float:
+    dropped = int((~mask).sum())
+    if dropped == 0:
+        return 1.0
+    # The dropped-th smallest magnitude; ties with it count as dropped by the magnitude mask.
+    magnitudes = module.weight.float().abs()
+    cut = magnitudes.flatten().kthvalue(dropped).values
+    return (~mask & (magnitudes <= cut)).sum().item() / dropped

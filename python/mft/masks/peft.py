@@ -1,0 +1,238 @@
+"""Masks as a method of PEFT: importing this registers it, so that get_peft_model takes a MaskPeftConfig.
+
+PEFT's adapters hold scores, from which training goes on; to_masked_model and save_masks give the export of 1 bit a
+weight, which PeftModel.from_pretrained loads too. docs/peft.md tells them apart.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mft.checks import check_rule
+from mft.config import MaskConfig
+from mft.masks.convert import convert, masked_modules
+from mft.masks.export import check_learned_on, loaded_config, scores_of_mask
+from mft.masks.export_format import PEFT_TYPE, check_masks_alone, is_export, read_export
+from mft.masks.targets import select_targets
+
+_TRIED = "0.21", "0.22"  # from the first version to before the last
+_REMEDY = f"pip install 'peft>={_TRIED[0]},<{_TRIED[1]}'"
+
+try:
+    import peft
+    from packaging.version import Version
+    from peft import PeftConfig, PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+    from peft.utils import PeftType, register_peft_method
+
+    from mft.masks.peft_layer import MaskLinear
+except ImportError as error:
+    raise ImportError(f"mft.masks.peft needs peft >= {_TRIED[0]}: {_REMEDY}. {error}") from error
+
+_CHOSEN = "_mft_chosen"  # names of the modules that a configuration chose; an attribute of it
+_EXPORT = "_mft_export"  # where a configuration came from an export: its directory and description
+
+
+@dataclass
+class MaskPeftConfig(MaskConfig, PeftConfig):
+    """MaskConfig's fields and PEFT's own: MaskPeftConfig(**vars(mask_config)) makes one of the other."""
+
+    def __post_init__(self) -> None:
+        PeftConfig.__post_init__(self)
+        self.peft_type = PeftType(PEFT_TYPE)
+        MaskConfig.__post_init__(self)
+        check_rule(
+            self.scores_dtype != "int16",
+            "scores_dtype",
+            "be float32 or bfloat16 under PEFT, where autograd trains the scores (mft train takes int16)",
+            self.scores_dtype,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "MaskPeftConfig":
+        """Of an adapter that PEFT saved, or of a local export of masks, which is checked whole."""
+        directory = Path(pretrained_model_name_or_path, subfolder or "")
+        if not is_export(directory):
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        export, _ = read_export(directory)
+        check_masks_alone(export, directory, "PEFT, which keeps such modules in files of its own")
+        config = cls(
+            **vars(loaded_config(export.mode, export.keep_ratio))
+            | {"target_modules": [entry.name for entry in export.modules]},
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=export.base_model_name_or_path,
+        )
+        setattr(config, _EXPORT, (directory, export))
+        return config
+
+
+class MaskModel(BaseTuner):
+    """The model around the base: which layers get a mask, and what of them is loaded and merged."""
+
+    prefix = f"{PEFT_TYPE.lower()}_"
+    tuner_layer_cls = MaskLinear
+    target_module_mapping: dict = {}  # noqa: RUF012  (PEFT's; select_targets knows what a model's default is)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config: Any = self.peft_config[adapter_name]
+        written = config.target_modules, config.exclude_modules
+        masks_alone = copy.copy(config)
+        masks_alone.modules_to_save = None  # PEFT's own business; it names heads that a model may lack
+        with _unwrapped(model):
+            names = select_targets(model, masks_alone)
+        saved = config.modules_to_save or []
+        names = [name for name in names if not any(f".{module}." in f".{name}." for module in saved)]
+        setattr(config, _CHOSEN, frozenset(names))
+        # PEFT chooses by its own reading of these, and may write a shorter list there.
+        config.target_modules, config.exclude_modules = names, None
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            config.target_modules, config.exclude_modules = written
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
+        return key in getattr(peft_config, _CHOSEN)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target if isinstance(target, MaskLinear) else MaskLinear(target, current_key)
+        layer.add_mask(adapter_name, peft_config)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Scores have the dtype that their configuration names."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
+        if adapter_names is not None:
+            raise ValueError(f"one mask at a time serves a whole batch, got adapter_names={adapter_names}: set_adapter")
+        yield
+
+    # ------------------------------------------------------------------------------------------ merging
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raise what some layer's merge would raise, before any layer is merged."""
+        for layer in _mask_layers(self.model):
+            wanted = layer.active_adapters if adapter_names is None else adapter_names
+            names = [name for name in wanted if name in layer.mft_scores and name not in layer.merged_adapters]
+            if names:
+                layer.baked(names, safe_merge)
+
+    # ------------------------------------------------------------------------------------------ loading
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        if all(key.endswith(".mask") for key in state_dict):
+            state_dict = _scores_of_export(model, config, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def to_masked_model(model: PeftModel) -> nn.Module:
+    """The model of mask_model with the active mask, for save_masks, merge_model and the recipe.
+
+    The PEFT model is taken apart: its other masks are gone, and it is not to be used any more.
+    """
+    (active,) = model.active_adapters
+    config: Any = model.peft_config[active]
+    check_rule(not config.modules_to_save, "modules_to_save", "be null (masks alone are kept)", config.modules_to_save)
+    scores = {}
+    for layer in _mask_layers(model):
+        if layer.merged:
+            layer.unmerge()
+        if active in layer.mft_scores:
+            scores[layer.module_name] = layer.mft_scores[active]
+    base = model.unload()
+    convert(base, scores, config)
+    for name, masked in masked_modules(base).items():
+        masked.scores = scores[name]
+    return base
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _mask_layers(model: nn.Module) -> list[MaskLinear]:
+    return [module for module in model.modules() if isinstance(module, MaskLinear)]
+
+
+@contextmanager
+def _unwrapped(model: nn.Module) -> Iterator[None]:
+    """The base as it was without masks, for whoever looks at its modules."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskLinear)}
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.base_layer)
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+
+
+def _scores_of_export(model: Any, config: PeftConfig, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An export's masks as the scores that PEFT would have saved. Raises ValueError if model has another base."""
+    if not hasattr(config, _EXPORT):
+        raise ValueError(
+            "an export of masks must be a local directory, given to PeftModel.from_pretrained or load_adapter without "
+            f"a config, got {config.peft_type} masks with a config of their own"
+        )
+    directory, export = getattr(config, _EXPORT)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    with _unwrapped(base):
+        check_learned_on(base, export, directory, force=False)
+    return {
+        f"base_model.model.{entry.name}.mft_scores": scores_of_mask(
+            masks[f"{entry.name}.mask"], entry.shape, export.mode
+        )
+        for entry in export.modules
+    }
+
+
+def _register() -> None:
+    """Enter the method through PEFT's public hook, which asks that PeftType have a member of its name."""
+    version = Version(peft.__version__)
+    if not Version(_TRIED[0]) <= version < Version(_TRIED[1]):
+        raise ImportError(f"mft.masks.peft was tried with peft {' to before '.join(_TRIED)}, got {version}: {_REMEDY}")
+    if PEFT_TYPE not in PeftType.__members__:  # an enumeration has no public way to grow
+        member = str.__new__(PeftType, PEFT_TYPE)
+        member._name_ = member._value_ = PEFT_TYPE
+        setattr(PeftType, PEFT_TYPE, member)
+        PeftType._member_names_.append(PEFT_TYPE)
+        PeftType._member_map_[PEFT_TYPE] = PeftType._value2member_map_[PEFT_TYPE] = member
+    register_peft_method(name=PEFT_TYPE.lower(), config_cls=MaskPeftConfig, model_cls=MaskModel)
+
+
+_register()

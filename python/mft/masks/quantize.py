@@ -1,0 +1,171 @@
+"""A model over a quantised base: which linears hold their weight in NF4 or int8, and how these compute.
+
+A dense matrix exists during one product, and is made again for the backward pass. Codes never learn.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from mft.masks.convert import check_unwrapped
+from mft.masks.export import keep_base_hash
+from mft.models.linears import find_candidates, layer_stacks
+from mft.models.quantized_weight import QuantizedWeight, check_library, check_quantization, quantized_weights
+from mft_kernels import MaskedLinear, unpack_mask
+
+
+def quantize_model(model: nn.Module, kind: str = "nf4", *, masked: bool = False) -> nn.Module:
+    """Quantise the frozen linears of the decoder layers, in place; embedding, head and norms stay as they are.
+
+    One weight is quantised and freed after the other, where it lies. Mask the model first: scores begin from the exact
+    weights, and export says on which exact weights the masks were learned.
+
+    Args:
+        model: masked or not, unquantised; what is trainable is left alone.
+        kind: "nf4" or "int8".
+        masked: quantise the masked linears' weights too.
+    Returns: the same model.
+    Raises: ValueError if nothing can be quantised, or a module by name if it cannot; RuntimeError if NF4's library is
+        missing. The model is then unchanged, except if a weight is not finite: then those before it are quantised.
+    """
+    check_quantization(kind)
+    check_library(kind)
+    check_unwrapped(model)
+    _check_unquantized(model)
+    names = _quantizable(model, masked)
+    if masked:
+        keep_base_hash(model)
+    for name in names:
+        module: Any = model.get_submodule(name)
+        try:
+            if isinstance(module, MaskedLinear):
+                _quantize_masked(module, kind)
+            else:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, QuantizedLinear.from_linear(module, kind))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return model
+
+
+class QuantizedLinear(nn.Module):
+    """y = x @ dense().T + bias, in nn.Linear's place, over a frozen weight that is held quantised.
+
+    Neither x nor the dense weight is saved for the backward pass, d_x = grad_output @ dense().
+
+    Shapes: x (..., K), the weight's dtype; weight (N, K), bias (N,).
+    """
+
+    def __init__(self, quantized: QuantizedWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = quantized.shape
+        self.quantized = quantized
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear | Conv1D, kind: str = "nf4") -> "QuantizedLinear":
+        """In linear's training mode, on the memory of its bias."""
+        weight = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
+        return cls(QuantizedWeight.quantize(weight.detach(), kind), linear.bias).train(linear.training)
+
+    def dense_weight(self) -> Tensor:
+        """(N, K), made anew by each call."""
+        return self.quantized.dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _QuantizedProduct.apply(x, self.bias, self.quantized)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class QuantizedMaskedLinear(MaskedLinear):
+    """A MaskedLinear whose weight is made of codes each time that it is read; quantize_model turns modules into it.
+
+    hold(..., weight=module.quantized.dense) frees it after each product. Without hold, autograd keeps it for the
+    scores' gradient.
+    """
+
+    quantized: QuantizedWeight
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # read alone, where MaskedLinear has a parameter
+        """(N, K), made anew by each access; for shape and dtype alone ask ``quantized``."""
+        return self.quantized.dense()
+
+    def mask(self) -> Tensor:
+        # As MaskedLinear's, without making a weight for its shape.
+        return unpack_mask(self.packed_mask(), self.quantized.shape)
+
+    def merge(self) -> nn.Linear:
+        raise ValueError(
+            f"masks must be merged into exact weights, got {self.module_name or 'a layer'} in {self.quantized.kind}: "
+            "save_masks, and load_masks on the unquantised model"
+        )
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, quantized: QuantizedWeight) -> Tensor:
+        ctx.quantized, ctx.x_dtype = quantized, x.dtype
+        return F.linear(x, quantized.dense(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        d_x = d_bias = None
+        if ctx.needs_input_grad[0]:
+            # Under autocast, x and the output may be of other dtypes than the weight.
+            d_x = (grad_output @ ctx.quantized.dense().to(grad_output.dtype)).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            d_bias = grad_output.flatten(0, -2).sum(0)
+        return d_x, d_bias, None
+
+
+def _quantize_masked(module: MaskedLinear, kind: str) -> None:
+    quantized = QuantizedWeight.quantize(module.weight.detach(), kind)
+    del module.weight
+    module.__class__ = QuantizedMaskedLinear  # so that whoever holds the module or its scores holds them still
+    module.quantized = quantized
+
+
+def _quantizable(model: nn.Module, masked: bool) -> list[str]:
+    """Names of the decoder layers' linears that are frozen, and of the masked ones if they are to be quantised."""
+    names, trainable = [], 0
+    for candidate in find_candidates(model, layer_stacks(model)):
+        if isinstance(candidate.module, MaskedLinear):
+            if masked:
+                names.append(candidate.name)
+        elif candidate.layer is None or candidate.is_head:
+            continue
+        elif candidate.obstacle:
+            raise ValueError(f"cannot quantise {candidate.name}: {candidate.obstacle}")
+        elif any(parameter.requires_grad for parameter in candidate.module.parameters()):
+            trainable += 1
+        else:
+            names.append(candidate.name)
+    if names:
+        return names
+    if trainable:
+        raise ValueError(
+            f"model must have frozen linears in its decoder layers to quantise, got {trainable} that are trainable: "
+            "mask_model it first, or model.requires_grad_(False)"
+        )
+    raise ValueError(f"model must have linears in decoder layers to quantise, got {type(model).__name__} without any")
+
+
+def _check_unquantized(model: nn.Module) -> None:
+    found = quantized_weights(model)
+    if found:
+        name, weight = next(iter(found.items()))
+        raise ValueError(
+            f"model must not be quantised already, got {len(found)} layers that are ({name} in {weight.kind}, ...): "
+            "load it anew"
+        )

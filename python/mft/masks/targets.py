@@ -1,0 +1,230 @@
+"""Which linear layers get a mask: target_modules, layers_to_transform and exclude_modules, in PEFT's sense.
+
+What a pattern names and cannot be masked, and a pattern that adds nothing, is an error that says why. Without a pattern
+it is attention and MLP of every decoder layer; a layer's other linears, but for routers, are named in a warning.
+"""
+
+import itertools
+import re
+import warnings
+from collections.abc import Callable, Iterable
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mft.choices import nearest
+from mft.config import MaskConfig
+from mft.masks.saved_modules import is_inside, select_saved_modules
+from mft.models.linears import Candidate, check_maskable, find_candidates, layer_stacks, listed
+
+ALL_LINEAR = "all-linear"
+# Path components and class names that mean attention or an MLP: fc1 and fc2 in OPT's layer, intermediate and output in
+# BERT's. What is named otherwise (T5's DenseReluDense) is known by its shapes, unless it is called what is neither.
+# Tried on the causal LMs and encoder-decoders that transformers 5.24 builds from default configurations.
+_ATTENTION_OR_MLP = re.compile(
+    r"attn|attention|mlp|feed_?forward|ffn|expert|moe|^fc_?\d$|^intermediate$|^output$", re.IGNORECASE
+)
+_NEITHER = re.compile(r"mamba|mixer|ssm|lstm|recurrent|conv|norm", re.IGNORECASE)
+_ROUTERS = {"gate", "router", "shared_expert_gate"}
+
+
+def select_targets(model: nn.Module, config: MaskConfig) -> list[str]:
+    """Names of the linear layers that config chooses, in the model's order.
+
+    Raises: ValueError if nothing is chosen, a pattern adds nothing, a layer is out of range, or a chosen module cannot
+        be masked.
+    """
+    stacks = layer_stacks(model)
+    candidates = find_candidates(model, stacks)
+    if not candidates:
+        raise ValueError(f"model must have linear layers, got {type(model).__name__} without any")
+    layers = _requested_layers(config.layers_to_transform, stacks)
+    excluded = _excluded(config.exclude_modules, candidates)
+    saved = select_saved_modules(model, config.modules_to_save)
+
+    def allowed(candidate: Candidate) -> bool:
+        is_kept = candidate.name in excluded or is_inside(candidate.name, saved)
+        return not is_kept and (layers is None or candidate.layer in layers)
+
+    chosen: dict[str, Candidate] = {}
+    for pattern, matches in _requests(model, config.target_modules, candidates, stacks):
+        kept = [c for c in matches if not c.is_head and allowed(c)]
+        if not kept:
+            raise ValueError(_why_nothing(pattern, matches, config))
+        chosen.update({c.name: c for c in kept})
+    check_maskable(model, chosen.values())
+    if config.target_modules is None:
+        in_layers = [c for c in candidates if c.layer is not None and not c.is_head and allowed(c)]
+        _tell_left_out([c for c in in_layers if _default(c, stacks) == "other"])
+    return [c.name for c in candidates if c.name in chosen]
+
+
+# ---------------------------------------------------------------------------------------------- patterns
+
+
+def _requests(
+    model: nn.Module, targets: str | list[str] | None, candidates: list[Candidate], stacks: dict[str, nn.ModuleList]
+) -> Iterable[tuple[str, list[Candidate]]]:
+    """Each pattern of target_modules with what it matches, which is never nothing."""
+    if targets is None:
+        in_layers = [c for c in candidates if c.layer is not None and not c.is_head]
+        matches = [c for c in in_layers if _default(c, stacks) == "target"]
+        if not matches:
+            raise ValueError(
+                "target_modules must be given for this model: no decoder layers with attention or MLP "
+                f"linears were found in {type(model).__name__}; its linear layers: {_endings(candidates)}"
+            )
+        yield "target_modules=None (attention and MLP)", matches
+    elif isinstance(targets, str):
+        whole = targets == ALL_LINEAR
+        matches = candidates if whole else [c for c in candidates if _compile("target_modules", targets)(c.name)]
+        if not matches:
+            raise ValueError(_no_match(model, "target_modules", targets, candidates))
+        yield f"target_modules={targets!r}", matches
+    else:
+        for suffix in targets:
+            matches = [c for c in candidates if _ends_with(c.name, suffix)]
+            if not matches:
+                raise ValueError(_no_match(model, "target_modules", suffix, candidates, is_suffix=True))
+            yield f"target_modules: {suffix!r}", matches
+
+
+def _default(candidate: Candidate, stacks: dict[str, nn.ModuleList]) -> str:
+    """What a decoder layer's linear is when no target_modules are given: "target", "router", or "other"."""
+    stack = next(name for name in stacks if candidate.name.startswith(f"{name}."))
+    path = candidate.name.removeprefix(f"{stack}.").split(".")[1:]
+    classes, module = [], stacks[stack][candidate.layer or 0]
+    for part in path[:-1]:
+        module = getattr(module, part)
+        classes.append(type(module).__name__)
+    if _ROUTERS & set(path) or any("Router" in name for name in [*classes, type(candidate.module).__name__]):
+        return "router"
+    names = [stack.rpartition(".")[2], *path, *classes]  # XLM has one list of attentions and one of ffns
+    if any(_ATTENTION_OR_MLP.search(name) for name in names):
+        return "target"
+    is_mlp = _is_in_an_mlp(candidate.module, module) and not any(_NEITHER.search(name) for name in names)
+    return "target" if is_mlp else "other"
+
+
+def _is_in_an_mlp(linear: nn.Module, parent: nn.Module) -> bool:
+    """Whether parent has a linear to a larger width and one back, later, and linear is one of the two."""
+    linears = [child for child in parent.children() if isinstance(child, nn.Linear | Conv1D)]
+    for wide, back in itertools.combinations(linears, 2):
+        if linear in (wide, back) and _shape(wide) == _shape(back)[::-1] and _shape(wide)[0] > _shape(wide)[1]:
+            return True
+    return False
+
+
+def _shape(linear: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(N, K)"""
+    n, k = linear.weight.shape
+    return (k, n) if isinstance(linear, Conv1D) else (n, k)
+
+
+def _excluded(patterns: str | list[str] | None, candidates: list[Candidate]) -> set[str]:
+    """Names that exclude_modules takes out; a list's suffix may name a module around them, such as "experts"."""
+    if patterns is None:
+        return set()
+    excluded: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if isinstance(patterns, str):
+            matches = {c.name for c in candidates if _compile("exclude_modules", pattern)(c.name)}
+        else:
+            matches = {c.name for c in candidates if any(_ends_with(n, pattern) for n in _with_parents(c.name))}
+        if not matches:
+            raise ValueError(_no_match(None, "exclude_modules", pattern, candidates, isinstance(patterns, list)))
+        excluded |= matches
+    return excluded
+
+
+def _requested_layers(layers: int | list[int] | None, stacks: dict[str, nn.ModuleList]) -> set[int] | None:
+    if layers is None:
+        return None
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    if not stacks:
+        raise ValueError(
+            "layers_to_transform needs a model with a list of decoder layers, and none was found: "
+            "name the layers in target_modules"
+        )
+    depth = max(map(len, stacks.values()))
+    outside = sorted(layer for layer in wanted if not 0 <= layer < depth)
+    if outside or not wanted:
+        raise ValueError(
+            f"layers_to_transform must lie in 0 to {depth - 1} ({', '.join(stacks)} has {depth} layers), "
+            f"got {listed(map(str, outside)) if outside else 'none'}"
+        )
+    return wanted
+
+
+def _compile(argument: str, pattern: str) -> Callable[[str], re.Match | None]:
+    try:
+        return re.compile(pattern).fullmatch
+    except re.error as error:
+        raise ValueError(
+            f"{argument} as one string is a regular expression for the full module name, and {pattern!r} "
+            f"is none: {error}"
+        ) from None
+
+
+def _ends_with(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def _with_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+
+
+# ---------------------------------------------------------------------------------------------- messages
+
+
+def _no_match(
+    model: nn.Module | None, argument: str, pattern: str, candidates: list[Candidate], is_suffix: bool = False
+) -> str:
+    here = f"linear layers here: {_endings(candidates)}"
+    for name, module in model.named_modules() if model is not None else ():
+        if (_ends_with(name, pattern) if is_suffix else name == pattern) and name:
+            return f"{argument}: {pattern!r} names {name} ({type(module).__name__}), not a linear layer; {here}"
+    if is_suffix:
+        known = [c.name if "." in pattern else c.suffix for c in candidates if not c.is_head]
+        return f"{argument}: {pattern!r} matches no linear layer{nearest(pattern, known)}; {here}"
+    if any(_ends_with(c.name, pattern) for c in candidates):
+        return (
+            f"{argument}: {pattern!r} matches no linear layer: one string is a regular expression for the full "
+            f"name; for a suffix pass a list, [{pattern!r}]"
+        )
+    words = [ALL_LINEAR] if argument == "target_modules" else []
+    suggestion = nearest(pattern, words + [c.name for c in candidates if not c.is_head])
+    return f"{argument}: {pattern!r} matches the full name of no linear layer{suggestion}; {here}"
+
+
+def _why_nothing(pattern: str, matches: list[Candidate], config: MaskConfig) -> str:
+    if all(c.is_head for c in matches):
+        return (
+            f"{pattern} matches only the output embedding {listed(c.name for c in matches)}, which is never "
+            "masked: masks are for attention and MLP, and it often shares its weight with the input embedding"
+        )
+    matches = [c for c in matches if not c.is_head]
+    layers = sorted({c.layer for c in matches if c.layer is not None})
+    filters = [
+        f"{name}={value!r}"
+        for name in ("layers_to_transform", "exclude_modules", "modules_to_save")
+        if (value := getattr(config, name)) is not None
+    ]
+    where = f"in layers {listed(map(str, layers))}" if layers else "outside the decoder layers"
+    found = listed(c.name for c in matches)
+    return f"{pattern} matches {found} {where}, but {' and '.join(filters)} leaves none of them"
+
+
+def _tell_left_out(left: list[Candidate]) -> None:
+    if left:
+        warnings.warn(
+            f"target_modules=None takes attention and MLP, and leaves out what is neither by name or shape: "
+            f"{_endings(left)} ({left[0].name} and {len(left) - 1} more). Name such linear layers in target_modules to "
+            "mask them too, or in exclude_modules to leave them out without this warning",
+            stacklevel=1,  # one place, so that it is shown once though a run chooses twice
+        )
+
+
+def _endings(candidates: Iterable[Candidate]) -> str:
+    return ", ".join(sorted({c.suffix for c in candidates if not (c.is_head or c.is_parameter)}))

@@ -1,0 +1,1 @@
+"""What a training step needs of memory and time, from shapes alone, without torch."""

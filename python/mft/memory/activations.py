@@ -1,0 +1,139 @@
+"""What running one decoder layer, or the head's loss, holds on the device beside weights; bytes, pure Python.
+
+Saved for the backward pass of a layer with hidden x of t tokens (units: elements a token; D hidden, F intermediate):
+
+    norm        D in fp32 (the copy that it computes with; 16-bit models)
+    q, k, v     their common input D if one of them is masked (a frozen linear saves no input)
+    attention   q, k, v, output, and 4 bytes of log-sum-exp a head
+    norm        D in fp32
+    gate, up    their common input D if one of them is masked
+    SwiGLU      gate, silu(gate), up: 3 F; and their product F if down is masked
+
+The backward pass peaks where the gradient of the product becomes those of silu(gate) and up (3 F at once), or, in wide
+models with a narrow MLP, in the norm between attention and MLP (five fp32 copies of D), or in attention itself.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from mft.memory.shapes import ModelShape
+
+CHUNK = 128  # tokens whose logits exist together; token_loss.CHUNK
+_NORM_COPIES = 5  # fp32 tensors that the norm's backward pass holds at its peak
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer at work on ``tokens`` tokens.
+
+    Args:
+        masked: names of its masked linears.
+        input_grad: whether the gradient with respect to its input is asked for.
+        dense: bytes of the largest matrix that is made from a quantised one for one product; 0 if none is.
+        score_grad: bytes of the largest gradient that autograd returns before it is added (plain); 0 if none is.
+        flash: whether attention is a GPU's, whose backward pass sums dq in fp32.
+    """
+
+    shape: ModelShape
+    tokens: int
+    masked: Collection[str]
+    input_grad: bool = True
+    dense: int = 0
+    score_grad: int = 0
+    flash: bool = False
+
+    @property
+    def hidden(self) -> int:
+        """One (B, T, D) in the model's dtype: a boundary."""
+        return self.tokens * self.shape.hidden * self.shape.dtype_bytes
+
+    @property
+    def saved(self) -> int:
+        """What autograd keeps from the forward pass to the backward pass."""
+        return self._saved_attention + self._saved_mlp
+
+    @property
+    def peak(self) -> int:
+        """The most that recomputing it and its backward pass hold, its input and its output's gradient included."""
+        return self._ends + max(self.saved + self.transient, self._norm_peak, self._attention_peak)
+
+    @property
+    def forward_peak(self) -> int:
+        """The most that the layer holds without autograd: four of hidden size, and SwiGLU's three."""
+        return 4 * self.hidden + 3 * self._width(self.shape.intermediate)
+
+    @property
+    def transient(self) -> int:
+        """What the backward pass adds to ``saved`` at its peak in the MLP."""
+        product = self._width(self.shape.intermediate)
+        down = product + max(self.dense, self.score_grad)  # d_x of down, beside the dense weight or the new d_scores
+        swiglu = 3 * product - (product if self._is_masked("down_proj") else 0)
+        return max(down, swiglu)
+
+    def _width(self, width: int) -> int:
+        return self.tokens * width * self.shape.dtype_bytes
+
+    def _is_masked(self, *names: str) -> bool:
+        return any(name.endswith(names) for name in self.masked)
+
+    @property
+    def _ends(self) -> int:
+        return 2 * self.hidden  # input, and gradient of the output
+
+    @property
+    def _norm(self) -> int:
+        """The fp32 copy; an fp32 model's norm keeps its input itself."""
+        return self.tokens * self.shape.hidden * 4
+
+    @property
+    def _saved_attention(self) -> int:
+        shape = self.shape
+        q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        saved = self._norm  # of the norm before the MLP
+        if self.input_grad and shape.dtype_bytes != 4:
+            saved += self._norm
+        if self._is_masked("q_proj", "k_proj", "v_proj"):
+            saved += self.hidden
+        if shape.qk_norm:
+            saved += self.tokens * (q + kv) * 4
+        return saved + self._width(2 * q + 2 * kv) + 4 * self.tokens * shape.heads
+
+    @property
+    def _saved_mlp(self) -> int:
+        saved = self._width(3 * self.shape.intermediate)
+        if self._is_masked("gate_proj", "up_proj"):
+            saved += self.hidden
+        if self._is_masked("down_proj"):
+            saved += self._width(self.shape.intermediate)
+        return saved
+
+    @property
+    def _norm_peak(self) -> int:
+        return self._saved_attention + _NORM_COPIES * self._norm
+
+    @property
+    def _attention_peak(self) -> int:
+        shape = self.shape
+        q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        gradients = self._width(2 * q + 2 * kv)  # of the output, q, k, v
+        if self.flash:
+            gradients += 4 * self.tokens * q
+            if kv != q:
+                gradients += self._width(2 * q)  # of k and v, a copy for each head of q before they are summed
+        return self._saved_attention + gradients
+
+
+def loss_peak(shape: ModelShape, tokens: int) -> int:
+    """The most that final norm, head and loss hold, the last layer's output included; the head's weight is not."""
+    hidden = tokens * shape.hidden * shape.dtype_bytes
+    norm = tokens * shape.hidden * 4 if shape.dtype_bytes != 4 else 0
+    # Hidden states before and after the norm, those that score, and their gradients chunk by chunk.
+    chunks = 4 * hidden + norm + _logits(shape, min(tokens, CHUNK))
+    # The gradients chunk by chunk and in one, and of the norm's output.
+    backward = 4 * hidden + norm + 4 * tokens * shape.hidden * _NORM_COPIES
+    return max(chunks, backward)
+
+
+def _logits(shape: ModelShape, tokens: int) -> int:
+    """A chunk's logits and their gradient, and their softmax in fp32 (on a CPU a few rows of it: see token_loss.py)."""
+    return tokens * shape.vocabulary * (2 * shape.dtype_bytes + 4)

@@ -1,0 +1,290 @@
+"""What a training step holds on the device and on the host, way by way, from shapes alone; pure Python.
+
+Each way's step has phases; the peak is the largest phase's sum. This is the list of the tensors of plain.py,
+layer_engine.py and layerwise.py. tests/test_estimate.py holds it against a simulation of those engines.
+Sizes are bytes of what is allocated; a CUDA context and the allocator's fragments come on top (see fit.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from mft.checks import check_rule
+from mft.memory.activations import Layer, loss_peak
+from mft.memory.shapes import ModelShape
+from mft.memory.step_time import step_seconds
+from mft.memory.workload import GRAD_BYTES, SCORE_BYTES, WAYS, Setting
+
+# On a CPU the kernels' own scratch counts: slabs of 2 MiB, histograms of 0.5 MiB a thread, pages of code. Measured
+# peaks of two LLaMA2-7B layers lay between -6 and +4 MB of the sum without it (benchmarks.memory.worker, 128 to 1024
+# tokens).
+_CPU_WORKSPACE = 32 << 20
+_NF4_BYTES = 0.5 + 4 / 64  # 4 bits, and an fp32 scale for each 64
+# Boundaries on the device beside the layer's own input and its output's gradient: in resident the next input; in
+# layerwise that, the next gradient, and the one that leaves.
+_RESIDENT_BOUNDARIES, _LAYERWISE_BOUNDARIES = 1, 3
+
+Sizes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by kind when the device holds the most, in ``phase``; ``host`` at the end of the way up.
+
+    loading: what the host holds before the first step, when the exact weights have been read and the scores made.
+    On a CPU device is all there is: host is empty, and loading is one of the phases.
+    seconds: of an optimiser step, roughly. quantized: how many linears of the base lie in few bits.
+    """
+
+    way: str
+    device: Sizes
+    host: Sizes
+    loading: int
+    phase: str
+    seconds: float
+    quantized: int
+    phases: dict[str, int] = field(default_factory=dict)  # the device's peak in each
+
+    @property
+    def device_peak(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def host_peak(self) -> int:
+        """In a step."""
+        return sum(self.host.values())
+
+    @property
+    def host_needed(self) -> int:
+        return max(self.host_peak, self.loading)
+
+
+def estimate(shape: ModelShape, setting: Setting) -> Estimate:
+    """One way's step on a model of this shape; setting.memory names the way ("auto" is for choice.choose).
+
+    Raises: ValueError for layers or target modules that the model does not have, and for a sequence that its window
+        cuts.
+    """
+    if setting.memory == "auto":
+        raise ValueError(f"memory must be one of {', '.join(WAYS)} here, got auto: see choose")
+    if setting.memory == "quantized" and setting.quantization is None:
+        setting = replace(setting, quantization="nf4")
+    run = _Run(shape, setting)
+    phases = {"plain": _plain, "layerwise": _layerwise}.get(setting.memory, _resident)(run)
+    host, loading = run.host(), run.loading()
+    if setting.device == "cpu":
+        for sizes in phases.values():
+            run.share_memory(sizes)
+        phases["loading"], host, loading = loading, {}, {}
+    peaks = {name: sum(sizes.values()) for name, sizes in phases.items()}
+    phase = max(peaks, key=peaks.__getitem__)
+    found = {kind: size for kind, size in phases[phase].items() if size}
+    seconds = step_seconds(shape, setting, run.masks, run.weights_of_layer)
+    there = {kind: size for kind, size in host.items() if size}
+    return Estimate(setting.memory, found, there, sum(loading.values()), phase, seconds, run.quantized, peaks)
+
+
+# ---------------------------------------------------------------------------------------------- the ways
+
+
+def _plain(run: "_Run") -> dict[str, Sizes]:
+    """Everything on the device; autograd keeps what it saves of all layers, or the boundaries alone."""
+    setting, shape = run.setting, run.shape
+    resident = {
+        "weights": run.outside + sum(run.weights_of_layer),
+        "masks": 2 * sum(run.mask_bytes),  # bits and signs
+        "gradients": run.masked_weights * int(SCORE_BYTES[setting.scores]),
+        "states": run.states,
+    }
+    largest = max(n * k for n, k in run.matrices) * int(SCORE_BYTES[setting.scores])
+    score_grad = largest if setting.accumulation > 1 else 0
+    above = [run.layer(i, score_grad=score_grad) for i in range(run.first, shape.layers)]
+    kept = [layer.hidden if setting.gradient_checkpointing else layer.saved for layer in above]
+    peaks = [sum(kept[:i]) + layer.peak for i, layer in enumerate(above)]
+    return {
+        "loss": resident | {"activations": sum(kept), "logits": loss_peak(shape, setting.tokens)},
+        "backward": resident | {"activations": max(peaks)},
+    }
+
+
+def _resident(run: "_Run") -> dict[str, Sizes]:
+    """Weights, masks and gradients of all layers on the device; boundaries and states on the host."""
+    resident = {
+        "weights": run.outside - run.embedding_alone + sum(run.weights_of_layer),
+        "masks": sum(run.mask_bytes),
+        "gradients": run.masked_weights * run.grad_bytes,
+    }
+    above = range(run.first, run.shape.layers)
+    return {
+        "loss": resident | {"logits": loss_peak(run.shape, run.setting.tokens)},
+        "backward": resident
+        | {"activations": max(run.layer(i).peak for i in above), "boundaries": _RESIDENT_BOUNDARIES * run.hidden},
+        "optimiser": resident | {"staging": run.staging(run.matrices)},
+    }
+
+
+def _layerwise(run: "_Run") -> dict[str, Sizes]:
+    """The layer at work, and the next one on its way: weights and masks of two, gradients of one."""
+    depth, tokens = run.shape.layers, run.setting.tokens
+    phases: dict[str, Sizes] = {}
+
+    def larger(name: str, sizes: Sizes) -> None:
+        if name not in phases or sum(sizes.values()) > sum(phases[name].values()):
+            phases[name] = sizes
+
+    def two(one: int, other: int | None) -> Sizes:
+        both = [i for i in (one, other) if i is not None]
+        return {"weights": sum(run.weights_of_layer[i] for i in both), "masks": sum(run.mask_bytes[i] for i in both)}
+
+    boundaries = _LAYERWISE_BOUNDARIES * run.hidden
+    top = {"weights": run.weights_of_layer[-1] + run.outside - run.embedding_alone, "masks": run.mask_bytes[-1]}
+    larger("forward", top | {"activations": run.layer(depth - 1).forward_peak, "boundaries": boundaries})
+    larger("loss", top | {"logits": loss_peak(run.shape, tokens), "boundaries": boundaries})
+    for i in range(run.first, depth):
+        gradients = run.weights_masked_in(i) * run.grad_bytes
+        held = two(i, i - 1 if i > run.first else None) | {"gradients": gradients}
+        larger("backward", held | {"activations": run.layer(i).peak, "boundaries": boundaries})
+        if matrices := run.matrices_of_layer[i]:
+            larger("optimiser", held | {"staging": run.staging(matrices), "boundaries": boundaries})
+    return phases
+
+
+# ---------------------------------------------------------------------------------------------- what they hold
+
+
+class _Run:
+    """Sizes of a model in a setting."""
+
+    def __init__(self, shape: ModelShape, setting: Setting) -> None:
+        self.shape, self.setting = shape, setting
+        depth = shape.layers
+        layers = tuple(range(depth)) if setting.layers is None else setting.layers
+        check_rule(
+            bool(layers) and all(0 <= i < depth for i in layers),
+            "layers",
+            f"lie in 0 to {depth - 1} ({shape.name} has {depth} layers)",
+            list(layers),
+        )
+        window = shape.sliding_window
+        check_rule(
+            window is None or setting.sequence <= window,
+            "sequence",
+            f"be at most {window}, the window of {shape.name}: longer rows need a mask of T x T, not estimated here",
+            setting.sequence,
+        )
+        targets = shape.targets(None if setting.target_modules is None else list(setting.target_modules))
+        self.targets = set(targets)
+        self.masks = [i in layers for i in range(depth)]
+        self.first = min(layers)
+        self.matrices_of_layer = [
+            [shape.linears[name] for name in shape.linears if name in self.targets] if masked else []
+            for masked in self.masks
+        ]
+        self.matrices = [matrix for matrices in self.matrices_of_layer for matrix in matrices]
+        self.weights_of_layer = [self._weights(i) for i in range(depth)]
+        self.mask_bytes = [sum(map(self.mask_of, matrices)) for matrices in self.matrices_of_layer]
+
+    @property
+    def hidden(self) -> int:
+        """A boundary."""
+        return self.setting.tokens * self.shape.hidden * self.shape.dtype_bytes
+
+    @property
+    def outside(self) -> int:
+        """Embedding, final norm and head."""
+        elements = self.shape.embedding * (1 if self.shape.tied else 2) + self.shape.hidden
+        return elements * self.shape.dtype_bytes
+
+    @property
+    def quantized(self) -> int:
+        return sum(self._is_quantized(i, name) for i in range(self.shape.layers) for name in self.shape.linears)
+
+    @property
+    def embedding_alone(self) -> int:
+        """The embedding where the head has a weight of its own: it rests on the host, and few of its rows travel."""
+        return 0 if self.shape.tied else self.shape.embedding * self.shape.dtype_bytes
+
+    @property
+    def grad_bytes(self) -> int:
+        return self.shape.dtype_bytes if self.setting.grad_dtype is None else GRAD_BYTES[self.setting.grad_dtype]
+
+    @property
+    def masked_weights(self) -> int:
+        return sum(n * k for n, k in self.matrices)
+
+    @property
+    def states(self) -> int:
+        return int(self.masked_weights * self.setting.state_bytes)
+
+    def weights_masked_in(self, layer: int) -> int:
+        return sum(n * k for n, k in self.matrices_of_layer[layer])
+
+    def mask_of(self, matrix: tuple[int, int]) -> int:
+        n, k = matrix
+        return 4 * n * -(-k // 32)
+
+    def staging(self, matrices: Sequence[tuple[int, int]]) -> int:
+        """States and new mask of one matrix, and its dense weight if it is quantised."""
+        dense = self.shape.dtype_bytes if self.setting.quantize_masked else 0
+        return max(int(n * k * (self.setting.state_bytes + dense)) + self.mask_of((n, k)) for n, k in matrices)
+
+    def layer(self, index: int, *, score_grad: int = 0) -> Layer:
+        masked = self.targets if self.masks[index] else set()
+        dense = [
+            matrix for name, matrix in self.shape.linears.items() if self.setting.quantize_masked or name not in masked
+        ]
+        return Layer(
+            self.shape,
+            self.setting.tokens,
+            masked,
+            input_grad=index > self.first,
+            dense=self._dense(dense) if self.setting.quantization else 0,
+            score_grad=score_grad if masked else 0,
+            flash=self.setting.device == "cuda",
+        )
+
+    def host(self) -> Sizes:
+        """What rests in host memory where the device has its own."""
+        setting, above = self.setting, self.shape.layers - self.first
+        if setting.memory == "plain":
+            return {}
+        if setting.memory != "layerwise":
+            return {"weights": self.embedding_alone, "states": self.states, "boundaries": above * self.hidden}
+        return {
+            "weights": self.outside + sum(self.weights_of_layer),
+            "masks": sum(self.mask_bytes),
+            "states": self.states,
+            "boundaries": (above + 1) * setting.accumulation * self.hidden,
+        }
+
+    def loading(self) -> Sizes:
+        """Before the first step: plain moves the weights to the device before it makes scores there."""
+        sizes = {"weights": self.shape.parameters * self.shape.dtype_bytes}
+        if self.setting.memory != "plain":
+            sizes |= {"masks": sum(self.mask_bytes)}
+            sizes |= {"states": self.masked_weights * int(SCORE_BYTES[self.setting.scores])}
+        return sizes
+
+    def share_memory(self, sizes: Sizes) -> None:
+        """From what the device holds in a phase to what one memory holds, in which nothing is copied to be near."""
+        if self.setting.memory != "plain":
+            nothing_travels = {"boundaries": 0, "staging": 0}
+            whole = {"weights": self.outside + sum(self.weights_of_layer), "masks": sum(self.mask_bytes)}
+            sizes |= nothing_travels | self.host() | whole
+        sizes["workspace"] = _CPU_WORKSPACE
+
+    def _dense(self, matrices: Sequence[tuple[int, int]]) -> int:
+        return max((n * k for n, k in matrices), default=0) * self.shape.dtype_bytes
+
+    def _is_quantized(self, layer: int, name: str) -> bool:
+        masked = self.masks[layer] and name in self.targets
+        return self.setting.quantization is not None and (self.setting.quantize_masked or not masked)
+
+    def _weights(self, layer: int) -> int:
+        shape, setting = self.shape, self.setting
+        size = shape.layer_rest * shape.dtype_bytes
+        for name, (n, k) in shape.linears.items():
+            if not self._is_quantized(layer, name):
+                size += n * k * shape.dtype_bytes
+            else:
+                size += int(n * k * _NF4_BYTES) if setting.quantization == "nf4" else n * k + 4 * n
+        return size

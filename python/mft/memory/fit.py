@@ -1,0 +1,163 @@
+"""The fastest way to train that fits, and where none does, the nearest setting that would."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from mft.memory.estimate import Estimate, estimate
+from mft.memory.shapes import ModelShape
+from mft.memory.workload import WAYS, Setting
+
+# Of the device, beside what is allocated: a CUDA context (some 0.4 GB), cuBLAS's workspace (up to 32 MiB) and the
+# allocator's fragments. Not measured.
+RESERVE = {"cuda": 600_000_000, "cpu": 0}
+_SHORTEST = 512  # tokens; the search for a setting goes no lower
+# How little a change is wanted. Smaller micro-batches change no result, and another base the most.
+_COSTS = {"memory": 4, "micro_batch": 1, "moments": 2, "scores": 3, "accumulation": 4, "sequence": 5, "quantization": 9}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What choose found.
+
+    estimates: of all ways. refusals: why a way cannot be had, those that do not fit included.
+    way: the chosen one, None if nothing fits; reason: why, in a sentence.
+    nearest: where nothing fits, the setting closest to the one asked for that does; None if there is none.
+    """
+
+    estimates: dict[str, Estimate]
+    refusals: dict[str, str]
+    way: str | None
+    reason: str
+    nearest: Setting | None = None
+
+
+def choose(shape: ModelShape, setting: Setting, device_bytes: float | None, host_bytes: float | None = None) -> Choice:
+    """The way that setting.memory names if it fits, or for "auto" the fastest that does: plain, resident, layerwise.
+
+    quantized changes the base, so auto takes it only where setting.quantization asks for a quantised base.
+
+    Args:
+        device_bytes: of the device's whole memory, or of the one memory of a CPU; None for no limit.
+        host_bytes: of host memory for this; None for no limit.
+    Raises: ValueError as estimate does.
+    """
+    estimates = {way: estimate(shape, _with_way(setting, way)) for way in WAYS}
+    refusals = {}
+    for way, found in estimates.items():
+        obstacle = _obstacle(setting, way, found) or _shortage(found, setting.device, device_bytes, host_bytes)
+        if obstacle is not None:
+            refusals[way] = obstacle
+    asked = _candidates(setting)
+    chosen = next((way for way in asked if way not in refusals), None)
+    if chosen is not None:
+        if setting.memory != "auto":
+            return Choice(estimates, refusals, chosen, "it was asked for, and fits")
+        slower = [f"{other} cannot be taken: {refusals[other]}" for other in asked[: asked.index(chosen)]]
+        return Choice(estimates, refusals, chosen, "; ".join(["it is the fastest way that fits", *slower]))
+    reason = "; ".join(f"{way}: {refusals[way]}" for way in asked)
+    nearest = _nearest(shape, setting, device_bytes, host_bytes)
+    return Choice(estimates, refusals, None, f"nothing fits: {reason}", nearest)
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _candidates(setting: Setting) -> list[str]:
+    if setting.memory != "auto":
+        return [setting.memory]
+    return ["quantized", "layerwise"] if setting.quantization else ["plain", "resident", "layerwise"]
+
+
+def _with_way(setting: Setting, way: str) -> Setting:
+    """The setting in this way; one that needs a quantised base gets it, one that cannot have it does not."""
+    if way == "quantized":
+        return replace(setting, memory=way, quantization=setting.quantization or "nf4")
+    if way == "layerwise" and setting.quantization:
+        return replace(setting, memory=way)
+    return replace(setting, memory=way, quantization=None, quantize_masked=False)
+
+
+def _obstacle(setting: Setting, way: str, found: Estimate) -> str | None:
+    """Why the engines refuse the way, whatever the memory."""
+    if way in ("plain", "resident") and setting.quantization:
+        return f"quantization={setting.quantization} asks for a quantised base"
+    if way == "plain" and setting.scores == "int16":
+        return "autograd cannot reach int16 scores"
+    if way == "layerwise" and setting.clipping:
+        return "it has no global gradient norm to clip"
+    if not found.quantized and (way == "quantized" or (way == "layerwise" and setting.quantization)):
+        return "every linear layer is masked, so nothing would be quantised without quantize_masked"
+    return None
+
+
+def _shortage(found: Estimate, device: str, device_bytes: float | None, host_bytes: float | None) -> str | None:
+    needed = found.device_peak + RESERVE[device]
+    if device_bytes is not None and needed > device_bytes:
+        with_reserve = f" (and {gigabytes(RESERVE[device])} for the context)" if RESERVE[device] else ""
+        return f"needs {gigabytes(found.device_peak)}{with_reserve} of {gigabytes(device_bytes)}, in {found.phase}"
+    if host_bytes is not None and found.host_needed > host_bytes:
+        when = "" if found.host_peak > host_bytes else ", while the weights are loaded"
+        return f"needs {gigabytes(found.host_needed)} of the host's {gigabytes(host_bytes)}{when}"
+    return None
+
+
+def _nearest(
+    shape: ModelShape, setting: Setting, device_bytes: float | None, host_bytes: float | None
+) -> Setting | None:
+    """The cheapest combination of changes that fits."""
+    settings = sorted(_variants(setting), key=lambda pair: pair[0])
+    for _, changed in settings:
+        found = estimate(shape, changed)
+        if _obstacle(changed, changed.memory, found):
+            continue
+        if _shortage(found, setting.device, device_bytes, host_bytes) is None:
+            return changed
+    return None
+
+
+def _variants(setting: Setting) -> Iterator[tuple[int, Setting]]:
+    """(cost, setting) of every combination of changes, each with a way."""
+    kinds = ["float32", "8bit"] if setting.moments == "float32" else ["8bit"]
+    scores = {"float32": ["float32", "bfloat16", "int16"], "bfloat16": ["bfloat16"], "int16": ["int16"]}
+    bases = [(setting.quantization, setting.quantize_masked and setting.quantization is not None)]
+    bases += [base for base in (("nf4", False), ("nf4", True)) if base not in bases]
+    rows = _halvings(setting.micro_batch, 1)
+    accumulations = _halvings(setting.accumulation, 1)
+    lengths = _halvings(setting.sequence, min(_SHORTEST, setting.sequence))
+    for row, kind, score, (base, masked), shorter, length in product(
+        range(len(rows)), kinds, scores[setting.scores], bases, range(len(accumulations)), range(len(lengths))
+    ):
+        cost = _COSTS["micro_batch"] * row + _COSTS["sequence"] * length + _COSTS["accumulation"] * shorter
+        cost += _COSTS["moments"] * (kind != setting.moments) + _COSTS["scores"] * (score != setting.scores)
+        cost += _COSTS["quantization"] * (base != setting.quantization) + (masked != setting.quantize_masked)
+        # A smaller micro-batch comes with more of them: the step stays what it is.
+        steps = max(1, setting.accumulation * setting.micro_batch // rows[row] >> shorter)
+        ways = ["quantized", "layerwise"] if base else ["plain", "resident", "layerwise"]
+        if shorter:
+            ways = ["layerwise"]  # the one whose memory grows with them
+        for place, way in enumerate(ways):
+            changed = replace(
+                setting,
+                memory=way,
+                micro_batch=rows[row],
+                accumulation=steps,
+                sequence=lengths[length],
+                moments=kind,
+                scores=score,
+                quantization=base,
+                quantize_masked=masked,
+            )
+            yield 10 * (cost + _COSTS["memory"] * (way not in _candidates(setting))) + place, changed
+
+
+def _halvings(value: int, least: int) -> list[int]:
+    """value, value / 2, ... down to least."""
+    found = [value]
+    while found[-1] // 2 >= least:
+        found.append(found[-1] // 2)
+    return found

@@ -1,0 +1,62 @@
+"""A model's config.json as a dictionary, wherever the model lies, without its weights."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mft.choices import nearest, nearest_path
+from mft.files.json_file import read_object
+from mft.memory.shapes import known_config, known_models
+
+_MOST_CONFIG = 1 << 24  # bytes: a thousand times the longest of published models
+
+
+def read_model_config(name: str) -> dict[str, Any]:
+    """The config of a shipped name, a config.json, a model directory, or a hub id.
+
+    Raises: ValueError if there is none; it says what to do.
+    """
+    path = Path(name)
+    if name in known_models():
+        return known_config(name)
+    if path.is_dir():
+        return _read(path / "config.json", name)
+    if path.exists():
+        return _read(path, name)
+    hint = nearest(name.rpartition("/")[2], known_models())
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json"):
+        raise ValueError(
+            f"model must exist, got {name!r}: no such file or directory{nearest_path(path)}; shipped configs: "
+            f"{', '.join(known_models())}"
+        )
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ValueError(
+            f"model must be {', '.join(known_models())}, a config.json, a model directory or a hub id, got {name!r}"
+            f"{hint}"
+        )
+    return _from_hub(name, hint)
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _read(path: Path, name: str) -> dict[str, Any]:
+    if not path.exists():
+        raise ValueError(f"model must be a directory with a config.json, got {name} without one")
+    return read_object(path, _MOST_CONFIG)
+
+
+def _from_hub(name: str, hint: str) -> dict[str, Any]:
+    from transformers import AutoConfig  # takes seconds, which the other sources need not wait for
+
+    from mft.files.hub import hub_is_reachable
+
+    online = hub_is_reachable()
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=not online, trust_remote_code=False).to_dict()
+    except (OSError, ValueError, KeyError) as error:
+        where = "" if online else ", the hub cannot be reached, and it is not in the hub's local cache"
+        raise ValueError(
+            f"model must be {', '.join(known_models())}, a config.json, a model directory or a hub id, got {name!r}"
+            f"{where}{hint} ({' '.join(str(error).split())[:200]})"
+        ) from error

@@ -1,0 +1,60 @@
+"""Seconds of an optimiser step, roughly: arithmetic and the link's traffic overlap, the optimiser's states do not.
+
+Assumes what SPEEDS says of the hardware, whatever card is there; for comparing ways and settings, and not measured.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mft.memory.shapes import ModelShape
+from mft.memory.workload import Setting
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Sustained: flops a second in the products, bytes a second in the device's memory and across its link."""
+
+    flops: float
+    memory: float
+    link: float
+
+    def __str__(self) -> str:
+        link = "" if self.link == float("inf") else f" and {self.link / 1e9:g} GB/s to the host"
+        return f"{self.flops / 1e12:g} TFLOP/s, {self.memory / 1e9:g} GB/s of memory{link}"
+
+
+SPEEDS = {
+    "cuda": Speeds(flops=150e12, memory=0.8e12, link=20e9),  # an RTX 4090 at its best; PCIe 4 x16
+    "cpu": Speeds(flops=0.5e12, memory=50e9, link=float("inf")),
+}
+
+
+def step_seconds(shape: ModelShape, setting: Setting, masked: Sequence[bool], weights: Sequence[int]) -> float:
+    """Of setting.accumulation micro-batches and one update; masked and bytes of weights, layer by layer."""
+    speeds = SPEEDS[setting.device]
+    tokens = setting.tokens * setting.accumulation
+    depth, first = shape.layers, masked.index(True)
+    above = depth - first
+    # A multiply and an add a weight and token; causal attention sees half of the sequence, in two products.
+    linear = 2 * shape.linear_weights
+    attention = 2 * setting.sequence * shape.heads * shape.head_dim
+    forward = (depth + (0 if setting.memory == "plain" and not setting.gradient_checkpointing else above)) * (
+        linear + attention
+    )
+    named = shape.targets(None if setting.target_modules is None else list(setting.target_modules))
+    trained = sum(masked) * sum(shape.linears[name][0] * shape.linears[name][1] for name in named)
+    backward = above * (linear + 2.5 * attention) + 2 * trained
+    head = 4 * shape.embedding
+    compute = tokens * (forward + backward + head) / speeds.flops
+    if setting.quantization is not None:  # a dense matrix is written and read for each product, thrice a layer
+        passes = setting.accumulation * (depth + 2 * above) * shape.linear_weights
+        compute += passes * 2 * shape.dtype_bytes / speeds.memory
+    update = trained * (2 * setting.state_bytes + 2 * shape.dtype_bytes) / speeds.memory
+    if setting.memory == "plain":
+        return compute + update
+    boundary = tokens * shape.hidden * shape.dtype_bytes
+    travels = 2 * above * boundary
+    if setting.memory == "layerwise":
+        # Weights up, and down again; below the first masked layer a boundary goes and comes, above the gradient too.
+        travels = sum(weights) + sum(weights[first:]) + (2 * depth + 4 * above) * boundary
+    return max(compute, travels / speeds.link) + max(update, 2 * trained * setting.state_bytes / speeds.link)

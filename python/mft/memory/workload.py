@@ -1,0 +1,77 @@
+"""What decides how much memory a training step needs, beside the model."""
+
+from dataclasses import dataclass
+
+from mft.checks import check_one_of, check_rule
+
+WAYS = ("plain", "resident", "quantized", "layerwise")
+SCORE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int16": 2.0}
+MOMENT_BYTES = {"float32": 8.0, "8bit": 2 + 2 * 4 / 256}  # two moments a score; 8 bits have fp32 scales, one in 256
+QUANTIZATIONS = ("nf4", "int8")
+GRAD_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train; the fields are named as in the run's configuration.
+
+    Args:
+        memory: plain, resident, quantized, layerwise; auto where the choice is asked for.
+        layers: that are masked, None for all. target_modules: linears in them, None for all.
+        sequence: tokens a row. micro_batch: rows at once. accumulation: micro-batches a step.
+        scores, moments: dtypes at rest. grad_dtype: of the gradient buffers, None for the weights'.
+        quantization: of the base, None for none. quantize_masked: the masked layers' weights too.
+        gradient_checkpointing: of plain; the other ways recompute every layer anyhow.
+        clipping: of the gradients' global norm, which layerwise does not have.
+        device: "cuda", which has a memory of its own, or "cpu", which shares the host's.
+    """
+
+    memory: str = "auto"
+    layers: tuple[int, ...] | None = None
+    target_modules: tuple[str, ...] | None = None
+    sequence: int = 4096
+    micro_batch: int = 1
+    accumulation: int = 128
+    scores: str = "float32"
+    moments: str = "float32"
+    grad_dtype: str | None = None
+    quantization: str | None = None
+    quantize_masked: bool = False
+    gradient_checkpointing: bool = False
+    clipping: bool = False
+    device: str = "cuda"
+
+    def __post_init__(self) -> None:
+        check_one_of("memory", self.memory, ("auto", *WAYS))
+        check_one_of("scores", self.scores, tuple(SCORE_BYTES))
+        check_one_of("moments", self.moments, tuple(MOMENT_BYTES))
+        check_one_of("device", self.device, ("cuda", "cpu"))
+        if self.grad_dtype is not None:
+            check_one_of("grad_dtype", self.grad_dtype, tuple(GRAD_BYTES))
+        if self.quantization is not None:
+            check_one_of("quantization", self.quantization, QUANTIZATIONS)
+            check_rule(
+                self.memory in ("auto", "quantized", "layerwise"),
+                "memory",
+                "be quantized, layerwise or auto over a quantised base",
+                self.memory,
+            )
+        check_rule(
+            self.quantization is not None or not self.quantize_masked or self.memory in ("auto", "quantized"),
+            "quantization",
+            "be nf4 or int8 with quantize_masked",
+            self.quantization,
+        )
+        for name in ("micro_batch", "accumulation"):
+            check_rule(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        check_rule(self.sequence >= 2, "sequence", "be at least 2", self.sequence)
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.micro_batch * self.sequence
+
+    @property
+    def state_bytes(self) -> float:
+        """A score with its moments, at rest."""
+        return SCORE_BYTES[self.scores] + MOMENT_BYTES[self.moments]

@@ -1,0 +1,99 @@
+"""The parts of a causal language model that the recipe touches: decoder layers, decoder, head.
+
+decoder(input_ids) -> hidden (B, T, D); head(hidden) -> logits (B, T, V).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mft.models.linears import layer_stacks
+
+FEW = 8  # tokens are enough to see how a model is built
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers, in the order in which they run.
+
+    Raises: ValueError unless the model has exactly one such list.
+    """
+    stacks = layer_stacks(model)
+    if len(stacks) != 1:
+        raise ValueError(
+            f"model must have one list of decoder layers, {type(model).__name__} has {len(stacks)}: {', '.join(stacks)}"
+        )
+    return next(iter(stacks.values()))
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """Everything below the head."""
+    return model.base_model
+
+
+def head_of(model: Any) -> nn.Module:
+    """The module that turns hidden states into logits."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"model must have output embeddings, {type(model).__name__} has none")
+    return head
+
+
+def run_decoder(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Hidden states (B, T, D) that the head reads."""
+    return decoder_of(model)(input_ids=input_ids, use_cache=False)[0]
+
+
+@torch.no_grad()
+def split_at_head(model: nn.Module, input_ids: Tensor) -> tuple[Callable[[nn.Module, Tensor], Tensor], nn.Module]:
+    """(run, head) with head(run(model, input_ids)) == logits, so that logits can be made a chunk at a time.
+
+    Where the model caps or scales its logits after the head, run gives the logits and head is the identity. Which of
+    the two holds is tried on a few of the given tokens.
+    """
+    was_training = model.training
+    model.eval()
+    few = input_ids[:1, :FEW]
+    own = _run_model(model, few).float()
+    ours = head_of(model)(run_decoder(model, few)).float()
+    model.train(was_training)
+    if own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-3, atol=1e-3):
+        return run_decoder, head_of(model)
+    return _run_model, nn.Identity()
+
+
+def first_trainable_layer(model: nn.Module) -> int:
+    """Number of leading decoder layers that hold nothing trainable, nor does anything before them.
+
+    Trainable parameters of the head alone lie above all layers; any other one outside the layers counts as below.
+    """
+    layers = decoder_layers(model)
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    if any(p.requires_grad and id(p) not in inside for p in decoder_of(model).parameters()):
+        return 0
+    for number, layer in enumerate(layers):
+        if any(p.requires_grad for p in layer.parameters()):
+            return number
+    return len(layers)
+
+
+@contextlib.contextmanager
+def replaced_forwards(layers: Iterable[nn.Module], forward_for: Callable[[nn.Module], Callable]) -> Iterator[None]:
+    """Each layer's forward is forward_for(layer) inside the context."""
+    before = [(layer, vars(layer).get("forward")) for layer in layers]
+    for layer, _ in before:
+        object.__setattr__(layer, "forward", forward_for(layer))
+    try:
+        yield
+    finally:
+        for layer, own in before:
+            if own is None:
+                del layer.__dict__["forward"]
+            else:
+                object.__setattr__(layer, "forward", own)
+
+
+def _run_model(model: nn.Module, input_ids: Tensor) -> Tensor:
+    return model(input_ids=input_ids, use_cache=False).logits

@@ -1,0 +1,123 @@
+"""Layers below the first trainable one run without autograd, and once a row however often the row is seen.
+
+    embeddings -> layer 0 ... layer first-1 | layer first ... -> norm
+                  frozen: no graph, output     trained
+                  remembered per row
+
+Nothing of the model's own forward is rewritten. While remembered states are used, the frozen layers' forward hands
+them on; the masks, positions and rotations that the model prepares for its layers are its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from mft.models.causal_lm import decoder_layers, first_trainable_layer, replaced_forwards, run_decoder
+
+
+@dataclass
+class PrefixMemory:
+    """Row -> (T, D) in host memory: what frozen layers make of a row, for one data set and one set of weights."""
+
+    max_bytes: int = 2 << 30  # a row of 512 tokens of SmolLM2-135M is 0.6 MB, one of 4096 of LLaMA2-7B 34 MB
+    states: dict[int, Tensor] = field(default_factory=dict)
+    nbytes: int = 0
+
+    def remember(self, row: int, state: Tensor) -> None:
+        """Keep state if there is room; what does not fit is computed again when it is needed."""
+        if row in self.states:
+            self.nbytes -= self.states.pop(row).nbytes
+        if self.nbytes + state.nbytes <= self.max_bytes:
+            self.states[row] = state.cpu()
+            self.nbytes += state.nbytes
+
+
+class FrozenPrefix:
+    """Calls the decoder: its leading frozen layers without autograd, and only for rows that memory does not hold.
+
+    Args:
+        model: a transformers causal LM.
+        first: number of leading layers that are frozen; None finds it (see first_trainable_layer).
+        memory: may be shared by models whose frozen layers are equal; None remembers nothing, as it has to be where
+            those layers draw at random (see randomness.py). Left unused where nothing is frozen.
+        run: what is called, the decoder unless given (see causal_lm.split_at_head).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        first: int | None = None,
+        memory: PrefixMemory | None = None,
+        run: Callable[[nn.Module, Tensor], Tensor] = run_decoder,
+    ) -> None:
+        self.model = model
+        self.run = run
+        self.first = first_trainable_layer(model) if first is None else first
+        self.memory = memory if self.first > 0 else None
+        self._layers = decoder_layers(model)
+        self._returns_tuple: bool | None = None  # whether a layer returns (hidden, ...); None: not looked yet
+
+    def __call__(self, input_ids: Tensor, rows: list[int]) -> Tensor:
+        """Hidden states (B, T, D), or what else run returns, of the rows with these numbers in the data set."""
+        if self.memory is None:
+            with replaced_forwards(self._layers[: self.first], lambda layer: torch.no_grad()(layer.forward)):
+                return self.run(self.model, input_ids)
+        missing = self.recall(input_ids, rows)
+        hidden = torch.stack(
+            [missing[row] if row in missing else self.memory.states[row].to(input_ids.device) for row in rows]
+        )
+        if self._returns_tuple is None:
+            self._check_that_layers_pass_hidden_states_only(input_ids[:1], hidden[:1])
+        return self._run_from(input_ids, hidden)
+
+    def recall(self, input_ids: Tensor, rows: list[int]) -> dict[int, Tensor]:
+        """Remember these rows, as a call would; returns the (T, D) of those that memory did not hold."""
+        if self.memory is None:
+            return {}
+        missing = [i for i, row in enumerate(rows) if row not in self.memory.states]
+        found = dict(zip((rows[i] for i in missing), self._run_frozen_layers(input_ids[missing]))) if missing else {}
+        for row, state in found.items():
+            self.memory.remember(row, state)
+        return found
+
+    @torch.no_grad()
+    def _run_frozen_layers(self, input_ids: Tensor) -> Tensor:
+        """(B, T, D): what the last frozen layer returns."""
+        outputs: list = []
+        handle = self._layers[self.first - 1].register_forward_hook(lambda *call: outputs.append(call[-1]))
+        try:
+            with replaced_forwards(self._layers[self.first :], lambda layer: _first_argument):
+                self.run(self.model, input_ids)
+        finally:
+            handle.remove()
+        return outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+
+    def _run_from(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
+        """run with hidden (B, T, D) in place of what its frozen layers return."""
+        returned = (hidden,) if self._returns_tuple else hidden
+        with replaced_forwards(self._layers[: self.first], lambda layer: lambda *args, **kwargs: returned):
+            return self.run(self.model, input_ids)
+
+    @torch.no_grad()
+    def _check_that_layers_pass_hidden_states_only(self, input_ids: Tensor, hidden: Tensor) -> None:
+        """In some architectures later layers read more of earlier ones, keys and values for instance."""
+        outputs: list = []
+        handle = self._layers[0].register_forward_hook(lambda *call: outputs.append(call[-1]))
+        try:
+            whole = self.run(self.model, input_ids)
+        finally:
+            handle.remove()
+        self._returns_tuple = isinstance(outputs[0], tuple)
+        error = (self._run_from(input_ids, hidden) - whole).abs().max()
+        if not error <= 0.05 * whole.abs().max():
+            self._returns_tuple = None
+            raise ValueError(
+                f"the first {self.first} layers of {type(self.model).__name__} must hand on hidden states only to be "
+                f"remembered, but skipping them moves the output by {error.item():.3g}: pass remember=False"
+            )
+
+
+def _first_argument(hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    return hidden_states

@@ -1,0 +1,178 @@
+"""What in a model is a linear layer, or stands in one's place, which of it can be masked, and why the rest cannot.
+
+Every module that is, or looks like, a linear layer is a candidate; so are experts stored as one 3-D parameter, so that
+asking for them is an error and not passed over in silence.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mft.choices import nearest
+from mft.models.quantized_weight import QuantizedWeight
+from mft.models.weight_readers import why_read
+from mft_kernels.maskable import has_slow_path, why_no_mask, why_not_there
+
+_HEADS = {"lm_head", "embed_out"}
+_SHOWN = 3  # names a message lists
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A linear layer by its name in the model, or what stands in a linear layer's place."""
+
+    name: str
+    module: nn.Module
+    layer: int | None  # index of the decoder layer around it
+    obstacle: str | None = None  # why it cannot be masked
+    is_parameter: bool = False  # not a module of its own but a parameter of module
+    is_head: bool = False
+
+    @property
+    def suffix(self) -> str:
+        """What a list of patterns would call it: for stacked experts the module that holds them."""
+        parts = self.name.split(".")
+        return parts[-2] if self.is_parameter and len(parts) > 1 else parts[-1]
+
+
+def find_candidates(model: nn.Module, stacks: dict[str, nn.ModuleList]) -> list[Candidate]:
+    """All candidates in the model's order."""
+    heads = {id(module) for module in _output_embeddings(model)}
+    found: list[Candidate] = []
+    wrappers: dict[str, nn.Module] = {}  # layers of other adapters: what lies inside them is theirs
+    for name, module in model.named_modules():
+        layer = layer_index(name, stacks)
+        if _looks_linear(module):
+            is_head = id(module) in heads or name.rpartition(".")[2] in _HEADS
+            owner = next((type(m).__name__ for outer, m in wrappers.items() if name.startswith(f"{outer}.")), None)
+            obstacle = f"it belongs to the {owner} around it" if owner else _obstacle(model, name, module)
+            found.append(Candidate(name, module, layer, obstacle, is_head=is_head))
+            if next(module.children(), None) is not None:
+                wrappers[name] = module
+        for part, parameter in _expert_parameters(name, module):
+            owner = type(module).__name__
+            obstacle = f"it is one parameter {tuple(parameter.shape)} of {owner}, not a linear layer of its own"
+            found.append(Candidate(f"{name}.{part}", module, layer, obstacle, is_parameter=True))
+    return found
+
+
+def find_targets(model: nn.Module, names: Iterable[str]) -> list[Candidate]:
+    """The linear layers of exactly these names. Raises ValueError for a name that is none, or must not be masked."""
+    candidates = {c.name: c for c in find_candidates(model, layer_stacks(model))}
+    found = []
+    for name in names:
+        if name not in candidates:
+            raise ValueError(f"model has no linear layer named {name!r}{nearest(name, candidates)}")
+        if candidates[name].is_head:
+            raise ValueError(f"{name} is the output embedding, which is never masked")
+        found.append(candidates[name])
+    check_maskable(model, found)
+    return found
+
+
+def check_maskable(model: nn.Module, chosen: Iterable[Candidate]) -> None:
+    """Raise ValueError naming those of chosen that cannot be masked, or whose weight something else uses too."""
+    chosen = list(chosen)
+    blocked = [c for c in chosen if c.obstacle]
+    if blocked:
+        also = f" ({len(blocked) - 1} more cannot be masked either)" if len(blocked) > 1 else ""
+        suffixes = sorted({c.suffix for c in blocked})
+        raise ValueError(
+            f"cannot mask {blocked[0].name}: {blocked[0].obstacle}{also}. Choose other target_modules, or leave such "
+            f"modules as they are with exclude_modules={suffixes}"
+        )
+    sharers = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        sharers[_memory(parameter)].append(name)
+    for candidate in chosen:
+        weight: Any = candidate.module.weight
+        others = [n for n in sharers[_memory(weight)] if n != f"{candidate.name}.weight"]
+        if others:
+            raise ValueError(
+                f"cannot mask {candidate.name}: its weight is tied to {listed(others)}, and a mask on one of them "
+                "would be lost, or spread to the others, when the model is saved. Untie it first "
+                "(module.weight = nn.Parameter(module.weight.clone())), or leave it out with exclude_modules"
+            )
+
+
+def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of layers by name: the outermost ModuleLists, and if any is as long as the config says those alone."""
+    stacks: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in stacks)
+        if isinstance(module, nn.ModuleList) and not inside and any(map(_looks_linear, module.modules())):
+            stacks[name] = module
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    depths = [getattr(config, f"{which}_layers", None) for which in ("num_hidden", "num_decoder", "decoder")]
+    return {name: stack for name, stack in stacks.items() if len(stack) in depths} or stacks
+
+
+def layer_index(name: str, stacks: dict[str, nn.ModuleList]) -> int | None:
+    """The index of the decoder layer in a module's path: 3 for "model.layers.3.mlp.up_proj"."""
+    for stack in stacks:
+        prefix = f"{stack}." if stack else ""
+        index = name.removeprefix(prefix).partition(".")[0]
+        if name.startswith(prefix) and index.isdecimal():
+            return int(index)
+    return None
+
+
+def listed(items: Iterable[str], separator: str = ", ") -> str:
+    """The first few for a message, and how many more."""
+    items = list(items)
+    rest = len(items) - _SHOWN
+    return separator.join(items[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _looks_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    if "Linear" not in type(module).__name__:
+        return False
+    if isinstance(getattr(module, "quantized", None), QuantizedWeight):  # asked first: its weight is made when read
+        return True
+    weight = getattr(module, "weight", None)
+    is_matrix = isinstance(weight, Tensor) and weight.dim() == 2
+    is_wrapper = hasattr(module, "base_layer") or hasattr(module, "qweight")  # LoRA and its kin; GPTQ and its kin
+    return is_matrix or is_wrapper
+
+
+def _obstacle(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    path, _, child = name.rpartition(".")
+    parent = model.get_submodule(path)
+    kind = Conv1D if isinstance(module, Conv1D) else nn.Linear
+    why = why_not_there(parent, child) or why_no_mask(module, kind)
+    return why if why or has_slow_path(parent, child) else why_read(parent, child)
+
+
+def _expert_parameters(name: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Matrices that belong to a mixture's experts as parameters (E, N, K), or flattened, of one module."""
+    if isinstance(module, nn.Linear | Conv1D | nn.Embedding | nn.modules.conv._ConvNd):
+        return []
+    is_experts = "expert" in type(module).__name__.lower() or "experts" in name.split(".")
+
+    def holds_matrices(part: str, parameter: nn.Parameter) -> bool:
+        stacked = parameter.dim() == 3 and min(parameter.shape) > 1
+        return stacked or (parameter.dim() == 2 and is_experts and "bias" not in part)
+
+    return [(part, p) for part, p in module.named_parameters(recurse=False) if holds_matrices(part, p)]
+
+
+def _output_embeddings(model: nn.Module) -> list[nn.Module]:
+    getters = [getattr(m, "get_output_embeddings", None) for m in (model, *model.children())]
+    return [head for getter in getters if getter is not None and (head := getter()) is not None]
+
+
+def _memory(parameter: Tensor) -> tuple:
+    """Equal for two parameters that are one, or that lie on the same bytes."""
+    address = 0 if parameter.is_meta else parameter.data_ptr()
+    return ("address", address, parameter.numel(), parameter.device) if address else ("object", id(parameter))

@@ -1,0 +1,375 @@
+"""Load a causal language model from wherever it lies, and save it so that plain transformers reads it back."""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from mft.choices import nearest, nearest_path
+from mft.config import ModelConfig
+from mft.files.atomic import atomic_directory
+from mft.files.cache import cache_root, sha256_of
+from mft.files.gguf_file import MAGIC, check_gguf
+from mft.files.hub import hub_is_reachable
+from mft.files.json_file import read_object
+from mft.files.regular_file import check_regular, open_regular, read_regular
+from mft.files.safetensors_file import check_header
+from mft.models.next_tokens import check_next_tokens
+from mft.models.smollm2 import GGUF_SHA256, fetch_smollm2
+
+__all__ = [
+    "SHORTHANDS",
+    "fetch_smollm2",
+    "load_model",
+    "load_outline",
+    "load_tokenizer",
+    "save_model",
+    "smollm2_directory",
+]
+
+logger = logging.getLogger(__name__)
+
+TEMPLATES = Path(__file__).with_name("templates")
+
+SHORTHANDS = ("smollm2-135m",)
+# What save_pretrained and a model hub's snapshot write; save_model replaces a directory of these alone.
+_MODEL_FILES = re.compile(r".*\.safetensors|.*\.json|.*\.jinja|.*\.model|merges\.txt|.*\.md|\.gitattributes|LICENSE.*")
+# Of a model's directory, what transformers takes for an object without looking.
+_OBJECTS = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
+_MOST_JSON = 1 << 28  # bytes: a tokenizer of 262,144 tokens has 33 MB
+_MOST_TEMPLATE = 1 << 20  # bytes: a hundred times the longest of published models
+# What transformers raises on files of a right form whose values make no sense to it.
+_UNREADABLE = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError),
+    *(ValueError, SafetensorError, StrictDataclassError),
+)
+
+
+def load_model(config: ModelConfig | str, *, sequence_length: int | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) in config.dtype on the CPU, in eval mode; pad = eos where the tokenizer has no pad.
+
+    A string is a name with the defaults of ModelConfig (bfloat16).
+    A GGUF file is dequantised once and kept in the cache as an ordinary model directory.
+    Args: sequence_length: of the rows that it is to read, for which it must have positions.
+    Raises: ValueError if config.name is no causal language model that can be reached, before its weights are loaded;
+        it says what to do.
+    """
+    config = ModelConfig(config) if isinstance(config, str) else config
+    return _reached(config, partial(_load, sequence_length=sequence_length))
+
+
+def load_tokenizer(config: ModelConfig, *, sequence_length: int | None = None) -> Any:
+    """The tokenizer that load_model would give, without the model. Raises as load_model does, if not for weights."""
+    return _reached(config, partial(_load_tokenizer, sequence_length=sequence_length))
+
+
+def load_outline(config: ModelConfig) -> Any:
+    """The model that load_model would give, on the meta device: modules and shapes, and no weight is read."""
+    return _reached(config, _load_outline)
+
+
+def smollm2_directory(dtype: str = "bfloat16") -> Path:
+    """SmolLM2-135M-Instruct in the cache as an ordinary model directory, fetched and dequantised on the first call."""
+    return _dequantised(None, GGUF_SHA256, dtype)
+
+
+def save_model(model: Any, tokenizer: Any, directory: str | os.PathLike) -> Path:
+    """Write model and tokenizer as an ordinary directory: AutoModelForCausalLM.from_pretrained(directory) reads it.
+
+    A model directory that stands there already is replaced; one that holds anything else is refused.
+    """
+    target = Path(directory)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"directory must be a directory, got the file {target}")
+    present = [entry.name for entry in target.iterdir()] if target.exists() else []
+    foreign = [name for name in present if not _MODEL_FILES.fullmatch(name)]
+    if foreign:
+        raise ValueError(
+            f"directory must be new, empty or a model's, got {target} with "
+            f"{', '.join(sorted(foreign)[:3])}: choose another one"
+        )
+    masked = [key for key, _ in model.named_parameters() if key.endswith(".scores")]
+    if masked:
+        raise ValueError(
+            f"model must be merged before it is saved, got {len(masked)} masked layers such as "
+            f"{masked[0].removesuffix('.scores')}: call merge_model(model) first"
+        )
+    _forget_gguf(model)
+    with atomic_directory(target) as scratch, _quiet_progress():
+        model.save_pretrained(scratch)
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, scratch)
+    return target
+
+
+def _reached(config: ModelConfig, load: Callable[..., Any]) -> Any:
+    """load(source, config, **options) with what transformers' from_pretrained takes for config.name."""
+    name = config.name
+    path = Path(name)
+    if config.revision is not None and (name in SHORTHANDS or path.exists()):
+        raise ValueError(
+            f"model.revision must be null for a model on this machine, which has one state, got {config.revision!r} "
+            f"for {name!r}: leave it out, or name a hub id"
+        )
+    if name in SHORTHANDS:
+        source = smollm2_directory(config.dtype)
+    elif path.is_dir():
+        source = _model_directory(path)
+    elif path.exists():
+        source = _dequantised(path, _gguf_hash(path), config.dtype)
+    elif _looks_like_a_path(name):
+        raise ValueError(
+            f"model.name must be a model that exists, got {name!r}: no such file or directory{nearest_path(path)}"
+        )
+    else:
+        return _from_hub(config, load)
+    return load(str(source), config, **_options(config, local_files_only=True))
+
+
+def _options(config: ModelConfig, **options: Any) -> dict[str, Any]:
+    revision = {} if config.revision is None else {"revision": config.revision}
+    return {"trust_remote_code": False, **revision, **options}
+
+
+@contextmanager
+def _loading(config: ModelConfig, what: str) -> Iterator[None]:
+    """transformers' errors as one that names the model."""
+    with _refusing(f"model.name {config.name!r} cannot be loaded as a {what}"), _quiet_progress():
+        yield
+
+
+def _load_tokenizer(source: str, config: ModelConfig, *, sequence_length: int | None, **options: Any) -> Any:
+    with _loading(config, "model"):
+        architecture = transformers.AutoConfig.from_pretrained(source, **options)
+    check_next_tokens(architecture, config.name, sequence_length)
+    with _loading(config, "tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    if config.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(config.chat_template)
+    return _padding(tokenizer, config.name)
+
+
+def _load_outline(source: str, config: ModelConfig, **options: Any) -> Any:
+    with _loading(config, "causal language model"), torch.device("meta"):
+        settings = transformers.AutoConfig.from_pretrained(source, **options)
+        return transformers.AutoModelForCausalLM.from_config(
+            settings, dtype=getattr(torch, config.dtype), trust_remote_code=False
+        )
+
+
+def _load(source: str, config: ModelConfig, *, sequence_length: int | None, **options: Any) -> tuple[Any, Any]:
+    tokenizer = _load_tokenizer(source, config, sequence_length=sequence_length, **options)
+    attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    model: Any
+    info: Any
+    what = " ".join(["causal language model", *(f"with {key}={value!r}" for key, value in attention.items())])
+    with _loading(config, what):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            source,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **attention,
+            **options,
+        )
+    _check_whole(model, info, config.name)
+    return _prepared(model, tokenizer, config.name)
+
+
+def read_chat_template(name: str) -> str:
+    """The text of a shipped chat template ("tulu") or of a Jinja file; it goes into the saved tokenizer too."""
+    shipped = {path.stem: path for path in TEMPLATES.glob("*.jinja")}
+    path = shipped.get(name, Path(name))
+    if not path.exists():
+        raise ValueError(
+            f"model.chat_template must be {' or '.join(shipped)}, or a Jinja file that exists, got {name!r}"
+            f"{nearest(name, shipped) or nearest_path(path)}"
+        )
+    try:
+        return read_regular(path, _MOST_TEMPLATE).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: model.chat_template must be UTF-8 text, byte {error.start} is not") from None
+
+
+def _check_whole(model: Any, info: dict[str, Any], name: str) -> None:
+    """Raise ValueError if weights were missing, which transformers makes up."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"model.name {name!r} must hold every weight of a {type(model).__name__}, "
+            f"{len(missing)} are missing, such as {missing[0]}: is it a causal language model?"
+        )
+
+
+def _padding(tokenizer: Any, name: str) -> Any:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model.name {name!r} must have a tokenizer with an end-of-sequence token, got none")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _prepared(model: Any, tokenizer: Any, name: str) -> tuple[Any, Any]:
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise ValueError(
+            f"model.name {name!r} must embed every token of its tokenizer, got {len(tokenizer)} tokens "
+            f"and {model.get_input_embeddings().num_embeddings} embeddings"
+        )
+    model.config.__dict__.pop("_model_name_or_path", None)  # a title from GGUF metadata, not a name to load by
+    model.config._name_or_path = name
+    return model.eval(), tokenizer
+
+
+def _from_hub(config: ModelConfig, load: Callable[..., Any]) -> Any:
+    name = config.name
+    hint = nearest(name.rpartition("/")[2], SHORTHANDS)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ValueError(
+            f"model.name must be {', '.join(SHORTHANDS)}, a directory, a *.gguf file or a hub id, got {name!r}{hint}"
+        )
+    online = hub_is_reachable()
+    revision = "" if config.revision is None else f" at model.revision {config.revision!r}"
+    try:
+        return load(name, config, **_options(config, local_files_only=not online))
+    except ValueError as error:
+        if isinstance(error.__cause__, OSError) and not online:
+            raise ValueError(
+                f"model.name {name!r}{revision} is neither {' nor '.join(SHORTHANDS)}, nor a file or directory here, "
+                "nor a model in the hub's local cache, and the hub cannot be reached: check the name and the "
+                f"network, or give a local directory{hint}"
+            ) from error
+        raise ValueError(f"{error}{hint}") from error
+
+
+def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
+    """The cached directory of this GGUF file in this dtype; gguf None stands for SmolLM2, fetched only if needed."""
+    target = cache_root() / "models" / f"{digest[:16]}-{dtype}"
+    if target.is_dir():
+        return target
+    gguf = gguf or fetch_smollm2()
+    logger.warning("dequantising %s to %s, once; kept in %s", gguf.name, dtype, target)
+    options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    dense = {}
+    if hasattr(transformers, "GgufConfig"):  # newer versions may keep weights packed, in layers that are not nn.Linear
+        dense = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    model: Any
+    info: Any
+    refusal = f"model.name must be a GGUF file that transformers can read, got {gguf}"
+    with _refusing(refusal), _quiet_progress():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            gguf.parent, dtype=getattr(torch, dtype), output_loading_info=True, **dense, **options
+        )
+    _check_whole(model, info, str(gguf))
+    _prepared(model, _padding(tokenizer, str(gguf)), str(gguf))
+    _forget_gguf(model)
+    with atomic_directory(target, replace=False) as scratch, _quiet_progress():
+        model.save_pretrained(scratch)
+        _save_tokenizer(tokenizer, scratch)
+    return target
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from error  # tokenizers, in Rust, has no kind of its own for what the disk refuses
+
+
+def _gguf_hash(path: Path) -> str:
+    with open_regular(path) as file:
+        magic = file.read(len(MAGIC))
+    if magic != MAGIC:
+        raise ValueError(
+            f"model.name must be a GGUF file if it is a file, got {path}, which begins with {magic!r}: "
+            "name the directory of an ordinary model"
+        )
+    check_gguf(path)
+    return sha256_of(path)
+
+
+def _model_directory(path: Path) -> Path:
+    if (path / "config.json").exists():
+        _check_files(path)
+        return path
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model.name must be a model, got {path}, which holds an adapter or a mask: name its base "
+            "model, or merge the mask first"
+        )
+    files = sorted(path.glob("*.gguf"))
+    remedy = f"name the file, {files[0]}" if files else "name a directory that save_pretrained wrote"
+    raise ValueError(f"model.name must be a directory with a config.json, got {path} without one: {remedy}")
+
+
+def _check_files(directory: Path) -> None:
+    """Raise ValueError that names a file which transformers would wait on, or stumble over."""
+    for path in sorted(directory.iterdir()):
+        if path.is_dir() or not path.exists():
+            continue
+        check_regular(path)
+        if path.name in _OBJECTS:
+            read_object(path, _MOST_JSON)
+        elif path.suffix == ".safetensors":
+            check_header(path, "copy the model again")
+
+
+@contextmanager
+def _refusing(words: str) -> Iterator[None]:
+    """What transformers raises while it reads a model's files, as a ValueError that begins with these words."""
+    try:
+        yield
+    except Exception as error:
+        # tokenizers raises Exception itself, of which there is no narrower class.
+        if not isinstance(error, _UNREADABLE) and type(error) is not Exception:
+            raise
+        raise ValueError(f"{words}: {_first_lines(error)}") from error
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".gguf", ".safetensors", "/"))
+
+
+def _forget_gguf(model: Any) -> None:
+    """transformers refuses to save a model that it thinks is still quantised."""
+    settings = getattr(model.config, "quantization_config", None)
+    if settings is not None and not isinstance(settings, dict):
+        settings = settings.to_dict()
+    if settings is not None and settings.get("quant_method") == "gguf":
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+
+
+def _first_lines(error: BaseException) -> str:
+    """The first 300 characters of a library's message, on one line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+@contextmanager
+def _quiet_progress() -> Iterator[None]:
+    """Without transformers' bars over weights that load in a blink; a download's own bar stays."""
+    enabled = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,205 @@
+"""What a study declares before it runs: model, domains, arms with the settings that each may choose from, seeds.
+
+A file of it is strict YAML (see configs/compare/small.yaml); whatever is unknown or out of range names its key.
+"""
+
+import dataclasses
+import itertools
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from mft.checks import check_not_empty, check_one_of, check_rule, check_seed, coerce_fields, expand_home
+from mft.choices import nearest
+from mft.config import INITS, MODES, DataConfig, MaskConfig, ModelConfig, TrainConfig, parse_layers
+from mft.study.one_shot import METHODS
+
+# What an arm is. "full" is where all but "base" start; there is one of it, and one of "base" at most.
+FULL_KINDS = BASE, FULL = ("base", "full")
+TRAINED = CONTINUED, CONTROL, LORA, MASK = ("continued", "control", "lora", "mask")
+ONE_SHOT = tuple(METHODS)  # random, magnitude, magnitude_rows, wanda, gradient, fisher
+TEMPERATURE, AVERAGE = "temperature", "average"
+KINDS = (*FULL_KINDS, *TRAINED, *ONE_SHOT, TEMPERATURE, AVERAGE)
+_NAME = re.compile(r"\w[\w .()+-]*")
+LEAST_RATES = 5  # of which a trained arm may choose; fewer mislead
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One configuration of an arm; None where the arm has no such choice."""
+
+    lr: float | None = None
+    epochs: float | None = None
+    keep_ratio: float | None = None
+    beta1: float | None = None
+
+    def __str__(self) -> str:
+        parts = (("lr", self.lr), ("epochs", self.epochs), ("keep", self.keep_ratio), ("beta1", self.beta1))
+        return ", ".join(f"{name} {value:g}" for name, value in parts if value is not None)
+
+
+@dataclass
+class ArmConfig:
+    """One row of the table, and the grid of settings that validation chooses from.
+
+    kind: base: before the full fine-tune. full: the full fine-tune, annealed. continued: all weights trained on.
+    control: the masked layers' weights trained on. lora: adapters on the same layers. mask: scores trained.
+    random, magnitude, magnitude_rows, wanda, gradient, fisher: a mask found in one shot (see one_shot.py). temperature:
+    the fine-tune with its logits scaled. average: the mean weights of `runs` runs of the arm `of`, from one fine-tune.
+    """
+
+    kind: str
+    lrs: list[float] = field(default_factory=list)
+    epochs: list[float] = field(default_factory=lambda: [1.0])
+    keep_ratios: list[float] = field(default_factory=list)  # empty: the study's mask.keep_ratio
+    init: str | None = None  # of scores, one of mask.init's or a one-shot method; null: the study's mask.init
+    mode: str | None = None  # what is compared with the threshold; null: the study's mask.mode
+    threshold: float | None = None  # fixed, in place of keep_ratios
+    beta1s: list[float] = field(default_factory=list)  # of AdamW, its momentum; empty: that of betas
+    betas: tuple[float, float] | None = None  # of AdamW; null: those of full or stage
+    layers_to_transform: int | list[int] | None = None  # null: the study's mask.layers_to_transform
+    lora_rank: int = 8
+    of: str | None = None
+    runs: int = 3
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers_to_transform, str):
+            self.layers_to_transform = parse_layers(self.layers_to_transform)
+        coerce_fields(self)
+        check_one_of("kind", self.kind, KINDS)
+        trained = self.kind in (FULL, *TRAINED)
+        check_rule(bool(self.lrs) == trained, "lrs", "be given for a trained kind, and for no other", self.lrs)
+        for name in ("lrs", "epochs"):
+            check_rule(all(value > 0 for value in getattr(self, name)), name, "be positive", getattr(self, name))
+        check_rule(bool(self.epochs), "epochs", "hold at least one number", self.epochs)
+        check_rule(all(0 <= k <= 1 for k in self.keep_ratios), "keep_ratios", "lie in [0, 1]", self.keep_ratios)
+        masked = self.kind in (MASK, *ONE_SHOT)
+        check_rule(masked or not self.keep_ratios, "keep_ratios", "be left out for this kind", self.keep_ratios)
+        layers = self.layers_to_transform
+        rule = "be left out for this kind"
+        check_rule(layers is None or self.kind in (CONTROL, LORA, MASK, *ONE_SHOT), "layers_to_transform", rule, layers)
+        for name in ("init", "mode", "threshold"):
+            value = getattr(self, name)
+            check_rule(self.kind == MASK or value is None, name, "be left out for this kind", value)
+        if self.mode is not None:
+            check_one_of("mode", self.mode, MODES)
+        if self.threshold is not None:
+            rule = "be at least 0 unless mode is value"
+            check_rule(self.threshold >= 0 or self.mode == "value", "threshold", rule, self.threshold)
+            check_rule(not self.keep_ratios, "keep_ratios", "be left out beside a threshold", self.keep_ratios)
+        check_rule(trained or self.betas is None, "betas", "be left out for this kind", self.betas)
+        check_rule(trained or not self.beta1s, "beta1s", "be left out for this kind", self.beta1s)
+        for name in ("betas", "beta1s"):
+            value = getattr(self, name)
+            check_rule(all(0 <= beta < 1 for beta in value or ()), name, "lie in [0, 1)", value)
+        if self.init is not None:
+            check_one_of("init", self.init, (*INITS, *(name for name in METHODS if name not in INITS)))
+        check_rule(
+            (self.kind == AVERAGE) == (self.of is not None), "of", "name an arm, for kind average alone", self.of
+        )
+        check_rule(self.lora_rank >= 1, "lora_rank", "be at least 1", self.lora_rank)
+        check_rule(self.runs >= 2, "runs", "be at least 2", self.runs)
+
+    def settings(self, mask: MaskConfig) -> list[Setting]:
+        """The declared grid, in order; one empty setting where there is nothing to choose."""
+        lrs: list[Any] = sorted(set(self.lrs)) or [None]
+        epochs: list[Any] = sorted(set(self.epochs)) if self.lrs else [None]
+        ratios: list[Any] = [None]
+        if self.kind in (MASK, *ONE_SHOT) and self.threshold is None:
+            ratios = sorted(set(self.keep_ratios)) or [mask.keep_ratio]
+        beta1s: list[Any] = sorted(set(self.beta1s)) or [None]
+        return [Setting(*values) for values in itertools.product(lrs, epochs, ratios, beta1s)]
+
+
+@dataclass
+class ScratchConfig:
+    """A small Llama trained from scratch on the standard library, tokenizer included (see from_scratch.py)."""
+
+    vocab_size: int = 2048
+    hidden_size: int = 128
+    intermediate_size: int = 352
+    layers: int = 4
+    heads: int = 4
+    data: DataConfig = field(
+        default_factory=lambda: DataConfig(source="stdlib", subset="pretrain", sequence_length=256)
+    )
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            lr=5e-3, epochs=2.0, batch_size=4, betas=(0.9, 0.99), weight_decay=0.1, max_grad_norm=1.0
+        )
+    )
+
+    def __post_init__(self) -> None:
+        coerce_fields(self)
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads"):
+            check_rule(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        rule = f"be a multiple of heads = {self.heads}"
+        check_rule(self.hidden_size % self.heads == 0, "hidden_size", rule, self.hidden_size)
+
+
+@dataclass
+class StudyConfig:
+    """Everything that `mft compare` runs."""
+
+    arms: dict[str, ArmConfig]
+    domains: dict[str, DataConfig]
+    model: ModelConfig = field(default_factory=ModelConfig)
+    scratch: ScratchConfig | None = None  # instead of model.name
+    mask: MaskConfig = field(default_factory=MaskConfig)  # which layers, for control, LoRA and every mask
+    full: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))  # lr and epochs come from the arms
+    stage: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))  # of all trained arms after it
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    extensions: int = 3  # further rates that an arm may try while its best lies at the end of its grid
+    checkpoints: int = 4  # of a run after the fine-tune, of which validation chooses one
+    answers: list[str] = field(default_factory=list)  # domains whose completions are generated and compared exactly
+    workers: int = 2  # processes of one thread each
+    output_dir: str = "runs/compare"
+
+    def __post_init__(self) -> None:
+        coerce_fields(self)
+        check_rule(bool(self.seeds), "seeds", "hold at least one int", self.seeds)
+        check_rule(len(set(self.seeds)) == len(self.seeds), "seeds", "be different ints", self.seeds)
+        for seed in self.seeds:
+            check_seed(seed)
+        for name in ("checkpoints", "workers"):
+            check_rule(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        check_rule(self.extensions >= 0, "extensions", "be at least 0", self.extensions)
+        check_not_empty(self, "output_dir")
+        expand_home(self, "output_dir")
+        check_rule(bool(self.domains), "domains", "hold at least one data set", self.domains)
+        for section in ("arms", "domains"):  # their names become directories
+            for name in getattr(self, section):
+                check_rule(
+                    bool(_NAME.fullmatch(name)), section, "have names of letters, digits and -+_. ()", repr(name)
+                )
+        annealed = self.full.schedule != "constant"
+        check_rule(annealed, "full.schedule", "fall to 0 (linear or cosine): arms start at its end", self.full.schedule)
+        check_rule(self.mask.threshold is None, "mask.threshold", "be null: an arm has it", self.mask.threshold)
+        for name in self.answers:
+            check_one_of("answers", name, tuple(self.domains))
+        kinds = [arm.kind for arm in self.arms.values()]
+        check_rule(kinds.count(FULL) == 1, "arms", "hold exactly one of kind full", kinds.count(FULL))
+        check_rule(kinds.count(BASE) <= 1, "arms", "hold at most one of kind base", kinds.count(BASE))
+        for name, arm in self.arms.items():
+            if arm.kind == AVERAGE:
+                known = [other for other, config in self.arms.items() if config.kind in TRAINED]
+                rule = f"name a trained arm ({', '.join(known)}){nearest(str(arm.of), known)}"
+                check_rule(arm.of in known, f"arms.{name}.of", rule, arm.of)
+
+    def named(self, kind: str) -> str | None:
+        """The first arm of a kind."""
+        return next((name for name, arm in self.arms.items() if arm.kind == kind), None)
+
+    def mask_of(self, arm: ArmConfig) -> MaskConfig:
+        """The study's mask with what the arm says of it; its keep ratio is a setting's."""
+        said = {name: getattr(arm, name) for name in ("layers_to_transform", "mode", "threshold")}
+        return dataclasses.replace(self.mask, **{name: value for name, value in said.items() if value is not None})
+
+    def train_of(self, arm: ArmConfig, setting: Setting, seed: int) -> TrainConfig:
+        """How a trained arm is trained in a setting; seed draws the order of the data."""
+        train = self.full if arm.kind == FULL else self.stage
+        assert setting.lr is not None  # of a trained arm
+        betas = train.betas if arm.betas is None else arm.betas
+        if setting.beta1 is not None:
+            betas = (setting.beta1, betas[1])
+        return dataclasses.replace(train, lr=setting.lr, epochs=setting.epochs, steps=None, betas=betas, seed=seed)

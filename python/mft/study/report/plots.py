@@ -1,0 +1,199 @@
+"""A study's plots, drawn from the numbers of its table.json."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mft.study.config import AVERAGE, CONTROL, FULL
+from mft.study.outcome import Findings
+from mft.study.report.table import study_numbers
+
+_MASKED = ("#c1121f", "#e4572e", "#8f2d56", "#ff70a6")
+_FULL, _CONTROL, _PLAIN = "0.25", "#e69f00", "0.5"
+_OTHERS = ("#0072b2", "#009e73", "#56b4e9", "#7a5195")
+_REACH = 2.5  # axes end so many times beyond the span of the trained arms; what lies farther becomes an arrow
+_TRAINED = ("control", "mask", "continued", "lora", AVERAGE)
+
+
+def plot_study(numbers: Mapping[str, Any], path: Path) -> None:
+    """A row a domain: test differences from the full fine-tune, and validation loss by rate."""
+    domains = numbers["domains"]
+    rows = max(len(table["rows"]) for table in domains.values())
+    figure = _figure(12.5, max(3.6, 0.36 * rows + 1.6) * len(domains))
+    axes = figure.subplots(len(domains), 2, squeeze=False, width_ratios=(1.25, 1))
+    for (left, right), (domain, table) in zip(axes, domains.items()):
+        _draw_differences(left, table, "minus_full")
+        left.axvline(0, color=_FULL, linestyle="--", linewidth=1)
+        title = f"{domain}, test: loss - {table['full']}"
+        control = next((row for row in table["rows"] if row["arm"] == table["control"]), None)
+        if control is not None and control["minus_full"] is not None:
+            left.axvline(control["minus_full"]["estimate"], color=_CONTROL, linestyle=":", zorder=0)
+            title += f" (dotted: {control['arm']}'s)"
+        left.set_title(title, loc="left")
+        left.set_xlabel("nats a token, 95 % interval (left is better)")
+        _draw_rates(right, table, numbers["seeds"][0])
+        right.set_title(f"{domain}, validation: each rate, the chosen one circled", loc="left")
+    figure.savefig(path, dpi=100)
+
+
+def plot_summary(findings_or_json: Findings | Mapping[str, Any] | Path | str, path: Path) -> None:
+    """Test differences from the control, a panel a domain.
+
+    findings_or_json: a study's findings, the content of its table.json, or the path of that file.
+    """
+    if isinstance(findings_or_json, Findings):
+        numbers: Mapping[str, Any] = study_numbers(findings_or_json)
+    elif isinstance(findings_or_json, Mapping):
+        numbers = findings_or_json
+    else:
+        numbers = json.loads(Path(findings_or_json).read_text(encoding="utf-8"))
+    domains = {name: table for name, table in numbers["domains"].items() if table["control"] is not None}
+    if not domains:
+        raise ValueError("a summary must have a domain with a control arm to be drawn, got none: see plot.png instead")
+    rows = max(len(_compared(table, "minus_control")) for table in domains.values())
+    figure = _figure(12, 0.34 * rows + 1.3)
+    named: list[str] = []
+    for axes, (domain, table) in zip(figure.subplots(1, len(domains), squeeze=False)[0], domains.items()):
+        _draw_differences(axes, table, "minus_control")
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        if names == named:  # once is enough
+            axes.tick_params(labelleft=False)
+        named = names
+        axes.axvline(0, color=_CONTROL, linestyle="--", linewidth=1)
+        axes.set_title(f"{domain}: test loss - {table['control']}", loc="left")
+        axes.set_xlabel("nats a token, 95 % interval (left is better)")
+    figure.savefig(path, dpi=100)
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _compared(table: Mapping[str, Any], reference: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """(row, its loss difference) where there is one."""
+    found = []
+    for row in table["rows"]:
+        difference = row["minus_full"] if reference == "minus_full" else row["minus_control"].get("loss")
+        if difference is not None:
+            found.append((row, difference))
+    return found
+
+
+def _draw_differences(axes, table: Mapping[str, Any], reference: str) -> None:
+    compared, colours = _compared(table, reference), _colours(table)
+    low, high = _limits(compared)
+    for place, (row, difference) in enumerate(compared):
+        estimate, colour = difference["estimate"], colours[row["arm"]]
+        ends = [estimate if difference[end] is None else difference[end] for end in ("low", "high")]
+        label, inside = f"{estimate:+.4f}", low <= estimate <= high
+        if inside:
+            axes.plot(ends, [place, place], color=colour, linewidth=2, solid_capstyle="butt")
+            axes.plot(estimate, place, "o", color=colour, markersize=6)
+        else:
+            edge = high if estimate > high else low
+            axes.plot(edge, place, ">" if estimate > high else "<", color=colour, markersize=7, clip_on=False)
+        weight = "bold" if row["masked"] else "normal"
+        axes.annotate(
+            label, (1.03, place), xycoords=("axes fraction", "data"), va="center", fontsize="small", weight=weight
+        )
+    names = [row["arm"] for row, _ in compared]
+    if reference == "minus_control":  # averages have a control of their own
+        names = [
+            name if row["against"] == table["control"] else f"{name} - {row['against']}"
+            for name, (row, _) in zip(names, compared)
+        ]
+    labels = axes.set_yticks(range(len(compared)), names)
+    for tick, (row, _) in zip(labels, compared):
+        tick.label1.set_fontweight("bold" if row["masked"] else "normal")
+    axes.set_ylim(len(compared) - 0.5, -0.5)
+    axes.set_xlim(low, high)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    axes.locator_params(axis="x", nbins=7)
+
+
+def _limits(compared) -> tuple[float, float]:
+    """The intervals of trained arms and 0, and what lies within _REACH times their span."""
+    near = [d for row, d in compared if row["kind"] in _TRAINED] or [d for _, d in compared]
+    values = [0.0] + [d[end] for d in near for end in ("low", "estimate", "high") if d[end] is not None]
+    span = (max(values) - min(values)) or 1e-4
+    floor, ceiling = max(values) - _REACH * span, min(values) + _REACH * span
+    values += [
+        d[end] for _, d in compared for end in ("low", "high") if d[end] is not None and d["estimate"] <= ceiling
+    ]
+    values = [min(max(value, floor), ceiling) for value in values]
+    margin = 0.06 * (max(values) - min(values))
+    return min(values) - margin, max(values) + margin
+
+
+def _draw_rates(axes, table: Mapping[str, Any], first_seed: int) -> None:
+    """The best loss at each rate over the other choices, as a line; each configuration faintly."""
+    colours, rows = _colours(table), {row["arm"]: row for row in table["rows"]}
+    trials: dict[str, list[Mapping[str, Any]]] = {}
+    for trial in table["trials"]:
+        row = rows.get(trial["arm"])
+        if trial["lr"] is not None and row is not None and row["kind"] != AVERAGE and trial["seed"] == first_seed:
+            trials.setdefault(trial["arm"], []).append(trial)
+    best = [min((_loss(trial) for trial in tried), default=float("inf")) for tried in trials.values()]
+    best = [loss for loss in best if loss < float("inf")]
+    if not best:
+        axes.set_axis_off()
+        return
+    span = (max(best) - min(best)) or 0.01 * abs(max(best))
+    top = max(best) + span  # every chosen one is seen; farther ones lie on the upper edge
+    for arm, tried in trials.items():
+        _draw_arm(axes, arm, tried, rows[arm]["setting"], colours[arm], top)
+    shown = [trial for tried in trials.values() for trial in tried]
+    if any(trial["diverged"] is not None for trial in shown):
+        axes.plot([], [], "x", color=_PLAIN, label="diverged (at the top)")
+    if any(trial["diverged"] is None and _loss(trial) > top for trial in shown):
+        axes.plot([], [], "^", color=_PLAIN, label="worse than shown")
+    axes.set_ylim(min(best) - 0.12 * span, top + 0.04 * (top - min(best)))
+    axes.set_xscale("log")
+    axes.set_xlabel("rate")
+    axes.set_ylabel("loss, nats a token")
+    axes.grid(color="0.92")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def _draw_arm(axes, arm: str, tried: list[Mapping[str, Any]], chosen, colour: str, top: float) -> None:
+    lowest: dict[float, float] = {}
+    for trial in tried:
+        loss = _loss(trial)
+        lowest[trial["lr"]] = min(loss, lowest.get(trial["lr"], float("inf")))
+        marker = "x" if trial["diverged"] is not None else "^" if loss > top else "."
+        axes.plot(trial["lr"], min(loss, top), marker, color=colour, alpha=0.7, markersize=6, clip_on=False)
+        if chosen is not None and all(trial[name] == value for name, value in chosen.items()):
+            axes.plot(
+                trial["lr"], min(loss, top), "o", color=colour, markersize=12, fillstyle="none", markeredgewidth=2
+            )
+    rates = sorted(rate for rate, loss in lowest.items() if loss < float("inf"))
+    axes.plot(rates, [lowest[rate] for rate in rates], "-", color=colour, linewidth=1.5, label=arm)
+
+
+def _loss(trial: Mapping[str, Any]) -> float:
+    loss = trial["validation_loss"]
+    return float("inf") if loss is None else loss
+
+
+def _colours(table: Mapping[str, Any]) -> dict[str, str]:
+    colours, masked, others = {}, 0, 0
+    controls = {row["against"] for row in table["rows"] if row["masked"]}  # averages of the control too
+    for row in table["rows"]:
+        if row["masked"]:
+            colours[row["arm"]], masked = _MASKED[masked % len(_MASKED)], masked + 1
+        elif row["kind"] == FULL:
+            colours[row["arm"]] = _FULL
+        elif row["kind"] == CONTROL or row["arm"] in controls:
+            colours[row["arm"]] = _CONTROL
+        elif row["kind"] in _TRAINED:
+            colours[row["arm"]], others = _OTHERS[others % len(_OTHERS)], others + 1
+        else:
+            colours[row["arm"]] = _PLAIN
+    return colours

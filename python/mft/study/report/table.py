@@ -1,0 +1,219 @@
+"""All numbers of a report: a row an arm, a table a domain; and the same for JSON."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mft.evaluation.evaluate import Evaluation
+from mft.study.config import AVERAGE, BASE, CONTROL, FULL, MASK, Setting, StudyConfig
+from mft.study.outcome import Findings, Measured
+from mft.study.report.statistics import METRICS, Difference, Paired, differences, paired, with_holm
+
+Runs = Mapping[int, Measured]
+
+
+@dataclass
+class Row:
+    """An arm on the test split; means over seeds, differences paired.
+
+    against: the arm that it is held against: the control, or for an average of runs the control's average of as many.
+    """
+
+    arm: str
+    kind: str
+    masked: bool  # MFT, or an average of it
+    setting: Setting | None
+    against: str | None
+    loss: float
+    accuracy: float
+    exact: float | None  # share of questions answered exactly
+    temperature: float | None
+    minus_full: Difference | None = None  # loss
+    minus_control: dict[str, Difference] = field(default_factory=dict)  # by metric
+    validation: float | None = None  # mean loss difference from against
+    tried: int = 0  # configurations
+    steps: float | None = None  # of a chosen run, mean over seeds; of one run of an average
+    seconds: float | None = None  # of a chosen run (of all runs that are averaged), mean over seeds
+    seconds_tried: float = 0.0  # of all runs
+    flips: float | None = None
+
+
+@dataclass
+class DomainTable:
+    """What one domain's test split says."""
+
+    full: str
+    control: str | None
+    seeds: int
+    documents: int
+    tokens: int
+    questions: int
+    rows: list[Row]
+
+    def row(self, arm: str | None) -> Row | None:
+        return next((row for row in self.rows if row.arm == arm), None)
+
+
+def study_tables(findings: Findings) -> dict[str, DomainTable]:
+    """By domain. Holm's correction runs over all domains: once over MFT's differences from the control, once over the
+    other arms', which decide nothing."""
+    tables: dict[str, DomainTable] = {}
+    keys: list[tuple[str, str, str, str]] = []  # domain, arm, FULL or CONTROL, metric
+    pairs: list[Paired] = []
+    for domain in findings.test:
+        tables[domain] = _table(findings, domain)
+        for key, pair in _pairs(findings, domain, tables[domain]).items():
+            keys.append((domain, *key))
+            pairs.append(pair)
+    found = dict(zip(keys, differences(pairs)))
+    for family in (True, False):
+        claims = [key for key in keys if key[2:] == (CONTROL, "loss") and _row(tables, key).masked == family]
+        found.update(zip(claims, with_holm([found[key] for key in claims])))
+    for place, difference in found.items():
+        row, (*_, reference, metric) = _row(tables, place), place
+        if reference == FULL:
+            row.minus_full = difference
+        else:
+            row.minus_control[metric] = difference
+    return tables
+
+
+def reference_of(study: StudyConfig, arm: str) -> str | None:
+    """The arm that ``arm`` is held against, the control of the same layers; None for the control itself, and where
+    there is none."""
+    config = study.arms[arm]
+    layers = study.arms[str(config.of)].layers_to_transform if config.kind == AVERAGE else config.layers_to_transform
+    controls = [name for name, c in study.arms.items() if c.kind == CONTROL]
+    control = next((name for name in controls if study.arms[name].layers_to_transform == layers), None)
+    if config.kind == AVERAGE:
+        alike = (name for name, c in study.arms.items() if (c.kind, c.of, c.runs) == (AVERAGE, control, config.runs))
+        control = next(alike, None)
+    return None if control == arm else control
+
+
+def is_mft(study: StudyConfig, arm: str) -> bool:
+    """Whether an arm is MFT or an average of its runs."""
+    config = study.arms[arm]
+    return config.kind == MASK or (config.kind == AVERAGE and study.arms[str(config.of)].kind == MASK)
+
+
+def study_numbers(findings: Findings, tables: Mapping[str, DomainTable] | None = None) -> dict[str, Any]:
+    """What table.json holds and the plots draw; NaN and infinity become None."""
+    tables = study_tables(findings) if tables is None else tables
+    domains = {}
+    for domain, table in tables.items():
+        domains[domain] = dataclasses.asdict(table)
+        domains[domain]["trials"] = [
+            dataclasses.asdict(outcome.unit.setting)
+            | {"arm": outcome.unit.arm, "seed": outcome.unit.seed, "part": outcome.unit.part}
+            | {"validation_loss": outcome.loss, "seconds": outcome.seconds, "diverged": outcome.diverged}
+            for outcome in findings.outcomes
+            if outcome.unit.domain == domain
+        ]
+    numbers = {"domains": domains, "seeds": findings.study.seeds, "test_openings": findings.test_openings}
+    return _finite(numbers)
+
+
+def _table(findings: Findings, domain: str) -> DomainTable:
+    study, test = findings.study, findings.test[domain]
+    full, control = str(study.named(FULL)), study.named(CONTROL)
+    rows = [_means(findings, domain, arm) for arm in study.arms if test.get(arm)]
+    one = next(iter(test[full].values()))
+    questions = 0 if one.questions is None else int(one.questions.sum())
+    tokens = int(one.evaluation.tokens.sum())
+    present = control if control in test else None
+    return DomainTable(full, present, len(test[full]), len(one.evaluation.documents), tokens, questions, rows)
+
+
+def _means(findings: Findings, domain: str, arm: str) -> Row:
+    """A row but for its differences on test."""
+    study, runs = findings.study, list(findings.test[domain][arm].values())
+    evaluations: list[Evaluation] = [run.evaluation for run in runs]
+    answers = [share for run in runs if (share := _exact_share(run)) is not None]
+    temperatures = [run.temperature for run in runs if run.temperature is not None]
+    setting, against = findings.chosen.get(domain, {}).get(arm), reference_of(study, arm)
+    outcomes = [o for o in findings.outcomes if (o.unit.domain, o.unit.arm) == (domain, arm)]
+    # The runs of an average were tried, and their setting chosen, by the arm that it averages.
+    own = [o.unit.setting for o in outcomes if study.arms[arm].kind != AVERAGE]
+    source = study.arms[arm].of or arm
+    chosen = [
+        o
+        for o in findings.outcomes
+        if (o.unit.domain, o.unit.arm, o.unit.setting, o.unit.part) == (domain, source, setting, 0)
+    ]
+    seconds = _mean([o.seconds for o in chosen]) if chosen else None
+    if study.arms[arm].kind == AVERAGE:
+        seconds = _seconds_of_parts(findings, domain, arm, len(runs))
+    flips = [o.flips for o in chosen if o.flips is not None]
+    return Row(
+        arm=arm,
+        kind=study.arms[arm].kind,
+        masked=is_mft(study, arm),
+        setting=setting,
+        against=against,
+        loss=_mean([evaluation.loss for evaluation in evaluations]),
+        accuracy=_mean([evaluation.accuracy for evaluation in evaluations]),
+        exact=_mean(answers) if answers else None,
+        temperature=_mean(temperatures) if temperatures else None,
+        validation=_validation(findings, domain, arm, against),
+        tried=len(set(own)),
+        steps=_mean([float(o.steps) for o in chosen]) if chosen else None,
+        seconds=seconds,
+        seconds_tried=sum(o.seconds for o in outcomes),
+        flips=_mean(flips) if flips else None,
+    )
+
+
+def _pairs(findings: Findings, domain: str, table: DomainTable) -> dict[tuple[str, str, str], Paired]:
+    """By (arm, FULL or CONTROL, metric), what can be compared."""
+    test, found = findings.test[domain], dict[tuple[str, str, str], Paired | None]()
+    for row in table.rows:
+        runs = test[row.arm]
+        if row.kind == BASE and len(runs) == 1:  # the same model whatever the seed
+            runs = dict.fromkeys(test[table.full], next(iter(runs.values())))
+        if row.arm != table.full:
+            found[row.arm, FULL, "loss"] = paired(runs, test[table.full])
+        if row.against in test:
+            for metric in METRICS:
+                found[row.arm, CONTROL, metric] = paired(runs, test[row.against], metric)
+    return {key: pair for key, pair in found.items() if pair is not None}
+
+
+def _validation(findings: Findings, domain: str, arm: str, against: str | None) -> float | None:
+    """Mean loss difference on the validation split in the seeds of both."""
+    measured = findings.validation.get(domain, {})
+    if against is None or arm not in measured or against not in measured:
+        return None
+    pair = paired(measured[arm], measured[against])
+    return None if pair is None else float((pair.sums.sum(-1) / pair.counts.sum()).mean())
+
+
+def _seconds_of_parts(findings: Findings, domain: str, average: str, seeds: int) -> float:
+    """Of all runs of an average: the one that it shares with the arm that it averages, and its own."""
+    of, setting = findings.study.arms[average].of, findings.chosen.get(domain, {}).get(average)
+    units = [(o.unit.domain, o.unit.setting, o.unit.arm, o.seconds) for o in findings.outcomes]
+    return sum(seconds for *where, arm, seconds in units if where == [domain, setting] and arm in (of, average)) / seeds
+
+
+def _exact_share(run: Measured) -> float | None:
+    if run.answers is None or run.questions is None or not run.questions.sum():
+        return None
+    return (run.answers.sum() / run.questions.sum()).item()
+
+
+def _row(tables: Mapping[str, DomainTable], key: tuple[str, str, str, str]) -> Row:
+    return next(row for row in tables[key[0]].rows if row.arm == key[1])
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,158 @@
+"""What a study says in words: a verdict a domain that claims no more than its intervals allow, and how it was got.
+
+MFT helps only if all three hold: the interval of MFT - control lies below 0, its p stays below 0.05 after Holm's
+correction, and validation's difference has the same sign. A loss is declared by the same rules.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+from mft.study.config import AVERAGE, CONTROL
+from mft.study.outcome import Findings
+from mft.study.report.statistics import CONFIDENCE, DRAWS, Difference
+from mft.study.report.table import DomainTable, Row, study_tables
+
+HELPS = "MFT helps"
+LOST = "MFT does not help: the control is better"
+NO_EVIDENCE = "No evidence beyond continued training"
+LEVEL = 1 - CONFIDENCE
+FEW_DOCUMENTS = 20
+
+
+def study_verdicts(findings: Findings, tables: Mapping[str, DomainTable] | None = None) -> list[str]:
+    """One paragraph a domain."""
+    tables = study_tables(findings) if tables is None else tables
+    return [f"{domain}. {' '.join(_sentences(findings, table))}" for domain, table in tables.items()]
+
+
+def conclusion(row: Row) -> tuple[str, str]:
+    """(HELPS, LOST or NO_EVIDENCE, why no more is claimed) of an MFT arm that was compared with its control."""
+    difference = row.minus_control["loss"]
+    if math.isnan(difference.low):
+        return NO_EVIDENCE, "a single document has no interval"
+    ahead = f"{'MFT' if difference.estimate < 0 else row.against} is ahead on test"
+    if difference.low <= 0 <= difference.high:
+        return NO_EVIDENCE, f"{ahead}, but the interval includes 0"
+    if difference.p_holm is None or difference.p_holm >= LEVEL:
+        return NO_EVIDENCE, f"{ahead}, but not after Holm's correction"
+    if row.validation is None:
+        return NO_EVIDENCE, f"{ahead}, but there is no validation difference to agree"
+    if row.validation * difference.estimate <= 0:
+        return NO_EVIDENCE, f"{ahead}, but validation disagrees"
+    return (HELPS if difference.estimate < 0 else LOST), ""
+
+
+def remarks(findings: Findings, tables: Mapping[str, DomainTable]) -> list[str]:
+    """What a reader of the verdicts must know; warnings first."""
+    return [*_warnings(findings, tables), *_method(findings, tables), *findings.notes]
+
+
+def shown_interval(difference: Difference | None, scale: float = 1, digits: int = 4) -> str:
+    """ "-0.0123 [-0.0200, -0.0046]" """
+    if difference is None:
+        return "-"
+    estimate, low, high = (
+        f"{scale * value + 0.0:+.{digits}f}" for value in (difference.estimate, difference.low, difference.high)
+    )
+    return estimate if math.isnan(difference.low) else f"{estimate} [{low}, {high}]"
+
+
+def shown_p(p: float | None) -> str:
+    if p is None or math.isnan(p):
+        return "-"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _sentences(findings: Findings, table: DomainTable) -> Iterable[str]:
+    masked = [row for row in table.rows if row.masked]
+    if table.control is None:
+        yield "There is no control arm (the same layers' weights trained on), so there is no verdict."
+    if not masked:
+        yield "There is no MFT arm."
+    for row in masked:
+        control = table.row(row.against)
+        if "loss" in row.minus_control and control is not None:
+            yield _compared(row, control, table.full)
+        else:
+            yield f"{row.arm} - {table.full}: {shown_interval(row.minus_full)}{_uncompared(findings, table, row)}."
+    if table.seeds == 1:
+        yield "A single seed: the intervals know of documents only, another seed of the training moves results too."
+
+
+def _compared(row: Row, control: Row, full: str) -> str:
+    difference = row.minus_control["loss"]
+    what, why = conclusion(row)
+    validation = "none" if row.validation is None else f"{row.validation:+.4f}"
+    return (
+        f"{row.arm}: {what}{f' ({why})' if why else ''}. "
+        f"{row.arm} - {full}: {shown_interval(row.minus_full)}; "
+        f"{control.arm} - {full}: {shown_interval(control.minus_full)}; "
+        f"{row.arm} - {control.arm}: {shown_interval(difference)} nats a token, "
+        f"Holm-adjusted p {shown_p(difference.p_holm)}; on validation {validation}."
+    )
+
+
+def _uncompared(findings: Findings, table: DomainTable, row: Row) -> str:
+    if table.control is None:
+        return ""
+    if row.kind == AVERAGE and row.against is None:
+        runs = findings.study.arms[row.arm].runs
+        return f"; not compared: no arm averages {runs} runs of {table.control}, and a single run is no match"
+    return f"; not compared: {row.against} was not tested in the same seeds"
+
+
+def _warnings(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[str]:
+    study = findings.study
+    if findings.test_openings > 1:
+        yield (
+            f"Warning: the test split was opened {findings.test_openings} times, each time with other arms or "
+            "settings: the p-values are optimistic."
+        )
+    for domain, table in tables.items():
+        if table.documents < FEW_DOCUMENTS:
+            yield (
+                f"Warning: {domain} has {table.documents} test documents, fewer than {FEW_DOCUMENTS}: "
+                "its intervals are rough."
+            )
+        if missing := [arm for arm in study.arms if table.row(arm) is None]:
+            yield f"Warning: {domain} was not tested for {', '.join(missing)}."
+        for row in table.rows:
+            difference = row.minus_control.get("loss", row.minus_full)
+            if difference is not None and difference.seeds < table.seeds:
+                yield (
+                    f"Warning: {domain}, {row.arm}: compared in {difference.seeds} of {table.seeds} seeds, those that "
+                    "it and its reference have."
+                )
+
+
+def _method(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[str]:
+    study, stage, seeds = findings.study, findings.study.stage, len(findings.study.seeds)
+    yield (
+        f"Test losses in nats a token, means of {seeds} {'seed' if seeds == 1 else 'seeds'}; differences are paired by "
+        f"seed and document; {100 * CONFIDENCE:.0f} % intervals from {DRAWS} draws of seeds and documents at once, "
+        "widened for how few there are; accuracy is that of the next token."
+    )
+    if study.named(CONTROL) is not None:
+        claims = [row for table in tables.values() for row in table.rows if row.masked and "loss" in row.minus_control]
+        yield (
+            f"p is two-sided against the control; Holm's correction runs over the {len(claims)} comparisons of MFT "
+            "with it in all domains, and separately over those of the other arms, on which no verdict rests."
+        )
+    for domain, table in tables.items():
+        tried = [f"{row.arm} {row.tried}" for row in table.rows if row.kind != AVERAGE]
+        total = sum(row.tried for row in table.rows)
+        means = [name for name, arm in study.arms.items() if arm.kind == AVERAGE]  # part 0 of these is no run
+        units = [(o.unit, o.seconds) for o in findings.outcomes if o.unit.domain == domain]
+        runs = [seconds for unit, seconds in units if unit.arm not in means or unit.part > 0]
+        yield (
+            f"{domain}: {total} configurations tried ({', '.join(tried)}), each arm's chosen on validation with seed "
+            f"{study.seeds[0]} and then run with every seed; {len(runs)} runs and {sum(runs):.0f} s "
+            "in all."
+        )
+    yield (
+        f"Budget of every trained arm after the fine-tune: {stage.batch_size * stage.accumulation} rows a step, "
+        f"{stage.schedule} schedule, as many epochs as validation chose of its grid; the best of {study.checkpoints} "
+        "checkpoints on validation is kept."
+    )
+    if findings.test_openings == 1:
+        yield "The test split was opened once, after every choice."

@@ -1,0 +1,146 @@
+"""The report of a study: tables for Markdown and the terminal, all numbers as JSON, the plot."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import RenderableType
+from rich.constrain import Constrain
+from rich.table import Table
+from rich.text import Text
+
+from mft.study.outcome import Findings
+from mft.study.report.plots import plot_study
+from mft.study.report.table import DomainTable, Row, study_numbers, study_tables
+from mft.study.report.verdict import conclusion, remarks, shown_interval, shown_p, study_verdicts
+from mft.training.run_directory import PLOT, TABLE_JSON, TABLE_MARKDOWN
+
+WIDTH = 100  # of the terminal's tables
+_PERCENT = 100
+
+
+def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, Any] | None = None) -> None:
+    """table.md, table.json and plot.png in directory.
+
+    extra: where the numbers come from (commit, versions, device, command); it goes into both files.
+    """
+    tables, extra = study_tables(findings), dict(extra or {})
+    said, known = study_verdicts(findings, tables), remarks(findings, tables)
+    lines = ["# Verdict", "", *(f"{paragraph}\n" for paragraph in said)]
+    for domain, table in tables.items():
+        lines += [f"# {domain}: {_counts(table)}", "", *_markdown(table), ""]
+    lines += ["# How", "", *(f"- {note}" for note in known)]
+    lines += [f"- {name}: {_words(value)}" for name, value in extra.items()]
+    (directory / TABLE_MARKDOWN).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    numbers = study_numbers(findings, tables)
+    for domain, table in tables.items():
+        for row, entry in zip(table.rows, numbers["domains"][domain]["rows"]):
+            entry["conclusion"] = conclusion(row)[0] if row.masked and "loss" in row.minus_control else None
+    numbers |= {"verdicts": said, "remarks": known, "environment": extra}
+    text = json.dumps(numbers, indent=2, allow_nan=False)
+    (directory / TABLE_JSON).write_text(text + "\n", encoding="utf-8")
+    plot_study(numbers, directory / PLOT)
+
+
+def verdicts(findings: Findings) -> list[str]:
+    """One paragraph a domain."""
+    return study_verdicts(findings)
+
+
+def console_report(findings: Findings) -> list[RenderableType]:
+    """Tables, verdicts and remarks for a terminal, at most 100 columns wide."""
+    tables = study_tables(findings)
+    parts: list[RenderableType] = []
+    for domain, table in tables.items():
+        parts.append(_fitted(Text(f"{domain}: {_counts(table)}", style="bold")))
+        parts += [_console_table(table, columns) for columns in _shown_groups(table)]
+    parts += [_fitted(Text(paragraph, style="bold")) for paragraph in study_verdicts(findings, tables)]
+    return parts + [_fitted(Text(f"- {note}")) for note in remarks(findings, tables)]
+
+
+@dataclass(frozen=True)
+class _Column:
+    heading: str  # {full}: the full fine-tune's name
+    cell: Callable[[Row], str]
+
+
+def _minus_control(metric: str, scale: float = 1, digits: int = 4) -> Callable[[Row], str]:
+    return lambda row: shown_interval(row.minus_control.get(metric), scale, digits)
+
+
+def _holm(row: Row) -> str:
+    difference = row.minus_control.get("loss")
+    return shown_p(None if difference is None else difference.p_holm)
+
+
+_CHOSEN = _Column("chosen", lambda row: str(row.setting or "") or "-")
+# Groups stand side by side in Markdown and below each other in the terminal; a column without an entry is left out.
+_GROUPS = (
+    (
+        _Column("loss", lambda row: f"{row.loss:.4f}"),
+        _Column("loss - {full}", lambda row: shown_interval(row.minus_full)),
+        _Column("loss - control", _minus_control("loss")),
+        _Column("p (Holm)", _holm),
+    ),
+    (
+        _Column("tempered loss - control", _minus_control("tempered")),
+        _Column("acc %", lambda row: f"{_PERCENT * row.accuracy:.2f}"),
+        _Column("acc % - control", _minus_control("accuracy", _PERCENT, 2)),
+    ),
+    (
+        _Column("exact %", lambda row: "-" if row.exact is None else f"{_PERCENT * row.exact:.1f}"),
+        _Column("exact % - control", _minus_control("answers", _PERCENT, 1)),
+    ),
+    (
+        _CHOSEN,
+        _Column("validation - control", lambda row: "-" if row.validation is None else f"{row.validation:+.4f}"),
+        _Column("tried", lambda row: f"{row.tried or '-'}"),
+        _Column("steps", lambda row: f"{row.steps:.0f}" if row.steps else "-"),
+        _Column("s a run", lambda row: "-" if not row.seconds else f"{row.seconds:.1f}"),
+    ),
+)
+
+
+def _shown_groups(table: DomainTable) -> list[list[_Column]]:
+    shown = [[c for c in group if any(c.cell(row) != "-" for row in table.rows)] for group in _GROUPS]
+    return [group for group in shown if group]
+
+
+def _markdown(table: DomainTable) -> list[str]:
+    columns = [column for group in _shown_groups(table) for column in group]
+    columns.sort(key=lambda column: column is not _CHOSEN)  # first, the others as they are
+    headings = [column.heading.format(full=table.full) for column in columns]
+    lines = [f"| arm | {' | '.join(headings)} |", f"|---|{'---:|' * len(columns)}"]
+    for row in table.rows:
+        arm = f"**{row.arm}**" if row.masked else row.arm
+        lines.append(f"| {' | '.join((arm, *(column.cell(row) for column in columns)))} |")
+    return lines
+
+
+def _console_table(table: DomainTable, columns: list[_Column]) -> Table:
+    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    drawn.add_column("arm", max_width=20, overflow="fold")
+    for column in columns:
+        heading = column.heading.format(full=table.full).replace(" - ", " -\n", 1)
+        drawn.add_column(heading, justify="right", no_wrap=column is not _CHOSEN, max_width=30)
+    for row in table.rows:
+        cells = (Text(cell) for cell in (row.arm, *(column.cell(row) for column in columns)))
+        drawn.add_row(*cells, style="bold" if row.masked else None)
+    return drawn
+
+
+def _fitted(text: Text) -> RenderableType:
+    return Constrain(text, WIDTH)
+
+
+def _words(value: Any) -> str:
+    return ", ".join(f"{name} {item}" for name, item in value.items()) if isinstance(value, Mapping) else str(value)
+
+
+def _counts(table: DomainTable) -> str:
+    questions = f", {table.questions} questions" if table.questions else ""
+    seeds = "1 seed" if table.seeds == 1 else f"{table.seeds} seeds"
+    return f"test split, {table.documents} documents, {table.tokens} tokens{questions}, {seeds}"

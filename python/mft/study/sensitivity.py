@@ -1,0 +1,214 @@
+"""Which layers, or which kinds of linear layers, a mask helps most: a short mask training of each group by itself.
+
+Every group gets the same settings and data, so rows can be ranked; none is tuned, so a row is no verdict on masks.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+
+from mft.checks import check_rule
+from mft.config import MaskConfig, TrainConfig
+from mft.evaluation.evaluate import Evaluation, paired_difference
+from mft.files.atomic import atomic_file
+from mft.masks.convert import check_unmasked, convert
+from mft.masks.inspection import flip_share, initial_masks
+from mft.masks.targets import select_targets
+from mft.models.clones import clone_with_own_weights
+from mft.models.frozen_layers import PrefixMemory
+from mft.models.linears import layer_index, layer_stacks
+from mft.training.loop import train_masks
+from mft.training.metrics import Recorder
+
+LEVEL = 0.05  # two-sided, of all groups together
+_TITLE = "Validation loss with a mask - without, nats a token"
+_COLUMNS = ("group", "weights", "before training", "trained", "s.e.", "flips %")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linear layers that are masked together; override is what chooses them in a configuration."""
+
+    name: str
+    modules: tuple[str, ...]
+    override: str
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What a mask on one group does to the validation loss; differences from the unmasked model, nats a token."""
+
+    group: Group
+    weights: int
+    first: float  # of the mask before training
+    difference: float  # of the trained mask
+    error: float  # standard error of difference over documents
+    flips: float  # share of the group's weights whose bit training changed
+
+
+def layer_groups(model: nn.Module, mask: MaskConfig, *, size: int = 1) -> list[Group]:
+    """Each ``size`` consecutive layers among those that mask chooses; the last group may be smaller."""
+    check_rule(size >= 1, "size", "be at least 1", size)
+    chosen = _by(model, mask, _layer_of(model))
+    layers = sorted(chosen)
+    groups = []
+    for start in range(0, len(layers), size):
+        part = layers[start : start + size]
+        name = f"layer {part[0]}" if len(part) == 1 else f"layers {_ranges(part)}"
+        modules = tuple(module for layer in part for module in chosen[layer])
+        groups.append(Group(name, modules, f"mask.layers_to_transform={_ranges(part)}"))
+    return groups
+
+
+def kind_groups(model: nn.Module, mask: MaskConfig) -> list[Group]:
+    """The layers that mask chooses by the last part of their names: q_proj, down_proj, ..."""
+    chosen = _by(model, mask, lambda name: name.rpartition(".")[2])
+    return [Group(kind, tuple(names), f"mask.target_modules=[{kind}]") for kind, names in chosen.items()]
+
+
+def layer_sensitivity(
+    model: nn.Module,
+    train_rows,
+    validation_rows,
+    mask: MaskConfig,
+    groups: Sequence[Group],
+    train: TrainConfig,
+    *,
+    recorder: Recorder | None = None,
+) -> list[Sensitivity]:
+    """Mask and train each group on a clone of model; best first.
+
+    Args:
+        mask: keep_ratio, init, mode and seed; which layers it chooses does not matter here.
+        train: of each group; a few dozen steps at a rate that moves masks are enough to rank.
+    Raises: ValueError if model is masked, or there is no group.
+    """
+    check_unmasked(model)
+    check_rule(bool(groups), "groups", "hold at least one group", list(groups))
+    recorder = Recorder() if recorder is None else recorder
+    start = recorder.evaluate("unmasked, validation", model, validation_rows)
+    rows = [_try(model, train_rows, validation_rows, mask, group, train, recorder, start) for group in groups]
+    return sorted(rows, key=lambda row: row.difference)
+
+
+def recommendation(rows: Sequence[Sensitivity]) -> str:
+    """One sentence: the groups that gain beyond chance, at LEVEL divided by the number of groups (Bonferroni)."""
+    z = NormalDist().inv_cdf(1 - LEVEL / (2 * len(rows)))
+    clear = [row for row in rows if row.difference + z * row.error < 0]
+    best = min(rows, key=lambda row: row.difference)
+    if not clear:
+        return (
+            f"None of the {len(rows)} groups gains more than {z:.1f} standard errors; the best, {best.group.name} "
+            f"({best.group.override}), changes the loss by {best.difference:+.4f} ± {best.error:.4f}."
+        )
+    named = ", ".join(f"{row.group.name} ({row.difference:+.4f})" for row in clear)
+    return (
+        f"{len(clear)} of {len(rows)} groups gain more than {z:.1f} standard errors: {named}. "
+        f"Begin with {best.group.override}, and let validation choose between it and more of them."
+    )
+
+
+def sensitivity_table(rows: Sequence[Sensitivity]) -> Table:
+    """For the console; best first."""
+    table = Table(title=_TITLE)
+    for column in _COLUMNS:
+        table.add_column(column, justify="left" if column == _COLUMNS[0] else "right")
+    for row in rows:
+        table.add_row(*_cells(row))
+    return table
+
+
+def sensitivity_markdown(rows: Sequence[Sensitivity]) -> str:
+    """The same for a file."""
+    lines = [f"| {' | '.join(_COLUMNS)} |", f"|---|{'---:|' * (len(_COLUMNS) - 1)}"]
+    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    return "\n".join([f"{_TITLE}.", "", *lines, "", recommendation(rows), ""])
+
+
+def plot_sensitivity(rows: Sequence[Sensitivity], path: Path) -> None:
+    """Differences with two standard errors, in the order of the model; hollow: before training."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1.2 + 0.35 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        axes.errorbar(row.difference, place, xerr=2 * row.error, fmt="o", color="C3", capsize=3)
+        axes.plot(row.first, place, "o", color="0.5", fillstyle="none")
+    axes.axvline(0, color="C0", linestyle="--")
+    axes.set_yticks(range(len(rows)), [row.group.name for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("loss with a mask on this group alone - without (left is better)")
+    axes.set_title("Trained mask, 2 standard errors; hollow: before training")
+    with atomic_file(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=120)
+
+
+def _cells(row: Sensitivity) -> tuple[str, ...]:
+    figures = (f"{row.first:+.4f}", f"{row.difference:+.4f}", f"{row.error:.4f}", f"{100 * row.flips:.2f}")
+    return row.group.name, f"{row.weights:,}", *figures
+
+
+def _try(
+    model: nn.Module,
+    train_rows,
+    validation_rows,
+    mask: MaskConfig,
+    group: Group,
+    train: TrainConfig,
+    recorder: Recorder,
+    start: Evaluation,
+) -> Sensitivity:
+    candidate = clone_with_own_weights(model)
+    convert(candidate, group.modules, mask)
+    layers = [_layer_of(model)(name) for name in group.modules]
+    shared: dict[str, Any] = {
+        "first": min(layers),
+        "memory": PrefixMemory(),
+    }  # the two evaluations share what lies below the group
+    first = recorder.evaluate(f"{group.name}, before training", candidate, validation_rows, **shared)
+    initial = initial_masks(candidate)
+    with recorder.training(group.name, train_rows, train) as on_step:
+        train_masks(candidate, train_rows, train, on_step=on_step)
+    trained = recorder.evaluate(f"{group.name}, validation", candidate, validation_rows, **shared)
+    difference, error = paired_difference(trained, start)
+    weights = sum(mask.numel() for mask in initial.values())
+    flips = flip_share(candidate, initial)
+    return Sensitivity(group, weights, paired_difference(first, start)[0], difference, error, flips)
+
+
+def _by(model: nn.Module, mask: MaskConfig, key: Callable[[str], object]) -> dict:
+    """The names that mask chooses, by key(name), in the model's order."""
+    chosen: dict = {}
+    for name in select_targets(model, mask):
+        chosen.setdefault(key(name), []).append(name)
+    return chosen
+
+
+def _layer_of(model: nn.Module) -> Callable[[str], int]:
+    stacks = layer_stacks(model)
+
+    def layer(name: str) -> int:
+        number = layer_index(name, stacks)
+        if number is None:
+            raise ValueError(f"groups must hold linear layers of the decoder's layers, got {name}")
+        return number
+
+    return layer
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5" """
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and parts[-1][-1] == layer - 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

@@ -1,0 +1,127 @@
+"""What the units of a study share within one process: base model, data, one fine-tune, and its frozen layers' outputs.
+
+Results must not depend on which units ran before in the same process. A product of matrices may round differently in
+another batch, so remembered outputs are all made in one way before a unit sees them: in order, so many rows at once.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mft.config import ModelConfig
+from mft.data.batches import take_rows
+from mft.data.splits import Splits, load_splits
+from mft.masks.targets import select_targets
+from mft.models.causal_lm import FEW, decoder_layers, first_trainable_layer, replaced_forwards, split_at_head
+from mft.models.clones import clone_with_own_weights
+from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
+from mft.models.pretrained import load_model
+from mft.study.config import ArmConfig, StudyConfig
+
+ROWS = 8  # that are evaluated together
+
+
+class Bench:
+    """Loads the base model; the rest when it is first asked for.
+
+    model: the fine-tune (the base where there is none) that begin() chose, frozen; units take clones.
+    """
+
+    def __init__(self, study: StudyConfig, base: ModelConfig) -> None:
+        self.study = study
+        longest = max(data.sequence_length for data in study.domains.values())
+        self.base, self.tokenizer = load_model(base, sequence_length=longest)
+        self.base.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model: Any = self.base
+        self._begun: tuple[str, Path | None] | None = None
+        self._splits: dict[str, Splits] = {}
+        self._memories: dict[tuple[str, int], PrefixMemory] = {}
+        self._layers: dict[str, tuple[list[str], int]] = {}
+        for arm in study.arms.values():
+            self.layers_of(arm)  # raises before anything is trained
+
+    def splits(self, domain: str) -> Splits:
+        if domain not in self._splits:
+            self._splits[domain] = load_splits(self.study.domains[domain], self.tokenizer)
+        return self._splits[domain]
+
+    def begin(self, domain: str, start: Path | None) -> None:
+        """Take the fine-tune whose trained weights lie at start; None: the base model."""
+        if self._begun == (domain, start):
+            return
+        self.model = self.base if start is None else with_weights(self.base, load_file(start))
+        self._begun, self._memories = (domain, start), {}
+
+    def layers_of(self, arm: ArmConfig) -> tuple[list[str], int]:
+        """The linears that the arm's mask, adapters or control train, and how many layers lie below all of them."""
+        mask = self.study.mask_of(arm)
+        key = str(mask.layers_to_transform)
+        if key not in self._layers:
+            names = select_targets(self.base, mask)
+            self._layers[key] = names, self._layers_below(names)
+        return self._layers[key]
+
+    def memory(self, split: str, first: int) -> PrefixMemory | None:
+        """What the first layers of model make of every row of a split; None for no layers."""
+        if first == 0:
+            return None
+        if (split, first) not in self._memories:
+            assert self._begun is not None
+            dataset = getattr(self.splits(self._begun[0]), split)
+            self._memories[split, first] = _remembered(self.model, dataset, first, batch_size=ROWS)
+        return self._memories[split, first]
+
+    def _layers_below(self, names: list[str]) -> int:
+        clone = clone_with_own_weights(self.base, names)
+        for name in names:
+            clone.get_submodule(name).requires_grad_(True)
+        return first_trainable_layer(clone)
+
+
+def with_layers_remembered(
+    model: nn.Module, dataset, *, batch_size: int, first: int = 0, memory: PrefixMemory | None = None
+) -> dict[str, Any]:
+    """These options of evaluate, such that further passes over dataset run the head alone; model is in eval mode."""
+    depth = len(decoder_layers(model))
+    whole = _remembered(model, dataset, depth, batch_size=batch_size, first=first, memory=memory)
+    return {"batch_size": batch_size, "first": depth, "memory": whole}
+
+
+def with_weights(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """A clone of model with these parameters, which it owns; the others are shared."""
+    clone = clone_with_own_weights(model, {name.rpartition(".")[0] for name in weights})
+    with torch.no_grad():
+        for name, weight in weights.items():
+            clone.get_parameter(name).copy_(weight)
+    return clone
+
+
+@torch.no_grad()
+def _remembered(
+    model: nn.Module, dataset, depth: int, *, batch_size: int, first: int = 0, memory: PrefixMemory | None = None
+) -> PrefixMemory:
+    """What the first ``depth`` layers of model make of every row; memory holds it of the first ``first`` already."""
+    found, layers, outputs = PrefixMemory(), decoder_layers(model), list[Any]()
+    device = next(model.parameters()).device
+    few = take_rows(dataset, [0]).input_ids[:1, :FEW].to(device)
+    prefix = FrozenPrefix(model, first, memory, split_at_head(model, few)[0])
+    handle = layers[depth - 1].register_forward_hook(lambda *call: outputs.append(call[-1]))
+    try:
+        with replaced_forwards(layers[depth:], lambda layer: _first_argument):
+            for start in range(0, len(dataset), batch_size):
+                batch = take_rows(dataset, list(range(start, min(start + batch_size, len(dataset)))))
+                prefix(batch.input_ids.to(device), batch.rows)
+                last = outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
+                for row, state in zip(batch.rows, last):
+                    found.remember(row, state)
+                outputs.clear()
+    finally:
+        handle.remove()
+    return found
+
+
+def _first_argument(hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    return hidden_states

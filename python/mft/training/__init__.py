@@ -1,0 +1,1 @@
+"""A run of many steps: the loop, its checkpoints, its directory."""

@@ -1,0 +1,200 @@
+"""Training checkpoints on disk: whole or absent, verified before they are trusted, the old one kept until then.
+
+    checkpoints/step-00000120/state.safetensors   tensors
+                              state.json          everything else
+                              manifest.json       sizes and SHA-256 of the other two; written last
+
+A checkpoint is written under another name, synced, renamed, and read again; only then the older ones go. Whoever is
+killed at any point leaves a directory that verifies. No pickle is written or read.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mft.files.atomic import atomic_directory, naming, remove, sweep
+from mft.files.cache import sha256_of
+from mft.files.json_file import read_object
+from mft.files.safetensors_file import open_tensors
+
+FORMAT_VERSION = 1
+TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})")
+_MOST_MANIFEST = 1 << 16  # bytes
+_MOST_FACTS = 1 << 30  # bytes: the reports of millions of steps
+_REMEDY = "restore what was written, or delete the checkpoint"
+_HEADROOM = 1 << 20  # bytes beyond the tensors that a checkpoint may take
+
+
+class BadCheckpoint(ValueError):
+    """A checkpoint that does not verify; the message names file, what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that has been verified."""
+
+    path: Path
+    step: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """On the CPU. Raises: BadCheckpoint."""
+        path = self.path / TENSORS
+        with _blamed_on(path), open_tensors(path, _REMEDY) as file:
+            return {name: file.get_tensor(name) for name in list(file.keys())}
+
+    def facts(self) -> dict[str, Any]:
+        """What is no tensor. Raises: BadCheckpoint."""
+        return _read_json(self.path / FACTS, _MOST_FACTS)
+
+    def run(self) -> dict[str, Any]:
+        """What a run of the command line needs to go on: its config, and the events of its metrics so far.
+
+        Raises: BadCheckpoint, also if it was not written by such a run, or by one of an older version.
+        """
+        run = self.facts().get("run")
+        if not isinstance(run, dict) or run.keys() != {"config", "events"}:
+            raise BadCheckpoint(
+                f"{self.path / FACTS}: expected the config and events of a run of this version of mft, got "
+                f"{sorted(run) if isinstance(run, dict) else run}: go on with the version or the program that wrote it"
+            )
+        return run
+
+
+def write_checkpoint(root: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Checkpoint:
+    """Save as the newest under root, verify it, then delete the others.
+
+    Args: tensors: on any device. facts: what JSON can hold.
+    Raises: OSError, if the disk has no room or cannot be written (NotWritten); what was there stays. BadCheckpoint, if
+    what was written does not read back.
+    """
+    prepare(root)
+    check_space(root, sum(tensor.nbytes for tensor in tensors.values()))
+    target = root / f"step-{step:08d}"
+    with atomic_directory(target) as scratch:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, scratch / TENSORS)
+        (scratch / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        files = {name: _described(scratch / name) for name in (TENSORS, FACTS)}
+        manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
+        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    written = verify_checkpoint(target)
+    for other in _found(root):
+        if other != target:
+            remove(other)
+    return written
+
+
+def prepare(root: Path) -> None:
+    """Make root if need be, and clear away what killed writers left half-written. Raises: NotWritten."""
+    with naming(root):
+        root.mkdir(parents=True, exist_ok=True)
+    sweep(root, _NAME.fullmatch)
+
+
+def check_space(root: Path, needed: int) -> None:
+    """Raise OSError if the disk of root has less room than so many bytes and a little."""
+    needed += _HEADROOM
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise OSError(
+            f"{root}: checkpoints take {needed / 1e9:.2f} GB more, as a new one is written beside the old one; "
+            f"{free / 1e9:.2f} GB are free: make room, or name another output_dir"
+        )
+
+
+def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest one that verifies, and why each newer one was passed over."""
+    skipped: list[str] = []
+    for path in reversed(_found(root)):
+        try:
+            return verify_checkpoint(path), skipped
+        except BadCheckpoint as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+def verify_checkpoint(path: Path) -> Checkpoint:
+    """Read the manifest strictly, compare sizes, then hashes. Raises: BadCheckpoint."""
+    try:
+        return _verified(path)
+    except OSError as error:
+        raise _unreadable(error.filename or path, error.strerror) from None
+
+
+def _verified(path: Path) -> Checkpoint:
+    named = _NAME.fullmatch(path.name)
+    manifest_path = path / MANIFEST
+    manifest = _read_json(manifest_path, _MOST_MANIFEST)
+    _expect_keys(manifest_path, "keys", manifest, ["files", "format_version", "step"])
+    version = manifest["format_version"]
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise BadCheckpoint(f"{manifest_path}: expected format_version {FORMAT_VERSION}, got {version}: upgrade mft")
+    _expect(manifest_path, "format_version", version, FORMAT_VERSION)
+    _expect(manifest_path, "step", manifest["step"], int(named.group(1)) if named else None)
+    files = manifest["files"]
+    _expect_keys(manifest_path, "files", files, [FACTS, TENSORS])
+    for name, described in files.items():
+        _expect_keys(manifest_path, f"files.{name}", described, ["bytes", "sha256"])
+    _expect(path, "files", sorted(os.listdir(path)), sorted([FACTS, MANIFEST, TENSORS]))
+    for name, described in files.items():
+        with _blamed_on(path / name):
+            _expect(path / name, "bytes", (path / name).stat().st_size, described["bytes"])
+    for name, described in files.items():
+        with _blamed_on(path / name):
+            _expect(path / name, "sha256", sha256_of(path / name), described["sha256"])
+    return Checkpoint(path, manifest["step"])
+
+
+def _described(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _found(root: Path) -> list[Path]:
+    """Oldest first."""
+    entries = root.iterdir() if root.is_dir() else []
+    numbered = [(int(named.group(1)), entry) for entry in entries if (named := _NAME.fullmatch(entry.name))]
+    return [entry for _, entry in sorted(numbered)]
+
+
+def _read_json(path: Path, most: int) -> dict[str, Any]:
+    with _blamed_on(path):
+        return read_object(path, most)
+
+
+@contextmanager
+def _blamed_on(path: Path) -> Iterator[None]:
+    """What a file's readers raise, as BadCheckpoint."""
+    try:
+        yield
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from None  # safetensors gives no strerror
+    except RuntimeError as error:  # of torch, which maps it
+        raise _unreadable(path, str(error)) from None
+    except ValueError as error:
+        raise BadCheckpoint(str(error)) from None
+
+
+def _expect_keys(path: Path, what: str, got: Any, expected: list[str]) -> None:
+    if not isinstance(got, dict):
+        raise BadCheckpoint(f"{path}: expected {what} {sorted(expected)}, got {got!r}: {_REMEDY}")
+    _expect(path, what, sorted(got), sorted(expected))
+
+
+def _unreadable(path: str | os.PathLike, reason: str | None) -> BadCheckpoint:
+    return BadCheckpoint(
+        f"{path}: expected a file that can be read, got {reason}: see to the disk, or restore what was written"
+    )
+
+
+def _expect(path: Path, what: str, got: Any, expected: Any) -> None:
+    if got != expected or type(got) is not type(expected):
+        raise BadCheckpoint(f"{path}: expected {what} {expected}, got {got}: {_REMEDY}")

@@ -1,0 +1,101 @@
+"""Flips over training: how far a mask has moved from its first one, and how much it still moves a step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mft.engines.step import StepReport
+from mft.masks.inspection import flip_share, initial_masks
+from mft.training.run_directory import read_metrics
+from mft_kernels import pack_mask, unpack_mask
+
+PHASE = "flips"  # of its events in a run's metrics file
+POINTS = 100  # that a curve of a run has at most, so that counting costs little
+
+
+@dataclass
+class FlipCurve:
+    """share of all masked weights; from_start: bits that differ from the first mask; a_step: bits changed a step."""
+
+    steps: list[int] = field(default_factory=list)
+    from_start: list[float] = field(default_factory=list)
+    a_step: list[float] = field(default_factory=list)
+
+
+class FlipCounter:
+    """Counts every so many steps, and at the last; call it after each step. initial: the masks before the first.
+
+    It counts on from a checkpoint that holds take_state's tensors: the masks counted last, of a step before its own.
+    """
+
+    def __init__(self, model: nn.Module, initial: dict[str, Tensor], *, every: int = 1) -> None:
+        self.curve = FlipCurve()
+        self._model, self._every = model, every
+        self._initial = self._last = initial
+        self._counted = 0  # the step of _last
+
+    def __call__(self, report: StepReport) -> dict[str, Any] | None:
+        """The step's values if it was counted."""
+        if report.step % self._every and report.step != report.steps:
+            return None
+        curve = self.curve
+        since = report.step - self._counted
+        curve.steps.append(report.step)
+        curve.from_start.append(flip_share(self._model, self._initial))
+        curve.a_step.append(flip_share(self._model, self._last) / since)
+        self._last, self._counted = initial_masks(self._model), report.step
+        return {"step": report.step, "from_start": curve.from_start[-1], "a_step": curve.a_step[-1]}
+
+    def take_state(self) -> dict[str, Tensor]:
+        """What put_state needs, 1 bit a weight."""
+        half = torch.tensor(0.5)
+        packed = {f"flips.mask.{name}": pack_mask(mask.float(), half) for name, mask in self._last.items()}
+        return packed | {"flips.step": torch.tensor(self._counted)}
+
+    def put_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Count on from there. Raises: ValueError, naming a tensor that is missing."""
+        missing = sorted(self.take_state().keys() - tensors.keys())
+        if missing:
+            raise ValueError(
+                f"the checkpoint must hold the masks that flips were last counted on, {missing[0]} is missing there: "
+                "go on with the version of mft that wrote it, or begin anew with --overwrite"
+            )
+        self._last = {name: unpack_mask(tensors[f"flips.mask.{name}"], mask.shape) for name, mask in self._last.items()}
+        self._counted = int(tensors["flips.step"])
+
+
+def read_flips(metrics: Path) -> FlipCurve:
+    """The curve in a run's metrics file. Raises: ValueError if it holds none."""
+    if not metrics.is_file():
+        raise ValueError(f"a directory must be a run's of mft train, got none with {metrics}")
+    events = [event for event in read_metrics(metrics) if event.get("phase") == PHASE]
+    if not events:
+        raise ValueError(
+            f"a run must have counted flips to plot them, got none in {metrics}: mft train counts them where memory "
+            "is plain"
+        )
+    return FlipCurve(*([event[name] for event in events] for name in ("step", "from_start", "a_step")))
+
+
+def plot_flips(curves: Mapping[str, FlipCurve], path: Path) -> None:
+    """Flips since the start, and flips a step, over training."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for name, curve in curves.items():
+        left.plot(curve.steps, [100 * share for share in curve.from_start], label=name)
+        right.plot(curve.steps, [100 * share for share in curve.a_step], label=name)
+    left.set_ylabel("bits that differ from the first mask, %")
+    right.set_ylabel("bits that change a step, %")
+    right.set_yscale("log")
+    for axes in (left, right):
+        axes.set_xlabel("optimiser step")
+    left.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,262 @@
+"""The training loop, and the three things that it trains: all weights, scores, or the weights of some layers.
+
+For each step: backpropagate the loss of each of its micro-batches, then AdamW at the scheduled rate. How a step runs is
+the business of plain.py and of the engines (layer_engine.py, layerwise.py), which give the same update in less memory.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from mft.config import TrainConfig
+from mft.data.batches import MicroBatch, take_rows
+from mft.engines.distributed import ALONE, Processes
+from mft.engines.layer_engine import LayerEngine
+from mft.engines.plain import Plain
+from mft.engines.randomness import draws_at_random, seeded
+from mft.engines.start import Device, start_engine
+from mft.engines.step import StepReport
+from mft.engines.step_errors import NonFiniteLoss
+from mft.masks.convert import masked_modules
+from mft.masks.saved_modules import saved_modules, train_whole
+from mft.models.causal_lm import FEW, split_at_head
+from mft.models.frozen_layers import PrefixMemory
+from mft.models.next_tokens import check_next_tokens
+from mft.models.token_loss import count_labels
+from mft.training.saver import Saver
+
+_CHUNK = 1024  # rows that are looked at together
+
+
+def finetune(model: nn.Module, dataset, train: TrainConfig, **options) -> list[StepReport]:
+    """Train all weights of model in place; options as of train_loop."""
+    model.requires_grad_(True)
+    return train_loop(model, dataset, train, **options)
+
+
+def train_masks(
+    model: nn.Module, dataset, train: TrainConfig, *, way: str = "plain", device: Device = None, **options
+) -> list[StepReport]:
+    """Train the scores of a masked model in place, and its modules_to_save; nothing else.
+
+    Args:
+        way: "plain", "resident", "quantized" or "layerwise" (see docs/memory.md); all give the same update.
+        device: of the three latter; None: the first GPU, or the CPU. model lies on the CPU, or there.
+        options: as of train_loop.
+    """
+    masked = masked_modules(model)
+    if not masked:
+        raise ValueError("model must hold masked layers, found none: call mask_model(model, config) first")
+    model.requires_grad_(False)
+    for name, module in masked.items():
+        if way != "plain":
+            continue
+        if not module.scores.is_floating_point():
+            raise ValueError(
+                f"memory must not be plain with int16 scores, which autograd cannot reach, got {name}: set memory: "
+                "resident"
+            )
+        module.scores.requires_grad_(True)
+    whole = saved_modules(model)
+    if whole and way != "plain":
+        raise ValueError(
+            f"memory must be plain to train modules_to_save ({', '.join(whole)}), got {way}, which trains scores "
+            "alone: set memory: plain"
+        )
+    train_whole(model, whole)
+    return train_loop(model, dataset, train, way=way, device=device, **options)
+
+
+def train_weights(model: nn.Module, modules: list[str], dataset, train: TrainConfig, **options) -> list[StepReport]:
+    """Train the weights of the named modules in place: what masks must beat. Options as of train_loop."""
+    model.requires_grad_(False)
+    for name in modules:
+        model.get_submodule(name).weight.requires_grad_(True)
+    return train_loop(model, dataset, train, **options)
+
+
+def train_loop(
+    model: nn.Module,
+    dataset,
+    train: TrainConfig,
+    *,
+    way: str = "plain",
+    device: Device = None,
+    memory: PrefixMemory | None = None,
+    remember: bool = True,
+    before_update: Callable[[int, int], None] | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
+    saver: Saver | None = None,
+    processes: Processes = ALONE,
+) -> list[StepReport]:
+    """Train what requires grad; the model ends in eval mode.
+
+    What is random in it, dropout say, comes from train.seed; torch's generators are the caller's again afterwards.
+
+    Args:
+        dataset: rows of input_ids, labels (-100: not scored) and document.
+        way, device: see train_masks.
+        memory: of the frozen layers' outputs, shared with other runs on the same rows.
+        remember: whether to remember them at all; without a memory, done when rows are seen twice. Not done where the
+            model draws at random in training: a frozen layer's dropout is drawn anew in each pass.
+        before_update: called with (step, steps) when a step's gradients are complete and not yet clipped or applied; it
+            may change them (of fp32 parameters: the .grad) and the parameters. Belongs to way "plain".
+        saver: writes checkpoints, and may begin at one; on_step does not hear of the steps done before.
+        processes: those that train together, each of which calls this with the same arguments; see distributed.py.
+    Raises: ValueError if the model predicts no next tokens, or has too few positions. NonFiniteLoss, naming step, rows
+        and documents; the step's gradients are not applied. RuntimeError for a lack of memory, naming rows or layer.
+    """
+    if len(dataset) == 0:
+        raise ValueError("dataset must hold at least one row to train on, got 0")
+    if before_update is not None and way != "plain":
+        raise ValueError(f"before_update must be None unless way is plain, whose gradients it may change, got {way!r}")
+    processes.check(train, way)
+    first_row = take_rows(dataset, [0]).input_ids
+    check_next_tokens(model.config, type(model).__name__, first_row.shape[1])
+    steps = count_steps(train, len(dataset))
+    if remember and memory is None and steps * train.batch_size * train.accumulation > len(dataset):
+        memory = PrefixMemory()
+    memory = memory if remember else None
+    few = first_row[:, :FEW].to(next(model.parameters()).device)
+    processes.check_model(model, few)
+    stream = _row_numbers(len(dataset), train.seed)
+    reports: list[StepReport] = []
+    with (
+        seeded(train.seed),
+        _training_mode(model, checkpointed=way == "plain" and train.gradient_checkpointing),
+        contextlib.nullcontext() if saver is None else saver.listening(),
+    ):
+        runner = _start(model, train, few, way, device, memory, processes)
+        if isinstance(runner, Plain) and before_update is not None:
+            runner.before_update = lambda: before_update(len(reports) + 1, steps)
+        try:
+            if isinstance(runner, LayerEngine):
+                _rehearse(runner, dataset, train)
+            if saver is not None:
+                reports += saver.begin(runner)
+            processes.agree_on(runner.learned())
+            done, epoch = len(reports), len(dataset) / (train.batch_size * train.accumulation)
+            begin = time.perf_counter() - (reports[-1].seconds if reports else 0.0)
+            for step in range(1, steps + 1):
+                micro_batches = [[next(stream) for _ in range(train.batch_size)] for _ in range(train.accumulation)]
+                if step <= done and step > epoch + 1 and processes.count == 1:  # all rows have been seen
+                    continue
+                batches = [take_rows(dataset, rows) for rows in processes.share(micro_batches)]
+                if step <= done:
+                    runner.recall(batches)  # in the groups of then, on which the last bits may depend
+                    continue
+                labelled = sum(len(batch.labelled.targets) for batch in batches)
+                length = sum(batch.input_ids.numel() for batch in batches)
+                count, tokens = (int(total) for total in processes.sum(labelled, length))
+                losses = _Losses(f"step {step} of {steps}", train)
+                lr = train.lr * schedule_factor(step, steps, train)
+                runner.step(batches, 1 / max(count, 1), lr, train.max_grad_norm, losses)
+                runner.check()
+                (loss,) = processes.sum(losses.total)
+                seconds = time.perf_counter() - begin
+                reports.append(StepReport(step, steps, loss / max(count, 1), lr, tokens, seconds))
+                if on_step is not None:
+                    on_step(reports[-1])
+                if saver is not None:
+                    saver.after_step(runner, reports)
+            runner.check_learned()
+            processes.agree_on(runner.learned())  # else their machines compute differently
+        finally:
+            runner.close()
+    return reports
+
+
+def _start(
+    model: nn.Module,
+    train: TrainConfig,
+    few: Tensor,
+    way: str,
+    device: Device,
+    memory: PrefixMemory | None,
+    processes: Processes,
+) -> Plain | LayerEngine:
+    if way == "plain":
+        if memory is not None and draws_at_random(model, few):
+            memory = None
+        return Plain(model, train, *split_at_head(model, few), memory, processes)
+    return start_engine(model, few, way, device, train=train, memory=memory)
+
+
+def _rehearse(runner: LayerEngine, dataset, train: TrainConfig) -> None:
+    """The rows that score most tokens first, without an update: what does not fit shows before anything is learned.
+
+    Rows have one length, so nothing else can make one step larger than another.
+    """
+    numbers = range(len(dataset))
+    chunks = [list(numbers[start : start + _CHUNK]) for start in range(0, len(dataset), _CHUNK)]
+    scored = torch.cat([count_labels(take_rows(dataset, rows).labels) for rows in chunks])
+    if scored.min() == scored.max():
+        return
+    most = scored.argsort(descending=True)[: train.batch_size].tolist()
+    runner.step([take_rows(dataset, most)], 1.0, None, train.max_grad_norm, _Losses("the rehearsal", train))
+
+
+class _Losses:
+    """Adds up the losses of a step's micro-batches; the first that is not finite stops the step."""
+
+    def __init__(self, step: str, train: TrainConfig) -> None:
+        self.total = 0.0
+        self._step, self._train = step, train
+
+    def __call__(self, batch: MicroBatch, total: Tensor) -> None:
+        loss = total.item()
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(
+                f"the loss must stay finite, got {loss} at {self._step} in the batch of rows {batch.rows} (documents "
+                f"{batch.documents}): lower train.lr (now {self._train.lr:g}) or look at these rows"
+            )
+        self.total += loss
+
+
+def count_steps(train: TrainConfig, rows: int) -> int:
+    """Optimiser steps of a run on so many rows."""
+    if train.steps is not None:
+        return train.steps
+    return max(1, math.ceil((train.epochs or 0) * rows / (train.batch_size * train.accumulation)))
+
+
+def schedule_factor(step: int, steps: int, train: TrainConfig) -> float:
+    """Share of train.lr at a step counted from 1: rises over warmup_ratio of the steps, then falls towards 0.
+
+    linear: the first step after the warm-up takes the whole rate, the last one 1 / (steps - warm-up) of it.
+    """
+    warmup = int(train.warmup_ratio * steps)
+    if step <= warmup:
+        return step / (warmup + 1)
+    if train.schedule == "constant":
+        return 1.0
+    done = (step - warmup - 1) / max(1, steps - warmup)
+    return 1 - done if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _row_numbers(count: int, seed: int) -> Iterator[int]:
+    """Every row once an epoch, each epoch in an order of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+@contextlib.contextmanager
+def _training_mode(model: nn.Module, *, checkpointed: bool) -> Iterator[None]:
+    """Training mode, with gradient checkpointing if asked for; eval mode and no checkpointing afterwards."""
+    # TODO: drop the old names when transformers >= 6 is the floor
+    renamed = hasattr(model, "activation_checkpointing_enable")
+    kind = "activation_checkpointing" if renamed else "gradient_checkpointing"
+    model.train()
+    if checkpointed:
+        getattr(model, f"{kind}_enable")(**{f"{kind}_kwargs": {"use_reentrant": False}})
+    try:
+        yield
+    finally:
+        if checkpointed:
+            getattr(model, f"{kind}_disable")()
+        model.eval()

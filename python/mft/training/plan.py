@@ -1,0 +1,165 @@
+"""Before any weight is loaded: which way of training fits this machine, and whether its disk will hold the result."""
+
+import os
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from mft.checks import check_rule
+from mft.config import RunConfig
+from mft.engines.start import default_device
+from mft.memory.fit import Choice, choose, gigabytes
+from mft.memory.model_config import read_model_config
+from mft.memory.shapes import ModelShape, shape_from_config
+from mft.memory.workload import Setting
+from mft.models.frozen_layers import PrefixMemory
+
+_LOGS = 100_000_000  # bytes: metrics, tables, plot
+# Where a field of Setting stands in a run's configuration.
+_KEYS = {
+    "memory": "memory",
+    "sequence": "data.sequence_length",
+    "micro_batch": "train.batch_size",
+    "accumulation": "train.accumulation",
+    "scores": "mask.scores_dtype",
+    "moments": "train.moments",
+    "quantization": "model.quantization",
+    "quantize_masked": "model.quantize_masked",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run will train.
+
+    quantization is that of the base, None for exact weights; remember: whether the frozen layers' outputs are kept.
+    """
+
+    way: str
+    device: torch.device
+    quantization: str | None
+    remember: bool
+    reason: str
+
+
+def plan_training(config: RunConfig) -> Plan:
+    """The way that config.memory names, or for "auto" the fastest that fits in the memory that is free now.
+
+    Raises: ValueError, with the numbers and the nearest setting that fits, if nothing does or the disk is too small.
+        Models whose shapes are not known here are not refused; the reason says so.
+    """
+    device = default_device()
+    setting = setting_of(config, device)
+    try:
+        name = config.model.name
+        shape = shape_from_config(read_model_config(name), name, dtype=config.model.dtype)
+    except ValueError as error:
+        way = config.memory
+        if way == "auto":
+            way = "quantized" if config.model.quantization else "plain"
+        return _plan(config, way, device, True, f"memory: {way}, not estimated: {error}")
+    for layer in setting.layers or ():
+        check_rule(
+            layer < shape.layers,
+            "mask.layers_to_transform",
+            f"lie in 0 to {shape.layers - 1}, {shape.name} has {shape.layers} layers",
+            layer,
+        )
+    _check_disk(config, shape, setting)
+    device_bytes, host_bytes = _free_memory(device)
+    choice = choose(shape, setting, device_bytes, host_bytes)
+    if choice.way is None:
+        raise ValueError(_refusal(choice, setting))
+    found = choice.estimates[choice.way]
+    needs = f"{gigabytes(found.device_peak)} of {gigabytes(device_bytes)} on {device}"
+    if host_bytes is not None:
+        needs += f", {gigabytes(found.host_needed)} of {gigabytes(host_bytes)} in host memory"
+    free, held = (device_bytes, found.device_peak) if host_bytes is None else (host_bytes, found.host_peak)
+    remember = free - held >= PrefixMemory.max_bytes and _saves_a_tenth(shape, setting)
+    return _plan(config, choice.way, device, remember, f"memory: {choice.way}, an estimated {needs}; {choice.reason}")
+
+
+def replan(config: RunConfig, *, way: str, remember: bool) -> Plan:
+    """The plan of a run that goes on: bit for bit the same only if it runs as it did."""
+    return _plan(config, way, default_device(), remember, f"memory: {way}, as before")
+
+
+def setting_of(config: RunConfig, device: torch.device) -> Setting:
+    """What of a run's configuration decides its memory."""
+    mask, train = config.mask, config.train
+    layers = mask.layers_to_transform
+    targets = mask.target_modules
+    return Setting(
+        memory=config.memory,
+        layers=None if layers is None else tuple(layers if isinstance(layers, list) else [layers]),
+        target_modules=tuple(targets) if isinstance(targets, list) else None,
+        sequence=config.data.sequence_length,
+        micro_batch=train.batch_size,
+        accumulation=train.accumulation,
+        scores=mask.scores_dtype,
+        moments=train.moments,
+        grad_dtype=train.grad_dtype,
+        quantization=config.model.quantization,
+        quantize_masked=config.model.quantize_masked,
+        gradient_checkpointing=train.gradient_checkpointing,
+        clipping=train.max_grad_norm is not None,
+        device=device.type,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _plan(config: RunConfig, way: str, device: torch.device, remember: bool, reason: str) -> Plan:
+    kind = config.model.quantization
+    return Plan(way, device, "nf4" if way == "quantized" and kind is None else kind, remember, reason)
+
+
+def _saves_a_tenth(shape: ModelShape, setting: Setting) -> bool:
+    """Whether the frozen layers below are a tenth of a step: forward alone, where those above run up, up and down."""
+    first = min(setting.layers or (0,))
+    return first >= 0.1 * (first + 4 * (shape.layers - first))
+
+
+def _free_memory(device: torch.device) -> tuple[float, float | None]:
+    """Bytes free on the device, and on the host where that is another memory."""
+    host = _available_host_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # shared by torchrun's processes
+    return (host, None) if device.type == "cpu" else (torch.cuda.mem_get_info(device)[0], host)
+
+
+def _available_host_bytes() -> float:
+    """What can be had without swapping: the kernel's MemAvailable, or the free pages."""
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _check_disk(config: RunConfig, shape: ModelShape, setting: Setting) -> None:
+    """Raise unless the masks, 1 bit a weight, and the logs fit beside output_dir."""
+    layers = shape.layers if setting.layers is None else len(setting.layers)
+    targets = shape.targets(None if setting.target_modules is None else list(setting.target_modules))
+    weights = layers * sum(n * k for n, k in (shape.linears[name] for name in targets))
+    directory = Path(config.output_dir).absolute()
+    while not directory.exists():
+        directory = directory.parent
+    needed, free = weights / 8 + _LOGS, shutil.disk_usage(directory).free
+    if free < needed:
+        raise ValueError(
+            f"output_dir must lie on a disk with {gigabytes(needed)} free, {config.output_dir} has {gigabytes(free)}"
+        )
+
+
+def _refusal(choice: Choice, setting: Setting) -> str:
+    near = choice.nearest
+    if near is None:
+        return f"{choice.reason}; no setting was found that fits: mask fewer layers, or take a smaller model"
+    changes = [
+        f"{_KEYS[item.name]}={str(getattr(near, item.name)).lower()}"
+        for item in fields(Setting)
+        if item.name in _KEYS and getattr(near, item.name) != getattr(setting, item.name)
+    ]
+    return f"{choice.reason}; the nearest setting that fits: {' '.join(changes)}"

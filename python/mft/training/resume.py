@@ -1,0 +1,146 @@
+"""How a run of the command line begins: anew, over an old one, or going on with one that was stopped.
+
+What there is to begin with is looked at under the lock of its directory, so that no other process changes it meanwhile.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mft.config import RunConfig, config_from, config_values, load_config
+from mft.engines.distributed import Processes
+from mft.training.checkpoint import Checkpoint, newest_checkpoint
+from mft.training.console import say
+from mft.training.run_directory import CHECKPOINTS, CONFIG, check_run_directory, holding, result_of
+
+_FREE = ("output_dir", "checkpoint_minutes", "train.log_every")  # change nothing of what is learned
+
+
+@dataclass(frozen=True)
+class Begin:
+    """A run in a new directory, or over an old run."""
+
+    config: RunConfig
+    overwrite: bool = False
+    force: ClassVar[bool] = False  # there is nothing that could have changed
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def check(self) -> None:
+        """Raise ValueError if directory is something else's: not even a lock is written there."""
+        check_run_directory(self.directory, overwrite=True)
+
+    def look(self) -> tuple[RunConfig, Checkpoint | None]:
+        """The configuration, and no checkpoint. Raises: ValueError if a run lies there that is not to be deleted."""
+        check_run_directory(self.directory, overwrite=self.overwrite)
+        return self.config, None
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The run in directory goes on, with its own configuration or the equal one at path, and overrides.
+
+    force: although configuration, data or base have changed.
+    """
+
+    directory: Path
+    path: Path | None = None
+    overrides: Sequence[str] = ()
+    force: bool = False
+
+    def check(self) -> None:
+        """Raise ValueError if directory is no run's."""
+        if not any((self.directory / name).exists() for name in (CONFIG, CHECKPOINTS)):
+            raise ValueError(f"--resume must name the output_dir of a run, {self.directory} has no {CONFIG}")
+
+    def look(self) -> tuple[RunConfig, Checkpoint | None]:
+        """The configuration, and the newest checkpoint that verifies, or None if there is none at all.
+
+        Raises: ValueError, if directory holds no run that can go on; or if the configuration is not the run's own, with
+        what differs, unless force is True.
+        """
+        if (result := result_of(self.directory)) is not None:
+            raise ValueError(
+                f"--resume must name a run that is not finished, {self.directory} has its {result.name}/ already"
+            )
+        found = find_checkpoint(self.directory)
+        own = self._own(found)
+        asked = self._asked(own)
+        asked.output_dir = str(self.directory)
+        if asked.model.quantization is None:  # memory: quantized has chosen it
+            asked.model.quantization = own.model.quantization
+        was, now = flat(own), flat(asked)
+        changed = [f"{key} was {was[key]}, now {now[key]}" for key in was if was[key] != now[key] and key not in _FREE]
+        if changed and not self.force:
+            raise ValueError(
+                f"the configuration must be the run's own, or what is learned is neither run's; {'; '.join(changed)}: "
+                "take the changes back, or pass --force"
+            )
+        say(
+            f"{self.directory} has no checkpoint yet: begins anew"
+            if found is None
+            else f"goes on after step {found.step}"
+        )
+        return asked, found
+
+    def _own(self, found: Checkpoint | None) -> RunConfig:
+        """What the run was when the checkpoint was written; without one it has yet to learn anything."""
+        if found is not None:
+            return config_from(found.run()["config"], found.path)
+        if not self._has_config():
+            raise ValueError(f"--resume must name the output_dir of a run, {self.directory} has no {CONFIG}")
+        return load_config(self.directory / CONFIG)
+
+    def _asked(self, own: RunConfig) -> RunConfig:
+        """What the file beside the checkpoint says now; if it is lost, what the checkpoint does."""
+        if self.path is None and not self._has_config():
+            return config_from(config_values(own), None, list(self.overrides))
+        return load_config(self.path or self.directory / CONFIG, list(self.overrides))
+
+    def _has_config(self) -> bool:
+        path = self.directory / CONFIG
+        return path.is_file() and path.stat().st_size > 0
+
+
+Start = Begin | Resume
+
+
+@contextlib.contextmanager
+def started(start: Start, processes: Processes) -> Iterator[tuple[RunConfig, Checkpoint | None]]:
+    """Hold the run's directory until the block ends: the configuration, and the checkpoint to go on from, if any.
+
+    Nothing is written yet but the lock, and nothing is loaded. Of several processes the first one holds it for all.
+    Raises: as look() does; RuntimeError if another process holds it.
+    """
+    start.check()
+    with holding(start.directory) if processes.first else contextlib.nullcontext():
+        processes.wait()  # nobody looks before it is held
+        config, found = start.look()
+        processes.agree(flat(config) | {"the checkpoint's step": None if found is None else found.step})
+        yield config, found
+
+
+def find_checkpoint(directory: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run that verifies, or None if it has none at all; what was passed over is said.
+
+    Raises: ValueError, if none of those that are there verifies.
+    """
+    found, skipped = newest_checkpoint(directory / CHECKPOINTS)
+    if found is None and skipped:
+        raise ValueError(f"{skipped[0]}; no other checkpoint verifies: --overwrite begins anew")
+    for reason in skipped:
+        say(f"passed over: {reason}")
+    return found
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """ "section.key" -> value, as an override names it."""
+    values = dataclasses.asdict(config)
+    sections = {key: value for key, value in values.items() if isinstance(value, dict)}
+    flat = {key: value for key, value in values.items() if key not in sections}
+    return flat | {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}

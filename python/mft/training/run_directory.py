@@ -1,0 +1,132 @@
+"""One run, one directory: configuration, metrics as they come, tables, plot, models; never overwritten unasked.
+
+A run is finished when its result lies there, masks/ or model/, which comes last and by one renaming; until then it goes
+on from checkpoints/. Whoever looks which it is, or changes anything, holds the lock (run_lock.py).
+"""
+
+import contextlib
+import json
+import os
+import shlex
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mft.config import RunConfig, save_config
+from mft.files.atomic import naming, remove, sweep, target_of, write_whole
+from mft.training.checkpoint import newest_checkpoint
+from mft.training.run_lock import LOCK, hold
+
+CONFIG, METRICS, PLOT = "config.yaml", "metrics.jsonl", "plot.png"
+TABLE_MARKDOWN, TABLE_JSON = "table.md", "table.json"
+ABLATION, FLIPS = "ablation.png", "flips.png"
+MASKS, MODEL, CHECKPOINTS = "masks", "model", "checkpoints"
+BASE = "base"  # what the demo's masks are for: its full fine-tune
+# In the order in which they are deleted: without its configuration a run cannot begin anew, whatever is left of it.
+_OURS = (CONFIG, METRICS, PLOT, FLIPS, TABLE_MARKDOWN, TABLE_JSON, MASKS, MODEL, BASE, CHECKPOINTS)
+
+
+def check_run_directory(directory: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """Raise ValueError if directory holds a run and overwrite is False, or anything that is not a run's even then."""
+    path = Path(directory)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output_dir must be a directory, got the file {path}")
+    names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    entries = [name for name in names if name != LOCK and target_of(name) not in _OURS]
+    foreign = [name for name in entries if name not in _OURS]
+    if foreign:
+        raise ValueError(
+            f"output_dir must be new, empty or a run's, got {path} with {', '.join(foreign[:3])}: name another one"
+        )
+    if entries and not overwrite:
+        resumed = f"go on with --resume {path}, " if CHECKPOINTS in entries and result_of(path) is None else ""
+        raise ValueError(
+            f"output_dir {path} already holds a run ({', '.join(entries)}): {resumed}name another one, or pass "
+            "--overwrite to delete it"
+        )
+
+
+def result_of(path: Path) -> Path | None:
+    """masks/ or model/ of a finished run; None if it is not finished."""
+    return next((path / name for name in (MASKS, MODEL) if (path / name).exists()), None)
+
+
+@contextlib.contextmanager
+def holding(path: Path) -> Iterator[None]:
+    """Hold the lock of a run's directory, and clear away what a killed run left half-written, or had yet to delete.
+
+    Raises: as run_lock.hold does; NotWritten.
+    """
+    with hold(path):
+        sweep(path, _OURS.__contains__)
+        if result_of(path) is not None and newest_checkpoint(path / CHECKPOINTS)[0] is not None:
+            remove(path / CHECKPOINTS)
+        yield
+
+
+def open_run(directory: str | os.PathLike, config: RunConfig, *, overwrite: bool = False) -> Path:
+    """The directory, made if need be and emptied of an earlier run, with its config.yaml. Raises as the check does."""
+    check_run_directory(directory, overwrite=overwrite)
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    for name in _OURS:
+        if (path / name).exists():
+            remove(path / name)
+    save_config(config, path / CONFIG)
+    return path
+
+
+def masks_directory(path: Path) -> Path:
+    """masks/ of a run, or the directory itself."""
+    return path / MASKS if (path / MASKS).is_dir() else path
+
+
+def next_steps(directory: Path) -> list[str]:
+    """What is done with the masks of a finished run, as commands that work as they stand."""
+    run, merged = shlex.quote(str(directory)), shlex.quote(f"{directory}-merged")
+    return [f"mft inspect {run}", f"mft evaluate --masks {run} --split test", f"mft merge {run} {merged}"]
+
+
+class MetricsFile:
+    """A line of JSON an event, on disk as soon as it is written.
+
+    events: of a run that goes on, as they were at its checkpoint; the file then holds these and no others.
+    """
+
+    def __init__(self, path: str | os.PathLike, events: Iterable[dict[str, Any]] | None = None) -> None:
+        self.path = Path(path)
+        self.events = list(events or ())
+        if events is not None:
+            write_whole(self.path, "".join(map(_line, self.events)))
+
+    def write(self, **values: Any) -> None:
+        self.events.append(values)
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(values))
+
+    def sync(self) -> None:
+        """Return when the disk has it."""
+        with naming(self.path), self.path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The events of a run that may still be going on, or was killed: a last line that is not whole yet is left out.
+
+    Raises: ValueError that names a line which is no event.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    events = []
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict):
+            raise ValueError(f"{path}:{number}: expected an event as mft writes it, a JSON object, got {line[:80]!r}")
+        events.append(event)
+    return events
+
+
+def _line(event: dict[str, Any]) -> str:
+    return json.dumps(event) + "\n"
