@@ -6,7 +6,6 @@ ops, train_step and scaling a machine each, named as the record; cpu.png has the
 import json
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .records import by_machine, machine
@@ -144,9 +143,7 @@ def picture_of(record_path: Path) -> Path:
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _save(figure: Figure, record: dict, path: Path) -> None:

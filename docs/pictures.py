@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import mft
@@ -42,7 +41,6 @@ def draw_mask(weight: torch.Tensor, scores: torch.Tensor) -> None:
     keep = reference.keep_mask(scores, kept_threshold(scores, KEEP_RATIO), "magnitude")
     corner = (slice(0, 10), slice(0, 16))
     figure = Figure(figsize=(13, 2.6), layout="constrained")
-    FigureCanvasAgg(figure)
     bound = weight[corner].abs().max()
     coloured = {"cmap": "RdBu", "vmin": -bound, "vmax": bound}
     pictures = [
@@ -68,7 +66,6 @@ def draw_scores(scores: torch.Tensor, thresholds: torch.Tensor) -> None:
     flipped = (kept[0] != kept[-1]).nonzero().flatten()
     near = ((scores[0] - thresholds[0]).abs() < 0.01) & (kept[0] == kept[-1])
     figure = Figure(figsize=(7.5, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for index in near.nonzero().flatten()[:24].tolist():
         axes.plot(scores[:, index], color="0.8", linewidth=1)

@@ -102,8 +102,8 @@ def test_flips_are_counted_against_the_first_mask():
 
 def test_no_label_of_the_plot_lies_across_a_line(tmp_path, monkeypatch):
     """Numbers and legends stand outside of the axes in which lines run."""
-    figures, make = [], plots._figure
-    monkeypatch.setattr(plots, "_figure", lambda *size: figures.append(make(*size)) or figures[-1])
+    figures, make = [], plots.new_figure
+    monkeypatch.setattr(plots, "new_figure", lambda *size: figures.append(make(*size)) or figures[-1])
     curves = {"full fine-tune": [StepReport(s, 4, 3 / s, 1e-3, 8, s) for s in range(1, 5)]}
     plots.plot_comparison(comparison([19, 19, 38]), curves, tmp_path / "plot.png", standard_errors=2)
     axes = figures[0].axes

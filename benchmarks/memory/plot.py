@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mft.memory.estimate import estimate
@@ -20,7 +19,6 @@ LOCAL = (4, 5, 6, 7)
 def draw(results: Path) -> None:
     """From the JSON files that are there; the panels of LLaMA2-7B are estimates and need none."""
     figure = Figure(figsize=(15, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3)
     cards = _findings(results / "memory_cards-cpu.json")
     for place, (layers, title) in enumerate(((LOCAL, "4 of 32 layers masked"), (None, "all layers masked"))):

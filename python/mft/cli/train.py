@@ -14,14 +14,13 @@ import torch
 from mft.config import ModelConfig, RunConfig, config_values, save_config
 from mft.data.sources import open_source
 from mft.data.splits import Splits, load_splits
-from mft.demo.plots import plot_curves
-from mft.demo.report import evaluation_table
 from mft.engines.distributed import Processes, joined
 from mft.engines.step import StepReport
 from mft.evaluation.evaluate import Evaluation, paired_difference
 from mft.evaluation.evaluated_base import base_words, check_exact, evaluated_base, evaluated_config, keeping_all
 from mft.evaluation.lm_eval_tasks import load_tasks, score_tasks, task_table, write_scores
 from mft.evaluation.mask_cost import said_of_cost
+from mft.evaluation.table import evaluation_table
 from mft.files.atomic import NotWritten, remove, write_whole
 from mft.masks.convert import mask_model, print_trainable_parameters
 from mft.masks.export import base_hash, load_masks, save_masks
@@ -41,6 +40,7 @@ from mft.study.sensitivity import (
 )
 from mft.training.checkpoint import BadCheckpoint, Checkpoint
 from mft.training.console import console, new_console, say
+from mft.training.curves import plot_curves
 from mft.training.flips import PHASE, POINTS, FlipCounter
 from mft.training.loop import count_steps, finetune, train_masks
 from mft.training.metrics import Recorder, Steps

@@ -10,9 +10,11 @@ from rich import box
 from rich.table import Table
 
 from mft.demo.compare import CONTROL, FULL, MFT, Comparison
-from mft.demo.plots import Curves, plot_comparison
-from mft.evaluation.evaluate import METRICS, Evaluation, paired_difference
+from mft.demo.plots import plot_comparison
+from mft.evaluation.evaluate import METRICS, paired_difference
+from mft.evaluation.table import _accuracy_pair, _counts, _loss_pair
 from mft.files.atomic import write_whole
+from mft.training.curves import Curves
 from mft.training.run_directory import PLOT, TABLE_JSON, TABLE_MARKDOWN
 
 STANDARD_ERRORS = 2  # a difference within so many of 0 is no evidence
@@ -73,24 +75,6 @@ def console_table(comparison: Comparison) -> Table:
     return table
 
 
-def evaluation_table(split: str, results: dict[str, Evaluation]) -> Table:
-    """Evaluations of one split, each compared with the first."""
-    first = next(iter(results.values()))
-    table = Table(title=f"{split}: {_counts(first)}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("model", "loss", "difference", "accuracy", "difference"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    for name, result in results.items():
-        loss, accuracy = paired_difference(result, first), paired_difference(result, first, "accuracy")
-        table.add_row(
-            name,
-            f"{result.loss:.4f}",
-            "" if result is first else _loss_pair(loss),
-            f"{100 * result.accuracy:.2f} %",
-            "" if result is first else _accuracy_pair(accuracy),
-        )
-    return table
-
-
 def write_report(comparison: Comparison, directory: Path, curves: Curves, notes: Sequence[str] = ()) -> None:
     """table.md, table.json and plot.png in directory."""
     lines = [f"| arm | {' | '.join(_COLUMNS)} |", f"|---|{'---:|' * len(_COLUMNS)}"]
@@ -115,24 +99,9 @@ def _title(comparison: Comparison) -> str:
     return f"Test split: {_counts(comparison.arms[MFT])}"
 
 
-def _counts(result: Evaluation) -> str:
-    return (
-        f"{int(result.tokens.sum())} tokens of {len(result.documents)} documents. Loss in nats a token; differences "
-        "are paired, ± one standard error over documents; accuracy is that of the next token."
-    )
-
-
 def _cells(row: dict[str, Any]) -> list[str]:
     pairs = [row[f"loss - {FULL}"], row[f"loss - {CONTROL}"], row[f"accuracy - {CONTROL}"]]
     full, control, accuracy = (
         "-" if pair is None else show(pair) for pair, show in zip(pairs, (_loss_pair, _loss_pair, _accuracy_pair))
     )
     return [f"{row['loss']:.4f}", full, control, f"{100 * row['accuracy']:.2f}", accuracy]
-
-
-def _loss_pair(pair: tuple[float, float]) -> str:
-    return f"{pair[0]:+.4f}±{pair[1]:.4f}"
-
-
-def _accuracy_pair(pair: tuple[float, float]) -> str:
-    return f"{100 * pair[0]:+.2f}±{100 * pair[1]:.2f}"

@@ -14,6 +14,7 @@ from typing import Any
 from mft.checks import check_rule
 from mft.choices import nearest
 from mft.config import parse_layers
+from mft.files.figure import new_figure, save_figure
 from mft.study.config import CONTROL, FULL, MASK, ArmConfig, StudyConfig
 
 RATIOS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
@@ -99,12 +100,8 @@ class Line:
 
 def plot_ablation(numbers: Mapping[str, Any], what: str, path: Path) -> None:
     """Test loss less the fine-tune's against what varies, from the numbers of a table.json; 95 % intervals."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
-    from matplotlib.figure import Figure
-
     panels = ablation_lines(numbers, what)
-    figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.2 * len(panels), 3.8)
     for axes, (domain, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         labels = list(dict.fromkeys(label for line in lines.values() for label, _ in line.points))
         colours = {kind: itertools.cycle(own) for kind, own in _COLOURS.items()}
@@ -125,7 +122,7 @@ def plot_ablation(numbers: Mapping[str, Any], what: str, path: Path) -> None:
         axes.set_title(domain, loc="left")
         axes.legend()
     figure.supylabel("test loss - fine-tune's, nats a token", fontsize="medium")
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 def _end(difference: Mapping[str, Any], end: str) -> float:

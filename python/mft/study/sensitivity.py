@@ -15,7 +15,7 @@ from torch import nn
 from mft.checks import check_rule
 from mft.config import MaskConfig, TrainConfig
 from mft.evaluation.evaluate import Evaluation, paired_difference
-from mft.files.atomic import atomic_file
+from mft.files.figure import new_figure, save_figure
 from mft.masks.convert import check_unmasked, convert
 from mft.masks.inspection import flip_share, initial_masks
 from mft.masks.targets import select_targets
@@ -132,11 +132,7 @@ def sensitivity_markdown(rows: Sequence[Sensitivity]) -> str:
 
 def plot_sensitivity(rows: Sequence[Sensitivity], path: Path) -> None:
     """Differences with two standard errors, in the order of the model; hollow: before training."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 1.2 + 0.35 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 1.2 + 0.35 * len(rows))
     axes = figure.subplots()
     for place, row in enumerate(rows):
         axes.errorbar(row.difference, place, xerr=2 * row.error, fmt="o", color="C3", capsize=3)
@@ -146,8 +142,7 @@ def plot_sensitivity(rows: Sequence[Sensitivity], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("loss with a mask on this group alone - without (left is better)")
     axes.set_title("Trained mask, 2 standard errors; hollow: before training")
-    with atomic_file(path) as scratch:
-        figure.savefig(scratch, format="png", dpi=120)
+    save_figure(figure, path)
 
 
 def _cells(row: Sensitivity) -> tuple[str, ...]:

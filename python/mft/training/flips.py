@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mft.engines.step import StepReport
+from mft.files.figure import new_figure, save_figure
 from mft.masks.inspection import flip_share, initial_masks
 from mft.training.run_directory import read_metrics
 from mft_kernels import pack_mask, unpack_mask
@@ -83,11 +84,7 @@ def read_flips(metrics: Path) -> FlipCurve:
 
 def plot_flips(curves: Mapping[str, FlipCurve], path: Path) -> None:
     """Flips since the start, and flips a step, over training."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 3.8)
     left, right = figure.subplots(1, 2)
     for name, curve in curves.items():
         left.plot(curve.steps, [100 * share for share in curve.from_start], label=name)
@@ -98,4 +95,4 @@ def plot_flips(curves: Mapping[str, FlipCurve], path: Path) -> None:
     for axes in (left, right):
         axes.set_xlabel("optimiser step")
     left.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mft.files.figure import new_figure, save_figure
+
 Sets = Mapping[str, Tensor]  # layer -> boolean (N, K): which of its weights belong to the set
 
 
@@ -64,16 +66,12 @@ def overlaps(sets: Mapping[str, Sets]) -> dict[tuple[str, str], Overlap]:
 
 def plot_overlaps(found: Mapping[tuple[str, str], Overlap], path: Path, *, title: str) -> None:
     """A matrix: below the diagonal the Jaccard overlap, above it what chance gives."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(name for pair in found for name in pair))
     table = torch.full((len(names), len(names)), torch.nan)
     for (one, other), value in found.items():
         low, high = sorted((names.index(one), names.index(other)))
         table[high, low], table[low, high] = value.jaccard, value.chance
-    figure = Figure(figsize=(2.2 + 0.75 * len(names), 1.8 + 0.6 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.2 + 0.75 * len(names), 1.8 + 0.6 * len(names))
     axes = figure.subplots()
     image = axes.imshow(table.numpy(), vmin=0, vmax=max(0.01, table[~table.isnan()].max().item()), cmap="Blues")
     for i in range(len(names)):
@@ -84,4 +82,4 @@ def plot_overlaps(found: Mapping[tuple[str, str], Overlap], path: Path, *, title
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set_title(f"{title}\nbelow the diagonal: Jaccard overlap; above: by chance", fontsize=10)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mft.files.figure import new_figure, save_figure
 from mft.study.config import AVERAGE, CONTROL, FULL
 from mft.study.outcome import Findings
 from mft.study.report.table import study_numbers
@@ -20,7 +21,7 @@ def plot_study(numbers: Mapping[str, Any], path: Path) -> None:
     """A row a domain: test differences from the full fine-tune, and validation loss by rate."""
     domains = numbers["domains"]
     rows = max(len(table["rows"]) for table in domains.values())
-    figure = _figure(12.5, max(3.6, 0.36 * rows + 1.6) * len(domains))
+    figure = new_figure(12.5, max(3.6, 0.36 * rows + 1.6) * len(domains))
     axes = figure.subplots(len(domains), 2, squeeze=False, width_ratios=(1.25, 1))
     for (left, right), (domain, table) in zip(axes, domains.items()):
         _draw_differences(left, table, "minus_full")
@@ -34,7 +35,7 @@ def plot_study(numbers: Mapping[str, Any], path: Path) -> None:
         left.set_xlabel("nats a token, 95 % interval (left is better)")
         _draw_rates(right, table, numbers["seeds"][0])
         right.set_title(f"{domain}, validation: each rate, the chosen one circled", loc="left")
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 def plot_summary(findings_or_json: Findings | Mapping[str, Any] | Path | str, path: Path) -> None:
@@ -52,7 +53,7 @@ def plot_summary(findings_or_json: Findings | Mapping[str, Any] | Path | str, pa
     if not domains:
         raise ValueError("a summary must have a domain with a control arm to be drawn, got none: see plot.png instead")
     rows = max(len(_compared(table, "minus_control")) for table in domains.values())
-    figure = _figure(12, 0.34 * rows + 1.3)
+    figure = new_figure(12, 0.34 * rows + 1.3)
     named: list[str] = []
     for axes, (domain, table) in zip(figure.subplots(1, len(domains), squeeze=False)[0], domains.items()):
         _draw_differences(axes, table, "minus_control")
@@ -63,16 +64,7 @@ def plot_summary(findings_or_json: Findings | Mapping[str, Any] | Path | str, pa
         axes.axvline(0, color=_CONTROL, linestyle="--", linewidth=1)
         axes.set_title(f"{domain}: test loss - {table['control']}", loc="left")
         axes.set_xlabel("nats a token, 95 % interval (left is better)")
-    figure.savefig(path, dpi=100)
-
-
-def _figure(width: float, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    save_figure(figure, path, dpi=100)
 
 
 def _compared(table: Mapping[str, Any], reference: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:

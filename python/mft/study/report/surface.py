@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mft.checks import check_rule
 from mft.evaluation.evaluate import evaluate
+from mft.files.figure import new_figure, save_figure
 from mft.models.clones import clone_with_own_weights
 from mft.models.frozen_layers import PrefixMemory
 from mft_kernels import MaskedLinear
@@ -128,17 +129,13 @@ def plot_surfaces(surfaces: Mapping[str, Surface], path: Path, *, above: float |
 
     above: nats over the lowest point that are still told apart; None: up to the highest.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
-    from matplotlib.figure import Figure
-
     lowest = min(surface.losses.min().item() for surface in surfaces.values())
     highest = max(surface.losses.max().item() for surface in surfaces.values())
     top = highest if above is None else min(highest, lowest + above)
     # Squares: the basin, where the models lie, gets the fine lines.
     shares = torch.linspace(0, 1, _LEVELS, dtype=torch.float64).square()
     levels = (lowest + shares * max(top - lowest, 1e-6)).tolist()
-    figure = Figure(figsize=(5.6 * len(surfaces) + 0.8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.6 * len(surfaces) + 0.8, 5)
     panels = figure.subplots(1, len(surfaces), squeeze=False)[0]
     for axes, (title, surface) in zip(panels, surfaces.items()):
         grid = surface.xs.numpy(), surface.ys.numpy(), surface.losses.numpy()
@@ -152,7 +149,7 @@ def plot_surfaces(surfaces: Mapping[str, Surface], path: Path, *, above: float |
         axes.set_aspect("equal")
         axes.legend(loc="upper right")
     figure.colorbar(filled, ax=list(panels), label="held-out loss, nats a token", ticks=levels[::3], format="%.4f")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 @torch.no_grad()

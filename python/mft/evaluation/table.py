@@ -1,0 +1,39 @@
+"""A table of evaluations for the terminal: each compared with the first, paired."""
+
+from rich import box
+from rich.table import Table
+
+from mft.evaluation.evaluate import Evaluation, paired_difference
+
+
+def evaluation_table(split: str, results: dict[str, Evaluation]) -> Table:
+    """Evaluations of one split, each compared with the first."""
+    first = next(iter(results.values()))
+    table = Table(title=f"{split}: {_counts(first)}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("model", "loss", "difference", "accuracy", "difference"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for name, result in results.items():
+        loss, accuracy = paired_difference(result, first), paired_difference(result, first, "accuracy")
+        table.add_row(
+            name,
+            f"{result.loss:.4f}",
+            "" if result is first else _loss_pair(loss),
+            f"{100 * result.accuracy:.2f} %",
+            "" if result is first else _accuracy_pair(accuracy),
+        )
+    return table
+
+
+def _counts(result: Evaluation) -> str:
+    return (
+        f"{int(result.tokens.sum())} tokens of {len(result.documents)} documents. Loss in nats a token; differences "
+        "are paired, ± one standard error over documents; accuracy is that of the next token."
+    )
+
+
+def _loss_pair(pair: tuple[float, float]) -> str:
+    return f"{pair[0]:+.4f}±{pair[1]:.4f}"
+
+
+def _accuracy_pair(pair: tuple[float, float]) -> str:
+    return f"{100 * pair[0]:+.2f}±{100 * pair[1]:.2f}"
