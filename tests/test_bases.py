@@ -10,8 +10,7 @@ from tiny import make_rows, masked_llama
 
 from mft.config import ModelConfig
 from mft.evaluation.evaluate import evaluate
-from mft.evaluation.evaluated_base import keeping_all
-from mft.masks.convert import masked_modules
+from mft.masks.convert import keeping_all, masked_modules
 from mft.masks.export_format import read_export
 from mft.masks.quantize import quantize_model
 

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.memory.tracker import MemoryTracker
 from mft.config import MaskConfig, TrainConfig, parse_layers
-from mft.data.batches import MicroBatch
+from mft.data.batches import Labelled, MicroBatch
 from mft.engines.layer_calls import LayerCalls
 from mft.engines.offload import Mover
 from mft.engines.plain import Plain
@@ -32,7 +32,6 @@ from mft.memory.shapes import known_config, known_models, shape_from_config
 from mft.memory.workload import Setting
 from mft.models.causal_lm import decoder_layers, head_of, run_decoder
 from mft.models.quantized_weight import QuantizedWeight
-from mft.models.token_loss import Labelled
 from mft_kernels import MaskedLinear
 
 DTYPE = torch.bfloat16

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import MaskConfig, load_config
-    from .engines.distributed import gathered
     from .masks.bank import MaskBank, load_mask_bank
     from .masks.convert import (
         mask_model,
@@ -15,13 +14,14 @@ if TYPE_CHECKING:
         trainable_parameters,
     )
     from .masks.export import load_masks, save_masks
+    from .models.parallel import gathered
     from .models.pretrained import load_model, save_model
 
 # Loaded at first use: `mft --help` and `mft env` need not wait for transformers.
 _HOMES = {
     "MaskBank": "masks.bank",
     "MaskConfig": "config",
-    "gathered": "engines.distributed",
+    "gathered": "models.parallel",
     "load_config": "config",
     "load_mask_bank": "masks.bank",
     "load_masks": "masks.export",

@@ -23,6 +23,7 @@ SCHEDULES = ("linear", "constant", "cosine")
 SCORES_DTYPES = ("float32", "bfloat16", "int16")  # int16: fixed point, see mft_kernels/fixed_point.py
 MOMENTS = ("float32", "8bit")
 QUANTIZATIONS = ("nf4", "int8")  # as models/quantized_weight.py has them
+CONFIG = "config.yaml"  # in the directory of a run
 CONFIGS = Path(__file__).parent / "configs"  # shipped; --config takes their names
 WAYS = ("auto", "plain", "resident", "quantized", "layerwise")
 _MOST_CONFIG = 1 << 16  # bytes: 25 times the longest of ours; its reader takes a second for them

@@ -6,16 +6,15 @@ from rich import box
 from rich.table import Column, Table
 
 from mft.cli.verify import check_base, verify_directory
-from mft.config import ModelConfig, load_config
+from mft.config import CONFIG, ModelConfig, load_config
 from mft.evaluation.evaluated_base import config_of_run, learned_base
 from mft.masks.convert import mask_model, masked_modules, merge_model
-from mft.masks.export import load_masks, save_masks
+from mft.masks.export import load_masks, masks_directory, save_masks
 from mft.masks.export_format import read_export
 from mft.masks.inspection import MaskStatistics, initial_masks, mask_statistics
 from mft.masks.paper_masks import import_paper_masks, write_paper_masks
 from mft.models.pretrained import load_model, save_model
 from mft.training.console import console, say
-from mft.training.run_directory import CONFIG, masks_directory
 
 
 def run_merge(masks: Path, output: Path, model_name: str | None, dtype: str | None, *, force: bool) -> None:

@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 
-from mft.config import ModelConfig, RunConfig, config_values, save_config
+from mft.config import CONFIG, ModelConfig, RunConfig, config_values, save_config
 from mft.data.sources import open_source
 from mft.data.splits import Splits, load_splits
 from mft.engines.distributed import Processes, joined
 from mft.engines.step import StepReport
 from mft.evaluation.evaluate import Evaluation, paired_difference
-from mft.evaluation.evaluated_base import base_words, check_exact, evaluated_base, evaluated_config, keeping_all
+from mft.evaluation.evaluated_base import base_words, check_exact, evaluated_base, evaluated_config
 from mft.evaluation.lm_eval_tasks import load_tasks, score_tasks, task_table, write_scores
 from mft.evaluation.mask_cost import said_of_cost
 from mft.evaluation.table import evaluation_table
 from mft.files.atomic import NotWritten, remove, write_whole
-from mft.masks.convert import mask_model, print_trainable_parameters
-from mft.masks.export import base_hash, load_masks, save_masks
+from mft.masks.convert import keeping_all, mask_model, print_trainable_parameters
+from mft.masks.export import MASKS, base_hash, load_masks, masks_directory, save_masks
 from mft.masks.export_format import read_export
 from mft.masks.inspection import flip_share, initial_masks
 from mft.masks.quantize import quantize_model
@@ -49,15 +49,12 @@ from mft.training.progress import Progress
 from mft.training.resume import Begin, Start, started
 from mft.training.run_directory import (
     CHECKPOINTS,
-    CONFIG,
-    MASKS,
     MODEL,
     PLOT,
     TABLE_JSON,
     TABLE_MARKDOWN,
     check_run_directory,
     holding,
-    masks_directory,
     next_steps,
     open_run,
 )

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch import nn
 
-from mft.masks.export import base_hash
+from mft.masks.export import MASKS, base_hash
 from mft.masks.export_format import CONFIG_FILE, UNVERIFIED, MaskExport, read_export
 from mft.training.checkpoint import FACTS, MANIFEST, verify_checkpoint
-from mft.training.run_directory import CHECKPOINTS, MASKS
+from mft.training.run_directory import CHECKPOINTS
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from mft.data.splits import load_splits
 from mft.demo.compare import Comparison, compare
 from mft.demo.report import console_table, remarks, verdict, write_report
 from mft.masks.convert import merge_model
-from mft.masks.export import save_masks
+from mft.masks.export import MASKS, save_masks
 from mft.models.pretrained import load_model, save_model
 from mft.training.console import console
 from mft.training.loop import finetune
@@ -26,7 +26,6 @@ from mft.training.metrics import Recorder
 from mft.training.progress import Progress
 from mft.training.run_directory import (
     BASE,
-    MASKS,
     METRICS,
     MODEL,
     PLOT,

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mft.data.batches import MicroBatch, take_rows
+from mft.data.batches import MicroBatch, count_labels, take_rows
 from mft.engines.start import Device, start_engine
 from mft.models.causal_lm import FEW, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.next_tokens import check_next_tokens
-from mft.models.token_loss import count_labels, token_losses
+from mft.models.token_loss import token_losses
 from mft_kernels import outdate
 
 METRICS = ("loss", "accuracy")

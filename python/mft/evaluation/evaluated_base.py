@@ -1,20 +1,16 @@
 """Which base a verb runs on: that of the masks unless another is given, exact or quantised, and the words for it."""
 
-import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
-
-from mft.config import ModelConfig, RunConfig, load_config
+from mft.config import CONFIG, ModelConfig, RunConfig, load_config
 from mft.data.sources import NAMED
-from mft.masks.convert import masked_modules
+from mft.masks.export import MASKS
 from mft.masks.export_format import MaskExport, read_export
 from mft.models.pretrained import SHORTHANDS
-from mft.training.run_directory import CONFIG, MASKS
 
 
 def learned_base(masks: Path, name: str | None = None, dtype: str | None = None) -> tuple[ModelConfig, str]:
@@ -89,20 +85,6 @@ def base_words(kind: str | None, quantize_masked: bool, export: MaskExport | Non
     if learned == (kind, quantize_masked):
         return f"{base}, as the masks were learned"
     return f"{base}; the masks were learned on {_words(*learned)}"
-
-
-@contextlib.contextmanager
-def keeping_all(model: nn.Module) -> Iterator[None]:
-    """Masked layers keep every weight meanwhile: a model without its masks, and without a second copy of it."""
-    masked = masked_modules(model).values()
-    before = [(module.threshold, module.keep_ratio) for module in masked]
-    for module in masked:
-        module.threshold, module.keep_ratio = None, 1.0
-    try:
-        yield
-    finally:
-        for module, (threshold, keep_ratio) in zip(masked, before):
-            module.threshold, module.keep_ratio = threshold, keep_ratio
 
 
 def _known(masks: Path) -> tuple[Path | None, list[str]]:

@@ -17,11 +17,10 @@ from lm_eval.models.huggingface import HFLM
 from mft.config import ModelConfig
 from mft.evaluation.evaluated_base import evaluated_base
 from mft.masks.convert import merge_model
-from mft.masks.export import load_masks
+from mft.masks.export import load_masks, masks_directory
 from mft.masks.export_format import read_export
 from mft.masks.quantize import quantize_model
 from mft.models.pretrained import load_model
-from mft.training.run_directory import masks_directory
 
 
 class MaskedLM(HFLM):

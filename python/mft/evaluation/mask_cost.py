@@ -6,8 +6,7 @@ from torch import nn
 
 from mft.config import MaskConfig
 from mft.evaluation.evaluate import evaluate
-from mft.evaluation.evaluated_base import keeping_all
-from mft.masks.convert import masked_modules
+from mft.masks.convert import keeping_all, masked_modules
 
 ROWS = 4  # next to nothing beside a validation
 # Nats a token, a tenth in perplexity. On SmolLM2-135M masks by magnitude begin within 0.01 of it at 0.9 to 0.99 kept,

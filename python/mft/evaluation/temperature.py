@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from mft.checks import check_rule
-from mft.data.batches import take_rows
+from mft.data.batches import count_labels, take_rows
 from mft.evaluation.evaluate import Evaluation, evaluate
 from mft.models.causal_lm import FEW, head_of, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
-from mft.models.token_loss import count_labels, temperature_slopes
+from mft.models.token_loss import temperature_slopes
 
 LARGEST = 64.0  # and 1 / 64 the smallest: beyond, the model is worse than chance, or always right
 _PASSES = 40

@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from mft.choices import nearest
 from mft.masks.banked_linear import BankedLinear, Choice, OneTask, TaskPerRow
 from mft.masks.convert import as_linear, check_unmasked, check_unwrapped, replace_module
-from mft.masks.export import check_learned_on, check_shapes
+from mft.masks.export import check_learned_on, check_shapes, masks_directory
 from mft.masks.export_format import check_masks_alone, read_export
 from mft.models.linears import find_targets
-from mft.training.run_directory import masks_directory
 
 
 def load_mask_bank(

@@ -1,7 +1,8 @@
 """Whole models: put a mask on chosen linear layers, freeze the rest, and bake the masks in again."""
 
+import contextlib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,11 +10,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mft.config import MaskConfig
-from mft.engines.distributed import check_unsharded, unwrapped
 from mft.masks.gradient_checkpointing import add_checkpointing_hooks, remove_checkpointing_hooks
 from mft.masks.saved_modules import forget_saved_modules, select_saved_modules, train_whole
 from mft.masks.targets import select_targets
 from mft.models.linears import layer_index, layer_stacks
+from mft.models.parallel import check_unsharded, unwrapped
 from mft.models.quantized_weight import quantized_weights
 from mft_kernels import MaskedLinear
 
@@ -98,6 +99,20 @@ def print_trainable_parameters(model: nn.Module) -> None:
     trainable, total = trainable_parameters(model)
     share = 100 * trainable / total if total else 0.0
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+
+@contextlib.contextmanager
+def keeping_all(model: nn.Module) -> Iterator[None]:
+    """Masked layers keep every weight meanwhile: a model without its masks, and without a second copy of it."""
+    masked = masked_modules(model).values()
+    before = [(module.threshold, module.keep_ratio) for module in masked]
+    for module in masked:
+        module.threshold, module.keep_ratio = None, 1.0
+    try:
+        yield
+    finally:
+        for module, (threshold, keep_ratio) in zip(masked, before):
+            module.threshold, module.keep_ratio = threshold, keep_ratio
 
 
 # ---------------------------------------------------------------------------------------------- for export and PEFT

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mft.config import MaskConfig
-from mft.engines.distributed import check_unsharded, uncompiled, unwrapped
 from mft.files.atomic import atomic_directory
 from mft.masks.convert import check_unwrapped, convert, masked_modules
 from mft.masks.export_format import (
@@ -33,11 +32,13 @@ from mft.masks.export_format import (
 )
 from mft.masks.saved_modules import check_saved_tensors, put_saved_tensors, saved_modules, saved_tensors
 from mft.models.linears import find_targets, layer_index, layer_stacks
+from mft.models.parallel import check_unsharded, uncompiled, unwrapped
 from mft.models.quantized_weight import quantized_weights
-from mft.training.run_directory import masks_directory
 from mft_kernels import MaskedLinear, fixed_from_float, unpack_mask
 
 logger = logging.getLogger(__name__)
+
+MASKS = "masks"  # in the directory of a run
 
 # A loaded mask's scores: as far above the threshold as below, at the scale that scores are initialised with.
 _THRESHOLD = {"magnitude": 0.02, "value": 0.0}
@@ -193,6 +194,11 @@ def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, int]]) -> None:
                 f"{name}: the mask is for a weight of {expected}, the model's is {shape}: load the base that it was "
                 "learned on"
             )
+
+
+def masks_directory(path: Path) -> Path:
+    """masks/ of a run, or the directory itself."""
+    return path / MASKS if (path / MASKS).is_dir() else path
 
 
 def _other_base(model: nn.Module, export: MaskExport, found: str, directory: Path) -> str:

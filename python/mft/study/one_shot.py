@@ -22,14 +22,13 @@ from transformers.pytorch_utils import Conv1D
 
 from mft.checks import check_one_of, check_rule
 from mft.config import MaskConfig
-from mft.data.batches import MicroBatch, take_rows
-from mft.evaluation.evaluated_base import keeping_all
-from mft.masks.convert import check_unmasked, mask_model, masked_modules
+from mft.data.batches import MicroBatch, count_labels, take_rows
+from mft.masks.convert import check_unmasked, keeping_all, mask_model, masked_modules
 from mft.masks.targets import select_targets
 from mft.models.causal_lm import FEW, run_decoder, split_at_head
 from mft.models.frozen_layers import FrozenPrefix
 from mft.models.linears import find_targets
-from mft.models.token_loss import backward_token_loss, count_labels
+from mft.models.token_loss import backward_token_loss
 from mft_kernels import fixed_from_float
 
 METHODS = ("random", "magnitude", "magnitude_rows", "wanda", "gradient", "fisher")

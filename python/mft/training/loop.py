@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mft.config import TrainConfig
-from mft.data.batches import MicroBatch, take_rows
+from mft.data.batches import MicroBatch, count_labels, take_rows
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.layer_engine import LayerEngine
 from mft.engines.plain import Plain
@@ -26,7 +26,6 @@ from mft.masks.saved_modules import saved_modules, train_whole
 from mft.models.causal_lm import FEW, split_at_head
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.next_tokens import check_next_tokens
-from mft.models.token_loss import count_labels
 from mft.training.saver import Saver
 
 _CHUNK = 1024  # rows that are looked at together

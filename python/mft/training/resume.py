@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mft.config import RunConfig, config_from, config_values, load_config
+from mft.config import CONFIG, RunConfig, config_from, config_values, load_config
 from mft.engines.distributed import Processes
 from mft.training.checkpoint import Checkpoint, newest_checkpoint
 from mft.training.console import say
-from mft.training.run_directory import CHECKPOINTS, CONFIG, check_run_directory, holding, result_of
+from mft.training.run_directory import CHECKPOINTS, check_run_directory, holding, result_of
 
 _FREE = ("output_dir", "checkpoint_minutes", "train.log_every")  # change nothing of what is learned
 

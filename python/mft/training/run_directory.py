@@ -12,15 +12,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mft.config import RunConfig, save_config
+from mft.config import CONFIG, RunConfig, save_config
 from mft.files.atomic import naming, remove, sweep, target_of, write_whole
+from mft.masks.export import MASKS
 from mft.training.checkpoint import newest_checkpoint
 from mft.training.run_lock import LOCK, hold
 
-CONFIG, METRICS, PLOT = "config.yaml", "metrics.jsonl", "plot.png"
+METRICS, PLOT = "metrics.jsonl", "plot.png"
 TABLE_MARKDOWN, TABLE_JSON = "table.md", "table.json"
 ABLATION, FLIPS = "ablation.png", "flips.png"
-MASKS, MODEL, CHECKPOINTS = "masks", "model", "checkpoints"
+MODEL, CHECKPOINTS = "model", "checkpoints"
 BASE = "base"  # what the demo's masks are for: its full fine-tune
 # In the order in which they are deleted: without its configuration a run cannot begin anew, whatever is left of it.
 _OURS = (CONFIG, METRICS, PLOT, FLIPS, TABLE_MARKDOWN, TABLE_JSON, MASKS, MODEL, BASE, CHECKPOINTS)
@@ -74,11 +75,6 @@ def open_run(directory: str | os.PathLike, config: RunConfig, *, overwrite: bool
             remove(path / name)
     save_config(config, path / CONFIG)
     return path
-
-
-def masks_directory(path: Path) -> Path:
-    """masks/ of a run, or the directory itself."""
-    return path / MASKS if (path / MASKS).is_dir() else path
 
 
 def next_steps(directory: Path) -> list[str]:
