@@ -21,8 +21,7 @@ from mft.demo.run import DATA, FULL, MASK, MASK_LRS, MASK_TRAIN, MODEL_NAME, fas
 from mft.evaluation.evaluate import paired_difference
 from mft.masks.convert import mask_model
 from mft.masks.inspection import flip_share, initial_masks
-from mft.models.causal_lm import first_trainable_layer
-from mft.models.clones import clone_with_own_weights
+from mft.models.causal_lm import clone_with_own_weights, first_trainable_layer
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.pretrained import load_model
 from mft.training.console import console

@@ -10,7 +10,7 @@ from mft.config import MaskConfig, TrainConfig
 from mft.data.splits import Splits
 from mft.demo.compare import ARMS, CONTROL, FULL, MAGNITUDE, MFT, RANDOM, compare
 from mft.masks.convert import masked_modules
-from mft.models.clones import clone_with_own_weights
+from mft.models.causal_lm import clone_with_own_weights
 from mft.training.metrics import Recorder
 
 MASK = MaskConfig(layers_to_transform=[2, 3], init="magnitude")

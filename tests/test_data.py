@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 
 from mft.config import DataConfig
 from mft.data import record_files, splits, tokenization
-from mft.data.corpora import EXCLUDED_DIRECTORIES, stdlib_files
-from mft.data.header_corpus import header_files
+from mft.data.corpora import EXCLUDED_DIRECTORIES, header_files, stdlib_files
 from mft.data.packing import build_rows
 from mft.data.record_files import find_splits
 from mft.data.sources import Records, open_source

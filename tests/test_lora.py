@@ -9,8 +9,7 @@ from tiny import make_llama, make_rows, masked_llama
 
 from mft.config import TrainConfig
 from mft.evaluation.evaluate import evaluate
-from mft.models.causal_lm import first_trainable_layer
-from mft.models.clones import clone_with_own_weights
+from mft.models.causal_lm import clone_with_own_weights, first_trainable_layer
 from mft.models.frozen_layers import PrefixMemory
 from mft.study.lora import add_lora, merge_lora
 from mft.training.loop import train_loop

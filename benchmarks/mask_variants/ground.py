@@ -21,7 +21,7 @@ from mft.evaluation.evaluate import Evaluation, evaluate
 from mft.masks.convert import mask_model
 from mft.masks.inspection import flip_share, initial_masks
 from mft.masks.targets import select_targets
-from mft.models.clones import clone_with_own_weights
+from mft.models.causal_lm import clone_with_own_weights
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.pretrained import load_model
 from mft.training.loop import count_steps, finetune, train_masks, train_weights

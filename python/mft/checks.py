@@ -1,15 +1,18 @@
-"""Checks of a dataclass's fields against their annotations and against rules.
+"""What users give: fields held against annotations and rules, and which known name a mistyped one was meant to be.
 
 Every message begins with the field's name, so that a reader of files can put the section before it.
 """
 
+import difflib
 import math
 import os
 import types
 import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from mft.choices import nearest
+_LONGEST = 200  # characters of a name that somebody typed
 
 
 def coerce_fields(config: Any) -> None:
@@ -23,6 +26,63 @@ def coerce_fields(config: Any) -> None:
         if isinstance(coerced, float) and not math.isfinite(coerced):
             raise ValueError(f"{name} must be a finite number, got {coerced}")
         setattr(config, name, coerced)
+
+
+def shown(value: Any) -> str:
+    text = repr(value)
+    return "null" if value is None else f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def expand_home(config: Any, *names: str) -> None:
+    """A path in these fields may begin with ~, which no shell expands in a YAML file or after "output_dir="."""
+    for name in names:
+        if (value := getattr(config, name)) is not None:
+            setattr(config, name, os.path.expanduser(value))
+
+
+def check_rule(holds: bool, name: str, rule: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"{name} must {rule}, got {value}")
+
+
+def check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
+
+
+def check_not_empty(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value in ("", []) or (isinstance(value, list) and "" in value):
+            raise ValueError(f"{name} must not be empty, got {value!r}: leave the key out for its default")
+
+
+def check_seed(seed: int) -> None:
+    check_rule(0 <= seed < 2**63, "seed", "lie in [0, 2**63)", seed)
+
+
+def nearest(name: str, known: Iterable[str], *, prefix: str = "", paths: Mapping[str, str] | None = None) -> str:
+    """ "; did you mean X?" for the closest of known, or "" when none is close.
+
+    prefix stands before the name in the answer; paths maps an answer's full path to its name.
+    """
+    if len(name) > _LONGEST:
+        return ""
+    folded = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.6)
+    if not close:
+        return ""
+    answer = folded[close[0]]
+    if paths is not None:
+        answer = " or ".join(path for path, last in paths.items() if last == answer)
+    return f"; did you mean {prefix}{answer}?"
+
+
+def nearest_path(path: Path) -> str:
+    """The same for a file or directory that is not there, among its neighbours."""
+    if not path.parent.is_dir():
+        return f" (nor {path.parent})"
+    return nearest(path.name, [entry.name for entry in path.parent.iterdir()], prefix=f"{path.parent}/")
 
 
 def _match(value: Any, hint: Any) -> tuple[bool, Any]:
@@ -68,36 +128,3 @@ def _hint_words(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return f"a list of {len(typing.get_args(hint))} numbers"
     return words.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def shown(value: Any) -> str:
-    text = repr(value)
-    return "null" if value is None else f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
-
-
-def expand_home(config: Any, *names: str) -> None:
-    """A path in these fields may begin with ~, which no shell expands in a YAML file or after "output_dir="."""
-    for name in names:
-        if (value := getattr(config, name)) is not None:
-            setattr(config, name, os.path.expanduser(value))
-
-
-def check_rule(holds: bool, name: str, rule: str, value: Any) -> None:
-    if not holds:
-        raise ValueError(f"{name} must {rule}, got {value}")
-
-
-def check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
-
-
-def check_not_empty(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value in ("", []) or (isinstance(value, list) and "" in value):
-            raise ValueError(f"{name} must not be empty, got {value!r}: leave the key out for its default")
-
-
-def check_seed(seed: int) -> None:
-    check_rule(0 <= seed < 2**63, "seed", "lie in [0, 2**63)", seed)

@@ -10,8 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from mft.checks import check_not_empty, check_one_of, check_rule, check_seed, coerce_fields, expand_home, shown
-from mft.choices import nearest, nearest_path
+from mft.checks import (
+    check_not_empty,
+    check_one_of,
+    check_rule,
+    check_seed,
+    coerce_fields,
+    expand_home,
+    nearest,
+    nearest_path,
+    shown,
+)
 from mft.files.atomic import write_whole
 from mft.files.regular_file import read_regular
 from mft.files.yaml_file import dump_yaml, parse_yaml

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertLMHeadModel
 from mft.cli.estimate import parse_bytes
 from mft.cli.study import run_plot
 from mft.config import MaskConfig, ModelConfig, RunConfig, TrainConfig, load_config, save_config
-from mft.engines.step_errors import NonFiniteLoss
+from mft.engines.step import NonFiniteLoss
 from mft.evaluation.evaluate import evaluate, paired_difference
 from mft.evaluation.evaluated_base import check_exact
 from mft.masks.convert import mask_model, masked_modules, merge_model

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mft.choices import nearest
+from mft.checks import nearest
 from mft.files.json_file import read_object
 from mft.study.ablate import derive, plot_ablation
 from mft.study.config import StudyConfig

@@ -11,10 +11,9 @@ from typing import Any
 
 import datasets
 
-from mft.choices import nearest, nearest_path
+from mft.checks import nearest, nearest_path
 from mft.config import DataConfig
-from mft.data.corpora import describe_stdlib, stdlib_files
-from mft.data.header_corpus import describe_headers, header_files
+from mft.data.corpora import describe_headers, describe_stdlib, header_files, stdlib_files
 from mft.data.problems import Problem, describe_problems, fingerprint_of, make_problems
 from mft.data.record_files import CONTENT_COLUMNS, FILE_TYPES, Records, find_splits, hash_splits, read_files
 from mft.files.cache import sha256_of

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import numpy
 
-from mft.choices import nearest
+from mft.checks import nearest
 from mft.data.sources import Records, form_of
 
 IGNORED = -100

@@ -20,8 +20,7 @@ from mft.data.splits import Splits
 from mft.demo.tuning import Trial, tune
 from mft.evaluation.evaluate import Evaluation
 from mft.masks.convert import mask_model, masked_modules
-from mft.models.causal_lm import first_trainable_layer
-from mft.models.clones import clone_with_own_weights
+from mft.models.causal_lm import clone_with_own_weights, first_trainable_layer
 from mft.models.frozen_layers import PrefixMemory
 from mft.training.loop import train_masks, train_weights
 from mft.training.metrics import Recorder

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from mft.data.batches import MicroBatch
-from mft.engines.layer_engine import LayerEngine, OnLoss, tensors_of
+from mft.engines.layer_engine import LayerEngine, tensors_of
 from mft.engines.score_states import HeldMask
+from mft.engines.step import OnLoss
 
 Resting = deque[Tensor]  # a micro-batch each, in host memory
 

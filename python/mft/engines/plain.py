@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from mft.config import TrainConfig
 from mft.data.batches import MicroBatch
 from mft.engines.distributed import ALONE, Processes
-from mft.engines.layer_engine import OnLoss
 from mft.engines.master_weights import MasterAdamW
 from mft.engines.score_states import MOMENTS
-from mft.engines.step_errors import NonFiniteLoss, naming_lack_of_memory
+from mft.engines.step import NonFiniteLoss, OnLoss, naming_lack_of_memory
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.token_loss import backward_labelled_loss
 from mft_kernels import MaskAdamW, MaskedLinear
@@ -22,7 +21,7 @@ class Plain:
     """Trains what requires grad: weights by AdamW on fp32 masters, scores that are not fp32 by MaskAdamW.
 
     Args: run, head: see causal_lm.split_at_head. memory: of the frozen layers' outputs, or None. processes: those whose
-        gradients make up a step.
+        gradients make up a step. before_update: called when these are complete and not yet clipped or applied.
     """
 
     way = "plain"
@@ -35,18 +34,20 @@ class Plain:
         head: nn.Module,
         memory: PrefixMemory | None,
         processes: Processes = ALONE,
+        before_update: Callable[[], None] | None = None,
     ) -> None:
         self._model, self._head, self._processes = model, head, processes
         self._prefix = FrozenPrefix(model, memory=memory, run=run)
         self._device = next(model.parameters()).device
         self._stepper = _stepper(model, train)
         self._stepper.__enter__()
-        self.before_update: Callable[[], None] | None = None  # see train_loop
+        self._before_update = before_update
 
     def step(
-        self, batches: Sequence[MicroBatch], scale: float, lr: float, max_norm: float | None, on_loss: OnLoss
+        self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss
     ) -> None:
-        """One optimiser step; see LayerEngine. Raises: RuntimeError for a lack of memory, naming the rows."""
+        """See step.Runner."""
+        assert lr is not None, "plain has no rehearsal"
         for batch in batches:
             with self._at(f"rows {batch.rows} of {batch.input_ids.shape[1]} tokens"):
                 hidden = self._prefix(batch.input_ids.to(self._device), batch.rows)
@@ -54,8 +55,8 @@ class Plain:
                 on_loss(batch, total)
         with self._at("the optimiser step"):
             self._processes.sum_gradients(self._stepper.masters)
-            if self.before_update is not None:
-                self.before_update()
+            if self._before_update is not None:
+                self._before_update()
             self._stepper.set_lr(lr)
             if max_norm is not None:
                 self._stepper.clip(max_norm)

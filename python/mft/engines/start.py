@@ -1,17 +1,22 @@
-"""An engine for a way of running: the model brought to where it keeps what."""
+"""What runs a model's steps, by way of running: the model brought to where it keeps what."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from mft.config import TrainConfig
+from mft.engines.distributed import ALONE, Processes
 from mft.engines.layer_calls import LayerCalls
-from mft.engines.layer_engine import LayerEngine, Resident
+from mft.engines.layer_engine import LayerEngine
 from mft.engines.layerwise import Layerwise
 from mft.engines.offload import Mover
+from mft.engines.plain import Plain
 from mft.engines.randomness import draws_at_random
+from mft.engines.resident import Resident
 from mft.engines.score_states import ScoreStates, current_masks
+from mft.engines.step import Runner
 from mft.masks.convert import masked_modules
 from mft.models.causal_lm import split_at_head
 from mft.models.frozen_layers import PrefixMemory
@@ -24,6 +29,29 @@ ENGINES: dict[str, type[LayerEngine]] = {"resident": Resident, "quantized": Resi
 def default_device() -> torch.device:
     """The first GPU, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def start_runner(
+    model: nn.Module,
+    few: Tensor,
+    way: str,
+    device: Device,
+    train: TrainConfig,
+    memory: PrefixMemory | None = None,
+    processes: Processes = ALONE,
+    *,
+    before_update: Callable[[], None] | None = None,
+) -> Runner:
+    """What trains model; close() gives it back.
+
+    Args: as of start_engine; way: also "plain", where the model stays on its device, alone of which processes and
+        before_update are, the latter called when a step's gradients are complete.
+    """
+    if way != "plain":
+        return start_engine(model, few, way, device, train=train, memory=memory)
+    if memory is not None and draws_at_random(model, few):
+        memory = None
+    return Plain(model, train, *split_at_head(model, few), memory, processes, before_update)
 
 
 def start_engine(

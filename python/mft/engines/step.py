@@ -1,6 +1,54 @@
-"""What training tells of one optimiser step."""
+"""What takes optimiser steps, whichever way; what it tells of one, and what ends one.
 
+A step that ends early has numbers that are not finite, or lacks memory, and is told by where it was.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mft.data.batches import MicroBatch
+
+OnLoss = Callable[[MicroBatch, Tensor], None]  # may raise, before any score has changed
+
+
+class Runner(Protocol):
+    """Plain, Resident or Layerwise on one model, as start.start_runner makes it."""
+
+    def step(
+        self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss
+    ) -> None:
+        """One optimiser step; on_loss hears each micro-batch's sum of losses before anything learned changes.
+
+        Args: scale: of the gradients. lr: None, of ways other than plain, is a rehearsal: gradients are made, and
+            nothing is updated.
+        Raises: whatever on_loss raises; RuntimeError for a lack of memory, naming rows or layer.
+        """
+
+    def check(self) -> None:
+        """After each step: raise if it has made a score NaN or infinite, where no later forward finds it."""
+
+    def check_learned(self) -> None:
+        """Before anything learned is saved: raise NonFiniteLoss if it is not finite, where check() does not find it."""
+
+    def recall(self, batches: Sequence[MicroBatch]) -> None:
+        """Remember what the frozen layers make of these rows, as step would; nothing is trained."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+
+    def learned(self) -> Mapping[str, Tensor]:
+        """What is trained, as it rests, by the parameter's name: scores, or fp32 masters of 16-bit weights."""
+
+    def relearned(self) -> None:
+        """After a change of what is learned: the model computes with it."""
+
+    def close(self) -> None:
+        """The model is whole again."""
 
 
 @dataclass
@@ -13,3 +61,18 @@ class StepReport:
     lr: float
     tokens: int  # of this step
     seconds: float  # since the loop began
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss, or what was learned from it, became NaN or infinite."""
+
+
+@contextlib.contextmanager
+def naming_lack_of_memory(place: str, words: Callable[[], str]) -> Iterator[None]:
+    """Turn torch's lack of memory, on a GPU or the host, into a RuntimeError that says where, and ``words()``."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise RuntimeError(f"out of memory at {place}; {words()} ({error})") from error

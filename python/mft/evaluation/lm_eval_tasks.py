@@ -13,8 +13,7 @@ import torch
 from rich.table import Column, Table
 from torch import nn
 
-from mft.checks import check_rule
-from mft.choices import nearest, nearest_path
+from mft.checks import check_rule, nearest, nearest_path
 
 # lm_eval is imported inside the functions: it takes seconds, and only what asks for a benchmark needs it.
 

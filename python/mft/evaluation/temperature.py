@@ -14,7 +14,7 @@ from torch import nn
 from mft.checks import check_rule
 from mft.data.batches import count_labels, take_rows
 from mft.evaluation.evaluate import Evaluation, evaluate
-from mft.models.causal_lm import FEW, head_of, split_at_head
+from mft.models.causal_lm import FEW, evaluating, head_of, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.token_loss import temperature_slopes
 
@@ -35,7 +35,7 @@ def fit_temperature(
     """
     check_rule(len(dataset) > 0, "dataset", "hold at least one row to fit a temperature on", len(dataset))
     inverse, low, high = 1.0, 1 / LARGEST, LARGEST
-    with _evaluating(model):
+    with evaluating(model):
         slopes = _Slopes(model, dataset, batch_size, first, memory)
         for _ in range(_PASSES):
             slope, curvature = slopes.at(inverse)
@@ -100,7 +100,7 @@ def _divided(model: nn.Module, temperature: float) -> Iterator[None]:
 def _check_scales(model: nn.Module, few: torch.Tensor) -> None:
     """That halving the head's logits halves the model's."""
     few = few.to(next(model.parameters()).device)
-    with _evaluating(model):
+    with evaluating(model):
         own = model(input_ids=few, use_cache=False).logits.float()
         with _divided(model, 2.0):
             halved = model(input_ids=few, use_cache=False).logits.float()
@@ -110,13 +110,3 @@ def _check_scales(model: nn.Module, few: torch.Tensor) -> None:
             f"{type(model).__name__} must hand on its head's logits, or scale them, to be tempered, but halving them "
             f"is off by {error:.3g}: set a soft cap (final_logit_softcapping) of its configuration to null"
         )
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

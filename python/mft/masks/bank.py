@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mft.choices import nearest
+from mft.checks import nearest
 from mft.masks.banked_linear import BankedLinear, Choice, OneTask, TaskPerRow
 from mft.masks.convert import as_linear, check_unmasked, check_unwrapped, replace_module
 from mft.masks.export import check_learned_on, check_shapes, masks_directory

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mft.choices import nearest
+from mft.checks import nearest
 from mft.files.json_file import read_object
 from mft.files.safetensors_file import open_tensors
 from mft.masks.saved_modules import is_inside

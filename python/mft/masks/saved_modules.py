@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mft.choices import nearest
+from mft.checks import nearest
 
 _NAMES = "_mft_modules_to_save"  # of the modules that are trained; an attribute of the model
 

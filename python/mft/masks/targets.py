@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mft.choices import nearest
+from mft.checks import nearest
 from mft.config import MaskConfig
 from mft.masks.saved_modules import is_inside, select_saved_modules
 from mft.models.linears import Candidate, check_maskable, find_candidates, layer_stacks, listed

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mft.choices import nearest, nearest_path
+from mft.checks import nearest, nearest_path
 from mft.files.json_file import read_object
 from mft.memory.shapes import known_config, known_models
 

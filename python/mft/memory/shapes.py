@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mft.choices import nearest
+from mft.checks import nearest
 
 KNOWN_MODELS = Path(__file__).with_name("known_models")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

@@ -4,6 +4,7 @@ decoder(input_ids) -> hidden (B, T, D); head(hidden) -> logits (B, T, V).
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -93,6 +94,26 @@ def replaced_forwards(layers: Iterable[nn.Module], forward_for: Callable[[nn.Mod
                 del layer.__dict__["forward"]
             else:
                 object.__setattr__(layer, "forward", own)
+
+
+def clone_with_own_weights(model: nn.Module, names: Iterable[str] = ()) -> nn.Module:
+    """A copy of model that shares all parameters with it, except those of the named modules, which it owns.
+
+    Masking a clone needs no weight of its own. Do not train a shared parameter.
+    """
+    own = {id(p) for name in names for p in model.get_submodule(name).parameters()}
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the context."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _run_model(model: nn.Module, input_ids: Tensor) -> Tensor:

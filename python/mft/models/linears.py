@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mft.choices import nearest
+from mft.checks import nearest
 from mft.models.quantized_weight import QuantizedWeight
 from mft.models.weight_readers import why_read
 from mft_kernels.maskable import has_slow_path, why_no_mask, why_not_there

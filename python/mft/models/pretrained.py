@@ -14,7 +14,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from mft.choices import nearest, nearest_path
+from mft.checks import nearest, nearest_path
 from mft.config import ModelConfig
 from mft.files.atomic import atomic_directory
 from mft.files.cache import cache_root, sha256_of

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mft.checks import check_rule
-from mft.choices import nearest
+from mft.checks import check_rule, nearest
 from mft.config import parse_layers
 from mft.files.figure import new_figure, save_figure
 from mft.study.config import CONTROL, FULL, MASK, ArmConfig, StudyConfig

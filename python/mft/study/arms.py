@@ -24,7 +24,7 @@ from mft.evaluation.exact_match import exact_matches
 from mft.evaluation.temperature import evaluate_tempered, fit_temperature
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.inspection import flip_share, initial_masks
-from mft.models.clones import clone_with_own_weights
+from mft.models.causal_lm import clone_with_own_weights
 from mft.study.config import (
     AVERAGE,
     BASE,

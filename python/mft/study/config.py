@@ -9,8 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from mft.checks import check_not_empty, check_one_of, check_rule, check_seed, coerce_fields, expand_home
-from mft.choices import nearest
+from mft.checks import check_not_empty, check_one_of, check_rule, check_seed, coerce_fields, expand_home, nearest
 from mft.config import INITS, MODES, DataConfig, MaskConfig, ModelConfig, TrainConfig, parse_layers
 from mft.study.one_shot import METHODS
 

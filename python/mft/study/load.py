@@ -5,8 +5,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from mft.checks import shown
-from mft.choices import nearest
+from mft.checks import nearest, shown
 from mft.config import CONFIGS, FOREIGN_NAMES, find_config, read_mapping
 from mft.files.yaml_file import parse_yaml
 from mft.study.config import StudyConfig

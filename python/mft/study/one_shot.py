@@ -25,7 +25,7 @@ from mft.config import MaskConfig
 from mft.data.batches import MicroBatch, count_labels, take_rows
 from mft.masks.convert import check_unmasked, keeping_all, mask_model, masked_modules
 from mft.masks.targets import select_targets
-from mft.models.causal_lm import FEW, run_decoder, split_at_head
+from mft.models.causal_lm import FEW, evaluating, run_decoder, split_at_head
 from mft.models.frozen_layers import FrozenPrefix
 from mft.models.linears import find_targets
 from mft.models.token_loss import backward_token_loss
@@ -66,7 +66,7 @@ def importance(
     modules = _linear_modules(model, names)
     batches = list(_calibration(dataset, rows, batch_size, seed)) if method in _BY_DATA else []
     found: dict[str, Tensor] = {}
-    with keeping_all(model), _evaluating(model):
+    with keeping_all(model), evaluating(model):
         if method == "wanda":
             norms = _input_norms(model, modules, batches)
             found = {name: _matrix(module).abs().float() * norms[name] for name, module in modules.items()}
@@ -301,16 +301,6 @@ def _masked(model: nn.Module) -> dict[str, Any]:
     if not masked:
         raise ValueError("model must hold masked layers, found none: call mask_model(model, config) first")
     return masked
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _check_tells_apart(name: str, method: str, values: Tensor) -> None:

@@ -19,7 +19,7 @@ from mft.files.figure import new_figure, save_figure
 from mft.masks.convert import check_unmasked, convert
 from mft.masks.inspection import flip_share, initial_masks
 from mft.masks.targets import select_targets
-from mft.models.clones import clone_with_own_weights
+from mft.models.causal_lm import clone_with_own_weights
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.linears import layer_index, layer_stacks
 from mft.training.loop import train_masks

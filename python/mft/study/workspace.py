@@ -15,8 +15,14 @@ from mft.config import ModelConfig
 from mft.data.batches import take_rows
 from mft.data.splits import Splits, load_splits
 from mft.masks.targets import select_targets
-from mft.models.causal_lm import FEW, decoder_layers, first_trainable_layer, replaced_forwards, split_at_head
-from mft.models.clones import clone_with_own_weights
+from mft.models.causal_lm import (
+    FEW,
+    clone_with_own_weights,
+    decoder_layers,
+    first_trainable_layer,
+    replaced_forwards,
+    split_at_head,
+)
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.pretrained import load_model
 from mft.study.config import ArmConfig, StudyConfig

@@ -15,15 +15,12 @@ from torch import Tensor, nn
 from mft.config import TrainConfig
 from mft.data.batches import MicroBatch, count_labels, take_rows
 from mft.engines.distributed import ALONE, Processes
-from mft.engines.layer_engine import LayerEngine
-from mft.engines.plain import Plain
-from mft.engines.randomness import draws_at_random, seeded
-from mft.engines.start import Device, start_engine
-from mft.engines.step import StepReport
-from mft.engines.step_errors import NonFiniteLoss
+from mft.engines.randomness import seeded
+from mft.engines.start import Device, start_runner
+from mft.engines.step import NonFiniteLoss, Runner, StepReport
 from mft.masks.convert import masked_modules
 from mft.masks.saved_modules import saved_modules, train_whole
-from mft.models.causal_lm import FEW, split_at_head
+from mft.models.causal_lm import FEW
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.next_tokens import check_next_tokens
 from mft.training.saver import Saver
@@ -129,11 +126,10 @@ def train_loop(
         _training_mode(model, checkpointed=way == "plain" and train.gradient_checkpointing),
         contextlib.nullcontext() if saver is None else saver.listening(),
     ):
-        runner = _start(model, train, few, way, device, memory, processes)
-        if isinstance(runner, Plain) and before_update is not None:
-            runner.before_update = lambda: before_update(len(reports) + 1, steps)
+        updated = None if before_update is None else lambda: before_update(len(reports) + 1, steps)
+        runner = start_runner(model, few, way, device, train, memory, processes, before_update=updated)
         try:
-            if isinstance(runner, LayerEngine):
+            if way != "plain":
                 _rehearse(runner, dataset, train)
             if saver is not None:
                 reports += saver.begin(runner)
@@ -169,23 +165,7 @@ def train_loop(
     return reports
 
 
-def _start(
-    model: nn.Module,
-    train: TrainConfig,
-    few: Tensor,
-    way: str,
-    device: Device,
-    memory: PrefixMemory | None,
-    processes: Processes,
-) -> Plain | LayerEngine:
-    if way == "plain":
-        if memory is not None and draws_at_random(model, few):
-            memory = None
-        return Plain(model, train, *split_at_head(model, few), memory, processes)
-    return start_engine(model, few, way, device, train=train, memory=memory)
-
-
-def _rehearse(runner: LayerEngine, dataset, train: TrainConfig) -> None:
+def _rehearse(runner: Runner, dataset, train: TrainConfig) -> None:
     """The rows that score most tokens first, without an update: what does not fit shows before anything is learned.
 
     Rows have one length, so nothing else can make one step larger than another.

@@ -16,9 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from mft.engines.distributed import ALONE, Processes
-from mft.engines.layer_engine import LayerEngine
-from mft.engines.plain import Plain
-from mft.engines.step import StepReport
+from mft.engines.step import Runner, StepReport
 from mft.training.checkpoint import Checkpoint, check_space, prepare, write_checkpoint
 from mft.training.state import put_state, state_bytes, take_state
 
@@ -74,7 +72,7 @@ class Saver:
         self._last = time.monotonic()
         self._told: int | None = None  # the signal that came
 
-    def begin(self, runner: Plain | LayerEngine) -> list[StepReport]:
+    def begin(self, runner: Runner) -> list[StepReport]:
         """Put the runner where the checkpoint was, if there is one; returns the reports of the steps done.
 
         Raises: OSError if the disk has no room for two checkpoints. ValueError, if the checkpoint is another run's.
@@ -105,7 +103,7 @@ class Saver:
             self._on_found(reports)
         return reports
 
-    def after_step(self, runner: Plain | LayerEngine, reports: list[StepReport]) -> None:
+    def after_step(self, runner: Runner, reports: list[StepReport]) -> None:
         """Save if it is time.
 
         Raises: Stopped, if a signal came, to whichever process; NonFiniteLoss, if what is learned is not finite.

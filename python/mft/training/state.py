@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mft.engines.layer_engine import LayerEngine
-from mft.engines.plain import Plain
 from mft.engines.randomness import put_random_states, take_random_states
+from mft.engines.step import Runner
 from mft_kernels import MaskAdamW
 
 _MOMENTS = 8  # bytes an element of torch's AdamW
 
 
-def take_state(runner: Plain | LayerEngine) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def take_state(runner: Runner) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, numbers), the tensors those of the runner itself: the next step changes them."""
     tensors = {f"learned.{name}": tensor for name, tensor in runner.learned().items()}
     numbers: dict[str, Any] = {}
@@ -33,7 +32,7 @@ def take_state(runner: Plain | LayerEngine) -> tuple[dict[str, Tensor], dict[str
     return tensors | take_random_states(), numbers
 
 
-def put_state(runner: Plain | LayerEngine, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+def put_state(runner: Runner, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
     """Continue from take_state's of a run with the same model and configuration.
 
     Raises: ValueError, naming a tensor that is missing, unknown or of another shape or dtype.
@@ -63,7 +62,7 @@ def put_state(runner: Plain | LayerEngine, tensors: Mapping[str, Tensor], number
     put_random_states(tensors)
 
 
-def state_bytes(runner: Plain | LayerEngine) -> int:
+def state_bytes(runner: Runner) -> int:
     """What take_state's tensors will take once every moment exists."""
     learned, optimizer = runner.learned().values(), runner.optimizer
     if isinstance(optimizer, MaskAdamW):

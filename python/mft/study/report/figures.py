@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mft.choices import nearest
+from mft.checks import nearest
 from mft.config import ModelConfig
 from mft.study.config import FULL, MASK
 from mft.study.load import load_study

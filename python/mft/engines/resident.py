@@ -1,0 +1,99 @@
+"""All micro-batches of a step one after another, with all weights, masks and gradient buffers on the device."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mft.data.batches import MicroBatch
+from mft.engines.layer_engine import LayerEngine, tensors_of
+from mft.engines.step import OnLoss
+
+
+class Resident(LayerEngine):
+    """All weights, masks and gradient buffers on the device; one micro-batch after another."""
+
+    way = "resident"
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        elsewhere = {id(mask.module.scores) for mask in self.masks} | {id(t) for t in self.embedding_alone()}
+        for tensor in tensors_of(self.calls.model):
+            if id(tensor) in elsewhere:
+                tensor.data = self.mover.rest(tensor.data)
+            else:
+                tensor.data = tensor.data.to(self.mover.device)
+        for mask in self.masks:
+            mask.packed = mask.packed.to(self.mover.device)
+            mask.hold(None if self._states is None else self.states.new_buffer(mask, self.grad_dtype))
+
+    def step(
+        self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss
+    ) -> None:
+        masks = self.masks
+        for mask in masks:
+            assert mask.grad is not None
+            mask.grad.zero_()
+        for batch in batches:
+            boundaries: list[Tensor] = []
+            total, grad = self.loss(batch, self._climb(batch, boundaries), scale)
+            on_loss(batch, total)
+            top = [grad]
+            del grad  # the way down is not to hold the gradient at its top
+            self._descend(batch, boundaries, top)
+        if lr is None:
+            return
+        with self._at("the optimiser step"):
+            factor = None if max_norm is None else self.states.clip_factor(max_norm)
+            self.states.update(masks, lr, factor)
+
+    def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
+        for batch in batches:
+            hidden = self.enter(batch)
+            for layer in range(self.depth):
+                hidden = self.up(layer, hidden, batch)
+            with torch.no_grad():
+                yield self.calls.leave(batch.input_ids.to(self.mover.device), hidden)
+
+    def _climb(self, batch: MicroBatch, boundaries: list[Tensor]) -> Tensor:
+        """The last layer's output; boundaries become those from the first masked layer on, in host memory."""
+        hidden = self._below(batch)
+        for layer in range(self.first, self.depth):
+            boundaries.append(self.mover.store(hidden))
+            hidden = self.up(layer, hidden, batch)
+        self.mover.let_go()
+        return hidden
+
+    def recall(self, batches: Sequence[MicroBatch]) -> None:
+        if self.memory is not None:
+            for batch in batches:
+                self._below(batch)
+
+    def _below(self, batch: MicroBatch) -> Tensor:
+        """What reaches the first masked layer."""
+        hidden = self.remembered(batch)
+        if hidden is None:
+            hidden = self.enter(batch)
+            for layer in range(self.first):
+                hidden = self.up(layer, hidden, batch)
+            self.remember(batch, hidden)
+        return hidden
+
+    def _descend(self, batch: MicroBatch, boundaries: list[Tensor], grads: list[Tensor]) -> None:
+        """grads holds the gradient of the last layer's output; empties both."""
+        arriving = self.mover.bring(boundaries[-1:])
+        for layer in reversed(range(self.first, self.depth)):
+            (hidden,) = arriving.wait()
+            self.mover.give_back(boundaries.pop())
+            arriving = self.mover.bring(boundaries[-1:])
+            d_hidden = self.down(layer, hidden, grads.pop(), batch)
+            grads += [] if d_hidden is None else [d_hidden]
+            del d_hidden
+
+    def close(self) -> None:
+        super().close()
+        for tensor in self.embedding_alone():  # the model is whole again: all but the scores on the device
+            tensor.data = tensor.data.to(self.mover.device)
+
+    def _remedy(self) -> str:
+        return f"Set memory: layerwise, or: {super()._remedy()}"
