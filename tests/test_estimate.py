@@ -13,7 +13,7 @@ from mft.cli.estimate import parse_bytes
 from mft.memory.estimate import estimate
 from mft.memory.fit import RESERVE, choose, gigabytes
 from mft.memory.shapes import known_config, shape_from_config
-from mft.memory.workload import WAYS, Setting
+from mft.memory.workload import WAYS, Workload
 
 # LLaMA2-7B's proportions at an eighth of its width.
 SMALL = known_config("llama2-7b") | {
@@ -33,9 +33,9 @@ SEVENTY = shape_from_config(known_config("llama2-70b"), "llama2-70b")
 LOCAL = (4, 5, 6, 7)
 
 
-def assert_as_simulated(config, setting, tolerance=0.05):
-    expected = estimate(shape_from_config(config), setting)
-    found = simulate_step(config, setting, steps=2)
+def assert_as_simulated(config, workload, tolerance=0.05):
+    expected = estimate(shape_from_config(config), workload)
+    found = simulate_step(config, workload, steps=2)
     assert expected.device_peak == pytest.approx(found.device_peak, rel=tolerance)
     assert expected.host_peak == pytest.approx(found.host_peak, rel=tolerance)
 
@@ -43,13 +43,13 @@ def assert_as_simulated(config, setting, tolerance=0.05):
 @pytest.mark.parametrize("layers", [None, (2, 3), (0,), (5,)], ids=str)
 @pytest.mark.parametrize("way", ["plain", "resident", "layerwise"])
 def test_each_way_is_as_simulated(way, layers):
-    assert_as_simulated(SMALL, Setting(memory=way, layers=layers, sequence=512, accumulation=2))
+    assert_as_simulated(SMALL, Workload(memory=way, layers=layers, sequence=512, accumulation=2))
 
 
 @pytest.mark.parametrize("config", [GROUPED, QWEN, NARROW], ids=["grouped heads", "qwen3", "narrow"])
 @pytest.mark.parametrize("way", ["plain", "resident", "layerwise"])
 def test_other_shapes(way, config):
-    assert_as_simulated(config, Setting(memory=way, sequence=256, micro_batch=2, accumulation=3))
+    assert_as_simulated(config, Workload(memory=way, sequence=256, micro_batch=2, accumulation=3))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_other_shapes(way, config):
 )
 @pytest.mark.parametrize("way", ["resident", "layerwise"])
 def test_other_settings(way, changes):
-    assert_as_simulated(SMALL, Setting(memory=way, sequence=512, accumulation=2, **changes))
+    assert_as_simulated(SMALL, Workload(memory=way, sequence=512, accumulation=2, **changes))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -73,17 +73,19 @@ def test_other_settings(way, changes):
 @pytest.mark.parametrize("way", ["quantized", "layerwise"])
 def test_a_quantised_base(way, masked, kind):
     """Short rows, so that a dense matrix counts beside the activations."""
-    setting = Setting(memory=way, layers=(2, 3), sequence=128, accumulation=2, quantization=kind)
-    assert_as_simulated(SMALL, replace(setting, quantize_masked=masked))
+    workload = Workload(memory=way, layers=(2, 3), sequence=128, accumulation=2, quantization=kind)
+    assert_as_simulated(SMALL, replace(workload, quantize_masked=masked))
 
 
 def test_plain_with_states_in_few_bits():
-    assert_as_simulated(SMALL, Setting(memory="plain", sequence=512, accumulation=2, scores="bfloat16", moments="8bit"))
+    assert_as_simulated(
+        SMALL, Workload(memory="plain", sequence=512, accumulation=2, scores="bfloat16", moments="8bit")
+    )
 
 
 def test_a_published_model_is_as_simulated():
-    setting = Setting(memory="resident", layers=LOCAL, accumulation=2)
-    assert_as_simulated(known_config("llama2-7b"), setting, tolerance=0.01)
+    workload = Workload(memory="resident", layers=LOCAL, accumulation=2)
+    assert_as_simulated(known_config("llama2-7b"), workload, tolerance=0.01)
 
 
 # What must hold at sequence 4096, one row at a time, in bfloat16.
@@ -102,12 +104,12 @@ def test_a_published_model_is_as_simulated():
     ],
 )
 def test_targets(shape, layers, most, options):
-    assert estimate(shape, Setting(layers=layers, **options)).device_peak <= most * 1e9
+    assert estimate(shape, Workload(layers=layers, **options)).device_peak <= most * 1e9
 
 
 def test_the_parts_by_hand():
     """LLaMA2-7B resident, layers 4-7: 4 x 202,375,168 masked weights."""
-    found = estimate(SEVEN, Setting(memory="resident", layers=LOCAL))
+    found = estimate(SEVEN, Workload(memory="resident", layers=LOCAL))
     masked = 4 * 202_375_168
     embedding = 32_000 * 4096
     assert found.device["weights"] == 2 * (6_738_415_616 - embedding)
@@ -118,20 +120,20 @@ def test_the_parts_by_hand():
 
 
 def test_bases_in_few_bits():
-    setting = Setting(memory="quantized", layers=LOCAL)
+    workload = Workload(memory="quantized", layers=LOCAL)
     outside, linears = 2 * (32_000 * 4096 + 4096 + 32 * 2 * 4096), 202_375_168
     frozen_nf4, masked_exact = 28 * linears * 9 // 16, 4 * linears * 2
-    assert estimate(SEVEN, setting).device["weights"] == outside + frozen_nf4 + masked_exact
-    everything = estimate(SEVEN, replace(setting, quantize_masked=True)).device["weights"]
+    assert estimate(SEVEN, workload).device["weights"] == outside + frozen_nf4 + masked_exact
+    everything = estimate(SEVEN, replace(workload, quantize_masked=True)).device["weights"]
     assert everything == outside + 32 * linears * 9 // 16
     rows = 32 * sum(n for n, _ in SEVEN.linears.values())
-    int8 = estimate(SEVEN, replace(setting, quantization="int8", quantize_masked=True)).device["weights"]
+    int8 = estimate(SEVEN, replace(workload, quantization="int8", quantize_masked=True)).device["weights"]
     assert int8 == outside + 32 * linears + 4 * rows
 
 
 def test_checkpointing_holds_boundaries_alone():
-    setting = Setting(memory="plain", layers=LOCAL)
-    saved, less = (estimate(SEVEN, replace(setting, gradient_checkpointing=c)) for c in (False, True))
+    workload = Workload(memory="plain", layers=LOCAL)
+    saved, less = (estimate(SEVEN, replace(workload, gradient_checkpointing=c)) for c in (False, True))
     assert less.device_peak < saved.device_peak - 10e9
     assert less.seconds > saved.seconds
 
@@ -139,11 +141,11 @@ def test_checkpointing_holds_boundaries_alone():
 def test_the_weights_are_read_before_they_are_anywhere_else():
     """Plain moves them to the device before it makes scores; the others make them on the host."""
     weights, masked = 2 * SEVEN.parameters, 4 * 202_375_168
-    plain, resident, quantized = (estimate(SEVEN, Setting(memory=way, layers=LOCAL)) for way in WAYS[:3])
+    plain, resident, quantized = (estimate(SEVEN, Workload(memory=way, layers=LOCAL)) for way in WAYS[:3])
     assert (plain.loading, plain.host_peak, plain.host_needed) == (weights, 0, weights)
     assert resident.loading == resident.host_needed == weights + masked // 8 + 4 * masked > resident.host_peak
     assert quantized.loading == resident.loading
-    together = estimate(SEVEN, Setting(memory="quantized", layers=LOCAL, device="cpu"))
+    together = estimate(SEVEN, Workload(memory="quantized", layers=LOCAL, device="cpu"))
     assert (together.loading, together.phases["loading"]) == (0, resident.loading)
 
 
@@ -156,17 +158,17 @@ def test_what_is_quantised_is_counted():
         (None, True): linears,
     }
     for (layers, masked), count in counts.items():
-        setting = Setting(memory="quantized", layers=layers, quantization="nf4", quantize_masked=masked)
-        assert estimate(SEVEN, setting).quantized == count
-    some = Setting(memory="layerwise", target_modules=("down_proj",), quantization="int8")
+        workload = Workload(memory="quantized", layers=layers, quantization="nf4", quantize_masked=masked)
+        assert estimate(SEVEN, workload).quantized == count
+    some = Workload(memory="layerwise", target_modules=("down_proj",), quantization="int8")
     assert estimate(SEVEN, some).quantized == 32 * 6
-    assert estimate(SEVEN, Setting(memory="resident", layers=LOCAL)).quantized == 0
+    assert estimate(SEVEN, Workload(memory="resident", layers=LOCAL)).quantized == 0
 
 
 def test_one_memory_holds_everything_once():
     for way in ("resident", "layerwise"):
-        apart = estimate(SEVEN, Setting(memory=way, layers=LOCAL, accumulation=2))
-        together = estimate(SEVEN, Setting(memory=way, layers=LOCAL, accumulation=2, device="cpu"))
+        apart = estimate(SEVEN, Workload(memory=way, layers=LOCAL, accumulation=2))
+        together = estimate(SEVEN, Workload(memory=way, layers=LOCAL, accumulation=2, device="cpu"))
         assert together.host_peak == 0
         assert together.device["weights"] == 2 * 6_738_415_616
         assert "staging" not in together.device
@@ -178,99 +180,101 @@ def test_one_memory_holds_everything_once():
 
 
 def test_auto_takes_the_fastest_that_fits():
-    setting = Setting(layers=LOCAL)
-    ways = [choose(SEVEN, setting, gb * 1e9).way for gb in (80, 24, 17.2, 16.5, 4, 2)]
+    workload = Workload(layers=LOCAL)
+    ways = [choose(SEVEN, workload, gb * 1e9).way for gb in (80, 24, 17.2, 16.5, 4, 2)]
     assert ways == ["plain", "resident", "resident", "layerwise", "layerwise", None]
-    choice = choose(SEVEN, setting, 24e9)
+    choice = choose(SEVEN, workload, 24e9)
     assert set(choice.estimates) == set(WAYS)
     assert "plain cannot be taken: needs 42.8 GB" in choice.reason
     assert "quantized" not in choice.refusals
 
 
 def test_auto_takes_a_quantised_base_only_if_asked():
-    setting = Setting(layers=LOCAL)
-    assert choose(SEVEN, setting, 12e9).way == "layerwise"
-    assert choose(SEVEN, replace(setting, quantization="nf4"), 12e9).way == "quantized"
-    assert choose(SEVEN, replace(setting, quantization="nf4"), 4e9).way == "layerwise"
+    workload = Workload(layers=LOCAL)
+    assert choose(SEVEN, workload, 12e9).way == "layerwise"
+    assert choose(SEVEN, replace(workload, quantization="nf4"), 12e9).way == "quantized"
+    assert choose(SEVEN, replace(workload, quantization="nf4"), 4e9).way == "layerwise"
 
 
 def test_the_host_has_to_hold_its_part():
-    setting = Setting(layers=LOCAL)
-    assert choose(SEVEN, setting, 8e9).way == "layerwise"
-    refused = choose(SEVEN, setting, 8e9, 64e9)
+    workload = Workload(layers=LOCAL)
+    assert choose(SEVEN, workload, 8e9).way == "layerwise"
+    refused = choose(SEVEN, workload, 8e9, 64e9)
     assert refused.way is None
     assert refused.refusals["layerwise"] == "needs 147.8 GB of the host's 64.0 GB"
 
 
 def test_an_explicit_way_is_refused_if_it_does_not_fit():
-    choice = choose(SEVEN, Setting(layers=LOCAL, memory="resident"), 16e9)
+    choice = choose(SEVEN, Workload(layers=LOCAL, memory="resident"), 16e9)
     assert choice.way is None
     needed = gigabytes(choice.estimates["resident"].device_peak)
     assert choice.reason.startswith(f"nothing fits: resident: needs {needed} (and 0.6 GB for the context) of 16.0 GB")
-    assert choice.nearest == Setting(layers=LOCAL, memory="layerwise")
-    assert choose(SEVEN, Setting(layers=LOCAL, memory="resident"), 24e9).way == "resident"
+    assert choice.nearest == Workload(layers=LOCAL, memory="layerwise")
+    assert choose(SEVEN, Workload(layers=LOCAL, memory="resident"), 24e9).way == "resident"
 
 
 @pytest.mark.parametrize(("gigabytes", "host"), [(24, 64), (12, 32), (8, 32), (6, 48)])
 def test_the_nearest_setting_fits(gigabytes, host):
-    setting = Setting(micro_batch=4, accumulation=32)
-    choice = choose(SEVEN, setting, gigabytes * 1e9, host * 1e9)
+    workload = Workload(micro_batch=4, accumulation=32)
+    choice = choose(SEVEN, workload, gigabytes * 1e9, host * 1e9)
     assert choice.way is None
     near = choice.nearest
     assert near is not None
     again = choose(SEVEN, near, gigabytes * 1e9, host * 1e9)
     assert again.way == near.memory
-    assert near.layers == setting.layers
-    assert near.sequence <= setting.sequence
+    assert near.layers == workload.layers
+    assert near.sequence <= workload.sequence
     found = estimate(SEVEN, near)
     assert found.device_peak + RESERVE["cuda"] <= gigabytes * 1e9
     assert found.host_peak <= host * 1e9
 
 
 def test_smaller_micro_batches_are_the_first_thing_to_change():
-    setting = Setting(layers=LOCAL, memory="resident", micro_batch=8, accumulation=16)
-    near = choose(SEVEN, setting, 18e9).nearest
-    assert near == replace(setting, micro_batch=2, accumulation=64)
+    workload = Workload(layers=LOCAL, memory="resident", micro_batch=8, accumulation=16)
+    near = choose(SEVEN, workload, 18e9).nearest
+    assert near == replace(workload, micro_batch=2, accumulation=64)
 
 
 def test_nothing_at_all_fits():
-    choice = choose(SEVENTY, Setting(), 1e9)
+    choice = choose(SEVENTY, Workload(), 1e9)
     assert (choice.way, choice.nearest) == (None, None)
 
 
 def test_a_quantised_base_of_which_nothing_would_be_quantised_is_refused():
     for way in ("quantized", "layerwise"):
-        choice = choose(SEVEN, Setting(memory=way, quantization="nf4"), 80e9)
+        choice = choose(SEVEN, Workload(memory=way, quantization="nf4"), 80e9)
         assert "nothing would be quantised without quantize_masked" in choice.refusals[way]
         assert choice.nearest.quantize_masked or choice.nearest.quantization is None
-    assert choose(SEVEN, Setting(memory="quantized", quantization="nf4", quantize_masked=True), 80e9).way == "quantized"
-    assert "layerwise" not in choose(SEVEN, Setting(), 80e9).refusals
+    assert (
+        choose(SEVEN, Workload(memory="quantized", quantization="nf4", quantize_masked=True), 80e9).way == "quantized"
+    )
+    assert "layerwise" not in choose(SEVEN, Workload(), 80e9).refusals
 
 
 def test_ways_that_the_engines_refuse():
-    assert choose(SEVEN, Setting(layers=LOCAL, scores="int16"), 80e9).way == "resident"
-    clipped = choose(SEVEN, Setting(layers=LOCAL, clipping=True), 8e9)
+    assert choose(SEVEN, Workload(layers=LOCAL, scores="int16"), 80e9).way == "resident"
+    clipped = choose(SEVEN, Workload(layers=LOCAL, clipping=True), 8e9)
     assert clipped.refusals["layerwise"] == "it has no global gradient norm to clip"
     assert clipped.way is None
 
 
 def test_settings_that_make_no_sense():
     with pytest.raises(ValueError, match="memory must be one of auto, plain.*got 'residnt'; did you mean resident"):
-        Setting(memory="residnt")
+        Workload(memory="residnt")
     with pytest.raises(
         ValueError, match="memory must be quantized, layerwise or auto over a quantised base, got plain"
     ):
-        Setting(memory="plain", quantization="nf4")
+        Workload(memory="plain", quantization="nf4")
     with pytest.raises(ValueError, match="quantization must be nf4 or int8 with quantize_masked, got None"):
-        Setting(memory="layerwise", quantize_masked=True)
+        Workload(memory="layerwise", quantize_masked=True)
     with pytest.raises(ValueError, match="micro_batch must be at least 1, got 0"):
-        Setting(micro_batch=0)
+        Workload(micro_batch=0)
     with pytest.raises(ValueError, match=r"layers must lie in 0 to 31 \(llama2-7b has 32 layers\), got \[32\]"):
-        estimate(SEVEN, Setting(memory="plain", layers=(32,)))
+        estimate(SEVEN, Workload(memory="plain", layers=(32,)))
     with pytest.raises(ValueError, match="got auto: see choose"):
-        estimate(SEVEN, Setting())
+        estimate(SEVEN, Workload())
     with pytest.raises(ValueError, match="sequence must be at most 4096, the window of"):
-        estimate(replace(SEVEN, sliding_window=4096), Setting(memory="plain", sequence=8192))
+        estimate(replace(SEVEN, sliding_window=4096), Workload(memory="plain", sequence=8192))
 
 
 # ---------------------------------------------------------------------------------------------- the verb
@@ -335,7 +339,7 @@ def test_json_has_the_numbers_of_the_estimate():
     code, output = call("--model", "llama2-7b", "--layers", "4-7", "--gpu", "24GB", "--json")
     assert code == 0, output
     found = json.loads(output)
-    expected = estimate(SEVEN, Setting(memory="resident", layers=LOCAL))
+    expected = estimate(SEVEN, Workload(memory="resident", layers=LOCAL))
     assert found["memory"] == "resident"
     assert found["device_peak_gb"] == expected.device_peak / 1e9
     assert found["host_peak_gb"] == expected.host_needed / 1e9
@@ -377,7 +381,7 @@ def test_a_config_file_and_a_directory(tmp_path):
     for name in (tmp_path, tmp_path / "config.json"):
         code, output = call("--model", str(name), "--gpu", "24GB", "--json")
         assert code == 0, output
-        expected = estimate(shape_from_config(SMALL), Setting(memory="plain"))
+        expected = estimate(shape_from_config(SMALL), Workload(memory="plain"))
         assert json.loads(output)["device_peak_gb"] == expected.device_peak / 1e9
 
 

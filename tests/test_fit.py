@@ -10,7 +10,7 @@ import mft.training.plan
 from mft.config import DataConfig, MaskConfig, ModelConfig, RunConfig, TrainConfig
 from mft.memory.estimate import estimate
 from mft.memory.shapes import known_config, shape_from_config
-from mft.training.plan import plan_training, setting_of
+from mft.training.plan import plan_training, workload_of
 from mft.training.resume import Begin
 
 
@@ -115,7 +115,7 @@ def test_frozen_layers_are_remembered_where_there_is_room_and_a_tenth_to_save(wi
     assert plan_training(config_of(mask=upper)).remember
     assert not plan_training(config_of()).remember  # four of 32 layers are a thirtieth of the step
     needed = mft.training.plan.choose(
-        shape_from_config(known_config("llama2-7b")), setting_of(config_of(mask=upper), torch.device("cpu")), None
+        shape_from_config(known_config("llama2-7b")), workload_of(config_of(mask=upper), torch.device("cpu")), None
     ).estimates["layerwise"]
     with_free((needed.device_peak + 1e9) / 1e9)
     plan = plan_training(config_of(memory="layerwise", mask=upper))
@@ -157,10 +157,10 @@ def test_a_setting_is_what_the_configuration_says():
         mask={"scores_dtype": "int16", "target_modules": ["up_proj"]},
         train={"moments": "8bit", "grad_dtype": "float32", "batch_size": 3},
     )
-    setting = setting_of(config, torch.device("cuda"))
-    assert setting.layers == (4, 5, 6, 7)
-    assert (setting.scores, setting.moments, setting.grad_dtype) == ("int16", "8bit", "float32")
-    assert (setting.sequence, setting.micro_batch, setting.accumulation) == (4096, 3, 1)
-    assert (setting.memory, setting.device, setting.target_modules) == ("layerwise", "cuda", ("up_proj",))
+    workload = workload_of(config, torch.device("cuda"))
+    assert workload.layers == (4, 5, 6, 7)
+    assert (workload.scores, workload.moments, workload.grad_dtype) == ("int16", "8bit", "float32")
+    assert (workload.sequence, workload.micro_batch, workload.accumulation) == (4096, 3, 1)
+    assert (workload.memory, workload.device, workload.target_modules) == ("layerwise", "cuda", ("up_proj",))
     shape = shape_from_config(known_config("llama2-7b"))
-    assert 3e9 < estimate(shape, setting).device_peak < 5e9
+    assert 3e9 < estimate(shape, workload).device_peak < 5e9

@@ -24,7 +24,7 @@ from mft.config import MaskConfig, ModelConfig, TrainConfig
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import mask_model
 from mft.models.next_tokens import check_next_tokens, longest_row
-from mft.study.workspace import Bench
+from mft.study.workspace import Workspace
 from mft.training.loop import finetune, train_masks
 
 SIZES = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -130,4 +130,4 @@ def test_a_study_refuses_before_it_reads_a_weight(tmp_path):
     longer = {"sequence_length": 4096, "max_train_tokens": 8192, "max_eval_tokens": 4096}
     study = make_study(tmp_path, overrides=[f"domains.count.{key}={tokens}" for key, tokens in longer.items()])
     with pytest.raises(ValueError, match="must be at most 2048, .* got 4096"):
-        Bench(study, ModelConfig(str(tmp_path / "model")))
+        Workspace(study, ModelConfig(str(tmp_path / "model")))

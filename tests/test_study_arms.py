@@ -16,7 +16,7 @@ from mft.study import arms
 from mft.study.arms import Job, run_test, run_unit
 from mft.study.config import Setting
 from mft.study.outcome import Unit
-from mft.study.workspace import Bench, with_layers_remembered, with_weights
+from mft.study.workspace import Workspace, with_layers_remembered, with_weights
 
 ARMS = """
   base: {kind: base}
@@ -43,28 +43,28 @@ LAYERS = ("model.layers.2.", "model.layers.3.")
 
 
 class Ground:
-    """A bench on files, the fine-tune of seed 0 on it, and units of all arms from there."""
+    """A workspace on files, the fine-tune of seed 0 on it, and units of all arms from there."""
 
     def __init__(self, directory: Path, monkeypatch) -> None:
         monkeypatch.setenv("MFT_CACHE", str(directory / "cache"))
         write_ground(directory)
         self.directory = directory
-        self.bench = self.fresh()
-        self.full = run_unit(self.bench, self.job("full"))
+        self.workspace = self.fresh()
+        self.full = run_unit(self.workspace, self.job("full"))
 
-    def fresh(self, **options) -> Bench:
+    def fresh(self, **options) -> Workspace:
         study = make_study(self.directory, ARMS, [f"{key}={value}" for key, value in options.items()])
-        return Bench(study, ModelConfig(str(self.directory / "model"), dtype="float32"))
+        return Workspace(study, ModelConfig(str(self.directory / "model"), dtype="float32"))
 
     def job(self, arm, *, part=0, seed=0, keep=0.9, lr=1e-2, on_test=False) -> Job:
-        kind = self.bench.study.arms[arm].kind
-        kind = self.bench.study.arms[self.bench.study.arms[arm].of].kind if kind == "average" else kind
+        kind = self.workspace.study.arms[arm].kind
+        kind = self.workspace.study.arms[self.workspace.study.arms[arm].of].kind if kind == "average" else kind
         trained = kind in ("full", *TRAINED)
         masked = kind in (*ONE_SHOT, "magnitude_rows", "mask")
         setting = Setting(lr if trained else None, 1.0 if trained else None, keep if masked else None)
         parts = ()
-        if self.bench.study.arms[arm].kind == "average" and part == 0:
-            jobs = [self.job(self.bench.study.arms[arm].of), self.job(arm, part=1)]
+        if self.workspace.study.arms[arm].kind == "average" and part == 0:
+            jobs = [self.job(self.workspace.study.arms[arm].of), self.job(arm, part=1)]
             parts = tuple((job.unit, job.trained) for job in jobs)
         start = None if arm in ("base", "full") else self.directory / "full 0.safetensors"
         path = self.directory / f"{arm} {part}.safetensors"
@@ -81,16 +81,16 @@ def ground(tmp_path_factory):
 
 
 def fine_tune(ground):
-    ground.bench.begin("count", ground.directory / "full 0.safetensors")
-    return ground.bench.model
+    ground.workspace.begin("count", ground.directory / "full 0.safetensors")
+    return ground.workspace.model
 
 
 @pytest.mark.parametrize(
     "arm", [*TRAINED, *ONE_SHOT, "base", "magnitude_rows", "temperature", "mask from wanda", "mask lower"]
 )
 def test_every_kind_runs_and_its_files_give_on_test_what_validation_saw(ground, arm):
-    found = run_unit(ground.bench, ground.job(arm))
-    tested = run_test(ground.bench, ground.job(arm, on_test=True))
+    found = run_unit(ground.workspace, ground.job(arm))
+    tested = run_test(ground.workspace, ground.job(arm, on_test=True))
     assert tested.validation.evaluation.loss == pytest.approx(found.loss, abs=1e-5)
     assert tested.test.evaluation.tokens.sum() > 0
     assert tested.test.tempered is not None
@@ -100,7 +100,7 @@ def test_every_kind_runs_and_its_files_give_on_test_what_validation_saw(ground, 
 
 @pytest.mark.parametrize("first", [0, 2])
 def test_with_its_layers_remembered_a_model_runs_its_head_alone(ground, first):
-    model, rows, tokens = fine_tune(ground).eval(), ground.bench.splits("count").test, []
+    model, rows, tokens = fine_tune(ground).eval(), ground.workspace.splits("count").test, []
     options = {"batch_size": 3, "first": first, "memory": PrefixMemory()}
     expected = evaluate(model, rows, batch_size=3)
     remembering = with_layers_remembered(model, rows, **options)
@@ -113,29 +113,29 @@ def test_with_its_layers_remembered_a_model_runs_its_head_alone(ground, first):
 
 def test_the_fine_tune_begins_at_the_base_and_is_evaluated_at_its_end_alone(ground):
     assert [share for share, _ in ground.full.curve] == [1.0]
-    base = run_unit(ground.bench, ground.job("base"))
+    base = run_unit(ground.workspace, ground.job("base"))
     assert ground.full.loss < base.loss - 0.5
-    assert set(ground.weights("full")) == {name for name, _ in ground.bench.base.named_parameters()}
-    assert not torch.equal(ground.weights("full")["model.norm.weight"], ground.bench.base.model.norm.weight)
+    assert set(ground.weights("full")) == {name for name, _ in ground.workspace.base.named_parameters()}
+    assert not torch.equal(ground.weights("full")["model.norm.weight"], ground.workspace.base.model.norm.weight)
 
 
 @pytest.mark.parametrize("arm", [*TRAINED, *ONE_SHOT])
 def test_no_arm_changes_the_fine_tune_or_the_base(ground, arm):
     model = fine_tune(ground)
-    before, base = copy.deepcopy(model.state_dict()), copy.deepcopy(ground.bench.base.state_dict())
-    run_unit(ground.bench, ground.job(arm))
+    before, base = copy.deepcopy(model.state_dict()), copy.deepcopy(ground.workspace.base.state_dict())
+    run_unit(ground.workspace, ground.job(arm))
     assert fine_tune(ground) is model
     assert equal(dict(model.state_dict()), dict(before))
-    assert equal(dict(ground.bench.base.state_dict()), dict(base))
+    assert equal(dict(ground.workspace.base.state_dict()), dict(base))
     assert not masked_modules(model)
 
 
 def test_control_and_masks_change_the_chosen_layers_linears_alone(ground):
     state = fine_tune(ground).state_dict()
     for arm in ("control", "mask"):
-        run_unit(ground.bench, ground.job(arm))
+        run_unit(ground.workspace, ground.job(arm))
         weights = ground.weights(arm)
-        names, _ = ground.bench.layers_of(ground.bench.study.arms[arm])
+        names, _ = ground.workspace.layers_of(ground.workspace.study.arms[arm])
         assert set(weights) == {f"{name}.weight" for name in names}
         assert all(name.startswith(LAYERS) for name in weights)
         for name, weight in weights.items():
@@ -148,22 +148,22 @@ def test_control_and_masks_change_the_chosen_layers_linears_alone(ground):
 
 
 def test_an_arm_may_have_layers_of_its_own(ground):
-    run_unit(ground.bench, ground.job("mask lower"))
+    run_unit(ground.workspace, ground.job("mask lower"))
     assert {name[:15] for name in ground.weights("mask lower")} == {"model.layers.1."}
 
 
 def test_flips_count_from_the_initial_mask(ground):
-    assert run_unit(ground.bench, ground.job("mask")).flips > 0
-    assert run_unit(ground.bench, ground.job("mask", lr=1e-9)).flips == 0
-    assert run_unit(ground.bench, ground.job("control")).flips is None
+    assert run_unit(ground.workspace, ground.job("mask")).flips > 0
+    assert run_unit(ground.workspace, ground.job("mask", lr=1e-9)).flips == 0
+    assert run_unit(ground.workspace, ground.job("control")).flips is None
 
 
 def test_evaluating_on_the_way_leaves_training_as_it_was(ground):
     ends = []
     for checkpoints in (1, 3):
-        bench = ground.fresh(checkpoints=checkpoints)
+        workspace = ground.fresh(checkpoints=checkpoints)
         for arm in TRAINED:
-            ends.append((arm, run_unit(bench, ground.job(arm)).curve))
+            ends.append((arm, run_unit(workspace, ground.job(arm)).curve))
     for (arm, once), (_, thrice) in zip(ends[: len(TRAINED)], ends[len(TRAINED) :], strict=True):
         assert len(thrice) == 3, arm
         assert once[-1] == thrice[-1], arm
@@ -179,14 +179,14 @@ def test_the_best_checkpoint_is_kept(ground, monkeypatch):
         return result
 
     monkeypatch.setattr(arms, "evaluate", worse_in_the_end)
-    bench = ground.fresh(checkpoints=3)
-    found = run_unit(bench, ground.job("control"))
+    workspace = ground.fresh(checkpoints=3)
+    found = run_unit(workspace, ground.job("control"))
     monkeypatch.undo()
     assert [loss for _, loss in found.curve] == pytest.approx([2.0, 1.0, 3.0])
     assert found.best_share == found.curve[1][0]
     assert found.loss == pytest.approx(1.0)
     kept = ground.weights("control")
-    whole = run_unit(ground.bench, ground.job("control"))
+    whole = run_unit(ground.workspace, ground.job("control"))
     assert whole.best_share == 1.0
     name = next(iter(kept))
     assert not torch.equal(kept[name], ground.weights("control")[name])
@@ -195,46 +195,46 @@ def test_the_best_checkpoint_is_kept(ground, monkeypatch):
 def test_an_average_is_the_mean_of_the_merged_weights(ground):
     for arm, of in (("mean of masks", "mask"), ("mean of adapters", "lora")):
         for job in (ground.job(of), ground.job(arm, part=1)):
-            run_unit(ground.bench, job)
-        average = run_unit(ground.bench, ground.job(arm))
-        tested = run_test(ground.bench, ground.job(arm, on_test=True))
+            run_unit(ground.workspace, job)
+        average = run_unit(ground.workspace, ground.job(arm))
+        tested = run_test(ground.workspace, ground.job(arm, on_test=True))
         assert tested.validation.evaluation.loss == average.loss
         if of == "mask":
             first, second = ground.weights(of), ground.weights(arm, part=1)
             mean = {name: (first[name] + second[name]) / 2 for name in first}
-            validation = ground.bench.splits("count").validation
+            validation = ground.workspace.splits("count").validation
             assert average.loss == pytest.approx(evaluate(with_weights(fine_tune(ground), mean), validation).loss)
 
 
 def test_parts_begin_alike_and_differ_in_the_order_of_data(ground):
     for job in (ground.job("mask"), ground.job("mean of masks", part=1)):
-        run_unit(ground.bench, job)
+        run_unit(ground.workspace, job)
     first, second = ground.weights("mask"), ground.weights("mean of masks", part=1)
     assert not equal(first, second)
 
 
 def test_a_run_that_does_not_stay_finite_is_an_outcome(ground):
-    found = run_unit(ground.bench, ground.job("control", lr=1e30))
+    found = run_unit(ground.workspace, ground.job("control", lr=1e30))
     assert found.measured is None
     assert found.loss == float("inf")
     assert "must stay finite" in found.diverged
 
 
 def test_results_do_not_depend_on_what_ran_before(ground):
-    run_unit(ground.bench, ground.job("control"))
-    run_unit(ground.bench, ground.job("gradient"))
-    after = run_unit(ground.bench, ground.job("mask", keep=0.8))
+    run_unit(ground.workspace, ground.job("control"))
+    run_unit(ground.workspace, ground.job("gradient"))
+    after = run_unit(ground.workspace, ground.job("mask", keep=0.8))
     alone = run_unit(ground.fresh(), ground.job("mask", keep=0.8))
     assert equal(after.measured, alone.measured)
     assert after.curve == alone.curve
 
 
 def test_temperature_scales_the_fine_tunes_logits(ground):
-    found = run_unit(ground.bench, ground.job("temperature"))
-    tested = run_test(ground.bench, ground.job("full", on_test=True))
+    found = run_unit(ground.workspace, ground.job("temperature"))
+    tested = run_test(ground.workspace, ground.job("full", on_test=True))
     assert found.loss <= ground.full.loss
     assert found.measured.temperature == pytest.approx(tested.test.temperature, rel=1e-3)
-    tempered = run_test(ground.bench, ground.job("temperature", on_test=True))
+    tempered = run_test(ground.workspace, ground.job("temperature", on_test=True))
     assert equal(tempered.test.evaluation, tempered.test.tempered)
     assert tempered.test.evaluation.loss == pytest.approx(tested.test.tempered.loss, abs=1e-4)
 
@@ -247,19 +247,19 @@ def test_answers_are_counted_where_the_study_asks_for_them(ground, monkeypatch):
         return torch.tensor([1]), torch.tensor([2])
 
     monkeypatch.setattr(arms, "exact_matches", count)
-    assert run_test(ground.bench, ground.job("full", on_test=True)).test.answers is None
+    assert run_test(ground.workspace, ground.job("full", on_test=True)).test.answers is None
     tested = run_test(ground.fresh(answers="[count]"), ground.job("full", on_test=True))
     assert (tested.test.answers.tolist(), tested.validation.questions.tolist()) == ([1], [2])
-    splits = ground.bench.splits("count")
+    splits = ground.workspace.splits("count")
     assert asked == [len(splits.validation), len(splits.test)]
 
 
 def test_a_mask_with_a_fixed_threshold_begins_at_the_fine_tune_and_drops_what_it_learns_to(ground):
     unit = ground.job("mask free", keep=None, lr=1e-9)
-    still = run_unit(ground.bench, unit)
+    still = run_unit(ground.workspace, unit)
     assert still.flips == 0
     assert still.loss == pytest.approx(ground.full.loss, abs=1e-6)
-    moved = run_unit(ground.bench, ground.job("mask free", keep=None, lr=1e-1))
+    moved = run_unit(ground.workspace, ground.job("mask free", keep=None, lr=1e-1))
     assert moved.flips > 0
     dropped = [weight == 0 for weight in load_file(ground.job("mask free", keep=None, lr=1e-1).trained).values()]
     assert sum(int(d.sum()) for d in dropped) / sum(d.numel() for d in dropped) == pytest.approx(moved.flips, abs=1e-6)
@@ -268,10 +268,10 @@ def test_a_mask_with_a_fixed_threshold_begins_at_the_fine_tune_and_drops_what_it
 @pytest.mark.parametrize("arm", ["mask", "random", "magnitude"])
 def test_what_is_kept_is_the_settings_share_not_the_studys(ground, arm):
     job = ground.job(arm, keep=0.6)
-    run_unit(ground.bench, job)
-    ground.bench.begin("count", job.start)
-    model = arms._model_of(ground.bench, job)
-    names, _ = ground.bench.layers_of(ground.bench.study.arms[arm])
+    run_unit(ground.workspace, job)
+    ground.workspace.begin("count", job.start)
+    model = arms._model_of(ground.workspace, job)
+    names, _ = ground.workspace.layers_of(ground.workspace.study.arms[arm])
     for name in names:
         module = model.get_submodule(name)
         kept = module.mask() if hasattr(module, "mask") else module.weight != 0

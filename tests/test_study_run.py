@@ -64,11 +64,11 @@ def stop_after(monkeypatch, count, error):
     """Raise error instead of the count-th unit (from 0); returns the units that ran."""
     ran, real = [], workers._run
 
-    def run_or_stop(bench, job):
+    def run_or_stop(workspace, job):
         if len(ran) == count:
             raise error
         ran.append(job.unit)
-        return real(bench, job)
+        return real(workspace, job)
 
     monkeypatch.setattr(workers, "_run", run_or_stop)
     return ran
@@ -116,7 +116,7 @@ def test_a_wider_grid_of_the_fine_tune_takes_up_what_still_holds(study):
 
 def test_nothing_sees_test_before_all_is_trained(study, monkeypatch):
     order, real = [], workers._run
-    monkeypatch.setattr(workers, "_run", lambda bench, job: order.append(job.on_test) or real(bench, job))
+    monkeypatch.setattr(workers, "_run", lambda workspace, job: order.append(job.on_test) or real(workspace, job))
     findings = study()
     assert order == sorted(order)
     assert order.count(True) == 3 * 2

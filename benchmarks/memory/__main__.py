@@ -22,14 +22,14 @@ from mft.masks.convert import mask_model
 from mft.masks.quantize import quantize_model
 from mft.memory.estimate import estimate
 from mft.memory.shapes import known_config, shape_from_config
-from mft.memory.workload import Setting
+from mft.memory.workload import Workload
 from mft.models.pretrained import load_model
 from mft.training.loop import train_masks
 
 from ..harness import RESULTS, ROOT, THREADS, Finding, Spread, environment, report
 from . import plot
 from .rivals import RIVALS, simulate_rival
-from .worker import MODEL, WAYS, setting_of
+from .worker import MODEL, WAYS, workload_of
 
 LAYERS, TOKENS, ACCUMULATION = 2, 512, 2  # of the blocks
 LOCAL = (4, 5, 6, 7)
@@ -52,18 +52,18 @@ def cards() -> None:
     """Peaks on the device, sequence 4096, micro-batch 1: by estimate and by simulation, against what was asked for."""
     findings = []
     for (model, way, layers, quantization, quantize_masked), bound in TARGETS.items():
-        setting = Setting(way, layers, accumulation=2, quantization=quantization, quantize_masked=quantize_masked)
+        workload = Workload(way, layers, accumulation=2, quantization=quantization, quantize_masked=quantize_masked)
         name = f"{model}, {way}, {'all layers' if layers is None else '4 layers'}"
         config = known_config(model)
-        estimated = estimate(shape_from_config(config), setting).device_peak / 1e9
-        simulated = simulate_step(config, setting).device_peak / 1e9
+        estimated = estimate(shape_from_config(config), workload).device_peak / 1e9
+        simulated = simulate_step(config, workload).device_peak / 1e9
         findings.append(Finding(f"{name}: estimated", Spread.of([estimated]), "GB", "at most", bound))
         findings.append(Finding(f"{name}: simulated", Spread.of([simulated]), "GB", "at most", bound))
         print(f"{name}: {estimated:.2f} GB estimated, {simulated:.2f} GB simulated", flush=True)
     for layers in (LOCAL, None):
         for rival in RIVALS.values():
-            setting = Setting("plain", layers, accumulation=2)
-            peak = simulate_rival(rival, known_config(MODEL), setting).device_peak / 1e9
+            workload = Workload("plain", layers, accumulation=2)
+            peak = simulate_rival(rival, known_config(MODEL), workload).device_peak / 1e9
             name = f"{MODEL}, {rival.name}, {'all layers' if layers is None else '4 layers'}: simulated"
             findings.append(Finding(name, Spread.of([peak]), "GB"))
             print(f"{name}: {peak:.2f} GB", flush=True)
@@ -107,7 +107,7 @@ def blocks() -> None:
         measured = measure(name)
         peak = Spread.of([measured["peak_bytes"] / 1e9])
         if name in WAYS:
-            estimated = estimate(shape, setting_of(name, TOKENS, ACCUMULATION, device))
+            estimated = estimate(shape, workload_of(name, TOKENS, ACCUMULATION, device))
             breakdown[name] = estimated.device
             findings.append(Finding(f"{name}: measured", peak, "GB", "at most", estimated.device_peak / 1e9))
             findings.append(Finding(f"{name}: estimated", Spread.of([estimated.device_peak / 1e9]), "GB"))

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from mft.memory.estimate import estimate
 from mft.memory.shapes import known_config, shape_from_config
-from mft.memory.workload import Setting
+from mft.memory.workload import Workload
 
 from .records import Record, by_machine, machine
 
@@ -36,8 +36,8 @@ def _draw_card(axes, layers: tuple[int, ...] | None, cards: dict[str, float]) ->
     for way in ("plain", "resident", "quantized", "layerwise"):
         kind = "nf4" if way == "quantized" else None
         masked = way == "quantized" and layers is None
-        setting = Setting(way, layers, quantization=kind, quantize_masked=masked)
-        bars[way] = estimate(shape, setting).device
+        workload = Workload(way, layers, quantization=kind, quantize_masked=masked)
+        bars[way] = estimate(shape, workload).device
     _stack(axes, bars)
     for rival in ("paper", "eager"):
         name = f"llama2-7b, {rival}, {'all layers' if layers is None else '4 layers'}: simulated"

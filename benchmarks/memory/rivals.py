@@ -18,7 +18,7 @@ from benchmarks.memory.simulated_step import fake_batch, fake_model
 from benchmarks.memory.tracker import MemoryTracker
 from mft.config import TrainConfig
 from mft.data.batches import MicroBatch, take_rows
-from mft.memory.workload import Setting
+from mft.memory.workload import Workload
 from mft.models.causal_lm import decoder_layers, head_of, run_decoder
 from mft.models.token_loss import backward_labelled_loss
 from mft_kernels import MaskAdamW
@@ -105,15 +105,15 @@ def train_rival(rival: Rival, model: Any, data: Any, train: TrainConfig) -> list
     return [loop.step([take_rows(data, [row]) for row in rows]).item() for rows in steps]
 
 
-def simulate_rival(rival: Rival, config: Mapping[str, Any], setting: Setting) -> MemoryTracker:
+def simulate_rival(rival: Rival, config: Mapping[str, Any], workload: Workload) -> MemoryTracker:
     """The tracker after one step on fake tensors; see benchmarks.memory.simulated_step."""
     tracker = MemoryTracker()
     with FakeTensorMode(), tracker:
         model = fake_model(config)
-        train = TrainConfig(steps=1, accumulation=setting.accumulation)
-        loop = RivalLoop(rival, model, train, setting.layers)
-        loop.step([fake_batch(setting)])  # moments exist from the second step on
-        loop.step([fake_batch(setting) for _ in range(setting.accumulation)])
+        train = TrainConfig(steps=1, accumulation=workload.accumulation)
+        loop = RivalLoop(rival, model, train, workload.layers)
+        loop.step([fake_batch(workload)])  # moments exist from the second step on
+        loop.step([fake_batch(workload) for _ in range(workload.accumulation)])
     return tracker
 
 

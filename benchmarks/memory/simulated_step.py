@@ -29,7 +29,7 @@ from mft.masks.quantize import QuantizedLinear, QuantizedMaskedLinear
 from mft.masks.targets import select_targets
 from mft.memory.estimate import estimate
 from mft.memory.shapes import known_config, known_models, shape_from_config
-from mft.memory.workload import Setting
+from mft.memory.workload import Workload
 from mft.models.causal_lm import decoder_layers, head_of, run_decoder
 from mft.models.quantized_weight import QuantizedWeight
 from mft_kernels import MaskedLinear
@@ -39,18 +39,18 @@ DTYPE = torch.bfloat16
 _CAUSAL = "sdpa_causal"
 
 
-def simulate_step(config: Mapping[str, Any], setting: Setting, *, steps: int = 1) -> MemoryTracker:
-    """The tracker after ``steps`` whole optimiser steps of setting.accumulation micro-batches each.
+def simulate_step(config: Mapping[str, Any], workload: Workload, *, steps: int = 1) -> MemoryTracker:
+    """The tracker after ``steps`` whole optimiser steps of workload.accumulation micro-batches each.
 
     Args:
         config: config.json of the model, as a dictionary; the model is built in bfloat16.
-        setting: memory must not be auto, and quantization be given where it is quantized.
+        workload: memory must not be auto, and quantization be given where it is quantized.
     """
     tracker = MemoryTracker()
     with FakeTensorMode(), tracker:
-        model = _masked_model(config, setting)
-        batches = [fake_batch(setting) for _ in range(setting.accumulation)]
-        runner = _runner(model, setting, tracker)
+        model = _masked_model(config, workload)
+        batches = [fake_batch(workload) for _ in range(workload.accumulation)]
+        runner = _runner(model, workload, tracker)
         tracker.reset_peaks()
         for _ in range(steps):
             runner.step(batches, 1.0, 1e-3, None, lambda batch, total: None)
@@ -81,9 +81,9 @@ def fake_model(config: Mapping[str, Any]) -> Any:
     return AutoModelForCausalLM.from_config(known, attn_implementation=_CAUSAL, dtype=DTYPE)
 
 
-def fake_batch(setting: Setting) -> MicroBatch:
-    """A micro-batch of this setting's size, every token of it scored."""
-    rows, tokens = setting.micro_batch, setting.sequence
+def fake_batch(workload: Workload) -> MicroBatch:
+    """A micro-batch of this workload's size, every token of it scored."""
+    rows, tokens = workload.micro_batch, workload.sequence
     ids = torch.zeros(rows, tokens, dtype=torch.int64)
     batch = MicroBatch(list(range(rows)), ids, ids, [0] * rows)
     # What find_labelled finds where every token is scored; under FakeTensorMode nothing can be looked up.
@@ -96,18 +96,18 @@ def fake_batch(setting: Setting) -> MicroBatch:
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _masked_model(config: Mapping[str, Any], setting: Setting) -> nn.Module:
+def _masked_model(config: Mapping[str, Any], workload: Workload) -> nn.Module:
     mask = MaskConfig.paper(  # its scores are drawn in place, without a temporary of a weight's size
-        target_modules=None if setting.target_modules is None else list(setting.target_modules),
-        layers_to_transform=None if setting.layers is None else list(setting.layers),
-        scores_dtype=setting.scores,
+        target_modules=None if workload.target_modules is None else list(workload.target_modules),
+        layers_to_transform=None if workload.layers is None else list(workload.layers),
+        scores_dtype=workload.scores,
     )
     with unset_fake_temporarily(), torch.device("meta"):
         names = select_targets(fake_model(config), mask)  # ties are told by addresses, which fake weights lack
     model = fake_model(config)
     convert(model, names, mask)
-    if setting.quantization is not None:
-        _quantize(model, setting.quantization, masked=setting.quantize_masked)
+    if workload.quantization is not None:
+        _quantize(model, workload.quantization, masked=workload.quantize_masked)
     return model.train()
 
 
@@ -126,9 +126,9 @@ def _quantize(model: Any, kind: str, *, masked: bool) -> None:
             setattr(decoder_layers(model).get_submodule(parent), child, QuantizedLinear(quantized))
 
 
-def _runner(model: nn.Module, setting: Setting, tracker: MemoryTracker) -> Any:
-    train = TrainConfig(steps=1, moments=setting.moments, grad_dtype=setting.grad_dtype)
-    if setting.memory == "plain":
+def _runner(model: nn.Module, workload: Workload, tracker: MemoryTracker) -> Any:
+    train = TrainConfig(steps=1, moments=workload.moments, grad_dtype=workload.grad_dtype)
+    if workload.memory == "plain":
         return Plain(model, train, run_decoder, head_of(model), None)
     mover = SimulatedMover(tracker)
     masks = [
@@ -139,9 +139,9 @@ def _runner(model: nn.Module, setting: Setting, tracker: MemoryTracker) -> Any:
     with tracker.host():
         for mask in masks:
             states.optimizer.tensors(mask.module.scores)
-    dtype = None if setting.grad_dtype is None else getattr(torch, setting.grad_dtype)
+    dtype = None if workload.grad_dtype is None else getattr(torch, workload.grad_dtype)
     calls = LayerCalls(model, run_decoder)
-    return ENGINES[setting.memory](calls, head_of(model), masks, mover, states=states, grad_dtype=dtype)
+    return ENGINES[workload.memory](calls, head_of(model), masks, mover, states=states, grad_dtype=dtype)
 
 
 def _packed(scores: Tensor) -> Tensor:
@@ -163,9 +163,9 @@ def main() -> None:
     )
     print(f"{'way':10} {'estimate':>9} {'simulated':>9} {'host':>9} {'simulated':>9}")
     for way in ("plain", "resident", "layerwise"):
-        setting = Setting(memory=way, layers=layers, sequence=asked.sequence, accumulation=2)
-        expected = estimate(shape_from_config(config, asked.model), setting)
-        found = simulate_step(config, setting, steps=2)
+        workload = Workload(memory=way, layers=layers, sequence=asked.sequence, accumulation=2)
+        expected = estimate(shape_from_config(config, asked.model), workload)
+        found = simulate_step(config, workload, steps=2)
         peaks = (expected.device_peak, found.device_peak, expected.host_peak, found.host_peak)
         print(f"{way:10}", *(f"{peak / 1e9:9.3f}" for peak in peaks), f" in {expected.phase}")
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mft.config import MaskConfig, TrainConfig
 from mft.masks.convert import mask_model
 from mft.masks.quantize import quantize_model
-from mft.memory.estimate import Setting
+from mft.memory.estimate import Workload
 from mft.memory.shapes import known_config
 from mft.training.loop import train_masks
 
@@ -40,10 +40,10 @@ WAYS = {
 }
 
 
-def setting_of(competitor: str, tokens: int, accumulation: int, device: str) -> Setting:
+def workload_of(competitor: str, tokens: int, accumulation: int, device: str) -> Workload:
     """What mft estimate is asked for a competitor that is a way of ours."""
     way, quantization, quantize_masked, states = WAYS[competitor]
-    return Setting(
+    return Workload(
         memory=way,
         sequence=tokens,
         accumulation=accumulation,
@@ -81,17 +81,17 @@ class Rows:
 
 def train(competitor: str, model: Any, data: Rows, accumulation: int, device: str) -> list[float]:
     """Two optimiser steps; the loss of each."""
-    settings = TrainConfig(lr=1e-3, steps=STEPS, accumulation=accumulation)
+    workloads = TrainConfig(lr=1e-3, steps=STEPS, accumulation=accumulation)
     if competitor in RIVALS:
-        return train_rival(RIVALS[competitor], model.to(device), data, settings)
+        return train_rival(RIVALS[competitor], model.to(device), data, workloads)
     way, quantization, quantize_masked, states = WAYS[competitor]
-    settings.moments = states["moments"]
+    workloads.moments = states["moments"]
     mask_model(model, MaskConfig.paper(scores_dtype=states["scores"]))
     if quantization is not None:
         quantize_model(model, quantization, masked=quantize_masked)
     if way == "plain":
         model.to(device)
-    reports = train_masks(model, data, settings, way=way, device=device, remember=False)
+    reports = train_masks(model, data, workloads, way=way, device=device, remember=False)
     return [report.loss for report in reports]
 
 

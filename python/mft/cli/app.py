@@ -338,14 +338,14 @@ def estimate(
     """What each way of training needs of memory and time, without loading a weight; exit code 2 if nothing fits."""
     from mft.cli.estimate import parse_bytes, run_estimate
     from mft.config import MaskConfig, parse_layers
-    from mft.memory.workload import Setting
+    from mft.memory.workload import Workload
 
     MaskConfig(keep_ratio=keep_ratio)  # refuses one outside of [0, 1]
     if gpu is not None and cpu is not None:
         raise ValueError(f"--gpu or --cpu must be given, got both, {gpu} and {cpu}: --host is the memory beside a GPU")
     if gpu is None and host is not None:
         raise ValueError(f"--host must come with --gpu, got {host} alone: --cpu is the one memory where there is none")
-    setting = Setting(
+    workload = Workload(
         memory=memory,
         layers=None if layers == "all" else tuple(parse_layers(layers)),
         target_modules=None if target_modules is None else tuple(target_modules.split(",")),
@@ -363,7 +363,7 @@ def estimate(
     given = [parse_bytes(size, option) for size, option in ((gpu, "--gpu"), (cpu, "--cpu")) if size is not None]
     device_bytes = given[0] if given else None
     host_bytes = None if host is None else parse_bytes(host, "--host")
-    fits = run_estimate(model, setting, dtype, device_bytes=device_bytes, host_bytes=host_bytes, as_json=as_json)
+    fits = run_estimate(model, workload, dtype, device_bytes=device_bytes, host_bytes=host_bytes, as_json=as_json)
     if not fits:
         raise typer.Exit(2)
 

@@ -13,7 +13,7 @@ from mft.memory.fit import RESERVE, Choice, choose, gigabytes
 from mft.memory.model_config import read_model_config
 from mft.memory.shapes import ModelShape, shape_from_config
 from mft.memory.step_time import SPEEDS
-from mft.memory.workload import Setting
+from mft.memory.workload import Workload
 from mft.training.console import console, say
 
 _UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
@@ -28,25 +28,25 @@ _KINDS = ("weights", "masks", "gradients", "states", "activations", "logits", "b
 
 
 def run_estimate(
-    model: str, setting: Setting, dtype: str, *, device_bytes: float | None, host_bytes: float | None, as_json: bool
+    model: str, workload: Workload, dtype: str, *, device_bytes: float | None, host_bytes: float | None, as_json: bool
 ) -> bool:
     """mft estimate; returns whether something fits. Sizes that are None are this machine's."""
     shape = shape_from_config(read_model_config(model), model, dtype=dtype)
     machine = machine_bytes()
-    assumed = device_bytes is None or (setting.device == "cuda" and host_bytes is None)
+    assumed = device_bytes is None or (workload.device == "cuda" and host_bytes is None)
     device_bytes = machine if device_bytes is None else device_bytes
-    if setting.device == "cuda" and host_bytes is None:
+    if workload.device == "cuda" and host_bytes is None:
         host_bytes = machine
-    choice = choose(shape, setting, device_bytes, host_bytes)
+    choice = choose(shape, workload, device_bytes, host_bytes)
     if as_json:
-        print(json.dumps(as_dictionary(shape, setting, choice, device_bytes, host_bytes), indent=2))
+        print(json.dumps(as_dictionary(shape, workload, choice, device_bytes, host_bytes), indent=2))
         return choice.way is not None
-    say(title(shape, setting))
-    console.print(table(shape, setting, choice, device_bytes, host_bytes))
-    for line in remarks(setting, choice):
+    say(title(shape, workload))
+    console.print(table(shape, workload, choice, device_bytes, host_bytes))
+    for line in remarks(workload, choice):
         say(line)
     if assumed:
-        option = "--host" if setting.device == "cuda" else "--cpu"
+        option = "--host" if workload.device == "cuda" else "--cpu"
         say(f"this machine has {gigabytes(machine)} ({option} for another); mft train counts what is free of it then")
     return choice.way is not None
 
@@ -69,13 +69,15 @@ def machine_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def title(shape: ModelShape, setting: Setting) -> str:
-    layers = "all layers" if setting.layers is None else f"layers {_ranges(setting.layers)}"
-    where = "on a GPU" if setting.device == "cuda" else "in one memory"
-    return f"{shape.name}, {layers}, {setting.micro_batch} x {setting.sequence} tokens, {where}; in GB = 1e9 bytes"
+def title(shape: ModelShape, workload: Workload) -> str:
+    layers = "all layers" if workload.layers is None else f"layers {_ranges(workload.layers)}"
+    where = "on a GPU" if workload.device == "cuda" else "in one memory"
+    return f"{shape.name}, {layers}, {workload.micro_batch} x {workload.sequence} tokens, {where}; in GB = 1e9 bytes"
 
 
-def table(shape: ModelShape, setting: Setting, choice: Choice, device_bytes: float, host_bytes: float | None) -> Table:
+def table(
+    shape: ModelShape, workload: Workload, choice: Choice, device_bytes: float, host_bytes: float | None
+) -> Table:
     """GB by kind when the device holds the most, and when the host does; a column a way, and one of what is there."""
     ways = choice.estimates
     found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -97,14 +99,14 @@ def table(shape: ModelShape, setting: Setting, choice: Choice, device_bytes: flo
         found.add_row("host peak", *(_gb(one.host_needed) for one in ways.values()), _gb(host_bytes))
     found.add_section()
     found.add_row("fits", *("no" if way in choice.refusals else "yes" for way in ways))
-    kind, linears = setting.quantization or "nf4", shape.layers * len(shape.linears)
+    kind, linears = workload.quantization or "nf4", shape.layers * len(shape.linears)
     counts = ("all" if one.quantized == linears else str(one.quantized or "none") for one in ways.values())
     found.add_row(f"linears in {kind}", *counts, str(linears))
     found.add_row("seconds a step", *(f"{one.seconds:.0f}" for one in ways.values()))
     return found
 
 
-def remarks(setting: Setting, choice: Choice) -> list[str]:
+def remarks(workload: Workload, choice: Choice) -> list[str]:
     """What a reader of the table must know."""
     lines = [f"memory: {choice.way}. {choice.reason}" if choice.way else choice.reason]
     if choice.way is None:
@@ -112,38 +114,38 @@ def remarks(setting: Setting, choice: Choice) -> list[str]:
         lines.append(
             "no setting was found that fits: mask fewer layers (--layers), or take a smaller model"
             if near is None
-            else f"nearest that fits: {difference(setting, near)}"
+            else f"nearest that fits: {difference(workload, near)}"
         )
     quantized = choice.estimates["quantized"]
-    if setting.memory == "auto" and setting.quantization is None:
+    if workload.memory == "auto" and workload.quantization is None:
         refusal = choice.refusals.get("quantized")
         would = f"cannot be taken: {refusal}" if refusal else f"would fit in {gigabytes(quantized.device_peak)}"
         lines.append(f"quantized, which auto leaves alone since it changes the base, {would}")
-    reserve = RESERVE[setting.device]
+    reserve = RESERVE[workload.device]
     if reserve:
         lines.append(f"{gigabytes(reserve)} of the GPU are set aside for its context and the allocator's fragments")
     lines.append(
-        f"seconds, for {setting.accumulation} micro-batches a step, are not measured: {ASSUMED[setting.device]}"
+        f"seconds, for {workload.accumulation} micro-batches a step, are not measured: {ASSUMED[workload.device]}"
     )
     return lines
 
 
-def difference(setting: Setting, near: Setting) -> str:
+def difference(workload: Workload, near: Workload) -> str:
     """The options that turn one setting into the other."""
     changed = []
-    for item in dataclasses.fields(Setting):
+    for item in dataclasses.fields(Workload):
         value = getattr(near, item.name)
-        if value != getattr(setting, item.name):
+        if value != getattr(workload, item.name):
             option = f"--{_OPTIONS.get(item.name, item.name)}"
             changed.append(f"without {option}" if value is False else option if value is True else f"{option} {value}")
     return " ".join(changed)
 
 
 def as_dictionary(
-    shape: ModelShape, setting: Setting, choice: Choice, device_bytes: float | None, host_bytes: float | None
+    shape: ModelShape, workload: Workload, choice: Choice, device_bytes: float | None, host_bytes: float | None
 ) -> dict[str, Any]:
     """The table's numbers, those of the chosen way at the top (of the way asked for, or the smallest, if none fits)."""
-    asked = setting.memory if setting.memory != "auto" else "layerwise"
+    asked = workload.memory if workload.memory != "auto" else "layerwise"
     shown = choice.estimates[choice.way or asked]
     ways = {
         way: {
@@ -166,13 +168,13 @@ def as_dictionary(
         "device_peak_gb": shown.device_peak / 1e9,
         "host_peak_gb": shown.host_needed / 1e9,
         "seconds_a_step": shown.seconds,
-        "seconds_assume": ASSUMED[setting.device],
+        "seconds_assume": ASSUMED[workload.device],
         "reason": choice.reason,
         "nearest": None if choice.nearest is None else dataclasses.asdict(choice.nearest),
         "device_limit_gb": None if device_bytes is None else device_bytes / 1e9,
         "host_limit_gb": None if host_bytes is None else host_bytes / 1e9,
-        "reserve_gb": RESERVE[setting.device] / 1e9,
-        "setting": dataclasses.asdict(setting),
+        "reserve_gb": RESERVE[workload.device] / 1e9,
+        "setting": dataclasses.asdict(workload),
         "ways": ways,
     }
 

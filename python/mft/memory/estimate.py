@@ -12,7 +12,7 @@ from mft.checks import check_rule
 from mft.memory.activations import Layer, loss_peak
 from mft.memory.shapes import ModelShape
 from mft.memory.step_time import step_seconds
-from mft.memory.workload import GRAD_BYTES, SCORE_BYTES, WAYS, Setting
+from mft.memory.workload import GRAD_BYTES, SCORE_BYTES, WAYS, Workload
 
 # On a CPU the kernels' own scratch counts: slabs of 2 MiB, histograms of 0.5 MiB a thread, pages of code. Measured
 # peaks of two LLaMA2-7B layers lay between -6 and +4 MB of the sum without it (benchmarks.memory.worker, 128 to 1024
@@ -58,29 +58,29 @@ class Estimate:
         return max(self.host_peak, self.loading)
 
 
-def estimate(shape: ModelShape, setting: Setting) -> Estimate:
-    """One way's step on a model of this shape; setting.memory names the way ("auto" is for choice.choose).
+def estimate(shape: ModelShape, workload: Workload) -> Estimate:
+    """One way's step on a model of this shape; workload.memory names the way ("auto" is for fit.choose).
 
     Raises: ValueError for layers or target modules that the model does not have, and for a sequence that its window
         cuts.
     """
-    if setting.memory == "auto":
+    if workload.memory == "auto":
         raise ValueError(f"memory must be one of {', '.join(WAYS)} here, got auto: see choose")
-    if setting.memory == "quantized" and setting.quantization is None:
-        setting = replace(setting, quantization="nf4")
-    run = _Run(shape, setting)
-    phases = {"plain": _plain, "layerwise": _layerwise}.get(setting.memory, _resident)(run)
+    if workload.memory == "quantized" and workload.quantization is None:
+        workload = replace(workload, quantization="nf4")
+    run = _Run(shape, workload)
+    phases = {"plain": _plain, "layerwise": _layerwise}.get(workload.memory, _resident)(run)
     host, loading = run.host(), run.loading()
-    if setting.device == "cpu":
+    if workload.device == "cpu":
         for sizes in phases.values():
             run.share_memory(sizes)
         phases["loading"], host, loading = loading, {}, {}
     peaks = {name: sum(sizes.values()) for name, sizes in phases.items()}
     phase = max(peaks, key=peaks.__getitem__)
     found = {kind: size for kind, size in phases[phase].items() if size}
-    seconds = step_seconds(shape, setting, run.masks, run.weights_of_layer)
+    seconds = step_seconds(shape, workload, run.masks, run.weights_of_layer)
     there = {kind: size for kind, size in host.items() if size}
-    return Estimate(setting.memory, found, there, sum(loading.values()), phase, seconds, run.quantized, peaks)
+    return Estimate(workload.memory, found, there, sum(loading.values()), phase, seconds, run.quantized, peaks)
 
 
 # ---------------------------------------------------------------------------------------------- the ways
@@ -88,20 +88,20 @@ def estimate(shape: ModelShape, setting: Setting) -> Estimate:
 
 def _plain(run: "_Run") -> dict[str, Sizes]:
     """Everything on the device; autograd keeps what it saves of all layers, or the boundaries alone."""
-    setting, shape = run.setting, run.shape
+    workload, shape = run.workload, run.shape
     resident = {
         "weights": run.outside + sum(run.weights_of_layer),
         "masks": 2 * sum(run.mask_bytes),  # bits and signs
-        "gradients": run.masked_weights * int(SCORE_BYTES[setting.scores]),
+        "gradients": run.masked_weights * int(SCORE_BYTES[workload.scores]),
         "states": run.states,
     }
-    largest = max(n * k for n, k in run.matrices) * int(SCORE_BYTES[setting.scores])
-    score_grad = largest if setting.accumulation > 1 else 0
+    largest = max(n * k for n, k in run.matrices) * int(SCORE_BYTES[workload.scores])
+    score_grad = largest if workload.accumulation > 1 else 0
     above = [run.layer(i, score_grad=score_grad) for i in range(run.first, shape.layers)]
-    kept = [layer.hidden if setting.gradient_checkpointing else layer.saved for layer in above]
+    kept = [layer.hidden if workload.gradient_checkpointing else layer.saved for layer in above]
     peaks = [sum(kept[:i]) + layer.peak for i, layer in enumerate(above)]
     return {
-        "loss": resident | {"activations": sum(kept), "logits": loss_peak(shape, setting.tokens)},
+        "loss": resident | {"activations": sum(kept), "logits": loss_peak(shape, workload.tokens)},
         "backward": resident | {"activations": max(peaks)},
     }
 
@@ -115,7 +115,7 @@ def _resident(run: "_Run") -> dict[str, Sizes]:
     }
     above = range(run.first, run.shape.layers)
     return {
-        "loss": resident | {"logits": loss_peak(run.shape, run.setting.tokens)},
+        "loss": resident | {"logits": loss_peak(run.shape, run.workload.tokens)},
         "backward": resident
         | {"activations": max(run.layer(i).peak for i in above), "boundaries": _RESIDENT_BOUNDARIES * run.hidden},
         "optimiser": resident | {"staging": run.staging(run.matrices)},
@@ -124,7 +124,7 @@ def _resident(run: "_Run") -> dict[str, Sizes]:
 
 def _layerwise(run: "_Run") -> dict[str, Sizes]:
     """The layer at work, and the next one on its way: weights and masks of two, gradients of one."""
-    depth, tokens = run.shape.layers, run.setting.tokens
+    depth, tokens = run.shape.layers, run.workload.tokens
     phases: dict[str, Sizes] = {}
 
     def larger(name: str, sizes: Sizes) -> None:
@@ -152,12 +152,12 @@ def _layerwise(run: "_Run") -> dict[str, Sizes]:
 
 
 class _Run:
-    """Sizes of a model in a setting."""
+    """Sizes of a model under a workload."""
 
-    def __init__(self, shape: ModelShape, setting: Setting) -> None:
-        self.shape, self.setting = shape, setting
+    def __init__(self, shape: ModelShape, workload: Workload) -> None:
+        self.shape, self.workload = shape, workload
         depth = shape.layers
-        layers = tuple(range(depth)) if setting.layers is None else setting.layers
+        layers = tuple(range(depth)) if workload.layers is None else workload.layers
         check_rule(
             bool(layers) and all(0 <= i < depth for i in layers),
             "layers",
@@ -166,12 +166,12 @@ class _Run:
         )
         window = shape.sliding_window
         check_rule(
-            window is None or setting.sequence <= window,
+            window is None or workload.sequence <= window,
             "sequence",
             f"be at most {window}, the window of {shape.name}: longer rows need a mask of T x T, not estimated here",
-            setting.sequence,
+            workload.sequence,
         )
-        targets = shape.targets(None if setting.target_modules is None else list(setting.target_modules))
+        targets = shape.targets(None if workload.target_modules is None else list(workload.target_modules))
         self.targets = set(targets)
         self.masks = [i in layers for i in range(depth)]
         self.first = min(layers)
@@ -186,7 +186,7 @@ class _Run:
     @property
     def hidden(self) -> int:
         """A boundary."""
-        return self.setting.tokens * self.shape.hidden * self.shape.dtype_bytes
+        return self.workload.tokens * self.shape.hidden * self.shape.dtype_bytes
 
     @property
     def outside(self) -> int:
@@ -205,7 +205,7 @@ class _Run:
 
     @property
     def grad_bytes(self) -> int:
-        return self.shape.dtype_bytes if self.setting.grad_dtype is None else GRAD_BYTES[self.setting.grad_dtype]
+        return self.shape.dtype_bytes if self.workload.grad_dtype is None else GRAD_BYTES[self.workload.grad_dtype]
 
     @property
     def masked_weights(self) -> int:
@@ -213,7 +213,7 @@ class _Run:
 
     @property
     def states(self) -> int:
-        return int(self.masked_weights * self.setting.state_bytes)
+        return int(self.masked_weights * self.workload.state_bytes)
 
     def weights_masked_in(self, layer: int) -> int:
         return sum(n * k for n, k in self.matrices_of_layer[layer])
@@ -224,49 +224,49 @@ class _Run:
 
     def staging(self, matrices: Sequence[tuple[int, int]]) -> int:
         """States and new mask of one matrix, and its dense weight if it is quantised."""
-        dense = self.shape.dtype_bytes if self.setting.quantize_masked else 0
-        return max(int(n * k * (self.setting.state_bytes + dense)) + self.mask_of((n, k)) for n, k in matrices)
+        dense = self.shape.dtype_bytes if self.workload.quantize_masked else 0
+        return max(int(n * k * (self.workload.state_bytes + dense)) + self.mask_of((n, k)) for n, k in matrices)
 
     def layer(self, index: int, *, score_grad: int = 0) -> Layer:
         masked = self.targets if self.masks[index] else set()
         dense = [
-            matrix for name, matrix in self.shape.linears.items() if self.setting.quantize_masked or name not in masked
+            matrix for name, matrix in self.shape.linears.items() if self.workload.quantize_masked or name not in masked
         ]
         return Layer(
             self.shape,
-            self.setting.tokens,
+            self.workload.tokens,
             masked,
             input_grad=index > self.first,
-            dense=self._dense(dense) if self.setting.quantization else 0,
+            dense=self._dense(dense) if self.workload.quantization else 0,
             score_grad=score_grad if masked else 0,
-            flash=self.setting.device == "cuda",
+            flash=self.workload.device == "cuda",
         )
 
     def host(self) -> Sizes:
         """What rests in host memory where the device has its own."""
-        setting, above = self.setting, self.shape.layers - self.first
-        if setting.memory == "plain":
+        workload, above = self.workload, self.shape.layers - self.first
+        if workload.memory == "plain":
             return {}
-        if setting.memory != "layerwise":
+        if workload.memory != "layerwise":
             return {"weights": self.embedding_alone, "states": self.states, "boundaries": above * self.hidden}
         return {
             "weights": self.outside + sum(self.weights_of_layer),
             "masks": sum(self.mask_bytes),
             "states": self.states,
-            "boundaries": (above + 1) * setting.accumulation * self.hidden,
+            "boundaries": (above + 1) * workload.accumulation * self.hidden,
         }
 
     def loading(self) -> Sizes:
         """Before the first step: plain moves the weights to the device before it makes scores there."""
         sizes = {"weights": self.shape.parameters * self.shape.dtype_bytes}
-        if self.setting.memory != "plain":
+        if self.workload.memory != "plain":
             sizes |= {"masks": sum(self.mask_bytes)}
-            sizes |= {"states": self.masked_weights * int(SCORE_BYTES[self.setting.scores])}
+            sizes |= {"states": self.masked_weights * int(SCORE_BYTES[self.workload.scores])}
         return sizes
 
     def share_memory(self, sizes: Sizes) -> None:
         """From what the device holds in a phase to what one memory holds, in which nothing is copied to be near."""
-        if self.setting.memory != "plain":
+        if self.workload.memory != "plain":
             nothing_travels = {"boundaries": 0, "staging": 0}
             whole = {"weights": self.outside + sum(self.weights_of_layer), "masks": sum(self.mask_bytes)}
             sizes |= nothing_travels | self.host() | whole
@@ -277,14 +277,14 @@ class _Run:
 
     def _is_quantized(self, layer: int, name: str) -> bool:
         masked = self.masks[layer] and name in self.targets
-        return self.setting.quantization is not None and (self.setting.quantize_masked or not masked)
+        return self.workload.quantization is not None and (self.workload.quantize_masked or not masked)
 
     def _weights(self, layer: int) -> int:
-        shape, setting = self.shape, self.setting
+        shape, workload = self.shape, self.workload
         size = shape.layer_rest * shape.dtype_bytes
         for name, (n, k) in shape.linears.items():
             if not self._is_quantized(layer, name):
                 size += n * k * shape.dtype_bytes
             else:
-                size += int(n * k * _NF4_BYTES) if setting.quantization == "nf4" else n * k + 4 * n
+                size += int(n * k * _NF4_BYTES) if workload.quantization == "nf4" else n * k + 4 * n
         return size

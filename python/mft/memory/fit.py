@@ -6,7 +6,7 @@ from itertools import product
 
 from mft.memory.estimate import Estimate, estimate
 from mft.memory.shapes import ModelShape
-from mft.memory.workload import WAYS, Setting
+from mft.memory.workload import WAYS, Workload
 
 # Of the device, beside what is allocated: a CUDA context (some 0.4 GB), cuBLAS's workspace (up to 32 MiB) and the
 # allocator's fragments. Not measured.
@@ -29,34 +29,36 @@ class Choice:
     refusals: dict[str, str]
     way: str | None
     reason: str
-    nearest: Setting | None = None
+    nearest: Workload | None = None
 
 
-def choose(shape: ModelShape, setting: Setting, device_bytes: float | None, host_bytes: float | None = None) -> Choice:
-    """The way that setting.memory names if it fits, or for "auto" the fastest that does: plain, resident, layerwise.
+def choose(
+    shape: ModelShape, workload: Workload, device_bytes: float | None, host_bytes: float | None = None
+) -> Choice:
+    """The way that workload.memory names if it fits, or for "auto" the fastest that does: plain, resident, layerwise.
 
-    quantized changes the base, so auto takes it only where setting.quantization asks for a quantised base.
+    quantized changes the base, so auto takes it only where workload.quantization asks for a quantised base.
 
     Args:
         device_bytes: of the device's whole memory, or of the one memory of a CPU; None for no limit.
         host_bytes: of host memory for this; None for no limit.
     Raises: ValueError as estimate does.
     """
-    estimates = {way: estimate(shape, _with_way(setting, way)) for way in WAYS}
+    estimates = {way: estimate(shape, _with_way(workload, way)) for way in WAYS}
     refusals = {}
     for way, found in estimates.items():
-        obstacle = _obstacle(setting, way, found) or _shortage(found, setting.device, device_bytes, host_bytes)
+        obstacle = _obstacle(workload, way, found) or _shortage(found, workload.device, device_bytes, host_bytes)
         if obstacle is not None:
             refusals[way] = obstacle
-    asked = _candidates(setting)
+    asked = _candidates(workload)
     chosen = next((way for way in asked if way not in refusals), None)
     if chosen is not None:
-        if setting.memory != "auto":
+        if workload.memory != "auto":
             return Choice(estimates, refusals, chosen, "it was asked for, and fits")
         slower = [f"{other} cannot be taken: {refusals[other]}" for other in asked[: asked.index(chosen)]]
         return Choice(estimates, refusals, chosen, "; ".join(["it is the fastest way that fits", *slower]))
     reason = "; ".join(f"{way}: {refusals[way]}" for way in asked)
-    nearest = _nearest(shape, setting, device_bytes, host_bytes)
+    nearest = _nearest(shape, workload, device_bytes, host_bytes)
     return Choice(estimates, refusals, None, f"nothing fits: {reason}", nearest)
 
 
@@ -67,30 +69,30 @@ def gigabytes(size: float) -> str:
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _candidates(setting: Setting) -> list[str]:
-    if setting.memory != "auto":
-        return [setting.memory]
-    return ["quantized", "layerwise"] if setting.quantization else ["plain", "resident", "layerwise"]
+def _candidates(workload: Workload) -> list[str]:
+    if workload.memory != "auto":
+        return [workload.memory]
+    return ["quantized", "layerwise"] if workload.quantization else ["plain", "resident", "layerwise"]
 
 
-def _with_way(setting: Setting, way: str) -> Setting:
-    """The setting in this way; one that needs a quantised base gets it, one that cannot have it does not."""
+def _with_way(workload: Workload, way: str) -> Workload:
+    """The workload in this way; one that needs a quantised base gets it, one that cannot have it does not."""
     if way == "quantized":
-        return replace(setting, memory=way, quantization=setting.quantization or "nf4")
-    if way == "layerwise" and setting.quantization:
-        return replace(setting, memory=way)
-    return replace(setting, memory=way, quantization=None, quantize_masked=False)
+        return replace(workload, memory=way, quantization=workload.quantization or "nf4")
+    if way == "layerwise" and workload.quantization:
+        return replace(workload, memory=way)
+    return replace(workload, memory=way, quantization=None, quantize_masked=False)
 
 
-def _obstacle(setting: Setting, way: str, found: Estimate) -> str | None:
+def _obstacle(workload: Workload, way: str, found: Estimate) -> str | None:
     """Why the engines refuse the way, whatever the memory."""
-    if way in ("plain", "resident") and setting.quantization:
-        return f"quantization={setting.quantization} asks for a quantised base"
-    if way == "plain" and setting.scores == "int16":
+    if way in ("plain", "resident") and workload.quantization:
+        return f"quantization={workload.quantization} asks for a quantised base"
+    if way == "plain" and workload.scores == "int16":
         return "autograd cannot reach int16 scores"
-    if way == "layerwise" and setting.clipping:
+    if way == "layerwise" and workload.clipping:
         return "it has no global gradient norm to clip"
-    if not found.quantized and (way == "quantized" or (way == "layerwise" and setting.quantization)):
+    if not found.quantized and (way == "quantized" or (way == "layerwise" and workload.quantization)):
         return "every linear layer is masked, so nothing would be quantised without quantize_masked"
     return None
 
@@ -107,42 +109,42 @@ def _shortage(found: Estimate, device: str, device_bytes: float | None, host_byt
 
 
 def _nearest(
-    shape: ModelShape, setting: Setting, device_bytes: float | None, host_bytes: float | None
-) -> Setting | None:
+    shape: ModelShape, workload: Workload, device_bytes: float | None, host_bytes: float | None
+) -> Workload | None:
     """The cheapest combination of changes that fits."""
-    settings = sorted(_variants(setting), key=lambda pair: pair[0])
-    for _, changed in settings:
+    workloads = sorted(_variants(workload), key=lambda pair: pair[0])
+    for _, changed in workloads:
         found = estimate(shape, changed)
         if _obstacle(changed, changed.memory, found):
             continue
-        if _shortage(found, setting.device, device_bytes, host_bytes) is None:
+        if _shortage(found, workload.device, device_bytes, host_bytes) is None:
             return changed
     return None
 
 
-def _variants(setting: Setting) -> Iterator[tuple[int, Setting]]:
-    """(cost, setting) of every combination of changes, each with a way."""
-    kinds = ["float32", "8bit"] if setting.moments == "float32" else ["8bit"]
+def _variants(workload: Workload) -> Iterator[tuple[int, Workload]]:
+    """(cost, workload) of every combination of changes, each with a way."""
+    kinds = ["float32", "8bit"] if workload.moments == "float32" else ["8bit"]
     scores = {"float32": ["float32", "bfloat16", "int16"], "bfloat16": ["bfloat16"], "int16": ["int16"]}
-    bases = [(setting.quantization, setting.quantize_masked and setting.quantization is not None)]
+    bases = [(workload.quantization, workload.quantize_masked and workload.quantization is not None)]
     bases += [base for base in (("nf4", False), ("nf4", True)) if base not in bases]
-    rows = _halvings(setting.micro_batch, 1)
-    accumulations = _halvings(setting.accumulation, 1)
-    lengths = _halvings(setting.sequence, min(_SHORTEST, setting.sequence))
+    rows = _halvings(workload.micro_batch, 1)
+    accumulations = _halvings(workload.accumulation, 1)
+    lengths = _halvings(workload.sequence, min(_SHORTEST, workload.sequence))
     for row, kind, score, (base, masked), shorter, length in product(
-        range(len(rows)), kinds, scores[setting.scores], bases, range(len(accumulations)), range(len(lengths))
+        range(len(rows)), kinds, scores[workload.scores], bases, range(len(accumulations)), range(len(lengths))
     ):
         cost = _COSTS["micro_batch"] * row + _COSTS["sequence"] * length + _COSTS["accumulation"] * shorter
-        cost += _COSTS["moments"] * (kind != setting.moments) + _COSTS["scores"] * (score != setting.scores)
-        cost += _COSTS["quantization"] * (base != setting.quantization) + (masked != setting.quantize_masked)
+        cost += _COSTS["moments"] * (kind != workload.moments) + _COSTS["scores"] * (score != workload.scores)
+        cost += _COSTS["quantization"] * (base != workload.quantization) + (masked != workload.quantize_masked)
         # A smaller micro-batch comes with more of them: the step stays what it is.
-        steps = max(1, setting.accumulation * setting.micro_batch // rows[row] >> shorter)
+        steps = max(1, workload.accumulation * workload.micro_batch // rows[row] >> shorter)
         ways = ["quantized", "layerwise"] if base else ["plain", "resident", "layerwise"]
         if shorter:
             ways = ["layerwise"]  # the one whose memory grows with them
         for place, way in enumerate(ways):
             changed = replace(
-                setting,
+                workload,
                 memory=way,
                 micro_batch=rows[row],
                 accumulation=steps,
@@ -152,7 +154,7 @@ def _variants(setting: Setting) -> Iterator[tuple[int, Setting]]:
                 quantization=base,
                 quantize_masked=masked,
             )
-            yield 10 * (cost + _COSTS["memory"] * (way not in _candidates(setting))) + place, changed
+            yield 10 * (cost + _COSTS["memory"] * (way not in _candidates(workload))) + place, changed
 
 
 def _halvings(value: int, least: int) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mft.memory.shapes import ModelShape
-from mft.memory.workload import Setting
+from mft.memory.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -29,32 +29,32 @@ SPEEDS = {
 }
 
 
-def step_seconds(shape: ModelShape, setting: Setting, masked: Sequence[bool], weights: Sequence[int]) -> float:
-    """Of setting.accumulation micro-batches and one update; masked and bytes of weights, layer by layer."""
-    speeds = SPEEDS[setting.device]
-    tokens = setting.tokens * setting.accumulation
+def step_seconds(shape: ModelShape, workload: Workload, masked: Sequence[bool], weights: Sequence[int]) -> float:
+    """Of workload.accumulation micro-batches and one update; masked and bytes of weights, layer by layer."""
+    speeds = SPEEDS[workload.device]
+    tokens = workload.tokens * workload.accumulation
     depth, first = shape.layers, masked.index(True)
     above = depth - first
     # A multiply and an add a weight and token; causal attention sees half of the sequence, in two products.
     linear = 2 * shape.linear_weights
-    attention = 2 * setting.sequence * shape.heads * shape.head_dim
-    forward = (depth + (0 if setting.memory == "plain" and not setting.gradient_checkpointing else above)) * (
+    attention = 2 * workload.sequence * shape.heads * shape.head_dim
+    forward = (depth + (0 if workload.memory == "plain" and not workload.gradient_checkpointing else above)) * (
         linear + attention
     )
-    named = shape.targets(None if setting.target_modules is None else list(setting.target_modules))
+    named = shape.targets(None if workload.target_modules is None else list(workload.target_modules))
     trained = sum(masked) * sum(shape.linears[name][0] * shape.linears[name][1] for name in named)
     backward = above * (linear + 2.5 * attention) + 2 * trained
     head = 4 * shape.embedding
     compute = tokens * (forward + backward + head) / speeds.flops
-    if setting.quantization is not None:  # a dense matrix is written and read for each product, thrice a layer
-        passes = setting.accumulation * (depth + 2 * above) * shape.linear_weights
+    if workload.quantization is not None:  # a dense matrix is written and read for each product, thrice a layer
+        passes = workload.accumulation * (depth + 2 * above) * shape.linear_weights
         compute += passes * 2 * shape.dtype_bytes / speeds.memory
-    update = trained * (2 * setting.state_bytes + 2 * shape.dtype_bytes) / speeds.memory
-    if setting.memory == "plain":
+    update = trained * (2 * workload.state_bytes + 2 * shape.dtype_bytes) / speeds.memory
+    if workload.memory == "plain":
         return compute + update
     boundary = tokens * shape.hidden * shape.dtype_bytes
     travels = 2 * above * boundary
-    if setting.memory == "layerwise":
+    if workload.memory == "layerwise":
         # Weights up, and down again; below the first masked layer a boundary goes and comes, above the gradient too.
         travels = sum(weights) + sum(weights[first:]) + (2 * depth + 4 * above) * boundary
-    return max(compute, travels / speeds.link) + max(update, 2 * trained * setting.state_bytes / speeds.link)
+    return max(compute, travels / speeds.link) + max(update, 2 * trained * workload.state_bytes / speeds.link)

@@ -12,7 +12,7 @@ GRAD_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class Setting:
+class Workload:
     """One way to train; the fields are named as in the run's configuration.
 
     Args:

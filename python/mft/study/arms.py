@@ -41,7 +41,7 @@ from mft.study.config import (
 from mft.study.lora import add_lora, merge_lora
 from mft.study.one_shot import initialise_scores, one_shot_mask
 from mft.study.outcome import Measured, Outcome, Tested, Unit
-from mft.study.workspace import ROWS, Bench, with_layers_remembered, with_weights
+from mft.study.workspace import ROWS, Workspace, with_layers_remembered, with_weights
 from mft.training.loop import NonFiniteLoss, StepReport, count_steps, finetune, train_loop, train_masks, train_weights
 from mft_kernels.checks import NonFiniteScores
 
@@ -60,32 +60,35 @@ class Job:
     on_test: bool = False
 
 
-def run_unit(bench: Bench, job: Job) -> Outcome:
+def run_unit(workspace: Workspace, job: Job) -> Outcome:
     """Train what the unit trains, and see it on validation. A run that does not stay finite is an outcome too."""
-    unit, kind = job.unit, _arm(bench, job.unit).kind
-    bench.begin(unit.domain, job.start)
+    unit, kind = job.unit, _arm(workspace, job.unit).kind
+    workspace.begin(unit.domain, job.start)
     try:
         if kind in (FULL, *TRAINED):
-            return _train(bench, job)
-        model = _model_of(bench, job)
+            return _train(workspace, job)
+        model = _model_of(workspace, job)
         if kind == TEMPERATURE:
-            validation, options = bench.splits(unit.domain).validation, _options(bench, _arm(bench, unit))("validation")
+            validation, options = (
+                workspace.splits(unit.domain).validation,
+                _options(workspace, _arm(workspace, unit))("validation"),
+            )
             temperature = fit_temperature(model, validation, **options)
             tempered = evaluate_tempered(model, validation, temperature, **options)
             measured = Measured(tempered, tempered, temperature)
         else:
-            measured = Measured(_on_validation(bench, unit, model))
+            measured = Measured(_on_validation(workspace, unit, model))
     except (NonFiniteLoss, NonFiniteScores) as error:
         return Outcome(unit, None, diverged=str(error))
     return Outcome(unit, measured, [(1.0, measured.evaluation.loss)])
 
 
-def run_test(bench: Bench, job: Job) -> Tested:
+def run_test(workspace: Workspace, job: Job) -> Tested:
     """Evaluate a unit's model on validation again, and on test; each also at the temperature that validation likes."""
-    unit, kind = job.unit, _arm(bench, job.unit).kind
-    bench.begin(unit.domain, job.trained if kind == FULL else job.start)
-    model, splits = _model_of(bench, job), bench.splits(unit.domain)
-    options, temperature = _options(bench, _arm(bench, unit)), 0.0
+    unit, kind = job.unit, _arm(workspace, job.unit).kind
+    workspace.begin(unit.domain, job.trained if kind == FULL else job.start)
+    model, splits = _model_of(workspace, job), workspace.splits(unit.domain)
+    options, temperature = _options(workspace, _arm(workspace, unit)), 0.0
     measured = {}
     for split in ("validation", "test"):
         dataset = getattr(splits, split)
@@ -95,8 +98,8 @@ def run_test(bench: Bench, job: Job) -> Tested:
         tempered = evaluate_tempered(model, dataset, temperature, **remembering)
         plain = tempered if kind == TEMPERATURE else evaluate(model, dataset, **remembering)
         measured[split] = Measured(plain, tempered, temperature)
-        if unit.domain in bench.study.answers:
-            answers, questions = exact_matches(model, bench.tokenizer, dataset)
+        if unit.domain in workspace.study.answers:
+            answers, questions = exact_matches(model, workspace.tokenizer, dataset)
             measured[split].answers, measured[split].questions = answers, questions
     return Tested(unit, measured["validation"], measured["test"])
 
@@ -104,25 +107,25 @@ def run_test(bench: Bench, job: Job) -> Tested:
 # ---------------------------------------------------------------------------------------------- training
 
 
-def _train(bench: Bench, job: Job) -> Outcome:
-    unit, arm = job.unit, _arm(bench, job.unit)
-    train = bench.study.train_of(arm, unit.setting, unit.seed + _PART_SEEDS * unit.part)
-    dataset = bench.splits(unit.domain).train
-    model = _untrained(bench, unit, arm)
+def _train(workspace: Workspace, job: Job) -> Outcome:
+    unit, arm = job.unit, _arm(workspace, job.unit)
+    train = workspace.study.train_of(arm, unit.setting, unit.seed + _PART_SEEDS * unit.part)
+    dataset = workspace.splits(unit.domain).train
+    model = _untrained(workspace, unit, arm)
     initial = initial_masks(model)
     checkpoints = _Checkpoints(
         count_steps(train, len(dataset)),
-        1 if arm.kind == FULL else bench.study.checkpoints,
-        lambda: _on_validation(bench, unit, model),
-        lambda: (_trained_weights(bench, model), flip_share(model, initial) if initial else None),
+        1 if arm.kind == FULL else workspace.study.checkpoints,
+        lambda: _on_validation(workspace, unit, model),
+        lambda: (_trained_weights(workspace, model), flip_share(model, initial) if initial else None),
     )
     options: dict[str, Any] = {"on_step": checkpoints.on_step}
     if _keeps_prefix(arm.kind):
-        options["memory"] = bench.memory("train", bench.layers_of(arm)[1])
+        options["memory"] = workspace.memory("train", workspace.layers_of(arm)[1])
     if arm.kind in (FULL, CONTINUED):
         reports = finetune(model, dataset, train, **options)
     elif arm.kind == CONTROL:
-        reports = train_weights(model, bench.layers_of(arm)[0], dataset, train, **options)
+        reports = train_weights(model, workspace.layers_of(arm)[0], dataset, train, **options)
     elif arm.kind == MASK:
         reports = train_masks(model, dataset, train, **options)
     else:
@@ -167,22 +170,22 @@ class _Checkpoints:
         self._looking += time.perf_counter() - begin
 
 
-def _untrained(bench: Bench, unit: Unit, arm: ArmConfig) -> nn.Module:
+def _untrained(workspace: Workspace, unit: Unit, arm: ArmConfig) -> nn.Module:
     """A clone of the fine-tune (for the full fine-tune: of the base), with what the arm trains added."""
-    study, dataset = bench.study, bench.splits(unit.domain).train
+    study, dataset = workspace.study, workspace.splits(unit.domain).train
     if arm.kind in (FULL, CONTINUED):
-        return copy.deepcopy(bench.model)
+        return copy.deepcopy(workspace.model)
     if arm.kind == CONTROL:
-        return clone_with_own_weights(bench.model, bench.layers_of(arm)[0])
-    model = clone_with_own_weights(bench.model)
+        return clone_with_own_weights(workspace.model, workspace.layers_of(arm)[0])
+    model = clone_with_own_weights(workspace.model)
     if arm.kind == LORA:
-        return add_lora(model, bench.layers_of(arm)[0], arm.lora_rank, unit.seed)
+        return add_lora(model, workspace.layers_of(arm)[0], arm.lora_rank, unit.seed)
     init = arm.init or study.mask.init
-    mask_model(model, _mask_of(bench, unit, init=init if init in INITS else "constant"))
+    mask_model(model, _mask_of(workspace, unit, init=init if init in INITS else "constant"))
     return model if init in INITS else initialise_scores(model, init, dataset, seed=unit.seed)
 
 
-def _trained_weights(bench: Bench, model: nn.Module) -> Weights:
+def _trained_weights(workspace: Workspace, model: nn.Module) -> Weights:
     """What was trained, on the CPU: masks as the weights that they leave, all else as it is."""
     masked = masked_modules(model)
     if not masked:
@@ -190,7 +193,7 @@ def _trained_weights(bench: Bench, model: nn.Module) -> Weights:
     weights = {}
     for name, module in masked.items():
         kept = torch.where(module.mask(), module.weight.detach(), 0)
-        transposed = isinstance(bench.model.get_submodule(name), Conv1D)
+        transposed = isinstance(workspace.model.get_submodule(name), Conv1D)
         weights[f"{name}.weight"] = (kept.t() if transposed else kept).to("cpu").contiguous()
     return weights
 
@@ -207,35 +210,37 @@ def _save(weights: Weights, path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- trained models
 
 
-def _model_of(bench: Bench, job: Job) -> nn.Module:
-    """The unit's model as its files have it, in eval mode; after bench.begin."""
-    unit, arm = job.unit, _arm(bench, job.unit)
+def _model_of(workspace: Workspace, job: Job) -> nn.Module:
+    """The unit's model as its files have it, in eval mode; after workspace.begin."""
+    unit, arm = job.unit, _arm(workspace, job.unit)
     if arm.kind in (BASE, FULL, TEMPERATURE):
-        return bench.model
+        return workspace.model
     if arm.kind == AVERAGE:
-        return with_weights(bench.model, _mean([_merged(bench, part, path) for part, path in job.parts])).eval()
+        return with_weights(workspace.model, _mean([_merged(workspace, part, path) for part, path in job.parts])).eval()
     if arm.kind in ONE_SHOT:
-        clone, dataset = clone_with_own_weights(bench.model), bench.splits(unit.domain).train
-        return one_shot_mask(clone, _mask_of(bench, unit), arm.kind, dataset).eval()
+        clone, dataset = clone_with_own_weights(workspace.model), workspace.splits(unit.domain).train
+        return one_shot_mask(clone, _mask_of(workspace, unit), arm.kind, dataset).eval()
     weights = load_file(job.trained)
-    return (_with_adapters(bench, arm, weights) if arm.kind == LORA else with_weights(bench.model, weights)).eval()
+    return (
+        _with_adapters(workspace, arm, weights) if arm.kind == LORA else with_weights(workspace.model, weights)
+    ).eval()
 
 
-def _with_adapters(bench: Bench, arm: ArmConfig, weights: Weights) -> nn.Module:
-    model = add_lora(clone_with_own_weights(bench.model), bench.layers_of(arm)[0], arm.lora_rank, 0)
+def _with_adapters(workspace: Workspace, arm: ArmConfig, weights: Weights) -> nn.Module:
+    model = add_lora(clone_with_own_weights(workspace.model), workspace.layers_of(arm)[0], arm.lora_rank, 0)
     with torch.no_grad():
         for name, weight in weights.items():
             model.get_parameter(name).copy_(weight)
     return model
 
 
-def _merged(bench: Bench, part: Unit, path: Path) -> Weights:
+def _merged(workspace: Workspace, part: Unit, path: Path) -> Weights:
     """A part's weights in the names of the ordinary model."""
-    arm, weights = _arm(bench, part), load_file(path)
+    arm, weights = _arm(workspace, part), load_file(path)
     if arm.kind != LORA:
         return weights
-    names, _ = bench.layers_of(arm)
-    merged = merge_lora(_with_adapters(bench, arm, weights))
+    names, _ = workspace.layers_of(arm)
+    merged = merge_lora(_with_adapters(workspace, arm, weights))
     return {f"{name}.weight": merged.get_parameter(f"{name}.weight").detach() for name in names}
 
 
@@ -249,14 +254,14 @@ def _mean(parts: list[Weights]) -> Weights:
 # ---------------------------------------------------------------------------------------------- evaluation
 
 
-def _arm(bench: Bench, unit: Unit) -> ArmConfig:
+def _arm(workspace: Workspace, unit: Unit) -> ArmConfig:
     """The unit's arm; a part of an average is a run of the arm that the average is of."""
-    arm = bench.study.arms[unit.arm]
-    return bench.study.arms[str(arm.of)] if unit.part else arm
+    arm = workspace.study.arms[unit.arm]
+    return workspace.study.arms[str(arm.of)] if unit.part else arm
 
 
-def _mask_of(bench: Bench, unit: Unit, **changes: Any) -> MaskConfig:
-    mask, keep_ratio = bench.study.mask_of(_arm(bench, unit)), unit.setting.keep_ratio
+def _mask_of(workspace: Workspace, unit: Unit, **changes: Any) -> MaskConfig:
+    mask, keep_ratio = workspace.study.mask_of(_arm(workspace, unit)), unit.setting.keep_ratio
     if mask.threshold is None:
         assert keep_ratio is not None  # of an arm with a mask
         changes["keep_ratio"] = keep_ratio
@@ -268,17 +273,17 @@ def _keeps_prefix(kind: str) -> bool:
     return kind not in (BASE, FULL, CONTINUED, AVERAGE)
 
 
-def _options(bench: Bench, arm: ArmConfig) -> Callable[[str], dict[str, Any]]:
+def _options(workspace: Workspace, arm: ArmConfig) -> Callable[[str], dict[str, Any]]:
     """Of evaluate, for a split."""
     if not _keeps_prefix(arm.kind):
         return lambda split: {"batch_size": ROWS}
-    _, first = bench.layers_of(arm)
-    return lambda split: {"batch_size": ROWS, "first": first, "memory": bench.memory(split, first)}
+    _, first = workspace.layers_of(arm)
+    return lambda split: {"batch_size": ROWS, "first": first, "memory": workspace.memory(split, first)}
 
 
-def _on_validation(bench: Bench, unit: Unit, model: nn.Module) -> Evaluation:
-    options = _options(bench, _arm(bench, unit))
-    evaluation = evaluate(model, bench.splits(unit.domain).validation, **options("validation"))
+def _on_validation(workspace: Workspace, unit: Unit, model: nn.Module) -> Evaluation:
+    options = _options(workspace, _arm(workspace, unit))
+    evaluation = evaluate(model, workspace.splits(unit.domain).validation, **options("validation"))
     if not math.isfinite(evaluation.loss):
         raise NonFiniteLoss(f"the loss must stay finite, got {evaluation.loss} on validation: lower the rate")
     return evaluation

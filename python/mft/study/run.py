@@ -26,7 +26,7 @@ from mft.study.plan import (
 from mft.study.progress import Shown, shown_progress
 from mft.study.store import BASE_MODEL, Store, open_store
 from mft.study.workers import Result, Workers, job_words, start_workers
-from mft.study.workspace import Bench
+from mft.study.workspace import Workspace
 
 _SAME = 0.01  # nats a token: what rounding may move a model's loss by between its training and its file
 
@@ -40,11 +40,11 @@ def run_study(study: StudyConfig, directory: Path, *, console: Console, overwrit
     check_exact(study.model, "compare")
     with open_store(study, directory, overwrite=overwrite) as store:
         base = _base_model(study, store.directory, console)
-        bench = Bench(study, base)
-        lines = [f"{domain}: {note}" for domain in study.domains for note in bench.splits(domain).notes]
+        workspace = Workspace(study, base)
+        lines = [f"{domain}: {note}" for domain in study.domains for note in workspace.splits(domain).notes]
         for line in lines:
             console.print(line, style="dim", highlight=False, soft_wrap=True)
-        with start_workers(study, base, bench) as workers, shown_progress(console) as shown:
+        with start_workers(study, base, workspace) as workers, shown_progress(console) as shown:
             run = _Run(study, store, workers, shown)
             try:
                 run.train()

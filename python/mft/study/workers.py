@@ -18,7 +18,7 @@ from mft.config import ModelConfig
 from mft.study.arms import Job, run_test, run_unit
 from mft.study.config import StudyConfig
 from mft.study.outcome import Outcome, Tested, outcome_from, outcome_values, tested_from, tested_values
-from mft.study.workspace import Bench
+from mft.study.workspace import Workspace
 
 Result = Outcome | Tested
 _PATIENCE = 10.0  # seconds that a process may take to end
@@ -38,13 +38,13 @@ class Workers(Protocol):
 
 
 @contextlib.contextmanager
-def start_workers(study: StudyConfig, base: ModelConfig, bench: Bench) -> Iterator[Workers]:
-    """study.workers of them; a single one is this process, with bench."""
+def start_workers(study: StudyConfig, base: ModelConfig, workspace: Workspace) -> Iterator[Workers]:
+    """study.workers of them; a single one is this process, with workspace."""
     threads = torch.get_num_threads()
     if study.workers == 1:
         torch.set_num_threads(1)
         try:
-            yield _Here(bench)
+            yield _Here(workspace)
         finally:
             torch.set_num_threads(threads)
         return
@@ -63,8 +63,8 @@ def job_words(job: Job) -> str:
 class _Here:
     count = 1
 
-    def __init__(self, bench: Bench) -> None:
-        self._bench, self._jobs = bench, list[Job]()
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace, self._jobs = workspace, list[Job]()
 
     def submit(self, job: Job) -> None:
         self._jobs.append(job)
@@ -72,7 +72,7 @@ class _Here:
     def next(self) -> tuple[Job, Result]:
         job = self._jobs.pop(0)
         try:
-            return job, _run(self._bench, job)
+            return job, _run(self._workspace, job)
         except _TOLD as error:
             raise RuntimeError(f"{job_words(job)}: {error}") from error
 
@@ -132,20 +132,20 @@ def _serve(connection: Connection, study: StudyConfig, base: ModelConfig) -> Non
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # semaphores of libraries are given back
     torch.set_num_threads(1)
-    bench: Bench | None = None
+    workspace: Workspace | None = None
     while True:
         try:
             job = connection.recv()
         except EOFError:
             return
         try:
-            bench = bench or Bench(study, base)
-            result = _run(bench, job)
+            workspace = workspace or Workspace(study, base)
+            result = _run(workspace, job)
         except _TOLD as error:
             connection.send((None, str(error)))
             continue
         connection.send((tested_values(result) if isinstance(result, Tested) else outcome_values(result), None))
 
 
-def _run(bench: Bench, job: Job) -> Result:
-    return run_test(bench, job) if job.on_test else run_unit(bench, job)
+def _run(workspace: Workspace, job: Job) -> Result:
+    return run_test(workspace, job) if job.on_test else run_unit(workspace, job)

@@ -30,7 +30,7 @@ from mft.study.config import ArmConfig, StudyConfig
 ROWS = 8  # that are evaluated together
 
 
-class Bench:
+class Workspace:
     """Loads the base model; the rest when it is first asked for.
 
     model: the fine-tune (the base where there is none) that begin() chose, frozen; units take clones.

@@ -13,11 +13,11 @@ from mft.engines.start import default_device
 from mft.memory.fit import Choice, choose, gigabytes
 from mft.memory.model_config import read_model_config
 from mft.memory.shapes import ModelShape, shape_from_config
-from mft.memory.workload import Setting
+from mft.memory.workload import Workload
 from mft.models.frozen_layers import PrefixMemory
 
 _LOGS = 100_000_000  # bytes: metrics, tables, plot
-# Where a field of Setting stands in a run's configuration.
+# Where a field of Workload stands in a run's configuration.
 _KEYS = {
     "memory": "memory",
     "sequence": "data.sequence_length",
@@ -51,7 +51,7 @@ def plan_training(config: RunConfig) -> Plan:
         Models whose shapes are not known here are not refused; the reason says so.
     """
     device = default_device()
-    setting = setting_of(config, device)
+    workload = workload_of(config, device)
     try:
         name = config.model.name
         shape = shape_from_config(read_model_config(name), name, dtype=config.model.dtype)
@@ -60,24 +60,24 @@ def plan_training(config: RunConfig) -> Plan:
         if way == "auto":
             way = "quantized" if config.model.quantization else "plain"
         return _plan(config, way, device, True, f"memory: {way}, not estimated: {error}")
-    for layer in setting.layers or ():
+    for layer in workload.layers or ():
         check_rule(
             layer < shape.layers,
             "mask.layers_to_transform",
             f"lie in 0 to {shape.layers - 1}, {shape.name} has {shape.layers} layers",
             layer,
         )
-    _check_disk(config, shape, setting)
+    _check_disk(config, shape, workload)
     device_bytes, host_bytes = _free_memory(device)
-    choice = choose(shape, setting, device_bytes, host_bytes)
+    choice = choose(shape, workload, device_bytes, host_bytes)
     if choice.way is None:
-        raise ValueError(_refusal(choice, setting))
+        raise ValueError(_refusal(choice, workload))
     found = choice.estimates[choice.way]
     needs = f"{gigabytes(found.device_peak)} of {gigabytes(device_bytes)} on {device}"
     if host_bytes is not None:
         needs += f", {gigabytes(found.host_needed)} of {gigabytes(host_bytes)} in host memory"
     free, held = (device_bytes, found.device_peak) if host_bytes is None else (host_bytes, found.host_peak)
-    remember = free - held >= PrefixMemory.max_bytes and _saves_a_tenth(shape, setting)
+    remember = free - held >= PrefixMemory.max_bytes and _saves_a_tenth(shape, workload)
     return _plan(config, choice.way, device, remember, f"memory: {choice.way}, an estimated {needs}; {choice.reason}")
 
 
@@ -86,12 +86,12 @@ def replan(config: RunConfig, *, way: str, remember: bool) -> Plan:
     return _plan(config, way, default_device(), remember, f"memory: {way}, as before")
 
 
-def setting_of(config: RunConfig, device: torch.device) -> Setting:
+def workload_of(config: RunConfig, device: torch.device) -> Workload:
     """What of a run's configuration decides its memory."""
     mask, train = config.mask, config.train
     layers = mask.layers_to_transform
     targets = mask.target_modules
-    return Setting(
+    return Workload(
         memory=config.memory,
         layers=None if layers is None else tuple(layers if isinstance(layers, list) else [layers]),
         target_modules=tuple(targets) if isinstance(targets, list) else None,
@@ -117,9 +117,9 @@ def _plan(config: RunConfig, way: str, device: torch.device, remember: bool, rea
     return Plan(way, device, "nf4" if way == "quantized" and kind is None else kind, remember, reason)
 
 
-def _saves_a_tenth(shape: ModelShape, setting: Setting) -> bool:
+def _saves_a_tenth(shape: ModelShape, workload: Workload) -> bool:
     """Whether the frozen layers below are a tenth of a step: forward alone, where those above run up, up and down."""
-    first = min(setting.layers or (0,))
+    first = min(workload.layers or (0,))
     return first >= 0.1 * (first + 4 * (shape.layers - first))
 
 
@@ -138,10 +138,10 @@ def _available_host_bytes() -> float:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _check_disk(config: RunConfig, shape: ModelShape, setting: Setting) -> None:
+def _check_disk(config: RunConfig, shape: ModelShape, workload: Workload) -> None:
     """Raise unless the masks, 1 bit a weight, and the logs fit beside output_dir."""
-    layers = shape.layers if setting.layers is None else len(setting.layers)
-    targets = shape.targets(None if setting.target_modules is None else list(setting.target_modules))
+    layers = shape.layers if workload.layers is None else len(workload.layers)
+    targets = shape.targets(None if workload.target_modules is None else list(workload.target_modules))
     weights = layers * sum(n * k for n, k in (shape.linears[name] for name in targets))
     directory = Path(config.output_dir).absolute()
     while not directory.exists():
@@ -153,13 +153,13 @@ def _check_disk(config: RunConfig, shape: ModelShape, setting: Setting) -> None:
         )
 
 
-def _refusal(choice: Choice, setting: Setting) -> str:
+def _refusal(choice: Choice, workload: Workload) -> str:
     near = choice.nearest
     if near is None:
         return f"{choice.reason}; no setting was found that fits: mask fewer layers, or take a smaller model"
     changes = [
         f"{_KEYS[item.name]}={str(getattr(near, item.name)).lower()}"
-        for item in fields(Setting)
-        if item.name in _KEYS and getattr(near, item.name) != getattr(setting, item.name)
+        for item in fields(Workload)
+        if item.name in _KEYS and getattr(near, item.name) != getattr(workload, item.name)
     ]
     return f"{choice.reason}; the nearest setting that fits: {' '.join(changes)}"

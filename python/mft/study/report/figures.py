@@ -18,7 +18,7 @@ from mft.study.report.overlap import overlaps, plot_overlaps
 from mft.study.report.surface import loss_surface, plane_through, plot_surfaces, random_plane, weights_of
 from mft.study.report.table import reference_of
 from mft.study.store import BASE_MODEL, STUDY, Store, open_store
-from mft.study.workspace import Bench, with_weights
+from mft.study.workspace import Workspace, with_weights
 
 REACH = 0.5  # beyond the models: of the distance between fine-tune and control, or of the rows' norms
 
@@ -44,7 +44,7 @@ def draw_surface(
         ground.check("domain", domain, list(ground.study.domains))
         mask = ground.masked_arm(arm)
         full, control = ground.arm(FULL), ground.control_of(mask)
-        names, first = ground.bench.layers_of(ground.study.arms[mask])
+        names, first = ground.workspace.layers_of(ground.study.arms[mask])
         seed = ground.study.seeds[0]
         models = {arm: ground.model(domain, arm, seed) for arm in (full, control, mask)}
         weights = {arm: weights_of(model, names) for arm, model in models.items()}
@@ -53,7 +53,7 @@ def draw_surface(
             f"round {full}": random_plane(weights[full], name=full),
             f"round {mask}": random_plane(weights[mask], name=mask),
         }
-        validation = ground.bench.splits(domain).validation
+        validation = ground.workspace.splits(domain).validation
         dataset = validation.select(range(min(rows, len(validation))))
         surfaces = {}
         for number, (title, plane) in enumerate(planes.items()):
@@ -89,7 +89,7 @@ class _Ground:
         self.study, self._store = store.study, store
         base = store.directory / BASE_MODEL
         model = self.study.model if self.study.scratch is None else ModelConfig(str(base), dtype="float32")
-        self.bench = Bench(self.study, model)
+        self.workspace = Workspace(self.study, model)
         self._chosen = selection(self.study, store.outcomes()).chosen
 
     def arm(self, kind: str) -> str:
@@ -116,8 +116,10 @@ class _Ground:
     def model(self, domain: str, arm: str, seed: int):
         unit = self._unit(domain, arm, seed)
         start = fine_tune_of(self.study, self._chosen, unit)
-        self.bench.begin(domain, self._file(unit) if start is None else self._file(start))
-        return self.bench.model if start is None else with_weights(self.bench.model, load_file(self._file(unit)))
+        self.workspace.begin(domain, self._file(unit) if start is None else self._file(start))
+        return (
+            self.workspace.model if start is None else with_weights(self.workspace.model, load_file(self._file(unit)))
+        )
 
     def dropped(self, domain: str, arm: str, seed: int) -> dict[str, Tensor]:
         unit = self._unit(domain, arm, seed)
