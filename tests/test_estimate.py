@@ -10,10 +10,11 @@ from benchmarks.memory.simulated_step import simulate_step
 from mft.cli import estimate as estimate_command
 from mft.cli.app import app
 from mft.cli.estimate import parse_bytes
+from mft.config import WAYS
 from mft.memory.estimate import estimate
 from mft.memory.fit import RESERVE, choose, gigabytes
 from mft.memory.shapes import known_config, shape_from_config
-from mft.memory.workload import WAYS, Workload
+from mft.memory.workload import Workload
 
 # LLaMA2-7B's proportions at an eighth of its width.
 SMALL = known_config("llama2-7b") | {

@@ -7,7 +7,7 @@ from tiny import make_llama, make_rows, masked_llama
 
 from mft.config import MaskConfig
 from mft.masks.convert import masked_modules
-from mft.study.one_shot import METHODS, importance, initialise_scores, one_shot_mask, set_keep_ratio
+from mft.study.one_shot import METHODS, importance, initialise_scores, one_shot_mask
 
 UP, Q = "model.layers.2.mlp.up_proj", "model.layers.3.self_attn.q_proj"
 LAYERS = MaskConfig(layers_to_transform=[2, 3], keep_ratio=0.9)
@@ -169,22 +169,6 @@ def test_the_model_is_left_as_it_was_found(method):
         assert p.grad is None or name == f"{UP}.weight"
         assert torch.equal(p, before[name][1])
     assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_the_keep_ratio_changes_by_the_same_ranks():
-    model, rows = make_llama(), padded_rows()
-    one_shot_mask(model, LAYERS, "gradient", rows)
-    set_keep_ratio(model, 0.75)
-    other = one_shot_mask(make_llama(), MaskConfig(layers_to_transform=[2, 3], keep_ratio=0.75), "gradient", rows)
-    for name, module in masked_modules(model).items():
-        assert torch.equal(module.mask(), masked_modules(other)[name].mask())
-        assert (~module.mask()).sum() == module.weight.numel() // 4
-    with pytest.raises(
-        ValueError, match=r"threshold must be null where keep_ratio is to count, got 0.1 at model.layers.2"
-    ):
-        set_keep_ratio(masked_llama(threshold=0.1), 0.5)
-    with pytest.raises(ValueError, match="must hold masked layers, found none"):
-        set_keep_ratio(make_llama(), 0.5)
 
 
 def test_a_random_mask_follows_the_seed_and_the_layers_name_alone():

@@ -4,7 +4,8 @@ import pytest
 
 from mft.config import RunConfig
 from mft.training.checkpoint import write_checkpoint
-from mft.training.run_directory import MetricsFile, check_run_directory, holding, open_run, read_metrics
+from mft.training.metrics import MetricsFile, read_metrics
+from mft.training.run_directory import check_run_directory, holding, open_run
 
 
 def test_a_line_that_is_being_written_is_not_an_event_yet(tmp_path):

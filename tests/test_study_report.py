@@ -16,8 +16,8 @@ from mft.study.outcome import Findings, Measured, Outcome, Unit
 from mft.study.report.plots import plot_study, plot_summary
 from mft.study.report.statistics import differences, paired
 from mft.study.report.table import study_numbers, study_tables
-from mft.study.report.verdict import HELPS, LOST, NO_EVIDENCE, remarks
-from mft.study.report.write import console_report, verdicts, write_study_report
+from mft.study.report.verdict import HELPS, LOST, NO_EVIDENCE, remarks, study_verdicts
+from mft.study.report.write import console_report, write_study_report
 
 DOCUMENTS = 30
 ARMS = {
@@ -88,7 +88,7 @@ SINGLE = without("MFT x3", "control x3")
 
 
 def said(**changes):
-    (paragraph,) = verdicts(findings(arms=SINGLE, **changes))
+    (paragraph,) = study_verdicts(findings(arms=SINGLE, **changes))
     return paragraph
 
 
@@ -133,7 +133,7 @@ def test_validation_that_disagrees_takes_the_claim_away(loss):
 def test_no_validation_no_claim():
     study = findings(arms=SINGLE)
     del study.validation["code"]["MFT"]
-    assert f"{NO_EVIDENCE} (MFT is ahead on test, but there is no validation difference" in verdicts(study)[0]
+    assert f"{NO_EVIDENCE} (MFT is ahead on test, but there is no validation difference" in study_verdicts(study)[0]
 
 
 def test_many_comparisons_take_the_claim_of_a_weak_one_away():
@@ -141,7 +141,7 @@ def test_many_comparisons_take_the_claim_of_a_weak_one_away():
         names = [f"MFT {i}" for i in range(masks)]
         arms = without("MFT", "MFT x3", "control x3") | {name: ARMS["MFT"] for name in names}
         losses = LOSSES | dict.fromkeys(names, 1.9695) | {names[0]: 1.9545}
-        return verdicts(findings(arms=arms, test=losses, validation=losses, noise=0.03))[0].split("MFT 1:")[0]
+        return study_verdicts(findings(arms=arms, test=losses, validation=losses, noise=0.03))[0].split("MFT 1:")[0]
 
     assert f"MFT 0: {HELPS}" in claims(1)
     assert f"MFT 0: {NO_EVIDENCE} (MFT is ahead on test, but not after Holm's correction)" in claims(12)
@@ -157,7 +157,7 @@ def test_holm_counts_the_comparisons_of_all_domains():
 
 
 def test_without_a_control_there_is_no_verdict():
-    (text,) = verdicts(findings(arms={name: SINGLE[name] for name in ("full fine-tune", "MFT")}))
+    (text,) = study_verdicts(findings(arms={name: SINGLE[name] for name in ("full fine-tune", "MFT")}))
     assert "no control arm" in text
     assert "so there is no verdict" in text
     assert "MFT - full fine-tune: -0.05" in text
@@ -183,7 +183,7 @@ def test_averages_are_held_against_averages_of_as_many_runs():
     expected = paired(findings().test["code"]["MFT x3"], findings().test["code"]["control x3"])
     assert row.minus_control["loss"].estimate == pytest.approx(differences([expected])[0].estimate)
     assert tables["code"].row("control x3").against is None
-    assert "MFT x3 - control x3: -0.03" in verdicts(findings())[0]
+    assert "MFT x3 - control x3: -0.03" in study_verdicts(findings())[0]
 
 
 @pytest.mark.parametrize("runs", [None, 2])
@@ -192,7 +192,7 @@ def test_an_average_without_its_match_is_not_compared(runs):
         {} if runs is None else {"control x2": ArmConfig("average", of="control", runs=runs)}
     )
     losses = LOSSES | {"control x2": 1.96}
-    (text,) = verdicts(findings(arms=arms, test=losses, validation=losses))
+    (text,) = study_verdicts(findings(arms=arms, test=losses, validation=losses))
     assert "not compared: no arm averages 3 runs of control, and a single run is no match" in text
     assert "MFT x3: " not in text
 
@@ -265,7 +265,7 @@ def test_the_report_writes_table_numbers_and_plot(tmp_path):
     assert f" | {cell} | " in line
     assert " | 40.0 | +0.0 [+0.0, +0.0] | " in line
     assert line.endswith(" | 5 | 40 | 10.0 |")
-    assert verdicts(study)[0] in text
+    assert study_verdicts(study)[0] in text
     assert text.endswith("- commit: abc\n- versions: torch 2.13, peft 0.21\n")
     assert "| **MFT x3** |" in text
     assert "| control |" in text

@@ -1,6 +1,7 @@
 """A study on disk: what stays valid when it is taken up again, and what is refused."""
 
 import multiprocessing
+import os
 
 import pytest
 import torch
@@ -217,4 +218,4 @@ def test_a_second_process_is_refused(tmp_path):
         process.start()
         said = queue.get(timeout=60)
         process.join()
-    assert "must be one process's, another one is running this study now" in said
+    assert f'output_dir {tmp_path / "run"} is in use by {{"process": {os.getpid()}, ' in said

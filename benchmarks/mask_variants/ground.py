@@ -24,7 +24,7 @@ from mft.masks.targets import select_targets
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.pretrained import load_model
-from mft.training.loop import count_steps, finetune, train_masks, train_weights
+from mft.training.loop import finetune, train_masks, train_weights
 
 EVALUATION_BATCH = 16
 
@@ -132,7 +132,7 @@ class Ground:
         model = clone_with_own_weights(self.model)
         mask_model(model, replace(self.situation.mask, keep_ratio=keep_ratio, init=init, seed=self.seed))
         config = train(self._train(lr, epochs))
-        steps = count_steps(config, len(self.splits.train))
+        steps = config.steps_for(len(self.splits.train))
         for rule in rules:
             rule.begin(model, steps)
         initial = initial_masks(model)

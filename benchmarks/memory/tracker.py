@@ -69,10 +69,6 @@ class MemoryTracker(TorchDispatchMode):
         return self._places["device"].breakdown
 
     @property
-    def host_breakdown(self) -> dict[str, int]:
-        return self._places["host"].breakdown
-
-    @property
     def device_phase(self) -> str:
         """The phase in which the device held the most."""
         return self._places["device"].phase

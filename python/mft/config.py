@@ -5,7 +5,9 @@ Whatever is unknown, of the wrong type or out of range is a ValueError that name
 
 import copy
 import dataclasses
+import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -31,10 +33,10 @@ INITS = ("normal", "magnitude", "constant")
 SCHEDULES = ("linear", "constant", "cosine")
 SCORES_DTYPES = ("float32", "bfloat16", "int16")  # int16: fixed point, see mft_kernels/fixed_point.py
 MOMENTS = ("float32", "8bit")
-QUANTIZATIONS = ("nf4", "int8")  # as models/quantized_weight.py has them
+QUANTIZATIONS = ("nf4", "int8")
 CONFIG = "config.yaml"  # in the directory of a run
 CONFIGS = Path(__file__).parent / "configs"  # shipped; --config takes their names
-WAYS = ("auto", "plain", "resident", "quantized", "layerwise")
+WAYS = ("plain", "resident", "quantized", "layerwise")  # or auto
 _MOST_CONFIG = 1 << 16  # bytes: 25 times the longest of ours; its reader takes a second for them
 _MOST_LAYERS = 10_000  # no model has a tenth as many
 # What other trainers, and the paper's own code, call our keys.
@@ -208,6 +210,12 @@ class TrainConfig:
         check_rule(all(0 <= beta < 1 for beta in self.betas), "betas", "lie in [0, 1)", self.betas)
         check_seed(self.seed)
 
+    def steps_for(self, rows: int) -> int:
+        """Optimiser steps of a run on so many rows."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, math.ceil((self.epochs or 0) * rows / (self.batch_size * self.accumulation)))
+
 
 @dataclass
 class RunConfig:
@@ -225,7 +233,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         coerce_fields(self)
-        check_one_of("memory", self.memory, WAYS)
+        check_one_of("memory", self.memory, ("auto", *WAYS))
         check_rule(
             self.mask.modules_to_save is None or self.memory in ("auto", "plain"),
             "memory",
@@ -273,7 +281,7 @@ def save_config(config: RunConfig, path: str | os.PathLike) -> None:
 
 def config_values(config: RunConfig) -> dict[str, Any]:
     """What YAML and JSON can hold, and config_from takes."""
-    return _plain(dataclasses.asdict(config))
+    return plain_values(dataclasses.asdict(config))
 
 
 def find_config(name: str | os.PathLike, directory: Path) -> Path:
@@ -328,6 +336,17 @@ def parse_layers(text: str) -> list[int]:
             raise ValueError(f"layers_to_transform must have ranges that rise, got {part.strip()!r} in {text!r}")
         layers.update(range(int(first), int(last or first) + 1))
     return sorted(layers)
+
+
+def layer_ranges(layers: Iterable[int]) -> str:
+    """[0, 1, 2, 7] -> "0-2,7", which parse_layers reads."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _apply_overrides(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
@@ -397,8 +416,8 @@ def _field_names(cls: type) -> list[str]:
     return [item.name for item in dataclasses.fields(cls)]
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """Tuples as lists, for YAML."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: plain_values(item) for key, item in value.items()}
+    return [plain_values(item) for item in value] if isinstance(value, list | tuple) else value

@@ -9,6 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from mft.config import layer_ranges
 from mft.memory.fit import RESERVE, Choice, choose, gigabytes
 from mft.memory.model_config import read_model_config
 from mft.memory.shapes import ModelShape, shape_from_config
@@ -70,7 +71,7 @@ def machine_bytes() -> int:
 
 
 def title(shape: ModelShape, workload: Workload) -> str:
-    layers = "all layers" if workload.layers is None else f"layers {_ranges(workload.layers)}"
+    layers = "all layers" if workload.layers is None else f"layers {layer_ranges(workload.layers)}"
     where = "on a GPU" if workload.device == "cuda" else "in one memory"
     return f"{shape.name}, {layers}, {workload.micro_batch} x {workload.sequence} tokens, {where}; in GB = 1e9 bytes"
 
@@ -184,14 +185,3 @@ def as_dictionary(
 
 def _gb(size: float | None) -> str:
     return f"{size / 1e9:.2f}" if size else ""
-
-
-def _ranges(layers: tuple[int, ...]) -> str:
-    """(4, 5, 6, 9) -> "4-6,9"."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -42,7 +42,7 @@ from mft.training.checkpoint import BadCheckpoint, Checkpoint
 from mft.training.console import console, new_console, say
 from mft.training.curves import plot_curves
 from mft.training.flips import PHASE, POINTS, FlipCounter
-from mft.training.loop import count_steps, finetune, train_masks
+from mft.training.loop import finetune, train_masks
 from mft.training.metrics import Recorder, Steps
 from mft.training.plan import Plan, plan_training, replan
 from mft.training.progress import Progress
@@ -198,7 +198,7 @@ def _train(config: RunConfig, start: Start, found: Checkpoint | None, processes:
             cost = said_of_cost(model, config.mask, splits.validation, **evaluated)
             if cost is not None:
                 say(cost)
-        steps = count_steps(config.train, len(splits.train))
+        steps = config.train.steps_for(len(splits.train))
         # The other ways keep scores elsewhere while they train.
         counts = plan.way == "plain" and processes.first
         flips = FlipCounter(model, initial, every=max(1, -(-steps // POINTS))) if counts else None

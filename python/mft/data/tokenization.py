@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import numpy
 
-from mft.checks import nearest
+from mft.checks import nearest, shown
 from mft.data.sources import Records, form_of
 
 IGNORED = -100
@@ -168,11 +168,11 @@ def _messages(row: dict[str, Any], place: str) -> list[dict[str, str]]:
     """The checked conversation; [] if it has no assistant turn with text."""
     messages = row.get("messages")
     if not isinstance(messages, list):
-        raise ValueError(f"{place}: messages must be a list of {{role, content}}, got {_shown(messages)}")
+        raise ValueError(f"{place}: messages must be a list of {{role, content}}, got {shown(messages)}")
     for turn, message in enumerate(messages):
         where = f"{place}: messages[{turn}]"
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            keys = f"the keys {', '.join(map(str, message))}" if isinstance(message, dict) else _shown(message)
+            keys = f"the keys {', '.join(map(str, message))}" if isinstance(message, dict) else shown(message)
             raise ValueError(f"{where} must have a role and a content, got {keys}")
         if message["role"] not in ROLES:
             role = message["role"]
@@ -186,14 +186,14 @@ def _messages(row: dict[str, Any], place: str) -> list[dict[str, str]]:
 def _string(row: dict[str, Any], column: str, place: str) -> str:
     value = row.get(column)
     if not isinstance(value, str):
-        raise ValueError(f"{place}: {column} must be a string, got {_shown(value)}")
+        raise ValueError(f"{place}: {column} must be a string, got {shown(value)}")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"{place}: {column} must be Unicode text, got half a surrogate pair at character "
-                f"{error.start}: {_shown(value[error.start])}"
+                f"{error.start}: {shown(value[error.start])}"
             ) from None
     return value
 
@@ -254,8 +254,3 @@ def _array(values: Sequence[int]) -> numpy.ndarray:
 def _scored(example: Encoded) -> bool:
     """Whether a token after the first is scored: the first has nothing before it to be predicted from."""
     return bool((example.labels[1:] != IGNORED).any())
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return "null" if value is None else f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

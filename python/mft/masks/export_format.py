@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from mft.checks import nearest
+from mft.config import QUANTIZATIONS
 from mft.files.json_file import read_object
 from mft.files.safetensors_file import open_tensors
 from mft.masks.saved_modules import is_inside
-from mft.models.quantized_weight import QUANTIZATIONS
 
 CONFIG_FILE = "adapter_config.json"
 MASK_FILE = "adapter_model.safetensors"

@@ -72,10 +72,6 @@ class QuantizedLinear(nn.Module):
         weight = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
         return cls(QuantizedWeight.quantize(weight.detach(), kind), linear.bias).train(linear.training)
 
-    def dense_weight(self) -> Tensor:
-        """(N, K), made anew by each call."""
-        return self.quantized.dense()
-
     def forward(self, x: Tensor) -> Tensor:
         return _QuantizedProduct.apply(x, self.bias, self.quantized)
 

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from mft.checks import check_rule
+from mft.config import WAYS
 from mft.memory.activations import Layer, loss_peak
 from mft.memory.shapes import ModelShape
 from mft.memory.step_time import step_seconds
-from mft.memory.workload import GRAD_BYTES, SCORE_BYTES, WAYS, Workload
+from mft.memory.workload import GRAD_BYTES, SCORE_BYTES, Workload
 
 # On a CPU the kernels' own scratch counts: slabs of 2 MiB, histograms of 0.5 MiB a thread, pages of code. Measured
 # peaks of two LLaMA2-7B layers lay between -6 and +4 MB of the sum without it (benchmarks.memory.worker, 128 to 1024

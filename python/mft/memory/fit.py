@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
+from mft.config import WAYS
 from mft.memory.estimate import Estimate, estimate
 from mft.memory.shapes import ModelShape
-from mft.memory.workload import WAYS, Workload
+from mft.memory.workload import Workload
 
 # Of the device, beside what is allocated: a CUDA context (some 0.4 GB), cuBLAS's workspace (up to 32 MiB) and the
 # allocator's fragments. Not measured.

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 from mft.checks import check_one_of, check_rule
+from mft.config import DTYPES, MOMENTS, QUANTIZATIONS, SCORES_DTYPES, WAYS
 
-WAYS = ("plain", "resident", "quantized", "layerwise")
 SCORE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int16": 2.0}
 MOMENT_BYTES = {"float32": 8.0, "8bit": 2 + 2 * 4 / 256}  # two moments a score; 8 bits have fp32 scales, one in 256
-QUANTIZATIONS = ("nf4", "int8")
 GRAD_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -43,11 +42,11 @@ class Workload:
 
     def __post_init__(self) -> None:
         check_one_of("memory", self.memory, ("auto", *WAYS))
-        check_one_of("scores", self.scores, tuple(SCORE_BYTES))
-        check_one_of("moments", self.moments, tuple(MOMENT_BYTES))
+        check_one_of("scores", self.scores, SCORES_DTYPES)
+        check_one_of("moments", self.moments, MOMENTS)
         check_one_of("device", self.device, ("cuda", "cpu"))
         if self.grad_dtype is not None:
-            check_one_of("grad_dtype", self.grad_dtype, tuple(GRAD_BYTES))
+            check_one_of("grad_dtype", self.grad_dtype, DTYPES)
         if self.quantization is not None:
             check_one_of("quantization", self.quantization, QUANTIZATIONS)
             check_rule(

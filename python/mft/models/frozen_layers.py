@@ -82,17 +82,25 @@ class FrozenPrefix:
             self.memory.remember(row, state)
         return found
 
-    @torch.no_grad()
+    def up_to(self, depth: int, input_ids: Tensor, rows: list[int]) -> Tensor:
+        """(B, T, D): what the first ``depth`` layers, at least as many as are frozen, make of these rows."""
+        return self._output_of(depth, lambda: self(input_ids, rows))
+
     def _run_frozen_layers(self, input_ids: Tensor) -> Tensor:
         """(B, T, D): what the last frozen layer returns."""
+        return self._output_of(self.first, lambda: self.run(self.model, input_ids))
+
+    @torch.no_grad()
+    def _output_of(self, depth: int, run: Callable[[], object]) -> Tensor:
+        """(B, T, D): what the first ``depth`` layers make last in run(), which skips those after them."""
         outputs: list = []
-        handle = self._layers[self.first - 1].register_forward_hook(lambda *call: outputs.append(call[-1]))
+        handle = self._layers[depth - 1].register_forward_hook(lambda *call: outputs.append(call[-1]))
         try:
-            with replaced_forwards(self._layers[self.first :], lambda layer: _first_argument):
-                self.run(self.model, input_ids)
+            with replaced_forwards(self._layers[depth:], lambda layer: _first_argument):
+                run()
         finally:
             handle.remove()
-        return outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+        return outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
 
     def _run_from(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
         """run with hidden (B, T, D) in place of what its frozen layers return."""

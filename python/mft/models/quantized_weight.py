@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-QUANTIZATIONS = ("nf4", "int8")
+from mft.config import QUANTIZATIONS
+
 BLOCK = 64  # weights that share an absmax in NF4
 _LARGEST_CODE = 127
 _QUANTIZED_AT_ONCE = 1 << 20  # weights: bitsandbytes' temporaries take some 20 bytes of each

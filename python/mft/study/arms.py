@@ -6,7 +6,6 @@ spaced steps; the best of them is kept on disk, as weights that go onto the fine
 
 import copy
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from mft.config import INITS, MaskConfig
 from mft.evaluation.evaluate import Evaluation, evaluate
 from mft.evaluation.exact_match import exact_matches
 from mft.evaluation.temperature import evaluate_tempered, fit_temperature
+from mft.files.atomic import atomic_file
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.inspection import flip_share, initial_masks
 from mft.models.causal_lm import clone_with_own_weights
@@ -42,7 +42,7 @@ from mft.study.lora import add_lora, merge_lora
 from mft.study.one_shot import initialise_scores, one_shot_mask
 from mft.study.outcome import Measured, Outcome, Tested, Unit
 from mft.study.workspace import ROWS, Workspace, with_layers_remembered, with_weights
-from mft.training.loop import NonFiniteLoss, StepReport, count_steps, finetune, train_loop, train_masks, train_weights
+from mft.training.loop import NonFiniteLoss, StepReport, finetune, train_loop, train_masks, train_weights
 from mft_kernels.checks import NonFiniteScores
 
 Weights = dict[str, Tensor]
@@ -114,7 +114,7 @@ def _train(workspace: Workspace, job: Job) -> Outcome:
     model = _untrained(workspace, unit, arm)
     initial = initial_masks(model)
     checkpoints = _Checkpoints(
-        count_steps(train, len(dataset)),
+        train.steps_for(len(dataset)),
         1 if arm.kind == FULL else workspace.study.checkpoints,
         lambda: _on_validation(workspace, unit, model),
         lambda: (_trained_weights(workspace, model), flip_share(model, initial) if initial else None),
@@ -200,11 +200,8 @@ def _trained_weights(workspace: Workspace, model: nn.Module) -> Weights:
 
 def _save(weights: Weights, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, scratch)
-    with scratch.open("rb") as file:
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    with atomic_file(path) as scratch:
+        save_file({name: weight.contiguous() for name, weight in weights.items()}, scratch)
 
 
 # ---------------------------------------------------------------------------------------------- trained models

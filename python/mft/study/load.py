@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.checks import nearest, shown
-from mft.config import CONFIGS, FOREIGN_NAMES, find_config, read_mapping
+from mft.config import CONFIGS, FOREIGN_NAMES, find_config, plain_values, read_mapping
 from mft.files.yaml_file import parse_yaml
 from mft.study.config import StudyConfig
 
@@ -44,7 +44,7 @@ def load_study(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) ->
 
 def study_values(study: StudyConfig) -> dict[str, Any]:
     """Plain values from which load_study makes an equal study."""
-    values = _plain(dataclasses.asdict(study))
+    values = plain_values(dataclasses.asdict(study))
     for section in ("full", "stage"):
         for key in _FROM_ARMS:
             del values[section][key]
@@ -172,10 +172,3 @@ def _inner(cls: type, name: str) -> tuple[type | None, bool]:
     candidates = typing.get_args(hint) or (hint,)
     found = next((option for option in candidates if dataclasses.is_dataclass(option)), None)
     return (found if isinstance(found, type) else None), named
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -90,7 +90,7 @@ def one_shot_mask(
     """mask_model with the mask that ``method`` finds on the layers that ``mask`` chooses, at its keep_ratio and seed.
 
     Equal importance is kept or dropped together, except by wanda, where the first column goes last: each output row
-    keeps exactly K - int((1 - keep_ratio) * K) weights. The scores are ranks, for set_keep_ratio and not for training
+    keeps exactly K - int((1 - keep_ratio) * K) weights. The scores are ranks, not for training
     (see initialise_scores); init, mode and scores_dtype of ``mask`` play no part.
 
     Returns: the same model. Raises: ValueError as importance and mask_model do, or if mask.threshold is given.
@@ -104,14 +104,6 @@ def one_shot_mask(
         for name, module in masked_modules(model).items():
             module.scores.copy_(_row_ranks(found.pop(name)) if method == "wanda" else _ranks(found.pop(name)))
     return model
-
-
-def set_keep_ratio(model: nn.Module, keep_ratio: float) -> None:
-    """Keep another share of every masked layer, by the scores that it has."""
-    for name, module in _masked(model).items():
-        if module.threshold is not None:
-            raise ValueError(f"threshold must be null where keep_ratio is to count, got {module.threshold} at {name}")
-        module.keep_ratio = keep_ratio
 
 
 def initialise_scores(

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from mft.checks import check_rule
-from mft.config import MaskConfig, TrainConfig
+from mft.config import MaskConfig, TrainConfig, layer_ranges
 from mft.evaluation.evaluate import Evaluation, paired_difference
 from mft.files.figure import new_figure, save_figure
 from mft.masks.convert import check_unmasked, convert
@@ -59,9 +59,9 @@ def layer_groups(model: nn.Module, mask: MaskConfig, *, size: int = 1) -> list[G
     groups = []
     for start in range(0, len(layers), size):
         part = layers[start : start + size]
-        name = f"layer {part[0]}" if len(part) == 1 else f"layers {_ranges(part)}"
+        name = f"layer {part[0]}" if len(part) == 1 else f"layers {layer_ranges(part)}"
         modules = tuple(module for layer in part for module in chosen[layer])
-        groups.append(Group(name, modules, f"mask.layers_to_transform={_ranges(part)}"))
+        groups.append(Group(name, modules, f"mask.layers_to_transform={layer_ranges(part)}"))
     return groups
 
 
@@ -196,14 +196,3 @@ def _layer_of(model: nn.Module) -> Callable[[str], int]:
         return number
 
     return layer
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2,5" """
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and parts[-1][-1] == layer - 1:
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
-    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

@@ -21,8 +21,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from mft.files.atomic import write_whole
 from mft.files.yaml_file import dump_yaml, parse_yaml
 from mft.study.config import AVERAGE, FULL, FULL_KINDS, Setting, StudyConfig
@@ -30,9 +28,10 @@ from mft.study.load import study_values
 from mft.study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values
 from mft.study.plan import best_so_far, fine_tune_of, selection
 from mft.training.run_directory import ABLATION, PLOT, TABLE_JSON, TABLE_MARKDOWN
+from mft.training.run_lock import LOCK, hold
 
 FORMAT = 1  # counts up when the same declaration gives other results
-STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK = "study.yaml", "base", "units", "trained", "test", ".lock"
+STUDY, BASE_MODEL, UNITS, TRAINED, TEST = "study.yaml", "base", "units", "trained", "test"
 _OURS = {STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK, TABLE_MARKDOWN, TABLE_JSON, PLOT, ABLATION}
 _OURS |= {"summary.png", "surface.png", "overlap.png"}  # of mft plot
 _OPENINGS = "openings.json"
@@ -57,20 +56,12 @@ def open_store(study: StudyConfig, directory: str | os.PathLike, *, overwrite: b
         raise ValueError(
             f"output_dir must be new, empty or a study's, got {path} with {', '.join(foreign[:3])}: name another one"
         )
-    path.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise RuntimeError(f"output_dir {path} must be one process's, another one is running this study now") from None
-    try:
+    with hold(path):
         if overwrite:
             _empty(path)
         _check_unchanged(path, study)
         write_whole(path / STUDY, dump_yaml(study_values(study)))
         yield Store(study, path)
-    finally:
-        lock.release()
 
 
 def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: str | os.PathLike) -> int:

@@ -20,7 +20,6 @@ from mft.models.causal_lm import (
     clone_with_own_weights,
     decoder_layers,
     first_trainable_layer,
-    replaced_forwards,
     split_at_head,
 )
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
@@ -105,29 +104,15 @@ def with_weights(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     return clone
 
 
-@torch.no_grad()
 def _remembered(
     model: nn.Module, dataset, depth: int, *, batch_size: int, first: int = 0, memory: PrefixMemory | None = None
 ) -> PrefixMemory:
     """What the first ``depth`` layers of model make of every row; memory holds it of the first ``first`` already."""
-    found, layers, outputs = PrefixMemory(), decoder_layers(model), list[Any]()
-    device = next(model.parameters()).device
+    found, device = PrefixMemory(), next(model.parameters()).device
     few = take_rows(dataset, [0]).input_ids[:1, :FEW].to(device)
     prefix = FrozenPrefix(model, first, memory, split_at_head(model, few)[0])
-    handle = layers[depth - 1].register_forward_hook(lambda *call: outputs.append(call[-1]))
-    try:
-        with replaced_forwards(layers[depth:], lambda layer: _first_argument):
-            for start in range(0, len(dataset), batch_size):
-                batch = take_rows(dataset, list(range(start, min(start + batch_size, len(dataset)))))
-                prefix(batch.input_ids.to(device), batch.rows)
-                last = outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
-                for row, state in zip(batch.rows, last):
-                    found.remember(row, state)
-                outputs.clear()
-    finally:
-        handle.remove()
+    for start in range(0, len(dataset), batch_size):
+        batch = take_rows(dataset, list(range(start, min(start + batch_size, len(dataset)))))
+        for row, state in zip(batch.rows, prefix.up_to(depth, batch.input_ids.to(device), batch.rows)):
+            found.remember(row, state)
     return found
-
-
-def _first_argument(hidden_states: Tensor, *args, **kwargs) -> Tensor:
-    return hidden_states

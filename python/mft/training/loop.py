@@ -113,7 +113,7 @@ def train_loop(
     processes.check(train, way)
     first_row = take_rows(dataset, [0]).input_ids
     check_next_tokens(model.config, type(model).__name__, first_row.shape[1])
-    steps = count_steps(train, len(dataset))
+    steps = train.steps_for(len(dataset))
     if remember and memory is None and steps * train.batch_size * train.accumulation > len(dataset):
         memory = PrefixMemory()
     memory = memory if remember else None
@@ -194,13 +194,6 @@ class _Losses:
                 f"{batch.documents}): lower train.lr (now {self._train.lr:g}) or look at these rows"
             )
         self.total += loss
-
-
-def count_steps(train: TrainConfig, rows: int) -> int:
-    """Optimiser steps of a run on so many rows."""
-    if train.steps is not None:
-        return train.steps
-    return max(1, math.ceil((train.epochs or 0) * rows / (train.batch_size * train.accumulation)))
 
 
 def schedule_factor(step: int, steps: int, train: TrainConfig) -> float:

@@ -1,7 +1,9 @@
 """Where a run's events go: training steps and evaluations to the metrics file and to the progress display."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,9 @@ from torch import nn
 from mft.config import TrainConfig
 from mft.engines.step import StepReport
 from mft.evaluation.evaluate import Evaluation, evaluate
-from mft.training.loop import count_steps
+from mft.files.atomic import naming, write_whole
 from mft.training.progress import Progress
-from mft.training.run_directory import METRICS, MetricsFile
+from mft.training.run_directory import METRICS
 
 EVALUATION_BATCH = 4
 
@@ -41,7 +43,7 @@ class Recorder:
     @contextlib.contextmanager
     def training(self, phase: str, dataset, train: TrainConfig) -> Iterator["Steps"]:
         """Yield the on_step of a training loop; every train.log_every-th step and the last are written."""
-        with self.shown(phase, count_steps(train, len(dataset))) as advance:
+        with self.shown(phase, train.steps_for(len(dataset))) as advance:
             yield Steps(self, phase, train.log_every, advance)
 
     def evaluate(
@@ -92,3 +94,48 @@ class Steps:
         """These steps were done, and written, before the run was stopped."""
         self._curve.extend(reports)
         self._advance(len(reports), resumed=True)
+
+
+class MetricsFile:
+    """A line of JSON an event, on disk as soon as it is written.
+
+    events: of a run that goes on, as they were at its checkpoint; the file then holds these and no others.
+    """
+
+    def __init__(self, path: str | os.PathLike, events: Iterable[dict[str, Any]] | None = None) -> None:
+        self.path = Path(path)
+        self.events = list(events or ())
+        if events is not None:
+            write_whole(self.path, "".join(map(_line, self.events)))
+
+    def write(self, **values: Any) -> None:
+        self.events.append(values)
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(values))
+
+    def sync(self) -> None:
+        """Return when the disk has it."""
+        with naming(self.path), self.path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The events of a run that may still be going on, or was killed: a last line that is not whole yet is left out.
+
+    Raises: ValueError that names a line which is no event.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    events = []
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict):
+            raise ValueError(f"{path}:{number}: expected an event as mft writes it, a JSON object, got {line[:80]!r}")
+        events.append(event)
+    return events
+
+
+def _line(event: dict[str, Any]) -> str:
+    return json.dumps(event) + "\n"

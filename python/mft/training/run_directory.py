@@ -5,15 +5,13 @@ on from checkpoints/. Whoever looks which it is, or changes anything, holds the 
 """
 
 import contextlib
-import json
 import os
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from mft.config import CONFIG, RunConfig, save_config
-from mft.files.atomic import naming, remove, sweep, target_of, write_whole
+from mft.files.atomic import remove, sweep, target_of
 from mft.masks.export import MASKS
 from mft.training.checkpoint import newest_checkpoint
 from mft.training.run_lock import LOCK, hold
@@ -81,48 +79,3 @@ def next_steps(directory: Path) -> list[str]:
     """What is done with the masks of a finished run, as commands that work as they stand."""
     run, merged = shlex.quote(str(directory)), shlex.quote(f"{directory}-merged")
     return [f"mft inspect {run}", f"mft evaluate --masks {run} --split test", f"mft merge {run} {merged}"]
-
-
-class MetricsFile:
-    """A line of JSON an event, on disk as soon as it is written.
-
-    events: of a run that goes on, as they were at its checkpoint; the file then holds these and no others.
-    """
-
-    def __init__(self, path: str | os.PathLike, events: Iterable[dict[str, Any]] | None = None) -> None:
-        self.path = Path(path)
-        self.events = list(events or ())
-        if events is not None:
-            write_whole(self.path, "".join(map(_line, self.events)))
-
-    def write(self, **values: Any) -> None:
-        self.events.append(values)
-        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(values))
-
-    def sync(self) -> None:
-        """Return when the disk has it."""
-        with naming(self.path), self.path.open("rb+") as file:
-            os.fsync(file.fileno())
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The events of a run that may still be going on, or was killed: a last line that is not whole yet is left out.
-
-    Raises: ValueError that names a line which is no event.
-    """
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    events = []
-    for number, line in enumerate(lines, 1):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            event = None
-        if not isinstance(event, dict):
-            raise ValueError(f"{path}:{number}: expected an event as mft writes it, a JSON object, got {line[:80]!r}")
-        events.append(event)
-    return events
-
-
-def _line(event: dict[str, Any]) -> str:
-    return json.dumps(event) + "\n"

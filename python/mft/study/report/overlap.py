@@ -20,21 +20,6 @@ class Overlap:
     jaccard: float  # |A and B| / |A or B|; NaN if both sets are empty
     chance: float  # the same of independent sets, as many weights of every layer as A and B have
 
-    @property
-    def beyond_chance(self) -> float:
-        """(jaccard - chance) / (1 - chance): 0 for independent sets, 1 for equal ones."""
-        return (self.jaccard - self.chance) / (1 - self.chance)
-
-
-def dropped(masks: Sets) -> dict[str, Tensor]:
-    """The weights that masks drop; masks as of inspection.initial_masks."""
-    return {name: ~mask for name, mask in masks.items()}
-
-
-def flipped(masks: Sets, initial: Sets) -> dict[str, Tensor]:
-    """The weights whose bit differs: what masks that began alike have learned, which what they drop hides."""
-    return {name: mask != initial[name] for name, mask in masks.items()}
-
 
 def overlap(a: Sets, b: Sets) -> Overlap:
     """Overlap of two sets, with what chance gives: n p q of n weights of a layer lie in both at random.

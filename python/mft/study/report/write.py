@@ -12,6 +12,7 @@ from rich.constrain import Constrain
 from rich.table import Table
 from rich.text import Text
 
+from mft.files.atomic import write_whole
 from mft.study.outcome import Findings
 from mft.study.report.plots import plot_study
 from mft.study.report.table import DomainTable, Row, study_numbers, study_tables
@@ -34,20 +35,15 @@ def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, 
         lines += [f"# {domain}: {_counts(table)}", "", *_markdown(table), ""]
     lines += ["# How", "", *(f"- {note}" for note in known)]
     lines += [f"- {name}: {_words(value)}" for name, value in extra.items()]
-    (directory / TABLE_MARKDOWN).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(directory / TABLE_MARKDOWN, "\n".join(lines) + "\n")
     numbers = study_numbers(findings, tables)
     for domain, table in tables.items():
         for row, entry in zip(table.rows, numbers["domains"][domain]["rows"]):
             entry["conclusion"] = conclusion(row)[0] if row.masked and "loss" in row.minus_control else None
     numbers |= {"verdicts": said, "remarks": known, "environment": extra}
     text = json.dumps(numbers, indent=2, allow_nan=False)
-    (directory / TABLE_JSON).write_text(text + "\n", encoding="utf-8")
+    write_whole(directory / TABLE_JSON, text + "\n")
     plot_study(numbers, directory / PLOT)
-
-
-def verdicts(findings: Findings) -> list[str]:
-    """One paragraph a domain."""
-    return study_verdicts(findings)
 
 
 def console_report(findings: Findings) -> list[RenderableType]:
