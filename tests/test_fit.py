@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 
-import mft.cli.train
 import mft.training.plan
+import mft.training.run
 from mft.config import DataConfig, MaskConfig, ModelConfig, RunConfig, TrainConfig
 from mft.memory.estimate import estimate
 from mft.memory.shapes import known_config, shape_from_config
@@ -86,9 +86,9 @@ def test_the_exact_weights_have_to_fit_before_they_are_quantised(with_free):
 
 def test_no_weight_is_loaded_before_the_refusal(with_free, monkeypatch):
     with_free(1)
-    monkeypatch.setattr(mft.cli.train, "load_model", lambda *_: pytest.fail("a weight was loaded"))
+    monkeypatch.setattr(mft.training.run, "load_model", lambda *_: pytest.fail("a weight was loaded"))
     with pytest.raises(ValueError, match="nothing fits"):
-        mft.cli.train.run_train(Begin(config_of()))
+        mft.training.run.run_train(Begin(config_of()))
 
 
 def test_quantized_means_nf4_unless_said_otherwise(with_free):

@@ -76,7 +76,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("way", ["plain", "resident", "quantized", "layerwise"])
 def test_the_metrics_of_a_run_that_goes_on_are_those_of_a_straight_one(cli, tmp_path, monkeypatch, way):  # noqa: F811
     """Flips included: every third step counts, from the one that counted before, which lies before the checkpoint."""
-    monkeypatch.setattr("mft.cli.train.POINTS", 4)
+    monkeypatch.setattr("mft.training.run.POINTS", 4)
     few = [*LEARN, "train.steps=10", f"memory={way}", "mask.init=magnitude", "checkpoint_minutes=0"]
     code, output = cli("train", *few, "output_dir=straight")
     assert code == 0, output
@@ -219,7 +219,7 @@ def files(run):
 
 
 SHORT = [*LEARN, "train.steps=3", "checkpoint_minutes=0", "mask.keep_ratio=0.8"]
-BEFORE_FINISHING = "mft.cli.train.evaluation_table"
+BEFORE_FINISHING = "mft.training.run.evaluation_table"
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["missing", "empty"])
@@ -247,9 +247,9 @@ def test_a_configuration_edited_beside_a_checkpoint_is_refused(cli, tmp_path):  
 @pytest.mark.parametrize(
     ("verb", "place"),
     [
-        ("train", "mft.cli.train.plot_curves"),
+        ("train", "mft.training.run.plot_curves"),
         ("train", "safetensors.torch.save"),
-        ("train", "mft.cli.train.remove"),
+        ("train", "mft.training.run.remove"),
         ("finetune", "transformers.PreTrainedTokenizerBase.save_pretrained"),
     ],
 )
@@ -259,7 +259,7 @@ def test_a_run_killed_while_it_finishes_finishes_again(cli, tmp_path, verb, plac
     wanted = files(tmp_path / "run")
     killed_before(cli, place, verb, *SHORT, "--overwrite")
     code, output = cli(verb, "--resume", "run")
-    if place == "mft.cli.train.remove":  # of the checkpoints, when the result is there
+    if place == "mft.training.run.remove":  # of the checkpoints, when the result is there
         assert (code, "has its masks/ already" in output) == (2, True)
     else:
         assert code == 0, output
@@ -267,7 +267,7 @@ def test_a_run_killed_while_it_finishes_finishes_again(cli, tmp_path, verb, plac
     assert sorted(os.listdir(tmp_path / "run")) == sorted({name.partition("/")[0] for name in wanted})
 
 
-@pytest.mark.parametrize("begun", [BEFORE_FINISHING, "mft.cli.train.train_masks", None])
+@pytest.mark.parametrize("begun", [BEFORE_FINISHING, "mft.training.run.train_masks", None])
 def test_what_another_process_finishes_meanwhile_stays(cli, tmp_path, monkeypatch, begun):  # noqa: F811
     """A run goes on after a checkpoint, or without one, or begins; another has done the same when it gets the lock."""
     if begun is not None:

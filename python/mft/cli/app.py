@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from mft.config import RunConfig, load_config
-from mft.training.console import console, say
+from mft.training.console import console
 
 # Loaded inside the verbs: transformers takes seconds, and `mft --help` should not wait for it.
 
@@ -53,7 +52,9 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        console.print(f"mft {_version('mft_kernels')}")
+        from mft.cli.environment import installed_version
+
+        console.print(f"mft {installed_version('mft_kernels')}")
         raise typer.Exit
 
 
@@ -91,7 +92,7 @@ def finetune(
     force: Force = False,
 ) -> None:
     """Fine-tune all weights; writes an ordinary model to output_dir/model."""
-    from mft.cli.train import run_finetune
+    from mft.training.run import run_finetune
 
     run_finetune(_start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force))
 
@@ -106,7 +107,7 @@ def train(
     force: Force = False,
 ) -> None:
     """Fine-tune masks over frozen weights; writes them to output_dir/masks."""
-    from mft.cli.train import run_train
+    from mft.training.run import run_train
 
     run_train(_start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force))
 
@@ -141,7 +142,7 @@ def evaluate(
 
     Without --config, masks are evaluated on the base and the data of their run; overrides win.
     """
-    from mft.cli.train import masks_config, run_evaluate, run_lm_eval
+    from mft.cli.evaluate import masks_config, run_evaluate, run_lm_eval
 
     if config is None and masks is not None:
         run_config = masks_config(masks, [*(overrides or []), *(sets or [])])
@@ -220,7 +221,7 @@ def sensitivity(
     overwrite: Overwrite = False,
 ) -> None:
     """Ranks groups of layers by what a briefly trained mask on each alone does to the validation loss."""
-    from mft.cli.train import run_sensitivity
+    from mft.cli.sensitivity import run_sensitivity
 
     run_sensitivity(_read(config, overrides, sets), None if kinds else layers, overwrite=overwrite)
 
@@ -281,7 +282,7 @@ def verify(
     base: Annotated[bool, typer.Option("--base/--no-base", help="Whether to load the base and compare it.")] = True,
 ) -> None:
     """Whether masks and checkpoints are whole, and the base is the one that the masks were learned on."""
-    from mft.cli.masks import run_verify
+    from mft.cli.verify import run_verify
 
     run_verify(directory, model, dtype, base=base)
 
@@ -375,37 +376,9 @@ def env(
     ] = False,
 ) -> None:
     """Versions, threads, the processor, and which kernels serve which device."""
-    from platform import python_version
+    from mft.cli.environment import run_env
 
-    import torch
-
-    import mft_kernels
-    from mft_kernels.cpu import path_taken
-    from mft_kernels.processor import this_processor
-
-    console.print(f"python {python_version()}")
-    console.print(f"torch {torch.__version__}")  # its metadata lack the build, such as +cpu
-    for package in ("mft_kernels", "triton", "transformers", "datasets"):
-        console.print(f"{package} {_version(package)}")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    console.print(f"threads {torch.get_num_threads()}, GPU {device}")
-    processor = this_processor()
-    say(f"processor {processor}: {', '.join(processor.features) or 'none of the instruction sets of our kernels'}")
-    path, reasons = path_taken()
-    say(f"path of the cpu library {path}")
-    for reason in reasons:
-        say(f"  not {reason}")
-    report = mft_kernels.backend_report()
-    table = Table("backend", "available", "what", "why not")
-    for name, entry in report["backends"].items():
-        table.add_row(name, "yes" if entry["available"] else "no", entry["detail"], entry["reason"] or "")
-    console.print(table)
-    for kind, name in report["auto"].items():
-        console.print(f"auto on {kind}: {name} (override with MFT_KERNELS=...)")
-    if measure:
-        from mft.cli.measure import run_measure
-
-        run_measure(console)
+    run_env(measure=measure)
 
 
 @app.command()
@@ -422,15 +395,6 @@ def demo(
 def main() -> None:
     """The console script."""
     app()
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _start(

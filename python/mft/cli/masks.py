@@ -1,13 +1,12 @@
-"""What the verbs on finished masks do: merge, inspect, verify, and the exchange with the paper's own files."""
+"""What the verbs on finished masks do: merge, inspect, and the exchange with the paper's own files."""
 
 from pathlib import Path
 
 from rich import box
 from rich.table import Column, Table
 
-from mft.cli.verify import check_base, verify_directory
 from mft.config import CONFIG, ModelConfig, load_config
-from mft.evaluation.evaluated_base import config_of_run, learned_base
+from mft.evaluation.evaluated_base import config_of_run
 from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.export import load_masks, masks_directory, save_masks
 from mft.masks.export_format import read_export
@@ -15,6 +14,7 @@ from mft.masks.inspection import MaskStatistics, initial_masks, mask_statistics
 from mft.masks.paper_masks import import_paper_masks, write_paper_masks
 from mft.models.pretrained import load_model, save_model
 from mft.training.console import console, say
+from mft.training.inputs import read_base
 
 
 def run_merge(masks: Path, output: Path, model_name: str | None, dtype: str | None, *, force: bool) -> None:
@@ -22,7 +22,7 @@ def run_merge(masks: Path, output: Path, model_name: str | None, dtype: str | No
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output must be a new or empty directory, got {output}")
     directory = masks_directory(masks)
-    model, tokenizer = _base_of(directory, model_name, dtype)
+    model, tokenizer = read_base(directory, model_name, dtype)
     load_masks(model, directory, force=force)
     kind = read_export(directory)[0].base_quantization
     kept = sum(int(module.mask().sum()) for module in masked_modules(model).values())
@@ -40,7 +40,7 @@ def run_inspect(masks: Path, model_name: str | None, dtype: str | None, *, force
     """mft inspect"""
     directory = masks_directory(masks)
     run_config, initial = config_of_run(directory), None
-    model, _ = _base_of(directory, model_name, dtype)
+    model, _ = read_base(directory, model_name, dtype)
     if run_config is not None:
         # Scores begin as a function of configuration, layer name and weight alone, so the first masks can be remade.
         initial = initial_masks(mask_model(model, load_config(run_config).mask))
@@ -48,16 +48,6 @@ def run_inspect(masks: Path, model_name: str | None, dtype: str | None, *, force
     console.print(_mask_table(mask_statistics(model, initial)))
     if initial is None:
         say(f"flips are unknown: no {CONFIG} of the run beside {directory} tells how the scores began")
-
-
-def run_verify(directory: Path, model_name: str | None, dtype: str | None, *, base: bool) -> None:
-    """mft verify"""
-    for found in verify_directory(directory):
-        say(f"{found.kind} {found.path}: {found.words}")
-        if found.export is not None and base:
-            model, _ = _base_of(found.path, model_name, dtype)
-            check_base(model, found)
-            say(f"base: {found.export.base_hash} agrees")
 
 
 def run_import_masks(path: Path, output: Path, model_name: str, dtype: str) -> None:
@@ -73,20 +63,13 @@ def run_export_masks(masks: Path, output: Path, model_name: str | None, dtype: s
     if output.exists():
         raise ValueError(f"output must be a new file, got {output}")
     directory = masks_directory(masks)
-    model, _ = _base_of(directory, model_name, dtype)
+    model, _ = read_base(directory, model_name, dtype)
     load_masks(model, directory, force=force)
     write_paper_masks(model, output)
     say(f"{len(masked_modules(model))} masks of {directory} in the form of the paper's code: {output}")
 
 
 # ---------------------------------------------------------------------------------------------- private
-
-
-def _base_of(directory: Path, model_name: str | None, dtype: str | None):
-    """(model, tokenizer) that the masks in directory are for."""
-    config, words = learned_base(directory, model_name, dtype)
-    say(words)
-    return load_model(config)
 
 
 def _mask_table(rows: list[MaskStatistics]) -> Table:

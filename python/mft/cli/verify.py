@@ -8,7 +8,19 @@ from torch import nn
 from mft.masks.export import MASKS, base_hash
 from mft.masks.export_format import CONFIG_FILE, UNVERIFIED, MaskExport, read_export
 from mft.training.checkpoint import FACTS, MANIFEST, verify_checkpoint
+from mft.training.console import say
+from mft.training.inputs import read_base
 from mft.training.run_directory import CHECKPOINTS
+
+
+def run_verify(directory: Path, model_name: str | None, dtype: str | None, *, base: bool) -> None:
+    """mft verify"""
+    for found in verify_directory(directory):
+        say(f"{found.kind} {found.path}: {found.words}")
+        if found.export is not None and base:
+            model, _ = read_base(found.path, model_name, dtype)
+            check_base(model, found)
+            say(f"base: {found.export.base_hash} agrees")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,94 @@
+"""What mft evaluate does: held-out loss, or lm-eval's tasks, of a model without masks and with them."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mft.config import ModelConfig, RunConfig
+from mft.evaluation.evaluated_base import base_words, evaluated_base, evaluated_config
+from mft.evaluation.lm_eval_tasks import load_tasks, score_tasks, task_table, write_scores
+from mft.evaluation.table import evaluation_table
+from mft.masks.convert import keeping_all
+from mft.masks.export import load_masks, masks_directory
+from mft.masks.export_format import read_export
+from mft.masks.quantize import quantize_model
+from mft.training.console import console, say
+from mft.training.inputs import read_data, read_model
+from mft.training.metrics import Recorder
+from mft.training.progress import Progress
+
+
+def masks_config(masks: Path, overrides: Sequence[str]) -> RunConfig:
+    """The base and the data of the run that wrote masks, with overrides; says where they were found."""
+    config, words = evaluated_config(masks_directory(masks), overrides)
+    say(words)
+    return config
+
+
+def run_evaluate(config: RunConfig, masks: Path | None, split: str, *, force: bool, unquantized: bool) -> None:
+    """mft evaluate"""
+    if split not in ("validation", "test"):
+        raise ValueError(f"--split must be validation or test, got {split!r}")
+    stages = _Stages(config.model, masks, unquantized=unquantized)
+    dataset = getattr(read_data(config), split)
+    model, _ = read_model(config.model)
+    recorder = Recorder(progress=Progress(console))
+    results = {
+        name: recorder.evaluate(f"{name}, {split}", model, dataset) for name in stages.reached(model, force=force)
+    }
+    console.print(evaluation_table(split, results))
+    say(stages.words)
+
+
+def run_lm_eval(
+    config: RunConfig,
+    masks: Path | None,
+    names: Sequence[str],
+    *,
+    tasks_dir: Path | None,
+    run_task_code: bool,
+    limit: int | None,
+    run_code: bool,
+    output: Path | None,
+    force: bool,
+    unquantized: bool,
+) -> None:
+    """mft evaluate --lm-eval"""
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise ValueError(f"--output must be a file in a directory that exists, got {output}")
+    stages = _Stages(config.model, masks, unquantized=unquantized)
+    tasks = load_tasks(names, tasks_dir=tasks_dir, run_task_code=run_task_code, run_code=run_code)
+    model, tokenizer = read_model(config.model)
+    results = {name: score_tasks(model, tokenizer, tasks, limit=limit) for name in stages.reached(model, force=force)}
+    console.print(task_table(results))
+    say(stages.words)
+    if output is not None:
+        write_scores(output, results, limit)
+        say(f"scores: {output}")
+
+
+class _Stages:
+    """The states in which a model is evaluated: without masks, then with those of a directory, on the base that is due.
+
+    words: a line on that base.
+    """
+
+    def __init__(self, model: ModelConfig, masks: Path | None, *, unquantized: bool) -> None:
+        self._directory = None if masks is None else masks_directory(masks)
+        export = None if self._directory is None else read_export(self._directory)[0]
+        self._kind, self._quantize_masked = evaluated_base(model, export, unquantized)
+        self._base = model.name if self._kind is None else f"{model.name} in {self._kind}"
+        self.words = base_words(self._kind, self._quantize_masked, export)
+
+    def reached(self, model: Any, *, force: bool) -> Iterator[str]:
+        """The name of each state, while model is in it."""
+        if self._kind is None:
+            yield self._base
+        if self._directory is not None:
+            load_masks(model, self._directory, force=force)
+        if self._kind is not None:
+            quantize_model(model.requires_grad_(False), self._kind, masked=self._quantize_masked)
+            with keeping_all(model):
+                yield self._base
+        if self._directory is not None:
+            yield "with masks"

@@ -1,0 +1,51 @@
+"""What mft sensitivity does: a brief mask training of each group of layers, ranked."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from mft.config import RunConfig
+from mft.evaluation.evaluated_base import check_exact
+from mft.files.atomic import write_whole
+from mft.models.pretrained import load_outline
+from mft.study.sensitivity import (
+    kind_groups,
+    layer_groups,
+    layer_sensitivity,
+    plot_sensitivity,
+    recommendation,
+    sensitivity_markdown,
+    sensitivity_table,
+)
+from mft.training.console import console, say
+from mft.training.inputs import read_data, read_model
+from mft.training.metrics import Recorder
+from mft.training.progress import Progress
+from mft.training.run_directory import PLOT, TABLE_JSON, TABLE_MARKDOWN, check_run_directory, holding, open_run
+
+
+def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> None:
+    """mft sensitivity"""
+    check_exact(config.model, "sensitivity")
+    check_run_directory(config.output_dir, overwrite=True)
+    with holding(Path(config.output_dir)):
+        check_run_directory(config.output_dir, overwrite=overwrite)
+        _sensitivity(config, size, overwrite=overwrite)
+
+
+def _sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> None:
+    splits = read_data(config)
+    outline = load_outline(config.model)
+    groups = kind_groups(outline, config.mask) if size is None else layer_groups(outline, config.mask, size=size)
+    model, _ = read_model(config.model)
+    directory = open_run(config.output_dir, config, overwrite=overwrite)
+    recorder = Recorder(directory, Progress(console))
+    rows = layer_sensitivity(
+        model, splits.train, splits.validation, config.mask, groups, config.train, recorder=recorder
+    )
+    console.print(sensitivity_table(rows))
+    say(recommendation(rows))
+    write_whole(directory / TABLE_MARKDOWN, sensitivity_markdown(rows))
+    write_whole(directory / TABLE_JSON, json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
+    plot_sensitivity(sorted(rows, key=lambda row: groups.index(row.group)), directory / PLOT)
+    say(f"table and plot: {directory}/")

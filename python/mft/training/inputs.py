@@ -1,0 +1,35 @@
+"""What a command begins with: the rows of its data, and its model where that is to run."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mft.config import ModelConfig, RunConfig
+from mft.data.sources import open_source
+from mft.data.splits import Splits, load_splits
+from mft.evaluation.evaluated_base import learned_base
+from mft.models.pretrained import load_model, load_tokenizer
+from mft.training.console import console, say
+
+
+def read_model(config: ModelConfig) -> tuple[Any, Any]:
+    """(model, tokenizer) of load_model, the model on the GPU if there is one."""
+    model, tokenizer = load_model(config)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def read_base(masks: Path, name: str | None, dtype: str | None) -> tuple[Any, Any]:
+    """(model, tokenizer) that the masks in a directory are for, where nothing else is named; says which these are."""
+    config, words = learned_base(masks, name, dtype)
+    say(words)
+    return load_model(config)
+
+
+def read_data(config: RunConfig) -> Splits:
+    """Without the model, and what can be said without its tokenizer, which may have to be fetched, first."""
+    source = open_source(config.data)
+    splits = load_splits(config.data, load_tokenizer(config.model, sequence_length=config.data.sequence_length), source)
+    for note in splits.notes:
+        console.print(note, style="dim", highlight=False, soft_wrap=True)
+    return splits

@@ -1,0 +1,314 @@
+"""A run from its configuration to its result, in order: what mft finetune and mft train do, for Python too.
+
+    directory = run_train(load_config("run.yaml", ["train.steps=100"]))      # output_dir/masks
+    directory = run_train(Resume("runs/mine"))                               # goes on from its newest checkpoint
+
+Both hold the run's directory while they work, write checkpoints, metrics, a table and a plot there, and print what they
+do. A run is finished when its result lies there, which comes last.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mft.config import CONFIG, RunConfig, config_values, save_config
+from mft.data.splits import Splits
+from mft.engines.distributed import Processes, joined
+from mft.engines.step import StepReport
+from mft.evaluation.evaluate import Evaluation, paired_difference
+from mft.evaluation.evaluated_base import check_exact
+from mft.evaluation.mask_cost import said_of_cost
+from mft.evaluation.table import evaluation_table
+from mft.files.atomic import NotWritten, remove, write_whole
+from mft.masks.convert import keeping_all, mask_model, print_trainable_parameters
+from mft.masks.export import MASKS, base_hash, save_masks
+from mft.masks.inspection import flip_share, initial_masks
+from mft.masks.quantize import quantize_model
+from mft.masks.targets import select_targets
+from mft.models.pretrained import load_model, load_outline, save_model
+from mft.training.checkpoint import BadCheckpoint, Checkpoint
+from mft.training.console import console, new_console, say
+from mft.training.curves import plot_curves
+from mft.training.flips import PHASE, POINTS, FlipCounter
+from mft.training.inputs import read_data, read_model
+from mft.training.loop import finetune, train_masks
+from mft.training.metrics import Recorder, Steps
+from mft.training.plan import Plan, plan_training, replan
+from mft.training.progress import Progress
+from mft.training.resume import Begin, Start, started
+from mft.training.run_directory import (
+    CHECKPOINTS,
+    MODEL,
+    PLOT,
+    TABLE_JSON,
+    TABLE_MARKDOWN,
+    next_steps,
+    open_run,
+)
+from mft.training.saver import Saver, Stopped
+
+
+def run_finetune(start: RunConfig | Start) -> Path:
+    """Train all weights of config.model on config.data, and save it as an ordinary model.
+
+    Args: start: a configuration, for a run in a new output_dir; or Begin or Resume.
+    Returns: output_dir/model.
+    Raises: ValueError for what the configuration, the data or the directory do not allow, before anything is written;
+        OSError where the disk fails; SystemExit after SIGTERM or Ctrl-C, with a checkpoint.
+    """
+    with _begun(start) as run:
+        check_exact(run.config.model, "finetune")
+        return _finetune(run)
+
+
+def run_train(start: RunConfig | Start) -> Path:
+    """Train masks on config.model as config.mask says, in the way that config.memory names or fits, and save them.
+
+    Args, Raises: as run_finetune.
+    Returns: output_dir/masks.
+    """
+    with _begun(start) as run:
+        return _train(run)
+
+
+# ---------------------------------------------------------------------------------------------- in order
+
+
+def _finetune(run: "_Run") -> Path:
+    config = run.config
+    run.processes.check(config.train, "plain")
+    splits = read_data(config)
+    model, tokenizer = read_model(config.model)
+    facts = {"data": splits.key}
+    run.processes.agree(facts)
+    with run.opened() as recorder:
+        before = run.before(recorder, "before, validation", model, splits.validation)
+        model.requires_grad_(True)
+        print_trainable_parameters(model)
+        with recorder.training("full fine-tune", splits.train, config.train) as on_step:
+            saver = run.saver(recorder, on_step, facts)
+            finetune(model, splits.train, config.train, on_step=on_step, saver=saver, processes=run.processes)
+        after = recorder.evaluate("after, validation", model, splits.validation)
+        if run.processes.first:
+            with run.finishing(recorder, before, after, MODEL) as result:
+                save_model(model, tokenizer, result)
+    return run.directory / MODEL
+
+
+def _train(run: "_Run") -> Path:
+    config = run.config
+    plan = _plan(run)
+    say(plan.reason)
+    config.model.quantization = plan.quantization
+    splits = read_data(config)
+    model = _base_model(config, plan)
+    with run.opened() as recorder:
+        before = _mask(run, plan, model, splits, recorder)
+        initial = initial_masks(model)
+        _learn(run, plan, model, splits, recorder, initial)
+        after = recorder.evaluate("after, validation", model, splits.validation, **_evaluated(config, plan))
+        if run.processes.first:
+            flipped = 100 * flip_share(model, initial)
+            console.print(f"{flipped:.2f} % of the mask's bits flipped since initialisation", highlight=False)
+            with run.finishing(recorder, before, after, MASKS) as result:
+                save_masks(model, result, base_model_name_or_path=config.model.name)
+    if run.processes.first:
+        for line in ("next:", *next_steps(run.directory)):
+            say(line)
+    return run.directory / MASKS
+
+
+def _plan(run: "_Run") -> Plan:
+    """How all processes train, before a weight is loaded."""
+    config, found, processes = run.config, run.found, run.processes
+    if found is not None:
+        plan = replan(config, **found.facts()["facts"]["plan"])
+    elif processes.count > 1 and config.memory == "auto":
+        plan = plan_training(dataclasses.replace(config, memory="plain"))
+        plan = dataclasses.replace(plan, reason=f"{plan.reason} (auto is plain on several processes)")
+    elif config.mask.modules_to_save and config.memory == "auto":
+        plan = plan_training(dataclasses.replace(config, memory="plain"))
+        plan = dataclasses.replace(plan, reason=f"{plan.reason} (auto is plain with mask.modules_to_save)")
+    else:
+        plan = plan_training(config)
+    processes.check(config.train, plan.way)
+    # Each process has found other memory free.
+    return dataclasses.replace(plan, remember=all(processes.gather(plan.remember)))
+
+
+def _base_model(config: RunConfig, plan: Plan) -> nn.Module:
+    """The model that is to be masked; nothing has been written when this raises."""
+    select_targets(load_outline(config.model), config.mask)  # before the weights are read, which may take minutes
+    model, _ = load_model(config.model)
+    if plan.way == "plain":
+        model.to(plan.device)
+    select_targets(model, config.mask)
+    return model
+
+
+def _evaluated(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    """Options of evaluate: where the model runs."""
+    where: dict[str, Any] = {"way": plan.way, "device": plan.device}
+    return where if plan.way == "plain" else where | {"batch_size": config.train.batch_size}
+
+
+def _mask(run: "_Run", plan: Plan, model: nn.Module, splits: Splits, recorder: Recorder) -> Evaluation:
+    """Mask the model, over a quantised base if that is the plan; returns what it was worth before."""
+    config, kind, options = run.config, plan.quantization, _evaluated(run.config, plan)
+    if kind is None:
+        before = run.before(recorder, "before, validation", model, splits.validation, **options)
+        mask_model(model, config.mask)
+    else:
+        mask_model(model, config.mask)
+        quantize_model(model, kind, masked=config.model.quantize_masked)
+        with keeping_all(model):
+            before = run.before(recorder, f"before in {kind}, validation", model, splits.validation, **options)
+    print_trainable_parameters(model)
+    if run.found is None and run.processes.first:
+        cost = said_of_cost(model, config.mask, splits.validation, **options)
+        if cost is not None:
+            say(cost)
+    return before
+
+
+def _learn(
+    run: "_Run", plan: Plan, model: nn.Module, splits: Splits, recorder: Recorder, initial: dict[str, Any]
+) -> None:
+    """Train the scores, with checkpoints and a count of flips."""
+    config, processes = run.config, run.processes
+    steps = config.train.steps_for(len(splits.train))
+    # The other ways keep scores elsewhere while they train.
+    counts = plan.way == "plain" and processes.first
+    flips = FlipCounter(model, initial, every=max(1, -(-steps // POINTS))) if counts else None
+    facts = {
+        "plan": {"way": plan.way, "remember": plan.remember},
+        "data": splits.key,
+        "base": base_hash(model),
+    }
+    processes.agree(facts)
+    with recorder.training("mask fine-tune", splits.train, config.train) as on_step:
+
+        def after_step(report: StepReport) -> None:
+            on_step(report)
+            if flips is not None and (counted := flips(report)) is not None:
+                recorder.write(phase=PHASE, **counted)
+
+        train_masks(
+            model,
+            splits.train,
+            config.train,
+            way=plan.way,
+            device=plan.device,
+            remember=plan.remember,
+            on_step=after_step,
+            saver=run.saver(recorder, on_step, facts, flips),
+            processes=processes,
+        )
+
+
+# ---------------------------------------------------------------------------------------------- for both
+
+
+@contextlib.contextmanager
+def _begun(start: RunConfig | Start) -> Iterator["_Run"]:
+    """The run, its directory held until the block ends."""
+    start = Begin(copy.deepcopy(start)) if isinstance(start, RunConfig) else start
+    with joined() as processes, started(start, processes) as (config, found):
+        yield _Run(config, start, found, processes)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """found: the checkpoint from which it goes on. Of several processes the first one alone writes."""
+
+    config: RunConfig
+    start: Start
+    found: Checkpoint | None
+    processes: Processes
+
+    @property
+    def directory(self) -> Path:
+        return self.start.directory
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Recorder]:
+        """The directory, as it was at the checkpoint; its checkpoints go when it has its result."""
+        directory, found = self.directory, self.found
+        if not self.processes.first:
+            yield Recorder()
+            return
+        again = "start again"
+        try:
+            if isinstance(self.start, Begin):
+                open_run(directory, self.config, overwrite=self.start.overwrite)
+            else:  # deletes nothing
+                save_config(self.config, directory / CONFIG)
+            again = f"go on with --resume {directory}"
+            yield Recorder(directory, Progress(console), events=found.run()["events"] if found is not None else [])
+            again = f"{directory} has its result"
+            if (directory / CHECKPOINTS).exists():
+                remove(directory / CHECKPOINTS)
+        except Stopped as stopped:
+            say(f"{stopped.message}; go on with --resume {directory}")
+            raise
+        except (NotWritten, BadCheckpoint) as error:
+            raise OSError(f"{error}; then {again}") from error
+
+    def before(self, recorder: Recorder, *arguments: Any, **options: Any) -> Evaluation:
+        """recorder.evaluate; what a run that goes on has written already, it does not write again."""
+        own = recorder if self.found is None else Recorder(progress=recorder.progress)
+        return own.evaluate(*arguments, **options)
+
+    def saver(
+        self, recorder: Recorder, on_step: Steps, facts: dict[str, Any], flips: FlipCounter | None = None
+    ) -> Saver | None:
+        """What writes the checkpoints, and goes on from found; None if there is nothing for it to do."""
+        config, minutes = self.config, self.config.checkpoint_minutes
+        if minutes is None and self.found is None:
+            return None
+
+        def kept() -> dict[str, Any]:
+            events = [] if recorder.metrics is None else recorder.metrics.events
+            return {"config": config_values(config), "events": events}
+
+        return Saver(
+            self.directory / CHECKPOINTS,
+            math.inf if minutes is None else minutes,
+            self.found,
+            facts=facts,
+            run=kept,
+            force=self.start.force,
+            on_found=on_step.go_on,
+            processes=self.processes,
+            counter=flips,
+        )
+
+    @contextlib.contextmanager
+    def finishing(self, recorder: Recorder, before: Evaluation, after: Evaluation, name: str) -> Iterator[Path]:
+        """Table, plot and metrics; then the block writes the result of that name, and the run is a finished one."""
+        directory, results = self.directory, {"before": before, "after": after}
+        table = evaluation_table("validation", results)
+        console.print(table)
+        markdown = io.StringIO()
+        new_console(markdown, width=120).print(table)
+        write_whole(directory / TABLE_MARKDOWN, markdown.getvalue())
+        difference, error = paired_difference(after, before)
+        numbers: dict[str, Any] = {
+            name: {"loss": result.loss, "accuracy": result.accuracy} for name, result in results.items()
+        }
+        numbers |= {"loss after - before": difference, "standard error": error}
+        write_whole(directory / TABLE_JSON, json.dumps(numbers, indent=2) + "\n")
+        plot_curves(recorder.curves, directory / PLOT)
+        if recorder.metrics is not None:
+            recorder.metrics.sync()
+        yield directory / name
+        say(f"result: {directory / name}; metrics, table and plot: {directory}/")
