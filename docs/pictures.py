@@ -6,9 +6,7 @@ import torch
 from matplotlib.figure import Figure
 
 import mft
-from mft.config import DataConfig, TrainConfig
-from mft.data.splits import load_splits
-from mft.training.loop import train_masks
+from mft import DataConfig, TrainConfig, load_splits, train_masks
 from mft_kernels import kept_threshold, reference
 
 IMAGES = Path(__file__).parent / "images"

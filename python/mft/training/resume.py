@@ -53,6 +53,9 @@ class Resume:
     overrides: Sequence[str] = ()
     force: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "directory", Path(self.directory))  # text from Python callers
+
     def check(self) -> None:
         """Raise ValueError if directory is no run's."""
         if not any((self.directory / name).exists() for name in (CONFIG, CHECKPOINTS)):
