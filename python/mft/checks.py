@@ -5,20 +5,77 @@ Every message begins with the field's name, so that a reader of files can put th
 
 import difflib
 import math
+import operator
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 _LONGEST = 200  # characters of a name that somebody typed
+_HOLDS: dict[str, Callable[[Any, Any], bool]] = {
+    "enum": lambda value, known: value in known,
+    "minimum": operator.ge,
+    "exclusiveMinimum": operator.gt,
+    "maximum": operator.le,
+    "exclusiveMaximum": operator.lt,
+}
+
+
+class Rule:
+    """What a field's value has to keep, or each item of a list: in words, and in keywords of JSON Schema.
+
+    It stands in the annotation, as in Annotated[int | None, at_least(1)]; null is not asked.
+    """
+
+    def __init__(self, words: str, **keywords: Any) -> None:
+        self.words, self.keywords = words, keywords
+
+    def check(self, name: str, value: Any) -> None:
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if not all(_HOLDS[key](item, bound) for key, bound in self.keywords.items()):
+                close = nearest(item, self.keywords["enum"]) if "enum" in self.keywords else ""
+                raise ValueError(f"{name} must {self.words}, got {value!r}{close}")
+
+
+@dataclass(frozen=True)
+class Text:
+    """In an annotation: a string of this pattern may stand for the value, which read makes of it."""
+
+    pattern: str
+    read: Callable[[str], Any]
+
+
+def one_of(known: tuple[str, ...]) -> Rule:
+    return Rule(f"be one of {', '.join(known)}", enum=known)
+
+
+def at_least(least: int) -> Rule:
+    return Rule(f"be at least {least}", minimum=least)
+
+
+POSITIVE = Rule("be positive", exclusiveMinimum=0)
+POSITIVE_OR_NULL = Rule("be positive (or null)", exclusiveMinimum=0)
+SHARE = Rule("lie in [0, 1]", minimum=0, maximum=1)
+BETA = Rule("lie in [0, 1)", minimum=0, exclusiveMaximum=1)
+SEED = Rule("lie in [0, 2**63)", minimum=0, exclusiveMaximum=2**63)
+
+
+def split_hint(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A type, and what Annotated says beside it."""
+    return (typing.get_args(hint)[0], hint.__metadata__) if typing.get_origin(hint) is Annotated else (hint, ())
 
 
 def coerce_fields(config: Any) -> None:
     """Check each field against its annotation; 1 becomes 1.0 where a float is due, 1e6 becomes 1000000 for an int."""
-    for name, hint in typing.get_type_hints(type(config)).items():
+    for name, annotation in typing.get_type_hints(type(config), include_extras=True).items():
+        hint, beside = split_hint(annotation)
         value = getattr(config, name)
+        for text in beside:
+            if isinstance(text, Text) and isinstance(value, str):
+                value = text.read(value)
         accepted, coerced = _match(value, hint)
         if not accepted:
             hint_text = "; quote it" if hint in (str, str | None) and value is not None else ""
@@ -26,6 +83,9 @@ def coerce_fields(config: Any) -> None:
         if isinstance(coerced, float) and not math.isfinite(coerced):
             raise ValueError(f"{name} must be a finite number, got {coerced}")
         setattr(config, name, coerced)
+        for rule in beside:
+            if isinstance(rule, Rule) and coerced is not None:
+                rule.check(name, coerced)
 
 
 def shown(value: Any) -> str:
@@ -46,8 +106,7 @@ def check_rule(holds: bool, name: str, rule: str, value: Any) -> None:
 
 
 def check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
+    one_of(known).check(name, value)
 
 
 def check_not_empty(config: Any, *names: str) -> None:
@@ -58,7 +117,7 @@ def check_not_empty(config: Any, *names: str) -> None:
 
 
 def check_seed(seed: int) -> None:
-    check_rule(0 <= seed < 2**63, "seed", "lie in [0, 2**63)", seed)
+    SEED.check("seed", seed)
 
 
 def nearest(name: str, known: Iterable[str], *, prefix: str = "", paths: Mapping[str, str] | None = None) -> str:

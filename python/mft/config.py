@@ -10,17 +10,24 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from mft.checks import (
+    BETA,
+    POSITIVE,
+    POSITIVE_OR_NULL,
+    SEED,
+    SHARE,
+    Rule,
+    Text,
+    at_least,
     check_not_empty,
-    check_one_of,
     check_rule,
-    check_seed,
     coerce_fields,
     expand_home,
     nearest,
     nearest_path,
+    one_of,
     shown,
 )
 from mft.files.atomic import write_whole
@@ -57,15 +64,55 @@ FOREIGN_NAMES = {
 }
 
 
+def parse_layers(text: str) -> list[int]:
+    """ "0-3,7" -> [0, 1, 2, 3, 7]"""
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(
+                f'layers_to_transform must be an int, a list of ints or ranges such as "0-3,7", got {text!r}'
+            )
+        digits = len(str(_MOST_LAYERS))
+        if any(len(number) > digits or int(number) >= _MOST_LAYERS for number in (first, last) if number):
+            raise ValueError(
+                f"layers_to_transform must count layers below {_MOST_LAYERS}, got {shown(text)}: give the model's own"
+            )
+        if dash and int(last) < int(first):
+            raise ValueError(f"layers_to_transform must have ranges that rise, got {part.strip()!r} in {text!r}")
+        layers.update(range(int(first), int(last or first) + 1))
+    return sorted(layers)
+
+
+def layer_ranges(layers: Iterable[int]) -> str:
+    """[0, 1, 2, 7] -> "0-2,7", which parse_layers reads."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+# One, several, all (null), or a string such as "0-3,7".
+Layers = Annotated[
+    int | list[int] | None,
+    Rule("count layers from 0", minimum=0),
+    Text(r"^\s*[0-9]+\s*(-\s*[0-9]+\s*)?(,\s*[0-9]+\s*(-\s*[0-9]+\s*)?)*$", parse_layers),
+]
+
+
 @dataclass
 class ModelConfig:
     """Which model: a hub id, a local directory, a *.gguf file, or the shorthand smollm2-135m."""
 
     name: str = "smollm2-135m"
     revision: str | None = None
-    dtype: str = "bfloat16"
+    dtype: Annotated[str, one_of(DTYPES)] = "bfloat16"
     attn_implementation: str | None = None
-    quantization: str | None = None  # of the frozen linears under mft train and evaluate; null: exact weights
+    # Of the frozen linears under mft train and evaluate; null: exact weights.
+    quantization: Annotated[str | None, one_of(QUANTIZATIONS)] = None
     quantize_masked: bool = False  # the masked linears' weights too
     chat_template: str | None = None  # "tulu", or a Jinja file: for base models, whose tokenizers have none
 
@@ -73,9 +120,6 @@ class ModelConfig:
         coerce_fields(self)
         check_not_empty(self, "name", "revision", "attn_implementation", "chat_template")
         expand_home(self, "name", "chat_template")
-        check_one_of("dtype", self.dtype, DTYPES)
-        if self.quantization is not None:
-            check_one_of("quantization", self.quantization, QUANTIZATIONS)
         check_rule(
             not self.quantize_masked or self.quantization is not None,
             "quantize_masked",
@@ -92,35 +136,26 @@ class MaskConfig:
     """
 
     target_modules: str | list[str] | None = None  # None: attention and MLP
-    layers_to_transform: int | list[int] | None = None  # a string such as "0-3,7" is accepted too
+    layers_to_transform: Layers = None
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None  # trained whole beside the masks, and saved with them
-    keep_ratio: float = 0.99
-    mode: str = "magnitude"
-    init: str = "magnitude"
+    keep_ratio: Annotated[float, SHARE] = 0.99
+    mode: Annotated[str, one_of(MODES)] = "magnitude"
+    init: Annotated[str, one_of(INITS)] = "magnitude"
     threshold: float | None = None
-    scores_dtype: str = "float32"  # 16 bits are rounded stochastically
-    seed: int = 0
+    scores_dtype: Annotated[str, one_of(SCORES_DTYPES)] = "float32"  # 16 bits are rounded stochastically
+    seed: Annotated[int, SEED] = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers_to_transform, str):
-            self.layers_to_transform = parse_layers(self.layers_to_transform)
         coerce_fields(self)
         check_not_empty(self, "target_modules", "layers_to_transform", "exclude_modules", "modules_to_save")
         if isinstance(self.layers_to_transform, list):
             self.layers_to_transform = sorted(set(self.layers_to_transform))
-        for layer in _as_list(self.layers_to_transform):
-            check_rule(layer >= 0, "layers_to_transform", "count layers from 0", self.layers_to_transform)
-        check_rule(0 <= self.keep_ratio <= 1, "keep_ratio", "lie in [0, 1]", self.keep_ratio)
-        check_one_of("mode", self.mode, MODES)
-        check_one_of("init", self.init, INITS)
-        check_one_of("scores_dtype", self.scores_dtype, SCORES_DTYPES)
         check_rule(
             self.scores_dtype != "int16" or self.threshold is None, "threshold", "be null with int16", self.threshold
         )
         if self.threshold is not None and self.mode == "magnitude":
             check_rule(self.threshold >= 0, "threshold", "be at least 0 in magnitude mode", self.threshold)
-        check_seed(self.seed)
 
     @classmethod
     def paper(cls, **changes: Any) -> Self:
@@ -137,18 +172,17 @@ class DataConfig:
     subset: str | None = None  # of a hub data set; of stdlib: pretrain or finetune, parts of its training files
     split: str = "train"
     validation_split: str | None = None
-    sequence_length: int = 512
+    sequence_length: Annotated[int, at_least(2)] = 512
     packing: bool = True
     assistant_only: bool = True
     max_train_tokens: int | None = None
     max_eval_tokens: int | None = None
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
 
     def __post_init__(self) -> None:
         coerce_fields(self)
         check_not_empty(self, "source", "subset", "split", "validation_split")
         expand_home(self, "source")
-        check_rule(self.sequence_length >= 2, "sequence_length", "be at least 2", self.sequence_length)
         for name in ("max_train_tokens", "max_eval_tokens"):
             tokens = getattr(self, name)
             if tokens is not None:
@@ -158,7 +192,6 @@ class DataConfig:
                     f"be at least one row of sequence_length = {self.sequence_length} tokens",
                     tokens,
                 )
-        check_seed(self.seed)
 
 
 @dataclass
@@ -168,25 +201,25 @@ class TrainConfig:
     steps counts optimiser steps; each takes batch_size * accumulation rows.
     """
 
-    lr: float = 3e-4  # masks move at 3e-4 to 4e-3 in short runs; the paper's 2e-5 needs about a thousand steps
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 1
-    accumulation: int = 1
-    warmup_ratio: float = 0.03
-    schedule: str = "linear"
-    max_grad_norm: float | None = None
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    moments: str = "float32"  # of the scores' optimiser
-    grad_dtype: str | None = None  # of the gradient buffers; null: the weights'
+    # Masks move at 3e-4 to 4e-3 in short runs; the paper's 2e-5 needs about a thousand steps.
+    lr: Annotated[float, POSITIVE] = 3e-4
+    steps: Annotated[int | None, POSITIVE_OR_NULL] = None
+    epochs: Annotated[float | None, POSITIVE_OR_NULL] = None
+    batch_size: Annotated[int, at_least(1)] = 1
+    accumulation: Annotated[int, at_least(1)] = 1
+    warmup_ratio: Annotated[float, SHARE] = 0.03
+    schedule: Annotated[str, one_of(SCHEDULES)] = "linear"
+    max_grad_norm: Annotated[float | None, POSITIVE_OR_NULL] = None
+    weight_decay: Annotated[float, at_least(0)] = 0.0
+    betas: Annotated[tuple[float, float], BETA] = (0.9, 0.999)
+    moments: Annotated[str, one_of(MOMENTS)] = "float32"  # of the scores' optimiser
+    grad_dtype: Annotated[str | None, one_of(DTYPES)] = None  # of the gradient buffers; null: the weights'
     gradient_checkpointing: bool = False
-    seed: int = 0
-    log_every: int = 1
+    seed: Annotated[int, SEED] = 0
+    log_every: Annotated[int, at_least(1)] = 1
 
     def __post_init__(self) -> None:
         coerce_fields(self)
-        check_rule(self.lr > 0, "lr", "be positive", self.lr)
         if self.steps is None and self.epochs is None:
             raise ValueError(
                 "steps or epochs must be given (exactly one of them), got neither: set steps=100 or epochs=1"
@@ -196,19 +229,6 @@ class TrainConfig:
                 f"steps or epochs must be given (exactly one of them), got steps={self.steps} and "
                 f"epochs={self.epochs}: set the other to null"
             )
-        for name in ("steps", "epochs", "max_grad_norm"):
-            value = getattr(self, name)
-            check_rule(value is None or value > 0, name, "be positive (or null)", value)
-        for name in ("batch_size", "accumulation", "log_every"):
-            check_rule(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
-        check_rule(0 <= self.warmup_ratio <= 1, "warmup_ratio", "lie in [0, 1]", self.warmup_ratio)
-        check_one_of("schedule", self.schedule, SCHEDULES)
-        check_one_of("moments", self.moments, MOMENTS)
-        if self.grad_dtype is not None:
-            check_one_of("grad_dtype", self.grad_dtype, DTYPES)
-        check_rule(self.weight_decay >= 0, "weight_decay", "be at least 0", self.weight_decay)
-        check_rule(all(0 <= beta < 1 for beta in self.betas), "betas", "lie in [0, 1)", self.betas)
-        check_seed(self.seed)
 
     def steps_for(self, rows: int) -> int:
         """Optimiser steps of a run on so many rows."""
@@ -226,14 +246,13 @@ class RunConfig:
     mask: MaskConfig = field(default_factory=MaskConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))
     output_dir: str = "runs/mft"
-    memory: str = "auto"  # how masks are trained: the fastest way that fits, or the one that is named
-    checkpoint_minutes: float | None = (
-        10.0  # between two checkpoints, from which --resume goes on; null: none is written
-    )
+    # How masks are trained: the fastest way that fits, or the one that is named.
+    memory: Annotated[str, one_of(("auto", *WAYS))] = "auto"
+    # Between two checkpoints, from which --resume goes on; null: none is written.
+    checkpoint_minutes: Annotated[float | None, Rule("be at least 0 (or null)", minimum=0)] = 10.0
 
     def __post_init__(self) -> None:
         coerce_fields(self)
-        check_one_of("memory", self.memory, ("auto", *WAYS))
         check_rule(
             self.mask.modules_to_save is None or self.memory in ("auto", "plain"),
             "memory",
@@ -242,8 +261,6 @@ class RunConfig:
         )
         check_not_empty(self, "output_dir")
         expand_home(self, "output_dir")
-        minutes = self.checkpoint_minutes
-        check_rule(minutes is None or minutes >= 0, "checkpoint_minutes", "be at least 0 (or null)", minutes)
 
 
 SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "mask": MaskConfig, "train": TrainConfig}
@@ -318,37 +335,6 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return values
 
 
-def parse_layers(text: str) -> list[int]:
-    """ "0-3,7" -> [0, 1, 2, 3, 7]"""
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = (piece.strip() for piece in part.partition("-"))
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(
-                f'layers_to_transform must be an int, a list of ints or ranges such as "0-3,7", got {text!r}'
-            )
-        digits = len(str(_MOST_LAYERS))
-        if any(len(number) > digits or int(number) >= _MOST_LAYERS for number in (first, last) if number):
-            raise ValueError(
-                f"layers_to_transform must count layers below {_MOST_LAYERS}, got {shown(text)}: give the model's own"
-            )
-        if dash and int(last) < int(first):
-            raise ValueError(f"layers_to_transform must have ranges that rise, got {part.strip()!r} in {text!r}")
-        layers.update(range(int(first), int(last or first) + 1))
-    return sorted(layers)
-
-
-def layer_ranges(layers: Iterable[int]) -> str:
-    """[0, 1, 2, 7] -> "0-2,7", which parse_layers reads."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
 def _apply_overrides(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -406,10 +392,6 @@ def _build(cls: type, values: dict[str, Any], name: str, path: str | os.PathLike
         origin = f"{path}: " if path is not None else ""
         after = f" (with the overrides {' '.join(overrides)})" if overrides else ""
         raise ValueError(f"{origin}{name}{'.' if name else ''}{error}{after}") from None
-
-
-def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _field_names(cls: type) -> list[str]:

@@ -7,10 +7,23 @@ import dataclasses
 import itertools
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from mft.checks import check_not_empty, check_one_of, check_rule, check_seed, coerce_fields, expand_home, nearest
-from mft.config import INITS, MODES, DataConfig, MaskConfig, ModelConfig, TrainConfig, parse_layers
+from mft.checks import (
+    BETA,
+    POSITIVE,
+    SEED,
+    SHARE,
+    at_least,
+    check_not_empty,
+    check_one_of,
+    check_rule,
+    coerce_fields,
+    expand_home,
+    nearest,
+    one_of,
+)
+from mft.config import INITS, MODES, DataConfig, Layers, MaskConfig, ModelConfig, TrainConfig
 from mft.study.one_shot import METHODS
 
 # What an arm is. "full" is where all but "base" start; there is one of it, and one of "base" at most.
@@ -47,31 +60,27 @@ class ArmConfig:
     the fine-tune with its logits scaled. average: the mean weights of `runs` runs of the arm `of`, from one fine-tune.
     """
 
-    kind: str
-    lrs: list[float] = field(default_factory=list)
-    epochs: list[float] = field(default_factory=lambda: [1.0])
-    keep_ratios: list[float] = field(default_factory=list)  # empty: the study's mask.keep_ratio
-    init: str | None = None  # of scores, one of mask.init's or a one-shot method; null: the study's mask.init
-    mode: str | None = None  # what is compared with the threshold; null: the study's mask.mode
+    kind: Annotated[str, one_of(KINDS)]
+    lrs: Annotated[list[float], POSITIVE] = field(default_factory=list)
+    epochs: Annotated[list[float], POSITIVE] = field(default_factory=lambda: [1.0])
+    keep_ratios: Annotated[list[float], SHARE] = field(default_factory=list)  # empty: the study's mask.keep_ratio
+    # Of scores, one of mask.init's or a one-shot method; null: the study's mask.init.
+    init: Annotated[str | None, one_of(tuple(dict.fromkeys((*INITS, *METHODS))))] = None
+    # What is compared with the threshold; null: the study's mask.mode.
+    mode: Annotated[str | None, one_of(MODES)] = None
     threshold: float | None = None  # fixed, in place of keep_ratios
-    beta1s: list[float] = field(default_factory=list)  # of AdamW, its momentum; empty: that of betas
-    betas: tuple[float, float] | None = None  # of AdamW; null: those of full or stage
-    layers_to_transform: int | list[int] | None = None  # null: the study's mask.layers_to_transform
-    lora_rank: int = 8
+    beta1s: Annotated[list[float], BETA] = field(default_factory=list)  # of AdamW, its momentum; empty: that of betas
+    betas: Annotated[tuple[float, float] | None, BETA] = None  # of AdamW; null: those of full or stage
+    layers_to_transform: Layers = None  # null: the study's mask.layers_to_transform
+    lora_rank: Annotated[int, at_least(1)] = 8
     of: str | None = None
-    runs: int = 3
+    runs: Annotated[int, at_least(2)] = 3
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers_to_transform, str):
-            self.layers_to_transform = parse_layers(self.layers_to_transform)
         coerce_fields(self)
-        check_one_of("kind", self.kind, KINDS)
         trained = self.kind in (FULL, *TRAINED)
         check_rule(bool(self.lrs) == trained, "lrs", "be given for a trained kind, and for no other", self.lrs)
-        for name in ("lrs", "epochs"):
-            check_rule(all(value > 0 for value in getattr(self, name)), name, "be positive", getattr(self, name))
         check_rule(bool(self.epochs), "epochs", "hold at least one number", self.epochs)
-        check_rule(all(0 <= k <= 1 for k in self.keep_ratios), "keep_ratios", "lie in [0, 1]", self.keep_ratios)
         masked = self.kind in (MASK, *ONE_SHOT)
         check_rule(masked or not self.keep_ratios, "keep_ratios", "be left out for this kind", self.keep_ratios)
         layers = self.layers_to_transform
@@ -80,24 +89,15 @@ class ArmConfig:
         for name in ("init", "mode", "threshold"):
             value = getattr(self, name)
             check_rule(self.kind == MASK or value is None, name, "be left out for this kind", value)
-        if self.mode is not None:
-            check_one_of("mode", self.mode, MODES)
         if self.threshold is not None:
             rule = "be at least 0 unless mode is value"
             check_rule(self.threshold >= 0 or self.mode == "value", "threshold", rule, self.threshold)
             check_rule(not self.keep_ratios, "keep_ratios", "be left out beside a threshold", self.keep_ratios)
         check_rule(trained or self.betas is None, "betas", "be left out for this kind", self.betas)
         check_rule(trained or not self.beta1s, "beta1s", "be left out for this kind", self.beta1s)
-        for name in ("betas", "beta1s"):
-            value = getattr(self, name)
-            check_rule(all(0 <= beta < 1 for beta in value or ()), name, "lie in [0, 1)", value)
-        if self.init is not None:
-            check_one_of("init", self.init, (*INITS, *(name for name in METHODS if name not in INITS)))
         check_rule(
             (self.kind == AVERAGE) == (self.of is not None), "of", "name an arm, for kind average alone", self.of
         )
-        check_rule(self.lora_rank >= 1, "lora_rank", "be at least 1", self.lora_rank)
-        check_rule(self.runs >= 2, "runs", "be at least 2", self.runs)
 
     def settings(self, mask: MaskConfig) -> list[Setting]:
         """The declared grid, in order; one empty setting where there is nothing to choose."""
@@ -114,11 +114,11 @@ class ArmConfig:
 class ScratchConfig:
     """A small Llama trained from scratch on the standard library, tokenizer included (see from_scratch.py)."""
 
-    vocab_size: int = 2048
-    hidden_size: int = 128
-    intermediate_size: int = 352
-    layers: int = 4
-    heads: int = 4
+    vocab_size: Annotated[int, at_least(1)] = 2048
+    hidden_size: Annotated[int, at_least(1)] = 128
+    intermediate_size: Annotated[int, at_least(1)] = 352
+    layers: Annotated[int, at_least(1)] = 4
+    heads: Annotated[int, at_least(1)] = 4
     data: DataConfig = field(
         default_factory=lambda: DataConfig(source="stdlib", subset="pretrain", sequence_length=256)
     )
@@ -130,8 +130,6 @@ class ScratchConfig:
 
     def __post_init__(self) -> None:
         coerce_fields(self)
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads"):
-            check_rule(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         rule = f"be a multiple of heads = {self.heads}"
         check_rule(self.hidden_size % self.heads == 0, "hidden_size", rule, self.hidden_size)
 
@@ -147,22 +145,18 @@ class StudyConfig:
     mask: MaskConfig = field(default_factory=MaskConfig)  # which layers, for control, LoRA and every mask
     full: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))  # lr and epochs come from the arms
     stage: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))  # of all trained arms after it
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    extensions: int = 3  # further rates that an arm may try while its best lies at the end of its grid
-    checkpoints: int = 4  # of a run after the fine-tune, of which validation chooses one
+    seeds: Annotated[list[int], SEED] = field(default_factory=lambda: [0, 1, 2])
+    # Further rates that an arm may try while its best lies at the end of its grid.
+    extensions: Annotated[int, at_least(0)] = 3
+    checkpoints: Annotated[int, at_least(1)] = 4  # of a run after the fine-tune, of which validation chooses one
     answers: list[str] = field(default_factory=list)  # domains whose completions are generated and compared exactly
-    workers: int = 2  # processes of one thread each
+    workers: Annotated[int, at_least(1)] = 2  # processes of one thread each
     output_dir: str = "runs/compare"
 
     def __post_init__(self) -> None:
         coerce_fields(self)
         check_rule(bool(self.seeds), "seeds", "hold at least one int", self.seeds)
         check_rule(len(set(self.seeds)) == len(self.seeds), "seeds", "be different ints", self.seeds)
-        for seed in self.seeds:
-            check_seed(seed)
-        for name in ("checkpoints", "workers"):
-            check_rule(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
-        check_rule(self.extensions >= 0, "extensions", "be at least 0", self.extensions)
         check_not_empty(self, "output_dir")
         expand_home(self, "output_dir")
         check_rule(bool(self.domains), "domains", "hold at least one data set", self.domains)
