@@ -1,11 +1,13 @@
 """mft: full fine-tune, mask fine-tune, evaluate, compare, merge, inspect, from a YAML file and overrides."""
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from mft.checks import check_one_of
 from mft.config import RunConfig, load_config
 from mft.training.console import console
 
@@ -367,6 +369,21 @@ def estimate(
     fits = run_estimate(model, workload, dtype, device_bytes=device_bytes, host_bytes=host_bytes, as_json=as_json)
     if not fits:
         raise typer.Exit(2)
+
+
+@app.command()
+def schema(what: Annotated[str, typer.Argument(help="run, or study: what mft compare reads.")] = "run") -> None:
+    """A JSON Schema of YAML files, by which editors complete and check them."""
+    from mft.files.json_schema import schema_of
+
+    check_one_of("what", what, ("run", "study"))
+    if what == "run":
+        written = schema_of(RunConfig, "A run of mft train, finetune, evaluate or sensitivity")
+    else:
+        from mft.study.load import study_schema
+
+        written = study_schema()
+    typer.echo(json.dumps(written, indent=2))
 
 
 @app.command()

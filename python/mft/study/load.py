@@ -7,6 +7,7 @@ from typing import Any
 
 from mft.checks import nearest, shown
 from mft.config import CONFIGS, FOREIGN_NAMES, find_config, plain_values, read_mapping
+from mft.files.json_schema import schema_of
 from mft.files.yaml_file import parse_yaml
 from mft.study.config import StudyConfig
 
@@ -49,6 +50,14 @@ def study_values(study: StudyConfig) -> dict[str, Any]:
         for key in _FROM_ARMS:
             del values[section][key]
     return values
+
+
+def study_schema() -> dict[str, Any]:
+    """The JSON Schema of a study's file."""
+    schema = schema_of(StudyConfig, "A study of mft compare")
+    for section in ("full", "stage"):
+        schema["properties"][section]["properties"] = dict.fromkeys(_FROM_ARMS, False)
+    return schema
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
