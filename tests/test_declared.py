@@ -1,5 +1,6 @@
 """What a study's file and overrides may say, and what each mistake answers."""
 
+import math
 import re
 
 import pytest
@@ -179,3 +180,9 @@ def test_an_unknown_study_names_the_shipped_ones():
         ValueError, match=r"config must be a YAML file or one of .*small.*, got smal; did you mean small"
     ):
         load_study("smal")
+
+
+def test_rates_are_finite():
+    for rates in ([math.inf], [1e-3, math.nan]):
+        with pytest.raises(ValueError, match=r"lrs must hold finite numbers, got \[.*(inf|nan)\]"):
+            ArmConfig("mask", lrs=rates, epochs=[1.0])

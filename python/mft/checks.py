@@ -82,6 +82,8 @@ def coerce_fields(config: Any) -> None:
             raise ValueError(f"{name} must be {_hint_words(hint)}, got {shown(value)}{hint_text}")
         if isinstance(coerced, float) and not math.isfinite(coerced):
             raise ValueError(f"{name} must be a finite number, got {coerced}")
+        if isinstance(coerced, list | tuple) and not all(math.isfinite(x) for x in coerced if isinstance(x, float)):
+            raise ValueError(f"{name} must hold finite numbers, got {coerced}")
         setattr(config, name, coerced)
         for rule in beside:
             if isinstance(rule, Rule) and coerced is not None:
