@@ -26,7 +26,7 @@ demo: install
 # slow to make. The Triton kernels run in the interpreter, which has to be chosen before they are imported.
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels tests/test_ops.py tests/test_repeatability.py -k triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels tests/kernels/test_ops.py tests/kernels/test_repeatability.py -k triton
 
 lint: install
 	$(BIN)/ruff check .
@@ -42,7 +42,7 @@ errors: install
 sanitize: install
 	$(BIN)/python -m building.sanitized address $(if $(QUICK),$(SLIM_SANITIZED))
 	$(BIN)/python -m building.sanitized thread $(if $(QUICK),$(SLIM_SANITIZED))
-SLIM_SANITIZED := tests/test_cpu.py -k "thread or seam or beyond or misaligned or empty"
+SLIM_SANITIZED := tests/cpu_kernels/test_cpu.py -k "thread or seam or beyond or misaligned or empty"
 
 # The CPU library by each g++ and clang++ of this machine, with its tests, 2 minutes each; and for aarch64, its kernels
 # executed under qemu. Says which of these tools are missing, and installs none. make ports ONLY="clang++-22 aarch64"
@@ -56,7 +56,7 @@ EDITS ?= 20000
 faults: install
 	$(BIN)/python tests/file_faults.py
 	MFT_KILLS=$(KILLS) MFT_FUZZ=$(EDITS) $(BIN)/python -m pytest -s -o addopts= \
-	  tests/test_checkpoint.py tests/test_strangers.py tests/test_gguf_file.py
+	  tests/training/test_checkpoint.py tests/files/test_strangers.py tests/files/test_gguf_file.py
 
 # The same readers under a coverage-guided fuzzer, each for so many seconds; fetches atheris.
 FUZZ_SECONDS ?= 60

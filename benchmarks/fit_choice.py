@@ -3,7 +3,7 @@
 The model is in csrc/cpu/choice.h: max(reading, work) + call. Its costs are fitted product by product and path by
 path to the measured times, relative errors squared, those of a path that is far behind counting little; then they are
 moved where that makes what is taken less slow. Afterwards build the library again: the test of the
-stored records (tests/test_cpu_choice.py) says how good the choice is.
+stored records (tests/cpu_kernels/test_cpu_choice.py) says how good the choice is.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """Fixtures that several tests share: backends, threads, the real SmolLM2-135M and its tokenizer, a tiny Llama."""
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test needs the model hub
@@ -72,3 +73,41 @@ def tiny_llama():
                 pad_token_id=2,
             )
         ).eval()
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """The tiny Llama with a tokenizer of one word a number, as save_pretrained writes it."""
+    from tiny import save_llama
+
+    directory = tmp_path_factory.mktemp("model")
+    save_llama(directory)
+    return directory
+
+
+@pytest.fixture
+def cli(model_dir, tmp_path, monkeypatch):
+    """cli("train", "key=value", ...) -> (exit code, output); runs in tmp_path on the tiny model and data."""
+    from tiny import WORDS
+    from typer.testing import CliRunner
+
+    from mft.cli.app import app
+
+    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"text": " ".join(str(1 + (i * 7 + j) % (WORDS - 1)) for j in range(20))}) for i in range(60)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "config.yaml").write_text(
+        f"model: {{name: {model_dir}, dtype: float32}}\ndata: {{source: data.jsonl, sequence_length: 12}}\n"
+        "output_dir: run\n"
+    )
+
+    def call(verb, *arguments):
+        own = verb in ("finetune", "train", "evaluate") and not {"--resume", "--config"} & set(arguments)
+        options = ["--config", "config.yaml"] if own else []
+        result = CliRunner().invoke(app, [verb, *options, *arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.output
+
+    return call

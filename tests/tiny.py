@@ -5,6 +5,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mft.config import MaskConfig
+from mft.evaluation.evaluate import Evaluation
 from mft.masks.convert import mask_model
 
 WORDS = 61
@@ -46,3 +47,10 @@ def make_rows(count=8, length=12, seed=0):
 
 def masked_llama(layers=(2, 3), dtype=torch.float32, **mask):
     return mask_model(make_llama(dtype), MaskConfig.paper(layers_to_transform=list(layers), **mask))
+
+
+def evaluation(tokens, loss_sums, correct=None):
+    """An Evaluation of so many documents, made by hand."""
+    tokens = torch.tensor(tokens, dtype=torch.float64)
+    correct = torch.zeros_like(tokens) if correct is None else torch.tensor(correct, dtype=torch.float64)
+    return Evaluation(torch.arange(len(tokens)), tokens, torch.tensor(loss_sums, dtype=torch.float64), correct)

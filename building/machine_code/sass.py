@@ -2,7 +2,7 @@
 
 Everything comes from Triton's own cuobjdump, nvdisasm and ptxas. Counts and loops are for sm_80 to sm_100, the
 registers that an instruction writes for sm_90 alone: nvdisasm's own life ranges agreed, calls aside, on all 154,890
-instructions of 141 kernels there (tests/test_kernel_code.py repeats it on one).
+instructions of 141 kernels there (tests/building/test_kernel_code.py repeats it on one).
 """
 
 import contextlib

@@ -20,8 +20,8 @@ def report() -> str:
     lines = [
         "# Bad inputs: what is refused, and what is accepted",
         "",
-        "Made by `make errors` of the functions in `tests/bad_inputs/`; `tests/test_bad_inputs.py` runs each and holds",
-        f"this page to what the code says today: {len(REFUSED)} inputs are refused, {len(ACCEPTED)} odd ones accepted.",
+        "Made by `make errors` of the functions in `tests/bad_inputs/`; `tests/docs/test_bad_inputs.py` runs each and",
+        f"holds this page to what the code says today: {len(REFUSED)} inputs are refused, {len(ACCEPTED)} odd ones accepted.",
         f"Some texts are {VERSIONS}'s own, which others may put in other words.",
         "`/tmp/dir` is a new directory, `patch` pytest's `MonkeyPatch`, `...` what differs from machine to machine.",
         "On the command line, `mft` prints the message alone and ends with exit code 2; `MFT_TRACEBACK=1` shows where.",

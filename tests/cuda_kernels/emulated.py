@@ -24,9 +24,10 @@ from torch import Tensor
 from mft_kernels.reference import Gradients, kept_count
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent
+PROGRAMS = HERE / "programs"
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # "unroll" is nvcc's
-FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", *WARNINGS, f"-I{ROOT / 'csrc/cuda'}", f"-I{TESTS}"]
+FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", *WARNINGS, f"-I{ROOT / 'csrc/cuda'}", f"-I{PROGRAMS}", f"-I{HERE}"]
 NOT_EMULATED = ("score_grad_sm90", "bindings")  # CUTLASS's, and torch's
 
 ASYNCHRONIES = ("at_issue", "as_late_as_possible", "random")
@@ -130,7 +131,7 @@ def library() -> ctypes.CDLL:
     kernels = [s for s in sources if not s.name.startswith(NOT_EMULATED) and s.name.startswith(wanted or "")]
     path = _build(
         ROOT / "build" / "-".join(["cuda_emulated", *wanted]),
-        [*kernels, TESTS / "emulator/machine.cpp", TESTS / "emulated.cpp"],
+        [*kernels, HERE / "emulator/machine.cpp", PROGRAMS / "emulated.cpp"],
     )
     loaded = ctypes.CDLL(str(path))
     for name, struct in _STRUCTS.items():

@@ -13,7 +13,7 @@ from building.nvcc import find_nvcc
 def run(source: str, directory: Path, *flags: str) -> None:
     """Compiles and runs one of the files beside this one, which says what went wrong."""
     program = directory / "program"
-    command = [emulated.compiler(), *emulated.FLAGS, *flags, str(emulated.TESTS / source), "-o", str(program)]
+    command = [emulated.compiler(), *emulated.FLAGS, *flags, str(emulated.PROGRAMS / source), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     result = subprocess.run([str(program)], capture_output=True, text=True)

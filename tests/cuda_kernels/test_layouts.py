@@ -42,7 +42,7 @@ def run(source: str, objects: list[Path], flags: list[str]) -> None:
     directory = emulated.ROOT / "build" / "cuda_layouts" / Path(source).stem
     directory.mkdir(parents=True, exist_ok=True)
     compiler = emulated.compiler()
-    unit = Unit(emulated.TESTS / source, compiler, [*emulated.FLAGS, *flags])
+    unit = Unit(emulated.PROGRAMS / source, compiler, [*emulated.FLAGS, *flags])
     program = directory / "program"
     with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two runs of the tests build one after the other

@@ -294,7 +294,7 @@ def test_fp32_weights_are_refused():
 
 def test_tiles_give_the_right_fragments_without_bank_conflicts(tmp_path):
     program = str(tmp_path / "test_tile_sm80")
-    sources = [str(emulated.TESTS / name) for name in ("test_tile_sm80.cpp", "emulator/machine.cpp")]
+    sources = [str(emulated.PROGRAMS / "test_tile_sm80.cpp"), str(emulated.HERE / "emulator/machine.cpp")]
     built = subprocess.run(
         [emulated.compiler(), *emulated.FLAGS, *sources, "-o", program], capture_output=True, text=True
     )

@@ -1,7 +1,7 @@
 """What a training step holds on the device and on the host, way by way, from shapes alone; pure Python.
 
 Each way's step has phases; the peak is the largest phase's sum. This is the list of the tensors of plain.py,
-layer_engine.py and layerwise.py. tests/test_estimate.py holds it against a simulation of those engines.
+layer_engine.py and layerwise.py. tests/memory/test_estimate.py holds it against a simulation of those engines.
 Sizes are bytes of what is allocated; a CUDA context and the allocator's fragments come on top (see fit.py).
 """
 

@@ -6,8 +6,8 @@ import shlex
 import shutil
 
 import pytest
-from test_cli import LEARN, cli, model_dir  # noqa: F401
 from tiny import make_llama
+from tiny_run import LEARN
 from typer.testing import CliRunner
 
 import mft.demo.run
@@ -31,7 +31,7 @@ def mft_runs(*arguments):
     return result.output
 
 
-def test_what_train_prints_works_as_printed(cli, model_dir, tmp_path):  # noqa: F811
+def test_what_train_prints_works_as_printed(cli, model_dir, tmp_path):
     code, output = cli("train", *LEARN, "output_dir=runs/a b")  # the tiny model in float32
     assert code == 0, output
     commands = printed_commands(output)
@@ -44,7 +44,7 @@ def test_what_train_prints_works_as_printed(cli, model_dir, tmp_path):  # noqa: 
     assert "agrees" in mft_runs("verify", "runs/a b")
 
 
-def test_what_is_given_wins(cli, model_dir, tmp_path, monkeypatch):  # noqa: F811
+def test_what_is_given_wins(cli, model_dir, tmp_path, monkeypatch):
     assert cli("train", *LEARN)[0] == 0
     code, output = cli("inspect", "run", "--dtype", "bfloat16")
     assert code == 2
@@ -57,7 +57,7 @@ def test_what_is_given_wins(cli, model_dir, tmp_path, monkeypatch):  # noqa: F81
     assert "data more.jsonl" in mft_runs("evaluate", "--masks", "run", "data.source=more.jsonl")
 
 
-def test_relative_paths_are_those_of_the_run_wherever_it_is_used(cli, model_dir, tmp_path, monkeypatch):  # noqa: F811
+def test_relative_paths_are_those_of_the_run_wherever_it_is_used(cli, model_dir, tmp_path, monkeypatch):
     shutil.copytree(model_dir, tmp_path / "base")
     assert cli("train", *LEARN, "model.name=base", "output_dir=runs/x")[0] == 0
     (tmp_path / "else" / "base").mkdir(parents=True)  # of the same name, and no model
@@ -69,7 +69,7 @@ def test_relative_paths_are_those_of_the_run_wherever_it_is_used(cli, model_dir,
     assert f"base {tmp_path}/base in float32" in mft_runs("verify", ".")
 
 
-def test_masks_without_their_run_name_base_and_dtype_themselves(cli, model_dir, tmp_path):  # noqa: F811
+def test_masks_without_their_run_name_base_and_dtype_themselves(cli, model_dir, tmp_path):
     assert cli("train", *LEARN)[0] == 0
     path = tmp_path / "run" / "config.yaml"
     path.write_text(path.read_text().replace("revision: null", "revision: v2"))
@@ -88,7 +88,7 @@ def test_masks_without_their_run_name_base_and_dtype_themselves(cli, model_dir, 
 
 
 @pytest.fixture
-def tiny_demo(model_dir, tmp_path, monkeypatch):  # noqa: F811
+def tiny_demo(model_dir, tmp_path, monkeypatch):
     """The demo on the tiny model, of which one layer is masked at one rate."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))

@@ -12,9 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from test_cli import LEARN, cli, model_dir  # noqa: F401
-from test_resume_cli import steps, wait_for_checkpoint
 from tiny import make_llama, make_rows, masked_llama
+from tiny_run import LEARN, steps, wait_for_checkpoint
 
 import mft
 from mft.config import MaskConfig, TrainConfig
@@ -387,7 +386,7 @@ def torchrun(*arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def test_a_run_whose_writer_is_killed_ends_and_goes_on_to_the_single_process_result(cli, tmp_path):  # noqa: F811
+def test_a_run_whose_writer_is_killed_ends_and_goes_on_to_the_single_process_result(cli, tmp_path):
     learn = [*LEARN, "train.steps=30", f"train.accumulation={COUNT}", "mask.keep_ratio=0.8", "checkpoint_minutes=0"]
     code, output = cli("train", *learn, "output_dir=straight")
     assert code == 0, output

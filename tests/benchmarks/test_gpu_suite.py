@@ -15,7 +15,7 @@ from benchmarks.gpu import cases
 from benchmarks.gpu.cases import CUDA, PAPER, SHAPES, SQUARE, TOKENS, WHATS, Case, plan
 from benchmarks.gpu.journal import MEASURED
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EVERY_SHAPE = [shape for shapes in SHAPES.values() for shape in shapes]
 
 

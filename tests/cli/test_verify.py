@@ -4,8 +4,8 @@ import json
 import shutil
 
 import pytest
-from test_cli import LEARN, cli, model_dir  # noqa: F401
 from tiny import masked_llama
+from tiny_run import LEARN
 
 from mft.cli.verify import verify_directory
 from mft.masks.export import save_masks
@@ -13,13 +13,13 @@ from mft.training.checkpoint import write_checkpoint
 
 
 @pytest.fixture
-def run(cli, tmp_path):  # noqa: F811
+def run(cli, tmp_path):
     code, output = cli("train", *LEARN, "mask.keep_ratio=0.9")
     assert code == 0, output
     return tmp_path / "run"
 
 
-def test_masks_checkpoints_and_base_verify(run, cli, model_dir):  # noqa: F811
+def test_masks_checkpoints_and_base_verify(run, cli, model_dir):
     write_checkpoint(run / "checkpoints", 7, {}, {})
     code, output = cli("verify", "run", "--dtype", "float32")
     assert code == 0, output
@@ -42,7 +42,7 @@ def test_an_export_without_a_content_hash_is_told_from_one_that_was_verified(tmp
     assert "no content_hash, as in format_version 1: swapped masks cannot be told; save_masks writes one" in words
 
 
-def test_damage_and_another_base_are_told(run, cli, model_dir, tmp_path):  # noqa: F811
+def test_damage_and_another_base_are_told(run, cli, model_dir, tmp_path):
     code, output = cli("verify", "run", "--dtype", "bfloat16")
     assert code == 2
     assert "expected a base with sha256:" in output
@@ -62,7 +62,7 @@ def test_damage_and_another_base_are_told(run, cli, model_dir, tmp_path):  # noq
     )
 
 
-def test_masks_go_to_the_papers_form_and_come_back(run, cli, model_dir, tmp_path):  # noqa: F811
+def test_masks_go_to_the_papers_form_and_come_back(run, cli, model_dir, tmp_path):
     code, output = cli("export-masks", "run", "masks.pt", "--dtype", "float32")
     assert code == 0, output
     assert "14 masks of run/masks in the form of the paper's code: masks.pt" in output

@@ -35,7 +35,7 @@ MISSED = {
 }
 SHAPES = [(1, 40, 60), (3, 33, 57), (17, 60, 33), (35, 13, 60), (60, 59, 31)]  # sums stay exact
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 # ---------------------------------------------------------------------------------------------- the model

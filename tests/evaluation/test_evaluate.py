@@ -5,17 +5,11 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from tiny import make_llama, make_rows, masked_llama
+from tiny import evaluation, make_llama, make_rows, masked_llama
 
-from mft.evaluation.evaluate import Evaluation, evaluate, paired_difference
+from mft.evaluation.evaluate import evaluate, paired_difference
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.token_loss import likeliest
-
-
-def evaluation(tokens, loss_sums, correct=None):
-    tokens = torch.tensor(tokens, dtype=torch.float64)
-    correct = torch.zeros_like(tokens) if correct is None else torch.tensor(correct, dtype=torch.float64)
-    return Evaluation(torch.arange(len(tokens)), tokens, torch.tensor(loss_sums, dtype=torch.float64), correct)
 
 
 def test_the_loss_is_the_models_own():

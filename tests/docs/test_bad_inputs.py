@@ -6,7 +6,7 @@ import pytest
 from bad_inputs.registry import ACCEPTED, REFUSED, running, told
 from bad_inputs.report import GROUPS, VERSIONS, report
 
-PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
+PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 
 
 def listed(cases):

@@ -23,7 +23,7 @@ from benchmarks.gpu.journal import FAILED, MEASURED, NOT_MEASURED, Journal
 from benchmarks.gpu.kernels import OPS, kernels
 from mft_kernels import cuda, reference
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

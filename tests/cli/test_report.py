@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-from test_evaluate import evaluation
-from tiny import make_rows, masked_llama
+from tiny import evaluation, make_rows, masked_llama
 
 from mft.cli.masks import _mask_table
 from mft.config import TrainConfig

@@ -148,7 +148,7 @@ def test_what_is_wrong_in_a_study_is_marked(validators, tmp_path, key, value):
         target = target[section]
     target[last] = value
     (tmp_path / "study.yaml").write_text(dump_yaml(values))
-    with pytest.raises(ValueError):  # noqa: PT011  (tests/test_declared.py has the messages)
+    with pytest.raises(ValueError):  # noqa: PT011  (tests/study/test_declared.py has the messages)
         load_study(tmp_path / "study.yaml")
     assert marked(validators["study"], values)
 

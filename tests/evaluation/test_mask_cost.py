@@ -5,9 +5,9 @@ import inspect
 from pathlib import Path
 
 import pytest
-import test_cli
 import torch
 from tiny import make_llama, make_rows, masked_llama
+from tiny_run import LEARN
 from typer.testing import CliRunner
 
 from mft.cli.app import app
@@ -20,8 +20,6 @@ from mft.training.loop import finetune, train_masks
 from mft.training.run_directory import CHECKPOINTS
 from mft.training.saver import Saver
 from mft_kernels import MaskedLinear
-
-cli, model_dir = test_cli.cli, test_cli.model_dir  # fixtures
 
 HELD_OUT = make_rows(16, seed=1)
 SAID = "the masks alone cost "
@@ -100,7 +98,7 @@ def test_every_way_of_training_tells_before_it_begins_and_a_resume_does_not(way,
             raise RuntimeError("stopped here")
 
     monkeypatch.setattr(Saver, "after_step", stop)
-    code, output = cli("train", *test_cli.LEARN, f"memory={way}", "checkpoint_minutes=0")
+    code, output = cli("train", *LEARN, f"memory={way}", "checkpoint_minutes=0")
     assert (code, stopped) == (2, [1])
     assert output.count(SAID) == 1
     assert list(Path("run", CHECKPOINTS).iterdir())

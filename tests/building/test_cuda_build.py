@@ -12,7 +12,7 @@ import pytest
 from building import compile, cuda, missing, nvcc, ptxas_log, register_hazards
 from building.compile import CannotBuild, Link, Unit
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 READERS = register_hazards.Readers("cuobjdump", "nvdisasm")
 
 

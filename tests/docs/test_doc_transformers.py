@@ -9,7 +9,7 @@ import torch
 
 import mft
 
-DOC = Path(__file__).parent.parent / "docs" / "transformers.md"
+DOC = Path(__file__).parents[2] / "docs" / "transformers.md"
 
 
 def test_every_block_runs(tiny_llama, tokenizer, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from mft.cli.app import app
 from mft.config import TrainConfig
 from mft.models import pretrained
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Run by test_bad_inputs.py, of which errors.md is made, by test_doc_transformers.py, on fewer layers, and by

@@ -1,7 +1,7 @@
 """A small kernel whose code the tests of benchmarks/kernel_code read: a dot in a loop, masked in registers.
 
 tests/data/rs_hazard_triton36.sass.gz is its disassembly for sm_90 under Triton 3.6, which overwrites operands in
-flight. With that Triton installed, `PYTHONPATH=. python tests/masked_dot.py FILE` writes it anew.
+flight. With that Triton installed, `PYTHONPATH=. python tests/building/masked_dot.py FILE` writes it anew.
 """
 
 import gzip

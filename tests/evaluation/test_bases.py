@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-import test_cli
 from tiny import make_rows, masked_llama
 
 from mft.config import ModelConfig
@@ -13,8 +12,6 @@ from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import keeping_all, masked_modules
 from mft.masks.export_format import read_export
 from mft.masks.quantize import quantize_model
-
-cli, model_dir = test_cli.cli, test_cli.model_dir  # fixtures
 
 LEARN = ["train.lr=1e-2", "train.epochs=null", "train.steps=2", "mask.layers_to_transform=2-3"]
 NF4 = "nf4 weights, those of masked layers exact"

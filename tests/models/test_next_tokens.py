@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import cli, model_dir  # noqa: F401
 from tiny import WORDS, make_llama, make_rows
 from tiny_study import make_study
 from transformers import (
@@ -109,7 +108,7 @@ def test_a_model_that_sees_ahead_is_not_trained_nor_evaluated():
 
 
 @pytest.mark.parametrize("verb", ["train", "finetune", "evaluate"])
-def test_the_command_line_refuses_before_it_reads_a_weight(cli, tmp_path, verb):  # noqa: F811
+def test_the_command_line_refuses_before_it_reads_a_weight(cli, tmp_path, verb):
     name = tmp_path / "without-weights"
     for config, told in (
         (

@@ -5,46 +5,12 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from tiny import WORDS, make_llama, save_llama
-from typer.testing import CliRunner
+from tiny import make_llama
+from tiny_run import LEARN
 
 import mft
-from mft.cli.app import app
 from mft.training.flips import read_flips
 from mft.training.run_directory import check_run_directory
-
-LEARN = ["train.lr=1e-2", "train.epochs=null", "train.steps=4", "train.batch_size=2", "mask.layers_to_transform=2-3"]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    """The tiny Llama with a tokenizer of one word a number, as save_pretrained writes it."""
-    directory = tmp_path_factory.mktemp("model")
-    save_llama(directory)
-    return directory
-
-
-@pytest.fixture
-def cli(model_dir, tmp_path, monkeypatch):
-    """cli("train", "key=value", ...) -> (exit code, output); runs in tmp_path on the tiny model and data."""
-    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    lines = [json.dumps({"text": " ".join(str(1 + (i * 7 + j) % (WORDS - 1)) for j in range(20))}) for i in range(60)]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
-    (tmp_path / "config.yaml").write_text(
-        f"model: {{name: {model_dir}, dtype: float32}}\ndata: {{source: data.jsonl, sequence_length: 12}}\n"
-        "output_dir: run\n"
-    )
-
-    def call(verb, *arguments):
-        own = verb in ("finetune", "train", "evaluate") and not {"--resume", "--config"} & set(arguments)
-        options = ["--config", "config.yaml"] if own else []
-        result = CliRunner().invoke(app, [verb, *options, *arguments])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, result.output
-
-    return call
 
 
 @pytest.mark.parametrize("name", ["runs/[lr=3]", "runs/[/y]"])

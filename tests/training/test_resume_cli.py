@@ -7,13 +7,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli import LEARN, cli, model_dir  # noqa: F401
+from tiny_run import LEARN, steps, wait_for_checkpoint
 
 from mft.demo.run import run_demo
 from mft.training.flips import PHASE
@@ -34,25 +33,14 @@ def start(verb, *arguments):
     )
 
 
-def wait_for_checkpoint(directory, process):
-    while not list((directory / "checkpoints").glob("step-*")):
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-
-
 def finish(process, code):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == code, output
     return output
 
 
-def steps(directory, phase="mask fine-tune"):
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines if line["phase"] == phase]
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_told_to_stop_saves_and_goes_on(cli, tmp_path, number, code):  # noqa: F811
+def test_a_run_told_to_stop_saves_and_goes_on(cli, tmp_path, number, code):
     cli("train", *SLOW, "output_dir=straight", "checkpoint_minutes=null")
     process = start("train", *SLOW)
     wait_for_checkpoint(tmp_path / "run", process)
@@ -74,7 +62,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("way", ["plain", "resident", "quantized", "layerwise"])
-def test_the_metrics_of_a_run_that_goes_on_are_those_of_a_straight_one(cli, tmp_path, monkeypatch, way):  # noqa: F811
+def test_the_metrics_of_a_run_that_goes_on_are_those_of_a_straight_one(cli, tmp_path, monkeypatch, way):
     """Flips included: every third step counts, from the one that counted before, which lies before the checkpoint."""
     monkeypatch.setattr("mft.training.run.POINTS", 4)
     few = [*LEARN, "train.steps=10", f"memory={way}", "mask.init=magnitude", "checkpoint_minutes=0"]
@@ -105,7 +93,7 @@ def events_of(directory):
     return [{key: value for key, value in event.items() if key != "seconds"} for event in events]
 
 
-def test_a_killed_fine_tune_goes_on(cli, tmp_path):  # noqa: F811
+def test_a_killed_fine_tune_goes_on(cli, tmp_path):
     few = [*LEARN, "train.steps=30", "checkpoint_minutes=0"]
     cli("finetune", *few, "output_dir=straight")
     process = start("finetune", *few)
@@ -119,7 +107,7 @@ def test_a_killed_fine_tune_goes_on(cli, tmp_path):  # noqa: F811
 
 
 @pytest.fixture
-def stopped(cli, tmp_path):  # noqa: F811
+def stopped(cli, tmp_path):
     """A run that was killed after a checkpoint."""
     process = start("train", *SLOW)
     wait_for_checkpoint(tmp_path / "run", process)
@@ -128,7 +116,7 @@ def stopped(cli, tmp_path):  # noqa: F811
     return tmp_path / "run"
 
 
-def test_what_has_changed_is_refused_unless_forced(stopped, cli, tmp_path):  # noqa: F811
+def test_what_has_changed_is_refused_unless_forced(stopped, cli, tmp_path):
     code, output = cli("train", *SLOW)
     assert code == 2
     assert "already holds a run" in output
@@ -152,7 +140,7 @@ def test_only_one_process_works_in_a_run(stopped):
     assert finish(start("train", "--resume", "run"), 0)
 
 
-def test_without_a_checkpoint_that_verifies_nothing_is_begun(stopped, cli):  # noqa: F811
+def test_without_a_checkpoint_that_verifies_nothing_is_begun(stopped, cli):
     (checkpoint,) = (stopped / "checkpoints").glob("step-*")
     state = checkpoint / "state.json"
     state.write_bytes(state.read_bytes()[:-3])
@@ -171,13 +159,13 @@ def test_without_a_checkpoint_that_verifies_nothing_is_begun(stopped, cli):  # n
         (["checkpoint_minutes=-1"], "checkpoint_minutes must be at least 0"),
     ],
 )
-def test_wrong_requests_are_told(cli, arguments, message):  # noqa: F811
+def test_wrong_requests_are_told(cli, arguments, message):
     code, output = cli("train", *arguments)
     assert code == 2
     assert message in output
 
 
-def test_a_finished_run_is_not_resumed(cli):  # noqa: F811
+def test_a_finished_run_is_not_resumed(cli):
     cli("train", *LEARN)
     code, output = cli("train", "--resume", "run")
     assert code == 2
@@ -223,7 +211,7 @@ BEFORE_FINISHING = "mft.training.run.evaluation_table"
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["missing", "empty"])
-def test_what_is_lost_beside_a_checkpoint_is_made_anew_from_it(cli, tmp_path, damage):  # noqa: F811
+def test_what_is_lost_beside_a_checkpoint_is_made_anew_from_it(cli, tmp_path, damage):
     cli("train", *SHORT)
     wanted = files(tmp_path / "run")
     killed_before(cli, BEFORE_FINISHING, "train", *SHORT, "--overwrite")
@@ -235,7 +223,7 @@ def test_what_is_lost_beside_a_checkpoint_is_made_anew_from_it(cli, tmp_path, da
     assert files(tmp_path / "run") == wanted
 
 
-def test_a_configuration_edited_beside_a_checkpoint_is_refused(cli, tmp_path):  # noqa: F811
+def test_a_configuration_edited_beside_a_checkpoint_is_refused(cli, tmp_path):
     killed_before(cli, BEFORE_FINISHING, "train", *SHORT)
     path = tmp_path / "run" / "config.yaml"
     path.write_text(path.read_text().replace("lr: 0.01", "lr: 0.02"))
@@ -253,7 +241,7 @@ def test_a_configuration_edited_beside_a_checkpoint_is_refused(cli, tmp_path):  
         ("finetune", "transformers.PreTrainedTokenizerBase.save_pretrained"),
     ],
 )
-def test_a_run_killed_while_it_finishes_finishes_again(cli, tmp_path, verb, place):  # noqa: F811
+def test_a_run_killed_while_it_finishes_finishes_again(cli, tmp_path, verb, place):
     """And what was half-written lies nowhere any more."""
     cli(verb, *SHORT)
     wanted = files(tmp_path / "run")
@@ -268,7 +256,7 @@ def test_a_run_killed_while_it_finishes_finishes_again(cli, tmp_path, verb, plac
 
 
 @pytest.mark.parametrize("begun", [BEFORE_FINISHING, "mft.training.run.train_masks", None])
-def test_what_another_process_finishes_meanwhile_stays(cli, tmp_path, monkeypatch, begun):  # noqa: F811
+def test_what_another_process_finishes_meanwhile_stays(cli, tmp_path, monkeypatch, begun):
     """A run goes on after a checkpoint, or without one, or begins; another has done the same when it gets the lock."""
     if begun is not None:
         killed_before(cli, begun, "train", *SHORT)
@@ -288,7 +276,7 @@ def test_what_another_process_finishes_meanwhile_stays(cli, tmp_path, monkeypatc
     assert files(tmp_path / "run") == late.found
 
 
-def test_nothing_is_deleted_without_the_lock(cli, tmp_path):  # noqa: F811
+def test_nothing_is_deleted_without_the_lock(cli, tmp_path):
     (tmp_path / "run" / "masks").mkdir(parents=True)
     with hold(tmp_path / "run"):
         for verb in ("train", "finetune", "sensitivity"):
