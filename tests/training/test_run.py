@@ -1,0 +1,64 @@
+"""run_train and run_finetune, as Python users call them with a configuration."""
+
+import copy
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import LEARN
+
+import mft
+
+
+@pytest.fixture
+def config(cli):
+    """That of the tiny run, in the directory where it lies."""
+    return mft.load_config("config.yaml", [*LEARN, "checkpoint_minutes=null"])
+
+
+def masks_of(directory):
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def test_a_run_from_python_is_that_of_the_command_line(cli, config, tmp_path):
+    result = mft.run_train(config)
+    assert result.resolve() == tmp_path / "run" / "masks"
+    cli("train", *LEARN, "checkpoint_minutes=null", "output_dir=other")
+    own, other = masks_of(result), masks_of(tmp_path / "other" / "masks")
+    assert own.keys() == other.keys()
+    assert all(torch.equal(own[name], other[name]) for name in own)
+    assert sorted(os.listdir("run")) == sorted(os.listdir("other"))
+
+
+def test_a_full_fine_tune_gives_a_model_directory(config):
+    model, _ = mft.load_model(mft.ModelConfig(name=str(mft.run_finetune(config)), dtype="float32"))
+    assert not mft.masked_modules(model)
+
+
+def test_the_configuration_stays_the_callers(config):
+    config.model.quantization, config.memory = None, "quantized"  # which chooses a quantisation
+    before = copy.deepcopy(config)
+    mft.run_train(config)
+    assert config == before
+
+
+def test_a_run_is_not_overwritten_unasked(config):
+    first = masks_of(mft.run_train(config))
+    with pytest.raises(ValueError, match=r"output_dir run already holds a run .*: name another one, or pass "):
+        mft.run_train(config)
+    again = masks_of(mft.run_train(mft.Begin(config, overwrite=True)))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_finished_run_does_not_go_on(config):
+    mft.run_train(config)
+    with pytest.raises(ValueError, match="must name a run that is not finished, run has its masks/ already"):
+        mft.run_train(mft.Resume("run"))
+
+
+def test_what_trains_weights_refuses_a_quantised_base_and_writes_nothing(config):
+    config.model.quantization = "int8"
+    with pytest.raises(ValueError, match="model.quantization must be null for mft finetune"):
+        mft.run_finetune(config)
+    assert not os.path.exists("run")
