@@ -34,9 +34,11 @@ def check_unsharded(model: nn.Module) -> None:
 def gathered(model: nn.Module) -> Iterator[nn.Module]:
     """model, with the parameters whole that fully_shard (FSDP2) has spread; every process must enter.
 
-    with mft.gathered(model):
-        if torch.distributed.get_rank() == 0:
-            mft.save_masks(model, "masks")
+    As save_masks needs them:
+
+        with mft.gathered(model):
+            if torch.distributed.get_rank() == 0:
+                mft.save_masks(model, "masks")
     """
     sharded = _sharded(model)
     for module in sharded:
