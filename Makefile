@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml
 
-.PHONY: install demo test lint errors sanitize ports faults fuzz architectures cuda bench bench-compare simulate gpu kernels-report kernels-report-3.6 clean
+.PHONY: install demo test lint errors reference sanitize ports faults fuzz architectures cuda bench bench-compare simulate gpu kernels-report kernels-report-3.6 clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,10 @@ lint: install
 # docs/errors.md: every bad input of tests/bad_inputs, and what the code says to it today.
 errors: install
 	PYTHONPATH=tests $(BIN)/python -m bad_inputs > docs/errors.md
+
+# docs/reference.md: every public name, its signature and its docstring.
+reference: install
+	$(BIN)/python docs/reference.py
 
 # The CPU library under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer; with QUICK=1, as in
 # .ci/run, some of the tests: 5.5 minutes on 2 cores.

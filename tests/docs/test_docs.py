@@ -30,8 +30,8 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Run by test_bad_inputs.py, of which errors.md is made, by test_doc_transformers.py, on fewer layers, and by
-# test_adding_a_kernel.py, in processes of their own.
-ELSEWHERE = {"errors.md", "transformers.md", "adding-a-kernel.md"}
+# test_adding_a_kernel.py, in processes of their own. reference.md has signatures, which do not run.
+ELSEWHERE = {"errors.md", "transformers.md", "adding-a-kernel.md", "reference.md"}
 LONG = {"compare", "ablate", "demo", "plot"}
 SHORT = {
     verb: ["train.steps=2", "train.epochs=null", "data.max_train_tokens=2048", "data.max_eval_tokens=1024"]

@@ -1,0 +1,81 @@
+"""docs/reference.md: the page that the docstrings of now make, with every public name in it."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+import mft
+
+pytest.importorskip("griffe", reason="needs griffelib, of the dev extra")
+DOCS = Path(__file__).parent.parent / "docs"
+DOCSTRING = """scores -= lr * step(scores), see masked_linear and ``a * b``.
+
+Of its own line:
+
+    with f(x):
+        g()
+
+Args:
+    x: (K,), as of
+        mask_model.
+    y, z: others.
+More of all.
+Returns: {"a": 1,
+"b": 2}.
+Raises:
+    ValueError if x is empty.
+"""
+
+
+@pytest.fixture(scope="module")
+def page():
+    """The module docs/reference.py."""
+    spec = importlib.util.spec_from_file_location("reference_page", DOCS / "reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_of_the_docstrings_of_now(page):
+    assert (DOCS / "reference.md").read_text() == page.reference(), "docs/reference.md is stale: make reference"
+
+
+def test_every_public_name_has_a_docstring(page):
+    public = page.public_objects()
+    assert set(public["mft"]) == set(mft.__all__)
+    bare = [name for objects in public.values() for name, said in objects.items() if not page.text_of(said)]
+    assert bare == []
+
+
+def test_a_public_name_that_the_sources_do_not_import_is_named(page, monkeypatch):
+    monkeypatch.setattr(mft, "__all__", [*mft.__all__, "mask_modle"])
+    with pytest.raises(ValueError, match="python/mft/__init__.py must import mask_modle"):
+        page.public_objects()
+
+
+def test_sections_become_lists_and_what_is_not_markup_stays_text(page):
+    assert page.documentation(DOCSTRING, {"masked_linear", "mask_model"}) == (
+        "scores -= lr \\* step(scores), see [masked_linear](#masked_linear) and `a * b`.\n\nOf its own line:\n\n"
+        "```python\nwith f(x):\n    g()\n```\n\n"
+        "**Args**\n\n- `x`: (K,), as of\n  [mask_model](#mask_model).\n- `y`, `z`: others.\n\nMore of all.\n\n"
+        '**Returns**: {"a": 1,\n"b": 2}.\n\n**Raises**: ValueError if x is empty.\n'
+    )
+
+
+def test_signatures_have_every_kind_of_parameter_and_what_a_field_says_of_itself(page, tmp_path):
+    (tmp_path / "signed.py").write_text(
+        "from contextlib import contextmanager\nfrom dataclasses import dataclass, field\n"
+        "from typing import Annotated\n\nFew = Annotated[int | None, 'a rule']\n\n\n"
+        "def f(a, /, b: int = 1, *args: int, c='x', **more: str) -> None: ...\n\n\n"
+        "@contextmanager\ndef g(*, name: str = 'a'): ...\n\n\n"
+        "@dataclass\nclass Config:\n    rate: float = 0.5  # of change\n    seed: Annotated[int, 'a rule'] = 0\n"
+        "    few: Few | str = field(default_factory=lambda: int('3'))\n"
+    )
+    loader = page.griffe.GriffeLoader(search_paths=[tmp_path], allow_inspection=False)
+    signed = loader.load("signed")
+    assert [page.signature(name, signed[name]) for name in ("f", "g", "Config")] == [
+        'f(a, /, b: int = 1, *args: int, c="x", **more: str) -> None',
+        '@contextmanager\ng(*, name: str = "a")',
+        "Config(\n    rate: float = 0.5,  # of change\n    seed: int = 0,\n    few: int | None | str = int('3'),\n)",
+    ]
