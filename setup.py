@@ -86,9 +86,10 @@ setup(
     packages=[*find_packages(include=["mft_kernels", "mft_kernels.*"]), *find_packages("python")],
     package_dir={"mft_kernels": "mft_kernels", "mft": "python/mft"},
     package_data={
-        "mft": ["configs/*.yaml", "configs/compare/*.yaml"],
+        "mft": ["configs/*.yaml", "configs/compare/*.yaml", "py.typed"],
         "mft.memory": ["known_models/*.json"],
         "mft.models": ["templates/*.jinja"],
+        "mft_kernels": ["py.typed"],  # PEP 561: type checkers read our annotations
     },
     ext_modules=[Extension("mft_kernels.libmft_cpu", sources=[])],
     cmdclass={"build_ext": BuildLibraries},

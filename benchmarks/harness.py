@@ -12,7 +12,6 @@ import statistics
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -87,7 +86,7 @@ def ratio(
 
 def environment() -> dict[str, str | int | bool]:
     """Machine, versions and commit: what a number is worthless without. Runs from a checkout that is not installed."""
-    from mft_kernels import backend_report
+    from mft_kernels import __version__, backend_report
 
     def git(*arguments: str) -> str | None:
         try:
@@ -96,10 +95,6 @@ def environment() -> dict[str, str | int | bool]:
             return None
         return run.stdout.strip() if run.returncode == 0 else None
 
-    try:
-        installed = version("mft_kernels")
-    except PackageNotFoundError:
-        installed = "not installed"
     known, taken = backend_report(), _taken()
     changes = git("status", "--porcelain", "--", "csrc", "mft_kernels", "python", "benchmarks/*.py", "setup.py")
     return {
@@ -110,7 +105,7 @@ def environment() -> dict[str, str | int | bool]:
         "instruction_set": instruction_set(),
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
-        "mft_kernels": installed,
+        "mft_kernels": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "commit": git("rev-parse", "HEAD") or "unknown",

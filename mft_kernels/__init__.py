@@ -5,6 +5,7 @@ from .checks import check_torch
 check_torch()  # before anything asks an older torch for what it lacks
 
 from . import cpu, cuda, maskable, triton  # noqa: F401  (enter their backends into the table; torch's hook)
+from ._version import __version__ as __version__
 from .backends import backend_report, import_entry_points
 from .fixed_point import fixed_from_float, float_from_fixed
 from .linear import MaskedLinear

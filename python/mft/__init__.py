@@ -1,6 +1,9 @@
 """The recipe on top of mft_kernels: convert a Hugging Face model, fine-tune its masks, compare, merge."""
 
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from runpy import run_path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from .training.resume import Begin, Resume
     from .training.run import run_finetune, run_train
     from .training.saver import Saver
+
+    __version__: str
 
 # Loaded at first use: `mft --help` and `mft env` need not wait for transformers.
 _HOMES = {
@@ -85,9 +90,19 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOME:
         raise AttributeError(f"module 'mft' has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def _version() -> str:
+    """The version of mft_kernels, whose import would load torch: `mft --version` need not wait for it."""
+    spec = find_spec("mft_kernels")
+    assert spec is not None, "mft is shipped with mft_kernels"
+    assert spec.origin is not None
+    return run_path(str(Path(spec.origin).with_name("_version.py")))["__version__"]
 
 
 def __dir__() -> list[str]:

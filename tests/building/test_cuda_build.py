@@ -321,8 +321,8 @@ def setup_in(folder: Path, **environment: str) -> subprocess.CompletedProcess:
         (folder / name).write_bytes((ROOT / name).read_bytes())
     for name in ("building", "mft_kernels"):
         (folder / name).mkdir(exist_ok=True)
-    for path in (ROOT / "building").glob("*.py"):
-        (folder / "building" / path.name).write_bytes(path.read_bytes())
+    for path in (*(ROOT / "building").glob("*.py"), ROOT / "mft_kernels" / "_version.py"):
+        (folder / path.parent.name / path.name).write_bytes(path.read_bytes())
     clean = {k: v for k, v in os.environ.items() if k not in ("CXX", "MFT_BUILD")}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     return subprocess.run(

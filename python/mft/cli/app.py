@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+import mft
 from mft.checks import check_one_of
 from mft.config import RunConfig, load_config
 from mft.training.console import console
@@ -54,9 +55,7 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from mft.cli.environment import installed_version
-
-        console.print(f"mft {installed_version('mft_kernels')}")
+        console.print(f"mft {mft.__version__}")
         raise typer.Exit
 
 

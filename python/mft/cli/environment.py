@@ -3,23 +3,22 @@
 from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
 
+import torch
 from rich.table import Table
 
+import mft_kernels
 from mft.training.console import console, say
+from mft_kernels.cpu import path_taken
+from mft_kernels.processor import this_processor
 
 
 def run_env(*, measure: bool) -> None:
     """mft env"""
-    import torch  # with the kernels: seconds, which installed_version need not wait for
-
-    import mft_kernels
-    from mft_kernels.cpu import path_taken
-    from mft_kernels.processor import this_processor
-
     console.print(f"python {python_version()}")
     console.print(f"torch {torch.__version__}")  # its metadata lack the build, such as +cpu
-    for package in ("mft_kernels", "triton", "transformers", "datasets"):
-        console.print(f"{package} {installed_version(package)}")
+    console.print(f"mft_kernels {mft_kernels.__version__}")  # metadata may be of another checkout
+    for package in ("triton", "transformers", "datasets"):
+        console.print(f"{package} {_version(package)}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     console.print(f"threads {torch.get_num_threads()}, GPU {device}")
     processor = this_processor()
@@ -41,8 +40,7 @@ def run_env(*, measure: bool) -> None:
         run_measure(console)
 
 
-def installed_version(package: str) -> str:
-    """Of a distribution."""
+def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
