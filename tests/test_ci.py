@@ -1,0 +1,43 @@
+"""What machines run of ours: the workflow of continuous integration, and the hooks before a commit."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+(JOB,) = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"].values()
+
+
+def oldest(requirement):
+    return re.search(r">=([\d.]+)", requirement)[1]
+
+
+def test_the_workflow_runs_what_ci_runs_on_the_oldest_and_on_the_newest():
+    (torch,) = (oldest(need) for need in PROJECT["dependencies"] if re.match(r"torch\b", need))
+    runs = JOB["strategy"]["matrix"]["include"]
+    assert runs[0] == {"python": oldest(PROJECT["requires-python"]), "torch": f"torch=={torch}.0"}
+    assert runs[-1]["torch"] == "torch", "the newest that pip finds"
+    assert [step["run"] for step in JOB["steps"] if "run" in step] == [".ci/run"]
+    makefile = (ROOT / "Makefile").read_text()
+    for step in JOB["steps"]:
+        assert all(re.search(rf"^{name} *\?=", makefile, re.MULTILINE) for name in step.get("env", {}))
+
+
+def test_each_action_is_of_a_named_major_version():
+    uses = [step["uses"] for step in JOB["steps"] if "uses" in step]
+    assert uses
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", use) for use in uses)
+
+
+def test_the_hooks_are_the_linters_of_make_lint_out_of_the_dev_extra():
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["repo"] == "local"
+    hooks = [hook["entry"].removeprefix(".venv/bin/").removesuffix(" --force-exclude") for hook in repository["hooks"]]
+    lint = re.search(r"^lint: install\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    asked = [line.removeprefix("\t$(BIN)/") for line in lint.splitlines()]
+    # The hook writes the format that make lint only asks for.
+    assert hooks == [line.removesuffix(" .").removesuffix(" --check") for line in asked]
+    assert {"pre-commit", *(hook.split()[0] for hook in hooks)} <= {*PROJECT["optional-dependencies"]["dev"]}
