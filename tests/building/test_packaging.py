@@ -11,7 +11,7 @@ import pytest
 import mft
 import mft_kernels
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGES = {"mft_kernels": ROOT / "mft_kernels", "mft": ROOT / "python" / "mft"}
 BUILT = {".so", ".pyc"}  # and mft_kernels/_build.json: no sources
 

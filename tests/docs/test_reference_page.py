@@ -8,7 +8,7 @@ import pytest
 import mft
 
 pytest.importorskip("griffe", reason="needs griffelib, of the dev extra")
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 DOCSTRING = """scores -= lr * step(scores), see masked_linear and ``a * b``.
 
 Of its own line:
