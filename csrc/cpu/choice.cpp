@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "few_tokens.h"
-#include "linear.h"
+#include "slab.h"
 
 namespace mft {
 namespace {
@@ -90,8 +90,6 @@ double microseconds(const Cost& cost, const Work& work) {
   const double working = cost.byte * work[0] + cost.mask * work[1] + cost.product * work[2] + cost.number * work[3];
   return std::max(reading, working) * 1e-6 + cost.call;
 }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 

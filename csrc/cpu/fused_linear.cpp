@@ -14,6 +14,7 @@
 #include "gemm.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "slab.h"
 
 namespace mft {
 namespace {
@@ -22,7 +23,6 @@ constexpr int64_t kSumBytes = 4 << 20;     // of the sums of d_x, a thread
 constexpr int64_t kTilesAbreast = 16;      // 1 KB of a bf16 row
 constexpr int64_t kCacheBytes = 16 << 20;  // an output beyond this is written around the cache
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 template <typename T>

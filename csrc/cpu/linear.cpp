@@ -14,12 +14,11 @@
 #include "fused_linear.h"
 #include "gemm.h"
 #include "parallel.h"
+#include "slab.h"
 #include "torch_matmul.h"
 
 namespace mft {
 namespace {
-
-constexpr int64_t kSlabBytes = 2 << 20;  // with its scores, half of two 1 MiB L2 and some L3
 
 std::unique_ptr<char[]> make_scratch(int64_t elements, Format format) {
   return std::unique_ptr<char[]>(new char[elements * bytes_of(format)]);
@@ -84,11 +83,6 @@ double sign_bytes(const SignSource& sign) {
 }
 
 }  // namespace
-
-int64_t slab_length(int64_t bytes_each, int64_t total) {
-  const int64_t fitting = kSlabBytes / std::max<int64_t>(bytes_each, 1);
-  return std::min(std::max<int64_t>(fitting / 32 * 32, 32), total);
-}
 
 void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
                    const MaskSource& mask, const void* bias, Path path) {

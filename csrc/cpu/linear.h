@@ -41,9 +41,6 @@ struct SignSource {
   }
 };
 
-// How many rows, or for d_x columns, of bytes_each are masked at a time where torch's GEMM takes them.
-int64_t slab_length(int64_t bytes_each, int64_t total);
-
 // y (M, N) = x @ where(keep, weight, 0).T + bias; bias (N,) in x's format, or nullptr.
 void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
                    const MaskSource& mask, const void* bias, Path path = Path::kAuto);
