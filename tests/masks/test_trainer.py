@@ -1,9 +1,12 @@
 """transformers.Trainer on a masked Llama learns what a plain loop learns, and goes on where it stopped."""
 
+import inspect
+
 import pytest
 import torch
 from datasets import Dataset
 from tiny import WORDS, make_llama, masked_llama
+from tiny_architectures import llama, state
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -163,6 +166,33 @@ def test_torch_compile_changes_nothing_but_rounding(tmp_path):
     # Inductor, what torch_compile takes by itself, takes 12 s: test_compile.py has it.
     compiled = run(tiny(), tmp_path, torch_compile=True, torch_compile_backend="aot_eager", **options)
     assert_close(compiled, run(tiny(), tmp_path, **options), start)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_masked_model_trains_under_the_transformers_trainer(tmp_path, tokens, checkpointing):
+    model = mask_model(llama(), MaskConfig.paper(layers_to_transform=[1, 2]))
+    before = state(model)
+    rows = [{"input_ids": row, "labels": row} for row in tokens.repeat(4, 1)]
+    has_new_name = "activation_checkpointing" in inspect.signature(TrainingArguments).parameters
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_nan_inf_filter=False,
+        dataloader_pin_memory=False,
+        **{"activation_checkpointing" if has_new_name else "gradient_checkpointing": checkpointing},
+    )
+    result = Trainer(model=model, args=arguments, train_dataset=rows).train()
+    assert result.global_step == 3
+    after = state(model)
+    for name in before:
+        assert torch.equal(before[name], after[name]) != name.endswith(".scores"), name
 
 
 # ---------------------------------------------------------------------------------------------- going on
