@@ -18,12 +18,6 @@ def problems():
     return make_problems()
 
 
-@pytest.fixture
-def own_cache(tokenizer, tmp_path, monkeypatch):
-    """The tokenizer comes first: its model lies in the cache that all tests share."""
-    monkeypatch.setenv("MFT_CACHE", str(tmp_path))
-
-
 def test_no_problem_stands_in_two_splits_or_twice_in_one(problems):
     everything = [problem for split in problems.values() for problem in split]
     assert len({(problem.kind, problem.numbers) for problem in everything}) == len(everything)

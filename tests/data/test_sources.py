@@ -1,0 +1,90 @@
+"""A source gives three splits: its own, or ones that are split off by content; wrong names say what to do."""
+
+import re
+import time
+
+import pytest
+from chats import chats
+
+from mft.config import DataConfig
+from mft.data.splits import load_splits
+from mft.files import hub
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def test_a_missing_split_is_split_off_by_content_and_said(tokenizer, write):
+    rows = chats(100)
+    splits = load_splits(DataConfig(source=write(rows), sequence_length=64, packing=False), tokenizer)
+    sizes = [len(split) for split in (splits.train, splits.validation, splits.test)]
+    assert sum(sizes) == 100
+    assert min(sizes) >= 3
+    assert "no validation and no test split given, so about a tenth of train was split off for each" in splits.notes[0]
+    shuffled = load_splits(DataConfig(source=write(rows[::-1]), sequence_length=64, packing=False), tokenizer)
+    assert sorted(splits.test["input_ids"]) == sorted(shuffled.test["input_ids"])
+
+
+def test_equal_examples_fall_into_the_same_split(tokenizer, write):
+    rows = [{**row, "id": copy} for row in chats(30) for copy in range(3)]
+    splits = load_splits(DataConfig(source=write(rows), sequence_length=64, packing=False), tokenizer)
+    held_out = {str(row["input_ids"]) for split in (splits.validation, splits.test) for row in split}
+    assert held_out
+    assert not held_out & {str(row["input_ids"]) for row in splits.train}
+
+
+def test_three_examples_are_enough_for_three_splits(tokenizer, write):
+    splits = load_splits(DataConfig(source=write(chats(3)), sequence_length=64), tokenizer)
+    assert [len(split) for split in (splits.train, splits.validation, splits.test)] == [1, 1, 1]
+
+
+def test_a_directory_gives_its_own_splits(tokenizer, write, tmp_path, monkeypatch):
+    write(chats(20), "set/train.jsonl")
+    write(chats(3), "set/test.jsonl")
+    write(chats(4), "set/validation.jsonl")
+    config = {"source": str(tmp_path / "set"), "sequence_length": 64, "packing": False}
+    splits = load_splits(DataConfig(**config), tokenizer)
+    assert [len(split) for split in (splits.train, splits.validation, splits.test)] == [20, 4, 3]
+    splits = load_splits(DataConfig(**config, split="train[:50%]", validation_split="test"), tokenizer)
+    assert [len(splits.validation), len(splits.train) + len(splits.test)] == [3, 10]
+    with pytest.raises(
+        ValueError, match=r"data.split must be one of test, train, .*, got 'trian'; did you mean train\?"
+    ):
+        load_splits(DataConfig(**config, split="trian"), tokenizer)
+    monkeypatch.chdir(tmp_path / "set")
+    for here in (".", "./", "../set/."):
+        splits = load_splits(DataConfig(**config | {"source": here}), tokenizer)
+        assert [len(split) for split in (splits.train, splits.validation, splits.test)] == [20, 4, 3]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"source": "stdlb"}, "data.source 'stdlb' is neither stdlib, headers, problems, nor a file or directory here"),
+        (
+            {"source": "stdlb"},
+            "the hub cannot be reached: check the name and the network, or give a local file; did you mean stdlib?",
+        ),
+        ({"source": "someone/some-data"}, "the hub cannot be reached"),
+        ({"source": "./nowhere.jsonl"}, "data.source must be data that exists, got './nowhere.jsonl': no such file"),
+        (
+            {"source": "no data"},
+            "must be stdlib, headers, problems, a .jsonl or .parquet file, a directory or a hub id, got 'no data'",
+        ),
+        ({"split": "test"}, "data.split must be left out for this source, got 'test': the stdlib corpus is split by"),
+        ({"subset": "main"}, "data.subset must be pretrain, finetune or null for the stdlib corpus, got 'main'"),
+    ],
+)
+def test_a_wrong_source_says_what_it_is_and_what_to_do(tokenizer, config, message, monkeypatch):
+    hub.hub_is_reachable.cache_clear()
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_splits(DataConfig(**config), tokenizer)
+    hub.hub_is_reachable.cache_clear()
+    assert time.monotonic() - start < 10
+
+
+def test_a_file_of_one_split_takes_no_split_names(tokenizer, write):
+    with pytest.raises(ValueError, match="data.validation_split must be left out for this source, got 'dev'"):
+        load_splits(DataConfig(source=write(chats()), validation_split="dev"), tokenizer)

@@ -1,0 +1,149 @@
+"""The rows that load_splits makes of a source, keeps in the cache and makes again, and what it says of them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from chats import chat, chats
+
+from mft.config import DataConfig
+from mft.data import splits
+from mft.data.splits import load_splits
+from mft.data.tokenization import IGNORED, open_documents
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def scored_text(row, tokenizer):
+    return tokenizer.decode([label for label in row["labels"] if label != IGNORED])
+
+
+def test_rows_have_one_length_and_pad_unscored(tokenizer, write):
+    splits = load_splits(DataConfig(source=write(chats()), sequence_length=64, packing=False), tokenizer)
+    for split in (splits.train, splits.validation, splits.test):
+        assert split.column_names == ["input_ids", "labels", "document"]
+        for row in split:
+            assert len(row["input_ids"]) == len(row["labels"]) == 64
+            assert re.fullmatch(r"It is \d+.<\|im_end\|>", scored_text(row, tokenizer))
+    assert splits.train.with_format("torch")[:2]["input_ids"].shape == (2, 64)
+
+
+def test_a_small_budget_covers_many_files(tokenizer):
+    splits = load_splits(DataConfig(sequence_length=128, max_train_tokens=5120, max_eval_tokens=2560), tokenizer)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (40, 20, 20)
+    assert len(set(splits.validation["document"])) == len(set(splits.test["document"])) == 20
+    assert len(set(splits.train["document"])) > 35
+    assert re.search("stdlib: the library source of Python .*, split by file hash into .* files", splits.notes[0])
+
+
+def test_evaluation_rows_are_the_same_for_every_seed(tokenizer):
+    config = {"sequence_length": 128, "max_train_tokens": 1280, "max_eval_tokens": 1280}
+    one, two = (load_splits(DataConfig(seed=seed, **config), tokenizer) for seed in (0, 1))
+    assert one.validation["input_ids"] == two.validation["input_ids"]
+    assert one.train["input_ids"] != two.train["input_ids"]
+
+
+def test_what_is_cut_or_left_out_is_said(tokenizer, write):
+    rows = [*chats(200), chat("a " * 100, "late"), chat("Why?", "so " * 100), chat("only a question"), chat("b", " ")]
+    splits = load_splits(DataConfig(source=write(rows), sequence_length=64), tokenizer)
+    notes = "\n".join(splits.notes)
+    assert "have nothing to score (empty text, or no answer) and were left out" in notes
+    assert "examples are longer than sequence_length = 64 and were cut there" in notes
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "data.source '{path}' must hold examples, got an empty train split"),
+        ([{"text": "same"}] * 9, "must have more than 2 different examples to split off validation and test, got 1"),
+        (
+            [{"instruction": "a", "output": "b"}, {"texts": "x"}],
+            "data must have a column messages, columns prompt and "
+            "completion, or a column text, got instruction, output, texts: rename or convert them; did you mean text?",
+        ),
+        ([{"prompt": str(i)} for i in range(9)], "got prompt: prompt needs its other half"),
+        ([{"text": None}, *({"text": str(i)} for i in range(9))], "{path}:1: text must be a string, got null"),
+        ([*({"text": str(i)} for i in range(9)), {"txt": "a"}], "{path}:10: text must be a string, got null"),
+        ([{"prompt": "a", "completion": i} for i in range(9)], "completion must be a string, got "),
+        ([{"text": " " * i} for i in range(9)], "must leave rows to score in every split, got none for train: train: "),
+        ([chat(str(i)) for i in range(9)], "must leave rows to score in every split, got none for train"),
+        ([{"messages": "hi"}, *chats(9)], "{path}:1: messages must be a list of {{role, content}}, got 'hi' (str)"),
+        (
+            [{"messages": [{"from": "gpt", "value": str(i)}]} for i in range(9)],
+            "messages[0] must have a role and a content, got the keys from, value",
+        ),
+        (
+            [{"messages": [{"role": "asistant", "content": str(i)}]} for i in range(9)],
+            "messages[0].role must be one of system, user, assistant, tool, got 'asistant'; did you mean assistant?",
+        ),
+        ([{"messages": [{"role": "user", "content": [i]}]} for i in range(9)], "]: content must be a string, got ["),
+        ([{"text": f"{i} \ud800"} for i in range(9)], "text must be Unicode text, got half a surrogate pair at"),
+        (
+            [{"messages": [{"role": "assistant", "content": str(i)}]} for i in range(9)],
+            "does not at messages[0] (assistant): which tokens to score is unknown; begin with a user message",
+        ),
+    ],
+)
+def test_wrong_records_say_which_and_what(tokenizer, write, rows, message):
+    path = write(rows)
+    with pytest.raises(ValueError, match=re.escape(message.format(path=path))):
+        load_splits(DataConfig(source=path, sequence_length=64), tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------- the cache
+
+
+def test_a_second_start_reads_the_cache_and_a_changed_file_does_not(tokenizer, write, monkeypatch):
+    config = DataConfig(source=write(chats()), sequence_length=64)
+    first = load_splits(config, tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(splits, "open_documents", lambda *_, **__: pytest.fail("tokenised again"))
+        second = load_splits(config, tokenizer)
+    assert (first.train[:], first.notes) == (second.train[:], second.notes)
+    write([chat("Other?", "Yes.")] * 5 + chats())
+    assert load_splits(config, tokenizer).train[:] != first.train[:]
+
+
+def test_data_that_change_while_they_are_read_are_refused_and_not_kept(tokenizer, write, tmp_path, monkeypatch):
+    for source in (write(chats()), str(Path(write(chats(), "set/train.jsonl")).parent)):
+        config = DataConfig(source=source, sequence_length=64)
+
+        def replaced(*arguments, **options):
+            for name in ("data.jsonl", "set/train.jsonl"):
+                (tmp_path / "new").write_text(json.dumps(chat("Other?", "Yes.")) + "\n")
+                (tmp_path / "new").replace(tmp_path / name)
+            return open_documents(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(splits, "open_documents", replaced)
+            with pytest.raises(
+                ValueError, match="data.source must stay as it is while it is read, got files that changed"
+            ):
+                load_splits(config, tokenizer)
+        write(chats())
+        write(chats(), "set/train.jsonl")
+        read = load_splits(config, tokenizer)
+        assert "It is 5." in "".join(scored_text(row, tokenizer) for part in (read.train, read.test) for row in part)
+
+
+@pytest.mark.parametrize("damage", ["flip", "shorten", "delete", "notes", "sums"])
+def test_rows_that_rotted_in_the_cache_are_made_again_and_that_is_said(tokenizer, write, caplog, damage):
+    config = DataConfig(source=write(chats()), sequence_length=64)
+    first = load_splits(config, tokenizer)
+    expected = first.train[:], first.test[:], first.notes
+    directory = Path(first.train.cache_files[0]["filename"]).parent
+    del first
+    path = directory / {"notes": "notes.json", "sums": "SHA256SUMS"}.get(damage, "train.arrow")
+    if damage == "delete":
+        path.unlink()
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content[:-1] if damage == "shorten" else content)
+    again = load_splits(config, tokenizer)
+    assert (again.train[:], again.test[:], again.notes) == expected
+    assert f"the rows kept in {directory} are damaged or incomplete: they are made again" in caplog.text
+    caplog.clear()
+    load_splits(config, tokenizer)
+    assert not caplog.text
