@@ -11,11 +11,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import cpu
+from . import cpu, ports
 from .compile import CannotBuild, find_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["-o", "addopts=", "tests/cpu_kernels/test_cpu.py", "tests/kernels/test_score_step.py"]
+TESTS = ["-o", "addopts=", *ports.TESTS]
 # With -O3 the unrolled kernels for few tokens take minutes a file under a sanitizer, with -O1 16 s.
 _COMMON = ["-O1", "-g", "-fno-omit-frame-pointer"]
 
