@@ -1,10 +1,10 @@
 """Masks under PEFT: equal to our own API bit for bit, and what PEFT asks of every method.
 
-The second part follows the tests that PEFT runs against its own methods (huggingface/peft, tests/testing_common.py,
-Apache 2.0), by subject and in our words; test_peft_suite.py runs the originals, where a checkout of PEFT is given.
+What follows the first part is after the tests that PEFT runs against its own methods (huggingface/peft,
+tests/testing_common.py, Apache 2.0), by subject and in our words; test_peft_suite.py runs the originals, where a
+checkout of PEFT is given.
 """
 
-import copy
 import importlib
 import json
 import subprocess
@@ -13,24 +13,29 @@ import sys
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_base_model_state_dict, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft_masks import (
+    SETTING,
+    STILL_CALLED,
+    TOKENS,
+    UP,
+    assert_same,
+    config,
+    layers,
+    logits,
+    state,
+    two_masks,
+    with_masks,
+)
 from safetensors.torch import load_file
-from tiny import make_llama, make_rows
+from tiny import make_llama
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 
 from mft import MaskConfig, load_masks, mask_model, masked_modules, merge_model, save_masks
 from mft.masks.peft import MaskPeftConfig, to_masked_model
-from mft.masks.peft_layer import MaskLinear
 
-# What PEFT 0.21 still calls in transformers 5.24.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*gradient_checkpointing.* is deprecated and will be removed:FutureWarning"
-)
-
-TOKENS = torch.tensor(make_rows(3)["input_ids"])
-UP = "model.layers.2.mlp.up_proj"
-SETTING = {"layers_to_transform": [2, 3], "keep_ratio": 0.7, "init": "normal"}
+pytestmark = STILL_CALLED
 
 
 def make_gpt2(dtype=torch.float32):
@@ -47,46 +52,10 @@ BASES = {
 }
 
 
-def config(**changes):
-    return MaskPeftConfig(**SETTING | {"task_type": "CAUSAL_LM"} | changes)
-
-
-def with_masks(base=None, **changes):
-    return get_peft_model(make_llama() if base is None else base, config(**changes)).eval()
-
-
-def two_masks():
-    """Two masks of other layers, ratios and seeds on one base; the first is active."""
-    model = with_masks()
-    model.add_adapter("other", config(layers_to_transform=[1, 2], keep_ratio=0.5, seed=1))
-    return model
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=TOKENS).logits
-
-
-def layers(model):
-    return [module for module in model.modules() if isinstance(module, MaskLinear)]
-
-
 def scores(model):
     """Of our masked layers, or of the default adapter of PEFT's, by module."""
     found = {layer.module_name: layer.mft_scores["default"].detach() for layer in layers(model)}
     return found or {name: module.scores.detach() for name, module in masked_modules(model).items()}
-
-
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same(found, expected):
-    """Equal bit for bit, NaN and -0.0 included."""
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert tensor.dtype == found[name].dtype, name
-        assert torch.equal(*(t.contiguous().view(torch.uint8) for t in (found[name], tensor))), name
 
 
 def gradients(model):
@@ -197,191 +166,6 @@ def test_casting_the_model_leaves_the_scores_alone(scores_dtype):
     model = with_masks(scores_dtype=scores_dtype).to(torch.float16)
     assert {layer.mft_scores["default"].dtype for layer in layers(model)} == {getattr(torch, scores_dtype)}
     assert {layer.weight.dtype for layer in layers(model)} == {torch.float16}
-
-
-# ---------------------------------------------------------------------------------------------- several masks
-
-
-def test_adapters_are_switched_and_share_the_frozen_weights():
-    base = make_llama()
-    address = base.get_submodule(UP).weight.data_ptr()
-    model = get_peft_model(base, config())
-    first = logits(model)
-    model.add_adapter("other", config(layers_to_transform=[1, 2], keep_ratio=0.5, seed=1))
-    assert torch.equal(logits(model), first)
-    model.set_adapter("other")
-    alone = mask_model(make_llama(), MaskConfig.paper(layers_to_transform=[1, 2], keep_ratio=0.5, seed=1))
-    assert torch.equal(logits(model), logits(alone))
-    trained = {name.rpartition(".mft_scores.")[2] for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {"other"}
-    model.set_adapter("default")
-    assert torch.equal(logits(model), first)
-    assert model.get_submodule(f"base_model.model.{UP}").weight.data_ptr() == address
-
-
-def test_disable_adapter_gives_the_output_of_the_base_bit_for_bit():
-    model, base = two_masks(), logits(make_llama())
-    masked = logits(model)
-    for merged in (False, True):
-        if merged:
-            model.merge_adapter()
-        with model.disable_adapter():
-            assert torch.equal(logits(model), base)
-        assert torch.equal(logits(model), masked)  # what was merged is unmerged, as elsewhere in PEFT
-    assert not torch.equal(masked, base)
-
-
-def test_several_active_masks_are_refused():
-    model = two_masks()
-    with pytest.raises(ValueError, match=r"one mask at a time can be active, got \['default', 'other'\]"):
-        model.base_model.set_adapter(["default", "other"])
-    assert model.active_adapters == ["default"]
-    with pytest.raises(ValueError, match="one mask at a time serves a whole batch, got adapter_names="):
-        model(input_ids=TOKENS, adapter_names=["default", "other", "other"])
-
-
-def test_a_deleted_mask_is_gone_and_the_others_stay():
-    model = with_masks()
-    model.add_adapter("other", config(seed=1))
-    first = logits(model)
-    model.delete_adapter("other")
-    assert list(model.peft_config) == ["default"] == model.active_adapters
-    assert not any("other" in layer.mft_scores or "other" in layer.mft_config for layer in layers(model))
-    assert torch.equal(logits(model), first)
-    with pytest.raises(ValueError, match="Adapter other does not exist"):
-        model.delete_adapter("other")
-    model.delete_adapter("default")
-    assert torch.equal(logits(model.base_model), logits(make_llama()))
-
-
-def test_deleting_the_active_mask_activates_another():
-    model = with_masks()
-    model.add_adapter("other", config(seed=1))
-    model.set_adapter("other")
-    with pytest.warns(UserWarning, match="was active which is now deleted"):
-        model.delete_adapter("other")
-    assert model.active_adapters == ["default"]
-    assert torch.equal(logits(model), logits(with_masks()))
-
-
-def test_unload_gives_the_base_back():
-    base = two_masks().unload()
-    assert_same(state(base), state(make_llama()))
-    assert [type(module) for module in base.modules()] == [type(module) for module in make_llama().modules()]
-
-
-def test_the_state_of_the_base_is_found_under_its_own_names():
-    assert_same(get_base_model_state_dict(two_masks()), state(make_llama()))
-
-
-def test_masks_are_injected_into_a_plain_model():
-    model = inject_adapter_in_model(config(), make_llama())
-    assert torch.equal(logits(model), logits(with_masks()))
-
-
-# ---------------------------------------------------------------------------------------------- merging
-
-
-def test_unmerging_restores_every_bit_of_the_weights():
-    base = make_llama()
-    with torch.no_grad():
-        base.get_submodule(UP).weight.view(-1)[:6] = torch.tensor([float("nan"), float("-inf"), -0.0, 0.0, -1.0, 2.0])
-    for kind in (torch.float32, torch.bfloat16):
-        model = with_masks(copy.deepcopy(base).to(kind))
-        before = state(model)
-        model.merge_adapter()
-        assert any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-        model.unmerge_adapter()
-        assert_same(state(model), before)
-
-
-def test_merging_leaves_a_model_that_shares_the_weights_alone():
-    base = make_llama()
-    shared = copy.deepcopy(base, {id(p): nn.Parameter(p.data) for p in base.parameters()})
-    with_masks(base).merge_and_unload()
-    assert_same(state(shared), state(make_llama()))
-
-
-def test_a_merged_model_computes_what_it_did_and_merges_once():
-    model = with_masks()
-    masked = logits(model)
-    model.merge_adapter()
-    merged = logits(model)
-    assert (merged - masked).abs().max() < 1e-5
-    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
-        model.merge_adapter()
-    assert torch.equal(logits(model), merged)
-    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
-        assert torch.equal(logits(model.merge_and_unload()), merged)
-
-
-def test_a_named_mask_is_merged_whichever_is_active():
-    merged = two_masks().merge_and_unload(adapter_names=["other"])
-    model = two_masks()
-    model.set_adapter("other")
-    assert_same(state(merged), state(model.merge_and_unload()))
-
-
-def test_two_masks_are_not_merged_into_one_weight():
-    model = two_masks()
-    before = state(model)
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(
-            ValueError, match=r"merged into model.layers.2.self_attn.q_proj, got \['default', 'other'\]"
-        ):
-            merge(adapter_names=["default", "other"])
-    model.merge_adapter()
-    with pytest.raises(ValueError, match=r"got \['default', 'other'\]: unmerge_adapter\(\) first"):
-        model.merge_adapter(adapter_names=["other"])
-    with pytest.warns(UserWarning, match="Already unmerged"):  # PEFT's word for the layers of the other mask
-        model.unmerge_adapter()
-    assert_same(state(model), before)
-
-
-def test_a_mask_added_to_a_merged_model_is_drawn_from_the_whole_weights():
-    model = with_masks()
-    model.merge_adapter()
-    with pytest.warns(UserWarning, match="unmerging it first"):
-        model.add_adapter("other", config(init="magnitude"))
-    model.set_adapter("other")
-    assert torch.equal(logits(model), logits(with_masks(init="magnitude")))
-
-
-@pytest.mark.parametrize("safe_merge", [True, False])
-def test_scores_that_are_not_finite_leave_every_weight_as_it_was(safe_merge):
-    model = with_masks()
-    with torch.no_grad():
-        layers(model)[-1].mft_scores["default"][0, 0] = float("nan")
-    before = state(model)
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(
-            ValueError, match="The adapter default seems to be broken: scores of module 'model.layers.3"
-        ):
-            merge(safe_merge=safe_merge)
-    assert_same(state(model), before)
-    with pytest.raises(ValueError, match="scores of module 'model.layers.3.mlp.down_proj' must be finite"):
-        logits(model)
-
-
-def test_safe_merge_refuses_a_kept_infinity_and_takes_a_dropped_one():
-    model = with_masks(target_modules=["up_proj"], layers_to_transform=2)
-    (layer,) = layers(model)
-    with torch.no_grad():
-        layer.weight[0, 0] = float("inf")
-        layer.mft_scores["default"][0, 0] = 1.0
-    before = state(model)
-    with pytest.raises(ValueError, match=f"it keeps weights of {UP} that are NaN or Inf"):
-        model.merge_and_unload(safe_merge=True)
-    assert_same(state(model), before)
-    with torch.no_grad():
-        layer.mft_scores["default"][0, 0] = 1e-9
-    assert model.merge_and_unload(safe_merge=True).get_submodule(UP).weight[0, 0] == 0
-
-
-def test_tied_embeddings_stay_tied():
-    model = with_masks(make_llama(tie_word_embeddings=True), target_modules="all-linear").merge_and_unload()
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.config.tie_word_embeddings
 
 
 # ---------------------------------------------------------------------------------------------- files

@@ -1,0 +1,53 @@
+"""Masks as an adapter of PEFT's on a tiny Llama, and what tests compare of them."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import make_llama, make_rows
+
+from mft.masks.peft import MaskPeftConfig
+from mft.masks.peft_layer import MaskLinear
+
+# What PEFT 0.21 still calls in transformers 5.24.
+STILL_CALLED = pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.* is deprecated and will be removed:FutureWarning"
+)
+TOKENS = torch.tensor(make_rows(3)["input_ids"])
+UP = "model.layers.2.mlp.up_proj"
+SETTING = {"layers_to_transform": [2, 3], "keep_ratio": 0.7, "init": "normal"}
+
+
+def config(**changes):
+    return MaskPeftConfig(**SETTING | {"task_type": "CAUSAL_LM"} | changes)
+
+
+def with_masks(base=None, **changes):
+    return get_peft_model(make_llama() if base is None else base, config(**changes)).eval()
+
+
+def two_masks():
+    """Two masks of other layers, ratios and seeds on one base; the first is active."""
+    model = with_masks()
+    model.add_adapter("other", config(layers_to_transform=[1, 2], keep_ratio=0.5, seed=1))
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, MaskLinear)]
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(found, expected):
+    """Equal bit for bit, NaN and -0.0 included."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensor.dtype == found[name].dtype, name
+        assert torch.equal(*(t.contiguous().view(torch.uint8) for t in (found[name], tensor))), name
