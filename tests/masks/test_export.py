@@ -1,43 +1,21 @@
-"""save_masks, load_masks and base_hash: what comes back is bit for bit what was saved, and damage has a message."""
+"""save_masks, load_masks and base_hash: what comes back is bit for bit what was saved, or is refused."""
 
 import copy
 import json
-import multiprocessing
 import os
-import resource
 import shutil
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from exports import CONFIG, MASKS, TOKENS, UP, assert_same_tensors, edit_config, edit_masks, llama, masks
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from mft.config import MaskConfig
 from mft.masks import export as export_module
-from mft.masks import export_format
 from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.export import base_hash, load_masks, save_masks
-
-TOKENS = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-CONFIG, MASKS = "adapter_config.json", "adapter_model.safetensors"
-UP = "model.layers.1.mlp.up_proj"
-
-
-def llama(hidden_size=40):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            **TOKENS,
-            hidden_size=hidden_size,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-        )
-    )
 
 
 def gpt2():
@@ -46,41 +24,6 @@ def gpt2():
 
 
 BASES = {"llama": llama, "bfloat16": lambda: llama().to(torch.bfloat16), "gpt2": gpt2}
-
-
-def masks(model):
-    return {name: module.mask() for name, module in masked_modules(model).items()}
-
-
-def assert_same_tensors(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
-
-
-@pytest.fixture
-def masked():
-    return mask_model(llama(), MaskConfig.paper(layers_to_transform=[1, 2]))
-
-
-@pytest.fixture
-def saved(masked, tmp_path):
-    return save_masks(masked, tmp_path / "export")
-
-
-def edit_config(directory, **changes):
-    path = directory / CONFIG
-    values = json.loads(path.read_text())
-    values.update({key: value for key, value in changes.items() if value is not KeyError})
-    for key in [key for key, value in changes.items() if value is KeyError]:
-        del values[key]
-    path.write_text(json.dumps(values))
-
-
-def edit_masks(directory, change):
-    tensors = safetensors.torch.load_file(directory / MASKS)
-    change(tensors)
-    safetensors.torch.save_file(tensors, directory / MASKS)
 
 
 # ---------------------------------------------------------------------------------------------- the round trip
@@ -289,180 +232,6 @@ def test_an_export_that_names_the_head_is_refused(saved):
         load_masks(llama(), saved, force=True)
 
 
-# ---------------------------------------------------------------------------------------------- damaged files
-
-
-@pytest.mark.parametrize("name", [CONFIG, MASKS])
-def test_a_missing_file_is_named(saved, name):
-    (saved / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"export/{name}: missing; an export has {CONFIG} and {MASKS}"):
-        load_masks(llama(), saved)
-
-
-def test_a_missing_directory_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: expected a directory with .* got nothing there"):
-        load_masks(llama(), tmp_path / "nowhere")
-    (tmp_path / "file").touch()
-    with pytest.raises(FileNotFoundError, match="got a file"):
-        load_masks(llama(), tmp_path / "file")
-
-
-@pytest.mark.parametrize("length", [0, 5, 100, -1])
-def test_a_truncated_file_tells_its_size(saved, length):
-    content = (saved / MASKS).read_bytes()
-    (saved / MASKS).write_bytes(content[:length])
-    size = len(content[:length])
-    message = (
-        rf"{MASKS}: expected a safetensors file, got {size} bytes that are damaged or cut off .*: copy the export again"
-    )
-    with pytest.raises(ValueError, match=message):
-        load_masks(llama(), saved)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"peft_type": "LORA"}, "expected peft_type 'MFT', got 'LORA': not our masks"),
-        ({"format_version": 3}, "expected format_version 2, got 3: upgrade mft"),
-        (
-            {"format_version": True},
-            "expected format_version 2, got True: use the version",
-        ),
-        ({"format_version": 0}, "expected format_version 2, got 0: use the version"),
-        ({"content_hash": KeyError}, "missing key 'content_hash'"),
-        ({"content_hash": None}, 'content_hash must be a string "sha256:" and 64 hexadecimal digits, got None'),
-        ({"content_hash": "sha256:"}, "content_hash must be a string"),
-        ({"base_quantization": KeyError}, "missing key 'base_quantization'"),
-        ({"keep_raito": 0.5}, r"unknown key 'keep_raito'; did you mean keep_ratio\?"),
-        ({"base_hash": KeyError}, "missing key 'base_hash'"),
-        ({"base_hash": 5}, 'base_hash must be a string "sha256:" and 64 hexadecimal digits, got 5'),
-        ({"base_hash": ""}, "base_hash must be a string"),
-        ({"base_hash": "sha256:"}, "base_hash must be a string"),
-        ({"mode": "sideways"}, "mode must be magnitude or value, got 'sideways'"),
-        ({"keep_ratio": 1.5}, r"keep_ratio must be a number in \[0, 1\] or null, got 1.5"),
-        ({"keep_ratio": "0.9"}, "keep_ratio must be a number"),
-        ({"target_modules": "q_proj"}, "target_modules must be a list of strings, got 'q_proj'"),
-        ({"layers_to_transform": [1.5]}, r"layers_to_transform must be a list of ints or null, got \[1.5\]"),
-        ({"base_model_name_or_path": []}, r"base_model_name_or_path must be a string or null, got \[\]"),
-        ({"modules": []}, r"modules must be a list of masked layers, got \[\]"),
-        ({"modules": {}}, "modules must be a list of masked layers"),
-        ({"modules": [7]}, r"modules\[0\] must be an object, got 7"),
-        ({"modules": [{"name": "a", "shape": [4, 4], "dtype": "float32"}]}, r"missing key 'kept' in modules\[0\]"),
-        (
-            {"modules": [{"name": "a", "shape": [4, 0], "dtype": "x", "kept": 0}]},
-            r"modules\[0\].shape must be two positive ints \[N, K\]",
-        ),
-        (
-            {"modules": [{"name": "a", "shape": [10**4000, 10**4000], "dtype": "x", "kept": 0}]},
-            r"modules\[0\].shape must be two positive ints \[N, K\] below 2\*\*31, got \[1000*[.]{3}",
-        ),
-        (
-            {"modules": [{"name": "a", "shape": [4, 4], "dtype": "x", "kept": 17}]},
-            r"modules\[0\].kept must be an int from 0 to 16, got 17",
-        ),
-        (
-            {"modules": 2 * [{"name": "a", "shape": [4, 4], "dtype": "x", "kept": 3}]},
-            r"modules must be layers of different names, got \['a'\]",
-        ),
-    ],
-)
-def test_a_wrong_description_names_file_key_and_value(saved, changes, message):
-    edit_config(saved, **changes)
-    with pytest.raises(ValueError, match=f"export/{CONFIG}: {message}"):
-        load_masks(llama(), saved)
-
-
-def test_a_broken_description_names_the_line(saved):
-    (saved / CONFIG).write_text('{\n"peft_type": "MFT",\n}')
-    with pytest.raises(ValueError, match=rf"{CONFIG}:[23]: expected JSON, "):
-        load_masks(llama(), saved)
-    (saved / CONFIG).write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(ValueError, match=f"{CONFIG}: expected UTF-8 text, got byte 7, which is not"):
-        load_masks(llama(), saved)
-
-
-def set_padding(tensors):
-    tensors[f"{UP}.mask"][5, 1] |= 1 << 30
-
-
-def flip_bit(tensors):
-    tensors[f"{UP}.mask"][5, 1] ^= 1 << 3
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.pop(f"{UP}.mask"), f"missing tensor '{UP}.mask', a module that {CONFIG} lists"),
-        (
-            lambda t: t.update({"more.mask": torch.zeros(1)}),
-            f"unknown tensor 'more.mask', of which {CONFIG} knows no module",
-        ),
-        (
-            lambda t: t.update({f"{UP}.mask": t[f"{UP}.mask"][:47].clone()}),
-            rf"{UP}.mask must be int32 \(48, 2\) for a weight of \(48, 40\), got I32 \(47, 2\)",
-        ),
-        (
-            lambda t: t.update({f"{UP}.mask": t[f"{UP}.mask"].float()}),
-            rf"{UP}.mask must be int32 .* got F32 \(48, 2\)",
-        ),
-        (set_padding, f"{UP}.mask must have 0 in each row's last 24 bits, its padding: damaged"),
-        (flip_bit, rf"{UP}.mask must keep \d+ weights as {CONFIG} says, got \d+: the two files are not of one export"),
-    ],
-)
-def test_wrong_masks_name_file_and_tensor(saved, change, message):
-    edit_masks(saved, change)
-    model = llama()
-    with pytest.raises(ValueError, match=f"export/{MASKS}: {message}"):
-        load_masks(model, saved)
-    assert not masked_modules(model)
-
-
-def swap_layers(tensors):
-    """Of two layers of one shape and count."""
-    first, second = (f"model.layers.{layer}.mlp.up_proj.mask" for layer in (1, 2))
-    assert not torch.equal(tensors[first], tensors[second])
-    tensors[first], tensors[second] = tensors[second], tensors[first]
-
-
-def test_swapped_layers_are_told_by_the_content_hash(saved):
-    edit_masks(saved, swap_layers)
-    with pytest.raises(ValueError, match=f"{CONFIG}: expected content_hash sha256:.*: damaged, or changed by hand"):
-        load_masks(llama(), saved)
-
-
-def test_an_old_export_without_a_content_hash_loads_and_it_is_said_what_that_cannot_tell(saved, masked, caplog):
-    assert_same_tensors(masks(load_masks(llama(), saved)), masks(masked))
-    assert caplog.text == ""
-    missing = dict.fromkeys(("content_hash", "base_quantization", "quantize_masked"), KeyError)
-    edit_config(saved, format_version=1, **missing)
-    loaded = load_masks(llama(), saved)
-    assert_same_tensors(masks(loaded), masks(masked))
-    assert "no content_hash, as in format_version 1: swapped masks cannot be told; save_masks writes one" in caplog.text
-    save_masks(loaded, saved)
-    caplog.clear()
-    load_masks(llama(), saved)
-    assert caplog.text == ""
-
-
-def peak_of_check(packed, entry, answers):
-    """Put how many bytes the check took at most beside those that were there."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    export_format._checked_mask(Path("file"), "key", packed, entry)
-    answers.put(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
-
-
-def test_a_mask_is_checked_in_little_more_memory_than_it_takes():
-    """Unpacked whole, it took 64 times as many bytes. In a process of its own: a peak does not fall again."""
-    packed = torch.full((2048, 2048), 0x0F0F0F0F, dtype=torch.int32)  # 16 MiB
-    packed[0, 0] = -1
-    entry = export_format.MaskEntry("layer", (2048, 65536), "float32", 16 * packed.numel() + 16)
-    answers = multiprocessing.get_context("fork").Queue()
-    process = multiprocessing.get_context("fork").Process(target=peak_of_check, args=(packed, entry, answers))
-    process.start()
-    assert answers.get(timeout=60) <= 4 * packed.nbytes
-    process.join()
-
-
 # ---------------------------------------------------------------------------------------------- writing
 
 
@@ -540,13 +309,3 @@ def test_a_write_that_fails_leaves_what_was_there(masked, saved, exists, monkeyp
     assert os.listdir(saved.parent) == ([saved.name] if exists else [])
     if exists:
         assert {name: (saved / name).read_bytes() for name in os.listdir(saved)} == before
-
-
-def test_no_pickle_is_read(saved, monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("unpickled")
-
-    monkeypatch.setattr(torch, "load", refuse)
-    monkeypatch.setattr("pickle.load", refuse)
-    monkeypatch.setattr("pickle.loads", refuse)
-    assert masked_modules(load_masks(llama(), saved))
