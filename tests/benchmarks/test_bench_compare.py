@@ -1,0 +1,183 @@
+"""python -m benchmarks.compare: when a ratio is a regression, what is measured again, and what cannot be told."""
+
+import json
+import subprocess
+
+import pytest
+from ratio_records import QUANTITY, record, spread
+
+from benchmarks import compare, harness
+from benchmarks.records import by_question, file_name
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "verdict"),
+    [
+        ((1.0, 0.01), (1.2, 0.01), "REGRESSION"),
+        ((1.0, 0.01), (1.04, 0.01), ""),  # beyond the spreads, not by 5 %
+        ((1.0, 0.15), (1.2, 0.10), ""),  # by more than 5 %, within the spreads
+        ((1.2, 0.01), (1.0, 0.01), "better"),
+    ],
+)
+def test_a_regression_exceeds_both_spreads_and_5_percent(before, now, verdict):
+    (change,) = compare.compare(record(*before), record(*now))
+    assert change.verdict == verdict
+
+
+def test_new_and_missing_ratios_are_told_apart():
+    changes = compare.compare(record(quantity="ours / a"), record(quantity="ours / b"))
+    assert {change.quantity: change.verdict for change in changes} == {"ours / a": "MISSING", "ours / b": "new"}
+
+
+def test_what_a_quick_run_leaves_out_is_not_missing():
+    changes = compare.compare(record(quantity="ours / a"), record(quantity="ours / b"), partial=True)
+    assert [change.verdict for change in changes] == ["new"]
+
+
+@pytest.mark.parametrize(("quantity", "unit"), [("LoRA / dense: forward", "x"), (QUANTITY, "ms"), ("ours", "x")])
+def test_only_ratios_of_ours_are_compared(quantity, unit):
+    assert compare.ratios(record(quantity=quantity, unit=unit)) == {}
+
+
+def run_compare(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["compare", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        compare.main()
+    return stopped.value.code
+
+
+def write(folder, content, name="ops", instruction_set=None):
+    folder.mkdir(exist_ok=True)
+    path = folder / file_name(name, instruction_set or harness.instruction_set())
+    own = {"instruction_set": instruction_set or harness.instruction_set()} | content["environment"]
+    path.write_text(json.dumps(content | {"environment": own}))
+    return folder
+
+
+def test_the_exit_code_tells_a_regression_and_the_table_names_it(tmp_path, monkeypatch, capsys):
+    old, same = write(tmp_path / "old", record(1.0)), write(tmp_path / "same", record(1.0))
+    worse = write(tmp_path / "worse", record(1.5))
+    assert run_compare(monkeypatch, old, "--now", same) == 0
+    assert QUANTITY not in capsys.readouterr().out
+    assert run_compare(monkeypatch, old, "--now", worse) == 1
+    told = capsys.readouterr().out
+    assert QUANTITY in told
+    assert "REGRESSION" in told
+
+
+def answers_in_turn(monkeypatch, *medians):
+    """Instead of measuring: each time it is asked, the next of these medians. Returns what was asked."""
+    asked, left = [], list(medians)
+
+    def answer(questions, *, quick):
+        asked.append(questions)
+        return {question: record(left.pop(0)) for question in questions}
+
+    monkeypatch.setattr(compare, "_answers", answer)
+    return asked
+
+
+@pytest.mark.parametrize(("again", "code", "told"), [(1.5, 1, "REGRESSION"), (1.0, 0, "not repeated: 1.000")])
+def test_what_seems_worse_is_measured_again_and_decides_if_it_repeats(tmp_path, monkeypatch, capsys, again, code, told):
+    old = write(tmp_path / "old", record(1.0))
+    asked = answers_in_turn(monkeypatch, 1.5, again)
+    assert run_compare(monkeypatch, old) == code
+    assert asked == [["ops"], ["ops"]]
+    assert told in capsys.readouterr().out
+
+
+def test_only_questions_with_suspects_are_asked_again(tmp_path, monkeypatch):
+    old = write(write(tmp_path / "old", record(1.0)), record(1.0), "scaling")
+    asked = answers_in_turn(monkeypatch, 1.0, 1.5, 1.5)
+    assert run_compare(monkeypatch, old) == 1
+    assert asked == [["ops", "scaling"], ["scaling"]]
+
+
+def test_a_question_that_was_not_measured_fails(tmp_path, monkeypatch, capsys):
+    old = write(write(tmp_path / "old", record()), record(), "scaling")
+    assert run_compare(monkeypatch, old, "--now", write(tmp_path / "now", record())) == 1
+    assert "scaling: MISSING" in capsys.readouterr().out
+
+
+def with_time(median, device, ratio=1.0):
+    both = record(ratio, device=device)
+    both["findings"].append({"quantity": "dense", "measured": spread(median), "unit": "ms"})
+    return both
+
+
+def test_times_are_shown_for_one_machine_and_decide_nothing(tmp_path, monkeypatch, capsys):
+    old = write(tmp_path / "old", with_time(5.0, "a"))
+    assert run_compare(monkeypatch, old, "--now", write(tmp_path / "now", with_time(7.0, "a"))) == 0
+    assert "(for information) dense: 5 -> 7 ms" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("ratio", "told"), [(1.5, "higher here"), (0.5, "lower here"), (1.0, "1 of 1 ratios within")])
+def test_between_two_machines_nothing_is_concluded(tmp_path, monkeypatch, capsys, ratio, told):
+    old = write(tmp_path / "old", with_time(5.0, "a"))
+    assert run_compare(monkeypatch, old, "--now", write(tmp_path / "now", with_time(7.0, "b", ratio))) == 2
+    printed = capsys.readouterr().out
+    assert "!!! NOT THE SAME MACHINE: device was 'a' and is 'b'" in printed
+    assert told in printed
+    assert "whether the code became slower cannot be told. Measure REF here: python -m benchmarks --out" in printed
+    for verdict in ("REGRESSION", "no regression", "better", "worse", "for information"):
+        assert verdict not in printed
+
+
+def test_answers_of_another_instruction_set_are_not_compared(tmp_path, monkeypatch, capsys):
+    old = write(tmp_path / "old", record(1.0), instruction_set="avx9")
+    assert run_compare(monkeypatch, old) == 2  # nothing is measured for it
+    mine = harness.instruction_set()
+    assert f"an instruction set that is compared, {mine}, {old} has those of avx9" in capsys.readouterr().err
+    both = write(write(tmp_path / "both", record(1.0)), record(1.0), instruction_set="avx9")
+    now = write(tmp_path / "now", record(1.5), instruction_set="avx9")
+    assert run_compare(monkeypatch, both, "--now", now) == 1
+    assert run_compare(monkeypatch, both, "--now", write(tmp_path / "same", record(1.0))) == 0
+
+
+def test_a_ref_from_before_names_told_the_instruction_set_is_placed_by_its_backend(tmp_path, monkeypatch):
+    old = tmp_path / "old"
+    old.mkdir()
+    placed = record(1.0, backend=f"C++, {harness.instruction_set()}")
+    (old / "ops-cpu.json").write_text(json.dumps(placed))
+    now = write(tmp_path / "now", record(1.5, backend=placed["environment"]["backend"]))
+    assert run_compare(monkeypatch, old, "--now", now) == 1
+
+
+def test_a_ratio_that_is_missing_on_another_machine_fails(tmp_path, monkeypatch):
+    old = write(tmp_path / "old", record(quantity="ours / a", device="a"))
+    now = write(tmp_path / "now", record(quantity="ours / b", device="b"))
+    assert run_compare(monkeypatch, old, "--now", now) == 1
+
+
+def test_another_machine_is_said_before_anything_is_measured_and_nothing_is_asked_twice(tmp_path, monkeypatch, capsys):
+    old = write(tmp_path / "old", record(1.0))
+    environment = {**harness.environment(), "device": "b"}
+    monkeypatch.setattr(compare, "environment", lambda: environment)
+
+    def answer(questions, *, quick):
+        assert "REF was not measured on this machine (" in capsys.readouterr().out
+        return {question: record(1.5, device="b") for question in questions}
+
+    monkeypatch.setattr(compare, "_answers", answer)
+    assert run_compare(monkeypatch, old) == 2
+    assert "asked again" not in capsys.readouterr().out
+
+
+def test_a_ref_is_a_commit_whose_results_are_read(tmp_path, monkeypatch):
+    def git(*arguments):
+        named = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *named, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    results = tmp_path / "benchmarks" / "results"
+    results.parent.mkdir()
+    write(results, record(2.0))
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "results")
+    write(results, record(3.0))
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    monkeypatch.setattr(compare, "RESULTS", results)
+    found = by_question(compare.read_ref("HEAD"), harness.instruction_set())
+    assert found["ops"]["findings"][0]["measured"]["median"] == 2.0
+    with pytest.raises(ValueError, match="REF must be a folder of results or a git ref, got 'nowhere'"):
+        compare.read_ref("nowhere")
