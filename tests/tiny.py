@@ -1,7 +1,8 @@
-"""Tiny models and rows that the recipe's tests share: a random Llama of 61 words learns to count."""
+"""Tiny models, linears and rows that tests share: a random Llama of 61 words learns to count."""
 
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mft.config import MaskConfig
@@ -47,6 +48,16 @@ def make_rows(count=8, length=12, seed=0):
 
 def masked_llama(layers=(2, 3), dtype=torch.float32, **mask):
     return mask_model(make_llama(dtype), MaskConfig.paper(layers_to_transform=list(layers), **mask))
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
+
+
+def frozen_linear(out_features=24, in_features=40, bias=True, dtype=torch.float32):
+    linear = nn.Linear(in_features, out_features, bias, dtype=dtype).requires_grad_(False)
+    linear.weight.copy_(normal(out_features, in_features))
+    return linear
 
 
 def evaluation(tokens, loss_sums, correct=None):

@@ -1,4 +1,4 @@
-"""Quantised bases: the codes and their error, products and gradients, whole models, and what an export says of them."""
+"""Quantised bases: products and gradients, whole models, training, and what an export says of them."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from tiny import make_llama, make_rows, masked_llama
+from tiny import frozen_linear, make_llama, make_rows, masked_llama, normal
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -26,152 +26,10 @@ from mft.masks.export_format import read_export
 from mft.masks.quantize import QuantizedLinear, QuantizedMaskedLinear, quantize_model
 from mft.models import quantized_weight
 from mft.models.linears import find_candidates, layer_stacks
-from mft.models.quantized_weight import BLOCK, QuantizedWeight, quantized_weights
+from mft.models.quantized_weight import quantized_weights
 from mft.training.loop import train_masks
 
-# The levels that appendix E of QLoRA (arXiv 2305.14314) lists.
-NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
-NF4 += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634]
-NF4 += [0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
-SHAPES = [(64, 128), (33, 77), (3, 5), (1, 1), (130, 96), (257, 63)]
 GATE = "model.layers.0.mlp.gate_proj"
-
-
-def normal(*shape, dtype=torch.float32, seed=0):
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
-
-
-def frozen_linear(out_features=24, in_features=40, bias=True, dtype=torch.float32):
-    linear = nn.Linear(in_features, out_features, bias, dtype=dtype).requires_grad_(False)
-    linear.weight.copy_(normal(out_features, in_features))
-    return linear
-
-
-def absmax_of_each(weight, kind):
-    """The absmax that belongs to each weight, (N, K)."""
-    if kind == "int8":
-        return weight.abs().amax(1, keepdim=True).expand_as(weight)
-    blocks = [block.abs().max().expand(len(block)) for block in weight.flatten().split(BLOCK)]
-    return torch.cat(blocks).view_as(weight)
-
-
-def levels(kind):
-    return torch.tensor(NF4) if kind == "nf4" else torch.arange(-127, 128) / 127
-
-
-# ---------------------------------------------------------------------------------------------- the codes
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", QUANTIZATIONS)
-def test_every_weight_goes_to_the_nearest_level(kind, shape, dtype):
-    weight = normal(*shape, dtype=dtype)
-    dense = QuantizedWeight.quantize(weight, kind).dense()
-    assert (dense.shape, dense.dtype, dense.is_contiguous()) == (weight.shape, dtype, True)
-    absmax = absmax_of_each(weight, kind).float()
-    distances = (weight.float()[..., None] - absmax[..., None] * levels(kind)).abs()
-    # The result is rounded to dtype, and the level is found in fp32: half an ulp of each.
-    slack = absmax * (torch.finfo(dtype).eps + 1e-6)
-    assert ((weight.float() - dense.float()).abs() <= distances.amin(-1) + slack).all()
-
-
-@pytest.mark.parametrize(("kind", "gap"), [("nf4", 1 - 0.69619280), ("int8", 1 / 127)])
-def test_the_error_stays_below_half_of_the_widest_gap(kind, gap):
-    weight = normal(256, 512)
-    error = (weight - QuantizedWeight.quantize(weight, kind).dense()).abs() / absmax_of_each(weight, kind)
-    assert 0.45 * gap < error.max() <= 0.5 * gap + 1e-6
-
-
-@pytest.mark.parametrize(("kind", "error", "bytes_a_weight"), [("nf4", 0.092, 0.5625), ("int8", 0.0075, 1 + 4 / 1024)])
-def test_normal_weights_lose_what_is_known_of_each_kind(kind, error, bytes_a_weight):
-    weight = normal(512, 1024)
-    quantized = QuantizedWeight.quantize(weight, kind)
-    relative = ((weight - quantized.dense()).norm() / weight.norm()).item()
-    assert relative == pytest.approx(error, rel=0.05)
-    assert quantized.nbytes == bytes_a_weight * weight.numel()
-    assert quantized.nbytes == sum(tensor.nbytes for tensor in quantized.tensors().values())
-
-
-@pytest.mark.parametrize("kind", QUANTIZATIONS)
-def test_what_lies_on_the_levels_comes_back_exactly(kind):
-    numbers = torch.arange(64 * 128).view(64, 128) * 7
-    chosen = levels(kind)[numbers % len(levels(kind))]
-    chosen[:, ::BLOCK] = 1
-    weight = chosen * 0.5  # an absmax of a power of two, so that no product is rounded
-    quantized = QuantizedWeight.quantize(weight, kind)
-    if kind == "int8":  # times 127 / 127 is not exact in fp32
-        assert torch.equal(quantized.codes, (chosen * 127).round().to(torch.int8))
-    else:
-        assert torch.equal(quantized.dense(), weight)
-
-
-@pytest.mark.parametrize("shape", [(257, 63), (400, 64), (70, 5)])
-@pytest.mark.parametrize("kind", QUANTIZATIONS)
-def test_chunks_and_strides_change_no_code(kind, shape, monkeypatch):
-    weight = normal(*shape)
-    whole = QuantizedWeight.quantize(weight, kind)
-    dense = whole.dense()
-    monkeypatch.setattr(quantized_weight, "_QUANTIZED_AT_ONCE", 4096)
-    monkeypatch.setattr(quantized_weight, "_DEQUANTIZED_AT_ONCE", 100)
-    for same in (weight, weight.t().contiguous().t()):
-        chunked = QuantizedWeight.quantize(same, kind)
-        for name, tensor in whole.tensors().items():
-            assert torch.equal(chunked.tensors()[name], tensor), name
-        assert torch.equal(chunked.dense(), dense)
-
-
-@pytest.mark.parametrize("kind", QUANTIZATIONS)
-def test_zeros_stay_zeros_and_denormals_finite(kind):
-    weight = normal(130, 64)
-    weight[:128] = 0
-    weight[1, 0] = 1e-42
-    dense = QuantizedWeight.quantize(weight, kind).dense()
-    assert not dense[0].any()
-    assert not dense[2:128].any()
-    assert dense[1].abs().max() < 1e-37
-    assert dense[128:].any()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("kind", QUANTIZATIONS)
-def test_weights_that_are_not_finite_are_refused(kind, value):
-    linear = frozen_linear()
-    linear.weight[3, 5] = value
-    with pytest.raises(ValueError, match="weight must be finite to be quantised, got NaN or infinite values"):
-        QuantizedLinear.from_linear(linear, kind)
-
-
-def test_wrong_weights_and_kinds_are_refused():
-    with pytest.raises(ValueError, match=r"weight must be a matrix \(N, K\) that is not empty, got \(3,\)"):
-        QuantizedWeight.quantize(torch.ones(3))
-    with pytest.raises(ValueError, match="weight must be fp32, fp16 or bf16 to be quantised, got torch.float64"):
-        QuantizedWeight.quantize(torch.ones(2, 2).double())
-    with pytest.raises(ValueError, match="kind must be one of nf4, int8, got 'fp4'"):
-        QuantizedWeight.quantize(torch.ones(2, 2), "fp4")
-
-
-@pytest.mark.parametrize("kind", QUANTIZATIONS)
-def test_casting_a_model_changes_the_dense_dtype_and_no_code(kind):
-    quantized = QuantizedWeight.quantize(normal(16, 64), kind)
-    dense, before = quantized.dense(), copy.deepcopy(quantized.tensors())
-    nn.Sequential(quantized).to(torch.bfloat16)
-    for name, tensor in quantized.tensors().items():
-        assert torch.equal(tensor, before[name])
-        assert tensor.dtype == before[name].dtype
-    assert torch.equal(quantized.dense(), dense.bfloat16())
-    assert quantized.to("meta").codes.is_meta
-    assert quantized.dtype == torch.bfloat16
-
-
-def test_nf4_without_its_library_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr(quantized_weight, "_functional", None)
-    model = make_llama().requires_grad_(False)
-    with pytest.raises(RuntimeError, match=r'nf4 needs bitsandbytes, .*: pip install "bitsandbytes>=0.50", or choose'):
-        quantize_model(model)
-    assert not quantized_weights(model)
-    assert quantized_weights(quantize_model(model, "int8"))
 
 
 # ---------------------------------------------------------------------------------------------- one linear
@@ -315,6 +173,16 @@ def test_a_weight_that_is_not_finite_is_named():
     model.get_submodule(GATE).weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=f"{GATE}: weight must be finite"):
         quantize_model(model)
+
+
+def test_nf4_without_its_library_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(quantized_weight, "_functional", None)
+    model = make_llama().requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r'nf4 needs bitsandbytes, .*: pip install "bitsandbytes>=0.50", or choose'):
+        quantize_model(model)
+    assert not quantized_weights(model)
+    assert quantized_weights(quantize_model(model, "int8"))
 
 
 # ---------------------------------------------------------------------------------------------- training
