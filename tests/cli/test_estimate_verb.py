@@ -1,0 +1,167 @@
+"""mft estimate: the table, the choice and the JSON that it prints, its exit codes, and sizes with their units."""
+
+import json
+
+import pytest
+from known_shapes import LOCAL, SEVEN, SMALL
+from typer.testing import CliRunner
+
+from mft.cli import estimate as estimate_command
+from mft.cli.app import app
+from mft.cli.estimate import parse_bytes
+from mft.memory.estimate import estimate
+from mft.memory.shapes import shape_from_config
+from mft.memory.workload import Workload
+
+
+@pytest.fixture(autouse=True)
+def this_machine(monkeypatch):
+    """One of 64 GB."""
+    monkeypatch.setattr(estimate_command, "machine_bytes", lambda: 64e9)
+
+
+def call(*arguments):
+    result = CliRunner().invoke(app, ["estimate", *arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_the_verb_prints_a_table_and_the_choice():
+    code, output = call(
+        *("--model", "llama2-7b", "--layers", "4-7", "--keep-ratio", "0.9", "--sequence", "4096"),
+        *("--micro-batch", "1", "--memory", "auto", "--gpu", "24GB"),
+    )
+    assert code == 0, output
+    assert "llama2-7b, layers 4-7, 1 x 4096 tokens, on a GPU" in output
+    assert "memory: resident. it is the fastest way that fits; plain cannot be taken" in output
+    assert "quantized, which auto leaves alone since it changes the base, would fit in 7.8 GB" in output
+    assert "are not measured: they assume a card that sustains 150 TFLOP/s" in output
+    rows = {line[:16].strip(): line[16:].split() for line in output.splitlines()}
+    assert rows["device peak"] == ["42.84", "15.91", "7.77", "2.31", "24.00"]
+    assert rows["host peak"] == ["13.48", "16.82", "16.82", "147.85", "64.00"]
+    assert rows["linears in nf4"] == ["none", "none", "196", "none", "224"]
+    assert rows["fits"] == ["no", "yes", "yes", "no"]
+
+
+def test_what_the_host_must_hold_is_part_of_what_fits():
+    asked = ("--model", "llama3.1-8b", "--gpu", "12GB")
+    code, output = call(*asked)
+    assert code == 2
+    assert "layerwise: needs 242.4 GB of the host's 64.0 GB" in output
+    assert "this machine has 64.0 GB (--host for another)" in output
+    code, output = call(*asked, "--host", "256GB")
+    assert code == 0, output
+    assert "memory: layerwise" in output
+    assert "this machine" not in output
+    found = json.loads(call(*asked, "--json")[1])
+    assert (found["memory"], found["host_limit_gb"]) == (None, 64)
+    assert found["ways"]["layerwise"]["host_peak_gb"] == pytest.approx(242.4, abs=0.1)
+    assert "an RTX 4090" in found["seconds_assume"]
+
+
+def test_nf4_stands_over_no_exact_weight():
+    code, output = call("--model", "llama2-7b", "--gpu", "80GB", "--host", "400GB")
+    assert code == 0, output
+    counts = next(line for line in output.splitlines() if "linears in nf4" in line).split()
+    assert counts[3:] == ["none", "none", "none", "none", "224"]
+    assert "cannot be taken: every linear layer is masked" in output
+    found = json.loads(call("--model", "llama2-7b", "--quantize-masked", "--gpu", "8GB", "--json")[1])
+    assert found["ways"]["quantized"]["quantized_linears"] == 224
+
+
+def test_json_has_the_numbers_of_the_estimate():
+    code, output = call("--model", "llama2-7b", "--layers", "4-7", "--gpu", "24GB", "--json")
+    assert code == 0, output
+    found = json.loads(output)
+    expected = estimate(SEVEN, Workload(memory="resident", layers=LOCAL))
+    assert found["memory"] == "resident"
+    assert found["device_peak_gb"] == expected.device_peak / 1e9
+    assert found["host_peak_gb"] == expected.host_needed / 1e9
+    assert found["ways"]["layerwise"]["refusal"] == "needs 147.8 GB of the host's 64.0 GB"
+    assert found["ways"]["quantized"]["refusal"] is None
+    assert found["ways"]["resident"]["device_gb"]["gradients"] == pytest.approx(1.619, abs=1e-3)
+
+
+def test_what_does_not_fit_ends_with_code_two_and_the_nearest_setting():
+    asked = ("--model", "llama2-7b", "--layers", "4-7", "--memory", "resident", "--gpu", "16GB")
+    code, output = call(*asked)
+    assert code == 2
+    assert "nearest that fits: --memory layerwise" in output
+    assert "error" not in output
+    code, output = call(*asked, "--json")
+    assert code == 2
+    found = json.loads(output)
+    assert found["memory"] is None
+    assert found["nearest"]["memory"] == "layerwise"
+    assert found["device_peak_gb"] > 15.4
+
+
+def test_one_row_more_at_once_means_fewer_micro_batches():
+    _, output = call("--model", "llama2-7b", "--micro-batch", "4", "--gpu", "80GB", "--json")
+    assert json.loads(output)["setting"]["accumulation"] == 32
+
+
+def test_on_a_cpu_there_is_one_memory():
+    code, output = call("--model", "smollm2-135m", "--layers", "24-29", "--sequence", "512", "--cpu", "24GB", "--json")
+    assert code == 0, output
+    found = json.loads(output)
+    assert (found["memory"], found["host_peak_gb"]) == ("plain", 0)
+    _, output = call("--model", "smollm2-135m", "--sequence", "512", "--json")
+    assert json.loads(output)["device_limit_gb"] == 64
+
+
+def test_a_config_file_and_a_directory(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    for name in (tmp_path, tmp_path / "config.json"):
+        code, output = call("--model", str(name), "--gpu", "24GB", "--json")
+        assert code == 0, output
+        expected = estimate(shape_from_config(SMALL), Workload(memory="plain"))
+        assert json.loads(output)["device_peak_gb"] == expected.device_peak / 1e9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "lama2-7b"], "got 'lama2-7b', the hub cannot be reached"),
+        (["--model", "meta-llama/Llama-2-7b-hf"], "it is not in the hub's local cache"),
+        (["--model", "./nowhere"], "model must exist, got './nowhere': no such file or directory"),
+        (["--model", "no such model"], "a model directory or a hub id, got 'no such model'"),
+        (["--model", "llama2-7b", "--gpu", "24 apples"], "--gpu must be a size with its unit, such as 24GB or 24GiB"),
+        (["--model", "llama2-7b", "--gpu", "12"], "got '12': did you mean 12GB?"),
+        (["--model", "llama2-7b", "--gpu", "12GB", "--host", "64"], "got '64': did you mean 64GB?"),
+        (["--model", "llama2-7b", "--gpu", "1GB", "--cpu", "1GB"], "--gpu or --cpu must be given, got both"),
+        (["--model", "llama2-7b", "--host", "1GB"], "--host must come with --gpu, got 1GB alone"),
+        (["--model", "llama2-7b", "--keep-ratio", "1.5"], "keep_ratio must lie in [0, 1], got 1.5"),
+        (["--model", "llama2-7b", "--layers", "4-70"], "layers must lie in 0 to 31"),
+        (["--model", "llama2-7b", "--scores", "int8"], "scores must be one of float32, bfloat16, int16, got 'int8'"),
+        (["--model", "llama2-7b", "--target-modules", "q"], "target_modules must name linear layers of llama2-7b"),
+    ],
+)
+def test_errors_of_the_verb(arguments, message):
+    code, output = call(*arguments)
+    assert code == 2
+    assert message in output
+    assert output.startswith("error: ")
+
+
+def test_a_file_that_is_no_config(tmp_path):
+    for text, message in (("{", "config.json:1: expected JSON"), ("[]", "config.json: expected an object, got list")):
+        (tmp_path / "config.json").write_text(text)
+        code, output = call("--model", str(tmp_path / "config.json"))
+        assert code == 2
+        assert message in output
+    (tmp_path / "empty").mkdir()
+    assert "a directory with a config.json" in call("--model", str(tmp_path / "empty"))[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GB", 24e9), ("24GiB", 24 * 2**30), ("24e9B", 24e9), ("1.5 gb", 1.5e9), ("512mib", 2**29)]
+)
+def test_sizes(text, size):
+    assert parse_bytes(text, "--gpu") == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "24XB", "1..5GB", "0", "0GB", "24", "24e9", "infGB"])
+def test_what_is_no_size(text):
+    with pytest.raises(ValueError, match="--host must be a size"):
+        parse_bytes(text, "--host")

@@ -1,0 +1,90 @@
+"""The choice among the ways to train: the fastest that fits, why others do not, and the nearest setting that does."""
+
+from dataclasses import replace
+
+import pytest
+from known_shapes import LOCAL, SEVEN, SEVENTY
+
+from mft.config import WAYS
+from mft.memory.estimate import estimate
+from mft.memory.fit import RESERVE, choose, gigabytes
+from mft.memory.workload import Workload
+
+
+def test_auto_takes_the_fastest_that_fits():
+    workload = Workload(layers=LOCAL)
+    ways = [choose(SEVEN, workload, gb * 1e9).way for gb in (80, 24, 17.2, 16.5, 4, 2)]
+    assert ways == ["plain", "resident", "resident", "layerwise", "layerwise", None]
+    choice = choose(SEVEN, workload, 24e9)
+    assert set(choice.estimates) == set(WAYS)
+    assert "plain cannot be taken: needs 42.8 GB" in choice.reason
+    assert "quantized" not in choice.refusals
+
+
+def test_auto_takes_a_quantised_base_only_if_asked():
+    workload = Workload(layers=LOCAL)
+    assert choose(SEVEN, workload, 12e9).way == "layerwise"
+    assert choose(SEVEN, replace(workload, quantization="nf4"), 12e9).way == "quantized"
+    assert choose(SEVEN, replace(workload, quantization="nf4"), 4e9).way == "layerwise"
+
+
+def test_the_host_has_to_hold_its_part():
+    workload = Workload(layers=LOCAL)
+    assert choose(SEVEN, workload, 8e9).way == "layerwise"
+    refused = choose(SEVEN, workload, 8e9, 64e9)
+    assert refused.way is None
+    assert refused.refusals["layerwise"] == "needs 147.8 GB of the host's 64.0 GB"
+
+
+def test_an_explicit_way_is_refused_if_it_does_not_fit():
+    choice = choose(SEVEN, Workload(layers=LOCAL, memory="resident"), 16e9)
+    assert choice.way is None
+    needed = gigabytes(choice.estimates["resident"].device_peak)
+    assert choice.reason.startswith(f"nothing fits: resident: needs {needed} (and 0.6 GB for the context) of 16.0 GB")
+    assert choice.nearest == Workload(layers=LOCAL, memory="layerwise")
+    assert choose(SEVEN, Workload(layers=LOCAL, memory="resident"), 24e9).way == "resident"
+
+
+@pytest.mark.parametrize(("gigabytes", "host"), [(24, 64), (12, 32), (8, 32), (6, 48)])
+def test_the_nearest_setting_fits(gigabytes, host):
+    workload = Workload(micro_batch=4, accumulation=32)
+    choice = choose(SEVEN, workload, gigabytes * 1e9, host * 1e9)
+    assert choice.way is None
+    near = choice.nearest
+    assert near is not None
+    again = choose(SEVEN, near, gigabytes * 1e9, host * 1e9)
+    assert again.way == near.memory
+    assert near.layers == workload.layers
+    assert near.sequence <= workload.sequence
+    found = estimate(SEVEN, near)
+    assert found.device_peak + RESERVE["cuda"] <= gigabytes * 1e9
+    assert found.host_peak <= host * 1e9
+
+
+def test_smaller_micro_batches_are_the_first_thing_to_change():
+    workload = Workload(layers=LOCAL, memory="resident", micro_batch=8, accumulation=16)
+    near = choose(SEVEN, workload, 18e9).nearest
+    assert near == replace(workload, micro_batch=2, accumulation=64)
+
+
+def test_nothing_at_all_fits():
+    choice = choose(SEVENTY, Workload(), 1e9)
+    assert (choice.way, choice.nearest) == (None, None)
+
+
+def test_a_quantised_base_of_which_nothing_would_be_quantised_is_refused():
+    for way in ("quantized", "layerwise"):
+        choice = choose(SEVEN, Workload(memory=way, quantization="nf4"), 80e9)
+        assert "nothing would be quantised without quantize_masked" in choice.refusals[way]
+        assert choice.nearest.quantize_masked or choice.nearest.quantization is None
+    assert (
+        choose(SEVEN, Workload(memory="quantized", quantization="nf4", quantize_masked=True), 80e9).way == "quantized"
+    )
+    assert "layerwise" not in choose(SEVEN, Workload(), 80e9).refusals
+
+
+def test_ways_that_the_engines_refuse():
+    assert choose(SEVEN, Workload(layers=LOCAL, scores="int16"), 80e9).way == "resident"
+    clipped = choose(SEVEN, Workload(layers=LOCAL, clipping=True), 8e9)
+    assert clipped.refusals["layerwise"] == "it has no global gradient norm to clip"
+    assert clipped.way is None
