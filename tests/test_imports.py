@@ -175,3 +175,13 @@ def test_a_line_crossed_between_packages_and_a_circle_inside_one_are_found(tmp_p
 def test_importing_the_kernels_loads_nothing_of_the_recipe(module):
     code = f"import sys, mft_kernels; assert {module!r} not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_tests_import_helpers_of_their_own_folder_or_the_outermost_alone():
+    """Another folder's are found only where pytest happens to have collected that folder before."""
+    tests = ROOT / "tests"
+    homes = {path.stem: path.parent for path in tests.rglob("*.py") if path.name not in ("conftest.py", "__init__.py")}
+    for path in tests.rglob("*.py"):
+        _, others = imports(path, "tests")
+        for name in others & homes.keys():
+            assert homes[name] in (tests, path.parent) or "bad_inputs" in homes[name].parts, f"{path} imports {name}"

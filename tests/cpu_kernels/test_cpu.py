@@ -170,7 +170,7 @@ def test_accumulation_without_a_weight_equals_the_reference(capability, shape, d
 @pytest.mark.skipif(sys.platform != "linux", reason="forbidden pages are made with Linux's mprotect")
 def test_no_op_reads_or_writes_beyond_its_tensors():
     # In a process of its own, which such an access kills.
-    script = Path(__file__).with_name("guarded.py")
+    script = Path(__file__).parents[1] / "guarded.py"
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert run.stdout == "within bounds\n", (run.returncode, run.stderr)
 
