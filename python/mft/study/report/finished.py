@@ -1,0 +1,94 @@
+"""The models of a finished study, made again from its files."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mft.checks import nearest
+from mft.config import ModelConfig
+from mft.study.config import MASK, Setting
+from mft.study.load import load_study
+from mft.study.outcome import Unit
+from mft.study.plan import fine_tune_of, selection
+from mft.study.report.table import reference_of
+from mft.study.store import BASE_MODEL, STUDY, Store, open_store
+from mft.study.workspace import Workspace, with_weights
+
+
+@contextmanager
+def opened(directory: Path) -> Iterator["Finished"]:
+    """What lies in directory, which nobody else may have open meanwhile. Raises: ValueError if it is no study's."""
+    if not (directory / STUDY).is_file():
+        raise ValueError(f"directory must be a study's (with a {STUDY}), got {directory}")
+    study = load_study(directory / STUDY)
+    with open_store(study, directory) as store, torch.no_grad():
+        yield Finished(store)
+
+
+class Finished:
+    """A study's models, made from its files."""
+
+    def __init__(self, store: Store) -> None:
+        self.study, self._store = store.study, store
+        base = store.directory / BASE_MODEL
+        model = self.study.model if self.study.scratch is None else ModelConfig(str(base), dtype="float32")
+        self.workspace = Workspace(self.study, model)
+        self._chosen = selection(self.study, store.outcomes()).chosen
+
+    def arm(self, kind: str) -> str:
+        name = self.study.named(kind)
+        if name is None:
+            raise ValueError(f"the study must hold an arm of kind {kind}, got {', '.join(self.study.arms)}")
+        return name
+
+    def masked_arm(self, name: str | None) -> str:
+        """The arm of MFT of this name; None: the first."""
+        known = [arm for arm, config in self.study.arms.items() if config.kind == MASK]
+        if name is None:
+            return self.arm(MASK)
+        self.check("arm", name, known)
+        return name
+
+    def control_of(self, arm: str) -> str:
+        """The control of the same layers."""
+        name = reference_of(self.study, arm)
+        if name is None:
+            raise ValueError(f"the study must hold a control of {arm}'s layers, got {', '.join(self.study.arms)}")
+        return name
+
+    def model(self, domain: str, arm: str, seed: int):
+        unit = self._unit(domain, arm, seed)
+        start = fine_tune_of(self.study, self._chosen, unit)
+        self.workspace.begin(domain, self._file(start or unit))
+        model = self.workspace.model
+        return model if start is None else with_weights(model, load_file(self._file(unit)))
+
+    def dropped(self, domain: str, arm: str, seed: int) -> dict[str, Tensor]:
+        unit = self._unit(domain, arm, seed)
+        start = fine_tune_of(self.study, self._chosen, unit)
+        assert start is not None  # of a mask
+        before = load_file(self._file(start))
+        return {name: (weight == 0) & (before[name] != 0) for name, weight in load_file(self._file(unit)).items()}
+
+    def check(self, name: str, value: str, known: Sequence[str]) -> None:
+        if value not in known:
+            raise ValueError(f"--{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
+
+    def chosen(self, domain: str, arm: str) -> Setting:
+        """What validation chose."""
+        if arm not in self._chosen.get(domain, {}):
+            raise ValueError(f"the study must be finished, {arm} on {domain} is not: run mft compare to its end")
+        return self._chosen[domain][arm]
+
+    def _unit(self, domain: str, arm: str, seed: int) -> Unit:
+        return Unit(domain, arm, seed, self.chosen(domain, arm))
+
+    def _file(self, unit: Unit) -> Path:
+        path = self._store.trained(unit, self._chosen)
+        if not path.is_file():
+            raise ValueError(f"the study must be finished, {unit} is not: run mft compare to its end; no file {path}")
+        return path
