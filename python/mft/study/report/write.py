@@ -79,9 +79,9 @@ _GROUPS = (
         _Column("loss", lambda row: f"{row.loss:.4f}"),
         _Column("loss - {full}", lambda row: shown_interval(row.minus_full)),
         _Column("loss - control", _minus_control("loss")),
-        _Column("p (Holm)", _holm),
     ),
     (
+        _Column("p (Holm)", _holm),
         _Column("tempered loss - control", _minus_control("tempered")),
         _Column("acc %", lambda row: f"{_PERCENT * row.accuracy:.2f}"),
         _Column("acc % - control", _minus_control("accuracy", _PERCENT, 2)),
