@@ -57,14 +57,15 @@ def test_the_papers_setting_has_a_name_in_files_and_in_python():
     assert MaskConfig.paper(keep_ratio=0.8).keep_ratio == 0.8
 
 
-@pytest.mark.parametrize("name", ["small", "smollm2"])
+@pytest.mark.parametrize("name", ["demo", "small", "smollm2"])
 def test_masks_of_studies_do_not_lean_on_defaults(name):
     given = read_mapping(CONFIGS / "compare" / f"{name}.yaml")
     assert given["mask"].keys() >= {"keep_ratio", "init"}
-    mask = load_study(name).mask
-    keep, layers = {"small": (0.98, [2, 3]), "smollm2": (0.99, [24, 25, 26, 27, 28, 29])}[name]
+    mask, upper = load_study(name).mask, [24, 25, 26, 27, 28, 29]
+    keep, layers = {"small": (0.98, [2, 3]), "smollm2": (0.99, upper), "demo": (0.99, upper)}[name]
     assert mask == MaskConfig(layers_to_transform=layers, keep_ratio=keep, mode="magnitude", init="magnitude")
-    assert (given["arms"]["MFT (paper)"]["init"], given["arms"]["MFT (paper)"]["keep_ratios"]) == ("normal", [0.9])
+    if name != "demo":
+        assert (given["arms"]["MFT (paper)"]["init"], given["arms"]["MFT (paper)"]["keep_ratios"]) == ("normal", [0.9])
 
 
 def test_a_shipped_file_goes_by_its_name_unless_a_file_has_it(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """What mft train and mft demo print as next steps works as printed, wherever it is typed and wherever the base lies."""
 
-import json
 import re
 import shlex
 import shutil
@@ -8,14 +7,14 @@ import shutil
 import pytest
 from tiny import make_llama
 from tiny_run import LEARN
+from tiny_study import make_study, write_ground
 from typer.testing import CliRunner
 
-import mft.demo.run
+import mft.cli.demo
 from mft.cli.app import app
-from mft.config import DataConfig, MaskConfig, TrainConfig, load_config
+from mft.config import load_config
 from mft.evaluation.evaluated_base import learned_base
 from mft.models.pretrained import load_model
-from mft.training.run_directory import check_run_directory
 
 
 def printed_commands(output):
@@ -88,25 +87,14 @@ def test_masks_without_their_run_name_base_and_dtype_themselves(cli, model_dir, 
 
 
 @pytest.fixture
-def tiny_demo(model_dir, tmp_path, monkeypatch):
-    """The demo on the tiny model, of which one layer is masked at one rate."""
+def tiny_demo(tmp_path, monkeypatch):
+    """The demo on the tiny model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
-    lines = [json.dumps({"text": " ".join(str(1 + (i * 7 + j) % 60) for j in range(20))}) for i in range(60)]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
-    train = TrainConfig(lr=1e-2, steps=2, batch_size=2)
-    for name, value in {
-        "MODEL_NAME": str(model_dir),
-        "DATA": DataConfig(source="data.jsonl", sequence_length=12),
-        "FULL": train,
-        "LAYERS": [3],
-        "MASK": MaskConfig(layers_to_transform=[3], keep_ratio=0.9, init="magnitude"),
-        "MASK_TRAIN": train,
-        "MASK_LRS": (1e-2,),
-        "CONTROL_LRS": (1e-3,),
-        "_generate": lambda *arguments: "print()",
-    }.items():
-        monkeypatch.setattr(mft.demo.run, name, value)
+    write_ground(tmp_path)
+    study = make_study(tmp_path, overrides=["seeds=[0]"])
+    monkeypatch.setattr(mft.cli.demo, "load_study", lambda name: study)
+    monkeypatch.setattr(mft.cli.demo, "_generate", lambda *arguments: "print()")
     return tmp_path
 
 
@@ -123,4 +111,4 @@ def test_what_the_demo_leaves_can_be_used_as_it_prints(tiny_demo, monkeypatch):
     shutil.move(tiny_demo / "runs" / "demo", tiny_demo / "elsewhere")
     monkeypatch.chdir("/")
     assert f"base {tiny_demo}/elsewhere/base in " in mft_runs("verify", tiny_demo / "elsewhere")
-    check_run_directory(tiny_demo / "elsewhere", overwrite=True)  # the next demo may delete it, its base too
+    assert "Done in " in mft_runs("demo", "--output", tiny_demo / "elsewhere", "--overwrite")

@@ -23,6 +23,7 @@ from mft.files import hub
 from mft.files.atomic import NotWritten, atomic_directory
 from mft.files.cache import cache_root
 from mft.models import smollm2
+from mft.models.causal_lm import clone_with_own_weights
 from mft.models.pretrained import load_model, save_model
 from mft_kernels import MaskedLinear
 
@@ -379,3 +380,13 @@ def test_a_tokenizer_that_cannot_be_written_names_the_directory(tmp_path):
     with pytest.raises(NotWritten, match=r"base could not be written \(Input/output error"):
         save_model(make_llama(), Tokenizer(), tmp_path / "base")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_clone_shares_all_weights_but_its_own():
+    model = make_llama()
+    own = "model.layers.3.mlp.up_proj"
+    clone = clone_with_own_weights(model, [own])
+    for (name, theirs), ours in zip(clone.named_parameters(), model.parameters()):
+        assert (theirs.data_ptr() == ours.data_ptr()) == (name != f"{own}.weight")
+        assert torch.equal(theirs, ours)
+    assert clone.lm_head is not model.lm_head

@@ -400,12 +400,14 @@ def env(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Where its files go.")] = Path("runs/demo"),
-    overwrite: Annotated[bool, typer.Option(help="Delete the demo that lies there.")] = True,
+    overwrite: Annotated[
+        bool | None, typer.Option(help="Delete what lies there. By default a finished demo; an unfinished one goes on.")
+    ] = None,
 ) -> None:
     """SmolLM2-135M on the standard library's source, from full fine-tune to merged mask, in minutes on two cores."""
-    from mft.demo.run import run_demo
+    from mft.cli.demo import demo_study, run_demo
 
-    run_demo(output, overwrite=overwrite)
+    run_demo(demo_study(output), overwrite=overwrite)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@
                trained/<domain>/<arm>/<key>.safetensors
                test/<domain>/<arm>/<key>.json         a Tested; test/openings.json: each set of models that test saw
                table.md, table.json, plot.png
+               config.yaml, base/, masks/, model/     of mft demo: its masks as a run of mft train has them
 
 A unit's key is a hash of all that determines its result, so that what was found stays valid while arms, domains, seeds
 and rates are added. Files appear whole or not at all.
@@ -21,19 +22,22 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mft.files.atomic import write_whole
+from mft.config import CONFIG
+from mft.files.atomic import sweep, target_of, write_whole
 from mft.files.yaml_file import dump_yaml, parse_yaml
+from mft.masks.export import MASKS
 from mft.study.config import AVERAGE, FULL, FULL_KINDS, Setting, StudyConfig
 from mft.study.load import study_values
 from mft.study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values
 from mft.study.plan import best_so_far, fine_tune_of, selection
-from mft.training.run_directory import ABLATION, PLOT, TABLE_JSON, TABLE_MARKDOWN
+from mft.training.run_directory import ABLATION, MODEL, PLOT, TABLE_JSON, TABLE_MARKDOWN
 from mft.training.run_lock import LOCK, hold
 
 FORMAT = 1  # counts up when the same declaration gives other results
 STUDY, BASE_MODEL, UNITS, TRAINED, TEST = "study.yaml", "base", "units", "trained", "test"
 _OURS = {STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK, TABLE_MARKDOWN, TABLE_JSON, PLOT, ABLATION}
 _OURS |= {"summary.png", "surface.png", "overlap.png"}  # of mft plot
+_OF_THE_DEMO = {CONFIG, MASKS, MODEL}  # ours where a study lies beside them
 _OPENINGS = "openings.json"
 _FREE = ("output_dir", "workers")  # change no result
 _GRIDS = ("lrs", "epochs", "keep_ratios", "beta1s")
@@ -51,12 +55,14 @@ def open_store(study: StudyConfig, directory: str | os.PathLike, *, overwrite: b
     path = Path(directory)
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir must be a directory, got the file {path}")
-    foreign = sorted({entry.name for entry in path.iterdir()} - _OURS) if path.exists() else []
-    if foreign:
+    ours = _OURS | (_OF_THE_DEMO if (path / STUDY).is_file() else set())
+    names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    if foreign := [name for name in names if (target_of(name) or name) not in ours]:
         raise ValueError(
             f"output_dir must be new, empty or a study's, got {path} with {', '.join(foreign[:3])}: name another one"
         )
     with hold(path):
+        sweep(path, ours.__contains__)
         if overwrite:
             _empty(path)
         _check_unchanged(path, study)
@@ -76,7 +82,8 @@ def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: st
     values, now = parse_yaml((source / STUDY).read_text(encoding="utf-8"), str(source / STUDY)), study_values(study)
     if any(values.get(name) != now[name] for name in ("model", "scratch")):
         return 0
-    shared = [path for path in source.glob(f"{BASE_MODEL}/**/*") if path.is_file()]
+    base = source.glob(f"{BASE_MODEL}/**/*") if study.scratch is not None else ()  # the demo's is its fine-tune
+    shared = [path for path in base if path.is_file()]
     for folder in (UNITS, TRAINED):
         shared += source.glob(f"{folder}/*/{study.named(FULL)}/[!.]*")  # names with a dot are being written
     for path in shared:
@@ -196,7 +203,7 @@ def _read(path: Path) -> Any:
 
 
 def _empty(directory: Path) -> None:
-    for entry in directory.iterdir():
+    for entry in sorted(directory.iterdir(), key=lambda entry: entry.name == STUDY):  # by which the rest is ours, last
         if entry.name == LOCK:
             continue
         if entry.is_dir():

@@ -20,9 +20,8 @@ METRICS, PLOT = "metrics.jsonl", "plot.png"
 TABLE_MARKDOWN, TABLE_JSON = "table.md", "table.json"
 ABLATION, FLIPS = "ablation.png", "flips.png"
 MODEL, CHECKPOINTS = "model", "checkpoints"
-BASE = "base"  # what the demo's masks are for: its full fine-tune
 # In the order in which they are deleted: without its configuration a run cannot begin anew, whatever is left of it.
-_OURS = (CONFIG, METRICS, PLOT, FLIPS, TABLE_MARKDOWN, TABLE_JSON, MASKS, MODEL, BASE, CHECKPOINTS)
+_OURS = (CONFIG, METRICS, PLOT, FLIPS, TABLE_MARKDOWN, TABLE_JSON, MASKS, MODEL, CHECKPOINTS)
 
 
 def check_run_directory(directory: str | os.PathLike, *, overwrite: bool = False) -> None:

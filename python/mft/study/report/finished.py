@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mft.checks import nearest
 from mft.config import ModelConfig
+from mft.study.arms import Job
 from mft.study.config import MASK, Setting
 from mft.study.load import load_study
 from mft.study.outcome import Unit
@@ -37,7 +38,8 @@ class Finished:
         base = store.directory / BASE_MODEL
         model = self.study.model if self.study.scratch is None else ModelConfig(str(base), dtype="float32")
         self.workspace = Workspace(self.study, model)
-        self._chosen = selection(self.study, store.outcomes()).chosen
+        self.outcomes = store.outcomes()
+        self._chosen = selection(self.study, self.outcomes).chosen
 
     def arm(self, kind: str) -> str:
         name = self.study.named(kind)
@@ -61,18 +63,21 @@ class Finished:
         return name
 
     def model(self, domain: str, arm: str, seed: int):
-        unit = self._unit(domain, arm, seed)
-        start = fine_tune_of(self.study, self._chosen, unit)
-        self.workspace.begin(domain, self._file(start or unit))
-        model = self.workspace.model
-        return model if start is None else with_weights(model, load_file(self._file(unit)))
+        job = self.job(domain, arm, seed)
+        self.workspace.begin(domain, job.start or job.trained)
+        return self.workspace.model if job.start is None else with_weights(self.workspace.model, load_file(job.trained))
 
     def dropped(self, domain: str, arm: str, seed: int) -> dict[str, Tensor]:
-        unit = self._unit(domain, arm, seed)
+        job = self.job(domain, arm, seed)
+        assert job.start is not None  # of a mask
+        before = load_file(job.start)
+        return {name: (weight == 0) & (before[name] != 0) for name, weight in load_file(job.trained).items()}
+
+    def job(self, domain: str, arm: str, seed: int) -> Job:
+        """The chosen run of an arm that was trained, with its files."""
+        unit = Unit(domain, arm, seed, self.chosen(domain, arm))
         start = fine_tune_of(self.study, self._chosen, unit)
-        assert start is not None  # of a mask
-        before = load_file(self._file(start))
-        return {name: (weight == 0) & (before[name] != 0) for name, weight in load_file(self._file(unit)).items()}
+        return Job(unit, None if start is None else self._file(start), self._file(unit))
 
     def check(self, name: str, value: str, known: Sequence[str]) -> None:
         if value not in known:
@@ -83,9 +88,6 @@ class Finished:
         if arm not in self._chosen.get(domain, {}):
             raise ValueError(f"the study must be finished, {arm} on {domain} is not: run mft compare to its end")
         return self._chosen[domain][arm]
-
-    def _unit(self, domain: str, arm: str, seed: int) -> Unit:
-        return Unit(domain, arm, seed, self.chosen(domain, arm))
 
     def _file(self, unit: Unit) -> Path:
         path = self._store.trained(unit, self._chosen)

@@ -1,1 +1,0 @@
-"""The recipe on a real model in minutes."""

@@ -1,0 +1,43 @@
+"""What a mask did, layer by layer, and the table of it."""
+
+import io
+
+import pytest
+from tiny import make_rows, masked_llama
+
+from mft.cli.masks import _mask_table
+from mft.config import TrainConfig
+from mft.masks.inspection import MaskStatistics, flip_share, initial_masks, mask_statistics
+from mft.training.console import new_console
+from mft.training.loop import train_masks
+
+
+def test_mask_statistics_of_a_worked_example():
+    model = masked_llama(layers=[3], keep_ratio=0.75, init="magnitude")
+    initial = initial_masks(model)
+    rows = mask_statistics(model, initial)
+    assert len(rows) == 7
+    for row in rows:
+        assert row.kept == pytest.approx(0.75)
+        assert (row.flips, row.overlap) == (0, 1)
+
+
+def test_flips_are_counted_against_the_first_mask():
+    model = masked_llama(layers=[3])
+    initial = initial_masks(model)
+    train_masks(model, make_rows(), TrainConfig(lr=1e-2, steps=5))
+    for row in mask_statistics(model, initial):
+        assert 0 < row.flips < 0.3
+        assert row.flips == (model.get_submodule(row.name).mask() != initial[row.name]).float().mean()
+        assert row.overlap < 0.6  # random scores know nothing of magnitudes
+    assert 0 < flip_share(model, initial) < 0.3
+    assert mask_statistics(model)[0].flips is None
+
+
+def test_a_table_of_masks_is_eighty_columns_wide():
+    names = [f"model.layers.{layer}.self_attn.{kind}_proj" for layer in (3, 31) for kind in "qkvo"]
+    file = io.StringIO()
+    rows = [MaskStatistics(name, 58_720_256, 0.9004, 0.1681, 0.127) for name in names]
+    new_console(file, width=80).print(_mask_table(rows))
+    assert all(f"{name} " in file.getvalue() for name in names)  # none is broken
+    assert "since init" in file.getvalue()
