@@ -137,6 +137,7 @@ def _serve(connection: Connection, study: StudyConfig, base: ModelConfig) -> Non
         try:
             job = connection.recv()
         except EOFError:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends by itself; a SystemExit in some __del__ would show
             return
         try:
             workspace = workspace or Workspace(study, base)
