@@ -30,9 +30,10 @@ def load(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
 def test_every_shipped_study_loads_by_its_name(name):
+    """And all but the demo's, which says so of itself, try as many rates as a fair choice takes."""
     study = load_study(name)
     for arm in study.arms.values():
-        assert len(arm.lrs) == 0 or len(arm.lrs) >= 5
+        assert len(arm.lrs) == 0 or len(arm.lrs) >= 5 or name == "demo"
 
 
 def test_a_study_says_what_its_file_says(load):
