@@ -26,6 +26,15 @@ def test_the_workflow_runs_what_ci_runs_on_the_oldest_and_on_the_newest():
         assert all(re.search(rf"^{name} *\?=", makefile, re.MULTILINE) for name in step.get("env", {}))
 
 
+def test_what_the_makefile_runs_is_there():
+    text = (ROOT / "Makefile").read_text()
+    files = set(re.findall(r"(?:tests|docs)/[\w/-]+(?:\.\w+)?", text))
+    assert {name for name in files if not (ROOT / name).exists()} == set()
+    for module in re.findall(r"-m ((?:building|benchmarks)[\w.]*)", text):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
 def test_each_action_is_of_a_named_major_version():
     uses = [step["uses"] for step in JOB["steps"] if "uses" in step]
     assert uses
