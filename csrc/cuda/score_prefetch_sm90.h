@@ -79,6 +79,9 @@ struct PrefetchingEpilogue : Base {
         Base::store(load_pipeline, load_state, store_pipeline, store_state, static_cast<Rest&&>(rest)...);
     CUTLASS_PRAGMA_NO_UNROLL
     for (uint32_t stage = 0; stage < LoadPipeline::Stages; ++stage, ++load_state) {
+      // A release before the warp has asked would let the barrier's phase run ahead of it: parities of two phases are
+      // equal, so it would wait for one that has been, for ever.
+      load_pipeline.consumer_wait(load_state);
       load_pipeline.consumer_release(load_state);
     }
     return cute::make_tuple(load_state, cute::get<1>(states));

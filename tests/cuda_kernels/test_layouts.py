@@ -1,4 +1,4 @@
-"""Where elements lie: the emulator and the device's code against CuTe's tables, bank conflicts, the order of tiles.
+"""Where elements lie, and who waits for whom: the emulator and the device's code against CuTe and CUTLASS on the host.
 
 CuTe runs on the host; its headers and CUDA's are needed, no nvcc. The last two tests need neither.
 """
@@ -64,6 +64,10 @@ def test_the_device_addresses_shared_memory_and_tma_as_cute_does():
 def test_the_epilogue_of_d_scores_on_hopper_makes_each_element_from_its_own_inputs():
     # CUTLASS's device code is parsed too, and g++ knows not all that it calls.
     run("test_score_visitor.cpp", [], [*cute_headers(), "-fpermissive", "-w"])
+
+
+def test_no_schedule_of_the_load_warp_and_the_epilogue_of_d_scores_on_hopper_hangs():
+    run("test_score_protocol.cpp", [], [*cute_headers(), "-fpermissive", "-w"])
 
 
 def test_no_ldmatrix_or_stmatrix_has_bank_conflicts():
