@@ -4,7 +4,8 @@ This process only watches: a kernel that hangs, or takes the CUDA context with i
 
 Exit code: 0 done, also if a goal is missed, the budget left cases out, or without libmft_cuda.so Triton alone was
 measured; 1 something failed or is wrong; 2 no GPU, or a bad argument; 3 nothing failed, but compute-sanitizer, which
-should have looked into the CUDA kernels, is missing or gave no verdict: all else is measured and written.
+should have looked into the CUDA kernels, is missing or gave no verdict, or the library was built without this card's
+own kernels: all else is measured and written.
 """
 
 import argparse
@@ -158,7 +159,10 @@ def _summary(journal: Journal, cases: Sequence[Case], out: Path) -> int:
     unproven = [record for record in records.values() if record.get("unproven")]
     for record in unproven:
         print(f"UNPROVEN: {record['detail']}: {record['reason']}", flush=True)
-    return 1 if failed else 3 if unproven else 0
+    lacks = journal.about().get("environment", {}).get("cuda_lacks", [])
+    for kernels in lacks:
+        print(f"LACKING: this card's own {kernels}; the general kernels were measured in their place", flush=True)
+    return 1 if failed else 3 if unproven or lacks else 0
 
 
 def _has_gpu() -> bool:

@@ -89,6 +89,7 @@ class Gpu:
             "cuda": torch.version.cuda or f"hip {torch.version.hip}",
             "triton": triton.__version__,
             "cuda_library": _library(self.without),
+            "cuda_lacks": [] if CUDA in self.without else lacking(torch.cuda.get_device_capability(self.torch_device)),
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "l2_mib": self.l2_bytes / 2**20,
@@ -273,6 +274,14 @@ def _library(without: Mapping[str, str]) -> str:
     if CUDA in without:
         return f"none: {without[CUDA]}"
     return f"{backend_report()['backends']['cuda']['detail']}; {report('cuda').get('nvcc', 'nvcc unknown')}"
+
+
+def lacking(capability: tuple[int, int]) -> list[str]:
+    """The kernels for a card of this compute capability that libmft_cuda.so was built without, and why."""
+    from mft_kernels.built import report
+
+    of_the_card = f"_sm{capability[0]}{capability[1]}"
+    return [f"{name}: {why}" for name, why in report("cuda").get("left_out", {}).items() if of_the_card in name]
 
 
 def _driver() -> str:

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
 from gpu_records import CEILINGS
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import cases, correctness, equality, layouts, results, sanitizer, threshold, timing
+from benchmarks.gpu import cases, correctness, device, equality, layouts, results, sanitizer, threshold, timing
 from benchmarks.gpu.cases import CUDA, Case
 from benchmarks.gpu.journal import FAILED, MEASURED, NOT_MEASURED, Journal
 from benchmarks.gpu.kernels import OPS, kernels
@@ -290,6 +290,22 @@ def test_a_missing_sanitizer_ends_with_exit_code_3_and_all_results_written(tmp_p
         assert command._summary(journal, planned, out) == code
         assert "UNPROVEN: cuda memcheck: not found: nowhere" in capsys.readouterr().out
         assert "| cuda memcheck | not measured: not found: nowhere |" in (out / "gpu.md").read_text()
+
+
+def test_a_library_without_the_card_s_own_kernels_ends_with_exit_code_3(tmp_path, capsys, monkeypatch):
+    """General kernels under the goals of Hopper's would be a figure of something else."""
+    why = "CUTLASS's headers are missing"
+    monkeypatch.setattr("mft_kernels.built.report", lambda part: {"left_out": {"score_grad_sm90": why}})
+    lacks = device.lacking((9, 0))
+    assert lacks == [f"score_grad_sm90: {why}"]
+    assert device.lacking((8, 0)) == device.lacking((10, 0)) == []
+    (planned,) = [Case("correctness", detail="cuda exact")]
+    journal = Journal(tmp_path / "journal")
+    journal.add("about", environment={"cuda_library": "CUDA C++, sm_80", "cuda_lacks": lacks}, ceilings=CEILINGS)
+    journal.record(planned, MEASURED, passed=1, failed=0, skipped=0, complaints=[])
+    results.write(tmp_path, journal, [planned])
+    assert command._summary(journal, [planned], tmp_path) == 3
+    assert f"LACKING: this card's own score_grad_sm90: {why}; the general kernels" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
