@@ -17,6 +17,7 @@ $(VENV)/.installed: $(EXTENSION_SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja numpy "triton; platform_system == 'Linux'"
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,dev]"
+	@$(BIN)/python -m building.left_out
 	@touch $@
 
 demo: install

@@ -176,8 +176,7 @@ def _driver_refusal(runtime: int, driver: int) -> str | None:
 
 
 def _unavailable() -> str | None:
-    if reason := load("cuda"):
-        return reason
+    """Why no GPU here can run what the library has."""
     if torch.version.hip is not None:
         return "it is for NVIDIA's GPUs, and this torch is for AMD's"
     if not torch.cuda.is_available():
@@ -188,11 +187,12 @@ def _unavailable() -> str | None:
 def _detail() -> str:
     targets, *kernels = torch.ops.mft_cuda.contents().split()
     left_out = report("cuda").get("left_out", {})
-    without = "".join(f"; without {name}: {reason}" for name, reason in left_out.items())
+    without = "".join(f"; without {name} (general kernels only): {reason}" for name, reason in left_out.items())
     return f"CUDA C++, {targets.replace('.', ' ')}{''.join(f', {name}' for name in kernels)}{without}"
 
 
-unavailable = _unavailable()
+_not_loaded = load("cuda")
+unavailable = _not_loaded or _unavailable()
 
 register(
     _Cuda(
@@ -213,7 +213,7 @@ register(
             )
         },
         unavailable=unavailable,
-        detail="" if unavailable else _detail(),
+        detail="" if _not_loaded else _detail(),
         on_request="no GPU has timed it yet; backend='cuda' asks for it",
     )
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from building import compile, cuda, missing, nvcc, ptxas_log, register_hazards
+from building import compile, cuda, left_out, missing, nvcc, ptxas_log, register_hazards
 from building.compile import CannotBuild, Link, Unit
 
 ROOT = Path(__file__).parents[2]
@@ -352,3 +352,14 @@ def test_the_switches_skip_or_demand_the_library(tmp_path):
     unknown = setup_in(tmp_path, MFT_CUDA="89")
     assert unknown.returncode != 0
     assert "MFT_CUDA must be 0, 1 or a list of 80, 90, 100, 120, got '89'" in unknown.stderr
+
+
+def test_what_was_left_out_is_said_after_an_installation():
+    built = {"built": True, "reason": None}
+    assert left_out.lines({"cpu": built, "cuda": built | {"left_out": {}}}) == []
+    why = "CUTLASS's headers are missing"
+    said = left_out.lines({"cpu": built, "cuda": built | {"left_out": {"product_sm90": why, "score_grad_sm90": why}}})
+    assert said[0] == f"without product_sm90 and score_grad_sm90 (general kernels only): {why}"
+    assert "make cuda" in said[1]
+    said = left_out.lines({"cpu": built, "cuda": {"built": False, "reason": "no nvcc was found"}})
+    assert said[0] == "without libmft_cuda.so: no nvcc was found"

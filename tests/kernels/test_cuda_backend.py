@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mft_kernels
-from mft_kernels import backends, built, cuda, reference
+from mft_kernels import backend_report, backends, built, cuda, reference
 from mft_kernels.testing import integer_inputs
 
 LIBRARY = Path(cuda.__file__).with_name("libmft_cuda.so")
@@ -43,6 +43,13 @@ def test_the_library_says_what_it_holds():
     assert all(
         kernel in cuda._detail() for kernel in ("product_sm90", "score_grad_sm90")
     )  # with its reason, if without
+
+
+@needs_library
+def test_what_the_library_holds_is_said_without_a_gpu_too(monkeypatch):
+    assert backend_report()["backends"]["cuda"]["detail"] == cuda._detail()
+    monkeypatch.setattr(cuda, "report", lambda part: {"left_out": {"product_sm90": "no headers"}})
+    assert cuda._detail().endswith("; without product_sm90 (general kernels only): no headers")
 
 
 @needs_library

@@ -1,0 +1,23 @@
+"""python -m building.left_out: what this checkout was built without, which pip does not show."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+REPORT = Path(__file__).parent.parent / "mft_kernels" / "_build.json"
+
+
+def lines(report: dict[str, dict]) -> list[str]:
+    """A line for each reason why a library, or kernels of one, are missing."""
+    found = [f"without libmft_{part}.so: {entry['reason']}" for part, entry in report.items() if not entry["built"]]
+    names = defaultdict(list)
+    for entry in report.values():
+        for name, reason in entry.get("left_out", {}).items():
+            names[reason].append(name)
+    found += [f"without {' and '.join(some)} (general kernels only): {reason}" for reason, some in names.items()]
+    return [*found, "make cuda builds CUDA's, and fetches what is missing"] if found else []
+
+
+if __name__ == "__main__":
+    for line in lines(json.loads(REPORT.read_text())):
+        print(f"mft_kernels: {line}")
