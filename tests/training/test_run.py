@@ -36,10 +36,11 @@ def test_a_full_fine_tune_gives_a_model_directory(config):
     assert not mft.masked_modules(model)
 
 
-def test_the_configuration_stays_the_callers(config):
+@pytest.mark.parametrize("start", [lambda config: config, mft.Begin])
+def test_the_configuration_stays_the_callers(config, start):
     config.model.quantization, config.memory = None, "quantized"  # which chooses a quantisation
     before = copy.deepcopy(config)
-    mft.run_train(config)
+    mft.run_train(start(config))
     assert config == before
 
 

@@ -221,9 +221,9 @@ def _learn(
 @contextlib.contextmanager
 def _begun(start: RunConfig | Start) -> Iterator["_Run"]:
     """The run, its directory held until the block ends."""
-    start = Begin(copy.deepcopy(start)) if isinstance(start, RunConfig) else start
+    start = Begin(start) if isinstance(start, RunConfig) else start
     with joined() as processes, started(start, processes) as (config, found):
-        yield _Run(config, start, found, processes)
+        yield _Run(copy.deepcopy(config), start, found, processes)  # the plan writes into it
 
 
 @dataclass(frozen=True)
