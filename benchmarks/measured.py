@@ -168,9 +168,9 @@ def _origins(question: str, records: Records) -> str:
     told = []
     for record in records.values():
         where = record["environment"]
+        threads = f"{where['threads']} thread{'s' if where['threads'] != 1 else ''}"
         told.append(
-            f"{machine(record)}: {where['threads']} threads, torch {where['torch']}, commit {where['commit'][:10]}, "
-            f"{where['date'][:10]}"
+            f"{machine(record)}: {threads}, torch {where['torch']}, commit {where['commit'][:10]}, {where['date'][:10]}"
         )
     return f"`make bench WHAT={question}`. {'; '.join(told)}."
 
