@@ -1,0 +1,160 @@
+// What the masked products and the score gradient have in common, where the mask is fused into the packing of a GEMM:
+// buffers, cuts, threads, and what is brought into the cache meanwhile.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "fused_linear.h"
+#include "gemm.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "slab.h"
+
+namespace mft {
+
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t elements) : scratch_(elements * sizeof(T) + 64) {}
+  T* get() const { return static_cast<T*>(scratch_.get()); }
+
+ private:
+  Scratch scratch_;
+};
+
+inline char* at(const Matrix& m, int64_t row, int64_t column = 0) { return m.row(row) + column * bytes_of(m.format); }
+
+// A dimension cut into blocks of nearly equal size, as many for each thread.
+struct Cut {
+  int64_t total, blocks, unit;
+  Cut(int64_t total, int64_t largest, int64_t unit)
+      : total(total), blocks(std::max<int64_t>(1, divide_up(total, largest))), unit(unit) {
+    const int64_t units = divide_up(total, unit), threads = num_threads();
+    blocks = std::max<int64_t>(1, std::min(round_up(blocks, threads), units));
+  }
+  int64_t begin(int64_t block) const { return std::min(total, divide_up(total, unit) * block / blocks * unit); }
+  int64_t end(int64_t block) const { return begin(block + 1); }
+  int64_t largest() const { return round_up(divide_up(total, blocks), unit) + unit; }
+};
+
+// f(worker, next) on all threads; next() hands out 0 .. tasks - 1, then `tasks`. A worker's first task is its own: one that
+// asks for two at once would else leave nothing to a thread that wakes up late.
+template <typename F>
+void for_workers(int64_t tasks, const F& f) {
+  const int64_t threads = std::min<int64_t>(num_threads(), tasks);
+  std::atomic<int64_t> task{threads};
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      bool began = false;
+      f(worker, [&] { return std::exchange(began, true) ? std::min(task++, tasks) : worker; });
+    }
+  });
+}
+
+// f(begin, end) of the rows of each tile: nearly equal numbers, or as many as a whole tile takes.
+template <typename F>
+void for_tile_rows(const Gemm& gemm, int64_t rows, const F& f) {
+  const int64_t tiles = divide_up(rows, gemm.tile_rows);
+  const auto begin = [&](int64_t t) {
+    return gemm.whole_tiles ? std::min(rows, t * gemm.tile_rows) : rows * t / tiles;
+  };
+  for (int64_t t = 0; t < tiles; ++t) f(begin(t), begin(t + 1));
+}
+
+// The addresses that multiply() brings into L2 while it works on something else: what the next tiles read at once, and
+// the weight and scores of the next block towards the end of this one, lest the tiles between push them out again.
+class Ahead {
+ public:
+  explicit Ahead(const Gemm& gemm) : gemm_(gemm) {}
+
+  // Before the first of `calls` multiplications of `groups` groups.
+  void start_block(int64_t calls, int64_t groups) {
+    soon_.clear();
+    late_.clear();
+    next_soon_ = next_late_ = 0;
+    calls_left_ = calls;
+    per_call_ = gemm_.prefetch_groups == 0 ? 0 : groups / gemm_.prefetch_groups;
+  }
+
+  void add_soon(const void* from, int64_t bytes) { add(soon_, from, bytes); }
+
+  // Rows of the weight, and of the scores where the mask comes from them.
+  void add_late(const Matrix& weight, const MaskSource& mask, int64_t row, int64_t end_row, int64_t column,
+                int64_t columns) {
+    for (int64_t r = row; r < end_row; ++r) {
+      add(late_, at(weight, r, column), columns * bytes_of(weight.format));
+      if (mask.scores != nullptr) add(late_, mask.row(r, column).scores, columns * bytes_of(mask.score_format));
+    }
+  }
+
+  // What the next multiplication takes along, or nullptr.
+  const char* const* take() {
+    const int64_t calls_left = calls_left_--;
+    if (const auto* found = take(soon_, next_soon_)) return found;
+    const int64_t late = static_cast<int64_t>(late_.size() - next_late_);
+    // With all threads at a line a group, memory is at its limit: ask at half that rate where there is time.
+    return 2 * late >= calls_left * per_call_ ? take(late_, next_late_) : nullptr;
+  }
+
+ private:
+  void add(std::vector<const char*>& list, const void* from, int64_t bytes) const {
+    if (per_call_ == 0) return;
+    for (int64_t done = 0; done < bytes; done += kPrefetchBytes) {
+      list.push_back(static_cast<const char*>(from) + done);
+    }
+  }
+
+  const char* const* take(const std::vector<const char*>& list, size_t& next) const {
+    if (per_call_ == 0 || next + per_call_ > list.size()) return nullptr;
+    next += per_call_;
+    return list.data() + next - per_call_;
+  }
+
+  const Gemm& gemm_;
+  std::vector<const char*> soon_, late_;
+  size_t next_soon_ = 0, next_late_ = 0;
+  int64_t calls_left_ = 0, per_call_ = 0;
+};
+
+// The depth of a product in groups, cut into blocks of kDepth; in packed operands each block is filled up with zeros.
+struct Depth {
+  int64_t elements, per_group;
+  int64_t block_elements() const { return kDepth * per_group; }
+  int64_t blocks() const { return divide_up(elements, block_elements()); }
+  int64_t first(int64_t block) const { return block * block_elements(); }
+  int64_t length(int64_t block) const { return std::min(block_elements(), elements - first(block)); }
+  int64_t groups(int64_t block) const { return divide_up(length(block), per_group); }
+  int64_t packed_groups(int64_t block) const { return round_up(groups(block), kDepthStep); }
+};
+
+// Zeros for the groups from `groups` on up to a whole step, in panels that lie panel_stride apart.
+inline void fill_depth(uint32_t* b, int64_t panel_stride, int64_t groups, int64_t columns) {
+  const int64_t missing = round_up(groups, kDepthStep) - groups;
+  for (int64_t c = 0; missing > 0 && c < columns; c += kTileColumns, b += panel_stride) {
+    std::memset(b + groups * kTileColumns, 0, missing * kTileColumns * sizeof *b);
+  }
+}
+
+// A thread's turn at the table's instructions.
+class Session {
+ public:
+  explicit Session(const Gemm& gemm) : gemm_(gemm) {
+    if (gemm.begin != nullptr) gemm.begin();
+  }
+  ~Session() {
+    if (gemm_.end != nullptr) gemm_.end();
+  }
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+
+ private:
+  const Gemm& gemm_;
+};
+
+}  // namespace mft
