@@ -50,7 +50,7 @@ class Budget:
 
 
 STORED = Budget()
-SLOW = 8e9  # M N K a thread from which two rounds are enough in one process
+SLOW = 8e9  # M N K a thread from which three rounds are enough in one process: the first finds memory that is new
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def measure(measured: Measured, ceilings: CpuCeilings, dtype: str, cases: Cases,
             inputs = inputs_of(m, n, k, DTYPES[dtype])
             calls = {name: made.call(name, op, inputs) for name in COMPETITORS}
             slow = m * n * k / threads >= SLOW
-            samples = time_interleaved(calls, rounds=2) if slow else time_within(calls, budget.seconds, least=3)
+            samples = time_interleaved(calls, rounds=3) if slow else time_within(calls, budget.seconds, least=3)
             measured.add(Case(op, dtype, n, k, m, threads), samples)
 
 

@@ -1,4 +1,4 @@
-"""Which way is the fastest for a product, and does the library's model take it?
+"""Which path is the fastest for a product, and does the library's model take it?
 
 Every path that can serve is timed side by side: the kernels for few tokens, the mask fused into a GEMM, slabs through
 torch's GEMM. Weights are cold, as in a model of many layers: calls go round several of them, COLD_BYTES together.

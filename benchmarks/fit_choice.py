@@ -30,6 +30,7 @@ OWN = {"amx": ("bf16", "fp16"), "avx512_bf16": ("bf16",)}
 FOCUS = 4  # a path that takes r times as long as the best one weighs r ** -FOCUS
 READING = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)  # quantiles of time a byte that are tried as the cost of reading
 DOUBT = 0.05  # of a prediction, relative: what is predicted as close as that may turn out the other way
+CLOSE = 1.01  # times the least prediction: rounding of costs, to four digits, may turn it out either way
 LEVEL = 1.01  # times the best path, at most: nothing to be gained
 TRUTH = 0.5  # what an error of a predicted time counts, squared, beside time that is lost
 WALKS, STEPS, MOVE = 4, 5000, 0.2  # of costs, and the size of a step at first
@@ -56,8 +57,9 @@ class Cells:
         return work + costs[:, 5]
 
     def taken(self, costs: Array) -> Array:
-        """(cases,): time of the path that these costs take, in units of the best one."""
-        return np.take_along_axis(self.behind, self.predicted(costs).argmin(1)[:, None], 1)[:, 0]
+        """(cases,): time of the path that these costs take, in units of the best one; of close ones, of the worst."""
+        predicted = self.predicted(costs)
+        return np.where(predicted <= CLOSE * predicted.min(1, keepdims=True), self.behind, 0).max(1)
 
 
 def cells_of(rows: Sequence[Mapping]) -> Cells:

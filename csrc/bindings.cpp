@@ -303,6 +303,11 @@ std::string paths(std::string capability, std::string product, std::string dtype
   return names;
 }
 
+// What `paths` and `path_work` take as weight_bytes, of bytes an element; see choice.h.
+double weight_bytes(std::string product, int64_t weight, double mask, int64_t out, bool accumulate) {
+  return mft::weight_bytes(mft::product_of(product), static_cast<int>(weight), mask, static_cast<int>(out), accumulate);
+}
+
 // How much there is to do on a path, in the terms of the model: numbers, with commas. `paths` says which is the fastest.
 std::string path_work(std::string path, std::string product, std::string dtype, int64_t m, int64_t n, int64_t k,
                       double weight_bytes, double mask_bytes) {
@@ -346,6 +351,7 @@ STABLE_TORCH_LIBRARY(mft_cpu, m) {
   m.def(
       "paths(str capability, str product, str dtype, int m, int n, int k, float weight_bytes, float mask_bytes) "
       "-> str");
+  m.def("weight_bytes(str product, int weight, float mask, int out, bool accumulate) -> float");
   m.def(
       "path_work(str path, str product, str dtype, int m, int n, int k, float weight_bytes, float mask_bytes) -> str");
   m.def("capability() -> str");
@@ -366,6 +372,7 @@ STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CompositeExplicitAutograd, m) {
   m.impl("paths", TORCH_BOX(&paths));
+  m.impl("weight_bytes", TORCH_BOX(&weight_bytes));
   m.impl("path_work", TORCH_BOX(&path_work));
   m.impl("capability", TORCH_BOX(&capability));
   m.impl("capabilities", TORCH_BOX(&capabilities));

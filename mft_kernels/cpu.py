@@ -1,8 +1,8 @@
 """The cpu backend: the C++ library of csrc/, its arguments made 2-d and contiguous.
 
 The library picks AVX-512 with bf16 dot products, AVX-512, AVX2 or portable code when it runs; the environment variable
-MFT_CPU_CAPABILITY (one of ``capabilities()``) overrides that, for tests and comparisons. Which of its ways it makes a
-product by is in cpu_choice.py.
+MFT_CPU_CAPABILITY (one of ``capabilities()``) overrides that, for tests and comparisons. By which path it makes a
+product is in cpu_choice.py.
 """
 
 import os
@@ -187,7 +187,7 @@ def path_taken() -> tuple[str, list[str]]:
     taken = torch.ops.mft_cpu.capability()
     what = PATHS.get(taken, "")
     why = f"{_CHOOSE}={os.environ[_CHOOSE]} asks for it" if os.environ.get(_CHOOSE) else what
-    measured = f"; the way of each product is measured, as {AUTOTUNE}=1 asks" if measuring() else ""
+    measured = f"; the path of each product is measured, as {AUTOTUNE}=1 asks" if measuring() else ""
     return f"{taken}: {why}{measured}", capability_reasons().splitlines()
 
 

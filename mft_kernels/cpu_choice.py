@@ -1,4 +1,4 @@
-"""Which way the cpu library makes a product: by its model of bytes and flops, or measured once and remembered.
+"""By which path the cpu library makes a product: a model of bytes and flops says, or a measurement, remembered.
 
 MFT_AUTOTUNE=1: the first call of a size times every path that can serve on its own operands, and the fastest is taken
 from then on, by other processes too; see autotune.py.
@@ -57,13 +57,13 @@ def grad_product_of(out: Tensor, x: Tensor, weight: Tensor | None, sign: Tensor 
 
 def weight_bytes(weight: Tensor, mask: Tensor | None) -> float:
     """Bytes of memory that the forward pass or d_x reads for each element of the weight, as the library counts them."""
-    return weight.element_size() + mask_bytes(mask)
+    return torch.ops.mft_cpu.weight_bytes("forward", weight.element_size(), mask_bytes(mask), 0, False)
 
 
 def grad_bytes(out: Tensor, weight: Tensor | None, sign: Tensor | None, *, accumulate: bool) -> float:
     """The same for d_scores, which reads and writes ``out``, or writes it alone."""
-    factors = (0 if weight is None else weight.element_size()) + mask_bytes(sign)
-    return factors + (2 if accumulate else 1) * out.element_size()
+    factor = 0 if weight is None else weight.element_size()
+    return torch.ops.mft_cpu.weight_bytes("d_scores", factor, mask_bytes(sign), out.element_size(), accumulate)
 
 
 def mask_bytes(scores_or_words: Tensor | None) -> float:

@@ -1,4 +1,4 @@
-// Which way a product is made.
+// By which path a product is made.
 #include "choice.h"
 
 #include <algorithm>
@@ -99,6 +99,11 @@ Format format_of(const std::string& name) { return named<Format>(kFormats, name,
 
 const char* name_of(Path path) { return kPaths[static_cast<int>(path)].c_str(); }
 
+double weight_bytes(Product product, int weight, double mask, int out, bool accumulate) {
+  const int times = product != Product::kGradScores ? 0 : accumulate ? 2 : 1;
+  return weight + mask + times * out;
+}
+
 Work work_of(const Call& call, Path path) {
   const bool grad_x = call.product == Product::kGradX;
   const double elements = static_cast<double>(call.rows) * call.columns, bytes = elements * call.weight_bytes;
@@ -114,7 +119,8 @@ Work work_of(const Call& call, Path path) {
     return {bytes, mask, elements * (divide_up(call.tokens, 16) * 16), common + other};
   }
   const int64_t length = grad_x ? call.columns : call.rows, across = grad_x ? call.rows : call.columns;
-  const int64_t slabs = length == 0 ? 0 : divide_up(length, slab_length(across * bytes_of(call.format), length));
+  const int64_t width = bytes_of(call.format), each = across * width;
+  const int64_t slabs = length == 0 ? 0 : divide_up(length, slab_length(each, length, call.tokens * each));
   return {bytes, mask, elements * call.tokens, common * slabs + other};
 }
 

@@ -1,4 +1,4 @@
-// Which way a product is made: by the kernels for few tokens, fused into a GEMM, or by slabs through torch's GEMM.
+// By which path a product is made: the kernels for few tokens, fused into a GEMM, or slabs through torch's GEMM.
 //
 //   time of a path = max(reading, work) + call
 //     reading   the weight's bytes, as fast as memory gives them
@@ -31,6 +31,9 @@ struct Call {
   double mask_bytes;  // of these, of its mask or sign, which costs more than to be read
 };
 
+// Call::weight_bytes, of an element's bytes: in the weight, 0 without that factor; in the mask or sign; in the gradient.
+double weight_bytes(Product product, int weight, double mask, int out = 0, bool accumulate = false);
+
 // "auto", "few", "fused" or "slabs". Throws std::invalid_argument for another name.
 Path path_of(const std::string& name);
 const char* name_of(Path path);
@@ -46,7 +49,7 @@ Work work_of(const Call& call, Path path);
 // The paths that an instruction set has for this call, the fastest first.
 std::vector<Path> paths(const std::string& capability, const Call& call);
 
-// `asked`, or the fastest where that is kAuto. Throws std::invalid_argument if the call cannot go that way.
+// `asked`, or the fastest where that is kAuto. Throws std::invalid_argument if the call has no such path.
 Path choose(const std::string& capability, const Call& call, Path asked);
 
 }  // namespace mft

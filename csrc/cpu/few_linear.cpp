@@ -13,7 +13,6 @@ namespace {
 // Work is shared from this on, in bytes that one token makes a thread read (for more see work()); below, waking a second
 // one costs more than it saves. Twice this: as fast from the caches, and a third slower from memory (Xeon, 192 x 576 fp32).
 constexpr int64_t kShare = 256 << 10;
-constexpr int64_t kFarBytes = 8 << 20;  // from here on asking ahead pays; below, the processor does better alone
 
 using Prepare = void (*)(float*, const void*, Format, int64_t);
 
@@ -51,7 +50,6 @@ FewTokens call_of(const Matrix& out, const Matrix& weight, const MaskSource& mas
           mask.range,
           static_cast<const char*>(bias),
           tokens.get(),
-          bytes_read(weight, mask) >= kFarBytes,
           static_cast<char*>(out.data)};
 }
 

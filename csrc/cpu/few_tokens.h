@@ -28,7 +28,6 @@ struct FewTokens {
   KeepRange range;
   const char* bias;     // dot: (N,) or nullptr
   const float* tokens;  // M rows, few_token_stride() apart, made by prepare_*()
-  bool far;             // the weight lies beyond the caches: what comes next is asked for ahead
   char* out;
 };
 

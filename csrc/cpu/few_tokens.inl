@@ -214,7 +214,10 @@ inline void add_across(float out[4], const Floats v[4]) {
 constexpr int kUnit = 2 * kLanes;      // columns
 constexpr int kUnits = kStep / kUnit;  // in a word of the mask
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into L2
+// Into L2. What the next rows need is always asked for ahead: in a model even the weight of a small layer has left the
+// caches when its turn comes. SmolLM2's linears took 13.1 ms a token in bf16, without it in layers below 8 MiB 16.8, and
+// in fp32 21.5 for 22.9 (Xeon with AMX, 2 threads; dense 22 and 18.1). One row at a time, or nearer, was slower.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -397,18 +400,17 @@ inline const char* weight_row(const FewTokens& call, int64_t row) {
 // will need is brought into L2.
 inline const uint32_t* words_of(const FewTokens& call, int64_t row, int64_t first, int64_t columns, int64_t rows,
                                 uint32_t* scratch) {
-  const bool far = call.far;
   if (call.scores == nullptr) {
     const int64_t stride = (call.columns + kStep - 1) / kStep;
     const uint32_t* words = call.words + row * stride + first / kStep;
-    for (int64_t j = 0; far && j < columns; j += 16 * kStep) prefetch(words + rows * stride + j / kStep);
+    for (int64_t j = 0; j < columns; j += 16 * kStep) prefetch(words + rows * stride + j / kStep);
     return words;
   }
   const int64_t width = bytes_of(call.score_format), ahead = rows * call.columns * width;
   const char* scores = static_cast<const char*>(call.scores) + (row * call.columns + first) * width;
   visit_words(scores, call.score_format, call.range, columns, [=](int64_t j, int64_t, uint32_t bits) {
-    if (far) prefetch(scores + j * width + ahead);
-    if (far && width == 4) prefetch(scores + j * width + ahead + 64);
+    prefetch(scores + j * width + ahead);
+    if (width == 4) prefetch(scores + j * width + ahead + 64);
     scratch[j / kStep] = bits;
   });
   return scratch;
@@ -511,7 +513,7 @@ void dot_tokens(const FewTokens& call, const typename Kind::Element* const* weig
   const int64_t groups = (call.count + kDotTokens - 1) / kDotTokens;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = call.count * g / groups, end = call.count * (g + 1) / groups;
-    kBlocks[end - first - 1](call, weight, words, first_row, rows, first, call.far && g == 0);
+    kBlocks[end - first - 1](call, weight, words, first_row, rows, first, g == 0);
   }
 }
 
@@ -656,7 +658,7 @@ void sum_strip(const FewTokens& call, int64_t first, int64_t columns, int64_t su
     }
     const float* tokens = call.tokens + row / Kind::kPair;
     sum_tokens<Kind>(sums, sums_stride, weight, words, tokens, stride, call.count, whole,
-                     call.far ? kSumRows * call.columns * static_cast<int64_t>(sizeof(Element)) : 0);
+                     kSumRows * call.columns * static_cast<int64_t>(sizeof(Element)));
     if (left == 0) continue;
     Element padded[kSumRows][kStep] = {};
     const Element* tails[kSumRows];

@@ -1,28 +1,25 @@
 // The masked linear layer and its gradients, by slabs of the weight: neither a mask nor a masked weight is made whole.
 //
-// A slab is masked by all threads into a scratch that stays in the cache, then torch's GEMM takes it. The forward and
+// A slab is masked by all threads into a scratch (slab.h says how large), then torch's GEMM takes it. The forward and
 // the score gradient cut the weight by rows, d_x by columns: so no sum is split, and no rounding is added.
-// The other ways are fused_linear.cpp and few_linear.cpp; choice.cpp says which is taken. d_weight, which is seldom asked
+// The other paths are fused_*.cpp and few_linear.cpp; choice.cpp says which is taken. d_weight, which is seldom asked
 // for, has this one alone.
 #include "linear.h"
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
+#include <optional>
 
 #include "few_linear.h"
 #include "fused_linear.h"
 #include "gemm.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "slab.h"
 #include "torch_matmul.h"
 
 namespace mft {
 namespace {
-
-std::unique_ptr<char[]> make_scratch(int64_t elements, Format format) {
-  return std::unique_ptr<char[]>(new char[elements * bytes_of(format)]);
-}
 
 // How long a row of an operand that torch's GEMM sums over has to be: oneDNN 3.12 on AMX reads 16-bit rows up to the next
 // multiple of 32 and multiplies what it finds there by 0, so NaN and Inf come out, of a pitch or of the next row.
@@ -44,8 +41,8 @@ class Dense {
   explicit Dense(const Matrix& m) : Dense(m, m.columns) {}
   Dense(const Matrix& m, int64_t columns) : matrix_(m) {
     if (m.format == Format::kFloat32 || (m.columns == columns && m.row_stride == columns)) return;
-    memory_ = make_scratch(m.rows * columns, m.format);
-    matrix_ = {memory_.get(), m.format, m.rows, columns, columns};
+    memory_.emplace(m.rows * columns * bytes_of(m.format));
+    matrix_ = {memory_->get(), m.format, m.rows, columns, columns};
     const int64_t width = bytes_of(m.format);
     for_rows(m.rows, columns, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
@@ -57,7 +54,7 @@ class Dense {
   const Matrix& get() const { return matrix_; }
 
  private:
-  std::unique_ptr<char[]> memory_;
+  std::optional<Scratch> memory_;
   Matrix matrix_;
 };
 
@@ -73,6 +70,8 @@ void mask_slab(const Capability& cpu, const Matrix& out, const Matrix& weight, c
   });
 }
 
+int64_t bytes_in(const Matrix& m) { return m.rows * m.columns * bytes_of(m.format); }
+
 // What the mask is fused with, where the choice fell on that.
 const Gemm& fused(const Capability& cpu, Format format) { return *cpu.gemms[static_cast<int>(format)]; }
 
@@ -82,20 +81,25 @@ double sign_bytes(const SignSource& sign) {
   return sign.words != nullptr ? 1.0 / 8 : sign.scores != nullptr ? bytes_of(sign.score_format) : 0;
 }
 
+// The forward or d_x.
+Call call_of(Product product, const Matrix& weight, const MaskSource& mask, int64_t tokens) {
+  const double masked = mask_bytes(mask);
+  return {product, weight.format, tokens, weight.rows, weight.columns,
+          weight_bytes(product, bytes_of(weight.format), masked), masked};
+}
+
 }  // namespace
 
 void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
                    const MaskSource& mask, const void* bias, Path path) {
-  const double masked = mask_bytes(mask);
-  const Call call{Product::kForward, weight.format,  x.rows,
-                  weight.rows,       weight.columns, bytes_of(weight.format) + masked, masked};
+  const Call call = call_of(Product::kForward, weight, mask, x.rows);
   path = choose(cpu.name, call, path);
   if (path == Path::kFew) return few_masked_linear(cpu, y, x, weight, mask, bias);
   if (path == Path::kFused) return fused_masked_linear(fused(cpu, weight.format), y, x, weight, mask, bias);
-  const int64_t rows = slab_length(weight.columns * bytes_of(weight.format), weight.rows);
+  const int64_t rows = slab_length(weight.columns * bytes_of(weight.format), weight.rows, bytes_in(x));
   const int64_t depth = filled(weight.columns, weight.format);
   const Dense operand(x, depth);
-  const auto scratch = make_scratch(rows * depth, weight.format);
+  const Scratch scratch(rows * depth * bytes_of(weight.format));
   if (depth != weight.columns) std::memset(scratch.get(), 0, rows * depth * bytes_of(weight.format));
   for (int64_t r = 0; r < weight.rows; r += rows) {
     const int64_t n = std::min(rows, weight.rows - r);
@@ -108,16 +112,14 @@ void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, cons
 
 void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
             const MaskSource& mask, Path path) {
-  const double masked = mask_bytes(mask);
-  const Call call{Product::kGradX, weight.format,  grad_output.rows,
-                  weight.rows,     weight.columns, bytes_of(weight.format) + masked, masked};
+  const Call call = call_of(Product::kGradX, weight, mask, grad_output.rows);
   path = choose(cpu.name, call, path);
   if (path == Path::kFew) return few_grad_x(cpu, d_x, grad_output, weight, mask);
   if (path == Path::kFused) return fused_grad_x(fused(cpu, weight.format), d_x, grad_output, weight, mask);
-  const int64_t columns = slab_length(weight.rows * bytes_of(weight.format), weight.columns);
+  const int64_t columns = slab_length(weight.rows * bytes_of(weight.format), weight.columns, bytes_in(grad_output));
   const int64_t depth = filled(weight.rows, weight.format);
   const Dense operand(grad_output, depth);
-  const auto scratch = make_scratch(columns * depth, weight.format);
+  const Scratch scratch(columns * depth * bytes_of(weight.format));
   for (int64_t c = 0; c < weight.columns; c += columns) {
     const int64_t n = std::min(columns, weight.columns - c);
     const Matrix slab{scratch.get(), weight.format, depth, n, n};
@@ -129,7 +131,7 @@ void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output,
 
 void grad_weight(const Capability& cpu, const Matrix& d_weight, const Matrix& grad_output, const Matrix& x,
                  const MaskSource& mask) {
-  const int64_t rows = slab_length(x.columns * bytes_of(x.format), d_weight.rows);
+  const int64_t rows = slab_length(x.columns * bytes_of(x.format), d_weight.rows, bytes_in(x));
   for (int64_t r = 0; r < d_weight.rows; r += rows) {
     const int64_t n = std::min(rows, d_weight.rows - r);
     const Matrix slab = d_weight.narrow_rows(r, n);
@@ -141,15 +143,16 @@ void grad_weight(const Capability& cpu, const Matrix& d_weight, const Matrix& gr
 
 void grad_scores(const Capability& cpu, const Matrix& out, const Matrix& grad_output, const Matrix& x,
                  const Matrix& weight, const SignSource& sign, bool accumulate, Path path) {
-  const double signs = sign_bytes(sign), factors = (weight.data != nullptr ? bytes_of(weight.format) : 0) + signs;
-  const Call call{Product::kGradScores, weight.format,  x.rows,
-                  weight.rows,          weight.columns, factors + (accumulate ? 2 : 1) * bytes_of(out.format), signs};
+  const double signs = sign_bytes(sign);
+  const int factor = weight.data != nullptr ? bytes_of(weight.format) : 0;
+  const Call call{Product::kGradScores, weight.format, x.rows, weight.rows, weight.columns,
+                  weight_bytes(Product::kGradScores, factor, signs, bytes_of(out.format), accumulate), signs};
   path = choose(cpu.name, call, path);
   if (path == Path::kFused) {
     return fused_grad_scores(fused(cpu, weight.format), out, grad_output, x, weight, sign, accumulate);
   }
-  const int64_t rows = slab_length(weight.columns * bytes_of(x.format), weight.rows);
-  const auto scratch = make_scratch(rows * weight.columns, x.format);
+  const int64_t rows = slab_length(weight.columns * bytes_of(x.format), weight.rows, bytes_in(x));
+  const Scratch scratch(rows * weight.columns * bytes_of(x.format));
   for (int64_t r = 0; r < weight.rows; r += rows) {
     const int64_t n = std::min(rows, weight.rows - r);
     const Matrix grad{scratch.get(), x.format, n, weight.columns, weight.columns};
