@@ -65,6 +65,13 @@ def accumulate_score_grad(
     )
 
 
+def accumulate_product(out: Tensor, grad_output: Tensor, x: Tensor) -> None:
+    """out += grad_output.T @ x, by the same kernels, which then read neither weight nor sign."""
+    torch.ops.mft_cuda.score_grad_(
+        out, None, _rows(grad_output), _rows(x), None, None, None, None, None, None, False, True
+    )
+
+
 def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
     """The k-th largest key, by histograms; +inf if nothing is kept, NaN if a score is not finite."""
     return torch.ops.mft_cuda.kept_threshold(
@@ -141,7 +148,8 @@ class _Cuda(Backend):
         if reason := super().refusal(op, device, dtypes):
             return reason
         if op not in ("kept_threshold", "pack_mask", "pack_signs") and dtypes[0] == torch.float32:
-            return "its weight must be bfloat16 or float16, got float32, which the triton backend takes"
+            operand = "x" if op == "accumulate_product" else "weight"
+            return f"its {operand} must be bfloat16 or float16, got float32, which the triton backend takes"
         return _device_refusal(device.index)
 
 
@@ -207,6 +215,7 @@ register(
                 masked_linear_packed,
                 masked_linear_packed_backward,
                 accumulate_score_grad,
+                accumulate_product,
                 kept_threshold,
                 pack_mask,
                 pack_signs,

@@ -43,12 +43,13 @@ struct Product {
   bool transposed = false;
 };
 
-// G = grad_output.T @ x (N, K), never stored: d_scores = [d_scores +] G * weight * sign; d_weight = where(keep, G, 0).
+// G = grad_output.T @ x (N, K), never stored: d_scores = [d_scores +] G [* weight] * sign;
+// d_weight = where(keep, G, 0).
 struct ScoreGrad {
   Matrix d_scores;         // any type; or no data
   Matrix d_weight;         // weight's type; or no data
   Matrix grad_output, x;   // (M, N) and (M, K), of weight's type
-  Matrix weight;
+  Matrix weight;  // no data: not a factor of d_scores; its type and size are those of the problem all the same
   Sign sign;
   Keep keep;               // read for d_weight only
   bool accumulate = false;  // add to d_scores instead of replacing it

@@ -186,9 +186,9 @@ Keep keep_of(const std::optional<Tensor>& scores, const std::optional<Tensor>& t
   return keep;
 }
 
-Matrix weight_of(const Tensor& t, const Place& place) {
-  const Matrix weight = input(t, place, "weight");
-  STD_TORCH_CHECK(weight.type != Type::kFloat32, "weight must be bfloat16 or float16 for the cuda backend");
+Matrix weight_of(const Tensor& t, const Place& place, const char* name = "weight") {
+  const Matrix weight = input(t, place, name);
+  STD_TORCH_CHECK(weight.type != Type::kFloat32, name, " must be bfloat16 or float16 for the cuda backend");
   return weight;
 }
 
@@ -252,12 +252,17 @@ Tensor product(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optio
 }
 
 void score_grad_(std::optional<Tensor> d_scores, std::optional<Tensor> d_weight, Tensor grad_output, Tensor x,
-                 Tensor weight, std::optional<Tensor> sign_scores, std::optional<Tensor> sign_words,
+                 std::optional<Tensor> weight, std::optional<Tensor> sign_scores, std::optional<Tensor> sign_words,
                  std::optional<Tensor> scores, std::optional<Tensor> threshold, std::optional<Tensor> packed,
                  bool magnitude, bool accumulate) {
-  const Place place(weight);
+  const Place place(x);
   mft::cuda::ScoreGrad g;
-  g.weight = weight_of(weight, place);
+  if (weight.has_value()) {
+    g.weight = weight_of(*weight, place);
+  } else {
+    const Matrix in = weight_of(x, place, "x");
+    g.weight = {nullptr, in.type, input(grad_output, place, "grad_output").columns, in.columns, in.columns};
+  }
   g.x = like_weight(x, place, g.weight, "x");
   g.grad_output = like_weight(grad_output, place, g.weight, "grad_output");
   check_size(g.x, g.x.rows, g.weight.columns, "x");
@@ -352,7 +357,7 @@ MFT_LIBRARY(MFT_NAMESPACE, m) {
       "product(Tensor x, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, Tensor? bias, "
       "bool magnitude, bool transposed) -> Tensor");
   m.def(
-      "score_grad_(Tensor(a!)? d_scores, Tensor(b!)? d_weight, Tensor grad_output, Tensor x, Tensor weight, "
+      "score_grad_(Tensor(a!)? d_scores, Tensor(b!)? d_weight, Tensor grad_output, Tensor x, Tensor? weight, "
       "Tensor? sign_scores, Tensor? sign_words, Tensor? scores, Tensor? threshold, Tensor? packed, bool magnitude, "
       "bool accumulate) -> ()");
   m.def("kept_threshold(Tensor scores, int k, bool magnitude) -> Tensor");

@@ -1,4 +1,4 @@
-// The epilogue visitor of d_scores on Hopper: d_scores = [d_scores +] G * weight * sign, while G is in registers.
+// The epilogue visitor of d_scores on Hopper: d_scores = [d_scores +] G [* weight] * sign, while G is in registers.
 //
 // The accumulators of a thread in a subtile of 128 x 32 are 2 rows, 8 apart, of 4 pairs of columns, 8 apart:
 //
@@ -79,7 +79,7 @@ CUTLASS_DEVICE void check_places(Layout) {
 template <class T, class D>
 struct ScoreEpilogue {
   struct Arguments {
-    const T* weight;
+    const T* weight;    // null: not a factor
     const D* d_scores;  // null: not added to
     const void* signs;
     int64_t weight_stride, d_scores_stride, sign_stride;  // in elements; of bits, in words
@@ -188,10 +188,14 @@ struct ScoreEpilogue {
       const Inputs& in = inputs[subtile % 2];
       float value[16];  // 4 blocks of columns, 2 rows, 2 columns
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        const uint32_t pair = in.weight[i % 2][i / 2];
-        value[2 * i] = product(g[2 * i], low_of<T>(pair));
-        value[2 * i + 1] = product(g[2 * i + 1], high_of<T>(pair));
+      for (int i = 0; i < 16; ++i) value[i] = g[i];
+      if (p.weight != nullptr) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < 8; ++i) {
+          const uint32_t pair = in.weight[i % 2][i / 2];
+          value[2 * i] = product(value[2 * i], low_of<T>(pair));
+          value[2 * i + 1] = product(value[2 * i + 1], high_of<T>(pair));
+        }
       }
       apply_signs(value, in, subtile);
       cutlass::Array<CutlassType<D>, 16> result;
@@ -235,10 +239,12 @@ struct ScoreEpilogue {
     CUTLASS_DEVICE bool inside(int r, int column) const { return column < left[r]; }
 
     CUTLASS_DEVICE void load(Inputs& in, int subtile) const {
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        const int r = i % 2, block = i / 2, column = 32 * subtile + 8 * block;
-        if (inside(r, column)) in.weight[r][block] = load_word(weight[r] + column);
+      if (p.weight != nullptr) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < 8; ++i) {
+          const int r = i % 2, block = i / 2, column = 32 * subtile + 8 * block;
+          if (inside(r, column)) in.weight[r][block] = load_word(weight[r] + column);
+        }
       }
       if (p.d_scores != nullptr) {
         CUTLASS_PRAGMA_UNROLL

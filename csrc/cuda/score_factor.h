@@ -1,4 +1,4 @@
-// d_scores = [d_scores +] G * weight * sign(score): the arithmetic of one element, in the reference's order.
+// d_scores = [d_scores +] G [* weight] * sign(score): the arithmetic of one element, in the reference's order.
 //
 // G * weight is rounded to fp32 before the sign, so that adding to d_scores gives what adding the replaced value would;
 // a 16-bit d_scores is rounded once, to nearest even, after the addition. The sign of NaN is 0, as torch.sign's; a

@@ -1,4 +1,5 @@
-// G = grad_output.T @ x by mma.sync, never stored: d_scores = [d_scores +] G * weight * sign, d_weight = keep ? G : 0.
+// G = grad_output.T @ x by mma.sync, never stored: d_scores = [d_scores +] G [* weight] * sign,
+// d_weight = keep ? G : 0.
 //
 //          features            d_scores, d_weight (features N, columns K): one block a tile of 128 x 128, 8 warps of
 //         +--------+           2 x 4, 64 x 32 each
@@ -20,7 +21,8 @@
 namespace mft::cuda::sm80 {
 
 struct ScoreGradArguments {
-  View d_scores, d_weight, grad_output, x, weight;
+  View d_scores, d_weight, grad_output, x;
+  View weight;  // of no data where it is no factor
   View sign_scores, keep_scores;
   const uint32_t *sign_words, *keep_words;
   const char* thresholds;
@@ -187,7 +189,8 @@ struct ScoreGradKernel {
     const int64_t word = static_cast<int64_t>(row) * a.row_words + column / 32;
     if (a.d_scores.data != nullptr) {
       // All that is read is asked for before any of it is used.
-      const Eight weights = Eight::of(a.weight, row, column);
+      const bool weighted = a.weight.data != nullptr;
+      const Eight weights = weighted ? Eight::of(a.weight, row, column) : Eight{};
       const bool by_scores = a.sign_scores.data != nullptr;
       const Eight scores = by_scores ? Eight::of(a.sign_scores, row, column) : Eight{};
       const uint32_t signs = a.sign_words != nullptr ? a.sign_words[word] >> (column % 32) : 0xff;
@@ -198,7 +201,7 @@ struct ScoreGradKernel {
       before.widen(v, a.d_scores.type);
       for (int i = 0; i < 8; ++i) {
         const float gradient =
-            score_gradient(g[i], weight[i], by_scores ? sign_of(score[i]) : sign_of_bit(signs, i));
+            score_gradient(g[i], weighted ? weight[i] : 1.0f, by_scores ? sign_of(score[i]) : sign_of_bit(signs, i));
         v[i] = a.accumulate ? v[i] + gradient : gradient;
       }
       Eight::write(a.d_scores, row, column, v);

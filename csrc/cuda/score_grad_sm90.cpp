@@ -19,7 +19,8 @@ std::string refusal_of_size(const std::string& name, int64_t size, int64_t multi
 }  // namespace
 
 std::string refusal_sm90(const ScoreGrad& problem) {
-  const Type type = problem.weight.type;
+  const Matrix& weight = problem.weight;
+  const Type type = weight.type;
   if (type == Type::kFloat32) return "weight must be bf16 or fp16, got fp32";
   if (problem.d_weight.data != nullptr) return "d_weight must not be wanted, this kernel computes d_scores alone";
   if (problem.d_scores.data == nullptr) return "d_scores must be wanted, got none";
@@ -27,9 +28,10 @@ std::string refusal_sm90(const ScoreGrad& problem) {
     return "d_scores must be fp32 or of weight's type, got the other 16-bit float";
   }
   for (const std::string& refusal :
-       {refusal_of_size("tokens", problem.x.rows, 1), refusal_of_size("out_features", problem.weight.rows, 8),
-        refusal_of_size("in_features", problem.weight.columns, 8), refusal_of_tma("grad_output", problem.grad_output),
-        refusal_of_tma("x", problem.x), refusal_of_tma("weight", problem.weight), refusal_of_tma("d_scores", problem.d_scores)}) {
+       {refusal_of_size("tokens", problem.x.rows, 1), refusal_of_size("out_features", weight.rows, 8),
+        refusal_of_size("in_features", weight.columns, 8), refusal_of_tma("grad_output", problem.grad_output),
+        refusal_of_tma("x", problem.x), weight.data != nullptr ? refusal_of_tma("weight", weight) : "",
+        refusal_of_tma("d_scores", problem.d_scores)}) {
     if (!refusal.empty()) return refusal;
   }
   const Sign& sign = problem.sign;

@@ -1,6 +1,6 @@
 // d_scores on Hopper: CUTLASS's persistent GEMM with the factor of d_scores in its epilogue.
 //
-//   G (N, K) = grad_output.T @ x,  summed in fp32 over the M tokens,  d_scores = [d_scores +] G * weight * sign
+//   G (N, K) = grad_output.T @ x,  summed in fp32 over the M tokens,  d_scores = [d_scores +] G [* weight] * sign
 //
 // A block of 3 warpgroups (1 loads by TMA, 2 multiply) owns tiles of 128 x 256, 64 tokens a stage; two blocks that are
 // neighbours in N share x by multicast. N, K and M are the M, N and K of CUTLASS.
@@ -15,8 +15,8 @@
 //   direct loads in CUTLASS's epilogue load pipeline       spills 32 bytes (13.5); a fence and a wait more a subtile
 //   16-bit scores read one subtile ahead like signs        spills 48 bytes (13.0, 16-bit d_scores)
 //
-// Which of sign's sources is read and whether d_scores is added to are branches that all threads take alike, at run
-// time: a kernel compiles in about 25 s, and there are two for each 16-bit type.
+// Whether weight is a factor, which of sign's sources is read and whether d_scores is added to are branches that all
+// threads take alike, at run time: a kernel compiles in about 25 s, and there are two for each 16-bit type.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -14,6 +14,8 @@ namespace mft::cuda {
 CUTLASS_DEVICE void prefetch_line([[maybe_unused]] const void* place) {
 #ifdef __CUDA_ARCH__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(place));
+#elif defined(MFT_PREFETCHED)
+  MFT_PREFETCHED(place);  // a test counts
 #endif
 }
 
@@ -94,7 +96,7 @@ struct PrefetchingEpilogue : Base {
   template <int kColumns>
   CUTLASS_DEVICE void fetch(const PrefetchTile& tile) const {
     const Inputs& a = inputs;
-    tile.template elements<kColumns>(a.weight, a.weight_stride);
+    if (a.weight != nullptr) tile.template elements<kColumns>(a.weight, a.weight_stride);
     if (a.d_scores != nullptr) tile.template elements<kColumns>(a.d_scores, a.d_scores_stride);
     if (a.source == SignSource::kBits) {
       tile.bits(static_cast<const uint32_t*>(a.signs), a.sign_stride);

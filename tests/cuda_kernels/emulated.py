@@ -246,6 +246,13 @@ def accumulate_score_grad(
     _call("score_grad_sm80", asked, device)
 
 
+def accumulate_product(out: Tensor, grad_output: Tensor, x: Tensor, **device) -> None:
+    grad, rows = _rows(grad_output), _rows(x)
+    weight = Matrix(None, _TYPES[x.dtype], *out.shape, out.shape[1])
+    asked = ScoreGrad(d_scores=_matrix(out), grad_output=_matrix(grad), x=_matrix(rows), weight=weight, accumulate=True)
+    _call("score_grad_sm80", asked, device)
+
+
 def kept_threshold(
     scores: Tensor, keep_ratio: float, mode: str, *, words: bool = False, **device
 ) -> Tensor | tuple[Tensor, Tensor]:

@@ -117,6 +117,35 @@ def test_score_gradients_are_added(out_dtype, source, capability):
     assert_same(got, expected)
 
 
+@pytest.mark.parametrize("out_dtype", [torch.float32, *DTYPES])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_are_added_without_a_weight(dtype, out_dtype, capability):
+    t = inputs(dtype)
+    for x, grad in (
+        (t.x, t.grad_output),
+        (t.x[0], t.grad_output[0]),
+        (t.x.T.contiguous().T, t.grad_output[:1].expand(5, 12)),
+        (t.x[:0], t.grad_output[:0]),
+        (t.x[:4].view(2, 2, 40), t.grad_output[:4].view(2, 2, 12)),
+    ):
+        got, expected = torch.full((12, 40), 3.0, dtype=out_dtype), torch.full((12, 40), 3.0, dtype=out_dtype)
+        cuda.accumulate_product(got, grad, x)
+        reference.accumulate_product(expected, grad, x)
+        assert_same(got, expected)
+
+
+def test_products_without_a_weight_that_do_not_fit_are_refused():
+    t = inputs()
+    for message, out, grad, x in (
+        ("x must be bfloat16 or float16", t.scores, t.grad_output.float(), t.x.float()),
+        ("grad_output must have weight's dtype", t.scores, t.grad_output.half(), t.x),
+        ("grad_output must be .5, 12., got .4, 12.", t.scores, t.grad_output[:4], t.x),
+        ("d_scores must be .12, 40., got .11, 40.", t.scores[:11], t.grad_output, t.x),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            cuda.accumulate_product(out, grad, x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
 @pytest.mark.parametrize("mode", ["magnitude", "value"])
 def test_thresholds_masks_and_signs(dtype, mode):

@@ -46,7 +46,7 @@ def check_products(t: Inputs, threshold: Tensor, mode: str) -> None:
 
 
 def check_score_grad(t: Inputs, threshold: Tensor, mode: str) -> None:
-    """d_weight and d_scores, together and apart, by scores and by words; d_scores added to what was there."""
+    """d_weight and d_scores, together and apart, by scores and by words; d_scores and G added to what was there."""
     arguments = (t.grad_output, t.x, t.weight)
     for wanted in ([False, True, True, False], [False, True, False, False], [False, False, True, False]):
         expected = reference.masked_linear_backward(*arguments, t.scores, threshold, mode, wanted)
@@ -64,6 +64,17 @@ def check_score_grad(t: Inputs, threshold: Tensor, mode: str) -> None:
             reference.accumulate_score_grad(right, *arguments, t.scores, packed_signs, mode)
             emulated.accumulate_score_grad(out, *arguments, t.scores, packed_signs, mode)
             same(out, right)
+    check_product_added(t)
+
+
+def check_product_added(t: Inputs) -> None:
+    """G without a factor, added to what was there."""
+    for dtype in SCORES:
+        out = (torch.arange(t.weight.numel()).view(t.weight.shape) % 5 - 2).to(dtype)
+        right = out.clone()
+        reference.accumulate_product(right, t.grad_output, t.x)
+        emulated.accumulate_product(out, t.grad_output, t.x)
+        same(out, right)
 
 
 # ------------------------------------------------------------------------------------------------- every kernel once
@@ -144,6 +155,7 @@ def test_rows_of_any_alignment_and_stride(name, before, more):
         expected = reference.masked_linear_backward(*arguments)
         for got, right in zip(emulated.masked_linear_backward(*arguments), expected):
             same(got, right)
+        check_product_added(t)
 
 
 @pytest.mark.parametrize("scores_dtype", SCORES)
@@ -168,6 +180,9 @@ def test_strided_outputs_and_nothing_around_them_is_written(before, more):
         emulated.accumulate_score_grad(out, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
         reference.accumulate_score_grad(right, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
         same(out, right)
+        emulated.accumulate_product(out, t.grad_output, t.x)
+        reference.accumulate_product(right, t.grad_output, t.x)
+        same(out, right)
         assert int(memory.isnan().sum()) == around
 
 
@@ -191,6 +206,7 @@ def test_nothing_outside_the_matrices_is_touched(dtypes, shape, at_end):
     for dtype in dtypes:
         out = guarded(torch.zeros(t.weight.shape, dtype=dtype), at_end=at_end)
         emulated.accumulate_score_grad(out, *arguments, None, signs, "magnitude")
+        emulated.accumulate_product(out, t.grad_output, t.x)
 
 
 # ------------------------------------------------------------------------------------------------------------ values
@@ -263,6 +279,17 @@ def test_large_sums_are_rounded_once_and_infinite_ones_are_infinite():
     assert y.tolist() == [[torch.inf, 64512.0]]
 
 
+def test_accumulation_rounds_the_sum_alone():
+    """Near 2048 fp16 holds even numbers: 2049.0005 becomes 2050; a term rounded first is 1, and 2049 goes to 2048."""
+    x = torch.tensor([[1.0], [2.0**-11]]).half().repeat(1, 40)
+    ones = torch.ones(40, 40).half()
+    by_weight, plain = 2048 * ones, 2048 * ones
+    emulated.accumulate_score_grad(by_weight, ones[:2], x, ones, None, None, "value")
+    emulated.accumulate_product(plain, ones[:2], x)
+    for out in (by_weight, plain):
+        assert (out == 2050).all()
+
+
 # --------------------------------------------------------------------------------------------------------- schedules
 
 
@@ -279,6 +306,7 @@ def test_results_do_not_depend_on_the_schedule(scores_dtype, seed, asynchrony):
     rest = (t.grad_output, t.x, t.weight, t.scores, row_thresholds(t), "magnitude", [False, True, True, False])
     for got, right in zip(emulated.masked_linear_backward(*rest), reference.masked_linear_backward(*rest)):
         same(got, right)
+    check_product_added(t)
 
 
 # ------------------------------------------------------------------------------------------------------------- other
@@ -290,6 +318,8 @@ def test_fp32_weights_are_refused():
         emulated.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0), None, "magnitude")
     with pytest.raises(RuntimeError, match="weight must be bf16 or fp16, got fp32"):
         emulated.accumulate_score_grad(t.scores, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
+    with pytest.raises(RuntimeError, match="weight must be bf16 or fp16, got fp32"):
+        emulated.accumulate_product(t.scores, t.grad_output, t.x)
 
 
 def test_tiles_give_the_right_fragments_without_bank_conflicts(tmp_path):

@@ -77,11 +77,11 @@ def test_without_a_gpu_a_request_raises_and_the_report_says_why():
         mft_kernels.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0), backend="cuda")
 
 
-def test_every_op_of_the_reference_but_two_is_served_with_its_arguments():
+def test_every_op_of_the_reference_but_one_is_served_with_its_arguments():
     import inspect
 
     ops = backends._TABLE["cuda"].ops
-    assert backends._TABLE["reference"].ops.keys() - ops.keys() == {"accumulate_product", "score_step"}
+    assert backends._TABLE["reference"].ops.keys() - ops.keys() == {"score_step"}
     for name, function in ops.items():
         assert inspect.signature(function) == inspect.signature(getattr(reference, name))
 
@@ -100,9 +100,11 @@ def backend(monkeypatch):
     )
 
 
-def test_accumulation_without_a_weight_is_refused_by_name(backend):
-    assert backend.refusal("accumulate_product", torch.device("cuda", 0), (BFLOAT16, FLOAT32)) == (
-        "it has no accumulate_product"
+def test_accumulation_without_a_weight_asks_for_16_bit_inputs_alone(backend):
+    gpu = torch.device("cuda", 0)
+    assert backend.refusal("accumulate_product", gpu, (BFLOAT16, FLOAT32)) is None
+    assert backend.refusal("accumulate_product", gpu, (FLOAT32, FLOAT32)) == (
+        "its x must be bfloat16 or float16, got float32, which the triton backend takes"
     )
 
 

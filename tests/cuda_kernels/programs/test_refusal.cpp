@@ -34,6 +34,8 @@ int main() {
       {[](ScoreGrad& g) { g.x.data = data + 2; }, "x must begin at a multiple of 16 bytes, got 2 bytes past one"},
       {[](ScoreGrad& g) { g.grad_output.stride = 17; }, "got a stride of 34 bytes"},
       {[](ScoreGrad& g) { g.weight.stride = 16; }, "weight's rows must not overlap"},
+      {[](ScoreGrad& g) { g.weight.data = nullptr, g.weight.stride = 0; }, ""},
+      {[](ScoreGrad& g) { g.weight.data = nullptr, g.weight.columns = 20; }, "in_features must be"},
       {[](ScoreGrad& g) { g.d_scores.stride = int64_t{1} << 40; }, "less than 2^40 bytes apart"},
       {[](ScoreGrad& g) { g.sign.scores.data = data + 4; }, "scores must begin at a multiple of 16 bytes"},
   };

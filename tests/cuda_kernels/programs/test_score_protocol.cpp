@@ -5,11 +5,18 @@
 // interleavings are walked through against barriers as CUTLASS's PipelineTransactionAsync has them. A barrier of n
 // arrivals counts phases; wait(p) passes unless the parity of the phase that is open is p (PTX, mbarrier.try_wait.parity),
 // so a phase that is two behind looks like one that has not come.
+//
+// And what load() prefetches: of all inputs that there are, and nothing else.
 #include "cuda_on_host.h"
+
+void prefetched(const void* place);
+#define MFT_PREFETCHED prefetched
 
 #include <cutlass/pipeline/sm90_pipeline.hpp>
 
+#include <algorithm>
 #include <cstdio>
+#include <iterator>
 #include <map>
 #include <set>
 #include <vector>
@@ -27,6 +34,7 @@ struct Step {
 };
 
 std::vector<Step>* written = nullptr;
+std::vector<const void*> places;  // prefetched
 int tile_now = 0;
 
 template <uint32_t kStages>
@@ -137,10 +145,53 @@ int check(int tiles) {
   return !found.ends + !found.in_time;
 }
 
+// By lane 0, the only one on the host, for a tile that the matrices end in.
+int check_prefetched(bool weighted, bool added, mft::cuda::SignSource source) {
+  using Epilogue = mft::cuda::PrefetchingEpilogue<Silent<1>>;
+  constexpr int kRows = 100, kColumns = 200, kStride = 208;
+  static uint16_t weight[kRows * kStride];
+  static float d_scores[kRows * kStride], signs[kRows * kStride];  // of bits and 16-bit scores a part
+  typename Epilogue::Params params;
+  params.thread.weight = weighted ? weight : nullptr;
+  params.thread.d_scores = added ? d_scores : nullptr;
+  params.thread.signs = signs, params.thread.source = source;
+  params.thread.weight_stride = params.thread.d_scores_stride = params.thread.sign_stride = kStride;
+  typename Epilogue::TensorStorage storage;
+  Epilogue epilogue(params, storage);
+  std::vector<Step> steps;
+  written = &steps, places.clear();
+  epilogue.load(Writer<1>{}, cutlass::make_producer_start_state<Writer<1>>(), cute::make_shape(kRows, kColumns, 0, 1),
+                cute::Shape<cute::_128, cute::_256, cute::_64>{}, cute::make_coord(0, 0, 0, 0));
+  const auto within = [](auto& matrix) {
+    return std::count_if(places.begin(), places.end(), [&matrix](const void* place) {
+      return place >= std::begin(matrix) && place < std::end(matrix);
+    });
+  };
+  const auto of_weight = within(weight), of_d_scores = within(d_scores), of_signs = within(signs);
+  const bool right = (of_weight > 0) == weighted && (of_d_scores > 0) == added &&
+                     (of_signs > 0) == (source != mft::cuda::SignSource::kOne) &&
+                     of_weight + of_d_scores + of_signs == static_cast<long>(places.size());
+  if (!right) {
+    std::printf("prefetched: %ld lines of weight (%s), %ld of d_scores (%s), %ld of signs (%d), of %zu\n", of_weight,
+                weighted ? "given" : "none", of_d_scores, added ? "given" : "none", of_signs, static_cast<int>(source),
+                places.size());
+  }
+  return !right;
+}
+
 }  // namespace
+
+void prefetched(const void* place) { places.push_back(place); }
 
 int main() {
   int faults = 0;
+  for (const bool weighted : {true, false}) {
+    for (const bool added : {true, false}) {
+      for (int source = 0; source < 4; ++source) {
+        faults += check_prefetched(weighted, added, static_cast<mft::cuda::SignSource>(source));
+      }
+    }
+  }
   for (int tiles = 1; tiles <= 4; ++tiles) faults += check<1>(tiles) + check<2>(tiles) + check<4>(tiles);
   return faults != 0;
 }

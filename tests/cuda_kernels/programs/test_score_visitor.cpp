@@ -52,13 +52,13 @@ struct Problem {
   std::vector<Score> scores;
   std::vector<uint32_t> words;
   SignSource source;
-  bool accumulate;
+  bool accumulate, weighted;
 
-  Problem(int n, int k, int pad, SignSource source, bool accumulate)
+  Problem(int n, int k, int pad, SignSource source, bool accumulate, bool weighted)
       : n(n), k(k), weight_stride(k + pad), d_scores_stride(k + 2 * pad), score_stride(k + 3 * pad),
         weight((n - 1) * weight_stride + k), d_scores((n - 1) * d_scores_stride + k),
         scores((n - 1) * score_stride + k), words(static_cast<size_t>(n) * ((k + 31) / 32)), source(source),
-        accumulate(accumulate) {
+        accumulate(accumulate), weighted(weighted) {
     std::mt19937 random(n + k + pad);
     const auto number = [&random](int exponent) {
       return std::ldexp(static_cast<float>(random() % 2001) - 1000, exponent);
@@ -76,7 +76,7 @@ struct Problem {
 
   ScoreGrad asked() {
     ScoreGrad p;
-    p.weight = {weight.data(), type<T>(), n, k, weight_stride};
+    p.weight = {weighted ? weight.data() : nullptr, type<T>(), n, k, weight_stride};
     p.d_scores = {d_scores.data(), type<D>(), n, k, d_scores_stride};
     p.accumulate = accumulate;
     if (source == SignSource::kBits) p.sign.words = words.data();
@@ -96,7 +96,7 @@ struct Problem {
       const float score = isa::widen(scores[row * score_stride + column]);
       sign = score > 0 ? 1 : score < 0 ? -1 : 0;
     }
-    float value = sum(row, column) * isa::widen(weight[row * weight_stride + column]) * sign;
+    float value = sum(row, column) * (weighted ? isa::widen(weight[row * weight_stride + column]) : 1) * sign;
     if (accumulate) value += isa::widen(d_scores[row * d_scores_stride + column]);
     return isa::widen(isa::round_to<D>(value));
   }
@@ -147,16 +147,17 @@ void run_thread(const Problem& problem, ScoreEpilogue<T, D>& visitor, int down, 
       ++seen[static_cast<size_t>(row) * problem.k + column];
       const float got = static_cast<float>(result[i]), expected = problem.expected(row, column);
       if (got != expected && ++failures < 10) {
-        std::printf("(%d, %d) of (%d, %d): got %g, expected %g; source %d, %s\n", row, column, problem.n, problem.k,
-                    got, expected, static_cast<int>(problem.source), problem.accumulate ? "added" : "replaced");
+        std::printf("(%d, %d) of (%d, %d): got %g, expected %g; source %d, %s weight, %s\n", row, column, problem.n,
+                    problem.k, got, expected, static_cast<int>(problem.source), problem.weighted ? "by" : "no",
+                    problem.accumulate ? "added" : "replaced");
       }
     }
   }
 }
 
 template <class T, class D, class Score>
-void check(int n, int k, int pad, SignSource source, bool accumulate) {
-  Problem<T, D, Score> problem(n, k, pad, source, accumulate);
+void check(int n, int k, int pad, SignSource source, bool accumulate, bool weighted = true) {
+  Problem<T, D, Score> problem(n, k, pad, source, accumulate, weighted);
   const auto params = ScoreEpilogue<T, D>::arguments_of(problem.asked());
   ScoreEpilogue<T, D> visitor(params, {});
   std::vector<int> seen(static_cast<size_t>(n) * k);
@@ -174,6 +175,7 @@ template <class T, class D>
 void check_all(int n, int k, int pad) {
   for (const bool accumulate : {false, true}) {
     check<T, D, float>(n, k, pad, SignSource::kOne, accumulate);
+    check<T, D, float>(n, k, pad, SignSource::kOne, accumulate, false);
     check<T, D, float>(n, k, pad, SignSource::kBits, accumulate);
     check<T, D, float>(n, k, pad, SignSource::kFloats, accumulate);
     check<T, D, BFloat16>(n, k, pad, SignSource::kHalves, accumulate);
