@@ -50,11 +50,16 @@ def op_checks(
     for name, (run, expect) in calls.items():
         yield f"{name}, {label}", functools.partial(assert_equal, run, expect)
     if by.name not in (AUTO, SCRATCH):  # they choose a product, and this is none
-        for name, sign, dtype in (
-            ("bits into fp32", (None, signs), torch.float32),
-            (f"scores into {name_of(t.weight.dtype)}", (t.scores, None), t.weight.dtype),
+        operands = (t.grad_output, t.x)
+        for name, dtype, sign in (
+            ("bits into fp32", torch.float32, (None, signs)),
+            (f"scores into {name_of(t.weight.dtype)}", t.weight.dtype, (t.scores, None)),
         ):
-            yield f"accumulate_score_grad, {name}, {label}", functools.partial(_accumulates, t, by, sign, dtype, mode)
+            run = functools.partial(_accumulates, "accumulate_score_grad", by, dtype, *operands, t.weight, *sign, mode)
+            yield f"accumulate_score_grad, {name}, {label}", run
+        for dtype in (torch.float32, t.weight.dtype):
+            run = functools.partial(_accumulates, "accumulate_product", by, dtype, *operands)
+            yield f"accumulate_product, into {name_of(dtype)}, {label}", run
 
 
 def selection_checks(label: str, scores: Tensor, threshold: Tensor, by: SimpleNamespace) -> Iterator[Check]:
@@ -110,14 +115,12 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _accumulates(
-    t: Inputs, by: SimpleNamespace, sign: tuple[Tensor | None, Tensor | None], dtype: torch.dtype, mode: str
-) -> None:
-    got = torch.ones(t.weight.shape, dtype=dtype, device=t.weight.device)
+def _accumulates(op: str, by: SimpleNamespace, dtype: torch.dtype, grad: Tensor, x: Tensor, *rest: Any) -> None:
+    got = torch.ones(grad.shape[-1], x.shape[-1], dtype=dtype, device=x.device)
     expected = got.float()
-    by.accumulate_score_grad(got, t.grad_output, t.x, t.weight, *sign, mode)
-    widened = (v if v is None or v.dtype == torch.int32 else v.float() for v in sign)
-    reference.accumulate_score_grad(expected, t.grad_output.float(), t.x.float(), t.weight.float(), *widened, mode)
+    getattr(by, op)(got, grad, x, *rest)
+    widened = (v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for v in (grad, x, *rest))
+    getattr(reference, op)(expected, *widened)
     assert_equal(lambda: got, lambda: expected)
 
 

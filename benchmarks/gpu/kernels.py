@@ -16,7 +16,7 @@ _CHOSEN = (
     ops.masked_linear_packed,
     ops.masked_linear_packed_backward,
 )
-_OTHERS = (ops.accumulate_score_grad, select.kept_threshold, bits.pack_mask, bits.pack_signs)
+_OTHERS = (ops.accumulate_score_grad, ops.accumulate_product, select.kept_threshold, bits.pack_mask, bits.pack_signs)
 OPS = tuple(f.__name__ for f in (*_CHOSEN, *_OTHERS))
 
 
