@@ -41,6 +41,7 @@ struct Product {
   Keep keep;
   const void* bias = nullptr;  // (N,), of weight's type
   bool transposed = false;
+  void* workspace = nullptr;  // of product_sm80: product_workspace() bytes, of any content
 };
 
 // G = grad_output.T @ x (N, K), never stored: d_scores = [d_scores +] G [* weight] * sign;
@@ -101,5 +102,6 @@ std::string pack_mask(const PackMask&, const Device&);
 std::string pack_signs(const PackSigns&, const Device&);
 
 int64_t select_workspace(Type type);
+int64_t product_workspace(const Product&, const Device&);  // without it few tokens take product_sm80 longer
 
 }  // namespace mft::cuda

@@ -247,6 +247,12 @@ Tensor product(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optio
     p.keep.words = words(*bits, place, p.weight, "packed");
   }
   const bool hopper = place.device.capability == 90 && mft::cuda::refusal_sm90(p).empty();
+  std::optional<Tensor> workspace;  // given back in the order of the stream
+  const int64_t bytes[] = {hopper ? 0 : mft::cuda::product_workspace(p, place.device)};
+  if (bytes[0] > 0) {
+    workspace = torch::stable::new_empty(x, {bytes, 1}, ScalarType::Byte);
+    p.workspace = workspace->mutable_data_ptr();
+  }
   check_launch(hopper ? mft::cuda::product_sm90(p, place.device) : mft::cuda::product_sm80(p, place.device));
   return out;
 }

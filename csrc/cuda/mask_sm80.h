@@ -54,9 +54,12 @@ class Mask {
  public:
   static constexpr int kBytes = Scores::kBytes + (kTransposed ? 4 * kTileDepth : 0);
 
-  // first: of the block's columns of B. warp_column: the warp's first among them.
-  MFT_DEVICE Mask(const KeepArguments& keep, int first, int warp_column)
-      : keep_(keep), warp_column_(warp_column), reader_(keep.scores, kTransposed ? 0 : first, kTransposed ? first : 0) {
+  // first: of the block's columns of B. warp_column: the warp's first among them. depth: the first.
+  MFT_DEVICE Mask(const KeepArguments& keep, int first, int warp_column, int depth)
+      : keep_(keep),
+        warp_column_(warp_column),
+        reader_(keep.scores, kTransposed ? depth : first, kTransposed ? first : depth),
+        row_(depth) {
     if constexpr (kTransposed) {
       prefetch();
     } else {
@@ -108,7 +111,7 @@ class Mask {
   TileReader<Scores, kTransposed, kChunked, kThreads> reader_;
   Pair pairs_[kTransposed ? 1 : 4];
   uint32_t threshold_ = 0;  // of the next tile, the thread's row
-  int row_ = 0;             // the first of the tile after it
+  int row_;                 // the first of the tile after it
 };
 
 // fp32 scores are read one by one, or two, from a tile of twice the size.
@@ -119,8 +122,11 @@ class Mask<float, kMagnitude, kTransposed, kChunked> {
  public:
   static constexpr int kBytes = Scores::kBytes + (kTransposed ? 4 * kTileDepth : 0);
 
-  MFT_DEVICE Mask(const KeepArguments& keep, int first, int warp_column)
-      : keep_(keep), warp_column_(warp_column), reader_(keep.scores, kTransposed ? 0 : first, kTransposed ? first : 0) {
+  MFT_DEVICE Mask(const KeepArguments& keep, int first, int warp_column, int depth)
+      : keep_(keep),
+        warp_column_(warp_column),
+        reader_(keep.scores, kTransposed ? depth : first, kTransposed ? first : depth),
+        row_(depth) {
     if constexpr (kTransposed) {
       prefetch();
     } else {
@@ -173,7 +179,7 @@ class Mask<float, kMagnitude, kTransposed, kChunked> {
   int warp_column_;
   TileReader<Scores, kTransposed, kChunked, kThreads> reader_;
   float thresholds_[kTransposed ? 1 : 4] = {};  // of the warp's columns, or the thread's row of the next tile
-  int row_ = 0;                                 // the first of the tile after it
+  int row_;                                     // the first of the tile after it
 };
 
 // Packed words, 128 a tile: they are 4 bytes aligned and no more, so each is a copy of its own. A lane shifts its two
@@ -183,10 +189,11 @@ class Mask<Words, kMagnitude, kTransposed, kChunked> {
  public:
   static constexpr int kBytes = 4 * kTileFeatures;
 
-  MFT_DEVICE Mask(const KeepArguments& keep, int first, int warp_column) : keep_(keep), warp_column_(warp_column) {
+  MFT_DEVICE Mask(const KeepArguments& keep, int first, int warp_column, int depth)
+      : keep_(keep), warp_column_(warp_column) {
     constexpr int kWords = kTransposed ? kTileFeatures / 32 : 1;  // a row of the tile
-    const int row = isa::thread() / kWords + (kTransposed ? 0 : first);
-    const int word = isa::thread() % kWords + (kTransposed ? first / 32 : 0);
+    const int row = isa::thread() / kWords + (kTransposed ? depth : first);
+    const int word = isa::thread() % kWords + (kTransposed ? first : depth) / 32;
     rows_ = keep.scores.rows - row;
     words_ = keep.row_words - word;
     source_ = keep.words + static_cast<int64_t>(row) * keep.row_words + word;

@@ -13,4 +13,10 @@ std::string product_sm80(const Product& p, const Device& device) {
   return sm80::product_of<Float16>(p, device);
 }
 
+int64_t product_workspace(const Product& p, const Device& device) {
+  if (p.out.rows == 0 || p.out.columns == 0) return 0;
+  const int64_t parts = sm80::parts_of(p, device), tiles = sm80::tiles_of(p.out.columns, sm80::kTileFeatures);
+  return parts > 1 ? parts * p.out.rows * tiles * sm80::kTileFeatures * 4 : 0;
+}
+
 }  // namespace mft::cuda

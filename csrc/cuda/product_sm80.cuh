@@ -9,12 +9,16 @@
 //   features weight|
 //          +-------+      depth is K; transposed, it is N, and the weight's tile has depths as rows (ldmatrix.trans).
 //
+// Up to 64 tokens give too few tiles for a GPU: there the depth is cut into parts of whole steps, a block each, which
+// write fp32 sums into the workspace. A second kernel adds them in the order of the parts, whatever order they came in.
+//
 // A step of 32 depths takes a warp 32 mma.sync among 206 instructions with bf16 scores (SASS of nvcc 13.0), and 128
 // registers allow two blocks a multiprocessor. Speed: not measured.
 #pragma once
 
 #include <algorithm>
 
+#include "eight_sm80.h"
 #include "mask_sm80.h"
 
 namespace mft::cuda::sm80 {
@@ -24,13 +28,23 @@ struct ProductArguments {
   KeepArguments keep;
   const char* bias;  // or null
   int depth_tiles, tile_rows, tile_columns;
+  float* parts;    // (parts, out.rows, part_stride), or null: the depth is in one
+  int part_tiles;  // of the depth, in a part
+  int64_t part_stride;
 };
+
+template <class T>
+MFT_DEVICE float bias_of(const char* bias, const View& out, int feature) {
+  if (bias == nullptr || feature >= out.columns) return 0.0f;
+  return isa::widen(load<T>(bias + 2 * static_cast<int64_t>(feature)));
+}
 
 // T: of in, weight and out. S: of the scores, or Words. kChunked: in, weight and scores are. kTokens: 128 or 64 a tile.
 template <class T, class S, bool kMagnitude, bool kTransposed, bool kChunked, int kTokens>
 struct ProductKernel {
   static constexpr int kThreads = sm80::kThreads;
   static constexpr int kBlocksPerMultiprocessor = kChunked ? 2 : 1;  // one: loads by elements need registers
+  static constexpr bool kParts = kTokens == 64;                      // the depth may be cut
   using Arguments = ProductArguments;
 
   using Mask = sm80::Mask<S, kMagnitude, kTransposed, kChunked>;
@@ -52,10 +66,13 @@ struct ProductKernel {
     const int warp_token = isa::warp() / 4 * kWarpTokens, warp_feature = isa::warp() % 4 * kWarpFeatures;
     char* const shared = isa::shared_memory();
 
-    TileReader<In, false, kChunked, kThreads> in(a.in, first_token, 0);
-    TileReader<Weight, kTransposed, kChunked, kThreads> weight(a.weight, kTransposed ? 0 : first_feature,
-                                                               kTransposed ? first_feature : 0);
-    Mask mask(a.keep, first_feature, warp_feature);
+    const int first_tile = kParts ? static_cast<int>(isa::block(1)) * a.part_tiles : 0;
+    const int left = a.depth_tiles - first_tile, tiles = kParts && a.part_tiles < left ? a.part_tiles : left;
+    const int depth = first_tile * kTileDepth;
+    TileReader<In, false, kChunked, kThreads> in(a.in, first_token, depth);
+    TileReader<Weight, kTransposed, kChunked, kThreads> weight(a.weight, kTransposed ? depth : first_feature,
+                                                               kTransposed ? first_feature : depth);
+    Mask mask(a.keep, first_feature, warp_feature, depth);
     const auto copy = [&](int stage) {
       char* const to = shared + stage * kStageBytes;
       in.copy(to);
@@ -66,15 +83,22 @@ struct ProductKernel {
 
     Sums sums = {};
     for (int stage = 0; stage < kStages - 1; ++stage) copy(stage);
-    for (int tile = 0, stage = 0, done = kStages - 1; tile < a.depth_tiles; ++tile) {
+    for (int tile = 0, stage = 0, done = kStages - 1; tile < tiles; ++tile) {
       isa::wait_copies<kStages - 2>();
       isa::sync_block();  // the tile has come for all, and all are done with the one before it, which is overwritten
-      copy(done);
+      if (!kParts || tile + kStages - 1 < tiles) {
+        copy(done);
+      } else {  // the next part's
+        isa::commit_copies();
+      }
       multiply(sums, mask, shared + stage * kStageBytes, warp_token, warp_feature);
       done = stage;
       stage = stage == kStages - 1 ? 0 : stage + 1;
     }
     isa::wait_copies<0>();
+    if constexpr (kParts) {
+      if (a.parts != nullptr) return write_part(a, sums, first_token + warp_token, first_feature + warp_feature);
+    }
     isa::sync_block();
     // Found again, for registers are short in the loop.
     write(a, sums, shared, first_token, first_feature, isa::warp() / 4 * kWarpTokens, isa::warp() % 4 * kWarpFeatures);
@@ -103,6 +127,26 @@ struct ProductKernel {
     }
   }
 
+  // Four lanes write a sector.
+  MFT_DEVICE static void write_part(const Arguments& a, const Sums& sums, int first_token, int first_feature) {
+    struct alignas(8) Two {
+      float low, high;
+    };
+    const int64_t first_row = isa::block(1) * a.out.rows;
+    const int g = isa::lane() / 4, c = isa::lane() % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 2 * kDown; ++i) {
+      const int token = first_token + 8 * i + g;
+      if (token >= a.out.rows) continue;
+      float* const to = a.parts + (first_row + token) * a.part_stride + first_feature + c;
+#pragma unroll
+      for (int j = 0; j < kAcross; ++j) {
+        const float(&four)[4] = sums[i / 2][j];
+        store(reinterpret_cast<char*>(to + 8 * j), Two{four[i % 2 * 2], four[i % 2 * 2 + 1]});
+      }
+    }
+  }
+
   // By way of shared memory, so that 16 bytes are written at once.
   MFT_DEVICE static void write(const Arguments& a, const Sums& sums, char* shared, int first_token, int first_feature,
                                int warp_token, int warp_feature) {
@@ -110,7 +154,8 @@ struct ProductKernel {
 #pragma unroll
     for (int j = 0; j < kAcross; ++j) {
       const int feature = warp_feature + 8 * j + c;
-      const float low = bias_of(a, first_feature + feature), high = bias_of(a, first_feature + feature + 1);
+      const float low = bias_of<T>(a.bias, a.out, first_feature + feature);
+      const float high = bias_of<T>(a.bias, a.out, first_feature + feature + 1);
 #pragma unroll
       for (int i = 0; i < kDown; ++i) {
         for (int half = 0; half < 2; ++half) {
@@ -134,12 +179,60 @@ struct ProductKernel {
       }
     }
   }
+};
 
-  MFT_DEVICE static float bias_of(const Arguments& a, int feature) {
-    if (a.bias == nullptr || feature >= a.out.columns) return 0.0f;
-    return isa::widen(load<T>(a.bias + 2 * static_cast<int64_t>(feature)));
+// out = the sum of the parts, from the first to the last, + bias: a thread makes 8 neighbours.
+template <class T>
+struct SumPartsKernel {
+  static constexpr int kThreads = 64, kBlocksPerMultiprocessor = 1;  // few: results are few
+  struct Arguments {
+    View out;
+    const float* parts;
+    const char* bias;
+    int64_t part_stride;
+    int count;
+  };
+
+  MFT_DEVICE static void run(const Arguments& a) {
+    const int eights = (a.out.columns + 7) / 8;
+    const int64_t at = isa::block(0) * kThreads + isa::thread();
+    const int row = static_cast<int>(at / eights), column = static_cast<int>(at % eights) * 8;
+    if (row >= a.out.rows) return;
+    float sum[8] = {};
+    for (int part = 0; part < a.count; ++part) {
+      const float* const from = a.parts + (static_cast<int64_t>(part) * a.out.rows + row) * a.part_stride + column;
+      for (int half = 0; half < 2; ++half) {
+        const auto four = load<isa::Words4>(reinterpret_cast<const char*>(from + 4 * half));
+        for (int i = 0; i < 4; ++i) sum[4 * half + i] += isa::as_float(four.words[i]);
+      }
+    }
+    for (int i = 0; i < 8; ++i) sum[i] += bias_of<T>(a.bias, a.out, column + i);
+    Eight::write(a.out, row, column, sum);
   }
 };
+
+constexpr int kFewTokens = 64;
+
+inline bool is_chunked(const Product& p) {
+  return view_of(p.in).chunked && view_of(p.weight).chunked && keep_arguments(p.keep, p.weight).scores.chunked;
+}
+
+// How many parts of the depth: as many as give each multiprocessor its two blocks, but at most 16, and of 256 depths at
+// least: of a feature such a part reads 1 KiB (weight and scores in 16 bits) and writes 256 bytes for 64 tokens.
+inline int parts_of(const Product& p, const Device& device) {
+  if (p.out.rows > kFewTokens || !is_chunked(p)) return 1;
+  const int depth_tiles = tiles_of(p.in.columns, kTileDepth), tiles = tiles_of(p.out.columns, kTileFeatures);
+  const int parts = std::min({2 * device.multiprocessors / tiles, depth_tiles / 8, 16});
+  return parts > 1 ? tiles_of(depth_tiles, tiles_of(depth_tiles, parts)) : 1;  // none is empty
+}
+
+template <class T>
+std::string sum_parts(const ProductArguments& a, int count, const Device& device) {
+  using Kernel = SumPartsKernel<T>;
+  LaunchShape shape;
+  shape.x = tiles_of(static_cast<int64_t>(a.out.rows) * tiles_of(a.out.columns, 8), Kernel::kThreads);
+  return isa::launch<Kernel>(shape, device.stream, {a.out, a.parts, a.bias, a.part_stride, count});
+}
 
 template <class T, class S, bool kMagnitude, bool kTransposed>
 std::string launch_product(const Product& p, const Device& device) {
@@ -149,19 +242,27 @@ std::string launch_product(const Product& p, const Device& device) {
   a.bias = static_cast<const char*>(p.bias);
   a.depth_tiles = tiles_of(p.in.columns, kTileDepth);
   a.tile_columns = tiles_of(p.out.columns, kTileFeatures);
+  a.part_stride = static_cast<int64_t>(a.tile_columns) * kTileFeatures;
+  const int parts = p.workspace != nullptr ? parts_of(p, device) : 1;
+  if (parts > 1) a.parts = static_cast<float*>(p.workspace);
+  a.part_tiles = tiles_of(a.depth_tiles, parts);
   const auto start = [&](auto kernel, int tokens) {
     using Kernel = decltype(kernel);
     a.tile_rows = tiles_of(p.out.rows, tokens);
     LaunchShape shape;
     shape.x = static_cast<int64_t>(a.tile_rows) * a.tile_columns;
+    shape.y = parts;
     shape.shared_bytes = Kernel::kSharedBytes;
     if (shape.x > kLongestSide) return std::string("x has too many tokens, 2^31 tiles and more; split them");
     return isa::launch<Kernel>(shape, device.stream, a);
   };
-  if (!a.in.chunked || !a.weight.chunked || !a.keep.scores.chunked) {
+  if (!is_chunked(p)) {
     return start(ProductKernel<T, S, kMagnitude, kTransposed, false, 128>{}, 128);
   }
-  if (p.out.rows <= 64) return start(ProductKernel<T, S, kMagnitude, kTransposed, true, 64>{}, 64);
+  if (p.out.rows <= kFewTokens) {
+    const std::string error = start(ProductKernel<T, S, kMagnitude, kTransposed, true, kFewTokens>{}, kFewTokens);
+    return error.empty() && parts > 1 ? sum_parts<T>(a, parts, device) : error;
+  }
   return start(ProductKernel<T, S, kMagnitude, kTransposed, true, 128>{}, 128);
 }
 

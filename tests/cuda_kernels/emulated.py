@@ -68,6 +68,7 @@ class Product(ctypes.Structure):
         ("keep", Keep),
         ("bias", Pointer),
         ("transposed", ctypes.c_bool),
+        ("workspace", Pointer),
     )
 
 
@@ -313,7 +314,18 @@ def _product(
         assert bias.is_contiguous()
         assert bias.dtype == weight.dtype
         asked.bias = bias.data_ptr()
-    _call("product_sm90" if device.get("arch") == "sm_90" else "product_sm80", asked, device)
+    if device.get("arch") == "sm_90":
+        _call("product_sm90", asked, device)
+        return
+    workspace = _new((_workspace(asked, device) // 4,), torch.float32)
+    asked.workspace = workspace.data_ptr() or None
+    _call("product_sm80", asked, device)
+
+
+def _workspace(asked: Product, device: dict) -> int:
+    size = library().emulated_product_workspace
+    size.restype = Int64
+    return size(ctypes.byref(asked), ctypes.byref(_device(device)))
 
 
 def _backward(
@@ -392,14 +404,17 @@ def _nowhere() -> int:
 
 
 def _call(function: str, asked: ctypes.Structure, device: dict) -> None:
-    settings = dict(device)
-    arch = settings.pop("arch", "sm_80")
-    settings = {"multiprocessors": 4, "capability": {"sm_80": 80, "sm_90": 90}[arch]} | settings
     kernel = getattr(library(), f"emulated_{function}")
     kernel.restype = ctypes.c_char_p
-    error = kernel(ctypes.byref(asked), ctypes.byref(Device(None, **settings))).decode()
+    error = kernel(ctypes.byref(asked), ctypes.byref(_device(device))).decode()
     if error:
         raise RuntimeError(f"{function}: {error}")
+
+
+def _device(asked: dict) -> Device:
+    settings = dict(asked)
+    arch = settings.pop("arch", "sm_80")
+    return Device(None, **{"multiprocessors": 4, "capability": {"sm_80": 80, "sm_90": 90}[arch]} | settings)
 
 
 _guards: list[bool] = []  # whether outputs end at a guard page, or begin behind one; empty: neither

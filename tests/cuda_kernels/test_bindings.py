@@ -229,7 +229,9 @@ def test_what_does_not_fit_is_refused(ops):
 KERNELS = """
 #include "api.h"
 namespace mft::cuda {
-std::string product_sm80(const Product&, const Device& d) { return "general, " + std::to_string(d.capability); }
+std::string product_sm80(const Product& p, const Device& d) {
+  return (p.workspace ? "general in parts, " : "general, ") + std::to_string(d.capability);
+}
 std::string product_sm90(const Product& p, const Device&) { return p.keep.words ? "Hopper's, by bits" : "Hopper's"; }
 std::string refusal_sm90(const Product& p) {
   const bool other_scores = !p.keep.words && p.keep.scores.type != p.weight.type;
@@ -240,6 +242,7 @@ std::string kept_threshold(const Select&, const Device&) { return ""; }
 std::string pack_mask(const PackMask&, const Device&) { return ""; }
 std::string pack_signs(const PackSigns&, const Device&) { return ""; }
 int64_t select_workspace(Type) { return 0; }
+int64_t product_workspace(const Product& p, const Device&) { return p.in.rows == 2 && p.out.rows == 2 ? 64 : 0; }
 }
 """
 
@@ -265,4 +268,8 @@ def test_hopper_gets_its_own_kernels_where_they_can_take_the_arguments(tmp_path,
         t = inputs(scores_dtype=torch.float32, m=tokens, k=k)
         with pytest.raises(RuntimeError, match=f"the cuda backend: {runs}"):
             cuda.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0), None, "magnitude")
+    for k, runs in ((40, "Hopper's"), (39, "general in parts, 90")):  # a workspace where the kernel asks for one
+        t = inputs(m=2, k=k)
+        with pytest.raises(RuntimeError, match=f"the cuda backend: {runs}"):
+            cuda.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0).bfloat16(), None, "magnitude")
     assert torch.ops.mft_cuda.contents() == "none product_sm90"

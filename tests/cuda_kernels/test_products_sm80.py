@@ -16,6 +16,7 @@ DTYPES = (BF16, FP16)
 SCORES = (FP32, BF16, FP16)
 MODES = ("magnitude", "value")
 ALL = [True, True, True, True]
+D_X = [True, False, False, False]
 
 
 def same(got: Tensor, expected: Tensor) -> None:
@@ -31,18 +32,17 @@ def row_thresholds(t: Inputs) -> Tensor:
     return (torch.arange(len(t.weight)) % 7 - 3).to(t.scores.dtype)
 
 
-def check_products(t: Inputs, threshold: Tensor, mode: str) -> None:
+def check_products(t: Inputs, threshold: Tensor, mode: str, **device) -> None:
     """Forward and d_x, by scores and by words."""
     packed = reference.pack_mask(t.scores, threshold, mode)
     for bias in (t.bias, None):
         expected = reference.masked_linear(t.x, t.weight, t.scores, threshold, bias, mode)
-        same(emulated.masked_linear(t.x, t.weight, t.scores, threshold, bias, mode), expected)
-        same(emulated.masked_linear_packed(t.x, t.weight, packed, bias), expected)
+        same(emulated.masked_linear(t.x, t.weight, t.scores, threshold, bias, mode, **device), expected)
+        same(emulated.masked_linear_packed(t.x, t.weight, packed, bias, **device), expected)
     arguments = (t.grad_output, t.x, t.weight)
-    d_x = [True, False, False, False]
-    expected = reference.masked_linear_backward(*arguments, t.scores, threshold, mode, d_x)[0]
-    same(emulated.masked_linear_backward(*arguments, t.scores, threshold, mode, d_x)[0], expected)
-    same(emulated.masked_linear_packed_backward(*arguments, packed, None, None, mode, d_x)[0], expected)
+    expected = reference.masked_linear_backward(*arguments, t.scores, threshold, mode, D_X)[0]
+    same(emulated.masked_linear_backward(*arguments, t.scores, threshold, mode, D_X, **device)[0], expected)
+    same(emulated.masked_linear_packed_backward(*arguments, packed, None, None, mode, D_X, **device)[0], expected)
 
 
 def check_score_grad(t: Inputs, threshold: Tensor, mode: str) -> None:
@@ -288,6 +288,73 @@ def test_accumulation_rounds_the_sum_alone():
     emulated.accumulate_product(plain, ones[:2], x)
     for out in (by_weight, plain):
         assert (out == 2050).all()
+
+
+# ------------------------------------------------------------------------------------------------ the depth in parts
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """How many parts each product was summed in, by the bytes of its workspace; 0: in one."""
+    seen, workspace = [], emulated._workspace
+
+    def counted(asked, device):
+        size = workspace(asked, device)
+        out = asked.out
+        seen.append(size / (4 * out.rows * -(-out.columns // 128) * 128))
+        return size
+
+    monkeypatch.setattr(emulated, "_workspace", counted)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("shape", "multiprocessors", "expected"),
+    [
+        ((33, 1040, 1096), 132, {4}),  # 35 and 33 steps of 32 in parts of 9: the last is shorter
+        ((64, 264, 552), 132, {2, 0}),  # and d_x, of 9 steps, in one
+        ((1, 136, 1096), 3, {3, 0}),  # as many as the multiprocessors take: 2 tiles of features, two blocks each
+        ((2, 16, 4352), 132, {16, 0}),  # 136 steps in parts of 9: the last has one
+        ((65, 136, 1096), 132, {0}),  # tiles of 128 tokens
+        ((5, 136, 1097), 132, {0}),  # rows that are no chunks
+    ],
+)
+@pytest.mark.parametrize("scores_dtype", [FP32, FP16])
+def test_few_tokens_are_summed_in_parts_of_the_depth(shape, multiprocessors, expected, scores_dtype, parts):
+    t = integer_inputs(*shape, FP16, scores_dtype)
+    check_products(t, row_thresholds(t), "magnitude", multiprocessors=multiprocessors)
+    assert {*parts} == expected
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_parts_are_added_in_one_order_and_rounded_once(transposed, parts):
+    """Whatever block ends first: random floats, bit for bit; within the budget."""
+    t = random_inputs(20, 1040, 1096, BF16, BF16)
+    threshold = reference.kept_threshold(t.scores, 0.9, "magnitude")
+    results = []
+    for seed, asynchrony in enumerate(emulated.ASYNCHRONIES):
+        emulated.set_settings(seed, asynchrony)
+        if transposed:
+            arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", D_X)
+            results.append(emulated.masked_linear_backward(*arguments, multiprocessors=132)[0])
+        else:
+            arguments = (t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
+            results.append(emulated.masked_linear(*arguments, multiprocessors=132))
+    assert {*parts} == {4}
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    op = reference.masked_linear_backward if transposed else reference.masked_linear
+    exact = op(*(v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in arguments))
+    own = op(*arguments)
+    if transposed:
+        own, exact = own[0], exact[0]
+    assert_within_budget(results[0], own, exact)
+
+
+def test_without_a_workspace_the_depth_is_in_one(monkeypatch):
+    monkeypatch.setattr(emulated, "_workspace", lambda asked, device: 0)
+    t = integer_inputs(9, 40, 1096, FP16, FP16)
+    check_products(t, row_thresholds(t), "magnitude", multiprocessors=132)
 
 
 # --------------------------------------------------------------------------------------------------------- schedules

@@ -16,6 +16,7 @@ MFT_WEAK std::string kept_threshold(const Select&, const Device&);
 MFT_WEAK std::string pack_mask(const PackMask&, const Device&);
 MFT_WEAK std::string pack_signs(const PackSigns&, const Device&);
 MFT_WEAK int64_t select_workspace(Type);
+MFT_WEAK int64_t product_workspace(const Product&, const Device&);
 
 namespace {
 
@@ -59,6 +60,10 @@ const char* emulated_product_sm90(const Product& p, const Device& d) {
 
 int64_t emulated_select_workspace(int type) {
   return &select_workspace == nullptr ? 0 : select_workspace(static_cast<Type>(type));
+}
+
+int64_t emulated_product_workspace(const Product& p, const Device& d) {
+  return &product_workspace == nullptr ? 0 : product_workspace(p, d);
 }
 
 void emulated_set_settings(unsigned seed, int asynchrony) {
