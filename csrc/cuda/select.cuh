@@ -20,7 +20,7 @@
 // threads have 64 bytes each under way, four times what the bandwidth needs at 700 ns. The last block adds about 5 us.
 #pragma once
 
-#include "isa.h"
+#include "keys.h"
 
 namespace mft::cuda {
 
@@ -54,7 +54,7 @@ struct SelectKernel {
   static constexpr int kSharedBytes = 4 * (kBins + kTail);
   static constexpr int kLoads = 4;  // of 16 bytes under way in each thread
 
-  static constexpr uint32_t kSign = 1u << (8 * sizeof(Word) - 1), kAll = kSign | (kSign - 1);
+  static constexpr uint32_t kSign = 1u << (8 * sizeof(Word) - 1);
   static constexpr bool kFirst = kShift + kBits == 8 * sizeof(Word) - kMagnitude, kLast = kShift == 0;
   // The first digit holds the exponent, so that its counts tell whether a score is not finite.
   static_assert(!kFirst || kBits >= 9 - kMagnitude);
@@ -72,16 +72,6 @@ struct SelectKernel {
   }
 
  private:
-  MFT_DEVICE static uint32_t key_of(uint32_t bits) {
-    if constexpr (kMagnitude) return bits & (kSign - 1);
-    return bits & kSign ? bits ^ kAll : bits | kSign;
-  }
-
-  MFT_DEVICE static uint32_t bits_of(uint32_t key) {
-    if constexpr (kMagnitude) return key;
-    return key & kSign ? key ^ kSign : key ^ kAll;
-  }
-
   // Whether keys of this first digit are infinities or NaN.
   MFT_DEVICE static bool not_finite(uint32_t digit, uint32_t infinity) {
     if constexpr (kMagnitude) return digit >= infinity >> kShift;
@@ -89,7 +79,7 @@ struct SelectKernel {
   }
 
   MFT_DEVICE static void count(uint32_t bits, uint32_t* bins, uint32_t found) {
-    const uint32_t key = key_of(bits), prefix = key >> kShift;
+    const uint32_t key = key_of<Word>(bits, kMagnitude), prefix = key >> kShift;
     if constexpr (kFirst) {
       isa::add_shared(&bins[prefix], 1);
     } else {
@@ -189,19 +179,10 @@ struct SelectKernel {
       *a.found = {key, rank - below, *bad};
       if constexpr (kLast) {
         const uint32_t quiet = a.infinity | a.infinity >> 1;  // NaN
-        *static_cast<Word*>(a.threshold) = static_cast<Word>(*bad != 0 ? quiet : a.none ? a.infinity : bits_of(key));
+        const uint32_t bits = a.none ? a.infinity : bits_of_key<Word>(key, kMagnitude);
+        *static_cast<Word*>(a.threshold) = static_cast<Word>(*bad != 0 ? quiet : bits);
       }
     }
-  }
-
-  // Sum over this lane and those before it.
-  MFT_DEVICE static uint32_t scan(uint32_t value, int lane) {
-#pragma unroll
-    for (int by = 1; by < 32; by *= 2) {
-      const uint32_t other = isa::shuffle(value, (lane + 32 - by) % 32);
-      if (lane >= by) value += other;
-    }
-    return value;
   }
 };
 
