@@ -89,6 +89,51 @@ def pack_signs(scores: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.mft_cuda.pack_signs(_matrix(scores))
 
 
+def score_step(
+    scores: Tensor,
+    grad: Tensor,
+    weight: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scales: Tensor | None,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: Tensor | None,
+    seed: int,
+    mode: str,
+    keep_ratio: float | None,
+    threshold: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One pass over gradient, weight, scores and moments, which counts the next threshold too; a second packs the mask.
+
+    fp32 scores take three more passes, others one or two where the threshold before is not given or far from the next.
+    """
+    return torch.ops.mft_cuda.score_step_(
+        scores,
+        grad.contiguous(),
+        None if weight is None else weight.contiguous(),
+        exp_avg,
+        exp_avg_sq,
+        scales,
+        step,
+        lr / (1 - beta1**step),
+        beta1,
+        beta2,
+        (1 - beta2**step) ** (0.5 if scales is None else -0.5),
+        eps,
+        1 - lr * weight_decay,
+        grad_scale,
+        seed,
+        mode == "magnitude",
+        -1 if keep_ratio is None else kept_count(scores.numel(), keep_ratio),
+        threshold,
+    )
+
+
 # ---------------------------------------------------------------------------------------------- below: private
 
 
@@ -147,7 +192,7 @@ class _Cuda(Backend):
     def refusal(self, op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
         if reason := super().refusal(op, device, dtypes):
             return reason
-        if op not in ("kept_threshold", "pack_mask", "pack_signs") and dtypes[0] == torch.float32:
+        if op not in ("kept_threshold", "pack_mask", "pack_signs", "score_step") and dtypes[0] == torch.float32:
             operand = "x" if op == "accumulate_product" else "weight"
             return f"its {operand} must be bfloat16 or float16, got float32, which the triton backend takes"
         return _device_refusal(device.index)
@@ -219,6 +264,7 @@ register(
                 kept_threshold,
                 pack_mask,
                 pack_signs,
+                score_step,
             )
         },
         unavailable=unavailable,

@@ -105,6 +105,29 @@ void masks() {
   }
 }
 
+void steps() {
+  for (const ScoreFormat format : {ScoreFormat::kFloat32, ScoreFormat::kBFloat16, ScoreFormat::kFixed16}) {
+    for (const bool coded : {true, false}) {
+      for (const Type grad : kTypes) {
+        for (const Type weight : kTypes) {
+          for (const bool with_weight : {true, false}) {
+            ScoreStep s;
+            s.format = format;
+            s.rows = s.columns = kFeatures;
+            s.scores = s.exp_avg = s.exp_avg_sq = s.threshold = s.workspace = kMemory;
+            s.grad = s.hint = kMemory;
+            s.grad_type = grad, s.weight_type = weight;
+            if (with_weight) s.weight = kMemory;
+            if (coded) s.scales = reinterpret_cast<float*>(kMemory);
+            s.words = const_cast<uint32_t*>(words());
+            check(score_step(s, device));
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace mft::cuda
 
@@ -115,5 +138,6 @@ int main() {
     mft::cuda::products();
     mft::cuda::score_grads();
     mft::cuda::masks();
+    mft::cuda::steps();
   }
 }

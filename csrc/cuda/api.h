@@ -67,6 +67,40 @@ struct Select {
   void* workspace = nullptr;      // select_workspace() bytes, of any content
   uint32_t* words = nullptr;      // (rows, ceil(columns / 32)), or null
   int64_t rows = 0, columns = 0;  // rows * columns == count
+  const uint32_t* only_if = nullptr;  // on the device: where it holds 0, the threshold is left as it is
+};
+
+// kFixed16: sign and magnitude in steps of 2^-18, selected as fp16.
+enum class ScoreFormat : int { kFloat32, kBFloat16, kFixed16 };
+
+// One AdamW step on contiguous scores and moments, in place (mft_kernels/reference_step.py); then the threshold and the
+// mask of the new scores, as Select, if they are asked for.
+struct ScoreStep {
+  void* scores = nullptr;
+  ScoreFormat format = ScoreFormat::kFloat32;
+  int64_t rows = 0, columns = 0;
+  const void* grad = nullptr;
+  Type grad_type = Type::kFloat32;
+  const void* weight = nullptr;  // or null: neither it nor the sign is a factor
+  Type weight_type = Type::kFloat32;
+  void* exp_avg = nullptr;              // fp32, or codes of 8 bits with scales
+  void* exp_avg_sq = nullptr;
+  float* scales = nullptr;              // (2, ceil(count / 256)), or null
+  const float* grad_scale = nullptr;    // or null
+  float decay = 1;                      // 1 - lr * weight_decay
+  float beta1 = 0, rest1 = 1, beta2 = 0, rest2 = 1;  // rest: 1 - beta
+  float minus_step_size = 0;            // -lr / (1 - beta1^step)
+  float correction = 1;                 // (1 - beta2^step)^0.5; with scales its inverse
+  float eps = 0;
+  uint32_t step = 1;
+  uint64_t seed = 0;
+  bool magnitude = true;
+  int64_t k = 0;
+  void* threshold = nullptr;            // one element of the scores' format, or null: only the step
+  const void* hint = nullptr;           // the threshold before the step, or null
+  uint32_t* words = nullptr;            // (rows, ceil(columns / 32))
+  void* workspace = nullptr;            // step_workspace() bytes, of any content; the first word becomes 0 if the hint
+                                        // spared a pass over the scores
 };
 
 // words (N, ceil(K / 32)): keep as bits.
@@ -101,7 +135,11 @@ std::string kept_threshold(const Select&, const Device&);
 std::string pack_mask(const PackMask&, const Device&);
 std::string pack_signs(const PackSigns&, const Device&);
 
+std::string score_step(const ScoreStep&, const Device&);
+
+std::string refusal(const Select&);  // which kept_threshold takes if it is ""
 int64_t select_workspace(Type type);
 int64_t product_workspace(const Product&, const Device&);  // without it few tokens take product_sm80 longer
+int64_t step_workspace(ScoreFormat format);
 
 }  // namespace mft::cuda

@@ -57,6 +57,13 @@ MFT_DEVICE float magnitude(float value) { return fabsf(value); }
 MFT_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
 MFT_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 
+// By these names the compiler may not make a fused multiply-add of a product and a sum.
+MFT_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
+MFT_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
+MFT_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+MFT_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+MFT_DEVICE float root(float a) { return __fsqrt_rn(a); }
+
 // Each half 0xffff if its top bit is set, else 0. Selector digits 9 and b repeat the sign of bytes 1 and 3.
 MFT_DEVICE uint32_t spread_signs(uint32_t pair) {
   uint32_t mask;
@@ -91,6 +98,7 @@ MFT_DEVICE T shuffle_xor(T value, int mask) {
 }
 
 MFT_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
+MFT_DEVICE uint32_t largest_of_warp(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
 
 // ------------------------------------------------------------------------------------------------------- memory
 
@@ -103,9 +111,23 @@ MFT_DEVICE void add_global(int64_t* p, int64_t v) {
 
 MFT_DEVICE void fence_device() { __threadfence(); }
 
-struct alignas(16) Words4 {
-  uint32_t words[4];
+template <int kCount>
+struct alignas(4 * kCount) Words {
+  uint32_t words[kCount];
 };
+
+using Words4 = Words<4>;
+
+// By one instruction, from and to a multiple of their size.
+template <int kCount>
+MFT_DEVICE Words<kCount> load_words(const void* p) {
+  return *static_cast<const Words<kCount>*>(p);
+}
+
+template <int kCount>
+MFT_DEVICE void store_words(void* p, const Words<kCount>& v) {
+  *static_cast<Words<kCount>*>(p) = v;
+}
 
 // 16 bytes that nothing reads again soon.
 MFT_DEVICE Words4 load_streaming(const void* p) {

@@ -33,6 +33,7 @@ std::string run(const Select& s, const Device& device, uint32_t infinity) {
   arguments.blocks_done = workspace + kFoundWords;
   arguments.counts = workspace + kHeaderWords;
   arguments.threshold = s.threshold;
+  arguments.only_if = s.only_if;
 
   std::string error = clear(workspace, kHeaderWords + (Kernels::kBins + ...), device.stream);
   const auto pass = [&](auto kernel) {
@@ -74,7 +75,7 @@ int64_t select_workspace(Type type) {
   return 4 * (kHeaderWords + counts);
 }
 
-std::string kept_threshold(const Select& s, const Device& device) {
+std::string refusal(const Select& s) {
   if (s.count < 0 || s.count >= int64_t{1} << 32) {
     return "scores are counted in 32 bits and must be fewer than 2^32, got " + std::to_string(s.count) +
            "; use the triton backend";
@@ -82,7 +83,12 @@ std::string kept_threshold(const Select& s, const Device& device) {
   if (s.k < 0 || s.k > s.count) {
     return "k must lie between 0 and the " + std::to_string(s.count) + " scores, got " + std::to_string(s.k);
   }
-  std::string error = run(s, device);
+  return "";
+}
+
+std::string kept_threshold(const Select& s, const Device& device) {
+  std::string error = refusal(s);
+  if (error.empty()) error = run(s, device);
   if (!error.empty() || s.words == nullptr) return error;
   PackMask mask;
   mask.words = s.words;

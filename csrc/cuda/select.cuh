@@ -41,6 +41,7 @@ struct SelectArguments {
   uint32_t* blocks_done;  // of this pass; zero at the beginning, as are
   uint32_t* counts;       // the 2^kBits of this pass
   void* threshold;
+  const uint32_t* only_if;  // null, or where it holds 0 nothing is done
 };
 
 // Counts the digit of kBits above the lowest kShift bits. Word: unsigned, of a score's size.
@@ -60,6 +61,7 @@ struct SelectKernel {
   static_assert(!kFirst || kBits >= 9 - kMagnitude);
 
   MFT_DEVICE static void run(const Arguments& a) {
+    if (a.only_if != nullptr && *a.only_if == 0) return;
     uint32_t* const bins = reinterpret_cast<uint32_t*>(isa::shared_memory());
     for (int i = isa::thread(); i < kBins; i += kThreads) bins[i] = 0;
     isa::sync_block();

@@ -270,6 +270,7 @@ std::string score_grad_sm80(const ScoreGrad&, const Device&) { return ""; }
 std::string kept_threshold(const Select&, const Device&) { return ""; }
 std::string pack_mask(const PackMask&, const Device&) { return ""; }
 std::string pack_signs(const PackSigns&, const Device&) { return ""; }
+std::string score_step(const ScoreStep&, const Device&) { return ""; }
 }
 """
 

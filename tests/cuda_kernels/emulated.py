@@ -27,12 +27,15 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 PROGRAMS = HERE / "programs"
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # "unroll" is nvcc's
-FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", *WARNINGS, f"-I{ROOT / 'csrc/cuda'}", f"-I{PROGRAMS}", f"-I{HERE}"]
+NUMBERS = "-ffp-contract=off"  # products and sums are rounded one by one, also where the host could fuse them
+INCLUDE = [f"-I{folder}" for folder in (ROOT / "csrc/cuda", PROGRAMS, HERE)]
+FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", NUMBERS, *WARNINGS, *INCLUDE]
 NOT_EMULATED = ("score_grad_sm90", "bindings")  # CUTLASS's, and torch's
 
 ASYNCHRONIES = ("at_issue", "as_late_as_possible", "random")
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int16: 2}
 _POISON = -1431655766  # 0xaaaaaaaa
 
 Pointer, Int64 = ctypes.c_void_p, ctypes.c_int64
@@ -97,6 +100,36 @@ class Select(ctypes.Structure):
         ("words", Pointer),
         ("rows", Int64),
         ("columns", Int64),
+        ("only_if", Pointer),
+    )
+
+
+_ADAM = ("decay", "beta1", "rest1", "beta2", "rest2", "minus_step_size", "correction", "eps")
+
+
+class ScoreStep(ctypes.Structure):
+    _fields_ = (
+        ("scores", Pointer),
+        ("format", ctypes.c_int),
+        ("rows", Int64),
+        ("columns", Int64),
+        ("grad", Pointer),
+        ("grad_type", ctypes.c_int),
+        ("weight", Pointer),
+        ("weight_type", ctypes.c_int),
+        ("exp_avg", Pointer),
+        ("exp_avg_sq", Pointer),
+        ("scales", Pointer),
+        ("grad_scale", Pointer),
+        *((name, ctypes.c_float) for name in _ADAM),
+        ("step", ctypes.c_uint32),
+        ("seed", ctypes.c_uint64),
+        ("magnitude", ctypes.c_bool),
+        ("k", Int64),
+        ("threshold", Pointer),
+        ("hint", Pointer),
+        ("words", Pointer),
+        ("workspace", Pointer),
     )
 
 
@@ -118,6 +151,7 @@ _STRUCTS = {
     "select": Select,
     "pack_mask": PackMask,
     "pack_signs": PackSigns,
+    "score_step": ScoreStep,
     "device": Device,
 }
 
@@ -295,6 +329,77 @@ def pack_signs(scores: Tensor, **device) -> tuple[Tensor, Tensor]:
     return words, zeros
 
 
+def score_step(
+    scores: Tensor,
+    grad: Tensor,
+    weight: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scales: Tensor | None,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: Tensor | None,
+    seed: int,
+    mode: str,
+    keep_ratio: float | None,
+    threshold: Tensor | None,
+    *,
+    workspace: Tensor | None = None,
+    **device,
+) -> tuple[Tensor, Tensor]:
+    """``workspace``: of ``step_workspace``, for those who look into it afterwards."""
+    given = [scores, grad, weight, exp_avg, exp_avg_sq, scales, grad_scale, threshold]
+    assert all(t is None or t.is_contiguous() for t in given)
+    workspace = step_workspace(scores.dtype) if workspace is None else workspace
+    found = packed = scores.new_empty(0)
+    if keep_ratio is not None:
+        found = _new((), scores.dtype)
+        packed = _new((scores.shape[0], -(-scores.shape[1] // 32)), torch.int32)
+    data = [None if t is None else t.data_ptr() or _nowhere() for t in given]
+    asked = ScoreStep(
+        scores=data[0],
+        format=_FORMATS[scores.dtype],
+        rows=scores.shape[0],
+        columns=scores.shape[1],
+        grad=data[1],
+        grad_type=_TYPES[grad.dtype],
+        weight=data[2],
+        weight_type=0 if weight is None else _TYPES[weight.dtype],
+        exp_avg=data[3],
+        exp_avg_sq=data[4],
+        scales=data[5],
+        grad_scale=data[6],
+        decay=1 - lr * weight_decay,
+        beta1=beta1,
+        rest1=1 - beta1,
+        beta2=beta2,
+        rest2=1 - beta2,
+        minus_step_size=-(lr / (1 - beta1**step)),
+        correction=(1 - beta2**step) ** (0.5 if scales is None else -0.5),
+        eps=eps,
+        step=step,
+        seed=seed,
+        magnitude=mode == "magnitude",
+        k=0 if keep_ratio is None else kept_count(scores.numel(), keep_ratio),
+        threshold=None if keep_ratio is None else found.data_ptr(),
+        hint=data[7],
+        words=packed.data_ptr() or _nowhere(),
+        workspace=workspace.data_ptr(),
+    )
+    _call("score_step", asked, device)
+    return found, packed if keep_ratio is not None else packed.int()
+
+
+def step_workspace(dtype: torch.dtype) -> Tensor:
+    size = library().emulated_step_workspace
+    size.restype = Int64
+    return _new((size(_FORMATS[dtype]),), torch.uint8)
+
+
 # ---------------------------------------------------------------------------------------------------------- private
 
 
@@ -436,4 +541,4 @@ def _new(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
         tensor = guarded(tensor, at_end=_guards[-1])
     if dtype.is_floating_point:
         return tensor.fill_(torch.nan)
-    return tensor.fill_(_POISON if dtype != torch.uint8 else 0xAA)
+    return tensor.fill_({torch.uint8: 0xAA, torch.int16: -21846}.get(dtype, _POISON))

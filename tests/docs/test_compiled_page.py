@@ -18,7 +18,15 @@ def test_every_group_was_compiled_for_hopper_and_the_general_kernels_for_both():
     for group in GROUPS:
         name = "".join(part.capitalize() for part in group.split("_"))
         assert ("sm_90a", name) in found, f"make kernels-report with CUTLASS's headers: {name} is missing"
-    general = ("PackKernel", "ClearKernel", "ProductKernel", "ScoreGradKernel", "SelectKernel")
+    general = (
+        "PackKernel",
+        "ClearKernel",
+        "ProductKernel",
+        "ScoreGradKernel",
+        "SelectKernel",
+        "ScoreStepKernel",
+        "WindowKernel",
+    )
     assert {(target, name) for target in ("sm_80", "sm_90") for name in general} <= found
     assert "\nWithout " not in CUDA
 

@@ -79,6 +79,11 @@ uint32_t round_pair(float low, float high) {
 }
 
 inline float magnitude(float value) { return std::fabs(value); }
+inline float multiply(float a, float b) { return a * b; }  // -ffp-contract=off, see emulated.py
+inline float add(float a, float b) { return a + b; }
+inline float fused(float a, float b, float c) { return std::fmaf(a, b, c); }
+inline float divide(float a, float b) { return a / b; }
+inline float root(float a) { return std::sqrt(a); }
 inline uint32_t spread_signs(uint32_t pair) { return (pair >> 31) * 0xffff0000u | (pair >> 15 & 1) * 0xffffu; }
 inline uint32_t spread_signs(uint32_t low, uint32_t high) { return spread_signs((low & 0x8000) | (high & 0x80000000u)); }
 
@@ -136,6 +141,16 @@ inline uint32_t ballot(bool predicate) {
   return output;
 }
 
+inline uint32_t largest_of_warp(uint32_t value) {
+  uint32_t output = 0;
+  emulator::collective("largest_of_warp", &value, &output, [](const void* const* in, void* const* out) {
+    uint32_t largest = 0;
+    for (int i = 0; i < 32; ++i) largest = std::max(largest, *static_cast<const uint32_t*>(in[i]));
+    for (int i = 0; i < 32; ++i) *static_cast<uint32_t*>(out[i]) = largest;
+  });
+  return output;
+}
+
 inline void sync_warp() {
   emulator::collective("sync_warp", nullptr, nullptr, [](const void* const*, void* const*) {});
 }
@@ -158,9 +173,26 @@ inline uint32_t add_global(uint32_t* p, uint32_t v) {
 inline void add_global(int64_t* p, int64_t v) { *p += v; }
 inline void fence_device() {}
 
-struct alignas(16) Words4 {
-  uint32_t words[4];
+template <int kCount>
+struct alignas(4 * kCount) Words {
+  uint32_t words[kCount];
 };
+
+using Words4 = Words<4>;
+
+template <int kCount>
+Words<kCount> load_words(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % (4 * kCount) != 0) emulator::fault("load_words from a misaligned address");
+  Words<kCount> v;
+  std::memcpy(&v, p, 4 * kCount);
+  return v;
+}
+
+template <int kCount>
+void store_words(void* p, const Words<kCount>& v) {
+  if (reinterpret_cast<uintptr_t>(p) % (4 * kCount) != 0) emulator::fault("store_words to a misaligned address");
+  std::memcpy(p, &v, 4 * kCount);
+}
 
 inline Words4 load_streaming(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16 != 0) emulator::fault("load_streaming needs 16-byte alignment");

@@ -15,8 +15,10 @@ MFT_WEAK std::string score_grad_sm80(const ScoreGrad&, const Device&);
 MFT_WEAK std::string kept_threshold(const Select&, const Device&);
 MFT_WEAK std::string pack_mask(const PackMask&, const Device&);
 MFT_WEAK std::string pack_signs(const PackSigns&, const Device&);
+MFT_WEAK std::string score_step(const ScoreStep&, const Device&);
 MFT_WEAK int64_t select_workspace(Type);
 MFT_WEAK int64_t product_workspace(const Product&, const Device&);
+MFT_WEAK int64_t step_workspace(ScoreFormat);
 
 namespace {
 
@@ -50,6 +52,7 @@ const char* emulated_score_grad_sm80(const ScoreGrad& p, const Device& d) { retu
 const char* emulated_kept_threshold(const Select& p, const Device& d) { return call(&kept_threshold, p, d); }
 const char* emulated_pack_mask(const PackMask& p, const Device& d) { return call(&pack_mask, p, d); }
 const char* emulated_pack_signs(const PackSigns& p, const Device& d) { return call(&pack_signs, p, d); }
+const char* emulated_score_step(const ScoreStep& p, const Device& d) { return call(&score_step, p, d); }
 
 const char* emulated_product_sm90(const Product& p, const Device& d) {
   std::string (*const refusal_of)(const Product&) = &refusal_sm90;
@@ -66,6 +69,10 @@ int64_t emulated_product_workspace(const Product& p, const Device& d) {
   return &product_workspace == nullptr ? 0 : product_workspace(p, d);
 }
 
+int64_t emulated_step_workspace(int format) {
+  return &step_workspace == nullptr ? 0 : step_workspace(static_cast<ScoreFormat>(format));
+}
+
 void emulated_set_settings(unsigned seed, int asynchrony) {
   emulator::set_settings({seed, static_cast<emulator::Asynchrony>(asynchrony), emulator::settings().shared_limit});
 }
@@ -76,5 +83,6 @@ int64_t emulated_size_of_score_grad() { return sizeof(ScoreGrad); }
 int64_t emulated_size_of_select() { return sizeof(Select); }
 int64_t emulated_size_of_pack_mask() { return sizeof(PackMask); }
 int64_t emulated_size_of_pack_signs() { return sizeof(PackSigns); }
+int64_t emulated_size_of_score_step() { return sizeof(ScoreStep); }
 int64_t emulated_size_of_device() { return sizeof(Device); }
 }
