@@ -226,7 +226,8 @@ class Interpreter:
         """Says that nothing here was measured on a GPU."""
         cuda = f"none: {self.without[CUDA]}" if CUDA in self.without else "csrc/cuda in the emulator of the tests"
         return {
-            "device": "none: a dry run in Triton's interpreter",
+            "device": "none: a dry run in Triton's interpreter; not measured",
+            "dry_run": True,
             "triton": triton.__version__,
             "cuda_library": cuda,
         }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import WHATS, Case
-from .goals import goals
+from .goals import Where, goals
 from .journal import NOT_MEASURED, Journal
 from .tables import markdown
 
@@ -33,7 +33,7 @@ def document(what: str, journal: Journal, asked: Sequence[Case]) -> dict[str, An
         "what": what,
         "environment": about.get("environment", {}),
         "ceilings": about.get("ceilings", {}),
-        "goals": goals(what, cases),
+        "goals": goals(what, cases, Where.of(about.get("environment", {}))),
         "cases": cases,
     }
 

@@ -10,7 +10,7 @@ from gpu_records import CEILINGS, record, sample, step
 
 from benchmarks.gpu import results, tables
 from benchmarks.gpu.cases import AUTO, CUDA, DENSE, FUSED, PAPER, SQUARE, plan
-from benchmarks.gpu.goals import goals
+from benchmarks.gpu.goals import NOT_APPLICABLE, Where, goals
 from benchmarks.gpu.journal import FAILED, MEASURED, NOT_MEASURED, Journal
 
 
@@ -44,6 +44,55 @@ def test_cublas_is_the_goal_only_where_the_bytes_allow_it():
     goal, _ = goals("forward", [record("forward", 1, slow), record("forward", 2048, fast)])
     assert goal["state"] == "met"
     assert "1 of 2 cases left out" in goal["quantity"]
+
+
+HERE = {"device": "a card", "target": "sm_90", "weight_is_first_operand": True, "cuda_library": "CUDA C++, sm_80 sm_90"}
+
+
+def judged(environment, what, cases=()):
+    return [(goal["state"], goal["bound"], goal["quantity"]) for goal in goals(what, cases, Where.of(environment))]
+
+
+def test_a_goal_follows_the_form_that_ran():
+    """The plain form masks through shared memory: 70 % of cuBLAS is above what it is held to, and below the other's."""
+    at = [record("forward", 2048, {DENSE: sample(1.0), FUSED: sample(1.4, of_cublas=70, floor=0.5)})]
+    for fed, state, bound in ((True, "NOT MET", 90), (False, "met", 60)):
+        found = judged(HERE | {"weight_is_first_operand": fed}, "forward", at)[0]
+        assert found[:2] == (state, bound)
+        assert f"{'register-fed' if fed else 'plain'} form" in found[2]
+    slow = [step(2048, 1.0, 1.0, 1.1)]  # auto takes the passes themselves
+    assert [g[0] for g in judged(HERE, "step", slow)] == ["NOT MET", "NOT MET", "met", "met"]
+    plain = judged(HERE | {"weight_is_first_operand": False}, "step", slow)
+    assert [g[0] for g in plain] == [NOT_APPLICABLE, NOT_APPLICABLE, "met", "met"]
+
+
+def test_a_goal_of_a_kernel_that_cannot_run_there_is_not_applicable():
+    poor = {DENSE: sample(1.0), FUSED: sample(1.0, floor=0.5), CUDA: sample(2.0, of_cublas=50, floor=0.5)}
+    at = {what: [record(what, 4096, poor)] for what in ("forward", "d_scores")}
+    assert [judged(HERE, what, at[what])[1][0] for what in at] == ["NOT MET", "NOT MET"]
+    absent = HERE | {"cuda_library": "none: its library is not built"}
+    general = HERE | {"cuda_lacks": ["score_grad_sm90: CUTLASS's headers are missing"]}
+    for environment, states, why in (
+        (absent, [NOT_APPLICABLE] * 2, "without cuda: its library is not built"),
+        (general, ["NOT MET", NOT_APPLICABLE], "built without the card's own score_grad_sm90"),
+        (HERE | {"target": "sm_80"}, [NOT_APPLICABLE] * 2, "asked of sm_90, this is sm_80"),
+    ):
+        found = [judged(environment, what, at[what])[1] for what in at]
+        assert [g[0] for g in found] == states
+        assert why in found[1][2]
+    triton, cuda = judged(absent, "correctness", [{"detail": "exact", "passed": 1, "failed": 0, "status": MEASURED}])
+    assert (triton[0], cuda[0]) == ("met", NOT_APPLICABLE)
+    assert judged(absent, "threshold")[0][0] == NOT_APPLICABLE
+
+
+def test_a_dry_run_judges_correctness_alone():
+    dry = HERE | {"dry_run": True}
+    fast = [record("forward", 2048, {DENSE: sample(1.0), FUSED: sample(1.0, floor=0.5)})]
+    assert judged(HERE, "forward", fast)[0][0] == "met"
+    assert [g[0] for g in judged(dry, "forward", fast)] == [NOT_MEASURED] * 2
+    assert (
+        judged(dry, "correctness", [{"detail": "exact", "passed": 1, "failed": 0, "status": MEASURED}])[0][0] == "met"
+    )
 
 
 def test_cuda_is_judged_on_llama2_7b_from_4096_tokens_on():
