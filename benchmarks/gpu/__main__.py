@@ -1,4 +1,5 @@
 """python -m benchmarks.gpu [--what step,forward] [--shapes 4096x4096] [--tokens 512,2048] [--budget 500] [--out DIR]
+python -m benchmarks.gpu --recover DIR   the results of a run that was cut off, from the journal that it left there
 
 This process only watches: a kernel that hangs, or takes the CUDA context with it, ends the worker and not the run.
 
@@ -25,6 +26,8 @@ from .cases import CUDA, DRY_SHAPE, DRY_TOKENS, SHAPES, TOKENS, WHATS, Case, pla
 from .journal import FAILED, NOT_MEASURED, Journal
 
 BUDGET = 500.0
+#: In the folder of the results, until they are written.
+JOURNAL = "gpu-journal.jsonl"
 #: Beyond the budget, for a case that takes longer than was expected.
 _GRACE = 25.0
 
@@ -40,6 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=_positive, default=BUDGET, help="seconds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where gpu-*.json and gpu.md go")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, kernels emulated, no GPU needed")
+    parser.add_argument("--recover", type=Path, metavar="DIR", help="write the results of a run that was cut off")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # the journal of the process that watches
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
@@ -48,6 +52,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         asked.shapes, asked.tokens = [DRY_SHAPE], [DRY_TOKENS]
         if asked.out == RESULTS:
             asked.out = Path(tempfile.mkdtemp(prefix="gpu-dry-run-"))
+        if asked.out.resolve().is_relative_to(RESULTS):
+            parser.error(f"--out must be elsewhere in a dry run, which measures nothing, got {asked.out}")
     return asked
 
 
@@ -55,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suite; the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     asked = parse(arguments)
+    if asked.recover:
+        return recover(asked.recover)
     cases = plan(asked.what, asked.shapes, asked.tokens)
     if asked.worker:
         worker.work_on(cases, Journal(asked.worker), asked.out, budget=asked.budget, deadline=asked.deadline,
@@ -67,22 +75,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("nothing to measure: no case has such a shape and M", file=sys.stderr)
         return 2
     deadline = time.time() + asked.budget
-    with tempfile.TemporaryDirectory() as folder:
-        journal = Journal(Path(folder, "journal"))
-        command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--out", str(asked.out.absolute())]
-        command += ["--worker", str(journal.path), "--deadline", str(deadline)]
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        for name in ("MFT_KERNELS", "MFT_AUTOTUNE", "MFT_CUDA_CAPABILITY", "TRITON_INTERPRET"):  # the suite decides
-            environment.pop(name, None)
-        if asked.dry_run:
-            environment["TRITON_INTERPRET"] = "1"
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what follows is still done
-        try:
-            watch(command, environment, journal, cases, deadline + _GRACE)
-        finally:
-            if journal.about():  # else nothing ran, and what was measured earlier stays
-                results.write(asked.out, journal, cases)
-        return _summary(journal, cases, asked.out)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    journal = Journal(asked.out / JOURNAL)
+    journal.path.unlink(missing_ok=True)
+    journal.add("asked", arguments=arguments)
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--out", str(asked.out.absolute())]
+    command += ["--worker", str(journal.path.absolute()), "--deadline", str(deadline)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    for name in ("MFT_KERNELS", "MFT_AUTOTUNE", "MFT_CUDA_CAPABILITY", "TRITON_INTERPRET"):  # the suite decides
+        environment.pop(name, None)
+    if asked.dry_run:
+        environment["TRITON_INTERPRET"] = "1"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what follows is still done
+    try:
+        watch(command, environment, journal, cases, deadline + _GRACE)
+    finally:
+        if journal.about():  # else nothing ran, and what was measured earlier stays
+            results.write(asked.out, journal, cases)
+    code = _summary(journal, cases, asked.out)
+    journal.path.unlink()
+    return code
+
+
+def recover(folder: Path) -> int:
+    """The results of a run that was cut off, from its journal; 2 if there is none."""
+    journal = Journal(folder / JOURNAL)
+    earlier = journal.events("asked")
+    if not earlier or not journal.about():
+        print(f"no run left its journal in {folder}", file=sys.stderr)
+        return 2
+    asked = parse([*earlier[0]["arguments"], "--out", str(folder)])
+    cases = plan(asked.what, asked.shapes, asked.tokens)
+    results.write(folder, journal, cases)
+    return _summary(journal, cases, folder)
 
 
 def watch(

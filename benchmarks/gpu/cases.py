@@ -1,4 +1,7 @@
-"""What is measured, by whom and in which order: what the goals ask comes first, so that a short budget answers them."""
+"""What is measured, by whom and in which order: by value, so that what ends a run ends it behind what is worth more.
+
+The first two minutes are the checks that a wrong kernel hardly passes, then a figure for each goal (HEADLINE).
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -49,6 +52,9 @@ _CUDA_GOAL_PRODUCTS = ("forward", "d_x", "d_scores")
 _ACCUMULATE_TOKENS = (4096, 512)
 #: (N, K) whose scores are selected; the second, 58.7M of them, is the one with a goal.
 SELECTED = (SQUARE, (4096, 14336))
+#: Of the checks, those that a wrong kernel hardly passes, each backend's.
+FIRST_CHECKS = ("exact", "cuda exact", "random", "cuda random")
+_THEN_CHECKED = ("repeats", "cuda repeats", "cuda layouts")
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,16 @@ class Case:
     def compiles(self) -> bool:
         """Whether torch.compile takes part."""
         return self.what in PRODUCTS and COMPILED in competitors(self)
+
+
+#: A figure for each goal, on the layer that both models have.
+HEADLINE = (
+    Case("step", *SQUARE, 2048),
+    Case("forward", *SQUARE, 4096),
+    Case("d_x", *SQUARE, 4096),
+    Case("d_scores", *SQUARE, 4096),
+    Case("threshold", *SELECTED[-1], detail="bfloat16"),
+)
 
 
 def competitors(case: Case) -> tuple[str, ...]:
@@ -112,7 +128,7 @@ def left_out(case: Case) -> dict[str, str]:
 
 
 def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterable[int]) -> list[Case]:
-    """Every case asked for: correctness, the goals (CUDA's hardest first), the sanitizer, memory, threshold, rest."""
+    """Every case asked for: first checks, headline, other checks, goals (CUDA's hardest first), sanitizer, the rest."""
     whats, shapes, tokens = set(whats), tuple(shapes), set(tokens)
     by_worth = [m for m in _TOKENS_BY_WORTH if m in tokens] + sorted(tokens - set(_TOKENS_BY_WORTH))
     products = [what for what in PRODUCTS if what in whats and what != "accumulate"]
@@ -135,9 +151,9 @@ def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterab
     ]
     square_first = sorted(shapes, key=lambda shape: shape != SQUARE)
     rest = [Case(what, *shape, m) for shape in square_first for m in by_worth for what in products]
-    correctness, sanitizers = (
+    first, then, sanitizers, last = (
         [Case("correctness", detail=check) for check in checks if "correctness" in whats]
-        for checks in ((*CHECKS[:-1], *CUDA_CHECKS, CHECKS[-1]), SANITIZERS)
+        for checks in (FIRST_CHECKS, _THEN_CHECKED, SANITIZERS, CHECKS[-1:])
     )
     accumulate = [
         Case("accumulate", n, k, m)
@@ -157,9 +173,10 @@ def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterab
         for n, k in _those(shapes, SELECTED)
         if "threshold" in whats
     ]
-    select = [case for case in threshold if (case.n, case.k, case.detail) == (*SELECTED[-1], "bfloat16")]
-    first = [*correctness, *hardest, *select, *goals, *cuda_goals, *sanitizers, *accumulate]
-    return list(dict.fromkeys([*first, *memory, *threshold, *rest]))
+    asked = {*goals, *cuda_goals, *threshold}
+    headline = [case for case in HEADLINE if case in asked]
+    ahead = [*first, *headline, *then, *hardest, *goals, *cuda_goals, *sanitizers, *last]
+    return list(dict.fromkeys([*ahead, *accumulate, *memory, *threshold, *rest]))
 
 
 _GOAL_SHAPES = (SQUARE, (14336, 4096), (4096, 14336), (11008, 4096), (4096, 11008))

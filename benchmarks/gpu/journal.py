@@ -1,6 +1,7 @@
-"""One line of JSON an event, so that a worker that dies leaves all that it finished, and what it died of."""
+"""One line of JSON an event, on the disk at once: a worker or a machine that goes away leaves all that it finished."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ MEASURED, NOT_MEASURED, FAILED = "measured", "not measured", "failed"
 
 
 class Journal:
-    """Events: "about" (environment, ceilings), "started" (a case), "lost" (the device, during it), "suspect" (who is
-    left out when it is measured once more), "record" (its outcome).
+    """Events: "asked" (the command's arguments), "about" (environment, ceilings), "started" (a case), "lost" (the
+    device, during it), "suspect" (who is left out when it is measured once more), "record" (its outcome).
     """
 
     def __init__(self, path: Path) -> None:
@@ -21,6 +22,8 @@ class Journal:
         """Append one event, on disk when this returns."""
         with self.path.open("a") as file:
             file.write(json.dumps({"event": event, **fields}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def started(self, case: Case, patience: float) -> None:
         """``patience``: seconds after which the case counts as hung."""

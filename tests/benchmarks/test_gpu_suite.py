@@ -26,24 +26,32 @@ def test_every_case_is_planned_once():
     assert len(products) == 4 * 6 * 9 + 2 * 2  # accumulate: two shapes, two M
 
 
-def test_correctness_comes_first_then_the_goals_then_the_rest():
+def test_the_first_two_minutes_are_correctness_and_a_figure_for_each_goal():
+    from benchmarks.gpu.worker import Estimates
+
     planned = plan(WHATS, EVERY_SHAPE, TOKENS)
-    checks = ["exact", "random", "repeats", "cuda exact", "cuda random", "cuda repeats", "cuda layouts", "tests"]
-    assert [case.detail for case in planned[:8]] == checks
-    behind = planned[8:]
-    hardest = 3 * 3  # forward, d_x and d_scores of CUDA's goals, on three shapes
-    assert {(case.m, case.n, case.k) for case in behind[:hardest]} == {(4096, *s) for s in SHAPES["llama2-7b"]}
-    assert behind[hardest] == Case("threshold", 4096, 14336, detail="bfloat16")
-    behind = behind[hardest + 1 :]
-    goal_cases = 5 * 2 * 4  # shapes, 2048 and 512 tokens, products
-    assert behind[0] == Case("step", 4096, 4096, 2048)
+    assert [case.detail for case in planned[:4]] == ["exact", "cuda exact", "random", "cuda random"]
+    assert planned[4:9] == list(cases.HEADLINE)
+    assert sum(map(Estimates().of, planned[:9])) < 120  # by the guesses of what compiling takes
+
+
+def test_then_come_the_other_checks_the_goals_and_the_rest():
+    planned = plan(WHATS, EVERY_SHAPE, TOKENS)
+    behind = planned[9:]
+    assert [case.detail for case in behind[:3]] == ["repeats", "cuda repeats", "cuda layouts"]
+    behind = behind[3:]
+    hardest = 3 * 2  # forward, d_x and d_scores of CUDA's goals, on three shapes, one of which is in the headline
+    assert {(case.m, case.n, case.k) for case in behind[:hardest]} == {(4096, *s) for s in SHAPES["llama2-7b"][1:]}
+    behind = behind[hardest:]
+    goal_cases = 5 * 2 * 4 - 1  # shapes, 2048 and 512 tokens, products
+    assert behind[0] == Case("forward", 4096, 4096, 2048)
     assert {case.m for case in behind[:goal_cases]} == {2048, 512}
     behind = behind[goal_cases:]
-    assert {case.m for case in behind[: 2 * hardest]} == {8192, 16384}
-    behind = behind[2 * hardest :]
-    assert [case.detail for case in behind[:2]] == ["cuda memcheck", "cuda racecheck"]
-    assert [case.what for case in behind[2:13]] == ["accumulate"] * 4 + ["memory"] * 4 + ["threshold"] * 3
-    assert behind[13] == Case("step", 4096, 4096, 1024)
+    assert {case.m for case in behind[: 2 * 9]} == {8192, 16384}
+    behind = behind[2 * 9 :]
+    assert [case.detail for case in behind[:3]] == ["cuda memcheck", "cuda racecheck", "tests"]
+    assert [case.what for case in behind[3:14]] == ["accumulate"] * 4 + ["memory"] * 4 + ["threshold"] * 3
+    assert behind[14] == Case("step", 4096, 4096, 1024)
 
 
 def test_cuda_takes_part_beside_triton_wherever_something_is_timed():
@@ -100,6 +108,12 @@ def test_without_a_gpu_the_command_says_so_and_leaves(monkeypatch, capsys, tmp_p
     assert command.main(["--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_writes_nothing_among_the_stored_results(capsys):
+    with pytest.raises(SystemExit):
+        command.parse(["--dry-run", "--out", str(command.RESULTS / "gpu")])
+    assert "--out must be elsewhere in a dry run" in capsys.readouterr().err
 
 
 def test_a_dry_run_walks_through_everything(tmp_path):
