@@ -15,7 +15,7 @@ SHAPES = {  # (N, K) of the linear layers; both models have 4096 x 4096
 }
 TOKENS = (1, 16, 64, 512, 1024, 2048, 4096, 8192, 16384)
 PRODUCTS = ("step", "forward", "d_x", "d_scores", "accumulate")
-WHATS = ("correctness", *PRODUCTS, "memory", "threshold")
+WHATS = ("correctness", *PRODUCTS, "memory", "threshold", "host")
 
 DENSE = "cuBLAS, unmasked"
 FUSED = "fused"
@@ -52,6 +52,9 @@ _CUDA_GOAL_PRODUCTS = ("forward", "d_x", "d_scores")
 _ACCUMULATE_TOKENS = (4096, 512)
 #: (N, K) whose scores are selected; the second, 58.7M of them, is the one with a goal.
 SELECTED = (SQUARE, (4096, 14336))
+#: Where the host may cost more than the kernel, and layers that take an H100 about 10 and 3 us to read.
+HOST_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+_HOST_SHAPES = (SQUARE, (1024, 4096))
 #: Of the checks, those that a wrong kernel hardly passes, each backend's.
 FIRST_CHECKS = ("exact", "cuda exact", "random", "cuda random")
 _THEN_CHECKED = ("repeats", "cuda repeats", "cuda layouts")
@@ -114,7 +117,9 @@ def competitors(case: Case) -> tuple[str, ...]:
 
 def takes_part(name: str, case: Case) -> bool:
     """Whether a competitor runs in a case beside others."""
-    return case.what == "threshold" or (case.what != "correctness" and name in competitors(case))
+    if case.what == "threshold":
+        return True
+    return case.what in (*PRODUCTS, "memory") and name in competitors(case)
 
 
 def left_out(case: Case) -> dict[str, str]:
@@ -173,9 +178,15 @@ def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterab
         for n, k in _those(shapes, SELECTED)
         if "threshold" in whats
     ]
+    host = [
+        Case("host", n, k, m)
+        for n, k in _those(shapes, _HOST_SHAPES)
+        for m in (HOST_TOKENS if tokens == set(TOKENS) else _those(by_worth, HOST_TOKENS))
+        if "host" in whats
+    ]
     asked = {*goals, *cuda_goals, *threshold}
     headline = [case for case in HEADLINE if case in asked]
-    ahead = [*first, *headline, *then, *hardest, *goals, *cuda_goals, *sanitizers, *last]
+    ahead = [*first, *headline, *then, *hardest, *host, *goals, *cuda_goals, *sanitizers, *last]
     return list(dict.fromkeys([*ahead, *accumulate, *memory, *threshold, *rest]))
 
 

@@ -23,6 +23,8 @@ _SLOW_MS = 20.0
 #: Of the spin behind which calls queue up where no graph can be had: longer than the host takes to launch them.
 _SPIN_CYCLES = 10_000_000  # 5 ms at 2 GHz
 _QUEUED_CALLS = 10
+#: By the clock: enough that the two synchronisations, some 10 us, do not count.
+_CLOCKED_CALLS = 50
 
 
 class Timer:
@@ -55,6 +57,8 @@ class Device(Protocol):
     def compile(self, function: Callable) -> Callable: ...
 
     def timer(self, run: Callable[[int], object], copies: int, *, capture: bool) -> Timer: ...
+
+    def clock(self, run: Callable[[int], object], copies: int) -> Timer: ...
 
     def graph(self, run: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]: ...
 
@@ -129,6 +133,19 @@ class Gpu:
                 torch.cuda.synchronize()
         calls = min(calls, _QUEUED_CALLS)
         return Timer("queued", calls, estimate, lambda: self._queued(run, copies, calls), note)
+
+    def clock(self, run: Callable[[int], object], copies: int) -> Timer:
+        """run(i) works on copy i; by the clock, from one synchronisation to the next."""
+
+        def replay() -> float:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for i in range(_CLOCKED_CALLS):
+                run(i % copies)
+            torch.cuda.synchronize()
+            return (time.perf_counter() - start) * 1e3 / _CLOCKED_CALLS
+
+        return Timer("clock", _CLOCKED_CALLS, replay(), replay)  # the first replay makes what is made once
 
     def graph(self, run: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
         """run() captured once: each call replays it and gives the same tensors, with what is in them then."""
@@ -256,6 +273,10 @@ class Interpreter:
             return (time.perf_counter() - start) * 1e3 / copies
 
         return Timer("wall clock", copies, 1.0, replay)
+
+    def clock(self, run: Callable[[int], object], copies: int) -> Timer:
+        """As timer does."""
+        return self.timer(run, copies, capture=False)
 
     def graph(self, run: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
         """Runs anew each time."""

@@ -25,19 +25,29 @@ _TITLES = {
     "accumulate": "d_scores, added to an fp32 buffer",
     "memory": "Peak memory of a step",
     "threshold": "The threshold and the packed mask",
+    "host": "What a caller waits for at few tokens",
 }
+_DRY = """
+**A dry run: kernels emulated on a CPU. No figure below was measured on a GPU, and none says anything of one.**
+"""
 
 
 def markdown(documents: Sequence[Document]) -> str:
     """All of them: where, goals, then a section each."""
-    parts = [_OPENING, _where(documents), _goals(documents)]
+    dry = any(document["environment"].get("dry_run") for document in documents)
+    parts = [_OPENING + _DRY * dry, _where(documents), _goals(documents)]
     for document in documents:
         parts.append(f"## {_TITLES[document['what']]}\n")
         if document["what"] in PRODUCTS:
             parts += _product(document)
         else:
             parts.append(
-                {"correctness": _checks, "memory": _memory, "threshold": _threshold}[document["what"]](document)
+                {
+                    "correctness": _checks,
+                    "memory": _memory,
+                    "threshold": _threshold,
+                    "host": _host,
+                }[document["what"]](document)
             )
         parts.append(_remarks(document))
     return "\n".join(part for part in parts if part)
@@ -160,12 +170,21 @@ def _threshold(document: Document) -> str:
     return _table(["scores", "", "ms", "times faster than sort", "% of the byte floor"], rows)
 
 
+def _host(document: Document) -> str:
+    names = list(dict.fromkeys(name for case in document["cases"] for name in case.get("samples", {})))
+    rows = []
+    for case in document["cases"]:
+        times = [_ms(samples[n]) if n in (samples := case.get("samples", {})) else "" for n in names]
+        rows.append([f"{case['n']} x {case['k']}", str(case["m"]), *(times or [case["status"]])])
+    return "ms a call\n\n" + _table(["", "M", *(names or [""])], rows)
+
+
 def _remarks(document: Document) -> str:
     """Everything that is not in the tables, once each with its places."""
     places: dict[str, list[str]] = {}
     for case in document["cases"]:
         place = f"{case['n']} x {case['k']}, M = {case['m']}" if case["m"] else f"{case['n']} x {case['k']}"
-        place = f"{case['detail']}" if not case["n"] else f"{place} {case['detail']}".strip()
+        place = case["detail"] if not case["n"] else f"{place} {case['detail']}".strip()
         if case["status"] == NOT_MEASURED:
             places.setdefault(f"not measured: {case.get('reason', '')}", []).append(place)
         elif "reason" in case:

@@ -62,15 +62,23 @@ def time_product(case: Case, inputs: Inputs, device: Device, ceilings: Mapping[s
 
 
 def time_calls(
-    calls: Mapping[str, Callable[[int], object]], copies: int, device: Device, *, not_captured: frozenset[str]
+    calls: Mapping[str, Callable[[int], object]],
+    copies: int,
+    device: Device,
+    *,
+    not_captured: frozenset[str],
+    by_the_clock: frozenset[str] = frozenset(),
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """(samples, why others have none): name -> call of a copy's index."""
+    """(samples, why others have none): name -> call of a copy's index; ``by_the_clock``: with what the host needs."""
     timers: dict[str, Timer] = {}
     failures: dict[str, str] = {}
     # A capture empties the allocator's cache: those that allocate while they are timed come after all captures.
     for name, call in sorted(calls.items(), key=lambda item: item[0] in not_captured):
         try:
-            timers[name] = device.timer(call, copies, capture=name not in not_captured)
+            if name in by_the_clock:
+                timers[name] = device.clock(call, copies)
+            else:
+                timers[name] = device.timer(call, copies, capture=name not in not_captured)
         except FAILURES as error:
             failures[name] = reason(error, device)
     rounds = in_rounds(timers, 2 if device.dry else ROUNDS)

@@ -43,6 +43,10 @@ def test_then_come_the_other_checks_the_goals_and_the_rest():
     hardest = 3 * 2  # forward, d_x and d_scores of CUDA's goals, on three shapes, one of which is in the headline
     assert {(case.m, case.n, case.k) for case in behind[:hardest]} == {(4096, *s) for s in SHAPES["llama2-7b"][1:]}
     behind = behind[hardest:]
+    few = [case for case in behind if case.what == "host"]
+    assert behind[: len(few)] == few
+    assert {case.m for case in few} == {1, 2, 4, 8, 16, 32, 64}
+    behind = behind[len(few) :]
     goal_cases = 5 * 2 * 4 - 1  # shapes, 2048 and 512 tokens, products
     assert behind[0] == Case("forward", 4096, 4096, 2048)
     assert {case.m for case in behind[:goal_cases]} == {2048, 512}
@@ -55,9 +59,11 @@ def test_then_come_the_other_checks_the_goals_and_the_rest():
 
 
 def test_cuda_takes_part_beside_triton_wherever_something_is_timed():
-    for case in plan([what for what in WHATS if what != "correctness"], EVERY_SHAPE, TOKENS):
+    timed = [what for what in WHATS if what not in ("correctness", "host")]  # there auto alone is
+    for case in plan(timed, EVERY_SHAPE, TOKENS):
         assert cases.takes_part(CUDA, case)
-        assert case.what == "threshold" or {CUDA, cases.FUSED, cases.DENSE, cases.PASS} <= {*cases.competitors(case)}
+        beside = {CUDA, cases.FUSED, cases.DENSE, cases.PASS}
+        assert case.what == "threshold" or beside <= {*cases.competitors(case)}
 
 
 def test_a_slice_holds_what_was_asked_for_alone():
