@@ -15,7 +15,7 @@ SHAPES = {  # (N, K) of the linear layers; both models have 4096 x 4096
 }
 TOKENS = (1, 16, 64, 512, 1024, 2048, 4096, 8192, 16384)
 PRODUCTS = ("step", "forward", "d_x", "d_scores", "accumulate")
-WHATS = ("correctness", *PRODUCTS, "memory", "threshold", "host")
+WHATS = ("correctness", *PRODUCTS, "memory", "threshold", "updates", "host")
 
 DENSE = "cuBLAS, unmasked"
 FUSED = "fused"
@@ -52,6 +52,9 @@ _CUDA_GOAL_PRODUCTS = ("forward", "d_x", "d_scores")
 _ACCUMULATE_TOKENS = (4096, 512)
 #: (N, K) whose scores are selected; the second, 58.7M of them, is the one with a goal.
 SELECTED = (SQUARE, (4096, 14336))
+#: What is timed of an optimiser step beside the products (updates.py), and for how many tokens where M matters.
+UPDATES = ("score_step", "accumulate_product", "held")
+_UPDATE_TOKENS = (2048,)
 #: Where the host may cost more than the kernel, and layers that take an H100 about 10 and 3 us to read.
 HOST_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 _HOST_SHAPES = (SQUARE, (1024, 4096))
@@ -117,7 +120,7 @@ def competitors(case: Case) -> tuple[str, ...]:
 
 def takes_part(name: str, case: Case) -> bool:
     """Whether a competitor runs in a case beside others."""
-    if case.what == "threshold":
+    if case.what in ("threshold", "updates"):
         return True
     return case.what in (*PRODUCTS, "memory") and name in competitors(case)
 
@@ -184,9 +187,16 @@ def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterab
         for m in (HOST_TOKENS if tokens == set(TOKENS) else _those(by_worth, HOST_TOKENS))
         if "host" in whats
     ]
+    updates = [
+        Case("updates", n, k, 0 if detail == "score_step" else m, detail)
+        for n, k in _those(shapes, (SQUARE,))
+        for m in _those(by_worth, _UPDATE_TOKENS)
+        for detail in UPDATES
+        if "updates" in whats
+    ]
     asked = {*goals, *cuda_goals, *threshold}
     headline = [case for case in HEADLINE if case in asked]
-    ahead = [*first, *headline, *then, *hardest, *host, *goals, *cuda_goals, *sanitizers, *last]
+    ahead = [*first, *headline, *then, *hardest, *host, *updates, *goals, *cuda_goals, *sanitizers, *last]
     return list(dict.fromkeys([*ahead, *accumulate, *memory, *threshold, *rest]))
 
 

@@ -25,6 +25,7 @@ _TITLES = {
     "accumulate": "d_scores, added to an fp32 buffer",
     "memory": "Peak memory of a step",
     "threshold": "The threshold and the packed mask",
+    "updates": "An optimiser step beside the products",
     "host": "What a caller waits for at few tokens",
 }
 _DRY = """
@@ -46,6 +47,7 @@ def markdown(documents: Sequence[Document]) -> str:
                     "correctness": _checks,
                     "memory": _memory,
                     "threshold": _threshold,
+                    "updates": _updates,
                     "host": _host,
                 }[document["what"]](document)
             )
@@ -168,6 +170,17 @@ def _threshold(document: Document) -> str:
         if not case.get("samples"):
             rows.append([place, case["status"], "", "", ""])
     return _table(["scores", "", "ms", "times faster than sort", "% of the byte floor"], rows)
+
+
+def _updates(document: Document) -> str:
+    rows = []
+    for case in document["cases"]:
+        place = f"{case['detail']}, {case['n']} x {case['k']}" + (f", M = {case['m']}" if case["m"] else "")
+        for name, sample in case.get("samples", {}).items():
+            rows.append([place, name, _ms(sample), f"{sample['percent_of_byte_floor']:.0f}"])
+        if not case.get("samples"):
+            rows.append([place, case["status"], "", ""])
+    return _table(["", "", "ms", "% of the byte floor"], rows)
 
 
 def _host(document: Document) -> str:

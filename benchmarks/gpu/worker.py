@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..harness import ROOT
-from .cases import CHECKS, CUDA_CHECKS, PRODUCTS, SANITIZERS, Case
+from .cases import CHECKS, CUDA_CHECKS, PRODUCTS, SANITIZERS, UPDATES, Case
 from .journal import FAILED, MEASURED, NOT_MEASURED, Journal
 
 #: Seconds of a case of which nothing is known yet; compiling its kernels is most of it.
 _FIRST_GUESS = {
     "exact": 45.0, "random": 10.0, "repeats": 10.0, "threshold": 6.0, "memory": 3.0,
-    "host": 2.0,
+    "score_step": 12.0, "held": 6.0, "host": 2.0,
     "cuda exact": 10.0, "cuda random": 5.0, "cuda repeats": 5.0, "cuda layouts": 20.0,
     "cuda memcheck": 45.0, "cuda racecheck": 45.0,
 }  # fmt: skip
@@ -53,7 +53,7 @@ class Estimates:
 
     @staticmethod
     def _kind(case: Case) -> str:
-        if case.detail in (*CHECKS, *CUDA_CHECKS, *SANITIZERS):
+        if case.detail in (*CHECKS, *CUDA_CHECKS, *SANITIZERS, *UPDATES):
             return case.detail
         return case.what + (" compiled" if case.compiles else "")
 
@@ -128,7 +128,7 @@ def work_on(cases: Sequence[Case], journal: Journal, out: Path, *, budget: float
     import torch
 
     from ..harness import environment
-    from . import correctness, device, host, results, threshold, timing
+    from . import correctness, device, host, results, threshold, timing, updates
     from .competitors import Inputs
 
     on: device.Device = device.Interpreter() if dry else device.Gpu()
@@ -149,6 +149,8 @@ def work_on(cases: Sequence[Case], journal: Journal, out: Path, *, budget: float
                 fields = timing.time_product(case, inputs, on, ceilings)
             elif case.what == "memory":
                 fields = timing.measure_memory(case, inputs, on)
+            elif case.what == "updates":
+                fields = updates.time_update(case, inputs, on, ceilings)
             elif case.what == "host":
                 fields = host.time_host(case, inputs, on)
             else:
