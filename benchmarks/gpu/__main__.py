@@ -178,6 +178,8 @@ def _summary(journal: Journal, cases: Sequence[Case], out: Path) -> int:
         if some:
             print(f"{title}: {'; '.join(map(str, some))}")
     print(f"{len(cases) - len(failed) - len(left)} of {len(cases)} cases measured; written to {out}")
+    if journal.about().get("environment", {}).get("dry_run"):
+        print("a dry run: nothing was measured on a GPU, and no figure of it says anything of one")
     library = journal.about().get("environment", {}).get("cuda_library", "")
     if library.startswith("none: "):
         print(f"WARNING: the CUDA kernels were left out: {library[6:]}", flush=True)

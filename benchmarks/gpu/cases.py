@@ -15,7 +15,7 @@ SHAPES = {  # (N, K) of the linear layers; both models have 4096 x 4096
 }
 TOKENS = (1, 16, 64, 512, 1024, 2048, 4096, 8192, 16384)
 PRODUCTS = ("step", "forward", "d_x", "d_scores", "accumulate")
-WHATS = ("correctness", *PRODUCTS, "memory", "threshold", "updates", "host")
+WHATS = ("correctness", *PRODUCTS, "memory", "threshold", "updates", "host", "train")
 
 DENSE = "cuBLAS, unmasked"
 FUSED = "fused"
@@ -58,6 +58,10 @@ _UPDATE_TOKENS = (2048,)
 #: Where the host may cost more than the kernel, and layers that take an H100 about 10 and 3 us to read.
 HOST_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 _HOST_SHAPES = (SQUARE, (1024, 4096))
+#: Whole optimiser steps (train.py): models, ways of running, and tokens of a micro-batch.
+TRAINED = ("a LLaMA2-7B layer", "a SmolLM2 layer", "SmolLM2-135M")
+_WAYS = ("plain", "resident", "quantized", "layerwise")
+_TRAIN_TOKENS = (2048,)
 #: Of the checks, those that a wrong kernel hardly passes, each backend's.
 FIRST_CHECKS = ("exact", "cuda exact", "random", "cuda random")
 _THEN_CHECKED = ("repeats", "cuda repeats", "cuda layouts")
@@ -194,9 +198,16 @@ def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterab
         for detail in UPDATES
         if "updates" in whats
     ]
+    train = [
+        Case("train", m=m, detail=f"{model}, {way}")
+        for m in _those(by_worth, _TRAIN_TOKENS)
+        for model in TRAINED
+        for way in _WAYS
+        if "train" in whats
+    ]
     asked = {*goals, *cuda_goals, *threshold}
     headline = [case for case in HEADLINE if case in asked]
-    ahead = [*first, *headline, *then, *hardest, *host, *updates, *goals, *cuda_goals, *sanitizers, *last]
+    ahead = [*first, *headline, *then, *hardest, *host, *updates, *train, *goals, *cuda_goals, *sanitizers, *last]
     return list(dict.fromkeys([*ahead, *accumulate, *memory, *threshold, *rest]))
 
 

@@ -62,7 +62,7 @@ class Device(Protocol):
 
     def graph(self, run: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]: ...
 
-    def peak(self, run: Callable[[], Sequence[Tensor]]) -> tuple[int, int]: ...
+    def peak(self, run: Callable[[], Sequence[Tensor]], *, warm: bool = True) -> tuple[int, int]: ...
 
 
 class Gpu:
@@ -165,9 +165,10 @@ class Gpu:
 
         return replay
 
-    def peak(self, run: Callable[[], Sequence[Tensor]]) -> tuple[int, int]:
-        """(bytes by which the allocated memory peaks in run(), those of its results)."""
-        run()  # what is made once: binaries, cuBLAS' workspace
+    def peak(self, run: Callable[[], Sequence[Tensor]], *, warm: bool = True) -> tuple[int, int]:
+        """(bytes by which the allocated memory peaks in run(), those of its results); ``warm``: after one more run."""
+        if warm:
+            run()  # what is made once: binaries, cuBLAS' workspace
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -282,7 +283,7 @@ class Interpreter:
         """Runs anew each time."""
         return run
 
-    def peak(self, run: Callable[[], Sequence[Tensor]]) -> tuple[int, int]:
+    def peak(self, run: Callable[[], Sequence[Tensor]], *, warm: bool = True) -> tuple[int, int]:
         """As if nothing but the results were allocated."""
         size = sum(t.nbytes for t in run())
         return size, size

@@ -27,6 +27,7 @@ _TITLES = {
     "threshold": "The threshold and the packed mask",
     "updates": "An optimiser step beside the products",
     "host": "What a caller waits for at few tokens",
+    "train": "Whole optimiser steps",
 }
 _DRY = """
 **A dry run: kernels emulated on a CPU. No figure below was measured on a GPU, and none says anything of one.**
@@ -49,6 +50,7 @@ def markdown(documents: Sequence[Document]) -> str:
                     "threshold": _threshold,
                     "updates": _updates,
                     "host": _host,
+                    "train": _train,
                 }[document["what"]](document)
             )
         parts.append(_remarks(document))
@@ -190,6 +192,20 @@ def _host(document: Document) -> str:
         times = [_ms(samples[n]) if n in (samples := case.get("samples", {})) else "" for n in names]
         rows.append([f"{case['n']} x {case['k']}", str(case["m"]), *(times or [case["status"]])])
     return "ms a call\n\n" + _table(["", "M", *(names or [""])], rows)
+
+
+def _train(document: Document) -> str:
+    rows = []
+    for case in document["cases"]:
+        model, way = case["detail"].rsplit(", ", 1)
+        if "seconds_of_a_step" not in case:
+            rows.append([model, way, case["status"], "", "", ""])
+            continue
+        seconds = Spread(**case["seconds_of_a_step"])
+        row = [str(seconds), f"{case['estimate']['seconds']:.3f}", f"{case['peak_bytes'] / 1e9:.3f}"]
+        rows.append([model, way, *row, f"{case['estimate']['device_peak'] / 1e9:.3f}"])
+    header = ["", "", "s", "estimated, of a card as in memory.md", "allocator's peak, GB", "estimated, GB"]
+    return _table(header, rows)
 
 
 def _remarks(document: Document) -> str:

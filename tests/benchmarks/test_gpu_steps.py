@@ -1,4 +1,8 @@
-"""What the GPU suite times beside single products: layers at few tokens, an optimiser step's parts."""
+"""What the GPU suite times beside single products: layers at few tokens, an optimiser step's parts, whole steps."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,10 +11,12 @@ pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
 
 from gpu_records import CEILINGS
 
-from benchmarks.gpu import competitors, device, host, tables, updates
+from benchmarks.gpu import cases, competitors, device, host, tables, train, updates
 from benchmarks.gpu.cases import CUDA, DENSE, DRY_SHAPE, FUSED, Case
-from benchmarks.gpu.journal import MEASURED
+from benchmarks.gpu.journal import FAILED, MEASURED, NOT_MEASURED
 from mft_kernels import reference, reference_step
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class OnHost(device.Interpreter):
@@ -106,3 +112,56 @@ def document(what, fields, detail="", m=0):
     case = {"what": what, "n": DRY_SHAPE[0], "k": DRY_SHAPE[1], "m": m, "detail": detail, "status": MEASURED, **fields}
     environment = {"device": "none", "dry_run": True}
     return {"what": what, "environment": environment, "ceilings": CEILINGS, "goals": [], "cases": [case]}
+
+
+# ---------------------------------------------------------------------------------------------- whole steps
+
+
+def test_every_way_of_running_is_trained_without_datasets():
+    """On a machine that lacks the package, and one more that only the verbs need."""
+    code = (
+        "import sys; sys.modules['datasets'] = sys.modules['peft'] = None\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "import warnings; warnings.simplefilter('error')\n"
+        "from benchmarks.gpu import cases, device, train\n"
+        "class OnHost(device.Interpreter):\n"
+        "    def __init__(self): self.without = {}\n"
+        "for case in cases.plan(['train'], [cases.DRY_SHAPE], [cases.DRY_TOKENS]):\n"
+        "    status, fields = train.time_train(case, OnHost())\n"
+        "    print(case.detail, status, fields.get('estimate', fields))\n"
+    )
+    environment = {"PATH": "", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == 12
+    assert all(" measured {'seconds': " in line for line in lines), run.stdout
+
+
+def test_a_model_that_learns_something_else_is_not_timed(monkeypatch):
+    case = Case("train", m=8, detail="a SmolLM2 layer, plain")
+    train._losses_by_the_reference.cache_clear()
+    monkeypatch.setattr(train, "_losses_by_the_reference", lambda *_: [4.0, 4.0])
+    calls = iter([4.0, 4.2])
+    monkeypatch.setattr(train.Steps, "__init__", lambda self, *_: None)
+    monkeypatch.setattr(train.Steps, "__call__", lambda self: next(calls, 4.0))
+    monkeypatch.setattr(train.Steps, "close", lambda self: None)
+    status, fields = train.time_train(case, OnHost())
+    assert status == FAILED
+    assert fields["reason"].startswith("wrong: losses [4.0, 4.2]")
+    calls = iter([4.0, 4.04])
+    assert train.time_train(case, OnHost())[0] == MEASURED
+
+
+def test_without_transformers_whole_steps_say_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    train._losses_by_the_reference.cache_clear()
+    status, fields = train.time_train(Case("train", m=8, detail="SmolLM2-135M, layerwise"), OnHost())
+    assert status == NOT_MEASURED
+    assert fields["reason"].startswith("without transformers")
+
+
+def test_the_sizes_are_the_real_models():
+    layer, whole = train.config_of("a SmolLM2 layer"), train.config_of("SmolLM2-135M")
+    assert (layer["hidden_size"], layer["num_hidden_layers"], whole["num_hidden_layers"]) == (576, 1, 30)
+    assert {case.detail.rsplit(", ", 1)[1] for case in cases.plan(["train"], [], [2048])} == set(train.WAYS)

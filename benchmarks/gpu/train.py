@@ -1,0 +1,170 @@
+"""Time whole optimiser steps of models with random weights in each way of running, beside what mft estimate says.
+
+Their time and memory do not depend on the values. Needs transformers, and nothing of mft that reads data sets.
+"""
+
+import functools
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ..harness import ROOT, Spread
+from .cases import Case
+from .device import Device
+from .journal import FAILED, MEASURED, NOT_MEASURED
+from .timing import FAILURES, reason
+
+ACCUMULATION = 2
+_ROUNDS, _CHECKED_STEPS = 5, 2
+_LR = 1e-3
+#: Losses of the first steps, apart from those of plain by the reference: sums of bf16 in another order, scores rounded
+#: to 16 bits, and in quantized a base of 8 bits.
+_MOST_APART = 0.02
+_COMPACT = {"scores": "int16", "moments": "8bit"}
+#: way: (quantisation of the base, of the masked layers too, states as they rest). int8, unlike nf4, needs no package.
+WAYS: Mapping[str, tuple[str | None, bool, dict[str, str]]] = {
+    "plain": (None, False, {"scores": "float32", "moments": "float32"}),
+    "resident": (None, False, _COMPACT),
+    "quantized": ("int8", True, _COMPACT),
+    "layerwise": (None, False, _COMPACT),
+}
+#: Of a layer alone, without what a head would cost.
+_FEW_WORDS = 512
+_TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 1, "num_key_value_heads": 1,
+         "num_hidden_layers": 1, "vocab_size": 64}  # fmt: skip
+
+
+def time_train(case: Case, device: Device) -> tuple[str, dict[str, Any]]:
+    """(status, seconds and peak bytes of a step of case.detail, "model, way", beside the estimate's)."""
+    if str(ROOT / "python") not in sys.path:  # the recipe need not be installed
+        sys.path.append(str(ROOT / "python"))
+    model, way = case.detail.rsplit(", ", 1)
+    try:
+        config = config_of(model, dry=device.dry)
+        expected = _losses_by_the_reference(model, case.m, device)
+        steps: list[Steps] = []
+        losses: list[float] = []
+
+        def run() -> list[torch.Tensor]:
+            steps.append(Steps(config, way, case.m, device))
+            losses.extend(steps[0]() for _ in range(_CHECKED_STEPS))
+            return []
+
+        peak, _ = device.peak(run, warm=False)
+        seconds = [_seconds(steps[0], device) for _ in range(1 if device.dry else _ROUNDS)]
+        steps[0].close()
+        estimate = _estimate(config, way, case.m, device)
+    except ImportError as error:
+        return NOT_MEASURED, {"reason": f"without {error.name}: {error}"}
+    except FAILURES as error:
+        return FAILED, {"reason": reason(error, device)}
+    apart = max(abs(got / want - 1) for got, want in zip(losses, expected, strict=True))
+    if not apart <= _MOST_APART:
+        return FAILED, {"reason": f"wrong: losses {losses}, those of plain by the reference are {expected}"}
+    return MEASURED, {
+        "tokens": ACCUMULATION * case.m,
+        "seconds_of_a_step": asdict(Spread.of(seconds)),
+        "rounds_s": [float(f"{s:.5g}") for s in seconds],
+        "peak_bytes": peak,
+        "losses": losses,
+        "estimate": {"seconds": estimate.seconds, "device_peak": estimate.device_peak},
+    }
+
+
+def config_of(model: str, *, dry: bool = False) -> dict[str, Any]:
+    """The configuration of one of cases.TRAINED; in a dry run a tiny one."""
+    from mft.memory.shapes import known_config
+
+    name = {"SmolLM2-135M": "smollm2-135m", "a SmolLM2 layer": "smollm2-135m", "a LLaMA2-7B layer": "llama2-7b"}[model]
+    alone = {"num_hidden_layers": 1, "vocab_size": _FEW_WORDS} if model.startswith("a ") else {}
+    return known_config(name) | (_TINY if dry else alone)
+
+
+class Steps:
+    """Optimiser steps of a model that is masked everywhere, in one way of running; call() runs one."""
+
+    def __init__(self, config: Mapping[str, Any], way: str, tokens: int, device: Device) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from mft.config import MaskConfig, TrainConfig
+        from mft.data.batches import MicroBatch
+        from mft.engines.start import start_runner
+        from mft.masks.convert import mask_model
+        from mft.models.causal_lm import FEW
+
+        quantization, quantize_masked, states = WAYS[way]
+        fields = dict(config)
+        family = fields.pop("model_type")
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields), dtype=torch.bfloat16)
+        model.train().requires_grad_(False)
+        mask_model(model, MaskConfig.paper(scores_dtype=states["scores"]))
+        if quantization is not None:
+            from mft.masks.quantize import quantize_model
+
+            quantize_model(model, quantization, masked=quantize_masked)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, config["vocab_size"], (ACCUMULATION, 1, tokens), generator=generator)
+        self._batches = [MicroBatch([i], row, row, [i]) for i, row in enumerate(ids)]
+        if way == "plain":
+            model.to(device.torch_device)
+        few = ids[0, :, :FEW].to(next(model.parameters()).device)
+        train = TrainConfig(steps=_CHECKED_STEPS, accumulation=ACCUMULATION, moments=states["moments"])
+        self._runner = start_runner(model, few, way, device.torch_device, train)
+
+    def __call__(self) -> float:
+        """One step; the mean loss a token."""
+        count = sum(len(batch.labelled.targets) for batch in self._batches)
+        totals: list[torch.Tensor] = []
+        self._runner.step(self._batches, 1 / count, _LR, None, lambda batch, total: totals.append(total.detach()))
+        self._runner.check()
+        return sum(total.item() for total in totals) / count
+
+    def close(self) -> None:
+        """Give the device's memory back."""
+        self._runner.close()
+
+
+def _seconds(step: Steps, device: Device) -> float:
+    device.synchronize()
+    start = time.perf_counter()
+    step()
+    device.synchronize()
+    return time.perf_counter() - start
+
+
+@functools.cache
+def _losses_by_the_reference(model: str, tokens: int, device: Device) -> list[float]:
+    os.environ["MFT_KERNELS"] = "reference"
+    try:
+        steps = Steps(config_of(model, dry=device.dry), "plain", tokens, device)
+        losses = [steps() for _ in range(_CHECKED_STEPS)]
+        steps.close()
+    finally:
+        del os.environ["MFT_KERNELS"]
+    assert all(map(math.isfinite, losses)), f"the reference itself must stay finite, got {losses}"
+    return losses
+
+
+def _estimate(config: Mapping[str, Any], way: str, tokens: int, device: Device) -> Any:
+    from mft.memory.estimate import estimate
+    from mft.memory.shapes import shape_from_config
+    from mft.memory.workload import Workload
+
+    quantization, quantize_masked, states = WAYS[way]
+    workload = Workload(
+        memory=way,
+        sequence=tokens,
+        accumulation=ACCUMULATION,
+        quantization=quantization,
+        quantize_masked=quantize_masked,
+        device=device.torch_device.type,
+        **states,
+    )
+    return estimate(shape_from_config(config, "random weights"), workload)
