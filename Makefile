@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml
 
-.PHONY: install demo test lint errors reference sanitize ports faults fuzz architectures cuda bench bench-compare simulate gpu kernels-report kernels-report-3.6 clean
+.PHONY: install demo test lint errors reference sanitize ports faults fuzz architectures cuda bench bench-compare simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
 install: $(VENV)/.installed
 
@@ -108,7 +108,12 @@ simulate: install
 # without its verdict all results are written, and this fails with exit code 3 of benchmarks.gpu.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu:
-	$(GPU_PYTHON) -m benchmarks.gpu $(if $(WHAT),--what $(WHAT))
+	$(GPU_PYTHON) -m benchmarks.gpu $(if $(WHAT),--what $(WHAT)) $(if $(DRY_RUN),--dry-run)
+
+# One folder for `make gpu` on a machine without a network: sources, tests, and the CUDA library with every group. Says
+# what it lacks, with exit code 3. make gpu-bundle BUNDLE=a/folder
+gpu-bundle: cuda
+	$(BIN)/python -m benchmarks.gpu.bundle $(BUNDLE)
 
 # Compiles every kernel for every target and reads the code; about 7 minutes on 2 cores, and the minutes of `make cuda`.
 # Where that fails, the table says what the CUDA part lacks. That part alone: python -m benchmarks.kernel_code --only cuda

@@ -131,13 +131,14 @@ def work_on(cases: Sequence[Case], journal: Journal, out: Path, *, budget: float
 
     from ..harness import environment
     from . import correctness, device, host, results, threshold, timing, train, updates
+    from .bundle import commit_of
     from .competitors import Inputs
 
     on: device.Device = device.Interpreter() if dry else device.Gpu()
     if not journal.about():
         journal.add(
             "about",
-            environment=environment() | on.environment() | {"sources": _sources()},
+            environment=environment() | commit_of() | on.environment() | {"sources": _sources()},
             ceilings=on.ceilings(),
         )
     ceilings = journal.about()["ceilings"]

@@ -1,0 +1,109 @@
+"""python -m benchmarks.gpu.bundle [FOLDER]: what `make gpu` needs on a machine without a network, in one folder.
+
+Sources and tests; the libraries as they lie in mft_kernels, with _build.json; cubins/ with what is in build/cubins, for
+Triton kernels compiled ahead by a newer Triton than that machine's. There: cd FOLDER && make gpu. BUNDLE.json says of
+which commit it is, and what it lacks.
+
+Exit code: 0 whole; 2 too large, nothing was written; 3 written, but something is missing.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mft_kernels.built import report
+
+from ..records import RESULTS, ROOT
+
+MANIFEST = "BUNDLE.json"
+#: Of the whole folder: what a session may carry to a machine that is lent is 64 MiB.
+MOST_BYTES = 60_000_000
+#: Of that, what the cubins may take; some 800 binaries of 30 KB.
+CUBIN_BYTES = 25_000_000
+CUBINS = ROOT / "build" / "cubins"
+_FOLDERS = ("mft_kernels", "python", "benchmarks", "building", "csrc", "tests")
+_FILES = ("Makefile", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md")
+_LEFT_OUT = frozenset({"__pycache__", RESULTS.name, ".pytest_cache"})
+
+
+class TooLarge(ValueError):
+    """It would not be carried."""
+
+
+def write(folder: Path, cubins: Path = CUBINS) -> list[str]:
+    """Make the folder anew. Returns what it lacks, in words. Raises: TooLarge before anything is written."""
+    files = dict(_files())
+    binaries = {Path("cubins", p.relative_to(cubins)): p for p in sorted(cubins.rglob("*")) if p.is_file()}
+    for name, some, most in (
+        ("without cubins", files, MOST_BYTES - CUBIN_BYTES),
+        ("of cubins", binaries, CUBIN_BYTES),
+    ):
+        size = sum(path.stat().st_size for path in some.values())
+        if size > most:
+            raise TooLarge(f"the bundle {name} must be at most {most / 1e6:g} MB, got {size / 1e6:.1f} MB")
+    lacks = lacking(report("cuda"))
+    if not binaries:
+        lacks.append(f"cubins: nothing lies in {cubins}; that machine's own Triton compiles")
+    if folder.exists():
+        if not (folder / MANIFEST).exists():
+            raise ValueError(f"the folder must be new or an earlier bundle, got {folder} without {MANIFEST}")
+        shutil.rmtree(folder)
+    for name, path in (files | binaries).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, folder / name)
+    (folder / "cubins").mkdir(exist_ok=True)
+    about = {"commit": _git("rev-parse", "HEAD"), "tree_is_dirty": bool(_git("status", "--porcelain")), "lacks": lacks}
+    (folder / MANIFEST).write_text(json.dumps(about, indent=1) + "\n")
+    return lacks
+
+
+def lacking(built: Mapping[str, Any]) -> list[str]:
+    """What the CUDA library is without, from its part of _build.json."""
+    if not built.get("built"):
+        return [f"libmft_cuda.so: {built.get('reason') or 'setup.py has not run'}; make cuda builds it"]
+    return [f"{group}: {why}; the general kernels run in its place" for group, why in built["left_out"].items()]
+
+
+def commit_of(root: Path = ROOT) -> dict[str, Any]:
+    """commit and tree_is_dirty of the bundle that runs from ``root``; empty in a checkout, where git says it."""
+    path = root / MANIFEST
+    known = json.loads(path.read_text()) if path.exists() else {}
+    return {key: known[key] for key in ("commit", "tree_is_dirty") if key in known}
+
+
+def main(arguments: list[str]) -> int:
+    """Make it, and say what it holds; the exit code."""
+    folder = Path(arguments[0]) if arguments else ROOT / "build" / "gpu-bundle"
+    try:
+        lacks = write(folder)
+    except TooLarge as error:
+        print(error, file=sys.stderr)
+        return 2
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder}: {size / 1e6:.1f} of {MOST_BYTES / 1e6:g} MB; there: make gpu")
+    for what in lacks:
+        print(f"WITHOUT {what}")
+    return 3 if lacks else 0
+
+
+def _files() -> Iterator[tuple[Path, Path]]:
+    # A library that the last build did not make is an earlier one's, of other sources.
+    stale = set() if report("cuda").get("built") else {"libmft_cuda.so"}
+    for path in [ROOT / name for name in _FILES] + [p for name in _FOLDERS for p in sorted((ROOT / name).rglob("*"))]:
+        name = path.relative_to(ROOT)
+        left_out = (_LEFT_OUT | stale) & {*name.parts} or any(part.endswith(".egg-info") for part in name.parts)
+        if path.is_file() and not left_out:
+            yield name, path
+
+
+def _git(*arguments: str) -> str:
+    run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return run.stdout.strip() if run.returncode == 0 else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

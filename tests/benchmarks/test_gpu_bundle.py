@@ -1,0 +1,96 @@
+"""The folder that is carried to a machine with a GPU and no network: whole, small, and honest about what it lacks."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
+
+from benchmarks.gpu import bundle
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A bundle of this checkout, and what it says that it lacks."""
+    root = tmp_path_factory.mktemp("bundle")
+    cubins = root / "cubins"
+    (cubins / "sm_90").mkdir(parents=True)
+    (cubins / "sm_90" / "product.cubin").write_bytes(b"code")
+    lacks = bundle.write(root / "made", cubins)
+    return root / "made", lacks
+
+
+def test_it_holds_sources_tests_cubins_and_no_results(folder):
+    made, _ = folder
+    for name in (
+        "Makefile", "setup.py", "mft_kernels/triton/product.py", "python/mft/engines/plain.py", "csrc/cuda/api.h",
+        "python/mft/memory/known_models/smollm2-135m.json", "benchmarks/gpu/__main__.py", "cubins/sm_90/product.cubin",
+        "tests/triton_kernels", "tests/conftest.py",
+    ):  # fmt: skip
+        assert (made / name).exists(), name
+    assert not list(made.rglob("__pycache__"))
+    assert not (made / "benchmarks" / "results").exists()
+    assert (made / "mft_kernels" / "_build.json").exists() == (bundle.ROOT / "mft_kernels" / "_build.json").exists()
+    assert (made / "mft_kernels" / "libmft_cuda.so").exists() == bool(bundle.report("cuda").get("built"))
+
+
+def test_it_is_small_enough_to_be_carried_with_room_for_cubins(folder):
+    made, _ = folder
+    size = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
+    assert size < bundle.MOST_BYTES - bundle.CUBIN_BYTES
+    assert bundle.MOST_BYTES <= 60e6
+
+
+def test_it_says_of_which_commit_it_is_and_what_it_lacks(folder):
+    made, lacks = folder
+    about = json.loads((made / bundle.MANIFEST).read_text())
+    assert about["lacks"] == lacks == bundle.lacking(bundle.report("cuda"))
+    assert bundle.commit_of(made) == {key: about[key] for key in ("commit", "tree_is_dirty")}
+    assert bundle.commit_of(made / "cubins") == {}
+
+
+def test_the_suite_runs_from_it_alone(folder, tmp_path):
+    made, _ = folder
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--what", "host", "--out", str(tmp_path)]
+    environment = {"PATH": "", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": ""}
+    run = subprocess.run(command, cwd=made, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    where = json.loads((tmp_path / "gpu-host.json").read_text())["environment"]
+    assert where["commit"] == bundle.commit_of(made)["commit"]
+
+
+@pytest.mark.parametrize(
+    ("built", "lacks"),
+    [
+        ({"built": True, "left_out": {}}, []),
+        ({"built": True, "left_out": {"product_sm90": "no headers"}}, ["product_sm90: no headers"]),
+        ({"built": False, "reason": "no nvcc"}, ["libmft_cuda.so: no nvcc"]),
+        ({}, ["libmft_cuda.so: setup.py has not run"]),
+    ],
+)
+def test_a_library_without_a_group_is_named(built, lacks):
+    found = bundle.lacking(built)
+    assert len(found) == len(lacks)
+    assert all(text.startswith(start) for text, start in zip(found, lacks))
+
+
+def test_what_is_too_large_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
+    cubins, made = tmp_path / "cubins", tmp_path / "made"
+    cubins.mkdir()
+    with (cubins / "large").open("wb") as file:
+        file.truncate(bundle.CUBIN_BYTES + 1)
+    with pytest.raises(bundle.TooLarge, match="of cubins must be at most 25 MB, got 25.0 MB"):
+        bundle.write(made, cubins)
+    assert not made.exists()
+    monkeypatch.setattr(bundle, "MOST_BYTES", bundle.CUBIN_BYTES + 1000)
+    assert bundle.main([str(made)]) == 2
+    assert "without cubins must be at most 0.001 MB" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_bundle_is_left_alone(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(ValueError, match="must be new or an earlier bundle"):
+        bundle.write(tmp_path, tmp_path / "none")
+    assert (tmp_path / "mine").read_text() == "mine"
