@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH  ?= torch# or a pinned one: make test TORCH=torch==2.11.0
 VENV   := .venv
 BIN    := $(VENV)/bin
-EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml
+EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml $(wildcard benchmarks/results/gpu-faster.json)
 
 .PHONY: install demo test lint errors reference sanitize ports faults fuzz architectures cuda bench bench-compare simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
@@ -134,4 +134,4 @@ $(OLDEST)/.installed:
 	@touch $@
 
 clean:
-	rm -rf build *.egg-info mft_kernels/*.so mft_kernels/_build.json .pytest_cache .mypy_cache .ruff_cache $(VENV)/.installed $(OLDEST)
+	rm -rf build *.egg-info mft_kernels/*.so mft_kernels/_build.json mft_kernels/faster.json .pytest_cache .mypy_cache .ruff_cache $(VENV)/.installed $(OLDEST)

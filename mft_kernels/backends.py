@@ -11,7 +11,7 @@ from importlib import metadata
 
 import torch
 
-from . import reference, reference_step
+from . import faster, reference, reference_step
 
 logger = logging.getLogger("mft_kernels")
 
@@ -125,7 +125,7 @@ def backend_report() -> dict[str, dict]:
 def _find(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], requested: str, source: str) -> Callable:
     if requested == "auto":
         backend = _automatic(op, device, dtypes)
-        return backend.automatic.get(op, backend.ops[op])
+        return _or_faster(op, device, dtypes, backend.automatic.get(op, backend.ops[op]))
     if requested not in _names():
         raise ValueError(
             f"{source} must be one of {('auto', *_names())}, got {requested!r}; one from elsewhere is there once the "
@@ -157,6 +157,14 @@ def _automatic(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -
             return _TABLE[name]
         refusals.append((name, reason))
     raise AssertionError(f"the reference serves every op, but not {op}")
+
+
+def _or_faster(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], run: Callable) -> Callable:
+    """What "auto" runs: ``run``, and CUDA's kernel where a stored measurement says that it is faster."""
+    if device.type != "cuda" or _refusal("cuda", op, device, dtypes) is not None:
+        return run
+    capability = torch.cuda.get_device_capability(device)
+    return faster.where_faster(op, dtypes, capability, run, _TABLE["cuda"].ops[op])
 
 
 def _announce(op: str, device: torch.device, chosen: str, refusals: list[tuple[str, str]]) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module may import those on lines above its own, and none on its own line.
 KERNEL_LAYERS = (
-    ("_version", "eager", "fixed_point", "processor", "reference", "testing", "timing"),
+    ("_version", "eager", "faster", "fixed_point", "processor", "reference", "testing", "timing"),
     ("reference_step",),
     ("autotune", "backends", "built", "checks", "direct", "library", "maskable"),
     ("cpu_choice",),

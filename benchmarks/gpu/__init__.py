@@ -11,6 +11,7 @@ timing.py     CUDA graphs over rotated inputs, in interleaved rounds
 competitors.py, two_passes.py, threshold.py, updates.py   what is timed; host.py with what the host needs
 train.py      whole optimiser steps, beside what mft estimate says
 goals.py, tables.py   met or not; Markdown from the JSON
+faster_table.py  by which "auto" takes the CUDA kernels, once they were correct
 bundle.py     what it needs elsewhere, in one folder (`make gpu-bundle`)
 device.py     the card, or in a dry run a CPU with Triton's interpreter and, by on_host.py, the emulator of csrc/cuda
 """

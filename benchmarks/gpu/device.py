@@ -97,6 +97,7 @@ class Gpu:
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "l2_mib": self.l2_bytes / 2**20,
+            "capability": list(torch.cuda.get_device_capability(self.torch_device)),
             "target": str(target_of(self.torch_device)),
             "weight_is_first_operand": target_of(self.torch_device).swapped,
         }

@@ -62,6 +62,7 @@ class Card:
             "graph": Capture,
             "_sleep": lambda cycles: None,
             "get_device_name": lambda device: "a card",
+            "get_device_capability": lambda device: (9, 0),
             "empty_cache": lambda: None,
             "reset_peak_memory_stats": lambda: None,
             "memory_allocated": lambda: 1000,
@@ -116,6 +117,7 @@ def test_the_card_is_described_and_its_ceilings_and_peaks_are_measured(monkeypat
     with target.assume(target.H100):
         described = gpu.environment()
     assert (described["device"], described["l2_mib"], described["target"]) == ("a card", 1.0, "sm_90")
+    assert described["capability"] == [9, 0]
     gpu.tidy()
     gpu.torch_device = torch.device("cpu")
     assert gpu._copy_rate(64) > 0

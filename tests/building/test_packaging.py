@@ -1,6 +1,8 @@
 """What a wheel holds, and the version that everything names."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,13 +15,14 @@ import mft_kernels
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"mft_kernels": ROOT / "mft_kernels", "mft": ROOT / "python" / "mft"}
-BUILT = {".so", ".pyc"}  # and mft_kernels/_build.json: no sources
+BUILT = {".so", ".pyc"}  # and what is named so: no sources
+BUILT_FILES = {"mft_kernels/_build.json", "mft_kernels/faster.json"}
 
 
 def files(package, folder):
     """Names of a package's files, as a wheel calls them."""
     found = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in BUILT]
-    return {str(package / path.relative_to(folder)) for path in found} - {"mft_kernels/_build.json"}
+    return {str(package / path.relative_to(folder)) for path in found} - BUILT_FILES
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,25 @@ def test_a_wheel_has_every_file_of_a_package(package, wheel):
     missing = files(Path(package), PACKAGES[package]) - files(Path(package), wheel / package)
     assert missing == set(), "a folder needs an __init__.py, another file a line in setup.py's package_data"
     assert (wheel / package / "py.typed").exists()
+
+
+def test_a_build_brings_what_was_measured_of_the_choice_or_nothing(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "mft_kernels/_version.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "building", tmp_path / "building", ignore=shutil.ignore_patterns("__pycache__"))
+    measured = tmp_path / "benchmarks" / "results" / "gpu-faster.json"
+    measured.parent.mkdir(parents=True)
+    built = tmp_path / "out" / "mft_kernels" / "faster.json"
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "out", "--build-temp", "temporary"]
+    environment = {**os.environ, "MFT_BUILD": "0", "MFT_CUDA": "0"}
+    for text in ('{"ops": []}', None):
+        if text:
+            measured.write_text(text)
+        else:
+            measured.unlink()
+        subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
+        assert (built.read_text() if built.exists() else None) == text
 
 
 def test_both_packages_have_the_version_of_one_file():

@@ -1,0 +1,84 @@
+"""From a run to the table by which "auto" takes CUDA's kernels (mft_kernels/faster.py), once they were correct."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from mft_kernels.faster import installed_triton
+
+from .cases import AUTO, CUDA, CUDA_CHECKS, FUSED, SANITIZERS
+from .journal import FAILED, MEASURED
+from .updates import SCHEMES
+
+FASTER = "gpu-faster.json"
+
+#: Of the time of what "auto" takes else: below, CUDA's kernel is faster and not merely timed so.
+_FASTER = 0.98
+
+Record = Mapping[str, Any]
+#: One measurement of an op: (size, milliseconds by "auto", by CUDA).
+_Times = tuple[int, float, float]
+_BF16 = "bfloat16"
+
+
+def table(environment: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any] | None:
+    """What faster.json holds; None unless every check of CUDA's kernels was made and passed, and something was timed.
+
+    A size counts as faster where it is on every shape that was timed.
+    """
+    checks = {record["detail"]: record for record in records if record["what"] == "correctness"}
+    passed = all(checks.get(name, {}).get("status") == MEASURED for name in CUDA_CHECKS)
+    sound = all(checks.get(name, {}).get("status") != FAILED for name in SANITIZERS)
+    failed = any(CUDA in name for record in records for name in record.get("failures", {}))
+    if not passed or not sound or failed:
+        return None
+    ops = []
+    for op, dtypes, times in _ops(records):
+        sizes: dict[int, bool] = {}
+        for size, by_auto, by_cuda in times:
+            sizes[size] = sizes.get(size, True) and by_cuda <= _FASTER * by_auto
+        if sizes:
+            ops.append({"op": op, "dtypes": dtypes, "sizes": {str(size): sizes[size] for size in sorted(sizes)}})
+    if not ops:
+        return None
+    return {
+        "device": environment.get("device"),
+        "date": environment.get("date"),
+        "sources": environment.get("sources"),
+        "triton": installed_triton(),
+        "capability": environment.get("capability"),  # a dry run has none, and its table is for no card
+        "ops": ops,
+    }
+
+
+def _ops(records: Sequence[Record]) -> Iterable[tuple[str, list[str], list[_Times]]]:
+    both = [_BF16, _BF16]
+    forward = _pairs(records, "forward", AUTO, CUDA)
+    yield "masked_linear", both, [(m, *times) for (_, _, m), times in forward.items()]
+    # A step is a forward and a backward.
+    steps = _pairs(records, "step", AUTO, CUDA)
+    backward = {key: [a - b for a, b in zip(steps[key], forward[key])] for key in steps.keys() & forward.keys()}
+    yield "masked_linear_backward", both, [(m, by_auto, by_cuda) for (_, _, m), (by_auto, by_cuda) in backward.items()]
+    accumulate = _pairs(records, "accumulate", FUSED, CUDA)
+    yield "accumulate_score_grad", [_BF16, "float32"], [(m, *times) for (_, _, m), times in accumulate.items()]
+    for op in ("kept_threshold", "pack_mask", "pack_signs"):
+        for dtype in (_BF16, "float32"):
+            found = _pairs(records, "threshold", op, f"{op}, {CUDA}", lambda r, dtype=dtype: r["detail"] == dtype)
+            yield op, [dtype], [(n * k, *times) for (n, k, _), times in found.items()]
+    added = _pairs(records, "updates", FUSED, CUDA, lambda r: r["detail"] == "accumulate_product")
+    yield "accumulate_product", [_BF16, "float32"], [(m, *times) for (_, _, m), times in added.items()]
+    for scheme, (scores, _) in SCHEMES.items():
+        # int16 is no dtype of the table of backends.
+        dtypes = [*(["float32"] if scores.is_floating_point else []), "float32", _BF16]
+        steps = _pairs(records, "updates", f"{scheme}, Triton", f"{scheme}, {CUDA}")
+        yield "score_step", dtypes, [(n * k, *times) for (n, k, _), times in steps.items()]
+
+
+def _pairs(
+    records: Iterable[Record], what: str, auto: str, cuda: str, only: Callable[[Record], bool] = lambda _: True
+) -> dict[tuple[int, int, int], tuple[float, float]]:
+    """{(n, k, m): medians of both} of the cases in which both were timed."""
+    return {
+        (record["n"], record["k"], record["m"]): (samples[auto]["ms"]["median"], samples[cuda]["ms"]["median"])
+        for record in records
+        if record["what"] == what and only(record) and {auto, cuda} <= (samples := record.get("samples", {})).keys()
+    }

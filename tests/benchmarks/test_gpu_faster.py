@@ -1,0 +1,169 @@
+"""The table by which "auto" takes CUDA's kernels: written from a run that was correct, read by the backends."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
+
+from gpu_records import CEILINGS, record, sample
+
+from benchmarks.gpu import faster_table, results
+from benchmarks.gpu.cases import AUTO, CUDA, CUDA_CHECKS, FUSED, SQUARE, Case
+from benchmarks.gpu.journal import FAILED, MEASURED, Journal
+from mft_kernels import backends, faster
+
+WHERE = {"device": "a card", "date": "today", "sources": "0123", "capability": [9, 0]}
+BF16 = torch.bfloat16
+
+
+def checks(**states):
+    names = {name.replace(" ", "_"): name for name in (*CUDA_CHECKS, "cuda memcheck")}
+    return [
+        {"what": "correctness", "detail": detail, "n": 0, "k": 0, "m": 0, "status": states.get(name, MEASURED)}
+        for name, detail in names.items()
+    ]
+
+
+def timed(what, m, by_auto, by_cuda, shape=SQUARE, auto=AUTO):
+    return record(what, m, {auto: sample(by_auto), CUDA: sample(by_cuda)}, shape)
+
+
+def sizes_of(records, op="masked_linear"):
+    found = faster_table.table(WHERE, [*checks(), *records])
+    return next(entry["sizes"] for entry in found["ops"] if entry["op"] == op)
+
+
+def test_a_size_is_faster_where_it_is_on_every_shape():
+    records = [
+        timed("forward", 512, 1.0, 1.1),
+        timed("forward", 2048, 1.0, 0.9),
+        timed("forward", 4096, 1.0, 0.99, shape=(1024, 4096)),
+        timed("forward", 4096, 1.0, 0.9),
+    ]
+    assert sizes_of(records) == {"512": False, "2048": True, "4096": False}
+
+
+def test_a_backward_is_what_a_step_takes_beyond_its_forward():
+    records = [timed("forward", 2048, 1.0, 2.0), timed("step", 2048, 3.0, 3.5)]
+    assert sizes_of(records, "masked_linear_backward") == {"2048": True}
+    assert sizes_of(records) == {"2048": False}
+
+
+def test_selections_and_steps_are_told_by_scores_and_accumulation_by_tokens():
+    threshold = record("threshold", 0, {"kept_threshold": sample(1.0), "kept_threshold, cuda": sample(0.5)})
+    step = record("updates", 0, {"int16, 8-bit, Triton": sample(1.0), "int16, 8-bit, cuda": sample(0.5)})
+    added = timed("updates", 2048, 1.0, 0.5, auto=FUSED) | {"detail": "accumulate_product"}
+    records = [threshold | {"detail": "bfloat16"}, step | {"detail": "score_step"}, added]
+    found = faster_table.table(WHERE, [*checks(), *records])
+    assert [(entry["op"], entry["dtypes"], entry["sizes"]) for entry in found["ops"]] == [
+        ("kept_threshold", ["bfloat16"], {str(4096 * 4096): True}),
+        ("accumulate_product", ["bfloat16", "float32"], {"2048": True}),
+        ("score_step", ["float32", "bfloat16"], {str(4096 * 4096): True}),
+    ]
+
+
+def test_there_is_no_table_of_kernels_that_were_not_found_right():
+    fast = timed("forward", 2048, 1.0, 0.5)
+    assert faster_table.table(WHERE, [*checks(), fast]) is not None
+    assert faster_table.table(WHERE, checks()) is None
+    assert faster_table.table(WHERE, [fast]) is None
+    for states in ({"cuda_layouts": FAILED}, {"cuda_exact": "not measured"}, {"cuda_memcheck": FAILED}):
+        assert faster_table.table(WHERE, [*checks(**states), fast]) is None
+    wrong = timed("d_x", 64, 1.0, 0.5) | {"failures": {CUDA: "wrong: 0.5 from the eager form"}}
+    assert faster_table.table(WHERE, [*checks(), fast, wrong]) is None
+
+
+def test_a_run_writes_it_beside_its_results(tmp_path):
+    journal, cases = Journal(tmp_path / "journal"), [Case("forward", *SQUARE, 2048)]
+    journal.add("about", environment=WHERE, ceilings=CEILINGS)
+    journal.record(cases[0], MEASURED, samples=timed("forward", 2048, 1.0, 0.5)["samples"])
+    results.write(tmp_path, journal, cases)
+    assert not (tmp_path / faster_table.FASTER).exists()
+    for check in checks():
+        journal.record(Case("correctness", detail=check["detail"]), MEASURED)
+    results.write(tmp_path, journal, cases)
+    stored = json.loads((tmp_path / faster_table.FASTER).read_text())
+    assert (stored["capability"], stored["ops"][0]["sizes"]) == ([9, 0], {"2048": True})
+
+
+# ---------------------------------------------------------------------------------------------- read by the backends
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """A function that stores a table of masked_linear; {} by default."""
+
+    def store(sizes, **changes):
+        entry = {"op": "masked_linear", "dtypes": ["bfloat16", "bfloat16"], "sizes": sizes}
+        table = {"triton": faster.installed_triton(), "capability": [9, 0], "ops": [entry]} | changes
+        path = tmp_path / "faster.json"
+        path.write_text(json.dumps(table))
+        monkeypatch.setattr(faster, "TABLE", path)
+        faster._table.cache_clear()
+        backends._chosen.clear()
+
+    monkeypatch.setattr(faster, "TABLE", tmp_path / "none.json")
+    faster._table.cache_clear()
+    backends._chosen.clear()
+    yield store
+    faster._table.cache_clear()
+    backends._chosen.clear()
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A GPU's table of backends: triton and cuda serve, and each says who it is."""
+
+    def backend(name, on_request=None):
+        ops = {op: (lambda *_, name=name: name) for op in ("masked_linear", "accumulate_product")}
+        return backends.Backend(name, frozenset({"cuda"}), frozenset(), ops, on_request=on_request)
+
+    table = {"cuda": backend("cuda", "no GPU has timed it"), "triton": backend("triton")}
+    monkeypatch.setattr(backends, "_TABLE", backends._TABLE | table)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+    def chosen(tokens, dtypes=(BF16, BF16), requested="auto"):
+        return backends.choose("masked_linear", torch.device("cuda"), dtypes, requested)(torch.empty(2, tokens // 2, 4))
+
+    return chosen
+
+
+def test_without_a_table_auto_is_as_it_was(card, stored, monkeypatch):
+    assert [card(tokens) for tokens in (2, 2048)] == ["triton", "triton"]
+    found = backends.choose("masked_linear", torch.device("cuda"), (BF16, BF16))
+    assert found is backends._TABLE["triton"].ops["masked_linear"]
+    assert not faster.TABLE.exists()
+
+
+def test_auto_takes_cuda_at_the_sizes_at_which_it_is_faster_and_between_them(card, stored, caplog):
+    stored({"512": False, "1024": True, "4096": True})
+    with caplog.at_level(logging.INFO, "mft_kernels"):
+        taken = {tokens: card(tokens) for tokens in (16, 512, 700, 1024, 2000, 4096, 8192)}
+    assert [tokens for tokens, name in taken.items() if name == "cuda"] == [1024, 2000, 4096]
+    assert "masked_linear on 9.0: cuda where faster.json says" in caplog.text
+    assert card(2048, requested="triton") == "triton"
+    assert card(2048, dtypes=(BF16, torch.float32)) == "triton"  # another mask was not timed
+
+
+@pytest.mark.parametrize("changes", [{"capability": [8, 0]}, {"capability": None}, {"triton": "3.0"}])
+def test_a_table_of_another_card_or_triton_is_not_read(card, stored, changes):
+    stored({"1024": True, "4096": True}, **changes)
+    assert card(2048) == "triton"
+
+
+def test_a_card_that_cuda_refuses_keeps_triton(card, stored, monkeypatch):
+    stored({"1024": True, "4096": True})
+    assert card(2048) == "cuda"
+    backends._chosen.clear()
+    monkeypatch.setitem(backends._TABLE, "cuda", backends.Backend("cuda", frozenset({"cuda"}), frozenset(), {}))
+    assert card(2048) == "triton"
+
+
+def test_sizes_are_tokens_or_scores():
+    x, scores = torch.empty(3, 5, 4), torch.empty(6, 4)
+    assert faster.size_of("masked_linear", (x, scores)) == 15
+    assert faster.size_of("accumulate_product", (scores, x, x)) == 15
+    assert faster.size_of("kept_threshold", (scores, 0.9, "value")) == faster.size_of("score_step", (scores,)) == 24
