@@ -9,6 +9,7 @@ equality.py   every op against the reference, bit for bit
 sanitizer.py, sanitized.py   compute-sanitizer over the CUDA kernels
 timing.py     CUDA graphs over rotated inputs, in interleaved rounds
 competitors.py, two_passes.py, threshold.py, updates.py   what is timed; host.py with what the host needs
+sweep/        every tile that a kernel could take, and what the choice of plan.py costs
 train.py      whole optimiser steps, beside what mft estimate says
 goals.py, tables.py   met or not; Markdown from the JSON
 faster_table.py  by which "auto" takes the CUDA kernels, once they were correct

@@ -15,7 +15,7 @@ SHAPES = {  # (N, K) of the linear layers; both models have 4096 x 4096
 }
 TOKENS = (1, 16, 64, 512, 1024, 2048, 4096, 8192, 16384)
 PRODUCTS = ("step", "forward", "d_x", "d_scores", "accumulate")
-WHATS = ("correctness", *PRODUCTS, "memory", "threshold", "updates", "host", "train")
+WHATS = ("correctness", *PRODUCTS, "memory", "threshold", "updates", "host", "train", "sweep")
 
 DENSE = "cuBLAS, unmasked"
 FUSED = "fused"
@@ -62,6 +62,8 @@ _HOST_SHAPES = (SQUARE, (1024, 4096))
 TRAINED = ("a LLaMA2-7B layer", "a SmolLM2 layer", "SmolLM2-135M")
 _WAYS = ("plain", "resident", "quantized", "layerwise")
 _TRAIN_TOKENS = (2048,)
+#: Every tile of these (sweep/), kind and M: one launch for both gradients up to 512 tokens, two beyond.
+_SWEPT = (("forward", 2048), ("d_x", 2048), ("d_scores", 2048), ("forward", 16), ("backward", 16))
 #: Of the checks, those that a wrong kernel hardly passes, each backend's.
 FIRST_CHECKS = ("exact", "cuda exact", "random", "cuda random")
 _THEN_CHECKED = ("repeats", "cuda repeats", "cuda layouts")
@@ -205,14 +207,35 @@ def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterab
         for way in _WAYS
         if "train" in whats
     ]
+    sweep = [
+        Case("sweep", n, k, m, kind)
+        for n, k in (_those(shapes, (SQUARE,)) if len(shapes) == _SHAPES else shapes)
+        for kind, usual in _SWEPT
+        for m in ([usual] if usual in tokens else by_worth[:1])
+        if "sweep" in whats
+    ]
     asked = {*goals, *cuda_goals, *threshold}
     headline = [case for case in HEADLINE if case in asked]
-    ahead = [*first, *headline, *then, *hardest, *host, *updates, *train, *goals, *cuda_goals, *sanitizers, *last]
+    ahead = [
+        *first,
+        *headline,
+        *then,
+        *hardest,
+        *host,
+        *updates,
+        *train,
+        *sweep,
+        *goals,
+        *cuda_goals,
+        *sanitizers,
+        *last,
+    ]
     return list(dict.fromkeys([*ahead, *accumulate, *memory, *threshold, *rest]))
 
 
 _GOAL_SHAPES = (SQUARE, (14336, 4096), (4096, 14336), (11008, 4096), (4096, 11008))
 _NO_GOAL = len(_GOAL_SHAPES)
+_SHAPES = sum(map(len, SHAPES.values()))  # if nobody says which
 
 
 def _those(asked: Sequence[_T], preferred: Sequence[_T]) -> Sequence[_T]:

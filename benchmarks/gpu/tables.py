@@ -28,6 +28,7 @@ _TITLES = {
     "updates": "An optimiser step beside the products",
     "host": "What a caller waits for at few tokens",
     "train": "Whole optimiser steps",
+    "sweep": "Tiles: the plan's choice beside the best of all",
 }
 _DRY = """
 **A dry run: kernels emulated on a CPU. No figure below was measured on a GPU, and none says anything of one.**
@@ -51,6 +52,7 @@ def markdown(documents: Sequence[Document]) -> str:
                     "updates": _updates,
                     "host": _host,
                     "train": _train,
+                    "sweep": _sweep,
                 }[document["what"]](document)
             )
         parts.append(_remarks(document))
@@ -206,6 +208,28 @@ def _train(document: Document) -> str:
         rows.append([model, way, *row, f"{case['estimate']['device_peak'] / 1e9:.3f}"])
     header = ["", "", "s", "estimated, of a card as in memory.md", "allocator's peak, GB", "estimated, GB"]
     return _table(header, rows)
+
+
+def _sweep(document: Document) -> str:
+    rows = []
+    for case in document["cases"]:
+        place = f"{case['detail']}, {case['n']} x {case['k']}, M = {case['m']}"
+        found, judged = case.get("configurations"), case.get("judged", {})
+        if not found:
+            rows.append([place, case["status"], *[""] * 5])
+            continue
+        shares = ["" if judged[key] is None else f"{100 * judged[key]:.1f}" for key in ("regret", "error")]
+        tiles = [_tiles(judged[key]) for key in ("choice", "best")]
+        rows.append([place, f"{len(found)} of {case['legal']}", f"{found[0]['ms']:.4g}", *shares, *tiles])
+    header = ["", "timed", "best, ms", "regret of the choice, %", "error of the model, %", "choice", "best"]
+    return _table(header, rows)
+
+
+def _tiles(tiles: dict[str, int]) -> str:
+    sizes = f"{tiles['rows']} x {tiles['columns']} x {tiles['inner']}"
+    return (
+        f"{sizes}, {tiles['warps']} warps, {tiles['stages']} stages, {tiles['blocks']} blocks, {tiles['splits']} splits"
+    )
 
 
 def _remarks(document: Document) -> str:

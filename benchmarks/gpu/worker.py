@@ -13,7 +13,7 @@ from .journal import FAILED, MEASURED, NOT_MEASURED, Journal
 #: Seconds of a case of which nothing is known yet; compiling its kernels is most of it.
 _FIRST_GUESS = {
     "exact": 45.0, "random": 10.0, "repeats": 10.0, "threshold": 6.0, "memory": 3.0,
-    "score_step": 12.0, "held": 6.0, "host": 2.0, "train": 6.0,
+    "score_step": 12.0, "held": 6.0, "host": 2.0, "train": 6.0, "sweep": 18.0,
     "cuda exact": 10.0, "cuda random": 5.0, "cuda repeats": 5.0, "cuda layouts": 20.0,
     "cuda memcheck": 45.0, "cuda racecheck": 45.0,
 }  # fmt: skip
@@ -113,6 +113,10 @@ def run_cases(
 def _in_short(status: str, fields: dict[str, Any]) -> str:
     if "seconds_of_a_step" in fields:
         return f"{fields['seconds_of_a_step']['median']:.4g} s, peak {fields['peak_bytes'] / 1e9:.2f} GB"
+    if "configurations" in fields:
+        regret = fields["judged"]["regret"]
+        known = "not known" if regret is None else f"{100 * regret:.1f} %"
+        return f"{len(fields['configurations'])} of {fields['legal']} configurations, regret of the plan {known}"
     if "passed" in fields:
         return f"{status}, {fields['passed']} passed, {fields['failed']} failed, {fields['skipped']} skipped"
     if status == NOT_MEASURED:
@@ -133,6 +137,7 @@ def work_on(cases: Sequence[Case], journal: Journal, out: Path, *, budget: float
     from . import correctness, device, host, results, threshold, timing, train, updates
     from .bundle import commit_of
     from .competitors import Inputs
+    from .sweep import measure as sweep
 
     on: device.Device = device.Interpreter() if dry else device.Gpu()
     if not journal.about():
@@ -152,6 +157,8 @@ def work_on(cases: Sequence[Case], journal: Journal, out: Path, *, budget: float
                 return correctness.check(case, on, seconds)
             if case.what == "train":
                 return train.time_train(case, on)
+            if case.what == "sweep":
+                return sweep.time_sweep(case, inputs, on, seconds)
             if case.what in PRODUCTS:
                 fields = timing.time_product(case, inputs, on, ceilings)
             elif case.what == "memory":

@@ -52,6 +52,8 @@ def test_then_come_the_other_checks_the_goals_and_the_rest():
     steps = 3 * 4  # models, ways of running
     assert {case.what for case in behind[:steps]} == {"train"}
     behind = behind[steps:]
+    assert [case.what for case in behind[:6]] == ["sweep"] * 5 + ["forward"]
+    behind = behind[5:]
     goal_cases = 5 * 2 * 4 - 1  # shapes, 2048 and 512 tokens, products
     assert behind[0] == Case("forward", 4096, 4096, 2048)
     assert {case.m for case in behind[:goal_cases]} == {2048, 512}
@@ -64,7 +66,7 @@ def test_then_come_the_other_checks_the_goals_and_the_rest():
 
 
 def test_cuda_takes_part_beside_triton_wherever_something_is_timed():
-    timed = [what for what in WHATS if what not in ("correctness", "host", "train")]  # there auto alone is
+    timed = [what for what in WHATS if what not in ("correctness", "host", "train", "sweep")]  # there auto alone is
     for case in plan(timed, EVERY_SHAPE, TOKENS):
         assert cases.takes_part(CUDA, case)
         beside = {CUDA, cases.FUSED, cases.DENSE, cases.PASS}
