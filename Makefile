@@ -108,10 +108,10 @@ simulate: install
 # without its verdict all results are written, and this fails with exit code 3 of benchmarks.gpu.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu:
-	$(GPU_PYTHON) -m benchmarks.gpu $(if $(WHAT),--what $(WHAT)) $(if $(DRY_RUN),--dry-run)
+	$(GPU_PYTHON) -m benchmarks.gpu $(if $(WHAT),--what $(WHAT)) $(if $(OUT),--out $(OUT)) $(if $(DRY_RUN),--dry-run)
 
 # One folder for `make gpu` on a machine without a network: sources, tests, and the CUDA library with every group. Says
-# what it lacks, with exit code 3. make gpu-bundle BUNDLE=a/folder
+# what that lacks, with exit code 3. make gpu-bundle BUNDLE=a/folder
 gpu-bundle: cuda
 	$(BIN)/python -m benchmarks.gpu.bundle $(BUNDLE)
 

@@ -1,10 +1,10 @@
 """python -m benchmarks.gpu.bundle [FOLDER]: what `make gpu` needs on a machine without a network, in one folder.
 
-Sources and tests; the libraries as they lie in mft_kernels, with _build.json; cubins/ with what is in build/cubins, for
-Triton kernels compiled ahead by a newer Triton than that machine's. There: cd FOLDER && make gpu. BUNDLE.json says of
-which commit it is, and what it lacks.
+Sources and tests; the libraries as they lie in mft_kernels, with _build.json; cubins/ with what is in build/cubins:
+room for Triton kernels compiled ahead by a newer Triton than that machine's (nothing launches them yet). There:
+cd FOLDER && make gpu OUT=results. BUNDLE.json says of which commit it is, and what the CUDA library lacks.
 
-Exit code: 0 whole; 2 too large, nothing was written; 3 written, but something is missing.
+Exit code: 0 whole; 2 too large, nothing was written; 3 written, but the CUDA library lacks something.
 """
 
 import json
@@ -34,8 +34,11 @@ class TooLarge(ValueError):
     """It would not be carried."""
 
 
-def write(folder: Path, cubins: Path = CUBINS) -> list[str]:
-    """Make the folder anew. Returns what it lacks, in words. Raises: TooLarge before anything is written."""
+def write(folder: Path, cubins: Path) -> list[str]:
+    """Make the folder anew. Returns what the CUDA library lacks, in words.
+
+    Raises: TooLarge, before anything is written; ValueError for a folder that is something else.
+    """
     files = dict(_files())
     binaries = {Path("cubins", p.relative_to(cubins)): p for p in sorted(cubins.rglob("*")) if p.is_file()}
     for name, some, most in (
@@ -46,8 +49,6 @@ def write(folder: Path, cubins: Path = CUBINS) -> list[str]:
         if size > most:
             raise TooLarge(f"the bundle {name} must be at most {most / 1e6:g} MB, got {size / 1e6:.1f} MB")
     lacks = lacking(report("cuda"))
-    if not binaries:
-        lacks.append(f"cubins: nothing lies in {cubins}; that machine's own Triton compiles")
     if folder.exists():
         if not (folder / MANIFEST).exists():
             raise ValueError(f"the folder must be new or an earlier bundle, got {folder} without {MANIFEST}")
@@ -79,12 +80,12 @@ def main(arguments: list[str]) -> int:
     """Make it, and say what it holds; the exit code."""
     folder = Path(arguments[0]) if arguments else ROOT / "build" / "gpu-bundle"
     try:
-        lacks = write(folder)
+        lacks = write(folder, CUBINS)
     except TooLarge as error:
         print(error, file=sys.stderr)
         return 2
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"{folder}: {size / 1e6:.1f} of {MOST_BYTES / 1e6:g} MB; there: make gpu")
+    print(f"{folder}: {size / 1e6:.1f} of {MOST_BYTES / 1e6:g} MB; there: make gpu OUT=results")
     for what in lacks:
         print(f"WITHOUT {what}")
     return 3 if lacks else 0

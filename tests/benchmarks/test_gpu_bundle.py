@@ -61,6 +61,17 @@ def test_the_suite_runs_from_it_alone(folder, tmp_path):
     assert where["commit"] == bundle.commit_of(made)["commit"]
 
 
+def test_a_whole_library_is_whole_with_cubins_or_without(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bundle, "report", lambda part: {"built": True, "left_out": {}})
+    monkeypatch.setattr(bundle, "CUBINS", tmp_path / "none")
+    assert bundle.main([str(tmp_path / "made")]) == 0
+    assert "WITHOUT" not in capsys.readouterr().out
+    assert list((tmp_path / "made" / "cubins").iterdir()) == []
+    monkeypatch.setattr(bundle, "report", lambda part: {"built": True, "left_out": {"score_grad_sm90": "no headers"}})
+    assert bundle.main([str(tmp_path / "made")]) == 3
+    assert "WITHOUT score_grad_sm90: no headers" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("built", "lacks"),
     [
