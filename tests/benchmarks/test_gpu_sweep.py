@@ -1,9 +1,11 @@
 """The sweep over tiles: what is legal, how plan.py is asked and replaced, and what its choice is judged by."""
 
+import functools
 import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 
 import pytest
@@ -102,6 +104,28 @@ def test_compiling_stops_at_the_deadline_and_says_what_cannot_be_compiled(monkey
     assert list(done) == some[:5]
     assert done[some[1]] == "CompilationError: no"
     assert done[some[0]] is None
+
+
+def test_a_compiler_that_crashes_costs_what_it_had_not_done(monkeypatch):
+    some = legal(PROBLEMS[0], H100, Operands(2, 2))[:3]
+    pools = []
+
+    def pool():
+        pools.append(ThreadPoolExecutor(1))
+        return pools[-1]
+
+    def compile_one(problem, target, tiles):
+        if tiles == some[1]:
+            raise BrokenProcessPool("a child process terminated abruptly")
+
+    monkeypatch.setattr(ahead, "_pool", functools.cache(pool))
+    monkeypatch.setattr(ahead, "compile_one", compile_one)
+    done = ahead.compile_all(PROBLEMS[0], H100, some, time.time() + 30)
+    assert some[1] not in done
+    ahead.compile_all(PROBLEMS[0], H100, some[:1], time.time() + 30)
+    assert len(pools) == 2
+    for one in pools:
+        one.shutdown()
 
 
 def test_who_compiles_sees_no_gpu_and_interprets_nothing(monkeypatch):

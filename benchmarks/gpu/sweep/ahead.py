@@ -6,12 +6,10 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 
 import torch
 from torch import Tensor
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import TritonError
 
 from benchmarks.kernel_code.ahead import compile_ahead, gpu_target
 from mft_kernels.triton import ops
@@ -19,6 +17,7 @@ from mft_kernels.triton.launch import record
 from mft_kernels.triton.plan import Tiles
 from mft_kernels.triton.target import Target, assume
 
+from ..timing import FAILURES
 from .configurations import Problem, instead
 
 _BF16 = torch.bfloat16
@@ -45,7 +44,7 @@ def compile_one(problem: Problem, target: Target, tiles: Tiles) -> str | None:
             run(problem, x, grad, weight, scores, threshold)
         for launch in launches:
             compile_ahead(launch.kernel, gpu_target(target), launch.args, launch.options)
-    except (CompilationError, TritonError, RuntimeError) as error:
+    except (*FAILURES, AssertionError) as error:  # as Triton's passes may
         return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[-1][:120]}"
     return None
 
@@ -60,7 +59,11 @@ def compile_all(
     done: dict[Tiles, str | None] = {}
     with contextlib.suppress(TimeoutError):
         for future in as_completed(futures, timeout=max(0.0, deadline - clock())):
-            done[futures[future]] = future.result()
+            try:
+                done[futures[future]] = future.result()
+            except BrokenExecutor:  # a compiler that crashes takes all of them with it: what is done counts
+                _pool.cache_clear()
+                break
     for future in futures:
         future.cancel()
     return {one: done[one] for one in tiles if one in done}
