@@ -122,7 +122,10 @@ def test_the_card_is_described_and_its_ceilings_and_peaks_are_measured(monkeypat
     gpu.torch_device = torch.device("cpu")
     assert gpu._copy_rate(64) > 0
     assert gpu._product_rate(8) > 0
-    assert gpu.peak(lambda: [torch.zeros(10), torch.zeros(15)]) == (500, 100)
+    runs = []
+    for warm, count in ((True, 2), (False, 3)):  # what makes a model is not run twice
+        assert gpu.peak(lambda: runs.append(1) or [torch.zeros(10), torch.zeros(15)], warm=warm) == (500, 100)
+        assert len(runs) == count
 
 
 def test_the_slowest_take_part_in_the_first_rounds_alone():
