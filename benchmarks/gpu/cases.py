@@ -187,6 +187,17 @@ def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterab
         for n, k in _those(shapes, SELECTED)
         if "threshold" in whats
     ]
+    asked = {*goals, *cuda_goals, *threshold}
+    headline = [case for case in HEADLINE if case in asked]
+    beside = _beside_products(whats, shapes, tokens, by_worth)
+    ahead = [*first, *headline, *then, *hardest, *beside, *goals, *cuda_goals, *sanitizers, *last]
+    return list(dict.fromkeys([*ahead, *accumulate, *memory, *threshold, *rest]))
+
+
+def _beside_products(
+    whats: set[str], shapes: Sequence[tuple[int, int]], tokens: set[int], by_worth: Sequence[int]
+) -> list[Case]:
+    """Layers at few tokens, an optimiser step's parts, whole steps, tiles."""
     host = [
         Case("host", n, k, m)
         for n, k in _those(shapes, _HOST_SHAPES)
@@ -214,23 +225,7 @@ def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterab
         for m in ([usual] if usual in tokens else by_worth[:1])
         if "sweep" in whats
     ]
-    asked = {*goals, *cuda_goals, *threshold}
-    headline = [case for case in HEADLINE if case in asked]
-    ahead = [
-        *first,
-        *headline,
-        *then,
-        *hardest,
-        *host,
-        *updates,
-        *train,
-        *sweep,
-        *goals,
-        *cuda_goals,
-        *sanitizers,
-        *last,
-    ]
-    return list(dict.fromkeys([*ahead, *accumulate, *memory, *threshold, *rest]))
+    return [*host, *updates, *train, *sweep]
 
 
 _GOAL_SHAPES = (SQUARE, (14336, 4096), (4096, 14336), (11008, 4096), (4096, 11008))

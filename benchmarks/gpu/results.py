@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import WHATS, Case
-from .faster_table import FASTER, table
+from .faster_table import FASTER, is_wrong, table
 from .goals import Where, goals
 from .journal import NOT_MEASURED, Journal
 from .tables import markdown
@@ -21,9 +21,11 @@ def write(out: Path, journal: Journal, cases: Sequence[Case]) -> None:
         if asked:
             (out / f"gpu-{what}.json").write_text(_as_text(document(what, journal, asked)))
     stored = [out / f"gpu-{what}.json" for what in WHATS]
-    found = table(journal.about().get("environment", {}), list(journal.records().values()))
-    if found is not None:
+    records = list(journal.records().values())
+    if found := table(journal.about().get("environment", {}), records):
         (out / FASTER).write_text(_as_text(found))
+    elif is_wrong(records):
+        (out / FASTER).unlink(missing_ok=True)
     (out / "gpu.md").write_text(markdown([json.loads(path.read_text()) for path in stored if path.exists()]))
 
 

@@ -87,6 +87,13 @@ def test_a_run_writes_it_beside_its_results(tmp_path):
     results.write(tmp_path, journal, cases)
     stored = json.loads((tmp_path / faster_table.FASTER).read_text())
     assert (stored["capability"], stored["ops"][0]["sizes"]) == ([9, 0], {"2048": True})
+    slice_of_it = Journal(tmp_path / "another")  # says nothing of correctness
+    slice_of_it.add("about", environment=WHERE, ceilings=CEILINGS)
+    results.write(tmp_path, slice_of_it, cases)
+    assert (tmp_path / faster_table.FASTER).exists()
+    slice_of_it.record(Case("correctness", detail="cuda exact"), FAILED)
+    results.write(tmp_path, slice_of_it, cases)
+    assert not (tmp_path / faster_table.FASTER).exists()
 
 
 # ---------------------------------------------------------------------------------------------- read by the backends

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import cases
 from benchmarks.gpu.cases import CUDA, PAPER, SHAPES, SQUARE, TOKENS, WHATS, Case, plan
+from benchmarks.gpu.faster_table import FASTER
 from benchmarks.gpu.journal import MEASURED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,10 +138,12 @@ def test_a_dry_run_walks_through_everything(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stderr == ""
     written = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    table = written.pop(FASTER, None)
     assert written.keys() == {f"gpu-{what}.json" for what in WHATS}
     cuda = written["gpu-step.json"]["environment"]["cuda_library"]
     without_cuda = cuda.startswith("none: ")  # the emulator cannot be compiled here
     assert ("WARNING: the CUDA kernels were left out: " in run.stdout) == without_cuda
+    assert table is None if without_cuda else table["capability"] is None  # of no card
     for document in written.values():
         assert document["environment"]["torch"] == torch.__version__
         for case in document["cases"]:
