@@ -31,7 +31,7 @@ SMALL = (
     (64, 256, 128),  # whole tiles; words of a row are 16 bytes, which Hopper's packed product asks for
     (70, 264, 136),  # ragged in every direction; words of a row are 20 bytes
     (130, 392, 256),  # more than one tile in every direction
-    (3, 8, 1024),  # a long sum
+    (3, 8, 1024),  # a long sum, which the general product cuts into parts
     (17, 1, 1),
     (0, 16, 32),  # no tokens
 )
@@ -67,7 +67,13 @@ def checks(device: Device) -> Iterator[Check]:
 def few(device: torch.device) -> Iterator[Check]:
     """One check a kernel and kind of memory access: compute-sanitizer takes a hundred times as long."""
     for capability in capabilities(device):
-        for size, some in (((5, 33, 47), _FEW), ((70, 264, 136), _FEW), ((64, 256, 128), _FEW), (WIDE[1], _FEW[:1])):
+        for size, some in (
+            ((5, 33, 47), _FEW),
+            ((70, 264, 136), _FEW),
+            ((64, 256, 128), _FEW),
+            ((3, 8, 1024), _FEW[:1]),  # a sum in parts
+            (WIDE[1], _FEW[:1]),
+        ):
             for name, run in (check for kind in some for check in _check(size, device, *kind)):
                 yield f"{name}, {capability}", functools.partial(_by, capability, run)
 
