@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton.runtime.jit import KernelParam
 
 from mft_kernels.reference_step import BLOCK
 from mft_kernels.triton import bits, ops, score_step, select
@@ -58,8 +59,14 @@ def entries(target: Target, *, few: bool = False) -> list[Entry]:
     found: dict[tuple, Entry] = {}
     for name, call in _calls(few):
         for launch in recorded(call, target):
-            found.setdefault(_identity(launch), Entry(target, name, launch))
+            found.setdefault(identity(launch), Entry(target, name, launch))
     return list(found.values())
+
+
+def identity(launch: Launch) -> tuple:
+    """What a binary is made for: types, alignment to 16 bytes, 1 and multiples of 16; constexprs and options."""
+    arguments = map(_specialised, launch.args, launch.kernel.params)  # the constexprs behind them are options
+    return (launch.kernel.__name__, *arguments, tuple(sorted(launch.options.items(), key=str)))
 
 
 def _installed_form(like: Target) -> Target:
@@ -197,16 +204,12 @@ def _in_tf32(call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def _identity(launch: Launch) -> tuple:
-    """What Triton specialises on: types, alignment to 16 bytes, 1 and multiples of 16; constexprs and options."""
-    return (launch.kernel.__name__, *map(_specialised, launch.args), tuple(sorted(launch.options.items(), key=str)))
-
-
-def _specialised(argument: object) -> object:
+def _specialised(argument: object, parameter: KernelParam) -> object:
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, argument >= 2**31
+        wide = argument >= 2**31
+        return wide if parameter.do_not_specialize else (argument == 1, argument % 16 == 0, wide)
     block_shape = getattr(argument, "block_shape", None)  # of a descriptor
     return argument if block_shape is None else (argument.base.dtype, *block_shape)  # type: ignore[attr-defined]
 

@@ -18,7 +18,6 @@ each its best tile.
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,24 +25,25 @@ from torch import Tensor
 from .arguments import Keep, aligned, arithmetic, describable, operands, sign_kind, tiled
 from .launch import launch
 from .plan import EPILOGUE_COLUMNS, backward_tiles
-from .product import product_tile, sum_splits
+from .product import new_parts, product_tile, store_part, sum_splits
 from .score_grad import outer_tile, store_gradients
 from .target import target_of
 from .tiles import store_tile
 
 
-@triton.jit(do_not_specialize=["M"])  # any number of tokens, one binary
+@triton.jit(do_not_specialize=["M", "SPLITS"])  # any number of tokens and of parts, two binaries a tile
 def _backward_kernel(
-    grad_rows, grad_columns, x, weight_tiles, keep_tiles, weight, keep, thresholds, signs, d_x, d_scores, d_weight,
-    M, N, K, N_SPLIT, stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk,
-    stride_kn, stride_kk, stride_t, stride_sn, stride_sk, stride_ds, stride_dm, stride_dk,
+    grad_rows, grad_columns, x, weight_tiles, keep_tiles, weight, keep, thresholds, signs, d_x, parts, d_scores,
+    d_weight, M, N, K, SPLITS, N_SPLIT, stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk,
+    stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
     SIGN: tl.constexpr, MODE: tl.constexpr, BY_ROW: tl.constexpr, WRITE_WEIGHT: tl.constexpr,
     DESCRIPTORS: tl.constexpr, MASK_ON_A: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr, PIECES: tl.constexpr,
+    WHOLE: tl.constexpr, STAGES: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Tiles of d_x are BLOCK_M x BLOCK_K, summed BLOCK_Q rows of N at a time, over N / SPLITS; those of d_scores
-    BLOCK_N x BLOCK_K, summed BLOCK_S tokens at a time."""
+    BLOCK_N x BLOCK_K, summed BLOCK_S tokens at a time. WHOLE: SPLITS is 1. Asked at run time, both ways of storing d_x
+    together spill where two programs share a multiprocessor of sm_90."""
     tl.assume(M > 0)
     tl.assume(N_SPLIT > 0)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -61,8 +61,10 @@ def _backward_kernel(
                 stride_gm, stride_gn, stride_wn, stride_wk, stride_kn, stride_kk, stride_t,
                 True, MODE, BY_ROW, DESCRIPTORS, MASK_ON_A, PRECISION, UPCAST, BLOCK_M, BLOCK_K, BLOCK_Q, STAGES,
             )  # fmt: skip
-            part = d_x + split.to(tl.int64) * stride_ds
-            store_tile(part, product, token, column, M, K, stride_dm, stride_dk, BLOCK_M, BLOCK_K)
+            if WHOLE:
+                store_tile(d_x, product, token, column, M, K, K, 1, BLOCK_M, BLOCK_K)
+            else:
+                store_part(parts, split, product, token, column, M, K, BLOCK_M, BLOCK_K)
         else:
             row = (within - products) * BLOCK_N
             sums = outer_tile(
@@ -94,7 +96,7 @@ def both(
     part = tiles.part(n)
     splits = math.ceil(n / part)
     d_x = grad.new_empty((m, k))
-    parts = d_x if splits == 1 else grad.new_empty((splits, m, k), dtype=torch.float32)
+    parts = new_parts(grad, splits, m, k)
     tokens = min(tiles.inner, max(16, tiles.rows))  # of one step of the sum over M
     weight_block = [tiles.inner, tiles.columns]
     jobs = math.ceil(k / tiles.columns) * (math.ceil(m / tiles.rows) * splits + math.ceil(n / tiles.columns))
@@ -110,12 +112,14 @@ def both(
         keep.source,
         keep.thresholds,
         sign,
+        d_x,
         parts,
         d_scores,
         d_weight,
         m,
         n,
         k,
+        splits,
         part,
         *grad.stride(),
         *x.stride(),
@@ -123,9 +127,6 @@ def both(
         *keep.source.stride(),
         keep.threshold_stride,
         *(sign.stride() if sign is not None else (0, 0)),
-        m * k,
-        k,
-        1,
         SIGN=sign_kind(sign),
         MODE=keep.mode,
         BY_ROW=keep.by_row,
@@ -137,7 +138,7 @@ def both(
         BLOCK_K=tiles.columns,
         BLOCK_Q=tiles.inner,
         BLOCK_S=tokens,
-        SPLITS=splits,
+        WHOLE=splits == 1,
         STAGES=tiles.stages,
         PIECES=tiles.columns // EPILOGUE_COLUMNS,
         num_warps=tiles.warps,

@@ -12,6 +12,9 @@ from .target import Target
 #: Columns of a tile that the epilogue of d_scores handles at a time. 64 spill with fp32 sums or a second output.
 EPILOGUE_COLUMNS = 32
 
+#: Into how many parts a sum is split at most.
+MOST_SPLITS = 16
+
 #: Up to here d_x and d_scores come from one launch, see backward.py.
 MOST_TOKENS_OF_ONE_LAUNCH = 512
 
@@ -151,4 +154,4 @@ def _split(tiles: Tiles, target: Target, m: int, p: int, q: int) -> Tiles:
     """Split the sum where there are too few tiles for the card; each part keeps at least four steps."""
     places = target.multiprocessors * tiles.blocks
     count = math.ceil(m / tiles.rows) * math.ceil(p / tiles.columns)
-    return replace(tiles, splits=max(1, min(places // count, q // (4 * tiles.inner), 16)))
+    return replace(tiles, splits=max(1, min(places // count, q // (4 * tiles.inner), MOST_SPLITS)))

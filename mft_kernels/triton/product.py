@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .arguments import Keep, aligned, arithmetic, describable, operands, tiled
 from .launch import launch
-from .plan import product_tiles
+from .plan import MOST_SPLITS, product_tiles
 from .target import target_of
 from .tiles import grouped, is_kept, load_bits, load_thresholds, load_tile, store_tile
 
@@ -77,15 +77,15 @@ def product_tile(
     return sums
 
 
-@triton.jit(do_not_specialize=["M"])  # any number of tokens, one binary
+@triton.jit(do_not_specialize=["M", "SPLITS"])  # any number of tokens, one binary a tile
 def _masked_product_kernel(
-    a, weight, keep, thresholds, bias, out, M, N, K, Q_SPLIT,
-    stride_am, stride_aq, stride_wn, stride_wk, stride_kn, stride_kk, stride_t, stride_os, stride_om, stride_op,
+    a, weight, keep, thresholds, bias, out, parts, M, N, K, SPLITS, Q_SPLIT,
+    stride_am, stride_aq, stride_wn, stride_wk, stride_kn, stride_kk, stride_t, stride_om, stride_op,
     TRANSPOSED: tl.constexpr, MODE: tl.constexpr, BY_ROW: tl.constexpr, DESCRIPTORS: tl.constexpr,
     MASK_ON_A: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """out (M, P), if SPLITS is 1; else parts (SPLITS, M, P) in fp32, and bias waits for their sum."""
     P = K if TRANSPOSED else N
     Q = N if TRANSPOSED else K
     tl.assume(Q > 0)  # a loop that runs surely: else the first HGMMA waits for its accumulator (ptxas C7515)
@@ -106,20 +106,32 @@ def _masked_product_kernel(
         )  # fmt: skip
         if HAS_BIAS:
             p = column + tl.arange(0, BLOCK_P)
-            sums += tl.load(bias + p, mask=p < P, other=0).to(tl.float32)[None, :]
-        part = out + split.to(tl.int64) * stride_os
-        store_tile(part, sums, row, column, M, P, stride_om, stride_op, BLOCK_M, BLOCK_P)
+            sums += tl.load(bias + p, mask=p < tl.where(SPLITS == 1, P, 0), other=0).to(tl.float32)[None, :]
+        if SPLITS == 1:
+            store_tile(out, sums, row, column, M, P, stride_om, stride_op, BLOCK_M, BLOCK_P)
+        else:
+            store_part(parts, split, sums, row, column, M, P, BLOCK_M, BLOCK_P)
 
 
-@triton.jit(do_not_specialize=["M"])  # any number of tokens, one binary
-def _sum_splits_kernel(parts, bias, out, M, P, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """out (M, P) = sum of parts (SPLITS, M, P), always in the same order, + bias."""
+@triton.jit
+def store_part(parts, split, sums, row, column, M, P, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
+    """A tile of one of the parts (splits, M, P). Its stride is made here: as an argument it would be specialised on."""
+    store_tile(parts + split.to(tl.int64) * M * P, sums, row, column, M, P, P, 1, BLOCK_M, BLOCK_P)
+
+
+@triton.jit(do_not_specialize=["M", "SPLITS"])  # any number of tokens and of parts, one binary
+def _sum_splits_kernel(parts, bias, out, M, P, SPLITS, HAS_BIAS: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr):
+    """out (M, P) = sum of parts (SPLITS, M, P), always in the same order, + bias.
+
+    The loop goes to MOST, so that all loads are under way at once; what is beyond SPLITS is not read and adds 0.
+    """
     size = tl.full((), 1, tl.int64) * M * P  # M may be the constant 1, which has no dtype
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = element < size
     total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(parts + split * size + element, mask=inside, other=0)
+    for split in tl.static_range(MOST):
+        there = element < tl.where(SPLITS > split, size, 0)  # noqa: SIM300  a constexpr has no number to its right
+        total += tl.load(parts + split * size + element, mask=there, other=0)
     if HAS_BIAS:
         total += tl.load(bias + element % P, mask=inside, other=0).to(tl.float32)
     tl.store(out + element, total.to(out.dtype.element_ty), mask=inside)
@@ -137,7 +149,7 @@ def fused_product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, tr
     tiles = product_tiles(target, m, p, q, given)
     part = tiles.part(q)
     splits = math.ceil(q / part)
-    parts = out if splits == 1 else a.new_empty((splits, m, p), dtype=torch.float32)
+    parts = new_parts(a, splits, m, p)
     weight_block = [tiles.inner, tiles.columns] if transposed else [tiles.columns, tiles.inner]
     launch(
         _masked_product_kernel,
@@ -150,30 +162,29 @@ def fused_product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, tr
         tiled(weight, weight_block, described),
         tiled(keep.source, weight_block, described and keep.mode != "packed"),
         keep.thresholds,
-        bias if splits == 1 else None,
+        bias,
+        out,
         parts,
         m,
         n,
         k,
+        splits,
         part,
         *a.stride(),
         *weight.stride(),
         *keep.source.stride(),
         keep.threshold_stride,
-        m * p,
-        p,
-        1,
+        *out.stride(),
         TRANSPOSED=transposed,
         MASK_ON_A=target.swapped,
         MODE=keep.mode,
         BY_ROW=keep.by_row,
         DESCRIPTORS=described,
-        HAS_BIAS=bias is not None and splits == 1,
+        HAS_BIAS=bias is not None,
         BLOCK_M=tiles.rows,
         BLOCK_P=tiles.columns,
         BLOCK_Q=tiles.inner,
         GROUP=tiles.group,
-        SPLITS=splits,
         STAGES=tiles.stages,
         num_warps=tiles.warps,
         maxnreg=tiles.registers,
@@ -184,9 +195,14 @@ def fused_product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, tr
     return out
 
 
+def new_parts(a: Tensor, splits: int, m: int, p: int) -> Tensor:
+    """(splits, M, P) in fp32, or nothing where the sum is whole."""
+    return a.new_empty((splits if splits > 1 else 0, m, p), dtype=torch.float32)
+
+
 def sum_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out (M, P) = sum of parts (SPLITS, M, P) + bias."""
-    block = 1024
+    block = 512  # 4 elements a thread: with 8, sixteen loads under way spill
     launch(
         _sum_splits_kernel,
         (triton.cdiv(out.numel(), block),),
@@ -194,8 +210,9 @@ def sum_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
         bias,
         out,
         *out.shape,
+        parts.shape[0],
         HAS_BIAS=bias is not None,
-        SPLITS=parts.shape[0],
+        MOST=MOST_SPLITS,
         BLOCK=block,
         num_warps=4,
         maxnreg=96,

@@ -3,17 +3,20 @@
 All launches, with every dtype and mode: `make kernels-report`, for Triton 3.6 too.
 """
 
+import functools
 import os
+from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from benchmarks.kernel_code import launches, report
 from benchmarks.kernel_code.__main__ import main, summary
-from mft_kernels.triton import target
+from mft_kernels.triton import launch, ops, target
 
 KERNELS = {
     "_masked_product_kernel",
@@ -34,6 +37,24 @@ def test_every_binary_of_the_usual_launches_is_as_it_should_be(card):
     print("\n" + summary(rows))
     assert {row.kernel for row in rows} == KERNELS
     assert {(row.kernel, row.tiles): row.faults for row in rows if row.faults} == {}
+
+
+LAYERS = ((4096, 4096), (14336, 4096), (576, 1536), (1000, 1000))
+
+
+@pytest.mark.parametrize("card", [*launches.targets(), target.H100_OLD_TRITON], ids=str)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_any_number_of_tokens_takes_at_most_four_binaries_of_the_product(card, layer):
+    n, k = layer
+    empty = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    weight, scores, threshold, bias = empty(n, k), empty(n, k), empty(()), empty(n)
+    with target.assume(card), launch.record() as launched:
+        for m in [*range(1, 1025), *range(1025, 4097, 7), 4096]:
+            ops.masked_linear(empty(m, k), weight, scores, threshold, bias, "magnitude")
+    binaries = Counter(name for name, *_ in {launches.identity(one) for one in launched})
+    assert binaries.pop("_sum_splits_kernel", 0) <= 1
+    assert list(binaries) == ["_masked_product_kernel"]
+    assert binaries["_masked_product_kernel"] <= 4
 
 
 def product_on(card, **options):

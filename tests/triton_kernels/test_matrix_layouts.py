@@ -144,7 +144,7 @@ def test_elements_beyond_2_to_the_31_are_written(device, target, axis):
     out = far_apart(torch.zeros(9, 40, dtype=HALF, device=device), axis)
     places = [i for i, a in enumerate(entry.args) if isinstance(a, torch.Tensor) and a.shape == out.shape]
     assert len(places) == 1
-    assert entry.args[-3:] == (9 * 40, 40, 1)
+    assert entry.args[-2:] == (40, 1)
     args = (*entry.args[: places[0]], out, *entry.args[places[0] + 1 : -2], *out.stride())
     launch(entry.kernel, entry.grid, *args, **entry.options)
     assert_same(out, reference.masked_linear(*(a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments)))
