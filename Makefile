@@ -115,7 +115,7 @@ gpu:
 gpu-bundle: cuda
 	$(BIN)/python -m benchmarks.gpu.bundle $(BUNDLE)
 
-# Compiles every kernel for every target and reads the code; about 7 minutes on 2 cores, and the minutes of `make cuda`.
+# Compiles every kernel for every target and reads the code; about 10 minutes on 2 cores, and the minutes of `make cuda`.
 # Where that fails, the table says what the CUDA part lacks. That part alone: python -m benchmarks.kernel_code --only cuda
 kernels-report: install
 	-$(MAKE) --no-print-directory cuda

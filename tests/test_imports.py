@@ -23,8 +23,8 @@ KERNEL_LAYERS = (
     ("__init__",),
 )
 TRITON_LAYERS = (
-    ("target", "tiles"),
-    ("launch",),
+    ("cards", "target", "tiles"),
+    ("cost", "launch"),
     ("bits", "choice", "plan", "select"),
     ("arguments",),
     ("product", "score_grad", "scratch"),

@@ -17,6 +17,8 @@ from mft_kernels.triton.target import (
     H100,
     H100_OLD_TRITON,
     MI300X,
+    RTX_4090,
+    RTX_5090,
     Target,
     installed_assembler,
     installed_triton,
@@ -27,7 +29,7 @@ from .ahead import recorded
 
 FEATURES = 4096  # N and K
 #: One for each height of a tile, below and above the bound of one launch.
-TOKENS = (1, 64, 512, 2048)
+TOKENS = (1, 64, 128, 512, 2048)
 FEW_TOKENS = (64, 2048)
 
 _MAGNITUDE = "magnitude"
@@ -49,9 +51,9 @@ class Entry:
 
 
 def targets() -> list[Target]:
-    """A100, H100, B200 and MI300X, each in the form that the installed Triton and ptxas compile safely."""
+    """One of each architecture, in the form that the installed Triton and ptxas compile safely."""
     hopper = H100 if _installed_form(H100).swapped else H100_OLD_TRITON
-    return [A100, hopper, B200, MI300X]
+    return [A100, RTX_4090, hopper, B200, RTX_5090, MI300X]
 
 
 def entries(target: Target, *, few: bool = False) -> list[Entry]:
@@ -97,11 +99,12 @@ def _calls(few: bool) -> Calls:
             yield from _of_steps(scores_dtype, bf16, eight_bit=eight_bit, mode="value", odd=True)
     for m in TOKENS:
         yield from _usual(m, bf16, fp32)
+        yield from _usual(m, fp32, fp32)
+        yield from ((name, _in_tf32(call)) for name, call in _usual(m, fp32, fp32))
+    yield from ((name, _in_tf32(call)) for name, call in _usual(1, fp32, bf16))
     for m in FEW_TOKENS:
         yield from _rare(m, bf16, bf16)
         yield from _usual(m, fp16, fp16)
-        yield from _usual(m, fp32, fp32)
-        yield from ((name, _in_tf32(call)) for name, call in _usual(m, fp32, fp32))
     yield from _usual(2048, bf16, bf16, features=1024)  # fewer tiles than multiprocessors
     yield from _usual(64, bf16, bf16, odd=True)
     yield from _rare(64, bf16, bf16, odd=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 from building.machine_code import hazard, sass
+from mft_kernels.triton.launch import Launch
 from mft_kernels.triton.target import Target
 
 from . import amdgcn
@@ -69,7 +70,7 @@ def row(entry: Entry) -> Row:
     target, launch = entry.target, entry.launch
     compiled = compile_ahead(launch.kernel, gpu_target(target), launch.args, launch.options)
     name = launch.kernel.__name__
-    blocks = -(-launch.grid[0] // target.multiprocessors) if name in _PRODUCTS else 1
+    blocks = _blocks(launch) if name in _PRODUCTS else 1
     if target.backend == "hip":
         amd = amdgcn.read(compiled)
         loops = tuple(f"MFMA {amdgcn.mma_count(loop)}" for loop in amd.loops)
@@ -85,6 +86,12 @@ def row(entry: Entry) -> Row:
     if shared > target.shared_memory:
         faults.append(f"{shared} bytes of shared memory, the target has {target.shared_memory}")
     return Row(str(target), name, _tiles(entry), entry.call, registers, spills, shared, blocks, loops, tuple(faults))
+
+
+def _blocks(launch: Launch) -> int:
+    """That shall share a multiprocessor: whose registers the launch leaves room for. A grid may be smaller."""
+    limit = launch.options.get("maxnreg")
+    return 1 if limit is None else _REGISTERS // (32 * launch.options["num_warps"] * limit)
 
 
 def _faults_of_nvidia(code: sass.Code, compiled: object, name: str, entry: Entry, blocks: int) -> Iterator[str]:

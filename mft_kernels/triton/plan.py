@@ -1,12 +1,16 @@
-"""Which tiles a product takes on a target: small tables, and no measurement.
+"""Which tiles a product takes on a target: of those that compile well, what cost.py expects to be the fastest.
 
 Every entry compiles without a spill for each kind of mask (make kernels-report). Which is fastest was not measured.
 M tokens; P and Q as in product.py.
 """
 
+import functools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from .cards import Card, card_of
+from .cost import Jobs, seconds, sum_seconds
 from .target import Target
 
 #: Columns of a tile that the epilogue of d_scores handles at a time. 64 spill with fp32 sums or a second output.
@@ -53,52 +57,82 @@ class Tiles:
 
 
 #: For operands that are read element by element: addresses fill the registers, and larger tiles spill.
-_NARROW = Tiles(64, 64, 32, 4, 2)
+_NARROW = (Tiles(64, 64, 32, 4, 2),)
+_INTERPRETED = (Tiles(16, 32, 32, 4, 2),)
+
+#: By form. rows: tokens, columns: of P, inner: of Q. 128 rows of the weight feed two m64 instructions where the product
+#: is swapped; tokens are the free axis of the instruction.
+_SWAPPED = (
+    Tiles(16, 128, 64, 4, 4, blocks=2),
+    Tiles(64, 128, 64, 4, 4, blocks=2),
+    Tiles(128, 128, 64, 8, 4),
+    Tiles(256, 128, 64, 8, 4),
+)
+_PRODUCT: dict[str, tuple[Tiles, ...]] = {
+    "interpreter": _INTERPRETED,
+    "exact": (Tiles(32, 64, 32, 8, 2),),  # 32 columns are a whole word of a packed mask; larger tiles spill
+    "narrow": _NARROW,
+    "swapped sm_90": _SWAPPED,
+    "swapped sm_100": _SWAPPED,
+    # Two blocks on a multiprocessor, so that one masks while the other multiplies.
+    "plain sm_90": (Tiles(64, 128, 64, 4, 2, blocks=2), Tiles(128, 128, 64, 4, 2, blocks=2)),
+    "hip": (Tiles(16, 128, 64, 8, 2), Tiles(64, 128, 64, 8, 2), Tiles(128, 128, 64, 8, 2)),
+    "sm_80": (Tiles(16, 128, 32, 8, 4), Tiles(64, 128, 32, 8, 4), Tiles(128, 128, 32, 8, 4)),
+}
+#: rows: of N, columns: of K, inner: of M.
+_HOPPER_OUTER = (Tiles(128, 128, 64, 8, 3), Tiles(128, 256, 64, 8, 3))
+_OUTER: dict[str, tuple[Tiles, ...]] = {
+    "interpreter": (Tiles(16, 64, 16, 4, 2),),
+    "exact": (Tiles(64, 64, 16, 8, 2),),
+    "narrow": _NARROW,
+    "swapped sm_90": _HOPPER_OUTER,
+    "swapped sm_100": _HOPPER_OUTER,
+    "plain sm_90": _HOPPER_OUTER,
+    "hip": (Tiles(128, 128, 32, 8, 2),),
+    "sm_80": (Tiles(128, 128, 32, 8, 4),),
+}
+#: d_x and d_scores in one launch. rows: tokens, columns: of K and of N, inner: of N and of M.
+_HOPPER_BACKWARD = (Tiles(64, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 3))
+_BACKWARD: dict[str, tuple[Tiles, ...]] = {
+    "interpreter": _INTERPRETED,
+    "narrow": _NARROW,
+    "swapped sm_90": _HOPPER_BACKWARD,
+    "swapped sm_100": (Tiles(16, 128, 64, 8, 3), *_HOPPER_BACKWARD),
+    "plain sm_90": _HOPPER_BACKWARD,
+    "hip": (Tiles(16, 128, 32, 8, 2), Tiles(64, 128, 32, 8, 2), Tiles(128, 128, 32, 8, 2)),
+    "sm_80": (Tiles(16, 128, 32, 8, 3), Tiles(64, 128, 32, 8, 3), Tiles(128, 128, 32, 8, 3)),
+}
+#: Bytes that the epilogue of d_scores moves for one of them: weight, sign and result in 16 bits, or weight and fp32.
+_EPILOGUE_BYTES = 6
+#: Choices that are remembered, for each takes some 0.15 ms of the host: more sizes than a process meets.
+_MEMORY = 2**14
 
 
+@functools.lru_cache(_MEMORY)
 def product_tiles(target: Target, m: int, p: int, q: int, operands: Operands) -> Tiles:
     """rows: tokens, columns: of P, inner: of Q."""
-    rows = _fit(m, 128)
-    if target.backend == "interpreter":
-        tiles = Tiles(16, 32, 32, 4, 2)
-    elif operands.exact:
-        tiles = Tiles(32, 64, 32, 8, 2)  # 32 columns are a whole word of a packed mask; larger tiles spill
-    elif not operands.aligned:
-        tiles = _NARROW
-    elif target.swapped:
-        # 128 rows of the weight feed two m64 instructions; tokens are the free axis of the instruction.
-        if rows < 128:
-            tiles = Tiles(rows, 128, 64, 4, 4, blocks=2)
-        elif math.ceil(m / 256) * math.ceil(p / 128) < target.multiprocessors:
-            tiles = Tiles(128, 128, 64, 8, 4)
-        else:
-            tiles = Tiles(256, 128, 64, 8, 4)
-    elif target.hopper_or_newer:
-        # Two blocks on a multiprocessor, so that one masks while the other multiplies.
-        tiles = Tiles(max(rows, 64), 128, 32 if operands.keep == 4 else 64, 4, 2, blocks=2)
-    elif target.backend == "hip":
-        tiles = Tiles(rows, 128, 64, 8, 2)
-    else:
-        tiles = Tiles(min(rows, 64) if operands.element == 4 else rows, 128, 32, 8, 4)  # 128 rows of fp32 spill
-    return _split(_fit_memory(tiles, target, operands, masks=True), target, m, p, q)
+
+    def cost(tiles: Tiles) -> float:
+        return _seconds(target, tiles, operands, [_products(tiles, m, p, q, operands)], m, p, q)
+
+    form = _form(target, operands)
+    known = _PRODUCT[form]
+    if form == "sm_80" and operands.element == 4:
+        known = tuple(t for t in known if t.rows <= 64)  # 128 rows of fp32 spill
+    if form == "plain sm_90" and operands.keep == 4:
+        known = tuple(replace(t, inner=32) for t in known)
+    return min(_choices(known, target, m, p, q, operands), key=cost)
 
 
+@functools.lru_cache(_MEMORY)
 def outer_tiles(target: Target, m: int, n: int, k: int, operands: Operands) -> Tiles:
     """rows: of N, columns: of K, inner: of M."""
-    if target.backend == "interpreter":
-        tiles = Tiles(16, 64, 16, 4, 2)
-    elif operands.exact:
-        tiles = Tiles(64, 64, 16, 8, 2)
-    elif not operands.aligned:
-        tiles = _NARROW
-    elif target.hopper_or_newer:
-        wide = math.ceil(n / 128) * math.ceil(k / 256) >= target.multiprocessors
-        tiles = Tiles(128, 256 if wide else 128, 64, 8, 3)
-    elif target.backend == "hip":
-        tiles = Tiles(128, 128, 32, 8, 2)
-    else:
-        tiles = Tiles(128, 128, 32, 8, 4)
-    return _fit_memory(tiles, target, operands, masks=False)
+
+    def cost(tiles: Tiles) -> float:
+        return _seconds(target, tiles, operands, [_outer(tiles, m, n, k, operands)], m, n, k)
+
+    known = _OUTER[_form(target, operands)]
+    return min((_fit_memory(t, target, operands, masks=False) for t in known), key=cost)
 
 
 def one_launch(m: int, element: int) -> bool:
@@ -106,30 +140,41 @@ def one_launch(m: int, element: int) -> bool:
     return m <= MOST_TOKENS_OF_ONE_LAUNCH and element < 4
 
 
+@functools.lru_cache(_MEMORY)
 def backward_tiles(target: Target, m: int, n: int, k: int, operands: Operands, *, weight_grad: bool) -> Tiles:
     """Of the launch that makes d_x and d_scores: rows: tokens, columns: of K and of N, inner: of N and of M."""
-    rows = _fit(m, 128)
+
+    def cost(tiles: Tiles) -> float:
+        outer = replace(tiles, rows=tiles.columns, inner=min(tiles.inner, max(16, tiles.rows)))
+        jobs = [_products(tiles, m, k, n, operands), _outer(outer, m, n, k, operands)]
+        return _seconds(target, tiles, operands, jobs, m, k, n)
+
+    form = _form(target, operands)
+    known = _BACKWARD[form]
+    # Two blocks leave 128 registers a thread: enough for up to 64 tokens, 16-bit scores or a packed mask (with the
+    # addresses of two stages, not three), and d_scores alone.
+    if form == "swapped sm_90" and operands.keep <= 2 and not weight_grad:
+        known = tuple(replace(t, blocks=2, stages=2 if operands.keep == 0 else 3) if t.rows <= 64 else t for t in known)
+    return min(_choices(known, target, m, k, n, operands), key=cost)
+
+
+def _form(target: Target, operands: Operands) -> str:
+    """How a product is made: what of target and operands decides which tiles compile well."""
     if target.backend == "interpreter":
-        tiles = Tiles(16, 32, 32, 4, 2)
-    elif not operands.aligned:
-        tiles = _NARROW
-    elif target.swapped and target.arch == 90:
-        # Two blocks leave 128 registers a thread: enough for up to 64 tokens, 16-bit scores or a packed mask (with the
-        # addresses of two stages, not three), and d_scores alone.
-        two = rows <= 64 and operands.keep <= 2 and not weight_grad
-        tiles = Tiles(max(rows, 64), 128, 64, 8, 2 if two and operands.keep == 0 else 3, blocks=2 if two else 1)
-    elif target.hopper_or_newer:
-        tiles = Tiles(max(rows, 16 if target.swapped else 64), 128, 64, 8, 3)
-    elif target.backend == "hip":
-        tiles = Tiles(rows, 128, 32, 8, 2)
-    else:
-        tiles = Tiles(rows, 128, 32, 8, 3)
-    return _split(_fit_memory(tiles, target, operands, masks=True), target, m, k, n)
+        return "interpreter"
+    if operands.exact:
+        return "exact"
+    if not operands.aligned:
+        return "narrow"
+    if target.hopper_or_newer:
+        generation = "sm_90" if target.arch == 90 else "sm_100"
+        return f"swapped {generation}" if target.swapped else f"plain {generation}"
+    return "hip" if target.backend == "hip" else "sm_80"
 
 
-def _fit(m: int, most: int) -> int:
-    """Rows of a tile for m tokens: 16, 64 or 128."""
-    return min(most, 16 if m <= 16 else 64 if m <= 64 else 128)
+@functools.cache
+def _card(target: Target) -> Card:
+    return card_of(target.arch, target.multiprocessors, target.shared_memory, target.bandwidth)
 
 
 def _fit_memory(tiles: Tiles, target: Target, operands: Operands, *, masks: bool) -> Tiles:
@@ -150,8 +195,47 @@ def _fit_memory(tiles: Tiles, target: Target, operands: Operands, *, masks: bool
     return replace(tiles, stages=max(2, min(tiles.stages, room // stage)))
 
 
-def _split(tiles: Tiles, target: Target, m: int, p: int, q: int) -> Tiles:
-    """Split the sum where there are too few tiles for the card; each part keeps at least four steps."""
-    places = target.multiprocessors * tiles.blocks
-    count = math.ceil(m / tiles.rows) * math.ceil(p / tiles.columns)
-    return replace(tiles, splits=max(1, min(places // count, q // (4 * tiles.inner), MOST_SPLITS)))
+def _choices(known: Sequence[Tiles], target: Target, m: int, p: int, q: int, operands: Operands) -> Iterator[Tiles]:
+    """Known tiles, each with every number of parts that leaves a part four steps at least and all of them in L2.
+
+    Half of L2, for the rest is the operands'. A tile has no more rows than m tokens need.
+    """
+    need = min((t.rows for t in known if t.rows >= m), default=m)
+    for each in known:
+        if each.rows <= need:
+            fitted = _fit_memory(each, target, operands, masks=True)
+            most = min(MOST_SPLITS, q // (4 * fitted.inner), _card(target).l2 // 2 // (4 * m * p))
+            yield from (replace(fitted, splits=splits) for splits in range(1, max(1, most) + 1))
+
+
+def _products(tiles: Tiles, m: int, p: int, q: int, operands: Operands) -> Jobs:
+    part = tiles.part(q)
+    parts = math.ceil(q / part)
+    weight = operands.element + (operands.keep or 1 / 8)
+    return Jobs(
+        count=math.ceil(m / tiles.rows) * math.ceil(p / tiles.columns) * parts,
+        steps=part // tiles.inner,
+        multiply_adds=tiles.rows * tiles.columns * tiles.inner,
+        read=tiles.inner * (min(m, tiles.rows) * operands.element + tiles.columns * weight),
+        written=tiles.rows * tiles.columns * (operands.element if parts == 1 else 4),
+    )
+
+
+def _outer(tiles: Tiles, m: int, n: int, k: int, operands: Operands) -> Jobs:
+    return Jobs(
+        count=math.ceil(n / tiles.rows) * math.ceil(k / tiles.columns),
+        steps=math.ceil(m / tiles.inner),
+        multiply_adds=tiles.rows * tiles.columns * tiles.inner,
+        read=tiles.inner * (tiles.rows + tiles.columns) * operands.element,
+        written=tiles.rows * tiles.columns * _EPILOGUE_BYTES,
+    )
+
+
+def _seconds(target: Target, tiles: Tiles, operands: Operands, jobs: list[Jobs], m: int, p: int, q: int) -> float:
+    """Of the launch, and of the one that adds up the parts; tokens m, the weight has p x q elements."""
+    card = _card(target)
+    memory = m * (p + q) * operands.element + p * q * (operands.element + operands.keep)
+    # TF32 has half the rate, and ordinary cores have 64 multiply-adds a cycle (A100) or 128.
+    rate = 64 if operands.exact else card.multiply_adds * 2 / operands.element
+    launch = seconds(card, jobs, memory=memory, blocks=tiles.blocks, stages=tiles.stages, rate=rate)
+    return launch + sum_seconds(card, math.ceil(q / tiles.part(q)), m * p)

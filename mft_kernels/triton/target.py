@@ -25,6 +25,7 @@ class Target:
     shared_memory: int  # bytes that one block may use
     swapped: bool = False  # the masked weight is the first operand of the product, which is transposed for it
     descriptors: bool = False  # tiles come through TMA descriptors, where alignment allows
+    bandwidth: float = 0  # bytes a second of its memory; 0: not known
 
     def __str__(self) -> str:
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch or self.backend)
@@ -87,7 +88,9 @@ def _ask(index: int) -> Target:
     properties = driver.active.utils.get_device_properties(index)
     assembler = installed_assembler(gpu.arch) if gpu.backend == "cuda" else (0, 0)
     multiprocessors, shared_memory = properties["multiprocessor_count"], properties["max_shared_mem"]
-    return make_target(gpu.backend, gpu.arch, multiprocessors, shared_memory, installed_triton(), assembler)
+    target = make_target(gpu.backend, gpu.arch, multiprocessors, shared_memory, installed_triton(), assembler)
+    # Two transfers a clock, in kHz, of a bus whose width is in bits. A driver that does not know says 0.
+    return replace(target, bandwidth=2e3 * properties["mem_clock_rate"] * properties["mem_bus_width"] / 8)
 
 
 def installed_triton() -> tuple[int, int]:
@@ -112,6 +115,8 @@ A100 = make_target("cuda", 80, 108, 166912, (3, 9), (13, 4))
 H100 = make_target("cuda", 90, 132, 232448, (3, 9), (13, 4))
 H100_OLD_TRITON = make_target("cuda", 90, 132, 232448, (3, 6), (12, 8))
 B200 = make_target("cuda", 100, 148, 232448, (3, 9), (13, 4))
+RTX_4090 = make_target("cuda", 89, 128, 101376, (3, 9), (13, 4))
+RTX_5090 = make_target("cuda", 120, 170, 101376, (3, 9), (13, 4))
 MI300X = make_target("hip", "gfx942", 304, 65536, (3, 9), (0, 0))
 #: The interpreter runs one program after another: few of them, so that loops over tiles are walked.
 INTERPRETER = Target("interpreter", 0, 3, 65536)

@@ -4,6 +4,7 @@ All launches, with every dtype and mode: `make kernels-report`, for Triton 3.6 t
 """
 
 import functools
+import itertools
 import os
 from collections import Counter
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from benchmarks.kernel_code import launches, report
+from benchmarks.kernel_code import ahead, launches, report
 from benchmarks.kernel_code.__main__ import main, summary
 from mft_kernels.triton import launch, ops, target
 
@@ -57,6 +58,31 @@ def test_any_number_of_tokens_takes_at_most_four_binaries_of_the_product(card, l
     assert binaries["_masked_product_kernel"] <= 4
 
 
+def tiles_of(launched):
+    """What of a launch the plan has decided."""
+    sizes = {name: value for name, value in launched.options.items() if "BLOCK" in name or name == "STAGES"}
+    return launched.kernel.__name__, *sizes.items(), launched.options["num_warps"], launched.options.get("maxnreg")
+
+
+@pytest.mark.parametrize("card", launches.targets(), ids=str)
+def test_all_tiles_that_can_be_chosen_are_among_those_that_the_report_reads(card):
+    read = {tiles_of(entry.launch) for entry in launches.entries(card)}
+    bf16, fp32 = torch.bfloat16, torch.float32
+    unread = {}
+    for multiprocessors, m, features in itertools.product(
+        (card.multiprocessors, card.multiprocessors * 5 // 8), (1, 64, 100, 200, 512, 1024, 4096), (576, 4096, 14336)
+    ):
+        for dtype, scores_dtype in ((bf16, bf16), (bf16, fp32), (fp32, fp32), (fp32, bf16)):
+            calls = list(launches._usual(m, dtype, scores_dtype, features=features))
+            if dtype == fp32:
+                calls += [(f"{name}, TF32", launches._in_tf32(call)) for name, call in calls]
+            for name, call in calls:
+                for launched in ahead.recorded(call, replace(card, multiprocessors=multiprocessors)):
+                    if (tiles := tiles_of(launched)) not in read:
+                        unread.setdefault(tiles, f"{name}, {features} features, {multiprocessors} multiprocessors")
+    assert unread == {}
+
+
 def product_on(card, **options):
     """The entry of the forward with 2048 tokens, with options of its launch changed."""
     entry = next(e for e in launches.entries(card, few=True) if "forward, M = 2048" in e.call)
@@ -75,8 +101,16 @@ def test_more_shared_memory_than_the_target_has_is_a_fault():
     assert any("bytes of shared memory, the target has 40000" in fault for fault in row.faults)
 
 
+def test_blocks_that_shall_share_a_multiprocessor_must_fit_however_few_the_grid_has():
+    entry = next(e for e in launches.entries(target.H100, few=True) if "forward, M = 64" in e.call)
+    assert entry.launch.grid[0] <= target.H100.multiprocessors
+    row = report.row(replace(entry, target=replace(target.H100, shared_memory=128 * 1024)))
+    assert row.blocks == 2
+    assert any("do not let 2 blocks share a multiprocessor" in fault for fault in row.faults)
+
+
 def test_a_mask_on_the_second_operand_is_a_fault_where_registers_are_asked_for():
-    if not launches.targets()[1].swapped:
+    if not next(card for card in launches.targets() if card.arch == 90).swapped:
         pytest.skip("this Triton or ptxas does not compile the swapped form safely")
     row = report.row(product_on(target.H100, MASK_ON_A=False))
     assert "the masked weight does not come from registers" in row.faults
@@ -91,4 +125,4 @@ def test_an_unknown_target_is_refused(capsys):
     with pytest.raises(SystemExit) as error:
         main(["--target", "sm_70"])
     assert error.value.code == 2
-    assert "--target must be among sm_80, sm_90, sm_100, gfx942, got 'sm_70'" in capsys.readouterr().err
+    assert "--target must be among sm_80, sm_89, sm_90, sm_100, sm_120, gfx942, got 'sm_70'" in capsys.readouterr().err

@@ -49,6 +49,7 @@ def test_up_to_512_tokens_one_launch_makes_d_x_and_d_scores_and_above_two():
         assert [n for n in names if n != "_sum_splits_kernel"] == ["_backward_kernel"], (card, m)
     for card in TARGETS:
         names = [entry.kernel.__name__ for entry in launches_of(card, lambda: backward(513))]
+        names = [n for n in names if n != "_sum_splits_kernel"]
         assert names == ["_masked_product_kernel", "_score_grad_kernel"], card
 
 

@@ -1,0 +1,83 @@
+"""How long a launch takes on a card, by its sizes alone: an estimate that ranks tiles, and no measurement.
+
+    seconds = max(memory, multiprocessors) + half of the other + what adds up the parts of a split sum
+
+    memory            bytes of the operands / the card's bandwidth
+    multiprocessors   cycles of the one with most jobs: jobs come in waves, so one job more may cost a whole wave.
+                      A job: steps x max(multiply-adds / rate, bytes / rate), its output, and two latencies
+
+A step's bytes come through L2, the mask's with them, whoever asks for them next: a tile of twice the tokens reads the
+weight half as often. Blocks that share a multiprocessor hide each other's latencies, and together keep more bytes under
+way (Little's law); the number of stages enters in the same way.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .cards import Card
+
+#: Bytes a cycle from L2 to a multiprocessor. NVIDIA's A100 white paper: 5,120 a cycle, which are 47 for each of 108
+#: multiprocessors and 39 for each of an H100's 132, if its L2 is no faster.
+L2_BYTES = 40
+#: Cycles from a request to memory until its bytes are there, 0.5 us. An estimate.
+LATENCY = 900
+#: Of the shorter of memory's and multiprocessors' times, what the longer does not hide. An estimate: it lets a launch
+#: that memory bounds still prefer to have every multiprocessor at work.
+UNHIDDEN = 0.5
+#: Seconds of one launch more, that follows at once on the same stream. An estimate.
+LAUNCH = 2e-6
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Jobs alike, of one launch."""
+
+    count: int
+    steps: int
+    multiply_adds: int  # of a step, with what fills up a tile
+    read: float  # bytes of a step, the mask's with them
+    written: int  # bytes of a job's output, and of what its epilogue reads
+
+
+def seconds(card: Card, jobs: Sequence[Jobs], *, memory: float, blocks: int, stages: int, rate: float) -> float:
+    """Of a launch of these kinds of jobs.
+
+    Args:
+        memory: bytes that have to come from memory or go there, once each.
+        blocks: that share a multiprocessor.
+        stages: steps whose bytes a block holds; all but one are under way.
+        rate: multiply-adds a cycle and multiprocessor.
+    """
+    busy = busy_cycles(jobs, card.multiprocessors, blocks=blocks, stages=stages, rate=rate) / card.clock
+    waiting = memory / card.bandwidth
+    return max(waiting, busy) + UNHIDDEN * min(waiting, busy)
+
+
+def busy_cycles(jobs: Sequence[Jobs], multiprocessors: int, *, blocks: int, stages: int, rate: float) -> float:
+    """Of the multiprocessor that has most to do. csrc/cuda/tile_cost.h has the same for one kind of jobs."""
+    count = sum(kind.count for kind in jobs)
+    places = multiprocessors * blocks
+    at_work = min(blocks, _quotient(count, multiprocessors))
+    cycles = [_cycles(kind, at_work, stages, rate) for kind in jobs]
+    if len(jobs) == 1:  # whole waves, and of the last one its share
+        most = count // places * blocks + _quotient(count % places, multiprocessors)
+        return most * cycles[0] + _quotient(most, blocks) * 2 * LATENCY
+    # The places take jobs of unlike length in turn: Graham's bound.
+    total = sum(kind.count * each for kind, each in zip(jobs, cycles, strict=True))
+    return total / multiprocessors + max(cycles) + _quotient(count, places) * 2 * LATENCY
+
+
+def sum_seconds(card: Card, parts: int, elements: int) -> float:
+    """Of the launch that adds up the parts: they are written before and read now, in fp32 and through L2."""
+    if parts == 1:
+        return 0.0
+    return LAUNCH + (2 * parts * 4 * elements) / (L2_BYTES * card.multiprocessors * card.clock)
+
+
+def _cycles(jobs: Jobs, at_work: int, stages: int, rate: float) -> float:
+    under_way = min(L2_BYTES, at_work * (stages - 1) * jobs.read / LATENCY)
+    return jobs.steps * max(jobs.multiply_adds / rate, jobs.read / under_way) + jobs.written / L2_BYTES
+
+
+def _quotient(a: int, b: int) -> int:
+    return -(-a // b)
