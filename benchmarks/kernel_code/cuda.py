@@ -100,10 +100,11 @@ def _read(path: Path, launched: Mapping[str, Mapping[int, Launch]]) -> list[Row]
 
 
 def row(kernel: Kernel, launched: Mapping[int, Launch]) -> Row:
-    """``launched``: by capability."""
+    """``launched``: by capability. How many blocks fit is asked of the target's own, where it launches."""
     shared = kernel.code.shared + max((one.shared for one in launched.values()), default=0)
-    gpu = _GPUS[_CAPABILITIES[kernel.target]]
-    blocks = blocks_that_fit(kernel.code.registers, kernel.threads, shared, gpu)
+    capability = _CAPABILITIES[kernel.target]
+    asked = kernel.code.shared + launched[capability].shared if capability in launched else shared
+    blocks = blocks_that_fit(kernel.code.registers, kernel.threads, asked, _GPUS[capability])
     return Row(
         kernel.target,
         kernel.name,

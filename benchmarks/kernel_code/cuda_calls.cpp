@@ -134,7 +134,8 @@ void steps() {
 int main() {
   for (const int each : {80, 86, 87, 89, 90, 100, 120}) {
     capability = each;
-    mft::cuda::device = {nullptr, 132, each};
+    const int kib = each == 80 || each == 87 ? 164 : each == 90 || each == 100 ? 228 : 100;  // cuda.py has them too
+    mft::cuda::device = {nullptr, 132, each, kib * 1024};
     mft::cuda::products();
     mft::cuda::score_grads();
     mft::cuda::masks();

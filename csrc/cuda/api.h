@@ -121,6 +121,7 @@ struct Device {
   void* stream = nullptr;
   int multiprocessors = 1;
   int capability = 80;  // 10 * major + minor
+  int shared_bytes = 100 * 1024;  // of a multiprocessor; the least of any GPU from 8.0 on
 };
 
 // Each launches and returns what went wrong, "" if nothing did. Matrices have unit column stride; they may be empty.

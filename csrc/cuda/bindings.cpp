@@ -94,6 +94,7 @@ struct Place {
     check(cudaSetDevice(index));  // this library has a CUDA runtime of its own
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &device.stream));
     device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
+    device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
     device.capability = chosen_capability(10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
                                           attribute(cudaDevAttrComputeCapabilityMinor, index));
   }

@@ -13,10 +13,12 @@
 // write fp32 sums into the workspace. A second kernel adds them in the order of the parts, whatever order they came in.
 //
 // A step of 32 depths takes a warp 32 mma.sync among 206 instructions with bf16 scores (SASS of nvcc 13.0), and 128
-// registers allow two blocks a multiprocessor. Speed: not measured.
+// registers allow two blocks a multiprocessor. How many stages let shared memory hold both, the launch asks the device:
+// 128 tokens with bf16 scores take 3 in sm_80's 164 KiB and 2 in the 100 KiB of 8.6, 8.9 and 12.0. Speed: not measured.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "eight_sm80.h"
 #include "mask_sm80.h"
@@ -28,10 +30,18 @@ struct ProductArguments {
   KeepArguments keep;
   const char* bias;  // or null
   int depth_tiles, tile_rows, tile_columns;
+  int stages;
   float* parts;    // (parts, out.rows, part_stride), or null: the depth is in one
   int part_tiles;  // of the depth, in a part
   int64_t part_stride;
 };
+
+// So many that two blocks share a multiprocessor; if 2 are too many, those of a block that has it alone.
+inline int stages_of(int stage_bytes, const Device& device) {
+  constexpr int kMost = 4, kReserved = 1024;  // bytes of each block, for the system
+  const int shared = device.shared_bytes / 2 - kReserved;
+  return std::min(kMost, (shared >= 2 * stage_bytes ? shared : device.shared_bytes - kReserved) / stage_bytes);
+}
 
 template <class T>
 MFT_DEVICE float bias_of(const char* bias, const View& out, int feature) {
@@ -52,9 +62,7 @@ struct ProductKernel {
   using Weight = WeightTile<kTransposed, 2>;
   using Out = Tile<kTokens, kTileFeatures, 2>;
   static constexpr int kStageBytes = In::kBytes + Weight::kBytes + Mask::kBytes;
-  static constexpr int kStages = std::min(4, 80 * 1024 / kStageBytes);  // two blocks in sm_80's 164 KiB
-  static constexpr int kSharedBytes = kStages * kStageBytes;
-  static_assert(kStages >= 2 && kStageBytes % 128 == 0 && Out::kBytes <= kSharedBytes);
+  static_assert(kStageBytes % 128 == 0 && Out::kBytes <= 2 * kStageBytes);
 
   static constexpr int kWarpTokens = kTokens / 2;
   static constexpr int kDown = kWarpTokens / 16, kAcross = kWarpFeatures / 8;  // mma.sync's tiles in a warp's
@@ -82,18 +90,29 @@ struct ProductKernel {
     };
 
     Sums sums = {};
-    for (int stage = 0; stage < kStages - 1; ++stage) copy(stage);
-    for (int tile = 0, stage = 0, done = kStages - 1; tile < tiles; ++tile) {
-      isa::wait_copies<kStages - 2>();
-      isa::sync_block();  // the tile has come for all, and all are done with the one before it, which is overwritten
-      if (!kParts || tile + kStages - 1 < tiles) {
-        copy(done);
-      } else {  // the next part's
-        isa::commit_copies();
+    // A loop for each number of stages: one loop for all takes a register more than 128, and spills.
+    const auto sum = [&](auto number) {
+      constexpr int kStages = decltype(number)::value;
+      for (int stage = 0; stage < kStages - 1; ++stage) copy(stage);
+      for (int tile = 0, stage = 0, done = kStages - 1; tile < tiles; ++tile) {
+        isa::wait_copies<kStages - 2>();
+        isa::sync_block();  // the tile has come for all, and all are done with the one before it, which is overwritten
+        if (!kParts || tile + kStages - 1 < tiles) {
+          copy(done);
+        } else {  // the next part's
+          isa::commit_copies();
+        }
+        multiply(sums, mask, shared + stage * kStageBytes, warp_token, warp_feature);
+        done = stage;
+        stage = stage == kStages - 1 ? 0 : stage + 1;
       }
-      multiply(sums, mask, shared + stage * kStageBytes, warp_token, warp_feature);
-      done = stage;
-      stage = stage == kStages - 1 ? 0 : stage + 1;
+    };
+    if (a.stages == 4) {
+      sum(std::integral_constant<int, 4>{});
+    } else if (a.stages == 3) {
+      sum(std::integral_constant<int, 3>{});
+    } else {
+      sum(std::integral_constant<int, 2>{});
     }
     isa::wait_copies<0>();
     if constexpr (kParts) {
@@ -252,7 +271,8 @@ std::string launch_product(const Product& p, const Device& device) {
     LaunchShape shape;
     shape.x = static_cast<int64_t>(a.tile_rows) * a.tile_columns;
     shape.y = parts;
-    shape.shared_bytes = Kernel::kSharedBytes;
+    a.stages = stages_of(Kernel::kStageBytes, device);
+    shape.shared_bytes = a.stages * Kernel::kStageBytes;
     if (shape.x > kLongestSide) return std::string("x has too many tokens, 2^31 tiles and more; split them");
     return isa::launch<Kernel>(shape, device.stream, a);
   };

@@ -26,9 +26,12 @@
 // The kernel is persistent; the producer fills the ring for the next tile while the consumers store this one.
 #pragma once
 
+#include <algorithm>
+
 #include "api.h"
 #include "isa_sm90.h"
 #include "keep.h"
+#include "tile_cost.h"
 #include "tile_sm90.h"
 
 namespace mft::cuda {
@@ -403,19 +406,34 @@ std::string launch_product_sm90(const Product& p, const Device& device) {
   return isa::launch<Kernel>(shape, device.stream, a);
 }
 
-// Tokens of a tile: the most that still give every cluster a tile, and no more than the tokens there are.
-inline int tokens_of_tile(const Product& p, const Device& device) {
-  const int64_t feature_tiles = (p.out.columns + 255) / 256, clusters = device.multiprocessors / 2;
-  for (const int tokens : {256, 128}) {
-    const int64_t token_tiles = (p.out.rows + tokens - 1) / tokens;
-    if (p.out.rows > tokens / 2 && feature_tiles * token_tiles >= clusters) return tokens;
-  }
-  return 64;
+// For tokens of a tile: a cluster's two blocks, each on its multiprocessor, read half of the tokens from L2.
+template <class Kernel, int kTokens>
+double cycles_of_tile(const Product& p, const Device& device) {
+  constexpr int kMultiplyAdds = 2048;  // a cycle and multiprocessor: 989 TFLOP/s of an H100's 132 at 1.83 GHz
+  const auto quotient = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  Jobs jobs;
+  jobs.count = quotient(p.out.columns, Kernel::kCluster * Kernel::kFeatures) * quotient(p.out.rows, kTokens);
+  jobs.steps = quotient(p.in.columns, 2 * Kernel::kStep) * 2;
+  jobs.multiply_adds = Kernel::kFeatures * kTokens * Kernel::kStep;
+  jobs.read = Kernel::kWeightStageBytes + Kernel::kInputBytes / Kernel::kCluster;
+  jobs.written = 2 * Kernel::kFeatures * kTokens;
+  const int clusters = std::max(1, device.multiprocessors / Kernel::kCluster);
+  return busy_cycles(jobs, clusters, Kernel::kBlocksPerMultiprocessor, Kernel::kStages, kMultiplyAdds);
+}
+
+// The fastest by that estimate, and no more tokens than there are need.
+template <class T, MaskKind kMask, bool kTransposed>
+int tokens_of_tile(const Product& p, const Device& device) {
+  const double cycles_64 = cycles_of_tile<ProductSm90<T, kMask, kTransposed, 64>, 64>(p, device);
+  const double cycles_128 = cycles_of_tile<ProductSm90<T, kMask, kTransposed, 128>, 128>(p, device);
+  const double cycles_256 = cycles_of_tile<ProductSm90<T, kMask, kTransposed, 256>, 256>(p, device);
+  if (p.out.rows > 128 && cycles_256 < std::min(cycles_64, cycles_128)) return 256;
+  return p.out.rows > 64 && cycles_128 < cycles_64 ? 128 : 64;
 }
 
 template <class T, MaskKind kMask, bool kTransposed>
 std::string launch_product_sm90(const Product& p, const Device& device) {
-  switch (tokens_of_tile(p, device)) {
+  switch (tokens_of_tile<T, kMask, kTransposed>(p, device)) {
     case 256:
       return launch_product_sm90<T, kMask, kTransposed, 256>(p, device);
     case 128:

@@ -227,6 +227,14 @@ def test_a_kernel_that_does_not_fit_as_often_as_it_says_is_a_fault():
     assert faults(kernel, launched) == ("2 blocks shall share a multiprocessor, registers and shared memory let 1",)
 
 
+def test_how_many_blocks_fit_is_asked_of_the_launch_on_the_target_s_own_gpu():
+    general = {"name": "ProductKernel<Float16, float, true, true, 128>", "target": "sm_80", "registers": 128}
+    kernel = kernel_of("HMMA.16816.F32 R24, R20, R68, R24", **general, threads=256, blocks=2)
+    assert faults(kernel, {80: Launch(256, 65536), 89: Launch(256, 98304)}) == ()  # 8.9 has room for one
+    (fault,) = faults(kernel, {80: Launch(256, 98304), 89: Launch(256, 65536)})
+    assert fault == "2 blocks shall share a multiprocessor, registers and shared memory let 1"
+
+
 def test_a_loop_in_which_threads_part_is_still_a_loop():
     """Each barrier serves again and again; here before the loop and inside it, for each tile."""
     lines = [

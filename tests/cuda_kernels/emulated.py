@@ -1,9 +1,9 @@
 """The CUDA kernels on CPU tensors: every kernel's file compiled with g++ for the emulator, called like the reference.
 
 The functions have the names and arguments of ``mft_kernels.reference``, and as keywords what a device would decide:
-``arch`` ("sm_80" or "sm_90"), ``multiprocessors`` and ``capability``. Rows may have any stride. Outputs begin as NaN or
-as bits of alternating sign, so that an element that nobody writes is seen; with ``outputs_at_guard_pages()`` they lie
-between pages that may not be touched. A fault of the emulator is a RuntimeError.
+``arch`` ("sm_80" or "sm_90"), ``multiprocessors``, ``capability`` and ``shared_bytes``. Rows may have any stride.
+Outputs begin as NaN or as bits of alternating sign, so that an element that nobody writes is seen; with
+``outputs_at_guard_pages()`` they lie between pages that may not be touched. A fault of the emulator is a RuntimeError.
 """
 
 import ctypes
@@ -142,7 +142,12 @@ class PackSigns(ctypes.Structure):
 
 
 class Device(ctypes.Structure):
-    _fields_ = (("stream", Pointer), ("multiprocessors", ctypes.c_int), ("capability", ctypes.c_int))
+    _fields_ = (
+        ("stream", Pointer),
+        ("multiprocessors", ctypes.c_int),
+        ("capability", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int),
+    )
 
 
 _STRUCTS = {
@@ -519,7 +524,9 @@ def _call(function: str, asked: ctypes.Structure, device: dict) -> None:
 def _device(asked: dict) -> Device:
     settings = dict(asked)
     arch = settings.pop("arch", "sm_80")
-    return Device(None, **{"multiprocessors": 4, "capability": {"sm_80": 80, "sm_90": 90}[arch]} | settings)
+    of_arch = {"sm_80": (80, 164 * 1024), "sm_90": (90, 228 * 1024)}[arch]
+    settings = {"multiprocessors": 4} | dict(zip(("capability", "shared_bytes"), of_arch, strict=True)) | settings
+    return Device(None, **settings)
 
 
 _guards: list[bool] = []  # whether outputs end at a guard page, or begin behind one; empty: neither

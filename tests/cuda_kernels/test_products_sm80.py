@@ -90,6 +90,19 @@ def test_products_equal_the_reference(shape, dtype, scores_dtype, mode):
     check_products(t, row_thresholds(t), mode)
 
 
+@pytest.mark.parametrize("scores_dtype", [FP32, BF16])
+@pytest.mark.parametrize("shared_kib", [100, 164, 228])
+def test_as_many_stages_as_a_gpu_has_room_for_give_the_same(shared_kib, scores_dtype):
+    t = integer_inputs(70, 136, 264, BF16, scores_dtype)  # 5 and 9 steps: more than there are stages
+    threshold = torch.tensor(2.0, dtype=scores_dtype)
+    expected = reference.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
+    packed = reference.pack_mask(t.scores, threshold, "magnitude")
+    for x, rows in ((t.x, slice(None)), (t.x[:33], slice(33))):  # tiles of 128 and of 64 tokens
+        device = {"shared_bytes": shared_kib * 1024}
+        same(emulated.masked_linear(x, t.weight, t.scores, threshold, t.bias, "magnitude", **device), expected[rows])
+        same(emulated.masked_linear_packed(x, t.weight, packed, t.bias, **device), expected[rows])
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scores_dtype", SCORES)
 @pytest.mark.parametrize("dtype", DTYPES)
