@@ -111,28 +111,31 @@ _MEMORY = 2**14
 @functools.lru_cache(_MEMORY)
 def product_tiles(target: Target, m: int, p: int, q: int, operands: Operands) -> Tiles:
     """rows: tokens, columns: of P, inner: of Q."""
-
-    def cost(tiles: Tiles) -> float:
-        return _seconds(target, tiles, operands, [_products(tiles, m, p, q, operands)], m, p, q)
-
     form = _form(target, operands)
     known = _PRODUCT[form]
     if form == "sm_80" and operands.element == 4:
         known = tuple(t for t in known if t.rows <= 64)  # 128 rows of fp32 spill
     if form == "plain sm_90" and operands.keep == 4:
         known = tuple(replace(t, inner=32) for t in known)
-    return min(_choices(known, target, m, p, q, operands), key=cost)
+    choices = _choices(known, target, m, p, q, operands)
+    return min(choices, key=lambda tiles: product_seconds(target, m, p, q, operands, tiles))
+
+
+def product_seconds(target: Target, m: int, p: int, q: int, operands: Operands, tiles: Tiles) -> float:
+    """What the model expects a product to take."""
+    return _seconds(target, tiles, operands, [_products(tiles, m, p, q, operands)], m, p, q)
 
 
 @functools.lru_cache(_MEMORY)
 def outer_tiles(target: Target, m: int, n: int, k: int, operands: Operands) -> Tiles:
     """rows: of N, columns: of K, inner: of M."""
+    known = (_fit_memory(tiles, target, operands, masks=False) for tiles in _OUTER[_form(target, operands)])
+    return min(known, key=lambda tiles: outer_seconds(target, m, n, k, operands, tiles))
 
-    def cost(tiles: Tiles) -> float:
-        return _seconds(target, tiles, operands, [_outer(tiles, m, n, k, operands)], m, n, k)
 
-    known = _OUTER[_form(target, operands)]
-    return min((_fit_memory(t, target, operands, masks=False) for t in known), key=cost)
+def outer_seconds(target: Target, m: int, n: int, k: int, operands: Operands, tiles: Tiles) -> float:
+    """What the model expects d_scores to take."""
+    return _seconds(target, tiles, operands, [_outer(tiles, m, n, k, operands)], m, n, k)
 
 
 def one_launch(m: int, element: int) -> bool:
@@ -143,19 +146,21 @@ def one_launch(m: int, element: int) -> bool:
 @functools.lru_cache(_MEMORY)
 def backward_tiles(target: Target, m: int, n: int, k: int, operands: Operands, *, weight_grad: bool) -> Tiles:
     """Of the launch that makes d_x and d_scores: rows: tokens, columns: of K and of N, inner: of N and of M."""
-
-    def cost(tiles: Tiles) -> float:
-        outer = replace(tiles, rows=tiles.columns, inner=min(tiles.inner, max(16, tiles.rows)))
-        jobs = [_products(tiles, m, k, n, operands), _outer(outer, m, n, k, operands)]
-        return _seconds(target, tiles, operands, jobs, m, k, n)
-
     form = _form(target, operands)
     known = _BACKWARD[form]
     # Two blocks leave 128 registers a thread: enough for up to 64 tokens, 16-bit scores or a packed mask (with the
     # addresses of two stages, not three), and d_scores alone.
     if form == "swapped sm_90" and operands.keep <= 2 and not weight_grad:
         known = tuple(replace(t, blocks=2, stages=2 if operands.keep == 0 else 3) if t.rows <= 64 else t for t in known)
-    return min(_choices(known, target, m, k, n, operands), key=cost)
+    choices = _choices(known, target, m, k, n, operands)
+    return min(choices, key=lambda tiles: backward_seconds(target, m, n, k, operands, tiles))
+
+
+def backward_seconds(target: Target, m: int, n: int, k: int, operands: Operands, tiles: Tiles) -> float:
+    """What the model expects that launch to take."""
+    outer = replace(tiles, rows=tiles.columns, inner=min(tiles.inner, max(16, tiles.rows)))
+    jobs = [_products(tiles, m, k, n, operands), _outer(outer, m, n, k, operands)]
+    return _seconds(target, tiles, operands, jobs, m, k, n)
 
 
 def _form(target: Target, operands: Operands) -> str:

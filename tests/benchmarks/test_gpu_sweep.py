@@ -18,7 +18,7 @@ from benchmarks.gpu.cases import SHAPES, SQUARE, TOKENS, Case, plan
 from benchmarks.gpu.journal import FAILED, MEASURED, Journal
 from benchmarks.gpu.sweep import __main__ as judged_anew
 from benchmarks.gpu.sweep import ahead, measure
-from benchmarks.gpu.sweep.configurations import Problem, instead, legal, planned
+from benchmarks.gpu.sweep.configurations import Problem, instead, legal, planned, predicted
 from mft_kernels.eager import eager_linear
 from mft_kernels.triton import plan as tiles_plan
 from mft_kernels.triton.launch import record
@@ -187,18 +187,30 @@ def test_regret_is_of_the_choice_and_error_of_the_model(monkeypatch):
     times = {own: 1.2, others[0]: 1.0, others[1]: 2.0}
     found = measure.judge(record_of(times))
     assert found["regret"] == pytest.approx(0.2)
-    assert (found["choice"], found["best"], found["error"]) == (asdict(own), asdict(others[0]), None)
+    assert (found["choice"], found["best"]) == (asdict(own), asdict(others[0]))
     expected = {own: 1.2e-3, others[0]: 1.5e-3, others[1]: 1.8e-3}  # seconds: right, 50 % and 10 % off
 
     def model(target, m, p, q, given, tiles):
         assert (target, m, p, q, given) == (H100, 2048, 4096, 11008, Operands(2, 2))
         return expected[tiles]
 
-    monkeypatch.setattr(tiles_plan, "product_seconds", model, raising=False)
-    assert measure.judge(record_of(times))["error"] == pytest.approx(0.1)
     del times[own]
     assert measure.judge(record_of(times))["regret"] is None
-    assert measure.judge(record_of({}))["best"] is None
+    nothing = measure.judge(record_of({}))
+    assert (nothing["best"], nothing["error"]) == (None, None)
+    times[own] = 1.2
+    monkeypatch.setattr(tiles_plan, "product_seconds", model)
+    assert planned(OBLONG, H100, Operands(2, 2)) == own  # remembered
+    assert measure.judge(record_of(times))["error"] == pytest.approx(0.1)
+
+
+def test_the_model_is_asked_for_each_kind_of_product():
+    """Tiles that are worse by its own account take longer, in each."""
+    for kind in ("forward", "d_x", "d_scores", "backward"):
+        problem, given = Problem(kind, 2048, 4096, 11008), Operands(2, 0 if kind == "d_scores" else 2)
+        own = planned(problem, H100, given)
+        small = replace(own, rows=64, columns=64, splits=1)
+        assert 0 < predicted(problem, H100, given, own) < predicted(problem, H100, given, small)
 
 
 def test_every_configuration_is_checked_timed_and_stored(sweep, monkeypatch, tmp_path, capsys):

@@ -53,18 +53,15 @@ def planned(problem: Problem, target: Target, operands: Operands) -> Tiles:
     return plan.product_tiles(target, m, p, q, operands)
 
 
-def predicted(problem: Problem, target: Target, operands: Operands, tiles: Tiles) -> float | None:
-    """Seconds that plan.py's model expects of these tiles; None where it has no model of that kind.
-
-    The model is a function of plan.py, with the arguments of the one that plans and the tiles behind them.
-    """
-    name = {"d_scores": "outer_seconds", "backward": "backward_seconds"}.get(problem.kind, "product_seconds")
-    model = getattr(plan, name, None)
-    if model is None:
-        return None
+def predicted(problem: Problem, target: Target, operands: Operands, tiles: Tiles) -> float:
+    """Seconds that plan.py's model expects of these tiles."""
     m, n, k = problem.m, problem.n, problem.k
-    p, q = (k, n) if problem.kind == "d_x" else (n, k)
-    return float(model(target, m, p, q, operands, tiles))
+    if problem.kind == "d_scores":
+        return plan.outer_seconds(target, m, n, k, operands, tiles)
+    if problem.kind == "backward":
+        return plan.backward_seconds(target, m, n, k, operands, tiles)
+    p, q = (n, k) if problem.kind == "forward" else (k, n)
+    return plan.product_seconds(target, m, p, q, operands, tiles)
 
 
 @contextlib.contextmanager

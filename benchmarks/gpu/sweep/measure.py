@@ -87,14 +87,13 @@ def judge(record: Mapping[str, Any]) -> dict[str, Any]:
     far its model is from the times.
 
     Returns: choice, best: tiles; regret: share of the best's time, None if the choice was not timed; error: the median
-        of |model / measured - 1|, None without a model.
+        of |model / measured - 1|, None where nothing was timed.
     """
     problem = Problem(record["detail"], record["m"], record["n"], record["k"])
     target, given = Target(**record["target"]), _operands(problem)
     own = planned(problem, target, given)
     times = {Tiles(**found["tiles"]): found["ms"] for found in record["configurations"]}
-    expected = {tiles: predicted(problem, target, given, tiles) for tiles in times}
-    errors = [abs(1e3 * seconds / times[tiles] - 1) for tiles, seconds in expected.items() if seconds is not None]
+    errors = [abs(1e3 * predicted(problem, target, given, tiles) / ms - 1) for tiles, ms in times.items()]
     best = min(times, key=times.__getitem__) if times else None
     return {
         "choice": asdict(own),
