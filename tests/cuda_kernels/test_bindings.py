@@ -376,8 +376,9 @@ def test_hopper_gets_its_own_kernels_where_they_can_take_the_arguments(tmp_path,
         t = inputs(scores_dtype=torch.float32, m=tokens, k=k)
         with pytest.raises(RuntimeError, match=f"the cuda backend: {runs}"):
             cuda.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0), None, "magnitude")
-    for k, runs in ((40, "Hopper's"), (39, "general in parts, 90")):  # a workspace where the kernel asks for one
-        t = inputs(m=2, k=k)
+    # In parts where the kernel asks for a workspace, and Hopper's would have two blocks or fewer for 4 multiprocessors.
+    for n, k, runs in ((256, 40, "general in parts, 90"), (257, 40, "Hopper's"), (257, 39, "general in parts, 90")):
+        t = inputs(m=2, n=n, k=k)
         with pytest.raises(RuntimeError, match=f"the cuda backend: {runs}"):
             cuda.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0).bfloat16(), None, "magnitude")
     assert torch.ops.mft_cuda.contents() == "none product_sm90"
