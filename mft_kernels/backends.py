@@ -163,8 +163,7 @@ def _or_faster(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], r
     """What "auto" runs: ``run``, and CUDA's kernel where a stored measurement says that it is faster."""
     if device.type != "cuda" or _refusal("cuda", op, device, dtypes) is not None:
         return run
-    capability = torch.cuda.get_device_capability(device)
-    return faster.where_faster(op, dtypes, capability, run, _TABLE["cuda"].ops[op])
+    return faster.where_faster(op, device, dtypes, run, _TABLE["cuda"].ops[op])
 
 
 def _announce(op: str, device: torch.device, chosen: str, refusals: list[tuple[str, str]]) -> None:

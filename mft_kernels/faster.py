@@ -28,13 +28,13 @@ OF_SCORES = frozenset({"kept_threshold", "pack_mask", "pack_signs", "score_step"
 
 
 def where_faster(
-    op: str, dtypes: tuple[torch.dtype, ...], capability: tuple[int, int], run: Callable, faster: Callable
+    op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], run: Callable, faster: Callable
 ) -> Callable:
     """``run``, or a function that calls ``faster`` in its place for the sizes at which the table says so."""
-    sizes = _sizes(op, dtypes, capability)
+    sizes = _sizes(op, device, dtypes)
     if not any(sizes.values()):
         return run
-    logger.info("%s on %s.%s: cuda where faster.json says that it is faster: %s", op, *capability, sizes)
+    logger.info("%s on %s: cuda where faster.json says that it is faster: %s", op, device, sizes)
     measured = sorted(sizes)
 
     @functools.wraps(run)
@@ -59,9 +59,11 @@ def _is_faster(size: int, measured: list[int], sizes: Mapping[int, bool]) -> boo
     return sizes[measured[at]] and (measured[at] == size or sizes[measured[at - 1]])
 
 
-def _sizes(op: str, dtypes: tuple[torch.dtype, ...], capability: tuple[int, int]) -> dict[int, bool]:
+def _sizes(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> dict[int, bool]:
     table = _table()
-    if table.get("capability") != list(capability) or table.get("triton") != installed_triton():
+    if not table or table.get("triton") != installed_triton():
+        return {}
+    if table.get("capability") != list(torch.cuda.get_device_capability(device)):
         return {}
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     for entry in table["ops"]:
