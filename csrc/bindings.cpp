@@ -95,9 +95,9 @@ MaskSource mask_source(const std::optional<Tensor>& scores, const std::optional<
   return {s.data, s.format, nullptr, mft::range_at_least(value_of(*threshold), s.format, magnitude), columns};
 }
 
-// New memory that a product of so many tokens will write. With many of them huge pages save 2 % in fp32 and 10 % in bf16
-// where all goes well; but where a hypervisor takes freed ones back, a step from scores of 4096 tokens at 4096 x 4096 took
-// 1.22 dense steps in fp32 with them and 1.04 without, in bf16 0.8 or 1.2 by chance and 0.85 (a virtual Xeon).
+// New memory that a product of so many tokens will write. Many of them ask for no huge pages: where a hypervisor takes freed
+// ones back, a step from scores of 4096 tokens at 4096 x 4096 took 1.22 dense steps in fp32 with them and 1.04 without, in
+// bf16 0.8 or 1.2 by chance and 1.01; with a held mask bf16 took 0.77 and takes 0.94 (a virtual Xeon with AMX).
 void expect_writes(void* memory, int64_t bytes, int64_t tokens) {
   constexpr int64_t kManyTokens = 2048;
   if (tokens < kManyTokens) mft::advise_huge_pages(memory, bytes);
