@@ -46,6 +46,13 @@ def test_the_model_takes_a_path_that_was_within_5_percent_of_the_best(name):
     assert not late, "\n".join(late)
 
 
+@pytest.mark.parametrize(("tokens", "slabs"), [(64, 32), (512, 32), (1024, 16), (4096, 4), (2**20, 4)])
+def test_a_slab_takes_a_quarter_of_the_tokens_at_most_and_of_the_weight(tokens, slabs):
+    """2 MiB at least: 128 rows of 4096 fp32 numbers. The tokens' numbers are counted once a slab."""
+    work = torch.ops.mft_cpu.path_work("slabs", "forward", "float32", tokens, 4096, 4096, 8.0, 4.0)
+    assert float(work.split(",")[3]) == tokens * 4096 * (slabs + 1)
+
+
 def test_no_path_is_lost_and_none_is_made_up():
     for name in ("amx", "avx512_bf16", "avx512", "amx_emulated", "avx2", "portable"):
         fused = {"fused"} if name not in ("avx2", "portable") else set()
