@@ -6,6 +6,7 @@ instructions of 141 kernels there (tests/building/test_kernel_code.py repeats it
 """
 
 import contextlib
+import functools
 import io
 import itertools
 import re
@@ -93,9 +94,10 @@ def code_of(sass: str, registers: int, stack: int, shared: int) -> Code:
     return Code(registers, stack, shared, counts, [_loop(body) for body in program.innermost_loops(is_mma)])
 
 
+@functools.lru_cache(maxsize=1)  # who reads a kernel's code looks for its hazards next
 def disassemble(cubin: bytes) -> str:
-    """nvdisasm's text of the kernel's code."""
-    return _run_on(cubin, knobs.nvidia.nvdisasm.path, "-c")
+    """nvdisasm's text of the kernel's code; without its analysis of data flow, a quarter of its time, it is the same."""
+    return _run_on(cubin, knobs.nvidia.nvdisasm.path, "-c", "-ndf")
 
 
 def assembler_warnings(compiled: Any) -> list[str]:
