@@ -11,6 +11,7 @@ from mft_kernels import cpu, reference
 from mft_kernels.testing import random_inputs
 
 REPEATS, RACES = 100, 20  # threads wait for each other long on a busy machine
+INTERPRETED = 20  # a call takes up to a tenth of a second, and what may differ is the memory that it gets
 KEPT = 0.7
 #: M, N, K. In Triton's interpreter a call takes milliseconds whatever its size; large scores are cut among threads.
 SMALL, LARGER = (2, 3, 29), (7, 1031, 257)
@@ -103,13 +104,13 @@ FIRST = list({op.split()[0]: op for op in reversed(OPS)}.values())
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_hundred_calls_in_deterministic_mode_give_the_bits_of_one_without(op, backend):
+def test_many_calls_in_deterministic_mode_give_the_bits_of_one_without(op, backend):
     if backend == "triton" and op not in FIRST:
         pytest.skip("the interpreter takes one form of each op, to be done in time")
     call = calls(backend, SMALL)[op]
     expected = bits(call())
     with deterministic_mode():
-        for _ in range(REPEATS):
+        for _ in range(INTERPRETED if backend == "triton" else REPEATS):
             assert bits(call()) == expected
 
 
