@@ -2,11 +2,11 @@
 
 from mft.memory.shapes import known_config, shape_from_config
 
-# LLaMA2-7B's proportions at an eighth of its width.
+# LLaMA2-7B's proportions at an eighth of its width; of four layers two can be masked between two that are not.
 SMALL = known_config("llama2-7b") | {
     "hidden_size": 512,
     "intermediate_size": 1376,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
     "vocab_size": 4096,
