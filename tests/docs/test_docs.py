@@ -33,9 +33,10 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *PAGES]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# Run by test_bad_inputs.py, of which errors.md is made, by test_doc_transformers.py, on fewer layers, and by
-# test_adding_a_kernel.py, in processes of their own. reference.md has signatures, which do not run.
-ELSEWHERE = {"errors.md", "transformers.md", "adding-a-kernel.md", "reference.md"}
+# Run by test_bad_inputs.py, of which errors.md is made, by test_doc_transformers.py, on fewer layers, by
+# test_adding_a_kernel.py, in processes of their own, and by the fixture ground. reference.md has signatures, which do
+# not run.
+ELSEWHERE = {"errors.md", "transformers.md", "adding-a-kernel.md", "README.md", "reference.md"}
 LONG = {"compare", "ablate", "demo", "plot"}
 SHORT = {
     verb: ["train.steps=2", "train.epochs=null", "data.max_train_tokens=2048", "data.max_eval_tokens=1024"]
@@ -54,7 +55,7 @@ def titled(documents):
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory, tokenizer):
-    """What a reader has: base/ and my-model/ (models), my.jsonl (text), run.yaml, and what README's commands leave."""
+    """What a reader has: base/ and my-model/ (models), my.jsonl (text), run.yaml, and what README's blocks leave."""
     directory = tmp_path_factory.mktemp("ground")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -71,10 +72,11 @@ def ground(tmp_path_factory, tokenizer):
     shutil.copy(ROOT / "python/mft/configs/compare/small.yaml", directory / "my.yaml")
     with pytest.MonkeyPatch.context() as patch:
         enter(directory, directory, patch)
+        names = brought()
         for language, block in blocks(ROOT / "README.md"):
-            if language == "sh":
-                run_block(language, block, {})
-    shutil.rmtree(directory / "runs" / "merged")
+            run_block(language, block, names)
+    for made in ("masks", "runs/merged"):  # which other pages make anew
+        shutil.rmtree(directory / made)
     return directory
 
 
@@ -107,6 +109,11 @@ def torchrun(monkeypatch):
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def test_the_blocks_of_readme_run(ground):
+    """The ground is what they leave."""
+    assert (ground / "runs" / "masks" / "masks" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
