@@ -47,7 +47,8 @@ def test_a_run_told_to_stop_saves_and_goes_on(cli, tmp_path, number, code):
     output = finish(process, code)
     step = int(re.search(r"stopped by SIG\w+ after step (\d+) of 16; saved: ", output).group(1))
     assert "go on with --resume run" in output
-    output = finish(start("train", "--resume", "run"), 0)
+    code, output = cli("train", "--resume", "run")
+    assert code == 0, output
     assert f"goes on after step {step}" in output
     assert steps(tmp_path / "run") == steps(tmp_path / "straight")
     masks = [load_file(tmp_path / run / "masks" / "adapter_model.safetensors") for run in ("run", "straight")]
@@ -107,11 +108,20 @@ def test_a_killed_fine_tune_goes_on(cli, tmp_path):
 
 @pytest.fixture
 def stopped(cli, tmp_path):
-    """A run that was killed after a checkpoint."""
-    process = start("train", *SLOW)
-    wait_for_checkpoint(tmp_path / "run", process)
-    process.kill()
-    finish(process, -signal.SIGKILL)
+    """A run that died at its third step, after a checkpoint."""
+    record = Steps.__call__
+
+    def die(self, report):
+        record(self, report)
+        if report.step == 3:
+            os._exit(9)
+
+    def work():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Steps, "__call__", die)
+            return cli("train", *SLOW)[0]
+
+    assert in_a_fork(work) == 9
     return tmp_path / "run"
 
 
@@ -120,30 +130,36 @@ def test_what_has_changed_is_refused_unless_forced(stopped, cli, tmp_path):
     assert code == 2
     assert "already holds a run" in output
     assert "go on with --resume run" in output
-    output = finish(start("train", "--resume", "run", "train.lr=2e-2", "mask.seed=1"), 2)
+    code, output = cli("train", "--resume", "run", "train.lr=2e-2", "mask.seed=1")
+    assert code == 2
     assert "mask.seed was 0, now 1; train.lr was 0.01, now 0.02" in output
     data = tmp_path / "data.jsonl"
     data.write_text(data.read_text().replace('"text": "1 ', '"text": "2 '))
-    output = finish(start("train", "--resume", "run"), 2)
+    code, output = cli("train", "--resume", "run")
+    assert code == 2
     assert re.search(
         r"must be of this very run, but data was \w+, now \w+: take the change back, or pass --force", output
     )
-    output = finish(start("train", "--resume", "run", "--force", "train.lr=2e-2"), 0)
+    code, output = cli("train", "--resume", "run", "--force", "train.lr=2e-2")
+    assert code == 0, output
     assert "goes on after step" in output
 
 
-def test_only_one_process_works_in_a_run(stopped):
+def test_only_one_process_works_in_a_run(stopped, cli):
     with hold(stopped):
-        output = finish(start("train", "--resume", "run"), 2)
+        code, output = cli("train", "--resume", "run")
+    assert code == 2
     assert re.search(rf'output_dir run is in use by {{"process": {os.getpid()}, "host": .*}}: wait for it', output)
-    assert finish(start("train", "--resume", "run"), 0)
+    code, output = cli("train", "--resume", "run")
+    assert code == 0, output
 
 
 def test_without_a_checkpoint_that_verifies_nothing_is_begun(stopped, cli):
     (checkpoint,) = (stopped / "checkpoints").glob("step-*")
     state = checkpoint / "state.json"
     state.write_bytes(state.read_bytes()[:-3])
-    output = finish(start("train", "--resume", "run"), 2)
+    code, output = cli("train", "--resume", "run")
+    assert code == 2
     assert re.search(
         r"state.json: expected bytes \d+, got \d+: restore .*; no other checkpoint verifies: --overwrite begins", output
     )
