@@ -94,7 +94,7 @@ def events_of(directory):
 
 
 def test_a_killed_fine_tune_goes_on(cli, tmp_path):
-    few = [*LEARN, "train.steps=30", "checkpoint_minutes=0"]
+    few = [*LEARN, "train.steps=16", "checkpoint_minutes=0"]
     cli("finetune", *few, "output_dir=straight")
     process = start("finetune", *few)
     wait_for_checkpoint(tmp_path / "run", process)
