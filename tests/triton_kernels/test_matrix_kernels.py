@@ -4,12 +4,8 @@ Inputs are small integers: sums are exact in any order, so results compare bit f
 taken twice or taken from elsewhere is seen. The reference always runs on the CPU.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -360,12 +356,3 @@ def test_the_pass_through_scratch_equals_the_fused_product(device, mode, dtype):
         entries = launches_of(lambda run=through_scratch, arguments=arguments: run(*arguments))
         assert [entry.kernel.__name__ for entry in entries] == ["_masked_weight_kernel"]
         assert_equals_reference(op, *arguments, choose=ops.always_scratch)
-
-
-@pytest.mark.skipif(not interpreting(), reason="the guard is a page of the CPU's memory")
-def test_no_kernel_reads_or_writes_beyond_its_tensors():
-    # In a process of its own, which such an access kills.
-    script = Path(__file__).with_name("bounds.py")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}  # the package need not be installed
-    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
-    assert run.stdout == "within bounds\n", (run.returncode, run.stderr)

@@ -1,6 +1,10 @@
-"""Any strides, offsets and sizes beyond 2^31 elements are read and written as they are."""
+"""Any strides, offsets and sizes beyond 2^31 elements are read and written as they are, and nothing beyond them."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,3 +172,12 @@ def test_more_than_2_to_the_31_results_are_written(device):
         rows[:1].cpu(), t.weight.cpu(), t.scores.cpu(), torch.tensor(2.0), None, "magnitude"
     )
     assert_same(y[-1:], expected)
+
+
+@pytest.mark.skipif(not interpreting(), reason="the guard is a page of the CPU's memory")
+def test_no_kernel_reads_or_writes_beyond_its_tensors():
+    # In a process of its own, which such an access kills.
+    script = Path(__file__).with_name("bounds.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}  # the package need not be installed
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    assert run.stdout == "within bounds\n", (run.returncode, run.stderr)
