@@ -33,6 +33,7 @@ FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", NUMBERS, *WARNINGS, *INCLUDE]
 NOT_EMULATED = ("score_grad_sm90", "bindings")  # CUTLASS's, and torch's
 
 ASYNCHRONIES = ("at_issue", "as_late_as_possible", "random")
+SCHEDULES = ("in_turn", "by_rank")  # by rank, a warp may run far ahead of another
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int16: 2}
@@ -217,9 +218,9 @@ def _ninja() -> str:
     return path
 
 
-def set_settings(seed: int = 0, asynchrony: str = "random") -> None:
+def set_settings(seed: int = 0, asynchrony: str = "random", schedule: str = "in_turn") -> None:
     """Of every launch from here on: the order of warps and blocks, and when background work happens."""
-    library().emulated_set_settings(ctypes.c_uint(seed), ASYNCHRONIES.index(asynchrony))
+    library().emulated_set_settings(ctypes.c_uint(seed), ASYNCHRONIES.index(asynchrony), SCHEDULES.index(schedule))
 
 
 # ---------------------------------------------------------------------------------------- the reference's functions

@@ -161,7 +161,7 @@ def test_words_that_tma_cannot_read_are_refused():
 
 def test_many_schedules_give_one_result():
     x, grad, weight, scores, threshold = problem(130, 256, 384)
-    for seed, asynchrony in itertools.product(range(3), emulated.ASYNCHRONIES):
-        emulated.set_settings(seed, asynchrony)
+    for settings in itertools.product(range(3), emulated.ASYNCHRONIES, emulated.SCHEDULES):
+        emulated.set_settings(*settings)
         check_forward(x, weight, scores, threshold, None, "magnitude", multiprocessors=2)
         check_d_x(grad, x, weight, scores, threshold, "magnitude", multiprocessors=2)

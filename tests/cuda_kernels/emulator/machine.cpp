@@ -31,6 +31,7 @@ struct Cluster {
   const Launch* launch;
   std::mt19937 random;
   Asynchrony asynchrony;
+  Schedule schedule;
   std::vector<Block> blocks;
   std::vector<std::unique_ptr<Fibre>> fibres;  // block after block
   std::vector<std::function<void()>> deferred;
@@ -114,32 +115,64 @@ std::string describe_deadlock() {
   return text;
 }
 
-void run_threads() {
-  std::vector<size_t> warps(cluster->fibres.size() / 32);
-  std::iota(warps.begin(), warps.end(), 0);
-  for (bool unfinished = true; unfinished && cluster->fault.empty();) {
-    bool progress = false;
-    unfinished = false;
-    std::shuffle(warps.begin(), warps.end(), cluster->random);
-    for (const size_t w : warps) {
-      for (size_t f = 32 * w; f < 32 * w + 32 && cluster->fault.empty(); ++f) {
-        Fibre& fibre = *cluster->fibres[f];
-        unfinished = unfinished || !fibre.thread.finished;
-        if (!can_run(fibre)) continue;
-        resume(fibre, stack_of(f));
-        progress = true;
-      }
-      if (cluster->asynchrony == Asynchrony::kRandom && !cluster->deferred.empty() && cluster->random() % 4 == 0) {
-        complete_one();
-        progress = true;
-      }
+// Whether one of its threads could run.
+bool run_warp(size_t warp) {
+  bool ran = false;
+  for (size_t f = 32 * warp; f < 32 * warp + 32 && cluster->fault.empty(); ++f) {
+    Fibre& fibre = *cluster->fibres[f];
+    if (!can_run(fibre)) continue;
+    resume(fibre, stack_of(f));
+    ran = true;
+  }
+  return ran;
+}
+
+bool can_complete() { return cluster->asynchrony == Asynchrony::kRandom && !cluster->deferred.empty(); }
+
+// Whether anything happened.
+bool run_in_turn(std::vector<size_t>& warps) {
+  bool progress = false;
+  std::shuffle(warps.begin(), warps.end(), cluster->random);
+  for (const size_t w : warps) {
+    progress = run_warp(w) || progress;
+    if (!can_complete() || cluster->random() % 4 != 0) continue;
+    complete_one();
+    progress = true;
+  }
+  return progress;
+}
+
+// The number behind the last warp's is the background's.
+bool run_by_rank(std::vector<size_t>& order, unsigned rarity) {
+  const size_t background = order.size() - 1;
+  for (auto next = order.begin(); next != order.end(); ++next) {
+    if (*next == background && can_complete()) {
+      complete_one();
+    } else if (*next == background || !run_warp(*next)) {
+      continue;
     }
-    if (unfinished && !progress && cluster->fault.empty()) {
-      if (cluster->deferred.empty()) {
-        cluster->fault = describe_deadlock();
-      } else {
-        complete_one();
-      }
+    if (rarity != 0 && cluster->random() % rarity == 0) std::rotate(next, next + 1, order.end());
+    return true;
+  }
+  return false;
+}
+
+void run_threads() {
+  const bool in_turn = cluster->schedule == Schedule::kInTurn;
+  std::vector<size_t> order(cluster->fibres.size() / 32 + (in_turn ? 0 : 1));
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), cluster->random);
+  const unsigned rarities[] = {0, 8, 64, 512}, rarity = rarities[cluster->random() % 4];
+  const auto unfinished = [] {
+    return std::any_of(cluster->blocks.begin(), cluster->blocks.end(), [](const Block& b) { return b.unfinished != 0; });
+  };
+  while (unfinished() && cluster->fault.empty()) {
+    if (in_turn ? run_in_turn(order) : run_by_rank(order, rarity)) continue;
+    if (!cluster->fault.empty() || !unfinished()) break;
+    if (cluster->deferred.empty()) {
+      cluster->fault = describe_deadlock();
+    } else {
+      complete_one();
     }
   }
   while (cluster->fault.empty() && !cluster->deferred.empty()) complete_one();
@@ -150,6 +183,7 @@ std::string run_cluster(const Launch& launch, const Settings& settings, int64_t 
   state.launch = &launch;
   state.random.seed(settings.seed + static_cast<unsigned>(x * 7919 + y * 104729 + z));
   state.asynchrony = settings.asynchrony;
+  state.schedule = settings.schedule;
   cluster = &state;
   const int bytes = launch.shared_bytes, room = (bytes + kCanary + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
   std::vector<char> memory(static_cast<size_t>(room) * launch.cluster + kSharedAlignment, static_cast<char>(0xff));

@@ -1,7 +1,8 @@
 // A GPU on the host, to execute kernels as they are: every thread of a cluster is a fibre, and a scheduler runs warp
-// after warp in a random order, seeded. What the hardware does in the background (TMA, wgmma, cp.async) happens at
-// issue, as late as the kernel's waits permit, or in between, so that a missing wait or fence gives wrong results or
-// an error. Clusters run one after another, in a random order: kernels that wait for another cluster do not end.
+// after warp in a random order, seeded, in turn or as far ahead of the others as its waits permit. What the hardware
+// does in the background (TMA, wgmma, cp.async) happens at issue, as late as the kernel's waits permit, or in between,
+// so that a missing wait or fence gives wrong results or an error. Clusters run one after another, in a random order:
+// kernels that wait for another cluster do not end.
 //
 // A fault (deadlock, a bad address, a warp whose lanes disagree) ends the launch with a text.
 #pragma once
@@ -20,10 +21,16 @@ namespace mft::cuda::emulator {
 // When background work happens.
 enum class Asynchrony { kAtIssue, kAsLateAsPossible, kRandom };
 
+// Which warp runs next. By rank, the first that can go on does, so that it may run far ahead of the others: the order
+// is random, and now and then (in some launches never) the one that ran becomes the last of it. Background work at
+// random has a rank too.
+enum class Schedule { kInTurn, kByRank };
+
 struct Settings {
   unsigned seed = 0;
   Asynchrony asynchrony = Asynchrony::kRandom;
   int shared_limit = 227 * 1024;  // bytes that a block may have; sm_90's
+  Schedule schedule = Schedule::kInTurn;
 };
 
 struct Fault : std::runtime_error {

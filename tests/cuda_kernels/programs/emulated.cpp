@@ -73,8 +73,9 @@ int64_t emulated_step_workspace(int format) {
   return &step_workspace == nullptr ? 0 : step_workspace(static_cast<ScoreFormat>(format));
 }
 
-void emulated_set_settings(unsigned seed, int asynchrony) {
-  emulator::set_settings({seed, static_cast<emulator::Asynchrony>(asynchrony), emulator::settings().shared_limit});
+void emulated_set_settings(unsigned seed, int asynchrony, int schedule) {
+  emulator::set_settings({seed, static_cast<emulator::Asynchrony>(asynchrony), emulator::settings().shared_limit,
+                          static_cast<emulator::Schedule>(schedule)});
 }
 
 // By which Python checks its copies of the structs.
