@@ -16,11 +16,19 @@ using TransactionBarrier = uint64_t;
 
 namespace detail {
 
+// What a thread waits for, or did last: phases are counted, -1 is the one before the first.
+struct Waited {
+  int64_t phase;
+  bool waits;
+};
+
 struct BarrierState {
   int count = 0, pending = 0;
   int64_t bytes = 0;  // expected and not yet come; may go below 0 before they are expected
-  uint32_t phase = 0;
+  int64_t completed = 0;  // phases
   bool published = false;
+  std::string name;
+  std::map<int, Waited> waited;  // rank and thread
 };
 
 struct ProductOperation {
@@ -81,7 +89,8 @@ inline HopperState& state() {
         }
       }
       for (const auto& [key, barrier] : s.barriers) {
-        if (barrier.bytes != 0) emulator::fault("a barrier still expects " + std::to_string(barrier.bytes) + " bytes");
+        const std::string bytes = std::to_string(barrier.bytes);
+        if (barrier.bytes != 0) emulator::fault(barrier.name + " still expects " + bytes + " bytes");
       }
       for (const StoreGroup& group : s.store_groups) {
         if (group.open != 0) emulator::fault("a TMA store was never waited for");
@@ -96,11 +105,27 @@ inline ThreadState& thread_state() {
   return state().threads[{self.block->rank, self.index}];
 }
 
+inline int key_of_thread() {
+  const emulator::Thread& self = emulator::this_thread();
+  return self.block->rank << 16 | self.index;
+}
+
+inline std::string name_of_warp(int rank, int warp) {
+  return "warp " + std::to_string(warp) + " of rank " + std::to_string(rank);
+}
+
+inline std::string warp_of_key(int key) { return name_of_warp(key >> 16, (key & 0xffff) / 32); }
+
+// What a test calls the barrier at an offset in shared memory.
+inline std::function<std::string(int64_t offset)> name_of_barrier = [](int64_t offset) {
+  return "the barrier at shared offset " + std::to_string(offset);
+};
+
 inline BarrierState& barrier_of(HopperState& state, const void* b, const emulator::Block& block) {
   const auto found = state.barriers.find(b);
   if (found == state.barriers.end()) emulator::fault("a barrier is used before it is initialised");
-  if (!found->second.published) emulator::fault("a barrier is used before publish_barriers");
-  if (block.unfinished == 0) emulator::fault("something arrives at a barrier of a block that has ended");
+  if (!found->second.published) emulator::fault(found->second.name + " is used before publish_barriers");
+  if (block.unfinished == 0) emulator::fault("something arrives at " + found->second.name + ", whose block has ended");
   return found->second;
 }
 
@@ -109,11 +134,28 @@ inline BarrierState& barrier_at(const void* b, int rank) {
 }
 
 inline void complete_if_due(BarrierState& b) {
-  if (b.pending < 0) emulator::fault("more threads arrive at a barrier than it counts");
-  if (b.pending == 0 && b.bytes == 0) {
-    b.phase ^= 1;
-    b.pending = b.count;
+  if (b.pending < 0) emulator::fault("more threads arrive at " + b.name + " than it counts");
+  if (b.pending != 0 || b.bytes != 0) return;
+  ++b.completed;
+  b.pending = b.count;
+  for (const auto& [thread, waited] : b.waited) {
+    if (waited.waits && b.completed > waited.phase + 1) {
+      emulator::fault(b.name + " ends phase " + std::to_string(b.completed - 1) + " before " + warp_of_key(thread) +
+                      ", which waits for phase " + std::to_string(waited.phase) + ", has seen it end");
+    }
   }
+}
+
+// A parity tells two neighbouring phases apart, no more: a thread waits for one after the other, none left out.
+inline Waited& wait_for(BarrierState& b, uint32_t parity) {
+  const auto [found, is_first] = b.waited.try_emplace(key_of_thread(), Waited{parity == 0 ? 0 : -1, false});
+  Waited& waited = found->second;
+  if ((waited.phase & 1) != parity) ++waited.phase;
+  if (b.completed > waited.phase + 1) {
+    emulator::fault(warp_of_key(found->first) + " waits for phase " + std::to_string(waited.phase) + " of " + b.name +
+                    ", of which phase " + std::to_string(b.completed - 1) + " has ended: their parities are equal");
+  }
+  return waited;
 }
 
 inline char* at_rank(void* shared, int rank, int64_t bytes, int alignment, const char* what) {
@@ -125,8 +167,11 @@ inline char* at_rank(void* shared, int rank, int64_t bytes, int alignment, const
 inline int rank_in_cluster() { return emulator::this_thread().block->rank; }
 
 inline void init_barrier(TransactionBarrier* b, int arrivals) {
-  emulator::shared_offset(b, 8, 8, "init_barrier");
-  detail::state().barriers[b] = {arrivals, arrivals, 0, 0, false};
+  detail::BarrierState& barrier = detail::state().barriers[b];
+  barrier = {};
+  barrier.count = barrier.pending = arrivals;
+  barrier.name = detail::name_of_barrier(emulator::shared_offset(b, 8, 8, "init_barrier")) + " of rank " +
+                 std::to_string(rank_in_cluster());
 }
 
 inline void publish_barriers() {
@@ -150,9 +195,21 @@ inline void arrive_expecting(TransactionBarrier* b, int bytes) {
   detail::complete_if_due(barrier);
 }
 
+inline void expect(TransactionBarrier* b, int bytes) { detail::barrier_at(b, rank_in_cluster()).bytes += bytes; }
+
 inline void wait(TransactionBarrier* b, uint32_t parity) {
-  const detail::BarrierState& barrier = detail::barrier_at(b, rank_in_cluster());
-  emulator::wait_until([&barrier, parity] { return barrier.phase != parity; }, "a barrier in shared memory");
+  detail::BarrierState& barrier = detail::barrier_at(b, rank_in_cluster());
+  detail::Waited& waited = detail::wait_for(barrier, parity);
+  const std::string what = "phase " + std::to_string(waited.phase) + " of " + barrier.name;
+  waited.waits = true;
+  emulator::wait_until([&barrier, parity] { return uint32_t(barrier.completed & 1) != parity; }, what.c_str());
+  waited.waits = false;
+}
+
+inline bool try_wait(TransactionBarrier* b, uint32_t parity) {
+  detail::BarrierState& barrier = detail::barrier_at(b, rank_in_cluster());
+  detail::wait_for(barrier, parity);
+  return uint32_t(barrier.completed & 1) != parity;
 }
 
 inline void sync_cluster() {
