@@ -2,16 +2,18 @@
 
 The mask changes once an optimiser step, so threshold, packed mask and packed signs (1 bit a weight each) are remembered
 with the scores, for as long as scores.py can vouch that nothing wrote into them. Of scores that are no parameter of a
-masked layer nothing is remembered.
+masked layer nothing is remembered. On an accelerator a step's masks are found together, so that the host waits for the
+device once; see companions.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import checks, library
+from . import checks, companions, library
 from .direct import is_direct
 from .fixed_point import code_at_least, selectable
 from .ops import kept_threshold, pack_mask, product_of_packed
@@ -32,6 +34,7 @@ class CurrentMask:
 
 
 Rule = tuple[float, float | None, str]  # keep_ratio, threshold, mode
+_NOT_FINITE = -1  # in the place of a count
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,12 @@ def current_mask(
     elif memo is not None and not anew and memo.rule == rule and still(scores, memo.state):
         return memo.mask
     now = state(scores)  # before the selection: what is written in it is seen later
+    if now is not None and not anew and (stream := companions.stream_of(scores)) is not None:
+        memo = None  # whose memory the new mask takes
+        memo = scores.memo = _find_together(scores, now, rule, stream)
+        return memo.mask
     mask = _find_mask(scores, keep_ratio, threshold, mode)
-    scores.memo = None if now is None else _Memo(now, rule, mask)
+    scores.memo, scores.ahead = None if now is None else _Memo(now, rule, mask), None
     return mask
 
 
@@ -75,7 +82,7 @@ def outdate(scores: Tensor | None = None) -> None:
     if scores is None:
         optimiser_stepped()
     elif type(scores) is Scores:
-        scores.memo = None
+        scores.memo = scores.ahead = None
 
 
 register_optimizer_step_post_hook(optimiser_stepped)
@@ -85,27 +92,73 @@ def _capturing(scores: Tensor) -> bool:
     return scores.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-@torch.no_grad()
+def _find_together(scores: Scores, now: State, rule: Rule, stream: Any) -> _Memo:
+    """The memo of ``scores``, found ahead or now; if now, those of its companions are found ahead, by the same wait."""
+    ahead, scores.ahead = scores.ahead, None
+    if ahead is not None and ahead.rule == rule and scores.asked_on == stream and still(scores, ahead.state):
+        return ahead
+    scores.asked_on = stream if ahead is None else None
+    before = None if scores.memo is None else scores.memo.rule
+    others = companions.companions(scores, now.steps, stream)
+    wanted = [(scores, now, rule)]
+    for other, its_rule in others:
+        its_state = state(other)
+        if its_state is not None:  # a ratio that follows a schedule has changed for all
+            wanted.append((other, its_state, rule if its_rule == before else its_rule))
+    for each, _, _ in wanted:  # new masks take the old ones' memory
+        each.memo = each.ahead = None
+    masks = _find_masks([(each, rule) for each, _, rule in wanted])
+    memos = [None if mask is None else _Memo(at, rule, mask) for (_, at, rule), mask in zip(wanted, masks)]
+    for (other, _, _), found in zip(wanted[1:], memos[1:]):
+        other.ahead = found  # none of what is not finite: its own layer will say so
+    if memos[0] is None:
+        raise checks.NonFiniteScores(selectable(Tensor.detach(scores)))
+    return memos[0]
+
+
 def _find_mask(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str) -> CurrentMask:
+    (mask,) = _find_masks([(scores, (keep_ratio, fixed, mode))])
+    if mask is None:
+        raise checks.NonFiniteScores(selectable(Tensor.detach(scores)))
+    return mask
+
+
+def _find_masks(wanted: list[tuple[Tensor, Rule]]) -> list[CurrentMask | None]:
+    """What scores of one device select; None of those that are not finite. One synchronisation, none in a capture."""
+    launched = [_launch(scores, *rule) for scores, rule in wanted]
+    _, bad, _ = launched[0]
+    if bad is None:
+        return [mask for mask, _, _ in launched]
+    if companions.stream_of(bad) is None:
+        flags = [_NOT_FINITE if bad else int(zeros) for _, bad, zeros in launched]
+    else:
+        flags = torch.stack([torch.where(bad, _NOT_FINITE, zeros) for _, bad, zeros in launched]).tolist()
+    return [
+        None if flag == _NOT_FINITE else replace(mask, signs=None) if flag else mask
+        for (mask, _, _), flag in zip(launched, flags)
+    ]
+
+
+@torch.no_grad()
+def _launch(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str):
+    """(mask, whether scores are not finite, how many are 0): the mask has signs as if none were.
+
+    Within a CUDA graph the host can ask nothing: scores that are not finite give the threshold NaN, which keeps no
+    weight, and the sign comes from the scores.
+    """
     scores = Tensor.detach(scores)  # not Scores.detach, which counts as handing them out
     fixed_point = scores.dtype == torch.int16
     if fixed is None:
         threshold = kept_threshold(scores, keep_ratio, mode=mode)
-        bad = selectable(threshold).isnan()
     else:
         # Filled on the device: a copy from the host cannot be captured.
         threshold = scores.new_full((), code_at_least(fixed) if fixed_point else fixed)
-        bad = ~selectable(scores).isfinite().all()
-    # Within a CUDA graph the host can ask nothing: scores that are not finite give the threshold NaN, which keeps no
-    # weight, and the sign comes from the scores.
-    capturing = _capturing(scores)
-    if not capturing and bad:  # one synchronisation per change of the scores, none in a forward
-        raise checks.NonFiniteScores(selectable(scores))
     packed = pack_mask(scores, threshold, mode=mode)
-    if mode == "value" or capturing or fixed_point:
-        return CurrentMask(threshold, packed, None)
-    signs, zeros = torch.ops.mft.pack_signs(scores, "auto")
-    return CurrentMask(threshold, packed, signs if zeros == 0 else None)
+    if _capturing(scores):
+        return CurrentMask(threshold, packed, None), None, 0
+    bad = selectable(threshold).isnan() if fixed is None else ~selectable(scores).isfinite().all()
+    signs, zeros = (None, 0) if mode == "value" or fixed_point else torch.ops.mft.pack_signs(scores, "auto")
+    return CurrentMask(threshold, packed, signs), bad, zeros
 
 
 # ---------------------------------------------------------------------------------------------- the op
@@ -177,7 +230,8 @@ def _save(ctx, inputs, output):
     needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     ctx.save_for_backward(x if needs_x else None, weight, scores)
     # Of what a forward pass has just selected, the backward pass asks nothing: it is the mask of that forward.
-    ctx.mask = scores.memo.mask if type(scores) is Scores and scores.memo is not None else None
+    memo = scores.memo if type(scores) is Scores else None  # once: another thread may forget it
+    ctx.mask = None if memo is None else memo.mask
 
 
 def _differentiate(ctx, grad_output):

@@ -33,7 +33,10 @@ logger = logging.getLogger("mft_kernels")
 _RUNS, _RUN = 8, 8
 _TOLD_AFTER = 64  # selections in a row for want of a state: more than an alias that is on its way out costs
 _tickets = itertools.count(1)  # one each time that memory is handed out, in whatever thread
-_OURS = ("memo", "in_graph", "_handed_out", "_announced", "_unknown")  # attributes; a pickle leaves them out
+_OURS = (  # attributes; a pickle leaves them out
+    *("memo", "ahead", "asked_on", "left", "in_graph"),
+    *("_handed_out", "_announced", "_unknown"),
+)
 
 # Methods that hand out the memory itself, or an alias from which it is one step there: what is done to an alias shows
 # in the version, which it shares, but an alias has .data and .numpy() of its own.
@@ -55,6 +58,9 @@ class Scores(nn.Parameter):
     """A score matrix (N, K) of a MaskedLinear; an nn.Parameter in all else, and pickled as one."""
 
     memo: Any = None  # what masking.py remembers of a state
+    ahead: Any = None  # a memo that nobody has asked for yet; see companions.py
+    asked_on: Any = None  # the stream on which a mask was last asked for; None after one that was selected in vain
+    left: Any = None  # (version, _handed_out, companions.Step): how an optimiser left them on an accelerator
     in_graph = False  # whether a CUDA graph that was captured may write them when it is replayed
 
     _handed_out = 0

@@ -16,6 +16,7 @@ KERNEL_LAYERS = (
     ("autotune", "backends", "built", "checks", "direct", "library", "maskable"),
     ("cpu_choice",),
     ("ops", "cpu", "cuda", "scores", "step", "triton"),
+    ("companions",),
     ("held", "masking", "optim"),
     ("linear",),
     ("__init__",),

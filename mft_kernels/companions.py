@@ -1,0 +1,70 @@
+"""Companions: scores that one optimiser step outdated together, so that one wait for the device finds all their masks.
+
+The host has to know whether scores are finite and whether one is 0, and on an accelerator it waits for each answer. So
+masking.py selects from the companions, too, of the scores that are asked for first after a step, and reads all answers
+at once. Those of a score are what the same optimiser wrote in the same step, on the same stream, and
+
+- what was asked for, on that stream, since it was last selected from: what is no longer used costs one selection more;
+- what nothing wrote or handed out since: a later write may be one that only the layer itself waits for.
+"""
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from .scores import Scores
+
+
+@dataclass(eq=False)
+class Step:
+    """One step of an optimiser, on the scores of one stream."""
+
+    optimizer: weakref.ref[Optimizer]
+    stream: Any
+    looked: int = -1  # State.steps when companions were last looked for: once for all of them
+
+
+def stream_of(scores: torch.Tensor) -> Any:
+    """Names the stream on which the host waits for an answer about ``scores``; None on a CPU, where it need not."""
+    return (scores.device, torch.cuda.current_stream(scores.device).cuda_stream) if scores.is_cuda else None
+
+
+def companions(scores: Scores, steps: int, stream: Any) -> list[tuple[Scores, Any]]:
+    """The other scores to select from on ``stream`` now, each with the rule of its outdated memo."""
+    if scores.left is None:
+        return []
+    step: Step = scores.left[2]
+    optimizer = step.optimizer()
+    if optimizer is None or step.stream != stream or step.looked == steps:
+        return []
+    step.looked = steps
+    outdated = ((other, other.memo) for other in _scores_of(optimizer) if other is not scores)
+    return [
+        (other, memo.rule)
+        for other, memo in outdated
+        if memo is not None
+        and memo.state.steps != steps
+        and other.asked_on == stream
+        and other.left == (other._version, other._handed_out, step)
+    ]
+
+
+def _stepped(optimizer: Optimizer, *_: Any) -> None:
+    """Note how the optimiser left its scores."""
+    steps: dict[Any, Step] = {}
+    for scores in _scores_of(optimizer):
+        stream = stream_of(scores)
+        if stream is not None:
+            step = steps.setdefault(stream, Step(weakref.ref(optimizer), stream))
+            scores.left = scores._version, scores._handed_out, step
+
+
+register_optimizer_step_post_hook(_stepped)
+
+
+def _scores_of(optimizer: Optimizer) -> Iterator[Scores]:
+    return (p for group in optimizer.param_groups for p in group["params"] if type(p) is Scores)

@@ -1,0 +1,286 @@
+"""After a step the host waits once for the device, however many layers; CPU tensors stand in for an accelerator's."""
+
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mft_kernels import MaskedLinear, companions, masking, outdate, reference
+from mft_kernels.checks import NonFiniteScores
+
+LAYERS = 5
+ALL = list(range(LAYERS))
+X = torch.ones(2, 8)
+
+
+class Machine:
+    """A model that has made its first step; how often the host waits, and which layers it selects from."""
+
+    def __init__(self, monkeypatch):
+        self.waits, self.selected, self.stream = 0, [], "stream 0"
+        self.layers = nn.Sequential(*(MaskedLinear(8, 8, keep_ratio=0.5, init="normal") for _ in ALL))
+        self.optimizer = torch.optim.SGD([layer.scores for layer in self.layers], lr=0.1)
+        monkeypatch.setattr(companions, "stream_of", lambda _: self.stream)
+        # On a CPU the op itself raises, as there is nothing to wait for.
+        monkeypatch.setattr(
+            masking, "kept_threshold", lambda s, ratio, *, mode: reference.kept_threshold(s, ratio, mode)
+        )
+        for name in ("__bool__", "__int__", "item", "tolist"):
+            monkeypatch.setattr(Tensor, name, self.counted(getattr(Tensor, name)))
+        self.launch = masking._launch
+        monkeypatch.setattr(masking, "_launch", self.noted)
+        assert self.forward() == (LAYERS, ALL)  # before the first step nothing says what belongs together
+        self.step()
+
+    def counted(self, read):
+        def waits(tensor):
+            self.waits += 1
+            return read(tensor)
+
+        return waits
+
+    def noted(self, scores, *rule):
+        self.selected += [place for place, layer in enumerate(self.layers) if layer.scores is scores]
+        return self.launch(scores, *rule)
+
+    def forward(self, layers=None):
+        """(waits, layers selected from) of a forward and backward pass, which is made with the masks of now."""
+        self.waits, self.selected = 0, []
+        layers = self.layers if layers is None else layers
+        nn.Sequential(*layers)(X).square().mean().backward()
+        did = self.waits, sorted(self.selected)
+        for layer in layers:
+            now, *_ = self.launch(layer.scores, layer.keep_ratio, layer.threshold, layer.mode)
+            assert torch.equal(layer.scores.memo.mask.packed, now.packed)
+        return did
+
+    def step(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.waits, self.selected = 0, []
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    return Machine(monkeypatch)
+
+
+def test_after_a_step_the_host_waits_once_for_the_whole_model(machine):
+    for _ in range(3):
+        assert machine.forward() == (1, ALL)
+        assert machine.forward() == (0, [])
+        machine.step()
+
+
+def test_on_a_cpu_each_layer_is_selected_from_in_its_own_forward(machine):
+    machine.stream = None
+    machine.layers[0](X)
+    assert machine.selected == [0]
+
+
+@pytest.mark.parametrize(("rule", "value"), [("mode", "value"), ("threshold", 0.01), ("keep_ratio", 0.7)])
+def test_a_rule_that_changes_for_all_layers_costs_no_further_wait(machine, rule, value):
+    for layer in machine.layers:
+        setattr(layer, rule, value)
+    assert machine.forward() == (1, ALL)
+    machine.layers[3].keep_ratio, machine.layers[3].threshold = 0.2, None  # one of its own: selected from twice, once
+    machine.step()
+    assert machine.forward() == (2, sorted([*ALL, 3]))
+    machine.step()
+    assert machine.forward() == (2, ALL)
+    machine.step()
+    assert machine.forward() == (1, ALL)
+
+
+def test_scores_that_are_not_finite_are_an_error_of_their_own_layer_alone(machine):
+    for place, layer in enumerate(machine.layers):
+        layer.module_name = f"layer {place}"
+    machine.layers[2].scores.grad = torch.full((8, 8), torch.nan)
+    machine.step()
+    x = machine.layers[1](machine.layers[0](X))
+    assert machine.waits == 1
+    for _ in range(2):
+        with pytest.raises(NonFiniteScores, match="layer 2"):
+            machine.layers[2](x)
+    machine.waits = 0
+    machine.layers[3](x)
+    assert machine.waits == 0
+    with torch.no_grad():
+        machine.layers[2].scores.normal_()
+    machine.step()
+    machine.layers[0].scores.grad = torch.full((8, 8), torch.nan)
+    machine.step()
+    with pytest.raises(NonFiniteScores, match="layer 0"):
+        machine.layers[0](X)
+
+
+def test_signs_are_none_of_those_scores_alone_of_which_one_is_zero(machine):
+    with torch.no_grad():
+        machine.layers[1].scores[0, 0] = 0
+    machine.step()
+    machine.forward()
+    assert [layer.scores.memo.mask.signs is None for layer in machine.layers] == [place == 1 for place in ALL]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda layer: layer.scores.detach().mul_(-3).sub_(0.1),
+        lambda layer: layer.load_state_dict(layer.state_dict() | {"scores": torch.randn(8, 8)}),
+        lambda layer: setattr(layer.scores, "data", torch.randn(8, 8)),
+        lambda layer: torch.utils.swap_tensors(layer.scores, MaskedLinear(8, 8, init="normal").scores),
+    ],
+)
+@pytest.mark.parametrize("before_the_others", [True, False])
+def test_what_is_written_after_the_step_waits_for_its_own_layer(machine, write, before_the_others):
+    if before_the_others:
+        write(machine.layers[2])
+        assert machine.forward() == (2, ALL)
+    else:
+        machine.layers[0](X)
+        assert machine.selected == ALL
+        write(machine.layers[2])
+        assert machine.forward() == (1, [2])
+
+
+def test_a_write_that_nothing_shows_is_told_by_outdate(machine):
+    machine.layers[0](X)
+    outdate(machine.layers[2].scores)
+    assert machine.forward() == (1, [2])
+    machine.step()
+    machine.layers[0](X)
+    outdate()
+    assert machine.forward()[1] == ALL
+
+
+def test_a_layer_that_is_no_longer_used_costs_one_selection_more(machine):
+    used = machine.layers[:3]
+    rounds = []
+    for _ in range(3):
+        rounds.append(machine.forward(used))
+        machine.step()
+    assert rounds == [(1, ALL), (1, [0, 1, 2]), (1, [0, 1, 2])]
+    again = []
+    for _ in range(3):
+        again.append(machine.forward())
+        machine.step()
+    assert again == [(3, ALL), (3, ALL), (1, ALL)]  # once more alone, as the last time ahead was in vain
+
+
+def test_a_held_layer_is_left_alone_wherever_its_scores_rest(machine):
+    machine.layers[4].hold(machine.layers[4].packed_mask())
+    for layer in machine.layers[3:]:
+        layer.scores.data = layer.scores.data.clone()
+    machine.selected = []
+    machine.layers[0](X)
+    assert machine.selected == [0, 1, 2]
+
+
+def test_a_step_is_compiled_once_and_its_scores_are_companions(machine):
+    torch._dynamo.reset()
+    step = torch.compile(machine.optimizer.step, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(4):
+            assert machine.forward() == (1, ALL)
+            step()
+            machine.optimizer.zero_grad()
+
+
+def test_frozen_scores_wait_for_themselves(machine):
+    del machine.optimizer.param_groups[0]["params"][1]
+    machine.forward()
+    machine.step()
+    assert machine.forward() == (2, ALL)
+
+
+def test_two_models_that_learn_in_turns_wait_once_each(machine):
+    other = MaskedLinear(8, 8)
+    stepper = torch.optim.SGD([other.scores], lr=0.1)
+    for _ in range(3):
+        machine.waits = 0
+        other(X).sum().backward()
+        assert machine.waits == 1
+        stepper.step()
+        assert machine.forward() == (1, ALL)
+        machine.step()
+
+
+def test_three_thousand_layers_are_looked_through_once_a_step(machine, monkeypatch):
+    looked = []
+    scores_of = companions._scores_of
+    monkeypatch.setattr(companions, "_scores_of", lambda optimizer: looked.append(optimizer) or scores_of(optimizer))
+    machine.forward()
+    for layer in machine.layers:
+        layer.scores.data = torch.randn(8, 8)
+    assert machine.forward() == (LAYERS, ALL)
+    assert len(looked) == 1
+
+
+@pytest.mark.parametrize("stepped_elsewhere", [True, False])
+def test_another_stream_selects_for_itself(machine, stepped_elsewhere):
+    if stepped_elsewhere:  # the first layer may have waited for that stream, and the others not yet
+        machine.forward()
+        machine.stream = "stream 1"
+        machine.step()
+        machine.stream = "stream 0"
+    else:
+        machine.layers[0](X)  # selects ahead on stream 0
+        machine.selected = []
+        machine.stream = "stream 1"
+    machine.waits = 0
+    machine.layers[1](X)
+    assert (machine.waits, machine.selected[-1:]) == (1, [1])
+
+
+def test_a_captured_graph_selects_for_itself_and_asks_the_host_nothing(machine, monkeypatch):
+    machine.selected, machine.waits = [], 0
+    monkeypatch.setattr(masking, "_capturing", lambda _: True)
+    machine.layers[0](X)
+    monkeypatch.undo()
+    assert (machine.waits, machine.selected) == (0, [0])
+
+
+def test_scores_that_a_captured_graph_may_write_are_not_selected_ahead(machine):
+    machine.layers[3].scores.in_graph = True
+    machine.layers[0](X)
+    assert sorted(machine.selected) == [0, 1, 2, 4]
+
+
+def test_new_masks_take_the_old_ones_memory(machine):
+    old = [weakref.ref(layer.scores.memo.mask.packed) for layer in machine.layers]
+    alive = []
+    launch = machine.launch
+    machine.launch = lambda *arguments: alive.append(sum(ref() is not None for ref in old)) or launch(*arguments)
+    machine.layers[0](X)
+    assert alive == [0] * LAYERS
+    machine.launch = launch
+    machine.layers[1](X)
+    assert machine.layers[1].scores.ahead is None
+
+
+def test_nothing_keeps_a_dead_layer(machine):
+    machine.layers[0](X)
+    scores, ahead = machine.layers[4].scores, machine.layers[4].scores.ahead
+    dead = weakref.ref(scores), weakref.ref(ahead.mask.packed)
+    machine.optimizer.param_groups[0]["params"].pop()
+    del scores, ahead, machine.layers[4]
+    gc.collect()
+    assert [ref() for ref in dead] == [None, None]
+
+
+def test_layers_of_several_threads_are_never_stale(machine):
+    def forwards(layer):
+        for _ in range(20):
+            layer(X).sum().backward()
+            mask = masking.current_mask(layer.scores, 0.5, None, "magnitude")
+            assert torch.equal(mask.packed, machine.launch(layer.scores, 0.5, None, "magnitude")[0].packed)
+
+    for _ in range(10):
+        with ThreadPoolExecutor(LAYERS) as threads:
+            list(threads.map(forwards, machine.layers))
+        for layer in machine.layers:
+            layer.scores.grad = torch.randn(8, 8)
+        machine.step()
