@@ -36,13 +36,6 @@ struct ProductArguments {
   int64_t part_stride;
 };
 
-// So many that two blocks share a multiprocessor; if 2 are too many, those of a block that has it alone.
-inline int stages_of(int stage_bytes, const Device& device) {
-  constexpr int kMost = 4, kReserved = 1024;  // bytes of each block, for the system
-  const int shared = device.shared_bytes / 2 - kReserved;
-  return std::min(kMost, (shared >= 2 * stage_bytes ? shared : device.shared_bytes - kReserved) / stage_bytes);
-}
-
 template <class T>
 MFT_DEVICE float bias_of(const char* bias, const View& out, int feature) {
   if (bias == nullptr || feature >= out.columns) return 0.0f;

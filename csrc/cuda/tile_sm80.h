@@ -4,6 +4,8 @@
 // kernel reads at once lies in different banks: a chunk of 8 rows (ldmatrix), or a fragment's fp32 scores.
 #pragma once
 
+#include <algorithm>
+
 #include "api.h"
 #include "isa.h"
 
@@ -167,5 +169,13 @@ struct TilePlace {
 };
 
 constexpr int tiles_of(int64_t length, int tile) { return static_cast<int>((length + tile - 1) / tile); }
+
+// Of tiles in shared memory: so many that two blocks share a multiprocessor; if 2 are too many, those of a block that has
+// it alone.
+inline int stages_of(int stage_bytes, const Device& device) {
+  constexpr int kMost = 4, kReserved = 1024;  // bytes of each block, for the system
+  const int shared = device.shared_bytes / 2 - kReserved;
+  return std::min(kMost, (shared >= 2 * stage_bytes ? shared : device.shared_bytes - kReserved) / stage_bytes);
+}
 
 }  // namespace mft::cuda::sm80
