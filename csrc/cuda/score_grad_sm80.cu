@@ -7,12 +7,13 @@ namespace mft::cuda {
 namespace {
 
 template <class T>
-std::string start(const sm80::ScoreGradArguments& a, const Device& device) {
+std::string start(sm80::ScoreGradArguments a, const Device& device) {
   const auto launch = [&](auto kernel) {
     using Kernel = decltype(kernel);
+    a.stages = std::clamp(sm80::stages_of(Kernel::kStageBytes, device), 3, Kernel::kMostStages);
     LaunchShape shape;
     shape.x = static_cast<int64_t>(a.tile_rows) * a.tile_columns;
-    shape.shared_bytes = Kernel::kSharedBytes;
+    shape.shared_bytes = a.stages * Kernel::kStageBytes;
     if (shape.x > sm80::kLongestSide) return std::string("weight has too many elements, 2^31 tiles of 128 x 128");
     return isa::launch<Kernel>(shape, device.stream, a);
   };

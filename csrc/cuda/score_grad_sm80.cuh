@@ -4,15 +4,20 @@
 //          features            d_scores, d_weight (features N, columns K): one block a tile of 128 x 128, 8 warps of
 //         +--------+           2 x 4, 64 x 32 each
 //  tokens | grad   |
-//         +--------+           grad_output and x stream through shared memory in 4 stages of 32 tokens (cp.async); both
-//         +--------+           have the depth as rows, so both go through ldmatrix.trans.
+//         +--------+           grad_output and x stream through shared memory in 3 or 4 stages of 32 tokens (cp.async);
+//         +--------+           both have the depth as rows, so both go through ldmatrix.trans.
 //  tokens | x      |
-//         +--------+           Then G lies in the same memory in fp32, and each thread finishes 8 neighbours of a row a
-//          columns             time: weight, scores and d_scores are read and written in 16 bytes.
+//         +--------+           Then half of G after the other lies in the same memory in fp32, and each thread finishes 8
+//          columns             neighbours of a row a time: weight, scores and d_scores are read and written in 16 bytes.
+//
+// Two blocks share a multiprocessor: with 4 stages in 164 KiB and more, with 3 in the 100 KiB of 8.6, 8.9 and 12.0, which
+// would hold one block whose memory took all of G (64 KiB). Speed: not measured.
 //
 // Types and sources of signs and masks are decided in this second part, where memory is what takes the time: one kernel
 // serves them all.
 #pragma once
+
+#include <type_traits>
 
 #include "eight_sm80.h"
 #include "keep.h"
@@ -30,6 +35,7 @@ struct ScoreGradArguments {
   int64_t threshold_bytes;  // from row to row
   bool accumulate, magnitude;
   int row_words, depth_tiles, tile_rows, tile_columns;
+  int stages;  // 3 to kMostStages
 };
 
 // T: of grad_output, x, weight and d_weight. kChunked: grad_output and x are.
@@ -39,14 +45,14 @@ struct ScoreGradKernel {
   static constexpr int kBlocksPerMultiprocessor = kChunked ? 2 : 1;  // one: loads by elements need registers
   using Arguments = ScoreGradArguments;
 
-  static constexpr int kTile = 128, kTileDepth = 32, kStages = 4;
+  static constexpr int kTile = 128, kTileDepth = 32;
   using Operand = Tile<kTileDepth, kTile, 2>;
-  using Sums4 = Tile<kTile, kTile, 4>;
+  using Half = Tile<kTile / 2, kTile, 4>;  // of G: 32 rows of each warp
   static constexpr int kStageBytes = 2 * Operand::kBytes;
-  static constexpr int kSharedBytes = kStages * kStageBytes;
-  static_assert(Sums4::kBytes <= kSharedBytes);
+  static constexpr int kMostStages = kChunked ? 4 : 3;  // loads by elements are waited for, however many there are
+  static_assert(Half::kBytes <= 3 * kStageBytes);
 
-  static constexpr int kWarpRows = 64, kWarpColumns = 32;
+  static constexpr int kWarpRows = 64, kWarpColumns = 32, kHalfRows = kWarpRows / 2;
   static constexpr int kDown = kWarpRows / 16, kAcross = kWarpColumns / 8;  // mma.sync's tiles in a warp's
   using Sums = float[kDown][kAcross][4];
 
@@ -64,28 +70,30 @@ struct ScoreGradKernel {
     };
 
     Sums sums = {};
-    for (int stage = 0; stage < kStages - 1; ++stage) copy(stage);
-    for (int tile = 0, stage = 0, done = kStages - 1; tile < a.depth_tiles; ++tile) {
-      isa::wait_copies<kStages - 2>();
-      isa::sync_block();  // the tile has come for all, and all are done with the one before it, which is overwritten
-      copy(done);
-      multiply(sums, shared + stage * kStageBytes, warp_row, warp_column);
-      done = stage;
-      stage = stage == kStages - 1 ? 0 : stage + 1;
+    const auto sum = [&](auto number) {  // a loop for each number, as in product_sm80
+      constexpr int kStages = decltype(number)::value;
+      for (int stage = 0; stage < kStages - 1; ++stage) copy(stage);
+      for (int tile = 0, stage = 0, done = kStages - 1; tile < a.depth_tiles; ++tile) {
+        isa::wait_copies<kStages - 2>();
+        isa::sync_block();  // the tile has come for all, and all are done with the one before it, which is overwritten
+        copy(done);
+        multiply(sums, shared + stage * kStageBytes, warp_row, warp_column);
+        done = stage;
+        stage = stage == kStages - 1 ? 0 : stage + 1;
+      }
+    };
+    if (kMostStages == 4 && a.stages == 4) {
+      sum(std::integral_constant<int, 4>{});
+    } else {
+      sum(std::integral_constant<int, 3>{});
     }
     isa::wait_copies<0>();
-    isa::sync_block();
-    spread(sums, shared, warp_row, warp_column);
-    isa::sync_block();
-    for (int at = isa::thread(); at < kTile * kTile / 8; at += kThreads) {
-      const int row = at / (kTile / 8), column = at % (kTile / 8) * 8;
-      if (first_row + row >= a.weight.rows || first_column + column >= a.weight.columns) continue;
-      float g[8];
-      for (int i = 0; i < 2; ++i) {
-        const auto words = load<isa::Words4>(shared + Sums4::offset(row, column / 4 + i));
-        for (int j = 0; j < 4; ++j) g[4 * i + j] = isa::as_float(words.words[j]);
-      }
-      finish(a, g, first_row + row, first_column + column);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      isa::sync_block();  // all are done with what lies there
+      spread(sums, shared, half, warp_row / 2, warp_column);
+      isa::sync_block();
+      finish(a, shared, first_row + half * kHalfRows, first_column);
     }
   }
 
@@ -110,20 +118,35 @@ struct ScoreGradKernel {
     }
   }
 
-  MFT_DEVICE static void spread(const Sums& sums, char* shared, int warp_row, int warp_column) {
+  MFT_DEVICE static void spread(const Sums& sums, char* shared, int half, int warp_row, int warp_column) {
     struct alignas(8) Two {
       float low, high;
     };
 #pragma unroll
-    for (int i = 0; i < kDown; ++i) {
+    for (int i = 0; i < kDown / 2; ++i) {
 #pragma unroll
       for (int j = 0; j < kAcross; ++j) {
-        for (int half = 0; half < 2; ++half) {
-          const int row = warp_row + 16 * i + 8 * half + isa::lane() / 4;
+        const float(&four)[4] = sums[half * kDown / 2 + i][j];
+        for (int down = 0; down < 2; ++down) {
+          const int row = warp_row + 16 * i + 8 * down + isa::lane() / 4;
           const int column = warp_column + 8 * j + isa::lane() % 4 * 2;
-          store(shared + Sums4::offset_of(row, column), Two{sums[i][j][2 * half], sums[i][j][2 * half + 1]});
+          store(shared + Half::offset_of(row, column), Two{four[2 * down], four[2 * down + 1]});
         }
       }
+    }
+  }
+
+  MFT_DEVICE static void finish(const Arguments& a, const char* shared, int first_row, int first_column) {
+    for (int at = isa::thread(); at < Half::kRows * kTile / 8; at += kThreads) {
+      const int of_half = at / (kTile / 8), column = at % (kTile / 8) * 8;
+      const int row = of_half / kHalfRows * kWarpRows + of_half % kHalfRows;
+      if (first_row + row >= a.weight.rows || first_column + column >= a.weight.columns) continue;
+      float g[8];
+      for (int i = 0; i < 2; ++i) {
+        const auto words = load<isa::Words4>(shared + Half::offset(of_half, column / 4 + i));
+        for (int j = 0; j < 4; ++j) g[4 * i + j] = isa::as_float(words.words[j]);
+      }
+      finish(a, g, first_row + row, first_column + column);
     }
   }
 

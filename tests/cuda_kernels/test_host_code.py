@@ -85,3 +85,4 @@ def test_as_many_stages_as_let_two_blocks_share_a_multiprocessor(tmp_path):
     # 128 tokens: by words, 16-bit and fp32 scores.
     assert [chosen[164 * 1024, size] for size in (16896, 24576, 32768)] == [4, 3, 2]
     assert [chosen[100 * 1024, size] for size in (16896, 24576, 32768)] == [2, 2, 3]
+    assert [chosen[kib * 1024, 16384] for kib in (100, 164, 228)] == [3, 4, 4]  # d_scores: all that it has loops for

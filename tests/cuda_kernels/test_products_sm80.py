@@ -45,35 +45,36 @@ def check_products(t: Inputs, threshold: Tensor, mode: str, **device) -> None:
     same(emulated.masked_linear_packed_backward(*arguments, packed, None, None, mode, D_X, **device)[0], expected)
 
 
-def check_score_grad(t: Inputs, threshold: Tensor, mode: str) -> None:
+def check_score_grad(t: Inputs, threshold: Tensor, mode: str, **device) -> None:
     """d_weight and d_scores, together and apart, by scores and by words; d_scores and G added to what was there."""
     arguments = (t.grad_output, t.x, t.weight)
     for wanted in ([False, True, True, False], [False, True, False, False], [False, False, True, False]):
         expected = reference.masked_linear_backward(*arguments, t.scores, threshold, mode, wanted)
-        for got, right in zip(emulated.masked_linear_backward(*arguments, t.scores, threshold, mode, wanted), expected):
-            same(got, right)
+        got = emulated.masked_linear_backward(*arguments, t.scores, threshold, mode, wanted, **device)
+        for ours, right in zip(got, expected):
+            same(ours, right)
     packed, signs = reference.pack_mask(t.scores, threshold, mode), reference.pack_signs(t.scores)[0]
     for packed_signs in (signs, None):
         rest = (packed, t.scores, packed_signs, mode, ALL)
         expected = reference.masked_linear_packed_backward(*arguments, *rest)
-        for got, right in zip(emulated.masked_linear_packed_backward(*arguments, *rest), expected):
+        for got, right in zip(emulated.masked_linear_packed_backward(*arguments, *rest, **device), expected):
             same(got, right)
         for dtype in SCORES:
             out = (torch.arange(t.weight.numel()).view(t.weight.shape) % 5 - 2).to(dtype)
             right = out.clone()
             reference.accumulate_score_grad(right, *arguments, t.scores, packed_signs, mode)
-            emulated.accumulate_score_grad(out, *arguments, t.scores, packed_signs, mode)
+            emulated.accumulate_score_grad(out, *arguments, t.scores, packed_signs, mode, **device)
             same(out, right)
-    check_product_added(t)
+    check_product_added(t, **device)
 
 
-def check_product_added(t: Inputs) -> None:
+def check_product_added(t: Inputs, **device) -> None:
     """G without a factor, added to what was there."""
     for dtype in SCORES:
         out = (torch.arange(t.weight.numel()).view(t.weight.shape) % 5 - 2).to(dtype)
         right = out.clone()
         reference.accumulate_product(right, t.grad_output, t.x)
-        emulated.accumulate_product(out, t.grad_output, t.x)
+        emulated.accumulate_product(out, t.grad_output, t.x, **device)
         same(out, right)
 
 
@@ -111,6 +112,12 @@ def test_score_gradients_equal_the_reference(shape, dtype, scores_dtype, mode):
     t = integer_inputs(*shape, dtype, scores_dtype)
     check_score_grad(t, torch.tensor(2.0, dtype=scores_dtype), mode)
     check_score_grad(t, row_thresholds(t), mode)
+
+
+@pytest.mark.parametrize("shared_kib", [100, 164, 228])
+def test_two_blocks_of_score_gradients_share_what_a_gpu_has(shared_kib):
+    t = integer_inputs(200, 136, 264, BF16, BF16)  # 7 steps: more than there are stages
+    check_score_grad(t, row_thresholds(t), "magnitude", shared_bytes=shared_kib * 1024)
 
 
 # ------------------------------------------------------------------------------------------- shapes, rows, alignment

@@ -29,16 +29,25 @@ int shared_limit(int capability) {
 }
 
 template <class Asked>
-const char* call(std::string (*function)(const Asked&, const Device&), const Asked& asked, const Device& device) {
+const char* call(std::string (*function)(const Asked&, const Device&), const Asked& asked, const Device& device,
+                 int limit) {
   static std::string text;
   const emulator::Settings before = emulator::settings();
   emulator::Settings settings = before;
-  settings.shared_limit = shared_limit(device.capability);
+  settings.shared_limit = limit;
   emulator::set_settings(settings);
   text = function == nullptr ? "no compiled file has this function" : function(asked, device);
   emulator::set_settings(before);  // the bindings' launches in this process know of no device
   return text.c_str();
 }
+
+template <class Asked>
+const char* call(std::string (*function)(const Asked&, const Device&), const Asked& asked, const Device& device) {
+  return call(function, asked, device, shared_limit(device.capability));
+}
+
+// Of a block that leaves a multiprocessor room for another; 1 KiB of each is the system's.
+int half_of_shared(const Device& device) { return device.shared_bytes / 2 - 1024; }
 
 }  // namespace
 }  // namespace mft::cuda
@@ -48,7 +57,9 @@ using namespace mft::cuda;
 extern "C" {
 
 const char* emulated_product_sm80(const Product& p, const Device& d) { return call(&product_sm80, p, d); }
-const char* emulated_score_grad_sm80(const ScoreGrad& p, const Device& d) { return call(&score_grad_sm80, p, d); }
+const char* emulated_score_grad_sm80(const ScoreGrad& p, const Device& d) {
+  return call(&score_grad_sm80, p, d, half_of_shared(d));
+}
 const char* emulated_kept_threshold(const Select& p, const Device& d) { return call(&kept_threshold, p, d); }
 const char* emulated_pack_mask(const PackMask& p, const Device& d) { return call(&pack_mask, p, d); }
 const char* emulated_pack_signs(const PackSigns& p, const Device& d) { return call(&pack_signs, p, d); }
