@@ -163,7 +163,7 @@ def test_torch_compile_changes_nothing_but_rounding(tmp_path):
     options = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 3}
     start = scores_of(tiny())
     torch._dynamo.reset()
-    # Inductor, what torch_compile takes by itself, takes 12 s: test_compile.py has it.
+    # Inductor, what torch_compile takes by itself, takes 12 s: test_compiled_model.py has it.
     compiled = run(tiny(), tmp_path, torch_compile=True, torch_compile_backend="aot_eager", **options)
     assert_close(compiled, run(tiny(), tmp_path, **options), start)
 
