@@ -1,6 +1,7 @@
 """Imports run downward only: draws the lines of the architecture from the sources and fails when one is crossed."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
@@ -133,6 +134,37 @@ def faults(folder: Path, package: str, order: Sequence[str]) -> list[str]:
 
 def test_the_recipe_imports_downward_and_in_no_circle():
     assert faults(ROOT / "python" / "mft", "mft", RECIPE_ORDER) == []
+
+
+def needed(path: Path) -> set[str]:
+    """Top-level names that a test file imports when it is collected, less those that it skips without."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names - set(re.findall(r'^(?:\w+ = )?pytest\.importorskip\("(\w+)"', path.read_text(), re.MULTILINE))
+
+
+def test_tests_of_kernels_are_collected_where_pytest_torch_triton_and_numpy_are_all_there_is():
+    """As on a machine that is lent; one import of another package stops pytest for the whole folder."""
+    tests = ROOT / "tests"
+    files = [
+        path
+        for name in ("kernels", "cpu_kernels", "cuda_kernels", "triton_kernels")
+        for path in (tests / name).glob("*.py")
+    ]
+    ours = {path.stem: path for folder in {tests, *(path.parent for path in files)} for path in folder.glob("*.py")}
+    allowed = sys.stdlib_module_names | EXTERNAL | {"pytest", "mft_kernels", "building", "benchmarks"}
+    seen: set[Path] = set()
+    while files:
+        path = files.pop()
+        seen.add(path)
+        names = needed(path)
+        assert names <= allowed | ours.keys(), path
+        files += [ours[name] for name in names - allowed if ours[name] not in seen]
+    assert len(seen) > 40
 
 
 def test_contributing_names_the_packages_in_their_order():

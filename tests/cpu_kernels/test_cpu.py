@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from amx_gemm import amx_gemm
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pitched import OPERANDS, assert_no_pitch_is_read, assert_rows_are_independent, every_product
 from taken_path import take_path
 
@@ -78,24 +76,30 @@ def test_every_op_equals_the_reference_on_integers(capability, mode, dtype, scor
     assert_matches_reference(t, cpu.kept_threshold(t.scores, 0.6, mode), mode)
 
 
-@given(
-    m=st.integers(0, 50),
-    n=st.integers(1, 60),
-    k=st.integers(1, 60),
-    dtype=st.sampled_from(DTYPES),
-    scores_dtype=st.sampled_from(DTYPES),
-    mode=st.sampled_from(MODES),
-    threshold=st.sampled_from((-9.0, -1.0, 0.0, 1.0, 2.5, 9.0, torch.inf, -torch.inf, torch.nan)),
-    capability=st.sampled_from(cpu.capabilities() or ["none"]),
-    path=st.sampled_from(("few", "fused", "slabs")),
-)
-@settings(max_examples=150, deadline=None)
-def test_odd_shapes_and_thresholds_equal_the_reference(m, n, k, dtype, scores_dtype, mode, threshold, capability, path):
-    t = integer_inputs(m, n, k, dtype, scores_dtype, seed=m + n + k)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MFT_CPU_CAPABILITY", capability)
-        take_path(patch, path)
-        assert_matches_reference(t, torch.tensor(threshold, dtype=scores_dtype), mode)
+def test_odd_shapes_and_thresholds_equal_the_reference():
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+
+    @hypothesis.given(
+        m=st.integers(0, 50),
+        n=st.integers(1, 60),
+        k=st.integers(1, 60),
+        dtype=st.sampled_from(DTYPES),
+        scores_dtype=st.sampled_from(DTYPES),
+        mode=st.sampled_from(MODES),
+        threshold=st.sampled_from((-9.0, -1.0, 0.0, 1.0, 2.5, 9.0, torch.inf, -torch.inf, torch.nan)),
+        capability=st.sampled_from(cpu.capabilities() or ["none"]),
+        path=st.sampled_from(("few", "fused", "slabs")),
+    )
+    @hypothesis.settings(max_examples=150, deadline=None)
+    def check(m, n, k, dtype, scores_dtype, mode, threshold, capability, path):
+        t = integer_inputs(m, n, k, dtype, scores_dtype, seed=m + n + k)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MFT_CPU_CAPABILITY", capability)
+            take_path(patch, path)
+            assert_matches_reference(t, torch.tensor(threshold, dtype=scores_dtype), mode)
+
+    check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

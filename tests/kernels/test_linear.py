@@ -222,6 +222,7 @@ def test_scores_are_refused_by_a_layer_that_selects_otherwise():
 
 
 def test_the_rule_is_saved_as_a_tensor_that_safetensors_takes(tmp_path):
+    pytest.importorskip("safetensors")
     from safetensors.torch import load_file, save_file
 
     layer = MaskedLinear(8, 4, keep_ratio=0.9, threshold=0.25, mode="value")
