@@ -145,7 +145,8 @@ def test_magnitude_scores_of_a_bf16_layer_select_its_largest_weights():
     linear = nn.Linear(64, 64, dtype=torch.bfloat16)
     masked = MaskedLinear.from_linear(linear, init="magnitude", keep_ratio=0.9)
     assert masked.scores.dtype == torch.float32
-    assert linear.weight.abs()[~masked.mask()].max() < linear.weight.abs()[masked.mask()].min()
+    kept = masked.mask() & (linear.weight != 0)  # zeros are kept; torch 2.11 draws some in bf16
+    assert linear.weight.abs()[~masked.mask()].max() < linear.weight.abs()[kept].min()
 
 
 def test_a_layer_of_zeros_is_kept_whole_under_magnitude_initialisation():
