@@ -1,5 +1,6 @@
 """The cpu backend gives what the reference gives, on every instruction set that this machine has."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -175,7 +176,8 @@ def test_accumulation_without_a_weight_equals_the_reference(capability, shape, d
 def test_no_op_reads_or_writes_beyond_its_tensors():
     # In a process of its own, which such an access kills.
     script = Path(__file__).parents[1] / "guarded.py"
-    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}  # the package need not be installed
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
     assert run.stdout == "within bounds\n", (run.returncode, run.stderr)
 
 
