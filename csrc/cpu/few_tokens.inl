@@ -214,9 +214,9 @@ inline void add_across(float out[4], const Floats v[4]) {
 constexpr int kUnit = 2 * kLanes;      // columns
 constexpr int kUnits = kStep / kUnit;  // in a word of the mask
 
-// Into L2. What the next rows need is always asked for ahead: in a model even the weight of a small layer has left the
-// caches when its turn comes. SmolLM2's linears took 13.1 ms a token in bf16, without it in layers below 8 MiB 16.8, and
-// in fp32 21.5 for 22.9 (Xeon with AMX, 2 threads; dense 22 and 18.1). One row at a time, or nearer, was slower.
+// Into L2. What the next rows need is asked for ahead whatever a layer's size: in a model even the weight of a small one has
+// left the caches when its turn comes. Scores always, since they are read row by row: without it a token of SmolLM2's linears
+// from fp32 scores took 2.6 dense times for 2.3 (Xeon with AMX); the weight as dot_rows() says.
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -418,10 +418,11 @@ inline const uint32_t* words_of(const FewTokens& call, int64_t row, int64_t firs
 
 // ------------------------------------------------------------------------------------------------ dot
 
-// kRows rows of the weight at each of kTokens tokens; rows from `rows` on repeat the last one, and are not stored.
+// kRows rows of the weight, `apart` from each other, at each of kTokens tokens; rows from `rows` on repeat the last one, and
+// are not stored.
 template <typename Kind, int kRows, int kTokens>
 void dot_block(const FewTokens& call, const typename Kind::Element* const* weight, const uint32_t* const* words,
-               int64_t first_row, int64_t rows, int64_t first_token, bool fetch) {
+               int64_t first_row, int64_t rows, int64_t apart, int64_t first_token, bool fetch) {
   using Element = typename Kind::Element;
   constexpr int kColumns = Kind::kPair == 2 ? kStep : kUnit;
   const int64_t whole = call.columns / kStep * kStep, left = call.columns - whole;
@@ -442,7 +443,7 @@ void dot_block(const FewTokens& call, const typename Kind::Element* const* weigh
   }
   Element padded[kRows][kStep];
   uint32_t last[kRows];
-  int64_t columns = whole, ahead = fetch ? kRows * call.columns * static_cast<int64_t>(sizeof(Element)) : 0;
+  int64_t columns = whole, ahead = fetch ? call.columns * static_cast<int64_t>(sizeof(Element)) : 0;  // the next row
   for (int pass = 0; pass < (left > 0 ? 2 : 1); ++pass) {
     if (pass == 1) {  // the last columns, with zeros behind them
       for (int r = 0; r < kRows; ++r) {
@@ -461,11 +462,7 @@ void dot_block(const FewTokens& call, const typename Kind::Element* const* weigh
       MFT_UNROLL
       for (int r = 0; r < kRows; ++r) {
         bits[r] = masks[r][j / kStep];
-        if (ahead != 0) {
-          const char* next = reinterpret_cast<const char*>(from[r] + j) + ahead;
-          prefetch(next);
-          if (sizeof(Element) == 4) prefetch(next + 64);
-        }
+        if (ahead != 0) prefetch(reinterpret_cast<const char*>(from[r] + j) + ahead);
       }
       MFT_UNROLL
       for (int u = 0; u < kStep; u += kColumns) {
@@ -486,22 +483,23 @@ void dot_block(const FewTokens& call, const typename Kind::Element* const* weigh
       add_across(y[t] + 4 * f, four);
     }
   }
-  float bias[4 * kFours] = {};
-  if (call.bias != nullptr) widen(bias, call.bias + first_row * bytes_of(call.format), call.format, rows);
-  for (int t = 0; t < kTokens; ++t) {
-    if (call.bias != nullptr) {
-      for (int i = 0; i < 4 * kFours; ++i) y[t][i] += bias[i];
+  const int64_t width = bytes_of(call.format);
+  for (int64_t r = 0; r < (rows < kRows ? rows : kRows); ++r) {  // else gcc warns of reads beyond y
+    const int64_t row = first_row + r * apart;
+    float bias = 0;
+    if (call.bias != nullptr) widen(&bias, call.bias + row * width, call.format, 1);
+    for (int t = 0; t < kTokens; ++t) {
+      const float sum = call.bias != nullptr ? y[t][r] + bias : y[t][r];  // -0 + 0 would be 0
+      narrow(call.out + ((first_token + t) * call.rows + row) * width, &sum, call.format, 1);
     }
-    char* out = call.out + ((first_token + t) * call.rows + first_row) * bytes_of(call.format);
-    narrow(out, y[t], call.format, rows < kRows ? rows : kRows);  // else gcc warns of reads beyond y
   }
 }
 
 template <typename Kind, int kRows>
 void dot_tokens(const FewTokens& call, const typename Kind::Element* const* weight, const uint32_t* const* words,
-                int64_t first_row, int64_t rows) {
+                int64_t first_row, int64_t rows, int64_t apart) {
   using Block = void (*)(const FewTokens&, const typename Kind::Element* const*, const uint32_t* const*, int64_t,
-                         int64_t, int64_t, bool);
+                         int64_t, int64_t, int64_t, bool);
   static constexpr Block kBlocks[] = {
       dot_block<Kind, kRows, 1>,
       dot_block<Kind, kRows, kDotTokens < 2 ? kDotTokens : 2>,
@@ -510,27 +508,34 @@ void dot_tokens(const FewTokens& call, const typename Kind::Element* const* weig
       dot_block<Kind, kRows, kDotTokens < 5 ? kDotTokens : 5>,
       dot_block<Kind, kRows, kDotTokens < 6 ? kDotTokens : 6>,
   };
+  constexpr bool kFetched = sizeof(typename Kind::Element) < 4;  // see dot_rows()
   const int64_t groups = (call.count + kDotTokens - 1) / kDotTokens;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = call.count * g / groups, end = call.count * (g + 1) / groups;
-    kBlocks[end - first - 1](call, weight, words, first_row, rows, first, g == 0);
+    kBlocks[end - first - 1](call, weight, words, first_row, rows, apart, first, kFetched && g == 0);
   }
 }
 
+// kRows rows at a time, each from a part of its own: the processor's prefetchers follow so many streams from page to page;
+// one stream, or rows beside each other, they lose at the end of each. SmolLM2's linears, weights cold, in dense times: one
+// token in fp32 1.05 (1.30 with rows beside each other) on 2 threads and 1.03 (1.22) on one, in bf16 0.56 (0.64) and 0.58
+// (0.73); 4 tokens 0.68 (0.86) in fp32, 0.56 (0.76) in bf16 (Xeon with AMX). To ask for the next row besides makes bf16 up
+// to a seventh faster, and fp32 slower: both ways wait for the same line buffers.
 template <typename Kind, int kRows>
 void dot_rows(const FewTokens& call, int64_t first_row, int64_t end_row, uint32_t* scratch) {
   using Element = typename Kind::Element;
-  const int64_t words_stride = (call.columns + kStep - 1) / kStep;
-  for (int64_t row = first_row; row < end_row; row += kRows) {
-    const int64_t rows = smaller(kRows, end_row - row);
+  const int64_t words_stride = (call.columns + kStep - 1) / kStep, part = (end_row - first_row + kRows - 1) / kRows;
+  for (int64_t row = first_row; row < first_row + part; ++row) {
+    const int64_t rows = (end_row - row + part - 1) / part;  // kRows, or fewer where the last parts are shorter
     const Element* weight[kRows];
     const uint32_t* words[kRows];
     for (int r = 0; r < kRows; ++r) {
+      const int64_t mine = row + r * part;
       const bool exists = r < rows;
-      weight[r] = exists ? reinterpret_cast<const Element*>(weight_row(call, row + r)) : weight[rows - 1];
-      words[r] = exists ? words_of(call, row + r, 0, call.columns, kRows, scratch + r * words_stride) : words[rows - 1];
+      weight[r] = exists ? reinterpret_cast<const Element*>(weight_row(call, mine)) : weight[rows - 1];
+      words[r] = exists ? words_of(call, mine, 0, call.columns, 1, scratch + r * words_stride) : words[rows - 1];
     }
-    dot_tokens<Kind, kRows>(call, weight, words, row, rows);
+    dot_tokens<Kind, kRows>(call, weight, words, row, rows, part);
   }
 }
 
