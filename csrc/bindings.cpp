@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -134,6 +135,43 @@ Tensor masked_linear(Tensor x, Tensor weight, std::optional<Tensor> scores, std:
                      mask_source(scores, threshold, packed, magnitude, w.rows, w.columns),
                      bias.has_value() ? bias->const_data_ptr() : nullptr, mft::path_of(path));
   return y;
+}
+
+bool asked_otherwise() {
+  for (const char* name : {"MFT_KERNELS", "MFT_AUTOTUNE"}) {
+    const char* asked = std::getenv(name);
+    if (asked != nullptr && *asked != '\0') return true;
+  }
+  return false;
+}
+
+// Dense, contiguous, and on the CPU.
+bool is_usual(const Tensor& t) {
+  int32_t layout = -1;
+  aoti_torch_get_layout(t.get(), &layout);
+  return layout == aoti_torch_layout_strided() && t.is_cpu() && t.is_contiguous();
+}
+
+bool is_taken(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
+// masked_linear from bits by a way that asks nobody: nothing where a call is not the usual one, or an environment variable
+// says how it is to be served. Then the long way serves it, or says what is wrong with it.
+std::optional<Tensor> try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, std::optional<Tensor> bias) {
+  const ScalarType type = weight.scalar_type();
+  if (asked_otherwise() || !is_taken(type) || !is_usual(weight) || weight.dim() != 2) return std::nullopt;
+  const int64_t rows = weight.size(0), columns = weight.size(1);
+  if (x.scalar_type() != type || !is_usual(x) || x.dim() < 1 || x.size(-1) != columns) return std::nullopt;
+  if (packed.scalar_type() != ScalarType::Int || !is_usual(packed) || packed.dim() != 2 || packed.size(0) != rows ||
+      packed.size(1) != (columns + 31) / 32) {
+    return std::nullopt;
+  }
+  if (bias.has_value() &&
+      (bias->scalar_type() != type || !is_usual(*bias) || bias->dim() != 1 || bias->size(0) != rows)) {
+    return std::nullopt;
+  }
+  return masked_linear(x, weight, std::nullopt, std::nullopt, packed, bias, false, "auto");
 }
 
 Tensor grad_x(Tensor grad_output, Tensor weight, std::optional<Tensor> scores, std::optional<Tensor> threshold,
@@ -340,6 +378,7 @@ STABLE_TORCH_LIBRARY(mft_cpu, m) {
   m.def(
       "masked_linear(Tensor x, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, Tensor? bias, "
       "bool magnitude, str path) -> Tensor");
+  m.def("try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias) -> Tensor?");
   m.def(
       "grad_x(Tensor grad_output, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, bool magnitude, "
       "str path) -> Tensor");
@@ -379,6 +418,7 @@ STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CompositeExplicitAutograd, m) {
+  m.impl("try_masked_linear_packed", TORCH_BOX(&try_masked_linear_packed));
   m.impl("paths", TORCH_BOX(&paths));
   m.impl("weight_bytes", TORCH_BOX(&weight_bytes));
   m.impl("path_work", TORCH_BOX(&path_work));

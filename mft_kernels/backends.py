@@ -33,6 +33,7 @@ class Backend:
     detail: str = ""  # what is running, for instance the instruction set
     automatic: Mapping[str, Callable] = field(default_factory=dict)  # what "auto" runs in place of those of ``ops``
     on_request: str | None = None  # why "auto" passes it over; None when it does not
+    short: Mapping[str, Callable] = field(default_factory=dict)  # what declines, with None, a call that is not usual
 
     def refusal(self, op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
         """Why this backend cannot serve ``op`` there; None when it can."""
@@ -52,6 +53,8 @@ _TABLE: dict[str, Backend] = {}
 _order = list(PREFERENCE)  # with the backends from outside that have a place
 _announced: set[tuple[str, str]] = set()
 _chosen: dict[tuple, Callable] = {}  # what choose() has found, since the last backend was registered
+#: The short ways of what "auto" has taken for an op and a weight's dtype, since then too.
+short_ways: dict[tuple[str, torch.dtype], Callable] = {}
 
 
 def register(backend: Backend, *, before: str | None = None) -> None:
@@ -75,6 +78,7 @@ def register(backend: Backend, *, before: str | None = None) -> None:
         _order.insert(_order.index(before), backend.name)
     _TABLE[backend.name] = backend
     _chosen.clear()
+    short_ways.clear()
 
 
 def registered(name: str) -> Backend:
@@ -125,6 +129,8 @@ def backend_report() -> dict[str, dict]:
 def _find(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], requested: str, source: str) -> Callable:
     if requested == "auto":
         backend = _automatic(op, device, dtypes)
+        if op in backend.short:
+            short_ways[op, dtypes[0]] = backend.short[op]
         return _or_faster(op, device, dtypes, backend.automatic.get(op, backend.ops[op]))
     if requested not in _names():
         raise ValueError(

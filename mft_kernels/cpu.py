@@ -195,6 +195,8 @@ def path_taken() -> tuple[str, list[str]]:
 
 
 def _rows(x: Tensor) -> Tensor:
+    if x.dim() == 2:
+        return x.contiguous()
     return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
 
 
@@ -276,6 +278,7 @@ register(
                 score_step,
             )
         },
+        short={} if unavailable else {"masked_linear_packed": torch.ops.mft_cpu.try_masked_linear_packed.default},
         unavailable=unavailable,
         detail="" if unavailable else f"C++, {torch.ops.mft_cpu.capability()}",
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .ops import accumulate_score_grad, masked_linear_packed
+from .ops import accumulate_score_grad, gradients_of_packed, masked_linear_packed
 
 Weight = Tensor | Callable[[], Tensor]  # a function makes the weight anew for each product, for instance from 4 bits
 
@@ -34,7 +34,7 @@ class _HeldLinear(torch.autograd.Function):
                 )
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = torch.ops.mft.masked_linear_packed_backward(
+            d_x = gradients_of_packed(
                 grad_output, x, _dense(weight), packed, None, None, "value", [True, False, False, False], "auto"
             )[0]
         accumulate_score_grad(grad_buffer, grad_output, x, None)

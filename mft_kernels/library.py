@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,29 @@ def define_autocast(name: str, casts: tuple[int, ...]) -> None:
         library.impl(name, autocast_for(device_type, getattr(torch._C.DispatchKey, key)), key)
 
 
+def define_autograd(name: str, implementation: Callable, setup_context: Callable, backward: Callable) -> Callable:
+    """Autograd of an op, as torch.library.register_autograd takes it.
+
+    Returns: the op for a call that nobody but autograd has to see, from implementation's arguments: 20 us sooner there
+    and again in the backward pass than by way of the dispatcher (Xeon).
+    """
+    torch.library.register_autograd(f"mft::{name}", backward, setup_context=setup_context, lib=library)
+
+    def forward(ctx, *inputs):
+        output = implementation(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    differentiable: type[torch.autograd.Function] = type(f"mft_{name}", (torch.autograd.Function,), methods)
+
+    def call(*inputs):
+        asked = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+        return (differentiable.apply if asked else implementation)(*inputs)
+
+    return call
+
+
 def define_no_double_backward(name: str) -> None:
     """Make a second derivative an error instead of a silent zero."""
 
@@ -61,7 +85,7 @@ def define_no_double_backward(name: str) -> None:
     torch.library.register_autograd(f"mft::{name}", backward, lib=library)
 
 
-def unchanged(ctx) -> tuple[Tensor | None, ...]:
+def unchanged(ctx) -> tuple[Any, ...]:
     """What a forward pass saved. Raises: RuntimeError if some of it was changed in place since."""
     try:
         return ctx.saved_tensors

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import checks, companions, library
-from .direct import is_direct
+from .direct import is_direct_but_for_autograd, is_short
 from .fixed_point import code_at_least, selectable
-from .ops import kept_threshold, pack_mask, product_of_packed
+from .ops import gradients_of_packed, kept_threshold, pack_mask, product_of_packed, short_product_of_packed
 from .scores import Scores, State, optimiser_stepped, state, still
 
 
@@ -59,14 +59,13 @@ def current_mask(
     checks.check_whole("scores", scores)
     if type(scores) is not Scores:
         return _find_mask(scores, keep_ratio, threshold, mode)
-    memo, rule = scores.memo, (keep_ratio, threshold, mode)
+    rule = keep_ratio, threshold, mode
     if _capturing(scores):
         scores.in_graph = True  # a CUDA graph replays what it captured, so the selection has to be in it
-    elif memo is not None and not anew and memo.rule == rule and still(scores, memo.state):
-        return memo.mask
+    elif not anew and (remembered := _remembered(scores, rule)) is not None:
+        return remembered
     now = state(scores)  # before the selection: what is written in it is seen later
     if now is not None and not anew and (stream := companions.stream_of(scores)) is not None:
-        memo = None  # whose memory the new mask takes
         memo = scores.memo = _find_together(scores, now, rule, stream)
         return memo.mask
     mask = _find_mask(scores, keep_ratio, threshold, mode)
@@ -86,6 +85,11 @@ def outdate(scores: Tensor | None = None) -> None:
 
 
 register_optimizer_step_post_hook(optimiser_stepped)
+
+
+def _remembered(scores: Scores, rule: Rule) -> CurrentMask | None:
+    memo = scores.memo
+    return memo.mask if memo is not None and memo.rule == rule and still(scores, memo.state) else None
 
 
 def _capturing(scores: Tensor) -> bool:
@@ -181,13 +185,18 @@ def masked_linear_by_ratio(
     2 bits a weight instead. Of any other tensor's they are found in each. int16 scores (see fixed_point.py) get no
     gradient.
     """
+    if backend == "auto" and type(scores) is Scores and is_short(x, weight, scores, bias):
+        mask = _remembered(scores, (keep_ratio, threshold, mode))
+        y = None if mask is None else short_product_of_packed(x, weight, mask.packed, bias)
+        if y is not None:
+            return y
     checks.check_mode(mode)
     checks.check_linear(x, weight, bias)
     checks.check_scores(selectable(scores), weight)
     checks.check_keep_ratio(keep_ratio)
     checks.check_fixed_threshold(threshold)
-    if is_direct(x, weight, scores, bias):
-        return _forward(x, weight, scores, bias, keep_ratio, threshold, mode, backend)
+    if is_direct_but_for_autograd(x, weight, scores, bias):
+        return _differentiable(x, weight, scores, bias, keep_ratio, threshold, mode, backend)
     checks.check_transforms("masked_linear_by_ratio", x, weight, scores, bias)
     return torch.ops.mft.masked_linear_by_ratio(x, weight, scores, bias, keep_ratio, threshold, mode, backend)
 
@@ -204,9 +213,7 @@ def _backward(grad_output, x, weight, scores, keep_ratio, threshold, mode, outpu
 
 def _backward_of(mask, grad_output, x, weight, scores, mode, output_mask, backend):
     sign = Tensor.detach(scores) if scores.is_floating_point() else None  # int16 scores have no gradient
-    return torch.ops.mft.masked_linear_packed_backward(
-        grad_output, x, weight, mask.packed, sign, mask.signs, mode, output_mask, backend
-    )
+    return gradients_of_packed(grad_output, x, weight, mask.packed, sign, mask.signs, mode, output_mask, backend)
 
 
 library.define(
@@ -248,6 +255,6 @@ def _differentiate(ctx, grad_output):
     return *[g if wanted else None for g, wanted in zip(grads, wants)], None, None, None, None
 
 
-torch.library.register_autograd("mft::masked_linear_by_ratio", _differentiate, setup_context=_save, lib=library.library)
+_differentiable = library.define_autograd("masked_linear_by_ratio", _forward, _save, _differentiate)
 library.define_no_double_backward("masked_linear_by_ratio_backward")
 library.define_autocast("masked_linear_by_ratio", casts=(0, 1, 3))

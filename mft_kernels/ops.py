@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import choose
+from .backends import choose, short_ways
 from .checks import (
     NonFiniteScores,
     check_device,
@@ -24,17 +24,18 @@ from .checks import (
     check_transforms,
     check_whole,
 )
-from .direct import is_direct
+from .direct import is_direct, is_direct_but_for_autograd, is_short
 from .fixed_point import selectable
 from .library import (
     define,
     define_autocast,
+    define_autograd,
     define_no_double_backward,
     gradient_shapes,
     increment_version,
-    library,
     unchanged,
 )
+from .reference import Gradients
 
 # ---------------------------------------------------------------------------------------------- what users call
 
@@ -70,8 +71,8 @@ def masked_linear(
     check_scores(scores, weight)
     check_threshold(threshold, scores)
     threshold = threshold.to(scores.dtype)
-    if is_direct(x, weight, scores, threshold, bias):
-        return _masked_linear(x, weight, scores, threshold, bias, mode, backend)
+    if is_direct_but_for_autograd(x, weight, scores, threshold, bias):
+        return _differentiable(x, weight, scores, threshold, bias, mode, backend)
     check_transforms("masked_linear", x, weight, scores, bias)
     return torch.ops.mft.masked_linear(x, weight, scores, threshold, bias, mode, backend)
 
@@ -86,13 +87,23 @@ def masked_linear_packed(
     Args: x (..., K); weight (N, K); packed int32 (N, ceil(K / 32)); bias (N,).
     Returns: (..., N) in x's dtype.
     """
+    if backend == "auto" and is_short(x, weight, packed, bias):
+        y = short_product_of_packed(x, weight, packed, bias)
+        if y is not None:
+            return y
     check_linear(x, weight, bias)
     check_packed("packed", packed, weight.shape)
     check_device("packed", packed, "weight", weight)
-    if is_direct(x, weight, packed, bias):
-        return product_of_packed(x, weight, packed, bias, backend)
+    if is_direct_but_for_autograd(x, weight, packed, bias):
+        return _differentiable_packed(x, weight, packed, bias, backend)
     check_transforms("masked_linear_packed", x, weight, bias)
     return torch.ops.mft.masked_linear_packed(x, weight, packed, bias, backend)
+
+
+def short_product_of_packed(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor | None:
+    """masked_linear_packed by the short way of what "auto" takes, which checks for itself; None where there is none."""
+    way = short_ways.get(("masked_linear_packed", weight.dtype))
+    return None if way is None else way(x, weight, packed, bias)
 
 
 def product_of_packed(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, backend: str) -> Tensor:
@@ -131,8 +142,7 @@ def accumulate_score_grad(
             given = "scores" if scores is not None else "signs"
             raise ValueError(f"{given} must be None where weight is (score_step applies sign and weight), got a tensor")
         check_product(out, grad_output, x)
-        with torch.no_grad():
-            torch.ops.mft.accumulate_score_grad(out, grad_output, x, None, None, None, mode, backend)
+        _run_accumulate_score_grad(out, grad_output, x, None, None, None, mode, backend)
         return out
     check_linear(x, weight, None)
     check_tensor("out", out)
@@ -146,8 +156,7 @@ def accumulate_score_grad(
     if signs is not None:
         check_packed("signs", signs, weight.shape)
         check_device("signs", signs, "weight", weight)
-    with torch.no_grad():
-        torch.ops.mft.accumulate_score_grad(out, grad_output, x, weight, scores, signs, mode, backend)
+    _run_accumulate_score_grad(out, grad_output, x, weight, scores, signs, mode, backend)
     return out
 
 
@@ -202,6 +211,23 @@ def unpack_mask(packed: Tensor, shape: tuple[int, int] | torch.Size) -> Tensor:
     return torch.ops.mft.unpack_mask(packed, list(shape))
 
 
+def gradients_of_packed(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    scores: Tensor | None,
+    signs: Tensor | None,
+    mode: str,
+    output_mask: list[bool],
+    backend: str,
+) -> Gradients:
+    """d_x, d_weight, d_scores and d_bias of masked_linear_packed, for use in a backward pass: unchecked."""
+    direct = is_direct(grad_output, x, weight, packed, scores, signs)
+    run = _gradients_of_packed if direct else torch.ops.mft.masked_linear_packed_backward
+    return run(grad_output, x, weight, packed, scores, signs, mode, output_mask, backend)
+
+
 # ---------------------------------------------------------------------------------------------- their definition
 
 
@@ -216,6 +242,24 @@ def _fake_packed(scores):
 def _masked_linear(x, weight, scores, threshold, bias, mode, backend):
     run = choose("masked_linear", x.device, (weight.dtype, scores.dtype), backend)
     return run(x, weight, scores, threshold, bias, mode)
+
+
+def _gradients(grad_output, x, weight, scores, threshold, mode, output_mask, backend):
+    run = choose("masked_linear_backward", weight.device, (weight.dtype, scores.dtype), backend)
+    return run(grad_output, x, weight, scores, threshold, mode, output_mask)
+
+
+def _gradients_of_packed(grad_output, x, weight, packed, scores, signs, mode, output_mask, backend):
+    dtypes = (weight.dtype,) if scores is None else (weight.dtype, scores.dtype)
+    run = choose("masked_linear_packed_backward", weight.device, dtypes, backend)
+    return run(grad_output, x, weight, packed, scores, signs, mode, output_mask)
+
+
+@torch.no_grad()
+def _run_accumulate_score_grad(out, grad_output, x, weight, scores, signs, mode, backend):
+    direct = is_direct(out, grad_output, x, weight, scores, signs)
+    run = _accumulate_score_grad if direct else torch.ops.mft.accumulate_score_grad
+    run(out, grad_output, x, weight, scores, signs, mode, backend)
 
 
 def _accumulate_score_grad(out, grad_output, x, weight, scores, signs, mode, backend):
@@ -248,9 +292,7 @@ define(
     lambda grad_output, x, weight, scores, threshold, mode, output_mask, backend: gradient_shapes(
         output_mask, grad_output, (*grad_output.shape[:-1], weight.shape[1]), weight, scores.dtype
     ),
-    lambda grad_output, x, weight, scores, threshold, mode, output_mask, backend: choose(
-        "masked_linear_backward", weight.device, (weight.dtype, scores.dtype), backend
-    )(grad_output, x, weight, scores, threshold, mode, output_mask),
+    _gradients,
 )
 
 define(
@@ -269,12 +311,7 @@ define(
         weight,
         torch.float32 if scores is None else scores.dtype,
     ),
-    lambda grad_output, x, weight, packed, scores, signs, mode, output_mask, backend: choose(
-        "masked_linear_packed_backward",
-        weight.device,
-        (weight.dtype,) if scores is None else (weight.dtype, scores.dtype),
-        backend,
-    )(grad_output, x, weight, packed, scores, signs, mode, output_mask),
+    _gradients_of_packed,
 )
 
 # "mask_mode": the functionalisation of mutating ops (torch 2.13) trips over an argument called "mode".
@@ -322,16 +359,10 @@ def _masked_linear_backward(ctx, grad_output):
     x, weight, scores, threshold = unchanged(ctx)
     wants = ctx.needs_input_grad
     output_mask = [wants[0], wants[1], wants[2], wants[4]]
-    d_x, d_weight, d_scores, d_bias = torch.ops.mft.masked_linear_backward(
-        grad_output,
-        grad_output if x is None else x,  # x is not read unless d_weight or d_scores is wanted
-        weight,
-        scores,
-        threshold,
-        ctx.mode,
-        output_mask,
-        ctx.backend,
-    )
+    x = grad_output if x is None else x  # not read unless d_weight or d_scores is wanted
+    direct = is_direct(grad_output, x, weight, scores, threshold)
+    run = _gradients if direct else torch.ops.mft.masked_linear_backward
+    d_x, d_weight, d_scores, d_bias = run(grad_output, x, weight, scores, threshold, ctx.mode, output_mask, ctx.backend)
     grads = [g if wanted else None for g, wanted in zip((d_x, d_weight, d_scores, d_bias), output_mask)]
     return grads[0], grads[1], grads[2], None, grads[3], None, None
 
@@ -346,20 +377,15 @@ def _masked_linear_packed_backward(ctx, grad_output):
     wants = ctx.needs_input_grad
     output_mask = [wants[0], wants[1], False, wants[3]]
     x = grad_output if x is None else x
-    d_x, d_weight, _, d_bias = torch.ops.mft.masked_linear_packed_backward(
+    d_x, d_weight, _, d_bias = gradients_of_packed(
         grad_output, x, weight, packed, None, None, "value", output_mask, ctx.backend
     )
     return d_x if wants[0] else None, d_weight if wants[1] else None, None, d_bias if wants[3] else None, None
 
 
-torch.library.register_autograd(
-    "mft::masked_linear", _masked_linear_backward, setup_context=_save_for_masked_linear, lib=library
-)
-torch.library.register_autograd(
-    "mft::masked_linear_packed",
-    _masked_linear_packed_backward,
-    setup_context=_save_for_masked_linear_packed,
-    lib=library,
+_differentiable = define_autograd("masked_linear", _masked_linear, _save_for_masked_linear, _masked_linear_backward)
+_differentiable_packed = define_autograd(
+    "masked_linear_packed", product_of_packed, _save_for_masked_linear_packed, _masked_linear_packed_backward
 )
 define_no_double_backward("masked_linear_backward")
 define_no_double_backward("masked_linear_packed_backward")

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, _foreach_supported_types
 
+from .direct import plain_types
 from .library import increment_version
 
 logger = logging.getLogger("mft_kernels")
@@ -123,6 +124,7 @@ for _name in _ALIASING_PROPERTIES:
 
 # By exact type, so that optimisers treat scores as they treat any parameter; torch enters DTensor in the same way.
 _foreach_supported_types.append(Scores)  # type: ignore[arg-type]
+plain_types.add(Scores)
 
 
 def watch(parameter: Tensor) -> None:
