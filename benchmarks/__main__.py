@@ -10,6 +10,7 @@ from . import (
     bench_cpu,
     bench_demo,
     bench_generate,
+    bench_launch,
     bench_many_masks,
     bench_memory,
     bench_ops,
@@ -19,7 +20,7 @@ from . import (
     bench_train_step,
     pooled,
 )
-from .harness import RESULTS, ROOT, THREADS, environment, write_results_to
+from .harness import RESULTS, ROOT, THREADS, environment, threads_of, write_results_to
 from .plots import draw_ops, draw_scaling, draw_train_step
 
 # question: how it is answered, given whether to be quick
@@ -28,6 +29,7 @@ QUESTIONS: dict[str, Callable[[bool], None]] = {
     "cpu": bench_cpu.main,
     "paths": bench_paths.main,
     "generate": bench_generate.main,
+    "launch": bench_launch.main,
     "train_step": bench_train_step.main,
     "scaling": bench_scaling.main,
     "memory": lambda quick: bench_memory.main(),
@@ -40,6 +42,7 @@ POOLED: dict[str, Callable[[Path], None]] = {
     "ops": draw_ops,
     "cpu": bench_cpu.conclude,
     "generate": bench_generate.conclude,
+    "launch": bench_launch.conclude,
     "train_step": draw_train_step,
     "scaling": draw_scaling,
 }
@@ -65,8 +68,10 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     print("\n".join(f"{key}: {value}" for key, value in environment().items()))
     for question in asked.questions or (POOLED if asked.quick else QUESTIONS):
+        threads = threads_of(question, asked.threads)
+        torch.set_num_threads(threads)
         if question in POOLED and not (asked.quick or asked.alone):
-            POOLED[question](pooled.answer(question, folder, asked.threads))
+            POOLED[question](pooled.answer(question, folder, threads))
         else:
             QUESTIONS[question](asked.quick)
     print(f"\nwritten to {folder}")

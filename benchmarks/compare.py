@@ -22,11 +22,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .harness import THREADS, Spread, environment, instruction_set
+from .harness import Spread, environment, instruction_set, threads_of
 from .records import RESULTS, ROOT, Record, by_question, instruction_sets, is_record, read_all, read_records
 
 WORSE = 1.05  # times the median of REF, at most
 REMEDY = "Measure REF here: python -m benchmarks --out FOLDER in a checkout of it; then compare with FOLDER."
+TIMES = ("ms", "us", "tokens/s")
 SAME = ("device", "threads", "backend", "torch_instruction_set", "torch")  # else numbers may differ for that alone
 
 
@@ -213,16 +214,21 @@ def _judge(
 
 def _warn(before: Mapping[str, Record]) -> None:
     """Before an hour is spent on measuring."""
-    here = {**environment(), "threads": THREADS}
-    if others := {difference for record in before.values() for difference in differences(record["environment"], here)}:
+    here = environment()
+    others = {
+        difference
+        for question, record in before.items()
+        for difference in differences(record["environment"], here | {"threads": threads_of(question)})
+    }
+    if others:
         print(f"REF was not measured on this machine ({'; '.join(sorted(others))}): there will be no verdict. {REMEDY}")
 
 
 def _show_times(before: Record, now: Record) -> None:
-    old = {f["quantity"]: f["measured"]["median"] for f in before["findings"] if f["unit"] in ("ms", "tokens/s")}
+    old = {f["quantity"]: f["measured"]["median"] for f in before["findings"] if f["unit"] in TIMES}
     for finding in now["findings"]:
         name = finding["quantity"]
-        if name in old and finding["unit"] in ("ms", "tokens/s"):
+        if name in old and finding["unit"] in TIMES:
             print(
                 f"  (for information) {name}: {old[name]:.4g} -> {finding['measured']['median']:.4g} {finding['unit']}"
             )

@@ -22,6 +22,7 @@ from mft_kernels.timing import Samples
 from .records import RESULTS, ROOT, file_name
 
 THREADS = 2
+ONE_THREAD = frozenset({"launch"})  # questions about the host, not about how threads wait for each other
 _folder = RESULTS  # where report() writes; see write_results_to
 
 
@@ -111,6 +112,11 @@ def environment() -> dict[str, str | int | bool]:
         "commit": git("rev-parse", "HEAD") or "unknown",
         "tree_is_dirty": "unknown" if changes is None else bool(changes),
     }
+
+
+def threads_of(question: str, asked: int = THREADS) -> int:
+    """How many answer a question."""
+    return 1 if question in ONE_THREAD else asked
 
 
 def instruction_set() -> str:

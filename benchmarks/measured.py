@@ -119,6 +119,21 @@ def generate_table(records: Records) -> str:
     return markdown(["tokens/s", *(f"{machine(records[name])}, {dtype}" for name, dtype in columns)], rows)
 
 
+def launch_table(records: Records) -> str:
+    """Of `launch`: us a call of nn.Linear, and of ours above that; a column a machine and dtype."""
+    columns: dict[tuple[str, str], dict[str, str]] = {}
+    for name, record in records.items():
+        for row in record["calls"]:
+            label, shown = f"{row['situation']}: {row['competitor']}", _three(row["us"]["median"])
+            if row["above"] is not None:
+                label, shown = f"{label} - nn.Linear", _beside_asked(row["above"]["median"], row["target"])
+            columns.setdefault((name, row["dtype"]), {})[label] = shown
+    labels = dict.fromkeys(label for column in columns.values() for label in column)
+    heads = [f"{machine(records[name])}, {dtype}" for name, dtype in columns]
+    rows = [[label, *(column.get(label, "") for column in columns.values())] for label in labels]
+    return markdown(["us (asked)", *heads], rows)
+
+
 def demo_table(records: Records) -> str:
     """Of `demo`: seconds, and the share of products, attention and optimiser; a row a machine."""
     rows = []
@@ -134,6 +149,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Records], str]]] = {
     "cpu": ("cpu", cpu_table),
     "shares": ("cpu", shares_table),
     "generate": ("generate", generate_table),
+    "launch": ("launch", launch_table),
     "step": ("ops", step_table),
     "once": ("ops", once_table),
     "train_step": ("train_step", train_step_table),
@@ -187,6 +203,13 @@ def _measured_and_asked(case: Record | None) -> str:
     if asked is None:
         return shown
     return f"{shown} ({asked:.2f})" if case["ratio"]["median"] <= asked else f"**{shown}** ({asked:.2f})"
+
+
+def _beside_asked(us: float, asked: float | None) -> str:
+    """Bold where it was missed."""
+    if asked is None:
+        return _three(us)
+    return f"{_three(us)} ({asked:g})" if us <= asked else f"**{_three(us)}** ({asked:g})"
 
 
 def _three(value: float | None) -> str:

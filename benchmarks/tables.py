@@ -142,6 +142,26 @@ def generate_tables(record: Record) -> list[str]:
     return [markdown(["tokens/s [quartiles]", *dtypes], lines)]
 
 
+def launch_tables(record: Record) -> list[str]:
+    """A table a dtype: microseconds a call, above nn.Linear's, and whether that is what was asked."""
+    parts = []
+    for dtype in dict.fromkeys(row["dtype"] for row in record["calls"]):
+        rows = []
+        for row in (row for row in record["calls"] if row["dtype"] == dtype):
+            above, target = row["above"], row["target"]
+            rows.append(
+                [
+                    f"{row['situation']}: {row['competitor']}",
+                    _with_quartiles(row["us"]),
+                    "" if above is None else _with_quartiles(above),
+                    "" if target is None else f"{target:g}",
+                    "" if target is None else "met" if above["median"] <= target else "NOT MET",
+                ]
+            )
+        parts.append(markdown([f"us, {dtype}", "a call [quartiles]", "above nn.Linear's", "at most", ""], rows))
+    return parts
+
+
 def case_name(case: Record) -> str:
     """A case of `cpu` in words."""
     thread = ", 1 thread" if case["threads"] == 1 else ""
@@ -165,6 +185,7 @@ TABLES: dict[str, Callable[[Record], list[str]]] = {
     "scaling": scaling_tables,
     "cpu": cpu_tables,
     "generate": generate_tables,
+    "launch": launch_tables,
     "mask_variants": mask_variants_tables,
     "many_masks": many_masks_tables,
 }
@@ -180,8 +201,9 @@ def origin(record: Record) -> str:
     """Where a record was measured."""
     where = record["environment"]
     dirty = " and changes" if where["tree_is_dirty"] else ""
+    threads = "1 thread" if where["threads"] == 1 else f"{where['threads']} threads"
     return (
-        f"{record['title']}. {where['device']}, {where['threads']} threads, torch {where['torch']}, "
+        f"{record['title']}. {where['device']}, {threads}, torch {where['torch']}, "
         f"{where['backend']}, commit {where['commit'][:10]}{dirty}, {where['date'][:10]}."
     )
 

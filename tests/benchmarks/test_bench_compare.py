@@ -163,6 +163,18 @@ def test_another_machine_is_said_before_anything_is_measured_and_nothing_is_aske
     assert "asked again" not in capsys.readouterr().out
 
 
+def test_a_question_that_one_thread_answers_is_of_this_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness.torch, "get_num_threads", lambda: 8)
+    own = harness.environment()
+    answers = {"launch": record(**own | {"threads": 1}), "ops": record(**own | {"threads": harness.THREADS})}
+    for question, answer in answers.items():
+        write(tmp_path / "old", answer, question)
+    monkeypatch.setattr(compare, "_answers", lambda questions, *, quick: {q: answers[q] for q in questions})
+    assert run_compare(monkeypatch, tmp_path / "old") == 0
+    assert "REF was not measured on this machine" not in capsys.readouterr().out
+    assert [harness.threads_of(question, 4) for question in ("launch", "ops")] == [1, 4]
+
+
 def test_a_ref_is_a_commit_whose_results_are_read(tmp_path, monkeypatch):
     def git(*arguments):
         named = ["-c", "user.name=a", "-c", "user.email=a@b"]

@@ -6,12 +6,13 @@ import re
 import pytest
 import torch
 
-from benchmarks import bench_cpu, bench_generate, harness, measured, plots
+from benchmarks import bench_cpu, bench_generate, bench_launch, harness, measured, plots
+from benchmarks.compare import ratios
 from benchmarks.cpu_targets import AMX, AVX512_BF16, COLUMNS, FP32, TARGETS, bound, column
 from benchmarks.layer_competitors import FROM_SCORES, HELD
 from benchmarks.pooled import pooled
 from benchmarks.records import ON_ANY, RESULTS, by_machine, by_question, file_name, instruction_sets, machine, read_all
-from benchmarks.tables import cpu_tables, generate_tables
+from benchmarks.tables import cpu_tables, generate_tables, launch_tables
 from mft.memory.shapes import known_config
 
 SMALL = bench_cpu.Budget(
@@ -83,6 +84,12 @@ def test_the_page_shows_what_is_stored():
 def test_a_page_without_a_table_is_refused():
     with pytest.raises(ValueError, match="measured.md must hold <!-- cpu --> and <!-- /cpu --> once"):
         measured.written("")
+
+
+def test_the_page_says_how_a_question_is_answered_that_no_machine_has(tmp_path):
+    page = measured.written(measured.DOCUMENT.read_text(), tmp_path)
+    for question in ("cpu", "launch"):
+        assert f"No machine has answered this yet: `make bench WHAT={question}`" in page
 
 
 # ---------------------------------------------------------------------------------------------- the question cpu
@@ -177,3 +184,57 @@ def test_a_masked_model_generates_the_tokens_of_its_mask():
 
 def test_a_picture_is_named_as_its_record():
     assert plots.picture_of(RESULTS / "ops-cpu-amx.json") == RESULTS / "ops-amx.png"
+
+
+# ---------------------------------------------------------------------------------------------- the question launch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_launch_calls_is_one_masked_layer_that_learns(dtype):
+    made = bench_launch.layers(dtype)
+    masked, held = made[bench_launch.LAYER], made[bench_launch.HELD_LAYER]
+    x = torch.randn(1, bench_launch.SIDE, dtype=dtype)
+    expected = masked.merge()(x)
+    for name in bench_launch.OURS:
+        torch.testing.assert_close(made[name](x), expected)
+    assert not torch.equal(made[bench_launch.DENSE_LAYER](x), expected)
+
+    budget = bench_launch.Budget(rounds=1, calls=1)
+    bench_launch.time_calls(made, dtype, bench_launch.GRAD, budget)
+    assert masked.scores.grad is None
+    bench_launch.time_calls(made, dtype, bench_launch.STEP, budget)
+    assert masked.scores.grad.any()
+    assert held._held[1].any()
+
+
+def test_launch_tells_ours_above_nn_linear_in_every_situation(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "_folder", tmp_path)
+    goals = {"without grad": 1e6, "under inference_mode": 1e6, "with grad": -1e6, "forward + backward": None}
+    assert goals.keys() == bench_launch.GOALS.keys() == bench_launch.MODES.keys()
+    monkeypatch.setattr(bench_launch, "GOALS", goals)
+    bench_launch.main(budget=bench_launch.Budget(rounds=2, calls=1))
+    records = by_machine(tmp_path, "launch")
+    (record,) = records.values()
+    assert record["environment"]["threads"] == 1
+    assert len(record["calls"]) == 2 * 4 * 4
+    assert len(ratios(record)) == 2 * 4 * 3
+    assert pooled([record, record])["calls"][1] == record["calls"][1] | {"rounds": 4}
+
+    bf16, fp32 = launch_tables(record)
+    assert bf16.count("| met |") == fp32.count("| met |") == 2 * 3
+    assert fp32.count("| NOT MET |") == 3
+    table = measured.launch_table(records)
+    assert re.search(r"\| without grad: MaskedLinear - nn.Linear \| -?[\d.e+,]+ \(1e\+06\) \|", table)
+    assert re.search(r"\| with grad: MaskedLinear, held - nn.Linear \| \*\*-?[\d.e+,]+\*\* \(-1e\+06\) \|", table)
+    assert table.count("\n") == 1 + 4 * 4
+
+
+def test_times_of_launch_are_taken_round_by_round():
+    samples = {"nn.Linear": [0.001, 0.004, 0.002], "MaskedLinear": [0.021, 0.025, 0.020]}
+    dense, ours = bench_launch.rows_of("fp32", bench_launch.GRAD, samples)
+    assert dense["above"] is None
+    assert dense["us"]["median"] == pytest.approx(2.0)
+    assert ours["above"]["median"] == pytest.approx(20.0)  # of 20, 21 and 18; the medians differ by 19
+    _, above, ratio = bench_launch.findings_of(ours, samples)
+    assert above.row() == ("MaskedLinear - nn.Linear: with grad, fp32", "20.0 [19.0, 20.5] us", "at most 35", "met")
+    assert (ratio.quantity, ratio.measured.median) == ("ours, MaskedLinear / nn.Linear: with grad, fp32", 10.0)
