@@ -36,7 +36,7 @@ def is_direct(*tensors: Tensor | None) -> bool:
     Others who may have to: autograd, autocast, a compiler or tracer, modes and subclasses, torch.func, forward mode,
     and the profiler, which names the op (and so measures its way too).
     """
-    return is_direct_but_for_autograd(*tensors) and not _asks_gradient(tensors)
+    return is_direct_but_for_autograd(*tensors) and not (torch.is_grad_enabled() and _any_requires_grad(*tensors))
 
 
 def is_direct_but_for_autograd(*tensors: Tensor | None) -> bool:
@@ -51,7 +51,9 @@ def is_direct_but_for_autograd(*tensors: Tensor | None) -> bool:
 
 def is_short(*tensors: Tensor | None) -> bool:
     """Whether the call may go a short way: is_direct, but for what a tensor's keys say, whom the dispatcher asks."""
-    return not _is_watched() and plain_types.issuperset(map(type, tensors)) and not _asks_gradient(tensors)
+    if _is_watched() or (torch.is_grad_enabled() and _any_requires_grad(*tensors)):
+        return False
+    return plain_types.issuperset(map(type, tensors))
 
 
 def _is_watched() -> bool:
@@ -65,10 +67,6 @@ def _is_watched() -> bool:
         or _get_tracing_state() is not None
         or _profiler_enabled()
     )
-
-
-def _asks_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
-    return torch.is_grad_enabled() and _any_requires_grad(*tensors)
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -55,7 +55,9 @@ def masked_linear_held(
         grad_buffer: (N, K) contiguous, fp32 or a 16-bit float; None: nothing is accumulated.
     Returns: (..., N) in x's dtype.
     """
-    if grad_buffer is None or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
+        return masked_linear_packed(x, _dense(weight), packed, bias)
+    if grad_buffer is None:
         # Detached, so that the packed op's own backward makes d_x alone.
         return masked_linear_packed(x, _detached(_dense(weight)), packed, None if bias is None else _detached(bias))
     anchor = torch.empty(0, device=x.device, requires_grad=True)  # x itself may ask for no gradient
