@@ -137,12 +137,10 @@ Tensor masked_linear(Tensor x, Tensor weight, std::optional<Tensor> scores, std:
   return y;
 }
 
-bool asked_otherwise() {
-  for (const char* name : {"MFT_KERNELS", "MFT_AUTOTUNE"}) {
-    const char* asked = std::getenv(name);
-    if (asked != nullptr && *asked != '\0') return true;
-  }
-  return false;
+// Whether an environment variable is set, and to something else than what it means unset.
+bool asks(const char* variable, const char* unset) {
+  const char* value = std::getenv(variable);
+  return value != nullptr && *value != '\0' && std::strcmp(value, unset) != 0;
 }
 
 // Dense, contiguous, and on the CPU.
@@ -160,7 +158,7 @@ bool is_taken(ScalarType type) {
 // says how it is to be served. Then the long way serves it, or says what is wrong with it.
 std::optional<Tensor> try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, std::optional<Tensor> bias) {
   const ScalarType type = weight.scalar_type();
-  if (asked_otherwise() || !is_taken(type) || !is_usual(weight) || weight.dim() != 2) return std::nullopt;
+  if (asks("MFT_KERNELS", "auto") || asks("MFT_AUTOTUNE", "0") || !is_taken(type) || !is_usual(weight) || weight.dim() != 2) return std::nullopt;
   const int64_t rows = weight.size(0), columns = weight.size(1);
   if (x.scalar_type() != type || !is_usual(x) || x.dim() < 1 || x.size(-1) != columns) return std::nullopt;
   if (packed.scalar_type() != ScalarType::Int || !is_usual(packed) || packed.dim() != 2 || packed.size(0) != rows ||

@@ -84,13 +84,16 @@ def test_what_is_not_usual_is_served_or_refused_as_by_the_backend_asked_for_by_n
     assert outcome(call) == outcome(call, backend="cpu")
 
 
-@pytest.mark.parametrize(("variable", "value"), [("MFT_KERNELS", "reference"), ("MFT_AUTOTUNE", "1")])
-def test_the_short_way_leaves_a_call_to_those_whom_the_environment_names(usual, monkeypatch, variable, value):
+@pytest.mark.parametrize(
+    ("variable", "value", "unset"), [("MFT_KERNELS", "reference", "auto"), ("MFT_AUTOTUNE", "1", "0")]
+)
+def test_the_short_way_leaves_a_call_to_those_whom_the_environment_names(usual, monkeypatch, variable, value, unset):
     assert by_short_way(usual) is not None
     monkeypatch.setenv(variable, value)
     assert by_short_way(usual) is None
-    monkeypatch.setenv(variable, "")
-    assert by_short_way(usual) is not None
+    for nothing in ("", unset):
+        monkeypatch.setenv(variable, nothing)
+        assert by_short_way(usual) is not None
 
 
 def test_a_backend_that_auto_asks_first_has_no_short_way_past_it(usual, monkeypatch):
