@@ -142,7 +142,7 @@ def accumulate_score_grad(
             given = "scores" if scores is not None else "signs"
             raise ValueError(f"{given} must be None where weight is (score_step applies sign and weight), got a tensor")
         check_product(out, grad_output, x)
-        _run_accumulate_score_grad(out, grad_output, x, None, None, None, mode, backend)
+        _add_score_grad(out, grad_output, x, None, None, None, mode, backend)
         return out
     check_linear(x, weight, None)
     check_tensor("out", out)
@@ -156,7 +156,7 @@ def accumulate_score_grad(
     if signs is not None:
         check_packed("signs", signs, weight.shape)
         check_device("signs", signs, "weight", weight)
-    _run_accumulate_score_grad(out, grad_output, x, weight, scores, signs, mode, backend)
+    _add_score_grad(out, grad_output, x, weight, scores, signs, mode, backend)
     return out
 
 
@@ -256,7 +256,7 @@ def _gradients_of_packed(grad_output, x, weight, packed, scores, signs, mode, ou
 
 
 @torch.no_grad()
-def _run_accumulate_score_grad(out, grad_output, x, weight, scores, signs, mode, backend):
+def _add_score_grad(out, grad_output, x, weight, scores, signs, mode, backend):
     direct = is_direct(out, grad_output, x, weight, scores, signs)
     run = _accumulate_score_grad if direct else torch.ops.mft.accumulate_score_grad
     run(out, grad_output, x, weight, scores, signs, mode, backend)
