@@ -11,6 +11,8 @@ namespace mft {
 namespace {
 
 constexpr int64_t kSumBytes = 4 << 20;  // of the sums of d_x, a thread
+constexpr int64_t kFarBlock = 512;      // rows of the weight, of which kFarRows are read at once,
+constexpr int64_t kFarTurns = 16;       // and in how many such turns they are summed before they are stored
 
 // Prefetches part of a row of the weight, and of its scores.
 void prefetch_row(const Matrix& weight, const MaskSource& mask, int64_t row, int64_t column, int64_t columns) {
@@ -56,6 +58,46 @@ void multiply_narrow(const Gemm& gemm, const Matrix& y, const Matrix& weight, co
   });
 }
 
+// The forward of few tokens: a thread reads rows of the weight that lie far apart at once, since memory gives more through
+// several streams than through one.
+void multiply_few(const Gemm& gemm, const Matrix& y, const Matrix& weight, const MaskSource& mask, const void* bias,
+                  const uint32_t* panels, int64_t panel_size) {
+  const Cut rows(weight.rows, kFarBlock, kFarRows);
+  const int64_t sum_stride = round_up(y.rows, 16), row_stride = kFarTurns * sum_stride;
+  const Buffer<float> all_sums(num_threads() * kFarRows * row_stride);
+  for_workers(rows.blocks, [&](int64_t worker, const auto& next) {
+    float* sums = all_sums.get() + worker * kFarRows * row_stride;
+    const Session session(gemm);
+    for (int64_t task; (task = next()) < rows.blocks;) {
+      const int64_t first = rows.begin(task), count = rows.end(task) - first, apart = divide_up(count, kFarRows);
+      for (int64_t begin = 0; begin < apart; begin += kFarTurns) {
+        const int64_t turns = std::min(kFarTurns, apart - begin);
+        for (int64_t turn = 0; turn < turns; ++turn) {
+          const void* from[kFarRows];
+          MaskRow masks[kFarRows];
+          for (int64_t i = 0; i < kFarRows; ++i) {  // beyond the last row any other will do
+            const int64_t row = first + std::min(i * apart + begin + turn, count - 1);
+            from[i] = at(weight, row);
+            masks[i] = mask.row(row, 0);
+          }
+          for (int64_t token = 0; token < y.rows; token += kFarTokens) {
+            gemm.multiply_far_rows(sums + turn * sum_stride + token, row_stride, from, masks, mask.score_format,
+                                   panels + token / kTileColumns * panel_size, panel_size, weight.columns,
+                                   std::min(kFarTokens, y.rows - token));
+          }
+        }
+        for (int64_t i = 0; i < kFarRows && i * apart + begin < count; ++i) {
+          const int64_t row = i * apart + begin;
+          gemm.store_transposed(at(y, 0, first + row), y.row_stride, sums + i * row_stride, sum_stride,
+                                std::min(turns, count - row), y.rows,
+                                bias != nullptr ? static_cast<const char*>(bias) + (first + row) * bytes_of(y.format)
+                                                : nullptr);
+        }
+      }
+    }
+  });
+}
+
 }  // namespace
 
 // y.T tile = masked weight @ x.T: the weight's rows are rows of A as they lie in memory, and x.T is packed once.
@@ -63,11 +105,13 @@ void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, con
                          const MaskSource& mask, const void* bias) {
   const int64_t tokens = x.rows, token_tiles = divide_up(tokens, kTileColumns);
   const Depth depth{x.columns, gemm.per_group};
+  const bool few = gemm.multiply_far_rows != nullptr && tokens <= kMostFarTokens;
   const auto panel_size = [&](int64_t block) { return depth.packed_groups(block) * kTileColumns; };
-  const Buffer<uint32_t> panels(((depth.blocks() - 1) * kDepth * kTileColumns + panel_size(depth.blocks() - 1)) *
-                                token_tiles);
-  const auto panel_at = [&](int64_t block, int64_t tile) {
-    return panels.get() + block * token_tiles * kDepth * kTileColumns + tile * panel_size(block);
+  const int64_t last = depth.blocks() - 1, whole = last * kDepth * kTileColumns + panel_size(last);
+  const Buffer<uint32_t> panels(whole * token_tiles);
+  const auto panel_at = [&](int64_t block, int64_t tile) {  // of few tokens a panel goes through all blocks
+    const int64_t before = block * kDepth * kTileColumns;
+    return panels.get() + (few ? tile * whole + before : token_tiles * before + tile * panel_size(block));
   };
   parallel_for(0, depth.blocks() * token_tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -77,6 +121,10 @@ void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, con
     }
   });
 
+  if (few) {
+    multiply_few(gemm, y, weight, mask, bias, panels.get(), whole);
+    return;
+  }
   if (token_tiles * kTileColumns * x.columns * bytes_of(x.format) <= gemm.narrow_bytes) {
     multiply_narrow(gemm, y, weight, mask, bias, depth, panel_at);
     return;

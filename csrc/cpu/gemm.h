@@ -23,6 +23,9 @@ constexpr int64_t kDepth = 256;             // groups
 constexpr int64_t kRowStride = kDepth + 16;  // rows 1088 B apart: at 1024 B all rows of a tile would share L1 sets
 constexpr int64_t kDepthStep = 16;          // groups: a row of a tile of AMX
 constexpr int64_t kPrefetchBytes = 512;     // what one entry of multiply()'s list covers
+constexpr int64_t kFarRows = 16;            // of the weight, and
+constexpr int64_t kFarTokens = 64;          // tokens at most, that multiply_far_rows() takes
+constexpr int64_t kMostFarTokens = 128;     // in turns, whose weight L2 keeps: with 256, 1.3 times as slow as packed first
 
 // Where the score gradient of a matrix goes, and what it is made with.
 struct ScoreGrad {
@@ -63,6 +66,12 @@ struct Gemm {
   // prefetch: nullptr, or an address for every prefetch_groups groups, from which kPrefetchBytes are brought into L2.
   void (*multiply)(float* tile, int64_t tile_stride, const uint32_t* a, const uint32_t* b, int64_t rows,
                    int64_t columns, int64_t groups, bool add, const char* const* prefetch);
+
+  // sums[i * stride + m] = row i of the weight, masked, times token m: kFarRows rows that may lie far apart, a stream of
+  // memory each, masked as they come. A panel of x.T has the whole depth of 32 tokens. nullptr: the table has no such way.
+  void (*multiply_far_rows)(float* sums, int64_t stride, const void* const* rows, const MaskRow* masks,
+                            Format score_format, const uint32_t* panels, int64_t panel_stride, int64_t depth,
+                            int64_t tokens);
 
   // Brings a tile's sums into L1: from L2 or L3 they would stall the start of the next multiply().
   void (*prefetch_tile)(const float* tile, int64_t tile_stride, int64_t rows);
