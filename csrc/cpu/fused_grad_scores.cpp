@@ -7,7 +7,6 @@
 namespace mft {
 namespace {
 
-constexpr int64_t kTilesAbreast = 16;      // 1 KB of a bf16 row
 constexpr int64_t kCacheBytes = 16 << 20;  // an output beyond this is written around the cache
 
 // All of x as B panels of 32 columns, block by block of the depth, which is the tokens.
@@ -37,21 +36,19 @@ class PackedTokens {
   const Buffer<uint32_t> panels_;
 };
 
-// In which order a thread makes the tiles of its rows: so many side by side pass all rows before the next ones do, and
-// their panels stay in the cache meanwhile. Where the depth has several blocks these may pass one after the other, and
-// the tiles' sums are kept between them.
+// In which order a thread makes the tiles of its rows: so many side by side, of some rows after others. Where the depth has
+// several blocks these may pass one after the other, and the tiles' sums are kept between them.
 struct Order {
-  bool by_blocks, x_in_cache;
-  int64_t abreast;
+  bool by_blocks;
+  int64_t abreast, ahead;  // tiles; columns, from a tile to what is brought in for a later one
 
   Order(const Gemm& gemm, const Matrix& x, const PackedTokens& packed)
-      : by_blocks(gemm.tiles_by_blocks > 0 && packed.depth.blocks() > 1),
-        x_in_cache(x.rows * x.columns * bytes_of(x.format) <= (512 << 10)) {
+      : by_blocks(gemm.tiles_by_blocks > 0 && packed.depth.blocks() > 1) {
+    const bool x_in_cache = x.rows * x.columns * bytes_of(x.format) <= (512 << 10);
     const int64_t panels_bytes = std::max<int64_t>(packed.depth.blocks() * packed.size * 4, 1);
-    abreast = std::clamp<int64_t>(gemm.panels_bytes / panels_bytes, 1, kTilesAbreast);
-    if (by_blocks) abreast = gemm.tiles_by_blocks;
-    if (!by_blocks && gemm.panels_bytes == 0 && x_in_cache) abreast = packed.tiles;
-    abreast = std::min(abreast, packed.tiles);
+    const int64_t cached = x_in_cache ? packed.tiles : std::max<int64_t>(gemm.panels_bytes / panels_bytes, 1);
+    abreast = std::min(by_blocks ? gemm.tiles_by_blocks : cached, packed.tiles);
+    ahead = gemm.factors_ahead > 0 ? gemm.factors_ahead : x_in_cache ? 2 * kTileColumns : 0;
   }
 };
 
@@ -102,7 +99,7 @@ class Worker {
       for (int64_t t = begin_; t < end_; ++t) {
         ahead_.start_block(0, kDepth);
         ahead_.add_soon(t + 1 < end_ ? x_.panel(block, t + 1) : x_.panel(block + 1, begin_), x_.size * 4);
-        for_tile_rows(gemm_, count_, [&](int64_t begin, int64_t end) { add_block(block, t, begin, end); });
+        for_tile_rows(gemm_, gemm_.tile_rows, count_, [&](int64_t begin, int64_t end) { add_block(block, t, begin, end); });
       }
     }
   }
@@ -111,12 +108,14 @@ class Worker {
   void finish_tiles() {
     const int64_t blocks = x_.depth.blocks();
     ahead_.start_block(0, kDepth);
-    for (int64_t block = 0; !order_.by_blocks && !order_.x_in_cache && block < blocks; ++block) {
+    for (int64_t block = 0; !order_.by_blocks && block < blocks; ++block) {
       ahead_.add_soon(x_.panel(block, end_), std::min(order_.abreast, x_.tiles - end_) * x_.size * 4);
     }
-    for_tile_rows(gemm_, count_, [&](int64_t begin, int64_t end) {
+    for_tile_rows(gemm_, gemm_.factor_rows, count_, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin_; t < end_; ++t) {
-        prefetch_factors(t, begin, end);
+        const int64_t later = t * kTileColumns + order_.ahead;
+        gemm_.prefetch_score_grad(grad_, first_ + begin, end - begin, later,
+                                  std::min(kTileColumns, end_ * kTileColumns - later));
         for (int64_t block = order_.by_blocks ? blocks - 1 : 0; block < blocks; ++block) {
           add_block(block, t, begin, end);
         }
@@ -124,18 +123,6 @@ class Worker {
         gemm_.store_score_grad(grad_, sum_at(t, begin), first_ + begin, end - begin, t * kTileColumns);
       }
     });
-  }
-
-  // What the factors and an accumulated result are read from.
-  void prefetch_factors(int64_t tile, int64_t begin, int64_t end) {
-    if (gemm_.panels_bytes == 0) {
-      const int64_t column = (order_.x_in_cache ? tile + 2 : tile) * kTileColumns;
-      gemm_.prefetch_score_grad(grad_, first_ + begin, end - begin, column, kTileColumns);
-    } else {  // a share of what the tiles of the next rows read: row by row, as it lies in memory
-      const int64_t share = divide_up(gemm_.tile_rows, order_.abreast), row = end + (tile - begin_) * share;
-      gemm_.prefetch_score_grad(grad_, first_ + row, std::min(share, count_ - row), begin_ * kTileColumns,
-                                order_.abreast * kTileColumns);
-    }
   }
 
   const Gemm& gemm_;

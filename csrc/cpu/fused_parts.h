@@ -59,11 +59,9 @@ void for_workers(int64_t tasks, const F& f) {
 
 // f(begin, end) of the rows of each tile: nearly equal numbers, or as many as a whole tile takes.
 template <typename F>
-void for_tile_rows(const Gemm& gemm, int64_t rows, const F& f) {
-  const int64_t tiles = divide_up(rows, gemm.tile_rows);
-  const auto begin = [&](int64_t t) {
-    return gemm.whole_tiles ? std::min(rows, t * gemm.tile_rows) : rows * t / tiles;
-  };
+void for_tile_rows(const Gemm& gemm, int64_t tile_rows, int64_t rows, const F& f) {
+  const int64_t tiles = divide_up(rows, tile_rows);
+  const auto begin = [&](int64_t t) { return gemm.whole_tiles ? std::min(rows, t * tile_rows) : rows * t / tiles; };
   for (int64_t t = 0; t < tiles; ++t) f(begin(t), begin(t + 1));
 }
 

@@ -23,9 +23,9 @@ constexpr int64_t kDepth = 256;             // groups
 constexpr int64_t kRowStride = kDepth + 16;  // rows 1088 B apart: at 1024 B all rows of a tile would share L1 sets
 constexpr int64_t kDepthStep = 16;          // groups: a row of a tile of AMX
 constexpr int64_t kPrefetchBytes = 512;     // what one entry of multiply()'s list covers
-constexpr int64_t kFarRows = 16;            // of the weight, and
-constexpr int64_t kFarTokens = 64;          // tokens at most, that multiply_far_rows() takes
-constexpr int64_t kMostFarTokens = 128;     // in turns, whose weight L2 keeps: with 256, 1.3 times as slow as packed first
+constexpr int64_t kFarRows = 16, kNearRows = 32;  // of the weight, that multiply_far_rows() and add_near_rows() take,
+constexpr int64_t kFewTileTokens = 64;            // and tokens at most;
+constexpr int64_t kMostFarTokens = 128;           // the first in turns, for which L2 keeps the rows: 256 are 1.3 times as slow
 
 // Where the score gradient of a matrix goes, and what it is made with.
 struct ScoreGrad {
@@ -55,7 +55,10 @@ struct Gemm {
   int64_t grad_depth;      // groups in a block of d_x; divides kDepth
   int64_t weight_columns;  // of the weight in such a block, a multiple of 32
   int64_t task_columns;    // of the weight in a task of d_x, at most
-  int64_t panels_bytes;  // of packed x that the score gradient keeps while all rows of a block pass; 0: one tile's
+  // Rows of a tile of the score gradient: the weight, the scores and the gradient of each are a stream of memory, and how
+  // many columns ahead of the tiles they are brought in; 0: the tiles go down all rows of a block, unless x stays cached.
+  int64_t factor_rows, factors_ahead;
+  int64_t panels_bytes;  // of packed x that are read again for every such tile's rows
   int64_t tiles_by_blocks;  // side by side, whose sums it keeps from block to block of the depth; 0: each tile's at once
 
   // Around all multiplications of a thread; nullptr: nothing to do.
@@ -72,6 +75,11 @@ struct Gemm {
   void (*multiply_far_rows)(float* sums, int64_t stride, const void* const* rows, const MaskRow* masks,
                             Format score_format, const uint32_t* panels, int64_t panel_stride, int64_t depth,
                             int64_t tokens);
+
+  // tiles [+]= tokens of an A block times kNearRows rows of the weight, masked as they come; a tile of all tokens and
+  // 32 columns is tiles_size away from the next. nullptr: the table has no such way.
+  void (*add_near_rows)(float* tiles, int64_t tiles_size, const uint32_t* a, const void* const* rows,
+                        const MaskRow* masks, Format score_format, int64_t tokens, int64_t columns, bool add);
 
   // Brings a tile's sums into L1: from L2 or L3 they would stall the start of the next multiply().
   void (*prefetch_tile)(const float* tile, int64_t tile_stride, int64_t rows);

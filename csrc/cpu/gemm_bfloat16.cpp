@@ -35,7 +35,8 @@ const Gemm& bfloat16_gemm() {
     gemm.grad_depth = 128;    // with 256 columns 128 KB packed
     gemm.weight_columns = 256;
     gemm.task_columns = 1024;  // half a page of a bf16 row, as page walks cost
-    gemm.panels_bytes = 0;  // a panel
+    gemm.factor_rows = kVectorTileRows;
+    gemm.factors_ahead = gemm.panels_bytes = 0;
     gemm.tiles_by_blocks = 0;
     gemm.multiply = multiply_vectors<DotProduct>;
     return gemm;

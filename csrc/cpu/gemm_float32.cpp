@@ -104,7 +104,8 @@ Gemm make_gemm() {
   gemm.grad_depth = 128;
   gemm.weight_columns = 512;
   gemm.task_columns = 1024;  // a page of a row: with half of it d_x took 1.20 dense products at M = 512, not 1.06
-  gemm.panels_bytes = 0;
+  gemm.factor_rows = kVectorTileRows;
+  gemm.factors_ahead = gemm.panels_bytes = 0;
   gemm.tiles_by_blocks = 16;
   gemm.multiply = multiply_vectors<FusedMultiplyAdd>;
   gemm.prefetch_tile = prefetch_tile;

@@ -3,12 +3,12 @@
 // Included into an anonymous namespace of namespace mft, after gemm_parts.inl.
 
 // 16 pairs each: the columns 0..15 and 16..31 of two rows, neighbours interleaved.
-inline void interleave(uint32_t* out, __m512i even, __m512i odd) {
+inline void interleave(uint32_t* out, int64_t halves_apart, __m512i even, __m512i odd) {
   alignas(64) static const uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   _mm512_storeu_si512(out, _mm512_permutex2var_epi16(even, low, odd));
-  _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi16(even, high, odd));
+  _mm512_storeu_si512(out + halves_apart, _mm512_permutex2var_epi16(even, high, odd));
 }
 
 template <typename Keep>
@@ -26,7 +26,7 @@ inline void pack_group_with(uint32_t* b, int64_t panel_stride, const void* even,
     const __m512i second = odd != nullptr
                                ? _mm512_maskz_loadu_epi16(keep_odd(j, columns - j), as<uint16_t>(odd) + j)
                                : _mm512_setzero_si512();
-    interleave(b, first, second);
+    interleave(b, 16, first, second);
   }
 }
 
@@ -70,7 +70,7 @@ void pack_transposed_block(uint32_t* a, const void* matrix, int64_t row_stride, 
         const int64_t even = d + 2 * i;
         const uint16_t* row = as<uint16_t>(matrix) + even * row_stride + j;
         alignas(64) uint32_t pairs[32];
-        interleave(pairs, even < depth ? _mm512_maskz_loadu_epi16(inside, row) : _mm512_setzero_si512(),
+        interleave(pairs, 16, even < depth ? _mm512_maskz_loadu_epi16(inside, row) : _mm512_setzero_si512(),
                    even + 1 < depth ? _mm512_maskz_loadu_epi16(inside, row + row_stride) : _mm512_setzero_si512());
         left[i] = _mm512_load_si512(pairs);
         right[i] = _mm512_load_si512(pairs + 16);
