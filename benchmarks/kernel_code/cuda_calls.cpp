@@ -49,7 +49,7 @@ void products(Product p, Type type, int64_t tokens, bool aligned) {
   p.out = matrix(type, tokens, kFeatures, aligned);
   for (const bool transposed : {false, true}) {
     p.transposed = transposed;
-    p.workspace = product_workspace(p, device) > 0 ? kMemory : nullptr;
+    p.workspace = kMemory;
     check(product_sm80(p, device));
     if (hopper_takes(p)) check(product_sm90(p, device));
   }

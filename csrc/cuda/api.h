@@ -41,7 +41,7 @@ struct Product {
   Keep keep;
   const void* bias = nullptr;  // (N,), of weight's type
   bool transposed = false;
-  void* workspace = nullptr;  // of product_sm80: product_workspace() bytes, of any content
+  void* workspace = nullptr;  // as many bytes as the kernel's plan says, of any content; null: the sum is in one part
 };
 
 // G = grad_output.T @ x (N, K), never stored: d_scores = [d_scores +] G [* weight] * sign;
@@ -122,15 +122,26 @@ struct Device {
   int multiprocessors = 1;
   int capability = 80;  // 10 * major + minor
   int shared_bytes = 100 * 1024;  // of a multiprocessor; the least of any GPU from 8.0 on
+  int l2_bytes = 40 << 20;
+};
+
+// Of a launch, before it: what it is expected to take (tile_cost.h), and what it needs to take no longer.
+struct Plan {
+  double cycles = 0;
+  int tokens = 0, parts = 1;  // of a tile, and of the sum
+  int64_t workspace = 0;      // bytes
 };
 
 // Each launches and returns what went wrong, "" if nothing did. Matrices have unit column stride; they may be empty.
 // The sm_90 functions take what their `refusal` returns "" for, the others everything above.
 std::string refusal_sm90(const Product&);
 std::string refusal_sm90(const ScoreGrad&);
+Plan plan_sm90(const Product&, const Device&);
+Plan plan_sm80(const Product&, const Device&);
 std::string product_sm90(const Product&, const Device&);
 std::string score_grad_sm90(const ScoreGrad&, const Device&);
 std::string product_sm80(const Product&, const Device&);
+std::string sum_parts(const Product&, int count, int64_t stride, const Device&);  // of p.workspace (count, M, stride)
 std::string score_grad_sm80(const ScoreGrad&, const Device&);
 std::string kept_threshold(const Select&, const Device&);
 std::string pack_mask(const PackMask&, const Device&);
@@ -140,7 +151,6 @@ std::string score_step(const ScoreStep&, const Device&);
 
 std::string refusal(const Select&);  // which kept_threshold takes if it is ""
 int64_t select_workspace(Type type);
-int64_t product_workspace(const Product&, const Device&);  // without it few tokens take product_sm80 longer
 int64_t step_workspace(ScoreFormat format);
 
 }  // namespace mft::cuda

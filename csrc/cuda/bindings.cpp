@@ -38,6 +38,7 @@ namespace mft::cuda {
 // What this build leaves out (building/cuda.py says why).
 #ifndef MFT_CUDA_PRODUCT_SM90
 std::string refusal_sm90(const Product&) { return "this build has no product_sm90"; }
+Plan plan_sm90(const Product&, const Device&) { return {}; }
 std::string product_sm90(const Product& product, const Device&) { return refusal_sm90(product); }
 #endif
 #ifndef MFT_CUDA_SCORE_GRAD_SM90
@@ -95,6 +96,7 @@ struct Place {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &device.stream));
     device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
     device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
+    device.l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
     device.capability = chosen_capability(10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
                                           attribute(cudaDevAttrComputeCapabilityMinor, index));
   }
@@ -223,14 +225,6 @@ std::optional<Tensor> bits_for_hopper(const mft::cuda::Product& p, const Place& 
   return packed;
 }
 
-// Of up to 64 tokens Hopper's kernel has a block for each 128 features, and leaves its depth whole. Where these are half of
-// the multiprocessors or fewer, the general kernel's parts of the depth bring more of memory to work. An estimate, not
-// measured: for 4096 x 4096 by bf16 scores 32 multiprocessors at 40 bytes a cycle take 28 us, all of them 20 and a launch.
-bool few_blocks_on_hopper(const mft::cuda::Product& p, const Device& device) {
-  constexpr int64_t kFeatures = 128;
-  return (p.out.columns + kFeatures - 1) / kFeatures * 2 <= device.multiprocessors;
-}
-
 Tensor product(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optional<Tensor> threshold,
                std::optional<Tensor> packed, std::optional<Tensor> bias, bool magnitude, bool transposed) {
   const Place place(weight);
@@ -255,11 +249,16 @@ Tensor product(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optio
     p.keep = {};
     p.keep.words = words(*bits, place, p.weight, "packed");
   }
-  const int64_t bytes[] = {mft::cuda::product_workspace(p, place.device)};
-  const bool hopper = place.device.capability == 90 && mft::cuda::refusal_sm90(p).empty() &&
-                      !(bytes[0] > 0 && few_blocks_on_hopper(p, place.device));
+  mft::cuda::Plan plan = mft::cuda::plan_sm80(p, place.device);
+  bool hopper = place.device.capability == 90 && mft::cuda::refusal_sm90(p).empty();
+  if (hopper) {
+    const mft::cuda::Plan own = mft::cuda::plan_sm90(p, place.device);
+    hopper = own.cycles <= plan.cycles;
+    if (hopper) plan = own;
+  }
   std::optional<Tensor> workspace;  // given back in the order of the stream
-  if (!hopper && bytes[0] > 0) {
+  if (plan.workspace > 0) {
+    const int64_t bytes[] = {plan.workspace};
     workspace = torch::stable::new_empty(x, {bytes, 1}, ScalarType::Byte);
     p.workspace = workspace->mutable_data_ptr();
   }

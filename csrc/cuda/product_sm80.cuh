@@ -20,7 +20,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "eight_sm80.h"
 #include "mask_sm80.h"
 
 namespace mft::cuda::sm80 {
@@ -193,36 +192,6 @@ struct ProductKernel {
   }
 };
 
-// out = the sum of the parts, from the first to the last, + bias: a thread makes 8 neighbours.
-template <class T>
-struct SumPartsKernel {
-  static constexpr int kThreads = 64, kBlocksPerMultiprocessor = 1;  // few: results are few
-  struct Arguments {
-    View out;
-    const float* parts;
-    const char* bias;
-    int64_t part_stride;
-    int count;
-  };
-
-  MFT_DEVICE static void run(const Arguments& a) {
-    const int eights = (a.out.columns + 7) / 8;
-    const int64_t at = isa::block(0) * kThreads + isa::thread();
-    const int row = static_cast<int>(at / eights), column = static_cast<int>(at % eights) * 8;
-    if (row >= a.out.rows) return;
-    float sum[8] = {};
-    for (int part = 0; part < a.count; ++part) {
-      const float* const from = a.parts + (static_cast<int64_t>(part) * a.out.rows + row) * a.part_stride + column;
-      for (int half = 0; half < 2; ++half) {
-        const auto four = load<isa::Words4>(reinterpret_cast<const char*>(from + 4 * half));
-        for (int i = 0; i < 4; ++i) sum[4 * half + i] += isa::as_float(four.words[i]);
-      }
-    }
-    for (int i = 0; i < 8; ++i) sum[i] += bias_of<T>(a.bias, a.out, column + i);
-    Eight::write(a.out, row, column, sum);
-  }
-};
-
 constexpr int kFewTokens = 64;
 
 inline bool is_chunked(const Product& p) {
@@ -236,14 +205,6 @@ inline int parts_of(const Product& p, const Device& device) {
   const int depth_tiles = tiles_of(p.in.columns, kTileDepth), tiles = tiles_of(p.out.columns, kTileFeatures);
   const int parts = std::min({2 * device.multiprocessors / tiles, depth_tiles / 8, 16});
   return parts > 1 ? tiles_of(depth_tiles, tiles_of(depth_tiles, parts)) : 1;  // none is empty
-}
-
-template <class T>
-std::string sum_parts(const ProductArguments& a, int count, const Device& device) {
-  using Kernel = SumPartsKernel<T>;
-  LaunchShape shape;
-  shape.x = tiles_of(static_cast<int64_t>(a.out.rows) * tiles_of(a.out.columns, 8), Kernel::kThreads);
-  return isa::launch<Kernel>(shape, device.stream, {a.out, a.parts, a.bias, a.part_stride, count});
 }
 
 template <class T, class S, bool kMagnitude, bool kTransposed>
@@ -274,7 +235,7 @@ std::string launch_product(const Product& p, const Device& device) {
   }
   if (p.out.rows <= kFewTokens) {
     const std::string error = start(ProductKernel<T, S, kMagnitude, kTransposed, true, kFewTokens>{}, kFewTokens);
-    return error.empty() && parts > 1 ? sum_parts<T>(a, parts, device) : error;
+    return error.empty() && parts > 1 ? sum_parts(p, parts, a.part_stride, device) : error;
   }
   return start(ProductKernel<T, S, kMagnitude, kTransposed, true, 128>{}, 128);
 }

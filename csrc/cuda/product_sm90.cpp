@@ -4,6 +4,8 @@
 
 namespace mft::cuda {
 
+Plan plan_sm90_bf16(const Product&, const Device&);
+Plan plan_sm90_fp16(const Product&, const Device&);
 std::string product_sm90_bf16(const Product&, const Device&);
 std::string product_sm90_fp16(const Product&, const Device&);
 
@@ -21,6 +23,10 @@ std::string refusal_sm90(const Product& p) {
   if (p.keep.scores.type != p.weight.type) return "scores must be of weight's type, or packed";
   if (p.transposed && p.keep.threshold_stride != 0) return "thresholds by row must be packed for d_x";
   return refusal_of_tma("scores", p.keep.scores);
+}
+
+Plan plan_sm90(const Product& p, const Device& device) {
+  return p.weight.type == Type::kBFloat16 ? plan_sm90_bf16(p, device) : plan_sm90_fp16(p, device);
 }
 
 std::string product_sm90(const Product& p, const Device& device) {

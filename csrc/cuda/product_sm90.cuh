@@ -24,6 +24,10 @@
 // step behind the loop would make ptxas wait for each wgmma (its warning C7514).
 //
 // The kernel is persistent; the producer fills the ring for the next tile while the consumers store this one.
+//
+// Where there are fewer tiles than clusters, Q is cut into parts of whole pairs of steps, a tile each, whose sums go to
+// the workspace in fp32. sum_parts adds them in the order of the parts. How many, and how many tokens a tile has, the
+// model of tile_cost.h says.
 #pragma once
 
 #include <algorithm>
@@ -79,6 +83,9 @@ struct ProductSm90 {
     int features, tokens;
     int steps;  // of Q, even
     int feature_tiles, token_tiles;  // of clusters
+    int part_count, part_steps;      // even
+    float* parts;                    // (part_count, tokens, part_stride), or null: one part, and `out` is written
+    int64_t part_stride;
   };
 
   struct Place {  // in the ring
@@ -137,12 +144,14 @@ struct ProductSm90 {
   }
 
  private:
+  // body(its first feature, its first token, the part).
   template <class Body>
   MFT_DEVICE static void for_each_tile(const Arguments& a, int rank, Body body) {
     const int clusters = static_cast<int>(isa::blocks(0)) / kCluster;
-    for (int i = static_cast<int>(isa::block(0)) / kCluster; i < a.feature_tiles * a.token_tiles; i += clusters) {
-      const Tile tile = tile_at(i, a.feature_tiles, a.token_tiles);
-      body((tile.feature * kCluster + rank) * kFeatures, tile.token * kTokens);
+    const int tiles = a.feature_tiles * a.token_tiles;
+    for (int i = static_cast<int>(isa::block(0)) / kCluster; i < tiles * a.part_count; i += clusters) {
+      const Tile tile = tile_at(i % tiles, a.feature_tiles, a.token_tiles);
+      body((tile.feature * kCluster + rank) * kFeatures, tile.token * kTokens, i / tiles);
     }
   }
 
@@ -150,8 +159,9 @@ struct ProductSm90 {
 
   MFT_DEVICE static void produce(const Arguments& a, int rank) {
     Place place;
-    for_each_tile(a, rank, [&](int feature, int token) {
-      for (int step = 0; step < a.steps; ++step, place.advance()) {
+    for_each_tile(a, rank, [&](int feature, int token, int part) {
+      const int first = part * a.part_steps, end = first + steps_of(a, part);
+      for (int step = first; step < end; ++step, place.advance()) {
         isa::TransactionBarrier* b = weight_full(place.stage);
         isa::wait(weight_empty(place.stage), place.parity ^ 1);  // true at once on the first round
         isa::arrive_expecting(b, kWeightStageBytes);
@@ -172,6 +182,11 @@ struct ProductSm90 {
                                  token + rank * kHalf);
       }
     });
+  }
+
+  MFT_DEVICE static int steps_of(const Arguments& a, int part) {
+    const int left = a.steps - part * a.part_steps;
+    return left < a.part_steps ? left : a.part_steps;
   }
 
   // 128 features x 64 of Q; transposed, a tile for each consumer.
@@ -204,7 +219,7 @@ struct ProductSm90 {
     for (int i = 0; i < kStep / 16; ++i) lane.rows[i] = matrix_row(lane, i);
     Place place;
     int buffer = 0;
-    for_each_tile(a, rank, [&](int first_feature, int token) {
+    for_each_tile(a, rank, [&](int first_feature, int token, int part) {
       const int feature = first_feature + 64 * group;  // of this warpgroup
       float sums[kTokens / 2];
 #pragma unroll
@@ -212,7 +227,8 @@ struct ProductSm90 {
       find_keep(lane, a, feature);
       Fragments even, odd;
       int before = place.stage;  // what the product under way reads
-      for (int step = 0; step < a.steps; step += 2) {
+      const int steps = steps_of(a, part);
+      for (int step = 0; step < steps; step += 2) {
         load(even, lane, place, step);
         multiply(sums, even, place);
         isa::wait_products<1>();
@@ -229,7 +245,11 @@ struct ProductSm90 {
       isa::wait_products<0>();
       isa::fence_registers(sums);
       release_input(before);
-      store(a, lane, sums, feature, token, buffer);
+      if (a.parts != nullptr) {
+        store_part(a, lane, sums, feature, token, part);
+      } else {
+        store(a, lane, sums, feature, token, buffer);
+      }
     });
     isa::wait_stores_read<0>();
   }
@@ -327,6 +347,18 @@ struct ProductSm90 {
     isa::commit_products();
   }
 
+  // Eight lanes write a sector.
+  MFT_DEVICE static void store_part(const Arguments& a, const Lane& lane, const float (&sums)[kTokens / 2], int feature,
+                                    int token, int part) {
+    float* const to = a.parts + (static_cast<int64_t>(part) * a.tokens + token) * a.part_stride + feature +
+                      16 * lane.warp + lane.g;
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) {
+      const int t = i / 4 * 8 + lane.c + i % 2;
+      if (token + t < a.tokens) to[t * a.part_stride + i / 2 % 2 * 8] = sums[i];
+    }
+  }
+
   // out (tokens, features): each 32 tokens of the sums are transposed into a buffer, and TMA stores it.
   MFT_DEVICE static void store(const Arguments& a, const Lane& lane, const float (&sums)[kTokens / 2], int feature,
                                int token, int& buffer) {
@@ -365,9 +397,18 @@ struct ProductSm90 {
 
 // ---------------------------------------------------------------------------------------------------- launching
 
+// How many steps a part has, an even number.
+constexpr int part_steps(int64_t q, int step, int parts) {
+  return static_cast<int>(quotient(quotient(q, 2 * step), parts) * 2);
+}
+
+// A row of the workspace: whole tiles.
+constexpr int64_t part_stride_sm90(int64_t features) { return quotient(features, 256) * 256; }
+
 template <class T, MaskKind kMask, bool kTransposed, int kTokens>
-std::string launch_product_sm90(const Product& p, const Device& device) {
+std::string launch_product_sm90(const Product& p, int parts, const Device& device) {
   using Kernel = ProductSm90<T, kMask, kTransposed, kTokens>;
+  static_assert(Kernel::kCluster * Kernel::kFeatures == 256);
   typename Kernel::Arguments a{};
   const int64_t q = p.in.columns;
   a.thresholds = static_cast<const uint16_t*>(p.keep.thresholds);
@@ -375,9 +416,13 @@ std::string launch_product_sm90(const Product& p, const Device& device) {
   a.bias = static_cast<const T*>(p.bias);
   a.features = static_cast<int>(p.out.columns);
   a.tokens = static_cast<int>(p.out.rows);
-  a.steps = static_cast<int>((q + 2 * Kernel::kStep - 1) / (2 * Kernel::kStep)) * 2;
-  a.feature_tiles = (a.features + Kernel::kCluster * Kernel::kFeatures - 1) / (Kernel::kCluster * Kernel::kFeatures);
-  a.token_tiles = (a.tokens + kTokens - 1) / kTokens;
+  a.steps = part_steps(q, Kernel::kStep, 1);
+  a.feature_tiles = static_cast<int>(quotient(a.features, Kernel::kCluster * Kernel::kFeatures));
+  a.token_tiles = static_cast<int>(quotient(a.tokens, kTokens));
+  a.part_count = parts;
+  a.part_steps = part_steps(q, Kernel::kStep, parts);
+  if (parts > 1) a.parts = static_cast<float*>(p.workspace);
+  a.part_stride = part_stride_sm90(a.features);
 
   const auto map = [](isa::TensorMap* m, const Matrix& matrix, int rows) {
     return isa::make_tensor_map(m, matrix.data, 2, matrix.rows, matrix.columns, 2 * matrix.stride, rows,
@@ -397,7 +442,7 @@ std::string launch_product_sm90(const Product& p, const Device& device) {
   }
   if (!failure.empty()) return failure;
 
-  const int64_t tiles = static_cast<int64_t>(a.feature_tiles) * a.token_tiles;
+  const int64_t tiles = static_cast<int64_t>(a.feature_tiles) * a.token_tiles * parts;
   const int64_t clusters = device.multiprocessors / Kernel::kCluster;
   LaunchShape shape;
   shape.x = (tiles < clusters ? tiles : clusters > 0 ? clusters : 1) * Kernel::kCluster;
@@ -406,41 +451,71 @@ std::string launch_product_sm90(const Product& p, const Device& device) {
   return isa::launch<Kernel>(shape, device.stream, a);
 }
 
-// For tokens of a tile: a cluster's two blocks, each on its multiprocessor, read half of the tokens from L2.
+// What parts of Q are worth trying: four steps at least, no more than there are places for in two waves, and all of them
+// in half of L2.
 template <class Kernel, int kTokens>
-double cycles_of_tile(const Product& p, const Device& device) {
-  constexpr int kMultiplyAdds = 2048;  // a cycle and multiprocessor: 989 TFLOP/s of an H100's 132 at 1.83 GHz
-  const auto quotient = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  Jobs jobs;
-  jobs.count = quotient(p.out.columns, Kernel::kCluster * Kernel::kFeatures) * quotient(p.out.rows, kTokens);
-  jobs.steps = quotient(p.in.columns, 2 * Kernel::kStep) * 2;
-  jobs.multiply_adds = Kernel::kFeatures * kTokens * Kernel::kStep;
-  jobs.read = Kernel::kWeightStageBytes + Kernel::kInputBytes / Kernel::kCluster;
-  jobs.written = 2 * Kernel::kFeatures * kTokens;
-  const int clusters = std::max(1, device.multiprocessors / Kernel::kCluster);
-  return busy_cycles(jobs, clusters, Kernel::kBlocksPerMultiprocessor, Kernel::kStages, kMultiplyAdds);
+int most_parts(const Product& p, const Device& device) {
+  const int64_t tiles = quotient(p.out.columns, 256) * quotient(p.out.rows, kTokens);
+  const int64_t of_l2 = device.l2_bytes / 2 / (4 * p.out.rows * part_stride_sm90(p.out.columns));
+  return static_cast<int>(std::min<int64_t>(
+      {kMostParts, p.in.columns / (4 * Kernel::kStep), device.multiprocessors / tiles, of_l2}));
 }
 
-// The fastest by that estimate, and no more tokens than there are need.
+// A cluster's two blocks, each on its multiprocessor, read half of the tokens from L2.
+template <class Kernel, int kTokens>
+double cycles_of_tile(const Product& p, int parts, const Device& device) {
+  constexpr int kMultiplyAdds = 2048;  // a cycle and multiprocessor: 989 TFLOP/s of an H100's 132 at 1.83 GHz
+  Jobs jobs;
+  jobs.count = quotient(p.out.columns, 256) * quotient(p.out.rows, kTokens) * parts;
+  jobs.steps = part_steps(p.in.columns, Kernel::kStep, parts);
+  jobs.multiply_adds = Kernel::kFeatures * kTokens * Kernel::kStep;
+  jobs.read = Kernel::kWeightStageBytes + Kernel::kInputBytes / Kernel::kCluster;
+  jobs.written = (parts > 1 ? 4 : 2) * Kernel::kFeatures * kTokens;
+  const int clusters = std::max(1, device.multiprocessors / Kernel::kCluster);
+  const double busy =
+      busy_cycles(jobs, clusters, Kernel::kBlocksPerMultiprocessor, Kernel::kStages, kMultiplyAdds);
+  return launch_cycles(busy, bytes_of(p), device) +
+         sum_cycles(parts, static_cast<double>(p.out.rows) * p.out.columns, device);
+}
+
+template <class Kernel, int kTokens>
+void try_tile(Plan& best, const Product& p, const Device& device, bool in_parts) {
+  if (kTokens > 64 && p.out.rows <= kTokens / 2) return;  // no more tokens than there are need
+  const int most = in_parts ? most_parts<Kernel, kTokens>(p, device) : 1;
+  const int64_t pairs = part_steps(p.in.columns, Kernel::kStep, 1) / 2;
+  for (int parts = 1; parts <= std::max(1, most); ++parts) {
+    if (quotient(pairs, quotient(pairs, parts)) != parts) continue;  // one would be empty
+    const double cycles = cycles_of_tile<Kernel, kTokens>(p, parts, device);
+    const int64_t row_bytes = 4 * part_stride_sm90(p.out.columns);
+    if (cycles < best.cycles) best = {cycles, kTokens, parts, parts > 1 ? parts * p.out.rows * row_bytes : 0};
+  }
+}
+
+// The fastest by that estimate.
 template <class T, MaskKind kMask, bool kTransposed>
-int tokens_of_tile(const Product& p, const Device& device) {
-  const double cycles_64 = cycles_of_tile<ProductSm90<T, kMask, kTransposed, 64>, 64>(p, device);
-  const double cycles_128 = cycles_of_tile<ProductSm90<T, kMask, kTransposed, 128>, 128>(p, device);
-  const double cycles_256 = cycles_of_tile<ProductSm90<T, kMask, kTransposed, 256>, 256>(p, device);
-  if (p.out.rows > 128 && cycles_256 < std::min(cycles_64, cycles_128)) return 256;
-  return p.out.rows > 64 && cycles_128 < cycles_64 ? 128 : 64;
+Plan plan_product_sm90(const Product& p, const Device& device, bool in_parts) {
+  Plan best{kNever};
+  try_tile<ProductSm90<T, kMask, kTransposed, 64>, 64>(best, p, device, in_parts);
+  try_tile<ProductSm90<T, kMask, kTransposed, 128>, 128>(best, p, device, in_parts);
+  try_tile<ProductSm90<T, kMask, kTransposed, 256>, 256>(best, p, device, in_parts);
+  return best;
+}
+
+template <class T>
+Plan plan_product_sm90(const Product& p, const Device& device) {
+  if (p.keep.words == nullptr) return plan_product_sm90<T, MaskKind::kMagnitude, false>(p, device, true);
+  return p.transposed ? plan_product_sm90<T, MaskKind::kWords, true>(p, device, true)
+                      : plan_product_sm90<T, MaskKind::kWords, false>(p, device, true);
 }
 
 template <class T, MaskKind kMask, bool kTransposed>
 std::string launch_product_sm90(const Product& p, const Device& device) {
-  switch (tokens_of_tile<T, kMask, kTransposed>(p, device)) {
-    case 256:
-      return launch_product_sm90<T, kMask, kTransposed, 256>(p, device);
-    case 128:
-      return launch_product_sm90<T, kMask, kTransposed, 128>(p, device);
-    default:
-      return launch_product_sm90<T, kMask, kTransposed, 64>(p, device);
-  }
+  const Plan plan = plan_product_sm90<T, kMask, kTransposed>(p, device, p.workspace != nullptr);
+  const auto launch = plan.tokens == 256   ? launch_product_sm90<T, kMask, kTransposed, 256>
+                      : plan.tokens == 128 ? launch_product_sm90<T, kMask, kTransposed, 128>
+                                           : launch_product_sm90<T, kMask, kTransposed, 64>;
+  const std::string error = launch(p, plan.parts, device);
+  return error.empty() && plan.parts > 1 ? sum_parts(p, plan.parts, part_stride_sm90(p.out.columns), device) : error;
 }
 
 template <class T>

@@ -1,14 +1,32 @@
-// How many cycles a launch keeps the multiprocessor busy that has most to do: as mft_kernels/triton/cost.py, which says
-// why; a test compares the two.
+// How many cycles a launch takes, by its sizes alone: as mft_kernels/triton/cost.py, which says why; a test compares
+// the two.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
+#include "api.h"
+
 namespace mft::cuda {
 
 constexpr double kL2Bytes = 40;  // a cycle, from L2 to a multiprocessor
 constexpr double kLatency = 900;  // cycles from a request to memory until its bytes are there
+constexpr int kMostParts = 16;    // of a sum
+constexpr double kNever = 1e300;  // cycles
+
+// What mft_kernels/triton/cards.py has of the card that stands for a compute capability, a cycle and multiprocessor.
+struct Rates {
+  double multiply_adds;  // of mma.sync, 16-bit; on 9.0 and 10.x an estimate, half of wgmma's and a quarter of tcgen05's
+  double memory;         // bytes
+  double launch;         // cycles of one launch more: 2 us
+};
+
+inline Rates rates_of(int capability) {
+  if (capability >= 120) return {256, 4.4, 4800};
+  if (capability >= 100) return {1024, 29, 3700};
+  if (capability >= 90) return {1024, 14, 3700};
+  return capability == 80 ? Rates{1024, 13.4, 2800} : Rates{256, 3.1, 5000};
+}
 
 struct Jobs {
   int64_t count, steps;
@@ -16,9 +34,11 @@ struct Jobs {
   double written;              // of a job
 };
 
-// `rate`: multiply-adds a cycle and multiprocessor. `blocks` share one, and each holds the bytes of `stages` steps.
+constexpr int64_t quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Of the multiprocessor that has most to do. `rate`: multiply-adds a cycle and multiprocessor. `blocks` share one, and
+// each holds the bytes of `stages` steps.
 inline double busy_cycles(const Jobs& jobs, int multiprocessors, int blocks, int stages, double rate) {
-  const auto quotient = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t places = static_cast<int64_t>(multiprocessors) * blocks;
   const int64_t at_work = std::min<int64_t>(blocks, quotient(jobs.count, multiprocessors));
   const double bytes = std::min(kL2Bytes, at_work * (stages - 1) * jobs.read / kLatency);
@@ -26,6 +46,25 @@ inline double busy_cycles(const Jobs& jobs, int multiprocessors, int blocks, int
       jobs.steps * std::max(jobs.multiply_adds / rate, jobs.read / bytes) + jobs.written / kL2Bytes;
   const int64_t most = jobs.count / places * blocks + quotient(jobs.count % places, multiprocessors);
   return most * cycles + quotient(most, blocks) * 2 * kLatency;
+}
+
+// Of the launch whose operands have so many bytes, once each.
+inline double launch_cycles(double busy, double bytes, const Device& device) {
+  const double waiting = bytes / (rates_of(device.capability).memory * device.multiprocessors);
+  return std::max(waiting, busy) + 0.5 * std::min(waiting, busy);
+}
+
+// Of the launch that adds up the parts.
+inline double sum_cycles(int parts, double elements, const Device& device) {
+  if (parts == 1) return 0;
+  return rates_of(device.capability).launch + 2 * parts * 4 * elements / (kL2Bytes * device.multiprocessors);
+}
+
+// Bytes that a product reads and writes, once each.
+inline double bytes_of(const Product& p) {
+  const double elements = static_cast<double>(p.weight.rows) * p.weight.columns;
+  const double keep = p.keep.words != nullptr ? 1.0 / 8 : bytes_of(p.keep.scores.type);
+  return 2.0 * p.out.rows * (p.out.columns + p.in.columns) + elements * (2 + keep);
 }
 
 }  // namespace mft::cuda

@@ -279,7 +279,6 @@ std::string kept_threshold(const Select&, const Device&) { return ""; }
 std::string pack_mask(const PackMask&, const Device&) { return ""; }
 std::string pack_signs(const PackSigns&, const Device&) { return ""; }
 std::string score_step(const ScoreStep&, const Device&) { return ""; }
-int64_t product_workspace(const Product&, const Device&) { return 0; }
 }
 """
 

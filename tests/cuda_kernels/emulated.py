@@ -148,6 +148,16 @@ class Device(ctypes.Structure):
         ("multiprocessors", ctypes.c_int),
         ("capability", ctypes.c_int),
         ("shared_bytes", ctypes.c_int),
+        ("l2_bytes", ctypes.c_int),
+    )
+
+
+class Plan(ctypes.Structure):
+    _fields_ = (
+        ("cycles", ctypes.c_double),
+        ("tokens", ctypes.c_int),
+        ("parts", ctypes.c_int),
+        ("workspace", Int64),
     )
 
 
@@ -159,6 +169,7 @@ _STRUCTS = {
     "pack_signs": PackSigns,
     "score_step": ScoreStep,
     "device": Device,
+    "plan": Plan,
 }
 
 # ------------------------------------------------------------------------------------------------------- building
@@ -406,6 +417,22 @@ def step_workspace(dtype: torch.dtype) -> Tensor:
     return _new((size(_FORMATS[dtype]),), torch.uint8)
 
 
+def plan(kernel: str, asked: ctypes.Structure, device: dict) -> Plan:
+    """How the kernel would be launched; all 0 where it refuses."""
+    found = Plan()
+    getattr(library(), f"emulated_plan_{kernel}")(
+        ctypes.byref(asked), ctypes.byref(_device(device)), ctypes.byref(found)
+    )
+    return found
+
+
+def rates(capability: int) -> tuple[float, float, float]:
+    """What tile_cost.h knows of a card: multiply-adds and bytes a cycle and multiprocessor, cycles of a launch."""
+    found = (ctypes.c_double * 3)()
+    library().emulated_rates(capability, found)
+    return tuple(found)
+
+
 # ---------------------------------------------------------------------------------------------------------- private
 
 
@@ -425,18 +452,10 @@ def _product(
         assert bias.is_contiguous()
         assert bias.dtype == weight.dtype
         asked.bias = bias.data_ptr()
-    if device.get("arch") == "sm_90":
-        _call("product_sm90", asked, device)
-        return
-    workspace = _new((_workspace(asked, device) // 4,), torch.float32)
+    kernel = f"product_{device.get('arch', 'sm_80').replace('_', '')}"
+    workspace = _new((plan(kernel, asked, device).workspace // 4,), torch.float32)
     asked.workspace = workspace.data_ptr() or None
-    _call("product_sm80", asked, device)
-
-
-def _workspace(asked: Product, device: dict) -> int:
-    size = library().emulated_product_workspace
-    size.restype = Int64
-    return size(ctypes.byref(asked), ctypes.byref(_device(device)))
+    _call(kernel, asked, device)
 
 
 def _backward(
@@ -526,7 +545,8 @@ def _device(asked: dict) -> Device:
     settings = dict(asked)
     arch = settings.pop("arch", "sm_80")
     of_arch = {"sm_80": (80, 164 * 1024), "sm_90": (90, 228 * 1024)}[arch]
-    settings = {"multiprocessors": 4} | dict(zip(("capability", "shared_bytes"), of_arch, strict=True)) | settings
+    usual = {"multiprocessors": 4, "l2_bytes": 40 << 20}
+    settings = usual | dict(zip(("capability", "shared_bytes"), of_arch, strict=True)) | settings
     return Device(None, **settings)
 
 

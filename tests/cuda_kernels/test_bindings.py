@@ -338,7 +338,14 @@ namespace mft::cuda {
 std::string product_sm80(const Product& p, const Device& d) {
   return (p.workspace ? "general in parts, " : "general, ") + std::to_string(d.capability);
 }
-std::string product_sm90(const Product& p, const Device&) { return p.keep.words ? "Hopper's, by bits" : "Hopper's"; }
+std::string product_sm90(const Product& p, const Device&) {
+  return p.keep.words ? "Hopper's, by bits" : p.workspace ? "Hopper's in parts" : "Hopper's";
+}
+// By the number of features: 256 general in parts, 257 Hopper's in parts.
+Plan plan_sm80(const Product& p, const Device&) { return {1, 64, 1, p.in.rows == 2 && p.out.rows == 2 ? 64 : 0}; }
+Plan plan_sm90(const Product& p, const Device&) {
+  return {p.out.columns == 256 ? 2.0 : 1.0, 64, 1, p.out.columns == 257 ? 64 : 0};
+}
 std::string refusal_sm90(const Product& p) {
   const bool other_scores = !p.keep.words && p.keep.scores.type != p.weight.type;
   return p.weight.stride % 8 ? "odd rows" : other_scores ? "scores of another type" : "";
@@ -349,7 +356,6 @@ std::string pack_mask(const PackMask&, const Device&) { return ""; }
 std::string pack_signs(const PackSigns&, const Device&) { return ""; }
 std::string score_step(const ScoreStep&, const Device&) { return ""; }
 int64_t select_workspace(Type) { return 0; }
-int64_t product_workspace(const Product& p, const Device&) { return p.in.rows == 2 && p.out.rows == 2 ? 64 : 0; }
 int64_t step_workspace(ScoreFormat) { return 0; }
 }
 """
@@ -376,8 +382,11 @@ def test_hopper_gets_its_own_kernels_where_they_can_take_the_arguments(tmp_path,
         t = inputs(scores_dtype=torch.float32, m=tokens, k=k)
         with pytest.raises(RuntimeError, match=f"the cuda backend: {runs}"):
             cuda.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0), None, "magnitude")
-    # In parts where the kernel asks for a workspace, and Hopper's would have two blocks or fewer for 4 multiprocessors.
-    for n, k, runs in ((256, 40, "general in parts, 90"), (257, 40, "Hopper's"), (257, 39, "general in parts, 90")):
+    # Whose plan takes fewer cycles, and in parts where it asks for a workspace.
+    for n, k, runs in (
+        (255, 40, "Hopper's"), (256, 40, "general in parts, 90"), (257, 40, "Hopper's in parts"),
+        (257, 39, "general in parts, 90"),
+    ):  # fmt: skip
         t = inputs(m=2, n=n, k=k)
         with pytest.raises(RuntimeError, match=f"the cuda backend: {runs}"):
             cuda.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0).bfloat16(), None, "magnitude")

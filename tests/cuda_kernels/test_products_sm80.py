@@ -316,15 +316,14 @@ def test_accumulation_rounds_the_sum_alone():
 @pytest.fixture
 def parts(monkeypatch):
     """How many parts each product was summed in, by the bytes of its workspace; 0: in one."""
-    seen, workspace = [], emulated._workspace
+    seen, plan = [], emulated.plan
 
-    def counted(asked, device):
-        size = workspace(asked, device)
-        out = asked.out
-        seen.append(size / (4 * out.rows * -(-out.columns // 128) * 128))
-        return size
+    def counted(kernel, asked, device):
+        found, out = plan(kernel, asked, device), asked.out
+        seen.append(found.workspace / (4 * out.rows * -(-out.columns // 128) * 128))
+        return found
 
-    monkeypatch.setattr(emulated, "_workspace", counted)
+    monkeypatch.setattr(emulated, "plan", counted)
     return seen
 
 
@@ -372,7 +371,7 @@ def test_parts_are_added_in_one_order_and_rounded_once(transposed, parts):
 
 
 def test_without_a_workspace_the_depth_is_in_one(monkeypatch):
-    monkeypatch.setattr(emulated, "_workspace", lambda asked, device: 0)
+    monkeypatch.setattr(emulated, "plan", lambda kernel, asked, device: emulated.Plan())
     t = integer_inputs(9, 40, 1096, FP16, FP16)
     check_products(t, row_thresholds(t), "magnitude", multiprocessors=132)
 

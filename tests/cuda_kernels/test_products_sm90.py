@@ -8,6 +8,7 @@ import torch
 from guarded import guarded
 
 from mft_kernels import reference
+from mft_kernels.testing import assert_within_budget, random_inputs
 
 D_X = [True, False, False, False]
 
@@ -157,6 +158,73 @@ def test_words_that_tma_cannot_read_are_refused():
     packed = reference.pack_mask(scores, threshold, "magnitude")
     with pytest.raises(RuntimeError, match="the packed mask's rows must begin at multiples of 16 bytes"):
         emulated.masked_linear_packed(x, weight, packed, None, arch="sm_90")
+
+
+# --------------------------------------------------------------------------------------------------------- in parts
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """(tokens of a tile, parts) of each product."""
+    seen, plan = [], emulated.plan
+
+    def noted(*asked):
+        found = plan(*asked)
+        seen.append((found.tokens, found.parts))
+        return found
+
+    monkeypatch.setattr(emulated, "plan", noted)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("shape", "multiprocessors", "expected"),
+    [
+        ((33, 264, 1096), 132, {(64, 3), (64, 1)}),  # 9 pairs of steps; d_x, of 3, in one
+        ((64, 1032, 1256), 132, {(64, 4), (64, 3)}),  # 10 pairs in parts of 3, the last has one; d_x 9
+        ((1, 264, 4352), 6, {(64, 3), (64, 1)}),  # more tiles than clusters: the rings run on from part to part
+        ((70, 264, 1256), 16, {(128, 4), (128, 1)}),
+        ((130, 264, 1256), 16, {(256, 4), (256, 1), (64, 1)}),
+    ],
+)
+def test_sums_in_parts_are_exact(shape, multiprocessors, expected, parts):
+    check(*shape, multiprocessors=multiprocessors)
+    assert {*parts} == expected
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_parts_write_nothing_around_their_workspace(at_end, parts):
+    x, _, weight, scores, threshold = problem(33, 264, 1096)
+    with emulated.outputs_at_guard_pages(at_end=at_end):
+        check_forward(x, weight, scores, threshold, None, "magnitude", multiprocessors=132)
+    assert {*parts} == {(64, 3)}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_parts_are_added_in_one_order_and_rounded_once(transposed, parts):
+    """Whatever cluster ends first: random floats, bit for bit; within the budget."""
+    t = random_inputs(20, 1032, 1096, torch.bfloat16, torch.bfloat16)
+    threshold = reference.kept_threshold(t.scores, 0.9, "magnitude")
+    op, arguments = "masked_linear", (t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
+    if transposed:
+        op, arguments = "masked_linear_backward", (t.grad_output, *arguments[:4], "magnitude", D_X)
+    results = []
+    for seed, asynchrony in enumerate(emulated.ASYNCHRONIES):
+        emulated.set_settings(seed, asynchrony, emulated.SCHEDULES[seed % 2])
+        results.append(getattr(emulated, op)(*arguments, arch="sm_90", multiprocessors=132))
+    double = [v.double() if isinstance(v, torch.Tensor) else v for v in arguments]
+    own, exact = (getattr(reference, op)(*given) for given in (arguments, double))
+    if transposed:
+        own, exact, *results = (made[0] for made in (own, exact, *results))
+    assert {*parts} == {(64, 3)}
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    assert_within_budget(results[0], own, exact)
+
+
+def test_without_a_workspace_the_sum_is_in_one(monkeypatch):
+    monkeypatch.setattr(emulated, "plan", lambda *asked: emulated.Plan())
+    check(33, 264, 1096, multiprocessors=132)
 
 
 def test_many_schedules_give_one_result():

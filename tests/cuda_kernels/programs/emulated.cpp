@@ -3,12 +3,15 @@
 
 #include "api.h"
 #include "emulator/machine.h"
+#include "tile_cost.h"
 
 namespace mft::cuda {
 
 // Weak: null where no compiled file has it.
 #define MFT_WEAK __attribute__((weak))
 MFT_WEAK std::string refusal_sm90(const Product&);
+MFT_WEAK Plan plan_sm90(const Product&, const Device&);
+MFT_WEAK Plan plan_sm80(const Product&, const Device&);
 MFT_WEAK std::string product_sm90(const Product&, const Device&);
 MFT_WEAK std::string product_sm80(const Product&, const Device&);
 MFT_WEAK std::string score_grad_sm80(const ScoreGrad&, const Device&);
@@ -17,7 +20,6 @@ MFT_WEAK std::string pack_mask(const PackMask&, const Device&);
 MFT_WEAK std::string pack_signs(const PackSigns&, const Device&);
 MFT_WEAK std::string score_step(const ScoreStep&, const Device&);
 MFT_WEAK int64_t select_workspace(Type);
-MFT_WEAK int64_t product_workspace(const Product&, const Device&);
 MFT_WEAK int64_t step_workspace(ScoreFormat);
 
 namespace {
@@ -44,6 +46,11 @@ const char* call(std::string (*function)(const Asked&, const Device&), const Ask
 template <class Asked>
 const char* call(std::string (*function)(const Asked&, const Device&), const Asked& asked, const Device& device) {
   return call(function, asked, device, shared_limit(device.capability));
+}
+
+template <class Asked>
+Plan plan_of(Plan (*function)(const Asked&, const Device&), const Asked& asked, const Device& device) {
+  return function == nullptr ? Plan{} : function(asked, device);
 }
 
 // Of a block that leaves a multiprocessor room for another; 1 KiB of each is the system's.
@@ -76,8 +83,10 @@ int64_t emulated_select_workspace(int type) {
   return &select_workspace == nullptr ? 0 : select_workspace(static_cast<Type>(type));
 }
 
-int64_t emulated_product_workspace(const Product& p, const Device& d) {
-  return &product_workspace == nullptr ? 0 : product_workspace(p, d);
+void emulated_plan_product_sm80(const Product& p, const Device& d, Plan* plan) { *plan = plan_of(&plan_sm80, p, d); }
+void emulated_plan_product_sm90(const Product& p, const Device& d, Plan* plan) {
+  std::string (*const refusal)(const Product&) = &refusal_sm90;
+  *plan = refusal == nullptr || !refusal(p).empty() ? Plan{} : plan_of(&plan_sm90, p, d);
 }
 
 int64_t emulated_step_workspace(int format) {
@@ -89,6 +98,11 @@ void emulated_set_settings(unsigned seed, int asynchrony, int schedule) {
                           static_cast<emulator::Schedule>(schedule)});
 }
 
+void emulated_rates(int capability, double* rates) {
+  const Rates found = rates_of(capability);
+  rates[0] = found.multiply_adds, rates[1] = found.memory, rates[2] = found.launch;
+}
+
 // By which Python checks its copies of the structs.
 int64_t emulated_size_of_product() { return sizeof(Product); }
 int64_t emulated_size_of_score_grad() { return sizeof(ScoreGrad); }
@@ -97,4 +111,5 @@ int64_t emulated_size_of_pack_mask() { return sizeof(PackMask); }
 int64_t emulated_size_of_pack_signs() { return sizeof(PackSigns); }
 int64_t emulated_size_of_score_step() { return sizeof(ScoreStep); }
 int64_t emulated_size_of_device() { return sizeof(Device); }
+int64_t emulated_size_of_plan() { return sizeof(Plan); }
 }

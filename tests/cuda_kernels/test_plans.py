@@ -1,0 +1,159 @@
+"""How the CUDA kernels would be launched on cards that are not here: tiles, parts of sums, and whose kernel runs."""
+
+import itertools
+from dataclasses import replace
+
+import emulated
+import pytest
+
+from mft_kernels.triton.cards import CARDS, H100, H100_PCIE, H200
+from mft_kernels.triton.cost import LAUNCH, Jobs, seconds, sum_seconds
+
+HOPPERS = (H100, H100_PCIE, H200)
+#: P and Q of a product, from a layer of a model of 135 million parameters to the head of one of 8 billion.
+SHAPES = (
+    (576, 1536),
+    (1536, 576),
+    (1024, 4096),
+    (4096, 4096),
+    (8192, 4096),
+    (4096, 14336),
+    (14336, 4096),
+    (128256, 4096),
+)
+TOKENS = (1, 16, 64, 65, 128, 256, 512, 1000, 1024, 2048, 4096)
+MASKS = ("bf16", "words", "words, transposed")
+#: But words of rows that do not begin at multiples of 16 bytes, which TMA does not read.
+CASES = [
+    (m, (p, q), mask)
+    for m, (p, q), mask in itertools.product(TOKENS, SHAPES, MASKS)
+    if mask == "bf16" or (p if mask == "words, transposed" else q) != 576
+]
+
+
+def quotient(a, b):
+    return -(-a // b)
+
+
+def device_of(card, capability=90):
+    return {
+        "capability": capability,
+        "multiprocessors": card.multiprocessors,
+        "shared_bytes": card.shared,
+        "l2_bytes": card.l2,
+    }
+
+
+def known(card):
+    """The card with the figures that tile_cost.h has of its architecture."""
+    _, memory, launch = emulated.rates(90)
+    clock = launch / LAUNCH
+    return replace(card, clock=clock, bandwidth=memory * card.multiprocessors * clock)
+
+
+def planned(kernel, card, m, shape, mask):
+    p, q = shape
+    transposed = mask == "words, transposed"
+    of = {name: emulated.Matrix(None, 1, *sizes) for name, sizes in {"out": (m, p, p), "in": (m, q, q)}.items()}
+    n, k = (q, p) if transposed else (p, q)
+    asked = emulated.Product(out=of["out"], weight=emulated.Matrix(None, 1, n, k, k), transposed=transposed)
+    setattr(asked, "in", of["in"])
+    if mask == "bf16":
+        asked.keep.scores = asked.weight
+    else:
+        asked.keep.words = 128
+    return emulated.plan(kernel, asked, device_of(card))
+
+
+def operands(m, shape, mask):
+    """Their bytes."""
+    p, q = shape
+    return 2 * m * (p + q) + p * q * (4 if mask == "bf16" else 2 + 1 / 8)
+
+
+def hopper_seconds(card, m, shape, mask, tokens, parts):
+    """Of product_sm90: clusters of two blocks, 256 features, 64 of Q a step; see product_sm90.cuh."""
+    p, q = shape
+    weight = 128 * 64 * 2 + {"bf16": 128 * 64 * 2, "words": 128 * 16, "words, transposed": 64 * 16}[mask]
+    tile = tokens * 64 * 2
+    jobs = Jobs(
+        count=quotient(p, 256) * quotient(m, tokens) * parts,
+        steps=2 * quotient(quotient(q, 128), parts),
+        multiply_adds=128 * tokens * 64,
+        read=weight + tile // 2,
+        written=(2 if parts == 1 else 4) * 128 * tokens,
+    )
+    stages = min(8, (227 * 1024 - 2 * 3 * 32 * 128 - 1024) // (weight + tile))
+    clusters = replace(card, multiprocessors=max(1, card.multiprocessors // 2))
+    busy = {"memory": operands(m, shape, mask), "blocks": 1, "stages": stages, "rate": 2048}
+    return seconds(clusters, [jobs], **busy) + sum_seconds(card, parts, m * p)
+
+
+def ways(card, m, shape):
+    """(tokens, parts) that there are: no taller than need be, four steps a part, two waves, half of L2."""
+    p, q = shape
+    for tokens in (64, 128, 256):
+        if tokens > 64 and m <= tokens // 2:
+            continue
+        tiles, pairs = quotient(p, 256) * quotient(m, tokens), quotient(q, 128)
+        most = min(16, q // 256, card.multiprocessors // tiles, card.l2 // 2 // (4 * m * quotient(p, 256) * 256))
+        yield from ((tokens, s) for s in range(1, max(1, most) + 1) if quotient(pairs, quotient(pairs, s)) == s)
+
+
+@pytest.mark.parametrize("multiprocessors", [2, 78, 114, 132, 144])
+def test_the_hopper_product_is_cut_by_the_model_of_triton_s(multiprocessors):
+    card = replace(H100, multiprocessors=multiprocessors)
+    for case in CASES:
+        plan = planned("product_sm90", card, *case)
+        expected = {way: hopper_seconds(known(card), *case, *way) for way in ways(card, *case[:2])}
+        assert plan.cycles == pytest.approx(min(expected.values()) * known(card).clock), case
+        assert expected[plan.tokens, plan.parts] == pytest.approx(min(expected.values())), case
+        m, (p, _), _ = case
+        assert plan.workspace == (plan.parts > 1) * plan.parts * m * quotient(p, 256) * 256 * 4
+
+
+def test_few_tiles_are_cut_so_that_most_multiprocessors_work():
+    """4096 x 4096 on an H100: 16 tiles of up to 256 tokens for 66 clusters; from 1024 tokens on there are enough."""
+    of = {m: planned("product_sm90", H100, m, (4096, 4096), "bf16") for m in (1, 64, 128, 256, 512, 1024, 4096)}
+    ways = {m: (plan.tokens, plan.parts) for m, plan in of.items()}
+    assert ways == {
+        1: (64, 4),
+        64: (64, 4),
+        128: (128, 4),
+        256: (256, 4),
+        512: (256, 2),
+        1024: (256, 1),
+        4096: (256, 1),
+    }
+
+
+@pytest.mark.parametrize("card", HOPPERS, ids=lambda card: card.name)
+def test_one_card_s_figures_choose_for_every_hopper(card):
+    """What an H100's bandwidth and clock choose loses at most a ninth on a card that has others."""
+    for case in CASES:
+        plan = planned("product_sm90", card, *case)
+        best = min(hopper_seconds(card, *case, *way) for way in ways(card, *case[:2]))
+        assert hopper_seconds(card, *case, plan.tokens, plan.parts) <= 10 / 9 * best, case
+
+
+@pytest.mark.parametrize("card", HOPPERS, ids=lambda card: card.name)
+def test_hopper_s_own_product_is_expected_to_win_but_where_sums_are_short(card):
+    general = [
+        case
+        for case in CASES
+        if planned("product_sm80", card, *case).cycles < planned("product_sm90", card, *case).cycles
+    ]
+    assert {q for _, (_, q), _ in general} == {576}
+    assert max(m for m, *_ in general) <= 64
+    worst = max(planned("product_sm90", card, *c).cycles / planned("product_sm80", card, *c).cycles for c in general)
+    assert worst < 1.1
+
+
+def test_what_is_known_of_an_architecture_is_what_is_published_of_its_cards():
+    for card in CARDS:
+        if isinstance(card.arch, str):
+            continue
+        multiply_adds, memory, launch = emulated.rates(card.arch)
+        assert multiply_adds == card.multiply_adds * {90: 1 / 2, 100: 1 / 4}.get(card.arch, 1)
+        assert memory == pytest.approx(card.bandwidth / card.clock / card.multiprocessors, rel=0.3), card.name
+        assert launch == pytest.approx(LAUNCH * card.clock, rel=0.15), card.name
