@@ -4,6 +4,7 @@
 // fault in the report (cuda.py), so a new kernel, or a choice that can no longer happen, is noticed.
 #include <cstdio>
 #include <initializer_list>
+#include <utility>
 
 #include "api.h"
 
@@ -77,13 +78,15 @@ void score_grads() {
   for (const Type type : kShortTypes) {
     for (const bool aligned : {true, false}) {
       for (const Type scores : kTypes) {
-        for (const bool d_weight : {true, false}) {
+        for (const auto& [d_weight, features] :
+             {std::pair{true, kFeatures}, {false, kFeatures}, {false, kFeatures / 8}}) {  // the last in parts
           ScoreGrad p;
-          p.d_scores = matrix(scores, kFeatures, kFeatures, aligned);
-          p.weight = matrix(type, kFeatures, kFeatures, aligned);
+          p.d_scores = matrix(scores, features, features, aligned);
+          p.weight = matrix(type, features, features, aligned);
           if (d_weight) p.d_weight = p.weight;
-          p.grad_output = p.x = matrix(type, 512, kFeatures, aligned);
+          p.grad_output = p.x = matrix(type, 8192, features, aligned);
           p.sign.words = p.keep.words = words();
+          p.workspace = kMemory;
           check(score_grad_sm80(p, device));
           if (hopper_takes(p)) check(score_grad_sm90(p, device));
         }

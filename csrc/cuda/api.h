@@ -54,6 +54,7 @@ struct ScoreGrad {
   Sign sign;
   Keep keep;               // read for d_weight only
   bool accumulate = false;  // add to d_scores instead of replacing it
+  void* workspace = nullptr;  // as Product's
 };
 
 // threshold = the k-th largest key of `count` contiguous scores, +inf if k is 0, NaN if a score is not finite;
@@ -138,6 +139,8 @@ std::string refusal_sm90(const Product&);
 std::string refusal_sm90(const ScoreGrad&);
 Plan plan_sm90(const Product&, const Device&);
 Plan plan_sm80(const Product&, const Device&);
+Plan plan_sm90(const ScoreGrad&, const Device&);
+Plan plan_sm80(const ScoreGrad&, const Device&);
 std::string product_sm90(const Product&, const Device&);
 std::string score_grad_sm90(const ScoreGrad&, const Device&);
 std::string product_sm80(const Product&, const Device&);

@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "api.h"
 
@@ -43,6 +44,7 @@ std::string product_sm90(const Product& product, const Device&) { return refusal
 #endif
 #ifndef MFT_CUDA_SCORE_GRAD_SM90
 std::string refusal_sm90(const ScoreGrad&) { return "this build has no score_grad_sm90"; }
+Plan plan_sm90(const ScoreGrad&, const Device&) { return {}; }
 std::string score_grad_sm90(const ScoreGrad& grad, const Device&) { return refusal_sm90(grad); }
 #endif
 
@@ -53,6 +55,7 @@ namespace {
 using mft::cuda::Device;
 using mft::cuda::Keep;
 using mft::cuda::Matrix;
+using mft::cuda::Plan;
 using mft::cuda::Sign;
 using mft::cuda::Type;
 using torch::headeronly::ScalarType;
@@ -225,6 +228,24 @@ std::optional<Tensor> bits_for_hopper(const mft::cuda::Product& p, const Place& 
   return packed;
 }
 
+// Whether Hopper's kernel is expected to take no longer than the general one, and the plan of the one that is taken.
+template <class Problem>
+std::pair<bool, Plan> chosen_plan(const Problem& problem, const Device& device) {
+  const Plan general = mft::cuda::plan_sm80(problem, device);
+  if (device.capability == 90 && mft::cuda::refusal_sm90(problem).empty()) {
+    const Plan own = mft::cuda::plan_sm90(problem, device);
+    if (own.cycles <= general.cycles) return {true, own};
+  }
+  return {false, general};
+}
+
+// Given back in the order of the stream.
+std::optional<Tensor> workspace_of(const Tensor& like, const Plan& plan) {
+  if (plan.workspace == 0) return std::nullopt;
+  const int64_t bytes[] = {plan.workspace};
+  return torch::stable::new_empty(like, {bytes, 1}, ScalarType::Byte);
+}
+
 Tensor product(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optional<Tensor> threshold,
                std::optional<Tensor> packed, std::optional<Tensor> bias, bool magnitude, bool transposed) {
   const Place place(weight);
@@ -249,19 +270,9 @@ Tensor product(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optio
     p.keep = {};
     p.keep.words = words(*bits, place, p.weight, "packed");
   }
-  mft::cuda::Plan plan = mft::cuda::plan_sm80(p, place.device);
-  bool hopper = place.device.capability == 90 && mft::cuda::refusal_sm90(p).empty();
-  if (hopper) {
-    const mft::cuda::Plan own = mft::cuda::plan_sm90(p, place.device);
-    hopper = own.cycles <= plan.cycles;
-    if (hopper) plan = own;
-  }
-  std::optional<Tensor> workspace;  // given back in the order of the stream
-  if (plan.workspace > 0) {
-    const int64_t bytes[] = {plan.workspace};
-    workspace = torch::stable::new_empty(x, {bytes, 1}, ScalarType::Byte);
-    p.workspace = workspace->mutable_data_ptr();
-  }
+  const auto [hopper, plan] = chosen_plan(p, place.device);
+  const std::optional<Tensor> workspace = workspace_of(x, plan);
+  if (workspace.has_value()) p.workspace = workspace->mutable_data_ptr();
   check_launch(hopper ? mft::cuda::product_sm90(p, place.device) : mft::cuda::product_sm80(p, place.device));
   return out;
 }
@@ -299,7 +310,9 @@ void score_grad_(std::optional<Tensor> d_scores, std::optional<Tensor> d_weight,
     g.sign.scores = input(*sign_scores, place, "scores");
     check_size(g.sign.scores, g.weight.rows, g.weight.columns, "scores");
   }
-  const bool hopper = place.device.capability == 90 && mft::cuda::refusal_sm90(g).empty();
+  const auto [hopper, plan] = chosen_plan(g, place.device);
+  const std::optional<Tensor> workspace = workspace_of(x, plan);
+  if (workspace.has_value()) g.workspace = workspace->mutable_data_ptr();
   check_launch(hopper ? mft::cuda::score_grad_sm90(g, place.device) : mft::cuda::score_grad_sm80(g, place.device));
 }
 

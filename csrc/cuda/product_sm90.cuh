@@ -451,8 +451,8 @@ std::string launch_product_sm90(const Product& p, int parts, const Device& devic
   return isa::launch<Kernel>(shape, device.stream, a);
 }
 
-// What parts of Q are worth trying: four steps at least, no more than there are places for in two waves, and all of them
-// in half of L2.
+// What parts of Q are worth trying: four steps at least, no more than there are places for in two waves, and all of
+// them in half of L2.
 template <class Kernel, int kTokens>
 int most_parts(const Product& p, const Device& device) {
   const int64_t tiles = quotient(p.out.columns, 256) * quotient(p.out.rows, kTokens);
@@ -464,7 +464,6 @@ int most_parts(const Product& p, const Device& device) {
 // A cluster's two blocks, each on its multiprocessor, read half of the tokens from L2.
 template <class Kernel, int kTokens>
 double cycles_of_tile(const Product& p, int parts, const Device& device) {
-  constexpr int kMultiplyAdds = 2048;  // a cycle and multiprocessor: 989 TFLOP/s of an H100's 132 at 1.83 GHz
   Jobs jobs;
   jobs.count = quotient(p.out.columns, 256) * quotient(p.out.rows, kTokens) * parts;
   jobs.steps = part_steps(p.in.columns, Kernel::kStep, parts);
@@ -472,8 +471,7 @@ double cycles_of_tile(const Product& p, int parts, const Device& device) {
   jobs.read = Kernel::kWeightStageBytes + Kernel::kInputBytes / Kernel::kCluster;
   jobs.written = (parts > 1 ? 4 : 2) * Kernel::kFeatures * kTokens;
   const int clusters = std::max(1, device.multiprocessors / Kernel::kCluster);
-  const double busy =
-      busy_cycles(jobs, clusters, Kernel::kBlocksPerMultiprocessor, Kernel::kStages, kMultiplyAdds);
+  const double busy = busy_cycles(jobs, clusters, Kernel::kBlocksPerMultiprocessor, Kernel::kStages, kWgmma);
   return launch_cycles(busy, bytes_of(p), device) +
          sum_cycles(parts, static_cast<double>(p.out.rows) * p.out.columns, device);
 }

@@ -1,27 +1,82 @@
 // score_grad_sm80: the arguments of the general kernel, and what it does not take.
 #include "score_grad_sm80.cuh"
+#include "tile_cost.h"
 
 #include <algorithm>
 
 namespace mft::cuda {
 namespace {
 
+using Chunked = sm80::ScoreGradKernel<BFloat16, true>;
+constexpr int kTile = Chunked::kTile, kTileDepth = Chunked::kTileDepth;
+
+bool is_chunked(const ScoreGrad& p) { return sm80::view_of(p.grad_output).chunked && sm80::view_of(p.x).chunked; }
+
+// A row of the workspace: whole tiles.
+int64_t part_stride(const ScoreGrad& p) { return quotient(p.weight.columns, kTile) * kTile; }
+
+double cycles_of(const ScoreGrad& p, int parts, const Device& device) {
+  const double elements = static_cast<double>(p.weight.rows) * p.weight.columns;
+  Jobs jobs;
+  jobs.count = quotient(p.weight.rows, kTile) * quotient(p.weight.columns, kTile) * parts;
+  jobs.steps = quotient(quotient(p.x.rows, kTileDepth), parts);
+  jobs.multiply_adds = kTile * kTile * kTileDepth;
+  jobs.read = Chunked::kStageBytes;
+  jobs.written = kTile * kTile * (parts > 1 ? 4 : kEpilogueBytes);
+  const int stages = std::clamp(sm80::stages_of(Chunked::kStageBytes, device), 3, Chunked::kMostStages);
+  const double busy = busy_cycles(jobs, device.multiprocessors, Chunked::kBlocksPerMultiprocessor, stages,
+                                  rates_of(device.capability).multiply_adds);
+  const double finished = parts > 1 ? kEpilogueBytes * elements / (kL2Bytes * device.multiprocessors) : 0;
+  return launch_cycles(busy, bytes_of(p), device) + sum_cycles(parts, elements, device) + finished;
+}
+
+// Parts of 256 tokens at least, no more than there are places for in two waves, and all of them in half of L2.
+int most_parts(const ScoreGrad& p, const Device& device) {
+  const int64_t tiles = quotient(p.weight.rows, kTile) * quotient(p.weight.columns, kTile);
+  return static_cast<int>(std::min<int64_t>({kMostParts, p.x.rows / 256, 4 * device.multiprocessors / tiles,
+                                             device.l2_bytes / 2 / (4 * p.weight.rows * part_stride(p))}));
+}
+
+std::string finish_parts(const sm80::ScoreGradArguments& a, int parts, const Device& device) {
+  using Kernel = sm80::FinishPartsKernel;
+  LaunchShape shape;
+  shape.x = sm80::tiles_of(static_cast<int64_t>(a.weight.rows) * sm80::tiles_of(a.weight.columns, 8), Kernel::kThreads);
+  return isa::launch<Kernel>(shape, device.stream, {a, parts});
+}
+
 template <class T>
-std::string start(sm80::ScoreGradArguments a, const Device& device) {
+std::string start(sm80::ScoreGradArguments a, int parts, const Device& device) {
   const auto launch = [&](auto kernel) {
     using Kernel = decltype(kernel);
     a.stages = std::clamp(sm80::stages_of(Kernel::kStageBytes, device), 3, Kernel::kMostStages);
     LaunchShape shape;
     shape.x = static_cast<int64_t>(a.tile_rows) * a.tile_columns;
+    shape.y = parts;
     shape.shared_bytes = a.stages * Kernel::kStageBytes;
     if (shape.x > sm80::kLongestSide) return std::string("weight has too many elements, 2^31 tiles of 128 x 128");
     return isa::launch<Kernel>(shape, device.stream, a);
   };
-  if (a.grad_output.chunked && a.x.chunked) return launch(sm80::ScoreGradKernel<T, true>{});
-  return launch(sm80::ScoreGradKernel<T, false>{});
+  if (!a.grad_output.chunked || !a.x.chunked) return launch(sm80::ScoreGradKernel<T, false>{});
+  const std::string error = launch(sm80::ScoreGradKernel<T, true>{});
+  return error.empty() && parts > 1 ? finish_parts(a, parts, device) : error;
 }
 
 }  // namespace
+
+// By elements it takes longer than the model knows of, and tokens are not summed in parts.
+Plan plan_sm80(const ScoreGrad& p, const Device& device) {
+  if (p.weight.rows == 0 || p.weight.columns == 0) return {};
+  Plan best{kNever, kTileDepth};
+  if (!is_chunked(p)) return best;
+  const int64_t depth_tiles = quotient(p.x.rows, kTileDepth), row_bytes = 4 * part_stride(p);
+  const int most = std::max(1, most_parts(p, device));
+  for (int parts = 1; parts <= most; ++parts) {
+    if (parts > 1 && quotient(depth_tiles, quotient(depth_tiles, parts)) != parts) continue;  // one would be empty
+    const double cycles = cycles_of(p, parts, device);
+    if (cycles < best.cycles) best = {cycles, kTileDepth, parts, parts > 1 ? parts * p.weight.rows * row_bytes : 0};
+  }
+  return best;
+}
 
 std::string score_grad_sm80(const ScoreGrad& p, const Device& device) {
   if (p.weight.type == Type::kFloat32) return "weight must be bf16 or fp16, got fp32; use the triton backend";
@@ -40,7 +95,11 @@ std::string score_grad_sm80(const ScoreGrad& p, const Device& device) {
   a.row_words = sm80::tiles_of(p.weight.columns, 32);
   a.depth_tiles = sm80::tiles_of(p.x.rows, 32);
   a.tile_rows = sm80::tiles_of(p.weight.rows, 128), a.tile_columns = sm80::tiles_of(p.weight.columns, 128);
-  return p.weight.type == Type::kBFloat16 ? start<BFloat16>(a, device) : start<Float16>(a, device);
+  const int parts = p.workspace != nullptr ? plan_sm80(p, device).parts : 1;
+  if (parts > 1) a.parts = static_cast<float*>(p.workspace);
+  a.part_tiles = sm80::tiles_of(a.depth_tiles, parts);
+  a.part_stride = part_stride(p);
+  return p.weight.type == Type::kBFloat16 ? start<BFloat16>(a, parts, device) : start<Float16>(a, parts, device);
 }
 
 }  // namespace mft::cuda

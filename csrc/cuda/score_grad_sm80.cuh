@@ -13,6 +13,10 @@
 // Two blocks share a multiprocessor: with 4 stages in 164 KiB and more, with 3 in the 100 KiB of 8.6, 8.9 and 12.0, which
 // would hold one block whose memory took all of G (64 KiB). Speed: not measured.
 //
+// A small weight gives too few tiles for a GPU. There the tokens are cut into parts, a block each, which write fp32 sums
+// into the workspace, and a second kernel adds them in the order of the parts before it does what else is done to G. How
+// many, the model of tile_cost.h says.
+//
 // Types and sources of signs and masks are decided in this second part, where memory is what takes the time: one kernel
 // serves them all.
 #pragma once
@@ -36,13 +40,65 @@ struct ScoreGradArguments {
   bool accumulate, magnitude;
   int row_words, depth_tiles, tile_rows, tile_columns;
   int stages;  // 3 to kMostStages
+  float* parts;    // (parts, weight.rows, part_stride), or null: the tokens are in one
+  int part_tiles;  // of the depth, in a part
+  int64_t part_stride;
 };
+
+MFT_DEVICE float threshold_of(const ScoreGradArguments& a, int row) {
+  const char* const from = a.thresholds + row * a.threshold_bytes;
+  if (a.keep_scores.type == Type::kFloat32) return load<float>(from);
+  const auto bits = load<uint16_t>(from);
+  return a.keep_scores.type == Type::kBFloat16 ? isa::widen(BFloat16{bits}) : isa::widen(Float16{bits});
+}
+
+// 8 neighbours from `column`, a multiple of 8.
+MFT_DEVICE void finish_eight(const ScoreGradArguments& a, const float (&g)[8], int row, int column) {
+  const int64_t word = static_cast<int64_t>(row) * a.row_words + column / 32;
+  if (a.d_scores.data != nullptr) {
+    // All that is read is asked for before any of it is used.
+    const bool weighted = a.weight.data != nullptr;
+    const Eight weights = weighted ? Eight::of(a.weight, row, column) : Eight{};
+    const bool by_scores = a.sign_scores.data != nullptr;
+    const Eight scores = by_scores ? Eight::of(a.sign_scores, row, column) : Eight{};
+    const uint32_t signs = a.sign_words != nullptr ? a.sign_words[word] >> (column % 32) : 0xff;
+    const Eight before = a.accumulate ? Eight::of(a.d_scores, row, column) : Eight{};
+    float weight[8], score[8], v[8];
+    weights.widen(weight, a.weight.type);
+    scores.widen(score, a.sign_scores.type);
+    before.widen(v, a.d_scores.type);
+    for (int i = 0; i < 8; ++i) {
+      const float gradient =
+          score_gradient(g[i], weighted ? weight[i] : 1.0f, by_scores ? sign_of(score[i]) : sign_of_bit(signs, i));
+      v[i] = a.accumulate ? v[i] + gradient : gradient;
+    }
+    Eight::write(a.d_scores, row, column, v);
+  }
+  if (a.d_weight.data != nullptr) {
+    uint32_t kept = 0;
+    if (a.keep_words != nullptr) {
+      kept = a.keep_words[word] >> (column % 32);
+    } else {
+      float score[8];
+      Eight::of(a.keep_scores, row, column).widen(score, a.keep_scores.type);
+      const float threshold = threshold_of(a, row);
+      for (int i = 0; i < 8; ++i) {
+        const bool keep = a.magnitude ? keeps<true>(score[i], threshold) : keeps<false>(score[i], threshold);
+        kept |= static_cast<uint32_t>(keep) << i;
+      }
+    }
+    float v[8];
+    for (int i = 0; i < 8; ++i) v[i] = kept >> i & 1 ? g[i] : 0.0f;
+    Eight::write(a.d_weight, row, column, v);
+  }
+}
 
 // T: of grad_output, x, weight and d_weight. kChunked: grad_output and x are.
 template <class T, bool kChunked>
 struct ScoreGradKernel {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerMultiprocessor = kChunked ? 2 : 1;  // one: loads by elements need registers
+  static constexpr bool kParts = kChunked;                           // the tokens may be cut
   using Arguments = ScoreGradArguments;
 
   static constexpr int kTile = 128, kTileDepth = 32;
@@ -55,6 +111,9 @@ struct ScoreGradKernel {
   static constexpr int kWarpRows = 64, kWarpColumns = 32, kHalfRows = kWarpRows / 2;
   static constexpr int kDown = kWarpRows / 16, kAcross = kWarpColumns / 8;  // mma.sync's tiles in a warp's
   using Sums = float[kDown][kAcross][4];
+  struct alignas(8) Two {
+    float low, high;
+  };
 
   MFT_DEVICE static void run(const Arguments& a) {
     const TilePlace place = TilePlace::of(static_cast<int>(isa::block(0)), a.tile_rows, a.tile_columns);
@@ -62,7 +121,10 @@ struct ScoreGradKernel {
     const int warp_row = isa::warp() / 4 * kWarpRows, warp_column = isa::warp() % 4 * kWarpColumns;
     char* const shared = isa::shared_memory();
 
-    TileReader<Operand, true, kChunked, kThreads> grad(a.grad_output, 0, first_row), x(a.x, 0, first_column);
+    const int first_tile = kParts ? static_cast<int>(isa::block(1)) * a.part_tiles : 0;
+    const int left = a.depth_tiles - first_tile, tiles = kParts && a.part_tiles < left ? a.part_tiles : left;
+    const int depth = first_tile * kTileDepth;
+    TileReader<Operand, true, kChunked, kThreads> grad(a.grad_output, depth, first_row), x(a.x, depth, first_column);
     const auto copy = [&](int stage) {
       grad.copy(shared + stage * kStageBytes);
       x.copy(shared + stage * kStageBytes + Operand::kBytes);
@@ -73,10 +135,14 @@ struct ScoreGradKernel {
     const auto sum = [&](auto number) {  // a loop for each number, as in product_sm80
       constexpr int kStages = decltype(number)::value;
       for (int stage = 0; stage < kStages - 1; ++stage) copy(stage);
-      for (int tile = 0, stage = 0, done = kStages - 1; tile < a.depth_tiles; ++tile) {
+      for (int tile = 0, stage = 0, done = kStages - 1; tile < tiles; ++tile) {
         isa::wait_copies<kStages - 2>();
         isa::sync_block();  // the tile has come for all, and all are done with the one before it, which is overwritten
-        copy(done);
+        if (!kParts || tile + kStages - 1 < tiles) {
+          copy(done);
+        } else {  // the next part's
+          isa::commit_copies();
+        }
         multiply(sums, shared + stage * kStageBytes, warp_row, warp_column);
         done = stage;
         stage = stage == kStages - 1 ? 0 : stage + 1;
@@ -88,6 +154,9 @@ struct ScoreGradKernel {
       sum(std::integral_constant<int, 3>{});
     }
     isa::wait_copies<0>();
+    if constexpr (kParts) {
+      if (a.parts != nullptr) return write_part(a, sums, first_row + warp_row, first_column + warp_column);
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       isa::sync_block();  // all are done with what lies there
@@ -118,10 +187,23 @@ struct ScoreGradKernel {
     }
   }
 
+  // Four lanes write a sector.
+  MFT_DEVICE static void write_part(const Arguments& a, const Sums& sums, int first_row, int first_column) {
+    const int64_t part_row = isa::block(1) * a.weight.rows;
+#pragma unroll
+    for (int i = 0; i < 2 * kDown; ++i) {
+      const int row = first_row + 8 * i + isa::lane() / 4;
+      if (row >= a.weight.rows) continue;
+      float* const to = a.parts + (part_row + row) * a.part_stride + first_column + isa::lane() % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < kAcross; ++j) {
+        const float(&four)[4] = sums[i / 2][j];
+        store(reinterpret_cast<char*>(to + 8 * j), Two{four[i % 2 * 2], four[i % 2 * 2 + 1]});
+      }
+    }
+  }
+
   MFT_DEVICE static void spread(const Sums& sums, char* shared, int half, int warp_row, int warp_column) {
-    struct alignas(8) Two {
-      float low, high;
-    };
 #pragma unroll
     for (int i = 0; i < kDown / 2; ++i) {
 #pragma unroll
@@ -146,56 +228,30 @@ struct ScoreGradKernel {
         const auto words = load<isa::Words4>(shared + Half::offset(of_half, column / 4 + i));
         for (int j = 0; j < 4; ++j) g[4 * i + j] = isa::as_float(words.words[j]);
       }
-      finish(a, g, first_row + row, first_column + column);
+      finish_eight(a, g, first_row + row, first_column + column);
     }
   }
+};
 
-  // 8 neighbours from `column`, a multiple of 8.
-  MFT_DEVICE static void finish(const Arguments& a, const float (&g)[8], int row, int column) {
-    const int64_t word = static_cast<int64_t>(row) * a.row_words + column / 32;
-    if (a.d_scores.data != nullptr) {
-      // All that is read is asked for before any of it is used.
-      const bool weighted = a.weight.data != nullptr;
-      const Eight weights = weighted ? Eight::of(a.weight, row, column) : Eight{};
-      const bool by_scores = a.sign_scores.data != nullptr;
-      const Eight scores = by_scores ? Eight::of(a.sign_scores, row, column) : Eight{};
-      const uint32_t signs = a.sign_words != nullptr ? a.sign_words[word] >> (column % 32) : 0xff;
-      const Eight before = a.accumulate ? Eight::of(a.d_scores, row, column) : Eight{};
-      float weight[8], score[8], v[8];
-      weights.widen(weight, a.weight.type);
-      scores.widen(score, a.sign_scores.type);
-      before.widen(v, a.d_scores.type);
-      for (int i = 0; i < 8; ++i) {
-        const float gradient =
-            score_gradient(g[i], weighted ? weight[i] : 1.0f, by_scores ? sign_of(score[i]) : sign_of_bit(signs, i));
-        v[i] = a.accumulate ? v[i] + gradient : gradient;
-      }
-      Eight::write(a.d_scores, row, column, v);
-    }
-    if (a.d_weight.data != nullptr) {
-      uint32_t kept = 0;
-      if (a.keep_words != nullptr) {
-        kept = a.keep_words[word] >> (column % 32);
-      } else {
-        float score[8];
-        Eight::of(a.keep_scores, row, column).widen(score, a.keep_scores.type);
-        const float threshold = threshold_of(a, row);
-        for (int i = 0; i < 8; ++i) {
-          const bool keep = a.magnitude ? keeps<true>(score[i], threshold) : keeps<false>(score[i], threshold);
-          kept |= static_cast<uint32_t>(keep) << i;
-        }
-      }
-      float v[8];
-      for (int i = 0; i < 8; ++i) v[i] = kept >> i & 1 ? g[i] : 0.0f;
-      Eight::write(a.d_weight, row, column, v);
-    }
-  }
+// What parts left in the workspace, added from the first to the last, and finished: a thread makes 8 neighbours.
+struct FinishPartsKernel {
+  static constexpr int kThreads = 128, kBlocksPerMultiprocessor = 1;
+  struct Arguments {
+    ScoreGradArguments of;
+    int count;
+  };
 
-  MFT_DEVICE static float threshold_of(const Arguments& a, int row) {
-    const char* const from = a.thresholds + row * a.threshold_bytes;
-    if (a.keep_scores.type == Type::kFloat32) return load<float>(from);
-    const auto bits = load<uint16_t>(from);
-    return a.keep_scores.type == Type::kBFloat16 ? isa::widen(BFloat16{bits}) : isa::widen(Float16{bits});
+  MFT_DEVICE static void run(const Arguments& arguments) {
+    const ScoreGradArguments& a = arguments.of;
+    const int eights = (a.weight.columns + 7) / 8;
+    const int64_t at = isa::block(0) * kThreads + isa::thread();
+    const int row = static_cast<int>(at / eights), column = static_cast<int>(at % eights) * 8;
+    if (row >= a.weight.rows) return;
+    float g[8] = {};
+    for (int part = 0; part < arguments.count; ++part) {
+      add_eight(g, a.parts + (static_cast<int64_t>(part) * a.weight.rows + row) * a.part_stride + column);
+    }
+    finish_eight(a, g, row, column);
   }
 };
 

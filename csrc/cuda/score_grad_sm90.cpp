@@ -1,5 +1,6 @@
 // d_scores on Hopper: what its kernel takes, and which instance serves it.
 #include "api.h"
+#include "tile_cost.h"
 #include "tma.h"
 
 namespace mft::cuda {
@@ -36,6 +37,19 @@ std::string refusal_sm90(const ScoreGrad& problem) {
   }
   const Sign& sign = problem.sign;
   return sign.words == nullptr && sign.scores.data != nullptr ? refusal_of_tma("scores", sign.scores) : "";
+}
+
+// The kernel's tiles: score_grad_sm90.cuh.
+Plan plan_sm90(const ScoreGrad& problem, const Device& device) {
+  constexpr int kRows = 128, kColumns = 256, kDepth = 64, kCluster = 2, kStages = 4;
+  Jobs jobs;
+  jobs.count = quotient(problem.weight.rows, kCluster * kRows) * quotient(problem.weight.columns, kColumns);
+  jobs.steps = quotient(problem.x.rows, kDepth);
+  jobs.multiply_adds = kRows * kColumns * kDepth;
+  jobs.read = 2 * kDepth * (kRows + kColumns / kCluster);
+  jobs.written = kEpilogueBytes * kRows * kColumns;
+  const double busy = busy_cycles(jobs, std::max(1, device.multiprocessors / kCluster), 1, kStages, kWgmma);
+  return {launch_cycles(busy, bytes_of(problem), device), kDepth};
 }
 
 std::string score_grad_sm90(const ScoreGrad& problem, const Device& device) {

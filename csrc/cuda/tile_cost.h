@@ -11,6 +11,7 @@ namespace mft::cuda {
 
 constexpr double kL2Bytes = 40;  // a cycle, from L2 to a multiprocessor
 constexpr double kLatency = 900;  // cycles from a request to memory until its bytes are there
+constexpr double kWgmma = 2048;   // multiply-adds a cycle and multiprocessor: 989 TFLOP/s of an H100's 132 at 1.83 GHz
 constexpr int kMostParts = 16;    // of a sum
 constexpr double kNever = 1e300;  // cycles
 
@@ -65,6 +66,14 @@ inline double bytes_of(const Product& p) {
   const double elements = static_cast<double>(p.weight.rows) * p.weight.columns;
   const double keep = p.keep.words != nullptr ? 1.0 / 8 : bytes_of(p.keep.scores.type);
   return 2.0 * p.out.rows * (p.out.columns + p.in.columns) + elements * (2 + keep);
+}
+
+// Of an element of d_scores: weight, sign and result in 16 bits, or weight and fp32.
+constexpr int kEpilogueBytes = 6;
+
+inline double bytes_of(const ScoreGrad& p) {
+  const double n = p.weight.rows, k = p.weight.columns;
+  return 2 * p.x.rows * (n + k) + kEpilogueBytes * n * k;
 }
 
 }  // namespace mft::cuda

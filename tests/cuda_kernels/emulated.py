@@ -30,7 +30,7 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # "unroll" is nvcc's
 NUMBERS = "-ffp-contract=off"  # products and sums are rounded one by one, also where the host could fuse them
 INCLUDE = [f"-I{folder}" for folder in (ROOT / "csrc/cuda", PROGRAMS, HERE)]
 FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", NUMBERS, *WARNINGS, *INCLUDE]
-NOT_EMULATED = ("score_grad_sm90", "bindings")  # CUTLASS's, and torch's
+NOT_EMULATED = ("score_grad_sm90_", "bindings")  # CUTLASS's, and torch's
 
 ASYNCHRONIES = ("at_issue", "as_late_as_possible", "random")
 SCHEDULES = ("in_turn", "by_rank")  # by rank, a warp may run far ahead of another
@@ -86,6 +86,7 @@ class ScoreGrad(ctypes.Structure):
         ("sign", Sign),
         ("keep", Keep),
         ("accumulate", ctypes.c_bool),
+        ("workspace", Pointer),
     )
 
 
@@ -295,14 +296,14 @@ def accumulate_score_grad(
         sign=_sign(scores, signs, mode),
         accumulate=True,
     )
-    _call("score_grad_sm80", asked, device)
+    _score_grad(asked, device)
 
 
 def accumulate_product(out: Tensor, grad_output: Tensor, x: Tensor, **device) -> None:
     grad, rows = _rows(grad_output), _rows(x)
     weight = Matrix(None, _TYPES[x.dtype], *out.shape, out.shape[1])
     asked = ScoreGrad(d_scores=_matrix(out), grad_output=_matrix(grad), x=_matrix(rows), weight=weight, accumulate=True)
-    _call("score_grad_sm80", asked, device)
+    _score_grad(asked, device)
 
 
 def kept_threshold(
@@ -458,6 +459,12 @@ def _product(
     _call(kernel, asked, device)
 
 
+def _score_grad(asked: ScoreGrad, device: dict) -> None:
+    workspace = _new((plan("score_grad_sm80", asked, device).workspace // 4,), torch.float32)
+    asked.workspace = workspace.data_ptr() or None
+    _call("score_grad_sm80", asked, device)
+
+
 def _backward(
     grad_output: Tensor,
     x: Tensor,
@@ -484,7 +491,7 @@ def _backward(
         if output_mask[2]:
             d_scores = _new(weight.shape, scores.dtype if scores is not None else torch.float32)
             asked.d_scores, asked.sign = _matrix(d_scores), _sign(scores, signs, mode)
-        _call("score_grad_sm80", asked, device)
+        _score_grad(asked, device)
     if output_mask[3]:
         d_bias = grad.sum(0)
     return d_x, d_weight, d_scores, d_bias

@@ -118,6 +118,15 @@ def test_score_gradients_are_added(out_dtype, source, capability):
     assert_same(got, expected)
 
 
+def test_score_gradients_of_many_tokens_get_a_workspace(capability):
+    t = inputs(m=1100)  # for 4 multiprocessors in 4 parts
+    got, expected = torch.full((12, 40), 3.0), torch.full((12, 40), 3.0)
+    given = (t.grad_output[:, :8], t.x, t.weight[:8], t.scores[:8], None, "magnitude")
+    cuda.accumulate_score_grad(got[:8], *given)
+    reference.accumulate_score_grad(expected[:8], *given)
+    assert_same(got, expected)
+
+
 @pytest.mark.parametrize("out_dtype", [torch.float32, *DTYPES])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_are_added_without_a_weight(dtype, out_dtype, capability):
@@ -343,6 +352,7 @@ std::string product_sm90(const Product& p, const Device&) {
 }
 // By the number of features: 256 general in parts, 257 Hopper's in parts.
 Plan plan_sm80(const Product& p, const Device&) { return {1, 64, 1, p.in.rows == 2 && p.out.rows == 2 ? 64 : 0}; }
+Plan plan_sm80(const ScoreGrad&, const Device&) { return {}; }
 Plan plan_sm90(const Product& p, const Device&) {
   return {p.out.columns == 256 ? 2.0 : 1.0, 64, 1, p.out.columns == 257 ? 64 : 0};
 }

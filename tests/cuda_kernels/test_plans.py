@@ -7,7 +7,7 @@ import emulated
 import pytest
 
 from mft_kernels.triton.cards import CARDS, H100, H100_PCIE, H200
-from mft_kernels.triton.cost import LAUNCH, Jobs, seconds, sum_seconds
+from mft_kernels.triton.cost import L2_BYTES, LAUNCH, Jobs, seconds, sum_seconds
 
 HOPPERS = (H100, H100_PCIE, H200)
 #: P and Q of a product, from a layer of a model of 135 million parameters to the head of one of 8 billion.
@@ -35,9 +35,12 @@ def quotient(a, b):
     return -(-a // b)
 
 
-def device_of(card, capability=90):
+NVIDIAS = tuple(card for card in CARDS if isinstance(card.arch, int))
+
+
+def device_of(card):
     return {
-        "capability": capability,
+        "capability": card.arch,
         "multiprocessors": card.multiprocessors,
         "shared_bytes": card.shared,
         "l2_bytes": card.l2,
@@ -46,7 +49,7 @@ def device_of(card, capability=90):
 
 def known(card):
     """The card with the figures that tile_cost.h has of its architecture."""
-    _, memory, launch = emulated.rates(90)
+    _, memory, launch = emulated.rates(card.arch)
     clock = launch / LAUNCH
     return replace(card, clock=clock, bandwidth=memory * card.multiprocessors * clock)
 
@@ -149,10 +152,97 @@ def test_hopper_s_own_product_is_expected_to_win_but_where_sums_are_short(card):
     assert worst < 1.1
 
 
+# ----------------------------------------------------------------------------------------------------------- d_scores
+
+#: N and K.
+WEIGHTS = ((576, 576), (576, 1536), (1536, 576), (1024, 1024), (1024, 4096), (4096, 4096), (14336, 4096))
+MANY = (1, 64, 500, 512, 1000, 1024, 2048, 4096, 8192, 16384, 65536)
+GRADS = [*itertools.product(MANY, WEIGHTS)]
+
+
+def planned_grad(kernel, card, m, shape):
+    n, k = shape
+    of = {"weight": (n, k, k), "d_scores": (n, k, k), "grad_output": (m, n, n), "x": (m, k, k)}
+    asked = emulated.ScoreGrad(**{name: emulated.Matrix(None, 1, *sizes) for name, sizes in of.items()})
+    return emulated.plan(kernel, asked, device_of(card))
+
+
+def grad_seconds(card, m, shape, parts, rate):
+    """Of score_grad_sm80: tiles of 128 x 128, 32 tokens a step."""
+    n, k = shape
+    jobs = Jobs(
+        count=quotient(n, 128) * quotient(k, 128) * parts,
+        steps=quotient(quotient(m, 32), parts),
+        multiply_adds=128 * 128 * 32,
+        read=2 * 128 * 32 * 2,
+        written=128 * 128 * (6 if parts == 1 else 4),
+    )
+    stages = 4 if card.shared // 2 - 1024 >= 4 * jobs.read else 3
+    launch = seconds(card, [jobs], memory=2 * m * (n + k) + 6 * n * k, blocks=2, stages=stages, rate=rate)
+    finished = (parts > 1) * 6 * n * k / (L2_BYTES * card.multiprocessors * card.clock)
+    return launch + sum_seconds(card, parts, n * k) + finished
+
+
+def cutlass_seconds(card, m, shape):
+    """Of score_grad_sm90: clusters of two blocks, tiles of 128 x 256, 64 tokens a step, x by multicast."""
+    n, k = shape
+    jobs = Jobs(
+        count=quotient(n, 256) * quotient(k, 256),
+        steps=quotient(m, 64),
+        multiply_adds=128 * 256 * 64,
+        read=2 * 64 * (128 + 256 // 2),
+        written=6 * 128 * 256,
+    )
+    clusters = replace(card, multiprocessors=card.multiprocessors // 2)
+    return seconds(clusters, [jobs], memory=2 * m * (n + k) + 6 * n * k, blocks=1, stages=4, rate=2048)
+
+
+def parts_of_grads(card, m, shape):
+    n, k = shape
+    tiles, steps = quotient(n, 128) * quotient(k, 128), quotient(m, 32)
+    of_l2 = card.l2 // 2 // (4 * n * quotient(k, 128) * 128)
+    most = min(16, m // 256, 4 * card.multiprocessors // tiles, of_l2)
+    return [s for s in range(1, max(1, most) + 1) if s == 1 or quotient(steps, quotient(steps, s)) == s]
+
+
+@pytest.mark.parametrize("card", NVIDIAS, ids=lambda card: card.name)
+def test_tokens_of_d_scores_are_cut_by_the_model(card):
+    rate = emulated.rates(card.arch)[0]
+    for case in GRADS:
+        plan = planned_grad("score_grad_sm80", card, *case)
+        expected = {s: grad_seconds(known(card), *case, s, rate) for s in parts_of_grads(card, *case)}
+        assert plan.cycles == pytest.approx(min(expected.values()) * known(card).clock), case
+        assert expected[plan.parts] == pytest.approx(min(expected.values())), case
+        n, k = case[1]
+        assert plan.workspace == (plan.parts > 1) * plan.parts * n * quotient(k, 128) * 128 * 4
+        own = planned_grad("score_grad_sm90", card, *case)
+        assert own.cycles == pytest.approx(cutlass_seconds(known(card), *case) * known(card).clock), case
+
+
+def test_few_tiles_of_many_tokens_are_cut_on_every_card():
+    for card in NVIDIAS:
+        parts = {case: planned_grad("score_grad_sm80", card, *case).parts for case in GRADS}
+        assert parts[16384, (576, 576)] >= 4
+        assert parts[16384, (576, 1536)] >= 2
+        # Few tokens, or more tiles than places for two blocks each.
+        assert {parts[m, shape] for m, shape in GRADS if m < 512 or shape[0] * shape[1] >= 4096**2} == {1}
+
+
+@pytest.mark.parametrize("card", HOPPERS, ids=lambda card: card.name)
+def test_on_hopper_the_general_d_scores_serves_small_weights(card):
+    """36 blocks of CUTLASS's make 576 x 1536, for 132 multiprocessors; the general kernel has 60 tiles, and parts."""
+    for case in GRADS:
+        general, own = (planned_grad(f"score_grad_{arch}", card, *case).cycles for arch in ("sm80", "sm90"))
+        small = case[1][0] * case[1][1] <= 1024**2
+        assert own > general if small else case[0] < 500 or own < general, case
+    case = (8192, (576, 1536))
+    general, own = (planned_grad(f"score_grad_{arch}", card, *case) for arch in ("sm80", "sm90"))
+    assert own.cycles / general.cycles > 1.3
+    assert general.parts > 1
+
+
 def test_what_is_known_of_an_architecture_is_what_is_published_of_its_cards():
-    for card in CARDS:
-        if isinstance(card.arch, str):
-            continue
+    for card in NVIDIAS:
         multiply_adds, memory, launch = emulated.rates(card.arch)
         assert multiply_adds == card.multiply_adds * {90: 1 / 2, 100: 1 / 4}.get(card.arch, 1)
         assert memory == pytest.approx(card.bandwidth / card.clock / card.multiprocessors, rel=0.3), card.name

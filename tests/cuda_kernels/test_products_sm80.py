@@ -315,12 +315,12 @@ def test_accumulation_rounds_the_sum_alone():
 
 @pytest.fixture
 def parts(monkeypatch):
-    """How many parts each product was summed in, by the bytes of its workspace; 0: in one."""
+    """How many parts each product and d_scores was summed in; 0: in one, without a workspace."""
     seen, plan = [], emulated.plan
 
     def counted(kernel, asked, device):
-        found, out = plan(kernel, asked, device), asked.out
-        seen.append(found.workspace / (4 * out.rows * -(-out.columns // 128) * 128))
+        found = plan(kernel, asked, device)
+        seen.append(found.parts if found.workspace else 0)
         return found
 
     monkeypatch.setattr(emulated, "plan", counted)
@@ -374,6 +374,54 @@ def test_without_a_workspace_the_depth_is_in_one(monkeypatch):
     monkeypatch.setattr(emulated, "plan", lambda kernel, asked, device: emulated.Plan())
     t = integer_inputs(9, 40, 1096, FP16, FP16)
     check_products(t, row_thresholds(t), "magnitude", multiprocessors=132)
+    t = integer_inputs(1096, 40, 72, FP16, FP16)
+    check_score_grad(t, row_thresholds(t), "magnitude", multiprocessors=132)
+
+
+@pytest.mark.parametrize(
+    ("shape", "multiprocessors", "expected"),
+    [
+        ((1096, 40, 72), 132, {4, 0}),  # 35 steps of 32 tokens in parts of 9, the last of 7 and a bit; d_x in one
+        ((520, 136, 72), 132, {2, 0}),  # 17 steps: 9 and 8
+        ((1096, 40, 72), 2, {2, 0}),  # as many as the multiprocessors gain from
+        ((511, 40, 72), 132, {0}),  # a part would have less than 256 tokens
+        ((1096, 45, 72), 132, {0}),  # rows that are no chunks
+    ],
+)
+@pytest.mark.parametrize("scores_dtype", [FP32, FP16])
+def test_score_gradients_of_many_tokens_are_summed_in_parts(shape, multiprocessors, expected, scores_dtype, parts):
+    t = integer_inputs(*shape, FP16, scores_dtype)
+    check_score_grad(t, row_thresholds(t), "magnitude", multiprocessors=multiprocessors)
+    assert {*parts} == expected
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_parts_of_score_gradients_write_nothing_around_their_workspace(at_end, parts):
+    t = integer_inputs(520, 136, 72, BF16, BF16)
+    with emulated.outputs_at_guard_pages(at_end=at_end):
+        check_score_grad(t, row_thresholds(t), "value", multiprocessors=132)
+    assert {*parts} == {2, 0}
+
+
+def test_parts_of_score_gradients_are_added_in_one_order(parts):
+    """Whatever block ends first: random floats, bit for bit, into what was there; within the budget."""
+    t = random_inputs(1096, 136, 72, BF16, BF16)
+    before, results = torch.randn(136, 72), []
+    for seed, asynchrony in enumerate(emulated.ASYNCHRONIES):
+        emulated.set_settings(seed, asynchrony)
+        out = before.clone()
+        emulated.accumulate_score_grad(
+            out, t.grad_output, t.x, t.weight, t.scores, None, "magnitude", multiprocessors=132
+        )
+        results.append(out)
+    assert {*parts} == {4}
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    own, exact = before.clone(), before.double()
+    reference.accumulate_score_grad(own, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
+    wide = (t.grad_output.double(), t.x.double(), t.weight.double(), t.scores)
+    reference.accumulate_score_grad(exact, *wide, None, "magnitude")
+    assert_within_budget(results[0], own, exact)
 
 
 # --------------------------------------------------------------------------------------------------------- schedules

@@ -12,6 +12,8 @@ namespace mft::cuda {
 MFT_WEAK std::string refusal_sm90(const Product&);
 MFT_WEAK Plan plan_sm90(const Product&, const Device&);
 MFT_WEAK Plan plan_sm80(const Product&, const Device&);
+MFT_WEAK Plan plan_sm90(const ScoreGrad&, const Device&);
+MFT_WEAK Plan plan_sm80(const ScoreGrad&, const Device&);
 MFT_WEAK std::string product_sm90(const Product&, const Device&);
 MFT_WEAK std::string product_sm80(const Product&, const Device&);
 MFT_WEAK std::string score_grad_sm80(const ScoreGrad&, const Device&);
@@ -21,6 +23,10 @@ MFT_WEAK std::string pack_signs(const PackSigns&, const Device&);
 MFT_WEAK std::string score_step(const ScoreStep&, const Device&);
 MFT_WEAK int64_t select_workspace(Type);
 MFT_WEAK int64_t step_workspace(ScoreFormat);
+
+// CUTLASS's; what is not CUTLASS's of score_grad_sm90 is compiled.
+std::string score_grad_sm90_bf16(const ScoreGrad&, const Device&) { return "CUTLASS's kernels are not executed"; }
+std::string score_grad_sm90_fp16(const ScoreGrad&, const Device&) { return "CUTLASS's kernels are not executed"; }
 
 namespace {
 
@@ -96,6 +102,13 @@ int64_t emulated_step_workspace(int format) {
 void emulated_set_settings(unsigned seed, int asynchrony, int schedule) {
   emulator::set_settings({seed, static_cast<emulator::Asynchrony>(asynchrony), emulator::settings().shared_limit,
                           static_cast<emulator::Schedule>(schedule)});
+}
+
+void emulated_plan_score_grad_sm80(const ScoreGrad& p, const Device& d, Plan* plan) {
+  *plan = plan_of(&plan_sm80, p, d);
+}
+void emulated_plan_score_grad_sm90(const ScoreGrad& p, const Device& d, Plan* plan) {
+  *plan = plan_of(&plan_sm90, p, d);
 }
 
 void emulated_rates(int capability, double* rates) {
