@@ -25,8 +25,8 @@ KERNEL_LAYERS = (
 TRITON_LAYERS = (
     ("cards", "target", "tiles"),
     ("cost", "launch"),
-    ("bits", "choice", "plan", "select"),
-    ("arguments",),
+    ("bits", "plan", "select"),
+    ("arguments", "choice"),
     ("product", "score_grad", "scratch"),
     ("backward",),
     ("ops", "score_step"),

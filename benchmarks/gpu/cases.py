@@ -62,7 +62,7 @@ _HOST_SHAPES = (SQUARE, (1024, 4096))
 TRAINED = ("a LLaMA2-7B layer", "a SmolLM2 layer", "SmolLM2-135M")
 _WAYS = ("plain", "resident", "quantized", "layerwise")
 _TRAIN_TOKENS = (2048,)
-#: Every tile of these (sweep/), kind and M: one launch for both gradients up to 512 tokens, two beyond.
+#: Every tile of these (sweep/), kind and M: one launch for both gradients of few tokens, two of many.
 _SWEPT = (("forward", 2048), ("d_x", 2048), ("d_scores", 2048), ("forward", 16), ("backward", 16))
 #: Of the checks, those that a wrong kernel hardly passes, each backend's.
 FIRST_CHECKS = ("exact", "cuda exact", "random", "cuda random")

@@ -1,5 +1,6 @@
 """The launches that are compiled and read: every kernel, form, tile, mode, mask and dtype, not all combinations."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ from mft_kernels.triton.target import (
 from .ahead import recorded
 
 FEATURES = 4096  # N and K
-#: One for each height of a tile, below and above the bound of one launch.
-TOKENS = (1, 64, 128, 512, 2048)
+#: One for each height of a tile, and where one launch makes both gradients and where two do.
+TOKENS = (1, 64, 128, 512, 2048, 4096)
 FEW_TOKENS = (64, 2048)
 
 _MAGNITUDE = "magnitude"
@@ -60,9 +61,23 @@ def entries(target: Target, *, few: bool = False) -> list[Entry]:
     """One of each launch that differs in what is compiled; ``few``: bf16, and no more than tests have time for."""
     found: dict[tuple, Entry] = {}
     for name, call in _calls(few):
-        for launch in recorded(call, target):
-            found.setdefault(identity(launch), Entry(target, name, launch))
+        for one_launch in (True, False):  # whichever this layer would take, another takes the other
+            with _both_gradients(one_launch):
+                launched = recorded(call, target)
+            for launch in launched:
+                found.setdefault(identity(launch), Entry(target, name, launch))
     return list(found.values())
+
+
+@contextlib.contextmanager
+def _both_gradients(one_launch: bool) -> Iterator[None]:
+    """From one launch, where they can be; else from two."""
+    chosen = ops.one_launch
+    ops.one_launch = lambda target, m, n, k, operands: one_launch and operands.element < 4
+    try:
+        yield
+    finally:
+        ops.one_launch = chosen
 
 
 def identity(launch: Launch) -> tuple:

@@ -12,8 +12,8 @@ and its tiles of d_scores, one a block of rows:
     M   | d_x   |       |                 The tiles of one kind wait for memory while the others multiply. Up to 64
         +-------+-------+---              tokens two programs share a multiprocessor of sm_90 (not with fp32 scores).
 
-From about M = 1024 on both products are bound by the tensor cores, there is nothing to share, and two launches allow
-each its best tile.
+Where the tensor cores bound both products there is nothing to share, and two launches allow each its best tile. From
+how many tokens on that is, plan.one_launch asks the model of the card: it hangs on the layer and on the card.
 """
 
 import math

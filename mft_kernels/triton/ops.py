@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..reference import Gradients
-from .arguments import Keep, aligned, is_exact
+from .arguments import Keep, aligned, is_exact, operands
 from .backward import both
 from .choice import FUSED, SCRATCH, Product
 from .plan import one_launch
@@ -135,7 +135,11 @@ def _backward(
     d_x = d_bias = None
     d_weight = weight.new_empty(weight.shape) if output_mask[1] else None
     d_scores = weight.new_empty(weight.shape, dtype=score_dtype) if output_mask[2] else None
-    if output_mask[0] and d_scores is not None and _is_one_launch(grad, weight, keep, sign, score_dtype, choose):
+    if (
+        output_mask[0]
+        and d_scores is not None
+        and _is_one_launch(grad, _rows(x), weight, keep, sign, score_dtype, choose)
+    ):
         d_x = both(grad, _rows(x), weight, keep, sign, d_scores, d_weight)
     else:
         if output_mask[0]:
@@ -151,21 +155,24 @@ def _backward(
 
 
 def _is_one_launch(
-    grad: Tensor, weight: Tensor, keep: Keep, sign: Tensor | None, score_dtype: torch.dtype, choose: Choose
+    grad: Tensor, x: Tensor, weight: Tensor, keep: Keep, sign: Tensor | None, score_dtype: torch.dtype, choose: Choose
 ) -> bool:
     """Whether d_x and d_scores come from one launch; the other choice is d_x through scratch, then d_scores."""
     (n, k), m = weight.shape, grad.shape[0]
-    if m == 0 or weight.numel() == 0 or not one_launch(m, weight.element_size()):
+    if m == 0 or weight.numel() == 0:
+        return False
+    given = operands(weight, keep, aligned(grad, x, weight, *keep.tiled))
+    if not one_launch(target_of(grad.device), m, n, k, given):
         return False
 
     def run(tokens: int, fused: bool) -> None:
-        g, x = _tokens_like(grad, tokens, n), _tokens_like(grad, tokens, k)
+        g, a = _tokens_like(grad, tokens, n), _tokens_like(grad, tokens, k)
         d_scores = weight.new_empty(weight.shape, dtype=score_dtype)
         if fused:
-            both(g, x, weight, keep, sign, d_scores, None)
+            both(g, a, weight, keep, sign, d_scores, None)
         else:
             product_through_scratch(g, weight, keep, None, True)
-            score_grad(g, x, weight, keep, sign, d_scores=d_scores)
+            score_grad(g, a, weight, keep, sign, d_scores=d_scores)
 
     product = _describe(grad, weight, keep, transposed=True, with_scores=True)
     candidates = {FUSED: lambda tokens: run(tokens, True), SCRATCH: lambda tokens: run(tokens, False)}

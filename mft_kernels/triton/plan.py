@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .cards import Card, card_of
-from .cost import Jobs, seconds, sum_seconds
+from .cost import LAUNCH, Jobs, seconds, sum_seconds
 from .target import Target
 
 #: Columns of a tile that the epilogue of d_scores handles at a time. 64 spill with fp32 sums or a second output.
@@ -18,9 +18,6 @@ EPILOGUE_COLUMNS = 32
 
 #: Into how many parts a sum is split at most.
 MOST_SPLITS = 16
-
-#: Up to here d_x and d_scores come from one launch, see backward.py.
-MOST_TOKENS_OF_ONE_LAUNCH = 512
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ _HOPPER_OUTER = (Tiles(128, 128, 64, 8, 3), Tiles(128, 256, 64, 8, 3))
 _OUTER: dict[str, tuple[Tiles, ...]] = {
     "interpreter": (Tiles(16, 64, 16, 4, 2),),
     "exact": (Tiles(64, 64, 16, 8, 2),),
-    "narrow": _NARROW,
+    "narrow": (replace(_NARROW[0], warps=8),),  # with 4, weight and scores beside d_weight spill on sm_89
     "swapped sm_90": _HOPPER_OUTER,
     "swapped sm_100": _HOPPER_OUTER,
     "plain sm_90": _HOPPER_OUTER,
@@ -104,6 +101,16 @@ _BACKWARD: dict[str, tuple[Tiles, ...]] = {
 }
 #: Bytes that the epilogue of d_scores moves for one of them: weight, sign and result in 16 bits, or weight and fp32.
 _EPILOGUE_BYTES = 6
+#: Of a GEMM's rate, what masking between the multiplications leaves. Estimates: sm_90 masks one step while the tensor
+#: cores take the other, or sends it through shared memory; sm_100 through tensor memory; the others by the same warps.
+_SHARES = {
+    "interpreter": 0.7,
+    "swapped sm_90": 0.84,
+    "plain sm_90": 0.6,
+    "swapped sm_100": 0.6,
+    "hip": 0.7,
+    "sm_80": 0.7,
+}
 #: Choices that are remembered, for each takes some 0.15 ms of the host: more sizes than a process meets.
 _MEMORY = 2**14
 
@@ -121,9 +128,31 @@ def product_tiles(target: Target, m: int, p: int, q: int, operands: Operands) ->
     return min(choices, key=lambda tiles: product_seconds(target, m, p, q, operands, tiles))
 
 
-def product_seconds(target: Target, m: int, p: int, q: int, operands: Operands, tiles: Tiles) -> float:
-    """What the model expects a product to take."""
-    return _seconds(target, tiles, operands, [_products(tiles, m, p, q, operands)], m, p, q)
+def product_seconds(
+    target: Target, m: int, p: int, q: int, operands: Operands, tiles: Tiles, *, share: float = 1.0
+) -> float:
+    """What the model expects a product to take that reaches a share of the rate that the makers promise."""
+    return _seconds(target, tiles, operands, [_products(tiles, m, p, q, operands)], m, p, q, share=share)
+
+
+def fused_seconds(target: Target, m: int, p: int, q: int, operands: Operands) -> float:
+    """What the model expects the fused product to take: as product_seconds, masking between multiplications."""
+    tiles = product_tiles(target, m, p, q, operands)
+    return product_seconds(target, m, p, q, operands, tiles, share=_SHARES[_form(target, operands)])
+
+
+def scratch_seconds(target: Target, m: int, p: int, q: int, operands: Operands) -> float:
+    """What the model expects of a mask pass into scratch and a GEMM at the makers' rate.
+
+    Its blocks share what they read in clusters of two, where there are clusters.
+    """
+    mask = LAUNCH + p * q * (2 * operands.element + (operands.keep or 1 / 8)) / _card(target).bandwidth
+    maskless = replace(operands, keep=0)
+    tiles = product_tiles(target, m, p, q, maskless)
+    jobs = _products(tiles, m, p, q, maskless)
+    if target.hopper_or_newer:
+        jobs = replace(jobs, read=jobs.read / 2)
+    return mask + _seconds(target, tiles, maskless, [jobs], m, p, q)
 
 
 @functools.lru_cache(_MEMORY)
@@ -135,12 +164,22 @@ def outer_tiles(target: Target, m: int, n: int, k: int, operands: Operands) -> T
 
 def outer_seconds(target: Target, m: int, n: int, k: int, operands: Operands, tiles: Tiles) -> float:
     """What the model expects d_scores to take."""
-    return _seconds(target, tiles, operands, [_outer(tiles, m, n, k, operands)], m, n, k)
+    beside = _EPILOGUE_BYTES - 2  # the weight
+    return _seconds(target, tiles, operands, [_outer(tiles, m, n, k, operands)], m, n, k, beside=beside)
 
 
-def one_launch(m: int, element: int) -> bool:
-    """Whether one launch makes d_x and d_scores; fp32 takes two, its tiles fill the registers."""
-    return m <= MOST_TOKENS_OF_ONE_LAUNCH and element < 4
+@functools.lru_cache(_MEMORY)
+def one_launch(target: Target, m: int, n: int, k: int, operands: Operands) -> bool:
+    """Whether one launch is expected to make d_x and d_scores in less than two; fp32 takes two, its tiles fill the
+    registers."""
+    if operands.element == 4:
+        return False
+    tiles = backward_tiles(target, m, n, k, operands, weight_grad=False)
+    both = backward_seconds(target, m, n, k, operands, tiles)
+    d_x = product_seconds(target, m, k, n, operands, product_tiles(target, m, k, n, operands))
+    maskless = replace(operands, keep=0)
+    d_scores = outer_seconds(target, m, n, k, maskless, outer_tiles(target, m, n, k, maskless))
+    return both <= d_x + LAUNCH + d_scores
 
 
 @functools.lru_cache(_MEMORY)
@@ -160,7 +199,7 @@ def backward_seconds(target: Target, m: int, n: int, k: int, operands: Operands,
     """What the model expects that launch to take."""
     outer = replace(tiles, rows=tiles.columns, inner=min(tiles.inner, max(16, tiles.rows)))
     jobs = [_products(tiles, m, k, n, operands), _outer(outer, m, n, k, operands)]
-    return _seconds(target, tiles, operands, jobs, m, k, n)
+    return _seconds(target, tiles, operands, jobs, m, k, n, beside=operands.keep or 4)  # d_scores
 
 
 def _form(target: Target, operands: Operands) -> str:
@@ -236,11 +275,29 @@ def _outer(tiles: Tiles, m: int, n: int, k: int, operands: Operands) -> Jobs:
     )
 
 
-def _seconds(target: Target, tiles: Tiles, operands: Operands, jobs: list[Jobs], m: int, p: int, q: int) -> float:
-    """Of the launch, and of the one that adds up the parts; tokens m, the weight has p x q elements."""
+def _seconds(
+    target: Target,
+    tiles: Tiles,
+    operands: Operands,
+    jobs: list[Jobs],
+    m: int,
+    p: int,
+    q: int,
+    *,
+    share: float = 1.0,
+    beside: int = 0,
+) -> float:
+    """Of the launch, and of the one that adds up the parts; tokens m, the weight has p x q elements.
+
+    ``beside``: bytes of each of them that move beside weight and mask.
+    """
     card = _card(target)
-    memory = m * (p + q) * operands.element + p * q * (operands.element + operands.keep)
-    # TF32 has half the rate, and ordinary cores have 64 multiply-adds a cycle (A100) or 128.
-    rate = 64 if operands.exact else card.multiply_adds * 2 / operands.element
+    memory = m * (p + q) * operands.element + p * q * (operands.element + operands.keep + beside)
+    rate = _rate(card, operands) * share
     launch = seconds(card, jobs, memory=memory, blocks=tiles.blocks, stages=tiles.stages, rate=rate)
     return launch + sum_seconds(card, math.ceil(q / tiles.part(q)), m * p)
+
+
+def _rate(card: Card, operands: Operands) -> float:
+    """TF32 has half the rate, and ordinary cores have 64 multiply-adds a cycle (A100) or 128."""
+    return 64 if operands.exact else card.multiply_adds * 2 / operands.element

@@ -1,12 +1,13 @@
-"""Fused or through scratch: by a table, or measured once; never by chance."""
+"""Fused or through scratch: by the model of the card, or measured once; never by chance."""
 
+import itertools
 import json
 import logging
 
 import pytest
 import torch
 
-from mft_kernels.triton import choice, target
+from mft_kernels.triton import choice, plan, target
 from mft_kernels.triton.choice import FUSED, SCRATCH, Product
 
 
@@ -46,16 +47,54 @@ def choose(m, timed, fused, scratch, **changes):
     return choice.automatic(product(m, **changes), target.H100, candidates(timed, fused, scratch))
 
 
-def test_the_table_takes_the_fused_kernel_for_few_tokens_and_scratch_for_many():
-    for card in (target.A100, target.H100, target.H100_OLD_TRITON, target.B200, target.MI300X):
-        assert choice.by_table(product(1), card) == FUSED
-        assert choice.by_table(product(1024), card) == FUSED
-        assert choice.by_table(product(16384), card) == SCRATCH
-    assert choice.by_table(product(4096), target.H100) == FUSED
-    assert choice.by_table(product(4096), target.H100_OLD_TRITON) == SCRATCH
+#: N and K of layers of 1 to 8 billion parameters.
+SHAPES = ((2048, 2048), (4096, 4096), (14336, 4096), (4096, 14336))
+CARDS = (target.A100, target.H100, target.H100_OLD_TRITON, target.B200, target.RTX_4090, target.RTX_5090, target.MI300X)
+MASKS = ("packed", "torch.bfloat16", "torch.float32")
+
+
+def most_fused(card, mask, **changes):
+    """The most tokens, of powers of two, of which the fused product is expected to take less."""
+    return max(m for m in (2**i for i in range(16)) if choice.by_model(product(m, mask=mask, **changes), card) == FUSED)
+
+
+def test_few_tokens_are_fused_and_many_go_through_scratch_on_every_card():
+    for card, mask, (n, k), transposed in itertools.product(CARDS, MASKS, SHAPES, (False, True)):
+        sizes = {"mask": mask, "n": n, "k": k, "transposed": transposed}
+        assert {choice.by_model(product(m, **sizes), card) for m in (1, 16, 64, 128)} == {FUSED}, (card, sizes)
+        assert choice.by_model(product(16384, **sizes), card) == SCRATCH, (card, sizes)
+
+
+def test_how_many_tokens_are_fused_hangs_on_the_card_and_on_the_bytes_of_the_mask():
+    """Bytes of the mask slow the fused product, and its pass; tensor cores that are faster leave it behind sooner."""
+    found = {card: tuple(most_fused(card, mask) for mask in MASKS) for card in CARDS}
+    assert found == {
+        target.A100: (512, 512, 512),
+        target.H100: (2048, 1024, 512),
+        target.H100_OLD_TRITON: (512, 512, 512),
+        target.B200: (256, 256, 256),
+        target.RTX_4090: (512, 512, 1024),
+        target.RTX_5090: (512, 512, 512),
+        target.MI300X: (1024, 1024, 1024),
+    }
+
+
+def test_fp32_in_full_precision_and_rows_that_are_not_aligned_are_fused_up_to_64_tokens():
     for slow in ({"exact": True}, {"aligned": False}):
-        assert choice.by_table(product(64, **slow), target.H100) == FUSED
-        assert choice.by_table(product(1024, **slow), target.H100) == SCRATCH
+        assert choice.by_model(product(64, **slow), target.H100) == FUSED
+        assert choice.by_model(product(65, **slow), target.H100) == SCRATCH
+
+
+def test_which_is_chosen_hangs_little_on_the_shares_that_masking_leaves(monkeypatch):
+    """A tenth more or less moves the most tokens by a factor of two at most, up or down."""
+    usual = {(card, mask): most_fused(card, mask) for card in CARDS for mask in MASKS}
+    shares = dict(plan._SHARES)
+    for factor in (0.9, 1.1):
+        monkeypatch.setattr(plan, "_SHARES", {form: min(1.0, share * factor) for form, share in shares.items()})
+        choice.by_model.cache_clear()
+        for (card, mask), most in usual.items():
+            assert most / 2 <= most_fused(card, mask) <= 2 * most, (card, mask, factor)
+    choice.by_model.cache_clear()
 
 
 def test_nothing_is_measured_unless_asked_for(monkeypatch):
@@ -72,12 +111,12 @@ def test_the_choice_is_said_once_for_each_layer(monkeypatch, caplog):
         for m in (16, 17, 16384, 16385):
             choose(m, [], fused=1.0, scratch=1.0)
     assert [r.getMessage() for r in caplog.records] == [
-        "forward of 4096 x 4096 on sm_90: fused, by the table for its number of tokens",
-        "forward of 4096 x 4096 on sm_90: scratch, by the table for its number of tokens",
+        "forward of 4096 x 4096 on sm_90: fused, by the model of the card for its number of tokens",
+        "forward of 4096 x 4096 on sm_90: scratch, by the model of the card for its number of tokens",
     ]
 
 
-def test_a_measured_winner_overrules_the_table_and_is_remembered(measuring, tmp_path):
+def test_a_measured_winner_overrules_the_model_and_is_remembered(measuring, tmp_path):
     assert choose(100, measuring, fused=2.0, scratch=1.0) == SCRATCH
     assert measuring == [128, 128]  # the bucket's own size, not that of the batch that came first
     assert choose(128, measuring, fused=1.0, scratch=9.0) == SCRATCH
@@ -89,7 +128,7 @@ def test_a_measured_winner_overrules_the_table_and_is_remembered(measuring, tmp_
     assert stored(tmp_path) == [SCRATCH]
 
 
-def test_a_lead_within_the_noise_does_not_overrule_the_table(measuring):
+def test_a_lead_within_the_noise_does_not_overrule_the_model(measuring):
     assert choose(100, measuring, fused=1.02, scratch=1.0) == FUSED
     assert choose(16384, measuring, fused=1.0, scratch=1.02) == SCRATCH
 
@@ -100,7 +139,7 @@ def test_each_dtype_mask_and_direction_is_measured_on_its_own(measuring):
     assert len(measuring) == 10
 
 
-def test_deterministic_algorithms_pin_the_table(measuring):
+def test_deterministic_algorithms_pin_the_model(measuring):
     assert choose(100, measuring, fused=2.0, scratch=1.0) == SCRATCH
     torch.use_deterministic_algorithms(True)
     try:

@@ -43,14 +43,30 @@ def test_only_hopper_and_newer_use_descriptors():
     assert not target.make_target("cuda", 120, 170, 101376, (3, 9), (13, 4)).descriptors  # has no wgmma either
 
 
-def test_up_to_512_tokens_one_launch_makes_d_x_and_d_scores_and_above_two():
-    for card, m in itertools.product(TARGETS, (1, 100, 512)):
+def test_one_launch_or_two_make_d_x_and_d_scores_whichever_is_expected_to_take_less():
+    seen = set()
+    for card, m in itertools.product(TARGETS, (1, 64, 512, 2048)):
         names = [entry.kernel.__name__ for entry in launches_of(card, lambda m=m: backward(m))]
-        assert [n for n in names if n != "_sum_splits_kernel"] == ["_backward_kernel"], (card, m)
-    for card in TARGETS:
-        names = [entry.kernel.__name__ for entry in launches_of(card, lambda: backward(513))]
-        names = [n for n in names if n != "_sum_splits_kernel"]
-        assert names == ["_masked_product_kernel", "_score_grad_kernel"], card
+        one = plan.one_launch(card, m, 4096, 4096, Operands(2, 4))
+        expected = ["_backward_kernel"] if one else ["_masked_product_kernel", "_score_grad_kernel"]
+        assert [n for n in names if n != "_sum_splits_kernel"] == expected, (card, m)
+        seen.add(one)
+    assert seen == {False, True}
+
+
+def test_small_layers_and_few_tokens_take_one_launch_large_layers_on_fast_cards_two():
+    def most(card, n, k):
+        return max((m for m in (2**i for i in range(12)) if plan.one_launch(card, m, n, k, Operands(2, 2))), default=0)
+
+    found = {card: (most(card, 576, 1536), most(card, 4096, 4096)) for card in TARGETS}
+    assert found == {
+        target.A100: (512, 1024),
+        target.H100: (1024, 128),
+        target.H100_OLD_TRITON: (2048, 128),
+        target.B200: (1024, 16),
+        target.MI300X: (1024, 256),
+    }
+    assert not any(plan.one_launch(card, 1, 576, 1536, Operands(4, 4)) for card in TARGETS)  # fp32 spills
 
 
 def test_few_tokens_split_the_sum_and_the_parts_cover_it_once():
