@@ -37,7 +37,7 @@ KERNELS_MAY_IMPORT = {"autotune", "backends", "reference", "reference_step"}
 # Of mft: a package may import those before it. In a package there is no order, and no circle.
 RECIPE_ORDER = (
     *("checks", "files", "config", "memory", "data", "models", "masks", "engines", "evaluation", "training"),
-    *("study", "study.report", "cli", "__main__"),
+    *("serving", "study", "study.report", "cli", "__main__"),
 )
 EXTERNAL = {"torch", "triton", "numpy"}  # all that mft_kernels may import besides the standard library
 

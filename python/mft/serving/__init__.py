@@ -1,0 +1,1 @@
+"""mft serve: the masks of many tasks on one base, behind OpenAI's HTTP interface."""

@@ -1,0 +1,132 @@
+"""The rows that are being answered, in one left-padded batch with one cache: a row joins and leaves between two tokens.
+
+length 6:   . . a a a a     a prompt that joins is read alone, then its keys and values are padded on the left to the
+            b b b b b b     longest row's length and put below the others'; rows that leave take their padding along
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from mft.masks.bank import MaskBank
+
+
+class RunningBatch:
+    """Of a bank's model; each row takes the masks of its task.
+
+    Raises: ValueError if the model's cache is more than keys and values, which alone can be padded and put together.
+    """
+
+    def __init__(self, bank: MaskBank) -> None:
+        self._bank, self._model = bank, bank.model
+        config: Any = self._model.config
+        kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+        other = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+        if other:
+            raise ValueError(
+                f"base must remember keys and values alone, got a {type(self._model).__name__} with {other[0]}: "
+                "mft merge makes each task an ordinary model, for any other server"
+            )
+        forward = inspect.signature(self._model.forward).parameters
+        self._takes_positions = "position_ids" in forward
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
+        self._tasks: list[str | None] = []
+        self._padding: list[int] = []  # of each row, on the left
+        self._length = 0  # of the longest row
+        # Without the configuration: whole keys and values of sliding windows too, which are masked and not cut.
+        self._cache = DynamicCache()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def join(self, task: str | None, prompt: Sequence[int]) -> Tensor:
+        """One more row, the last. Returns: its logits (V,) for the next token."""
+        cache = DynamicCache()
+        logits = self._forward(torch.tensor([prompt]), cache, [task], [0], len(prompt))[0]
+        if len(self):
+            length = max(self._length, len(prompt))
+            _put_below(self._cache, length - self._length, cache, length - len(prompt))
+            self._padding = [padding + length - self._length for padding in self._padding] + [length - len(prompt)]
+            self._length = length
+        else:
+            self._cache, self._padding, self._length = cache, [0], len(prompt)
+        self._tasks.append(task)
+        return logits
+
+    def check_rows_apart(self) -> None:
+        """Raise ValueError if the model mixes its rows, whose tasks then cannot differ. Two calls of a few tokens."""
+        try:
+            self.join(None, [0])
+            self.join(next(iter(self._bank.tasks), None), [0, 0])
+            self.step([0, 0])
+        except ValueError as error:
+            raise ValueError(
+                f"base must keep its rows apart, a {type(self._model).__name__} does not: {error}, or mft merge, which "
+                "makes each task an ordinary model, for any other server"
+            ) from None
+        finally:
+            self.keep([])
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """The token that came last for each row. Returns: logits (rows, V) for the next ones."""
+        self._length += 1
+        return self._forward(torch.tensor(tokens)[:, None], self._cache, self._tasks, self._padding, self._length)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """The other rows leave."""
+        if not rows:
+            self._tasks, self._padding, self._length, self._cache = [], [], 0, DynamicCache()
+            return
+        if len(rows) == len(self):
+            return
+        self._tasks = [self._tasks[row] for row in rows]
+        padding = [self._padding[row] for row in rows]
+        common = min(padding)
+        self._padding = [each - common for each in padding]
+        self._length -= common
+        kept = torch.tensor(rows, device=self._model.device)
+        for layer in _filled(self._cache):
+            layer.batch_select_indices(kept)
+            layer.keys, layer.values = layer.keys[..., common:, :], layer.values[..., common:, :]
+
+    @torch.no_grad()
+    def _forward(
+        self, tokens: Tensor, cache: DynamicCache, tasks: Sequence[str | None], padding: Sequence[int], length: int
+    ) -> Tensor:
+        device = self._model.device
+        before = torch.tensor(padding, device=device)[:, None]
+        places = torch.arange(length, device=device)[None]
+        given: dict[str, Any] = dict(self._options)
+        if self._takes_positions:
+            given["position_ids"] = (places - before)[:, -tokens.shape[1] :].clamp(min=0)
+        one = len(set(tasks)) == 1
+        with self._bank.use(tasks[0] if one else tasks):
+            result = self._model(
+                input_ids=tokens.to(device),
+                attention_mask=(places >= before).long(),
+                cache=cache,
+                use_cache=True,
+                **given,
+            )
+        return result.logits[:, -1]
+
+
+def _filled(cache: DynamicCache) -> list[Any]:
+    """Layers with keys and values; where layers share theirs, some have none."""
+    return [layer for layer in cache.layers if layer.get_seq_length()]
+
+
+def _put_below(cache: DynamicCache, padding: int, row: DynamicCache, row_padding: int) -> None:
+    """row joins cache, after each was padded on the left."""
+    for layer, new in zip(_filled(cache), _filled(row), strict=True):
+        for name in ("keys", "values"):
+            parts = [
+                F.pad(getattr(each, name), (0, 0, left, 0)) for each, left in ((layer, padding), (new, row_padding))
+            ]
+            setattr(layer, name, torch.cat(parts))

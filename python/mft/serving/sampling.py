@@ -1,0 +1,34 @@
+"""The next token of one row: the likeliest, or one drawn with the row's own generator, so that a seed means the same
+beside any other rows."""
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+GREEDY_BELOW = 1e-5  # a logit of 100 divided by less is beyond what a softmax in fp32 tells apart
+
+
+class Sampling:
+    """By transformers' own temperature and top_p. seed None: another answer each time."""
+
+    def __init__(self, temperature: float, top_p: float, seed: int | None) -> None:
+        self._greedy = temperature < GREEDY_BELOW
+        self._warpers = LogitsProcessorList()
+        if temperature != 1 and not self._greedy:
+            self._warpers.append(TemperatureLogitsWarper(temperature))
+        if top_p < 1:
+            self._warpers.append(TopPLogitsWarper(top_p))
+        self._generator = torch.Generator()
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+
+    def choose(self, logits: Tensor) -> int:
+        """Of logits (V,). Raises: FloatingPointError if one is NaN."""
+        if logits.isnan().any():
+            raise FloatingPointError("the model's logits must be numbers, got NaN")
+        if self._greedy:
+            return int(logits.argmax())
+        scores = self._warpers(None, logits.float().cpu()[None])  # neither of the two looks at the tokens before
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))

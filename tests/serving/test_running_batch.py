@@ -1,0 +1,97 @@
+"""Rows that join and leave a left-padded batch get what each gets alone, whatever the model does with positions."""
+
+import copy
+
+import pytest
+import torch
+from tiny import WORDS, make_llama
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from mft.config import MaskConfig
+from mft.masks.bank import MaskBank, load_mask_bank
+from mft.masks.convert import mask_model
+from mft.masks.export import save_masks
+from mft.serving.running_batch import RunningBatch
+
+SIZES = {"vocab_size": WORDS, "hidden_size": 32, "initializer_range": 0.3}
+LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+ENDS = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+
+
+def gpt2():
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3, **ENDS)
+    )
+
+
+def sliding():
+    """Half of its layers see four tokens back."""
+    config = Gemma3TextConfig(**SIZES, **LAYERS, **ENDS, sliding_window=4, head_dim=16, num_key_value_heads=1)
+    config.layer_types = ["sliding_attention", "full_attention"]
+    return Gemma3ForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [lambda: make_llama(initializer_range=0.3), gpt2, sliding])
+def test_rows_that_join_and_leave_at_any_time_get_what_each_gets_alone(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    prompts = {"a": [3, 4, 5], "b": [7], "c": list(range(20, 31)), "d": [9, 9], "e": [50, 2, 40, 8]}
+    joins = {0: ["a", "b"], 2: ["c"], 6: ["d", "e"]}  # before which step
+    leaves = {4: ["a"], 7: ["c"], 9: ["d"]}
+    batch, rows, made = RunningBatch(MaskBank(model)), [], {name: [] for name in prompts}
+    for step in range(12):
+        for name in joins.get(step, []):
+            made[name].append(int(batch.join(None, prompts[name]).argmax()))
+            rows.append(name)
+        if gone := leaves.get(step):
+            batch.keep([row for row, name in enumerate(rows) if name not in gone])
+            rows = [name for name in rows if name not in gone]
+        for name, logits in zip(rows, batch.step([made[name][-1] for name in rows]), strict=True):
+            made[name].append(int(logits.argmax()))
+    for name, prompt in prompts.items():
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": len(made[name]), "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :]
+        assert made[name] == alone.tolist(), name
+    assert [len(tokens) for tokens in made.values()] == [5, 13, 6, 4, 7]
+
+
+def test_rows_that_leave_take_their_padding_along():
+    batch = RunningBatch(MaskBank(make_llama()))
+    for prompt in ([3], list(range(1, 9)), [5, 6]):
+        batch.join(None, prompt)
+    batch.keep([0, 2])
+    layer = batch._cache.layers[0]
+    assert (layer.keys.shape[0], layer.keys.shape[2], batch._padding) == (2, 2, [1, 0])
+    batch.keep([])
+    assert len(batch) == 0
+    assert not batch._cache.layers
+
+
+def test_a_model_with_a_state_beside_keys_and_values_is_refused():
+    model = MambaForCausalLM(MambaConfig(**SIZES, num_hidden_layers=1, state_size=4))
+    with pytest.raises(
+        ValueError, match="base must remember keys and values alone, got a MambaForCausalLM with Linear"
+    ):
+        RunningBatch(MaskBank(model))
+
+
+def test_a_model_that_mixes_its_rows_is_refused(tmp_path):
+    sizes = {"vocab_size": WORDS, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64}
+    config = OPTConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    model = OPTForCausalLM(config).eval()
+    path = save_masks(mask_model(copy.deepcopy(model), MaskConfig()), tmp_path / "masks")
+    batch = RunningBatch(load_mask_bank(model, {"code": path}))
+    with pytest.raises(
+        ValueError, match="base must keep its rows apart, a OPTForCausalLM does not: tasks must be one a"
+    ):
+        batch.check_rows_apart()
