@@ -263,6 +263,44 @@ def merge(
 
 
 @app.command()
+def serve(
+    masks: Annotated[
+        list[str] | None, typer.Option(help="name=DIR, an output_dir of mft train or its masks/; repeatable.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "--base", help="The base; by default the one of the first masks.")
+    ] = None,
+    dtype: BaseDtype = None,
+    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+    host: Annotated[
+        str, typer.Option(help="Whom it listens to; 0.0.0.0 is everyone, unasked for a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one.")] = 8000,
+    rows: Annotated[int, typer.Option(min=1, help="Requests that are answered at once.")] = 8,
+    waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait beside them.")] = 64,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of prompt and answer; by default the base's positions.")
+    ] = None,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds for what is being answered, at SIGTERM or SIGINT.")] = 30,
+) -> None:
+    """Many tasks' masks on one base over HTTP, as OpenAI's API: the model's name chooses the task."""
+    from mft.cli.serve import run_serve
+
+    run_serve(
+        masks or [],
+        model,
+        dtype,
+        force=force,
+        host=host,
+        port=port,
+        rows=rows,
+        waiting=waiting,
+        length=length,
+        grace=grace,
+    )
+
+
+@app.command()
 def inspect(
     masks: Annotated[Path, typer.Argument(help="An output_dir of mft train, or its masks/.")],
     model: BaseModel = None,

@@ -1,0 +1,17 @@
+"""What a client is refused, as OpenAI words it: a status, and a message that names parameter, rule and value."""
+
+from typing import Any
+
+_KINDS = {429: "requests", 500: "server_error", 503: "server_error"}
+
+
+class Refused(Exception):
+    """Args: param: the key of the request that is at fault; code: what programs tell refusals apart by."""
+
+    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.status, self.param, self.code = message, status, param, code
+
+    def body(self) -> dict[str, Any]:
+        kind = _KINDS.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}

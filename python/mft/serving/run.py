@@ -1,0 +1,73 @@
+"""What mft serve does, in order: a port, the base with its tasks' masks, a thread that runs it, the HTTP service."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+
+from mft.checks import check_rule
+from mft.evaluation.evaluated_base import learned_base
+from mft.masks.bank import load_mask_bank
+from mft.masks.export import masks_directory
+from mft.models.next_tokens import longest_row
+from mft.serving.running_batch import RunningBatch
+from mft.serving.scheduler import Scheduler
+from mft.serving.server import Server, bind, stopping_quietly
+from mft.serving.service import Service
+from mft.training.console import say
+from mft.training.inputs import read_model
+
+
+def serve(
+    masks: Mapping[str, Path],
+    model_name: str | None = None,
+    dtype: str | None = None,
+    *,
+    force: bool = False,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    rows: int = 8,
+    waiting: int = 64,
+    length: int | None = None,
+    grace: float = 30,
+) -> None:
+    """Answer until SIGINT or SIGTERM. Call it on the main thread.
+
+    Args:
+        masks: output_dirs of mft train, or their masks/, by the task's name.
+        model_name, dtype: of the base; by default the one that the first masks were learned on.
+        port: 0 for a free one.
+        rows, waiting: requests that are answered at once, and that may wait beside them.
+        length: tokens of a prompt with its answer; by default as many as the base has positions for.
+        grace: seconds that what is being answered gets when the service is to stop.
+    Raises: as load_mask_bank; OSError if the port is taken; RuntimeError if the thread that runs the model failed.
+    """
+    config, words = learned_base(masks_directory(next(iter(masks.values()))), model_name, dtype)
+    check_rule(config.name not in masks, "--masks", "name tasks otherwise than the base", config.name)
+    bound = bind(host, port)
+    say(words)
+    model, tokenizer = read_model(config)
+    longest = longest_row(model.config)
+    if length is None and longest is None:
+        raise ValueError(f"--length must be given, as the positions of {config.name} have no end, got none")
+    if length is not None and longest is not None and length > longest:
+        raise ValueError(f"--length must be at most {longest}, as many positions as {config.name} has, got {length}")
+    bank = load_mask_bank(model, masks, force=force)
+    batch = RunningBatch(bank)
+    batch.check_rows_apart()
+    scheduler = Scheduler(batch, rows=rows, waiting=waiting)
+    service = Service(
+        bank,
+        tokenizer,
+        scheduler,
+        base=config.name,
+        length=length or longest,
+        log=lambda line: say(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}"),
+    )
+    names = ", ".join((config.name, *bank.tasks))
+    address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+    server = Server(service.app, scheduler, grace=grace, ready=lambda: say(f"serving {names} on {address}/v1"))
+    with stopping_quietly():
+        server.run([bound])
+    if scheduler.has_failed:
+        raise RuntimeError("the thread that runs the model must not fail, and it did: the traceback stands above")
+    say("stopped")

@@ -1,0 +1,122 @@
+"""Who is answered when: generations wait in a queue, join the running batch between two tokens, and leave it at once.
+
+One thread runs the model. Between two tokens of the running rows it reads one prompt at the most.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from mft.serving.generation import Generation
+from mft.serving.refusal import Refused
+from mft.serving.running_batch import RunningBatch
+
+
+class Scheduler:
+    """Args: rows: answered at once at most; waiting: beside them."""
+
+    def __init__(self, batch: RunningBatch, *, rows: int, waiting: int) -> None:
+        self._batch, self._rows, self._most_waiting = batch, rows, waiting
+        self.on_end: Callable[[], None] = lambda: None  # is called when the thread ends
+        self._waiting: deque[Generation] = deque()
+        self._running: list[Generation] = []  # row i of the batch
+        self.is_closing = self.is_cut = self.has_failed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="mft serve", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(running, waiting)"""
+        with self._changed:
+            return len(self._running), len(self._waiting)
+
+    def submit(self, generation: Generation) -> None:
+        """Raises: Refused if there is no place, or none will be any more."""
+        with self._changed:
+            if self.is_closing:
+                raise Refused("the server must be running, got one that is stopping: ask another", status=503)
+            if len(self._running) + len(self._waiting) >= self._rows + self._most_waiting:
+                most = self._rows + self._most_waiting
+                raise Refused(
+                    f"requests must be at most {most} at once, {self._rows} answered (--rows) and "
+                    f"{self._most_waiting} waiting (--waiting), got one more: try again later",
+                    status=429,
+                    code="rate_limit_exceeded",
+                )
+            self._waiting.append(generation)
+            self._changed.notify()
+
+    def cancel(self, generation: Generation) -> None:
+        """Its place is free before the next token; nothing happens if it is over."""
+        with self._changed:
+            generation.is_cancelled = True
+            if generation in self._waiting:
+                self._waiting.remove(generation)
+
+    def close(self) -> None:
+        """From now on nothing is taken; what was taken is answered, and then the thread ends."""
+        with self._changed:
+            self.is_closing = True
+            self._changed.notify()
+
+    def cut(self) -> None:
+        """As close, and what is not answered yet is refused before the next token."""
+        with self._changed:
+            self.is_closing = self.is_cut = True
+            self._changed.notify()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until the thread has ended."""
+        self._thread.join(timeout)
+
+    # ---------------------------------------------------------------------------------------------- on the thread
+
+    def _run(self) -> None:
+        self.has_failed = True  # unless what follows returns; threading prints what it raises
+        try:
+            while self._work():
+                pass
+            self.has_failed = False
+        finally:
+            self.close()
+            self._refuse_all(Refused("the server must be running, got one that failed", status=500))
+            self.on_end()
+
+    def _work(self) -> bool:
+        """A prompt if there is a place for one, and a token for each row. Returns: whether there is to be more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._running or self._waiting or self.is_closing)
+            if self.is_cut:
+                self._refuse_all(Refused("the server must be running, got one that is stopping", status=503))
+            self._leave()
+            joining = self._waiting.popleft() if self._waiting and len(self._running) < self._rows else None
+            if joining is not None:
+                self._running.append(joining)
+            elif not self._running:
+                return not self.is_closing
+        if joining is not None:
+            joining.advance(self._batch.join(joining.task, joining.prompt))
+            with self._changed:
+                self._leave()
+        if self._running:
+            logits = self._batch.step([each.last for each in self._running])
+            for each, row in zip(self._running, logits, strict=True):
+                each.advance(row)
+        return True
+
+    def _leave(self) -> None:
+        """Rows that are over or cancelled."""
+        stay = [row for row, each in enumerate(self._running) if not (each.is_over or each.is_cancelled)]
+        if len(stay) < len(self._running):
+            self._batch.keep(stay)
+            self._running = [self._running[row] for row in stay]
+
+    def _refuse_all(self, refused: Refused) -> None:
+        with self._changed:
+            for each in (*self._running, *self._waiting):
+                if not each.is_over:
+                    each.refuse(refused)
+            self._waiting.clear()

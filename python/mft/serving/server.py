@@ -1,0 +1,75 @@
+"""A service on a port, until it is asked to stop: then nobody new is taken, and who is being answered has some time."""
+
+import asyncio
+import contextlib
+import math
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from starlette.applications import Starlette
+
+from mft.serving.scheduler import Scheduler
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A port of this machine; clients are refused until it is served. Raises: OSError that names it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        reason = error.strerror or error
+        raise OSError(f"--host and --port must be free here, got {host} and {port}: {reason}") from None
+    return bound
+
+
+class Server(uvicorn.Server):
+    """Args: grace: seconds between being asked to stop and refusing what is not answered by then."""
+
+    def __init__(self, app: Starlette, scheduler: Scheduler, *, grace: float, ready: Callable[[], None]) -> None:
+        # httptools and uvloop are not taken where they happen to be installed: one way, the one that is tested.
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="h11",
+                loop="asyncio",
+                ws="none",
+                lifespan="off",
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=math.ceil(grace) + 5,  # for clients that do not take what they are refused
+            )
+        )
+        self._scheduler, self._grace, self._ready = scheduler, grace, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._scheduler.on_end = self._stop
+        self._scheduler.start()
+        await super().startup(sockets)
+        self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._scheduler.close()
+        cut = asyncio.get_running_loop().call_later(self._grace, self._scheduler.cut)
+        await super().shutdown(sockets)
+        cut.cancel()
+        self._scheduler.cut()
+        await asyncio.to_thread(self._scheduler.join, self._grace)  # while the loop still takes its pieces
+
+    def _stop(self) -> None:
+        self.should_exit = True  # looked at every 0.1 s
+
+
+@contextlib.contextmanager
+def stopping_quietly() -> Iterator[None]:
+    """uvicorn raises the signals that stopped it anew when it has stopped, which would end the process with them."""
+    before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

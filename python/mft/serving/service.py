@@ -1,0 +1,247 @@
+"""OpenAI's routes: from a request's bytes to a generation, and from its pieces to an answer or a stream of events."""
+
+import asyncio
+import copy
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from openai.types import CompletionUsage, Model
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from mft.checks import nearest
+from mft.masks.bank import MaskBank
+from mft.serving.answer import END, ChatAnswer, TextAnswer, refusal_event
+from mft.serving.answer_text import AnswerText
+from mft.serving.body import Body, ChatBody, CompletionBody, read_body
+from mft.serving.generation import Generation, Piece
+from mft.serving.prompt import Prompts
+from mft.serving.refusal import Refused
+from mft.serving.sampling import Sampling
+from mft.serving.scheduler import Scheduler
+
+MOST_BYTES = 1 << 24  # of a request: a prompt of a million tokens has about 4 MB
+
+
+class Service:
+    """The base and the bank's tasks, each by its name as a model's.
+
+    Args:
+        base: its name, by which no masks are taken.
+        length: of prompt and answer together, in tokens.
+        log: takes a line a request.
+    """
+
+    def __init__(
+        self,
+        bank: MaskBank,
+        tokenizer: Any,
+        scheduler: Scheduler,
+        *,
+        base: str,
+        length: int,
+        log: Callable[[str], None],
+    ) -> None:
+        self._bank, self._base, self._scheduler, self._log = bank, base, scheduler, log
+        self._prompts = Prompts(tokenizer, length)
+        self._tokenizer = copy.deepcopy(tokenizer)  # the scheduler's thread decodes while others encode
+        self._ends = _ends(bank.model, tokenizer)
+        self._started = int(time.time())
+        self.app = Starlette(
+            routes=[
+                Route("/health", self._health),
+                Route("/v1/models", self._models),
+                Route("/v1/models/{name:path}", self._model),
+                Route("/v1/completions", self._completions, methods=["POST"]),
+                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            ],
+            exception_handlers={Refused: _refusal, 404: _no_such_route, 405: _no_such_route},
+        )
+
+    async def _health(self, _: Request) -> Response:
+        running, waiting = self._scheduler.counts
+        return JSONResponse({"running": running, "waiting": waiting})
+
+    async def _models(self, _: Request) -> Response:
+        names = (self._base, *self._bank.tasks)
+        return JSONResponse({"object": "list", "data": [self._card(name) for name in names]})
+
+    async def _model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        self._task(name)
+        return JSONResponse(self._card(name))
+
+    async def _completions(self, request: Request) -> Response:
+        return await self._answer(request, CompletionBody, TextAnswer)
+
+    async def _chat(self, request: Request) -> Response:
+        return await self._answer(request, ChatBody, ChatAnswer)
+
+    async def _answer(self, request: Request, kind: type[Body], form: type[TextAnswer]) -> Response:
+        try:
+            body = read_body(kind, await _bytes(request))
+            answer = form(body.model)
+            pieces = await self._begin(body)
+        except Refused as refused:
+            self._log(f"{form.prefix} {refused.status}: {refused.message}")
+            raise
+        pieces.words = f"{answer.id} {body.model}"
+        if body.stream:
+            return _Stream(pieces, _events(answer, pieces, with_usage=body.stream_options.include_usage))
+        return await _unless_client_leaves(request, pieces, _whole(answer, pieces))
+
+    async def _begin(self, body: Body) -> "_Pieces":
+        task = self._task(body.model)
+        prompt, most = await asyncio.to_thread(self._prompts.read, body)
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Piece]()
+        generation = Generation(
+            task,
+            prompt,
+            most,
+            Sampling(body.temperature, body.top_p, body.seed),
+            AnswerText(self._tokenizer, body.stop),
+            self._ends,
+            lambda piece: loop.call_soon_threadsafe(queue.put_nowait, piece),
+        )
+        self._scheduler.submit(generation)
+        return _Pieces(generation, queue, self._scheduler, self._log)
+
+    def _task(self, model: str) -> str | None:
+        if model == self._base:
+            return None
+        if model not in self._bank.tasks:
+            names = (self._base, *self._bank.tasks)
+            raise Refused(
+                f"model must be one of {', '.join(names)}, got {model!r}{nearest(model, names)}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+        return model
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return Model(id=name, object="model", created=self._started, owned_by="mft").model_dump()
+
+
+class _Pieces:
+    """Of one generation, as they come; whoever leaves it has its place freed and its line written."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        queue: "asyncio.Queue[Piece]",
+        scheduler: Scheduler,
+        log: Callable[[str], None],
+    ) -> None:
+        self._generation, self._queue, self._scheduler, self._log = generation, queue, scheduler, log
+        self._outcome = "499 cancelled"  # by the client, unless an end has come
+        self.words = ""
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        """The last has a finish. Raises: Refused instead of the rest."""
+        while True:
+            piece = await self._queue.get()
+            if piece.refused is not None:
+                self._outcome = f"{piece.refused.status} {piece.refused.message}"
+                raise piece.refused
+            if piece.finish is not None:
+                self._outcome = f"200 {piece.finish}"
+            yield piece
+            if piece.finish is not None:
+                return
+
+    def usage(self) -> CompletionUsage:
+        prompt, made = len(self._generation.prompt), self._generation.tokens
+        return CompletionUsage(prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made)
+
+    def leave(self) -> None:
+        self._scheduler.cancel(self._generation)
+        it = self._generation
+        now = it.ended or time.monotonic()
+        first = f", first token after {it.first - it.began:.2f} s" if it.first else ""
+        self._log(
+            f"{self.words} {self._outcome}: {len(it.prompt)} + {it.tokens} tokens in {now - it.began:.2f} s{first}"
+        )
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events, until the answer ends or the client leaves."""
+
+    def __init__(self, pieces: _Pieces, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._pieces.leave()
+
+
+async def _events(answer: TextAnswer, pieces: _Pieces, *, with_usage: bool) -> AsyncIterator[str]:
+    for text in answer.first():
+        yield text
+    try:
+        async for piece in pieces:
+            for text in answer.piece(piece.text, piece.finish):
+                yield text
+    except Refused as refused:
+        yield refusal_event(refused)
+        return
+    if with_usage:
+        for text in answer.usage(pieces.usage()):
+            yield text
+    yield END
+
+
+async def _whole(answer: TextAnswer, pieces: _Pieces) -> Response:
+    made = [piece async for piece in pieces]
+    finish = made[-1].finish
+    assert finish is not None
+    return JSONResponse(answer.whole("".join(piece.text for piece in made), finish, pieces.usage()))
+
+
+async def _unless_client_leaves(request: Request, pieces: _Pieces, answer: Any) -> Response:
+    made, gone = asyncio.ensure_future(answer), asyncio.ensure_future(request.receive())  # the body has been read
+    try:
+        await asyncio.wait((made, gone), return_when=asyncio.FIRST_COMPLETED)
+        return made.result() if made.done() else Response(status_code=499)
+    finally:
+        made.cancel()
+        gone.cancel()
+        pieces.leave()
+
+
+async def _bytes(request: Request) -> bytes:
+    parts, size = [], 0
+    try:
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > MOST_BYTES:
+                raise Refused(f"the body must be at most {MOST_BYTES} bytes, got more", status=413)
+    except ClientDisconnect:
+        raise Refused("the body must come whole, got a part", status=400) from None
+    return b"".join(parts)
+
+
+async def _refusal(_: Request, refused: Exception) -> Response:
+    assert isinstance(refused, Refused)
+    return JSONResponse(refused.body(), refused.status, {"Retry-After": "1"} if refused.status == 429 else None)
+
+
+async def _no_such_route(request: Request, error: Any) -> Response:
+    routes = "GET /v1/models, POST /v1/completions, POST /v1/chat/completions, GET /health"
+    message = f"the request must be one of {routes}, got {request.method} {request.url.path}"
+    return JSONResponse(Refused(message, status=error.status_code).body(), error.status_code)
+
+
+def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer: what the model says, else its tokenizer."""
+    said = getattr(model.generation_config, "eos_token_id", None)
+    said = tokenizer.eos_token_id if said is None else said
+    return frozenset(said if isinstance(said, list) else [said])

@@ -1,0 +1,116 @@
+"""A service on a port of this machine, on the tiny Llama with two tasks whose masks drop half, for real clients."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from tiny import WORDS, make_llama
+
+from mft.config import MaskConfig
+from mft.masks.bank import load_mask_bank
+from mft.masks.convert import mask_model
+from mft.masks.export import save_masks
+from mft.serving.running_batch import RunningBatch
+from mft.serving.scheduler import Scheduler
+
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    "{{ message.content + ' 60 ' }}{% endfor %}"
+)
+
+
+def base():
+    """With weights so large that what masks do to them decides which word is the likeliest."""
+    return make_llama(initializer_range=0.3)
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory):
+    root = tmp_path_factory.mktemp("exports")
+    masks = {"code": {"layers_to_transform": [2, 3], "seed": 1}, "math": {"layers_to_transform": [1, 2], "seed": 2}}
+    return {
+        task: save_masks(mask_model(base(), MaskConfig.paper(keep_ratio=0.5, **mask)), root / task)
+        for task, mask in masks.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def words():
+    """A tokenizer of one word a number, 0 the end, with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({"<end>": 0} | {str(i): i for i in range(1, WORDS)}, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<end>")
+    made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.fixture
+def serve(exports, words):
+    """serve(rows=..., ...) -> what runs: client, bank, scheduler, server, lines of the log, address."""
+    import openai
+
+    from mft.serving.server import Server, bind
+    from mft.serving.service import Service
+
+    started = []
+
+    def start(*, rows=4, waiting=8, length=64, grace=5.0, model=None):
+        bank = load_mask_bank(model or base(), exports)
+        batch = RunningBatch(bank)
+        batch.check_rows_apart()
+        scheduler = Scheduler(batch, rows=rows, waiting=waiting)
+        lines = []
+        service = Service(bank, words, scheduler, base="tiny", length=length, log=lines.append)
+        bound = bind("127.0.0.1", 0)
+        ready = threading.Event()
+        server = Server(service.app, scheduler, grace=grace, ready=ready.set)
+        thread = threading.Thread(target=server.run, args=([bound],))
+        thread.start()
+        assert ready.wait(10)
+        address = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=20)
+        running = SimpleNamespace(
+            client=client, bank=bank, scheduler=scheduler, server=server, lines=lines, address=address, thread=thread
+        )
+        started.append(running)
+        return running
+
+    yield start
+    for each in started:
+        each.client.close()
+        each.server.should_exit = True
+        each.thread.join(20)
+        assert not each.thread.is_alive()
+        assert not each.scheduler.has_failed
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """While it is cleared, no row gets a next token."""
+    opened, step = threading.Event(), RunningBatch.step
+
+    def wait(batch, tokens):
+        assert opened.wait(20)
+        return step(batch, tokens)
+
+    opened.set()
+    monkeypatch.setattr(RunningBatch, "step", wait)
+    yield opened
+    opened.set()
+
+
+@pytest.fixture
+def until():
+    """until(condition): wait for it, for 10 seconds at most."""
+
+    def wait(condition):
+        end = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.005)
+
+    return wait

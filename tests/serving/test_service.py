@@ -1,0 +1,368 @@
+"""The service before openai's own client: each task's tokens, streams, stops, refusals, clients that leave."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from tiny import make_llama
+
+from mft.masks.bank import load_mask_bank
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+PROMPTS = ["3 4 5", "7", "1 2 3 4 5 6 7 8 9", "40 41", "9 9 9 9", "12 13 14", "5 50", "33"]
+MIXED = ["code", "tiny", "math", "code", "math", "tiny", "code", "math"]
+LENGTHS = [16, 3, 9, 1, 16, 5, 12, 7]
+
+
+def generated(bank, words, model, prompt, count):
+    """What model.generate gives, as text."""
+    ids = torch.tensor([words(prompt)["input_ids"]])
+    options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    with bank.use(None if model == "tiny" else model):
+        made = bank.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return words.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def complete(running, model="code", prompt="3 4 5", **options):
+    return running.client.completions.create(model=model, prompt=prompt, **{"temperature": 0} | options)
+
+
+def at_once(function, count=8):
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(function, range(count)))
+
+
+# ---------------------------------------------------------------------------------------------- tokens
+
+
+def test_mixed_requests_at_once_get_the_tokens_that_generate_gives_each_alone(serve, words):
+    running = serve(rows=3)
+    found = at_once(lambda i: complete(running, MIXED[i], PROMPTS[i], max_tokens=LENGTHS[i]))
+    expected = [generated(running.bank, words, *each) for each in zip(MIXED, PROMPTS, LENGTHS)]
+    assert [each.choices[0].text for each in found] == expected
+    assert len({generated(running.bank, words, model, "3 4 5", 16) for model in ("code", "math", "tiny")}) == 3
+    assert {each.usage.completion_tokens for each in found} == {*LENGTHS}
+    assert [each.usage.prompt_tokens for each in found] == [len(prompt.split()) for prompt in PROMPTS]
+    assert {each.choices[0].finish_reason for each in found} == {"length"}
+    assert running.scheduler.counts == (0, 0)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_stream_is_the_whole_answer_in_pieces(serve, words, chat):
+    running = serve()
+    options = {"model": "math", "temperature": 0, "max_tokens": 9}
+    if chat:
+        create = running.client.chat.completions.create
+        options["messages"] = [{"role": "user", "content": "3 4"}, {"role": "assistant", "content": "5"}]
+        expected = generated(running.bank, words, "math", "3 4 60 5 60", 9)
+    else:
+        create, options["prompt"] = running.client.completions.create, "3 4 5"
+        expected = generated(running.bank, words, "math", "3 4 5", 9)
+    whole = create(**options)
+    chunks = list(create(**options, stream=True, stream_options={"include_usage": True}))
+    last = chunks.pop()
+    choices = [chunk.choices[0] for chunk in chunks]
+    pieces = [(each.delta.content if chat else each.text) or "" for each in choices]
+    assert "".join(pieces) == (whole.choices[0].message.content if chat else whole.choices[0].text) == expected
+    assert len([piece for piece in pieces if piece]) == 9
+    assert [each.finish_reason for each in choices[:-1]] == [None] * (len(choices) - 1)
+    assert choices[-1].finish_reason == whole.choices[0].finish_reason == "length"
+    assert (last.choices, last.usage) == ([], whole.usage)
+
+
+def test_an_answer_ends_before_a_stop_string_and_a_stream_gives_none_of_it(serve, words):
+    running = serve()
+    text = generated(running.bank, words, "code", "3 4 5", 16)
+    stop = " ".join(text.split()[3:5])
+    expected = text[: text.index(stop)]
+    assert expected
+    found = complete(running, stop=["no such", stop])
+    assert (found.choices[0].text, found.choices[0].finish_reason) == (expected, "stop")
+    assert found.usage.completion_tokens == 5
+    assert "".join(chunk.choices[0].text for chunk in complete(running, stop=stop, stream=True)) == expected
+    assert complete(running, stop=f"{text} more").choices[0].text == text  # what was held back comes at the end
+
+
+def test_the_models_end_token_ends_an_answer(serve):
+    every = complete(serve(), "tiny").choices[0].text.split()
+    model = make_llama(initializer_range=0.3)
+    model.generation_config.eos_token_id = [0, int(every[4])]
+    found = complete(serve(model=model), "tiny")
+    assert found.choices[0].text.split() == every[: every.index(every[4])]
+    assert found.choices[0].finish_reason == "stop"
+
+
+def test_a_seed_gives_its_answer_beside_any_others_and_without_one_answers_differ(serve):
+    running = serve()
+    options = {"temperature": 1.5, "top_p": 0.9, "max_tokens": 12}
+    alone = complete(running, seed=7, **options).choices[0].text
+    beside = at_once(lambda i: complete(running, seed=[7, None][i % 2], **options).choices[0].text)
+    assert {*beside[::2]} == {alone}
+    assert len({*beside[1::2]}) > 1
+    greedy = complete(running).choices[0].text
+    assert complete(running, temperature=2, top_p=1e-9).choices[0].text == greedy  # one token is always left
+    assert complete(running, temperature=1e-30).choices[0].text == greedy
+
+
+def test_token_ids_are_a_prompt_too(serve):
+    running = serve()
+    assert complete(running, prompt=[3, 4, 5]).choices[0].text == complete(running).choices[0].text
+
+
+def test_the_models_are_the_base_and_its_tasks(serve):
+    client = serve().client
+    assert [model.id for model in client.models.list()] == ["tiny", "code", "math"]
+    assert client.models.retrieve("math").id == "math"
+    with pytest.raises(
+        openai.NotFoundError, match="model must be one of tiny, code, math, got 'maths'; did you mean math"
+    ):
+        client.models.retrieve("maths")
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+def post(running, body, route="/v1/completions"):
+    """(status, what came back) of a request as it is."""
+    connection = http.client.HTTPConnection(running.address.removeprefix("http://"), timeout=20)
+    connection.request("POST", route, body if isinstance(body, bytes) else json.dumps(body))
+    response = connection.getresponse()
+    status, data = response.status, json.loads(response.read())
+    connection.close()
+    return status, data
+
+
+COMPLETION = {"model": "code", "prompt": "3 4"}
+CHAT = {"model": "code", "messages": [{"role": "user", "content": "3"}]}
+REFUSED = [
+    ({"model": "cod"}, 404, "model", "model must be one of tiny, code, math, got 'cod'; did you mean code?"),
+    ({"model": 3}, 400, "model", "model must be a valid string, got 3 (int)"),
+    ({"prompt": None}, 400, "prompt", "prompt must be given"),
+    ({"prompt": ""}, 400, "prompt", "prompt must hold at least one token, got none"),
+    (
+        {"prompt": ["3", "4"]},
+        400,
+        "prompt",
+        "prompt must be one text or one list of token ids; send a request for each",
+    ),
+    ({"prompt": [3, 61]}, 400, "prompt", "prompt must hold tokens from 0 to 60, got 61"),
+    (
+        *({"prompt": "3 " * 64}, 400, "prompt"),
+        "prompt must be at most 63 tokens, so that one more fits into 64 (--length), got 64",
+    ),
+    (
+        {"prompt": "3" * 999},
+        400,
+        "prompt",
+        "prompt must be at most 63 tokens, so that one more fits into 64 (--length), got 199 or more",
+    ),
+    (
+        *({"max_tokens": 63}, 400, "max_tokens"),
+        "max_tokens must be at most 62, what the 2 tokens of prompt leave of 64 (--length), got 63",
+    ),
+    ({"max_tokens": 0}, 400, "max_tokens", "max_tokens must be greater than or equal to 1, got 0 (int)"),
+    ({"temperature": 2.5}, 400, "temperature", "temperature must be less than or equal to 2, got 2.5 (float)"),
+    ({"temperature": "hot"}, 400, "temperature", "temperature must be a valid number, got 'hot' (str)"),
+    ({"top_p": 0}, 400, "top_p", "top_p must be greater than 0, got 0"),
+    ({"stop": ["a"] * 5}, 400, "stop", "stop must "),
+    ({"stop": [""]}, 400, "stop[0]", "stop[0] must "),
+    ({"n": 2}, 400, "n", "n must be less than or equal to 1, got 2 (int)"),
+    ({"echo": True}, 400, "echo", "echo must be False, got True (bool)"),
+    ({"logprobs": 1}, 400, "logprobs", "logprobs must be left out, it is no key that is known here"),
+    ({"temprature": 1}, 400, "temprature", "did you mean temperature?"),
+    ({"stream_options": {"usage": True}}, 400, "stream_options.usage", "stream_options.usage must be left out"),
+]
+REFUSED_CHATS = [
+    ({"messages": []}, 400, "messages", "messages must "),
+    (
+        *({"messages": [{"role": "tool", "content": "3"}]}, 400, "messages[0].role"),
+        "messages[0].role must be 'system', 'user' or 'assistant', got 'tool' (str)",
+    ),
+    (
+        *({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content"),
+        "messages[0].content must be a text, or a list of {type: text, text: ...}",
+    ),
+    (
+        *({"messages": [{"role": "system", "content": "3"}]}, 400, "messages"),
+        "messages must be what the chat template takes: no system here",
+    ),
+    ({"tools": [{}]}, 400, "tools", "tools must be left out"),
+]
+
+
+def test_a_bad_request_is_told_the_parameter_the_rule_and_the_value(serve):
+    running = serve()
+    for route, whole, cases in (("completions", COMPLETION, REFUSED), ("chat/completions", CHAT, REFUSED_CHATS)):
+        for changes, status, param, message in cases:
+            found, body = post(running, whole | changes, f"/v1/{route}")
+            assert (found, body["error"]["param"], body["error"]["type"]) == (status, param, "invalid_request_error")
+            assert message in body["error"]["message"], body
+            assert f"{status}: {body['error']['message']}" in running.lines[-1]
+    assert post(running, b"{")[1]["error"]["message"].startswith("the body must be JSON")
+    assert post(running, [])[1]["error"]["message"].startswith("the body must be ")
+    assert post(running, b" " * (1 << 24) + b"{}")[0] == 413
+    assert post(running, {}, "/v1/complete")[0] == 404
+    assert post(running, {}, "/v1/models")[0] == 405
+    assert post(running, COMPLETION | {"user": "u", "n": None})[0] == 200
+    assert running.scheduler.counts == (0, 0)
+
+
+def test_a_chat_with_a_model_that_has_no_template_is_refused(serve, words, monkeypatch):
+    monkeypatch.setattr(words, "chat_template", None)
+    status, body = post(serve(), CHAT, "/v1/chat/completions")
+    assert (status, body["error"]["param"]) == (400, "messages")
+    assert "messages must go to a model with a chat template, got one without" in body["error"]["message"]
+
+
+def test_one_request_too_many_is_refused_and_the_others_are_answered(serve, gate, until):
+    running = serve(rows=2, waiting=3)
+    gate.clear()
+    with ThreadPoolExecutor(5) as pool:
+        asked = [pool.submit(complete, running, max_tokens=4) for _ in range(5)]
+        until(lambda: sum(running.scheduler.counts) == 5)
+        message = r"requests must be at most 5 at once, 2 answered \(--rows\) and 3 waiting \(--waiting\), got one more"
+        with pytest.raises(openai.RateLimitError, match=message) as error:
+            complete(running)
+        assert (error.value.code, error.value.response.headers["retry-after"]) == ("rate_limit_exceeded", "1")
+        gate.set()
+        assert len({each.result().choices[0].text for each in asked}) == 1
+    assert complete(running).choices[0].text
+
+
+def test_logits_that_are_no_numbers_end_one_answer_and_not_the_service(serve, words):
+    model = make_llama(initializer_range=0.3)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[33] = float("nan")
+    running = serve(model=model)
+    with pytest.raises(openai.InternalServerError, match="the model's logits must be numbers, got NaN"):
+        complete(running, "tiny", "33")
+    assert complete(running, "tiny", max_tokens=4).choices[0].text == generated(running.bank, words, "tiny", "3 4 5", 4)
+
+
+# ---------------------------------------------------------------------------------------------- clients that leave
+
+
+def test_a_client_that_leaves_its_stream_frees_its_place(serve, gate, until):
+    running = serve(rows=1)
+    stream = complete(running, max_tokens=60, stream=True)
+    next(stream)
+    gate.clear()
+    stream.close()
+    until(lambda: running.lines)
+    gate.set()
+    until(lambda: running.scheduler.counts == (0, 0))
+    assert " code 499 cancelled: 3 + " in running.lines[0]
+    assert complete(running).choices[0].text
+
+
+@pytest.mark.parametrize("place", ["running", "waiting"])
+def test_a_client_that_does_not_wait_for_its_answer_frees_its_place(serve, gate, until, place):
+    running = serve(rows=1)
+    gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        if place == "waiting":
+            before = pool.submit(complete, running, max_tokens=2)
+            until(lambda: running.scheduler.counts == (1, 0))
+        with pytest.raises(openai.APITimeoutError):
+            complete(running, max_tokens=60, timeout=0.2)
+        until(lambda: running.lines)
+        assert " code 499 cancelled: 3 + " in running.lines[0]
+        assert place == "running" or running.scheduler.counts == (1, 0)
+        gate.set()
+        assert place == "running" or before.result().usage.completion_tokens == 2
+    until(lambda: running.scheduler.counts == (0, 0))
+
+
+def test_there_is_a_line_in_the_log_for_each_answer(serve):
+    running = serve()
+    found = complete(running, "math", max_tokens=4)
+    assert re.fullmatch(
+        rf"{found.id} math 200 length: 3 \+ 4 tokens in \d+\.\d\d s, first token after \d+\.\d\d s", running.lines[0]
+    )
+
+
+# ---------------------------------------------------------------------------------------------- stopping
+
+
+def test_a_service_that_is_to_stop_answers_what_it_has_taken_and_nobody_new(serve, gate, until):
+    running = serve()
+    gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(complete, running, max_tokens=4)
+        until(lambda: running.scheduler.counts == (1, 0))
+        running.server.should_exit = True
+        until(lambda: running.scheduler.is_closing)
+        with pytest.raises(openai.APIConnectionError):
+            complete(running)
+        gate.set()
+        assert asked.result().usage.completion_tokens == 4
+    running.thread.join(10)
+    assert not running.thread.is_alive()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_takes_longer_than_the_grace_is_cut_with_a_reason(serve, gate, until, stream):
+    running = serve(grace=0.2)
+    gate.clear()
+
+    def ask():
+        found = complete(running, max_tokens=60, stream=stream)
+        return [*found] if stream else found
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask)
+        until(lambda: running.scheduler.counts == (1, 0))
+        running.server.should_exit = True
+        until(lambda: running.scheduler.is_cut)
+        gate.set()
+        with pytest.raises(openai.APIError, match="the server must be running, got one that is stopping"):
+            asked.result()
+    running.thread.join(10)
+    assert not running.thread.is_alive()
+    assert "503 the server must be running" in running.lines[0]
+
+
+def test_the_verb_serves_until_a_signal_comes(cli, exports, tmp_path, words, until):
+    """On this very process, as a signal would come."""
+    model = tmp_path / "base"
+    make_llama(initializer_range=0.3).save_pretrained(model)
+    words.save_pretrained(model)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=20)
+
+    def ask():
+        try:
+            until(lambda: answers(port))
+            stream = client.completions.create(model="code", prompt="3 4 5", max_tokens=16, temperature=0, stream=True)
+            pieces = [next(stream).choices[0].text]
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+        pieces += [chunk.choices[0].text for chunk in stream]
+        return "".join(pieces)
+
+    masks = [word for task in exports for word in ("--masks", f"{task}={exports[task]}")]
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask)
+        code, output = cli("serve", "--model", str(model), "--dtype", "float32", *masks, "--port", str(port))
+        text = asked.result()
+    client.close()
+    assert code == 0, output
+    assert f"serving {model}, code, math on http://127.0.0.1:{port}/v1" in output
+    assert text == generated(load_mask_bank(make_llama(initializer_range=0.3), exports), words, "code", "3 4 5", 16)
+    assert output.splitlines()[-1] == "stopped"
+
+
+def answers(port):
+    with socket.socket() as attempt:
+        return attempt.connect_ex(("127.0.0.1", port)) == 0
