@@ -13,6 +13,7 @@ import torch
 from tiny import make_llama
 
 from mft.masks.bank import load_mask_bank
+from mft.serving.running_batch import RunningBatch
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
@@ -210,6 +211,13 @@ def test_a_bad_request_is_told_the_parameter_the_rule_and_the_value(serve):
     assert post(running, b"{")[1]["error"]["message"].startswith("the body must be JSON")
     assert post(running, [])[1]["error"]["message"].startswith("the body must be ")
     assert post(running, b" " * (1 << 24) + b"{}")[0] == 413
+    assert post(running, b'{"model": "code", "prompt": "3", "temperature": NaN}')[0] == 400
+    assert post(running, b'{"model": "code", "prompt": "3", "a\\n\\u001b[2Jb": 1}')[0] == 400
+    assert running.lines[-1].startswith("cmpl 400: a\\n\\x1b[2Jb must be left out")
+    assert post(running, b'{"model": "code", "prompt": "\\ud800"}')[0] == 400
+    assert post(running, b'{"model": "code", "prompt": "\xff"}')[0] == 400
+    assert post(running, b"[" * 100_000)[0] == 400
+    assert len(json.dumps(post(running, {"k" * 10_000: 1, **COMPLETION, "model": "m" * 9999}))) < 1000
     assert post(running, {}, "/v1/complete")[0] == 404
     assert post(running, {}, "/v1/models")[0] == 405
     assert post(running, COMPLETION | {"user": "u", "n": None})[0] == 200
@@ -246,6 +254,24 @@ def test_logits_that_are_no_numbers_end_one_answer_and_not_the_service(serve, wo
     with pytest.raises(openai.InternalServerError, match="the model's logits must be numbers, got NaN"):
         complete(running, "tiny", "33")
     assert complete(running, "tiny", max_tokens=4).choices[0].text == generated(running.bank, words, "tiny", "3 4 5", 4)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_fails_ends_the_service_and_nobody_waits(serve, monkeypatch):
+    running = serve(rows=1)
+    running.fails = True
+
+    def fail(batch, tokens):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(RunningBatch, "step", fail)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(complete, running, max_tokens=4) for _ in range(2)]
+        for each in asked:
+            with pytest.raises(openai.APIError, match="the server must be running, got one that|Connection error"):
+                each.result()
+    running.thread.join(10)
+    assert not running.thread.is_alive()
 
 
 # ---------------------------------------------------------------------------------------------- clients that leave
@@ -342,8 +368,8 @@ def test_the_verb_serves_until_a_signal_comes(cli, exports, tmp_path, words, unt
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=20)
 
     def ask():
+        until(lambda: answers(port))
         try:
-            until(lambda: answers(port))
             stream = client.completions.create(model="code", prompt="3 4 5", max_tokens=16, temperature=0, stream=True)
             pieces = [next(stream).choices[0].text]
         finally:

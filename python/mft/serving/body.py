@@ -51,14 +51,16 @@ class StreamOptions(BaseModel):
 class Body(BaseModel):
     """What both have. A key that is null is left out."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    model: str
+    model: str = Field(max_length=4096)
     max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_listed), Field(max_length=4)] = []
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=256)]], BeforeValidator(_listed), Field(max_length=4)
+    ] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     # What these may be is what they are when they are left out.
@@ -104,7 +106,7 @@ def read_body(kind: type[AnyBody], data: bytes) -> AnyBody:
 
 def _refusal(error: ErrorDetails, known: Iterable[str]) -> Refused:
     place, kind, got = error["loc"], error["type"], error["input"]
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".") or None
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:99]}" for part in place).lstrip(".") or None
     if kind == "json_invalid":
         return Refused(f"the body must be JSON: {error['msg']}")
     if kind == "extra_forbidden":

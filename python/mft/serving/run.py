@@ -8,10 +8,11 @@ from mft.checks import check_rule
 from mft.evaluation.evaluated_base import learned_base
 from mft.masks.bank import load_mask_bank
 from mft.masks.export import masks_directory
-from mft.models.next_tokens import longest_row
+from mft.serving.length import row_length
+from mft.serving.port import bind
 from mft.serving.running_batch import RunningBatch
 from mft.serving.scheduler import Scheduler
-from mft.serving.server import Server, bind, stopping_quietly
+from mft.serving.server import Server, stopping_quietly
 from mft.serving.service import Service
 from mft.training.console import say
 from mft.training.inputs import read_model
@@ -46,11 +47,7 @@ def serve(
     bound = bind(host, port)
     say(words)
     model, tokenizer = read_model(config)
-    longest = longest_row(model.config)
-    if length is None and longest is None:
-        raise ValueError(f"--length must be given, as the positions of {config.name} have no end, got none")
-    if length is not None and longest is not None and length > longest:
-        raise ValueError(f"--length must be at most {longest}, as many positions as {config.name} has, got {length}")
+    most = row_length(length, model.config, config.name)
     bank = load_mask_bank(model, masks, force=force)
     batch = RunningBatch(bank)
     batch.check_rows_apart()
@@ -60,7 +57,7 @@ def serve(
         tokenizer,
         scheduler,
         base=config.name,
-        length=length or longest,
+        length=most,
         log=lambda line: say(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}"),
     )
     names = ", ".join((config.name, *bank.tasks))

@@ -75,12 +75,13 @@ class Scheduler:
     # ---------------------------------------------------------------------------------------------- on the thread
 
     def _run(self) -> None:
-        self.has_failed = True  # unless what follows returns; threading prints what it raises
+        is_done = False
         try:
             while self._work():
                 pass
-            self.has_failed = False
-        finally:
+            is_done = True
+        finally:  # threading prints what was raised
+            self.has_failed = not is_done
             self.close()
             self._refuse_all(Refused("the server must be running, got one that failed", status=500))
             self.on_end()

@@ -87,7 +87,10 @@ class Service:
             answer = form(body.model)
             pieces = await self._begin(body)
         except Refused as refused:
-            self._log(f"{form.prefix} {refused.status}: {refused.message}")
+            said = "".join(
+                c if c.isprintable() else repr(c)[1:-1] for c in refused.message
+            )  # one line, whoever sends it
+            self._log(f"{form.prefix} {refused.status}: {said}")
             raise
         pieces.words = f"{answer.id} {body.model}"
         if body.stream:

@@ -1,0 +1,17 @@
+"""A port of this machine, taken before the seconds in which a model is loaded."""
+
+import socket
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A port of this machine; clients are refused until it is served. Raises: OSError that names it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        reason = error.strerror or error
+        raise OSError(f"--host and --port must be free here, got {host} and {port}: {reason}") from None
+    return bound

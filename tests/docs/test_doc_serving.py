@@ -1,0 +1,72 @@
+"""The blocks of docs/serving.md run: masks are trained, served until a signal comes, and asked by openai's client."""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mft.cli.app import app
+from mft.models import pretrained
+
+pytest.importorskip("openai")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+DOC = Path(__file__).parents[2] / "docs" / "serving.md"
+SHORT = ["train.steps=2", "data.max_train_tokens=2048", "data.max_eval_tokens=1024", "data.sequence_length=64"]
+
+
+def mft(words):
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, f"mft {shlex.join(words)}: {result.output} {result.exception}"
+    return result.output
+
+
+def answers(port):
+    with socket.socket() as attempt:
+        return attempt.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_the_blocks_run(tiny_llama, tokenizer, tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    text = DOC.read_text(encoding="utf-8").replace("8000", str(port)).replace("24-29", "2-3")
+    (commands,) = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    (client,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    pretrained.save_model(tiny_llama, tokenizer, tmp_path / "base")
+    monkeypatch.setattr(pretrained, "smollm2_directory", lambda dtype: tmp_path / "base")
+    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+    def ask(names):
+        end = time.monotonic() + 20
+        while not answers(port):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        try:
+            exec(client, names)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return names
+
+    install, *trainings, serving = [shlex.split(line) for line in commands.splitlines()]
+    assert install[:2] == ["pip", "install"]
+    assert len(trainings) == 2
+    for words in trainings:
+        mft([*words[1:], *SHORT])
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, {})
+        output = mft(serving[1:])
+        names = asked.result()
+    names["client"].close()
+    assert names["made"].usage.completion_tokens > 0
+    assert "serving smollm2-135m, python, problems on " in output
+    assert len(re.findall(r" 200 (?:stop|length): ", output)) == 2
