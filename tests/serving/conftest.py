@@ -92,11 +92,13 @@ def serve(exports, words):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """While it is cleared, no row gets a next token."""
+    """While it is cleared, no row gets a next token; steps counts what passed."""
     opened, step = threading.Event(), RunningBatch.step
+    opened.steps = 0
 
     def wait(batch, tokens):
         assert opened.wait(20)
+        opened.steps += 1
         return step(batch, tokens)
 
     opened.set()

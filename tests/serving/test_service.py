@@ -284,8 +284,10 @@ def test_a_client_that_leaves_its_stream_frees_its_place(serve, gate, until):
     gate.clear()
     stream.close()
     until(lambda: running.lines)
+    before = gate.steps
     gate.set()
     until(lambda: running.scheduler.counts == (0, 0))
+    assert gate.steps <= before + 1  # of 59: what was begun when it left
     assert " code 499 cancelled: 3 + " in running.lines[0]
     assert complete(running).choices[0].text
 
@@ -293,6 +295,7 @@ def test_a_client_that_leaves_its_stream_frees_its_place(serve, gate, until):
 @pytest.mark.parametrize("place", ["running", "waiting"])
 def test_a_client_that_does_not_wait_for_its_answer_frees_its_place(serve, gate, until, place):
     running = serve(rows=1)
+    steps = gate.steps
     gate.clear()
     with ThreadPoolExecutor(1) as pool:
         if place == "waiting":
@@ -306,6 +309,7 @@ def test_a_client_that_does_not_wait_for_its_answer_frees_its_place(serve, gate,
         gate.set()
         assert place == "running" or before.result().usage.completion_tokens == 2
     until(lambda: running.scheduler.counts == (0, 0))
+    assert gate.steps <= steps + 1
 
 
 def test_there_is_a_line_in_the_log_for_each_answer(serve):

@@ -34,7 +34,7 @@ class Generation:
         sampling: Sampling,
         text: AnswerText,
         ends: Collection[int],
-        take: Callable[[Piece], None],
+        take: Callable[[Piece], object],
     ) -> None:
         self.task, self.prompt = task, prompt
         self._max_tokens, self._sampling, self._text, self._ends, self._take = max_tokens, sampling, text, ends, take

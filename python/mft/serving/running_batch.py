@@ -24,9 +24,9 @@ class RunningBatch:
     """
 
     def __init__(self, bank: MaskBank) -> None:
-        self._bank, self._model = bank, bank.model
-        config: Any = self._model.config
-        kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+        model: Any = bank.model
+        self._bank, self._model = bank, model
+        kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
         other = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
         if other:
             raise ValueError(
@@ -119,7 +119,8 @@ class RunningBatch:
 
 def _filled(cache: DynamicCache) -> list[Any]:
     """Layers with keys and values; where layers share theirs, some have none."""
-    return [layer for layer in cache.layers if layer.get_seq_length()]
+    layers: list[Any] = cache.layers
+    return [layer for layer in layers if layer.get_seq_length()]
 
 
 def _put_below(cache: DynamicCache, padding: int, row: DynamicCache, row_padding: int) -> None:

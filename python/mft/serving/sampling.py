@@ -1,6 +1,8 @@
 """The next token of one row: the likeliest, or one drawn with the row's own generator, so that a seed means the same
 beside any other rows."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
@@ -30,5 +32,6 @@ class Sampling:
             raise FloatingPointError("the model's logits must be numbers, got NaN")
         if self._greedy:
             return int(logits.argmax())
-        scores = self._warpers(None, logits.float().cpu()[None])  # neither of the two looks at the tokens before
+        before: Any = torch.empty(1, 0, dtype=torch.long)  # neither of the two looks at the tokens before
+        scores = self._warpers(before, logits.float().cpu()[None])
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
