@@ -12,7 +12,7 @@ from mft.serving.length import row_length
 from mft.serving.port import bind
 from mft.serving.running_batch import RunningBatch
 from mft.serving.scheduler import Scheduler
-from mft.serving.server import Server, stopping_quietly
+from mft.serving.server import Server
 from mft.serving.service import Service
 from mft.training.console import say
 from mft.training.inputs import read_model
@@ -44,27 +44,26 @@ def serve(
     """
     config, words = learned_base(masks_directory(next(iter(masks.values()))), model_name, dtype)
     check_rule(config.name not in masks, "--masks", "name tasks otherwise than the base", config.name)
-    bound = bind(host, port)
-    say(words)
-    model, tokenizer = read_model(config)
-    most = row_length(length, model.config, config.name)
-    bank = load_mask_bank(model, masks, force=force)
-    batch = RunningBatch(bank)
-    batch.check_rows_apart()
-    scheduler = Scheduler(batch, rows=rows, waiting=waiting)
-    service = Service(
-        bank,
-        tokenizer,
-        scheduler,
-        base=config.name,
-        length=most,
-        log=lambda line: say(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}"),
-    )
-    names = ", ".join((config.name, *bank.tasks))
-    address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
-    server = Server(service.app, scheduler, grace=grace, ready=lambda: say(f"serving {names} on {address}/v1"))
-    with stopping_quietly():
-        server.run([bound])
+    with bind(host, port) as bound:
+        say(words)
+        model, tokenizer = read_model(config)
+        most = row_length(length, model.config, config.name)
+        bank = load_mask_bank(model, masks, force=force)
+        batch = RunningBatch(bank)
+        batch.check_rows_apart()
+        scheduler = Scheduler(batch, rows=rows, waiting=waiting)
+        service = Service(
+            bank,
+            tokenizer,
+            scheduler,
+            base=config.name,
+            length=most,
+            log=lambda line: say(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}"),
+        )
+        names = ", ".join((config.name, *bank.tasks))
+        address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+        server = Server(service.app, scheduler, grace=grace, ready=lambda: say(f"serving {names} on {address}/v1"))
+        server.run_until_signal([bound])
     if scheduler.has_failed:
         raise RuntimeError("the thread that runs the model must not fail, and it did: the traceback stands above")
     say("stopped")

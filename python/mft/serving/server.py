@@ -1,11 +1,10 @@
 """A service on a port, until it is asked to stop: then nobody new is taken, and who is being answered has some time."""
 
 import asyncio
-import contextlib
 import math
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import uvicorn
 from starlette.applications import Starlette
@@ -46,16 +45,15 @@ class Server(uvicorn.Server):
         self._scheduler.cut()
         await asyncio.to_thread(self._scheduler.join, self._grace)  # while the loop still takes its pieces
 
+    def run_until_signal(self, sockets: list[socket.socket]) -> None:
+        """Until SIGINT or SIGTERM, which end the service and not the process. On the main thread."""
+        # Of the moment before uvicorn has its own handlers, and after: it raises what stopped it once more.
+        before = {each: signal.signal(each, lambda *_: self._stop()) for each in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self.run(sockets)
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
     def _stop(self) -> None:
         self.should_exit = True  # looked at every 0.1 s
-
-
-@contextlib.contextmanager
-def stopping_quietly() -> Iterator[None]:
-    """uvicorn raises the signals that stopped it anew when it has stopped, which would end the process with them."""
-    before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)

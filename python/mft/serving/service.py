@@ -87,10 +87,7 @@ class Service:
             answer = form(body.model)
             pieces = await self._begin(body)
         except Refused as refused:
-            said = "".join(
-                c if c.isprintable() else repr(c)[1:-1] for c in refused.message
-            )  # one line, whoever sends it
-            self._log(f"{form.prefix} {refused.status}: {said}")
+            self._log(f"{form.prefix} {refused.status}: {_one_line(refused.message)}")
             raise
         pieces.words = f"{answer.id} {body.model}"
         if body.stream:
@@ -241,6 +238,11 @@ async def _no_such_route(request: Request, error: Any) -> Response:
     routes = "GET /v1/models, POST /v1/completions, POST /v1/chat/completions, GET /health"
     message = f"the request must be one of {routes}, got {request.method} {request.url.path}"
     return JSONResponse(Refused(message, status=error.status_code).body(), error.status_code)
+
+
+def _one_line(text: str) -> str:
+    """Without what would break a line of the log, or steer a terminal."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
