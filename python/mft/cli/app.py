@@ -281,7 +281,9 @@ def serve(
     length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of prompt and answer; by default the base's positions.")
     ] = None,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds for what is being answered, at SIGTERM or SIGINT.")] = 30,
+    grace: Annotated[
+        float, typer.Option(min=0, max=86400, help="Seconds for what is being answered, at SIGTERM or SIGINT.")
+    ] = 30,
 ) -> None:
     """Many tasks' masks on one base over HTTP, as OpenAI's API: the model's name chooses the task."""
     from mft.cli.serve import run_serve
