@@ -17,7 +17,7 @@ class AnswerText:
     def add(self, token: int) -> str:
         """What one more token releases."""
         self._tokens.append(token)
-        # From the first token on: what a token's text is depends on those before. 1,000 tokens take 0.2 ms.
+        # From the first token on, as a token's text depends on those before: 0.17 ms for 1,000 tokens of SmolLM2.
         self._text = self._tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         found = [at for stop in self._stops if (at := self._text.find(stop, self._released)) >= 0]
         if found:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-GREEDY_BELOW = 1e-5  # a logit of 100 divided by less is beyond what a softmax in fp32 tells apart
+GREEDY_BELOW = 1e-5  # logits of 100 divided by less have no digits after the point in fp32
 
 
 class Sampling:
