@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -19,6 +20,7 @@
 #include "cpu/huge_pages.h"
 #include "cpu/keep_range.h"
 #include "cpu/linear.h"
+#include "cpu/many_linear.h"
 #include "cpu/parallel.h"
 #include "cpu/score_step.h"
 #include "cpu/select.h"
@@ -170,6 +172,50 @@ std::optional<Tensor> try_masked_linear_packed(Tensor x, Tensor weight, Tensor p
     return std::nullopt;
   }
   return masked_linear(x, weight, std::nullopt, std::nullopt, packed, bias, false, "auto");
+}
+
+// y[i] of x (rows, ..., K) with masks[tasks[i]], or with the whole weight for -1. Nothing where a call is not the usual one,
+// or, unless the way is "once", where a product a task is faster; as the "short" way also where an environment variable
+// says how to serve it.
+std::optional<Tensor> try_masked_linear_many(Tensor x, Tensor weight, std::vector<Tensor> masks, Tensor tasks,
+                                             std::optional<Tensor> bias, std::string way) {
+  const ScalarType type = weight.scalar_type();
+  if ((way == "short" && (asks("MFT_KERNELS", "auto") || asks("MFT_AUTOTUNE", "0"))) || !is_taken(type) || !is_usual(weight) ||
+      weight.dim() != 2) {
+    return std::nullopt;
+  }
+  const int64_t rows = weight.size(0), columns = weight.size(1), count = static_cast<int64_t>(masks.size());
+  if (x.scalar_type() != type || !is_usual(x) || x.dim() < 2 || x.size(-1) != columns || x.numel() == 0 || rows == 0) {
+    return std::nullopt;
+  }
+  if (tasks.scalar_type() != ScalarType::Long || !is_usual(tasks) || tasks.dim() != 1 || tasks.size(0) != x.size(0)) {
+    return std::nullopt;
+  }
+  if (bias.has_value() &&
+      (bias->scalar_type() != type || !is_usual(*bias) || bias->dim() != 1 || bias->size(0) != rows)) {
+    return std::nullopt;
+  }
+  std::vector<const uint32_t*> bits;
+  for (const Tensor& mask : masks) {
+    if (mask.scalar_type() != ScalarType::Int || !is_usual(mask) || mask.dim() != 2 || mask.size(0) != rows ||
+        mask.size(1) != (columns + 31) / 32) {
+      return std::nullopt;
+    }
+    bits.push_back(static_cast<const uint32_t*>(mask.const_data_ptr()));
+  }
+  const auto* task = static_cast<const int64_t*>(tasks.const_data_ptr());
+  std::vector<bool> used(count + 1);
+  for (int64_t i = 0; i < tasks.size(0); ++i) {
+    if (task[i] < -1 || task[i] >= count) return std::nullopt;
+    used[task[i] + 1] = true;
+  }
+  const mft::Capability& cpu = mft::chosen_capability();
+  const Matrix w = input(weight, "weight"), in = flat(x, columns, "x", const_cast<void*>(x.const_data_ptr()));
+  if (way != "once" && !mft::is_read_once(cpu, in, w, std::count(used.begin(), used.end(), true))) return std::nullopt;
+  Tensor y = empty_product(x, in.rows, rows);
+  mft::many_masked_linear(cpu, flat(y, rows, "y", y.mutable_data_ptr()), in, w, bits, task, in.rows / x.size(0),
+                          bias.has_value() ? bias->const_data_ptr() : nullptr);
+  return y;
 }
 
 Tensor grad_x(Tensor grad_output, Tensor weight, std::optional<Tensor> scores, std::optional<Tensor> threshold,
@@ -378,6 +424,9 @@ STABLE_TORCH_LIBRARY(mft_cpu, m) {
       "bool magnitude, str path) -> Tensor");
   m.def("try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias) -> Tensor?");
   m.def(
+      "try_masked_linear_many(Tensor x, Tensor weight, Tensor[] masks, Tensor tasks, Tensor? bias, str way) "
+      "-> Tensor?");
+  m.def(
       "grad_x(Tensor grad_output, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, bool magnitude, "
       "str path) -> Tensor");
   m.def(
@@ -417,6 +466,7 @@ STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CompositeExplicitAutograd, m) {
   m.impl("try_masked_linear_packed", TORCH_BOX(&try_masked_linear_packed));
+  m.impl("try_masked_linear_many", TORCH_BOX(&try_masked_linear_many));
   m.impl("paths", TORCH_BOX(&paths));
   m.impl("weight_bytes", TORCH_BOX(&weight_bytes));
   m.impl("path_work", TORCH_BOX(&path_work));

@@ -9,6 +9,7 @@ from ._version import __version__ as __version__
 from .backends import backend_report, import_entry_points
 from .fixed_point import fixed_from_float, float_from_fixed
 from .linear import MaskedLinear
+from .many import masked_linear_many
 from .masking import masked_linear_by_ratio, outdate
 from .ops import (
     accumulate_score_grad,
@@ -31,6 +32,7 @@ __all__ = [
     "kept_threshold",
     "masked_linear",
     "masked_linear_by_ratio",
+    "masked_linear_many",
     "masked_linear_packed",
     "outdate",
     "pack_mask",

@@ -195,6 +195,8 @@ register(
                 reference.masked_linear_backward,
                 reference.masked_linear_packed,
                 reference.masked_linear_packed_backward,
+                reference.masked_linear_many,
+                reference.masked_linear_many_backward,
                 reference.accumulate_score_grad,
                 reference.accumulate_product,
                 reference.kept_threshold,

@@ -6,7 +6,7 @@ product is in cpu_choice.py.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -61,6 +61,38 @@ def masked_linear_packed_backward(
 ) -> Gradients:
     """Gradients of masked_linear_packed; the sign comes from the bits of ``signs`` where given, else from scores."""
     return _backward(grad_output, x, weight, scores, None, packed.contiguous(), signs, mode, output_mask)
+
+
+def masked_linear_many(
+    x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, bias: Tensor | None
+) -> Tensor:
+    """masked_linear_packed with a mask a row: few rows in one pass over the weight, else one product a mask."""
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    masks = [packed.contiguous() for packed in masks]
+    tasks = tasks.to(torch.int64).contiguous()
+    y = torch.ops.mft_cpu.try_masked_linear_many(x.contiguous(), weight, masks, tasks, bias, "auto")
+    if y is not None:
+        return y
+
+    def product(rows: Tensor, task: int) -> Tensor:
+        if task < 0:
+            return reference.linear(rows, weight, bias)
+        return masked_linear_packed(rows, weight, masks[task], bias)
+
+    return _by_task(x, tasks, weight.shape[0], product)
+
+
+def masked_linear_many_backward(grad_output: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor) -> Tensor:
+    """d_x of masked_linear_many, one product a mask."""
+    weight = weight.contiguous()
+
+    def product(rows: Tensor, task: int) -> Tensor:
+        if task < 0:
+            return reference.grad_of_linear(rows, weight)
+        packed, d_x = masks[task].contiguous(), [True, False, False, False]
+        return _backward(rows, rows, weight, None, None, packed, None, "value", d_x)[0]
+
+    return _by_task(grad_output, tasks, weight.shape[1], product)
 
 
 def accumulate_score_grad(
@@ -200,6 +232,20 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
 
 
+def _by_task(rows: Tensor, tasks: Tensor, width: int, product: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """(..., width): product(the rows of a task, the task), for each of the tasks."""
+    places: dict[int, list[int]] = {}
+    for place, task in enumerate(tasks.tolist()):
+        places.setdefault(task, []).append(place)
+    if len(places) == 1:
+        return product(rows, *places)
+    out = rows.new_empty((*rows.shape[:-1], width))
+    for task, each in places.items():
+        index = torch.tensor(each)
+        out[index] = product(rows[index], task)
+    return out
+
+
 def _forward(x, weight, scores, threshold, packed, bias, mode) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     arguments = (x.contiguous(), weight.contiguous(), scores, threshold, packed, bias, mode == "magnitude")
@@ -270,6 +316,8 @@ register(
                 masked_linear_backward,
                 masked_linear_packed,
                 masked_linear_packed_backward,
+                masked_linear_many,
+                masked_linear_many_backward,
                 accumulate_score_grad,
                 accumulate_product,
                 kept_threshold,
@@ -278,7 +326,12 @@ register(
                 score_step,
             )
         },
-        short={} if unavailable else {"masked_linear_packed": torch.ops.mft_cpu.try_masked_linear_packed.default},
+        short={}
+        if unavailable
+        else {
+            "masked_linear_packed": torch.ops.mft_cpu.try_masked_linear_packed.default,
+            "masked_linear_many": torch.ops.mft_cpu.try_masked_linear_many.default,
+        },
         unavailable=unavailable,
         detail="" if unavailable else f"C++, {torch.ops.mft_cpu.capability()}",
     )

@@ -63,7 +63,10 @@ def define_autograd(name: str, implementation: Callable, setup_context: Callable
         setup_context(ctx, inputs, output)
         return output
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    def flat_backward(ctx, *grads):  # what is a list of tensors to an op is no tensor to a function
+        return tuple(None if type(grad) is list else grad for grad in backward(ctx, *grads))
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(flat_backward)}
     differentiable: type[torch.autograd.Function] = type(f"mft_{name}", (torch.autograd.Function,), methods)
 
     def call(*inputs):

@@ -5,6 +5,8 @@ M tokens, N out_features, K in_features. ``scores`` and ``weight`` are (N, K); k
 functions; arguments are trusted here, the public door in ``ops`` checks them.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def masked_linear(
     x: Tensor, weight: Tensor, scores: Tensor, threshold: Tensor, bias: Tensor | None, mode: str
 ) -> Tensor:
     """y = x @ where(keep, weight, 0).T + bias, (..., N) in x's dtype."""
-    return _linear(x, _select(weight, keep_mask(scores, threshold, mode)), bias)
+    return linear(x, _select(weight, keep_mask(scores, threshold, mode)), bias)
 
 
 def masked_linear_backward(
@@ -54,7 +56,7 @@ def masked_linear_backward(
 
 def masked_linear_packed(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """masked_linear with the mask given as bits: packed is int32 (N, ceil(K / 32)), see pack_mask."""
-    return _linear(x, _select(weight, unpack_mask(packed, list(weight.shape))), bias)
+    return linear(x, _select(weight, unpack_mask(packed, list(weight.shape))), bias)
 
 
 def masked_linear_packed_backward(
@@ -70,6 +72,18 @@ def masked_linear_packed_backward(
     """Gradients of masked_linear_packed; the sign of the scores comes from the bits of ``signs`` where given."""
     keep = unpack_mask(packed, list(weight.shape))
     return _backward(grad_output, x, weight, keep, scores, signs, mode, output_mask)
+
+
+def masked_linear_many(
+    x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, bias: Tensor | None
+) -> Tensor:
+    """y[i] = masked_linear_packed of x[i] with masks[tasks[i]], with the whole weight for -1; all rows once a mask."""
+    return _by_task(x, weight, masks, tasks, lambda masked: linear(x, masked, bias))
+
+
+def masked_linear_many_backward(grad_output: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor) -> Tensor:
+    """d_x of masked_linear_many."""
+    return _by_task(grad_output, weight, masks, tasks, lambda masked: grad_of_linear(grad_output, masked))
 
 
 def accumulate_score_grad(
@@ -129,6 +143,18 @@ def pack_bits(bits: Tensor) -> Tensor:
     return (padded * (1 << torch.arange(_WORD, device=bits.device, dtype=torch.int64))).sum(-1).to(torch.int32)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x @ weight.T + bias, (..., N); see filled."""
+    y = torch.nn.functional.linear(filled(_rows(x), 1), filled(weight, 1), bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def grad_of_linear(grad_output: Tensor, weight: Tensor) -> Tensor:
+    """d_x = grad_output @ weight, (..., K)."""
+    d_x = filled(_rows(grad_output), 1) @ filled(weight, 0)
+    return d_x.view(*grad_output.shape[:-1], weight.shape[1])
+
+
 def filled(operand: Tensor, axis: int) -> Tensor:
     """A 2-d operand of one of torch's products, which sums over ``axis``, as every processor multiplies it rightly.
 
@@ -171,9 +197,15 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = torch.nn.functional.linear(filled(_rows(x), 1), filled(weight, 1), bias)
-    return y.view(*x.shape[:-1], weight.shape[0])
+def _by_task(
+    rows: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, product: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Row i of product(weight masked by masks[tasks[i]]), NaN for a task that there is not; no task is waited for."""
+    tasks = tasks.view(-1, *(1,) * (rows.dim() - 1))
+    y = torch.where(tasks == -1, product(weight), torch.nan)
+    for task, packed in enumerate(masks):
+        y = torch.where(tasks == task, product(_select(weight, unpack_mask(packed, list(weight.shape)))), y)
+    return y
 
 
 def _weight_gradient(grad_output: Tensor, x: Tensor) -> Tensor:
@@ -194,8 +226,7 @@ def _backward(
     grad = _rows(grad_output)
     d_x = d_weight = d_scores = d_bias = None
     if output_mask[0]:
-        d_x = filled(grad, 1) @ filled(_select(weight, keep), 0)
-        d_x = d_x.view(*grad_output.shape[:-1], weight.shape[1])
+        d_x = grad_of_linear(grad_output, _select(weight, keep))
     if output_mask[1]:
         d_weight = _select(_weight_gradient(grad_output, x), keep)
     if output_mask[2]:

@@ -16,7 +16,7 @@ KERNEL_LAYERS = (
     ("reference_step",),
     ("autotune", "backends", "built", "checks", "direct", "library", "maskable"),
     ("cpu_choice",),
-    ("ops", "cpu", "cuda", "scores", "step", "triton"),
+    ("ops", "cpu", "cuda", "many", "scores", "step", "triton"),
     ("companions",),
     ("held", "masking", "optim"),
     ("linear",),

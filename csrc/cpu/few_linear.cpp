@@ -4,15 +4,10 @@
 
 #include <algorithm>
 
-#include "parallel.h"
 #include "scratch.h"
 
 namespace mft {
 namespace {
-
-// Work is shared from this on, in bytes that one token makes a thread read (for more see work()); below, waking a second
-// one costs more than it saves. Twice this: as fast from the caches, and a third slower from memory (Xeon, 192 x 576 fp32).
-constexpr int64_t kShare = 256 << 10;
 
 using Prepare = void (*)(float*, const void*, Format, int64_t);
 
@@ -53,16 +48,6 @@ FewTokens call_of(const Matrix& out, const Matrix& weight, const MaskSource& mas
           static_cast<char*>(out.data)};
 }
 
-int64_t work(const FewTokens& call, int64_t bytes) { return bytes * (3 + call.count) / 4; }
-
-// f(first, end) of spans of `total`, which begin at multiples of `unit` and are kShare of the work or more.
-template <typename F>
-void for_spans(int64_t total, int64_t unit, int64_t work, const F& f) {
-  const int64_t units = (total + unit - 1) / unit;
-  const int64_t grain = std::max<int64_t>(1, units * kShare / std::max<int64_t>(work, 1));
-  parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { f(begin * unit, std::min(total, end * unit)); });
-}
-
 }  // namespace
 
 void few_masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
@@ -72,7 +57,7 @@ void few_masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, 
     const int64_t count = std::min(kFewTokens, x.rows - t);
     const Prepared tokens(x.narrow_rows(t, count), cpu.few->prepare_dot);
     const FewTokens call = call_of(y.narrow_rows(t, count), weight, mask, bias, tokens);
-    for_spans(weight.rows, kDotRows, work(call, bytes_read(weight, mask)), [&](int64_t first, int64_t end) {
+    for_few_spans(weight.rows, kDotRows, few_work(bytes_read(weight, mask), count), [&](int64_t first, int64_t end) {
       const Scratch scratch(words * sizeof(uint32_t));
       cpu.few->dot(call, first, end, static_cast<uint32_t*>(scratch.get()));
     });
@@ -85,7 +70,7 @@ void few_grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_out
     const int64_t count = std::min(kFewTokens, grad_output.rows - t);
     const Prepared tokens(grad_output.narrow_rows(t, count), cpu.few->prepare_sum);
     const FewTokens call = call_of(d_x.narrow_rows(t, count), weight, mask, nullptr, tokens);
-    for_spans(weight.columns, 64, work(call, bytes_read(weight, mask)), [&](int64_t first, int64_t end) {
+    for_few_spans(weight.columns, 64, few_work(bytes_read(weight, mask), count), [&](int64_t first, int64_t end) {
       const Scratch scratch(count * (few_strip_columns(call.format, count) + 16) * sizeof(float));
       cpu.few->sum(call, first, end, static_cast<float*>(scratch.get()));
     });

@@ -418,6 +418,35 @@ inline const uint32_t* words_of(const FewTokens& call, int64_t row, int64_t firs
 
 // ------------------------------------------------------------------------------------------------ dot
 
+// The sums of vectors become y of these rows and tokens.
+template <typename Kind, int kRows, int kTokens>
+MFT_INLINE void store_dots(const FewTokens& call, const Floats sums[kRows][kTokens], int64_t first_row, int64_t rows,
+                           int64_t apart, int64_t first_token) {
+  constexpr int kFours = (kRows + 3) / 4;
+  float y[kTokens][4 * kFours];
+  MFT_UNROLL
+  for (int t = 0; t < kTokens; ++t) {
+    MFT_UNROLL
+    for (int f = 0; f < kFours; ++f) {
+      Floats four[4];
+      MFT_UNROLL
+      for (int i = 0; i < 4; ++i) four[i] = 4 * f + i < kRows ? sums[4 * f + i < kRows ? 4 * f + i : 0][t] : zeros();
+      add_across(y[t] + 4 * f, four);
+    }
+  }
+  const int64_t width = bytes_of(call.format);
+  for (int64_t r = 0; r < (rows < kRows ? rows : kRows); ++r) {  // else gcc warns of reads beyond y
+    const int64_t row = first_row + r * apart;
+    float bias = 0;
+    if (call.bias != nullptr) widen(&bias, call.bias + row * width, call.format, 1);
+    for (int t = 0; t < kTokens; ++t) {
+      const float sum = call.bias != nullptr ? y[t][r] + bias : y[t][r];  // -0 + 0 would be 0
+      const int64_t place = call.places != nullptr ? call.places[first_token + t] : first_token + t;
+      narrow(call.out + (place * call.rows + row) * width, &sum, call.format, 1);
+    }
+  }
+}
+
 // kRows rows of the weight, `apart` from each other, at each of kTokens tokens; rows from `rows` on repeat the last one, and
 // are not stored.
 template <typename Kind, int kRows, int kTokens>
@@ -470,34 +499,12 @@ void dot_block(const FewTokens& call, const typename Kind::Element* const* weigh
       }
     }
   }
-
-  constexpr int kFours = (kRows + 3) / 4;
-  float y[kTokens][4 * kFours];
-  MFT_UNROLL
-  for (int t = 0; t < kTokens; ++t) {
-    MFT_UNROLL
-    for (int f = 0; f < kFours; ++f) {
-      Floats four[4];
-      MFT_UNROLL
-      for (int i = 0; i < 4; ++i) four[i] = 4 * f + i < kRows ? sums[4 * f + i < kRows ? 4 * f + i : 0][t] : zeros();
-      add_across(y[t] + 4 * f, four);
-    }
-  }
-  const int64_t width = bytes_of(call.format);
-  for (int64_t r = 0; r < (rows < kRows ? rows : kRows); ++r) {  // else gcc warns of reads beyond y
-    const int64_t row = first_row + r * apart;
-    float bias = 0;
-    if (call.bias != nullptr) widen(&bias, call.bias + row * width, call.format, 1);
-    for (int t = 0; t < kTokens; ++t) {
-      const float sum = call.bias != nullptr ? y[t][r] + bias : y[t][r];  // -0 + 0 would be 0
-      narrow(call.out + ((first_token + t) * call.rows + row) * width, &sum, call.format, 1);
-    }
-  }
+  store_dots<Kind, kRows, kTokens>(call, sums, first_row, rows, apart, first_token);
 }
 
 template <typename Kind, int kRows>
 void dot_tokens(const FewTokens& call, const typename Kind::Element* const* weight, const uint32_t* const* words,
-                int64_t first_row, int64_t rows, int64_t apart) {
+                int64_t first_row, int64_t rows, int64_t apart, bool fetch = true) {
   using Block = void (*)(const FewTokens&, const typename Kind::Element* const*, const uint32_t* const*, int64_t,
                          int64_t, int64_t, int64_t, bool);
   static constexpr Block kBlocks[] = {
@@ -512,7 +519,7 @@ void dot_tokens(const FewTokens& call, const typename Kind::Element* const* weig
   const int64_t groups = (call.count + kDotTokens - 1) / kDotTokens;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = call.count * g / groups, end = call.count * (g + 1) / groups;
-    kBlocks[end - first - 1](call, weight, words, first_row, rows, apart, first, kFetched && g == 0);
+    kBlocks[end - first - 1](call, weight, words, first_row, rows, apart, first, kFetched && fetch && g == 0);
   }
 }
 
@@ -549,6 +556,8 @@ void dot(const FewTokens& call, int64_t first_row, int64_t end_row, uint32_t* sc
     }
   });
 }
+
+#include "many_masks.inl"
 
 // ------------------------------------------------------------------------------------------------ sum
 
@@ -694,7 +703,7 @@ void sum(const FewTokens& call, int64_t first_column, int64_t end_column, float*
 }  // namespace
 
 const FewKernels& MFT_FEW_KERNELS() {
-  static const FewKernels table = {prepare_dot, prepare_sum, dot, sum};
+  static const FewKernels table = {prepare_dot, prepare_sum, dot, dot_many, sum};
   return table;
 }
 

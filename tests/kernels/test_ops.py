@@ -140,6 +140,32 @@ def test_a_threshold_may_be_given_for_each_row(mode, backend):
     assert torch.equal(mft_kernels.unpack_mask(packed, (5, 37)), reference.keep_mask(t.scores, thresholds, mode))
 
 
+def many_masks(dtype=torch.float32, rows=6):
+    """x (rows, 3, K), weight, three masks, a task for each row, bias and grad_output."""
+    t = integer_inputs(3 * rows, 17, 45, dtype)
+    masks = [reference.pack_bits(t.scores.roll(shift) > 0) for shift in range(3)]
+    tasks = torch.tensor([2, -1, 0, 2, 1, 0])[torch.arange(rows) % 6]
+    return t.x.view(rows, 3, 45), t.weight, masks, tasks, t.bias, t.grad_output.view(rows, 3, 17)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 60])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_row_takes_its_own_of_many_masks(dtype, rows, backend):
+    x, weight, masks, tasks, bias, grad = many_masks(dtype, rows)
+    x.requires_grad_()
+    y = mft_kernels.masked_linear_many(x, weight, masks, tasks, bias, backend=backend)
+    y.backward(grad)
+    every = [*masks, torch.full_like(masks[0], -1)]
+    for row, task in enumerate(tasks):
+        alone = x[row].detach().requires_grad_()
+        expected = mft_kernels.masked_linear_packed(alone, weight, every[task], bias, backend="reference")
+        expected.backward(grad[row])
+        assert torch.equal(y[row], expected)
+        assert torch.equal(x.grad[row], alone.grad)
+    stacked = mft_kernels.masked_linear_many(x, weight, torch.stack(masks), tasks.int(), bias, backend=backend)
+    assert torch.equal(stacked, y)
+
+
 def test_gradcheck_of_the_smooth_arguments():
     t = random_inputs(3, 4, 5, torch.float64, torch.float64)
     threshold = reference.kept_threshold(t.scores, 0.6, "magnitude")
@@ -212,6 +238,9 @@ def test_opcheck_of_every_op(mode, backend):
     want = [True, True, True, True]
     opcheck(mft.masked_linear.default, (x, weight, scores, threshold, bias, mode, backend))
     opcheck(mft.masked_linear_packed.default, (x, weight, packed, bias, backend))
+    many = many_masks()
+    opcheck(mft.masked_linear_many.default, (many[0].requires_grad_(), *many[1:5], backend))
+    opcheck(mft.masked_linear_many_backward.default, (many[5], *many[1:4], backend))
     opcheck(mft.masked_linear_by_ratio.default, (x, weight, scores, bias, 0.9, None, mode, backend))
     opcheck(mft.kept_threshold.default, (detached, 0.9, mode, backend))
     opcheck(mft.pack_mask.default, (detached, threshold, mode, backend))
@@ -241,6 +270,8 @@ def test_every_op_compiles_without_a_graph_break():
         mask = mft_kernels.unpack_mask(packed, weight.shape)
         a = mft_kernels.masked_linear(x, weight, scores, threshold, bias)
         b = mft_kernels.masked_linear_packed(x, weight, packed, bias)
+        every = (weight.detach(), [packed], torch.tensor([0, -1] * 3), bias.detach())
+        b = b + mft_kernels.masked_linear_many(x, *every)
         out = mft_kernels.accumulate_score_grad(torch.zeros(5, 37), a.detach(), x, weight, scores=scores.detach())
         mft_kernels.accumulate_score_grad(out, a.detach(), x, None)
         return a + b, mask, out
@@ -346,6 +377,28 @@ def test_a_packed_mask_of_another_form_is_refused(packed, error, message):
         mft_kernels.masked_linear_packed(torch.ones(2, 33), torch.ones(4, 33), packed)
     with pytest.raises(error, match=message):
         mft_kernels.unpack_mask(packed, (4, 33))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"masks": torch.zeros(4, 1)}, ValueError, r"masks must be \(masks, 4, 1\) in one tensor, got \(4, 1\)"),
+        ({"masks": [torch.zeros(4, 1)]}, TypeError, r"masks\[0\] must be int32, got torch.float32"),
+        ({"masks": torch.zeros(17, 4, 1, dtype=torch.int32)}, ValueError, "masks must be at most 16, got 17"),
+        ({"tasks": torch.zeros(2)}, TypeError, "tasks must be integers, got torch.float32"),
+        ({"tasks": torch.tensor([0])}, ValueError, r"tasks must be one a row of x .*, got \(1,\) for x of \(2, 5\)"),
+        ({"x": torch.ones(5)}, ValueError, r"tasks must be one a row of x .*, got \(2,\) for x of \(5,\)"),
+        ({"tasks": torch.tensor([0, 1])}, ValueError, "tasks must be -1 or the place of one of 1 masks, got .* 0 to 1"),
+        ({"tasks": torch.tensor([-2, 0])}, ValueError, "got values from -2 to 0"),
+        ({"weight": torch.ones(4, 5, requires_grad=True)}, ValueError, "weight must be frozen, as masked_linear_many"),
+        ({"bias": torch.ones(4, requires_grad=True)}, ValueError, "bias must be frozen, as masked_linear_many"),
+    ],
+)
+def test_masked_linear_many_names_argument_rule_and_value(change, error, message):
+    masks, tasks = torch.zeros(1, 4, 1, dtype=torch.int32), torch.tensor([0, -1])
+    arguments = {"x": torch.ones(2, 5), "weight": torch.ones(4, 5), "masks": masks, "tasks": tasks} | change
+    with pytest.raises(error, match=message):
+        mft_kernels.masked_linear_many(**arguments)
 
 
 def test_accumulate_score_grad_refuses_what_it_cannot_add_into():

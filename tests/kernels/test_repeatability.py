@@ -57,6 +57,10 @@ def calls(backend, shape, dtype=torch.float32, learned=EVERYTHING):
     def linear_packed(x, weight, bias):
         return mft_kernels.masked_linear_packed(x, weight, packed, bias, backend=backend)
 
+    def linear_many(x):
+        tasks = torch.arange(len(x)) % 2 - 1
+        return mft_kernels.masked_linear_many(x, t.weight, [packed], tasks, t.bias, backend=backend)
+
     def linear_by_ratio(x, weight, scores, bias):
         return mft_kernels.masked_linear_by_ratio(x, weight, scores, bias, keep_ratio=KEPT, backend=backend)
 
@@ -80,6 +84,7 @@ def calls(backend, shape, dtype=torch.float32, learned=EVERYTHING):
         "masked_linear": linear("magnitude"),
         "masked_linear by value": linear("value"),
         "masked_linear_packed": lambda: differentiated(linear_packed, "x", "weight", "bias"),
+        "masked_linear_many": lambda: differentiated(linear_many, "x"),
         "masked_linear_by_ratio": lambda: differentiated(linear_by_ratio, *EVERYTHING),
         "accumulate_score_grad by scores": accumulated(t.weight, scores=t.scores),
         "accumulate_score_grad by signs": accumulated(t.weight, signs=signs),

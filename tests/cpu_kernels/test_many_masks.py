@@ -1,0 +1,121 @@
+"""The cpu backend's kernel for many masks on one weight: each row has the bits that it has with its mask alone."""
+
+import pytest
+import torch
+from taken_path import take_path
+
+from mft_kernels import cpu, masked_linear_many, reference
+from mft_kernels.testing import integer_inputs, random_inputs
+
+pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["amx", "avx512_bf16", "avx512", "avx2", "portable"])
+def capability(request, monkeypatch):
+    if request.param not in cpu.capabilities():
+        pytest.skip(f"{request.param} is not among {cpu.capabilities()} of this machine and build")
+    monkeypatch.setenv("MFT_CPU_CAPABILITY", request.param)
+    return request.param
+
+
+def masks_of(count, n, k, seed=0):
+    """Bits at random, those of the padding too: no kernel may mind them."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(-(2**31), 2**31, (n, -(-k // 32)), generator=generator, dtype=torch.int64).to(torch.int32)
+        for _ in range(count)
+    ]
+
+
+def once(x, weight, masks, tasks, bias=None):
+    """In one pass over the weight, whatever is faster."""
+    return torch.ops.mft_cpu.try_masked_linear_many(x, weight, masks, tasks, bias, "once")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_equal_the_reference_on_integers(capability, dtype):
+    # A mask has one row, where 8 rows of the weight are taken at a time, and several; whole words, and a last part.
+    for n, k in ((1, 1), (7, 33), (8, 32), (19, 64), (33, 31), (50, 59)):
+        for tasks in ([0, 1], [2, -1, 0, 1, 2, 2, 0], [1] * 5 + [-1] * 2):
+            t = integer_inputs(len(tasks), n, k, dtype)
+            arguments = (t.x, t.weight, masks_of(3, n, k), torch.tensor(tasks))
+            for bias in (t.bias, None):
+                assert torch.equal(once(*arguments, bias), reference.masked_linear_many(*arguments, bias)), (n, k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(70, 96), (41, 133)])
+def test_a_row_has_the_bits_of_few_tokens_with_its_mask_alone(capability, n, k, dtype, threads, monkeypatch):
+    take_path(monkeypatch, "few")
+    t, masks = random_inputs(18, n, k, dtype), masks_of(3, n, k)
+    x, tasks = t.x.view(6, 3, k), torch.tensor([2, -1, 0, 2, 1, 0])  # three tokens a row
+    masks[2] = masks[2].flip(0).contiguous()
+    every = [*masks, torch.full_like(masks[0], -1)]
+    expected = torch.stack(
+        [cpu.masked_linear_packed(x[i], t.weight, every[task], t.bias) for i, task in enumerate(tasks)]
+    )
+    for count in (1, 3):
+        threads(count)
+        assert torch.equal(once(x, t.weight, masks, tasks, t.bias), expected)
+    memory = torch.empty(t.weight.numel() + 1, dtype=dtype)[1:]  # misaligned
+    assert torch.equal(once(x, memory.view(n, k).copy_(t.weight), masks, tasks, t.bias), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_dropped_nan_reaches_no_row_and_a_kept_one_its_own_rows_alone(capability, dtype):
+    t, tasks = integer_inputs(6, 9, 64, dtype), torch.tensor([0, 1, 0, -1, 1, 0])
+    masks = [torch.full((9, 2), -1, dtype=torch.int32) for _ in range(2)]
+    masks[0][4, 1] = ~1  # drops weight (4, 32)
+    t.weight[4, 32] = torch.nan
+    y = once(t.x, t.weight, masks, tasks)
+    expected = reference.masked_linear_many(t.x, t.weight, masks, tasks, None)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert y.isnan().any(1).tolist() == [False, True, False, True, True, False]
+    assert torch.equal(y.nan_to_num(), expected.nan_to_num())
+    t.weight[4, 32] = 1
+    t.x[1] = torch.inf  # a token of another row's
+    expected = reference.masked_linear_packed(t.x[:1], t.weight, masks[0], None)[0]
+    assert torch.equal(once(t.x, t.weight, masks, tasks)[0], expected)
+
+
+def test_more_than_64_tokens_go_in_turns(capability):
+    tasks = torch.arange(130) % 16
+    t, masks = integer_inputs(130, 24, 40), masks_of(16, 24, 40)
+    y = once(t.x, t.weight, masks, tasks)
+    assert torch.equal(y, reference.masked_linear_many(t.x, t.weight, masks, tasks, None))
+
+
+def test_many_rows_a_mask_go_by_its_own_product(monkeypatch):
+    monkeypatch.setenv("MFT_CPU_CAPABILITY", "portable")
+    t, masks, products = integer_inputs(800, 24, 40, torch.bfloat16), masks_of(2, 24, 40), []
+    packed = cpu.masked_linear_packed
+    monkeypatch.setattr(cpu, "masked_linear_packed", lambda x, *rest: products.append(len(x)) or packed(x, *rest))
+    for tasks, expected in (([0] * 800, [800]), ([1, 0, -1, 0] * 200, [200, 400])):
+        products.clear()
+        arguments = (t.x, t.weight, masks, torch.tensor(tasks), t.bias)
+        assert torch.equal(masked_linear_many(*arguments), reference.masked_linear_many(*arguments))
+        assert products == expected
+
+
+@pytest.mark.parametrize(
+    "unusual",
+    [
+        {"x": lambda v: v.T.contiguous().T},
+        {"weight": lambda v: v.repeat(1, 2)[:, : v.shape[1]]},
+        {"masks": lambda v: [mask.repeat(1, 2)[:, : mask.shape[1]] for mask in v]},
+        {"tasks": lambda v: v.to(torch.int8)},
+        {"tasks": lambda v: v.repeat_interleave(2)[::2]},
+        {"bias": lambda v: v.repeat_interleave(2)[::2]},
+    ],
+    ids=str,
+)
+def test_strides_and_small_integers_are_served_too(unusual):
+    t = integer_inputs(4, 19, 45)
+    call = {"x": t.x, "weight": t.weight, "masks": masks_of(3, 19, 45), "tasks": torch.tensor([2, 0, -1, 2])}
+    call["bias"] = t.bias
+    expected = reference.masked_linear_many(*call.values())
+    ((name, change),) = unusual.items()
+    call[name] = change(call[name])
+    assert torch.equal(masked_linear_many(**call), expected)
