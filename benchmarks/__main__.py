@@ -8,6 +8,7 @@ import torch
 
 from . import (
     bench_cpu,
+    bench_decode,
     bench_demo,
     bench_generate,
     bench_launch,
@@ -29,6 +30,7 @@ QUESTIONS: dict[str, Callable[[bool], None]] = {
     "cpu": bench_cpu.main,
     "paths": bench_paths.main,
     "generate": bench_generate.main,
+    "decode": bench_decode.main,
     "launch": bench_launch.main,
     "train_step": bench_train_step.main,
     "scaling": bench_scaling.main,
@@ -42,6 +44,7 @@ POOLED: dict[str, Callable[[Path], None]] = {
     "ops": draw_ops,
     "cpu": bench_cpu.conclude,
     "generate": bench_generate.conclude,
+    "decode": bench_decode.conclude,
     "launch": bench_launch.conclude,
     "train_step": draw_train_step,
     "scaling": draw_scaling,

@@ -185,6 +185,7 @@ TABLES: dict[str, Callable[[Record], list[str]]] = {
     "scaling": scaling_tables,
     "cpu": cpu_tables,
     "generate": generate_tables,
+    "decode": generate_tables,
     "launch": launch_tables,
     "mask_variants": mask_variants_tables,
     "many_masks": many_masks_tables,

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from benchmarks import bench_cpu, bench_generate, bench_launch, harness, measured, plots
+from benchmarks import bench_cpu, bench_decode, bench_generate, bench_launch, harness, measured, plots
 from benchmarks.compare import ratios
 from benchmarks.cpu_targets import AMX, AVX512_BF16, COLUMNS, FP32, TARGETS, bound, column
 from benchmarks.layer_competitors import FROM_SCORES, HELD
@@ -180,6 +180,18 @@ def test_a_masked_model_generates_the_tokens_of_its_mask():
     module, held = (bench_generate.generate(found[name], prompt, 4) for name in ("ours, module", "ours, held mask"))
     assert torch.equal(module, held)
     assert module.shape == (1, 7)
+
+
+def test_the_question_of_rows_with_masks_of_their_own_is_answered(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "_folder", tmp_path)
+    bench_decode.main(budget=bench_decode.Budget(prompt=3, new=2, seconds=0.0, config=TINY.config))
+    (record,) = by_machine(tmp_path, "decode").values()
+    (table,) = generate_tables(record)
+    assert "| ours, 8 tasks in a batch | " in table
+    asked = {finding["quantity"] for finding in record["findings"] if finding["rule"] is not None}
+    assert asked == {
+        f"{bench_decode.banked(tasks)} / merged: {dtype}" for tasks in (1, 3, 8) for dtype in ("bf16", "fp32")
+    }
 
 
 def test_a_picture_is_named_as_its_record():

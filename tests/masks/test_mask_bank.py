@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import mft
 from mft.config import MaskConfig
+from mft.masks import banked_linear
 from mft.masks.bank import MaskBank, load_mask_bank
 from mft.masks.banked_linear import BankedLinear
 from mft.masks.convert import mask_model, masked_modules, merge_model
@@ -120,10 +121,35 @@ def test_a_layer_gives_each_group_of_rows_the_packed_product_bit_for_bit(exports
         found = layer(x)
     for rows, task in (([0, 4], "math"), ([2, 5], "code")):
         assert torch.equal(found[rows], masked_linear_packed(x[rows], layer.weight, layer.masks[task], layer.bias))
-    assert torch.equal(found[[1, 3]], torch.nn.functional.linear(x[[1, 3]], layer.weight))
+    dense = torch.nn.functional.linear(x[[1, 3]], layer.weight)
+    torch.testing.assert_close(found[[1, 3]], dense, **(FP32_NOISE if dtype == torch.float32 else {}))
 
 
-def test_a_layer_computes_one_product_a_mask_and_one_for_all_rows_without(bank, monkeypatch):
+def test_a_layer_makes_one_call_for_all_masks_and_a_plain_product_where_rows_share_one(bank, monkeypatch):
+    calls = []
+    for module, name in ((banked_linear, "masked_linear_many"), (BankedLinear, "product")):
+        run = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, run=run, name=name: calls.append((name, *a[2:4])) or run(*a))
+    layers = bank.model.model.layers
+    up, query, x = layers[2].mlp.up_proj, layers[0].self_attn.q_proj, torch.randn(6, 5, 32)
+    code, math, chat = up.masks["code"], up.masks["math"], query.masks["chat"]
+    for tasks, layer, name, masks, places in (
+        (MIXED, up, "masked_linear_many", [math, code], [0, -1, 1, -1, 0, 1]),
+        (MIXED, query, "masked_linear_many", [chat], [-1, -1, -1, 0, -1, -1]),
+        (["code"] * 6, up, "product", code, None),
+        (["code", "math", None] * 2, query, "product", None, None),
+    ):
+        calls.clear()
+        with bank.use(tasks), torch.no_grad():
+            layer(x)
+        ((called, given, *rest),) = calls
+        assert called == name
+        assert given is masks or all(a is b for a, b in zip(given, masks, strict=True))
+        assert [r.tolist() for r in rest] == ([] if places is None else [places])
+
+
+def test_more_masks_than_a_call_takes_are_a_product_each_and_one_for_all_rows_without(bank, monkeypatch):
+    monkeypatch.setattr(banked_linear, "MOST_MASKS", 0)
     products, product = [], BankedLinear.product
 
     def noted(layer, x, packed):
@@ -141,8 +167,11 @@ def test_a_layer_computes_one_product_a_mask_and_one_for_all_rows_without(bank, 
     ):
         products.clear()
         with bank.use(tasks), torch.no_grad():
-            layer(x)
+            found = layer(x)
         assert products == expected
+        for row, task in enumerate(tasks):
+            with bank.use(task), torch.no_grad():
+                torch.testing.assert_close(found[row], layer(x[row]), **FP32_NOISE)
 
 
 def test_a_mixed_batch_generates_what_each_row_alone_does(exports, bank):

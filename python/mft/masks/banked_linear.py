@@ -10,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mft_kernels import masked_linear_packed
+from mft_kernels import masked_linear_many, masked_linear_packed
+from mft_kernels.many import MOST_MASKS
+
+#: The most tokens that an accelerator takes in one pass of many masks, which multiplies all of them by each mask.
+_FEW_TOKENS = 64
 
 
 class Choice(Protocol):
@@ -94,7 +98,7 @@ class OneTask:
 
 
 class TaskPerRow:
-    """Row i of the batch takes tasks[i]: rows are sorted by task, multiplied a group at a time, and put back.
+    """Row i of the batch takes tasks[i]: few rows in one pass over the weight, many by a product a group of rows.
 
     For a layer, tasks that do not mask it and the bare base are one group.
     """
@@ -113,13 +117,14 @@ class TaskPerRow:
         layer.check_tasks(self.tasks)
         masks = layer.masks
         groups = self._grouped(frozenset(masks), x.device)
-        ordered = x if groups.order is None else x.index_select(0, groups.order)
-        parts = [
-            layer.product(part, masks[task] if task is not None else None)
-            for task, part in zip(groups.tasks, ordered.split(groups.sizes))
-        ]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return y if groups.inverse is None else y.index_select(0, groups.inverse)
+        if len(groups.tasks) == 1:
+            return layer.product(x, masks.get(groups.tasks[0]))
+        if len(groups.masked) <= MOST_MASKS and (not x.is_cuda or x.shape[:-1].numel() <= _FEW_TOKENS):
+            each = [masks[task] for task in groups.masked]
+            return masked_linear_many(x, layer.weight, each, groups.places, layer.bias)
+        ordered = x.index_select(0, groups.order)
+        parts = [layer.product(part, masks.get(task)) for task, part in zip(groups.tasks, ordered.split(groups.sizes))]
+        return torch.cat(parts).index_select(0, groups.inverse)
 
     def _grouped(self, masked: frozenset[str], device: torch.device) -> "_Groups":
         """Of a layer that these tasks mask."""
@@ -127,18 +132,27 @@ class TaskPerRow:
             rows: dict[str | None, list[int]] = {}
             for row, task in enumerate(self.tasks):
                 rows.setdefault(task if task in masked else None, []).append(row)
-            order = [row for group in rows.values() for row in group]
-            moved = None if order == sorted(order) else torch.tensor(order, device=device)
-            inverse = None if moved is None else moved.argsort()
-            self._groups[masked, device] = _Groups(list(rows), [len(group) for group in rows.values()], moved, inverse)
+            order = torch.tensor([row for group in rows.values() for row in group], device=device)
+            used = [task for task in rows if task is not None]
+            places = [used.index(task) if task in masked else -1 for task in self.tasks]
+            self._groups[masked, device] = _Groups(
+                list(rows),
+                [len(group) for group in rows.values()],
+                order,
+                order.argsort(),
+                used,
+                torch.tensor(places, device=device),
+            )
         return self._groups[masked, device]
 
 
 @dataclass(frozen=True)
 class _Groups:
-    """The groups' tasks and numbers of rows; row numbers in groups, and where each row went: None if it stayed."""
+    """The groups' tasks and numbers of rows; row numbers in groups, and where each row went; see masked_linear_many."""
 
     tasks: list[str | None]
     sizes: list[int]
-    order: Tensor | None
-    inverse: Tensor | None
+    order: Tensor
+    inverse: Tensor
+    masked: list[str]
+    places: Tensor

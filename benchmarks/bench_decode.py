@@ -1,0 +1,97 @@
+"""What does a batch generate whose rows take different masks? SmolLM2-135M, 8 rows, bf16 and fp32, tokens/s.
+
+Every linear of the decoder is masked. A bank of masks with 1, 3 and 8 tasks, the rows' in turn, stands beside the dense
+model, one merged model and one held mask, which give every row the same task. Weights are random, which changes no
+time; cache, sampling and attention are transformers' own.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mft.config import MaskConfig
+from mft.masks.bank import load_mask_bank
+from mft.masks.convert import mask_model, masked_modules, merge_model
+from mft.masks.export import load_masks, save_masks
+from mft.memory.shapes import known_config
+from mft_kernels.timing import time_within
+
+from .bench_generate import generate
+from .cpu_ceilings import DTYPES
+from .harness import Finding, Spread, ratio, report
+from .tables import generate_tables
+from .training_steps import build
+
+DENSE, MERGED, HELD = "dense", "merged", "ours, one held mask"
+TASKS = (1, 3, 8)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Rows of the batch, tokens of a row's prompt and after it, and seconds of a dtype beyond its least rounds."""
+
+    rows: int = 8
+    prompt: int = 32
+    new: int = 32
+    seconds: float = 20.0
+    config: Mapping[str, Any] = field(default_factory=lambda: known_config("smollm2-135m"))
+
+
+STORED = Budget()
+
+
+def banked(tasks: int) -> str:
+    """The name of a bank of so many tasks."""
+    return f"ours, {tasks} task{'s' if tasks > 1 else ''} in a batch"
+
+
+def ways(masks: Path, budget: Budget, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """What is timed, of one dtype. Each task reads masks of its own; they are alike, which nobody notices."""
+
+    def base() -> Any:
+        return build(budget.config, dtype).eval().requires_grad_(False)
+
+    held = load_masks(base(), masks, force=True)
+    for module in masked_modules(held).values():
+        module.hold(module.packed_mask())
+    bank = load_mask_bank(base(), {f"task {i}": masks for i in range(max(TASKS))}, force=True)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(3, 200, (budget.rows, budget.prompt), generator=generator)
+
+    def by_bank(tasks: int) -> object:
+        with bank.use([f"task {row % tasks}" for row in range(budget.rows)]):
+            return generate(bank.model, prompt, budget.new)
+
+    models = {DENSE: base(), MERGED: merge_model(load_masks(base(), masks, force=True)), HELD: held}
+    found: dict[str, Callable[[], object]] = {
+        name: lambda model=model: generate(model, prompt, budget.new) for name, model in models.items()
+    }
+    return found | {banked(tasks): lambda tasks=tasks: by_bank(tasks) for tasks in TASKS}
+
+
+def main(quick: bool = False, budget: Budget = STORED) -> None:
+    """Print and store the answer of this process."""
+    findings, rows = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        masks = save_masks(mask_model(build(budget.config), MaskConfig.paper()), Path(folder, "masks"))
+        for dtype in DTYPES:
+            samples = time_within(ways(masks, budget, DTYPES[dtype]), 0 if quick else budget.seconds, least=3)
+            for name, times in samples.items():
+                rate = Spread.of([budget.rows * budget.new * 1e3 / ms for ms in times])
+                rows.append({"dtype": dtype, "competitor": name, "tokens_per_s": vars(rate), "rounds": len(times)})
+                findings.append(Finding(f"{name}: {dtype}", rate, "tokens/s"))
+            findings += [ratio(samples, name, MERGED, suffix=f": {dtype}") for name in (DENSE, HELD)]
+            findings += [ratio(samples, banked(tasks), MERGED, "at most", 1.1, f": {dtype}") for tasks in TASKS]
+    tokens = f"{budget.rows} rows of {budget.prompt} + {budget.new} tokens"
+    title = f"SmolLM2-135M's generate, masks by row, {tokens}, {torch.get_num_threads()} threads"
+    report("decode", title, findings, competitors=rows)
+
+
+def conclude(path: Path) -> None:
+    """Print the table of the record that has been written."""
+    print("\n" + "\n\n".join(generate_tables(json.loads(path.read_text()))))
