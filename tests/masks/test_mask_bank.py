@@ -318,6 +318,40 @@ def test_a_task_can_be_added_later_and_removed_again(exports):
         assert torch.equal(logits(bank.model), logits(with_masks_of(exports, "math")))
 
 
+@pytest.mark.parametrize(("make", "symbol"), [("union", "|"), ("intersection", "&")])
+def test_a_union_keeps_what_any_keeps_and_an_intersection_what_all_keep(exports, bank, make, symbol):
+    assert getattr(bank, make)("code", "math") == f"code {symbol} math"
+    assert getattr(bank, make)("code", "math", "chat", name="all") == "all"
+    assert bank.tasks == ("code", "math", "chat", f"code {symbol} math", "all")
+    kept = {task: merge_model(with_masks_of(exports, task)) for task in ("code", "math")}
+    model = base()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):  # no weight is 0 but where it was dropped
+            code, math = (kept[task].get_submodule(name).weight != 0 for task in ("code", "math"))
+            keep = (code.int() + math.int()) > (0 if make == "union" else 1)
+            module.weight.data = torch.where(keep, module.weight, 0)
+    with bank.use(f"code {symbol} math"):
+        torch.testing.assert_close(logits(bank.model), logits(model), **FP32_NOISE)
+    if make == "union":  # no layer is masked by all three
+        assert bank.nbytes()["all"] == 0
+    for task in ("code", "math", f"code {symbol} math"):
+        bank.remove(task)
+    with bank.use("all"):  # stays as it is
+        logits(bank.model)
+
+
+def test_a_union_is_of_tasks_that_there_are_and_its_name_is_new(bank):
+    with pytest.raises(ValueError, match=r"tasks must be two or more of the bank's, got \('code',\)"):
+        bank.union("code")
+    with pytest.raises(ValueError, match=r"task must be one of the bank's .*, got 'cod'; did you mean code\?"):
+        bank.intersection("math", "cod")
+    with pytest.raises(ValueError, match="task must be new to the bank, got 'chat': remove it first"):
+        bank.union("code", "math", name="chat")
+    with pytest.raises(ValueError, match="task must be a name, got ''"):
+        bank.union("code", "math", name="")
+    assert bank.tasks == ("code", "math", "chat")
+
+
 def test_a_run_of_mft_train_is_named_by_its_directory(exports, tmp_path):
     (tmp_path / "run").mkdir()
     save_masks(masked(TASKS["code"]), tmp_path / "run" / "masks")

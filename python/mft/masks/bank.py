@@ -10,14 +10,16 @@ For inference: bits do not learn, and weights are frozen.
 """
 
 import contextlib
+import functools
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mft.checks import nearest
@@ -104,6 +106,23 @@ class MaskBank:
         """One more task; arguments and errors as of load_mask_bank."""
         self._put(task, self._read(task, directory, force))
 
+    def union(self, *tasks: str, name: str | None = None) -> str:
+        """One more task, which keeps what any of these keeps; exact, and of its own when they are removed.
+
+        A layer that one of them does not mask keeps everything.
+        Args: name: of the new task; by default "a | b".
+        Returns: the name.
+        Raises: ValueError for fewer than two tasks, an unknown one, or a name that is taken.
+        """
+        return self._combine(tasks, name, " | ", torch.bitwise_or, whole_wins=True)
+
+    def intersection(self, *tasks: str, name: str | None = None) -> str:
+        """One more task, which keeps what all of these keep; as union, named "a & b".
+
+        A layer that some of them do not mask has the masks of the others.
+        """
+        return self._combine(tasks, name, " & ", torch.bitwise_and, whole_wins=False)
+
     def remove(self, task: str) -> None:
         """Free a task's masks. Raises: ValueError if it is unknown, RuntimeError while a call may be using it."""
         with self._lock:
@@ -155,6 +174,24 @@ class MaskBank:
             self._tasks.append(task)
             for layer in self._layers():
                 layer.tasks = frozenset(self._tasks)
+
+    def _combine(
+        self, tasks: tuple[str, ...], name: str | None, symbol: str, join: Callable[..., Tensor], *, whole_wins: bool
+    ) -> str:
+        """Add the task that ``join`` makes of these, bit by bit; whole_wins: a layer without a mask stays without."""
+        if len(tasks) < 2:
+            raise ValueError(f"tasks must be two or more of the bank's, got {tasks}")
+        with self._lock:
+            for task in tasks:
+                self._check_known(task)
+            masks = {}
+            for layer_name, layer in self.model.named_modules():
+                held = [layer.masks[t] for t in tasks if t in layer.masks] if isinstance(layer, BankedLinear) else []
+                if held and not (whole_wins and len(held) < len(tasks)):
+                    masks[layer_name] = functools.reduce(join, held).clone()
+            name = symbol.join(tasks) if name is None else name
+            self._put(name, masks)
+        return name
 
     def _check_new(self, task: Any) -> None:
         if not isinstance(task, str) or not task:
