@@ -5,6 +5,7 @@ tests/testing_common.py, Apache 2.0), by subject and in our words; test_peft_sui
 checkout of PEFT is given.
 """
 
+import contextlib
 import copy
 
 import pytest
@@ -56,8 +57,51 @@ def test_several_active_masks_are_refused():
     with pytest.raises(ValueError, match=r"one mask at a time can be active, got \['default', 'other'\]"):
         model.base_model.set_adapter(["default", "other"])
     assert model.active_adapters == ["default"]
-    with pytest.raises(ValueError, match="one mask at a time serves a whole batch, got adapter_names="):
-        model(input_ids=TOKENS, adapter_names=["default", "other", "other"])
+
+
+def test_each_row_of_a_batch_takes_the_mask_that_it_names():
+    model, names = two_masks(), ["other", "__base__", "default"]
+    alone = []
+    for row, name in enumerate(names):
+        if name != "__base__":
+            model.set_adapter(name)
+        with model.disable_adapter() if name == "__base__" else contextlib.nullcontext():
+            alone.append(logits(model)[row])
+    assert not any(torch.equal(alone[0], other) for other in alone[1:])
+    with torch.no_grad():
+        found = model(input_ids=TOKENS, adapter_names=names).logits
+        torch.testing.assert_close(found, torch.stack(alone), rtol=1e-5, atol=1e-6)
+        for layer in layers(model):
+            if "default" in layer.mft_scores:
+                layer.mft_scores["default"].copy_(layer.mft_scores["default"].flip(0))  # what is written is seen
+        assert not torch.equal(model(input_ids=TOKENS, adapter_names=names).logits[2], found[2])
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=TOKENS, adapter_names=names).logits, logits(make_llama()))
+
+
+def test_rows_with_masks_of_their_own_generate_what_each_alone_does():
+    model, options = two_masks(), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    for beams in (1, 2):
+        found = model.generate(input_ids=TOKENS[:2], num_beams=beams, adapter_names=["other", "default"], **options)
+        for row, name in enumerate(["other", "default"]):
+            model.set_adapter(name)
+            alone = model.generate(input_ids=TOKENS[row : row + 1], num_beams=beams, **options)
+            assert found[row].tolist() == alone[0].tolist()
+
+
+def test_rows_name_masks_that_there_are_of_a_model_that_infers():
+    model, names = two_masks(), ["default", "other", "othre"]
+    with pytest.raises(ValueError, match="among default, other and __base__, got 'othre'; did you mean other"):
+        model(input_ids=TOKENS, adapter_names=names)
+    with pytest.raises(ValueError, match=r"adapter_names must be one a row of a batch .*, got 2 of them"):
+        model(input_ids=TOKENS, adapter_names=names[:2])
+    with pytest.raises(TypeError, match="adapter_names must be a list with one a row of the batch, got 'default'"):
+        model(input_ids=TOKENS, adapter_names="default")
+    model.merge_adapter(["other"])
+    with pytest.raises(ValueError, match=r"no mask is merged, got 'other' in .*: unmerge_adapter\(\) first"):
+        model(input_ids=TOKENS, adapter_names=["default"] * 3)
+    with pytest.raises(ValueError, match=r"got a model in training mode: model.eval\(\)"):
+        model.train()(input_ids=TOKENS, adapter_names=["default"] * 3)
 
 
 def test_a_deleted_mask_is_gone_and_the_others_stay():

@@ -17,6 +17,11 @@ from mft_kernels.many import MOST_MASKS
 _FEW_TOKENS = 64
 
 
+def product(x: Tensor, weight: Tensor, packed: Tensor | None, bias: Tensor | None) -> Tensor:
+    """With one mask for all of x, or with none."""
+    return F.linear(x, weight, bias) if packed is None else masked_linear_packed(x, weight, packed, bias)
+
+
 class Choice(Protocol):
     """Which masks the rows of a batch take."""
 
@@ -38,7 +43,7 @@ class BankedLinear(nn.Module):
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
         # Replaced, never changed: another thread may be reading them.
-        self.masks: Mapping[str, Tensor] = {}
+        self.masks: Mapping[str | None, Tensor] = {}
         self.tasks: frozenset[str] = frozenset()  # all that the model has masks for, here or in other layers
         self._choice = choice
         self.train(linear.training)
@@ -51,12 +56,6 @@ class BankedLinear(nn.Module):
                 "task; bank.use(None) is the bare base"
             )
         return choice.product(self, x)
-
-    def product(self, x: Tensor, packed: Tensor | None) -> Tensor:
-        """With one mask for all of x, or with none."""
-        if packed is None:
-            return F.linear(x, self.weight, self.bias)
-        return masked_linear_packed(x, self.weight, packed, self.bias)
 
     def check_tasks(self, tasks: Iterable[str | None]) -> None:
         """Raise ValueError for a task that came to the bank after the model, or a copy of it, was made."""
@@ -94,7 +93,7 @@ class OneTask:
 
     def product(self, layer: BankedLinear, x: Tensor) -> Tensor:
         layer.check_tasks((self.task,))
-        return layer.product(x, None if self.task is None else layer.masks.get(self.task))
+        return product(x, layer.weight, layer.masks.get(self.task), layer.bias)
 
 
 class TaskPerRow:
@@ -103,30 +102,37 @@ class TaskPerRow:
     For a layer, tasks that do not mask it and the bare base are one group.
     """
 
-    def __init__(self, tasks: tuple[str | None, ...]) -> None:
+    def __init__(self, tasks: tuple[str | None, ...], argument: str = "tasks") -> None:
         self.tasks = tasks
+        self._argument = argument  # by which users gave them
         self._groups: dict[tuple, _Groups] = {}  # layers that the same tasks mask share theirs
 
     def product(self, layer: BankedLinear, x: Tensor) -> Tensor:
+        layer.check_tasks(self.tasks)
+        return self.mixed(x, layer.weight, layer.masks, layer.bias)
+
+    def mixed(self, x: Tensor, weight: Tensor, masks: Mapping[str | None, Tensor], bias: Tensor | None) -> Tensor:
+        """(rows, ..., K) -> (rows, ..., N) by the masks, of weight (N, K), that there are for the rows' tasks."""
         if x.dim() < 3 or x.shape[0] != len(self.tasks):
             raise ValueError(
-                f"tasks must be one a row of a batch (rows, ..., K), got {len(self.tasks)} of them and an input of "
+                f"{self._argument} must be one a row of a batch (rows, ..., K), got {len(self.tasks)} of them and an input of "
                 f"{tuple(x.shape)}: repeat a task for each beam and returned sequence; where the model flattens rows, "
                 "use one task a batch"
             )
-        layer.check_tasks(self.tasks)
-        masks = layer.masks
         groups = self._grouped(frozenset(masks), x.device)
         if len(groups.tasks) == 1:
-            return layer.product(x, masks.get(groups.tasks[0]))
+            return product(x, weight, masks.get(groups.tasks[0]), bias)
         if len(groups.masked) <= MOST_MASKS and (not x.is_cuda or x.shape[:-1].numel() <= _FEW_TOKENS):
             each = [masks[task] for task in groups.masked]
-            return masked_linear_many(x, layer.weight, each, groups.places, layer.bias)
+            return masked_linear_many(x, weight, each, groups.places, bias)
         ordered = x.index_select(0, groups.order)
-        parts = [layer.product(part, masks.get(task)) for task, part in zip(groups.tasks, ordered.split(groups.sizes))]
+        parts = [
+            product(part, weight, masks.get(task), bias)
+            for task, part in zip(groups.tasks, ordered.split(groups.sizes))
+        ]
         return torch.cat(parts).index_select(0, groups.inverse)
 
-    def _grouped(self, masked: frozenset[str], device: torch.device) -> "_Groups":
+    def _grouped(self, masked: frozenset[str | None], device: torch.device) -> "_Groups":
         """Of a layer that these tasks mask."""
         if (masked, device) not in self._groups:
             rows: dict[str | None, list[int]] = {}

@@ -8,13 +8,15 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from mft.checks import check_rule
+from mft.checks import check_rule, nearest
 from mft.config import MaskConfig
+from mft.masks.banked_linear import TaskPerRow
 from mft.masks.convert import convert, masked_modules
 from mft.masks.export import check_learned_on, loaded_config, scores_of_mask
 from mft.masks.export_format import PEFT_TYPE, check_masks_alone, is_export, read_export
@@ -28,13 +30,14 @@ try:
     from packaging.version import Version
     from peft import PeftConfig, PeftModel
     from peft.tuners.tuners_utils import BaseTuner
-    from peft.utils import PeftType, register_peft_method
+    from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method
 
     from mft.masks.peft_layer import MaskLinear
 except ImportError as error:
     raise ImportError(f"mft.masks.peft needs peft >= {_TRIED[0]}: {_REMEDY}. {error}") from error
 
 _CHOSEN = "_mft_chosen"  # names of the modules that a configuration chose; an attribute of it
+_BASE = "__base__"  # PEFT's word, in adapter_names, for a row without an adapter
 _EXPORT = "_mft_export"  # where a configuration came from an export: its directory and description
 
 
@@ -121,9 +124,45 @@ class MaskModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
-        if adapter_names is not None:
-            raise ValueError(f"one mask at a time serves a whole batch, got adapter_names={adapter_names}: set_adapter")
-        yield
+        """Meanwhile row i of a batch takes the mask adapter_names[i], or none for "__base__"; for inference."""
+        if adapter_names is None:
+            yield
+            return
+        self._check_rows(adapter_names)
+        beams = kwargs.get("num_beams") or 1  # of a row, next to each other
+        names = [name for name in adapter_names for _ in range(beams)]
+        rows = TaskPerRow(tuple(None if name == _BASE else name for name in names), "adapter_names")
+        given: dict[type, dict[str, Any]] = {
+            MaskLinear: {"rows": rows},
+            AuxiliaryTrainingWrapper: {"adapter_names": names},
+        }
+
+        def add(module: nn.Module, args: tuple, kwargs: dict, more: dict[str, Any]) -> tuple[tuple, dict]:
+            return args, kwargs | more
+
+        hooks = [
+            module.register_forward_pre_hook(partial(add, more=more), with_kwargs=True)
+            for module in self.modules()
+            for kind, more in given.items()
+            if isinstance(module, kind)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _check_rows(self, adapter_names: Any) -> None:
+        if self.training:
+            raise ValueError("adapter_names are for inference, got a model in training mode: model.eval()")
+        if not isinstance(adapter_names, list | tuple):
+            raise TypeError(f"adapter_names must be a list with one a row of the batch, got {adapter_names!r}")
+        for name in adapter_names:
+            if name not in (*self.peft_config, _BASE):
+                raise ValueError(
+                    f"adapter_names must be among {', '.join(self.peft_config)} and {_BASE}, got {name!r}"
+                    f"{nearest(str(name), list(self.peft_config))}"
+                )
 
     # ------------------------------------------------------------------------------------------ merging
 

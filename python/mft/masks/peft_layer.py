@@ -1,4 +1,4 @@
-"""A linear layer under PEFT: the scores of several masks on one frozen weight, of which one at a time is active."""
+"""A linear layer under PEFT: the scores of several masks on one frozen weight; one is active, or each row has one."""
 
 import warnings
 from typing import Any
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mft.config import MaskConfig
+from mft.masks.banked_linear import TaskPerRow
 from mft.masks.convert import masked_layer
 from mft_kernels import masked_linear_by_ratio, unpack_mask
 from mft_kernels.checks import NonFiniteScores
@@ -45,9 +46,12 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         self.mft_scores[adapter_name] = masked_layer(self.base_layer, self.module_name, config).scores
         self.mft_config[adapter_name] = config
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: TaskPerRow | None = None) -> Tensor:
+        """By the active mask, or by that of each row; see MaskModel."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if rows is not None and not self.disable_adapters:
+            return self._mixed(x, rows)
         name = next((name for name in self.active_adapters if name in self.mft_scores), None)
         if self.disable_adapters or self.merged or name is None:
             return self.base_layer(x)
@@ -63,6 +67,16 @@ class MaskLinear(nn.Module, BaseTunerLayer):
                 threshold=config.threshold,
                 mode=config.mode,
             )
+        except NonFiniteScores:
+            raise NonFiniteScores(scores.detach(), self.module_name) from None
+
+    @torch.no_grad()
+    def current_mask(self, name: str) -> Tensor:
+        """The mask of this name as bits, selected again where its scores have changed."""
+        config, scores = self.mft_config[name], self.mft_scores[name]
+        watch(scores)  # PEFT replaces parameters when it loads them
+        try:
+            return current_mask(scores, config.keep_ratio, config.threshold, config.mode).packed
         except NonFiniteScores:
             raise NonFiniteScores(scores.detach(), self.module_name) from None
 
@@ -129,6 +143,16 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     # ------------------------------------------------------------------------------------------ private
+
+    def _mixed(self, x: Tensor, rows: TaskPerRow) -> Tensor:
+        if self.merged:
+            raise ValueError(
+                f"adapter_names need weights of which no mask is merged, got {self.merged_adapters[0]!r} in "
+                f"{self.module_name}: unmerge_adapter() first"
+            )
+        named = {name for name in rows.tasks if name is not None and name in self.mft_scores}
+        masks: dict[str | None, Tensor] = {name: self.current_mask(name) for name in named}
+        return rows.mixed(x, self._matrix(), masks, self.bias)
 
     def _matrix(self) -> Tensor:
         """The weight as (N, K); a Conv1D holds its transpose."""
