@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -174,9 +173,8 @@ std::optional<Tensor> try_masked_linear_packed(Tensor x, Tensor weight, Tensor p
   return masked_linear(x, weight, std::nullopt, std::nullopt, packed, bias, false, "auto");
 }
 
-// y[i] of x (rows, ..., K) with masks[tasks[i]], or with the whole weight for -1. Nothing where a call is not the usual one,
-// or, unless the way is "once", where a product a task is faster; as the "short" way also where an environment variable
-// says how to serve it.
+// y[i] of x (rows, ..., K) with masks[tasks[i]], or with the whole weight for -1. Nothing where a call is not the usual one;
+// as the "short" way also where an environment variable says how to serve it. "once": in one pass, whatever is faster.
 std::optional<Tensor> try_masked_linear_many(Tensor x, Tensor weight, std::vector<Tensor> masks, Tensor tasks,
                                              std::optional<Tensor> bias, std::string way) {
   const ScalarType type = weight.scalar_type();
@@ -204,17 +202,14 @@ std::optional<Tensor> try_masked_linear_many(Tensor x, Tensor weight, std::vecto
     bits.push_back(static_cast<const uint32_t*>(mask.const_data_ptr()));
   }
   const auto* task = static_cast<const int64_t*>(tasks.const_data_ptr());
-  std::vector<bool> used(count + 1);
   for (int64_t i = 0; i < tasks.size(0); ++i) {
     if (task[i] < -1 || task[i] >= count) return std::nullopt;
-    used[task[i] + 1] = true;
   }
   const mft::Capability& cpu = mft::chosen_capability();
   const Matrix w = input(weight, "weight"), in = flat(x, columns, "x", const_cast<void*>(x.const_data_ptr()));
-  if (way != "once" && !mft::is_read_once(cpu, in, w, std::count(used.begin(), used.end(), true))) return std::nullopt;
   Tensor y = empty_product(x, in.rows, rows);
   mft::many_masked_linear(cpu, flat(y, rows, "y", y.mutable_data_ptr()), in, w, bits, task, in.rows / x.size(0),
-                          bias.has_value() ? bias->const_data_ptr() : nullptr);
+                          bias.has_value() ? bias->const_data_ptr() : nullptr, way == "once");
   return y;
 }
 

@@ -71,15 +71,7 @@ def masked_linear_many(
     masks = [packed.contiguous() for packed in masks]
     tasks = tasks.to(torch.int64).contiguous()
     y = torch.ops.mft_cpu.try_masked_linear_many(x.contiguous(), weight, masks, tasks, bias, "auto")
-    if y is not None:
-        return y
-
-    def product(rows: Tensor, task: int) -> Tensor:
-        if task < 0:
-            return reference.linear(rows, weight, bias)
-        return masked_linear_packed(rows, weight, masks[task], bias)
-
-    return _by_task(x, tasks, weight.shape[0], product)
+    return reference.masked_linear_many(x, weight, masks, tasks, bias) if y is None else y  # None: it is empty
 
 
 def masked_linear_many_backward(grad_output: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor) -> Tensor:

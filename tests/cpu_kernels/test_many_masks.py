@@ -87,16 +87,19 @@ def test_more_than_64_tokens_go_in_turns(capability):
     assert torch.equal(y, reference.masked_linear_many(t.x, t.weight, masks, tasks, None))
 
 
-def test_many_rows_a_mask_go_by_its_own_product(monkeypatch):
-    monkeypatch.setenv("MFT_CPU_CAPABILITY", "portable")
-    t, masks, products = integer_inputs(800, 24, 40, torch.bfloat16), masks_of(2, 24, 40), []
-    packed = cpu.masked_linear_packed
-    monkeypatch.setattr(cpu, "masked_linear_packed", lambda x, *rest: products.append(len(x)) or packed(x, *rest))
-    for tasks, expected in (([0] * 800, [800]), ([1, 0, -1, 0] * 200, [200, 400])):
-        products.clear()
-        arguments = (t.x, t.weight, masks, torch.tensor(tasks), t.bias)
-        assert torch.equal(masked_linear_many(*arguments), reference.masked_linear_many(*arguments))
-        assert products == expected
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_have_the_bits_of_the_product_of_all_that_share_their_mask(capability, dtype, threads):
+    t, masks = random_inputs(1800, 24, 45, dtype), masks_of(2, 24, 45)
+    every = [*masks, torch.full_like(masks[0], -1)]
+    for chosen in ([1] * 1800, [1, 0, -1] * 600):
+        tasks = torch.tensor(chosen)
+        for count in (1, 3):
+            threads(count)
+            y = masked_linear_many(t.x, t.weight, masks, tasks, t.bias)
+            for task in set(chosen):
+                rows = tasks == task
+                expected = cpu.masked_linear_packed(t.x[rows], t.weight, every[task], t.bias)
+                assert torch.equal(y[rows], expected)
 
 
 @pytest.mark.parametrize(

@@ -115,9 +115,9 @@ class TaskPerRow:
         """(rows, ..., K) -> (rows, ..., N) by the masks, of weight (N, K), that there are for the rows' tasks."""
         if x.dim() < 3 or x.shape[0] != len(self.tasks):
             raise ValueError(
-                f"{self._argument} must be one a row of a batch (rows, ..., K), got {len(self.tasks)} of them and an input of "
-                f"{tuple(x.shape)}: repeat a task for each beam and returned sequence; where the model flattens rows, "
-                "use one task a batch"
+                f"{self._argument} must be one a row of a batch (rows, ..., K), got {len(self.tasks)} of them and an "
+                f"input of {tuple(x.shape)}: repeat a task for each beam and returned sequence; where the model "
+                "flattens rows, use one task a batch"
             )
         groups = self._grouped(frozenset(masks), x.device)
         if len(groups.tasks) == 1:
@@ -139,7 +139,7 @@ class TaskPerRow:
             for row, task in enumerate(self.tasks):
                 rows.setdefault(task if task in masked else None, []).append(row)
             order = torch.tensor([row for group in rows.values() for row in group], device=device)
-            used = [task for task in rows if task is not None]
+            used: list[str | None] = [task for task in rows if task is not None]
             places = [used.index(task) if task in masked else -1 for task in self.tasks]
             self._groups[masked, device] = _Groups(
                 list(rows),
@@ -160,5 +160,5 @@ class _Groups:
     sizes: list[int]
     order: Tensor
     inverse: Tensor
-    masked: list[str]
+    masked: list[str | None]
     places: Tensor
