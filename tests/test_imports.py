@@ -29,7 +29,7 @@ TRITON_LAYERS = (
     ("arguments", "choice"),
     ("product", "score_grad", "scratch"),
     ("backward",),
-    ("ops", "score_step"),
+    ("many", "ops", "score_step"),
     ("__init__",),
 )
 # Of mft_kernels: a kernel knows no sibling.

@@ -46,7 +46,7 @@ def _interpreting() -> bool:
 
 def _ops() -> tuple[dict[str, Callable], dict[str, Callable]]:
     """(what a request by name runs, what "auto" runs in its place)."""
-    from . import bits, choice, ops, score_step, select
+    from . import bits, choice, many, ops, score_step, select
 
     chosen = (
         ops.masked_linear,
@@ -57,6 +57,8 @@ def _ops() -> tuple[dict[str, Callable], dict[str, Callable]]:
     others = (
         ops.accumulate_score_grad,
         ops.accumulate_product,
+        many.masked_linear_many,
+        many.masked_linear_many_backward,
         select.kept_threshold,
         bits.pack_mask,
         bits.pack_signs,
