@@ -23,8 +23,9 @@ KERNEL_LAYERS = (
     ("__init__",),
 )
 TRITON_LAYERS = (
-    ("cards", "target", "tiles"),
-    ("cost", "launch"),
+    ("cards", "specialise", "target", "tiles"),
+    ("cost", "cubins"),
+    ("launch",),
     ("bits", "plan", "select"),
     ("arguments", "choice"),
     ("product", "score_grad", "scratch"),
@@ -33,7 +34,7 @@ TRITON_LAYERS = (
     ("__init__",),
 )
 # Of mft_kernels: a kernel knows no sibling.
-KERNELS_MAY_IMPORT = {"autotune", "backends", "reference", "reference_step"}
+KERNELS_MAY_IMPORT = {"autotune", "backends", "built", "reference", "reference_step"}
 # Of mft: a package may import those before it. In a package there is no order, and no circle.
 RECIPE_ORDER = (
     *("checks", "files", "config", "memory", "data", "models", "masks", "engines", "evaluation", "training"),

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from triton.runtime.jit import KernelParam
 
+from building.ahead import recorded
 from mft_kernels.reference_step import BLOCK
 from mft_kernels.triton import bits, ops, score_step, select
 from mft_kernels.triton.launch import Launch
+from mft_kernels.triton.specialise import identity
 from mft_kernels.triton.target import (
     A100,
     B200,
@@ -25,8 +26,6 @@ from mft_kernels.triton.target import (
     installed_triton,
     make_target,
 )
-
-from .ahead import recorded
 
 FEATURES = 4096  # N and K
 #: One for each height of a tile, and where one launch makes both gradients and where two do.
@@ -59,13 +58,14 @@ def targets() -> list[Target]:
 
 def entries(target: Target, *, few: bool = False) -> list[Entry]:
     """One of each launch that differs in what is compiled; ``few``: bf16, and no more than tests have time for."""
-    found: dict[tuple, Entry] = {}
+    found: dict[str, Entry] = {}
     for name, call in _calls(few):
         for one_launch in (True, False):  # whichever this layer would take, another takes the other
             with _both_gradients(one_launch):
                 launched = recorded(call, target)
             for launch in launched:
-                found.setdefault(identity(launch), Entry(target, name, launch))
+                key = identity(launch.kernel, launch.args, launch.options)
+                found.setdefault(key, Entry(target, name, launch))
     return list(found.values())
 
 
@@ -78,12 +78,6 @@ def _both_gradients(one_launch: bool) -> Iterator[None]:
         yield
     finally:
         ops.one_launch = chosen
-
-
-def identity(launch: Launch) -> tuple:
-    """What a binary is made for: types, alignment to 16 bytes, 1 and multiples of 16; constexprs and options."""
-    arguments = map(_specialised, launch.args, launch.kernel.params)  # the constexprs behind them are options
-    return (launch.kernel.__name__, *arguments, tuple(sorted(launch.options.items(), key=str)))
 
 
 def _installed_form(like: Target) -> Target:
@@ -220,16 +214,6 @@ def _in_tf32(call: Callable[[], object]) -> Callable[[], object]:
             torch.set_float32_matmul_precision(before)
 
     return run
-
-
-def _specialised(argument: object, parameter: KernelParam) -> object:
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        wide = argument >= 2**31
-        return wide if parameter.do_not_specialize else (argument == 1, argument % 16 == 0, wide)
-    block_shape = getattr(argument, "block_shape", None)  # of a descriptor
-    return argument if block_shape is None else (argument.base.dtype, *block_shape)  # type: ignore[attr-defined]
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:

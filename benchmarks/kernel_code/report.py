@@ -5,12 +5,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 
+from building.ahead import compile_ahead, gpu_target
 from building.machine_code import hazard, sass
 from mft_kernels.triton.launch import Launch
 from mft_kernels.triton.target import Target
 
 from . import amdgcn
-from .ahead import compile_ahead, gpu_target
 from .launches import Entry, entries
 
 #: Of a multiprocessor of sm_80 to sm_100.

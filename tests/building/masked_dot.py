@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks.kernel_code.ahead import compile_ahead
+from building.ahead import compile_ahead
 from building.machine_code.sass import disassemble
 
 

@@ -18,7 +18,7 @@ if knobs.runtime.interpret:
 from masked_dot import compile_masked_dot
 
 from benchmarks.kernel_code import amdgcn
-from benchmarks.kernel_code.ahead import gpu_target, recorded
+from building.ahead import gpu_target, recorded
 from building.machine_code import sass
 from building.machine_code.flow import natural_loops
 from building.machine_code.hazard import Hazard, hazards

@@ -11,7 +11,7 @@ from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_c
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_code.ahead import compile_ahead, gpu_target
+from building.ahead import compile_ahead, gpu_target
 from mft_kernels.triton import ops
 from mft_kernels.triton.launch import record
 from mft_kernels.triton.plan import Tiles
