@@ -89,17 +89,14 @@ def build_cuda(directory: Path, sources: Path, asked: Wanted) -> dict:
             del units[REGISTER_FED]
 
     chosen = [unit for some in units.values() for unit in some]
-    bindings = Unit(
-        sources / "bindings.cpp",
-        compiler,
-        [
-            *CPP_FLAGS,
-            *(f"-DMFT_CUDA_{name.upper()}" for name in units if name in GROUPS),
-            f"-DMFT_CUDA_TARGETS={'.'.join(asked.targets)}",
-            *system_headers([torch_directory / "include", *nvcc.include]),
-        ],
-    )
-    build(directory, [*chosen, bindings], Link(LIBRARY, compiler, link_flags(nvcc, torch_directory)), jobs)
+    flags = [
+        *CPP_FLAGS,
+        *(f"-DMFT_CUDA_{name.upper()}" for name in units if name in GROUPS),
+        f"-DMFT_CUDA_TARGETS={'.'.join(asked.targets)}",
+        *system_headers([torch_directory / "include", *nvcc.include]),
+    ]
+    bindings = [Unit(source, compiler, flags) for source in sorted(sources.glob("*bindings.cpp"))]
+    build(directory, [*chosen, *bindings], Link(LIBRARY, compiler, link_flags(nvcc, torch_directory)), jobs)
     return {
         "torch": version,
         "nvcc": str(nvcc),
@@ -120,7 +117,7 @@ def plan(
     general: list[Path] = []
     groups: dict[str, list[Path]] = {name: [] for name in GROUPS}
     for source in sorted([*sources.glob("*.cu"), *sources.glob("*.cpp")]):
-        if source.name == "bindings.cpp":
+        if source.name.endswith("bindings.cpp"):  # compiled last, against torch
             continue
         group = re.match(r".+_sm90", source.stem)
         if group and group[0] not in groups:

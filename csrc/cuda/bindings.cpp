@@ -2,34 +2,18 @@
 // ABI, so that one shared object serves torch 2.11 and newer. Inputs are 2-d with unit column stride:
 // mft_kernels/cuda.py sees to it.
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <cstdlib>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
 
 #include "api.h"
-
-#ifdef MFT_CUDA_ON_HOST  // a test's library: its kernels run on the host, its ops take CPU tensors, its name is given
-#define MFT_NAMESPACE MFT_CUDA_ON_HOST
-#define MFT_KEY CPU
-#else
-#define MFT_NAMESPACE mft_cuda
-#define MFT_KEY CUDA
-#include <cuda_runtime_api.h>
-#include <torch/csrc/stable/accelerator.h>
-// A CPU build of torch has no such function, and the library loads there all the same.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
-#endif
+#include "place.h"
 
 #define MFT_TEXT(x) #x
 #define MFT_EXPANDED(x) MFT_TEXT(x)
-#define MFT_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
-#define MFT_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
 #ifndef MFT_CUDA_TARGETS
 #define MFT_CUDA_TARGETS none
 #endif
@@ -55,57 +39,12 @@ namespace {
 using mft::cuda::Device;
 using mft::cuda::Keep;
 using mft::cuda::Matrix;
+using mft::cuda::Place;
 using mft::cuda::Plan;
 using mft::cuda::Sign;
 using mft::cuda::Type;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// MFT_CUDA_CAPABILITY=80 runs an older GPU's kernels, for tests and comparisons.
-int chosen_capability(int capability) {
-  const char* asked = std::getenv("MFT_CUDA_CAPABILITY");
-  return asked ? std::atoi(asked) : capability;
-}
-
-#ifdef MFT_CUDA_ON_HOST
-
-struct Place {
-  Device device{nullptr, 4, chosen_capability(80)};
-  int index;
-  explicit Place(const Tensor& t) : index(t.get_device()) {}
-};
-
-#else
-
-void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error), "; see mft_kernels.backend_report()");
-}
-
-int attribute(cudaDeviceAttr name, int device) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, name, device));
-  return value;
-}
-
-// A tensor's device, current while this lives, and its stream. Nothing here waits, so CUDA graphs may record it.
-struct Place {
-  Device device;
-  int index;
-  torch::stable::accelerator::DeviceGuard guard;
-
-  explicit Place(const Tensor& t) : index(t.get_device()), guard(index) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "torch must be built with CUDA to launch a kernel");
-    check(cudaSetDevice(index));  // this library has a CUDA runtime of its own
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &device.stream));
-    device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
-    device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
-    device.l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
-    device.capability = chosen_capability(10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
-                                          attribute(cudaDevAttrComputeCapabilityMinor, index));
-  }
-};
-
-#endif
 
 void check_launch(const std::string& error) { STD_TORCH_CHECK(error.empty(), "the cuda backend: ", error); }
 

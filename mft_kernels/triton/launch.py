@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .target import target_of
+from . import cubins
+from .target import interpreting, target_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     tensor = next(a for a in args if isinstance(a, torch.Tensor))
     # Said aloud because its default changes with Triton 3.10. A fused multiply-add only spares a rounding here.
     options.setdefault("enable_fp_fusion", True)
-    if target_of(tensor.device).backend == "cuda":
+    target = target_of(tensor.device)
+    if target.backend == "cuda":
         # Else ptxas spills a few registers where that lets one more block in. 255 x 256 threads still fit.
         options.setdefault("maxnreg", 255)
     else:  # no other compiler knows such a limit
@@ -36,6 +38,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if _recording is not None:
         _recording.append(Launch(kernel, grid, args, options))
     elif all(grid):
+        if target.backend == "cuda" and not interpreting():
+            cubin = cubins.find(str(target), kernel, args, options)
+            if cubin is not None:
+                cubin.launch(tensor.device.index or 0, grid, kernel, args)
+                return
+            cubins.refuse_where_asked_for(str(target), kernel, args, options)
         # Triton launches on the current device, which need not be that of the tensors.
         elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
         with torch.cuda.device(tensor.device) if elsewhere else contextlib.nullcontext():

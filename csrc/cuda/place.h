@@ -1,0 +1,77 @@
+// Where an op runs: a device, made current while this lives, and its stream. Nothing here waits, so CUDA graphs may
+// record what is launched.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdlib>
+
+#include "api.h"
+
+#ifdef MFT_CUDA_ON_HOST  // a test's library: its kernels run on the host, its ops take CPU tensors, its name is given
+#define MFT_NAMESPACE MFT_CUDA_ON_HOST
+#define MFT_KEY CPU
+#else
+#define MFT_NAMESPACE mft_cuda
+#define MFT_KEY CUDA
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+// A CPU build of torch has no such function, and the library loads there all the same.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
+
+#define MFT_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define MFT_LIBRARY_FRAGMENT(name, m) STABLE_TORCH_LIBRARY_FRAGMENT(name, m)
+#define MFT_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+
+namespace mft::cuda {
+
+// MFT_CUDA_CAPABILITY=80 runs an older GPU's kernels, for tests and comparisons.
+inline int chosen_capability(int capability) {
+  const char* asked = std::getenv("MFT_CUDA_CAPABILITY");
+  return asked ? std::atoi(asked) : capability;
+}
+
+#ifdef MFT_CUDA_ON_HOST
+
+struct Place {
+  Device device{nullptr, 4, chosen_capability(80)};
+  int index;
+  explicit Place(int device_index) : index(device_index) {}
+  explicit Place(const torch::stable::Tensor& t) : index(t.get_device()) {}
+};
+
+#else
+
+inline void check(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error), "; see mft_kernels.backend_report()");
+}
+
+inline int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+struct Place {
+  Device device;
+  int index;
+  torch::stable::accelerator::DeviceGuard guard;
+
+  explicit Place(int device_index) : index(device_index), guard(device_index) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "torch must be built with CUDA to launch a kernel");
+    check(cudaSetDevice(index));  // this library has a CUDA runtime of its own
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &device.stream));
+    device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
+    device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
+    device.l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
+    device.capability = chosen_capability(10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
+                                          attribute(cudaDevAttrComputeCapabilityMinor, index));
+  }
+  explicit Place(const torch::stable::Tensor& t) : Place(t.get_device()) {}
+};
+
+#endif
+
+}  // namespace mft::cuda
