@@ -30,8 +30,8 @@ from mft_kernels.triton.specialise import identity
 from mft_kernels.triton.target import A100, B200, H100, Target, installed_assembler
 
 TARGETS = {str(target): target for target in (A100, H100, B200)}
-#: Tokens, N and K by which every tile that plan.py has for 16-bit operands is chosen. N and K are multiples of 16, as those
-#: of layers are, K / 32 is one or not. What is launched otherwise is compiled where it is launched.
+#: Tokens, N and K by which every tile that plan.py has for 16-bit operands is chosen. N and K are multiples of 16, as
+#: those of layers are, K / 32 is one or not. What is launched otherwise is compiled where it is launched.
 TOKENS = (1, 16, 24, 64, 100, 128, 256, 300, 512, 1024, 2048, 4096)
 FEATURES = ((4096, 4096), (4096, 11008), (11008, 4096), (1024, 4096), (576, 576), (1536, 576), (576, 1536))
 _BYTES = {"i1": 4, "i32": 4, "i64": 8, "fp32": 4, "nvTmaDesc": 128}

@@ -23,8 +23,9 @@ KERNEL_LAYERS = (
     ("__init__",),
 )
 TRITON_LAYERS = (
-    ("cards", "specialise", "target", "tiles"),
-    ("cost", "cubins"),
+    ("cards", "language", "specialise"),
+    ("cost", "cubins", "tiles"),
+    ("target",),
     ("launch",),
     ("bits", "plan", "select"),
     ("arguments", "choice"),

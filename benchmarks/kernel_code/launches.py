@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class Entry:
 def targets() -> list[Target]:
     """One of each architecture, in the form that the installed Triton and ptxas compile safely."""
     hopper = H100 if _installed_form(H100).swapped else H100_OLD_TRITON
-    return [A100, RTX_4090, hopper, B200, RTX_5090, MI300X]
+    return [replace(t, compiler=installed_triton()) for t in (A100, RTX_4090, hopper, B200, RTX_5090, MI300X)]
 
 
 def entries(target: Target, *, few: bool = False) -> list[Entry]:

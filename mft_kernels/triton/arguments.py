@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .language import TensorDescriptor
 from .plan import Operands
 from .target import Target, interpreting
 

@@ -18,16 +18,15 @@ how many tokens on that is, plan.one_launch asks the model of the card: it hangs
 
 import math
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arguments import Keep, aligned, arithmetic, describable, operands, sign_kind, tiled
-from .launch import launch
+from .language import tl, triton
+from .launch import by_cubins_or_compiled, launch
 from .plan import EPILOGUE_COLUMNS, backward_tiles
 from .product import new_parts, product_tile, store_part, sum_splits
 from .score_grad import outer_tile, store_gradients
-from .target import target_of
+from .target import Target
 from .tiles import store_tile
 
 
@@ -88,8 +87,22 @@ def both(
     d_weight: Tensor | None,
 ) -> Tensor:
     """Fill d_scores (and d_weight), (N, K) contiguous, and return d_x (M, K). No axis is empty."""
+    return by_cubins_or_compiled(
+        grad.device, lambda target: _both_on(target, grad, x, weight, keep, sign, d_scores, d_weight)
+    )
+
+
+def _both_on(
+    target: Target,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    keep: Keep,
+    sign: Tensor | None,
+    d_scores: Tensor,
+    d_weight: Tensor | None,
+) -> Tensor:
     (n, k), m = weight.shape, grad.shape[0]
-    target = target_of(grad.device)
     given = operands(weight, keep, aligned(grad, x, weight, *keep.tiled))
     described = describable(target, given)
     tiles = backward_tiles(target, m, n, k, given, weight_grad=d_weight is not None)

@@ -4,10 +4,9 @@ scores (N, K), any strides  ->  words int32 (N, ceil(K / 32)) contiguous; bit j 
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from .language import tl, triton
 from .launch import launch
 from .tiles import is_kept, load_thresholds, load_tile
 

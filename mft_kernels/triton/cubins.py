@@ -131,12 +131,12 @@ def find(target: str, kernel: Any, args: Sequence[Any], options: dict[str, Any])
     return _cubin(target, FOLDER, key) if key in found.cubins else None
 
 
-def refuse_where_asked_for(target: str, kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> None:
-    """Raises: NoCubin where MFT_TRITON asks for cubins alone, and so for one that find has not found."""
-    if asked() == CUBINS:
-        _, reason = bundle(target)
-        reason = reason or f"the cubins for {target} have none for {identity(kernel, args, options)}"
-        raise NoCubin(f"MFT_TRITON={CUBINS} cannot be served: {reason}; unset it, or ask for {JIT}")
+def missing(target: str, kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> str:
+    """Why find finds nothing, in words."""
+    if asked() == JIT:
+        return f"MFT_TRITON={JIT} takes no cubin"
+    _, reason = bundle(target)
+    return reason or f"there is no cubin for {identity(kernel, args, options)} on {target}"
 
 
 @functools.cache

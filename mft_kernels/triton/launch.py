@@ -1,14 +1,17 @@
 """The one place that launches a Triton kernel, and the hook that takes launches down instead."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from . import cubins
-from .target import interpreting, target_of
+from .language import INSTALLED, triton
+from .target import Target, compiled_here, compiles_safely, interpreting, target_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,36 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
             if cubin is not None:
                 cubin.launch(tensor.device.index or 0, grid, kernel, args)
                 return
-            cubins.refuse_where_asked_for(str(target), kernel, args, options)
+            if reason := _not_compiled_here(target, options):
+                raise cubins.NoCubin(f"{cubins.missing(str(target), kernel, args, options)}, and {reason}")
         # Triton launches on the current device, which need not be that of the tensors.
         elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
         with torch.cuda.device(tensor.device) if elsewhere else contextlib.nullcontext():
             kernel[grid](*args, **options)
+
+
+def by_cubins_or_compiled(device: torch.device, run: Callable[[Target], T]) -> T:
+    """run(target of the device); where its form has no cubin, run(target) with the form that is compiled here.
+
+    ``run`` launches nothing before the kernel that has a form, so that nothing is done twice.
+    """
+    try:
+        return run(target_of(device))
+    except cubins.NoCubin:
+        if (here := compiled_here(device)) is None:
+            raise
+        return run(here)
+
+
+def _not_compiled_here(target: Target, options: dict[str, Any]) -> str | None:
+    """Why the installed Triton may not compile this for the target; None if it may."""
+    if cubins.asked() == cubins.CUBINS:
+        return f"MFT_TRITON={cubins.CUBINS} allows no other; unset it"
+    if not INSTALLED:
+        return "Triton is not installed; pip install triton"
+    if options.get("MASK_ON_A") and not compiles_safely(target):
+        return f"Triton {triton.__version__} does not compile this form safely; pip install 'triton>=3.9'"
+    return None
 
 
 @contextlib.contextmanager

@@ -15,14 +15,13 @@ BLOCK_M x BLOCK_P, and for each walks along Q:
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arguments import Keep, aligned, arithmetic, describable, operands, tiled
-from .launch import launch
+from .language import tl, triton
+from .launch import by_cubins_or_compiled, launch
 from .plan import MOST_SPLITS, product_tiles
-from .target import target_of
+from .target import Target
 from .tiles import grouped, is_kept, load_bits, load_thresholds, load_tile, store_tile
 
 
@@ -139,11 +138,14 @@ def _sum_splits_kernel(parts, bias, out, M, P, SPLITS, HAS_BIAS: tl.constexpr, M
 
 def fused_product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
     """a (M, Q) -> (M, P): a @ Wm.T + bias, or a @ Wm if transposed. No axis is empty."""
+    return by_cubins_or_compiled(a.device, lambda target: _product_on(target, a, weight, keep, bias, transposed))
+
+
+def _product_on(target: Target, a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
     (n, k), m = weight.shape, a.shape[0]
     p, q = (k, n) if transposed else (n, k)
     out = a.new_empty((m, p))
     bias = None if bias is None else bias.contiguous()
-    target = target_of(a.device)
     given = operands(weight, keep, aligned(a, weight, *keep.tiled))
     described = describable(target, given)
     tiles = product_tiles(target, m, p, q, given)

@@ -10,11 +10,10 @@ grad_output (M, N), x (M, K) -> (N, K). One program takes tiles of BLOCK_N x BLO
 
 import math
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arguments import Keep, aligned, arithmetic, describable, operands, sign_kind, tiled
+from .language import tl, triton
 from .launch import launch
 from .plan import EPILOGUE_COLUMNS, outer_tiles
 from .target import target_of

@@ -14,13 +14,12 @@ any case, read the scores again: the host waits for nothing.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..reference import kept_count
 from ..reference_step import BLOCK, CHUNK, MEAN_BIAS, MEAN_CODES, SQUARE_BIAS, SQUARE_CODES
 from .bits import pack_mask
+from .language import tl, triton
 from .launch import launch
 from .select import INFINITY, kept_threshold, many_bins
 from .target import Target, target_of
@@ -112,7 +111,7 @@ def score_step(
 
 def window_of(target: Target) -> int:
     """How many keys round the old threshold are counted, each by itself."""
-    return _WINDOW if many_bins(target.backend, triton.__version__) else _NARROW_WINDOW
+    return _WINDOW if many_bins(target) else _NARROW_WINDOW
 
 
 def _next_threshold(

@@ -5,12 +5,11 @@ GEMM repays the pass. The scratch is the weight's size and is given back at once
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..reference import filled
 from .arguments import Keep
+from .language import tl, triton
 from .launch import launch
 from .tiles import is_kept, load_bits, load_thresholds, load_tile, store_tile
 

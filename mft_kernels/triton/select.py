@@ -18,13 +18,12 @@ hence the same in any order.
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..reference import kept_count
+from .language import tl, triton
 from .launch import launch
-from .target import target_of
+from .target import Target, target_of
 
 # The first digit holds the exponent, and the sign in value mode: so its counts tell whether a score is not finite.
 _WIDE = {(2, "magnitude"): (8, 7), (2, "value"): (9, 7), (4, "magnitude"): (11, 10, 10), (4, "value"): (11, 11, 10)}
@@ -58,21 +57,21 @@ def kept_threshold(
         scores,
         kept_count(scores.numel(), keep_ratio),
         mode,
-        digits=_digits(target.backend, triton.__version__)[scores.element_size(), mode],
+        digits=_digits(target)[scores.element_size(), mode],
         multiprocessors=target.multiprocessors,
         into=into,
         only_if=only_if,
     )
 
 
-def many_bins(backend: str, version: str) -> bool:
+def many_bins(target: Target) -> bool:
     """Whether 2048 bins are counted as fast as 256."""
-    return tuple(int(part) for part in version.split(".")[:2]) >= _WIDE_TRITON and backend != "hip"
+    return target.compiler >= _WIDE_TRITON and target.backend != "hip"
 
 
-def _digits(backend: str, version: str) -> dict[tuple[int, str], tuple[int, ...]]:
+def _digits(target: Target) -> dict[tuple[int, str], tuple[int, ...]]:
     """Bits of each digit, the highest first, by bytes of a score and mode."""
-    return _WIDE if many_bins(backend, version) else _NARROW
+    return _WIDE if many_bins(target) else _NARROW
 
 
 def _kth_largest(

@@ -4,10 +4,12 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-import triton
-from triton.runtime import driver
+
+from . import cubins
+from .language import INSTALLED, triton
 
 #: Older ones let the sm_90 code overwrite registers that a matrix instruction still reads (Triton issue 9433): Triton
 #: 3.6 waits too late, and ptxas 12.9 folds away the copies that make the code of Triton 3.9 safe.
@@ -26,6 +28,7 @@ class Target:
     swapped: bool = False  # the masked weight is the first operand of the product, which is transposed for it
     descriptors: bool = False  # tiles come through TMA descriptors, where alignment allows
     bandwidth: float = 0  # bytes a second of its memory; 0: not known
+    compiler: tuple[int, int] = (0, 0)  # version of the Triton that compiles for it
 
     def __str__(self) -> str:
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch or self.backend)
@@ -49,16 +52,25 @@ def make_target(
     sm_90 can multiply with a first operand that lies in registers, where the masked weight is made. Where that is not
     safe, the masked weight is the second operand, which goes through shared memory.
     """
-    target = Target(backend, arch, multiprocessors, shared_memory)
+    target = Target(backend, arch, multiprocessors, shared_memory, compiler=compiler)
     if not target.hopper_or_newer:
         return target
-    safe = compiler >= _SAFE_TRITON and assembler >= _SAFE_ASSEMBLER
-    return replace(target, swapped=arch != 90 or safe, descriptors=True)
+    return replace(target, swapped=arch != 90 or _is_safe(compiler, assembler), descriptors=True)
+
+
+@functools.cache
+def compiles_safely(target: Target) -> bool:
+    """Whether the installed Triton and its ptxas compile the swapped form for the target without a hazard."""
+    return target.arch != 90 or _is_safe(installed_triton(), installed_assembler(90))
+
+
+def _is_safe(compiler: tuple[int, int], assembler: tuple[int, int]) -> bool:
+    return compiler >= _SAFE_TRITON and assembler >= _SAFE_ASSEMBLER
 
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 before they were imported."""
-    return triton.knobs.runtime.interpret
+    return INSTALLED and triton.knobs.runtime.interpret
 
 
 def target_of(device: torch.device) -> Target:
@@ -67,7 +79,14 @@ def target_of(device: torch.device) -> Target:
         return _assumed
     if interpreting():
         return INTERPRETER
-    return _ask(device.index if device.index is not None else torch.cuda.current_device())
+    return _ask(device.index if device.index is not None else torch.cuda.current_device())[0]
+
+
+def compiled_here(device: torch.device) -> Target | None:
+    """The target with the form that the installed Triton compiles, where another form's cubins are taken; else None."""
+    if _assumed is not None or interpreting():
+        return None
+    return _ask(device.index if device.index is not None else torch.cuda.current_device())[1]
 
 
 @contextlib.contextmanager
@@ -82,15 +101,43 @@ def assume(target: Target) -> Iterator[None]:
 
 
 @functools.cache
-def _ask(index: int) -> Target:
+def _ask(index: int) -> tuple[Target, Target | None]:
+    """(the target by the cubins there are, else by the installed Triton; the latter, where it has another form)."""
+    card = _card_by_triton(index) if INSTALLED else _card_by_torch(index)
+    backend, arch, multiprocessors, shared_memory, bandwidth = card
+
+    def target(compiler: tuple[int, int], assembler: tuple[int, int]) -> Target:
+        made = make_target(backend, arch, multiprocessors, shared_memory, compiler, assembler)
+        return replace(made, bandwidth=bandwidth)
+
+    here = None
+    if INSTALLED:
+        here = target(installed_triton(), installed_assembler(arch) if isinstance(arch, int) else (0, 0))
+    ahead = cubins.bundle(f"sm_{arch}")[0] if backend == "cuda" and cubins.asked() != cubins.JIT else None
+    if ahead is None:
+        assert here is not None, "the backend is not available without Triton and without cubins"
+        return here, None
+    by_cubins = target(ahead.compiler, ahead.assembler)
+    other = here if here is not None and here.swapped != by_cubins.swapped else None
+    return by_cubins, other
+
+
+def _card_by_triton(index: int) -> tuple[str, Any, int, int, float]:
+    from triton.runtime import driver
+
     with torch.cuda.device(index):
         gpu = driver.active.get_current_target()
-    properties = driver.active.utils.get_device_properties(index)
-    assembler = installed_assembler(gpu.arch) if gpu.backend == "cuda" else (0, 0)
-    multiprocessors, shared_memory = properties["multiprocessor_count"], properties["max_shared_mem"]
-    target = make_target(gpu.backend, gpu.arch, multiprocessors, shared_memory, installed_triton(), assembler)
+    found = driver.active.utils.get_device_properties(index)
     # Two transfers a clock, in kHz, of a bus whose width is in bits. A driver that does not know says 0.
-    return replace(target, bandwidth=2e3 * properties["mem_clock_rate"] * properties["mem_bus_width"] / 8)
+    bandwidth = 2e3 * found["mem_clock_rate"] * found["mem_bus_width"] / 8
+    return gpu.backend, gpu.arch, found["multiprocessor_count"], found["max_shared_mem"], bandwidth
+
+
+def _card_by_torch(index: int) -> tuple[str, Any, int, int, float]:
+    found = torch.cuda.get_device_properties(index)
+    shared = found.shared_memory_per_multiprocessor - 1024  # which the driver takes from each block
+    bandwidth = 2e3 * found.memory_clock_rate * found.memory_bus_width / 8
+    return "cuda", 10 * found.major + found.minor, found.multi_processor_count, shared, bandwidth
 
 
 def installed_triton() -> tuple[int, int]:
@@ -119,6 +166,6 @@ RTX_4090 = make_target("cuda", 89, 128, 101376, (3, 9), (13, 4))
 RTX_5090 = make_target("cuda", 120, 170, 101376, (3, 9), (13, 4))
 MI300X = make_target("hip", "gfx942", 304, 65536, (3, 9), (0, 0))
 #: The interpreter runs one program after another: few of them, so that loops over tiles are walked.
-INTERPRETER = Target("interpreter", 0, 3, 65536)
+INTERPRETER = Target("interpreter", 0, 3, 65536, compiler=installed_triton() if INSTALLED else (0, 0))
 
 _assumed: Target | None = None

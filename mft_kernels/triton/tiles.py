@@ -4,8 +4,7 @@ A tile is read through a TMA descriptor where the launcher made one, else throug
 tells which. Offsets are int64 before they are multiplied, and both axes are masked.
 """
 
-import triton
-import triton.language as tl
+from .language import tl, triton
 
 
 @triton.jit

@@ -1,49 +1,35 @@
-"""python launch_both.py FOLDER: what Triton's launcher and ours pass for the same launches, as JSON."""
+"""What Triton's launcher and ours pass for the same launches.
+
+main(FOLDER) prints it as JSON, and leaves archives of what is launched in the folder, in which on_stub has built.
+"""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
+import calls
 import on_stub
-import torch
 
 from building import cubins as build
-from mft_kernels.triton import cubins, ops
+from mft_kernels.triton import cubins
 from mft_kernels.triton.launch import Launch
 from mft_kernels.triton.specialise import identity
 from mft_kernels.triton.target import A100, B200, H100, Target, assume
 
-BF16 = torch.bfloat16
-
-
-def packed_forward(m: int, n: int, k: int, has_bias: bool) -> Callable[[], object]:
-    """A call on memory of its own, which nobody reads."""
-    x, weight = torch.empty(m, k, dtype=BF16), torch.empty(n, k, dtype=BF16)
-    packed, bias = torch.empty(n, k // 32, dtype=torch.int32), torch.empty(n, dtype=BF16) if has_bias else None
-    return lambda: ops.masked_linear_packed(x, weight, packed, bias)
-
-
-CALLS = {
-    "packed": packed_forward(1, 512, 1024, False),
-    "packed, bias": packed_forward(100, 512, 1024, True),
-    "packed, a single part": packed_forward(600, 4096, 128, False),
-    "packed, words at no multiple of 16": packed_forward(20, 256, 576, True),
-}
-
 
 def both(stub: on_stub.Stub, launch: Launch, target: Target) -> dict:
-    """What a launch passes: ours by its cubin, theirs by Triton's launcher."""
+    """What a launch passes: ours by its cubin, theirs by Triton's launcher; and the manifest's parameters."""
     cubin = cubins.find(str(target), launch.kernel, launch.args, launch.options)
     assert cubin is not None
+    key = identity(launch.kernel, launch.args, launch.options)
     cubin.launch(0, launch.grid, launch.kernel, launch.args)
     ours = stub.launches()
     with assume(target):
         launch.kernel[launch.grid](*launch.args, **launch.options)
-    return {"ours": ours, "theirs": stub.launches()}
+    layout = cubins.bundle(str(target))[0].cubins[key]["parameters"]
+    return {"ours": ours, "theirs": stub.launches(), "layout": layout}
 
 
-def mistakes(stub: on_stub.Stub, launch: Launch, target: Target) -> list[str]:
+def mistakes(stub: on_stub.Stub, launch: Launch, target: Target) -> list:
     """What becomes of our launch with two arguments swapped, and with one left out."""
     cubin = cubins.find(str(target), launch.kernel, launch.args, launch.options)
     right, found = cubins.values_of, []
@@ -60,24 +46,16 @@ def mistakes(stub: on_stub.Stub, launch: Launch, target: Target) -> list[str]:
 
 def main(folder: Path) -> None:
     """Print it."""
-    stub = on_stub.Stub(folder)
-    on_stub.load_ops(folder)
-    cubins.FOLDER = folder
-    cubins.load = lambda part: None
-    report = {}
+    stub, report = on_stub.Stub(folder), {}
     for target in (A100, H100, B200):
-        launched = {name: on_stub.launches_of(call, target) for name, call in CALLS.items()}
+        launched = {name: on_stub.launches_of(call, target) for name, call in calls.every_call().items()}
         every = {identity(one.kernel, one.args, one.options): one for some in launched.values() for one in some}
         build.write_archive(folder, str(target), {key: build.compiled(one, target) for key, one in every.items()})
-        on_stub.use_triton_s_launcher(target.arch)
+        stub.use_triton_s_launcher(target.arch)
         found = {name: [both(stub, one, target) for one in some] for name, some in launched.items()}
         report[str(target)] = {
             "calls": found,
-            "layouts": {key: entry["parameters"] for key, entry in cubins.bundle(str(target))[0].cubins.items()},
+            "cubins": len(every),
             "mistakes": mistakes(stub, launched["packed"][-1], target),
         }
     print(json.dumps(report))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -6,8 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import on_stub
 import pytest
+import torch
 import triton
+
+from mft_kernels import triton as backend
+from mft_kernels.triton import cubins
+from mft_kernels.triton import launch as launcher
+from mft_kernels.triton.target import H100, H100_OLD_TRITON
 
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -18,22 +25,39 @@ ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """Of launch_both.py, in a process whose driver is a stub."""
-    folder = tmp_path_factory.mktemp("cubins")
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "TRITON_DISABLE_LINE_INFO": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("launch_both.py")), str(folder)]
+def run(module: str, folder: Path, first: str = "") -> dict:
+    """What its main prints, in a process whose driver is a stub and which runs ``first``."""
+    path = f"{ROOT}:{Path(__file__).parent}"
+    environment = os.environ | {"PYTHONPATH": path, "TRITON_DISABLE_LINE_INFO": "1"}
+    code = f"import pathlib, sys; {first or 'pass'}; import {module}; {module}.main(pathlib.Path({str(folder)!r}))"
+    command = [sys.executable, "-c", code]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cubins")
+    on_stub.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(folder):
+    return run("launch_both", folder)
+
+
+@pytest.fixture(scope="module")
+def alone(folder, both):
+    return run("without_triton", folder, "sys.modules['triton'] = None")
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_launch_is_triton_s_own(report, target):
+def test_a_launch_is_triton_s_own(both, target):
     """Kernel, grid, block, shared memory, attributes, stream, and every parameter: 2 kernels where a sum has parts."""
     kernels = set()
-    for name, launches in report[target]["calls"].items():
+    for name, launches in both[target]["calls"].items():
         for launch in launches:
             (ours,) = launch["ours"]
             assert launch["theirs"] == [ours], name
@@ -42,19 +66,117 @@ def test_a_launch_is_triton_s_own(report, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_parameters_are_those_of_the_manifest(report, target):
+def test_parameters_are_those_of_the_manifest(both, target):
     """As many and as large as the driver, which reads the cubin itself, has taken."""
-    sizes = {tuple(p["size"] for p in layout) for layout in report[target]["layouts"].values()}
-    for launches in report[target]["calls"].values():
+    types = set()
+    for launches in both[target]["calls"].values():
         for launch in launches:
-            assert tuple(len(p) // 2 for p in launch["ours"][0]["parameters"]) in sizes
-    maps = [p for layout in report[target]["layouts"].values() for p in layout if p["type"] == "nvTmaDesc"]
-    assert bool(maps) == (target != "sm_80")
+            taken = [len(p) // 2 for p in launch["ours"][0]["parameters"]]
+            assert taken == [p["size"] for p in launch["layout"]]
+            types |= {p["type"] for p in launch["layout"]}
+    assert ("nvTmaDesc" in types) == (target != "sm_80")
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_wrong_argument_is_seen(report, target):
-    swapped, left_out = report[target]["mistakes"]
-    right = report[target]["calls"]["packed"][-1]["theirs"][0]["parameters"]
+def test_a_wrong_argument_is_seen(both, target):
+    swapped, left_out = both[target]["mistakes"]
+    right = both[target]["calls"]["packed"][-1]["theirs"][0]["parameters"]
     assert swapped[0]["parameters"][:2] == [right[1], right[0]] != right[:2]
     assert left_out.endswith(f"a launch of this cubin takes {len(right)} values, got {len(right) - 1}")
+
+
+def without_addresses(launch: dict, layout: list[dict]) -> dict:
+    """A map begins with its address, a pointer is one."""
+    addresses = [p["type"].startswith(("*", "nvTmaDesc")) for p in layout]
+    return launch | {"parameters": [p[16 if a else 0 :] for p, a in zip(launch["parameters"], addresses)]}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_without_triton_the_same_is_launched(both, alone, target):
+    for name, found in alone[target].items():
+        expected = 2 * both[target]["calls"][name]
+        for ours, launch in zip(found["launches"], expected, strict=True):
+            assert without_addresses(ours, launch["layout"]) == without_addresses(launch["theirs"][0], launch["layout"])
+        out = found["out"].to_bytes(8, "little").hex()
+        assert out in found["launches"][0]["parameters"]
+
+
+def test_a_cubin_is_loaded_once(both, alone):
+    assert alone["modules"] == sum(both[target]["cubins"] for target in TARGETS)
+
+
+def test_where_nothing_can_be_compiled_a_launch_without_a_cubin_is_refused(alone):
+    assert alone["refusal"].startswith("there is no cubin for _masked_product_kernel(bfloat16[16, 64]")
+    assert alone["refusal"].endswith(" on sm_90, and Triton is not installed; pip install triton")
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    """As far as availability asks."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+
+
+def test_which_of_both_is_asked_for(h100, folder, both, monkeypatch, tmp_path):
+    def unavailable(asked: str, cubins_in: Path, has_triton: bool) -> str | None:
+        monkeypatch.setenv("MFT_TRITON", asked)
+        monkeypatch.setattr(cubins, "FOLDER", cubins_in)
+        monkeypatch.setattr(cubins, "load", lambda part: None)
+        monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: has_triton or None)
+        return backend._unavailable()
+
+    no_cubins = f"no cubins for sm_90 in {tmp_path}; make cubins compiles them"
+    no_triton = "triton is not installed; pip install triton (Linux only)"
+    assert unavailable("", folder, True) is None
+    assert unavailable("", folder, False) is None
+    assert unavailable("", tmp_path, True) is None
+    assert unavailable("", tmp_path, False) == f"{no_triton}; {no_cubins}"
+    assert unavailable("cubins", folder, False) is None
+    assert unavailable("cubins", tmp_path, True) == f"MFT_TRITON=cubins cannot be served: {no_cubins}"
+    assert unavailable("jit", folder, True) is None
+    assert unavailable("jit", folder, False) == f"MFT_TRITON=jit cannot be served: {no_triton}"
+    with pytest.raises(ValueError, match="MFT_TRITON must be 'cubins', 'jit' or unset, got 'aot'"):
+        unavailable("aot", folder, True)
+
+
+def test_cubins_of_other_sources_are_not_taken(folder, both, monkeypatch):
+    monkeypatch.setattr(cubins, "FOLDER", folder)
+    monkeypatch.setattr(cubins, "load", lambda part: None)
+    cubins._bundle.cache_clear()
+    monkeypatch.setattr(cubins, "kernels_hash", lambda: "changed")
+    found, reason = cubins.bundle("sm_90")
+    assert found is None
+    assert reason == f"{folder / 'sm_90.zip'} is of other sources than these kernels; make cubins compiles it again"
+    cubins._bundle.cache_clear()
+
+
+@pytest.mark.parametrize("form", [H100_OLD_TRITON, None], ids=str)
+def test_a_product_without_a_cubin_takes_the_form_that_is_compiled_here(form, monkeypatch):
+    """Cubins are swapped on sm_90; Triton 3.6 may compile the plain form alone."""
+    monkeypatch.setattr(launcher, "target_of", lambda device: H100)
+    monkeypatch.setattr(launcher, "compiled_here", lambda device: form)
+    tried = []
+
+    def run(target):
+        tried.append(target)
+        if target is H100:
+            raise cubins.NoCubin
+        return "made"
+
+    if form is None:
+        with pytest.raises(cubins.NoCubin):
+            launcher.by_cubins_or_compiled(torch.device("cuda"), run)
+    else:
+        assert launcher.by_cubins_or_compiled(torch.device("cuda"), run) == "made"
+    assert tried == [H100, form][: 2 if form else 1]
+
+
+def test_what_the_installed_triton_may_not_compile_is_said(monkeypatch):
+    swapped, plain = {"MASK_ON_A": True}, {"MASK_ON_A": False}
+    monkeypatch.delenv("MFT_TRITON", raising=False)
+    assert launcher._not_compiled_here(H100, swapped) is None
+    monkeypatch.setattr(launcher, "compiles_safely", lambda target: False)
+    assert "does not compile this form safely" in launcher._not_compiled_here(H100, swapped)
+    assert launcher._not_compiled_here(H100, plain) is None
+    monkeypatch.setenv("MFT_TRITON", "cubins")
+    assert launcher._not_compiled_here(H100, plain) == "MFT_TRITON=cubins allows no other; unset it"

@@ -1,11 +1,13 @@
 """kept_threshold of the triton backend is that of the reference, bit for bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mft_kernels import reference
 from mft_kernels.triton import select
-from mft_kernels.triton.target import interpreting
+from mft_kernels.triton.target import H100, H100_OLD_TRITON, MI300X, interpreting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("magnitude", "value")
@@ -79,10 +81,10 @@ def test_digits_add_up_to_the_key_and_the_first_holds_sign_and_exponent(table):
 
 
 def test_triton_3_6_and_hip_count_fewer_bins_at_once():
-    assert select._digits("cuda", "3.9.0") is select._WIDE
-    assert select._digits("cuda", "3.10.0+git1234") is select._WIDE
-    assert select._digits("cuda", "3.6.0") is select._NARROW
-    assert select._digits("hip", "3.9.0") is select._NARROW
+    assert select._digits(H100) is select._WIDE
+    assert select._digits(replace(H100, compiler=(3, 10))) is select._WIDE
+    assert select._digits(H100_OLD_TRITON) is select._NARROW
+    assert select._digits(MI300X) is select._NARROW
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

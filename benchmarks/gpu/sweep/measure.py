@@ -90,7 +90,9 @@ def judge(record: Mapping[str, Any]) -> dict[str, Any]:
         of |model / measured - 1|, None where nothing was timed.
     """
     problem = Problem(record["detail"], record["m"], record["n"], record["k"])
-    target, given = Target(**record["target"]), _operands(problem)
+    stored = record["target"]  # JSON has no tuples
+    target = Target(**stored | {"compiler": tuple(stored.get("compiler", (0, 0)))})
+    given = _operands(problem)
     own = planned(problem, target, given)
     times = {Tiles(**found["tiles"]): found["ms"] for found in record["configurations"]}
     errors = [abs(1e3 * predicted(problem, target, given, tiles) / ms - 1) for tiles, ms in times.items()]

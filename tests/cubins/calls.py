@@ -1,0 +1,25 @@
+"""Calls of the hot path on memory that nobody reads or writes: what they launch is all that is asked."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mft_kernels.triton import ops
+
+BF16 = torch.bfloat16
+
+
+def packed_forward(m: int, n: int, k: int, has_bias: bool = False) -> Callable[[], Tensor]:
+    x, weight = torch.empty(m, k, dtype=BF16), torch.empty(n, k, dtype=BF16)
+    packed, bias = torch.empty(n, k // 32, dtype=torch.int32), torch.empty(n, dtype=BF16) if has_bias else None
+    return lambda: ops.masked_linear_packed(x, weight, packed, bias)
+
+
+def every_call() -> dict[str, Callable[[], Tensor]]:
+    return {
+        "packed": packed_forward(1, 512, 1024),
+        "packed, bias": packed_forward(100, 512, 1024, True),
+        "packed, a single part": packed_forward(600, 4096, 128),
+        "packed, words at no multiple of 16": packed_forward(20, 256, 576, True),
+    }
