@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml $(wildcard benchmarks/results/gpu-faster.json)
 
-.PHONY: install demo test lint errors reference sanitize ports faults fuzz architectures cuda bench bench-compare simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
+.PHONY: install demo test lint errors reference sanitize ports faults fuzz architectures cuda cubins bench bench-compare simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
 install: $(VENV)/.installed
 
@@ -85,6 +85,11 @@ cuda: install
 	MFT_CUDA=$${MFT_CUDA:-1} $(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m benchmarks.kernel_code --only cuda
 
+# Triton's kernels for sm_80, sm_90 and sm_100, compiled ahead into mft_kernels/cubins: by them a machine with an older
+# Triton, or with none, runs the code of this one (docs/kernels.md). The library of `make cuda` launches them.
+cubins: install
+	$(BIN)/python -m building.cubins
+
 # All questions, more than an hour on 2 cores; make bench WHAT=ops or WHAT="ops scaling"; QUICK=1: a few minutes, into
 # build/benchmarks. docs/benchmarks.md says what is measured.
 bench: install
@@ -110,9 +115,9 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu $(if $(WHAT),--what $(WHAT)) $(if $(OUT),--out $(OUT)) $(if $(DRY_RUN),--dry-run)
 
-# One folder for `make gpu` on a machine without a network: sources, tests, and the CUDA library with every group. Says
-# what that lacks, with exit code 3. make gpu-bundle BUNDLE=a/folder
-gpu-bundle: cuda
+# One folder for `make gpu` on a machine without a network: sources, tests, Triton's kernels compiled ahead, and the CUDA
+# library with every group. Says what that lacks, with exit code 3. make gpu-bundle BUNDLE=a/folder
+gpu-bundle: cuda cubins
 	$(BIN)/python -m benchmarks.gpu.bundle $(BUNDLE)
 
 # Compiles every kernel for every target and reads the code; about 10 minutes on 2 cores, and the minutes of `make cuda`.
@@ -134,4 +139,4 @@ $(OLDEST)/.installed:
 	@touch $@
 
 clean:
-	rm -rf build *.egg-info mft_kernels/*.so mft_kernels/_build.json mft_kernels/faster.json .pytest_cache .mypy_cache .ruff_cache $(VENV)/.installed $(OLDEST)
+	rm -rf build *.egg-info mft_kernels/*.so mft_kernels/_build.json mft_kernels/faster.json mft_kernels/cubins .pytest_cache .mypy_cache .ruff_cache $(VENV)/.installed $(OLDEST)

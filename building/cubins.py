@@ -23,7 +23,7 @@ from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST, expand_signa
 
 from building.ahead import compile_ahead, gpu_target, recorded
 from building.machine_code.parameters import parameters
-from mft_kernels.triton import ops
+from mft_kernels.triton import bits, ops, select
 from mft_kernels.triton.cubins import FOLDER, MANIFEST, kernels_hash
 from mft_kernels.triton.launch import Launch
 from mft_kernels.triton.specialise import identity
@@ -34,19 +34,47 @@ TARGETS = {str(target): target for target in (A100, H100, B200)}
 #: those of layers are, K / 32 is one or not. What is launched otherwise is compiled where it is launched.
 TOKENS = (1, 16, 24, 64, 100, 128, 256, 300, 512, 1024, 2048, 4096)
 FEATURES = ((4096, 4096), (4096, 11008), (11008, 4096), (1024, 4096), (576, 576), (1536, 576), (576, 1536))
+_MAGNITUDE = "magnitude"
 _BYTES = {"i1": 4, "i32": 4, "i64": 8, "fp32": 4, "nvTmaDesc": 128}
 
 
 def calls() -> Iterator[Callable[[], object]]:
-    """Calls with tensors on no device, whose launches are compiled."""
-    for dtype in (torch.bfloat16, torch.float16):
-        for n, k in FEATURES:
+    """Calls with tensors on no device, whose launches are compiled: what layers do in 16 bits, in magnitude mode."""
+    for n, k in FEATURES:
+        for scores_dtype in (torch.float32, torch.bfloat16, torch.float16):
+            yield from _selections(n, k, scores_dtype)
+        for dtype in (torch.bfloat16, torch.float16):
             for m in TOKENS:
-                for bias in (None, _empty(n, dtype=dtype)):
-                    x, weight, packed = _empty(m, k, dtype=dtype), _empty(n, k, dtype=dtype), _words(n, k)
-                    yield lambda x=x, weight=weight, packed=packed, bias=bias: ops.masked_linear_packed(
-                        x, weight, packed, bias
-                    )
+                yield from _products(m, n, k, dtype)
+
+
+def _selections(n: int, k: int, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    scores, threshold = _empty(n, k, dtype=dtype), _empty(dtype=dtype)
+    yield lambda: select.kept_threshold(scores, 0.9, _MAGNITUDE)
+    yield lambda: bits.pack_mask(scores, threshold, _MAGNITUDE)
+    yield lambda: bits.pack_signs(scores)
+
+
+def _products(m: int, n: int, k: int, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    x, grad, weight = (_empty(*shape, dtype=dtype) for shape in ((m, k), (m, n), (n, k)))
+    packed = _empty(n, -(-k // 32), dtype=torch.int32)
+    wanted = ([True, False, False, False], [True, False, True, False], [False, False, True, False])
+    for bias in (None, _empty(n, dtype=dtype)):
+        yield lambda bias=bias: ops.masked_linear_packed(x, weight, packed, bias)
+    for scores_dtype in (torch.float32, torch.bfloat16):
+        scores, threshold = _empty(n, k, dtype=scores_dtype), _empty(dtype=scores_dtype)
+        for bias in (None, _empty(n, dtype=dtype)):
+            yield lambda bias=bias, s=scores, t=threshold: ops.masked_linear(x, weight, s, t, bias, _MAGNITUDE)
+        for asked in wanted:
+            yield lambda asked=asked, s=scores, t=threshold: ops.masked_linear_backward(
+                grad, x, weight, s, t, _MAGNITUDE, asked
+            )
+            yield lambda asked=asked, s=scores: ops.masked_linear_packed_backward(
+                grad, x, weight, packed, s, packed, _MAGNITUDE, asked
+            )
+    sums = _empty(n, k, dtype=torch.float32)
+    yield lambda: ops.accumulate_score_grad(sums, grad, x, weight, None, packed, _MAGNITUDE)
+    yield lambda: ops.accumulate_product(sums, grad, x)
 
 
 def launches(target: Target) -> dict[str, Launch]:
@@ -146,10 +174,6 @@ def compiled(launch: Launch, target: Target) -> tuple[dict[str, Any], bytes]:
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _words(n: int, k: int) -> Tensor:
-    return _empty(n, -(-k // 32), dtype=torch.int32)
 
 
 def main(arguments: list[str] | None = None) -> None:

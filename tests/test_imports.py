@@ -29,7 +29,7 @@ TRITON_LAYERS = (
     ("launch",),
     ("bits", "plan", "select"),
     ("arguments", "choice"),
-    ("product", "score_grad", "scratch"),
+    ("planned", "product", "score_grad", "scratch"),
     ("backward",),
     ("many", "ops", "score_step"),
     ("__init__",),

@@ -1,7 +1,7 @@
 """python -m benchmarks.gpu.bundle [FOLDER]: what `make gpu` needs on a machine without a network, in one folder.
 
-Sources and tests; the libraries as they lie in mft_kernels, with _build.json; cubins/ with what is in build/cubins:
-room for Triton kernels compiled ahead by a newer Triton than that machine's (nothing launches them yet). There:
+Sources and tests; the libraries as they lie in mft_kernels, with _build.json, and mft_kernels/cubins: Triton's kernels,
+compiled ahead (make cubins) by a newer Triton than that machine's, which launches them. There:
 cd FOLDER && make gpu OUT=results. BUNDLE.json says of which commit it is, and what the CUDA library lacks.
 
 Exit code: 0 whole; 2 too large, nothing was written; 3 written, but the CUDA library lacks something.
@@ -22,11 +22,12 @@ from ..records import RESULTS, ROOT
 MANIFEST = "BUNDLE.json"
 #: Of the whole folder: what a session may carry to a machine that is lent is 64 MiB.
 MOST_BYTES = 60_000_000
-#: Of that, what the cubins may take; some 800 binaries of 30 KB.
+#: Of that, what the cubins may take: some 2,000, compressed.
 CUBIN_BYTES = 25_000_000
-CUBINS = ROOT / "build" / "cubins"
+CUBINS = ROOT / "mft_kernels" / "cubins"
 _FOLDERS = ("mft_kernels", "python", "benchmarks", "building", "csrc", "tests")
 _FILES = ("Makefile", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md")
+_INSIDE = Path("mft_kernels", "cubins")
 _LEFT_OUT = frozenset({"__pycache__", RESULTS.name, ".pytest_cache"})
 
 
@@ -40,7 +41,7 @@ def write(folder: Path, cubins: Path) -> list[str]:
     Raises: TooLarge, before anything is written; ValueError for a folder that is something else.
     """
     files = dict(_files())
-    binaries = {Path("cubins", p.relative_to(cubins)): p for p in sorted(cubins.rglob("*")) if p.is_file()}
+    binaries = {_INSIDE / p.relative_to(cubins): p for p in sorted(cubins.rglob("*")) if p.is_file()}
     for name, some, most in (
         ("without cubins", files, MOST_BYTES - CUBIN_BYTES),
         ("of cubins", binaries, CUBIN_BYTES),
@@ -56,7 +57,6 @@ def write(folder: Path, cubins: Path) -> list[str]:
     for name, path in (files | binaries).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, folder / name)
-    (folder / "cubins").mkdir(exist_ok=True)
     about = {"commit": _git("rev-parse", "HEAD"), "tree_is_dirty": bool(_git("status", "--porcelain")), "lacks": lacks}
     (folder / MANIFEST).write_text(json.dumps(about, indent=1) + "\n")
     return lacks
@@ -97,7 +97,7 @@ def _files() -> Iterator[tuple[Path, Path]]:
     for path in [ROOT / name for name in _FILES] + [p for name in _FOLDERS for p in sorted((ROOT / name).rglob("*"))]:
         name = path.relative_to(ROOT)
         left_out = (_LEFT_OUT | stale) & {*name.parts} or any(part.endswith(".egg-info") for part in name.parts)
-        if path.is_file() and not left_out:
+        if path.is_file() and not left_out and name.parent != _INSIDE:
             yield name, path
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from ..autotune import measuring
 from ..backends import Backend, register, registered
 from . import cubins
 
@@ -95,6 +96,13 @@ def _ops() -> tuple[dict[str, Callable], dict[str, Callable]]:
     return by_name, automatic
 
 
+def _short() -> dict[str, Callable]:
+    """What declines a call but one that is remembered, see planned.py."""
+    if torch.version.hip is not None or _interpreting() or cubins.bundle(_card())[0] is None or measuring():
+        return {}
+    return {"masked_linear_packed": torch.ops.mft_cuda.try_masked_linear_packed.default}
+
+
 def _or_reference(name: str, op: Callable) -> Callable:
     """What "auto" runs where nothing can be compiled: a launch that has no cubin is the reference's."""
 
@@ -139,6 +147,7 @@ register(
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
         ops=_named,
         automatic=_automatic,
+        short=_short() if _named else {},
         unavailable=unavailable,
         detail="" if unavailable else _detail(),
         on_request="the interpreter is for tests" if _interprets else None,

@@ -4,13 +4,15 @@ MFT_TRITON says who compiles: "cubins" takes these alone, "jit" the installed Tr
 is one. The library of csrc/cuda launches them, as Triton's own launcher would.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import struct
+import threading
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,22 +94,28 @@ class Cubin:
         with zipfile.ZipFile(bundle.path) as archive:
             image = bytearray(archive.read(about["file"]))
         layout = [number for p in about["parameters"] for number in p.get("map", [0] * 5)]
-        self._kinds = [p["type"] for p in about["parameters"]]
         self._number = torch.ops.mft_cuda.add_cubin(
             torch.frombuffer(image, dtype=torch.uint8), about["name"], about["warps"], about["shared"], layout
         )
 
     def launch(self, device: int, grid: tuple[int, ...], kernel: Any, args: Sequence[Any]) -> None:
         """On the device's current stream; see launch.launch."""
-        values = values_of(kernel, args)
-        torch.ops.mft_cuda.launch_cubin(self._number, device, [*grid, 1, 1][:3], values)
+        values, addresses = values_of(kernel, args)
+        whole = [*grid, 1, 1][:3]
+        torch.ops.mft_cuda.launch_cubin(self._number, device, whole, values)
+        note(Launched(self._number, whole, values, addresses))
 
 
-def values_of(kernel: Any, args: Sequence[Any]) -> list[int]:
-    """What a launch passes: the bits of what is not compiled in; a descriptor as a matrix, its shape and strides."""
+def values_of(kernel: Any, args: Sequence[Any]) -> tuple[list[int], list[tuple[int, torch.Tensor]]]:
+    """What a launch passes: (the bits of what is not compiled in, which of them are addresses of which tensors).
+
+    A descriptor is passed as a matrix (address, shape, stride), and its shape and strides.
+    """
     values: list[int] = []
+    addresses: list[tuple[int, torch.Tensor]] = []
     for argument, parameter in zip(args, kernel.params):
         if isinstance(argument, torch.Tensor):
+            addresses.append((len(values), argument))
             values.append(argument.data_ptr())
         elif isinstance(argument, int):
             if argument != 1 or parameter.do_not_specialize:
@@ -116,8 +124,40 @@ def values_of(kernel: Any, args: Sequence[Any]) -> list[int]:
             values.append(struct.unpack("<i", struct.pack("<f", argument))[0])
         elif argument is not None:
             shape, strides = argument.shape, argument.strides
+            addresses.append((len(values), argument.base))
             values += [argument.base.data_ptr(), *shape, strides[0], *shape, *strides]
-    return [*values, 0, 0]  # scratch that these kernels do not have
+    return [*values, 0, 0], addresses  # two scratches that these kernels do not have
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A cubin's launch: its number, grid and values, and which values are addresses of which tensors."""
+
+    cubin: int
+    grid: list[int]
+    values: list[int]
+    addresses: list[tuple[int, torch.Tensor]]
+
+
+_noted = threading.local()
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[Launched | None]]:
+    """Within the context, this thread's launches: of cubins, and None for any other."""
+    before = getattr(_noted, "launches", None)
+    found: list[Launched | None] = []
+    _noted.launches = found
+    try:
+        yield found
+    finally:
+        _noted.launches = before
+
+
+def note(launched: Launched | None) -> None:
+    """To whom it may concern, see noting."""
+    if (launches := getattr(_noted, "launches", None)) is not None:
+        launches.append(launched)
 
 
 def find(target: str, kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> Cubin | None:

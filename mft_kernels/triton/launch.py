@@ -44,10 +44,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         if target.backend == "cuda" and not interpreting():
             cubin = cubins.find(str(target), kernel, args, options)
             if cubin is not None:
-                cubin.launch(tensor.device.index or 0, grid, kernel, args)
+                cubin.launch(tensor.get_device(), grid, kernel, args)
                 return
             if reason := _not_compiled_here(target, options):
                 raise cubins.NoCubin(f"{cubins.missing(str(target), kernel, args, options)}, and {reason}")
+        cubins.note(None)
         # Triton launches on the current device, which need not be that of the tensors.
         elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
         with torch.cuda.device(tensor.device) if elsewhere else contextlib.nullcontext():
@@ -76,6 +77,11 @@ def _not_compiled_here(target: Target, options: dict[str, Any]) -> str | None:
     if options.get("MASK_ON_A") and not compiles_safely(target):
         return f"Triton {triton.__version__} does not compile this form safely; pip install 'triton>=3.9'"
     return None
+
+
+def recording() -> bool:
+    """Whether launches are taken down, see record."""
+    return _recording is not None
 
 
 @contextlib.contextmanager

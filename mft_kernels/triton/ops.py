@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ..reference import Gradients
+from . import planned
 from .arguments import Keep, aligned, is_exact, operands
 from .backward import both
-from .choice import FUSED, SCRATCH, Product
+from .choice import FUSED, SCRATCH, Product, automatic
+from .cubins import noting
 from .plan import one_launch
 from .product import fused_product
 from .score_grad import score_grad
@@ -117,8 +119,15 @@ def _sign_source(scores: Tensor | None, signs: Tensor | None, mode: str) -> Tens
 
 
 def _forward(x: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, choose: Choose) -> Tensor:
-    y = _product(_rows(x), weight, keep, bias, False, choose)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    by_auto = choose is automatic
+    if by_auto or choose is always_fused:
+        y = planned.run(x, weight, keep, bias, automatic=by_auto)
+        if y is not None:
+            return y
+    with noting() as launched:
+        y = _product(_rows(x), weight, keep, bias, False, choose).view(*x.shape[:-1], weight.shape[0])
+    planned.remember(x, weight, keep, bias, y, launched, automatic=by_auto)
+    return y
 
 
 def _backward(

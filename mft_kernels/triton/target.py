@@ -100,6 +100,11 @@ def assume(target: Target) -> Iterator[None]:
         _assumed = before
 
 
+def is_assumed() -> bool:
+    """Whether devices are taken for another target, see assume."""
+    return _assumed is not None
+
+
 @functools.cache
 def _ask(index: int) -> tuple[Target, Target | None]:
     """(the target by the cubins there are, else by the installed Triton; the latter, where it has another form)."""

@@ -16,8 +16,8 @@ def folder(tmp_path_factory):
     """A bundle of this checkout, and what it says that it lacks."""
     root = tmp_path_factory.mktemp("bundle")
     cubins = root / "cubins"
-    (cubins / "sm_90").mkdir(parents=True)
-    (cubins / "sm_90" / "product.cubin").write_bytes(b"code")
+    cubins.mkdir(parents=True)
+    (cubins / "sm_90.zip").write_bytes(b"code")
     lacks = bundle.write(root / "made", cubins)
     return root / "made", lacks
 
@@ -26,8 +26,8 @@ def test_it_holds_sources_tests_cubins_and_no_results(folder):
     made, _ = folder
     for name in (
         "Makefile", "setup.py", "mft_kernels/triton/product.py", "python/mft/engines/plain.py", "csrc/cuda/api.h",
-        "python/mft/memory/known_models/smollm2-135m.json", "benchmarks/gpu/__main__.py", "cubins/sm_90/product.cubin",
-        "tests/triton_kernels", "tests/conftest.py",
+        "python/mft/memory/known_models/smollm2-135m.json", "benchmarks/gpu/__main__.py",
+        "mft_kernels/cubins/sm_90.zip", "tests/triton_kernels", "tests/conftest.py",
     ):  # fmt: skip
         assert (made / name).exists(), name
     assert not list(made.rglob("__pycache__"))
@@ -48,7 +48,7 @@ def test_it_says_of_which_commit_it_is_and_what_it_lacks(folder):
     about = json.loads((made / bundle.MANIFEST).read_text())
     assert about["lacks"] == lacks == bundle.lacking(bundle.report("cuda"))
     assert bundle.commit_of(made) == {key: about[key] for key in ("commit", "tree_is_dirty")}
-    assert bundle.commit_of(made / "cubins") == {}
+    assert bundle.commit_of(made / "tests") == {}
 
 
 def test_the_suite_runs_from_it_alone(folder, tmp_path):
@@ -66,7 +66,7 @@ def test_a_whole_library_is_whole_with_cubins_or_without(tmp_path, monkeypatch, 
     monkeypatch.setattr(bundle, "CUBINS", tmp_path / "none")
     assert bundle.main([str(tmp_path / "made")]) == 0
     assert "WITHOUT" not in capsys.readouterr().out
-    assert list((tmp_path / "made" / "cubins").iterdir()) == []
+    assert not (tmp_path / "made" / "mft_kernels" / "cubins").exists()
     monkeypatch.setattr(bundle, "report", lambda part: {"built": True, "left_out": {"score_grad_sm90": "no headers"}})
     assert bundle.main([str(tmp_path / "made")]) == 3
     assert "WITHOUT score_grad_sm90: no headers" in capsys.readouterr().out

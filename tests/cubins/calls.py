@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mft_kernels.triton import ops
+from mft_kernels.triton import bits, ops, select
 
 BF16 = torch.bfloat16
 
@@ -16,10 +16,27 @@ def packed_forward(m: int, n: int, k: int, has_bias: bool = False) -> Callable[[
     return lambda: ops.masked_linear_packed(x, weight, packed, bias)
 
 
+def scores_forward(m: int, n: int, k: int) -> Callable[[], Tensor]:
+    x, weight = torch.empty(m, k, dtype=BF16), torch.empty(n, k, dtype=BF16)
+    scores, threshold = torch.empty(n, k), torch.empty(())
+    return lambda: ops.masked_linear(x, weight, scores, threshold, None, "magnitude")
+
+
+def both_gradients(m: int, n: int, k: int) -> Callable[[], Tensor]:
+    x, grad, weight = (torch.empty(*shape, dtype=BF16) for shape in ((m, k), (m, n), (n, k)))
+    packed, signs = (torch.empty(n, k // 32, dtype=torch.int32) for _ in range(2))
+    wanted = [True, False, True, False]
+    return lambda: ops.masked_linear_packed_backward(grad, x, weight, packed, None, signs, "magnitude", wanted)[2]
+
+
 def every_call() -> dict[str, Callable[[], Tensor]]:
     return {
         "packed": packed_forward(1, 512, 1024),
         "packed, bias": packed_forward(100, 512, 1024, True),
         "packed, a single part": packed_forward(600, 4096, 128),
         "packed, words at no multiple of 16": packed_forward(20, 256, 576, True),
+        "scores": scores_forward(70, 512, 1024),
+        "both gradients": both_gradients(32, 512, 1024),
+        "threshold": lambda: select.kept_threshold(torch.empty(64, 512, dtype=BF16), 0.9, "magnitude"),
+        "mask": lambda: bits.pack_mask(torch.empty(64, 512), torch.empty(()), "magnitude"),
     }

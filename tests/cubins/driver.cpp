@@ -31,6 +31,7 @@ std::deque<Module> modules;
 std::deque<Function> functions;
 std::string log_text, taken;
 int loads = 0;
+bool is_recording = true;
 
 std::map<std::string, std::vector<unsigned>> sizes_of(const char* image) {
   const auto& head = *reinterpret_cast<const Elf64_Ehdr*>(image);
@@ -86,6 +87,7 @@ const char* recorded() {
   return taken.c_str();
 }
 int modules_loaded() { return loads; }
+void set_recording(int on) { is_recording = on != 0; }  // to time what leads here
 
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {
   modules.push_back({sizes_of(static_cast<const char*>(image))});
@@ -112,6 +114,7 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
 CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction handle, void** parameters, void** extra) {
   const auto& function = *reinterpret_cast<Function*>(handle);
   if (extra || c->sharedMemBytes > function.shared_bytes) return CUDA_ERROR_INVALID_VALUE;
+  if (!is_recording) return CUDA_SUCCESS;
   std::string text;
   for (size_t i = 0; i < function.sizes.size(); ++i) {
     text += (i ? ", \"" : "\"") + hex(parameters[i], function.sizes[i]) + "\"";

@@ -3,18 +3,21 @@
 build() compiles both sides; the rest is for a process of its own, which asks for libcuda.so.1 after Stub has loaded it.
 """
 
+import contextlib
 import ctypes
 import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from building.compile import find_compiler
-from mft_kernels.triton import cubins
+from mft_kernels.triton import cubins, planned
+from mft_kernels.triton import target as targets
 from mft_kernels.triton.launch import Launch, record
 from mft_kernels.triton.target import Target, assume
 
@@ -28,7 +31,7 @@ def build(folder: Path) -> None:
     """The driver, and csrc/cuda's launcher with its ops for CPU tensors."""
     headers = Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/include"  # Triton's cuda.h
     torch_folder = Path(torch.__file__).parent
-    sources = [ROOT / "csrc/cuda" / name for name in ("cubin.cpp", "cubin_bindings.cpp")]
+    sources = [ROOT / "csrc/cuda" / name for name in ("cubin.cpp", "cubin_bindings.cpp", "plan_bindings.cpp")]
     flags = [
         "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-DMFT_CUDA_ON_HOST={OPS}", "-isystem",
         str(torch_folder / "include"), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ltorch", "-ldl",
@@ -87,6 +90,16 @@ class Stub:
 
         triton.knobs.nvidia.libcuda_path = str(self.folder)
         triton.runtime.driver.set_active(OnStub())
+
+
+@contextlib.contextmanager
+def taken_for(target: Target) -> Iterator[None]:
+    """Within the context CPU tensors are on a card of this target, and nothing is remembered of another."""
+    planned.forget()
+    on_card = mock.patch.object(targets, "_ask", return_value=(target, None))
+    with on_card, mock.patch.object(torch.cuda, "current_device", return_value=0):
+        yield
+    planned.forget()
 
 
 def launches_of(call: Callable[[], object], target: Target) -> list[Launch]:

@@ -30,7 +30,7 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # "unroll" is nvcc's
 NUMBERS = "-ffp-contract=off"  # products and sums are rounded one by one, also where the host could fuse them
 INCLUDE = [f"-I{folder}" for folder in (ROOT / "csrc/cuda", PROGRAMS, HERE)]
 FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", NUMBERS, *WARNINGS, *INCLUDE]
-NOT_EMULATED = ("score_grad_sm90_", "bindings", "cubin")  # CUTLASS's, torch's, and the driver's
+NOT_EMULATED = ("score_grad_sm90_", "bindings", "cubin", "plan_bindings")  # CUTLASS's, torch's, the driver's
 
 ASYNCHRONIES = ("at_issue", "as_late_as_possible", "random")
 SCHEDULES = ("in_turn", "by_rank")  # by rank, a warp may run far ahead of another

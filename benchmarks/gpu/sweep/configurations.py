@@ -10,6 +10,7 @@ from typing import Any
 
 from mft_kernels.triton import backward, plan, product, score_grad
 from mft_kernels.triton.plan import Operands, Tiles
+from mft_kernels.triton.planned import forget
 from mft_kernels.triton.target import Target
 
 #: Sizes that instructions take; beyond 256 the sums of a tile do not fit the registers. Rows of less than 128 bytes are
@@ -73,11 +74,13 @@ def instead(problem: Problem, tiles: Tiles) -> Iterator[None]:
     def these(*_: Any, **__: Any) -> Tiles:
         return tiles
 
+    forget()
     setattr(module, name, these)
     try:
         yield
     finally:
         setattr(module, name, before)
+        forget()
 
 
 def legal(problem: Problem, target: Target, operands: Operands) -> list[Tiles]:
