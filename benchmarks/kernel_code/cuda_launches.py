@@ -35,7 +35,7 @@ def launches(objects: Sequence[Path]) -> dict[str, dict[int, Launch]]:
         program = Path(directory, "calls")
         sources = [_HERE / "cuda_runtime.cpp", _HERE / "cuda_calls.cpp"]
         flags = ["-std=c++17", "-Wall", "-Wextra", f"-I{_ROOT / 'csrc/cuda'}"]
-        _output([find_compiler(), *flags, *map(str, [*sources, *objects]), "-o", str(program)])
+        _output([find_compiler(), *flags, *map(str, [*sources, *objects]), "-ldl", "-o", str(program)])
         return parse(_output([str(program)]))
 
 

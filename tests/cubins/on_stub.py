@@ -50,15 +50,15 @@ def _compile(library: Path, headers: Path, sources: list[Path], flags: list[str]
 
 
 class Stub:
-    """The driver, with our launcher on it, for as long as the process; archives are read from ``folder``."""
+    """The driver, with our launcher on it, for as long as the process; ``archives``: another folder than its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, archives: Path | None = None) -> None:
         self.folder = folder
         self._library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
         self._library.recorded.restype = ctypes.c_char_p
         torch.ops.load_library(folder / OPS_LIBRARY)
         torch.ops.mft_cuda = getattr(torch.ops, OPS)
-        cubins.FOLDER = folder
+        cubins.FOLDER = archives or folder
         cubins.load = lambda part: None
 
     def launches(self) -> list[dict]:
@@ -67,6 +67,10 @@ class Stub:
 
     def modules_loaded(self) -> int:
         return self._library.modules_loaded()
+
+    def set_recording(self, on: bool) -> None:
+        """Whether launches are taken down: that takes longer than what leads to them."""
+        self._library.set_recording(on)
 
     def use_triton_s_launcher(self, arch: int) -> None:
         """Triton's own driver.c, compiled against the stub, launches its kernels from now on."""

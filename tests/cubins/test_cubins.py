@@ -14,6 +14,7 @@ import triton
 from mft_kernels import triton as backend
 from mft_kernels.triton import cubins
 from mft_kernels.triton import launch as launcher
+from mft_kernels.triton import target as targets
 from mft_kernels.triton.target import H100, H100_OLD_TRITON
 
 if triton.knobs.runtime.interpret:
@@ -139,6 +140,21 @@ def test_which_of_both_is_asked_for(h100, folder, both, monkeypatch, tmp_path):
     assert unavailable("jit", folder, False) == f"MFT_TRITON=jit cannot be served: {no_triton}"
     with pytest.raises(ValueError, match="MFT_TRITON must be 'cubins', 'jit' or unset, got 'aot'"):
         unavailable("aot", folder, True)
+
+
+def test_the_report_says_who_compiles(folder, both, monkeypatch):
+    monkeypatch.setattr(cubins, "FOLDER", folder)
+    monkeypatch.setattr(cubins, "load", lambda part: None)
+    monkeypatch.setattr(targets, "_assumed", H100)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    count = both["sm_90"]["cubins"]
+    for asked, says in (
+        ("", f"{count} cubins of Triton 3.9.0, sm_90, swapped form (docs/kernels.md); others by Triton 3.9.0"),
+        ("cubins", f"{count} cubins of Triton 3.9.0, sm_90, swapped form (docs/kernels.md); no others"),
+        ("jit", "Triton 3.9.0, sm_90, swapped form (docs/kernels.md); MFT_TRITON=jit"),
+    ):
+        monkeypatch.setenv("MFT_TRITON", asked)
+        assert backend._detail() == says
 
 
 def test_cubins_of_other_sources_are_not_taken(folder, both, monkeypatch):
