@@ -57,7 +57,7 @@ def asked() -> str | None:
     """What MFT_TRITON asks for: CUBINS, JIT, or None for whichever there is. Raises: ValueError for another word."""
     value = os.environ.get("MFT_TRITON") or None
     if value not in (None, "auto", CUBINS, JIT):
-        raise ValueError(f"MFT_TRITON must be {CUBINS!r}, {JIT!r} or unset, got {value!r}")
+        raise ValueError(f"MFT_TRITON must be {CUBINS!r} or {JIT!r}, got {value!r}; unset it for whichever there is")
     return None if value == "auto" else value
 
 

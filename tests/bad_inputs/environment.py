@@ -106,6 +106,18 @@ def a_triton_that_is_too_old(patch):
 
 
 @refused(
+    ValueError,
+    where="MFT_TRITON",
+    got="got 'aot'",
+    rule="must be 'cubins' or 'jit'",
+    remedy="unset it for whichever there is",
+)
+def an_unknown_value_of_triton(patch):
+    patch.setenv("MFT_TRITON", "aot")
+    triton._unavailable()
+
+
+@refused(
     RuntimeError,
     where="backend='cuda'",
     got="got 7.5",

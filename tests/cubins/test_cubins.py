@@ -138,7 +138,9 @@ def test_which_of_both_is_asked_for(h100, folder, both, monkeypatch, tmp_path):
     assert unavailable("cubins", tmp_path, True) == f"MFT_TRITON=cubins cannot be served: {no_cubins}"
     assert unavailable("jit", folder, True) is None
     assert unavailable("jit", folder, False) == f"MFT_TRITON=jit cannot be served: {no_triton}"
-    with pytest.raises(ValueError, match="MFT_TRITON must be 'cubins', 'jit' or unset, got 'aot'"):
+    with pytest.raises(
+        ValueError, match="MFT_TRITON must be 'cubins' or 'jit', got 'aot'; unset it for whichever there is"
+    ):
         unavailable("aot", folder, True)
 
 
