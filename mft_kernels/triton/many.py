@@ -10,11 +10,10 @@ should cost less than the weight takes to come. No tile size was measured on a G
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arguments import Keep, arithmetic, is_exact
+from .language import tl, triton
 from .launch import launch
 from .product import fused_product
 from .target import interpreting

@@ -15,6 +15,8 @@ def specialisation(argument: Any, specialised: bool) -> str:
         return "none"
     if isinstance(argument, torch.Tensor):
         return f"*{_name(argument.dtype)}{_by_16(argument.data_ptr())}"
+    if isinstance(argument, tuple):
+        return f"({', '.join(specialisation(each, specialised) for each in argument)})"
     if isinstance(argument, int):
         wide = "i32" if -(2**31) <= argument < 2**31 else "i64"
         if not specialised:
