@@ -115,19 +115,14 @@ void add_few(const Gemm& gemm, const Matrix& d_x, const Matrix& weight, const Ma
       const int64_t first = columns.begin(task), count = columns.end(task) - first;
       for (int64_t row = 0; row < weight.rows; row += kNearRows) {
         const void* from[kNearRows];
-        MaskRow masks[kNearRows];
-        for (int64_t i = 0; i < kNearRows; ++i) {
-          const int64_t at_row = std::min(row + i, weight.rows - 1);
-          from[i] = at(weight, at_row, first);
-          masks[i] = mask.row(at_row, first);
-          if (row + i >= weight.rows) {  // nothing of it is kept
-            masks[i].range.count = 0;
-            masks[i].words = no_bits.data();
-          }
+        const uint32_t* words[kNearRows];
+        for (int64_t i = 0; i < kNearRows; ++i) {  // beyond the last row another one, of which nothing is kept
+          from[i] = at(weight, std::min(row + i, weight.rows - 1), first);
+          words[i] = row + i < weight.rows ? mask.row(row + i, first).words : no_bits.data();
         }
         const uint32_t* a = blocks + row / depth.block_elements() * block_size;
-        gemm.add_near_rows(sums, tiles_size, a + row % depth.block_elements() / gemm.per_group, from, masks,
-                           mask.score_format, tokens, count, row > 0);
+        gemm.add_near_rows(sums, tiles_size, a + row % depth.block_elements() / gemm.per_group, from, words, tokens, count,
+                           row > 0);
       }
       if (weight.rows == 0) std::memset(sums, 0, sums_size * sizeof *sums);
       for (int64_t t = 0; t < tokens; ++t) {
@@ -238,7 +233,8 @@ void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output
     }
   });
 
-  if (gemm.add_near_rows != nullptr && tokens > 0 && tokens <= kFewTileTokens) {
+  const bool few = gemm.add_near_rows != nullptr && mask.scores == nullptr && tokens > 0 && tokens <= kFewTileTokens;
+  if (few) {
     add_few(gemm, d_x, weight, mask, depth, blocks.get(), block_size);
     return;
   }

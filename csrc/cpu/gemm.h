@@ -76,10 +76,10 @@ struct Gemm {
                             Format score_format, const uint32_t* panels, int64_t panel_stride, int64_t depth,
                             int64_t tokens);
 
-  // tiles [+]= tokens of an A block times kNearRows rows of the weight, masked as they come; a tile of all tokens and
-  // 32 columns is tiles_size away from the next. nullptr: the table has no such way.
+  // tiles [+]= tokens of an A block times kNearRows rows of the weight, masked by words as they come; a tile of all tokens
+  // and 32 columns is tiles_size away from the next. nullptr: the table has no such way.
   void (*add_near_rows)(float* tiles, int64_t tiles_size, const uint32_t* a, const void* const* rows,
-                        const MaskRow* masks, Format score_format, int64_t tokens, int64_t columns, bool add);
+                        const uint32_t* const* words, int64_t tokens, int64_t columns, bool add);
 
   // Brings a tile's sums into L1: from L2 or L3 they would stall the start of the next multiply().
   void (*prefetch_tile)(const float* tile, int64_t tile_stride, int64_t rows);
