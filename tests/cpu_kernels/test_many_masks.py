@@ -112,7 +112,7 @@ def test_many_rows_have_the_bits_of_the_product_of_all_that_share_their_mask(cap
         {"tasks": lambda v: v.repeat_interleave(2)[::2]},
         {"bias": lambda v: v.repeat_interleave(2)[::2]},
     ],
-    ids=str,
+    ids=["x by columns", "pitched weight", "pitched masks", "int8 tasks", "strided tasks", "strided bias"],
 )
 def test_strides_and_small_integers_are_served_too(unusual):
     t = integer_inputs(4, 19, 45)
