@@ -45,7 +45,7 @@ def at_once(function, count=8):
 # ---------------------------------------------------------------------------------------------- tokens
 
 
-def test_mixed_requests_at_once_get_the_tokens_that_generate_gives_each_alone(serve, words):
+def test_mixed_requests_at_once_get_the_tokens_that_generate_gives_each_alone(serve, words, until):
     running = serve(rows=3)
     found = at_once(lambda i: complete(running, MIXED[i], PROMPTS[i], max_tokens=LENGTHS[i]))
     expected = [generated(running.bank, words, *each) for each in zip(MIXED, PROMPTS, LENGTHS)]
@@ -200,7 +200,7 @@ REFUSED_CHATS = [
 ]
 
 
-def test_a_bad_request_is_told_the_parameter_the_rule_and_the_value(serve):
+def test_a_bad_request_is_told_the_parameter_the_rule_and_the_value(serve, until):
     running = serve()
     for route, whole, cases in (("completions", COMPLETION, REFUSED), ("chat/completions", CHAT, REFUSED_CHATS)):
         for changes, status, param, message in cases:
