@@ -60,8 +60,8 @@ def entries(target: Target, *, few: bool = False) -> list[Entry]:
     """One of each launch that differs in what is compiled; ``few``: bf16, and no more than tests have time for."""
     found: dict[str, Entry] = {}
     for name, call in _calls(few):
-        for one_launch in (None,) if few else (True, False):  # whichever this layer would take, another takes the other
-            with contextlib.nullcontext() if one_launch is None else _both_gradients(one_launch):
+        for one_launch in (True, False):  # whichever this layer would take, another takes the other
+            with _both_gradients(one_launch):
                 launched = recorded(call, target)
             for launch in launched:
                 key = identity(launch.kernel, launch.args, launch.options)
