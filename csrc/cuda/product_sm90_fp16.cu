@@ -1,5 +1,5 @@
 // product_sm90 for fp16.
-#include "product_sm90.cuh"
+#include "product_sm90_launch.cuh"
 
 namespace mft::cuda {
 
