@@ -124,7 +124,6 @@ void add_few(const Gemm& gemm, const Matrix& d_x, const Matrix& weight, const Ma
         gemm.add_near_rows(sums, tiles_size, a + row % depth.block_elements() / gemm.per_group, from, words, tokens, count,
                            row > 0);
       }
-      if (weight.rows == 0) std::memset(sums, 0, sums_size * sizeof *sums);
       for (int64_t t = 0; t < tokens; ++t) {
         for (int64_t c = 0; c < count; c += kTileColumns) {
           gemm.store_row(at(d_x, t, first + c), sums + c / kTileColumns * tiles_size + t * kTileColumns,

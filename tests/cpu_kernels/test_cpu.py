@@ -274,6 +274,20 @@ def test_dropped_nan_and_inf_weights_contribute_a_positive_zero(capability, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_kept_infinity_meets_no_padding(capability, dtype):
+    t = integer_inputs(5, 37, 59, dtype, torch.float32)
+    t.weight[-1, -1] = torch.inf  # by a zero it would be NaN
+    x, grad = t.x.abs() + 1, t.grad_output.abs() + 1
+    packed = cpu.pack_mask(t.scores, torch.tensor(0.0), "magnitude")
+    assert cpu.masked_linear_packed(x, t.weight, packed, None)[:, -1].isposinf().all()
+    gradients = cpu.masked_linear_packed_backward(
+        grad, x, t.weight, packed, t.scores, None, "magnitude", [True, False, False, False]
+    )
+    assert gradients[0][:, -1].isposinf().all()
+    assert gradients[0][:, :-1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_scores_are_dropped_and_have_no_sign(capability, dtype):
     scores = torch.tensor([[torch.nan, -torch.nan, 1.0, -0.0, 0.0, -1.0]]).to(dtype)
     for threshold in (0.0, -1.0, torch.inf, torch.nan):
