@@ -108,6 +108,13 @@ def test_a_cubin_is_loaded_once(both, alone):
     assert alone["modules"] == sum(both[target]["cubins"] for target in TARGETS)
 
 
+def test_a_call_that_resembles_a_remembered_one_is_launched_by_what_it_is(alone):
+    """In another pitch; or where an address did not say whose it was."""
+    after_another, fresh = alone["pitched"]
+    assert after_another == fresh
+    assert alone["shared"]
+
+
 def test_where_nothing_can_be_compiled_a_launch_without_a_cubin_is_refused(alone):
     assert alone["refusal"].startswith("there is no cubin for _masked_product_kernel(bfloat16[16, 64]")
     assert alone["refusal"].endswith(" on sm_90, and Triton is not installed; pip install triton")

@@ -342,6 +342,20 @@ def test_a_union_keeps_what_any_keeps_and_an_intersection_what_all_keep(exports,
         logits(bank.model)
 
 
+def test_all_of_several_tasks_are_joined(bank):
+    """By the law of absorption: the third of them decides."""
+    both, either = bank.intersection("code", "math"), bank.union("code", "math")
+    three = bank.intersection("code", either, "math"), bank.union("code", both, "math")
+    compared = 0
+    for layer in bank.model.modules():
+        if isinstance(layer, BankedLinear) and {"code", "math"} <= layer.masks.keys():
+            assert torch.equal(layer.masks[three[0]], layer.masks[both])
+            assert torch.equal(layer.masks[three[1]], layer.masks[either])
+            assert not torch.equal(layer.masks[both], layer.masks[either])
+            compared += 1
+    assert compared
+
+
 def test_a_union_is_of_tasks_that_there_are_and_its_name_is_new(bank):
     with pytest.raises(ValueError, match=r"tasks must be two or more of the bank's, got \('code',\)"):
         bank.union("code")
