@@ -39,7 +39,7 @@ void dot_many_rows(const FewTokens* calls, int64_t count, int64_t first_row, int
     const int64_t rows = (end_row - row + part - 1) / part;
     const Element* weight[kRows];
     for (int64_t r = 0; r < kRows; ++r) {
-      const int64_t mine = row + (r < rows ? r : rows - 1) * part;
+      const int64_t mine = row + smaller(r, rows - 1) * part;
       weight[r] = reinterpret_cast<const Element*>(weight_row(calls[0], mine));
     }
     for (int64_t c = 0; c < count; ++c) {
@@ -54,11 +54,8 @@ void dot_many_rows(const FewTokens* calls, int64_t count, int64_t first_row, int
       };
       const uint32_t* words[kRows];
       for (int64_t r = 0; r < kRows; ++r) {
-        if (call.words == nullptr) {
-          words[r] = all;
-        } else {
-          words[r] = r < rows ? words_of(call, row + r * part, 0, columns, 1, nullptr) : words[rows - 1];
-        }
+        const int64_t mine = row + smaller(r, rows - 1) * part;
+        words[r] = call.words == nullptr ? all : words_of(call, mine, 0, columns, 1, nullptr);
       }
       if (call.count == 1 && rows == kRows && columns % kStep == 0) {
         fetch(0, rows);
