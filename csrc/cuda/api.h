@@ -144,6 +144,9 @@ Plan plan_sm80(const ScoreGrad&, const Device&);
 std::string product_sm90(const Product&, const Device&);
 std::string score_grad_sm90(const ScoreGrad&, const Device&);
 std::string product_sm80(const Product&, const Device&);
+bool takes_decode(const Product&);  // decode_sm80's, which plan_sm80 and product_sm80 then give it
+Plan plan_decode(const Product&, const Device&);
+std::string decode_sm80(const Product&, const Device&);
 std::string sum_parts(const Product&, int count, int64_t stride, const Device&);  // of p.workspace (count, M, stride)
 std::string score_grad_sm80(const ScoreGrad&, const Device&);
 std::string kept_threshold(const Select&, const Device&);

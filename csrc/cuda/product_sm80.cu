@@ -10,6 +10,7 @@ std::string product_sm80(const Product& p, const Device& device) {
     return "x and weight must have sides below 2^31 - 2^16; split them";
   }
   if (p.out.rows == 0 || p.out.columns == 0) return "";
+  if (takes_decode(p)) return decode_sm80(p, device);
   if (p.weight.type == Type::kBFloat16) return sm80::product_of<BFloat16>(p, device);
   return sm80::product_of<Float16>(p, device);
 }
@@ -17,6 +18,7 @@ std::string product_sm80(const Product& p, const Device& device) {
 // By elements it takes longer than the model knows of, and few tokens are not summed in parts.
 Plan plan_sm80(const Product& p, const Device& device) {
   if (p.out.rows == 0 || p.out.columns == 0) return {};
+  if (takes_decode(p)) return plan_decode(p, device);
   if (!sm80::is_chunked(p)) return {kNever, 128};
   const int parts = sm80::parts_of(p, device), tokens = p.out.rows <= sm80::kFewTokens ? sm80::kFewTokens : 128;
   const double mask = p.keep.words != nullptr ? 1.0 / 8 : bytes_of(p.keep.scores.type);

@@ -427,6 +427,13 @@ def plan(kernel: str, asked: ctypes.Structure, device: dict) -> Plan:
     return found
 
 
+def decode_cut(asked: Product, device: dict) -> tuple[int, int, int, int]:
+    """How decode_sm80 cuts a product with a workspace: slices, parts, units of a part and of a slab."""
+    found = (ctypes.c_int * 4)()
+    library().emulated_decode_cut(ctypes.byref(asked), ctypes.byref(_device(device)), found)
+    return tuple(found)
+
+
 def rates(capability: int) -> tuple[float, float, float]:
     """What tile_cost.h knows of a card: multiply-adds and bytes a cycle and multiprocessor, cycles of a launch."""
     found = (ctypes.c_double * 3)()

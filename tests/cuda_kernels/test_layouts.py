@@ -15,7 +15,7 @@ from building.nvcc import find_cutlass, find_nvcc
 
 KERNELS = [
     source
-    for pattern in ("product_*.c*", "sum_parts.cu", "score_grad_sm80*.cu")
+    for pattern in ("product_*.c*", "decode_*.cu", "sum_parts.cu", "score_grad_sm80*.cu")
     for source in sorted((emulated.ROOT / "csrc/cuda").glob(pattern))
     if source.suffix in (".cu", ".cpp")
 ]

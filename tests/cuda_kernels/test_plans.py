@@ -144,7 +144,8 @@ def test_hopper_s_own_product_is_expected_to_win_but_where_sums_are_short(card):
     general = [
         case
         for case in CASES
-        if planned("product_sm80", card, *case).cycles < planned("product_sm90", card, *case).cycles
+        if (case[0] > 16 or "transposed" in case[2])  # else decode_sm80: test_decode.py
+        and planned("product_sm80", card, *case).cycles < planned("product_sm90", card, *case).cycles
     ]
     assert {q for _, (_, q), _ in general} == {576}
     assert max(m for m, *_ in general) <= 64

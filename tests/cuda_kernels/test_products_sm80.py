@@ -332,10 +332,10 @@ def parts(monkeypatch):
     [
         ((33, 1040, 1096), 132, {4}),  # 35 and 33 steps of 32 in parts of 9: the last is shorter
         ((64, 264, 552), 132, {2, 0}),  # and d_x, of 9 steps, in one
-        ((1, 136, 1096), 3, {3, 0}),  # as many as the multiprocessors take: 2 tiles of features, two blocks each
-        ((2, 16, 4352), 132, {16, 0}),  # 136 steps in parts of 9: the last has one
+        ((17, 136, 1096), 3, {3, 0}),  # as many as the multiprocessors take: 2 tiles of features, two blocks each
+        ((18, 16, 4352), 132, {16, 0}),  # 136 steps in parts of 9: the last has one
         ((65, 136, 1096), 132, {0}),  # tiles of 128 tokens
-        ((5, 136, 1097), 132, {0}),  # rows that are no chunks
+        ((17, 136, 1097), 132, {0}),  # rows that are no chunks
     ],
 )
 @pytest.mark.parametrize("scores_dtype", [FP32, FP16])

@@ -2,6 +2,7 @@
 #include <string>
 
 #include "api.h"
+#include "decode_cut.h"
 #include "emulator/machine.h"
 #include "tile_cost.h"
 
@@ -17,6 +18,7 @@ MFT_WEAK Plan plan_sm80(const ScoreGrad&, const Device&);
 MFT_WEAK std::string product_sm90(const Product&, const Device&);
 MFT_WEAK std::string product_sm80(const Product&, const Device&);
 MFT_WEAK std::string score_grad_sm80(const ScoreGrad&, const Device&);
+MFT_WEAK DecodeCut decode_cut(const Product&, const Device&, bool);
 MFT_WEAK std::string kept_threshold(const Select&, const Device&);
 MFT_WEAK std::string pack_mask(const PackMask&, const Device&);
 MFT_WEAK std::string pack_signs(const PackSigns&, const Device&);
@@ -109,6 +111,11 @@ void emulated_plan_score_grad_sm80(const ScoreGrad& p, const Device& d, Plan* pl
 }
 void emulated_plan_score_grad_sm90(const ScoreGrad& p, const Device& d, Plan* plan) {
   *plan = plan_of(&plan_sm90, p, d);
+}
+
+void emulated_decode_cut(const Product& p, const Device& d, int* cut) {
+  const DecodeCut found = decode_cut(p, d, true);
+  cut[0] = 1 << found.slice_bits, cut[1] = found.parts, cut[2] = found.part_units, cut[3] = found.slab_units;
 }
 
 void emulated_rates(int capability, double* rates) {

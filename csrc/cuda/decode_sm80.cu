@@ -1,0 +1,80 @@
+// decode_sm80: which products it takes, how they are cut, and which kernel that is.
+#include "decode_sm80.cuh"
+
+namespace mft::cuda {
+namespace {
+
+constexpr int64_t kMostTokens = 16;
+
+int64_t part_stride(const Product& p, const DecodeCut& cut) {
+  const int features = kDecodeRows >> cut.slice_bits;
+  return quotient(p.out.columns, features) * features;
+}
+
+template <class T, class S, bool kMagnitude, int kTiles>
+std::string start(const Product& p, const DecodeCut& cut, const Device& device) {
+  using Kernel = sm80::DecodeKernel<T, S, kMagnitude, kTiles>;
+  sm80::DecodeArguments a = {};
+  a.out = sm80::view_of(p.out), a.in = sm80::view_of(p.in), a.weight = sm80::view_of(p.weight);
+  a.keep = sm80::keep_arguments(p.keep, p.weight);
+  a.bias = static_cast<const char*>(p.bias);
+  a.part_stride = part_stride(p, cut);
+  if (cut.parts > 1) a.parts = static_cast<float*>(p.workspace);
+  a.units = static_cast<int>(quotient(p.in.columns, kDecodeUnit));
+  a.part_units = cut.part_units, a.slab_units = cut.slab_units, a.slice_bits = cut.slice_bits;
+  a.step_columns = kDecodeUnit << cut.slice_bits, a.step_bytes = 2 * a.step_columns;
+  a.slab_steps = static_cast<int>(quotient(cut.slab_units, int64_t{1} << cut.slice_bits));
+  a.in_stride = Kernel::row_stride(cut.slab_units);
+  LaunchShape shape;
+  shape.x = quotient(p.out.columns, kDecodeRows >> cut.slice_bits);
+  shape.y = cut.parts;
+  shape.shared_bytes = Kernel::shared_bytes(a.out.rows, cut.slab_units, cut.slice_bits);
+  const std::string error = isa::launch<Kernel>(shape, device.stream, a);
+  return error.empty() && cut.parts > 1 ? sum_parts(p, cut.parts, a.part_stride, device) : error;
+}
+
+template <class T, class S, bool kMagnitude>
+std::string start(const Product& p, const DecodeCut& cut, const Device& device) {
+  if (p.out.rows <= 8) return start<T, S, kMagnitude, 1>(p, cut, device);
+  return start<T, S, kMagnitude, 2>(p, cut, device);
+}
+
+template <class T>
+std::string start(const Product& p, const DecodeCut& cut, const Device& device) {
+  if (p.keep.words != nullptr) return start<T, sm80::Words, true>(p, cut, device);
+  return p.keep.magnitude ? start<T, T, true>(p, cut, device) : start<T, T, false>(p, cut, device);
+}
+
+}  // namespace
+
+bool takes_decode(const Product& p) {
+  if (p.transposed || p.weight.type == Type::kFloat32 || p.out.rows > kMostTokens) return false;
+  if (p.out.rows == 0 || p.out.columns == 0) return false;
+  if (p.in.columns == 0 || !sm80::view_of(p.in).chunked || !sm80::view_of(p.weight).chunked) return false;
+  return p.keep.words != nullptr || (p.keep.scores.type == p.weight.type && sm80::view_of(p.keep.scores).chunked);
+}
+
+DecodeCut decode_cut(const Product& p, const Device& device, bool in_parts) {
+  const bool words = p.keep.words != nullptr;
+  DecodeSize size;
+  size.tokens = p.out.rows, size.groups = 1;
+  size.features = p.out.columns, size.units = quotient(p.in.columns, kDecodeUnit);
+  size.weight_bytes = 2 + (words ? 1.0 / 8 : 2);
+  size.bytes = bytes_of(p);
+  size.blocks = decode_blocks(words, size.tokens <= 8 ? 1 : 2), size.ahead = decode_ahead(words);
+  size.most_slab = decode_slab(size.tokens, size.blocks, device);
+  return decode_cut(size, device, in_parts);
+}
+
+Plan plan_decode(const Product& p, const Device& device) {
+  const DecodeCut cut = decode_cut(p, device, true);
+  const int64_t bytes = cut.parts > 1 ? cut.parts * p.out.rows * part_stride(p, cut) * 4 : 0;
+  return {cut.cycles, p.out.rows <= 8 ? 8 : 16, cut.parts, bytes};
+}
+
+std::string decode_sm80(const Product& p, const Device& device) {
+  const DecodeCut cut = decode_cut(p, device, p.workspace != nullptr);
+  return p.weight.type == Type::kBFloat16 ? start<BFloat16>(p, cut, device) : start<Float16>(p, cut, device);
+}
+
+}  // namespace mft::cuda

@@ -1,0 +1,300 @@
+// out = in @ where(keep, weight, 0).T + bias for few tokens, as in decoding: the weight goes from memory to registers, once,
+// 16 bytes a load, and is an operand of mma.sync there. For any GPU from sm_80 on.
+//
+//                32 columns a unit          A of mma.sync, 16 x 16, are 16 features; tokens are its columns, 8 a tile. Of a
+//              +----+----+----+----+-       unit, lane (g, q) holds columns 8 q to 8 q + 7 of features g and g + 8. Two
+//  16 features | u0 | u1 | u2 | u3 |        mma.sync take 4 of them each, in place of 2 q, 2 q + 1, 2 q + 8 and 2 q + 9, and
+//              +----+----+----+----+-       `in` alike: sums are in another order, and no byte is moved. What a lane's mask
+//                                           has of a unit is one byte of one word.
+//
+// A block has 8 warps: 8 / slices groups of 16 features, and for each group `slices` warps, which take its units in turn.
+// Their sums are added in shared memory, slice by slice. `in` is there too, as much of it at a time as fits (a slab).
+// Blocks cut the depth into parts, a row of the grid each, whose sums go to the workspace; sum_parts adds them in the
+// order of the parts. So nothing depends on what ends first. decode_cut.h says how many there are of each.
+//
+// A warp has 4 units of the weight on their way, 4 KiB (by scores 2, and 2 of those). Speed: not measured.
+#pragma once
+
+#include <type_traits>
+
+#include "api.h"
+#include "decode_cut.h"
+#include "mask_sm80.h"
+
+namespace mft::cuda::sm80 {
+
+struct DecodeArguments {
+  View out, in, weight;
+  KeepArguments keep;
+  const char* bias;  // or null
+  float* parts;      // (parts, out.rows, part_stride), or null: the depth is in one
+  int64_t part_stride;
+  int units, part_units, slab_units;  // of the depth: all, in a part, of `in` at a time
+  int slice_bits;                     // 1, 2, 4 or 8 slices
+  int step_bytes, step_columns;       // from one unit of a warp to its next
+  int slab_steps;                     // a warp's units in a slab
+  int in_stride;                      // bytes from one token to the next in shared memory
+};
+
+// In a matrix of 16-bit elements.
+MFT_DEVICE char* at_16(const View& matrix, int row, int column) {
+  return matrix.data + row * matrix.row_bytes + static_cast<int64_t>(column) * 2;
+}
+
+// 8 neighbours of a row, zeros behind its end, which is so many further.
+template <bool kChunked>
+MFT_DEVICE isa::Words4 eight_of(const char* from, int left) {
+  isa::Words4 v = {};
+  if constexpr (kChunked) {
+    if (left > 0) v = isa::load_streaming(from);
+  } else {
+    for (int i = 0; i < 8; ++i) {
+      if (i < left) v.words[i / 2] |= static_cast<uint32_t>(load<uint16_t>(from + 2 * i)) << (16 * (i % 2));
+    }
+  }
+  return v;
+}
+
+// Asked for again where it is needed: registers are short in the loop.
+struct DecodeWarp {
+  int group, slice;
+
+  MFT_DEVICE static DecodeWarp of(const DecodeArguments& a) {
+    const int group = isa::warp() >> a.slice_bits;
+    return {group, isa::warp() - (group << a.slice_bits)};
+  }
+};
+
+// Where a warp reads: rows g and g + 8 of its 16 features, and every slices-th unit.
+struct DecodePlace {
+  int rows[2];
+  int unit, count;  // the first, and how many
+  int end;          // of the columns
+
+  // Behind the last row is that one again, and nobody writes its sums; a warp that has only such rows reads none.
+  MFT_DEVICE static DecodePlace of(const DecodeArguments& a) {
+    const auto [group, slice] = DecodeWarp::of(a);
+    const int feature = static_cast<int>(isa::block(0)) * (kDecodeRows >> a.slice_bits) + 16 * group;
+    const int first = static_cast<int>(isa::block(1)) * a.part_units, left = a.units - first;
+    const int units = left < a.part_units ? left : a.part_units, g = isa::lane() / 4, last = a.weight.rows - 1;
+    DecodePlace place;
+    for (int i = 0; i < 2; ++i) place.rows[i] = feature + g + 8 * i < last ? feature + g + 8 * i : last;
+    place.unit = first + slice;
+    place.count = feature <= last ? (units - slice + (1 << a.slice_bits) - 1) >> a.slice_bits : 0;
+    const int end = kDecodeUnit * (first + units);
+    place.end = place.count == 0 ? 0 : end < a.weight.columns ? end : a.weight.columns;
+    return place;
+  }
+
+  MFT_DEVICE int column() const { return kDecodeUnit * unit + 8 * (isa::lane() % 4); }  // the lane's first
+};
+
+// The lane's 16 bytes of both rows, unit after unit.
+template <bool kChunked>
+class UnitReader {
+ public:
+  MFT_DEVICE UnitReader(const View& matrix, const DecodePlace& place) {
+    for (int i = 0; i < 2; ++i) from_[i] = at_16(matrix, place.rows[i], place.column());
+  }
+
+  // left: columns from the lane's first in this unit on.
+  MFT_DEVICE void load(isa::Words4 (&to)[2], int left, const DecodeArguments& a) {
+    for (int i = 0; i < 2; ++i) {
+      to[i] = eight_of<kChunked>(from_[i], left);
+      from_[i] += a.step_bytes;
+    }
+  }
+
+ private:
+  const char* from_[2];
+};
+
+// What of a unit is kept. By 16-bit scores, which come as the weight does:
+template <class S, bool kMagnitude, int kAhead>
+class DecodeMask {
+  using Pair = KeepPair<S, kMagnitude>;
+
+ public:
+  MFT_DEVICE DecodeMask(const DecodeArguments& a, const DecodePlace& place) : reader_(a.keep.scores, place) {
+    for (int i = 0; i < 2; ++i) pairs_[i] = Pair::of(threshold_of<uint16_t>(a.keep, place.rows[i]) * 0x10001u);
+  }
+
+  MFT_DEVICE void load(int j, int left, const DecodeArguments& a) { reader_.load(scores_[j], left, a); }
+
+  MFT_DEVICE void ask(const uint32_t*, int, const DecodePlace&, const DecodeArguments&) {}
+
+  MFT_DEVICE void select(uint32_t (&kept)[2][4], const isa::Words4 (&weights)[2], int j) const {
+    for (int i = 0; i < 2; ++i) {
+      for (int pair = 0; pair < 4; ++pair) {
+        kept[i][pair] = pairs_[i].select(weights[i].words[pair], scores_[j][i].words[pair]);
+      }
+    }
+  }
+
+ private:
+  UnitReader<true> reader_;
+  Pair pairs_[2];
+  isa::Words4 scores_[kAhead][2];
+};
+
+// By words: lane q of four asks for those of the q-th of the next four units, and all four get them from it.
+template <bool kMagnitude, int kAhead>
+class DecodeMask<Words, kMagnitude, kAhead> {
+ public:
+  MFT_DEVICE DecodeMask(const DecodeArguments& a, const DecodePlace& place) {
+    static_assert(kAhead == 4);
+    for (int i = 0; i < 2; ++i) at_[i] = static_cast<int64_t>(place.rows[i]) * a.keep.row_words + place.unit;
+  }
+
+  MFT_DEVICE void load(int, int, const DecodeArguments&) {}
+
+  // What was asked for before is selected by from here on. No words: all is kept.
+  MFT_DEVICE void ask(const uint32_t* words, int unit, const DecodePlace& place, const DecodeArguments& a) {
+    const int own = unit + isa::lane() % 4;
+    for (int i = 0; i < 2; ++i) {
+      now_[i] = next_[i];
+      next_[i] = ~0u;
+      if (words != nullptr && own < place.count) {
+        next_[i] = isa::load_words<1>(words + at_[i] + (own << a.slice_bits)).words[0];
+      }
+    }
+  }
+
+  // A product puts bits 2 pair and 2 pair + 1 of a byte to the tops of both halves.
+  MFT_DEVICE void select(uint32_t (&kept)[2][4], const isa::Words4 (&weights)[2], int j) const {
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t word = isa::shuffle(now_[i], isa::lane() / 4 * 4 + j);
+      const uint32_t byte = word >> (8 * (isa::lane() % 4)) & 0xff;
+      for (int pair = 0; pair < 4; ++pair) {
+        const uint32_t tops = byte * (1u << (15 - 2 * pair) | 1u << (30 - 2 * pair));
+        kept[i][pair] = weights[i].words[pair] & isa::spread_signs(tops);
+      }
+    }
+  }
+
+ private:
+  int64_t at_[2];
+  uint32_t now_[2] = {}, next_[2] = {};
+};
+
+// T: of in, weight and out. S: of the scores, or Words. kTiles: of 8 tokens.
+template <class T, class S, bool kMagnitude, int kTiles>
+struct DecodeKernel {
+  static constexpr int kThreads = sm80::kThreads, kTokens = 8 * kTiles;
+  static constexpr bool kWords = std::is_same_v<S, Words>;
+  static constexpr int kBlocksPerMultiprocessor = decode_blocks(kWords, kTiles);
+  static constexpr int kAhead = decode_ahead(kWords);
+  using Arguments = DecodeArguments;
+
+  MFT_DEVICE static void run(const Arguments& a) {
+    const DecodePlace place = DecodePlace::of(a);
+    char* const shared = isa::shared_memory();
+
+    UnitReader<true> reader(a.weight, place);
+    DecodeMask<S, kMagnitude, kAhead> mask(a, place);
+    isa::Words4 weights[kAhead][2];
+    int left = place.end - place.column();
+    const auto load = [&](int j) {
+      reader.load(weights[j], left, a);
+      mask.load(j, left, a);
+      left -= a.step_columns;
+    };
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) load(j);
+    mask.ask(a.keep.words, 0, place, a);
+
+    float sums[kTiles][4] = {};
+    for (int slab = 0, unit = 0; slab < a.part_units; slab += a.slab_units) {
+      if (slab > 0) isa::sync_block();  // all are done with the one before
+      copy_in(a, shared, slab);
+      isa::wait_copies<0>();
+      isa::sync_block();
+      const int end = unit + a.slab_steps < place.count ? unit + a.slab_steps : place.count;
+      const char* x = shared + lane_row(a.out.rows) * a.in_stride + 64 * DecodeWarp::of(a).slice + 16 * (isa::lane() % 4);
+      for (; unit < end; unit += kAhead) {
+        mask.ask(a.keep.words, unit + kAhead, place, a);
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+          if (unit + j >= end) break;
+          uint32_t kept[2][4];
+          mask.select(kept, weights[j], j);
+          load(j);
+          multiply(sums, kept, x, a.in_stride);
+          x += a.step_bytes;
+        }
+      }
+    }
+    isa::sync_block();
+    write(a, sums, shared);
+  }
+
+  // An odd number of 64 bytes: the units of two tokens, which 8 lanes read, lie in different banks.
+  static int row_stride(int slab_units) { return (slab_units | 1) * 64; }
+  static int shared_bytes(int tokens, int slab_units, int slice_bits) {
+    return std::max(rows_of(tokens) * row_stride(slab_units), 4 * tokens * sum_stride(slice_bits) << slice_bits);
+  }
+
+ private:
+  // Of `in` in shared memory. Of several tiles the last may have rows of any content: they are columns of their own.
+  static constexpr int rows_of(int tokens) { return kTiles == 1 ? tokens : (tokens + 7) / 8 * 8; }
+  MFT_DEVICE static int lane_row(int tokens) {
+    const int g = isa::lane() / 4;
+    return kTiles == 1 && g >= tokens ? tokens - 1 : g;
+  }
+
+  // 4 more than there are features: the 8 x 4 sums that a warp writes at once lie in different banks.
+  static constexpr MFT_DEVICE int sum_stride(int slice_bits) { return (kDecodeRows >> slice_bits) + 4; }
+
+  MFT_DEVICE static void copy_in(const Arguments& a, char* shared, int slab) {
+    const int left = a.part_units - slab, units = left < a.slab_units ? left : a.slab_units;
+    const int first = kDecodeUnit * (static_cast<int>(isa::block(1)) * a.part_units + slab);
+    constexpr bool kByWarp = kTiles > 1;  // a token each
+    for (int token = kByWarp ? isa::warp() : 0; token < a.out.rows; token += kByWarp ? kThreads / 32 : 1) {
+#pragma unroll 1
+      for (int chunk = kByWarp ? isa::lane() : isa::thread(); chunk < 4 * units; chunk += kByWarp ? 32 : kThreads) {
+        isa::copy_async<kChunkBytes>(shared + token * a.in_stride + kChunkBytes * chunk,
+                                     at_16(a.in, token, first + 8 * chunk), first + 8 * chunk < a.in.columns);
+      }
+    }
+    isa::commit_copies();
+  }
+
+  MFT_DEVICE static void multiply(float (&sums)[kTiles][4], const uint32_t (&kept)[2][4], const char* x, int stride) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const auto in = load<isa::Words4>(x + 8 * tile * stride);
+      for (int half = 0; half < 4; half += 2) {
+        const uint32_t weights[4] = {kept[0][half], kept[1][half], kept[0][half + 1], kept[1][half + 1]};
+        isa::multiply_16x8x16<T>(sums[tile], weights, in.words[half], in.words[half + 1]);
+      }
+    }
+  }
+
+  // Slice by slice from shared memory, which `in` has left; then a part, or the results.
+  MFT_DEVICE static void write(const Arguments& a, const float (&sums)[kTiles][4], char* shared) {
+    const auto [group, slice] = DecodeWarp::of(a);
+    const int features = kDecodeRows >> a.slice_bits, first_feature = static_cast<int>(isa::block(0)) * features;
+    float* const to = reinterpret_cast<float*>(shared);
+    const int tokens = a.out.rows, stride = sum_stride(a.slice_bits), g = isa::lane() / 4, c = isa::lane() % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i) {
+      const int token = i / 4 * 8 + c + i % 2;
+      if (token < tokens) to[(slice * tokens + token) * stride + 16 * group + i % 4 / 2 * 8 + g] = sums[i / 4][i % 4];
+    }
+    isa::sync_block();
+    for (int at = isa::thread(); at < tokens * features; at += kThreads) {
+      const int token = at >> (kDecodeRowBits - a.slice_bits), place = at & (features - 1);
+      const int feature = first_feature + place;
+      float sum = 0;
+      for (int i = 0; i < 1 << a.slice_bits; ++i) sum += to[(i * tokens + token) * stride + place];
+      if (a.parts != nullptr) {
+        a.parts[(isa::block(1) * tokens + token) * a.part_stride + feature] = sum;
+      } else if (feature < a.out.columns) {
+        if (a.bias != nullptr) sum += isa::widen(load<T>(a.bias + 2 * static_cast<int64_t>(feature)));
+        store(at_16(a.out, token, feature), isa::round_to<T>(sum).bits);
+      }
+    }
+  }
+};
+
+}  // namespace mft::cuda::sm80
