@@ -5,6 +5,7 @@ otherwise; the environment variable MFT_CUDA_CAPABILITY=80 overrides that, for t
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,6 +54,34 @@ def masked_linear_packed_backward(
 ) -> Gradients:
     """Gradients of masked_linear_packed; the sign comes from the bits of ``signs`` where given, else from scores."""
     return _backward(grad_output, x, weight, scores, None, packed.contiguous(), signs, mode, output_mask)
+
+
+def masked_linear_many(
+    x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, bias: Tensor | None
+) -> Tensor:
+    """masked_linear_packed with a mask a row; the weight is read once for each 64 rows, whatever the masks are."""
+    rows = _rows(x)
+    y = torch.ops.mft_cuda.product_many(
+        rows,
+        _matrix(weight),
+        [packed.contiguous() for packed in masks],
+        (tasks if tasks.dtype in (torch.int64, torch.int32) else tasks.int()).contiguous(),
+        None if bias is None else bias.contiguous(),
+        _rows_of_a_task(rows, tasks),
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def masked_linear_many_backward(grad_output: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor) -> Tensor:
+    """d_x of masked_linear_many: a product of all rows for each mask, of which its rows are taken."""
+    grad, weight = _rows(grad_output), _matrix(weight)
+    task = tasks.repeat_interleave(_rows_of_a_task(grad, tasks))[: len(grad)].unsqueeze(1)
+    everything = weight.new_full((weight.shape[0], -(-weight.shape[1] // 32)), -1, dtype=torch.int32)
+    d_x = grad.new_full((len(grad), weight.shape[1]), torch.nan)
+    for place, packed in enumerate([everything, *masks], start=-1):
+        product = torch.ops.mft_cuda.product(grad, weight, None, None, packed.contiguous(), None, False, True)
+        d_x = torch.where(task == place, product, d_x)
+    return d_x.view(*grad_output.shape[:-1], weight.shape[1])
 
 
 def accumulate_score_grad(
@@ -146,6 +175,10 @@ def _matrix(t: Tensor) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     return _matrix(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
+
+
+def _rows_of_a_task(rows: Tensor, tasks: Tensor) -> int:
+    return max(1, len(rows) // max(1, len(tasks)))
 
 
 def _sign(scores: Tensor | None, signs: Tensor | None, mode: str) -> tuple[Tensor | None, Tensor | None]:
@@ -259,6 +292,8 @@ register(
                 masked_linear_backward,
                 masked_linear_packed,
                 masked_linear_packed_backward,
+                masked_linear_many,
+                masked_linear_many_backward,
                 accumulate_score_grad,
                 accumulate_product,
                 kept_threshold,

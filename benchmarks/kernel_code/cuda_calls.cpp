@@ -74,6 +74,21 @@ void products() {
   }
 }
 
+void many_masks() {
+  for (const Type type : kShortTypes) {
+    for (const bool aligned : {true, false}) {
+      for (const int64_t tokens : {16, 64}) {
+        ManyProduct p;
+        p.weight = matrix(type, kFeatures, kFeatures, aligned);
+        p.in = p.out = matrix(type, tokens, kFeatures, aligned);
+        p.masks[0] = words(), p.count = 1;
+        p.tasks = p.workspace = kMemory;
+        check(product_many(p, device));
+      }
+    }
+  }
+}
+
 void score_grads() {
   for (const Type type : kShortTypes) {
     for (const bool aligned : {true, false}) {
@@ -141,6 +156,7 @@ int main() {
     const int kib = each == 80 || each == 87 ? 164 : each == 90 || each == 100 ? 228 : 100;  // cuda.py has them too
     mft::cuda::device = {nullptr, 132, each, kib * 1024};
     mft::cuda::products();
+    mft::cuda::many_masks();
     mft::cuda::score_grads();
     mft::cuda::masks();
     mft::cuda::steps();

@@ -44,6 +44,21 @@ struct Product {
   void* workspace = nullptr;  // as many bytes as the kernel's plan says, of any content; null: the sum is in one part
 };
 
+constexpr int kMostMasks = 16;
+
+// out[i] (N,) = in[i] @ where(masks[tasks[i / each]], weight, 0).T + bias; all is kept for task -1, and NaN comes of one
+// that there is not.
+struct ManyProduct {
+  Matrix out, in, weight;  // one 16-bit type
+  const uint32_t* masks[kMostMasks] = {};  // each (N, ceil(K / 32)), contiguous
+  int count = 0;
+  const void* tasks = nullptr;  // int64 or int32, contiguous, one for each `each` rows of in
+  bool long_tasks = false;
+  int64_t each = 1;
+  const void* bias = nullptr;  // as Product's, and so the workspace
+  void* workspace = nullptr;
+};
+
 // G = grad_output.T @ x (N, K), never stored: d_scores = [d_scores +] G [* weight] * sign;
 // d_weight = where(keep, G, 0).
 struct ScoreGrad {
@@ -147,6 +162,8 @@ std::string product_sm80(const Product&, const Device&);
 bool takes_decode(const Product&);  // decode_sm80's, which plan_sm80 and product_sm80 then give it
 Plan plan_decode(const Product&, const Device&);
 std::string decode_sm80(const Product&, const Device&);
+Plan plan_many(const ManyProduct&, const Device&);
+std::string product_many(const ManyProduct&, const Device&);
 std::string sum_parts(const Product&, int count, int64_t stride, const Device&);  // of p.workspace (count, M, stride)
 std::string score_grad_sm80(const ScoreGrad&, const Device&);
 std::string kept_threshold(const Select&, const Device&);

@@ -9,8 +9,7 @@
 #include <tuple>
 #include <utility>
 
-#include "api.h"
-#include "place.h"
+#include "operands.h"
 
 #define MFT_TEXT(x) #x
 #define MFT_EXPANDED(x) MFT_TEXT(x)
@@ -43,110 +42,24 @@ using mft::cuda::Place;
 using mft::cuda::Plan;
 using mft::cuda::Sign;
 using mft::cuda::Type;
+using mft::cuda::bias_of;
+using mft::cuda::check_device;
+using mft::cuda::check_launch;
+using mft::cuda::check_size;
+using mft::cuda::empty_words;
+using mft::cuda::input;
+using mft::cuda::keep_by_scores;
+using mft::cuda::keep_of;
+using mft::cuda::like_weight;
+using mft::cuda::matrix;
+using mft::cuda::output;
+using mft::cuda::present;
+using mft::cuda::type_of;
+using mft::cuda::weight_of;
+using mft::cuda::words;
+using mft::cuda::workspace_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-void check_launch(const std::string& error) { STD_TORCH_CHECK(error.empty(), "the cuda backend: ", error); }
-
-Type type_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Type::kFloat32;
-    case ScalarType::BFloat16:
-      return Type::kBFloat16;
-    case ScalarType::Half:
-      return Type::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16 for the cuda backend");
-  }
-}
-
-void check_device(const Tensor& t, const Place& place, const char* name) {
-  STD_TORCH_CHECK(t.get_device() == place.index, name, " must be on device ", place.index, ", got ", t.get_device());
-}
-
-// Null says "not wanted" to the kernels, and an empty tensor's data may be null.
-template <class T>
-T* present(T* data) {
-  static char nowhere;
-  return data ? data : reinterpret_cast<T*>(&nowhere);
-}
-
-Matrix matrix(const Tensor& t, const Place& place, const char* name, void* data) {
-  check_device(t, place, name);
-  const bool many = t.numel() > 0 && t.dim() == 2;  // else strides mean nothing
-  STD_TORCH_CHECK(t.dim() == 2 && (!many || t.size(1) == 1 || t.stride(1) == 1), name,
-                  " must be 2-d with unit column stride");
-  // For a single row a multiple of 16 bytes, which the Hopper kernels ask for.
-  const int64_t stride = many && t.size(0) > 1 ? t.stride(0) : (t.size(1) + 7) / 8 * 8;
-  STD_TORCH_CHECK(stride >= t.size(1), name, " must have rows that do not overlap");
-  return {present(data), type_of(t, name), t.size(0), t.size(1), stride};
-}
-
-Matrix input(const Tensor& t, const Place& place, const char* name) {
-  return matrix(t, place, name, const_cast<void*>(t.const_data_ptr()));
-}
-
-Matrix output(const Tensor& t, const Place& place, const char* name) {
-  return matrix(t, place, name, t.mutable_data_ptr());
-}
-
-void check_size(const Matrix& m, int64_t rows, int64_t columns, const char* name) {
-  STD_TORCH_CHECK(m.rows == rows && m.columns == columns, name, " must be (", rows, ", ", columns, "), got (", m.rows,
-                  ", ", m.columns, ")");
-}
-
-const uint32_t* words(const Tensor& t, const Place& place, const Matrix& weight, const char* name) {
-  check_device(t, place, name);
-  const int64_t columns = (weight.columns + 31) / 32;
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous() && t.dim() == 2 &&
-                      t.size(0) == weight.rows && t.size(1) == columns,
-                  name, " must be int32, contiguous and (", weight.rows, ", ", columns, ")");
-  return present(static_cast<uint32_t*>(const_cast<void*>(t.const_data_ptr())));
-}
-
-Keep keep_by_scores(const Tensor& scores, const Tensor& threshold, const Place& place, bool magnitude) {
-  Keep keep;
-  keep.scores = input(scores, place, "scores");
-  check_device(threshold, place, "threshold");
-  STD_TORCH_CHECK(type_of(threshold, "threshold") == keep.scores.type, "threshold must have scores' dtype");
-  STD_TORCH_CHECK(threshold.dim() == 0 || (threshold.dim() == 1 && threshold.size(0) == keep.scores.rows),
-                  "threshold must be () or (", keep.scores.rows, ",)");
-  keep.thresholds = threshold.const_data_ptr();
-  keep.threshold_stride = threshold.dim() == 0 ? 0 : threshold.stride(0);
-  keep.magnitude = magnitude;
-  return keep;
-}
-
-Keep keep_of(const std::optional<Tensor>& scores, const std::optional<Tensor>& threshold,
-             const std::optional<Tensor>& packed, const Place& place, const Matrix& weight, bool magnitude) {
-  if (packed.has_value()) {
-    Keep keep;
-    keep.words = words(*packed, place, weight, "packed");
-    return keep;
-  }
-  STD_TORCH_CHECK(scores.has_value() && threshold.has_value(), "give scores and threshold, or packed");
-  const Keep keep = keep_by_scores(*scores, *threshold, place, magnitude);
-  check_size(keep.scores, weight.rows, weight.columns, "scores");
-  return keep;
-}
-
-Matrix weight_of(const Tensor& t, const Place& place, const char* name = "weight") {
-  const Matrix weight = input(t, place, name);
-  STD_TORCH_CHECK(weight.type != Type::kFloat32, name, " must be bfloat16 or float16 for the cuda backend");
-  return weight;
-}
-
-Matrix like_weight(const Tensor& t, const Place& place, const Matrix& weight, const char* name) {
-  const Matrix m = input(t, place, name);
-  STD_TORCH_CHECK(m.type == weight.type, name, " must have weight's dtype");
-  return m;
-}
-
-Tensor empty_words(const Tensor& like, const Matrix& scores) {
-  const int64_t sizes[] = {scores.rows, (scores.columns + 31) / 32};
-  return torch::stable::new_empty(like, {sizes, 2}, ScalarType::Int);
-}
 
 // Hopper's kernel reads scores of weight's type, and for d_x one threshold. Anything else is packed first, 1 bit a
 // weight, where there are so many tokens that its speed is worth more than the pass. An estimate, not measured: at 400
@@ -178,13 +91,6 @@ std::pair<bool, Plan> chosen_plan(const Problem& problem, const Device& device) 
   return {false, general};
 }
 
-// Given back in the order of the stream.
-std::optional<Tensor> workspace_of(const Tensor& like, const Plan& plan) {
-  if (plan.workspace == 0) return std::nullopt;
-  const int64_t bytes[] = {plan.workspace};
-  return torch::stable::new_empty(like, {bytes, 1}, ScalarType::Byte);
-}
-
 Tensor product(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optional<Tensor> threshold,
                std::optional<Tensor> packed, std::optional<Tensor> bias, bool magnitude, bool transposed) {
   const Place place(weight);
@@ -194,13 +100,8 @@ Tensor product(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optio
   check_size(p.in, p.in.rows, transposed ? p.weight.rows : p.weight.columns, "x");
   p.keep = keep_of(scores, threshold, packed, place, p.weight, magnitude);
   p.transposed = transposed;
-  if (bias.has_value()) {
-    check_device(*bias, place, "bias");
-    STD_TORCH_CHECK(!transposed && bias->dim() == 1 && bias->size(0) == p.weight.rows && bias->is_contiguous() &&
-                        type_of(*bias, "bias") == p.weight.type,
-                    "bias must be (N,), contiguous, in weight's dtype, and for the forward product");
-    p.bias = bias->const_data_ptr();
-  }
+  STD_TORCH_CHECK(!bias.has_value() || !transposed, "bias must be for the forward product");
+  p.bias = bias_of(bias, place, p.weight);
   const int64_t sizes[] = {p.in.rows, transposed ? p.weight.columns : p.weight.rows};
   Tensor out = torch::stable::new_empty(x, {sizes, 2});
   p.out = output(out, place, "out");

@@ -274,6 +274,7 @@ std::string product_sm80(const Product& p, const Device&) {
   ASK
   return launch(p.transposed ? 65536 : 512);
 }
+std::string product_many(const ManyProduct&, const Device&) { return ""; }
 std::string score_grad_sm80(const ScoreGrad&, const Device&) { return ""; }
 std::string kept_threshold(const Select&, const Device&) { return ""; }
 std::string pack_mask(const PackMask&, const Device&) { return ""; }

@@ -1,4 +1,4 @@
-"""csrc/cuda/bindings.cpp for CPU tensors: its ops as torch.ops.NAME, over kernels that run on the host."""
+"""The bindings of csrc/cuda for CPU tensors: their ops as torch.ops.NAME, over kernels that run on the host."""
 
 import subprocess
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import emulated
 import torch
 
-BINDINGS = emulated.ROOT / "csrc/cuda/bindings.cpp"
+BINDINGS = [emulated.ROOT / "csrc/cuda" / name for name in ("bindings.cpp", "many_bindings.cpp")]
 
 
 def build(library: Path, name: str, *kernels: str) -> None:
@@ -19,13 +19,13 @@ def build(library: Path, name: str, *kernels: str) -> None:
     command = [
         emulated.compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror",
         "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-DMFT_CUDA_ON_HOST={name}", "-DMFT_CUDA_PRODUCT_SM90",
-        "-isystem", str(torch_folder / "include"), f"-I{BINDINGS.parent}", str(BINDINGS), *kernels,
+        "-isystem", str(torch_folder / "include"), f"-I{BINDINGS[0].parent}", *map(str, BINDINGS), *kernels,
         f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ltorch", "-Wl,-Bsymbolic", "-o", str(library),
     ]
     # fmt: on
     built = subprocess.run(command, capture_output=True, text=True)
     if built.returncode != 0:
-        raise RuntimeError(f"csrc/cuda/bindings.cpp does not compile for the host:\n{built.stderr}")
+        raise RuntimeError(f"csrc/cuda/*bindings.cpp do not compile for the host:\n{built.stderr}")
 
 
 def emulated_kernels() -> list[str]:

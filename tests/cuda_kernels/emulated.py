@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,7 +30,13 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # "unroll" is nvcc's
 NUMBERS = "-ffp-contract=off"  # products and sums are rounded one by one, also where the host could fuse them
 INCLUDE = [f"-I{folder}" for folder in (ROOT / "csrc/cuda", PROGRAMS, HERE)]
 FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", NUMBERS, *WARNINGS, *INCLUDE]
-NOT_EMULATED = ("score_grad_sm90_", "bindings", "cubin", "plan_bindings")  # CUTLASS's, torch's, the driver's
+NOT_EMULATED = (
+    "score_grad_sm90_",
+    "bindings",
+    "cubin",
+    "plan_bindings",
+    "many_bindings",
+)  # CUTLASS's, torch's, the driver's
 
 ASYNCHRONIES = ("at_issue", "as_late_as_possible", "random")
 SCHEDULES = ("in_turn", "by_rank")  # by rank, a warp may run far ahead of another
@@ -72,6 +78,21 @@ class Product(ctypes.Structure):
         ("keep", Keep),
         ("bias", Pointer),
         ("transposed", ctypes.c_bool),
+        ("workspace", Pointer),
+    )
+
+
+class ManyProduct(ctypes.Structure):
+    _fields_ = (
+        ("out", Matrix),
+        ("in", Matrix),
+        ("weight", Matrix),
+        ("masks", Pointer * 16),
+        ("count", ctypes.c_int),
+        ("tasks", Pointer),
+        ("long_tasks", ctypes.c_bool),
+        ("each", Int64),
+        ("bias", Pointer),
         ("workspace", Pointer),
     )
 
@@ -164,6 +185,7 @@ class Plan(ctypes.Structure):
 
 _STRUCTS = {
     "product": Product,
+    "many_product": ManyProduct,
     "score_grad": ScoreGrad,
     "select": Select,
     "pack_mask": PackMask,
@@ -246,6 +268,24 @@ def masked_linear(
 
 def masked_linear_packed(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, **device) -> Tensor:
     return _linear(x, weight, Keep(words=_words(packed)), bias, device)
+
+
+def masked_linear_many(
+    x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, bias: Tensor | None, **device
+) -> Tensor:
+    rows = _rows(x)
+    out = _new((rows.shape[0], weight.shape[0]), x.dtype)
+    asked = ManyProduct(out=_matrix(out), weight=_matrix(weight), count=len(masks))
+    setattr(asked, "in", _matrix(rows))
+    for i, mask in enumerate(masks):
+        asked.masks[i] = _words(mask)
+    asked.tasks, asked.long_tasks = tasks.data_ptr() or _nowhere(), tasks.dtype == torch.int64
+    asked.each = max(1, len(rows) // max(1, len(tasks)))
+    asked.bias = None if bias is None else bias.data_ptr()
+    workspace = _new((plan("product_many", asked, device).workspace // 4,), torch.float32)
+    asked.workspace = workspace.data_ptr() or None
+    _call("product_many", asked, device)
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def masked_linear_backward(

@@ -22,6 +22,8 @@ def test_every_group_was_compiled_for_hopper_and_the_general_kernels_for_both():
         "PackKernel",
         "ClearKernel",
         "ProductKernel",
+        "DecodeKernel",
+        "ManyKernel",
         "ScoreGradKernel",
         "SelectKernel",
         "ScoreStepKernel",
