@@ -83,6 +83,12 @@ _PRODUCT: dict[str, tuple[Tiles, ...]] = {
     "hip": (Tiles(16, 128, 64, 8, 2), Tiles(64, 128, 64, 8, 2), Tiles(128, 128, 64, 8, 2)),
     "sm_80": (_FEW, Tiles(64, 128, 32, 8, 4), Tiles(128, 128, 32, 8, 4)),
 }
+#: Of a product with a mask a row, by mma.sync. With 16 masks a thread of sm_80 takes 190 registers.
+_MANY = (
+    replace(_FEW, stages=3, blocks=2),
+    Tiles(32, 64, 64, 4, 3, blocks=2, plain=True),
+    Tiles(64, 64, 64, 4, 3, blocks=2, plain=True),
+)
 #: rows: of N, columns: of K, inner: of M.
 _HOPPER_OUTER = (Tiles(128, 128, 64, 8, 3), Tiles(128, 256, 64, 8, 3))
 _OUTER: dict[str, tuple[Tiles, ...]] = {
@@ -140,6 +146,32 @@ def product_seconds(
 ) -> float:
     """What the model expects a product to take that reaches a share of the rate that the makers promise."""
     return _seconds(target, tiles, operands, [_products(tiles, m, p, q, operands)], m, p, q, share=share)
+
+
+@functools.lru_cache(_MEMORY)
+def many_tiles(target: Target, m: int, n: int, k: int, operands: Operands, masks: int) -> Tiles:
+    """Of a product with a mask a row. rows: tokens, columns: of N, inner: of K."""
+    if target.backend == "interpreter":
+        known = tuple(replace(_INTERPRETED[0], rows=tiles.rows) for tiles in _MANY)
+    elif operands.exact:
+        known = (Tiles(16, 64, 32, 4, 2),)
+    else:
+        known = _MANY
+    tallest = [next((tiles for tiles in known if tiles.rows >= m), known[-1])]
+    choices = _choices(tallest, target, m, n, k, operands)
+    return min(choices, key=lambda tiles: _many_seconds(target, tiles, m, n, k, operands, masks))
+
+
+def _many_seconds(target: Target, tiles: Tiles, m: int, n: int, k: int, operands: Operands, masks: int) -> float:
+    """Each mask is loaded, and multiplies once more: all of them where rows are enough to take them."""
+    one, taken = _products(tiles, m, n, k, operands), min(masks, m)
+    jobs = replace(
+        one,
+        multiply_adds=one.multiply_adds * max(1, taken),
+        read=one.read + one.masked / 8 * taken,
+        masked=one.masked * taken,
+    )
+    return _seconds(target, tiles, operands, [jobs], m, n, k, beside=taken / 8)
 
 
 def fused_seconds(target: Target, m: int, p: int, q: int, operands: Operands) -> float:
@@ -261,7 +293,7 @@ def _choices(known: Sequence[Tiles], target: Target, m: int, p: int, q: int, ope
         if each.rows <= need:
             fitted = _fit_memory(each, target, operands, masks=True)
             most = min(MOST_SPLITS, q // (4 * fitted.inner), _card(target).l2 // 2 // (4 * m * p))
-            if each.plain:
+            if m <= 16 and each.plain:
                 tenth = p * q * (operands.element + (operands.keep or 1 / 8)) / 10 - m * (p + q) * operands.element
                 most = min(most, int(max(tenth, _FREE_PARTS)) // (8 * m * p))  # written and read in fp32
             yield from (replace(fitted, splits=splits) for splits in range(1, max(1, most) + 1))
@@ -302,7 +334,7 @@ def _seconds(
     q: int,
     *,
     share: float = 1.0,
-    beside: int = 0,
+    beside: float = 0,
 ) -> float:
     """Of the launch, and of the one that adds up the parts; tokens m, the weight has p x q elements.
 

@@ -104,6 +104,16 @@ def test_a_decoded_token_s_weight_comes_16_bytes_at_a_time_and_each_word_of_its_
         assert copies == {"LDGSTS.E.BYPASS.128": (rows + 16) * columns * 2 // (16 * threads)}
 
 
+def test_rows_of_many_masks_wait_for_no_load():
+    """A load in the branch of one mask is waited for at once, each step anew."""
+    ((_, call),) = launches._of_many(8, 3, torch.bfloat16)
+    product = ahead.recorded(call, target.A100)[0]
+    compiled = ahead.compile_ahead(product.kernel, ahead.gpu_target(target.A100), product.args, product.options)
+    loops = sass.parse(sass.disassemble(compiled.asm["cubin"])).innermost_loops(sass.is_mma)
+    copies = Counter(one.name for loop in loops for one in loop)
+    assert copies["LDG"] == 0 < copies["LDGSTS"]
+
+
 WEIGHT_AND_WORDS = ((4096, torch.bfloat16), (128, torch.int32))
 
 

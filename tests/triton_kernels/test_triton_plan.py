@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mft_kernels.triton import launch, ops, plan, target
+from mft_kernels.triton import launch, many, ops, plan, target
 from mft_kernels.triton.plan import Operands
 
 TARGETS = (target.A100, target.H100, target.H100_OLD_TRITON, target.B200, target.MI300X)
@@ -110,6 +110,18 @@ def test_decoding_fills_the_card_and_moves_little_beside_weight_and_mask(card, p
         assert product.grid[0] >= 0.85 * card.multiprocessors or m > 16, case
         # Of more tokens the parts come and go through L2.
         assert activations + beside * (m <= 16) <= needed / 10, case
+
+
+@pytest.mark.parametrize("card", DECODING, ids=["A100", "H100", "H100, old Triton", "B200", "RTX 4090"])
+def test_rows_of_many_masks_fill_the_card_too(card):
+    for (n, k), m, masks in itertools.product(DECODED, (1, 8, 16), (1, 3, 8)):
+        words, tasks = [empty(n, k // 32, dtype=torch.int32)] * masks, empty(m, dtype=torch.int32)
+        with target.assume(card), launch.record() as launches:
+            many.masked_linear_many(empty(m, k), empty(n, k), words, tasks, None)
+        product, *sums = launches
+        whole = -(-n // product.options["BLOCK_N"])
+        assert product.grid[0] >= 0.85 * card.multiprocessors, ((n, k), m, masks, product.grid)
+        assert len(sums) == (product.grid[0] > whole)
 
 
 def test_tiles_fit_shared_memory_with_at_least_two_stages():
