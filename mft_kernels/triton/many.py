@@ -35,13 +35,15 @@ def masked_linear_many(
     part = max(tiles.inner, tiles.part(k))
     splits = max(1, math.ceil(k / part))
     parts = new_parts(a, splits, rows, n)
+    # One binary for 3 and 4 masks, and so on: serving does not stop to compile when a task comes.
+    unused = (1 << (len(masks) - 1).bit_length()) - len(masks) if masks else 0
     bias = bias if bias is None else bias.contiguous()
     launch(
         _many_masks_kernel,
         (math.ceil(rows / tiles.rows) * math.ceil(n / tiles.columns) * splits,),
         a,
         weight,
-        tuple(packed.contiguous() for packed in masks),
+        tuple(packed.contiguous() for packed in [*masks, *(masks[:1] * unused)]),
         tasks.contiguous(),
         bias,
         y,
@@ -50,12 +52,13 @@ def masked_linear_many(
         n,
         k,
         max(1, rows // max(1, len(tasks))),
+        len(masks),
         splits,
         part,
         *a.stride(),
         *weight.stride(),
         *y.stride(),
-        COUNT=len(masks),
+        COUNT=len(masks) + unused,
         HAS_BIAS=bias is not None,
         BLOCK_M=tiles.rows,
         BLOCK_N=tiles.columns,
@@ -89,14 +92,14 @@ def _everything(weight: Tensor) -> Tensor:
     return weight.new_full((weight.shape[0], -(-weight.shape[1] // 32)), -1, dtype=torch.int32)
 
 
-@triton.jit(do_not_specialize=["M", "EACH", "SPLITS"])
+@triton.jit(do_not_specialize=["M", "EACH", "MASKS", "SPLITS"])
 def _many_masks_kernel(
-    x, weight, masks, tasks, bias, y, parts, M, N, K, EACH, SPLITS, K_SPLIT,
+    x, weight, masks, tasks, bias, y, parts, M, N, K, EACH, MASKS, SPLITS, K_SPLIT,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ym, stride_yn,
     COUNT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y a program, if SPLITS is 1; else of one of the parts, see _masked_product_kernel."""
+    """One tile of y a program, if SPLITS is 1; else of one of the parts, see _masked_product_kernel. MASKS <= COUNT."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles = tiles_m * tl.cdiv(N, BLOCK_N)
     split = tl.program_id(0) // tiles
@@ -131,7 +134,7 @@ def _many_masks_kernel(
     if HAS_BIAS:
         n = column + tl.arange(0, BLOCK_N)
         sums += tl.load(bias + n, mask=n < tl.where(SPLITS == 1, N, 0), other=0).to(tl.float32)[None, :]
-    there = (task >= -1) & (task < COUNT)
+    there = (task >= -1) & (task < MASKS)
     sums = tl.where(there[:, None], sums, float("nan"))
     if SPLITS == 1:
         store_tile(y, sums, row, column, M, N, stride_ym, stride_yn, BLOCK_M, BLOCK_N)

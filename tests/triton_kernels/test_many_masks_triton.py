@@ -36,18 +36,16 @@ def test_every_shape_equals_the_reference(device, dtype, shape):
 
 
 def test_a_sum_in_parts_counts_every_element_and_the_bias_once(device, target):
-    for rows in (3, 12, 20):  # a tile of 16, 32 and 64 of them
-        x, weight, bits, tasks, bias, _ = arguments(rows, 24, 3304, torch.float16, device)
-        tasks[0] = 9  # there is no such task, in no part
+    for rows in (3, 20):  # a tile of 16 and of 64 of them
+        x, weight, bits, tasks, bias, _ = arguments(rows, 24, 1640, torch.float16, device)
+        tasks[0] = 3  # there is no such task, in no part: three masks take the binary of four
         with assume(replace(target, multiprocessors=1000)):
             with record() as launches:
                 many.masked_linear_many(x, weight, bits, tasks, bias)
             assert [one.kernel.__name__ for one in launches] == ["_many_masks_kernel", "_sum_splits_kernel"]
-            for b in (bias, None):
-                y = many.masked_linear_many(x, weight, bits, tasks, b)
-                expected = reference.masked_linear_many(x, weight, bits, tasks, b)
-                assert torch.equal(y[1:], expected[1:])
-                assert y[0].isnan().all()
+            y = many.masked_linear_many(x, weight, bits, tasks, bias)
+        assert torch.equal(y[1:], reference.masked_linear_many(x, weight, bits, tasks, bias)[1:])
+        assert y[0].isnan().all()
 
 
 def test_strides_are_read_as_they_are(device):
