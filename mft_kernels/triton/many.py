@@ -26,24 +26,25 @@ from .tiles import load_tile, load_words, spread, store_tile
 def masked_linear_many(
     x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """masked_linear_packed with a mask a row, in one launch; NaN for a task that there is not."""
+    """masked_linear_packed with a mask a row, in one pass over the weight; NaN for a task that there is not."""
     (n, k), rows = weight.shape, x.shape[:-1].numel()
     y = x.new_empty((rows, n))
     a = x.reshape(rows, k)
-    sizes = (max(1, size) for size in (rows, n, k))
-    tiles = many_tiles(target_of(x.device), *sizes, operands(weight, None, True), len(masks))
+    least = max(1, rows), max(1, n), max(1, k)
+    tiles = many_tiles(target_of(x.device), *least, operands(weight, None, True), len(masks))
     part = max(tiles.inner, tiles.part(k))
     splits = max(1, math.ceil(k / part))
     parts = new_parts(a, splits, rows, n)
+    every = [packed.contiguous() for packed in masks]
     # One binary for 3 and 4 masks, and so on: serving does not stop to compile when a task comes.
-    unused = (1 << (len(masks) - 1).bit_length()) - len(masks) if masks else 0
+    unused = (1 << (len(every) - 1).bit_length()) - len(every) if every else 0
     bias = bias if bias is None else bias.contiguous()
     launch(
         _many_masks_kernel,
         (math.ceil(rows / tiles.rows) * math.ceil(n / tiles.columns) * splits,),
         a,
         weight,
-        tuple(packed.contiguous() for packed in [*masks, *(masks[:1] * unused)]),
+        tuple(every + every[:1] * unused),
         tasks.contiguous(),
         bias,
         y,
