@@ -1,13 +1,17 @@
 """python -m benchmarks.cubin_launch [--quick]: what a forward by cubins costs the host, on a driver that does nothing.
 
 bench_launch.py's layers and words, bf16 on CPU tensors taken for an H100's, by mft_kernels/cubins (make cubins). What
-CUDA itself costs is in none of the figures: the driver, finding device and stream, memory of the device.
+CUDA itself costs is in none of the figures: the driver, finding device and stream, memory of the device. Stored as the
+answer to the question `cubin_launch`, with the CPU that gave it; --quick stores into build/benchmarks.
 """
 
 import argparse
+import contextlib
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -17,14 +21,36 @@ from mft_kernels.triton.choice import automatic
 from mft_kernels.triton.target import H100
 
 from . import bench_launch
-from .harness import ROOT
+from .harness import ROOT, report, write_results_to
 from .tables import launch_tables
 
 _OPS = {"masked_linear_packed": ops.masked_linear_packed}
 
 
-def main(quick: bool) -> None:
-    """Print the table."""
+SITUATIONS = (bench_launch.NO_GRAD, bench_launch.INFERENCE, bench_launch.GRAD)
+STORED = bench_launch.Budget(rounds=63)  # as many as three processes of `launch` take together
+
+
+def main(budget: bench_launch.Budget = STORED) -> None:
+    """Print and store the answer."""
+    torch.set_num_threads(1)
+    findings, rows = [], []
+    with _by_cubins():
+        layers = bench_launch.layers(torch.bfloat16)
+        for situation in SITUATIONS:
+            samples = bench_launch.time_calls(layers, torch.bfloat16, situation, budget)
+            own = bench_launch.rows_of("bf16", situation, samples)
+            rows += own
+            # Without the ratios: benchmarks.compare would ask for cubins on every machine.
+            findings += [f for row in own for f in bench_launch.findings_of(row, samples) if f.unit == "us"]
+    title = f"What a forward by cubins for {H100} costs, a layer of {bench_launch.SIDE} x {bench_launch.SIDE}, M = 1"
+    report("cubin_launch", title, findings, printed=False, calls=rows)
+    print("\n\n".join(launch_tables({"calls": rows})))
+
+
+@contextlib.contextmanager
+def _by_cubins() -> Iterator[None]:
+    """Within the context CPU tensors are an H100's, on a driver that records nothing."""
     archives = cubins.FOLDER
     if not (archives / f"{H100}.zip").exists():
         sys.exit(f"there must be cubins for {H100} in {archives}; make cubins")
@@ -43,26 +69,24 @@ def main(quick: bool) -> None:
             automatic={name: lambda *given, op=op: op(*given, choose=automatic) for name, op in _OPS.items()},
             short={"masked_linear_packed": torch.ops.mft_cuda.try_masked_linear_packed.default},
         )
-        backends._TABLE["triton"] = served
-        backends._chosen.clear()
-        backends.short_ways.clear()
-        with on_stub.taken_for(H100):
-            print(_table(bench_launch.QUICK if quick else bench_launch.STORED))
+        with mock.patch.dict(backends._TABLE, triton=served), on_stub.taken_for(H100):
+            _forget_choices()
+            yield
+        _forget_choices()
         if not stub.modules_loaded():
             sys.exit("no cubin was launched, so these are another kernel's times")
 
 
-def _table(budget: bench_launch.Budget) -> str:
-    torch.set_num_threads(1)
-    layers = bench_launch.layers(torch.bfloat16)
-    rows = []
-    for situation in (bench_launch.NO_GRAD, bench_launch.INFERENCE, bench_launch.GRAD):
-        samples = bench_launch.time_calls(layers, torch.bfloat16, situation, budget)
-        rows += bench_launch.rows_of("bf16", situation, samples)
-    return "\n\n".join(launch_tables({"calls": rows}))
+def _forget_choices() -> None:
+    backends._chosen.clear()
+    backends.short_ways.clear()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cubin_launch", description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    main(parser.parse_args().quick)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, into build/benchmarks")
+    if parser.parse_args().quick:
+        write_results_to(ROOT / "build" / "benchmarks")
+        main(bench_launch.QUICK)
+    else:
+        main()

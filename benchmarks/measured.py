@@ -150,6 +150,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Records], str]]] = {
     "shares": ("cpu", shares_table),
     "generate": ("generate", generate_table),
     "launch": ("launch", launch_table),
+    "cubin_launch": ("cubin_launch", launch_table),
     "step": ("ops", step_table),
     "once": ("ops", once_table),
     "train_step": ("train_step", train_step_table),
@@ -177,7 +178,11 @@ def main() -> None:
 
 
 def _missing(question: str) -> str:
-    return f"No machine has answered this yet: `make bench WHAT={question}`, then `python -m benchmarks.measured`."
+    return f"No machine has answered this yet: `{_command(question)}`, then `python -m benchmarks.measured`."
+
+
+def _command(question: str) -> str:
+    return "python -m benchmarks.cubin_launch" if question == "cubin_launch" else f"make bench WHAT={question}"
 
 
 def _origins(question: str, records: Records) -> str:
@@ -188,7 +193,7 @@ def _origins(question: str, records: Records) -> str:
         told.append(
             f"{machine(record)}: {threads}, torch {where['torch']}, commit {where['commit'][:10]}, {where['date'][:10]}"
         )
-    return f"`make bench WHAT={question}`. {'; '.join(told)}."
+    return f"`{_command(question)}`. {'; '.join(told)}."
 
 
 def _competitors(record: Record) -> list[str]:

@@ -187,6 +187,7 @@ TABLES: dict[str, Callable[[Record], list[str]]] = {
     "generate": generate_tables,
     "decode": generate_tables,
     "launch": launch_tables,
+    "cubin_launch": launch_tables,
     "mask_variants": mask_variants_tables,
     "many_masks": many_masks_tables,
 }

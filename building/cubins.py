@@ -6,6 +6,7 @@ Triton, or with none, runs the code of this one. No GPU is needed.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import zipfile
@@ -23,7 +24,8 @@ from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST, expand_signa
 
 from building.ahead import compile_ahead, gpu_target, recorded
 from building.machine_code.parameters import parameters
-from mft_kernels.triton import bits, ops, select
+from mft_kernels.reference_step import BLOCK
+from mft_kernels.triton import bits, many, ops, score_step, select
 from mft_kernels.triton.cubins import FOLDER, MANIFEST, kernels_hash
 from mft_kernels.triton.launch import Launch
 from mft_kernels.triton.specialise import identity
@@ -39,13 +41,20 @@ _BYTES = {"i1": 4, "i32": 4, "i64": 8, "fp32": 4, "nvTmaDesc": 128}
 
 
 def calls() -> Iterator[Callable[[], object]]:
-    """Calls with tensors on no device, whose launches are compiled: what layers do in 16 bits, in magnitude mode."""
+    """Calls with tensors on no device, whose launches are compiled: what layers do in 16 bits, in magnitude mode.
+
+    A mask a row: in bf16 and without bias, up to 16 masks, which take the longest to compile. Steps: of bf16 weights.
+    """
     for n, k in FEATURES:
         for scores_dtype in (torch.float32, torch.bfloat16, torch.float16):
             yield from _selections(n, k, scores_dtype)
         for dtype in (torch.bfloat16, torch.float16):
             for m in TOKENS:
                 yield from _products(m, n, k, dtype)
+        for scores_dtype, eight_bit in itertools.product((torch.float32, torch.bfloat16, torch.int16), (True, False)):
+            yield _step(n, k, scores_dtype, eight_bit)
+        for m, masks in itertools.product((8, 24, 64), (1, 2, 4, 8, 16)):
+            yield _rows_of_many_masks(m, n, k, masks)
 
 
 def _selections(n: int, k: int, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
@@ -77,6 +86,22 @@ def _products(m: int, n: int, k: int, dtype: torch.dtype) -> Iterator[Callable[[
     yield lambda: ops.accumulate_product(sums, grad, x)
 
 
+def _rows_of_many_masks(m: int, n: int, k: int, masks: int) -> Callable[[], object]:
+    x, weight = (_empty(*shape, dtype=torch.bfloat16) for shape in ((m, k), (n, k)))
+    packed, tasks = [_empty(n, -(-k // 32), dtype=torch.int32)] * masks, _empty(m, dtype=torch.int32)
+    return lambda: many.masked_linear_many(x, weight, packed, tasks, None)
+
+
+def _step(n: int, k: int, dtype: torch.dtype, eight_bit: bool) -> Callable[[], object]:
+    scores, threshold = _empty(n, k, dtype=dtype), _empty(dtype=dtype)
+    grad, weight = _empty(n, k, dtype=torch.float32), _empty(n, k, dtype=torch.bfloat16)
+    first, second = (_empty(n, k, dtype=torch.uint8 if eight_bit else torch.float32) for _ in range(2))
+    scales = _empty(2, -(-n * k // BLOCK), dtype=torch.float32) if eight_bit else None
+    adam = {"step": 1, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+    asked = {"grad_scale": None, "seed": 0, "mode": _MAGNITUDE, "keep_ratio": 0.9, "threshold": threshold}
+    return lambda: score_step.score_step(scores, grad, weight, first, second, scales, **adam, **asked)
+
+
 def launches(target: Target) -> dict[str, Launch]:
     """One of each binary, by what it is made for."""
     found: dict[str, Launch] = {}
@@ -104,7 +129,8 @@ def entry(launch: Launch, compiled: Any) -> dict[str, Any]:
         for m in about.tensordesc_meta
     ]
     signature = compiled.src.signature
-    types = [t for t in expand_signature(signature.values(), maps, "nvTmaDesc") if t != "constexpr"]
+    flat = [one for t in signature.values() for one in (t if isinstance(t, tuple) else (t,))]
+    types = [t for t in expand_signature(flat, maps, "nvTmaDesc") if t != "constexpr"]
     types += ["*i8", "*i8"]  # global scratch, profile scratch
     cubin = compiled.asm["cubin"]
     places = parameters(cubin, about.name)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from building.ahead import recorded
 from mft_kernels.reference_step import BLOCK
-from mft_kernels.triton import bits, ops, score_step, select
+from mft_kernels.triton import bits, many, ops, score_step, select
 from mft_kernels.triton.launch import Launch
 from mft_kernels.triton.specialise import identity
 from mft_kernels.triton.target import (
@@ -114,6 +114,8 @@ def _calls(few: bool) -> Calls:
     for m in FEW_TOKENS:
         yield from _rare(m, bf16, bf16)
         yield from _usual(m, fp16, fp16)
+    for m, masks, dtype in ((8, 3, bf16), (8, 16, bf16), (32, 16, bf16), (64, 16, bf16), (8, 3, fp32)):
+        yield from _of_many(m, masks, dtype)
     yield from _usual(2048, bf16, bf16, features=1024)  # fewer tiles than multiprocessors
     yield from _usual(64, bf16, bf16, odd=True)
     yield from _rare(64, bf16, bf16, odd=True)
@@ -178,6 +180,13 @@ def _of_selection(dtype: torch.dtype) -> Calls:
         yield f"kept_threshold, {mode}, {_name(dtype)}", lambda mode=mode: select.kept_threshold(scores, 0.9, mode)
         yield f"pack_mask, {mode}, {_name(dtype)}", lambda mode=mode: bits.pack_mask(scores, threshold, mode)
     yield f"pack_signs, {_name(dtype)}", lambda: bits.pack_signs(scores)
+
+
+def _of_many(m: int, masks: int, dtype: torch.dtype) -> Calls:
+    x, weight, bias = (_empty(*shape, dtype=dtype) for shape in ((m, FEATURES), (FEATURES, FEATURES), (FEATURES,)))
+    packed, tasks = [_empty(FEATURES, FEATURES // 32, dtype=torch.int32)] * masks, _empty(m, dtype=torch.int32)
+    name = f"{masks} masks, M = {m}, {_name(dtype)}"
+    yield name, lambda: many.masked_linear_many(x, weight, packed, tasks, bias)
 
 
 def _of_steps(

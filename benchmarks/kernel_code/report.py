@@ -107,7 +107,10 @@ def _faults_of_nvidia(code: sass.Code, compiled: object, name: str, entry: Entry
         yield f"{len(code.loops)} loops multiply, at least {expected} should"
     if any(loop.async_copies == 0 for loop in code.loops) and "odd" not in entry.call:  # copies are of 4 bytes or more
         yield "a loop without asynchronous copies"
-    if target.arch == 90:
+    if name == "_masked_product_kernel" and options["BLOCK_M"] == 16 and not options["MASK_ON_A"]:
+        if any(loop.counts["HMMA"] == 0 for loop in code.loops):  # plan._FEW: mma.sync on every card
+            yield "a loop without HMMA"
+    elif target.arch == 90:
         yield from _faults_of_hopper(code, compiled, name, entry)
     elif target.hopper_or_newer and not any(op.startswith("UTC") and op.endswith("MMA") for op in code.counts):
         yield "no tensor memory instruction"

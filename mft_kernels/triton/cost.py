@@ -4,11 +4,13 @@
 
     memory            bytes of the operands / the card's bandwidth
     multiprocessors   cycles of the one with most jobs: jobs come in waves, so one job more may cost a whole wave.
-                      A job: steps x max(multiply-adds / rate, bytes / rate), its output, and two latencies
+                      A job: steps x max(multiply-adds / rate, bytes / rate, instructions that mask / rate), its
+                      output, and two latencies
 
 A step's bytes come through L2, the mask's with them, whoever asks for them next: a tile of twice the tokens reads the
 weight half as often. Blocks that share a multiprocessor hide each other's latencies, and together keep more bytes under
-way (Little's law); the number of stages enters in the same way.
+way (Little's law); the number of stages enters in the same way. And together they mask faster: alone, a warp leaves
+its scheduler idle between two instructions.
 """
 
 from collections.abc import Sequence
@@ -21,6 +23,12 @@ from .cards import Card
 L2_BYTES = 40
 #: Cycles from a request to memory until its bytes are there, 0.5 us. An estimate.
 LATENCY = 900
+#: Instructions of a warp for each weight that is masked: 0.19 to 0.24 have the loops of products of up to 16 tokens on
+#: sm_80 to sm_100, with all that they do.
+MASKING = 0.2
+#: Cycles between two instructions of one warp, of which a multiprocessor's four schedulers issue one each a cycle. An
+#: estimate: results take four to six cycles, and about half of the instructions wait for the one before.
+WARP_CYCLES = 2
 #: Of the shorter of memory's and multiprocessors' times, what the longer does not hide. An estimate: it lets a launch
 #: that memory bounds still prefer to have every multiprocessor at work.
 UNHIDDEN = 0.5
@@ -37,6 +45,8 @@ class Jobs:
     multiply_adds: int  # of a step, with what fills up a tile
     read: float  # bytes of a step, the mask's with them
     written: int  # bytes of a job's output, and of what its epilogue reads
+    masked: int = 0  # weights that a step masks
+    warps: int = 4  # of a block
 
 
 def seconds(card: Card, jobs: Sequence[Jobs], *, memory: float, blocks: int, stages: int, rate: float) -> float:
@@ -76,7 +86,9 @@ def sum_seconds(card: Card, parts: int, elements: int) -> float:
 
 def _cycles(jobs: Jobs, at_work: int, stages: int, rate: float) -> float:
     under_way = min(L2_BYTES, at_work * (stages - 1) * jobs.read / LATENCY)
-    return jobs.steps * max(jobs.multiply_adds / rate, jobs.read / under_way) + jobs.written / L2_BYTES
+    issued = min(4, at_work * jobs.warps / WARP_CYCLES)
+    step = max(jobs.multiply_adds / rate, jobs.read / under_way, MASKING * jobs.masked / issued)
+    return jobs.steps * step + jobs.written / L2_BYTES
 
 
 def _quotient(a: int, b: int) -> int:

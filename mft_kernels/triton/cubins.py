@@ -113,7 +113,8 @@ def values_of(kernel: Any, args: Sequence[Any]) -> tuple[list[int], list[tuple[i
     """
     values: list[int] = []
     addresses: list[tuple[int, torch.Tensor]] = []
-    for argument, parameter in zip(args, kernel.params):
+    each = ((one, p) for a, p in zip(args, kernel.params) for one in (a if isinstance(a, tuple) else (a,)))
+    for argument, parameter in each:
         if isinstance(argument, torch.Tensor):
             addresses.append((len(values), argument))
             values.append(argument.data_ptr())

@@ -2,58 +2,75 @@
 
     x (M, K), weight (N, K), up to 16 masks (N, ceil(K / 32)), tasks one for every EACH rows
 
-One program makes BLOCK_M x BLOCK_N of y. A tile of the weight is read once, masked by each mask that a row of the
-program takes, and multiplied; of a product those rows alone are kept that take its mask. For few tokens, whose products
-should cost less than the weight takes to come. No tile size was measured on a GPU.
+One program makes BLOCK_M x BLOCK_N of y, or of a part of its sum (product.py). A tile of the weight is read once,
+masked by each mask that a row of the program takes, and multiplied; of a product those rows alone are kept that take
+its mask. For few tokens, whose products should cost less than the weight takes to come. No tile size was measured on a
+GPU.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .arguments import Keep, arithmetic, is_exact
+from .arguments import Keep, arithmetic, operands
 from .language import tl, triton
 from .launch import launch
-from .product import fused_product
-from .target import interpreting
-from .tiles import load_bits, load_tile, store_tile
+from .plan import many_tiles
+from .product import fused_product, new_parts, store_part, sum_splits
+from .target import target_of
+from .tiles import load_tile, load_words, spread, store_tile
 
 
 def masked_linear_many(
     x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """masked_linear_packed with a mask a row, in one launch; NaN for a task that there is not."""
+    """masked_linear_packed with a mask a row, in one pass over the weight; NaN for a task that there is not."""
     (n, k), rows = weight.shape, x.shape[:-1].numel()
     y = x.new_empty((rows, n))
     a = x.reshape(rows, k)
-    block_m = 16 if rows <= 16 or is_exact(weight) else 32 if rows <= 32 else 64
-    block_n, block_k = (32, 32) if interpreting() else (64, 32 if weight.element_size() == 4 else 64)
+    least = max(1, rows), max(1, n), max(1, k)
+    tiles = many_tiles(target_of(x.device), *least, operands(weight, None, True), len(masks))
+    part = max(tiles.inner, tiles.part(k))
+    splits = max(1, math.ceil(k / part))
+    parts = new_parts(a, splits, rows, n)
+    every = [packed.contiguous() for packed in masks]
+    # One binary for 3 and 4 masks, and so on: serving does not stop to compile when a task comes.
+    unused = (1 << (len(every) - 1).bit_length()) - len(every) if every else 0
+    bias = bias if bias is None else bias.contiguous()
     launch(
         _many_masks_kernel,
-        (triton.cdiv(rows, block_m) * triton.cdiv(n, block_n),),
+        (math.ceil(rows / tiles.rows) * math.ceil(n / tiles.columns) * splits,),
         a,
         weight,
-        tuple(packed.contiguous() for packed in masks),
+        tuple(every + every[:1] * unused),
         tasks.contiguous(),
-        bias if bias is None else bias.contiguous(),
+        bias,
         y,
+        parts,
         rows,
         n,
         k,
         max(1, rows // max(1, len(tasks))),
+        len(masks),
+        splits,
+        part,
         *a.stride(),
         *weight.stride(),
         *y.stride(),
-        COUNT=len(masks),
+        COUNT=len(masks) + unused,
         HAS_BIAS=bias is not None,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=4,
-        num_stages=2,
+        BLOCK_M=tiles.rows,
+        BLOCK_N=tiles.columns,
+        BLOCK_K=tiles.inner,
+        STAGES=tiles.stages,
+        num_warps=tiles.warps,
+        maxnreg=tiles.registers,
         **arithmetic(weight),
     )
+    if splits > 1 and y.numel():
+        sum_splits(parts, bias, y)
     return y.view(*x.shape[:-1], n)
 
 
@@ -76,39 +93,51 @@ def _everything(weight: Tensor) -> Tensor:
     return weight.new_full((weight.shape[0], -(-weight.shape[1] // 32)), -1, dtype=torch.int32)
 
 
-@triton.jit(do_not_specialize=["M", "EACH"])
+@triton.jit(do_not_specialize=["M", "EACH", "MASKS", "SPLITS"])
 def _many_masks_kernel(
-    x, weight, masks, tasks, bias, y, M, N, K, EACH,
+    x, weight, masks, tasks, bias, y, parts, M, N, K, EACH, MASKS, SPLITS, K_SPLIT,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ym, stride_yn,
     COUNT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y a program."""
+    """One tile of y a program, if SPLITS is 1; else of one of the parts, see _masked_product_kernel. MASKS <= COUNT."""
     tiles_m = tl.cdiv(M, BLOCK_M)
-    row = tl.program_id(0) % tiles_m * BLOCK_M
-    column = tl.program_id(0) // tiles_m * BLOCK_N
+    tiles = tiles_m * tl.cdiv(N, BLOCK_N)
+    split = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    row = tile % tiles_m * BLOCK_M
+    column = tile // tiles_m * BLOCK_N
+    start = split * K_SPLIT
     m = row + tl.arange(0, BLOCK_M)
     task = tl.load(tasks + m // EACH, mask=m < M, other=-2).to(tl.int32)
     words = tl.cdiv(K, 32)
+    taken = 0  # a bit a mask that a row takes; the last is the whole weight
+    for i in tl.static_range(COUNT + 1):
+        taken |= tl.max((task == (i if i < COUNT else -1)).to(tl.int32), 0) << i
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in tl.range(0, K, BLOCK_K):
-        tile = load_tile(x, row, k, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, False)
+    for k in tl.range(start, min(start + K_SPLIT, K), BLOCK_K, num_stages=STAGES):
+        a = load_tile(x, row, k, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, False)
         w = load_tile(weight, column, k, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, False)
         if UPCAST:  # see product_tile
-            tile = tile.to(tl.float32)
+            a = a.to(tl.float32)
             w = w.to(tl.float32)
-        for i in tl.static_range(COUNT + 1):  # the last is the whole weight
-            mine = task == (i if i < COUNT else -1)
-            if tl.max(mine.to(tl.int32), 0) != 0:
+        for i in tl.static_range(COUNT + 1):
+            takes = (taken >> i) & 1
+            if i < COUNT:  # outside of the branch: there no load is under way before it is waited for
+                word = load_words(masks[i], column, k, N * takes, K, words, BLOCK_N, BLOCK_K)
+            if takes != 0:
                 masked = w
                 if i < COUNT:
-                    kept = load_bits(masks[i], column, k, N, K, words, BLOCK_N, BLOCK_K)
-                    masked = tl.where(kept, w, 0.0)
+                    masked = tl.where(spread(word, BLOCK_N, BLOCK_K), w, 0.0)
                 # Select, never multiply by 0: what another mask keeps may be Inf.
-                sums = tl.where(mine[:, None], tl.dot(tile, masked.T, sums, input_precision=PRECISION), sums)
+                mine = task == (i if i < COUNT else -1)
+                sums = tl.where(mine[:, None], tl.dot(a, masked.T, sums, input_precision=PRECISION), sums)
     if HAS_BIAS:
         n = column + tl.arange(0, BLOCK_N)
-        sums += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
-    there = (task >= -1) & (task < COUNT)
+        sums += tl.load(bias + n, mask=n < tl.where(SPLITS == 1, N, 0), other=0).to(tl.float32)[None, :]
+    there = (task >= -1) & (task < MASKS)
     sums = tl.where(there[:, None], sums, float("nan"))
-    store_tile(y, sums, row, column, M, N, stride_ym, stride_yn, BLOCK_M, BLOCK_N)
+    if SPLITS == 1:
+        store_tile(y, sums, row, column, M, N, stride_ym, stride_yn, BLOCK_M, BLOCK_N)
+    else:
+        store_part(parts, split, sums, row, column, M, N, BLOCK_M, BLOCK_N)

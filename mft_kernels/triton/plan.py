@@ -18,6 +18,8 @@ EPILOGUE_COLUMNS = 32
 
 #: Into how many parts a sum is split at most.
 MOST_SPLITS = 16
+#: Bytes of parts that up to 16 tokens may have in any case: L2 takes and gives them in 0.2 us, a tenth of a launch.
+_FREE_PARTS = 2**19
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Tiles:
     blocks: int = 1
     splits: int = 1
     group: int = 8
+    plain: bool = False  # the masked weight is the second operand, whatever the target's form
 
     @property
     def registers(self) -> int:
@@ -57,10 +60,14 @@ class Tiles:
 _NARROW = (Tiles(64, 64, 32, 4, 2),)
 _INTERPRETED = (Tiles(16, 32, 32, 4, 2),)
 
+#: Up to 16 tokens `mma.sync` multiplies on every card, whose first operand has 16 rows, and whose second has as few
+#: columns as one likes: so the weight goes second. Tiles of 32 of its rows fill a card with a quarter of the parts that
+#: 128 take, for which activations come four times from L2; 12 warps of a multiprocessor hide each other's masking.
+_FEW = Tiles(16, 32, 128, 4, 4, blocks=3, plain=True)
 #: By form. rows: tokens, columns: of P, inner: of Q. 128 rows of the weight feed two m64 instructions where the product
 #: is swapped; tokens are the free axis of the instruction.
 _SWAPPED = (
-    Tiles(16, 128, 64, 4, 4, blocks=2),
+    _FEW,
     Tiles(64, 128, 64, 4, 4, blocks=2),
     Tiles(128, 128, 64, 8, 4),
     Tiles(256, 128, 64, 8, 4),
@@ -72,10 +79,16 @@ _PRODUCT: dict[str, tuple[Tiles, ...]] = {
     "swapped sm_90": _SWAPPED,
     "swapped sm_100": _SWAPPED,
     # Two blocks on a multiprocessor, so that one masks while the other multiplies.
-    "plain sm_90": (Tiles(64, 128, 64, 4, 2, blocks=2), Tiles(128, 128, 64, 4, 2, blocks=2)),
+    "plain sm_90": (_FEW, Tiles(64, 128, 64, 4, 2, blocks=2), Tiles(128, 128, 64, 4, 2, blocks=2)),
     "hip": (Tiles(16, 128, 64, 8, 2), Tiles(64, 128, 64, 8, 2), Tiles(128, 128, 64, 8, 2)),
-    "sm_80": (Tiles(16, 128, 32, 8, 4), Tiles(64, 128, 32, 8, 4), Tiles(128, 128, 32, 8, 4)),
+    "sm_80": (_FEW, Tiles(64, 128, 32, 8, 4), Tiles(128, 128, 32, 8, 4)),
 }
+#: Of a product with a mask a row, by mma.sync. With 16 masks a thread of sm_80 takes 190 registers.
+_MANY = (
+    replace(_FEW, stages=3, blocks=2),
+    Tiles(32, 64, 64, 4, 3, blocks=2, plain=True),
+    Tiles(64, 64, 64, 4, 3, blocks=2, plain=True),
+)
 #: rows: of N, columns: of K, inner: of M.
 _HOPPER_OUTER = (Tiles(128, 128, 64, 8, 3), Tiles(128, 256, 64, 8, 3))
 _OUTER: dict[str, tuple[Tiles, ...]] = {
@@ -123,7 +136,7 @@ def product_tiles(target: Target, m: int, p: int, q: int, operands: Operands) ->
     if form == "sm_80" and operands.element == 4:
         known = tuple(t for t in known if t.rows <= 64)  # 128 rows of fp32 spill
     if form == "plain sm_90" and operands.keep == 4:
-        known = tuple(replace(t, inner=32) for t in known)
+        known = tuple(t if t.plain else replace(t, inner=32) for t in known)
     choices = _choices(known, target, m, p, q, operands)
     return min(choices, key=lambda tiles: product_seconds(target, m, p, q, operands, tiles))
 
@@ -133,6 +146,32 @@ def product_seconds(
 ) -> float:
     """What the model expects a product to take that reaches a share of the rate that the makers promise."""
     return _seconds(target, tiles, operands, [_products(tiles, m, p, q, operands)], m, p, q, share=share)
+
+
+@functools.lru_cache(_MEMORY)
+def many_tiles(target: Target, m: int, n: int, k: int, operands: Operands, masks: int) -> Tiles:
+    """Of a product with a mask a row. rows: tokens, columns: of N, inner: of K."""
+    if target.backend == "interpreter":
+        known = tuple(replace(_INTERPRETED[0], rows=tiles.rows) for tiles in _MANY)
+    elif operands.exact:
+        known = (Tiles(16, 64, 32, 4, 2),)
+    else:
+        known = _MANY
+    tallest = [next((tiles for tiles in known if tiles.rows >= m), known[-1])]
+    choices = _choices(tallest, target, m, n, k, operands)
+    return min(choices, key=lambda tiles: _many_seconds(target, tiles, m, n, k, operands, masks))
+
+
+def _many_seconds(target: Target, tiles: Tiles, m: int, n: int, k: int, operands: Operands, masks: int) -> float:
+    """Each mask is loaded, and multiplies once more: all of them where rows are enough to take them."""
+    one, taken = _products(tiles, m, n, k, operands), min(masks, m)
+    jobs = replace(
+        one,
+        multiply_adds=one.multiply_adds * max(1, taken),
+        read=one.read + one.masked / 8 * taken,
+        masked=one.masked * taken,
+    )
+    return _seconds(target, tiles, operands, [jobs], m, n, k, beside=taken / 8)
 
 
 def fused_seconds(target: Target, m: int, p: int, q: int, operands: Operands) -> float:
@@ -149,7 +188,7 @@ def scratch_seconds(target: Target, m: int, p: int, q: int, operands: Operands) 
     mask = LAUNCH + p * q * (2 * operands.element + (operands.keep or 1 / 8)) / _card(target).bandwidth
     maskless = replace(operands, keep=0)
     tiles = product_tiles(target, m, p, q, maskless)
-    jobs = _products(tiles, m, p, q, maskless)
+    jobs = replace(_products(tiles, m, p, q, maskless), masked=0)
     if target.hopper_or_newer:
         jobs = replace(jobs, read=jobs.read / 2)
     return mask + _seconds(target, tiles, maskless, [jobs], m, p, q)
@@ -233,8 +272,12 @@ def _fit_memory(tiles: Tiles, target: Target, operands: Operands, *, masks: bool
         stage += tiles.inner * tiles.columns * operands.keep
         # sm_90, swapped: the newest weight and scores are in registers, so they take one buffer less than there are
         # stages. Else the masked tile goes through shared memory, or waits for tensor memory there, and takes one more.
-        in_registers = target.swapped and target.arch == 90
+        in_registers = target.swapped and target.arch == 90 and not tiles.plain
         fixed += -(weight + tiles.inner * tiles.columns * operands.keep) if in_registers else weight
+        if tiles.plain:  # a buffer less than stages, words among them; what they mask goes through shared memory
+            packed = operands.keep == 0
+            stage += tiles.inner * tiles.columns // 8 * packed
+            fixed = 1024 + weight * packed - stage
     room = target.shared_memory // tiles.blocks - fixed
     return replace(tiles, stages=max(2, min(tiles.stages, room // stage)))
 
@@ -242,13 +285,17 @@ def _fit_memory(tiles: Tiles, target: Target, operands: Operands, *, masks: bool
 def _choices(known: Sequence[Tiles], target: Target, m: int, p: int, q: int, operands: Operands) -> Iterator[Tiles]:
     """Known tiles, each with every number of parts that leaves a part four steps at least and all of them in L2.
 
-    Half of L2, for the rest is the operands'. A tile has no more rows than m tokens need.
+    Half of L2, for the rest is the operands'. Of up to 16 tokens, what is moved beside weight and mask is a tenth of
+    them at most, or too little to matter. A tile has no more rows than m tokens need.
     """
     need = min((t.rows for t in known if t.rows >= m), default=m)
     for each in known:
         if each.rows <= need:
             fitted = _fit_memory(each, target, operands, masks=True)
             most = min(MOST_SPLITS, q // (4 * fitted.inner), _card(target).l2 // 2 // (4 * m * p))
+            if m <= 16 and each.plain:
+                tenth = p * q * (operands.element + (operands.keep or 1 / 8)) / 10 - m * (p + q) * operands.element
+                most = min(most, int(max(tenth, _FREE_PARTS)) // (8 * m * p))  # written and read in fp32
             yield from (replace(fitted, splits=splits) for splits in range(1, max(1, most) + 1))
 
 
@@ -262,6 +309,8 @@ def _products(tiles: Tiles, m: int, p: int, q: int, operands: Operands) -> Jobs:
         multiply_adds=tiles.rows * tiles.columns * tiles.inner,
         read=tiles.inner * (min(m, tiles.rows) * operands.element + tiles.columns * weight),
         written=tiles.rows * tiles.columns * (operands.element if parts == 1 else 4),
+        masked=tiles.inner * tiles.columns,
+        warps=tiles.warps,
     )
 
 
@@ -285,7 +334,7 @@ def _seconds(
     q: int,
     *,
     share: float = 1.0,
-    beside: int = 0,
+    beside: float = 0,
 ) -> float:
     """Of the launch, and of the one that adds up the parts; tokens m, the weight has p x q elements.
 

@@ -178,7 +178,7 @@ def _product_on(target: Target, a: Tensor, weight: Tensor, keep: Keep, bias: Ten
         keep.threshold_stride,
         *out.stride(),
         TRANSPOSED=transposed,
-        MASK_ON_A=target.swapped,
+        MASK_ON_A=target.swapped and not tiles.plain,
         MODE=keep.mode,
         BY_ROW=keep.by_row,
         DESCRIPTORS=described,

@@ -40,16 +40,30 @@ def load_bits(
     words, row, column, rows, columns, stride_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, COLUMNS) booleans from int32 words, 32 columns each; ``column`` and COLUMNS are multiples of 32.
+    """(ROWS, COLUMNS) booleans from int32 words, 32 columns each; ``column`` and COLUMNS are multiples of 32."""
+    return spread(load_words(words, row, column, rows, columns, stride_row, ROWS, COLUMNS), ROWS, COLUMNS)
+
+
+@triton.jit
+def load_words(
+    words, row, column, rows, columns, stride_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, COLUMNS / 32) int32, 0 beyond the edges; none is loaded if ``rows`` is 0."""
+    r = row + tl.arange(0, ROWS)
+    c = column // 32 + tl.arange(0, COLUMNS // 32)
+    inside = (r < rows)[:, None] & (c < tl.cdiv(columns, 32))[None, :]
+    return tl.load(words + r.to(tl.int64)[:, None] * stride_row + c[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def spread(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(ROWS, COLUMNS) booleans: the bits of words (ROWS, COLUMNS / 32).
 
     A word a thread is loaded and then spread by a reshape. Loading the word of every element instead costs 96 copies
     where this takes 3, and spills (sm_90, 128 x 64).
     """
-    r = row + tl.arange(0, ROWS)
-    c = column // 32 + tl.arange(0, COLUMNS // 32)
-    inside = (r < rows)[:, None] & (c < tl.cdiv(columns, 32))[None, :]
-    word = tl.load(words + r.to(tl.int64)[:, None] * stride_row + c[None, :], mask=inside, other=0)
-    bits = (word[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
     return bits.reshape(ROWS, COLUMNS) != 0
 
 

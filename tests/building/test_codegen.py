@@ -18,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from benchmarks.kernel_code import launches, report
 from benchmarks.kernel_code.__main__ import main, summary
 from building import ahead
+from building.machine_code import sass
 from mft_kernels.triton import launch, ops, target
 from mft_kernels.triton.specialise import identity
 
@@ -83,6 +84,37 @@ def test_all_tiles_that_can_be_chosen_are_among_those_that_the_report_reads(card
                     if (tiles := tiles_of(launched)) not in read:
                         unread.setdefault(tiles, f"{name}, {features} features, {multiprocessors} multiprocessors")
     assert unread == {}
+
+
+@pytest.mark.parametrize("card", launches.targets()[:4], ids=str)
+def test_a_decoded_token_s_weight_comes_16_bytes_at_a_time_and_each_word_of_its_mask_once(card):
+    weight, words = (torch.empty(4096, size, dtype=dtype, device="meta") for size, dtype in WEIGHT_AND_WORDS)
+    x = torch.empty(1, 4096, dtype=torch.bfloat16, device="meta")
+    product = ahead.recorded(lambda: ops.masked_linear_packed(x, weight, words, None), card)[0]
+    compiled = ahead.compile_ahead(product.kernel, ahead.gpu_target(card), product.args, product.options)
+    (loop,) = sass.parse(sass.disassemble(compiled.asm["cubin"])).innermost_loops(sass.is_mma)
+    copies = Counter(one.opcode for one in loop if one.name in ("LDG", "LDGSTS", "UTMALDG"))
+    rows, columns = product.options["BLOCK_P"], product.options["BLOCK_Q"]
+    threads = 32 * product.options["num_warps"]
+    by_threads = threads * copies.pop("LDGSTS.E")  # words, one a thread
+    assert by_threads == rows * columns // 32
+    if card.descriptors:
+        assert copies == {"UTMALDG.2D": 2}  # the tiles of weight and activations
+    else:
+        assert copies == {"LDGSTS.E.BYPASS.128": (rows + 16) * columns * 2 // (16 * threads)}
+
+
+def test_rows_of_many_masks_wait_for_no_load():
+    """A load in the branch of one mask is waited for at once, each step anew."""
+    ((_, call),) = launches._of_many(8, 3, torch.bfloat16)
+    product = ahead.recorded(call, target.A100)[0]
+    compiled = ahead.compile_ahead(product.kernel, ahead.gpu_target(target.A100), product.args, product.options)
+    loops = sass.parse(sass.disassemble(compiled.asm["cubin"])).innermost_loops(sass.is_mma)
+    copies = Counter(one.name for loop in loops for one in loop)
+    assert copies["LDG"] == 0 < copies["LDGSTS"]
+
+
+WEIGHT_AND_WORDS = ((4096, torch.bfloat16), (128, torch.int32))
 
 
 def product_on(card, **options):

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mft_kernels.triton import bits, ops, select
+from mft_kernels.reference_step import BLOCK
+from mft_kernels.triton import bits, many, ops, score_step, select
 
 BF16 = torch.bfloat16
 
@@ -29,6 +30,21 @@ def both_gradients(m: int, n: int, k: int) -> Callable[[], Tensor]:
     return lambda: ops.masked_linear_packed_backward(grad, x, weight, packed, None, signs, "magnitude", wanted)[2]
 
 
+def rows_of_many_masks(m: int, n: int, k: int, masks: int) -> Callable[[], Tensor]:
+    x, weight, tasks = torch.empty(m, k, dtype=BF16), torch.empty(n, k, dtype=BF16), torch.zeros(m, dtype=torch.int32)
+    packed = [torch.empty(n, k // 32, dtype=torch.int32) for _ in range(masks)]
+    return lambda: many.masked_linear_many(x, weight, packed, tasks, None)
+
+
+def step(n: int, k: int) -> Callable[[], Tensor]:
+    scores, weight, grad = torch.empty(n, k, dtype=torch.int16), torch.empty(n, k, dtype=BF16), torch.empty(n, k)
+    first, second = (torch.empty(n, k, dtype=torch.uint8) for _ in range(2))
+    scales, threshold = torch.empty(2, -(-n * k // BLOCK)), torch.zeros((), dtype=torch.int16)
+    adam = {"step": 1, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+    asked = {"grad_scale": None, "seed": 2**40, "mode": "magnitude", "keep_ratio": 0.9, "threshold": threshold}
+    return lambda: score_step.score_step(scores, grad, weight, first, second, scales, **adam, **asked)[1]
+
+
 def every_call() -> dict[str, Callable[[], Tensor]]:
     return {
         "packed": packed_forward(1, 512, 1024),
@@ -38,5 +54,7 @@ def every_call() -> dict[str, Callable[[], Tensor]]:
         "scores": scores_forward(70, 512, 1024),
         "both gradients": both_gradients(32, 512, 1024),
         "threshold": lambda: select.kept_threshold(torch.empty(64, 512, dtype=BF16), 0.9, "magnitude"),
+        "rows of many masks": rows_of_many_masks(8, 512, 1024, 3),
+        "step": step(64, 512),
         "mask": lambda: bits.pack_mask(torch.empty(64, 512), torch.empty(()), "magnitude"),
     }

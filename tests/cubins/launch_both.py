@@ -56,6 +56,6 @@ def main(folder: Path) -> None:
         report[str(target)] = {
             "calls": found,
             "cubins": len(every),
-            "mistakes": mistakes(stub, launched["packed"][-1], target),
+            "mistakes": mistakes(stub, launched["mask"][-1], target),
         }
     print(json.dumps(report))

@@ -24,7 +24,8 @@ if not triton.__version__.startswith("3.9"):
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ["sm_80", "sm_90", "sm_100"]
-KERNELS = {f"_{name}_kernel" for name in ("masked_product", "sum_splits", "backward", "histogram", "threshold", "pack")}
+_NAMES = "masked_product sum_splits many_masks backward histogram threshold pack score_step window"
+KERNELS = {f"_{name}_kernel" for name in _NAMES.split()}
 
 
 def run(module: str, folder: Path, first: str = "") -> dict:
@@ -82,7 +83,7 @@ def test_parameters_are_those_of_the_manifest(both, target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_wrong_argument_is_seen(both, target):
     swapped, left_out = both[target]["mistakes"]
-    right = both[target]["calls"]["packed"][-1]["theirs"][0]["parameters"]
+    right = both[target]["calls"]["mask"][-1]["theirs"][0]["parameters"]
     assert swapped[0]["parameters"][:2] == [right[1], right[0]] != right[:2]
     assert left_out.endswith(f"a launch of this cubin takes {len(right)} values, got {len(right) - 1}")
 
@@ -116,7 +117,7 @@ def test_a_call_that_resembles_a_remembered_one_is_launched_by_what_it_is(alone)
 
 
 def test_where_nothing_can_be_compiled_a_launch_without_a_cubin_is_refused(alone):
-    assert alone["refusal"].startswith("there is no cubin for _masked_product_kernel(bfloat16[16, 64]")
+    assert alone["refusal"].startswith("there is no cubin for _masked_product_kernel(bfloat16[16, 128]")
     assert alone["refusal"].endswith(" on sm_90, and Triton is not installed; pip install triton")
 
 

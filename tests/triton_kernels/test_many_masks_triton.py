@@ -1,11 +1,15 @@
 """The triton backend's product with a mask a row is the reference's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mft_kernels import reference
 from mft_kernels.testing import integer_inputs
 from mft_kernels.triton import many
+from mft_kernels.triton.launch import record
+from mft_kernels.triton.target import assume
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,6 +33,19 @@ def test_every_shape_equals_the_reference(device, dtype, shape):
             assert torch.equal(many.masked_linear_many(x, weight, bits, tasks, b), expected)
         d_x = reference.masked_linear_many_backward(grad, weight, bits, tasks)
         assert torch.equal(many.masked_linear_many_backward(grad, weight, bits, tasks), d_x)
+
+
+def test_a_sum_in_parts_counts_every_element_and_the_bias_once(device, target):
+    for rows in (3, 20):  # a tile of 16 and of 64 of them
+        x, weight, bits, tasks, bias, _ = arguments(rows, 24, 1640, torch.float16, device)
+        tasks[0] = 3  # there is no such task, in no part: three masks take the binary of four
+        with assume(replace(target, multiprocessors=1000)):
+            with record() as launches:
+                many.masked_linear_many(x, weight, bits, tasks, bias)
+            assert [one.kernel.__name__ for one in launches] == ["_many_masks_kernel", "_sum_splits_kernel"]
+            y = many.masked_linear_many(x, weight, bits, tasks, bias)
+        assert torch.equal(y[1:], reference.masked_linear_many(x, weight, bits, tasks, bias)[1:])
+        assert y[0].isnan().all()
 
 
 def test_strides_are_read_as_they_are(device):

@@ -204,8 +204,8 @@ def test_without_inputs_y_is_the_bias_and_without_outputs_d_x_is_zero(device, ta
 
 
 def test_a_sum_in_parts_counts_every_element_and_the_bias_once(device, target):
-    # A few short of 13 steps of 64: the parts are of unequal length and the last step is short.
-    long = 824
+    # A few short of 26 steps of 128: the parts are of unequal length and the last step is short.
+    long = 3304
     some = threshold_of(torch.empty(0, device=device))
 
     def forward():

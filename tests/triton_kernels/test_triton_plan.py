@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mft_kernels.triton import launch, ops, plan, target
+from mft_kernels.triton import launch, many, ops, plan, target
 from mft_kernels.triton.plan import Operands
 
 TARGETS = (target.A100, target.H100, target.H100_OLD_TRITON, target.B200, target.MI300X)
@@ -77,9 +77,51 @@ def test_few_tokens_split_the_sum_and_the_parts_cover_it_once():
         assert size % tiles.inner == 0
         assert (parts - 1) * size < k <= parts * size
         assert parts <= tiles.splits
-    one = plan.product_tiles(target.H100, 1, 4096, 4096, Operands(2, 2, aligned=True))
-    assert one.splits > 1
+    assert plan.product_tiles(target.H100, 1, 1024, 4096, Operands(2, 2, aligned=True)).splits > 1
     assert plan.product_tiles(target.H100, 4096, 4096, 4096, Operands(2, 2, aligned=True)).splits == 1
+
+
+#: N and K, from which a decoded token is bound by memory, and one whose launch takes longer than its bytes.
+DECODED = ((1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336))
+SMALL = (576, 1536)
+DECODING = (target.A100, target.H100, target.H100_OLD_TRITON, target.B200, target.RTX_4090)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "scores"])
+@pytest.mark.parametrize("card", DECODING, ids=["A100", "H100", "H100, old Triton", "B200", "RTX 4090"])
+def test_decoding_fills_the_card_and_moves_little_beside_weight_and_mask(card, packed):
+    for (n, k), m in itertools.product((*DECODED, SMALL), (1, 8, 16, 64)):
+        x, weight, threshold = empty(m, k), empty(n, k), empty()
+        words, scores = empty(n, k // 32, dtype=torch.int32), empty(n, k)
+        with target.assume(card), launch.record() as launches:
+            if packed:
+                ops.masked_linear_packed(x, weight, words, None)
+            else:
+                ops.masked_linear(x, weight, scores, threshold, None, "magnitude")
+        product, *sums = launches
+        case = (n, k), m, product.options["BLOCK_P"], product.grid
+        parts = next(a for a in product.args if isinstance(a, torch.Tensor) and a.dtype == torch.float32)
+        assert [one.kernel.__name__ for one in sums] == ["_sum_splits_kernel"] * bool(parts.numel()), case
+        needed = n * k * (2 + (1 / 8 if packed else 2))
+        activations, beside = 2 * m * (k + n), 2 * 4 * parts.numel()
+        if (n, k) == SMALL:
+            assert m > 16 or activations + beside <= needed / 10 or beside <= 2**19, case
+            continue
+        assert product.grid[0] >= 0.85 * card.multiprocessors or m > 16, case
+        # Of more tokens the parts come and go through L2.
+        assert activations + beside * (m <= 16) <= needed / 10, case
+
+
+@pytest.mark.parametrize("card", DECODING, ids=["A100", "H100", "H100, old Triton", "B200", "RTX 4090"])
+def test_rows_of_many_masks_fill_the_card_too(card):
+    for (n, k), m, masks in itertools.product(DECODED, (1, 8, 16), (1, 3, 8)):
+        words, tasks = [empty(n, k // 32, dtype=torch.int32)] * masks, empty(m, dtype=torch.int32)
+        with target.assume(card), launch.record() as launches:
+            many.masked_linear_many(empty(m, k), empty(n, k), words, tasks, None)
+        product, *sums = launches
+        whole = -(-n // product.options["BLOCK_N"])
+        assert product.grid[0] >= 0.85 * card.multiprocessors, ((n, k), m, masks, product.grid)
+        assert len(sums) == (product.grid[0] > whole)
 
 
 def test_tiles_fit_shared_memory_with_at_least_two_stages():
