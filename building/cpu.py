@@ -20,6 +20,8 @@ X86_FLAGS = {
     "row_kernels_avx512.cpp": AVX512_FLAGS,
     "step_kernels_avx2.cpp": AVX2_FLAGS,
     "step_kernels_avx512.cpp": [*AVX512_FLAGS, "-mprefer-vector-width=512"],
+    "decode_avx2.cpp": [*AVX2_FLAGS, "-mf16c"],
+    "decode_avx512.cpp": [*AVX512_FLAGS, "-mprefer-vector-width=512"],
     "few_tokens_avx2.cpp": [*AVX2_FLAGS, "-mf16c"],
     "few_tokens_avx512.cpp": AVX512_FLAGS,
     "few_tokens_avx512_bf16.cpp": [*AVX512_FLAGS, *DOT_BFLOAT16_FLAGS],
@@ -64,7 +66,7 @@ def units(compiler: str, torch_directory: Path, sources: Path, machine: str | No
         own = X86_FLAGS.get(source.name, [])
         if (own and not x86) or source.name in unknown:
             continue
-        if source.name.startswith(("row_kernels_", "step_kernels_")):
+        if source.name.startswith(("decode_", "row_kernels_", "step_kernels_")):
             own = [*own, *VECTOR_FLAGS]
         found.append(Unit(source, compiler, [*flags, *own]))
     return found

@@ -20,6 +20,7 @@ from .ops import (
     unpack_mask,
 )
 from .optim import MaskAdamW
+from .quantized import dequantize, masked_linear_quantized
 from .step import score_step
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "MaskedLinear",
     "accumulate_score_grad",
     "backend_report",
+    "dequantize",
     "fixed_from_float",
     "float_from_fixed",
     "kept_threshold",
@@ -34,6 +36,7 @@ __all__ = [
     "masked_linear_by_ratio",
     "masked_linear_many",
     "masked_linear_packed",
+    "masked_linear_quantized",
     "outdate",
     "pack_mask",
     "score_step",

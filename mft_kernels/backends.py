@@ -11,7 +11,7 @@ from importlib import metadata
 
 import torch
 
-from . import faster, reference, reference_step
+from . import faster, reference, reference_quantized, reference_step
 
 logger = logging.getLogger("mft_kernels")
 
@@ -203,6 +203,9 @@ register(
                 reference.pack_mask,
                 reference.pack_signs,
                 reference_step.score_step,
+                reference_quantized.dequantize,
+                reference_quantized.masked_linear_quantized,
+                reference_quantized.masked_linear_quantized_d_x,
             )
         },
         detail="plain PyTorch",

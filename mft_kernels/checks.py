@@ -98,18 +98,18 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_device("x", x, "weight", weight)
     check_floating("x", x)
     check_floating("weight", weight)
-    if x.dtype != weight.dtype and not _autocasts(x):
+    if x.dtype != weight.dtype and not autocasts(x):
         raise TypeError(f"x must have weight's dtype {weight.dtype}, got {x.dtype}; convert x or use torch.autocast")
     if bias is not None:
         check_tensor("bias", bias)
         if bias.shape != (weight.shape[0],):
             raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
         check_device("bias", bias, "weight", weight)
-        if bias.dtype != weight.dtype and not _autocasts(x):
+        if bias.dtype != weight.dtype and not autocasts(x):
             raise TypeError(f"bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
 
 
-def _autocasts(x: Tensor) -> bool:
+def autocasts(x: Tensor) -> bool:
     """Whether torch.autocast will bring the dtypes together; of the meta device it cannot be asked."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 

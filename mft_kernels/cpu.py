@@ -170,6 +170,40 @@ def score_step(
     return found, torch.ops.mft_cpu.pack_mask(scores, found, magnitude)
 
 
+def dequantize(codes: Tensor, absmax: list[Tensor], shape: list[int], kind: str, dtype: torch.dtype) -> Tensor:
+    """The dense (N, K) of codes in NF4 or int8."""
+    dense = torch.empty(shape, dtype=dtype)
+    torch.ops.mft_cpu.dequantize_(dense, *_codes(codes, absmax), kind == "nf4")
+    return dense
+
+
+def masked_linear_quantized(
+    x: Tensor,
+    codes: Tensor,
+    absmax: list[Tensor],
+    packed: Tensor | None,
+    bias: Tensor | None,
+    shape: list[int],
+    kind: str,
+) -> Tensor:
+    """masked_linear_packed of the decoded weight, to the bit; it is decoded in parts where it is masked."""
+    packed, bias = (None if t is None else t.contiguous() for t in (packed, bias))
+    return torch.ops.mft_cpu.masked_linear_quantized(
+        x.contiguous(), *_codes(codes, absmax), packed, bias, *shape, kind == "nf4", "auto"
+    )
+
+
+def masked_linear_quantized_d_x(
+    grad_output: Tensor, codes: Tensor, absmax: list[Tensor], packed: Tensor | None, shape: list[int], kind: str
+) -> Tensor:
+    """d_x of masked_linear_quantized."""
+    packed = None if packed is None else packed.contiguous()
+    d_x = torch.ops.mft_cpu.grad_x_quantized(
+        _rows(grad_output), *_codes(codes, absmax), packed, *shape, kind == "nf4", "auto"
+    )
+    return d_x.view(*grad_output.shape[:-1], shape[1])
+
+
 def capabilities() -> list[str]:
     """The instruction sets that can run here, best first; empty without the library."""
     return [] if unavailable is not None else torch.ops.mft_cpu.capabilities().split(",")
@@ -222,6 +256,10 @@ def _rows(x: Tensor) -> Tensor:
     if x.dim() == 2:
         return x.contiguous()
     return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+
+
+def _codes(codes: Tensor, absmax: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    return codes.contiguous(), [each.contiguous() for each in absmax]
 
 
 def _by_task(rows: Tensor, tasks: Tensor, width: int, product: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -316,6 +354,9 @@ register(
                 pack_mask,
                 pack_signs,
                 score_step,
+                dequantize,
+                masked_linear_quantized,
+                masked_linear_quantized_d_x,
             )
         },
         short={}

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .ops import accumulate_score_grad, gradients_of_packed, masked_linear_packed
+from .quantized import QuantizedMatrix
 
-Weight = Tensor | Callable[[], Tensor]  # a function makes the weight anew for each product, for instance from 4 bits
+# A function makes the weight anew for each product; a quantised matrix is decoded in it.
+Weight = Tensor | Callable[[], Tensor] | QuantizedMatrix
 
 
 class _HeldLinear(torch.autograd.Function):
@@ -20,7 +22,7 @@ class _HeldLinear(torch.autograd.Function):
         ctx.save_for_backward(x)  # alone: weight and mask are the module's
         ctx.held = weight, packed, grad_buffer
         ctx.versions = _version(weight), _version(packed)
-        return masked_linear_packed(x, _dense(weight), packed, bias)
+        return _product(x, weight, packed, bias)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -33,7 +35,9 @@ class _HeldLinear(torch.autograd.Function):
                     f"inplace operation since the forward pass: call backward() before {name} changes"
                 )
         d_x = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and isinstance(weight, QuantizedMatrix):
+            d_x = weight.masked_d_x(grad_output, packed)
+        elif ctx.needs_input_grad[0]:
             d_x = gradients_of_packed(
                 grad_output, x, _dense(weight), packed, None, None, "value", [True, False, False, False], "auto"
             )[0]
@@ -50,21 +54,30 @@ def masked_linear_held(
     bias get no gradient.
 
     Args:
-        x: (..., K). weight: (N, K), or a function that returns it, called again in the backward pass.
+        x: (..., K). weight: (N, K), or a function that returns it, called again in the backward pass, or codes.
         packed: int32 (N, ceil(K / 32)); see pack_mask.
         grad_buffer: (N, K) contiguous, fp32 or a 16-bit float; None: nothing is accumulated.
     Returns: (..., N) in x's dtype.
     """
     if not torch.is_grad_enabled():
-        return masked_linear_packed(x, _dense(weight), packed, bias)
+        return _product(x, weight, packed, bias)
     if grad_buffer is None:
         # Detached, so that the packed op's own backward makes d_x alone.
-        return masked_linear_packed(x, _detached(_dense(weight)), packed, None if bias is None else _detached(bias))
+        weight = _detached(weight) if isinstance(weight, Tensor) else weight
+        return _product(x, weight, packed, None if bias is None else _detached(bias))
     anchor = torch.empty(0, device=x.device, requires_grad=True)  # x itself may ask for no gradient
     return _HeldLinear.apply(x, anchor, weight, packed, bias, grad_buffer)
 
 
+def _product(x: Tensor, weight: Weight, packed: Tensor, bias: Tensor | None) -> Tensor:
+    if isinstance(weight, QuantizedMatrix):
+        return weight.masked_linear(x, packed, bias)
+    return masked_linear_packed(x, _dense(weight), packed, bias)
+
+
 def _dense(weight: Weight) -> Tensor:
+    if isinstance(weight, QuantizedMatrix):
+        return weight.dense()
     return weight if isinstance(weight, Tensor) else weight()
 
 

@@ -160,7 +160,7 @@ class MaskedLinear(nn.Module):
             packed: int32 (out_features, ceil(in_features / 32)), beside the weight; see pack_mask.
             grad_buffer: (out_features, in_features); the backward pass adds grad_output.T @ x into it. What
                 score_step makes the scores' gradient of.
-            weight: what stands in for self.weight, for instance a function that makes it from 4 bits.
+            weight: what stands in for self.weight: a tensor, a function that makes it, or a QuantizedMatrix.
         """
         shape = self.out_features, self.in_features
         check_packed("packed", packed, shape)

@@ -13,11 +13,11 @@ ROOT = Path(__file__).parent.parent
 # A module may import those on lines above its own, and none on its own line.
 KERNEL_LAYERS = (
     ("_version", "eager", "faster", "fixed_point", "processor", "reference", "testing", "timing"),
-    ("reference_step",),
+    ("reference_quantized", "reference_step"),
     ("autotune", "backends", "built", "checks", "direct", "library", "maskable"),
     ("cpu_choice",),
     ("ops", "cpu", "cuda", "many", "scores", "step", "triton"),
-    ("companions",),
+    ("companions", "quantized"),
     ("held", "masking", "optim"),
     ("linear",),
     ("__init__",),

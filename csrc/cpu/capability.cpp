@@ -65,6 +65,7 @@ Found detect() {
             &avx512_row_kernels(),
             &avx512_step_kernels(),
             &few,
+            avx512_decode,
             {&float32_gemm(Format::kFloat32), &of_bfloat16, &float32_gemm(Format::kFloat16)}};
   };
 #if defined(MFT_AMX)
@@ -92,12 +93,13 @@ Found detect() {
     miss(found, "avx512", "the processor does not have it");
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
-    all.push_back({"avx2", &avx2_row_kernels(), &avx2_step_kernels(), &avx2_few_kernels(), {}});
+    all.push_back({"avx2", &avx2_row_kernels(), &avx2_step_kernels(), &avx2_few_kernels(), avx2_decode, {}});
   } else {
     miss(found, "avx2", "the processor does not have it");
   }
 #endif
-  all.push_back({"portable", &portable_row_kernels(), &portable_step_kernels(), &portable_few_kernels(), {}});
+  all.push_back(
+      {"portable", &portable_row_kernels(), &portable_step_kernels(), &portable_few_kernels(), portable_decode, {}});
 #if defined(MFT_AMX)
   if (bfloat16) all.push_back(of_avx512("amx_emulated", avx512_bf16_few_kernels(), emulated_amx_gemm()));
 #endif

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "decode.h"
 #include "few_tokens.h"
 #include "row_kernels.h"
 #include "step_kernels.h"
@@ -16,6 +17,7 @@ struct Capability {
   const RowKernels* rows;
   const StepKernels* step;
   const FewKernels* few;
+  Decode decode;
   const Gemm* gemms[3];  // by Format, of what the mask is fused with; nullptr: none, slabs go through torch's GEMM
 };
 

@@ -27,12 +27,12 @@ class Prepared {
   Scratch memory_;
 };
 
-int64_t bytes_read(const Matrix& weight, const MaskSource& mask) {
+int64_t bytes_read(const Weight& weight, const MaskSource& mask) {
   const int64_t each = bytes_of(weight.format) + (mask.scores != nullptr ? bytes_of(mask.score_format) : 0);
   return weight.rows * weight.columns * each;
 }
 
-FewTokens call_of(const Matrix& out, const Matrix& weight, const MaskSource& mask, const void* bias,
+FewTokens call_of(const Matrix& out, const Weight& weight, const MaskSource& mask, const void* bias,
                   const Prepared& tokens) {
   return {weight.format,
           out.rows,
@@ -45,12 +45,30 @@ FewTokens call_of(const Matrix& out, const Matrix& weight, const MaskSource& mas
           mask.range,
           static_cast<const char*>(bias),
           tokens.get(),
-          static_cast<char*>(out.data)};
+          static_cast<char*>(out.data),
+          nullptr,
+          mask.one_row,
+          weight.codes,
+          weight.decode};
 }
+
+// A call with memory of its own for kDotRows parts of rows that are decoded.
+class WithRoom {
+ public:
+  WithRoom(const FewTokens& call, const Weight& weight, int64_t columns)
+      : memory_(weight.room(kDotRows * columns)), call_(call) {
+    call_.room = static_cast<char*>(memory_.get());
+  }
+  const FewTokens& get() const { return call_; }
+
+ private:
+  Scratch memory_;
+  FewTokens call_;
+};
 
 }  // namespace
 
-void few_masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
+void few_masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Weight& weight,
                        const MaskSource& mask, const void* bias) {
   const int64_t words = mask.scores == nullptr ? 0 : kDotRows * ((weight.columns + 31) / 32);
   for (int64_t t = 0; t < x.rows; t += kFewTokens) {
@@ -59,20 +77,21 @@ void few_masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, 
     const FewTokens call = call_of(y.narrow_rows(t, count), weight, mask, bias, tokens);
     for_few_spans(weight.rows, kDotRows, few_work(bytes_read(weight, mask), count), [&](int64_t first, int64_t end) {
       const Scratch scratch(words * sizeof(uint32_t));
-      cpu.few->dot(call, first, end, static_cast<uint32_t*>(scratch.get()));
+      cpu.few->dot(WithRoom(call, weight, weight.columns).get(), first, end, static_cast<uint32_t*>(scratch.get()));
     });
   }
 }
 
-void few_grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
+void few_grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Weight& weight,
                 const MaskSource& mask) {
   for (int64_t t = 0; t < grad_output.rows; t += kFewTokens) {
     const int64_t count = std::min(kFewTokens, grad_output.rows - t);
     const Prepared tokens(grad_output.narrow_rows(t, count), cpu.few->prepare_sum);
     const FewTokens call = call_of(d_x.narrow_rows(t, count), weight, mask, nullptr, tokens);
     for_few_spans(weight.columns, 64, few_work(bytes_read(weight, mask), count), [&](int64_t first, int64_t end) {
-      const Scratch scratch(count * (few_strip_columns(call.format, count) + 16) * sizeof(float));
-      cpu.few->sum(call, first, end, static_cast<float*>(scratch.get()));
+      const int64_t strip = few_strip_columns(call.format, count);
+      const Scratch scratch(count * (strip + 16) * sizeof(float));
+      cpu.few->sum(WithRoom(call, weight, strip).get(), first, end, static_cast<float*>(scratch.get()));
     });
   }
 }

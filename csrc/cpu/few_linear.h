@@ -10,9 +10,9 @@
 namespace mft {
 
 // masked_linear() and grad_x() of linear.h, nothing empty.
-void few_masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
+void few_masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Weight& weight,
                        const MaskSource& mask, const void* bias);
-void few_grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
+void few_grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Weight& weight,
                 const MaskSource& mask);
 
 // Work is shared from this on, in bytes that one token makes a thread read (for more see few_work()); below, waking a second

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "decode.h"
 #include "row_kernels.h"
 
 namespace mft {
@@ -30,6 +31,11 @@ struct FewTokens {
   const float* tokens;  // M rows, few_token_stride() apart, made by prepare_*()
   char* out;
   const int64_t* places = nullptr;  // dot: the row of `out` of each token; nullptr: its own
+  bool one_row = false;             // the words are those of one row, and all rows have them
+  // dot and sum: instead of `weight`, with memory for kDotRows of the rows or of the strips that are worked on.
+  const Quantized* codes = nullptr;
+  Decode decode = nullptr;
+  char* room = nullptr;
 };
 
 // From one prepared token to the next: room for 32 columns more, and an odd number of cache lines, since tokens a power

@@ -396,12 +396,21 @@ inline const char* weight_row(const FewTokens& call, int64_t row) {
   return call.weight + row * call.columns * bytes_of(call.format);
 }
 
+// Columns `first` .. of a row: where they lie, or decoded to the place in the room of the i-th row at a time.
+template <typename Element>
+inline const Element* weight_part(const FewTokens& call, int64_t row, int64_t first, int64_t columns, int64_t i) {
+  if (call.codes == nullptr) return reinterpret_cast<const Element*>(weight_row(call, row)) + first;
+  Element* out = reinterpret_cast<Element*>(call.room) + i * columns;
+  call.decode(out, call.format, *call.codes, row, first, columns);
+  return out;
+}
+
 // The words of columns `first` .. of a row: its own, or made of its scores in `scratch`. What the row `rows` further on
 // will need is brought into L2.
 inline const uint32_t* words_of(const FewTokens& call, int64_t row, int64_t first, int64_t columns, int64_t rows,
                                 uint32_t* scratch) {
   if (call.scores == nullptr) {
-    const int64_t stride = (call.columns + kStep - 1) / kStep;
+    const int64_t stride = call.one_row ? 0 : (call.columns + kStep - 1) / kStep;
     const uint32_t* words = call.words + row * stride + first / kStep;
     for (int64_t j = 0; j < columns; j += 16 * kStep) prefetch(words + rows * stride + j / kStep);
     return words;
@@ -539,10 +548,10 @@ void dot_rows(const FewTokens& call, int64_t first_row, int64_t end_row, uint32_
     for (int r = 0; r < kRows; ++r) {
       const int64_t mine = row + r * part;
       const bool exists = r < rows;
-      weight[r] = exists ? reinterpret_cast<const Element*>(weight_row(call, mine)) : weight[rows - 1];
+      weight[r] = exists ? weight_part<Element>(call, mine, 0, call.columns, r) : weight[rows - 1];
       words[r] = exists ? words_of(call, mine, 0, call.columns, 1, scratch + r * words_stride) : words[rows - 1];
     }
-    dot_tokens<Kind, kRows>(call, weight, words, row, rows, part);
+    dot_tokens<Kind, kRows>(call, weight, words, row, rows, part, call.codes == nullptr);
   }
 }
 
@@ -562,6 +571,7 @@ void dot(const FewTokens& call, int64_t first_row, int64_t end_row, uint32_t* sc
 // ------------------------------------------------------------------------------------------------ sum
 
 constexpr int kSumRows = 8;  // even: with PairsOfBFloat16 they are taken by twos
+static_assert(kSumRows <= kDotRows, "what decodes has room for kDotRows");
 
 // sums[token][columns] += token[rows] @ rows, for kTokens tokens and kSumRows rows of a strip.
 template <typename Kind, int kTokens>
@@ -667,12 +677,12 @@ void sum_strip(const FewTokens& call, int64_t first, int64_t columns, int64_t su
     const uint32_t* words[kSumRows];
     for (int64_t r = 0; r < kSumRows; ++r) {
       const bool exists = r < rows;  // else nothing of it is kept, and 0 is added
-      weight[r] = exists ? reinterpret_cast<const Element*>(weight_row(call, row + r)) + first : weight[rows - 1];
+      weight[r] = exists ? weight_part<Element>(call, row + r, first, columns, r) : weight[rows - 1];
       words[r] = exists ? words_of(call, row + r, first, columns, kSumRows, scratch[r]) : kNone;
     }
     const float* tokens = call.tokens + row / Kind::kPair;
     sum_tokens<Kind>(sums, sums_stride, weight, words, tokens, stride, call.count, whole,
-                     kSumRows * call.columns * static_cast<int64_t>(sizeof(Element)));
+                     call.codes == nullptr ? kSumRows * call.columns * static_cast<int64_t>(sizeof(Element)) : 0);
     if (left == 0) continue;
     Element padded[kSumRows][kStep] = {};
     const Element* tails[kSumRows];

@@ -13,20 +13,22 @@ namespace {
 constexpr int64_t kSumBytes = 4 << 20;  // of the sums of d_x, a thread
 constexpr int64_t kFarBlock = 512;      // rows of the weight, of which kFarRows are read at once,
 constexpr int64_t kFarTurns = 16;       // and in how many such turns they are summed before they are stored
+constexpr int64_t kRowBytes = kDepth * 4;  // of a row of an A block, decoded to be packed
 constexpr int64_t kNearColumns = 2048;  // of the weight, in a task of d_x: 1,024 of 4,096 took 1.3 times as long
 
 // Prefetches part of a row of the weight, and of its scores.
-void prefetch_row(const Matrix& weight, const MaskSource& mask, int64_t row, int64_t column, int64_t columns) {
+void prefetch_row(const Weight& weight, const MaskSource& mask, int64_t row, int64_t column, int64_t columns) {
   const auto bring = [&](const void* from, int64_t bytes) {
     for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(from) + b, 0, 2);
   };
-  bring(at(weight, row, column), columns * bytes_of(weight.format));
+  const Weight::Span span = weight.span(row, column, columns);
+  bring(span.from, span.bytes);
   if (mask.scores != nullptr) bring(mask.row(row, column).scores, columns * bytes_of(mask.score_format));
 }
 
 // The forward where all of packed x stays in the cache: as many rows of the weight as a tile has, for all tokens at once.
 template <typename PanelAt>
-void multiply_narrow(const Gemm& gemm, const Matrix& y, const Matrix& weight, const MaskSource& mask, const void* bias,
+void multiply_narrow(const Gemm& gemm, const Matrix& y, const Weight& weight, const MaskSource& mask, const void* bias,
                      const Depth& depth, const PanelAt& panel_at) {
   const Cut rows(weight.rows, gemm.tile_rows, gemm.whole_tiles ? gemm.tile_rows : 1);
   const int64_t sum_stride = round_up(y.rows, kTileColumns), sums_size = gemm.tile_rows * sum_stride;
@@ -36,6 +38,7 @@ void multiply_narrow(const Gemm& gemm, const Matrix& y, const Matrix& weight, co
   for_workers(rows.blocks, [&](int64_t worker, const auto& next) {
     uint32_t* a = all_blocks.get() + worker * block_size;
     float* sums = all_sums.get() + worker * sums_size;
+    alignas(64) char decoded[kRowBytes];
     const Session session(gemm);
     for (int64_t task; (task = next()) < rows.blocks;) {
       const int64_t first = rows.begin(task), count = rows.end(task) - first;
@@ -45,7 +48,8 @@ void multiply_narrow(const Gemm& gemm, const Matrix& y, const Matrix& weight, co
           if (block + over < depth.blocks()) {
             prefetch_row(weight, mask, first + later % count, depth.first(block + over), depth.length(block + over));
           }
-          gemm.pack_masked_row(a + r * kRowStride, at(weight, first + r, depth.first(block)),
+          gemm.pack_masked_row(a + r * kRowStride,
+                               weight.part(first + r, depth.first(block), depth.length(block), decoded),
                                mask.row(first + r, depth.first(block)), mask.score_format, depth.length(block));
         }
         for (int64_t token = 0; token < y.rows; token += kTileColumns) {
@@ -61,13 +65,16 @@ void multiply_narrow(const Gemm& gemm, const Matrix& y, const Matrix& weight, co
 
 // The forward of few tokens: a thread reads rows of the weight that lie far apart at once, since memory gives more through
 // several streams than through one.
-void multiply_few(const Gemm& gemm, const Matrix& y, const Matrix& weight, const MaskSource& mask, const void* bias,
+void multiply_few(const Gemm& gemm, const Matrix& y, const Weight& weight, const MaskSource& mask, const void* bias,
                   const uint32_t* panels, int64_t panel_size) {
   const Cut rows(weight.rows, kFarBlock, kFarRows);
   const int64_t sum_stride = round_up(y.rows, 16), row_stride = kFarTurns * sum_stride;
   const Buffer<float> all_sums(num_threads() * kFarRows * row_stride);
+  const int64_t row_bytes = weight.room(weight.columns);
+  const Buffer<char> all_decoded(num_threads() * kFarRows * row_bytes);
   for_workers(rows.blocks, [&](int64_t worker, const auto& next) {
     float* sums = all_sums.get() + worker * kFarRows * row_stride;
+    char* decoded = all_decoded.get() + worker * kFarRows * row_bytes;
     const Session session(gemm);
     for (int64_t task; (task = next()) < rows.blocks;) {
       const int64_t first = rows.begin(task), count = rows.end(task) - first, apart = divide_up(count, kFarRows);
@@ -78,7 +85,7 @@ void multiply_few(const Gemm& gemm, const Matrix& y, const Matrix& weight, const
           MaskRow masks[kFarRows];
           for (int64_t i = 0; i < kFarRows; ++i) {  // beyond the last row any other will do
             const int64_t row = first + std::min(i * apart + begin + turn, count - 1);
-            from[i] = at(weight, row);
+            from[i] = weight.part(row, 0, weight.columns, decoded + i * row_bytes);
             masks[i] = mask.row(row, 0);
           }
           for (int64_t token = 0; token < y.rows; token += kFewTileTokens) {
@@ -100,7 +107,7 @@ void multiply_few(const Gemm& gemm, const Matrix& y, const Matrix& weight, const
 }
 
 // d_x of few tokens: a thread adds rows of the weight to sums that L2 keeps, 32 streams of memory at once.
-void add_few(const Gemm& gemm, const Matrix& d_x, const Matrix& weight, const MaskSource& mask, const Depth& depth,
+void add_few(const Gemm& gemm, const Matrix& d_x, const Weight& weight, const MaskSource& mask, const Depth& depth,
              const uint32_t* blocks, int64_t block_size) {
   const int64_t tokens = d_x.rows;
   const Cut columns(weight.columns, kNearColumns, kTileColumns);
@@ -108,8 +115,11 @@ void add_few(const Gemm& gemm, const Matrix& d_x, const Matrix& weight, const Ma
   const int64_t sums_size = divide_up(columns.largest(), kTileColumns) * tiles_size;
   const Buffer<float> all_sums(num_threads() * sums_size);
   const std::vector<uint32_t> no_bits(divide_up(columns.largest(), 32));
+  const int64_t row_bytes = weight.room(columns.largest());
+  const Buffer<char> all_decoded(num_threads() * kNearRows * row_bytes);
   for_workers(columns.blocks, [&](int64_t worker, const auto& next) {
     float* sums = all_sums.get() + worker * sums_size;
+    char* decoded = all_decoded.get() + worker * kNearRows * row_bytes;
     const Session session(gemm);
     for (int64_t task; (task = next()) < columns.blocks;) {
       const int64_t first = columns.begin(task), count = columns.end(task) - first;
@@ -117,7 +127,7 @@ void add_few(const Gemm& gemm, const Matrix& d_x, const Matrix& weight, const Ma
         const void* from[kNearRows];
         const uint32_t* words[kNearRows];
         for (int64_t i = 0; i < kNearRows; ++i) {  // beyond the last row another one, of which nothing is kept
-          from[i] = at(weight, std::min(row + i, weight.rows - 1), first);
+          from[i] = weight.part(std::min(row + i, weight.rows - 1), first, count, decoded + i * row_bytes);
           words[i] = row + i < weight.rows ? mask.row(row + i, first).words : no_bits.data();
         }
         const uint32_t* a = blocks + row / depth.block_elements() * block_size;
@@ -137,7 +147,7 @@ void add_few(const Gemm& gemm, const Matrix& d_x, const Matrix& weight, const Ma
 }  // namespace
 
 // y.T tile = masked weight @ x.T: the weight's rows are rows of A as they lie in memory, and x.T is packed once.
-void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, const Matrix& weight,
+void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, const Weight& weight,
                          const MaskSource& mask, const void* bias) {
   const int64_t tokens = x.rows, token_tiles = divide_up(tokens, kTileColumns);
   const Depth depth{x.columns, gemm.per_group};
@@ -176,6 +186,7 @@ void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, con
   for_workers(rows.blocks, [&](int64_t worker, const auto& next) {
     float* sums = all_sums.get() + worker * sums_size;
     uint32_t* a = all_blocks.get() + worker * block_size;
+    alignas(64) char decoded[kRowBytes];
     Ahead ahead(gemm);
     const Session session(gemm);
     for (int64_t task = next(), upcoming; task < rows.blocks; task = upcoming) {
@@ -188,7 +199,8 @@ void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, con
             if (gemm.rows_ahead > 0 && r + gemm.rows_ahead < count) {
               prefetch_row(weight, mask, first + r + gemm.rows_ahead, depth.first(block), depth.length(block));
             }
-            gemm.pack_masked_row(a + r * kRowStride, at(weight, first + r, depth.first(block)),
+            gemm.pack_masked_row(a + r * kRowStride,
+                                 weight.part(first + r, depth.first(block), depth.length(block), decoded),
                                  mask.row(first + r, depth.first(block)), mask.score_format, depth.length(block));
           }
           ahead.start_block(divide_up(here, kTileColumns) * divide_up(count, gemm.tile_rows), depth.groups(block));
@@ -219,7 +231,7 @@ void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, con
 }
 
 // d_x tile = grad_output @ masked weight: grad_output is packed once, groups of the weight's rows become panels.
-void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
+void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output, const Weight& weight,
                   const MaskSource& mask) {
   const int64_t tokens = grad_output.rows;
   const Depth depth{weight.rows, gemm.per_group};
@@ -249,9 +261,12 @@ void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output
   const int64_t workers = num_threads();
   const Buffer<float> all_sums(workers * sums_size);
   const Buffer<uint32_t> all_panels(workers * panels_size);
+  const int64_t row_bytes = weight.room(gemm.weight_columns);
+  const Buffer<char> all_decoded(workers * 2 * row_bytes);
   for_workers(columns.blocks, [&](int64_t worker, const auto& next) {
     float* sums = all_sums.get() + worker * sums_size;
     uint32_t* panels = all_panels.get() + worker * panels_size;
+    char *decoded = all_decoded.get() + worker * 2 * row_bytes, *decoded_odd = decoded + row_bytes;
     Ahead ahead(gemm);
     const Session session(gemm);
     for (int64_t task; (task = next()) < columns.blocks;) {
@@ -272,7 +287,8 @@ void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output
                 prefetch_row(weight, mask, later, column, count);
               }
               gemm.pack_masked_group(panels + (r - row) / gemm.per_group * kTileColumns, panel,
-                                     at(weight, r, column), r + 1 < end_row ? at(weight, odd, column) : nullptr,
+                                     weight.part(r, column, count, decoded),
+                                     r + 1 < end_row ? weight.part(odd, column, count, decoded_odd) : nullptr,
                                      mask.row(r, column), mask.row(odd, column), mask.score_format, count);
             }
             fill_depth(panels, panel, groups, count);

@@ -8,10 +8,10 @@
 
 namespace mft {
 
-void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, const Matrix& weight,
+void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, const Weight& weight,
                          const MaskSource& mask, const void* bias);
 
-void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
+void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output, const Weight& weight,
                   const MaskSource& mask);
 
 void fused_grad_scores(const Gemm& gemm, const Matrix& out, const Matrix& grad_output, const Matrix& x,

@@ -83,10 +83,11 @@ class Ahead {
   void add_soon(const void* from, int64_t bytes) { add(soon_, from, bytes); }
 
   // Rows of the weight, and of the scores where the mask comes from them.
-  void add_late(const Matrix& weight, const MaskSource& mask, int64_t row, int64_t end_row, int64_t column,
+  void add_late(const Weight& weight, const MaskSource& mask, int64_t row, int64_t end_row, int64_t column,
                 int64_t columns) {
     for (int64_t r = row; r < end_row; ++r) {
-      add(late_, at(weight, r, column), columns * bytes_of(weight.format));
+      const Weight::Span span = weight.span(r, column, columns);
+      add(late_, span.from, span.bytes);
       if (mask.scores != nullptr) add(late_, mask.row(r, column).scores, columns * bytes_of(mask.score_format));
     }
   }

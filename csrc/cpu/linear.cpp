@@ -59,12 +59,12 @@ class Dense {
 };
 
 // The masked weight of rows `first` .. and columns `first_column` .., as large as `out`.
-void mask_slab(const Capability& cpu, const Matrix& out, const Matrix& weight, const MaskSource& mask, int64_t first,
+void mask_slab(const Capability& cpu, const Matrix& out, const Weight& weight, const MaskSource& mask, int64_t first,
                int64_t first_column) {
   const int width = bytes_of(weight.format);
   for_rows(out.rows, out.columns, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      cpu.rows->mask(out.row(r), weight.row(first + r) + first_column * width, width,
+      cpu.rows->mask(out.row(r), weight.part(first + r, first_column, out.columns, out.row(r)), width,
                      mask.row(first + r, first_column), mask.score_format, out.columns);
     }
   });
@@ -90,7 +90,7 @@ Call call_of(Product product, const Matrix& weight, const MaskSource& mask, int6
 
 }  // namespace
 
-void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
+void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Weight& weight,
                    const MaskSource& mask, const void* bias, Path path) {
   const Call call = call_of(Product::kForward, weight, mask, x.rows);
   path = choose(cpu.name, call, path);
@@ -110,7 +110,7 @@ void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, cons
   }
 }
 
-void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
+void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Weight& weight,
             const MaskSource& mask, Path path) {
   const Call call = call_of(Product::kGradX, weight, mask, grad_output.rows);
   path = choose(cpu.name, call, path);

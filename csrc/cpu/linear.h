@@ -7,6 +7,7 @@
 #include "capability.h"
 #include "choice.h"
 #include "matrix.h"
+#include "weight.h"
 
 namespace mft {
 
@@ -17,13 +18,14 @@ struct MaskSource {
   const uint32_t* words;
   KeepRange range;
   int64_t columns;
+  bool one_row = false;  // the words are those of one row, and all rows have them
 
   // The mask of row r from column `first`, a multiple of 32, on.
   MaskRow row(int64_t r, int64_t first = 0) const {
     if (scores != nullptr) {
       return {static_cast<const char*>(scores) + (r * columns + first) * bytes_of(score_format), nullptr, range};
     }
-    return {nullptr, words + r * ((columns + 31) / 32) + first / 32, range};
+    return {nullptr, words + (one_row ? 0 : r * ((columns + 31) / 32)) + first / 32, range};
   }
 };
 
@@ -42,11 +44,11 @@ struct SignSource {
 };
 
 // y (M, N) = x @ where(keep, weight, 0).T + bias; bias (N,) in x's format, or nullptr.
-void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
+void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Weight& weight,
                    const MaskSource& mask, const void* bias, Path path = Path::kAuto);
 
 // d_x (M, K) = grad_output @ where(keep, weight, 0)
-void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Matrix& weight,
+void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Weight& weight,
             const MaskSource& mask, Path path = Path::kAuto);
 
 // d_weight (N, K) = where(keep, grad_output.T @ x, 0)

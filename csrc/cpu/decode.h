@@ -1,0 +1,41 @@
+// Weights that lie in codes, and how one instruction set decodes a part of a row.
+//
+//   nf4    w[i] = level[code[i]] * absmax[i / 64]    i over the whole matrix; two codes a byte, the first in the high bits
+//   int8   w[n, k] = code[n, k] * (absmax[n] / 127)
+//
+// In fp32, rounded once to the format that is asked for: what bitsandbytes' dequantize_4bit gives, to the last bit. Its
+// double quantisation: absmax[b] = map[absmax_codes[b]] * nested[b / 256] + offset, in fp32, rounded twice.
+#pragma once
+
+#include <cstdint>
+
+#include "row_kernels.h"
+
+namespace mft {
+
+constexpr int64_t kNf4Block = 64;      // weights that share an absmax
+constexpr int64_t kNestedBlock = 256;  // codes of an absmax that share one
+
+struct Quantized {
+  bool nf4;  // else int8
+  int64_t rows, columns;
+  const void* codes;
+  const float* absmax;  // nullptr: it is quantised itself
+  const uint8_t* absmax_codes;
+  const float *nested, *map;
+  float offset;
+
+  float absmax_of(int64_t block) const {
+    if (absmax != nullptr) return absmax[block];
+    return map[absmax_codes[block]] * nested[block / kNestedBlock] + offset;
+  }
+};
+
+// out[0 .. count) = w[row, first .. first + count)
+using Decode = void (*)(void* out, Format format, const Quantized& weight, int64_t row, int64_t first, int64_t count);
+
+void portable_decode(void* out, Format format, const Quantized& weight, int64_t row, int64_t first, int64_t count);
+void avx2_decode(void* out, Format format, const Quantized& weight, int64_t row, int64_t first, int64_t count);
+void avx512_decode(void* out, Format format, const Quantized& weight, int64_t row, int64_t first, int64_t count);
+
+}  // namespace mft

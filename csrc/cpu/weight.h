@@ -1,0 +1,41 @@
+// The weight of a masked product: a matrix, or codes (decode.h), of which a product decodes what it is about to mask into a
+// few rows of its own, in the cache. Whatever follows sees the numbers that the whole decoded matrix would have there.
+#pragma once
+
+#include "decode.h"
+#include "matrix.h"
+
+namespace mft {
+
+struct Weight : Matrix {
+  const Quantized* codes = nullptr;  // then data is nullptr
+  Decode decode = nullptr;
+
+  Weight(const Matrix& dense) : Matrix(dense) {}
+  Weight(const Quantized& codes, Decode decode, Format format)
+      : Matrix{nullptr, format, codes.rows, codes.columns, codes.columns}, codes(&codes), decode(decode) {}
+
+  // Bytes of the caller's that part() needs for so many elements.
+  int64_t room(int64_t elements) const { return codes == nullptr ? 0 : elements * bytes_of(format); }
+
+  // `count` elements of a row from `column` on: where they lie, or decoded into `room`.
+  const void* part(int64_t row, int64_t column, int64_t count, void* room) const {
+    if (codes == nullptr) return Matrix::row(row) + column * bytes_of(format);
+    decode(room, format, *codes, row, column, count);
+    return room;
+  }
+
+  struct Span {
+    const char* from;
+    int64_t bytes;
+  };
+  // What part() reads.
+  Span span(int64_t row, int64_t column, int64_t count) const {
+    if (codes == nullptr) return {Matrix::row(row) + column * bytes_of(format), count * bytes_of(format)};
+    const int64_t first = row * columns + column;
+    const auto* from = static_cast<const char*>(codes->codes);
+    return codes->nf4 ? Span{from + first / 2, (count + 1) / 2} : Span{from + first, count};
+  }
+};
+
+}  // namespace mft
