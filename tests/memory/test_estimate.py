@@ -52,7 +52,7 @@ def test_other_settings(way, changes):
     assert_as_simulated(SMALL, Workload(memory=way, sequence=512, accumulation=2, **changes))
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "int8"])
 @pytest.mark.parametrize("masked", [True, False], ids=["masked too", "frozen alone"])
 @pytest.mark.parametrize("way", ["quantized", "layerwise"])
 def test_a_quantised_base(way, masked, kind):
@@ -167,7 +167,7 @@ def test_settings_that_make_no_sense():
         ValueError, match="memory must be quantized, layerwise or auto over a quantised base, got plain"
     ):
         Workload(memory="plain", quantization="nf4")
-    with pytest.raises(ValueError, match="quantization must be nf4 or int8 with quantize_masked, got None"):
+    with pytest.raises(ValueError, match="quantization must be nf4 or nf4-dq or int8 with quantize_masked, got None"):
         Workload(memory="layerwise", quantize_masked=True)
     with pytest.raises(ValueError, match="micro_batch must be at least 1, got 0"):
         Workload(micro_batch=0)

@@ -371,7 +371,7 @@ def estimate(
     scores: Annotated[str, typer.Option(help="float32, bfloat16 or int16.")] = "float32",
     moments: Annotated[str, typer.Option(help="float32 or 8bit.")] = "float32",
     grad_dtype: Annotated[str | None, typer.Option(help="Of the gradient buffers; the weights' if not given.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="nf4 or int8, of the base.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="nf4, nf4-dq or int8, of the base.")] = None,
     quantize_masked: Annotated[bool, typer.Option("--quantize-masked", help="The masked weights too.")] = False,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Of plain.")] = False,
     target_modules: Annotated[str | None, typer.Option(help="Linear layers, such as up_proj,down_proj.")] = None,

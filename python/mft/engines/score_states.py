@@ -49,7 +49,7 @@ class HeldMask:
     def hold(self, grad: Tensor | None) -> None:
         """From now on the backward pass adds into grad."""
         self.grad = grad
-        self.module.hold(self.packed, grad, weight=None if self.quantized is None else self.quantized.dense)
+        self.module.hold(self.packed, grad, weight=self.quantized)
 
 
 def current_masks(masked: dict[str, MaskedLinear]) -> list[HeldMask]:

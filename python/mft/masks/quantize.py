@@ -1,6 +1,7 @@
 """A model over a quantised base: which linears hold their weight in NF4 or int8, and how these compute.
 
-A dense matrix exists during one product, and is made again for the backward pass. Codes never learn.
+On a CPU neither a product nor d_x makes a dense matrix: one exists only while d_scores is made, which is as large.
+Elsewhere one exists during a product, and is made again for the backward pass. Codes never learn.
 """
 
 from typing import Any
@@ -15,7 +16,13 @@ from mft.masks.convert import check_unwrapped
 from mft.masks.export import keep_base_hash
 from mft.models.linears import find_candidates, layer_stacks
 from mft.models.quantized_weight import QuantizedWeight, check_library, check_quantization, quantized_weights
-from mft_kernels import MaskedLinear, unpack_mask
+from mft_kernels import MaskedLinear, masked_linear_quantized, unpack_mask
+from mft_kernels.checks import NonFiniteScores
+from mft_kernels.direct import is_direct_but_for_autograd
+from mft_kernels.library import unchanged
+from mft_kernels.masking import CurrentMask, current_mask
+from mft_kernels.ops import gradients_of_packed
+from mft_kernels.quantized import masked_linear_quantized_d_x
 
 
 def quantize_model(model: nn.Module, kind: str = "nf4", *, masked: bool = False) -> nn.Module:
@@ -26,7 +33,7 @@ def quantize_model(model: nn.Module, kind: str = "nf4", *, masked: bool = False)
 
     Args:
         model: masked or not, unquantised; what is trainable is left alone.
-        kind: "nf4" or "int8".
+        kind: "nf4", "nf4-dq" (with double quantisation) or "int8".
         masked: quantise the masked linears' weights too.
     Returns: the same model.
     Raises: ValueError if nothing can be quantised, or a module by name if it cannot; RuntimeError if NF4's library is
@@ -55,7 +62,8 @@ def quantize_model(model: nn.Module, kind: str = "nf4", *, masked: bool = False)
 class QuantizedLinear(nn.Module):
     """y = x @ dense().T + bias, in nn.Linear's place, over a frozen weight that is held quantised.
 
-    Neither x nor the dense weight is saved for the backward pass, d_x = grad_output @ dense().
+    Neither x nor a dense weight is saved for the backward pass, d_x = grad_output @ dense(). On a CPU these are a
+    MaskedLinear's products with all kept, to the bit.
 
     Shapes: x (..., K), the weight's dtype; weight (N, K), bias (N,).
     """
@@ -82,8 +90,9 @@ class QuantizedLinear(nn.Module):
 class QuantizedMaskedLinear(MaskedLinear):
     """A MaskedLinear whose weight is made of codes each time that it is read; quantize_model turns modules into it.
 
-    hold(..., weight=module.quantized.dense) frees it after each product. Without hold, autograd keeps it for the
-    scores' gradient.
+    hold(..., weight=module.quantized) makes no dense one on a CPU, and elsewhere frees it after each product. Without
+    hold, on a CPU, one is made for the scores' gradient alone, where nobody but autograd has to see the call; else the
+    forward pass makes it and autograd keeps it.
     """
 
     quantized: QuantizedWeight
@@ -92,6 +101,19 @@ class QuantizedMaskedLinear(MaskedLinear):
     def weight(self) -> Tensor:  # type: ignore[override]  # read alone, where MaskedLinear has a parameter
         """(N, K), made anew by each access; for shape and dtype alone ask ``quantized``."""
         return self.quantized.dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        quantized = self.quantized
+        plain = self._held is None and not x.is_nested
+        if not (plain and quantized.is_fused(x) and is_direct_but_for_autograd(x, self.scores, quantized.codes)):
+            return super().forward(x)
+        try:
+            mask = current_mask(self.scores, self.keep_ratio, self.threshold, self.mode)
+        except NonFiniteScores as error:
+            raise self._named(error) from None
+        if not torch.is_grad_enabled():
+            return quantized.masked_linear(x, mask.packed, self.bias)
+        return _QuantizedMaskedProduct.apply(x, self.scores, self.bias, quantized, mask, self.mode)
 
     def mask(self) -> Tensor:
         # As MaskedLinear's, without making a weight for its shape.
@@ -111,6 +133,10 @@ class _QuantizedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, quantized: QuantizedWeight) -> Tensor:
         ctx.quantized, ctx.x_dtype = quantized, x.dtype
+        if quantized.is_fused(x):
+            return masked_linear_quantized(
+                x, quantized.codes, quantized.scales(), None, bias, shape=quantized.shape, kind=quantized.levels()
+            )
         return F.linear(x, quantized.dense(), bias)
 
     @staticmethod
@@ -119,10 +145,54 @@ class _QuantizedProduct(torch.autograd.Function):
         d_x = d_bias = None
         if ctx.needs_input_grad[0]:
             # Under autocast, x and the output may be of other dtypes than the weight.
-            d_x = (grad_output @ ctx.quantized.dense().to(grad_output.dtype)).to(ctx.x_dtype)
+            d_x = _d_x(grad_output, ctx.quantized).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             d_bias = grad_output.flatten(0, -2).sum(0)
         return d_x, d_bias, None
+
+
+def _d_x(grad_output: Tensor, quantized: QuantizedWeight) -> Tensor:
+    if quantized.is_fused(grad_output):
+        return masked_linear_quantized_d_x(
+            grad_output, quantized.codes, quantized.scales(), shape=quantized.shape, kind=quantized.levels()
+        )
+    return grad_output @ quantized.dense().to(grad_output.dtype)
+
+
+class _QuantizedMaskedProduct(torch.autograd.Function):
+    """masked_linear_by_ratio over codes: saves x, and of the weight nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scores: Tensor,
+        bias: Tensor | None,
+        quantized: QuantizedWeight,
+        mask: CurrentMask,
+        mode: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scores)
+        ctx.quantized, ctx.mask, ctx.mode = quantized, mask, mode
+        return quantized.masked_linear(x, mask.packed, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, scores = unchanged(ctx)
+        wants_x, wants_scores, wants_bias = ctx.needs_input_grad[:3]
+        d_x = d_scores = d_bias = None
+        if wants_scores:  # which are as large as the dense weight, so that this may be made too
+            sign = Tensor.detach(scores) if scores.is_floating_point() else None
+            wants = [wants_x, False, True, wants_bias]
+            weight, mask = ctx.quantized.dense(), ctx.mask
+            d_x, _, d_scores, d_bias = gradients_of_packed(
+                grad_output, x, weight, mask.packed, sign, mask.signs, ctx.mode, wants, "auto"
+            )
+        else:
+            d_x = ctx.quantized.masked_d_x(grad_output, ctx.mask.packed) if wants_x else None
+            d_bias = grad_output.flatten(0, -2).sum(0) if wants_bias else None
+        return d_x if wants_x else None, d_scores, d_bias if wants_bias else None, None, None, None
 
 
 def _quantize_masked(module: MaskedLinear, kind: str) -> None:

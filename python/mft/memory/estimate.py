@@ -19,7 +19,8 @@ from mft.memory.workload import GRAD_BYTES, SCORE_BYTES, Workload
 # peaks of two LLaMA2-7B layers lay between -6 and +4 MB of the sum without it (benchmarks.memory.worker, 128 to 1024
 # tokens).
 _CPU_WORKSPACE = 32 << 20
-_NF4_BYTES = 0.5 + 4 / 64  # 4 bits, and an fp32 scale for each 64
+# 4 bits, and an fp32 scale for each 64; doubly quantised one byte for that, and an fp32 scale for each 256 of these.
+_NF4_BYTES = {"nf4": 0.5 + 4 / 64, "nf4-dq": 0.5 + (1 + 4 / 256) / 64}
 # Boundaries on the device beside the layer's own input and its output's gradient: in resident the next input; in
 # layerwise that, the next gradient, and the one that leaves.
 _RESIDENT_BOUNDARIES, _LAYERWISE_BOUNDARIES = 1, 3
@@ -287,5 +288,6 @@ class _Run:
             if not self._is_quantized(layer, name):
                 size += n * k * shape.dtype_bytes
             else:
-                size += int(n * k * _NF4_BYTES) if workload.quantization == "nf4" else n * k + 4 * n
+                nf4 = _NF4_BYTES.get(workload.quantization or "")
+                size += n * k + 4 * n if nf4 is None else int(n * k * nf4)
         return size

@@ -58,7 +58,7 @@ class Workload:
         check_rule(
             self.quantization is not None or not self.quantize_masked or self.memory in ("auto", "quantized"),
             "quantization",
-            "be nf4 or int8 with quantize_masked",
+            f"be {' or '.join(QUANTIZATIONS)} with quantize_masked",
             self.quantization,
         )
         for name in ("micro_batch", "accumulation"):
