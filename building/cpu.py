@@ -22,6 +22,7 @@ X86_FLAGS = {
     "step_kernels_avx512.cpp": [*AVX512_FLAGS, "-mprefer-vector-width=512"],
     "decode_avx2.cpp": [*AVX2_FLAGS, "-mf16c"],
     "decode_avx512.cpp": [*AVX512_FLAGS, "-mprefer-vector-width=512"],
+    "decode_avx512_bf16.cpp": [*AVX512_FLAGS, *DOT_BFLOAT16_FLAGS, "-mprefer-vector-width=512"],
     "few_tokens_avx2.cpp": [*AVX2_FLAGS, "-mf16c"],
     "few_tokens_avx512.cpp": AVX512_FLAGS,
     "few_tokens_avx512_bf16.cpp": [*AVX512_FLAGS, *DOT_BFLOAT16_FLAGS],
@@ -30,7 +31,7 @@ X86_FLAGS = {
     "gemm_amx.cpp": [*AVX512_FLAGS, *DOT_BFLOAT16_FLAGS, *AMX_FLAGS],
     "gemm_amx_emulated.cpp": [*AVX512_FLAGS, *DOT_BFLOAT16_FLAGS],
 }
-DOT_BFLOAT16_FILES = ["few_tokens_avx512_bf16.cpp", "gemm_bfloat16.cpp"]
+DOT_BFLOAT16_FILES = ["decode_avx512_bf16.cpp", "few_tokens_avx512_bf16.cpp", "gemm_bfloat16.cpp"]
 AMX_FILES = ["gemm_amx.cpp", "gemm_amx_emulated.cpp"]
 # Without them no loop with a square root, a choice or a conversion becomes vector code; they change no value.
 VECTOR_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]

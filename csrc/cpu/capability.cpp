@@ -60,18 +60,19 @@ Found detect() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bfloat16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  const auto of_avx512 = [](const char* name, const FewKernels& few, const Gemm& of_bfloat16) -> Capability {
+  const auto of_avx512 = [](const char* name, const FewKernels& few, Decode decode,
+                            const Gemm& of_bfloat16) -> Capability {
     return {name,
             &avx512_row_kernels(),
             &avx512_step_kernels(),
             &few,
-            avx512_decode,
+            decode,
             {&float32_gemm(Format::kFloat32), &of_bfloat16, &float32_gemm(Format::kFloat16)}};
   };
 #if defined(MFT_AMX)
   const std::string no_tiles = bfloat16 ? why_no_tiles() : "the processor has no AVX512-BF16, which packs for it";
   if (no_tiles.empty()) {
-    all.push_back(of_avx512("amx", avx512_bf16_few_kernels(), amx_gemm()));
+    all.push_back(of_avx512("amx", avx512_bf16_few_kernels(), avx512_bf16_decode, amx_gemm()));
   } else {
     miss(found, "amx", no_tiles);
   }
@@ -80,7 +81,7 @@ Found detect() {
 #endif
 #if defined(MFT_DOT_BFLOAT16)
   if (bfloat16) {
-    all.push_back(of_avx512("avx512_bf16", avx512_bf16_few_kernels(), bfloat16_gemm()));
+    all.push_back(of_avx512("avx512_bf16", avx512_bf16_few_kernels(), avx512_bf16_decode, bfloat16_gemm()));
   } else {
     miss(found, "avx512_bf16", "the processor does not have it");
   }
@@ -88,7 +89,7 @@ Found detect() {
   miss(found, "avx512_bf16", "the compiler that built the library does not know it");
 #endif
   if (avx512) {
-    all.push_back(of_avx512("avx512", avx512_few_kernels(), float32_gemm(Format::kBFloat16)));
+    all.push_back(of_avx512("avx512", avx512_few_kernels(), avx512_decode, float32_gemm(Format::kBFloat16)));
   } else {
     miss(found, "avx512", "the processor does not have it");
   }
@@ -101,7 +102,9 @@ Found detect() {
   all.push_back(
       {"portable", &portable_row_kernels(), &portable_step_kernels(), &portable_few_kernels(), portable_decode, {}});
 #if defined(MFT_AMX)
-  if (bfloat16) all.push_back(of_avx512("amx_emulated", avx512_bf16_few_kernels(), emulated_amx_gemm()));
+  if (bfloat16) {
+    all.push_back(of_avx512("amx_emulated", avx512_bf16_few_kernels(), avx512_bf16_decode, emulated_amx_gemm()));
+  }
 #endif
   return found;
 }

@@ -31,11 +31,24 @@ struct Quantized {
   }
 };
 
+struct Span {
+  const char* from;
+  int64_t bytes;
+};
+
+// Where the codes of w[row, first .. first + count) lie.
+inline Span codes_span(const Quantized& weight, int64_t row, int64_t first, int64_t count) {
+  const int64_t index = row * weight.columns + first;
+  const auto* codes = static_cast<const char*>(weight.codes);
+  return weight.nf4 ? Span{codes + index / 2, (count + 1) / 2} : Span{codes + index, count};
+}
+
 // out[0 .. count) = w[row, first .. first + count)
 using Decode = void (*)(void* out, Format format, const Quantized& weight, int64_t row, int64_t first, int64_t count);
 
 void portable_decode(void* out, Format format, const Quantized& weight, int64_t row, int64_t first, int64_t count);
 void avx2_decode(void* out, Format format, const Quantized& weight, int64_t row, int64_t first, int64_t count);
 void avx512_decode(void* out, Format format, const Quantized& weight, int64_t row, int64_t first, int64_t count);
+void avx512_bf16_decode(void* out, Format format, const Quantized& weight, int64_t row, int64_t first, int64_t count);
 
 }  // namespace mft

@@ -52,23 +52,86 @@ inline void make_values(Element* values, float absmax, Format format) {
 
 #if defined(__AVX512BW__)
 
-// Bytes as they come: the code of an even column is in the high bits.
-inline void look_up(uint16_t* out, const uint8_t* codes, const uint16_t* values) {
-  const __m512i table = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(values)));
-  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+using Table = __m512i;  // the sixteen values: of 16 bits twice
+
+// fp32 rounded to 16 bits. Of AVX512-BF16 this is the same as of to_bfloat16() for normal numbers and 0.
+inline __m256i rounded_vector(__m512 v, Format format) {
+  if (format == Format::kFloat16) return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+#else
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i tie = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), tie);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+#endif
+}
+
+// Whether rounded_vector() rounds the products of this with levels and codes as rounded() does.
+inline bool is_usual(float absmax) { return absmax > 1e-30f && absmax < 1e30f; }
+
+inline Table table_of(const uint16_t* values) {
+  return _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(values)));
+}
+inline Table table_of(const uint32_t* values) { return _mm512_load_si512(values); }
+
+inline Table table_of(float absmax, Format format, uint16_t) {
+  const __m512 values = _mm512_mul_ps(_mm512_load_ps(kNf4), _mm512_set1_ps(absmax));
+  return _mm512_broadcast_i64x4(rounded_vector(values, format));
+}
+inline Table table_of(float absmax, Format, uint32_t) {
+  return _mm512_castps_si512(_mm512_mul_ps(_mm512_load_ps(kNf4), _mm512_set1_ps(absmax)));
+}
+
+// Bytes of 16 as words, each twice.
+alignas(64) constexpr uint16_t kEachTwice[] = {
+    0x8000, 0x8000, 0x8001, 0x8001, 0x8002, 0x8002, 0x8003, 0x8003, 0x8004, 0x8004, 0x8005,
+    0x8005, 0x8006, 0x8006, 0x8007, 0x8007, 0x8008, 0x8008, 0x8009, 0x8009, 0x800a, 0x800a,
+    0x800b, 0x800b, 0x800c, 0x800c, 0x800d, 0x800d, 0x800e, 0x800e, 0x800f, 0x800f};
+
+// The code of an even column is in the high bits of its byte.
+inline void look_up(uint16_t* out, const uint8_t* codes, Table table) {
+  const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  const __m512i words = _mm512_shuffle_epi8(bytes, _mm512_load_si512(kEachTwice));
   // Five bits choose one of 32, and the table is there twice: the fifth does not matter.
-  const __m512i which = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+  const __m512i which = _mm512_srlv_epi16(words, _mm512_set1_epi32(4));
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(which, table));
 }
 
-inline void look_up(uint32_t* out, const uint8_t* codes, const uint32_t* values) {
-  const __m512i table = _mm512_load_si512(values);
+inline void look_up(uint32_t* out, const uint8_t* codes, Table table) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
   const __m128i even = _mm_srli_epi16(bytes, 4);  // four bits choose: what is above them does not matter
   const __m512i low = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(even, bytes));
   const __m512i high = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(even, bytes));
   _mm512_storeu_si512(out, _mm512_permutexvar_epi32(low, table));
   _mm512_storeu_si512(out + 16, _mm512_permutexvar_epi32(high, table));
+}
+
+// Whole blocks from `first` on; returns where they end.
+template <typename Element>
+int64_t decode_blocks(Element* out, Format format, const Quantized& weight, int64_t first, int64_t end) {
+  const auto* codes = static_cast<const uint8_t*>(weight.codes);
+  int64_t i = first;
+  for (; i + kNf4Block <= end; i += kNf4Block) {
+    const float absmax = weight.absmax_of(i / kNf4Block);
+    if (!is_usual(absmax)) return i;
+    const Table table = table_of(absmax, format, Element{});
+    look_up(out + (i - first), codes + i / 2, table);
+    look_up(out + (i - first) + kUnit, codes + i / 2 + kUnit / 2, table);
+  }
+  return i;
+}
+
+// Codes times the scale; returns how many.
+inline int64_t decode_codes(uint16_t* out, Format format, const int8_t* codes, float scale, int64_t count) {
+  int64_t j = 0;
+  const __m512 factor = _mm512_set1_ps(scale);
+  for (; is_usual(scale) && j + 16 <= count; j += 16) {
+    const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + j)));
+    const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(wide), factor);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), rounded_vector(value, format));
+  }
+  return j;
 }
 
 #elif defined(__AVX2__)
@@ -125,17 +188,40 @@ inline void look_up(Element* out, const uint8_t* codes, const Element* values) {
 
 #endif
 
+#if !defined(__AVX512BW__)
+
+template <typename Element>
+const Element* table_of(const Element* values) {
+  return values;
+}
+
+template <typename Element>
+int64_t decode_blocks(Element*, Format, const Quantized&, int64_t first, int64_t) {
+  return first;
+}
+
+inline int64_t decode_codes(uint16_t*, Format, const int8_t*, float, int64_t) { return 0; }
+
+#endif
+
 template <typename Element>
 void decode_nf4(Element* out, Format format, const Quantized& weight, int64_t first, int64_t count) {
   const auto* codes = static_cast<const uint8_t*>(weight.codes);
   const int64_t end = first + count;
   for (int64_t i = first; i < end;) {
+    if (i % kNf4Block == 0) {
+      const int64_t whole = decode_blocks(out + (i - first), format, weight, i, end);
+      if (whole != i) {
+        i = whole;
+        continue;
+      }
+    }
     const int64_t block = i / kNf4Block, block_end = (block + 1) * kNf4Block < end ? (block + 1) * kNf4Block : end;
     alignas(64) Element values[kLevels];
     make_values(values, weight.absmax_of(block), format);
     while (i < block_end) {
       if (i % kUnit == 0 && i + kUnit <= block_end) {
-        look_up(out + (i - first), codes + i / 2, values);
+        look_up(out + (i - first), codes + i / 2, table_of(values));
         i += kUnit;
       } else {
         out[i - first] = values[i % 2 == 0 ? codes[i / 2] >> 4 : codes[i / 2] & 15];
@@ -145,12 +231,16 @@ void decode_nf4(Element* out, Format format, const Quantized& weight, int64_t fi
   }
 }
 
-template <typename Element>
-void decode_int8(Element* out, Format format, const int8_t* codes, float scale, int64_t count) {
+void decode_int8(uint32_t* out, Format, const int8_t* codes, float scale, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) out[j] = as_bits(codes[j] * scale);
+}
+
+void decode_int8(uint16_t* out, Format format, const int8_t* codes, float scale, int64_t count) {
+  int64_t j = decode_codes(out, format, codes, scale, count);
   if (format == Format::kBFloat16) {
-    for (int64_t j = 0; j < count; ++j) out[j] = rounded(codes[j] * scale, Element{}, Format::kBFloat16);
+    for (; j < count; ++j) out[j] = to_bfloat16(codes[j] * scale);
   } else {
-    for (int64_t j = 0; j < count; ++j) out[j] = rounded(codes[j] * scale, Element{}, Format::kFloat16);
+    for (; j < count; ++j) out[j] = to_float16(codes[j] * scale);
   }
 }
 

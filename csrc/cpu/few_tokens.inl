@@ -396,10 +396,14 @@ inline const char* weight_row(const FewTokens& call, int64_t row) {
   return call.weight + row * call.columns * bytes_of(call.format);
 }
 
-// Columns `first` .. of a row: where they lie, or decoded to the place in the room of the i-th row at a time.
+// Columns `first` .. of a row: where they lie, or decoded to the place in the room of the i-th row at a time. The codes of the
+// row `rows` further on are brought into L2.
 template <typename Element>
-inline const Element* weight_part(const FewTokens& call, int64_t row, int64_t first, int64_t columns, int64_t i) {
+inline const Element* weight_part(const FewTokens& call, int64_t row, int64_t first, int64_t columns, int64_t i,
+                                  int64_t rows) {
   if (call.codes == nullptr) return reinterpret_cast<const Element*>(weight_row(call, row)) + first;
+  const Span next = codes_span(*call.codes, row + rows, first, columns);
+  for (int64_t b = 0; b < next.bytes; b += 64) prefetch(next.from + b);
   Element* out = reinterpret_cast<Element*>(call.room) + i * columns;
   call.decode(out, call.format, *call.codes, row, first, columns);
   return out;
@@ -548,7 +552,7 @@ void dot_rows(const FewTokens& call, int64_t first_row, int64_t end_row, uint32_
     for (int r = 0; r < kRows; ++r) {
       const int64_t mine = row + r * part;
       const bool exists = r < rows;
-      weight[r] = exists ? weight_part<Element>(call, mine, 0, call.columns, r) : weight[rows - 1];
+      weight[r] = exists ? weight_part<Element>(call, mine, 0, call.columns, r, 1) : weight[rows - 1];
       words[r] = exists ? words_of(call, mine, 0, call.columns, 1, scratch + r * words_stride) : words[rows - 1];
     }
     dot_tokens<Kind, kRows>(call, weight, words, row, rows, part, call.codes == nullptr);
@@ -677,7 +681,7 @@ void sum_strip(const FewTokens& call, int64_t first, int64_t columns, int64_t su
     const uint32_t* words[kSumRows];
     for (int64_t r = 0; r < kSumRows; ++r) {
       const bool exists = r < rows;  // else nothing of it is kept, and 0 is added
-      weight[r] = exists ? weight_part<Element>(call, row + r, first, columns, r) : weight[rows - 1];
+      weight[r] = exists ? weight_part<Element>(call, row + r, first, columns, r, kSumRows) : weight[rows - 1];
       words[r] = exists ? words_of(call, row + r, first, columns, kSumRows, scratch[r]) : kNone;
     }
     const float* tokens = call.tokens + row / Kind::kPair;

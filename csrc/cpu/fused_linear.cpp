@@ -21,7 +21,7 @@ void prefetch_row(const Weight& weight, const MaskSource& mask, int64_t row, int
   const auto bring = [&](const void* from, int64_t bytes) {
     for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(from) + b, 0, 2);
   };
-  const Weight::Span span = weight.span(row, column, columns);
+  const Span span = weight.span(row, column, columns);
   bring(span.from, span.bytes);
   if (mask.scores != nullptr) bring(mask.row(row, column).scores, columns * bytes_of(mask.score_format));
 }
@@ -85,6 +85,7 @@ void multiply_few(const Gemm& gemm, const Matrix& y, const Weight& weight, const
           MaskRow masks[kFarRows];
           for (int64_t i = 0; i < kFarRows; ++i) {  // beyond the last row any other will do
             const int64_t row = first + std::min(i * apart + begin + turn, count - 1);
+            if (weight.codes != nullptr) prefetch_row(weight, mask, row + 1, 0, weight.columns);
             from[i] = weight.part(row, 0, weight.columns, decoded + i * row_bytes);
             masks[i] = mask.row(row, 0);
           }
@@ -127,6 +128,7 @@ void add_few(const Gemm& gemm, const Matrix& d_x, const Weight& weight, const Ma
         const void* from[kNearRows];
         const uint32_t* words[kNearRows];
         for (int64_t i = 0; i < kNearRows; ++i) {  // beyond the last row another one, of which nothing is kept
+          if (weight.codes != nullptr) prefetch_row(weight, mask, row + i + kNearRows, first, count);
           from[i] = weight.part(std::min(row + i, weight.rows - 1), first, count, decoded + i * row_bytes);
           words[i] = row + i < weight.rows ? mask.row(row + i, first).words : no_bits.data();
         }

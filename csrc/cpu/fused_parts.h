@@ -86,7 +86,7 @@ class Ahead {
   void add_late(const Weight& weight, const MaskSource& mask, int64_t row, int64_t end_row, int64_t column,
                 int64_t columns) {
     for (int64_t r = row; r < end_row; ++r) {
-      const Weight::Span span = weight.span(r, column, columns);
+      const Span span = weight.span(r, column, columns);
       add(late_, span.from, span.bytes);
       if (mask.scores != nullptr) add(late_, mask.row(r, column).scores, columns * bytes_of(mask.score_format));
     }

@@ -25,16 +25,10 @@ struct Weight : Matrix {
     return room;
   }
 
-  struct Span {
-    const char* from;
-    int64_t bytes;
-  };
   // What part() reads.
   Span span(int64_t row, int64_t column, int64_t count) const {
-    if (codes == nullptr) return {Matrix::row(row) + column * bytes_of(format), count * bytes_of(format)};
-    const int64_t first = row * columns + column;
-    const auto* from = static_cast<const char*>(codes->codes);
-    return codes->nf4 ? Span{from + first / 2, (count + 1) / 2} : Span{from + first, count};
+    if (codes != nullptr) return codes_span(*codes, row, column, count);
+    return {Matrix::row(row) + column * bytes_of(format), count * bytes_of(format)};
   }
 };
 

@@ -100,6 +100,20 @@ def test_products_are_those_of_the_decoded_weight_to_the_bit_by_every_path(capab
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_code_is_rounded_once_at_every_size_of_absmax(capability, dtype):
+    sizes = torch.tensor(
+        [1e-45, 1e-40, 3e-38, 1e-33, 1e-7, 0.7, 3e4, 1e38, 3e38, 0.0, -0.5, float("inf"), float("nan")]
+    )
+    nf4 = (torch.arange(256).to(torch.uint8).repeat(13), [sizes.repeat_interleave(8)], "nf4")
+    int8 = (torch.arange(-128, 128).to(torch.int8).repeat(13, 1), [sizes], "int8")
+    for (codes, absmax, levels), shape in ((nf4, [13, 512]), (int8, [13, 256])):
+        expected = reference_quantized.dequantize(codes, absmax, shape, levels, dtype)
+        got = cpu.dequantize(codes, absmax, shape, levels, dtype)
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert_same_bits(got.nan_to_num(nan=1.0), expected.nan_to_num(nan=1.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_of_integers_equal_the_reference(capability, kind, dtype):
     for n, k in SHAPES:
