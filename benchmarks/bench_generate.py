@@ -1,8 +1,8 @@
 """Does a masked model generate as fast as the dense one? SmolLM2-135M, batch 1, bf16 and fp32, tokens/s.
 
 Every linear of the decoder is masked: by MaskedLinear, which looks whether its scores have changed, and with the mask
-held as bits. Weights are random, which changes no time; the cache, the sampling of the likeliest token and all else are
-transformers' own, so much of a token is the host's.
+held as bits, over weights in NF4 and int8 too, which the kernels decode. Weights are random, which changes no time; the
+cache, the sampling of the likeliest token and all else are transformers' own, so much of a token is the host's.
 """
 
 import json
@@ -15,6 +15,7 @@ import torch
 
 from mft.config import MaskConfig
 from mft.masks.convert import mask_model, masked_modules
+from mft.masks.quantize import quantize_model
 from mft.memory.shapes import known_config
 from mft_kernels.timing import time_within
 
@@ -24,6 +25,7 @@ from .tables import generate_tables
 from .training_steps import build
 
 DENSE, MODULE, HELD = "dense", "ours, module", "ours, held mask"
+QUANTIZED = {f"{HELD}, {kind} weights": kind for kind in ("nf4", "int8")}
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,15 @@ STORED = Budget()
 
 
 def models(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The three of one dtype; the masks are random and keep 90 %."""
-    found = {name: build(config, dtype).eval().requires_grad_(False) for name in (DENSE, MODULE, HELD)}
-    for name in (MODULE, HELD):
+    """The five of one dtype; the masks are random and keep 90 %."""
+    found = {name: build(config, dtype).eval().requires_grad_(False) for name in (DENSE, MODULE, HELD, *QUANTIZED)}
+    for name in (MODULE, HELD, *QUANTIZED):
         mask_model(found[name], MaskConfig.paper())
-    for module in masked_modules(found[HELD]).values():
-        module.hold(module.packed_mask())
+    for name, kind in QUANTIZED.items():
+        quantize_model(found[name], kind, masked=True)
+    for name in (HELD, *QUANTIZED):
+        for module in masked_modules(found[name]).values():
+            module.hold(module.packed_mask(), weight=getattr(module, "quantized", None))
     return found
 
 

@@ -159,7 +159,7 @@ def test_the_targets_and_the_machines_stand_side_by_side(two_machines, capsys):
     assert measured.shares_table(records).count("\n") == 1 + 8
     speeds = measured.generate_table(by_machine(two_machines, "generate"))
     assert [line.split("|")[1].strip() for line in speeds.splitlines()[2:]] == [
-        *(bench_generate.DENSE, bench_generate.MODULE, bench_generate.HELD)
+        *(bench_generate.DENSE, bench_generate.MODULE, bench_generate.HELD, *bench_generate.QUANTIZED)
     ]
     assert speeds.splitlines()[0].count("bf16") == 2
 

@@ -60,6 +60,16 @@ def test_forward_and_gradients_are_those_of_the_dense_weight(kind, bias):
 
 
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_a_frozen_layer_takes_torchs_product_for_many_tokens(kind):
+    layer = QuantizedLinear.from_linear(frozen_linear(bias=True), kind)
+    x = normal(513, 40, seed=1).requires_grad_()
+    y, grad = layer(x), normal(513, 24, seed=2)
+    y.backward(grad)
+    assert torch.equal(y, F.linear(x, layer.quantized.dense(), layer.bias))
+    assert torch.equal(x.grad, grad @ layer.quantized.dense())
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_autocast_and_checkpointing_reach_through(kind):
     layer = QuantizedLinear.from_linear(frozen_linear(), kind)
     x = normal(7, 40, seed=1).requires_grad_()
