@@ -169,7 +169,8 @@ def _check_codes(codes, absmax, shape, kind) -> list[Tensor]:
     for scale, (name, size, dtype) in zip(scales, _scales_expected(len(scales), blocks, kind)):
         check_tensor(name, scale)
         if scale.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype}, got {scale.dtype}")
+            advice = ": give all four tensors of double quantisation" if scale.dtype == torch.uint8 else ""
+            raise TypeError(f"{name} must be {dtype}, got {scale.dtype}{advice}")
         if tuple(scale.shape) != size:
             raise ValueError(f"{name} must be {size} for {kind} of {tuple(shape)}, got {tuple(scale.shape)}")
         check_device(name, scale, "codes", codes)

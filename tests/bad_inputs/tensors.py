@@ -15,6 +15,7 @@ from mft_kernels import (
     kept_threshold,
     masked_linear,
     masked_linear_packed,
+    masked_linear_quantized,
     pack_mask,
     reference,
     score_step,
@@ -68,6 +69,11 @@ def a_bias_of_another_size():
 @refused(ValueError, where="packed", got="(4, 3)", rule="must be (4, 1), 1 bit a weight of (4, 5)")
 def a_packed_mask_of_another_weight():
     masked_linear_packed(x, weight, torch.zeros(4, 3, dtype=torch.int32))
+
+
+@refused(ValueError, where="codes", got="(20,)", rule="must be 10 bytes for nf4 of (4, 5)")
+def codes_of_nf4_one_a_byte():
+    masked_linear_quantized(x, torch.zeros(20, dtype=torch.uint8), torch.ones(1), packed, shape=(4, 5))
 
 
 @refused(ValueError, where="scores", got="shape (2, 4, 5)", rule="must be (N, K)")
@@ -128,6 +134,18 @@ def scores_of_integers():
 @refused(TypeError, where="bias", got="torch.bfloat16", rule="must have weight's dtype torch.float32")
 def a_bias_of_another_dtype():
     masked_linear(x, weight, scores, threshold, bias.bfloat16())
+
+
+@refused(
+    TypeError,
+    where="absmax",
+    got="torch.uint8",
+    rule="must be torch.float32",
+    remedy="give all four tensors of double quantisation",
+)
+def the_codes_of_a_doubly_quantised_absmax_alone():
+    codes, absmax = torch.zeros(10, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
+    masked_linear_quantized(x, codes, absmax, packed, shape=(4, 5))
 
 
 @refused(TypeError, where="packed", got="torch.float32", rule="must be int32")
