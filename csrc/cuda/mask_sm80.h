@@ -54,11 +54,12 @@ class Mask {
  public:
   static constexpr int kBytes = Scores::kBytes + (kTransposed ? 4 * kTileDepth : 0);
 
-  // first: of the block's columns of B. warp_column: the warp's first among them. depth: the first.
-  MFT_DEVICE Mask(const KeepArguments& keep, int first, int warp_column, int depth)
+  // first: of the block's columns of B. warp_column: the warp's first among them. depth: the first
+  // of `length`.
+  MFT_DEVICE Mask(const KeepArguments& keep, int first, int warp_column, int depth, int length)
       : keep_(keep),
         warp_column_(warp_column),
-        reader_(keep.scores, kTransposed ? depth : first, kTransposed ? first : depth),
+        reader_(keep.scores, kTransposed ? depth : first, kTransposed ? first : depth, length),
         row_(depth) {
     if constexpr (kTransposed) {
       prefetch();
@@ -122,10 +123,10 @@ class Mask<float, kMagnitude, kTransposed, kChunked> {
  public:
   static constexpr int kBytes = Scores::kBytes + (kTransposed ? 4 * kTileDepth : 0);
 
-  MFT_DEVICE Mask(const KeepArguments& keep, int first, int warp_column, int depth)
+  MFT_DEVICE Mask(const KeepArguments& keep, int first, int warp_column, int depth, int length)
       : keep_(keep),
         warp_column_(warp_column),
-        reader_(keep.scores, kTransposed ? depth : first, kTransposed ? first : depth),
+        reader_(keep.scores, kTransposed ? depth : first, kTransposed ? first : depth, length),
         row_(depth) {
     if constexpr (kTransposed) {
       prefetch();
@@ -189,13 +190,13 @@ class Mask<Words, kMagnitude, kTransposed, kChunked> {
  public:
   static constexpr int kBytes = 4 * kTileFeatures;
 
-  MFT_DEVICE Mask(const KeepArguments& keep, int first, int warp_column, int depth)
+  MFT_DEVICE Mask(const KeepArguments& keep, int first, int warp_column, int depth, int length)
       : keep_(keep), warp_column_(warp_column) {
     constexpr int kWords = kTransposed ? kTileFeatures / 32 : 1;  // a row of the tile
     const int row = isa::thread() / kWords + (kTransposed ? depth : first);
     const int word = isa::thread() % kWords + (kTransposed ? first : depth) / 32;
-    rows_ = keep.scores.rows - row;
-    words_ = keep.row_words - word;
+    rows_ = kTransposed ? length - isa::thread() / kWords : keep.scores.rows - row;
+    words_ = kTransposed ? keep.row_words - word : tiles_of(length, 32);
     source_ = keep.words + static_cast<int64_t>(row) * keep.row_words + word;
   }
 

@@ -9,10 +9,11 @@
 //   features weight|
 //          +-------+      depth is K; transposed, it is N, and the weight's tile has depths as rows (ldmatrix.trans).
 //
-// Up to 64 tokens give too few tiles for a GPU: there the depth is cut into parts of whole steps, a block each, which
-// write fp32 sums into the workspace. A second kernel adds them in the order of the parts, whatever order they came in.
+// Where tiles are too few for a GPU the depth is cut into parts of whole steps, a block each, which write fp32 sums into
+// the workspace. A second kernel adds them in the order of the parts, whatever order they came in. product_sm80.cu has
+// how many parts, and of which of the two tiles.
 //
-// A step of 32 depths takes a warp 32 mma.sync among 206 instructions with bf16 scores (SASS of nvcc 13.0), and 128
+// A step of 32 depths takes a warp 32 mma.sync among 200 instructions with bf16 scores (SASS of nvcc 13.0), and 128
 // registers allow two blocks a multiprocessor. How many stages let shared memory hold both, the launch asks the device:
 // 128 tokens with bf16 scores take 3 in sm_80's 164 KiB and 2 in the 100 KiB of 8.6, 8.9 and 12.0. Speed: not measured.
 #pragma once
@@ -28,10 +29,10 @@ struct ProductArguments {
   View out, in, weight;
   KeepArguments keep;
   const char* bias;  // or null
-  int depth_tiles, tile_rows, tile_columns;
+  int tile_rows, tile_columns;
   int stages;
   float* parts;    // (parts, out.rows, part_stride), or null: the depth is in one
-  int part_tiles;  // of the depth, in a part
+  int part_depth;  // of a part, whole steps
   int64_t part_stride;
 };
 
@@ -46,7 +47,7 @@ template <class T, class S, bool kMagnitude, bool kTransposed, bool kChunked, in
 struct ProductKernel {
   static constexpr int kThreads = sm80::kThreads;
   static constexpr int kBlocksPerMultiprocessor = kChunked ? 2 : 1;  // one: loads by elements need registers
-  static constexpr bool kParts = kTokens == 64;                      // the depth may be cut
+  static constexpr bool kParts = kChunked;                           // the depth may be cut
   using Arguments = ProductArguments;
 
   using Mask = sm80::Mask<S, kMagnitude, kTransposed, kChunked>;
@@ -61,18 +62,17 @@ struct ProductKernel {
   using Sums = float[kDown][kAcross][4];
 
   MFT_DEVICE static void run(const Arguments& a) {
-    const TilePlace place = TilePlace::of(static_cast<int>(isa::block(0)), a.tile_rows, a.tile_columns);
-    const int first_token = place.row * kTokens, first_feature = place.column * kTileFeatures;
-    const int warp_token = isa::warp() / 4 * kWarpTokens, warp_feature = isa::warp() % 4 * kWarpFeatures;
+    const Place place = place_of(a);
+    const int first_feature = place.feature, warp_token = place.warp_token, warp_feature = place.warp_feature;
     char* const shared = isa::shared_memory();
 
-    const int first_tile = kParts ? static_cast<int>(isa::block(1)) * a.part_tiles : 0;
-    const int left = a.depth_tiles - first_tile, tiles = kParts && a.part_tiles < left ? a.part_tiles : left;
-    const int depth = first_tile * kTileDepth;
-    TileReader<In, false, kChunked, kThreads> in(a.in, first_token, depth);
+    // One length for all three readers, so that one register counts what is left.
+    const int depth = kParts ? static_cast<int>(isa::block(1)) * a.part_depth : 0, rest = a.in.columns - depth;
+    const int length = kParts && a.part_depth < rest ? a.part_depth : rest;
+    TileReader<In, false, kChunked, kThreads> in(a.in, place.token, depth, length);
     TileReader<Weight, kTransposed, kChunked, kThreads> weight(a.weight, kTransposed ? depth : first_feature,
-                                                               kTransposed ? first_feature : depth);
-    Mask mask(a.keep, first_feature, warp_feature, depth);
+                                                               kTransposed ? first_feature : depth, length);
+    Mask mask(a.keep, first_feature, warp_feature, depth, length);
     const auto copy = [&](int stage) {
       char* const to = shared + stage * kStageBytes;
       in.copy(to);
@@ -86,14 +86,10 @@ struct ProductKernel {
     const auto sum = [&](auto number) {
       constexpr int kStages = decltype(number)::value;
       for (int stage = 0; stage < kStages - 1; ++stage) copy(stage);
-      for (int tile = 0, stage = 0, done = kStages - 1; tile < tiles; ++tile) {
+      for (int left = length, stage = 0, done = kStages - 1; left > 0; left -= kTileDepth) {
         isa::wait_copies<kStages - 2>();
         isa::sync_block();  // the tile has come for all, and all are done with the one before it, which is overwritten
-        if (!kParts || tile + kStages - 1 < tiles) {
-          copy(done);
-        } else {  // the next part's
-          isa::commit_copies();
-        }
+        copy(done);  // behind the end zeros, which nobody reads
         multiply(sums, mask, shared + stage * kStageBytes, warp_token, warp_feature);
         done = stage;
         stage = stage == kStages - 1 ? 0 : stage + 1;
@@ -107,15 +103,27 @@ struct ProductKernel {
       sum(std::integral_constant<int, 2>{});
     }
     isa::wait_copies<0>();
+    const Place again = place_of(a);  // for registers are short in the loop
     if constexpr (kParts) {
-      if (a.parts != nullptr) return write_part(a, sums, first_token + warp_token, first_feature + warp_feature);
+      if (a.parts != nullptr) return write_part(a, sums, again);
     }
     isa::sync_block();
-    // Found again, for registers are short in the loop.
-    write(a, sums, shared, first_token, first_feature, isa::warp() / 4 * kWarpTokens, isa::warp() % 4 * kWarpFeatures);
+    write(a, sums, shared, again);
   }
 
  private:
+  struct Place {
+    int token, feature;            // the block's first
+    int warp_token, warp_feature;  // the warp's, counted from there
+  };
+
+  // The compiler keeps nothing of what shuffle() and warp() gave.
+  MFT_DEVICE static Place place_of(const Arguments& a) {
+    const TilePlace tile = TilePlace::of(isa::shuffle(static_cast<int>(isa::block(0)), 0), a.tile_rows, a.tile_columns);
+    return {tile.row * kTokens, tile.column * kTileFeatures, isa::warp() / 4 * kWarpTokens,
+            isa::warp() % 4 * kWarpFeatures};
+  }
+
   MFT_DEVICE static void multiply(Sums& sums, Mask& mask, const char* stage, int warp_token, int warp_feature) {
     const char* const weight_tile = stage + In::kBytes;
 #pragma unroll
@@ -139,7 +147,7 @@ struct ProductKernel {
   }
 
   // Four lanes write a sector.
-  MFT_DEVICE static void write_part(const Arguments& a, const Sums& sums, int first_token, int first_feature) {
+  MFT_DEVICE static void write_part(const Arguments& a, const Sums& sums, const Place& place) {
     struct alignas(8) Two {
       float low, high;
     };
@@ -147,9 +155,9 @@ struct ProductKernel {
     const int g = isa::lane() / 4, c = isa::lane() % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 2 * kDown; ++i) {
-      const int token = first_token + 8 * i + g;
+      const int token = place.token + place.warp_token + 8 * i + g;
       if (token >= a.out.rows) continue;
-      float* const to = a.parts + (first_row + token) * a.part_stride + first_feature + c;
+      float* const to = a.parts + (first_row + token) * a.part_stride + place.feature + place.warp_feature + c;
 #pragma unroll
       for (int j = 0; j < kAcross; ++j) {
         const float(&four)[4] = sums[i / 2][j];
@@ -159,18 +167,18 @@ struct ProductKernel {
   }
 
   // By way of shared memory, so that 16 bytes are written at once.
-  MFT_DEVICE static void write(const Arguments& a, const Sums& sums, char* shared, int first_token, int first_feature,
-                               int warp_token, int warp_feature) {
+  MFT_DEVICE static void write(const Arguments& a, const Sums& sums, char* shared, const Place& place) {
+    const int first_token = place.token, first_feature = place.feature;
     const int g = isa::lane() / 4, c = isa::lane() % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kAcross; ++j) {
-      const int feature = warp_feature + 8 * j + c;
+      const int feature = place.warp_feature + 8 * j + c;
       const float low = bias_of<T>(a.bias, a.out, first_feature + feature);
       const float high = bias_of<T>(a.bias, a.out, first_feature + feature + 1);
 #pragma unroll
       for (int i = 0; i < kDown; ++i) {
         for (int half = 0; half < 2; ++half) {
-          const int token = warp_token + 16 * i + 8 * half + g;
+          const int token = place.warp_token + 16 * i + 8 * half + g;
           const uint32_t pair = isa::round_pair<T>(sums[i][j][2 * half] + low, sums[i][j][2 * half + 1] + high);
           store(shared + Out::offset_of(token, feature), pair);
         }
@@ -192,80 +200,63 @@ struct ProductKernel {
   }
 };
 
-constexpr int kFewTokens = 64;
-
 inline bool is_chunked(const Product& p) {
   return view_of(p.in).chunked && view_of(p.weight).chunked && keep_arguments(p.keep, p.weight).scores.chunked;
 }
 
-// How many parts of the depth: as many as give each multiprocessor its two blocks, but at most 16, and of 256 depths at
-// least: of a feature such a part reads 1 KiB (weight and scores in 16 bits) and writes 256 bytes for 64 tokens.
-inline int parts_of(const Product& p, const Device& device) {
-  if (p.out.rows > kFewTokens || !is_chunked(p)) return 1;
-  const int depth_tiles = tiles_of(p.in.columns, kTileDepth), tiles = tiles_of(p.out.columns, kTileFeatures);
-  const int parts = std::min({2 * device.multiprocessors / tiles, depth_tiles / 8, 16});
-  return parts > 1 ? tiles_of(depth_tiles, tiles_of(depth_tiles, parts)) : 1;  // none is empty
-}
-
 template <class T, class S, bool kMagnitude, bool kTransposed>
-std::string launch_product(const Product& p, const Device& device) {
+std::string launch_product(const Product& p, const Plan& plan, const Device& device) {
   ProductArguments a = {};
   a.out = view_of(p.out), a.in = view_of(p.in), a.weight = view_of(p.weight);
   a.keep = keep_arguments(p.keep, p.weight);
   a.bias = static_cast<const char*>(p.bias);
-  a.depth_tiles = tiles_of(p.in.columns, kTileDepth);
   a.tile_columns = tiles_of(p.out.columns, kTileFeatures);
   a.part_stride = static_cast<int64_t>(a.tile_columns) * kTileFeatures;
-  const int parts = p.workspace != nullptr ? parts_of(p, device) : 1;
-  if (parts > 1) a.parts = static_cast<float*>(p.workspace);
-  a.part_tiles = tiles_of(a.depth_tiles, parts);
-  const auto start = [&](auto kernel, int tokens) {
+  if (plan.parts > 1) a.parts = static_cast<float*>(p.workspace);
+  a.part_depth = tiles_of(tiles_of(p.in.columns, kTileDepth), plan.parts) * kTileDepth;
+  const auto start = [&](auto kernel) {
     using Kernel = decltype(kernel);
-    a.tile_rows = tiles_of(p.out.rows, tokens);
+    a.tile_rows = tiles_of(p.out.rows, plan.tokens);
     LaunchShape shape;
     shape.x = static_cast<int64_t>(a.tile_rows) * a.tile_columns;
-    shape.y = parts;
+    shape.y = plan.parts;
     a.stages = stages_of(Kernel::kStageBytes, device);
     shape.shared_bytes = a.stages * Kernel::kStageBytes;
     if (shape.x > kLongestSide) return std::string("x has too many tokens, 2^31 tiles and more; split them");
     return isa::launch<Kernel>(shape, device.stream, a);
   };
-  if (!is_chunked(p)) {
-    return start(ProductKernel<T, S, kMagnitude, kTransposed, false, 128>{}, 128);
-  }
-  if (p.out.rows <= kFewTokens) {
-    const std::string error = start(ProductKernel<T, S, kMagnitude, kTransposed, true, kFewTokens>{}, kFewTokens);
-    return error.empty() && parts > 1 ? sum_parts(p, parts, a.part_stride, device) : error;
-  }
-  return start(ProductKernel<T, S, kMagnitude, kTransposed, true, 128>{}, 128);
+  if (!is_chunked(p)) return start(ProductKernel<T, S, kMagnitude, kTransposed, false, 128>{});
+  const std::string error = plan.tokens == 64 ? start(ProductKernel<T, S, kMagnitude, kTransposed, true, 64>{})
+                                              : start(ProductKernel<T, S, kMagnitude, kTransposed, true, 128>{});
+  return error.empty() && plan.parts > 1 ? sum_parts(p, plan.parts, a.part_stride, device) : error;
 }
 
 template <class T, class S, bool kTransposed>
-std::string product_by_scores(const Product& p, const Device& device) {
-  return p.keep.magnitude ? launch_product<T, S, true, kTransposed>(p, device)
-                          : launch_product<T, S, false, kTransposed>(p, device);
+std::string product_by_scores(const Product& p, const Plan& plan, const Device& device) {
+  return p.keep.magnitude ? launch_product<T, S, true, kTransposed>(p, plan, device)
+                          : launch_product<T, S, false, kTransposed>(p, plan, device);
 }
 
 template <class T, bool kTransposed>
-std::string product_by(const Product& p, const Device& device) {
-  if (p.keep.words != nullptr) return launch_product<T, Words, true, kTransposed>(p, device);
+std::string product_by(const Product& p, const Plan& plan, const Device& device) {
+  if (p.keep.words != nullptr) return launch_product<T, Words, true, kTransposed>(p, plan, device);
   switch (p.keep.scores.type) {
     case Type::kFloat32:
-      return product_by_scores<T, float, kTransposed>(p, device);
+      return product_by_scores<T, float, kTransposed>(p, plan, device);
     case Type::kBFloat16:
-      return product_by_scores<T, BFloat16, kTransposed>(p, device);
+      return product_by_scores<T, BFloat16, kTransposed>(p, plan, device);
     default:
-      return product_by_scores<T, Float16, kTransposed>(p, device);
+      return product_by_scores<T, Float16, kTransposed>(p, plan, device);
   }
 }
 
 template <class T>
-std::string product_of(const Product& p, const Device& device) {
-  return p.transposed ? product_by<T, true>(p, device) : product_by<T, false>(p, device);
+std::string product_of(const Product& p, const Plan& plan, const Device& device) {
+  return p.transposed ? product_by<T, true>(p, plan, device) : product_by<T, false>(p, plan, device);
 }
 
 // Each in a file of its own.
-extern template std::string product_of<BFloat16>(const Product&, const Device&);
-extern template std::string product_of<Float16>(const Product&, const Device&);
+extern template std::string product_of<BFloat16>(const Product&, const Plan&, const Device&);
+extern template std::string product_of<Float16>(const Product&, const Plan&, const Device&);
 
 }  // namespace mft::cuda::sm80

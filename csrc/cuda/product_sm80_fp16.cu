@@ -3,6 +3,6 @@
 
 namespace mft::cuda::sm80 {
 
-template std::string product_of<Float16>(const Product&, const Device&);
+template std::string product_of<Float16>(const Product&, const Plan&, const Device&);
 
 }  // namespace mft::cuda::sm80

@@ -80,11 +80,17 @@ inline View view_of(const Matrix& m) {
 template <class Tile, bool kDownwards, bool kChunked, int kThreads>
 class TileReader {
  public:
-  MFT_DEVICE TileReader(const View& matrix, int first_row, int first_column)
+  // length: rows, or columns, there are on its way.
+  MFT_DEVICE TileReader(const View& matrix, int first_row, int first_column, int length)
       : source_(matrix.at(first_row + row(), first_column + chunk() * Tile::kPerChunk)),
         matrix_(matrix),
-        rows_(matrix.rows - first_row - row()),
-        columns_(matrix.columns - first_column - chunk() * Tile::kPerChunk) {}
+        rows_((kDownwards ? length : matrix.rows - first_row) - row()),
+        columns_((kDownwards ? matrix.columns - first_column : length) - chunk() * Tile::kPerChunk) {}
+
+  // To the matrix's end.
+  MFT_DEVICE TileReader(const View& matrix, int first_row, int first_column)
+      : TileReader(matrix, first_row, first_column,
+                   kDownwards ? matrix.rows - first_row : matrix.columns - first_column) {}
 
   MFT_DEVICE void copy(char* tile) {
     if (kThreads <= Tile::kRows * Tile::kChunks || row() < Tile::kRows) {

@@ -153,6 +153,13 @@ def test_score_gradients_are_added(out_dtype, source, capability):
     assert_same(got, expected)
 
 
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_products_of_a_long_depth_get_a_workspace(tokens, capability):
+    t = inputs(m=tokens, n=16, k=1096)  # for 4 multiprocessors in 4 parts, and d_x in one
+    forward = (t.x, t.weight, t.scores, torch.tensor(1.0).bfloat16(), t.bias, "magnitude")
+    assert_same(cuda.masked_linear(*forward), reference.masked_linear(*forward))
+
+
 def test_score_gradients_of_many_tokens_get_a_workspace(capability):
     t = inputs(m=1100)  # for 4 multiprocessors in 4 parts
     got, expected = torch.full((12, 40), 3.0), torch.full((12, 40), 3.0)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import emulated
 import pytest
 
-from mft_kernels.triton.cards import CARDS, H100, H100_PCIE, H200
+from mft_kernels.triton.cards import A100, CARDS, H100, H100_PCIE, H200
 from mft_kernels.triton.cost import L2_BYTES, LAUNCH, Jobs, seconds, sum_seconds
 
 HOPPERS = (H100, H100_PCIE, H200)
@@ -140,17 +140,91 @@ def test_one_card_s_figures_choose_for_every_hopper(card):
 
 
 @pytest.mark.parametrize("card", HOPPERS, ids=lambda card: card.name)
-def test_hopper_s_own_product_is_expected_to_win_but_where_sums_are_short(card):
+def test_hopper_s_own_product_is_expected_to_win_but_for_some_small_weights(card):
     general = [
         case
         for case in CASES
         if (case[0] > 16 or "transposed" in case[2])  # else decode_sm80: test_decode.py
         and planned("product_sm80", card, *case).cycles < planned("product_sm90", card, *case).cycles
     ]
-    assert {q for _, (_, q), _ in general} == {576}
-    assert max(m for m, *_ in general) <= 64
+    assert max(p * q for _, (p, q), _ in general) <= 1024 * 4096
+    assert max(m for m, *_ in general) <= 1024
     worst = max(planned("product_sm90", card, *c).cycles / planned("product_sm80", card, *c).cycles for c in general)
     assert worst < 1.1
+
+
+# ------------------------------------------------------------------------------------------------- the general product
+
+
+def general_seconds(card, m, shape, mask, tokens, parts, rate):
+    """Of product_sm80: tiles of 64 or 128 tokens and 128 features, 32 of Q a step, two blocks a multiprocessor."""
+    p, q = shape
+    jobs = Jobs(
+        count=quotient(p, 128) * quotient(m, tokens) * parts,
+        steps=quotient(quotient(q, 32), parts),
+        multiply_adds=128 * tokens * 32,
+        read=32 * (2 * tokens + 128 * (4 if mask == "bf16" else 2 + 1 / 8)),
+        written=(2 if parts == 1 else 4) * 128 * tokens,
+    )
+    half = card.shared // 2 - 1024
+    stages = min(4, (half if half >= 2 * jobs.read else card.shared - 1024) // int(jobs.read))
+    launch = seconds(card, [jobs], memory=operands(m, shape, mask), blocks=2, stages=stages, rate=rate)
+    return launch + sum_seconds(card, parts, m * p)
+
+
+def general_ways(card, m, shape):
+    """(tokens, parts) that there are: no taller than need be, 256 of Q a part, two waves, half of L2."""
+    p, q = shape
+    steps, of_l2 = quotient(q, 32), card.l2 // 2 // (4 * m * quotient(p, 128) * 128)
+    for tokens in (64, 128)[: 1 + (m > 64)]:
+        most = min(16, steps // 8, 4 * card.multiprocessors // (quotient(p, 128) * quotient(m, tokens)), of_l2)
+        yield from ((tokens, s) for s in range(1, max(1, most) + 1) if quotient(steps, quotient(steps, s)) == s)
+
+
+def by_rule_of_thumb(card, m, shape):
+    """As these products were cut before the model chose: few tokens alone, two blocks for each multiprocessor."""
+    p, q = shape
+    steps = quotient(q, 32)
+    parts = min(2 * card.multiprocessors // quotient(p, 128), steps // 8, 16) if m <= 64 else 1
+    return (64 if m <= 64 else 128), quotient(steps, quotient(steps, parts)) if parts > 1 else 1
+
+
+@pytest.mark.parametrize("card", NVIDIAS, ids=lambda card: card.name)
+def test_the_general_product_is_cut_by_the_model(card):
+    rate = emulated.rates(card.arch)[0]
+    for case in CASES:
+        m, (p, q), _ = case
+        plan = planned("product_sm80", card, *case)
+        expected = {way: general_seconds(known(card), *case, *way, rate) for way in general_ways(card, m, (p, q))}
+        assert plan.cycles == pytest.approx(min(expected.values()) * known(card).clock), case
+        assert expected[plan.tokens, plan.parts] == pytest.approx(min(expected.values())), case
+        assert plan.workspace == (plan.parts > 1) * plan.parts * m * quotient(p, 128) * 128 * 4
+        assert plan.workspace <= card.l2 // 2
+        # Which are among the ways: neither can be expected to take less.
+        assert {by_rule_of_thumb(card, m, (p, q)), (128 if m > 64 else 64, 1)} <= {*expected}, case
+
+
+def test_the_general_product_s_parts_win_most_behind_64_tokens():
+    """4096 x 4096 on an A100: 32 tiles of 128 tokens for 108 multiprocessors."""
+    of = {m: planned("product_sm80", A100, m, (4096, 4096), "bf16") for m in (1, 64, 65, 128, 256, 512, 1024)}
+    assert {m: (plan.tokens, plan.parts) for m, plan in of.items()} == {
+        1: (64, 3),
+        64: (64, 3),
+        65: (128, 3),
+        128: (128, 3),
+        256: (128, 3),
+        512: (128, 2),
+        1024: (128, 1),
+    }
+    rate = emulated.rates(80)[0]
+    gains = {
+        m: general_seconds(known(A100), m, (4096, 4096), "bf16", *by_rule_of_thumb(A100, m, (4096, 4096)), rate)
+        / (plan.cycles / known(A100).clock)
+        for m, plan in of.items()
+    }
+    assert min(gains[65], gains[128]) > 1.5
+    assert gains[256] > gains[512] > 1.1
+    assert max(gains[1], gains[64]) < 1.05
 
 
 # ----------------------------------------------------------------------------------------------------------- d_scores

@@ -78,30 +78,51 @@ def check_product_added(t: Inputs, **device) -> None:
         same(out, right)
 
 
+@pytest.fixture
+def ways(monkeypatch):
+    """(tokens of a tile, parts of the sum) of each product and d_scores that is made."""
+    seen, plan = [], emulated.plan
+
+    def counted(kernel, asked, device):
+        found = plan(kernel, asked, device)
+        assert (found.workspace > 0) == (found.parts > 1)
+        seen.append((found.tokens, found.parts))
+        return found
+
+    monkeypatch.setattr(emulated, "plan", counted)
+    return seen
+
+
+def parts_of(ways) -> set[int]:
+    return {parts for _, parts in ways}
+
+
 # ------------------------------------------------------------------------------------------------- every kernel once
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scores_dtype", SCORES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(33, 136, 160), (130, 72, 264), (35, 45, 131)])  # 64 and 128 tokens; odd rows
-def test_products_equal_the_reference(shape, dtype, scores_dtype, mode):
+@pytest.mark.parametrize(("shape", "tokens"), [((33, 136, 160), 64), ((130, 72, 264), 128), ((35, 45, 131), 128)])
+def test_products_equal_the_reference(shape, tokens, dtype, scores_dtype, mode, ways):
     t = integer_inputs(*shape, dtype, scores_dtype)
-    check_products(t, torch.tensor(2.0, dtype=scores_dtype), mode)
-    check_products(t, row_thresholds(t), mode)
+    check_products(t, torch.tensor(2.0, dtype=scores_dtype), mode, multiprocessors=2)
+    check_products(t, row_thresholds(t), mode, multiprocessors=2)
+    assert {*ways} == {(tokens, 1)}
 
 
 @pytest.mark.parametrize("scores_dtype", [FP32, BF16])
 @pytest.mark.parametrize("shared_kib", [100, 164, 228])
-def test_as_many_stages_as_a_gpu_has_room_for_give_the_same(shared_kib, scores_dtype):
+def test_as_many_stages_as_a_gpu_has_room_for_give_the_same(shared_kib, scores_dtype, ways):
     t = integer_inputs(70, 136, 264, BF16, scores_dtype)  # 5 and 9 steps: more than there are stages
     threshold = torch.tensor(2.0, dtype=scores_dtype)
     expected = reference.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
     packed = reference.pack_mask(t.scores, threshold, "magnitude")
     for x, rows in ((t.x, slice(None)), (t.x[:33], slice(33))):  # tiles of 128 and of 64 tokens
-        device = {"shared_bytes": shared_kib * 1024}
+        device = {"shared_bytes": shared_kib * 1024, "multiprocessors": 1}
         same(emulated.masked_linear(x, t.weight, t.scores, threshold, t.bias, "magnitude", **device), expected[rows])
         same(emulated.masked_linear_packed(x, t.weight, packed, t.bias, **device), expected[rows])
+    assert [tokens for tokens, _ in ways] == [128, 128, 64, 64]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -313,40 +334,38 @@ def test_accumulation_rounds_the_sum_alone():
 # ------------------------------------------------------------------------------------------------ the depth in parts
 
 
-@pytest.fixture
-def parts(monkeypatch):
-    """How many parts each product and d_scores was summed in; 0: in one, without a workspace."""
-    seen, plan = [], emulated.plan
-
-    def counted(kernel, asked, device):
-        found = plan(kernel, asked, device)
-        seen.append(found.parts if found.workspace else 0)
-        return found
-
-    monkeypatch.setattr(emulated, "plan", counted)
-    return seen
-
-
 @pytest.mark.parametrize(
-    ("shape", "multiprocessors", "expected"),
+    ("shape", "device", "expected"),
     [
-        ((33, 1040, 1096), 132, {4}),  # 35 and 33 steps of 32 in parts of 9: the last is shorter
-        ((64, 264, 552), 132, {2, 0}),  # and d_x, of 9 steps, in one
-        ((17, 136, 1096), 3, {3, 0}),  # as many as the multiprocessors take: 2 tiles of features, two blocks each
-        ((18, 16, 4352), 132, {16, 0}),  # 136 steps in parts of 9: the last has one
-        ((65, 136, 1096), 132, {0}),  # tiles of 128 tokens
-        ((17, 136, 1097), 132, {0}),  # rows that are no chunks
+        ((33, 1040, 1096), {}, {(64, 4)}),  # 35 and 33 steps of 32 in parts of 9: the last is shorter
+        ((64, 264, 552), {}, {(64, 2), (64, 1)}),  # and d_x, of 9 steps, in one
+        ((17, 136, 1096), {"multiprocessors": 3}, {(64, 3), (64, 1)}),  # and words in one: less to read
+        ((18, 16, 4352), {}, {(64, 16), (64, 1)}),  # 136 steps in parts of 9: the last has one
+        ((65, 136, 1096), {"multiprocessors": 6}, {(128, 3), (128, 1)}),
+        ((65, 1096, 136), {"multiprocessors": 6}, {(128, 1), (128, 3)}),  # d_x
+        ((130, 136, 1096), {}, {(64, 4), (64, 1)}),  # more tiles of 64 tokens, and more of them at work
+        ((33, 1040, 1096), {"l2_bytes": 2 * 3 * 33 * 1152 * 4 - 1}, {(64, 2)}),  # half of L2 lacks a byte of 3
+        ((17, 136, 1097), {}, {(128, 1)}),  # rows that are no chunks
     ],
 )
 @pytest.mark.parametrize("scores_dtype", [FP32, FP16])
-def test_few_tokens_are_summed_in_parts_of_the_depth(shape, multiprocessors, expected, scores_dtype, parts):
+def test_the_depth_is_summed_in_parts_where_tiles_are_few(shape, device, expected, scores_dtype, ways):
     t = integer_inputs(*shape, FP16, scores_dtype)
-    check_products(t, row_thresholds(t), "magnitude", multiprocessors=multiprocessors)
-    assert {*parts} == expected
+    check_products(t, row_thresholds(t), "magnitude", **{"multiprocessors": 132} | device)
+    assert {*ways} == expected
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize(("tokens", "multiprocessors"), [(64, 132), (128, 6)])
+def test_parts_write_nothing_around_their_workspace(tokens, multiprocessors, at_end, ways):
+    t = integer_inputs(65, 136, 1096, BF16, BF16)
+    with emulated.outputs_at_guard_pages(at_end=at_end):
+        check_products(t, row_thresholds(t), "value", multiprocessors=multiprocessors)
+    assert max(parts for of, parts in ways if of == tokens) > 1
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_parts_are_added_in_one_order_and_rounded_once(transposed, parts):
+def test_parts_are_added_in_one_order_and_rounded_once(transposed, ways):
     """Whatever block ends first: random floats, bit for bit; within the budget."""
     t = random_inputs(20, 1040, 1096, BF16, BF16)
     threshold = reference.kept_threshold(t.scores, 0.9, "magnitude")
@@ -359,7 +378,7 @@ def test_parts_are_added_in_one_order_and_rounded_once(transposed, parts):
         else:
             arguments = (t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
             results.append(emulated.masked_linear(*arguments, multiprocessors=132))
-    assert {*parts} == {4}
+    assert parts_of(ways) == {4}
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
     op = reference.masked_linear_backward if transposed else reference.masked_linear
@@ -381,29 +400,29 @@ def test_without_a_workspace_the_depth_is_in_one(monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "multiprocessors", "expected"),
     [
-        ((1096, 40, 72), 132, {4, 0}),  # 35 steps of 32 tokens in parts of 9, the last of 7 and a bit; d_x in one
-        ((520, 136, 72), 132, {2, 0}),  # 17 steps: 9 and 8
-        ((1096, 40, 72), 2, {2, 0}),  # as many as the multiprocessors gain from
-        ((511, 40, 72), 132, {0}),  # a part would have less than 256 tokens
-        ((1096, 45, 72), 132, {0}),  # rows that are no chunks
+        ((1096, 40, 72), 132, {4, 1}),  # 35 steps of 32 tokens in parts of 9, the last of 7 and a bit; d_x in one
+        ((520, 136, 72), 132, {2, 1}),  # 17 steps: 9 and 8
+        ((1096, 40, 72), 2, {2, 1}),  # as many as the multiprocessors gain from
+        ((511, 40, 72), 132, {1}),  # a part would have less than 256 tokens
+        ((1096, 45, 72), 132, {1}),  # rows that are no chunks
     ],
 )
 @pytest.mark.parametrize("scores_dtype", [FP32, FP16])
-def test_score_gradients_of_many_tokens_are_summed_in_parts(shape, multiprocessors, expected, scores_dtype, parts):
+def test_score_gradients_of_many_tokens_are_summed_in_parts(shape, multiprocessors, expected, scores_dtype, ways):
     t = integer_inputs(*shape, FP16, scores_dtype)
     check_score_grad(t, row_thresholds(t), "magnitude", multiprocessors=multiprocessors)
-    assert {*parts} == expected
+    assert parts_of(ways) == expected
 
 
 @pytest.mark.parametrize("at_end", [False, True])
-def test_parts_of_score_gradients_write_nothing_around_their_workspace(at_end, parts):
+def test_parts_of_score_gradients_write_nothing_around_their_workspace(at_end, ways):
     t = integer_inputs(520, 136, 72, BF16, BF16)
     with emulated.outputs_at_guard_pages(at_end=at_end):
         check_score_grad(t, row_thresholds(t), "value", multiprocessors=132)
-    assert {*parts} == {2, 0}
+    assert parts_of(ways) == {2, 1}
 
 
-def test_parts_of_score_gradients_are_added_in_one_order(parts):
+def test_parts_of_score_gradients_are_added_in_one_order(ways):
     """Whatever block ends first: random floats, bit for bit, into what was there; within the budget."""
     t = random_inputs(1096, 136, 72, BF16, BF16)
     before, results = torch.randn(136, 72), []
@@ -414,7 +433,7 @@ def test_parts_of_score_gradients_are_added_in_one_order(parts):
             out, t.grad_output, t.x, t.weight, t.scores, None, "magnitude", multiprocessors=132
         )
         results.append(out)
-    assert {*parts} == {4}
+    assert parts_of(ways) == {4}
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
     own, exact = before.clone(), before.double()
