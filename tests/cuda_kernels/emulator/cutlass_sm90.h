@@ -2,13 +2,16 @@
 // emulator's. Everything else that they define stays theirs: pipelines and their states, the order of the load warps,
 // the persistent scheduler, the mainloop's loads and waits, the kernel's loop over tiles.
 //
-//   replaced   mbarriers (cutlass/arch/barrier.h), barriers and ranks of a cluster (cute/arch/cluster_sm90.hpp), TMA
-//              loads, wgmma of bf16, 64 x 256 x 16, and its groups, addresses in shared memory
-//   CUDA's     threadIdx, blockIdx, gridDim, __shfl_sync, __syncthreads, __syncwarp
+//   replaced   mbarriers, named barriers and the fence before TMA (cutlass/arch/barrier.h), barriers and ranks of a
+//              cluster (cute/arch/cluster_sm90.hpp), TMA's loads, stores and groups, stmatrix, wgmma of 64 x 256 x 16
+//              from shared memory and its groups, addresses in shared memory
+//   CUDA's     threadIdx, blockIdx, gridDim, __shfl_sync, __syncthreads, __syncwarp; of the driver the function that
+//              describes a tensor to TMA
 //
-// TMA moves no bytes here and wgmma makes no numbers: both tell of the piece of shared memory that they touch, and a
-// piece that is read before all of it has come, or written while it is read, is a fault. What has no emulation yet,
-// such as TMA stores and named barriers, does nothing or stops in an assertion of CUTLASS's.
+// Bytes are moved and products are made as the descriptors say, by isa_sm90.h. But where a test names pieces of shared
+// memory, TMA moves no bytes and wgmma makes no numbers: both tell of the piece that they touch, and a piece that is
+// read before all of it has come, or written while it is read, is a fault. What has no emulation does nothing or stops
+// in an assertion of CUTLASS's.
 //
 // To be included before anything of CUTLASS: each header with an instruction is brought in by hand, once, with the
 // instruction's own definition under another name.
@@ -16,7 +19,13 @@
 
 #define ENABLE_SM90_KERNEL_LEVEL 1  // as nvcc for sm_90a: the kernel has a body
 
+#include <cuda.h>
 #include <cuda_runtime.h>
+
+#include <cutlass/arch/wmma.h>  // nothing, as long as no compiler of CUDA is known
+#define __CUDACC_VER_MAJOR__ 13  // by which tensors are described to the driver
+#define __CUDACC_VER_MINOR__ 0
+#define CUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL
 
 #include <algorithm>
 #include <map>
@@ -28,20 +37,28 @@
 // ------------------------------------------------------------------------------------------------------------ CUDA
 
 namespace mft::cuda::emulator {
-inline uint3 thread_index() { return {static_cast<unsigned>(this_thread().index), 0, 0}; }
-inline uint3 block_index() {
-  const int64_t* index = this_thread().block->index;
-  return {static_cast<unsigned>(index[0]), static_cast<unsigned>(index[1]), static_cast<unsigned>(index[2])};
-}
-inline dim3 grid_size() {
-  const int64_t* grid = current_launch().grid;
-  return {static_cast<unsigned>(grid[0]), static_cast<unsigned>(grid[1]), static_cast<unsigned>(grid[2])};
-}
+
+inline unsigned thread_index(int axis) { return axis == 0 ? static_cast<unsigned>(this_thread().index) : 0; }
+inline unsigned block_index(int axis) { return static_cast<unsigned>(this_thread().block->index[axis]); }
+inline unsigned grid_size(int axis) { return static_cast<unsigned>(current_launch().grid[axis]); }
+
+template <unsigned (*kValue)(int)>
+struct OfThread {
+  template <int kAxis>
+  struct Axis {
+    operator unsigned() const { return kValue(kAxis); }
+  };
+  Axis<0> x;
+  Axis<1> y;
+  Axis<2> z;
+  operator uint3() const { return {x, y, z}; }
+};
+
 }  // namespace mft::cuda::emulator
 
-#define threadIdx (::mft::cuda::emulator::thread_index())
-#define blockIdx (::mft::cuda::emulator::block_index())
-#define gridDim (::mft::cuda::emulator::grid_size())
+inline const mft::cuda::emulator::OfThread<mft::cuda::emulator::thread_index> threadIdx{};
+inline const mft::cuda::emulator::OfThread<mft::cuda::emulator::block_index> blockIdx{};
+inline const mft::cuda::emulator::OfThread<mft::cuda::emulator::grid_size> gridDim{};
 
 inline void __syncthreads() { mft::cuda::isa::sync_block(); }
 inline void __syncwarp(unsigned = 0) { mft::cuda::isa::sync_warp(); }
@@ -176,6 +193,7 @@ inline void load_piece(uint64_t* barrier, unsigned ranks, void* shared, int64_t 
 #undef cast_smem_ptr_to_uint
 namespace cute {
 inline uint32_t cast_smem_ptr_to_uint(const void* p) {
+  if (p == nullptr) return 0;  // of the source, which the epilogue has not
   return static_cast<uint32_t>(mft::cuda::emulator::shared_offset(p, 1, 1, "an address in shared memory"));
 }
 }  // namespace cute
@@ -206,10 +224,44 @@ inline uint32_t elect_one_sync() { return mft::cuda::isa::lane() == 0; }
 }  // namespace cute
 
 #define prefetch_tma_descriptor prefetch_tma_descriptor_of_a_device
+#define tma_store_arrive tma_store_arrive_of_a_device
+#define tma_store_wait tma_store_wait_of_a_device
+#define SM90_U32x4_STSM_N SM90_U32x4_STSM_N_of_a_device
+#include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
 #undef prefetch_tma_descriptor
+#undef tma_store_arrive
+#undef tma_store_wait
+#undef SM90_U32x4_STSM_N
 namespace cute {
+
 inline void prefetch_tma_descriptor(const TmaDescriptor*) {}
+inline void tma_store_arrive() { mft::cuda::isa::commit_stores(); }
+template <int kPending>
+void tma_store_wait() {
+  mft::cuda::isa::wait_stores_read<kPending>();
+}
+
+struct SM90_U32x4_STSM_N {
+  using SRegisters = uint32_t[4];
+  using DRegisters = uint128_t[1];
+  static void copy(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint128_t& row) {
+    mft::cuda::isa::detail::store_matrices<false>("stmatrix", &row, {a, b, c, d});
+  }
+};
+
+namespace detail {
+
+template <>
+struct CallCOPY<SM90_TMA_STORE> {
+  void operator()(const void* descriptor, const void* shared, int column, int row, int) const {
+    if (mft::cuda::isa::lane() != 0) return;  // one instruction of the warp, which all of it asks for
+    mft::cuda::isa::store_tile(*static_cast<const mft::cuda::isa::TensorMap*>(descriptor), shared, column, row);
+  }
+};
+
+}  // namespace detail
 }  // namespace cute
 
 #define warpgroup_arrive warpgroup_arrive_of_a_device
@@ -219,42 +271,103 @@ inline void prefetch_tma_descriptor(const TmaDescriptor*) {}
 #undef warpgroup_arrive
 #undef warpgroup_wait
 #undef warpgroup_commit_batch
-namespace cute {
-inline void warpgroup_arrive() { mft::cuda::isa::sync_warp(); }
-template <int kPending>
-void warpgroup_wait() {
-  mft::cuda::emulator::end_reads(kPending);
-}
-inline void warpgroup_commit_batch() { mft::cuda::emulator::commit_reads(); }
+namespace mft::cuda::emulator {
 
-template <>
-struct SM90::GMMA::MMA_64x256x16_F32BF16BF16_SS<SM90::GMMA::Major::MN, SM90::GMMA::Major::MN> {
+// Element (i, k) of an operand as its descriptor says, i being the faster: atoms of 64 x 8, swizzled by the address.
+inline uint16_t element_of(const char* block, uint64_t descriptor, int i, int k) {
+  const auto bytes_at = [descriptor](int bit) { return static_cast<int64_t>(descriptor >> bit & 0x3fff) << 4; };
+  if (descriptor >> 62 != 1) fault("only the 128-byte swizzle is emulated");
+  int64_t offset = bytes_at(0) + i / 64 * bytes_at(16) + k / 8 * bytes_at(32) + k % 8 * 128 + i % 64 * 2;
+  offset ^= (offset >> 7 & 7) << 4;
+  uint16_t bits;
+  std::memcpy(&bits, block + offset, 2);
+  return bits;
+}
+
+template <class T>
+void execute_shared(isa::detail::ProductOperation& operation, const char* block) {
+  float a[64][16], b[16][256];
+  for (int k = 0; k < 16; ++k) {
+    for (int i = 0; i < 64; ++i) a[i][k] = isa::widen(T{element_of(block, operation.a_descriptor, i, k)});
+    for (int i = 0; i < 256; ++i) b[k][i] = isa::widen(T{element_of(block, operation.descriptor, i, k)});
+  }
+  for (int t = 0; t < 128; ++t) {
+    for (int i = 0; i < 128; ++i) {
+      const int row = t / 32 * 16 + t % 32 / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
+      float sum = operation.adds ? operation.d[t][i] : 0.0f;
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+      operation.d[t][i] = sum;
+    }
+  }
+}
+
+template <class T>
+struct SharedProduct {
   using DRegisters = void;
   using ARegisters = uint64_t[1];
   using BRegisters = uint64_t[1];
   using CRegisters = float[128];
-  struct Reads {
-    template <class... Accumulators>
-    void operator()(uint64_t a, uint64_t b, Accumulators&&...) const {
-      for (const uint64_t descriptor : {a, b}) {
-        mft::cuda::emulator::read_piece(static_cast<int64_t>(descriptor & 0x3fff) << 4);
+  struct Execute {
+    template <class... Rest>
+    void operator()(uint64_t a, uint64_t b, float& first, Rest&&... rest) const {
+      static_assert(sizeof...(rest) == 128, "127 accumulators more, and whether they are added to");
+      if (pieces.empty()) {
+        const auto last = std::get<127>(std::forward_as_tuple(rest...));
+        isa::detail::issue_product({256, b, &execute_shared<T>, a, last == cute::SM90::GMMA::ScaleOut::One}, &first,
+                                   nullptr);
+      } else {
+        for (const uint64_t descriptor : {a, b}) read_piece(static_cast<int64_t>(descriptor & 0x3fff) << 4);
       }
     }
   };
-  static constexpr Reads fma{};
+  static constexpr Execute fma{};
 };
+
+}  // namespace mft::cuda::emulator
+namespace cute {
+inline void warpgroup_arrive() {
+  mft::cuda::isa::sync_warp();
+  mft::cuda::isa::begin_products();
+}
+template <int kPending>
+void warpgroup_wait() {
+  if (mft::cuda::emulator::pieces.empty()) {
+    mft::cuda::isa::wait_products<kPending>();
+  } else {
+    mft::cuda::emulator::end_reads(kPending);
+  }
+}
+inline void warpgroup_commit_batch() {
+  if (mft::cuda::emulator::pieces.empty()) {
+    mft::cuda::isa::commit_products();
+  } else {
+    mft::cuda::emulator::commit_reads();
+  }
+}
+
+template <>
+struct SM90::GMMA::MMA_64x256x16_F32BF16BF16_SS<SM90::GMMA::Major::MN, SM90::GMMA::Major::MN>
+    : mft::cuda::emulator::SharedProduct<mft::cuda::BFloat16> {};
+template <>
+struct SM90::GMMA::MMA_64x256x16_F32F16F16_SS<SM90::GMMA::Major::MN, SM90::GMMA::Major::MN>
+    : mft::cuda::emulator::SharedProduct<mft::cuda::Float16> {};
 }  // namespace cute
 
 #define ClusterBarrier ClusterBarrierOfADevice
 #define ClusterTransactionBarrier ClusterTransactionBarrierOfADevice
+#define NamedBarrier NamedBarrierOfADevice
 #define fence_barrier_init fence_barrier_init_of_a_device
+#define fence_view_async_shared fence_view_async_shared_of_a_device
 #include <cutlass/arch/barrier.h>
 #undef ClusterBarrier
 #undef ClusterTransactionBarrier
+#undef NamedBarrier
 #undef fence_barrier_init
+#undef fence_view_async_shared
 namespace cutlass::arch {
 
 inline void fence_barrier_init() { mft::cuda::isa::publish_barriers(); }
+inline void fence_view_async_shared() { mft::cuda::isa::fence_shared_for_tma(); }
 
 struct ClusterBarrier {
   using ValueType = uint64_t;
@@ -275,7 +388,18 @@ struct ClusterBarrier {
 
 struct ClusterTransactionBarrier : ClusterBarrier {
   void arrive_and_expect_tx(uint32_t bytes) { mft::cuda::isa::arrive_expecting(&barrier_, static_cast<int>(bytes)); }
-  void expect_transaction(uint32_t bytes) { mft::cuda::isa::expect(&barrier_, static_cast<int>(bytes)); }
+  void expect_transaction(uint32_t bytes) { expect_transaction(&barrier_, bytes); }
+  static void expect_transaction(ValueType* barrier, uint32_t bytes) {
+    mft::cuda::isa::expect(barrier, static_cast<int>(bytes));
+  }
+};
+
+struct NamedBarrier : NamedBarrierOfADevice {
+  using NamedBarrierOfADevice::NamedBarrierOfADevice;
+  using NamedBarrierOfADevice::sync;
+  static void sync(uint32_t threads, ReservedNamedBarriers barrier) {
+    mft::cuda::isa::sync_threads(static_cast<int>(barrier), static_cast<int>(threads));
+  }
 };
 
 }  // namespace cutlass::arch
@@ -295,36 +419,52 @@ struct ClusterTransactionBarrier : ClusterBarrier {
 #undef __CUDA_ARCH__
 
 #include <cute/atom/copy_traits_sm90_tma.hpp>
-namespace mft::cuda::emulator {
 
-// In place of what the driver writes into a descriptor: the bytes that one TMA instruction moves, one of `sharers` that
-// fill each other's tiles.
-template <class Op, class Bits, class Aux>
-void describe_box(const cute::Copy_Traits<Op, Bits, Aux>& copy, int sharers) {
-  auto* descriptor = const_cast<cute::TmaDescriptor*>(copy.get_tma_descriptor());
-  *reinterpret_cast<int64_t*>(descriptor) = Bits::value / 8 / sharers;
+// In place of what the driver writes into a descriptor: what it is told.
+static_assert(sizeof(mft::cuda::isa::TensorMap) <= sizeof(CUtensorMap));
+extern "C" CUresult CUDAAPI cuTensorMapEncodeTiled(CUtensorMap* descriptor, CUtensorMapDataType type, cuuint32_t rank,
+                                                   void* data, const cuuint64_t* sizes, const cuuint64_t* strides,
+                                                   const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
+                                                   CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                                                   CUtensorMapFloatOOBfill) {
+  mft::cuda::isa::TensorMap map;
+  const std::string refusal = mft::cuda::isa::make_tensor_map(
+      &map, data, type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2, static_cast<int64_t>(sizes[1]),
+      static_cast<int64_t>(sizes[0]), static_cast<int64_t>(strides[0]), static_cast<int>(box[1]),
+      static_cast<int>(box[0]), true);
+  if (!refusal.empty() || rank != 3 || sizes[2] != 1 || box[2] != 1) return CUDA_ERROR_INVALID_VALUE;
+  map.swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 7 : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 3 : 0;
+  std::memcpy(static_cast<void*>(descriptor), &map, sizeof map);
+  return CUDA_SUCCESS;
 }
 
-inline int64_t bytes_of_box(const void* descriptor) { return *static_cast<const int64_t*>(descriptor); }
+namespace mft::cuda::emulator {
+
+inline void load_box(const void* descriptor, uint64_t* barrier, uint16_t ranks, void* shared, int column, int row) {
+  const auto& map = *static_cast<const isa::TensorMap*>(descriptor);
+  if (pieces.empty()) {
+    isa::load_tile_multicast(map, barrier, ranks, shared, column, row);
+  } else {
+    load_piece(barrier, ranks, shared, static_cast<int64_t>(map.box_rows) * map.box_columns * map.bytes);
+  }
+}
 
 }  // namespace mft::cuda::emulator
 namespace cute::detail {
 
 template <>
 struct CallCOPY<SM90_TMA_LOAD_OP> {
-  template <class... Coordinates>
-  void operator()(const void* descriptor, uint64_t* barrier, uint64_t, void* shared, const Coordinates&...) const {
-    namespace emulator = mft::cuda::emulator;
-    emulator::load_piece(barrier, 1u << block_rank_in_cluster(), shared, emulator::bytes_of_box(descriptor));
+  void operator()(const void* descriptor, uint64_t* barrier, uint64_t, void* shared, int column, int row, int) const {
+    const auto rank = static_cast<uint16_t>(1u << block_rank_in_cluster());
+    mft::cuda::emulator::load_box(descriptor, barrier, rank, shared, column, row);
   }
 };
 
 template <>
 struct CallCOPY<SM90_TMA_LOAD_MULTICAST_OP> {
-  template <class... Coordinates>
-  void operator()(const void* descriptor, uint64_t* barrier, uint16_t ranks, uint64_t, void* shared,
-                  const Coordinates&...) const {
-    mft::cuda::emulator::load_piece(barrier, ranks, shared, mft::cuda::emulator::bytes_of_box(descriptor));
+  void operator()(const void* descriptor, uint64_t* barrier, uint16_t ranks, uint64_t, void* shared, int column, int row,
+                  int) const {
+    mft::cuda::emulator::load_box(descriptor, barrier, ranks, shared, column, row);
   }
 };
 

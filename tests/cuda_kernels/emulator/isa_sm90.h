@@ -35,9 +35,11 @@ struct ProductOperation {
   int columns;
   uint64_t descriptor;
   void (*execute)(ProductOperation&, const char* shared);
-  bool late;  // only when all threads wait for it
-  float* d[128];
-  const uint32_t* a[128];
+  uint64_t a_descriptor = 0;  // where it comes from shared memory
+  bool adds = true;           // else the sum begins here
+  bool late = false;          // only when all threads wait for it
+  float* d[128] = {};
+  const uint32_t* a[128] = {};
   int issued = 0, demanded = 0;  // by how many threads
 };
 
@@ -224,7 +226,7 @@ struct TensorMap {
   int bytes = 0;
   int64_t rows = 0, columns = 0, row_bytes = 0;
   int box_rows = 0, box_columns = 0;
-  bool swizzled = false;
+  int swizzle = 0;  // which bits of a row's number, of 128 bytes, change the number of a chunk
 };
 
 // Refuses what the driver refuses.
@@ -236,7 +238,7 @@ inline std::string make_tensor_map(TensorMap* map, const void* data, int bytes, 
   if (box_rows < 1 || box_rows > 256 || box_columns < 1 || box_columns > 256) return "TMA: boxes are 1 to 256";
   if (box_columns * bytes % 16 != 0) return "TMA: rows of a box must be multiples of 16 bytes";
   if (swizzled && box_columns * bytes > 128) return "TMA: swizzled rows are at most 128 bytes";
-  *map = {static_cast<char*>(const_cast<void*>(data)), bytes, rows, columns, row_bytes, box_rows, box_columns, swizzled};
+  *map = {static_cast<char*>(const_cast<void*>(data)), bytes, rows, columns, row_bytes, box_rows, box_columns, swizzled ? 7 : 0};
   return "";
 }
 
@@ -245,10 +247,10 @@ inline void prefetch(const TensorMap&) {}
 namespace detail {
 
 // Address of the 16-byte chunk in which TMA keeps (row, byte) of a box at `shared`: bits 4 to 6 of the address within
-// shared memory are XORed with bits 7 to 9.
+// shared memory are XORed with bits 7 to 9, or 4 and 5 with 7 and 8.
 inline char* chunk_of(char* block, char* shared, const TensorMap& map, int row, int byte) {
   int64_t offset = shared - block + static_cast<int64_t>(row) * map.box_columns * map.bytes + byte;
-  if (map.swizzled) offset ^= (offset >> 7 & 7) << 4;
+  offset ^= (offset >> 7 & map.swizzle) << 4;
   return block + offset;
 }
 
@@ -270,7 +272,7 @@ void for_each_element(const TensorMap& map, char* block, char* shared, int colum
 inline void load_tile_multicast(const TensorMap& map, TransactionBarrier* b, uint16_t ranks, void* shared, int column,
                                 int row) {
   const int64_t bytes = static_cast<int64_t>(map.box_rows) * map.box_columns * map.bytes;
-  const int alignment = map.swizzled ? 1024 : 128;
+  const int alignment = 128 * (map.swizzle + 1);
   for (int rank = 0; rank < 16; ++rank) {
     if ((ranks >> rank & 1) == 0) continue;
     char* barrier = detail::at_rank(b, rank, 8, 8, "the barrier of a load");
@@ -302,7 +304,7 @@ inline void store_tile(const TensorMap& map, const void* shared, int column, int
   const int64_t bytes = static_cast<int64_t>(map.box_rows) * map.box_columns * map.bytes;
   char* block = emulator::this_thread().block->shared;
   char* source = const_cast<char*>(static_cast<const char*>(shared));
-  emulator::shared_offset(source, bytes, map.swizzled ? 1024 : 128, "store_tile");
+  emulator::shared_offset(source, bytes, 128 * (map.swizzle + 1), "store_tile");
   detail::HopperState& state = detail::state();
   for (int64_t chunk = 0; chunk < bytes; chunk += 16) {
     if (state.unfenced.count(source + chunk) != 0) emulator::fault("TMA reads shared memory that no fence has shown it");
@@ -354,27 +356,36 @@ inline void fence_shared_for_tma() {
   }
 }
 
-inline void store_matrices_transposed(void* row, const uint32_t (&r)[4]) {
+namespace detail {
+
+template <bool kTransposed>
+void store_matrices(const char* name, void* row, const uint32_t (&r)[4]) {
   struct Input {
     char* row;
     uint32_t r[4];
   };
-  emulator::shared_offset(row, 16, 16, "store_matrices_transposed");
+  emulator::shared_offset(row, 16, 16, name);
   const Input input{static_cast<char*>(row), {r[0], r[1], r[2], r[3]}};
-  emulator::collective("store_matrices_transposed", &input, nullptr, [](const void* const* in, void* const*) {
+  emulator::collective(name, &input, nullptr, [](const void* const* in, void* const*) {
     for (int lane = 0; lane < 32; ++lane) {
       for (int matrix = 0; matrix < 4; ++matrix) {
         for (int half = 0; half < 2; ++half) {
-          // The lane holds (lane / 4, 2 (lane % 4) + half) of the matrix, which goes to the transposed place.
-          const int at_row = lane % 4 * 2 + half, at_column = lane / 4;
+          // The lane holds (lane / 4, 2 (lane % 4) + half) of the matrix.
+          const int down = lane / 4, right = lane % 4 * 2 + half;
+          const int at_row = kTransposed ? right : down, at_column = kTransposed ? down : right;
           const auto element = static_cast<uint16_t>(static_cast<const Input*>(in[lane])->r[matrix] >> (16 * half));
           std::memcpy(static_cast<const Input*>(in[8 * matrix + at_row])->row + 2 * at_column, &element, 2);
         }
       }
     }
   });
-  const emulator::Thread& self = emulator::this_thread();
-  detail::state().unfenced[row] = self.block->rank << 16 | self.index;
+  state().unfenced[row] = key_of_thread();
+}
+
+}  // namespace detail
+
+inline void store_matrices_transposed(void* row, const uint32_t (&r)[4]) {
+  detail::store_matrices<true>("store_matrices_transposed", row, r);
 }
 
 // --------------------------------------------------------------------------------------------------------- wgmma
@@ -439,22 +450,34 @@ void execute(ProductOperation& operation, const char* block) {
 
 }  // namespace detail
 
-template <class T, int kN>
-void product(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b) {
-  detail::WarpGroup& group = detail::warp_group();
-  detail::ThreadState& self = detail::thread_state();
+namespace detail {
+
+// The thread's share of it: accumulators, and A where it comes from registers.
+inline void issue_product(ProductOperation asked, float* d, const uint32_t* a) {
+  WarpGroup& group = warp_group();
+  ThreadState& self = thread_state();
   if (!self.begun) emulator::fault("a wgmma without begin_products since the last commit");
   if (self.issued == group.operations.size()) {
-    const bool late = emulator::asynchrony() == emulator::Asynchrony::kAsLateAsPossible ||
-                      (emulator::asynchrony() == emulator::Asynchrony::kRandom && emulator::random_numbers()() % 2 == 0);
-    group.operations.push_back({kN, b, &detail::execute<T>, late, {}, {}});
+    asked.late = emulator::asynchrony() == emulator::Asynchrony::kAsLateAsPossible ||
+                 (emulator::asynchrony() == emulator::Asynchrony::kRandom && emulator::random_numbers()() % 2 == 0);
+    group.operations.push_back(asked);
   }
-  detail::ProductOperation& operation = group.operations[self.issued++];
-  if (operation.columns != kN || operation.descriptor != b) emulator::fault("warps of a warpgroup disagree on a wgmma");
+  ProductOperation& operation = group.operations[self.issued++];
+  if (operation.columns != asked.columns || operation.descriptor != asked.descriptor ||
+      operation.a_descriptor != asked.a_descriptor || operation.adds != asked.adds) {
+    emulator::fault("warps of a warpgroup disagree on a wgmma");
+  }
   operation.d[thread() % 128] = d;
   operation.a[thread() % 128] = a;
   ++operation.issued;
   group.advance();
+}
+
+}  // namespace detail
+
+template <class T, int kN>
+void product(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b) {
+  detail::issue_product({kN, b, &detail::execute<T>}, d, a);
 }
 
 inline void commit_products() {

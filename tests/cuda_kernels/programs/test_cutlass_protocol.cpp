@@ -19,11 +19,7 @@
 #include <cutlass/gemm/kernel/sm90_gemm_tma_warpspecialized_cooperative.hpp>
 
 #include <cutlass/gemm/collective/collective_builder_decl.hpp>
-#define __CUDACC_VER_MAJOR__ 13  // it asks for a compiler of CUDA
-#define __CUDACC_VER_MINOR__ 0
 #include <cutlass/gemm/collective/builders/sm90_gmma_builder.inl>
-#undef __CUDACC_VER_MAJOR__
-#undef __CUDACC_VER_MINOR__
 
 #include <cstdio>
 #include <cstdlib>
@@ -185,8 +181,6 @@ struct Protocol {
     operands.dA = {cute::_1{}, 256, 0};
     operands.dB = {cute::_1{}, 256 * tiles, 0};
     params.mainloop = Collective::to_underlying_arguments(problem, operands, nullptr);
-    emulator::describe_box(params.mainloop.tma_load_a, 1);
-    emulator::describe_box(params.mainloop.tma_load_b, 2);
     if (fault == Fault::kFewerBytes) params.mainloop.tma_transaction_bytes -= 128;
     if (fault == Fault::kBytesOfA) params.mainloop.tma_transaction_bytes = params.mainloop.tma_transaction_bytes_mk;
     params.hw_info.sm_count = 2;
