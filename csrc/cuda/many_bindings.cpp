@@ -23,8 +23,8 @@ Tensor product_many(Tensor x, Tensor weight, std::vector<Tensor> masks, Tensor t
   p.long_tasks = tasks.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK((p.long_tasks || tasks.scalar_type() == ScalarType::Int) && tasks.is_contiguous(),
                   "tasks must be int64 or int32, and contiguous");
-  STD_TORCH_CHECK(each > 0 && (p.in.rows == 0 || tasks.numel() * each == p.in.rows), "tasks must be one for each ", each, " of ", p.in.rows,
-                  " rows");
+  STD_TORCH_CHECK(each > 0 && (p.in.rows == 0 || tasks.numel() * each == p.in.rows), "tasks must be one for each ", each,
+                  " of ", p.in.rows, " rows");
   p.tasks = tasks.const_data_ptr(), p.each = each;
   p.bias = mft::cuda::bias_of(bias, place, p.weight);
   const int64_t sizes[] = {p.in.rows, p.weight.rows};

@@ -194,6 +194,8 @@ def test_the_general_product_is_cut_by_the_model(card):
     rate = emulated.rates(card.arch)[0]
     for case in CASES:
         m, (p, q), _ = case
+        if m <= 16:  # decode_sm80's, see test_decode.py
+            continue
         plan = planned("product_sm80", card, *case)
         expected = {way: general_seconds(known(card), *case, *way, rate) for way in general_ways(card, m, (p, q))}
         assert plan.cycles == pytest.approx(min(expected.values()) * known(card).clock), case
@@ -206,9 +208,9 @@ def test_the_general_product_is_cut_by_the_model(card):
 
 def test_the_general_product_s_parts_win_most_behind_64_tokens():
     """4096 x 4096 on an A100: 32 tiles of 128 tokens for 108 multiprocessors."""
-    of = {m: planned("product_sm80", A100, m, (4096, 4096), "bf16") for m in (1, 64, 65, 128, 256, 512, 1024)}
+    of = {m: planned("product_sm80", A100, m, (4096, 4096), "bf16") for m in (17, 64, 65, 128, 256, 512, 1024)}
     assert {m: (plan.tokens, plan.parts) for m, plan in of.items()} == {
-        1: (64, 3),
+        17: (64, 3),
         64: (64, 3),
         65: (128, 3),
         128: (128, 3),
@@ -224,7 +226,7 @@ def test_the_general_product_s_parts_win_most_behind_64_tokens():
     }
     assert min(gains[65], gains[128]) > 1.5
     assert gains[256] > gains[512] > 1.1
-    assert max(gains[1], gains[64]) < 1.05
+    assert max(gains[17], gains[64]) < 1.05
 
 
 # ----------------------------------------------------------------------------------------------------------- d_scores
