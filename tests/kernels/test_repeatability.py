@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mft_kernels
-from mft_kernels import cpu, reference
+from mft_kernels import backends, cpu, reference
 from mft_kernels.testing import random_inputs
 
 REPEATS, RACES = 100, 20  # threads wait for each other long on a busy machine
@@ -61,6 +61,17 @@ def calls(backend, shape, dtype=torch.float32, learned=EVERYTHING):
         tasks = torch.arange(len(x)) % 2 - 1
         return mft_kernels.masked_linear_many(x, t.weight, [packed], tasks, t.bias, backend=backend)
 
+    codes = torch.arange(t.weight.numel()).sub(1).mul(7).to(torch.int8).view(t.weight.shape)
+    absmax = t.weight.float().abs().amax(1)
+
+    def linear_quantized(x):
+        return mft_kernels.masked_linear_quantized(
+            x, codes, absmax, packed, t.bias, shape=codes.shape, kind="int8", backend=backend
+        )
+
+    def dequantized():
+        return mft_kernels.dequantize(codes, absmax, shape=codes.shape, kind="int8", dtype=dtype, backend=backend)
+
     def linear_by_ratio(x, weight, scores, bias):
         return mft_kernels.masked_linear_by_ratio(x, weight, scores, bias, keep_ratio=KEPT, backend=backend)
 
@@ -86,6 +97,8 @@ def calls(backend, shape, dtype=torch.float32, learned=EVERYTHING):
         "masked_linear_packed": lambda: differentiated(linear_packed, "x", "weight", "bias"),
         "masked_linear_many": lambda: differentiated(linear_many, "x"),
         "masked_linear_by_ratio": lambda: differentiated(linear_by_ratio, *EVERYTHING),
+        "masked_linear_quantized": lambda: differentiated(linear_quantized, "x"),
+        "dequantize": dequantized,
         "accumulate_score_grad by scores": accumulated(t.weight, scores=t.scores),
         "accumulate_score_grad by signs": accumulated(t.weight, signs=signs),
         "accumulate_score_grad of the product": accumulated(None),
@@ -112,6 +125,8 @@ FIRST = list({op.split()[0]: op for op in reversed(OPS)}.values())
 def test_many_calls_in_deterministic_mode_give_the_bits_of_one_without(op, backend):
     if backend == "triton" and op not in FIRST:
         pytest.skip("the interpreter takes one form of each op, to be done in time")
+    if op in ("masked_linear_quantized", "dequantize") and op not in backends.registered(backend).ops:
+        pytest.skip(f"{backend} does not serve it")
     call = calls(backend, SMALL)[op]
     expected = bits(call())
     with deterministic_mode():
