@@ -4,6 +4,7 @@ A product reads 0.5625 bytes a weight in NF4 (0.516 with double quantisation), 1
 there are scores, pack_mask makes the bits. dequantize makes the dense matrix.
 """
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,7 @@ KINDS = ("nf4", "int8")
 class QuantizedMatrix:
     """What holds a weight as codes: a mixin, of which hold() takes an instance in a weight's place.
 
-    Where the cpu backend serves it, a product makes no dense matrix; elsewhere dense() makes one for it.
+    Where the cpu or the triton backend serves it, a product makes no dense matrix; elsewhere dense() makes one for it.
 
     Attributes: shape: (N, K). dtype: of dense(). codes: as of masked_linear_quantized.
     """
@@ -48,7 +49,7 @@ class QuantizedMatrix:
         """Whether a product with x, or with a gradient, is made without a dense matrix."""
         if isinstance(x, FakeTensor) and not torch.compiler.is_compiling():
             return False  # simulated: a "cpu" of that kind stands for any device, and others make the dense matrix
-        return x.dtype == self.dtype and self.codes.device.type == "cpu" and registered("cpu").unavailable is None
+        return x.dtype == self.dtype and _decodes(self.codes.device.type)
 
     def masked_linear(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
         """x @ where(mask, dense(), 0).T + bias"""
@@ -68,6 +69,15 @@ class QuantizedMatrix:
         )
 
 
+def _decodes(device_type: str) -> bool:
+    """Whether a kernel of ours decodes there: one that "auto" takes, where no other is asked for."""
+    found = registered("triton" if device_type == "cuda" else "cpu")
+    if device_type not in found.device_types or "masked_linear_quantized" not in found.ops:
+        return False
+    # The cuda backend, where it is asked for, multiplies the dense matrix: it has no kernel over codes.
+    return device_type == "cpu" or os.environ.get("MFT_KERNELS") != "cuda"
+
+
 _CODES = {"nf4": torch.uint8, "int8": torch.int8}
 
 
@@ -82,7 +92,7 @@ def masked_linear_quantized(
     kind: str = "nf4",
     backend: str = "auto",
 ) -> Tensor:
-    """y = x @ where(mask, w, 0).T + bias, w decoded from codes: without its dense matrix on a CPU.
+    """y = x @ where(mask, w, 0).T + bias, w decoded from codes: without its dense matrix on a CPU or by Triton.
 
     nf4: w[i] = NF4[code[i]] * absmax[i // 64], i over the whole matrix. int8: w[n, k] = code[n, k] * (absmax[n] / 127).
     In fp32, rounded once to x's dtype, as bitsandbytes does it; on a CPU the result is that of masked_linear_packed

@@ -31,11 +31,11 @@ TRITON_LAYERS = (
     ("arguments", "choice"),
     ("planned", "product", "score_grad", "scratch"),
     ("backward",),
-    ("many", "ops", "score_step"),
+    ("many", "ops", "quantized", "score_step"),
     ("__init__",),
 )
 # Of mft_kernels: a kernel knows no sibling.
-KERNELS_MAY_IMPORT = {"autotune", "backends", "built", "reference", "reference_step"}
+KERNELS_MAY_IMPORT = {"autotune", "backends", "built", "reference", "reference_quantized", "reference_step"}
 # Of mft: a package may import those before it. In a package there is no order, and no circle.
 RECIPE_ORDER = (
     *("checks", "files", "config", "memory", "data", "models", "masks", "engines", "evaluation", "training"),

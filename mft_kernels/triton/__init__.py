@@ -70,7 +70,7 @@ def _interpreting() -> bool:
 
 def _ops() -> tuple[dict[str, Callable], dict[str, Callable]]:
     """(what a request by name runs, what "auto" runs in its place)."""
-    from . import bits, choice, language, many, ops, score_step, select
+    from . import bits, choice, language, many, ops, quantized, score_step, select
 
     chosen = (
         ops.masked_linear,
@@ -87,9 +87,14 @@ def _ops() -> tuple[dict[str, Callable], dict[str, Callable]]:
         bits.pack_mask,
         bits.pack_signs,
         score_step.score_step,
+        quantized.masked_linear_quantized,
+        quantized.masked_linear_quantized_d_x,
     )
     by_name: dict[str, Callable] = {f.__name__: f for f in (*chosen, *others)}
     automatic: dict[str, Callable] = {f.__name__: functools.partial(f, choose=choice.automatic) for f in chosen}
+    if not language.INSTALLED or (cubins.asked() == cubins.CUBINS and not _interpreting()):
+        # Nothing compiles them here: layers decode the whole weight, whose product has a cubin.
+        del by_name["masked_linear_quantized"], by_name["masked_linear_quantized_d_x"]
     if not language.INSTALLED:
         del by_name["score_step"]  # it works in place, in launches of which a later one may have no cubin
         automatic = {name: _or_reference(name, automatic.get(name, f)) for name, f in by_name.items()}

@@ -89,6 +89,9 @@ _MANY = (
     Tiles(32, 64, 64, 4, 3, blocks=2, plain=True),
     Tiles(64, 64, 64, 4, 3, blocks=2, plain=True),
 )
+#: Of a product over codes: what decodes is shared by more tokens in a taller tile.
+_QUANTIZED = (*_MANY, Tiles(128, 128, 64, 8, 3, plain=True))
+_QUANTIZED_NARROW = (Tiles(16, 64, 32, 4, 2), Tiles(64, 64, 32, 8, 2))
 #: rows: of N, columns: of K, inner: of M.
 _HOPPER_OUTER = (Tiles(128, 128, 64, 8, 3), Tiles(128, 256, 64, 8, 3))
 _OUTER: dict[str, tuple[Tiles, ...]] = {
@@ -172,6 +175,19 @@ def _many_seconds(target: Target, tiles: Tiles, m: int, n: int, k: int, operands
         masked=one.masked * taken,
     )
     return _seconds(target, tiles, operands, [jobs], m, n, k, beside=taken / 8)
+
+
+@functools.lru_cache(_MEMORY)
+def quantized_tiles(target: Target, m: int, p: int, q: int, operands: Operands) -> Tiles:
+    """Of a product over codes, the weight taken for a dense one. rows: tokens, columns: of P, inner: of Q."""
+    if target.backend == "interpreter":
+        known = tuple(replace(_INTERPRETED[0], rows=tiles.rows) for tiles in _QUANTIZED)
+    elif operands.exact or not operands.aligned:
+        known = _QUANTIZED_NARROW
+    else:
+        known = _QUANTIZED
+    choices = _choices(known, target, m, p, q, operands)
+    return min(choices, key=lambda tiles: product_seconds(target, m, p, q, operands, tiles))
 
 
 def fused_seconds(target: Target, m: int, p: int, q: int, operands: Operands) -> float:
