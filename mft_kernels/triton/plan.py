@@ -83,14 +83,15 @@ _PRODUCT: dict[str, tuple[Tiles, ...]] = {
     "hip": (Tiles(16, 128, 64, 8, 2), Tiles(64, 128, 64, 8, 2), Tiles(128, 128, 64, 8, 2)),
     "sm_80": (_FEW, Tiles(64, 128, 32, 8, 4), Tiles(128, 128, 32, 8, 4)),
 }
-#: Of a product with a mask a row, by mma.sync. With 16 masks a thread of sm_80 takes 190 registers.
+#: Of a product with a mask a row, by mma.sync. With 16 masks a thread takes up to 225 registers; 4 warps of 64 rows
+#: spilled on sm_89.
 _MANY = (
     replace(_FEW, stages=3, blocks=2),
     Tiles(32, 64, 64, 4, 3, blocks=2, plain=True),
-    Tiles(64, 64, 64, 4, 3, blocks=2, plain=True),
+    Tiles(64, 64, 64, 8, 3, plain=True),
 )
 #: Of a product over codes: what decodes is shared by more tokens in a taller tile.
-_QUANTIZED = (*_MANY, Tiles(128, 128, 64, 8, 3, plain=True))
+_QUANTIZED = (*_MANY[:2], Tiles(64, 64, 64, 4, 3, blocks=2, plain=True), Tiles(128, 128, 64, 8, 3, plain=True))
 _QUANTIZED_NARROW = (Tiles(16, 64, 32, 4, 2), Tiles(64, 64, 32, 8, 2))
 #: rows: of N, columns: of K, inner: of M.
 _HOPPER_OUTER = (Tiles(128, 128, 64, 8, 3), Tiles(128, 256, 64, 8, 3))
@@ -157,7 +158,7 @@ def many_tiles(target: Target, m: int, n: int, k: int, operands: Operands, masks
     if target.backend == "interpreter":
         known = tuple(replace(_INTERPRETED[0], rows=tiles.rows) for tiles in _MANY)
     elif operands.exact:
-        known = (Tiles(16, 64, 32, 4, 2),)
+        known = (Tiles(16, 32, 32, 4, 2),)  # 64 columns spilled on sm_100 and sm_120
     else:
         known = _MANY
     tallest = [next((tiles for tiles in known if tiles.rows >= m), known[-1])]
