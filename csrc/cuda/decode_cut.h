@@ -37,6 +37,9 @@ struct DecodeCut {
   double cycles = kNever, cost = kNever;  // expected; and by which it is chosen
 
   bool better_than(const DecodeCut& other) const { return all_work != other.all_work ? all_work : cost < other.cost; }
+
+  int64_t blocks(int64_t features) const { return quotient(features, kDecodeRows >> slice_bits); }  // of a part
+  int64_t part_stride(int64_t features) const { return blocks(features) * (kDecodeRows >> slice_bits); }
 };
 
 // tiles: blocks of a part.

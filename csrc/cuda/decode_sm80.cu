@@ -6,27 +6,13 @@ namespace {
 
 constexpr int64_t kMostTokens = 16;
 
-int64_t part_stride(const Product& p, const DecodeCut& cut) {
-  const int features = kDecodeRows >> cut.slice_bits;
-  return quotient(p.out.columns, features) * features;
-}
-
 template <class T, class S, bool kMagnitude, int kTiles>
 std::string start(const Product& p, const DecodeCut& cut, const Device& device) {
   using Kernel = sm80::DecodeKernel<T, S, kMagnitude, kTiles>;
-  sm80::DecodeArguments a = {};
-  a.out = sm80::view_of(p.out), a.in = sm80::view_of(p.in), a.weight = sm80::view_of(p.weight);
+  auto a = sm80::decode_arguments<sm80::DecodeArguments>(p, cut);
   a.keep = sm80::keep_arguments(p.keep, p.weight);
-  a.bias = static_cast<const char*>(p.bias);
-  a.part_stride = part_stride(p, cut);
-  if (cut.parts > 1) a.parts = static_cast<float*>(p.workspace);
-  a.units = static_cast<int>(quotient(p.in.columns, kDecodeUnit));
-  a.part_units = cut.part_units, a.slab_units = cut.slab_units, a.slice_bits = cut.slice_bits;
-  a.step_columns = kDecodeUnit << cut.slice_bits, a.step_bytes = 2 * a.step_columns;
-  a.slab_steps = static_cast<int>(quotient(cut.slab_units, int64_t{1} << cut.slice_bits));
-  a.in_stride = Kernel::row_stride(cut.slab_units);
   LaunchShape shape;
-  shape.x = quotient(p.out.columns, kDecodeRows >> cut.slice_bits);
+  shape.x = cut.blocks(p.out.columns);
   shape.y = cut.parts;
   shape.shared_bytes = Kernel::shared_bytes(a.out.rows, cut.slab_units, cut.slice_bits);
   const std::string error = isa::launch<Kernel>(shape, device.stream, a);
@@ -68,7 +54,7 @@ DecodeCut decode_cut(const Product& p, const Device& device, bool in_parts) {
 
 Plan plan_decode(const Product& p, const Device& device) {
   const DecodeCut cut = decode_cut(p, device, true);
-  const int64_t bytes = cut.parts > 1 ? cut.parts * p.out.rows * part_stride(p, cut) * 4 : 0;
+  const int64_t bytes = cut.parts > 1 ? cut.parts * p.out.rows * cut.part_stride(p.out.columns) * 4 : 0;
   return {cut.cycles, p.out.rows <= 8 ? 8 : 16, cut.parts, bytes};
 }
 

@@ -36,6 +36,25 @@ struct DecodeArguments {
   int in_stride;                      // bytes from one token to the next in shared memory
 };
 
+// An odd number of 64 bytes: the units of two tokens, which 8 lanes read, lie in different banks.
+inline int decode_row_stride(int slab_units) { return (slab_units | 1) * 64; }
+
+// Arguments of a product, Product or ManyProduct, but for the mask.
+template <class Arguments, class P>
+Arguments decode_arguments(const P& p, const DecodeCut& cut) {
+  Arguments a = {};
+  a.out = view_of(p.out), a.in = view_of(p.in), a.weight = view_of(p.weight);
+  a.bias = static_cast<const char*>(p.bias);
+  a.part_stride = cut.part_stride(p.out.columns);
+  if (cut.parts > 1) a.parts = static_cast<float*>(p.workspace);
+  a.units = static_cast<int>(quotient(p.in.columns, kDecodeUnit));
+  a.part_units = cut.part_units, a.slab_units = cut.slab_units, a.slice_bits = cut.slice_bits;
+  a.step_columns = kDecodeUnit << cut.slice_bits, a.step_bytes = 2 * a.step_columns;
+  a.slab_steps = static_cast<int>(quotient(cut.slab_units, int64_t{1} << cut.slice_bits));
+  a.in_stride = decode_row_stride(cut.slab_units);
+  return a;
+}
+
 // In a matrix of 16-bit elements.
 MFT_DEVICE char* at_16(const View& matrix, int row, int column) {
   return matrix.data + row * matrix.row_bytes + static_cast<int64_t>(column) * 2;
@@ -228,10 +247,8 @@ struct DecodeKernel {
     write(a, sums, shared);
   }
 
-  // An odd number of 64 bytes: the units of two tokens, which 8 lanes read, lie in different banks.
-  static int row_stride(int slab_units) { return (slab_units | 1) * 64; }
   static int shared_bytes(int tokens, int slab_units, int slice_bits) {
-    return std::max(rows_of(tokens) * row_stride(slab_units), 4 * tokens * sum_stride(slice_bits) << slice_bits);
+    return std::max(rows_of(tokens) * decode_row_stride(slab_units), 4 * tokens * sum_stride(slice_bits) << slice_bits);
   }
 
  private:

@@ -18,30 +18,16 @@ DecodeCut cut_of(const ManyProduct& p, const Device& device, bool in_parts) {
   return decode_cut(size, device, in_parts);
 }
 
-int64_t part_stride(const ManyProduct& p, const DecodeCut& cut) {
-  const int features = kDecodeRows >> cut.slice_bits;
-  return quotient(p.out.columns, features) * features;
-}
-
 template <class T, int kTiles, bool kChunked>
 std::string start(const ManyProduct& p, const DecodeCut& cut, const Device& device) {
   using Kernel = sm80::ManyKernel<T, kTiles, kChunked>;
-  sm80::ManyArguments a = {};
-  a.out = sm80::view_of(p.out), a.in = sm80::view_of(p.in), a.weight = sm80::view_of(p.weight);
+  auto a = sm80::decode_arguments<sm80::ManyArguments>(p, cut);
   a.keep.row_words = static_cast<int>(quotient(p.weight.columns, 32));
-  a.bias = static_cast<const char*>(p.bias);
-  a.part_stride = part_stride(p, cut);
-  if (cut.parts > 1) a.parts = static_cast<float*>(p.workspace);
-  a.units = static_cast<int>(quotient(p.in.columns, kDecodeUnit));
-  a.part_units = cut.part_units, a.slab_units = cut.slab_units, a.slice_bits = cut.slice_bits;
-  a.step_columns = kDecodeUnit << cut.slice_bits, a.step_bytes = 2 * a.step_columns;
-  a.slab_steps = static_cast<int>(quotient(cut.slab_units, int64_t{1} << cut.slice_bits));
-  a.in_stride = Kernel::row_stride(cut.slab_units);
   std::copy(p.masks, p.masks + p.count, a.masks);
   a.count = p.count, a.each = static_cast<int>(p.each);
   a.tasks = static_cast<const char*>(p.tasks), a.long_tasks = p.long_tasks;
   LaunchShape shape;
-  shape.x = quotient(p.out.columns, kDecodeRows >> cut.slice_bits);
+  shape.x = cut.blocks(p.out.columns);
   shape.y = cut.parts;
   shape.z = quotient(p.out.rows, Kernel::kTokens);
   const int tokens = static_cast<int>(std::min<int64_t>(p.out.rows, Kernel::kTokens));
@@ -65,7 +51,7 @@ Plan plan_many(const ManyProduct& p, const Device& device) {
   if (p.out.rows == 0 || p.out.columns == 0) return {};
   const DecodeCut cut = cut_of(p, device, true);
   return {cut.cycles, p.out.rows <= 16 ? 16 : 64, cut.parts,
-          cut.parts > 1 ? cut.parts * p.out.rows * part_stride(p, cut) * 4 : 0};
+          cut.parts > 1 ? cut.parts * p.out.rows * cut.part_stride(p.out.columns) * 4 : 0};
 }
 
 std::string product_many(const ManyProduct& p, const Device& device) {

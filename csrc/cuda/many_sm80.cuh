@@ -119,11 +119,10 @@ struct ManyKernel {
     write(a, table, sums);
   }
 
-  static int row_stride(int slab_units) { return (slab_units | 1) * 64; }
   static int shared_bytes(int tokens, int slab_units, int slice_bits) {
     const int rows = (tokens + 7) / 8 * 8;  // those behind the last token may hold anything: they are columns of their own
     return static_cast<int>(sizeof(TaskTable)) +
-           std::max(rows * row_stride(slab_units), 4 * tokens * sum_stride(slice_bits) << slice_bits);
+           std::max(rows * decode_row_stride(slab_units), 4 * tokens * sum_stride(slice_bits) << slice_bits);
   }
 
  private:
