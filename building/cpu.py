@@ -1,4 +1,4 @@
-"""libmft_cpu.so: csrc/bindings.cpp and csrc/cpu, by the C++ compiler."""
+"""libmft_cpu.so: csrc/*bindings.cpp and csrc/cpu, by the C++ compiler."""
 
 import platform
 import subprocess
@@ -63,7 +63,7 @@ def units(compiler: str, torch_directory: Path, sources: Path, machine: str | No
         *system_headers([torch_directory / "include"]),
     ]
     found = []
-    for source in [sources / "bindings.cpp", *sorted((sources / "cpu").glob("*.cpp"))]:
+    for source in [*sorted(sources.glob("*bindings.cpp")), *sorted((sources / "cpu").glob("*.cpp"))]:
         own = X86_FLAGS.get(source.name, [])
         if (own and not x86) or source.name in unknown:
             continue

@@ -2,10 +2,6 @@
 // that one shared object serves torch 2.11 and newer. Inputs are contiguous, and 2-d but for the tokens of
 // masked_linear: mft_kernels/cpu.py sees to it.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -16,112 +12,30 @@
 
 #include "cpu/capability.h"
 #include "cpu/choice.h"
-#include "cpu/dequantize.h"
-#include "cpu/huge_pages.h"
-#include "cpu/keep_range.h"
-#include "cpu/linear.h"
 #include "cpu/many_linear.h"
 #include "cpu/parallel.h"
 #include "cpu/score_step.h"
 #include "cpu/select.h"
+#include "operands.h"
 
 namespace {
 
+using mft::check_size;
+using mft::empty_matrix;
+using mft::empty_product;
+using mft::expect_writes;
+using mft::flat;
 using mft::Format;
+using mft::format_of;
+using mft::input;
+using mft::mask_source;
 using mft::MaskSource;
 using mft::Matrix;
+using mft::output;
+using mft::value_of;
+using mft::words;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-Format format_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Format::kFloat32;
-    case ScalarType::BFloat16:
-      return Format::kBFloat16;
-    case ScalarType::Half:
-      return Format::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16 for the cpu backend");
-  }
-}
-
-Matrix matrix(const Tensor& t, const char* name, void* data) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.is_contiguous(), name, " must be 2-d and contiguous");
-  return {data, format_of(t, name), t.size(0), t.size(1), t.size(1)};
-}
-
-Matrix input(const Tensor& t, const char* name) { return matrix(t, name, const_cast<void*>(t.const_data_ptr())); }
-
-// A tensor (..., columns) as (M, columns).
-Matrix flat(const Tensor& t, int64_t columns, const char* name, void* data) {
-  STD_TORCH_CHECK(t.dim() >= 1 && t.size(-1) == columns && t.is_contiguous(), name, " must be (..., ", columns,
-                  ") and contiguous");
-  int64_t rows = 1;
-  for (int64_t d = 0; d < t.dim() - 1; ++d) rows *= t.size(d);
-  return {data, format_of(t, name), rows, columns, columns};
-}
-
-Matrix output(const Tensor& t, const char* name) { return matrix(t, name, t.mutable_data_ptr()); }
-
-void check_size(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " must be (", rows, ", ", columns,
-                  ")");
-}
-
-const uint32_t* words(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous(), name, " must be int32 and contiguous");
-  check_size(t, rows, (columns + 31) / 32, name);
-  return static_cast<const uint32_t*>(t.const_data_ptr());
-}
-
-double value_of(const Tensor& threshold) {
-  STD_TORCH_CHECK(threshold.numel() == 1, "threshold must hold one element");
-  const void* data = threshold.const_data_ptr();
-  if (threshold.scalar_type() == ScalarType::Double) return *static_cast<const double*>(data);
-  const Format format = format_of(threshold, "threshold");
-  const uint32_t bits = format == Format::kFloat32 ? *static_cast<const uint32_t*>(data)
-                                                   : *static_cast<const uint16_t*>(data);
-  const uint32_t top = 1u << (8 * mft::bytes_of(format) - 1);
-  const double magnitude = mft::value_of_key(bits & ~top, format, true);
-  return bits & top ? -magnitude : magnitude;
-}
-
-MaskSource mask_source(const std::optional<Tensor>& scores, const std::optional<Tensor>& threshold,
-                       const std::optional<Tensor>& packed, bool magnitude, int64_t rows, int64_t columns) {
-  if (packed.has_value()) {
-    return {nullptr, Format::kFloat32, words(*packed, rows, columns, "packed"), {0, 0, false}, columns};
-  }
-  STD_TORCH_CHECK(scores.has_value() && threshold.has_value(), "give scores and threshold, or packed");
-  check_size(*scores, rows, columns, "scores");
-  const Matrix s = input(*scores, "scores");
-  return {s.data, s.format, nullptr, mft::range_at_least(value_of(*threshold), s.format, magnitude), columns};
-}
-
-// New memory that a product of so many tokens will write. Many of them ask for no huge pages: where a hypervisor takes freed
-// ones back, a step from scores of 4096 tokens at 4096 x 4096 took 1.22 dense steps in fp32 with them and 1.04 without, in
-// bf16 0.8 or 1.2 by chance and 1.01; with a held mask bf16 took 0.77 and takes 0.94 (a virtual Xeon with AMX).
-void expect_writes(void* memory, int64_t bytes, int64_t tokens) {
-  constexpr int64_t kManyTokens = 2048;
-  if (tokens < kManyTokens) mft::advise_huge_pages(memory, bytes);
-}
-
-Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns, int64_t tokens) {
-  const int64_t sizes[] = {rows, columns};
-  Tensor t = torch::stable::new_empty(like, {sizes, 2});
-  expect_writes(t.mutable_data_ptr(), rows * columns * mft::bytes_of(format_of(like, "input")), tokens);
-  return t;
-}
-
-// (..., columns) of the `rows` tokens of x (..., K).
-Tensor empty_product(const Tensor& x, int64_t rows, int64_t columns) {
-  const auto tokens = x.sizes();
-  std::vector<int64_t> sizes(tokens.begin(), tokens.end());
-  sizes.back() = columns;
-  Tensor t = torch::stable::new_empty(x, {sizes.data(), sizes.size()});
-  expect_writes(t.mutable_data_ptr(), rows * columns * mft::bytes_of(format_of(x, "x")), rows);
-  return t;
-}
 
 Tensor masked_linear(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optional<Tensor> threshold,
                      std::optional<Tensor> packed, std::optional<Tensor> bias, bool magnitude, std::string path) {
@@ -160,7 +74,8 @@ bool is_taken(ScalarType type) {
 // says how it is to be served. Then the long way serves it, or says what is wrong with it.
 std::optional<Tensor> try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, std::optional<Tensor> bias) {
   const ScalarType type = weight.scalar_type();
-  if (asks("MFT_KERNELS", "auto") || asks("MFT_AUTOTUNE", "0") || !is_taken(type) || !is_usual(weight) || weight.dim() != 2) return std::nullopt;
+  if (asks("MFT_KERNELS", "auto") || asks("MFT_AUTOTUNE", "0")) return std::nullopt;
+  if (!is_taken(type) || !is_usual(weight) || weight.dim() != 2) return std::nullopt;
   const int64_t rows = weight.size(0), columns = weight.size(1);
   if (x.scalar_type() != type || !is_usual(x) || x.dim() < 1 || x.size(-1) != columns) return std::nullopt;
   if (packed.scalar_type() != ScalarType::Int || !is_usual(packed) || packed.dim() != 2 || packed.size(0) != rows ||
@@ -259,76 +174,6 @@ void grad_scores_(Tensor out, Tensor grad_output, Tensor x, std::optional<Tensor
     expect_writes(destination.data, w.rows * w.columns * mft::bytes_of(destination.format), in.rows);
   }
   mft::grad_scores(cpu, destination, grad, in, w, sign, accumulate, mft::path_of(path));
-}
-
-// A weight in codes; `absmax`: fp32, or the four of bitsandbytes' double quantisation: its codes, their fp32 absmax, the map of
-// the codes, the offset.
-mft::Quantized quantized(const Tensor& codes, const std::vector<Tensor>& absmax, int64_t rows, int64_t columns,
-                         bool nf4) {
-  const auto check = [](const Tensor& t, ScalarType type, int64_t numel, const char* name) {
-    STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.is_cpu() && t.numel() == numel, name,
-                    " must be contiguous on the CPU, of its kind's dtype and of ", numel, " elements");
-    return t.const_data_ptr();
-  };
-  const auto blocks_of = [](int64_t numel, int64_t block) { return (numel + block - 1) / block; };
-  const int64_t numel = rows * columns, blocks = nf4 ? blocks_of(numel, mft::kNf4Block) : rows;
-  STD_TORCH_CHECK(rows >= 0 && columns >= 0 && (absmax.size() == 1 || (nf4 && absmax.size() == 4)),
-                  "absmax must be one tensor, or the four of a doubly quantised nf4");
-  mft::Quantized found{nf4, rows, columns, nullptr, nullptr, nullptr, nullptr, nullptr, 0};
-  found.codes = check(codes, nf4 ? ScalarType::Byte : ScalarType::Char, nf4 ? (numel + 1) / 2 : numel, "codes");
-  if (absmax.size() == 1) {
-    found.absmax = static_cast<const float*>(check(absmax[0], ScalarType::Float, blocks, "absmax"));
-  } else {
-    found.absmax_codes = static_cast<const uint8_t*>(check(absmax[0], ScalarType::Byte, blocks, "absmax's codes"));
-    found.nested = static_cast<const float*>(
-        check(absmax[1], ScalarType::Float, blocks_of(blocks, mft::kNestedBlock), "absmax's absmax"));
-    found.map = static_cast<const float*>(check(absmax[2], ScalarType::Float, 256, "absmax's map"));
-    found.offset = *static_cast<const float*>(check(absmax[3], ScalarType::Float, 1, "absmax's offset"));
-  }
-  return found;
-}
-
-// The mask of a whole weight (rows, columns): its bits, or all of it by the bits of one row, which `all` keeps.
-MaskSource bits_or_all(const std::optional<Tensor>& packed, std::vector<uint32_t>& all, int64_t rows, int64_t columns) {
-  if (packed.has_value()) return mask_source(std::nullopt, std::nullopt, packed, false, rows, columns);
-  all.assign((columns + 31) / 32, ~0u);
-  if (columns % 32 != 0) all.back() = (1u << columns % 32) - 1;
-  return {nullptr, Format::kFloat32, all.data(), {0, 0, false}, columns, true};
-}
-
-Tensor masked_linear_quantized(Tensor x, Tensor codes, std::vector<Tensor> absmax, std::optional<Tensor> packed,
-                               std::optional<Tensor> bias, int64_t rows, int64_t columns, bool nf4, std::string path) {
-  const mft::Capability& cpu = mft::chosen_capability();
-  const mft::Quantized weight = quantized(codes, absmax, rows, columns, nf4);
-  const Matrix in = flat(x, columns, "x", const_cast<void*>(x.const_data_ptr()));
-  if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->numel() == rows && bias->is_contiguous() && format_of(*bias, "bias") == in.format,
-                    "bias must be (N,) in x's dtype");
-  }
-  std::vector<uint32_t> all;
-  Tensor y = empty_product(x, in.rows, rows);
-  mft::masked_linear(cpu, flat(y, rows, "y", y.mutable_data_ptr()), in, {weight, cpu.decode, in.format},
-                     bits_or_all(packed, all, rows, columns), bias.has_value() ? bias->const_data_ptr() : nullptr,
-                     mft::path_of(path));
-  return y;
-}
-
-Tensor grad_x_quantized(Tensor grad_output, Tensor codes, std::vector<Tensor> absmax, std::optional<Tensor> packed,
-                        int64_t rows, int64_t columns, bool nf4, std::string path) {
-  const mft::Capability& cpu = mft::chosen_capability();
-  const mft::Quantized weight = quantized(codes, absmax, rows, columns, nf4);
-  const Matrix grad = input(grad_output, "grad_output");
-  STD_TORCH_CHECK(grad.columns == rows, "grad_output must be (M, N)");
-  std::vector<uint32_t> all;
-  Tensor d_x = empty_matrix(grad_output, grad.rows, columns, grad.rows);
-  mft::grad_x(cpu, output(d_x, "d_x"), grad, {weight, cpu.decode, grad.format}, bits_or_all(packed, all, rows, columns),
-              mft::path_of(path));
-  return d_x;
-}
-
-void dequantize_(Tensor out, Tensor codes, std::vector<Tensor> absmax, bool nf4) {
-  const Matrix dense = output(out, "out");
-  mft::dequantize(mft::chosen_capability(), dense, quantized(codes, absmax, dense.rows, dense.columns, nf4));
 }
 
 Tensor kept_threshold(Tensor scores, int64_t k, bool magnitude) {
@@ -501,13 +346,6 @@ STABLE_TORCH_LIBRARY(mft_cpu, m) {
   m.def(
       "grad_scores_(Tensor(a!) out, Tensor grad_output, Tensor x, Tensor? weight, Tensor? scores, Tensor? signs, "
       "bool accumulate, str path) -> ()");
-  m.def(
-      "masked_linear_quantized(Tensor x, Tensor codes, Tensor[] absmax, Tensor? packed, Tensor? bias, int rows, "
-      "int columns, bool nf4, str path) -> Tensor");
-  m.def(
-      "grad_x_quantized(Tensor grad_output, Tensor codes, Tensor[] absmax, Tensor? packed, int rows, int columns, "
-      "bool nf4, str path) -> Tensor");
-  m.def("dequantize_(Tensor(a!) out, Tensor codes, Tensor[] absmax, bool nf4) -> ()");
   m.def("kept_threshold(Tensor scores, int k, bool magnitude) -> Tensor");
   m.def("pack_mask(Tensor scores, Tensor threshold, bool magnitude) -> Tensor");
   m.def("pack_signs(Tensor scores) -> (Tensor, Tensor)");
@@ -531,9 +369,6 @@ STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CPU, m) {
   m.impl("grad_x", TORCH_BOX(&grad_x));
   m.impl("grad_weight", TORCH_BOX(&grad_weight));
   m.impl("grad_scores_", TORCH_BOX(&grad_scores_));
-  m.impl("masked_linear_quantized", TORCH_BOX(&masked_linear_quantized));
-  m.impl("grad_x_quantized", TORCH_BOX(&grad_x_quantized));
-  m.impl("dequantize_", TORCH_BOX(&dequantize_));
   m.impl("kept_threshold", TORCH_BOX(&kept_threshold));
   m.impl("pack_mask", TORCH_BOX(&pack_mask));
   m.impl("pack_signs", TORCH_BOX(&pack_signs));

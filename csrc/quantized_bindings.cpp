@@ -1,0 +1,99 @@
+// The ops of namespace mft_cpu over codes (cpu/decode.h), and the dense matrix of codes.
+#include "cpu/capability.h"
+#include "cpu/dequantize.h"
+#include "operands.h"
+
+namespace {
+
+using mft::MaskSource;
+using mft::Matrix;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A weight in codes; `absmax`: fp32, or the four of bitsandbytes' double quantisation: its codes, their fp32 absmax, the
+// map of the codes, the offset.
+mft::Quantized quantized(const Tensor& codes, const std::vector<Tensor>& absmax, int64_t rows, int64_t columns,
+                         bool nf4) {
+  const auto check = [](const Tensor& t, ScalarType type, int64_t numel, const char* name) {
+    STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.is_cpu() && t.numel() == numel, name,
+                    " must be contiguous on the CPU, of its kind's dtype and of ", numel, " elements");
+    return t.const_data_ptr();
+  };
+  const auto blocks_of = [](int64_t numel, int64_t block) { return (numel + block - 1) / block; };
+  const int64_t numel = rows * columns, blocks = nf4 ? blocks_of(numel, mft::kNf4Block) : rows;
+  STD_TORCH_CHECK(rows >= 0 && columns >= 0 && (absmax.size() == 1 || (nf4 && absmax.size() == 4)),
+                  "absmax must be one tensor, or the four of a doubly quantised nf4");
+  mft::Quantized found{nf4, rows, columns, nullptr, nullptr, nullptr, nullptr, nullptr, 0};
+  found.codes = check(codes, nf4 ? ScalarType::Byte : ScalarType::Char, nf4 ? (numel + 1) / 2 : numel, "codes");
+  if (absmax.size() == 1) {
+    found.absmax = static_cast<const float*>(check(absmax[0], ScalarType::Float, blocks, "absmax"));
+  } else {
+    found.absmax_codes = static_cast<const uint8_t*>(check(absmax[0], ScalarType::Byte, blocks, "absmax's codes"));
+    found.nested = static_cast<const float*>(
+        check(absmax[1], ScalarType::Float, blocks_of(blocks, mft::kNestedBlock), "absmax's absmax"));
+    found.map = static_cast<const float*>(check(absmax[2], ScalarType::Float, 256, "absmax's map"));
+    found.offset = *static_cast<const float*>(check(absmax[3], ScalarType::Float, 1, "absmax's offset"));
+  }
+  return found;
+}
+
+// The mask of a whole weight (rows, columns): its bits, or all of it by the bits of one row, which `all` keeps.
+MaskSource bits_or_all(const std::optional<Tensor>& packed, std::vector<uint32_t>& all, int64_t rows, int64_t columns) {
+  if (packed.has_value()) return mft::mask_source(std::nullopt, std::nullopt, packed, false, rows, columns);
+  all.assign((columns + 31) / 32, ~0u);
+  if (columns % 32 != 0) all.back() = (1u << columns % 32) - 1;
+  return {nullptr, mft::Format::kFloat32, all.data(), {0, 0, false}, columns, true};
+}
+
+Tensor masked_linear_quantized(Tensor x, Tensor codes, std::vector<Tensor> absmax, std::optional<Tensor> packed,
+                               std::optional<Tensor> bias, int64_t rows, int64_t columns, bool nf4, std::string path) {
+  const mft::Capability& cpu = mft::chosen_capability();
+  const mft::Quantized weight = quantized(codes, absmax, rows, columns, nf4);
+  const Matrix in = mft::flat(x, columns, "x", const_cast<void*>(x.const_data_ptr()));
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->numel() == rows && bias->is_contiguous() && mft::format_of(*bias, "bias") == in.format,
+                    "bias must be (N,) in x's dtype");
+  }
+  std::vector<uint32_t> all;
+  Tensor y = mft::empty_product(x, in.rows, rows);
+  mft::masked_linear(cpu, mft::flat(y, rows, "y", y.mutable_data_ptr()), in, {weight, cpu.decode, in.format},
+                     bits_or_all(packed, all, rows, columns), bias.has_value() ? bias->const_data_ptr() : nullptr,
+                     mft::path_of(path));
+  return y;
+}
+
+Tensor grad_x_quantized(Tensor grad_output, Tensor codes, std::vector<Tensor> absmax, std::optional<Tensor> packed,
+                        int64_t rows, int64_t columns, bool nf4, std::string path) {
+  const mft::Capability& cpu = mft::chosen_capability();
+  const mft::Quantized weight = quantized(codes, absmax, rows, columns, nf4);
+  const Matrix grad = mft::input(grad_output, "grad_output");
+  STD_TORCH_CHECK(grad.columns == rows, "grad_output must be (M, N)");
+  std::vector<uint32_t> all;
+  Tensor d_x = mft::empty_matrix(grad_output, grad.rows, columns, grad.rows);
+  mft::grad_x(cpu, mft::output(d_x, "d_x"), grad, {weight, cpu.decode, grad.format}, bits_or_all(packed, all, rows, columns),
+              mft::path_of(path));
+  return d_x;
+}
+
+void dequantize_(Tensor out, Tensor codes, std::vector<Tensor> absmax, bool nf4) {
+  const Matrix dense = mft::output(out, "out");
+  mft::dequantize(mft::chosen_capability(), dense, quantized(codes, absmax, dense.rows, dense.columns, nf4));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mft_cpu, m) {
+  m.def(
+      "masked_linear_quantized(Tensor x, Tensor codes, Tensor[] absmax, Tensor? packed, Tensor? bias, int rows, "
+      "int columns, bool nf4, str path) -> Tensor");
+  m.def(
+      "grad_x_quantized(Tensor grad_output, Tensor codes, Tensor[] absmax, Tensor? packed, int rows, int columns, "
+      "bool nf4, str path) -> Tensor");
+  m.def("dequantize_(Tensor(a!) out, Tensor codes, Tensor[] absmax, bool nf4) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CPU, m) {
+  m.impl("masked_linear_quantized", TORCH_BOX(&masked_linear_quantized));
+  m.impl("grad_x_quantized", TORCH_BOX(&grad_x_quantized));
+  m.impl("dequantize_", TORCH_BOX(&dequantize_));
+}
