@@ -1,8 +1,8 @@
 """A model over a quantised base: which linears hold their weight in NF4 or int8, and how these compute.
 
-On a CPU neither the product of a masked layer nor its d_x makes a dense matrix: one exists only while d_scores is made,
-which is as large, and in frozen layers during products of many tokens. Elsewhere one exists during each product, and is
-made again for the backward pass. Codes never learn.
+Where a kernel decodes (QuantizedMatrix.is_fused), neither the product of a masked layer nor its d_x makes a dense matrix:
+one exists only while d_scores is made, which is as large, and in frozen layers during products of many tokens. Elsewhere
+one exists during each product, and is made again for the backward pass. Codes never learn.
 """
 
 from typing import Any
@@ -63,8 +63,8 @@ def quantize_model(model: nn.Module, kind: str = "nf4", *, masked: bool = False)
 class QuantizedLinear(nn.Module):
     """y = x @ dense().T + bias, in nn.Linear's place, over a frozen weight that is held quantised.
 
-    Neither x nor a dense weight is saved for the backward pass, d_x = grad_output @ dense(). On a CPU these are, up to
-    512 tokens, a MaskedLinear's products with all kept, to the bit, and make no dense weight.
+    Neither x nor a dense weight is saved for the backward pass, d_x = grad_output @ dense(). Where a kernel decodes, up
+    to 512 tokens make no dense weight; on a CPU these are a MaskedLinear's products with all kept, to the bit.
 
     Shapes: x (..., K), the weight's dtype; weight (N, K), bias (N,).
     """
@@ -91,9 +91,9 @@ class QuantizedLinear(nn.Module):
 class QuantizedMaskedLinear(MaskedLinear):
     """A MaskedLinear whose weight is made of codes each time that it is read; quantize_model turns modules into it.
 
-    hold(..., weight=module.quantized) makes no dense one on a CPU, and elsewhere frees it after each product. Without
-    hold, on a CPU, one is made for the scores' gradient alone, where nobody but autograd has to see the call; else the
-    forward pass makes it and autograd keeps it.
+    hold(..., weight=module.quantized) makes no dense one where a kernel decodes, and elsewhere frees it after each
+    product. Without hold, where one decodes and nobody but autograd has to see the call, a dense one is made for the
+    scores' gradient alone; else the forward pass makes it and autograd keeps it.
     """
 
     quantized: QuantizedWeight
@@ -152,7 +152,8 @@ class _QuantizedProduct(torch.autograd.Function):
         return d_x, d_bias, None
 
 
-# A frozen layer's forward pass in times of torch's on a weight decoded first, NF4 on a Xeon with AMX, three shapes: of
+# A frozen layer's forward pass in times of torch's on a weight decoded first, NF4, by hand on a Xeon with AMX, three
+# shapes (no GPU was asked): of
 # 512 tokens 0.71 to 0.77 in bf16 and 0.72 to 1.00 in fp32, of 1,024 tokens 0.90 to 1.55 and 0.89 to 1.02.
 _MOST_FUSED_TOKENS = 512
 
