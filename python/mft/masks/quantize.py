@@ -1,8 +1,8 @@
 """A model over a quantised base: which linears hold their weight in NF4 or int8, and how these compute.
 
-Where a kernel decodes (QuantizedMatrix.is_fused), neither the product of a masked layer nor its d_x makes a dense matrix:
-one exists only while d_scores is made, which is as large, and in frozen layers during products of many tokens. Elsewhere
-one exists during each product, and is made again for the backward pass. Codes never learn.
+Where a kernel decodes (QuantizedMatrix.is_fused), neither the product of a masked layer nor its d_x makes a dense
+matrix: one exists only while d_scores is made, which is as large, and in frozen layers during products of many tokens.
+Elsewhere one exists during each product, and is made again for the backward pass. Codes never learn.
 """
 
 from typing import Any
