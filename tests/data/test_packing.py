@@ -6,7 +6,7 @@ import numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mft.data.packing import build_rows
+from mft.data.packing import best_fit_decreasing, build_rows
 from mft.data.sources import Records
 from mft.data.tokenization import IGNORED, Documents, Encoded
 
@@ -68,12 +68,56 @@ def test_only_as_much_is_tokenised_as_the_budget_needs():
     assert len(seen) <= 64
 
 
-def test_packed_examples_stay_whole():
-    lengths = [random.Random(0).randint(2, 10) for _ in range(50)]
-    rows = build_rows(documents_of(lengths, is_text=False), 16, -1, budget=None, packing=True, seed=0)
-    where = {}
-    for number, ids in enumerate(rows.input_ids):
-        for token in ids[ids >= 0]:
-            where.setdefault(int(token) // 1000, set()).add(number)
-    assert [len(found) for found in where.values()] == [1] * 50
-    assert len(rows) <= 1.25 * sum(lengths) / 16
+def packed(lengths, length, **options):
+    documents = documents_of(lengths, is_text=False)
+    return build_rows(documents, length, -1, **{"budget": None, "packing": True, "seed": 0} | options)
+
+
+@given(LENGTHS, st.integers(2, 20), st.sampled_from([None, 1, 3]))
+def test_packed_examples_stay_whole_and_apart(lengths, length, budget):
+    rows, seen = packed(lengths, length, budget=budget), []
+    for ids, labels, document, starts, size in zip(rows.input_ids, rows.labels, rows.document, rows.starts, rows.sizes):
+        assert document == ids[0] // 1000
+        for start, end in zip(starts, [*starts[1:], size]):
+            number = int(ids[start]) // 1000
+            assert ids[start:end].tolist() == [1000 * number + i for i in range(min(lengths[number], length))]
+            assert labels[start] == IGNORED  # nothing that it sees could tell an example's first token
+            assert labels[start + 1 : end].tolist() == ids[start + 1 : end].tolist()
+            seen.append(number)
+        assert (ids[size:] == -1).all()
+        assert (labels[size:] == IGNORED).all()
+    assert len(seen) == len(set(seen))
+    if budget is None:
+        assert sorted(seen) == [i for i, n in enumerate(lengths) if n > 1]
+        assert rows.cut == sum(n > length for n in lengths)
+
+
+def test_a_budget_of_packed_rows_is_used_up():
+    draw = random.Random(0)
+    lengths = [draw.randint(19, 33) for _ in range(1000)]
+    assert len(packed(lengths, 64, budget=100)) == 100
+
+
+def test_texts_in_a_row_are_one_as_far_as_attention_goes():
+    rows = build_rows(documents_of([7] * 20), 16, -1, budget=None, packing=True, seed=0)
+    assert rows.starts == [[0]] * len(rows)
+
+
+@given(st.lists(st.integers(1, 40), max_size=60))
+def test_best_fit_decreasing_leaves_no_two_groups_that_would_be_one(sizes):
+    groups = best_fit_decreasing(sizes, 40)
+    assert sorted(i for group in groups for i in group) == list(range(len(sizes)))
+    totals = sorted(sum(sizes[i] for i in group) for group in groups)
+    assert all(total <= 40 for total in totals)
+    assert len(totals) < 2 or totals[0] + totals[1] > 40
+
+
+def test_best_fit_decreasing_finds_what_first_fit_misses():
+    assert best_fit_decreasing([2, 5, 4, 7, 1, 3, 8], 10) == [[6, 0], [3, 5], [1, 2, 4]]
+
+
+def test_a_hundred_thousand_examples_are_packed_in_seconds_and_hardly_padded():
+    draw = random.Random(0)
+    lengths = [draw.randint(20, 1024) for _ in range(100_000)]
+    groups = best_fit_decreasing(lengths, 1024)
+    assert sum(lengths) / (len(groups) * 1024) > 0.99

@@ -22,7 +22,7 @@ def scored_text(row, tokenizer):
 def test_rows_have_one_length_and_pad_unscored(tokenizer, write):
     splits = load_splits(DataConfig(source=write(chats()), sequence_length=64, packing=False), tokenizer)
     for split in (splits.train, splits.validation, splits.test):
-        assert split.column_names == ["input_ids", "labels", "document"]
+        assert split.column_names == ["input_ids", "labels", "document", "starts"]
         for row in split:
             assert len(row["input_ids"]) == len(row["labels"]) == 64
             assert re.fullmatch(r"It is \d+.<\|im_end\|>", scored_text(row, tokenizer))

@@ -1,5 +1,10 @@
-"""Tokenised documents become rows of one length, packed or each document by itself, within a budget of rows."""
+"""Tokenised documents become rows of one length, packed or each document by itself, within a budget of rows.
 
+A text goes on from row to row, and what follows it in a row sees it. Examples (chats, completions) stay whole, and a
+row's `starts` keep them apart: none is to see another.
+"""
+
+import bisect
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -9,14 +14,13 @@ import numpy
 
 from mft.data.tokenization import IGNORED, Documents, Encoded
 
-OPEN_ROWS = 32  # rows that a packed example may still join; more would save little padding
-
 
 @dataclass
 class Rows:
     """input_ids and labels (R, L) int32, document (R,): whose tokens a row holds, or whose come first in a packed row.
 
-    cut counts the examples that were longer than a row and lost their end.
+    starts (R,): where in a row examples begin that do not see each other, the first at 0. sizes (R,): tokens that are
+    not padding. cut counts the examples that were longer than a row and lost their end.
     """
 
     length: int
@@ -24,28 +28,38 @@ class Rows:
     input_ids: list[numpy.ndarray] = field(default_factory=list)
     labels: list[numpy.ndarray] = field(default_factory=list)
     document: list[int] = field(default_factory=list)
+    starts: list[list[int]] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
     cut: int = 0
 
     def __len__(self) -> int:
         return len(self.document)
 
-    def add(self, ids: numpy.ndarray, labels: numpy.ndarray, document: int) -> None:
+    @property
+    def padding(self) -> float:
+        """Share of all tokens."""
+        return 1 - sum(self.sizes) / max(1, len(self) * self.length)
+
+    def add(self, ids: numpy.ndarray, labels: numpy.ndarray, document: int, starts: Sequence[int] = (0,)) -> None:
         """Append one row, padded on the right, where causal attention never looks back from a real token."""
         missing = self.length - len(ids)
         self.input_ids.append(numpy.pad(ids, (0, missing), constant_values=self.pad))
         self.labels.append(numpy.pad(labels, (0, missing), constant_values=IGNORED))
         self.document.append(document)
+        self.starts.append(list(starts))
+        self.sizes.append(len(ids))
 
     def reorder(self, order: Sequence[int]) -> None:
-        self.input_ids = [self.input_ids[i] for i in order]
-        self.labels = [self.labels[i] for i in order]
-        self.document = [self.document[i] for i in order]
+        for name in ("input_ids", "labels", "document", "starts", "sizes"):
+            values = getattr(self, name)
+            setattr(self, name, [values[i] for i in order])
 
 
 def build_rows(documents: Documents, length: int, pad: int, *, budget: int | None, packing: bool, seed: int) -> Rows:
     """At most budget rows (None: all there are), drawn over as many documents as the budget allows.
 
-    packing fills rows with the ends and beginnings of several documents; without it no row mixes documents.
+    packing fills rows with the ends and beginnings of several texts, or with several whole examples; without it no row
+    mixes documents.
     The result is a function of the arguments alone. Order: shuffled if packing, else by document.
     """
     order = list(range(len(documents)))
@@ -164,23 +178,61 @@ def _single_examples(documents: Documents, order: list[int], length: int, pad: i
 
 
 def _packed_examples(documents: Documents, order: list[int], length: int, pad: int, budget: int | None) -> Rows:
-    """First fit: an example joins the first open row with room, whole."""
+    """Whole examples by best fit decreasing: as many of the order's first as fill the budget."""
     rows = Rows(length, pad)
-    waiting: list[_Stream] = []
+    taken: list[tuple[int, Encoded]] = []
+    room = None if budget is None else budget * length
     for i, example in documents.encoded(order):
         short = _shorten(rows, example)
         if short is None:
             continue
-        row = next((row for row in waiting if row.size + len(short.ids) <= length), None)
-        if row is None:
-            if budget is not None and len(rows) + len(waiting) >= budget:
+        taken.append((i, short))
+        if room is not None:
+            room -= len(short.ids)
+            if room <= 0:
                 break
-            row = _Stream(rows)
-            waiting.append(row)
-            if len(waiting) > OPEN_ROWS:
-                waiting.pop(max(range(len(waiting)), key=lambda j: waiting[j].size)).flush()
-        row.append(short.ids, short.labels, i)
-        waiting = [row for row in waiting if row.size]
-    for row in waiting:
-        row.flush()
+    sizes = [len(example.ids) for _, example in taken]
+    if budget is not None:  # the last of the order go, not the shortest
+        fitting = range(len(sizes) + 1)
+        count = bisect.bisect_right(fitting, budget, key=lambda n: len(best_fit_decreasing(sizes[:n], length))) - 1
+        sizes = sizes[:count]
+    for group in best_fit_decreasing(sizes, length):
+        _add_packed(rows, [taken[j] for j in group])
     return rows
+
+
+def _add_packed(rows: Rows, members: Sequence[tuple[int, Encoded]]) -> None:
+    """A row of these, the first token of each unscored: nothing that it sees could tell it."""
+    ids, labels, starts = [], [], [0]
+    for _, example in members:
+        ids.append(example.ids)
+        labels.append(numpy.concatenate([[IGNORED], example.labels[1:]]).astype(numpy.int32))
+        starts.append(starts[-1] + len(example.ids))
+    rows.add(numpy.concatenate(ids), numpy.concatenate(labels), members[0][0], starts[:-1])
+
+
+def best_fit_decreasing(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Numbers of sizes in groups of at most ``length`` together: the largest first, each where least room is left.
+
+    Needs at most 11/9 of the fewest groups there can be, and one more (Johnson, 1973).
+    """
+    groups: list[list[int]] = []
+    with_room: dict[int, list[int]] = {}  # room -> the groups that have just so much
+    rooms: list[int] = []  # those of with_room, ascending
+    for number in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        place = bisect.bisect_left(rooms, sizes[number])
+        if place < len(rooms):
+            room = rooms[place]
+            group = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room], rooms[place]
+        else:
+            room, group = length, len(groups)
+            groups.append([])
+        groups[group].append(number)
+        left = room - sizes[number]
+        if left not in with_room:
+            with_room[left] = []
+            bisect.insort(rooms, left)
+        with_room[left].append(group)
+    return groups

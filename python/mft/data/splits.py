@@ -21,7 +21,7 @@ from mft.files.cache import cache_root, sha256_of
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # counts up when the rows made from the same data change
+FORMAT = 3  # counts up when the rows made from the same data change
 NOTES_FILE = "notes.json"
 FILES = (*(f"{split}.arrow" for split in SPLITS), NOTES_FILE)
 SUMS_FILE = "SHA256SUMS"  # of those, as sha256sum writes it
@@ -29,9 +29,10 @@ SUMS_FILE = "SHA256SUMS"  # of those, as sha256sum writes it
 
 @dataclass
 class Splits:
-    """Three datasets with columns input_ids and labels (sequence_length each; -100 is not scored) and document.
+    """Three datasets with columns input_ids and labels (sequence_length each; -100 is not scored), document and starts.
 
-    Rows of validation and test never mix documents; those of train do if data.packing is on.
+    Rows of validation and test never mix documents; those of train do if data.packing is on. starts: where in a row
+    examples begin that do not see each other, 0 alone in a row of one and in rows of texts.
     notes says in sentences what a reader of the results must know: where splits came from, what was cut or left out.
     key names the rows: another configuration, source or tokenizer gives another one.
     """
@@ -122,7 +123,7 @@ def _describe(split: str, rows: Rows, empty: int, available: int, packed: bool) 
     covered = len(set(rows.document))
     scored = sum(int((labels[1:] >= 0).sum()) for labels in rows.labels)
     notes.append(
-        f"{split}: {len(rows)} rows of {rows.length} tokens, {scored} of them scored, "
+        f"{split}: {len(rows)} rows of {rows.length} tokens, {scored} of them scored, {rows.padding:.1%} padding, "
         f"from {'at least ' if packed else ''}{covered} of {available} documents"
     )
     return notes
@@ -151,6 +152,7 @@ def _write(rows: Rows, path: Path) -> None:
         "input_ids": _fixed(rows.input_ids, rows.length),
         "labels": _fixed(rows.labels, rows.length),
         "document": pyarrow.array(rows.document, pyarrow.int64()),
+        "starts": pyarrow.array(rows.starts, pyarrow.list_(pyarrow.int32())),
     }
     table = pyarrow.table(columns)
     with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
