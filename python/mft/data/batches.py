@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import pyarrow.compute
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mft.checks import shown
 
 
 @dataclass(frozen=True)
@@ -26,14 +29,23 @@ def find_labelled(labels: Tensor) -> Labelled:
     return Labelled(positions, shifted[positions])
 
 
-@dataclass
+@dataclass(eq=False)
 class MicroBatch:
-    """Rows of a data set: their numbers, input_ids and labels (B, T) on the CPU, and documents."""
+    """Rows of a data set: their numbers, input_ids and labels (B, T) on the CPU, and documents.
+
+    position_ids (B, T): 0 where an example begins, or None if no row holds more than one.
+    """
 
     rows: list[int]
     input_ids: Tensor
     labels: Tensor
     documents: list[int]
+    position_ids: Tensor | None = None
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """input_ids and position_ids there."""
+        positions = self.position_ids
+        return self.input_ids.to(device), None if positions is None else positions.to(device)
 
     @cached_property
     def labelled(self) -> Labelled:
@@ -42,9 +54,40 @@ class MicroBatch:
 
 
 def take_rows(dataset, rows: list[int]) -> MicroBatch:
-    """The rows with these numbers."""
+    """The rows with these numbers.
+
+    Raises: ValueError if dataset has starts, and a row's do not begin with 0 and rise below its length.
+    """
     batch = dataset.with_format("torch")[rows]
-    return MicroBatch(rows, batch["input_ids"], batch["labels"], batch["document"].tolist())
+    ids, positions = batch["input_ids"], None
+    if "starts" in batch:
+        starts = [torch.as_tensor(row, dtype=torch.long) for row in batch["starts"]]
+        for row, places in zip(rows, starts):
+            _check_starts(row, places, ids.shape[1])
+        if any(len(places) > 1 for places in starts):
+            positions = torch.stack([_positions(places, ids.shape[1]) for places in starts])
+    return MicroBatch(rows, ids, batch["labels"], batch["document"].tolist(), positions)
+
+
+def holds_packed_rows(dataset) -> bool:
+    """Whether a row holds examples that are not to see each other."""
+    if "starts" not in dataset.column_names:
+        return False
+    counts = pyarrow.compute.list_value_length(dataset.with_format("arrow")[:]["starts"])
+    return (pyarrow.compute.max(counts).as_py() or 0) > 1
+
+
+def _positions(starts: Tensor, length: int) -> Tensor:
+    """(T,): how far each token is from where its example begins; padding goes on from the last one."""
+    ends = F.pad(starts[1:], (0, 1), value=length)
+    return torch.arange(length) - starts.repeat_interleave(ends - starts)
+
+
+def _check_starts(row: int, starts: Tensor, length: int) -> None:
+    if len(starts) == 0 or starts[0] != 0 or (starts.diff() <= 0).any() or starts[-1] >= length:
+        raise ValueError(
+            f"starts of row {row} must begin with 0 and rise below its {length} tokens, got {shown(starts.tolist())}"
+        )
 
 
 def count_labels(labels: Tensor) -> Tensor:

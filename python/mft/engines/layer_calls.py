@@ -7,7 +7,6 @@
 Nothing of the model's own forward is rewritten: in enter and leave it runs as it is, with its layers replaced.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mft.models.causal_lm import decoder_layers, replaced_forwards
-
-Run = Callable[[nn.Module, Tensor], Tensor]
+from mft.models.causal_lm import Run, decoder_layers, replaced_forwards
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class LayerCalls:
             )
 
     @torch.no_grad()
-    def enter(self, input_ids: Tensor) -> tuple[Tensor, list[Call]]:
+    def enter(self, input_ids: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, list[Call]]:
         """(hidden (B, T, D) that layer 0 reads, each layer's call)."""
         entered: list[Tensor] = []
         calls: list[Call] = []
@@ -81,7 +78,7 @@ class LayerCalls:
             return self._returned(hidden)
 
         with self._embedding_anywhere(), replaced_forwards(self.layers, lambda layer: note):
-            self._run(self.model, input_ids)
+            self._run(self.model, input_ids, position_ids)
         return entered[0], calls
 
     def run(self, index: int, hidden: Tensor, calls: list[Call]) -> Tensor:

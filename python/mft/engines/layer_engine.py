@@ -11,6 +11,7 @@ Nothing else of the forward pass is kept, and of the backward pass no more than 
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,7 @@ class LayerEngine:
         numbers = [i for i, masks in enumerate(self.masks_of_layer) if masks]
         self.first = min(numbers, default=len(calls.layers))
         self._calls_of_shape: dict[torch.Size, list[Call]] = {}
+        self._calls_of_packed: WeakKeyDictionary[MicroBatch, list[Call]] = WeakKeyDictionary()  # whose masks differ
 
     @property
     def depth(self) -> int:
@@ -129,13 +131,27 @@ class LayerEngine:
 
     def enter(self, batch: MicroBatch) -> Tensor:
         """What layer 0 reads (B, T, D)."""
-        hidden, calls = self.calls.enter(batch.input_ids.to(self.mover.device))
-        self._calls_of_shape.setdefault(batch.input_ids.shape, calls)
+        hidden, calls = self.calls.enter(*batch.inputs(self.mover.device))
+        if batch.position_ids is None:
+            self._calls_of_shape.setdefault(batch.input_ids.shape, calls)
+        else:
+            self._calls_of_packed[batch] = calls
         return hidden
+
+    def _calls_of(self, batch: MicroBatch) -> list[Call] | None:
+        """What layers are called with for this batch, if it, or another whose layers are called alike, has entered."""
+        if batch.position_ids is None:
+            return self._calls_of_shape.get(batch.input_ids.shape)
+        return self._calls_of_packed.get(batch)
+
+    def _run(self, layer: int, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        calls = self._calls_of(batch)
+        assert calls is not None, "a batch enters before it runs"
+        return self.calls.run(layer, hidden, calls)
 
     def up(self, layer: int, hidden: Tensor, batch: MicroBatch) -> Tensor:
         with torch.no_grad(), self._at(f"layer {layer}, forward"):
-            return self.calls.run(layer, hidden, self._calls_of_shape[batch.input_ids.shape])
+            return self._run(layer, hidden, batch)
 
     def loss(self, batch: MicroBatch, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """(sum of the tokens' losses, gradient of scale * that with respect to hidden)."""
@@ -149,7 +165,7 @@ class LayerEngine:
         """The gradient with respect to the layer's input; None for the first masked layer, below which none is used."""
         with self._at(f"layer {layer}, backward"):
             hidden = hidden.detach().requires_grad_(layer > self.first)
-            output = self.calls.run(layer, hidden, self._calls_of_shape[batch.input_ids.shape])
+            output = self._run(layer, hidden, batch)
             edge = get_gradient_edge(output)
             del output  # its value is needed no more
             torch.autograd.backward((edge,), (grad,))
@@ -163,12 +179,18 @@ class LayerEngine:
         return [t for t in tensors_of(embedding) if id(t) not in shared]
 
     def remembered(self, batch: MicroBatch) -> Tensor | None:
-        """What the frozen layers make of the batch's rows, if all of them are remembered."""
-        if self.memory is None or not all(row in self.memory.states for row in batch.rows):
+        """What the frozen layers make of the batch's rows, if all of them are remembered; its calls must be known."""
+        if not self._is_remembered(batch):
             return None
-        if batch.input_ids.shape not in self._calls_of_shape:
-            return None
+        assert self.memory is not None
         return torch.stack([self.memory.states[row].to(self.mover.device) for row in batch.rows])
+
+    def _is_remembered(self, batch: MicroBatch) -> bool:
+        return self.memory is not None and all(row in self.memory.states for row in batch.rows)
+
+    def lacking_calls(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Those that are remembered, and yet have to enter."""
+        return [batch for batch in batches if self._is_remembered(batch) and self._calls_of(batch) is None]
 
     def remember(self, batch: MicroBatch, hidden: Tensor) -> None:
         """hidden is what reaches the first masked layer."""

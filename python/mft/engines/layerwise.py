@@ -64,7 +64,7 @@ class Layerwise(LayerEngine):
             raise AssertionError("a layer was not visited")
 
     def recall(self, batches: Sequence[MicroBatch]) -> None:
-        if self.memory is None or all(self.remembered(batch) is not None for batch in batches):
+        if self.memory is None or self._remembered_all(batches) is not None:
             return
         visits = self._visit([self._outside, *range(self.first)])
         for hidden in self._below(batches, visits):
@@ -158,6 +158,8 @@ class Layerwise(LayerEngine):
 
     def _visit(self, order: list[int]) -> Iterator[int]:
         """Each group's tensors lie on the device while it is visited; the next group's are on their way."""
+        if not order:
+            return
         arriving = self.mover.bring(self._groups[order[0]])
         for place, number in enumerate(order):
             group = self._groups[number]
@@ -178,6 +180,10 @@ class Layerwise(LayerEngine):
                     tensor.data = data
 
     def _remembered_all(self, batches: Sequence[MicroBatch]) -> Resting | None:
+        lacking = self.lacking_calls(batches)
+        for _ in self._visit([self._outside] if lacking else []):
+            for batch in lacking:
+                self.enter(batch)
         states = [self.remembered(batch) for batch in batches]
         return (
             deque(self.mover.store(s) for s in states if s is not None) if all(s is not None for s in states) else None

@@ -12,6 +12,7 @@ from mft.engines.distributed import ALONE, Processes
 from mft.engines.master_weights import MasterAdamW
 from mft.engines.score_states import MOMENTS
 from mft.engines.step import NonFiniteLoss, OnLoss, naming_lack_of_memory
+from mft.models.causal_lm import Run
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.token_loss import backward_labelled_loss
 from mft_kernels import MaskAdamW, MaskedLinear
@@ -30,7 +31,7 @@ class Plain:
         self,
         model: nn.Module,
         train: TrainConfig,
-        run: Callable[[nn.Module, Tensor], Tensor],
+        run: Run,
         head: nn.Module,
         memory: PrefixMemory | None,
         processes: Processes = ALONE,
@@ -50,7 +51,8 @@ class Plain:
         assert lr is not None, "plain has no rehearsal"
         for batch in batches:
             with self._at(f"rows {batch.rows} of {batch.input_ids.shape[1]} tokens"):
-                hidden = self._prefix(batch.input_ids.to(self._device), batch.rows)
+                ids, positions = batch.inputs(self._device)
+                hidden = self._prefix(ids, batch.rows, positions)
                 total = backward_labelled_loss(self._head, hidden, batch.labelled.to(self._device), scale)
                 on_loss(batch, total)
         with self._at("the optimiser step"):
@@ -78,7 +80,8 @@ class Plain:
     def recall(self, batches: Sequence[MicroBatch]) -> None:
         """Remember what the frozen layers make of these rows, as step would; nothing is trained."""
         for batch in batches:
-            self._prefix.recall(batch.input_ids.to(self._device), batch.rows)
+            ids, positions = batch.inputs(self._device)
+            self._prefix.recall(ids, batch.rows, positions)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

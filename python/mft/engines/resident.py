@@ -71,6 +71,8 @@ class Resident(LayerEngine):
 
     def _below(self, batch: MicroBatch) -> Tensor:
         """What reaches the first masked layer."""
+        for unknown in self.lacking_calls([batch]):
+            self.enter(unknown)
         hidden = self.remembered(batch)
         if hidden is None:
             hidden = self.enter(batch)

@@ -17,6 +17,7 @@ from mft.engines.start import Device, start_engine
 from mft.models.causal_lm import FEW, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.next_tokens import check_next_tokens
+from mft.models.packed_rows import keeping_apart
 from mft.models.token_loss import token_losses
 from mft_kernels import outdate
 
@@ -74,7 +75,11 @@ def evaluate(
     groups = [range(start, min(start + batch_size, len(dataset))) for start in range(0, len(dataset), batch_size)]
     batches = (take_rows(dataset, list(rows)) for rows in groups)
     few = first_row[:, :FEW].to(next(model.parameters()).device)
-    with torch.no_grad(), _runner(model, few, way, device, first, memory) as (hidden_of, head):
+    with (
+        torch.no_grad(),
+        keeping_apart(model, dataset, few, batch_size),
+        _runner(model, few, way, device, first, memory) as (hidden_of, head),
+    ):
         for batch, hidden in hidden_of(batches):
             losses, correct = token_losses(head, hidden, batch.labels.to(hidden.device))
             per_row = (count_labels(batch.labels).tolist(), losses.sum(-1).tolist(), correct.sum(-1).tolist())
@@ -125,7 +130,13 @@ def _runner(
     if way == "plain":
         run, head = split_at_head(model, few)
         prefix = FrozenPrefix(model, first, memory, run)
-        yield lambda batches: ((batch, prefix(batch.input_ids.to(few.device), batch.rows)) for batch in batches), head
+
+        def plain(batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
+            for batch in batches:
+                ids, positions = batch.inputs(few.device)
+                yield batch, prefix(ids, batch.rows, positions)
+
+        yield plain, head
         return
     engine = start_engine(model, few, way, device)
 

@@ -78,7 +78,8 @@ class _Slopes:
         tokens, first, second = 0, 0.0, 0.0
         for start in range(0, len(self._dataset), self._batch_size):
             batch = take_rows(self._dataset, list(range(start, min(start + self._batch_size, len(self._dataset)))))
-            hidden = self._prefix(batch.input_ids.to(self._device), batch.rows)
+            ids, positions = batch.inputs(self._device)
+            hidden = self._prefix(ids, batch.rows, positions)
             sums = temperature_slopes(self._head, hidden, batch.labels.to(self._device), inverse)
             tokens += int(count_labels(batch.labels).sum())
             first, second = first + sums[0].item(), second + sums[1].item()

@@ -1,6 +1,7 @@
 """The parts of a causal language model that the recipe touches: decoder layers, decoder, head.
 
-decoder(input_ids) -> hidden (B, T, D); head(hidden) -> logits (B, T, V).
+decoder(input_ids) -> hidden (B, T, D); head(hidden) -> logits (B, T, V). Where several examples lie in a row,
+position_ids (B, T) that begin again at 0 keep them apart: see packed_rows.py.
 """
 
 import contextlib
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mft.models.linears import layer_stacks
+
+Run = Callable[..., Tensor]  # run(model, input_ids, position_ids=None) -> what the head reads
 
 FEW = 8  # tokens are enough to see how a model is built
 
@@ -42,13 +45,13 @@ def head_of(model: Any) -> nn.Module:
     return head
 
 
-def run_decoder(model: nn.Module, input_ids: Tensor) -> Tensor:
+def run_decoder(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
     """Hidden states (B, T, D) that the head reads."""
-    return decoder_of(model)(input_ids=input_ids, use_cache=False)[0]
+    return decoder_of(model)(input_ids=input_ids, use_cache=False, **_positions(position_ids))[0]
 
 
 @torch.no_grad()
-def split_at_head(model: nn.Module, input_ids: Tensor) -> tuple[Callable[[nn.Module, Tensor], Tensor], nn.Module]:
+def split_at_head(model: nn.Module, input_ids: Tensor) -> tuple[Run, nn.Module]:
     """(run, head) with head(run(model, input_ids)) == logits, so that logits can be made a chunk at a time.
 
     Where the model caps or scales its logits after the head, run gives the logits and head is the identity. Which of
@@ -116,5 +119,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _run_model(model: nn.Module, input_ids: Tensor) -> Tensor:
-    return model(input_ids=input_ids, use_cache=False).logits
+def _run_model(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    return model(input_ids=input_ids, use_cache=False, **_positions(position_ids)).logits
+
+
+def _positions(position_ids: Tensor | None) -> dict[str, Tensor]:
+    """Without them a model counts for itself, and some know no such argument."""
+    return {} if position_ids is None else {"position_ids": position_ids}

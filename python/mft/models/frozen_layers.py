@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mft.models.causal_lm import decoder_layers, first_trainable_layer, replaced_forwards, run_decoder
+from mft.models.causal_lm import Run, decoder_layers, first_trainable_layer, replaced_forwards, run_decoder
 
 
 @dataclass
@@ -50,7 +50,7 @@ class FrozenPrefix:
         model: nn.Module,
         first: int | None = None,
         memory: PrefixMemory | None = None,
-        run: Callable[[nn.Module, Tensor], Tensor] = run_decoder,
+        run: Run = run_decoder,
     ) -> None:
         self.model = model
         self.run = run
@@ -59,36 +59,40 @@ class FrozenPrefix:
         self._layers = decoder_layers(model)
         self._returns_tuple: bool | None = None  # whether a layer returns (hidden, ...); None: not looked yet
 
-    def __call__(self, input_ids: Tensor, rows: list[int]) -> Tensor:
+    def __call__(self, input_ids: Tensor, rows: list[int], position_ids: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, D), or what else run returns, of the rows with these numbers in the data set."""
         if self.memory is None:
             with replaced_forwards(self._layers[: self.first], lambda layer: torch.no_grad()(layer.forward)):
-                return self.run(self.model, input_ids)
-        missing = self.recall(input_ids, rows)
+                return self.run(self.model, input_ids, position_ids)
+        missing = self.recall(input_ids, rows, position_ids)
         hidden = torch.stack(
             [missing[row] if row in missing else self.memory.states[row].to(input_ids.device) for row in rows]
         )
         if self._returns_tuple is None:
-            self._check_that_layers_pass_hidden_states_only(input_ids[:1], hidden[:1])
-        return self._run_from(input_ids, hidden)
+            first = None if position_ids is None else position_ids[:1]
+            self._check_that_layers_pass_hidden_states_only(input_ids[:1], hidden[:1], first)
+        return self._run_from(input_ids, hidden, position_ids)
 
-    def recall(self, input_ids: Tensor, rows: list[int]) -> dict[int, Tensor]:
+    def recall(self, input_ids: Tensor, rows: list[int], position_ids: Tensor | None = None) -> dict[int, Tensor]:
         """Remember these rows, as a call would; returns the (T, D) of those that memory did not hold."""
         if self.memory is None:
             return {}
         missing = [i for i, row in enumerate(rows) if row not in self.memory.states]
-        found = dict(zip((rows[i] for i in missing), self._run_frozen_layers(input_ids[missing]))) if missing else {}
+        if not missing:
+            return {}
+        positions = None if position_ids is None else position_ids[missing]
+        found = dict(zip((rows[i] for i in missing), self._run_frozen_layers(input_ids[missing], positions)))
         for row, state in found.items():
             self.memory.remember(row, state)
         return found
 
-    def up_to(self, depth: int, input_ids: Tensor, rows: list[int]) -> Tensor:
+    def up_to(self, depth: int, input_ids: Tensor, rows: list[int], position_ids: Tensor | None = None) -> Tensor:
         """(B, T, D): what the first ``depth`` layers, at least as many as are frozen, make of these rows."""
-        return self._output_of(depth, lambda: self(input_ids, rows))
+        return self._output_of(depth, lambda: self(input_ids, rows, position_ids))
 
-    def _run_frozen_layers(self, input_ids: Tensor) -> Tensor:
+    def _run_frozen_layers(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """(B, T, D): what the last frozen layer returns."""
-        return self._output_of(self.first, lambda: self.run(self.model, input_ids))
+        return self._output_of(self.first, lambda: self.run(self.model, input_ids, position_ids))
 
     @torch.no_grad()
     def _output_of(self, depth: int, run: Callable[[], object]) -> Tensor:
@@ -102,23 +106,25 @@ class FrozenPrefix:
             handle.remove()
         return outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
 
-    def _run_from(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
+    def _run_from(self, input_ids: Tensor, hidden: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """run with hidden (B, T, D) in place of what its frozen layers return."""
         returned = (hidden,) if self._returns_tuple else hidden
         with replaced_forwards(self._layers[: self.first], lambda layer: lambda *args, **kwargs: returned):
-            return self.run(self.model, input_ids)
+            return self.run(self.model, input_ids, position_ids)
 
     @torch.no_grad()
-    def _check_that_layers_pass_hidden_states_only(self, input_ids: Tensor, hidden: Tensor) -> None:
+    def _check_that_layers_pass_hidden_states_only(
+        self, input_ids: Tensor, hidden: Tensor, position_ids: Tensor | None
+    ) -> None:
         """In some architectures later layers read more of earlier ones, keys and values for instance."""
         outputs: list = []
         handle = self._layers[0].register_forward_hook(lambda *call: outputs.append(call[-1]))
         try:
-            whole = self.run(self.model, input_ids)
+            whole = self.run(self.model, input_ids, position_ids)
         finally:
             handle.remove()
         self._returns_tuple = isinstance(outputs[0], tuple)
-        error = (self._run_from(input_ids, hidden) - whole).abs().max()
+        error = (self._run_from(input_ids, hidden, position_ids) - whole).abs().max()
         if not error <= 0.05 * whole.abs().max():
             self._returns_tuple = None
             raise ValueError(

@@ -28,6 +28,7 @@ from mft.masks.targets import select_targets
 from mft.models.causal_lm import FEW, evaluating, run_decoder, split_at_head
 from mft.models.frozen_layers import FrozenPrefix
 from mft.models.linears import find_targets
+from mft.models.packed_rows import keeping_apart
 from mft.models.token_loss import backward_token_loss
 from mft_kernels import fixed_from_float
 
@@ -66,7 +67,10 @@ def importance(
     modules = _linear_modules(model, names)
     batches = list(_calibration(dataset, rows, batch_size, seed)) if method in _BY_DATA else []
     found: dict[str, Tensor] = {}
-    with keeping_all(model), evaluating(model):
+    with keeping_all(model), evaluating(model), contextlib.ExitStack() as stack:
+        if batches:
+            few = batches[0].input_ids[:1, :FEW].to(next(model.parameters()).device)
+            stack.enter_context(keeping_apart(model, dataset, few, batch_size))
         if method == "wanda":
             norms = _input_norms(model, modules, batches)
             found = {name: _matrix(module).abs().float() * norms[name] for name, module in modules.items()}
@@ -207,7 +211,7 @@ def _input_norms(model: nn.Module, modules: dict[str, Any], batches: list[MicroB
         for batch in batches:
             device = next(model.parameters()).device
             real = _not_padding(batch.labels).flatten().to(device)
-            run_decoder(model, batch.input_ids.to(device))
+            run_decoder(model, *batch.inputs(device))
     return {name: total.sqrt().float() for name, total in sums.items()}
 
 
@@ -233,7 +237,8 @@ def _gradients(
     with _requiring_grad(model, weights.values()):
         prefix = FrozenPrefix(model, run=run)
         for batch in batches:
-            hidden = prefix(batch.input_ids.to(device), batch.rows)
+            ids, positions = batch.inputs(device)
+            hidden = prefix(ids, batch.rows, positions)
             backward_token_loss(head, hidden, batch.labels.to(device), 1 / tokens)
             for name, weight in weights.items():
                 if weight.grad is not None:  # None where no token came by, in an expert for instance

@@ -23,6 +23,7 @@ from mft.models.causal_lm import (
     split_at_head,
 )
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
+from mft.models.packed_rows import keeping_apart
 from mft.models.pretrained import load_model
 from mft.study.config import ArmConfig, StudyConfig
 
@@ -111,8 +112,10 @@ def _remembered(
     found, device = PrefixMemory(), next(model.parameters()).device
     few = take_rows(dataset, [0]).input_ids[:1, :FEW].to(device)
     prefix = FrozenPrefix(model, first, memory, split_at_head(model, few)[0])
-    for start in range(0, len(dataset), batch_size):
-        batch = take_rows(dataset, list(range(start, min(start + batch_size, len(dataset)))))
-        for row, state in zip(batch.rows, prefix.up_to(depth, batch.input_ids.to(device), batch.rows)):
-            found.remember(row, state)
+    with keeping_apart(model, dataset, few, batch_size):
+        for start in range(0, len(dataset), batch_size):
+            batch = take_rows(dataset, list(range(start, min(start + batch_size, len(dataset)))))
+            ids, positions = batch.inputs(device)
+            for row, state in zip(batch.rows, prefix.up_to(depth, ids, batch.rows, positions)):
+                found.remember(row, state)
     return found

@@ -23,6 +23,7 @@ from mft.masks.saved_modules import saved_modules, train_whole
 from mft.models.causal_lm import FEW
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.next_tokens import check_next_tokens
+from mft.models.packed_rows import keeping_apart
 from mft.training.saver import Saver
 
 _CHUNK = 1024  # rows that are looked at together
@@ -123,6 +124,7 @@ def train_loop(
     reports: list[StepReport] = []
     with (
         seeded(train.seed),
+        keeping_apart(model, dataset, few, train.batch_size),
         _training_mode(model, checkpointed=way == "plain" and train.gradient_checkpointing),
         contextlib.nullcontext() if saver is None else saver.listening(),
     ):

@@ -1,0 +1,68 @@
+"""Several examples in one row, each as if it were alone: position_ids begin again where an example does.
+
+transformers reads from them where attention ends: in sdpa, eager and flex attention by a mask of blocks (sdpa on a CPU:
+see block_attention.py), in flash attention by the lengths of the parts, there for a batch of one row. A model that
+knows no position_ids, or carries a state from token to token, cannot keep examples apart. Which of the two a model is,
+is tried on a few tokens.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from mft.data.batches import holds_packed_rows
+from mft.models.block_attention import attention_in_blocks
+from mft.models.causal_lm import decoder_of, evaluating, run_decoder
+
+_LEAK = 1e-2  # of what an example is moved by without position_ids; bits, if sums are taken in another order
+
+
+@contextlib.contextmanager
+def keeping_apart(model: nn.Module, dataset, few: Tensor, batch_size: int) -> Iterator[None]:
+    """For rows of dataset in batches of batch_size: model is checked if some are packed, and attends in blocks.
+
+    Args: few: some tokens (1, T), T >= 2, on the model's device. Raises: as check_kept_apart.
+    """
+    with contextlib.ExitStack() as stack:
+        if holds_packed_rows(dataset):
+            stack.enter_context(attention_in_blocks(model))
+            check_kept_apart(model, few, batch_size)
+        yield
+
+
+@torch.no_grad()
+def check_kept_apart(model: nn.Module, few: Tensor, batch_size: int) -> None:
+    """Raise ValueError unless an example is moved by none before it in its row.
+
+    Args: few: some tokens (1, T), T >= 2, on the model's device. batch_size: of the rows to come.
+    """
+    half = few.shape[1] // 2
+    rows = few.expand(min(batch_size, 2), -1)
+    others = rows.clone()
+    others[:, :half] = (rows[:, :half] == 0).to(rows.dtype)  # another token everywhere: 1 for 0, else 0
+    positions = torch.cat([torch.arange(half), torch.arange(few.shape[1] - half)]).to(few.device).expand_as(rows)
+    name = type(model).__name__
+    if not _takes_positions(decoder_of(model)):
+        raise ValueError(f"data.packing must be false for {name}, which takes no position_ids: examples see each other")
+    with evaluating(model):
+        together, apart = (_moved(model, rows, others, half, where) for where in (None, positions))
+    if not apart <= _LEAK * together:
+        raise ValueError(
+            f"data.packing must be false for {name}, whose examples see others of their row: one before it moves an "
+            f"example by {apart:.3g} with position_ids that begin again, and by {together:.3g} without; tried with "
+            f"{len(rows)} rows a batch (flash attention keeps those of one apart: train.batch_size: 1)"
+        )
+
+
+def _takes_positions(decoder: nn.Module) -> bool:
+    parameters = inspect.signature(decoder.forward).parameters
+    return "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _moved(model: nn.Module, rows: Tensor, others: Tensor, half: int, positions: Tensor | None) -> float:
+    """By how much the second half's hidden states differ between two first halves; NaN is a matter for the loss."""
+    one, other = (run_decoder(model, ids, positions)[:, half:].float() for ids in (rows, others))
+    return (one - other).nan_to_num().abs().max().item()

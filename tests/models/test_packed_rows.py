@@ -1,0 +1,204 @@
+"""Examples packed into one row: each is as if it were alone, in every way of running, or the model is refused."""
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import make_llama, masked_llama
+from tiny_architectures import MODELS, SIZES
+from transformers import BloomConfig, BloomForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+
+from mft.config import MaskConfig, TrainConfig
+from mft.data.batches import take_rows
+from mft.evaluation.evaluate import evaluate
+from mft.masks.convert import mask_model, masked_modules
+from mft.models import block_attention
+from mft.models.causal_lm import head_of, run_decoder
+from mft.models.packed_rows import check_kept_apart
+from mft.models.token_loss import backward_token_loss
+from mft.training.loop import train_masks
+
+LENGTHS = [[7, 1, 9, 5], [11, 12], [24]]  # of the examples in a row; the second row has a token of padding
+LENGTH = 24
+
+
+def gemma3():
+    """Layers of both kinds, whose window is shorter than an example."""
+    sizes = SIZES | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, head_dim=8, sliding_window=4))
+
+
+FAMILIES = {name: MODELS[name][0] for name in ("llama", "qwen3", "gpt2")} | {"gemma3": gemma3}
+
+
+def examples_of(lengths):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 60, (n,), generator=generator).tolist() for row in lengths for n in row]
+
+
+def packed_rows(lengths=LENGTHS):
+    """A row for each list of lengths."""
+    examples, rows = iter(examples_of(lengths)), {"input_ids": [], "labels": [], "starts": []}
+    for members in ([next(examples) for _ in row] for row in lengths):
+        ids, labels, starts = [], [], []
+        for member in members:
+            starts.append(len(ids))
+            ids += member
+            labels += [-100, *member[1:]]
+        padding = LENGTH - len(ids)
+        rows["input_ids"].append(ids + [0] * padding)
+        rows["labels"].append(labels + [-100] * padding)
+        rows["starts"].append(starts)
+    return Dataset.from_dict(rows | {"document": list(range(len(lengths)))})
+
+
+def single_rows(lengths=LENGTHS):
+    """A row for each example that has something to score."""
+    examples = [example for example in examples_of(lengths) if len(example) > 1]
+    ids = [example + [0] * (LENGTH - len(example)) for example in examples]
+    labels = [example + [-100] * (LENGTH - len(example)) for example in examples]
+    return Dataset.from_dict({"input_ids": ids, "labels": labels, "document": list(range(len(ids)))})
+
+
+def losses_and_gradients(model, batches):
+    """The sum of the tokens' losses, and what it gives each masked layer's scores."""
+    for module in masked_modules(model).values():
+        module.scores.grad = None
+    total = 0.0
+    for batch in batches:
+        hidden = run_decoder(model, batch.input_ids, batch.position_ids)
+        total += backward_token_loss(head_of(model), hidden, batch.labels, 1.0).item()
+    return total, {name: module.scores.grad.clone() for name, module in masked_modules(model).items()}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", block_attention.NAME])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_row_gives_each_example_what_it_gets_alone(family, attention, monkeypatch):
+    monkeypatch.setattr(block_attention, "SHORT", 0)
+    torch.manual_seed(0)
+    model = mask_model(FAMILIES[family]().eval(), MaskConfig.paper())
+    model.config._attn_implementation = attention
+    check_kept_apart(model, torch.arange(3, 11)[None], 2)
+    rows = packed_rows()
+    batch = take_rows(rows, [0, 1, 2])
+    with torch.no_grad():
+        logits = head_of(model)(run_decoder(model, batch.input_ids, batch.position_ids))
+        strangers = head_of(model)(run_decoder(model, batch.input_ids))
+        for row, starts in enumerate(rows["starts"]):
+            for start, example in zip(starts, [e for e in _members(row)]):
+                alone = model(torch.tensor([example])).logits[0]
+                assert torch.allclose(logits[row, start : start + len(example)], alone, rtol=0, atol=3e-6)
+                assert start == 0 or not torch.allclose(strangers[row, start : start + len(example)], alone, atol=1e-4)
+    ours, gradients = losses_and_gradients(model, [batch])
+    singles = single_rows()
+    alone, expected = losses_and_gradients(model, [take_rows(singles, [i]) for i in range(len(singles))])
+    assert ours == pytest.approx(alone, rel=1e-5)
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max(), name
+
+
+def _members(row):
+    first = sum(len(lengths) for lengths in LENGTHS[:row])
+    return examples_of(LENGTHS)[first : first + len(LENGTHS[row])]
+
+
+@pytest.mark.parametrize("layers", [(0, 2), (2, 3)], ids=["all layers trained", "frozen layers remembered"])
+@pytest.mark.parametrize("way", ["plain", "resident", "layerwise"])
+def test_training_on_packed_rows_is_training_on_their_examples(way, layers):
+    rows, singles = packed_rows(), single_rows()
+    settings = {"lr": 1e-3, "steps": 3, "batch_size": 1}
+    model, alone = masked_llama(layers=layers), masked_llama(layers=layers)
+    reports = train_masks(model, rows, TrainConfig(**settings, accumulation=len(rows)), way=way)
+    expected = train_masks(alone, singles, TrainConfig(**settings, accumulation=len(singles)))
+    assert [r.loss for r in reports] == pytest.approx([r.loss for r in expected], rel=1e-5)
+    for name, module in masked_modules(model).items():
+        assert (module.scores - masked_modules(alone)[name].scores).abs().max() <= 2e-6, name
+
+
+@pytest.mark.parametrize("way", ["plain", "resident", "layerwise"])
+def test_evaluation_of_packed_rows_is_evaluation_of_their_examples(way):
+    model = masked_llama()
+    packed, alone = evaluate(model, packed_rows(), way=way), evaluate(model, single_rows())
+    assert packed.tokens.sum() == alone.tokens.sum()
+    assert packed.loss == pytest.approx(alone.loss, rel=1e-6)
+
+
+def bloom():
+    return BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)).eval()
+
+
+def test_a_model_that_cannot_keep_examples_apart_is_refused_before_it_trains():
+    model = mask_model(bloom(), MaskConfig.paper())
+    with pytest.raises(ValueError, match="data.packing must be false for BloomForCausalLM, whose examples see others"):
+        train_masks(model, packed_rows(), TrainConfig(steps=1))
+    with pytest.raises(ValueError, match="data.packing must be false for BloomForCausalLM"):
+        evaluate(model, packed_rows())
+    train_masks(model, single_rows(), TrainConfig(steps=1))
+
+
+def test_a_model_without_position_ids_is_refused():
+    class Deaf(torch.nn.Module):
+        def forward(self, input_ids, use_cache=False):
+            raise AssertionError("not run")
+
+    model = make_llama()
+    model.model = Deaf()
+    with pytest.raises(ValueError, match="must be false for LlamaForCausalLM, which takes no position_ids"):
+        check_kept_apart(model, torch.arange(8)[None], 1)
+
+
+@pytest.mark.parametrize("starts", [[], [1, 5], [0, 5, 5], [0, 24], [0, -3]])
+def test_starts_that_are_no_places_in_the_row_are_refused(starts):
+    rows = packed_rows().remove_columns("starts").add_column("starts", [[0], starts, [0]])
+    with pytest.raises(ValueError, match=r"starts of row 1 must begin with 0 and rise below its 24 tokens, got \["):
+        take_rows(rows, [0, 1])
+
+
+def test_rows_of_one_example_need_no_positions():
+    assert take_rows(packed_rows(), [2]).position_ids is None
+    assert take_rows(single_rows(), [0]).position_ids is None
+    positions = take_rows(packed_rows(), [1, 2]).position_ids
+    assert positions[0].tolist() == [*range(11), *range(13)]  # the last is padding's
+    assert positions[1].tolist() == list(range(24))
+
+
+@pytest.mark.parametrize("short", [LENGTH - 1, LENGTH])
+def test_training_attends_to_long_rows_in_blocks_and_gives_the_model_back(short, monkeypatch):
+    monkeypatch.setattr(block_attention, "SHORT", short)
+    seen, attend = [], block_attention.sdpa_attention_forward
+
+    def seeing(module, query, *rest, **options):
+        seen.append(query.shape[2])
+        return attend(module, query, *rest, **options)
+
+    monkeypatch.setattr(block_attention, "sdpa_attention_forward", seeing)
+    model = masked_llama()
+    train_masks(model, packed_rows([[7, 1, 9, 5]]), TrainConfig(steps=1))
+    assert set(seen) - {8} == ({LENGTH} if short == LENGTH else {7, 1, 9, 5 + 2})  # 8: the few tokens that are tried
+    assert model.config._attn_implementation == "sdpa"
+
+
+MASKS = {
+    "causal": (torch.ones(6, 6).tril(), [(0, 6, True)]),
+    "two": (torch.block_diag(torch.ones(2, 2).tril(), torch.ones(4, 4).tril()), [(0, 2, True), (2, 6, True)]),
+    "a window of two": (torch.ones(6, 6).tril().triu(-1), [(0, 6, False)]),
+    "each its own": (torch.eye(6), [(i, i + 1, True) for i in range(6)]),
+    "both ways": (torch.block_diag(torch.ones(3, 3), torch.ones(3, 3).tril()), [(0, 3, False), (3, 6, True)]),
+    "ahead": (torch.ones(6, 6).tril() * 0 + torch.eye(6).roll(1, 1) + torch.eye(6), [(0, 6, False)]),
+    "nothing": (torch.zeros(6, 6), [(0, 6, False)]),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_blocks_are_the_smallest_that_no_token_looks_out_of(name):
+    mask, expected = MASKS[name]
+    assert block_attention._blocks_of_row(mask.bool()) == expected
+
+
+@pytest.mark.parametrize("name", [name for name in MASKS if name != "nothing"])
+def test_attention_in_blocks_is_attention_under_the_mask(name, monkeypatch):
+    monkeypatch.setattr(block_attention, "SHORT", 0)
+    mask = torch.stack([MASKS["two"][0], MASKS[name][0]]).bool()[:, None]
+    query, key, value = torch.randn(3, 2, 2, 6, 8, generator=torch.Generator().manual_seed(0))
+    ours, _ = block_attention.attend(torch.nn.Module(), query, key, value, mask)
+    theirs, _ = block_attention.sdpa_attention_forward(torch.nn.Module(), query, key, value, mask)
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
