@@ -13,10 +13,8 @@
 
 namespace mft::cuda::sm80 {
 
-constexpr int kTileFeatures = 128;  // columns of B, in a block
-constexpr int kWarpFeatures = 32;   // and in a warp
+constexpr int kWarpFeatures = 32;  // columns of B, in a warp
 constexpr int kTileDepth = 32;
-constexpr int kThreads = 256;
 
 template <bool kTransposed, int kElement>
 using WeightTile =

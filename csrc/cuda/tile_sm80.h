@@ -12,6 +12,8 @@
 namespace mft::cuda::sm80 {
 
 constexpr int kChunkBytes = 16;
+constexpr int kTileFeatures = 128;  // of a product's tile: columns of B, in a block
+constexpr int kThreads = 256;       // of a block that makes one
 
 // Up to so many rows and columns (2^31 less some tiles): indices are ints, offsets are int64_t.
 constexpr int64_t kLongestSide = 0x7fff0000;
@@ -177,11 +179,11 @@ struct TilePlace {
 constexpr int tiles_of(int64_t length, int tile) { return static_cast<int>((length + tile - 1) / tile); }
 
 // Of tiles in shared memory: so many that two blocks share a multiprocessor; if 2 are too many, those of a block that has
-// it alone.
-inline int stages_of(int stage_bytes, const Device& device) {
+// it alone. beside: bytes that a block needs besides.
+inline int stages_of(int stage_bytes, const Device& device, int beside = 0) {
   constexpr int kMost = 4, kReserved = 1024;  // bytes of each block, for the system
-  const int shared = device.shared_bytes / 2 - kReserved;
-  return std::min(kMost, (shared >= 2 * stage_bytes ? shared : device.shared_bytes - kReserved) / stage_bytes);
+  const int half = device.shared_bytes / 2 - kReserved - beside, whole = device.shared_bytes - kReserved - beside;
+  return std::min(kMost, (half >= 2 * stage_bytes ? half : whole) / stage_bytes);
 }
 
 }  // namespace mft::cuda::sm80
