@@ -89,6 +89,27 @@ void many_masks() {
   }
 }
 
+void quantized() {
+  for (const Type type : kShortTypes) {
+    for (const bool aligned : {true, false}) {
+      for (const int64_t tokens : {16, 64, 4096}) {
+        for (const bool nf4 : {true, false}) {
+          QuantizedProduct p;
+          p.in = p.out = matrix(type, tokens, kFeatures, aligned);
+          p.weight = {nf4, kFeatures, kFeatures, kMemory};
+          p.weight.absmax = reinterpret_cast<const float*>(kMemory);
+          p.words = words();
+          p.workspace = kMemory;
+          for (const bool transposed : {false, true}) {
+            p.transposed = transposed;
+            check(product_quantized(p, device));
+          }
+        }
+      }
+    }
+  }
+}
+
 void score_grads() {
   for (const Type type : kShortTypes) {
     for (const bool aligned : {true, false}) {
@@ -157,6 +178,7 @@ int main() {
     mft::cuda::device = {nullptr, 132, each, kib * 1024};
     mft::cuda::products();
     mft::cuda::many_masks();
+    mft::cuda::quantized();
     mft::cuda::score_grads();
     mft::cuda::masks();
     mft::cuda::steps();

@@ -59,6 +59,26 @@ struct ManyProduct {
   void* workspace = nullptr;
 };
 
+// A weight (rows, columns) in codes, as mft_kernels/reference_quantized.py decodes them; contiguous, at any address.
+struct Quantized {
+  bool nf4 = true;  // else int8
+  int64_t rows = 0, columns = 0;
+  const void* codes = nullptr;     // nf4: two a byte, the first in the high bits
+  const float* absmax = nullptr;   // nf4: one for each 64 of the whole matrix, or null: double quantisation; int8: for each row
+  const uint8_t* absmax_codes = nullptr;  // of double quantisation: absmax = map[code] * nested[place / 256] + offset
+  const float *nested = nullptr, *map = nullptr, *offset = nullptr;
+};
+
+// As Product, of a decoded weight.
+struct QuantizedProduct {
+  Matrix out, in;  // one 16-bit type, to which the weight is rounded
+  Quantized weight;
+  const uint32_t* words = nullptr;  // as Keep's; null: all is kept
+  const void* bias = nullptr;
+  bool transposed = false;
+  void* workspace = nullptr;
+};
+
 // G = grad_output.T @ x (N, K), never stored: d_scores = [d_scores +] G [* weight] * sign;
 // d_weight = where(keep, G, 0).
 struct ScoreGrad {
@@ -164,6 +184,8 @@ Plan plan_decode(const Product&, const Device&);
 std::string decode_sm80(const Product&, const Device&);
 Plan plan_many(const ManyProduct&, const Device&);
 std::string product_many(const ManyProduct&, const Device&);
+Plan plan_quantized(const QuantizedProduct&, const Device&);
+std::string product_quantized(const QuantizedProduct&, const Device&);
 std::string sum_parts(const Product&, int count, int64_t stride, const Device&);  // of p.workspace (count, M, stride)
 std::string score_grad_sm80(const ScoreGrad&, const Device&);
 std::string kept_threshold(const Select&, const Device&);

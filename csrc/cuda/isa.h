@@ -6,7 +6,7 @@
 //
 //   where      thread() block(axis) blocks(axis) lane() warp() shared_memory()
 //   numbers    widen(T) round_to<T>(float) round_pair<T>(low, high) magnitude(float) as_bits(float) as_float(bits)
-//              spread_signs(pair) spread_signs(low, high)
+//              byte_of(word, i) spread_signs(pair) spread_signs(low, high)
 //              multiply(a, b) add(a, b) fused(a, b, c) divide(a, b) root(a), rounded to nearest and never contracted
 //   warps      sync_warp() shuffle(v, lane) shuffle_xor(v, mask) ballot(predicate) largest_of_warp(v)
 //   blocks     sync_block() sync_threads(barrier, threads)

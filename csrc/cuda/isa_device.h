@@ -64,6 +64,9 @@ MFT_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 MFT_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 MFT_DEVICE float root(float a) { return __fsqrt_rn(a); }
 
+// The compiler would shift and mask where this is one instruction.
+MFT_DEVICE uint32_t byte_of(uint32_t word, int i) { return __byte_perm(word, 0, 0x4440 | i); }
+
 // Each half 0xffff if its top bit is set, else 0. Selector digits 9 and b repeat the sign of bytes 1 and 3.
 MFT_DEVICE uint32_t spread_signs(uint32_t pair) {
   uint32_t mask;

@@ -275,6 +275,7 @@ std::string product_sm80(const Product& p, const Device&) {
   return launch(p.transposed ? 65536 : 512);
 }
 std::string product_many(const ManyProduct&, const Device&) { return ""; }
+std::string product_quantized(const QuantizedProduct&, const Device&) { return ""; }
 std::string score_grad_sm80(const ScoreGrad&, const Device&) { return ""; }
 std::string kept_threshold(const Select&, const Device&) { return ""; }
 std::string pack_mask(const PackMask&, const Device&) { return ""; }

@@ -36,6 +36,7 @@ NOT_EMULATED = (
     "cubin",
     "plan_bindings",
     "many_bindings",
+    "quantized_bindings",
 )  # CUTLASS's, torch's, the driver's
 
 ASYNCHRONIES = ("at_issue", "as_late_as_possible", "random")
@@ -93,6 +94,27 @@ class ManyProduct(ctypes.Structure):
         ("long_tasks", ctypes.c_bool),
         ("each", Int64),
         ("bias", Pointer),
+        ("workspace", Pointer),
+    )
+
+
+class Quantized(ctypes.Structure):
+    _fields_ = (
+        ("nf4", ctypes.c_bool),
+        ("rows", Int64),
+        ("columns", Int64),
+        *((name, Pointer) for name in ("codes", "absmax", "absmax_codes", "nested", "map", "offset")),
+    )
+
+
+class QuantizedProduct(ctypes.Structure):
+    _fields_ = (
+        ("out", Matrix),
+        ("in", Matrix),
+        ("weight", Quantized),
+        ("words", Pointer),
+        ("bias", Pointer),
+        ("transposed", ctypes.c_bool),
         ("workspace", Pointer),
     )
 
@@ -186,6 +208,7 @@ class Plan(ctypes.Structure):
 _STRUCTS = {
     "product": Product,
     "many_product": ManyProduct,
+    "quantized_product": QuantizedProduct,
     "score_grad": ScoreGrad,
     "select": Select,
     "pack_mask": PackMask,
@@ -286,6 +309,32 @@ def masked_linear_many(
     asked.workspace = workspace.data_ptr() or None
     _call("product_many", asked, device)
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def masked_linear_quantized(
+    x: Tensor,
+    codes: Tensor,
+    absmax: list[Tensor],
+    packed: Tensor | None,
+    bias: Tensor | None,
+    shape: list[int],
+    kind: str,
+    **device,
+) -> Tensor:
+    return _quantized(x, *quantized_product(x, codes, absmax, packed, bias, shape, kind, transposed=False), device)
+
+
+def masked_linear_quantized_d_x(
+    grad_output: Tensor,
+    codes: Tensor,
+    absmax: list[Tensor],
+    packed: Tensor | None,
+    shape: list[int],
+    kind: str,
+    **device,
+) -> Tensor:
+    asked = quantized_product(grad_output, codes, absmax, packed, None, shape, kind, transposed=True)
+    return _quantized(grad_output, *asked, device)
 
 
 def masked_linear_backward(
@@ -467,6 +516,31 @@ def plan(kernel: str, asked: ctypes.Structure, device: dict) -> Plan:
     return found
 
 
+def quantized_product(
+    given: Tensor,
+    codes: Tensor,
+    absmax: list[Tensor],
+    packed: Tensor | None,
+    bias: Tensor | None,
+    shape: list[int],
+    kind: str,
+    *,
+    transposed: bool,
+) -> tuple[QuantizedProduct, Tensor]:
+    """What is asked, and its result, which nobody has written."""
+    rows = _rows(given)
+    out = _new((rows.shape[0], shape[transposed]), given.dtype)
+    weight = Quantized(kind == "nf4", *shape, codes.data_ptr() or _nowhere())
+    names = ("absmax",) if len(absmax) == 1 else ("absmax_codes", "nested", "map", "offset")
+    for name, scale in zip(names, absmax, strict=True):
+        setattr(weight, name, scale.data_ptr() or _nowhere())
+    asked = QuantizedProduct(out=_matrix(out), weight=weight, transposed=transposed)
+    setattr(asked, "in", _matrix(rows))
+    asked.words = None if packed is None else _words(packed)
+    asked.bias = None if bias is None else bias.data_ptr() or _nowhere()
+    return asked, out
+
+
 def decode_cut(asked: Product, device: dict) -> tuple[int, int, int, int]:
     """How decode_sm80 cuts a product with a workspace: slices, parts, units of a part and of a slab."""
     found = (ctypes.c_int * 4)()
@@ -504,6 +578,13 @@ def _product(
     workspace = _new((plan(kernel, asked, device).workspace // 4,), torch.float32)
     asked.workspace = workspace.data_ptr() or None
     _call(kernel, asked, device)
+
+
+def _quantized(given: Tensor, asked: QuantizedProduct, out: Tensor, device: dict) -> Tensor:
+    workspace = _new((plan("product_quantized", asked, device).workspace // 4,), torch.float32)
+    asked.workspace = workspace.data_ptr() or None
+    _call("product_quantized", asked, device)
+    return out.view(*given.shape[:-1], out.shape[1])
 
 
 def _score_grad(asked: ScoreGrad, device: dict) -> None:

@@ -84,6 +84,7 @@ inline float add(float a, float b) { return a + b; }
 inline float fused(float a, float b, float c) { return std::fmaf(a, b, c); }
 inline float divide(float a, float b) { return a / b; }
 inline float root(float a) { return std::sqrt(a); }
+inline uint32_t byte_of(uint32_t word, int i) { return word >> (8 * i) & 0xff; }
 inline uint32_t spread_signs(uint32_t pair) { return (pair >> 31) * 0xffff0000u | (pair >> 15 & 1) * 0xffffu; }
 inline uint32_t spread_signs(uint32_t low, uint32_t high) { return spread_signs((low & 0x8000) | (high & 0x80000000u)); }
 

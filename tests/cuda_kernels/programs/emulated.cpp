@@ -20,6 +20,8 @@ MFT_WEAK std::string product_sm80(const Product&, const Device&);
 MFT_WEAK std::string score_grad_sm80(const ScoreGrad&, const Device&);
 MFT_WEAK Plan plan_many(const ManyProduct&, const Device&);
 MFT_WEAK std::string product_many(const ManyProduct&, const Device&);
+MFT_WEAK Plan plan_quantized(const QuantizedProduct&, const Device&);
+MFT_WEAK std::string product_quantized(const QuantizedProduct&, const Device&);
 MFT_WEAK DecodeCut decode_cut(const Product&, const Device&, bool);
 MFT_WEAK std::string kept_threshold(const Select&, const Device&);
 MFT_WEAK std::string pack_mask(const PackMask&, const Device&);
@@ -118,6 +120,13 @@ void emulated_plan_score_grad_sm90(const ScoreGrad& p, const Device& d, Plan* pl
 const char* emulated_product_many(const ManyProduct& p, const Device& d) { return call(&product_many, p, d); }
 void emulated_plan_product_many(const ManyProduct& p, const Device& d, Plan* plan) { *plan = plan_of(&plan_many, p, d); }
 
+const char* emulated_product_quantized(const QuantizedProduct& p, const Device& d) {
+  return call(&product_quantized, p, d);
+}
+void emulated_plan_product_quantized(const QuantizedProduct& p, const Device& d, Plan* plan) {
+  *plan = plan_of(&plan_quantized, p, d);
+}
+
 void emulated_decode_cut(const Product& p, const Device& d, int* cut) {
   const DecodeCut found = decode_cut(p, d, true);
   cut[0] = 1 << found.slice_bits, cut[1] = found.parts, cut[2] = found.part_units, cut[3] = found.slab_units;
@@ -131,6 +140,7 @@ void emulated_rates(int capability, double* rates) {
 // By which Python checks its copies of the structs.
 int64_t emulated_size_of_product() { return sizeof(Product); }
 int64_t emulated_size_of_many_product() { return sizeof(ManyProduct); }
+int64_t emulated_size_of_quantized_product() { return sizeof(QuantizedProduct); }
 int64_t emulated_size_of_score_grad() { return sizeof(ScoreGrad); }
 int64_t emulated_size_of_select() { return sizeof(Select); }
 int64_t emulated_size_of_pack_mask() { return sizeof(PackMask); }

@@ -1,0 +1,86 @@
+// quantized_sm80's kernels of one type of tokens, chosen and launched: a file compiles them for each.
+#pragma once
+
+#include "quantized_sm80.cuh"
+
+namespace mft::cuda::sm80 {
+
+constexpr float kNf4Levels[16] = {
+    -1.0f,
+    -0.6961928009986877f,
+    -0.5250730514526367f,
+    -0.39491748809814453f,
+    -0.28444138169288635f,
+    -0.18477343022823334f,
+    -0.09105003625154495f,
+    0.0f,
+    0.07958029955625534f,
+    0.16093020141124725f,
+    0.24611230194568634f,
+    0.33791524171829224f,
+    0.44070982933044434f,
+    0.5626170039176941f,
+    0.7229568362236023f,
+    1.0f,
+};
+
+// Rows of the weight are whole groups with aligned codes, and those of in chunks.
+inline bool is_whole(const QuantizedProduct& p) {
+  return p.weight.columns % kGroup == 0 && reinterpret_cast<uintptr_t>(p.weight.codes) % kChunkBytes == 0 &&
+         view_of(p.in).chunked;
+}
+
+// Bytes of a stage, of which there are so many tokens.
+constexpr int quantized_stage(int tokens, bool nf4) {
+  return 2 * tokens * kQuantizedDepth + kThreads * ((nf4 ? 1 : 2) * kChunkBytes + 8);
+}
+
+template <class T, bool kNf4, bool kTransposed>
+std::string launch_quantized(const QuantizedProduct& p, const Plan& plan, const Device& device) {
+  auto a = tile_arguments<QuantizedArguments>(p, plan, kQuantizedDepth);
+  const Quantized& w = p.weight;
+  a.codes = static_cast<const char*>(w.codes), a.absmax = w.absmax, a.absmax_codes = w.absmax_codes;
+  a.nested = w.nested, a.map = w.map, a.offset = w.offset, a.words = p.words;
+  a.rows = static_cast<int>(w.rows), a.columns = static_cast<int>(w.columns);
+  std::copy(kNf4Levels, kNf4Levels + 16, a.levels);
+  const auto start = [&](auto kernel) {
+    using Kernel = decltype(kernel);
+    a.tile_rows = tiles_of(p.out.rows, plan.tokens);
+    LaunchShape shape;
+    shape.x = static_cast<int64_t>(a.tile_rows) * a.tile_columns;
+    shape.y = plan.parts;
+    a.stages = stages_of(Kernel::kStageBytes, device, Kernel::kBeside);
+    shape.shared_bytes = Kernel::kBeside + a.stages * Kernel::kStageBytes;
+    if (shape.x > kLongestSide) return std::string("x has too many tokens, 2^31 tiles and more; split them");
+    return isa::launch<Kernel>(shape, device.stream, a);
+  };
+  std::string error;
+  if (!is_whole(p)) {
+    error = start(QuantizedKernel<T, kNf4, kTransposed, false, 64>{});
+  } else if (plan.tokens == 16) {
+    error = start(QuantizedKernel<T, kNf4, kTransposed, true, 16>{});
+  } else if (plan.tokens == 64) {
+    error = start(QuantizedKernel<T, kNf4, kTransposed, true, 64>{});
+  } else {
+    error = start(QuantizedKernel<T, kNf4, kTransposed, true, 128>{});
+  }
+  if (!error.empty() || plan.parts == 1) return error;
+  Product sum;
+  sum.out = p.out, sum.bias = p.bias, sum.workspace = p.workspace;
+  return sum_parts(sum, plan.parts, a.part_stride, device);
+}
+
+template <class T>
+std::string quantized_of(const QuantizedProduct& p, const Plan& plan, const Device& device) {
+  if (p.weight.nf4) {
+    return p.transposed ? launch_quantized<T, true, true>(p, plan, device)
+                        : launch_quantized<T, true, false>(p, plan, device);
+  }
+  return p.transposed ? launch_quantized<T, false, true>(p, plan, device)
+                      : launch_quantized<T, false, false>(p, plan, device);
+}
+
+extern template std::string quantized_of<BFloat16>(const QuantizedProduct&, const Plan&, const Device&);
+extern template std::string quantized_of<Float16>(const QuantizedProduct&, const Plan&, const Device&);
+
+}  // namespace mft::cuda::sm80

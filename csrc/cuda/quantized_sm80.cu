@@ -1,0 +1,76 @@
+// quantized_sm80: what none of its kernels takes, and of which tile and how many parts a product is.
+#include "quantized_launch_sm80.cuh"
+#include "tile_cost.h"
+
+namespace mft::cuda {
+namespace {
+
+// Of a step of a block: 8 warps issue 330 instructions each beside mma.sync (SASS of nvcc 13.0, 16 tokens), 4 a cycle.
+constexpr double kDecodeCycles = 2 * 330;
+
+double weight_bytes(const QuantizedProduct& p) {
+  const double scale = !p.weight.nf4 ? 0 : p.weight.absmax != nullptr ? 4.0 / 64 : 1.0 / 64;
+  return (p.weight.nf4 ? 0.5 : 1) + scale + (p.words != nullptr ? 1.0 / 8 : 0);
+}
+
+int64_t part_stride(const QuantizedProduct& p) { return quotient(p.out.columns, sm80::kTileFeatures) * sm80::kTileFeatures; }
+
+double cycles_of(const QuantizedProduct& p, int tokens, int parts, const Device& device) {
+  const double rate = rates_of(device.capability).multiply_adds;
+  Jobs jobs;
+  jobs.count = quotient(p.out.columns, sm80::kTileFeatures) * quotient(p.out.rows, tokens) * parts;
+  jobs.steps = quotient(quotient(p.in.columns, sm80::kQuantizedDepth), parts);
+  const double products = sm80::kTileFeatures * tokens * sm80::kQuantizedDepth;
+  jobs.multiply_adds = std::max(products, kDecodeCycles * rate);
+  jobs.read = sm80::kQuantizedDepth * (2 * tokens + sm80::kTileFeatures * weight_bytes(p));
+  jobs.written = sm80::kTileFeatures * tokens * (parts > 1 ? 4 : 2);
+  const int stages = sm80::stages_of(sm80::quantized_stage(tokens, p.weight.nf4), device, 2 * 16384 + 128);
+  const double bytes = static_cast<double>(p.weight.rows) * p.weight.columns * weight_bytes(p) +
+                       2.0 * p.out.rows * (p.out.columns + p.in.columns);
+  const int blocks = tokens == 128 && !p.weight.nf4 ? 1 : 2;  // as the kernels ask
+  return launch_cycles(busy_cycles(jobs, device.multiprocessors, blocks, stages, rate), bytes, device) +
+         sum_cycles(parts, static_cast<double>(p.out.rows) * p.out.columns, device);
+}
+
+// Parts of 256 depths at least, no more than there are places for in two waves, and all of them in half of L2.
+int most_parts(const QuantizedProduct& p, int tokens, const Device& device) {
+  const int64_t tiles = quotient(p.out.columns, sm80::kTileFeatures) * quotient(p.out.rows, tokens);
+  return static_cast<int>(std::min<int64_t>({kMostParts, p.in.columns / 256, 4 * device.multiprocessors / tiles,
+                                             device.l2_bytes / 2 / (4 * p.out.rows * part_stride(p))}));
+}
+
+Plan plan_of(const QuantizedProduct& p, const Device& device, bool in_parts) {
+  Plan best{kNever, 64};
+  const int64_t steps = quotient(p.in.columns, sm80::kQuantizedDepth), row_bytes = 4 * part_stride(p);
+  const bool whole = sm80::is_whole(p);
+  for (const int tokens : {16, 64, 128}) {
+    const int smaller = tokens == 128 ? 64 : tokens == 64 ? 16 : 0;
+    if (whole ? p.out.rows <= smaller : tokens != 64) continue;
+    const int most = in_parts ? most_parts(p, tokens, device) : 1;
+    for (int parts = 1; parts <= std::max(1, most); ++parts) {
+      if (parts > 1 && quotient(steps, quotient(steps, parts)) != parts) continue;  // one would be empty
+      const double cycles = cycles_of(p, tokens, parts, device);
+      if (cycles < best.cycles) best = {cycles, tokens, parts, parts > 1 ? parts * p.out.rows * row_bytes : 0};
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+std::string product_quantized(const QuantizedProduct& p, const Device& device) {
+  if (p.out.type == Type::kFloat32) return "x must be bf16 or fp16, got fp32; use the triton backend";
+  if (std::max({p.out.rows, p.weight.rows, p.weight.columns}) > sm80::kLongestSide) {
+    return "x and weight must have sides below 2^31 - 2^16; split them";
+  }
+  if (p.out.rows == 0 || p.out.columns == 0) return "";
+  const Plan plan = plan_of(p, device, p.workspace != nullptr);
+  if (p.out.type == Type::kBFloat16) return sm80::quantized_of<BFloat16>(p, plan, device);
+  return sm80::quantized_of<Float16>(p, plan, device);
+}
+
+Plan plan_quantized(const QuantizedProduct& p, const Device& device) {
+  return p.out.rows == 0 || p.out.columns == 0 ? Plan{} : plan_of(p, device, true);
+}
+
+}  // namespace mft::cuda
