@@ -84,6 +84,26 @@ def masked_linear_many_backward(grad_output: Tensor, weight: Tensor, masks: Sequ
     return d_x.view(*grad_output.shape[:-1], weight.shape[1])
 
 
+def masked_linear_quantized(
+    x: Tensor,
+    codes: Tensor,
+    absmax: list[Tensor],
+    packed: Tensor | None,
+    bias: Tensor | None,
+    shape: list[int],
+    kind: str,
+) -> Tensor:
+    """y = x @ where(mask, decoded, 0).T + bias; the kernel reads codes, and the decoded weight is never in memory."""
+    return _quantized(x, codes, absmax, packed, bias, shape, kind, transposed=False)
+
+
+def masked_linear_quantized_d_x(
+    grad_output: Tensor, codes: Tensor, absmax: list[Tensor], packed: Tensor | None, shape: list[int], kind: str
+) -> Tensor:
+    """d_x = grad_output @ where(mask, decoded, 0), likewise."""
+    return _quantized(grad_output, codes, absmax, packed, None, shape, kind, transposed=True)
+
+
 def accumulate_score_grad(
     out: Tensor, grad_output: Tensor, x: Tensor, weight: Tensor, scores: Tensor | None, signs: Tensor | None, mode: str
 ) -> None:
@@ -199,6 +219,20 @@ def _forward(x, weight, scores, threshold, packed, bias, mode) -> Tensor:
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+def _quantized(given, codes, absmax, packed, bias, shape, kind, *, transposed: bool) -> Tensor:
+    out = torch.ops.mft_cuda.product_quantized(
+        _rows(given),
+        codes.contiguous(),
+        [scale.contiguous() for scale in absmax],
+        None if packed is None else packed.contiguous(),
+        None if bias is None else bias.contiguous(),
+        *shape,
+        kind == "nf4",
+        transposed,
+    )
+    return out.view(*given.shape[:-1], shape[transposed])
+
+
 def _backward(grad_output, x, weight, scores, threshold, packed, signs, mode, output_mask) -> Gradients:
     grad, weight, magnitude = _rows(grad_output), _matrix(weight), mode == "magnitude"
     keep = (None, None, packed) if packed is not None else (scores, threshold, None)
@@ -219,6 +253,14 @@ def _backward(grad_output, x, weight, scores, threshold, packed, signs, mode, ou
     return empty[0], empty[1], empty[2], empty[3]
 
 
+# Whose dtype an op is asked by first, where that is not the weight.
+_OPERANDS = {
+    "accumulate_product": "x",
+    "masked_linear_quantized": "x",
+    "masked_linear_quantized_d_x": "grad_output",
+}
+
+
 class _Cuda(Backend):
     """Refuses more: weights in float32, and single GPUs that the library has no code for."""
 
@@ -226,7 +268,7 @@ class _Cuda(Backend):
         if reason := super().refusal(op, device, dtypes):
             return reason
         if op not in ("kept_threshold", "pack_mask", "pack_signs", "score_step") and dtypes[0] == torch.float32:
-            operand = "x" if op == "accumulate_product" else "weight"
+            operand = _OPERANDS.get(op, "weight")
             return f"its {operand} must be bfloat16 or float16, got float32, which the triton backend takes"
         return _device_refusal(device.index)
 
@@ -294,6 +336,8 @@ register(
                 masked_linear_packed_backward,
                 masked_linear_many,
                 masked_linear_many_backward,
+                masked_linear_quantized,
+                masked_linear_quantized_d_x,
                 accumulate_score_grad,
                 accumulate_product,
                 kept_threshold,

@@ -24,7 +24,7 @@ KINDS = ("nf4", "int8")
 class QuantizedMatrix:
     """What holds a weight as codes: a mixin, of which hold() takes an instance in a weight's place.
 
-    Where the cpu or the triton backend serves it, a product makes no dense matrix; elsewhere dense() makes one for it.
+    Where the cpu, triton or cuda backend serves it, a product makes no dense matrix; elsewhere dense() makes one.
 
     Attributes: shape: (N, K). dtype: of dense(). codes: as of masked_linear_quantized.
     """
@@ -49,7 +49,7 @@ class QuantizedMatrix:
         """Whether a product with x, or with a gradient, is made without a dense matrix."""
         if isinstance(x, FakeTensor) and not torch.compiler.is_compiling():
             return False  # simulated: a "cpu" of that kind stands for any device, and others make the dense matrix
-        return x.dtype == self.dtype and _decodes(self.codes.device.type)
+        return x.dtype == self.dtype and _decodes(self.codes.device.type, x.dtype)
 
     def masked_linear(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
         """x @ where(mask, dense(), 0).T + bias"""
@@ -69,13 +69,15 @@ class QuantizedMatrix:
         )
 
 
-def _decodes(device_type: str) -> bool:
-    """Whether a kernel of ours decodes there: one that "auto" takes, where no other is asked for."""
-    found = registered("triton" if device_type == "cuda" else "cpu")
-    if device_type not in found.device_types or "masked_linear_quantized" not in found.ops:
-        return False
-    # The cuda backend, where it is asked for, multiplies the dense matrix: it has no kernel over codes.
-    return device_type == "cpu" or os.environ.get("MFT_KERNELS") != "cuda"
+def _decodes(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a kernel of ours decodes there: one that "auto" takes, or the cuda backend's where it is asked for."""
+    name = "cpu"
+    if device_type == "cuda":
+        name = "cuda" if os.environ.get("MFT_KERNELS") == "cuda" else "triton"
+    if name == "cuda" and dtype == torch.float32:
+        return False  # its kernels take 16 bits
+    found = registered(name)
+    return device_type in found.device_types and "masked_linear_quantized" in found.ops
 
 
 _CODES = {"nf4": torch.uint8, "int8": torch.int8}
@@ -92,7 +94,7 @@ def masked_linear_quantized(
     kind: str = "nf4",
     backend: str = "auto",
 ) -> Tensor:
-    """y = x @ where(mask, w, 0).T + bias, w decoded from codes: without its dense matrix on a CPU or by Triton.
+    """y = x @ where(mask, w, 0).T + bias, w decoded from codes: without its dense matrix on a CPU and by GPU kernels.
 
     nf4: w[i] = NF4[code[i]] * absmax[i // 64], i over the whole matrix. int8: w[n, k] = code[n, k] * (absmax[n] / 127).
     In fp32, rounded once to x's dtype, as bitsandbytes does it; on a CPU the result is that of masked_linear_packed

@@ -6,7 +6,9 @@ from pathlib import Path
 import emulated
 import torch
 
-BINDINGS = [emulated.ROOT / "csrc/cuda" / name for name in ("bindings.cpp", "many_bindings.cpp")]
+BINDINGS = [
+    emulated.ROOT / "csrc/cuda" / name for name in ("bindings.cpp", "many_bindings.cpp", "quantized_bindings.cpp")
+]
 
 
 def build(library: Path, name: str, *kernels: str) -> None:

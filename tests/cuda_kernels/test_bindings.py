@@ -10,7 +10,17 @@ import bindings_on_host
 import pytest
 import torch
 
-from mft_kernels import MaskAdamW, MaskedLinear, backends, cuda, kept_threshold, reference, reference_step
+from mft_kernels import (
+    MaskAdamW,
+    MaskedLinear,
+    backends,
+    cuda,
+    kept_threshold,
+    masked_linear_quantized,
+    reference,
+    reference_quantized,
+    reference_step,
+)
 from mft_kernels.fixed_point import fixed_from_float, selectable
 from mft_kernels.testing import integer_inputs
 
@@ -137,6 +147,79 @@ def test_what_does_not_fit_a_mask_a_row_is_refused(ops):
     }.items():
         with pytest.raises(RuntimeError, match=message):
             ops.product_many(*(given | changed).values())
+
+
+def quantized_weight(kind, n, k):
+    """Arguments of the ops over codes: small integers as weights. nested: of double quantisation."""
+    generator = torch.Generator().manual_seed(0)
+    if kind == "int8":
+        return torch.randint(-4, 5, (n, k), generator=generator).to(torch.int8), [torch.full((n,), 127.0)], [n, k], kind
+    codes = torch.tensor([0x07, 0x70, 0xF7, 0xF0])[torch.randint(4, (-(-n * k // 2),), generator=generator)].byte()
+    blocks = -(-n * k // 64)
+    absmax = [torch.arange(1.0, blocks + 1) % 3]
+    if kind == "nested":
+        absmax = [torch.arange(blocks).byte(), torch.full((-(-blocks // 256),), 2.0), torch.arange(256.0) % 3]
+        absmax.append(torch.tensor(-1.0))
+    return codes, absmax, [n, k], "nf4"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nested", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_in_codes(dtype, kind, capability):
+    for shape in ((6, 12, 64), (6, 12, 39), (0, 12, 64), (40, 12, 1088)):  # the last in parts
+        t = inputs(dtype, m=shape[0], n=shape[1], k=shape[2])
+        codes, absmax, *rest = quantized_weight(kind, *shape[1:])
+        packed = reference.pack_bits(t.scores > 0).repeat(1, 2)[:, : -(-shape[2] // 32)]  # of wider rows
+        absmax = [scale.repeat_interleave(2)[::2] if scale.dim() else scale for scale in absmax]
+        x, grad = t.x.view(2, -1, shape[2]), t.grad_output.T.contiguous().T
+        for mask, bias in ((packed, t.bias.repeat_interleave(2)[::2]), (None, None)):
+            given = (codes, absmax, mask)
+            expected = reference_quantized.masked_linear_quantized(x, *given, bias, *rest)
+            assert_same(cuda.masked_linear_quantized(x, *given, bias, *rest), expected)
+            expected = reference_quantized.masked_linear_quantized_d_x(grad, *given, *rest)
+            assert_same(cuda.masked_linear_quantized_d_x(grad, *given, *rest), expected)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nested", "int8"])
+def test_a_weight_in_codes_by_the_backend_s_name(kind, monkeypatch):
+    served = backends.Backend("cuda", frozenset({"cpu"}), frozenset(), backends.registered("cuda").ops)
+    monkeypatch.setattr(backends, "_TABLE", {**backends._TABLE, "cuda": served})
+    monkeypatch.setattr(backends, "_chosen", {})
+    t, found = inputs(k=64), []
+    codes, absmax, shape, kind = quantized_weight(kind, 12, 64)
+    for backend in ("cuda", "reference"):
+        x, bias = t.x.clone().requires_grad_(), t.bias.clone().requires_grad_()
+        packed = reference.pack_bits(t.scores > 0)
+        y = masked_linear_quantized(x, codes, absmax, packed, bias, shape=shape, kind=kind, backend=backend)
+        found.append((y, *torch.autograd.grad(y, (x, bias), t.grad_output)))
+    for got, expected in zip(*found):
+        assert_same(got, expected)
+
+
+def test_what_does_not_fit_a_weight_in_codes_is_refused(ops):
+    t = inputs(k=64)
+    codes, absmax, _, _ = quantized_weight("nested", 12, 64)
+    words = torch.zeros(12, 2, dtype=torch.int32)
+    given = {"x": t.x, "codes": codes, "absmax": absmax, "packed": words, "bias": t.bias, "rows": 12, "columns": 64}
+    given |= {"nf4": True, "transposed": False}
+    assert ops.product_quantized(*given.values()).shape == (5, 12)
+    for message, changed in {
+        "x must be .5, 64., got .5, 63.": {"x": t.x[:, :63]},
+        "x must be bfloat16 or float16": {"x": t.x.float()},
+        "codes must be contiguous, of its kind's dtype and of 384 elements": {"codes": codes[1:]},
+        "codes must be contiguous": {"codes": codes.view(torch.int8)},
+        "absmax must be one tensor, or the four": {"absmax": absmax[:2]},
+        "absmax must be contiguous, of its kind's dtype and of 12 elements": {"absmax": [torch.ones(11)]},
+        "absmax's codes must be contiguous": {"absmax": [absmax[0].int(), *absmax[1:]]},
+        "absmax's absmax must be contiguous": {"absmax": [absmax[0], torch.ones(2), *absmax[2:]]},
+        "absmax's map must be contiguous": {"absmax": [*absmax[:2], torch.ones(255), absmax[3]]},
+        "absmax's offset must be contiguous": {"absmax": [*absmax[:3], absmax[3].double()]},
+        "packed must be int32, contiguous and .12, 2.": {"packed": words[:11]},
+        "bias must be .N,.": {"bias": t.bias[:11]},
+        "bias must be for the forward": {"x": t.grad_output, "transposed": True},
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            ops.product_quantized(*(given | changed).values())
 
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
@@ -410,6 +493,8 @@ std::string pack_signs(const PackSigns&, const Device&) { return ""; }
 std::string score_step(const ScoreStep&, const Device&) { return ""; }
 Plan plan_many(const ManyProduct&, const Device&) { return {}; }
 std::string product_many(const ManyProduct&, const Device&) { return ""; }
+Plan plan_quantized(const QuantizedProduct&, const Device&) { return {}; }
+std::string product_quantized(const QuantizedProduct&, const Device&) { return ""; }
 int64_t select_workspace(Type) { return 0; }
 int64_t step_workspace(ScoreFormat) { return 0; }
 }

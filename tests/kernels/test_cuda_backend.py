@@ -77,12 +77,11 @@ def test_without_a_gpu_a_request_raises_and_the_report_says_why():
         mft_kernels.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0), backend="cuda")
 
 
-def test_every_op_of_the_reference_but_those_over_codes_is_served_with_its_arguments():
+def test_every_op_of_the_reference_but_dequantize_is_served_with_its_arguments():
     import inspect
 
     ops = backends._TABLE["cuda"].ops
-    missing = {"dequantize", "masked_linear_quantized", "masked_linear_quantized_d_x"}
-    assert backends._TABLE["reference"].ops.keys() - missing == ops.keys()
+    assert backends._TABLE["reference"].ops.keys() - {"dequantize"} == ops.keys()
     for name, function in ops.items():
         assert inspect.signature(function) == inspect.signature(backends._TABLE["reference"].ops[name])
 

@@ -159,10 +159,13 @@ def test_the_op_takes_leading_axes_strides_and_no_tokens_and_has_gradients(devic
 class Coded(quantized.QuantizedMatrix):
     """On a GPU, as far as is asked."""
 
-    shape, dtype, codes = torch.Size((6, 64)), torch.bfloat16, SimpleNamespace(device=torch.device("cuda"))
+    shape, codes = torch.Size((6, 64)), SimpleNamespace(device=torch.device("cuda"))
+
+    def __init__(self, dtype=torch.bfloat16):
+        self.dtype = dtype
 
 
-def test_on_a_gpu_layers_decode_in_the_kernel_where_triton_compiles(monkeypatch):
+def test_on_a_gpu_layers_decode_in_the_kernel_where_triton_compiles_and_where_cuda_is_asked_for(monkeypatch):
     ops = {"masked_linear_quantized": kernels.masked_linear_quantized}
     monkeypatch.delenv("MFT_KERNELS", raising=False)
 
@@ -175,4 +178,9 @@ def test_on_a_gpu_layers_decode_in_the_kernel_where_triton_compiles(monkeypatch)
     assert not is_fused(ops=ops, dtype=torch.float32)  # not the weight's
     assert not is_fused(ops={})  # by cubins alone
     monkeypatch.setenv("MFT_KERNELS", "cuda")
-    assert not is_fused(ops=ops)
+    assert is_fused(ops={})  # by the cuda backend's
+    assert not Coded(torch.float32).is_fused(torch.empty(1))
+    monkeypatch.delenv("MFT_KERNELS")
+    assert not is_fused(ops={})
+    assert is_fused(ops=ops)
+    assert Coded(torch.float32).is_fused(torch.empty(1))
