@@ -37,6 +37,14 @@ struct QuantizedArguments : ProductTileArguments {
   float levels[16];
 };
 
+// a / 127, rounded to nearest. No quotient lies nearer than 1/254 of its last place to where rounding turns, so that one
+// correction by the rest, which is exact, suffices; the division in its place is a function that loops call.
+MFT_DEVICE float over_127(float a) {
+  constexpr float kInverse = 1.0f / 127;
+  const float quotient = isa::multiply(a, kInverse), rest = isa::fused(-127.0f, quotient, a);
+  return isa::magnitude(rest) > 0 ? isa::fused(rest, kInverse, quotient) : quotient;  // an infinite one leaves NaN
+}
+
 // The groups of one step after the other, downwards or to the right. kWhole: each is 32 weights, its codes aligned.
 template <class T, bool kNf4, bool kTransposed, bool kWhole>
 class QuantizedReader {
@@ -139,7 +147,7 @@ class QuantizedReader {
     return a_.absmax != nullptr ? a_.absmax[block] : nested_absmax(a_.absmax_codes[block], block);
   }
 
-  MFT_DEVICE static float scale_from(float absmax) { return kNf4 ? absmax : isa::divide(absmax, 127.0f); }
+  MFT_DEVICE static float scale_from(float absmax) { return kNf4 ? absmax : over_127(absmax); }
 
   // Into the place that it would have in a chunk.
   MFT_DEVICE void put_code(isa::Words4 (&codes)[kChunks], int i, uint64_t place) const {

@@ -1,4 +1,4 @@
-"""C++ without emulated threads, compiled and run: masks, factors of d_scores, refusals, the numbers of the emulator."""
+"""C++ without emulated threads, compiled and run: masks, factors, scales, refusals, the numbers of the emulator."""
 
 import subprocess
 from pathlib import Path
@@ -35,6 +35,10 @@ def test_every_score_is_kept_as_floats_compare(tmp_path):
 
 def test_the_emulator_converts_numbers_as_cuda_does(tmp_path):
     run("test_numbers.cpp", tmp_path, *cuda_headers())
+
+
+def test_an_absmax_is_divided_by_127_without_a_division(tmp_path):
+    run("test_over_127.cpp", tmp_path)
 
 
 def test_factors_of_d_scores_are_the_reference_s(tmp_path):

@@ -91,9 +91,26 @@ def test_every_code_is_decoded_as_by_the_reference(dtype, kind):
         same(emulated.masked_linear_quantized_d_x(grad, w.codes, w.absmax, None, w.shape, w.kind), dense)
 
 
+def test_scales_are_rounded_as_the_reference_rounds_them():
+    """absmax / 127, which absmax * (1 / 127) is not; and a product that is rounded before the offset is added."""
+    codes, absmax = torch.arange(128), torch.rand(1 << 15, 1, generator=torch.Generator().manual_seed(0))
+    other = (codes * (absmax * (1 / torch.tensor(127.0)))).half()
+    absmax = absmax[((codes * (absmax / 127)).half() != other).any(1)].flatten()
+    assert len(absmax) > 0
+    w = Weight(codes.to(torch.int8).repeat(len(absmax), 1), [absmax], [len(absmax), 128], "int8")
+    nested = weight_of(64, 64, "nested", integers=False)
+    codes, absmax, levels, offset = nested.absmax
+    offset.copy_(-levels[codes[5].int()] * absmax[0])
+    for each, dtype in ((w, FP16), (nested, BF16)):  # of which bf16 has room for what would be left
+        unit = torch.eye(each.shape[0], dtype=dtype)
+        y = emulated.masked_linear_quantized_d_x(unit, each.codes, each.absmax, None, each.shape, each.kind)
+        same(y, each.dense(dtype))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(1, 1, 1), (1, 40, 64), (16, 130, 96), (17, 33, 45), (33, 66, 160), (130, 24, 32), (9, 65, 31)]
+    ("m", "n", "k"),
+    [(1, 1, 1), (1, 40, 64), (5, 40, 48), (16, 130, 96), (17, 33, 45), (33, 66, 160), (130, 24, 32), (9, 65, 31)],
 )
 def test_every_shape(m, n, k, kind):
     """One token, tiles of 16, 64 and 128; tails to both sides; rows that are whole groups, and not."""
@@ -152,7 +169,7 @@ def test_operands_at_any_address(kind):
 @pytest.mark.parametrize("at_end", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_outside_the_operands_is_touched(kind, at_end):
-    for m, n, k in ((1, 1, 1), (13, 37, 96), (70, 9, 544), (5, 21, 45)):
+    for m, n, k in ((1, 1, 1), (13, 40, 96), (70, 16, 544), (5, 21, 45)):
         w = weight_of(n, k, kind)
         x, grad, bias = (guarded(integers_like(*shape, dtype=BF16), at_end=at_end) for shape in ((m, k), (m, n), (n,)))
         w = w._replace(
@@ -204,3 +221,17 @@ def test_fp32_tokens_are_refused():
     w = weight_of(8, 32, "nf4")
     with pytest.raises(RuntimeError, match="x must be bf16 or fp16, got fp32"):
         emulated.masked_linear_quantized(torch.ones(2, 32), w.codes, w.absmax, None, None, w.shape, w.kind)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("multiprocessors", [108, 132])
+def test_of_one_token_most_multiprocessors_have_work(multiprocessors, kind):
+    for n, k in ((1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336)):
+        for transposed in (False, True):
+            sides = (n, k) if transposed else (k, n)
+            asked = emulated.QuantizedProduct(weight=emulated.Quantized(kind == "nf4", n, k), transposed=transposed)
+            for name, side in zip(("in", "out"), sides):
+                setattr(asked, name, emulated.Matrix(None, 1, 1, side, side))
+            plan = emulated.plan("product_quantized", asked, {"multiprocessors": multiprocessors})
+            assert plan.tokens == 16
+            assert plan.parts * -(-sides[1] // 128) >= 0.8 * multiprocessors
