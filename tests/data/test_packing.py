@@ -76,8 +76,10 @@ def packed(lengths, length, **options):
 @given(LENGTHS, st.integers(2, 20), st.sampled_from([None, 1, 3]))
 def test_packed_examples_stay_whole_and_apart(lengths, length, budget):
     rows, seen = packed(lengths, length, budget=budget), []
-    for ids, labels, document, starts, size in zip(rows.input_ids, rows.labels, rows.document, rows.starts, rows.sizes):
+    kept = zip(rows.input_ids, rows.labels, rows.document, rows.members, rows.starts, rows.sizes)
+    for ids, labels, document, members, starts, size in kept:
         assert document == ids[0] // 1000
+        assert members == [ids[start] // 1000 for start in starts]
         for start, end in zip(starts, [*starts[1:], size]):
             number = int(ids[start]) // 1000
             assert ids[start:end].tolist() == [1000 * number + i for i in range(min(lengths[number], length))]
@@ -101,6 +103,7 @@ def test_a_budget_of_packed_rows_is_used_up():
 def test_texts_in_a_row_are_one_as_far_as_attention_goes():
     rows = build_rows(documents_of([7] * 20), 16, -1, budget=None, packing=True, seed=0)
     assert rows.starts == [[0]] * len(rows)
+    assert {i for members in rows.members for i in members} == set(range(20))
 
 
 @given(st.lists(st.integers(1, 40), max_size=60))

@@ -19,8 +19,9 @@ from mft.data.tokenization import IGNORED, Documents, Encoded
 class Rows:
     """input_ids and labels (R, L) int32, document (R,): whose tokens a row holds, or whose come first in a packed row.
 
-    starts (R,): where in a row examples begin that do not see each other, the first at 0. sizes (R,): tokens that are
-    not padding. cut counts the examples that were longer than a row and lost their end.
+    members (R,): all documents that a row has tokens of. starts (R,): where in a row examples begin that do not see
+    each other, the first at 0. sizes (R,): tokens that are not padding. cut counts the examples that were longer than a
+    row and lost their end.
     """
 
     length: int
@@ -28,6 +29,7 @@ class Rows:
     input_ids: list[numpy.ndarray] = field(default_factory=list)
     labels: list[numpy.ndarray] = field(default_factory=list)
     document: list[int] = field(default_factory=list)
+    members: list[list[int]] = field(default_factory=list)
     starts: list[list[int]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     cut: int = 0
@@ -40,17 +42,20 @@ class Rows:
         """Share of all tokens."""
         return 1 - sum(self.sizes) / max(1, len(self) * self.length)
 
-    def add(self, ids: numpy.ndarray, labels: numpy.ndarray, document: int, starts: Sequence[int] = (0,)) -> None:
+    def add(
+        self, ids: numpy.ndarray, labels: numpy.ndarray, members: Sequence[int], starts: Sequence[int] = (0,)
+    ) -> None:
         """Append one row, padded on the right, where causal attention never looks back from a real token."""
         missing = self.length - len(ids)
         self.input_ids.append(numpy.pad(ids, (0, missing), constant_values=self.pad))
         self.labels.append(numpy.pad(labels, (0, missing), constant_values=IGNORED))
-        self.document.append(document)
+        self.document.append(members[0])
+        self.members.append(list(members))
         self.starts.append(list(starts))
         self.sizes.append(len(ids))
 
     def reorder(self, order: Sequence[int]) -> None:
-        for name in ("input_ids", "labels", "document", "starts", "sizes"):
+        for name in ("input_ids", "labels", "document", "members", "starts", "sizes"):
             values = getattr(self, name)
             setattr(self, name, [values[i] for i in order])
 
@@ -99,7 +104,7 @@ def _text_rows(
                 if packing:
                     stream.append(ids, labels, i)
                 elif not full:  # a tail after full rows would be mostly padding
-                    rows.add(ids, labels, i)
+                    rows.add(ids, labels, [i])
             if share == 1 and budget is not None and len(rows) >= budget:
                 break
         stream.flush()
@@ -121,7 +126,7 @@ def _first_of_each(numbers: list[int]) -> list[int]:
 
 def _add_full_rows(rows: Rows, example: Encoded, first: int, count: int, document: int) -> None:
     for start in range(first, first + count * rows.length, rows.length):
-        rows.add(example.ids[start : start + rows.length], example.labels[start : start + rows.length], document)
+        rows.add(example.ids[start : start + rows.length], example.labels[start : start + rows.length], [document])
 
 
 class _Stream:
@@ -152,7 +157,7 @@ class _Stream:
             self.rows.add(
                 numpy.concatenate([piece.ids for piece in self.pieces]),
                 numpy.concatenate([piece.labels for piece in self.pieces]),
-                self.documents[0],
+                self.documents,
             )
         self.clear()
 
@@ -171,7 +176,7 @@ def _single_examples(documents: Documents, order: list[int], length: int, pad: i
     for i, example in documents.encoded(order):
         short = _shorten(rows, example)
         if short is not None:
-            rows.add(short.ids, short.labels, i)
+            rows.add(short.ids, short.labels, [i])
         if budget is not None and len(rows) >= budget:
             break
     return rows
@@ -201,14 +206,14 @@ def _packed_examples(documents: Documents, order: list[int], length: int, pad: i
     return rows
 
 
-def _add_packed(rows: Rows, members: Sequence[tuple[int, Encoded]]) -> None:
+def _add_packed(rows: Rows, examples: Sequence[tuple[int, Encoded]]) -> None:
     """A row of these, the first token of each unscored: nothing that it sees could tell it."""
     ids, labels, starts = [], [], [0]
-    for _, example in members:
+    for _, example in examples:
         ids.append(example.ids)
         labels.append(numpy.concatenate([[IGNORED], example.labels[1:]]).astype(numpy.int32))
         starts.append(starts[-1] + len(example.ids))
-    rows.add(numpy.concatenate(ids), numpy.concatenate(labels), members[0][0], starts[:-1])
+    rows.add(numpy.concatenate(ids), numpy.concatenate(labels), [i for i, _ in examples], starts[:-1])
 
 
 def best_fit_decreasing(sizes: Sequence[int], length: int) -> list[list[int]]:

@@ -72,9 +72,10 @@ def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None
                 packing=training and config.packing,
                 seed=config.seed if training else 0,
             )
-            rows.document = [records[split].numbers[i] for i in rows.document]
-            available = len(set(records[split].numbers))
-            notes += _describe(split, rows, documents.empty, available, training and config.packing)
+            numbers = records[split].numbers
+            rows.document = [numbers[i] for i in rows.document]
+            covered = len({numbers[i] for members in rows.members for i in members})
+            notes += _describe(split, rows, documents.empty, covered, len(set(numbers)))
             if not len(rows):
                 raise ValueError(
                     f"data.source {config.source!r} must leave rows to score in every split, got none "
@@ -110,7 +111,7 @@ def _pad(tokenizer: Any) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def _describe(split: str, rows: Rows, empty: int, available: int, packed: bool) -> list[str]:
+def _describe(split: str, rows: Rows, empty: int, covered: int, available: int) -> list[str]:
     """What became of a split's documents; the last line is the summary."""
     notes = []
     if empty:
@@ -120,11 +121,10 @@ def _describe(split: str, rows: Rows, empty: int, available: int, packed: bool) 
             f"{split}: {rows.cut} examples are longer than sequence_length = {rows.length} and were cut "
             "there; those whose answer begins later were left out"
         )
-    covered = len(set(rows.document))
     scored = sum(int((labels[1:] >= 0).sum()) for labels in rows.labels)
     notes.append(
         f"{split}: {len(rows)} rows of {rows.length} tokens, {scored} of them scored, {rows.padding:.1%} padding, "
-        f"from {'at least ' if packed else ''}{covered} of {available} documents"
+        f"from {covered} of {available} documents"
     )
     return notes
 
