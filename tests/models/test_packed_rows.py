@@ -9,12 +9,16 @@ from transformers import BloomConfig, BloomForCausalLM, Gemma3ForCausalLM, Gemma
 
 from mft.config import MaskConfig, TrainConfig
 from mft.data.batches import take_rows
+from mft.engines.start import start_runner
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import mask_model, masked_modules
 from mft.models import block_attention
 from mft.models.causal_lm import head_of, run_decoder
+from mft.models.frozen_layers import PrefixMemory
 from mft.models.packed_rows import check_kept_apart
 from mft.models.token_loss import backward_token_loss
+from mft.study.one_shot import importance
+from mft.study.workspace import _remembered
 from mft.training.loop import train_masks
 
 LENGTHS = [[7, 1, 9, 5], [11, 12], [24]]  # of the examples in a row; the second row has a token of padding
@@ -183,7 +187,8 @@ MASKS = {
     "a window of two": (torch.ones(6, 6).tril().triu(-1), [(0, 6, False)]),
     "each its own": (torch.eye(6), [(i, i + 1, True) for i in range(6)]),
     "both ways": (torch.block_diag(torch.ones(3, 3), torch.ones(3, 3).tril()), [(0, 3, False), (3, 6, True)]),
-    "ahead": (torch.ones(6, 6).tril() * 0 + torch.eye(6).roll(1, 1) + torch.eye(6), [(0, 6, False)]),
+    "ahead": (torch.eye(6) + torch.diag(torch.ones(5), 1), [(0, 6, False)]),
+    "over a border": (torch.block_diag(torch.eye(3), torch.eye(3)) + torch.diag(torch.ones(1), -5), [(0, 6, False)]),
     "nothing": (torch.zeros(6, 6), [(0, 6, False)]),
 }
 
@@ -202,3 +207,40 @@ def test_attention_in_blocks_is_attention_under_the_mask(name, monkeypatch):
     ours, _ = block_attention.attend(torch.nn.Module(), query, key, value, mask)
     theirs, _ = block_attention.sdpa_attention_forward(torch.nn.Module(), query, key, value, mask)
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["plain", "resident", "layerwise"])
+def test_what_a_resumed_run_recalls_of_packed_rows_is_what_a_step_remembers(way):
+    rows, memories = packed_rows(), (PrefixMemory(), PrefixMemory())
+    batches = [take_rows(rows, [i]) for i in range(len(rows))]
+    few, train = rows.with_format("torch")[:1]["input_ids"][:, :8], TrainConfig(steps=1)
+    for memory in memories:
+        runner = start_runner(masked_llama(), few, way, None, train, memory)
+        if memory is memories[0]:
+            runner.recall(batches)
+        else:
+            runner.step(batches, 1.0, 1e-3, None, lambda *loss: None)
+        runner.close()
+    recalled, remembered = (memory.states for memory in memories)
+    assert recalled.keys() == remembered.keys() == {0, 1, 2}
+    assert all(torch.equal(recalled[row], remembered[row]) for row in recalled)
+
+
+def test_a_study_remembers_packed_rows_as_their_examples():
+    lengths = [[7, 9, 5], [11, 12]]
+    model, depth = make_llama(), 2
+    ours = _remembered(model, packed_rows(lengths), depth, batch_size=2).states
+    alone = _remembered(model, single_rows(lengths), depth, batch_size=1).states
+    sizes, together = [n for row in lengths for n in row], torch.cat([ours[0][:21], ours[1][:23]])
+    expected = torch.cat([alone[i][:n] for i, n in enumerate(sizes)])
+    assert torch.allclose(together, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["wanda", "gradient"])
+def test_calibration_on_packed_rows_is_calibration_on_their_examples(method):
+    lengths, name = [[7, 9, 5], [11, 12]], "model.layers.2.mlp.down_proj"
+    ours, alone = (
+        importance(make_llama(), [name], method, rows, batch_size=2)[name]
+        for rows in (packed_rows(lengths), single_rows(lengths))
+    )
+    assert (ours - alone).abs().max() <= 1e-5 * alone.abs().max()

@@ -90,14 +90,13 @@ def _blocks(mask: Tensor) -> list[list[Block]]:
 def _blocks_of_row(seen: Tensor) -> list[Block]:
     """Of seen (T, T), whose row is what a token sees."""
     first = seen.int().argmax(1)  # that a token sees
-    earliest = first.flip(0).cummin(0).values.flip(0)  # that it or one after it sees
-    starts = (earliest == torch.arange(len(seen))).nonzero().flatten().tolist()
+    starts = (first == torch.arange(len(seen))).nonzero().flatten().tolist()
     blocks, inside = [], 0
     for start, end in zip(starts, [*starts[1:], len(seen)]):
         block = seen[start:end, start:end]
         blocks.append((start, end, torch.equal(block, torch.ones_like(block).tril())))
         inside += int(block.sum())
-    return blocks if inside == seen.sum() else [(0, len(seen), False)]  # else a token sees one of a later block
+    return blocks if inside == seen.sum() else [(0, len(seen), False)]  # else a token sees one elsewhere
 
 
 AttentionInterface.register(NAME, attend)
