@@ -51,7 +51,8 @@ void products(Product p, Type type, int64_t tokens, bool aligned) {
   for (const bool transposed : {false, true}) {
     p.transposed = transposed;
     p.workspace = kMemory;
-    check(product_sm80(p, device));
+    check(product_general(p, device));
+    if (takes_decode(p)) check(decode_sm80(p, device));
     if (hopper_takes(p)) check(product_sm90(p, device));
   }
 }

@@ -179,9 +179,15 @@ Plan plan_sm80(const ScoreGrad&, const Device&);
 std::string product_sm90(const Product&, const Device&);
 std::string score_grad_sm90(const ScoreGrad&, const Device&);
 std::string product_sm80(const Product&, const Device&);
-bool takes_decode(const Product&);  // decode_sm80's, which plan_sm80 and product_sm80 then give it
+
+// The two that product_sm80 and plan_sm80 choose from, of products with results.
+bool takes_decode(const Product&);
+bool decodes(const Product&, const Device&);  // whether decode_sm80 is chosen
 Plan plan_decode(const Product&, const Device&);
+Plan plan_general(const Product&, const Device&);
 std::string decode_sm80(const Product&, const Device&);
+std::string product_general(const Product&, const Device&);
+
 Plan plan_many(const ManyProduct&, const Device&);
 std::string product_many(const ManyProduct&, const Device&);
 Plan plan_quantized(const QuantizedProduct&, const Device&);

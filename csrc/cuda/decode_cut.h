@@ -15,8 +15,11 @@ constexpr int kDecodeRows = 1 << kDecodeRowBits;  // of the weight, in a block w
 constexpr int kDecodeUnit = 32;       // columns: a word of the mask
 constexpr int kMostDecodeParts = 32;  // a thread of sum_parts reads them one after another
 
-// Blocks that share a multiprocessor: 80 registers a thread, and by scores with two tiles of tokens a few more.
-constexpr int decode_blocks(bool words, int tiles) { return words || tiles == 1 ? 3 : 2; }
+// Of tokens, 8 each: one, or pairs.
+constexpr int decode_tiles(int64_t tokens) { return tokens <= 8 ? 1 : static_cast<int>((tokens + 15) / 16 * 2); }
+
+// Blocks that share a multiprocessor: 80 registers a thread, and more by scores with two tiles, or with eight.
+constexpr int decode_blocks(bool words, int tiles) { return tiles <= (words ? 2 : 1) ? 3 : 2; }
 
 // Units of a warp on their way: 4 KiB.
 constexpr int decode_ahead(bool words) { return words ? 4 : 2; }
@@ -24,6 +27,7 @@ constexpr int decode_ahead(bool words) { return words ? 4 : 2; }
 // What is cut.
 struct DecodeSize {
   int64_t tokens, groups;        // of a block; of blocks along the tokens
+  int tiles;                     // of 8 tokens, which are multiplied
   int64_t features, units;
   double weight_bytes;           // of a weight and its masks
   double bytes;                  // of all operands, once each
@@ -48,11 +52,14 @@ inline void count_cycles(DecodeCut& cut, const DecodeSize& size, int64_t tiles, 
   Jobs jobs;
   jobs.count = tiles * cut.parts;
   jobs.steps = quotient(cut.part_units, slices);
-  jobs.multiply_adds = static_cast<double>(kDecodeRows) * kDecodeUnit * quotient(size.tokens, 8) * 8;
+  jobs.multiply_adds = static_cast<double>(kDecodeRows) * kDecodeUnit * size.tiles * 8;
   jobs.read = kDecodeUnit * (kDecodeRows * size.weight_bytes + 2.0 * size.tokens * slices);
   jobs.written = static_cast<double>(rows) * size.tokens * (cut.parts > 1 ? 4 : 2);
+  const int64_t waves = quotient(jobs.count, static_cast<int64_t>(device.multiprocessors) * size.blocks);
+  const int64_t slabs = quotient(cut.part_units, cut.slab_units);  // each is waited for
   const double busy = busy_cycles(jobs, device.multiprocessors, size.blocks, size.ahead + 1,
-                                  rates_of(device.capability).multiply_adds);
+                                  rates_of(device.capability).multiply_adds) +
+                      waves * (slabs - 1) * kLatency;
   const double results = static_cast<double>(size.tokens) * size.groups * size.features;
   const double of_parts = cut.parts > 1 ? 8 * cut.parts * results : 0;
   const double again = 2.0 * kDecodeUnit * size.units * size.tokens * tiles + of_parts;

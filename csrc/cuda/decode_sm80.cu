@@ -4,7 +4,7 @@
 namespace mft::cuda {
 namespace {
 
-constexpr int64_t kMostTokens = 16;
+constexpr int64_t kMostTokens = 64;
 
 template <class T, class S, bool kMagnitude, int kTiles>
 std::string start(const Product& p, const DecodeCut& cut, const Device& device) {
@@ -22,7 +22,8 @@ std::string start(const Product& p, const DecodeCut& cut, const Device& device) 
 template <class T, class S, bool kMagnitude>
 std::string start(const Product& p, const DecodeCut& cut, const Device& device) {
   if (p.out.rows <= 8) return start<T, S, kMagnitude, 1>(p, cut, device);
-  return start<T, S, kMagnitude, 2>(p, cut, device);
+  if (p.out.rows <= 16) return start<T, S, kMagnitude, 2>(p, cut, device);
+  return start<T, S, kMagnitude, 8>(p, cut, device);
 }
 
 template <class T>
@@ -43,19 +44,19 @@ bool takes_decode(const Product& p) {
 DecodeCut decode_cut(const Product& p, const Device& device, bool in_parts) {
   const bool words = p.keep.words != nullptr;
   DecodeSize size;
-  size.tokens = p.out.rows, size.groups = 1;
+  size.tokens = p.out.rows, size.groups = 1, size.tiles = decode_tiles(p.out.rows);
   size.features = p.out.columns, size.units = quotient(p.in.columns, kDecodeUnit);
   size.weight_bytes = 2 + (words ? 1.0 / 8 : 2);
   size.bytes = bytes_of(p);
-  size.blocks = decode_blocks(words, size.tokens <= 8 ? 1 : 2), size.ahead = decode_ahead(words);
-  size.most_slab = decode_slab(size.tokens, size.blocks, device);
+  size.blocks = decode_blocks(words, size.tiles), size.ahead = decode_ahead(words);
+  size.most_slab = decode_slab(size.tiles == 1 ? size.tokens : 8 * size.tiles, size.blocks, device);
   return decode_cut(size, device, in_parts);
 }
 
 Plan plan_decode(const Product& p, const Device& device) {
   const DecodeCut cut = decode_cut(p, device, true);
   const int64_t bytes = cut.parts > 1 ? cut.parts * p.out.rows * cut.part_stride(p.out.columns) * 4 : 0;
-  return {cut.cycles, p.out.rows <= 8 ? 8 : 16, cut.parts, bytes};
+  return {cut.cycles, 8 * decode_tiles(p.out.rows), cut.parts, bytes};
 }
 
 std::string decode_sm80(const Product& p, const Device& device) {

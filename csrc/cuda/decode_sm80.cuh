@@ -12,7 +12,9 @@
 // Blocks cut the depth into parts, a row of the grid each, whose sums go to the workspace; sum_parts adds them in the
 // order of the parts. So nothing depends on what ends first. decode_cut.h says how many there are of each.
 //
-// A warp has 4 units of the weight on their way, 4 KiB (by scores 2, and 2 of those). Speed: not measured.
+// A warp has 4 units of the weight on their way, 4 KiB (by scores 2, and 2 of those). Up to 64 tokens: of 17 to 64 there
+// are two to four pairs of tiles, and product_sm80.cu asks the model whether they are the general kernel's. Speed: not
+// measured.
 #pragma once
 
 #include <type_traits>
@@ -196,7 +198,7 @@ class DecodeMask<Words, kMagnitude, kAhead> {
   uint32_t now_[2] = {}, next_[2] = {};
 };
 
-// T: of in, weight and out. S: of the scores, or Words. kTiles: of 8 tokens.
+// T: of in, weight and out. S: of the scores, or Words. kTiles: of 8 tokens, 1 or 2, or 8 for up to so many.
 template <class T, class S, bool kMagnitude, int kTiles>
 struct DecodeKernel {
   static constexpr int kThreads = sm80::kThreads, kTokens = 8 * kTiles;
@@ -238,7 +240,7 @@ struct DecodeKernel {
           uint32_t kept[2][4];
           mask.select(kept, weights[j], j);
           load(j);
-          multiply(sums, kept, x, a.in_stride);
+          multiply(sums, kept, x, a.in_stride, a.out.rows);
           x += a.step_bytes;
         }
       }
@@ -248,12 +250,11 @@ struct DecodeKernel {
   }
 
   static int shared_bytes(int tokens, int slab_units, int slice_bits) {
-    return std::max(rows_of(tokens) * decode_row_stride(slab_units), 4 * tokens * sum_stride(slice_bits) << slice_bits);
+    const int rows = kTiles == 1 ? tokens : 8 * decode_tiles(tokens);  // the last ones may hold anything: see multiply()
+    return std::max(rows * decode_row_stride(slab_units), 4 * tokens * sum_stride(slice_bits) << slice_bits);
   }
 
  private:
-  // Of `in` in shared memory. Of several tiles the last may have rows of any content: they are columns of their own.
-  static constexpr int rows_of(int tokens) { return kTiles == 1 ? tokens : (tokens + 7) / 8 * 8; }
   MFT_DEVICE static int lane_row(int tokens) {
     const int g = isa::lane() / 4;
     return kTiles == 1 && g >= tokens ? tokens - 1 : g;
@@ -276,10 +277,14 @@ struct DecodeKernel {
     isa::commit_copies();
   }
 
-  MFT_DEVICE static void multiply(float (&sums)[kTiles][4], const uint32_t (&kept)[2][4], const char* x, int stride) {
+  // A token is a column of its own: what rows behind the last one hold touches no other. Pairs that there are not are
+  // skipped, and the branches keep ptxas from loading all eight tiles at once, for which it spilled.
+  MFT_DEVICE static void multiply(float (&sums)[kTiles][4], const uint32_t (&kept)[2][4], const char* x, int stride,
+                                  int tokens) {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const auto in = load<isa::Words4>(x + 8 * tile * stride);
+    for (int tile = 0; tile < kTiles; ++tile, x += 8 * stride) {
+      if (tile > 0 && tile % 2 == 0 && 8 * tile >= tokens) break;
+      const auto in = load<isa::Words4>(x);
       for (int half = 0; half < 4; half += 2) {
         const uint32_t weights[4] = {kept[0][half], kept[1][half], kept[0][half + 1], kept[1][half + 1]};
         isa::multiply_16x8x16<T>(sums[tile], weights, in.words[half], in.words[half + 1]);

@@ -1,4 +1,4 @@
-// product_sm80: which of the general kernels, and what none of them takes.
+// product_sm80: decode_sm80 or a general kernel, which of those, and what none of them takes.
 #include "product_sm80.cuh"
 #include "tile_cost.h"
 
@@ -49,13 +49,21 @@ Plan plan_of(const Product& p, const Device& device, bool in_parts) {
 
 }  // namespace
 
+bool decodes(const Product& p, const Device& device) {
+  if (!takes_decode(p)) return false;
+  return p.out.rows <= 16 || plan_decode(p, device).cycles <= plan_general(p, device).cycles;
+}
+
 std::string product_sm80(const Product& p, const Device& device) {
   if (p.weight.type == Type::kFloat32) return "weight must be bf16 or fp16, got fp32; use the triton backend";
   if (std::max({p.out.rows, p.weight.rows, p.weight.columns}) > sm80::kLongestSide) {
     return "x and weight must have sides below 2^31 - 2^16; split them";
   }
   if (p.out.rows == 0 || p.out.columns == 0) return "";
-  if (takes_decode(p)) return decode_sm80(p, device);
+  return decodes(p, device) ? decode_sm80(p, device) : product_general(p, device);
+}
+
+std::string product_general(const Product& p, const Device& device) {
   const Plan plan = plan_of(p, device, p.workspace != nullptr);
   if (p.weight.type == Type::kBFloat16) return sm80::product_of<BFloat16>(p, plan, device);
   return sm80::product_of<Float16>(p, plan, device);
@@ -63,8 +71,9 @@ std::string product_sm80(const Product& p, const Device& device) {
 
 Plan plan_sm80(const Product& p, const Device& device) {
   if (p.out.rows == 0 || p.out.columns == 0) return {};
-  if (takes_decode(p)) return plan_decode(p, device);
-  return plan_of(p, device, true);
+  return decodes(p, device) ? plan_decode(p, device) : plan_general(p, device);
 }
+
+Plan plan_general(const Product& p, const Device& device) { return plan_of(p, device, true); }
 
 }  // namespace mft::cuda

@@ -1,7 +1,9 @@
 """The CUDA kernels on CPU tensors: every kernel's file compiled with g++ for the emulator, called like the reference.
 
 The functions have the names and arguments of ``mft_kernels.reference``, and as keywords what a device would decide:
-``arch`` ("sm_80" or "sm_90"), ``multiprocessors``, ``capability`` and ``shared_bytes``. Rows may have any stride.
+``arch`` ("sm_80" or "sm_90"; "decode" or "general", one of sm_80's two products), ``multiprocessors``, ``capability`` and
+``shared_bytes``. Rows may have any stride.
+
 Outputs begin as NaN or as bits of alternating sign, so that an element that nobody writes is seen; with
 ``outputs_at_guard_pages()`` they lie between pages that may not be touched. A fault of the emulator is a RuntimeError.
 """
@@ -38,6 +40,8 @@ NOT_EMULATED = (
     "many_bindings",
     "quantized_bindings",
 )  # CUTLASS's, torch's, the driver's
+
+usual_arch = "sm_80"
 
 ASYNCHRONIES = ("at_issue", "as_late_as_possible", "random")
 SCHEDULES = ("in_turn", "by_rank")  # by rank, a warp may run far ahead of another
@@ -548,6 +552,13 @@ def decode_cut(asked: Product, device: dict) -> tuple[int, int, int, int]:
     return tuple(found)
 
 
+def decodes(asked: Product, device: dict) -> bool:
+    """Whether product_sm80 gives it to decode_sm80."""
+    asks = library().emulated_decodes
+    asks.restype = ctypes.c_bool
+    return asks(ctypes.byref(asked), ctypes.byref(_device(device)))
+
+
 def rates(capability: int) -> tuple[float, float, float]:
     """What tile_cost.h knows of a card: multiply-adds and bytes a cycle and multiprocessor, cycles of a launch."""
     found = (ctypes.c_double * 3)()
@@ -574,7 +585,7 @@ def _product(
         assert bias.is_contiguous()
         assert bias.dtype == weight.dtype
         asked.bias = bias.data_ptr()
-    kernel = f"product_{device.get('arch', 'sm_80').replace('_', '')}"
+    kernel = f"product_{device.get('arch', usual_arch).replace('_', '')}"
     workspace = _new((plan(kernel, asked, device).workspace // 4,), torch.float32)
     asked.workspace = workspace.data_ptr() or None
     _call(kernel, asked, device)
@@ -678,8 +689,8 @@ def _call(function: str, asked: ctypes.Structure, device: dict) -> None:
 
 def _device(asked: dict) -> Device:
     settings = dict(asked)
-    arch = settings.pop("arch", "sm_80")
-    of_arch = {"sm_80": (80, 164 * 1024), "sm_90": (90, 228 * 1024)}[arch]
+    arch = settings.pop("arch", usual_arch)
+    of_arch = (90, 228 * 1024) if arch == "sm_90" else (80, 164 * 1024)
     usual = {"multiprocessors": 4, "l2_bytes": 40 << 20}
     settings = usual | dict(zip(("capability", "shared_bytes"), of_arch, strict=True)) | settings
     return Device(None, **settings)

@@ -145,11 +145,11 @@ def test_hopper_s_own_product_is_expected_to_win_but_for_some_small_weights(card
         case
         for case in CASES
         if (case[0] > 16 or "transposed" in case[2])  # else decode_sm80: test_decode.py
-        and planned("product_sm80", card, *case).cycles < planned("product_sm90", card, *case).cycles
+        and planned("product_general", card, *case).cycles < planned("product_sm90", card, *case).cycles
     ]
     assert max(p * q for _, (p, q), _ in general) <= 1024 * 4096
     assert max(m for m, *_ in general) <= 1024
-    worst = max(planned("product_sm90", card, *c).cycles / planned("product_sm80", card, *c).cycles for c in general)
+    worst = max(planned("product_sm90", card, *c).cycles / planned("product_general", card, *c).cycles for c in general)
     assert worst < 1.1
 
 
@@ -194,9 +194,7 @@ def test_the_general_product_is_cut_by_the_model(card):
     rate = emulated.rates(card.arch)[0]
     for case in CASES:
         m, (p, q), _ = case
-        if m <= 16:  # decode_sm80's, see test_decode.py
-            continue
-        plan = planned("product_sm80", card, *case)
+        plan = planned("product_general", card, *case)
         expected = {way: general_seconds(known(card), *case, *way, rate) for way in general_ways(card, m, (p, q))}
         assert plan.cycles == pytest.approx(min(expected.values()) * known(card).clock), case
         assert expected[plan.tokens, plan.parts] == pytest.approx(min(expected.values())), case
@@ -208,7 +206,7 @@ def test_the_general_product_is_cut_by_the_model(card):
 
 def test_the_general_product_s_parts_win_most_behind_64_tokens():
     """4096 x 4096 on an A100: 32 tiles of 128 tokens for 108 multiprocessors."""
-    of = {m: planned("product_sm80", A100, m, (4096, 4096), "bf16") for m in (17, 64, 65, 128, 256, 512, 1024)}
+    of = {m: planned("product_general", A100, m, (4096, 4096), "bf16") for m in (17, 64, 65, 128, 256, 512, 1024)}
     assert {m: (plan.tokens, plan.parts) for m, plan in of.items()} == {
         17: (64, 3),
         64: (64, 3),

@@ -22,6 +22,12 @@ MFT_WEAK Plan plan_many(const ManyProduct&, const Device&);
 MFT_WEAK std::string product_many(const ManyProduct&, const Device&);
 MFT_WEAK Plan plan_quantized(const QuantizedProduct&, const Device&);
 MFT_WEAK std::string product_quantized(const QuantizedProduct&, const Device&);
+MFT_WEAK bool decodes(const Product&, const Device&);
+MFT_WEAK bool takes_decode(const Product&);
+MFT_WEAK Plan plan_decode(const Product&, const Device&);
+MFT_WEAK Plan plan_general(const Product&, const Device&);
+MFT_WEAK std::string decode_sm80(const Product&, const Device&);
+MFT_WEAK std::string product_general(const Product&, const Device&);
 MFT_WEAK DecodeCut decode_cut(const Product&, const Device&, bool);
 MFT_WEAK std::string kept_threshold(const Select&, const Device&);
 MFT_WEAK std::string pack_mask(const PackMask&, const Device&);
@@ -76,6 +82,13 @@ using namespace mft::cuda;
 extern "C" {
 
 const char* emulated_product_sm80(const Product& p, const Device& d) { return call(&product_sm80, p, d); }
+const char* emulated_product_decode(const Product& p, const Device& d) {
+  return takes_decode(p) ? call(&decode_sm80, p, d) : "decode_sm80 does not take it";
+}
+// What decode_sm80 does not take is the general kernel's, or refused, in any case.
+const char* emulated_product_general(const Product& p, const Device& d) {
+  return call(takes_decode(p) ? &product_general : &product_sm80, p, d);
+}
 const char* emulated_score_grad_sm80(const ScoreGrad& p, const Device& d) {
   return call(&score_grad_sm80, p, d, half_of_shared(d));
 }
@@ -96,6 +109,12 @@ int64_t emulated_select_workspace(int type) {
 }
 
 void emulated_plan_product_sm80(const Product& p, const Device& d, Plan* plan) { *plan = plan_of(&plan_sm80, p, d); }
+void emulated_plan_product_decode(const Product& p, const Device& d, Plan* plan) {
+  *plan = takes_decode(p) ? plan_of(&plan_decode, p, d) : Plan{};
+}
+void emulated_plan_product_general(const Product& p, const Device& d, Plan* plan) {
+  *plan = takes_decode(p) ? plan_of(&plan_general, p, d) : plan_of(&plan_sm80, p, d);
+}
 void emulated_plan_product_sm90(const Product& p, const Device& d, Plan* plan) {
   std::string (*const refusal)(const Product&) = &refusal_sm90;
   *plan = refusal == nullptr || !refusal(p).empty() ? Plan{} : plan_of(&plan_sm90, p, d);
@@ -131,6 +150,8 @@ void emulated_decode_cut(const Product& p, const Device& d, int* cut) {
   const DecodeCut found = decode_cut(p, d, true);
   cut[0] = 1 << found.slice_bits, cut[1] = found.parts, cut[2] = found.part_units, cut[3] = found.slab_units;
 }
+
+bool emulated_decodes(const Product& p, const Device& d) { return decodes(p, d); }
 
 void emulated_rates(int capability, double* rates) {
   const Rates found = rates_of(capability);
