@@ -14,6 +14,7 @@
 //              load_words<1 | 2 | 4>(p) store_words(p, words)
 //   sm_80      copy_async<16 | 8 | 4>(shared, global, valid) commit_copies() wait_copies<N>()
 //              load_matrices(r, row) load_matrices_transposed(r, row) multiply_16x8x16<T>(d, a, b0, b1)
+//   sm_90      kMostCluster rank_in_cluster() sync_cluster() load_of_rank(p, rank); before it, clusters of one block
 //   launching  launch<Kernel>(shape, stream, arguments)
 //
 // A kernel is a struct: kThreads, kBlocksPerMultiprocessor, Arguments, and static void run(const Arguments&).

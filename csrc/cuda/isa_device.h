@@ -205,6 +205,40 @@ MFT_DEVICE void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t
   }
 }
 
+// -------------------------------------------------------------------------------------------------------- sm_90
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kMostCluster = 1;
+MFT_DEVICE int rank_in_cluster() { return 0; }
+MFT_DEVICE void sync_cluster() {}
+MFT_DEVICE float load_of_rank(const float* shared, int) { return *shared; }
+#else
+constexpr int kMostCluster = 8;  // blocks; on some GPUs more, if asked for
+
+MFT_DEVICE int rank_in_cluster() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+// By whole warps. What was written to shared memory before it, all of the cluster see behind it.
+MFT_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// What lies there in the shared memory of the block of that rank, which has not ended.
+MFT_DEVICE float load_of_rank(const float* shared, int rank) {
+  float value;
+  asm volatile(
+      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
+      : "=f"(value)
+      : "r"(shared_address(shared)), "r"(rank)
+      : "memory");
+  return value;
+}
+#endif
+
 // ---------------------------------------------------------------------------------------------------- launching
 
 template <class Kernel>

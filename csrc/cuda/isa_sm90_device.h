@@ -15,7 +15,7 @@
 
 namespace mft::cuda::isa {
 
-// ----------------------------------------------------------------------------------------- barriers and clusters
+// -------------------------------------------------------------------------------------------------------- barriers
 
 using TransactionBarrier = uint64_t;
 
@@ -37,10 +37,6 @@ MFT_DEVICE void arrive_expecting(TransactionBarrier* b, int bytes) {
 
 // Until the phase of that parity is over.
 MFT_DEVICE void wait(TransactionBarrier* b, uint32_t parity) { cutlass::arch::ClusterBarrier::wait(b, parity); }
-
-MFT_DEVICE int rank_in_cluster() { return static_cast<int>(cute::block_rank_in_cluster()); }
-
-MFT_DEVICE void sync_cluster() { cute::cluster_sync(); }
 
 // ----------------------------------------------------------------------------------------------------------- TMA
 

@@ -310,6 +310,34 @@ void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32
   });
 }
 
+// -------------------------------------------------------------------------------------------------------- sm_90
+
+constexpr int kMostCluster = 8;
+
+inline int rank_in_cluster() { return emulator::this_thread().block->rank; }
+
+namespace detail {
+struct ClusterBarrier {
+  emulator::Barrier barrier;
+};
+}  // namespace detail
+
+inline void sync_cluster() {
+  emulator::sync(emulator::cluster_state<detail::ClusterBarrier>().barrier,
+                 emulator::cluster_size() * emulator::current_launch().threads, "sync_cluster");
+}
+
+inline float load_of_rank(const float* shared, int rank) {
+  const int64_t offset = emulator::shared_offset(shared, 4, 4, "load_of_rank");
+  const emulator::Block& block = emulator::block_of_rank(rank);
+  if (block.unfinished != emulator::current_launch().threads) {
+    emulator::fault("load_of_rank from a block of which threads have ended");
+  }
+  float value;
+  std::memcpy(&value, block.shared + offset, 4);
+  return value;
+}
+
 // ---------------------------------------------------------------------------------------------------- launching
 
 template <class Kernel>

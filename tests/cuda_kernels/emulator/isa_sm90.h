@@ -10,7 +10,7 @@
 
 namespace mft::cuda::isa {
 
-// ----------------------------------------------------------------------------------------- barriers and clusters
+// -------------------------------------------------------------------------------------------------------- barriers
 
 using TransactionBarrier = uint64_t;
 
@@ -76,7 +76,6 @@ struct HopperState {
   std::map<std::pair<int, int>, ThreadState> threads;  // rank, thread
   std::map<const void*, int> unfenced;                 // 16-byte chunk of shared memory -> thread that wrote it
   std::deque<StoreGroup> store_groups;
-  emulator::Barrier cluster;
   bool has_checks = false;
 };
 
@@ -166,7 +165,6 @@ inline char* at_rank(void* shared, int rank, int64_t bytes, int alignment, const
 
 }  // namespace detail
 
-inline int rank_in_cluster() { return emulator::this_thread().block->rank; }
 
 inline void init_barrier(TransactionBarrier* b, int arrivals) {
   detail::BarrierState& barrier = detail::state().barriers[b];
@@ -214,10 +212,6 @@ inline bool try_wait(TransactionBarrier* b, uint32_t parity) {
   return uint32_t(barrier.completed & 1) != parity;
 }
 
-inline void sync_cluster() {
-  emulator::sync(detail::state().cluster, emulator::cluster_size() * emulator::current_launch().threads,
-                 "sync_cluster");
-}
 
 // ----------------------------------------------------------------------------------------------------------- TMA
 
