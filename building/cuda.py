@@ -26,6 +26,7 @@ ARCHITECTURES = (80, 90, 100, 120)
 USUAL = (80, 90)  # the driver makes code for newer ones from compute_80's, once, and keeps it
 GROUPS = ("product_sm90", "score_grad_sm90")  # what bindings.cpp can do without
 REGISTER_FED = "product_sm90"
+CLUSTERED = ("decode_sm80.cu",)  # has on sm_90 instructions that compute_80 has not
 
 NVCC_FLAGS = [
     "-O3",
@@ -165,20 +166,26 @@ def kernel_units(
 ) -> dict[str, list[Unit]]:
     """What is compiled for every GPU (named "") and for each group; these alone read CUTLASS's headers."""
 
-    def unit(source: Path, targets: str, headers: Sequence[Path] = ()) -> Unit:
+    def unit(source: Path, targets: list[str], headers: Sequence[Path] = ()) -> Unit:
         include = system_headers([*nvcc.include, *headers])
         if source.suffix == ".cpp":
             return Unit(source, compiler, [*CPP_FLAGS, *include])
-        flags = [*NVCC_FLAGS, f"-ccbin={compiler}", targets, *include]
+        flags = [*NVCC_FLAGS, f"-ccbin={compiler}", *targets, *include]
         return Unit(source, str(nvcc.path), flags, [nvcc.root / "bin" / "ptxas"])
 
-    # One pass of the front end for all of them; only the assembler runs once for each.
-    every = f"-gencode=arch=compute_80,code=[{','.join(asked.targets)}]"
     # CUTLASS's first: they take longest, and would else end alone.
     units = {}
     for name in sorted(groups, reverse=True):
-        units[name] = [unit(source, "-gencode=arch=compute_90a,code=sm_90a", cutlass) for source in groups[name]]
-    return units | {"": [unit(source, every) for source in general]}
+        units[name] = [unit(source, ["-gencode=arch=compute_90a,code=sm_90a"], cutlass) for source in groups[name]]
+    return units | {"": [unit(source, _general_targets(source, asked.targets)) for source in general]}
+
+
+def _general_targets(source: Path, targets: Sequence[str]) -> list[str]:
+    """One pass of the front end for all of them, and only the assembler once for each, but for sm_90's of CLUSTERED."""
+    apart = [target for target in targets if target == "sm_90" and source.name in CLUSTERED]
+    together = [target for target in targets if target not in apart]
+    of_80 = [f"-gencode=arch=compute_80,code=[{','.join(together)}]"] if together else []
+    return [*of_80, *("-gencode=arch=compute_90,code=sm_90" for _ in apart)]
 
 
 def link_flags(nvcc: Nvcc, torch_directory: Path) -> list[str]:

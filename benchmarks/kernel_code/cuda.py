@@ -158,6 +158,8 @@ def _faults_of_launches(kernel: Kernel, launched: Mapping[int, Launch]) -> Itera
 def _faults_of_general(kernel: Kernel) -> Iterator[str]:
     if not any(loop.counts["HMMA"] for loop in kernel.code.loops):
         yield "no loop with HMMA"
+    if kernel.target == "sm_90" and kernel.name.startswith("Decode") and not kernel.code.counts["UCGABAR_ARV"]:
+        yield "no barrier of a cluster, which is launched there"
 
 
 def _faults_of_hopper(kernel: Kernel) -> Iterator[str]:

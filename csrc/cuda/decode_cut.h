@@ -2,6 +2,9 @@
 // blocks. Every multiprocessor gets a block where the weight has units enough; among the ways to that the model of
 // tile_cost.h chooses, with what blocks read again of `in` and what parts write and read counted as if it came from
 // memory: it comes from L2, whose rate is known less well.
+//
+// On sm_90 the parts may be a cluster's blocks, up to 8 of them, whose sums go from one's shared memory to another's:
+// neither a workspace nor a second launch.
 #pragma once
 
 #include <algorithm>
@@ -10,16 +13,18 @@
 
 namespace mft::cuda {
 
-constexpr int kDecodeRowBits = 7;
-constexpr int kDecodeRows = 1 << kDecodeRowBits;  // of the weight, in a block whose warps share none
+constexpr int kDecodeRowBits = 7;     // 128 of the weight, in a block of 8 warps that share none; one of 16 has 256
 constexpr int kDecodeUnit = 32;       // columns: a word of the mask
+constexpr int kMostClusterBits = 3;   // 8 blocks
 constexpr int kMostDecodeParts = 32;  // a thread of sum_parts reads them one after another
 
 // Of tokens, 8 each: one, or pairs.
 constexpr int decode_tiles(int64_t tokens) { return tokens <= 8 ? 1 : static_cast<int>((tokens + 15) / 16 * 2); }
 
 // Blocks that share a multiprocessor: 80 registers a thread, and more by scores with two tiles, or with eight.
-constexpr int decode_blocks(bool words, int tiles) { return tiles <= (words ? 2 : 1) ? 3 : 2; }
+constexpr int decode_blocks(bool words, int tiles, int row_bits) {
+  return row_bits > kDecodeRowBits ? 1 : tiles <= (words ? 2 : 1) ? 3 : 2;
+}
 
 // Units of a warp on their way: 4 KiB.
 constexpr int decode_ahead(bool words) { return words ? 4 : 2; }
@@ -31,39 +36,47 @@ struct DecodeSize {
   int64_t features, units;
   double weight_bytes;           // of a weight and its masks
   double bytes;                  // of all operands, once each
-  int blocks, ahead;             // that share a multiprocessor; units of a warp on their way
+  int row_bits, blocks, ahead;   // of a block; that share a multiprocessor; units of a warp on their way
   int most_slab;                 // units of `in` that fit shared memory
+  bool clusters = false;         // whether the parts may be a cluster's blocks
 };
 
 struct DecodeCut {
-  int slice_bits = 0, parts = 1, part_units = 1, slab_units = 1;
+  int row_bits = kDecodeRowBits, slice_bits = 0, parts = 1, part_units = 1, slab_units = 1;
+  int cluster_bits = 0;  // 2, 4 or 8 parts are a cluster's; 0: or there is one, or they meet in the workspace
   bool all_work = false;
   double cycles = kNever, cost = kNever;  // expected; and by which it is chosen
 
   bool better_than(const DecodeCut& other) const { return all_work != other.all_work ? all_work : cost < other.cost; }
 
-  int64_t blocks(int64_t features) const { return quotient(features, kDecodeRows >> slice_bits); }  // of a part
-  int64_t part_stride(int64_t features) const { return blocks(features) * (kDecodeRows >> slice_bits); }
+  int parts_in_memory() const { return parts >> cluster_bits; }  // 1: none
+  int features() const { return 1 << (row_bits - slice_bits); }  // of a block
+  int64_t blocks(int64_t all) const { return quotient(all, features()); }  // of a part
+  int64_t part_stride(int64_t all) const { return blocks(all) * features(); }
 };
 
 // tiles: blocks of a part.
 inline void count_cycles(DecodeCut& cut, const DecodeSize& size, int64_t tiles, const Device& device) {
-  const int rows = kDecodeRows >> cut.slice_bits, slices = 1 << cut.slice_bits;
+  const int rows = 1 << cut.row_bits, slices = 1 << cut.slice_bits, in_memory = cut.parts_in_memory();
+  // Those that clusters of so many can fill.
+  const int multiprocessors = std::max(1, device.multiprocessors >> cut.cluster_bits) << cut.cluster_bits;
   Jobs jobs;
   jobs.count = tiles * cut.parts;
   jobs.steps = quotient(cut.part_units, slices);
-  jobs.multiply_adds = static_cast<double>(kDecodeRows) * kDecodeUnit * size.tiles * 8;
-  jobs.read = kDecodeUnit * (kDecodeRows * size.weight_bytes + 2.0 * size.tokens * slices);
-  jobs.written = static_cast<double>(rows) * size.tokens * (cut.parts > 1 ? 4 : 2);
-  const int64_t waves = quotient(jobs.count, static_cast<int64_t>(device.multiprocessors) * size.blocks);
-  const int64_t slabs = quotient(cut.part_units, cut.slab_units);  // each is waited for
-  const double busy = busy_cycles(jobs, device.multiprocessors, size.blocks, size.ahead + 1,
-                                  rates_of(device.capability).multiply_adds) +
-                      waves * (slabs - 1) * kLatency;
+  jobs.multiply_adds = static_cast<double>(rows) * kDecodeUnit * size.tiles * 8;
+  jobs.read = kDecodeUnit * (rows * size.weight_bytes + 2.0 * size.tokens * slices);
+  jobs.written = static_cast<double>(cut.features()) * size.tokens * (cut.parts > 1 ? 4 : 2);
+  const int clusters = cut.cluster_bits > 0 ? kMostClusterBits : 0;  // which of 132 leave 4 without work
+  cut.all_work = jobs.count >= device.multiprocessors >> clusters << clusters;
+  const int64_t waves = quotient(jobs.count, static_cast<int64_t>(multiprocessors) * size.blocks);
+  const int64_t waits = quotient(cut.part_units, cut.slab_units) - 1 + (cut.cluster_bits > 0);  // slabs; the cluster
+  const double busy =
+      busy_cycles(jobs, multiprocessors, size.blocks, size.ahead + 1, rates_of(device.capability).multiply_adds) +
+      waves * waits * kLatency;
   const double results = static_cast<double>(size.tokens) * size.groups * size.features;
-  const double of_parts = cut.parts > 1 ? 8 * cut.parts * results : 0;
+  const double of_parts = in_memory > 1 ? 8 * in_memory * results : 0;
   const double again = 2.0 * kDecodeUnit * size.units * size.tokens * tiles + of_parts;
-  const double sum = sum_cycles(cut.parts, results, device);
+  const double sum = sum_cycles(in_memory, results, device);
   cut.cycles = launch_cycles(busy, size.bytes, device) + sum;
   cut.cost = launch_cycles(busy, size.bytes + again, device) + sum;
 }
@@ -82,8 +95,19 @@ inline DecodeCut decode_cut(const DecodeSize& size, const Device& device, bool i
     const int slices = 1 << slice_bits;
     const int round = slices * size.ahead;  // a slab that is not the last of its part has whole rounds
     if (slices > units) break;
-    const int64_t tiles = quotient(size.features, kDecodeRows / slices) * size.groups;
+    const int64_t tiles = quotient(size.features, (1 << size.row_bits) / slices) * size.groups;
     const int64_t most = in_parts ? std::min<int64_t>(quotient(units, slices), kMostDecodeParts) : 1;
+    const auto consider = [&](int64_t part_units, int cluster_bits) {
+      if (part_units > size.most_slab && round > size.most_slab && slices > 1) return;
+      DecodeCut cut;
+      cut.row_bits = size.row_bits, cut.slice_bits = slice_bits, cut.cluster_bits = cluster_bits;
+      cut.parts = static_cast<int>(quotient(units, part_units));
+      cut.part_units = static_cast<int>(part_units);
+      const int whole_rounds = std::max(1, size.most_slab / round) * round;
+      cut.slab_units = part_units <= size.most_slab ? cut.part_units : whole_rounds;
+      count_cycles(cut, size, tiles, device);
+      if (cut.better_than(best)) best = cut;
+    };
     for (const int each : {1, 2}) {  // blocks that a multiprocessor shall have
       const int64_t wanted = static_cast<int64_t>(each) * device.multiprocessors;
       const int64_t least = std::min(quotient(wanted, tiles), most);
@@ -91,16 +115,11 @@ inline DecodeCut decode_cut(const DecodeSize& size, const Device& device, bool i
       if (tiles * quotient(units, part_units) < wanted && quotient(units, units / least) <= most) {
         part_units = units / least;  // rounded up, there were too few
       }
-      if (part_units > size.most_slab && round > size.most_slab && slices > 1) continue;
-      DecodeCut cut;
-      cut.slice_bits = slice_bits;
-      cut.parts = static_cast<int>(quotient(units, part_units));
-      cut.part_units = static_cast<int>(part_units);
-      const int whole_rounds = std::max(1, size.most_slab / round) * round;
-      cut.slab_units = part_units <= size.most_slab ? cut.part_units : whole_rounds;
-      cut.all_work = tiles * cut.parts >= device.multiprocessors;
-      count_cycles(cut, size, tiles, device);
-      if (cut.better_than(best)) best = cut;
+      consider(part_units, 0);
+    }
+    for (int bits = 1; size.clusters && bits <= kMostClusterBits; ++bits) {
+      const int64_t blocks = int64_t{1} << bits, part_units = quotient(units, blocks);
+      if (blocks <= quotient(units, slices) && quotient(units, part_units) == blocks) consider(part_units, bits);
     }
   }
   return best;

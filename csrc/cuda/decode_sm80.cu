@@ -6,24 +6,30 @@ namespace {
 
 constexpr int64_t kMostTokens = 64;
 
-template <class T, class S, bool kMagnitude, int kTiles>
+template <class T, class S, bool kMagnitude, int kTiles, int kRowBits>
 std::string start(const Product& p, const DecodeCut& cut, const Device& device) {
-  using Kernel = sm80::DecodeKernel<T, S, kMagnitude, kTiles>;
+  using Kernel = sm80::DecodeKernel<T, S, kMagnitude, kTiles, kRowBits>;
   auto a = sm80::decode_arguments<sm80::DecodeArguments>(p, cut);
   a.keep = sm80::keep_arguments(p.keep, p.weight);
   LaunchShape shape;
-  shape.x = cut.blocks(p.out.columns);
-  shape.y = cut.parts;
+  shape.cluster = 1 << cut.cluster_bits;
+  shape.x = cut.blocks(p.out.columns) * shape.cluster;
+  shape.y = cut.parts_in_memory();
   shape.shared_bytes = Kernel::shared_bytes(a.out.rows, cut.slab_units, cut.slice_bits);
   const std::string error = isa::launch<Kernel>(shape, device.stream, a);
-  return error.empty() && cut.parts > 1 ? sum_parts(p, cut.parts, a.part_stride, device) : error;
+  return error.empty() && shape.y > 1 ? sum_parts(p, cut.parts, a.part_stride, device) : error;
 }
 
 template <class T, class S, bool kMagnitude>
 std::string start(const Product& p, const DecodeCut& cut, const Device& device) {
-  if (p.out.rows <= 8) return start<T, S, kMagnitude, 1>(p, cut, device);
-  if (p.out.rows <= 16) return start<T, S, kMagnitude, 2>(p, cut, device);
-  return start<T, S, kMagnitude, 8>(p, cut, device);
+  if (p.out.rows <= 8) return start<T, S, kMagnitude, 1, kDecodeRowBits>(p, cut, device);
+  const bool wide = cut.row_bits > kDecodeRowBits;
+  if (p.out.rows <= 16) {
+    return wide ? start<T, S, kMagnitude, 2, kDecodeRowBits + 1>(p, cut, device)
+                : start<T, S, kMagnitude, 2, kDecodeRowBits>(p, cut, device);
+  }
+  return wide ? start<T, S, kMagnitude, 8, kDecodeRowBits + 1>(p, cut, device)
+              : start<T, S, kMagnitude, 8, kDecodeRowBits>(p, cut, device);
 }
 
 template <class T>
@@ -48,15 +54,24 @@ DecodeCut decode_cut(const Product& p, const Device& device, bool in_parts) {
   size.features = p.out.columns, size.units = quotient(p.in.columns, kDecodeUnit);
   size.weight_bytes = 2 + (words ? 1.0 / 8 : 2);
   size.bytes = bytes_of(p);
-  size.blocks = decode_blocks(words, size.tiles), size.ahead = decode_ahead(words);
-  size.most_slab = decode_slab(size.tiles == 1 ? size.tokens : 8 * size.tiles, size.blocks, device);
-  return decode_cut(size, device, in_parts);
+  size.ahead = decode_ahead(words);
+  size.clusters = device.capability == 90;  // elsewhere compute_80's code may run: building/cuda.py
+  DecodeCut best;
+  for (int wide = 0; wide <= (size.tiles > 1); ++wide) {
+    size.row_bits = kDecodeRowBits + wide;
+    size.blocks = decode_blocks(words, size.tiles, size.row_bits);
+    size.most_slab = decode_slab(size.tiles == 1 ? size.tokens : 8 * size.tiles, size.blocks, device);
+    const DecodeCut cut = decode_cut(size, device, in_parts);
+    if (cut.better_than(best)) best = cut;
+  }
+  return best;
 }
 
 Plan plan_decode(const Product& p, const Device& device) {
   const DecodeCut cut = decode_cut(p, device, true);
-  const int64_t bytes = cut.parts > 1 ? cut.parts * p.out.rows * cut.part_stride(p.out.columns) * 4 : 0;
-  return {cut.cycles, 8 * decode_tiles(p.out.rows), cut.parts, bytes};
+  const int parts = cut.parts_in_memory();
+  const int64_t bytes = parts > 1 ? parts * p.out.rows * cut.part_stride(p.out.columns) * 4 : 0;
+  return {cut.cycles, 8 * decode_tiles(p.out.rows), parts, bytes};
 }
 
 std::string decode_sm80(const Product& p, const Device& device) {

@@ -7,10 +7,13 @@
 //              +----+----+----+----+-       `in` alike: sums are in another order, and no byte is moved. What a lane's mask
 //                                           has of a unit is one byte of one word.
 //
-// A block has 8 warps: 8 / slices groups of 16 features, and for each group `slices` warps, which take its units in turn.
+// A block has 8 warps: 8 / slices groups of 16 features, and for each group `slices` warps, which take its units in turn;
+// or it has 16, so that half as many blocks read `in`.
 // Their sums are added in shared memory, slice by slice. `in` is there too, as much of it at a time as fits (a slab).
-// Blocks cut the depth into parts, a row of the grid each, whose sums go to the workspace; sum_parts adds them in the
-// order of the parts. So nothing depends on what ends first. decode_cut.h says how many there are of each.
+// Blocks cut the depth into parts. A row of the grid each, their sums go to the workspace, and sum_parts adds them in the
+// order of the parts; or, on sm_90, they are a cluster's blocks, each of which makes some of the results of the sums in
+// the shared memory of all, in the same order. So nothing depends on what ends first. decode_cut.h says how many there
+// are of each.
 //
 // A warp has 4 units of the weight on their way, 4 KiB (by scores 2, and 2 of those). Up to 64 tokens: of 17 to 64 there
 // are two to four pairs of tiles, and product_sm80.cu asks the model whether they are the general kernel's. Speed: not
@@ -32,7 +35,8 @@ struct DecodeArguments {
   float* parts;      // (parts, out.rows, part_stride), or null: the depth is in one
   int64_t part_stride;
   int units, part_units, slab_units;  // of the depth: all, in a part, of `in` at a time
-  int slice_bits;                     // 1, 2, 4 or 8 slices
+  int slice_bits, feature_bits;       // 1, 2, 4 or 8 slices; features of a block
+  int cluster_bits;                   // 1, or 2, 4 or 8 parts that are a cluster's
   int step_bytes, step_columns;       // from one unit of a warp to its next
   int slab_steps;                     // a warp's units in a slab
   int in_stride;                      // bytes from one token to the next in shared memory
@@ -48,9 +52,10 @@ Arguments decode_arguments(const P& p, const DecodeCut& cut) {
   a.out = view_of(p.out), a.in = view_of(p.in), a.weight = view_of(p.weight);
   a.bias = static_cast<const char*>(p.bias);
   a.part_stride = cut.part_stride(p.out.columns);
-  if (cut.parts > 1) a.parts = static_cast<float*>(p.workspace);
+  if (cut.parts_in_memory() > 1) a.parts = static_cast<float*>(p.workspace);
   a.units = static_cast<int>(quotient(p.in.columns, kDecodeUnit));
   a.part_units = cut.part_units, a.slab_units = cut.slab_units, a.slice_bits = cut.slice_bits;
+  a.feature_bits = cut.row_bits - cut.slice_bits, a.cluster_bits = cut.cluster_bits;
   a.step_columns = kDecodeUnit << cut.slice_bits, a.step_bytes = 2 * a.step_columns;
   a.slab_steps = static_cast<int>(quotient(cut.slab_units, int64_t{1} << cut.slice_bits));
   a.in_stride = decode_row_stride(cut.slab_units);
@@ -76,7 +81,17 @@ MFT_DEVICE isa::Words4 eight_of(const char* from, int left) {
   return v;
 }
 
-// Asked for again where it is needed: registers are short in the loop.
+// Of the weight's rows, and of the depth. Asked for again where it is needed: registers are short in the loop.
+struct DecodeBlock {
+  int tile, part;
+
+  MFT_DEVICE static DecodeBlock of(const DecodeArguments& a) {
+    const int x = static_cast<int>(isa::block(0)), tile = x >> a.cluster_bits;
+    return {tile, static_cast<int>(isa::block(1)) + x - (tile << a.cluster_bits)};
+  }
+};
+
+// The same of its warps.
 struct DecodeWarp {
   int group, slice;
 
@@ -95,8 +110,9 @@ struct DecodePlace {
   // Behind the last row is that one again, and nobody writes its sums; a warp that has only such rows reads none.
   MFT_DEVICE static DecodePlace of(const DecodeArguments& a) {
     const auto [group, slice] = DecodeWarp::of(a);
-    const int feature = static_cast<int>(isa::block(0)) * (kDecodeRows >> a.slice_bits) + 16 * group;
-    const int first = static_cast<int>(isa::block(1)) * a.part_units, left = a.units - first;
+    const auto [tile, part] = DecodeBlock::of(a);
+    const int feature = (tile << a.feature_bits) + 16 * group;
+    const int first = part * a.part_units, left = a.units - first;
     const int units = left < a.part_units ? left : a.part_units, g = isa::lane() / 4, last = a.weight.rows - 1;
     DecodePlace place;
     for (int i = 0; i < 2; ++i) place.rows[i] = feature + g + 8 * i < last ? feature + g + 8 * i : last;
@@ -199,11 +215,12 @@ class DecodeMask<Words, kMagnitude, kAhead> {
 };
 
 // T: of in, weight and out. S: of the scores, or Words. kTiles: of 8 tokens, 1 or 2, or 8 for up to so many.
-template <class T, class S, bool kMagnitude, int kTiles>
+// kRowBits: 16 rows a warp.
+template <class T, class S, bool kMagnitude, int kTiles, int kRowBits>
 struct DecodeKernel {
-  static constexpr int kThreads = sm80::kThreads, kTokens = 8 * kTiles;
+  static constexpr int kThreads = 2 << kRowBits;
   static constexpr bool kWords = std::is_same_v<S, Words>;
-  static constexpr int kBlocksPerMultiprocessor = decode_blocks(kWords, kTiles);
+  static constexpr int kBlocksPerMultiprocessor = decode_blocks(kWords, kTiles, kRowBits);
   static constexpr int kAhead = decode_ahead(kWords);
   using Arguments = DecodeArguments;
 
@@ -251,7 +268,7 @@ struct DecodeKernel {
 
   static int shared_bytes(int tokens, int slab_units, int slice_bits) {
     const int rows = kTiles == 1 ? tokens : 8 * decode_tiles(tokens);  // the last ones may hold anything: see multiply()
-    return std::max(rows * decode_row_stride(slab_units), 4 * tokens * sum_stride(slice_bits) << slice_bits);
+    return std::max(rows * decode_row_stride(slab_units), 4 * tokens * sum_stride(kRowBits - slice_bits) << slice_bits);
   }
 
  private:
@@ -261,11 +278,11 @@ struct DecodeKernel {
   }
 
   // 4 more than there are features: the 8 x 4 sums that a warp writes at once lie in different banks.
-  static constexpr MFT_DEVICE int sum_stride(int slice_bits) { return (kDecodeRows >> slice_bits) + 4; }
+  static constexpr MFT_DEVICE int sum_stride(int feature_bits) { return (1 << feature_bits) + 4; }
 
   MFT_DEVICE static void copy_in(const Arguments& a, char* shared, int slab) {
     const int left = a.part_units - slab, units = left < a.slab_units ? left : a.slab_units;
-    const int first = kDecodeUnit * (static_cast<int>(isa::block(1)) * a.part_units + slab);
+    const int first = kDecodeUnit * (DecodeBlock::of(a).part * a.part_units + slab);
     constexpr bool kByWarp = kTiles > 1;  // a token each
     for (int token = kByWarp ? isa::warp() : 0; token < a.out.rows; token += kByWarp ? kThreads / 32 : 1) {
 #pragma unroll 1
@@ -292,30 +309,45 @@ struct DecodeKernel {
     }
   }
 
-  // Slice by slice from shared memory, which `in` has left; then a part, or the results.
+  // Slice by slice from shared memory, which `in` has left, and so of each block of the cluster, which share the results;
+  // then a part, or the results.
   MFT_DEVICE static void write(const Arguments& a, const float (&sums)[kTiles][4], char* shared) {
     const auto [group, slice] = DecodeWarp::of(a);
-    const int features = kDecodeRows >> a.slice_bits, first_feature = static_cast<int>(isa::block(0)) * features;
+    const auto [tile, part] = DecodeBlock::of(a);
+    const int features = 1 << a.feature_bits, first_feature = tile << a.feature_bits;
     float* const to = reinterpret_cast<float*>(shared);
-    const int tokens = a.out.rows, stride = sum_stride(a.slice_bits), g = isa::lane() / 4, c = isa::lane() % 4 * 2;
+    const int tokens = a.out.rows, stride = sum_stride(a.feature_bits), g = isa::lane() / 4, c = isa::lane() % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) {
       const int token = i / 4 * 8 + c + i % 2;
       if (token < tokens) to[(slice * tokens + token) * stride + 16 * group + i % 4 / 2 * 8 + g] = sums[i / 4][i % 4];
     }
     isa::sync_block();
-    for (int at = isa::thread(); at < tokens * features; at += kThreads) {
-      const int token = at >> (kDecodeRowBits - a.slice_bits), place = at & (features - 1);
+    const int ranks = 1 << a.cluster_bits;
+    if (ranks > 1) isa::sync_cluster();
+    for (int at = isa::rank_in_cluster() * kThreads + isa::thread(); at < tokens * features; at += ranks * kThreads) {
+      const int token = at >> a.feature_bits, place = at & (features - 1);
       const int feature = first_feature + place;
+      float of_ranks[isa::kMostCluster] = {};
+      for (int i = 0; i < 1 << a.slice_bits; ++i) {
+        const float* const from = to + (i * tokens + token) * stride + place;
+#pragma unroll
+        for (int rank = 0; rank < isa::kMostCluster; ++rank) {
+          if (rank < ranks) of_ranks[rank] += ranks == 1 ? *from : isa::load_of_rank(from, rank);
+        }
+      }
       float sum = 0;
-      for (int i = 0; i < 1 << a.slice_bits; ++i) sum += to[(i * tokens + token) * stride + place];
+#pragma unroll
+      for (int rank = 0; rank < isa::kMostCluster; ++rank) sum += of_ranks[rank];
       if (a.parts != nullptr) {
-        a.parts[(isa::block(1) * tokens + token) * a.part_stride + feature] = sum;
+        a.parts[(static_cast<int64_t>(part) * tokens + token) * a.part_stride + feature] = sum;
       } else if (feature < a.out.columns) {
         if (a.bias != nullptr) sum += isa::widen(load<T>(a.bias + 2 * static_cast<int64_t>(feature)));
         store(at_16(a.out, token, feature), isa::round_to<T>(sum).bits);
       }
     }
+    isa::sync_warp();
+    if (ranks > 1) isa::sync_cluster();  // no block ends while another may still read from it
   }
 };
 

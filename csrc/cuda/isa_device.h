@@ -210,7 +210,7 @@ MFT_DEVICE void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kMostCluster = 1;
 MFT_DEVICE int rank_in_cluster() { return 0; }
-MFT_DEVICE void sync_cluster() {}
+MFT_DEVICE void sync_cluster() { __trap(); }  // rather than results without what the others have
 MFT_DEVICE float load_of_rank(const float* shared, int) { return *shared; }
 #else
 constexpr int kMostCluster = 8;  // blocks; on some GPUs more, if asked for

@@ -126,7 +126,7 @@ struct ManyKernel {
   }
 
  private:
-  static constexpr MFT_DEVICE int sum_stride(int slice_bits) { return (kDecodeRows >> slice_bits) + 4; }
+  static constexpr MFT_DEVICE int sum_stride(int slice_bits) { return (1 << (kDecodeRowBits - slice_bits)) + 4; }
 
   MFT_DEVICE static char* memory() { return isa::shared_memory() + sizeof(TaskTable); }  // behind the table
   MFT_DEVICE static int first_token() { return static_cast<int>(isa::block(2)) * kTokens; }
@@ -176,7 +176,7 @@ struct ManyKernel {
   // As decode_sm80's, to where the tokens came from.
   MFT_DEVICE static void write(const Arguments& a, const TaskTable& table, const float (&sums)[kTiles][4]) {
     const auto [group, slice] = DecodeWarp::of(a);
-    const int features = kDecodeRows >> a.slice_bits, first_feature = static_cast<int>(isa::block(0)) * features;
+    const int features = 1 << (kDecodeRowBits - a.slice_bits), first_feature = static_cast<int>(isa::block(0)) * features;
     float* const to = reinterpret_cast<float*>(memory());
     const int count = tokens(a), stride = sum_stride(a.slice_bits), g = isa::lane() / 4, c = isa::lane() % 4 * 2;
 #pragma unroll

@@ -191,6 +191,11 @@ def test_a_general_product_without_hmma_is_a_fault():
     launched = {80: Launch(384, 4096)}
     assert faults(kernel_of("FFMA R1, R2, R3, R4", **general), launched) == ("no loop with HMMA",)
     assert faults(kernel_of("HMMA.16816.F32 R24, R20, R68, R24", **general), launched) == ()
+    decode = general | {"name": "DecodeKernel<BFloat16, Words, true, 2, 7>", "target": "sm_90"}
+    product = "HMMA.16816.F32 R24, R20, R68, R24"
+    alone = ("no barrier of a cluster, which is launched there",)
+    assert faults(kernel_of(product, **decode), launched) == alone
+    assert faults(kernel_of(product, "UCGABAR_ARV", **decode), launched) == ()
 
 
 def test_what_a_launch_asks_for_is_judged_on_each_gpu_that_runs_the_code():
@@ -269,7 +274,9 @@ std::string launch(size_t bytes) {
   shape.bytes = bytes;
   return cudaLaunchKernelExC(&shape, &kernel, nullptr) ? "no launch" : "";
 }
-std::string product_sm80(const Product& p, const Device&) {
+bool takes_decode(const Product&) { return false; }
+std::string decode_sm80(const Product&, const Device&) { return ""; }
+std::string product_general(const Product& p, const Device&) {
   __cudaRegisterFunction(nullptr, &kernel, nullptr, "one_kernel", 0, nullptr, nullptr, nullptr, nullptr, nullptr);
   ASK
   return launch(p.transposed ? 65536 : 512);

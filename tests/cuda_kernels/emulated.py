@@ -545,9 +545,10 @@ def quantized_product(
     return asked, out
 
 
-def decode_cut(asked: Product, device: dict) -> tuple[int, int, int, int]:
-    """How decode_sm80 cuts a product with a workspace: slices, parts, units of a part and of a slab."""
-    found = (ctypes.c_int * 4)()
+def decode_cut(asked: Product, device: dict) -> tuple[int, ...]:
+    """How decode_sm80 cuts a product with a workspace: slices, parts, units of a part and of a slab,
+    blocks of a cluster, features of a block."""
+    found = (ctypes.c_int * 6)()
     library().emulated_decode_cut(ctypes.byref(asked), ctypes.byref(_device(device)), found)
     return tuple(found)
 

@@ -149,6 +149,7 @@ void emulated_plan_product_quantized(const QuantizedProduct& p, const Device& d,
 void emulated_decode_cut(const Product& p, const Device& d, int* cut) {
   const DecodeCut found = decode_cut(p, d, true);
   cut[0] = 1 << found.slice_bits, cut[1] = found.parts, cut[2] = found.part_units, cut[3] = found.slab_units;
+  cut[4] = 1 << found.cluster_bits, cut[5] = found.features();
 }
 
 bool emulated_decodes(const Product& p, const Device& d) { return decodes(p, d); }
