@@ -1,8 +1,8 @@
 """The CUDA kernels on CPU tensors: every kernel's file compiled with g++ for the emulator, called like the reference.
 
 The functions have the names and arguments of ``mft_kernels.reference``, and as keywords what a device would decide:
-``arch`` ("sm_80" or "sm_90"; "decode" or "general", one of sm_80's two products), ``multiprocessors``, ``capability`` and
-``shared_bytes``. Rows may have any stride.
+``arch`` ("sm_80" or "sm_90"; "decode" or "general", one of sm_80's two products), ``multiprocessors``, ``capability``
+and ``shared_bytes``. Rows may have any stride.
 
 Outputs begin as NaN or as bits of alternating sign, so that an element that nobody writes is seen; with
 ``outputs_at_guard_pages()`` they lie between pages that may not be touched. A fault of the emulator is a RuntimeError.

@@ -232,7 +232,9 @@ def test_every_multiprocessor_has_a_block_and_little_more_is_read_than_the_weigh
             if min(n, k) >= 4096:
                 assert of[16][1] <= (1.13 if clusters else 1.3), (card.name, n, k)
                 assert of[64][1] <= (1.25 if clusters else 1.85), (card.name, n, k)
-                assert card not in (H100, H200) or max(ratio for tokens, (_, ratio) in of.items() if tokens <= 16) <= 1.07
+                assert (
+                    card not in (H100, H200) or max(ratio for tokens, (_, ratio) in of.items() if tokens <= 16) <= 1.07
+                )
 
 
 def test_from_17_to_64_tokens_the_model_finds_the_cheaper_of_two_kernels():
