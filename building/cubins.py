@@ -1,105 +1,35 @@
 """python -m building.cubins [FOLDER] [--target sm_90,sm_100] [--processes N]: Triton's kernels, compiled ahead of time.
 
-Writes FOLDER/TARGET.zip (mft_kernels/cubins) with the cubin of every launch of calls() and manifest.json, which says
-of each what it is made for (mft_kernels.triton.specialise) and how it is launched. By them a machine with an older
-Triton, or with none, runs the code of this one. No GPU is needed.
+Writes FOLDER/TARGET.zip (mft_kernels/cubins) with the cubin of every launch of cubin_calls.py and manifest.json, which
+says of each what it is made for (mft_kernels.triton.specialise) and how it is launched. By them a machine with an older
+Triton, or with none, runs the code of this one. No GPU is needed. Stopped, it begins again where it was, by Triton's
+own cache.
 """
 
 import argparse
-import itertools
 import json
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-from torch import Tensor
 from triton import knobs
 from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST, expand_signature
 
 from building.ahead import compile_ahead, gpu_target, recorded
+from building.cubin_calls import calls
 from building.machine_code.parameters import parameters
-from mft_kernels.reference_step import BLOCK
-from mft_kernels.triton import bits, many, ops, score_step, select
 from mft_kernels.triton.cubins import FOLDER, MANIFEST, kernels_hash
 from mft_kernels.triton.launch import Launch
 from mft_kernels.triton.specialise import identity
 from mft_kernels.triton.target import A100, B200, H100, Target, installed_assembler
 
 TARGETS = {str(target): target for target in (A100, H100, B200)}
-#: Tokens, N and K by which every tile that plan.py has for 16-bit operands is chosen. N and K are multiples of 16, as
-#: those of layers are, K / 32 is one or not. What is launched otherwise is compiled where it is launched.
-TOKENS = (1, 16, 24, 64, 100, 128, 256, 300, 512, 1024, 2048, 4096)
-FEATURES = ((4096, 4096), (4096, 11008), (11008, 4096), (1024, 4096), (576, 576), (1536, 576), (576, 1536))
-_MAGNITUDE = "magnitude"
 _BYTES = {"i1": 4, "i32": 4, "i64": 8, "fp32": 4, "nvTmaDesc": 128}
-
-
-def calls() -> Iterator[Callable[[], object]]:
-    """Calls with tensors on no device, whose launches are compiled: what layers do in 16 bits, in magnitude mode.
-
-    A mask a row: in bf16 and without bias, up to 16 masks, which take the longest to compile. Steps: of bf16 weights.
-    """
-    for n, k in FEATURES:
-        for scores_dtype in (torch.float32, torch.bfloat16, torch.float16):
-            yield from _selections(n, k, scores_dtype)
-        for dtype in (torch.bfloat16, torch.float16):
-            for m in TOKENS:
-                yield from _products(m, n, k, dtype)
-        for scores_dtype, eight_bit in itertools.product((torch.float32, torch.bfloat16, torch.int16), (True, False)):
-            yield _step(n, k, scores_dtype, eight_bit)
-        for m, masks in itertools.product((8, 24, 64), (1, 2, 4, 8, 16)):
-            yield _rows_of_many_masks(m, n, k, masks)
-
-
-def _selections(n: int, k: int, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
-    scores, threshold = _empty(n, k, dtype=dtype), _empty(dtype=dtype)
-    yield lambda: select.kept_threshold(scores, 0.9, _MAGNITUDE)
-    yield lambda: bits.pack_mask(scores, threshold, _MAGNITUDE)
-    yield lambda: bits.pack_signs(scores)
-
-
-def _products(m: int, n: int, k: int, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
-    x, grad, weight = (_empty(*shape, dtype=dtype) for shape in ((m, k), (m, n), (n, k)))
-    packed = _empty(n, -(-k // 32), dtype=torch.int32)
-    wanted = ([True, False, False, False], [True, False, True, False], [False, False, True, False])
-    for bias in (None, _empty(n, dtype=dtype)):
-        yield lambda bias=bias: ops.masked_linear_packed(x, weight, packed, bias)
-    for scores_dtype in (torch.float32, torch.bfloat16):
-        scores, threshold = _empty(n, k, dtype=scores_dtype), _empty(dtype=scores_dtype)
-        for bias in (None, _empty(n, dtype=dtype)):
-            yield lambda bias=bias, s=scores, t=threshold: ops.masked_linear(x, weight, s, t, bias, _MAGNITUDE)
-        for asked in wanted:
-            yield lambda asked=asked, s=scores, t=threshold: ops.masked_linear_backward(
-                grad, x, weight, s, t, _MAGNITUDE, asked
-            )
-            yield lambda asked=asked, s=scores: ops.masked_linear_packed_backward(
-                grad, x, weight, packed, s, packed, _MAGNITUDE, asked
-            )
-    sums = _empty(n, k, dtype=torch.float32)
-    yield lambda: ops.accumulate_score_grad(sums, grad, x, weight, None, packed, _MAGNITUDE)
-    yield lambda: ops.accumulate_product(sums, grad, x)
-
-
-def _rows_of_many_masks(m: int, n: int, k: int, masks: int) -> Callable[[], object]:
-    x, weight = (_empty(*shape, dtype=torch.bfloat16) for shape in ((m, k), (n, k)))
-    packed, tasks = [_empty(n, -(-k // 32), dtype=torch.int32)] * masks, _empty(m, dtype=torch.int32)
-    return lambda: many.masked_linear_many(x, weight, packed, tasks, None)
-
-
-def _step(n: int, k: int, dtype: torch.dtype, eight_bit: bool) -> Callable[[], object]:
-    scores, threshold = _empty(n, k, dtype=dtype), _empty(dtype=dtype)
-    grad, weight = _empty(n, k, dtype=torch.float32), _empty(n, k, dtype=torch.bfloat16)
-    first, second = (_empty(n, k, dtype=torch.uint8 if eight_bit else torch.float32) for _ in range(2))
-    scales = _empty(2, -(-n * k // BLOCK), dtype=torch.float32) if eight_bit else None
-    adam = {"step": 1, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-    asked = {"grad_scale": None, "seed": 0, "mode": _MAGNITUDE, "keep_ratio": 0.9, "threshold": threshold}
-    return lambda: score_step.score_step(scores, grad, weight, first, second, scales, **adam, **asked)
 
 
 def launches(target: Target) -> dict[str, Launch]:
@@ -196,10 +126,6 @@ def compiled(launch: Launch, target: Target) -> tuple[dict[str, Any], bytes]:
     """(entry of the manifest, cubin)."""
     found = compile_ahead(launch.kernel, gpu_target(target), launch.args, launch.options)
     return entry(launch, found), found.asm["cubin"]
-
-
-def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -92,9 +92,6 @@ def _ops() -> tuple[dict[str, Callable], dict[str, Callable]]:
     )
     by_name: dict[str, Callable] = {f.__name__: f for f in (*chosen, *others)}
     automatic: dict[str, Callable] = {f.__name__: functools.partial(f, choose=choice.automatic) for f in chosen}
-    if not language.INSTALLED or (cubins.asked() == cubins.CUBINS and not _interpreting()):
-        # Nothing compiles them here: layers decode the whole weight, whose product has a cubin.
-        del by_name["masked_linear_quantized"], by_name["masked_linear_quantized_d_x"]
     if not language.INSTALLED:
         del by_name["score_step"]  # it works in place, in launches of which a later one may have no cubin
         automatic = {name: _or_reference(name, automatic.get(name, f)) for name, f in by_name.items()}

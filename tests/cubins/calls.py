@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mft_kernels.reference_step import BLOCK
-from mft_kernels.triton import bits, many, ops, score_step, select
+from mft_kernels.triton import bits, many, ops, quantized, score_step, scratch, select
+from mft_kernels.triton.arguments import Keep
 
 BF16 = torch.bfloat16
 
@@ -45,6 +46,40 @@ def step(n: int, k: int) -> Callable[[], Tensor]:
     return lambda: score_step.score_step(scores, grad, weight, first, second, scales, **adam, **asked)[1]
 
 
+def both_gradients_by_value(m: int, n: int, k: int) -> Callable[[], Tensor]:
+    x, grad, weight, scores = (torch.empty(*shape) for shape in ((m, k), (m, n), (n, k), (n, k)))
+    wanted = [True, False, True, False]
+    return lambda: ops.masked_linear_backward(grad, x, weight, scores, torch.empty(()), "value", wanted)[2]
+
+
+def sums(m: int, n: int, k: int) -> Callable[[], Tensor]:
+    x, grad, out = torch.empty(m, k, dtype=BF16), torch.empty(m, n, dtype=BF16), torch.empty(n, k, dtype=BF16)
+    return lambda: ops.accumulate_product(out, grad, x) or out
+
+
+def over_codes(m: int, n: int, k: int, kind: str, has_bias: bool) -> Callable[[], Tensor]:
+    """kind "nested": NF4 whose absmax are codes too."""
+    codes, absmax = torch.empty(n * k // 2, dtype=torch.uint8), [torch.empty(n * k // 64)]
+    if kind == "nested":
+        absmax = [
+            torch.empty(n * k // 64, dtype=torch.uint8),
+            *(torch.empty(shape) for shape in (n * k // 2**14, 256, ())),
+        ]
+    elif kind == "int8":
+        codes, absmax = torch.empty(n, k, dtype=torch.int8), [torch.empty(n)]
+    packed, levels = torch.empty(n, k // 32, dtype=torch.int32), "int8" if kind == "int8" else "nf4"
+    if not has_bias:
+        grad = torch.empty(m, n, dtype=BF16)
+        return lambda: quantized.masked_linear_quantized_d_x(grad, codes, absmax, packed, [n, k], levels)
+    x, bias = torch.empty(m, k, dtype=BF16), torch.empty(n, dtype=BF16)
+    return lambda: quantized.masked_linear_quantized(x, codes, absmax, packed, bias, [n, k], levels)
+
+
+def before_scratch(n: int, k: int) -> Callable[[], Tensor]:
+    weight, keep = torch.empty(n, k), Keep(torch.empty(n, k), torch.empty(()), "value")
+    return lambda: scratch.masked_weight(weight, keep)
+
+
 def every_call() -> dict[str, Callable[[], Tensor]]:
     return {
         "packed": packed_forward(1, 512, 1024),
@@ -56,5 +91,11 @@ def every_call() -> dict[str, Callable[[], Tensor]]:
         "threshold": lambda: select.kept_threshold(torch.empty(64, 512, dtype=BF16), 0.9, "magnitude"),
         "rows of many masks": rows_of_many_masks(8, 512, 1024, 3),
         "step": step(64, 512),
+        "both gradients by value, fp32": both_gradients_by_value(16, 512, 512),
+        "sums": sums(32, 512, 1024),
+        "nf4": over_codes(1, 512, 1024, "nf4", True),
+        "nested nf4, d_x": over_codes(40, 512, 1024, "nested", False),
+        "int8": over_codes(40, 512, 1024, "int8", True),
+        "before a product through scratch": before_scratch(512, 512),
         "mask": lambda: bits.pack_mask(torch.empty(64, 512), torch.empty(()), "magnitude"),
     }

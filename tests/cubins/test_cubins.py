@@ -24,7 +24,10 @@ if not triton.__version__.startswith("3.9"):
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ["sm_80", "sm_90", "sm_100"]
-_NAMES = "masked_product sum_splits many_masks backward histogram threshold pack score_step window"
+_NAMES = (
+    "masked_product sum_splits many_masks backward score_grad quantized_product masked_weight histogram threshold pack "
+    "score_step window"
+)
 KERNELS = {f"_{name}_kernel" for name in _NAMES.split()}
 
 
@@ -197,6 +200,11 @@ def test_a_product_without_a_cubin_takes_the_form_that_is_compiled_here(form, mo
     else:
         assert launcher.by_cubins_or_compiled(torch.device("cuda"), run) == "made"
     assert tried == [H100, form][: 2 if form else 1]
+
+
+def test_codes_are_multiplied_by_cubins_alone(monkeypatch):
+    monkeypatch.setenv("MFT_TRITON", "cubins")
+    assert {"masked_linear_quantized", "masked_linear_quantized_d_x"} <= backend._ops()[0].keys()
 
 
 def test_what_the_installed_triton_may_not_compile_is_said(monkeypatch):

@@ -176,7 +176,7 @@ def test_on_a_gpu_layers_decode_in_the_kernel_where_triton_compiles_and_where_cu
 
     assert is_fused(ops=ops)
     assert not is_fused(ops=ops, dtype=torch.float32)  # not the weight's
-    assert not is_fused(ops={})  # by cubins alone
+    assert not is_fused(ops={})
     monkeypatch.setenv("MFT_KERNELS", "cuda")
     assert is_fused(ops={})  # by the cuda backend's
     assert not Coded(torch.float32).is_fused(torch.empty(1))

@@ -1,0 +1,217 @@
+"""Whose launches are compiled ahead (cubins.py): what layers do in every dtype and mode, and the ops beside them.
+
+Tensors are of no device. What is left out, and why, stands in tests/cubins/test_build_list.py.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mft_kernels.reference_quantized import NESTED_BLOCK, NF4_BLOCK
+from mft_kernels.reference_step import BLOCK
+from mft_kernels.triton import bits, many, ops, quantized, score_step, scratch, select
+from mft_kernels.triton.arguments import Keep
+
+Calls = Iterator[Callable[[], object]]
+#: "words", as layers have it, or dtype of the scores and mode.
+Mask = str | tuple[torch.dtype, str]
+
+#: (M, N, K) by which every binary is met that layers of 64 to 151,936 features launch for 1 to 16,384 tokens, N and K
+#: multiples of 64: the first sixteen cover the 13,000 sizes that were searched, the others are usual ones.
+SIZES = (
+    (1, 512, 64), (17, 896, 13824), (1500, 64, 2560), (1500, 2048, 64), (48, 896, 1024), (200, 256, 11008),
+    (512, 4864, 1024), (128, 11008, 256), (1, 64, 64), (17, 64, 64), (1, 1024, 512), (17, 5632, 64), (128, 896, 512),
+    (200, 4864, 576), (1, 64, 512), (65, 64, 13824),
+    (1, 4096, 4096), (24, 1024, 4096), (300, 4096, 11008), (4096, 4096, 4096),
+)  # fmt: skip
+MODES = ("magnitude", "value")
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = (FP32, BF16, FP16)
+#: Of those that have a gradient; int16 ones select as fp16 does, and learn by steps alone.
+SCORES = (FP32, BF16)
+MASKS: tuple[Mask, ...] = ("words", *itertools.product(SCORES, MODES))
+#: Of a held layer's step: the dtypes of weight and gradient, which is the weight's unless asked otherwise.
+STEPPED = ((BF16, BF16), (BF16, FP32), (FP32, FP32))
+MOMENTS = (FP32, torch.uint8)
+
+
+def calls() -> Calls:
+    """All of them."""
+    for n, k in {(n, k): None for _, n, k in SIZES}:
+        yield from (partial(selection, n, k, *which) for which in itertools.product(DTYPES, MODES))
+        yield from (partial(masked_weight, n, k, *which) for which in itertools.product(DTYPES, MASKS))
+        for scores, mode, stepped, moments, scaled in itertools.product(
+            (*SCORES, torch.int16), MODES, STEPPED, MOMENTS, (False, True)
+        ):
+            yield partial(step, n, k, scores, mode, *stepped, moments, scaled, keep_ratio=0.9)
+        for scores, mode, moments in itertools.product(SCORES, MODES, MOMENTS):
+            yield partial(step, n, k, scores, mode, None, scores, moments, scaled=False, keep_ratio=None)
+    for size in SIZES:
+        for dtype in DTYPES:
+            yield from _products(*size, dtype, MASKS)
+            for which in itertools.product(("nf4", "nested", "int8"), (True, False), (False, True)):
+                yield from (partial(of_codes, *size, dtype, *which) for of_codes in (codes_forward, codes_d_x))
+        yield from (in_tf32(call) for call in _products(*size, FP32, ("words",)))
+        for which in itertools.product((BF16, FP16), (1, 2, 4, 8, 16), (False, True)):
+            yield partial(many_masks, *size, *which)
+
+
+def _products(m: int, n: int, k: int, dtype: torch.dtype, masks: tuple[Mask, ...]) -> Calls:
+    for mask in masks:
+        yield from (partial(forward, m, n, k, dtype, mask, bias) for bias in (False, True))
+        yield partial(backward, m, n, k, dtype, mask, None, "none", "x")
+        by_words = itertools.product(SCORES, ("bits", "scores", "none"))
+        for sign in by_words if mask == "words" else [(mask[0], "none" if mask[1] == "value" else "scores")]:
+            yield from (partial(backward, m, n, k, dtype, mask, *sign, wanted) for wanted in ("x scores", "scores"))
+    for of_sums in {FP32: None, dtype: None}:
+        yield partial(sums, m, n, k, dtype, of_sums, None)
+    yield from (partial(sums, m, n, k, dtype, FP32, sign) for sign in ("bits", "none"))
+
+
+def selection(n: int, k: int, dtype: torch.dtype, mode: str, by_row: bool = False) -> None:
+    """Threshold, mask and signs."""
+    scores = empty(n, k, dtype=dtype)
+    select.kept_threshold(scores, 0.9, mode)
+    bits.pack_mask(scores, empty(*[n] * by_row, dtype=dtype), mode)
+    bits.pack_signs(scores)
+
+
+def forward(m: int, n: int, k: int, dtype: torch.dtype, mask: Mask, bias: bool, by_row: bool = False) -> None:
+    x, _, weight = _operands(m, n, k, dtype)
+    added = empty(n, dtype=dtype) if bias else None
+    if mask == "words":
+        ops.masked_linear_packed(x, weight, words(n, k), added)
+    else:
+        keep = _keep(n, k, mask, by_row)
+        ops.masked_linear(x, weight, keep.source, keep.thresholds, added, keep.mode)
+
+
+def masked_weight(n: int, k: int, dtype: torch.dtype, mask: Mask, by_row: bool = False) -> None:
+    """Before a product through scratch."""
+    scratch.masked_weight(empty(n, k, dtype=dtype), _keep(n, k, mask, by_row))
+
+
+def backward(
+    m: int, n: int, k: int, dtype: torch.dtype, mask: Mask, scores: torch.dtype | None, sign: str, wanted: str
+) -> None:
+    """Gradients of what ``wanted`` names. ``sign``: what tells that of d_scores; ``scores``: their dtype."""
+    x, grad, weight = _operands(m, n, k, dtype)
+    output_mask = [name in wanted.split() for name in ("x", "weight", "scores", "bias")]
+    if mask == "words":
+        mode, signs = "value" if sign == "none" else "magnitude", words(n, k) if sign == "bits" else None
+        given = None if scores is None else empty(n, k, dtype=scores)
+        ops.masked_linear_packed_backward(grad, x, weight, words(n, k), given, signs, mode, output_mask)
+    else:
+        keep = _keep(n, k, mask)
+        ops.masked_linear_backward(grad, x, weight, keep.source, keep.thresholds, keep.mode, output_mask)
+
+
+def sums(m: int, n: int, k: int, dtype: torch.dtype, of_sums: torch.dtype, sign: str | None) -> None:
+    """Gradients added up: of a held layer those of weight and scores together, ``sign`` None."""
+    x, grad, weight = _operands(m, n, k, dtype)
+    out = empty(n, k, dtype=of_sums)
+    if sign is None:
+        ops.accumulate_product(out, grad, x)
+    else:
+        told = {"bits": (None, words(n, k)), "scores": (empty(n, k, dtype=FP32), None), "none": (None, None)}[sign]
+        ops.accumulate_score_grad(out, grad, x, weight, *told, "value" if sign == "none" else "magnitude")
+
+
+def codes_forward(m: int, n: int, k: int, dtype: torch.dtype, kind: str, masked: bool, bias: bool) -> None:
+    """``kind`` "nested": NF4 whose absmax are codes too. A frozen layer has no mask."""
+    codes, absmax, levels = _codes(n, k, kind)
+    packed, added = words(n, k) if masked else None, empty(n, dtype=dtype) if bias else None
+    quantized.masked_linear_quantized(empty(m, k, dtype=dtype), codes, absmax, packed, added, [n, k], levels)
+
+
+def codes_d_x(m: int, n: int, k: int, dtype: torch.dtype, kind: str, masked: bool, bias: bool = False) -> None:
+    """Whatever the bias."""
+    codes, absmax, levels = _codes(n, k, kind)
+    packed = words(n, k) if masked else None
+    quantized.masked_linear_quantized_d_x(empty(m, n, dtype=dtype), codes, absmax, packed, [n, k], levels)
+
+
+def many_masks(
+    m: int, n: int, k: int, dtype: torch.dtype, masks: int, bias: bool, tasks: torch.dtype = torch.int64
+) -> None:
+    """A mask a row. 16 masks take the longest to compile."""
+    x, _, weight = _operands(m, n, k, dtype)
+    added = empty(n, dtype=dtype) if bias else None
+    many.masked_linear_many(x, weight, [words(n, k)] * masks, empty(m, dtype=tasks), added)
+
+
+def step(
+    n: int,
+    k: int,
+    scores: torch.dtype,
+    mode: str,
+    weight: torch.dtype | None,
+    grad: torch.dtype,
+    moments: torch.dtype,
+    scaled: bool,
+    keep_ratio: float | None,
+) -> None:
+    """Held layers ask for the next threshold and mask; MaskAdamW.step for neither, of d_scores, without weight.
+
+    ``scaled``: gradients are clipped.
+    """
+    of_scores, of_weight = empty(n, k, dtype=scores), None if weight is None else empty(n, k, dtype=weight)
+    first, second = (empty(n, k, dtype=moments) for _ in range(2))
+    scales = empty(2, -(-n * k // BLOCK), dtype=FP32) if moments == torch.uint8 else None
+    adam = {"step": 1, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+    asked = {"grad_scale": empty(dtype=FP32) if scaled else None, "seed": 0, "mode": mode, "keep_ratio": keep_ratio}
+    threshold = None if keep_ratio is None else empty(dtype=scores)
+    score_step.score_step(
+        of_scores, empty(n, k, dtype=grad), of_weight, first, second, scales, **adam, **asked, threshold=threshold
+    )
+
+
+def in_tf32(call: Callable[..., object]) -> Callable[..., object]:
+    """The call under torch.set_float32_matmul_precision("high")."""
+
+    def run(*given: Any) -> object:
+        matmul = torch.backends.cuda.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+        try:
+            return call(*given)
+        finally:
+            matmul.fp32_precision = before
+
+    return run
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """On no device."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def words(n: int, k: int) -> Tensor:
+    """A packed mask's, or packed signs'."""
+    return empty(n, -(-k // 32), dtype=torch.int32)
+
+
+def _keep(n: int, k: int, mask: Mask, by_row: bool = False) -> Keep:
+    if isinstance(mask, str):
+        return Keep(words(n, k), None, "packed")
+    dtype, mode = mask
+    return Keep(empty(n, k, dtype=dtype), empty(*[n] * by_row, dtype=dtype), mode)
+
+
+def _operands(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x, grad_output, weight."""
+    return empty(m, k, dtype=dtype), empty(m, n, dtype=dtype), empty(n, k, dtype=dtype)
+
+
+def _codes(n: int, k: int, kind: str) -> tuple[Tensor, list[Tensor], str]:
+    """Codes, absmax, and what the kernels call the kind."""
+    if kind == "int8":
+        return empty(n, k, dtype=torch.int8), [empty(n, dtype=FP32)], kind
+    codes, blocks = empty(n * k // 2, dtype=torch.uint8), -(-n * k // NF4_BLOCK)
+    if kind == "nf4":
+        return codes, [empty(blocks, dtype=FP32)], kind
+    nested = empty(-(-blocks // NESTED_BLOCK), dtype=FP32), empty(256, dtype=FP32), empty(dtype=FP32)
+    return codes, [empty(blocks, dtype=torch.uint8), *nested], "nf4"
