@@ -56,17 +56,19 @@ def calls() -> Calls:
             for which in itertools.product(("nf4", "nested", "int8"), (True, False), (False, True)):
                 yield from (partial(of_codes, *size, dtype, *which) for of_codes in (codes_forward, codes_d_x))
         yield from (in_tf32(call) for call in _products(*size, FP32, ("words",)))
-        for which in itertools.product((BF16, FP16), (1, 2, 4, 8, 16), (False, True)):
-            yield partial(many_masks, *size, *which)
+        for dtype, masks, bias in itertools.product((BF16, FP16), (1, 2, 4, 8, 16), (False, True)):
+            yield partial(many_masks, *size, dtype, masks, bias)
 
 
 def _products(m: int, n: int, k: int, dtype: torch.dtype, masks: tuple[Mask, ...]) -> Calls:
     for mask in masks:
         yield from (partial(forward, m, n, k, dtype, mask, bias) for bias in (False, True))
         yield partial(backward, m, n, k, dtype, mask, None, "none", "x")
-        by_words = itertools.product(SCORES, ("bits", "scores", "none"))
-        for sign in by_words if mask == "words" else [(mask[0], "none" if mask[1] == "value" else "scores")]:
-            yield from (partial(backward, m, n, k, dtype, mask, *sign, wanted) for wanted in ("x scores", "scores"))
+        signs = [*itertools.product(SCORES, ("bits", "scores", "none"))]
+        if not isinstance(mask, str):
+            signs = [(mask[0], "none" if mask[1] == "value" else "scores")]
+        for (scores, sign), wanted in itertools.product(signs, ("x scores", "scores")):
+            yield partial(backward, m, n, k, dtype, mask, scores, sign, wanted)
     for of_sums in {FP32: None, dtype: None}:
         yield partial(sums, m, n, k, dtype, of_sums, None)
     yield from (partial(sums, m, n, k, dtype, FP32, sign) for sign in ("bits", "none"))
@@ -87,6 +89,7 @@ def forward(m: int, n: int, k: int, dtype: torch.dtype, mask: Mask, bias: bool, 
         ops.masked_linear_packed(x, weight, words(n, k), added)
     else:
         keep = _keep(n, k, mask, by_row)
+        assert keep.thresholds is not None
         ops.masked_linear(x, weight, keep.source, keep.thresholds, added, keep.mode)
 
 
@@ -107,6 +110,7 @@ def backward(
         ops.masked_linear_packed_backward(grad, x, weight, words(n, k), given, signs, mode, output_mask)
     else:
         keep = _keep(n, k, mask)
+        assert keep.thresholds is not None
         ops.masked_linear_backward(grad, x, weight, keep.source, keep.thresholds, keep.mode, output_mask)
 
 
@@ -162,12 +166,10 @@ def step(
     of_scores, of_weight = empty(n, k, dtype=scores), None if weight is None else empty(n, k, dtype=weight)
     first, second = (empty(n, k, dtype=moments) for _ in range(2))
     scales = empty(2, -(-n * k // BLOCK), dtype=FP32) if moments == torch.uint8 else None
-    adam = {"step": 1, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-    asked = {"grad_scale": empty(dtype=FP32) if scaled else None, "seed": 0, "mode": mode, "keep_ratio": keep_ratio}
-    threshold = None if keep_ratio is None else empty(dtype=scores)
-    score_step.score_step(
-        of_scores, empty(n, k, dtype=grad), of_weight, first, second, scales, **adam, **asked, threshold=threshold
-    )
+    asked: dict[str, Any] = {"step": 1, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+    asked |= {"grad_scale": empty(dtype=FP32) if scaled else None, "seed": 0, "mode": mode, "keep_ratio": keep_ratio}
+    asked["threshold"] = None if keep_ratio is None else empty(dtype=scores)
+    score_step.score_step(of_scores, empty(n, k, dtype=grad), of_weight, first, second, scales, **asked)
 
 
 def in_tf32(call: Callable[..., object]) -> Callable[..., object]:
