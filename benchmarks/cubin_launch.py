@@ -1,7 +1,7 @@
-"""python -m benchmarks.cubin_launch [--quick]: what a forward by cubins costs the host, on a driver that does nothing.
+"""python -m benchmarks.cubin_launch [--quick]: what a call by cubins costs the host, on a driver that does nothing.
 
-bench_launch.py's layers and words, bf16 on CPU tensors taken for an H100's, by mft_kernels/cubins (make cubins). What
-CUDA itself costs is in none of the figures: the driver, finding device and stream, memory of the device. Stored as the
+bench_launch.py's layers and words, and each gradient by its own op, bf16 on CPU tensors taken for an H100's, by
+mft_kernels/cubins (make cubins). What CUDA itself costs is in none of the figures: the driver, finding device and stream, memory of the device. Stored as the
 answer to the question `cubin_launch`, with the CPU that gave it; --quick stores into build/benchmarks.
 """
 
@@ -9,13 +9,15 @@ import argparse
 import contextlib
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
 import torch
 
-from mft_kernels import backends
+from mft_kernels import accumulate_score_grad, backends
+from mft_kernels.ops import gradients_of_packed
+from mft_kernels.timing import time_interleaved
 from mft_kernels.triton import cubins, ops
 from mft_kernels.triton.choice import automatic
 from mft_kernels.triton.target import H100
@@ -24,10 +26,11 @@ from . import bench_launch
 from .harness import ROOT, report, write_results_to
 from .tables import launch_tables
 
-_OPS = {"masked_linear_packed": ops.masked_linear_packed}
+_CHOSEN = {f.__name__: f for f in (ops.masked_linear_packed, ops.masked_linear_packed_backward)}
+_OPS = _CHOSEN | {"accumulate_product": ops.accumulate_product}
 
-
-SITUATIONS = (bench_launch.NO_GRAD, bench_launch.INFERENCE, bench_launch.GRAD)
+SITUATIONS = (bench_launch.NO_GRAD, bench_launch.INFERENCE, bench_launch.GRAD, bench_launch.STEP)
+GRADIENTS = "gradients alone"
 STORED = bench_launch.Budget(rounds=63)  # as many as three processes of `launch` take together
 
 
@@ -43,9 +46,32 @@ def main(budget: bench_launch.Budget = STORED) -> None:
             rows += own
             # Without the ratios: benchmarks.compare would ask for cubins on every machine.
             findings += [f for row in own for f in bench_launch.findings_of(row, samples) if f.unit == "us"]
-    title = f"What a forward by cubins for {H100} costs, a layer of {bench_launch.SIDE} x {bench_launch.SIDE}, M = 1"
+        with torch.no_grad():
+            samples = time_interleaved(gradients(torch.bfloat16), budget.rounds, budget.calls)
+        own = bench_launch.rows_of("bf16", GRADIENTS, samples)
+        rows += own
+        findings += [f for row in own for f in bench_launch.findings_of(row, samples)]
+    title = f"What a call by cubins for {H100} costs, a layer of {bench_launch.SIDE} x {bench_launch.SIDE}, M = 1"
     report("cubin_launch", title, findings, printed=False, calls=rows)
     print("\n\n".join(launch_tables({"calls": rows})))
+
+
+def gradients(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """What a layer's backward pass asks for: d_x alone, both, and the sums of a held layer's buffer."""
+    side = bench_launch.SIDE
+    x, grad, weight = (torch.randn(*shape, dtype=dtype) for shape in ((1, side), (1, side), (side, side)))
+    packed, signs = (torch.full((side, side // 32), -1, dtype=torch.int32) for _ in range(2))
+    buffer = torch.zeros(side, side, dtype=dtype)
+
+    def of_packed(*wanted: bool) -> Callable[[], object]:
+        given = (grad, x, weight, packed, None, signs, "magnitude", list(wanted), "auto")
+        return lambda: gradients_of_packed(*given)
+
+    return {
+        "d_x": of_packed(True, False, False, False),
+        "d_x and d_scores": of_packed(True, False, True, False),
+        "accumulate_score_grad, no weight": lambda: accumulate_score_grad(buffer, grad, x, None),
+    }
 
 
 @contextlib.contextmanager
@@ -66,7 +92,7 @@ def _by_cubins() -> Iterator[None]:
             device_types=frozenset({"cpu"}),
             dtypes=frozenset(),
             ops=_OPS,
-            automatic={name: lambda *given, op=op: op(*given, choose=automatic) for name, op in _OPS.items()},
+            automatic={name: lambda *given, op=op: op(*given, choose=automatic) for name, op in _CHOSEN.items()},
             short={"masked_linear_packed": torch.ops.mft_cuda.try_masked_linear_packed.default},
         )
         with mock.patch.dict(backends._TABLE, triton=served), on_stub.taken_for(H100):
