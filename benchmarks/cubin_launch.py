@@ -1,8 +1,9 @@
 """python -m benchmarks.cubin_launch [--quick]: what a call by cubins costs the host, on a driver that does nothing.
 
 bench_launch.py's layers and words, and each gradient by its own op, bf16 on CPU tensors taken for an H100's, by
-mft_kernels/cubins (make cubins). What CUDA itself costs is in none of the figures: the driver, finding device and stream, memory of the device. Stored as the
-answer to the question `cubin_launch`, with the CPU that gave it; --quick stores into build/benchmarks.
+mft_kernels/cubins (make cubins). What CUDA itself costs is in none of the figures: the driver, finding device and
+stream, memory of the device. Stored as the answer to the question `cubin_launch`, with the CPU that gave it; --quick
+stores into build/benchmarks.
 """
 
 import argparse

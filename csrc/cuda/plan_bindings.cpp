@@ -1,8 +1,10 @@
-// A forward's launches, remembered by the layout of its arguments: the next call alike is one op, with nothing left to
+// A call's launches, remembered by the layout of its arguments: the next call alike is one op, with nothing left to
 // decide. mft_kernels/triton/planned.py remembers them.
 
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -18,28 +20,34 @@ using mft::cuda::Place;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// What is known of where a value comes from: one of these tensors' addresses.
-enum Slot { kX, kWeight, kKeep, kThreshold, kBias, kOut, kParts, kSlots };
+// What a call is given; null: none. The first is always there.
+constexpr size_t kGiven = 6;
+struct Call {
+  std::array<const Tensor*, kGiven> given;
+  int64_t kind;  // a number for whatever else decides, which Python gives
+};
 
 struct Step {
   int64_t cubin = 0;
   mft::cuda::Grid grid;
   std::vector<int64_t> values;
-  std::vector<std::pair<size_t, Slot>> addresses;  // which values are a tensor's, to be put in
+  std::vector<std::pair<size_t, size_t>> addresses;  // which values are to be put in: those of given, then of made
+};
+
+// A contiguous tensor that each call makes anew.
+struct Made {
+  ScalarType dtype;
+  std::vector<int64_t> sizes;
 };
 
 struct Plan {
-  int64_t parts = 0;  // elements of fp32 scratch
+  std::vector<Made> made;
+  size_t results = 0;  // the first of what is made; the others are scratch, given back in the order of the stream
   std::vector<Step> steps;
 };
 
 // Everything of the arguments that decided something: device, dtypes, sizes, strides, addresses as multiples of 16.
 using Layout = std::vector<int64_t>;
-
-struct Call {
-  const Tensor *x, *weight, *keep, *threshold, *bias;  // null: none
-  int64_t kind;
-};
 
 void add(Layout& layout, const Tensor* t) {
   if (!t) {
@@ -55,34 +63,41 @@ void add(Layout& layout, const Tensor* t) {
 
 Layout layout_of(const Call& call) {
   Layout layout;
-  layout.reserve(32);
+  layout.reserve(40);
   layout.push_back(call.kind);
-  for (const Tensor* t : {call.x, call.weight, call.keep, call.threshold, call.bias}) add(layout, t);
+  for (const Tensor* t : call.given) add(layout, t);
   return layout;
+}
+
+bool asked(const char* name, const char* value) {
+  const char* found = std::getenv(name);
+  return found && std::strcmp(found, value) == 0;
 }
 
 std::mutex lock;
 std::map<Layout, std::shared_ptr<const Plan>> plans;
 
 std::shared_ptr<const Plan> find(const Call& call) {
+  if (asked("MFT_TRITON", "jit")) return nullptr;  // which takes no cubin
   const Layout layout = layout_of(call);
   const std::lock_guard<std::mutex> guard(lock);
   const auto found = plans.find(layout);
   return found == plans.end() ? nullptr : found->second;
 }
 
-Tensor run(const Plan& plan, const Call& call) {
-  const Place place(*call.weight);
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i + 1 < call.x->dim(); ++i) sizes.push_back(call.x->size(i));
-  sizes.push_back(call.weight->size(0));
-  Tensor out = torch::stable::new_empty(*call.x, {sizes.data(), sizes.size()});
-  std::optional<Tensor> parts;  // given back in the order of the stream
-  if (plan.parts > 0) parts = torch::stable::new_empty(*call.x, {&plan.parts, 1}, ScalarType::Float);
-
-  const auto address = [](const Tensor* t) { return t ? reinterpret_cast<int64_t>(t->const_data_ptr()) : 0; };
-  const int64_t addresses[kSlots] = {address(call.x),    address(call.weight), address(call.keep), address(call.threshold),
-                                     address(call.bias), address(&out),        parts ? address(&*parts) : 0};
+// The results.
+std::vector<Tensor> run(const Plan& plan, const Call& call) {
+  const Tensor& first = *call.given[0];
+  const Place place(first);
+  std::vector<int64_t> addresses;
+  addresses.reserve(kGiven + plan.made.size());
+  for (const Tensor* t : call.given) addresses.push_back(t ? reinterpret_cast<int64_t>(t->const_data_ptr()) : 0);
+  std::vector<Tensor> made;
+  made.reserve(plan.made.size());
+  for (const auto& [dtype, sizes] : plan.made) {
+    made.push_back(torch::stable::new_empty(first, {sizes.data(), sizes.size()}, dtype));
+    addresses.push_back(reinterpret_cast<int64_t>(made.back().const_data_ptr()));
+  }
   std::vector<int64_t> values;
   for (const Step& step : plan.steps) {
     values = step.values;
@@ -91,30 +106,60 @@ Tensor run(const Plan& plan, const Call& call) {
         mft::cuda::launch_cubin(step.cubin, place.index, place.device.stream, step.grid, values.data());
     STD_TORCH_CHECK(error.empty(), "a cubin of Triton's: ", error);
   }
-  return out;
+  made.erase(made.begin() + plan.results, made.end());
+  return made;
 }
 
-const Tensor* pointer(const std::optional<Tensor>& t) { return t.has_value() ? &*t : nullptr; }
+using Optional = std::optional<Tensor>;
 
-// y, or nothing where no such call is remembered. kind: 2 * what tells the mask + whether "auto" has chosen.
-std::optional<Tensor> planned_forward(Tensor x, Tensor weight, Tensor keep, std::optional<Tensor> threshold,
-                                      std::optional<Tensor> bias, int64_t kind) {
-  const Call call{&x, &weight, &keep, pointer(threshold), pointer(bias), kind};
+const Tensor* pointer(const Optional& t) { return t.has_value() ? &*t : nullptr; }
+
+// y, or nothing where no such call is remembered.
+Optional planned_forward(Tensor x, Tensor weight, Tensor keep, Optional threshold, Optional bias, int64_t kind) {
+  const Call call{{&x, &weight, &keep, pointer(threshold), pointer(bias), nullptr}, kind};
   const auto plan = find(call);
   if (!plan) return std::nullopt;
-  return run(*plan, call);
+  return run(*plan, call)[0];
 }
 
 // By the bits of a packed mask, as "auto" has chosen: the short way of masked_linear_packed.
-std::optional<Tensor> try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, std::optional<Tensor> bias) {
-  return planned_forward(x, weight, packed, std::nullopt, bias, 1);
+Optional try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Optional bias) {
+  if (asked("MFT_AUTOTUNE", "1")) return std::nullopt;
+  return planned_forward(x, weight, packed, std::nullopt, bias, 0);
 }
 
-// steps: of each, cubin, grid (3), how many values, the values, how many addresses, and of each which value and slot.
-void plan_forward(Tensor x, Tensor weight, Tensor keep, std::optional<Tensor> threshold, std::optional<Tensor> bias,
-                  int64_t kind, int64_t parts, std::vector<int64_t> steps) {
+// d_x, d_weight, d_scores and d_bias, or none of them where no such call is remembered.
+std::vector<Tensor> planned_gradients(Tensor grad, Optional x, Tensor weight, Tensor keep, Optional threshold,
+                                      Optional sign, int64_t kind) {
+  const Call call{{&grad, pointer(x), &weight, &keep, pointer(threshold), pointer(sign)}, kind};
+  const auto plan = find(call);
+  if (!plan) return {};
+  return run(*plan, call);
+}
+
+// Whether such a call is remembered; then the sums have been added to out.
+bool planned_sums(Tensor out, Tensor grad, Tensor x, Optional weight, Optional sign, int64_t kind) {
+  const Call call{{&out, &grad, &x, pointer(weight), pointer(sign), nullptr}, kind};
+  const auto plan = find(call);
+  if (!plan) return false;
+  run(*plan, call);
+  return true;
+}
+
+// made: what the call has made, its results first. steps: of each, cubin, grid (3), how many values, the values, how
+// many addresses, and of each which value and slot.
+void remember_plan(std::vector<Optional> given, int64_t kind, std::vector<Tensor> made, int64_t results,
+                   std::vector<int64_t> steps) {
+  STD_TORCH_CHECK(given.size() == kGiven && given[0].has_value(), "given must be ", kGiven, ", of which the first is there");
   Plan plan;
-  plan.parts = parts;
+  plan.results = static_cast<size_t>(results);
+  STD_TORCH_CHECK(plan.results <= made.size(), "results must be of what is made");
+  for (const Tensor& t : made) {
+    STD_TORCH_CHECK(t.is_contiguous(), "what is made must be contiguous");
+    Made one{t.scalar_type(), {}};
+    for (int64_t i = 0; i < t.dim(); ++i) one.sizes.push_back(t.size(i));
+    plan.made.push_back(std::move(one));
+  }
   size_t at = 0;
   const auto next = [&] {
     STD_TORCH_CHECK(at < steps.size(), "steps end too soon");
@@ -126,17 +171,19 @@ void plan_forward(Tensor x, Tensor weight, Tensor keep, std::optional<Tensor> th
     for (unsigned* size : {&step.grid.x, &step.grid.y, &step.grid.z}) *size = static_cast<unsigned>(next());
     for (int64_t left = next(); left > 0; --left) step.values.push_back(next());
     for (int64_t left = next(); left > 0; --left) {
-      const auto value = static_cast<size_t>(next());
-      const int64_t slot = next();
-      STD_TORCH_CHECK(value < step.values.size() && slot >= 0 && slot < kSlots, "steps must name values and slots");
-      step.addresses.emplace_back(value, static_cast<Slot>(slot));
+      const auto value = static_cast<size_t>(next()), slot = static_cast<size_t>(next());
+      const bool named = value < step.values.size() && slot < kGiven + made.size();
+      STD_TORCH_CHECK(named, "steps must name values and slots");
+      step.addresses.emplace_back(value, slot);
     }
     const size_t wanted = mft::cuda::cubin_values(step.cubin);
     STD_TORCH_CHECK(step.values.size() == wanted, "a launch of this cubin takes ", wanted, " values, got ",
                     step.values.size());
     plan.steps.push_back(std::move(step));
   }
-  const Layout layout = layout_of({&x, &weight, &keep, pointer(threshold), pointer(bias), kind});
+  Call call{{}, kind};
+  for (size_t i = 0; i < kGiven; ++i) call.given[i] = pointer(given[i]);
+  const Layout layout = layout_of(call);
   const std::lock_guard<std::mutex> guard(lock);
   plans[layout] = std::make_shared<const Plan>(std::move(plan));
 }
@@ -152,14 +199,19 @@ MFT_LIBRARY_FRAGMENT(MFT_NAMESPACE, m) {
   m.def("planned_forward(Tensor x, Tensor weight, Tensor keep, Tensor? threshold, Tensor? bias, int kind) -> Tensor?");
   m.def("try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias) -> Tensor?");
   m.def(
-      "plan_forward(Tensor x, Tensor weight, Tensor keep, Tensor? threshold, Tensor? bias, int kind, int parts, "
-      "int[] steps) -> ()");
+      "planned_gradients(Tensor grad_output, Tensor? x, Tensor weight, Tensor keep, Tensor? threshold, Tensor? sign, "
+      "int kind) -> Tensor[]");
+  m.def(
+      "planned_sums(Tensor(a!) out, Tensor grad_output, Tensor x, Tensor? weight, Tensor? sign, int kind) -> bool");
+  m.def("remember_plan(Tensor?[] given, int kind, Tensor[] made, int results, int[] steps) -> ()");
   m.def("forget_plans() -> ()");
 }
 
 MFT_LIBRARY_IMPL(MFT_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("planned_forward", TORCH_BOX(&planned_forward));
   m.impl("try_masked_linear_packed", TORCH_BOX(&try_masked_linear_packed));
-  m.impl("plan_forward", TORCH_BOX(&plan_forward));
+  m.impl("planned_gradients", TORCH_BOX(&planned_gradients));
+  m.impl("planned_sums", TORCH_BOX(&planned_sums));
+  m.impl("remember_plan", TORCH_BOX(&remember_plan));
   m.impl("forget_plans", TORCH_BOX(&forget_plans));
 }

@@ -106,17 +106,17 @@ class Cubin:
         note(Launched(self._number, whole, values, addresses))
 
 
-def values_of(kernel: Any, args: Sequence[Any]) -> tuple[list[int], list[tuple[int, torch.Tensor]]]:
-    """What a launch passes: (the bits of what is not compiled in, which of them are addresses of which tensors).
+def values_of(kernel: Any, args: Sequence[Any]) -> tuple[list[int], list[tuple[int, str, torch.Tensor]]]:
+    """What a launch passes: (the bits of what is not compiled in, which of them are addresses: parameter and tensor).
 
     A descriptor is passed as a matrix (address, shape, stride), and its shape and strides.
     """
     values: list[int] = []
-    addresses: list[tuple[int, torch.Tensor]] = []
+    addresses: list[tuple[int, str, torch.Tensor]] = []
     each = ((one, p) for a, p in zip(args, kernel.params) for one in (a if isinstance(a, tuple) else (a,)))
     for argument, parameter in each:
         if isinstance(argument, torch.Tensor):
-            addresses.append((len(values), argument))
+            addresses.append((len(values), parameter.name, argument))
             values.append(argument.data_ptr())
         elif isinstance(argument, int):
             if argument != 1 or parameter.do_not_specialize:
@@ -125,19 +125,19 @@ def values_of(kernel: Any, args: Sequence[Any]) -> tuple[list[int], list[tuple[i
             values.append(struct.unpack("<i", struct.pack("<f", argument))[0])
         elif argument is not None:
             shape, strides = argument.shape, argument.strides
-            addresses.append((len(values), argument.base))
+            addresses.append((len(values), parameter.name, argument.base))
             values += [argument.base.data_ptr(), *shape, strides[0], *shape, *strides]
     return [*values, 0, 0], addresses  # two scratches that these kernels do not have
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A cubin's launch: its number, grid and values, and which values are addresses of which tensors."""
+    """A cubin's launch: its number, grid and values, and which values are addresses, see values_of."""
 
     cubin: int
     grid: list[int]
     values: list[int]
-    addresses: list[tuple[int, torch.Tensor]]
+    addresses: list[tuple[int, str, torch.Tensor]]
 
 
 _noted = threading.local()

@@ -96,13 +96,12 @@ def accumulate_score_grad(
     out: Tensor, grad_output: Tensor, x: Tensor, weight: Tensor, scores: Tensor | None, signs: Tensor | None, mode: str
 ) -> None:
     """out += (grad_output.T @ x) * weight [* sign(scores)], in the epilogue; no temporary of that size."""
-    sign = _sign_source(scores, signs, mode)
-    score_grad(_rows(grad_output), _rows(x), weight, None, sign, d_scores=out, accumulate=True)
+    _add_sums(out, grad_output, x, weight, _sign_source(scores, signs, mode))
 
 
 def accumulate_product(out: Tensor, grad_output: Tensor, x: Tensor) -> None:
     """out += grad_output.T @ x, by the same kernel without weight and sign."""
-    score_grad(_rows(grad_output), _rows(x), None, None, None, d_scores=out, accumulate=True)
+    _add_sums(out, grad_output, x, None, None)
 
 
 # ---------------------------------------------------------------------------------------------- below: private
@@ -119,14 +118,13 @@ def _sign_source(scores: Tensor | None, signs: Tensor | None, mode: str) -> Tens
 
 
 def _forward(x: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, choose: Choose) -> Tensor:
-    by_auto = choose is automatic
-    if by_auto or choose is always_fused:
-        y = planned.run(x, weight, keep, bias, automatic=by_auto)
-        if y is not None:
-            return y
-    with noting() as launched:
-        y = _product(_rows(x), weight, keep, bias, False, choose).view(*x.shape[:-1], weight.shape[0])
-    planned.remember(x, weight, keep, bias, y, launched, automatic=by_auto)
+    given = (x, weight, keep.source, keep.thresholds, bias, None)
+    kind = _kind(planned.FORWARD, weight, keep.mode, choose=choose)
+    y = planned.forward(given, kind)
+    if y is None:
+        with noting() as launched:
+            y = _product(_rows(x), weight, keep, bias, False, choose).view(*x.shape[:-1], weight.shape[0])
+        planned.remember(given, kind, [y], launched)
     return y
 
 
@@ -140,27 +138,58 @@ def _backward(
     output_mask: list[bool],
     choose: Choose,
 ) -> Gradients:
-    grad = _rows(grad_output)
-    d_x = d_bias = None
+    reads_x, own_sign = output_mask[1] or output_mask[2], None if sign is keep.source else sign
+    given = (grad_output, x if reads_x else None, weight, keep.source, keep.thresholds, own_sign)
+    kind = _kind(planned.GRADIENTS, weight, keep.mode, *output_mask[:3], score_dtype, choose=choose)
+    grads = planned.gradients(given, kind)
+    if grads is None:
+        with noting() as launched:
+            grads = _gradients(grad_output, x, weight, keep, sign, score_dtype, output_mask, choose)
+        planned.remember(given, kind, grads, launched)
+    return grads[0], grads[1], grads[2], _rows(grad_output).sum(0) if output_mask[3] else grads[3]
+
+
+def _gradients(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    keep: Keep,
+    sign: Tensor | None,
+    score_dtype: torch.dtype,
+    output_mask: list[bool],
+    choose: Choose,
+) -> list[Tensor]:
+    """Those of _backward but d_bias."""
+    grad, rows = _rows(grad_output), _rows(x)
+    d_x = None
     d_weight = weight.new_empty(weight.shape) if output_mask[1] else None
     d_scores = weight.new_empty(weight.shape, dtype=score_dtype) if output_mask[2] else None
-    if (
-        output_mask[0]
-        and d_scores is not None
-        and _is_one_launch(grad, _rows(x), weight, keep, sign, score_dtype, choose)
-    ):
-        d_x = both(grad, _rows(x), weight, keep, sign, d_scores, d_weight)
+    if output_mask[0] and d_scores is not None and _is_one_launch(grad, rows, weight, keep, sign, score_dtype, choose):
+        d_x = both(grad, rows, weight, keep, sign, d_scores, d_weight)
     else:
         if output_mask[0]:
             d_x = _product(grad, weight, keep, None, True, choose)
         if d_scores is not None or d_weight is not None:
-            score_grad(grad, _rows(x), weight, keep, sign, d_scores=d_scores, d_weight=d_weight)
+            score_grad(grad, rows, weight, keep, sign, d_scores=d_scores, d_weight=d_weight)
     if d_x is not None:
         d_x = d_x.view(*grad_output.shape[:-1], weight.shape[1])
-    if output_mask[3]:
-        d_bias = grad.sum(0)
-    empty = [grad.new_empty(0) if g is None else g for g in (d_x, d_weight, d_scores, d_bias)]
-    return empty[0], empty[1], empty[2], empty[3]
+    return [grad.new_empty(0) if g is None else g for g in (d_x, d_weight, d_scores, None)]
+
+
+def _add_sums(out: Tensor, grad_output: Tensor, x: Tensor, weight: Tensor | None, sign: Tensor | None) -> None:
+    given = (out, grad_output, x, weight, sign, None)
+    kind = planned.kind(planned.SUMS, x)
+    if not planned.sums(given, kind):
+        with noting() as launched:
+            score_grad(_rows(grad_output), _rows(x), weight, None, sign, d_scores=out, accumulate=True)
+        planned.remember(given, kind, [], launched)
+
+
+def _kind(what: str, weight: Tensor, *decide: object, choose: Choose) -> int | None:
+    """planned.kind, for what is chosen as a user may ask for it."""
+    if choose is not automatic and choose is not always_fused:
+        return None
+    return planned.kind(what, weight, *decide, automatic=choose is automatic)
 
 
 def _is_one_launch(

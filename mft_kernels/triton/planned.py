@@ -1,68 +1,86 @@
-"""A forward by cubins, remembered by the layout of its arguments: the next call alike is one op of csrc/cuda.
+"""A call by cubins, remembered by the layout of its arguments: the next call alike is one op of csrc/cuda.
 
-What is remembered is what the first call launched: binaries, grids and values, of which the addresses of the call's own
-tensors are put in anew. A plan is of 16-bit weights, whose products depend on no setting of PyTorch.
+What is remembered is what the first call launched: binaries, grids and values, of which the addresses are put in anew:
+those of what a call is given, and of what it makes, its results and its scratch.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..autotune import measuring
-from .arguments import Keep
+from .arguments import is_exact
 from .cubins import Launched
 from .launch import recording
 from .target import is_assumed
 
-_KINDS = {"packed": 0, "magnitude": 1, "value": 2}
-#: Slot of plan_bindings.cpp behind those of x, weight, keep, threshold, bias and y: the parts of a sum.
-_PARTS = 6
+FORWARD, GRADIENTS, SUMS = "forward", "gradients", "sums"
+#: What a call is given, in the order of the op's arguments; as many as plan_bindings.cpp says.
+Given = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
-
+_numbers = itertools.count()
+#: 0 is that of the short way of masked_linear_packed, for 16-bit weights: their products depend on no setting.
+_kinds: dict[tuple[object, ...], int] = {(FORWARD, True, None, "packed"): next(_numbers)}
 _any = False  # remembered
 
 
-def run(x: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, *, automatic: bool) -> Tensor | None:
-    """y (..., N) by what an earlier call has launched; None where there was none alike."""
-    if not _any or recording() or is_assumed() or (automatic and measuring()):
+def kind(what: str, dtypes_of: Tensor, *decide: object, automatic: bool = False) -> int | None:
+    """A number for what decides beside the layout; None where this call may neither be remembered nor be served so.
+
+    ``dtypes_of``: a matrix of the product, which PyTorch's setting of fp32 precision may concern.
+    """
+    if recording() or is_assumed() or (automatic and measuring()):
         return None
-    return torch.ops.mft_cuda.planned_forward(x, weight, keep.source, keep.thresholds, bias, _kind(keep, automatic))
+    exact = None if dtypes_of.element_size() == 2 else is_exact(dtypes_of)
+    return _kinds.setdefault((what, automatic, exact, *decide), next(_numbers))
 
 
-def remember(
-    x: Tensor,
-    weight: Tensor,
-    keep: Keep,
-    bias: Tensor | None,
-    y: Tensor,
-    launched: Sequence[Launched | None],
-    *,
-    automatic: bool,
-) -> None:
-    """What a forward has launched, if that was cubins alone, and all addresses are of its own tensors."""
+def forward(given: Given, number: int | None) -> Tensor | None:
+    """y (..., N) by what an earlier call has launched; None where there was none alike."""
+    if not _any or number is None:
+        return None
+    return torch.ops.mft_cuda.planned_forward(*given[:-1], number)
+
+
+def gradients(given: Given, number: int | None) -> list[Tensor] | None:
+    """The gradients, as forward gives y."""
+    if not _any or number is None:
+        return None
+    return torch.ops.mft_cuda.planned_gradients(*given, number) or None
+
+
+def sums(given: Given, number: int | None) -> bool:
+    """Whether sums have been added to the first tensor as by an earlier call."""
+    return _any and number is not None and torch.ops.mft_cuda.planned_sums(*given[:-1], number)
+
+
+def remember(given: Given, number: int | None, results: Sequence[Tensor], launched: Sequence[Launched | None]) -> None:
+    """What a call has launched, if that was cubins alone, and all addresses are of its own tensors."""
     global _any
-    if not launched or None in launched or weight.element_size() != 2 or is_assumed() or (automatic and measuring()):
+    if number is None or not launched or None in launched:
         return
-    given = [(slot, t) for slot, t in enumerate((x, weight, keep.source, keep.thresholds, bias, y)) if t is not None]
-    slots = {t.data_ptr(): slot for slot, t in given}
-    if len(slots) < len(given):  # two begin at one address: which one is meant is not known
+    known = [(slot, t) for slot, t in enumerate((*given, *results)) if t is not None and t.numel() > 0]
+    slots = {t.data_ptr(): slot for slot, t in known}
+    if len(slots) < len(known):  # two begin at one address: which one is meant is not known
         return
-    parts, steps = 0, []
+    made, steps = list(results), []
     for one in launched:
         assert one is not None
         addresses: list[int] = []
-        for at, tensor in one.addresses:
+        for at, name, tensor in one.addresses:
             if tensor.numel() == 0:
                 continue
             slot = slots.get(tensor.data_ptr())
             if slot is None:
-                if tensor.dtype != torch.float32:  # a copy of an argument
+                if name != "parts":  # scratch that a sum writes before it is read; else a copy of an argument
                     return
-                slot, parts = _PARTS, tensor.numel()
+                slot = slots[tensor.data_ptr()] = len(given) + len(made)
+                made.append(tensor)
             addresses += [at, slot]
         steps += [one.cubin, *one.grid, len(one.values), *one.values, len(addresses) // 2, *addresses]
-    torch.ops.mft_cuda.plan_forward(x, weight, keep.source, keep.thresholds, bias, _kind(keep, automatic), parts, steps)
+    torch.ops.mft_cuda.remember_plan(given, number, made, len(results), steps)
     _any = True
 
 
@@ -72,7 +90,3 @@ def forget() -> None:
     if _any:
         torch.ops.mft_cuda.forget_plans()
     _any = False
-
-
-def _kind(keep: Keep, automatic: bool) -> int:
-    return 2 * _KINDS[keep.mode] + automatic

@@ -119,6 +119,24 @@ def test_a_call_that_resembles_a_remembered_one_is_launched_by_what_it_is(alone)
     assert alone["shared"]
 
 
+def test_each_result_takes_its_own_place(alone):
+    """Nothing else moves but the parts of a sum."""
+    results, others = alone["moved"]
+    assert results
+    assert others <= 1
+
+
+def test_gradients_are_planned_once_a_layout_and_setting(alone):
+    """Another number of tokens, pitch, alignment, dtype, of scores too, other gradients, TF32, MFT_TRITON and so on."""
+    found = alone["in Python"]
+    assert found["gradients"] == [True, False, False, False]
+    assert found["sums"] == found["fp32 gradients"] == [True, False, False]
+    assert found["other gradients"] == [True] * 11
+    assert found["other sums"] == [True] * 4
+    assert found["what torch had a hand in"] == [True] * 4  # a copy, a GEMM: no launch of ours tells of them
+    assert alone["short way"] == [True, False, False]
+
+
 def test_where_nothing_can_be_compiled_a_launch_without_a_cubin_is_refused(alone):
     assert alone["refusal"].startswith("there is no cubin for _masked_product_kernel(bfloat16[16, 128]")
     assert alone["refusal"].endswith(" on sm_90, and Triton is not installed; pip install triton")

@@ -1,17 +1,22 @@
 """What the ops launch where Triton is not installed, by the archives of launch_both.py.
 
 main(FOLDER) prints, as JSON, each call's launches and the address of its result, how many cubins were loaded, what is
-launched for calls that only resemble a remembered one, and a refusal. To be imported where ``import triton`` fails.
+launched for calls that only resemble a remembered one, which calls are planned in Python, and a refusal. To be imported
+where ``import triton`` fails.
 """
 
+import contextlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import calls
 import on_stub
 import torch
 
-from mft_kernels.triton import cubins, language, ops, planned
+from mft_kernels.triton import choice, cubins, language, ops, planned
 from mft_kernels.triton.target import A100, B200, H100
 
 assert not language.INSTALLED
@@ -49,6 +54,98 @@ def shared(stub: on_stub.Stub) -> bool:
     return address(x) in json.dumps(stub.launches())
 
 
+def in_python(call: Callable[[], object]) -> bool:
+    """Whether a call is planned there: cubins are looked for, whether they are found or not."""
+    looked_for = mock.patch.object(cubins, "find", wraps=cubins.find)
+    with looked_for as find, contextlib.suppress(cubins.NoCubin):
+        call()
+    return find.called
+
+
+def moved(stub: on_stub.Stub, call: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[bool, int]:
+    """Of the parameters that differ from the first call to the second: (have all results moved, how many others)."""
+    with on_stub.taken_for(H100):
+        (first, before), (second, after) = ((call(), stub.launches()) for _ in range(2))
+    parameters = ([p for launch in launches for p in launch["parameters"]] for launches in (before, after))
+    differ = {(p[:16], q[:16]) for p, q in zip(*parameters, strict=True) if p != q}  # address, or that of a map
+    results = {(address(a), address(b)) for a, b in zip(first, second, strict=True) if a.numel() > 0}
+    return results <= differ, len(differ - results)
+
+
+def rows(m: int, k: int, dtype: torch.dtype, pitch: int = 0, offset: int = 0) -> torch.Tensor:
+    """(M, K) in a pitch of K + pitch, the first of which lies ``offset`` elements behind a multiple of 16 bytes."""
+    return torch.empty(offset + m * (k + pitch), dtype=dtype)[offset:].view(m, k + pitch)[:, :k]
+
+
+def gradients(
+    m: int = 32, dtype: torch.dtype = calls.BF16, of_scores: torch.dtype | None = None, wanted: str = "xs", **like: int
+) -> Callable[[], object]:
+    """Of a product by words, as "auto" chooses; ``like``: see rows."""
+    n, k = 512, 1024
+    x, grad, weight = rows(m, k, dtype, **like), rows(m, n, dtype), torch.empty(n, k, dtype=dtype)
+    packed, signs = (torch.empty(n, k // 32, dtype=torch.int32) for _ in range(2))
+    scores = None if of_scores is None else torch.empty(n, k, dtype=of_scores)
+    given = (grad, x, weight, packed, scores, signs, "magnitude", ["x" in wanted, "w" in wanted, "s" in wanted, False])
+    return lambda: ops.masked_linear_packed_backward(*given, choose=choice.automatic)
+
+
+def sums(m: int = 32, into: torch.dtype = calls.BF16, **like: int) -> Callable[[], object]:
+    """As calls.sums."""
+    out, grad, x = torch.empty(512, 1024, dtype=into), rows(m, 512, calls.BF16), rows(m, 1024, calls.BF16, **like)
+    return lambda: ops.accumulate_product(out, grad, x)
+
+
+def fp32_gradients(leading: tuple[int, ...] = (16,), turned: bool = False) -> Callable[[], object]:
+    """By value; ``turned``: no view of the gradient is a matrix."""
+    grad, x = torch.empty(*leading, 512), torch.empty(*leading, 512)
+    given = (grad.transpose(0, 1) if turned else grad, x, torch.empty(512, 512), torch.empty(512, 512), torch.empty(()))
+    return lambda: ops.masked_linear_backward(*given, "value", [True, False, True, False])
+
+
+def planned_anew() -> dict[str, list[bool]]:
+    """Which of some calls in a row are planned in Python."""
+    each = {"m": 33}, {"pitch": 8}, {"offset": 1}
+    of_gradients = (
+        {"dtype": torch.float16},
+        {"of_scores": calls.BF16},
+        {"wanted": "x"},
+        {"wanted": "s"},
+        {"wanted": "xws"},
+    )
+    with on_stub.taken_for(H100):
+        found = {
+            "gradients": [in_python(gradients()) for _ in range(3)],
+            "sums": [in_python(sums()) for _ in range(3)],
+            "fp32 gradients": [in_python(fp32_gradients()) for _ in range(3)],
+            "other gradients": [in_python(gradients(**other)) for other in (*each, *of_gradients)],
+            "other sums": [in_python(sums(**other)) for other in (*each, {"into": torch.float32})],
+        }
+        torch.set_float32_matmul_precision("high")  # TF32
+        found["other gradients"].append(in_python(fp32_gradients()))
+        torch.set_float32_matmul_precision("highest")
+        for name, value in (("MFT_TRITON", "jit"), ("MFT_AUTOTUNE", "1")):
+            with mock.patch.dict(os.environ, {name: value}):
+                found["other gradients"].append(in_python(gradients()))
+        found["gradients"].append(in_python(gradients()))  # which have not been forgotten
+        copied, (m, n) = fp32_gradients((4, 4), turned=True), (128, 512)
+        given = torch.empty(m, n), torch.empty(n, n), torch.empty(n, n), torch.empty(()), None, "value"
+        through_scratch = lambda: ops.masked_linear(*given, choose=choice.automatic)  # noqa: E731
+        found["what torch had a hand in"] = [in_python(call) for call in (copied, through_scratch) for _ in range(2)]
+    return found
+
+
+def short_way() -> list[bool]:
+    """Whether it serves a remembered forward: as it was, and by each setting that takes no cubin."""
+    with on_stub.taken_for(H100):
+        x, weight = torch.empty(1, 1024, dtype=calls.BF16), torch.empty(512, 1024, dtype=calls.BF16)
+        packed, served = torch.empty(512, 32, dtype=torch.int32), []
+        ops.masked_linear_packed(x, weight, packed, None, choose=choice.automatic)
+        for setting in ({}, {"MFT_TRITON": "jit"}, {"MFT_AUTOTUNE": "1"}):
+            with mock.patch.dict(os.environ, setting):
+                served.append(torch.ops.mft_cuda.try_masked_linear_packed(x, weight, packed, None) is not None)
+    return served
+
+
 def main(folder: Path) -> None:
     """Print it."""
     stub, report = on_stub.Stub(folder), {}
@@ -63,6 +160,9 @@ def main(folder: Path) -> None:
         report[str(target)] = found
     report["modules"] = stub.modules_loaded()
     report["pitched"], report["shared"] = pitched(stub), shared(stub)
+    stub.launches()
+    report["moved"] = moved(stub, gradients())
+    report["in Python"], report["short way"] = planned_anew(), short_way()
     try:
         with on_stub.taken_for(H100):
             calls.packed_forward(3, 17, 96)()
