@@ -171,6 +171,24 @@ def evaluate(
     run_evaluate(run_config, masks, split, force=force, unquantized=unquantized)
 
 
+data = typer.Typer(no_args_is_help=True, help="Look at the rows that training and evaluation are given.")
+app.add_typer(data, name="data")
+
+
+@data.command()
+def show(
+    config: Config = None,
+    overrides: Overrides = None,
+    sets: Set = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    rows: Annotated[int, typer.Option(min=1, help="How many, from the first.")] = 3,
+) -> None:
+    """Rows as the model will see them: tokens, what of them is scored, where examples begin; loads no weight."""
+    from mft.cli.data import run_data_show
+
+    run_data_show(_read(config, overrides, sets), split, rows)
+
+
 @app.command()
 def compare(
     config: Annotated[str, typer.Option("--config", "-c", help="A study: small, smollm2, or a YAML file.")] = "small",

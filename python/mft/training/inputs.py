@@ -28,8 +28,14 @@ def read_base(masks: Path, name: str | None, dtype: str | None) -> tuple[Any, An
 
 def read_data(config: RunConfig) -> Splits:
     """Without the model, and what can be said without its tokenizer, which may have to be fetched, first."""
+    return read_rows(config)[0]
+
+
+def read_rows(config: RunConfig) -> tuple[Splits, Any]:
+    """read_data, with the tokenizer that made the rows."""
     source = open_source(config.data)
-    splits = load_splits(config.data, load_tokenizer(config.model, sequence_length=config.data.sequence_length), source)
+    tokenizer = load_tokenizer(config.model, sequence_length=config.data.sequence_length)
+    splits = load_splits(config.data, tokenizer, source)
     for note in splits.notes:
         console.print(note, style="dim", highlight=False, soft_wrap=True)
-    return splits
+    return splits, tokenizer

@@ -1,0 +1,73 @@
+"""What mft data show does: rows as a model will see them, token by token; no weight is loaded."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.text import Text
+
+from mft.checks import check_one_of
+from mft.config import RunConfig
+from mft.data.sources import SPLITS
+from mft.data.tokenization import IGNORED
+from mft.training.console import console, say
+from mft.training.inputs import read_rows
+
+LEGEND = "⟦ ⟧ hold what is scored, · parts tokens, ⏎ is a new line, ▶ begins an example that sees none before it"
+_LONGEST_CHARACTER = 4  # bytes of UTF-8, and so tokens
+
+
+def run_data_show(config: RunConfig, split: str, count: int) -> None:
+    """mft data show"""
+    check_one_of("--split", split, SPLITS)
+    splits, tokenizer = read_rows(config)
+    dataset = getattr(splits, split)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    for number in range(min(count, len(dataset))):
+        heading, text = describe_row(dataset[number], tokenizer, pad)
+        say(f"\n{split} row {number} of {len(dataset)}: {heading}", style="bold")
+        console.print(text, soft_wrap=True)
+    say(f"\n{LEGEND}", style="dim")
+
+
+def describe_row(row: Mapping[str, Any], tokenizer: Any, pad: int) -> tuple[str, Text]:
+    """(its counts, its tokens as text without the padding), of input_ids, labels and starts."""
+    ids, starts = row["input_ids"], row["starts"]
+    scored = [False, *(label != IGNORED for label in row["labels"][1:])]  # nothing predicts the first
+    end = len(ids)
+    while end and ids[end - 1] == pad and row["labels"][end - 1] == IGNORED:
+        end -= 1
+    text = Text()
+    for number, (start, stop) in enumerate(zip(starts, [*starts[1:], end])):
+        if len(starts) > 1:
+            text.append("▶ " if not number else "\n▶ ", style="bold cyan")
+        for is_scored, run in itertools.groupby(range(start, stop), key=scored.__getitem__):
+            places = list(run)
+            pieces = "·".join(map(_visible, _pieces(ids, places[0], places[-1] + 1, tokenizer)))
+            text.append(f"⟦{pieces}⟧" if is_scored else pieces, style="bold green" if is_scored else None)
+    counts = f"{end} tokens, {sum(scored)} of them scored, and {len(ids) - end} of padding"
+    return f"{len(starts)} examples, {counts}" if len(starts) > 1 else counts, text
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _pieces(ids: Sequence[int], start: int, stop: int, tokenizer: Any) -> Iterator[str]:
+    """The text of each token from start to stop; of several where one alone is no whole character."""
+    while start < stop:
+        before = list(ids[max(0, start - 1) : start])  # the first of a text loses its space with some tokenizers
+        for end in range(start + 1, min(start + _LONGEST_CHARACTER, stop) + 1):
+            text = _decoded([*before, *ids[start:end]], tokenizer)[len(_decoded(before, tokenizer)) :]
+            if not text.endswith("\ufffd"):
+                break
+        yield text
+        start = end
+
+
+def _decoded(ids: list[int], tokenizer: Any) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""
+
+
+def _visible(text: str) -> str:
+    """What would move a cursor or colour a terminal as an escape."""
+    return "".join(c if c.isprintable() else "⏎\n" if c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,55 @@
+"""mft data show: rows as the model will see them, from the tokenizer alone."""
+
+import json
+import re
+
+import pytest
+
+from mft.cli.data import describe_row
+
+
+@pytest.fixture
+def show(cli, tokenizer, smollm2_dir, tmp_path, monkeypatch):
+    """Of rows, the output of mft data show; whoever loads weights fails."""
+    from transformers import PreTrainedModel
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("the base is loaded"))
+
+    def show(rows, *arguments):
+        (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        code, output = cli("data", "show", f"model.name={smollm2_dir}", "data.source=own.jsonl", *arguments)
+        assert code == 0, output
+        return output
+
+    return show
+
+
+def test_what_is_scored_stands_in_brackets_and_padding_is_counted(show):
+    rows = [{"prompt": f"Q: 1 + {i}?\n", "completion": "It is 2\x1b[1m"} for i in range(3)]
+    output = show(rows, "data.sequence_length=32", "--rows=1", "--split=test")
+    assert "test row 0 of 1: 18 tokens, 9 of them scored, and 14 of padding" in output
+    assert re.search(r"\nQ·:· ·1· \+· ·\d·\?·⏎\n⟦It· is· ·2·\\x1b·\[·1·m·<\|im_end\|>⟧\n\n", output)
+    assert "row 1" not in output
+
+
+def test_each_example_of_a_packed_row_begins_with_a_mark(show):
+    rows = [{"prompt": f"{i}+0=", "completion": f"{i}"} for i in range(9)]
+    output = show(rows, "data.sequence_length=13")
+    assert "row 0 of " in output
+    assert ": 2 examples, 12 tokens, 4 of them scored, and 1 of padding" in output
+    assert re.search(r"\n▶ \d·\+·0·=⟦\d·<\|im_end\|>⟧\n▶ \d·\+·0·=⟦", output)
+
+
+def test_a_character_of_several_tokens_is_one_piece(tokenizer):
+    ids = tokenizer("x 🦜 é")["input_ids"]
+    row = {"input_ids": [*ids, 2, 2], "labels": [*ids, -100, -100], "starts": [0]}
+    heading, text = describe_row(row, tokenizer, 2)
+    assert len(ids) > 4
+    assert heading == f"{len(ids)} tokens, {len(ids) - 1} of them scored, and 2 of padding"
+    assert text.plain.replace("·", "") == "x⟦ 🦜 é⟧"
+
+
+def test_a_wrong_split_is_told(cli):
+    code, output = cli("data", "show", "--split", "tests")
+    assert code == 2
+    assert "--split must be one of train, validation, test, got 'tests'; did you mean test?" in output
