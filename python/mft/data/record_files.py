@@ -18,11 +18,11 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from mft.data.formats import CONTENT_COLUMNS, content_of
 from mft.files.cache import sha256_of
 from mft.files.json_file import read_object
 
 FILE_TYPES = (".jsonl", ".parquet")
-CONTENT_COLUMNS = ("messages", "prompt", "completion", "text")
 LONGEST_LINE = 64 * 2**20  # bytes; a file without line ends must not fill the memory
 SAVED = ("dataset_dict.json", "state.json")  # of save_to_disk: of several splits, of one
 _LONGEST_STATE = 16 * 2**20  # bytes of those files
@@ -185,7 +185,7 @@ _READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".arrow": _read_ar
 
 
 def _content_of(names: list[str]) -> list[str]:
-    return [name for name in CONTENT_COLUMNS if name in names] or names[:1]  # without columns rows cannot be counted
+    return content_of(names) or names[:1]  # without columns rows cannot be counted
 
 
 def _of_table(table: pyarrow.Table, path: Path, columns: list[str]) -> _File:

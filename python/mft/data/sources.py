@@ -14,8 +14,9 @@ import datasets
 from mft.checks import nearest, nearest_path
 from mft.config import DataConfig
 from mft.data.corpora import describe_headers, describe_stdlib, header_files, stdlib_files
+from mft.data.formats import CONTENT_COLUMNS, FORMS, content_of, find_form
 from mft.data.problems import Problem, describe_problems, fingerprint_of, make_problems
-from mft.data.record_files import CONTENT_COLUMNS, FILE_TYPES, Records, find_splits, hash_splits, read_files
+from mft.data.record_files import FILE_TYPES, Records, find_splits, hash_splits, read_files
 from mft.files.cache import sha256_of
 from mft.files.hub import hub_is_reachable
 
@@ -48,17 +49,13 @@ class Source:
 
 
 def form_of(records: Records) -> str:
-    """How records are read, by their columns: as messages, else as prompt and completion, else as text."""
+    """How records are read: the first of FORMS whose columns they have."""
     columns = set(records.columns)
-    if "messages" in columns:
-        return "messages"
-    if {"prompt", "completion"} <= columns:
-        return "completion"
-    if "text" in columns:
-        return "text"
-    half = columns & {"prompt", "completion"}
+    if (form := find_form(columns)) is not None:
+        return form
+    half = next((column for form in FORMS.values() for column in form.needs if column in columns), None)
     close = next(filter(None, (nearest(column, CONTENT_COLUMNS) for column in sorted(columns))), "")
-    remedy = f"{half.pop()} needs its other half" if half else f"rename or convert them{close}"
+    remedy = f"{half} needs its other half" if half else f"rename or convert them{close}"
     raise ValueError(
         f"{records.place(0)}: data must have a column messages, columns prompt and completion, or a "
         f"column text, got {', '.join(sorted(columns)) or 'none'}: {remedy}"
@@ -123,7 +120,7 @@ def _installed(config: DataConfig, sources: dict[str, str], what: str, remedy: s
 
 def _part_of(train: Records, subset: str) -> Records:
     """The training files that belong to a subset by the hash of their text, by other digits than those of the split."""
-    digests = [hashlib.sha256(_content(row)).hexdigest()[8:16] for row in train.rows]
+    digests = [hashlib.sha256(_content(row, train.columns)).hexdigest()[8:16] for row in train.rows]
     first = [int(digest, 16) % 10 < 6 for digest in digests]
     return train.select([i for i, is_first in enumerate(first) if is_first == (subset == STDLIB_SUBSETS[0])])
 
@@ -298,7 +295,8 @@ def _complete(records: dict[str, Records], source: str, notes: list[str]) -> dic
 def _split_off(records: Records, lacking: list[str]) -> dict[str, Records]:
     """Train and the lacking splits; equal rows fall into the same one, whatever their order."""
     share = {"validation": 8, "test": 9}
-    digests = [hashlib.sha256(_content(row)).hexdigest() for row in records.rows]
+    columns = content_of(records.columns)
+    digests = [hashlib.sha256(_content(row, columns)).hexdigest() for row in records.rows]
     groups: dict[str, set[str]] = {
         split: {digest for digest in digests if int(digest[:8], 16) % 10 == share[split]} for split in lacking
     }
@@ -317,9 +315,9 @@ def _split_off(records: Records, lacking: list[str]) -> dict[str, Records]:
     return {split: records.select(indices) for split, indices in picked.items()}
 
 
-def _content(row: dict[str, Any]) -> bytes:
+def _content(row: dict[str, Any], columns: Sequence[str]) -> bytes:
     """What makes two rows the same example: an id beside the same text does not."""
-    row = {key: row[key] for key in CONTENT_COLUMNS if key in row} or row
+    row = {key: row[key] for key in columns if key in row} or row
     return json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
 
 

@@ -12,16 +12,14 @@ from typing import Any
 import jinja2
 import numpy
 
-from mft.checks import nearest, shown
+from mft.data.formats import Chat, Completion, read_example, read_string
 from mft.data.sources import Records, form_of
 
 IGNORED = -100
-ROLES = ("system", "user", "assistant", "tool")
 # What a template refuses or runs into, its sandbox's refusals (SecurityError) and raise_exception among it.
 _TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError)
 BATCH = 64  # records tokenised at once: tokenizers spread a batch over the cores
 PIECE = 2**20  # characters tokenised at once, for each of which a tokenizer takes about 200 bytes
-LONGEST = 2**22  # characters of a chat, or of prompt and completion, which cannot be tokenised in pieces
 
 
 @dataclass
@@ -62,16 +60,25 @@ class Documents:
 def open_documents(records: Records, tokenizer: Any, *, assistant_only: bool) -> Documents:
     """Records as the examples that their columns make them: chats, completions or texts."""
     form = form_of(records)
-    if form == "messages":
-        return Documents(records, lambda rows, place: _chats(rows, place, tokenizer, assistant_only), is_text=False)
-    if form == "completion":
-        return Documents(records, lambda rows, place: _completions(rows, place, tokenizer), is_text=False)
-    return Documents(records, lambda rows, place: _texts(rows, place, tokenizer), is_text=True)
+    if form == "text":
+        return Documents(records, lambda rows, place: _texts(rows, place, tokenizer), is_text=True)
+
+    def encode(rows: Sequence[dict[str, Any]], place: Callable[[int], str]) -> list[Encoded]:
+        examples = []
+        for j, row in enumerate(rows):
+            example = read_example(form, row, place(j))
+            if isinstance(example, Chat):
+                examples.append(_chat(example, place(j), tokenizer, assistant_only))
+            else:
+                examples.append(_completion(example, tokenizer))
+        return examples
+
+    return Documents(records, encode, is_text=False)
 
 
 def _texts(rows: Sequence[dict[str, Any]], place: Callable[[int], str], tokenizer: Any) -> list[Encoded]:
     """tokens eos, all scored; an empty text gives none. A long text is tokenised in pieces, cut where a line ends."""
-    texts = [_string(row, "text", place(j)) for j, row in enumerate(rows)]
+    texts = [read_string(row, "text", place(j)) for j, row in enumerate(rows)]
     examples = []
     for group in _groups(texts):
         found = _tokens(group, tokenizer) if len(group[0]) <= PIECE else [_long_tokens(group[0], tokenizer)]
@@ -81,41 +88,29 @@ def _texts(rows: Sequence[dict[str, Any]], place: Callable[[int], str], tokenize
     return examples
 
 
-def _completions(rows: Sequence[dict[str, Any]], place: Callable[[int], str], tokenizer: Any) -> list[Encoded]:
+def _completion(example: Completion, tokenizer: Any) -> Encoded:
     """prompt completion eos, with the completion and eos scored."""
-    examples = []
-    for j, row in enumerate(rows):
-        prompt, completion = _string(row, "prompt", place(j)), _string(row, "completion", place(j))
-        _check_length(len(prompt) + len(completion), place(j))
-        head, both = _tokens([prompt, prompt + completion], tokenizer)
-        head = head[: len(head) - (head[-1:] == [tokenizer.eos_token_id])]  # some tokenizers close every text
-        # At inference the prompt is tokenised alone, so the completion must continue exactly those tokens.
-        tail = both[len(head) :] if both[: len(head)] == head else _tokens([completion], tokenizer, special=False)[0]
-        tail = [*tail, *_eos_unless_there(tail, tokenizer)] if completion.strip() else []
-        labels = [IGNORED] * len(head) + tail
-        examples.append(Encoded(_array(head + tail), _array(labels)))
-    return examples
+    prompt, completion = example.prompt, example.completion
+    head, both = _tokens([prompt, prompt + completion], tokenizer)
+    head = head[: len(head) - (head[-1:] == [tokenizer.eos_token_id])]  # some tokenizers close every text
+    # At inference the prompt is tokenised alone, so the completion must continue exactly those tokens.
+    tail = both[len(head) :] if both[: len(head)] == head else _tokens([completion], tokenizer, special=False)[0]
+    tail = [*tail, *_eos_unless_there(tail, tokenizer)] if completion.strip() else []
+    labels = [IGNORED] * len(head) + tail
+    return Encoded(_array(head + tail), _array(labels))
 
 
-def _chats(
-    rows: Sequence[dict[str, Any]], place: Callable[[int], str], tokenizer: Any, assistant_only: bool
-) -> list[Encoded]:
-    template = _template(tokenizer, place(0))
-    marked = re.search(r"\{%-?\s*generation\b", template) is not None
-    examples = []
-    for j, row in enumerate(rows):
-        messages = _messages(row, place(j))
-        if not messages:
-            examples.append(_whole([]))
-        elif not assistant_only:
-            examples.append(_whole(_templated(tokenizer, messages, place(j))["input_ids"]))
-        elif marked:
-            output = _templated(tokenizer, messages, place(j), return_assistant_tokens_mask=True)
-            ids, scored = _array(output["input_ids"]), numpy.array(output["assistant_masks"], dtype=bool)
-            examples.append(Encoded(ids, numpy.where(scored, ids, IGNORED).astype(numpy.int32)))
-        else:
-            examples.append(_by_prefixes(tokenizer, messages, place(j)))
-    return examples
+def _chat(chat: Chat, place: str, tokenizer: Any, assistant_only: bool) -> Encoded:
+    template = _template(tokenizer, place)
+    if not chat.messages:
+        return _whole([])
+    if not assistant_only:
+        return _whole(_templated(tokenizer, chat.messages, place)["input_ids"])
+    if re.search(r"\{%-?\s*generation\b", template) is None:
+        return _by_prefixes(tokenizer, chat.messages, place)
+    output = _templated(tokenizer, chat.messages, place, return_assistant_tokens_mask=True)
+    ids, scored = _array(output["input_ids"]), numpy.array(output["assistant_masks"], dtype=bool)
+    return Encoded(ids, numpy.where(scored, ids, IGNORED).astype(numpy.int32))
 
 
 def _by_prefixes(tokenizer: Any, messages: list[dict[str, str]], place: str) -> Encoded:
@@ -162,48 +157,6 @@ def _template(tokenizer: Any, place: str) -> str:
             "completion"
         )
     return tokenizer.get_chat_template()
-
-
-def _messages(row: dict[str, Any], place: str) -> list[dict[str, str]]:
-    """The checked conversation; [] if it has no assistant turn with text."""
-    messages = row.get("messages")
-    if not isinstance(messages, list):
-        raise ValueError(f"{place}: messages must be a list of {{role, content}}, got {shown(messages)}")
-    for turn, message in enumerate(messages):
-        where = f"{place}: messages[{turn}]"
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            keys = f"the keys {', '.join(map(str, message))}" if isinstance(message, dict) else shown(message)
-            raise ValueError(f"{where} must have a role and a content, got {keys}")
-        if message["role"] not in ROLES:
-            role = message["role"]
-            raise ValueError(f"{where}.role must be one of {', '.join(ROLES)}, got {role!r}{nearest(str(role), ROLES)}")
-        _string(message, "content", where)
-    _check_length(sum(len(message["content"]) for message in messages), place)
-    answered = any(message["role"] == "assistant" and message["content"].strip() for message in messages)
-    return messages if answered else []
-
-
-def _string(row: dict[str, Any], column: str, place: str) -> str:
-    value = row.get(column)
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: {column} must be a string, got {shown(value)}")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{place}: {column} must be Unicode text, got half a surrogate pair at character "
-                f"{error.start}: {shown(value[error.start])}"
-            ) from None
-    return value
-
-
-def _check_length(characters: int, place: str) -> None:
-    if characters > LONGEST:
-        raise ValueError(
-            f"{place}: an example must have at most {LONGEST} characters, got {characters}: leave it out, or write it "
-            "as several"
-        )
 
 
 def _groups(texts: Sequence[str]) -> Iterator[list[str]]:

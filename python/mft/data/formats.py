@@ -1,0 +1,117 @@
+"""What a record says: its form, by its columns, and by that a chat, a prompt with its completion, or a text."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from mft.checks import nearest, shown
+
+ROLES = ("system", "user", "assistant", "tool")
+LONGEST = 2**22  # characters of a chat, or of prompt and completion, which cannot be tokenised in pieces
+
+
+@dataclass(frozen=True)
+class Form:
+    """The columns that records of a form have, and those that they may have."""
+
+    needs: tuple[str, ...]
+    takes: tuple[str, ...] = ()
+
+
+# Records are of the first whose columns they have.
+FORMS = {
+    "messages": Form(("messages",)),
+    "completion": Form(("prompt", "completion")),
+    "text": Form(("text",)),
+}
+CONTENT_COLUMNS = tuple(dict.fromkeys(column for form in FORMS.values() for column in (*form.needs, *form.takes)))
+_ALWAYS_CONTENT = ("messages", "prompt", "completion", "text")  # in any form, so that splits stay what they were
+
+
+@dataclass
+class Chat:
+    """Messages as templates take them, none if no assistant turn is to be scored; those before first never are."""
+
+    messages: list[dict[str, Any]]
+    first: int = 0
+
+
+@dataclass
+class Completion:
+    prompt: str
+    completion: str
+
+
+def find_form(columns: Collection[str]) -> str | None:
+    """None if records with these columns are of no form."""
+    return next((name for name, form in FORMS.items() if set(form.needs) <= set(columns)), None)
+
+
+def content_of(columns: Collection[str]) -> list[str]:
+    """Those by which records with these columns are read, and equal ones known."""
+    name = find_form(columns)
+    known = CONTENT_COLUMNS if name is None else (*_ALWAYS_CONTENT, *FORMS[name].needs, *FORMS[name].takes)
+    return [column for column in CONTENT_COLUMNS if column in columns and column in known]
+
+
+def read_example(form: str, row: dict[str, Any], place: str) -> Chat | Completion:
+    """Of a record that is no text. Raises: ValueError that begins with place."""
+    if form == "messages":
+        return _chat(_checked(row.get("messages"), "messages", place), place)
+    return _completion(row, place)
+
+
+def read_string(row: dict[str, Any], column: str, place: str) -> str:
+    """Raises: ValueError if it is none, or cannot be encoded."""
+    value = row.get(column)
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: {column} must be a string, got {shown(value)}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{place}: {column} must be Unicode text, got half a surrogate pair at character "
+                f"{error.start}: {shown(value[error.start])}"
+            ) from None
+    return value
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _completion(row: dict[str, Any], place: str) -> Completion:
+    prompt, completion = read_string(row, "prompt", place), read_string(row, "completion", place)
+    _check_length(len(prompt) + len(completion), place)
+    return Completion(prompt, completion)
+
+
+def _chat(messages: list[dict[str, Any]], place: str, *, first: int = 0) -> Chat:
+    _check_length(sum(len(message["content"]) for message in messages), place)
+    answered = any(message["role"] == "assistant" and message["content"].strip() for message in messages[first:])
+    return Chat(messages if answered else [], first)
+
+
+def _checked(messages: Any, column: str, place: str) -> list[dict[str, Any]]:
+    if not isinstance(messages, list):
+        raise ValueError(f"{place}: {column} must be a list of {{role, content}}, got {shown(messages)}")
+    return [_message(message, f"{place}: {column}[{turn}]") for turn, message in enumerate(messages)]
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        keys = f"the keys {', '.join(map(str, message))}" if isinstance(message, dict) else shown(message)
+        raise ValueError(f"{where} must have a role and a content, got {keys}")
+    if message["role"] not in ROLES:
+        role = message["role"]
+        raise ValueError(f"{where}.role must be one of {', '.join(ROLES)}, got {role!r}{nearest(str(role), ROLES)}")
+    read_string(message, "content", where)
+    return message
+
+
+def _check_length(characters: int, place: str) -> None:
+    if characters > LONGEST:
+        raise ValueError(
+            f"{place}: an example must have at most {LONGEST} characters, got {characters}: leave it out, or write it "
+            "as several"
+        )
