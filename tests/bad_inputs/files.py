@@ -1,5 +1,5 @@
-"""What is read and written: masks, checkpoints, the paper's `masks.pt`, models, configurations, data. The model is a
-random Llama of four layers, `masks_in(tmp)` an export of masks on its layers 2 and 3.
+"""What is read and written: masks, checkpoints, the paper's `masks.pt`, models, configurations. The model is a random
+Llama of four layers, `masks_in(tmp)` an export of masks on its layers 2 and 3.
 """
 
 import json
@@ -13,8 +13,7 @@ from tiny import make_llama, masked_llama
 from torch import nn
 
 from mft.cli.verify import verify_directory
-from mft.config import DataConfig, MaskConfig, ModelConfig, RunConfig, load_config, parse_layers
-from mft.data.sources import open_source
+from mft.config import MaskConfig, ModelConfig, RunConfig, load_config, parse_layers
 from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.export import load_masks, save_masks
 from mft.masks.paper_masks import read_paper_masks
@@ -639,106 +638,6 @@ def a_configuration_of_six_lines_that_stands_for_a_million_values(tmp):
 def a_run_in_a_directory_of_something_else(tmp):
     write(tmp / "notes.txt", "mine")
     check_run_directory(tmp, overwrite=True)
-
-
-# ---------------------------------------------------------------------------------------------- data
-
-
-@refused(
-    ValueError,
-    where="data.source",
-    got="dta.jsonl'",
-    rule="must be data that exists",
-    remedy="did you mean /tmp/dir/data.jsonl?",
-)
-def data_that_is_misspelt(tmp):
-    write(tmp / "data.jsonl", "{}")
-    open_source(DataConfig(source=str(tmp / "dta.jsonl")))
-
-
-@refused(ValueError, where="data.jsonl:2", got="Expecting value", rule="must be one object a line")
-def data_with_a_broken_line(tmp):
-    open_source(DataConfig(source=str(write(tmp / "data.jsonl", '{"text": "a"}\n{"text": }\n')))).load()
-
-
-@refused(
-    ValueError,
-    where="data.jsonl:2",
-    got="got 0xe9 at byte 24 of the file",
-    rule="must be UTF-8 text",
-    remedy="convert it, if it is LATIN1 by iconv -f LATIN1 -t UTF-8",
-)
-def data_in_latin_1(tmp):
-    (tmp / "data.jsonl").write_bytes('{"text": "a"}\n{"text": "é"}\n'.encode("latin-1"))
-    open_source(DataConfig(source=str(tmp / "data.jsonl"))).load()
-
-
-@refused(
-    ValueError,
-    where="data.jsonl:1",
-    got="got one that is too deep to be read",
-    rule="JSON must nest a few levels deep",
-    remedy="examples need no more than messages",
-)
-def data_that_nest_too_deeply(tmp):
-    open_source(DataConfig(source=str(write(tmp / "data.jsonl", "[" * 10**5)))).load()
-
-
-@refused(
-    ValueError,
-    where="data.source",
-    got="both, perhaps the same twice",
-    rule="must be a directory with .jsonl or .parquet files",
-    remedy="name the directory of one",
-)
-def data_of_two_types_in_one_directory(tmp):
-    for name in ("a.jsonl", "a.parquet"):
-        write(tmp / name, "")
-    open_source(DataConfig(source=str(tmp)))
-
-
-@refused(
-    ValueError,
-    where="state.json",
-    got="../../secret.arrow",
-    rule="_data_files must be the names of what lies beside it",
-)
-def saved_data_that_name_a_file_elsewhere(tmp):
-    write(tmp / "state.json", '{"_data_files": [{"filename": "../../secret.arrow"}]}')
-    open_source(DataConfig(source=str(tmp)))
-
-
-@refused(
-    ValueError,
-    where="data.jsonl:1",
-    got="got txt",
-    rule="data must have a column messages, columns prompt and completion, or a column text",
-    remedy="did you mean text?",
-)
-def data_with_a_misspelt_column(tmp):
-    open_source(DataConfig(source=str(write(tmp / "data.jsonl", '{"txt": "a"}\n')))).load()
-
-
-@refused(
-    ValueError,
-    where="data.source",
-    got="got 1",
-    rule="must have more than 2 different examples",
-    remedy="add examples, or give those splits",
-)
-def data_that_cannot_be_split(tmp):
-    open_source(DataConfig(source=str(write(tmp / "data.jsonl", '{"text": "a"}\n' * 9)))).load()
-
-
-@refused(
-    ValueError,
-    where="data.source",
-    got="data.csv",
-    rule="must be a .jsonl or .parquet file",
-    remedy="convert it, for JSONL to one JSON object a line",
-)
-def data_in_another_format(tmp):
-    open_source(DataConfig(source=str(write(tmp / "data.csv", "text\na\n"))))
 
 
 # ---------------------------------------------------------------------------------------------- accepted

@@ -1,4 +1,7 @@
-"""Chats that tests of the data make their rows of."""
+"""Chats that tests of the data make their rows of, and a row as it is tokenised."""
+
+from mft.data.sources import Records
+from mft.data.tokenization import open_documents
 
 
 def chat(*contents, system=None):
@@ -8,3 +11,11 @@ def chat(*contents, system=None):
 
 def chats(count=40):
     return [chat(f"What is {i} + 1?", f"It is {i + 1}.") for i in range(count)]
+
+
+def encoded(row, tokenizer, assistant_only=True):
+    """The one row of a source as (ids, labels)."""
+    records = Records([row], lambda i: f"row {i}", sorted(row), [0])
+    documents = open_documents(records, tokenizer, assistant_only=assistant_only)
+    ((_, example),) = documents.encoded([0])
+    return example.ids.tolist(), example.labels.tolist()

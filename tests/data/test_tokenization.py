@@ -1,7 +1,7 @@
 """Records become tokens and labels: what is scored of texts, completions and chats, and templates that are refused."""
 
 import pytest
-from chats import chat
+from chats import chat, encoded
 
 from mft.data import tokenization
 from mft.data.sources import Records
@@ -16,14 +16,6 @@ FORGETFUL = (
     "{% for m in messages %}{% if loop.last or m['role'] != 'assistant' %}<|im_start|>{{ m['role'] }}\n"
     "{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
 )
-
-
-def encoded(row, tokenizer, assistant_only=True):
-    """The one row of a source as (ids, labels)."""
-    records = Records([row], lambda i: f"row {i}", sorted(row), [0])
-    documents = open_documents(records, tokenizer, assistant_only=assistant_only)
-    ((_, example),) = documents.encoded([0])
-    return example.ids.tolist(), example.labels.tolist()
 
 
 def test_text_ends_with_eos_and_is_scored_whole(tokenizer):

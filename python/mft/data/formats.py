@@ -7,6 +7,17 @@ from typing import Any
 from mft.checks import nearest, shown
 
 ROLES = ("system", "user", "assistant", "tool")
+# Who speaks in ShareGPT's conversations, and those like it.
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
 LONGEST = 2**22  # characters of a chat, or of prompt and completion, which cannot be tokenised in pieces
 
 
@@ -18,10 +29,22 @@ class Form:
     takes: tuple[str, ...] = ()
 
 
+# What Alpaca was trained on, for tokenizers without a template: as in the column text of tatsu-lab/alpaca.
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
 # Records are of the first whose columns they have.
 FORMS = {
     "messages": Form(("messages",)),
+    "conversations": Form(("conversations",)),  # ShareGPT's
     "completion": Form(("prompt", "completion")),
+    "instruction": Form(("instruction", "output"), ("input",)),  # Alpaca's
     "text": Form(("text",)),
 }
 CONTENT_COLUMNS = tuple(dict.fromkeys(column for form in FORMS.values() for column in (*form.needs, *form.takes)))
@@ -54,10 +77,17 @@ def content_of(columns: Collection[str]) -> list[str]:
     return [column for column in CONTENT_COLUMNS if column in columns and column in known]
 
 
-def read_example(form: str, row: dict[str, Any], place: str) -> Chat | Completion:
-    """Of a record that is no text. Raises: ValueError that begins with place."""
+def read_example(form: str, row: dict[str, Any], place: str, *, templated: bool) -> Chat | Completion:
+    """Of a record that is no text; templated: whether the tokenizer makes text of chats.
+
+    Raises: ValueError that begins with place.
+    """
     if form == "messages":
         return _chat(_checked(row.get("messages"), "messages", place), place)
+    if form == "conversations":
+        return _chat(_conversation(row.get("conversations"), place), place)
+    if form == "instruction":
+        return _instruction(row, place, templated)
     return _completion(row, place)
 
 
@@ -84,6 +114,38 @@ def _completion(row: dict[str, Any], place: str) -> Completion:
     prompt, completion = read_string(row, "prompt", place), read_string(row, "completion", place)
     _check_length(len(prompt) + len(completion), place)
     return Completion(prompt, completion)
+
+
+def _instruction(row: dict[str, Any], place: str, templated: bool) -> Chat | Completion:
+    """Alpaca's record; an input may be empty, null or absent."""
+    instruction, output = read_string(row, "instruction", place), read_string(row, "output", place)
+    given = "" if row.get("input") is None else read_string(row, "input", place)
+    if templated:
+        asked = f"{instruction}\n\n{given}" if given.strip() else instruction
+        return _chat([{"role": "user", "content": asked}, {"role": "assistant", "content": output}], place)
+    prompt = (ALPACA_WITH_INPUT if given.strip() else ALPACA).format(instruction=instruction, input=given)
+    return _completion({"prompt": prompt, "completion": output}, place)
+
+
+def _conversation(turns: Any, place: str) -> list[dict[str, Any]]:
+    """ShareGPT's turns as messages; those that are messages already stay."""
+    if not isinstance(turns, list):
+        raise ValueError(f"{place}: conversations must be a list of {{from, value}}, got {shown(turns)}")
+    return [_spoken(turn, f"{place}: conversations[{number}]") for number, turn in enumerate(turns)]
+
+
+def _spoken(turn: Any, where: str) -> dict[str, Any]:
+    if isinstance(turn, dict) and turn.get("role") is not None:
+        return _message(turn, where)
+    if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+        keys = f"the keys {', '.join(map(str, turn))}" if isinstance(turn, dict) else shown(turn)
+        raise ValueError(f"{where} must have a from and a value, got {keys}")
+    speaker = str(turn["from"])
+    if speaker not in SPEAKERS:
+        raise ValueError(
+            f"{where}.from must be one of {', '.join(SPEAKERS)}, got {turn['from']!r}{nearest(speaker, SPEAKERS)}"
+        )
+    return {"role": SPEAKERS[speaker], "content": read_string(turn, "value", where)}
 
 
 def _chat(messages: list[dict[str, Any]], place: str, *, first: int = 0) -> Chat:

@@ -21,7 +21,7 @@ from mft.files.cache import cache_root, sha256_of
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3  # counts up when the rows made from the same data change
+FORMAT = 4  # counts up when the rows made from the same data change
 NOTES_FILE = "notes.json"
 FILES = (*(f"{split}.arrow" for split in SPLITS), NOTES_FILE)
 SUMS_FILE = "SHA256SUMS"  # of those, as sha256sum writes it

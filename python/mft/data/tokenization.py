@@ -66,7 +66,7 @@ def open_documents(records: Records, tokenizer: Any, *, assistant_only: bool) ->
     def encode(rows: Sequence[dict[str, Any]], place: Callable[[int], str]) -> list[Encoded]:
         examples = []
         for j, row in enumerate(rows):
-            example = read_example(form, row, place(j))
+            example = read_example(form, row, place(j), templated=bool(tokenizer.chat_template))
             if isinstance(example, Chat):
                 examples.append(_chat(example, place(j), tokenizer, assistant_only))
             else:

@@ -1,0 +1,146 @@
+"""Data: files, directories and the records in them."""
+
+from mft.config import DataConfig
+from mft.data.formats import read_example
+from mft.data.sources import open_source
+
+from .registry import accepted, refused
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+@accepted("it is skipped, and counted in the numbers of lines")
+def an_empty_line_between_data(tmp):
+    lines = '{"text": "a"}\n\n{"text": "b"}\n{"text": "c"}\n'
+    splits = open_source(DataConfig(source=str(write(tmp / "data.jsonl", lines)))).load().values()
+    assert sorted(records.place(0).rpartition(":")[2] for records in splits) == ["1", "3", "4"]
+
+
+@accepted("the user says the instruction alone; so too where the input is empty or null")
+def an_instruction_without_an_input():
+    chat = read_example("instruction", {"instruction": "Count to 2.", "output": "1 2"}, "data.jsonl:1", templated=True)
+    assert chat.messages[0] == {"role": "user", "content": "Count to 2."}
+
+
+@refused(
+    ValueError,
+    where="data.source",
+    got="dta.jsonl'",
+    rule="must be data that exists",
+    remedy="did you mean /tmp/dir/data.jsonl?",
+)
+def data_that_is_misspelt(tmp):
+    write(tmp / "data.jsonl", "{}")
+    open_source(DataConfig(source=str(tmp / "dta.jsonl")))
+
+
+@refused(ValueError, where="data.jsonl:2", got="Expecting value", rule="must be one object a line")
+def data_with_a_broken_line(tmp):
+    open_source(DataConfig(source=str(write(tmp / "data.jsonl", '{"text": "a"}\n{"text": }\n')))).load()
+
+
+@refused(
+    ValueError,
+    where="data.jsonl:2",
+    got="got 0xe9 at byte 24 of the file",
+    rule="must be UTF-8 text",
+    remedy="convert it, if it is LATIN1 by iconv -f LATIN1 -t UTF-8",
+)
+def data_in_latin_1(tmp):
+    (tmp / "data.jsonl").write_bytes('{"text": "a"}\n{"text": "é"}\n'.encode("latin-1"))
+    open_source(DataConfig(source=str(tmp / "data.jsonl"))).load()
+
+
+@refused(
+    ValueError,
+    where="data.jsonl:1",
+    got="got one that is too deep to be read",
+    rule="JSON must nest a few levels deep",
+    remedy="examples need no more than messages",
+)
+def data_that_nest_too_deeply(tmp):
+    open_source(DataConfig(source=str(write(tmp / "data.jsonl", "[" * 10**5)))).load()
+
+
+@refused(
+    ValueError,
+    where="data.source",
+    got="both, perhaps the same twice",
+    rule="must be a directory with .jsonl or .parquet files",
+    remedy="name the directory of one",
+)
+def data_of_two_types_in_one_directory(tmp):
+    for name in ("a.jsonl", "a.parquet"):
+        write(tmp / name, "")
+    open_source(DataConfig(source=str(tmp)))
+
+
+@refused(
+    ValueError,
+    where="state.json",
+    got="../../secret.arrow",
+    rule="_data_files must be the names of what lies beside it",
+)
+def saved_data_that_name_a_file_elsewhere(tmp):
+    write(tmp / "state.json", '{"_data_files": [{"filename": "../../secret.arrow"}]}')
+    open_source(DataConfig(source=str(tmp)))
+
+
+@refused(
+    ValueError,
+    where="data.jsonl:1",
+    got="got txt",
+    rule="data must have a column messages or conversations, columns prompt and completion or instruction and output,"
+    " or a column text",
+    remedy="did you mean text?",
+)
+def data_with_a_misspelt_column(tmp):
+    open_source(DataConfig(source=str(write(tmp / "data.jsonl", '{"txt": "a"}\n')))).load()
+
+
+@refused(
+    ValueError,
+    where="data.source",
+    got="got 1",
+    rule="must have more than 2 different examples",
+    remedy="add examples, or give those splits",
+)
+def data_that_cannot_be_split(tmp):
+    open_source(DataConfig(source=str(write(tmp / "data.jsonl", '{"text": "a"}\n' * 9)))).load()
+
+
+@refused(
+    ValueError,
+    where="data.source",
+    got="data.csv",
+    rule="must be a .jsonl or .parquet file",
+    remedy="convert it, for JSONL to one JSON object a line",
+)
+def data_in_another_format(tmp):
+    open_source(DataConfig(source=str(write(tmp / "data.csv", "text\na\n"))))
+
+
+@refused(
+    ValueError,
+    where="data.jsonl:1: conversations[0].from",
+    got="got 'humam'",
+    rule="must be one of human, user, gpt",
+    remedy="did you mean human?",
+)
+def a_conversation_of_someone_unknown():
+    turns = [{"from": "humam", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+    read_example("conversations", {"conversations": turns}, "data.jsonl:1", templated=True)
+
+
+@refused(
+    ValueError,
+    where="data.jsonl:1",
+    got="got input, instruction",
+    rule="columns prompt and completion or instruction and output",
+    remedy="instruction needs its other half",
+)
+def an_instruction_without_an_output(tmp):
+    open_source(DataConfig(source=str(write(tmp / "data.jsonl", '{"instruction": "a", "input": "b"}\n')))).load()
