@@ -144,3 +144,14 @@ def a_conversation_of_someone_unknown():
 )
 def an_instruction_without_an_output(tmp):
     open_source(DataConfig(source=str(write(tmp / "data.jsonl", '{"instruction": "a", "input": "b"}\n')))).load()
+
+
+@refused(
+    ValueError,
+    where="data.jsonl:1",
+    got="got [{'role': 'user', 'content': 'Hi'}] (list) and 'Hello.' (str)",
+    rule="prompt and completion must both be strings or both lists of messages",
+)
+def a_prompt_of_messages_with_a_completion_of_text():
+    row = {"prompt": [{"role": "user", "content": "Hi"}], "completion": "Hello."}
+    read_example("completion", row, "data.jsonl:1", templated=True)

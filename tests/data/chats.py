@@ -3,6 +3,12 @@
 from mft.data.sources import Records
 from mft.data.tokenization import open_documents
 
+MARKED_CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>"
+    "{% endif %}\n{% endfor %}"
+)
+
 
 def chat(*contents, system=None):
     turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]

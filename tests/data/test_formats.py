@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from chats import chat, encoded
+from chats import MARKED_CHATML, chat, encoded
 
 from mft.data.tokenization import IGNORED
 
@@ -39,6 +39,27 @@ def test_alpacas_records_are_its_published_prompt_where_the_tokenizer_has_no_tem
     assert text.endswith(f"completes the request.\n\n{end}")
 
 
+@pytest.mark.parametrize("assistant_only", [True, False])
+@pytest.mark.parametrize("template", [None, MARKED_CHATML])
+def test_a_prompt_and_a_completion_of_messages_are_one_chat_of_which_the_completion_is_scored(
+    tokenizer, template, assistant_only, monkeypatch
+):
+    if template:
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+    turns = chat("Hi", "Hello.", "1+1?", "2", "And 3?", "No.")["messages"]
+    row = {"prompt": turns[:3], "completion": turns[3:]}
+    ids, labels = encoded(row, tokenizer, assistant_only)
+    assert ids == encoded({"messages": turns}, tokenizer)[0]
+    assert tokenizer.decode([label for label in labels if label != IGNORED]) == "2<|im_end|>No.<|im_end|>"
+
+
+def test_a_completion_is_not_told_from_a_prompt_that_a_template_rewrites(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{% generation %}{{ messages[-1].content }}{% endgeneration %}")
+    turns = chat("Hi", "Hello.", "1+1?", "2")["messages"]
+    with pytest.raises(ValueError, match=r"does not at messages\[2\] \(user\): .*, give strings, or use a template"):
+        encoded({"prompt": turns[:2], "completion": turns[2:]}, tokenizer)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -47,6 +68,11 @@ def test_alpacas_records_are_its_published_prompt_where_the_tokenizer_has_no_tem
         (said(("humam", "a")), "conversations[0].from must be one of human, user, gpt"),
         (said(("humam", "a")), "got 'humam'; did you mean human?"),
         (said(("gpt", None)), "row 0: conversations[0]: value must be a string, got null"),
+        (
+            {"prompt": chat("a")["messages"], "completion": "b"},
+            "row 0: prompt and completion must both be strings or both lists of messages, got [",
+        ),
+        ({"prompt": [], "completion": [{"role": "user"}]}, "row 0: completion[0] must have a role and a content, got"),
         ({"instruction": "a", "output": None}, "row 0: output must be a string, got null"),
         ({"instruction": "a", "input": 3, "output": "b"}, "row 0: input must be a string, got 3 (int)"),
         ({"instruction": "a", "input": "b"}, "got input, instruction: instruction needs its other half"),

@@ -1,17 +1,12 @@
 """Records become tokens and labels: what is scored of texts, completions and chats, and templates that are refused."""
 
 import pytest
-from chats import chat, encoded
+from chats import MARKED_CHATML, chat, encoded
 
 from mft.data import tokenization
 from mft.data.sources import Records
 from mft.data.tokenization import IGNORED, open_documents
 
-MARKED_CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>"
-    "{% endif %}\n{% endfor %}"
-)
 FORGETFUL = (
     "{% for m in messages %}{% if loop.last or m['role'] != 'assistant' %}<|im_start|>{{ m['role'] }}\n"
     "{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"

@@ -88,7 +88,7 @@ def read_example(form: str, row: dict[str, Any], place: str, *, templated: bool)
         return _chat(_conversation(row.get("conversations"), place), place)
     if form == "instruction":
         return _instruction(row, place, templated)
-    return _completion(row, place)
+    return _prompted(row, place)
 
 
 def read_string(row: dict[str, Any], column: str, place: str) -> str:
@@ -108,6 +108,21 @@ def read_string(row: dict[str, Any], column: str, place: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- private
+
+
+def _prompted(row: dict[str, Any], place: str) -> Chat | Completion:
+    """Of strings; or of two lists of messages, which are one chat."""
+    both = [row.get(column) for column in ("prompt", "completion")]
+    lists = [isinstance(value, list) for value in both]
+    if all(lists):
+        prompt, completion = _checked(both[0], "prompt", place), _checked(both[1], "completion", place)
+        return _chat([*prompt, *completion], place, first=len(prompt))
+    if any(lists):
+        raise ValueError(
+            f"{place}: prompt and completion must both be strings or both lists of messages, got "
+            f"{' and '.join(map(shown, both))}"
+        )
+    return _completion(row, place)
 
 
 def _completion(row: dict[str, Any], place: str) -> Completion:

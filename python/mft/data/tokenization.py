@@ -104,31 +104,34 @@ def _chat(chat: Chat, place: str, tokenizer: Any, assistant_only: bool) -> Encod
     template = _template(tokenizer, place)
     if not chat.messages:
         return _whole([])
-    if not assistant_only:
+    if not assistant_only and not chat.first:
         return _whole(_templated(tokenizer, chat.messages, place)["input_ids"])
     if re.search(r"\{%-?\s*generation\b", template) is None:
-        return _by_prefixes(tokenizer, chat.messages, place)
+        return _by_prefixes(tokenizer, chat, place)
     output = _templated(tokenizer, chat.messages, place, return_assistant_tokens_mask=True)
-    ids, scored = _array(output["input_ids"]), numpy.array(output["assistant_masks"], dtype=bool)
-    return Encoded(ids, numpy.where(scored, ids, IGNORED).astype(numpy.int32))
+    ids, scored = output["input_ids"], numpy.array(output["assistant_masks"], dtype=bool)
+    prompt = chat.messages[: chat.first]
+    if any(message["role"] == "assistant" for message in prompt):
+        before = _templated(tokenizer, prompt, place)["input_ids"]
+        if ids[: len(before)] != before:
+            raise _not_a_continuation(chat, chat.first, place)
+        scored[: len(before)] = False
+    return Encoded(_array(ids), numpy.where(scored, ids, IGNORED).astype(numpy.int32))
 
 
-def _by_prefixes(tokenizer: Any, messages: list[dict[str, str]], place: str) -> Encoded:
+def _by_prefixes(tokenizer: Any, chat: Chat, place: str) -> Encoded:
     """An assistant turn is what the template adds to the generation prompt before it, up to its end-of-turn token."""
+    messages = chat.messages
     ids = _templated(tokenizer, messages, place)["input_ids"]
     labels = numpy.full(len(ids), IGNORED, dtype=numpy.int32)
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+    for turn in range(chat.first, len(messages)):
+        if messages[turn]["role"] != "assistant":
             continue
         before, after = [], _templated(tokenizer, messages[: turn + 1], place)["input_ids"]
         if turn:
             before = _templated(tokenizer, messages[:turn], place, add_generation_prompt=True)["input_ids"]
         if not turn or after[: len(before)] != before or ids[: len(after)] != after:
-            raise ValueError(
-                f"{place}: the chat template of this tokenizer must render a conversation as a continuation of its "
-                f"beginning, and does not at messages[{turn}] (assistant): which tokens to score is unknown; begin "
-                "with a user message, use a template with {% generation %} marks, or set data.assistant_only to false"
-            )
+            raise _not_a_continuation(chat, turn, place)
         end = len(after)
         special = set(tokenizer.all_special_ids)
         closing = [i for i in range(len(before), end) if ids[i] in special]
@@ -136,6 +139,16 @@ def _by_prefixes(tokenizer: Any, messages: list[dict[str, str]], place: str) -> 
             end = closing[-1] + 1  # without the newline that ChatML puts after its end-of-turn token
         labels[len(before) : end] = ids[len(before) : end]
     return Encoded(_array(ids), labels)
+
+
+def _not_a_continuation(chat: Chat, turn: int, place: str) -> ValueError:
+    marks = "use a template with {% generation %} marks"
+    remedy = f"give strings, or {marks}" if chat.first else f"{marks}, or set data.assistant_only to false"
+    return ValueError(
+        f"{place}: the chat template of this tokenizer must render a conversation as a continuation of its "
+        f"beginning, and does not at messages[{turn}] ({chat.messages[turn]['role']}): which tokens to score is "
+        f"unknown; begin with a user message, {remedy}"
+    )
 
 
 def _templated(tokenizer: Any, messages: list[dict[str, str]], place: str, **asked: bool) -> dict[str, list[int]]:
