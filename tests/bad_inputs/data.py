@@ -155,3 +155,25 @@ def an_instruction_without_an_output(tmp):
 def a_prompt_of_messages_with_a_completion_of_text():
     row = {"prompt": [{"role": "user", "content": "Hi"}], "completion": "Hello."}
     read_example("completion", row, "data.jsonl:1", templated=True)
+
+
+@refused(
+    ValueError,
+    where="data.jsonl:1: messages[0].content[1]",
+    got="got the type image_url",
+    rule="must be {type: text, text: ...}, since models read text alone",
+)
+def a_message_with_a_picture():
+    content = [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": "x.png"}}]
+    read_example("messages", {"messages": [{"role": "user", "content": content}]}, "data.jsonl:1", templated=True)
+
+
+@refused(
+    ValueError,
+    where="data.jsonl:1: tools",
+    got="""got '"add"' (str)""",
+    rule="must be a list of objects, or one as JSON",
+)
+def tools_that_are_no_list():
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    read_example("messages", {"messages": turns, "tools": '"add"'}, "data.jsonl:1", templated=True)

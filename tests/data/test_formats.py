@@ -1,11 +1,20 @@
 """Records as people have them become the same rows as the messages, or the prompt and completion, that they mean."""
 
+import json
 import re
 
+import datasets
 import pytest
 from chats import MARKED_CHATML, chat, encoded
 
-from mft.data.tokenization import IGNORED
+from mft.data.sources import Records
+from mft.data.tokenization import IGNORED, open_documents
+
+WITH_TOOLS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>"
+    "{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def scored(row, tokenizer):
@@ -60,6 +69,42 @@ def test_a_completion_is_not_told_from_a_prompt_that_a_template_rewrites(tokeniz
         encoded({"prompt": turns[:2], "completion": turns[2:]}, tokenizer)
 
 
+def test_parts_of_text_are_one_content(tokenizer):
+    parts = [{"type": "text", "text": "a", "image": None}, {"type": "text", "text": "b"}]
+    assert encoded(chat(parts, "c"), tokenizer) == encoded(chat("a\nb", "c"), tokenizer)
+
+
+def called(name, **arguments):
+    turns = chat("What is it?", "", "20", "It is 20.")["messages"]
+    turns[1] = {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+    turns[2]["role"] = "tool"
+    return {"messages": turns, "tools": [{"function": {"name": name, "parameters": {key: {} for key in arguments}}}]}
+
+
+def test_tools_and_their_calls_reach_the_template_as_they_are(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", WITH_TOOLS)
+    row = called("weather", city="Rome", day=None)
+    text, answers = scored(row, tokenizer)
+    assert text.startswith('<|im_start|>system\n[{"function": {"name": "weather", "parameters": {"city": {}, "day"')
+    call = '{"function": {"name": "weather", "arguments": {"city": "Rome", "day": null}}}'
+    assert answers == f"{call}<|im_end|>It is 20.<|im_end|>"
+    assert scored({**row, "tools": json.dumps(row["tools"])}, tokenizer) == (text, answers)
+    alone = {"messages": row["messages"][:2], "tools": []}
+    assert scored(alone, tokenizer)[1] == f"{call}<|im_end|>"
+
+
+def test_calls_of_other_arguments_in_a_column_of_arrow_stay_apart(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", WITH_TOOLS)
+    rows = [called("weather", city="Rome"), called("time", zone="CET", short=True)]
+    table = datasets.Dataset.from_list(rows)
+    assert set(table[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]) == {"city", "zone", "short"}
+    examples = [
+        list(open_documents(records, tokenizer, assistant_only=True).encoded([0, 1]))
+        for records in (Records(given, str, ["messages", "tools"], [0, 1]) for given in (rows, table))
+    ]
+    assert [example.ids.tolist() for _, example in examples[0]] == [example.ids.tolist() for _, example in examples[1]]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -73,6 +118,18 @@ def test_a_completion_is_not_told_from_a_prompt_that_a_template_rewrites(tokeniz
             "row 0: prompt and completion must both be strings or both lists of messages, got [",
         ),
         ({"prompt": [], "completion": [{"role": "user"}]}, "row 0: completion[0] must have a role and a content, got"),
+        (
+            chat([{"type": "text", "text": "a"}, {"type": "image_url"}], "b"),
+            "row 0: messages[0].content[1] must be {type: text, text: ...}, since models read text alone, got the type "
+            "image_url",
+        ),
+        ({**chat("a", "b"), "tools": "x"}, "row 0: tools must be a list of objects, or one as JSON, got 'x' (str)"),
+        (called("a", b="\ud800"), "row 0: messages[1]: tool_calls must be Unicode text, got half a surrogate pair at"),
+        (called("a", b="a" * 2**22), "row 0: an example must have at most 4194304 characters, got"),
+        (
+            called("a"),
+            "row 0: the chat template of this tokenizer must render tool_calls where a message has no content",
+        ),
         ({"instruction": "a", "output": None}, "row 0: output must be a string, got null"),
         ({"instruction": "a", "input": 3, "output": "b"}, "row 0: input must be a string, got 3 (int)"),
         ({"instruction": "a", "input": "b"}, "got input, instruction: instruction needs its other half"),

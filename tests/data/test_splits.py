@@ -77,7 +77,11 @@ def test_what_is_cut_or_left_out_is_said(tokenizer, write):
             [{"messages": [{"role": "asistant", "content": str(i)}]} for i in range(9)],
             "messages[0].role must be one of system, user, assistant, tool, got 'asistant'; did you mean assistant?",
         ),
-        ([{"messages": [{"role": "user", "content": [i]}]} for i in range(9)], "]: content must be a string, got ["),
+        (
+            [{"messages": [{"role": "user", "content": [i]}]} for i in range(9)],
+            "].content[0] must be {{type: text, text: ",
+        ),
+        ([{"messages": [{"role": "user", "content": i}]} for i in range(9)], "]: content must be a string, got "),
         ([{"text": f"{i} \ud800"} for i in range(9)], "text must be Unicode text, got half a surrogate pair at"),
         (
             [{"messages": [{"role": "assistant", "content": str(i)}]} for i in range(9)],

@@ -1,5 +1,7 @@
 """What a record says: its form, by its columns, and by that a chat, a prompt with its completion, or a text."""
 
+import contextlib
+import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -41,9 +43,9 @@ ALPACA_WITH_INPUT = (
 )
 # Records are of the first whose columns they have.
 FORMS = {
-    "messages": Form(("messages",)),
-    "conversations": Form(("conversations",)),  # ShareGPT's
-    "completion": Form(("prompt", "completion")),
+    "messages": Form(("messages",), ("tools",)),
+    "conversations": Form(("conversations",), ("tools",)),  # ShareGPT's
+    "completion": Form(("prompt", "completion"), ("tools",)),
     "instruction": Form(("instruction", "output"), ("input",)),  # Alpaca's
     "text": Form(("text",)),
 }
@@ -53,10 +55,14 @@ _ALWAYS_CONTENT = ("messages", "prompt", "completion", "text")  # in any form, s
 
 @dataclass
 class Chat:
-    """Messages as templates take them, none if no assistant turn is to be scored; those before first never are."""
+    """Messages as templates take them, none if no assistant turn is to be scored; those before first never are.
+
+    tools: what the assistant may call, if the record says so.
+    """
 
     messages: list[dict[str, Any]]
     first: int = 0
+    tools: list[dict[str, Any]] | None = None
 
 
 @dataclass
@@ -83,12 +89,22 @@ def read_example(form: str, row: dict[str, Any], place: str, *, templated: bool)
     Raises: ValueError that begins with place.
     """
     if form == "messages":
-        return _chat(_checked(row.get("messages"), "messages", place), place)
+        return _chat(row, _checked(row.get("messages"), "messages", place), place)
     if form == "conversations":
-        return _chat(_conversation(row.get("conversations"), place), place)
+        return _chat(row, _conversation(row.get("conversations"), place), place)
     if form == "instruction":
         return _instruction(row, place, templated)
     return _prompted(row, place)
+
+
+def without_filling(value: Any, *, inside: bool = False) -> Any:
+    """A row of Arrow, which gives all objects of a column the same keys, with tools and tool_calls as they were."""
+    if isinstance(value, list):
+        return [without_filling(item, inside=inside) for item in value]
+    if not isinstance(value, dict):
+        return value
+    items = ((key, item) for key, item in value.items() if item is not None or not inside)
+    return {key: without_filling(item, inside=inside or key in ("tools", "tool_calls")) for key, item in items}
 
 
 def read_string(row: dict[str, Any], column: str, place: str) -> str:
@@ -116,7 +132,7 @@ def _prompted(row: dict[str, Any], place: str) -> Chat | Completion:
     lists = [isinstance(value, list) for value in both]
     if all(lists):
         prompt, completion = _checked(both[0], "prompt", place), _checked(both[1], "completion", place)
-        return _chat([*prompt, *completion], place, first=len(prompt))
+        return _chat(row, [*prompt, *completion], place, first=len(prompt))
     if any(lists):
         raise ValueError(
             f"{place}: prompt and completion must both be strings or both lists of messages, got "
@@ -137,7 +153,7 @@ def _instruction(row: dict[str, Any], place: str, templated: bool) -> Chat | Com
     given = "" if row.get("input") is None else read_string(row, "input", place)
     if templated:
         asked = f"{instruction}\n\n{given}" if given.strip() else instruction
-        return _chat([{"role": "user", "content": asked}, {"role": "assistant", "content": output}], place)
+        return _chat({}, [{"role": "user", "content": asked}, {"role": "assistant", "content": output}], place)
     prompt = (ALPACA_WITH_INPUT if given.strip() else ALPACA).format(instruction=instruction, input=given)
     return _completion({"prompt": prompt, "completion": output}, place)
 
@@ -163,10 +179,34 @@ def _spoken(turn: Any, where: str) -> dict[str, Any]:
     return {"role": SPEAKERS[speaker], "content": read_string(turn, "value", where)}
 
 
-def _chat(messages: list[dict[str, Any]], place: str, *, first: int = 0) -> Chat:
-    _check_length(sum(len(message["content"]) for message in messages), place)
-    answered = any(message["role"] == "assistant" and message["content"].strip() for message in messages[first:])
-    return Chat(messages if answered else [], first)
+def _chat(row: dict[str, Any], messages: list[dict[str, Any]], place: str, *, first: int = 0) -> Chat:
+    tools = _tools(row.get("tools"), place)
+    calls = [message["tool_calls"] for message in messages if "tool_calls" in message]
+    spoken = sum(len(message["content"]) for message in messages)
+    _check_length(spoken + sum(map(len, map(_as_json, (tools, *calls)))), place)
+    answered = any(
+        message["role"] == "assistant" and (message["content"].strip() or "tool_calls" in message)
+        for message in messages[first:]
+    )
+    return Chat(messages if answered else [], first, tools)
+
+
+def _tools(tools: Any, place: str) -> list[dict[str, Any]] | None:
+    """Schemas of functions, in some data sets as JSON."""
+    given = tools
+    if isinstance(tools, str):
+        with contextlib.suppress(ValueError, RecursionError):  # refused below
+            tools = json.loads(tools)
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"{place}: tools must be a list of objects, or one as JSON, got {shown(given)}")
+    read_string({"tools": _as_json(tools)}, "tools", place)
+    return tools
+
+
+def _as_json(value: Any) -> str:
+    return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _checked(messages: Any, column: str, place: str) -> list[dict[str, Any]]:
@@ -176,14 +216,40 @@ def _checked(messages: Any, column: str, place: str) -> list[dict[str, Any]]:
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
+    """With content as one text, and without keys that are null."""
+    calls = isinstance(message, dict) and message.get("role") == "assistant" and message.get("tool_calls")
+    if calls and message.get("content") is None:
+        message = {**message, "content": ""}
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         keys = f"the keys {', '.join(map(str, message))}" if isinstance(message, dict) else shown(message)
         raise ValueError(f"{where} must have a role and a content, got {keys}")
     if message["role"] not in ROLES:
         role = message["role"]
         raise ValueError(f"{where}.role must be one of {', '.join(ROLES)}, got {role!r}{nearest(str(role), ROLES)}")
-    read_string(message, "content", where)
+    content = _joined(message["content"], where)
+    read_string({"content": content}, "content", where)
+    message = {key: value for key, value in {**message, "content": content}.items() if value is not None}
+    if not message.get("tool_calls"):
+        message.pop("tool_calls", None)
+    elif not isinstance(message["tool_calls"], list):
+        raise ValueError(f"{where}.tool_calls must be a list, got {shown(message['tool_calls'])}")
+    else:
+        read_string({"tool_calls": _as_json(message["tool_calls"])}, "tool_calls", where)
     return message
+
+
+def _joined(content: Any, where: str) -> Any:
+    """Parts of text as one, a line or more each, as mft serve joins them."""
+    if not isinstance(content, list):
+        return content
+    for number, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            other = isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] != "text"
+            got = f"the type {part['type']}" if other else shown(part)
+            raise ValueError(
+                f"{where}.content[{number}] must be {{type: text, text: ...}}, since models read text alone, got {got}"
+            )
+    return "\n".join(part["text"] for part in content)
 
 
 def _check_length(characters: int, place: str) -> None:

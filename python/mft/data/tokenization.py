@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import datasets
 import jinja2
 import numpy
 
-from mft.data.formats import Chat, Completion, read_example, read_string
+from mft.data.formats import Chat, Completion, read_example, read_string, without_filling
 from mft.data.sources import Records, form_of
 
 IGNORED = -100
@@ -62,10 +63,12 @@ def open_documents(records: Records, tokenizer: Any, *, assistant_only: bool) ->
     form = form_of(records)
     if form == "text":
         return Documents(records, lambda rows, place: _texts(rows, place, tokenizer), is_text=True)
+    of_arrow = isinstance(records.rows, datasets.Dataset)
 
     def encode(rows: Sequence[dict[str, Any]], place: Callable[[int], str]) -> list[Encoded]:
         examples = []
         for j, row in enumerate(rows):
+            row = without_filling(row) if of_arrow else row
             example = read_example(form, row, place(j), templated=bool(tokenizer.chat_template))
             if isinstance(example, Chat):
                 examples.append(_chat(example, place(j), tokenizer, assistant_only))
@@ -101,18 +104,19 @@ def _completion(example: Completion, tokenizer: Any) -> Encoded:
 
 
 def _chat(chat: Chat, place: str, tokenizer: Any, assistant_only: bool) -> Encoded:
-    template = _template(tokenizer, place)
+    template = _template(tokenizer, place, chat.tools)
     if not chat.messages:
         return _whole([])
+    _check_calls(chat, template, place)
     if not assistant_only and not chat.first:
-        return _whole(_templated(tokenizer, chat.messages, place)["input_ids"])
+        return _whole(_templated(tokenizer, chat, chat.messages, place)["input_ids"])
     if re.search(r"\{%-?\s*generation\b", template) is None:
         return _by_prefixes(tokenizer, chat, place)
-    output = _templated(tokenizer, chat.messages, place, return_assistant_tokens_mask=True)
+    output = _templated(tokenizer, chat, chat.messages, place, return_assistant_tokens_mask=True)
     ids, scored = output["input_ids"], numpy.array(output["assistant_masks"], dtype=bool)
     prompt = chat.messages[: chat.first]
     if any(message["role"] == "assistant" for message in prompt):
-        before = _templated(tokenizer, prompt, place)["input_ids"]
+        before = _templated(tokenizer, chat, prompt, place)["input_ids"]
         if ids[: len(before)] != before:
             raise _not_a_continuation(chat, chat.first, place)
         scored[: len(before)] = False
@@ -122,14 +126,14 @@ def _chat(chat: Chat, place: str, tokenizer: Any, assistant_only: bool) -> Encod
 def _by_prefixes(tokenizer: Any, chat: Chat, place: str) -> Encoded:
     """An assistant turn is what the template adds to the generation prompt before it, up to its end-of-turn token."""
     messages = chat.messages
-    ids = _templated(tokenizer, messages, place)["input_ids"]
+    ids = _templated(tokenizer, chat, messages, place)["input_ids"]
     labels = numpy.full(len(ids), IGNORED, dtype=numpy.int32)
     for turn in range(chat.first, len(messages)):
         if messages[turn]["role"] != "assistant":
             continue
-        before, after = [], _templated(tokenizer, messages[: turn + 1], place)["input_ids"]
+        before, after = [], _templated(tokenizer, chat, messages[: turn + 1], place)["input_ids"]
         if turn:
-            before = _templated(tokenizer, messages[:turn], place, add_generation_prompt=True)["input_ids"]
+            before = _templated(tokenizer, chat, messages[:turn], place, add_generation_prompt=True)["input_ids"]
         if not turn or after[: len(before)] != before or ids[: len(after)] != after:
             raise _not_a_continuation(chat, turn, place)
         end = len(after)
@@ -139,6 +143,17 @@ def _by_prefixes(tokenizer: Any, chat: Chat, place: str) -> Encoded:
             end = closing[-1] + 1  # without the newline that ChatML puts after its end-of-turn token
         labels[len(before) : end] = ids[len(before) : end]
     return Encoded(_array(ids), labels)
+
+
+def _check_calls(chat: Chat, template: str, place: str) -> None:
+    """A turn that is calls alone would be an empty answer by a template that does not know them."""
+    for turn, message in enumerate(chat.messages):
+        if "tool_calls" in message and not message["content"].strip() and "tool_calls" not in template:
+            raise ValueError(
+                f"{place}: the chat template of this tokenizer must render tool_calls where a message has no content, "
+                f"and does not name them, got them in messages[{turn}]: set model.chat_template to one that does, or "
+                "write the calls into content"
+            )
 
 
 def _not_a_continuation(chat: Chat, turn: int, place: str) -> ValueError:
@@ -151,9 +166,12 @@ def _not_a_continuation(chat: Chat, turn: int, place: str) -> ValueError:
     )
 
 
-def _templated(tokenizer: Any, messages: list[dict[str, str]], place: str, **asked: bool) -> dict[str, list[int]]:
+def _templated(
+    tokenizer: Any, chat: Chat, messages: list[dict[str, Any]], place: str, **asked: bool
+) -> dict[str, list[int]]:
+    """Messages that chat begins with, or all of them."""
     try:
-        return tokenizer.apply_chat_template(messages, return_dict=True, **asked)
+        return tokenizer.apply_chat_template(messages, tools=chat.tools, return_dict=True, **asked)
     except _TEMPLATE_ERRORS as error:
         raise ValueError(
             f"{place}: the chat template of this tokenizer must render messages, and stops with "
@@ -162,14 +180,14 @@ def _templated(tokenizer: Any, messages: list[dict[str, str]], place: str, **ask
         ) from error
 
 
-def _template(tokenizer: Any, place: str) -> str:
+def _template(tokenizer: Any, place: str, tools: list[dict[str, Any]] | None) -> str:
     if not tokenizer.chat_template:
         raise ValueError(
             f"{place}: messages need a tokenizer with a chat template, got one without: set "
             "model.chat_template (tulu, or a Jinja file), use an instruction-tuned model, or data with prompt and "
             "completion"
         )
-    return tokenizer.get_chat_template()
+    return tokenizer.get_chat_template(tools=tools)
 
 
 def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
