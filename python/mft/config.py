@@ -168,7 +168,7 @@ class MaskConfig:
 class DataConfig:
     """Which text, and how it becomes rows of sequence_length tokens."""
 
-    source: str = "stdlib"  # or headers, problems, a hub id, a directory, *.jsonl, *.parquet
+    source: str = "stdlib"  # or headers, problems, a hub id, a directory, *.jsonl, *.parquet, *.csv
     subset: str | None = None  # of a hub data set; of stdlib: pretrain or finetune, parts of its training files
     split: str = "train"
     validation_split: str | None = None

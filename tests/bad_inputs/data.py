@@ -19,6 +19,13 @@ def an_empty_line_between_data(tmp):
     assert sorted(records.place(0).rpartition(":")[2] for records in splits) == ["1", "3", "4"]
 
 
+@accepted("it is left aside, as a table about the others")
+def a_table_beside_data(tmp):
+    write(tmp / "train.jsonl", '{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n')
+    write(tmp / "train.csv", "id,name\n1,x\n")
+    assert sum(len(records.rows) for records in open_source(DataConfig(source=str(tmp))).load().values()) == 3
+
+
 @accepted("the user says the instruction alone; so too where the input is empty or null")
 def an_instruction_without_an_input():
     chat = read_example("instruction", {"instruction": "Count to 2.", "output": "1 2"}, "data.jsonl:1", templated=True)
@@ -68,8 +75,8 @@ def data_that_nest_too_deeply(tmp):
 @refused(
     ValueError,
     where="data.source",
-    got="both, perhaps the same twice",
-    rule="must be a directory with .jsonl or .parquet files",
+    got=".jsonl and .parquet, perhaps the same twice",
+    rule="must be a directory with .jsonl, .parquet or .csv files",
     remedy="name the directory of one",
 )
 def data_of_two_types_in_one_directory(tmp):
@@ -115,12 +122,12 @@ def data_that_cannot_be_split(tmp):
 @refused(
     ValueError,
     where="data.source",
-    got="data.csv",
-    rule="must be a .jsonl or .parquet file",
+    got="data.json",
+    rule="must be a .jsonl, .parquet or .csv file",
     remedy="convert it, for JSONL to one JSON object a line",
 )
 def data_in_another_format(tmp):
-    open_source(DataConfig(source=str(write(tmp / "data.csv", "text\na\n"))))
+    open_source(DataConfig(source=str(write(tmp / "data.json", '[{"text": "a"}]'))))
 
 
 @refused(
@@ -177,3 +184,26 @@ def a_message_with_a_picture():
 def tools_that_are_no_list():
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     read_example("messages", {"messages": turns, "tools": '"add"'}, "data.jsonl:1", templated=True)
+
+
+@refused(
+    ValueError,
+    where="data.csv:3",
+    got="got 3",
+    rule="must have 2 values, as many as the header names",
+    remedy="put quotes around one that has commas",
+)
+def a_table_with_a_comma_too_many(tmp):
+    lines = 'prompt,completion\n"1, 2,",3\n1, 2,3\n'
+    open_source(DataConfig(source=str(write(tmp / "data.csv", lines)))).load()
+
+
+@refused(
+    ValueError,
+    where="data.csv:2",
+    got="unexpected end of data",
+    rule="broken CSV",
+    remedy="put quotes around what has commas, quotes or line ends, and write quotes in it twice",
+)
+def a_table_with_a_quote_that_stays_open(tmp):
+    open_source(DataConfig(source=str(write(tmp / "data.csv", 'text\n"a\nb\n')))).load()

@@ -1,5 +1,6 @@
 """Files and directories of records: which are read, nothing beyond them, and what is said of wrong ones."""
 
+import csv
 import json
 import re
 import socket
@@ -28,6 +29,20 @@ def test_parquet_gives_the_rows_of_the_same_jsonl(tokenizer, write, tmp_path):
     assert (one.train[:], one.test[:]) == (two.train[:], two.test[:])
 
 
+def test_csv_gives_the_rows_of_the_same_jsonl(tokenizer, write, tmp_path):
+    long = "word, " * 30_000  # longer than csv's own limit
+    rows = [{"prompt": f'{i} "x",\r\n\n', "completion": long if i == 4 else f"é{i}"} for i in range(20)]
+    with (tmp_path / "data.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["id", "completion", "prompt"])
+        writer.writeheader()
+        writer.writerows({"id": number, **row} for number, row in enumerate(rows))
+    one, two = (
+        load_splits(DataConfig(source=source, sequence_length=64), tokenizer)
+        for source in (write(rows), str(tmp_path / "data.csv"))
+    )
+    assert (one.train[:], one.test[:]) == (two.train[:], two.test[:])
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
@@ -42,6 +57,8 @@ def test_parquet_gives_the_rows_of_the_same_jsonl(tokenizer, write, tmp_path):
             ["data/train_sft-00000-of-00001.jsonl", "data/x.jsonl"],
             {"train_sft": ["data/train_sft-00000-of-00001.jsonl"]},
         ),
+        (["train.csv", "test.csv"], {"train": ["train.csv"], "test": ["test.csv"]}),
+        (["train.jsonl", "train.csv"], {"train": ["train.jsonl"]}),
         (["contest.jsonl", ".hidden/train.jsonl", "latest.jsonl"], {"train": ["contest.jsonl", "latest.jsonl"]}),
     ],
 )
@@ -147,8 +164,14 @@ def test_a_file_without_line_ends_is_not_read_whole(tmp_path, monkeypatch):
         ("a.jsonl", b'{}\n{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "a.jsonl:2: JSON must nest a few levels deep"),
         ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "a.jsonl:1: broken JSON, must be one object a line: Exceeds the"),
         ("a.parquet", b"PAR1", "a.parquet must be a parquet file, and cannot be read as one"),
-        ("a.csv", b"text", "data.source must be a .jsonl or .parquet file if it is a file, got "),
-        ("b/a.txt", b"text", "data.source must be a directory with .jsonl or .parquet files, got "),
+        ("a.json", b"text", "data.source must be a .jsonl, .parquet or .csv file if it is a file, got "),
+        ("a.csv", b'text,id\na,1\n\n"b\nc",2\nd\n', "a.csv:6: must have 2 values, as many as the header"),
+        ("a.csv", b"text\n'a'\n\"b\" c\n", "a.csv:3: broken CSV: ',' expected after '\"': put quotes around"),
+        ("a.csv", b"text\na\n\xe9\n", "a.csv:3: must be UTF-8 text, got 0xe9 at byte 7 of the file: convert it"),
+        ("a.csv", b"text,text\na,b\n", "a.csv:1: the header must name each column once, got text,text"),
+        ("a.csv", b"prompt;completion\na;b\n", "a.csv:2: data must have a column messages"),
+        ("a.csv", b"", "must hold examples, got an empty train split"),
+        ("b/a.txt", b"text", "data.source must be a directory with .jsonl, .parquet or .csv files, got "),
         ("b/train.jsonl", b'{"text": \n', "b/train.jsonl:1: broken JSON, must be one object a line"),
         ("c/train.jsonl", b"", "must hold examples, got an empty train split"),
         (

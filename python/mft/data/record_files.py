@@ -1,15 +1,16 @@
-"""Records from data files: JSON lines, parquet, what datasets' save_to_disk wrote. Of a directory nothing else is read.
+"""Records from data files: JSON lines, parquet, CSV, what datasets' save_to_disk wrote; of a directory nothing else.
 
 A data set's card, a loading script or the features that a file declares can name URLs and other people's files, and
 datasets follows them; so files are found by their names here, and read as plain columns.
 """
 
 import bisect
+import csv
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from mft.data.formats import CONTENT_COLUMNS, content_of
 from mft.files.cache import sha256_of
 from mft.files.json_file import read_object
 
-FILE_TYPES = (".jsonl", ".parquet")
+FILE_TYPES = (".jsonl", ".parquet", ".csv")
+TYPES = ".jsonl, .parquet or .csv"
 LONGEST_LINE = 64 * 2**20  # bytes; a file without line ends must not fill the memory
 SAVED = ("dataset_dict.json", "state.json")  # of save_to_disk: of several splits, of one
 _LONGEST_STATE = 16 * 2**20  # bytes of those files
@@ -53,6 +55,7 @@ def find_splits(directory: Path) -> tuple[dict[str, list[Path]], list[Path]]:
 
     What save_to_disk wrote has its own splits. Else a split's word (train, validation, test or a synonym) in a file's
     name, or in that of the nearest directory around it, says where it belongs; if no file has one, all are train.
+    CSV files beside data of another type are tables about them, and left aside.
     Raises: ValueError if there are no data files, of several types, or one with the words of several splits.
     """
     if any((directory / name).is_file() for name in SAVED):
@@ -63,12 +66,13 @@ def find_splits(directory: Path) -> tuple[dict[str, list[Path]], list[Path]]:
         for path, name in inside.items()
         if path.suffix in FILE_TYPES and path.is_file() and not any(part.startswith((".", "__")) for part in name.parts)
     ]
-    types = sorted({path.suffix for path in files})
+    types = {path.suffix for path in files}
+    if len(types) > 1:
+        types.discard(".csv")
+        files = [path for path in files if path.suffix in types]
     if len(types) != 1:
-        found = "both, perhaps the same twice: name the directory of one" if types else "none"
-        raise ValueError(
-            f"data.source must be a directory with {' or '.join(FILE_TYPES)} files, got {directory} with {found}"
-        )
+        found = f"{' and '.join(sorted(types))}, perhaps the same twice: name the directory of one" if types else "none"
+        raise ValueError(f"data.source must be a directory with {TYPES} files, got {directory} with {found}")
     sharded = {path: _SHARD.match(path.name) for path in files if inside[path].parent == Path("data")}
     split_of = {path: match[1] for path, match in sharded.items() if match}
     if not split_of:
@@ -122,6 +126,17 @@ class _File:
 
 def _read_jsonl(path: Path) -> _File:
     rows, lines, columns = [], [], dict[str, None]()
+    for number, line in _lines(path):
+        if line.strip(" \t\r\n\v\f"):
+            row = _parsed(line, f"{path}:{number}")
+            columns.update(dict.fromkeys(row))
+            rows.append({column: row[column] for column in CONTENT_COLUMNS if column in row})
+            lines.append(number)
+    return _File(rows, lambda i: f"{path}:{lines[i]}", list(columns))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, line), with its end."""
     with path.open("rb") as file:
         start = 0
         for number in itertools.count(1):
@@ -132,19 +147,14 @@ def _read_jsonl(path: Path) -> _File:
                 raise ValueError(
                     f"{path}:{number}: a line must have at most {LONGEST_LINE} bytes, got more: write an example a line"
                 )
-            if line.strip():
-                row = _parsed(line, f"{path}:{number}", start)
-                columns.update(dict.fromkeys(row))
-                rows.append({column: row[column] for column in CONTENT_COLUMNS if column in row})
-                lines.append(number)
+            yield number, _decoded(line, f"{path}:{number}", start)
             start += len(line)
-    return _File(rows, lambda i: f"{path}:{lines[i]}", list(columns))
 
 
-def _parsed(line: bytes, place: str, start: int) -> dict[str, Any]:
-    """The object in a line that begins at byte ``start`` of its file."""
+def _decoded(line: bytes, place: str, start: int) -> str:
+    """The text of a line that begins at byte ``start`` of its file."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         at = start + len(line) - len(error.object) + error.start  # of the line without its mark
         encoding = "UTF-16" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
@@ -152,6 +162,11 @@ def _parsed(line: bytes, place: str, start: int) -> dict[str, Any]:
             f"{place}: must be UTF-8 text, got 0x{error.object[error.start]:02x} at byte {at} of the file: convert it, "
             f"if it is {encoding} by iconv -f {encoding} -t UTF-8"
         ) from None
+
+
+def _parsed(line: str, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
     except RecursionError:
         raise ValueError(
             f"{place}: JSON must nest a few levels deep, got one that is too deep to be read: examples need no more "
@@ -162,6 +177,47 @@ def _parsed(line: bytes, place: str, start: int) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{place}: must be a JSON object, got a {type(row).__name__}")
     return row
+
+
+def _read_csv(path: Path) -> _File:
+    """A header line, then an example a line, or on several where quotes hold line ends."""
+    rows, lines = [], []
+    records = _csv_records(path)
+    place, header = next(records, (0, []))
+    if len(set(header)) != len(header):
+        raise ValueError(f"{path}:{place}: the header must name each column once, got {','.join(header)[:100]}")
+    for number, values in records:
+        if len(values) != len(header):
+            raise ValueError(
+                f"{path}:{number}: must have {len(header)} values, as many as the header names, got {len(values)}: put "
+                "quotes around one that has commas"
+            )
+        row = dict(zip(header, values))
+        rows.append({column: row[column] for column in CONTENT_COLUMNS if column in row})
+        lines.append(number)
+    return _File(rows, lambda i: f"{path}:{lines[i]}", header)
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(the line on which it begins, values) of each that is not empty."""
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    before = csv.field_size_limit()
+    while True:
+        number = reader.line_num + 1
+        csv.field_size_limit(LONGEST_LINE)  # of all readers of the process
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}:{number}: broken CSV: {error}: put quotes around what has commas, quotes or line ends, and "
+                "write quotes in it twice"
+            ) from None
+        finally:
+            csv.field_size_limit(before)
+        if values is None:
+            return
+        if values:
+            yield number, values
 
 
 def _read_parquet(path: Path) -> _File:
@@ -181,7 +237,7 @@ def _read_arrow(path: Path) -> _File:
     return _of_table(table.select(_content_of(table.column_names)), path, table.column_names)
 
 
-_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".arrow": _read_arrow}
+_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv, ".arrow": _read_arrow}
 
 
 def _content_of(names: list[str]) -> list[str]:
