@@ -138,9 +138,9 @@ def test_frozen_layers_are_run_in_the_groups_of_a_straight_run(tmp_path, monkeyp
     """The last bits of what is remembered of a row may depend on the rows beside it."""
     groups, run = [], FrozenPrefix._run_frozen_layers
 
-    def recording(self, input_ids):
+    def recording(self, input_ids, position_ids):
         groups.append(input_ids.tolist())
-        return run(self, input_ids)
+        return run(self, input_ids, position_ids)
 
     monkeypatch.setattr(FrozenPrefix, "_run_frozen_layers", recording)
     rows = make_rows(ROWS)
