@@ -6,7 +6,7 @@ import math
 
 import torch
 from tiny import make_llama, make_rows, masked_llama
-from transformers import BertConfig, BertLMHeadModel
+from transformers import BertConfig, BertLMHeadModel, BloomConfig, BloomForCausalLM
 
 from mft.cli.estimate import parse_bytes
 from mft.cli.study import run_plot
@@ -304,6 +304,28 @@ def a_weight_of_nan_to_quantise():
 def an_evaluation_of_rows_without_labels():
     rows = make_rows(2).map(lambda row: row | {"labels": [-100] * 12})
     evaluate(make_llama(), rows)
+
+
+@refused(
+    ValueError,
+    where="starts of row 1",
+    got="got [0, 12]",
+    rule="must begin with 0 and rise below its 12 tokens",
+)
+def starts_of_examples_behind_the_end_of_their_row():
+    train_masks(masked_llama(), make_rows(2).add_column("starts", [[0, 5], [0, 12]]), steps())
+
+
+@refused(
+    ValueError,
+    where="BloomForCausalLM",
+    got="moves an example by",
+    rule="data.packing must be false",
+)
+def packed_rows_for_a_model_that_cannot_keep_examples_apart():
+    torch.manual_seed(0)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4))
+    train_masks(mask_model(bloom, MaskConfig.paper()), make_rows(2).add_column("starts", [[0, 5], [0]]), steps())
 
 
 @refused(

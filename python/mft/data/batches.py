@@ -1,9 +1,9 @@
 """Rows of a data set as tensors, and where in them a next token is scored."""
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
-import pyarrow.compute
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,7 +61,7 @@ def take_rows(dataset, rows: list[int]) -> MicroBatch:
     batch = dataset.with_format("torch")[rows]
     ids, positions = batch["input_ids"], None
     if "starts" in batch:
-        starts = [torch.as_tensor(row, dtype=torch.long) for row in batch["starts"]]
+        starts = [torch.as_tensor(places).tolist() for places in batch["starts"]]
         for row, places in zip(rows, starts):
             _check_starts(row, places, ids.shape[1])
         if any(len(places) > 1 for places in starts):
@@ -70,23 +70,27 @@ def take_rows(dataset, rows: list[int]) -> MicroBatch:
 
 
 def holds_packed_rows(dataset) -> bool:
-    """Whether a row holds examples that are not to see each other."""
+    """Whether a row holds examples that are not to see each other. Raises: as take_rows, of any row."""
     if "starts" not in dataset.column_names:
         return False
-    counts = pyarrow.compute.list_value_length(dataset.with_format("arrow")[:]["starts"])
-    return (pyarrow.compute.max(counts).as_py() or 0) > 1
+    length = len(dataset[0]["input_ids"])
+    starts = dataset.with_format("arrow")[:]["starts"].to_pylist()
+    for row, places in enumerate(starts):
+        _check_starts(row, places, length)
+    return any(len(places) > 1 for places in starts)
 
 
-def _positions(starts: Tensor, length: int) -> Tensor:
+def _positions(starts: list[int], length: int) -> Tensor:
     """(T,): how far each token is from where its example begins; padding goes on from the last one."""
-    ends = F.pad(starts[1:], (0, 1), value=length)
-    return torch.arange(length) - starts.repeat_interleave(ends - starts)
+    sizes = torch.tensor([end - start for start, end in itertools.pairwise([*starts, length])])
+    return torch.arange(length) - torch.tensor(starts).repeat_interleave(sizes)
 
 
-def _check_starts(row: int, starts: Tensor, length: int) -> None:
-    if len(starts) == 0 or starts[0] != 0 or (starts.diff() <= 0).any() or starts[-1] >= length:
+def _check_starts(row: int, starts: list[int], length: int) -> None:
+    places = [*(starts or [-1]), length]
+    if places[0] != 0 or any(start >= end for start, end in itertools.pairwise(places)):
         raise ValueError(
-            f"starts of row {row} must begin with 0 and rise below its {length} tokens, got {shown(starts.tolist())}"
+            f"starts of row {row} must begin with 0 and rise below its {length} tokens, got {shown(starts)}"
         )
 
 
