@@ -204,7 +204,9 @@ def test_attention_in_blocks_is_attention_under_the_mask(name, monkeypatch):
     monkeypatch.setattr(block_attention, "SHORT", 0)
     mask = torch.stack([MASKS["two"][0], MASKS[name][0]]).bool()[:, None]
     query, key, value = torch.randn(3, 2, 2, 6, 8, generator=torch.Generator().manual_seed(0))
-    ours, _ = block_attention.attend(torch.nn.Module(), query, key, value, mask)
+    module = torch.nn.Module()
+    module.is_causal = False  # as in modules that always bring a mask
+    ours, _ = block_attention.attend(module, query, key, value, mask)
     theirs, _ = block_attention.sdpa_attention_forward(torch.nn.Module(), query, key, value, mask)
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
 

@@ -9,6 +9,7 @@ from rich.text import Text
 from mft.checks import check_one_of
 from mft.config import RunConfig
 from mft.data.sources import SPLITS
+from mft.data.splits import pad_of
 from mft.data.tokenization import IGNORED
 from mft.training.console import console, say
 from mft.training.inputs import read_rows
@@ -22,7 +23,7 @@ def run_data_show(config: RunConfig, split: str, count: int) -> None:
     check_one_of("--split", split, SPLITS)
     splits, tokenizer = read_rows(config)
     dataset = getattr(splits, split)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = pad_of(tokenizer)
     for number in range(min(count, len(dataset))):
         heading, text = describe_row(dataset[number], tokenizer, pad)
         say(f"\n{split} row {number} of {len(dataset)}: {heading}", style="bold")

@@ -219,7 +219,7 @@ def _add_packed(rows: Rows, examples: Sequence[tuple[int, Encoded]]) -> None:
 def best_fit_decreasing(sizes: Sequence[int], length: int) -> list[list[int]]:
     """Numbers of sizes in groups of at most ``length`` together: the largest first, each where least room is left.
 
-    Needs at most 11/9 of the fewest groups there can be, and one more (Johnson, 1973).
+    Needs at most 11/9 of the fewest groups there can be, and four more (Johnson, 1973).
     """
     groups: list[list[int]] = []
     with_room: dict[int, list[int]] = {}  # room -> the groups that have just so much

@@ -67,7 +67,7 @@ def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None
             rows = build_rows(
                 documents,
                 config.sequence_length,
-                _pad(tokenizer),
+                pad_of(tokenizer),
                 budget=None if tokens is None else tokens // config.sequence_length,
                 packing=training and config.packing,
                 seed=config.seed if training else 0,
@@ -106,7 +106,7 @@ def _sums(directory: Path) -> str:
     return "".join(f"{sha256_of(directory / name)}  {name}\n" for name in FILES)
 
 
-def _pad(tokenizer: Any) -> int:
+def pad_of(tokenizer: Any) -> int:
     """Any token will do: padding is neither scored nor seen by what is."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -141,7 +141,7 @@ def _key(config: DataConfig, source: str, tokenizer: Any) -> str:
         type(tokenizer).__name__,
         tokenizer.chat_template,
         tokenizer.eos_token_id,
-        _pad(tokenizer),
+        pad_of(tokenizer),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
