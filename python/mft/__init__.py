@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .masks.quantize import quantize_model
     from .models.parallel import gathered
     from .models.pretrained import load_model, save_model
+    from .objectives.log_prob_objective import LogProbObjective
+    from .objectives.objective import Objective
+    from .objectives.token_objective import TokenObjective
     from .training.checkpoint import newest_checkpoint
     from .training.loop import finetune, train_masks
     from .training.resume import Begin, Resume
@@ -46,6 +49,9 @@ _HOMES = {
     "masks.quantize": ("quantize_model",),
     "models.parallel": ("gathered",),
     "models.pretrained": ("load_model", "save_model"),
+    "objectives.log_prob_objective": ("LogProbObjective",),
+    "objectives.objective": ("Objective",),
+    "objectives.token_objective": ("TokenObjective",),
     "training.checkpoint": ("newest_checkpoint",),
     "training.loop": ("finetune", "train_masks"),
     "training.resume": ("Begin", "Resume"),
@@ -57,13 +63,16 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Begin",
     "DataConfig",
+    "LogProbObjective",
     "MaskBank",
     "MaskConfig",
     "MaskPeftConfig",
     "ModelConfig",
+    "Objective",
     "Resume",
     "RunConfig",
     "Saver",
+    "TokenObjective",
     "TrainConfig",
     "evaluate",
     "finetune",

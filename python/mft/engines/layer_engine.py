@@ -2,11 +2,12 @@
 
     up      h1 = layer 0 (h0), ... without autograd; from the first masked layer on each layer's input, its boundary,
             is kept in host memory
-    loss    of the last layer's output, the head a chunk of tokens at a time; its gradient d
+    loss    of the last layer's output, the head a chunk of tokens at a time; its gradient d (see objectives/)
     down    each layer is run again from its boundary, now with autograd, and takes d from its output to its input;
             masked layers add grad.T @ x into their buffers
 
 Nothing else of the forward pass is kept, and of the backward pass no more than one layer's activations exist at once.
+An objective that asks for the base has a second chain beside the first on the way up, from the first masked layer on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,8 +23,10 @@ from mft.engines.layer_calls import Call, LayerCalls
 from mft.engines.offload import Mover
 from mft.engines.score_states import HeldMask, ScoreStates, current_masks
 from mft.engines.step import OnLoss, naming_lack_of_memory
+from mft.masks.base_pass import as_base
 from mft.models.frozen_layers import PrefixMemory
-from mft.models.token_loss import backward_labelled_loss
+from mft.objectives.cross_entropy import CROSS_ENTROPY
+from mft.objectives.objective import Objective
 from mft_kernels import MaskAdamW
 
 
@@ -35,6 +38,7 @@ class LayerEngine:
         masks: of the masked layers; states: of their scores, None for evaluation alone.
         grad_dtype: of the gradient buffers; None: the weights' dtype.
         memory: remembers what the layers below the first masked one make of a row.
+        objective: what is made smaller.
     """
 
     way = ""  # its name in the configuration
@@ -49,8 +53,9 @@ class LayerEngine:
         states: ScoreStates | None = None,
         grad_dtype: torch.dtype | None = None,
         memory: PrefixMemory | None = None,
+        objective: Objective = CROSS_ENTROPY,
     ) -> None:
-        self.calls, self.head, self.mover = calls, head, mover
+        self.calls, self.head, self.mover, self.objective = calls, head, mover, objective
         calls.device = mover.device
         self._states, self.grad_dtype, self.memory = states, grad_dtype, memory
         for mask in masks:
@@ -153,13 +158,33 @@ class LayerEngine:
         with torch.no_grad(), self._at(f"layer {layer}, forward"):
             return self._run(layer, hidden, batch)
 
-    def loss(self, batch: MicroBatch, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """(sum of the tokens' losses, gradient of scale * that with respect to hidden)."""
+    def up_base(self, layer: int, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        """The same with every weight kept."""
+        with as_base(self.calls.layers[layer]):
+            return self.up(layer, hidden, batch)
+
+    def loss(
+        self, batch: MicroBatch, hidden: Tensor, scale: float, base: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(sum of the losses, gradient of scale * that with respect to hidden).
+
+        base: what the last layer makes in the base, where the objective asks for it.
+        """
         with self._at("the loss"):
+            reference = None if base is None else self._left(batch, base)
             leaf = hidden.detach().requires_grad_()
             final = self.calls.leave(batch.input_ids.to(self.mover.device), leaf)
-            total = backward_labelled_loss(self.head, final, batch.labelled.to(self.mover.device), scale)
+            total = self.objective.backward(self.head, final, batch, scale, reference)
             return total, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+    def remember_base(self, batch: MicroBatch, base: Tensor) -> None:
+        """Of a batch that was trained on before, in a run that goes on."""
+        with self._at("the base's loss"):
+            self.objective.remember(self.head, self._left(batch, base), batch)
+
+    def _left(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.calls.leave(batch.input_ids.to(self.mover.device), hidden)
 
     def down(self, layer: int, hidden: Tensor, grad: Tensor, batch: MicroBatch) -> Tensor | None:
         """The gradient with respect to the layer's input; None for the first masked layer, below which none is used."""

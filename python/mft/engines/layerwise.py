@@ -45,18 +45,22 @@ class Layerwise(LayerEngine):
                 f"train.max_grad_norm must be null with memory: layerwise, got {max_norm:g}: a layer's scores are "
                 "updated before the gradients below it exist, so there is no global norm; memory: resident has one"
             )
+        self.objective.prepare(batches)
         start = self._remembered_all(batches)
         below = [] if start is not None else [self._outside, *range(self.first)]
         order = [*below, *range(self.first, self.depth), self._outside, *reversed(range(self.first, self.depth))]
         visits = self._visit(order)
         hidden = start if start is not None else self._below(batches, visits)
+        referring = [batch for batch in batches if self.objective.needs_reference(batch)]
+        base = Resting()
         boundaries: list[Resting] = []
         for _ in range(self.first, self.depth):
             layer = next(visits)
             boundaries.append(hidden)
+            base = self._through_base(layer, base, hidden, batches, referring)
             hidden = self._through(layer, hidden, batches, keep=True)
         next(visits)
-        grads = self._losses(batches, hidden, scale, on_loss)
+        grads = self._losses(batches, hidden, base, referring, scale, on_loss)
         for _ in range(self.first, self.depth):
             layer = next(visits)
             grads = self._back(layer, batches, boundaries.pop(), grads, lr)
@@ -64,6 +68,10 @@ class Layerwise(LayerEngine):
             raise AssertionError("a layer was not visited")
 
     def recall(self, batches: Sequence[MicroBatch]) -> None:
+        referring = [batch for batch in batches if self.objective.remembers and self.objective.needs_reference(batch)]
+        if referring:
+            self._recall_base(batches, referring)
+            return
         if self.memory is None or self._remembered_all(batches) is not None:
             return
         visits = self._visit([self._outside, *range(self.first)])
@@ -106,10 +114,46 @@ class Layerwise(LayerEngine):
         states = self._arriving(hidden) if keep else self._taken(hidden)
         return deque(self.mover.store(self.up(layer, state, batch)) for batch, state in zip(batches, states))
 
-    def _losses(self, batches: Sequence[MicroBatch], hidden: Resting, scale: float, on_loss: OnLoss) -> Resting:
-        totals, grads = [], Resting()
+    def _through_base(
+        self, layer: int, base: Resting, hidden: Resting, batches: Sequence[MicroBatch], referring: list[MicroBatch]
+    ) -> Resting:
+        """base, of the batches that refer to it, through a layer while it is here; it begins as hidden, which stays."""
+        if not referring:
+            return base
+        if layer == self.first:
+            states = self._arriving([state for batch, state in zip(batches, hidden) if batch in referring])
+        else:
+            states = self._taken(base)
+        return deque(self.mover.store(self.up_base(layer, state, batch)) for batch, state in zip(referring, states))
+
+    def _recall_base(self, batches: Sequence[MicroBatch], referring: list[MicroBatch]) -> None:
+        start = self._remembered_all(batches)
+        below = [] if start is not None else [self._outside, *range(self.first)]
+        visits = self._visit([*below, *range(self.first, self.depth), self._outside])
+        hidden = start if start is not None else self._below(batches, visits)
+        base = Resting()
+        for _ in range(self.first, self.depth):
+            base = self._through_base(next(visits), base, hidden, batches, referring)
+        next(visits)
+        for batch, state in zip(referring, self._taken(base)):
+            self.remember_base(batch, state)
+        for state in hidden:
+            self.mover.give_back(state)
+        for _ in visits:
+            raise AssertionError("a layer was not visited")
+
+    def _losses(
+        self,
+        batches: Sequence[MicroBatch],
+        hidden: Resting,
+        base: Resting,
+        referring: list[MicroBatch],
+        scale: float,
+        on_loss: OnLoss,
+    ) -> Resting:
+        totals, grads, bases = [], Resting(), self._taken(base)
         for batch, state in zip(batches, self._taken(hidden)):
-            total, grad = self.loss(batch, state, scale)
+            total, grad = self.loss(batch, state, scale, next(bases) if batch in referring else None)
             totals.append(total)
             grads.append(self.mover.store(grad))
         for batch, total in zip(batches, totals):

@@ -12,9 +12,11 @@ from mft.engines.distributed import ALONE, Processes
 from mft.engines.master_weights import MasterAdamW
 from mft.engines.score_states import MOMENTS
 from mft.engines.step import NonFiniteLoss, OnLoss, naming_lack_of_memory
-from mft.models.causal_lm import Run
+from mft.masks.base_pass import as_base
+from mft.models.causal_lm import Run, evaluating
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
-from mft.models.token_loss import backward_labelled_loss
+from mft.objectives.cross_entropy import CROSS_ENTROPY
+from mft.objectives.objective import Objective
 from mft_kernels import MaskAdamW, MaskedLinear
 
 
@@ -23,6 +25,7 @@ class Plain:
 
     Args: run, head: see causal_lm.split_at_head. memory: of the frozen layers' outputs, or None. processes: those whose
         gradients make up a step. before_update: called when these are complete and not yet clipped or applied.
+        objective: what is made smaller.
     """
 
     way = "plain"
@@ -36,8 +39,9 @@ class Plain:
         memory: PrefixMemory | None,
         processes: Processes = ALONE,
         before_update: Callable[[], None] | None = None,
+        objective: Objective = CROSS_ENTROPY,
     ) -> None:
-        self._model, self._head, self._processes = model, head, processes
+        self._model, self._head, self._processes, self._objective = model, head, processes, objective
         self._prefix = FrozenPrefix(model, memory=memory, run=run)
         self._device = next(model.parameters()).device
         self._stepper = _stepper(model, train)
@@ -49,11 +53,13 @@ class Plain:
     ) -> None:
         """See step.Runner."""
         assert lr is not None, "plain has no rehearsal"
+        self._objective.prepare(batches)
         for batch in batches:
             with self._at(f"rows {batch.rows} of {batch.input_ids.shape[1]} tokens"):
+                base = self._base(batch) if self._objective.needs_reference(batch) else None
                 ids, positions = batch.inputs(self._device)
                 hidden = self._prefix(ids, batch.rows, positions)
-                total = backward_labelled_loss(self._head, hidden, batch.labelled.to(self._device), scale)
+                total = self._objective.backward(self._head, hidden, batch, scale, base)
                 on_loss(batch, total)
         with self._at("the optimiser step"):
             self._processes.sum_gradients(self._stepper.masters)
@@ -82,6 +88,15 @@ class Plain:
         for batch in batches:
             ids, positions = batch.inputs(self._device)
             self._prefix.recall(ids, batch.rows, positions)
+            if self._objective.remembers and self._objective.needs_reference(batch):
+                self._objective.remember(self._head, self._base(batch), batch)
+
+    @torch.no_grad()
+    def _base(self, batch: MicroBatch) -> Tensor:
+        """(B, T, D): what the head reads with every weight kept, and without dropout."""
+        ids, positions = batch.inputs(self._device)
+        with evaluating(self._model), as_base(self._model):
+            return self._prefix(ids, batch.rows, positions)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

@@ -30,13 +30,14 @@ class Resident(LayerEngine):
     def step(
         self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss
     ) -> None:
+        self.objective.prepare(batches)
         masks = self.masks
         for mask in masks:
             assert mask.grad is not None
             mask.grad.zero_()
         for batch in batches:
             boundaries: list[Tensor] = []
-            total, grad = self.loss(batch, self._climb(batch, boundaries), scale)
+            total, grad = self._top(batch, boundaries, scale)
             on_loss(batch, total)
             top = [grad]
             del grad  # the way down is not to hold the gradient at its top
@@ -55,18 +56,32 @@ class Resident(LayerEngine):
             with torch.no_grad():
                 yield self.calls.leave(batch.input_ids.to(self.mover.device), hidden)
 
-    def _climb(self, batch: MicroBatch, boundaries: list[Tensor]) -> Tensor:
-        """The last layer's output; boundaries become those from the first masked layer on, in host memory."""
+    def _top(self, batch: MicroBatch, boundaries: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+        """See loss; boundaries become those from the first masked layer on, in host memory."""
+        hidden, base = self._climb(batch, boundaries)
+        return self.loss(batch, hidden, scale, base)
+
+    def _climb(self, batch: MicroBatch, boundaries: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The last layer's output, and what it is in the base if the objective asks."""
         hidden = self._below(batch)
+        base = self._climb_base(batch, hidden) if self.objective.needs_reference(batch) else None
         for layer in range(self.first, self.depth):
             boundaries.append(self.mover.store(hidden))
             hidden = self.up(layer, hidden, batch)
         self.mover.let_go()
+        return hidden, base
+
+    def _climb_base(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
+        """hidden is what reaches the first masked layer: below it model and base are one."""
+        for layer in range(self.first, self.depth):
+            hidden = self.up_base(layer, hidden, batch)
         return hidden
 
     def recall(self, batches: Sequence[MicroBatch]) -> None:
-        if self.memory is not None:
-            for batch in batches:
+        for batch in batches:
+            if self.objective.remembers and self.objective.needs_reference(batch):
+                self.remember_base(batch, self._climb_base(batch, self._below(batch)))
+            elif self.memory is not None:
                 self._below(batch)
 
     def _below(self, batch: MicroBatch) -> Tensor:

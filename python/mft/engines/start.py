@@ -20,6 +20,8 @@ from mft.engines.step import Runner
 from mft.masks.convert import masked_modules
 from mft.models.causal_lm import split_at_head
 from mft.models.frozen_layers import PrefixMemory
+from mft.objectives.cross_entropy import CROSS_ENTROPY
+from mft.objectives.objective import Objective
 
 Device = torch.device | str | None
 
@@ -41,6 +43,7 @@ def start_runner(
     processes: Processes = ALONE,
     *,
     before_update: Callable[[], None] | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> Runner:
     """What trains model; close() gives it back.
 
@@ -48,10 +51,10 @@ def start_runner(
         before_update are, the latter called when a step's gradients are complete.
     """
     if way != "plain":
-        return start_engine(model, few, way, device, train=train, memory=memory)
+        return start_engine(model, few, way, device, train=train, memory=memory, objective=objective)
     if memory is not None and draws_at_random(model, few):
         memory = None
-    return Plain(model, train, *split_at_head(model, few), memory, processes, before_update)
+    return Plain(model, train, *split_at_head(model, few), memory, processes, before_update, objective)
 
 
 def start_engine(
@@ -63,6 +66,7 @@ def start_engine(
     train: TrainConfig | None = None,
     memory: PrefixMemory | None = None,
     separate: bool | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> LayerEngine:
     """An engine on ``device``; close() gives the model back.
 
@@ -71,7 +75,7 @@ def start_engine(
         few: some tokens (1, T) beside the model, on which it is looked at.
         way: "resident", "quantized" (the same over a base that is quantised already) or "layerwise".
         train: None for evaluation alone.
-        separate: see Mover.
+        separate: see Mover. objective: what is made smaller.
     """
     if way not in ENGINES:
         raise ValueError(f"way must be one of plain, {', '.join(ENGINES)}, got {way!r}")
@@ -95,6 +99,8 @@ def start_engine(
         mover = Mover(device, separate=separate)
         states = None if train is None else ScoreStates(masks, train, mover)
         dtype = None if train is None or train.grad_dtype is None else getattr(torch, train.grad_dtype)
-        engine = ENGINES[way](calls, head, masks, mover, states=states, grad_dtype=dtype, memory=memory)
+        engine = ENGINES[way](
+            calls, head, masks, mover, states=states, grad_dtype=dtype, memory=memory, objective=objective
+        )
         undo.pop_all()
     return engine

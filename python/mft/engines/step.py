@@ -57,7 +57,7 @@ class StepReport:
 
     step: int  # from 1
     steps: int
-    loss: float  # mean a token
+    loss: float  # mean over what the objective counts: a token, or a pair
     lr: float
     tokens: int  # of this step
     seconds: float  # since the loop began

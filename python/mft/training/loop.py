@@ -24,6 +24,8 @@ from mft.models.causal_lm import FEW
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.next_tokens import check_next_tokens
 from mft.models.packed_rows import keeping_apart
+from mft.objectives.cross_entropy import CROSS_ENTROPY
+from mft.objectives.objective import Objective
 from mft.training.saver import Saver
 
 _CHUNK = 1024  # rows that are looked at together
@@ -89,6 +91,7 @@ def train_loop(
     on_step: Callable[[StepReport], None] | None = None,
     saver: Saver | None = None,
     processes: Processes = ALONE,
+    objective: Objective = CROSS_ENTROPY,
 ) -> list[StepReport]:
     """Train what requires grad; the model ends in eval mode.
 
@@ -104,6 +107,7 @@ def train_loop(
             may change them (of fp32 parameters: the .grad) and the parameters. Belongs to way "plain".
         saver: writes checkpoints, and may begin at one; on_step does not hear of the steps done before.
         processes: those that train together, each of which calls this with the same arguments; see distributed.py.
+        objective: what is made smaller, cross entropy unless given; see docs/objectives.md.
     Raises: ValueError if the model predicts no next tokens, or has too few positions. NonFiniteLoss, naming step, rows
         and documents; the step's gradients are not applied. RuntimeError for a lack of memory, naming rows or layer.
     """
@@ -112,6 +116,8 @@ def train_loop(
     if before_update is not None and way != "plain":
         raise ValueError(f"before_update must be None unless way is plain, whose gradients it may change, got {way!r}")
     processes.check(train, way)
+    _check_objective(objective, model, dataset)
+    objective.forget()
     first_row = take_rows(dataset, [0]).input_ids
     check_next_tokens(model.config, type(model).__name__, first_row.shape[1])
     steps = train.steps_for(len(dataset))
@@ -129,7 +135,9 @@ def train_loop(
         contextlib.nullcontext() if saver is None else saver.listening(),
     ):
         updated = None if before_update is None else lambda: before_update(len(reports) + 1, steps)
-        runner = start_runner(model, few, way, device, train, memory, processes, before_update=updated)
+        runner = start_runner(
+            model, few, way, device, train, memory, processes, before_update=updated, objective=objective
+        )
         try:
             if way != "plain":
                 _rehearse(runner, dataset, train)
@@ -146,9 +154,9 @@ def train_loop(
                 if step <= done:
                     runner.recall(batches)  # in the groups of then, on which the last bits may depend
                     continue
-                labelled = sum(len(batch.labelled.targets) for batch in batches)
+                counted = sum(objective.count(batch) for batch in batches)
                 length = sum(batch.input_ids.numel() for batch in batches)
-                count, tokens = (int(total) for total in processes.sum(labelled, length))
+                count, tokens = (int(total) for total in processes.sum(counted, length))
                 losses = _Losses(f"step {step} of {steps}", train)
                 lr = train.lr * schedule_factor(step, steps, train)
                 runner.step(batches, 1 / max(count, 1), lr, train.max_grad_norm, losses)
@@ -165,6 +173,17 @@ def train_loop(
         finally:
             runner.close()
     return reports
+
+
+def _check_objective(objective: Objective, model: nn.Module, dataset) -> None:
+    objective.check_rows(dataset)
+    scores = {id(module.scores) for module in masked_modules(model).values()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in scores]
+    if objective.of_base and (others or not scores):
+        raise ValueError(
+            f"objective {objective.name} must train masks alone, since it holds them to the base that they lie on, got "
+            f"{others[0] if others else 'no mask'} to train: take another objective, or leave out mask.modules_to_save"
+        )
 
 
 def _rehearse(runner: Runner, dataset, train: TrainConfig) -> None:

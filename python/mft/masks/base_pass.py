@@ -1,0 +1,30 @@
+"""The base that a mask lies on, computed with the model itself: every weight kept, and no bit of a mask read."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mft.masks.quantize import QuantizedLinear, QuantizedMaskedLinear
+from mft.models.causal_lm import replaced_forwards
+from mft_kernels import MaskedLinear
+
+
+@contextlib.contextmanager
+def as_base(*modules: nn.Module) -> Iterator[None]:
+    """Masked layers in these modules compute with their whole weight meanwhile, whatever they hold or have learned.
+
+    For passes without gradients. As convert.keeping_all up to the order of sums, but the scores are not looked at, so
+    that the selection of the mask, which is remembered between changes of the scores, stays remembered.
+    """
+    masked = [layer for module in modules for layer in module.modules() if isinstance(layer, MaskedLinear)]
+    with replaced_forwards(masked, _whole):
+        yield
+
+
+def _whole(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    if isinstance(layer, QuantizedMaskedLinear):
+        return QuantizedLinear(layer.quantized, layer.bias).forward
+    assert isinstance(layer, MaskedLinear)
+    return lambda x: F.linear(x, layer.weight, layer.bias)

@@ -1,0 +1,102 @@
+"""Losses of the scored tokens' log-probabilities together, of whole answers say: still one pass of the head.
+
+The head's gradient to a token's hidden state is linear in the factor of that token's log-probability. So chunks are
+backpropagated with the factor 1 while the factors are unknown, and each token's gradient is multiplied by its own when
+all log-probabilities are there. A head that learns sums over tokens, so it is run twice.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mft.data.batches import MicroBatch
+from mft.models.token_loss import CHUNK
+from mft.objectives.objective import Objective
+from mft.objectives.token_objective import scored_states, scored_targets
+
+
+class LogProbObjective(Objective):
+    """A function of all scored tokens' log-probabilities in a micro-batch; autograd makes its gradient.
+
+    class Answers(LogProbObjective):
+        name = "answers"
+
+        def loss(self, log_probs, batch, reference):
+            return -log_probs.sum()
+    """
+
+    def loss(self, log_probs: Tensor, batch: MicroBatch, reference: Tensor | None) -> Tensor:
+        """The sum of losses, 0-d, differentiable in log_probs.
+
+        Args:
+            log_probs: (M,) fp32, of batch.labelled in its order.
+            reference: (M,), the base's, where needs_reference asked for them.
+        """
+        raise NotImplementedError
+
+    def figures(self, log_probs: Tensor, batch: MicroBatch, reference: Tensor | None) -> dict[str, Tensor]:
+        """What evaluation is to say: sums, 0-d."""
+        return {"loss": self.loss(log_probs, batch, reference)}
+
+    def backward(
+        self, head: nn.Module, hidden: Tensor, batch: MicroBatch, scale: float, reference: Tensor | None = None
+    ) -> Tensor:
+        base = None if reference is None else log_probs_of(head, reference, batch)
+        states, targets = scored_states(hidden, batch), scored_targets(batch, hidden.device)
+        if any(p.requires_grad for p in head.parameters()):
+            total, factors = self._factors(log_probs_of(head, hidden, batch), batch, base)
+            _, grads = _with_gradients(head, states, targets, factors * scale)
+        else:
+            log_probs, grads = _with_gradients(head, states, targets, None)
+            total, factors = self._factors(log_probs, batch, base)
+            grads = (grads * (factors * scale).unsqueeze(-1)).to(states.dtype)
+        if len(targets) and states.requires_grad:
+            states.backward(grads)
+        return total
+
+    @torch.no_grad()
+    def measure(
+        self, head: nn.Module, hidden: Tensor, batch: MicroBatch, reference: Tensor | None = None
+    ) -> dict[str, float]:
+        base = None if reference is None else log_probs_of(head, reference, batch)
+        found = self.figures(log_probs_of(head, hidden, batch), batch, base)
+        return {name: value.item() for name, value in found.items()}
+
+    def _factors(self, log_probs: Tensor, batch: MicroBatch, base: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(the loss, its derivative by each log-probability (M,))."""
+        with torch.enable_grad():
+            leaf = log_probs.detach().requires_grad_()
+            total = self.loss(leaf, batch, base)
+            if not total.requires_grad:  # nothing is scored
+                return total.detach(), torch.zeros_like(leaf)
+            (factors,) = torch.autograd.grad(total, leaf)
+        return total.detach(), factors
+
+
+@torch.no_grad()
+def log_probs_of(head: nn.Module, hidden: Tensor, batch: MicroBatch) -> Tensor:
+    """(M,) fp32: log p of each scored token, a chunk of logits at a time."""
+    states, targets = scored_states(hidden, batch), scored_targets(batch, hidden.device)
+    chunks = zip(states.split(CHUNK), targets.split(CHUNK))
+    found = [_log_p(head(chunk), wanted) for chunk, wanted in chunks if len(chunk)]
+    return torch.cat(found) if found else torch.zeros(0, device=hidden.device)
+
+
+def _with_gradients(head: nn.Module, states: Tensor, targets: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(log p (M,), gradient (M, D) of its sum, each token times its factor, 1 without factors)."""
+    log_probs = torch.empty(len(targets), device=states.device)
+    grads = torch.empty_like(states)
+    for start in range(0, len(targets), CHUNK):
+        part = slice(start, start + CHUNK)
+        leaf = states[part].detach().requires_grad_()
+        log_p = _log_p(head(leaf), targets[part])
+        log_p.backward(torch.ones_like(log_p) if factors is None else factors[part])
+        log_probs[part] = log_p.detach()
+        assert leaf.grad is not None
+        grads[part] = leaf.grad
+        del log_p  # the next chunk's logits take their place
+    return log_probs, grads
+
+
+def _log_p(logits: Tensor, targets: Tensor) -> Tensor:
+    logits = logits.float()
+    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
