@@ -25,6 +25,6 @@ def as_base(*modules: nn.Module) -> Iterator[None]:
 
 def _whole(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     if isinstance(layer, QuantizedMaskedLinear):
-        return QuantizedLinear(layer.quantized, layer.bias).forward
+        return lambda x: QuantizedLinear(layer.quantized, layer.bias)(x)  # anew: the bias may lie elsewhere by then
     assert isinstance(layer, MaskedLinear)
     return lambda x: F.linear(x, layer.weight, layer.bias)

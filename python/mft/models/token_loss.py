@@ -83,7 +83,7 @@ def temperature_slopes(head: nn.Module, hidden: Tensor, labels: Tensor, inverse:
 def _losses_of_chunks(head: nn.Module, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     for chunk, wanted in zip(states.split(CHUNK), targets.split(CHUNK)):
         logits = head(chunk)
-        rows = _rows_at_once(logits)
+        rows = rows_at_once(logits)
         for block, labels in zip(logits.split(rows), wanted.split(rows)):
             log_p = F.log_softmax(block, -1, dtype=torch.float32)
             yield F.nll_loss(log_p, labels, reduction="none"), likeliest(block) == labels
@@ -109,7 +109,7 @@ def _sum_of_losses(logits: Tensor, targets: Tensor, scale: float, d_logits: Tens
     One exponential a word: log(sum of exp) is the largest logit less the log of its share, which is 1 / V or more.
     """
     total = torch.zeros((), device=logits.device)
-    rows = _rows_at_once(logits)
+    rows = rows_at_once(logits)
     for block, labels, out in zip(logits.split(rows), targets.split(rows), d_logits.split(rows)):
         p, places = F.softmax(block, -1, dtype=torch.float32), labels.unsqueeze(-1)
         log_sums = block.amax(-1).float() - p.amax(-1).log()
@@ -119,6 +119,6 @@ def _sum_of_losses(logits: Tensor, targets: Tensor, scale: float, d_logits: Tens
     return total
 
 
-def _rows_at_once(logits: Tensor) -> int:
+def rows_at_once(logits: Tensor) -> int:
     """A GPU has no use for small kernels: there a chunk is one block."""
     return max(1, _BLOCK // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)

@@ -5,13 +5,14 @@ backpropagated with the factor 1 while the factors are unknown, and each token's
 all log-probabilities are there. A head that learns sums over tokens, so it is run twice.
 """
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
 from mft.data.batches import MicroBatch
-from mft.models.token_loss import CHUNK
+from mft.objectives.chunks import backward_chunk, chunks_of, few_rows, scored_states, scored_targets
 from mft.objectives.objective import Objective
-from mft.objectives.token_objective import scored_states, scored_targets
 
 
 class LogProbObjective(Objective):
@@ -75,28 +76,28 @@ class LogProbObjective(Objective):
 @torch.no_grad()
 def log_probs_of(head: nn.Module, hidden: Tensor, batch: MicroBatch) -> Tensor:
     """(M,) fp32: log p of each scored token, a chunk of logits at a time."""
-    states, targets = scored_states(hidden, batch), scored_targets(batch, hidden.device)
-    chunks = zip(states.split(CHUNK), targets.split(CHUNK))
-    found = [_log_p(head(chunk), wanted) for chunk, wanted in chunks if len(chunk)]
-    return torch.cat(found) if found else torch.zeros(0, device=hidden.device)
+    targets = scored_targets(batch, hidden.device)
+    found = torch.empty(len(targets), device=hidden.device)
+    for part, chunk in chunks_of(scored_states(hidden, batch)):
+        logits = head(chunk)
+        for rows in few_rows(logits):
+            found[part][rows] = _log_p(logits[rows].float(), targets[part][rows])
+    return found
 
 
 def _with_gradients(head: nn.Module, states: Tensor, targets: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
     """(log p (M,), gradient (M, D) of its sum, each token times its factor, 1 without factors)."""
-    log_probs = torch.empty(len(targets), device=states.device)
-    grads = torch.empty_like(states)
-    for start in range(0, len(targets), CHUNK):
-        part = slice(start, start + CHUNK)
-        leaf = states[part].detach().requires_grad_()
-        log_p = _log_p(head(leaf), targets[part])
-        log_p.backward(torch.ones_like(log_p) if factors is None else factors[part])
-        log_probs[part] = log_p.detach()
-        assert leaf.grad is not None
-        grads[part] = leaf.grad
-        del log_p  # the next chunk's logits take their place
+    factors = torch.ones(len(targets), device=states.device) if factors is None else factors
+    log_probs, grads = torch.empty(len(targets), device=states.device), torch.empty_like(states)
+    for part, chunk in chunks_of(states):
+        values_of = functools.partial(_log_p_of_rows, targets[part])
+        log_probs[part], grads[part] = backward_chunk(head, chunk, values_of, factors[part])
     return log_probs, grads
 
 
+def _log_p_of_rows(targets: Tensor, few: Tensor, rows: slice) -> Tensor:
+    return _log_p(few, targets[rows])
+
+
 def _log_p(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = logits.float()
     return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)

@@ -1,5 +1,6 @@
 """Losses of each scored token by itself: one pass of the head over chunks, each of which is backpropagated at once."""
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -8,9 +9,11 @@ from torch import Tensor, nn
 
 from mft.data.batches import MicroBatch
 from mft.models.token_loss import CHUNK
+from mft.objectives.chunks import backward_chunk, chunks_of, few_rows, scored_states, scored_targets
 from mft.objectives.objective import Objective
 
-Chunk = tuple[Tensor, Tensor, Tensor | None]  # (M, D) that the head reads; targets (M,); (M, V) of what it is held to
+# Its places among the scored tokens, (M, D) that the head reads, targets (M,), logits (M, V) that it is held to.
+Chunk = tuple[slice, Tensor, Tensor, Tensor | None]
 
 
 class TokenObjective(Objective):
@@ -28,7 +31,7 @@ class TokenObjective(Objective):
         """(M,), differentiable in logits.
 
         Args:
-            logits: (M, V) fp32, of at most 128 tokens. targets: (M,), the tokens that come.
+            logits: (M, V) fp32, of a few tokens. targets: (M,), the tokens that come.
             reference: (M, V) fp32, what these logits are held to, if anything; without gradients.
         """
         raise NotImplementedError
@@ -41,26 +44,23 @@ class TokenObjective(Objective):
         """Those of a chunk of scored tokens after the other; the base's by the same head, None without a base."""
         if reference is None:
             yield from itertools.repeat(None)
-        assert reference is not None
-        for chunk in scored_states(reference, batch).split(CHUNK):
-            yield head(chunk).float()
+        else:
+            for _, chunk in chunks_of(scored_states(reference, batch)):
+                yield head(chunk)
 
     def backward(
         self, head: nn.Module, hidden: Tensor, batch: MicroBatch, scale: float, reference: Tensor | None = None
     ) -> Tensor:
         states = scored_states(hidden, batch)
-        total = torch.zeros((), device=hidden.device)
-        grads = []
-        for chunk, targets, held_to in self._chunks(head, states.detach(), batch, reference):
-            leaf = chunk.requires_grad_()
-            loss = self.token_losses(head(leaf).float(), targets, held_to).sum()
-            total += loss.detach()
-            (scale * loss).backward()
-            assert leaf.grad is not None
-            grads.append(leaf.grad)
-            del loss, held_to  # the next chunk's logits take their place
-        if grads and states.requires_grad:
-            states.backward(torch.cat(grads))
+        total, grads = torch.zeros((), device=hidden.device), torch.empty_like(states)
+        factors = torch.full((CHUNK,), scale, device=hidden.device)
+        for part, chunk, targets, held_to in self._chunks(head, states.detach(), batch, reference):
+            values_of = functools.partial(self._losses, targets, held_to)
+            losses, grads[part] = backward_chunk(head, chunk, values_of, factors[: len(chunk)])
+            total += losses.sum()
+            del values_of, held_to  # the next chunk's take their place
+        if len(states) and states.requires_grad:
+            states.backward(grads)
         return total
 
     @torch.no_grad()
@@ -68,28 +68,26 @@ class TokenObjective(Objective):
         self, head: nn.Module, hidden: Tensor, batch: MicroBatch, reference: Tensor | None = None
     ) -> dict[str, float]:
         sums: dict[str, float] = {}
-        for chunk, targets, held_to in self._chunks(head, scored_states(hidden, batch), batch, reference):
-            for name, values in self.token_figures(head(chunk).float(), targets, held_to).items():
-                sums[name] = sums.get(name, 0.0) + values.sum().item()
+        for _, chunk, targets, held_to in self._chunks(head, scored_states(hidden, batch), batch, reference):
+            logits = head(chunk)
+            for rows in few_rows(logits):
+                figures = self.token_figures(logits[rows].float(), targets[rows], _some(held_to, rows))
+                for name, values in figures.items():
+                    sums[name] = sums.get(name, 0.0) + values.sum().item()
         return sums
 
+    def _losses(self, targets: Tensor, held_to: Tensor | None, few: Tensor, rows: slice) -> Tensor:
+        return self.token_losses(few, targets[rows], _some(held_to, rows))
+
     def _chunks(self, head: nn.Module, states: Tensor, batch: MicroBatch, reference: Tensor | None) -> Iterator[Chunk]:
-        held_to = self.reference_logits(head, reference, batch)
-        for chunk, targets in zip(states.split(CHUNK), scored_targets(batch, states.device).split(CHUNK)):
-            if not len(chunk):  # a split of nothing is one chunk of nothing
-                break
+        held_to, targets = self.reference_logits(head, reference, batch), scored_targets(batch, states.device)
+        for part, chunk in chunks_of(states):
             with torch.no_grad():
                 logits = next(held_to)
-            yield chunk, targets, logits
+            yield part, chunk, targets[part], logits
             del logits
         next(held_to, None)  # so that whoever makes them comes to its end
 
 
-def scored_states(hidden: Tensor, batch: MicroBatch) -> Tensor:
-    """(M, D): of hidden (B, T, D), the states from which a scored token is predicted."""
-    return hidden.flatten(0, 1).index_select(0, batch.labelled.positions.to(hidden.device))
-
-
-def scored_targets(batch: MicroBatch, device: torch.device) -> Tensor:
-    """(M,): the tokens that are scored."""
-    return batch.labelled.targets.to(device)
+def _some(logits: Tensor | None, rows: slice) -> Tensor | None:
+    return None if logits is None else logits[rows].float()
