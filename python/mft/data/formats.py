@@ -1,8 +1,8 @@
-"""What a record says: its form, by its columns, and by that a chat, a prompt with its completion, or a text."""
+"""What a record says: its form, by its columns, and by that a chat, a prompt with its completion, a text, or a pair."""
 
 import contextlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ ALPACA_WITH_INPUT = (
     "response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
+PREFERENCE = "preference"
 # Records are of the first whose columns they have.
 FORMS = {
     "messages": Form(("messages",), ("tools",)),
@@ -48,6 +49,7 @@ FORMS = {
     "completion": Form(("prompt", "completion"), ("tools",)),
     "instruction": Form(("instruction", "output"), ("input",)),  # Alpaca's
     "text": Form(("text",)),
+    PREFERENCE: Form(("chosen", "rejected"), ("prompt", "tools")),  # TRL's, for objectives that compare
 }
 CONTENT_COLUMNS = tuple(dict.fromkeys(column for form in FORMS.values() for column in (*form.needs, *form.takes)))
 _ALWAYS_CONTENT = ("messages", "prompt", "completion", "text")  # in any form, so that splits stay what they were
@@ -97,6 +99,36 @@ def read_example(form: str, row: dict[str, Any], place: str, *, templated: bool)
     return _prompted(row, place)
 
 
+def read_pair(row: dict[str, Any], place: str) -> tuple[Chat | Completion, Chat | Completion]:
+    """Chosen and rejected, strings or lists of messages, to a prompt of the same kind, or to what both begin with.
+
+    A string beside lists is a remark (the hub has such prompts): both lists begin with it then, as TRL reads them.
+    Raises: ValueError that begins with place.
+    """
+    both = [row.get("chosen"), row.get("rejected")]
+    if all(isinstance(value, list) for value in both):
+        given = row.get("prompt")
+        prompt = _checked(given, "prompt", place) if isinstance(given, list) else []
+        chats = [[*prompt, *_checked(value, name, place)] for name, value in zip(("chosen", "rejected"), both)]
+        first = len(prompt) if prompt else _shared(*chats)
+        chosen, rejected = (_chat(row, messages, place, first=first) for messages in chats)
+        return chosen, rejected
+    if any(isinstance(value, list) for value in both):
+        raise ValueError(
+            f"{place}: chosen and rejected must both be strings or both lists of messages, got "
+            f"{' and '.join(map(shown, both))}"
+        )
+    texts = [read_string(row, name, place) for name in ("chosen", "rejected")]
+    if row.get("prompt") is None:
+        end = _shared(*texts)
+        end -= texts[0][:end].endswith(" ")  # a word's token begins with the space before it
+        prompt, texts = texts[0][:end], [text[end:] for text in texts]
+    else:
+        prompt = read_string(row, "prompt", place)
+    one, other = ({"prompt": prompt, "completion": text} for text in texts)
+    return _completion(one, place), _completion(other, place)
+
+
 def without_filling(value: Any, *, inside: bool = False) -> Any:
     """A row of Arrow, which gives all objects of a column the same keys, with tools and tool_calls as they were."""
     if isinstance(value, list):
@@ -139,6 +171,12 @@ def _prompted(row: dict[str, Any], place: str) -> Chat | Completion:
             f"{' and '.join(map(shown, both))}"
         )
     return _completion(row, place)
+
+
+def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many messages, or characters, both begin with, one of each at least left over."""
+    most = min(len(one), len(other)) - 1
+    return next((i for i in range(most) if one[i] != other[i]), max(0, most))
 
 
 def _completion(row: dict[str, Any], place: str) -> Completion:

@@ -1,7 +1,7 @@
 """Tokenised documents become rows of one length, packed or each document by itself, within a budget of rows.
 
-A text goes on from row to row, and what follows it in a row sees it. Examples (chats, completions) stay whole, and a
-row's `starts` keep them apart: none is to see another.
+A text goes on from row to row, and what follows it in a row sees it. Examples (chats, completions, and
+the two of a pair, side by side) stay whole, and a row's `starts` keep them apart: none is to see another.
 """
 
 import bisect
@@ -21,7 +21,7 @@ class Rows:
 
     members (R,): all documents that a row has tokens of. starts (R,): where in a row examples begin that do not see
     each other, the first at 0. sizes (R,): tokens that are not padding. cut counts the examples that were longer than a
-    row and lost their end.
+    row and lost their end; left_out the pairs that were: without its end an answer is another one.
     """
 
     length: int
@@ -33,6 +33,7 @@ class Rows:
     starts: list[list[int]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     cut: int = 0
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.document)
@@ -166,6 +167,9 @@ def _shorten(rows: Rows, example: Encoded) -> Encoded | None:
     """The example's beginning; None if that scores nothing."""
     if len(example.ids) <= rows.length:
         return example
+    if len(example.starts) > 1:
+        rows.left_out += 1
+        return None
     rows.cut += 1
     ids, labels = example.ids[: rows.length], example.labels[: rows.length]
     return Encoded(ids, labels) if (labels[1:] != IGNORED).any() else None
@@ -175,7 +179,9 @@ def _single_examples(documents: Documents, order: list[int], length: int, pad: i
     rows = Rows(length, pad)
     for i, example in documents.encoded(order):
         short = _shorten(rows, example)
-        if short is not None:
+        if short is not None and len(short.starts) > 1:
+            _add_packed(rows, [(i, short)])
+        elif short is not None:
             rows.add(short.ids, short.labels, [i])
         if budget is not None and len(rows) >= budget:
             break
@@ -208,12 +214,12 @@ def _packed_examples(documents: Documents, order: list[int], length: int, pad: i
 
 def _add_packed(rows: Rows, examples: Sequence[tuple[int, Encoded]]) -> None:
     """A row of these, the first token of each unscored: nothing that it sees could tell it."""
-    ids, labels, starts = [], [], [0]
-    for _, example in examples:
-        ids.append(example.ids)
-        labels.append(numpy.concatenate([[IGNORED], example.labels[1:]]).astype(numpy.int32))
-        starts.append(starts[-1] + len(example.ids))
-    rows.add(numpy.concatenate(ids), numpy.concatenate(labels), [i for i, _ in examples], starts[:-1])
+    ids = numpy.concatenate([example.ids for _, example in examples])
+    labels = numpy.concatenate([example.labels for _, example in examples])
+    ends = numpy.cumsum([0, *(len(example.ids) for _, example in examples)]).tolist()
+    starts = [end + start for end, (_, example) in zip(ends, examples) for start in example.starts]
+    labels[starts] = IGNORED
+    rows.add(ids, labels, [i for i, _ in examples], starts)
 
 
 def best_fit_decreasing(sizes: Sequence[int], length: int) -> list[list[int]]:

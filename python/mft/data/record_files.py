@@ -19,7 +19,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from mft.data.formats import CONTENT_COLUMNS, content_of
+from mft.data.formats import CONTENT_COLUMNS, FORMS, PREFERENCE, content_of
 from mft.files.cache import sha256_of
 from mft.files.json_file import read_object
 
@@ -241,7 +241,8 @@ _READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv,
 
 
 def _content_of(names: list[str]) -> list[str]:
-    return content_of(names) or names[:1]  # without columns rows cannot be counted
+    pairs = [name for name in FORMS[PREFERENCE].needs if name in names]  # beside another form's columns
+    return list(dict.fromkeys([*content_of(names), *pairs])) or names[:1]  # without columns rows cannot be counted
 
 
 def _of_table(table: pyarrow.Table, path: Path, columns: list[str]) -> _File:

@@ -44,24 +44,25 @@ class Splits:
     key: str = ""
 
 
-def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None) -> Splits:
+def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None, *, pairs: bool = False) -> Splits:
     """The rows of config.source, which may be open already; a token budget counts whole rows, padding included.
 
     max_train_tokens and max_eval_tokens (for validation and test each) spread over as many documents as they can.
+    pairs: rows hold preference pairs, two examples each, the chosen and the rejected one; for objectives that compare.
     The evaluation rows do not depend on config.seed, so that runs with different seeds can be compared.
     Raises: ValueError naming the file, line or row, and the rule that it breaks.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an end-of-sequence token, which closes a document; got none")
     source = source or open_source(config)
-    directory = cache_root() / "rows" / _key(config, source.fingerprint, tokenizer)
+    directory = cache_root() / "rows" / _key(config, source.fingerprint, tokenizer, pairs)
     if not _is_whole(directory):
         if directory.exists():
             logger.warning("the rows kept in %s are damaged or incomplete: they are made again", directory)
         records = source.load()
         built, notes = {}, list(source.notes)
         for split in SPLITS:
-            documents = open_documents(records[split], tokenizer, assistant_only=config.assistant_only)
+            documents = open_documents(records[split], tokenizer, assistant_only=config.assistant_only, pairs=pairs)
             training = split == "train"
             tokens = config.max_train_tokens if training else config.max_eval_tokens
             rows = build_rows(
@@ -121,6 +122,11 @@ def _describe(split: str, rows: Rows, empty: int, covered: int, available: int) 
             f"{split}: {rows.cut} examples are longer than sequence_length = {rows.length} and were cut "
             "there; those whose answer begins later were left out"
         )
+    if rows.left_out:
+        notes.append(
+            f"{split}: {rows.left_out} pairs are longer than sequence_length = {rows.length}, both answers with their "
+            "prompts together, and were left out"
+        )
     scored = sum(int((labels[1:] >= 0).sum()) for labels in rows.labels)
     notes.append(
         f"{split}: {len(rows)} rows of {rows.length} tokens, {scored} of them scored, {rows.padding:.1%} padding, "
@@ -129,7 +135,7 @@ def _describe(split: str, rows: Rows, empty: int, covered: int, available: int) 
     return notes
 
 
-def _key(config: DataConfig, source: str, tokenizer: Any) -> str:
+def _key(config: DataConfig, source: str, tokenizer: Any, pairs: bool) -> str:
     """One name for the same rows: configuration, content of the source, and tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -142,6 +148,7 @@ def _key(config: DataConfig, source: str, tokenizer: Any) -> str:
         tokenizer.chat_template,
         tokenizer.eos_token_id,
         pad_of(tokenizer),
+        *(["pairs"] if pairs else []),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 

@@ -1,4 +1,4 @@
-"""One record becomes token ids and labels: chat messages, prompt and completion, or plain text.
+"""One record becomes token ids and labels: chat messages, prompt and completion, plain text, or a pair of the former.
 
 labels repeat the ids that are scored and hold IGNORED elsewhere; models shift them by one themselves.
 """
@@ -13,7 +13,7 @@ import datasets
 import jinja2
 import numpy
 
-from mft.data.formats import Chat, Completion, read_example, read_string, without_filling
+from mft.data.formats import FORMS, PREFERENCE, Chat, Completion, read_example, read_pair, read_string, without_filling
 from mft.data.sources import Records, form_of
 
 IGNORED = -100
@@ -25,10 +25,11 @@ PIECE = 2**20  # characters tokenised at once, for each of which a tokenizer tak
 
 @dataclass
 class Encoded:
-    """ids and labels, both int32 (T,)."""
+    """ids and labels, both int32 (T,). starts: where examples begin, two of a pair: the chosen and the rejected one."""
 
     ids: numpy.ndarray
     labels: numpy.ndarray
+    starts: tuple[int, ...] = (0,)
 
 
 @dataclass
@@ -58,25 +59,57 @@ class Documents:
                     yield i, self._known[i]
 
 
-def open_documents(records: Records, tokenizer: Any, *, assistant_only: bool) -> Documents:
-    """Records as the examples that their columns make them: chats, completions or texts."""
-    form = form_of(records)
+def open_documents(records: Records, tokenizer: Any, *, assistant_only: bool, pairs: bool = False) -> Documents:
+    """Records as the examples that their columns make them: chats, completions or texts; with pairs, pairs of these.
+
+    Raises: ValueError if records are no pairs and pairs are asked for, or are nothing else and they are not.
+    """
+    form = _form(records, pairs)
     if form == "text":
         return Documents(records, lambda rows, place: _texts(rows, place, tokenizer), is_text=True)
-    of_arrow = isinstance(records.rows, datasets.Dataset)
+    of_arrow, templated = isinstance(records.rows, datasets.Dataset), bool(tokenizer.chat_template)
+
+    def encoded(example: Chat | Completion, place: str) -> Encoded:
+        if isinstance(example, Chat):
+            return _chat(example, place, tokenizer, assistant_only)
+        return _completion(example, tokenizer)
 
     def encode(rows: Sequence[dict[str, Any]], place: Callable[[int], str]) -> list[Encoded]:
         examples = []
         for j, row in enumerate(rows):
             row = without_filling(row) if of_arrow else row
-            example = read_example(form, row, place(j), templated=bool(tokenizer.chat_template))
-            if isinstance(example, Chat):
-                examples.append(_chat(example, place(j), tokenizer, assistant_only))
+            if pairs:
+                both = [encoded(example, place(j)) for example in read_pair(row, place(j))]
+                examples.append(_pair(*both))
             else:
-                examples.append(_completion(example, tokenizer))
+                examples.append(encoded(read_example(form, row, place(j), templated=templated), place(j)))
         return examples
 
     return Documents(records, encode, is_text=False)
+
+
+def _form(records: Records, pairs: bool) -> str:
+    lacking = [column for column in FORMS[PREFERENCE].needs if column not in records.columns]
+    if pairs and lacking:
+        raise ValueError(
+            f"{records.place(0)}: data must have the columns chosen and rejected for the objective dpo, got "
+            f"{', '.join(sorted(records.columns))}: give preference pairs, or set objective.name to another"
+        )
+    form = PREFERENCE if pairs else form_of(records)
+    if form == PREFERENCE and not pairs:
+        raise ValueError(
+            f"{records.place(0)}: data must not be preference pairs (columns chosen and rejected) unless the objective "
+            "compares answers: set objective.name=dpo, or rename the column of the answers to learn to completion"
+        )
+    return form
+
+
+def _pair(chosen: Encoded, rejected: Encoded) -> Encoded:
+    """Nothing, unless both score something."""
+    if not (_scored(chosen) and _scored(rejected)):
+        return _whole([])
+    ids, labels = (numpy.concatenate([getattr(one, name) for one in (chosen, rejected)]) for name in ("ids", "labels"))
+    return Encoded(ids, labels, (0, len(chosen.ids)))
 
 
 def _texts(rows: Sequence[dict[str, Any]], place: Callable[[int], str], tokenizer: Any) -> list[Encoded]:
@@ -237,4 +270,4 @@ def _array(values: Sequence[int]) -> numpy.ndarray:
 
 def _scored(example: Encoded) -> bool:
     """Whether a token after the first is scored: the first has nothing before it to be predicted from."""
-    return bool((example.labels[1:] != IGNORED).any())
+    return bool((example.labels[1:] != IGNORED).any())  # of a pair both do; see _pair
