@@ -32,6 +32,10 @@ from mft.memory.shapes import known_config, known_models, shape_from_config
 from mft.memory.workload import Workload
 from mft.models.causal_lm import decoder_layers, head_of, run_decoder
 from mft.models.quantized_weight import QuantizedWeight
+from mft.objectives.cross_entropy import CROSS_ENTROPY
+from mft.objectives.kl import KL
+from mft.objectives.log_prob_objective import LogProbObjective
+from mft.objectives.objective import Objective
 from mft_kernels import MaskedLinear
 
 DTYPE = torch.bfloat16
@@ -55,6 +59,19 @@ def simulate_step(config: Mapping[str, Any], workload: Workload, *, steps: int =
         for _ in range(steps):
             runner.step(batches, 1.0, 1e-3, None, lambda batch, total: None)
     return tracker
+
+
+class _Compared(LogProbObjective):
+    """DPO without its memory of rows, for which it needs numbers."""
+
+    of_base = True
+
+    def loss(self, log_probs: Tensor, batch: MicroBatch, reference: Tensor | None) -> Tensor:
+        assert reference is not None, "it is not remembered"
+        return -nn.functional.logsigmoid((log_probs - reference).sum())
+
+
+_OBJECTIVES: dict[str, Objective] = {"cross_entropy": CROSS_ENTROPY, "kl": KL(), "dpo": _Compared()}
 
 
 class SimulatedMover(Mover):
@@ -129,7 +146,7 @@ def _quantize(model: Any, kind: str, *, masked: bool) -> None:
 def _runner(model: nn.Module, workload: Workload, tracker: MemoryTracker) -> Any:
     train = TrainConfig(steps=1, moments=workload.moments, grad_dtype=workload.grad_dtype)
     if workload.memory == "plain":
-        return Plain(model, train, run_decoder, head_of(model), None)
+        return Plain(model, train, run_decoder, head_of(model), None, objective=_OBJECTIVES[workload.objective])
     mover = SimulatedMover(tracker)
     masks = [
         HeldMask(name, module, _packed(module.scores), torch.zeros((), dtype=module.scores.dtype))
@@ -141,7 +158,8 @@ def _runner(model: nn.Module, workload: Workload, tracker: MemoryTracker) -> Any
             states.optimizer.tensors(mask.module.scores)
     dtype = None if workload.grad_dtype is None else getattr(torch, workload.grad_dtype)
     calls = LayerCalls(model, run_decoder)
-    return ENGINES[workload.memory](calls, head_of(model), masks, mover, states=states, grad_dtype=dtype)
+    options = {"states": states, "grad_dtype": dtype, "objective": _OBJECTIVES[workload.objective]}
+    return ENGINES[workload.memory](calls, head_of(model), masks, mover, **options)
 
 
 def _packed(scores: Tensor) -> Tensor:

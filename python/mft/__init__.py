@@ -7,7 +7,7 @@ from runpy import run_path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import DataConfig, MaskConfig, ModelConfig, RunConfig, TrainConfig, load_config
+    from .config import DataConfig, MaskConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig, load_config
     from .data.splits import load_splits
     from .evaluation.evaluate import evaluate
     from .masks.bank import MaskBank, load_mask_bank
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .masks.quantize import quantize_model
     from .models.parallel import gathered
     from .models.pretrained import load_model, save_model
+    from .objectives.distillation import Distillation
+    from .objectives.dpo import DPO
+    from .objectives.kl import KL
     from .objectives.log_prob_objective import LogProbObjective
     from .objectives.objective import Objective
     from .objectives.token_objective import TokenObjective
@@ -31,12 +34,13 @@ if TYPE_CHECKING:
     from .training.resume import Begin, Resume
     from .training.run import run_finetune, run_train
     from .training.saver import Saver
+    from .training.teacher import ModelTeacher
 
     __version__: str
 
 # Loaded at first use: `mft --help` and `mft env` need not wait for transformers.
 _HOMES = {
-    "config": ("DataConfig", "MaskConfig", "ModelConfig", "RunConfig", "TrainConfig", "load_config"),
+    "config": ("DataConfig", "MaskConfig", "ModelConfig", "ObjectiveConfig", "RunConfig", "TrainConfig", "load_config"),
     "data.splits": ("load_splits",),
     "evaluation.evaluate": ("evaluate",),
     "masks.bank": ("MaskBank", "load_mask_bank"),
@@ -49,6 +53,9 @@ _HOMES = {
     "masks.quantize": ("quantize_model",),
     "models.parallel": ("gathered",),
     "models.pretrained": ("load_model", "save_model"),
+    "objectives.distillation": ("Distillation",),
+    "objectives.dpo": ("DPO",),
+    "objectives.kl": ("KL",),
     "objectives.log_prob_objective": ("LogProbObjective",),
     "objectives.objective": ("Objective",),
     "objectives.token_objective": ("TokenObjective",),
@@ -57,18 +64,24 @@ _HOMES = {
     "training.resume": ("Begin", "Resume"),
     "training.run": ("run_finetune", "run_train"),
     "training.saver": ("Saver",),
+    "training.teacher": ("ModelTeacher",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "DPO",
+    "KL",
     "Begin",
     "DataConfig",
+    "Distillation",
     "LogProbObjective",
     "MaskBank",
     "MaskConfig",
     "MaskPeftConfig",
     "ModelConfig",
+    "ModelTeacher",
     "Objective",
+    "ObjectiveConfig",
     "Resume",
     "RunConfig",
     "Saver",

@@ -44,6 +44,13 @@ QUANTIZATIONS = ("nf4", "nf4-dq", "int8")  # dq: double quantisation
 CONFIG = "config.yaml"  # in the directory of a run
 CONFIGS = Path(__file__).parent / "configs"  # shipped; --config takes their names
 WAYS = ("plain", "resident", "quantized", "layerwise")  # or auto
+# Objectives, and the keys that each reads.
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "cross_entropy": (),
+    "kl": ("beta",),
+    "distill": ("teacher", "teacher_memory", "temperature", "weight"),
+    "dpo": ("beta", "label_smoothing"),
+}
 _MOST_CONFIG = 1 << 16  # bytes: 25 times the longest of ours; its reader takes a second for them
 _MOST_LAYERS = 10_000  # no model has a tenth as many
 # What other trainers, and the paper's own code, call our keys.
@@ -61,6 +68,8 @@ FOREIGN_NAMES = {
     "model_name_or_path": "model.name",
     "sparsity": "mask.keep_ratio",
     "layers": "mask.layers_to_transform",
+    "loss_type": "objective.name",
+    "teacher_model_name_or_path": "objective.teacher",
 }
 
 
@@ -238,6 +247,44 @@ class TrainConfig:
 
 
 @dataclass
+class ObjectiveConfig:
+    """What training makes smaller (docs/objectives.md). A key that the named objective does not read must be null."""
+
+    name: Annotated[str, one_of(tuple(OBJECTIVES))] = "cross_entropy"
+    beta: Annotated[float | None, POSITIVE_OR_NULL] = None  # of dpo, and of kl: the weight of KL; 0.1
+    label_smoothing: Annotated[float | None, Rule("lie in [0, 0.5)", minimum=0, exclusiveMaximum=0.5)] = None  # dpo; 0
+    temperature: Annotated[float | None, POSITIVE_OR_NULL] = None  # of distill; 1
+    weight: Annotated[float | None, SHARE] = None  # of the cross entropy in distill; 0.5
+    teacher: str | None = None  # of distill: as model.name, with the same tokenizer
+    teacher_memory: Annotated[str | None, one_of(("plain", "layerwise"))] = None  # plain
+
+    def __post_init__(self) -> None:
+        coerce_fields(self)
+        check_not_empty(self, "teacher")
+        expand_home(self, "teacher")
+        for item in dataclasses.fields(self)[1:]:
+            if getattr(self, item.name) is not None and item.name not in OBJECTIVES[self.name]:
+                readers = [name for name, keys in OBJECTIVES.items() if item.name in keys]
+                raise ValueError(
+                    f"{item.name} must be null with the objective {self.name}, got {getattr(self, item.name)}: it "
+                    f"belongs to {' and '.join(readers)}; set objective.name"
+                )
+        check_rule(
+            self.name != "distill" or self.teacher is not None, "teacher", "name a model for distill", self.teacher
+        )
+
+    @property
+    def of_base(self) -> bool:
+        """Whether the model is held to its base: then masks alone are trained."""
+        return self.name in ("kl", "dpo")
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether the data are preference pairs."""
+        return self.name == "dpo"
+
+
+@dataclass
 class RunConfig:
     """Everything one command needs; the sections of a YAML file."""
 
@@ -250,6 +297,7 @@ class RunConfig:
     memory: Annotated[str, one_of(("auto", *WAYS))] = "auto"
     # Between two checkpoints, from which --resume goes on; null: none is written.
     checkpoint_minutes: Annotated[float | None, Rule("be at least 0 (or null)", minimum=0)] = 10.0
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
     def __post_init__(self) -> None:
         coerce_fields(self)
@@ -259,11 +307,23 @@ class RunConfig:
             "be plain (or auto) with mask.modules_to_save, as the other ways train scores alone",
             self.memory,
         )
+        check_rule(
+            self.mask.modules_to_save is None or not self.objective.of_base,
+            "mask.modules_to_save",
+            f"be null with the objective {self.objective.name}, which holds masks to the base that they lie on",
+            self.mask.modules_to_save,
+        )
         check_not_empty(self, "output_dir")
         expand_home(self, "output_dir")
 
 
-SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "mask": MaskConfig, "train": TrainConfig}
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "mask": MaskConfig,
+    "train": TrainConfig,
+    "objective": ObjectiveConfig,
+}
 
 
 def load_config(path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:

@@ -9,7 +9,16 @@ from tiny_study import FEW, STUDY
 from typer.testing import CliRunner
 
 from mft.cli.app import app
-from mft.config import CONFIGS, SECTIONS, RunConfig, TrainConfig, config_from, config_values
+from mft.config import (
+    CONFIGS,
+    OBJECTIVES,
+    SECTIONS,
+    ObjectiveConfig,
+    RunConfig,
+    TrainConfig,
+    config_from,
+    config_values,
+)
 from mft.files.yaml_file import dump_yaml, parse_yaml
 from mft.study.config import ArmConfig, ScratchConfig
 from mft.study.load import SHIPPED, load_study, study_values
@@ -19,8 +28,8 @@ jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not install
 SMALL_STUDY = parse_yaml(STUDY.format(directory="x") + FEW, "a study")
 # One of each kind that YAML has, and both sides of every bound.
 VALUES = (
-    *(None, True, False, "", "x", "0-3, 7", "float32", "nf4", "value", "constant", "auto", "mask", "MFT"),
-    *(-1, 0, 0.5, 1, 1.0, 1.5, 2, 512, 2**63 - 1, 2**63),
+    *(None, True, False, "", "x", "0-3, 7", "float32", "nf4", "value", "constant", "auto", "mask", "MFT", "kl"),
+    *("plain", -1, 0, 0.5, 1, 1.0, 1.5, 2, 512, 2**63 - 1, 2**63),
     *([], [0], [-1], [0.5, 0.9], [0.5, 1], [1, 0.5, 0.5], ["x"], [""], [None], {}, {"x": 1}),
 )
 
@@ -60,6 +69,9 @@ def test_whatever_value_a_run_takes_is_valid(validators, cls, name):
         values = {name: value} if section is None else {section: {name: value}}
         if cls is TrainConfig:
             values[section] = ({"epochs": 1} if name != "steps" or value is None else {}) | values[section]
+        if cls is ObjectiveConfig and name != "name":
+            reader = next(objective for objective, keys in OBJECTIVES.items() if name in keys)
+            values[section] = {"name": reader} | ({"teacher": "a"} if reader == "distill" else {}) | values[section]
         try:
             config_from(copy.deepcopy(values), None)
         except ValueError:

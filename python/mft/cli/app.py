@@ -393,6 +393,7 @@ def estimate(
     quantize_masked: Annotated[bool, typer.Option("--quantize-masked", help="The masked weights too.")] = False,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Of plain.")] = False,
     target_modules: Annotated[str | None, typer.Option(help="Linear layers, such as up_proj,down_proj.")] = None,
+    objective: Annotated[str, typer.Option(help="kl, distill (its teacher not counted) or dpo.")] = "cross_entropy",
     as_json: Annotated[bool, typer.Option("--json", help="The same as one JSON object.")] = False,
 ) -> None:
     """What each way of training needs of memory and time, without loading a weight; exit code 2 if nothing fits."""
@@ -418,6 +419,7 @@ def estimate(
         quantization=quantization,
         quantize_masked=quantize_masked,
         gradient_checkpointing=gradient_checkpointing,
+        objective=objective,
         device="cpu" if gpu is None else "cuda",
     )
     given = [parse_bytes(size, option) for size, option in ((gpu, "--gpu"), (cpu, "--cpu")) if size is not None]

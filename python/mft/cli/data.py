@@ -25,14 +25,14 @@ def run_data_show(config: RunConfig, split: str, count: int) -> None:
     dataset = getattr(splits, split)
     pad = pad_of(tokenizer)
     for number in range(min(count, len(dataset))):
-        heading, text = describe_row(dataset[number], tokenizer, pad)
+        heading, text = describe_row(dataset[number], tokenizer, pad, pairs=config.objective.of_pairs)
         say(f"\n{split} row {number} of {len(dataset)}: {heading}", style="bold")
         console.print(text, soft_wrap=True)
     say(f"\n{LEGEND}", style="dim")
 
 
-def describe_row(row: Mapping[str, Any], tokenizer: Any, pad: int) -> tuple[str, Text]:
-    """(its counts, its tokens as text without the padding), of input_ids, labels and starts."""
+def describe_row(row: Mapping[str, Any], tokenizer: Any, pad: int, *, pairs: bool = False) -> tuple[str, Text]:
+    """(its counts, its tokens as text without the padding), of input_ids, labels and starts; pairs: of such."""
     ids, starts = row["input_ids"], row["starts"]
     scored = [False, *(label != IGNORED for label in row["labels"][1:])]  # nothing predicts the first
     end = len(ids)
@@ -42,11 +42,15 @@ def describe_row(row: Mapping[str, Any], tokenizer: Any, pad: int) -> tuple[str,
     for number, (start, stop) in enumerate(zip(starts, [*starts[1:], end])):
         if len(starts) > 1:
             text.append("▶ " if not number else "\n▶ ", style="bold cyan")
+            if pairs:
+                text.append("rejected: " if number % 2 else "chosen: ", style="bold cyan")
         for is_scored, run in itertools.groupby(range(start, stop), key=scored.__getitem__):
             places = list(run)
             pieces = "·".join(map(_visible, _pieces(ids, places[0], places[-1] + 1, tokenizer)))
             text.append(f"⟦{pieces}⟧" if is_scored else pieces, style="bold green" if is_scored else None)
     counts = f"{end} tokens, {sum(scored)} of them scored, and {len(ids) - end} of padding"
+    if pairs:
+        return f"{len(starts) // 2} {'pair' if len(starts) == 2 else 'pairs'}, {counts}", text
     return f"{len(starts)} examples, {counts}" if len(starts) > 1 else counts, text
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from mft.config import ModelConfig, RunConfig
 from mft.evaluation.evaluated_base import base_words, evaluated_base, evaluated_config
 from mft.evaluation.lm_eval_tasks import load_tasks, score_tasks, task_table, write_scores
-from mft.evaluation.table import evaluation_table
+from mft.evaluation.table import evaluation_table, figure_lines
 from mft.masks.convert import keeping_all
 from mft.masks.export import load_masks, masks_directory
 from mft.masks.export_format import read_export
@@ -15,6 +15,7 @@ from mft.masks.quantize import quantize_model
 from mft.training.console import console, say
 from mft.training.inputs import read_data, read_model
 from mft.training.metrics import Recorder
+from mft.training.objectives import make_objective
 from mft.training.progress import Progress
 
 
@@ -32,11 +33,14 @@ def run_evaluate(config: RunConfig, masks: Path | None, split: str, *, force: bo
     stages = _Stages(config.model, masks, unquantized=unquantized)
     dataset = getattr(read_data(config), split)
     model, _ = read_model(config.model)
-    recorder = Recorder(progress=Progress(console))
+    recorder, objective = Recorder(progress=Progress(console)), make_objective(config)
     results = {
-        name: recorder.evaluate(f"{name}, {split}", model, dataset) for name in stages.reached(model, force=force)
+        name: recorder.evaluate(f"{name}, {split}", model, dataset, objective=objective)
+        for name in stages.reached(model, force=force)
     }
     console.print(evaluation_table(split, results))
+    for line in figure_lines(objective.name, results):
+        say(line)
     say(stages.words)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from mft.checks import check_rule
 from mft.config import RunConfig
 from mft.evaluation.evaluated_base import check_exact
 from mft.files.atomic import write_whole
@@ -27,6 +28,12 @@ from mft.training.run_directory import PLOT, TABLE_JSON, TABLE_MARKDOWN, check_r
 def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> None:
     """mft sensitivity"""
     check_exact(config.model, "sensitivity")
+    check_rule(
+        config.objective.name == "cross_entropy",
+        "objective.name",
+        "be cross_entropy for mft sensitivity, which ranks by the loss",
+        config.objective.name,
+    )
     check_run_directory(config.output_dir, overwrite=True)
     with holding(Path(config.output_dir)):
         check_run_directory(config.output_dir, overwrite=overwrite)

@@ -7,18 +7,22 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from mft.data.batches import MicroBatch, count_labels, take_rows
 from mft.engines.start import Device, start_engine
+from mft.masks.base_pass import as_base
+from mft.masks.convert import masked_modules
 from mft.models.causal_lm import FEW, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.next_tokens import check_next_tokens
 from mft.models.packed_rows import keeping_apart
 from mft.models.token_loss import token_losses
+from mft.objectives.cross_entropy import CROSS_ENTROPY
+from mft.objectives.objective import Objective
 from mft_kernels import outdate
 
 METRICS = ("loss", "accuracy")
@@ -27,12 +31,16 @@ _TOGETHER = 16  # batches that pass a layer while its weights are on the device
 
 @dataclass
 class Evaluation:
-    """Sums a document, in ascending order of document number; all (documents,)."""
+    """Sums a document, in ascending order of document number; all (documents,).
+
+    figures: what the objective says, means over what it counts; "loss" is its own. Cross entropy says nothing beside.
+    """
 
     documents: Tensor
     tokens: Tensor
     loss_sums: Tensor
     correct: Tensor
+    figures: dict[str, float] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -55,6 +63,7 @@ def evaluate(
     way: str = "plain",
     device: Device = None,
     on_batch: Callable[[int, int], None] | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> Evaluation:
     """Loss and accuracy of model on dataset (columns input_ids, labels, document).
 
@@ -62,38 +71,46 @@ def evaluate(
         first, memory: the first ``first`` layers' outputs are remembered there, or taken from there (see FrozenPrefix).
         way, device: where the model's weights are meanwhile; see train_masks. first and memory belong to "plain".
         on_batch: called with the numbers of rows and of tokens after each batch.
+        objective: what else is measured.
     Raises: ValueError if dataset scores no token, or the model predicts no next tokens, or has too few positions.
     """
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one row to evaluate, got 0")
     first_row = take_rows(dataset, [0]).input_ids
     check_next_tokens(model.config, type(model).__name__, first_row.shape[1])
+    objective.check_rows(dataset)
     outdate()  # a figure is of the scores as they are, whoever has written them
     was_training = model.training
     model.eval()
     sums: dict[int, list[float]] = {}
+    figures: dict[str, float] = {}
+    counted = 0
     groups = [range(start, min(start + batch_size, len(dataset))) for start in range(0, len(dataset), batch_size)]
     batches = (take_rows(dataset, list(rows)) for rows in groups)
     few = first_row[:, :FEW].to(next(model.parameters()).device)
     with (
         torch.no_grad(),
         keeping_apart(model, dataset, few, batch_size),
-        _runner(model, few, way, device, first, memory) as (hidden_of, head),
+        _runner(model, few, way, device, first, memory, objective) as (hidden_of, head),
     ):
-        for batch, hidden in hidden_of(batches):
+        for batch, hidden, base in hidden_of(batches):
             losses, correct = token_losses(head, hidden, batch.labels.to(hidden.device))
             per_row = (count_labels(batch.labels).tolist(), losses.sum(-1).tolist(), correct.sum(-1).tolist())
             for document, *values in zip(batch.documents, *per_row):
                 entry = sums.setdefault(document, [0.0, 0.0, 0.0])
                 for i, value in enumerate(values):
                     entry[i] += value
+            counted += objective.count(batch)
+            for name, total in objective.measure(head, hidden, batch, base).items():
+                figures[name] = figures.get(name, 0.0) + total
             if on_batch is not None:
                 on_batch(len(batch.rows), batch.input_ids.numel())
     model.train(was_training)
     if not any(tokens for tokens, _, _ in sums.values()):
         raise ValueError(f"dataset must score at least one token, got {len(dataset)} rows without a label")
     table = torch.tensor([sums[document] for document in sorted(sums)], dtype=torch.float64)
-    return Evaluation(torch.tensor(sorted(sums)), *table.unbind(-1))
+    means = {name: total / max(counted, 1) for name, total in figures.items()}
+    return Evaluation(torch.tensor(sorted(sums)), *table.unbind(-1), means)
 
 
 def paired_difference(a: Evaluation, b: Evaluation, metric: str = "loss") -> tuple[float, float]:
@@ -119,31 +136,52 @@ def paired_difference(a: Evaluation, b: Evaluation, metric: str = "loss") -> tup
     return mean, error.item()
 
 
-HiddenOf = Callable[[Iterable[MicroBatch]], Iterator[tuple[MicroBatch, Tensor]]]
+# Of each batch what the head reads, and that of the base if the objective asks for it.
+HiddenOf = Callable[[Iterable[MicroBatch]], Iterator[tuple[MicroBatch, Tensor, Tensor | None]]]
 
 
 @contextlib.contextmanager
 def _runner(
-    model: nn.Module, few: Tensor, way: str, device: Device, first: int, memory: PrefixMemory | None
+    model: nn.Module,
+    few: Tensor,
+    way: str,
+    device: Device,
+    first: int,
+    memory: PrefixMemory | None,
+    objective: Objective,
 ) -> Iterator[tuple[HiddenOf, nn.Module]]:
     """(what the head reads of each batch, the head)."""
+    is_base = not masked_modules(model)
     if way == "plain":
         run, head = split_at_head(model, few)
         prefix = FrozenPrefix(model, first, memory, run)
 
-        def plain(batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
+        def plain(batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor, Tensor | None]]:
             for batch in batches:
+                objective.prepare([batch])
                 ids, positions = batch.inputs(few.device)
-                yield batch, prefix(ids, batch.rows, positions)
+                base = None
+                if objective.of_base and not is_base:
+                    with as_base(model):
+                        base = prefix(ids, batch.rows, positions)
+                hidden = prefix(ids, batch.rows, positions)
+                yield batch, hidden, hidden if objective.of_base and is_base else base
 
         yield plain, head
         return
     engine = start_engine(model, few, way, device)
 
-    def hidden_of(batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
+    def hidden_of(batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor, Tensor | None]]:
         for group in _groups(batches, _TOGETHER):
+            bases: list[Tensor] = []
+            if objective.of_base and not is_base:
+                with as_base(model):
+                    bases += [base.cpu() for base in engine.hidden_states(group)]
+            objective.prepare(group)
             # The states first: so that the engine comes to its end too.
-            yield from ((batch, hidden) for hidden, batch in zip(engine.hidden_states(group), group))
+            for hidden, (number, batch) in zip(engine.hidden_states(group), enumerate(group)):
+                base = hidden if objective.of_base and is_base else None
+                yield batch, hidden, bases[number].to(hidden.device) if bases else base
 
     try:
         yield hidden_of, engine.head

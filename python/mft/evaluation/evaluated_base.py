@@ -99,6 +99,7 @@ def _known(masks: Path) -> tuple[Path | None, list[str]]:
             "model.name": config.model.name,
             "model.chat_template": config.model.chat_template,
             "data.source": config.data.source,
+            "objective.teacher": config.objective.teacher,
         }
         return path, [
             f"{key}={json.dumps(_seen_from_here(place, config.output_dir, path.parent))}"

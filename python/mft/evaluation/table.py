@@ -24,6 +24,15 @@ def evaluation_table(split: str, results: dict[str, Evaluation]) -> Table:
     return table
 
 
+def figure_lines(objective: str, results: dict[str, Evaluation]) -> list[str]:
+    """What the objective of this name measured, a line a model; none of cross entropy, which the table has."""
+    return [
+        f"{objective}, {name}: {', '.join(f'{key} {figure:.4f}' for key, figure in result.figures.items())}"
+        for name, result in results.items()
+        if result.figures
+    ]
+
+
 def _counts(result: Evaluation) -> str:
     return (
         f"{int(result.tokens.sum())} tokens of {len(result.documents)} documents. Loss in nats a token; differences "

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from mft.memory.shapes import ModelShape
 
 CHUNK = 128  # tokens whose logits exist together; token_loss.CHUNK
+ROWS = 32  # tokens whose logits exist in fp32 together, where cross entropy is not all; chunks.ROWS
+_FP32_LOGITS = {"kl": 7, "distill": 10, "dpo": 4}  # tensors of them
 _NORM_COPIES = 5  # fp32 tensors that the norm's backward pass holds at its peak
 
 
@@ -123,17 +125,23 @@ class Layer:
         return self._saved_attention + gradients
 
 
-def loss_peak(shape: ModelShape, tokens: int) -> int:
+def loss_peak(shape: ModelShape, tokens: int, objective: str = "cross_entropy") -> int:
     """The most that final norm, head and loss hold, the last layer's output included; the head's weight is not."""
     hidden = tokens * shape.hidden * shape.dtype_bytes
     norm = tokens * shape.hidden * 4 if shape.dtype_bytes != 4 else 0
     # Hidden states before and after the norm, those that score, and their gradients chunk by chunk.
-    chunks = 4 * hidden + norm + _logits(shape, min(tokens, CHUNK))
+    chunks = 4 * hidden + norm + _logits(shape, min(tokens, CHUNK), objective)
     # The gradients chunk by chunk and in one, and of the norm's output.
     backward = 4 * hidden + norm + 4 * tokens * shape.hidden * _NORM_COPIES
     return max(chunks, backward)
 
 
-def _logits(shape: ModelShape, tokens: int) -> int:
-    """A chunk's logits and their gradient, and their softmax in fp32 (on a CPU a few rows of it: see token_loss.py)."""
-    return tokens * shape.vocabulary * (2 * shape.dtype_bytes + 4)
+def _logits(shape: ModelShape, tokens: int, objective: str) -> int:
+    """A chunk's logits and their gradient, and their softmax in fp32 (on a CPU a few rows of it: see token_loss.py).
+
+    Other objectives have autograd over fp32 copies of a few rows, and the logits of the base or teacher beside.
+    """
+    if objective == "cross_entropy":
+        return tokens * shape.vocabulary * (2 * shape.dtype_bytes + 4)
+    chunks = 2 if objective == "dpo" else 3
+    return shape.vocabulary * (chunks * tokens * shape.dtype_bytes + _FP32_LOGITS[objective] * min(tokens, ROWS) * 4)

@@ -72,6 +72,8 @@ def estimate(shape: ModelShape, workload: Workload) -> Estimate:
         workload = replace(workload, quantization="nf4")
     run = _Run(shape, workload)
     phases = {"plain": _plain, "layerwise": _layerwise}.get(workload.memory, _resident)(run)
+    for sizes in phases.values():
+        sizes["teacher"] = workload.teacher_bytes
     host, loading = run.host(), run.loading()
     if workload.device == "cpu":
         for sizes in phases.values():
@@ -103,8 +105,8 @@ def _plain(run: "_Run") -> dict[str, Sizes]:
     kept = [layer.hidden if workload.gradient_checkpointing else layer.saved for layer in above]
     peaks = [sum(kept[:i]) + layer.peak for i, layer in enumerate(above)]
     return {
-        "loss": resident | {"activations": sum(kept), "logits": loss_peak(shape, workload.tokens)},
-        "backward": resident | {"activations": max(peaks)},
+        "loss": resident | {"activations": sum(kept), "logits": run.loss, "reference": run.reference(1)},
+        "backward": resident | {"activations": max(peaks), "reference": run.reference(1)},
     }
 
 
@@ -117,7 +119,7 @@ def _resident(run: "_Run") -> dict[str, Sizes]:
     }
     above = range(run.first, run.shape.layers)
     return {
-        "loss": resident | {"logits": loss_peak(run.shape, run.workload.tokens)},
+        "loss": resident | {"logits": run.loss, "reference": run.reference(2)},
         "backward": resident
         | {"activations": max(run.layer(i).peak for i in above), "boundaries": _RESIDENT_BOUNDARIES * run.hidden},
         "optimiser": resident | {"staging": run.staging(run.matrices)},
@@ -126,7 +128,7 @@ def _resident(run: "_Run") -> dict[str, Sizes]:
 
 def _layerwise(run: "_Run") -> dict[str, Sizes]:
     """The layer at work, and the next one on its way: weights and masks of two, gradients of one."""
-    depth, tokens = run.shape.layers, run.workload.tokens
+    depth = run.shape.layers
     phases: dict[str, Sizes] = {}
 
     def larger(name: str, sizes: Sizes) -> None:
@@ -140,7 +142,7 @@ def _layerwise(run: "_Run") -> dict[str, Sizes]:
     boundaries = _LAYERWISE_BOUNDARIES * run.hidden
     top = {"weights": run.weights_of_layer[-1] + run.outside - run.embedding_alone, "masks": run.mask_bytes[-1]}
     larger("forward", top | {"activations": run.layer(depth - 1).forward_peak, "boundaries": boundaries})
-    larger("loss", top | {"logits": loss_peak(run.shape, tokens), "boundaries": boundaries})
+    larger("loss", top | {"logits": run.loss, "boundaries": boundaries, "reference": run.reference(3)})
     for i in range(run.first, depth):
         gradients = run.weights_masked_in(i) * run.grad_bytes
         held = two(i, i - 1 if i > run.first else None) | {"gradients": gradients}
@@ -184,6 +186,14 @@ class _Run:
         self.matrices = [matrix for matrices in self.matrices_of_layer for matrix in matrices]
         self.weights_of_layer = [self._weights(i) for i in range(depth)]
         self.mask_bytes = [sum(map(self.mask_of, matrices)) for matrices in self.matrices_of_layer]
+
+    @property
+    def loss(self) -> int:
+        return loss_peak(self.shape, self.workload.tokens, self.workload.objective)
+
+    def reference(self, boundaries: int) -> int:
+        """What an objective that asks for the base holds of it on the device."""
+        return boundaries * self.hidden if self.workload.of_base else 0
 
     @property
     def hidden(self) -> int:
@@ -255,7 +265,7 @@ class _Run:
             "weights": self.outside + sum(self.weights_of_layer),
             "masks": sum(self.mask_bytes),
             "states": self.states,
-            "boundaries": (above + 1) * workload.accumulation * self.hidden,
+            "boundaries": (above + 1 + workload.of_base) * workload.accumulation * self.hidden,
         }
 
     def loading(self) -> Sizes:

@@ -45,6 +45,8 @@ def step_seconds(shape: ModelShape, workload: Workload, masked: Sequence[bool], 
     trained = sum(masked) * sum(shape.linears[name][0] * shape.linears[name][1] for name in named)
     backward = above * (linear + 2.5 * attention) + 2 * trained
     head = 4 * shape.embedding
+    if workload.objective == "kl":  # the base goes up in every step; of dpo once a row, of a teacher elsewhere
+        forward, head = forward + above * (linear + attention), head + 2 * shape.embedding
     compute = tokens * (forward + backward + head) / speeds.flops
     if workload.quantization is not None:  # a dense matrix is written and read for each product, thrice a layer
         passes = workload.accumulation * (depth + 2 * above) * shape.linear_weights

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mft.checks import check_one_of, check_rule
-from mft.config import DTYPES, MOMENTS, QUANTIZATIONS, SCORES_DTYPES, WAYS
+from mft.config import DTYPES, MOMENTS, OBJECTIVES, QUANTIZATIONS, SCORES_DTYPES, WAYS
 
 SCORE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int16": 2.0}
 MOMENT_BYTES = {"float32": 8.0, "8bit": 2 + 2 * 4 / 256}  # two moments a score; 8 bits have fp32 scales, one in 256
@@ -22,6 +22,7 @@ class Workload:
         quantization: of the base, None for none. quantize_masked: the masked layers' weights too.
         gradient_checkpointing: of plain; the other ways recompute every layer anyhow.
         clipping: of the gradients' global norm, which layerwise does not have.
+        objective: cross_entropy, kl, distill or dpo. teacher_bytes: of a teacher's weights on the device.
         device: "cuda", which has a memory of its own, or "cpu", which shares the host's.
     """
 
@@ -38,12 +39,15 @@ class Workload:
     quantize_masked: bool = False
     gradient_checkpointing: bool = False
     clipping: bool = False
+    objective: str = "cross_entropy"
+    teacher_bytes: int = 0
     device: str = "cuda"
 
     def __post_init__(self) -> None:
         check_one_of("memory", self.memory, ("auto", *WAYS))
         check_one_of("scores", self.scores, SCORES_DTYPES)
         check_one_of("moments", self.moments, MOMENTS)
+        check_one_of("objective", self.objective, tuple(OBJECTIVES))
         check_one_of("device", self.device, ("cuda", "cpu"))
         if self.grad_dtype is not None:
             check_one_of("grad_dtype", self.grad_dtype, DTYPES)
@@ -69,6 +73,11 @@ class Workload:
     def tokens(self) -> int:
         """Of a micro-batch."""
         return self.micro_batch * self.sequence
+
+    @property
+    def of_base(self) -> bool:
+        """Whether a second chain of hidden states, the base's, goes up beside the first."""
+        return self.objective in ("kl", "dpo")
 
     @property
     def state_bytes(self) -> float:

@@ -35,7 +35,7 @@ def read_rows(config: RunConfig) -> tuple[Splits, Any]:
     """read_data, with the tokenizer that made the rows."""
     source = open_source(config.data)
     tokenizer = load_tokenizer(config.model, sequence_length=config.data.sequence_length)
-    splits = load_splits(config.data, tokenizer, source)
+    splits = load_splits(config.data, tokenizer, source, pairs=config.objective.of_pairs)
     for note in splits.notes:
         console.print(note, style="dim", highlight=False, soft_wrap=True)
     return splits, tokenizer

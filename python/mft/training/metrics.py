@@ -13,6 +13,8 @@ from mft.config import TrainConfig
 from mft.engines.step import StepReport
 from mft.evaluation.evaluate import Evaluation, evaluate
 from mft.files.atomic import naming, write_whole
+from mft.objectives.cross_entropy import CROSS_ENTROPY
+from mft.objectives.objective import Objective
 from mft.training.progress import Progress
 from mft.training.run_directory import METRICS
 
@@ -47,14 +49,22 @@ class Recorder:
             yield Steps(self, phase, train.log_every, advance)
 
     def evaluate(
-        self, phase: str, model: nn.Module, dataset, *, batch_size: int = EVALUATION_BATCH, **options
+        self,
+        phase: str,
+        model: nn.Module,
+        dataset,
+        *,
+        batch_size: int = EVALUATION_BATCH,
+        objective: Objective = CROSS_ENTROPY,
+        **options,
     ) -> Evaluation:
-        """evaluate(), shown and written; options are its own."""
+        """evaluate(), shown and written; options are its own. What the objective measures is called NAME/figure."""
         with self.shown(phase, len(dataset)) as advance:
             result = evaluate(
                 model,
                 dataset,
                 batch_size=batch_size,
+                objective=objective,
                 on_batch=lambda rows, tokens: advance(rows, tokens=tokens),
                 **options,
             )
@@ -64,6 +74,7 @@ class Recorder:
             accuracy=result.accuracy,
             tokens=int(result.tokens.sum()),
             documents=len(result.documents),
+            **{f"{objective.name}/{name}": figure for name, figure in result.figures.items()},
         )
         return result
 

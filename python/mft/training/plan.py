@@ -105,6 +105,8 @@ def workload_of(config: RunConfig, device: torch.device) -> Workload:
         quantize_masked=config.model.quantize_masked,
         gradient_checkpointing=train.gradient_checkpointing,
         clipping=train.max_grad_norm is not None,
+        objective=config.objective.name,
+        teacher_bytes=_teacher_bytes(config),
         device=device.type,
     )
 
@@ -115,6 +117,18 @@ def workload_of(config: RunConfig, device: torch.device) -> Workload:
 def _plan(config: RunConfig, way: str, device: torch.device, remember: bool, reason: str) -> Plan:
     kind = config.model.quantization
     return Plan(way, device, "nf4" if way == "quantized" and kind is None else kind, remember, reason)
+
+
+def _teacher_bytes(config: RunConfig) -> int:
+    """Of weights that lie on the device; 0 of a teacher whose shapes are not known here, as of none."""
+    name = config.objective.teacher
+    if name is None or config.objective.teacher_memory == "layerwise":
+        return 0
+    try:
+        shape = shape_from_config(read_model_config(name), name, dtype=config.model.dtype)
+    except ValueError:
+        return 0
+    return shape.parameters * shape.dtype_bytes
 
 
 def _saves_a_tenth(shape: ModelShape, workload: Workload) -> bool:

@@ -27,7 +27,7 @@ from mft.engines.step import StepReport
 from mft.evaluation.evaluate import Evaluation, paired_difference
 from mft.evaluation.evaluated_base import check_exact
 from mft.evaluation.mask_cost import said_of_cost
-from mft.evaluation.table import evaluation_table
+from mft.evaluation.table import evaluation_table, figure_lines
 from mft.files.atomic import NotWritten, remove, write_whole
 from mft.masks.convert import keeping_all, mask_model, print_trainable_parameters
 from mft.masks.export import MASKS, base_hash, save_masks
@@ -35,6 +35,7 @@ from mft.masks.inspection import flip_share, initial_masks
 from mft.masks.quantize import quantize_model
 from mft.masks.targets import select_targets
 from mft.models.pretrained import load_model, load_outline, save_model
+from mft.objectives.objective import Objective
 from mft.training.checkpoint import BadCheckpoint, Checkpoint
 from mft.training.console import console, new_console, say
 from mft.training.curves import plot_curves
@@ -42,6 +43,7 @@ from mft.training.flips import PHASE, POINTS, FlipCounter
 from mft.training.inputs import read_data, read_model
 from mft.training.loop import finetune, train_masks
 from mft.training.metrics import Recorder, Steps
+from mft.training.objectives import facts_of, make_objective
 from mft.training.plan import Plan, plan_training, replan
 from mft.training.progress import Progress
 from mft.training.resume import Begin, Start, started
@@ -67,6 +69,11 @@ def run_finetune(start: RunConfig | Start) -> Path:
     """
     with _begun(start) as run:
         check_exact(run.config.model, "finetune")
+        if run.config.objective.of_base:
+            raise ValueError(
+                "objective.name must be cross_entropy or distill in mft finetune, which changes the base, got "
+                f"{run.config.objective.name}, which holds masks to it: use mft train"
+            )
         return _finetune(run)
 
 
@@ -88,16 +95,18 @@ def _finetune(run: "_Run") -> Path:
     run.processes.check(config.train, "plain")
     splits = read_data(config)
     model, tokenizer = read_model(config.model)
-    facts = {"data": splits.key}
+    objective = make_objective(config)
+    facts = {"data": splits.key} | facts_of(objective)
     run.processes.agree(facts)
     with run.opened() as recorder:
-        before = run.before(recorder, "before, validation", model, splits.validation)
+        before = run.before(recorder, "before, validation", model, splits.validation, objective=objective)
         model.requires_grad_(True)
         print_trainable_parameters(model)
         with recorder.training("full fine-tune", splits.train, config.train) as on_step:
             saver = run.saver(recorder, on_step, facts)
-            finetune(model, splits.train, config.train, on_step=on_step, saver=saver, processes=run.processes)
-        after = recorder.evaluate("after, validation", model, splits.validation)
+            options: dict[str, Any] = {"on_step": on_step, "saver": saver, "processes": run.processes}
+            finetune(model, splits.train, config.train, objective=objective, **options)
+        after = recorder.evaluate("after, validation", model, splits.validation, objective=objective)
         if run.processes.first:
             with run.finishing(recorder, before, after, MODEL) as result:
                 save_model(model, tokenizer, result)
@@ -111,11 +120,13 @@ def _train(run: "_Run") -> Path:
     config.model.quantization = plan.quantization
     splits = read_data(config)
     model = _base_model(config, plan)
+    objective = make_objective(config)
     with run.opened() as recorder:
-        before = _mask(run, plan, model, splits, recorder)
+        before = _mask(run, plan, model, splits, recorder, objective)
         initial = initial_masks(model)
-        _learn(run, plan, model, splits, recorder, initial)
-        after = recorder.evaluate("after, validation", model, splits.validation, **_evaluated(config, plan))
+        _learn(run, plan, model, splits, recorder, initial, objective)
+        where = _evaluated(config, plan)
+        after = recorder.evaluate("after, validation", model, splits.validation, objective=objective, **where)
         if run.processes.first:
             flipped = 100 * flip_share(model, initial)
             console.print(f"{flipped:.2f} % of the mask's bits flipped since initialisation", highlight=False)
@@ -161,17 +172,20 @@ def _evaluated(config: RunConfig, plan: Plan) -> dict[str, Any]:
     return where if plan.way == "plain" else where | {"batch_size": config.train.batch_size}
 
 
-def _mask(run: "_Run", plan: Plan, model: nn.Module, splits: Splits, recorder: Recorder) -> Evaluation:
+def _mask(
+    run: "_Run", plan: Plan, model: nn.Module, splits: Splits, recorder: Recorder, objective: Objective
+) -> Evaluation:
     """Mask the model, over a quantised base if that is the plan; returns what it was worth before."""
     config, kind, options = run.config, plan.quantization, _evaluated(run.config, plan)
+    measured = options | {"objective": objective}
     if kind is None:
-        before = run.before(recorder, "before, validation", model, splits.validation, **options)
+        before = run.before(recorder, "before, validation", model, splits.validation, **measured)
         mask_model(model, config.mask)
     else:
         mask_model(model, config.mask)
         quantize_model(model, kind, masked=config.model.quantize_masked)
         with keeping_all(model):
-            before = run.before(recorder, f"before in {kind}, validation", model, splits.validation, **options)
+            before = run.before(recorder, f"before in {kind}, validation", model, splits.validation, **measured)
     print_trainable_parameters(model)
     if run.found is None and run.processes.first:
         cost = said_of_cost(model, config.mask, splits.validation, **options)
@@ -181,7 +195,13 @@ def _mask(run: "_Run", plan: Plan, model: nn.Module, splits: Splits, recorder: R
 
 
 def _learn(
-    run: "_Run", plan: Plan, model: nn.Module, splits: Splits, recorder: Recorder, initial: dict[str, Any]
+    run: "_Run",
+    plan: Plan,
+    model: nn.Module,
+    splits: Splits,
+    recorder: Recorder,
+    initial: dict[str, Any],
+    objective: Objective,
 ) -> None:
     """Train the scores, with checkpoints and a count of flips."""
     config, processes = run.config, run.processes
@@ -193,7 +213,7 @@ def _learn(
         "plan": {"way": plan.way, "remember": plan.remember},
         "data": splits.key,
         "base": base_hash(model),
-    }
+    } | facts_of(objective)
     processes.agree(facts)
     with recorder.training("mask fine-tune", splits.train, config.train) as on_step:
 
@@ -212,6 +232,7 @@ def _learn(
             on_step=after_step,
             saver=run.saver(recorder, on_step, facts, flips),
             processes=processes,
+            objective=objective,
         )
 
 
@@ -301,9 +322,14 @@ class _Run:
         markdown = io.StringIO()
         new_console(markdown, width=120).print(table)
         write_whole(directory / TABLE_MARKDOWN, markdown.getvalue())
+        objective = self.config.objective.name
+        for line in figure_lines(objective, results):
+            say(line)
         difference, error = paired_difference(after, before)
         numbers: dict[str, Any] = {
-            name: {"loss": result.loss, "accuracy": result.accuracy} for name, result in results.items()
+            name: {"loss": result.loss, "accuracy": result.accuracy}
+            | {f"{objective}/{key}": figure for key, figure in result.figures.items()}
+            for name, result in results.items()
         }
         numbers |= {"loss after - before": difference, "standard error": error}
         write_whole(directory / TABLE_JSON, json.dumps(numbers, indent=2) + "\n")

@@ -1,0 +1,46 @@
+"""Cross entropy, and beside it how far the model has gone from its base: KL(model || base) of each scored token."""
+
+from torch import Tensor
+
+from mft.checks import check_rule
+from mft.objectives.token_objective import TokenObjective
+
+
+class KL(TokenObjective):
+    """-log p(token) + beta * sum over words of p * (log p - log p_base).
+
+    The direction of RLHF's penalty: what the base finds unlikely is what costs.
+
+    Args: beta: positive.
+    """
+
+    name = "kl"
+    of_base = True
+
+    def __init__(self, beta: float = 0.1) -> None:
+        check_rule(beta > 0, "beta", "be positive", beta)
+        self.beta = beta
+
+    def token_losses(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
+        log_p = logits.log_softmax(-1)
+        return cross_entropy(log_p, targets) + self.beta * divergence(log_p, _given(reference))
+
+    def token_figures(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> dict[str, Tensor]:
+        log_p = logits.log_softmax(-1)
+        kl = divergence(log_p, _given(reference))
+        return {"loss": cross_entropy(log_p, targets) + self.beta * kl, "kl": kl}
+
+
+def cross_entropy(log_p: Tensor, targets: Tensor) -> Tensor:
+    """(M,): -log p(target), of log_p (M, V)."""
+    return -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(M,): KL(p || q) of log-probabilities (M, V)."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _given(reference: Tensor | None) -> Tensor:
+    assert reference is not None, "the way gives the base's states to an objective of_base"
+    return reference.log_softmax(-1)

@@ -1,0 +1,42 @@
+"""Rows of preference pairs: examples 2i (chosen) and 2i + 1 (rejected) of a row, kept apart as packed examples are."""
+
+import torch
+from torch import Tensor
+
+from mft.data.batches import MicroBatch
+
+
+def check_pairs(dataset, name: str) -> None:
+    """Raise ValueError unless each row holds pairs, for the objective of this name."""
+    rule = f"dataset must hold pairs for the objective {name}, two examples each (chosen, rejected)"
+    if "starts" not in dataset.column_names:
+        raise ValueError(f"{rule}, got rows without starts: give data with chosen and rejected")
+    for row, starts in enumerate(dataset.with_format("arrow")[:]["starts"].to_pylist()):
+        if not starts or len(starts) % 2:
+            raise ValueError(f"{rule}, got {len(starts)} in row {row}: give data with chosen and rejected")
+
+
+def count_pairs(batch: MicroBatch) -> int:
+    """How many a micro-batch holds."""
+    assert batch.position_ids is not None, "check_pairs has seen the rows"
+    return int((batch.position_ids == 0).sum()) // 2
+
+
+def example_of_tokens(batch: MicroBatch) -> Tensor:
+    """(M,): which example of the micro-batch each scored token belongs to, row by row, as batch.labelled has them."""
+    assert batch.position_ids is not None, "check_pairs has seen the rows"
+    begins = (batch.position_ids == 0).flatten()
+    return (begins.cumsum(0) - 1)[batch.labelled.positions]
+
+
+def pairs_of_row(batch: MicroBatch) -> list[int]:
+    """How many pairs each row holds."""
+    assert batch.position_ids is not None, "check_pairs has seen the rows"
+    return ((batch.position_ids == 0).sum(-1) // 2).tolist()
+
+
+def summed_by_example(values: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """(chosen (P,), rejected (P,)): sums over each example's scored tokens, of values (M,) in their order."""
+    sums = torch.zeros(2 * count_pairs(batch), dtype=values.dtype, device=values.device)
+    sums = sums.index_add(0, example_of_tokens(batch).to(values.device), values)
+    return sums[0::2], sums[1::2]

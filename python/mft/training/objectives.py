@@ -1,0 +1,66 @@
+"""The objective that a configuration names, with its teacher loaded."""
+
+import json
+from typing import Any
+
+from torch import nn
+
+from mft.config import ModelConfig, RunConfig
+from mft.masks.export import base_hash
+from mft.models.pretrained import load_model, load_tokenizer
+from mft.objectives.cross_entropy import CROSS_ENTROPY
+from mft.objectives.distillation import Distillation
+from mft.objectives.dpo import DPO
+from mft.objectives.kl import KL
+from mft.objectives.objective import Objective
+from mft.training.teacher import ModelTeacher
+
+
+def make_objective(config: RunConfig) -> Objective:
+    """What config.objective says; a teacher's weights are read, in the model's dtype.
+
+    Raises: ValueError if the teacher's tokenizer is another one.
+    """
+    asked = config.objective
+    given = {
+        name: getattr(asked, name)
+        for name in ("beta", "label_smoothing", "temperature", "weight")
+        if getattr(asked, name) is not None
+    }
+    if asked.name == "kl":
+        return KL(**given)
+    if asked.name == "dpo":
+        return DPO(**given)
+    if asked.name == "distill":
+        return Distillation(_teacher(config), **given)
+    return CROSS_ENTROPY
+
+
+def facts_of(objective: Objective) -> dict[str, str]:
+    """What a run that goes on must find as it was, beside its configuration: a teacher's weights, by their hash."""
+    if not isinstance(objective, Distillation) or not isinstance(objective.teacher, ModelTeacher):
+        return {}
+    model = objective.teacher.model
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return {"teacher": base_hash(model, linears)}
+
+
+def _teacher(config: RunConfig) -> ModelTeacher:
+    asked = config.objective
+    assert asked.teacher is not None, "the configuration asks for one"
+    named = ModelConfig(asked.teacher, dtype=config.model.dtype)
+    ours, theirs = (
+        load_tokenizer(model, sequence_length=config.data.sequence_length) for model in (config.model, named)
+    )
+    if _words(ours) != _words(theirs):
+        raise ValueError(
+            f"objective.teacher must have the words of {config.model.name}, got {asked.teacher} with another "
+            f"tokenizer, of {len(theirs)} words for {len(ours)}: their logits are of different things; take a teacher "
+            "of the same family"
+        )
+    model, _ = load_model(named)
+    return ModelTeacher(model, asked.teacher_memory or "plain")
+
+
+def _words(tokenizer: Any) -> str:
+    return json.dumps(sorted(tokenizer.get_vocab().items()))

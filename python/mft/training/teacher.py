@@ -1,0 +1,63 @@
+"""The teacher of a distillation: another model of the same words, run without gradients beside the one that learns."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mft.data.batches import MicroBatch
+from mft.engines.layer_engine import LayerEngine
+from mft.engines.start import Device, default_device, start_engine
+from mft.models.causal_lm import FEW, Run, split_at_head
+from mft.models.packed_rows import check_kept_apart
+
+
+class ModelTeacher:
+    """A causal language model that tells what it makes of rows.
+
+    Args:
+        model: in eval mode from now on, and frozen.
+        way: "plain": all of it on device; "layerwise": a layer's weights at a time, for all micro-batches of a step.
+        device: None: the first GPU, or the CPU.
+    Raises: ValueError, at the first rows, where examples of packed rows see each other in it, or where way cannot be.
+    """
+
+    head: nn.Module
+
+    def __init__(self, model: Any, way: str = "plain", device: Device = None) -> None:
+        self._device = default_device() if device is None else torch.device(device)
+        self.model = model.requires_grad_(False).eval()
+        if way == "plain":
+            self.model.to(self._device)
+        self._way = way
+        self._apart = False  # whether packed rows have been tried
+        self._run: Run | None = None
+        self._engine: LayerEngine | None = None
+
+    @torch.no_grad()
+    def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
+        """What the head reads (B, T, D) of each batch in turn; the head lies beside it until the next is asked for."""
+        if self._run is None and self._engine is None:
+            self._begin(batches[0])
+        if not self._apart and any(batch.position_ids is not None for batch in batches):
+            batch = batches[0]
+            check_kept_apart(self.model, self._few(batch), len(batch.rows))
+            self._apart = True
+        if self._engine is not None:
+            yield from self._engine.hidden_states(batches)
+            return
+        assert self._run is not None
+        for batch in batches:
+            yield self._run(self.model, *batch.inputs(self._device))
+
+    def _begin(self, batch: MicroBatch) -> None:
+        few = self._few(batch)
+        if self._way == "plain":
+            self._run, self.head = split_at_head(self.model, few)
+        else:
+            self._engine = start_engine(self.model, few, self._way, self._device)
+            self.head = self._engine.head
+
+    def _few(self, batch: MicroBatch) -> Tensor:
+        return batch.input_ids[:1, :FEW].to(next(self.model.parameters()).device)

@@ -1,0 +1,77 @@
+"""mft train with an objective: from its configuration to its metrics."""
+
+import json
+
+import pytest
+from tiny_run import LEARN, steps
+
+from mft.config import load_config
+
+PAIRS = [{"prompt": f"{i} {i + 1}", "chosen": f" {i + 2} {i + 3}", "rejected": f" {i} {i}"} for i in range(1, 40)]
+
+
+def events(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("memory", ["plain", "layerwise"])
+def test_dpo_from_pairs_to_metrics(cli, tmp_path, memory):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    asked = ["objective.name=dpo", "data.source=pairs.jsonl", "data.sequence_length=24", f"memory={memory}"]
+    code, output = cli("train", *LEARN, *asked, "train.steps=8", "mask.keep_ratio=0.9")
+    assert code == 0, output
+    assert "dpo, before: loss 0.6931, accuracy 0.0000, margin 0.0000" in output
+    before, after = (event for event in events(tmp_path / "run") if "dpo/loss" in event)
+    assert before["dpo/margin"] == 0
+    assert after["dpo/margin"] != 0
+    assert steps(tmp_path / "run")[0][1] == pytest.approx(0.693, abs=0.3)
+    table = json.loads((tmp_path / "run" / "table.json").read_text())
+    assert table["after"]["dpo/accuracy"] == after["dpo/accuracy"]
+    code, output = cli("data", "show", "--config", "config.yaml", *asked[:-1])
+    assert ": 2 pairs, " in output
+    assert "▶ chosen: " in output
+    assert "▶ rejected: " in output
+
+
+def test_distillation_and_kl_from_the_configuration(cli, tmp_path, model_dir):
+    short = [*LEARN, "memory=resident", "data.max_eval_tokens=48"]
+    code, output = cli("train", *short, "objective.name=kl", "objective.beta=0.5")
+    assert code == 0, output
+    after = events(tmp_path / "run")[-1]
+    assert after["kl/loss"] == pytest.approx(after["loss"] + 0.5 * after["kl/kl"], abs=1e-5)
+    distill = ["objective.name=distill", f"objective.teacher={model_dir}", "objective.weight=0"]
+    code, output = cli("train", *short, *distill, "output_dir=distilled")
+    assert code == 0, output
+    before, *_, after = events(tmp_path / "distilled")
+    assert before["distill/kl"] == pytest.approx(0, abs=1e-5)  # the teacher is the base
+    assert after["distill/loss"] == after["distill/kl"] > 0
+
+
+def test_a_teacher_with_other_words_is_refused(cli, model_dir, smollm2_dir):
+    code, output = cli("train", *LEARN, "objective.name=distill", f"objective.teacher={smollm2_dir}")
+    assert code == 2
+    assert "objective.teacher must have the words of" in output
+
+
+def test_keys_that_the_objective_does_not_read_are_refused():
+    for asked, message in (
+        (
+            ["objective.beta=0.1"],
+            "objective.beta must be null with the objective cross_entropy, got 0.1: it belongs to kl",
+        ),
+        (["objective.name=distill"], "objective.teacher must name a model for distill, got None"),
+        (["objective.name=dpoo"], "objective.name must be one of .*did you mean dpo"),
+        (["objective.name=dpo", "objective.label_smoothing=0.5"], r"label_smoothing must lie in \[0, 0.5\)"),
+        (
+            ["objective.name=kl", "mask.modules_to_save=[lm_head]"],
+            "mask.modules_to_save must be null with the objective",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_config(None, asked)
+
+
+def test_full_fine_tuning_has_no_base_to_hold_to(cli):
+    code, output = cli("finetune", "objective.name=kl")
+    assert code == 2
+    assert "objective.name must be cross_entropy or distill in mft finetune" in output
