@@ -43,6 +43,23 @@ def test_the_verb_prints_a_table_and_the_choice():
     assert rows["fits"] == ["no", "yes", "yes", "no"]
 
 
+def test_processes_share_the_machine_and_a_step():
+    """With fewer micro-batches each needs less for boundaries, and has less than one alone would have."""
+    asked = ("--model", "llama2-7b", "--layers", "4-7", "--memory", "layerwise", "--gpu", "24GB", "--host", "200GB")
+    assert call(*asked)[0] == 0
+    code, output = call(*asked, "--processes", "4")
+    assert code == 2
+    assert "needs 54.4 GB of the host's 50.0 GB" in output
+    assert "on a GPU, each of 4 processes; in GB" in output
+    assert "4 processes on one machine: each runs at most 32 of a step's 128 micro-batches" in output
+    assert "seconds, for 32 micro-batches a step, are not measured" in output
+    _, found = call("--model", "llama2-7b", "--layers", "4-7", "--cpu", "200GB", "--processes", "4", "--json")
+    assert json.loads(found)["device_limit_gb"] == 50
+    code, output = call(*asked, "--processes", "4", "--accumulation", "3")
+    assert code == 2
+    assert "accumulation must be at least 4, the number of processes, each of which takes whole micro-batches" in output
+
+
 def test_what_the_host_must_hold_is_part_of_what_fits():
     asked = ("--model", "llama3.1-8b", "--gpu", "12GB")
     code, output = call(*asked)

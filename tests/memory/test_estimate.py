@@ -61,6 +61,15 @@ def test_a_quantised_base(way, masked, kind):
     assert_as_simulated(SMALL, replace(workload, quantize_masked=masked))
 
 
+def test_plain_sums_scores_of_sixteen_bits_in_fp32():
+    phases = [
+        estimate(SEVEN, Workload(memory="plain", scores=scores, processes=processes)).phases["optimiser"]
+        for scores, processes in (("bfloat16", 1), ("bfloat16", 2), ("float32", 1), ("float32", 2))
+    ]
+    assert phases[1] - phases[0] == 4 * 4096 * 11008
+    assert phases[3] == phases[2]
+
+
 def test_plain_with_states_in_few_bits():
     assert_as_simulated(
         SMALL, Workload(memory="plain", sequence=512, accumulation=2, scores="bfloat16", moments="8bit")

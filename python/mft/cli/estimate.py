@@ -25,19 +25,25 @@ ASSUMED = {
     "cpu": f"they assume a processor that sustains {SPEEDS['cpu']}, more than most have",
 }
 _OPTIONS = {"micro_batch": "micro-batch", "quantize_masked": "quantize-masked"}
-_KINDS = ("weights", "masks", "gradients", "states", "activations", "logits", "boundaries", "staging", "workspace")
+_KINDS = (
+    *("weights", "masks", "gradients", "states", "activations"),
+    *("logits", "boundaries", "staging", "sums", "workspace"),
+)
 
 
 def run_estimate(
     model: str, workload: Workload, dtype: str, *, device_bytes: float | None, host_bytes: float | None, as_json: bool
 ) -> bool:
-    """mft estimate; returns whether something fits. Sizes that are None are this machine's."""
+    """mft estimate; returns whether something fits. Sizes that are None are this machine's, shared by its processes."""
     shape = shape_from_config(read_model_config(model), model, dtype=dtype)
     machine = machine_bytes()
     assumed = device_bytes is None or (workload.device == "cuda" and host_bytes is None)
     device_bytes = machine if device_bytes is None else device_bytes
     if workload.device == "cuda" and host_bytes is None:
         host_bytes = machine
+    if workload.device == "cpu":
+        device_bytes /= workload.processes
+    host_bytes = None if host_bytes is None else host_bytes / workload.processes
     choice = choose(shape, workload, device_bytes, host_bytes)
     if as_json:
         print(json.dumps(as_dictionary(shape, workload, choice, device_bytes, host_bytes), indent=2))
@@ -73,6 +79,8 @@ def machine_bytes() -> int:
 def title(shape: ModelShape, workload: Workload) -> str:
     layers = "all layers" if workload.layers is None else f"layers {layer_ranges(workload.layers)}"
     where = "on a GPU" if workload.device == "cuda" else "in one memory"
+    if workload.processes > 1:
+        where += f", each of {workload.processes} processes"
     return f"{shape.name}, {layers}, {workload.micro_batch} x {workload.sequence} tokens, {where}; in GB = 1e9 bytes"
 
 
@@ -125,8 +133,14 @@ def remarks(workload: Workload, choice: Choice) -> list[str]:
     reserve = RESERVE[workload.device]
     if reserve:
         lines.append(f"{gigabytes(reserve)} of the GPU are set aside for its context and the allocator's fragments")
+    if workload.processes > 1:
+        lines.append(
+            f"{workload.processes} processes on one machine: each runs at most {workload.own_accumulation} of a step's "
+            f"{workload.accumulation} micro-batches, holds its own weights, and has a share of the machine's memory; "
+            "seconds are without the time in which gradients are summed"
+        )
     lines.append(
-        f"seconds, for {workload.accumulation} micro-batches a step, are not measured: {ASSUMED[workload.device]}"
+        f"seconds, for {workload.own_accumulation} micro-batches a step, are not measured: {ASSUMED[workload.device]}"
     )
     return lines
 

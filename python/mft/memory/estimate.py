@@ -30,7 +30,7 @@ Sizes = dict[str, int]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by kind when the device holds the most, in ``phase``; ``host`` at the end of the way up.
+    """Of one process, bytes by kind when the device holds the most, in ``phase``; ``host`` at the end of the way up.
 
     loading: what the host holds before the first step, when the exact weights have been read and the scores made.
     On a CPU device is all there is: host is empty, and loading is one of the phases.
@@ -100,13 +100,14 @@ def _plain(run: "_Run") -> dict[str, Sizes]:
         "states": run.states,
     }
     largest = max(n * k for n, k in run.matrices) * int(SCORE_BYTES[workload.scores])
-    score_grad = largest if workload.accumulation > 1 else 0
+    score_grad = largest if workload.own_accumulation > 1 else 0
     above = [run.layer(i, score_grad=score_grad) for i in range(run.first, shape.layers)]
     kept = [layer.hidden if workload.gradient_checkpointing else layer.saved for layer in above]
     peaks = [sum(kept[:i]) + layer.peak for i, layer in enumerate(above)]
     return {
         "loss": resident | {"activations": sum(kept), "logits": run.loss, "reference": run.reference(1)},
         "backward": resident | {"activations": max(peaks), "reference": run.reference(1)},
+        "optimiser": resident | {"sums": run.sums(run.matrices, SCORE_BYTES[workload.scores])},
     }
 
 
@@ -122,7 +123,7 @@ def _resident(run: "_Run") -> dict[str, Sizes]:
         "loss": resident | {"logits": run.loss, "reference": run.reference(2)},
         "backward": resident
         | {"activations": max(run.layer(i).peak for i in above), "boundaries": _RESIDENT_BOUNDARIES * run.hidden},
-        "optimiser": resident | {"staging": run.staging(run.matrices)},
+        "optimiser": resident | {"staging": run.staging(run.matrices), "sums": run.sums(run.matrices, run.grad_bytes)},
     }
 
 
@@ -148,7 +149,8 @@ def _layerwise(run: "_Run") -> dict[str, Sizes]:
         held = two(i, i - 1 if i > run.first else None) | {"gradients": gradients}
         larger("backward", held | {"activations": run.layer(i).peak, "boundaries": boundaries})
         if matrices := run.matrices_of_layer[i]:
-            larger("optimiser", held | {"staging": run.staging(matrices), "boundaries": boundaries})
+            step = {"staging": run.staging(matrices), "sums": run.sums(matrices, run.grad_bytes)}
+            larger("optimiser", held | step | {"boundaries": boundaries})
     return phases
 
 
@@ -239,6 +241,10 @@ class _Run:
         dense = self.shape.dtype_bytes if self.workload.quantize_masked else 0
         return max(int(n * k * (self.workload.state_bytes + dense)) + self.mask_of((n, k)) for n, k in matrices)
 
+    def sums(self, matrices: Sequence[tuple[int, int]], grad_bytes: float) -> int:
+        """Where several processes sum gradients of 16 bits: one matrix in fp32."""
+        return 4 * max(n * k for n, k in matrices) if self.workload.processes > 1 and grad_bytes == 2 else 0
+
     def layer(self, index: int, *, score_grad: int = 0) -> Layer:
         masked = self.targets if self.masks[index] else set()
         dense = [
@@ -265,7 +271,7 @@ class _Run:
             "weights": self.outside + sum(self.weights_of_layer),
             "masks": sum(self.mask_bytes),
             "states": self.states,
-            "boundaries": (above + 1 + workload.of_base) * workload.accumulation * self.hidden,
+            "boundaries": (above + 1 + workload.of_base) * workload.own_accumulation * self.hidden,
         }
 
     def loading(self) -> Sizes:

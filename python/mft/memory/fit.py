@@ -130,7 +130,7 @@ def _variants(workload: Workload) -> Iterator[tuple[int, Workload]]:
     bases = [(workload.quantization, workload.quantize_masked and workload.quantization is not None)]
     bases += [base for base in (("nf4", False), ("nf4", True)) if base not in bases]
     rows = _halvings(workload.micro_batch, 1)
-    accumulations = _halvings(workload.accumulation, 1)
+    accumulations = _halvings(workload.accumulation, workload.processes)
     lengths = _halvings(workload.sequence, min(_SHORTEST, workload.sequence))
     for row, kind, score, (base, masked), shorter, length in product(
         range(len(rows)), kinds, scores[workload.scores], bases, range(len(accumulations)), range(len(lengths))
@@ -139,7 +139,7 @@ def _variants(workload: Workload) -> Iterator[tuple[int, Workload]]:
         cost += _COSTS["moments"] * (kind != workload.moments) + _COSTS["scores"] * (score != workload.scores)
         cost += _COSTS["quantization"] * (base != workload.quantization) + (masked != workload.quantize_masked)
         # A smaller micro-batch comes with more of them: the step stays what it is.
-        steps = max(1, workload.accumulation * workload.micro_batch // rows[row] >> shorter)
+        steps = max(workload.processes, workload.accumulation * workload.micro_batch // rows[row] >> shorter)
         ways = ["quantized", "layerwise"] if base else ["plain", "resident", "layerwise"]
         if shorter:
             ways = ["layerwise"]  # the one whose memory grows with them

@@ -30,9 +30,12 @@ SPEEDS = {
 
 
 def step_seconds(shape: ModelShape, workload: Workload, masked: Sequence[bool], weights: Sequence[int]) -> float:
-    """Of workload.accumulation micro-batches and one update; masked and bytes of weights, layer by layer."""
+    """Of one process's micro-batches and one update; masked and bytes of weights, layer by layer.
+
+    Without the time in which several processes sum their gradients, which depends on what connects them.
+    """
     speeds = SPEEDS[workload.device]
-    tokens = workload.tokens * workload.accumulation
+    tokens = workload.tokens * workload.own_accumulation
     depth, first = shape.layers, masked.index(True)
     above = depth - first
     # A multiply and an add a weight and token; causal attention sees half of the sequence, in two products.
@@ -49,7 +52,7 @@ def step_seconds(shape: ModelShape, workload: Workload, masked: Sequence[bool], 
         forward, head = forward + above * (linear + attention), head + 2 * shape.embedding
     compute = tokens * (forward + backward + head) / speeds.flops
     if workload.quantization is not None:  # a dense matrix is written and read for each product, thrice a layer
-        passes = workload.accumulation * (depth + 2 * above) * shape.linear_weights
+        passes = workload.own_accumulation * (depth + 2 * above) * shape.linear_weights
         compute += passes * 2 * shape.dtype_bytes / speeds.memory
     update = trained * (2 * workload.state_bytes + 2 * shape.dtype_bytes) / speeds.memory
     if workload.memory == "plain":

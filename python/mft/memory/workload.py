@@ -17,7 +17,8 @@ class Workload:
     Args:
         memory: plain, resident, quantized, layerwise; auto where the choice is asked for.
         layers: that are masked, None for all. target_modules: linears in them, None for all.
-        sequence: tokens a row. micro_batch: rows at once. accumulation: micro-batches a step.
+        sequence: tokens a row. micro_batch: rows at once. accumulation: micro-batches a step, of all processes.
+        processes: that train together, each with a memory of its own or its share of one.
         scores, moments: dtypes at rest. grad_dtype: of the gradient buffers, None for the weights'.
         quantization: of the base, None for none. quantize_masked: the masked layers' weights too.
         gradient_checkpointing: of plain; the other ways recompute every layer anyhow.
@@ -32,6 +33,7 @@ class Workload:
     sequence: int = 4096
     micro_batch: int = 1
     accumulation: int = 128
+    processes: int = 1
     scores: str = "float32"
     moments: str = "float32"
     grad_dtype: str | None = None
@@ -65,8 +67,14 @@ class Workload:
             f"be {' or '.join(QUANTIZATIONS)} with quantize_masked",
             self.quantization,
         )
-        for name in ("micro_batch", "accumulation"):
+        for name in ("micro_batch", "accumulation", "processes"):
             check_rule(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        check_rule(
+            self.accumulation >= self.processes,
+            "accumulation",
+            f"be at least {self.processes}, the number of processes, each of which takes whole micro-batches",
+            self.accumulation,
+        )
         check_rule(self.sequence >= 2, "sequence", "be at least 2", self.sequence)
 
     @property
@@ -78,6 +86,11 @@ class Workload:
     def of_base(self) -> bool:
         """Whether a second chain of hidden states, the base's, goes up beside the first."""
         return self.objective in ("kl", "dpo")
+
+    @property
+    def own_accumulation(self) -> int:
+        """Micro-batches a step of the process that takes most."""
+        return -(-self.accumulation // self.processes)
 
     @property
     def state_bytes(self) -> float:

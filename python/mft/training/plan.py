@@ -44,14 +44,15 @@ class Plan:
     reason: str
 
 
-def plan_training(config: RunConfig) -> Plan:
+def plan_training(config: RunConfig, processes: int = 1) -> Plan:
     """The way that config.memory names, or for "auto" the fastest that fits in the memory that is free now.
 
+    Args: processes: that train together; of those on one machine each has its share of the host's memory.
     Raises: ValueError, with the numbers and the nearest setting that fits, if nothing does or the disk is too small.
         Models whose shapes are not known here are not refused; the reason says so.
     """
     device = default_device()
-    workload = workload_of(config, device)
+    workload = workload_of(config, device, processes)
     try:
         name = config.model.name
         shape = shape_from_config(read_model_config(name), name, dtype=config.model.dtype)
@@ -86,7 +87,7 @@ def replan(config: RunConfig, *, way: str, remember: bool) -> Plan:
     return _plan(config, way, default_device(), remember, f"memory: {way}, as before")
 
 
-def workload_of(config: RunConfig, device: torch.device) -> Workload:
+def workload_of(config: RunConfig, device: torch.device, processes: int = 1) -> Workload:
     """What of a run's configuration decides its memory."""
     mask, train = config.mask, config.train
     layers = mask.layers_to_transform
@@ -98,6 +99,7 @@ def workload_of(config: RunConfig, device: torch.device) -> Workload:
         sequence=config.data.sequence_length,
         micro_batch=train.batch_size,
         accumulation=train.accumulation,
+        processes=processes,
         scores=mask.scores_dtype,
         moments=train.moments,
         grad_dtype=train.grad_dtype,
