@@ -6,6 +6,7 @@ The engines run as they are, on the fake CPU, with a mover that copies as to a d
 """
 
 import argparse
+import contextlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from benchmarks.memory.tracker import MemoryTracker
 from mft.config import MaskConfig, TrainConfig, parse_layers
 from mft.data.batches import Labelled, MicroBatch
+from mft.engines.distributed import Processes
 from mft.engines.layer_calls import LayerCalls
 from mft.engines.offload import Mover
 from mft.engines.plain import Plain
@@ -44,7 +46,7 @@ _CAUSAL = "sdpa_causal"
 
 
 def simulate_step(config: Mapping[str, Any], workload: Workload, *, steps: int = 1) -> MemoryTracker:
-    """The tracker after ``steps`` whole optimiser steps of workload.accumulation micro-batches each.
+    """The tracker after ``steps`` whole optimiser steps of workload.own_accumulation micro-batches each.
 
     Args:
         config: config.json of the model, as a dictionary; the model is built in bfloat16.
@@ -53,7 +55,7 @@ def simulate_step(config: Mapping[str, Any], workload: Workload, *, steps: int =
     tracker = MemoryTracker()
     with FakeTensorMode(), tracker:
         model = _masked_model(config, workload)
-        batches = [fake_batch(workload) for _ in range(workload.accumulation)]
+        batches = [fake_batch(workload) for _ in range(workload.own_accumulation)]
         runner = _runner(model, workload, tracker)
         tracker.reset_peaks()
         for _ in range(steps):
@@ -87,6 +89,19 @@ class SimulatedMover(Mover):
 
     def host(self) -> AbstractContextManager:
         return self._tracker.host()
+
+
+class SimulatedProcesses(Processes):
+    """Whose others send nothing."""
+
+    def together(self) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def _add_up(self, total: Tensor) -> Any:
+        return self
+
+    def wait(self) -> None:
+        """Nothing is under way."""
 
 
 def fake_model(config: Mapping[str, Any]) -> Any:
@@ -152,7 +167,7 @@ def _runner(model: nn.Module, workload: Workload, tracker: MemoryTracker) -> Any
         HeldMask(name, module, _packed(module.scores), torch.zeros((), dtype=module.scores.dtype))
         for name, module in masked_modules(model).items()
     ]
-    states = ScoreStates(masks, train, mover)
+    states = ScoreStates(masks, train, mover, SimulatedProcesses(count=workload.processes))
     with tracker.host():
         for mask in masks:
             states.optimizer.tensors(mask.module.scores)

@@ -354,26 +354,19 @@ def test_processes_that_disagree_are_told_in_what(found):
 
 
 @pytest.mark.parametrize(
-    ("make", "changes", "options", "message"),
+    ("make", "changes", "message"),
     [
-        (masked, {"accumulation": 1}, {}, r"train.accumulation must be at least 2, the number of processes, .* got 1"),
-        (
-            masked,
-            {},
-            {"way": "layerwise"},
-            r"memory must be plain \(or auto\) on several processes, got layerwise",
-        ),
+        (masked, {"accumulation": 1}, r"train.accumulation must be at least 2, the number of processes, .* got 1"),
         (
             lambda: mask_model(make_llama(attention_dropout=0.2), MaskConfig.paper()),
-            {},
             {},
             "model must have no dropout, nor draw at random otherwise, on several processes, got LlamaForCausalLM on 2",
         ),
     ],
 )
-def test_what_several_processes_cannot_do_is_refused(make, changes, options, message):
+def test_what_several_processes_cannot_do_is_refused(make, changes, message):
     with pytest.raises(ValueError, match=message):
-        train_masks(make(), rows(), settings(**changes), processes=Processes(0, COUNT), **options)
+        train_masks(make(), rows(), settings(**changes), processes=Processes(0, COUNT))
 
 
 # ---------------------------------------------------------------------------------------------- torchrun

@@ -61,6 +61,21 @@ def test_a_quantised_base(way, masked, kind):
     assert_as_simulated(SMALL, replace(workload, quantize_masked=masked))
 
 
+@pytest.mark.parametrize("changes", [{}, {"grad_dtype": "float32"}], ids=str)
+@pytest.mark.parametrize("way", ["resident", "layerwise"])
+def test_gradients_of_several_processes_are_summed_in_memory_that_is_counted(way, changes):
+    """Rows so short that a step holds most when scores are updated; 5 micro-batches are 2, 2 and 1."""
+    workload = Workload(memory=way, sequence=16, accumulation=5, scores="int16", moments="8bit", processes=3, **changes)
+    assert_as_simulated(SMALL, workload, tolerance=0.01)
+    found = estimate(shape_from_config(SMALL), workload)
+    assert found.phase == "optimiser"
+    alone = estimate(shape_from_config(SMALL), replace(workload, processes=1, accumulation=2))
+    largest = max(n * k for n, k in shape_from_config(SMALL).linears.values())
+    assert found.device_peak - alone.device_peak == (0 if changes else 4 * largest)
+    assert found.host == alone.host
+    assert found.seconds == alone.seconds
+
+
 def test_plain_sums_scores_of_sixteen_bits_in_fp32():
     phases = [
         estimate(SEVEN, Workload(memory="plain", scores=scores, processes=processes)).phases["optimiser"]

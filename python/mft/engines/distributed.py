@@ -3,13 +3,16 @@
     step of 4 micro-batches    process 0: 0, 2      process 1: 1, 3
     then on both               the sum of the gradients -> the same optimiser step -> the same scores
 
+layerwise sums a layer's gradients before that layer's scores change, the other ways those of all layers at the end.
+
 The processes are torch.distributed's, as torchrun starts them: gloo between CPUs; nccl between GPUs, one a process.
 """
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -33,15 +36,8 @@ class Processes:
         """Whether this one writes files and speaks."""
         return self.rank == 0
 
-    def check(self, train: TrainConfig, way: str) -> None:
+    def check(self, train: TrainConfig) -> None:
         """Raise ValueError unless so many processes can train so; one alone always can."""
-        if self.count == 1:
-            return
-        if way != "plain":
-            raise ValueError(
-                f"memory must be plain (or auto) on several processes, got {way} on {self.count}: only plain sums its "
-                "gradients over processes; set memory=plain, or start one process"
-            )
         if train.accumulation < self.count:
             raise ValueError(
                 f"train.accumulation must be at least {self.count}, the number of processes, as each takes whole "
@@ -69,12 +65,51 @@ class Processes:
             return
         present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.device)
         dist.all_reduce(present)
+        buffers = []
         for p, anywhere in zip(parameters, present.tolist()):
             if anywhere:
-                own = torch.zeros_like(p) if p.grad is None else p.grad
-                total = (own.float() if own.dtype.itemsize == 2 else own).contiguous()  # 16 bits are rounded once
-                dist.all_reduce(total)
-                p.grad = total.to(own.dtype)
+                p.grad = (torch.zeros_like(p) if p.grad is None else p.grad).contiguous()
+                buffers.append(p.grad)
+        for _ in self.summed(buffers):
+            pass
+
+    def summed(self, buffers: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Each buffer as soon as it holds its sum over all processes; the next one is summed meanwhile.
+
+        Buffers in 16 bits are summed in fp32 and rounded once; one fp32 copy exists at a time.
+        """
+        if self.count == 1 or not buffers:
+            yield from buffers
+            return
+        finish: Callable[[], Tensor] | None = self._begin_sum(buffers[0])
+        for following in (*buffers[1:], None):
+            assert finish is not None
+            done, finish = finish(), None  # its fp32 copy goes before the next one comes
+            finish = None if following is None else self._begin_sum(following)
+            yield done
+
+    def _begin_sum(self, buffer: Tensor) -> Callable[[], Tensor]:
+        """Returns what waits for the sum, puts it into buffer and returns that."""
+        total = buffer.float() if buffer.dtype.itemsize == 2 else buffer
+        work = self._add_up(total)
+
+        def finish() -> Tensor:
+            work.wait()
+            return buffer if total is buffer else buffer.copy_(total)
+
+        return finish
+
+    def _add_up(self, total: Tensor) -> dist.Work:
+        work = dist.all_reduce(total, async_op=True)
+        assert work is not None, "this process is one of those that are summed"
+        return work
+
+    def together(self) -> "contextlib.AbstractContextManager[Any]":
+        """Around what is no business of the others: it ends in all processes, or in none.
+
+        Raises: what the block raised; in the others then RuntimeError, which says what and where.
+        """
+        return contextlib.nullcontext() if self.count == 1 else _Together(self)
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the processes, in fp64."""
@@ -126,6 +161,26 @@ class Processes:
             self.agree({f"the hash of {name}": int(value) for name, value in hashes.items()})
 
 
+class _Together:
+    """Where one process has raised, so do all: else they would wait for its gradients."""
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and not isinstance(error, Exception):
+            return  # told to leave at once
+        if not self._processes.largest(int(error is not None)):
+            return
+        told = self._processes.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is None:
+            rank, words = next((rank, words) for rank, words in enumerate(told) if words is not None)
+            raise RuntimeError(f"process {rank} of {len(told)} has stopped, and so do all: {words}")
+
+
 ALONE = Processes()
 
 
@@ -140,7 +195,7 @@ def joined() -> Iterator[Processes]:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_own_gpu())
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     processes = Processes(dist.get_rank(), dist.get_world_size(), device)
     with contextlib.ExitStack() as silence:
@@ -149,3 +204,14 @@ def joined() -> Iterator[Processes]:
             silence.enter_context(contextlib.redirect_stdout(nowhere))
         yield processes
     dist.destroy_process_group()  # not after an error: it could wait for others, who wait for this one
+
+
+def _own_gpu() -> int:
+    """This process's, by its place among those of its machine."""
+    place, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if place >= count:
+        raise ValueError(
+            f"--nproc-per-node must be at most {count}, the GPUs of this machine, as each process takes one of its "
+            f"own; got a process with LOCAL_RANK={place}"
+        )
+    return place

@@ -45,22 +45,23 @@ class Layerwise(LayerEngine):
                 f"train.max_grad_norm must be null with memory: layerwise, got {max_norm:g}: a layer's scores are "
                 "updated before the gradients below it exist, so there is no global norm; memory: resident has one"
             )
-        self.objective.prepare(batches)
-        start = self._remembered_all(batches)
-        below = [] if start is not None else [self._outside, *range(self.first)]
-        order = [*below, *range(self.first, self.depth), self._outside, *reversed(range(self.first, self.depth))]
-        visits = self._visit(order)
-        hidden = start if start is not None else self._below(batches, visits)
-        referring = [batch for batch in batches if self.objective.needs_reference(batch)]
-        base = Resting()
-        boundaries: list[Resting] = []
-        for _ in range(self.first, self.depth):
-            layer = next(visits)
-            boundaries.append(hidden)
-            base = self._through_base(layer, base, hidden, batches, referring)
-            hidden = self._through(layer, hidden, batches, keep=True)
-        next(visits)
-        grads = self._losses(batches, hidden, base, referring, scale, on_loss)
+        with self.states.processes.together():
+            self.objective.prepare(batches)
+            start = self._remembered_all(batches)
+            below = [] if start is not None else [self._outside, *range(self.first)]
+            order = [*below, *range(self.first, self.depth), self._outside, *reversed(range(self.first, self.depth))]
+            visits = self._visit(order)
+            hidden = start if start is not None else self._below(batches, visits)
+            referring = [batch for batch in batches if self.objective.needs_reference(batch)]
+            base = Resting()
+            boundaries: list[Resting] = []
+            for _ in range(self.first, self.depth):
+                layer = next(visits)
+                boundaries.append(hidden)
+                base = self._through_base(layer, base, hidden, batches, referring)
+                hidden = self._through(layer, hidden, batches, keep=True)
+            next(visits)
+            grads = self._losses(batches, hidden, base, referring, scale, on_loss)
         for _ in range(self.first, self.depth):
             layer = next(visits)
             grads = self._back(layer, batches, boundaries.pop(), grads, lr)
@@ -167,10 +168,11 @@ class Layerwise(LayerEngine):
         for mask in masks:
             mask.hold(self.states.new_buffer(mask, self.grad_dtype))
         inputs = Resting()
-        for batch, hidden, grad in zip(batches, self._taken(boundaries), self._taken(grads)):
-            d_hidden = self.down(layer, hidden, grad, batch)
-            if d_hidden is not None:
-                inputs.append(self.mover.store(d_hidden))
+        with self.states.processes.together():
+            for batch, hidden, grad in zip(batches, self._taken(boundaries), self._taken(grads)):
+                d_hidden = self.down(layer, hidden, grad, batch)
+                if d_hidden is not None:
+                    inputs.append(self.mover.store(d_hidden))
         if masks and lr is not None:
             with self._at(f"the optimiser step of layer {layer}"):
                 self.states.update(masks, lr)

@@ -53,14 +53,15 @@ class Plain:
     ) -> None:
         """See step.Runner."""
         assert lr is not None, "plain has no rehearsal"
-        self._objective.prepare(batches)
-        for batch in batches:
-            with self._at(f"rows {batch.rows} of {batch.input_ids.shape[1]} tokens"):
-                base = self._base(batch) if self._objective.needs_reference(batch) else None
-                ids, positions = batch.inputs(self._device)
-                hidden = self._prefix(ids, batch.rows, positions)
-                total = self._objective.backward(self._head, hidden, batch, scale, base)
-                on_loss(batch, total)
+        with self._processes.together():
+            self._objective.prepare(batches)
+            for batch in batches:
+                with self._at(f"rows {batch.rows} of {batch.input_ids.shape[1]} tokens"):
+                    base = self._base(batch) if self._objective.needs_reference(batch) else None
+                    ids, positions = batch.inputs(self._device)
+                    hidden = self._prefix(ids, batch.rows, positions)
+                    total = self._objective.backward(self._head, hidden, batch, scale, base)
+                    on_loss(batch, total)
         with self._at("the optimiser step"):
             self._processes.sum_gradients(self._stepper.masters)
             if self._before_update is not None:

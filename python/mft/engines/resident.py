@@ -35,18 +35,18 @@ class Resident(LayerEngine):
         for mask in masks:
             assert mask.grad is not None
             mask.grad.zero_()
-        for batch in batches:
-            boundaries: list[Tensor] = []
-            total, grad = self._top(batch, boundaries, scale)
-            on_loss(batch, total)
-            top = [grad]
-            del grad  # the way down is not to hold the gradient at its top
-            self._descend(batch, boundaries, top)
+        with self.states.processes.together():
+            for batch in batches:
+                boundaries: list[Tensor] = []
+                total, grad = self._top(batch, boundaries, scale)
+                on_loss(batch, total)
+                top = [grad]
+                del grad  # the way down is not to hold the gradient at its top
+                self._descend(batch, boundaries, top)
         if lr is None:
             return
         with self._at("the optimiser step"):
-            factor = None if max_norm is None else self.states.clip_factor(max_norm)
-            self.states.update(masks, lr, factor)
+            self.states.update(masks, lr, max_norm)
 
     def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
         for batch in batches:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mft.config import TrainConfig
+from mft.engines.distributed import ALONE, Processes
 from mft.engines.offload import Mover
 from mft.models.quantized_weight import QuantizedWeight
 from mft_kernels import MaskAdamW, MaskedLinear, pack_mask
@@ -69,10 +70,14 @@ class ScoreStates:
     """MaskAdamW over the scores of masked layers, whose masks the layers hold meanwhile.
 
     The scores are moved to (pinned) host memory, and learn through this alone.
+
+    Args: processes: those whose gradients make up a step; each then takes the same one, rounding included.
     """
 
-    def __init__(self, masks: Sequence[HeldMask], train: TrainConfig, mover: Mover) -> None:
-        self._mover, self._masks = mover, masks
+    def __init__(
+        self, masks: Sequence[HeldMask], train: TrainConfig, mover: Mover, processes: Processes = ALONE
+    ) -> None:
+        self._mover, self._masks, self.processes = mover, masks, processes
         for mask in masks:
             mask.module.scores.requires_grad_(False)
             mask.module.scores.data = mover.rest(mask.module.scores.data)
@@ -107,12 +112,21 @@ class ScoreStates:
                 total += (grad.float() * weight.float()).square_().sum()
         return (max_norm / (total.sqrt() + _EPSILON)).clamp_(max=1.0)
 
-    def update(self, masks: Sequence[HeldMask], lr: float, grad_scale: Tensor | None = None) -> None:
-        """One optimiser step of these layers from their buffers, whose next masks they hold then."""
+    def update(self, masks: Sequence[HeldMask], lr: float, max_norm: float | None = None) -> None:
+        """One optimiser step of these layers from their buffers, summed over processes; their next masks are held then.
+
+        A matrix takes its step while the next one is summed, unless max_norm, which is of all layers' gradients, needs
+        every sum first.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        for mask in masks:
-            mask.packed.copy_(self._step(mask, grad_scale))
+        buffers = [mask.grad for mask in masks if mask.grad is not None]
+        summed, factor = self.processes.summed(buffers), None
+        if max_norm is not None:
+            summed = iter(list(summed))
+            factor = self.clip_factor(max_norm)
+        for mask, _ in zip(masks, summed, strict=True):
+            mask.packed.copy_(self._step(mask, factor))
             self._mover.let_go()
 
     def check(self) -> None:

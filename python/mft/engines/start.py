@@ -47,11 +47,13 @@ def start_runner(
 ) -> Runner:
     """What trains model; close() gives it back.
 
-    Args: as of start_engine; way: also "plain", where the model stays on its device, alone of which processes and
-        before_update are, the latter called when a step's gradients are complete.
+    Args: as of start_engine; way: also "plain", where the model stays on its device, alone of which before_update is,
+        called when a step's gradients are complete.
     """
     if way != "plain":
-        return start_engine(model, few, way, device, train=train, memory=memory, objective=objective)
+        return start_engine(
+            model, few, way, device, train=train, memory=memory, processes=processes, objective=objective
+        )
     if memory is not None and draws_at_random(model, few):
         memory = None
     return Plain(model, train, *split_at_head(model, few), memory, processes, before_update, objective)
@@ -65,6 +67,7 @@ def start_engine(
     *,
     train: TrainConfig | None = None,
     memory: PrefixMemory | None = None,
+    processes: Processes = ALONE,
     separate: bool | None = None,
     objective: Objective = CROSS_ENTROPY,
 ) -> LayerEngine:
@@ -75,6 +78,7 @@ def start_engine(
         few: some tokens (1, T) beside the model, on which it is looked at.
         way: "resident", "quantized" (the same over a base that is quantised already) or "layerwise".
         train: None for evaluation alone.
+        processes: those that train together, whose gradients make up a step.
         separate: see Mover. objective: what is made smaller.
     """
     if way not in ENGINES:
@@ -97,7 +101,7 @@ def start_engine(
         calls = LayerCalls(model, run)
         calls.check(few)
         mover = Mover(device, separate=separate)
-        states = None if train is None else ScoreStates(masks, train, mover)
+        states = None if train is None else ScoreStates(masks, train, mover, processes)
         dtype = None if train is None or train.grad_dtype is None else getattr(torch, train.grad_dtype)
         engine = ENGINES[way](
             calls, head, masks, mover, states=states, grad_dtype=dtype, memory=memory, objective=objective

@@ -115,7 +115,7 @@ def train_loop(
         raise ValueError("dataset must hold at least one row to train on, got 0")
     if before_update is not None and way != "plain":
         raise ValueError(f"before_update must be None unless way is plain, whose gradients it may change, got {way!r}")
-    processes.check(train, way)
+    processes.check(train)
     _check_objective(objective, model, dataset)
     objective.forget()
     first_row = take_rows(dataset, [0]).input_ids
@@ -142,7 +142,8 @@ def train_loop(
             if way != "plain":
                 _rehearse(runner, dataset, train)
             if saver is not None:
-                reports += saver.begin(runner)
+                with processes.together():
+                    reports += saver.begin(runner)
             processes.agree_on(runner.learned())
             done, epoch = len(reports), len(dataset) / (train.batch_size * train.accumulation)
             begin = time.perf_counter() - (reports[-1].seconds if reports else 0.0)

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from mft.config import CONFIG, RunConfig, config_values, save_config
+from mft.config import CONFIG, WAYS, RunConfig, config_values, save_config
 from mft.data.splits import Splits
 from mft.engines.distributed import Processes, joined
 from mft.engines.step import StepReport
@@ -92,7 +92,7 @@ def run_train(start: RunConfig | Start) -> Path:
 
 def _finetune(run: "_Run") -> Path:
     config = run.config
-    run.processes.check(config.train, "plain")
+    run.processes.check(config.train)
     splits = read_data(config)
     model, tokenizer = read_model(config.model)
     objective = make_objective(config)
@@ -141,19 +141,27 @@ def _train(run: "_Run") -> Path:
 def _plan(run: "_Run") -> Plan:
     """How all processes train, before a weight is loaded."""
     config, found, processes = run.config, run.found, run.processes
+    processes.check(config.train)
     if found is not None:
         plan = replan(config, **found.facts()["facts"]["plan"])
-    elif processes.count > 1 and config.memory == "auto":
-        plan = plan_training(dataclasses.replace(config, memory="plain"))
-        plan = dataclasses.replace(plan, reason=f"{plan.reason} (auto is plain on several processes)")
-    elif config.mask.modules_to_save and config.memory == "auto":
-        plan = plan_training(dataclasses.replace(config, memory="plain"))
-        plan = dataclasses.replace(plan, reason=f"{plan.reason} (auto is plain with mask.modules_to_save)")
     else:
-        plan = plan_training(config)
-    processes.check(config.train, plan.way)
-    # Each process has found other memory free.
+        with processes.together():
+            plan = _planned(config, processes.count)
+        ways = processes.gather(plan.way)
+        slowest = max(ways, key=WAYS.index)  # each process has found other memory free
+        with processes.together():
+            if slowest != plan.way:
+                plan = _planned(dataclasses.replace(config, memory=slowest), processes.count)
+                reason = f"{plan.reason} (process {ways.index(slowest)} has memory for no faster way)"
+                plan = dataclasses.replace(plan, reason=reason)
     return dataclasses.replace(plan, remember=all(processes.gather(plan.remember)))
+
+
+def _planned(config: RunConfig, processes: int) -> Plan:
+    if not (config.mask.modules_to_save and config.memory == "auto"):
+        return plan_training(config, processes)
+    plan = plan_training(dataclasses.replace(config, memory="plain"), processes)
+    return dataclasses.replace(plan, reason=f"{plan.reason} (auto is plain with mask.modules_to_save)")
 
 
 def _base_model(config: RunConfig, plan: Plan) -> nn.Module:

@@ -1,0 +1,395 @@
+"""Two processes under torchrun train, in the ways that save memory, as one does: its scores, errors and checkpoints."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from tiny import make_rows, masked_llama, save_llama
+from tiny_run import steps
+
+import mft.training.plan
+import mft.training.saver
+from mft.config import MaskConfig, ModelConfig, TrainConfig, load_config
+from mft.engines.distributed import Processes
+from mft.engines.start import ENGINES
+from mft.masks.convert import mask_model, masked_modules
+from mft.masks.quantize import quantize_model
+from mft.memory.estimate import estimate
+from mft.memory.model_config import read_model_config
+from mft.memory.shapes import shape_from_config
+from mft.models.pretrained import load_model
+from mft.training.checkpoint import newest_checkpoint
+from mft.training.loop import train_masks
+from mft.training.resume import Resume
+from mft.training.run import run_train
+from mft.training.saver import Saver, Stopped
+
+COUNT, STEPS, STOP = 2, 4, 2
+WAYS = ("resident", "quantized", "layerwise")
+
+# ---------------------------------------------------------------------------------------------- what is computed
+
+
+def make(way, layers=(1, 2, 3), dtype=torch.float32, **mask):
+    model = masked_llama(layers=layers, dtype=dtype, **mask)
+    if way == "quantized":
+        quantize_model(model, "nf4", masked=True)
+    return model
+
+
+def rows():
+    """Ten, of which some score few tokens, and two none: the mean is over the tokens of all processes."""
+    found = make_rows(10)
+    labels = [[-100] * (i % 5 * 3) + row["labels"][i % 5 * 3 :] for i, row in enumerate(found)]
+    return found.remove_columns("labels").add_column("labels", labels)
+
+
+def packed_rows():
+    """Two examples in a row, that are not to see each other."""
+    return rows().add_column("starts", [[0, 3 + i % 5] for i in range(10)])
+
+
+# name: (model, rows, settings, how exactly). Two terms have one sum, whoever adds them; of three, of a remembered row
+# that stood beside others, and of buffers in 16 bits, which a second micro-batch is added to before they are rounded,
+# the last bits depend on the order, and so do scores: how far apart they end, as a share of how far they have moved.
+BITS, LAST_BITS, SIXTEEN_BITS = 0.0, 1e-3, 0.1
+CASES = {
+    "fp32": ({}, rows, {}, BITS),
+    "int16 scores, 8-bit moments": ({"scores_dtype": "int16"}, rows, {"moments": "8bit"}, BITS),
+    "bf16, sums in fp32": (
+        {"dtype": torch.bfloat16, "scores_dtype": "bfloat16"},
+        rows,
+        {"moments": "8bit", "grad_dtype": "float32"},
+        BITS,
+    ),
+    "bf16, sums in bf16": ({"dtype": torch.bfloat16}, rows, {}, SIXTEEN_BITS),
+    "clipped": ({}, rows, {"max_grad_norm": 1e-3}, BITS),
+    "uneven shares": ({}, rows, {"accumulation": 3}, LAST_BITS),
+    "remembered layers": ({"layers": (2, 3)}, rows, {"batch_size": 3, "steps": 6}, LAST_BITS),
+    "packed rows": ({}, packed_rows, {}, BITS),
+}
+RUNS = [(way, name) for way in WAYS for name in CASES if (way, name) != ("layerwise", "clipped")]
+
+
+def settings(**changes):
+    return TrainConfig(**{"lr": 1e-3, "steps": STEPS, "batch_size": 2, "accumulation": COUNT, "seed": 3} | changes)
+
+
+def trained(way, name, **options):
+    mask, data, changes, _ = CASES[name]
+    model = make(way, **mask)
+    reports = train_masks(model, data(), settings(**changes), way=way, **options)
+    losses = [[report.step, report.loss, report.lr, report.tokens] for report in reports]
+    return {"reports": losses, "scores": scores_of(model)}
+
+
+def scores_of(model):
+    return {name: module.scores.detach().clone() for name, module in masked_modules(model).items()}
+
+
+# ---------------------------------------------------------------------------------------------- in both processes
+
+
+def work(folder):
+    """One process; what it found goes to folder/rank.pt, for the tests to judge. The second one ends without a word."""
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    found = {"run": run_until_a_signal(rank, folder)}
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=COUNT, timeout=timedelta(seconds=60))
+    processes = Processes(rank, COUNT)
+    found |= {run: trained(*run, processes=processes) for run in RUNS}
+    for way in ("plain", "resident", "layerwise"):
+        found["not finite", way] = one_row_is_not_finite(way, processes)
+    for way in ("resident", "layerwise"):
+        found["stopped", way] = stopped(way, folder / way, processes)
+        for data in (rows, make_rows):  # in the rehearsal, and in a step
+            found["no memory", way, data.__name__] = one_lacks_memory(way, data, processes)
+    found["no disk"] = the_writer_lacks_room(folder / "full", processes)
+    torch.save(found, folder / f"{rank}.pt")
+    if rank == 1:
+        os._exit(0)
+    found["alone"] = failure(lambda: trained("layerwise", "fp32", processes=processes))
+    torch.save(found, folder / "0.pt")
+
+
+def failure(call):
+    """(name of the error's class, its words)"""
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        call()
+    return type(caught.value).__name__, str(caught.value)
+
+
+def one_row_is_not_finite(way, processes):
+    """Both rows are in each step, one a process; word 5 is in one of them."""
+    model = make(way)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = torch.nan
+    ids = [[5] * 12, [7] * 12]
+    data = make_rows(2).remove_columns(["input_ids", "labels"]).add_column("input_ids", ids).add_column("labels", ids)
+    before = scores_of(model)
+    kind, words = failure(
+        lambda: train_masks(model, data, settings(batch_size=1), way=way, processes=processes, remember=False)
+    )
+    return kind, words, all(torch.equal(scores, before[name]) for name, scores in scores_of(model).items())
+
+
+def one_lacks_memory(way, data, processes):
+    """The second process, in the last layer but one."""
+    engine = ENGINES[way]
+    down = engine.down
+
+    def failing(self, layer, *arguments):
+        if processes.rank == 1 and layer == 2:
+            raise RuntimeError(f"out of memory at layer {layer}")
+        return down(self, layer, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "down", failing)
+        return failure(lambda: train_masks(make(way), data(), settings(), way=way, processes=processes))
+
+
+def the_writer_lacks_room(root, processes):
+    def check(directory, size):
+        raise OSError(f"{directory} is full")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mft.training.saver, "check_space", check)
+        saver = Saver(root, math.inf, processes=processes)
+        return failure(lambda: trained("resident", "fp32", saver=saver, processes=processes))
+
+
+def stopped(way, root, processes):
+    """A signal to the second process alone, and what goes on from there."""
+    mask, data, changes, _ = CASES["int16 scores, 8-bit moments"]
+
+    def stop(report):
+        if (processes.rank, report.step) == (1, STOP):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    saver = Saver(root, math.inf, processes=processes)
+    with pytest.raises(Stopped) as caught:
+        train_masks(
+            make(way, **mask), data(), settings(**changes), way=way, on_step=stop, saver=saver, processes=processes
+        )
+    return caught.value.code, goes_on(way, root, root / "on", processes)
+
+
+def goes_on(way, root, new_root, processes):
+    checkpoint, _ = newest_checkpoint(root)
+    assert checkpoint.step == STOP
+    saver = Saver(new_root, math.inf, checkpoint, processes=processes)
+    return trained(way, "int16 scores, 8-bit moments", saver=saver, processes=processes)
+
+
+def run_until_a_signal(rank, folder):
+    """mft train with memory: auto, where the second process has memory for no faster way than resident."""
+    config = load_config(folder / "config.yaml")
+    peaks = [
+        estimate(
+            shape_from_config(read_model_config(config.model.name), "tiny", dtype="float32"),
+            replace(mft.training.plan.workload_of(config, torch.device("cpu"), COUNT), memory=way),
+        ).device_peak
+        for way in ("plain", "resident")
+    ]
+    free = 2 * peaks[0] if rank == 0 else sum(peaks) / 2
+    after_step = Saver.after_step
+
+    def stop(self, runner, reports):
+        if (rank, reports[-1].step) == (1, STOP):
+            os.kill(os.getpid(), signal.SIGTERM)
+        after_step(self, runner, reports)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mft.training.plan, "_free_memory", lambda device: (free, None))
+        patch.setattr(Saver, "after_step", stop)
+        with pytest.raises(Stopped) as caught:
+            run_train(config)
+    dist.destroy_process_group()
+    return caught.value.code
+
+
+# ---------------------------------------------------------------------------------------------- judged
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where both processes have left what they found, and a run that was stopped."""
+    folder = tmp_path_factory.mktemp("summed")
+    save_llama(folder / "model")
+    texts = [" ".join(str(1 + (i * 7 + j) % 60) for j in range(20)) for i in range(60)]
+    (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "config.yaml").write_text(
+        f"model: {{name: {folder}/model, dtype: float32}}\n"
+        f"data: {{source: {folder}/data.jsonl, sequence_length: 12}}\noutput_dir: {folder}/run\n"
+        "train: {lr: 1e-2, epochs: null, steps: 4, batch_size: 2, accumulation: 2}\nmask: {layers_to_transform: 2-3}\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={COUNT}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MFT_CACHE": str(folder / "cache")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    result = subprocess.run(
+        [*command, __file__, str(folder)], env=environment, text=True, capture_output=True, timeout=100, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder / "told").write_text(result.stdout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """What each process found."""
+    return [torch.load(folder / f"{rank}.pt") for rank in range(COUNT)]
+
+
+def assert_equal(ours, theirs):
+    assert ours["reports"] == theirs["reports"]
+    assert ours["scores"].keys() == theirs["scores"].keys()
+    assert all(torch.equal(ours["scores"][name], scores) for name, scores in theirs["scores"].items())
+
+
+@pytest.mark.parametrize(("way", "name"), RUNS)
+def test_two_processes_learn_what_one_does(found, way, name):
+    (one, other), alone = (each[way, name] for each in found), trained(way, name)
+    assert_equal(one, other)
+    tolerance, start = CASES[name][-1], scores_of(make(way, **CASES[name][0]))
+    if tolerance == BITS:
+        assert_equal(one, alone)
+    for report, wanted in zip(one["reports"], alone["reports"], strict=True):
+        assert report == pytest.approx(wanted, rel=1e-5 if tolerance < SIXTEEN_BITS else 1e-3)
+    for module, scores in alone["scores"].items():
+        moved = (scores.float() - start[module].float()).norm()
+        assert moved > 0
+        assert (one["scores"][module].float() - scores.float()).norm() <= tolerance * moved, module
+
+
+@pytest.mark.parametrize("way", ["plain", "resident", "layerwise"])
+def test_a_loss_that_is_not_finite_in_one_process_stops_both_before_a_score_changes(found, way):
+    (kind, words), (other_kind, other) = sorted(each["not finite", way][:2] for each in found)
+    assert (kind, other_kind) == ("NonFiniteLoss", "RuntimeError")
+    assert words.startswith("the loss must stay finite, got nan at step 1 of 4 in the batch of rows [0] (documents ")
+    assert other in [f"process {rank} of 2 has stopped, and so do all: NonFiniteLoss: {words}" for rank in range(COUNT)]
+    assert all(each["not finite", way][2] for each in found)
+
+
+@pytest.mark.parametrize("data", ["rows", "make_rows"])
+@pytest.mark.parametrize("way", ["resident", "layerwise"])
+def test_a_lack_of_memory_in_one_process_stops_both(found, way, data):
+    first, second = (each["no memory", way, data] for each in found)
+    error = ("RuntimeError", "out of memory at layer 2")
+    assert second == error
+    assert first == ("RuntimeError", f"process 1 of 2 has stopped, and so do all: {': '.join(error)}")
+
+
+def test_a_writer_without_room_stops_both_before_the_first_step(found, folder):
+    error = ("OSError", f"{folder / 'full'} is full")
+    assert found[0]["no disk"] == error
+    assert found[1]["no disk"] == ("RuntimeError", f"process 0 of 2 has stopped, and so do all: {': '.join(error)}")
+
+
+def test_a_process_that_is_gone_ends_the_step_of_the_other(found):
+    kind, words = found[0]["alone"]
+    assert kind in ("RuntimeError", "DistBackendError")
+    assert "Connection closed by peer" in words or "Connection reset by peer" in words
+
+
+@pytest.mark.parametrize("way", ["resident", "layerwise"])
+def test_a_stopped_run_goes_on_with_two_processes_or_one(found, folder, tmp_path, way):
+    straight = trained(way, "int16 scores, 8-bit moments")
+    for each in found:
+        code, resumed = each["stopped", way]
+        assert code == 128 + signal.SIGTERM
+        assert_equal(resumed, straight)
+    assert_equal(goes_on(way, folder / way, tmp_path, Processes()), straight)
+
+
+def test_auto_is_the_way_that_every_process_has_memory_for(found, folder):
+    told = (folder / "told").read_text()
+    assert "memory: resident, an estimated" in told
+    assert "(process 1 has memory for no faster way)" in told
+    assert told.count("memory: ") == 1  # the second one does not speak
+    assert [each["run"] for each in found] == [128 + signal.SIGTERM] * COUNT
+
+
+def test_one_process_goes_on_with_the_run_of_two_and_ends_as_if_it_had_begun(found, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    assert [step for step, _ in steps(run)] == [1, STOP]
+    run_train(Resume(run))
+    straight = tmp_path / "straight"
+    run_train(load_config(folder / "config.yaml", [f"output_dir={straight}", "memory=resident"]))
+    assert steps(run) == steps(straight)
+    assert sorted(os.listdir(run)) == sorted(os.listdir(straight))
+    ours, theirs = (load_file(each / "masks" / "adapter_model.safetensors") for each in (run, straight))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], words) for name, words in theirs.items())
+
+
+# ---------------------------------------------------------------------------------------------- without processes
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
+@pytest.mark.parametrize("way", ["resident", "layerwise"])
+def test_frozen_weights_stay_mapped_from_their_file(tmp_path, way):
+    """So that the processes of a machine hold them once."""
+    save_llama(tmp_path / "model")
+    model, _ = load_model(ModelConfig(str(tmp_path / "model"), dtype="float32"))
+    mask_model(model, MaskConfig.paper(layers_to_transform=[2, 3]))
+    train_masks(model, rows(), settings(steps=1), way=way)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    mapped = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+    for name, parameter in model.named_parameters():
+        lies = any(start <= parameter.data_ptr() < end for start, end in mapped)
+        assert lies != name.endswith(".scores"), name
+
+
+class ThreeProcesses(Processes):
+    """Two others, which have ones wherever this one has something."""
+
+    def _add_up(self, total):
+        total += 1
+        total += 1
+        return self
+
+    def wait(self):
+        pass
+
+
+def test_sums_of_sixteen_bits_are_rounded_once():
+    """1 is half of the distance from 256 to the next number in bf16, 258, and rounds back to 256."""
+    large, small = torch.full((3, 5), 256, dtype=torch.bfloat16), torch.zeros(2, 3)
+    processes = ThreeProcesses(0, 3)
+    found = [(each is large, each is small) for each in processes.summed([large, small])]
+    assert found == [(True, False), (False, True)]
+    assert (large == 258).all()
+    assert (small == 2).all()
+
+
+def test_one_copy_in_fp32_exists_at_a_time():
+    """While a buffer is used the next one's is under way."""
+    alive = weakref.WeakSet()
+
+    class Counted(ThreeProcesses):
+        def _add_up(self, total):
+            assert len(alive) == 0
+            alive.add(total)
+            return super()._add_up(total)
+
+    buffers = [torch.zeros(2, 2, dtype=torch.bfloat16) for _ in range(4)]
+    assert [len(alive) for _ in Counted(0, 3).summed(buffers)] == [1, 1, 1, 0]
+    assert all((buffer == 2).all() for buffer in buffers)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
