@@ -11,6 +11,7 @@ from transformers import BertConfig, BertLMHeadModel, BloomConfig, BloomForCausa
 from mft.cli.estimate import parse_bytes
 from mft.cli.study import run_plot
 from mft.config import MaskConfig, ModelConfig, RunConfig, TrainConfig, load_config, save_config
+from mft.engines.distributed import Processes, joined
 from mft.engines.step import NonFiniteLoss
 from mft.evaluation.evaluate import evaluate, paired_difference
 from mft.evaluation.evaluated_base import check_exact
@@ -258,6 +259,45 @@ def training_with_dropout_layer_by_layer():
 )
 def clipping_one_layer_at_a_time():
     train_masks(masked_llama(), make_rows(), steps(max_grad_norm=1.0), way="layerwise")
+
+
+@refused(
+    ValueError,
+    where="train.accumulation",
+    got="got 3",
+    rule="must be at least 4, the number of processes",
+    remedy="set train.accumulation=4, and train.batch_size so that a step keeps its 6 rows",
+)
+def more_processes_than_micro_batches():
+    settings = steps(accumulation=3, batch_size=2)
+    train_masks(masked_llama(), make_rows(), settings, way="layerwise", processes=Processes(0, 4))
+
+
+@refused(
+    ValueError,
+    where="model",
+    got="got LlamaForCausalLM on 2",
+    rule="must have no dropout, nor draw at random otherwise, on several processes",
+    remedy="set the dropout of the model's configuration to 0",
+)
+def dropout_on_several_processes():
+    model = mask_model(make_llama(attention_dropout=0.2), MaskConfig(layers_to_transform=3))
+    train_masks(model, make_rows(), steps(accumulation=2), processes=Processes(0, 2))
+
+
+@refused(
+    ValueError,
+    where="--nproc-per-node",
+    got="got a process with LOCAL_RANK=2",
+    rule="must be at most 2, the GPUs of this machine",
+)
+def more_processes_than_gpus(patch):
+    patch.setattr(torch.cuda, "is_available", lambda: True)
+    patch.setattr(torch.cuda, "device_count", lambda: 2)
+    patch.setenv("WORLD_SIZE", "3")
+    patch.setenv("LOCAL_RANK", "2")
+    with joined():
+        pass
 
 
 @refused(ValueError, where="train.moments", got="got 8bit", rule="must be float32 where weights are trained")
