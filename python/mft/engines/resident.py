@@ -30,12 +30,12 @@ class Resident(LayerEngine):
     def step(
         self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss
     ) -> None:
-        self.objective.prepare(batches)
         masks = self.masks
         for mask in masks:
             assert mask.grad is not None
             mask.grad.zero_()
         with self.states.processes.together():
+            self.objective.prepare(batches)
             for batch in batches:
                 boundaries: list[Tensor] = []
                 total, grad = self._top(batch, boundaries, scale)
