@@ -3,7 +3,6 @@
 // masked_linear: mft_kernels/cpu.py sees to it.
 
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -12,7 +11,6 @@
 
 #include "cpu/capability.h"
 #include "cpu/choice.h"
-#include "cpu/many_linear.h"
 #include "cpu/parallel.h"
 #include "cpu/score_step.h"
 #include "cpu/select.h"
@@ -50,82 +48,6 @@ Tensor masked_linear(Tensor x, Tensor weight, std::optional<Tensor> scores, std:
   mft::masked_linear(cpu, flat(y, w.rows, "y", y.mutable_data_ptr()), in, w,
                      mask_source(scores, threshold, packed, magnitude, w.rows, w.columns),
                      bias.has_value() ? bias->const_data_ptr() : nullptr, mft::path_of(path));
-  return y;
-}
-
-// Whether an environment variable is set, and to something else than what it means unset.
-bool asks(const char* variable, const char* unset) {
-  const char* value = std::getenv(variable);
-  return value != nullptr && *value != '\0' && std::strcmp(value, unset) != 0;
-}
-
-// Dense, contiguous, and on the CPU.
-bool is_usual(const Tensor& t) {
-  int32_t layout = -1;
-  aoti_torch_get_layout(t.get(), &layout);
-  return layout == aoti_torch_layout_strided() && t.is_cpu() && t.is_contiguous();
-}
-
-bool is_taken(ScalarType type) {
-  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
-}
-
-// masked_linear from bits by a way that asks nobody: nothing where a call is not the usual one, or an environment variable
-// says how it is to be served. Then the long way serves it, or says what is wrong with it.
-std::optional<Tensor> try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, std::optional<Tensor> bias) {
-  const ScalarType type = weight.scalar_type();
-  if (asks("MFT_KERNELS", "auto") || asks("MFT_AUTOTUNE", "0")) return std::nullopt;
-  if (!is_taken(type) || !is_usual(weight) || weight.dim() != 2) return std::nullopt;
-  const int64_t rows = weight.size(0), columns = weight.size(1);
-  if (x.scalar_type() != type || !is_usual(x) || x.dim() < 1 || x.size(-1) != columns) return std::nullopt;
-  if (packed.scalar_type() != ScalarType::Int || !is_usual(packed) || packed.dim() != 2 || packed.size(0) != rows ||
-      packed.size(1) != (columns + 31) / 32) {
-    return std::nullopt;
-  }
-  if (bias.has_value() &&
-      (bias->scalar_type() != type || !is_usual(*bias) || bias->dim() != 1 || bias->size(0) != rows)) {
-    return std::nullopt;
-  }
-  return masked_linear(x, weight, std::nullopt, std::nullopt, packed, bias, false, "auto");
-}
-
-// y[i] of x (rows, ..., K) with masks[tasks[i]], or with the whole weight for -1. Nothing where a call is not the usual one;
-// as the "short" way also where an environment variable says how to serve it. "once": in one pass, whatever is faster.
-std::optional<Tensor> try_masked_linear_many(Tensor x, Tensor weight, std::vector<Tensor> masks, Tensor tasks,
-                                             std::optional<Tensor> bias, std::string way) {
-  const ScalarType type = weight.scalar_type();
-  if ((way == "short" && (asks("MFT_KERNELS", "auto") || asks("MFT_AUTOTUNE", "0"))) || !is_taken(type) || !is_usual(weight) ||
-      weight.dim() != 2) {
-    return std::nullopt;
-  }
-  const int64_t rows = weight.size(0), columns = weight.size(1), count = static_cast<int64_t>(masks.size());
-  if (x.scalar_type() != type || !is_usual(x) || x.dim() < 2 || x.size(-1) != columns || x.numel() == 0 || rows == 0) {
-    return std::nullopt;
-  }
-  if (tasks.scalar_type() != ScalarType::Long || !is_usual(tasks) || tasks.dim() != 1 || tasks.size(0) != x.size(0)) {
-    return std::nullopt;
-  }
-  if (bias.has_value() &&
-      (bias->scalar_type() != type || !is_usual(*bias) || bias->dim() != 1 || bias->size(0) != rows)) {
-    return std::nullopt;
-  }
-  std::vector<const uint32_t*> bits;
-  for (const Tensor& mask : masks) {
-    if (mask.scalar_type() != ScalarType::Int || !is_usual(mask) || mask.dim() != 2 || mask.size(0) != rows ||
-        mask.size(1) != (columns + 31) / 32) {
-      return std::nullopt;
-    }
-    bits.push_back(static_cast<const uint32_t*>(mask.const_data_ptr()));
-  }
-  const auto* task = static_cast<const int64_t*>(tasks.const_data_ptr());
-  for (int64_t i = 0; i < tasks.size(0); ++i) {
-    if (task[i] < -1 || task[i] >= count) return std::nullopt;
-  }
-  const mft::Capability& cpu = mft::chosen_capability();
-  const Matrix w = input(weight, "weight"), in = flat(x, columns, "x", const_cast<void*>(x.const_data_ptr()));
-  Tensor y = empty_product(x, in.rows, rows);
-  mft::many_masked_linear(cpu, flat(y, rows, "y", y.mutable_data_ptr()), in, w, bits, task, in.rows / x.size(0),
-                          bias.has_value() ? bias->const_data_ptr() : nullptr, way == "once");
   return y;
 }
 
@@ -333,10 +255,6 @@ STABLE_TORCH_LIBRARY(mft_cpu, m) {
   m.def(
       "masked_linear(Tensor x, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, Tensor? bias, "
       "bool magnitude, str path) -> Tensor");
-  m.def("try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias) -> Tensor?");
-  m.def(
-      "try_masked_linear_many(Tensor x, Tensor weight, Tensor[] masks, Tensor tasks, Tensor? bias, str way) "
-      "-> Tensor?");
   m.def(
       "grad_x(Tensor grad_output, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, bool magnitude, "
       "str path) -> Tensor");
@@ -376,8 +294,6 @@ STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CompositeExplicitAutograd, m) {
-  m.impl("try_masked_linear_packed", TORCH_BOX(&try_masked_linear_packed));
-  m.impl("try_masked_linear_many", TORCH_BOX(&try_masked_linear_many));
   m.impl("paths", TORCH_BOX(&paths));
   m.impl("weight_bytes", TORCH_BOX(&weight_bytes));
   m.impl("path_work", TORCH_BOX(&path_work));

@@ -363,6 +363,8 @@ register(
         if unavailable
         else {
             "masked_linear_packed": torch.ops.mft_cpu.try_masked_linear_packed.default,
+            "masked_linear_packed_backward": torch.ops.mft_cpu.try_masked_linear_packed_backward.default,
+            "accumulate_product": torch.ops.mft_cpu.try_accumulate_product.default,
             "masked_linear_many": torch.ops.mft_cpu.try_masked_linear_many.default,
         },
         unavailable=unavailable,

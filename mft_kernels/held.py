@@ -65,7 +65,7 @@ def masked_linear_held(
         # Detached, so that the packed op's own backward makes d_x alone.
         weight = _detached(weight) if isinstance(weight, Tensor) else weight
         return _product(x, weight, packed, None if bias is None else _detached(bias))
-    anchor = torch.empty(0, device=x.device, requires_grad=True)  # x itself may ask for no gradient
+    anchor = None if x.requires_grad else torch.empty(0, device=x.device, requires_grad=True)
     return _HeldLinear.apply(x, anchor, weight, packed, bias, grad_buffer)
 
 

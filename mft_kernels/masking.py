@@ -56,8 +56,8 @@ def current_mask(
     Raises: NonFiniteScores (a ValueError); not while a CUDA graph is captured. ValueError if scores are spread over
         processes.
     """
-    checks.check_whole("scores", scores)
     if type(scores) is not Scores:
+        checks.check_whole("scores", scores)
         return _find_mask(scores, keep_ratio, threshold, mode)
     rule = keep_ratio, threshold, mode
     if _capturing(scores):

@@ -108,6 +108,9 @@ def short_product_of_packed(x: Tensor, weight: Tensor, packed: Tensor, bias: Ten
 
 def product_of_packed(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """What masked_linear_packed computes, unchecked and out of the dispatcher's sight: for use within an op."""
+    y = short_product_of_packed(x, weight, packed, bias) if backend == "auto" else None
+    if y is not None:
+        return y
     return choose("masked_linear_packed", x.device, (weight.dtype,), backend)(x, weight, packed, bias)
 
 
@@ -136,6 +139,11 @@ def accumulate_score_grad(
     Returns: out.
     """
     check_mode(mode)
+    if weight is None and scores is None and signs is None and backend == "auto" and is_short(out, grad_output, x):
+        way = short_ways.get(("accumulate_product", x.dtype))
+        if way is not None and way(out, grad_output, x):
+            increment_version(out)
+            return out
     check_transforms("accumulate_score_grad", out, grad_output, x, weight, scores, in_place=True)
     if weight is None:
         if scores is not None or signs is not None:
@@ -223,6 +231,11 @@ def gradients_of_packed(
     backend: str,
 ) -> Gradients:
     """d_x, d_weight, d_scores and d_bias of masked_linear_packed, for use in a backward pass: unchecked."""
+    if backend == "auto" and is_short(grad_output, x, weight, packed, scores, signs):
+        way = short_ways.get(("masked_linear_packed_backward", weight.dtype))
+        grads = way and way(grad_output, x, weight, packed, scores, signs, mode, output_mask)
+        if grads:
+            return tuple(grads)
     direct = is_direct(grad_output, x, weight, packed, scores, signs)
     run = _gradients_of_packed if direct else torch.ops.mft.masked_linear_packed_backward
     return run(grad_output, x, weight, packed, scores, signs, mode, output_mask, backend)

@@ -1,5 +1,6 @@
 """Calls that only their kernel has to see leave the dispatcher out; whoever else has to see one still does."""
 
+import contextlib
 import sys
 from typing import ClassVar
 
@@ -195,6 +196,16 @@ def test_a_held_step_adds_into_the_buffer_without_the_dispatcher(layer, dispatch
     assert dispatched == []
     assert torch.equal(buffer, layer.x.sum(0).expand(5, 37))
     assert torch.equal(x.grad, torch.where(layer.module.mask(), layer.weight, 0).sum(0).expand(6, 37))
+
+
+def test_an_accumulation_is_seen_by_a_mode_alone(layer, dispatched):
+    buffer, grad = torch.zeros(5, 37), torch.ones(6, 5)
+    for mode in (contextlib.nullcontext(), contextlib.nullcontext(), SeeingDispatch()):
+        with mode:
+            mft_kernels.accumulate_score_grad(buffer, grad, layer.x, None)
+        assert torch.equal(buffer, layer.x.sum(0).expand(5, 37))
+        buffer.zero_()
+        assert dispatched == ["accumulate_score_grad"] * isinstance(mode, SeeingDispatch)
 
 
 def test_a_second_derivative_is_refused_without_the_dispatcher_too(layer):

@@ -1,11 +1,12 @@
-"""The short way of masked_linear_packed on a CPU: what is usual, bit for bit as the long way; all else is declined."""
+"""The short ways of masked_linear_packed and its gradients on a CPU: what is usual, bit for bit; else they decline."""
 
 import pytest
 import torch
 from torch import Tensor
 
 import mft_kernels
-from mft_kernels import MaskedLinear, backends, cpu, reference
+from mft_kernels import MaskedLinear, backends, cpu, ops, reference
+from mft_kernels.held import masked_linear_held
 from mft_kernels.testing import integer_inputs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"the CPU library: {cpu.unavailable}")
@@ -120,3 +121,136 @@ def test_a_backend_that_auto_asks_first_has_no_short_way_past_it(usual, monkeypa
         monkeypatch.undo()
         backends._chosen.clear()
         backends.short_ways.clear()
+
+
+# ---------------------------------------------------------------------------------------------- gradients
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def gradients():
+    """The arguments of masked_linear_packed_backward: d_x and d_scores, the sign from bits."""
+    t = integer_inputs(6, N, K)
+    packed, (signs, _) = mft_kernels.pack_mask(t.scores, torch.tensor(2.0)), torch.ops.mft.pack_signs(t.scores, "auto")
+    names = ["grad_output", "x", "weight", "packed", "scores", "signs", "mode", "output_mask"]
+    values = t.grad_output, t.x, t.weight, packed, t.scores, signs, "magnitude", [True, False, True, False]
+    call = dict(zip(names, values, strict=True))
+    ops.gradients_of_packed(*values, "auto")  # so that "auto" has asked its table
+    return call
+
+
+def gradients_by_short_way(call: dict) -> list[Tensor]:
+    return torch.ops.mft_cpu.try_masked_linear_packed_backward(*call.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("leading", [(), (1,), (2, 3)], ids=str)
+@pytest.mark.parametrize("sign", ["signs", "scores", "value"])
+@pytest.mark.parametrize("wanted", ["x", "s", "xs"])
+def test_the_short_way_gives_the_gradients_of_the_reference(gradients, dtype, leading, sign, wanted):
+    call = gradients | {"output_mask": ["x" in wanted, False, "s" in wanted, False]}
+    call |= {name: call[name].to(dtype) for name in ("grad_output", "x", "weight")}
+    call |= {
+        "x": torch.randint(-3, 4, (*leading, K)).to(dtype),
+        "grad_output": torch.randint(-3, 4, (*leading, N)).to(dtype),
+    }
+    call |= {"signs": {"signs": None}, "scores": {"signs": None}, "value": {"signs": None, "mode": "value"}}[sign]
+    if sign == "signs":
+        call |= {"signs": gradients["signs"], "scores": None}
+    found, expected = gradients_by_short_way(call), reference.masked_linear_packed_backward(*call.values())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+        assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
+
+
+UNUSUAL_GRADIENTS = {
+    "a gradient of another length": ("grad_output", lambda g: g[:, :-1].contiguous()),
+    "a gradient of another dtype": ("grad_output", lambda g: g.half()),
+    "a gradient in columns": ("grad_output", lambda g: g.t().contiguous().t()),
+    "a gradient that is one number": ("grad_output", lambda g: g[:1, :1].expand(6, N)),
+    "a gradient of nothing": ("grad_output", lambda g: g[:0]),
+    "x of fewer rows": ("x", lambda x: x[:-1].contiguous()),
+    "x of another dtype": ("x", lambda x: x.half()),
+    "weight in fp64": ("weight", lambda w: w.double()),
+    "weight of no rows": ("weight", lambda w: w[:0]),
+    "packed of other words": ("packed", lambda p: p[:, :1].contiguous()),
+    "signs of other words": ("signs", lambda s: s[:, :1].contiguous()),
+    "scores in fp64": ("scores", lambda s: s.double()),
+    "scores in columns": ("scores", lambda s: s.t().contiguous().t()),
+    "d_weight too": ("output_mask", lambda _: [True, True, True, False]),
+    "d_bias too": ("output_mask", lambda _: [True, False, True, True]),
+    "no sign": ("signs", lambda _: None),
+}
+
+
+@pytest.mark.parametrize("unusual", UNUSUAL_GRADIENTS)
+def test_the_short_way_declines_gradients_that_are_not_usual(gradients, unusual):
+    name, changed = UNUSUAL_GRADIENTS[unusual]
+    call = gradients | {name: changed(gradients[name])}
+    if unusual == "no sign":
+        call["scores"] = None
+    assert gradients_by_short_way(call) == []
+
+
+@pytest.mark.parametrize("into", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_short_way_adds_a_product_as_the_reference_does(into, dtype):
+    grad, x = torch.randint(-3, 4, (2, 3, N)).to(dtype), torch.randint(-3, 4, (2, 3, K)).to(dtype)
+    out = torch.randint(-3, 4, (N, K)).to(into)
+    expected = out.clone()
+    reference.accumulate_product(expected, grad, x)
+    assert torch.ops.mft_cpu.try_accumulate_product(out, grad, x)
+    assert torch.equal(out, expected)
+    kept = out.clone()
+    for unusual in (
+        (out, grad[:, :2].contiguous(), x),
+        (out, grad, x.reshape(6, K)),
+        (out, grad, x.double()),
+        (out, grad[..., 1:].contiguous(), x),
+        (out, grad[:0], x[:0]),
+        (out.t(), x, grad),
+        (out[:, :-1], grad, x),
+    ):
+        assert not torch.ops.mft_cpu.try_accumulate_product(*unusual)
+    assert torch.equal(out, kept)
+
+
+@pytest.mark.parametrize("variable", ["MFT_KERNELS", "MFT_AUTOTUNE"])
+def test_the_short_ways_of_gradients_leave_a_call_to_those_whom_the_environment_names(gradients, monkeypatch, variable):
+    given = torch.zeros(N, K), gradients["grad_output"], gradients["x"]
+    assert gradients_by_short_way(gradients) != []
+    assert torch.ops.mft_cpu.try_accumulate_product(*given)
+    monkeypatch.setenv(variable, "reference" if variable == "MFT_KERNELS" else "1")
+    assert gradients_by_short_way(gradients) == []
+    assert not torch.ops.mft_cpu.try_accumulate_product(*given)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("learns", ["x", "scores", "both"])
+def test_a_step_of_a_layer_asks_no_table(monkeypatch, held, learns):
+    """Once "auto" has chosen: forward and backward go to their kernels, and the gradients are those of the long way."""
+    layer = MaskedLinear(K, N, bias=False)
+    layer.scores.requires_grad_(learns != "x")
+    x, grad = torch.randn(6, K, requires_grad=learns != "scores"), torch.ones(6, N)
+    buffer, packed = torch.zeros(N, K), layer.packed_mask()
+    run = lambda x: layer(x)  # noqa: E731
+    if held:
+        run = lambda x: masked_linear_held(x, layer.weight, packed, grad_buffer=buffer)  # noqa: E731
+
+    def step() -> list[Tensor | None]:
+        buffer.zero_()
+        x.grad = layer.scores.grad = None
+        run(x).backward(grad)
+        return [t if t is None else t.clone() for t in (x.grad, layer.scores.grad, buffer)]
+
+    with monkeypatch.context() as by_the_long_way:
+        by_the_long_way.setenv("MFT_KERNELS", "cpu")
+        expected = step()
+    step()
+    monkeypatch.setattr(ops, "choose", None)
+    version = buffer._version
+    for ours, theirs in zip(step(), expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs)
+    assert buffer._version == version + 1 + held  # zero_, and what a kernel has added

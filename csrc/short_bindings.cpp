@@ -1,0 +1,189 @@
+// The ops of namespace mft_cpu that are short ways: each checks for itself and asks nobody, and gives nothing where a call is
+// not the usual one, or where an environment variable says how it is to be served. Then the long way serves it, or says what
+// is wrong with it. mft_kernels/ops.py calls them.
+
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/capability.h"
+#include "cpu/many_linear.h"
+#include "operands.h"
+
+namespace {
+
+using mft::empty_product;
+using mft::expect_writes;
+using mft::flat;
+using mft::Format;
+using mft::input;
+using mft::mask_source;
+using mft::Matrix;
+using mft::output;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+// Whether an environment variable is set, and to something else than what it means unset.
+bool asks(const char* variable, const char* unset) {
+  const char* value = std::getenv(variable);
+  return value != nullptr && *value != '\0' && std::strcmp(value, unset) != 0;
+}
+
+bool is_asked_for() { return asks("MFT_KERNELS", "auto") || asks("MFT_AUTOTUNE", "0"); }
+
+// Dense, contiguous, and on the CPU.
+bool is_usual(const Tensor& t) {
+  int32_t layout = -1;
+  aoti_torch_get_layout(t.get(), &layout);
+  return layout == aoti_torch_layout_strided() && t.is_cpu() && t.is_contiguous();
+}
+
+bool is_taken(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
+bool is_matrix(const Tensor& t, int64_t rows, int64_t columns) {
+  return is_usual(t) && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns;
+}
+
+// Of a mask or signs.
+bool is_words(const Tensor& t, int64_t rows, int64_t columns) {
+  return t.scalar_type() == ScalarType::Int && is_matrix(t, rows, (columns + 31) / 32);
+}
+
+// Of tokens (..., columns), one dimension at least.
+bool is_tokens(const Tensor& t, ScalarType type, int64_t columns, int64_t dimensions = 1) {
+  return t.scalar_type() == type && is_usual(t) && t.dim() >= dimensions && t.size(-1) == columns;
+}
+
+bool is_bias(const Optional& t, ScalarType type, int64_t rows) {
+  return !t.has_value() || (t->scalar_type() == type && is_usual(*t) && t->dim() == 1 && t->size(0) == rows);
+}
+
+const void* data_of(const Optional& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
+
+Matrix tokens_of(const Tensor& t, int64_t columns) { return flat(t, columns, "tokens", const_cast<void*>(t.const_data_ptr())); }
+
+Optional try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Optional bias) {
+  const ScalarType type = weight.scalar_type();
+  if (is_asked_for() || !is_taken(type) || !is_usual(weight) || weight.dim() != 2) return std::nullopt;
+  const int64_t rows = weight.size(0), columns = weight.size(1);
+  if (!is_tokens(x, type, columns) || !is_words(packed, rows, columns) || !is_bias(bias, type, rows)) return std::nullopt;
+  const Matrix in = tokens_of(x, columns);
+  Tensor y = empty_product(x, in.rows, rows);
+  mft::masked_linear(mft::chosen_capability(), flat(y, rows, "y", y.mutable_data_ptr()), in, input(weight, "weight"),
+                     mask_source(std::nullopt, std::nullopt, packed, false, rows, columns), data_of(bias));
+  return y;
+}
+
+// d_x, d_weight, d_scores and d_bias, (0,) for what is not wanted; or nothing at all. d_weight and d_bias are not usual.
+std::vector<Tensor> try_masked_linear_packed_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor packed,
+                                                      Optional scores, Optional signs, std::string mode,
+                                                      std::vector<bool> output_mask) {
+  const ScalarType type = weight.scalar_type();
+  if (is_asked_for() || !is_taken(type) || !is_usual(weight) || weight.dim() != 2 || weight.numel() == 0) return {};
+  if (output_mask.size() != 4 || output_mask[1] || output_mask[3]) return {};
+  const int64_t rows = weight.size(0), columns = weight.size(1);
+  if (!is_tokens(grad_output, type, rows) || grad_output.numel() == 0 || !is_words(packed, rows, columns)) return {};
+  const mft::Capability& cpu = mft::chosen_capability();
+  const Matrix w = input(weight, "weight"), grad = tokens_of(grad_output, rows);
+  mft::SignSource sign{nullptr, Format::kFloat32, nullptr, columns};
+  ScalarType score_type = ScalarType::Float;
+  if (output_mask[2]) {
+    if (!is_tokens(x, type, columns) || x.numel() != grad.rows * columns) return {};
+    if (scores.has_value()) {
+      score_type = scores->scalar_type();
+      if (!is_taken(score_type) || !is_matrix(*scores, rows, columns)) return {};
+    }
+    if (mode != "value" && signs.has_value()) {
+      if (!is_words(*signs, rows, columns)) return {};
+      sign.words = static_cast<const uint32_t*>(signs->const_data_ptr());
+    } else if (mode != "value") {
+      if (!scores.has_value()) return {};
+      sign.scores = scores->const_data_ptr();
+      sign.score_format = mft::format_of(*scores, "scores");
+    }
+  }
+  const Tensor none = torch::stable::new_empty(weight, {0});
+  std::vector<Tensor> grads(4, none);
+  if (output_mask[0]) {
+    grads[0] = empty_product(grad_output, grad.rows, columns);
+    mft::grad_x(cpu, flat(grads[0], columns, "d_x", grads[0].mutable_data_ptr()), grad, w,
+                mask_source(std::nullopt, std::nullopt, packed, false, rows, columns));
+  }
+  if (output_mask[2]) {
+    const int64_t sizes[] = {rows, columns};
+    grads[2] = torch::stable::new_empty(weight, {sizes, 2}, score_type);
+    const Matrix d_scores = output(grads[2], "d_scores");
+    expect_writes(d_scores.data, rows * columns * mft::bytes_of(d_scores.format), grad.rows);
+    mft::grad_scores(cpu, d_scores, grad, tokens_of(x, columns), w, sign, false);
+  }
+  return grads;
+}
+
+// Whether out += grad_output.T @ x has been done.
+bool try_accumulate_product(Tensor out, Tensor grad_output, Tensor x) {
+  const ScalarType type = x.scalar_type();
+  if (is_asked_for() || !is_taken(type) || !is_taken(out.scalar_type()) || !is_usual(out) || out.dim() != 2) return false;
+  const int64_t rows = out.size(0), columns = out.size(1);
+  if (!is_tokens(grad_output, type, rows) || !is_tokens(x, type, columns) || out.numel() == 0) return false;
+  const Matrix grad = tokens_of(grad_output, rows), in = tokens_of(x, columns);
+  if (grad.rows == 0 || x.dim() != grad_output.dim()) return false;
+  for (int64_t d = 0; d < x.dim() - 1; ++d) {
+    if (x.size(d) != grad_output.size(d)) return false;
+  }
+  const Matrix no_weight{nullptr, in.format, rows, columns, columns};
+  mft::grad_scores(mft::chosen_capability(), output(out, "out"), grad, in, no_weight,
+                   {nullptr, Format::kFloat32, nullptr, columns}, true);
+  return true;
+}
+
+// y[i] of x (rows, ..., K) with masks[tasks[i]], or with the whole weight for -1. As the "short" way; "auto": also where an
+// environment variable says how to serve it; "once": so too, and in one pass, whatever is faster.
+Optional try_masked_linear_many(Tensor x, Tensor weight, std::vector<Tensor> masks, Tensor tasks, Optional bias,
+                                std::string way) {
+  const ScalarType type = weight.scalar_type();
+  if ((way == "short" && is_asked_for()) || !is_taken(type) || !is_usual(weight) || weight.dim() != 2) return std::nullopt;
+  const int64_t rows = weight.size(0), columns = weight.size(1), count = static_cast<int64_t>(masks.size());
+  if (!is_tokens(x, type, columns, 2) || x.numel() == 0 || rows == 0 || !is_bias(bias, type, rows)) return std::nullopt;
+  if (tasks.scalar_type() != ScalarType::Long || !is_usual(tasks) || tasks.dim() != 1 || tasks.size(0) != x.size(0)) {
+    return std::nullopt;
+  }
+  std::vector<const uint32_t*> bits;
+  for (const Tensor& mask : masks) {
+    if (!is_words(mask, rows, columns)) return std::nullopt;
+    bits.push_back(static_cast<const uint32_t*>(mask.const_data_ptr()));
+  }
+  const auto* task = static_cast<const int64_t*>(tasks.const_data_ptr());
+  for (int64_t i = 0; i < tasks.size(0); ++i) {
+    if (task[i] < -1 || task[i] >= count) return std::nullopt;
+  }
+  const Matrix in = tokens_of(x, columns);
+  Tensor y = empty_product(x, in.rows, rows);
+  mft::many_masked_linear(mft::chosen_capability(), flat(y, rows, "y", y.mutable_data_ptr()), in, input(weight, "weight"),
+                          bits, task, in.rows / x.size(0), data_of(bias), way == "once");
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mft_cpu, m) {
+  m.def("try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias) -> Tensor?");
+  m.def(
+      "try_masked_linear_packed_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor packed, Tensor? scores, "
+      "Tensor? signs, str mode, bool[] output_mask) -> Tensor[]");
+  m.def("try_accumulate_product(Tensor(a!) out, Tensor grad_output, Tensor x) -> bool");
+  m.def(
+      "try_masked_linear_many(Tensor x, Tensor weight, Tensor[] masks, Tensor tasks, Tensor? bias, str way) "
+      "-> Tensor?");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CompositeExplicitAutograd, m) {
+  m.impl("try_masked_linear_packed", TORCH_BOX(&try_masked_linear_packed));
+  m.impl("try_masked_linear_packed_backward", TORCH_BOX(&try_masked_linear_packed_backward));
+  m.impl("try_accumulate_product", TORCH_BOX(&try_accumulate_product));
+  m.impl("try_masked_linear_many", TORCH_BOX(&try_masked_linear_many));
+}
