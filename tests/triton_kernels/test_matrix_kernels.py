@@ -11,7 +11,6 @@ import pytest
 import torch
 from exact import (
     ALL,
-    ARITHMETIC,
     DTYPES,
     HALF,
     MODES,
@@ -26,18 +25,9 @@ from exact import (
 )
 
 from mft_kernels import reference
-from mft_kernels.testing import Inputs, assert_within_budget, random_inputs
+from mft_kernels.testing import assert_within_budget, random_inputs
 from mft_kernels.triton import ops
-from mft_kernels.triton.target import assume, interpreting
-
-
-@pytest.fixture(params=ARITHMETIC)
-def dtype(request):
-    """The dtype of activations and weight, under PyTorch's precision for fp32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
-    yield torch.float32 if request.param in ("ieee", "tf32") else getattr(torch, request.param)
-    torch.set_float32_matmul_precision(before)
+from mft_kernels.triton.target import assume
 
 
 @pytest.mark.parametrize("scores_dtype", DTYPES)
@@ -59,34 +49,6 @@ def test_products_from_bits_equal_the_reference_in_every_dtype(device, target, m
         assert_equals_reference("masked_linear_packed", t.x, t.weight, packed, bias)
         arguments = (t.grad_output, t.x, t.weight, packed, *sign, mode, ALL)
         assert_equals_reference("masked_linear_packed_backward", *arguments)
-
-
-def test_tiles_meet_without_a_seam(device, target, dtype, request):
-    arithmetic = request.node.callspec.params["dtype"]
-    # One multiprocessor: its few programs walk over all tiles, which are the largest of the card.
-    if target.backend == "interpreter" or arithmetic == "ieee":
-        shapes = [(1, 70, 72), (17, 35, 72), (33, 72, 35)]  # tiles up to 64 x 64
-    elif arithmetic == "float16":
-        shapes = [(1, 72, 136), (16, 24, 40), (17, 136, 72), (64, 24, 40), (65, 136, 136), (129, 72, 264)]
-        shapes += [(257, 136, 8)]
-    else:
-        shapes = [(65, 131, 133)] if arithmetic == "bfloat16" else [(65, 136, 152)]
-    for shape in shapes:
-        t = integers(device, *shape, dtype, torch.bfloat16, seed=shape[0])
-        threshold = threshold_of(t.scores)
-        packed, signs = bits_of(t.scores, threshold, "magnitude")
-        with assume(replace(target, multiprocessors=1)):
-            assert_equals_reference("masked_linear", t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
-            if shape[0] != 129:
-                assert_equals_reference("masked_linear_backward", *arguments_of_backward(t, threshold))
-            if shape[0] in (33, 65):
-                assert_equals_reference("masked_linear_packed", t.x, t.weight, packed, t.bias)
-                arguments = (t.grad_output, t.x, t.weight, packed, None, signs, "magnitude", ALL)
-                assert_equals_reference("masked_linear_packed_backward", *arguments)
-            if shape[0] in (33, 129):  # not in one launch
-                for wanted in ([True, False, False, False], [False, True, True, False]):
-                    arguments = arguments_of_backward(t, threshold, output_mask=wanted)
-                    assert_equals_reference("masked_linear_backward", *arguments)
 
 
 def test_every_output_mask_gives_what_it_asks_for(device, target):
@@ -203,59 +165,6 @@ def test_without_inputs_y_is_the_bias_and_without_outputs_d_x_is_zero(device, ta
     ops.accumulate_score_grad(t.scores, t.grad_output, t.x, t.weight, None, signs, "magnitude")
 
 
-def test_a_sum_in_parts_counts_every_element_and_the_bias_once(device, target):
-    # A few short of 26 steps of 128: the parts are of unequal length and the last step is short.
-    long = 3304
-    some = threshold_of(torch.empty(0, device=device))
-
-    def forward():
-        t = integers(device, 5, 8, long, HALF)
-        return t, (t.x, t.weight, t.scores, some, t.bias, "magnitude")
-
-    def d_x(output_mask):
-        t = integers(device, 5, long, 8, HALF)
-        return t, (t.grad_output, t.x, t.weight, t.scores, some, "magnitude", output_mask)
-
-    with assume(replace(target, multiprocessors=1000)):
-        for op, (_, arguments) in (
-            ("masked_linear", forward()),
-            ("masked_linear_backward", d_x([True, False, False, False])),
-            ("masked_linear_backward", d_x(ALL)),
-        ):
-            entries = launches_of(lambda op=op, arguments=arguments: getattr(ops, op)(*arguments))
-            assert "_sum_splits_kernel" in [entry.kernel.__name__ for entry in entries]
-            assert_equals_reference(op, *arguments)
-        t, _ = forward()
-        packed, _ = bits_of(t.scores, some, "magnitude")
-        assert_equals_reference("masked_linear_packed", t.x, t.weight, packed, t.bias)
-
-
-@pytest.mark.parametrize(("m", "count"), [(513, 1), (512, 2)])
-def test_one_launch_or_two_make_d_x_and_d_scores(device, target, m, count, monkeypatch):
-    monkeypatch.setattr(ops, "one_launch", lambda *sizes: count == 1)
-    t = integers(device, m, 16, 8, HALF)
-    arguments = arguments_of_backward(t, threshold_of(t.scores))
-    with assume(replace(target, multiprocessors=1)):
-        assert len(launches_of(lambda: ops.masked_linear_backward(*arguments))) == count
-        assert_equals_reference("masked_linear_backward", *arguments)
-
-
-@pytest.mark.parametrize("described", [True, False])
-def test_tiles_come_through_descriptors_where_tma_can_read_and_else_through_pointers(device, target, described):
-    # Rows of 16 bytes' multiples against one that is no multiple, in each tensor that is read in tiles.
-    t = integers(device, 17, 40, 72, HALF, torch.bfloat16)
-    if not described:
-        t.weight = torch.cat([t.weight, t.weight[:, :1]], 1)[:, :72]
-    threshold = threshold_of(t.scores)
-    forward = (t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
-    backward = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", ALL)
-    with assume(replace(target, multiprocessors=1)):
-        for op, arguments in (("masked_linear", forward), ("masked_linear_backward", backward)):
-            (entry,) = launches_of(lambda op=op, arguments=arguments: getattr(ops, op)(*arguments))
-            assert entry.options["DESCRIPTORS"] == (described and target.descriptors)
-            assert_equals_reference(op, *arguments)
-
-
 @pytest.mark.parametrize(
     ("mode", "value"),
     [("magnitude", v) for v in (2.0, 3.0, 0.0, torch.inf)] + [("value", v) for v in (-1.0, -torch.inf, torch.nan)],
@@ -321,21 +230,6 @@ def test_error_stays_within_twice_that_of_pytorch(device, target, dtype):
         for g, s, e in zip(got, same, exact) if isinstance(got, tuple) else [(got, same, exact)]:
             if g.numel():
                 assert_within_budget(g.cpu(), s, e)
-
-
-def test_repeated_calls_give_the_same_bits(device, target):
-    times = 3 if interpreting() else 100
-    t = random_inputs(5, 8, 264, HALF, torch.bfloat16)
-    t = Inputs(*(value.to(device) for value in vars(t).values()))
-    threshold = threshold_of(t.scores, 0.02)
-    with assume(replace(target, multiprocessors=20)):
-        first = None
-        for _ in range(times):
-            y = ops.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
-            results = (y, *ops.masked_linear_backward(*arguments_of_backward(t, threshold)))
-            first = results if first is None else first
-            for one, other in zip(first, results):
-                assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
