@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import importlib.util
 import json
 import os
 
@@ -14,6 +15,9 @@ TOKENS_OF_SMOLLM2 = 49152
 
 # Tests are small: a second thread gains nothing, and waiting for it on a busy machine costs a factor of five.
 torch.set_num_threads(1)
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import quick_interpreter  # noqa: F401
 
 atexit.register(gc.unfreeze)  # or Triton's bindings count what is frozen as leaked
 

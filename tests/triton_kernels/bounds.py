@@ -19,6 +19,7 @@ import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import quick_interpreter  # noqa: F401
 from guarded import guarded
 
 from mft_kernels import reference_step
