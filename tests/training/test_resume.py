@@ -18,7 +18,7 @@ from mft.training.checkpoint import newest_checkpoint
 from mft.training.loop import finetune, train_masks
 from mft.training.saver import Saver, Stopped
 
-STEPS, FIRST = 20, 7
+STEPS, FIRST = 9, 4
 ROWS = 10  # of which a step takes 4: epochs end within steps, and within micro-batches of 4
 
 
