@@ -39,10 +39,6 @@ class Runs:
         console = Console(file=self.said, width=200)
         return run_study(make_study(self.ground, arms, overrides), self.directory, console=console, **options)
 
-    def afresh(self, *overrides, **options):
-        shutil.rmtree(self.directory, ignore_errors=True)
-        return self(*overrides, **options)
-
     @property
     def lines(self):
         return [line for line in self.said.getvalue().splitlines() if line.startswith("[")]
@@ -51,6 +47,14 @@ class Runs:
 @pytest.fixture
 def study(ground, tmp_path):
     return Runs(ground, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def done(ground, tmp_path_factory):
+    """A whole study and what it found; tests that write there take a copy."""
+    runs = Runs(ground, tmp_path_factory.mktemp("done"))
+    runs.found = facts(runs())
+    return runs
 
 
 def facts(findings):
@@ -74,10 +78,7 @@ def stop_after(monkeypatch, count, error):
     return ran
 
 
-def test_an_interrupted_study_resumes_to_the_same_bits(study, monkeypatch):
-    whole = facts(study())
-    units = len(study.lines)
-    shutil.rmtree(study.directory)
+def test_an_interrupted_study_resumes_to_the_same_bits(study, done, monkeypatch):
     for count in (1, 4, 5):
         with monkeypatch.context() as patch:
             stop_after(patch, count, KeyboardInterrupt())
@@ -86,29 +87,27 @@ def test_an_interrupted_study_resumes_to_the_same_bits(study, monkeypatch):
             assert "units are kept in" in study.said.getvalue()
             assert "the same command continues" in study.said.getvalue()
     resumed = study()
-    assert len(study.lines) == units - 1 - 4 - 5
-    assert equal(facts(resumed), whole)
+    assert len(study.lines) == len(done.lines) - 1 - 4 - 5
+    assert equal(facts(resumed), done.found)
     assert resumed.test_openings == 1
     study()
     assert study.lines == []  # all is done
 
 
-def test_two_processes_find_what_one_finds(study):
-    one = facts(study())
-    two = facts(study.afresh("workers=2"))
-    assert equal(two, one)
+def test_two_processes_find_what_one_finds(study, done):
+    two = facts(study("workers=2"))
+    assert equal(two, done.found)
 
 
-def test_a_seed_that_is_added_later_finds_what_it_would_have_found_at_once(study):
-    at_once = facts(study("seeds=[0,1]"))
-    study.afresh("seeds=[0]")
+def test_a_seed_that_is_added_later_finds_what_it_would_have_found_at_once(study, done):
+    study("seeds=[0]")
     later = study("seeds=[0,1]")
     assert later.test_openings == 2
-    assert equal(facts(later), at_once)
+    assert equal(facts(later), done.found)  # its seeds were 0 and 1
 
 
-def test_a_wider_grid_of_the_fine_tune_takes_up_what_still_holds(study):
-    study()
+def test_a_wider_grid_of_the_fine_tune_takes_up_what_still_holds(study, done):
+    shutil.copytree(done.directory, study.directory)
     study("arms.full.lrs=[1e-6,1e-3,1e-2]")  # the further rate is not the best one
     assert len(study.lines) == 1
     assert "full, lr 1e-06" in study.lines[0]
@@ -131,12 +130,12 @@ def test_base_stands_for_every_seed(study):
     assert findings.chosen["count"]["base"] == Setting()
 
 
-def test_trained_weights_that_were_lost_are_made_again(study):
-    whole = facts(study(arms=FEW))
+def test_trained_weights_that_were_lost_are_made_again(study, done):
+    shutil.copytree(done.directory, study.directory)
     shutil.rmtree(study.directory / "trained")
     shutil.rmtree(study.directory / "test")
     again = study(arms=FEW)
-    assert equal(facts(again), whole)
+    assert equal(facts(again), done.found)
     assert any("full, lr 0.01, epochs 1, seed 1: validation" in line for line in study.lines)
 
 
