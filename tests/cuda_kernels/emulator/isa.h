@@ -37,13 +37,13 @@ inline float widen(float value) { return value; }
 inline float widen(BFloat16 value) { return as_float(static_cast<uint32_t>(value.bits) << 16); }
 
 inline float widen(Float16 value) {
-  const int exponent = value.bits >> 10 & 31, fraction = value.bits & 0x3ff;
+  const uint32_t exponent = value.bits >> 10 & 31, fraction = value.bits & 0x3ff;
   float magnitude;
   if (exponent == 31) {
     magnitude = fraction == 0 ? INFINITY : NAN;
-  } else {
-    magnitude = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                              : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+  } else {  // without a branch for zeros, which are many
+    const auto places = static_cast<float>(fraction + (exponent != 0) * 1024);
+    magnitude = places * as_float((std::max(exponent, 1u) + 127 - 25) << 23);
   }
   return value.bits >> 15 ? -magnitude : magnitude;
 }
@@ -285,7 +285,9 @@ void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32
   };
   Input input{{a[0], a[1], a[2], a[3]}, {b0, b1}, {d[0], d[1], d[2], d[3]}};
   emulator::collective("multiply_16x8x16", &input, d, [](const void* const* in, void* const* out) {
-    float a[16][16], b[16][8];
+    using Eight [[gnu::vector_size(32)]] = float;
+    float a[16][16];
+    Eight b[16], sums[16];
     for (int lane = 0; lane < 32; ++lane) {
       const Input& from = *static_cast<const Input*>(in[lane]);
       const int g = lane / 4, c = lane % 4 * 2;
@@ -297,15 +299,13 @@ void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32
         b[c + half][g] = detail::half_of<T>(from.b[0], half);
         b[c + 8 + half][g] = detail::half_of<T>(from.b[1], half);
       }
+      for (int i = 0; i < 4; ++i) sums[g + i / 2 * 8][c + i % 2] = from.d[i];
+    }
+    for (int row = 0; row < 16; ++row) {
+      for (int k = 0; k < 16; ++k) sums[row] += a[row][k] * b[k];  // one after the other
     }
     for (int lane = 0; lane < 32; ++lane) {
-      const Input& from = *static_cast<const Input*>(in[lane]);
-      for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
-        float sum = from.d[i];
-        for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
-        static_cast<float*>(out[lane])[i] = sum;
-      }
+      for (int i = 0; i < 4; ++i) static_cast<float*>(out[lane])[i] = sums[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
     }
   });
 }

@@ -285,7 +285,7 @@ void collective(const char* operation, const void* input, void* output,
   Warp& warp = self.block->warps[static_cast<size_t>(self.index / 32)];
   if (warp.arrived == 0) {
     warp.operation = operation;
-  } else if (std::strcmp(warp.operation, operation) != 0) {
+  } else if (warp.operation != operation && std::strcmp(warp.operation, operation) != 0) {
     fault(std::string("lanes of a warp disagree: ") + operation + " against " + warp.operation);
   }
   warp.inputs[self.index % 32] = input;
