@@ -341,20 +341,20 @@ def test_accumulation_rounds_the_sum_alone():
 
 
 @pytest.mark.parametrize(
-    ("shape", "device", "expected"),
+    ("scores_dtype", "shape", "device", "expected"),
     [
-        ((33, 1040, 1096), {}, {(64, 4)}),  # 35 and 33 steps of 32 in parts of 9: the last is shorter
-        ((64, 264, 552), {}, {(64, 2), (64, 1)}),  # and d_x, of 9 steps, in one
-        ((17, 136, 1096), {"multiprocessors": 3}, {(64, 3), (64, 1)}),  # and words in one: less to read
-        ((18, 16, 4352), {}, {(64, 16), (64, 1)}),  # 136 steps in parts of 9: the last has one
-        ((65, 136, 1096), {"multiprocessors": 6}, {(128, 3), (128, 1)}),
-        ((65, 1096, 136), {"multiprocessors": 6}, {(128, 1), (128, 3)}),  # d_x
-        ((130, 136, 1096), {}, {(64, 4), (64, 1)}),  # more tiles of 64 tokens, and more of them at work
-        ((33, 1040, 1096), {"l2_bytes": 2 * 3 * 33 * 1152 * 4 - 1}, {(64, 2)}),  # half of L2 lacks a byte of 3
-        ((17, 136, 1097), {}, {(128, 1)}),  # rows that are no chunks
+        (FP32, (33, 1040, 1096), {}, {(64, 4)}),  # 35 and 33 steps of 32 in parts of 9: the last is shorter
+        (FP16, (64, 264, 552), {}, {(64, 2), (64, 1)}),  # and d_x, of 9 steps, in one
+        (FP32, (17, 136, 1096), {"multiprocessors": 3}, {(64, 3), (64, 1)}),  # and words in one: less to read
+        (FP16, (17, 136, 1096), {"multiprocessors": 3}, {(64, 3), (64, 1)}),
+        (FP16, (18, 16, 4352), {}, {(64, 16), (64, 1)}),  # 136 steps in parts of 9: the last has one
+        (FP32, (65, 136, 1096), {"multiprocessors": 6}, {(128, 3), (128, 1)}),
+        (FP16, (65, 1096, 136), {"multiprocessors": 6}, {(128, 1), (128, 3)}),  # d_x
+        (FP32, (130, 136, 1096), {}, {(64, 4), (64, 1)}),  # more tiles of 64 tokens, and more of them at work
+        (FP16, (33, 1040, 1096), {"l2_bytes": 2 * 3 * 33 * 1152 * 4 - 1}, {(64, 2)}),  # half of L2 lacks a byte of 3
+        (FP32, (17, 136, 1097), {}, {(128, 1)}),  # rows that are no chunks
     ],
 )
-@pytest.mark.parametrize("scores_dtype", [FP32, FP16])
 def test_the_depth_is_summed_in_parts_where_tiles_are_few(shape, device, expected, scores_dtype, ways):
     t = integer_inputs(*shape, FP16, scores_dtype)
     check_products(t, row_thresholds(t), "magnitude", **{"multiprocessors": 132} | device)
@@ -404,16 +404,15 @@ def test_without_a_workspace_the_depth_is_in_one(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("shape", "multiprocessors", "expected"),
+    ("scores_dtype", "shape", "multiprocessors", "expected"),
     [
-        ((1096, 40, 72), 132, {4, 1}),  # 35 steps of 32 tokens in parts of 9, the last of 7 and a bit; d_x in one
-        ((520, 136, 72), 132, {2, 1}),  # 17 steps: 9 and 8
-        ((1096, 40, 72), 2, {2, 1}),  # as many as the multiprocessors gain from
-        ((511, 40, 72), 132, {1}),  # a part would have less than 256 tokens
-        ((1096, 45, 72), 132, {1}),  # rows that are no chunks
+        (FP32, (1096, 40, 72), 132, {4, 1}),  # 35 steps of 32 tokens in parts of 9, the last of 7 and a bit; d_x in one
+        (FP16, (520, 136, 72), 132, {2, 1}),  # 17 steps: 9 and 8
+        (FP16, (1096, 40, 72), 2, {2, 1}),  # as many as the multiprocessors gain from
+        (FP32, (511, 40, 72), 132, {1}),  # a part would have less than 256 tokens
+        (FP16, (1096, 45, 72), 132, {1}),  # rows that are no chunks
     ],
 )
-@pytest.mark.parametrize("scores_dtype", [FP32, FP16])
 def test_score_gradients_of_many_tokens_are_summed_in_parts(shape, multiprocessors, expected, scores_dtype, ways):
     t = integer_inputs(*shape, FP16, scores_dtype)
     check_score_grad(t, row_thresholds(t), "magnitude", multiprocessors=multiprocessors)
