@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import LEARN, steps, wait_for_checkpoint
+from tiny_run import LEARN, Forked, steps, wait_for_checkpoint
 
 from mft.training.flips import PHASE
 from mft.training.metrics import Steps
@@ -38,10 +38,12 @@ def finish(process, code):
     return output
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_told_to_stop_saves_and_goes_on(cli, tmp_path, number, code):
+@pytest.mark.parametrize(
+    ("number", "code", "own"), [(signal.SIGTERM, 143, True), (signal.SIGINT, 130, False)], ids=["SIGTERM", "SIGINT"]
+)
+def test_a_run_told_to_stop_saves_and_goes_on(cli, tmp_path, number, code, own):
     cli("train", *SLOW, "output_dir=straight", "checkpoint_minutes=null")
-    process = start("train", *SLOW)
+    process = start("train", *SLOW) if own else Forked(cli, "train", *SLOW)
     wait_for_checkpoint(tmp_path / "run", process)
     process.send_signal(number)
     output = finish(process, code)
@@ -96,11 +98,12 @@ def events_of(directory):
 def test_a_killed_fine_tune_goes_on(cli, tmp_path):
     few = [*LEARN, "train.steps=16", "checkpoint_minutes=0"]
     cli("finetune", *few, "output_dir=straight")
-    process = start("finetune", *few)
+    process = Forked(cli, "finetune", *few)
     wait_for_checkpoint(tmp_path / "run", process)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     finish(process, -signal.SIGKILL)
-    finish(start("finetune", "--resume", "run"), 0)
+    code, output = cli("finetune", "--resume", "run")
+    assert code == 0, output
     assert steps(tmp_path / "run", "full fine-tune") == steps(tmp_path / "straight", "full fine-tune")
     found, expected = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("run", "straight"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
