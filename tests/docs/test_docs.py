@@ -7,6 +7,7 @@ configuration read; of make each target is asked what it would do, of pytest whi
 """
 
 import functools
+import gc
 import importlib.util
 import itertools
 import json
@@ -16,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -185,11 +187,34 @@ def ask_make(words):
 
 
 def ask_pytest(arguments, variables):
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments]
-    result = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True)
+    code, output = collect(["--collect-only", "-q", *arguments], variables)
     # 5: nothing was collected, because -k chose nothing or because the file skips as a whole.
-    is_skipped = result.returncode == 5 and "deselected" not in result.stdout
-    assert result.returncode == 0 or is_skipped, f"{shlex.join(arguments)}: {result.stdout[-999:]}"
+    is_skipped = code == 5 and "deselected" not in output
+    assert code == 0 or is_skipped, f"{shlex.join(arguments)}: {output[-999:]}"
+
+
+def collect(arguments, variables):
+    """(exit code, output) of pytest, in a process of its own; a fork has imported torch."""
+    with tempfile.TemporaryFile("w+") as output:
+        if variables:  # which modules read when they are imported
+            command = [sys.executable, "-m", "pytest", *arguments]
+            code = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, stdout=output).returncode
+        else:
+            child = os.fork()
+            if not child:
+                code = 1
+                try:
+                    gc.freeze()  # pytest collects at its end what it cannot know to be all in use
+                    os.dup2(output.fileno(), 1)
+                    os.chdir(ROOT)
+                    sys.stdout = output
+                    code = int(pytest.main(arguments))
+                    output.flush()
+                finally:
+                    os._exit(code)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        return code, output.read()
 
 
 @pytest.mark.parametrize("document", titled(DOCUMENTS))
