@@ -37,7 +37,12 @@ KERNELS = {
 
 @pytest.mark.parametrize("card", launches.targets(), ids=str)
 def test_every_binary_of_the_usual_launches_is_as_it_should_be(card):
-    rows = list(report.rows([card], few=True, processes=1))
+    """On sm_89, sm_100 and sm_120, which take longest beside these, two of each kernel: of few tokens and of many."""
+    entries = launches.entries(card, few=True)
+    if card.arch in (89, 100, 120):
+        of_few, of_many = ({e.launch.kernel: e for e in some} for some in (reversed(entries), entries))
+        entries = [e for e in entries if e in (of_few[e.launch.kernel], of_many[e.launch.kernel])]
+    rows = list(map(report.row, entries))
     print("\n" + summary(rows))
     assert {row.kernel for row in rows} == KERNELS
     assert {(row.kernel, row.tiles): row.faults for row in rows if row.faults} == {}
@@ -53,7 +58,7 @@ def test_any_number_of_tokens_takes_at_most_four_binaries_of_the_product(card, l
     empty = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
     weight, scores, threshold, bias = empty(n, k), empty(n, k), empty(()), empty(n)
     with target.assume(card), launch.record() as launched:
-        for m in [*range(1, 1025), *range(1025, 4097, 7), 4096]:
+        for m in [*range(1, 130), *range(130, 4097, 13), 4096]:  # every remainder by 16, everywhere
             ops.masked_linear(empty(m, k), weight, scores, threshold, bias, "magnitude")
     binaries = Counter(key.split("(")[0] for key in {identity(one.kernel, one.args, one.options) for one in launched})
     assert binaries.pop("_sum_splits_kernel", 0) <= 1
