@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny import make_llama, make_rows, masked_llama
-from tiny_run import LEARN, steps, wait_for_checkpoint
+from tiny_run import LEARN, Forked, steps, wait_for_checkpoint
 
 import mft
 from mft.config import MaskConfig, TrainConfig
@@ -239,7 +240,8 @@ def stopped(rank, root, processes):
 def folder(tmp_path_factory):
     """Where both processes have left what they found."""
     folder = tmp_path_factory.mktemp("distributed")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=COUNT)
+    # Forks have imported everything; under torchrun, below, processes are fresh.
+    torch.multiprocessing.start_processes(work, (str(folder),), nprocs=COUNT, start_method="fork")
     return folder
 
 
@@ -379,6 +381,12 @@ def torchrun(*arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
+def free_port():
+    with socket.socket() as any_port:
+        any_port.bind(("localhost", 0))
+        return str(any_port.getsockname()[1])
+
+
 def test_a_run_whose_writer_is_killed_ends_and_goes_on_to_the_single_process_result(cli, tmp_path):
     learn = [*LEARN, "train.steps=16", f"train.accumulation={COUNT}", "mask.keep_ratio=0.8", "checkpoint_minutes=0"]
     code, output = cli("train", *learn, "output_dir=straight")
@@ -393,9 +401,15 @@ def test_a_run_whose_writer_is_killed_ends_and_goes_on_to_the_single_process_res
     with hold(tmp_path / "run"):  # nobody else does
         assert newest_checkpoint(tmp_path / "run" / "checkpoints")[0].step < 16
 
-    process = torchrun("--resume", "run")
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 0, output
+    told = {
+        "WORLD_SIZE": str(COUNT),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": free_port(),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    processes = [Forked(cli, "train", "--resume", "run", RANK=str(rank), **told) for rank in range(COUNT)]
+    output = "".join(process.communicate()[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], output
     for line in ("goes on after step", "trainable params", "mask fine-tune: 16/16", "result: run/masks"):
         assert output.count(line) == 1, output
     assert sorted(os.listdir("run")) == sorted(os.listdir("straight"))
