@@ -8,7 +8,7 @@ correctness.py  the real shapes; own_tests.py: Triton's tests; layouts.py: CUDA'
 equality.py   every op against the reference, bit for bit
 sanitizer.py, sanitized.py   compute-sanitizer over the CUDA kernels
 timing.py     CUDA graphs over rotated inputs, in interleaved rounds
-competitors.py, two_passes.py, threshold.py, updates.py   what is timed; host.py with what the host needs
+competitors.py, two_passes.py, threshold.py, updates.py, codes.py   what is timed; host.py with what the host needs
 sweep/        every tile that a kernel could take, and what the choice of plan.py costs
 train.py      whole optimiser steps, beside what mft estimate says
 goals.py, tables.py   met or not; Markdown from the JSON

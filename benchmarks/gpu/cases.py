@@ -15,7 +15,7 @@ SHAPES = {  # (N, K) of the linear layers; both models have 4096 x 4096
 }
 TOKENS = (1, 16, 64, 512, 1024, 2048, 4096, 8192, 16384)
 PRODUCTS = ("step", "forward", "d_x", "d_scores", "accumulate")
-WHATS = ("correctness", *PRODUCTS, "memory", "threshold", "updates", "host", "train", "sweep")
+WHATS = ("correctness", *PRODUCTS, "memory", "threshold", "updates", "codes", "host", "train", "sweep")
 
 DENSE = "cuBLAS, unmasked"
 FUSED = "fused"
@@ -55,6 +55,9 @@ SELECTED = (SQUARE, (4096, 14336))
 #: What is timed of an optimiser step beside the products (updates.py), and for how many tokens where M matters.
 UPDATES = ("score_step", "accumulate_product", "held")
 _UPDATE_TOKENS = (2048,)
+#: Products over codes (codes.py), and tokens: one and few, where codes are a quarter of the bytes, and many.
+CODES = ("nf4, forward", "nf4, d_x", "int8, forward", "int8, d_x")
+_CODED_TOKENS = (1, 64, 512)
 #: Where the host may cost more than the kernel, and layers that take an H100 about 10 and 3 us to read.
 HOST_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 _HOST_SHAPES = (SQUARE, (1024, 4096))
@@ -126,7 +129,7 @@ def competitors(case: Case) -> tuple[str, ...]:
 
 def takes_part(name: str, case: Case) -> bool:
     """Whether a competitor runs in a case beside others."""
-    if case.what in ("threshold", "updates"):
+    if case.what in ("threshold", "updates", "codes"):
         return True
     return case.what in (*PRODUCTS, "memory") and name in competitors(case)
 
@@ -197,7 +200,7 @@ def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterab
 def _beside_products(
     whats: set[str], shapes: Sequence[tuple[int, int]], tokens: set[int], by_worth: Sequence[int]
 ) -> list[Case]:
-    """Layers at few tokens, an optimiser step's parts, whole steps, tiles."""
+    """Layers at few tokens, an optimiser step's parts, products over codes, whole steps, tiles."""
     host = [
         Case("host", n, k, m)
         for n, k in _those(shapes, _HOST_SHAPES)
@@ -210,6 +213,13 @@ def _beside_products(
         for m in _those(by_worth, _UPDATE_TOKENS)
         for detail in UPDATES
         if "updates" in whats
+    ]
+    codes = [
+        Case("codes", n, k, m, detail)
+        for n, k in _those(shapes, (SQUARE,))
+        for m in _those(by_worth, _CODED_TOKENS)
+        for detail in CODES
+        if "codes" in whats
     ]
     train = [
         Case("train", m=m, detail=f"{model}, {way}")
@@ -225,7 +235,7 @@ def _beside_products(
         for m in ([usual] if usual in tokens else by_worth[:1])
         if "sweep" in whats
     ]
-    return [*host, *updates, *train, *sweep]
+    return [*host, *updates, *codes, *train, *sweep]
 
 
 _GOAL_SHAPES = (SQUARE, (14336, 4096), (4096, 14336), (11008, 4096), (4096, 11008))

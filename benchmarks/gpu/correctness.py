@@ -22,6 +22,7 @@ from mft_kernels.testing import Inputs, assert_within_budget, integer_inputs, ra
 from ..rivals import KEEP_RATIO
 from . import layouts, sanitizer
 from .cases import AUTO, CUDA, DRY_SHAPE, DRY_TOKENS, FUSED, SANITIZERS, Case
+from .codes import code_checks
 from .competitors import MODE, outputs
 from .device import Device
 from .equality import WANTED, Check, name_of, op_checks, selection_checks
@@ -85,6 +86,8 @@ def _exact(m: int, n: int, k: int, names: tuple[str, ...], device: Device) -> It
         own = kernels(names[0])  # the others end in a rounding of torch's
         yield from op_checks(f"{own.name}, dense integers, {label}", t, threshold, own)
         yield from selection_checks(f"{own.name}, {label}", t.scores, threshold, own)
+        if scores_dtype == torch.bfloat16:
+            yield from code_checks(f"{own.name}, M = {m}", t, threshold, own, MODE)
         for v in (t.x, t.grad_output):
             v *= (torch.arange(v.numel(), device=v.device).view_as(v) % _SPARSE == 0).to(v.dtype)
         for name in names:

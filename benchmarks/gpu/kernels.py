@@ -4,7 +4,7 @@ import functools
 from types import SimpleNamespace
 
 import mft_kernels.cuda
-from mft_kernels.triton import bits, choice, ops, select
+from mft_kernels.triton import bits, choice, ops, quantized, select
 
 from .cases import AUTO, CUDA, FUSED
 
@@ -17,6 +17,7 @@ _CHOSEN = (
     ops.masked_linear_packed_backward,
 )
 _OTHERS = (ops.accumulate_score_grad, ops.accumulate_product, select.kept_threshold, bits.pack_mask, bits.pack_signs)
+_OVER_CODES = (quantized.masked_linear_quantized, quantized.masked_linear_quantized_d_x)
 OPS = tuple(f.__name__ for f in (*_CHOSEN, *_OTHERS))
 
 
@@ -24,6 +25,7 @@ OPS = tuple(f.__name__ for f in (*_CHOSEN, *_OTHERS))
 def kernels(name: str) -> SimpleNamespace:
     """FUSED, AUTO or SCRATCH of Triton, or CUDA: all ops of the reference, as attributes."""
     if name == CUDA:
-        return SimpleNamespace(name=name, **{op: getattr(mft_kernels.cuda, op) for op in OPS})
+        every = (*OPS, *(f.__name__ for f in _OVER_CODES))
+        return SimpleNamespace(name=name, **{op: getattr(mft_kernels.cuda, op) for op in every})
     chosen = {f.__name__: functools.partial(f, choose=_CHOOSE[name]) for f in _CHOSEN}
-    return SimpleNamespace(name=name, **chosen, **{f.__name__: f for f in _OTHERS})
+    return SimpleNamespace(name=name, **chosen, **{f.__name__: f for f in (*_OTHERS, *_OVER_CODES)})

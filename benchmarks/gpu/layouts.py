@@ -16,6 +16,7 @@ from mft_kernels import reference
 from mft_kernels.testing import Inputs, integer_inputs
 
 from .cases import CUDA
+from .codes import code_checks
 from .competitors import MODE
 from .device import Device
 from .equality import Check, assert_equal, name_of, op_checks, poisoned, selection_checks
@@ -101,6 +102,8 @@ def _check(
     yield from op_checks(label, t, threshold, by, mode, _EVERYTHING)
     if t.scores.numel() > 1:
         yield from selection_checks(label, t.scores, threshold, by)
+    if (scores_dtype, mode, by_row) == (dtype, MODE, False):
+        yield from code_checks(label, t, threshold, by, mode)
 
 
 def _strided(size: tuple[int, int, int], device: torch.device) -> Iterator[Check]:

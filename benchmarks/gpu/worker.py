@@ -134,7 +134,7 @@ def work_on(cases: Sequence[Case], journal: Journal, out: Path, *, budget: float
     import torch
 
     from ..harness import environment
-    from . import correctness, device, host, results, threshold, timing, train, updates
+    from . import codes, correctness, device, host, results, threshold, timing, train, updates
     from .bundle import commit_of
     from .competitors import Inputs
     from .sweep import measure as sweep
@@ -165,6 +165,8 @@ def work_on(cases: Sequence[Case], journal: Journal, out: Path, *, budget: float
                 fields = timing.measure_memory(case, inputs, on)
             elif case.what == "updates":
                 fields = updates.time_update(case, inputs, on, ceilings)
+            elif case.what == "codes":
+                fields = codes.time_codes(case, inputs, on, ceilings)
             elif case.what == "host":
                 fields = host.time_host(case, inputs, on)
             else:
