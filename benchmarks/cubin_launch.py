@@ -1,9 +1,9 @@
 """python -m benchmarks.cubin_launch [--quick]: what a call by cubins costs the host, on a driver that does nothing.
 
-bench_launch.py's layers and words, and each gradient by its own op, bf16 on CPU tensors taken for an H100's, by
-mft_kernels/cubins (make cubins). What CUDA itself costs is in none of the figures: the driver, finding device and
-stream, memory of the device. Stored as the answer to the question `cubin_launch`, with the CPU that gave it; --quick
-stores into build/benchmarks.
+bench_launch.py's layers and words, each gradient by its own op, and rows of many masks, codes, selection and a
+step by theirs; bf16 on CPU tensors taken for an H100's, by mft_kernels/cubins (make cubins). What CUDA itself
+costs is in none of the figures: the driver, finding device and stream, memory of the device. Stored as the answer to
+the question `cubin_launch`, with the CPU that gave it; --quick stores into build/benchmarks.
 """
 
 import argparse
@@ -16,10 +16,21 @@ from unittest import mock
 
 import torch
 
-from mft_kernels import accumulate_score_grad, backends
+from mft_kernels import (
+    accumulate_score_grad,
+    backends,
+    kept_threshold,
+    masked_linear_many,
+    masked_linear_quantized,
+    pack_mask,
+    score_step,
+)
 from mft_kernels.ops import gradients_of_packed
+from mft_kernels.quantized import masked_linear_quantized_d_x
+from mft_kernels.reference_step import BLOCK
 from mft_kernels.timing import time_interleaved
-from mft_kernels.triton import cubins, ops
+from mft_kernels.triton import bits, cubins, many, ops, quantized, select
+from mft_kernels.triton import score_step as of_step
 from mft_kernels.triton.choice import automatic
 from mft_kernels.triton.target import H100
 
@@ -28,10 +39,19 @@ from .harness import ROOT, report, write_results_to
 from .tables import launch_tables
 
 _CHOSEN = {f.__name__: f for f in (ops.masked_linear_packed, ops.masked_linear_packed_backward)}
-_OPS = _CHOSEN | {"accumulate_product": ops.accumulate_product}
+_OTHERS = (
+    ops.accumulate_product,
+    many.masked_linear_many,
+    quantized.masked_linear_quantized,
+    quantized.masked_linear_quantized_d_x,
+    select.kept_threshold,
+    bits.pack_mask,
+    of_step.score_step,
+)
+_OPS = _CHOSEN | {f.__name__: f for f in _OTHERS}
 
 SITUATIONS = (bench_launch.NO_GRAD, bench_launch.INFERENCE, bench_launch.GRAD, bench_launch.STEP)
-GRADIENTS = "gradients alone"
+GRADIENTS, OTHERS = "gradients alone", "other ops"
 STORED = bench_launch.Budget(rounds=63)  # as many as three processes of `launch` take together
 
 
@@ -47,11 +67,12 @@ def main(budget: bench_launch.Budget = STORED) -> None:
             rows += own
             # Without the ratios: benchmarks.compare would ask for cubins on every machine.
             findings += [f for row in own for f in bench_launch.findings_of(row, samples) if f.unit == "us"]
-        with torch.no_grad():
-            samples = time_interleaved(gradients(torch.bfloat16), budget.rounds, budget.calls)
-        own = bench_launch.rows_of("bf16", GRADIENTS, samples)
-        rows += own
-        findings += [f for row in own for f in bench_launch.findings_of(row, samples)]
+        for situation, calls in ((GRADIENTS, gradients(torch.bfloat16)), (OTHERS, others(torch.bfloat16))):
+            with torch.no_grad():
+                samples = time_interleaved(calls, budget.rounds, budget.calls)
+            own = bench_launch.rows_of("bf16", situation, samples)
+            rows += own
+            findings += [f for row in own for f in bench_launch.findings_of(row, samples)]
     title = f"What a call by cubins for {H100} costs, a layer of {bench_launch.SIDE} x {bench_launch.SIDE}, M = 1"
     report("cubin_launch", title, findings, printed=False, calls=rows)
     print("\n\n".join(launch_tables({"calls": rows})))
@@ -72,6 +93,26 @@ def gradients(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "d_x": of_packed(True, False, False, False),
         "d_x and d_scores": of_packed(True, False, True, False),
         "accumulate_score_grad, no weight": lambda: accumulate_score_grad(buffer, grad, x, None),
+    }
+
+
+def others(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """What is no product of one mask: 8 rows of 3 masks, NF4 and its d_x, selection, and a held layer's step."""
+    side = bench_launch.SIDE
+    x, grad, weight = (torch.zeros(*shape, dtype=dtype) for shape in ((8, side), (8, side), (side, side)))
+    masks = [torch.full((side, side // 32), -1, dtype=torch.int32) for _ in range(3)]
+    tasks = torch.arange(8) % 3
+    codes, absmax = torch.zeros(side * side // 2, dtype=torch.uint8), [torch.ones(side * side // 64)]
+    scores, threshold = torch.zeros(side, side, dtype=torch.int16), torch.zeros((), dtype=torch.int16)
+    moments = [torch.zeros(side, side, dtype=torch.uint8) for _ in range(2)]
+    stepped = scores, grad.new_zeros(side, side), weight, *moments, torch.ones(2, side * side // BLOCK)
+    return {
+        "masked_linear_many": lambda: masked_linear_many(x, weight, masks, tasks),
+        "NF4": lambda: masked_linear_quantized(x, codes, absmax, masks[0], shape=(side, side)),
+        "NF4, d_x": lambda: masked_linear_quantized_d_x(grad, codes, absmax, masks[0], shape=(side, side)),
+        "kept_threshold": lambda: kept_threshold(scores, 0.9),
+        "pack_mask": lambda: pack_mask(scores, threshold),
+        "score_step": lambda: score_step(*stepped, step=7, lr=1e-3, keep_ratio=0.9, threshold=threshold),
     }
 
 

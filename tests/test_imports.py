@@ -27,10 +27,10 @@ TRITON_LAYERS = (
     ("cost", "cubins", "tiles"),
     ("target",),
     ("launch",),
-    ("bits", "plan", "select"),
+    ("plan",),
     ("arguments", "choice"),
     ("planned", "product", "score_grad", "scratch"),
-    ("backward",),
+    ("backward", "bits", "select"),
     ("many", "ops", "quantized", "score_step"),
     ("__init__",),
 )

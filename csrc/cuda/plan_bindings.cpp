@@ -21,23 +21,26 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // What a call is given; null: none. The first is always there.
-constexpr size_t kGiven = 6;
+constexpr size_t kGiven = 6, kMostGiven = 32;
 struct Call {
-  std::array<const Tensor*, kGiven> given;
+  std::array<const Tensor*, kMostGiven> given;
   int64_t kind;  // a number for whatever else decides, which Python gives
+  size_t count = kGiven;
 };
 
 struct Step {
   int64_t cubin = 0;
   mft::cuda::Grid grid;
   std::vector<int64_t> values;
-  std::vector<std::pair<size_t, size_t>> addresses;  // which values are to be put in: those of given, then of made
+  // Which values are to be put in: addresses of given, then of made; below 0 the call's numbers, the first of which is -1.
+  std::vector<std::pair<size_t, int64_t>> places;
 };
 
-// A contiguous tensor that each call makes anew.
+// A contiguous tensor that each call makes anew; of zeros where launches count in it.
 struct Made {
   ScalarType dtype;
   std::vector<int64_t> sizes;
+  bool zeros;
 };
 
 struct Plan {
@@ -65,7 +68,7 @@ Layout layout_of(const Call& call) {
   Layout layout;
   layout.reserve(40);
   layout.push_back(call.kind);
-  for (const Tensor* t : call.given) add(layout, t);
+  for (size_t i = 0; i < call.count; ++i) add(layout, call.given[i]);
   return layout;
 }
 
@@ -74,34 +77,65 @@ bool asked(const char* name, const char* value) {
   return found && std::strcmp(found, value) == 0;
 }
 
+// Plans by layout, some 2 KB each. Where they have become too many, those go that nobody has asked for since the newer
+// half began: prompts of any length are a layout each.
+class Plans {
+ public:
+  std::shared_ptr<const Plan> find(const Layout& layout) {
+    const auto found = newer_.find(layout);
+    if (found != newer_.end()) return found->second;
+    const auto older = older_.find(layout);
+    if (older == older_.end()) return nullptr;
+    const auto plan = older->second;
+    older_.erase(older);
+    add(layout, plan);
+    return plan;
+  }
+  void add(const Layout& layout, std::shared_ptr<const Plan> plan) {
+    if (newer_.size() == kHalf) {
+      older_.swap(newer_);
+      newer_.clear();
+    }
+    newer_[layout] = std::move(plan);
+  }
+  void clear() { newer_.clear(), older_.clear(); }
+  size_t size() const { return newer_.size() + older_.size(); }
+
+ private:
+  static constexpr size_t kHalf = 4096;
+  std::map<Layout, std::shared_ptr<const Plan>> newer_, older_;
+};
+
 std::mutex lock;
-std::map<Layout, std::shared_ptr<const Plan>> plans;
+Plans plans;
 
 std::shared_ptr<const Plan> find(const Call& call) {
   if (asked("MFT_TRITON", "jit")) return nullptr;  // which takes no cubin
   const Layout layout = layout_of(call);
   const std::lock_guard<std::mutex> guard(lock);
-  const auto found = plans.find(layout);
-  return found == plans.end() ? nullptr : found->second;
+  return plans.find(layout);
 }
 
 // The results.
-std::vector<Tensor> run(const Plan& plan, const Call& call) {
+std::vector<Tensor> run(const Plan& plan, const Call& call, const std::vector<int64_t>& numbers = {}) {
   const Tensor& first = *call.given[0];
   const Place place(first);
   std::vector<int64_t> addresses;
-  addresses.reserve(kGiven + plan.made.size());
-  for (const Tensor* t : call.given) addresses.push_back(t ? reinterpret_cast<int64_t>(t->const_data_ptr()) : 0);
+  addresses.reserve(call.count + plan.made.size());
+  for (size_t i = 0; i < call.count; ++i) {
+    addresses.push_back(call.given[i] ? reinterpret_cast<int64_t>(call.given[i]->const_data_ptr()) : 0);
+  }
   std::vector<Tensor> made;
   made.reserve(plan.made.size());
-  for (const auto& [dtype, sizes] : plan.made) {
+  for (const auto& [dtype, sizes, zeros] : plan.made) {
     made.push_back(torch::stable::new_empty(first, {sizes.data(), sizes.size()}, dtype));
+    if (zeros) torch::stable::zero_(made.back());
     addresses.push_back(reinterpret_cast<int64_t>(made.back().const_data_ptr()));
   }
   std::vector<int64_t> values;
   for (const Step& step : plan.steps) {
     values = step.values;
-    for (const auto& [at, slot] : step.addresses) values[at] = addresses[slot];
+    for (const auto& [at, slot] : step.places) values[at] = slot < 0 ? numbers.at(-1 - slot) : addresses[slot];
     const std::string error =
         mft::cuda::launch_cubin(step.cubin, place.index, place.device.stream, step.grid, values.data());
     STD_TORCH_CHECK(error.empty(), "a cubin of Triton's: ", error);
@@ -124,7 +158,8 @@ Optional planned_forward(Tensor x, Tensor weight, Tensor keep, Optional threshol
 
 // By the bits of a packed mask, as "auto" has chosen: the short way of masked_linear_packed.
 Optional try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Optional bias) {
-  if (asked("MFT_AUTOTUNE", "1")) return std::nullopt;
+  const char* backend = std::getenv("MFT_KERNELS");
+  if (asked("MFT_AUTOTUNE", "1") || (backend && *backend && !asked("MFT_KERNELS", "auto"))) return std::nullopt;
   return planned_forward(x, weight, packed, std::nullopt, bias, 0);
 }
 
@@ -146,20 +181,37 @@ bool planned_sums(Tensor out, Tensor grad, Tensor x, Optional weight, Optional s
   return true;
 }
 
-// made: what the call has made, its results first. steps: of each, cubin, grid (3), how many values, the values, how
-// many addresses, and of each which value and slot.
+Call call_of(const std::vector<Optional>& given, int64_t kind) {
+  STD_TORCH_CHECK(!given.empty() && given.size() <= kMostGiven && given[0].has_value(), "given must be 1 to ", kMostGiven,
+                  ", of which the first is there");
+  Call call{{}, kind, given.size()};
+  for (size_t i = 0; i < given.size(); ++i) call.given[i] = pointer(given[i]);
+  return call;
+}
+
+// The results of any other call, one at least, by its numbers; or none where no such call is remembered.
+std::vector<Tensor> planned_call(std::vector<Optional> given, std::vector<int64_t> numbers, int64_t kind) {
+  const Call call = call_of(given, kind);
+  const auto plan = find(call);
+  if (!plan) return {};
+  return run(*plan, call, numbers);
+}
+
+// made: what the call has made, its results first. zeros: which of these begin as zeros. steps: of each, cubin, grid (3),
+// how many values, the values, how many are put in, and of each of these which value, and the slot: see Step.
 void remember_plan(std::vector<Optional> given, int64_t kind, std::vector<Tensor> made, int64_t results,
-                   std::vector<int64_t> steps) {
-  STD_TORCH_CHECK(given.size() == kGiven && given[0].has_value(), "given must be ", kGiven, ", of which the first is there");
+                   std::vector<int64_t> zeros, int64_t numbers, std::vector<int64_t> steps) {
+  const Call call = call_of(given, kind);
   Plan plan;
   plan.results = static_cast<size_t>(results);
   STD_TORCH_CHECK(plan.results <= made.size(), "results must be of what is made");
   for (const Tensor& t : made) {
     STD_TORCH_CHECK(t.is_contiguous(), "what is made must be contiguous");
-    Made one{t.scalar_type(), {}};
+    Made one{t.scalar_type(), {}, false};
     for (int64_t i = 0; i < t.dim(); ++i) one.sizes.push_back(t.size(i));
     plan.made.push_back(std::move(one));
   }
+  for (const int64_t i : zeros) plan.made.at(static_cast<size_t>(i)).zeros = true;
   size_t at = 0;
   const auto next = [&] {
     STD_TORCH_CHECK(at < steps.size(), "steps end too soon");
@@ -171,26 +223,29 @@ void remember_plan(std::vector<Optional> given, int64_t kind, std::vector<Tensor
     for (unsigned* size : {&step.grid.x, &step.grid.y, &step.grid.z}) *size = static_cast<unsigned>(next());
     for (int64_t left = next(); left > 0; --left) step.values.push_back(next());
     for (int64_t left = next(); left > 0; --left) {
-      const auto value = static_cast<size_t>(next()), slot = static_cast<size_t>(next());
-      const bool named = value < step.values.size() && slot < kGiven + made.size();
-      STD_TORCH_CHECK(named, "steps must name values and slots");
-      step.addresses.emplace_back(value, slot);
+      const auto value = static_cast<size_t>(next());
+      const int64_t slot = next(), end = static_cast<int64_t>(call.count + made.size());
+      STD_TORCH_CHECK(value < step.values.size() && slot < end && -1 - slot < numbers, "steps must name values and slots");
+      step.places.emplace_back(value, slot);
     }
     const size_t wanted = mft::cuda::cubin_values(step.cubin);
     STD_TORCH_CHECK(step.values.size() == wanted, "a launch of this cubin takes ", wanted, " values, got ",
                     step.values.size());
     plan.steps.push_back(std::move(step));
   }
-  Call call{{}, kind};
-  for (size_t i = 0; i < kGiven; ++i) call.given[i] = pointer(given[i]);
   const Layout layout = layout_of(call);
   const std::lock_guard<std::mutex> guard(lock);
-  plans[layout] = std::make_shared<const Plan>(std::move(plan));
+  plans.add(layout, std::make_shared<const Plan>(std::move(plan)));
 }
 
 void forget_plans() {
   const std::lock_guard<std::mutex> guard(lock);
   plans.clear();
+}
+
+int64_t count_plans() {
+  const std::lock_guard<std::mutex> guard(lock);
+  return static_cast<int64_t>(plans.size());
 }
 
 }  // namespace
@@ -203,8 +258,11 @@ MFT_LIBRARY_FRAGMENT(MFT_NAMESPACE, m) {
       "int kind) -> Tensor[]");
   m.def(
       "planned_sums(Tensor(a!) out, Tensor grad_output, Tensor x, Tensor? weight, Tensor? sign, int kind) -> bool");
-  m.def("remember_plan(Tensor?[] given, int kind, Tensor[] made, int results, int[] steps) -> ()");
+  m.def("planned_call(Tensor?[] given, int[] numbers, int kind) -> Tensor[]");
+  m.def(
+      "remember_plan(Tensor?[] given, int kind, Tensor[] made, int results, int[] zeros, int numbers, int[] steps) -> ()");
   m.def("forget_plans() -> ()");
+  m.def("count_plans() -> int");
 }
 
 MFT_LIBRARY_IMPL(MFT_NAMESPACE, CompositeExplicitAutograd, m) {
@@ -212,6 +270,8 @@ MFT_LIBRARY_IMPL(MFT_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("try_masked_linear_packed", TORCH_BOX(&try_masked_linear_packed));
   m.impl("planned_gradients", TORCH_BOX(&planned_gradients));
   m.impl("planned_sums", TORCH_BOX(&planned_sums));
+  m.impl("planned_call", TORCH_BOX(&planned_call));
   m.impl("remember_plan", TORCH_BOX(&remember_plan));
   m.impl("forget_plans", TORCH_BOX(&forget_plans));
+  m.impl("count_plans", TORCH_BOX(&count_plans));
 }

@@ -6,6 +6,7 @@ scores (N, K), any strides  ->  words int32 (N, ceil(K / 32)) contiguous; bit j 
 import torch
 from torch import Tensor
 
+from . import planned
 from .language import tl, triton
 from .launch import launch
 from .tiles import is_kept, load_thresholds, load_tile
@@ -18,13 +19,19 @@ _BLOCK_K = 256
 
 def pack_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
     """keep as bits, int32 (N, ceil(K / 32)); threshold () or (N,), one a row."""
-    return _pack(scores, threshold, mode, None)
+    run = lambda: [_pack(scores, threshold, mode, None)]  # noqa: E731
+    return planned.by_plan((scores, threshold), planned.kind("mask", None, mode), run)[0]
 
 
 def pack_signs(scores: Tensor) -> tuple[Tensor, Tensor]:
     """(scores > 0 as bits, how many scores are exactly 0)."""
-    zeros = torch.zeros((), dtype=torch.int64, device=scores.device)
-    return _pack(scores, None, "signs", zeros), zeros
+
+    def run() -> list[Tensor]:
+        zeros = torch.zeros((), dtype=torch.int64, device=scores.device)
+        return [_pack(scores, None, "signs", zeros), zeros]
+
+    words, zeros = planned.by_plan((scores,), planned.kind("signs", None), run)
+    return words, zeros
 
 
 def _pack(scores: Tensor, thresholds: Tensor | None, mode: str, zeros: Tensor | None) -> Tensor:

@@ -100,44 +100,54 @@ class Cubin:
 
     def launch(self, device: int, grid: tuple[int, ...], kernel: Any, args: Sequence[Any]) -> None:
         """On the device's current stream; see launch.launch."""
-        values, addresses = values_of(kernel, args)
+        values, addresses, numbers = values_of(kernel, args)
         whole = [*grid, 1, 1][:3]
         torch.ops.mft_cuda.launch_cubin(self._number, device, whole, values)
-        note(Launched(self._number, whole, values, addresses))
+        note(Launched(self._number, whole, values, addresses, numbers))
 
 
-def values_of(kernel: Any, args: Sequence[Any]) -> tuple[list[int], list[tuple[int, str, torch.Tensor]]]:
-    """What a launch passes: (the bits of what is not compiled in, which of them are addresses: parameter and tensor).
+def bits_of(number: float) -> int:
+    """As a launch passes it: an integer itself, a float by its bits in fp32."""
+    return number if isinstance(number, int) else struct.unpack("<i", struct.pack("<f", number))[0]
+
+
+def values_of(
+    kernel: Any, args: Sequence[Any]
+) -> tuple[list[int], list[tuple[int, str, torch.Tensor]], dict[str, int]]:
+    """What a launch passes: (the bits of what is not compiled in, which of them are addresses: parameter and tensor,
+    which are numbers that no binary depends on: by parameter).
 
     A descriptor is passed as a matrix (address, shape, stride), and its shape and strides.
     """
     values: list[int] = []
     addresses: list[tuple[int, str, torch.Tensor]] = []
+    numbers: dict[str, int] = {}
     each = ((one, p) for a, p in zip(args, kernel.params) for one in (a if isinstance(a, tuple) else (a,)))
     for argument, parameter in each:
         if isinstance(argument, torch.Tensor):
             addresses.append((len(values), parameter.name, argument))
             values.append(argument.data_ptr())
-        elif isinstance(argument, int):
-            if argument != 1 or parameter.do_not_specialize:
-                values.append(argument)
-        elif isinstance(argument, float):
-            values.append(struct.unpack("<i", struct.pack("<f", argument))[0])
+        elif isinstance(argument, int | float):
+            if isinstance(argument, float) or parameter.do_not_specialize:
+                numbers[parameter.name] = len(values)
+            if argument != 1 or parameter.name in numbers:
+                values.append(bits_of(argument))
         elif argument is not None:
             shape, strides = argument.shape, argument.strides
             addresses.append((len(values), parameter.name, argument.base))
             values += [argument.base.data_ptr(), *shape, strides[0], *shape, *strides]
-    return [*values, 0, 0], addresses  # two scratches that these kernels do not have
+    return [*values, 0, 0], addresses, numbers  # two scratches that these kernels do not have
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A cubin's launch: its number, grid and values, and which values are addresses, see values_of."""
+    """A cubin's launch: its number, grid and values, and which values are addresses and numbers, see values_of."""
 
     cubin: int
     grid: list[int]
     values: list[int]
     addresses: list[tuple[int, str, torch.Tensor]]
+    numbers: dict[str, int]
 
 
 _noted = threading.local()
@@ -153,6 +163,11 @@ def noting() -> Iterator[list[Launched | None]]:
         yield found
     finally:
         _noted.launches = before
+
+
+def is_noting() -> bool:
+    """Whether this thread is within noting."""
+    return getattr(_noted, "launches", None) is not None
 
 
 def note(launched: Launched | None) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import planned
 from .arguments import Keep, arithmetic, operands
 from .language import tl, triton
 from .launch import launch
@@ -27,6 +28,15 @@ def masked_linear_many(
     x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, bias: Tensor | None
 ) -> Tensor:
     """masked_linear_packed with a mask a row, in one pass over the weight; NaN for a task that there is not."""
+    kind = planned.kind("many", weight)
+    return planned.by_plan(
+        (x, weight, tasks, bias, *masks), kind, lambda: [_masked_linear_many(x, weight, masks, tasks, bias)]
+    )[0]
+
+
+def _masked_linear_many(
+    x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, bias: Tensor | None
+) -> Tensor:
     (n, k), rows = weight.shape, x.shape[:-1].numel()
     y = x.new_empty((rows, n))
     a = x.reshape(rows, k)

@@ -1,24 +1,28 @@
 """A call by cubins, remembered by the layout of its arguments: the next call alike is one op of csrc/cuda.
 
-What is remembered is what the first call launched: binaries, grids and values, of which the addresses are put in anew:
-those of what a call is given, and of what it makes, its results and its scratch.
+What is remembered is what the first call launched: binaries, grids and values, of which some are put in anew: the
+addresses of what a call is given, and of what it makes, its results and its scratch; and the numbers that differ from
+call to call, as an optimiser's do.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..autotune import measuring
 from .arguments import is_exact
-from .cubins import Launched
+from .cubins import Launched, bits_of, is_noting, noting
 from .launch import recording
 from .target import is_assumed
 
 FORWARD, GRADIENTS, SUMS = "forward", "gradients", "sums"
-#: What a call is given, in the order of the op's arguments; as many as plan_bindings.cpp says.
+#: What a product is given, in the order of the op's arguments; as many as plan_bindings.cpp says.
 Given = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+#: By parameter: scratch, which a launch writes before one reads it, or which begins as zeros, as a result may too.
+_SCRATCH, _ZEROS = {"parts", "missed", "histograms", "counts"}, {"histograms", "counts", "zeros"}
 
 _numbers = itertools.count()
 #: 0 is that of the short way of masked_linear_packed, for 16-bit weights: their products depend on no setting.
@@ -26,14 +30,14 @@ _kinds: dict[tuple[object, ...], int] = {(FORWARD, True, None, "packed"): next(_
 _any = False  # remembered
 
 
-def kind(what: str, dtypes_of: Tensor, *decide: object, automatic: bool = False) -> int | None:
+def kind(what: str, dtypes_of: Tensor | None, *decide: object, automatic: bool = False) -> int | None:
     """A number for what decides beside the layout; None where this call may neither be remembered nor be served so.
 
-    ``dtypes_of``: a matrix of the product, which PyTorch's setting of fp32 precision may concern.
+    ``dtypes_of``: a matrix of the product, which PyTorch's setting of fp32 precision may concern; None: there is none.
     """
     if recording() or is_assumed() or (automatic and measuring()):
         return None
-    exact = None if dtypes_of.element_size() == 2 else is_exact(dtypes_of)
+    exact = None if dtypes_of is None or dtypes_of.element_size() == 2 else is_exact(dtypes_of)
     return _kinds.setdefault((what, automatic, exact, *decide), next(_numbers))
 
 
@@ -56,8 +60,40 @@ def sums(given: Given, number: int | None) -> bool:
     return _any and number is not None and torch.ops.mft_cuda.planned_sums(*given[:-1], number)
 
 
-def remember(given: Given, number: int | None, results: Sequence[Tensor], launched: Sequence[Launched | None]) -> None:
-    """What a call has launched, if that was cubins alone, and all addresses are of its own tensors."""
+def by_plan(
+    given: Sequence[Tensor | None],
+    number: int | None,
+    run: Callable[[], list[Tensor]],
+    numbers: Mapping[str, float] | None = None,
+) -> list[Tensor]:
+    """What run() gives, one tensor at least, and by what an earlier call has launched where there was one alike.
+
+    Within another call, whose plan has all that it launches, it runs. ``numbers``: see remember.
+    """
+    if number is None or is_noting():
+        return run()
+    if _any:
+        bits = [bits_of(each) for each in numbers.values()] if numbers else []
+        found = torch.ops.mft_cuda.planned_call(given, bits, number)
+        if found:
+            return found
+    with noting() as launched:
+        results = run()
+    remember(given, number, results, launched, numbers)
+    return results
+
+
+def remember(
+    given: Sequence[Tensor | None],
+    number: int | None,
+    results: Sequence[Tensor],
+    launched: Sequence[Launched | None],
+    numbers: Mapping[str, float] | None = None,
+) -> None:
+    """What a call has launched, if that was cubins alone, and all addresses are of its own tensors.
+
+    ``numbers``: those that another call alike may give other values, by the parameters of the kernels that take them.
+    """
     global _any
     if number is None or not launched or None in launched:
         return
@@ -65,22 +101,29 @@ def remember(given: Given, number: int | None, results: Sequence[Tensor], launch
     slots = {t.data_ptr(): slot for slot, t in known}
     if len(slots) < len(known):  # two begin at one address: which one is meant is not known
         return
-    made, steps = list(results), []
+    made, order = list(results), {name: -1 - i for i, name in enumerate(numbers or {})}
+    steps: list[int] = []
+    zeros: set[int] = set()
+    taken: set[str] = set()
     for one in launched:
         assert one is not None
-        addresses: list[int] = []
+        places = [(at, order[name]) for name, at in one.numbers.items() if name in order]
         for at, name, tensor in one.addresses:
             if tensor.numel() == 0:
                 continue
             slot = slots.get(tensor.data_ptr())
             if slot is None:
-                if name != "parts":  # scratch that a sum writes before it is read; else a copy of an argument
+                if name not in _SCRATCH:  # a copy of an argument
                     return
                 slot = slots[tensor.data_ptr()] = len(given) + len(made)
                 made.append(tensor)
-            addresses += [at, slot]
-        steps += [one.cubin, *one.grid, len(one.values), *one.values, len(addresses) // 2, *addresses]
-    torch.ops.mft_cuda.remember_plan(given, number, made, len(results), steps)
+            if name in _ZEROS:
+                zeros.add(slot - len(given))
+            places.append((at, slot))
+        taken |= one.numbers.keys()
+        steps += [one.cubin, *one.grid, len(one.values), *one.values, len(places), *itertools.chain(*places)]
+    assert order.keys() <= taken, f"no kernel takes {order.keys() - taken} as a number that no binary depends on"
+    torch.ops.mft_cuda.remember_plan(given, number, made, len(results), sorted(zeros), len(order), steps)
     _any = True
 
 

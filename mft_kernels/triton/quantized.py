@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..reference_quantized import NESTED_BLOCK, NF4, NF4_BLOCK
+from . import planned
 from .arguments import arithmetic, is_exact
 from .language import tl, triton
 from .launch import launch
@@ -64,6 +65,27 @@ def _product(
     *,
     transposed: bool,
 ) -> Tensor:
+    (n, k), levels = shape, _levels(given.device) if kind == "nf4" else None
+    number = planned.kind("codes", given, kind, n, k, transposed)
+
+    def run() -> list[Tensor]:
+        return [_launch(given, codes, absmax, levels, packed, bias, shape, kind, transposed=transposed)]
+
+    return planned.by_plan((given, codes, levels, packed, bias, *absmax), number, run)[0]
+
+
+def _launch(
+    given: Tensor,
+    codes: Tensor,
+    absmax: list[Tensor],
+    levels: Tensor | None,
+    packed: Tensor | None,
+    bias: Tensor | None,
+    shape: list[int],
+    kind: str,
+    *,
+    transposed: bool,
+) -> Tensor:
     (n, k), m = shape, given.shape[:-1].numel()
     p, q = (k, n) if transposed else (n, k)
     a = given.reshape(m, q)
@@ -82,7 +104,7 @@ def _product(
         a,
         codes.contiguous(),
         tuple(scale.contiguous() for scale in absmax),
-        _levels(a.device) if kind == "nf4" else None,
+        levels,
         packed,
         bias,
         out,

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ..reference import kept_count
 from ..reference_step import BLOCK, CHUNK, MEAN_BIAS, MEAN_CODES, SQUARE_BIAS, SQUARE_CODES
+from . import planned
 from .bits import pack_mask
 from .language import tl, triton
 from .launch import launch
-from .select import INFINITY, kept_threshold, many_bins
+from .select import INFINITY, kept_threshold, many_bins, rank_of
 from .target import Target, target_of
 
 # Four elements a thread: fp32 in 16 bytes, the rest in 8 and 4, whole lines of 128 bytes a warp. With eight the 8-bit
@@ -57,6 +58,47 @@ def score_step(
 
     Without a ratio they are empty. ``grad`` and ``weight`` are copied where they are not contiguous.
     """
+    numbers = {
+        "step": _signed(step),
+        "seed_low": _signed(seed),
+        "seed_high": _signed(seed >> 32),
+        "decay": 1.0 - lr * weight_decay,
+        "beta1": float(beta1),
+        "minus_beta1": 1.0 - beta1,
+        "beta2": float(beta2),
+        "minus_beta2": 1.0 - beta2,
+        "minus_step_size": -(lr / (1 - beta1**step)),
+        "correction": (1.0 - beta2**step) ** (0.5 if scales is None else -0.5),
+        "eps": float(eps),
+    }
+    kept = None if keep_ratio is None else kept_count(scores.numel(), keep_ratio)
+    from_selection = {} if kept is None else {"kept": kept, "rank": rank_of(scores.numel(), kept)}
+
+    def run() -> list[Tensor]:
+        return _score_step(
+            scores, grad, weight, exp_avg, exp_avg_sq, scales, numbers, grad_scale, mode, keep_ratio, threshold
+        )
+
+    # A number that int32 does not hold makes another binary.
+    kind = planned.kind("step", None, mode, kept is None, 1 - beta1 >= 0.5) if scores.numel() < 2**31 else None
+    given = (scores, grad, weight, exp_avg, exp_avg_sq, scales, grad_scale, threshold)
+    found, packed = planned.by_plan(given, kind, run, numbers | from_selection)
+    return found, packed
+
+
+def _score_step(
+    scores: Tensor,
+    grad: Tensor,
+    weight: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scales: Tensor | None,
+    numbers: dict[str, float],
+    grad_scale: Tensor | None,
+    mode: str,
+    keep_ratio: float | None,
+    threshold: Tensor | None,
+) -> list[Tensor]:
     target = target_of(scores.device)
     # As integers: the interpreter knows no arithmetic on bf16, and int16 is no float.
     words = scores if scores.dtype == torch.float32 else scores.view(torch.int16)
@@ -67,7 +109,6 @@ def score_step(
         counts = torch.zeros(window + 2, dtype=torch.int64, device=scores.device)
         hint = hint.view(torch.int16)
     keys: dict[str, str | int] = {"MODE": mode, "INFINITY": INFINITY[_floats(scores).dtype], "WINDOW": window}
-    correction = (1 - beta2**step) ** (0.5 if scales is None else -0.5)
     launch(
         _score_step_kernel,
         (min(triton.cdiv(scores.numel(), _CHUNKS * CHUNK), _PROGRAMS * target.multiprocessors),),
@@ -81,19 +122,9 @@ def score_step(
         hint,
         counts,
         scores.numel(),
-        _signed(step),
-        _signed(seed),
-        _signed(seed >> 32),
-        1 - lr * weight_decay,
-        beta1,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        -(lr / (1 - beta1**step)),
-        correction,
-        eps,
+        *numbers.values(),
         FORMAT={torch.float32: "fp32", torch.bfloat16: "bf16", torch.int16: "fixed"}[scores.dtype],
-        FROM_END=1 - beta1 >= 0.5,
+        FROM_END=numbers["minus_beta1"] >= 0.5,
         **keys,
         BLOCK=BLOCK,
         CHUNKS=_CHUNKS,
@@ -104,9 +135,9 @@ def score_step(
         enable_fp_fusion=False,  # the reference rounds every product
     )
     if keep_ratio is None:
-        return scores.new_empty(0), scores.new_empty(0, dtype=torch.int32)
+        return [scores.new_empty(0), scores.new_empty(0, dtype=torch.int32)]
     found = _next_threshold(scores, hint, counts, keep_ratio, keys)
-    return found.view(scores.dtype), pack_mask(_floats(scores), found, mode)
+    return [found.view(scores.dtype), pack_mask(_floats(scores), found, mode)]
 
 
 def window_of(target: Target) -> int:

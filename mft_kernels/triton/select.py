@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..reference import kept_count
+from . import planned
 from .language import tl, triton
 from .launch import launch
 from .target import Target, target_of
@@ -52,16 +53,28 @@ def kept_threshold(
     A threshold of zero may be -0.0, by the scores alone and not by their order. Scores that are not contiguous are
     copied. ``into`` receives the threshold. Where ``only_if``, an int32 on the device, is 0, the kernels do nothing.
     """
-    target = target_of(scores.device)
-    return _kth_largest(
-        scores,
-        kept_count(scores.numel(), keep_ratio),
-        mode,
-        digits=_digits(target)[scores.element_size(), mode],
-        multiprocessors=target.multiprocessors,
-        into=into,
-        only_if=only_if,
-    )
+    target, kept = target_of(scores.device), kept_count(scores.numel(), keep_ratio)
+
+    def run() -> list[Tensor]:
+        threshold = _kth_largest(
+            scores,
+            kept,
+            mode,
+            digits=_digits(target)[scores.element_size(), mode],
+            multiprocessors=target.multiprocessors,
+            into=into,
+            only_if=only_if,
+        )
+        return [threshold]
+
+    # A number that int32 does not hold makes another binary.
+    number = planned.kind("threshold", None, mode) if into is None and scores.numel() < 2**31 else None
+    return planned.by_plan((scores,), number, run, {"kept": kept, "rank": rank_of(scores.numel(), kept)})[0]
+
+
+def rank_of(numel: int, kept: int) -> int:
+    """Of the threshold among all keys, 1 is the smallest."""
+    return numel - max(kept, 1) + 1
 
 
 def many_bins(target: Target) -> bool:
@@ -91,7 +104,7 @@ def _kth_largest(
     word = torch.uint16 if scores.element_size() == 2 else torch.uint32
     bits = scores.detach().contiguous().view(word)
     histograms = torch.zeros((len(digits), 1 << max(digits)), dtype=torch.int64, device=scores.device)
-    rank = numel - max(kept, 1) + 1  # of the threshold, from the smallest key on
+    rank = rank_of(numel, kept)
     options = {"MODE": mode, "SIGN": 1 << (8 * scores.element_size() - 1), "DIGITS": digits, "PITCH": 1 << max(digits)}
     for i in range(len(digits)):
         launch(

@@ -37,13 +37,14 @@ def rows_of_many_masks(m: int, n: int, k: int, masks: int) -> Callable[[], Tenso
     return lambda: many.masked_linear_many(x, weight, packed, tasks, None)
 
 
-def step(n: int, k: int) -> Callable[[], Tensor]:
+def step(n: int, k: int) -> Callable[..., Tensor]:
     scores, weight, grad = torch.empty(n, k, dtype=torch.int16), torch.empty(n, k, dtype=BF16), torch.empty(n, k)
     first, second = (torch.empty(n, k, dtype=torch.uint8) for _ in range(2))
     scales, threshold = torch.empty(2, -(-n * k // BLOCK)), torch.zeros((), dtype=torch.int16)
     adam = {"step": 1, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
     asked = {"grad_scale": None, "seed": 2**40, "mode": "magnitude", "keep_ratio": 0.9, "threshold": threshold}
-    return lambda: score_step.score_step(scores, grad, weight, first, second, scales, **adam, **asked)[1]
+    given = scores, grad, weight, first, second, scales
+    return lambda **other: score_step.score_step(*given, **adam | other, **asked)[1]
 
 
 def both_gradients_by_value(m: int, n: int, k: int) -> Callable[[], Tensor]:
@@ -57,8 +58,8 @@ def sums(m: int, n: int, k: int) -> Callable[[], Tensor]:
     return lambda: ops.accumulate_product(out, grad, x) or out
 
 
-def over_codes(m: int, n: int, k: int, kind: str, has_bias: bool) -> Callable[[], Tensor]:
-    """kind "nested": NF4 whose absmax are codes too."""
+def over_codes(m: int, n: int, k: int, kind: str, forward: bool, has_bias: bool = True) -> Callable[[], Tensor]:
+    """kind "nested": NF4 whose absmax are codes too. Forward, or d_x."""
     codes, absmax = torch.empty(n * k // 2, dtype=torch.uint8), [torch.empty(n * k // 64)]
     if kind == "nested":
         absmax = [
@@ -68,10 +69,10 @@ def over_codes(m: int, n: int, k: int, kind: str, has_bias: bool) -> Callable[[]
     elif kind == "int8":
         codes, absmax = torch.empty(n, k, dtype=torch.int8), [torch.empty(n)]
     packed, levels = torch.empty(n, k // 32, dtype=torch.int32), "int8" if kind == "int8" else "nf4"
-    if not has_bias:
+    if not forward:
         grad = torch.empty(m, n, dtype=BF16)
         return lambda: quantized.masked_linear_quantized_d_x(grad, codes, absmax, packed, [n, k], levels)
-    x, bias = torch.empty(m, k, dtype=BF16), torch.empty(n, dtype=BF16)
+    x, bias = torch.empty(m, k, dtype=BF16), torch.empty(n, dtype=BF16) if has_bias else None
     return lambda: quantized.masked_linear_quantized(x, codes, absmax, packed, bias, [n, k], levels)
 
 
@@ -94,8 +95,9 @@ def every_call() -> dict[str, Callable[[], Tensor]]:
         "both gradients by value, fp32": both_gradients_by_value(16, 512, 512),
         "sums": sums(32, 512, 1024),
         "nf4": over_codes(1, 512, 1024, "nf4", True),
-        "nested nf4, d_x": over_codes(40, 512, 1024, "nested", False),
+        "nested nf4, d_x": over_codes(40, 512, 512, "nested", False),
         "int8": over_codes(40, 512, 1024, "int8", True),
         "before a product through scratch": before_scratch(512, 512),
+        "signs": lambda: bits.pack_signs(torch.empty(64, 512))[0],
         "mask": lambda: bits.pack_mask(torch.empty(64, 512), torch.empty(()), "magnitude"),
     }

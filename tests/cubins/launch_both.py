@@ -34,7 +34,7 @@ def mistakes(stub: on_stub.Stub, launch: Launch, target: Target) -> list:
     cubin = cubins.find(str(target), launch.kernel, launch.args, launch.options)
     right, found = cubins.values_of, []
     for wrong in (lambda v: [v[1], v[0], *v[2:]], lambda v: v[:-1]):
-        cubins.values_of = lambda kernel, args, wrong=wrong: (wrong(right(kernel, args)[0]), [])
+        cubins.values_of = lambda kernel, args, wrong=wrong: (wrong(right(kernel, args)[0]), [], {})
         try:
             cubin.launch(0, launch.grid, launch.kernel, launch.args)
             found.append(stub.launches())

@@ -137,6 +137,29 @@ def test_gradients_are_planned_once_a_layout_and_setting(alone):
     assert alone["short way"] == [True, False, False]
 
 
+def test_rows_of_many_masks_codes_selections_and_steps_are_planned_once(alone):
+    """Another number of masks, kind of codes, direction, shape and mode are planned anew."""
+    assert alone["in Python"]["others"] == [True, False] * 7
+    assert alone["in Python"]["other others"] == [True] * 5
+
+
+def test_numbers_that_differ_from_call_to_call_reach_the_launch(alone):
+    by_the_first_s_plan, by_none = alone["other numbers"]
+    assert by_the_first_s_plan == by_none
+    assert len(by_none) > 200
+
+
+def test_what_counts_begins_at_zero_in_each_call(alone):
+    assert alone["zeros"] == [0] * 8
+
+
+def test_no_more_plans_are_remembered_than_8192_and_those_in_use_stay(alone):
+    most, in_use, unused = alone["bounded"]
+    assert 4096 < most <= 8192
+    assert in_use
+    assert not unused
+
+
 def test_where_nothing_can_be_compiled_a_launch_without_a_cubin_is_refused(alone):
     assert alone["refusal"].startswith("there is no cubin for _masked_product_kernel(bfloat16[16, 128]")
     assert alone["refusal"].endswith(" on sm_90, and Triton is not installed; pip install triton")

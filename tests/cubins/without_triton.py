@@ -16,7 +16,7 @@ import calls
 import on_stub
 import torch
 
-from mft_kernels.triton import choice, cubins, language, ops, planned
+from mft_kernels.triton import bits, choice, cubins, language, ops, planned, select
 from mft_kernels.triton.target import A100, B200, H100
 
 assert not language.INSTALLED
@@ -102,6 +102,52 @@ def fp32_gradients(leading: tuple[int, ...] = (16,), turned: bool = False) -> Ca
     return lambda: ops.masked_linear_backward(*given, "value", [True, False, True, False])
 
 
+def others() -> dict[str, Callable[[], object]]:
+    """Calls that are no product of one mask."""
+    names = "rows of many masks", "nested nf4, d_x", "int8", "threshold", "mask", "signs", "step"
+    every = calls.every_call()
+    return {name: every[name] for name in names}
+
+
+def with_other_numbers(stub: on_stub.Stub) -> list[str]:
+    """What a selection of another share, and the step after, launch: by the plan of the first, and by none."""
+    scores, launches = torch.empty(64, 512, dtype=calls.BF16), []
+    stepped = calls.step(64, 512)
+    with on_stub.taken_for(H100):
+        for _ in range(2):
+            select.kept_threshold(scores, 0.9, "magnitude")
+            stepped()
+            launched = []
+            for call in (lambda: select.kept_threshold(scores, 0.5, "magnitude"), lambda: stepped(step=2, lr=1e-2)):
+                stub.launches()
+                call()
+                launched.append([[p for p in one["parameters"] if len(p) == 8] for one in stub.launches()])
+            launches.append(json.dumps(launched))
+            planned.kind = lambda *_, **__: None
+    return launches
+
+
+def zeros_again() -> list[int]:
+    """What counts the zeros among scores begins with: where the memory before it held something else."""
+    scores, found = torch.empty(64, 512), []
+    with on_stub.taken_for(H100):
+        for _ in range(8):
+            used = [torch.full((), 7, dtype=torch.int64) for _ in range(4)]
+            del used
+            found.append(int(bits.pack_signs(scores)[1]))
+    return found
+
+
+def bounded() -> tuple[int, bool, bool]:
+    """(how many plans are remembered at most, whether one is that is asked for all along, one that never is)."""
+    given, most, first = [torch.empty(1)] * 3, 0, 10**6
+    for kind in range(first, first + 20000):
+        torch.ops.mft_cuda.remember_plan([*given, None, None, None], kind, [], 0, [], 0, [])
+        in_use = torch.ops.mft_cuda.planned_sums(*given, None, None, first)
+        most = max(most, torch.ops.mft_cuda.count_plans())
+    return most, in_use, torch.ops.mft_cuda.planned_sums(*given, None, None, first + 1)
+
+
 def planned_anew() -> dict[str, list[bool]]:
     """Which of some calls in a row are planned in Python."""
     each = {"m": 33}, {"pitch": 8}, {"offset": 1}
@@ -118,6 +164,17 @@ def planned_anew() -> dict[str, list[bool]]:
             "sums": [in_python(sums()) for _ in range(3)],
             "fp32 gradients": [in_python(fp32_gradients()) for _ in range(3)],
             "other gradients": [in_python(gradients(**other)) for other in (*each, *of_gradients)],
+            "others": [in_python(call) for call in others().values() for _ in range(2)],
+            "other others": [
+                in_python(call)
+                for call in (
+                    calls.rows_of_many_masks(8, 512, 1024, 4),
+                    calls.over_codes(40, 512, 512, "nested", True, has_bias=False),  # whose arguments are d_x's
+                    calls.over_codes(40, 512, 512, "nf4", False),
+                    calls.over_codes(40, 512, 1024, "nested", False),
+                    lambda: select.kept_threshold(torch.empty(64, 512, dtype=calls.BF16), 0.9, "value"),
+                )
+            ],
             "other sums": [in_python(sums(**other)) for other in (*each, {"into": torch.float32})],
         }
         torch.set_float32_matmul_precision("high")  # TF32
@@ -163,9 +220,11 @@ def main(folder: Path) -> None:
     stub.launches()
     report["moved"] = moved(stub, gradients())
     report["in Python"], report["short way"] = planned_anew(), short_way()
+    report["zeros"], report["bounded"] = zeros_again(), bounded()
     try:
         with on_stub.taken_for(H100):
             calls.packed_forward(3, 17, 96)()
     except cubins.NoCubin as error:
         report["refusal"] = str(error)
+    report["other numbers"] = with_other_numbers(stub)
     print(json.dumps(report))
