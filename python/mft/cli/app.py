@@ -79,6 +79,9 @@ Resume = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Resume although configuration, data or base have changed.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run that output_dir holds.")]
 
+Masks = Annotated[
+    str, typer.Argument(help="An output_dir of mft train, its masks/, or user/repo[@revision] of the hub.")
+]
 BaseModel = Annotated[str | None, typer.Option(help="The base; by default the one that the masks were learned on.")]
 BaseDtype = Annotated[str | None, typer.Option(help="Of the base; by default as the masks were learned.")]
 
@@ -118,7 +121,7 @@ def evaluate(
     config: Config = None,
     overrides: Overrides = None,
     sets: Set = None,
-    masks: Annotated[Path | None, typer.Option(help="Masks to put on the model: an output_dir or its masks/.")] = None,
+    masks: Annotated[str | None, typer.Option(help="Masks to put on the model: as for mft merge.")] = None,
     split: Annotated[str, typer.Option(help="validation or test; of the held-out loss.")] = "validation",
     lm_eval: Annotated[
         str | None, typer.Option("--lm-eval", help="Tasks of lm-eval instead, such as gsm8k,humaneval.")
@@ -144,9 +147,11 @@ def evaluate(
     Without --config, masks are evaluated on the base and the data of their run; overrides win.
     """
     from mft.cli.evaluate import masks_config, run_evaluate, run_lm_eval
+    from mft.masks.location import masks_directory
 
-    if config is None and masks is not None:
-        run_config = masks_config(masks, [*(overrides or []), *(sets or [])])
+    directory = None if masks is None else masks_directory(masks)
+    if config is None and directory is not None:
+        run_config = masks_config(directory, [*(overrides or []), *(sets or [])])
     else:
         run_config = _read(config, overrides, sets)
     if run_task_code and lm_eval_tasks is None:
@@ -154,7 +159,7 @@ def evaluate(
     if lm_eval is not None:
         run_lm_eval(
             run_config,
-            masks,
+            directory,
             [name.strip() for name in lm_eval.split(",")],
             tasks_dir=lm_eval_tasks,
             run_task_code=run_task_code,
@@ -168,7 +173,7 @@ def evaluate(
     for option, value in (("--lm-eval-tasks", lm_eval_tasks), ("--limit", limit), ("--output", output)):
         if value is not None:
             raise ValueError(f"{option} must come with --lm-eval, got {value} alone")
-    run_evaluate(run_config, masks, split, force=force, unquantized=unquantized)
+    run_evaluate(run_config, directory, split, force=force, unquantized=unquantized)
 
 
 data = typer.Typer(no_args_is_help=True, help="Look at the rows that training and evaluation are given.")
@@ -268,7 +273,7 @@ def plot(
 
 @app.command()
 def merge(
-    masks: Annotated[Path, typer.Argument(help="An output_dir of mft train, or its masks/.")],
+    masks: Masks,
     output: Annotated[Path, typer.Argument(help="Where the ordinary model goes.")],
     model: BaseModel = None,
     dtype: BaseDtype = None,
@@ -283,7 +288,8 @@ def merge(
 @app.command()
 def serve(
     masks: Annotated[
-        list[str] | None, typer.Option(help="name=DIR, an output_dir of mft train or its masks/; repeatable.")
+        list[str] | None,
+        typer.Option(help="name=DIR, an output_dir of mft train, its masks/, or user/repo[@revision]; repeatable."),
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "--base", help="The base; by default the one of the first masks.")
@@ -322,7 +328,7 @@ def serve(
 
 @app.command()
 def inspect(
-    masks: Annotated[Path, typer.Argument(help="An output_dir of mft train, or its masks/.")],
+    masks: Masks,
     model: BaseModel = None,
     dtype: BaseDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
@@ -335,7 +341,9 @@ def inspect(
 
 @app.command()
 def verify(
-    directory: Annotated[Path, typer.Argument(help="An output_dir, its masks/, or one of its checkpoints.")],
+    directory: Annotated[
+        str, typer.Argument(help="An output_dir, its masks/, one of its checkpoints, or user/repo[@revision].")
+    ],
     model: BaseModel = None,
     dtype: BaseDtype = None,
     base: Annotated[bool, typer.Option("--base/--no-base", help="Whether to load the base and compare it.")] = True,
@@ -361,7 +369,7 @@ def import_masks(
 
 @app.command("export-masks")
 def export_masks(
-    masks: Annotated[Path, typer.Argument(help="An output_dir of mft train, or its masks/.")],
+    masks: Masks,
     output: Annotated[Path, typer.Argument(help="The new masks.pt.")],
     model: BaseModel = None,
     dtype: BaseDtype = None,

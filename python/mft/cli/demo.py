@@ -17,7 +17,8 @@ from transformers.utils.logging import disable_progress_bar
 from mft.cli.study import run_compare
 from mft.config import CONFIG, ModelConfig, RunConfig, save_config
 from mft.masks.convert import merge_model
-from mft.masks.export import MASKS, put_masks, save_masks
+from mft.masks.export import put_masks, save_masks
+from mft.masks.location import MASKS
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.pretrained import save_model
 from mft.study.config import FULL, MASK, StudyConfig

@@ -9,7 +9,7 @@ from mft.evaluation.evaluated_base import base_words, evaluated_base, evaluated_
 from mft.evaluation.lm_eval_tasks import load_tasks, score_tasks, task_table, write_scores
 from mft.evaluation.table import evaluation_table, figure_lines
 from mft.masks.convert import keeping_all
-from mft.masks.export import load_masks, masks_directory
+from mft.masks.export import load_masks
 from mft.masks.export_format import read_export
 from mft.masks.quantize import quantize_model
 from mft.training.console import console, say
@@ -21,7 +21,7 @@ from mft.training.progress import Progress
 
 def masks_config(masks: Path, overrides: Sequence[str]) -> RunConfig:
     """The base and the data of the run that wrote masks, with overrides; says where they were found."""
-    config, words = evaluated_config(masks_directory(masks), overrides)
+    config, words = evaluated_config(masks, overrides)
     say(words)
     return config
 
@@ -78,8 +78,8 @@ class _Stages:
     """
 
     def __init__(self, model: ModelConfig, masks: Path | None, *, unquantized: bool) -> None:
-        self._directory = None if masks is None else masks_directory(masks)
-        export = None if self._directory is None else read_export(self._directory)[0]
+        self._directory = masks
+        export = None if masks is None else read_export(masks)[0]
         self._kind, self._quantize_masked = evaluated_base(model, export, unquantized)
         self._base = model.name if self._kind is None else f"{model.name} in {self._kind}"
         self.words = base_words(self._kind, self._quantize_masked, export)

@@ -8,35 +8,36 @@ from rich.table import Column, Table
 from mft.config import CONFIG, ModelConfig, load_config
 from mft.evaluation.evaluated_base import config_of_run
 from mft.masks.convert import mask_model, masked_modules, merge_model
-from mft.masks.export import load_masks, masks_directory, save_masks
+from mft.masks.export import load_masks, save_masks
 from mft.masks.export_format import read_export
 from mft.masks.inspection import MaskStatistics, initial_masks, mask_statistics
+from mft.masks.location import masks_directory
 from mft.masks.paper_masks import import_paper_masks, write_paper_masks
 from mft.models.pretrained import load_model, save_model
 from mft.training.console import console, say
 from mft.training.inputs import read_base
 
 
-def run_merge(masks: Path, output: Path, model_name: str | None, dtype: str | None, *, force: bool) -> None:
+def run_merge(masks: str, output: Path, model_name: str | None, dtype: str | None, *, force: bool) -> None:
     """mft merge"""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output must be a new or empty directory, got {output}")
     directory = masks_directory(masks)
     model, tokenizer = read_base(directory, model_name, dtype)
     load_masks(model, directory, force=force)
-    kind = read_export(directory)[0].base_quantization
+    export = read_export(directory)[0]
     kept = sum(int(module.mask().sum()) for module in masked_modules(model).values())
     total = sum(module.weight.numel() for module in masked_modules(model).values())
     save_model(merge_model(model), tokenizer, output)
     say(f"merged: {kept} of {total} masked weights kept, the others are 0; the model lies in {output}")
-    if kind is not None:
+    if export.base_quantization is not None:
         say(
-            f"the masks were learned on a base in {kind}; the merged weights are the exact ones: "
+            f"the masks were learned on a base in {export.base_quantization}; the merged weights are the exact ones: "
             "mft evaluate --unquantized tells what that changes"
         )
 
 
-def run_inspect(masks: Path, model_name: str | None, dtype: str | None, *, force: bool) -> None:
+def run_inspect(masks: str, model_name: str | None, dtype: str | None, *, force: bool) -> None:
     """mft inspect"""
     directory = masks_directory(masks)
     run_config, initial = config_of_run(directory), None
@@ -58,7 +59,7 @@ def run_import_masks(path: Path, output: Path, model_name: str, dtype: str) -> N
     say(f"{len(masked_modules(model))} masks of {path} on {model_name}: {output}")
 
 
-def run_export_masks(masks: Path, output: Path, model_name: str | None, dtype: str | None, *, force: bool) -> None:
+def run_export_masks(masks: str, output: Path, model_name: str | None, dtype: str | None, *, force: bool) -> None:
     """mft export-masks"""
     if output.exists():
         raise ValueError(f"output must be a new file, got {output}")

@@ -5,17 +5,18 @@ from pathlib import Path
 
 from torch import nn
 
-from mft.masks.export import MASKS, base_hash
+from mft.masks.export import base_hash
 from mft.masks.export_format import CONFIG_FILE, UNVERIFIED, MaskExport, read_export
+from mft.masks.location import MASKS, local_directory
 from mft.training.checkpoint import FACTS, MANIFEST, verify_checkpoint
 from mft.training.console import say
 from mft.training.inputs import read_base
 from mft.training.run_directory import CHECKPOINTS
 
 
-def run_verify(directory: Path, model_name: str | None, dtype: str | None, *, base: bool) -> None:
+def run_verify(directory: str, model_name: str | None, dtype: str | None, *, base: bool) -> None:
     """mft verify"""
-    for found in verify_directory(directory):
+    for found in verify_directory(local_directory(directory)):
         say(f"{found.kind} {found.path}: {found.words}")
         if found.export is not None and base:
             model, _ = read_base(found.path, model_name, dtype)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mft.config import CONFIG, ModelConfig, RunConfig, load_config
 from mft.data.sources import NAMED
-from mft.masks.export import MASKS
 from mft.masks.export_format import MaskExport, read_export
+from mft.masks.location import MASKS
 from mft.models.pretrained import SHORTHANDS
 
 

@@ -6,7 +6,7 @@ This is lm-eval's own command line with all its options: up to 0.4.13 it looks f
 Python, importing this module makes the model known to simple_evaluate.
 """
 
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from lm_eval.models.huggingface import HFLM
 from mft.config import ModelConfig
 from mft.evaluation.evaluated_base import evaluated_base
 from mft.masks.convert import merge_model
-from mft.masks.export import load_masks, masks_directory
+from mft.masks.export import load_masks
 from mft.masks.export_format import read_export
+from mft.masks.location import masks_directory
 from mft.masks.quantize import quantize_model
 from mft.models.pretrained import load_model
 
@@ -27,7 +28,7 @@ class MaskedLM(HFLM):
     """lm-eval's HFLM on a base with masks: merged into exact weights, or live on the quantised ones they learned on.
 
     Args:
-        pretrained: what save_masks wrote, or a run of mft train.
+        pretrained: what save_masks wrote, a run of mft train, or a repository of the hub as for load_masks.
         base: as model.name in a configuration; by default the one that the masks name.
         dtype: of the base; "auto" for that in which the masks were learned.
         device: as for hf; a GPU where there is none means the CPU.
@@ -48,14 +49,16 @@ class MaskedLM(HFLM):
         softmax_dtype: str = "float32",
         **options: Any,
     ) -> None:
-        model, tokenizer = load_masked(Path(pretrained), base, dtype, force=force, unquantized=unquantized)
+        model, tokenizer = load_masked(pretrained, base, dtype, force=force, unquantized=unquantized)
         # lm-eval's command line names cuda:0 unless told otherwise.
         without_gpu = device.startswith("cuda") and not torch.cuda.is_available()
         model.to("cpu" if without_gpu else device)
         super().__init__(pretrained=model, tokenizer=tokenizer, softmax_dtype=softmax_dtype, **options)
 
 
-def load_masked(directory: Path, base: str | None, dtype: str, *, force: bool, unquantized: bool) -> tuple[Any, Any]:
+def load_masked(
+    directory: str | os.PathLike, base: str | None, dtype: str, *, force: bool, unquantized: bool
+) -> tuple[Any, Any]:
     """(model, tokenizer) of MaskedLM."""
     path = masks_directory(directory)
     export, _ = read_export(path)

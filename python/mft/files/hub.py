@@ -1,13 +1,53 @@
-"""Whether the model hub answers at all, found in seconds: its client alone retries for half a minute."""
+"""The model hub: whether it answers at all, how its repositories are named, and what its client's errors mean.
+
+The client alone retries for half a minute where nobody answers.
+"""
 
 import functools
+import re
 import ssl
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+from huggingface_hub.utils import validate_repo_id
 
 TIMEOUT_SECONDS = 5
+COMMIT = re.compile(r"[0-9a-f]{40}")  # a revision that stays what it is
+_NAMED = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?", re.ASCII)
+# What the client raises, RuntimeError around an upload's; HTTPError is the mother of what httpx itself raises too.
+_CLIENT = (
+    HTTPError,
+    EntryNotFoundError,
+    RevisionResolutionError,
+    FileMetadataError,
+    OfflineModeIsEnabled,
+    RuntimeError,
+)
+_BAD_TOKEN = "Invalid credentials"  # the hub's words for one that it does not know
+_LOG_IN = "`hf auth login`, or set HF_TOKEN"
+
+
+class HubError(OSError):
+    """The hub was not reached, or refused; the message says what to do."""
+
+
+class NotOnHub(HubError, FileNotFoundError):
+    """The hub has no such repository, revision or file, or shows it to others alone."""
 
 
 @functools.cache
@@ -25,3 +65,97 @@ def hub_is_reachable() -> bool:
         return isinstance(error.reason, ssl.SSLError)  # somebody answered; let the client speak of certificates
     except OSError:
         return False
+
+
+def unreachable() -> str:
+    """Why hub_is_reachable said no, and what to do."""
+    if constants.HF_HUB_OFFLINE:
+        return "the hub is not asked, as HF_HUB_OFFLINE is set: unset it"
+    return f"the hub cannot be reached at {constants.ENDPOINT}: check the network, or HF_ENDPOINT"
+
+
+def split_hub_id(text: str) -> tuple[str, str | None] | None:
+    """(repository, revision or None) of user/name or user/name@revision; None if text is neither."""
+    found = _NAMED.fullmatch(text)
+    if found is None:
+        return None
+    try:
+        validate_repo_id(found[1])
+    except HFValidationError:
+        return None
+    return found[1], found[2]
+
+
+@contextmanager
+def asking_hub(repository: str, revision: str | None = None, *, writing: bool = False) -> Iterator[None]:
+    """Meanwhile the client's errors become one that names repository and revision, and says what to do.
+
+    Raises: HubError, NotOnHub.
+    """
+    try:
+        yield
+    except (*_CLIENT, OSError) as error:
+        if not isinstance(error, _CLIENT) and error.errno is not None:
+            raise  # of the disk
+        found = _innermost(error)
+        kind = NotOnHub if _is_missing(found, writing) else HubError
+        raise kind(_words(found, repository, revision, writing)) from error
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What the client wrapped into an error of its own, if it did."""
+    wrapped = isinstance(error, RevisionResolutionError | EntryNotFoundError | RuntimeError)
+    cause = error.__cause__
+    return _innermost(cause) if wrapped and isinstance(cause, _CLIENT) else error
+
+
+def _is_missing(error: BaseException, writing: bool) -> bool:
+    if isinstance(error, GatedRepoError):
+        return False
+    missing = (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, RevisionResolutionError)
+    return isinstance(error, missing) or (not writing and _status(error) == 401 and _BAD_TOKEN not in _said(error))
+
+
+def _words(error: BaseException, repository: str, revision: str | None, writing: bool) -> str:
+    status, said = _status(error), _said(error)
+    at = "" if revision is None else f" at revision {revision!r}"
+    if isinstance(error, GatedRepoError):
+        return (
+            f"the hub shows {repository!r} to those alone who have asked its owner: ask at "
+            f"{constants.ENDPOINT}/{repository}, then {_LOG_IN}"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"the hub's {repository!r} must have the revision that is asked for, got {revision!r}: check the name"
+    if status == 401 and (writing or _BAD_TOKEN in said):
+        return f"the hub must know who asks for {repository!r}, got no token that it knows ({said}): {_LOG_IN}"
+    if _is_missing(error, writing):
+        return (
+            f"the hub has no {repository!r}{at} that is shown to you: check the name; if it is private, {_LOG_IN} of "
+            "who may read it"
+        )
+    if status == 403:
+        return f"the hub must let you write to {repository!r}, got 403 ({said}): take a token that may, or another name"
+    if status in (409, 412):
+        return f"{repository!r} must stay as it was while it is written to, got {status} ({said}): try again"
+    if status is not None:
+        return f"the hub must answer for {repository!r}{at}, got {status} ({said}): try again later"
+    return (
+        f"the connection to the hub for {repository!r}{at} broke off ({type(error).__name__}: {_first_line(error)}): "
+        "nothing of it is used; try again"
+    )
+
+
+def _status(error: BaseException) -> int | None:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+
+
+def _said(error: BaseException) -> str:
+    """The hub's own words."""
+    said = getattr(error, "server_message", None)
+    if isinstance(error, HfHubHTTPError):
+        said = said or error.response.headers.get("X-Error-Message")
+    return " ".join(str(said or _first_line(error)).split())[:200]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:200]

@@ -15,7 +15,7 @@ from mft.files.json_file import parse_object
 from mft.files.regular_file import open_regular
 
 _LENGTH = 8  # bytes at the file's start that say how long its header is
-_MOST_HEADER = 1 << 25  # bytes: 200,000 tensors, more than any published model has in one file
+MOST_HEADER = 1 << 25  # bytes: 200,000 tensors, more than any published model has in one file
 
 
 @contextmanager
@@ -39,8 +39,8 @@ def check_header(path: Path, remedy: str) -> None:
         size = os.fstat(file.fileno()).st_size
         if size < _LENGTH or length > size - _LENGTH:
             raise _damaged(path, f"a header of {length} bytes", remedy)
-        if length > _MOST_HEADER:
-            raise ValueError(f"{path}: expected a header of at most {_MOST_HEADER} bytes, got {length}")
+        if length > MOST_HEADER:
+            raise ValueError(f"{path}: expected a header of at most {MOST_HEADER} bytes, got {length}")
         parse_object(file.read(length), path)
 
 

@@ -16,7 +16,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +24,9 @@ from torch import Tensor, nn
 from mft.checks import nearest
 from mft.masks.banked_linear import BankedLinear, Choice, OneTask, TaskPerRow
 from mft.masks.convert import as_linear, check_unmasked, check_unwrapped, replace_module
-from mft.masks.export import check_learned_on, check_shapes, masks_directory
+from mft.masks.export import check_learned_on, check_shapes
 from mft.masks.export_format import check_masks_alone, read_export
+from mft.masks.location import masks_directory
 from mft.models.linears import find_targets
 
 
@@ -40,7 +40,8 @@ def load_mask_bank(
 
     Args:
         model: the base that all the masks were learned on, ordinary and unmasked.
-        directories: what save_masks wrote, or a run of mft train, by the task's name.
+        directories: what save_masks wrote, a run of mft train, or a repository of the hub as for load_masks, by the
+            task's name.
         force: accept other base weights of the same shapes.
     Raises: as load_masks; the model is then unchanged.
     """
@@ -152,7 +153,7 @@ class MaskBank:
     def _read(self, task: str, directory: str | os.PathLike, force: bool) -> dict[str, Tensor]:
         """A task's masks by layer, checked against the bank and the model, which stay as they are."""
         self._check_new(task)
-        path = masks_directory(Path(directory))
+        path = masks_directory(directory)
         export, masks = read_export(path)
         check_masks_alone(export, path, "a bank, whose tasks share all but the masks")
         modules = dict(self.model.named_modules())

@@ -30,6 +30,7 @@ from mft.masks.export_format import (
     is_export,
     read_whole_export,
 )
+from mft.masks.location import masks_directory
 from mft.masks.saved_modules import check_saved_tensors, put_saved_tensors, saved_modules, saved_tensors
 from mft.models.linears import find_targets, layer_index, layer_stacks
 from mft.models.parallel import check_unsharded, uncompiled, unwrapped
@@ -37,8 +38,6 @@ from mft.models.quantized_weight import quantized_weights
 from mft_kernels import MaskedLinear, fixed_from_float, unpack_mask
 
 logger = logging.getLogger(__name__)
-
-MASKS = "masks"  # in the directory of a run
 
 # A loaded mask's scores: as far above the threshold as below, at the scale that scores are initialised with.
 _THRESHOLD = {"magnitude": 0.02, "value": 0.0}
@@ -78,7 +77,9 @@ def save_masks(model: nn.Module, directory: str | os.PathLike, *, base_model_nam
 
 
 @torch.no_grad()
-def load_masks(model: nn.Module, directory: str | os.PathLike, *, force: bool = False) -> nn.Module:
+def load_masks(
+    model: nn.Module, directory: str | os.PathLike, *, revision: str | None = None, force: bool = False
+) -> nn.Module:
     """Put the masks of an export on a model, in place.
 
     An ordinary model is converted as by mask_model; of a masked one the scores are replaced. The masks are exactly the
@@ -86,16 +87,18 @@ def load_masks(model: nn.Module, directory: str | os.PathLike, *, force: bool = 
 
     Args:
         model: the base that the masks were learned on, ordinary or masked in the same layers; also in torch.compile.
-        directory: what save_masks wrote, or a run of mft train.
+        directory: what save_masks wrote, or a run of mft train; a string may be a repository of the hub, user/name or
+            user/name@revision, where no directory is called so.
+        revision: of a repository: a branch, a tag, or a commit's hash, which pins it.
         force: accept other base weights of the same shapes.
     Returns: the same model.
-    Raises: FileNotFoundError, or ValueError if the export is damaged, does not fit the model, or (without force) was
-        learned on other weights. The model is then unchanged.
+    Raises: FileNotFoundError; OSError if the hub cannot be asked; ValueError if the export is damaged, does not fit the
+        model, or (without force) was learned on other weights. The model is then unchanged.
     """
     inner = uncompiled(model)
     check_unwrapped(inner)
     check_unsharded(inner)
-    path = masks_directory(Path(directory))
+    path = masks_directory(directory, revision)
     export, masks, saved = read_whole_export(path)
     kept_whole = export.modules_to_save or []
     shapes = {entry.name: entry.shape for entry in export.modules}
@@ -194,11 +197,6 @@ def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, int]]) -> None:
                 f"{name}: the mask is for a weight of {expected}, the model's is {shape}: load the base that it was "
                 "learned on"
             )
-
-
-def masks_directory(path: Path) -> Path:
-    """masks/ of a run, or the directory itself."""
-    return path / MASKS if (path / MASKS).is_dir() else path
 
 
 def _other_base(model: nn.Module, export: MaskExport, found: str, directory: Path) -> str:

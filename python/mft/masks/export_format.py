@@ -22,7 +22,7 @@ from torch import Tensor
 from mft.checks import nearest
 from mft.config import QUANTIZATIONS
 from mft.files.json_file import read_object
-from mft.files.safetensors_file import open_tensors
+from mft.files.safetensors_file import MOST_HEADER, open_tensors
 from mft.masks.saved_modules import is_inside
 
 CONFIG_FILE = "adapter_config.json"
@@ -30,7 +30,7 @@ MASK_FILE = "adapter_model.safetensors"
 PEFT_TYPE = "MFT"
 FORMAT_VERSION = 2
 _UNHASHED_VERSION = 1  # may lack content_hash
-_MOST_CONFIG = 1 << 24  # bytes: 120,000 masked layers; 100 layers of 256 experts with 3 matrices each have 76,800
+MOST_CONFIG = 1 << 24  # bytes: 120,000 masked layers; 100 layers of 256 experts with 3 matrices each have 76,800
 _CHUNK = 1 << 22  # words of a mask whose bits are counted at once
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
 _HASH_RULE = 'a string "sha256:" and 64 hexadecimal digits'
@@ -102,7 +102,7 @@ def content_hash(export: MaskExport, masks: Mapping[str, Tensor], saved: Mapping
 def is_export(directory: Path) -> bool:
     """Whether directory claims to hold masks of ours; it may still be damaged."""
     try:
-        values = read_object(directory / CONFIG_FILE, _MOST_CONFIG)
+        values = read_object(directory / CONFIG_FILE, MOST_CONFIG)
     except (OSError, ValueError):
         return False
     return values.get("peft_type") == PEFT_TYPE and not _is_of_peft(values)
@@ -128,7 +128,7 @@ def read_whole_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor], d
             raise FileNotFoundError(
                 f"{directory / name}: missing; an export has {CONFIG_FILE} and {MASK_FILE}: copy both"
             )
-    export = _read_config(directory / CONFIG_FILE)
+    export = read_config(directory / CONFIG_FILE)
     masks, saved = _read_tensors(directory / MASK_FILE, export)
     if export.content_hash is not None and (found := content_hash(export, masks, saved)) != export.content_hash:
         raise ValueError(
@@ -147,11 +147,19 @@ def check_masks_alone(export: MaskExport, directory: Path, reader: str) -> None:
         )
 
 
+def most_bytes(export: MaskExport) -> int | None:
+    """More than the file of its masks has; None if modules_to_save lie in it too, whose sizes it does not say."""
+    if export.modules_to_save:
+        return None
+    return MOST_HEADER + 8 + sum(4 * entry.words[0] * entry.words[1] for entry in export.modules)
+
+
 # ---------------------------------------------------------------------------------------------- the description
 
 
-def _read_config(path: Path) -> MaskExport:
-    values = read_object(path, _MOST_CONFIG)
+def read_config(path: Path) -> MaskExport:
+    """The description alone, from a CONFIG_FILE. Raises: as read_whole_export."""
+    values = read_object(path, MOST_CONFIG)
     if values.get("peft_type") != PEFT_TYPE:
         raise ValueError(
             f"{path}: expected peft_type {PEFT_TYPE!r}, got {_shown(values.get('peft_type'))}: not our masks; load it "

@@ -12,14 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from mft.checks import check_rule, nearest
 from mft.config import MaskConfig
+from mft.files.hub import HubError, asking_hub, split_hub_id
 from mft.masks.banked_linear import TaskPerRow
 from mft.masks.convert import convert, masked_modules
 from mft.masks.export import check_learned_on, loaded_config, scores_of_mask
-from mft.masks.export_format import PEFT_TYPE, check_masks_alone, is_export, read_export
+from mft.masks.export_format import CONFIG_FILE, PEFT_TYPE, check_masks_alone, is_export, read_export
+from mft.masks.location import fetched_masks
 from mft.masks.targets import select_targets
 
 _TRIED = "0.21", "0.22"  # from the first version to before the last
@@ -38,6 +41,7 @@ except ImportError as error:
 
 _CHOSEN = "_mft_chosen"  # names of the modules that a configuration chose; an attribute of it
 _BASE = "__base__"  # PEFT's word, in adapter_names, for a row without an adapter
+_OF_THE_HUB = "revision", "token", "cache_dir", "local_files_only"  # what of PEFT's options says where
 _EXPORT = "_mft_export"  # where a configuration came from an export: its directory and description
 
 
@@ -60,9 +64,9 @@ class MaskPeftConfig(MaskConfig, PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> "MaskPeftConfig":
-        """Of an adapter that PEFT saved, or of a local export of masks, which is checked whole."""
-        directory = Path(pretrained_model_name_or_path, subfolder or "")
-        if not is_export(directory):
+        """Of an adapter that PEFT saved, or of an export of masks, which is checked whole; both local or on the hub."""
+        directory = _export_directory(pretrained_model_name_or_path, subfolder, kwargs)
+        if directory is None:
             return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         export, _ = read_export(directory)
         check_masks_alone(export, directory, "PEFT, which keeps such modules in files of its own")
@@ -196,7 +200,7 @@ class MaskModel(BaseTuner):
         cls, model: Any, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         if all(key.endswith(".mask") for key in state_dict):
-            state_dict = _scores_of_export(model, config, state_dict)
+            state_dict = _scores_of_export(model, config)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -241,21 +245,37 @@ def _unwrapped(model: nn.Module) -> Iterator[None]:
             model.set_submodule(name, layer)
 
 
-def _scores_of_export(model: Any, config: PeftConfig, masks: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An export's masks as the scores that PEFT would have saved. Raises ValueError if model has another base."""
+def _export_directory(place: str, subfolder: str | None, options: dict[str, Any]) -> Path | None:
+    """Where the export of masks lies that place names, as PEFT takes it; None if place has none of ours."""
+    directory = Path(place, subfolder or "")
+    if directory.exists() or subfolder is not None or split_hub_id(str(place)) is None:
+        return directory if is_export(directory) else None
+    where = {name: options[name] for name in _OF_THE_HUB if name in options}
+    try:
+        with asking_hub(place, options.get("revision")):
+            found = hf_hub_download(place, CONFIG_FILE, **where)
+    except HubError:  # PEFT will say so in its own words
+        return None
+    return fetched_masks(place, **where) if is_export(Path(found).parent) else None
+
+
+def _scores_of_export(model: Any, config: PeftConfig) -> dict[str, Tensor]:
+    """An export's masks as the scores that PEFT would have saved. Raises ValueError if model has another base.
+
+    They are read again: what PEFT has read was not checked, and on the hub may be of another commit.
+    """
     if not hasattr(config, _EXPORT):
         raise ValueError(
-            "an export of masks must be a local directory, given to PeftModel.from_pretrained or load_adapter without "
-            f"a config, got {config.peft_type} masks with a config of their own"
+            "an export of masks must be given to PeftModel.from_pretrained or load_adapter without a config, got "
+            f"{config.peft_type} masks with a config of their own"
         )
     directory, export = getattr(config, _EXPORT)
+    _, masks = read_export(directory)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     with _unwrapped(base):
         check_learned_on(base, export, directory, force=False)
     return {
-        f"base_model.model.{entry.name}.mft_scores": scores_of_mask(
-            masks[f"{entry.name}.mask"], entry.shape, export.mode
-        )
+        f"base_model.model.{entry.name}.mft_scores": scores_of_mask(masks[entry.name], entry.shape, export.mode)
         for entry in export.modules
     }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from mft.checks import check_rule
 from mft.evaluation.evaluated_base import learned_base
 from mft.masks.bank import load_mask_bank
-from mft.masks.export import masks_directory
+from mft.masks.location import masks_directory
 from mft.serving.length import row_length
 from mft.serving.port import bind
 from mft.serving.running_batch import RunningBatch
@@ -19,7 +19,7 @@ from mft.training.inputs import read_model
 
 
 def serve(
-    masks: Mapping[str, Path],
+    masks: Mapping[str, str | Path],
     model_name: str | None = None,
     dtype: str | None = None,
     *,
@@ -34,7 +34,7 @@ def serve(
     """Answer until SIGINT or SIGTERM. Call it on the main thread.
 
     Args:
-        masks: output_dirs of mft train, or their masks/, by the task's name.
+        masks: output_dirs of mft train, their masks/, or repositories of the hub, by the task's name.
         model_name, dtype: of the base; by default the one that the first masks were learned on.
         port: 0 for a free one.
         rows, waiting: requests that are answered at once, and that may wait beside them.
@@ -42,13 +42,14 @@ def serve(
         grace: seconds that what is being answered gets when the service is to stop.
     Raises: as load_mask_bank; OSError if the port is taken; RuntimeError if the thread that runs the model failed.
     """
-    config, words = learned_base(masks_directory(next(iter(masks.values()))), model_name, dtype)
+    directories = {task: masks_directory(place) for task, place in masks.items()}
+    config, words = learned_base(next(iter(directories.values())), model_name, dtype)
     check_rule(config.name not in masks, "--masks", "name tasks otherwise than the base", config.name)
     with bind(host, port) as bound:
         say(words)
         model, tokenizer = read_model(config)
         most = row_length(length, model.config, config.name)
-        bank = load_mask_bank(model, masks, force=force)
+        bank = load_mask_bank(model, directories, force=force)
         batch = RunningBatch(bank)
         batch.check_rows_apart()
         scheduler = Scheduler(batch, rows=rows, waiting=waiting)

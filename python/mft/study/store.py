@@ -25,7 +25,7 @@ from typing import Any
 from mft.config import CONFIG
 from mft.files.atomic import sweep, target_of, write_whole
 from mft.files.yaml_file import dump_yaml, parse_yaml
-from mft.masks.export import MASKS
+from mft.masks.location import MASKS
 from mft.study.config import AVERAGE, FULL, FULL_KINDS, Setting, StudyConfig
 from mft.study.load import study_values
 from mft.study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values

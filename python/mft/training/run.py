@@ -30,8 +30,9 @@ from mft.evaluation.mask_cost import said_of_cost
 from mft.evaluation.table import evaluation_table, figure_lines
 from mft.files.atomic import NotWritten, remove, write_whole
 from mft.masks.convert import keeping_all, mask_model, print_trainable_parameters
-from mft.masks.export import MASKS, base_hash, save_masks
+from mft.masks.export import base_hash, save_masks
 from mft.masks.inspection import flip_share, initial_masks
+from mft.masks.location import MASKS
 from mft.masks.quantize import quantize_model
 from mft.masks.targets import select_targets
 from mft.models.pretrained import load_model, load_outline, save_model

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mft.config import CONFIG, RunConfig, save_config
 from mft.files.atomic import remove, sweep, target_of
-from mft.masks.export import MASKS
+from mft.masks.location import MASKS
 from mft.training.checkpoint import newest_checkpoint
 from mft.training.run_lock import LOCK, hold
 

@@ -1,0 +1,129 @@
+"""Where masks lie: a directory, masks/ of a run's, or a repository on the hub, of which the export alone is fetched.
+
+A string that names nothing here and looks like user/name, or user/name@revision, is asked for on the hub. What comes
+from there lies in huggingface_hub's cache, and is read with the same suspicion as any other export.
+"""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+
+from mft.checks import nearest_path
+from mft.files.hub import COMMIT, NotOnHub, asking_hub, hub_is_reachable, split_hub_id, unreachable
+from mft.masks.export_format import CONFIG_FILE, MASK_FILE, MOST_CONFIG, most_bytes, read_config
+
+MASKS = "masks"  # in the directory of a run
+
+
+def masks_directory(place: str | os.PathLike, revision: str | None = None) -> Path:
+    """The directory of an export of masks: place, its masks/ if it is a run's, or the hub's files in the local cache.
+
+    Args:
+        place: as local_directory; a pathlib.Path is never a repository.
+        revision: of a repository: a branch, a tag, or a commit's hash, which pins it.
+    Raises: as local_directory. That there is an export at all, its reader says.
+    """
+    path = local_directory(place, revision)
+    return path / MASKS if (path / MASKS).is_dir() else path
+
+
+def local_directory(place: str | os.PathLike, revision: str | None = None) -> Path:
+    """place itself, or where the export of the repository that it names has been fetched to.
+
+    Raises: ValueError for a revision of a local directory, or one of a repository's files that is larger than an
+        export's can be; FileNotFoundError if there is neither such a directory nor such a repository; OSError if the
+        hub cannot be asked, or the connection breaks off.
+    """
+    named = split_hub_id(place) if isinstance(place, str) and not os.path.lexists(place) else None
+    if named is None:
+        if revision is not None:
+            raise ValueError(
+                f"revision must be None for masks on this machine, which have one state, got {revision!r} for "
+                f"{str(place)!r}: leave it out, or name a repository of the hub"
+            )
+        return Path(place)
+    repository, after_at = named
+    if revision is not None and after_at is not None:
+        raise ValueError(f"revision must be given once, got {revision!r} and {str(place)!r}: leave one out")
+    try:
+        return fetched_masks(repository, after_at if revision is None else revision)
+    except NotOnHub as error:
+        path = Path(place)
+        raise NotOnHub(
+            f"masks must be a directory or a repository of the hub, got {place!r}: there is no such directory here"
+            f"{nearest_path(path)}, and {error}"
+        ) from error
+
+
+def fetched_masks(
+    repository: str,
+    revision: str | None = None,
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The two files of an export, of one commit, in huggingface_hub's cache; what lies there is not fetched again.
+
+    Args: token, cache_dir, local_files_only: as for hf_hub_download.
+    Raises: as local_directory.
+    """
+    cache = None if cache_dir is None else str(cache_dir)
+    if COMMIT.fullmatch(revision or "") and (there := _in_cache(repository, str(revision), cache)):
+        return there
+    api = HfApi(token=token)
+    if local_files_only or not hub_is_reachable():
+        reason = "local_files_only is True" if local_files_only else unreachable()
+        return _cached(api, repository, revision, cache, reason)
+    with asking_hub(repository, revision):
+        commit = api.resolve_revision(repository, revision=revision, cache_dir=cache).resolved
+    if there := _in_cache(repository, commit, cache):
+        return there
+    with asking_hub(repository, revision):
+        found = api.get_paths_info(repository, [CONFIG_FILE, MASK_FILE], revision=commit)
+        sizes = {file.path: file.size for file in found if hasattr(file, "size")}
+    _check_sizes(repository, sizes, {CONFIG_FILE: MOST_CONFIG, MASK_FILE: None})
+    with asking_hub(repository, revision):
+        path = Path(hf_hub_download(repository, CONFIG_FILE, revision=commit, token=token, cache_dir=cache))
+    export = read_config(path)  # before what may be large is fetched
+    _check_sizes(repository, sizes, {MASK_FILE: most_bytes(export)})
+    with asking_hub(repository, revision):
+        hf_hub_download(repository, MASK_FILE, revision=commit, token=token, cache_dir=cache)
+    return path.parent
+
+
+def _cached(api: HfApi, repository: str, revision: str | None, cache: str | None, reason: str) -> Path:
+    """What the cache has of it, where the hub cannot be asked."""
+    try:
+        with asking_hub(repository, revision):
+            commit = api.resolve_revision(
+                repository, revision=revision, cache_dir=cache, local_files_only=True
+            ).resolved
+        directory = _in_cache(repository, commit, cache)
+    except NotOnHub:
+        directory = None
+    if directory is None:
+        at = "" if revision is None else f" at revision {revision!r}"
+        raise NotOnHub(f"an export of {repository!r}{at} is not in the hub's local cache either; {reason}")
+    return directory
+
+
+def _in_cache(repository: str, commit: str, cache: str | None) -> Path | None:
+    files = (CONFIG_FILE, MASK_FILE)
+    paths = [try_to_load_from_cache(repository, name, cache_dir=cache, revision=commit) for name in files]
+    return Path(str(paths[0])).parent if all(isinstance(path, str) for path in paths) else None
+
+
+def _check_sizes(repository: str, sizes: dict[str, int], most: dict[str, int | None]) -> None:
+    for name, bound in most.items():
+        if name not in sizes:
+            raise FileNotFoundError(
+                f"the hub's {repository!r} must hold an export of masks, {CONFIG_FILE} and {MASK_FILE}, got no {name}: "
+                "name another repository; a whole model is loaded with load_model"
+            )
+        if bound is not None and sizes[name] > bound:
+            raise ValueError(
+                f"the hub's {repository!r}: {name} must be of at most {bound} bytes, got {sizes[name]}: it is not "
+                "fetched; what it holds besides masks is not for load_masks"
+            )

@@ -1,0 +1,54 @@
+"""Names of repositories, and what the hub's client raises in words that name repository, rule and remedy."""
+
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from mft.files.hub import HubError, asking_hub, split_hub_id
+
+
+def test_a_name_is_an_owner_and_a_name_perhaps_with_a_revision():
+    assert split_hub_id("user/masks") == ("user/masks", None)
+    assert split_hub_id("user/masks@v1.0") == ("user/masks", "v1.0")
+    assert split_hub_id("user/masks@refs/pr/1") == ("user/masks", "refs/pr/1")
+    for text in (
+        "masks",
+        "./masks",
+        "../masks",
+        "/user/masks",
+        "a/b/c",
+        "user/",
+        "user/ma sks",
+        "user/a--b",
+        "user/m.git",
+        "user/masks@",
+        "~/m",
+        "",
+    ):
+        assert split_hub_id(text) is None, text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("Consistency check failed: file should be of size 10 but has size 9"),
+        RuntimeError("Error while uploading"),
+        OfflineModeIsEnabled("offline"),
+    ],
+)
+def test_what_breaks_off_is_told_as_such(error):
+    with (
+        pytest.raises(HubError, match="connection to the hub for 'user/a' at revision 'v1' broke off"),
+        asking_hub("user/a", "v1"),
+    ):
+        raise error
+
+
+def test_an_error_of_the_disk_stays_one():
+    with pytest.raises(OSError, match="No space left") as caught, asking_hub("user/a"):
+        raise OSError(28, "No space left on device")
+    assert not isinstance(caught.value, HubError)
+
+
+def test_what_the_client_wrapped_is_what_is_told():
+    with pytest.raises(HubError, match="broke off .OfflineModeIsEnabled: down"), asking_hub("user/a"):
+        raise LocalEntryNotFoundError("not in the cache") from OfflineModeIsEnabled("down")

@@ -1,0 +1,85 @@
+"""PEFT reads masks from the hub: PeftModel.from_pretrained with a repository's name, pinned, offline, and checked."""
+
+import pytest
+import torch
+from hub_stub.asked import turn_to
+from hub_stub.repository import File
+from hub_stub.server import Hub
+from huggingface_hub import constants
+from peft import PeftModel
+from peft_masks import STILL_CALLED, assert_same, config, logits, state, with_masks
+from tiny import make_llama, masked_llama
+
+from mft.files.hub import hub_is_reachable
+from mft.masks.convert import merge_model
+from mft.masks.export import save_masks
+from mft.masks.peft import MaskPeftConfig
+
+pytestmark = STILL_CALLED
+NAME = "user/masks"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with Hub() as hub:
+        turn_to(hub, monkeypatch, tmp_path / "cache", token=None)
+        yield hub
+    hub_is_reachable.cache_clear()
+
+
+def put(hub, directory):
+    return hub.add(NAME, {path.name: path.read_bytes() for path in directory.iterdir()})
+
+
+def test_an_export_is_read_by_its_name_pinned_to_a_commit_and_offline(hub, tmp_path, monkeypatch):
+    repository = put(hub, save_masks(masked_llama(), tmp_path / "masks"))
+    old = repository.branches["main"]
+    repository.commit("main", {}, "all gone")
+    assert MaskPeftConfig.from_pretrained(NAME, revision=old).mode == "magnitude"
+    expected = state(merge_model(masked_llama()))
+    assert_same(state(PeftModel.from_pretrained(make_llama(), NAME, revision=old).merge_and_unload()), expected)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub_is_reachable.cache_clear()
+    del hub.requests[:]
+    model = PeftModel.from_pretrained(make_llama(), NAME, revision=old)
+    model.load_adapter(NAME, "again", revision=old)
+    assert_same(state(model.merge_and_unload()), expected)
+    assert hub.requests == []
+
+
+def test_another_base_and_damage_are_refused_as_from_a_directory(hub, tmp_path):
+    directory = save_masks(masked_llama(), tmp_path / "masks")
+    put(hub, directory)
+    other = make_llama()
+    with torch.no_grad():
+        other.model.layers[2].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="the masks were learned on other weights of the same shapes"):
+        PeftModel.from_pretrained(other, NAME)
+    weights = directory / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + bytes([weights.read_bytes()[-1] ^ 1]))
+    put(hub, directory)
+    with pytest.raises(ValueError, match="must keep .* weights"):
+        PeftModel.from_pretrained(make_llama(), NAME)
+
+
+def test_what_is_loaded_is_what_was_checked_even_if_the_branch_has_moved_meanwhile(hub, tmp_path, monkeypatch):
+    repository = put(hub, save_masks(masked_llama(), tmp_path / "masks"))
+    other = save_masks(masked_llama(seed=7), tmp_path / "other")
+    newer = {path.name: File(path.read_bytes(), path.suffix == ".safetensors") for path in other.iterdir()}
+
+    def loading(*arguments, load=PeftModel.load_adapter, **options):
+        repository.commit("main", newer, "newer")  # between the description, which was checked, and the weights
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(PeftModel, "load_adapter", loading)
+    merged = PeftModel.from_pretrained(make_llama(), NAME).merge_and_unload()
+    assert_same(state(merged), state(merge_model(masked_llama())))
+
+
+def test_an_adapter_of_scores_is_read_as_peft_reads_it(hub, tmp_path):
+    model = with_masks()
+    model.save_pretrained(tmp_path / "adapter")
+    put(hub, tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(make_llama(), NAME, is_trainable=True).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.peft_config["default"].keep_ratio == config().keep_ratio
