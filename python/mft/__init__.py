@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .objectives.log_prob_objective import LogProbObjective
     from .objectives.objective import Objective
     from .objectives.token_objective import TokenObjective
+    from .publishing.push import push_to_hub
     from .training.checkpoint import newest_checkpoint
     from .training.loop import finetune, train_masks
     from .training.resume import Begin, Resume
@@ -59,6 +60,7 @@ _HOMES = {
     "objectives.log_prob_objective": ("LogProbObjective",),
     "objectives.objective": ("Objective",),
     "objectives.token_objective": ("TokenObjective",),
+    "publishing.push": ("push_to_hub",),
     "training.checkpoint": ("newest_checkpoint",),
     "training.loop": ("finetune", "train_masks"),
     "training.resume": ("Begin", "Resume"),
@@ -100,6 +102,7 @@ __all__ = [
     "merge_model",
     "newest_checkpoint",
     "print_trainable_parameters",
+    "push_to_hub",
     "quantize_model",
     "run_finetune",
     "run_train",

@@ -17,6 +17,7 @@ import yaml
 from .repository import File, Repository
 
 WRITES, READS = "hf_writes", "hf_reads"
+LICENSES = ("apache-2.0", "mit", "other")  # of the hub's long list
 LARGE = re.compile(r".*\.safetensors")  # as .gitattributes of a new repository says
 
 
@@ -178,13 +179,15 @@ class _Handler(BaseHTTPRequestHandler):
     def validate_yaml(self) -> None:
         head = re.match(r"---\n(.*?)\n---\n", json.loads(self.body)["content"], re.DOTALL)
         try:
-            valid = isinstance(yaml.safe_load(head[1]) if head else {}, dict)
+            values = yaml.safe_load(head[1]) if head else {}
         except yaml.YAMLError:
-            valid = False
-        if valid:
-            self._json({"errors": [], "warnings": []})
+            values = None
+        if not isinstance(values, dict):
+            found = "metadata must be a mapping"
         else:
-            self._send(400, json.dumps({"errors": [{"message": "metadata must be a mapping"}]}).encode())
+            found = "" if values.get("license", "mit") in LICENSES else '"license" must be one of the known ones'
+        said = {"errors": [{"message": found}] if found else [], "warnings": []}
+        self._send(400 if found else 200, json.dumps(said).encode())
 
     def info(self, name: str, revision: str | None = None) -> None:
         repository = self._repository(name)

@@ -354,6 +354,41 @@ def verify(
     run_verify(directory, model, dtype, base=base)
 
 
+@app.command()
+def push(
+    directory: Annotated[
+        Path, typer.Argument(help="An output_dir or its masks/, what PEFT saved, or a model that was merged.")
+    ],
+    repository: Annotated[str, typer.Argument(help="user/name on the hub; made where there is none.")],
+    revision: Annotated[
+        str | None,
+        typer.Option("--revision", "--branch", help="A branch, made where there is none; main if not given."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new repository is shown to its owner alone.")] = False,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
+    license: Annotated[
+        str | None, typer.Option(help="For the card, such as apache-2.0; that of the base's card if it lies here.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base's name on the hub, if it is named by a path here.")] = None,
+    overwrite_card: Annotated[
+        bool, typer.Option("--overwrite-card", help="Replace a README.md on the hub, whoever wrote it.")
+    ] = False,
+) -> None:
+    """Upload masks or a merged model to the Hugging Face Hub with a model card, in one commit."""
+    from mft.cli.push import run_push
+
+    run_push(
+        directory,
+        repository,
+        revision=revision,
+        private=private,
+        message=message,
+        license=license,
+        base=base,
+        overwrite_card=overwrite_card,
+    )
+
+
 @app.command("import-masks")
 def import_masks(
     path: Annotated[Path, typer.Argument(help="A masks.pt of the paper's code.")],

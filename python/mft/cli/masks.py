@@ -1,5 +1,7 @@
 """What the verbs on finished masks do: merge, inspect, and the exchange with the paper's own files."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 from rich import box
@@ -9,11 +11,13 @@ from mft.config import CONFIG, ModelConfig, load_config
 from mft.evaluation.evaluated_base import config_of_run
 from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.export import load_masks, save_masks
-from mft.masks.export_format import read_export
+from mft.masks.export_format import MaskExport, read_export
 from mft.masks.inspection import MaskStatistics, initial_masks, mask_statistics
 from mft.masks.location import masks_directory
 from mft.masks.paper_masks import import_paper_masks, write_paper_masks
 from mft.models.pretrained import load_model, save_model
+from mft.publishing.contents import facts_of_masks
+from mft.publishing.facts import MERGED, facts_of_export, merged_facts
 from mft.training.console import console, say
 from mft.training.inputs import read_base
 
@@ -28,7 +32,8 @@ def run_merge(masks: str, output: Path, model_name: str | None, dtype: str | Non
     export = read_export(directory)[0]
     kept = sum(int(module.mask().sum()) for module in masked_modules(model).values())
     total = sum(module.weight.numel() for module in masked_modules(model).values())
-    save_model(merge_model(model), tokenizer, output)
+    facts = _facts(directory, export, model.config._name_or_path, force=force)
+    save_model(merge_model(model), tokenizer, output, beside={MERGED: facts})
     say(f"merged: {kept} of {total} masked weights kept, the others are 0; the model lies in {output}")
     if export.base_quantization is not None:
         say(
@@ -71,6 +76,19 @@ def run_export_masks(masks: str, output: Path, model_name: str | None, dtype: st
 
 
 # ---------------------------------------------------------------------------------------------- private
+
+
+def _facts(directory: Path, export: MaskExport, base: str, *, force: bool) -> str:
+    """What a merged model's card will say of the masks, as MERGED holds it."""
+    try:
+        facts = facts_of_masks(directory, export)
+    except ValueError as error:
+        say(f"the merged model's card will say nothing of the run: {error}")
+        facts = facts_of_export(export)
+    facts = dataclasses.replace(facts, base_model_name_or_path=base)
+    if force:  # perhaps another base than the masks were learned on
+        facts = dataclasses.replace(facts, base_hash=None, results=None)
+    return json.dumps(merged_facts(facts), indent=2) + "\n"
 
 
 def _mask_table(rows: list[MaskStatistics]) -> Table:

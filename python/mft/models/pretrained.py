@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 SHORTHANDS = ("smollm2-135m",)
 # What save_pretrained and a model hub's snapshot write; save_model replaces a directory of these alone.
-_MODEL_FILES = re.compile(r".*\.safetensors|.*\.json|.*\.jinja|.*\.model|merges\.txt|.*\.md|\.gitattributes|LICENSE.*")
+MODEL_FILES = re.compile(r".*\.safetensors|.*\.json|.*\.jinja|.*\.model|merges\.txt|.*\.md|\.gitattributes|LICENSE.*")
 # Of a model's directory, what transformers takes for an object without looking.
 _OBJECTS = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -85,16 +85,19 @@ def smollm2_directory(dtype: str = "bfloat16") -> Path:
     return _dequantised(None, GGUF_SHA256, dtype)
 
 
-def save_model(model: Any, tokenizer: Any, directory: str | os.PathLike) -> Path:
+def save_model(
+    model: Any, tokenizer: Any, directory: str | os.PathLike, *, beside: Mapping[str, str] | None = None
+) -> Path:
     """Write model and tokenizer as an ordinary directory: AutoModelForCausalLM.from_pretrained(directory) reads it.
 
     A model directory that stands there already is replaced; one that holds anything else is refused.
+    Args: beside: texts that are written with it, by the file's name.
     """
     target = Path(directory)
     if target.exists() and not target.is_dir():
         raise ValueError(f"directory must be a directory, got the file {target}")
     present = [entry.name for entry in target.iterdir()] if target.exists() else []
-    foreign = [name for name in present if not _MODEL_FILES.fullmatch(name)]
+    foreign = [name for name in present if not MODEL_FILES.fullmatch(name)]
     if foreign:
         raise ValueError(
             f"directory must be new, empty or a model's, got {target} with "
@@ -111,6 +114,8 @@ def save_model(model: Any, tokenizer: Any, directory: str | os.PathLike) -> Path
         model.save_pretrained(scratch)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, scratch)
+        for name, text in (beside or {}).items():
+            (scratch / name).write_text(text, encoding="utf-8")
     return target
 
 

@@ -1,0 +1,16 @@
+"""What mft push prints of what it has uploaded."""
+
+from pathlib import Path
+from typing import Any
+
+from mft.publishing.push import push_to_hub
+from mft.training.console import say
+
+
+def run_push(directory: Path, repository: str, **options: Any) -> None:
+    """mft push"""
+    pushed = push_to_hub(directory, repository, **options)
+    for note in pushed.notes:
+        say(f"note: {note}")
+    say(f"pushed {directory} to {pushed.url}")
+    say(f"revision: {pushed.revision}; as masks {repository}@{pushed.revision} is what it is now, always")

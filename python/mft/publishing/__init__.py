@@ -1,0 +1,1 @@
+"""mft push: what was trained goes to the hub, whole, with a card that says what it is."""

@@ -1,0 +1,116 @@
+"""What is known of what is published: of the masks, and of the run that made them; None where nothing says it."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mft.checks import coerce_fields
+from mft.config import RunConfig
+from mft.files.json_file import read_object
+from mft.masks.export_format import MaskExport
+
+MERGED = "mft_merge.json"  # beside a merged model's weights: what mft merge knew of its masks
+_MOST = 1 << 24  # bytes of a file of facts
+
+
+@dataclass(frozen=True)
+class Results:
+    """The evaluations of a run by name, in nats a token and as shares; loss after - before, and its standard error."""
+
+    evaluations: dict[str, dict[str, float]]
+    difference: float
+    error: float
+
+
+@dataclass
+class Facts:
+    """Fields as in MaskExport; modules, kept and weights are counts of layers and of their weights."""
+
+    base_model_name_or_path: str | None = None
+    base_hash: str | None = None
+    content_hash: str | None = None
+    dtype: str | None = None
+    mode: str | None = None
+    keep_ratio: float | None = None
+    target_modules: list[str] | None = None
+    layers_to_transform: list[int] | None = None
+    modules: int | None = None
+    kept: int | None = None
+    weights: int | None = None
+    base_quantization: str | None = None
+    modules_to_save: list[str] | None = None
+    config: RunConfig | None = None
+    results: Results | None = None
+
+    def __post_init__(self) -> None:
+        coerce_fields(self)
+
+
+def facts_of_export(export: MaskExport) -> Facts:
+    same = {field.name for field in dataclasses.fields(Facts)} & {field.name for field in dataclasses.fields(export)}
+    return Facts(
+        **{name: getattr(export, name) for name in same - {"modules"}},
+        dtype=export.modules[0].dtype,
+        modules=len(export.modules),
+        kept=sum(entry.kept for entry in export.modules),
+        weights=sum(entry.shape[0] * entry.shape[1] for entry in export.modules),
+    )
+
+
+def facts_of_adapter(values: dict[str, Any]) -> Facts:
+    """Of the adapter_config.json that PEFT wrote, whose layers are a choice and not yet a list of modules."""
+    kinds: dict[str, Any] = {
+        "base_model_name_or_path": str,
+        "mode": str,
+        "keep_ratio": int | float,
+        "layers_to_transform": list,
+        "target_modules": list,
+        "modules_to_save": list,
+    }
+    return Facts(**{name: values[name] for name, kind in kinds.items() if isinstance(values.get(name), kind)})
+
+
+def merged_facts(facts: Facts) -> dict[str, Any]:
+    """What MERGED holds: all but the run's configuration."""
+    return {key: value for key, value in dataclasses.asdict(facts).items() if key != "config"}
+
+
+def read_merged(path: Path) -> Facts:
+    """Raises: ValueError that names the file, if it is not what merged_facts gave."""
+    values = read_object(path, _MOST)
+    known = {field.name for field in dataclasses.fields(Facts)} - {"config"}
+    if values.keys() != known:
+        odd = sorted(values.keys() ^ known)
+        raise ValueError(f"{path}: expected the keys that mft merge writes, {odd[0]!r} is one too many or few")
+    results = values.pop("results")
+    try:
+        facts = Facts(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return facts if results is None else dataclasses.replace(facts, results=_results(results, path))
+
+
+def read_results(path: Path) -> Results:
+    """Of the table.json of a run: its evaluations, and what the loss has gained.
+
+    Raises: ValueError that names the file.
+    """
+    values = read_object(path, _MOST)
+    rows = {name: row for name, row in values.items() if isinstance(row, dict) and {"loss", "accuracy"} <= row.keys()}
+    named = {"difference": values.get("loss after - before"), "error": values.get("standard error")}
+    return _results({"evaluations": rows, **named}, path)
+
+
+def _results(values: Any, path: Path) -> Results:
+    known = {field.name for field in dataclasses.fields(Results)}
+    whole = isinstance(values, dict) and values.keys() == known and isinstance(values["evaluations"], dict)
+    rows = list(values["evaluations"].values()) if whole else [None]
+    numbers = [row.get(key) if isinstance(row, dict) else None for row in rows for key in ("loss", "accuracy")]
+    for number in (*numbers, *((values["difference"], values["error"]) if whole else ())):
+        if not isinstance(number, int | float) or not math.isfinite(number):
+            raise ValueError(
+                f"{path}: expected finite losses and accuracies, as a finished run writes them, got {number}"
+            )
+    return Results(**values)

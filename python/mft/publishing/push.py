@@ -1,0 +1,177 @@
+"""One commit to a repository on the hub: the files of what was found whole, and its card.
+
+pushed = push_to_hub("runs/masks", "user/masks")
+mft.load_masks(model, "user/masks", revision=pushed.revision)
+"""
+
+import dataclasses
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+
+from mft.checks import check_rule
+from mft.files.hub import COMMIT, HubError, asking_hub, hub_is_reachable, split_hub_id, unreachable
+from mft.files.json_file import read_object
+from mft.files.regular_file import read_regular
+from mft.masks.export_format import CONFIG_FILE, MOST_CONFIG, content_hash, read_whole_export
+from mft.publishing.card import hub_base, is_made, license_of, model_card
+from mft.publishing.contents import INDEX, MODEL_CONFIG, README, WEIGHTS, Contents, read_contents
+from mft.publishing.facts import MERGED
+
+_MOST_CARD = 1 << 20  # bytes
+_SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_FORM = "\n# Model Card for Model ID\n"  # what PEFT puts beside an adapter, as long as nobody has filled it in
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """revision: the commit's hash. notes: what was left out, kept or not known, a line each."""
+
+    url: str
+    revision: str
+    notes: tuple[str, ...] = ()
+
+
+def push_to_hub(
+    directory: str | os.PathLike,
+    repository: str,
+    *,
+    revision: str | None = None,
+    private: bool = False,
+    message: str | None = None,
+    license: str | None = None,
+    base: str | None = None,
+    overwrite_card: bool = False,
+) -> Pushed:
+    """Upload masks, an adapter that PEFT saved or a model, with a model card, in one commit; who may, the token says.
+
+    The repository is made where there is none. A README.md in directory takes the place of the card. One on the hub
+    that was written or edited by hand stays. What is there already is not uploaded again.
+
+    Args:
+        directory: what save_masks, PEFT's save_pretrained, save_model or mft merge wrote, or a finished run.
+        repository: user/name.
+        revision: a branch, made where there is none; by default main.
+        private: a new repository is shown to its owner alone; an old one has to be private already.
+        message: of the commit.
+        license: of the card, as the hub spells it; by default that of the base's card, if that lies on this machine.
+        base: the base's name on the hub, where directory names it by a path.
+        overwrite_card: replace a README.md on the hub, whoever wrote it.
+    Returns: where it lies, the commit, and notes on what was left out, kept or not known.
+    Raises: FileNotFoundError or ValueError if directory holds nothing whole to push, or an argument breaks its rule;
+        OSError if the hub is not reached, or refuses. Nothing is changed there then, but that repository and branch may
+        have been made.
+    """
+    named = split_hub_id(repository)
+    check_rule(named is not None and named[1] is None, "repository", "be user/name", repr(repository))
+    check_rule(revision is None or not COMMIT.fullmatch(revision), "revision", "be a branch, which grows", revision)
+    check_rule(revision != "", "revision", "be a branch's name, or None", repr(revision))
+    check_rule(message != "", "message", "be a line, or None", repr(message))
+    check_rule(base is None or hub_base(base) == base, "base", "be user/name on the hub", repr(base))
+    contents = read_contents(Path(directory))
+    changed = {} if base is None else _with_base(contents, base)
+    if base is not None:
+        contents = dataclasses.replace(
+            contents, facts=dataclasses.replace(contents.facts, base_model_name_or_path=base)
+        )
+    notes = _notes(contents)
+    card = _card(contents, repository, license, notes)
+    if not hub_is_reachable():
+        raise HubError(f"repository {repository!r} cannot be pushed to: {unreachable()}")
+    api, branch = HfApi(), revision or "main"
+    with asking_hub(repository, revision, writing=True):
+        url, head, there = _opened(api, repository, branch, private=private)
+    _check_kind(contents, repository, there)
+    added = {name: changed.get(name, str(contents.directory / name)) for name in contents.files}
+    if README not in there or overwrite_card or _may_replace(repository, head, card):
+        added[README] = card.encode()
+    else:
+        notes.append(f"{README} of {repository} was written or edited by hand and stays; --overwrite-card replaces it")
+    stale = {name for name in there if contents.kind == "model" and _SHARD.fullmatch(name)} - added.keys()
+    operations = [*map(CommitOperationDelete, sorted(stale)), *(CommitOperationAdd(*each) for each in added.items())]
+    try:
+        with asking_hub(repository, revision, writing=True):
+            # upload_folder makes several commits where hf_xet is installed.
+            commit = api.create_commit(
+                repository,
+                operations,
+                commit_message=message or f"Push {contents.kind} with mft",
+                revision=branch,
+                parent_commit=head,
+            )
+    except ValueError as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"license and {README} must be as the hub takes them, got an answer of: {said}") from error
+    return Pushed(url, commit.oid, tuple(notes))
+
+
+def _opened(api: HfApi, repository: str, branch: str, *, private: bool) -> tuple[str, str, set[str]]:
+    """(url, head, names of files) of a branch that there is from now on."""
+    url = str(api.create_repo(repository, private=private or None, exist_ok=True))
+    if private and not api.model_info(repository).private:
+        raise ValueError(f"private must be False for a repository that is public, got {repository!r}: see its settings")
+    if branch != "main":
+        api.create_branch(repository, branch=branch, exist_ok=True)
+    info = api.model_info(repository, revision=branch)
+    assert info.sha is not None, "the hub says which commit a branch is"
+    return url, info.sha, {file.rfilename for file in info.siblings or []}
+
+
+def _check_kind(contents: Contents, repository: str, there: set[str]) -> None:
+    """A model and an adapter in one repository would be loaded together."""
+    other = ({CONFIG_FILE} if contents.kind == "model" else {MODEL_CONFIG, WEIGHTS, INDEX}) & there
+    if other:
+        raise ValueError(
+            f"repository must be new or hold the same kind of thing, got {repository!r} with {min(other)} for "
+            f"{contents.kind}: name another one"
+        )
+
+
+def _notes(contents: Contents) -> list[str]:
+    notes = [] if contents.note is None else [contents.note]
+    if contents.left_out:
+        notes.append(f"left out of {contents.directory}: {', '.join(contents.left_out[:9])}")
+    name = contents.facts.base_model_name_or_path
+    if hub_base(name) is None:
+        found = "no base is named" if name is None else f"the base is named {name}, which others do not have"
+        notes.append(f"{found}: --base USER/NAME says what it is on the hub")
+    return notes
+
+
+def _card(contents: Contents, repository: str, license: str | None, notes: list[str]) -> str:
+    path = contents.directory / README
+    if path.is_file():
+        own = read_regular(path, _MOST_CARD).decode("utf-8", errors="replace")
+        if contents.kind == "adapter" and _FORM in own:
+            notes.append(f"{path} is PEFT's form, not filled in: a card takes its place")
+        elif not is_made(own):
+            return own
+    found = {"license": license} if license is not None else license_of(contents.facts.base_model_name_or_path)
+    if not found:
+        notes.append("the card names no license, as none is known of the base: --license says which")
+    return model_card(contents, repository, found)
+
+
+def _may_replace(repository: str, head: str, card: str) -> bool:
+    with asking_hub(repository, head):
+        path = hf_hub_download(repository, README, revision=head)
+    there = read_regular(Path(path), _MOST_CARD).decode("utf-8", errors="replace")
+    return there == card or is_made(there)
+
+
+def _with_base(contents: Contents, base: str) -> dict[str, bytes]:
+    """The file that names the base, if contents have one, with this name."""
+    if contents.kind == "masks":
+        export, masks, saved = read_whole_export(contents.directory)
+        export = dataclasses.replace(export, base_model_name_or_path=base)
+        export = dataclasses.replace(export, content_hash=content_hash(export, masks, saved))
+        return {CONFIG_FILE: export.to_json().encode()}
+    name = CONFIG_FILE if contents.kind == "adapter" else MERGED
+    if name not in contents.files:
+        return {}
+    values = read_object(contents.directory / name, MOST_CONFIG) | {"base_model_name_or_path": base}
+    return {name: f"{json.dumps(values, indent=2)}\n".encode()}

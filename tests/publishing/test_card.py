@@ -1,0 +1,126 @@
+"""The model card: facts alone, no path of this machine, and blocks that run."""
+
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from tiny import make_llama, masked_llama, save_llama
+from typer.testing import CliRunner
+
+import mft
+from mft.cli.app import app
+from mft.masks.convert import merge_model
+from mft.masks.export import save_masks
+from mft.models import pretrained
+from mft.publishing.card import is_made, license_of, model_card
+from mft.publishing.contents import read_contents
+from mft.publishing.push import push_to_hub
+
+NAME = "user/masks"
+
+
+def card_of(directory, **options):
+    return model_card(read_contents(directory), NAME, **options)
+
+
+def test_the_metadata_are_the_hubs_terms(run):
+    data = ModelCard(card_of(run, license={"license": "apache-2.0"})).data
+    assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert data["base_model_relation"] == "adapter"
+    assert (data.library_name, data.pipeline_tag, data.license) == ("mft_kernels", "text-generation", "apache-2.0")
+    assert data.language is None
+    assert data.datasets is None  # a file of this machine
+    loss, accuracy = data.eval_results
+    assert (loss.metric_type, loss.metric_value, loss.dataset_name) == ("loss", 2.25, "my.jsonl")
+    assert (accuracy.metric_type, accuracy.metric_value) == ("accuracy", 0.375)
+
+
+def test_the_text_says_setting_results_and_configuration_and_no_directory_of_this_machine(run, tmp_path):
+    card = card_of(run)
+    assert str(tmp_path) not in card
+    assert "secret" not in card
+    assert "| before | 2.5000 | 25.00 % |\n| after | 2.2500 | 37.50 % |" in card
+    assert "Loss after - before: -0.2500 ± 0.0312" in card
+    export = mft.masks.export_format.read_export(run / "masks")[0]
+    kept, weights = sum(m.kept for m in export.modules), sum(m.shape[0] * m.shape[1] for m in export.modules)
+    for row in (
+        f"| kept | {100 * kept / weights:.2f} % of {weights} weights |",
+        "| `keep_ratio` | 0.9 |",
+        "| `mode` | magnitude |",
+        "| `layers_to_transform` | 2-3 |",
+        f"| weights of the base | {export.base_hash} |",
+    ):
+        assert row in card
+    assert "  source: my.jsonl\n" in card
+    assert "license" not in card
+    assert "output_dir" not in card
+
+
+def test_the_base_is_loaded_at_the_revision_that_the_run_had(run):
+    config = (run / "config.yaml").read_text().replace("revision: null", "revision: v1")
+    (run / "config.yaml").write_text(config)
+    assert 'mft.load_model(mft.ModelConfig("smollm2-135m", revision="v1", dtype="float32"))' in card_of(run)
+
+
+def test_the_same_facts_give_the_same_card_and_an_edit_is_seen(run):
+    card = card_of(run)
+    assert card == card_of(run)
+    assert is_made(card)
+    assert not is_made(card.replace("Masks of", "Fine masks of"))
+    assert not is_made(card + "more\n")
+
+
+def test_what_nothing_says_is_left_out(tmp_path):
+    card = card_of(save_masks(masked_llama(), tmp_path / "masks"))
+    data = ModelCard(card).data
+    assert (data.base_model, data.license, data.eval_results) == (None, None, None)
+    for absent in ("## Results", "## Training", "base_model", "| base |", "None"):
+        assert absent not in card
+
+
+def test_the_license_is_that_of_the_bases_card_if_it_lies_here(tmp_path):
+    save_llama(tmp_path / "base")
+    assert license_of(str(tmp_path / "base")) == {}
+    (tmp_path / "base" / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: llama2\nlicense_link: LICENSE\n---\n# It\n"
+    )
+    assert license_of(str(tmp_path / "base")) == {
+        "license": "other",
+        "license_name": "llama2",
+        "license_link": "LICENSE",
+    }
+    assert license_of("someone/not-here") == license_of(None) == {}
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_its_blocks_run_and_give_the_merged_model(hub, run, tmp_path, monkeypatch):
+    save_llama(tmp_path / "base")
+    monkeypatch.setattr(pretrained, "smollm2_directory", lambda dtype: tmp_path / "base")
+    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    push_to_hub(run, NAME)
+    card = hub.repositories[NAME].files()["README.md"].content.decode()
+    ours, through_peft = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    (merge,) = re.findall(r"```sh\nmft (.*?)\n```", card)
+    expected = merge_model(masked_llama()).state_dict()
+    for text in (ours, through_peft):
+        names = {"mft": mft}
+        exec(text, names)
+        model = names["model"].merge_and_unload() if text is through_peft else names["model"]
+        found = model.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    result = CliRunner().invoke(app, merge.split())
+    assert result.exit_code == 0, result.output
+    push_to_hub(tmp_path / "merged", "user/merged")
+    merged = hub.repositories["user/merged"].files()["README.md"].content.decode()
+    data = ModelCard(merged).data
+    assert (data["base_model_relation"], data.library_name) == ("finetune", "transformers")
+    assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "masks of" in merged
+    assert make_llama() is not None
+    assert "| `layers_to_transform` | 2-3 |" in merged
+    (loading,) = re.findall(r"```python\n(.*?)```", merged, re.DOTALL)
+    exec(loading, names)
+    assert all(torch.equal(names["model"].state_dict()[name], expected[name]) for name in expected)

@@ -1,0 +1,290 @@
+"""mft push against a hub on loopback, by huggingface_hub's own client: what is uploaded, refused, and kept."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from hub_stub.asked import environment
+from hub_stub.repository import File
+from hub_stub.server import READS, WRITES
+from huggingface_hub import HfApi, constants
+from safetensors.torch import load_file
+from tiny import make_llama, masked_llama, save_llama
+from typer.testing import CliRunner
+
+from mft.cli.app import app
+from mft.files.hub import HubError, hub_is_reachable
+from mft.masks.convert import masked_modules
+from mft.masks.export import save_masks
+from mft.masks.export_format import read_export
+from mft.models.pretrained import save_model
+from mft.publishing.push import push_to_hub
+
+NAME = "user/masks"
+CONFIG, MASKS = "adapter_config.json", "adapter_model.safetensors"
+READ = """
+import sys, torch
+from mft.masks.export_format import read_export
+from mft.masks.location import masks_directory
+torch.save(read_export(masks_directory(sys.argv[1]))[1], sys.argv[2])
+"""
+
+
+def contents(hub, name=NAME, revision="main"):
+    return {path: file.content for path, file in hub.repositories[name].files(revision).items()}
+
+
+def push(*arguments):
+    result = CliRunner().invoke(app, ["push", *map(str, arguments)])
+    return result.exit_code, result.output
+
+
+def writes(hub):
+    return [request for request in hub.requests if "/commit/" in request or request.startswith("PUT")]
+
+
+def test_masks_come_back_bit_for_bit_in_a_new_process_with_an_empty_cache(hub, run, tmp_path):
+    code, output = push(run, NAME)
+    assert code == 0, output
+    head = hub.repositories[NAME].branches["main"]
+    assert f"pushed {run} to {hub.url}/{NAME}\n" in output
+    assert f"revision: {head}; as masks {NAME}@{head} is" in output
+    found = contents(hub)
+    assert found.keys() == {".gitattributes", CONFIG, MASKS, "README.md"}
+    assert hub.repositories[NAME].files()[MASKS].large
+    assert hub.repositories[NAME].messages == ["initial", "Push masks with mft"]
+    variables = os.environ | environment(hub, tmp_path / "home")
+    words = [f"{NAME}@{head}", str(tmp_path / "read.pt")]
+    subprocess.run([sys.executable, "-c", READ, *words], check=True, env=variables)
+    read = torch.load(tmp_path / "read.pt")
+    expected = {name: module.packed_mask() for name, module in masked_modules(masked_llama()).items()}
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(read[name], expected[name]) for name in expected)
+
+
+def test_a_second_push_of_the_same_changes_nothing(hub, run):
+    first = push_to_hub(run, NAME)
+    sent = len(writes(hub))
+    assert push_to_hub(run / "masks", NAME).revision == first.revision
+    assert len(writes(hub)) == sent
+
+
+def test_a_branch_a_message_and_a_private_repository_are_made_as_asked(hub, run):
+    code, output = push(run, NAME, "--branch", "try", "--private", "--message", "First of them")
+    assert code == 0, output
+    repository = hub.repositories[NAME]
+    assert repository.private
+    assert repository.messages[-1] == "First of them"
+    assert MASKS in contents(hub, revision="try")
+    assert MASKS not in contents(hub)
+    hub.add("user/public")
+    with pytest.raises(ValueError, match="private must be False for a repository that is public, got 'user/public'"):
+        push_to_hub(run, "user/public", private=True)
+    assert contents(hub, "user/public").keys() == {".gitattributes"}
+
+
+def test_the_name_of_the_base_on_the_hub_goes_into_card_and_export(hub, tmp_path):
+    base = tmp_path / "my-base"
+    save_llama(base)
+    directory = save_masks(masked_llama(), tmp_path / "masks", base_model_name_or_path=str(base))
+    assert any("which others do not have: --base USER/NAME" in note for note in push_to_hub(directory, NAME).notes)
+    assert str(tmp_path) not in contents(hub)["README.md"].decode()
+    assert not any("--base" in note for note in push_to_hub(directory, NAME, base="user/my-base").notes)
+    assert b"base_model: user/my-base\n" in contents(hub)["README.md"]
+    (tmp_path / "got").mkdir()
+    for name in (CONFIG, MASKS):
+        (tmp_path / "got" / name).write_bytes(contents(hub)[name])
+    export, masks = read_export(tmp_path / "got")  # its hash agrees
+    assert export.base_model_name_or_path == "user/my-base"
+    assert masks.keys() == read_export(directory)[1].keys()
+
+
+def test_a_model_is_pushed_with_its_tokenizer_and_an_older_ones_shards_go(hub, tmp_path):
+    save_llama(tmp_path / "merged")
+    (tmp_path / "merged" / "optimizer.pt").write_bytes(b"pickle")
+    old = {"model-00001-of-00002.safetensors": b"1", "model.safetensors.index.json": b"{}", "notes.txt": b"mine"}
+    hub.add("user/model", old)
+    pushed = push_to_hub(tmp_path / "merged", "user/model")
+    found = contents(hub, "user/model")
+    assert {"config.json", "model.safetensors", "tokenizer.json", "notes.txt"} <= found.keys()
+    assert not found.keys() & {"optimizer.pt", "model-00001-of-00002.safetensors", "model.safetensors.index.json"}
+    assert any("left out" in note and "optimizer.pt" in note for note in pushed.notes)
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys()
+
+
+def test_a_model_and_an_adapter_do_not_share_a_repository(hub, run, tmp_path):
+    save_llama(tmp_path / "model")
+    for first, second, found in ((run, tmp_path / "model", CONFIG), (tmp_path / "model", run, "config.json")):
+        name = f"user/{found.partition('.')[0]}"
+        push_to_hub(first, name)
+        before = contents(hub, name)
+        with pytest.raises(ValueError, match=f"hold the same kind of thing, got '{name}' with {found}"):
+            push_to_hub(second, name)
+        assert contents(hub, name) == before
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_an_adapter_of_scores_is_pushed_with_a_card_in_place_of_pefts_form(hub, tmp_path):
+    from peft import get_peft_model
+
+    from mft.masks.peft import MaskPeftConfig
+
+    config = MaskPeftConfig(layers_to_transform=[3], target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(make_llama(), config).save_pretrained(tmp_path / "adapter")
+    assert "[More Information Needed]" in (tmp_path / "adapter" / "README.md").read_text()
+    push_to_hub(tmp_path / "adapter", NAME)
+    card = contents(hub)["README.md"].decode()
+    assert "More Information" not in card
+    assert "as PEFT saved them" in card
+    assert contents(hub)[MASKS] == (tmp_path / "adapter" / MASKS).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------- cards of others
+
+
+def test_a_card_that_was_edited_on_the_hub_stays_until_it_is_given_up(hub, run):
+    push_to_hub(run, NAME)
+    repository = hub.repositories[NAME]
+    edited = contents(hub)["README.md"].replace(b"Masks of", b"My masks of")
+    repository.commit("main", repository.files() | {"README.md": File(edited)}, "edit")
+    (run / "table.json").unlink()
+    pushed = push_to_hub(run, NAME)
+    assert contents(hub)["README.md"] == edited
+    assert any("edited by hand and stays; --overwrite-card" in note for note in pushed.notes)
+    push_to_hub(run, NAME, overwrite_card=True)
+    made = contents(hub)["README.md"]
+    assert made.startswith(b"---\n")
+    assert b"My masks" not in made
+    (run / "table.json").write_text(
+        '{"before": {"loss": 1.0, "accuracy": 0.5}, "loss after - before": 0, "standard error": 0}'
+    )
+    push_to_hub(run, NAME)  # one that was made is made anew
+    assert b"## Results" in contents(hub)["README.md"]
+
+
+def test_a_readme_in_the_directory_takes_the_cards_place(hub, run):
+    (run / "masks" / "README.md").write_text("# Mine\n")
+    push_to_hub(run, NAME)
+    assert contents(hub)["README.md"] == b"# Mine\n"
+
+
+# ---------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "masks" / MASKS).write_bytes((run / "masks" / MASKS).read_bytes()[:-8]), "damaged or cut"),
+        (lambda run: (run / "masks" / MASKS).unlink(), "missing; an export has"),
+        (lambda run: shutil.rmtree(run / "masks"), "must be a finished run's, got .* --resume"),
+        (lambda run: [shutil.rmtree(run / "masks"), (run / "config.yaml").unlink()], "must hold masks or an adapter"),
+        (lambda run: shutil.rmtree(run), "directory must be one that exists, got .*mine"),
+        (lambda run: (run / "masks" / CONFIG).write_text('{"peft_type": "LORA"}'), "must be 'MFT' to be pushed by mft"),
+        (lambda run: (run / "table.json").write_text('{"after": {"loss": NaN}}'), "expected finite losses"),
+    ],
+)
+def test_what_is_not_whole_is_refused_before_the_hub_is_asked(hub, run, damage, message):
+    damage(run)
+    with pytest.raises((ValueError, OSError), match=message):
+        push_to_hub(run, NAME)
+    assert hub.requests == []
+
+
+def test_a_model_whose_shard_is_missing_or_that_is_masked_is_refused(hub, tmp_path):
+    directory = tmp_path / "model"
+    save_model(make_llama(), None, directory)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "../b.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="weight_map must name a file beside it"):
+        push_to_hub(directory, "user/model")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    with pytest.raises(ValueError, match="expected the weights of an ordinary model, got none called a"):
+        push_to_hub(directory, "user/model")
+    (directory / "model.safetensors").rename(directory / "other.safetensors")
+    with pytest.raises(FileNotFoundError, match="missing, weights of the model"):
+        push_to_hub(directory, "user/model")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repository": "masks"}, "repository must be user/name, got 'masks'"),
+        ({"repository": "user/masks@main"}, "repository must be user/name"),
+        ({"repository": "user/ma..sks"}, "repository must be user/name"),
+        ({"revision": "0" * 40}, "revision must be a branch"),
+        ({"message": ""}, "message must be a line"),
+        ({"base": "../base"}, "base must be user/name on the hub, got '../base'"),
+    ],
+)
+def test_a_bad_argument_is_named_before_the_hub_is_asked(hub, run, options, message):
+    with pytest.raises(ValueError, match=message):
+        push_to_hub(run, **{"repository": NAME} | options)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("token", "name", "message"),
+    [
+        (None, NAME, r"must know who asks for 'user/masks', got no token .* `hf auth login`, or set HF_TOKEN"),
+        ("hf_forgotten", NAME, "got no token that it knows .Invalid credentials"),
+        (READS, NAME, r"must let you write to 'user/masks', got 403 \(You don't have the rights"),
+        (WRITES, "someone/masks", "must let you write to 'someone/masks', got 403"),
+    ],
+)
+def test_who_may_not_write_is_told(hub, run, monkeypatch, token, name, message):
+    monkeypatch.setenv("HF_TOKEN", token or "")
+    with pytest.raises(HubError, match=message):
+        push_to_hub(run, name)
+    assert hub.repositories == {}
+
+
+def test_a_commit_by_somebody_else_meanwhile_is_not_run_over(hub, run, monkeypatch):
+    repository = hub.add(NAME)
+
+    def commit(api, *arguments, commit=HfApi.create_commit, **options):
+        repository.commit("main", repository.files(), "theirs")
+        return commit(api, *arguments, **options)
+
+    monkeypatch.setattr(HfApi, "create_commit", commit)
+    with pytest.raises(HubError, match=r"must stay as it was while it is written to, got 412 \(.*A commit .*try again"):
+        push_to_hub(run, NAME)
+    assert contents(hub).keys() == {".gitattributes"}
+
+
+@pytest.mark.parametrize("route", ["/lfs/[0-9a-f]+", f"/api/models/{NAME}/commit/main"])
+def test_a_connection_that_breaks_off_leaves_the_repository_as_it_was(hub, run, route):
+    hub.add(NAME)
+    hub.fail("PUT" if "lfs" in route else "POST", route, after=100, times=99)
+    with pytest.raises(HubError, match="connection to the hub for 'user/masks' broke off .*try again"):
+        push_to_hub(run, NAME)
+    assert contents(hub).keys() == {".gitattributes"}
+    hub.faults.clear()
+    push_to_hub(run, NAME)
+    assert MASKS in contents(hub)
+
+
+def test_without_a_hub_the_message_says_why(hub, run, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub_is_reachable.cache_clear()
+    code, output = push(run, NAME)
+    assert code == 2
+    assert "repository 'user/masks' cannot be pushed to: the hub is not asked, as HF_HUB_OFFLINE is set" in output
+    assert hub.requests == []
+
+
+def test_the_client_of_the_real_hub_lists_what_was_pushed(hub, run):
+    pushed = push_to_hub(run, NAME)
+    info = HfApi().model_info(NAME, revision=pushed.revision)
+    assert {file.rfilename for file in info.siblings} >= {CONFIG, MASKS, "README.md"}
+
+
+def test_a_verb_takes_the_name_of_a_repository_with_its_revision(hub, run):
+    place = f"{NAME}@{push_to_hub(run, NAME).revision}"
+    result = CliRunner().invoke(app, ["verify", place, "--no-base"])
+    assert result.exit_code == 0, result.output
+    assert "14 masked layers, 90" in result.output
+    assert "content hash agrees" in result.output
