@@ -249,3 +249,25 @@ def test_tied_embeddings_stay_tied():
     model = with_masks(make_llama(tie_word_embeddings=True), target_modules="all-linear").merge_and_unload()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings
+
+
+# ---------------------------------------------------------------------------------------------- TRL's reference
+
+
+def test_a_reference_by_the_configuration_of_a_mask_begins_as_its_copy():
+    """What TRL asks for by add_adapter("ref", model.peft_config["default"])."""
+    model = with_masks()
+    with torch.no_grad():
+        for layer in layers(model):
+            layer.mft_scores["default"].add_(1)  # learned
+    model.add_adapter("ref", model.peft_config["default"])
+    model.add_adapter("fresh", model.peft_config["default"])
+    for layer in layers(model):
+        trained, reference, fresh = (layer.mft_scores[name] for name in ("default", "ref", "fresh"))
+        assert torch.equal(reference, trained)
+        assert reference.data_ptr() != trained.data_ptr()
+        assert torch.equal(fresh + 1, trained)
+        assert (trained.requires_grad, reference.requires_grad) == (True, False)
+    model.delete_adapter("ref")
+    model.add_adapter("ref", copy.copy(model.peft_config["default"]))  # equal, but no mask's own
+    assert all(torch.equal(layer.mft_scores["ref"], layer.mft_scores["fresh"]) for layer in layers(model))

@@ -16,6 +16,10 @@ from mft_kernels.checks import NonFiniteScores
 from mft_kernels.masking import current_mask
 from mft_kernels.scores import watch
 
+# Of a model that comes with an adapter, TRL's trainers add one of this name by the adapter's own configuration, as the
+# policy that training begins at. They copy the parameters over by LoRA's names, which scores do not have.
+TRL_REFERENCE = "ref"
+
 
 class MaskLinear(nn.Module, BaseTunerLayer):
     """y = x @ where(keep, weight, 0).T + bias by the active mask; the wrapped layer itself where none is.
@@ -39,11 +43,18 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         self._taken_out: tuple[Tensor, Tensor] | None = None  # while merged: packed mask, dropped weights
 
     def add_mask(self, adapter_name: str, config: MaskConfig) -> None:
-        """Add the scores that mask_model would draw for this layer; config is referred to, not copied."""
+        """Add the scores that mask_model would draw for this layer; config is referred to, not copied.
+
+        A mask of TRL's name for a reference, by the very config of a mask that is there, begins as that one's copy.
+        """
         if self.merged:
             warnings.warn("A mask is added to a merged layer: unmerging it first.", stacklevel=2)
             self.unmerge()
-        self.mft_scores[adapter_name] = masked_layer(self.base_layer, self.module_name, config).scores
+        scores = masked_layer(self.base_layer, self.module_name, config).scores
+        copied = next((name for name, other in self.mft_config.items() if other is config), None)
+        if adapter_name == TRL_REFERENCE and copied is not None:
+            scores.data.copy_(self.mft_scores[copied].data)
+        self.mft_scores[adapter_name] = scores
         self.mft_config[adapter_name] = config
 
     def forward(self, x: Tensor, rows: TaskPerRow | None = None) -> Tensor:
