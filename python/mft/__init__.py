@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         trainable_parameters,
     )
     from .masks.export import load_masks, save_masks
+    from .masks.merged_weights import merged_weights
     from .masks.peft import MaskPeftConfig, to_masked_model
     from .masks.quantize import quantize_model
     from .models.parallel import gathered
@@ -50,6 +51,7 @@ _HOMES = {
         *("print_trainable_parameters", "trainable_parameters"),
     ),
     "masks.export": ("load_masks", "save_masks"),
+    "masks.merged_weights": ("merged_weights",),
     "masks.peft": ("MaskPeftConfig", "to_masked_model"),
     "masks.quantize": ("quantize_model",),
     "models.parallel": ("gathered",),
@@ -100,6 +102,7 @@ __all__ = [
     "mask_model",
     "masked_modules",
     "merge_model",
+    "merged_weights",
     "newest_checkpoint",
     "print_trainable_parameters",
     "push_to_hub",

@@ -55,23 +55,11 @@ def merge_model(model: nn.Module) -> nn.Module:
     """
     model = unwrapped(model)
     check_unsharded(model)
-    masked = masked_modules(model)
-    if not masked:
-        raise ValueError(
-            f"model has no masked layers to merge, got a plain {type(model).__name__}: mask_model or load_masks first"
-        )
-    quantized = quantized_weights(model)
-    if quantized:
-        raise ValueError(
-            f"masks must be merged into exact weights, got {len(quantized)} layers that are quantised "
-            f"({next(iter(quantized))}, ...): save_masks, and load_masks on the unquantised model"
-        )
-    for module in masked.values():
-        module.packed_mask()  # non-finite scores raise before anything is replaced
+    masked = mergeable_modules(model)
     for name in list(masked):
         module = masked.pop(name)  # one at a time, so that a layer's scores are freed before the next one is copied
         linear = module.merge()
-        replace_module(model, name, _to_conv1d(linear) if getattr(module, _CAME_FROM_CONV1D, False) else linear)
+        replace_module(model, name, _to_conv1d(linear) if came_from_conv1d(module) else linear)
     remove_checkpointing_hooks(model)
     forget_saved_modules(model)
     before = getattr(model, _TRAINABLE_BEFORE, None)
@@ -127,6 +115,29 @@ def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
         replace_module(model, name, masked_layer(model.get_submodule(name), name, config))
     train_whole(model, select_saved_modules(model, config.modules_to_save))
     _prepare_checkpointing(model, names)
+
+
+def mergeable_modules(model: nn.Module) -> dict[str, MaskedLinear]:
+    """masked_modules. Raises ValueError unless there are some and the weights are exact, NonFiniteScores by scores."""
+    masked = masked_modules(model)
+    if not masked:
+        raise ValueError(
+            f"model has no masked layers to merge, got a plain {type(model).__name__}: mask_model or load_masks first"
+        )
+    quantized = quantized_weights(model)
+    if quantized:
+        raise ValueError(
+            f"masks must be merged into exact weights, got {len(quantized)} layers that are quantised "
+            f"({next(iter(quantized))}, ...): save_masks, and load_masks on the unquantised model"
+        )
+    for module in masked.values():
+        module.packed_mask()  # non-finite scores raise before anything is replaced
+    return masked
+
+
+def came_from_conv1d(module: MaskedLinear) -> bool:
+    """Whether the model had a Conv1D there, whose weight is (in, out)."""
+    return getattr(module, _CAME_FROM_CONV1D, False)
 
 
 def masked_layer(source: Any, name: str, config: MaskConfig) -> MaskedLinear:

@@ -141,6 +141,15 @@ class MaskLinear(nn.Module, BaseTunerLayer):
         return packed, merged
 
     @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """What the base layer's weight would be after merge(), which is not done; that weight itself without a mask."""
+        name = next((name for name in self.active_adapters if name in self.mft_scores), None)
+        if self.disable_adapters or self.merged or name is None:
+            return self.base_layer.weight.detach()
+        merged = self.baked([name], safe_merge=False)[1]
+        return merged.t().contiguous() if isinstance(self.base_layer, Conv1D) else merged
+
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Put the dropped weights back, bit for bit."""
         if self._taken_out is None:

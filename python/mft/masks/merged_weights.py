@@ -1,0 +1,91 @@
+"""The tensors of the merged model one at a time, for what runs beside the training and wants new weights now and then.
+
+An inference engine that makes an RL trainer's completions, for one: vLLM's load_weights takes (name, tensor) pairs.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mft.masks.convert import came_from_conv1d, mergeable_modules
+from mft.models.parallel import check_unsharded, unwrapped
+from mft_kernels import MaskedLinear
+
+
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of what merge_model would give, by the names that the model has without masks; model is unchanged.
+
+    Parameters and persistent buffers, module by module as in named_parameters, tied ones once. Kept weights are
+    bit-equal to the base's, dropped ones +0. A masked layer's weight is made when it is asked for, so that one at a
+    time lies in memory beside the model; all else is the model's own tensors, to be read alone.
+
+    Args:
+        model: of mask_model or load_masks, or a PeftModel whose active adapter is a mask: of modules_to_save that one's
+            copies then. Also in torch.compile or DistributedDataParallel.
+    Raises: ValueError, before there is a first tensor, if nothing is masked, scores are not finite, weights are
+        quantised, or fully_shard has spread the model.
+    """
+    model = unwrapped(model)
+    check_unsharded(model)
+    if hasattr(model, "peft_config"):
+        model = _peft_base(model)
+    else:
+        mergeable_modules(model)
+    return _tensors(model, "", set())
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _peft_base(model: Any) -> nn.Module:
+    """The model within a PeftModel. Raises ValueError as merged_weights does."""
+    layers = [module for module in model.modules() if _is_peft_mask(module)]
+    if not layers:
+        kinds = ", ".join(sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}))
+        raise ValueError(f"model must have masks to merge, got a {type(model).__name__} of {kinds}: use merge_adapter")
+    for layer in layers:
+        layer.merged_weight()  # what it would raise halfway
+    return model.get_base_model()
+
+
+def _is_peft_mask(module: Any) -> bool:
+    """Told without an import of PEFT, which need not be there."""
+    return getattr(type(module), "masks_weight", False) and hasattr(module, "merged_weight")
+
+
+def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Of module and what is in it. seen: ids of the modules and tensors that have been given."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, MaskedLinear):
+        yield f"{prefix}weight", _merged(module)
+        yield from _new({"bias": module.bias}, prefix, seen)
+    elif _is_peft_mask(module):
+        yield f"{prefix}weight", module.merged_weight()
+        yield from _new({"bias": module.base_layer.bias}, prefix, seen)
+    elif hasattr(module, "modules_to_save"):  # PEFT's wrapper of a module that is trained whole
+        trained = next((name for name in module.active_adapters if name in module.modules_to_save), None)
+        base = module.disable_adapters or trained is None
+        yield from _tensors(module.original_module if base else module.modules_to_save[trained], prefix, seen)
+    else:
+        buffers = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        yield from _new(module._parameters | buffers, prefix, seen)
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from _tensors(child, f"{prefix}{name}.", seen)
+
+
+def _new(tensors: dict[str, Tensor | None], prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors.items():
+        if tensor is not None and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield f"{prefix}{name}", tensor.detach()
+
+
+@torch.no_grad()
+def _merged(module: MaskedLinear) -> Tensor:
+    weight = torch.where(module.mask(), module.weight, 0)
+    return weight.t().contiguous() if came_from_conv1d(module) else weight
