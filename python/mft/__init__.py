@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .masks.merged_weights import merged_weights
     from .masks.peft import MaskPeftConfig, to_masked_model
     from .masks.quantize import quantize_model
+    from .masks.unmasked import unmasked_model
     from .models.parallel import gathered
     from .models.pretrained import load_model, save_model
     from .objectives.distillation import Distillation
@@ -54,6 +55,7 @@ _HOMES = {
     "masks.merged_weights": ("merged_weights",),
     "masks.peft": ("MaskPeftConfig", "to_masked_model"),
     "masks.quantize": ("quantize_model",),
+    "masks.unmasked": ("unmasked_model",),
     "models.parallel": ("gathered",),
     "models.pretrained": ("load_model", "save_model"),
     "objectives.distillation": ("Distillation",),
@@ -114,6 +116,7 @@ __all__ = [
     "to_masked_model",
     "train_masks",
     "trainable_parameters",
+    "unmasked_model",
 ]
 
 

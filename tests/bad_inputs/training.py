@@ -17,6 +17,7 @@ from mft.evaluation.evaluate import evaluate, paired_difference
 from mft.evaluation.evaluated_base import check_exact
 from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.quantize import quantize_model
+from mft.masks.unmasked import unmasked_model
 from mft.training import plan
 from mft.training.checkpoint import BadCheckpoint, check_space, newest_checkpoint, write_checkpoint
 from mft.training.loop import finetune, train_loop, train_masks
@@ -319,6 +320,17 @@ def fine_tuning_quantised_weights():
 )
 def a_merge_into_quantised_weights():
     merge_model(quantize_model(masked_llama(), "int8", masked=True))
+
+
+@refused(
+    ValueError,
+    where="model",
+    got="got 1 other parameters (lm_head.weight, ...)",
+    rule="must train scores alone",
+    remedy="load the base a second time",
+)
+def the_base_of_a_model_that_trains_its_head():
+    unmasked_model(mask_model(make_llama(), MaskConfig(modules_to_save=["lm_head"])))
 
 
 @refused(

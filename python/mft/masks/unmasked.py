@@ -1,0 +1,59 @@
+"""The base of a masked model as a model of its own, on the same memory: the reference of a preference trainer."""
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from mft.masks.convert import masked_modules
+from mft.masks.gradient_checkpointing import remove_checkpointing_hooks
+from mft.masks.quantize import QuantizedLinear, QuantizedMaskedLinear
+from mft.models.parallel import check_unsharded, unwrapped
+from mft_kernels import MaskedLinear
+
+
+def unmasked_model(model: nn.Module) -> nn.Module:
+    """The model that mask_model was given, in eval mode, beside the masked one: no weight is copied.
+
+    What a mask is compared with while it learns, such as ref_model of TRL's DPOTrainer. Not to be written to: both
+    models compute with the same tensors. For a Conv1D it has an nn.Linear, and on a quantised base it is quantised.
+
+    Args: model: masked; also in torch.compile or DistributedDataParallel.
+    Raises: ValueError if nothing is masked, if more than scores is trained (then there is no base any more), or if the
+        model is spread over devices or processes.
+    """
+    model = unwrapped(model)
+    check_unsharded(model)
+    masked = masked_modules(model)
+    if not masked:
+        raise ValueError(
+            f"model must have masked layers, got a {type(model).__name__} without: mask_model it first "
+            "(a PeftModel has disable_adapter())"
+        )
+    scores = {id(module.scores) for module in masked.values()}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in scores]
+    if trained:
+        raise ValueError(
+            f"model must train scores alone, or its base changes too, got {len(trained)} other parameters "
+            f"({trained[0]}, ...): load the base a second time"
+        )
+    spread = next((name for name, module in model.named_modules() if hasattr(module, "_hf_hook")), None)
+    if spread is not None:
+        raise ValueError(
+            f"model must lie on one device, got hooks of accelerate's at {spread or 'the model'}: take the unmasked "
+            "model before dispatch_model"
+        )
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    shared |= {id(module): _without_mask(module) for module in masked.values()}
+    made: Any = copy.deepcopy(model, shared)
+    vars(made).pop("forward", None)  # which trainers replace by one that is bound to the masked model
+    remove_checkpointing_hooks(made)
+    return made.eval()
+
+
+def _without_mask(module: MaskedLinear) -> nn.Module:
+    if isinstance(module, QuantizedMaskedLinear):
+        return QuantizedLinear(module.quantized, module.bias)
+    linear: Any = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+    linear.weight, linear.bias = module.weight, module.bias
+    return linear
