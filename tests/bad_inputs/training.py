@@ -16,6 +16,7 @@ from mft.engines.step import NonFiniteLoss
 from mft.evaluation.evaluate import evaluate, paired_difference
 from mft.evaluation.evaluated_base import check_exact
 from mft.masks.convert import mask_model, masked_modules, merge_model
+from mft.masks.peft import MaskPeftConfig
 from mft.masks.quantize import quantize_model
 from mft.masks.unmasked import unmasked_model
 from mft.training import plan
@@ -331,6 +332,17 @@ def a_merge_into_quantised_weights():
 )
 def the_base_of_a_model_that_trains_its_head():
     unmasked_model(mask_model(make_llama(), MaskConfig(modules_to_save=["lm_head"])))
+
+
+@refused(
+    AttributeError,
+    where="trainable_token_indices",
+    got="got tokens that were added to the tokenizer",
+    rule="are not for masks, which leave embeddings as they are",
+    remedy="give a chat template without new ones",
+)
+def tokens_that_trl_adds_for_a_chat_template():
+    print(MaskPeftConfig().trainable_token_indices)
 
 
 @refused(

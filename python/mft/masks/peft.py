@@ -60,6 +60,14 @@ class MaskPeftConfig(MaskConfig, PeftConfig):
             self.scores_dtype,
         )
 
+    @property
+    def trainable_token_indices(self) -> None:
+        """PEFT takes an AttributeError for none; TRL asks where it added tokens to the tokenizer, to train them."""
+        raise AttributeError(
+            "trainable_token_indices are not for masks, which leave embeddings as they are, got tokens that were added "
+            "to the tokenizer: give a chat template without new ones, as a *.jinja file or on the tokenizer"
+        )
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
