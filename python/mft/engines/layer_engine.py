@@ -118,6 +118,11 @@ class LayerEngine:
         self.mover.finish()
         return {f"{mask.name}.scores": mask.module.scores for mask in self.masks}
 
+    def result(self) -> dict[str, Tensor]:
+        """The masks, as a finished run saves them: see step.Runner."""
+        self.mover.finish()
+        return {f"{mask.name}.mask": mask.packed for mask in self.masks}
+
     def relearned(self) -> None:
         """After a change of the scores: the masks follow."""
         for mask, selected in zip(self.masks, current_masks({mask.name: mask.module for mask in self.masks})):

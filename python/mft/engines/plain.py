@@ -1,6 +1,6 @@
 """The ordinary step: autograd over the model's own forward, then AdamW; what every other way of running must equal."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -41,7 +41,8 @@ class Plain:
         before_update: Callable[[], None] | None = None,
         objective: Objective = CROSS_ENTROPY,
     ) -> None:
-        self._model, self._head, self._processes, self._objective = model, head, processes, objective
+        self._model, self._processes, self._run = model, processes, run
+        self.head, self._objective = head, objective
         self._prefix = FrozenPrefix(model, memory=memory, run=run)
         self._device = next(model.parameters()).device
         self._stepper = _stepper(model, train)
@@ -60,7 +61,7 @@ class Plain:
                     base = self._base(batch) if self._objective.needs_reference(batch) else None
                     ids, positions = batch.inputs(self._device)
                     hidden = self._prefix(ids, batch.rows, positions)
-                    total = self._objective.backward(self._head, hidden, batch, scale, base)
+                    total = self._objective.backward(self.head, hidden, batch, scale, base)
                     on_loss(batch, total)
         with self._at("the optimiser step"):
             self._processes.sum_gradients(self._stepper.masters)
@@ -90,7 +91,7 @@ class Plain:
             ids, positions = batch.inputs(self._device)
             self._prefix.recall(ids, batch.rows, positions)
             if self._objective.remembers and self._objective.needs_reference(batch):
-                self._objective.remember(self._head, self._base(batch), batch)
+                self._objective.remember(self.head, self._base(batch), batch)
 
     @torch.no_grad()
     def _base(self, batch: MicroBatch) -> Tensor:
@@ -107,6 +108,22 @@ class Plain:
         """What is trained, by the parameter's name: fp32 masters of 16-bit weights, else the parameters themselves."""
         masters = {id(p): master for p, master in zip(self._stepper.parameters, self._stepper.masters)}
         return {name: masters[id(p)] for name, p in self._model.named_parameters() if id(p) in masters}
+
+    @torch.no_grad()
+    def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
+        """What the head reads (B, T, D) for each batch, by what is learned so far, without gradients."""
+        for batch in batches:
+            ids, positions = batch.inputs(self._device)
+            yield self._run(self._model, ids, positions)
+
+    def result(self) -> dict[str, Tensor]:
+        """What a finished run saves: see step.Runner."""
+        trained = {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
+        masked = {n: m for n, m in self._model.named_modules() if isinstance(m, MaskedLinear)}
+        for name, module in masked.items():
+            if trained.pop(f"{name}.scores", None) is not None:
+                trained[f"{name}.mask"] = module.packed_mask()
+        return trained
 
     def relearned(self) -> None:
         """After a change of what is learned: the model computes with it."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mft.data.batches import MicroBatch
 
@@ -44,6 +44,15 @@ class Runner(Protocol):
     def learned(self) -> Mapping[str, Tensor]:
         """What is trained, as it rests, by the parameter's name: scores, or fp32 masters of 16-bit weights."""
 
+    head: nn.Module  # hidden states -> logits
+
+    def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
+        """What the head reads (B, T, D) for each batch, by what is learned so far, without gradients."""
+
+    def result(self) -> Mapping[str, Tensor]:
+        """What a finished run saves, as it is now and where it lies: each mask as bits, LAYER.mask, int32 as of
+        pack_mask; trained weights by the parameter's name, in the model's dtype."""
+
     def relearned(self) -> None:
         """After a change of what is learned: the model computes with it."""
 
@@ -60,7 +69,7 @@ class StepReport:
     loss: float  # mean over what the objective counts: a token, or a pair
     lr: float
     tokens: int  # of this step
-    seconds: float  # since the loop began
+    seconds: float  # since the loop began, but for evaluations
 
 
 class NonFiniteLoss(RuntimeError):

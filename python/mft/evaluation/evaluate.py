@@ -6,14 +6,16 @@ Tokens of one document resemble each other, so documents, not tokens, are what t
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from mft.data.batches import MicroBatch, count_labels, take_rows
+from mft.engines.distributed import ALONE, Processes
 from mft.engines.start import Device, start_engine
+from mft.engines.step import Runner
 from mft.masks.base_pass import as_base
 from mft.masks.convert import masked_modules
 from mft.models.causal_lm import FEW, split_at_head
@@ -64,14 +66,18 @@ def evaluate(
     device: Device = None,
     on_batch: Callable[[int, int], None] | None = None,
     objective: Objective = CROSS_ENTROPY,
+    runner: Runner | None = None,
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """Loss and accuracy of model on dataset (columns input_ids, labels, document).
 
     Args:
         first, memory: the first ``first`` layers' outputs are remembered there, or taken from there (see FrozenPrefix).
         way, device: where the model's weights are meanwhile; see train_masks. first and memory belong to "plain".
-        on_batch: called with the numbers of rows and of tokens after each batch.
+        on_batch: called with the numbers of rows and of tokens after each batch; it may raise.
         objective: what else is measured.
+        runner: what trains the model, and runs it meanwhile; way, device, first and memory are then its business.
+        processes: those that share the batches, each of which calls this with the same arguments, and gets all sums.
     Raises: ValueError if dataset scores no token, or the model predicts no next tokens, or has too few positions.
     """
     if len(dataset) == 0:
@@ -82,30 +88,40 @@ def evaluate(
     outdate()  # a figure is of the scores as they are, whoever has written them
     was_training = model.training
     model.eval()
+    starts = range(0, len(dataset), batch_size)
+    groups = list(enumerate(range(start, min(start + batch_size, len(dataset))) for start in starts))
+    own = groups[processes.rank :: processes.count]
+    batches = (take_rows(dataset, list(rows)) for _, rows in own)
+    few = first_row[:, :FEW].to(next(model.parameters()).device)
+    found: list[_Found] = []
+    try:
+        with (
+            torch.no_grad(),
+            keeping_apart(model, dataset, few, batch_size),
+            _runner(model, few, way, device, first, memory, objective, runner) as (hidden_of, head),
+            contextlib.closing(hidden_of(batches)) as states,  # an engine is not left halfway
+        ):
+            for (batch, hidden, base), (number, _) in zip(states, own):  # the states first: they come to their end
+                losses, correct = token_losses(head, hidden, batch.labels.to(hidden.device))
+                values = (count_labels(batch.labels).tolist(), losses.sum(-1).tolist(), correct.sum(-1).tolist())
+                measured = objective.measure(head, hidden, batch, base)
+                found.append((number, batch.documents, values, objective.count(batch), measured))
+                if on_batch is not None:
+                    on_batch(len(batch.rows), batch.input_ids.numel())
+    finally:
+        model.train(was_training)
     sums: dict[int, list[float]] = {}
     figures: dict[str, float] = {}
     counted = 0
-    groups = [range(start, min(start + batch_size, len(dataset))) for start in range(0, len(dataset), batch_size)]
-    batches = (take_rows(dataset, list(rows)) for rows in groups)
-    few = first_row[:, :FEW].to(next(model.parameters()).device)
-    with (
-        torch.no_grad(),
-        keeping_apart(model, dataset, few, batch_size),
-        _runner(model, few, way, device, first, memory, objective) as (hidden_of, head),
-    ):
-        for batch, hidden, base in hidden_of(batches):
-            losses, correct = token_losses(head, hidden, batch.labels.to(hidden.device))
-            per_row = (count_labels(batch.labels).tolist(), losses.sum(-1).tolist(), correct.sum(-1).tolist())
-            for document, *values in zip(batch.documents, *per_row):
-                entry = sums.setdefault(document, [0.0, 0.0, 0.0])
-                for i, value in enumerate(values):
-                    entry[i] += value
-            counted += objective.count(batch)
-            for name, total in objective.measure(head, hidden, batch, base).items():
-                figures[name] = figures.get(name, 0.0) + total
-            if on_batch is not None:
-                on_batch(len(batch.rows), batch.input_ids.numel())
-    model.train(was_training)
+    # In the order of one process, on which the last bits depend.
+    for _, documents, values, count, measured in sorted(itertools.chain(*processes.gather(found)), key=lambda one: one[0]):
+        for document, *row in zip(documents, *values):
+            entry = sums.setdefault(document, [0.0, 0.0, 0.0])
+            for i, value in enumerate(row):
+                entry[i] += value
+        counted += count
+        for name, total in measured.items():
+            figures[name] = figures.get(name, 0.0) + total
     if not any(tokens for tokens, _, _ in sums.values()):
         raise ValueError(f"dataset must score at least one token, got {len(dataset)} rows without a label")
     table = torch.tensor([sums[document] for document in sorted(sums)], dtype=torch.float64)
@@ -137,7 +153,9 @@ def paired_difference(a: Evaluation, b: Evaluation, metric: str = "loss") -> tup
 
 
 # Of each batch what the head reads, and that of the base if the objective asks for it.
-HiddenOf = Callable[[Iterable[MicroBatch]], Iterator[tuple[MicroBatch, Tensor, Tensor | None]]]
+HiddenOf = Callable[[Iterable[MicroBatch]], Generator[tuple[MicroBatch, Tensor, Tensor | None], None, None]]
+# Of a batch: its number, documents, a list each of tokens, losses and hits; what the objective counts and measures.
+_Found = tuple[int, list[int], tuple[list[int], list[float], list[float]], int, dict[str, float]]
 
 
 @contextlib.contextmanager
@@ -149,44 +167,53 @@ def _runner(
     first: int,
     memory: PrefixMemory | None,
     objective: Objective,
+    runner: Runner | None,
 ) -> Iterator[tuple[HiddenOf, nn.Module]]:
     """(what the head reads of each batch, the head)."""
-    is_base = not masked_modules(model)
+    if runner is not None:
+        yield _hidden_of(runner.hidden_states, model, objective, _TOGETHER), runner.head
+        return
     if way == "plain":
         run, head = split_at_head(model, few)
         prefix = FrozenPrefix(model, first, memory, run)
 
-        def plain(batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor, Tensor | None]]:
+        def plain(batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
             for batch in batches:
-                objective.prepare([batch])
                 ids, positions = batch.inputs(few.device)
-                base = None
-                if objective.of_base and not is_base:
-                    with as_base(model):
-                        base = prefix(ids, batch.rows, positions)
-                hidden = prefix(ids, batch.rows, positions)
-                yield batch, hidden, hidden if objective.of_base and is_base else base
+                yield prefix(ids, batch.rows, positions)
 
-        yield plain, head
+        yield _hidden_of(plain, model, objective, 1), head
         return
     engine = start_engine(model, few, way, device)
+    try:
+        yield _hidden_of(engine.hidden_states, model, objective, _TOGETHER), engine.head
+    finally:
+        engine.close()
 
-    def hidden_of(batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor, Tensor | None]]:
-        for group in _groups(batches, _TOGETHER):
+
+def _hidden_of(
+    hidden_states: Callable[[Sequence[MicroBatch]], Iterator[Tensor]],
+    model: nn.Module,
+    objective: Objective,
+    together: int,
+) -> HiddenOf:
+    is_base = not masked_modules(model)
+
+    def hidden_of(
+        batches: Iterable[MicroBatch],
+    ) -> Generator[tuple[MicroBatch, Tensor, Tensor | None], None, None]:
+        for group in _groups(batches, together):
             bases: list[Tensor] = []
             if objective.of_base and not is_base:
                 with as_base(model):
-                    bases += [base.cpu() for base in engine.hidden_states(group)]
+                    bases += [base.cpu() for base in hidden_states(group)]
             objective.prepare(group)
             # The states first: so that the engine comes to its end too.
-            for hidden, (number, batch) in zip(engine.hidden_states(group), enumerate(group)):
+            for hidden, (number, batch) in zip(hidden_states(group), enumerate(group)):
                 base = hidden if objective.of_base and is_base else None
                 yield batch, hidden, bases[number].to(hidden.device) if bases else base
 
-    try:
-        yield hidden_of, engine.head
-    finally:
-        engine.close()
+    return hidden_of
 
 
 def _groups(batches: Iterable[MicroBatch], size: int) -> Iterator[list[MicroBatch]]:
