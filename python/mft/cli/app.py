@@ -109,11 +109,20 @@ def train(
     overwrite: Overwrite = False,
     resume: Resume = None,
     force: Force = False,
+    merge: Annotated[
+        Path | None,
+        typer.Option(help="Bake the masks in at the end: where the ordinary model goes, as mft merge says."),
+    ] = None,
 ) -> None:
     """Fine-tune masks over frozen weights; writes them to output_dir/masks."""
+    from mft.cli.masks import check_merged, run_merge
     from mft.training.run import run_train
 
-    run_train(_start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force))
+    if merge is not None:
+        check_merged("--merge", merge)  # before it trains for hours
+    masks = run_train(_start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force))
+    if merge is not None and os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first one
+        run_merge(masks, merge, None, None, force=False)
 
 
 @app.command()

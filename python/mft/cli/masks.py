@@ -24,8 +24,7 @@ from mft.training.inputs import read_base
 
 def run_merge(masks: str, output: Path, model_name: str | None, dtype: str | None, *, force: bool) -> None:
     """mft merge"""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output must be a new or empty directory, got {output}")
+    check_merged("output", output)
     directory = masks_directory(masks)
     model, tokenizer = read_base(directory, model_name, dtype)
     load_masks(model, directory, force=force)
@@ -40,6 +39,12 @@ def run_merge(masks: str, output: Path, model_name: str | None, dtype: str | Non
             f"the masks were learned on a base in {export.base_quantization}; the merged weights are the exact ones: "
             "mft evaluate --unquantized tells what that changes"
         )
+
+
+def check_merged(name: str, output: Path) -> None:
+    """Raise ValueError unless a model may be written there; name: of the argument."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{name} must be a new or empty directory, got {output}")
 
 
 def run_inspect(masks: str, model_name: str | None, dtype: str | None, *, force: bool) -> None:
