@@ -5,6 +5,9 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+import torch
+
 LEARN = ["train.lr=1e-2", "train.epochs=null", "train.steps=4", "train.batch_size=2", "mask.layers_to_transform=2-3"]
 
 
@@ -49,3 +52,28 @@ def wait_for_checkpoint(directory, process):
 def steps(directory, phase="mask fine-tune"):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["loss"]) for line in lines if line["phase"] == phase]
+
+
+def in_a_fork(work):
+    """The exit code of a child of this process that does work, a function; 9 if it was killed there."""
+    if torch.cuda.is_available():
+        pytest.skip("a process that has used CUDA cannot be forked")
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            code = work()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_before(call, place, *arguments):
+    """A run that dies where it would call place ("module.function")."""
+
+    def work():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(place, lambda *_, **__: os._exit(9))
+            return call(*arguments)[0]
+
+    assert in_a_fork(work) == 9

@@ -62,6 +62,12 @@ FOREIGN_NAMES = {
     "gradient_accumulation_steps": "train.accumulation",
     "lr_scheduler_type": "train.schedule",
     "logging_steps": "train.log_every",
+    "eval_steps": "train.eval_every",
+    "load_best_model_at_end": "train.keep_best",
+    "early_stopping_patience": "train.patience",
+    "early_stopping_threshold": "train.min_delta",
+    "eval_strategy": "train.eval_every",
+    "save_steps": "checkpoint_minutes",
     "max_seq_length": "data.sequence_length",
     "dataset": "data.source",
     "torch_dtype": "model.dtype",
@@ -226,9 +232,25 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     seed: Annotated[int, SEED] = 0
     log_every: Annotated[int, at_least(1)] = 1
+    eval_every: Annotated[int | None, at_least(1)] = None  # steps between two evaluations on validation
+    eval_minutes: Annotated[float | None, POSITIVE_OR_NULL] = None  # or minutes
+    keep_best: bool = False  # export what had the least validation loss, in place of the last
+    patience: Annotated[int | None, at_least(1)] = None  # evaluations without a lower loss, after which the run ends
+    min_delta: Annotated[float, at_least(0)] = 0.0  # nats a token by which a loss must be lower to count for patience
 
     def __post_init__(self) -> None:
         coerce_fields(self)
+        check_rule(
+            self.eval_every is None or self.eval_minutes is None,
+            "eval_minutes",
+            f"be null beside eval_every = {self.eval_every}",
+            self.eval_minutes,
+        )
+        unless = "unless eval_every or eval_minutes says when to evaluate"
+        check_rule(self.evaluates or not self.keep_best, "keep_best", f"be false {unless}", self.keep_best)
+        check_rule(self.evaluates or self.patience is None, "patience", f"be null {unless}", self.patience)
+        counted = self.patience is not None
+        check_rule(counted or not self.min_delta, "min_delta", "be 0 where patience is null", self.min_delta)
         if self.steps is None and self.epochs is None:
             raise ValueError(
                 "steps or epochs must be given (exactly one of them), got neither: set steps=100 or epochs=1"
@@ -238,6 +260,11 @@ class TrainConfig:
                 f"steps or epochs must be given (exactly one of them), got steps={self.steps} and "
                 f"epochs={self.epochs}: set the other to null"
             )
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run is evaluated on validation while it trains."""
+        return self.eval_every is not None or self.eval_minutes is not None
 
     def steps_for(self, rows: int) -> int:
         """Optimiser steps of a run on so many rows."""
@@ -434,6 +461,7 @@ def _check_keys(values: dict[Any, Any], origin: str) -> None:
 def _suggestion(name: str, prefix: str, names: list[str]) -> str:
     """The nearest name in this section, else the same name in another one, else all names of this section."""
     elsewhere = {f"{key}.{known}": known for key, section in SECTIONS.items() for known in _field_names(section)}
+    elsewhere |= {known: known for known in _field_names(RunConfig) if known not in SECTIONS}
     last = name.rpartition(".")[2]
     exact = [path for path, known in elsewhere.items() if known == last or path == FOREIGN_NAMES.get(last)]
     if exact:

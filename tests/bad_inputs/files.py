@@ -572,6 +572,32 @@ def a_configuration_with_a_keep_ratio_in_percent():
     load_config(None, ["mask.keep_ratio=90"])
 
 
+@refused(
+    ValueError,
+    where="train.keep_best",
+    got="got True",
+    rule="must be false unless eval_every or eval_minutes says when to evaluate",
+)
+def a_best_step_that_no_evaluation_finds():
+    load_config(None, ["train.keep_best=true"])
+
+
+@refused(ValueError, where="train.eval_minutes", got="got 5.0", rule="must be null beside eval_every = 100")
+def an_evaluation_every_so_many_steps_and_minutes():
+    load_config(None, ["train.eval_every=100", "train.eval_minutes=5"])
+
+
+@refused(
+    ValueError,
+    where="override",
+    got="'train.load_best_model_at_end'",
+    rule="unknown key",
+    remedy="did you mean train.keep_best?",
+)
+def an_override_in_the_words_of_transformers():
+    load_config(None, ["train.load_best_model_at_end=true"])
+
+
 @refused(ValueError, where="run.yaml", got="byte 0 is not", rule="config must be UTF-8 text")
 def a_configuration_in_another_encoding(tmp):
     (tmp / "run.yaml").write_bytes(b"\xff\xfe\x00")

@@ -20,12 +20,14 @@ from mft.masks.peft import MaskPeftConfig
 from mft.masks.quantize import quantize_model
 from mft.masks.unmasked import unmasked_model
 from mft.training import plan
+from mft.training.best import Best
 from mft.training.checkpoint import BadCheckpoint, check_space, newest_checkpoint, write_checkpoint
 from mft.training.loop import finetune, train_loop, train_masks
 from mft.training.resume import Resume, find_checkpoint
 from mft.training.run_directory import check_run_directory
 from mft.training.run_lock import LOCK, hold
 from mft.training.saver import Saver
+from mft.training.validation import Validation
 from mft_kernels.checks import NonFiniteScores
 
 from .registry import accepted, refused
@@ -116,6 +118,19 @@ def a_checkpoint_of_weights_that_are_nan(tmp):
         assert newest_checkpoint(tmp)[0].step == 1  # the good one stays
 
 
+@refused(
+    NonFiniteLoss,
+    where="after step 1 of 3",
+    got="got nan",
+    rule="the validation loss must stay finite",
+    remedy="lower train.lr (now 0.01)",
+)
+def a_validation_loss_that_is_nan():
+    model = make_llama()
+    validation = Validation(make_rows())
+    finetune(model, make_rows(), steps(3, eval_every=1), before_update=nan_at(model, 1), validation=validation)
+
+
 @refused(NonFiniteScores, where=DOWN, got="got 1 NaN or Inf", rule="must be finite", remedy="lower the learning rate")
 def a_merge_of_nan_scores():
     model = masked_llama()
@@ -184,6 +199,27 @@ def a_quantised_base_of_which_nothing_is_quantised(patch):
 @refused(ValueError, where="dataset", got="got 0", rule="must hold at least one row to train on")
 def training_on_no_rows():
     finetune(make_llama(), make_rows().select([]), steps())
+
+
+@refused(
+    ValueError,
+    where="validation",
+    got="got NoneType",
+    rule="must be given where train.eval_every is 2 and train.eval_minutes is None",
+)
+def an_evaluation_during_training_without_rows():
+    finetune(make_llama(), make_rows(), steps(4, eval_every=2))
+
+
+@refused(
+    BadCheckpoint,
+    where="best/step-00000040",
+    got="No such file or directory",
+    rule="expected a file that can be read",
+    remedy="export the last step instead, with train.keep_best=false --force",
+)
+def a_best_step_that_is_lost(tmp):
+    Best(tmp / "best").put(masked_llama(), 40)
 
 
 @refused(

@@ -53,6 +53,16 @@ def test_a_counter_goes_on_from_the_masks_of_the_step_counted_last():
     assert resumed.curve.a_step == straight.curve.a_step[1:]
 
 
+def test_the_last_step_of_a_run_that_ends_early_is_counted():
+    model = masked_llama(init="magnitude")
+    counter = FlipCounter(model, initial_masks(model), every=2)
+    reports = train_masks(model, make_rows(), TrainConfig(lr=3e-3, steps=3), on_step=lambda report: None)
+    reports[-1].steps = 9
+    assert counter(reports[-1]) is None
+    assert counter.finish(reports[-1])["step"] == 3
+    assert counter.finish(reports[-1]) is None
+
+
 def test_a_checkpoint_without_the_masks_counted_last_is_refused():
     counter = FlipCounter(masked_llama(), initial_masks(masked_llama()))
     tensors = counter.take_state()

@@ -93,6 +93,32 @@ def test_elsewhere_a_line_at_most_every_ten_seconds(clock, options):
     ]
 
 
+def test_an_evaluation_within_a_run_stands_below_it_and_is_none_of_its_speed(clock):
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+
+    def shown():
+        page = Console(file=io.StringIO(), width=80, color_system=None)
+        page.print(phase)
+        return [" ".join(line.split()) for line in page.file.getvalue().splitlines()]
+
+    with Progress(console).phase("mask fine-tune", 4) as phase:
+        clock(1)
+        phase.advance(tokens=60)
+        with phase.within("step 1, validation", 10) as inside:
+            clock(29)
+            inside.advance(5, tokens=290)
+            above, below = shown()
+            assert above.startswith("mask fine-tune")
+            assert below.startswith("step 1, validation")
+            assert "5/10 10 tokens/s 29 s left" in below
+        assert len(shown()) == 1
+        assert phase.figures == ["60 tokens/s"]
+        assert "1 min 30 s left" in shown()[0]
+        phase.over = True  # though steps are missing
+    assert "1/4" in shown()[0]
+    assert "in 30 s" in shown()[0]
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import LEARN, Forked, steps, wait_for_checkpoint
+from tiny_run import LEARN, Forked, in_a_fork, killed_before, steps, wait_for_checkpoint
 
 from mft.training.flips import PHASE
 from mft.training.metrics import Steps
@@ -191,31 +191,6 @@ def test_a_finished_run_is_not_resumed(cli):
 
 
 # ---------------------------------------------------------------------------------------------- killed at a place
-
-
-def in_a_fork(work):
-    """The exit code of a child of this process that does work, a function; 9 if it was killed there."""
-    if torch.cuda.is_available():
-        pytest.skip("a process that has used CUDA cannot be forked")
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            code = work()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def killed_before(call, place, *arguments):
-    """A run that dies where it would call place ("module.function")."""
-
-    def work():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(place, lambda *_, **__: os._exit(9))
-            return call(*arguments)[0]
-
-    assert in_a_fork(work) == 9
 
 
 def files(run):

@@ -34,6 +34,9 @@ def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> 
         "be cross_entropy for mft sensitivity, which ranks by the loss",
         config.objective.name,
     )
+    for key in ("eval_every", "eval_minutes"):
+        value = getattr(config.train, key)
+        check_rule(value is None, f"train.{key}", "be null for mft sensitivity, whose runs are brief", value)
     check_run_directory(config.output_dir, overwrite=True)
     with holding(Path(config.output_dir)):
         check_run_directory(config.output_dir, overwrite=overwrite)

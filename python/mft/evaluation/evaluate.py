@@ -50,6 +50,11 @@ class Evaluation:
         return (self.loss_sums.sum() / self.tokens.sum()).item()
 
     @property
+    def objective_loss(self) -> float:
+        """What training makes smaller: the objective's own loss, which is the loss unless it says another."""
+        return self.figures.get("loss", self.loss)
+
+    @property
     def accuracy(self) -> float:
         """Share of tokens that are the model's likeliest."""
         return (self.correct.sum() / self.tokens.sum()).item()

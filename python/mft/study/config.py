@@ -130,6 +130,7 @@ class ScratchConfig:
 
     def __post_init__(self) -> None:
         coerce_fields(self)
+        _check_not_evaluated("train.", self.train)
         rule = f"be a multiple of heads = {self.heads}"
         check_rule(self.hidden_size % self.heads == 0, "hidden_size", rule, self.hidden_size)
 
@@ -165,6 +166,8 @@ class StudyConfig:
                 check_rule(
                     bool(_NAME.fullmatch(name)), section, "have names of letters, digits and -+_. ()", repr(name)
                 )
+        for name in ("full", "stage"):
+            _check_not_evaluated(f"{name}.", getattr(self, name))
         annealed = self.full.schedule != "constant"
         check_rule(annealed, "full.schedule", "fall to 0 (linear or cosine): arms start at its end", self.full.schedule)
         check_rule(self.mask.threshold is None, "mask.threshold", "be null: an arm has it", self.mask.threshold)
@@ -196,3 +199,9 @@ class StudyConfig:
         if setting.beta1 is not None:
             betas = (setting.beta1, betas[1])
         return dataclasses.replace(train, lr=setting.lr, epochs=setting.epochs, steps=None, betas=betas, seed=seed)
+
+
+def _check_not_evaluated(section: str, train: TrainConfig) -> None:
+    for key in ("eval_every", "eval_minutes"):
+        value = getattr(train, key)
+        check_rule(value is None, section + key, "be null in a study, whose own checkpoints validation chooses", value)

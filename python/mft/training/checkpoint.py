@@ -70,8 +70,10 @@ class Checkpoint:
         return run
 
 
-def write_checkpoint(root: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Checkpoint:
-    """Save as the newest under root, verify it, then delete the others.
+def write_checkpoint(
+    root: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, keep: int | None = None
+) -> Checkpoint:
+    """Save as the newest under root, verify it, then delete the others, but for the one of step ``keep``.
 
     Args: tensors: on any device. facts: what JSON can hold.
     Raises: OSError, if the disk has no room or cannot be written (NotWritten); what was there stays. BadCheckpoint, if
@@ -79,7 +81,7 @@ def write_checkpoint(root: Path, step: int, tensors: Mapping[str, Tensor], facts
     """
     prepare(root)
     check_space(root, sum(tensor.nbytes for tensor in tensors.values()))
-    target = root / f"step-{step:08d}"
+    target = _place(root, step)
     with atomic_directory(target) as scratch:
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, scratch / TENSORS)
         (scratch / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -88,7 +90,7 @@ def write_checkpoint(root: Path, step: int, tensors: Mapping[str, Tensor], facts
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     written = verify_checkpoint(target)
     for other in _found(root):
-        if other != target:
+        if other not in (target, None if keep is None else _place(root, keep)):
             remove(other)
     return written
 
@@ -122,6 +124,11 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, skipped
 
 
+def checkpoint_at(root: Path, step: int) -> Checkpoint:
+    """The one of this step. Raises: BadCheckpoint, also if there is none."""
+    return verify_checkpoint(_place(root, step))
+
+
 def verify_checkpoint(path: Path) -> Checkpoint:
     """Read the manifest strictly, compare sizes, then hashes. Raises: BadCheckpoint."""
     try:
@@ -152,6 +159,10 @@ def _verified(path: Path) -> Checkpoint:
         with _blamed_on(path / name):
             _expect(path / name, "sha256", sha256_of(path / name), described["sha256"])
     return Checkpoint(path, manifest["step"])
+
+
+def _place(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
 
 
 def _described(path: Path) -> dict[str, Any]:

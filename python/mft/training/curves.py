@@ -1,5 +1,6 @@
 """Training curves as a PNG file."""
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,10 +10,29 @@ from mft.files.figure import new_figure, save_figure
 Curves = dict[str, list[StepReport]]
 
 
-def plot_curves(curves: Curves, path: Path) -> None:
-    """Training losses of a run without a comparison."""
+def plot_curves(
+    curves: Curves,
+    path: Path,
+    validation: Mapping[int, float] | None = None,
+    *,
+    best: int | None = None,
+    note: str | None = None,
+) -> None:
+    """Training losses of a run without a comparison.
+
+    Args: validation: loss by step. best: the step that is exported, if not the last. note: for the title.
+    """
     figure = new_figure(6.5, 4.2)
-    draw_curves(figure.subplots(), curves)
+    axes = figure.subplots()
+    draw_curves(axes, curves)
+    if validation:
+        steps = sorted(validation)
+        axes.plot(steps, [validation[step] for step in steps], "ko-", markersize=4, linewidth=1, label="validation")
+        if best is not None:
+            axes.plot([best], [validation[best]], "k*", markersize=13, label=f"exported: step {best}")
+        legend_below(axes)
+    if note is not None:
+        axes.set_title(f"{axes.get_title()}\n{note}")
     save_figure(figure, path)
 
 
@@ -38,4 +58,5 @@ def legend_below(axes) -> None:
 def _running_mean(values: list[float]) -> list[float]:
     """Mean of the last tenth of the steps so far, at least 5."""
     window = max(5, len(values) // 10)
-    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+    sums = [0.0, *itertools.accumulate(values)]
+    return [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(window, i + 1) for i in range(len(values))]

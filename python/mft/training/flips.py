@@ -43,6 +43,13 @@ class FlipCounter:
         """The step's values if it was counted."""
         if report.step % self._every and report.step != report.steps:
             return None
+        return self._count(report)
+
+    def finish(self, report: StepReport) -> dict[str, Any] | None:
+        """The same of the last step, where a run has ended before its time; None if it was counted."""
+        return None if self._counted == report.step else self._count(report)
+
+    def _count(self, report: StepReport) -> dict[str, Any]:
         curve = self.curve
         since = report.step - self._counted
         curve.steps.append(report.step)

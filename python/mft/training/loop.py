@@ -27,6 +27,7 @@ from mft.models.packed_rows import keeping_apart
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
 from mft.training.saver import Saver
+from mft.training.validation import Validation
 
 _CHUNK = 1024  # rows that are looked at together
 
@@ -92,6 +93,7 @@ def train_loop(
     saver: Saver | None = None,
     processes: Processes = ALONE,
     objective: Objective = CROSS_ENTROPY,
+    validation: Validation | None = None,
 ) -> list[StepReport]:
     """Train what requires grad; the model ends in eval mode.
 
@@ -108,6 +110,8 @@ def train_loop(
         saver: writes checkpoints, and may begin at one; on_step does not hear of the steps done before.
         processes: those that train together, each of which calls this with the same arguments; see distributed.py.
         objective: what is made smaller, cross entropy unless given; see docs/objectives.md.
+        validation: evaluates as train says, and may end the run before its last step; it must be one of saver's
+            counters to go on with the run.
     Raises: ValueError if the model predicts no next tokens, or has too few positions. NonFiniteLoss, naming step, rows
         and documents; the step's gradients are not applied. RuntimeError for a lack of memory, naming rows or layer.
     """
@@ -115,6 +119,12 @@ def train_loop(
         raise ValueError("dataset must hold at least one row to train on, got 0")
     if before_update is not None and way != "plain":
         raise ValueError(f"before_update must be None unless way is plain, whose gradients it may change, got {way!r}")
+    if train.evaluates != (validation is not None):
+        given = "given" if train.evaluates else "None"
+        raise ValueError(
+            f"validation must be {given} where train.eval_every is {train.eval_every} and train.eval_minutes is "
+            f"{train.eval_minutes}, got {type(validation).__name__}"
+        )
     processes.check(train)
     _check_objective(objective, model, dataset)
     objective.forget()
@@ -145,9 +155,14 @@ def train_loop(
                 with processes.together():
                     reports += saver.begin(runner)
             processes.agree_on(runner.learned())
+            ended = False
+            if validation is not None:
+                validation.begin(lambda: 0 if saver is None else saver.told)
+                # Of the step that a checkpoint was of, if a signal came before it was evaluated.
+                ended = bool(reports) and validation.after_step(model, runner, reports[-1], train, processes)
             done, epoch = len(reports), len(dataset) / (train.batch_size * train.accumulation)
             begin = time.perf_counter() - (reports[-1].seconds if reports else 0.0)
-            for step in range(1, steps + 1):
+            for step in range(1, 1 if ended else steps + 1):
                 micro_batches = [[next(stream) for _ in range(train.batch_size)] for _ in range(train.accumulation)]
                 if step <= done and step > epoch + 1 and processes.count == 1:  # all rows have been seen
                     continue
@@ -167,8 +182,14 @@ def train_loop(
                 reports.append(StepReport(step, steps, loss / max(count, 1), lr, tokens, seconds))
                 if on_step is not None:
                     on_step(reports[-1])
+                if validation is not None:
+                    before = time.perf_counter()
+                    ended = validation.after_step(model, runner, reports[-1], train, processes)
+                    begin += time.perf_counter() - before  # tokens a second are those of training
                 if saver is not None:
-                    saver.after_step(runner, reports)
+                    saver.after_step(runner, reports, ended)
+                if ended:
+                    break
             runner.check_learned()
             processes.agree_on(runner.learned())  # else their machines compute differently
         finally:

@@ -3,7 +3,8 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ from mft.evaluation.evaluate import Evaluation, evaluate
 from mft.files.atomic import naming, write_whole
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
-from mft.training.progress import Progress
-from mft.training.run_directory import METRICS
+from mft.training.curves import Curves, plot_curves
+from mft.training.progress import Phase, Progress
+from mft.training.run_directory import METRICS, PLOT
 
 EVALUATION_BATCH = 4
+REDRAW = 30.0  # seconds between two drawings of the plot of a run that trains
 
 
 class Recorder:
     """Records phases of a run. Without a directory nothing is written; without a progress nothing is shown.
 
-    events: of MetricsFile.
+    events: of MetricsFile. plot: whether it is drawn during training.
     """
 
     def __init__(
@@ -33,10 +36,15 @@ class Recorder:
         progress: Progress | None = None,
         *,
         events: list[dict[str, Any]] | None = None,
+        plot: bool = False,
     ) -> None:
         self.metrics = None if directory is None else MetricsFile(directory / METRICS, events)
         self.progress = progress
-        self.curves: dict[str, list[StepReport]] = {}
+        self.curves: Curves = {}
+        # Loss by step, the objective's own where it says one.
+        self.validation = {e["step"]: _objective_loss(e) for e in events or () if "accuracy" in e and "step" in e}
+        self._plot = directory / PLOT if directory is not None and plot else None
+        self._drawn, self._drawing = time.monotonic(), 0.0  # when it was, and the seconds that it took
 
     def write(self, **values) -> None:
         if self.metrics is not None:
@@ -45,8 +53,10 @@ class Recorder:
     @contextlib.contextmanager
     def training(self, phase: str, dataset, train: TrainConfig) -> Iterator["Steps"]:
         """Yield the on_step of a training loop; every train.log_every-th step and the last are written."""
-        with self.shown(phase, train.steps_for(len(dataset))) as advance:
-            yield Steps(self, phase, train.log_every, advance)
+        with self.shown(phase, train.steps_for(len(dataset))) as shown:
+            steps = Steps(self, phase, train.log_every, shown)
+            yield steps
+            steps.finish()
 
     def evaluate(
         self,
@@ -54,57 +64,89 @@ class Recorder:
         model: nn.Module,
         dataset,
         *,
+        step: int | None = None,
         batch_size: int = EVALUATION_BATCH,
         objective: Objective = CROSS_ENTROPY,
         **options,
     ) -> Evaluation:
-        """evaluate(), shown and written; options are its own. What the objective measures is called NAME/figure."""
-        with self.shown(phase, len(dataset)) as advance:
+        """evaluate(), shown and written; step: of the run, whose validation it is. Other options are its own."""
+        with self.shown(phase, len(dataset)) as shown:
             result = evaluate(
                 model,
                 dataset,
                 batch_size=batch_size,
                 objective=objective,
-                on_batch=lambda rows, tokens: advance(rows, tokens=tokens),
+                on_batch=lambda rows, tokens: shown.advance(rows, tokens=tokens),
                 **options,
             )
+        self.evaluated(phase, result, step, objective)
+        return result
+
+    def evaluated(
+        self, phase: str, result: Evaluation, step: int | None, objective: Objective = CROSS_ENTROPY, **more: Any
+    ) -> None:
+        """Write an evaluation; what the objective measures is called NAME/figure."""
+        at = {} if step is None else {"step": step}
+        if step is not None:
+            self.validation.setdefault(step, result.objective_loss)
         self.write(
             phase=phase,
+            **at,
             loss=result.loss,
             accuracy=result.accuracy,
             tokens=int(result.tokens.sum()),
             documents=len(result.documents),
             **{f"{objective.name}/{name}": figure for name, figure in result.figures.items()},
+            **more,
         )
-        return result
 
     @contextlib.contextmanager
-    def shown(self, name: str, total: int) -> Iterator[Callable[..., None]]:
-        """Yield what is called after each of total steps; see progress.py."""
+    def shown(self, name: str, total: int) -> Iterator[Phase]:
+        """Yield the phase whose advance() is called after each of total steps; see progress.py."""
         if self.progress is None:
-            yield lambda *args, **kwargs: None
+            yield Phase(name, total)
             return
         with self.progress.phase(name, total) as phase:
-            yield phase.advance
+            yield phase
+
+    def redraw(self) -> None:
+        """The plot anew, if it was not drawn for a while: at most a hundredth of the time goes there."""
+        if self._plot is None or time.monotonic() - self._drawn < max(REDRAW, 99 * self._drawing):
+            return
+        begin = time.monotonic()
+        plot_curves(self.curves, self._plot, self.validation)
+        self._drawn = time.monotonic()
+        self._drawing = self._drawn - begin
 
 
 class Steps:
     """Called with each step's report."""
 
-    def __init__(self, recorder: Recorder, phase: str, log_every: int, advance: Callable[..., None]) -> None:
-        self._recorder, self._phase, self._log_every, self._advance = recorder, phase, log_every, advance
+    def __init__(self, recorder: Recorder, phase: str, log_every: int, shown: Phase) -> None:
+        self.shown = shown
+        self._recorder, self._phase, self._log_every = recorder, phase, log_every
         self._curve = recorder.curves.setdefault(phase, [])
 
     def __call__(self, report: StepReport) -> None:
         self._curve.append(report)
-        if report.step % self._log_every == 0 or report.step == report.steps:
+        if self._is_written(report):
             self._recorder.write(phase=self._phase, **vars(report))
-        self._advance(1, tokens=report.tokens, loss=report.loss)
+        self.shown.advance(1, tokens=report.tokens, loss=report.loss)
+        self._recorder.redraw()
 
     def go_on(self, reports: list[StepReport]) -> None:
         """These steps were done, and written, before the run was stopped."""
         self._curve.extend(reports)
-        self._advance(len(reports), resumed=True)
+        self.shown.advance(len(reports), resumed=True)
+
+    def finish(self) -> None:
+        """No step follows, though there should have been more: the last one is written all the same."""
+        self.shown.over = True
+        if self._curve and not self._is_written(self._curve[-1]):
+            self._recorder.write(phase=self._phase, **vars(self._curve[-1]))
+
+    def _is_written(self, report: StepReport) -> bool:
+        return report.step % self._log_every == 0 or report.step == report.steps
 
 
 class MetricsFile:
@@ -150,3 +192,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _line(event: dict[str, Any]) -> str:
     return json.dumps(event) + "\n"
+
+
+def _objective_loss(event: dict[str, Any]) -> float:
+    """Of an evaluation: see evaluated()."""
+    return next((value for key, value in event.items() if key.endswith("/loss")), event["loss"])

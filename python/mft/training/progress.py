@@ -24,6 +24,9 @@ class Phase:
         self.done, self.tokens, self.resumed = 0, 0, 0
         self.loss: float | None = None
         self.begin = time.perf_counter()
+        self.over = False  # before all is done
+        self.inside: Phase | None = None  # what runs meanwhile
+        self._paused = 0.0  # seconds of those that ran
 
     def advance(self, done: int = 1, *, tokens: int = 0, loss: float | None = None, resumed: bool = False) -> None:
         """done of total are ready, with so many tokens; loss is the latest. resumed: they were before this began."""
@@ -35,6 +38,20 @@ class Phase:
 
     def show(self) -> None:
         """Nothing, unless a subclass shows it."""
+
+    @contextlib.contextmanager
+    def within(self, name: str, total: int) -> Iterator["Phase"]:
+        """Another phase while this one waits: it is shown below, and its time is none of this one's speed."""
+        self.inside = self.another(name, total)
+        try:
+            yield self.inside
+        finally:
+            self._paused += self.inside.seconds
+            self.inside = None
+
+    def another(self, name: str, total: int) -> "Phase":
+        """One that is shown in the same way."""
+        return Phase(name, total)
 
     @property
     def seconds(self) -> float:
@@ -50,7 +67,7 @@ class Phase:
     def figures(self) -> list[str]:
         """Loss and speed, as far as they are known."""
         loss = [] if self.loss is None else [f"loss {self.loss:.3f}"]
-        return [*loss, f"{self.tokens / max(self.seconds, 1e-9):.0f} tokens/s"] if self.tokens else loss
+        return [*loss, f"{self.tokens / max(self.seconds - self._paused, 1e-9):.0f} tokens/s"] if self.tokens else loss
 
 
 class Progress:
@@ -93,6 +110,9 @@ class _Bar(Phase):
         super().__init__(name, total)
         self._took: float | None = None
 
+    def another(self, name: str, total: int) -> "Phase":
+        return _Bar(name, total)
+
     def stop(self) -> None:
         self._took = self.seconds
 
@@ -114,7 +134,7 @@ class _Bar(Phase):
 
     @property
     def _time(self) -> str:
-        if self.done >= self.total:
+        if self.done >= self.total or self.over:
             return f"in {duration(self.seconds)}"
         return "" if self.left is None else f"{duration(self.left)} left"
 
@@ -126,12 +146,17 @@ class _Bar(Phase):
             yield line
         else:
             yield Text(f"{name}  {rest}", no_wrap=True, overflow="crop")
+        if isinstance(inside := self.inside, _Bar):
+            yield inside
 
 
 class _Lines(Phase):
     def __init__(self, name: str, total: int, console: Console) -> None:
         super().__init__(name, total)
         self.console, self.printed = console, self.begin
+
+    def another(self, name: str, total: int) -> Phase:
+        return _Lines(name, total, self.console)
 
     def show(self) -> None:
         if time.perf_counter() - self.printed > SECONDS_BETWEEN_LINES and self.done < self.total:
@@ -140,6 +165,6 @@ class _Lines(Phase):
     def print(self) -> None:
         self.printed = time.perf_counter()
         left = self.left
-        ahead = "" if left is None or self.done >= self.total else f", about {duration(left)} left"
+        ahead = "" if left is None or self.done >= self.total or self.over else f", about {duration(left)} left"
         line = "  ".join([f"{self.done}/{self.total}", *self.figures, f"({duration(self.seconds)}{ahead})"])
         self.console.print(f"{self.name}: {line}", highlight=False, soft_wrap=True, markup=False)

@@ -16,7 +16,8 @@ from mft.training.checkpoint import Checkpoint, newest_checkpoint
 from mft.training.console import say
 from mft.training.run_directory import CHECKPOINTS, check_run_directory, holding, result_of
 
-_FREE = ("output_dir", "checkpoint_minutes", "train.log_every")  # change nothing of what is learned
+# They change nothing of what is learned.
+_FREE = ("output_dir", "checkpoint_minutes", "train.log_every")
 
 
 @dataclass(frozen=True)

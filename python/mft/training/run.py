@@ -13,7 +13,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,18 +37,20 @@ from mft.masks.quantize import quantize_model
 from mft.masks.targets import select_targets
 from mft.models.pretrained import load_model, load_outline, save_model
 from mft.objectives.objective import Objective
+from mft.training.best import Best
 from mft.training.checkpoint import BadCheckpoint, Checkpoint
 from mft.training.console import console, new_console, say
 from mft.training.curves import plot_curves
 from mft.training.flips import PHASE, POINTS, FlipCounter
 from mft.training.inputs import read_data, read_model
 from mft.training.loop import finetune, train_masks
-from mft.training.metrics import Recorder, Steps
+from mft.training.metrics import EVALUATION_BATCH, Recorder, Steps
 from mft.training.objectives import facts_of, make_objective
 from mft.training.plan import Plan, plan_training, replan
 from mft.training.progress import Progress
 from mft.training.resume import Begin, Start, started
 from mft.training.run_directory import (
+    BEST,
     CHECKPOINTS,
     MODEL,
     PLOT,
@@ -57,7 +59,10 @@ from mft.training.run_directory import (
     next_steps,
     open_run,
 )
-from mft.training.saver import Saver, Stopped
+from mft.training.saver import Counter, Saver, Stopped
+from mft.training.validation import Ended, Standing, Validation, said_of, said_of_stop
+
+VALIDATION = "validation"  # the phase of its events in the metrics
 
 
 def run_finetune(start: RunConfig | Start) -> Path:
@@ -104,12 +109,22 @@ def _finetune(run: "_Run") -> Path:
         model.requires_grad_(True)
         print_trainable_parameters(model)
         with recorder.training("full fine-tune", splits.train, config.train) as on_step:
-            saver = run.saver(recorder, on_step, facts)
-            options: dict[str, Any] = {"on_step": on_step, "saver": saver, "processes": run.processes}
-            finetune(model, splits.train, config.train, objective=objective, **options)
-        after = recorder.evaluate("after, validation", model, splits.validation, objective=objective)
+            validation = run.validation(recorder, on_step, splits.validation, objective)
+            reports = finetune(
+                model,
+                splits.train,
+                config.train,
+                on_step=on_step,
+                saver=run.saver(recorder, on_step, facts, [validation]),
+                processes=run.processes,
+                objective=objective,
+                validation=validation,
+            )
+        ended = run.ended(model, reports[-1], validation)
+        asked: dict[str, Any] = {"step": ended.exported, "objective": objective}
+        after = recorder.evaluate("after, validation", model, splits.validation, **asked)
         if run.processes.first:
-            with run.finishing(recorder, before, after, MODEL) as result:
+            with run.finishing(recorder, before, after, ended, MODEL) as result:
                 save_model(model, tokenizer, result)
     return run.directory / MODEL
 
@@ -125,13 +140,13 @@ def _train(run: "_Run") -> Path:
     with run.opened() as recorder:
         before = _mask(run, plan, model, splits, recorder, objective)
         initial = initial_masks(model)
-        _learn(run, plan, model, splits, recorder, initial, objective)
-        where = _evaluated(config, plan)
-        after = recorder.evaluate("after, validation", model, splits.validation, objective=objective, **where)
+        ended = _learn(run, plan, model, splits, recorder, initial, objective)
+        asked = {"step": ended.exported, "objective": objective, **_evaluated(config, plan)}
+        after = recorder.evaluate("after, validation", model, splits.validation, **asked)
         if run.processes.first:
             flipped = 100 * flip_share(model, initial)
             console.print(f"{flipped:.2f} % of the mask's bits flipped since initialisation", highlight=False)
-            with run.finishing(recorder, before, after, MASKS) as result:
+            with run.finishing(recorder, before, after, ended, MASKS) as result:
                 save_masks(model, result, base_model_name_or_path=config.model.name)
     if run.processes.first:
         for line in ("next:", *next_steps(run.directory)):
@@ -211,8 +226,8 @@ def _learn(
     recorder: Recorder,
     initial: dict[str, Any],
     objective: Objective,
-) -> None:
-    """Train the scores, with checkpoints and a count of flips."""
+) -> Ended:
+    """Train the scores, with checkpoints and a count of flips; the model then has the masks to export."""
     config, processes = run.config, run.processes
     steps = config.train.steps_for(len(splits.train))
     # The other ways keep scores elsewhere while they train.
@@ -225,13 +240,15 @@ def _learn(
     } | facts_of(objective)
     processes.agree(facts)
     with recorder.training("mask fine-tune", splits.train, config.train) as on_step:
+        batch = _evaluated(config, plan).get("batch_size", EVALUATION_BATCH)
+        validation = run.validation(recorder, on_step, splits.validation, objective, batch)
 
         def after_step(report: StepReport) -> None:
             on_step(report)
             if flips is not None and (counted := flips(report)) is not None:
                 recorder.write(phase=PHASE, **counted)
 
-        train_masks(
+        reports = train_masks(
             model,
             splits.train,
             config.train,
@@ -239,10 +256,14 @@ def _learn(
             device=plan.device,
             remember=plan.remember,
             on_step=after_step,
-            saver=run.saver(recorder, on_step, facts, flips),
+            saver=run.saver(recorder, on_step, facts, [flips, validation]),
             processes=processes,
             objective=objective,
+            validation=validation,
         )
+        if flips is not None and (counted := flips.finish(reports[-1])) is not None:
+            recorder.write(phase=PHASE, **counted)
+    return run.ended(model, reports[-1], validation)
 
 
 # ---------------------------------------------------------------------------------------------- for both
@@ -283,10 +304,12 @@ class _Run:
             else:  # deletes nothing
                 save_config(self.config, directory / CONFIG)
             again = f"go on with --resume {directory}"
-            yield Recorder(directory, Progress(console), events=found.run()["events"] if found is not None else [])
+            events = found.run()["events"] if found is not None else []
+            yield Recorder(directory, Progress(console), events=events, plot=True)
             again = f"{directory} has its result"
-            if (directory / CHECKPOINTS).exists():
-                remove(directory / CHECKPOINTS)
+            for name in (CHECKPOINTS, BEST):
+                if (directory / name).exists():
+                    remove(directory / name)
         except Stopped as stopped:
             say(f"{stopped.message}; go on with --resume {directory}")
             raise
@@ -296,10 +319,10 @@ class _Run:
     def before(self, recorder: Recorder, *arguments: Any, **options: Any) -> Evaluation:
         """recorder.evaluate; what a run that goes on has written already, it does not write again."""
         own = recorder if self.found is None else Recorder(progress=recorder.progress)
-        return own.evaluate(*arguments, **options)
+        return own.evaluate(*arguments, step=0, **options)
 
     def saver(
-        self, recorder: Recorder, on_step: Steps, facts: dict[str, Any], flips: FlipCounter | None = None
+        self, recorder: Recorder, on_step: Steps, facts: dict[str, Any], counters: Sequence[Counter | None]
     ) -> Saver | None:
         """What writes the checkpoints, and goes on from found; None if there is nothing for it to do."""
         config, minutes = self.config, self.config.checkpoint_minutes
@@ -319,13 +342,51 @@ class _Run:
             force=self.start.force,
             on_found=on_step.go_on,
             processes=self.processes,
-            counter=flips,
+            counters=[counter for counter in counters if counter is not None],
         )
 
+    def validation(
+        self, recorder: Recorder, on_step: Steps, rows: Any, objective: Objective, batch_size: int = EVALUATION_BATCH
+    ) -> Validation | None:
+        """What evaluates the run on rows while it trains; None if nothing is to."""
+        train = self.config.train
+        if not train.evaluates:
+            return None
+
+        @contextlib.contextmanager
+        def shown(step: int) -> Iterator[Callable[[int, int], None]]:
+            with on_step.shown.within(f"step {step}, {VALIDATION}", len(rows)) as phase:
+                yield lambda done, tokens: phase.advance(done, tokens=tokens)
+
+        def on_result(step: int, result: Evaluation, seconds: float, standing: Standing) -> None:
+            stands = {"best": standing.best, "without": standing.without, "seconds": seconds}
+            recorder.evaluated(VALIDATION, result, step, objective, **stands)
+            if self.processes.first:
+                say(f"{VALIDATION} after step {step}: {said_of(result, step, standing, train)}")
+
+        best = Best(self.directory / BEST) if train.keep_best else None
+        return Validation(rows, objective=objective, best=best, batch_size=batch_size, shown=shown, on_result=on_result)
+
+    def ended(self, model: nn.Module, last: StepReport, validation: Validation | None) -> Ended:
+        """How it ended, in words too; the model becomes what is exported."""
+        if validation is None:
+            return Ended(last.step, last.step, last.steps)
+        standing, train = validation.standing, self.config.train
+        if standing.stopped and last.step < last.steps:
+            say(said_of_stop(standing, last, train))
+        if not train.keep_best:
+            return Ended(last.step, last.step, last.steps)
+        if standing.best != last.step and self.processes.first:
+            Best(self.directory / BEST).put(model, standing.best)
+        say(f"the best step is {standing.best} of {last.step}, with a validation loss of {standing.best_loss:.4f}")
+        return Ended(standing.best, last.step, last.steps)
+
     @contextlib.contextmanager
-    def finishing(self, recorder: Recorder, before: Evaluation, after: Evaluation, name: str) -> Iterator[Path]:
+    def finishing(
+        self, recorder: Recorder, before: Evaluation, after: Evaluation, ended: Ended, name: str
+    ) -> Iterator[Path]:
         """Table, plot and metrics; then the block writes the result of that name, and the run is a finished one."""
-        directory, results = self.directory, {"before": before, "after": after}
+        directory, results = self.directory, {"before": before, f"after{ended.words}": after}
         table = evaluation_table("validation", results)
         console.print(table)
         markdown = io.StringIO()
@@ -338,11 +399,12 @@ class _Run:
         numbers: dict[str, Any] = {
             name: {"loss": result.loss, "accuracy": result.accuracy}
             | {f"{objective}/{key}": figure for key, figure in result.figures.items()}
-            for name, result in results.items()
+            for name, result in (("before", before), ("after", after))
         }
-        numbers |= {"loss after - before": difference, "standard error": error}
+        numbers |= {"loss after - before": difference, "standard error": error} | ended.numbers
         write_whole(directory / TABLE_JSON, json.dumps(numbers, indent=2) + "\n")
-        plot_curves(recorder.curves, directory / PLOT)
+        best = ended.exported if ended.exported < ended.last else None
+        plot_curves(recorder.curves, directory / PLOT, recorder.validation, best=best, note=ended.note)
         if recorder.metrics is not None:
             recorder.metrics.sync()
         yield directory / name

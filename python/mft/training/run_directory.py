@@ -19,9 +19,9 @@ from mft.training.run_lock import LOCK, hold
 METRICS, PLOT = "metrics.jsonl", "plot.png"
 TABLE_MARKDOWN, TABLE_JSON = "table.md", "table.json"
 ABLATION, FLIPS = "ablation.png", "flips.png"
-MODEL, CHECKPOINTS = "model", "checkpoints"
+MODEL, CHECKPOINTS, BEST = "model", "checkpoints", "best"
 # In the order in which they are deleted: without its configuration a run cannot begin anew, whatever is left of it.
-_OURS = (CONFIG, METRICS, PLOT, FLIPS, TABLE_MARKDOWN, TABLE_JSON, MASKS, MODEL, CHECKPOINTS)
+_OURS = (CONFIG, METRICS, PLOT, FLIPS, TABLE_MARKDOWN, TABLE_JSON, MASKS, MODEL, CHECKPOINTS, BEST)
 
 
 def check_run_directory(directory: str | os.PathLike, *, overwrite: bool = False) -> None:
@@ -57,8 +57,11 @@ def holding(path: Path) -> Iterator[None]:
     """
     with hold(path):
         sweep(path, _OURS.__contains__)
-        if result_of(path) is not None and newest_checkpoint(path / CHECKPOINTS)[0] is not None:
-            remove(path / CHECKPOINTS)
+        if result_of(path) is not None:
+            if newest_checkpoint(path / CHECKPOINTS)[0] is not None:
+                remove(path / CHECKPOINTS)
+            if (path / BEST).exists():
+                remove(path / BEST)
         yield
 
 

@@ -7,7 +7,7 @@ second one leaves at once, and what the last checkpoint holds is kept.
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -50,7 +50,7 @@ class Saver:
         run: gives what else every checkpoint keeps, for whoever goes on (Checkpoint.run).
         on_found: hears of the steps that found had done.
         processes: those that train together; the first one writes, all go on from what it wrote.
-        counter: goes on with the run; its tensors lie in the checkpoint too.
+        counters: go on with the run; their tensors lie in the checkpoint too.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class Saver:
         force: bool = False,
         on_found: Callable[[list[StepReport]], None] | None = None,
         processes: Processes = ALONE,
-        counter: Counter | None = None,
+        counters: Sequence[Counter] = (),
     ) -> None:
         self._root, self._minutes, self._found, self._facts = root, minutes, found, facts or {}
-        self._run, self._counter = run, counter
+        self._run, self._counters = run, counters
         self._force, self._on_found, self._processes = force, on_found, processes
         self._last = time.monotonic()
         self._told: int | None = None  # the signal that came
@@ -95,27 +95,33 @@ class Saver:
                 "--force"
             )
         tensors = self._found.tensors()
-        if self._counter is not None:
-            self._counter.put_state(tensors)
+        for counter in self._counters:
+            counter.put_state(tensors)
         put_state(runner, tensors, found["numbers"])
         reports = [StepReport(**report) for report in found["reports"]]
         if self._on_found is not None:
             self._on_found(reports)
         return reports
 
-    def after_step(self, runner: Runner, reports: list[StepReport]) -> None:
-        """Save if it is time.
+    @property
+    def told(self) -> int:
+        """The number of the signal that came to this process, or 0."""
+        return self._told or 0
+
+    def after_step(self, runner: Runner, reports: list[StepReport], ended: bool = False) -> None:
+        """Save if it is time; ended: the run has no further step.
 
         Raises: Stopped, if a signal came, to whichever process; NonFiniteLoss, if what is learned is not finite.
         """
-        done, told = reports[-1].step == reports[-1].steps, self._processes.largest(self._told or 0)
+        done = ended or reports[-1].step == reports[-1].steps
+        told = self._processes.largest(self.told)
         due = time.monotonic() - self._last >= 60 * self._minutes
         where = self._root
         if self._processes.first and (due or done or told):
             runner.check_learned()
             tensors, numbers = take_state(runner)
-            if self._counter is not None:
-                tensors |= self._counter.take_state()
+            for counter in self._counters:
+                tensors |= counter.take_state()
             facts = {"numbers": numbers, "reports": [asdict(report) for report in reports], "facts": self._facts}
             facts["run"] = self._run()
             where = write_checkpoint(self._root, reports[-1].step, tensors, facts).path
