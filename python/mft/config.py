@@ -44,6 +44,7 @@ QUANTIZATIONS = ("nf4", "nf4-dq", "int8")  # dq: double quantisation
 CONFIG = "config.yaml"  # in the directory of a run
 CONFIGS = Path(__file__).parent / "configs"  # shipped; --config takes their names
 WAYS = ("plain", "resident", "quantized", "layerwise")  # or auto
+TRACKERS = ("tensorboard", "trackio", "wandb")
 # Objectives, and the keys that each reads.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "cross_entropy": (),
@@ -68,6 +69,7 @@ FOREIGN_NAMES = {
     "early_stopping_threshold": "train.min_delta",
     "eval_strategy": "train.eval_every",
     "save_steps": "checkpoint_minutes",
+    "log_with": "report_to",
     "max_seq_length": "data.sequence_length",
     "dataset": "data.source",
     "torch_dtype": "model.dtype",
@@ -99,6 +101,11 @@ def parse_layers(text: str) -> list[int]:
     return sorted(layers)
 
 
+def parse_trackers(text: str) -> list[str]:
+    """ "tensorboard,trackio" -> ["tensorboard", "trackio"]"""
+    return [part.strip() for part in text.split(",")]
+
+
 def layer_ranges(layers: Iterable[int]) -> str:
     """[0, 1, 2, 7] -> "0-2,7", which parse_layers reads."""
     runs: list[list[int]] = []
@@ -116,6 +123,9 @@ Layers = Annotated[
     Rule("count layers from 0", minimum=0),
     Text(r"^\s*[0-9]+\s*(-\s*[0-9]+\s*)?(,\s*[0-9]+\s*(-\s*[0-9]+\s*)?)*$", parse_layers),
 ]
+
+# One, several, none ([]), or a string such as "tensorboard,trackio".
+Trackers = Annotated[list[str], one_of(TRACKERS), Text(r"^\s*\w+\s*(,\s*\w+\s*)*$", parse_trackers)]
 
 
 @dataclass
@@ -325,6 +335,8 @@ class RunConfig:
     # Between two checkpoints, from which --resume goes on; null: none is written.
     checkpoint_minutes: Annotated[float | None, Rule("be at least 0 (or null)", minimum=0)] = 10.0
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    report_to: Trackers = field(default_factory=list)  # beside metrics.jsonl
+    project: str = "mft"  # in trackio and wandb
 
     def __post_init__(self) -> None:
         coerce_fields(self)
@@ -340,8 +352,9 @@ class RunConfig:
             f"be null with the objective {self.objective.name}, which holds masks to the base that they lie on",
             self.mask.modules_to_save,
         )
-        check_not_empty(self, "output_dir")
+        check_not_empty(self, "output_dir", "project")
         expand_home(self, "output_dir")
+        self.report_to = list(dict.fromkeys(self.report_to))
 
 
 SECTIONS: dict[str, type] = {

@@ -31,6 +31,7 @@ from mft.models.pretrained import load_model
 from mft.study import lora
 from mft.training.loop import train_masks
 from mft.training.run_lock import hold
+from mft.training.trackers import check_trackers
 from mft_kernels import autotune, backends, built, cpu, cuda, masked_linear, triton
 
 from .registry import accepted, refused
@@ -495,3 +496,15 @@ def a_disk_that_fills_up_while_masks_are_written(tmp):
         half()
     assert {path.name: path.read_bytes() for path in (tmp / "masks").iterdir()} == before
     assert os.listdir(tmp) == ["masks"]
+
+
+@refused(
+    ValueError,
+    where="report_to",
+    got="got trackio, whose package is missing",
+    rule="must name trackers that are installed",
+    remedy="pip install 'mft_kernels[trackers]', or leave it out",
+)
+def a_tracker_that_is_not_installed(patch):
+    patch.setitem(sys.modules, "trackio", None)
+    check_trackers(["trackio"])

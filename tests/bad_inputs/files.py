@@ -589,6 +589,17 @@ def an_evaluation_every_so_many_steps_and_minutes():
 
 @refused(
     ValueError,
+    where="report_to",
+    got="got ['tensorbord']",
+    rule="must be one of tensorboard, trackio, wandb",
+    remedy="did you mean tensorboard?",
+)
+def a_tracker_that_is_misspelt():
+    load_config(None, ["report_to=tensorbord"])
+
+
+@refused(
+    ValueError,
     where="override",
     got="'train.load_best_model_at_end'",
     rule="unknown key",

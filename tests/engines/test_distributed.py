@@ -389,6 +389,7 @@ def free_port():
 
 def test_a_run_whose_writer_is_killed_ends_and_goes_on_to_the_single_process_result(cli, tmp_path):
     learn = [*LEARN, "train.steps=16", f"train.accumulation={COUNT}", "mask.keep_ratio=0.8", "checkpoint_minutes=0"]
+    learn += ["train.eval_every=6", "train.keep_best=true", "report_to=tensorboard"]
     code, output = cli("train", *learn, "output_dir=straight")
     assert code == 0, output
 
@@ -413,6 +414,10 @@ def test_a_run_whose_writer_is_killed_ends_and_goes_on_to_the_single_process_res
     for line in ("goes on after step", "trainable params", "mask fine-tune: 16/16", "result: run/masks"):
         assert output.count(line) == 1, output
     assert sorted(os.listdir("run")) == sorted(os.listdir("straight"))
+    assert len(os.listdir("run/tensorboard")) == 2  # of the process that was killed, and of the one that went on
+    evaluated, wanted = (steps(tmp_path / name, "validation") for name in ("run", "straight"))
+    assert [step for step, _ in evaluated] == [6, 12, 16]
+    assert [loss for _, loss in evaluated] == pytest.approx([loss for _, loss in wanted], rel=1e-5)
     for (step, loss), (wanted_step, wanted) in zip(steps(tmp_path / "run"), steps(tmp_path / "straight"), strict=True):
         assert step == wanted_step
         assert loss == pytest.approx(wanted, rel=1e-5)

@@ -49,7 +49,7 @@ def _value(annotation: Any, rules: dict[str, Any], definitions: dict[str, Any]) 
     if origin is types.UnionType:
         return _any_of([_value(option, rules, definitions) for option in arguments] + texts)
     if origin is list:
-        return {"type": "array", "items": _value(arguments[0], rules, definitions)}
+        return _any_of([{"type": "array", "items": _value(arguments[0], rules, definitions)}, *texts])
     if origin is tuple:
         items = _value(arguments[0], rules, definitions)
         return {"type": "array", "items": items, "minItems": len(arguments), "maxItems": len(arguments)}

@@ -19,6 +19,7 @@ from mft.objectives.objective import Objective
 from mft.training.curves import Curves, plot_curves
 from mft.training.progress import Phase, Progress
 from mft.training.run_directory import METRICS, PLOT
+from mft.training.trackers import Trackers
 
 EVALUATION_BATCH = 4
 REDRAW = 30.0  # seconds between two drawings of the plot of a run that trains
@@ -27,7 +28,7 @@ REDRAW = 30.0  # seconds between two drawings of the plot of a run that trains
 class Recorder:
     """Records phases of a run. Without a directory nothing is written; without a progress nothing is shown.
 
-    events: of MetricsFile. plot: whether it is drawn during training.
+    events: of MetricsFile. trackers: hear of every event that is written. plot: whether it is drawn during training.
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class Recorder:
         progress: Progress | None = None,
         *,
         events: list[dict[str, Any]] | None = None,
+        trackers: Trackers | None = None,
         plot: bool = False,
     ) -> None:
         self.metrics = None if directory is None else MetricsFile(directory / METRICS, events)
-        self.progress = progress
+        self.progress, self.trackers = progress, trackers
         self.curves: Curves = {}
         # Loss by step, the objective's own where it says one.
         self.validation = {e["step"]: _objective_loss(e) for e in events or () if "accuracy" in e and "step" in e}
@@ -49,6 +51,8 @@ class Recorder:
     def write(self, **values) -> None:
         if self.metrics is not None:
             self.metrics.write(**values)
+        if self.trackers is not None:
+            self.trackers.tell(values)
 
     @contextlib.contextmanager
     def training(self, phase: str, dataset, train: TrainConfig) -> Iterator["Steps"]:

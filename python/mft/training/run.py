@@ -48,7 +48,7 @@ from mft.training.metrics import EVALUATION_BATCH, Recorder, Steps
 from mft.training.objectives import facts_of, make_objective
 from mft.training.plan import Plan, plan_training, replan
 from mft.training.progress import Progress
-from mft.training.resume import Begin, Start, started
+from mft.training.resume import Begin, Start, flat, started
 from mft.training.run_directory import (
     BEST,
     CHECKPOINTS,
@@ -60,6 +60,7 @@ from mft.training.run_directory import (
     open_run,
 )
 from mft.training.saver import Counter, Saver, Stopped
+from mft.training.trackers import Trackers, check_trackers
 from mft.training.validation import Ended, Standing, Validation, said_of, said_of_stop
 
 VALIDATION = "validation"  # the phase of its events in the metrics
@@ -274,6 +275,7 @@ def _begun(start: RunConfig | Start) -> Iterator["_Run"]:
     """The run, its directory held until the block ends."""
     start = Begin(start) if isinstance(start, RunConfig) else start
     with joined() as processes, started(start, processes) as (config, found):
+        check_trackers(config.report_to)
         yield _Run(copy.deepcopy(config), start, found, processes)  # the plan writes into it
 
 
@@ -305,7 +307,8 @@ class _Run:
                 save_config(self.config, directory / CONFIG)
             again = f"go on with --resume {directory}"
             events = found.run()["events"] if found is not None else []
-            yield Recorder(directory, Progress(console), events=events, plot=True)
+            with self._trackers(events) as trackers:
+                yield Recorder(directory, Progress(console), events=events, trackers=trackers, plot=True)
             again = f"{directory} has its result"
             for name in (CHECKPOINTS, BEST):
                 if (directory / name).exists():
@@ -315,6 +318,17 @@ class _Run:
             raise
         except (NotWritten, BadCheckpoint) as error:
             raise OSError(f"{error}; then {again}") from error
+
+    @contextlib.contextmanager
+    def _trackers(self, events: list[dict[str, Any]]) -> Iterator[Trackers]:
+        """Those of config.report_to, until the block ends."""
+        config, begun = self.config, isinstance(self.start, Begin)
+        told = None if begun else events
+        trackers = Trackers(config.report_to, self.directory, config.project, flat(config), told, say)
+        try:
+            yield trackers
+        finally:
+            trackers.close()
 
     def before(self, recorder: Recorder, *arguments: Any, **options: Any) -> Evaluation:
         """recorder.evaluate; what a run that goes on has written already, it does not write again."""

@@ -1,0 +1,252 @@
+"""Where a run reports to beside metrics.jsonl: TensorBoard, trackio, Weights & Biases, by their own writers.
+
+    an event of metrics.jsonl              scalars, at its step
+    a training step                        train/loss, train/lr, train/tokens_per_second
+    an evaluation on validation            validation/loss, validation/accuracy
+    a count of flips                       mask/flips_from_start, mask/flips_a_step
+
+The run's configuration is told first. Of a run that goes on a tracker keeps what lies before its checkpoint, gets what
+it lacks of that from the checkpoint's events, and is told of no step twice. metrics.jsonl alone is the record: a
+tracker that fails while the run trains is given up, and the run is not.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from mft.files.atomic import write_whole
+from mft.files.json_file import read_object
+
+TENSORBOARD, WANDB, IDENTITY = "tensorboard", "wandb", "trackers.json"  # in the directory of a run
+EXTRA = "mft_kernels[trackers]"
+_MOST_IDENTITY = 1 << 12  # bytes
+_WORDS = {
+    "tensorboard": "tensorboard --logdir {directory}",
+    "trackio": 'trackio show --project "{project}", run {run}',
+    "wandb": "project {project}, run {run}",
+}
+
+
+class Tracker(Protocol):
+    """One that has begun."""
+
+    def has(self, step: int, key: str) -> bool:
+        """Whether an earlier process has told this scalar of this step."""
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Raise ValueError unless their packages are there."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"report_to must name trackers that are installed, got {name}, whose package is missing: pip install "
+                f"'{EXTRA if name != 'wandb' else 'wandb'}', or leave it out"
+            )
+
+
+class Trackers:
+    """Those of a run: they begin when it is made, and end with close().
+
+    Args:
+        directory: the run's. project, config: see RunConfig; config as "section.key" -> value.
+        events: of metrics.jsonl so far; None for a new run.
+        say: prints a line.
+    Raises: RuntimeError, naming the one that cannot begin.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        directory: Path,
+        project: str,
+        config: Mapping[str, Any],
+        events: list[dict[str, Any]] | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self._say, self._scalars = say, Scalars()
+        self._running: dict[str, Tracker] = {}
+        names = list(names)
+        run = _identity(directory) if names else ""
+        for name in names:
+            try:
+                self._running[name] = _START[name](directory, project, run, config, events)
+            except Exception as error:  # whatever a tracker's package raises
+                self.close()
+                raise RuntimeError(
+                    f"report_to: {name} could not begin ({_first_line(error)}): mend that, or leave it out of report_to"
+                ) from error
+            say(f"{name}: {_WORDS[name].format(directory=directory / TENSORBOARD, project=project, run=run)}")
+        for event in events or ():
+            self.tell(event)
+
+    def tell(self, event: Mapping[str, Any]) -> None:
+        """What trackers show of an event of metrics.jsonl."""
+        found = self._scalars(event)
+        if found is not None:
+            step, scalars = found
+            for name, tracker in list(self._running.items()):
+                new = {key: value for key, value in scalars.items() if not tracker.has(step, key)}
+                if new:
+                    self._guarded(name, lambda tracker=tracker, new=new: tracker.log(step, new))
+
+    def close(self) -> None:
+        for name, tracker in list(self._running.items()):
+            self._guarded(name, tracker.close)
+        self._running = {}
+
+    def _guarded(self, name: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - whatever it is, hours of training are worth more
+            del self._running[name]
+            self._say(
+                f"report_to: {name} has failed and is told no more ({_first_line(error)}); the run goes on, and "
+                "metrics.jsonl has everything"
+            )
+
+
+class Scalars:
+    """What of each event of metrics.jsonl is shown, and at which step; None for nothing."""
+
+    def __init__(self) -> None:
+        self._step, self._seconds = 0, 0.0  # of the training step before
+        self._validated = -1  # the step of the latest evaluation
+
+    def __call__(self, event: Mapping[str, Any]) -> tuple[int, dict[str, float]] | None:
+        step = event.get("step")
+        if step is None:
+            return None
+        if "lr" in event:
+            # Every step has as many tokens; with train.log_every some steps are not there.
+            tokens, seconds = event["tokens"] * (step - self._step), event["seconds"] - self._seconds
+            self._step, self._seconds = step, event["seconds"]
+            speed = {"train/tokens_per_second": tokens / seconds} if seconds > 0 else {}
+            return step, {"train/loss": event["loss"], "train/lr": event["lr"]} | speed
+        if "accuracy" in event:
+            if step <= self._validated:  # what is exported was evaluated on its way
+                return None
+            self._validated = step
+            return step, {"validation/loss": event["loss"], "validation/accuracy": event["accuracy"]}
+        if "from_start" in event:
+            return step, {"mask/flips_from_start": event["from_start"], "mask/flips_a_step": event["a_step"]}
+        return None
+
+
+def _identity(directory: Path) -> str:
+    """The run's name in trackers that hold many runs, made with its directory and kept there."""
+    path = directory / IDENTITY
+    if not path.exists():
+        name = f"{directory.absolute().name}-{secrets.token_hex(3)}"
+        write_whole(path, json.dumps({"run": name}) + "\n")
+    return str(read_object(path, _MOST_IDENTITY)["run"])
+
+
+def _first_line(error: Exception) -> str:
+    words = str(error).strip()
+    return f"{type(error).__name__}: {words.splitlines()[0]}" if words else type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------- one by one
+
+
+class _TensorBoard:
+    def __init__(self, directory: Path, project: str, run: str, config: Mapping[str, Any], events: Any) -> None:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        place, last = directory / TENSORBOARD, max((event.get("step", 0) for event in events or ()), default=-1)
+        self._told: set[tuple[int, str]] = set()
+        if is_known := place.is_dir() and any(place.iterdir()):
+            read = EventAccumulator(str(place), {"scalars": 0}).Reload()
+            for key in read.Tags()["scalars"]:
+                self._told |= {(point.step, key) for point in read.Scalars(key) if point.step <= last}
+        # Of a run that goes on what came after its checkpoint is shown no more.
+        self._writer: Any = SummaryWriter(str(place), purge_step=last + 1 if is_known else None)
+        if not self._told:
+            values = {key: value if isinstance(value, int | float) else str(value) for key, value in config.items()}
+            for summary in hparams(values, {"validation/loss": 0}):
+                self._writer.file_writer.add_summary(summary)
+            table = "\n".join(f"| {key} | {value} |" for key, value in values.items())
+            self._writer.add_text("configuration", f"| key | value |\n|---|---|\n{table}", 0)
+
+    def has(self, step: int, key: str) -> bool:
+        return (step, key) in self._told
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        for key, value in scalars.items():
+            self._writer.add_scalar(key, value, step)
+        self._writer.flush()  # a killed process leaves what it has told
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Trackio:
+    def __init__(self, directory: Path, project: str, run: str, config: Mapping[str, Any], events: Any) -> None:
+        import trackio
+        from trackio.sqlite_storage import SQLiteStorage
+
+        # On a Space this finds nothing, and steps after the checkpoint may stand there twice.
+        told = SQLiteStorage.get_logs(project, run) if events is not None else []
+        self._told, self._trackio = {(row["step"], key) for row in told for key in row}, trackio
+        with _unheard():
+            self._run = trackio.init(
+                project=project, name=run, config=dict(config), resume="allow", embed=False, auto_log_cpu=False
+            )
+
+    def has(self, step: int, key: str) -> bool:
+        return (step, key) in self._told
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        with _unheard():
+            self._trackio.finish()  # the run's own would be called again when the process ends
+
+
+class _Wandb:
+    def __init__(self, directory: Path, project: str, run: str, config: Mapping[str, Any], events: Any) -> None:
+        import wandb
+
+        logging.getLogger("wandb").setLevel(logging.ERROR)
+        self._run = wandb.init(
+            project=project,
+            name=run,
+            id=run,
+            dir=str(directory),
+            config=dict(config),
+            resume="allow",
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        self._next = self._run.starting_step if events is not None else 0
+
+    def has(self, step: int, key: str) -> bool:
+        return step < self._next
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_START: dict[str, Callable[..., Tracker]] = {"tensorboard": _TensorBoard, "trackio": _Trackio, "wandb": _Wandb}
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """What is printed meanwhile is not shown."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

@@ -1,0 +1,249 @@
+"""Runs that report: what stands in TensorBoard and trackio afterwards, read back by their own readers."""
+
+import importlib
+import json
+import os
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import LEARN, in_a_fork, steps
+
+from mft.config import load_config
+from mft.training import metrics, trackers
+from mft.training.checkpoint import write_checkpoint
+from mft.training.trackers import Scalars, Trackers
+
+pytest.importorskip("tensorboard")
+pytest.importorskip("trackio")
+LONG = [*LEARN, "train.steps=8", "train.lr=5e-2", "mask.keep_ratio=0.8"]  # whose fourth step is the best
+EVALUATED = [*LONG, "train.eval_every=2", "train.keep_best=true"]
+BOTH = "report_to=tensorboard,trackio"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory):
+    """trackio's, which it reads from the environment once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))
+        yield
+
+
+def in_tensorboard(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(run / "tensorboard"), {"scalars": 0}).Reload()
+    return {key: [(point.step, point.value) for point in read.Scalars(key)] for key in read.Tags()["scalars"]}
+
+
+def in_trackio(run):
+    from trackio.sqlite_storage import SQLiteStorage
+
+    name = json.loads((run / "trackers.json").read_text())["run"]
+    found = {}
+    for row in SQLiteStorage.get_logs("mft", name):
+        for key, value in row.items():
+            if "/" in key:
+                found.setdefault(key, []).append((row["step"], value))
+    return found
+
+
+def events_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def expected(run):
+    """{scalar: [(step, value), ...]} of the record."""
+    events, found = events_of(run), {}
+    for event in events:
+        if event["phase"] in ("before, validation", "validation"):
+            names = {"validation/loss": "loss", "validation/accuracy": "accuracy"}
+        else:
+            names = {
+                "mask fine-tune": {"train/loss": "loss", "train/lr": "lr"},
+                "flips": {"mask/flips_from_start": "from_start", "mask/flips_a_step": "a_step"},
+            }.get(event["phase"], {})
+        for key, name in names.items():
+            found.setdefault(key, []).append((event["step"], event[name]))
+    return found
+
+
+def reported(run):
+    return [in_tensorboard(run), in_trackio(run)]
+
+
+def test_a_killed_run_goes_on_in_the_same_runs_with_every_step_once(cli, tmp_path):
+    code, output = cli("train", *EVALUATED, "checkpoint_minutes=0", "output_dir=straight")
+    assert code == 0, output
+
+    def die():
+        """Told of step 6 and of its evaluation, without a checkpoint of it."""
+        with pytest.MonkeyPatch.context() as patch:
+
+            def write(root, step, *arguments, **options):
+                if step == 6 and root.name == "checkpoints":
+                    while in_trackio(tmp_path / "run").get("train/loss", [(0, 0)])[-1][0] < 6:
+                        time.sleep(0.1)  # it writes twice a second
+                    os._exit(9)
+                return write_checkpoint(root, step, *arguments, **options)
+
+            patch.setattr("mft.training.saver.write_checkpoint", write)
+            return cli("train", *EVALUATED, "checkpoint_minutes=0", BOTH)[0]
+
+    assert in_a_fork(die) == 9
+    run, wanted = tmp_path / "run", expected(tmp_path / "straight")
+    for found in reported(run):
+        assert found["train/loss"][-1][0] == 6
+    code, output = cli("train", "--resume", "run")
+    assert code == 0, output
+    assert "trackio show" in output
+    for found in reported(run):
+        assert found.pop("train/tokens_per_second")[-1][0] == 8
+        assert found.keys() == wanted.keys()
+        for key, points in wanted.items():
+            assert [step for step, _ in found[key]] == [step for step, _ in points], key
+            assert [value for _, value in found[key]] == pytest.approx([value for _, value in points]), key
+    assert steps(run) == steps(tmp_path / "straight")
+    masks = [load_file(tmp_path / name / "masks" / "adapter_model.safetensors") for name in ("run", "straight")]
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[1])
+    tables = [json.loads((tmp_path / name / "table.json").read_text()) for name in ("run", "straight")]
+    assert tables[0] == tables[1]
+    assert (tables[0]["step"], tables[0]["steps"]) == (4, 8)
+
+
+def test_what_is_exported_is_the_best_and_said_to_be(cli, tmp_path):
+    code, output = cli("train", *EVALUATED, "memory=resident")
+    assert code == 0, output
+    table, events = json.loads((tmp_path / "run" / "table.json").read_text()), events_of(tmp_path / "run")
+    losses = {event["step"]: event["loss"] for event in events if event["phase"] == "validation"}
+    assert table["step"] == min(losses, key=losses.get) == 4
+    assert table["after"]["loss"] == losses[4]
+    assert "the best step is 4 of 8, with a validation loss of " in output
+    assert "after step 4, the best of 8" in (tmp_path / "run" / "table.md").read_text()
+    assert not (tmp_path / "run" / "best").exists()
+
+
+def test_where_the_last_step_is_the_best_nothing_changes(cli, tmp_path):
+    few = [*LEARN, "train.steps=8", "mask.keep_ratio=0.8"]
+    code, output = cli("train", *few, "train.eval_every=4", "train.keep_best=true")
+    assert code == 0, output
+    assert "the best step is 8 of 8" in output
+    cli("train", *few, "output_dir=plain")
+    assert (tmp_path / "run" / "table.md").read_text() == (tmp_path / "plain" / "table.md").read_text()
+    assert (tmp_path / "run" / "table.json").read_text() == (tmp_path / "plain" / "table.json").read_text()
+    files = [(tmp_path / name / "masks" / "adapter_model.safetensors").read_bytes() for name in ("run", "plain")]
+    assert files[0] == files[1]
+
+
+def test_a_fine_tune_stops_early_as_a_finished_run_and_exports_its_best(cli, tmp_path):
+    stop = ["train.eval_every=1", "train.keep_best=true", "train.patience=2", "train.min_delta=9", "train.log_every=5"]
+    code, output = cli("finetune", *LEARN, "train.steps=8", "train.lr=1", *stop)
+    assert code == 0, output
+    assert "stopped early after step 3 of 8: 2 evaluations without a loss below" in output
+    run = tmp_path / "run"
+    assert [event["step"] for event in events_of(run) if event["phase"] == "full fine-tune"] == [3]
+    assert "(stopped early, of 8)" in (run / "table.md").read_text()
+    table = json.loads((run / "table.json").read_text())
+    losses = [event["loss"] for event in events_of(run) if event["phase"] == "validation"]
+    assert table["after"]["loss"] == pytest.approx(min(losses), rel=1e-6)
+    assert (table["step"], table["steps"], table["of"]) == (losses.index(min(losses)) + 1, 3, 8)
+    assert {path.name for path in run.iterdir()} == {
+        *("config.yaml", "metrics.jsonl", "model", "plot.png", "table.json", "table.md")
+    }
+
+
+def test_a_tracker_that_fails_is_given_up_and_the_run_is_not(cli, tmp_path, monkeypatch):
+    log = trackers._TensorBoard.log
+
+    def fail(self, step, scalars):
+        if step == 3:
+            raise OSError("No space left on device")
+        log(self, step, scalars)
+
+    monkeypatch.setattr(trackers._TensorBoard, "log", fail)
+    code, output = cli("train", *LEARN, BOTH)
+    assert code == 0, output
+    words = "report_to: tensorboard has failed and is told no more (OSError: No space left on device); the run goes on"
+    assert output.count(words) == 1
+    assert [step for step, _ in in_tensorboard(tmp_path / "run")["train/loss"]] == [1, 2]
+    assert [step for step, _ in in_trackio(tmp_path / "run")["train/loss"]] == [1, 2, 3, 4]
+    assert [step for step, _ in in_trackio(tmp_path / "run")["validation/loss"]] == [0, 4]
+    assert (tmp_path / "run" / "masks").is_dir()
+
+
+def test_a_tracker_that_cannot_begin_ends_the_run_before_it_trains(cli, tmp_path, monkeypatch):
+    monkeypatch.setitem(trackers._START, "tensorboard", lambda *_: importlib.import_module("no_such_package"))
+    code, output = cli("train", *LEARN, "report_to=tensorboard")
+    assert code == 2
+    assert "report_to: tensorboard could not begin (ModuleNotFoundError: No module named 'no_such_package')" in output
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
+def test_a_missing_package_is_told_before_anything_is_written(cli, tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    code, output = cli("train", *LEARN, f"report_to={name}")
+    assert code == 2
+    assert f"report_to must name trackers that are installed, got {name}, whose package is missing: pip" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_has_the_configuration(tmp_path):
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    config = {"train.lr": 1e-2, "mask.threshold": None, "mask.mode": "value", "train.betas": (0.9, 0.99)}
+    Trackers(["tensorboard"], tmp_path, "mft", config, None, lambda line: None).close()
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    content = read.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    values = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert (values["train.lr"].number_value, values["mask.mode"].string_value) == (1e-2, "value")
+    assert (values["mask.threshold"].string_value, values["train.betas"].string_value) == ("None", "(0.9, 0.99)")
+
+
+def test_speed_is_that_of_training_between_the_steps_that_are_written():
+    scalars = Scalars()
+    step = {"phase": "mask fine-tune", "loss": 2.0, "lr": 1e-3, "tokens": 100}
+    assert scalars(step | {"step": 5, "seconds": 10.0})[1]["train/tokens_per_second"] == 50
+    assert scalars(step | {"step": 10, "seconds": 15.0})[1]["train/tokens_per_second"] == 100
+    evaluation = {"phase": "validation", "loss": 1.0, "accuracy": 0.5}
+    assert scalars(evaluation | {"step": 10})[0] == 10
+    assert scalars(evaluation | {"step": 4}) is None  # the best, evaluated once more when it is exported
+
+
+def test_the_plot_is_drawn_anew_while_the_run_trains_in_a_hundredth_of_its_time(cli, tmp_path, monkeypatch):
+    now, drawn = [0.0], []
+
+    def plot(curves, path, validation):
+        now[0] += 2.0
+        drawn.append((now[0], len(curves["mask fine-tune"]), dict(validation)))
+
+    def advance(self, report):
+        now[0] += 10.0
+        record(self, report)
+
+    record = metrics.Steps.__call__
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(metrics, "plot_curves", plot)
+    monkeypatch.setattr(metrics.Steps, "__call__", advance)
+    code, output = cli("train", *LEARN, "train.steps=24", "train.eval_every=2")
+    assert code == 0, output
+    assert [(when, steps) for when, steps, _ in drawn] == [(32.0, 3), (234.0, 23)]
+    assert list(drawn[0][2]) == [0, 2]
+
+
+def test_a_run_reports_nowhere_unless_asked():
+    assert load_config(None).report_to == []
+
+
+def test_wandb_takes_a_run_offline(cli, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    code, output = cli("train", *LEARN, "report_to=wandb")
+    assert code == 0, output
+    assert "has failed" not in output
+    (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    content = written.read_bytes()
+    for word in (b"train/loss", b"validation/accuracy", b"mask.keep_ratio"):
+        assert word in content
