@@ -34,6 +34,16 @@ def an_instruction_without_an_input():
 
 @refused(
     ValueError,
+    where="data.jsonl.gz",
+    got="Not a gzipped file",
+    rule="must be a gzip file",
+)
+def a_zipped_file_that_is_none(tmp):
+    open_source(DataConfig(source=str(write(tmp / "data.jsonl.gz", '{"text": "a"}\n')))).load()
+
+
+@refused(
+    ValueError,
     where="data.source",
     got="dta.jsonl'",
     rule="must be data that exists",

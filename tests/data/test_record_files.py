@@ -1,9 +1,11 @@
 """Files and directories of records: which are read, nothing beyond them, and what is said of wrong ones."""
 
 import csv
+import gzip
 import json
 import re
 import socket
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -43,6 +45,18 @@ def test_csv_gives_the_rows_of_the_same_jsonl(tokenizer, write, tmp_path):
     assert (one.train[:], one.test[:]) == (two.train[:], two.test[:])
 
 
+def test_zipped_lines_give_the_rows_of_the_same_jsonl_and_broken_ones_are_told(tokenizer, write, tmp_path):
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(Path(write(chats())).read_bytes()))
+    one, two = (
+        load_splits(DataConfig(source=source, sequence_length=64), tokenizer) for source in (write(chats()), str(path))
+    )
+    assert (one.train[:], one.test[:]) == (two.train[:], two.test[:])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"data.jsonl.gz must be a gzip file, and cannot be read as one"):
+        load_splits(DataConfig(source=str(path), sequence_length=64), tokenizer)
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
@@ -58,6 +72,7 @@ def test_csv_gives_the_rows_of_the_same_jsonl(tokenizer, write, tmp_path):
             {"train_sft": ["data/train_sft-00000-of-00001.jsonl"]},
         ),
         (["train.csv", "test.csv"], {"train": ["train.csv"], "test": ["test.csv"]}),
+        (["train.jsonl.gz", "dev.jsonl"], {"train": ["train.jsonl.gz"], "validation": ["dev.jsonl"]}),
         (["train.jsonl", "train.csv"], {"train": ["train.jsonl"]}),
         (["contest.jsonl", ".hidden/train.jsonl", "latest.jsonl"], {"train": ["contest.jsonl", "latest.jsonl"]}),
     ],

@@ -6,10 +6,12 @@ datasets follows them; so files are found by their names here, and read as plain
 
 import bisect
 import csv
+import gzip
 import hashlib
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from mft.files.json_file import read_object
 
 FILE_TYPES = (".jsonl", ".parquet", ".csv")
 TYPES = ".jsonl, .parquet or .csv"
+_ZIPPED = (".jsonl", ".csv")  # may end in .gz
 LONGEST_LINE = 64 * 2**20  # bytes; a file without line ends must not fill the memory
 SAVED = ("dataset_dict.json", "state.json")  # of save_to_disk: of several splits, of one
 _LONGEST_STATE = 16 * 2**20  # bytes of those files
@@ -50,6 +53,12 @@ class Records:
         return Records(rows, lambda i: self.place(picked[i]), self.columns, [self.numbers[i] for i in picked])
 
 
+def type_of(path: Path) -> str:
+    """A file's ending, without .gz where that is read too."""
+    inner = path.with_suffix("").suffix
+    return inner if path.suffix == ".gz" and inner in _ZIPPED else path.suffix
+
+
 def find_splits(directory: Path) -> tuple[dict[str, list[Path]], list[Path]]:
     """({split: its files in order}, files that were left out), by names alone.
 
@@ -61,15 +70,12 @@ def find_splits(directory: Path) -> tuple[dict[str, list[Path]], list[Path]]:
     if any((directory / name).is_file() for name in SAVED):
         return _saved_splits(directory), []
     inside = {path: path.relative_to(directory) for path in sorted(directory.rglob("*"))}
-    files = [
-        path
-        for path, name in inside.items()
-        if path.suffix in FILE_TYPES and path.is_file() and not any(part.startswith((".", "__")) for part in name.parts)
-    ]
-    types = {path.suffix for path in files}
+    shown = [path for path, name in inside.items() if not any(part.startswith((".", "__")) for part in name.parts)]
+    files = [path for path in shown if type_of(path) in FILE_TYPES and path.is_file()]
+    types = {type_of(path) for path in files}
     if len(types) > 1:
         types.discard(".csv")
-        files = [path for path in files if path.suffix in types]
+        files = [path for path in files if type_of(path) in types]
     if len(types) != 1:
         found = f"{' and '.join(sorted(types))}, perhaps the same twice: name the directory of one" if types else "none"
         raise ValueError(f"data.source must be a directory with {TYPES} files, got {directory} with {found}")
@@ -85,7 +91,7 @@ def find_splits(directory: Path) -> tuple[dict[str, list[Path]], list[Path]]:
 
 def read_files(paths: Sequence[Path]) -> Records:
     """The records of files of one type, one after another, with their content columns alone."""
-    parts = [_READERS[path.suffix](path) for path in paths]
+    parts = [_READERS[type_of(path)](path) for path in paths]
     starts = list(itertools.accumulate((len(part.rows) for part in parts), initial=0))
     columns = sorted({column for part in parts for column in part.columns})
     if isinstance(parts[0].rows, pyarrow.Table):
@@ -104,6 +110,77 @@ def read_files(paths: Sequence[Path]) -> Records:
         return parts[part].place(i - starts[part])
 
     return Records(rows, place, columns, range(starts[-1]))
+
+
+def content_alone(row: dict[str, Any]) -> dict[str, Any]:
+    """Without the columns that no form reads."""
+    return {column: row[column] for column in CONTENT_COLUMNS if column in row}
+
+
+Position = tuple[int, int]  # bytes and lines of a file that lie before
+
+
+def read_lines(path: Path, start: Position = (0, 0)) -> Iterator[tuple[int, str, Position]]:
+    """(number, line with its end, what lies before the next) of each line from start on.
+
+    Bytes are those of the text: of a .gz file unpacked ones, which is unpacked again up to start.
+    """
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            end, before = start
+            file.seek(end)
+            for number in itertools.count(before + 1):
+                line = file.readline(LONGEST_LINE + 1)
+                if not line:
+                    break
+                if len(line) > LONGEST_LINE:
+                    raise ValueError(
+                        f"{path}:{number}: a line must have at most {LONGEST_LINE} bytes, got more: write an example a "
+                        "line"
+                    )
+                text = _decoded(line, f"{path}:{number}", end)
+                end += len(line)
+                yield number, text, (end, number)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} must be a gzip file, and cannot be read as one: {error}") from None
+
+
+def parse_line(line: str, place: str) -> dict[str, Any] | None:
+    """The object in a line of JSON; None if the line is empty."""
+    if not line.strip(" \t\r\n\v\f"):
+        return None
+    try:
+        row = json.loads(line)
+    except RecursionError:
+        raise ValueError(
+            f"{place}: JSON must nest a few levels deep, got one that is too deep to be read: examples need no more "
+            "than messages, each with a role and a content"
+        ) from None
+    except ValueError as error:  # of a number too long to be one, too
+        raise ValueError(f"{place}: broken JSON, must be one object a line: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: must be a JSON object, got a {type(row).__name__}")
+    return row
+
+
+def read_csv(path: Path, start: Position = (0, 0)) -> Iterator[tuple[int, dict[str, str], Position]]:
+    """(line on which it begins, record, what lies before the next) of each from start on, the first after the header.
+
+    A record is a line, or several where quotes hold line ends.
+    """
+    records = _csv_values(path)
+    place, header, begin = next(records, (0, [], start))
+    if len(set(header)) != len(header):
+        raise ValueError(f"{path}:{place}: the header must name each column once, got {','.join(header)[:100]}")
+    if start > begin:
+        records = _csv_values(path, start)
+    for number, values, end in records:
+        if len(values) != len(header):
+            raise ValueError(
+                f"{path}:{number}: must have {len(header)} values, as many as the header names, got {len(values)}: put "
+                "quotes around one that has commas"
+            )
+        yield number, dict(zip(header, values)), end
 
 
 def hash_splits(splits: Mapping[str, Sequence[Path]]) -> str:
@@ -126,29 +203,12 @@ class _File:
 
 def _read_jsonl(path: Path) -> _File:
     rows, lines, columns = [], [], dict[str, None]()
-    for number, line in _lines(path):
-        if line.strip(" \t\r\n\v\f"):
-            row = _parsed(line, f"{path}:{number}")
+    for number, line, _ in read_lines(path):
+        if (row := parse_line(line, f"{path}:{number}")) is not None:
             columns.update(dict.fromkeys(row))
-            rows.append({column: row[column] for column in CONTENT_COLUMNS if column in row})
+            rows.append(content_alone(row))
             lines.append(number)
     return _File(rows, lambda i: f"{path}:{lines[i]}", list(columns))
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, line), with its end."""
-    with path.open("rb") as file:
-        start = 0
-        for number in itertools.count(1):
-            line = file.readline(LONGEST_LINE + 1)
-            if not line:
-                break
-            if len(line) > LONGEST_LINE:
-                raise ValueError(
-                    f"{path}:{number}: a line must have at most {LONGEST_LINE} bytes, got more: write an example a line"
-                )
-            yield number, _decoded(line, f"{path}:{number}", start)
-            start += len(line)
 
 
 def _decoded(line: bytes, place: str, start: int) -> str:
@@ -164,46 +224,29 @@ def _decoded(line: bytes, place: str, start: int) -> str:
         ) from None
 
 
-def _parsed(line: str, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except RecursionError:
-        raise ValueError(
-            f"{place}: JSON must nest a few levels deep, got one that is too deep to be read: examples need no more "
-            "than messages, each with a role and a content"
-        ) from None
-    except ValueError as error:  # of a number too long to be one, too
-        raise ValueError(f"{place}: broken JSON, must be one object a line: {error}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: must be a JSON object, got a {type(row).__name__}")
-    return row
-
-
 def _read_csv(path: Path) -> _File:
-    """A header line, then an example a line, or on several where quotes hold line ends."""
     rows, lines = [], []
-    records = _csv_records(path)
-    place, header = next(records, (0, []))
-    if len(set(header)) != len(header):
-        raise ValueError(f"{path}:{place}: the header must name each column once, got {','.join(header)[:100]}")
-    for number, values in records:
-        if len(values) != len(header):
-            raise ValueError(
-                f"{path}:{number}: must have {len(header)} values, as many as the header names, got {len(values)}: put "
-                "quotes around one that has commas"
-            )
-        row = dict(zip(header, values))
-        rows.append({column: row[column] for column in CONTENT_COLUMNS if column in row})
+    for number, row, _ in read_csv(path):
+        rows.append(content_alone(row))
         lines.append(number)
+    header = next(_csv_values(path), (0, [], (0, 0)))[1]
     return _File(rows, lambda i: f"{path}:{lines[i]}", header)
 
 
-def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(the line on which it begins, values) of each that is not empty."""
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
-    before = csv.field_size_limit()
+def _csv_values(path: Path, start: Position = (0, 0)) -> Iterator[tuple[int, list[str], Position]]:
+    """(the line on which it begins, values, what lies before the next) of each that is not empty."""
+    end = start
+
+    def feed() -> Iterator[str]:
+        nonlocal end
+        for _, line, behind in read_lines(path, start):
+            end = behind
+            yield line
+
+    reader = csv.reader(feed(), strict=True)
+    limit = csv.field_size_limit()
     while True:
-        number = reader.line_num + 1
+        number = end[1] + 1
         csv.field_size_limit(LONGEST_LINE)  # of all readers of the process
         try:
             values = next(reader, None)
@@ -213,18 +256,18 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
                 "write quotes in it twice"
             ) from None
         finally:
-            csv.field_size_limit(before)
+            csv.field_size_limit(limit)
         if values is None:
             return
         if values:
-            yield number, values
+            yield number, values, end
 
 
 def _read_parquet(path: Path) -> _File:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            return _of_table(file.read(columns=_content_of(names)), path, names)
+            return _of_table(file.read(columns=columns_to_read(names)), path, names)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} must be a parquet file, and cannot be read as one: {error}") from None
 
@@ -234,13 +277,13 @@ def _read_arrow(path: Path) -> _File:
         table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} must be an Arrow stream, and cannot be read as one: {error}") from None
-    return _of_table(table.select(_content_of(table.column_names)), path, table.column_names)
+    return _of_table(table.select(columns_to_read(table.column_names)), path, table.column_names)
 
 
 _READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv, ".arrow": _read_arrow}
 
 
-def _content_of(names: list[str]) -> list[str]:
+def columns_to_read(names: list[str]) -> list[str]:
     pairs = [name for name in FORMS[PREFERENCE].needs if name in names]  # beside another form's columns
     return list(dict.fromkeys([*content_of(names), *pairs])) or names[:1]  # without columns rows cannot be counted
 

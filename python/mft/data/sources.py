@@ -16,7 +16,7 @@ from mft.config import DataConfig
 from mft.data.corpora import describe_headers, describe_stdlib, header_files, stdlib_files
 from mft.data.formats import CONTENT_COLUMNS, FORMS, content_of, find_form
 from mft.data.problems import Problem, describe_problems, fingerprint_of, make_problems
-from mft.data.record_files import FILE_TYPES, TYPES, Records, find_splits, hash_splits, read_files
+from mft.data.record_files import FILE_TYPES, TYPES, Records, find_splits, hash_splits, read_files, type_of
 from mft.files.cache import sha256_of
 from mft.files.hub import hub_is_reachable
 
@@ -143,7 +143,7 @@ def _problem_records(split: str, problems: Sequence[Problem]) -> Records:
 
 def _single_file(path: Path, config: DataConfig) -> Source:
     _only_defaults(config, f"the single file {path} has no splits, so name a directory with train and validation files")
-    if path.suffix not in FILE_TYPES:
+    if type_of(path) not in FILE_TYPES:
         raise ValueError(
             f"data.source must be a {TYPES} file if it is a file, got {path}: "
             "convert it, for JSONL to one JSON object a line"
@@ -328,4 +328,4 @@ def _only_defaults(config: DataConfig, why: str, *, but: tuple[str, ...] = ()) -
 
 
 def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((*FILE_TYPES, ".json", "/"))
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((*FILE_TYPES, ".json", ".gz", "/"))
