@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from mft.config import TrainConfig
 from mft.engines.randomness import draws_at_random
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Processes:
                 "dropout of the model's configuration to 0"
             )
 
-    def share(self, micro_batches: list[list[int]]) -> list[list[int]]:
+    def share(self, micro_batches: list[T]) -> list[T]:
         """Those that this process runs; counts may differ by one."""
         return micro_batches[self.rank :: self.count]
 

@@ -9,11 +9,10 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor, nn
 
 from mft.config import TrainConfig
-from mft.data.batches import MicroBatch, count_labels, take_rows
+from mft.data.batches import MicroBatch
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.randomness import seeded
 from mft.engines.start import Device, start_runner
@@ -26,10 +25,9 @@ from mft.models.next_tokens import check_next_tokens
 from mft.models.packed_rows import keeping_apart
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
+from mft.training.row_source import RowSource, open_rows
 from mft.training.saver import Saver
 from mft.training.validation import Validation
-
-_CHUNK = 1024  # rows that are looked at together
 
 
 def finetune(model: nn.Module, dataset, train: TrainConfig, **options) -> list[StepReport]:
@@ -115,8 +113,7 @@ def train_loop(
     Raises: ValueError if the model predicts no next tokens, or has too few positions. NonFiniteLoss, naming step, rows
         and documents; the step's gradients are not applied. RuntimeError for a lack of memory, naming rows or layer.
     """
-    if len(dataset) == 0:
-        raise ValueError("dataset must hold at least one row to train on, got 0")
+    rows = open_rows(dataset, train, processes)
     if before_update is not None and way != "plain":
         raise ValueError(f"before_update must be None unless way is plain, whose gradients it may change, got {way!r}")
     if train.evaluates != (validation is not None):
@@ -128,15 +125,15 @@ def train_loop(
     processes.check(train)
     _check_objective(objective, model, dataset)
     objective.forget()
-    first_row = take_rows(dataset, [0]).input_ids
+    first_row = rows.first()
     check_next_tokens(model.config, type(model).__name__, first_row.shape[1])
-    steps = train.steps_for(len(dataset))
-    if remember and memory is None and steps * train.batch_size * train.accumulation > len(dataset):
+    steps = train.steps_for(rows.count)
+    if not remember:
+        memory = None
+    elif memory is None and steps * train.batch_size * train.accumulation > rows.count:
         memory = PrefixMemory()
-    memory = memory if remember else None
     few = first_row[:, :FEW].to(next(model.parameters()).device)
     processes.check_model(model, few)
-    stream = _row_numbers(len(dataset), train.seed)
     reports: list[StepReport] = []
     with (
         seeded(train.seed),
@@ -150,26 +147,19 @@ def train_loop(
         )
         try:
             if way != "plain":
-                _rehearse(runner, dataset, train)
+                _rehearse(runner, rows, train)
             if saver is not None:
                 with processes.together():
-                    reports += saver.begin(runner)
+                    reports += saver.begin(runner, rows)
             processes.agree_on(runner.learned())
             ended = False
             if validation is not None:
                 validation.begin(lambda: 0 if saver is None else saver.told)
                 # Of the step that a checkpoint was of, if a signal came before it was evaluated.
                 ended = bool(reports) and validation.after_step(model, runner, reports[-1], train, processes)
-            done, epoch = len(reports), len(dataset) / (train.batch_size * train.accumulation)
             begin = time.perf_counter() - (reports[-1].seconds if reports else 0.0)
-            for step in range(1, 1 if ended else steps + 1):
-                micro_batches = [[next(stream) for _ in range(train.batch_size)] for _ in range(train.accumulation)]
-                if step <= done and step > epoch + 1 and processes.count == 1:  # all rows have been seen
-                    continue
-                batches = [take_rows(dataset, rows) for rows in processes.share(micro_batches)]
-                if step <= done:
-                    runner.recall(batches)  # in the groups of then, on which the last bits may depend
-                    continue
+            for step in range(len(reports) + 1, 1 if ended else steps + 1):
+                batches = rows.next_step()
                 counted = sum(objective.count(batch) for batch in batches)
                 length = sum(batch.input_ids.numel() for batch in batches)
                 count, tokens = (int(total) for total in processes.sum(counted, length))
@@ -208,18 +198,14 @@ def _check_objective(objective: Objective, model: nn.Module, dataset) -> None:
         )
 
 
-def _rehearse(runner: Runner, dataset, train: TrainConfig) -> None:
+def _rehearse(runner: Runner, rows: RowSource, train: TrainConfig) -> None:
     """The rows that score most tokens first, without an update: what does not fit shows before anything is learned.
 
     Rows have one length, so nothing else can make one step larger than another.
     """
-    numbers = range(len(dataset))
-    chunks = [list(numbers[start : start + _CHUNK]) for start in range(0, len(dataset), _CHUNK)]
-    scored = torch.cat([count_labels(take_rows(dataset, rows).labels) for rows in chunks])
-    if scored.min() == scored.max():
-        return
-    most = scored.argsort(descending=True)[: train.batch_size].tolist()
-    runner.step([take_rows(dataset, most)], 1.0, None, train.max_grad_norm, _Losses("the rehearsal", train))
+    heaviest = rows.heaviest()
+    if heaviest is not None:
+        runner.step([heaviest], 1.0, None, train.max_grad_norm, _Losses("the rehearsal", train))
 
 
 class _Losses:
@@ -251,13 +237,6 @@ def schedule_factor(step: int, steps: int, train: TrainConfig) -> float:
         return 1.0
     done = (step - warmup - 1) / max(1, steps - warmup)
     return 1 - done if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _row_numbers(count: int, seed: int) -> Iterator[int]:
-    """Every row once an epoch, each epoch in an order of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from torch.randperm(count, generator=generator).tolist()
 
 
 @contextlib.contextmanager

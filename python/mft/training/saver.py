@@ -18,6 +18,7 @@ from torch import Tensor
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.step import Runner, StepReport
 from mft.training.checkpoint import Checkpoint, check_space, prepare, write_checkpoint
+from mft.training.row_source import RowSource
 from mft.training.state import put_state, state_bytes, take_state
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -71,16 +72,17 @@ class Saver:
         self._force, self._on_found, self._processes = force, on_found, processes
         self._last = time.monotonic()
         self._told: int | None = None  # the signal that came
+        self._rows: RowSource | None = None
 
-    def begin(self, runner: Runner) -> list[StepReport]:
-        """Put the runner where the checkpoint was, if there is one; returns the reports of the steps done.
+    def begin(self, runner: Runner, rows: RowSource) -> list[StepReport]:
+        """Put runner and rows where the checkpoint was, if there is one; returns the reports of the steps done.
 
         Raises: OSError if the disk has no room for two checkpoints. ValueError, if the checkpoint is another run's.
         """
         if self._processes.first:
             prepare(self._root)
             check_space(self._root, (1 if self._found else 2) * state_bytes(runner))
-        self._last = time.monotonic()
+        self._last, self._rows = time.monotonic(), rows
         if self._found is None:
             return []
         found = self._found.facts()
@@ -98,6 +100,7 @@ class Saver:
         for counter in self._counters:
             counter.put_state(tensors)
         put_state(runner, tensors, found["numbers"])
+        rows.go_on(len(found["reports"]), found.get("rows"), runner.recall)
         reports = [StepReport(**report) for report in found["reports"]]
         if self._on_found is not None:
             self._on_found(reports)
@@ -124,6 +127,7 @@ class Saver:
                 tensors |= counter.take_state()
             facts = {"numbers": numbers, "reports": [asdict(report) for report in reports], "facts": self._facts}
             facts["run"] = self._run()
+            facts["rows"] = None if self._rows is None else self._rows.state()
             where = write_checkpoint(self._root, reports[-1].step, tensors, facts).path
             self._last = time.monotonic()
         if told:

@@ -1,0 +1,95 @@
+"""Which rows each step takes: those of a data set, in an order drawn by train.seed."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mft.config import TrainConfig
+from mft.data.batches import MicroBatch, count_labels, take_rows
+from mft.engines.distributed import Processes
+
+_CHUNK = 1024  # rows that are looked at together
+
+
+class RowSource(Protocol):
+    """What train_loop takes its steps' rows from.
+
+    count: of different rows.
+    """
+
+    count: int
+
+    def first(self) -> Tensor:
+        """input_ids (1, T) of some row."""
+
+    def heaviest(self) -> MicroBatch | None:
+        """A micro-batch that needs as much memory as any to come; None if all need the same."""
+
+    def go_on(self, done: int, state: Mapping[str, Any] | None, recall: Callable[[list[MicroBatch]], None]) -> None:
+        """Stand where a run of so many steps does, which kept state; recall hears of rows that it may remember."""
+
+    def next_step(self) -> list[MicroBatch]:
+        """Those of the next step that this process runs."""
+
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps for go_on; None where the count of steps says all."""
+
+
+def open_rows(dataset: Any, train: TrainConfig, processes: Processes) -> RowSource:
+    """Raises: ValueError if dataset holds no row."""
+    if len(dataset) == 0:
+        raise ValueError("dataset must hold at least one row to train on, got 0")
+    return _Numbered(dataset, train, processes)
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+class _Numbered:
+    """Every row of a data set once an epoch, each epoch in an order of its own."""
+
+    def __init__(self, dataset: Any, train: TrainConfig, processes: Processes) -> None:
+        self.count = len(dataset)
+        self._dataset, self._train, self._processes = dataset, train, processes
+        self._numbers = _row_numbers(len(dataset), train.seed)
+
+    def first(self) -> Tensor:
+        return take_rows(self._dataset, [0]).input_ids
+
+    def heaviest(self) -> MicroBatch | None:
+        numbers = range(len(self._dataset))
+        chunks = [list(numbers[start : start + _CHUNK]) for start in range(0, len(numbers), _CHUNK)]
+        scored = torch.cat([count_labels(take_rows(self._dataset, rows).labels) for rows in chunks])
+        if scored.min() == scored.max():
+            return None
+        most = scored.argsort(descending=True)[: self._train.batch_size].tolist()
+        return take_rows(self._dataset, most)
+
+    def go_on(self, done: int, state: Mapping[str, Any] | None, recall: Callable[[list[MicroBatch]], None]) -> None:
+        epoch = len(self._dataset) / (self._train.batch_size * self._train.accumulation)
+        for step in range(1, done + 1):
+            micro_batches = self._micro_batches()
+            if step <= epoch + 1 or self._processes.count > 1:  # later ones have all been seen
+                recall(self._taken(micro_batches))  # in the groups of then, on which the last bits may depend
+
+    def next_step(self) -> list[MicroBatch]:
+        return self._taken(self._micro_batches())
+
+    def state(self) -> dict[str, Any] | None:
+        return None
+
+    def _micro_batches(self) -> list[list[int]]:
+        size, count = self._train.batch_size, self._train.accumulation
+        return [[next(self._numbers) for _ in range(size)] for _ in range(count)]
+
+    def _taken(self, micro_batches: list[list[int]]) -> list[MicroBatch]:
+        return [take_rows(self._dataset, rows) for rows in self._processes.share(micro_batches)]
+
+
+def _row_numbers(count: int, seed: int) -> Iterator[int]:
+    """Every row once an epoch, each epoch in an order of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
