@@ -42,6 +42,17 @@ def test_a_file_fills_the_sections_and_overrides_come_last(write):
     assert (config.model.dtype, config.output_dir) == ("float32", "out")
 
 
+def test_sources_are_named_in_a_file_and_by_overrides(write, tmp_path):
+    path = write("data: {sources: {chats: {source: ~/c.jsonl, weight: 3}, code: {source: stdlib}}}\n")
+    data = load_config(path, ["data.sources.code.weight=0.5", "data.sources.more.source=b"]).data
+    assert [(name, given.weight) for name, given in data.sources.items()] == [("chats", 3), ("code", 0.5), ("more", 1)]
+    assert data.of_source("chats") == DataConfig(source=data.sources["chats"].source)
+    assert not data.sources["chats"].source.startswith("~")
+    config = RunConfig(data=data)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
 @pytest.mark.parametrize("number", ["3e-4", "3E-4", "0.0003", "3.0e-4", ".0003", "300e-6"])
 def test_every_spelling_of_a_number_is_a_number(write, number):
     assert load_config(write(f"train: {{steps: 1, lr: {number}}}")).train.lr == pytest.approx(3e-4)
@@ -154,6 +165,14 @@ def test_a_wrong_file_says_where_and_what(write, text, message):
             "train.steps or epochs must be given (exactly one of them), got neither: set steps=100 or epochs=1",
         ),
         ("output_dir=", "output_dir must be a string, got null"),
+        ("data.sources.a.weight=2", "data.sources.a.source must be given, got none"),
+        ("data.sources.a.wight=2", "data.sources.a: unknown key 'wight'; did you mean weight?"),
+        ("data.sources={a: {source: x, weight: 0}}", "data.sources.a.weight must be positive, got 0.0"),
+        ("data.sources={a: x}", "data.sources.a must be a mapping of keys such as source:, got 'x' (str)"),
+        ("data.sources=[a]", "data.sources must be a mapping of names to SourceConfig or null, got ['a'] (list)"),
+        ("data.sources={}", "data.sources must hold at least one name, got {}"),
+        ("data.sources.a b.source=x", "data.sources must have names of letters, digits, - and _, got 'a b' (str)"),
+        ("data.dataset_mixer=1", "unknown key 'data.dataset_mixer'; did you mean data.sources?"),
     ],
 )
 def test_a_wrong_override_says_which_and_what(override, message):
@@ -188,6 +207,12 @@ def test_a_wrong_override_says_which_and_what(override, message):
         (DataConfig, {"sequence_length": 1}, "sequence_length must be at least 2, got 1"),
         (DataConfig, {"max_eval_tokens": 9}, "max_eval_tokens must be at least one row of sequence_length = 512"),
         (DataConfig, {"seed": -1}, "seed must lie in [0, 2**63), got -1"),
+        (
+            DataConfig,
+            {"sources": {"a": {"source": "x"}}, "split": "dev"},
+            "split must be left out beside sources, each",
+        ),
+        (DataConfig, {"stopping_strategy": "all"}, "must be one of first_exhausted, all_exhausted, got 'all'"),
         (TrainConfig, {"steps": 1, "lr": 0}, "lr must be positive, got 0.0"),
         (TrainConfig, {"steps": 0}, "steps must be positive (or null), got 0"),
         (TrainConfig, {"epochs": -1}, "epochs must be positive (or null), got -1.0"),

@@ -3,10 +3,12 @@
 Every message begins with the field's name, so that a reader of files can put the section before it.
 """
 
+import dataclasses
 import difflib
 import math
 import operator
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _LONGEST = 200  # characters of a name that somebody typed
 _HOLDS: dict[str, Callable[[Any, Any], bool]] = {
     "enum": lambda value, known: value in known,
@@ -120,6 +123,38 @@ def check_not_empty(config: Any, *names: str) -> None:
 
 def check_seed(seed: int) -> None:
     SEED.check("seed", seed)
+
+
+def read_named(field: str, given: Any, cls: type) -> Any:
+    """A mapping of names to mappings, each as a cls, one of dataclasses whose errors begin with a field's name.
+
+    What is no mapping is returned as it is, for coerce_fields to refuse. Raises: ValueError.
+    """
+    if not isinstance(given, dict):
+        return given
+    check_rule(bool(given), field, "hold at least one name", given)
+    keys, built = {item.name: item for item in dataclasses.fields(cls)}, {}
+    for name, values in given.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(f"{field} must have names of letters, digits, - and _, got {shown(name)}")
+        where = f"{field}.{name}"
+        if isinstance(values, cls):
+            built[name] = values
+            continue
+        if not isinstance(values, dict):
+            raise ValueError(f"{where} must be a mapping of keys such as {next(iter(keys))}:, got {shown(values)}")
+        for key in values:
+            if key not in keys:
+                close = nearest(str(key), keys) or f"; known here: {', '.join(keys)}"
+                raise ValueError(f"{where}: unknown key {str(key)!r}{close}")
+        for key, item in keys.items():
+            if key not in values and item.default is item.default_factory is dataclasses.MISSING:
+                raise ValueError(f"{where}.{key} must be given, got none")
+        try:
+            built[name] = cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{where}.{error}") from None
+    return built
 
 
 def nearest(name: str, known: Iterable[str], *, prefix: str = "", paths: Mapping[str, str] | None = None) -> str:

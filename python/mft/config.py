@@ -28,6 +28,7 @@ from mft.checks import (
     nearest,
     nearest_path,
     one_of,
+    read_named,
     shown,
 )
 from mft.files.atomic import write_whole
@@ -38,6 +39,7 @@ DTYPES = ("bfloat16", "float32", "float16")
 MODES = ("magnitude", "value")
 INITS = ("normal", "magnitude", "constant")
 SCHEDULES = ("linear", "constant", "cosine")
+STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted")  # as of datasets.interleave_datasets
 SCORES_DTYPES = ("float32", "bfloat16", "int16")  # int16: fixed point, see mft_kernels/fixed_point.py
 MOMENTS = ("float32", "8bit")
 QUANTIZATIONS = ("nf4", "nf4-dq", "int8")  # dq: double quantisation
@@ -53,6 +55,7 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "dpo": ("beta", "label_smoothing"),
 }
 _MOST_CONFIG = 1 << 16  # bytes: 25 times the longest of ours; its reader takes a second for them
+_NAMED = "data.sources."  # a mapping of names that the file chooses
 _MOST_LAYERS = 10_000  # no model has a tenth as many
 # What other trainers, and the paper's own code, call our keys.
 FOREIGN_NAMES = {
@@ -72,6 +75,10 @@ FOREIGN_NAMES = {
     "log_with": "report_to",
     "max_seq_length": "data.sequence_length",
     "dataset": "data.source",
+    "datasets": "data.sources",
+    "dataset_mixer": "data.sources",
+    "interleave_probs": "data.sources",
+    "mix_strategy": "data.stopping_strategy",
     "torch_dtype": "model.dtype",
     "model_name_or_path": "model.name",
     "sparsity": "mask.keep_ratio",
@@ -190,6 +197,22 @@ class MaskConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One of data.sources: its text, and how much of the mix it is."""
+
+    source: str
+    weight: Annotated[float, POSITIVE] = 1.0  # of all weights' sum: its share of the training rows
+    subset: str | None = None
+    split: str = "train"
+    validation_split: str | None = None
+
+    def __post_init__(self) -> None:
+        coerce_fields(self)
+        check_not_empty(self, "source", "subset", "split", "validation_split")
+        expand_home(self, "source")
+
+
+@dataclass
 class DataConfig:
     """Which text, and how it becomes rows of sequence_length tokens."""
 
@@ -197,6 +220,8 @@ class DataConfig:
     subset: str | None = None  # of a hub data set; of stdlib: pretrain or finetune, parts of its training files
     split: str = "train"
     validation_split: str | None = None
+    sources: dict[str, SourceConfig] | None = None  # several with weights, by names of your own; instead of source
+    stopping_strategy: Annotated[str, one_of(STOPPING_STRATEGIES)] = "first_exhausted"  # of several sources
     sequence_length: Annotated[int, at_least(2)] = 512
     packing: bool = True
     assistant_only: bool = True
@@ -205,9 +230,19 @@ class DataConfig:
     seed: Annotated[int, SEED] = 0
 
     def __post_init__(self) -> None:
+        self.sources = read_named("sources", self.sources, SourceConfig)
         coerce_fields(self)
         check_not_empty(self, "source", "subset", "split", "validation_split")
         expand_home(self, "source")
+        if self.sources is not None:
+            for name in ("source", "subset", "split", "validation_split"):
+                given, default = getattr(self, name), getattr(type(self), name)
+                check_rule(
+                    given == default,
+                    name,
+                    "be left out beside sources, each with its own (sources: null drops them)",
+                    given,
+                )
         for name in ("max_train_tokens", "max_eval_tokens"):
             tokens = getattr(self, name)
             if tokens is not None:
@@ -217,6 +252,12 @@ class DataConfig:
                     f"be at least one row of sequence_length = {self.sequence_length} tokens",
                     tokens,
                 )
+
+    def of_source(self, name: str) -> "DataConfig":
+        """The same for one of sources alone."""
+        given = dataclasses.asdict((self.sources or {})[name])
+        del given["weight"]
+        return dataclasses.replace(self, sources=None, **given)
 
 
 @dataclass
@@ -446,13 +487,16 @@ def _apply_overrides(values: dict[str, Any], overrides: list[str] | tuple[str, .
             raise ValueError(f"an override must name one key, got the section {key!r}: its keys are {names}")
         section, dot, name = key.partition(".")
         value = parse_yaml(text, f"override {override!r}")
-        _check_keys({section: {name: None}} if dot else {section: value}, origin=f"override {override!r}: ")
+        path = [section, *(name.split(".") if key.startswith(_NAMED) else [name] if dot else [])]
+        _check_keys({section: {path[1]: None}} if dot else {section: value}, origin=f"override {override!r}: ")
         target = values
-        if dot:
-            if values.get(section) is None:
-                values[section] = {}
-            target = values[section]
-        target[name if dot else section] = value
+        for part in path[:-1]:
+            if target.get(part) is None:
+                target[part] = {}
+            target = target[part]
+            if not isinstance(target, dict):
+                raise ValueError(f"override {override!r}: {part} must be a mapping, got {shown(target)}")
+        target[path[-1]] = value
 
 
 def _check_keys(values: dict[Any, Any], origin: str) -> None:

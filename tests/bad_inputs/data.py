@@ -2,7 +2,8 @@
 
 from mft.config import DataConfig
 from mft.data.formats import read_example
-from mft.data.sources import open_source
+from mft.data.mixing import mix_order
+from mft.data.sources import of_source, open_source
 
 from .registry import accepted, refused
 
@@ -30,6 +31,51 @@ def a_table_beside_data(tmp):
 def an_instruction_without_an_input():
     chat = read_example("instruction", {"instruction": "Count to 2.", "output": "1 2"}, "data.jsonl:1", templated=True)
     assert chat.messages[0] == {"role": "user", "content": "Count to 2."}
+
+
+@refused(
+    ValueError,
+    where="sources.chats.weight",
+    got="got 0.0",
+    rule="must be positive",
+)
+def a_source_without_weight():
+    DataConfig(sources={"chats": {"source": "chats.jsonl", "weight": 0}})
+
+
+@refused(
+    ValueError,
+    where="sources.chats",
+    got="'wieght'",
+    rule="unknown key",
+    remedy="did you mean weight?",
+)
+def a_source_with_a_misspelt_key():
+    DataConfig(sources={"chats": {"source": "chats.jsonl", "wieght": 2}})
+
+
+@refused(
+    ValueError,
+    where="data.sources.chats",
+    got="got an empty train split",
+    rule="must hold examples",
+)
+def a_source_of_several_that_is_empty(tmp):
+    sources = {"chats": {"source": str(write(tmp / "chats.jsonl", ""))}, "code": {"source": "stdlib"}}
+    config = DataConfig(sources=sources)
+    with of_source("chats"):
+        open_source(config).parts["chats"].load()
+
+
+@refused(
+    ValueError,
+    where="data.stopping_strategy",
+    got="got about 2000000 rows",
+    rule="must not be all_exhausted where that repeats 10100 rows 100 times",
+    remedy="set first_exhausted or data.max_train_tokens, or other weights",
+)
+def a_weight_by_which_a_source_would_be_repeated_without_end():
+    mix_order([10000, 100], [1, 199], "all_exhausted", None)
 
 
 @refused(

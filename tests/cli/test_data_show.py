@@ -49,6 +49,35 @@ def test_a_character_of_several_tokens_is_one_piece(tokenizer):
     assert text.plain.replace("·", "") == "x⟦ 🦜 é⟧"
 
 
+FORMS = {
+    "messages": {"messages": [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B"}]},
+    "conversations": {"conversations": [{"from": "human", "value": "A?"}, {"from": "gpt", "value": "B"}]},
+    "lists": {"prompt": [{"role": "user", "content": "A?"}], "completion": [{"role": "assistant", "content": "B"}]},
+    "alpaca": {"instruction": "A?", "output": "B"},
+    "completion": {"prompt": "A?", "completion": "B"},
+    "text": {"text": "A?B"},
+}
+
+
+def test_each_row_of_a_mix_names_its_source_and_is_what_the_template_makes_of_its_form(show, tmp_path):
+    sources = []
+    for name, row in FORMS.items():
+        lines = [json.dumps(row).replace("A?", f"A{i}?") + "\n" for i in range(9)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        sources.append(f"data.sources.{name}.source={name}.jsonl")
+    more = ["data.sequence_length=32", "data.max_eval_tokens=192", "model.chat_template=tulu", "data.packing=false"]
+    output = show([], "data.source=stdlib", *sources, *more, "--rows=6")
+    output = output.replace("·", "")
+    for name in FORMS:
+        row = re.search(rf"train row \d of .* from {name}: (.*)\n((?:.+\n)+)", output)
+        if name in ("completion", "text"):
+            assert re.fullmatch(
+                r"A\d\?⟦B<\|im_end\|>⟧\n" if name == "completion" else r"A⟦\d\?B<\|im_end\|>⟧\n", row[2]
+            )
+        else:
+            assert re.fullmatch(r"<\|user\|>⏎\nA\d\?⏎\n<\|assistant\|>⏎\n⟦B<\|im_end\|>⟧\n", row[2])
+
+
 def test_a_wrong_split_is_told(cli):
     code, output = cli("data", "show", "--split", "tests")
     assert code == 2

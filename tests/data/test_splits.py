@@ -8,7 +8,7 @@ import pytest
 from chats import chat, chats
 
 from mft.config import DataConfig
-from mft.data import splits
+from mft.data import split_rows
 from mft.data.splits import load_splits
 from mft.data.tokenization import IGNORED, open_documents
 
@@ -102,7 +102,7 @@ def test_a_second_start_reads_the_cache_and_a_changed_file_does_not(tokenizer, w
     config = DataConfig(source=write(chats()), sequence_length=64)
     first = load_splits(config, tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr(splits, "open_documents", lambda *_, **__: pytest.fail("tokenised again"))
+        patch.setattr(split_rows, "open_documents", lambda *_, **__: pytest.fail("tokenised again"))
         second = load_splits(config, tokenizer)
     assert (first.train[:], first.notes) == (second.train[:], second.notes)
     write([chat("Other?", "Yes.")] * 5 + chats())
@@ -120,7 +120,7 @@ def test_data_that_change_while_they_are_read_are_refused_and_not_kept(tokenizer
             return open_documents(*arguments, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(splits, "open_documents", replaced)
+            patch.setattr(split_rows, "open_documents", replaced)
             with pytest.raises(
                 ValueError, match="data.source must stay as it is while it is read, got files that changed"
             ):

@@ -29,6 +29,7 @@ SMALL_STUDY = parse_yaml(STUDY.format(directory="x") + FEW, "a study")
 # One of each kind that YAML has, and both sides of every bound.
 VALUES = (
     *(None, True, False, "", "x", "0-3, 7", "float32", "nf4", "value", "constant", "auto", "mask", "MFT", "kl"),
+    *("all_exhausted", {"x": {"source": "y", "weight": 2}}, {"x": {"source": "y", "weight": 0}}),
     *("plain", -1, 0, 0.5, 1, 1.0, 1.5, 2, 512, 2**63 - 1, 2**63),
     *([], [0], [-1], [0.5, 0.9], [0.5, 1], [1, 0.5, 0.5], ["x"], [""], [None], {}, {"x": 1}),
 )
@@ -118,6 +119,8 @@ def test_whatever_value_a_study_takes_is_valid(validators, tmp_path, cls, name):
         ("data: {sequence_length: 1}", ["data", "sequence_length"]),
         ("data: {seed: -1}", ["data", "seed"]),
         ("data: {source: ''}", ["data", "source"]),
+        ("data: {sources: {a: {source: x, weight: 0}}}", ["data", "sources", "a", "weight"]),
+        ("data: {sources: {a: {weight: 1}}}", ["data", "sources", "a"]),
         ("model: {name: 7}", ["model", "name"]),
         ("model: {dtype: bf16}", ["model", "dtype"]),
         ("model: {quantization: nf5}", ["model", "quantization"]),

@@ -9,7 +9,7 @@ from rich.text import Text
 from mft.checks import check_one_of
 from mft.config import RunConfig
 from mft.data.sources import SPLITS
-from mft.data.splits import pad_of
+from mft.data.split_rows import pad_of
 from mft.data.tokenization import IGNORED
 from mft.training.console import console, say
 from mft.training.inputs import read_rows
@@ -25,8 +25,10 @@ def run_data_show(config: RunConfig, split: str, count: int) -> None:
     dataset = getattr(splits, split)
     pad = pad_of(tokenizer)
     for number in range(min(count, len(dataset))):
-        heading, text = describe_row(dataset[number], tokenizer, pad, pairs=config.objective.of_pairs)
-        say(f"\n{split} row {number} of {len(dataset)}: {heading}", style="bold")
+        row = dataset[number]
+        heading, text = describe_row(row, tokenizer, pad, pairs=config.objective.of_pairs)
+        from_source = f" from {row['source']}" if row.get("source") else ""
+        say(f"\n{split} row {number} of {len(dataset)}{from_source}: {heading}", style="bold")
         console.print(text, soft_wrap=True)
     say(f"\n{LEGEND}", style="dim")
 

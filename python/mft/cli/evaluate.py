@@ -7,7 +7,7 @@ from typing import Any
 from mft.config import ModelConfig, RunConfig
 from mft.evaluation.evaluated_base import base_words, evaluated_base, evaluated_config
 from mft.evaluation.lm_eval_tasks import load_tasks, score_tasks, task_table, write_scores
-from mft.evaluation.table import evaluation_table, figure_lines
+from mft.evaluation.table import evaluation_tables, figure_lines
 from mft.masks.convert import keeping_all
 from mft.masks.export import load_masks
 from mft.masks.export_format import read_export
@@ -38,7 +38,8 @@ def run_evaluate(config: RunConfig, masks: Path | None, split: str, *, force: bo
         name: recorder.evaluate(f"{name}, {split}", model, dataset, objective=objective)
         for name in stages.reached(model, force=force)
     }
-    console.print(evaluation_table(split, results))
+    for table in evaluation_tables(split, results):
+        console.print(table)
     for line in figure_lines(objective.name, results):
         say(line)
     say(stages.words)

@@ -1,6 +1,7 @@
 """Rows of a data set as tensors, and where in them a next token is scored."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,6 +35,7 @@ class MicroBatch:
     """Rows of a data set: their numbers, input_ids and labels (B, T) on the CPU, and documents.
 
     position_ids (B, T): 0 where an example begins, or None if no row holds more than one.
+    sources: the names of theirs in a mix, else none.
     """
 
     rows: list[int]
@@ -41,6 +43,7 @@ class MicroBatch:
     labels: Tensor
     documents: list[int]
     position_ids: Tensor | None = None
+    sources: Sequence[str] = ()
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """input_ids and position_ids there."""
@@ -59,14 +62,27 @@ def take_rows(dataset, rows: list[int]) -> MicroBatch:
     Raises: ValueError if dataset has starts, and a row's do not begin with 0 and rise below its length.
     """
     batch = dataset.with_format("torch")[rows]
-    ids, positions = batch["input_ids"], None
-    if "starts" in batch:
-        starts = [torch.as_tensor(places).tolist() for places in batch["starts"]]
-        for row, places in zip(rows, starts):
-            _check_starts(row, places, ids.shape[1])
-        if any(len(places) > 1 for places in starts):
-            positions = torch.stack([_positions(places, ids.shape[1]) for places in starts])
-    return MicroBatch(rows, ids, batch["labels"], batch["document"].tolist(), positions)
+    starts = [torch.as_tensor(places).tolist() for places in batch.get("starts", ())]
+    return make_batch(
+        rows, batch["input_ids"], batch["labels"], batch["document"].tolist(), starts, batch.get("source", ())
+    )
+
+
+def make_batch(
+    rows: list[int],
+    input_ids: Tensor,
+    labels: Tensor,
+    documents: list[int],
+    starts: Sequence[list[int]] = (),
+    sources: Sequence[str] = (),
+) -> MicroBatch:
+    """Of tensors (B, T); starts: as the column of a data set, or none. Raises: as take_rows."""
+    positions = None
+    for row, places in zip(rows, starts):
+        _check_starts(row, places, input_ids.shape[1])
+    if any(len(places) > 1 for places in starts):
+        positions = torch.stack([_positions(places, input_ids.shape[1]) for places in starts])
+    return MicroBatch(rows, input_ids, labels, documents, positions, list(sources))
 
 
 def holds_packed_rows(dataset) -> bool:

@@ -20,8 +20,9 @@ class Rows:
     """input_ids and labels (R, L) int32, document (R,): whose tokens a row holds, or whose come first in a packed row.
 
     members (R,): all documents that a row has tokens of. starts (R,): where in a row examples begin that do not see
-    each other, the first at 0. sizes (R,): tokens that are not padding. cut counts the examples that were longer than a
-    row and lost their end; left_out the pairs that were: without its end an answer is another one.
+    each other, the first at 0. sizes (R,): tokens that are not padding. source (R,): names, of rows of a mix alone. cut
+    counts the examples that were longer than a row and lost their end; left_out the pairs that were: without its end an
+    answer is another one.
     """
 
     length: int
@@ -32,6 +33,7 @@ class Rows:
     members: list[list[int]] = field(default_factory=list)
     starts: list[list[int]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    source: list[str] = field(default_factory=list)
     cut: int = 0
     left_out: int = 0
 
@@ -54,6 +56,18 @@ class Rows:
         self.members.append(list(members))
         self.starts.append(list(starts))
         self.sizes.append(len(ids))
+
+    def take(self, other: "Rows", row: int, *, document: int, source: str) -> None:
+        """Append a row of another one's, padded already, as that of a source whose documents have other numbers."""
+        for name in ("input_ids", "labels", "starts", "sizes"):
+            getattr(self, name).append(getattr(other, name)[row])
+        self.document.append(document)
+        self.members.append([document])
+        self.source.append(source)
+
+    def scored(self) -> list[int]:
+        """Of each row, the tokens that are scored: the first has nothing before it to be predicted from."""
+        return [int((labels[1:] != IGNORED).sum()) for labels in self.labels]
 
     def reorder(self, order: Sequence[int]) -> None:
         for name in ("input_ids", "labels", "document", "members", "starts", "sizes"):

@@ -32,15 +32,19 @@ class Source:
     """The records of the three splits, loaded when asked; fingerprint stands for all of their content.
 
     hash finds the fingerprint again, where others may write the files meanwhile.
+    parts: the sources of a mix by name, which itself loads nothing.
     """
 
     fingerprint: str
     load: Callable[[], dict[str, Records]]
     notes: list[str] = field(default_factory=list)
     hash: Callable[[], str] | None = None
+    parts: dict[str, "Source"] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise ValueError if what was read since may not be what fingerprint stands for."""
+        for part in self.parts.values():
+            part.check()
         if self.hash is not None and self.hash() != self.fingerprint:
             raise ValueError(
                 "data.source must stay as it is while it is read, got files that changed meanwhile: begin again when "
@@ -63,7 +67,29 @@ def form_of(records: Records) -> str:
 
 
 def open_source(config: DataConfig) -> Source:
-    """Raises ValueError if config.source is no data that can be reached; it says what to do."""
+    """Raises ValueError if config.source, or one of sources, is no data that can be reached; it says what to do."""
+    if config.sources is None:
+        return _open(config)
+    parts = {}
+    for name in config.sources:
+        with of_source(name):
+            parts[name] = _open(config.of_source(name))
+    fingerprints = json.dumps([[name, part.fingerprint] for name, part in parts.items()])
+    return Source(hashlib.sha256(fingerprints.encode()).hexdigest(), dict, parts=parts)
+
+
+@contextmanager
+def of_source(name: str) -> Iterator[None]:
+    """Errors say which of data.sources they are about; "": there is one alone."""
+    try:
+        yield
+    except ValueError as error:
+        if not name:
+            raise
+        raise ValueError(f"data.sources.{name}: {error}") from error
+
+
+def _open(config: DataConfig) -> Source:
     path = Path(config.source)
     if config.source == "stdlib":
         return _stdlib(config)
@@ -120,7 +146,7 @@ def _installed(config: DataConfig, sources: dict[str, str], what: str, remedy: s
 
 def _part_of(train: Records, subset: str) -> Records:
     """The training files that belong to a subset by the hash of their text, by other digits than those of the split."""
-    digests = [hashlib.sha256(_content(row, train.columns)).hexdigest()[8:16] for row in train.rows]
+    digests = [hashlib.sha256(content_key(row, train.columns)).hexdigest()[8:16] for row in train.rows]
     first = [int(digest, 16) % 10 < 6 for digest in digests]
     return train.select([i for i, is_first in enumerate(first) if is_first == (subset == STDLIB_SUBSETS[0])])
 
@@ -295,7 +321,7 @@ def _split_off(records: Records, lacking: list[str]) -> dict[str, Records]:
     """Train and the lacking splits; equal rows fall into the same one, whatever their order."""
     share = {"validation": 8, "test": 9}
     columns = content_of(records.columns)
-    digests = [hashlib.sha256(_content(row, columns)).hexdigest() for row in records.rows]
+    digests = [hashlib.sha256(content_key(row, columns)).hexdigest() for row in records.rows]
     groups: dict[str, set[str]] = {
         split: {digest for digest in digests if int(digest[:8], 16) % 10 == share[split]} for split in lacking
     }
@@ -314,7 +340,7 @@ def _split_off(records: Records, lacking: list[str]) -> dict[str, Records]:
     return {split: records.select(indices) for split, indices in picked.items()}
 
 
-def _content(row: dict[str, Any], columns: Sequence[str]) -> bytes:
+def content_key(row: dict[str, Any], columns: Sequence[str]) -> bytes:
     """What makes two rows the same example: an id beside the same text does not."""
     row = {key: row[key] for key in columns if key in row} or row
     return json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass")

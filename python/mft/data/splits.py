@@ -13,14 +13,17 @@ import numpy
 import pyarrow
 
 from mft.config import DataConfig
-from mft.data.packing import Rows, build_rows
+from mft.data.mixing import build_mix
+from mft.data.packing import Rows
 from mft.data.sources import SPLITS, Source, open_source
-from mft.data.tokenization import open_documents
+from mft.data.split_rows import build_splits, pad_of
 from mft.files.atomic import atomic_directory
 from mft.files.cache import cache_root, sha256_of
 
 logger = logging.getLogger(__name__)
 
+# Keys that configurations lacked before: where they say nothing, the name of rows stays.
+_LATER = {"sources": None, "stopping_strategy": "first_exhausted"}
 FORMAT = 4  # counts up when the rows made from the same data change
 NOTES_FILE = "notes.json"
 FILES = (*(f"{split}.arrow" for split in SPLITS), NOTES_FILE)
@@ -33,6 +36,7 @@ class Splits:
 
     Rows of validation and test never mix documents; those of train do if data.packing is on. starts: where in a row
     examples begin that do not see each other, 0 alone in a row of one and in rows of texts.
+    A mix of several sources has a column source besides, their names; no two share a number of a document.
     notes says in sentences what a reader of the results must know: where splits came from, what was cut or left out.
     key names the rows: another configuration, source or tokenizer gives another one.
     """
@@ -59,30 +63,7 @@ def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None
     if not _is_whole(directory):
         if directory.exists():
             logger.warning("the rows kept in %s are damaged or incomplete: they are made again", directory)
-        records = source.load()
-        built, notes = {}, list(source.notes)
-        for split in SPLITS:
-            documents = open_documents(records[split], tokenizer, assistant_only=config.assistant_only, pairs=pairs)
-            training = split == "train"
-            tokens = config.max_train_tokens if training else config.max_eval_tokens
-            rows = build_rows(
-                documents,
-                config.sequence_length,
-                pad_of(tokenizer),
-                budget=None if tokens is None else tokens // config.sequence_length,
-                packing=training and config.packing,
-                seed=config.seed if training else 0,
-            )
-            numbers = records[split].numbers
-            rows.document = [numbers[i] for i in rows.document]
-            covered = len({numbers[i] for members in rows.members for i in members})
-            notes += _describe(split, rows, documents.empty, covered, len(set(numbers)))
-            if not len(rows):
-                raise ValueError(
-                    f"data.source {config.source!r} must leave rows to score in every split, got none "
-                    f"for {split}: {'; '.join(notes[-2:])}"
-                )
-            built[split] = rows
+        built, notes = (build_mix if source.parts else build_splits)(config, tokenizer, source, pairs=pairs)
         source.check()
         # Looked at again: another process may have made them meanwhile, and have opened them.
         with atomic_directory(directory, replace=not _is_whole(directory)) as scratch:
@@ -107,41 +88,17 @@ def _sums(directory: Path) -> str:
     return "".join(f"{sha256_of(directory / name)}  {name}\n" for name in FILES)
 
 
-def pad_of(tokenizer: Any) -> int:
-    """Any token will do: padding is neither scored nor seen by what is."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def _describe(split: str, rows: Rows, empty: int, covered: int, available: int) -> list[str]:
-    """What became of a split's documents; the last line is the summary."""
-    notes = []
-    if empty:
-        notes.append(f"{split}: {empty} examples have nothing to score (empty text, or no answer) and were left out")
-    if rows.cut:
-        notes.append(
-            f"{split}: {rows.cut} examples are longer than sequence_length = {rows.length} and were cut "
-            "there; those whose answer begins later were left out"
-        )
-    if rows.left_out:
-        notes.append(
-            f"{split}: {rows.left_out} pairs are longer than sequence_length = {rows.length}, both answers with their "
-            "prompts together, and were left out"
-        )
-    scored = sum(int((labels[1:] >= 0).sum()) for labels in rows.labels)
-    notes.append(
-        f"{split}: {len(rows)} rows of {rows.length} tokens, {scored} of them scored, {rows.padding:.1%} padding, "
-        f"from {covered} of {available} documents"
-    )
-    return notes
-
-
 def _key(config: DataConfig, source: str, tokenizer: Any, pairs: bool) -> str:
     """One name for the same rows: configuration, content of the source, and tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    said = dataclasses.asdict(config)
+    for name, default in _LATER.items():
+        if said[name] == default:
+            del said[name]
     parts = [
         FORMAT,
-        dataclasses.asdict(config),
+        said,
         source,
         vocabulary,
         type(tokenizer).__name__,
@@ -155,15 +112,21 @@ def _key(config: DataConfig, source: str, tokenizer: Any, pairs: bool) -> str:
 
 def _write(rows: Rows, path: Path) -> None:
     """An Arrow stream, which datasets maps into memory instead of reading."""
+    table = _table(rows)
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1024)
+
+
+def _table(rows: Rows) -> pyarrow.Table:
     columns = {
         "input_ids": _fixed(rows.input_ids, rows.length),
         "labels": _fixed(rows.labels, rows.length),
         "document": pyarrow.array(rows.document, pyarrow.int64()),
         "starts": pyarrow.array(rows.starts, pyarrow.list_(pyarrow.int32())),
     }
-    table = pyarrow.table(columns)
-    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=1024)
+    if rows.source:
+        columns["source"] = pyarrow.array(rows.source, pyarrow.string())
+    return pyarrow.table(columns)
 
 
 def _fixed(values: list[numpy.ndarray], length: int) -> pyarrow.Array:

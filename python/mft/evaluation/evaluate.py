@@ -36,6 +36,7 @@ class Evaluation:
     """Sums a document, in ascending order of document number; all (documents,).
 
     figures: what the objective says, means over what it counts; "loss" is its own. Cross entropy says nothing beside.
+    sources: of a mix, whose each document is.
     """
 
     documents: Tensor
@@ -43,6 +44,15 @@ class Evaluation:
     loss_sums: Tensor
     correct: Tensor
     figures: dict[str, float] = field(default_factory=dict)
+    sources: Sequence[str] = ()
+
+    def by_source(self) -> dict[str, "Evaluation"]:
+        """The same of each source of a mix alone; none where there is no mix."""
+        parts = {}
+        for name in dict.fromkeys(self.sources):
+            own = torch.tensor([source == name for source in self.sources])
+            parts[name] = Evaluation(self.documents[own], self.tokens[own], self.loss_sums[own], self.correct[own])
+        return parts
 
     @property
     def loss(self) -> float:
@@ -110,16 +120,19 @@ def evaluate(
                 losses, correct = token_losses(head, hidden, batch.labels.to(hidden.device))
                 values = (count_labels(batch.labels).tolist(), losses.sum(-1).tolist(), correct.sum(-1).tolist())
                 measured = objective.measure(head, hidden, batch, base)
-                found.append((number, batch.documents, values, objective.count(batch), measured))
+                found.append((number, batch.documents, batch.sources, values, objective.count(batch), measured))
                 if on_batch is not None:
                     on_batch(len(batch.rows), batch.input_ids.numel())
     finally:
         model.train(was_training)
     sums: dict[int, list[float]] = {}
+    source_of: dict[int, str] = {}
     figures: dict[str, float] = {}
     counted = 0
     # In the order of one process, on which the last bits depend.
-    for _, documents, values, count, measured in sorted(itertools.chain(*processes.gather(found)), key=lambda one: one[0]):
+    everything = sorted(itertools.chain(*processes.gather(found)), key=lambda one: one[0])
+    for _, documents, names, values, count, measured in everything:
+        source_of |= zip(documents, names)
         for document, *row in zip(documents, *values):
             entry = sums.setdefault(document, [0.0, 0.0, 0.0])
             for i, value in enumerate(row):
@@ -130,8 +143,35 @@ def evaluate(
     if not any(tokens for tokens, _, _ in sums.values()):
         raise ValueError(f"dataset must score at least one token, got {len(dataset)} rows without a label")
     table = torch.tensor([sums[document] for document in sorted(sums)], dtype=torch.float64)
+    sources = [source_of[document] for document in sorted(sums)] if source_of else []
     means = {name: total / max(counted, 1) for name, total in figures.items()}
-    return Evaluation(torch.tensor(sorted(sums)), *table.unbind(-1), means)
+    return Evaluation(torch.tensor(sorted(sums)), *table.unbind(-1), means, sources)
+    sums: dict[int, list[float]] = {}
+    source_of: dict[int, str] = {}
+    groups = [range(start, min(start + batch_size, len(dataset))) for start in range(0, len(dataset), batch_size)]
+    batches = (take_rows(dataset, list(rows)) for rows in groups)
+    few = first_row[:, :FEW].to(next(model.parameters()).device)
+    with (
+        torch.no_grad(),
+        keeping_apart(model, dataset, few, batch_size),
+        _runner(model, few, way, device, first, memory) as (hidden_of, head),
+    ):
+        for batch, hidden in hidden_of(batches):
+            losses, correct = token_losses(head, hidden, batch.labels.to(hidden.device))
+            per_row = (count_labels(batch.labels).tolist(), losses.sum(-1).tolist(), correct.sum(-1).tolist())
+            for document, *values in zip(batch.documents, *per_row):
+                entry = sums.setdefault(document, [0.0, 0.0, 0.0])
+                for i, value in enumerate(values):
+                    entry[i] += value
+            source_of |= zip(batch.documents, batch.sources)
+            if on_batch is not None:
+                on_batch(len(batch.rows), batch.input_ids.numel())
+    model.train(was_training)
+    if not any(tokens for tokens, _, _ in sums.values()):
+        raise ValueError(f"dataset must score at least one token, got {len(dataset)} rows without a label")
+    table = torch.tensor([sums[document] for document in sorted(sums)], dtype=torch.float64)
+    sources = [source_of[document] for document in sorted(sums)] if source_of else []
+    return Evaluation(torch.tensor(sorted(sums)), *table.unbind(-1), sources=sources)
 
 
 def paired_difference(a: Evaluation, b: Evaluation, metric: str = "loss") -> tuple[float, float]:
@@ -159,8 +199,9 @@ def paired_difference(a: Evaluation, b: Evaluation, metric: str = "loss") -> tup
 
 # Of each batch what the head reads, and that of the base if the objective asks for it.
 HiddenOf = Callable[[Iterable[MicroBatch]], Generator[tuple[MicroBatch, Tensor, Tensor | None], None, None]]
-# Of a batch: its number, documents, a list each of tokens, losses and hits; what the objective counts and measures.
-_Found = tuple[int, list[int], tuple[list[int], list[float], list[float]], int, dict[str, float]]
+# Of a batch: its number, documents, their sources in a mix, a list each of tokens, losses and hits; what the objective
+# counts and measures.
+_Found = tuple[int, list[int], list[str], tuple[list[int], list[float], list[float]], int, dict[str, float]]
 
 
 @contextlib.contextmanager

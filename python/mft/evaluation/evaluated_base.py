@@ -45,7 +45,8 @@ def evaluated_config(masks: Path, overrides: Sequence[str]) -> tuple[RunConfig, 
     path, known = _known(masks)
     config = load_config(path, [*known, *overrides])
     model = config.model
-    data = f"; data: {config.data.source}" if path is None else f", data {config.data.source}"  # masks know no data
+    named = " and ".join(given.source for given in (config.data.sources or {"": config.data}).values())
+    data = f"; data: {named}" if path is None else f", data {named}"  # masks know no data
     return config, f"{_source(path, masks)}: base {_name(model)} in {model.dtype}{data}"
 
 
@@ -100,6 +101,7 @@ def _known(masks: Path) -> tuple[Path | None, list[str]]:
             "model.chat_template": config.model.chat_template,
             "data.source": config.data.source,
             "objective.teacher": config.objective.teacher,
+            **{f"data.sources.{name}.source": given.source for name, given in (config.data.sources or {}).items()},
         }
         return path, [
             f"{key}={json.dumps(_seen_from_here(place, config.output_dir, path.parent))}"

@@ -24,6 +24,45 @@ def evaluation_table(split: str, results: dict[str, Evaluation]) -> Table:
     return table
 
 
+def evaluation_tables(split: str, results: dict[str, Evaluation]) -> list[Table]:
+    """The same, and of a mix of sources a second one: the loss on what each of them held out."""
+    tables, first = [evaluation_table(split, results)], next(iter(results.values()))
+    if parts := source_losses(results):
+        table = Table(
+            title=f"{split} by source: loss; differences from {next(iter(results))}",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("source")
+        first_name, *others = results
+        headings = ["documents", "tokens", first_name, *(word for name in others for word in (name, "difference"))]
+        for heading in headings:
+            table.add_column(heading, justify="right")
+        for source, part in first.by_source().items():
+            cells = [f"{len(part.documents)}", f"{int(part.tokens.sum())}"]
+            for name in results:
+                found = parts[source][name]
+                cells.append(f"{found['loss']:.4f}")
+                if "difference" in found:
+                    cells.append(_loss_pair((found["difference"], found["standard error"])))
+            table.add_row(source, *cells)
+        tables.append(table)
+    return tables
+
+
+def source_losses(results: dict[str, Evaluation]) -> dict[str, dict[str, dict[str, float]]]:
+    """{source: {name: its loss, and the difference from the first of results with its standard error}}, of a mix."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    first = next(iter(results.values())).by_source()
+    for name, result in results.items():
+        for source, part in result.by_source().items():
+            values = found.setdefault(source, {})[name] = {"loss": part.loss}
+            if len(found[source]) > 1:
+                values["difference"], values["standard error"] = paired_difference(part, first[source])
+    return found
+
+
 def figure_lines(objective: str, results: dict[str, Evaluation]) -> list[str]:
     """What the objective of this name measured, a line a model; none of cross entropy, which the table has."""
     return [

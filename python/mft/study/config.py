@@ -131,6 +131,7 @@ class ScratchConfig:
     def __post_init__(self) -> None:
         coerce_fields(self)
         _check_not_evaluated("train.", self.train)
+        check_rule(self.data.sources is None, "data.sources", "be null: one source makes the tokenizer", "several")
         rule = f"be a multiple of heads = {self.heads}"
         check_rule(self.hidden_size % self.heads == 0, "hidden_size", rule, self.hidden_size)
 

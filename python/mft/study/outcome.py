@@ -138,7 +138,7 @@ def tested_from(values: dict[str, Any]) -> Tested:
 
 
 def _evaluation_values(evaluation: Evaluation) -> dict[str, list]:
-    return {name: tensor.tolist() for name, tensor in vars(evaluation).items()}
+    return {name: getattr(evaluation, name).tolist() for name in ("documents", "tokens", "loss_sums", "correct")}
 
 
 def _evaluation_from(values: dict[str, list]) -> Evaluation:

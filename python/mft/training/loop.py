@@ -218,9 +218,10 @@ class _Losses:
     def __call__(self, batch: MicroBatch, total: Tensor) -> None:
         loss = total.item()
         if not math.isfinite(loss):
+            of = f" of {', '.join(batch.sources)}" if batch.sources else ""
             raise NonFiniteLoss(
                 f"the loss must stay finite, got {loss} at {self._step} in the batch of rows {batch.rows} (documents "
-                f"{batch.documents}): lower train.lr (now {self._train.lr:g}) or look at these rows"
+                f"{batch.documents}{of}): lower train.lr (now {self._train.lr:g}) or look at these rows"
             )
         self.total += loss
 

@@ -27,7 +27,7 @@ from mft.engines.step import StepReport
 from mft.evaluation.evaluate import Evaluation, paired_difference
 from mft.evaluation.evaluated_base import check_exact
 from mft.evaluation.mask_cost import said_of_cost
-from mft.evaluation.table import evaluation_table, figure_lines
+from mft.evaluation.table import evaluation_tables, figure_lines, source_losses
 from mft.files.atomic import NotWritten, remove, write_whole
 from mft.masks.convert import keeping_all, mask_model, print_trainable_parameters
 from mft.masks.export import base_hash, save_masks
@@ -401,10 +401,10 @@ class _Run:
     ) -> Iterator[Path]:
         """Table, plot and metrics; then the block writes the result of that name, and the run is a finished one."""
         directory, results = self.directory, {"before": before, f"after{ended.words}": after}
-        table = evaluation_table("validation", results)
-        console.print(table)
         markdown = io.StringIO()
-        new_console(markdown, width=120).print(table)
+        for table in evaluation_tables("validation", results):
+            console.print(table)
+            new_console(markdown, width=120).print(table)
         write_whole(directory / TABLE_MARKDOWN, markdown.getvalue())
         objective = self.config.objective.name
         for line in figure_lines(objective, results):
@@ -416,6 +416,8 @@ class _Run:
             for name, result in (("before", before), ("after", after))
         }
         numbers |= {"loss after - before": difference, "standard error": error} | ended.numbers
+        if parts := source_losses({"before": before, "after": after}):
+            numbers["sources"] = parts
         write_whole(directory / TABLE_JSON, json.dumps(numbers, indent=2) + "\n")
         best = ended.exported if ended.exported < ended.last else None
         plot_curves(recorder.curves, directory / PLOT, recorder.validation, best=best, note=ended.note)

@@ -1,0 +1,75 @@
+"""The records of one source become the rows of three splits, with what has to be said of them."""
+
+import math
+from typing import Any
+
+from mft.config import DataConfig
+from mft.data.packing import Rows, build_rows
+from mft.data.sources import SPLITS, Source
+from mft.data.tokenization import open_documents
+
+
+def build_splits(
+    config: DataConfig, tokenizer: Any, source: Source, share: float = 1.0, *, pairs: bool = False
+) -> tuple[dict[str, Rows], list[str]]:
+    """(rows by split, notes); share: of the token budgets; pairs: see load_splits.
+
+    Raises: ValueError if a split has no row with a token to score.
+    """
+    records = source.load()
+    built, notes = {}, list(source.notes)
+    for split in SPLITS:
+        documents = open_documents(records[split], tokenizer, assistant_only=config.assistant_only, pairs=pairs)
+        training = split == "train"
+        rows = build_rows(
+            documents,
+            config.sequence_length,
+            pad_of(tokenizer),
+            budget=row_budget(config, share, training=training),
+            packing=training and config.packing,
+            seed=config.seed if training else 0,
+        )
+        numbers = records[split].numbers
+        rows.document = [numbers[i] for i in rows.document]
+        covered = len({numbers[i] for members in rows.members for i in members})
+        notes += describe_rows(split, rows, documents.empty, covered, len(set(numbers)))
+        if not len(rows):
+            raise ValueError(
+                f"data.source {config.source!r} must leave rows to score in every split, got none "
+                f"for {split}: {'; '.join(notes[-2:])}"
+            )
+        built[split] = rows
+    return built, notes
+
+
+def row_budget(config: DataConfig, share: float, *, training: bool) -> int | None:
+    """Whole rows, at least one, of a share of the token budget; None: no end."""
+    tokens = config.max_train_tokens if training else config.max_eval_tokens
+    return None if tokens is None else max(1, math.ceil(share * (tokens // config.sequence_length)))
+
+
+def pad_of(tokenizer: Any) -> int:
+    """Any token will do: padding is neither scored nor seen by what is."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def describe_rows(split: str, rows: Rows, empty: int, covered: int, available: int) -> list[str]:
+    """What became of a split's documents; the last line is the summary."""
+    notes = []
+    if empty:
+        notes.append(f"{split}: {empty} examples have nothing to score (empty text, or no answer) and were left out")
+    if rows.cut:
+        notes.append(
+            f"{split}: {rows.cut} examples are longer than sequence_length = {rows.length} and were cut "
+            "there; those whose answer begins later were left out"
+        )
+    if rows.left_out:
+        notes.append(
+            f"{split}: {rows.left_out} pairs are longer than sequence_length = {rows.length}, both answers with their "
+            "prompts together, and were left out"
+        )
+    notes.append(
+        f"{split}: {len(rows)} rows of {rows.length} tokens, {sum(rows.scored())} of them scored, {rows.padding:.1%} "
+        f"padding, from {covered} of {available} documents"
+    )
+    return notes
