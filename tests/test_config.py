@@ -213,6 +213,12 @@ def test_a_wrong_override_says_which_and_what(override, message):
             "split must be left out beside sources, each",
         ),
         (DataConfig, {"stopping_strategy": "all"}, "must be one of first_exhausted, all_exhausted, got 'all'"),
+        (
+            DataConfig,
+            {"streaming": True, "max_train_tokens": 512},
+            "max_train_tokens must be null with streaming, where",
+        ),
+        (DataConfig, {"buffer_size": 0}, "buffer_size must be at least 1, got 0"),
         (TrainConfig, {"steps": 1, "lr": 0}, "lr must be positive, got 0.0"),
         (TrainConfig, {"steps": 0}, "steps must be positive (or null), got 0"),
         (TrainConfig, {"epochs": -1}, "epochs must be positive (or null), got -1.0"),

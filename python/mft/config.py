@@ -79,6 +79,7 @@ FOREIGN_NAMES = {
     "dataset_mixer": "data.sources",
     "interleave_probs": "data.sources",
     "mix_strategy": "data.stopping_strategy",
+    "shuffle_buffer_size": "data.buffer_size",
     "torch_dtype": "model.dtype",
     "model_name_or_path": "model.name",
     "sparsity": "mask.keep_ratio",
@@ -222,6 +223,8 @@ class DataConfig:
     validation_split: str | None = None
     sources: dict[str, SourceConfig] | None = None  # several with weights, by names of your own; instead of source
     stopping_strategy: Annotated[str, one_of(STOPPING_STRATEGIES)] = "first_exhausted"  # of several sources
+    streaming: bool = False  # read as training goes on, not before it: for what fits neither memory nor cache
+    buffer_size: Annotated[int, at_least(1)] = 1000  # documents of a stream that are packed and shuffled together
     sequence_length: Annotated[int, at_least(2)] = 512
     packing: bool = True
     assistant_only: bool = True
@@ -243,6 +246,12 @@ class DataConfig:
                     "be left out beside sources, each with its own (sources: null drops them)",
                     given,
                 )
+        check_rule(
+            not self.streaming or self.max_train_tokens is None,
+            "max_train_tokens",
+            "be null with streaming, where train.steps says how much is read",
+            self.max_train_tokens,
+        )
         for name in ("max_train_tokens", "max_eval_tokens"):
             tokens = getattr(self, name)
             if tokens is not None:
@@ -317,10 +326,15 @@ class TrainConfig:
         """Whether the run is evaluated on validation while it trains."""
         return self.eval_every is not None or self.eval_minutes is not None
 
-    def steps_for(self, rows: int) -> int:
-        """Optimiser steps of a run on so many rows."""
+    def steps_for(self, rows: int | None) -> int:
+        """Optimiser steps of a run on so many rows; None: as many as anybody asks for, of a stream."""
         if self.steps is not None:
             return self.steps
+        if rows is None:
+            raise ValueError(
+                f"train.steps must be given with data.streaming, where nobody knows how long an epoch is, got "
+                f"train.epochs={self.epochs:g}: set train.steps, and train.epochs to null"
+            )
         return max(1, math.ceil((self.epochs or 0) * rows / (self.batch_size * self.accumulation)))
 
 

@@ -1,6 +1,6 @@
 """Data: files, directories and the records in them."""
 
-from mft.config import DataConfig
+from mft.config import DataConfig, TrainConfig
 from mft.data.formats import read_example
 from mft.data.mixing import mix_order
 from mft.data.sources import of_source, open_source
@@ -76,6 +76,29 @@ def a_source_of_several_that_is_empty(tmp):
 )
 def a_weight_by_which_a_source_would_be_repeated_without_end():
     mix_order([10000, 100], [1, 199], "all_exhausted", None)
+
+
+@refused(
+    ValueError,
+    where="train.steps",
+    got="got train.epochs=1",
+    rule="must be given with data.streaming, where nobody knows how long an epoch is",
+    remedy="set train.steps, and train.epochs to null",
+)
+def epochs_of_a_stream():
+    TrainConfig(epochs=1).steps_for(None)
+
+
+@refused(
+    ValueError,
+    where="data.split",
+    got="got 'train[:10%]'",
+    rule="must be a whole split with data.streaming",
+    remedy="write that part into a file of its own",
+)
+def a_part_of_a_stream(tmp):
+    write(tmp / "train.jsonl", '{"text": "a"}\n')
+    open_source(DataConfig(source=str(tmp), split="train[:10%]", streaming=True))
 
 
 @refused(

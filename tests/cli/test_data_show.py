@@ -59,15 +59,17 @@ FORMS = {
 }
 
 
-def test_each_row_of_a_mix_names_its_source_and_is_what_the_template_makes_of_its_form(show, tmp_path):
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_each_row_of_a_mix_names_its_source_and_is_what_the_template_makes_of_its_form(show, streaming, tmp_path):
     sources = []
     for name, row in FORMS.items():
         lines = [json.dumps(row).replace("A?", f"A{i}?") + "\n" for i in range(9)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
         sources.append(f"data.sources.{name}.source={name}.jsonl")
     more = ["data.sequence_length=32", "data.max_eval_tokens=192", "model.chat_template=tulu", "data.packing=false"]
-    output = show([], "data.source=stdlib", *sources, *more, "--rows=6")
+    output = show([], "data.source=stdlib", *sources, *more, f"data.streaming={streaming}", "--rows=6")
     output = output.replace("·", "")
+    assert ("train row 5 of a stream" in output) == (streaming == "true")
     for name in FORMS:
         row = re.search(rf"train row \d of .* from {name}: (.*)\n((?:.+\n)+)", output)
         if name in ("completion", "text"):

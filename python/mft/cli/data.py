@@ -10,6 +10,7 @@ from mft.checks import check_one_of
 from mft.config import RunConfig
 from mft.data.sources import SPLITS
 from mft.data.split_rows import pad_of
+from mft.data.streams import StreamedRows
 from mft.data.tokenization import IGNORED
 from mft.training.console import console, say
 from mft.training.inputs import read_rows
@@ -24,11 +25,11 @@ def run_data_show(config: RunConfig, split: str, count: int) -> None:
     splits, tokenizer = read_rows(config)
     dataset = getattr(splits, split)
     pad = pad_of(tokenizer)
-    for number in range(min(count, len(dataset))):
-        row = dataset[number]
+    for number, row in enumerate(_first_rows(dataset, count)):
         heading, text = describe_row(row, tokenizer, pad, pairs=config.objective.of_pairs)
+        of = "a stream" if isinstance(dataset, StreamedRows) else len(dataset)
         from_source = f" from {row['source']}" if row.get("source") else ""
-        say(f"\n{split} row {number} of {len(dataset)}{from_source}: {heading}", style="bold")
+        say(f"\n{split} row {number} of {of}{from_source}: {heading}", style="bold")
         console.print(text, soft_wrap=True)
     say(f"\n{LEGEND}", style="dim")
 
@@ -57,6 +58,13 @@ def describe_row(row: Mapping[str, Any], tokenizer: Any, pad: int, *, pairs: boo
 
 
 # ---------------------------------------------------------------------------------------------- private
+
+
+def _first_rows(dataset: Any, count: int) -> list[Mapping[str, Any]]:
+    if isinstance(dataset, StreamedRows):
+        rows = map(vars, dataset.peek(count))
+        return [row | {name: row[name].tolist() for name in ("input_ids", "labels")} for row in rows]
+    return [dataset[number] for number in range(min(count, len(dataset)))]
 
 
 def _pieces(ids: Sequence[int], start: int, stop: int, tokenizer: Any) -> Iterator[str]:

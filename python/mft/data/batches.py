@@ -86,7 +86,12 @@ def make_batch(
 
 
 def holds_packed_rows(dataset) -> bool:
-    """Whether a row holds examples that are not to see each other. Raises: as take_rows, of any row."""
+    """Whether a row holds examples that are not to see each other; a stream says so of rows to come.
+
+    Raises: as take_rows, of any row.
+    """
+    if (known := getattr(dataset, "holds_packed_rows", None)) is not None:
+        return known
     if "starts" not in dataset.column_names:
         return False
     length = len(dataset[0]["input_ids"])

@@ -17,6 +17,7 @@ from mft.data.corpora import describe_headers, describe_stdlib, header_files, st
 from mft.data.formats import CONTENT_COLUMNS, FORMS, content_of, find_form
 from mft.data.problems import Problem, describe_problems, fingerprint_of, make_problems
 from mft.data.record_files import FILE_TYPES, TYPES, Records, find_splits, hash_splits, read_files, type_of
+from mft.data.record_streams import RecordStream, stream_files, stream_hub, stream_records
 from mft.files.cache import sha256_of
 from mft.files.hub import hub_is_reachable
 
@@ -33,6 +34,7 @@ class Source:
 
     hash finds the fingerprint again, where others may write the files meanwhile.
     parts: the sources of a mix by name, which itself loads nothing.
+    streams: of a source that is read as training goes on; fingerprint then stands for names and sizes.
     """
 
     fingerprint: str
@@ -40,6 +42,11 @@ class Source:
     notes: list[str] = field(default_factory=list)
     hash: Callable[[], str] | None = None
     parts: dict[str, "Source"] = field(default_factory=dict)
+    streams: dict[str, RecordStream] = field(default_factory=dict)
+
+    def open_streams(self) -> dict[str, RecordStream]:
+        """Of the splits that there are; what is in memory anyway, as a corpus of this machine, has all three."""
+        return self.streams or {split: stream_records(records) for split, records in self.load().items()}
 
     def check(self) -> None:
         """Raise ValueError if what was read since may not be what fingerprint stands for."""
@@ -174,6 +181,8 @@ def _single_file(path: Path, config: DataConfig) -> Source:
             f"data.source must be a {TYPES} file if it is a file, got {path}: "
             "convert it, for JSONL to one JSON object a line"
         )
+    if config.streaming:
+        return _stream_of({"train": [path]}, {"train": "train"})
     source = Source(sha256_of(path), dict, hash=lambda: sha256_of(path))
     source.load = lambda: _complete({"train": read_files([path])}, str(path), source.notes)
     return source
@@ -189,12 +198,15 @@ def _directory(directory: Path, config: DataConfig) -> Source:
     splits, left_out = find_splits(directory)
     chosen = _chosen(splits, config)
     used = {name: splits[name] for name in map(_name_of, chosen.values())}
-    source = Source(hash_splits(used), dict, hash=lambda: hash_splits(used))
+    if config.streaming:
+        source = _stream_of(used, chosen)
+    else:
+        source = Source(hash_splits(used), dict, hash=lambda: hash_splits(used))
     if left_out:
         names = ", ".join(str(path.relative_to(directory)) for path in left_out[:3])
         source.notes.append(f"{config.source}: {len(left_out)} files name no split and were left out, such as {names}")
 
-    def load() -> dict[str, Records]:
+    def load() -> dict[str, Records]:  # not of a stream
         available = {name: read_files(paths) for name, paths in used.items()}
         return _complete(_cut(available, chosen), config.source, source.notes)
 
@@ -202,10 +214,21 @@ def _directory(directory: Path, config: DataConfig) -> Source:
     return source
 
 
+def _stream_of(files: Mapping[str, Sequence[Path]], chosen: Mapping[str, str]) -> Source:
+    """Of the files of splits, of which each of ours is a whole one."""
+    lines = [f"{split} {path.name} {path.stat().st_size}" for split, paths in files.items() for path in paths]
+    streams = {split: stream_files(files[name]) for split, name in chosen.items()}
+    return Source(hashlib.sha256("\n".join(lines).encode()).hexdigest(), dict, streams=streams)
+
+
 def _hub(config: DataConfig) -> Source:
     """A data set of the hub, through the datasets library."""
     loaded = _load_from_hub(config)
     chosen = _chosen(loaded, config)
+    if config.streaming:
+        words = f"{config.source} {config.subset} {chosen}"
+        streams = {split: stream_hub(loaded[name], f"{config.source}, split {name}") for split, name in chosen.items()}
+        return Source(hashlib.sha256(words.encode()).hexdigest(), dict, streams=streams)
     parts = [f"{split}={loaded[_name_of(text)]._fingerprint}" for split, text in chosen.items()]
     source = Source(hashlib.sha256(" ".join(parts).encode()).hexdigest(), dict)
 
@@ -221,8 +244,8 @@ def _hub(config: DataConfig) -> Source:
     return source
 
 
-def _load_from_hub(config: DataConfig) -> dict[str, datasets.Dataset]:
-    """Every split of the source."""
+def _load_from_hub(config: DataConfig) -> dict[str, Any]:
+    """Every split of the source: a Dataset, or an IterableDataset of a stream."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source):
         raise ValueError(
             f"data.source must be {', '.join(NAMED)}, a {TYPES} file, a directory or a hub id, got {config.source!r}"
@@ -230,7 +253,7 @@ def _load_from_hub(config: DataConfig) -> dict[str, datasets.Dataset]:
     online = hub_is_reachable()
     try:  # datasets answers an empty file with StopIteration
         with _offline(not online):
-            loaded = datasets.load_dataset(config.source, config.subset)
+            loaded = datasets.load_dataset(config.source, config.subset, streaming=config.streaming)
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -278,6 +301,11 @@ def _chosen(names: Collection[str], config: DataConfig) -> dict[str, str]:
             raise ValueError(
                 f"data.{_KEYS[split]} must be one of {', '.join(names)}, got {expression!r}"
                 f"{nearest(_name_of(expression), names)}"
+            )
+        if config.streaming and _name_of(expression) != expression:
+            raise ValueError(
+                f"data.{_KEYS[split]} must be a whole split with data.streaming, got {expression!r}: write that "
+                "part into a file of its own"
             )
     return chosen
 

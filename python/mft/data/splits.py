@@ -17,13 +17,14 @@ from mft.data.mixing import build_mix
 from mft.data.packing import Rows
 from mft.data.sources import SPLITS, Source, open_source
 from mft.data.split_rows import build_splits, pad_of
+from mft.data.streams import StreamedRows, open_streamed
 from mft.files.atomic import atomic_directory
 from mft.files.cache import cache_root, sha256_of
 
 logger = logging.getLogger(__name__)
 
 # Keys that configurations lacked before: where they say nothing, the name of rows stays.
-_LATER = {"sources": None, "stopping_strategy": "first_exhausted"}
+_LATER = {"sources": None, "stopping_strategy": "first_exhausted", "streaming": False, "buffer_size": 1000}
 FORMAT = 4  # counts up when the rows made from the same data change
 NOTES_FILE = "notes.json"
 FILES = (*(f"{split}.arrow" for split in SPLITS), NOTES_FILE)
@@ -39,9 +40,10 @@ class Splits:
     A mix of several sources has a column source besides, their names; no two share a number of a document.
     notes says in sentences what a reader of the results must know: where splits came from, what was cut or left out.
     key names the rows: another configuration, source or tokenizer gives another one.
+    With data.streaming train has no length, and is made as it is read; the others are in memory.
     """
 
-    train: datasets.Dataset
+    train: datasets.Dataset | StreamedRows
     validation: datasets.Dataset
     test: datasets.Dataset
     notes: list[str] = field(default_factory=list)
@@ -59,7 +61,14 @@ def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an end-of-sequence token, which closes a document; got none")
     source = source or open_source(config)
-    directory = cache_root() / "rows" / _key(config, source.fingerprint, tokenizer, pairs)
+    if config.streaming and pairs:
+        raise ValueError(
+            "data.streaming must be false with preference pairs, of which each is met again by its row's number, got "
+            "true: load them"
+        )
+    if config.streaming:
+        return _streamed(config, tokenizer, source)
+    directory = cache_root() / "rows" / _key(config, source.fingerprint, tokenizer, pairs=pairs)
     if not _is_whole(directory):
         if directory.exists():
             logger.warning("the rows kept in %s are damaged or incomplete: they are made again", directory)
@@ -78,6 +87,17 @@ def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None
     return Splits(train, validation, test, notes, directory.name)
 
 
+def _streamed(config: DataConfig, tokenizer: Any, source: Source) -> Splits:
+    """Nothing of it is kept in the cache; the key knows of train what its files are called, and how large they are."""
+    train, held_out, notes = open_streamed(config, tokenizer, source)
+    validation, test = (datasets.Dataset(_table(held_out[split])) for split in SPLITS[1:])
+    seen = hashlib.sha256(b"".join(rows.tobytes() for split in SPLITS[1:] for rows in held_out[split].input_ids))
+    for note in notes:
+        logger.info(note)
+    key = _key(config, f"{source.fingerprint} {seen.hexdigest()}", tokenizer, pairs=False)
+    return Splits(train, validation, test, notes, key)
+
+
 def _is_whole(directory: Path) -> bool:
     """Whether the rows in directory are, byte for byte, those that were written."""
     files = [directory / name for name in (*FILES, SUMS_FILE)]
@@ -88,7 +108,7 @@ def _sums(directory: Path) -> str:
     return "".join(f"{sha256_of(directory / name)}  {name}\n" for name in FILES)
 
 
-def _key(config: DataConfig, source: str, tokenizer: Any, pairs: bool) -> str:
+def _key(config: DataConfig, source: str, tokenizer: Any, *, pairs: bool) -> str:
     """One name for the same rows: configuration, content of the source, and tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))

@@ -132,6 +132,7 @@ class ScratchConfig:
         coerce_fields(self)
         _check_not_evaluated("train.", self.train)
         check_rule(self.data.sources is None, "data.sources", "be null: one source makes the tokenizer", "several")
+        check_rule(not self.data.streaming, "data.streaming", "be false in a study", self.data.streaming)
         rule = f"be a multiple of heads = {self.heads}"
         check_rule(self.hidden_size % self.heads == 0, "hidden_size", rule, self.hidden_size)
 
@@ -167,6 +168,8 @@ class StudyConfig:
                 check_rule(
                     bool(_NAME.fullmatch(name)), section, "have names of letters, digits and -+_. ()", repr(name)
                 )
+        for name, data in self.domains.items():  # arms take epochs of them, in orders of their own
+            check_rule(not data.streaming, f"domains.{name}.streaming", "be false in a study", data.streaming)
         for name in ("full", "stage"):
             _check_not_evaluated(f"{name}.", getattr(self, name))
         annealed = self.full.schedule != "constant"

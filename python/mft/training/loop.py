@@ -98,7 +98,8 @@ def train_loop(
     What is random in it, dropout say, comes from train.seed; torch's generators are the caller's again afterwards.
 
     Args:
-        dataset: rows of input_ids, labels (-100: not scored) and document.
+        dataset: rows of input_ids, labels (-100: not scored) and document; or StreamedRows, whose frozen layers'
+            outputs are not remembered, and which go on where they are.
         way, device: see train_masks.
         memory: of the frozen layers' outputs, shared with other runs on the same rows.
         remember: whether to remember them at all; without a memory, done when rows are seen twice. Not done where the
@@ -128,7 +129,7 @@ def train_loop(
     first_row = rows.first()
     check_next_tokens(model.config, type(model).__name__, first_row.shape[1])
     steps = train.steps_for(rows.count)
-    if not remember:
+    if rows.count is None or not remember:
         memory = None
     elif memory is None and steps * train.batch_size * train.accumulation > rows.count:
         memory = PrefixMemory()

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from mft.config import TrainConfig
+from mft.data.streams import StreamedRows
 from mft.engines.step import StepReport
 from mft.evaluation.evaluate import Evaluation, evaluate
 from mft.files.atomic import naming, write_whole
@@ -18,6 +19,7 @@ from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
 from mft.training.curves import Curves, plot_curves
 from mft.training.progress import Phase, Progress
+from mft.training.row_source import count_rows
 from mft.training.run_directory import METRICS, PLOT
 from mft.training.trackers import Trackers
 
@@ -56,11 +58,17 @@ class Recorder:
 
     @contextlib.contextmanager
     def training(self, phase: str, dataset, train: TrainConfig) -> Iterator["Steps"]:
-        """Yield the on_step of a training loop; every train.log_every-th step and the last are written."""
-        with self.shown(phase, train.steps_for(len(dataset))) as shown:
+        """Yield the on_step of a training loop; every train.log_every-th step and the last are written.
+
+        What a stream gave is shown afterwards.
+        """
+        with self.shown(phase, train.steps_for(count_rows(dataset))) as shown:
             steps = Steps(self, phase, train.log_every, shown)
             yield steps
             steps.finish()
+        if isinstance(dataset, StreamedRows) and self.progress is not None:
+            for line in dataset.describe():
+                self.progress.console.print(line, style="dim", highlight=False, soft_wrap=True)
 
     def evaluate(
         self,

@@ -1,13 +1,15 @@
-"""Which rows each step takes: those of a data set, in an order drawn by train.seed."""
+"""Which rows each step takes: those of a data set in an order drawn by train.seed, or a stream's as they come."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
+import numpy
 import torch
 from torch import Tensor
 
 from mft.config import TrainConfig
-from mft.data.batches import MicroBatch, count_labels, take_rows
+from mft.data.batches import MicroBatch, count_labels, make_batch, take_rows
+from mft.data.streams import StreamedRow, StreamedRows
 from mft.engines.distributed import Processes
 
 _CHUNK = 1024  # rows that are looked at together
@@ -16,10 +18,10 @@ _CHUNK = 1024  # rows that are looked at together
 class RowSource(Protocol):
     """What train_loop takes its steps' rows from.
 
-    count: of different rows.
+    count: of different rows, or None if nobody knows.
     """
 
-    count: int
+    count: int | None
 
     def first(self) -> Tensor:
         """input_ids (1, T) of some row."""
@@ -39,9 +41,16 @@ class RowSource(Protocol):
 
 def open_rows(dataset: Any, train: TrainConfig, processes: Processes) -> RowSource:
     """Raises: ValueError if dataset holds no row."""
+    if isinstance(dataset, StreamedRows):
+        return _Streamed(dataset, train, processes)
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one row to train on, got 0")
     return _Numbered(dataset, train, processes)
+
+
+def count_rows(dataset: Any) -> int | None:
+    """None of a stream."""
+    return None if isinstance(dataset, StreamedRows) else len(dataset)
 
 
 # ---------------------------------------------------------------------------------------------- private
@@ -51,7 +60,7 @@ class _Numbered:
     """Every row of a data set once an epoch, each epoch in an order of its own."""
 
     def __init__(self, dataset: Any, train: TrainConfig, processes: Processes) -> None:
-        self.count = len(dataset)
+        self.count: int | None = len(dataset)
         self._dataset, self._train, self._processes = dataset, train, processes
         self._numbers = _row_numbers(len(dataset), train.seed)
 
@@ -86,6 +95,47 @@ class _Numbered:
 
     def _taken(self, micro_batches: list[list[int]]) -> list[MicroBatch]:
         return [take_rows(self._dataset, rows) for rows in self._processes.share(micro_batches)]
+
+
+class _Streamed:
+    """All processes read the whole stream, and so take the rows that one alone would."""
+
+    count: int | None = None
+
+    def __init__(self, rows: StreamedRows, train: TrainConfig, processes: Processes) -> None:
+        self._rows, self._train, self._processes = rows, train, processes
+
+    def first(self) -> Tensor:
+        return _batch([(0, self._rows.peek(1)[0])]).input_ids
+
+    def heaviest(self) -> MicroBatch | None:
+        """Nobody knows the rows to come: one that scores every token."""
+        ids = self.first().expand(self._train.batch_size, -1)
+        return MicroBatch([0] * len(ids), ids, ids, [0] * len(ids))
+
+    def go_on(self, done: int, state: Mapping[str, Any] | None, recall: Callable[[list[MicroBatch]], None]) -> None:
+        if done and state is None:
+            raise ValueError("the checkpoint must say where its stream of rows stood, and does not: begin anew")
+        if state is not None:
+            self._rows.restore(state)
+
+    def next_step(self) -> list[MicroBatch]:
+        size, count = self._train.batch_size, self._train.accumulation
+        rows = [[next(self._rows) for _ in range(size)] for _ in range(count)]
+        return [_batch(some) for some in self._processes.share(rows)]
+
+    def state(self) -> dict[str, Any] | None:
+        return self._rows.state()
+
+
+def _batch(rows: list[tuple[int, StreamedRow]]) -> MicroBatch:
+    numbers, found = [number for number, _ in rows], [row for _, row in rows]
+    ids, labels = (
+        torch.from_numpy(numpy.stack([getattr(row, name) for row in found]).astype(numpy.int64))
+        for name in ("input_ids", "labels")
+    )
+    documents, starts = [row.document for row in found], [row.starts for row in found]
+    return make_batch(numbers, ids, labels, documents, starts, [row.source for row in found if row.source])
 
 
 def _row_numbers(count: int, seed: int) -> Iterator[int]:

@@ -49,6 +49,7 @@ from mft.training.objectives import facts_of, make_objective
 from mft.training.plan import Plan, plan_training, replan
 from mft.training.progress import Progress
 from mft.training.resume import Begin, Start, flat, started
+from mft.training.row_source import count_rows
 from mft.training.run_directory import (
     BEST,
     CHECKPOINTS,
@@ -230,7 +231,7 @@ def _learn(
 ) -> Ended:
     """Train the scores, with checkpoints and a count of flips; the model then has the masks to export."""
     config, processes = run.config, run.processes
-    steps = config.train.steps_for(len(splits.train))
+    steps = config.train.steps_for(count_rows(splits.train))
     # The other ways keep scores elsewhere while they train.
     counts = plan.way == "plain" and processes.first
     flips = FlipCounter(model, initial, every=max(1, -(-steps // POINTS))) if counts else None
@@ -276,6 +277,8 @@ def _begun(start: RunConfig | Start) -> Iterator["_Run"]:
     start = Begin(start) if isinstance(start, RunConfig) else start
     with joined() as processes, started(start, processes) as (config, found):
         check_trackers(config.report_to)
+        if config.data.streaming:
+            config.train.steps_for(None)  # or say so before anything is loaded
         yield _Run(copy.deepcopy(config), start, found, processes)  # the plan writes into it
 
 

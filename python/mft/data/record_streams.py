@@ -1,0 +1,171 @@
+"""Records one after another, from any place where somebody stopped, of data that need not fit in memory.
+
+A position is what JSON can hold: of lines the bytes and lines before it, of parquet the row group, of the hub what
+datasets says of an iterable data set (state_dict, exact where nothing is shuffled). Files are read here as in
+record_files.py, by their names and as plain columns.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+from mft.data.formats import without_filling
+from mft.data.record_files import (
+    Records,
+    columns_to_read,
+    content_alone,
+    parse_line,
+    read_csv,
+    read_lines,
+    type_of,
+)
+
+_BATCH = 64  # rows of a table that are Python's objects at once
+
+
+class Reader(Protocol):
+    """Reads on from where it was opened; position is behind the record that it gave last."""
+
+    columns: dict[str, None]  # met so far, read or not
+
+    @property
+    def position(self) -> Any: ...
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """(record, its place)."""
+
+
+@dataclass(frozen=True)
+class RecordStream:
+    """open(position) gives a Reader; None: from the beginning."""
+
+    open: Callable[[Any], Reader]
+
+
+def stream_files(paths: Sequence[Path]) -> RecordStream:
+    """The records of files of one type, one file after another."""
+    return RecordStream(lambda position: _FileReader(paths, position))
+
+
+def stream_hub(dataset: datasets.IterableDataset, name: str) -> RecordStream:
+    """Of the columns that forms read, where data say which they have: others may be pictures, to be fetched."""
+    columns = dataset.column_names
+    if columns is not None:
+        dataset = dataset.select_columns(columns_to_read(columns))
+    return RecordStream(lambda position: _HubReader(dataset, columns or [], name, position))
+
+
+def stream_records(records: Records) -> RecordStream:
+    """Records that are in memory anyway."""
+    return RecordStream(lambda position: _RecordsReader(records, position))
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+class _FileReader:
+    """position: [which file, where in it]."""
+
+    def __init__(self, paths: Sequence[Path], position: Any) -> None:
+        self._paths, self.position = paths, position or [0, None]
+        self.columns: dict[str, None] = {}
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], str]]:
+        first, inside = self.position
+        for number, path in enumerate(self._paths[first:], first):
+            for row, columns, place, behind in _READERS[type_of(path)](path, inside):
+                self.columns.update(dict.fromkeys(columns))
+                self.position = [number, behind]
+                yield row, place
+            inside = None
+
+
+class _HubReader:
+    def __init__(self, dataset: datasets.IterableDataset, columns: Sequence[str], name: str, position: Any) -> None:
+        self._dataset, self._name = copy.deepcopy(dataset), name  # a reader's state is its own
+        self._before = position
+        self._number = 0 if position is None else position["rows"]
+        if position is not None:
+            self._dataset.load_state_dict(position["state"])
+        self.columns: dict[str, None] = dict.fromkeys(columns)
+
+    @property
+    def position(self) -> Any:
+        if self._number == (self._before or {"rows": 0})["rows"]:
+            return self._before
+        return {"rows": self._number, "state": self._dataset.state_dict()}
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], str]]:
+        for row in self._dataset:
+            self.columns.update(dict.fromkeys(row))
+            self._number += 1
+            yield without_filling(content_alone(row)), f"{self._name}, row {self._number - 1}"
+
+
+class _RecordsReader:
+    def __init__(self, records: Records, position: Any) -> None:
+        self._records, self.position = records, position or 0
+        self.columns = dict.fromkeys(records.columns)
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], str]]:
+        of_arrow = isinstance(self._records.rows, datasets.Dataset)
+        while self.position < len(self._records.rows):
+            row = self._records.rows[self.position]
+            self.position += 1
+            yield without_filling(row) if of_arrow else row, self._records.place(self.position - 1)
+
+
+Found = Iterator[tuple[dict[str, Any], Sequence[str], str, Any]]  # record, columns, place, what lies before the next
+
+
+def _read_jsonl(path: Path, start: Any) -> Found:
+    for number, line, end in read_lines(path, tuple(start or (0, 0))):
+        if (row := parse_line(line, f"{path}:{number}")) is not None:
+            yield content_alone(row), list(row), f"{path}:{number}", list(end)
+
+
+def _read_csv(path: Path, start: Any) -> Found:
+    for number, row, end in read_csv(path, tuple(start or (0, 0))):
+        yield content_alone(row), list(row), f"{path}:{number}", list(end)
+
+
+def _read_parquet(path: Path, start: Any) -> Found:
+    """start: [row group, rows of it that lie before]."""
+    first, before = start or (0, 0)
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            number = sum(file.metadata.row_group(group).num_rows for group in range(first))
+            for group in range(first, file.num_row_groups):
+                inside = 0
+                for batch in file.iter_batches(_BATCH, row_groups=[group], columns=columns_to_read(names)):
+                    skipped = min(max(before - inside, 0), len(batch)) if group == first else 0
+                    for j, row in enumerate(batch.slice(skipped).to_pylist(), inside + skipped):
+                        yield content_alone(without_filling(row)), names, f"{path} row {number + j}", [group, j + 1]
+                    inside += len(batch)
+                number += inside
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} must be a parquet file, and cannot be read as one: {error}") from None
+
+
+def _read_arrow(path: Path, start: Any) -> Found:
+    """start: rows that lie before."""
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            table = pyarrow.ipc.open_stream(source).read_all()
+            names = table.column_names
+            table = table.select(columns_to_read(names))
+            for first in range(start or 0, len(table), _BATCH):
+                for j, row in enumerate(table.slice(first, _BATCH).to_pylist(), first):
+                    yield content_alone(without_filling(row)), names, f"{path} row {j}", j + 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} must be an Arrow stream, and cannot be read as one: {error}") from None
+
+
+_READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet, ".arrow": _read_arrow}
