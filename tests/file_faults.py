@@ -122,8 +122,8 @@ def main(arguments: list[str]) -> int:
 
 def sweep(work: Path, only: str, most: int | None, jobs: int) -> int:
     """Try the cases, or those alone whose words are asked for, and print a table of them; 1 if one went wrong."""
-    from mft.training.console import console
-    from mft.training.progress import Progress
+    from mft.tracking.console import console
+    from mft.tracking.progress import Progress
 
     global _lab  # of the pool's processes too, which are forks of this one
     lab = _lab = Lab(work)

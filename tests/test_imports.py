@@ -39,7 +39,7 @@ KERNELS_MAY_IMPORT = {"autotune", "backends", "built", "reference", "reference_q
 # Of mft: a package may import those before it. In a package there is no order, and no circle.
 RECIPE_ORDER = (
     *("checks", "files", "config", "memory", "data", "models", "masks", "objectives", "engines"),
-    *("evaluation", "training", "publishing", "serving", "study", "study.report", "cli", "__main__"),
+    *("evaluation", "tracking", "training", "publishing", "serving", "study", "study.report", "cli", "__main__"),
 )
 EXTERNAL = {"torch", "triton", "numpy"}  # all that mft_kernels may import besides the standard library
 

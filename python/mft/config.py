@@ -262,6 +262,11 @@ class DataConfig:
                     tokens,
                 )
 
+    @property
+    def every_source(self) -> list[str]:
+        """Where the text comes from: source, or that of each of sources."""
+        return [self.source] if self.sources is None else [given.source for given in self.sources.values()]
+
     def of_source(self, name: str) -> "DataConfig":
         """The same for one of sources alone."""
         given = dataclasses.asdict((self.sources or {})[name])

@@ -29,9 +29,9 @@ from mft.masks.export import save_masks
 from mft.models import quantized_weight, smollm2
 from mft.models.pretrained import load_model
 from mft.study import lora
+from mft.tracking.trackers import check_trackers
 from mft.training.loop import train_masks
 from mft.training.run_lock import hold
-from mft.training.trackers import check_trackers
 from mft_kernels import autotune, backends, built, cpu, cuda, masked_linear, triton
 
 from .registry import accepted, refused

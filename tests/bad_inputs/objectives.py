@@ -1,10 +1,14 @@
 """Objectives: keys, data and models that are not theirs."""
 
+import json
+from types import SimpleNamespace
+
 from tiny import make_llama, make_rows, masked_llama
 
-from mft.config import TrainConfig, load_config
+from mft.config import DataConfig, TrainConfig, load_config
 from mft.data.formats import read_pair
 from mft.data.sources import Records
+from mft.data.splits import load_splits
 from mft.data.tokenization import open_documents
 from mft.objectives.dpo import DPO
 from mft.objectives.kl import KL
@@ -38,6 +42,19 @@ def a_prompt_in_words_beside_two_conversations():
 )
 def a_key_of_another_objective():
     load_config(None, ["objective.name=distill", "objective.teacher=my-model", "objective.beta=0.2"])
+
+
+@refused(
+    ValueError,
+    where="data.streaming",
+    got="got true",
+    rule="must be false with preference pairs",
+    remedy="load them",
+)
+def pairs_in_a_stream(tmp):
+    path = tmp / "pairs.jsonl"
+    path.write_text(json.dumps(PAIR))
+    load_splits(DataConfig(source=str(path), streaming=True), SimpleNamespace(eos_token_id=0), pairs=True)
 
 
 @refused(ValueError, where="objective.teacher", got="got None", rule="must name a model for distill")

@@ -9,7 +9,7 @@ from benchmarks import bench_demo
 from benchmarks.step_profile import REST
 from mft.study.report.finished import opened
 from mft.study.run import run_study
-from mft.training.console import new_console
+from mft.tracking.console import new_console
 
 
 def test_all_that_the_demo_trained_and_tested_is_in_its_shares(tmp_path, monkeypatch):

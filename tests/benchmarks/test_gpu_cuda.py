@@ -20,8 +20,8 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import cases, correctness, device, equality, layouts, results, sanitizer, threshold, timing
 from benchmarks.gpu.cases import CUDA, Case
 from benchmarks.gpu.journal import FAILED, MEASURED, NOT_MEASURED, Journal
-from benchmarks.gpu.kernels import OPS, kernels
-from mft_kernels import cuda, reference
+from benchmarks.gpu.kernels import OPS, OVER_CODES, kernels
+from mft_kernels import cuda, reference, reference_quantized
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def exact_cuda(monkeypatch):
     """The cuda backend's functions, computed by the reference in fp32 and rounded once, as the kernels do."""
 
-    def rounded(op):
+    def rounded(op, reference=reference):
         def run(*arguments):
             if op.startswith("accumulate_"):
                 sums = arguments[0].float()
@@ -54,6 +54,8 @@ def exact_cuda(monkeypatch):
 
     for op in OPS:
         monkeypatch.setattr(cuda, op, rounded(op))
+    for op in OVER_CODES:
+        monkeypatch.setattr(cuda, op, rounded(op, reference_quantized))
     kernels.cache_clear()
     yield
     kernels.cache_clear()
@@ -103,7 +105,7 @@ def add_late(result, out, *arguments):
         out.view(-1)[-1] += 1
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*OPS, *OVER_CODES])
 def test_one_wrong_element_of_any_op_is_found(op, exact_cuda, monkeypatch):
     wrong_by(monkeypatch, op, add_late if op.startswith("accumulate_") else flip_last)
     found = complaints_of("cuda layouts")["complaints"]

@@ -50,7 +50,7 @@ def test_finetune_writes_a_model_that_train_evaluate_merge_and_inspect_use(cli, 
         "table.md",
     ]
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [e["step"] for e in events if "step" in e] == [1, 2, 3, 4]
+    assert [e["step"] for e in events if "lr" in e] == [1, 2, 3, 4]
 
     tuned = ["model.name=run/model", "output_dir=masked", "--set", "mask.keep_ratio=0.9"]
     code, output = cli("train", *LEARN, *tuned)

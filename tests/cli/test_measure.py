@@ -7,7 +7,7 @@ import torch
 
 from mft.cli import measure
 from mft.cli.measure import DENSE, EAGER, HELD, SCORES, Row, calls_of, conclusion, run_measure, table_of, verdict
-from mft.training.console import new_console
+from mft.tracking.console import new_console
 from mft_kernels.testing import random_inputs
 
 

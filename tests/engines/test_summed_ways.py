@@ -207,10 +207,10 @@ def run_until_a_signal(rank, folder):
     free = 2 * peaks[0] if rank == 0 else sum(peaks) / 2
     after_step = Saver.after_step
 
-    def stop(self, runner, reports):
+    def stop(self, runner, reports, ended):
         if (rank, reports[-1].step) == (1, STOP):
             os.kill(os.getpid(), signal.SIGTERM)
-        after_step(self, runner, reports)
+        after_step(self, runner, reports, ended)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mft.training.plan, "_free_memory", lambda device: (free, None))

@@ -91,8 +91,8 @@ def test_every_way_of_training_tells_before_it_begins_and_a_resume_does_not(way,
     monkeypatch.setattr(mask_cost, "WELL_ABOVE", -1.0)
     stopped, after_step = [], Saver.after_step
 
-    def stop(saver, runner, reports):
-        after_step(saver, runner, reports)
+    def stop(saver, runner, reports, ended):
+        after_step(saver, runner, reports, ended)
         if not stopped:
             stopped.append(reports[-1].step)
             raise RuntimeError("stopped here")

@@ -133,7 +133,7 @@ def test_whatever_value_a_study_takes_is_valid(validators, tmp_path, cls, name):
 )
 def test_what_is_wrong_in_a_run_is_marked_where_it_stands(validators, text, place):
     values = parse_yaml(text, "a run")
-    with pytest.raises(ValueError):  # noqa: PT011  (tests/test_config.py has the messages)
+    with pytest.raises(ValueError):  # noqa: PT011  (tests/config/test_config.py has the messages)
         config_from(values, None)
     assert place in marked(validators["run"], values)
 

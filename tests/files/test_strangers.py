@@ -67,8 +67,11 @@ def changed(document, path, value):
         if not keys or not isinstance(place[keys[index % len(keys)]], dict | list):
             break
         place = place[keys[index % len(keys)]]
+    if place == []:
+        place.append(value)
+        return document
     keys = list(place) if isinstance(place, dict) else range(len(place))
-    place[keys[path[-1] % len(keys)] if keys else ("more" if isinstance(place, dict) else 0)] = value
+    place[keys[path[-1] % len(keys)] if keys else "more"] = value
     return document
 
 

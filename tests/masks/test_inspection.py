@@ -8,7 +8,7 @@ from tiny import make_rows, masked_llama
 from mft.cli.masks import _mask_table
 from mft.config import TrainConfig
 from mft.masks.inspection import MaskStatistics, flip_share, initial_masks, mask_statistics
-from mft.training.console import new_console
+from mft.tracking.console import new_console
 from mft.training.loop import train_masks
 
 

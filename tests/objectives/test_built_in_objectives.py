@@ -15,6 +15,7 @@ from whole_logits import WAYS, assert_same, by_hand, make_masked, step
 from mft.config import TrainConfig
 from mft.data.batches import take_rows
 from mft.engines.layerwise import Layerwise
+from mft.engines.start import start_runner
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import keeping_all, masked_modules
 from mft.objectives.cross_entropy import CrossEntropy
@@ -175,6 +176,24 @@ def test_dpo_asks_the_base_once_a_row(monkeypatch):
     for _ in range(2):  # another training is of other rows
         train_masks(make_masked("plain"), make_pairs(), train, objective=objective)
     assert sorted(asked) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("way", ["plain", "resident", "layerwise"])
+def test_rows_that_are_recalled_ask_the_base_no_more(way, monkeypatch):
+    """In the groups of then: on these the last bits may depend."""
+    batches, known = [take_rows(make_pairs(), [0, 1]), take_rows(make_pairs(), [2, 3])], []
+    for recalled in (True, False):
+        objective, model = DPO(), make_masked(way)
+        if recalled:
+            few = batches[0].input_ids[:1, :8]
+            runner = start_runner(model, few, way, "cpu", TrainConfig(steps=1), objective=objective)
+            runner.recall(batches)
+            runner.close()
+        else:
+            step(model, way, objective, batches, monkeypatch)
+        assert not any(objective.needs_reference(batch) for batch in batches)
+        known.append(objective._known)
+    assert known[0] == known[1]
 
 
 @pytest.mark.parametrize(

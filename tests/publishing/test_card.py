@@ -1,5 +1,6 @@
 """The model card: facts alone, no path of this machine, and blocks that run."""
 
+import dataclasses
 import re
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 import mft
 from mft.cli.app import app
+from mft.config import save_config
 from mft.masks.convert import merge_model
 from mft.masks.export import save_masks
 from mft.models import pretrained
@@ -55,6 +57,19 @@ def test_the_text_says_setting_results_and_configuration_and_no_directory_of_thi
     assert "  source: my.jsonl\n" in card
     assert "license" not in card
     assert "output_dir" not in card
+
+
+def test_of_several_sources_no_directory_is_told_either(run):
+    config = mft.load_config(run / "config.yaml", ["data.source=stdlib"])
+    own = {"mine": {"source": "/secret/chats.jsonl", "weight": 2}, "theirs": {"source": "user/chats"}}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=own))
+    save_config(config, run / "config.yaml")
+    card = card_of(run)
+    assert "secret" not in card
+    assert "source: chats.jsonl" in card
+    data = ModelCard(card).data
+    assert data.datasets == ["user/chats"]
+    assert data.eval_results[0].dataset_name == "chats.jsonl, user/chats"
 
 
 def test_the_base_is_loaded_at_the_revision_that_the_run_had(run):

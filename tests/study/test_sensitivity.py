@@ -20,9 +20,8 @@ from mft.study.sensitivity import (
     recommendation,
     sensitivity_table,
 )
+from mft.tracking.metrics import METRICS, Recorder
 from mft.training.loop import finetune, train_masks
-from mft.training.metrics import Recorder
-from mft.training.run_directory import METRICS
 
 TRAIN = TrainConfig(lr=1e-3, steps=12, batch_size=8)
 

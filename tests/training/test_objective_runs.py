@@ -33,6 +33,34 @@ def test_dpo_from_pairs_to_metrics(cli, tmp_path, memory):
     assert "▶ rejected: " in output
 
 
+def test_the_best_step_is_the_one_of_the_objectives_own_least_loss(cli, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    asked = ["objective.name=dpo", "data.source=pairs.jsonl", "data.sequence_length=24", "memory=resident"]
+    code, output = cli("train", *LEARN, *asked, "train.steps=8", "train.eval_every=2", "train.keep_best=true")
+    assert code == 0, output
+    seen = [event for event in events(tmp_path / "run") if event["phase"] == "validation"]
+    by_dpo, by_words = (min(seen, key=lambda event: event[key])["step"] for key in ("dpo/loss", "loss"))
+    assert by_dpo != by_words  # else nothing is told
+    assert seen[-1]["best"] == by_dpo
+    exported = [event for event in events(tmp_path / "run") if event["phase"] == "after, validation"][-1]
+    assert exported["dpo/loss"] == pytest.approx(min(event["dpo/loss"] for event in seen), abs=1e-6)
+
+
+def test_pairs_are_mixed_from_several_sources(cli, tmp_path):
+    for name, rows in (("a", PAIRS[:20]), ("b", PAIRS[20:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mix = [f"data.sources.{name}.source={name}.jsonl" for name in "ab"]
+    asked = ["--config", "config.yaml", "objective.name=dpo", "data.source=stdlib", *mix, "data.sequence_length=24"]
+    code, output = cli("data", "show", *asked, "--rows", "2")
+    assert code == 0, output
+    assert "train row 0 of" in output
+    assert "from a: 2 pairs" in output
+    assert "from b: 2 pairs" in output
+    code, output = cli("data", "show", *asked, "data.streaming=true")
+    assert code == 2
+    assert "data.streaming must be false with preference pairs" in output
+
+
 def test_distillation_and_kl_from_the_configuration(cli, tmp_path, model_dir):
     short = [*LEARN, "memory=resident", "data.max_eval_tokens=48"]
     code, output = cli("train", *short, "objective.name=kl", "objective.beta=0.5")

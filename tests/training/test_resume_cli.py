@@ -14,9 +14,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import LEARN, Forked, in_a_fork, killed_before, steps, wait_for_checkpoint
 
+from mft.tracking.metrics import METRICS, Steps
 from mft.training.flips import PHASE
-from mft.training.metrics import Steps
-from mft.training.run_directory import METRICS
 from mft.training.run_lock import hold
 
 SLOW = [*LEARN, "train.steps=16", "checkpoint_minutes=0", "mask.keep_ratio=0.8"]
@@ -200,7 +199,7 @@ def files(run):
 
 
 SHORT = [*LEARN, "train.steps=3", "checkpoint_minutes=0", "mask.keep_ratio=0.8"]
-BEFORE_FINISHING = "mft.training.run.evaluation_table"
+BEFORE_FINISHING = "mft.training.run.evaluation_tables"
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["missing", "empty"])

@@ -3,8 +3,8 @@
 import pytest
 
 from mft.config import RunConfig
+from mft.tracking.metrics import MetricsFile, read_metrics
 from mft.training.checkpoint import write_checkpoint
-from mft.training.metrics import MetricsFile, read_metrics
 from mft.training.run_directory import check_run_directory, holding, open_run
 
 

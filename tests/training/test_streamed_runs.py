@@ -18,9 +18,9 @@ from mft.config import DataConfig, TrainConfig
 from mft.data.splits import load_splits
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.step import NonFiniteLoss
+from mft.tracking.metrics import Steps
 from mft.training.checkpoint import newest_checkpoint
 from mft.training.loop import train_masks
-from mft.training.metrics import Steps
 from mft.training.row_source import open_rows
 from mft.training.saver import Saver, Stopped
 

@@ -133,7 +133,7 @@ class Passing:
     def __init__(self, pass_time):
         self.after_step = lambda *_: pass_time(1)
 
-    def begin(self, runner):
+    def begin(self, runner, rows):
         return []
 
     def listening(self):

@@ -10,7 +10,7 @@ import typer
 import mft
 from mft.checks import check_one_of
 from mft.config import RunConfig, load_config
-from mft.training.console import console
+from mft.tracking.console import console
 
 # Loaded inside the verbs: transformers takes seconds, and `mft --help` should not wait for it.
 
@@ -122,7 +122,7 @@ def train(
         check_merged("--merge", merge)  # before it trains for hours
     masks = run_train(_start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force))
     if merge is not None and os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first one
-        run_merge(masks, merge, None, None, force=False)
+        run_merge(str(masks), merge, None, None, force=False)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from mft.data.sources import SPLITS
 from mft.data.split_rows import pad_of
 from mft.data.streams import StreamedRows
 from mft.data.tokenization import IGNORED
-from mft.training.console import console, say
+from mft.tracking.console import console, say
 from mft.training.inputs import read_rows
 
 LEGEND = "⟦ ⟧ hold what is scored, · parts tokens, ⏎ is a new line, ▶ begins an example that sees none before it"

@@ -25,8 +25,9 @@ from mft.study.config import FULL, MASK, StudyConfig
 from mft.study.load import load_study
 from mft.study.report.finished import Finished, opened
 from mft.study.store import STUDY
-from mft.training.console import say
-from mft.training.run_directory import MODEL, PLOT, TABLE_JSON, TABLE_MARKDOWN, next_steps
+from mft.tracking.console import say
+from mft.tracking.curves import PLOT
+from mft.training.run_directory import MODEL, TABLE_JSON, TABLE_MARKDOWN, next_steps
 from mft_kernels import pack_mask
 
 BASE = "base"

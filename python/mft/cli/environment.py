@@ -7,7 +7,7 @@ import torch
 from rich.table import Table
 
 import mft_kernels
-from mft.training.console import console, say
+from mft.tracking.console import console, say
 from mft_kernels.cpu import path_taken
 from mft_kernels.processor import this_processor
 

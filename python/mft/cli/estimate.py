@@ -15,7 +15,7 @@ from mft.memory.model_config import read_model_config
 from mft.memory.shapes import ModelShape, shape_from_config
 from mft.memory.step_time import SPEEDS
 from mft.memory.workload import Workload
-from mft.training.console import console, say
+from mft.tracking.console import console, say
 
 _UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}

@@ -12,11 +12,11 @@ from mft.masks.convert import keeping_all
 from mft.masks.export import load_masks
 from mft.masks.export_format import read_export
 from mft.masks.quantize import quantize_model
-from mft.training.console import console, say
+from mft.tracking.console import console, say
+from mft.tracking.metrics import Recorder
+from mft.tracking.progress import Progress
 from mft.training.inputs import read_data, read_model
-from mft.training.metrics import Recorder
 from mft.training.objectives import make_objective
-from mft.training.progress import Progress
 
 
 def masks_config(masks: Path, overrides: Sequence[str]) -> RunConfig:

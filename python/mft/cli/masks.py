@@ -18,7 +18,7 @@ from mft.masks.paper_masks import import_paper_masks, write_paper_masks
 from mft.models.pretrained import load_model, save_model
 from mft.publishing.contents import facts_of_masks
 from mft.publishing.facts import MERGED, facts_of_export, merged_facts
-from mft.training.console import console, say
+from mft.tracking.console import console, say
 from mft.training.inputs import read_base
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch.nn import functional as F
 
 import mft_kernels
-from mft.training.progress import Progress
+from mft.tracking.progress import Progress
 from mft_kernels.eager import eager_grad_scores, eager_grad_x, eager_linear
 from mft_kernels.testing import Inputs, random_inputs
 from mft_kernels.timing import Samples, median_ratio, time_within

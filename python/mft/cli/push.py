@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.publishing.push import push_to_hub
-from mft.training.console import say
+from mft.tracking.console import say
 
 
 def run_push(directory: Path, repository: str, **options: Any) -> None:

@@ -18,11 +18,12 @@ from mft.study.sensitivity import (
     sensitivity_markdown,
     sensitivity_table,
 )
-from mft.training.console import console, say
+from mft.tracking.console import console, say
+from mft.tracking.curves import PLOT
+from mft.tracking.metrics import Recorder
+from mft.tracking.progress import Progress
 from mft.training.inputs import read_data, read_model
-from mft.training.metrics import Recorder
-from mft.training.progress import Progress
-from mft.training.run_directory import PLOT, TABLE_JSON, TABLE_MARKDOWN, check_run_directory, holding, open_run
+from mft.training.run_directory import TABLE_JSON, TABLE_MARKDOWN, check_run_directory, holding, open_run
 
 
 def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> None:

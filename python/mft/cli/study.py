@@ -15,10 +15,12 @@ from mft.study.report.plots import plot_summary
 from mft.study.report.write import console_report, write_study_report
 from mft.study.run import run_study
 from mft.study.store import copy_fine_tunes
-from mft.training.console import console, say
+from mft.tracking.console import console, say
+from mft.tracking.curves import PLOT
+from mft.tracking.metrics import METRICS
+from mft.tracking.progress import Progress
 from mft.training.flips import plot_flips, read_flips
-from mft.training.progress import Progress
-from mft.training.run_directory import ABLATION, METRICS, PLOT, TABLE_JSON, TABLE_MARKDOWN
+from mft.training.run_directory import ABLATION, TABLE_JSON, TABLE_MARKDOWN
 
 PLOTS = ("summary", "surface", "overlap", "flips")
 _LARGEST_TABLE = 1 << 28  # bytes

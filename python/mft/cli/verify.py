@@ -8,8 +8,8 @@ from torch import nn
 from mft.masks.export import base_hash
 from mft.masks.export_format import CONFIG_FILE, UNVERIFIED, MaskExport, read_export
 from mft.masks.location import MASKS, local_directory
+from mft.tracking.console import say
 from mft.training.checkpoint import FACTS, MANIFEST, verify_checkpoint
-from mft.training.console import say
 from mft.training.inputs import read_base
 from mft.training.run_directory import CHECKPOINTS
 

@@ -108,9 +108,9 @@ def read_pair(row: dict[str, Any], place: str) -> tuple[Chat | Completion, Chat 
     both = [row.get("chosen"), row.get("rejected")]
     if all(isinstance(value, list) for value in both):
         given = row.get("prompt")
-        prompt = _checked(given, "prompt", place) if isinstance(given, list) else []
-        chats = [[*prompt, *_checked(value, name, place)] for name, value in zip(("chosen", "rejected"), both)]
-        first = len(prompt) if prompt else _shared(*chats)
+        common = _checked(given, "prompt", place) if isinstance(given, list) else []
+        chats = [[*common, *_checked(value, name, place)] for name, value in zip(("chosen", "rejected"), both)]
+        first = len(common) if common else _shared(*chats)
         chosen, rejected = (_chat(row, messages, place, first=first) for messages in chats)
         return chosen, rejected
     if any(isinstance(value, list) for value in both):

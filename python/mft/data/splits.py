@@ -58,14 +58,14 @@ def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None
     The evaluation rows do not depend on config.seed, so that runs with different seeds can be compared.
     Raises: ValueError naming the file, line or row, and the rule that it breaks.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer must have an end-of-sequence token, which closes a document; got none")
-    source = source or open_source(config)
     if config.streaming and pairs:
         raise ValueError(
             "data.streaming must be false with preference pairs, of which each is met again by its row's number, got "
             "true: load them"
         )
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer must have an end-of-sequence token, which closes a document; got none")
+    source = source or open_source(config)
     if config.streaming:
         return _streamed(config, tokenizer, source)
     directory = cache_root() / "rows" / _key(config, source.fingerprint, tokenizer, pairs=pairs)

@@ -290,6 +290,11 @@ def content_hash(row: dict[str, Any], columns: Sequence[str]) -> bytes:
     return hashlib.sha256(content_key(row, content_of(columns))).digest()
 
 
+def count_rows(dataset: Any) -> int | None:
+    """None of a stream."""
+    return None if isinstance(dataset, StreamedRows) else len(dataset)
+
+
 # ---------------------------------------------------------------------------------------------- private
 
 

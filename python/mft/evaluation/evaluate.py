@@ -143,35 +143,10 @@ def evaluate(
     if not any(tokens for tokens, _, _ in sums.values()):
         raise ValueError(f"dataset must score at least one token, got {len(dataset)} rows without a label")
     table = torch.tensor([sums[document] for document in sorted(sums)], dtype=torch.float64)
-    sources = [source_of[document] for document in sorted(sums)] if source_of else []
     means = {name: total / max(counted, 1) for name, total in figures.items()}
-    return Evaluation(torch.tensor(sorted(sums)), *table.unbind(-1), means, sources)
-    sums: dict[int, list[float]] = {}
-    source_of: dict[int, str] = {}
-    groups = [range(start, min(start + batch_size, len(dataset))) for start in range(0, len(dataset), batch_size)]
-    batches = (take_rows(dataset, list(rows)) for rows in groups)
-    few = first_row[:, :FEW].to(next(model.parameters()).device)
-    with (
-        torch.no_grad(),
-        keeping_apart(model, dataset, few, batch_size),
-        _runner(model, few, way, device, first, memory) as (hidden_of, head),
-    ):
-        for batch, hidden in hidden_of(batches):
-            losses, correct = token_losses(head, hidden, batch.labels.to(hidden.device))
-            per_row = (count_labels(batch.labels).tolist(), losses.sum(-1).tolist(), correct.sum(-1).tolist())
-            for document, *values in zip(batch.documents, *per_row):
-                entry = sums.setdefault(document, [0.0, 0.0, 0.0])
-                for i, value in enumerate(values):
-                    entry[i] += value
-            source_of |= zip(batch.documents, batch.sources)
-            if on_batch is not None:
-                on_batch(len(batch.rows), batch.input_ids.numel())
-    model.train(was_training)
-    if not any(tokens for tokens, _, _ in sums.values()):
-        raise ValueError(f"dataset must score at least one token, got {len(dataset)} rows without a label")
-    table = torch.tensor([sums[document] for document in sorted(sums)], dtype=torch.float64)
     sources = [source_of[document] for document in sorted(sums)] if source_of else []
-    return Evaluation(torch.tensor(sorted(sums)), *table.unbind(-1), sources=sources)
+    tokens, loss_sums, correct = table.unbind(-1)
+    return Evaluation(torch.tensor(sorted(sums)), tokens, loss_sums, correct, means, sources)
 
 
 def paired_difference(a: Evaluation, b: Evaluation, metric: str = "loss") -> tuple[float, float]:
@@ -201,7 +176,7 @@ def paired_difference(a: Evaluation, b: Evaluation, metric: str = "loss") -> tup
 HiddenOf = Callable[[Iterable[MicroBatch]], Generator[tuple[MicroBatch, Tensor, Tensor | None], None, None]]
 # Of a batch: its number, documents, their sources in a mix, a list each of tokens, losses and hits; what the objective
 # counts and measures.
-_Found = tuple[int, list[int], list[str], tuple[list[int], list[float], list[float]], int, dict[str, float]]
+_Found = tuple[int, list[int], Sequence[str], tuple[list[int], list[float], list[float]], int, dict[str, float]]
 
 
 @contextlib.contextmanager

@@ -45,7 +45,8 @@ def evaluated_config(masks: Path, overrides: Sequence[str]) -> tuple[RunConfig, 
     path, known = _known(masks)
     config = load_config(path, [*known, *overrides])
     model = config.model
-    named = " and ".join(given.source for given in (config.data.sources or {"": config.data}).values())
+    sources = config.data.sources
+    named = config.data.source if sources is None else " and ".join(given.source for given in sources.values())
     data = f"; data: {named}" if path is None else f", data {named}"  # masks know no data
     return config, f"{_source(path, masks)}: base {_name(model)} in {model.dtype}{data}"
 

@@ -36,7 +36,7 @@ def model_card(contents: Contents, repository: str, license: Mapping[str, Any] |
     facts = contents.facts
     data = ModelCardData(
         base_model=hub_base(facts.base_model_name_or_path),
-        datasets=_dataset(facts.config),
+        datasets=_datasets(facts.config),
         eval_results=_eval_results(facts) or None,
         model_name=repository.partition("/")[2] if facts.results else None,
         library_name="transformers" if contents.kind == "model" else "mft_kernels",
@@ -190,9 +190,11 @@ def _training(config: RunConfig) -> list[str]:
     values = config_values(config)
     del values["output_dir"], values["checkpoint_minutes"]  # of the machine
     values["model"]["name"] = _shown(config.model.name)
-    for section, key in (("model", "chat_template"), ("data", "source")):
-        if values[section][key] is not None:
-            values[section][key] = _shown(values[section][key])
+    paths = [(values["model"], "chat_template"), (values["data"], "source"), (values["objective"], "teacher")]
+    paths += [(part, "source") for part in (values["data"]["sources"] or {}).values()]
+    for section, key in paths:
+        if section[key] is not None:
+            section[key] = _shown(section[key])
     return ["## Training", _block("yaml", [dump_yaml(values).strip()])]
 
 
@@ -200,7 +202,7 @@ def _eval_results(facts: Facts) -> list[EvalResult]:
     after = None if facts.results is None else facts.results.evaluations.get("after")
     if after is None or facts.config is None:
         return []
-    source = _shown(facts.config.data.source)
+    source = ", ".join(_shown(name) for name in facts.config.data.every_source)
     names = {"loss": "validation loss, nats a token", "accuracy": "validation accuracy of the next token"}
     return [
         EvalResult(
@@ -222,10 +224,9 @@ def _tags(contents: Contents) -> list[str] | None:
     return ["mask-fine-tuning", "mft", "peft"]
 
 
-def _dataset(config: RunConfig | None) -> list[str] | None:
-    source = None if config is None else config.data.source
-    is_on_hub = source is not None and source not in NAMED and split_hub_id(source) and not Path(source).exists()
-    return [str(source)] if is_on_hub else None
+def _datasets(config: RunConfig | None) -> list[str] | None:
+    given = [] if config is None else config.data.every_source
+    return [one for one in given if one not in NAMED and split_hub_id(one) and not Path(one).exists()] or None
 
 
 def _kept(facts: Facts) -> str | None:

@@ -10,6 +10,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 
@@ -92,7 +93,8 @@ def push_to_hub(
     else:
         notes.append(f"{README} of {repository} was written or edited by hand and stays; --overwrite-card replaces it")
     stale = {name for name in there if contents.kind == "model" and _SHARD.fullmatch(name)} - added.keys()
-    operations = [*map(CommitOperationDelete, sorted(stale)), *(CommitOperationAdd(*each) for each in added.items())]
+    operations: list[Any] = [CommitOperationDelete(name) for name in sorted(stale)]
+    operations += [CommitOperationAdd(name, content) for name, content in added.items()]
     try:
         with asking_hub(repository, revision, writing=True):
             # upload_folder makes several commits where hf_xet is installed.

@@ -14,7 +14,7 @@ from mft.serving.running_batch import RunningBatch
 from mft.serving.scheduler import Scheduler
 from mft.serving.server import Server
 from mft.serving.service import Service
-from mft.training.console import say
+from mft.tracking.console import say
 from mft.training.inputs import read_model
 
 

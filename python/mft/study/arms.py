@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mft.config import INITS, MaskConfig
+from mft.data.streams import count_rows
 from mft.evaluation.evaluate import Evaluation, evaluate
 from mft.evaluation.exact_match import exact_matches
 from mft.evaluation.temperature import evaluate_tempered, fit_temperature
@@ -114,7 +115,7 @@ def _train(workspace: Workspace, job: Job) -> Outcome:
     model = _untrained(workspace, unit, arm)
     initial = initial_masks(model)
     checkpoints = _Checkpoints(
-        train.steps_for(len(dataset)),
+        train.steps_for(count_rows(dataset)),
         1 if arm.kind == FULL else workspace.study.checkpoints,
         lambda: _on_validation(workspace, unit, model),
         lambda: (_trained_weights(workspace, model), flip_share(model, initial) if initial else None),

@@ -9,6 +9,8 @@ from torch import Tensor
 from mft.evaluation.evaluate import Evaluation
 from mft.study.config import Setting, StudyConfig
 
+_SUMS = ("tokens", "loss_sums", "correct")  # of an Evaluation, a document each
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -138,9 +140,10 @@ def tested_from(values: dict[str, Any]) -> Tested:
 
 
 def _evaluation_values(evaluation: Evaluation) -> dict[str, list]:
-    return {name: getattr(evaluation, name).tolist() for name in ("documents", "tokens", "loss_sums", "correct")}
+    """Without the figures of an objective, of which studies have none but cross entropy."""
+    return {name: getattr(evaluation, name).tolist() for name in ("documents", *_SUMS)}
 
 
 def _evaluation_from(values: dict[str, list]) -> Evaluation:
-    sums = {name: torch.tensor(values[name], dtype=torch.float64) for name in ("tokens", "loss_sums", "correct")}
-    return Evaluation(torch.tensor(values["documents"]), **sums)
+    tokens, loss_sums, correct = (torch.tensor(values[name], dtype=torch.float64) for name in _SUMS)
+    return Evaluation(torch.tensor(values["documents"]), tokens, loss_sums, correct)

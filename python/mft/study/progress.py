@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
+from mft.tracking.progress import SECONDS_BETWEEN_LINES, duration
 from mft.training.loop import StepReport
-from mft.training.progress import SECONDS_BETWEEN_LINES, duration
 
 
 class Shown:

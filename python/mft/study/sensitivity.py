@@ -22,8 +22,8 @@ from mft.masks.targets import select_targets
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.linears import layer_index, layer_stacks
+from mft.tracking.metrics import Recorder
 from mft.training.loop import train_masks
-from mft.training.metrics import Recorder
 
 LEVEL = 0.05  # two-sided, of all groups together
 _TITLE = "Validation loss with a mask - without, nats a token"

@@ -30,7 +30,8 @@ from mft.study.config import AVERAGE, FULL, FULL_KINDS, Setting, StudyConfig
 from mft.study.load import study_values
 from mft.study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values
 from mft.study.plan import best_so_far, fine_tune_of, selection
-from mft.training.run_directory import ABLATION, MODEL, PLOT, TABLE_JSON, TABLE_MARKDOWN
+from mft.tracking.curves import PLOT
+from mft.training.run_directory import ABLATION, MODEL, TABLE_JSON, TABLE_MARKDOWN
 from mft.training.run_lock import LOCK, hold
 
 FORMAT = 1  # counts up when the same declaration gives other results

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mft.engines.step import StepReport
 from mft.files.figure import new_figure, save_figure
 from mft.masks.inspection import flip_share, initial_masks
-from mft.training.metrics import read_metrics
+from mft.tracking.metrics import read_metrics
 from mft_kernels import pack_mask, unpack_mask
 
 PHASE = "flips"  # of its events in a run's metrics file

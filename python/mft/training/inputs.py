@@ -10,7 +10,7 @@ from mft.data.sources import open_source
 from mft.data.splits import Splits, load_splits
 from mft.evaluation.evaluated_base import learned_base
 from mft.models.pretrained import load_model, load_tokenizer
-from mft.training.console import console, say
+from mft.tracking.console import console, say
 
 
 def read_model(config: ModelConfig) -> tuple[Any, Any]:

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from mft.config import CONFIG, RunConfig, config_from, config_values, load_config
 from mft.engines.distributed import Processes
+from mft.tracking.console import say
 from mft.training.checkpoint import Checkpoint, newest_checkpoint
-from mft.training.console import say
 from mft.training.run_directory import CHECKPOINTS, check_run_directory, holding, result_of
 
 # They change nothing of what is learned.

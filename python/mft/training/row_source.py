@@ -48,11 +48,6 @@ def open_rows(dataset: Any, train: TrainConfig, processes: Processes) -> RowSour
     return _Numbered(dataset, train, processes)
 
 
-def count_rows(dataset: Any) -> int | None:
-    """None of a stream."""
-    return None if isinstance(dataset, StreamedRows) else len(dataset)
-
-
 # ---------------------------------------------------------------------------------------------- private
 
 

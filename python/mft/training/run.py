@@ -22,6 +22,7 @@ from torch import nn
 
 from mft.config import CONFIG, WAYS, RunConfig, config_values, save_config
 from mft.data.splits import Splits
+from mft.data.streams import count_rows
 from mft.engines.distributed import Processes, joined
 from mft.engines.step import StepReport
 from mft.evaluation.evaluate import Evaluation, paired_difference
@@ -37,31 +38,29 @@ from mft.masks.quantize import quantize_model
 from mft.masks.targets import select_targets
 from mft.models.pretrained import load_model, load_outline, save_model
 from mft.objectives.objective import Objective
+from mft.tracking.console import console, new_console, say
+from mft.tracking.curves import PLOT, plot_curves
+from mft.tracking.metrics import EVALUATION_BATCH, Recorder, Steps
+from mft.tracking.progress import Progress
+from mft.tracking.trackers import Trackers, check_trackers
 from mft.training.best import Best
 from mft.training.checkpoint import BadCheckpoint, Checkpoint
-from mft.training.console import console, new_console, say
-from mft.training.curves import plot_curves
 from mft.training.flips import PHASE, POINTS, FlipCounter
 from mft.training.inputs import read_data, read_model
 from mft.training.loop import finetune, train_masks
-from mft.training.metrics import EVALUATION_BATCH, Recorder, Steps
 from mft.training.objectives import facts_of, make_objective
 from mft.training.plan import Plan, plan_training, replan
-from mft.training.progress import Progress
 from mft.training.resume import Begin, Start, flat, started
-from mft.training.row_source import count_rows
 from mft.training.run_directory import (
     BEST,
     CHECKPOINTS,
     MODEL,
-    PLOT,
     TABLE_JSON,
     TABLE_MARKDOWN,
     next_steps,
     open_run,
 )
 from mft.training.saver import Counter, Saver, Stopped
-from mft.training.trackers import Trackers, check_trackers
 from mft.training.validation import Ended, Standing, Validation, said_of, said_of_stop
 
 VALIDATION = "validation"  # the phase of its events in the metrics

@@ -13,17 +13,20 @@ from pathlib import Path
 from mft.config import CONFIG, RunConfig, save_config
 from mft.files.atomic import remove, sweep, target_of
 from mft.masks.location import MASKS
+from mft.tracking.curves import PLOT
+from mft.tracking.metrics import METRICS
+from mft.tracking.trackers import IDENTITY, TENSORBOARD, WANDB
 from mft.training.checkpoint import newest_checkpoint
 from mft.training.run_lock import LOCK, hold
-from mft.training.trackers import IDENTITY, TENSORBOARD, WANDB
 
-METRICS, PLOT = "metrics.jsonl", "plot.png"
 TABLE_MARKDOWN, TABLE_JSON = "table.md", "table.json"
 ABLATION, FLIPS = "ablation.png", "flips.png"
 MODEL, CHECKPOINTS, BEST = "model", "checkpoints", "best"
 # In the order in which they are deleted: without its configuration a run cannot begin anew, whatever is left of it.
-_OURS = (CONFIG, METRICS, PLOT, FLIPS, TABLE_MARKDOWN, TABLE_JSON, MASKS, MODEL, CHECKPOINTS, BEST)
-_OURS += (TENSORBOARD, WANDB, IDENTITY)
+_OURS = (
+    *(CONFIG, METRICS, PLOT, FLIPS, TABLE_MARKDOWN, TABLE_JSON, MASKS, MODEL, CHECKPOINTS, BEST),
+    *(TENSORBOARD, WANDB, IDENTITY),
+)
 
 
 def check_run_directory(directory: str | os.PathLike, *, overwrite: bool = False) -> None:

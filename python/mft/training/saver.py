@@ -125,7 +125,11 @@ class Saver:
             tensors, numbers = take_state(runner)
             for counter in self._counters:
                 tensors |= counter.take_state()
-            facts = {"numbers": numbers, "reports": [asdict(report) for report in reports], "facts": self._facts}
+            facts: dict[str, Any] = {
+                "numbers": numbers,
+                "reports": [asdict(report) for report in reports],
+                "facts": self._facts,
+            }
             facts["run"] = self._run()
             facts["rows"] = None if self._rows is None else self._rows.state()
             where = write_checkpoint(self._root, reports[-1].step, tensors, facts).path

@@ -17,7 +17,8 @@ from mft.study.outcome import Findings
 from mft.study.report.plots import plot_study
 from mft.study.report.table import DomainTable, Row, study_numbers, study_tables
 from mft.study.report.verdict import conclusion, remarks, shown_interval, shown_p, study_verdicts
-from mft.training.run_directory import PLOT, TABLE_JSON, TABLE_MARKDOWN
+from mft.tracking.curves import PLOT
+from mft.training.run_directory import TABLE_JSON, TABLE_MARKDOWN
 
 WIDTH = 100  # of the terminal's tables
 _PERCENT = 100

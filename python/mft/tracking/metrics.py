@@ -11,18 +11,17 @@ from typing import Any
 from torch import nn
 
 from mft.config import TrainConfig
-from mft.data.streams import StreamedRows
+from mft.data.streams import StreamedRows, count_rows
 from mft.engines.step import StepReport
 from mft.evaluation.evaluate import Evaluation, evaluate
 from mft.files.atomic import naming, write_whole
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
-from mft.training.curves import Curves, plot_curves
-from mft.training.progress import Phase, Progress
-from mft.training.row_source import count_rows
-from mft.training.run_directory import METRICS, PLOT
-from mft.training.trackers import Trackers
+from mft.tracking.curves import PLOT, Curves, plot_curves
+from mft.tracking.progress import Phase, Progress
+from mft.tracking.trackers import Trackers
 
+METRICS = "metrics.jsonl"  # in the directory of a run
 EVALUATION_BATCH = 4
 REDRAW = 30.0  # seconds between two drawings of the plot of a run that trains
 

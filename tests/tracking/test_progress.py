@@ -5,15 +5,15 @@ import io
 import pytest
 from rich.console import Console
 
-import mft.training.progress
-from mft.training.progress import Progress, duration
+import mft.tracking.progress
+from mft.tracking.progress import Progress, duration
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """clock(seconds): so much later is it now."""
     now = [1000.0]
-    monkeypatch.setattr(mft.training.progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(mft.tracking.progress.time, "perf_counter", lambda: now[0])
 
     def advance(seconds):
         now[0] += seconds

@@ -7,6 +7,7 @@ from pathlib import Path
 from mft.engines.step import StepReport
 from mft.files.figure import new_figure, save_figure
 
+PLOT = "plot.png"  # in the directory of a run
 Curves = dict[str, list[StepReport]]
 
 

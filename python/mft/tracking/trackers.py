@@ -2,7 +2,8 @@
 
     an event of metrics.jsonl              scalars, at its step
     a training step                        train/loss, train/lr, train/tokens_per_second
-    an evaluation on validation            validation/loss, validation/accuracy
+    an evaluation on validation            validation/loss, validation/accuracy, and what an objective measures, as
+                                           validation/dpo/margin
     a count of flips                       mask/flips_from_start, mask/flips_a_step
 
 The run's configuration is told first. Of a run that goes on a tracker keeps what lies before its checkpoint, gets what
@@ -11,6 +12,7 @@ tracker that fails while the run trains is given up, and the run is not.
 """
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -97,7 +99,7 @@ class Trackers:
             for name, tracker in list(self._running.items()):
                 new = {key: value for key, value in scalars.items() if not tracker.has(step, key)}
                 if new:
-                    self._guarded(name, lambda tracker=tracker, new=new: tracker.log(step, new))
+                    self._guarded(name, functools.partial(tracker.log, step, new))
 
     def close(self) -> None:
         for name, tracker in list(self._running.items()):
@@ -136,7 +138,8 @@ class Scalars:
             if step <= self._validated:  # what is exported was evaluated on its way
                 return None
             self._validated = step
-            return step, {"validation/loss": event["loss"], "validation/accuracy": event["accuracy"]}
+            measured = {f"validation/{key}": value for key, value in event.items() if "/" in key}
+            return step, {"validation/loss": event["loss"], "validation/accuracy": event["accuracy"]} | measured
         if "from_start" in event:
             return step, {"mask/flips_from_start": event["from_start"], "mask/flips_a_step": event["a_step"]}
         return None
@@ -176,7 +179,7 @@ class _TensorBoard:
         if not self._told:
             values = {key: value if isinstance(value, int | float) else str(value) for key, value in config.items()}
             for summary in hparams(values, {"validation/loss": 0}):
-                self._writer.file_writer.add_summary(summary)
+                self._writer._get_file_writer().add_summary(summary)  # add_hparams writes a run of its own
             table = "\n".join(f"| {key} | {value} |" for key, value in values.items())
             self._writer.add_text("configuration", f"| key | value |\n|---|---|\n{table}", 0)
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from tiny_run import LEARN, in_a_fork, steps
 
 from mft.config import load_config
-from mft.training import metrics, trackers
+from mft.tracking import metrics, trackers
+from mft.tracking.trackers import Scalars, Trackers
 from mft.training.checkpoint import write_checkpoint
-from mft.training.trackers import Scalars, Trackers
 
 pytest.importorskip("tensorboard")
 pytest.importorskip("trackio")
@@ -94,6 +94,10 @@ def test_a_killed_run_goes_on_in_the_same_runs_with_every_step_once(cli, tmp_pat
 
     assert in_a_fork(die) == 9
     run, wanted = tmp_path / "run", expected(tmp_path / "straight")
+    # TensorBoard reads files in the order of their names, of which the second comes before the process's number.
+    (killed,) = (run / "tensorboard").iterdir()
+    while time.time() < int(killed.name.split(".")[3]) + 1:
+        time.sleep(0.05)
     for found in reported(run):
         assert found["train/loss"][-1][0] == 6
     code, output = cli("train", "--resume", "run")

@@ -8,8 +8,8 @@ import pytest
 from rich.table import Table
 
 import mft
-from mft.training.console import console, new_console, say
-from mft.training.progress import Progress
+from mft.tracking.console import console, new_console, say
+from mft.tracking.progress import Progress
 
 TEXTS = ["runs/[lr=3]", "runs/[/y]", "[bold]x[/bold]", "a:fire:b", r"\[x]", "runs/100"]
 

@@ -1,0 +1,1 @@
+"""What a run says while it trains and afterwards: console, bars, metrics, curves, trackers."""
