@@ -42,6 +42,8 @@ def test_the_best_step_is_the_one_of_the_objectives_own_least_loss(cli, tmp_path
     by_dpo, by_words = (min(seen, key=lambda event: event[key])["step"] for key in ("dpo/loss", "loss"))
     assert by_dpo != by_words  # else nothing is told
     assert seen[-1]["best"] == by_dpo
+    figures = ", ".join(f"{name} {seen[0][f'dpo/{name}']:.4f}" for name in ("loss", "accuracy", "margin"))
+    assert f"validation after step 2: {figures}; the least so far" in output
     exported = [event for event in events(tmp_path / "run") if event["phase"] == "after, validation"][-1]
     assert exported["dpo/loss"] == pytest.approx(min(event["dpo/loss"] for event in seen), abs=1e-6)
 
