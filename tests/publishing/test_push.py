@@ -174,17 +174,27 @@ def test_a_readme_in_the_directory_takes_the_cards_place(hub, run):
 
 # ---------------------------------------------------------------------------------------------- refused
 
+NOT_FINITE = '{"after": {"loss": NaN, "accuracy": 0.5}, "loss after - before": 0.1, "standard error": 0.1}'
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda run: (run / "masks" / MASKS).write_bytes((run / "masks" / MASKS).read_bytes()[:-8]), "damaged or cut"),
+        (lambda run: flip_a_bit(run / "masks" / MASKS), "not of one export, or damaged"),
         (lambda run: (run / "masks" / MASKS).unlink(), "missing; an export has"),
         (lambda run: shutil.rmtree(run / "masks"), "must be a finished run's, got .* --resume"),
         (lambda run: [shutil.rmtree(run / "masks"), (run / "config.yaml").unlink()], "must hold masks or an adapter"),
         (lambda run: shutil.rmtree(run), "directory must be one that exists, got .*mine"),
         (lambda run: (run / "masks" / CONFIG).write_text('{"peft_type": "LORA"}'), "must be 'MFT' to be pushed by mft"),
         (lambda run: (run / "table.json").write_text('{"after": {"loss": NaN}}'), "expected finite losses"),
+        (lambda run: (run / "table.json").write_text(NOT_FINITE), "expected finite losses"),
     ],
 )
 def test_what_is_not_whole_is_refused_before_the_hub_is_asked(hub, run, damage, message):

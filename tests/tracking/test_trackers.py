@@ -219,7 +219,7 @@ def test_speed_is_that_of_training_between_the_steps_that_are_written():
 def test_the_plot_is_drawn_anew_while_the_run_trains_in_a_hundredth_of_its_time(cli, tmp_path, monkeypatch):
     now, drawn = [0.0], []
 
-    def plot(curves, path, validation):
+    def plot(curves, path, validation, **_):
         now[0] += 2.0
         drawn.append((now[0], len(curves["mask fine-tune"]), dict(validation)))
 

@@ -16,12 +16,14 @@ def plot_curves(
     path: Path,
     validation: Mapping[int, float] | None = None,
     *,
+    objective: str = "cross_entropy",
     best: int | None = None,
     note: str | None = None,
 ) -> None:
     """Training losses of a run without a comparison.
 
-    Args: validation: loss by step. best: the step that is exported, if not the last. note: for the title.
+    Args: validation: loss by step, of the objective of that name as those of training are. best: the step that is
+        exported, if not the last. note: for the title.
     """
     figure = new_figure(6.5, 4.2)
     axes = figure.subplots()
@@ -32,6 +34,8 @@ def plot_curves(
         if best is not None:
             axes.plot([best], [validation[best]], "k*", markersize=13, label=f"exported: step {best}")
         legend_below(axes)
+    if objective != "cross_entropy":
+        axes.set_ylabel(f"loss of {objective}")
     if note is not None:
         axes.set_title(f"{axes.get_title()}\n{note}")
     save_figure(figure, path)

@@ -30,6 +30,7 @@ class Recorder:
     """Records phases of a run. Without a directory nothing is written; without a progress nothing is shown.
 
     events: of MetricsFile. trackers: hear of every event that is written. plot: whether it is drawn during training.
+    objective: the name of what is made smaller.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class Recorder:
         events: list[dict[str, Any]] | None = None,
         trackers: Trackers | None = None,
         plot: bool = False,
+        objective: str = CROSS_ENTROPY.name,
     ) -> None:
         self.metrics = None if directory is None else MetricsFile(directory / METRICS, events)
-        self.progress, self.trackers = progress, trackers
+        self.progress, self.trackers, self._objective = progress, trackers, objective
         self.curves: Curves = {}
         # Loss by step, the objective's own where it says one.
         self.validation = {e["step"]: _objective_loss(e) for e in events or () if "accuracy" in e and "step" in e}
@@ -125,7 +127,7 @@ class Recorder:
         if self._plot is None or time.monotonic() - self._drawn < max(REDRAW, 99 * self._drawing):
             return
         begin = time.monotonic()
-        plot_curves(self.curves, self._plot, self.validation)
+        plot_curves(self.curves, self._plot, self.validation, objective=self._objective)
         self._drawn = time.monotonic()
         self._drawing = self._drawn - begin
 

@@ -310,7 +310,8 @@ class _Run:
             again = f"go on with --resume {directory}"
             events = found.run()["events"] if found is not None else []
             with self._trackers(events) as trackers:
-                yield Recorder(directory, Progress(console), events=events, trackers=trackers, plot=True)
+                more: dict[str, Any] = {"trackers": trackers, "plot": True, "objective": self.config.objective.name}
+                yield Recorder(directory, Progress(console), events=events, **more)
             again = f"{directory} has its result"
             for name in (CHECKPOINTS, BEST):
                 if (directory / name).exists():
@@ -422,7 +423,8 @@ class _Run:
             numbers["sources"] = parts
         write_whole(directory / TABLE_JSON, json.dumps(numbers, indent=2) + "\n")
         best = ended.exported if ended.exported < ended.last else None
-        plot_curves(recorder.curves, directory / PLOT, recorder.validation, best=best, note=ended.note)
+        shown: dict[str, Any] = {"objective": objective, "best": best, "note": ended.note}
+        plot_curves(recorder.curves, directory / PLOT, recorder.validation, **shown)
         if recorder.metrics is not None:
             recorder.metrics.sync()
         yield directory / name
