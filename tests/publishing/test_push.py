@@ -204,6 +204,14 @@ def test_what_is_not_whole_is_refused_before_the_hub_is_asked(hub, run, damage, 
     assert hub.requests == []
 
 
+def test_masks_that_lie_alone_are_read_whole_too(hub, run, tmp_path):
+    alone = shutil.move(run / "masks", tmp_path / "alone")
+    flip_a_bit(alone / MASKS)
+    with pytest.raises(ValueError, match="not of one export, or damaged"):
+        push_to_hub(alone, NAME)
+    assert hub.requests == []
+
+
 def test_a_model_whose_shard_is_missing_or_that_is_masked_is_refused(hub, tmp_path):
     directory = tmp_path / "model"
     save_model(make_llama(), None, directory)
