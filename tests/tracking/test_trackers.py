@@ -214,6 +214,14 @@ def test_speed_is_that_of_training_between_the_steps_that_are_written():
     evaluation = {"phase": "validation", "loss": 1.0, "accuracy": 0.5}
     assert scalars(evaluation | {"step": 10})[0] == 10
     assert scalars(evaluation | {"step": 4}) is None  # the best, evaluated once more when it is exported
+    assert scalars(evaluation | {"step": 12, "dpo/margin": 0.3})[1]["validation/dpo/margin"] == 0.3
+
+
+def test_a_run_that_goes_on_shows_the_objectives_losses_of_before():
+    before = {"phase": "validation", "step": 2, "loss": 4.0, "accuracy": 0.5, "dpo/loss": 0.6, "dpo/accuracy": 0.7}
+    plain = {"phase": "validation", "step": 2, "loss": 4.0, "accuracy": 0.5}
+    assert metrics.Recorder(events=[before]).validation == {2: 0.6}
+    assert metrics.Recorder(events=[plain]).validation == {2: 4.0}
 
 
 def test_the_plot_is_drawn_anew_while_the_run_trains_in_a_hundredth_of_its_time(cli, tmp_path, monkeypatch):
