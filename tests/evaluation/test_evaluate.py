@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from tiny import evaluation, make_llama, make_rows, masked_llama
 
+from mft.engines.distributed import Processes
 from mft.evaluation.evaluate import evaluate, paired_difference
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.token_loss import likeliest
@@ -95,3 +96,26 @@ def test_what_was_evaluated_on_other_documents_is_not_paired():
         paired_difference(evaluation([3, 4], [1, 1]), evaluation([3, 5], [1, 1]))
     with pytest.raises(ValueError, match=r"metric must be one of .* got 'bleu'"):
         paired_difference(evaluation([3], [1]), evaluation([3], [1]), "bleu")
+
+
+class Told(Processes):
+    """One of two processes, of whose values gathering makes what is asked for."""
+
+    def gather(self, value):
+        return self.gathered(value)
+
+
+def test_processes_share_the_batches_and_add_in_the_order_of_one(monkeypatch):
+    model, rows, shares = make_llama(), make_rows(5), []
+    monkeypatch.setattr(Told, "gathered", lambda self, value: shares.append(value) or [value], raising=False)
+    for rank in range(2):
+        evaluate(model, rows, batch_size=1, processes=Told(rank, 2))
+    assert [[number for number, *_ in share] for share in shares] == [[0, 2, 4], [1, 3]]
+    monkeypatch.setattr(Told, "gathered", lambda self, value: shares)
+    found, alone = evaluate(model, rows, batch_size=1, processes=Told(0, 2)), evaluate(model, rows, batch_size=1)
+    assert torch.equal(found.loss_sums, alone.loss_sums)
+    assert torch.equal(found.tokens, alone.tokens)
+    # Of one document, with losses of which fp64 forgets the small one, in this order and in no other.
+    losses = [[(0, 1e16), (2, -1e16)], [(1, 1.0)]]
+    shares[:] = [[(number, [7], (), ([1], [loss], [0]), 1, {}) for number, loss in share] for share in losses]
+    assert evaluate(model, rows, processes=Told(0, 2)).loss_sums.tolist() == [0.0]
