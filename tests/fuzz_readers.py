@@ -25,7 +25,8 @@ with atheris.instrument_imports(include=["mft"]):
     from tiny import make_llama, masked_llama
     from tiny_gguf import write_tiny_gguf
 
-    from mft.config import RunConfig, load_config, save_config
+    from mft.config import RunConfig
+    from mft.config_file import load_config, save_config
     from mft.files.gguf_file import check_gguf
     from mft.masks.export import save_masks
     from mft.masks.export_format import CONFIG_FILE, MASK_FILE, read_export

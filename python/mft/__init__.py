@@ -7,7 +7,8 @@ from runpy import run_path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import DataConfig, MaskConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig, load_config
+    from .config import DataConfig, MaskConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
+    from .config_file import load_config
     from .data.splits import load_splits
     from .evaluation.evaluate import evaluate
     from .masks.bank import MaskBank, load_mask_bank
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
 
 # Loaded at first use: `mft --help` and `mft env` need not wait for transformers.
 _HOMES = {
-    "config": ("DataConfig", "MaskConfig", "ModelConfig", "ObjectiveConfig", "RunConfig", "TrainConfig", "load_config"),
+    "config": ("DataConfig", "MaskConfig", "ModelConfig", "ObjectiveConfig", "RunConfig", "TrainConfig"),
+    "config_file": ("load_config",),
     "data.splits": ("load_splits",),
     "evaluation.evaluate": ("evaluate",),
     "masks.bank": ("MaskBank", "load_mask_bank"),

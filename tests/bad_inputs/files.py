@@ -13,7 +13,8 @@ from tiny import make_llama, masked_llama
 from torch import nn
 
 from mft.cli.verify import verify_directory
-from mft.config import MaskConfig, ModelConfig, RunConfig, load_config, parse_layers
+from mft.config import MaskConfig, ModelConfig, RunConfig, parse_layers
+from mft.config_file import load_config
 from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.export import load_masks, save_masks
 from mft.masks.paper_masks import read_paper_masks

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 from tiny import make_llama, make_rows, masked_llama
 
-from mft.config import DataConfig, TrainConfig, load_config
+from mft.config import DataConfig, TrainConfig
+from mft.config_file import load_config
 from mft.data.formats import read_pair
 from mft.data.sources import Records
 from mft.data.splits import load_splits

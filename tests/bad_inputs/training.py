@@ -10,7 +10,8 @@ from transformers import BertConfig, BertLMHeadModel, BloomConfig, BloomForCausa
 
 from mft.cli.estimate import parse_bytes
 from mft.cli.study import run_plot
-from mft.config import MaskConfig, ModelConfig, RunConfig, TrainConfig, load_config, save_config
+from mft.config import MaskConfig, ModelConfig, RunConfig, TrainConfig
+from mft.config_file import load_config, save_config
 from mft.engines.distributed import Processes, joined
 from mft.engines.step import NonFiniteLoss
 from mft.evaluation.evaluate import evaluate, paired_difference

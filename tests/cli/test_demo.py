@@ -8,7 +8,8 @@ from tiny_study import FEW, make_study, write_ground
 
 from mft.cli import demo
 from mft.cli.demo import demo_study, run_demo
-from mft.config import ModelConfig, load_config
+from mft.config import ModelConfig
+from mft.config_file import load_config
 from mft.models.pretrained import load_model
 from mft.study import workers
 from mft.study.report.finished import opened

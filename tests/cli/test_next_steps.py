@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import mft.cli.demo
 from mft.cli.app import app
-from mft.config import load_config
+from mft.config_file import load_config
 from mft.evaluation.evaluated_base import learned_base
 from mft.models.pretrained import load_model
 

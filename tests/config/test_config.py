@@ -7,16 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mft.config import (
-    DataConfig,
-    MaskConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-    load_config,
-    parse_layers,
-    save_config,
-)
+from mft.config import DataConfig, MaskConfig, ModelConfig, RunConfig, TrainConfig, parse_layers
+from mft.config_file import load_config, save_config
 from mft.study.load import load_study
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 import mft.config
-from mft.config import DataConfig, MaskConfig, ModelConfig, TrainConfig, load_config, read_mapping
+from mft.config import DataConfig, MaskConfig, ModelConfig, TrainConfig
+from mft.config_file import load_config, read_mapping
 from mft.study.load import load_study
 
 CONFIGS = Path(mft.config.__file__).parent / "configs"

@@ -21,7 +21,8 @@ from tiny_run import steps
 
 import mft.training.plan
 import mft.training.saver
-from mft.config import MaskConfig, ModelConfig, TrainConfig, load_config
+from mft.config import MaskConfig, ModelConfig, TrainConfig
+from mft.config_file import load_config
 from mft.engines.distributed import Processes
 from mft.engines.start import ENGINES
 from mft.masks.convert import mask_model, masked_modules

@@ -9,16 +9,8 @@ from tiny_study import FEW, STUDY
 from typer.testing import CliRunner
 
 from mft.cli.app import app
-from mft.config import (
-    CONFIGS,
-    OBJECTIVES,
-    SECTIONS,
-    ObjectiveConfig,
-    RunConfig,
-    TrainConfig,
-    config_from,
-    config_values,
-)
+from mft.config import CONFIGS, OBJECTIVES, SECTIONS, ObjectiveConfig, RunConfig, TrainConfig
+from mft.config_file import config_from, config_values
 from mft.files.yaml_file import dump_yaml, parse_yaml
 from mft.study.config import ArmConfig, ScratchConfig
 from mft.study.load import SHIPPED, load_study, study_values

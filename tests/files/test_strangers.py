@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from tiny import masked_llama
 
-from mft.config import RunConfig, load_config, save_config
+from mft.config import RunConfig
+from mft.config_file import load_config, save_config
 from mft.masks.export import save_masks
 from mft.masks.export_format import CONFIG_FILE, MASK_FILE, is_export, read_export
 from mft.masks.paper_masks import read_paper_masks, write_paper_masks

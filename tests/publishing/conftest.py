@@ -8,7 +8,8 @@ from hub_stub.asked import turn_to
 from hub_stub.server import Hub
 from tiny import masked_llama
 
-from mft.config import RunConfig, save_config
+from mft.config import RunConfig
+from mft.config_file import save_config
 from mft.files.hub import hub_is_reachable
 from mft.masks.export import save_masks
 

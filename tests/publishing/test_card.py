@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import mft
 from mft.cli.app import app
-from mft.config import save_config
+from mft.config_file import save_config
 from mft.masks.convert import merge_model
 from mft.masks.export import save_masks
 from mft.models import pretrained

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny import make_llama, make_rows, masked_llama
 
-from mft.config import MaskConfig, TrainConfig, load_config
+from mft.config import MaskConfig, TrainConfig
+from mft.config_file import load_config
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import mask_model
 from mft.masks.targets import select_targets

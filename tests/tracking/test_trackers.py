@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import LEARN, in_a_fork, steps
 
-from mft.config import load_config
+from mft.config_file import load_config
 from mft.tracking import metrics, trackers
 from mft.tracking.trackers import Scalars, Trackers
 from mft.training.checkpoint import write_checkpoint

@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_run import LEARN, steps
 
-from mft.config import load_config
+from mft.config_file import load_config
 
 PAIRS = [{"prompt": f"{i} {i + 1}", "chosen": f" {i + 2} {i + 3}", "rejected": f" {i} {i}"} for i in range(1, 40)]
 

@@ -9,7 +9,8 @@ import typer
 
 import mft
 from mft.checks import check_one_of
-from mft.config import RunConfig, load_config
+from mft.config import RunConfig
+from mft.config_file import load_config
 from mft.tracking.console import console
 
 # Loaded inside the verbs: transformers takes seconds, and `mft --help` should not wait for it.

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from mft.cli.study import run_compare
-from mft.config import CONFIG, ModelConfig, RunConfig, save_config
+from mft.config import CONFIG, ModelConfig, RunConfig
+from mft.config_file import save_config
 from mft.masks.convert import merge_model
 from mft.masks.export import put_masks, save_masks
 from mft.masks.location import MASKS

@@ -7,7 +7,8 @@ from pathlib import Path
 from rich import box
 from rich.table import Column, Table
 
-from mft.config import CONFIG, ModelConfig, load_config
+from mft.config import CONFIG, ModelConfig
+from mft.config_file import load_config
 from mft.evaluation.evaluated_base import config_of_run
 from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.export import load_masks, save_masks

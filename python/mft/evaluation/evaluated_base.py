@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mft.config import CONFIG, ModelConfig, RunConfig, load_config
+from mft.config import CONFIG, ModelConfig, RunConfig
+from mft.config_file import load_config
 from mft.data.sources import NAMED
 from mft.masks.export_format import MaskExport, read_export
 from mft.masks.location import MASKS

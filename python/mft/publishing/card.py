@@ -12,7 +12,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 
-from mft.config import ModelConfig, RunConfig, config_values, layer_ranges
+from mft.config import ModelConfig, RunConfig, layer_ranges
+from mft.config_file import config_values
 from mft.data.sources import NAMED
 from mft.files.hub import split_hub_id
 from mft.files.regular_file import read_regular

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mft.checks import nearest_path
-from mft.config import CONFIG, load_config
+from mft.config import CONFIG
+from mft.config_file import load_config
 from mft.evaluation.evaluated_base import config_of_run
 from mft.files.json_file import read_object
 from mft.files.safetensors_file import open_tensors

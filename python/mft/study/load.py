@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mft.checks import nearest, shown
-from mft.config import CONFIGS, FOREIGN_NAMES, find_config, plain_values, read_mapping
+from mft.config import CONFIGS
+from mft.config_file import FOREIGN_NAMES, find_config, plain_values, read_mapping
 from mft.files.json_schema import schema_of
 from mft.files.yaml_file import parse_yaml
 from mft.study.config import StudyConfig

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mft.config import CONFIG, RunConfig, config_from, config_values, load_config
+from mft.config import CONFIG, RunConfig
+from mft.config_file import config_from, config_values, load_config
 from mft.engines.distributed import Processes
 from mft.tracking.console import say
 from mft.training.checkpoint import Checkpoint, newest_checkpoint

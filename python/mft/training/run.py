@@ -20,7 +20,8 @@ from typing import Any
 
 from torch import nn
 
-from mft.config import CONFIG, WAYS, RunConfig, config_values, save_config
+from mft.config import CONFIG, WAYS, RunConfig
+from mft.config_file import config_values, save_config
 from mft.data.splits import Splits
 from mft.data.streams import count_rows
 from mft.engines.distributed import Processes, joined

@@ -10,7 +10,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from mft.config import CONFIG, RunConfig, save_config
+from mft.config import CONFIG, RunConfig
+from mft.config_file import save_config
 from mft.files.atomic import remove, sweep, target_of
 from mft.masks.location import MASKS
 from mft.tracking.curves import PLOT
