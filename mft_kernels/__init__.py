@@ -8,8 +8,17 @@ from . import cpu, cuda, maskable, triton  # noqa: F401  (enter their backends i
 from ._version import __version__ as __version__
 from .backends import backend_report, import_entry_points
 from .fixed_point import fixed_from_float, float_from_fixed
+from .grouped import (
+    accumulate_score_grad_grouped,
+    kept_thresholds,
+    masked_linear_grouped,
+    masked_linear_grouped_packed,
+)
+from .grouped_linear import MaskedGroupedLinear
+from .grouped_masking import masked_linear_grouped_by_ratio
 from .linear import MaskedLinear
 from .many import masked_linear_many
+from .masked_layer import MaskedLayer
 from .masking import masked_linear_by_ratio, outdate
 from .ops import (
     accumulate_score_grad,
@@ -25,15 +34,22 @@ from .step import score_step
 
 __all__ = [
     "MaskAdamW",
+    "MaskedGroupedLinear",
+    "MaskedLayer",
     "MaskedLinear",
     "accumulate_score_grad",
+    "accumulate_score_grad_grouped",
     "backend_report",
     "dequantize",
     "fixed_from_float",
     "float_from_fixed",
     "kept_threshold",
+    "kept_thresholds",
     "masked_linear",
     "masked_linear_by_ratio",
+    "masked_linear_grouped",
+    "masked_linear_grouped_by_ratio",
+    "masked_linear_grouped_packed",
     "masked_linear_many",
     "masked_linear_packed",
     "masked_linear_quantized",

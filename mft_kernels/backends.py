@@ -11,7 +11,7 @@ from importlib import metadata
 
 import torch
 
-from . import faster, reference, reference_quantized, reference_step
+from . import faster, reference, reference_grouped, reference_quantized, reference_step
 
 logger = logging.getLogger("mft_kernels")
 
@@ -206,6 +206,9 @@ register(
                 reference_quantized.dequantize,
                 reference_quantized.masked_linear_quantized,
                 reference_quantized.masked_linear_quantized_d_x,
+                reference_grouped.grouped_product,
+                reference_grouped.grouped_score_grad,
+                reference_grouped.kept_thresholds,
             )
         },
         detail="plain PyTorch",

@@ -10,16 +10,22 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STEPPED = (torch.float32, torch.bfloat16, torch.int16)  # scores that an optimiser step takes
 OLDEST_TORCH = (2, 11)
 BLOCK = 256  # elements that share a scale of 8-bit moments
+_SHOWN = 3  # experts that a message lists
 
 
 class NonFiniteScores(ValueError):
     """Scores hold NaN or Inf, so that no threshold exists; ``module`` is the module's name where it is known."""
 
     def __init__(self, scores: Tensor, module: str = "") -> None:
-        bad = int((~scores.isfinite()).sum())
+        finite = scores.isfinite()
         where = f"of module {module!r} " if module else ""
+        among = f"among {tuple(scores.shape)}"
+        if scores.dim() == 3:
+            experts = (~finite.flatten(1).all(1)).nonzero().flatten().tolist()
+            more = ", ..." if len(experts) > _SHOWN else ""
+            among += f", in expert {', '.join(map(str, experts[:_SHOWN]))}{more}"
         super().__init__(
-            f"scores {where}must be finite, got {bad} NaN or Inf among {tuple(scores.shape)}; "
+            f"scores {where}must be finite, got {int((~finite).sum())} NaN or Inf {among}; "
             "lower the learning rate, or look for NaN or Inf in the weight, and in the gradients of the step before"
         )
 
@@ -50,12 +56,13 @@ def check_whole(name: str, tensor: Tensor) -> None:
 
 
 def check_threshold(threshold: Tensor, scores: Tensor) -> None:
-    """Raise unless threshold is one for the matrix, (), or one for each row of scores, (N,)."""
+    """Raise unless threshold is one for all, (), or one for each row of scores (N, K), or expert of (E, N, K)."""
     check_tensor("threshold", threshold)
     if threshold.dim() != 0 and threshold.shape != scores.shape[:1]:
+        each, see = ("an expert", "kept_thresholds") if scores.dim() == 3 else ("a row", "kept_threshold")
         raise ValueError(
-            f"threshold must be () or one a row {tuple(scores.shape[:1])}, got shape {tuple(threshold.shape)}; "
-            "see kept_threshold"
+            f"threshold must be () or one {each} {tuple(scores.shape[:1])}, got shape {tuple(threshold.shape)}; "
+            f"see {see}"
         )
     check_device("threshold", threshold, "scores", scores)
 
@@ -69,9 +76,9 @@ def check_fixed_threshold(threshold: float | None) -> None:
         raise ValueError("threshold must be a number or None, got nan, which keeps nothing; keep_ratio=0 says that")
 
 
-def check_packed(name: str, packed: Tensor, shape: tuple[int, int] | torch.Size) -> None:
-    """Raise unless ``packed`` holds the bits of an (N, K) mask."""
-    words = (shape[0], -(-shape[1] // 32))
+def check_packed(name: str, packed: Tensor, shape: tuple[int, ...] | torch.Size) -> None:
+    """Raise unless ``packed`` holds the bits of a mask (N, K) or (E, N, K)."""
+    words = (*shape[:-1], -(-shape[-1] // 32))
     check_tensor(name, packed)
     if packed.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {packed.dtype}")

@@ -21,25 +21,20 @@ class _HeldLinear(torch.autograd.Function):
     def forward(ctx, x, anchor, weight: Weight, packed, bias, grad_buffer):
         ctx.save_for_backward(x)  # alone: weight and mask are the module's
         ctx.held = weight, packed, grad_buffer
-        ctx.versions = _version(weight), _version(packed)
+        ctx.versions = version(weight), version(packed)
         return _product(x, weight, packed, bias)
 
     @staticmethod
     def backward(ctx, grad_output):
         (x,) = ctx.saved_tensors
         weight, packed, grad_buffer = ctx.held
-        for name, tensor, version in zip(("weight", "packed"), (weight, packed), ctx.versions):
-            if _version(tensor) != version:
-                raise RuntimeError(
-                    f"{name} must stay as it is until the backward pass, got {tuple(tensor.shape)} modified by an "
-                    f"inplace operation since the forward pass: call backward() before {name} changes"
-                )
+        check_versions(ctx.versions, weight, packed)
         d_x = None
         if ctx.needs_input_grad[0] and isinstance(weight, QuantizedMatrix):
             d_x = weight.masked_d_x(grad_output, packed)
         elif ctx.needs_input_grad[0]:
             d_x = gradients_of_packed(
-                grad_output, x, _dense(weight), packed, None, None, "value", [True, False, False, False], "auto"
+                grad_output, x, dense(weight), packed, None, None, "value", [True, False, False, False], "auto"
             )[0]
         accumulate_score_grad(grad_buffer, grad_output, x, None)
         return d_x, None, None, None, None, None
@@ -63,8 +58,8 @@ def masked_linear_held(
         return _product(x, weight, packed, bias)
     if grad_buffer is None:
         # Detached, so that the packed op's own backward makes d_x alone.
-        weight = _detached(weight) if isinstance(weight, Tensor) else weight
-        return _product(x, weight, packed, None if bias is None else _detached(bias))
+        weight = detached(weight) if isinstance(weight, Tensor) else weight
+        return _product(x, weight, packed, None if bias is None else detached(bias))
     anchor = None if x.requires_grad else torch.empty(0, device=x.device, requires_grad=True)
     return _HeldLinear.apply(x, anchor, weight, packed, bias, grad_buffer)
 
@@ -72,19 +67,35 @@ def masked_linear_held(
 def _product(x: Tensor, weight: Weight, packed: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(weight, QuantizedMatrix):
         return weight.masked_linear(x, packed, bias)
-    return masked_linear_packed(x, _dense(weight), packed, bias)
+    return masked_linear_packed(x, dense(weight), packed, bias)
 
 
-def _dense(weight: Weight) -> Tensor:
+# ---------------------------------------------------------------------------------------------- for experts too
+
+
+def dense(weight: Weight) -> Tensor:
+    """The weight, made where it has to be."""
     if isinstance(weight, QuantizedMatrix):
         return weight.dense()
     return weight if isinstance(weight, Tensor) else weight()
 
 
-def _detached(tensor: Tensor) -> Tensor:
+def detached(tensor: Tensor) -> Tensor:
+    """Without a way to a gradient; itself where there is none."""
     return tensor.detach() if tensor.requires_grad else tensor
 
 
-def _version(tensor: Weight) -> int | None:
-    """None of what has none: a function, and an inference tensor."""
+def version(tensor: Weight) -> int | None:
+    """What a change in place raises; None of what has none: a function, and an inference tensor."""
     return tensor._version if isinstance(tensor, Tensor) and not tensor.is_inference() else None
+
+
+def check_versions(before: tuple[int | None, int | None], weight: Weight, packed: Tensor) -> None:
+    """Raise RuntimeError if weight or packed was changed since these were their versions."""
+    for name, tensor, was in zip(("weight", "packed"), (weight, packed), before):
+        if version(tensor) != was:
+            assert isinstance(tensor, Tensor), "what has no version keeps it"
+            raise RuntimeError(
+                f"{name} must stay as it is until the backward pass, got {tuple(tensor.shape)} modified by an "
+                f"inplace operation since the forward pass: call backward() before {name} changes"
+            )

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from . import checks, companions, library
 from .direct import is_direct_but_for_autograd, is_short
 from .fixed_point import code_at_least, selectable
+from .grouped import kept_thresholds
 from .ops import gradients_of_packed, kept_threshold, pack_mask, product_of_packed, short_product_of_packed
 from .scores import Scores, State, optimiser_stepped, state, still
 
@@ -28,9 +29,9 @@ class CurrentMask:
     of int16 scores.
     """
 
-    threshold: Tensor  # ()
-    packed: Tensor  # int32 (N, ceil(K / 32))
-    signs: Tensor | None  # int32 (N, ceil(K / 32))
+    threshold: Tensor  # (); of experts' scores (E, N, K) that keep a ratio (E,), one each
+    packed: Tensor  # int32 (N, ceil(K / 32)), (E, N, ceil(K / 32))
+    signs: Tensor | None  # as packed
 
 
 Rule = tuple[float, float | None, str]  # keep_ratio, threshold, mode
@@ -50,8 +51,8 @@ def current_mask(
     """Threshold, packed mask and packed signs of ``scores`` as they are now.
 
     Args:
-        scores: (N, K).
-        threshold: a fixed one, or None to find the one that keeps ``keep_ratio``.
+        scores: (N, K), or of experts (E, N, K).
+        threshold: a fixed one, or None to find the one that keeps ``keep_ratio``, of each expert.
         anew: select, whatever is remembered; for what is saved, shown or reported.
     Raises: NonFiniteScores (a ValueError); not while a CUDA graph is captured. ValueError if scores are spread over
         processes.
@@ -153,16 +154,19 @@ def _launch(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str):
     scores = Tensor.detach(scores)  # not Scores.detach, which counts as handing them out
     fixed_point = scores.dtype == torch.int16
     if fixed is None:
-        threshold = kept_threshold(scores, keep_ratio, mode=mode)
+        of_all = kept_threshold if scores.dim() == 2 else kept_thresholds
+        threshold = of_all(scores, keep_ratio, mode=mode)
     else:
         # Filled on the device: a copy from the host cannot be captured.
         threshold = scores.new_full((), code_at_least(fixed) if fixed_point else fixed)
     packed = pack_mask(scores, threshold, mode=mode)
     if _capturing(scores):
         return CurrentMask(threshold, packed, None), None, 0
-    bad = selectable(threshold).isnan() if fixed is None else ~selectable(scores).isfinite().all()
-    signs, zeros = (None, 0) if mode == "value" or fixed_point else torch.ops.mft.pack_signs(scores, "auto")
-    return CurrentMask(threshold, packed, signs), bad, zeros
+    bad = selectable(threshold).isnan().any() if fixed is None else ~selectable(scores).isfinite().all()
+    signs, zeros = None, 0
+    if mode != "value" and not fixed_point:
+        signs, zeros = torch.ops.mft.pack_signs(scores.flatten(0, -2), "auto")
+    return CurrentMask(threshold, packed, None if signs is None else signs.view(packed.shape)), bad, zeros
 
 
 # ---------------------------------------------------------------------------------------------- the op

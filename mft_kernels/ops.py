@@ -191,8 +191,9 @@ def kept_threshold(scores: Tensor, keep_ratio: float, *, mode: str = "magnitude"
 def pack_mask(scores: Tensor, threshold: Tensor, *, mode: str = "magnitude", backend: str = "auto") -> Tensor:
     """The mask as bits: bit j % 32 of word j // 32 of row n tells whether weight (n, j) is kept.
 
-    Args: scores (N, K), floating or int16 (see fixed_point.py); threshold () or (N,), for int16 scores a code too.
-    Returns: int32 (N, ceil(K / 32)); padding bits are 0.
+    Args: scores (N, K), floating or int16 (see fixed_point.py); threshold () or (N,), for int16 scores a code too. Of
+        experts scores are (E, N, K), and threshold () or (E,).
+    Returns: int32 (N, ceil(K / 32)), of experts (E, N, ceil(K / 32)); padding bits are 0.
     """
     check_whole("scores", scores)
     check_mode(mode)
@@ -205,16 +206,22 @@ def pack_mask(scores: Tensor, threshold: Tensor, *, mode: str = "magnitude", bac
         )
     keys, threshold = selectable(scores.detach()), selectable(threshold)
     check_floating("scores", keys)
-    if keys.dim() != 2:
-        raise ValueError(f"scores must be (N, K), got shape {tuple(scores.shape)}")
+    if keys.dim() not in (2, 3):
+        raise ValueError(f"scores must be (N, K), or of experts (E, N, K), got shape {tuple(scores.shape)}")
     check_threshold(threshold, keys)
-    return torch.ops.mft.pack_mask(keys, threshold.to(keys.dtype), mode, backend)
+    threshold = threshold.to(keys.dtype)
+    if keys.dim() == 2:
+        return torch.ops.mft.pack_mask(keys, threshold, mode, backend)
+    if threshold.dim() == 1:
+        threshold = threshold.repeat_interleave(keys.shape[1])  # one a row
+    packed = torch.ops.mft.pack_mask(keys.flatten(0, 1), threshold, mode, backend)
+    return packed.unflatten(0, keys.shape[:2])
 
 
-def unpack_mask(packed: Tensor, shape: tuple[int, int] | torch.Size) -> Tensor:
-    """The boolean mask of ``shape`` (N, K) that pack_mask packed."""
-    if len(shape) != 2:
-        raise ValueError(f"shape must be (N, K), got {tuple(shape)}")
+def unpack_mask(packed: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """The boolean mask of ``shape`` (N, K) or (E, N, K) that pack_mask packed."""
+    if len(shape) not in (2, 3):
+        raise ValueError(f"shape must be (N, K), or of experts (E, N, K), got {tuple(shape)}")
     check_packed("packed", packed, shape)
     return torch.ops.mft.unpack_mask(packed, list(shape))
 

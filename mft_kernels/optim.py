@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .checks import BLOCK, check_adam, check_mode, check_stepped
+from .grouped import select_each
 from .step import score_step
 
 MOMENTS = ("8bit", "fp32")
@@ -101,9 +102,10 @@ class MaskAdamW(Optimizer):
         """score_step on one of params, (N, K), with the options of its group; its step counter rises by one.
 
         Args:
-            grad, weight, grad_scale, keep_ratio, threshold: see score_step.
+            p: also of experts, (E, N, K), of each of which keep_ratio is kept then.
+            grad, weight, grad_scale, keep_ratio, threshold: see score_step; grad and weight are of p's shape.
             tensors: copies of tensors(p) on grad's device, updated in place of those at rest.
-        Returns: (threshold, packed mask) of the new scores if keep_ratio is given.
+        Returns: (threshold, packed mask) of the new scores if keep_ratio is given; of experts (E,) and one each.
         Raises: ValueError if p is not one of params.
         """
         asked = {"grad_scale": grad_scale, "keep_ratio": keep_ratio, "threshold": threshold}
@@ -156,10 +158,13 @@ class MaskAdamW(Optimizer):
         if grad.is_sparse:
             raise TypeError("grad must be dense, got a sparse tensor; a score gradient has no zeros to leave out")
         state = self.state[p]
+        of_each = asked.get("keep_ratio") if tensors["scores"].dim() == 3 else None
+        if of_each is not None:
+            asked = asked | {"keep_ratio": None, "threshold": None}
         result = score_step(
             _as_matrix(tensors["scores"].detach()),
             _as_matrix(grad),
-            weight,
+            None if weight is None else _as_matrix(weight),
             _as_matrix(tensors["exp_avg"]),
             _as_matrix(tensors["exp_avg_sq"]),
             tensors.get("scales"),
@@ -173,11 +178,13 @@ class MaskAdamW(Optimizer):
             **asked,
         )
         state["step"] += 1
-        return result
+        return result if of_each is None else select_each(tensors["scores"].detach(), of_each, group["mode"])
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:
     # An element-wise step does not ask for the shape; blocks of 256 run over the flattened tensor.
     if tensor.dim() == 2:
         return tensor
+    if tensor.dim() == 3:  # rows of a length for which kernels are written
+        return tensor.flatten(0, 1)
     return tensor.reshape(1, -1)

@@ -124,9 +124,9 @@ def pack_signs(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack_mask(packed: Tensor, shape: list[int]) -> Tensor:
-    """Boolean mask of ``shape`` (N, K) from its bits."""
+    """Boolean mask of ``shape`` (..., K) from its bits."""
     bits = (packed.unsqueeze(-1) >> torch.arange(_WORD, device=packed.device, dtype=torch.int32)) & 1
-    return bits.flatten(-2)[:, : shape[1]].bool()
+    return bits.flatten(-2)[..., : shape[-1]].bool()
 
 
 def signs_of(scores: Tensor) -> Tensor:

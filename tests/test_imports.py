@@ -13,13 +13,14 @@ ROOT = Path(__file__).parent.parent
 # A module may import those on lines above its own, and none on its own line.
 KERNEL_LAYERS = (
     ("_version", "eager", "faster", "fixed_point", "processor", "reference", "testing", "timing"),
-    ("reference_quantized", "reference_step"),
+    ("reference_grouped", "reference_quantized", "reference_step"),
     ("autotune", "backends", "built", "checks", "direct", "library", "maskable"),
-    ("cpu_choice",),
-    ("ops", "cpu", "cuda", "many", "scores", "step", "triton"),
+    ("cpu_choice", "grouped_checks"),
+    ("ops", "cpu", "cuda", "grouped", "many", "scores", "step", "triton"),
     ("companions", "quantized"),
     ("held", "masking", "optim"),
-    ("linear",),
+    ("grouped_held", "grouped_masking", "masked_layer"),
+    ("grouped_linear", "linear"),
     ("__init__",),
 )
 TRITON_LAYERS = (
@@ -35,7 +36,15 @@ TRITON_LAYERS = (
     ("__init__",),
 )
 # Of mft_kernels: a kernel knows no sibling.
-KERNELS_MAY_IMPORT = {"autotune", "backends", "built", "reference", "reference_quantized", "reference_step"}
+KERNELS_MAY_IMPORT = {
+    "autotune",
+    "backends",
+    "built",
+    "reference",
+    "reference_grouped",
+    "reference_quantized",
+    "reference_step",
+}
 # Of mft: a package may import those before it. In a package there is no order, and no circle.
 RECIPE_ORDER = (
     *("checks", "files", "config", "config_file", "memory", "data", "models", "masks", "objectives", "engines"),

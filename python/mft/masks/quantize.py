@@ -17,7 +17,7 @@ from mft.masks.convert import check_unwrapped
 from mft.masks.export import keep_base_hash
 from mft.models.linears import find_candidates, layer_stacks
 from mft.models.quantized_weight import QuantizedWeight, check_library, check_quantization, quantized_weights
-from mft_kernels import MaskedLinear, masked_linear_quantized, unpack_mask
+from mft_kernels import MaskedLinear, masked_linear_quantized
 from mft_kernels.checks import NonFiniteScores
 from mft_kernels.direct import is_direct_but_for_autograd
 from mft_kernels.library import unchanged
@@ -115,10 +115,6 @@ class QuantizedMaskedLinear(MaskedLinear):
         if not torch.is_grad_enabled():
             return quantized.masked_linear(x, mask.packed, self.bias)
         return _QuantizedMaskedProduct.apply(x, self.scores, self.bias, quantized, mask, self.mode)
-
-    def mask(self) -> Tensor:
-        # As MaskedLinear's, without making a weight for its shape.
-        return unpack_mask(self.packed_mask(), self.quantized.shape)
 
     def merge(self) -> nn.Linear:
         raise ValueError(

@@ -1,0 +1,91 @@
+"""What the public functions over experts refuse; see checks.py."""
+
+import torch
+from torch import Tensor
+
+from .checks import autocasts, check_device, check_floating, check_tensor
+
+
+def check_grouped(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, transposed: bool) -> None:
+    """Raise unless x (T, K), weight (E, N, K) or transposed (E, K, N), offsets (E,) and bias (E, N) fit each other."""
+    check_tensor("x", x)
+    check_tensor("weight", weight)
+    layout = "(E, K, N)" if transposed else "(E, N, K)"
+    if weight.dim() != 3:
+        raise ValueError(f"weight must be {layout}, the experts in one tensor, got shape {tuple(weight.shape)}")
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight must hold at least one expert, got {layout} = {tuple(weight.shape)}")
+    n, k = (weight.shape[2], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[2])
+    if x.dim() != 2 or x.shape[1] != k:
+        other = "" if x.dim() != 2 or x.shape[1] != n else f"; transposed={not transposed} reads it as the other layout"
+        raise ValueError(
+            f"x must be (rows, {k}), with in_features of weight {layout} = {tuple(weight.shape)}, got shape "
+            f"{tuple(x.shape)}{other}"
+        )
+    check_device("x", x, "weight", weight)
+    check_floating("x", x)
+    check_floating("weight", weight)
+    if x.dtype != weight.dtype and not autocasts(x):
+        raise TypeError(f"x must have weight's dtype {weight.dtype}, got {x.dtype}; convert x or use torch.autocast")
+    check_offsets(offsets, weight.shape[0], x)
+    if bias is not None:
+        check_tensor("bias", bias)
+        if bias.shape != (weight.shape[0], n):
+            raise ValueError(f"bias must be one a row and expert ({weight.shape[0]}, {n}), got {tuple(bias.shape)}")
+        check_device("bias", bias, "weight", weight)
+        if bias.dtype != weight.dtype and not autocasts(x):
+            raise TypeError(f"bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
+
+
+def check_offsets(offsets: Tensor, experts: int, x: Tensor) -> None:
+    """Raise unless offsets are int32 (E,) beside x; what they hold is looked at in check_offset_values."""
+    check_tensor("offsets", offsets)
+    if offsets.dtype != torch.int32:
+        raise TypeError(f"offsets must be int32, as of torch's grouped_mm, got {offsets.dtype}; use offsets.int()")
+    if offsets.shape != (experts,):
+        raise ValueError(
+            f"offsets must be ({experts},), where the rows of each expert end, got shape {tuple(offsets.shape)}; "
+            "cumsum the number of rows of each expert"
+        )
+    check_device("offsets", offsets, "x", x)
+
+
+def check_offset_values(offsets: Tensor, rows: int) -> None:
+    """Raise unless offsets rise from 0 to at most ``rows``, where looking at them does not wait for an accelerator."""
+    if offsets.device.type != "cpu" or offsets.numel() == 0:
+        return
+    ends = offsets.tolist()
+    begin = 0
+    for e, end in enumerate(ends):
+        if end < begin:
+            raise ValueError(
+                f"offsets must not fall, as the rows of expert {e} end no earlier than they begin, got {end} after "
+                f"{begin}"
+            )
+        begin = end
+    if begin > rows:
+        raise ValueError(f"offsets must end within the {rows} rows of x, got {begin}")
+
+
+def check_grouped_sums(out: Tensor, grad_output: Tensor, x: Tensor, offsets: Tensor, transposed: bool) -> None:
+    """Raise unless the sums over each expert's rows of grad_output (T, N) and x (T, K) can be added into out (E, N, K).
+
+    transposed: (E, K, N).
+    """
+    for name, tensor in (("out", out), ("grad_output", grad_output), ("x", x)):
+        check_tensor(name, tensor)
+    layout = "(E, K, N)" if transposed else "(E, N, K)"
+    if out.dim() != 3 or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous and {layout}, got shape {tuple(out.shape)}, strides {out.stride()}")
+    check_floating("out", out)
+    check_floating("x", x)
+    n, k = (out.shape[2], out.shape[1]) if transposed else (out.shape[1], out.shape[2])
+    if x.dim() != 2 or x.shape[1] != k:
+        raise ValueError(f"x must be (rows, {k}) for out {layout} = {tuple(out.shape)}, got shape {tuple(x.shape)}")
+    if grad_output.shape != (x.shape[0], n):
+        raise ValueError(f"grad_output must be {(x.shape[0], n)}, got {tuple(grad_output.shape)}")
+    if grad_output.dtype != x.dtype:
+        raise TypeError(f"grad_output must have x's dtype {x.dtype}, got {grad_output.dtype}; convert one of them")
+    check_device("x", x, "out", out)
+    check_device("grad_output", grad_output, "out", out)
+    check_offsets(offsets, out.shape[0], x)
