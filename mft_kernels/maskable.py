@@ -34,8 +34,9 @@ def why_no_mask(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | N
     weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is no parameter, but made of others (by a parametrisation or pruning): bake that in first"
-    if type(weight.data) not in (Tensor, FakeTensor) or not weight.is_floating_point() or weight.element_size() < 2:
-        return f"it holds a {type(weight.data).__name__} of {weight.dtype}: masks need fp32, fp16 or bf16 weights"
+    why = why_no_scores(weight)
+    if why is not None:
+        return why
     if hasattr(module, "_hf_hook") or "forward" in vars(module):
         return (
             "its forward is replaced (by a device_map of several devices or offloading, or patched): load it on one "
@@ -43,6 +44,13 @@ def why_no_mask(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | N
         )
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks, which a masked layer would lose: mask it first, and add them afterwards"
+    return None
+
+
+def why_no_scores(weight: Tensor) -> str | None:
+    """Why no mask can lie on a parameter like this; None if one can."""
+    if type(weight.data) not in (Tensor, FakeTensor) or not weight.is_floating_point() or weight.element_size() < 2:
+        return f"it holds a {type(weight.data).__name__} of {weight.dtype}: masks need fp32, fp16 or bf16 weights"
     return None
 
 

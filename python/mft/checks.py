@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+MOST_BITS = 64  # of an integer: no setting needs more, and Python does not print one of 20,000
 _LONGEST = 200  # characters of a name that somebody typed
 _HOLDS: dict[str, Callable[[Any, Any], bool]] = {
     "enum": lambda value, known: value in known,
@@ -208,7 +209,7 @@ def _match(value: Any, hint: Any) -> tuple[bool, Any]:
         return False, value
     if hint is float and isinstance(value, int):
         return True, float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
+    if hint is int and isinstance(value, float) and value.is_integer() and int(value).bit_length() <= MOST_BITS:
         return True, int(value)
     return isinstance(value, hint), value
 

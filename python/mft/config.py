@@ -129,7 +129,8 @@ class MaskConfig:
     The defaults begin near the model as it is, less the smallest hundredth of its weights (docs/recipe.md).
     """
 
-    target_modules: str | list[str] | None = None  # None: attention and MLP
+    target_modules: str | list[str] | None = None  # None: attention and MLP, unless target_parameters are given
+    target_parameters: list[str] | None = None  # ends of weights' names, such as experts.gate_up_proj
     layers_to_transform: Layers = None
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None  # trained whole beside the masks, and saved with them
@@ -142,7 +143,8 @@ class MaskConfig:
 
     def __post_init__(self) -> None:
         coerce_fields(self)
-        check_not_empty(self, "target_modules", "layers_to_transform", "exclude_modules", "modules_to_save")
+        check_not_empty(self, "target_modules", "target_parameters", "layers_to_transform")
+        check_not_empty(self, "exclude_modules", "modules_to_save")
         if isinstance(self.layers_to_transform, list):
             self.layers_to_transform = sorted(set(self.layers_to_transform))
         check_rule(

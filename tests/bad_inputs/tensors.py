@@ -76,14 +76,14 @@ def codes_of_nf4_one_a_byte():
     masked_linear_quantized(x, torch.zeros(20, dtype=torch.uint8), torch.ones(1), packed, shape=(4, 5))
 
 
-@refused(ValueError, where="scores", got="shape (2, 4, 5)", rule="must be (N, K)")
-def a_stack_of_scores_to_pack():
-    pack_mask(torch.ones(2, 4, 5), threshold)
+@refused(ValueError, where="scores", got="shape (2, 2, 4, 5)", rule="must be (N, K), or of experts (E, N, K)")
+def scores_of_four_dimensions_to_pack():
+    pack_mask(torch.ones(2, 2, 4, 5), threshold)
 
 
-@refused(ValueError, where="shape", got="(4, 5, 1)", rule="must be (N, K)")
-def a_shape_of_three_sizes_to_unpack():
-    unpack_mask(packed, (4, 5, 1))
+@refused(ValueError, where="shape", got="(20,)", rule="must be (N, K), or of experts (E, N, K)")
+def a_shape_of_one_size_to_unpack():
+    unpack_mask(packed, (20,))
 
 
 @refused(ValueError, where="grad_output", got="(3, 4)", rule="must be (2, 4)")

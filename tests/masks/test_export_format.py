@@ -71,11 +71,23 @@ def test_a_truncated_file_tells_its_size(saved, length):
         ({"modules": [{"name": "a", "shape": [4, 4], "dtype": "float32"}]}, r"missing key 'kept' in modules\[0\]"),
         (
             {"modules": [{"name": "a", "shape": [4, 0], "dtype": "x", "kept": 0}]},
-            r"modules\[0\].shape must be two positive ints \[N, K\]",
+            r"modules\[0\].shape must be two positive ints \[N, K\], or of experts three",
+        ),
+        (
+            {"modules": [{"name": "a", "shape": [4], "dtype": "x", "kept": 0}]},
+            r"modules\[0\].shape must be two positive",
+        ),
+        (
+            {"modules": [{"name": "a", "shape": [2, 2, 2, 2], "dtype": "x", "kept": 0}]},
+            r"modules\[0\].shape must be two",
+        ),
+        (
+            {"modules": [{"name": "a", "shape": [2, 4, 8], "dtype": "x", "kept": 65}]},
+            r"modules\[0\].kept must be an int from 0 to 64, got 65",
         ),
         (
             {"modules": [{"name": "a", "shape": [10**4000, 10**4000], "dtype": "x", "kept": 0}]},
-            r"modules\[0\].shape must be two positive ints \[N, K\] below 2\*\*31, got \[1000*[.]{3}",
+            r"modules\[0\].shape must be two positive .* three, below 2\*\*31, got \[1000*[.]{3}",
         ),
         (
             {"modules": [{"name": "a", "shape": [4, 4], "dtype": "x", "kept": 17}]},

@@ -28,13 +28,37 @@ def test_the_decoder_layers_are_the_list_as_long_as_the_config_says():
 # ---------------------------------------------------------------------------------------------- what is refused
 
 
-def test_experts_stored_as_one_parameter_are_refused_not_ignored():
+def test_experts_of_a_class_that_nobody_knows_are_refused_not_ignored():
+    model = mixtral()
+    for layer in model.model.layers:
+        del layer.mlp.experts.has_gate  # one of the flags of transformers' interface
     for config in (MaskConfig(), MaskConfig(target_modules="all-linear"), MaskConfig(target_modules=["down_proj"])):
         with pytest.raises(ValueError, match=r"experts.\w+: it is one parameter \(4, \d+, \d+\) of Mixtral") as error:
-            mask_model(mixtral(), config)
-        assert "exclude_modules=['experts']" in str(error.value)
+            mask_model(model, config)
+        assert "down_proj" in str(error.value).partition("exclude_modules=")[2]
     with pytest.raises(ValueError, match=r"'experts' names model.layers.0.mlp.experts \(MixtralExperts\)"):
-        mask_model(mixtral(), MaskConfig(target_modules=["experts"]))
+        mask_model(model, MaskConfig(target_modules=["experts"]))
+    assert names(mask_model(model, MaskConfig(exclude_modules=["experts"])))
+
+
+def test_experts_are_named_as_their_parameters_are():
+    gate_up, down = (
+        [f"model.layers.{i}.mlp.experts.{part}" for i in range(3)] for part in ("gate_up_proj", "down_proj")
+    )
+    for config in (
+        MaskConfig(target_modules=["gate_up_proj"]),
+        MaskConfig(target_modules=["experts.gate_up_proj"]),
+        MaskConfig(target_parameters=["experts.gate_up_proj"]),
+        MaskConfig(target_parameters=["gate_up_proj"]),
+        MaskConfig(target_modules=r".*experts\.gate_up_proj"),
+    ):
+        assert names(mask_model(mixtral(), config)) == gate_up
+    both = MaskConfig(target_modules=["q_proj"], target_parameters=["experts.down_proj"], layers_to_transform=[1])
+    assert names(mask_model(mixtral(), both)) == ["model.layers.1.self_attn.q_proj", down[1]]
+    plain = mask_model(mixtral(), MaskConfig(target_parameters=["q_proj.weight"]))
+    assert names(plain) == [f"model.layers.{i}.self_attn.q_proj" for i in range(3)]
+    everything = names(mask_model(mixtral(), MaskConfig()))
+    assert {*gate_up, *down} <= set(everything)
 
 
 def test_leaving_stacked_experts_out_explicitly_masks_the_rest():
@@ -44,7 +68,7 @@ def test_leaving_stacked_experts_out_explicitly_masks_the_rest():
     ]
 
 
-def test_layers_below_the_first_sparse_one_need_no_exclusion():
+def test_dense_layers_and_sparse_ones_beside_each_other():
     config = DeepseekV3Config(
         **SIZES | {"num_key_value_heads": 4},
         moe_intermediate_size=16,
@@ -61,8 +85,11 @@ def test_layers_below_the_first_sparse_one_need_no_exclusion():
     )
     model = mask_model(DeepseekV3ForCausalLM(config), MaskConfig(layers_to_transform=[0, 1]))
     assert "model.layers.1.mlp.down_proj" in names(model)
-    with pytest.raises(ValueError, match=r"layers.2.mlp.experts.gate_up_proj: it is one parameter"):
-        mask_model(DeepseekV3ForCausalLM(config), MaskConfig())
+    assert not [name for name in names(model) if "experts" in name]
+    whole = names(mask_model(DeepseekV3ForCausalLM(config), MaskConfig()))
+    assert [name for name in whole if ".experts." in name] == [
+        f"model.layers.2.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")
+    ]
 
 
 def test_a_weight_tied_to_another_layer_is_refused():

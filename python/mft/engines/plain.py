@@ -17,7 +17,7 @@ from mft.models.causal_lm import Run, evaluating
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
-from mft_kernels import MaskAdamW, MaskedLinear
+from mft_kernels import MaskAdamW, MaskedLayer
 
 
 class Plain:
@@ -119,7 +119,7 @@ class Plain:
     def result(self) -> dict[str, Tensor]:
         """What a finished run saves: see step.Runner."""
         trained = {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
-        masked = {n: m for n, m in self._model.named_modules() if isinstance(m, MaskedLinear)}
+        masked = {n: m for n, m in self._model.named_modules() if isinstance(m, MaskedLayer)}
         for name, module in masked.items():
             if trained.pop(f"{name}.scores", None) is not None:
                 trained[f"{name}.mask"] = module.packed_mask()
@@ -146,7 +146,7 @@ class Plain:
 class _ScoreAdamW:
     """MaskAdamW over scores, in MasterAdamW's place."""
 
-    def __init__(self, masked: Sequence[MaskedLinear], train: TrainConfig) -> None:
+    def __init__(self, masked: Sequence[MaskedLayer], train: TrainConfig) -> None:
         self.parameters = self.masters = [module.scores for module in masked]
         self.optimizer = MaskAdamW(
             [{"params": [module.scores], "mode": module.mode} for module in masked],
@@ -180,7 +180,7 @@ class _ScoreAdamW:
 
 def _stepper(model: nn.Module, train: TrainConfig) -> MasterAdamW | _ScoreAdamW:
     trained = [p for p in model.parameters() if p.requires_grad]
-    masked = [m for m in model.modules() if isinstance(m, MaskedLinear) and m.scores.requires_grad]
+    masked = [m for m in model.modules() if isinstance(m, MaskedLayer) and m.scores.requires_grad]
     if len(masked) != len(trained) or not masked:
         if train.moments != "float32":
             raise ValueError(f"train.moments must be float32 where weights are trained, got {train.moments}")

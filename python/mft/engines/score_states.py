@@ -16,7 +16,7 @@ from mft.config import TrainConfig
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.offload import Mover
 from mft.models.quantized_weight import QuantizedWeight
-from mft_kernels import MaskAdamW, MaskedLinear, pack_mask
+from mft_kernels import MaskAdamW, MaskedLayer, pack_mask
 from mft_kernels.fixed_point import selectable
 from mft_kernels.masking import outdate
 
@@ -30,7 +30,7 @@ class HeldMask:
     """A masked layer with the mask that it computes with between two steps, and its gradient buffer."""
 
     name: str
-    module: MaskedLinear
+    module: MaskedLayer
     packed: Tensor
     threshold: Tensor
     grad: Tensor | None = None
@@ -53,7 +53,7 @@ class HeldMask:
         self.module.hold(self.packed, grad, weight=self.quantized)
 
 
-def current_masks(masked: dict[str, MaskedLinear]) -> list[HeldMask]:
+def current_masks(masked: dict[str, MaskedLayer]) -> list[HeldMask]:
     """The masks that the layers' scores select now, of which they may be changed in place.
 
     Raises: NonFiniteScores, naming the layer.
@@ -108,7 +108,8 @@ class ScoreStates:
         total = torch.zeros((), device=self._mover.device)
         for mask in self._masks:
             assert mask.grad is not None, "clipping needs every gradient"
-            for grad, weight in zip(mask.grad.split(_CLIP_ROWS), mask.weight().split(_CLIP_ROWS)):
+            rows = (mask.grad.flatten(0, -2), mask.weight().flatten(0, -2))
+            for grad, weight in zip(*(tensor.split(_CLIP_ROWS) for tensor in rows)):
                 total += (grad.float() * weight.float()).square_().sum()
         return (max_norm / (total.sqrt() + _EPSILON)).clamp_(max=1.0)
 
@@ -157,7 +158,7 @@ class ScoreStates:
             self._found_bad.append((mask, ~selectable(tensors["scores"]).isfinite().all()))
         else:
             mask.threshold, packed = selected
-            self._found_bad.append((mask, selectable(mask.threshold).isnan()))
+            self._found_bad.append((mask, selectable(mask.threshold).isnan().any()))
         for name, tensor in tensors.items():
             self._mover.store(tensor, out=resting[name])
         return packed

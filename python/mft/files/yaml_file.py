@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from mft.checks import MOST_BITS
+
 _CORE = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -21,7 +23,6 @@ _CORE = (
     ("merge", r"<<", ["<"]),
 )
 _MOST_NODES = 100_000  # values: more than the longest configuration that is read can spell out
-_BITS = 64  # of an integer: no setting needs more, and Python does not print one of 20,000
 
 
 class _Loader(yaml.SafeLoader):
@@ -77,8 +78,8 @@ def _decimal_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     """0755 is 755: a leading zero means octal in YAML 1.1 alone."""
     text = loader.construct_scalar(node).replace("_", "")
     value = int(text, 16) if text.startswith("0x") else int(text)
-    if value.bit_length() > _BITS:
-        raise yaml.MarkedYAMLError(problem=f"an integer of more than {_BITS} bits", problem_mark=node.start_mark)
+    if value.bit_length() > MOST_BITS:
+        raise yaml.MarkedYAMLError(problem=f"an integer of more than {MOST_BITS} bits", problem_mark=node.start_mark)
     return value
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mft.masks.experts import unmasked_product
 from mft.masks.quantize import QuantizedLinear, QuantizedMaskedLinear
 from mft.models.causal_lm import replaced_forwards
-from mft_kernels import MaskedLinear
+from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear
 
 
 @contextlib.contextmanager
@@ -18,13 +19,15 @@ def as_base(*modules: nn.Module) -> Iterator[None]:
     For passes without gradients. As convert.keeping_all up to the order of sums, but the scores are not looked at, so
     that the selection of the mask, which is remembered between changes of the scores, stays remembered.
     """
-    masked = [layer for module in modules for layer in module.modules() if isinstance(layer, MaskedLinear)]
+    masked = [layer for module in modules for layer in module.modules() if isinstance(layer, MaskedLayer)]
     with replaced_forwards(masked, _whole):
         yield
 
 
-def _whole(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+def _whole(layer: nn.Module) -> Callable[..., Tensor]:
     if isinstance(layer, QuantizedMaskedLinear):
         return lambda x: QuantizedLinear(layer.quantized, layer.bias)(x)  # anew: the bias may lie elsewhere by then
+    if isinstance(layer, MaskedGroupedLinear):
+        return lambda x, offsets: unmasked_product(x, layer.weight, offsets, layer.bias, layer.transposed)
     assert isinstance(layer, MaskedLinear)
     return lambda x: F.linear(x, layer.weight, layer.bias)

@@ -1,22 +1,25 @@
 """Whole models: put a mask on chosen linear layers, freeze the rest, and bake the masks in again."""
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mft.config import MaskConfig
+from mft.masks.experts import mask_experts, unmask_experts
 from mft.masks.gradient_checkpointing import add_checkpointing_hooks, remove_checkpointing_hooks
 from mft.masks.saved_modules import forget_saved_modules, select_saved_modules, train_whole
 from mft.masks.targets import select_targets
+from mft.models.experts import expert_projections
 from mft.models.linears import layer_index, layer_stacks
 from mft.models.parallel import check_unsharded, unwrapped
 from mft.models.quantized_weight import quantized_weights
-from mft_kernels import MaskedLinear
+from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear
 
 # Which parameters were trainable before, so that merge_model can say so again; an attribute of the model.
 _TRAINABLE_BEFORE = "_mft_trainable_before"
@@ -26,13 +29,16 @@ _CAME_FROM_CONV1D = "_mft_from_conv1d"
 def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:
     """Replace the linear layers that config chooses by MaskedLinear, in place; scores and modules_to_save are trained.
 
-    Weights and biases are shared, not copied (a transposed copy for GPT-2's Conv1D). Scores that are drawn depend on
-    config.seed and the layer's name alone, so choosing other layers too changes none of them.
+    Experts in one parameter become a MaskedGroupedLinear of their module, which stays (experts.py). Weights and biases
+    are shared, not copied (a transposed copy for GPT-2's Conv1D). Scores that are drawn depend on config.seed and the
+    layer's name alone, so choosing other layers too changes none of them.
 
     Args:
-        model: any transformers causal LM built of nn.Linear or Conv1D.
+        model: any transformers causal LM built of nn.Linear, Conv1D and experts.
         config: see MaskConfig. target_modules as in PEFT: a list of suffixes, one regular expression for the full name,
-            or "all-linear"; None for the attention and MLP of every decoder layer. The output embedding never is.
+            or "all-linear"; None for the attention and MLP of every decoder layer, experts included. The output
+            embedding never is. target_parameters: ends of weights' names, such as experts.gate_up_proj; these alone
+            where target_modules is None.
             modules_to_save: names of modules that are trained whole, such as a new classifier's head.
     Returns: the same model.
     Raises: ValueError if nothing is chosen, a pattern or layer number does not exist, or a chosen module cannot be
@@ -58,8 +64,13 @@ def merge_model(model: nn.Module) -> nn.Module:
     masked = mergeable_modules(model)
     for name in list(masked):
         module = masked.pop(name)  # one at a time, so that a layer's scores are freed before the next one is copied
-        linear = module.merge()
-        replace_module(model, name, _to_conv1d(linear) if came_from_conv1d(module) else linear)
+        if isinstance(module, MaskedLinear):
+            linear = module.merge()
+            replace_module(model, name, _to_conv1d(linear) if came_from_conv1d(module) else linear)
+        else:
+            path, _, part = name.rpartition(".")
+            unmask_experts(model.get_submodule(path), part, module.merged_weight(), module.bias)
+        del module
     remove_checkpointing_hooks(model)
     forget_saved_modules(model)
     before = getattr(model, _TRAINABLE_BEFORE, None)
@@ -70,9 +81,9 @@ def merge_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def masked_modules(model: nn.Module) -> dict[str, MaskedLinear]:
-    """The masked layers by name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
+def masked_modules(model: nn.Module) -> dict[str, MaskedLayer]:
+    """The masked layers by name, in the model's order; those of experts in one parameter by the parameter's name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
@@ -112,12 +123,17 @@ def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
     setattr(model, _TRAINABLE_BEFORE, {name for name, p in model.named_parameters() if p.requires_grad})
     model.requires_grad_(False)
     for name in names:
-        replace_module(model, name, masked_layer(model.get_submodule(name), name, config))
+        path, _, part = name.rpartition(".")
+        parent = model.get_submodule(path)
+        if part in expert_projections(parent):
+            mask_experts(parent, part, functools.partial(_masked_grouped, name=name, config=config))
+        else:
+            replace_module(model, name, masked_layer(model.get_submodule(name), name, config))
     train_whole(model, select_saved_modules(model, config.modules_to_save))
     _prepare_checkpointing(model, names)
 
 
-def mergeable_modules(model: nn.Module) -> dict[str, MaskedLinear]:
+def mergeable_modules(model: nn.Module) -> dict[str, MaskedLayer]:
     """masked_modules. Raises ValueError unless there are some and the weights are exact, NonFiniteScores by scores."""
     masked = masked_modules(model)
     if not masked:
@@ -135,22 +151,14 @@ def mergeable_modules(model: nn.Module) -> dict[str, MaskedLinear]:
     return masked
 
 
-def came_from_conv1d(module: MaskedLinear) -> bool:
+def came_from_conv1d(module: MaskedLayer) -> bool:
     """Whether the model had a Conv1D there, whose weight is (in, out)."""
     return getattr(module, _CAME_FROM_CONV1D, False)
 
 
 def masked_layer(source: Any, name: str, config: MaskConfig) -> MaskedLinear:
     """A masked layer on the weight and bias of source, an nn.Linear or Conv1D that a model calls name."""
-    masked = MaskedLinear.from_linear(
-        as_linear(source),
-        keep_ratio=config.keep_ratio,
-        mode=config.mode,
-        init=config.init,
-        threshold=config.threshold,
-        scores_dtype=_scores_dtype(config, source.weight),
-        generator=_generator(config.seed, name, source.weight.device),
-    )
+    masked = MaskedLinear.from_linear(as_linear(source), **_scores_options(name, config, source.weight))
     masked.module_name = name
     if isinstance(source, Conv1D):
         setattr(masked, _CAME_FROM_CONV1D, True)
@@ -202,9 +210,25 @@ def check_unmasked(model: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _scores_dtype(config: MaskConfig, weight: torch.Tensor) -> torch.dtype:
-    """config.scores_dtype; fp64 for an fp64 weight."""
-    return torch.float64 if weight.dtype == torch.float64 else getattr(torch, config.scores_dtype)
+def _masked_grouped(
+    weight: Tensor, bias: Tensor | None, *, transposed: bool, name: str, config: MaskConfig
+) -> MaskedGroupedLinear:
+    """masked_layer of experts in one parameter, which a model calls name."""
+    options = _scores_options(name, config, weight)
+    masked = MaskedGroupedLinear(weight, bias, transposed=transposed, **options)
+    masked.module_name = name
+    return masked
+
+
+def _scores_options(name: str, config: MaskConfig, weight: Tensor) -> dict[str, Any]:
+    return {
+        "keep_ratio": config.keep_ratio,
+        "mode": config.mode,
+        "init": config.init,
+        "threshold": config.threshold,
+        "scores_dtype": torch.float64 if weight.dtype == torch.float64 else getattr(torch, config.scores_dtype),
+        "generator": _generator(config.seed, name, weight.device),
+    }
 
 
 def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:

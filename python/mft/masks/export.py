@@ -35,7 +35,7 @@ from mft.masks.saved_modules import check_saved_tensors, put_saved_tensors, save
 from mft.models.linears import find_targets, layer_index, layer_stacks
 from mft.models.parallel import check_unsharded, uncompiled, unwrapped
 from mft.models.quantized_weight import quantized_weights
-from mft_kernels import MaskedLinear, fixed_from_float, unpack_mask
+from mft_kernels import MaskedLayer, fixed_from_float, unpack_mask
 
 logger = logging.getLogger(__name__)
 
@@ -114,14 +114,14 @@ def load_masks(
 def put_masks(
     model: nn.Module,
     masks: dict[str, Tensor],
-    shapes: dict[str, tuple[int, int]],
+    shapes: dict[str, tuple[int, ...]],
     *,
     mode: str = "magnitude",
     keep_ratio: float | None = None,
 ) -> nn.Module:
     """load_masks of what has been read already, whatever base it was learned on.
 
-    Args: masks: packed, by module; shapes: (N, K) of their weights.
+    Args: masks: packed, by module; shapes: (N, K) of their weights, of experts (E, N, K).
     Raises: ValueError if they do not fit the model, which is then unchanged.
     """
     _check_fit(model, shapes)
@@ -141,7 +141,7 @@ def loaded_config(mode: str, keep_ratio: float | None) -> MaskConfig:
     )
 
 
-def scores_of_mask(packed: Tensor, shape: tuple[int, int] | torch.Size, mode: str) -> Tensor:
+def scores_of_mask(packed: Tensor, shape: tuple[int, ...] | torch.Size, mode: str) -> Tensor:
     """fp32 scores (N, K) that select exactly this mask, all at one distance from the threshold of loaded_config."""
     threshold = _THRESHOLD[mode]
     return torch.where(unpack_mask(packed, shape), threshold + _MARGIN, threshold - _MARGIN)
@@ -188,7 +188,7 @@ def check_learned_on(model: nn.Module, export: MaskExport, directory: Path, *, f
         raise ValueError(_other_base(model, export, found, directory))
 
 
-def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, int]]) -> None:
+def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise ValueError unless the layers of these names have weights of these shapes (N, K)."""
     for name, expected in shapes.items():
         shape = tuple(_weight(model, name).shape)
@@ -225,7 +225,7 @@ def keep_base_hash(model: nn.Module) -> None:
 
 def _describe(
     model: nn.Module,
-    masked: dict[str, MaskedLinear],
+    masked: dict[str, MaskedLayer],
     packed: dict[str, Tensor],
     saved: dict[str, Tensor],
     base: str | None,
@@ -238,7 +238,7 @@ def _describe(
     layers = sorted({index for name in masked if (index := layer_index(name, stacks)) is not None})
     quantized = quantized_weights(model)
     entries = [
-        MaskEntry(name, (module.out_features, module.in_features), _dtype_name(module.weight), int(module.mask().sum()))
+        MaskEntry(name, tuple(module.scores.shape), _dtype_name(module.weight), int(module.mask().sum()))
         for name, module in masked.items()
     ]
     export = MaskExport(
@@ -256,7 +256,7 @@ def _describe(
     return dataclasses.replace(export, content_hash=content_hash(export, packed, saved))
 
 
-def _check_fit(model: nn.Module, stored: dict[str, tuple[int, int]]) -> None:
+def _check_fit(model: nn.Module, stored: dict[str, tuple[int, ...]]) -> None:
     masked = masked_modules(model)
     if masked and masked.keys() != stored.keys():
         missing, extra = sorted(stored.keys() - masked.keys()), sorted(masked.keys() - stored.keys())
@@ -269,23 +269,28 @@ def _check_fit(model: nn.Module, stored: dict[str, tuple[int, int]]) -> None:
     check_shapes(model, stored)
 
 
-def _set_mask(module: MaskedLinear, packed: Tensor, mode: str, keep_ratio: float | None) -> None:
+def _set_mask(module: MaskedLayer, packed: Tensor, mode: str, keep_ratio: float | None) -> None:
     module.mode = mode
     module.threshold = _THRESHOLD[mode]
     if keep_ratio is not None:
         module.keep_ratio = keep_ratio
-    scores = scores_of_mask(packed.to(module.scores.device), module.weight.shape, mode)
+    scores = scores_of_mask(packed.to(module.scores.device), module.scores.shape, mode)
     module.scores.copy_(fixed_from_float(scores) if module.scores.dtype == torch.int16 else scores)
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
-    """(N, K), also of a Conv1D."""
-    module: Any = model.get_submodule(name)
-    weight = module.weight.detach()
-    return weight.t() if isinstance(module, Conv1D) else weight
+    """(N, K), also of a Conv1D; of experts in one parameter that parameter."""
+    module, _, part = name.rpartition(".")
+    if part in model.get_submodule(module)._parameters:
+        return model.get_parameter(name).detach()
+    layer: Any = model.get_submodule(name)
+    weight = layer.weight.detach()
+    return weight.t() if isinstance(layer, Conv1D) else weight
 
 
 def _chunks(weight: Tensor) -> Iterator[bytes]:
+    if weight.dim() > 2:
+        weight = weight.flatten(0, -2)
     rows = max(1, _CHUNK // max(1, weight.shape[1] * weight.element_size()))
     for start in range(0, weight.shape[0], rows):
         # A copy: memory that numpy has seen cannot be resized, which is how FSDP2 frees gathered weights.

@@ -1,14 +1,15 @@
 """The format of an export of masks, version 2, read with suspicion: every key, shape, bit and byte count is checked.
 
 adapter_config.json: the fields of MaskExport, peft_type "MFT" and format_version. adapter_model.safetensors: for each
-module "<name>.mask", int32 (N, ceil(K / 32)), bit j % 32 of word j // 32 of row n set where weight (n, j) is kept; and
-what the modules of modules_to_save hold, by its name in the model. Version 1 is the same, but content_hash and what is
-said of quantisation may be missing.
+module "<name>.mask", int32 (N, ceil(K / 32)), bit j % 32 of word j // 32 of row n set where weight (n, j) is kept, of
+experts in one parameter (E, N, ceil(K / 32)); and what the modules of modules_to_save hold, by its name in the model.
+Version 1 is the same, but content_hash and what is said of quantisation may be missing.
 """
 
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -43,17 +44,20 @@ _FIXED = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM"}
 
 @dataclass(frozen=True)
 class MaskEntry:
-    """One masked layer: its weight's shape (N, K) and dtype, and how many weights its mask keeps."""
+    """One masked layer: its weight's shape and dtype, and how many weights its mask keeps.
+
+    The shape is (N, K); of experts in one parameter that parameter's, (E, N, K), and name is the parameter's.
+    """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
     kept: int
 
     @property
-    def words(self) -> tuple[int, int]:
+    def words(self) -> tuple[int, ...]:
         """Shape of the packed mask."""
-        return self.shape[0], -(-self.shape[1] // 32)
+        return *self.shape[:-1], -(-self.shape[-1] // 32)
 
 
 @dataclass(frozen=True)
@@ -236,16 +240,16 @@ def _read_entry(path: Path, number: int, entry: Any) -> MaskEntry:
         path,
         f"{where}.shape",
         shape,
-        _is_list_of(shape, int) and len(shape) == 2 and min(shape) > 0 and max(shape) < 2**31,
-        "two positive ints [N, K] below 2**31",
+        _is_list_of(shape, int) and len(shape) in (2, 3) and min(shape) > 0 and max(shape) < 2**31,
+        "two positive ints [N, K], or of experts three, below 2**31",
     )
     _expect(path, f"{where}.dtype", entry["dtype"], isinstance(entry["dtype"], str), "a dtype's name")
     _expect(
         path,
         f"{where}.kept",
         kept,
-        _is_list_of([kept], int) and 0 <= kept <= shape[0] * shape[1],
-        f"an int from 0 to {shape[0] * shape[1]}",
+        _is_list_of([kept], int) and 0 <= kept <= math.prod(shape),
+        f"an int from 0 to {math.prod(shape)}",
     )
     return MaskEntry(name, tuple(shape), entry["dtype"], kept)
 
@@ -313,8 +317,8 @@ def _read_tensors(path: Path, export: MaskExport) -> tuple[dict[str, Tensor], di
 
 
 def _checked_mask(path: Path, key: str, packed: Tensor, entry: MaskEntry) -> Tensor:
-    used = entry.shape[1] % 32
-    if used and (packed[:, -1] >> used & (1 << 32 - used) - 1).any():
+    used = entry.shape[-1] % 32
+    if used and (packed[..., -1] >> used & (1 << 32 - used) - 1).any():
         raise ValueError(f"{path}: {key} must have 0 in each row's last {32 - used} bits, its padding: damaged")
     kept = _count_bits(packed)
     if kept != entry.kept:

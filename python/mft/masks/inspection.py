@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mft.masks.convert import masked_modules
-from mft_kernels import MaskedLinear
+from mft_kernels import MaskedLayer
 
 
 @dataclass
@@ -43,7 +43,7 @@ def flip_share(model: nn.Module, initial: dict[str, Tensor]) -> float:
 
 
 @torch.no_grad()
-def _overlap(module: MaskedLinear, mask: Tensor) -> float:
+def _overlap(module: MaskedLayer, mask: Tensor) -> float:
     dropped = int((~mask).sum())
     if dropped == 0:
         return 1.0

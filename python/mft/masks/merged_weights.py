@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mft.masks.convert import came_from_conv1d, mergeable_modules
+from mft.masks.experts import MaskedExperts
 from mft.models.parallel import check_unsharded, unwrapped
 from mft_kernels import MaskedLinear
 
@@ -63,6 +64,8 @@ def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Te
     if isinstance(module, MaskedLinear):
         yield f"{prefix}weight", _merged(module)
         yield from _new({"bias": module.bias}, prefix, seen)
+    elif isinstance(module, MaskedExperts):
+        yield from _tensors_of_experts(module, prefix, seen)
     elif _is_peft_mask(module):
         yield f"{prefix}weight", module.merged_weight()
         yield from _new({"bias": module.base_layer.bias}, prefix, seen)
@@ -78,6 +81,21 @@ def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Te
                 yield from _tensors(child, f"{prefix}{name}.", seen)
 
 
+def _tensors_of_experts(experts: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """By the names and in the order that they have without masks."""
+    masked: dict[str, Any] = experts._modules
+    biases = {projection.bias: name for name, projection in experts._projections.items()}
+    for part in experts._order:
+        if part in experts._projections:
+            yield f"{prefix}{part}", masked[part].merged_weight()
+        else:
+            owner = masked[biases[part]] if part in biases else experts
+            yield from _new({part: owner.bias if part in biases else getattr(experts, part)}, prefix, seen)
+    for name, child in masked.items():
+        if name not in experts._projections and child is not None:
+            yield from _tensors(child, f"{prefix}{name}.", seen)
+
+
 def _new(tensors: dict[str, Tensor | None], prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors.items():
         if tensor is not None and id(tensor) not in seen:
@@ -87,5 +105,5 @@ def _new(tensors: dict[str, Tensor | None], prefix: str, seen: set[int]) -> Iter
 
 @torch.no_grad()
 def _merged(module: MaskedLinear) -> Tensor:
-    weight = torch.where(module.mask(), module.weight, 0)
+    weight = module.merged_weight()
     return weight.t().contiguous() if came_from_conv1d(module) else weight

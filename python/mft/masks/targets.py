@@ -1,4 +1,4 @@
-"""Which linear layers get a mask: target_modules, layers_to_transform and exclude_modules, in PEFT's sense.
+"""Which linear layers get a mask: target_modules, target_parameters, layers_to_transform, exclude_modules as in PEFT.
 
 What a pattern names and cannot be masked, and a pattern that adds nothing, is an error that says why. Without a pattern
 it is attention and MLP of every decoder layer; a layer's other linears, but for routers, are named in a warning.
@@ -47,13 +47,16 @@ def select_targets(model: nn.Module, config: MaskConfig) -> list[str]:
         return not is_kept and (layers is None or candidate.layer in layers)
 
     chosen: dict[str, Candidate] = {}
-    for pattern, matches in _requests(model, config.target_modules, candidates, stacks):
+    requests = [_requests_of_parameters(config.target_parameters or [], candidates)]
+    if config.target_parameters is None or config.target_modules is not None:
+        requests.append(_requests(model, config.target_modules, candidates, stacks))
+    for pattern, matches in itertools.chain(*requests):
         kept = [c for c in matches if not c.is_head and allowed(c)]
         if not kept:
             raise ValueError(_why_nothing(pattern, matches, config))
         chosen.update({c.name: c for c in kept})
     check_maskable(model, chosen.values())
-    if config.target_modules is None:
+    if config.target_modules is None and config.target_parameters is None:
         in_layers = [c for c in candidates if c.layer is not None and not c.is_head and allowed(c)]
         _tell_left_out([c for c in in_layers if _default(c, stacks) == "other"])
     return [c.name for c in candidates if c.name in chosen]
@@ -87,6 +90,20 @@ def _requests(
             if not matches:
                 raise ValueError(_no_match(model, "target_modules", suffix, candidates, is_suffix=True))
             yield f"target_modules: {suffix!r}", matches
+
+
+def _requests_of_parameters(names: list[str], candidates: list[Candidate]) -> Iterable[tuple[str, list[Candidate]]]:
+    """Each name of target_parameters with the candidates whose weights it names, never none."""
+    for suffix in names:
+        matches = [c for c in candidates if _ends_with(c.weight_name, suffix)]
+        if not matches:
+            known = {c.weight_name if suffix.count(".") > 1 else c.weight_name.split(".", 1)[-1] for c in candidates}
+            known |= {".".join(c.weight_name.split(".")[-2:]) for c in candidates}
+            raise ValueError(
+                f"target_parameters: {suffix!r} matches the weight of no linear layer{nearest(suffix, sorted(known))}; "
+                "it takes the ends of parameters' names, such as experts.gate_up_proj or q_proj.weight"
+            )
+        yield f"target_parameters: {suffix!r}", matches
 
 
 def _default(candidate: Candidate, stacks: dict[str, nn.ModuleList]) -> str:
@@ -227,4 +244,4 @@ def _tell_left_out(left: list[Candidate]) -> None:
 
 
 def _endings(candidates: Iterable[Candidate]) -> str:
-    return ", ".join(sorted({c.suffix for c in candidates if not (c.is_head or c.is_parameter)}))
+    return ", ".join(sorted({c.suffix for c in candidates if not c.is_head}))

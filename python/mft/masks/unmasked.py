@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from mft.masks.convert import masked_modules
+from mft.masks.experts import MaskedExperts, unmasked_experts
 from mft.masks.gradient_checkpointing import remove_checkpointing_hooks
 from mft.masks.quantize import QuantizedLinear, QuantizedMaskedLinear
 from mft.models.parallel import check_unsharded, unwrapped
@@ -44,7 +45,8 @@ def unmasked_model(model: nn.Module) -> nn.Module:
             "model before dispatch_model"
         )
     shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    shared |= {id(module): _without_mask(module) for module in masked.values()}
+    shared |= {id(m): unmasked_experts(m) for m in model.modules() if isinstance(m, MaskedExperts)}
+    shared |= {id(m): _without_mask(m) for m in masked.values() if isinstance(m, MaskedLinear)}
     made: Any = copy.deepcopy(model, shared)
     vars(made).pop("forward", None)  # which trainers replace by one that is bound to the masked model
     remove_checkpointing_hooks(made)

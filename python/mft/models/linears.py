@@ -1,7 +1,7 @@
 """What in a model is a linear layer, or stands in one's place, which of it can be masked, and why the rest cannot.
 
-Every module that is, or looks like, a linear layer is a candidate; so are experts stored as one 3-D parameter, so that
-asking for them is an error and not passed over in silence.
+Every module that is, or looks like, a linear layer is a candidate; so are experts stored as one parameter, also where
+it is not known how their module computes, so that asking for them is an error and not passed over in silence.
 """
 
 from collections import defaultdict
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mft.checks import nearest
+from mft.models.experts import expert_projections
 from mft.models.quantized_weight import QuantizedWeight
 from mft.models.weight_readers import why_read
-from mft_kernels.maskable import has_slow_path, why_no_mask, why_not_there
+from mft_kernels import MaskedLayer
+from mft_kernels.maskable import has_slow_path, why_no_mask, why_no_scores, why_not_there
 
 _HEADS = {"lm_head", "embed_out"}
 _SHOWN = 3  # names a message lists
@@ -29,14 +31,24 @@ class Candidate:
     module: nn.Module
     layer: int | None  # index of the decoder layer around it
     obstacle: str | None = None  # why it cannot be masked
-    is_parameter: bool = False  # not a module of its own but a parameter of module
+    is_parameter: bool = False  # not a module of its own but a parameter of module, such as all experts in one
     is_head: bool = False
 
     @property
     def suffix(self) -> str:
-        """What a list of patterns would call it: for stacked experts the module that holds them."""
+        """What a list of patterns would call it."""
         parts = self.name.split(".")
-        return parts[-2] if self.is_parameter and len(parts) > 1 else parts[-1]
+        return ".".join(parts[-2:]) if self.is_parameter and parts[-1] == "weight" else parts[-1]
+
+    @property
+    def weight_name(self) -> str:
+        """Of its weight, as a parameter of the model."""
+        return self.name if self.is_parameter else f"{self.name}.weight"
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, K), of a Conv1D (K, N), of experts also (E, N, K)."""
+        return getattr(self.module, self.weight_name.rpartition(".")[2])
 
 
 def find_candidates(model: nn.Module, stacks: dict[str, nn.ModuleList]) -> list[Candidate]:
@@ -54,8 +66,7 @@ def find_candidates(model: nn.Module, stacks: dict[str, nn.ModuleList]) -> list[
             if next(module.children(), None) is not None:
                 wrappers[name] = module
         for part, parameter in _expert_parameters(name, module):
-            owner = type(module).__name__
-            obstacle = f"it is one parameter {tuple(parameter.shape)} of {owner}, not a linear layer of its own"
+            obstacle = _obstacle_of_experts(module, part, parameter)
             found.append(Candidate(f"{name}.{part}", module, layer, obstacle, is_parameter=True))
     return found
 
@@ -89,14 +100,19 @@ def check_maskable(model: nn.Module, chosen: Iterable[Candidate]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         sharers[_memory(parameter)].append(name)
     for candidate in chosen:
-        weight: Any = candidate.module.weight
-        others = [n for n in sharers[_memory(weight)] if n != f"{candidate.name}.weight"]
+        others = [n for n in sharers[_memory(candidate.weight)] if n != candidate.weight_name]
         if others:
             raise ValueError(
                 f"cannot mask {candidate.name}: its weight is tied to {listed(others)}, and a mask on one of them "
                 "would be lost, or spread to the others, when the model is saved. Untie it first "
                 "(module.weight = nn.Parameter(module.weight.clone())), or leave it out with exclude_modules"
             )
+
+
+def weight_name(model: nn.Module, name: str) -> str:
+    """The parameter that is the weight of the layer of this name: of experts in one parameter, this itself."""
+    path, _, part = name.rpartition(".")
+    return name if part in model.get_submodule(path)._parameters else f"{name}.weight"
 
 
 def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -154,9 +170,25 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module) -> str | None:
     return why if why or has_slow_path(parent, child) else why_read(parent, child)
 
 
+def _obstacle_of_experts(module: nn.Module, part: str, parameter: nn.Parameter) -> str | None:
+    if part not in expert_projections(module):
+        return (
+            f"it is one parameter {tuple(parameter.shape)} of {type(module).__name__}, of which is not known how it "
+            "computes: transformers' interface for experts does not run it"
+        )
+    if getattr(module, "_is_expert_parallel", False):
+        return "its experts are spread over processes: masks need all of them in each"
+    if hasattr(module, "_hf_hook") or "forward" in vars(module):
+        return (
+            "the forward of its module is replaced (by a device_map of several devices or offloading, or patched): "
+            "load it on one device, mask it, and dispatch it afterwards"
+        )
+    return why_no_scores(parameter)
+
+
 def _expert_parameters(name: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Matrices that belong to a mixture's experts as parameters (E, N, K), or flattened, of one module."""
-    if isinstance(module, nn.Linear | Conv1D | nn.Embedding | nn.modules.conv._ConvNd):
+    if isinstance(module, nn.Linear | Conv1D | nn.Embedding | nn.modules.conv._ConvNd | MaskedLayer):
         return []
     is_experts = "expert" in type(module).__name__.lower() or "experts" in name.split(".")
 

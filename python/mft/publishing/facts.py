@@ -55,7 +55,7 @@ def facts_of_export(export: MaskExport) -> Facts:
         dtype=export.modules[0].dtype,
         modules=len(export.modules),
         kept=sum(entry.kept for entry in export.modules),
-        weights=sum(entry.shape[0] * entry.shape[1] for entry in export.modules),
+        weights=sum(math.prod(entry.shape) for entry in export.modules),
     )
 
 

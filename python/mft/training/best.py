@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mft.engines.step import Runner
 from mft.masks.convert import masked_modules
 from mft.training.checkpoint import BadCheckpoint, checkpoint_at, write_checkpoint
-from mft_kernels import MaskedLinear, fixed_from_float, unpack_mask
+from mft_kernels import MaskedLayer, fixed_from_float, unpack_mask
 
 _KEPT, _DROPPED = 0.03, 0.01  # scores, where a share is kept: any two that differ in every dtype of scores
 _MARGIN = 0.01  # of scores from a fixed threshold, where it is near 0
@@ -65,7 +65,7 @@ def put_result(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"the best step must be of this model, which has no {name}: {_REMEDY}")
 
 
-def _put_mask(module: MaskedLinear, packed: Tensor) -> None:
+def _put_mask(module: MaskedLayer, packed: Tensor) -> None:
     """Where a share is kept, a mask keeps that share or more: the threshold is one of its own scores."""
     kept, dropped = _KEPT, _DROPPED
     if (threshold := module.threshold) is not None:

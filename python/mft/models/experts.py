@@ -1,0 +1,121 @@
+"""A mixture's experts as transformers stores them, stacked in one parameter each, and the rows that are routed to them.
+
+Most classes run by transformers' own interface (integrations/moe.py), whose flags say how the parameters lie; the few
+others are known by name.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")  # of the interface
+# Written as the interface's, and not under it: what its flags would be.
+_AS_THE_INTERFACE = {"Step3p7Experts": {"has_gate": True, "has_bias": False, "is_transposed": False}}
+_OTHERS = {"Llama4TextExperts": True, "JetMoeParallelExperts": False}  # whether transposed
+
+
+@dataclass(frozen=True)
+class ExpertProjection:
+    """A linear layer of all experts, in parameters of their module: weight (E, N, K), transposed (E, K, N)."""
+
+    weight: str
+    bias: str | None
+    transposed: bool
+
+
+def flags(module: nn.Module) -> dict[str, bool] | None:
+    """The interface's flags of an experts module; None of one that does not run so."""
+    known = _AS_THE_INTERFACE.get(_class_name(module))
+    if known is not None:
+        return {name: known.get(name, False) for name in _FLAGS}
+    if not all(isinstance(getattr(module, name, None), bool) for name in _FLAGS):
+        return None
+    return {name: getattr(module, name) for name in _FLAGS}
+
+
+def expert_projections(module: nn.Module) -> dict[str, ExpertProjection]:
+    """The projections of an experts module by parameter, those that can be masked: none of any other module."""
+    found = flags(module)
+    if found is not None:
+        names = ["gate_up_proj" if found["has_gate"] else "up_proj", "down_proj"]
+        projections = {
+            name: ExpertProjection(name, f"{name}_bias" if found["has_bias"] else None, found["is_transposed"])
+            for name in names
+        }
+    elif _class_name(module) in _OTHERS:
+        transposed = _OTHERS[_class_name(module)]
+        projections = {
+            name: ExpertProjection(name, None, transposed) for name, _ in module.named_parameters(recurse=False)
+        }
+    else:
+        return {}
+    parameters: dict[str, Any] = module._parameters
+    return {
+        name: projection
+        for name, projection in projections.items()
+        if parameters.get(name) is not None and parameters[name].dim() == 3
+    }
+
+
+class RoutedRows:
+    """Rows for experts from a router's choice: a row a (token, chosen expert), sorted by expert.
+
+    The order is stable, and gradients are sums in the order of a token's choices, so results repeat bit for bit.
+
+    Args:
+        top_k_index: (T, k), the experts of each token; those of num_experts or more are nobody's, and come last.
+    """
+
+    def __init__(self, top_k_index: Tensor, num_experts: int) -> None:
+        self.top_k = top_k_index.shape[-1]
+        chosen, self.order = top_k_index.reshape(-1).sort(stable=True)
+        self.places = torch.empty_like(self.order)
+        self.places[self.order] = torch.arange(len(self.order), device=self.order.device)
+        experts = torch.arange(num_experts, device=chosen.device, dtype=chosen.dtype)
+        self.offsets = torch.searchsorted(chosen, experts, right=True, out_int32=True)
+
+    def of_experts(self, hidden: Tensor) -> Tensor:
+        """(T * k, H), sorted by expert, of the tokens' (T, H)."""
+        return _Gathered.apply(hidden, self.order, self.places, self.top_k)
+
+    def of_tokens(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """(T, H): the sum of each token's rows, times the router's weights (T, k)."""
+        weighted = rows * weights.reshape(-1).index_select(0, self.order).unsqueeze(-1)
+        placed = _Placed.apply(weighted, self.places, self.order)
+        return placed.view(-1, self.top_k, rows.shape[-1]).sum(1)
+
+
+def _class_name(module: nn.Module) -> str:
+    """Of the class as transformers has it, masked or not."""
+    return getattr(module, "_kind", type(module)).__name__
+
+
+class _Gathered(torch.autograd.Function):
+    """hidden[order // k]; indexing's own backward pass adds in an order of its own on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, order: Tensor, places: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.top_k = top_k
+        return hidden.index_select(0, order // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (places,) = ctx.saved_tensors
+        return grad.index_select(0, places).view(-1, ctx.top_k, grad.shape[-1]).sum(1), None, None, None
+
+
+class _Placed(torch.autograd.Function):
+    """rows[places], a permutation whose inverse is order."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return grad.index_select(0, order), None, None
