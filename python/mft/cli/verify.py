@@ -1,5 +1,6 @@
 """mft verify: what lies in a directory, whether it is whole, and whether the base is the one that it was learned on."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _verified_export(path: Path) -> Verified:
     export, _ = read_export(path)
-    weights = sum(entry.shape[0] * entry.shape[1] for entry in export.modules)
+    weights = sum(math.prod(entry.shape) for entry in export.modules)
     kept = sum(entry.kept for entry in export.modules)
     hashed = "content hash agrees" if export.content_hash else UNVERIFIED
     layers = f"{len(export.modules)} masked layers, {100 * kept / weights:.2f} % of {weights} weights kept"

@@ -4,8 +4,9 @@ A module keeps its place, its state and its methods: its class becomes one of Ma
 A masked projection is a MaskedGroupedLinear under the parameter's name: "experts.gate_up_proj.scores".
 """
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class MaskedExperts(nn.Module):
     _kind: type[nn.Module]  # the class that the module had
     _projections: dict[str, ExpertProjection]  # of its parameters, those that are masked
     _order: list[str]  # of the parameters it had
+    _watch: Callable[[str, Tensor, Tensor], None] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return _FORWARDS.get(self._kind.__name__, _routed)(self, *args, **kwargs)
@@ -89,6 +91,28 @@ def unmasked_experts(experts: Any) -> nn.Module:
     return plain
 
 
+@contextlib.contextmanager
+def watching_experts(model: nn.Module, watch: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """watch(name, rows, offsets) of whatever reaches a projection meanwhile, masked or not: rows (T, K) by expert."""
+    watched: list[tuple[Any, bool]] = []
+    for path, module in model.named_modules():
+        if not expert_projections(module) and not isinstance(module, MaskedExperts):
+            continue
+        experts: Any = module
+        watched.append((experts, isinstance(experts, MaskedExperts)))
+        if not isinstance(experts, MaskedExperts):
+            experts.__class__ = _masked_class(type(experts))
+        prefix = f"{path}." if path else ""
+        experts._watch = lambda part, rows, offsets, prefix=prefix: watch(f"{prefix}{part}", rows, offsets)
+    try:
+        yield
+    finally:
+        for experts, was_masked in watched:
+            del experts._watch
+            if not was_masked:
+                experts.__class__ = experts._kind
+
+
 # ---------------------------------------------------------------------------------------------- private
 
 
@@ -113,6 +137,8 @@ def _restored(kind: type[nn.Module]) -> MaskedExperts:
 
 def _project(self: Any, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
     """A projection of rows that are sorted by expert, masked or not."""
+    if self._watch is not None:
+        self._watch(name, rows, offsets)
     layer = getattr(self, name)
     if isinstance(layer, MaskedGroupedLinear):
         return layer(rows, offsets)

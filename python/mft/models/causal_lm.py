@@ -99,12 +99,19 @@ def replaced_forwards(layers: Iterable[nn.Module], forward_for: Callable[[nn.Mod
                 object.__setattr__(layer, "forward", own)
 
 
+def _parameters_of(model: nn.Module, name: str) -> Iterable[nn.Parameter]:
+    """Of a module, or the parameter of this name, as experts in one parameter are called."""
+    path, _, part = name.rpartition(".")
+    alone = model.get_submodule(path)._parameters.get(part)
+    return model.get_submodule(name).parameters() if alone is None else [alone]
+
+
 def clone_with_own_weights(model: nn.Module, names: Iterable[str] = ()) -> nn.Module:
     """A copy of model that shares all parameters with it, except those of the named modules, which it owns.
 
     Masking a clone needs no weight of its own. Do not train a shared parameter.
     """
-    own = {id(p) for name in names for p in model.get_submodule(name).parameters()}
+    own = {id(p) for name in names for p in _parameters_of(model, name)}
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
 
 

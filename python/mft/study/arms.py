@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from mft.config import INITS, MaskConfig
 from mft.data.streams import count_rows
@@ -23,9 +22,10 @@ from mft.evaluation.evaluate import Evaluation, evaluate
 from mft.evaluation.exact_match import exact_matches
 from mft.evaluation.temperature import evaluate_tempered, fit_temperature
 from mft.files.atomic import atomic_file
-from mft.masks.convert import mask_model, masked_modules
+from mft.masks.convert import came_from_conv1d, mask_model, masked_modules
 from mft.masks.inspection import flip_share, initial_masks
 from mft.models.causal_lm import clone_with_own_weights
+from mft.models.linears import weight_name
 from mft.study.config import (
     AVERAGE,
     BASE,
@@ -193,9 +193,10 @@ def _trained_weights(workspace: Workspace, model: nn.Module) -> Weights:
         return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
     weights = {}
     for name, module in masked.items():
-        kept = torch.where(module.mask(), module.weight.detach(), 0)
-        transposed = isinstance(workspace.model.get_submodule(name), Conv1D)
-        weights[f"{name}.weight"] = (kept.t() if transposed else kept).to("cpu").contiguous()
+        kept = module.merged_weight()
+        weights[weight_name(workspace.model, name)] = (
+            (kept.t() if came_from_conv1d(module) else kept).cpu().contiguous()
+        )
     return weights
 
 
@@ -239,7 +240,7 @@ def _merged(workspace: Workspace, part: Unit, path: Path) -> Weights:
         return weights
     names, _ = workspace.layers_of(arm)
     merged = merge_lora(_with_adapters(workspace, arm, weights))
-    return {f"{name}.weight": merged.get_parameter(f"{name}.weight").detach() for name in names}
+    return {(weight := weight_name(merged, name)): merged.get_parameter(weight).detach() for name in names}
 
 
 def _mean(parts: list[Weights]) -> Weights:

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import random
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,10 +25,12 @@ from mft.checks import check_one_of, check_rule
 from mft.config import MaskConfig
 from mft.data.batches import MicroBatch, count_labels, take_rows
 from mft.masks.convert import check_unmasked, keeping_all, mask_model, masked_modules
+from mft.masks.experts import watching_experts
 from mft.masks.targets import select_targets
 from mft.models.causal_lm import FEW, evaluating, run_decoder, split_at_head
+from mft.models.experts import expert_projections, flags
 from mft.models.frozen_layers import FrozenPrefix
-from mft.models.linears import find_targets
+from mft.models.linears import Candidate, find_targets
 from mft.models.packed_rows import keeping_apart
 from mft.models.token_loss import backward_token_loss
 from mft_kernels import fixed_from_float
@@ -57,7 +60,7 @@ def importance(
     Args:
         dataset: columns input_ids, labels, document; so many ``rows`` of it, drawn by ``seed``, are what wanda,
             gradient and fisher look at. Tokens after a row's last label are padding, and left out.
-    Returns: by name (N, K), fp32, on the weight's device.
+    Returns: by name (N, K), of experts in one parameter (E, N, K) however stored; fp32, on its device.
     Raises: ValueError if a name is no linear layer, no token is labelled, or what is found of a layer is the same for
         all its weights, or not finite.
     """
@@ -73,7 +76,7 @@ def importance(
             stack.enter_context(keeping_apart(model, dataset, few, batch_size))
         if method == "wanda":
             norms = _input_norms(model, modules, batches)
-            found = {name: _matrix(module).abs().float() * norms[name] for name, module in modules.items()}
+            found = {name: _matrix(module).abs().float() * norms.pop(name) for name, module in modules.items()}
         elif method in _SIGNED:
             gradients, squares = _gradients(model, modules, batches, squares=method == "fisher")
             for name, module in modules.items():
@@ -106,7 +109,8 @@ def one_shot_mask(
     mask_model(model, dataclasses.replace(mask, mode="magnitude", init="constant", scores_dtype="float32"))
     with torch.no_grad():
         for name, module in masked_modules(model).items():
-            module.scores.copy_(_row_ranks(found.pop(name)) if method == "wanda" else _ranks(found.pop(name)))
+            ranks = _row_ranks if method == "wanda" else _ranks
+            module.scores.copy_(_as_stored(module, ranks(found.pop(name))))
     return model
 
 
@@ -128,8 +132,9 @@ def initialise_scores(
             values /= _last_kept(values, module.keep_ratio).clamp(min=torch.finfo(torch.float32).tiny)
         elif method in _SIGNED:
             values = _dense_ranks(values).double() + 1
-        scores = (values * (_SCALE / values.square().mean().sqrt())).float()
+        scores = (values * (_SCALE / values.square().mean((-2, -1), keepdim=True).sqrt())).float()
         scores.clamp_(min=torch.finfo(torch.float32).tiny)  # a score of exactly 0 never learns: sign(0) = 0
+        scores = _as_stored(module, scores)
         with torch.no_grad():
             module.scores.copy_(fixed_from_float(scores) if module.scores.dtype == torch.int16 else scores)
     return model
@@ -153,17 +158,16 @@ def _row_ranks(values: Tensor) -> Tensor:
 
     One cut of the whole matrix then falls at the same rank in every row.
     """
-    order = values.argsort(dim=1, descending=True, stable=True)
-    columns = values.shape[1]
-    ranks = torch.arange(columns, 0, -1, device=values.device, dtype=torch.float32)
-    return torch.empty_like(values, dtype=torch.float32).scatter_(1, order, ranks.expand_as(values))
+    order = values.argsort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(values.shape[-1], 0, -1, device=values.device, dtype=torch.float32)
+    return torch.empty_like(values, dtype=torch.float32).scatter_(-1, order, ranks.expand_as(values))
 
 
 def _last_kept(values: Tensor, keep_ratio: float) -> Tensor:
-    """(N, 1): the smallest value of each row that is kept; the largest one where none is."""
-    columns = values.shape[1]
+    """(..., N, 1): the smallest value of each row that is kept; the largest one where none is."""
+    columns = values.shape[-1]
     kept = max(1, columns - int((1 - keep_ratio) * columns))
-    return values.kthvalue(columns - kept + 1, dim=1, keepdim=True).values
+    return values.kthvalue(columns - kept + 1, dim=-1, keepdim=True).values
 
 
 # ---------------------------------------------------------------------------------------------- importance
@@ -180,7 +184,7 @@ def _magnitude(weight: Tensor, seed: int, name: str) -> Tensor:
 
 
 def _magnitude_rows(weight: Tensor, seed: int, name: str) -> Tensor:
-    return weight.abs().sum(1, keepdim=True, dtype=torch.float64).float().expand(weight.shape).contiguous()
+    return weight.abs().sum(-1, keepdim=True, dtype=torch.float64).float().expand(weight.shape).contiguous()
 
 
 _BY_WEIGHT: dict[str, Callable[[Tensor, int, str], Tensor]] = {
@@ -191,9 +195,28 @@ _BY_WEIGHT: dict[str, Callable[[Tensor, int, str], Tensor]] = {
 
 
 def _input_norms(model: nn.Module, modules: dict[str, Any], batches: list[MicroBatch]) -> dict[str, Tensor]:
-    """||x_j||_2 (K,) of each module's input over the tokens that are not padding; sums of squares in fp64."""
+    """||x_j||_2 of each module's input over the tokens that are not padding; sums of squares in fp64.
+
+    (K,), of experts over the rows of each (E, 1, K).
+    """
     sums: dict[str, Tensor] = {}
     real = torch.empty(0, dtype=torch.bool)
+    experts = {name: module for name, module in modules.items() if module.weight.dim() == 3}
+
+    def add_squares_of_experts(name: str, x: Tensor, offsets: Tensor) -> None:
+        if name not in experts:
+            return
+        begins = [0, *offsets.tolist()]
+        squares = torch.stack([x[a:b].float().square().sum(0, dtype=torch.float64) for a, b in pairwise(begins)])
+        sums[name] = sums[name] + squares if name in sums else squares
+
+    def leave_out_padding(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if len(arguments) != 3:
+            raise ValueError(
+                f"experts must be given hidden states, choices and weights for wanda, got {len(arguments)}"
+            )
+        hidden, chosen, weights = arguments
+        return hidden, chosen.masked_fill(~real[:, None], module.num_experts), weights  # type: ignore[arg-type]
 
     def add_squares(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -207,12 +230,24 @@ def _input_norms(model: nn.Module, modules: dict[str, Any], batches: list[MicroB
 
     with contextlib.ExitStack() as hooks, torch.no_grad():
         for name, module in modules.items():
-            hooks.callback(module.register_forward_pre_hook(add_squares(name)).remove)
+            if name not in experts:
+                hooks.callback(module.register_forward_pre_hook(add_squares(name)).remove)
+        for path in {name.rpartition(".")[0] for name in experts}:
+            around = model.get_submodule(path)
+            if flags(around) is None:
+                raise ValueError(
+                    f"{path} must hand its experts the rows of tokens for wanda, which {type(around).__name__} does in "
+                    "its own way: leave it out"
+                )
+            hooks.callback(around.register_forward_pre_hook(leave_out_padding).remove)
+        if experts:
+            hooks.enter_context(watching_experts(model, add_squares_of_experts))
         for batch in batches:
             device = next(model.parameters()).device
             real = _not_padding(batch.labels).flatten().to(device)
             run_decoder(model, *batch.inputs(device))
-    return {name: total.sqrt().float() for name, total in sums.items()}
+    norms = {name: total.sqrt().float() for name, total in sums.items()}
+    return {name: norm.unsqueeze(1) if name in experts else norm for name, norm in norms.items()}
 
 
 def _not_padding(labels: Tensor) -> Tensor:
@@ -250,7 +285,7 @@ def _gradients(
 
 
 def _as_matrices(totals: dict[str, Tensor], modules: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: total.t() if isinstance(modules[name], Conv1D) else total for name, total in totals.items()}
+    return {name: total.mT if _is_transposed(modules[name]) else total for name, total in totals.items()}
 
 
 @contextlib.contextmanager
@@ -281,16 +316,29 @@ def _calibration(dataset, rows: int, batch_size: int, seed: int) -> Iterator[Mic
 
 
 def _linear_modules(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    """The named layers, masked or ordinary; others are refused as find_targets does."""
+    """The named layers, masked or ordinary: what has their weight. Others are refused as find_targets does."""
     names, masked = list(names), masked_modules(model)
-    plain = {target.name: target.module for target in find_targets(model, [n for n in names if n not in masked])}
+    targets = find_targets(model, [n for n in names if n not in masked])
+    plain = {target.name: target if target.is_parameter else target.module for target in targets}
     return {name: masked[name] if name in masked else plain[name] for name in names}
 
 
 def _matrix(module: Any) -> Tensor:
-    """The weight as (N, K): Conv1D holds it as (K, N)."""
+    """The weight as (N, K) or (E, N, K)."""
     weight = module.weight.detach()
-    return weight.t() if isinstance(module, Conv1D) else weight
+    return weight.mT if _is_transposed(module) else weight
+
+
+def _is_transposed(module: Any) -> bool:
+    """Whether it holds (K, N), as a Conv1D, or (E, K, N)."""
+    if isinstance(module, Candidate):
+        return expert_projections(module.module)[module.suffix.rpartition(".")[2]].transposed
+    return isinstance(module, Conv1D) or getattr(module, "transposed", False)
+
+
+def _as_stored(module: Any, values: Tensor) -> Tensor:
+    """(N, K) or (E, N, K) as the masked layer holds its scores."""
+    return values.mT if _is_transposed(module) else values
 
 
 def _masked(model: nn.Module) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from mft.models.causal_lm import (
     split_at_head,
 )
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
+from mft.models.linears import weight_name
 from mft.models.packed_rows import keeping_apart
 from mft.models.pretrained import load_model
 from mft.study.config import ArmConfig, StudyConfig
@@ -83,7 +84,7 @@ class Workspace:
     def _layers_below(self, names: list[str]) -> int:
         clone = clone_with_own_weights(self.base, names)
         for name in names:
-            clone.get_submodule(name).requires_grad_(True)
+            clone.get_parameter(weight_name(clone, name)).requires_grad_(True)
         return first_trainable_layer(clone)
 
 

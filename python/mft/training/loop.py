@@ -21,6 +21,7 @@ from mft.masks.convert import masked_modules
 from mft.masks.saved_modules import saved_modules, train_whole
 from mft.models.causal_lm import FEW
 from mft.models.frozen_layers import PrefixMemory
+from mft.models.linears import weight_name
 from mft.models.next_tokens import check_next_tokens
 from mft.models.packed_rows import keeping_apart
 from mft.objectives.cross_entropy import CROSS_ENTROPY
@@ -73,7 +74,7 @@ def train_weights(model: nn.Module, modules: list[str], dataset, train: TrainCon
     """Train the weights of the named modules in place: what masks must beat. Options as of train_loop."""
     model.requires_grad_(False)
     for name in modules:
-        model.get_submodule(name).weight.requires_grad_(True)
+        model.get_parameter(weight_name(model, name)).requires_grad_(True)
     return train_loop(model, dataset, train, **options)
 
 

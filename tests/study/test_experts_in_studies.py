@@ -1,0 +1,133 @@
+"""What studies do with experts in one parameter: importance by hand, one-shot masks, weights trained by name."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from tiny import make_rows
+from transformers import GptOssConfig, GptOssForCausalLM, OlmoeConfig, OlmoeForCausalLM
+
+from mft.config import MaskConfig, TrainConfig
+from mft.masks.convert import mask_model, masked_modules
+from mft.models.causal_lm import clone_with_own_weights
+from mft.models.experts import expert_projections
+from mft.study.one_shot import METHODS, importance, initialise_scores, one_shot_mask
+from mft.study.workspace import with_weights
+from mft.training.loop import train_weights
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+}
+UP, DOWN = (f"model.layers.1.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj"))
+ALL = {"rows": 6, "batch_size": 4}
+
+
+def _olmoe():
+    return OlmoeForCausalLM(OlmoeConfig(**SIZES, num_experts=4))
+
+
+def _gpt_oss():
+    model = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, head_dim=8))
+    for name, parameter in model.named_parameters():
+        if name.endswith("_bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.fixture(params=[_olmoe, _gpt_oss], ids=["(E, N, K)", "(E, K, N)"])
+def model(request):
+    torch.manual_seed(0)
+    return request.param().eval()
+
+
+def _padded_rows():
+    rows = make_rows(6)
+    ids = [[token % 128 for token in row[: 12 - n]] + [0] * n for n, row in enumerate(rows["input_ids"])]
+    labels = [[-100, *row[1 : 12 - n]] + [-100] * n for n, row in enumerate(ids)]
+    return Dataset.from_dict({"input_ids": ids, "labels": labels, "document": rows["document"]})
+
+
+def _as_linears(experts, part):
+    """(E, N, K) and (E, N) or None."""
+    projection = expert_projections(experts)[part]
+    weight = getattr(experts, part).detach()
+    bias = getattr(experts, projection.bias).detach() if projection.bias else [None] * len(weight)
+    return weight.mT if projection.transposed else weight, bias
+
+
+@torch.no_grad()
+def _wanda_by_hand(model, rows):
+    experts = model.model.layers[1].mlp.experts
+    seen = []
+    handle = experts.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
+    for n, ids in enumerate(rows["input_ids"]):
+        model(torch.tensor([ids[: 12 - n]]))
+    handle.remove()
+    hidden, chosen = (torch.cat(parts) for parts in zip(*seen))
+    (up, up_bias), (down, _) = _as_linears(experts, "gate_up_proj"), _as_linears(experts, "down_proj")
+    found = {UP: [], DOWN: []}
+    for e in range(len(up)):
+        x = hidden[(chosen == e).any(1)]
+        found[UP].append(up[e].abs() * x.norm(dim=0))
+        gated = experts._apply_gate(F.linear(x, up[e], up_bias[e]))
+        found[DOWN].append(down[e].abs() * gated.norm(dim=0))
+    return {name: torch.stack(parts) for name, parts in found.items()}
+
+
+def test_wanda_takes_the_rows_that_each_expert_sees_without_padding(model):
+    rows = _padded_rows()
+    expected = _wanda_by_hand(model, rows)
+    found = importance(model, [UP, DOWN], "wanda", rows, **ALL)
+    kinds = [type(m) for m in model.modules()]
+    for name in (UP, DOWN):
+        torch.testing.assert_close(found[name], expected[name])
+    assert [type(m) for m in model.modules()] == kinds
+    masked = mask_model(model, MaskConfig(target_parameters=["experts.gate_up_proj", "experts.down_proj"]))
+    of_masked = importance(masked, [UP, DOWN], "wanda", rows, **ALL)
+    for name in (UP, DOWN):
+        torch.testing.assert_close(of_masked[name], expected[name])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_expert_keeps_its_share_by_every_method(model, method):
+    mask = MaskConfig(target_parameters=["experts.gate_up_proj"], keep_ratio=0.75)
+    found = importance(model, [UP], method, _padded_rows(), **ALL)[UP]
+    transposed = expert_projections(model.model.layers[1].mlp.experts)["gate_up_proj"].transposed
+    masked = one_shot_mask(model, mask, method, _padded_rows(), **ALL)
+    kept = masked_modules(masked)[UP].mask()
+    kept = kept.mT if transposed else kept
+    for values, keep in zip(found, kept):
+        assert abs(keep.float().mean() - 0.75) < (0.05 if method != "magnitude_rows" else 0.3)
+        if method == "wanda":
+            assert keep.sum(1).eq(24).all()  # of 32 inputs of each output
+        else:
+            assert values[keep].min() >= values[~keep].max()
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "fisher"])
+def test_scores_that_will_be_trained_have_one_scale_in_every_expert(model, method):
+    masked = mask_model(model, MaskConfig(target_parameters=["experts.down_proj"], keep_ratio=0.75))
+    initialise_scores(masked, method, _padded_rows(), **ALL)
+    scores = masked_modules(masked)[DOWN].scores.detach()
+    assert scores.gt(0).all()
+    torch.testing.assert_close(scores.square().mean((1, 2)).sqrt(), torch.full((4,), 0.02), rtol=1e-4, atol=0)
+
+
+def test_a_clones_experts_are_trained_and_put_back_by_their_parameters_name(model):
+    before = model.get_parameter(UP).detach().clone()
+    clone = clone_with_own_weights(model, [UP])
+    assert clone.get_parameter(DOWN) is model.get_parameter(DOWN)
+    train_weights(clone, [UP], _padded_rows(), TrainConfig(steps=1, lr=1e-2, batch_size=2))
+    trained = clone.get_parameter(UP).detach()
+    assert not torch.equal(trained, before)
+    assert torch.equal(model.get_parameter(UP), before)
+    again = with_weights(model, {UP: trained})
+    assert torch.equal(again.get_parameter(UP), trained)
+    assert torch.equal(model.get_parameter(UP), before)
