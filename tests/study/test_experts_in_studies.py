@@ -11,9 +11,10 @@ from mft.config import MaskConfig, TrainConfig
 from mft.masks.convert import mask_model, masked_modules
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.experts import expert_projections
+from mft.study.lora import add_lora, merge_lora
 from mft.study.one_shot import METHODS, importance, initialise_scores, one_shot_mask
 from mft.study.workspace import with_weights
-from mft.training.loop import train_weights
+from mft.training.loop import train_loop, train_weights
 
 SIZES = {
     "vocab_size": 128,
@@ -131,3 +132,21 @@ def test_a_clones_experts_are_trained_and_put_back_by_their_parameters_name(mode
     again = with_weights(model, {UP: trained})
     assert torch.equal(again.get_parameter(UP), trained)
     assert torch.equal(model.get_parameter(UP), before)
+
+
+def test_lora_on_experts_and_its_merge(model):
+    base, q = clone_with_own_weights(model), "model.layers.1.self_attn.q_proj"
+    ids = torch.randint(1, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+    plain = model(ids).logits
+    adapted = add_lora(base, [q, UP, DOWN], rank=2)
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert len(trained) == 6
+    assert torch.equal(adapted(ids).logits, plain)
+    train_loop(adapted, _padded_rows(), TrainConfig(steps=2, lr=1e-2, batch_size=2))
+    out = adapted(ids).logits
+    assert not torch.allclose(out, plain, atol=1e-3)
+    merged = merge_lora(adapted)
+    assert {name for name, _ in merged.named_parameters()} == {name for name, _ in model.named_parameters()}
+    assert [type(m) for m in merged.modules()] == [type(m) for m in model.modules()]
+    torch.testing.assert_close(merged(ids).logits, out, rtol=1e-4, atol=1e-5)
+    assert torch.equal(model(ids).logits, plain)
