@@ -46,6 +46,20 @@ def test_the_same_configuration_gives_the_same_bits(config, tmp_path):
     assert files[0] == files[1]
 
 
+def test_a_mixture_is_a_qwen3_moe_whose_experts_and_router_learn(config, tmp_path):
+    config.experts, config.intermediate_size, config.experts_per_token = 3, 8, 2
+    config.train.steps = 2
+    before = make_model(config, train_tokenizer(TEXTS, config.vocab_size)).state_dict()
+    model = AutoModelForCausalLM.from_pretrained(train_from_scratch(config, tmp_path / "moe"))
+    assert model.config.model_type == "qwen3_moe"
+    assert tuple(model.get_parameter("model.layers.0.mlp.experts.gate_up_proj").shape) == (3, 16, 16)
+    for part in ("experts.gate_up_proj", "experts.down_proj", "gate.weight"):
+        name = f"model.layers.0.mlp.{part}"
+        assert not torch.equal(model.state_dict()[name], before[name]), name
+    with pytest.raises(ValueError, match="experts_per_token must be at most experts = 3, got 4"):
+        ScratchConfig(experts=3, experts_per_token=4)
+
+
 def test_another_seed_gives_another_model(config, tmp_path):
     one = weights(train_from_scratch(config, tmp_path / "one"))
     config.train.seed = 1

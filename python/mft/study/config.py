@@ -112,13 +112,18 @@ class ArmConfig:
 
 @dataclass
 class ScratchConfig:
-    """A small Llama trained from scratch on the standard library, tokenizer included (see from_scratch.py)."""
+    """A small Llama, or with experts a small Qwen3-MoE, trained from scratch on the standard library (from_scratch.py).
+
+    intermediate_size is each expert's, where there are any. The tokenizer is trained too.
+    """
 
     vocab_size: Annotated[int, at_least(1)] = 2048
     hidden_size: Annotated[int, at_least(1)] = 128
     intermediate_size: Annotated[int, at_least(1)] = 352
     layers: Annotated[int, at_least(1)] = 4
     heads: Annotated[int, at_least(1)] = 4
+    experts: Annotated[int, at_least(0)] = 0  # of each layer's MLP; 0: none, an MLP for all tokens
+    experts_per_token: Annotated[int, at_least(1)] = 2
     data: DataConfig = field(
         default_factory=lambda: DataConfig(source="stdlib", subset="pretrain", sequence_length=256)
     )
@@ -135,6 +140,9 @@ class ScratchConfig:
         check_rule(not self.data.streaming, "data.streaming", "be false in a study", self.data.streaming)
         rule = f"be a multiple of heads = {self.heads}"
         check_rule(self.hidden_size % self.heads == 0, "hidden_size", rule, self.hidden_size)
+        rule = f"be at most experts = {self.experts}"
+        few = not self.experts or self.experts_per_token <= self.experts
+        check_rule(few, "experts_per_token", rule, self.experts_per_token)
 
 
 @dataclass

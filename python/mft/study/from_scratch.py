@@ -1,4 +1,4 @@
-"""A small Llama from scratch: tokenizer, weights and training on the training files of one source, the same every time.
+"""A small Llama or Qwen3-MoE from scratch: tokenizer, weights and training on one source, the same every time.
 
 One machine and one thread give the same bits again: merges, initial weights and the order of rows follow from seeds.
 """
@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from mft.data.sources import form_of, open_source
 from mft.data.splits import load_splits
@@ -74,25 +81,37 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def make_model(config: ScratchConfig, tokenizer: Any) -> LlamaForCausalLM:
-    """An untrained fp32 Llama with tied embeddings; transformers' initialisation from config.train.seed."""
+def make_model(config: ScratchConfig, tokenizer: Any) -> PreTrainedModel:
+    """An untrained fp32 Llama, or Qwen3-MoE, with tied embeddings; transformers' initialisation by config.train.seed.
+
+    The router of a mixture is trained by the loss of the tokens alone: the auxiliary loss that balances experts is off.
+    """
     eos = tokenizer.eos_token_id
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.heads,
+        "max_position_embeddings": max(CONTEXT, config.data.sequence_length),
+        "initializer_range": INITIALIZER_RANGE,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": eos,
+        "pad_token_id": eos,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                num_key_value_heads=config.heads,
-                max_position_embeddings=max(CONTEXT, config.data.sequence_length),
-                initializer_range=INITIALIZER_RANGE,
-                tie_word_embeddings=True,
-                bos_token_id=None,
-                eos_token_id=eos,
-                pad_token_id=eos,
+        if not config.experts:
+            return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=config.intermediate_size))
+        return Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                **sizes,
+                head_dim=config.hidden_size // config.heads,
+                moe_intermediate_size=config.intermediate_size,
+                num_experts=config.experts,
+                num_experts_per_tok=config.experts_per_token,
+                norm_topk_prob=True,
             )
         )
 
