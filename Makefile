@@ -49,7 +49,7 @@ reference: install
 sanitize: install
 	$(BIN)/python -m building.sanitized address $(if $(QUICK),$(SLIM_SANITIZED))
 	$(BIN)/python -m building.sanitized thread $(if $(QUICK),$(SLIM_SANITIZED))
-SLIM_SANITIZED := tests/cpu_kernels/test_cpu.py -k "thread or seam or beyond or misaligned or empty"
+SLIM_SANITIZED := tests/cpu_kernels/test_cpu.py tests/grouped/test_grouped_cpu.py -k "thread or seam or beyond or misaligned or empty"
 
 # The CPU library by each g++ and clang++ of this machine, with its tests, 2 minutes each; and for aarch64, its kernels
 # executed under qemu. Says which of these tools are missing, and installs none. make ports ONLY="clang++-22 aarch64"

@@ -29,7 +29,10 @@ DRIVER = ROOT / "tests" / "cpu_kernels"
 CHECKSUMS = DRIVER / "checksums.txt"
 TESTS = ["tests/cpu_kernels/test_cpu.py", "tests/kernels/test_score_step.py", "tests/kernels/test_reference_step.py"]
 # In the driver torch_on_host.cpp stands in for them.
-KNOWS_TORCH = ("bindings.cpp", "quantized_bindings.cpp", "short_bindings.cpp", "torch_matmul.cpp")
+KNOWS_TORCH = (
+    *("bindings.cpp", "grouped_bindings.cpp", "quantized_bindings.cpp", "short_bindings.cpp"),
+    "torch_matmul.cpp",
+)
 
 AARCH64 = "aarch64"
 CROSS_COMPILER = "aarch64-linux-gnu-g++"

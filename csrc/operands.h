@@ -59,16 +59,21 @@ inline const uint32_t* words(const Tensor& t, int64_t rows, int64_t columns, con
   return static_cast<const uint32_t*>(t.const_data_ptr());
 }
 
-inline double value_of(const Tensor& threshold) {
-  STD_TORCH_CHECK(threshold.numel() == 1, "threshold must hold one element");
-  const void* data = threshold.const_data_ptr();
-  if (threshold.scalar_type() == ScalarType::Double) return *static_cast<const double*>(data);
-  const Format format = format_of(threshold, "threshold");
-  const uint32_t bits = format == Format::kFloat32 ? *static_cast<const uint32_t*>(data)
-                                                   : *static_cast<const uint16_t*>(data);
+// Of a contiguous tensor of thresholds, that of place i.
+inline double value_at(const Tensor& thresholds, int64_t i) {
+  const void* data = thresholds.const_data_ptr();
+  if (thresholds.scalar_type() == ScalarType::Double) return static_cast<const double*>(data)[i];
+  const Format format = format_of(thresholds, "threshold");
+  const uint32_t bits = format == Format::kFloat32 ? static_cast<const uint32_t*>(data)[i]
+                                                   : static_cast<const uint16_t*>(data)[i];
   const uint32_t top = 1u << (8 * bytes_of(format) - 1);
   const double magnitude = value_of_key(bits & ~top, format, true);
   return bits & top ? -magnitude : magnitude;
+}
+
+inline double value_of(const Tensor& threshold) {
+  STD_TORCH_CHECK(threshold.numel() == 1, "threshold must hold one element");
+  return value_at(threshold, 0);
 }
 
 inline MaskSource mask_source(const std::optional<Tensor>& scores, const std::optional<Tensor>& threshold,

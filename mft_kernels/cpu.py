@@ -16,6 +16,7 @@ from .autotune import AUTOTUNE, measuring
 from .backends import Backend, register
 from .built import load
 from .cpu_choice import grad_product_of, measured_path, product_of
+from .cpu_grouped import grouped_product, grouped_score_grad, kept_thresholds
 from .reference import Gradients, kept_count
 
 
@@ -107,9 +108,9 @@ def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
 
 
 def pack_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
-    """keep as bits, int32 (N, ceil(K / 32))."""
+    """keep as bits, int32 (N, ceil(K / 32)); threshold () or (N,), one a row."""
     if threshold.dim() == 1:
-        return reference.pack_mask(scores, threshold, mode)
+        return torch.ops.mft_cpu.pack_mask_by_row(scores.contiguous(), threshold.contiguous(), mode == "magnitude")
     return torch.ops.mft_cpu.pack_mask(scores.contiguous(), threshold, mode == "magnitude")
 
 
@@ -357,6 +358,9 @@ register(
                 dequantize,
                 masked_linear_quantized,
                 masked_linear_quantized_d_x,
+                grouped_product,
+                grouped_score_grad,
+                kept_thresholds,
             )
         },
         short={}

@@ -85,10 +85,9 @@ class Costs {
   std::array<Cost, (kPortable + 1) * kEach> of_;
 };
 
-double microseconds(const Cost& cost, const Work& work) {
-  const double reading = cost.reading * work[0];
-  const double working = cost.byte * work[0] + cost.mask * work[1] + cost.product * work[2] + cost.number * work[3];
-  return std::max(reading, working) * 1e-6 + cost.call;
+const Cost& cost_of(const std::string& capability, const Call& call, Path path) {
+  static const Costs costs;
+  return costs.at(index_of(capability), call.format, call.product, path);
 }
 
 }  // namespace
@@ -124,14 +123,21 @@ Work work_of(const Call& call, Path path) {
   return {bytes, mask, elements * call.tokens, common * slabs + other};
 }
 
+double microseconds(const std::string& capability, const Call& call, Path path) {
+  const Cost& cost = cost_of(capability, call, path);
+  const Work work = work_of(call, path);
+  const double reading = cost.reading * work[0];
+  const double working = cost.byte * work[0] + cost.mask * work[1] + cost.product * work[2] + cost.number * work[3];
+  return std::max(reading, working) * 1e-6 + cost.call;
+}
+
 std::vector<Path> paths(const std::string& capability, const Call& call) {
-  static const Costs costs;
   const bool empty = call.rows == 0 || call.columns == 0;
   std::vector<std::pair<double, Path>> found;
   for (const Path path : {Path::kFew, Path::kFused, Path::kSlabs}) {
-    const Cost& cost = costs.at(index_of(capability), call.format, call.product, path);
-    const bool can = !std::isinf(cost.call) && !empty && (path == Path::kFused || call.tokens > 0);
-    if (path == Path::kSlabs || can) found.emplace_back(microseconds(cost, work_of(call, path)), path);
+    const bool exists = !std::isinf(cost_of(capability, call, path).call);
+    const bool can = exists && !empty && (path == Path::kFused || call.tokens > 0);
+    if (path == Path::kSlabs || can) found.emplace_back(microseconds(capability, call, path), path);
   }
   std::sort(found.begin(), found.end());
   std::vector<Path> order;

@@ -46,6 +46,9 @@ Format format_of(const std::string& name);
 using Work = std::array<double, 4>;
 Work work_of(const Call& call, Path path);
 
+// How long a path takes by the model, on two threads; endless where there is no such path.
+double microseconds(const std::string& capability, const Call& call, Path path);
+
 // The paths that an instruction set has for this call, the fastest first.
 std::vector<Path> paths(const std::string& capability, const Call& call);
 

@@ -69,13 +69,13 @@ class WithRoom {
 }  // namespace
 
 void few_masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Weight& weight,
-                       const MaskSource& mask, const void* bias) {
+                       const MaskSource& mask, const void* bias, Columns part) {
   const int64_t words = mask.scores == nullptr ? 0 : kDotRows * ((weight.columns + 31) / 32);
   for (int64_t t = 0; t < x.rows; t += kFewTokens) {
     const int64_t count = std::min(kFewTokens, x.rows - t);
     const Prepared tokens(x.narrow_rows(t, count), cpu.few->prepare_dot);
     const FewTokens call = call_of(y.narrow_rows(t, count), weight, mask, bias, tokens);
-    for_few_spans(weight.rows, kDotRows, few_work(bytes_read(weight, mask), count), [&](int64_t first, int64_t end) {
+    for_few_spans(part, kDotRows, few_work(bytes_read(weight, mask), count), [&](int64_t first, int64_t end) {
       const Scratch scratch(words * sizeof(uint32_t));
       cpu.few->dot(WithRoom(call, weight, weight.columns).get(), first, end, static_cast<uint32_t*>(scratch.get()));
     });
@@ -83,12 +83,12 @@ void few_masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, 
 }
 
 void few_grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Weight& weight,
-                const MaskSource& mask) {
+                const MaskSource& mask, const void* bias, Columns part) {
   for (int64_t t = 0; t < grad_output.rows; t += kFewTokens) {
     const int64_t count = std::min(kFewTokens, grad_output.rows - t);
     const Prepared tokens(grad_output.narrow_rows(t, count), cpu.few->prepare_sum);
-    const FewTokens call = call_of(d_x.narrow_rows(t, count), weight, mask, nullptr, tokens);
-    for_few_spans(weight.columns, 64, few_work(bytes_read(weight, mask), count), [&](int64_t first, int64_t end) {
+    const FewTokens call = call_of(d_x.narrow_rows(t, count), weight, mask, bias, tokens);
+    for_few_spans(part, 64, few_work(bytes_read(weight, mask), count), [&](int64_t first, int64_t end) {
       const int64_t strip = few_strip_columns(call.format, count);
       const Scratch scratch(count * (strip + 16) * sizeof(float));
       cpu.few->sum(WithRoom(call, weight, strip).get(), first, end, static_cast<float*>(scratch.get()));

@@ -9,11 +9,11 @@
 
 namespace mft {
 
-// masked_linear() and grad_x() of linear.h, nothing empty.
+// masked_linear() and grad_x() of linear.h, nothing empty; of the part of the result's columns, the first a multiple of 32.
 void few_masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Weight& weight,
-                       const MaskSource& mask, const void* bias);
+                       const MaskSource& mask, const void* bias, Columns part);
 void few_grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Weight& weight,
-                const MaskSource& mask);
+                const MaskSource& mask, const void* bias, Columns part);
 
 // Work is shared from this on, in bytes that one token makes a thread read (for more see few_work()); below, waking a second
 // one costs more than it saves. Twice this: as fast from the caches, and a third slower from memory (Xeon, 192 x 576 fp32).
@@ -21,12 +21,14 @@ constexpr int64_t kFewShare = 256 << 10;
 
 inline int64_t few_work(int64_t bytes, int64_t count) { return bytes * (3 + count) / 4; }
 
-// f(first, end) of spans of `total`, which begin at multiples of `unit` and are kFewShare of the work or more.
+// f(first, end) of spans of `all`, which begin at multiples of `unit` from there and are kFewShare of the work or more.
 template <typename F>
-void for_few_spans(int64_t total, int64_t unit, int64_t work, const F& f) {
-  const int64_t units = (total + unit - 1) / unit;
+void for_few_spans(Columns all, int64_t unit, int64_t work, const F& f) {
+  const int64_t units = (all.end - all.first + unit - 1) / unit;
   const int64_t grain = std::max<int64_t>(1, units * kFewShare / std::max<int64_t>(work, 1));
-  parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { f(begin * unit, std::min(total, end * unit)); });
+  parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    f(all.first + begin * unit, std::min(all.end, all.first + end * unit));
+  });
 }
 
 }  // namespace mft

@@ -27,7 +27,7 @@ struct FewTokens {
   Format score_format;
   const uint32_t* words;
   KeepRange range;
-  const char* bias;     // dot: (N,) or nullptr
+  const char* bias;     // dot: (N,), sum: (K,), or nullptr
   const float* tokens;  // M rows, few_token_stride() apart, made by prepare_*()
   char* out;
   const int64_t* places = nullptr;  // dot: the row of `out` of each token; nullptr: its own
@@ -59,7 +59,7 @@ struct FewKernels {
   // The same of several calls that share weight, bias and out, each with tokens and words of its own, or with neither words
   // nor scores: then all is kept, as `all` says, the words of one row. The weight is read once for all of them.
   void (*dot_many)(const FewTokens* calls, int64_t count, int64_t first_row, int64_t end_row, const uint32_t* all);
-  // d_x[:, first .. end), first a multiple of 32, with scratch for few_strip_columns() + 16 floats a token.
+  // d_x[:, first .. end) + bias, first a multiple of 32, with scratch for few_strip_columns() + 16 floats a token.
   void (*sum)(const FewTokens& call, int64_t first_column, int64_t end_column, float* scratch);
 };
 

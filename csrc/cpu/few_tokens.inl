@@ -653,14 +653,18 @@ void sum_tokens(float* sums, int64_t sums_stride, const typename Kind::Element* 
 }
 
 template <typename Kind>
-void store_sums(char* out, const float* sums, int64_t columns) {
-  alignas(64) float block[8 * kStep];
+void store_sums(char* out, const float* sums, const char* bias, int64_t columns) {
+  alignas(64) float block[8 * kStep], added[8 * kStep];
   for (int64_t j = 0; j < columns; j += 8 * kStep) {
     const int64_t n = smaller(8 * kStep, columns - j);
     for (int64_t u = 0; u < n; u += kUnit) {
       const Two ordered = Kind::in_order({load(sums + j + u), load(sums + j + u + kLanes)});
       store(block + u, ordered.first);
       store(block + u + kLanes, ordered.second);
+    }
+    if (bias != nullptr) {
+      widen(added, bias + j * bytes_of(Kind::kFormat), Kind::kFormat, n);
+      for (int64_t i = 0; i < n; ++i) block[i] += added[i];
     }
     narrow(out + j * bytes_of(Kind::kFormat), block, Kind::kFormat, n);
   }
@@ -700,8 +704,10 @@ void sum_strip(const FewTokens& call, int64_t first, int64_t columns, int64_t su
     }
     sum_tokens<Kind>(sums + whole, sums_stride, tails, last, tokens, stride, call.count, kStep, 0);
   }
+  const int64_t width = bytes_of(call.format);
+  const char* bias = call.bias != nullptr ? call.bias + first * width : nullptr;
   for (int64_t t = 0; t < call.count; ++t) {
-    store_sums<Kind>(call.out + (t * call.columns + first) * bytes_of(call.format), sums + t * sums_stride, columns);
+    store_sums<Kind>(call.out + (t * call.columns + first) * width, sums + t * sums_stride, bias, columns);
   }
 }
 

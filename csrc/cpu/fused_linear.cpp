@@ -10,6 +10,8 @@
 namespace mft {
 namespace {
 
+#include "formats.inl"
+
 constexpr int64_t kSumBytes = 4 << 20;  // of the sums of d_x, a thread
 constexpr int64_t kFarBlock = 512;      // rows of the weight, of which kFarRows are read at once,
 constexpr int64_t kFarTurns = 16;       // and in how many such turns they are summed before they are stored
@@ -25,6 +27,21 @@ void prefetch_row(const Weight& weight, const MaskSource& mask, int64_t row, int
   bring(span.from, span.bytes);
   if (mask.scores != nullptr) bring(mask.row(row, column).scores, columns * bytes_of(mask.score_format));
 }
+
+// A bias in fp32, to be added to the sums of d_x before they are rounded.
+class ColumnBias {
+ public:
+  ColumnBias(const void* bias, Format format, int64_t columns) : widened_(bias != nullptr ? columns : 0) {
+    if (bias != nullptr) widen(widened_.data(), bias, format, columns);
+  }
+  void add(float* sums, int64_t column, int64_t columns) const {
+    if (widened_.empty()) return;
+    for (int64_t j = 0; j < columns; ++j) sums[j] += widened_[column + j];
+  }
+
+ private:
+  std::vector<float> widened_;
+};
 
 // The forward where all of packed x stays in the cache: as many rows of the weight as a tile has, for all tokens at once.
 template <typename PanelAt>
@@ -108,8 +125,8 @@ void multiply_few(const Gemm& gemm, const Matrix& y, const Weight& weight, const
 }
 
 // d_x of few tokens: a thread adds rows of the weight to sums that L2 keeps, 32 streams of memory at once.
-void add_few(const Gemm& gemm, const Matrix& d_x, const Weight& weight, const MaskSource& mask, const Depth& depth,
-             const uint32_t* blocks, int64_t block_size) {
+void add_few(const Gemm& gemm, const Matrix& d_x, const Weight& weight, const MaskSource& mask, const ColumnBias& bias,
+             const Depth& depth, const uint32_t* blocks, int64_t block_size) {
   const int64_t tokens = d_x.rows;
   const Cut columns(weight.columns, kNearColumns, kTileColumns);
   const int64_t tiles_size = round_up(tokens, 16) * kTileColumns;
@@ -138,8 +155,9 @@ void add_few(const Gemm& gemm, const Matrix& d_x, const Weight& weight, const Ma
       }
       for (int64_t t = 0; t < tokens; ++t) {
         for (int64_t c = 0; c < count; c += kTileColumns) {
-          gemm.store_row(at(d_x, t, first + c), sums + c / kTileColumns * tiles_size + t * kTileColumns,
-                         std::min(kTileColumns, count - c));
+          float* row = sums + c / kTileColumns * tiles_size + t * kTileColumns;
+          bias.add(row, first + c, std::min(kTileColumns, count - c));
+          gemm.store_row(at(d_x, t, first + c), row, std::min(kTileColumns, count - c));
         }
       }
     }
@@ -234,8 +252,9 @@ void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, con
 
 // d_x tile = grad_output @ masked weight: grad_output is packed once, groups of the weight's rows become panels.
 void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output, const Weight& weight,
-                  const MaskSource& mask) {
+                  const MaskSource& mask, const void* bias) {
   const int64_t tokens = grad_output.rows;
+  const ColumnBias added(bias, weight.format, weight.columns);
   const Depth depth{weight.rows, gemm.per_group};
   const int64_t block_size = tokens * kRowStride;
   const Buffer<uint32_t> blocks(depth.blocks() * block_size + gemm.tile_rows * kRowStride);
@@ -248,7 +267,7 @@ void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output
 
   const bool few = gemm.add_near_rows != nullptr && mask.scores == nullptr && tokens > 0 && tokens <= kFewTileTokens;
   if (few) {
-    add_few(gemm, d_x, weight, mask, depth, blocks.get(), block_size);
+    add_few(gemm, d_x, weight, mask, added, depth, blocks.get(), block_size);
     return;
   }
   // A task takes whole pages of the weight's rows as long as its sums fit the cache; it masks them in pieces.
@@ -318,8 +337,9 @@ void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output
         }
         for (int64_t t = 0; t < here; ++t) {
           for (int64_t c = first; c < end_column; c += kTileColumns) {
-            gemm.store_row(at(d_x, token + t, c), sums + (c - first) / kTileColumns * tiles_size + t * kTileColumns,
-                           std::min(kTileColumns, end_column - c));
+            float* row = sums + (c - first) / kTileColumns * tiles_size + t * kTileColumns;
+            added.add(row, c, std::min(kTileColumns, end_column - c));
+            gemm.store_row(at(d_x, token + t, c), row, std::min(kTileColumns, end_column - c));
           }
         }
       }

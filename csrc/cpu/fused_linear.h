@@ -12,9 +12,9 @@ void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, con
                          const MaskSource& mask, const void* bias);
 
 void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output, const Weight& weight,
-                  const MaskSource& mask);
+                  const MaskSource& mask, const void* bias);
 
 void fused_grad_scores(const Gemm& gemm, const Matrix& out, const Matrix& grad_output, const Matrix& x,
-                       const Matrix& weight, const SignSource& sign, bool accumulate);
+                       const Matrix& weight, const SignSource& sign, bool accumulate, bool fresh);
 
 }  // namespace mft

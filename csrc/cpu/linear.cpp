@@ -81,20 +81,26 @@ double sign_bytes(const SignSource& sign) {
   return sign.words != nullptr ? 1.0 / 8 : sign.scores != nullptr ? bytes_of(sign.score_format) : 0;
 }
 
-// The forward or d_x.
+}  // namespace
+
 Call call_of(Product product, const Matrix& weight, const MaskSource& mask, int64_t tokens) {
   const double masked = mask_bytes(mask);
   return {product, weight.format, tokens, weight.rows, weight.columns,
           weight_bytes(product, bytes_of(weight.format), masked), masked};
 }
 
-}  // namespace
+Call call_of(const Matrix& out, const Matrix& weight, const SignSource& sign, bool accumulate, int64_t tokens) {
+  const double signs = sign_bytes(sign);
+  const int factor = weight.data != nullptr ? bytes_of(weight.format) : 0;
+  return {Product::kGradScores, weight.format, tokens, weight.rows, weight.columns,
+          weight_bytes(Product::kGradScores, factor, signs, bytes_of(out.format), accumulate), signs};
+}
 
 void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Weight& weight,
                    const MaskSource& mask, const void* bias, Path path) {
   const Call call = call_of(Product::kForward, weight, mask, x.rows);
   path = choose(cpu.name, call, path);
-  if (path == Path::kFew) return few_masked_linear(cpu, y, x, weight, mask, bias);
+  if (path == Path::kFew) return few_masked_linear(cpu, y, x, weight, mask, bias, {0, weight.rows});
   if (path == Path::kFused) return fused_masked_linear(fused(cpu, weight.format), y, x, weight, mask, bias);
   const int64_t rows = slab_length(weight.columns * bytes_of(weight.format), weight.rows, bytes_in(x));
   const int64_t depth = filled(weight.columns, weight.format);
@@ -111,11 +117,11 @@ void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, cons
 }
 
 void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Weight& weight,
-            const MaskSource& mask, Path path) {
+            const MaskSource& mask, Path path, const void* bias) {
   const Call call = call_of(Product::kGradX, weight, mask, grad_output.rows);
   path = choose(cpu.name, call, path);
-  if (path == Path::kFew) return few_grad_x(cpu, d_x, grad_output, weight, mask);
-  if (path == Path::kFused) return fused_grad_x(fused(cpu, weight.format), d_x, grad_output, weight, mask);
+  if (path == Path::kFew) return few_grad_x(cpu, d_x, grad_output, weight, mask, bias, {0, weight.columns});
+  if (path == Path::kFused) return fused_grad_x(fused(cpu, weight.format), d_x, grad_output, weight, mask, bias);
   const int64_t columns = slab_length(weight.rows * bytes_of(weight.format), weight.columns, bytes_in(grad_output));
   const int64_t depth = filled(weight.rows, weight.format);
   const Dense operand(grad_output, depth);
@@ -125,7 +131,12 @@ void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output,
     const Matrix slab{scratch.get(), weight.format, depth, n, n};
     mask_slab(cpu, slab.narrow_rows(0, weight.rows), weight, mask, 0, c);
     std::memset(slab.row(weight.rows), 0, (depth - weight.rows) * n * bytes_of(weight.format));
-    torch_matmul(d_x.narrow_columns(c, n), operand.get(), slab);
+    if (bias == nullptr) {
+      torch_matmul(d_x.narrow_columns(c, n), operand.get(), slab);
+    } else {
+      const char* slab_bias = static_cast<const char*>(bias) + c * bytes_of(d_x.format);
+      torch_linear(d_x.narrow_columns(c, n), operand.get(), slab.transposed(), slab_bias);
+    }
   }
 }
 
@@ -142,14 +153,10 @@ void grad_weight(const Capability& cpu, const Matrix& d_weight, const Matrix& gr
 }
 
 void grad_scores(const Capability& cpu, const Matrix& out, const Matrix& grad_output, const Matrix& x,
-                 const Matrix& weight, const SignSource& sign, bool accumulate, Path path) {
-  const double signs = sign_bytes(sign);
-  const int factor = weight.data != nullptr ? bytes_of(weight.format) : 0;
-  const Call call{Product::kGradScores, weight.format, x.rows, weight.rows, weight.columns,
-                  weight_bytes(Product::kGradScores, factor, signs, bytes_of(out.format), accumulate), signs};
-  path = choose(cpu.name, call, path);
+                 const Matrix& weight, const SignSource& sign, bool accumulate, Path path, bool fresh) {
+  path = choose(cpu.name, call_of(out, weight, sign, accumulate, x.rows), path);
   if (path == Path::kFused) {
-    return fused_grad_scores(fused(cpu, weight.format), out, grad_output, x, weight, sign, accumulate);
+    return fused_grad_scores(fused(cpu, weight.format), out, grad_output, x, weight, sign, accumulate, fresh);
   }
   const int64_t rows = slab_length(weight.columns * bytes_of(x.format), weight.rows, bytes_in(x));
   const Scratch scratch(rows * weight.columns * bytes_of(x.format));

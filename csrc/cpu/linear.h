@@ -43,20 +43,31 @@ struct SignSource {
   }
 };
 
+// Columns `first` .. of a result.
+struct Columns {
+  int64_t first, end;
+};
+
+// What is to be made, as choice.h takes it: of the forward or d_x, and of the score gradient.
+Call call_of(Product product, const Matrix& weight, const MaskSource& mask, int64_t tokens);
+Call call_of(const Matrix& out, const Matrix& weight, const SignSource& sign, bool accumulate, int64_t tokens);
+
 // y (M, N) = x @ where(keep, weight, 0).T + bias; bias (N,) in x's format, or nullptr.
 void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Weight& weight,
                    const MaskSource& mask, const void* bias, Path path = Path::kAuto);
 
-// d_x (M, K) = grad_output @ where(keep, weight, 0)
+// d_x (M, K) = grad_output @ where(keep, weight, 0) [+ bias]; bias (K,), for a layer whose weight lies transposed.
 void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Weight& weight,
-            const MaskSource& mask, Path path = Path::kAuto);
+            const MaskSource& mask, Path path = Path::kAuto, const void* bias = nullptr);
 
 // d_weight (N, K) = where(keep, grad_output.T @ x, 0)
 void grad_weight(const Capability& cpu, const Matrix& d_weight, const Matrix& grad_output, const Matrix& x,
                  const MaskSource& mask);
 
 // out (N, K) = [out +] (grad_output.T @ x) [* weight] [* sign(scores)]; weight.data nullptr: without that factor.
+// fresh: nobody has written to out yet, and it is part of more than a cache holds.
 void grad_scores(const Capability& cpu, const Matrix& out, const Matrix& grad_output, const Matrix& x,
-                 const Matrix& weight, const SignSource& sign, bool accumulate, Path path = Path::kAuto);
+                 const Matrix& weight, const SignSource& sign, bool accumulate, Path path = Path::kAuto,
+                 bool fresh = false);
 
 }  // namespace mft

@@ -62,7 +62,7 @@ void in_one_pass(const Capability& cpu, const Matrix& y, const Matrix& x, const 
                      static_cast<char*>(y.data),
                      order.places.data() + first});
   });
-  for_few_spans(weight.rows, kDotRows, few_work(bytes, order.size()), [&](int64_t first, int64_t end) {
+  for_few_spans({0, weight.rows}, kDotRows, few_work(bytes, order.size()), [&](int64_t first, int64_t end) {
     cpu.few->dot_many(calls.data(), static_cast<int64_t>(calls.size()), first, end, all.data());
   });
 }

@@ -13,14 +13,29 @@
 
 namespace mft {
 
+inline thread_local bool is_alone = false;
+
+// While it lives, its thread is one of several with work of their own each: whatever it calls stays on it.
+class Alone {
+ public:
+  Alone() : before_(is_alone) { is_alone = true; }
+  ~Alone() { is_alone = before_; }
+  Alone(const Alone&) = delete;
+  Alone& operator=(const Alone&) = delete;
+
+ private:
+  const bool before_;
+};
+
 #ifdef MFT_OWN_THREADS
 
-inline int64_t num_threads() { return 4; }
+inline int64_t num_threads() { return is_alone ? 1 : 4; }
 
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   const int64_t count = end - begin;
   if (count <= 0) return;
+  if (is_alone) return f(begin, end);
   const int64_t threads = std::min(num_threads(), (count + grain - 1) / std::max<int64_t>(grain, 1));
   std::vector<std::thread> running;
   for (int64_t i = 0; i < threads; ++i) {
@@ -34,12 +49,13 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
 
 #else
 
-inline int64_t num_threads() { return torch::stable::get_num_threads(); }
+inline int64_t num_threads() { return is_alone ? 1 : torch::stable::get_num_threads(); }
 
 // f(first, end of a span) for spans of at least `grain`, as at::parallel_for.
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
-  torch::stable::parallel_for(begin, end, grain, f);
+  if (!is_alone) return torch::stable::parallel_for(begin, end, grain, f);
+  if (begin < end) f(begin, end);
 }
 
 #endif
