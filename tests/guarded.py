@@ -62,6 +62,7 @@ def run_every_op(shape: tuple[int, int, int], dtype: torch.dtype, scores_dtype: 
     if x.shape[0] > 1:  # one row has one mask, and so no pass of its own
         tasks = guarded(torch.arange(x.shape[0]) % 3 - 1, at_end=at_end)
         cpu.masked_linear_many(x, weight, [packed, signs], tasks, bias)
+    run_every_op_over_experts(t, dtype, scores_dtype, at_end)
     every = [True, True, True, True]
     cpu.masked_linear_backward(grad, x, weight, scores, threshold, "magnitude", every)
     cpu.masked_linear_packed_backward(grad, x, weight, packed, None, signs, "magnitude", every)
@@ -73,10 +74,51 @@ def run_every_op(shape: tuple[int, int, int], dtype: torch.dtype, scores_dtype: 
         cpu.accumulate_product(out, grad, x)
 
 
+def run_every_op_over_experts(t, dtype: torch.dtype, scores_dtype: torch.dtype, at_end: bool) -> None:
+    """The first and the last of three experts have the rows, in both layouts."""
+    rows = t.x.shape[0]
+    x, grad, offsets = (
+        guarded(v, at_end=at_end)
+        for v in (t.x, t.grad_output, torch.tensor((rows // 2, rows // 2, rows), dtype=torch.int32))
+    )
+    weight, scores = (guarded(v.expand(3, -1, -1).contiguous(), at_end=at_end) for v in (t.weight, t.scores))
+    thresholds = cpu.kept_thresholds(scores, 0.9, "magnitude")
+    each_row = thresholds.repeat_interleave(scores.shape[1])
+    packed = cpu.pack_mask(scores.flatten(0, 1), each_row, "magnitude")
+    packed = guarded(packed.unflatten(0, scores.shape[:2]), at_end=at_end)
+    for rows_of, transposed in ((x, False), (grad, True)):
+        cpu.grouped_product(rows_of, weight, scores, thresholds, None, offsets, None, "magnitude", transposed)
+        bias = torch.zeros(3, weight.shape[2 if transposed else 1], dtype=dtype)
+        bias = guarded(bias, at_end=at_end)
+        cpu.grouped_product(rows_of, weight, None, None, packed, offsets, bias, "value", transposed)
+    out = guarded(torch.zeros(weight.shape, dtype=scores_dtype), at_end=at_end)
+    cpu.grouped_score_grad(out, grad, x, offsets, weight, scores, None, "magnitude", False)
+    cpu.grouped_score_grad(out, grad, x, offsets, None, None, None, "value", True)
+
+
+def check_that_experts_without_rows_are_not_read() -> None:
+    """The middle one of three, a page each, may not be read; transposed the others are copied first."""
+    size = mmap.PAGESIZE // 128
+    memory = mmap.mmap(-1, 3 * mmap.PAGESIZE)
+    _maps.append(memory)
+    weight = torch.frombuffer(memory, dtype=torch.float32).view(3, size, 32)
+    middle = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + mmap.PAGESIZE
+    assert _libc.mprotect(ctypes.c_void_p(middle), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    packed = torch.zeros(3, max(size, 32), 1, dtype=torch.int32)
+    offsets = torch.tensor((2, 2, 5), dtype=torch.int32)
+    cpu.grouped_product(
+        torch.ones(5, 32), weight, None, None, packed[:, :size], offsets, None, "value", transposed=False
+    )
+    cpu.grouped_product(
+        torch.ones(5, 32), weight.mT, None, None, packed[:, :32], offsets, None, "value", transposed=True
+    )
+
+
 def main() -> None:
     """Every capability, odd shapes round the steps of 16, 32, 96, 256 and 512, both ends of the memory."""
     torch.set_num_threads(1)
     check_that_the_guard_bites()
+    check_that_experts_without_rows_are_not_read()
     for capability in cpu.capabilities():
         os.environ["MFT_CPU_CAPABILITY"] = capability
         for shape in ((0, 3, 5), (1, 1, 1), (13, 97, 31), (33, 47, 33), (5, 257, 545), (515, 17, 49), (32, 96, 64)):
