@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from .records import RESULTS, ROOT, Record, by_machine, machine
-from .tables import case_name, markdown
+from .tables import case_name, experts_tables, markdown
 
 DOCUMENT = ROOT / "docs" / "measured.md"
 SQUARE = (4096, 4096)
@@ -119,6 +119,11 @@ def generate_table(records: Records) -> str:
     return markdown(["tokens/s", *(f"{machine(records[name])}, {dtype}" for name, dtype in columns)], rows)
 
 
+def experts_table(records: Records) -> str:
+    """Of `experts`: a table a machine."""
+    return "\n\n".join(f"{machine(record)}:\n\n{experts_tables(record)[0]}" for record in records.values())
+
+
 def launch_table(records: Records) -> str:
     """Of `launch`: us a call of nn.Linear, and of ours above that; a column a machine and dtype."""
     columns: dict[tuple[str, str], dict[str, str]] = {}
@@ -149,6 +154,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Records], str]]] = {
     "cpu": ("cpu", cpu_table),
     "shares": ("cpu", shares_table),
     "generate": ("generate", generate_table),
+    "experts": ("experts", experts_table),
     "launch": ("launch", launch_table),
     "cubin_launch": ("cubin_launch", launch_table),
     "step": ("ops", step_table),

@@ -137,6 +137,32 @@ def _draw_beside_dense(panel, cases: list[dict]) -> None:
     panel.set_ylabel("time / dense")
 
 
+def draw_experts(record_path: Path) -> None:
+    """Times grouped_mm of every case, a row a dtype."""
+    record = json.loads(record_path.read_text())
+    cases = record["cases"]
+    dtypes = list(dict.fromkeys(case["dtype"] for case in cases))
+    figure = _figure(12, 4.5 * len(dtypes))
+    for panel, dtype in zip(figure.subplots(len(dtypes), 1, squeeze=False)[:, 0], dtypes):
+        own = [case for case in cases if case["dtype"] == dtype]
+        places = list(dict.fromkeys((c["op"], c["experts"], c["tokens"]) for c in own))
+        names = [name for name in dict.fromkeys(case["competitor"] for case in own) if name.startswith("ours")]
+        for number, name in enumerate(names):
+            shown = [case for case in own if case["competitor"] == name]
+            at = [places.index((c["op"], c["experts"], c["tokens"])) + 0.4 * number - 0.2 for c in shown]
+            ratios = [case["ratio"] for case in shown]
+            errors = [[r["median"] - r["low"] for r in ratios], [r["high"] - r["median"] for r in ratios]]
+            bars = panel.bar(at, [r["median"] for r in ratios], 0.4, yerr=errors, color=COLOURS[name], label=name)
+            panel.bar_label(bars, fmt="%.2f", fontsize=8, padding=3)
+        panel.axhline(own[-1]["target"], ls="--", color="k", lw=1, label="target")
+        panel.axhline(1, color=COLOURS["dense"], lw=1)
+        panel.set_xticks(range(len(places)), [f"{op}\n{experts} experts\nM = {m}" for op, experts, m in places])
+        panel.set_title(dtype)
+        panel.set_ylabel("time / grouped_mm's")
+        panel.legend(fontsize=8)
+    _save(figure, record, picture_of(record_path))
+
+
 def picture_of(record_path: Path) -> Path:
     """Beside the record: ops-cpu-amx.json has ops-amx.png."""
     return record_path.with_name(record_path.name.replace("-cpu-", "-")).with_suffix(".png")

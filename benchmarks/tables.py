@@ -142,6 +142,24 @@ def generate_tables(record: Record) -> list[str]:
     return [markdown(["tokens/s [quartiles]", *dtypes], lines)]
 
 
+def experts_tables(record: Record) -> list[str]:
+    """A row a case: ms of grouped_mm, and the others times that; bold is ours above what was asked."""
+    cases = record["cases"]
+    names = [name for name in dict.fromkeys(case["competitor"] for case in cases) if name != "grouped_mm"]
+    rows = []
+    for place in dict.fromkeys(map(experts_case_name, cases)):
+        own = {case["competitor"]: case for case in cases if experts_case_name(case) == place}
+        ratios = [_bold_above_target(own[name]) if name in own else "" for name in names]
+        rows.append([place, f"{own['grouped_mm']['ms']['median']:.3g}", *ratios])
+    return [markdown(["", "grouped_mm, ms", *(f"{name}, times that" for name in names)], rows)]
+
+
+def experts_case_name(case: Record) -> str:
+    """A case of `experts` in words."""
+    tokens = f"{case['tokens']} token{'s' if case['tokens'] > 1 else ''}"
+    return f"{case['op']}, {case['dtype']}, {case['experts']} experts, {tokens}"
+
+
 def launch_tables(record: Record) -> list[str]:
     """A table a dtype: microseconds a call, above nn.Linear's, and whether that is what was asked."""
     parts = []
@@ -186,6 +204,7 @@ TABLES: dict[str, Callable[[Record], list[str]]] = {
     "cpu": cpu_tables,
     "generate": generate_tables,
     "decode": generate_tables,
+    "experts": experts_tables,
     "launch": launch_tables,
     "cubin_launch": launch_tables,
     "mask_variants": mask_variants_tables,
@@ -229,6 +248,11 @@ def _ratio_and_share(case: Record | None) -> str:
         return ""
     share = f" ({100 * case['share']:.0f})" if "share" in case else ""
     return f"{case['ratio']['median']:.3g}{share}"
+
+
+def _bold_above_target(case: Record) -> str:
+    ratio = case["ratio"]["median"]
+    return f"**{ratio:.2f}**" if case["target"] is not None and ratio > case["target"] else f"{ratio:.2f}"
 
 
 def _loss_and_difference(row: Record) -> str:
