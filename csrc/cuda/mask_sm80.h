@@ -44,7 +44,8 @@ MFT_DEVICE V threshold_of(const KeepArguments& keep, int row) {
 
 // 16-bit scores come as fragments like the weights'. Thresholds: a warp's columns have theirs in registers; those of
 // depths follow the tile in shared memory, as what KeepPair adds (low[32], high[32]), and are loaded one tile ahead.
-template <class S, bool kMagnitude, bool kTransposed, bool kChunked>
+// Where all rows have one (not kPerRow), the columns' are in the registers of one; elsewhere that spilled.
+template <class S, bool kMagnitude, bool kTransposed, bool kChunked, bool kPerRow>
 class Mask {
   using Scores = WeightTile<kTransposed, 2>;
   using Pair = KeepPair<S, kMagnitude>;
@@ -62,8 +63,8 @@ class Mask {
     if constexpr (kTransposed) {
       prefetch();
     } else {
-      for (int i = 0; i < 4; ++i) {
-        const int row = first + warp_column + 8 * i + isa::lane() / 4;
+      for (int i = 0; i < kPairs; ++i) {
+        const int row = first + (kPerRow ? warp_column + 8 * i + isa::lane() / 4 : 0);
         pairs_[i] = Pair::of(threshold_of<uint16_t>(keep, row) * 0x10001u);
       }
     }
@@ -96,7 +97,7 @@ class Mask {
       const char* const from = tile + Scores::kBytes + 2 * (depth + 2 * (isa::lane() % 4));
       return {load<uint32_t>(from), kMagnitude ? 0 : load<uint32_t>(from + 2 * kTileDepth)};
     } else {
-      return pairs_[column / 8];
+      return pairs_[kPerRow ? column / 8 : 0];
     }
   }
 
@@ -108,14 +109,15 @@ class Mask {
   const KeepArguments& keep_;
   int warp_column_;
   TileReader<Scores, kTransposed, kChunked, kThreads> reader_;
-  Pair pairs_[kTransposed ? 1 : 4];
+  static constexpr int kPairs = kTransposed || !kPerRow ? 1 : 4;
+  Pair pairs_[kPairs];
   uint32_t threshold_ = 0;  // of the next tile, the thread's row
   int row_;                 // the first of the tile after it
 };
 
 // fp32 scores are read one by one, or two, from a tile of twice the size.
-template <bool kMagnitude, bool kTransposed, bool kChunked>
-class Mask<float, kMagnitude, kTransposed, kChunked> {
+template <bool kMagnitude, bool kTransposed, bool kChunked, bool kPerRow>
+class Mask<float, kMagnitude, kTransposed, kChunked, kPerRow> {
   using Scores = WeightTile<kTransposed, 4>;
 
  public:
@@ -183,8 +185,8 @@ class Mask<float, kMagnitude, kTransposed, kChunked> {
 
 // Packed words, 128 a tile: they are 4 bytes aligned and no more, so each is a copy of its own. A lane shifts its two
 // bits of all four groups of 8 columns to the tops of bytes at once.
-template <bool kMagnitude, bool kTransposed, bool kChunked>
-class Mask<Words, kMagnitude, kTransposed, kChunked> {
+template <bool kMagnitude, bool kTransposed, bool kChunked, bool kPerRow>
+class Mask<Words, kMagnitude, kTransposed, kChunked, kPerRow> {
  public:
   static constexpr int kBytes = 4 * kTileFeatures;
 

@@ -32,14 +32,15 @@ struct ProductArguments : ProductTileArguments {
 };
 
 // T: of in, weight and out. S: of the scores, or Words. kChunked: in, weight and scores are. kTokens: 128 or 64 a tile.
-template <class T, class S, bool kMagnitude, bool kTransposed, bool kChunked, int kTokens>
+// kPerRow: a row of the scores may have a threshold of its own.
+template <class T, class S, bool kMagnitude, bool kTransposed, bool kChunked, int kTokens, bool kPerRow = true>
 struct ProductKernel {
   static constexpr int kThreads = sm80::kThreads;
   static constexpr int kBlocksPerMultiprocessor = kChunked ? 2 : 1;  // one: loads by elements need registers
   static constexpr bool kParts = kChunked;                           // the depth may be cut
   using Arguments = ProductArguments;
 
-  using Mask = sm80::Mask<S, kMagnitude, kTransposed, kChunked>;
+  using Mask = sm80::Mask<S, kMagnitude, kTransposed, kChunked, kPerRow>;
   using In = Tile<kTokens, kTileDepth, 2>;
   using Weight = WeightTile<kTransposed, 2>;
   using Result = ProductTile<T, kTokens, 2>;
@@ -48,9 +49,21 @@ struct ProductKernel {
   static_assert(Result::kWarpFeatures == kWarpFeatures);
 
   MFT_DEVICE static void run(const Arguments& a) {
-    const ProductPlace place = Result::place_of(a);
-    const int first_feature = place.feature, warp_token = place.warp_token, warp_feature = place.warp_feature;
     char* const shared = isa::shared_memory();
+    typename Result::Sums sums = {};
+    add_up(a, Result::place_of(a), shared, sums);
+    const ProductPlace again = Result::place_of(a);  // for registers are short in the loop
+    if constexpr (kParts) {
+      if (a.parts != nullptr) return Result::write_part(a, sums, again);
+    }
+    isa::sync_block();
+    Result::write(a, sums, shared, again);
+  }
+
+  // The sums of a tile, by all threads of the block.
+  MFT_DEVICE static void add_up(const Arguments& a, const ProductPlace& place, char* shared,
+                                typename Result::Sums& sums) {
+    const int first_feature = place.feature, warp_token = place.warp_token, warp_feature = place.warp_feature;
 
     // One length for all three readers, so that one register counts what is left.
     const int depth = kParts ? static_cast<int>(isa::block(1)) * a.part_depth : 0, rest = a.in.columns - depth;
@@ -67,7 +80,6 @@ struct ProductKernel {
       isa::commit_copies();
     };
 
-    typename Result::Sums sums = {};
     // A loop for each number of stages: one loop for all takes a register more than 128, and spills.
     const auto sum = [&](auto number) {
       constexpr int kStages = decltype(number)::value;
@@ -93,14 +105,16 @@ struct ProductKernel {
       sum(std::integral_constant<int, 2>{});
     }
     isa::wait_copies<0>();
-    const ProductPlace again = Result::place_of(a);  // for registers are short in the loop
-    if constexpr (kParts) {
-      if (a.parts != nullptr) return Result::write_part(a, sums, again);
-    }
-    isa::sync_block();
-    Result::write(a, sums, shared, again);
   }
 };
+
+// All but the number of tile_rows and stages.
+inline ProductArguments product_arguments(const Product& p, const Plan& plan) {
+  auto a = tile_arguments<ProductArguments>(p, plan, kTileDepth);
+  a.weight = view_of(p.weight);
+  a.keep = keep_arguments(p.keep, p.weight);
+  return a;
+}
 
 inline bool is_chunked(const Product& p) {
   return view_of(p.in).chunked && view_of(p.weight).chunked && keep_arguments(p.keep, p.weight).scores.chunked;
@@ -108,9 +122,7 @@ inline bool is_chunked(const Product& p) {
 
 template <class T, class S, bool kMagnitude, bool kTransposed>
 std::string launch_product(const Product& p, const Plan& plan, const Device& device) {
-  auto a = tile_arguments<ProductArguments>(p, plan, kTileDepth);
-  a.weight = view_of(p.weight);
-  a.keep = keep_arguments(p.keep, p.weight);
+  auto a = product_arguments(p, plan);
   const auto start = [&](auto kernel) {
     using Kernel = decltype(kernel);
     a.tile_rows = tiles_of(p.out.rows, plan.tokens);

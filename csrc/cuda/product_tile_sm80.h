@@ -53,7 +53,12 @@ struct ProductTile {
   // The compiler keeps nothing of what shuffle() and warp() gave.
   MFT_DEVICE static ProductPlace place_of(const ProductTileArguments& a) {
     const TilePlace tile = TilePlace::of(isa::shuffle(static_cast<int>(isa::block(0)), 0), a.tile_rows, a.tile_columns);
-    return {tile.row * kTokens, tile.column * kTileFeatures, isa::warp() / kWarpsAcross * kWarpTokens,
+    return place_at(tile.row, tile.column);
+  }
+
+  // In tiles.
+  MFT_DEVICE static ProductPlace place_at(int row, int column) {
+    return {row * kTokens, column * kTileFeatures, isa::warp() / kWarpsAcross * kWarpTokens,
             isa::warp() % kWarpsAcross * kWarpFeatures};
   }
 

@@ -117,12 +117,15 @@ struct ScoreGradKernel {
 
   MFT_DEVICE static void run(const Arguments& a) {
     const TilePlace place = TilePlace::of(static_cast<int>(isa::block(0)), a.tile_rows, a.tile_columns);
-    const int first_row = place.row * kTile, first_column = place.column * kTile;
-    const int warp_row = isa::warp() / 4 * kWarpRows, warp_column = isa::warp() % 4 * kWarpColumns;
-    char* const shared = isa::shared_memory();
-
     const int first_tile = kParts ? static_cast<int>(isa::block(1)) * a.part_tiles : 0;
     const int left = a.depth_tiles - first_tile, tiles = kParts && a.part_tiles < left ? a.part_tiles : left;
+    run(a, place.row * kTile, place.column * kTile, first_tile, tiles);
+  }
+
+  // One tile of G, from so many tiles of the tokens.
+  MFT_DEVICE static void run(const Arguments& a, int first_row, int first_column, int first_tile, int tiles) {
+    const int warp_row = isa::warp() / 4 * kWarpRows, warp_column = isa::warp() % 4 * kWarpColumns;
+    char* const shared = isa::shared_memory();
     const int depth = first_tile * kTileDepth;
     TileReader<Operand, true, kChunked, kThreads> grad(a.grad_output, depth, first_row), x(a.x, depth, first_column);
     const auto copy = [&](int stage) {
