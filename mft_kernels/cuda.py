@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .backends import Backend, register
 from .built import load, report
+from .cuda_grouped import grouped_product, grouped_score_grad, kept_thresholds
 from .reference import Gradients, kept_count
 
 _OLDEST = 80
@@ -256,9 +257,14 @@ def _backward(grad_output, x, weight, scores, threshold, packed, signs, mode, ou
 # Whose dtype an op is asked by first, where that is not the weight.
 _OPERANDS = {
     "accumulate_product": "x",
+    "grouped_score_grad": "x",
     "masked_linear_quantized": "x",
     "masked_linear_quantized_d_x": "grad_output",
 }
+
+
+# These take float32 too.
+_OF_SCORES = ("kept_threshold", "kept_thresholds", "pack_mask", "pack_signs", "score_step")
 
 
 class _Cuda(Backend):
@@ -267,7 +273,7 @@ class _Cuda(Backend):
     def refusal(self, op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
         if reason := super().refusal(op, device, dtypes):
             return reason
-        if op not in ("kept_threshold", "pack_mask", "pack_signs", "score_step") and dtypes[0] == torch.float32:
+        if op not in _OF_SCORES and dtypes[0] == torch.float32:
             operand = _OPERANDS.get(op, "weight")
             return f"its {operand} must be bfloat16 or float16, got float32, which the triton backend takes"
         return _device_refusal(device.index)
@@ -340,6 +346,9 @@ register(
                 masked_linear_quantized_d_x,
                 accumulate_score_grad,
                 accumulate_product,
+                grouped_product,
+                grouped_score_grad,
+                kept_thresholds,
                 kept_threshold,
                 pack_mask,
                 pack_signs,

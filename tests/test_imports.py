@@ -15,7 +15,7 @@ KERNEL_LAYERS = (
     ("_version", "eager", "faster", "fixed_point", "processor", "reference", "testing", "timing"),
     ("reference_grouped", "reference_quantized", "reference_step"),
     ("autotune", "backends", "built", "checks", "direct", "library", "maskable"),
-    ("cpu_choice", "cpu_grouped", "grouped_checks"),
+    ("cpu_choice", "cpu_grouped", "cuda_grouped", "grouped_checks"),
     ("ops", "cpu", "cuda", "grouped", "many", "scores", "step", "triton"),
     ("companions", "quantized"),
     ("held", "masking", "optim"),

@@ -111,6 +111,47 @@ void quantized() {
   }
 }
 
+void grouped(Matrix weight, Keep keep, int64_t tokens) {
+  constexpr int64_t kExperts = 64, kElements = kFeatures * kFeatures;
+  const bool aligned = weight.stride == kFeatures;
+  for (const bool transposed : {false, true}) {
+    GroupedProduct g;
+    g.of.weight = weight;
+    g.of.in = g.of.out = matrix(weight.type, tokens, kFeatures, aligned);
+    g.of.keep = keep;
+    g.of.transposed = transposed;
+    g.offsets = reinterpret_cast<const int32_t*>(kMemory);
+    g.experts = kExperts, g.weight_stride = g.score_stride = kElements;
+    if (keep.words != nullptr || reads_scores(g)) check(grouped_product(g, device));
+  }
+}
+
+void grouped() {
+  for (const Type type : kShortTypes) {
+    for (const bool aligned : {true, false}) {
+      const Matrix weight = matrix(type, kFeatures, kFeatures, aligned);
+      for (const int64_t tokens : {64, 16384}) {
+        Keep keep;
+        keep.words = words();
+        grouped(weight, keep, tokens);
+        for (const Type scores : kTypes) {
+          for (const bool magnitude : {true, false}) {
+            grouped(weight, {nullptr, matrix(scores, kFeatures, kFeatures, aligned), kMemory, 0, magnitude}, tokens);
+          }
+        }
+      }
+      GroupedScoreGrad g;
+      g.of.d_scores = matrix(Type::kFloat32, kFeatures, kFeatures);
+      g.of.weight = weight;
+      g.of.grad_output = g.of.x = matrix(type, 8192, kFeatures, aligned);
+      g.of.sign.words = words();
+      g.offsets = reinterpret_cast<const int32_t*>(kMemory);
+      g.experts = 64, g.weight_stride = kFeatures * kFeatures;
+      check(grouped_score_grad(g, device));
+    }
+  }
+}
+
 void score_grads() {
   for (const Type type : kShortTypes) {
     for (const bool aligned : {true, false}) {
@@ -180,6 +221,7 @@ int main() {
     mft::cuda::products();
     mft::cuda::many_masks();
     mft::cuda::quantized();
+    mft::cuda::grouped();
     mft::cuda::score_grads();
     mft::cuda::masks();
     mft::cuda::steps();

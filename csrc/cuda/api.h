@@ -92,6 +92,22 @@ struct ScoreGrad {
   void* workspace = nullptr;  // as Product's
 };
 
+// Product of the rows of each expert, nobody's rows 0; offsets (E,) say where those of each end (groups_sm80.h).
+struct GroupedProduct {
+  Product of;  // in and out: all rows; weight, scores and words: the first expert's; one threshold an expert, bias (E, N)
+  const int32_t* offsets = nullptr;
+  int64_t experts = 0;
+  int64_t weight_stride = 0, score_stride = 0;  // elements from one expert to the next
+};
+
+// The d_scores of each expert from its own rows, (E, N, K) and contiguous; of one without rows 0, or as it was.
+struct GroupedScoreGrad {
+  ScoreGrad of;  // grad_output and x: all rows; the others: the first expert's; no d_weight
+  const int32_t* offsets = nullptr;
+  int64_t experts = 0;
+  int64_t weight_stride = 0, score_stride = 0;
+};
+
 // threshold = the k-th largest key of `count` contiguous scores, +inf if k is 0, NaN if a score is not finite;
 // then, if words are given, the mask of the scores as (rows, columns).
 struct Select {
@@ -192,6 +208,10 @@ Plan plan_many(const ManyProduct&, const Device&);
 std::string product_many(const ManyProduct&, const Device&);
 Plan plan_quantized(const QuantizedProduct&, const Device&);
 std::string product_quantized(const QuantizedProduct&, const Device&);
+int grouped_tokens(const GroupedProduct&);  // of a tile
+bool reads_scores(const GroupedProduct&);   // else it takes words alone
+std::string grouped_product(const GroupedProduct&, const Device&);
+std::string grouped_score_grad(const GroupedScoreGrad&, const Device&);
 std::string sum_parts(const Product&, int count, int64_t stride, const Device&);  // of p.workspace (count, M, stride)
 std::string score_grad_sm80(const ScoreGrad&, const Device&);
 std::string kept_threshold(const Select&, const Device&);

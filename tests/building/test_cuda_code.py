@@ -283,6 +283,9 @@ std::string product_general(const Product& p, const Device&) {
 }
 std::string product_many(const ManyProduct&, const Device&) { return ""; }
 std::string product_quantized(const QuantizedProduct&, const Device&) { return ""; }
+bool reads_scores(const GroupedProduct&) { return true; }
+std::string grouped_product(const GroupedProduct&, const Device&) { return ""; }
+std::string grouped_score_grad(const GroupedScoreGrad&, const Device&) { return ""; }
 std::string score_grad_sm80(const ScoreGrad&, const Device&) { return ""; }
 std::string kept_threshold(const Select&, const Device&) { return ""; }
 std::string pack_mask(const PackMask&, const Device&) { return ""; }

@@ -7,7 +7,8 @@ import emulated
 import torch
 
 BINDINGS = [
-    emulated.ROOT / "csrc/cuda" / name for name in ("bindings.cpp", "many_bindings.cpp", "quantized_bindings.cpp")
+    emulated.ROOT / "csrc/cuda" / name
+    for name in ("bindings.cpp", "many_bindings.cpp", "quantized_bindings.cpp", "grouped_bindings.cpp")
 ]
 
 

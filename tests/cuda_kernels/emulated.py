@@ -39,6 +39,7 @@ NOT_EMULATED = (
     "plan_bindings",
     "many_bindings",
     "quantized_bindings",
+    "grouped_bindings",
 )  # CUTLASS's, torch's, the driver's
 
 usual_arch = "sm_80"
@@ -137,6 +138,17 @@ class ScoreGrad(ctypes.Structure):
     )
 
 
+_GROUPS = (("offsets", Pointer), ("experts", Int64), ("weight_stride", Int64), ("score_stride", Int64))
+
+
+class GroupedProduct(ctypes.Structure):
+    _fields_ = (("of", Product), *_GROUPS)
+
+
+class GroupedScoreGrad(ctypes.Structure):
+    _fields_ = (("of", ScoreGrad), *_GROUPS)
+
+
 class Select(ctypes.Structure):
     _fields_ = (
         ("scores", Pointer),
@@ -214,6 +226,8 @@ _STRUCTS = {
     "many_product": ManyProduct,
     "quantized_product": QuantizedProduct,
     "score_grad": ScoreGrad,
+    "grouped_product": GroupedProduct,
+    "grouped_score_grad": GroupedScoreGrad,
     "select": Select,
     "pack_mask": PackMask,
     "pack_signs": PackSigns,

@@ -25,6 +25,8 @@ def test_every_group_was_compiled_for_hopper_and_the_general_kernels_for_both():
         "DecodeKernel",
         "ManyKernel",
         "ScoreGradKernel",
+        "GroupedProductKernel",
+        "GroupedScoreGradKernel",
         "SelectKernel",
         "ScoreStepKernel",
         "WindowKernel",

@@ -22,7 +22,9 @@ BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 
 @needs_library
 def test_the_ops_are_registered_for_cuda_tensors():
-    for name in ("product", "score_grad_", "kept_threshold", "pack_mask", "pack_signs", "score_step_"):
+    selections = ("kept_threshold", "kept_thresholds", "pack_mask", "pack_signs")
+    products = ("product", "score_grad_", "grouped_product", "grouped_score_grad_")
+    for name in (*products, *selections, "score_step_"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mft_cuda::{name}", "CUDA"), name
         assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"mft_cuda::{name}", "CPU"), name
 
@@ -103,19 +105,21 @@ def backend(monkeypatch):
 def test_accumulation_without_a_weight_asks_for_16_bit_inputs_alone(backend):
     gpu = torch.device("cuda", 0)
     assert backend.refusal("accumulate_product", gpu, (BFLOAT16, FLOAT32)) is None
-    assert backend.refusal("accumulate_product", gpu, (FLOAT32, FLOAT32)) == (
-        "its x must be bfloat16 or float16, got float32, which the triton backend takes"
-    )
+    for op in ("accumulate_product", "grouped_score_grad"):
+        assert backend.refusal(op, gpu, (FLOAT32, FLOAT32)) == (
+            "its x must be bfloat16 or float16, got float32, which the triton backend takes"
+        )
 
 
 def test_weights_in_float32_are_tritons_and_scores_in_float32_are_not(backend):
     gpu = torch.device("cuda", 0)
-    for op in ("masked_linear", "masked_linear_packed", "masked_linear_packed_backward", "accumulate_score_grad"):
+    products = ("masked_linear", "masked_linear_packed", "masked_linear_packed_backward", "grouped_product")
+    for op in (*products, "accumulate_score_grad"):
         assert "weight must be bfloat16 or float16, got float32, which the triton" in backend.refusal(
             op, gpu, (FLOAT32,)
         )
         assert backend.refusal(op, gpu, (BFLOAT16, FLOAT32)) is None
-    for op in ("kept_threshold", "pack_mask", "pack_signs", "score_step"):
+    for op in ("kept_threshold", "kept_thresholds", "pack_mask", "pack_signs", "score_step"):
         assert backend.refusal(op, gpu, (FLOAT32,)) is None
     assert "it takes bfloat16, float16, float32, got float64" in backend.refusal("pack_mask", gpu, (torch.float64,))
     assert "it runs on cuda, got a tensor on cpu" in backend.refusal("pack_mask", torch.device("cpu"), (FLOAT32,))

@@ -22,6 +22,9 @@ MFT_WEAK Plan plan_many(const ManyProduct&, const Device&);
 MFT_WEAK std::string product_many(const ManyProduct&, const Device&);
 MFT_WEAK Plan plan_quantized(const QuantizedProduct&, const Device&);
 MFT_WEAK std::string product_quantized(const QuantizedProduct&, const Device&);
+MFT_WEAK std::string grouped_product(const GroupedProduct&, const Device&);
+MFT_WEAK std::string grouped_score_grad(const GroupedScoreGrad&, const Device&);
+MFT_WEAK int grouped_tokens(const GroupedProduct&);
 MFT_WEAK bool decodes(const Product&, const Device&);
 MFT_WEAK bool takes_decode(const Product&);
 MFT_WEAK Plan plan_decode(const Product&, const Device&);
@@ -146,6 +149,12 @@ void emulated_plan_product_quantized(const QuantizedProduct& p, const Device& d,
   *plan = plan_of(&plan_quantized, p, d);
 }
 
+const char* emulated_grouped_product(const GroupedProduct& p, const Device& d) { return call(&grouped_product, p, d); }
+const char* emulated_grouped_score_grad(const GroupedScoreGrad& p, const Device& d) {
+  return call(&grouped_score_grad, p, d, half_of_shared(d));
+}
+int emulated_grouped_tokens(const GroupedProduct& p) { return &grouped_tokens == nullptr ? 0 : grouped_tokens(p); }
+
 void emulated_decode_cut(const Product& p, const Device& d, int* cut) {
   const DecodeCut found = decode_cut(p, d, true);
   cut[0] = 1 << found.slice_bits, cut[1] = found.parts, cut[2] = found.part_units, cut[3] = found.slab_units;
@@ -164,6 +173,8 @@ int64_t emulated_size_of_product() { return sizeof(Product); }
 int64_t emulated_size_of_many_product() { return sizeof(ManyProduct); }
 int64_t emulated_size_of_quantized_product() { return sizeof(QuantizedProduct); }
 int64_t emulated_size_of_score_grad() { return sizeof(ScoreGrad); }
+int64_t emulated_size_of_grouped_product() { return sizeof(GroupedProduct); }
+int64_t emulated_size_of_grouped_score_grad() { return sizeof(GroupedScoreGrad); }
 int64_t emulated_size_of_select() { return sizeof(Select); }
 int64_t emulated_size_of_pack_mask() { return sizeof(PackMask); }
 int64_t emulated_size_of_pack_signs() { return sizeof(PackSigns); }
