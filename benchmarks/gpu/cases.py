@@ -15,7 +15,7 @@ SHAPES = {  # (N, K) of the linear layers; both models have 4096 x 4096
 }
 TOKENS = (1, 16, 64, 512, 1024, 2048, 4096, 8192, 16384)
 PRODUCTS = ("step", "forward", "d_x", "d_scores", "accumulate")
-WHATS = ("correctness", *PRODUCTS, "memory", "threshold", "updates", "codes", "host", "train", "sweep")
+WHATS = ("correctness", *PRODUCTS, "memory", "threshold", "updates", "codes", "experts", "host", "train", "sweep")
 
 DENSE = "cuBLAS, unmasked"
 FUSED = "fused"
@@ -58,6 +58,9 @@ _UPDATE_TOKENS = (2048,)
 #: Products over codes (codes.py), and tokens: one and few, where codes are a quarter of the bytes, and many.
 CODES = ("nf4, forward", "nf4, d_x", "int8, forward", "int8, d_x")
 _CODED_TOKENS = (1, 64, 512)
+#: Products over experts (experts.py), of a mixture's gate and up: 128 experts, eight for each of 2048 and of 64 tokens.
+OVER_EXPERTS = ("forward", "d_x", "d_scores")
+EXPERTS, _EXPERT_SHAPE, _EXPERT_ROWS = 128, (1536, 2048), (16384, 512)
 #: Where the host may cost more than the kernel, and layers that take an H100 about 10 and 3 us to read.
 HOST_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 _HOST_SHAPES = (SQUARE, (1024, 4096))
@@ -129,7 +132,7 @@ def competitors(case: Case) -> tuple[str, ...]:
 
 def takes_part(name: str, case: Case) -> bool:
     """Whether a competitor runs in a case beside others."""
-    if case.what in ("threshold", "updates", "codes"):
+    if case.what in ("threshold", "updates", "codes", "experts"):
         return True
     return case.what in (*PRODUCTS, "memory") and name in competitors(case)
 
@@ -200,7 +203,7 @@ def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterab
 def _beside_products(
     whats: set[str], shapes: Sequence[tuple[int, int]], tokens: set[int], by_worth: Sequence[int]
 ) -> list[Case]:
-    """Layers at few tokens, an optimiser step's parts, products over codes, whole steps, tiles."""
+    """Layers at few tokens, an optimiser step's parts, products over codes and over experts, whole steps, tiles."""
     host = [
         Case("host", n, k, m)
         for n, k in _those(shapes, _HOST_SHAPES)
@@ -221,6 +224,13 @@ def _beside_products(
         for detail in CODES
         if "codes" in whats
     ]
+    experts = [
+        Case("experts", n, k, m, detail)
+        for n, k in ([_EXPERT_SHAPE] if len(shapes) == _SHAPES else shapes[:1])
+        for m in _those(by_worth, _EXPERT_ROWS)
+        for detail in OVER_EXPERTS
+        if "experts" in whats
+    ]
     train = [
         Case("train", m=m, detail=f"{model}, {way}")
         for m in _those(by_worth, _TRAIN_TOKENS)
@@ -235,7 +245,7 @@ def _beside_products(
         for m in ([usual] if usual in tokens else by_worth[:1])
         if "sweep" in whats
     ]
-    return [*host, *updates, *codes, *train, *sweep]
+    return [*host, *updates, *codes, *experts, *train, *sweep]
 
 
 _GOAL_SHAPES = (SQUARE, (14336, 4096), (4096, 14336), (11008, 4096), (4096, 11008))

@@ -26,6 +26,7 @@ from .codes import code_checks
 from .competitors import MODE, outputs
 from .device import Device
 from .equality import WANTED, Check, name_of, op_checks, selection_checks
+from .experts import expert_checks
 from .journal import FAILED, MEASURED, NOT_MEASURED
 from .kernels import SCRATCH, kernels
 from .own_tests import run_tests
@@ -88,6 +89,8 @@ def _exact(m: int, n: int, k: int, names: tuple[str, ...], device: Device) -> It
         yield from selection_checks(f"{own.name}, {label}", t.scores, threshold, own)
         if scores_dtype == torch.bfloat16:
             yield from code_checks(f"{own.name}, M = {m}", t, threshold, own, MODE)
+            if own.name == CUDA and m == (DRY_TOKENS if device.dry else CUDA_TOKENS[0]):
+                yield from expert_checks("a layer's experts", n, k, torch.bfloat16, own, device.torch_device)
         for v in (t.x, t.grad_output):
             v *= (torch.arange(v.numel(), device=v.device).view_as(v) % _SPARSE == 0).to(v.dtype)
         for name in names:

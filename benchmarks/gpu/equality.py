@@ -73,7 +73,7 @@ def selection_checks(label: str, scores: Tensor, threshold: Tensor, by: SimpleNa
                     assert_equal,
                     functools.partial(by.kept_threshold, values, 0.9, mode),
                     # Not the reference's kthvalue, which takes a second at the sizes of a real layer.
-                    functools.partial(_by_sorting, values, mode),
+                    functools.partial(by_sorting, values, mode),
                 ),
             )
     masks = (lambda of: of.pack_mask(scores, threshold, MODE)), (lambda of: of.pack_signs(scores))
@@ -124,6 +124,7 @@ def _accumulates(op: str, by: SimpleNamespace, dtype: torch.dtype, grad: Tensor,
     assert_equal(lambda: got, lambda: expected)
 
 
-def _by_sorting(values: Tensor, mode: str) -> Tensor:
+def by_sorting(values: Tensor, mode: str) -> Tensor:
+    """kept_threshold at 0.9."""
     keys = (values.abs() if mode == MODE else values).flatten()
     return keys.sort().values[keys.numel() - reference.kept_count(keys.numel(), 0.9)]

@@ -20,12 +20,14 @@ _OTHERS = (ops.accumulate_score_grad, ops.accumulate_product, select.kept_thresh
 _OVER_CODES = (quantized.masked_linear_quantized, quantized.masked_linear_quantized_d_x)
 OPS = tuple(f.__name__ for f in (*_CHOSEN, *_OTHERS))
 OVER_CODES = tuple(f.__name__ for f in _OVER_CODES)
+OVER_EXPERTS = ("grouped_product", "grouped_score_grad", "kept_thresholds")  # checked of CUDA's
 
 
 @functools.cache
 def kernels(name: str) -> SimpleNamespace:
-    """FUSED, AUTO or SCRATCH of Triton, or CUDA: all ops of the reference, as attributes."""
+    """FUSED, AUTO or SCRATCH of Triton, or CUDA: the ops of the reference, as attributes."""
     if name == CUDA:
-        return SimpleNamespace(name=name, **{op: getattr(mft_kernels.cuda, op) for op in (*OPS, *OVER_CODES)})
+        every = (*OPS, *OVER_CODES, *OVER_EXPERTS)
+        return SimpleNamespace(name=name, **{op: getattr(mft_kernels.cuda, op) for op in every})
     chosen = {f.__name__: functools.partial(f, choose=_CHOOSE[name]) for f in _CHOSEN}
     return SimpleNamespace(name=name, **chosen, **{f.__name__: f for f in (*_OTHERS, *_OVER_CODES)})

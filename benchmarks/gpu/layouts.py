@@ -20,6 +20,7 @@ from .codes import code_checks
 from .competitors import MODE
 from .device import Device
 from .equality import Check, assert_equal, name_of, op_checks, poisoned, selection_checks
+from .experts import expert_checks
 from .kernels import OPS, kernels
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -49,6 +50,8 @@ _ALL = tuple(
     for by_row in (False, True)
 )
 _CUT = (64, 256, 128)  # of a wider matrix
+#: (N, K) of experts: the second's rows are whole chunks, tiles are more than one in every direction.
+_EXPERTS = ((33, 47), (264, 136))
 
 
 def checks(device: Device) -> Iterator[Check]:
@@ -61,6 +64,7 @@ def checks(device: Device) -> Iterator[Check]:
             *(check for size in wide for check in _check(size, on, *_FEW[0])),
             *_strided(cut, on),
             ("in a graph", functools.partial(_graph, cut, device)),
+            *(check for n, k in _EXPERTS[: 1 if device.dry else None] for check in _experts(n, k, on)),
         ]
         yield from ((f"{name}, {capability}", functools.partial(_by, capability, run)) for name, run in made)
 
@@ -77,6 +81,8 @@ def few(device: torch.device) -> Iterator[Check]:
         ):
             for name, run in (check for kind in some for check in _check(size, device, *kind)):
                 yield f"{name}, {capability}", functools.partial(_by, capability, run)
+    for n, k in _EXPERTS:  # one kernel for every capability
+        yield from _experts(n, k, device, (_BF16,))
 
 
 def capabilities(device: torch.device) -> tuple[str, ...]:
@@ -104,6 +110,11 @@ def _check(
         yield from selection_checks(label, t.scores, threshold, by)
     if (scores_dtype, mode, by_row) == (dtype, MODE, False):
         yield from code_checks(label, t, threshold, by, mode)
+
+
+def _experts(n: int, k: int, device: torch.device, dtypes: tuple[torch.dtype, ...] = (_BF16, _FP16)) -> Iterator[Check]:
+    for dtype in dtypes:
+        yield from expert_checks(f"experts of {(n, k)}", n, k, dtype, poisoned(kernels(CUDA)), device)
 
 
 def _strided(size: tuple[int, int, int], device: torch.device) -> Iterator[Check]:

@@ -13,7 +13,7 @@ from .journal import FAILED, MEASURED, NOT_MEASURED, Journal
 #: Seconds of a case of which nothing is known yet; compiling its kernels is most of it.
 _FIRST_GUESS = {
     "exact": 45.0, "random": 10.0, "repeats": 10.0, "threshold": 6.0, "memory": 3.0,
-    "score_step": 12.0, "held": 6.0, "host": 2.0, "train": 6.0, "sweep": 18.0,
+    "score_step": 12.0, "held": 6.0, "experts": 8.0, "host": 2.0, "train": 6.0, "sweep": 18.0,
     "cuda exact": 10.0, "cuda random": 5.0, "cuda repeats": 5.0, "cuda layouts": 20.0,
     "cuda memcheck": 45.0, "cuda racecheck": 45.0,
 }  # fmt: skip
@@ -134,7 +134,7 @@ def work_on(cases: Sequence[Case], journal: Journal, out: Path, *, budget: float
     import torch
 
     from ..harness import environment
-    from . import codes, correctness, device, host, results, threshold, timing, train, updates
+    from . import codes, correctness, device, experts, host, results, threshold, timing, train, updates
     from .bundle import commit_of
     from .competitors import Inputs
     from .sweep import measure as sweep
@@ -167,6 +167,8 @@ def work_on(cases: Sequence[Case], journal: Journal, out: Path, *, budget: float
                 fields = updates.time_update(case, inputs, on, ceilings)
             elif case.what == "codes":
                 fields = codes.time_codes(case, inputs, on, ceilings)
+            elif case.what == "experts":
+                fields = experts.time_experts(case, on, ceilings)
             elif case.what == "host":
                 fields = host.time_host(case, inputs, on)
             else:

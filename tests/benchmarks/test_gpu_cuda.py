@@ -20,10 +20,11 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import cases, correctness, device, equality, layouts, results, sanitizer, threshold, timing
 from benchmarks.gpu.cases import CUDA, Case
 from benchmarks.gpu.journal import FAILED, MEASURED, NOT_MEASURED, Journal
-from benchmarks.gpu.kernels import OPS, OVER_CODES, kernels
-from mft_kernels import cuda, reference, reference_quantized
+from benchmarks.gpu.kernels import OPS, OVER_CODES, OVER_EXPERTS, kernels
+from mft_kernels import cuda, reference, reference_grouped, reference_quantized
 
 ROOT = Path(__file__).resolve().parents[2]
+IN_PLACE = ("accumulate_score_grad", "accumulate_product", "grouped_score_grad")
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def exact_cuda(monkeypatch):
 
     def rounded(op, reference=reference):
         def run(*arguments):
-            if op.startswith("accumulate_"):
+            if op in IN_PLACE:
                 sums = arguments[0].float()
                 getattr(reference, op)(sums, *map(widened, arguments[1:]))
                 arguments[0].copy_(sums)
@@ -56,6 +57,8 @@ def exact_cuda(monkeypatch):
         monkeypatch.setattr(cuda, op, rounded(op))
     for op in OVER_CODES:
         monkeypatch.setattr(cuda, op, rounded(op, reference_quantized))
+    for op in OVER_EXPERTS:
+        monkeypatch.setattr(cuda, op, rounded(op, reference_grouped))
     kernels.cache_clear()
     yield
     kernels.cache_clear()
@@ -105,9 +108,9 @@ def add_late(result, out, *arguments):
         out.view(-1)[-1] += 1
 
 
-@pytest.mark.parametrize("op", [*OPS, *OVER_CODES])
+@pytest.mark.parametrize("op", [*OPS, *OVER_CODES, *OVER_EXPERTS])
 def test_one_wrong_element_of_any_op_is_found(op, exact_cuda, monkeypatch):
-    wrong_by(monkeypatch, op, add_late if op.startswith("accumulate_") else flip_last)
+    wrong_by(monkeypatch, op, add_late if op in IN_PLACE else flip_last)
     found = complaints_of("cuda layouts")["complaints"]
     assert any(c.startswith(op) for c in found)
     assert any("1 of" in c for c in found)

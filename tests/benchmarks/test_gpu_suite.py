@@ -52,6 +52,8 @@ def test_then_come_the_other_checks_the_goals_and_the_rest():
     behind = behind[3:]
     assert [(case.m, case.detail) for case in behind[:12]] == [(m, d) for m in (1, 64, 512) for d in cases.CODES]
     behind = behind[12:]
+    assert [(case.m, case.detail) for case in behind[:6]] == [(m, d) for m in (16384, 512) for d in cases.OVER_EXPERTS]
+    behind = behind[6:]
     steps = 3 * 4  # models, ways of running
     assert {case.what for case in behind[:steps]} == {"train"}
     behind = behind[steps:]
@@ -73,7 +75,7 @@ def test_cuda_takes_part_beside_triton_wherever_something_is_timed():
     for case in plan(timed, EVERY_SHAPE, TOKENS):
         assert cases.takes_part(CUDA, case)
         beside = {CUDA, cases.FUSED, cases.DENSE, cases.PASS}
-        assert case.what in ("threshold", "updates", "codes") or beside <= {*cases.competitors(case)}
+        assert case.what in ("threshold", "updates", "codes", "experts") or beside <= {*cases.competitors(case)}
 
 
 def test_a_slice_holds_what_was_asked_for_alone():
