@@ -30,8 +30,8 @@ TRITON_LAYERS = (
     ("launch",),
     ("plan",),
     ("arguments", "choice"),
-    ("planned", "product", "score_grad", "scratch"),
-    ("backward", "bits", "select"),
+    ("experts", "planned", "product", "score_grad", "scratch"),
+    ("backward", "bits", "grouped", "select"),
     ("many", "ops", "quantized", "score_step"),
     ("__init__",),
 )

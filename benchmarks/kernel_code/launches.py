@@ -10,7 +10,7 @@ from torch import Tensor
 
 from building.ahead import recorded
 from mft_kernels.reference_step import BLOCK
-from mft_kernels.triton import bits, many, ops, score_step, select
+from mft_kernels.triton import bits, grouped, many, ops, score_step, select
 from mft_kernels.triton.launch import Launch
 from mft_kernels.triton.specialise import identity
 from mft_kernels.triton.target import (
@@ -31,6 +31,10 @@ FEATURES = 4096  # N and K
 #: One for each height of a tile, and where one launch makes both gradients and where two do.
 TOKENS = (1, 64, 128, 512, 2048, 4096)
 FEW_TOKENS = (64, 2048)
+#: As many as models have; their places in a program's registers are up to two a thread.
+EXPERTS = 256
+#: Of each expert: one for each height of a tile.
+ROWS = (1, 32, 128, 1024, 4096)
 
 _MAGNITUDE = "magnitude"
 _D_X = [True, False, False, False]
@@ -116,6 +120,7 @@ def _calls(few: bool) -> Calls:
         yield from _usual(m, fp16, fp16)
     for m, masks, dtype in ((8, 3, bf16), (8, 16, bf16), (32, 16, bf16), (64, 16, bf16), (8, 3, fp32)):
         yield from _of_many(m, masks, dtype)
+    yield from over_experts()
     yield from _usual(2048, bf16, bf16, features=1024)  # fewer tiles than multiprocessors
     yield from _usual(64, bf16, bf16, odd=True)
     yield from _rare(64, bf16, bf16, odd=True)
@@ -187,6 +192,43 @@ def _of_many(m: int, masks: int, dtype: torch.dtype) -> Calls:
     packed, tasks = [_empty(FEATURES, FEATURES // 32, dtype=torch.int32)] * masks, _empty(m, dtype=torch.int32)
     name = f"{masks} masks, M = {m}, {_name(dtype)}"
     yield name, lambda: many.masked_linear_many(x, weight, packed, tasks, bias)
+
+
+def over_experts() -> Calls:
+    """All of them."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for rows in ROWS:
+        yield from of_experts(rows, bf16, bf16)
+        yield from of_experts(rows, bf16, fp32)
+        yield from ((name, _in_tf32(call)) for name, call in of_experts(rows, fp32, fp32))
+    yield from of_experts(32, fp32, fp32)
+    yield from of_experts(32, fp16, fp16)
+    yield from of_experts(32, bf16, bf16, odd=True)
+
+
+def of_experts(
+    each: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool = False, features: int = FEATURES
+) -> Calls:
+    """What a layer of experts does in training, and the op; ``each`` has so many rows."""
+    n, k, rows = features, features - odd, EXPERTS * each
+    name = f"experts of {each} rows, {_name(dtype)}, scores {_name(scores_dtype)}{', odd' if odd else ''}"
+    x, grad, weight = (_empty(*shape, dtype=dtype) for shape in ((rows, k), (rows, n), (EXPERTS, n, k)))
+    scores, thresholds = (_empty(*shape, dtype=scores_dtype) for shape in ((EXPERTS, n, k), (EXPERTS,)))
+    words, bias = _empty(EXPERTS, n, -(-k // 32), dtype=torch.int32), _empty(EXPERTS, n, dtype=dtype)
+    offsets = _empty(EXPERTS, dtype=torch.int32)
+    for kind, mask in (("packed", (None, None, words)), ("by scores", (scores, thresholds, None))):
+        run = functools.partial(grouped.grouped_product, weight=weight, offsets=offsets, mode=_MAGNITUDE)
+        run = functools.partial(run, **dict(zip(("scores", "threshold", "packed"), mask)))
+        yield f"forward, {kind}, {name}", functools.partial(run, x, bias=bias, transposed=False)
+        yield f"d_x, {kind}, {name}", functools.partial(run, grad, bias=None, transposed=True)
+    for out in {dtype: None, torch.float32: None}:
+        sums = functools.partial(grouped.grouped_score_grad, _empty(EXPERTS, n, k, dtype=out), grad, x, offsets)
+        yield f"sums in {_name(out)}, {name}", functools.partial(sums, None, None, None, _MAGNITUDE, True)
+    d_scores = functools.partial(
+        grouped.grouped_score_grad, _empty(EXPERTS, n, k, dtype=scores_dtype), grad, x, offsets
+    )
+    yield f"d_scores by scores, {name}", functools.partial(d_scores, weight, scores, None, _MAGNITUDE, False)
+    yield f"d_scores by bits, {name}", functools.partial(d_scores, weight, None, words, _MAGNITUDE, False)
 
 
 def _of_steps(

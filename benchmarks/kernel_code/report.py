@@ -18,7 +18,8 @@ _REGISTERS = 65536
 #: Shared memory that the driver takes from each block.
 _RESERVED = 1024
 #: Kernels whose loop multiplies, and whose grid is as large as the card.
-_PRODUCTS = ("_masked_product_kernel", "_score_grad_kernel", "_backward_kernel")
+_MASKED = ("_masked_product_kernel", "_grouped_product_kernel")
+_PRODUCTS = (*_MASKED, "_score_grad_kernel", "_grouped_score_grad_kernel", "_backward_kernel")
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _faults_of_nvidia(code: sass.Code, compiled: object, name: str, entry: Entry
         yield f"{len(code.loops)} loops multiply, at least {expected} should"
     if any(loop.async_copies == 0 for loop in code.loops) and "odd" not in entry.call:  # copies are of 4 bytes or more
         yield "a loop without asynchronous copies"
-    if name == "_masked_product_kernel" and options["BLOCK_M"] == 16 and not options["MASK_ON_A"]:
+    if name in _MASKED and options["BLOCK_M"] == 16 and not options["MASK_ON_A"]:
         if any(loop.counts["HMMA"] == 0 for loop in code.loops):  # plan._FEW: mma.sync on every card
             yield "a loop without HMMA"
     elif target.arch == 90:
@@ -122,7 +123,7 @@ def _faults_of_hopper(code: sass.Code, compiled: object, name: str, entry: Entry
     for loop in code.loops:
         if loop.full_waits > 1:
             yield f"{loop.full_waits} full waits in a loop of {loop.mma} HGMMA"
-    if entry.target.swapped and name != "_score_grad_kernel":
+    if entry.target.swapped and not name.endswith("_score_grad_kernel"):
         if not any(loop.register_a == loop.mma for loop in code.loops):
             yield "the masked weight does not come from registers"
     elif any(loop.register_a for loop in code.loops) and not entry.target.swapped:

@@ -70,7 +70,7 @@ def _interpreting() -> bool:
 
 def _ops() -> tuple[dict[str, Callable], dict[str, Callable]]:
     """(what a request by name runs, what "auto" runs in its place)."""
-    from . import bits, choice, language, many, ops, quantized, score_step, select
+    from . import bits, choice, grouped, language, many, ops, quantized, score_step, select
 
     chosen = (
         ops.masked_linear,
@@ -84,6 +84,9 @@ def _ops() -> tuple[dict[str, Callable], dict[str, Callable]]:
         many.masked_linear_many,
         many.masked_linear_many_backward,
         select.kept_threshold,
+        select.kept_thresholds,
+        grouped.grouped_product,
+        grouped.grouped_score_grad,
         bits.pack_mask,
         bits.pack_signs,
         score_step.score_step,

@@ -57,7 +57,7 @@ def _backward_kernel(
             start = split * N_SPLIT
             product = product_tile(
                 grad_rows, weight_tiles, keep_tiles, thresholds, token, column, start, min(start + N_SPLIT, N), M, N, K,
-                stride_gm, stride_gn, stride_wn, stride_wk, stride_kn, stride_kk, stride_t,
+                0,                 stride_gm, stride_gn, stride_wn, stride_wk, stride_kn, stride_kk, stride_t,
                 True, MODE, BY_ROW, DESCRIPTORS, MASK_ON_A, PRECISION, UPCAST, BLOCK_M, BLOCK_K, BLOCK_Q, STAGES,
             )  # fmt: skip
             if WHOLE:

@@ -133,23 +133,26 @@ _MEMORY = 2**14
 
 
 @functools.lru_cache(_MEMORY)
-def product_tiles(target: Target, m: int, p: int, q: int, operands: Operands) -> Tiles:
-    """rows: tokens, columns: of P, inner: of Q."""
+def product_tiles(target: Target, m: int, p: int, q: int, operands: Operands, experts: int | None = None) -> Tiles:
+    """rows: tokens, columns: of P, inner: of Q. Of experts, each with m tokens, no sum is split."""
     form = _form(target, operands)
     known = _PRODUCT[form]
     if form == "sm_80" and operands.element == 4:
         known = tuple(t for t in known if t.rows <= 64)  # 128 rows of fp32 spill
     if form == "plain sm_90" and operands.keep == 4:
         known = tuple(t if t.plain else replace(t, inner=32) for t in known)
-    choices = _choices(known, target, m, p, q, operands)
-    return min(choices, key=lambda tiles: product_seconds(target, m, p, q, operands, tiles))
+    if experts is not None and operands.element == 4:
+        known = tuple(t for t in known if t.rows <= 128)  # 256 spill on sm_90, which takes them of one matrix
+    choices = [t for t in _choices(known, target, m, p, q, operands) if t.splits == 1 or experts is None]
+    return min(choices, key=lambda tiles: product_seconds(target, m, p, q, operands, tiles, matrices=experts or 1))
 
 
 def product_seconds(
-    target: Target, m: int, p: int, q: int, operands: Operands, tiles: Tiles, *, share: float = 1.0
+    target: Target, m: int, p: int, q: int, operands: Operands, tiles: Tiles, *, share: float = 1.0, matrices: int = 1
 ) -> float:
-    """What the model expects a product to take that reaches a share of the rate that the makers promise."""
-    return _seconds(target, tiles, operands, [_products(tiles, m, p, q, operands)], m, p, q, share=share)
+    """What the model expects products to take that reach a share of the rate that the makers promise."""
+    jobs = [_products(tiles, m, p, q, operands)]
+    return _seconds(target, tiles, operands, jobs, m, p, q, share=share, matrices=matrices)
 
 
 @functools.lru_cache(_MEMORY)
@@ -212,16 +215,17 @@ def scratch_seconds(target: Target, m: int, p: int, q: int, operands: Operands) 
 
 
 @functools.lru_cache(_MEMORY)
-def outer_tiles(target: Target, m: int, n: int, k: int, operands: Operands) -> Tiles:
-    """rows: of N, columns: of K, inner: of M."""
-    known = (_fit_memory(tiles, target, operands, masks=False) for tiles in _OUTER[_form(target, operands)])
-    return min(known, key=lambda tiles: outer_seconds(target, m, n, k, operands, tiles))
+def outer_tiles(target: Target, m: int, n: int, k: int, operands: Operands, experts: int | None = None) -> Tiles:
+    """rows: of N, columns: of K, inner: of M. Of experts, each with m tokens, no descriptor reads them."""
+    known = [t for t in _OUTER[_form(target, operands)] if experts is None or t.columns <= 128]  # 256 spill on sm_90
+    fitted = [_fit_memory(tiles, target, operands, masks=False) for tiles in known]
+    return min(fitted, key=lambda tiles: outer_seconds(target, m, n, k, operands, tiles, experts or 1))
 
 
-def outer_seconds(target: Target, m: int, n: int, k: int, operands: Operands, tiles: Tiles) -> float:
+def outer_seconds(target: Target, m: int, n: int, k: int, operands: Operands, tiles: Tiles, matrices: int = 1) -> float:
     """What the model expects d_scores to take."""
-    beside = _EPILOGUE_BYTES - 2  # the weight
-    return _seconds(target, tiles, operands, [_outer(tiles, m, n, k, operands)], m, n, k, beside=beside)
+    jobs, beside = [_outer(tiles, m, n, k, operands)], _EPILOGUE_BYTES - 2  # the weight
+    return _seconds(target, tiles, operands, jobs, m, n, k, beside=beside, matrices=matrices)
 
 
 @functools.lru_cache(_MEMORY)
@@ -352,13 +356,15 @@ def _seconds(
     *,
     share: float = 1.0,
     beside: float = 0,
+    matrices: int = 1,
 ) -> float:
     """Of the launch, and of the one that adds up the parts; tokens m, the weight has p x q elements.
 
-    ``beside``: bytes of each of them that move beside weight and mask.
+    ``beside``: bytes of each of them that move beside weight and mask. ``matrices``: that many of all of this.
     """
     card = _card(target)
-    memory = m * (p + q) * operands.element + p * q * (operands.element + operands.keep + beside)
+    memory = matrices * (m * (p + q) * operands.element + p * q * (operands.element + operands.keep + beside))
+    jobs = [replace(kind, count=matrices * kind.count) for kind in jobs]
     rate = _rate(card, operands) * share
     launch = seconds(card, jobs, memory=memory, blocks=tiles.blocks, stages=tiles.stages, rate=rate)
     return launch + sum_seconds(card, math.ceil(q / tiles.part(q)), m * p)

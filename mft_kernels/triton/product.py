@@ -27,13 +27,16 @@ from .tiles import grouped, is_kept, load_bits, load_thresholds, load_tile, stor
 
 @triton.jit
 def product_tile(
-    a, weight, keep, thresholds, row, column, start, stop, M, N, K,
+    a, weight, keep, thresholds, row, column, start, stop, M, N, K, origin,
     stride_am, stride_aq, stride_wn, stride_wk, stride_kn, stride_kk, stride_t,
     TRANSPOSED: tl.constexpr, MODE: tl.constexpr, BY_ROW: tl.constexpr, DESCRIPTORS: tl.constexpr,
     MASK_ON_A: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_P) in fp32 of a @ Wm.T, or a @ Wm if TRANSPOSED, summed over Q from start to stop."""
+    """(BLOCK_M, BLOCK_P) in fp32 of a @ Wm.T, or a @ Wm if TRANSPOSED, summed over Q from start to stop.
+
+    origin: the row of what is read in tiles, weight and scores, at which the matrix begins; words begin at theirs.
+    """
     Q = N if TRANSPOSED else K
     ROWS: tl.constexpr = BLOCK_Q if TRANSPOSED else BLOCK_P
     COLUMNS: tl.constexpr = BLOCK_P if TRANSPOSED else BLOCK_Q
@@ -51,11 +54,11 @@ def product_tile(
         # The weight's tile as it lies in memory: rows of N, columns of K.
         n = q if TRANSPOSED else column
         k = column if TRANSPOSED else q
-        w = load_tile(weight, n, k, N, K, stride_wn, stride_wk, ROWS, COLUMNS, DESCRIPTORS)
+        w = load_tile(weight, origin + n, k, N, K, stride_wn, stride_wk, ROWS, COLUMNS, DESCRIPTORS)
         if MODE == "packed":
             kept = load_bits(keep, n, k, N, K, stride_kn, ROWS, COLUMNS)
         else:
-            scores = load_tile(keep, n, k, N, K, stride_kn, stride_kk, ROWS, COLUMNS, DESCRIPTORS)
+            scores = load_tile(keep, origin + n, k, N, K, stride_kn, stride_kk, ROWS, COLUMNS, DESCRIPTORS)
             if TRANSPOSED and BY_ROW:
                 threshold = load_thresholds(thresholds, n, N, stride_t, BLOCK_Q)
             kept = is_kept(scores, threshold, MODE)
@@ -99,7 +102,7 @@ def _masked_product_kernel(
         column = tile_p * BLOCK_P
         start = split * Q_SPLIT
         sums = product_tile(
-            a, weight, keep, thresholds, row, column, start, min(start + Q_SPLIT, Q), M, N, K,
+            a, weight, keep, thresholds, row, column, start, min(start + Q_SPLIT, Q), M, N, K, 0,
             stride_am, stride_aq, stride_wn, stride_wk, stride_kn, stride_kk, stride_t,
             TRANSPOSED, MODE, BY_ROW, DESCRIPTORS, MASK_ON_A, PRECISION, UPCAST, BLOCK_M, BLOCK_P, BLOCK_Q, STAGES,
         )  # fmt: skip

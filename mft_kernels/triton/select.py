@@ -72,6 +72,19 @@ def kept_threshold(
     return planned.by_plan((scores,), number, run, {"kept": kept, "rank": rank_of(scores.numel(), kept)})[0]
 
 
+def kept_thresholds(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
+    """kept_threshold of each of scores (E, ...), in the same launches: (E,)."""
+    target = target_of(scores.device)
+    return _kth_largest(
+        scores,
+        kept_count(scores[0].numel(), keep_ratio),
+        mode,
+        digits=_digits(target)[scores.element_size(), mode],
+        multiprocessors=target.multiprocessors,
+        matrices=len(scores),
+    )
+
+
 def rank_of(numel: int, kept: int) -> int:
     """Of the threshold among all keys, 1 is the smallest."""
     return numel - max(kept, 1) + 1
@@ -96,23 +109,27 @@ def _kth_largest(
     multiprocessors: int,
     into: Tensor | None = None,
     only_if: Tensor | None = None,
+    matrices: int | None = None,
 ) -> Tensor:
-    numel = scores.numel()
-    threshold = scores.new_empty(()) if into is None else into
+    """``matrices``: of each of so many, (matrices,); None: of all scores, 0-d."""
+    count = matrices or 1
+    numel = scores.numel() // count
+    threshold = scores.new_empty(() if matrices is None else (matrices,)) if into is None else into
     if numel == 0:
         return threshold.fill_(math.inf)
     word = torch.uint16 if scores.element_size() == 2 else torch.uint32
     bits = scores.detach().contiguous().view(word)
-    histograms = torch.zeros((len(digits), 1 << max(digits)), dtype=torch.int64, device=scores.device)
+    histograms = torch.zeros((count, len(digits), 1 << max(digits)), dtype=torch.int64, device=scores.device)
     rank = rank_of(numel, kept)
     options = {"MODE": mode, "SIGN": 1 << (8 * scores.element_size() - 1), "DIGITS": digits, "PITCH": 1 << max(digits)}
     for i in range(len(digits)):
         launch(
             _histogram_kernel,
-            (min(triton.cdiv(numel, _BLOCK), _PROGRAMS * multiprocessors),),
+            (min(triton.cdiv(numel, _BLOCK), triton.cdiv(_PROGRAMS * multiprocessors, count)), count),
             bits,
             histograms,
             only_if,
+            None if matrices is None else numel,
             numel,
             rank,
             **options,
@@ -124,7 +141,7 @@ def _kth_largest(
         )
     launch(
         _threshold_kernel,
-        (1,),
+        (count,),
         histograms,
         threshold.view(word),
         only_if,
@@ -178,18 +195,22 @@ def _count(
 # Counts of one program are int32: it would take 2^31 scores a program, 2^40 on an H100, to overrun them.
 @triton.jit(do_not_specialize=["numel", "rank"])
 def _histogram_kernel(
-    bits, histograms, only_if, numel, rank,
+    bits, histograms, only_if, stride, numel, rank,
     MODE: tl.constexpr, SIGN: tl.constexpr, DIGITS: tl.constexpr, PITCH: tl.constexpr,
     PASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add to histograms[PASS] the digit above bit SHIFT of the keys whose higher digits are those found.
 
     A program takes every num_programs-th block. Whole blocks are loaded without a mask: with one, a numel that 16 does
-    not divide would make every load one score wide.
+    not divide would make every load one score wide. So would it as a stride, which is therefore another argument: that
+    from one matrix to the next, along the grid's second axis; None where there is one.
     """
     if only_if is not None and tl.load(only_if) == 0:
         return
     DIGIT: tl.constexpr = DIGITS[PASS]
+    if stride is not None:
+        bits += tl.program_id(1).to(tl.int64) * stride
+        histograms += tl.program_id(1) * (len(DIGITS) * PITCH)
     found = _select(histograms, rank, PASS, DIGITS, PITCH)
     counts = tl.zeros((1 << DIGIT,), tl.int32)
     blocks = numel // BLOCK
@@ -209,9 +230,13 @@ def _threshold_kernel(
     MODE: tl.constexpr, SIGN: tl.constexpr, DIGITS: tl.constexpr, PITCH: tl.constexpr,
     INFINITY: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """The bits of the key of this rank, of +inf if nothing is kept, of NaN if pass 0 saw a key that is not finite."""
+    """The bits of the key of this rank, of +inf if nothing is kept, of NaN if pass 0 saw a key that is not finite.
+
+    A matrix a program.
+    """
     if only_if is not None and tl.load(only_if) == 0:
         return
+    histograms += tl.program_id(0) * (len(DIGITS) * PITCH)
     key = _select(histograms, rank, len(DIGITS), DIGITS, PITCH)
     if MODE == "magnitude":
         bits = key
@@ -226,4 +251,4 @@ def _threshold_kernel(
         finite = (digit < ((SIGN | INFINITY) >> SHIFT)) & (digit > ((SIGN - 1 - INFINITY) >> SHIFT))
     not_finite = tl.sum(tl.where(finite, 0, tl.load(histograms + digit)), 0)
     bits = tl.where(not_finite > 0, INFINITY | (INFINITY >> 1), bits)  # the quiet NaN
-    tl.store(threshold, bits.to(threshold.dtype.element_ty))
+    tl.store(threshold + tl.program_id(0), bits.to(threshold.dtype.element_ty))

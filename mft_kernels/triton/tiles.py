@@ -72,10 +72,10 @@ def load_thresholds(thresholds, row, rows, stride, ROWS: tl.constexpr):
     """(ROWS, 1): the threshold of each row; stride 0 repeats that of the matrix.
 
     Loaded a row each even where all are equal: a scalar that is spread over the tile makes every HGMMA of the loop
-    wait for its operand (ptxas C7515), and thresholds by row come for nothing.
+    wait for its operand (ptxas C7515), and thresholds by row come for nothing. NaN beyond the edge: nothing is kept.
     """
     r = row + tl.arange(0, ROWS)
-    return tl.load(thresholds + r.to(tl.int64) * stride, mask=r < rows, other=float("inf")).to(tl.float32)[:, None]
+    return tl.load(thresholds + r.to(tl.int64) * stride, mask=r < rows, other=float("nan")).to(tl.float32)[:, None]
 
 
 @triton.jit

@@ -91,6 +91,49 @@ def test_all_tiles_that_can_be_chosen_are_among_those_that_the_report_reads(card
     assert unread == {}
 
 
+@pytest.mark.parametrize("card", launches.targets(), ids=str)
+def test_all_tiles_of_experts_that_can_be_chosen_are_among_those_that_the_report_reads(card):
+    read = {tiles_of(one) for _, call in launches.over_experts() for one in ahead.recorded(call, card)}
+    bf16, fp32 = torch.bfloat16, torch.float32
+    unread = {}
+    for rows, features, scores_dtype in itertools.product((1, 20, 100, 500, 4000), (576, 4096, 14336), (bf16, fp32)):
+        for name, call in launches.of_experts(rows, bf16, scores_dtype, features=features):
+            for launched in ahead.recorded(call, card):
+                if (tiles := tiles_of(launched)) not in read:
+                    unread.setdefault(tiles, f"{name}, {features} features")
+    assert unread == {}
+
+
+@pytest.mark.parametrize("card", [*launches.targets(), target.H100_OLD_TRITON], ids=str)
+def test_any_number_of_rows_of_experts_takes_one_launch_and_at_most_four_binaries(card):
+    keys = set()
+    for rows in (*range(1, 40), *range(40, 4000, 67)):
+        ((_, call), *_) = launches.of_experts(rows, torch.bfloat16, torch.bfloat16, features=576)
+        (launched,) = ahead.recorded(call, card)
+        keys.add(identity(launched.kernel, launched.args, launched.options))
+    assert len(keys) <= 4
+
+
+@pytest.mark.parametrize(
+    ("card", "rows", "calls"),
+    [(target.A100, 1, ("forward, packed", "sums in bfloat16")), (None, 128, ("d_x, packed", "d_scores by bits"))],
+    ids=["sm_80", "sm_90"],
+)
+def test_kernels_over_experts_are_as_they_should_be(card, rows, calls):
+    card = card or launches.targets()[2]
+    for name, call in launches.of_experts(rows, torch.bfloat16, torch.bfloat16):
+        if name.startswith(calls):
+            entry = launches.Entry(card, name, ahead.recorded(call, card)[0])
+            assert report.row(entry).faults == (), name
+            launched = entry.launch
+            compiled = ahead.compile_ahead(launched.kernel, ahead.gpu_target(card), launched.args, launched.options)
+            (loop,) = sass.parse(sass.disassemble(compiled.asm["cubin"])).innermost_loops(sass.is_mma)
+            copies = {one.opcode for one in loop if one.name in ("LDG", "LDGSTS", "UTMALDG")}
+            wide = {opcode for opcode in copies if opcode == "UTMALDG.2D" or opcode.endswith(".128")}
+            assert wide, name
+            assert copies - wide <= {"LDGSTS.E"}, name  # words, one a thread
+
+
 @pytest.mark.parametrize("card", launches.targets()[:4], ids=str)
 def test_a_decoded_token_s_weight_comes_16_bytes_at_a_time_and_each_word_of_its_mask_once(card):
     weight, words = (torch.empty(4096, size, dtype=dtype, device="meta") for size, dtype in WEIGHT_AND_WORDS)

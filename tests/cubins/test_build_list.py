@@ -19,7 +19,7 @@ from mft.masks.banked_linear import BankedLinear, TaskPerRow
 from mft.masks.quantize import QuantizedLinear
 from mft.models.quantized_weight import QuantizedWeight
 from mft_kernels import MaskAdamW, MaskedLinear, backends
-from mft_kernels.triton import bits, many, ops, quantized, score_step, select
+from mft_kernels.triton import bits, grouped, many, ops, quantized, score_step, select
 from mft_kernels.triton.launch import record
 from mft_kernels.triton.specialise import identity
 from mft_kernels.triton.target import assume
@@ -63,6 +63,9 @@ OPTIONS: dict[str, dict[str, tuple]] = {
         "tasks": (torch.int64, torch.int32),
         "tf32": BOTH,
     },
+    "experts_product": {"dtype": DTYPES, "transposed": BOTH},
+    "experts_sums": {"dtype": DTYPES},
+    "experts_selection": {"dtype": DTYPES, "mode": MODES},
     "step": {
         "scores": (FP32, BF16, torch.int16),
         "mode": MODES,
@@ -73,6 +76,29 @@ OPTIONS: dict[str, dict[str, tuple]] = {
         "keep_ratio": (0.9, None),
     },
 }
+EXPERTS = 4
+
+
+def experts_product(m: int, n: int, k: int, dtype: torch.dtype, transposed: bool) -> None:
+    """By words, as layers have it."""
+    a, weight = listed.empty(m, n if transposed else k, dtype=dtype), listed.empty(EXPERTS, n, k, dtype=dtype)
+    words, offsets = (listed.empty(EXPERTS, *rest, dtype=torch.int32) for rest in ((n, -(-k // 32)), ()))
+    grouped.grouped_product(a, weight, None, None, words, offsets, None, "value", transposed)
+
+
+def experts_sums(m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    """Of held layers."""
+    x, grad = listed.empty(m, k, dtype=dtype), listed.empty(m, n, dtype=dtype)
+    out, offsets = listed.empty(EXPERTS, n, k, dtype=FP32), listed.empty(EXPERTS, dtype=torch.int32)
+    grouped.grouped_score_grad(out, grad, x, offsets, None, None, None, "magnitude", True)
+
+
+def experts_selection(n: int, k: int, dtype: torch.dtype, mode: str) -> None:
+    """A threshold each."""
+    select.kept_thresholds(listed.empty(EXPERTS, n, k, dtype=dtype), 0.9, mode)
+
+
+OF_EXPERTS = {each.__name__: each for each in (experts_product, experts_sums, experts_selection)}
 Asked = dict[str, Any]
 #: Why, and what. The installed Triton compiles it, or the reference serves it.
 LEFT_OUT: dict[str, Callable[[Asked], bool]] = {
@@ -80,6 +106,7 @@ LEFT_OUT: dict[str, Callable[[Asked], bool]] = {
         a.get("mask", "words")[0] == FP16 or (a.get("scores") == FP16 and a["wanted"] != "x")
     ),
     "layers have one threshold": lambda a: a.get("by_row", False),
+    "over experts: they would not fit the 60 MB of a bundle": lambda a: a["op"].startswith("experts"),
     "layers freeze the weight": lambda a: "weight" in a.get("wanted", ""),
     "in TF32 the products of layers alone, whose masks are words": lambda a: (
         a["tf32"] and (a["op"].startswith(("codes", "many")) or a.get("mask", "words") != "words")
@@ -117,7 +144,7 @@ def every_call() -> Iterator[tuple[Asked, Callable[..., object]]]:
                 continue
             if (tf32 and asked["dtype"] != FP32) or (mask == "words" and asked.get("by_row") and op != "selection"):
                 continue
-            run = functools.partial(getattr(listed, op), **asked)
+            run = functools.partial(OF_EXPERTS.get(op) or getattr(listed, op), **asked)
             yield {"op": op, **asked, "tf32": tf32}, listed.in_tf32(run) if tf32 else run
 
 
@@ -140,7 +167,7 @@ def unlisted(some: list, target: str) -> list[str]:
 def test_every_op_is_listed_or_left_out_with_a_reason(target):
     wrong, left_out = [], set()
     for asked, call in every_call():
-        without_tokens = asked["op"] in ("selection", "masked_weight", "step")
+        without_tokens = asked["op"] in ("selection", "experts_selection", "masked_weight", "step")
         sizes = [size[1:] for size in SIZES[:3]] if without_tokens else SIZES
         lacks = {lack for size in sizes for lack in missing(call, size, target)}
         reasons = {why for why, is_left_out in LEFT_OUT.items() if is_left_out(asked)}

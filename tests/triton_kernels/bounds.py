@@ -25,10 +25,12 @@ from guarded import guarded
 from mft_kernels import reference_step
 from mft_kernels.fixed_point import fixed_from_float
 from mft_kernels.testing import Inputs, random_inputs
-from mft_kernels.triton import bits, ops, score_step, select, target
+from mft_kernels.triton import bits, grouped, ops, score_step, select, target
 from mft_kernels.triton.launch import launch
 
 TARGETS = (target.INTERPRETER, target.A100, target.H100, target.H100_OLD_TRITON, target.B200, target.MI300X)
+#: Of whose forms experts are tried: pointers and descriptors.
+EXPERTS_ON = (target.INTERPRETER, target.H100)
 #: The last but one has rows of 16 bytes' multiples, which descriptors read; the last makes parts of the sums.
 SHAPES = ((1, 1, 1), (13, 37, 31), (17, 24, 72), (3, 300, 9))
 
@@ -75,6 +77,22 @@ def run_every_op(t: Inputs, out_dtype: torch.dtype, by_row: bool, at_end: bool) 
     ops.accumulate_product(guard(torch.zeros(weight.shape, dtype=out_dtype)), grad, x)
 
 
+def run_experts(t: Inputs, at_end: bool) -> None:
+    """Two experts, whose offsets fall or lie outside; guarded as above."""
+    guard = partial(guarded, at_end=at_end)
+    grad, x = guard(t.grad_output), guard(t.x)
+    weight, scores, bias = (guard(torch.stack([v, v])) for v in (t.weight, t.scores, t.bias))
+    thresholds = guard(select.kept_thresholds(scores, 0.7, "magnitude"))
+    words = guard(torch.stack([bits.pack_mask(s, c, "magnitude") for s, c in zip(scores, thresholds)]))
+    masks = (scores, thresholds, None), (None, None, words)
+    for mask, ends in zip(masks, ((len(x) + 9, 1), (-5, 1 << 30))):
+        offsets = guard(torch.tensor(ends, dtype=torch.int32))
+        grouped.grouped_product(x, weight, *mask, offsets, bias, "magnitude", False)
+        grouped.grouped_product(grad, weight, *mask, offsets, None, "magnitude", True)
+        out = guard(torch.zeros(weight.shape))
+        grouped.grouped_score_grad(out, grad, x, offsets, weight, scores, None, "magnitude", True)
+
+
 def run_score_steps(t: Inputs, at_end: bool) -> None:
     """Both schemes, in two formats of scores; guarded as above."""
     guard = partial(guarded, at_end=at_end)
@@ -117,6 +135,8 @@ def main() -> None:
             for at_end in (True, False):
                 with target.assume(replace(card, multiprocessors=multiprocessors)), guarded_allocation(at_end):
                     run_every_op(t, dtypes[i % 2], by_row=i % 2 == 0, at_end=at_end)
+                    if card in EXPERTS_ON and i == 2:
+                        run_experts(t, at_end)
                     if card is target.INTERPRETER:  # its tiles are the same everywhere
                         run_score_steps(t, at_end)
     print("within bounds")

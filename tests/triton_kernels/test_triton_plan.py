@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mft_kernels.triton import launch, many, ops, plan, target
+from mft_kernels.triton import grouped, launch, many, ops, plan, target
 from mft_kernels.triton.plan import Operands
 
 TARGETS = (target.A100, target.H100, target.H100_OLD_TRITON, target.B200, target.MI300X)
@@ -122,6 +122,29 @@ def test_rows_of_many_masks_fill_the_card_too(card):
         whole = -(-n // product.options["BLOCK_N"])
         assert product.grid[0] >= 0.85 * card.multiprocessors, ((n, k), m, masks, product.grid)
         assert len(sums) == (product.grid[0] > whole)
+
+
+@pytest.mark.parametrize("card", DECODING, ids=["A100", "H100", "H100, old Triton", "B200", "RTX 4090"])
+def test_a_decoded_token_of_experts_fills_the_card_in_one_launch_of_tiles_of_16(card):
+    """8 of 128 experts, and 2 of 8: no value of the offsets is there to be read."""
+    for experts, rows, n, k in ((128, 8, 1536, 2048), (128, 8, 2048, 768), (8, 2, 14336, 4096), (8, 2, 4096, 14336)):
+        weight, words = empty(experts, n, k), empty(experts, n, k // 32, dtype=torch.int32)
+        offsets = empty(experts, dtype=torch.int32)
+        with target.assume(card), launch.record() as launches:
+            grouped.grouped_product(empty(rows, k), weight, None, None, words, offsets, None, "value", False)
+        (product,) = launches
+        jobs = rows * -(-n // product.options["BLOCK_P"])
+        assert product.options["BLOCK_M"] == 16
+        assert product.grid[0] == jobs or product.grid[0] % card.multiprocessors == 0
+        assert product.grid[0] >= 0.85 * card.multiprocessors, ((experts, rows, n, k), product.grid)
+
+
+def test_rows_an_expert_and_not_rows_in_all_choose_the_tile():
+    for card in (target.A100, target.H100):
+        heights = [plan.product_tiles(card, 4096 // e, 4096, 4096, Operands(2), e).rows for e in (1, 8, 128, 1024)]
+        assert heights[0] == heights[1] > heights[2] > heights[3] == 16
+    of_one, of_two = (plan.product_tiles(target.H100, 1, 1024, 4096, Operands(2), e) for e in (None, 1))
+    assert of_one.splits > of_two.splits == 1
 
 
 def test_tiles_fit_shared_memory_with_at_least_two_stages():

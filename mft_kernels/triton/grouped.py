@@ -1,0 +1,262 @@
+"""The ops over experts, each in one launch, whatever rows each expert has; see reference_grouped.py and experts.py.
+
+    product      out (T, P): the rows of expert e = a's @ Wm[e].T (P = N), or @ Wm[e] (P = K); nobody's rows are 0
+    score_grad   out (E, N, K): [out[e] +] (grad.T @ x of the rows of e) [* weight[e]] [* sign[e]]
+
+A tile of the product is one expert's: the last of its tiles may have fewer rows than BLOCK_M. No sum is split: E small
+products fill a card sooner than one does. No tile size was measured on a GPU.
+"""
+
+import math
+
+from torch import Tensor
+
+from .arguments import Keep, aligned, arithmetic, describable, operands, sign_kind, tiled
+from .experts import block_of, expert_of, readable, rows_as_experts, rows_each, rows_of_experts, tiled_matrices
+from .language import tl, triton
+from .launch import by_cubins_or_compiled, launch
+from .plan import EPILOGUE_COLUMNS, outer_tiles, product_tiles
+from .product import product_tile
+from .score_grad import outer_tile, store_gradients
+from .target import Target, target_of
+from .tiles import grouped, store_tile
+
+
+def grouped_product(
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor | None,
+    threshold: Tensor | None,
+    packed: Tensor | None,
+    offsets: Tensor,
+    bias: Tensor | None,
+    mode: str,
+    transposed: bool,
+) -> Tensor:
+    """y[i] = x[i] @ where(keep[e], weight[e], 0).T + bias[e]; transposed: without the .T. Nobody's rows are 0."""
+    if packed is not None:
+        keep = Keep(packed.contiguous(), None, "packed")
+    else:
+        assert scores is not None
+        assert threshold is not None
+        keep = Keep(scores, threshold.contiguous(), mode)
+    (_, n, k), rows = weight.shape, len(x)
+    p, q = (k, n) if transposed else (n, k)
+    if rows == 0 or p == 0 or len(weight) == 0:
+        return x.new_zeros(rows, p)
+    if q == 0:  # the bias, where there is one
+        y = x.new_zeros(len(weight) + 1, p)
+        if bias is not None:
+            y[:-1] = bias
+        return y[rows_as_experts(offsets, rows)]
+    return by_cubins_or_compiled(
+        x.device, lambda target: _product_on(target, x, weight, keep, offsets, bias, transposed)
+    )
+
+
+def _product_on(
+    target: Target, a: Tensor, weight: Tensor, keep: Keep, offsets: Tensor, bias: Tensor | None, transposed: bool
+) -> Tensor:
+    (experts, n, k), rows = weight.shape, len(a)
+    p, q = (k, n) if transposed else (n, k)
+    out = a.new_empty((rows, p))
+    given = operands(weight, keep, aligned(a) and readable(target, weight, *keep.tiled))
+    described = describable(target, given)
+    busy, each = rows_each(rows, experts)
+    tiles = product_tiles(target, each, p, q, given, busy)
+    block = [tiles.inner, tiles.columns] if transposed else [tiles.columns, tiles.inner]
+    most = (rows // tiles.rows + busy) * math.ceil(p / tiles.columns)
+    launch(
+        _grouped_product_kernel,
+        (min(tiles.blocks * target.multiprocessors, most),),
+        tiled(a, [tiles.rows, tiles.inner], described),
+        tiled_matrices(weight, block, described),
+        tiled_matrices(keep.source, block, described and keep.mode != "packed"),
+        keep.thresholds,
+        None if bias is None else bias.contiguous(),
+        out,
+        offsets.contiguous(),
+        rows,
+        experts,
+        n,
+        k,
+        *a.stride(),
+        *weight.stride(),
+        *keep.source.stride(),
+        TRANSPOSED=transposed,
+        MASK_ON_A=target.swapped and not tiles.plain,
+        MODE=keep.mode,
+        DESCRIPTORS=described,
+        HAS_BIAS=bias is not None,
+        BLOCK_E=block_of(experts),
+        BLOCK_M=tiles.rows,
+        BLOCK_P=tiles.columns,
+        BLOCK_Q=tiles.inner,
+        GROUP=tiles.group,
+        STAGES=tiles.stages,
+        num_warps=tiles.warps,
+        maxnreg=tiles.registers,
+        **arithmetic(weight),
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["T", "E"])  # any number of rows, one binary a tile
+def _grouped_product_kernel(
+    a, weight, keep, thresholds, bias, out, offsets, T, E, N, K,
+    stride_am, stride_aq, stride_we, stride_wn, stride_wk, stride_ke, stride_kn, stride_kk,
+    TRANSPOSED: tl.constexpr, MODE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    MASK_ON_A: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """out (T, P)."""
+    P = K if TRANSPOSED else N
+    Q = N if TRANSPOSED else K
+    tl.assume(Q > 0)  # see _masked_product_kernel
+    tiles_p = tl.cdiv(P, BLOCK_P)
+    begins, ends = rows_of_experts(offsets, T, E, BLOCK_E)
+    jobs = tl.cdiv(ends - begins, BLOCK_M) * tiles_p
+    last = tl.cumsum(jobs, 0)
+    for job in tl.range(tl.program_id(0), tl.sum(jobs, 0), tl.num_programs(0)):
+        expert, begin, end, first = expert_of(job, begins, ends, jobs, last, BLOCK_E)
+        tile_p, tile_m = grouped(job - first, tiles_p, tl.cdiv(end - begin, BLOCK_M), GROUP)
+        row = begin + tile_m * BLOCK_M
+        column = tile_p * BLOCK_P
+        w = weight
+        origin = 0
+        if DESCRIPTORS:
+            origin = expert * N
+        else:
+            w = weight + expert.to(tl.int64) * stride_we
+        k = keep
+        if MODE == "packed" or not DESCRIPTORS:
+            k = keep + expert.to(tl.int64) * stride_ke
+        t = thresholds
+        if MODE != "packed":
+            t = thresholds + expert
+        # BY_ROW where there are descriptors: beyond the last of N they read what the next expert keeps, unless a
+        # threshold forbids it.
+        sums = product_tile(
+            a, w, k, t, row, column, 0, Q, end, N, K, origin,
+            stride_am, stride_aq, stride_wn, stride_wk, stride_kn, stride_kk, 0,
+            TRANSPOSED, MODE, DESCRIPTORS, DESCRIPTORS, MASK_ON_A, PRECISION, UPCAST, BLOCK_M, BLOCK_P, BLOCK_Q, STAGES,
+        )  # fmt: skip
+        if HAS_BIAS:
+            p = column + tl.arange(0, BLOCK_P)
+            added = tl.load(bias + expert.to(tl.int64) * P + p, mask=p < P, other=0)
+            sums += added.to(tl.float32)[None, :]
+        store_tile(out, sums, row, column, end, P, P, 1, BLOCK_M, BLOCK_P)
+    nobodys = tl.max(ends, 0)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T - nobodys, BLOCK_M) * tiles_p, tl.num_programs(0)):
+        zeros = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+        row = nobodys + tile // tiles_p * BLOCK_M
+        store_tile(out, zeros, row, tile % tiles_p * BLOCK_P, T, P, P, 1, BLOCK_M, BLOCK_P)
+
+
+def grouped_score_grad(
+    out: Tensor,
+    grad_output: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor | None,
+    scores: Tensor | None,
+    signs: Tensor | None,
+    mode: str,
+    accumulate: bool,
+) -> None:
+    """out[e] = [out[e] +] (grad_output.T @ x of the rows of e) [* weight[e]] [* sign(scores[e])]; out is contiguous.
+
+    An expert without rows has exactly 0, or stays as it is.
+    """
+    (experts, n, k), rows = out.shape, len(x)
+    if rows == 0 or out.numel() == 0:
+        if not accumulate:
+            out.zero_()
+        return
+    sign = None
+    if mode == "magnitude" and weight is not None:
+        sign = scores if signs is None else signs.contiguous()
+    target = target_of(x.device)
+    # No descriptor: what it reads beyond an expert's rows would have to be taken out of both operands again.
+    given = operands(x, None, aligned(grad_output, x))
+    busy, each = rows_each(rows, experts)
+    tiles = outer_tiles(target, each, n, k, given, busy)
+    of_each = math.ceil(n / tiles.rows) * math.ceil(k / tiles.columns)
+    launch(
+        _grouped_score_grad_kernel,
+        (min(tiles.blocks * target.multiprocessors, (busy if accumulate else experts) * of_each),),
+        grad_output,
+        x,
+        offsets.contiguous(),
+        weight,
+        sign,
+        out,
+        rows,
+        experts,
+        n,
+        k,
+        *grad_output.stride(),
+        *x.stride(),
+        *(weight.stride() if weight is not None else (0, 0, 0)),
+        *(sign.stride() if sign is not None else (0, 0, 0)),
+        SIGN=sign_kind(sign),
+        ACCUMULATE=accumulate,
+        BLOCK_E=block_of(experts),
+        BLOCK_N=tiles.rows,
+        BLOCK_K=tiles.columns,
+        BLOCK_M=tiles.inner,
+        GROUP=tiles.group,
+        STAGES=tiles.stages,
+        PIECES=tiles.columns // EPILOGUE_COLUMNS,
+        num_warps=tiles.warps,
+        maxnreg=tiles.registers,
+        **arithmetic(x),
+    )
+
+
+@triton.jit(do_not_specialize=["T", "E"])
+def _grouped_score_grad_kernel(
+    grad, x, offsets, weight, signs, out, T, E, N, K, stride_gm, stride_gn, stride_xm, stride_xk,
+    stride_we, stride_wn, stride_wk, stride_se, stride_sn, stride_sk,
+    SIGN: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
+    STAGES: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """A job is a tile of one expert's matrix; where sums are added up, of an expert that has rows."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    begins, ends = rows_of_experts(offsets, T, E, BLOCK_E)
+    if ACCUMULATE:
+        asked = ends > begins
+    else:
+        asked = tl.arange(0, BLOCK_E) < E
+    jobs = asked.to(tl.int32) * tiles_n * tiles_k
+    last = tl.cumsum(jobs, 0)
+    for job in tl.range(tl.program_id(0), tl.sum(jobs, 0), tl.num_programs(0)):
+        expert, begin, end, first = expert_of(job, begins, ends, jobs, last, BLOCK_E)
+        tile_n, tile_k = grouped(job - first, tiles_n, tiles_k, GROUP)
+        row = tile_n * BLOCK_N
+        column = tile_k * BLOCK_K
+        rows = end - begin
+        g = grad + begin.to(tl.int64) * stride_gm
+        b = x + begin.to(tl.int64) * stride_xm
+        w = weight
+        if weight is not None:
+            w = weight + expert.to(tl.int64) * stride_we
+        s = signs
+        if signs is not None:
+            s = signs + expert.to(tl.int64) * stride_se
+        o = out + expert.to(tl.int64) * N * K
+        if rows > 0:
+            sums = outer_tile(
+                g, b, row, column, rows, N, K, stride_gm, stride_gn, stride_xm, stride_xk,
+                False, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_M, STAGES,
+            )  # fmt: skip
+            store_gradients(
+                sums, w, None, None, s, o, None, row, column, N, K,
+                stride_wn, stride_wk, 0, 0, 0, stride_sn, stride_sk,
+                SIGN, "packed", ACCUMULATE, True, False, BLOCK_N, BLOCK_K, PIECES,
+            )  # fmt: skip
+        elif not ACCUMULATE:
+            store_tile(o, tl.zeros((BLOCK_N, BLOCK_K), tl.float32), row, column, N, K, K, 1, BLOCK_N, BLOCK_K)
