@@ -43,6 +43,7 @@ from mft_kernels import MaskedLinear
 DTYPE = torch.bfloat16
 # sdpa without a mask, as real tensors of whole rows get it; for fake ones transformers makes a mask of T x T.
 _CAUSAL = "sdpa_causal"
+_EAGER = ("gpt_oss",)  # which transformers gives no other attention that needs no further package
 
 
 def simulate_step(config: Mapping[str, Any], workload: Workload, *, steps: int = 1) -> MemoryTracker:
@@ -110,7 +111,8 @@ def fake_model(config: Mapping[str, Any]) -> Any:
     known = AutoConfig.for_model(config["model_type"], **options)
     AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
     AttentionMaskInterface.register(_CAUSAL, lambda *args, **kwargs: None)
-    return AutoModelForCausalLM.from_config(known, attn_implementation=_CAUSAL, dtype=DTYPE)
+    attention = "eager" if known.model_type in _EAGER else _CAUSAL
+    return AutoModelForCausalLM.from_config(known, attn_implementation=attention, dtype=DTYPE)
 
 
 def fake_batch(workload: Workload) -> MicroBatch:

@@ -18,6 +18,9 @@ PUBLISHED = {
     "qwen3-8b": 8_190_735_360,
     "qwen3-32b": 32_762_123_264,
     "smollm2-135m": 134_515_008,
+    "gpt-oss-20b": 20_914_757_184,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
 }
 
 
@@ -32,8 +35,11 @@ def assert_same_shapes(shape, model):
     linears = {n: tuple(m.weight.shape) for n, m in stack[0].named_modules() if isinstance(m, torch.nn.Linear)}
     assert list(linears) == list(shape.linears)
     assert linears == shape.linears
+    stored = {name: tuple(p.shape) for name, p in stack[0].named_parameters() if p.dim() == 3}
+    lie_across = model.config.model_type == "gpt_oss"
+    assert stored == {name: (e, k, n) if lie_across else (e, n, k) for name, (e, n, k) in shape.experts.items()}
     assert len(stack) == shape.layers
-    assert sum(p.numel() for p in stack[0].parameters()) == shape.linear_weights + shape.layer_rest
+    assert sum(p.numel() for p in stack[0].parameters()) == shape.layer_weights + shape.layer_rest
     assert shape.parameters == model.num_parameters()
 
 
@@ -65,6 +71,54 @@ def test_biases_heads_and_ties(changes):
     assert_same_shapes(shape_from_config(config), on_meta(config))
 
 
+SMALL_MIXTURE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "vocab_size": 100,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "num_experts": 8,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "mixtral", "num_experts": None, "num_local_experts": 4, "head_dim": 48},
+        {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 48},
+        {"model_type": "qwen3_moe", "attention_bias": True, "head_dim": 32},
+        {"model_type": "olmoe", "tie_word_embeddings": True},
+        {"model_type": "gpt_oss", "num_experts": None, "num_local_experts": 4, "head_dim": 32},
+    ],
+    ids=str,
+)
+def test_mixtures(changes):
+    """As a config.json has the keys, and as transformers' own dictionary does."""
+    config = {key: value for key, value in (SMALL_MIXTURE | changes).items() if value is not None}
+    model, shape = on_meta(config), shape_from_config(config, "mine")
+    assert_same_shapes(shape, model)
+    assert shape_from_config(model.config.to_dict(), "mine") == shape
+
+
+def test_a_token_is_multiplied_by_the_experts_it_is_routed_to():
+    """The published counts of active parameters; of gpt-oss without the embedding."""
+    for name, active in (("gpt-oss-20b", 3.6e9), ("mixtral-8x7b", 12.9e9), ("qwen3-30b-a3b", 3.3e9)):
+        shape = shape_from_config(known_config(name), name)
+        asleep = shape.layers * (shape.layer_weights - shape.used_weights)
+        ours = shape.parameters - asleep - (shape.embedding if name == "gpt-oss-20b" else 0)
+        assert ours == pytest.approx(active, rel=0.02)
+
+
+def test_experts_that_see_a_token():
+    mixture = shape_from_config(known_config("qwen3-30b-a3b")).mixture
+    assert mixture.busy(1) == pytest.approx(8)
+    assert mixture.busy(2) == pytest.approx(8 + 8 * 120 / 128)
+    assert mixture.busy(4096) == pytest.approx(128)
+
+
 def test_smollm2_is_the_one_that_is_fetched(smollm2_dir):
     config = AutoConfig.from_pretrained(smollm2_dir, local_files_only=True).to_dict()
     ours, theirs = (shape_from_config(c, "smollm2-135m") for c in (known_config("smollm2-135m"), config))
@@ -93,3 +147,31 @@ def test_what_is_refused():
         shape_from_config(config, dtype="int8")
     with pytest.raises(ValueError, match="did you mean llama2-7b"):
         known_config("lama2-7b")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"mlp_only_layers": [0]},
+            r"experts in every layer.*mine has dense layers between them \(mlp_only_layers=\[0\]",
+        ),
+        ({"decoder_sparse_step": 2}, r"mine has dense layers between them \(decoder_sparse_step=2\)"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok must be at most 8, the number of experts.*got 9"),
+        ({"num_experts": 0}, "num_experts must be a positive integer in the config of mine, got 0"),
+    ],
+)
+def test_mixtures_that_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        shape_from_config(SMALL_MIXTURE | {"model_type": "qwen3_moe"} | changes, "mine")
+
+
+def test_targets_of_a_mixture():
+    shape = shape_from_config(known_config("qwen3-30b-a3b"), "qwen3-30b-a3b")
+    assert shape.targets(None) == [*shape.linears, "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert shape.targets(["experts.down_proj"]) == shape.targets(["down_proj"]) == ["mlp.experts.down_proj"]
+    shared = shape_from_config(SMALL_MIXTURE | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 48})
+    assert "mlp.shared_expert_gate" not in shared.targets(None)
+    assert shared.targets(["down_proj"]) == ["mlp.shared_expert.down_proj", "mlp.experts.down_proj"]
+    with pytest.raises(ValueError, match="v_proj, o_proj, gate_up_proj, down_proj.*did you mean gate_up_proj"):
+        shape.targets(["gateup_proj"])

@@ -50,7 +50,7 @@ def run_estimate(
         return choice.way is not None
     say(title(shape, workload))
     console.print(table(shape, workload, choice, device_bytes, host_bytes))
-    for line in remarks(workload, choice):
+    for line in remarks(shape, workload, choice):
         say(line)
     if assumed:
         option = "--host" if workload.device == "cuda" else "--cpu"
@@ -115,7 +115,7 @@ def table(
     return found
 
 
-def remarks(workload: Workload, choice: Choice) -> list[str]:
+def remarks(shape: ModelShape, workload: Workload, choice: Choice) -> list[str]:
     """What a reader of the table must know."""
     lines = [f"memory: {choice.way}. {choice.reason}" if choice.way else choice.reason]
     if choice.way is None:
@@ -130,6 +130,7 @@ def remarks(workload: Workload, choice: Choice) -> list[str]:
         refusal = choice.refusals.get("quantized")
         would = f"cannot be taken: {refusal}" if refusal else f"would fit in {gigabytes(quantized.device_peak)}"
         lines.append(f"quantized, which auto leaves alone since it changes the base, {would}")
+    lines += _of_mixture(shape, choice)
     reserve = RESERVE[workload.device]
     if reserve:
         lines.append(f"{gigabytes(reserve)} of the GPU are set aside for its context and the allocator's fragments")
@@ -195,6 +196,30 @@ def as_dictionary(
 
 
 # ---------------------------------------------------------------------------------------------- private
+
+
+def _of_mixture(shape: ModelShape, choice: Choice) -> list[str]:
+    """What is said of experts, and of what comes with them."""
+    mixture, lines = shape.mixture, []
+    if mixture is None:
+        return lines
+    held = shape.layers * (shape.layer_weights - sum(n * k for n, k in shape.linears.values())) * shape.dtype_bytes
+    weights = f"{gigabytes(held)} of the {gigabytes(shape.parameters * shape.dtype_bytes)} of weights"
+    lines.append(
+        f"{mixture.experts} experts a layer, {mixture.top_k} for each token: {weights}, and all of them are held"
+    )
+    if any(one.quantized for one in choice.estimates.values()):
+        lines[-1] += "; a base in few bits keeps them exact"
+    if shape.checkpoint:
+        lines.append(
+            f"the checkpoint holds weights in {shape.checkpoint}; masks need them dequantised, and so they are counted"
+        )
+    if shape.has_sinks:
+        lines.append(
+            "attention is counted as transformers runs it without further packages, eagerly: T x T a head. Shorter rows "
+            "need much less"
+        )
+    return lines
 
 
 def _gb(size: float | None) -> str:

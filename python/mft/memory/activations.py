@@ -11,11 +11,15 @@ Saved for the backward pass of a layer with hidden x of t tokens (units: element
 
 The backward pass peaks where the gradient of the product becomes those of silu(gate) and up (3 F at once), or, in wide
 models with a narrow MLP, in the norm between attention and MLP (five fp32 copies of D), or in attention itself.
+Where attention is eager, it keeps its T x T probabilities a head, and each pass has three tensors of that size at once.
+A mixture's experts stand in the place of gate, up and down: see routed.py.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from mft.memory.mixture import DOWN, GATE_UP
+from mft.memory.routed import Routed
 from mft.memory.shapes import ModelShape
 
 CHUNK = 128  # tokens whose logits exist together; token_loss.CHUNK
@@ -29,19 +33,21 @@ class Layer:
     """One decoder layer at work on ``tokens`` tokens.
 
     Args:
-        masked: names of its masked linears.
+        masked: names of its masked linears and experts.
+        rows: that the tokens are of, all of one length.
         input_grad: whether the gradient with respect to its input is asked for.
         dense: bytes of the largest matrix that is made from a quantised one for one product; 0 if none is.
-        score_grad: bytes of the largest gradient that autograd returns before it is added (plain); 0 if none is.
+        score_bytes: of the gradient, a score, that autograd returns before it is added (plain); 0 if none is.
         flash: whether attention is a GPU's, whose backward pass sums dq in fp32.
     """
 
     shape: ModelShape
     tokens: int
     masked: Collection[str]
+    rows: int = 1
     input_grad: bool = True
     dense: int = 0
-    score_grad: int = 0
+    score_bytes: int = 0
     flash: bool = False
 
     @property
@@ -52,23 +58,29 @@ class Layer:
     @property
     def saved(self) -> int:
         """What autograd keeps from the forward pass to the backward pass."""
-        return self._saved_attention + self._saved_mlp
+        return self._saved_attention + (self._saved_mlp if self._routed is None else self._routed.saved)
 
     @property
     def peak(self) -> int:
         """The most that recomputing it and its backward pass hold, its input and its output's gradient included."""
-        return self._ends + max(self.saved + self.transient, self._norm_peak, self._attention_peak)
+        routed = self._routed
+        mlp = self._saved_attention + (self._saved_mlp + self.transient if routed is None else routed.peak)
+        return self._ends + max(mlp, self._norm_peak, self._attention_peak)
 
     @property
     def forward_peak(self) -> int:
-        """The most that the layer holds without autograd: four of hidden size, and SwiGLU's three."""
-        return 4 * self.hidden + 3 * self._width(self.shape.intermediate)
+        """The most that the layer holds without autograd: four of hidden size, and SwiGLU's three, or experts' rows."""
+        mlp = 3 * self._width(self.shape.intermediate) if self._routed is None else self._routed.forward_peak
+        return 4 * self.hidden + max(mlp, 3 * self._probabilities + 3 * self._width(self._q))
 
     @property
     def transient(self) -> int:
         """What the backward pass adds to ``saved`` at its peak in the MLP."""
         product = self._width(self.shape.intermediate)
-        down = product + max(self.dense, self.score_grad)  # d_x of down, beside the dense weight or the new d_scores
+        scores = [n * k for name, (n, k) in self.shape.linears.items() if name in self.masked]
+        down = product + max(
+            self.dense, max(scores, default=0) * self.score_bytes
+        )  # d_x of down, beside the dense weight or the new d_scores
         swiglu = 3 * product - (product if self._is_masked("down_proj") else 0)
         return max(down, swiglu)
 
@@ -88,16 +100,38 @@ class Layer:
         return self.tokens * self.shape.hidden * 4
 
     @property
+    def _routed(self) -> Routed | None:
+        mixture = self.shape.mixture
+        if mixture is None:
+            return None
+        gate_up, down = (name in self.masked for name in (GATE_UP, DOWN))
+        return Routed(mixture, self.tokens, self.shape.dtype_bytes, gate_up, down, self.score_bytes)
+
+    @property
+    def _q(self) -> int:
+        return self.shape.heads * self.shape.head_dim
+
+    @property
+    def _probabilities(self) -> int:
+        """T x (T + 1) a head, the sink's included, of eager attention."""
+        if not self.shape.has_sinks:
+            return 0
+        return self.tokens * self.shape.heads * (self.tokens // self.rows + 1) * self.shape.dtype_bytes
+
+    @property
     def _saved_attention(self) -> int:
         shape = self.shape
-        q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        q, kv = self._q, shape.kv_heads * shape.head_dim
         saved = self._norm  # of the norm before the MLP
         if self.input_grad and shape.dtype_bytes != 4:
             saved += self._norm
         if self._is_masked("q_proj", "k_proj", "v_proj"):
             saved += self.hidden
-        if shape.qk_norm:
+        if shape.qk_norms:
             saved += self.tokens * (q + kv) * 4
+        if shape.has_sinks:  # q, and k and v a copy for each head of it; where the largest logit is
+            heads = 8 * self.tokens * shape.heads
+            return saved + self._probabilities + self._width(4 * q if self._is_masked("o_proj") else 3 * q) + heads
         return saved + self._width(2 * q + 2 * kv) + 4 * self.tokens * shape.heads
 
     @property
@@ -116,7 +150,10 @@ class Layer:
     @property
     def _attention_peak(self) -> int:
         shape = self.shape
-        q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        q, kv = self._q, shape.kv_heads * shape.head_dim
+        if shape.has_sinks:
+            inputs = self.hidden if self._is_masked("q_proj", "k_proj", "v_proj") else 0
+            return 3 * self._probabilities + self._width(3 * q) + self._norm + inputs + self.hidden
         gradients = self._width(2 * q + 2 * kv)  # of the output, q, k, v
         if self.flash:
             gradients += 4 * self.tokens * q

@@ -74,6 +74,7 @@ def estimate(shape: ModelShape, workload: Workload) -> Estimate:
     phases = {"plain": _plain, "layerwise": _layerwise}.get(workload.memory, _resident)(run)
     for sizes in phases.values():
         sizes["teacher"] = workload.teacher_bytes
+        sizes["activations"] = sizes.get("activations", 0) + run.attention_masks
     host, loading = run.host(), run.loading()
     if workload.device == "cpu":
         for sizes in phases.values():
@@ -99,9 +100,8 @@ def _plain(run: "_Run") -> dict[str, Sizes]:
         "gradients": run.masked_weights * int(SCORE_BYTES[workload.scores]),
         "states": run.states,
     }
-    largest = max(n * k for n, k in run.matrices) * int(SCORE_BYTES[workload.scores])
-    score_grad = largest if workload.own_accumulation > 1 else 0
-    above = [run.layer(i, score_grad=score_grad) for i in range(run.first, shape.layers)]
+    score_bytes = int(SCORE_BYTES[workload.scores]) if workload.own_accumulation > 1 else 0
+    above = [run.layer(i, score_bytes=score_bytes) for i in range(run.first, shape.layers)]
     kept = [layer.hidden if workload.gradient_checkpointing else layer.saved for layer in above]
     peaks = [sum(kept[:i]) + layer.peak for i, layer in enumerate(above)]
     return {
@@ -143,6 +143,8 @@ def _layerwise(run: "_Run") -> dict[str, Sizes]:
     boundaries = _LAYERWISE_BOUNDARIES * run.hidden
     top = {"weights": run.weights_of_layer[-1] + run.outside - run.embedding_alone, "masks": run.mask_bytes[-1]}
     larger("forward", top | {"activations": run.layer(depth - 1).forward_peak, "boundaries": boundaries})
+    for i in range(depth - 1):  # of experts two layers' weigh more than all that one layer's way down holds
+        larger("forward", two(i, i + 1) | {"activations": run.layer(i).forward_peak, "boundaries": boundaries})
     larger("loss", top | {"logits": run.loss, "boundaries": boundaries, "reference": run.reference(3)})
     for i in range(run.first, depth):
         gradients = run.weights_masked_in(i) * run.grad_bytes
@@ -182,7 +184,7 @@ class _Run:
         self.masks = [i in layers for i in range(depth)]
         self.first = min(layers)
         self.matrices_of_layer = [
-            [shape.linears[name] for name in shape.linears if name in self.targets] if masked else []
+            [matrix for name, matrix in shape.matrices.items() if name in self.targets] if masked else []
             for masked in self.masks
         ]
         self.matrices = [matrix for matrices in self.matrices_of_layer for matrix in matrices]
@@ -201,6 +203,13 @@ class _Run:
     def hidden(self) -> int:
         """A boundary."""
         return self.workload.tokens * self.shape.hidden * self.shape.dtype_bytes
+
+    @property
+    def attention_masks(self) -> int:
+        """What eager attention adds to its scores, of full layers and of those with a window: there at every time."""
+        workload = self.workload
+        squares = 2 * workload.tokens * workload.sequence if self.shape.has_sinks else 0
+        return squares * self.shape.dtype_bytes
 
     @property
     def outside(self) -> int:
@@ -245,7 +254,7 @@ class _Run:
         """Where several processes sum gradients of 16 bits: one matrix in fp32."""
         return 4 * max(n * k for n, k in matrices) if self.workload.processes > 1 and grad_bytes == 2 else 0
 
-    def layer(self, index: int, *, score_grad: int = 0) -> Layer:
+    def layer(self, index: int, *, score_bytes: int = 0) -> Layer:
         masked = self.targets if self.masks[index] else set()
         dense = [
             matrix for name, matrix in self.shape.linears.items() if self.workload.quantize_masked or name not in masked
@@ -254,9 +263,10 @@ class _Run:
             self.shape,
             self.workload.tokens,
             masked,
+            rows=self.workload.micro_batch,
             input_grad=index > self.first,
             dense=self._dense(dense) if self.workload.quantization else 0,
-            score_grad=score_grad if masked else 0,
+            score_bytes=score_bytes,
             flash=self.workload.device == "cuda",
         )
 
@@ -299,7 +309,7 @@ class _Run:
 
     def _weights(self, layer: int) -> int:
         shape, workload = self.shape, self.workload
-        size = shape.layer_rest * shape.dtype_bytes
+        size = (shape.layer_rest + sum(e * n * k for e, n, k in shape.experts.values())) * shape.dtype_bytes
         for name, (n, k) in shape.linears.items():
             if not self._is_quantized(layer, name):
                 size += n * k * shape.dtype_bytes

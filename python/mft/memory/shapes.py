@@ -3,6 +3,8 @@
 A decoder layer of the families known here (Llama and what is built like it):
 
     norm -> q, k, v (-> norms of q and k) -> rotary -> attention -> o -> + -> norm -> gate, up -> down -> +
+
+In a mixture the last three are a router and experts: see mixture.py.
 """
 
 import json
@@ -13,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from mft.checks import nearest
+from mft.memory import mixture
+from mft.memory.mixture import Mixture, mixture_from_config, positive
 
 KNOWN_MODELS = Path(__file__).with_name("known_models")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *mixture.FAMILIES)
+_NEVER_MASKED = ("shared_expert_gate",)  # a linear layer that decides how much of the shared expert is added
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -25,9 +30,12 @@ class ModelShape:
 
     Args:
         linears: of one decoder layer, by name within it, such as "self_attn.q_proj": (N, K); in the order of use.
-        biases: elements of all biases of one layer.
-        qk_norm: whether the heads of q and k are normalised (two norms of head_dim).
-        sliding_window: tokens that attention sees; None for all.
+        biases: elements of all biases of one layer, those of experts apart.
+        qk_norms: elements of the two norms of q and k; 0 where they are not normalised.
+        sliding_window: tokens that attention sees; None for all, and where attention holds T x T scores anyhow.
+        has_sinks: whether attention has a learned sink a head; transformers then runs it eagerly, with T x T scores.
+        mixture: the experts of every layer; None where there are none, and linears has the MLP.
+        checkpoint: what the published checkpoint holds its weights in where that is not dtype_bytes, such as "mxfp4".
         dtype_bytes: of a weight.
     """
 
@@ -42,19 +50,39 @@ class ModelShape:
     tied: bool
     linears: Mapping[str, tuple[int, int]]
     biases: int = 0
-    qk_norm: bool = False
+    qk_norms: int = 0
     sliding_window: int | None = None
+    has_sinks: bool = False
+    mixture: Mixture | None = None
+    checkpoint: str | None = None
     dtype_bytes: int = 2
 
     @cached_property
-    def linear_weights(self) -> int:
-        """Elements of one layer's linear weights."""
-        return sum(n * k for n, k in self.linears.values())
+    def experts(self) -> dict[str, tuple[int, int, int]]:
+        """The parameters (E, N, K) that hold a layer's experts, by name within it."""
+        return {} if self.mixture is None else self.mixture.matrices
+
+    @cached_property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """All of one layer's weights that a mask may be of, as rows and columns: an (E, N, K) is (E * N, K)."""
+        return dict(self.linears) | {name: (count * n, k) for name, (count, n, k) in self.experts.items()}
+
+    @cached_property
+    def layer_weights(self) -> int:
+        """Elements of one layer's linears and experts."""
+        return sum(n * k for n, k in self.matrices.values())
+
+    @cached_property
+    def used_weights(self) -> int:
+        """Those that one token is multiplied by: of the experts its top_k."""
+        linears = sum(n * k for n, k in self.linears.values())
+        return linears + sum(self.used(name) for name in self.experts)
 
     @property
     def layer_rest(self) -> int:
-        """Elements of one layer that are no linear weight: norms and biases."""
-        return 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0) + self.biases
+        """Elements of one layer that no mask is of: norms, biases, sinks, the router."""
+        rest = 2 * self.hidden + self.qk_norms + self.biases + (self.heads if self.has_sinks else 0)
+        return rest + (0 if self.mixture is None else self.mixture.rest)
 
     @property
     def embedding(self) -> int:
@@ -64,24 +92,31 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """Elements of the whole model; a tied head counts once."""
-        layers = self.layers * (self.linear_weights + self.layer_rest)
+        layers = self.layers * (self.layer_weights + self.layer_rest)
         return layers + self.embedding * (1 if self.tied else 2) + self.hidden
 
+    def used(self, name: str) -> int:
+        """Elements of this matrix that one token is multiplied by."""
+        rows, columns = self.matrices[name]
+        if self.mixture is None or name not in self.experts:
+            return rows * columns
+        return rows * columns // self.mixture.experts * self.mixture.top_k
+
     def targets(self, names: list[str] | None) -> list[str]:
-        """The linears whose name ends in one of names, in the order of use; all if None.
+        """The matrices whose name ends in one of names, in the order of use; attention and MLP, or experts, if None.
 
         Raises: ValueError for a name that is none.
         """
         if names is None:
-            return list(self.linears)
+            return [matrix for matrix in self.matrices if not matrix.endswith(_NEVER_MASKED)]
         for name in names:
-            if not any(_ends_with(linear, name) for linear in self.linears):
-                known = [linear.rpartition(".")[2] for linear in self.linears]
+            if not any(_ends_with(matrix, name) for matrix in self.matrices):
+                known = list(dict.fromkeys(matrix.rpartition(".")[2] for matrix in self.matrices))
                 raise ValueError(
                     f"target_modules must name linear layers of {self.name} ({', '.join(known)}), got {name!r}"
                     f"{nearest(name, known)}"
                 )
-        return [linear for linear in self.linears if any(_ends_with(linear, name) for name in names)]
+        return [matrix for matrix in self.matrices if any(_ends_with(matrix, name) for name in names)]
 
 
 def shape_from_config(config: Mapping[str, Any], name: str | None = None, *, dtype: str | None = None) -> ModelShape:
@@ -103,16 +138,23 @@ def shape_from_config(config: Mapping[str, Any], name: str | None = None, *, dty
     if dtype is not None and dtype not in _DTYPE_BYTES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPE_BYTES)}, got {dtype!r}")
     hidden, intermediate, layers, heads, vocabulary = (
-        _positive(config, key, name)
+        positive(config, key, name)
         for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     )
-    kv_heads = _positive(config, "num_key_value_heads", name, heads)
-    head_dim = _positive(config, "head_dim", name, hidden // heads)
+    kv_heads = positive(config, "num_key_value_heads", name, heads)
+    head_dim = positive(config, "head_dim", name, hidden // heads)
     q, kv = heads * head_dim, kv_heads * head_dim
-    attention_bias = config.get("attention_bias", False)
-    biases = (q + 2 * kv + (0 if family == "qwen2" else hidden)) if attention_bias or family == "qwen2" else 0
-    if config.get("mlp_bias"):
-        biases += 2 * intermediate + hidden
+    experts = mixture_from_config(config, name)
+    linears = {
+        "self_attn.q_proj": (q, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, q),
+    }
+    if experts is None:
+        linears |= _mlp("mlp", intermediate, hidden)
+    elif experts.shared:
+        linears |= _mlp("mlp.shared_expert", experts.shared, hidden) | {"mlp.shared_expert_gate": (1, hidden)}
     return ModelShape(
         name=name,
         hidden=hidden,
@@ -123,18 +165,13 @@ def shape_from_config(config: Mapping[str, Any], name: str | None = None, *, dty
         head_dim=head_dim,
         vocabulary=vocabulary,
         tied=bool(config.get("tie_word_embeddings", False)),
-        linears={
-            "self_attn.q_proj": (q, hidden),
-            "self_attn.k_proj": (kv, hidden),
-            "self_attn.v_proj": (kv, hidden),
-            "self_attn.o_proj": (hidden, q),
-            "mlp.gate_proj": (intermediate, hidden),
-            "mlp.up_proj": (intermediate, hidden),
-            "mlp.down_proj": (hidden, intermediate),
-        },
-        biases=biases,
-        qk_norm=family == "qwen3",
-        sliding_window=config.get("sliding_window") if config.get("use_sliding_window", family == "mistral") else None,
+        linears=linears,
+        biases=_biases(config, q, kv),
+        qk_norms={"qwen3": 2 * head_dim, "qwen3_moe": 2 * head_dim, "olmoe": q + kv}.get(family, 0),
+        sliding_window=_window(config),
+        has_sinks=family == "gpt_oss",
+        mixture=experts,
+        checkpoint=_checkpoint(config),
         dtype_bytes=_DTYPE_BYTES[dtype or "bfloat16"],
     )
 
@@ -156,12 +193,35 @@ def known_config(name: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _positive(config: Mapping[str, Any], key: str, name: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{key} must be a positive integer in the config of {name}, got {value!r}")
-    return value
+def _mlp(name: str, intermediate: int, hidden: int) -> dict[str, tuple[int, int]]:
+    return {
+        f"{name}.gate_proj": (intermediate, hidden),
+        f"{name}.up_proj": (intermediate, hidden),
+        f"{name}.down_proj": (hidden, intermediate),
+    }
+
+
+def _biases(config: Mapping[str, Any], q: int, kv: int) -> int:
+    """Elements of the biases of attention, and of an MLP that is no mixture."""
+    family, hidden = config["model_type"], config["hidden_size"]
+    biases = 0
+    if family == "qwen2" or (family == "qwen2_moe" and config.get("qkv_bias", True)):
+        biases = q + 2 * kv
+    elif config.get("attention_bias", family == "gpt_oss"):
+        biases = q + 2 * kv + hidden
+    return biases + (2 * config["intermediate_size"] + hidden if config.get("mlp_bias") else 0)
+
+
+def _window(config: Mapping[str, Any]) -> int | None:
+    """Beyond it attention needs a mask of T x T, which eager attention has for every row."""
+    family = config["model_type"]
+    is_used = config.get("use_sliding_window", family in ("mistral", "mixtral"))
+    return config.get("sliding_window") if is_used and family != "gpt_oss" else None
+
+
+def _checkpoint(config: Mapping[str, Any]) -> str | None:
+    settings = config.get("quantization_config")
+    return settings.get("quant_method") if isinstance(settings, Mapping) else None
 
 
 def _ends_with(name: str, suffix: str) -> bool:

@@ -39,21 +39,25 @@ def step_seconds(shape: ModelShape, workload: Workload, masked: Sequence[bool], 
     depth, first = shape.layers, masked.index(True)
     above = depth - first
     # A multiply and an add a weight and token; causal attention sees half of the sequence, in two products.
-    linear = 2 * shape.linear_weights
+    linear = 2 * sum(n * k for n, k in shape.linears.values())
     attention = 2 * workload.sequence * shape.heads * shape.head_dim
-    forward = (depth + (0 if workload.memory == "plain" and not workload.gradient_checkpointing else above)) * (
-        linear + attention
-    )
+    forwards = depth + (0 if workload.memory == "plain" and not workload.gradient_checkpointing else above)
+    forward = forwards * (linear + attention)
     named = shape.targets(None if workload.target_modules is None else list(workload.target_modules))
-    trained = sum(masked) * sum(shape.linears[name][0] * shape.linears[name][1] for name in named)
-    backward = above * (linear + 2.5 * attention) + 2 * trained
-    head = 4 * shape.embedding
+    trained = sum(masked) * sum(n * k for n, k in (shape.matrices[name] for name in named))
+    backward = above * (linear + 2.5 * attention)
+    backward += 2 * sum(masked) * sum(shape.used(name) for name in named if name in shape.linears)
+    head, passes = 4 * shape.embedding, forwards + above
     if workload.objective == "kl":  # the base goes up in every step; of dpo once a row, of a teacher elsewhere
-        forward, head = forward + above * (linear + attention), head + 2 * shape.embedding
+        forward, head, passes = forward + above * (linear + attention), head + 2 * shape.embedding, passes + above
     compute = tokens * (forward + backward + head) / speeds.flops
+    for name in shape.experts:
+        compute += workload.own_accumulation * passes * _routed_seconds(shape, workload, name)
+        if name in named:  # the gradient is read and written where it is added to
+            compute += workload.own_accumulation * sum(masked) * _routed_seconds(shape, workload, name, touched=2)
     if workload.quantization is not None:  # a dense matrix is written and read for each product, thrice a layer
-        passes = workload.own_accumulation * (depth + 2 * above) * shape.linear_weights
-        compute += passes * 2 * shape.dtype_bytes / speeds.memory
+        made = workload.own_accumulation * (depth + 2 * above) * linear // 2
+        compute += made * 2 * shape.dtype_bytes / speeds.memory
     update = trained * (2 * workload.state_bytes + 2 * shape.dtype_bytes) / speeds.memory
     if workload.memory == "plain":
         return compute + update
@@ -63,3 +67,11 @@ def step_seconds(shape: ModelShape, workload: Workload, masked: Sequence[bool], 
         # Weights up, and down again; below the first masked layer a boundary goes and comes, above the gradient too.
         travels = sum(weights) + sum(weights[first:]) + (2 * depth + 4 * above) * boundary
     return max(compute, travels / speeds.link) + max(update, 2 * trained * workload.state_bytes / speeds.link)
+
+
+def _routed_seconds(shape: ModelShape, workload: Workload, name: str, touched: int = 1) -> float:
+    """A micro-batch's product with experts: arithmetic, or ``touched`` times all weights that see a token in memory."""
+    assert shape.mixture is not None
+    speeds, (_, n, k) = SPEEDS[workload.device], shape.experts[name]
+    arithmetic = 2 * workload.tokens * shape.used(name) / speeds.flops
+    return max(arithmetic, touched * shape.mixture.busy(workload.tokens) * n * k * shape.dtype_bytes / speeds.memory)

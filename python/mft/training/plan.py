@@ -158,7 +158,7 @@ def _check_disk(config: RunConfig, shape: ModelShape, workload: Workload) -> Non
     """Raise unless the masks, 1 bit a weight, and the logs fit beside output_dir."""
     layers = shape.layers if workload.layers is None else len(workload.layers)
     targets = shape.targets(None if workload.target_modules is None else list(workload.target_modules))
-    weights = layers * sum(n * k for n, k in (shape.linears[name] for name in targets))
+    weights = layers * sum(n * k for n, k in (shape.matrices[name] for name in targets))
     directory = Path(config.output_dir).absolute()
     while not directory.exists():
         directory = directory.parent

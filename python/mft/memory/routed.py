@@ -1,0 +1,129 @@
+"""What routing tokens through experts holds on the device beside weights; bytes, pure Python.
+
+As transformers' grouped_mm runs them: rows are gathered for each token and its experts, sorted by expert, multiplied,
+weighed and put back. Saved for the backward pass (units: elements a row; there are top_k rows a token):
+
+    gather      D if gate_up_proj is masked (a frozen product saves no input)
+    gate        gate_up's 2 F, silu(gate) F; 6 F where both are clamped
+    product     F if down_proj is masked
+    weighing    D, what down_proj made
+    places      of rows in the sort, and each token's router probabilities in fp32
+
+Each pass has a few moments at which it may hold the most; they are the lists below.
+"""
+
+from dataclasses import dataclass
+
+from mft.memory.mixture import DOWN, GATE_UP, Mixture
+
+_PLACES = 40  # bytes a row: its expert, its place before and after the sort, which token it is, its weight
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The experts of one layer at work on ``tokens`` tokens.
+
+    Args:
+        gate_up, down: which of the two are masked.
+        dtype_bytes: of the model. score_bytes: of the gradient, a score, that autograd returns before it is added
+            (plain); 0 if none is.
+    """
+
+    mixture: Mixture
+    tokens: int
+    dtype_bytes: int
+    gate_up: bool
+    down: bool
+    score_bytes: int = 0
+
+    @property
+    def saved(self) -> int:
+        """What autograd keeps from the forward pass to the backward pass."""
+        return self._gathered + self._gate + self._product + self._hidden + self._places + self._shared_saved
+
+    @property
+    def peak(self) -> int:
+        """The most that both passes hold, beside what the layer had saved before."""
+        return self._shared_saved + max(*self._forward, *self._backward)
+
+    @property
+    def forward_peak(self) -> int:
+        """The most without autograd."""
+        weighing = 2 * self._hidden + 2 * self._weighed + self._biases(self._hidden)
+        gating = self._hidden + 4 * self._wide + self._biases(2 * self._wide)
+        return self._tokens_wide(self.mixture.shared) + self._places + max(weighing, gating)
+
+    # ------------------------------------------------------------------------------------------ moments
+
+    @property
+    def _forward(self) -> tuple[int, ...]:
+        """The gathered rows stay until the end, as do the layer's hidden states before and after the norm."""
+        base = self._hidden + self._gate + self._places + 2 * self.tokens * self.mixture.hidden * self.dtype_bytes
+        gating = base + self._wide + self._biases(2 * self._wide)
+        weighing = base + self._product + self._hidden + 2 * self._weighed + self._biases(self._hidden)
+        return gating, weighing
+
+    @property
+    def _backward(self) -> tuple[int, ...]:
+        rounded = self._hidden if self._weighed != self._hidden else 0
+        unsorting = self.saved - self._shared_saved + 3 * self._weighed + rounded
+        base = self._gathered + self._places
+        scores = self._score_grad(DOWN, self.down)
+        multiplying = base + self._gate + self._product + self._hidden + max(self._wide, scores)
+        gating = base + self._gate + 3 * self._wide
+        gathering = base + 2 * self._wide + max(self._hidden, self._score_grad(GATE_UP, self.gate_up))
+        return unsorting, multiplying, gating, gathering
+
+    # ------------------------------------------------------------------------------------------ sizes
+
+    @property
+    def _rows(self) -> int:
+        return self.tokens * self.mixture.top_k
+
+    @property
+    def _hidden(self) -> int:
+        """(rows, D)"""
+        return self._rows * self.mixture.hidden * self.dtype_bytes
+
+    @property
+    def _weighed(self) -> int:
+        """The same once routing weights are on it."""
+        return self._rows * self.mixture.hidden * (4 if self.mixture.weighs_in_fp32 else self.dtype_bytes)
+
+    @property
+    def _wide(self) -> int:
+        """(rows, F)"""
+        return self._rows * self.mixture.intermediate * self.dtype_bytes
+
+    @property
+    def _gathered(self) -> int:
+        return self._hidden if self.gate_up else 0
+
+    @property
+    def _gate(self) -> int:
+        return (6 if self.mixture.is_clamped else 3) * self._wide
+
+    @property
+    def _product(self) -> int:
+        return self._wide if self.down else 0
+
+    @property
+    def _places(self) -> int:
+        return self._rows * _PLACES + self.tokens * self.mixture.experts * 4
+
+    @property
+    def _shared_saved(self) -> int:
+        """Of the expert of all tokens, its output included: as of a dense MLP of which all is masked."""
+        shared, hidden = self.mixture.shared, self.mixture.hidden * self.tokens * self.dtype_bytes
+        return 4 * self._tokens_wide(shared) + 2 * hidden if shared else 0
+
+    def _biases(self, size: int) -> int:
+        """Those of each row's expert, gathered."""
+        return size if self.mixture.is_biased else 0
+
+    def _score_grad(self, name: str, is_masked: bool) -> int:
+        count, n, k = self.mixture.matrices[name]
+        return count * n * k * self.score_bytes if is_masked else 0
+
+    def _tokens_wide(self, width: int) -> int:
+        return self.tokens * width * self.dtype_bytes
