@@ -216,8 +216,8 @@ def _of_mixture(shape: ModelShape, choice: Choice) -> list[str]:
         )
     if shape.has_sinks:
         lines.append(
-            "attention is counted as transformers runs it without further packages, eagerly: T x T a head. Shorter rows "
-            "need much less"
+            "attention is counted as transformers runs it without further packages, eagerly: T x T a head, so shorter "
+            "rows need much less"
         )
     return lines
 

@@ -107,7 +107,7 @@ def _plain(run: "_Run") -> dict[str, Sizes]:
     return {
         "loss": resident | {"activations": sum(kept), "logits": run.loss, "reference": run.reference(1)},
         "backward": resident | {"activations": max(peaks), "reference": run.reference(1)},
-        "optimiser": resident | {"sums": run.sums(run.matrices, SCORE_BYTES[workload.scores])},
+        "optimiser": resident | {"sums": max(run.sum_of(name, SCORE_BYTES[workload.scores]) for name in run.named)},
     }
 
 
@@ -123,7 +123,7 @@ def _resident(run: "_Run") -> dict[str, Sizes]:
         "loss": resident | {"logits": run.loss, "reference": run.reference(2)},
         "backward": resident
         | {"activations": max(run.layer(i).peak for i in above), "boundaries": _RESIDENT_BOUNDARIES * run.hidden},
-        "optimiser": resident | {"staging": run.staging(run.matrices), "sums": run.sums(run.matrices, run.grad_bytes)},
+        "optimiser": resident | run.updating(run.named),
     }
 
 
@@ -150,9 +150,8 @@ def _layerwise(run: "_Run") -> dict[str, Sizes]:
         gradients = run.weights_masked_in(i) * run.grad_bytes
         held = two(i, i - 1 if i > run.first else None) | {"gradients": gradients}
         larger("backward", held | {"activations": run.layer(i).peak, "boundaries": boundaries})
-        if matrices := run.matrices_of_layer[i]:
-            step = {"staging": run.staging(matrices), "sums": run.sums(matrices, run.grad_bytes)}
-            larger("optimiser", held | step | {"boundaries": boundaries})
+        if run.named_in[i]:
+            larger("optimiser", held | run.updating(run.named_in[i]) | {"boundaries": boundaries})
     return phases
 
 
@@ -183,13 +182,10 @@ class _Run:
         self.targets = set(targets)
         self.masks = [i in layers for i in range(depth)]
         self.first = min(layers)
-        self.matrices_of_layer = [
-            [matrix for name, matrix in shape.matrices.items() if name in self.targets] if masked else []
-            for masked in self.masks
-        ]
-        self.matrices = [matrix for matrices in self.matrices_of_layer for matrix in matrices]
+        self.named_in = [[name for name in shape.matrices if masked and name in self.targets] for masked in self.masks]
+        self.named = [name for names in self.named_in for name in names]  # layer by layer, as they are updated
         self.weights_of_layer = [self._weights(i) for i in range(depth)]
-        self.mask_bytes = [sum(map(self.mask_of, matrices)) for matrices in self.matrices_of_layer]
+        self.mask_bytes = [sum(map(self.mask_of, names)) for names in self.named_in]
 
     @property
     def loss(self) -> int:
@@ -232,27 +228,40 @@ class _Run:
 
     @property
     def masked_weights(self) -> int:
-        return sum(n * k for n, k in self.matrices)
+        return sum(map(self._size, self.named))
 
     @property
     def states(self) -> int:
         return int(self.masked_weights * self.workload.state_bytes)
 
     def weights_masked_in(self, layer: int) -> int:
-        return sum(n * k for n, k in self.matrices_of_layer[layer])
+        return sum(map(self._size, self.named_in[layer]))
 
-    def mask_of(self, matrix: tuple[int, int]) -> int:
-        n, k = matrix
+    def mask_of(self, name: str) -> int:
+        n, k = self.shape.matrices[name]
         return 4 * n * -(-k // 32)
 
-    def staging(self, matrices: Sequence[tuple[int, int]]) -> int:
-        """States and new mask of one matrix, and its dense weight if it is quantised."""
-        dense = self.shape.dtype_bytes if self.workload.quantize_masked else 0
-        return max(int(n * k * (self.workload.state_bytes + dense)) + self.mask_of((n, k)) for n, k in matrices)
+    def updating(self, names: Sequence[str]) -> Sizes:
+        """One matrix's step, while the next one's gradients are summed."""
+        pairs = zip(names, [*names[1:], None])
+        steps = [
+            {"staging": self._staging(name), "sums": 0 if other is None else self.sum_of(other, self.grad_bytes)}
+            for name, other in pairs
+        ]
+        return max(steps, key=lambda sizes: sum(sizes.values()))
 
-    def sums(self, matrices: Sequence[tuple[int, int]], grad_bytes: float) -> int:
-        """Where several processes sum gradients of 16 bits: one matrix in fp32."""
-        return 4 * max(n * k for n, k in matrices) if self.workload.processes > 1 and grad_bytes == 2 else 0
+    def sum_of(self, name: str, grad_bytes: float) -> int:
+        """Where several processes sum gradients of 16 bits, one matrix's in fp32."""
+        return 4 * self._size(name) if self.workload.processes > 1 and grad_bytes == 2 else 0
+
+    def _staging(self, name: str) -> int:
+        """States and new mask of one matrix, and its dense weight if it is quantised."""
+        dense = self.shape.dtype_bytes if self.workload.quantize_masked and name in self.shape.linears else 0
+        return int(self._size(name) * (self.workload.state_bytes + dense)) + self.mask_of(name)
+
+    def _size(self, name: str) -> int:
+        n, k = self.shape.matrices[name]
+        return n * k
 
     def layer(self, index: int, *, score_bytes: int = 0) -> Layer:
         masked = self.targets if self.masks[index] else set()

@@ -1,7 +1,8 @@
 """What routing tokens through experts holds on the device beside weights; bytes, pure Python.
 
-As transformers' grouped_mm runs them: rows are gathered for each token and its experts, sorted by expert, multiplied,
-weighed and put back. Saved for the backward pass (units: elements a row; there are top_k rows a token):
+As transformers' grouped_mm runs them, and MaskedExperts of masks/experts.py: rows are gathered for each token and its
+experts, sorted by expert, multiplied, weighed and put back. Saved for the backward pass (units: elements a row; there
+are top_k rows a token; D hidden, F intermediate of one expert):
 
     gather      D if gate_up_proj is masked (a frozen product saves no input)
     gate        gate_up's 2 F, silu(gate) F; 6 F where both are clamped
@@ -49,7 +50,8 @@ class Routed:
     @property
     def forward_peak(self) -> int:
         """The most without autograd."""
-        weighing = 2 * self._hidden + 2 * self._weighed + self._biases(self._hidden)
+        rows = self._hidden if self._is_masked else 2 * self._hidden
+        weighing = rows + 2 * self._weighed + self._biases(self._hidden)
         gating = self._hidden + 4 * self._wide + self._biases(2 * self._wide)
         return self._tokens_wide(self.mixture.shared) + self._places + max(weighing, gating)
 
@@ -57,10 +59,11 @@ class Routed:
 
     @property
     def _forward(self) -> tuple[int, ...]:
-        """The gathered rows stay until the end, as do the layer's hidden states before and after the norm."""
-        base = self._hidden + self._gate + self._places + 2 * self.tokens * self.mixture.hidden * self.dtype_bytes
-        gating = base + self._wide + self._biases(2 * self._wide)
-        weighing = base + self._product + self._hidden + 2 * self._weighed + self._biases(self._hidden)
+        """The layer's hidden states before and after the norm stay to the end, and frozen experts' gathered rows."""
+        base = self._gate + self._places + 2 * self.tokens * self.mixture.hidden * self.dtype_bytes
+        gating = base + self._hidden + self._wide + self._biases(2 * self._wide)
+        rows = self._gathered if self._is_masked else self._hidden
+        weighing = base + rows + self._product + self._hidden + 2 * self._weighed + self._biases(self._hidden)
         return gating, weighing
 
     @property
@@ -75,6 +78,10 @@ class Routed:
         return unsorting, multiplying, gating, gathering
 
     # ------------------------------------------------------------------------------------------ sizes
+
+    @property
+    def _is_masked(self) -> bool:
+        return self.gate_up or self.down
 
     @property
     def _rows(self) -> int:
@@ -118,8 +125,8 @@ class Routed:
         return 4 * self._tokens_wide(shared) + 2 * hidden if shared else 0
 
     def _biases(self, size: int) -> int:
-        """Those of each row's expert, gathered."""
-        return size if self.mixture.is_biased else 0
+        """Those of each row's expert, gathered; a masked product reads them where they are."""
+        return size if self.mixture.is_biased and not self._is_masked else 0
 
     def _score_grad(self, name: str, is_masked: bool) -> int:
         count, n, k = self.mixture.matrices[name]
