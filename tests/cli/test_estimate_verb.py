@@ -43,6 +43,49 @@ def test_the_verb_prints_a_table_and_the_choice():
     assert rows["fits"] == ["no", "yes", "yes", "no"]
 
 
+@pytest.mark.parametrize(
+    ("model", "gpu", "asked", "said"),
+    [
+        (
+            "qwen3-30b-a3b",
+            "80GB",
+            ("--layers", "4-7", "--host", "128GB"),
+            "memory: resident. it is the fastest way that fits",
+        ),
+        (
+            "qwen3-30b-a3b",
+            "24GB",
+            ("--layers", "4-7", "--host", "256GB"),
+            "memory: layerwise. it is the fastest way that",
+        ),
+        ("qwen3-30b-a3b", "12GB", (), "what fits the GPU needs 184.1 GB of the host or more; mask fewer layers"),
+        (
+            "mixtral-8x7b",
+            "12GB",
+            (),
+            "all need 13.5 GB of the GPU or more; mask fewer layers (--layers) or attention alone",
+        ),
+        ("gpt-oss-20b", "24GB", ("--host", "400GB"), "memory: layerwise. it is the fastest way that fits"),
+        ("gpt-oss-20b", "12GB", ("--host", "400GB"), "nearest that fits: --memory layerwise --sequence 2048"),
+    ],
+    ids=["resident", "layerwise", "no host", "no card", "gpt-oss", "shorter rows"],
+)
+def test_mixtures_on_cards(model, gpu, asked, said):
+    code, output = call("--model", model, "--gpu", gpu, *asked)
+    assert code == (0 if said.startswith("memory: ") else 2)
+    assert said in output
+
+
+def test_what_is_said_of_experts():
+    _, output = call("--model", "gpt-oss-20b", "--gpu", "24GB", "--layers", "4-7")
+    assert "32 experts a layer, 4 for each token: 38.2 GB of the 41.8 GB of weights, and all of them are held" in output
+    assert "; a base in few bits keeps them exact" in output
+    assert "the checkpoint holds weights in mxfp4; masks need them dequantised, and so they are counted" in output
+    assert "eagerly: T x T a head" in output
+    _, output = call("--model", "llama2-7b", "--gpu", "24GB")
+    assert "experts" not in output
+
+
 def test_processes_share_the_machine_and_a_step():
     """With fewer micro-batches each needs less for boundaries, and has less than one alone would have."""
     asked = ("--model", "llama2-7b", "--layers", "4-7", "--memory", "layerwise", "--gpu", "24GB", "--host", "200GB")

@@ -72,6 +72,19 @@ def test_nothing_at_all_fits():
     assert (choice.way, choice.nearest) == (None, None)
 
 
+def test_the_least_that_any_setting_needs_is_told():
+    """Of the device; or of the host, where some would fit the device."""
+    few = replace(SEVENTY, layers=2)
+    place, needed = choose(few, Workload(), 1e9).least
+    assert place == "device"
+    assert choose(few, Workload(), needed).nearest is not None
+    assert choose(few, Workload(), needed - 1).nearest is None
+    place, needed = choose(few, Workload(), 8e9, 4e9).least
+    assert place == "host"
+    assert choose(few, Workload(), 8e9, needed).nearest is not None
+    assert choose(few, Workload(), 8e9, needed - 1).nearest is None
+
+
 def test_a_quantised_base_of_which_nothing_would_be_quantised_is_refused():
     for way in ("quantized", "layerwise"):
         choice = choose(SEVEN, Workload(memory=way, quantization="nf4"), 80e9)

@@ -121,9 +121,7 @@ def remarks(shape: ModelShape, workload: Workload, choice: Choice) -> list[str]:
     if choice.way is None:
         near = choice.nearest
         lines.append(
-            "no setting was found that fits: mask fewer layers (--layers), or take a smaller model"
-            if near is None
-            else f"nearest that fits: {difference(workload, near)}"
+            _nothing(shape, workload, choice) if near is None else f"nearest that fits: {difference(workload, near)}"
         )
     quantized = choice.estimates["quantized"]
     if workload.memory == "auto" and workload.quantization is None:
@@ -196,6 +194,20 @@ def as_dictionary(
 
 
 # ---------------------------------------------------------------------------------------------- private
+
+
+def _nothing(shape: ModelShape, workload: Workload, choice: Choice) -> str:
+    """Where no setting fits: what is short of, and what to do."""
+    said = "no setting was found that fits"
+    if choice.least is not None:
+        place, needed = choice.least
+        of = " of the GPU" if workload.device == "cuda" else ""
+        what = f"all need {gigabytes(needed)}{of} or more"
+        said += f": {what if place == 'device' else f'what fits the GPU needs {gigabytes(needed)} of the host or more'}"
+    fewer = "mask fewer layers (--layers)"
+    if shape.mixture is not None:
+        fewer += " or attention alone (--target-modules q_proj,k_proj,v_proj,o_proj)"
+    return f"{said}; {fewer}, or take a smaller model"
 
 
 def _of_mixture(shape: ModelShape, choice: Choice) -> list[str]:

@@ -24,6 +24,8 @@ class Choice:
     estimates: of all ways. refusals: why a way cannot be had, those that do not fit included.
     way: the chosen one, None if nothing fits; reason: why, in a sentence.
     nearest: where nothing fits, the setting closest to the one asked for that does; None if there is none.
+    least: where none does either, what is short in every setting, "device" or "host", and the least bytes needed of it:
+        of the device by any setting, else of the host by those that fit the device.
     """
 
     estimates: dict[str, Estimate]
@@ -31,6 +33,7 @@ class Choice:
     way: str | None
     reason: str
     nearest: Workload | None = None
+    least: tuple[str, int] | None = None
 
 
 def choose(
@@ -59,8 +62,8 @@ def choose(
         slower = [f"{other} cannot be taken: {refusals[other]}" for other in asked[: asked.index(chosen)]]
         return Choice(estimates, refusals, chosen, "; ".join(["it is the fastest way that fits", *slower]))
     reason = "; ".join(f"{way}: {refusals[way]}" for way in asked)
-    nearest = _nearest(shape, workload, device_bytes, host_bytes)
-    return Choice(estimates, refusals, None, f"nothing fits: {reason}", nearest)
+    nearest, least = _nearest(shape, workload, device_bytes, host_bytes)
+    return Choice(estimates, refusals, None, f"nothing fits: {reason}", nearest, least)
 
 
 def gigabytes(size: float) -> str:
@@ -111,16 +114,21 @@ def _shortage(found: Estimate, device: str, device_bytes: float | None, host_byt
 
 def _nearest(
     shape: ModelShape, workload: Workload, device_bytes: float | None, host_bytes: float | None
-) -> Workload | None:
-    """The cheapest combination of changes that fits."""
+) -> tuple[Workload | None, tuple[str, int] | None]:
+    """The cheapest combination of changes that fits, or else Choice.least."""
     workloads = sorted(_variants(workload), key=lambda pair: pair[0])
+    needed: list[tuple[int, int]] = []
     for _, changed in workloads:
         found = estimate(shape, changed)
         if _obstacle(changed, changed.memory, found):
             continue
         if _shortage(found, workload.device, device_bytes, host_bytes) is None:
-            return changed
-    return None
+            return changed, None
+        needed.append((found.device_peak + RESERVE[workload.device], found.host_needed))
+    hosts = [host for device, host in needed if device_bytes is None or device <= device_bytes]
+    if hosts:
+        return None, ("host", min(hosts))
+    return None, ("device", min(device for device, _ in needed)) if needed else None
 
 
 def _variants(workload: Workload) -> Iterator[tuple[int, Workload]]:
