@@ -1,6 +1,7 @@
-"""How much memory does a training step take? python -m benchmarks.memory [cards | smollm2 | blocks] ...
+"""How much memory does a training step take? python -m benchmarks.memory [cards | mixtures | smollm2 | blocks] ...
 
 cards    LLaMA2-7B and others on cards nobody has here: estimated, and simulated on fake tensors (2 minutes)
+mixtures gpt-oss-20b, qwen3-30b-a3b and mixtral-8x7b on cards of 12, 24 and 80 GB, likewise (10 minutes)
 smollm2  SmolLM2-135M's real weights, every way of running: the same losses step by step (4 minutes)
 blocks   two layers of LLaMA2-7B's shape, measured: each way, the paper's formulation, eager PyTorch (10 minutes)
 
@@ -27,7 +28,7 @@ from mft.models.pretrained import load_model
 from mft.training.loop import train_masks
 
 from ..harness import RESULTS, ROOT, THREADS, Finding, Spread, environment, report
-from . import plot
+from . import mixtures, plot
 from .rivals import RIVALS, simulate_rival
 from .worker import MODEL, WAYS, workload_of
 
@@ -68,6 +69,13 @@ def cards() -> None:
             findings.append(Finding(name, Spread.of([peak]), "GB"))
             print(f"{name}: {peak:.2f} GB", flush=True)
     report("memory_cards", "Peak on the device, sequence 4096, micro-batch 1; not measured on a GPU", findings)
+
+
+def all_mixtures() -> None:
+    """Mixtures' peaks on device and host, sequence 4096, micro-batch 1: by estimate and by simulation."""
+    findings = [finding for model in mixtures.MODELS for finding in mixtures.findings_of(model)]
+    title = "Mixtures of experts, peaks in a step of 2 x 4096 tokens; simulated on fake tensors, not measured on a GPU"
+    report("memory_mixtures", title, findings)
 
 
 def smollm2() -> None:
@@ -132,7 +140,7 @@ def measure(competitor: str) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-QUESTIONS = {"cards": cards, "smollm2": smollm2, "blocks": blocks}
+QUESTIONS = {"cards": cards, "mixtures": all_mixtures, "smollm2": smollm2, "blocks": blocks}
 
 
 def main() -> None:

@@ -180,8 +180,8 @@ def _runner(model: nn.Module, workload: Workload, tracker: MemoryTracker) -> Any
 
 
 def _packed(scores: Tensor) -> Tensor:
-    rows, columns = scores.shape
-    return torch.zeros(rows, -(-columns // 32), dtype=torch.int32)
+    *rows, columns = scores.shape
+    return torch.zeros(*rows, -(-columns // 32), dtype=torch.int32)
 
 
 def main() -> None:
