@@ -1,5 +1,7 @@
 """What mixtures of experts need, against a simulation of the engines at the published widths."""
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.memory.simulated_step import simulate_step
@@ -7,19 +9,22 @@ from mft.memory.estimate import estimate
 from mft.memory.shapes import known_config, shape_from_config
 from mft.memory.workload import Workload
 
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def of_two_layers(name):
-    """The published widths; two layers and few words, which make a simulation short."""
+    """The published widths; two layers, few experts and few words, which make a simulation short."""
     config = known_config(name)
     types = {"layer_types": config["layer_types"][:2]} if "layer_types" in config else {}
-    words = {"vocab_size": 2048} | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
-    return config | words | types | {"num_hidden_layers": 2}
+    few = {"vocab_size": 2048} | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    experts = {key: 8 for key in ("num_experts", "num_local_experts") if key in config}
+    return config | few | experts | types | {"num_hidden_layers": 2}
 
 
 def assert_as_simulated(config, workload, tolerance):
-    expected, found = estimate(shape_from_config(config), workload), simulate_step(config, workload, steps=2)
+    steps = 2 if workload.memory == "plain" else 1  # in whose second step there are moments
+    expected, found = estimate(shape_from_config(config), workload), simulate_step(config, workload, steps=steps)
     assert expected.device_peak == pytest.approx(found.device_peak, rel=tolerance)
     assert expected.host_peak == pytest.approx(found.host_peak, rel=tolerance)
     return expected
@@ -28,21 +33,38 @@ def assert_as_simulated(config, workload, tolerance):
 @pytest.mark.parametrize(
     ("name", "way", "changes"),
     [
-        ("mixtral-8x7b", "layerwise", {"sequence": 2048, "layers": (1,)}),  # two layers' weights are the most
-        ("qwen3-30b-a3b", "resident", {"sequence": 4096}),
-        ("gpt-oss-20b", "layerwise", {"sequence": 2048, "micro_batch": 2}),
-        ("gpt-oss-20b", "plain", {"sequence": 4096}),
+        ("mixtral-8x7b", "layerwise", {"layers": (1,)}),
+        ("qwen3-30b-a3b", "resident", {"scores": "int16", "moments": "8bit", "sequence": 3072}),
+        ("gpt-oss-20b", "plain", {"sequence": 3072}),
+        ("gpt-oss-20b", "layerwise", {"processes": 2, "accumulation": 4, "sequence": 128}),  # peaks in the update
+        ("gpt-oss-20b", "layerwise", {"micro_batch": 2, "scores": "int16", "moments": "8bit"}),
+    ],
+)
+def test_masked_experts_are_as_simulated(name, way, changes):
+    workload = Workload(**{"memory": way, "accumulation": 2, "sequence": 2048} | changes)
+    # Plain's masks, which an op keeps to itself, are not simulated; nor has the C++ library all that updates experts.
+    tolerance = 0.01 if workload.sequence * workload.micro_batch > 2048 else 0.05
+    assert_as_simulated(of_two_layers(name), workload, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "changes"),
+    [
+        ("mixtral-8x7b", "layerwise", {"layers": (1,)}),  # two layers' weights are the most
+        ("qwen3-30b-a3b", "resident", {}),
     ],
 )
 def test_masked_attention_beside_frozen_experts(name, way, changes):
-    workload = Workload(memory=way, accumulation=2, target_modules=ATTENTION, **changes)
+    workload = Workload(**{"memory": way, "accumulation": 2, "sequence": 2048, "target_modules": ATTENTION} | changes)
     assert_as_simulated(of_two_layers(name), workload, tolerance=0.01)
 
 
-def test_experts_stay_exact_in_a_base_in_few_bits():
-    workload = Workload(memory="quantized", layers=(1,), target_modules=ATTENTION, sequence=512, accumulation=2)
+@pytest.mark.parametrize("masked", [("o_proj",), ("o_proj", *EXPERTS)], ids=["frozen", "masked"])
+def test_experts_stay_exact_in_a_base_in_few_bits(masked):
+    """Codes of what is masked too; the short rows let a dense weight of experts count, were there one."""
+    workload = Workload(memory="quantized", target_modules=masked, sequence=256, accumulation=2, quantization="nf4")
     config = of_two_layers("qwen3-30b-a3b")
-    found = assert_as_simulated(config, workload, tolerance=0.01)
+    found = assert_as_simulated(config, replace(workload, quantize_masked=True), tolerance=0.05)
     shape = shape_from_config(config)
-    assert found.quantized == 4
+    assert found.quantized == 8
     assert found.device["weights"] > 2 * sum(2 * e * n * k for e, n, k in shape.experts.values())

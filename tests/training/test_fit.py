@@ -128,6 +128,31 @@ def test_clipping_rules_layerwise_out(with_free):
         plan_training(config_of(memory="layerwise", train={"max_grad_norm": 1.0}))
 
 
+@pytest.mark.parametrize(
+    ("mask", "named"),
+    [
+        ({}, None),
+        ({"target_modules": "all-linear"}, None),
+        ({"target_modules": ["q_proj"]}, ("q_proj",)),
+        ({"target_parameters": ["experts.gate_up_proj"]}, ("experts.gate_up_proj",)),
+        ({"target_modules": ["q_proj"], "target_parameters": ["o_proj.weight"]}, ("q_proj", "o_proj")),
+    ],
+    ids=str,
+)
+def test_what_is_masked_is_what_is_estimated(mask, named):
+    assert workload_of(config_of("mixtral-8x7b", mask=mask), torch.device("cpu")).target_modules == named
+
+
+def test_masks_of_experts_need_room_on_the_disk(with_free, monkeypatch):
+    with_free(2000)
+    parameters = 4 * 8 * 3 * 14336 * 4096
+    usage = shutil._ntuple_diskusage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, parameters // 8))
+    mask = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    with pytest.raises(ValueError, match="output_dir must lie on a disk with 0.8 GB free, run has 0.7 GB"):
+        plan_training(config_of("mixtral-8x7b", mask=mask))
+
+
 def test_a_full_disk_is_refused(with_free, monkeypatch):
     with_free(400)
     usage = shutil.disk_usage(".")

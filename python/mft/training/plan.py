@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mft.checks import check_rule
-from mft.config import RunConfig
+from mft.config import MaskConfig, RunConfig
 from mft.engines.start import default_device
 from mft.memory.fit import Choice, choose, gigabytes
 from mft.memory.model_config import read_model_config
@@ -91,11 +91,10 @@ def workload_of(config: RunConfig, device: torch.device, processes: int = 1) -> 
     """What of a run's configuration decides its memory."""
     mask, train = config.mask, config.train
     layers = mask.layers_to_transform
-    targets = mask.target_modules
     return Workload(
         memory=config.memory,
         layers=None if layers is None else tuple(layers if isinstance(layers, list) else [layers]),
-        target_modules=tuple(targets) if isinstance(targets, list) else None,
+        target_modules=_named(mask),
         sequence=config.data.sequence_length,
         micro_batch=train.batch_size,
         accumulation=train.accumulation,
@@ -119,6 +118,14 @@ def workload_of(config: RunConfig, device: torch.device, processes: int = 1) -> 
 def _plan(config: RunConfig, way: str, device: torch.device, remember: bool, reason: str) -> Plan:
     kind = config.model.quantization
     return Plan(way, device, "nf4" if way == "quantized" and kind is None else kind, remember, reason)
+
+
+def _named(mask: MaskConfig) -> tuple[str, ...] | None:
+    """What is masked, by the ends of its names; None for all, and for a pattern, which is estimated as all."""
+    modules, parameters = mask.target_modules, mask.target_parameters
+    if isinstance(modules, str) or (modules is None and parameters is None):
+        return None
+    return (*(modules or ()), *(name.removesuffix(".weight") for name in parameters or ()))
 
 
 def _teacher_bytes(config: RunConfig) -> int:
