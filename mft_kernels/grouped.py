@@ -198,17 +198,13 @@ def gradients_of_packed_grouped(
     return run(grad_output, x, weight, packed, scores, signs, offsets, transposed, mode, output_mask, backend)
 
 
-@torch.no_grad()
 def select_each(scores: Tensor, keep_ratio: float, mode: str) -> tuple[Tensor, Tensor]:
     """(thresholds (E,), packed mask) of scores (E, N, K), floating or int16, as score_step finds them of a matrix.
 
     An expert whose scores are not finite has the threshold NaN (0x7e00 for int16) and keeps nothing, on a CPU too.
     """
-    keys = selectable(scores)
-    found = choose("kept_thresholds", keys.device, (keys.dtype,))(keys, keep_ratio, mode)
-    rows = found.repeat_interleave(keys.shape[1])
-    packed = torch.ops.mft.pack_mask(keys.flatten(0, 1), rows, mode, "auto")
-    return found.view(scores.dtype), packed.unflatten(0, keys.shape[:2])
+    with torch.no_grad():
+        return (_select_each if is_direct(scores) else torch.ops.mft.select_each)(scores, keep_ratio, mode)
 
 
 # ---------------------------------------------------------------------------------------------- their definition
@@ -287,6 +283,19 @@ def _kept_thresholds(scores, keep_ratio, mode, backend):
     return found
 
 
+def _select_each(scores, keep_ratio, mode):
+    keys = selectable(scores)
+    found = choose("kept_thresholds", keys.device, (keys.dtype,))(keys, keep_ratio, mode)
+    rows = found.repeat_interleave(keys.shape[1])
+    packed = torch.ops.mft.pack_mask(keys.flatten(0, 1), rows, mode, "auto")
+    return found.view(scores.dtype), packed.unflatten(0, keys.shape[:2])
+
+
+def _fake_selection(scores, keep_ratio, mode):
+    experts, rows, columns = scores.shape
+    return scores.new_empty(experts), scores.new_empty((experts, rows, -(-columns // 32)), dtype=torch.int32)
+
+
 def _fake_product(x, weight, transposed):
     return x.new_empty((x.shape[0], weight.shape[2 if transposed else 1]))
 
@@ -349,6 +358,7 @@ define(
     lambda scores, keep_ratio, mode, backend: scores.new_empty(scores.shape[:1]),
     _kept_thresholds,
 )
+define("select_each(Tensor scores, float keep_ratio, str mode) -> (Tensor, Tensor)", _fake_selection, _select_each)
 
 
 def _save(ctx, inputs, output):
