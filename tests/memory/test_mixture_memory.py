@@ -42,8 +42,7 @@ def assert_as_simulated(config, workload, tolerance):
 )
 def test_masked_experts_are_as_simulated(name, way, changes):
     workload = Workload(**{"memory": way, "accumulation": 2, "sequence": 2048} | changes)
-    # Plain's masks, which an op keeps to itself, are not simulated; nor has the C++ library all that updates experts.
-    tolerance = 0.01 if workload.sequence * workload.micro_batch > 2048 else 0.05
+    tolerance = 0.05 if way == "plain" else 0.01  # plain's masks, which an op keeps to itself, are not simulated
     assert_as_simulated(of_two_layers(name), workload, tolerance)
 
 
