@@ -19,6 +19,7 @@ from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.export import load_masks, save_masks
 from mft.masks.paper_masks import read_paper_masks
 from mft.memory.model_config import read_model_config
+from mft.memory.shapes import known_config, shape_from_config
 from mft.models.pretrained import load_model, save_model
 from mft.training.checkpoint import BadCheckpoint, newest_checkpoint, verify_checkpoint, write_checkpoint
 from mft.training.run_directory import check_run_directory
@@ -535,6 +536,11 @@ def a_tokenizer_that_is_null(tmp):
 @refused(ValueError, where="config.json:1", got="got a file with: Expecting value", rule="expected JSON")
 def a_model_config_that_is_no_json(tmp):
     read_model_config(str(write(tmp / "config.json", "hidden_size: 64")))
+
+
+@refused(ValueError, where="mine has", got="mlp_only_layers=[0]", rule="model must have experts in every layer")
+def a_mixture_to_be_estimated_with_dense_layers():
+    shape_from_config(known_config("qwen3-30b-a3b") | {"mlp_only_layers": [0]}, "mine")
 
 
 # ---------------------------------------------------------------------------------------------- configurations
