@@ -7,6 +7,8 @@ The engines run as they are, on the fake CPU, with a mover that copies as to a d
 
 import argparse
 import contextlib
+import functools
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -27,18 +29,21 @@ from mft.engines.plain import Plain
 from mft.engines.score_states import HeldMask, ScoreStates
 from mft.engines.start import ENGINES
 from mft.masks.convert import convert, masked_modules
-from mft.masks.quantize import QuantizedLinear, QuantizedMaskedLinear
+from mft.masks.experts import mask_experts
+from mft.masks.quantize import QuantizedLinear, QuantizedMaskedGroupedLinear, QuantizedMaskedLinear
 from mft.masks.targets import select_targets
 from mft.memory.estimate import estimate
 from mft.memory.shapes import known_config, known_models, shape_from_config
 from mft.memory.workload import Workload
 from mft.models.causal_lm import decoder_layers, head_of, run_decoder
+from mft.models.experts import expert_projections
+from mft.models.quantized_experts import QuantizedGroupedLinear
 from mft.models.quantized_weight import QuantizedWeight
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.kl import KL
 from mft.objectives.log_prob_objective import LogProbObjective
 from mft.objectives.objective import Objective
-from mft_kernels import MaskedLinear
+from mft_kernels import MaskedGroupedLinear, MaskedLinear
 
 DTYPE = torch.bfloat16
 # sdpa without a mask, as real tensors of whole rows get it; for fake ones transformers makes a mask of T x T.
@@ -147,17 +152,32 @@ def _masked_model(config: Mapping[str, Any], workload: Workload) -> nn.Module:
 
 def _quantize(model: Any, kind: str, *, masked: bool) -> None:
     """quantize_model of weights that have no values."""
-    for name, module in list(decoder_layers(model).named_modules()):
-        is_masked = isinstance(module, MaskedLinear)
+    layers = decoder_layers(model)
+    for name, module in list(layers.named_modules()):
+        for part in expert_projections(module):
+            mask_experts(module, part, functools.partial(_empty_experts, kind=kind))
+        grouped = isinstance(module, MaskedGroupedLinear)
+        is_masked = grouped or isinstance(module, MaskedLinear)
         if not (masked if is_masked else isinstance(module, nn.Linear)):
             continue
-        quantized = QuantizedWeight.empty(tuple(module.weight.shape), DTYPE, kind)
+        quantized = _empty(module.weight, kind)
         if is_masked:
             del module.weight
-            module.__class__, module.quantized = QuantizedMaskedLinear, quantized
+            module.__class__ = QuantizedMaskedGroupedLinear if grouped else QuantizedMaskedLinear
+            module.quantized = quantized
         else:
             parent, _, child = name.rpartition(".")
-            setattr(decoder_layers(model).get_submodule(parent), child, QuantizedLinear(quantized))
+            setattr(layers.get_submodule(parent), child, QuantizedLinear(quantized))
+
+
+def _empty_experts(weight: Tensor, bias: Tensor | None, *, transposed: bool, kind: str) -> QuantizedGroupedLinear:
+    return QuantizedGroupedLinear(_empty(weight, kind), len(weight), bias, transposed=transposed)
+
+
+def _empty(weight: Tensor, kind: str) -> QuantizedWeight:
+    """Codes of a matrix, or of all experts' in one."""
+    *rows, columns = weight.shape
+    return QuantizedWeight.empty((math.prod(rows), columns), DTYPE, kind)
 
 
 def _runner(model: nn.Module, workload: Workload, tracker: MemoryTracker) -> Any:

@@ -78,7 +78,7 @@ def test_mixtures_on_cards(model, gpu, asked, said):
 def test_what_is_said_of_experts():
     _, output = call("--model", "gpt-oss-20b", "--gpu", "24GB", "--layers", "4-7")
     assert "32 experts a layer, 4 for each token: 38.2 GB of the 41.8 GB of weights, and all of them are held" in output
-    assert "; a base in few bits keeps them exact" in output
+    assert "; of a base in few bits each product makes one layer's dense" in output
     assert "the checkpoint holds weights in mxfp4; masks need them dequantised, and so they are counted" in output
     assert "eagerly: T x T a head" in output
     _, output = call("--model", "llama2-7b", "--gpu", "24GB")

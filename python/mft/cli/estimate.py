@@ -108,7 +108,7 @@ def table(
         found.add_row("host peak", *(_gb(one.host_needed) for one in ways.values()), _gb(host_bytes))
     found.add_section()
     found.add_row("fits", *("no" if way in choice.refusals else "yes" for way in ways))
-    kind, linears = workload.quantization or "nf4", shape.layers * len(shape.linears)
+    kind, linears = workload.quantization or "nf4", shape.layers * len(shape.matrices)
     counts = ("all" if one.quantized == linears else str(one.quantized or "none") for one in ways.values())
     found.add_row(f"linears in {kind}", *counts, str(linears))
     found.add_row("seconds a step", *(f"{one.seconds:.0f}" for one in ways.values()))
@@ -221,7 +221,7 @@ def _of_mixture(shape: ModelShape, choice: Choice) -> list[str]:
         f"{mixture.experts} experts a layer, {mixture.top_k} for each token: {weights}, and all of them are held"
     )
     if any(one.quantized for one in choice.estimates.values()):
-        lines[-1] += "; a base in few bits keeps them exact"
+        lines[-1] += "; of a base in few bits each product makes one layer's dense"
     if shape.checkpoint:
         lines.append(
             f"the checkpoint holds weights in {shape.checkpoint}; masks need them dequantised, and so they are counted"

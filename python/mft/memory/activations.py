@@ -36,7 +36,8 @@ class Layer:
         masked: names of its masked linears and experts.
         rows: that the tokens are of, all of one length.
         input_grad: whether the gradient with respect to its input is asked for.
-        dense: bytes of the largest matrix that is made from a quantised one for one product; 0 if none is.
+        dense: bytes of the largest linear's weight that is made from a quantised one for one product; 0 if none is.
+        coded: names of the experts that lie in few bits.
         score_bytes: of the gradient, a score, that autograd returns before it is added (plain); 0 if none is.
         flash: whether attention is a GPU's, whose backward pass sums dq in fp32.
     """
@@ -47,6 +48,7 @@ class Layer:
     rows: int = 1
     input_grad: bool = True
     dense: int = 0
+    coded: Collection[str] = ()
     score_bytes: int = 0
     flash: bool = False
 
@@ -105,7 +107,7 @@ class Layer:
         if mixture is None:
             return None
         gate_up, down = (name in self.masked for name in (GATE_UP, DOWN))
-        return Routed(mixture, self.tokens, self.shape.dtype_bytes, gate_up, down, self.score_bytes)
+        return Routed(mixture, self.tokens, self.shape.dtype_bytes, gate_up, down, self.coded, self.score_bytes)
 
     @property
     def _q(self) -> int:

@@ -34,7 +34,8 @@ class Estimate:
 
     loading: what the host holds before the first step, when the exact weights have been read and the scores made.
     On a CPU device is all there is: host is empty, and loading is one of the phases.
-    seconds: of an optimiser step, roughly. quantized: how many linears of the base lie in few bits.
+    seconds: of an optimiser step, roughly. quantized: how many linears of the base lie in few bits,
+    all experts of a projection being one.
     """
 
     way: str
@@ -215,7 +216,7 @@ class _Run:
 
     @property
     def quantized(self) -> int:
-        return sum(self._is_quantized(i, name) for i in range(self.shape.layers) for name in self.shape.linears)
+        return sum(self._is_quantized(i, name) for i in range(self.shape.layers) for name in self.shape.matrices)
 
     @property
     def embedding_alone(self) -> int:
@@ -256,7 +257,7 @@ class _Run:
 
     def _staging(self, name: str) -> int:
         """States and new mask of one matrix, and its dense weight if it is quantised."""
-        dense = self.shape.dtype_bytes if self.workload.quantize_masked and name in self.shape.linears else 0
+        dense = self.shape.dtype_bytes if self.workload.quantize_masked else 0
         return int(self._size(name) * (self.workload.state_bytes + dense)) + self.mask_of(name)
 
     def _size(self, name: str) -> int:
@@ -275,6 +276,7 @@ class _Run:
             rows=self.workload.micro_batch,
             input_grad=index > self.first,
             dense=self._dense(dense) if self.workload.quantization else 0,
+            coded={name for name in self.shape.experts if self._is_quantized(index, name)},
             score_bytes=score_bytes,
             flash=self.workload.device == "cuda",
         )
@@ -318,8 +320,8 @@ class _Run:
 
     def _weights(self, layer: int) -> int:
         shape, workload = self.shape, self.workload
-        size = (shape.layer_rest + sum(e * n * k for e, n, k in shape.experts.values())) * shape.dtype_bytes
-        for name, (n, k) in shape.linears.items():
+        size = shape.layer_rest * shape.dtype_bytes
+        for name, (n, k) in shape.matrices.items():
             if not self._is_quantized(layer, name):
                 size += n * k * shape.dtype_bytes
             else:

@@ -10,9 +10,11 @@ are top_k rows a token; D hidden, F intermediate of one expert):
     weighing    D, what down_proj made
     places      of rows in the sort, and each token's router probabilities in fp32
 
+A product with experts in few bits makes all of them dense, and frees them.
 Each pass has a few moments at which it may hold the most; they are the lists below.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from mft.memory.mixture import DOWN, GATE_UP, Mixture
@@ -26,6 +28,7 @@ class Routed:
 
     Args:
         gate_up, down: which of the two are masked.
+        coded: which matrices lie in few bits, by name.
         dtype_bytes: of the model. score_bytes: of the gradient, a score, that autograd returns before it is added
             (plain); 0 if none is.
     """
@@ -35,6 +38,7 @@ class Routed:
     dtype_bytes: int
     gate_up: bool
     down: bool
+    coded: Collection[str] = ()
     score_bytes: int = 0
 
     @property
@@ -50,38 +54,45 @@ class Routed:
     @property
     def forward_peak(self) -> int:
         """The most without autograd."""
-        rows = self._hidden if self._is_masked else 2 * self._hidden
+        rows = self._hidden if self._is_ours else 2 * self._hidden
         weighing = rows + 2 * self._weighed + self._biases(self._hidden)
         gating = self._hidden + 4 * self._wide + self._biases(2 * self._wide)
-        return self._tokens_wide(self.mixture.shared) + self._places + max(weighing, gating)
+        up = self._hidden + 2 * self._wide + self._dense(GATE_UP)
+        down = self._hidden + self._wide + self._dense(DOWN)
+        return self._tokens_wide(self.mixture.shared) + self._places + max(weighing, gating, up, down)
 
     # ------------------------------------------------------------------------------------------ moments
 
     @property
     def _forward(self) -> tuple[int, ...]:
         """The layer's hidden states before and after the norm stay to the end, and frozen experts' gathered rows."""
-        base = self._gate + self._places + 2 * self.tokens * self.mixture.hidden * self.dtype_bytes
+        base = self._places + 2 * self.tokens * self.mixture.hidden * self.dtype_bytes
+        up = base + self._hidden + 2 * self._wide + self._dense(GATE_UP)
+        base += self._gate
         gating = base + self._hidden + self._wide + self._biases(2 * self._wide)
-        rows = self._gathered if self._is_masked else self._hidden
+        rows = self._gathered if self._is_ours else self._hidden
+        down = base + rows + self._wide + self._hidden + self._dense(DOWN)
         weighing = base + rows + self._product + self._hidden + 2 * self._weighed + self._biases(self._hidden)
-        return gating, weighing
+        return up, gating, down, weighing
 
     @property
     def _backward(self) -> tuple[int, ...]:
         rounded = self._hidden if self._weighed != self._hidden else 0
         unsorting = self.saved - self._shared_saved + 3 * self._weighed + rounded
         base = self._gathered + self._places
-        scores = self._score_grad(DOWN, self.down)
-        multiplying = base + self._gate + self._product + self._hidden + max(self._wide, scores)
+        beside = max(self._dense(DOWN), self._score_grad(DOWN, self.down))
+        down = base + self._gate + self._product + self._hidden + self._wide + beside
         gating = base + self._gate + 3 * self._wide
-        gathering = base + 2 * self._wide + max(self._hidden, self._score_grad(GATE_UP, self.gate_up))
-        return unsorting, multiplying, gating, gathering
+        up = base + 2 * self._wide + self._hidden
+        up += max(self._dense(GATE_UP), self._score_grad(GATE_UP, self.gate_up))
+        return unsorting, down, gating, up
 
     # ------------------------------------------------------------------------------------------ sizes
 
     @property
-    def _is_masked(self) -> bool:
-        return self.gate_up or self.down
+    def _is_ours(self) -> bool:
+        """Whether MaskedExperts runs them, and not transformers."""
+        return self.gate_up or self.down or bool(self.coded)
 
     @property
     def _rows(self) -> int:
@@ -125,8 +136,13 @@ class Routed:
         return 4 * self._tokens_wide(shared) + 2 * hidden if shared else 0
 
     def _biases(self, size: int) -> int:
-        """Those of each row's expert, gathered; a masked product reads them where they are."""
-        return size if self.mixture.is_biased and not self._is_masked else 0
+        """Those of each row's expert, gathered and kept; ours lets go of them."""
+        return size if self.mixture.is_biased and not self._is_ours else 0
+
+    def _dense(self, name: str) -> int:
+        """All experts of a product, made of codes."""
+        count, n, k = self.mixture.matrices[name]
+        return count * n * k * self.dtype_bytes if name in self.coded else 0
 
     def _score_grad(self, name: str, is_masked: bool) -> int:
         count, n, k = self.mixture.matrices[name]

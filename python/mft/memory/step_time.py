@@ -56,7 +56,7 @@ def step_seconds(shape: ModelShape, workload: Workload, masked: Sequence[bool], 
         if name in named:  # the gradient is read and written where it is added to
             compute += workload.own_accumulation * sum(masked) * _routed_seconds(shape, workload, name, touched=2)
     if workload.quantization is not None:  # a dense matrix is written and read for each product, thrice a layer
-        made = workload.own_accumulation * (depth + 2 * above) * linear // 2
+        made = workload.own_accumulation * (depth + 2 * above) * shape.layer_weights
         compute += made * 2 * shape.dtype_bytes / speeds.memory
     update = trained * (2 * workload.state_bytes + 2 * shape.dtype_bytes) / speeds.memory
     if workload.memory == "plain":
