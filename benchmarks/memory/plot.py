@@ -9,7 +9,7 @@ from mft.memory.estimate import estimate
 from mft.memory.shapes import known_config, shape_from_config
 from mft.memory.workload import Workload
 
-from .records import Record, by_machine, machine
+from ..records import Record, by_machine, machine
 
 KINDS = ("weights", "masks", "gradients", "states", "activations", "logits", "boundaries", "staging", "workspace")
 COLOURS = dict(zip(KINDS, [f"C{i}" for i in range(len(KINDS))]))

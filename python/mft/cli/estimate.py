@@ -212,7 +212,7 @@ def _nothing(shape: ModelShape, workload: Workload, choice: Choice) -> str:
 
 def _of_mixture(shape: ModelShape, choice: Choice) -> list[str]:
     """What is said of experts, and of what comes with them."""
-    mixture, lines = shape.mixture, []
+    mixture, lines = shape.mixture, list[str]()
     if mixture is None:
         return lines
     held = shape.layers * (shape.layer_weights - sum(n * k for n, k in shape.linears.values())) * shape.dtype_bytes
