@@ -7,16 +7,22 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from mft.masks.convert import masked_modules
@@ -66,6 +72,27 @@ def qwen2_moe():
             **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=24
         )
     )
+
+
+def qwen3_moe(**changes):
+    sizes = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES | sizes | changes))
+
+
+def olmoe(**changes):
+    return OlmoeForCausalLM(OlmoeConfig(**SIZES | {"num_experts": 4, "num_experts_per_tok": 2} | changes))
+
+
+def gpt_oss(**changes):
+    model = GptOssForCausalLM(GptOssConfig(**SIZES | EXPERTS | {"head_dim": 8, "sliding_window": 8} | changes))
+    for name, parameter in model.named_parameters():
+        if name.endswith("_bias"):  # which begin at 0
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+# Experts in one parameter: (E, N, K); after attention without norms of queries; transposed, with biases.
+MIXTURES = {"qwen3_moe": qwen3_moe, "olmoe": olmoe, "gpt_oss": gpt_oss}
 
 
 class LinearExperts(nn.Module):

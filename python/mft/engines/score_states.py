@@ -41,7 +41,7 @@ class HeldMask:
         return getattr(self.module, "quantized", None)
 
     def weight(self) -> Tensor:
-        """(N, K), made anew if it is quantised."""
+        """(N, K), made anew if it is quantised; of experts (E, N, K), or all in one matrix."""
         return self.module.weight.detach() if self.quantized is None else self.quantized.dense()
 
     def weight_dtype(self) -> torch.dtype:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mft.masks.experts import unmasked_product
 from mft.masks.quantize import QuantizedLinear, QuantizedMaskedLinear
 from mft.models.causal_lm import replaced_forwards
+from mft.models.experts import unmasked_product
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear
 
 

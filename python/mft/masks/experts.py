@@ -7,14 +7,14 @@ A masked projection is a MaskedGroupedLinear under the parameter's name: "expert
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations import moe
 
-from mft.models.experts import ExpertProjection, RoutedRows, expert_projections, flags
-from mft_kernels import MaskedGroupedLinear
+from mft.models.experts import ExpertProjection, RoutedRows, expert_projections, flags, unmasked_product
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class MaskedExperts(nn.Module):
@@ -37,8 +37,11 @@ class MaskedExperts(nn.Module):
         return _restored, (self._kind,), self.__dict__  # the class is made at run time, which a pickle cannot name
 
 
-def mask_experts(experts: Any, name: str, mask: Callable[..., MaskedGroupedLinear]) -> MaskedGroupedLinear:
-    """Replace the parameter ``name`` of experts by mask(weight, bias, transposed=...), in place."""
+def mask_experts(experts: Any, name: str, mask: Callable[..., Layer]) -> Layer:
+    """Replace the parameter ``name`` of experts by mask(weight, bias, transposed=...), in place.
+
+    That is a MaskedGroupedLinear, or another module that is called with rows and offsets; see quantize.py.
+    """
     projection = expert_projections(experts)[name]
     parameters = experts._parameters
     bias = None if projection.bias is None else parameters[projection.bias]
@@ -68,17 +71,8 @@ def unmask_experts(experts: Any, name: str, weight: Tensor, bias: Tensor | None)
         experts.__class__ = experts._kind
 
 
-def unmasked_product(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """What a MaskedGroupedLinear computes where all is kept, as transformers does it; nobody's rows hold anything."""
-    of_rows = None
-    if bias is not None:
-        places = torch.arange(len(rows), device=rows.device, dtype=offsets.dtype)
-        of_rows = bias[torch.searchsorted(offsets, places, right=True).clamp_(max=len(offsets) - 1)]
-    return moe._grouped_linear(rows, weight, offsets, bias=of_rows, is_transposed=transposed)
-
-
 def unmasked_experts(experts: Any) -> nn.Module:
-    """The module that experts were, beside them and on the same memory."""
+    """The module that experts were, beside them and on the same memory; what is quantised stays as it is."""
     plain = copy.copy(experts)
     plain.__dict__ = experts.__dict__ | {
         "_parameters": dict(experts._parameters),
@@ -87,7 +81,8 @@ def unmasked_experts(experts: Any) -> nn.Module:
     }
     for name in list(plain._projections):
         layer = plain._modules[name]
-        unmask_experts(plain, name, layer.weight, layer.bias)
+        if "weight" in layer._parameters:
+            unmask_experts(plain, name, layer.weight, layer.bias)
     return plain
 
 
@@ -140,7 +135,7 @@ def _project(self: Any, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
     if self._watch is not None:
         self._watch(name, rows, offsets)
     layer = getattr(self, name)
-    if isinstance(layer, MaskedGroupedLinear):
+    if isinstance(layer, nn.Module):
         return layer(rows, offsets)
     projection = expert_projections(self)[name]
     bias = None if projection.bias is None else getattr(self, projection.bias)

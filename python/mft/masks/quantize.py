@@ -3,8 +3,11 @@
 Where a kernel decodes (QuantizedMatrix.is_fused), neither the product of a masked layer nor its d_x makes a dense
 matrix: one exists only while d_scores is made, which is as large, and in frozen layers during products of many tokens.
 Elsewhere one exists during each product, and is made again for the backward pass. Codes never learn.
+
+So it is with experts in one parameter everywhere: no kernel decodes them.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -13,13 +16,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from mft.masks.convert import check_unwrapped
+from mft.masks.convert import check_unwrapped, masked_modules
+from mft.masks.experts import mask_experts
 from mft.masks.export import keep_base_hash
 from mft.models.linears import find_candidates, layer_stacks
+from mft.models.quantized_experts import QuantizedGroupedLinear, dense_experts, quantize_experts
 from mft.models.quantized_weight import QuantizedWeight, check_library, check_quantization, quantized_weights
-from mft_kernels import MaskedLinear, masked_linear_quantized
+from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, masked_linear_quantized
 from mft_kernels.checks import NonFiniteScores
 from mft_kernels.direct import is_direct_but_for_autograd
+from mft_kernels.held import Weight
 from mft_kernels.library import unchanged
 from mft_kernels.masking import CurrentMask, current_mask
 from mft_kernels.ops import gradients_of_packed
@@ -27,7 +33,7 @@ from mft_kernels.quantized import masked_linear_quantized_d_x
 
 
 def quantize_model(model: nn.Module, kind: str = "nf4", *, masked: bool = False) -> nn.Module:
-    """Quantise the frozen linears of the decoder layers, in place; embedding, head and norms stay as they are.
+    """Quantise the frozen linears and experts of the decoder layers, in place; all else stays as it is.
 
     One weight is quantised and freed after the other, where it lies. Mask the model first: scores begin from the exact
     weights, and export says on which exact weights the masks were learned.
@@ -35,7 +41,7 @@ def quantize_model(model: nn.Module, kind: str = "nf4", *, masked: bool = False)
     Args:
         model: masked or not, unquantised; what is trainable is left alone.
         kind: "nf4", "nf4-dq" (with double quantisation) or "int8".
-        masked: quantise the masked linears' weights too.
+        masked: quantise the masked layers' weights too.
     Returns: the same model.
     Raises: ValueError if nothing can be quantised, or a module by name if it cannot; RuntimeError if NF4's library is
         missing. The model is then unchanged, except if a weight is not finite: then those before it are quantised.
@@ -48,13 +54,16 @@ def quantize_model(model: nn.Module, kind: str = "nf4", *, masked: bool = False)
     if masked:
         keep_base_hash(model)
     for name in names:
-        module: Any = model.get_submodule(name)
+        path, _, part = name.rpartition(".")
+        parent: Any = model.get_submodule(path)
+        module = getattr(parent, part)
         try:
-            if isinstance(module, MaskedLinear):
+            if isinstance(module, MaskedLayer):
                 _quantize_masked(module, kind)
+            elif isinstance(module, nn.Parameter):
+                mask_experts(parent, part, functools.partial(QuantizedGroupedLinear.from_weight, kind=kind))
             else:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, QuantizedLinear.from_linear(module, kind))
+                setattr(parent, part, QuantizedLinear.from_linear(module, kind))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return model
@@ -121,6 +130,25 @@ class QuantizedMaskedLinear(MaskedLinear):
             f"masks must be merged into exact weights, got {self.module_name or 'a layer'} in {self.quantized.kind}: "
             "save_masks, and load_masks on the unquantised model"
         )
+
+
+class QuantizedMaskedGroupedLinear(MaskedGroupedLinear):
+    """A MaskedGroupedLinear whose weight is made of codes each time that it is read, of all experts at once.
+
+    hold(..., weight=module.quantized) frees it after each product; without hold autograd keeps it.
+    """
+
+    quantized: QuantizedWeight  # of the matrix (E * N, K)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # as of QuantizedMaskedLinear
+        """(E, N, K), made anew by each access."""
+        return dense_experts(self.quantized, self.experts)
+
+    def hold(self, packed: Tensor, grad_buffer: Tensor | None = None, *, weight: Weight | None = None) -> None:
+        if weight is self.quantized:
+            weight = functools.partial(dense_experts, self.quantized, self.experts)
+        super().hold(packed, grad_buffer, weight=weight)
 
 
 # ---------------------------------------------------------------------------------------------- private
@@ -202,25 +230,29 @@ class _QuantizedMaskedProduct(torch.autograd.Function):
         return d_x if wants_x else None, d_scores, d_bias if wants_bias else None, None, None, None
 
 
-def _quantize_masked(module: MaskedLinear, kind: str) -> None:
-    quantized = QuantizedWeight.quantize(module.weight.detach(), kind)
+def _quantize_masked(module: Any, kind: str) -> None:
+    grouped = isinstance(module, MaskedGroupedLinear)
+    quantized = (quantize_experts if grouped else QuantizedWeight.quantize)(module.weight.detach(), kind)
     del module.weight
-    module.__class__ = QuantizedMaskedLinear  # so that whoever holds the module or its scores holds them still
+    # So that whoever holds the module or its scores holds them still.
+    module.__class__ = QuantizedMaskedGroupedLinear if grouped else QuantizedMaskedLinear
     module.quantized = quantized
 
 
 def _quantizable(model: nn.Module, masked: bool) -> list[str]:
-    """Names of the decoder layers' linears that are frozen, and of the masked ones if they are to be quantised."""
-    names, trainable = [], 0
+    """Names of the decoder layers' linears that are frozen, and of the masked ones if they are to be quantised.
+
+    Experts in one parameter have its name.
+    """
+    names, trainable = list(masked_modules(model)) if masked else [], 0
     for candidate in find_candidates(model, layer_stacks(model)):
-        if isinstance(candidate.module, MaskedLinear):
-            if masked:
-                names.append(candidate.name)
-        elif candidate.layer is None or candidate.is_head:
+        if isinstance(candidate.module, MaskedLayer) or candidate.layer is None or candidate.is_head:
             continue
-        elif candidate.obstacle:
+        # Of a module of experts its own: in it may lie masked ones, whose scores learn.
+        parameters = candidate.module.parameters(recurse=not candidate.is_parameter)
+        if candidate.obstacle:
             raise ValueError(f"cannot quantise {candidate.name}: {candidate.obstacle}")
-        elif any(parameter.requires_grad for parameter in candidate.module.parameters()):
+        if any(parameter.requires_grad for parameter in parameters):
             trainable += 1
         else:
             names.append(candidate.name)

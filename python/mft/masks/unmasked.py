@@ -8,8 +8,9 @@ from torch import nn
 from mft.masks.convert import masked_modules
 from mft.masks.experts import MaskedExperts, unmasked_experts
 from mft.masks.gradient_checkpointing import remove_checkpointing_hooks
-from mft.masks.quantize import QuantizedLinear, QuantizedMaskedLinear
+from mft.masks.quantize import QuantizedLinear, QuantizedMaskedGroupedLinear, QuantizedMaskedLinear
 from mft.models.parallel import check_unsharded, unwrapped
+from mft.models.quantized_experts import QuantizedGroupedLinear
 from mft_kernels import MaskedLinear
 
 
@@ -45,12 +46,22 @@ def unmasked_model(model: nn.Module) -> nn.Module:
             "model before dispatch_model"
         )
     shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    shared |= {id(m): unmasked_experts(m) for m in model.modules() if isinstance(m, MaskedExperts)}
+    shared |= {id(m): _experts_without_masks(m) for m in model.modules() if isinstance(m, MaskedExperts)}
     shared |= {id(m): _without_mask(m) for m in masked.values() if isinstance(m, MaskedLinear)}
     made: Any = copy.deepcopy(model, shared)
     vars(made).pop("forward", None)  # which trainers replace by one that is bound to the masked model
     remove_checkpointing_hooks(made)
     return made.eval()
+
+
+def _experts_without_masks(experts: MaskedExperts) -> nn.Module:
+    plain: Any = unmasked_experts(experts)
+    for name, layer in plain._modules.items():
+        if isinstance(layer, QuantizedMaskedGroupedLinear):
+            plain._modules[name] = QuantizedGroupedLinear(
+                layer.quantized, layer.experts, layer.bias, transposed=layer.transposed
+            )
+    return plain
 
 
 def _without_mask(module: MaskedLinear) -> nn.Module:

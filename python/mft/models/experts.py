@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import moe
 
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")  # of the interface
 # Written as the interface's, and not under it: what its flags would be.
@@ -57,6 +58,18 @@ def expert_projections(module: nn.Module) -> dict[str, ExpertProjection]:
         for name, projection in projections.items()
         if parameters.get(name) is not None and parameters[name].dim() == 3
     }
+
+
+def unmasked_product(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """What a MaskedGroupedLinear computes where all is kept, as transformers does it; nobody's rows hold anything."""
+    of_rows = None if bias is None else bias_of_rows(bias, offsets, len(rows))
+    return moe._grouped_linear(rows, weight, offsets, bias=of_rows, is_transposed=transposed)
+
+
+def bias_of_rows(bias: Tensor, offsets: Tensor, rows: int) -> Tensor:
+    """(rows, N) of bias (E, N): each row's own."""
+    places = torch.arange(rows, device=bias.device, dtype=offsets.dtype)
+    return bias[torch.searchsorted(offsets, places, right=True).clamp_(max=len(offsets) - 1)]
 
 
 class RoutedRows:
