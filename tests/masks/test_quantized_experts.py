@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -88,6 +89,36 @@ def test_masked_experts_that_hold_a_mask_keep_no_dense_weight(transposed):
     assert torch.equal(x.grad, other.grad)
     assert torch.equal(*buffers)
     assert not buffers[0][1].any()
+
+
+@pytest.mark.parametrize("scores_dtype", [torch.float32, torch.bfloat16, torch.int16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_without_hold_gradients_are_those_of_the_dense_weight_which_nobody_keeps(transposed, scores_dtype, monkeypatch):
+    weight = normal(3, 40, 24) if transposed else normal(3, 24, 40)
+    bias = normal(3, 24, seed=1)
+    module = MaskedGroupedLinear(weight, bias, transposed=transposed, keep_ratio=0.5, scores_dtype=scores_dtype)
+    _quantize_masked(module, "int8")
+    module.bias.requires_grad_()
+    made, found = [], []
+
+    def dense(*arguments):
+        weight = dense_experts(*arguments)
+        made.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr("mft.masks.quantize.dense_experts", dense)
+    for forward in (QuantizedMaskedGroupedLinear.forward, MaskedGroupedLinear.forward):
+        x = normal(7, 40, seed=2).requires_grad_()
+        module.scores.grad = module.bias.grad = None
+        made.clear()
+        y = forward(module, x, OFFSETS)
+        found.append(made[0]() is not None)
+        y.backward(normal(7, 24, seed=3))
+        found.append([y.detach(), x.grad, module.bias.grad, module.scores.grad])
+    assert found[::2] == [False, True]
+    for ours, theirs in zip(found[1], found[3]):
+        assert ours is theirs is None or torch.equal(ours, theirs)
+    assert (found[1][-1] is None) == (scores_dtype == torch.int16)
 
 
 @pytest.mark.parametrize("kind", MIXTURES)

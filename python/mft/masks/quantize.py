@@ -25,6 +25,7 @@ from mft.models.quantized_weight import QuantizedWeight, check_library, check_qu
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, masked_linear_quantized
 from mft_kernels.checks import NonFiniteScores
 from mft_kernels.direct import is_direct_but_for_autograd
+from mft_kernels.grouped import gradients_of_packed_grouped, product_of_packed_grouped
 from mft_kernels.held import Weight
 from mft_kernels.library import unchanged
 from mft_kernels.masking import CurrentMask, current_mask
@@ -135,7 +136,7 @@ class QuantizedMaskedLinear(MaskedLinear):
 class QuantizedMaskedGroupedLinear(MaskedGroupedLinear):
     """A MaskedGroupedLinear whose weight is made of codes each time that it is read, of all experts at once.
 
-    hold(..., weight=module.quantized) frees it after each product; without hold autograd keeps it.
+    A product frees it, also without hold where nobody but autograd has to see the call; else autograd keeps it.
     """
 
     quantized: QuantizedWeight  # of the matrix (E * N, K)
@@ -149,6 +150,16 @@ class QuantizedMaskedGroupedLinear(MaskedGroupedLinear):
         if weight is self.quantized:
             weight = functools.partial(dense_experts, self.quantized, self.experts)
         super().hold(packed, grad_buffer, weight=weight)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        plain = self._held is None and x.dtype == self.quantized.dtype and torch.is_grad_enabled()
+        if not (plain and is_direct_but_for_autograd(x, self.scores, self.quantized.codes, offsets)):
+            return super().forward(x, offsets)
+        try:
+            mask = current_mask(self.scores, self.keep_ratio, self.threshold, self.mode)
+        except NonFiniteScores as error:
+            raise self._named(error) from None
+        return _GroupedMaskedProduct.apply(x, self.scores, self.bias, offsets, self, mask)
 
 
 # ---------------------------------------------------------------------------------------------- private
@@ -228,6 +239,49 @@ class _QuantizedMaskedProduct(torch.autograd.Function):
             d_x = ctx.quantized.masked_d_x(grad_output, ctx.mask.packed) if wants_x else None
             d_bias = grad_output.flatten(0, -2).sum(0) if wants_bias else None
         return d_x if wants_x else None, d_scores, d_bias if wants_bias else None, None, None, None
+
+
+class _GroupedMaskedProduct(torch.autograd.Function):
+    """masked_linear_grouped_by_ratio over codes: saves x, and of the weight nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scores: Tensor,
+        bias: Tensor | None,
+        offsets: Tensor,
+        layer: QuantizedMaskedGroupedLinear,
+        mask: CurrentMask,
+    ) -> Tensor:
+        needs_x = ctx.needs_input_grad[1]
+        ctx.save_for_backward(x if needs_x else None, scores, offsets)
+        ctx.layer, ctx.mask = layer, mask
+        return product_of_packed_grouped(x, layer.weight, mask.packed, offsets, bias, layer.transposed, "auto")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (x, scores, offsets), layer, mask = unchanged(ctx), ctx.layer, ctx.mask
+        sign = Tensor.detach(scores) if scores.is_floating_point() else None
+        wants_x, wants_scores, wants_bias = ctx.needs_input_grad[:3]
+        wants = [wants_x, False, wants_scores, wants_bias]
+        x = grad_output if x is None else x
+        d_x, _, d_scores, d_bias = gradients_of_packed_grouped(
+            grad_output,
+            x,
+            layer.weight,
+            mask.packed,
+            sign,
+            mask.signs,
+            offsets,
+            layer.transposed,
+            layer.mode,
+            wants,
+            "auto",
+        )
+        grads = zip((d_x, d_scores, d_bias), (wants_x, wants_scores, wants_bias))
+        return *(grad if wanted else None for grad, wanted in grads), None, None, None
 
 
 def _quantize_masked(module: Any, kind: str) -> None:
