@@ -59,7 +59,8 @@ def plan_training(config: RunConfig, processes: int = 1) -> Plan:
     except ValueError as error:
         way = config.memory
         if way == "auto":
-            way = "quantized" if config.model.quantization else "plain"
+            of_exact = "resident" if config.mask.scores_dtype == "int16" else "plain"  # autograd cannot reach int16
+            way = "quantized" if config.model.quantization else of_exact
         return _plan(config, way, device, True, f"memory: {way}, not estimated: {error}")
     for layer in workload.layers or ():
         check_rule(
