@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny import make_rows, masked_llama, save_llama
+from tiny_architectures import gpt_oss
 from tiny_run import steps
 
 import mft.training.plan
@@ -43,8 +44,13 @@ WAYS = ("resident", "quantized", "layerwise")
 # ---------------------------------------------------------------------------------------------- what is computed
 
 
-def make(way, layers=(1, 2, 3), dtype=torch.float32, **mask):
-    model = masked_llama(layers=layers, dtype=dtype, **mask)
+def make(way, layers=(1, 2, 3), dtype=torch.float32, mixture=False, **mask):
+    if mixture:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = mask_model(gpt_oss().eval(), MaskConfig.paper(**mask))
+    else:
+        model = masked_llama(layers=layers, dtype=dtype, **mask)
     if way == "quantized":
         quantize_model(model, "nf4", masked=True)
     return model
@@ -80,6 +86,7 @@ CASES = {
     "uneven shares": ({}, rows, {"accumulation": 3}, LAST_BITS),
     "remembered layers": ({"layers": (2, 3)}, rows, {"batch_size": 3, "steps": 6}, LAST_BITS),
     "packed rows": ({}, packed_rows, {}, BITS),
+    "a mixture": ({"mixture": True}, rows, {}, BITS),
 }
 RUNS = [(way, name) for way in WAYS for name in CASES if (way, name) != ("layerwise", "clipped")]
 
