@@ -3,13 +3,16 @@
 import io
 
 import pytest
+import torch
 from tiny import make_rows, masked_llama
+from torch import nn
 
 from mft.cli.masks import _mask_table
 from mft.config import TrainConfig
 from mft.masks.inspection import MaskStatistics, flip_share, initial_masks, mask_statistics
 from mft.tracking.console import new_console
 from mft.training.loop import train_masks
+from mft_kernels import MaskedGroupedLinear
 
 
 def test_mask_statistics_of_a_worked_example():
@@ -20,6 +23,18 @@ def test_mask_statistics_of_a_worked_example():
     for row in rows:
         assert row.kept == pytest.approx(0.75)
         assert (row.flips, row.overlap) == (0, 1)
+
+
+def test_the_magnitude_mask_of_experts_is_each_experts_own():
+    """Experts of other magnitudes: as one matrix the first would be dropped whole."""
+    weight = torch.randn(3, 20, 40, generator=torch.Generator().manual_seed(0)) * torch.tensor([[[0.01]], [[1]], [[5]]])
+    layer = MaskedGroupedLinear(weight, keep_ratio=0.75)
+    (row,) = mask_statistics(nn.ModuleDict({"experts": layer}))
+    assert (row.weights, row.kept, row.overlap) == (2400, 0.75, 1)
+    with torch.no_grad():
+        layer.scores[0] = layer.scores[0].flip(0)
+    (row,) = mask_statistics(nn.ModuleDict({"experts": layer}))
+    assert 2 / 3 < row.overlap < 0.85
 
 
 def test_flips_are_counted_against_the_first_mask():
@@ -36,8 +51,9 @@ def test_flips_are_counted_against_the_first_mask():
 
 def test_a_table_of_masks_is_eighty_columns_wide():
     names = [f"model.layers.{layer}.self_attn.{kind}_proj" for layer in (3, 31) for kind in "qkvo"]
+    names += [f"model.layers.{layer}.mlp.experts.gate_up_proj" for layer in (3, 31)]
     file = io.StringIO()
-    rows = [MaskStatistics(name, 58_720_256, 0.9004, 0.1681, 0.127) for name in names]
+    rows = [MaskStatistics(name, 402_653_184, 0.9004, 0.1681, 0.127) for name in names]
     new_console(file, width=80).print(_mask_table(rows))
     assert all(f"{name} " in file.getvalue() for name in names)  # none is broken
-    assert "since init" in file.getvalue()
+    assert "since" in file.getvalue()

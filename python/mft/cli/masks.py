@@ -102,9 +102,9 @@ def _mask_table(rows: list[MaskStatistics]) -> Table:
         Column("layer", overflow="fold"),  # the end of a name is what tells layers apart
         *(
             Column(heading, justify="right")
-            for heading in ("weights", "kept", "flips\nsince init", "dropped as\nby magnitude")
+            for heading in ("weights", "kept", "flips\nsince\ninit", "dropped\nas by\nmagnitude")
         ),
-        box=box.SIMPLE_HEAD,  # 80 columns hold the name of an attention's projection
+        box=box.SIMPLE_HEAD,  # 80 columns hold the name of a projection of experts
         padding=(0, 1, 0, 0),
     )
     for row in rows:

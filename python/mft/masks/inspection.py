@@ -17,7 +17,7 @@ class MaskStatistics:
     weights: int
     kept: float
     flips: float | None  # weights whose bit differs from the initial mask's; None if that is not known
-    overlap: float  # of the dropped weights, the share that the magnitude mask of the same size drops too
+    overlap: float  # of the dropped weights, the share that the magnitude mask of the same size, an expert, drops too
 
 
 def initial_masks(model: nn.Module) -> dict[str, Tensor]:
@@ -44,10 +44,19 @@ def flip_share(model: nn.Module, initial: dict[str, Tensor]) -> float:
 
 @torch.no_grad()
 def _overlap(module: MaskedLayer, mask: Tensor) -> float:
+    weight = module.weight
+    pairs = zip(weight, mask) if weight.dim() == 3 else [(weight, mask)]  # each expert's, which selects by itself
+    counts = [_dropped_by_both(each, of_each) for each, of_each in pairs]
+    dropped, both = (sum(count) for count in zip(*counts))
+    return both / dropped if dropped else 1.0
+
+
+def _dropped_by_both(weight: Tensor, mask: Tensor) -> tuple[int, int]:
+    """(how many weights the mask drops, and of these how many a magnitude mask that drops as many)"""
     dropped = int((~mask).sum())
     if dropped == 0:
-        return 1.0
+        return 0, 0
     # The dropped-th smallest magnitude; ties with it count as dropped by the magnitude mask.
-    magnitudes = module.weight.float().abs()
+    magnitudes = weight.float().abs()
     cut = magnitudes.flatten().kthvalue(dropped).values
-    return (~mask & (magnitudes <= cut)).sum().item() / dropped
+    return dropped, int((~mask & (magnitudes <= cut)).sum())
