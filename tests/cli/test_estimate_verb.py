@@ -62,7 +62,7 @@ def test_the_verb_prints_a_table_and_the_choice():
             "gpt-oss-20b",
             "24GB",
             (),
-            "the GPU needs 123.1 GB of the host or more; mask fewer layers (--layers) or attention",
+            "the GPU needs 95.6 GB of the host or more; mask fewer layers (--layers) or attention",
         ),
         ("gpt-oss-20b", "24GB", ("--host", "400GB"), "memory: layerwise. it is the fastest way that fits"),
         ("gpt-oss-20b", "12GB", ("--host", "400GB"), "nearest that fits: --memory layerwise --sequence 2048"),
