@@ -72,3 +72,16 @@ def test_experts_in_few_bits_are_dense_a_product_at_a_time(name, way, masked, qu
     coded = replace(workload, quantization="nf4", quantize_masked=quantize_masked)
     found = assert_as_simulated(of_two_layers(name), coded, tolerance=0.01)
     assert found.quantized == {"qwen3-30b-a3b": 10, "gpt-oss-20b": 12, "mixtral-8x7b": 10}[name]
+
+
+def test_seconds_count_the_experts_that_a_token_is_routed_to_or_reading_all_that_see_one():
+    shape = shape_from_config(known_config("mixtral-8x7b"))
+    work = Workload("resident", sequence=4096, micro_batch=8, accumulation=1)
+    one, two = (estimate(replace(shape, mixture=replace(shape.mixture, top_k=k)), work).seconds for k in (1, 2))
+    an_expert = sum(n * k for _, n, k in shape.experts.values())
+    products = 4 * shape.layers  # up, up again, down, and the scores' gradient
+    assert two - one == pytest.approx(products * 2 * work.tokens * an_expert / 150e12)
+    few = [estimate(shape, replace(work, micro_batch=1, sequence=tokens)).seconds for tokens in (64, 128)]
+    assert few[1] == pytest.approx(few[0], rel=0.02)
+    read = (products + shape.layers) * 8 * an_expert * 2 / 0.8e12
+    assert few[0] > read
