@@ -17,26 +17,40 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from .linear_probe import why_not_linear
+
 _READERS = {"MultiheadAttention": ("out_proj",), "LinearCrossEntropyLoss": ("linear",)}  # the second since torch 2.13
 
 
 def why_no_mask(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | None:
-    """Why module, of this kind or a subclass, cannot be masked; None if it can.
+    """Why module, of this kind or in its place, cannot be masked; None if it can.
 
     A masked layer computes what ``kind`` computes, from a weight of ordinary floating-point numbers, and nothing else.
+    Whether a forward of its own does, where the kind is nn.Linear, is found by trying it.
     """
-    if type(module).forward is not kind.forward:
-        name = f"{type(module).__module__}.{type(module).__qualname__}"
-        return (
-            f"it is a {name}, not a plain nn.Linear: its forward is its own (quantised, adapted, or with more to it), "
-            "and a masked layer would leave that out"
-        )
+    code: Any = type(module)
+    is_plain = code.forward is kind.forward and code.__call__ is kind.__call__
+    named = f"it is a {code.__module__}.{code.__qualname__}, not a plain {'nn.' * (kind is nn.Linear)}{kind.__name__}"
     weight = module._parameters.get("weight")
+    if not is_plain and (kind is not nn.Linear or weight is None or weight.dim() != 2):
+        return (
+            f"{named}: its forward is its own (quantised, adapted, or with more to it), and a masked layer would leave "
+            "that out"
+        )
     if weight is None:
         return "its weight is no parameter, but made of others (by a parametrisation or pruning): bake that in first"
     why = why_no_scores(weight)
     if why is not None:
-        return why
+        return why if is_plain else f"{named}, and {why.removeprefix('it ')}"
+    why = why_lost(module)
+    if why is None and not is_plain:
+        more = why_not_linear(module)
+        why = None if more is None else f"{named}: {more}. A masked layer would leave that out"
+    return why
+
+
+def why_lost(module: nn.Module) -> str | None:
+    """What was done to this one module's forward, which nothing in its place would do; None if nothing."""
     if hasattr(module, "_hf_hook") or "forward" in vars(module):
         return (
             "its forward is replaced (by a device_map of several devices or offloading, or patched): load it on one "

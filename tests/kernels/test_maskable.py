@@ -37,8 +37,8 @@ def patched():
     return linear
 
 
-def whole_numbers():
-    linear = nn.Linear(16, 8)
+def whole_numbers(kind=nn.Linear):
+    linear = kind(16, 8)
     linear.weight = nn.Parameter(torch.ones(8, 16, dtype=torch.int8), requires_grad=False)
     return linear
 
@@ -49,6 +49,10 @@ UNMASKABLE = {
     "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 8)), "its weight is no parameter"),
     "pruning": (lambda: prune.random_unstructured(nn.Linear(16, 8), "weight", 0.5), "its weight is no parameter"),
     "int8": (whole_numbers, "it holds a Tensor of torch.int8"),
+    "int8 and a forward of its own": (
+        lambda: whole_numbers(Doubling),
+        r"Doubling, not .*, and holds a Tensor of torch.in",
+    ),
     "a hook": (hooked, "it has hooks"),
     "a replaced forward": (patched, "its forward is replaced"),
 }
