@@ -6,6 +6,7 @@ check_torch()  # before anything asks an older torch for what it lacks
 
 from . import cpu, cuda, maskable, triton  # noqa: F401  (enter their backends into the table; torch's hook)
 from ._version import __version__ as __version__
+from .attention import MaskedMultiheadAttention
 from .backends import backend_report, import_entry_points
 from .fixed_point import fixed_from_float, float_from_fixed
 from .grouped import (
@@ -37,6 +38,7 @@ __all__ = [
     "MaskedGroupedLinear",
     "MaskedLayer",
     "MaskedLinear",
+    "MaskedMultiheadAttention",
     "accumulate_score_grad",
     "accumulate_score_grad_grouped",
     "backend_report",

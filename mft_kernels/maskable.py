@@ -3,9 +3,10 @@
 A masked layer does not multiply by its ``weight`` alone, so a parent that reads ``child.weight`` instead of calling the
 child would leave the mask out without a word. Of torch's modules these do (torch 2.11 to 2.13):
 
-    nn.MultiheadAttention        out_proj          always                         refused
+    nn.MultiheadAttention        out_proj          always                         refused: see attention.py
     nn.LinearCrossEntropyLoss    linear            always                         refused
-    nn.TransformerEncoderLayer   linear1, linear2  in its inference fast path     kept on its slow path
+    nn.TransformerEncoderLayer   linear1, linear2, in its inference fast path     kept on its slow path
+                                 self_attn
 
 The rule holds wherever a module is registered (``layer.linear1 = masked``, add_module, set_submodule): torch calls a
 hook there. Writing into ``_modules`` goes past it.
@@ -20,6 +21,10 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from .linear_probe import why_not_linear
 
 _READERS = {"MultiheadAttention": ("out_proj",), "LinearCrossEntropyLoss": ("linear",)}  # the second since torch 2.13
+_INSTEAD = {
+    "MultiheadAttention": "MaskedMultiheadAttention.from_attention(attention) makes one that calls it",
+    "LinearCrossEntropyLoss": "Leave it as it is, or write a module that calls it",
+}
 
 
 def why_no_mask(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | None:
@@ -70,26 +75,31 @@ def why_no_scores(weight: Tensor) -> str | None:
 
 def why_not_there(parent: nn.Module, name: str) -> str | None:
     """Why parent's child of this name cannot be a masked layer; None if it can."""
-    for reader, children in _READERS.items():
-        if name in children and isinstance(parent, getattr(nn, reader, ())):
-            return f"nn.{reader} computes with {name}.weight itself and would leave the mask out"
-    return None
+    reader = _reader(parent, name)
+    return None if reader is None else f"nn.{reader} computes with {name}.weight itself and would leave the mask out"
 
 
 def has_slow_path(parent: nn.Module, name: str) -> bool:
-    """Whether parent reads this child's weight on its fast path alone, off which a masked layer keeps it."""
-    return isinstance(parent, nn.TransformerEncoderLayer) and name in ("linear1", "linear2")
+    """Whether parent reads this child's weights on its fast path alone, off which a masked layer keeps it."""
+    return isinstance(parent, nn.TransformerEncoderLayer) and name in ("linear1", "linear2", "self_attn")
+
+
+def _reader(parent: nn.Module, name: str) -> str | None:
+    for reader, children in _READERS.items():
+        if name in children and isinstance(parent, getattr(nn, reader, ())):
+            return reader
+    return None
 
 
 def _on_registration(parent: Any, name: str, child: nn.Module | None) -> None:
     """Called by torch before child becomes parent.name. Classes say of themselves that they mask their weight."""
     if not getattr(type(child), "masks_weight", False):
         return
-    why = why_not_there(parent, name)
-    if why is not None:
+    reader = _reader(parent, name)
+    if reader is not None:
         raise ValueError(
-            f"{name} of {type(parent).__name__} must not be a {type(child).__name__}: {why}. Leave it as it is, or "
-            "write a module that calls it"
+            f"{name} of {type(parent).__name__} must not be a {type(child).__name__}: {why_not_there(parent, name)}. "
+            f"{_INSTEAD[reader]}"
         )
     if has_slow_path(parent, name):
         # One of the conditions of the fast path; an attribute, so that copies and pickles keep it. It stays off after

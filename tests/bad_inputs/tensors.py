@@ -11,6 +11,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from mft_kernels import (
     MaskAdamW,
     MaskedLinear,
+    MaskedMultiheadAttention,
     accumulate_score_grad,
     kept_threshold,
     masked_linear,
@@ -282,11 +283,71 @@ def a_linear_with_a_hook_to_mask_by_hand():
     where="out_proj of MultiheadAttention",
     got="MaskedLinear",
     rule="must not be a MaskedLinear: nn.MultiheadAttention computes with out_proj.weight itself",
-    remedy="Leave it as it is, or write a module that calls it",
+    remedy="MaskedMultiheadAttention.from_attention(attention) makes one that calls it",
 )
 def a_masked_layer_where_the_weight_is_read_past_it():
     attention = nn.MultiheadAttention(8, 2)
     attention.out_proj = MaskedLinear(8, 8)
+
+
+@refused(
+    ValueError,
+    where="linear cannot be masked",
+    got="its forward computes with scale, which is 1.0 now. A masked layer would leave that out",
+    rule="a plain nn.Linear",
+)
+def a_linear_subclass_that_does_more():
+    class Scaled(nn.Linear):
+        scale = 1.0
+
+        def forward(self, x):
+            return self.scale * super().forward(x)
+
+    MaskedLinear.from_linear(Scaled(5, 4))
+
+
+@refused(TypeError, where="attention", got="TransformerEncoderLayer", rule="must be an nn.MultiheadAttention")
+def a_layer_around_the_attention_to_mask():
+    MaskedMultiheadAttention.from_attention(nn.TransformerEncoderLayer(8, 2, 8))
+
+
+@refused(
+    ValueError,
+    where="attention cannot be masked",
+    got="its forward is its own",
+    rule="a plain nn.MultiheadAttention",
+)
+def an_attention_with_a_forward_of_its_own():
+    class Rotary(nn.MultiheadAttention):
+        def forward(self, query, key, value):
+            return super().forward(query.roll(1, -1), key.roll(1, -1), value)
+
+    MaskedMultiheadAttention.from_attention(Rotary(8, 2))
+
+
+@refused(ValueError, where="in_proj", got="MaskedLinear", rule="must be an nn.Linear", remedy="merge() it first")
+def a_masked_projection_to_pack():
+    attention = MaskedMultiheadAttention(8, 2)
+    attention.in_proj = MaskedLinear(8, 24)
+    attention.to_attention()
+
+
+@refused(ValueError, where="attn_mask", got="(3, 2)", rule="must be (2, 2)")
+def an_attention_mask_of_another_shape():
+    tokens = torch.ones(2, 1, 8)
+    MaskedMultiheadAttention(8, 2)(tokens, tokens, tokens, attn_mask=torch.zeros(3, 2))
+
+
+@refused(ValueError, where="key_padding_mask", got="(2, 1)", rule="must be (1, 2)")
+def a_padding_mask_with_the_tokens_first():
+    tokens = torch.ones(2, 1, 8)
+    MaskedMultiheadAttention(8, 2)(tokens, tokens, tokens, key_padding_mask=torch.zeros(2, 1))
+
+
+@refused(ValueError, where="attn_mask", got="None", rule="must be given with is_causal")
+def a_causal_hint_without_a_mask():
+    tokens = torch.ones(2, 1, 8)
+    MaskedMultiheadAttention(8, 2)(tokens, tokens, tokens, is_causal=True)
 
 
 # ---------------------------------------------------------------------------------------------- values
