@@ -206,7 +206,9 @@ def show(
 
 @app.command()
 def compare(
-    config: Annotated[str, typer.Option("--config", "-c", help="A study: small, smollm2, moe, or a YAML file.")] = "small",
+    config: Annotated[
+        str, typer.Option("--config", "-c", help="A study: small, smollm2, moe, or a YAML file.")
+    ] = "small",
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Overrides, such as seeds=[0,1].", metavar="[KEY=VALUE]...")
     ] = None,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mft.checks import nearest
 from mft.masks.banked_linear import BankedLinear, Choice, OneTask, TaskPerRow
-from mft.masks.convert import as_linear, check_unmasked, check_unwrapped, replace_module
+from mft.masks.convert import as_linear, check_unmasked, check_unwrapped, replace_module, split_attentions
 from mft.masks.export import check_learned_on, check_shapes
 from mft.masks.export_format import check_masks_alone, read_export
 from mft.masks.location import masks_directory
@@ -165,6 +165,7 @@ class MaskBank:
     def _put(self, task: str, masks: Mapping[str, Tensor]) -> None:
         with self._lock:
             self._check_new(task)
+            split_attentions(self.model, masks)
             for name, packed in masks.items():
                 layer: Any = self.model.get_submodule(name)
                 if not isinstance(layer, BankedLinear):

@@ -19,11 +19,13 @@ from mft.models.experts import expert_projections
 from mft.models.linears import layer_index, layer_stacks
 from mft.models.parallel import check_unsharded, unwrapped
 from mft.models.quantized_weight import quantized_weights
-from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear
+from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, MaskedMultiheadAttention
+from mft_kernels.shells import filled, without
 
 # Which parameters were trainable before, so that merge_model can say so again; an attribute of the model.
 _TRAINABLE_BEFORE = "_mft_trainable_before"
-_CAME_FROM_CONV1D = "_mft_from_conv1d"
+# What a masked layer stands for, without its weights, if that is no nn.Linear; in a tuple, so that it is no child.
+_ORIGINAL = "_mft_original"
 
 
 def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:
@@ -34,7 +36,9 @@ def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:
     layer's name alone, so choosing other layers too changes none of them.
 
     Args:
-        model: any transformers causal LM built of nn.Linear, Conv1D and experts.
+        model: any transformers causal LM built of nn.Linear, Conv1D, experts, and layers that compute what nn.Linear
+            does. An nn.MultiheadAttention has in_proj (or q_proj, k_proj, v_proj, where kdim or vdim differ) and
+            out_proj.
         config: see MaskConfig. target_modules as in PEFT: a list of suffixes, one regular expression for the full name,
             or "all-linear"; None for the attention and MLP of every decoder layer, experts included. The output
             embedding never is. target_parameters: ends of weights' names, such as experts.gate_up_proj; these alone
@@ -52,7 +56,7 @@ def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:
 
 @torch.no_grad()
 def merge_model(model: nn.Module) -> nn.Module:
-    """Bake the masks into the weights, in place: an ordinary model of nn.Linear and Conv1D.
+    """Bake the masks into the weights, in place: an ordinary model of the classes that there were.
 
     Kept weights are bit-equal to the base's, dropped ones are +0. What was trainable before mask_model is so again.
 
@@ -65,12 +69,12 @@ def merge_model(model: nn.Module) -> nn.Module:
     for name in list(masked):
         module = masked.pop(name)  # one at a time, so that a layer's scores are freed before the next one is copied
         if isinstance(module, MaskedLinear):
-            linear = module.merge()
-            replace_module(model, name, _to_conv1d(linear) if came_from_conv1d(module) else linear)
+            replace_module(model, name, _merged(module))
         else:
             path, _, part = name.rpartition(".")
             unmask_experts(model.get_submodule(path), part, module.merged_weight(), module.bias)
         del module
+    pack_attentions(model)
     remove_checkpointing_hooks(model)
     forget_saved_modules(model)
     before = getattr(model, _TRAINABLE_BEFORE, None)
@@ -122,6 +126,7 @@ def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
     names = list(names)
     setattr(model, _TRAINABLE_BEFORE, {name for name, p in model.named_parameters() if p.requires_grad})
     model.requires_grad_(False)
+    split_attentions(model, names)
     for name in names:
         path, _, part = name.rpartition(".")
         parent = model.get_submodule(path)
@@ -153,15 +158,35 @@ def mergeable_modules(model: nn.Module) -> dict[str, MaskedLayer]:
 
 def came_from_conv1d(module: MaskedLayer) -> bool:
     """Whether the model had a Conv1D there, whose weight is (in, out)."""
-    return getattr(module, _CAME_FROM_CONV1D, False)
+    return isinstance(original_of(module), Conv1D)
+
+
+def original_of(module: MaskedLinear) -> Any:
+    """What the model had there without its weight and bias; None for an nn.Linear."""
+    return next(iter(getattr(module, _ORIGINAL, ())), None)
+
+
+def split_attentions(model: nn.Module, names: Iterable[str]) -> None:
+    """Let each nn.MultiheadAttention with a projection among names call its projections, which can be replaced then."""
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        attention = model.get_submodule(path)
+        if isinstance(attention, nn.MultiheadAttention):
+            replace_module(model, path, MaskedMultiheadAttention.from_attention(attention))
+
+
+def pack_attentions(model: nn.Module) -> None:
+    """Undo split_attentions, when every projection is an nn.Linear again."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, MaskedMultiheadAttention) and name:  # the model itself stays what it is
+            replace_module(model, name, module.to_attention())
 
 
 def masked_layer(source: Any, name: str, config: MaskConfig) -> MaskedLinear:
-    """A masked layer on the weight and bias of source, an nn.Linear or Conv1D that a model calls name."""
+    """A masked layer on the weight and bias of source, a maskable layer that a model calls name."""
     masked = MaskedLinear.from_linear(as_linear(source), **_scores_options(name, config, source.weight))
     masked.module_name = name
-    if isinstance(source, Conv1D):
-        setattr(masked, _CAME_FROM_CONV1D, True)
+    if type(source) is not nn.Linear:
+        setattr(masked, _ORIGINAL, (without(source, "weight", "bias"),))
     return masked
 
 
@@ -176,12 +201,14 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(parent, child, module)
 
 
-def as_linear(module: nn.Linear | Conv1D) -> nn.Linear:
-    """module, or what equals a Conv1D: it computes x @ weight + bias with weight (in, out); here a copy, (out, in)."""
+def as_linear(module: Any) -> nn.Linear:
+    """module, or what equals it in its place: of a Conv1D, which holds its weight as (in, out), a copy, (out, in)."""
     if isinstance(module, nn.Linear):
         return module
-    linear = nn.Linear(module.weight.shape[0], module.weight.shape[1], device="meta")
-    linear.weight = nn.Parameter(module.weight.detach().t().contiguous(), requires_grad=False)
+    weight = module.weight.detach()
+    weight = weight.t().contiguous() if isinstance(module, Conv1D) else weight
+    linear: Any = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = module.bias
     return linear.train(module.training)
 
@@ -238,12 +265,14 @@ def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
     return generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _to_conv1d(linear: nn.Linear) -> Conv1D:
-    with torch.device("meta"):
-        conv = Conv1D(linear.out_features, linear.in_features)
-    conv.weight = nn.Parameter(linear.weight.detach().t().contiguous())
-    conv.bias = linear.bias
-    return conv.train(linear.training)
+def _merged(module: MaskedLinear) -> nn.Module:
+    """module.merge() in the class that there was."""
+    linear: Any = module.merge()
+    original = original_of(module)
+    if original is None:
+        return linear
+    weight = nn.Parameter(linear.weight.t().contiguous()) if came_from_conv1d(module) else linear.weight
+    return filled(original, weight=weight, bias=linear.bias).to(weight.device).train(linear.training)
 
 
 def _prepare_checkpointing(model: nn.Module, names: list[str]) -> None:

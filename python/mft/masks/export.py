@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -32,7 +31,7 @@ from mft.masks.export_format import (
 )
 from mft.masks.location import masks_directory
 from mft.masks.saved_modules import check_saved_tensors, put_saved_tensors, saved_modules, saved_tensors
-from mft.models.linears import find_targets, layer_index, layer_stacks
+from mft.models.linears import find_targets, layer_index, layer_stacks, linear_named
 from mft.models.parallel import check_unsharded, uncompiled, unwrapped
 from mft.models.quantized_weight import quantized_weights
 from mft_kernels import MaskedLayer, fixed_from_float, unpack_mask
@@ -280,12 +279,13 @@ def _set_mask(module: MaskedLayer, packed: Tensor, mode: str, keep_ratio: float 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
     """(N, K), also of a Conv1D; of experts in one parameter that parameter."""
-    module, _, part = name.rpartition(".")
-    if part in model.get_submodule(module)._parameters:
-        return model.get_parameter(name).detach()
-    layer: Any = model.get_submodule(name)
-    weight = layer.weight.detach()
-    return weight.t() if isinstance(layer, Conv1D) else weight
+    path, _, part = name.rpartition(".")
+    alone = model.get_submodule(path)._parameters.get(part)
+    if alone is not None:
+        return alone.detach()
+    module = linear_named(model, name)
+    weight = module.weight.detach()
+    return weight.t() if isinstance(module, Conv1D) else weight
 
 
 def _chunks(weight: Tensor) -> Iterator[bytes]:

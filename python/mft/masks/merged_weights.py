@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mft.masks.convert import came_from_conv1d, mergeable_modules
+from mft.masks.convert import came_from_conv1d, mergeable_modules, original_of
 from mft.masks.experts import MaskedExperts
 from mft.models.parallel import check_unsharded, unwrapped
-from mft_kernels import MaskedLinear
+from mft_kernels import MaskedLinear, MaskedMultiheadAttention
 
 
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -64,6 +64,10 @@ def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Te
     if isinstance(module, MaskedLinear):
         yield f"{prefix}weight", _merged(module)
         yield from _new({"bias": module.bias}, prefix, seen)
+        if original_of(module) is not None:  # a shell without these two
+            yield from _tensors(original_of(module), prefix, seen)
+    elif isinstance(module, MaskedMultiheadAttention):
+        yield from _packed(module, prefix, seen)
     elif isinstance(module, MaskedExperts):
         yield from _tensors_of_experts(module, prefix, seen)
     elif _is_peft_mask(module):
@@ -94,6 +98,21 @@ def _tensors_of_experts(experts: Any, prefix: str, seen: set[int]) -> Iterator[t
     for name, child in masked.items():
         if name not in experts._projections and child is not None:
             yield from _tensors(child, f"{prefix}{name}.", seen)
+
+
+def _packed(module: MaskedMultiheadAttention, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """By the names, and in the order, that nn.MultiheadAttention has."""
+    bias: Tensor | None = module.in_proj_bias
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear) and name != "out_proj":
+            yield from _new({f"{name}_weight": child.weight}, prefix, seen)
+        elif name != "out_proj":
+            yield next(_tensors(child, f"{prefix}{name}_", set()))
+    if bias is not None and not hasattr(module, "in_proj"):  # made of three, so that its id says nothing
+        yield f"{prefix}in_proj_bias", bias.detach()
+        bias = None
+    yield from _new({"in_proj_bias": bias, **module._parameters}, prefix, seen)
+    yield from _tensors(module.out_proj, f"{prefix}out_proj.", seen)
 
 
 def _new(tensors: dict[str, Tensor | None], prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:

@@ -19,7 +19,7 @@ from mft.checks import check_rule, nearest
 from mft.config import MaskConfig
 from mft.files.hub import HubError, asking_hub, split_hub_id
 from mft.masks.banked_linear import TaskPerRow
-from mft.masks.convert import convert, masked_modules
+from mft.masks.convert import convert, masked_modules, pack_attentions, split_attentions
 from mft.masks.export import check_learned_on, loaded_config, scores_of_mask
 from mft.masks.export_format import CONFIG_FILE, PEFT_TYPE, check_masks_alone, is_export, read_export
 from mft.masks.location import fetched_masks
@@ -105,6 +105,7 @@ class MaskModel(BaseTuner):
         saved = config.modules_to_save or []
         names = [name for name in names if not any(f".{module}." in f".{name}." for module in saved)]
         setattr(config, _CHOSEN, frozenset(names))
+        split_attentions(model, names)
         # PEFT chooses by its own reading of these, and may write a shorter list there.
         config.target_modules, config.exclude_modules = names, None
         try:
@@ -191,7 +192,9 @@ class MaskModel(BaseTuner):
     ) -> Any:
         if merge:
             self._check_merge(adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        base: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        pack_attentions(base)
+        return base
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raise what some layer's merge would raise, before any layer is merged."""

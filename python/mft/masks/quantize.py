@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from mft.masks.convert import check_unwrapped, masked_modules
+from mft.masks.convert import check_unwrapped, masked_modules, split_attentions
 from mft.masks.experts import mask_experts
 from mft.masks.export import keep_base_hash
 from mft.models.linears import find_candidates, layer_stacks
@@ -54,6 +54,7 @@ def quantize_model(model: nn.Module, kind: str = "nf4", *, masked: bool = False)
     names = _quantizable(model, masked)
     if masked:
         keep_base_hash(model)
+    split_attentions(model, names)
     for name in names:
         path, _, part = name.rpartition(".")
         parent: Any = model.get_submodule(path)

@@ -18,7 +18,8 @@ def unmasked_model(model: nn.Module) -> nn.Module:
     """The model that mask_model was given, in eval mode, beside the masked one: no weight is copied.
 
     What a mask is compared with while it learns, such as ref_model of TRL's DPOTrainer. Not to be written to: both
-    models compute with the same tensors. For a Conv1D it has an nn.Linear, and on a quantised base it is quantised.
+    models compute with the same tensors. For a Conv1D, or a linear of another class, it has an nn.Linear, and on a
+    quantised base it is quantised.
 
     Args: model: masked; also in torch.compile or DistributedDataParallel.
     Raises: ValueError if nothing is masked, if more than scores is trained (then there is no base any more), or if the

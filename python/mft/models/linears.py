@@ -17,6 +17,7 @@ from mft.models.experts import expert_projections
 from mft.models.quantized_weight import QuantizedWeight
 from mft.models.weight_readers import why_read
 from mft_kernels import MaskedLayer
+from mft_kernels.attention import projections, why_not_split
 from mft_kernels.maskable import has_slow_path, why_no_mask, why_no_scores, why_not_there
 
 _HEADS = {"lm_head", "embed_out"}
@@ -33,6 +34,7 @@ class Candidate:
     obstacle: str | None = None  # why it cannot be masked
     is_parameter: bool = False  # not a module of its own but a parameter of module, such as all experts in one
     is_head: bool = False
+    own_name: str = ""  # of the parameter that is its weight, where nothing else says it
 
     @property
     def suffix(self) -> str:
@@ -43,12 +45,12 @@ class Candidate:
     @property
     def weight_name(self) -> str:
         """Of its weight, as a parameter of the model."""
-        return self.name if self.is_parameter else f"{self.name}.weight"
+        return self.own_name or (self.name if self.is_parameter else f"{self.name}.weight")
 
     @property
     def weight(self) -> Tensor:
         """(N, K), of a Conv1D (K, N), of experts also (E, N, K)."""
-        return getattr(self.module, self.weight_name.rpartition(".")[2])
+        return getattr(self.module, self.name.rpartition(".")[2] if self.is_parameter else "weight")
 
 
 def find_candidates(model: nn.Module, stacks: dict[str, nn.ModuleList]) -> list[Candidate]:
@@ -65,6 +67,12 @@ def find_candidates(model: nn.Module, stacks: dict[str, nn.ModuleList]) -> list[
             found.append(Candidate(name, module, layer, obstacle, is_head=is_head))
             if next(module.children(), None) is not None:
                 wrappers[name] = module
+        if isinstance(module, nn.MultiheadAttention) and "in_proj_weight" in module._parameters:
+            for part, linear in projections(module).items():
+                packed = f"{name}.{part}".removeprefix(".")
+                if part != "out_proj":  # which is a module, and comes by itself
+                    obstacle = _obstacle(model, packed, linear)
+                    found.append(Candidate(packed, linear, layer, obstacle, own_name=f"{packed}_weight"))
         for part, parameter in _expert_parameters(name, module):
             obstacle = _obstacle_of_experts(module, part, parameter)
             found.append(Candidate(f"{name}.{part}", module, layer, obstacle, is_parameter=True))
@@ -112,7 +120,20 @@ def check_maskable(model: nn.Module, chosen: Iterable[Candidate]) -> None:
 def weight_name(model: nn.Module, name: str) -> str:
     """The parameter that is the weight of the layer of this name: of experts in one parameter, this itself."""
     path, _, part = name.rpartition(".")
-    return name if part in model.get_submodule(path)._parameters else f"{name}.weight"
+    parent = model.get_submodule(path)
+    if part in parent._parameters:
+        return name
+    packed = isinstance(parent, nn.MultiheadAttention) and f"{part}_weight" in parent._parameters
+    return f"{name}_weight" if packed else f"{name}.weight"
+
+
+def linear_named(model: nn.Module, name: str) -> Any:
+    """The layer that a candidate's name means; of an nn.MultiheadAttention's projections a linear on its parameter."""
+    path, _, child = name.rpartition(".")
+    parent = model.get_submodule(path)
+    if isinstance(parent, nn.MultiheadAttention):
+        return projections(parent)[child]
+    return model.get_submodule(name)
 
 
 def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -165,6 +186,8 @@ def _looks_linear(module: nn.Module) -> bool:
 def _obstacle(model: nn.Module, name: str, module: nn.Module) -> str | None:
     path, _, child = name.rpartition(".")
     parent = model.get_submodule(path)
+    if isinstance(parent, nn.MultiheadAttention):
+        return _attention_obstacle(model, path, parent, child) or why_no_mask(module)
     kind = Conv1D if isinstance(module, Conv1D) else nn.Linear
     why = why_not_there(parent, child) or why_no_mask(module, kind)
     return why if why or has_slow_path(parent, child) else why_read(parent, child)
@@ -184,6 +207,18 @@ def _obstacle_of_experts(module: nn.Module, part: str, parameter: nn.Parameter) 
             "load it on one device, mask it, and dispatch it afterwards"
         )
     return why_no_scores(parameter)
+
+
+def _attention_obstacle(model: nn.Module, path: str, attention: nn.MultiheadAttention, child: str) -> str | None:
+    """Why attention, which the model calls path, cannot be replaced by one that calls its projections."""
+    if not path:
+        return "it lies in the model itself, which cannot be replaced: MaskedMultiheadAttention.from_attention(model)"
+    around, _, name = path.rpartition(".")
+    parent = model.get_submodule(around)
+    if name == "base_layer":
+        return f"it belongs to the {type(parent).__name__} around it"
+    why = why_not_split(attention)
+    return why if why or has_slow_path(parent, name) else why_read(parent, f"{name}.{child}")
 
 
 def _expert_parameters(name: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -1,6 +1,7 @@
 """Modules that compute with a child's weight instead of calling the child, found in the source of their forward.
 
     time_step = self.dt_proj.weight @ time_step      MambaMixer: a mask on dt_proj would be left out without a word
+    qkv = x @ self.attn.in_proj_weight.T             the same of an nn.MultiheadAttention, whose projections are masked
 
 Followed are forward and the methods that it calls on self. Asking for a weight's dtype, device or shape is no reading;
 nor is what stands under an ``if`` on self alone that does not hold (BLOOM's slow_but_exact).
@@ -22,7 +23,10 @@ _LOOKED_AT = {"dtype", "device", "shape", "size", "dim", "ndim"}
 
 @dataclass(frozen=True)
 class _Read:
-    """self.CHILD.weight in a method's source, and the conditions on self around it, each with the value it needs."""
+    """self.CHILD.weight in a method's source, and the conditions on self around it, each with the value it needs.
+
+    Of self.attn.out_proj.weight the child is attn.out_proj, of self.attn.in_proj_weight it is attn.in_proj.
+    """
 
     child: str
     place: str
@@ -33,7 +37,10 @@ class _Read:
 
 
 def why_read(parent: nn.Module, child: str) -> str | None:
-    """Where parent computes with child.weight itself, or None. Classes without a source are not looked into."""
+    """Where parent computes with child.weight itself, or None. Classes without a source are not looked into.
+
+    child: its name, or its path from parent.
+    """
     kind: Any = type(parent)
     for read in _reads(kind):
         if read.child == child and read.happens(parent):
@@ -56,9 +63,10 @@ def _reads(kind: Any) -> tuple[_Read, ...]:
         for node in parents:
             if isinstance(node, ast.Attribute) and _is_self(node.value):
                 left.append(node.attr)
-            if _is_read(node, parents):
+            child = _read_child(node, parents)
+            if child is not None:
                 place = f"{kind.__name__}.{name} ({Path(inspect.getfile(method)).name})"
-                found.append(_Read(node.value.attr, place, tuple(_conditions(node, parents))))
+                found.append(_Read(child, place, tuple(_conditions(node, parents))))
     return tuple(found)
 
 
@@ -76,14 +84,28 @@ def _is_self(node: ast.AST) -> bool:
     return isinstance(node, ast.Name) and node.id == "self"
 
 
-def _is_read(node: Any, parents: dict[Any, ast.AST]) -> bool:
-    """Whether node is self.CHILD.weight, and not merely looked at."""
-    if not isinstance(node, ast.Attribute) or node.attr != "weight" or not isinstance(node.ctx, ast.Load):
-        return False
+def _read_child(node: Any, parents: dict[Any, ast.AST]) -> str | None:
+    """CHILD where node is self.CHILD.weight, or self.CHILD_weight of an attention, and not merely looked at."""
+    if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Load):
+        return None
     around: Any = parents[node]
     looked_at = isinstance(around, ast.Attribute) and around.attr in _LOOKED_AT
     asked = isinstance(around, ast.Call) and getattr(around.func, "id", None) in ("isinstance", "hasattr", "getattr")
-    return isinstance(node.value, ast.Attribute) and _is_self(node.value.value) and not looked_at and not asked
+    *path, name = _path(node)
+    if not path or looked_at or asked:
+        return None
+    if name.endswith("_proj_weight"):
+        return ".".join([*path, name.removesuffix("_weight")])
+    return ".".join(path) if name == "weight" else None
+
+
+def _path(node: Any) -> list[str]:
+    """["attn", "out_proj", "weight"] of self.attn.out_proj.weight; [""] of what does not begin at self."""
+    path: list[str] = []
+    while isinstance(node, ast.Attribute):
+        path.insert(0, node.attr)
+        node = node.value
+    return path if _is_self(node) else [""]
 
 
 def _conditions(node: Any, parents: dict[Any, ast.AST]) -> Iterator[tuple[CodeType, bool]]:

@@ -1,0 +1,224 @@
+"""Projections of nn.MultiheadAttention, which are parameters, by name: masks, exports, banks, PEFT, and back."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_architectures import names, state
+from torch import nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from mft.config import MaskConfig
+from mft.masks.bank import load_mask_bank
+from mft.masks.convert import mask_model, masked_modules, merge_model
+from mft.masks.export import load_masks, save_masks
+from mft.masks.merged_weights import merged_weights
+from mft.masks.quantize import QuantizedMaskedLinear, quantize_model
+from mft.masks.unmasked import unmasked_model
+from mft_kernels import MaskedMultiheadAttention
+
+HEAD = MaskConfig.paper(target_modules=["in_proj", "head.attention.out_proj"], keep_ratio=0.5)
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def siglip():
+    """Whose pooling head attends from a probe to the patches by nn.MultiheadAttention."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=4)).eval()
+
+
+def pooled(model):
+    with torch.no_grad():
+        return model(pixel_values=IMAGES).pooler_output
+
+
+def encoder(**options):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, **{"batch_first": True, "dropout": 0.0} | options)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+
+class TimeFirst(nn.Module):
+    """(rows, tokens, width) outside, (tokens, rows, width) inside."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, **options)
+
+    def forward(self, x):
+        x = x.transpose(0, 1)
+        return self.attn(x, x, x)[0].transpose(0, 1)
+
+
+def test_siglips_head_is_masked_by_name_learns_and_merges_to_what_it_was(siglip):
+    model = mask_model(copy.deepcopy(siglip), HEAD)
+    assert names(model) == ["head.attention.in_proj", "head.attention.out_proj"]
+    model(pixel_values=IMAGES).pooler_output.sum().backward()
+    assert all(module.scores.grad.any() for module in masked_modules(model).values())
+    expected, y, given = state(siglip), pooled(model), dict(merged_weights(model))
+    for name, module in masked_modules(model).items():
+        weight = f"{name}_weight" if name.endswith("in_proj") else f"{name}.weight"
+        expected[weight].masked_fill_(~module.mask(), 0)
+    merge_model(model)
+    assert [type(module) for module in model.modules()] == [type(module) for module in siglip.modules()]
+    assert list(given) == [name for name, _ in model.named_parameters()]
+    assert list(state(model)) == list(expected)
+    for name, tensor in state(model).items():
+        assert torch.equal(tensor, expected[name]), name
+        assert name not in given or torch.equal(given[name], tensor), name
+    assert all(p.requires_grad for p in model.parameters())
+    torch.testing.assert_close(pooled(model), y)
+
+
+def test_exports_and_banks_name_the_projections(siglip, tmp_path):
+    model = mask_model(copy.deepcopy(siglip), HEAD)
+    save_masks(model, tmp_path)
+    assert torch.equal(pooled(load_masks(copy.deepcopy(siglip), tmp_path)), pooled(model))
+    bank = load_mask_bank(copy.deepcopy(siglip), {"task": tmp_path})
+    with bank.use(["task", None]):
+        y = pooled(bank.model)
+    torch.testing.assert_close(y, torch.stack([pooled(model)[0], pooled(siglip)[1]]))
+    other = copy.deepcopy(siglip)
+    nn.init.ones_(other.head.attention.in_proj_weight)
+    with pytest.raises(ValueError, match="learned on other weights of the same shapes"):
+        load_masks(other, tmp_path)
+    assert type(other.head.attention) is nn.MultiheadAttention
+
+
+def test_rows_of_a_batch_take_their_masks_where_torch_puts_the_tokens_first(tmp_path):
+    base, x = TimeFirst(), torch.randn(3, 3, 8)  # as many tokens as rows, so that a mistake is no error
+    model = mask_model(copy.deepcopy(base), MaskConfig(target_modules=["in_proj", "out_proj"], keep_ratio=0.5))
+    save_masks(model, tmp_path)
+    bank = load_mask_bank(copy.deepcopy(base), {"task": tmp_path})
+    with torch.no_grad(), bank.use(["task", None, "task"]):
+        y = bank.model(x)
+    torch.testing.assert_close(y, torch.stack([model(x)[0], base(x)[1], model(x)[2]]))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated and will be removed:FutureWarning")
+def test_peft_masks_and_merges_them_as_we_do(siglip):
+    peft = pytest.importorskip("peft")
+    from mft.masks.peft import MaskPeftConfig, to_masked_model
+
+    expected = mask_model(copy.deepcopy(siglip), HEAD)
+    weights = dict(merged_weights(expected))
+    model = peft.get_peft_model(copy.deepcopy(siglip), MaskPeftConfig(**vars(HEAD)))
+    assert torch.equal(pooled(model), pooled(expected))
+    given = dict(merged_weights(model))
+    assert list(given) == list(weights)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in given.items())
+    model.add_adapter("other", MaskPeftConfig(target_modules=["in_proj"], keep_ratio=0.9))
+    y = model.eval()(pixel_values=IMAGES, adapter_names=["default", "__base__"]).pooler_output
+    torch.testing.assert_close(y, torch.stack([pooled(expected)[0], pooled(siglip)[1]]))
+    ours = to_masked_model(copy.deepcopy(model))
+    assert torch.equal(pooled(ours), pooled(expected))
+    merged, wanted = state(model.merge_and_unload()), state(merge_model(ours))
+    assert list(merged) == list(wanted) == list(state(siglip))
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in merged.items())
+
+
+def test_quantised_and_unmasked_it_computes_its_own(siglip):
+    model = mask_model(copy.deepcopy(siglip), HEAD)
+    torch.testing.assert_close(pooled(unmasked_model(model)), pooled(siglip))
+    y = pooled(model)
+    quantize_model(model, "int8", masked=True)
+    assert type(model.head.attention.in_proj) is QuantizedMaskedLinear
+    torch.testing.assert_close(pooled(model), y, atol=0.05, rtol=0.1)
+
+
+def test_by_default_attention_is_masked_whole(siglip):
+    model = mask_model(encoder(), MaskConfig(keep_ratio=0.5))
+    parts = ("self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2")
+    assert names(model) == [f"layers.{layer}.{part}" for layer in range(2) for part in parts]
+    x = torch.randn(2, 5, 16)
+    padding = torch.arange(5) >= torch.tensor([[5], [3]])
+    with torch.no_grad():
+        y = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(merge_model(model)(x, src_key_padding_mask=padding), y)
+
+
+def test_queries_keys_and_values_of_other_widths_are_projected_apart():
+    base = nn.ModuleList([nn.MultiheadAttention(8, 2, kdim=4, vdim=6)])
+    model = mask_model(copy.deepcopy(base), MaskConfig(target_modules=["q_proj", "k_proj", "v_proj"], keep_ratio=0.5))
+    assert names(model) == ["0.q_proj", "0.k_proj", "0.v_proj"]
+    given = dict(merged_weights(model))
+    merge_model(model)
+    assert list(given) == [name for name, _ in base.named_parameters()]
+    assert all(torch.equal(given[name], p) for name, p in model.named_parameters())
+    assert not torch.equal(model[0].k_proj_weight, base[0].k_proj_weight)
+    assert torch.equal(model[0].in_proj_bias, base[0].in_proj_bias)
+
+
+def test_a_model_that_is_an_attention_is_masked_when_it_calls_its_projections():
+    base = nn.MultiheadAttention(8, 2)
+    model = MaskedMultiheadAttention.from_attention(copy.deepcopy(base))
+    assert names(mask_model(model, MaskConfig(target_modules=["in_proj"], keep_ratio=1.0))) == ["in_proj"]
+    assert merge_model(model) is model
+    assert torch.equal(model.to_attention().in_proj_weight, base.in_proj_weight)
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+class Reader(nn.Module):
+    """Computes with the parameters of the attention in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.called = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)
+
+    def forward(self, x):
+        x = self.called(x, x, x)[0]
+        if self.called.out_proj.weight.dtype == x.dtype:
+            x = F.linear(x, self.attn.in_proj_weight[:8])
+        return x @ self.attn.out_proj.weight
+
+
+@pytest.mark.parametrize("name", ["in_proj", "out_proj"])
+def test_a_parent_that_computes_with_the_attentions_parameters_is_found(name):
+    with pytest.raises(
+        ValueError, match=rf"attn.{name}: Reader.forward \(test_attention_pro\S+ computes with attn.{name}.wei"
+    ):
+        mask_model(Reader(), MaskConfig(target_modules=[f"attn.{name}"]))
+    assert names(mask_model(Reader(), MaskConfig(target_modules=[f"called.{name}"]))) == [f"called.{name}"]
+
+
+class Own(nn.MultiheadAttention):
+    def forward(self, *args):
+        return super().forward(*args)
+
+
+def wrapped():
+    """As PEFT's LoRA holds it."""
+    wrapper = nn.Module()
+    wrapper.base_layer = nn.MultiheadAttention(8, 2)
+    return nn.ModuleList([wrapper])
+
+
+def tied():
+    made = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)])
+    made[1].in_proj_weight = made[0].in_proj_weight
+    return made
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (
+            lambda: nn.ModuleList([Own(8, 2)]),
+            r"cannot mask 0.in_proj: it lies in a \S+Own, not a plain nn.MultiheadAtt",
+        ),
+        (
+            lambda: nn.MultiheadAttention(8, 2),
+            r"cannot mask in_proj: it lies in the model itself, which cannot be repl",
+        ),
+        (wrapped, r"cannot mask 0.base_layer.in_proj: it belongs to the Module around it"),
+        (tied, r"cannot mask 0.in_proj: its weight is tied to 1.in_proj_weight"),
+    ],
+)
+def test_an_attention_that_cannot_be_replaced_is_refused_by_name(make, why):
+    model = make()
+    with pytest.raises(ValueError, match=why):
+        mask_model(model, MaskConfig(target_modules=["in_proj"]))
+    assert not any(isinstance(module, MaskedMultiheadAttention) for module in model.modules())
