@@ -161,7 +161,7 @@ def came_from_conv1d(module: MaskedLayer) -> bool:
     return isinstance(original_of(module), Conv1D)
 
 
-def original_of(module: MaskedLinear) -> Any:
+def original_of(module: MaskedLayer) -> Any:
     """What the model had there without its weight and bias; None for an nn.Linear."""
     return next(iter(getattr(module, _ORIGINAL, ())), None)
 

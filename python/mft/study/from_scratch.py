@@ -87,7 +87,7 @@ def make_model(config: ScratchConfig, tokenizer: Any) -> PreTrainedModel:
     The router of a mixture is trained by the loss of the tokens alone: the auxiliary loss that balances experts is off.
     """
     eos = tokenizer.eos_token_id
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.layers,
@@ -104,16 +104,14 @@ def make_model(config: ScratchConfig, tokenizer: Any) -> PreTrainedModel:
         torch.manual_seed(config.train.seed)
         if not config.experts:
             return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=config.intermediate_size))
-        return Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(
-                **sizes,
-                head_dim=config.hidden_size // config.heads,
-                moe_intermediate_size=config.intermediate_size,
-                num_experts=config.experts,
-                num_experts_per_tok=config.experts_per_token,
-                norm_topk_prob=True,
-            )
-        )
+        sizes |= {
+            "head_dim": config.hidden_size // config.heads,
+            "moe_intermediate_size": config.intermediate_size,
+            "num_experts": config.experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "norm_topk_prob": True,
+        }
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
 
 
 def _training_texts(config: ScratchConfig) -> list[str]:
