@@ -5,8 +5,7 @@ import pickle
 
 import pytest
 import torch
-import transformers
-from transformers import AutoModelForCausalLM
+from tiny_mixtures import IDS, KINDS, mixture
 
 from mft.config import MaskConfig
 from mft.masks.base_pass import as_base
@@ -18,37 +17,10 @@ from mft.masks.unmasked import unmasked_model
 from mft.models.experts import expert_projections
 from mft_kernels import MaskedGroupedLinear
 
-_SIZES = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
-# One of each way of storing and computing: gate and up in one; transposed, with biases and a gate of its own; every
-# token to every expert; a projection a module; no gate.
-KINDS = {
-    "Olmoe": {"num_experts": 5, "num_experts_per_tok": 2},
-    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
-    "Llama4Text": {"num_local_experts": 3, "intermediate_size_mlp": 48, "head_dim": 8},
-    "JetMoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8},
-    "NemotronH": {"hybrid_override_pattern": "E*", "n_routed_experts": 4, "moe_intermediate_size": 24, "head_dim": 8},
-}
-IDS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
-
 
 @pytest.fixture(scope="module", params=KINDS)
 def base(request):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{request.param}Config")(**_SIZES | KINDS[request.param])
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("_bias"):  # which begin at 0
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
+    return mixture(request.param)
 
 
 @torch.no_grad()

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from exports import CONFIG, MASKS, UP, assert_same_tensors, edit_config, edit_masks, llama, masks
+from tiny_mixtures import mixture
 
+from mft.config import MaskConfig
+from mft.files.safetensors_file import MOST_HEADER
 from mft.masks import export_format
-from mft.masks.convert import masked_modules
+from mft.masks.convert import mask_model, masked_modules
 from mft.masks.export import load_masks, save_masks
 
 
@@ -204,3 +207,9 @@ def test_no_pickle_is_read(saved, monkeypatch):
     monkeypatch.setattr("pickle.load", refuse)
     monkeypatch.setattr("pickle.loads", refuse)
     assert masked_modules(load_masks(llama(), saved))
+
+
+def test_what_is_fetched_of_experts_has_room_for_the_words_of_each(tmp_path):
+    directory = save_masks(mask_model(mixture("Olmoe"), MaskConfig()), tmp_path / "masks")
+    export, packed = export_format.read_export(directory)
+    assert export_format.most_bytes(export) == MOST_HEADER + 8 + sum(words.nbytes for words in packed.values())

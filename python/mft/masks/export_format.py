@@ -155,7 +155,7 @@ def most_bytes(export: MaskExport) -> int | None:
     """More than the file of its masks has; None if modules_to_save lie in it too, whose sizes it does not say."""
     if export.modules_to_save:
         return None
-    return MOST_HEADER + 8 + sum(4 * entry.words[0] * entry.words[1] for entry in export.modules)
+    return MOST_HEADER + 8 + sum(4 * math.prod(entry.words) for entry in export.modules)
 
 
 # ---------------------------------------------------------------------------------------------- the description
