@@ -131,7 +131,7 @@ def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
         path, _, part = name.rpartition(".")
         parent = model.get_submodule(path)
         if part in expert_projections(parent):
-            mask_experts(parent, part, functools.partial(_masked_grouped, name=name, config=config))
+            mask_experts(parent, part, functools.partial(masked_grouped_layer, name=name, config=config))
         else:
             replace_module(model, name, masked_layer(model.get_submodule(name), name, config))
     train_whole(model, select_saved_modules(model, config.modules_to_save))
@@ -190,6 +190,16 @@ def masked_layer(source: Any, name: str, config: MaskConfig) -> MaskedLinear:
     return masked
 
 
+def masked_grouped_layer(
+    weight: Tensor, bias: Tensor | None, *, transposed: bool, name: str, config: MaskConfig
+) -> MaskedGroupedLinear:
+    """A masked layer on a parameter of experts, which a model calls name."""
+    options = _scores_options(name, config, weight)
+    masked = MaskedGroupedLinear(weight, bias, transposed=transposed, **options)
+    masked.module_name = name
+    return masked
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put module in the place that name names."""
     *path, child = name.split(".")
@@ -235,16 +245,6 @@ def check_unmasked(model: nn.Module) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- private
-
-
-def _masked_grouped(
-    weight: Tensor, bias: Tensor | None, *, transposed: bool, name: str, config: MaskConfig
-) -> MaskedGroupedLinear:
-    """masked_layer of experts in one parameter, which a model calls name."""
-    options = _scores_options(name, config, weight)
-    masked = MaskedGroupedLinear(weight, bias, transposed=transposed, **options)
-    masked.module_name = name
-    return masked
 
 
 def _scores_options(name: str, config: MaskConfig, weight: Tensor) -> dict[str, Any]:
