@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tiny import WORDS, make_llama
+from tiny_mixtures import mixture
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -63,6 +64,28 @@ def test_rows_that_join_and_leave_at_any_time_get_what_each_gets_alone(make):
         alone = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :]
         assert made[name] == alone.tolist(), name
     assert [len(tokens) for tokens in made.values()] == [5, 13, 6, 4, 7]
+
+
+def test_rows_of_a_mixture_take_the_masks_of_their_tasks(tmp_path):
+    base = mixture("Qwen3Moe", initializer_range=0.3)
+    paths = {
+        task: save_masks(mask_model(copy.deepcopy(base), MaskConfig.paper(keep_ratio=0.5, seed=seed)), tmp_path / task)
+        for seed, task in enumerate(("code", "math"))
+    }
+    bank = load_mask_bank(copy.deepcopy(base), paths)
+    batch, tasks = RunningBatch(bank), ["code", None, "math", "code"]
+    batch.check_rows_apart()
+    prompts = [[3, 4, 5], [7], [20, 21, 22, 23, 24], [9, 9]]
+    made = [[int(batch.join(task, prompt).argmax())] for task, prompt in zip(tasks, prompts)]
+    for _ in range(6):
+        for row, logits in enumerate(batch.step([each[-1] for each in made])):
+            made[row].append(int(logits.argmax()))
+    for row, (task, prompt) in enumerate(zip(tasks, prompts)):
+        ids = torch.tensor([prompt])
+        with bank.use(task):
+            alone = bank.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=7, do_sample=False)
+        assert made[row] == alone[0, len(prompt) :].tolist()
+    assert len({tuple(each) for each in made}) == 4
 
 
 def test_rows_that_leave_take_their_padding_along():

@@ -22,11 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from mft.checks import nearest
-from mft.masks.banked_linear import BankedLinear, Choice, OneTask, TaskPerRow
+from mft.masks.banked_experts import bank_experts, note_shapes
+from mft.masks.banked_linear import BankedLayer, BankedLinear, Choice, OneTask, TaskPerRow
 from mft.masks.convert import as_linear, check_unmasked, check_unwrapped, replace_module, split_attentions
+from mft.masks.experts import beside
 from mft.masks.export import check_learned_on, check_shapes
 from mft.masks.export_format import check_masks_alone, read_export
 from mft.masks.location import masks_directory
+from mft.models.experts import expert_projections
 from mft.models.linears import find_targets
 
 
@@ -68,6 +71,7 @@ class MaskBank:
             raise ValueError(f"model must not hold a bank of masks already, got {len(held)} layers with one: add to it")
         self._tasks: list[str] = []
         self._in_use: Counter[str] = Counter()
+        self._noting: set[str] = set()  # modules around experts
         self._lock = threading.RLock()
         self._choice: ContextVar[Choice] = ContextVar("mft.MaskBank")
 
@@ -81,7 +85,8 @@ class MaskBank:
         """Meanwhile the model's calls take this task's masks; None: the bare base.
 
         Of a sequence, row i of the batch takes the masks of tasks[i]: one product a task and layer. Masked layers must
-        see (rows, ..., K), as most models' do. Beams and num_return_sequences are rows, next to each other.
+        see (rows, ..., K), as most models' do, and the module around experts too. Beams and num_return_sequences are
+        rows, next to each other.
         Raises: TypeError or ValueError if tasks are none of these, or unknown; from the model's call, if the batch has
             another number of rows.
         """
@@ -157,7 +162,7 @@ class MaskBank:
         export, masks = read_export(path)
         check_masks_alone(export, path, "a bank, whose tasks share all but the masks")
         modules = dict(self.model.named_modules())
-        find_targets(self.model, [name for name in masks if not isinstance(modules.get(name), BankedLinear)])
+        find_targets(self.model, [name for name in masks if not isinstance(modules.get(name), BankedLayer)])
         check_shapes(self.model, {entry.name: entry.shape for entry in export.modules})
         check_learned_on(self.model, export, path, force=force)
         return masks
@@ -167,15 +172,41 @@ class MaskBank:
             self._check_new(task)
             split_attentions(self.model, masks)
             for name, packed in masks.items():
-                layer: Any = self.model.get_submodule(name)
-                if not isinstance(layer, BankedLinear):
-                    layer = BankedLinear(as_linear(layer), self._choice)
-                    layer.tasks = frozenset(self._tasks)
-                    replace_module(self.model, name, layer)
+                layer = self._banked(name)
                 layer.masks = {**layer.masks, task: packed.to(layer.weight.device)}
             self._tasks.append(task)
             for layer in self._layers():
                 layer.tasks = frozenset(self._tasks)
+
+    def _banked(self, name: str) -> BankedLayer:
+        """The layer of this name in the model, which holds masks from here on.
+
+        What a thread may be computing with is replaced, not changed.
+        """
+        path, _, part = name.rpartition(".")
+        parent: Any = self.model.get_submodule(path)
+        layer: Any = parent._modules.get(part)
+        if isinstance(layer, BankedLayer):
+            return layer
+        if part not in expert_projections(parent):
+            layer = BankedLinear(as_linear(layer), self._choice)
+            layer.tasks = frozenset(self._tasks)
+            replace_module(self.model, name, layer)
+            return layer
+        experts = beside(parent)
+        layer = bank_experts(experts, part, self._choice)
+        layer.tasks = frozenset(self._tasks)
+        self._note_shapes(path.rpartition(".")[0])
+        replace_module(self.model, path, experts)
+        return layer
+
+    def _note_shapes(self, around: str) -> None:
+        """Let a choice of tasks see what the module of this name, around experts, is called with."""
+        if around in self._noting:
+            return
+        self._noting.add(around)
+        choice = self._choice
+        note_shapes(self.model.get_submodule(around), lambda: choice.get(None))
 
     def _combine(
         self, tasks: tuple[str, ...], name: str | None, symbol: str, join: Callable[..., Tensor], *, whole_wins: bool
@@ -188,7 +219,7 @@ class MaskBank:
                 self._check_known(task)
             masks = {}
             for layer_name, layer in self.model.named_modules():
-                held = [layer.masks[t] for t in tasks if t in layer.masks] if isinstance(layer, BankedLinear) else []
+                held = [layer.masks[t] for t in tasks if t in layer.masks] if isinstance(layer, BankedLayer) else []
                 if held and not (whole_wins and len(held) < len(tasks)):
                     masks[layer_name] = functools.reduce(join, held).clone()
             name = symbol.join(tasks) if name is None else name
@@ -208,5 +239,5 @@ class MaskBank:
                 f"{nearest(str(task), self._tasks)}"
             )
 
-    def _layers(self) -> list[BankedLinear]:
-        return [module for module in self.model.modules() if isinstance(module, BankedLinear)]
+    def _layers(self) -> list[BankedLayer]:
+        return [module for module in self.model.modules() if isinstance(module, BankedLayer)]

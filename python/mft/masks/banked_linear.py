@@ -1,10 +1,11 @@
-"""A linear layer with many masks on one weight, and the two ways to choose: one task for all rows, or a task a row."""
+"""Layers with many masks on one weight, and the two ways to choose: one task for all rows, or a task a row."""
 
 import copy
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,37 +26,35 @@ def product(x: Tensor, weight: Tensor, packed: Tensor | None, bias: Tensor | Non
 class Choice(Protocol):
     """Which masks the rows of a batch take."""
 
+    tasks: tuple[str | None, ...]
+
     def product(self, layer: "BankedLinear", x: Tensor) -> Tensor:
         """(..., K) -> (..., N)"""
 
 
-class BankedLinear(nn.Module):
-    """y = x @ where(mask, weight, 0).T + bias with the mask of the task in use; dense for a task that has none here.
-
-    Shapes: weight (N, K), bias (N,), both frozen; masks int32 (N, ceil(K / 32)) by task; x (..., K).
-    """
+class BankedLayer(nn.Module):
+    """A frozen weight and bias with masks as bits by task, and which of them is in use; what is computed others say."""
 
     masks_weight = True  # see mft_kernels/maskable.py
 
-    def __init__(self, linear: nn.Linear, choice: ContextVar[Choice]) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, choice: ContextVar[Choice]) -> None:
         super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
-        self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         # Replaced, never changed: another thread may be reading them.
         self.masks: Mapping[str | None, Tensor] = {}
         self.tasks: frozenset[str] = frozenset()  # all that the model has masks for, here or in other layers
         self._choice = choice
-        self.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def choice(self) -> Choice:
+        """What bank.use chose for this thread. Raises: RuntimeError outside of it."""
         choice = self._choice.get(None)
         if choice is None:
             raise RuntimeError(
                 "a model with a bank of masks must be called under bank.use(task), in the thread that calls it, got no "
                 "task; bank.use(None) is the bare base"
             )
-        return choice.product(self, x)
+        return choice
 
     def check_tasks(self, tasks: Iterable[str | None]) -> None:
         """Raise ValueError for a task that came to the bank after the model, or a copy of it, was made."""
@@ -66,13 +65,7 @@ class BankedLinear(nn.Module):
                 f"{unknown[0]!r}: bank.add changes bank.model alone, so copy that again"
             )
 
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"tasks={list(self.masks)}"
-        )
-
-    def __deepcopy__(self, memo: dict) -> "BankedLinear":
+    def __deepcopy__(self, memo: dict) -> Any:
         """A copy is chosen for by the same bank, and keeps the masks that it has now."""
         memo[id(self._choice)] = self._choice  # a ContextVar cannot be copied
         made = memo[id(self)] = type(self).__new__(type(self))
@@ -85,15 +78,36 @@ class BankedLinear(nn.Module):
         return self
 
 
+class BankedLinear(BankedLayer):
+    """y = x @ where(mask, weight, 0).T + bias with the mask of the task in use; dense for a task that has none here.
+
+    Shapes: weight (N, K), bias (N,), both frozen; masks int32 (N, ceil(K / 32)) by task; x (..., K).
+    """
+
+    def __init__(self, linear: nn.Linear, choice: ContextVar[Choice]) -> None:
+        super().__init__(linear.weight, linear.bias, choice)
+        self.out_features, self.in_features = linear.weight.shape
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.choice().product(self, x)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"tasks={list(self.masks)}"
+        )
+
+
 class OneTask:
     """The same task for all rows, or None for the bare base."""
 
     def __init__(self, task: str | None) -> None:
-        self.task = task
+        self.tasks: tuple[str | None, ...] = (task,)
 
     def product(self, layer: BankedLinear, x: Tensor) -> Tensor:
-        layer.check_tasks((self.task,))
-        return product(x, layer.weight, layer.masks.get(self.task), layer.bias)
+        layer.check_tasks(self.tasks)
+        return product(x, layer.weight, layer.masks.get(self.tasks[0]), layer.bias)
 
 
 class TaskPerRow:
@@ -105,7 +119,17 @@ class TaskPerRow:
     def __init__(self, tasks: tuple[str | None, ...], argument: str = "tasks") -> None:
         self.tasks = tasks
         self._argument = argument  # by which users gave them
-        self._groups: dict[tuple, _Groups] = {}  # layers that the same tasks mask share theirs
+        self._seen = threading.local()  # a call under one choice may run in another thread than the next
+        self._groups: dict[tuple, Groups] = {}  # layers that the same tasks mask share theirs
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        """Within a module that flattens its rows: (rows, tokens, ...), as it is called with; see note_shapes."""
+        return getattr(self._seen, "shape", ())
+
+    @seen.setter
+    def seen(self, shape: tuple[int, ...]) -> None:
+        self._seen.shape = shape
 
     def product(self, layer: BankedLinear, x: Tensor) -> Tensor:
         layer.check_tasks(self.tasks)
@@ -113,13 +137,11 @@ class TaskPerRow:
 
     def mixed(self, x: Tensor, weight: Tensor, masks: Mapping[str | None, Tensor], bias: Tensor | None) -> Tensor:
         """(rows, ..., K) -> (rows, ..., N) by the masks, of weight (N, K), that there are for the rows' tasks."""
-        if x.dim() < 3 or x.shape[0] != len(self.tasks):
-            raise ValueError(
-                f"{self._argument} must be one a row of a batch (rows, ..., K), got {len(self.tasks)} of them and an "
-                f"input of {tuple(x.shape)}: repeat a task for each beam and returned sequence; where the model "
-                "flattens rows, use one task a batch"
-            )
-        groups = self._grouped(frozenset(masks), x.device)
+        if x.dim() == 2 and self.has_flattened(len(x)):
+            return self.mixed(x.unflatten(0, self.seen[:2]), weight, masks, bias).flatten(0, 1)
+        if not self.fit(x.shape):
+            raise self.refusal(x.shape)
+        groups = self.groups(frozenset(masks), x.device)
         if len(groups.tasks) == 1:
             return product(x, weight, masks.get(groups.tasks[0]), bias)
         if len(groups.masked) <= MOST_MASKS and (not x.is_cuda or x.shape[:-1].numel() <= _FEW_TOKENS):
@@ -132,7 +154,23 @@ class TaskPerRow:
         ]
         return torch.cat(parts).index_select(0, groups.inverse)
 
-    def _grouped(self, masked: frozenset[str | None], device: torch.device) -> "_Groups":
+    def fit(self, shape: Sequence[int]) -> bool:
+        """Whether an input of this shape has a row for each task."""
+        return len(shape) >= 3 and shape[0] == len(self.tasks)
+
+    def has_flattened(self, count: int) -> bool:
+        """Whether so many are all tokens of all rows, flattened."""
+        return self.fit(self.seen) and count == self.seen[0] * self.seen[1]
+
+    def refusal(self, shape: Sequence[int]) -> ValueError:
+        """Of an input of this shape, which they do not fit."""
+        return ValueError(
+            f"{self._argument} must be one a row of a batch (rows, ..., K), got {len(self.tasks)} of them and an "
+            f"input of {tuple(shape)}: repeat a task for each beam and returned sequence; where the model flattens "
+            "rows, use one task a batch"
+        )
+
+    def groups(self, masked: frozenset[str | None], device: torch.device) -> "Groups":
         """Of a layer that these tasks mask."""
         if (masked, device) not in self._groups:
             rows: dict[str | None, list[int]] = {}
@@ -141,7 +179,7 @@ class TaskPerRow:
             order = torch.tensor([row for group in rows.values() for row in group], device=device)
             used: list[str | None] = [task for task in rows if task is not None]
             places = [used.index(task) if task in masked else -1 for task in self.tasks]
-            self._groups[masked, device] = _Groups(
+            self._groups[masked, device] = Groups(
                 list(rows),
                 [len(group) for group in rows.values()],
                 order,
@@ -153,7 +191,7 @@ class TaskPerRow:
 
 
 @dataclass(frozen=True)
-class _Groups:
+class Groups:
     """The groups' tasks and numbers of rows; row numbers in groups, and where each row went; see masked_linear_many."""
 
     tasks: list[str | None]

@@ -1,0 +1,198 @@
+"""A bank on a mixture: each task's experts compute what its masks alone would, also row by row of one batch."""
+
+import copy
+
+import pytest
+import torch
+from tiny_mixtures import WORDS, mixture
+
+from mft.config import MaskConfig
+from mft.masks.bank import load_mask_bank
+from mft.masks.banked_experts import BankedExperts, BankedGroupedLinear
+from mft.masks.convert import mask_model, masked_modules
+from mft.masks.export import load_masks, save_masks
+from mft_kernels import MaskedGroupedLinear
+
+TASKS = {
+    "code": {"keep_ratio": 0.5, "seed": 1},
+    "math": {"keep_ratio": 0.5, "seed": 2, "layers_to_transform": [1]},
+    "chat": {"keep_ratio": 0.4, "seed": 3},  # of some projections alone, see exports
+}
+MIXED = ["math", None, "code", "chat", "math", "code"]
+TOKENS = torch.randint(3, WORDS, (6, 7), generator=torch.Generator().manual_seed(5))
+NOISE = {"rtol": 1e-5, "atol": 2e-5}
+
+
+def exports_of(base, root):
+    """Of TASKS; the last masks the last layer's down_proj, or what a mixture has in its place, alone."""
+    found = {}
+    for task, mask in TASKS.items():
+        if task == "chat":
+            layers = masked_modules(mask_model(copy.deepcopy(base), MaskConfig()))
+            names = [name for name, layer in layers.items() if isinstance(layer, MaskedGroupedLinear)]
+            mask = mask | {"target_parameters": names[-1:]}
+        found[task] = save_masks(mask_model(copy.deepcopy(base), MaskConfig.paper(**mask)), root / task)
+    return found
+
+
+class Case:
+    def __init__(self, kind, root):
+        self.base = mixture(kind, initializer_range=0.3)
+        self.exports = exports_of(self.base, root)
+
+    def bank(self, *tasks):
+        return load_mask_bank(copy.deepcopy(self.base), {task: self.exports[task] for task in tasks or self.exports})
+
+    def alone(self, task):
+        model = copy.deepcopy(self.base)
+        return model if task is None else load_masks(model, self.exports[task])
+
+
+@pytest.fixture(scope="module", params=["Olmoe", "GptOss", "Llama4Text", "JetMoe"])
+def case(request, tmp_path_factory):
+    return Case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def olmoe(tmp_path_factory):
+    return Case("Olmoe", tmp_path_factory.mktemp("olmoe"))
+
+
+@torch.no_grad()
+def logits(model, ids=TOKENS):
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def block(model, layer=1):
+    return model.model.layers[layer].mlp
+
+
+# ---------------------------------------------------------------------------------------------- what is computed
+
+
+def test_a_task_computes_what_its_masks_alone_do_bit_for_bit(case):
+    bank, found = case.bank(), []
+    assert any(isinstance(module, BankedGroupedLinear) for module in bank.model.modules())
+    for task in (*TASKS, None):
+        with bank.use(task):
+            found.append(logits(bank.model))
+        if task is not None:
+            assert torch.equal(found[-1], logits(case.alone(task)))
+    torch.testing.assert_close(found[-1], logits(case.base), **NOISE)
+    assert all((found[i] - found[j]).abs().max() > 1e-2 for i in range(4) for j in range(i))
+
+
+def test_each_row_of_a_mixed_batch_takes_its_own_masks_or_the_model_is_named(case):
+    bank = case.bank()
+    if type(case.base).__name__ == "JetMoeForCausalLM":
+        with pytest.raises(ValueError, match=r"tasks must be one a row .* the model flattens rows"), bank.use(MIXED):
+            logits(bank.model)
+        return
+    with bank.use(MIXED):
+        found = logits(bank.model)
+    for row, task in enumerate(MIXED):
+        torch.testing.assert_close(found[row : row + 1], logits(case.alone(task), TOKENS[row : row + 1]), **NOISE)
+    with bank.use(["code"] * 6):
+        torch.testing.assert_close(logits(bank.model), logits(case.alone("code")), **NOISE)
+
+
+def test_a_group_of_rows_has_what_its_task_gives_these_rows_bit_for_bit(olmoe):
+    bank, x = olmoe.bank(), torch.randn(6, 7, 32, generator=torch.Generator().manual_seed(0))
+    mlp = block(bank.model)
+    with torch.no_grad():
+        with bank.use(MIXED):
+            found = mlp(x)
+        for task, rows in (("math", [0, 4]), ("code", [2, 5]), ("chat", [3]), (None, [1])):
+            with bank.use(task):
+                assert torch.equal(found[rows], mlp(x[rows]))
+
+
+def test_a_mixed_batch_generates_what_each_row_alone_does(olmoe):
+    bank = olmoe.bank()
+    prompts = [TOKENS[row, : 2 + row].tolist() for row in range(len(MIXED))]
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with bank.use(MIXED):
+        found = bank.model.generate(padded, attention_mask=padded.ne(0).long(), **options)[:, longest:]
+    told = set()
+    for row, task in enumerate(MIXED):
+        prompt = torch.tensor([prompts[row]])
+        alone, bare = (
+            model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, len(prompts[row]) :].tolist()
+            for model in (olmoe.alone(task), olmoe.base)
+        )
+        assert found[row].tolist() == alone
+        told |= {task} if alone != bare else set()
+    assert told == set(TASKS)  # the masks decide what is generated
+
+
+# ---------------------------------------------------------------------------------------------- the bank
+
+
+def test_tasks_are_added_removed_and_joined_and_weights_shared(olmoe):
+    model = copy.deepcopy(olmoe.base)
+    address = block(model).experts.down_proj.data_ptr()
+    bank = load_mask_bank(model, {"chat": olmoe.exports["chat"]})
+    experts = block(model).experts
+    assert list(experts.layers()) == ["down_proj"]
+    with bank.use("chat"):
+        bank.add("code", olmoe.exports["code"])  # whose gate_up_proj is masked too: in a module of its own
+        assert torch.equal(logits(model), logits(olmoe.alone("chat")))
+    assert list(experts.layers()) == ["down_proj"]
+    layers = block(model).experts.layers()
+    assert sorted(layers) == ["down_proj", "gate_up_proj"]
+    assert layers["down_proj"].weight.data_ptr() == address
+    assert bank.nbytes()["chat"] == 5 * 32 * 2 * 4  # 48 columns are two words
+    both = bank.intersection("chat", "code")
+    down = layers["down_proj"].masks
+    assert torch.equal(down[both], down["chat"] & down["code"])
+    bank.remove("chat")
+    assert set(layers["down_proj"].masks) == {"code", both}
+    with bank.use("code"):
+        assert torch.equal(logits(model), logits(olmoe.alone("code")))
+
+
+def test_a_copy_takes_the_banks_choices_and_refuses_what_came_later(olmoe):
+    bank = olmoe.bank("code")
+    copied = copy.deepcopy(bank.model)
+    bank.add("math", olmoe.exports["math"])
+    for tasks in ("code", ["code", None] * 3):
+        with bank.use(tasks):
+            assert torch.equal(logits(copied), logits(bank.model))
+    for tasks in ("math", ["code", "math"] * 3):
+        with pytest.raises(ValueError, match=r"that this copy .*holds \(code\), got 'math'"), bank.use(tasks):
+            block(copied)(torch.randn(6, 7, 32))
+
+
+def test_a_cast_takes_the_masks_along_as_bits(olmoe):
+    bank = olmoe.bank()
+    bank.model.to(torch.bfloat16)
+    assert {mask.dtype for layer in block(bank.model).experts.layers().values() for mask in layer.masks.values()} == {
+        torch.int32
+    }
+    with bank.use(MIXED):
+        assert logits(bank.model).dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+def test_tokens_that_are_not_all_of_the_rows_are_not_guessed(olmoe):
+    bank = olmoe.bank()
+    experts = block(bank.model).experts
+    assert isinstance(experts, BankedExperts)
+    with pytest.raises(RuntimeError, match=r"must be called under bank.use\(task\)"):
+        logits(bank.model)
+    with pytest.raises(ValueError, match=r"got 5 of them and an input of \(6, 7, 32\)"), bank.use(["code"] * 5):
+        block(bank.model)(torch.randn(6, 7, 32))
+    chosen, weights = torch.zeros(12, 2, dtype=torch.long), torch.ones(12, 2)
+    with bank.use(MIXED):
+        with pytest.raises(ValueError, match=r"got 6 of them and an input of \(12, 32\)"):
+            experts(torch.randn(12, 32), chosen, weights)  # by nobody whose input was seen
+        block(bank.model)(torch.randn(6, 2, 32))
+        with pytest.raises(ValueError, match=r"got 6 of them and an input of \(12, 32\)"):
+            experts(torch.randn(12, 32), chosen, weights)  # no more
+        block(bank.model).forward = lambda x: experts(x.flatten(0, 1)[:12], chosen, weights)
+        with pytest.raises(ValueError, match=r"got 6 of them and an input of \(12, 32\)"):
+            block(bank.model)(torch.randn(6, 7, 32))  # 12 of 42
