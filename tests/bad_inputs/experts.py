@@ -5,7 +5,9 @@
 import copy
 
 import torch
+from peft import get_peft_model
 from tiny_architectures import mixtral
+from tiny_mixtures import IDS, mixture
 from torch import nn
 
 import mft
@@ -197,3 +199,58 @@ def experts_in_eight_bits():
     experts = model.model.layers[0].mlp.experts
     experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.data.to(torch.float8_e4m3fn), requires_grad=False)
     mft.mask_model(model, mft.MaskConfig())
+
+
+# ---------------------------------------------------------------------------------------------- PEFT, and banks
+
+
+@refused(
+    ValueError,
+    where="target_parameters",
+    got="'experts.gate_proj'",
+    rule="matches the weight of no linear layer",
+    remedy="did you mean",
+)
+def experts_under_peft_by_a_name_that_there_is_not():
+    get_peft_model(moe(), mft.MaskPeftConfig(target_parameters=["experts.gate_proj"]))
+
+
+@refused(
+    NonFiniteScores,
+    where="scores of module 'model.layers.1.mlp.experts.down_proj'",
+    got="1 NaN or Inf",
+    rule="must be finite",
+    remedy="expert 2",
+)
+def scores_of_nan_under_peft():
+    model = get_peft_model(mixture("Olmoe"), mft.MaskPeftConfig(target_parameters=["experts.down_proj"]))
+    with torch.no_grad():
+        model.base_model.model.model.layers[1].mlp.experts.mft_scores["default"]["down_proj"][2, 0, 0] = torch.nan
+    model(IDS)
+
+
+@refused(
+    ValueError,
+    where="adapter_names",
+    got="got 3 of them and an input of (2, 12, 32)",
+    rule="must be one a row of a batch",
+    remedy="repeat a task for each beam and returned sequence",
+)
+def an_adapter_too_many_for_the_rows_of_a_mixture():
+    model = get_peft_model(mixture("Olmoe"), mft.MaskPeftConfig(target_parameters=["experts.down_proj"])).eval()
+    model(IDS, adapter_names=["default", "__base__", "default"])
+
+
+@refused(
+    ValueError,
+    where="tasks",
+    got="got 2 of them and an input of (48, 32)",
+    rule="must be one a row of a batch",
+    remedy="where the model flattens rows, use one task a batch",
+)
+def a_task_a_row_for_experts_whose_rows_come_sorted(tmp):
+    masks = mft.MaskConfig(target_parameters=["mlp.input_linear.weight"])
+    mft.save_masks(mft.mask_model(mixture("JetMoe"), masks), tmp / "code")
+    bank = mft.load_mask_bank(mixture("JetMoe"), {"code": tmp / "code"})
+    with bank.use(["code", None]):
+        bank.model(IDS)

@@ -47,13 +47,14 @@ def _peft_base(model: Any) -> nn.Module:
         kinds = ", ".join(sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}))
         raise ValueError(f"model must have masks to merge, got a {type(model).__name__} of {kinds}: use merge_adapter")
     for layer in layers:
-        layer.merged_weight()  # what it would raise halfway
+        for parameter in layer.names:
+            layer.merged_weight(parameter)  # what it would raise halfway
     return model.get_base_model()
 
 
 def _is_peft_mask(module: Any) -> bool:
     """Told without an import of PEFT, which need not be there."""
-    return getattr(type(module), "masks_weight", False) and hasattr(module, "merged_weight")
+    return getattr(type(module), "masks_weight", False) and hasattr(module, "mft_scores")
 
 
 def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
@@ -71,18 +72,30 @@ def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Te
     elif isinstance(module, MaskedExperts):
         yield from _tensors_of_experts(module, prefix, seen)
     elif _is_peft_mask(module):
-        yield f"{prefix}weight", module.merged_weight()
-        yield from _new({"bias": module.base_layer.bias}, prefix, seen)
+        base = module.base_layer
+        for name, tensor in (base._parameters | _saved_buffers(base)).items():
+            if name in module.names:
+                yield f"{prefix}{name}", module.merged_weight(name)
+            else:
+                yield from _new({name: tensor}, prefix, seen)
+        yield from _children(base, prefix, seen)
     elif hasattr(module, "modules_to_save"):  # PEFT's wrapper of a module that is trained whole
         trained = next((name for name in module.active_adapters if name in module.modules_to_save), None)
         base = module.disable_adapters or trained is None
         yield from _tensors(module.original_module if base else module.modules_to_save[trained], prefix, seen)
     else:
-        buffers = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
-        yield from _new(module._parameters | buffers, prefix, seen)
-        for name, child in module._modules.items():
-            if child is not None:
-                yield from _tensors(child, f"{prefix}{name}.", seen)
+        yield from _new(module._parameters | _saved_buffers(module), prefix, seen)
+        yield from _children(module, prefix, seen)
+
+
+def _children(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _tensors(child, f"{prefix}{name}.", seen)
+
+
+def _saved_buffers(module: Any) -> dict[str, Tensor | None]:
+    return {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
 
 
 def _tensors_of_experts(experts: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from mft.checks import check_rule, nearest
 from mft.config import MaskConfig
 from mft.files.hub import HubError, asking_hub, split_hub_id
+from mft.masks.banked_experts import note_shapes
 from mft.masks.banked_linear import TaskPerRow
 from mft.masks.convert import convert, masked_modules, pack_attentions, split_attentions
 from mft.masks.export import check_learned_on, loaded_config, scores_of_mask
 from mft.masks.export_format import CONFIG_FILE, PEFT_TYPE, check_masks_alone, is_export, read_export
 from mft.masks.location import fetched_masks
 from mft.masks.targets import select_targets
+from mft.models.experts import expert_projections
 
 _TRIED = "0.21", "0.22"  # from the first version to before the last
 _REMEDY = f"pip install 'peft>={_TRIED[0]},<{_TRIED[1]}'"
@@ -35,11 +37,12 @@ try:
     from peft.tuners.tuners_utils import BaseTuner
     from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method
 
-    from mft.masks.peft_layer import MaskLinear
+    from mft.masks.peft_layer import MaskExperts, MaskLinear, MaskTunerLayer
 except ImportError as error:
     raise ImportError(f"mft.masks.peft needs peft >= {_TRIED[0]}: {_REMEDY}. {error}") from error
 
-_CHOSEN = "_mft_chosen"  # names of the modules that a configuration chose; an attribute of it
+_CHOSEN = "_mft_chosen"  # the modules that a configuration chose, and what in them; an attribute of it
+_AS_WRITTEN = "target_modules", "target_parameters", "exclude_modules"  # of a configuration, by our reading of them
 _BASE = "__base__"  # PEFT's word, in adapter_names, for a row without an adapter
 _OF_THE_HUB = "revision", "token", "cache_dir", "local_files_only"  # what of PEFT's options says where
 _EXPORT = "_mft_export"  # where a configuration came from an export: its directory and description
@@ -92,26 +95,27 @@ class MaskModel(BaseTuner):
     """The model around the base: which layers get a mask, and what of them is loaded and merged."""
 
     prefix = f"{PEFT_TYPE.lower()}_"
-    tuner_layer_cls = MaskLinear
+    tuner_layer_cls = MaskTunerLayer
     target_module_mapping: dict = {}  # noqa: RUF012  (PEFT's; select_targets knows what a model's default is)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
-        written = config.target_modules, config.exclude_modules
+        written = {name: getattr(config, name) for name in _AS_WRITTEN}
         masks_alone = copy.copy(config)
         masks_alone.modules_to_save = None  # PEFT's own business; it names heads that a model may lack
         with _unwrapped(model):
             names = select_targets(model, masks_alone)
-        saved = config.modules_to_save or []
-        names = [name for name in names if not any(f".{module}." in f".{name}." for module in saved)]
-        setattr(config, _CHOSEN, frozenset(names))
+            saved = config.modules_to_save or []
+            names = [name for name in names if not any(f".{module}." in f".{name}." for module in saved)]
+            chosen = _parameters_of_modules(model, names)
+        setattr(config, _CHOSEN, chosen)
         split_attentions(model, names)
         # PEFT chooses by its own reading of these, and may write a shorter list there.
-        config.target_modules, config.exclude_modules = names, None
+        vars(config).update(dict.fromkeys(_AS_WRITTEN), target_modules=list(chosen))
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            config.target_modules, config.exclude_modules = written
+            vars(config).update(written)
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
@@ -127,10 +131,18 @@ class MaskModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, MaskLinear) else MaskLinear(target, current_key)
-        layer.add_mask(adapter_name, peft_config)
+        layer: Any = target
+        if not isinstance(target, MaskTunerLayer):
+            layer = (MaskExperts if expert_projections(target) else MaskLinear)(target, current_key)
+        layer.add_mask(adapter_name, peft_config, getattr(peft_config, _CHOSEN).get(current_key))
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, MaskExperts):  # PEFT looks for its one weight
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Scores have the dtype that their configuration names."""
@@ -146,7 +158,7 @@ class MaskModel(BaseTuner):
         names = [name for name in adapter_names for _ in range(beams)]
         rows = TaskPerRow(tuple(None if name == _BASE else name for name in names), "adapter_names")
         given: dict[type, dict[str, Any]] = {
-            MaskLinear: {"rows": rows},
+            MaskTunerLayer: {"rows": rows},
             AuxiliaryTrainingWrapper: {"adapter_names": names},
         }
 
@@ -159,6 +171,8 @@ class MaskModel(BaseTuner):
             for kind, more in given.items()
             if isinstance(module, kind)
         ]
+        for name in {name.rpartition(".")[0] for name, m in self.named_modules() if isinstance(m, MaskExperts)}:
+            hooks += note_shapes(self.get_submodule(name), lambda: rows)
         try:
             yield
         finally:
@@ -223,12 +237,12 @@ def to_masked_model(model: PeftModel) -> nn.Module:
     (active,) = model.active_adapters
     config: Any = model.peft_config[active]
     check_rule(not config.modules_to_save, "modules_to_save", "be null (masks alone are kept)", config.modules_to_save)
-    scores = {}
+    scores: dict[str, nn.Parameter] = {}
     for layer in _mask_layers(model):
         if layer.merged:
             layer.unmerge()
         if active in layer.mft_scores:
-            scores[layer.module_name] = layer.mft_scores[active]
+            scores |= {layer.names[part]: learned for part, learned in layer.scores_of(active).items()}
     base = model.unload()
     convert(base, scores, config)
     for name, masked in masked_modules(base).items():
@@ -239,14 +253,24 @@ def to_masked_model(model: PeftModel) -> nn.Module:
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _mask_layers(model: nn.Module) -> list[MaskLinear]:
-    return [module for module in model.modules() if isinstance(module, MaskLinear)]
+def _mask_layers(model: nn.Module) -> list[MaskTunerLayer]:
+    return [module for module in model.modules() if isinstance(module, MaskTunerLayer)]
+
+
+def _parameters_of_modules(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
+    """What layers of these names mask, by the module that PEFT is to wrap: of experts some parameters, else weight."""
+    chosen: dict[str, list[str]] = {}
+    for name in names:
+        path, _, part = name.rpartition(".")
+        is_part = part in expert_projections(model.get_submodule(path))
+        chosen.setdefault(path if is_part else name, []).append(part if is_part else "weight")
+    return chosen
 
 
 @contextmanager
 def _unwrapped(model: nn.Module) -> Iterator[None]:
     """The base as it was without masks, for whoever looks at its modules."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskLinear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskTunerLayer)}
     for name, layer in layers.items():
         model.set_submodule(name, layer.base_layer)
     try:
@@ -285,10 +309,12 @@ def _scores_of_export(model: Any, config: PeftConfig) -> dict[str, Tensor]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     with _unwrapped(base):
         check_learned_on(base, export, directory, force=False)
-    return {
-        f"base_model.model.{entry.name}.mft_scores": scores_of_mask(masks[entry.name], entry.shape, export.mode)
-        for entry in export.modules
-    }
+    found = {}
+    for entry in export.modules:
+        path, _, part = entry.name.rpartition(".")
+        key = f"{entry.name}.mft_scores" if len(entry.shape) == 2 else f"{path}.mft_scores.{part}"  # of experts
+        found[f"base_model.model.{key}"] = scores_of_mask(masks[entry.name], entry.shape, export.mode)
+    return found
 
 
 def _register() -> None:

@@ -1,6 +1,9 @@
-"""A linear layer under PEFT: the scores of several masks on one frozen weight; one is active, or each row has one."""
+"""Masked layers under PEFT: the scores of several masks on frozen weights; one is active, or each row has one."""
 
+import functools
 import warnings
+from abc import abstractmethod
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -9,9 +12,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mft.config import MaskConfig
+from mft.masks.banked_experts import grouped_product, mixed_experts
 from mft.masks.banked_linear import TaskPerRow
-from mft.masks.convert import masked_layer
-from mft_kernels import masked_linear_by_ratio, unpack_mask
+from mft.masks.convert import masked_grouped_layer, masked_layer
+from mft.masks.experts import experts_forward, project
+from mft.models.experts import expert_projections
+from mft_kernels import masked_linear_by_ratio, masked_linear_grouped_by_ratio, unpack_mask
 from mft_kernels.checks import NonFiniteScores
 from mft_kernels.masking import current_mask
 from mft_kernels.scores import watch
@@ -21,83 +27,61 @@ from mft_kernels.scores import watch
 TRL_REFERENCE = "ref"
 
 
-class MaskLinear(nn.Module, BaseTunerLayer):
-    """y = x @ where(keep, weight, 0).T + bias by the active mask; the wrapped layer itself where none is.
+class MaskTunerLayer(nn.Module, BaseTunerLayer):
+    """Masks on parameters of base_layer, frozen and shared, by their names; what is computed a subclass says.
 
-    Args: base_layer: an nn.Linear or Conv1D, frozen and shared; module_name: its place in the model.
+    Args: base_layer: what is masked; module_name: its place in the model; names: of the parameters' masked layers in
+        the model, by parameter; scores: empty, what is to hold them by adapter.
     """
 
     adapter_layer_names = ("mft_scores",)
     other_param_names = ("mft_config",)
     masks_weight = True  # see mft_kernels/maskable.py
+    mft_scores: Any
 
-    def __init__(self, base_layer: nn.Module, module_name: str) -> None:
+    def __init__(self, base_layer: nn.Module, module_name: str, names: Mapping[str, str], scores: nn.Module) -> None:
         super().__init__()
         self.base_layer: Any = base_layer
         self.module_name = module_name
-        self.mft_scores = _Scores()  # by adapter: (N, K)
+        self.names = dict(names)
+        self.mft_scores = scores
         self.mft_config: dict[str, MaskConfig] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
-        self._taken_out: tuple[Tensor, Tensor] | None = None  # while merged: packed mask, dropped weights
+        self._taken_out: dict[str, tuple[Tensor, Tensor]] = {}  # while merged: packed masks, dropped weights
 
-    def add_mask(self, adapter_name: str, config: MaskConfig) -> None:
-        """Add the scores that mask_model would draw for this layer; config is referred to, not copied.
+    def add_mask(self, adapter_name: str, config: MaskConfig, parameters: Collection[str] | None = None) -> None:
+        """Add the scores that mask_model would draw for these parameters, by default all that can be masked.
 
-        A mask of TRL's name for a reference, by the very config of a mask that is there, begins as that one's copy.
+        config is referred to, not copied. A mask of TRL's name for a reference, by the very config of a mask that is
+        there, begins as that one's copy.
         """
         if self.merged:
             warnings.warn("A mask is added to a merged layer: unmerging it first.", stacklevel=2)
             self.unmerge()
-        scores = masked_layer(self.base_layer, self.module_name, config).scores
+        chosen = self.names if parameters is None else [part for part in self.names if part in parameters]
+        scores = {part: self._drawn(part, config) for part in chosen}
         copied = next((name for name, other in self.mft_config.items() if other is config), None)
         if adapter_name == TRL_REFERENCE and copied is not None:
-            scores.data.copy_(self.mft_scores[copied].data)
-        self.mft_scores[adapter_name] = scores
+            for part, learned in self.scores_of(copied).items():
+                scores[part].data.copy_(learned.data)
+        self._put_scores(adapter_name, scores)
         self.mft_config[adapter_name] = config
 
-    def forward(self, x: Tensor, rows: TaskPerRow | None = None) -> Tensor:
-        """By the active mask, or by that of each row; see MaskModel."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if rows is not None and not self.disable_adapters:
-            return self._mixed(x, rows)
-        name = next((name for name in self.active_adapters if name in self.mft_scores), None)
-        if self.disable_adapters or self.merged or name is None:
-            return self.base_layer(x)
-        config, scores = self.mft_config[name], self.mft_scores[name]
-        watch(scores)  # PEFT replaces parameters when it loads them
-        try:
-            return masked_linear_by_ratio(
-                x,
-                self._matrix(),
-                scores,
-                self.bias,
-                keep_ratio=config.keep_ratio,
-                threshold=config.threshold,
-                mode=config.mode,
-            )
-        except NonFiniteScores:
-            raise NonFiniteScores(scores.detach(), self.module_name) from None
+    @abstractmethod
+    def scores_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """Of the mask of this name, by parameter: those that it has scores for."""
 
     @torch.no_grad()
-    def current_mask(self, name: str) -> Tensor:
+    def current_mask(self, adapter_name: str, parameter: str) -> Tensor:
         """The mask of this name as bits, selected again where its scores have changed."""
-        config, scores = self.mft_config[name], self.mft_scores[name]
-        watch(scores)  # PEFT replaces parameters when it loads them
-        try:
-            return current_mask(scores, config.keep_ratio, config.threshold, config.mode).packed
-        except NonFiniteScores:
-            raise NonFiniteScores(scores.detach(), self.module_name) from None
+        watch(self.scores_of(adapter_name)[parameter])  # PEFT replaces parameters when it loads them
+        return self._selected(adapter_name, parameter, anew=False)
 
-    def packed_mask(self, name: str) -> Tensor:
+    def packed_mask(self, adapter_name: str, parameter: str) -> Tensor:
         """The mask of this name as bits; see pack_mask."""
-        config, scores = self.mft_config[name], self.mft_scores[name]
-        try:
-            return current_mask(scores, config.keep_ratio, config.threshold, config.mode, anew=True).packed
-        except NonFiniteScores:
-            raise NonFiniteScores(scores.detach(), self.module_name) from None
+        return self._selected(adapter_name, parameter, anew=True)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         if not isinstance(adapter_names, str) and len(adapter_names) > 1:
@@ -108,86 +92,243 @@ class MaskLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Bake a mask into the weight: kept weights bit-equal, dropped ones +0. unmerge() puts these back.
+        """Bake a mask into the weights: kept weights bit-equal, dropped ones +0. unmerge() puts these back.
 
         Raises: ValueError for more than one mask, scores that are not finite, and with safe_merge a kept weight that
-            is not; the weight is then unchanged.
+            is not; the weights are then unchanged.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mft_scores]
         if names:
-            packed, merged = self.baked(names, safe_merge)
-            matrix = self._matrix()
-            self._taken_out = packed, matrix[~unpack_mask(packed, matrix.shape)]
-            self._set_matrix(merged)
+            for part, (packed, merged) in self.baked(names, safe_merge).items():
+                weight = self._weight(part)
+                self._taken_out[part] = packed, weight[~unpack_mask(packed, weight.shape)]
+                self._set_weight(part, merged)
             self.merged_adapters.append(names[0])
 
     @torch.no_grad()
-    def baked(self, names: list[str], safe_merge: bool) -> tuple[Tensor, Tensor]:
-        """What merging the mask of this one name would use: its bits, and the masked weight (N, K)."""
+    def baked(self, names: list[str], safe_merge: bool) -> dict[str, tuple[Tensor, Tensor]]:
+        """What merging the mask of this one name would use, by parameter: its bits, and the masked weight."""
         if len(self.merged_adapters + names) != 1:
             raise ValueError(
                 f"one mask at a time can be merged into {self.module_name}, got {self.merged_adapters + names}: "
                 "unmerge_adapter() first, and give one name in adapter_names"
             )
         broken = f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken: "  # PEFT's words
-        try:
-            packed = self.packed_mask(names[0])
-        except NonFiniteScores as error:
-            raise ValueError(f"{broken}{error}") from None
-        matrix = self._matrix()
-        merged = torch.where(unpack_mask(packed, matrix.shape), matrix, 0)
-        if safe_merge and not merged.isfinite().all():
-            raise ValueError(f"{broken}it keeps weights of {self.module_name} that are NaN or Inf")
-        return packed, merged
+        found = {}
+        for part in self.scores_of(names[0]):
+            try:
+                packed = self.packed_mask(names[0], part)
+            except NonFiniteScores as error:
+                raise ValueError(f"{broken}{error}") from None
+            weight = self._weight(part)
+            merged = torch.where(unpack_mask(packed, weight.shape), weight, 0)
+            if safe_merge and not merged.isfinite().all():
+                raise ValueError(f"{broken}it keeps weights of {self.names[part]} that are NaN or Inf")
+            found[part] = packed, merged
+        return found
 
     @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """What the base layer's weight would be after merge(), which is not done; that weight itself without a mask."""
-        name = next((name for name in self.active_adapters if name in self.mft_scores), None)
-        if self.disable_adapters or self.merged or name is None:
-            return self.base_layer.weight.detach()
-        merged = self.baked([name], safe_merge=False)[1]
-        return merged.t().contiguous() if isinstance(self.base_layer, Conv1D) else merged
+    def merged_weight(self, parameter: str) -> Tensor:
+        """What this parameter of the base layer would be after merge(), which is not done; without a mask, as it is."""
+        name = self._active()
+        if self.disable_adapters or self.merged or name is None or parameter not in self.scores_of(name):
+            return getattr(self.base_layer, parameter).detach()
+        return self._as_stored(self.baked([name], safe_merge=False)[parameter][1])
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the dropped weights back, bit for bit."""
-        if self._taken_out is None:
+        if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        matrix = self._matrix()
-        packed, dropped = self._taken_out
-        keep = unpack_mask(packed.to(matrix.device), matrix.shape)
-        self._set_matrix(matrix.masked_scatter(~keep, dropped.to(matrix)))
-        self._taken_out = None
+        for part, (packed, dropped) in self._taken_out.items():
+            weight = self._weight(part)
+            keep = unpack_mask(packed.to(weight.device), weight.shape)
+            self._set_weight(part, weight.masked_scatter(~keep, dropped.to(weight)))
+        self._taken_out.clear()
         self.merged_adapters.clear()
 
     # ------------------------------------------------------------------------------------------ private
 
-    def _mixed(self, x: Tensor, rows: TaskPerRow) -> Tensor:
+    @abstractmethod
+    def _drawn(self, parameter: str, config: MaskConfig) -> nn.Parameter:
+        """The scores that mask_model would draw."""
+
+    @abstractmethod
+    def _put_scores(self, adapter_name: str, scores: dict[str, nn.Parameter]) -> None:
+        """Into mft_scores."""
+
+    def _weight(self, parameter: str) -> Tensor:
+        """As scores lie on it."""
+        return getattr(self.base_layer, parameter)
+
+    def _as_stored(self, weight: Tensor) -> Tensor:
+        """A weight of scores' shape as the base layer has it."""
+        return weight
+
+    def _set_weight(self, parameter: str, weight: Tensor) -> None:
+        """A new tensor, so that whoever shares the old one keeps it."""
+        getattr(self.base_layer, parameter).data = self._as_stored(weight).contiguous()
+
+    def _active(self) -> str | None:
+        """The name of the active mask, if it has scores here."""
+        return next((name for name in self.active_adapters if name in self.mft_scores), None)
+
+    def _selection(self, adapter_name: str) -> dict[str, Any]:
+        config = self.mft_config[adapter_name]
+        return {"keep_ratio": config.keep_ratio, "threshold": config.threshold, "mode": config.mode}
+
+    def _selected(self, adapter_name: str, parameter: str, anew: bool) -> Tensor:
+        config, scores = self.mft_config[adapter_name], self.scores_of(adapter_name)[parameter]
+        try:
+            return current_mask(scores, config.keep_ratio, config.threshold, config.mode, anew=anew).packed
+        except NonFiniteScores:
+            raise NonFiniteScores(scores.detach(), self.names[parameter]) from None
+
+    def _check_unmerged(self) -> None:
+        """Raise ValueError where rows cannot have masks of their own any more."""
         if self.merged:
             raise ValueError(
                 f"adapter_names need weights of which no mask is merged, got {self.merged_adapters[0]!r} in "
                 f"{self.module_name}: unmerge_adapter() first"
             )
-        named = {name for name in rows.tasks if name is not None and name in self.mft_scores}
-        masks: dict[str | None, Tensor] = {name: self.current_mask(name) for name in named}
-        return rows.mixed(x, self._matrix(), masks, self.bias)
-
-    def _matrix(self) -> Tensor:
-        """The weight as (N, K); a Conv1D holds its transpose."""
-        weight = self.base_layer.weight
-        return weight.t() if isinstance(self.base_layer, Conv1D) else weight
-
-    def _set_matrix(self, matrix: Tensor) -> None:
-        """A new tensor, so that whoever shares the old one keeps it."""
-        self.base_layer.weight.data = (matrix.t() if isinstance(self.base_layer, Conv1D) else matrix).contiguous()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """PEFT's would cast the scores to the weight's dtype."""
-        if adapter_name in self.mft_scores and not self.mft_scores[adapter_name].is_meta:
-            scores = self.mft_scores[adapter_name]
-            scores.data = scores.data.to(self.base_layer.weight.device if device is None else device)
+        for part, scores in self.scores_of(adapter_name).items() if adapter_name in self.mft_scores else ():
+            if not scores.is_meta:
+                scores.data = scores.data.to(self._weight(part).device if device is None else device)
+
+
+class MaskLinear(MaskTunerLayer):
+    """y = x @ where(keep, weight, 0).T + bias by the active mask; the wrapped layer itself where none is.
+
+    Args: base_layer: an nn.Linear or Conv1D, frozen and shared; module_name: its place in the model.
+    """
+
+    def __init__(self, base_layer: nn.Module, module_name: str) -> None:
+        super().__init__(base_layer, module_name, {"weight": module_name}, _Scores())  # by adapter: (N, K)
+
+    def forward(self, x: Tensor, rows: TaskPerRow | None = None) -> Tensor:
+        """By the active mask, or by that of each row; see MaskModel."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if rows is not None and not self.disable_adapters:
+            return self._mixed(x, rows)
+        name = self._active()
+        if self.disable_adapters or self.merged or name is None:
+            return self.base_layer(x)
+        scores = self.mft_scores[name]
+        watch(scores)  # PEFT replaces parameters when it loads them
+        try:
+            return masked_linear_by_ratio(x, self._weight("weight"), scores, self.bias, **self._selection(name))
+        except NonFiniteScores:
+            raise NonFiniteScores(scores.detach(), self.module_name) from None
+
+    def scores_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        return {"weight": self.mft_scores[adapter_name]}
+
+    # ------------------------------------------------------------------------------------------ private
+
+    def _drawn(self, parameter: str, config: MaskConfig) -> nn.Parameter:
+        return masked_layer(self.base_layer, self.module_name, config).scores
+
+    def _put_scores(self, adapter_name: str, scores: dict[str, nn.Parameter]) -> None:
+        self.mft_scores[adapter_name] = scores["weight"]
+
+    def _mixed(self, x: Tensor, rows: TaskPerRow) -> Tensor:
+        self._check_unmerged()
+        named = {name for name in rows.tasks if name is not None and name in self.mft_scores}
+        masks: dict[str | None, Tensor] = {name: self.current_mask(name, "weight") for name in named}
+        return rows.mixed(x, self._weight("weight"), masks, self.bias)
+
+    def _weight(self, parameter: str) -> Tensor:
+        """(N, K); a Conv1D holds its transpose."""
+        weight = self.base_layer.weight
+        return weight.t() if isinstance(self.base_layer, Conv1D) else weight
+
+    def _as_stored(self, weight: Tensor) -> Tensor:
+        return weight.t().contiguous() if isinstance(self.base_layer, Conv1D) else weight
+
+
+class MaskExperts(MaskTunerLayer):
+    """What MaskedExperts compute, by the active mask; the wrapped experts themselves where none is.
+
+    Args: base_layer: experts as transformers has them, frozen and shared; module_name: their place in the model.
+    """
+
+    def __init__(self, base_layer: nn.Module, module_name: str) -> None:
+        projections = expert_projections(base_layer)
+        names = {part: f"{module_name}.{part}" for part in projections}
+        super().__init__(base_layer, module_name, names, nn.ModuleDict())  # by adapter: _Scores by parameter, (E, N, K)
+        self._projections = projections
+
+    def forward(self, *args: Any, rows: TaskPerRow | None = None, **kwargs: Any) -> Tensor:
+        """By the active mask, or by that of each row; see MaskModel."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if rows is not None and not self.disable_adapters:
+            return self._mixed(rows, args, kwargs)
+        name = self._active()
+        if self.disable_adapters or self.merged or name is None:
+            return self.base_layer(*args, **kwargs)
+        return experts_forward(self.base_layer, functools.partial(self._product, name), *args, **kwargs)
+
+    def scores_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        return dict(self.mft_scores[adapter_name])
+
+    # ------------------------------------------------------------------------------------------ private
+
+    def _drawn(self, parameter: str, config: MaskConfig) -> nn.Parameter:
+        transposed = self._projections[parameter].transposed
+        name, weight = self.names[parameter], self._weight(parameter)
+        return masked_grouped_layer(weight, None, transposed=transposed, name=name, config=config).scores
+
+    def _put_scores(self, adapter_name: str, scores: dict[str, nn.Parameter]) -> None:
+        self.mft_scores[adapter_name] = _Scores(scores)
+
+    def _product(self, adapter_name: str, parameter: str, x: Tensor, offsets: Tensor) -> Tensor:
+        """Of one projection by the scores of this mask."""
+        if parameter not in self.mft_scores[adapter_name]:
+            return project(self.base_layer, parameter, x, offsets)
+        scores, transposed = self.mft_scores[adapter_name][parameter], self._projections[parameter].transposed
+        watch(scores)  # PEFT replaces parameters when it loads them
+        try:
+            return masked_linear_grouped_by_ratio(
+                x,
+                self._weight(parameter),
+                scores,
+                offsets,
+                self._bias(parameter),
+                transposed=transposed,
+                **self._selection(adapter_name),
+            )
+        except NonFiniteScores:
+            raise NonFiniteScores(scores.detach(), self.names[parameter]) from None
+
+    def _mixed(self, rows: TaskPerRow, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+        self._check_unmerged()
+
+        def of_task(name: str | None, *args: Any, **kwargs: Any) -> Tensor:
+            if name is None:
+                return self.base_layer(*args, **kwargs)
+            masks = {part: self.current_mask(name, part) for part in self.scores_of(name)}
+            return experts_forward(self.base_layer, functools.partial(self._product_of, masks), *args, **kwargs)
+
+        return mixed_experts(rows, self.base_layer, frozenset(self.mft_scores), of_task, args, kwargs)
+
+    def _product_of(self, masks: Mapping[str, Tensor], parameter: str, x: Tensor, offsets: Tensor) -> Tensor:
+        """Of one projection by bits."""
+        transposed = self._projections[parameter].transposed
+        weight, bias = self._weight(parameter), self._bias(parameter)
+        return grouped_product(x, weight, masks.get(parameter), offsets, bias, transposed)
+
+    def _bias(self, parameter: str) -> Tensor | None:
+        bias = self._projections[parameter].bias
+        return None if bias is None else getattr(self.base_layer, bias)
+
+
+# ---------------------------------------------------------------------------------------------- private
 
 
 class _Scores(nn.ParameterDict):

@@ -91,8 +91,10 @@ def _adapter(directory: Path) -> Contents:
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: missing; an adapter has {CONFIG_FILE} and {MASK_FILE}: save it again")
     with open_tensors(weights, _AGAIN) as file:
-        scores = [name for name in file.keys() if name.endswith(".mft_scores")]  # noqa: SIM118  (no mapping)
-        odd = [name for name in scores if len(file.get_slice(name).get_shape()) != 2]
+        scores = [name for name in file.keys() if ".mft_scores" in name]  # noqa: SIM118  (no mapping)
+        # Of experts in one parameter, (E, N, K), that one's name follows.
+        dims = {name: 2 if name.endswith(".mft_scores") else 3 for name in scores}
+        odd = [name for name in scores if len(file.get_slice(name).get_shape()) != dims[name]]
     if not scores or odd:
         raise ValueError(f"{weights}: expected scores (N, K) of masked layers, got {(odd or ['none'])[0]}: {_AGAIN}")
     files = (CONFIG_FILE, MASK_FILE)
