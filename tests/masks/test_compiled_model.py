@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from tiny import WORDS, make_llama
+from tiny_mixtures import mixture
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -30,10 +31,11 @@ def tokens(rows=2, length=9):
     return torch.randint(0, WORDS, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
-def loss_and_gradients(forward, model, autocast=False):
+def loss_and_gradients(forward, model, autocast=False, ids=None):
     model.zero_grad()
+    ids = tokens() if ids is None else ids
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = forward(input_ids=tokens(), labels=tokens(), use_cache=False).loss
+        loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     return [loss.detach(), *[module.scores.grad.clone() for module in masked_modules(model).values()]]
 
@@ -108,6 +110,28 @@ def test_inductor_changes_nothing_but_rounding():
     with torch._dynamo.config.patch(error_on_recompile=True):
         got = loss_and_gradients(compiled, model)
     assert_close(got, loss_and_gradients(model, model), ROUNDING[torch.float32])
+
+
+def test_a_mixture_is_one_graph_whatever_tokens_its_router_sends_to_which_expert():
+    model = mask_model(mixture("Qwen3Moe"), MaskConfig.paper(keep_ratio=0.7))
+    batches = [torch.randint(3, WORDS, (2, 9), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    routed = []
+    hook = model.model.layers[0].mlp.experts.register_forward_pre_hook(
+        lambda module, args: routed.append(args[1].flatten().bincount(minlength=5).tolist())
+    )
+    for ids in batches:
+        model(ids, use_cache=False)
+    hook.remove()
+    assert routed[0] != routed[1] != routed[2]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for ids in batches:
+        expected, got = (loss_and_gradients(run, model, ids=ids) for run in (model, compiled))
+        assert_close(got, expected, ROUNDING[torch.float32])
+        take_a_large_step(model)
+    assert counter.frame_count == 1
+    called = [str(node.target) for node in counter.graphs[0].graph.nodes]
+    assert sum("masked_linear_grouped_by_ratio" in target for target in called) == 2 * 2
 
 
 # ---------------------------------------------------------------------------------------------- autocast

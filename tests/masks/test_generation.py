@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from tiny import WORDS, make_llama, masked_llama
+from tiny_mixtures import mixture
 
-from mft.masks.convert import merge_model
+from mft.config import MaskConfig
+from mft.masks.convert import mask_model, merge_model
 from mft.masks.quantize import quantize_model
 
 NEW = 12
@@ -22,16 +24,20 @@ def greedy(model, **options):
     ]
 
 
+BASES = {"llama": make_llama, "mixture": lambda: mixture("Qwen3Moe", initializer_range=0.3)}
+
+
 @pytest.mark.parametrize(
     "options",
     [{"use_cache": False}, {"use_cache": True}, {"cache_implementation": "static"}],
     ids=["no cache", "dynamic cache", "static cache"],
 )
-def test_a_masked_model_generates_what_the_merged_one_does(options):
-    masked = masked_llama(layers=range(4), keep_ratio=0.5)
+@pytest.mark.parametrize("make", BASES.values(), ids=BASES)
+def test_a_masked_model_generates_what_the_merged_one_does(make, options):
+    masked = mask_model(make(), MaskConfig.paper(keep_ratio=0.5))
     tokens = greedy(masked, **options)
     assert torch.equal(tokens, greedy(merge_model(copy.deepcopy(masked)), use_cache=False))
-    assert not torch.equal(tokens, greedy(make_llama(), use_cache=False))
+    assert not torch.equal(tokens, greedy(make(), use_cache=False))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
