@@ -25,8 +25,7 @@ class MaskedMultiheadAttention(nn.Module):
         attention = MaskedMultiheadAttention.from_attention(attention)
         attention.in_proj = MaskedLinear.from_linear(attention.in_proj)
 
-    It is called as that one is, and gives its results but for rounding; those of torch's slow path also in eval mode,
-    where rows whose keys are all padding are NaN.
+    It is called as that one is, and gives its results but for rounding; in eval mode, too, by torch's slow path.
 
     Layers: in_proj (3 * embed_dim, embed_dim) for queries, keys and values, or q_proj, k_proj and v_proj where kdim or
         vdim differ from embed_dim; out_proj. In cross-attention in_proj makes all three of the queries and of the keys,
@@ -230,8 +229,7 @@ class MaskedMultiheadAttention(nn.Module):
         rows = x.unbind()
         lengths = [len(row) for row in rows]
         padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        # An empty row attends to its padding: its results are not taken, and NaN would reach the scores' gradients.
-        ends = torch.tensor([length or padded.shape[1] for length in lengths], device=x.device)
+        ends = torch.tensor(lengths, device=x.device)
         padding = torch.arange(padded.shape[1], device=x.device) >= ends[:, None]
         y = self.forward(padded, padded, padded, padding, need_weights=False)[0]
         return torch.nested.as_nested_tensor([y[i, :n] for i, n in enumerate(lengths)], layout=x.layout)

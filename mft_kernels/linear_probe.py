@@ -28,9 +28,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 _MOST = 32  # rows and columns of the twin's weight
 _LEADING = (2, 3), (4,), (1, 1)  # dimensions of x before its last
-_ROUNDINGS = (
-    8  # of the dtype, relative to the sum of magnitudes: F.linear in another order, or with the bias added apart
-)
+_ROUNDINGS = 8  # of the dtype, relative to the sum of magnitudes: another order of sums, or a bias that is added apart
 _SPREAD = 2.0**20, 2.0**5  # of rows, up and down; the second in fp16, which ends at 65504
 _SETTINGS = bool, int, float, str, type(None), torch.dtype, torch.device
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -45,8 +43,8 @@ def why_not_linear(module: nn.Module) -> str | None:
 
     module is not called, nor changed; neither are random states.
     """
-    weight: Any = module._parameters["weight"]
-    bias: Any = module._parameters.get("bias")
+    weight, bias = module._parameters["weight"], module._parameters.get("bias")
+    assert weight is not None
     if getattr(module, "weight", None) is not weight or getattr(module, "bias", 0) is not bias:
         return "its weight is no parameter, or its bias neither a parameter nor None"
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -14,7 +14,7 @@ from mft.masks.bank import load_mask_bank
 from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.export import load_masks, save_masks
 from mft.masks.merged_weights import merged_weights
-from mft.masks.quantize import QuantizedMaskedLinear, quantize_model
+from mft.masks.quantize import QuantizedLinear, QuantizedMaskedLinear, quantize_model
 from mft.masks.unmasked import unmasked_model
 from mft_kernels import MaskedMultiheadAttention
 
@@ -127,7 +127,16 @@ def test_quantised_and_unmasked_it_computes_its_own(siglip):
     torch.testing.assert_close(pooled(model), y, atol=0.05, rtol=0.1)
 
 
-def test_by_default_attention_is_masked_whole(siglip):
+def test_frozen_projections_are_quantised_as_other_linears_are():
+    model = mask_model(encoder(), MaskConfig(target_modules=["linear1"]))
+    x = torch.randn(2, 5, 16)
+    y = model(x)
+    quantize_model(model, "int8")
+    assert type(model.layers[0].self_attn.in_proj) is type(model.layers[0].linear2) is QuantizedLinear
+    torch.testing.assert_close(model(x), y, atol=0.05, rtol=0.1)
+
+
+def test_by_default_attention_is_masked_whole():
     model = mask_model(encoder(), MaskConfig(keep_ratio=0.5))
     parts = ("self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2")
     assert names(model) == [f"layers.{layer}.{part}" for layer in range(2) for part in parts]
@@ -142,10 +151,10 @@ def test_queries_keys_and_values_of_other_widths_are_projected_apart():
     base = nn.ModuleList([nn.MultiheadAttention(8, 2, kdim=4, vdim=6)])
     model = mask_model(copy.deepcopy(base), MaskConfig(target_modules=["q_proj", "k_proj", "v_proj"], keep_ratio=0.5))
     assert names(model) == ["0.q_proj", "0.k_proj", "0.v_proj"]
-    given = dict(merged_weights(model))
+    given = list(merged_weights(model))
     merge_model(model)
-    assert list(given) == [name for name, _ in base.named_parameters()]
-    assert all(torch.equal(given[name], p) for name, p in model.named_parameters())
+    assert [name for name, _ in given] == [name for name, _ in base.named_parameters()]
+    assert all(torch.equal(dict(given)[name], p) for name, p in model.named_parameters())
     assert not torch.equal(model[0].k_proj_weight, base[0].k_proj_weight)
     assert torch.equal(model[0].in_proj_bias, base[0].in_proj_bias)
 

@@ -112,6 +112,10 @@ MORE = {
         linear(lambda self, x: self.scale * plain(self, x), scale=1.0),
         "computes with scale, which is 1.0 now",
     ),
+    "a rate of 0": (
+        linear(lambda self, x: plain(self, x + self.rate * x.square()), rate=0.0),
+        "computes with rate, which is 0.0 now",
+    ),
     "a whole factor": (
         linear(lambda self, x: self.scale * plain(self, x), scale=1),
         "computes with scale, which is 1 now",
@@ -204,10 +208,10 @@ def test_a_class_is_tried_once_not_once_a_layer():
 
     def counted(self, x):
         calls.append(x.shape)
-        return plain(self, x)
+        return plain(self, x.view(*x.shape[:-1], self.in_features))  # which differs, and is nobody's setting
 
     kind = linear(counted)
-    layers = [kind(IN, OUT), kind(IN, OUT), kind(16, 8), kind(5000, 5000, device="meta")]
+    layers = [kind(IN, OUT), kind(IN, OUT), kind(16, 8), kind(5000, 4000, device="meta")]
     assert why_no_mask(layers[0]) is None
     tried = len(calls)
     assert tried

@@ -125,6 +125,17 @@ def test_masked_projections_compute_what_the_merged_attention_does(names):
         assert all(child.scores.grad.any() for child in ours.children() if isinstance(child, MaskedLinear)), choice
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(("inputs", "calls"), [("self", 1), ("cross", 2), ("three", 3)])
+def test_what_is_one_tensor_is_projected_once(inputs, calls, batch_first):
+    ours = MaskedMultiheadAttention(WIDTH, HEADS, batch_first=batch_first)
+    seen = []
+    ours.in_proj.register_forward_hook(lambda module, args, output: seen.append(args))
+    x, y, z = torch.randn(3, ROWS, QUERIES, WIDTH)
+    ours(*{"self": (x, x, x), "cross": (x, y, y), "three": (x, y, z)}[inputs])
+    assert len(seen) == calls
+
+
 def test_scores_of_packed_projections_learn_as_if_each_were_apart():
     """d_scores = (d_weight of the merged attention) * weight, magnitudes being the scores here."""
     x, context = torch.randn(ROWS, QUERIES, WIDTH), torch.randn(ROWS, KEYS, WIDTH)
@@ -146,6 +157,7 @@ def test_merged_it_is_torchs_again_with_kept_weights_bit_equal():
         base.remark = "kept"
         ours = masked(base)
         ours.dropout = 0.2
+        ours.train()
         state, expected = merged(ours).state_dict(), base.state_dict()
         assert list(state) == list(expected)
         for name, child in ours.named_children():
@@ -155,7 +167,7 @@ def test_merged_it_is_torchs_again_with_kept_weights_bit_equal():
         back = merged(ours)
         assert type(back) is Named
         assert type(back.out_proj) is nn.Linear  # MaskedLinear.merge() knows no other
-        assert (back.remark, back.dropout, back.training) == ("kept", 0.2, False)
+        assert (back.remark, back.dropout, back.training) == ("kept", 0.2, True)
 
 
 def test_unmasked_it_gives_back_the_very_parameters():
@@ -200,7 +212,7 @@ def test_torchs_encoder_keeps_off_its_fast_path_and_nests_its_batches(layers):
         torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_a_nested_batch_gives_each_row_what_it_gives_alone_and_an_empty_row_no_nan():
+def test_a_nested_batch_gives_each_row_what_it_gives_alone_and_an_empty_one_is_no_nan():
     ours = masked(attention(batch_first=True))
     rows = [torch.randn(n, WIDTH) for n in (QUERIES, 0, 2)]
     x = torch.nested.as_nested_tensor(rows)
