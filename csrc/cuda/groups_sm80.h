@@ -17,7 +17,7 @@ struct Groups {
   // Of an expert, or of those behind the last: these are nobody's, and end with all rows.
   MFT_DEVICE int offset(int expert) const {
     const int end = expert < experts ? offsets[expert] : rows;
-    return end < 0 ? 0 : end < rows ? end : rows;
+    return end < rows ? end : rows;
   }
 };
 

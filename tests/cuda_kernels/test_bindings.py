@@ -420,6 +420,11 @@ def experts(*, transposed=False, k=40, scores_dtype=torch.bfloat16):
     return x, weight, scores, threshold, packed, offsets, bias
 
 
+def apart(t):
+    """The same values, with as much again between one matrix and the next."""
+    return t if t is None or t.dim() < 3 else torch.cat((t, t), 1)[:, : t.shape[1]]
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("mode", ["magnitude", "value"])
 def test_products_over_experts(mode, transposed, capability):
@@ -430,7 +435,8 @@ def test_products_over_experts(mode, transposed, capability):
         )
         wide = packed.repeat(1, 1, 2)[..., : packed.shape[2]]
         for keep in ((scores, threshold, None), (None, None, wide)):
-            for given in ((x, weight, *keep), (x.T.contiguous().T, weight.mT.contiguous().mT, *keep)):
+            others = (x.T.contiguous().T, weight.mT.contiguous().mT, *keep), (x, apart(weight), *map(apart, keep))
+            for given in ((x, weight, *keep), *others):
                 arguments = (*given, offsets.repeat_interleave(2)[::2], bias, mode, transposed)
                 assert_same(cuda.grouped_product(*arguments), reference_grouped.grouped_product(*arguments))
         arguments = (x, weight, scores, threshold[:1].expand(3), None, offsets, None, mode, transposed)
@@ -444,7 +450,8 @@ def test_score_gradients_of_experts(source, accumulate, capability):
     x = experts()[0]
     scores[scores == 0] = 1
     signs = torch.stack([reference.pack_signs(each)[0] for each in scores]).repeat(1, 1, 2)[..., :2]
-    given = {"scores": (weight, scores, None), "signs": (weight, None, signs), "value": (weight, scores, signs)}
+    given = {"scores": (apart(weight), apart(scores), None), "signs": (weight, None, signs)}
+    given["value"] = (weight, scores, signs)
     for out_dtype in (torch.float32, torch.bfloat16):
         outs = [torch.full((3, 12, 40), 2.0, dtype=out_dtype) for _ in range(2)]
         mode = "value" if source == "value" else "magnitude"

@@ -248,6 +248,9 @@ def test_what_no_kernel_takes_is_refused():
         check_product(t, None, None)
     with pytest.raises(RuntimeError, match="weight must be bf16 or fp16, got fp32"):
         check_sums(t, None, FP32, accumulate=True)
-    for other in (experts(24, 40, BF16, FP16), experts(24, 39, BF16)):
+    apart = experts(24, 40, BF16)  # whose second expert's scores begin at no multiple of 16 bytes
+    flat = torch.zeros(7 * 961, dtype=BF16)
+    apart.scores = flat.as_strided((7, 24, 40), (961, 40, 1)).copy_(apart.scores)
+    for other in (experts(24, 40, BF16, FP16), experts(24, 39, BF16), apart):
         with pytest.raises(RuntimeError, match="scores like these must be packed first"):
             check_product(other, "magnitude", None)
