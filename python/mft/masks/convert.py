@@ -36,11 +36,12 @@ def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:
     layer's name alone, so choosing other layers too changes none of them.
 
     Args:
-        model: any transformers causal LM built of nn.Linear, Conv1D, experts, and layers that compute what nn.Linear
+        model: any transformers model built of nn.Linear, Conv1D, experts, and layers that compute what nn.Linear
             does. An nn.MultiheadAttention has in_proj (or q_proj, k_proj, v_proj, where kdim or vdim differ) and
             out_proj.
         config: see MaskConfig. target_modules as in PEFT: a list of suffixes, one regular expression for the full name,
-            or "all-linear"; None for the attention and MLP of every decoder layer, experts included. The output
+            or "all-linear"; None for the attention and MLP, experts included, of every layer, of encoder and decoder,
+            of vision and text; of a model that generates text from one decoder, of that decoder's layers. The output
             embedding never is. target_parameters: ends of weights' names, such as experts.gate_up_proj; these alone
             where target_modules is None.
             modules_to_save: names of modules that are trained whole, such as a new classifier's head.

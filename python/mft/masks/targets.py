@@ -1,7 +1,8 @@
 """Which linear layers get a mask: target_modules, target_parameters, layers_to_transform, exclude_modules as in PEFT.
 
 What a pattern names and cannot be masked, and a pattern that adds nothing, is an error that says why. Without a pattern
-it is attention and MLP of every decoder layer; a layer's other linears, but for routers, are named in a warning.
+it is attention and MLP of every layer, of encoder and decoder, of vision and text; of a model that generates text from
+one decoder, of that decoder's layers. What it leaves out, but for routers, is named in a warning.
 """
 
 import itertools
@@ -15,16 +16,17 @@ from transformers.pytorch_utils import Conv1D
 from mft.checks import nearest
 from mft.config import MaskConfig
 from mft.masks.saved_modules import is_inside, select_saved_modules
-from mft.models.linears import Candidate, check_maskable, find_candidates, layer_stacks, listed
+from mft.models.linears import Candidate, check_maskable, find_candidates, layer_stacks, listed, outer_lists
 
 ALL_LINEAR = "all-linear"
 # Path components and class names that mean attention or an MLP: fc1 and fc2 in OPT's layer, intermediate and output in
-# BERT's. What is named otherwise (T5's DenseReluDense) is known by its shapes, unless it is called what is neither.
-# Tried on the causal LMs and encoder-decoders that transformers 5.24 builds from default configurations.
+# BERT's, intermediate_query in the Q-Former's. What is named otherwise (T5's DenseReluDense) is known by its shapes,
+# unless it is called what is neither. `make architectures` tries it on all of text, vision and speech in transformers.
 _ATTENTION_OR_MLP = re.compile(
-    r"attn|attention|mlp|feed_?forward|ffn|expert|moe|^fc_?\d$|^intermediate$|^output$", re.IGNORECASE
+    r"attn|attention|mlp|feed_?forward|ffn|expert|moe|^fc_?\d$|^(intermediate|output)(_query)?$", re.IGNORECASE
 )
-_NEITHER = re.compile(r"mamba|mixer|ssm|lstm|recurrent|conv|norm", re.IGNORECASE)
+# ConvNeXt's pointwise convolutions are linear layers to four times the width and back.
+_NEITHER = re.compile(r"mamba|mixer|ssm|lstm|recurrent|(?<!pw)(?<!pointwise_)conv(?!next)|norm", re.IGNORECASE)
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 
@@ -59,6 +61,8 @@ def select_targets(model: nn.Module, config: MaskConfig) -> list[str]:
     if config.target_modules is None and config.target_parameters is None:
         in_layers = [c for c in candidates if c.layer is not None and not c.is_head and allowed(c)]
         _tell_left_out([c for c in in_layers if _default(c, stacks) == "other"])
+        elsewhere = [c for c in candidates if c.name not in excluded and not is_inside(c.name, saved)]
+        _tell_other_towers(stacks, _other_towers(model, stacks, elsewhere))
     return [c.name for c in candidates if c.name in chosen]
 
 
@@ -74,7 +78,7 @@ def _requests(
         matches = [c for c in in_layers if _default(c, stacks) == "target"]
         if not matches:
             raise ValueError(
-                "target_modules must be given for this model: no decoder layers with attention or MLP "
+                "target_modules must be given for this model: no layers with attention or MLP "
                 f"linears were found in {type(model).__name__}; its linear layers: {_endings(candidates)}"
             )
         yield "target_modules=None (attention and MLP)", matches
@@ -107,10 +111,10 @@ def _requests_of_parameters(names: list[str], candidates: list[Candidate]) -> It
 
 
 def _default(candidate: Candidate, stacks: dict[str, nn.ModuleList]) -> str:
-    """What a decoder layer's linear is when no target_modules are given: "target", "router", or "other"."""
+    """What a layer's linear is when no target_modules are given: "target", "router", or "other"."""
     stack = next(name for name in stacks if candidate.name.startswith(f"{name}."))
-    path = candidate.name.removeprefix(f"{stack}.").split(".")[1:]
-    classes, module = [], stacks[stack][candidate.layer or 0]
+    index, *path = candidate.name.removeprefix(f"{stack}.").split(".")
+    classes, module = [], stacks[stack][int(index)]
     for part in path[:-1]:
         module = getattr(module, part)
         classes.append(type(module).__name__)
@@ -121,6 +125,17 @@ def _default(candidate: Candidate, stacks: dict[str, nn.ModuleList]) -> str:
         return "target"
     is_mlp = _is_in_an_mlp(candidate.module, module) and not any(_NEITHER.search(name) for name in names)
     return "target" if is_mlp else "other"
+
+
+def _other_towers(model: nn.Module, stacks: dict[str, nn.ModuleList], candidates: list[Candidate]) -> list[str]:
+    """Names of lists of layers with attention or MLP that are not among stacks: a language model's vision tower."""
+    others = {name: layers for name, layers in outer_lists(model).items() if name not in stacks}
+
+    def is_tower(name: str) -> bool:
+        inside = [c for c in candidates if c.name.startswith(f"{name}.") and c.module not in others[name]]
+        return any(_default(c, {name: others[name]}) == "target" for c in inside)
+
+    return [name for name in others if is_tower(name)]
 
 
 def _is_in_an_mlp(linear: nn.Module, parent: nn.Module) -> bool:
@@ -240,6 +255,16 @@ def _tell_left_out(left: list[Candidate]) -> None:
             f"{_endings(left)} ({left[0].name} and {len(left) - 1} more). Name such linear layers in target_modules to "
             "mask them too, or in exclude_modules to leave them out without this warning",
             stacklevel=1,  # one place, so that it is shown once though a run chooses twice
+        )
+
+
+def _tell_other_towers(stacks: dict[str, nn.ModuleList], others: list[str]) -> None:
+    if others:
+        warnings.warn(
+            f"target_modules=None takes the layers of {listed(stacks)}, and leaves out those of {listed(others)}. Name "
+            "their linear layers in target_modules to mask them too, or in exclude_modules to leave them out without "
+            "this warning",
+            stacklevel=1,
         )
 
 

@@ -4,12 +4,14 @@ Every module that is, or looks like, a linear layer is a candidate; so are exper
 it is not known how their module computes, so that asking for them is an error and not passed over in silence.
 """
 
+import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mft.checks import nearest
@@ -22,6 +24,7 @@ from mft_kernels.maskable import has_slow_path, why_no_mask, why_no_scores, why_
 
 _HEADS = {"lm_head", "embed_out"}
 _SHOWN = 3  # names a message lists
+_DEPTH = re.compile(r"(layers?|depths?|blocks|stages|sizes)$")  # num_hidden_layers, n_layer, Swin's depths
 
 
 @dataclass(frozen=True)
@@ -137,17 +140,31 @@ def linear_named(model: nn.Module, name: str) -> Any:
 
 
 def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The lists of layers by name: the outermost ModuleLists, and if any is as long as the config says those alone."""
-    stacks: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in stacks)
-        if isinstance(module, nn.ModuleList) and not inside and any(map(_looks_linear, module.modules())):
-            stacks[name] = module
+    """The lists of layers by name: the outermost ModuleLists, and if any is as long as the config says those alone.
+
+    Of a model that generates text from one decoder that decoder's, and not its vision tower's; of others,
+    encoder-decoders and CLIP's two towers among them, all.
+    """
+    stacks = outer_lists(model)
     config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    depths = [getattr(config, f"{which}_layers", None) for which in ("num_hidden", "num_decoder", "decoder")]
+    if _is_decoder_only(model):
+        inside = set(map(id, cast(Any, model).get_decoder().modules()))
+        stacks = {name: stack for name, stack in stacks.items() if id(stack) in inside} or stacks
+        configs = [config.get_text_config(decoder=True)]
+    else:
+        configs = list(_with_parts(config))
+    depths = set().union(*map(_depths, configs))
     return {name: stack for name, stack in stacks.items() if len(stack) in depths} or stacks
+
+
+def outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The ModuleLists that hold linear layers and lie in no other."""
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not inside and any(map(_looks_linear, module.modules())):
+            lists[name] = module
+    return lists
 
 
 def layer_index(name: str, stacks: dict[str, nn.ModuleList]) -> int | None:
@@ -168,6 +185,27 @@ def listed(items: Iterable[str], separator: str = ", ") -> str:
 
 
 # ---------------------------------------------------------------------------------------------- private
+
+
+def _is_decoder_only(model: Any) -> bool:
+    """Whether model is one of transformers' that generate text without an encoder's."""
+    is_model = isinstance(model, PreTrainedModel) and model.can_generate()
+    return is_model and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def _depths(config: Any) -> set[int]:
+    """Every number of layers, and of a pyramid's stages, that a configuration names."""
+    found = [value for key, value in getattr(config, "__dict__", {}).items() if _DEPTH.search(key)]
+    lengths = {len(value) for value in found if isinstance(value, list | tuple)}
+    return lengths | {value for value in found if type(value) is int}
+
+
+def _with_parts(config: Any) -> Iterator[Any]:
+    """The configuration and those that it holds."""
+    yield config
+    for name in getattr(config, "sub_configs", ()):
+        if getattr(config, name, None) is not None:
+            yield from _with_parts(getattr(config, name))
 
 
 def _looks_linear(module: nn.Module) -> bool:
