@@ -21,6 +21,10 @@ from transformers import (
     FunnelForMaskedLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GitConfig,
+    GitForCausalLM,
+    MoonshineStreamingConfig,
+    MoonshineStreamingForConditionalGeneration,
     SwinConfig,
     SwinForImageClassification,
     ViTConfig,
@@ -93,6 +97,19 @@ def test_whispers_encoder_and_decoder_are_masked_but_no_head():
     layers = {"encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
     sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 64, "pad_token_id": 0}
     assert left(WhisperForConditionalGeneration(WhisperConfig(**layers, **sizes))) == ["proj_out"]
+
+
+def test_an_encoder_with_a_configuration_of_its_own_counts_beside_the_decoders():
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    decoder = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, **heads}
+    encoder = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, **heads}
+    model = MoonshineStreamingForConditionalGeneration(MoonshineStreamingConfig(**decoder, encoder_config=encoder))
+    assert list(layer_stacks(model)) == ["model.encoder.layers", "model.decoder.layers"]
+
+
+def test_a_vision_tower_within_the_decoder_is_known_by_its_depth():
+    config = GitConfig(**TOKENS, **LAYER, num_hidden_layers=3, vision_config={**LAYER, **IMAGE, "num_hidden_layers": 2})
+    assert list(layer_stacks(GitForCausalLM(config))) == ["git.encoder.layer"]
 
 
 def test_funnels_encoder_counts_as_layers_beside_its_shorter_decoder():

@@ -1,0 +1,192 @@
+"""One architecture, tried: converted, refused by mask_model, wrong, or not made by transformers; and why.
+
+Converted: with everything kept the outputs are the model's own, bit for bit; with a share kept the scores of every
+masked layer that was called get a gradient; merged, the outputs stay within 1e-5 of their largest.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import os
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+
+from mft.config import MaskConfig
+from mft.masks.convert import mask_model, masked_modules, merge_model
+
+from .inputs import answer, model_inputs
+from .sizes import INSTEAD, NOT_HERE, WHERE_REFUSED
+from .small import small_model
+from .sweeps import Sweep
+
+STATES = ("converted", "wrong", "refused", "not made")
+# What another's code may raise on sizes that nobody tried.
+THEIRS = (
+    *(AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, OSError, RuntimeError, TypeError),
+    *(ValueError, ZeroDivisionError, StrictDataclassError),
+)
+
+
+@dataclass
+class Row:
+    """What became of one architecture; of a converted one what was masked, and what of its layers was left out."""
+
+    kind: str
+    state: str
+    words: str
+    left: str = ""
+
+
+def attempt(sweep: Sweep, kind: str, make: Callable[[Any], Any], verbose: bool = False) -> Row:
+    """Try one model type; verbose prints its linear layers, and where an error comes from."""
+    if kind in NOT_HERE:
+        return Row(kind, "not made", NOT_HERE[kind])
+    try:
+        # Frozen, as mask_model freezes it: torch's own attention takes another path for weights that ask for gradients.
+        base = small_model(kind, sweep.name, make).requires_grad_(False)
+        given = model_inputs(base, kind, sweep)
+        with torch.no_grad(), _contiguous(base):
+            expected = answer(base, given)
+        if not expected.isfinite().all():
+            raise ValueError("its outputs are not finite")
+    except THEIRS as error:
+        if verbose:
+            traceback.print_exc()
+        return Row(kind, "not made", first_line(error))
+    choice, note, masked = INSTEAD.get(kind, {}), "", None
+    try:
+        masked, note = _masked(base, choice, keep_ratio=1.0)
+    except ValueError as error:
+        if kind not in WHERE_REFUSED:
+            return Row(kind, "refused", first_line(error))
+        choice, note = WHERE_REFUSED[kind], f"by default refused: {first_line(error)}"
+    try:
+        masked = masked or _masked(base, choice, keep_ratio=1.0)[0]
+        return _held(kind, base, masked, choice, given, expected, note, verbose)
+    except THEIRS as error:
+        if verbose:
+            traceback.print_exc()
+        return Row(kind, "wrong", f"masked, it raised {first_line(error)}")
+
+
+def _held(
+    kind: str,
+    base: nn.Module,
+    masked: nn.Module,
+    choice: dict[str, Any],
+    given: dict[str, Any],
+    expected: Tensor,
+    note: str,
+    verbose: bool,
+) -> Row:
+    """Whether a model that keeps everything, and another that keeps a share, do what they must."""
+    with torch.no_grad(), _contiguous(masked), _reference_kernels():
+        if not torch.equal(answer(masked, given), expected):
+            return Row(kind, "wrong", "with everything kept the outputs differ")
+    masked, _ = _masked(base, choice, keep_ratio=0.7)
+    layers = masked_modules(masked)
+    silent, called = _without_gradient(masked, layers, given)
+    if verbose:
+        _show(base, layers, called, note)
+    if silent or not called:
+        return Row(kind, "wrong", f"no gradient reached {', '.join(silent[:3]) or 'any layer: none was called'}")
+    with torch.no_grad():
+        found = answer(masked, given)
+        difference = (answer(merge_model(masked), given) - found).abs().max()
+    if not difference <= 1e-5 * found.abs().max():
+        return Row(kind, "wrong", f"merging changed the outputs by {difference}")
+    suffixes = sorted({name.rpartition(".")[2] for name in layers})
+    asked = "".join(f", with {name}={value}" for name, value in choice.items())
+    return Row(kind, "converted", f"{len(layers)} layers: {', '.join(suffixes)}{asked}", note)
+
+
+def _masked(base: nn.Module, choice: dict[str, Any], keep_ratio: float) -> tuple[nn.Module, str]:
+    """A masked copy, magnitude scores if all is kept and drawn ones else, and what the default leaves out."""
+    config = MaskConfig(keep_ratio=1.0) if keep_ratio == 1.0 else MaskConfig.paper(keep_ratio=keep_ratio)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        masked = mask_model(copy.deepcopy(base), dataclasses.replace(config, **choice))
+    return masked, _left_out(str(warning.message) for warning in told)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first: its first line, or of ours the rule without the remedy."""
+    if isinstance(error, StrictDataclassError) and error.__cause__:
+        error = error.__cause__
+    line = str(error).strip().partition("\n")[0]
+    line = re.sub(
+        r" \(\d+ more cannot be masked either\)|\. (Choose other target_modules|Untie it first|You can install).*",
+        "",
+        line,
+    )
+    return line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
+
+
+@contextlib.contextmanager
+def _contiguous(model: nn.Module) -> Iterator[None]:
+    """Linear layers get contiguous inputs meanwhile: to others torch adds the bias apart, with one rounding more."""
+
+    def straighten(_: nn.Module, arguments: tuple) -> tuple:
+        return tuple(a.contiguous() if isinstance(a, Tensor) else a for a in arguments)
+
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    handles = [module.register_forward_pre_hook(straighten) for module in linears]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _reference_kernels() -> Iterator[None]:
+    """PyTorch's own product meanwhile: other kernels add in another order, so no bits could be compared."""
+    with mock.patch.dict(os.environ, MFT_KERNELS="reference"):
+        yield
+
+
+def _without_gradient(model: nn.Module, layers: dict[str, Any], given: dict[str, Any]) -> tuple[list[str], set[str]]:
+    """Names of the layers whose scores got no gradient, and of all that were called, with more than zeros.
+
+    A decoder's first layer may be given zeros (DETR's queries): then the gradient of the scores is zero too.
+    """
+    called: set[str] = set()
+
+    def note(name: str, arguments: tuple) -> None:
+        if not arguments or arguments[0].any():
+            called.add(name)
+
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda _, arguments, __, name=name: note(name, arguments))
+    answer(model, given).float().square().sum().backward()
+    return [name for name in layers if name in called and not _has_gradient(layers[name].scores)], called
+
+
+def _has_gradient(scores: Any) -> bool:
+    return scores.grad is not None and bool(scores.grad.isfinite().all()) and bool(scores.grad.any())
+
+
+def _left_out(messages: Iterable[str]) -> str:
+    """What mask_model's warnings name."""
+    said = "; ".join(messages)
+    endings = re.findall(r"neither by name or shape: (.*?) \(\S+ and \d+ more\)", said)
+    return "; ".join(endings + re.findall(r"and leaves out those of (.*?)\. Name", said))
+
+
+def _show(base: nn.Module, layers: dict[str, Any], called: set[str], note: str) -> None:
+    """Every linear layer, alike ones once: + masked, - not; ? masked, but not called."""
+    seen: dict[str, str] = {}
+    for name, module in base.named_modules():
+        if "Linear" in type(module).__name__ or name in layers:
+            sign = "-" if name not in layers else "+" if name in called else "?"
+            seen.setdefault(f"{sign} {re.sub(r'(?<=[.])[0-9]+(?=[.]|$)', '*', name)}", "")
+    print("\n".join(f"    {line}" for line in seen), f"    left: {note}" if note else "", sep="\n")

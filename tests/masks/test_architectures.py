@@ -1,0 +1,76 @@
+"""make architectures: what it calls converted, wrong and refused, and that its page keeps what was not tried anew."""
+
+import pytest
+from architectures import attempts
+from architectures.attempts import Row, attempt
+from architectures.page import read, write
+from architectures.sweeps import SWEEPS
+
+from mft.masks.convert import merge_model
+
+
+def tried(name):
+    sweep_name, kind = name.split("/")
+    sweep = next(sweep for sweep in SWEEPS if sweep.name == sweep_name)
+    return attempt(sweep, kind, sweep.kinds()[kind])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("encoder/bert", "24 layers: dense, key, query, value"),
+        ("seq2seq/t5", "54 layers: k, o, q, v, wi, wo"),
+        ("vision/clip", "42 layers: fc1, fc2, k_proj, out_proj, q_proj, v_proj"),
+        ("speech/whisper", "58 layers: fc1, fc2, k_proj, out_proj, q_proj, v_proj"),
+        ("causal/mamba", "4 layers: in_proj, with target_modules=['in_proj']"),
+    ],
+)
+def test_an_architecture_of_each_sweep_is_converted(name, words):
+    row = tried(name)
+    assert (row.state, row.words) == ("converted", words)
+
+
+def test_what_mask_model_refuses_is_told_in_its_words_without_the_remedy():
+    row = tried("encoder/ibert")
+    assert row.state == "refused"
+    assert row.words.startswith("cannot mask ibert.encoder.layer.0.attention.self.query: it is a ")
+    assert "exclude_modules" not in row.words
+
+
+def test_a_merge_that_changes_the_outputs_is_wrong(monkeypatch):
+    def merge_and_drop(model):
+        merged = merge_model(model)
+        merged.bert.encoder.layer[0].output.dense.weight[0] = 0
+        return merged
+
+    monkeypatch.setattr(attempts, "merge_model", merge_and_drop)
+    row = tried("encoder/bert")
+    assert row.state == "wrong"
+    assert "merging changed the outputs" in row.words
+
+
+def test_a_mask_that_does_not_keep_all_is_wrong(monkeypatch):
+    masked = attempts._masked
+    monkeypatch.setattr(attempts, "_masked", lambda base, choice, keep_ratio: masked(base, choice, keep_ratio=0.7))
+    assert tried("encoder/bert").words == "with everything kept the outputs differ"
+
+
+def test_scores_without_a_gradient_are_wrong(monkeypatch):
+    monkeypatch.setattr(attempts, "INSTEAD", {})  # BLT's patcher chooses where patches end, without autograd
+    row = tried("causal/blt")
+    assert row.state == "wrong"
+    assert "no gradient reached model.patcher.layers.0.self_attn.q_proj" in row.words
+
+
+def test_the_page_keeps_the_rows_that_were_not_tried_anew(tmp_path):
+    page = tmp_path / "architectures.md"
+    rows = {sweep.name: {} for sweep in SWEEPS}
+    rows["encoder"] = {
+        "bert": Row("bert", "converted", "24 layers: dense", "reduction"),
+        "mra": Row("mra", "not made", "a | b"),
+    }
+    rows["vision"] = {"vit": Row("vit", "converted", "3 layers"), "bit": Row("bit", "refused", "no layers")}
+    write(rows, SWEEPS, page)
+    rows["encoder"]["mra"].words = "a / b"  # a table's cell holds no bar
+    assert read(SWEEPS, page) == rows
+    assert "2 converted, 1 refused, 1 not made" in page.read_text()
