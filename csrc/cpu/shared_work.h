@@ -7,6 +7,7 @@
 //                                                    | D    | F | G |
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <vector>

@@ -85,12 +85,14 @@ def test_score_gradients_equal_the_reference_on_integers(capability, dtype, out_
 def test_neither_threads_nor_other_experts_change_a_bit(capability, rows, dtype, threads):
     x, grad, weight, packed, signs, offsets = _random(rows, 200, 136, dtype)
     mask = None, None, packed
+    bias = torch.arange(len(rows) * 336).remainder(7).to(dtype).split([len(rows) * 200, len(rows) * 136])
+    bias = [each.view(len(rows), -1) for each in bias]
 
     def everything(path, x, grad, offsets):
         out = torch.empty(weight.shape, dtype=dtype)
         return [
-            _product(x, weight, mask, offsets, None, False, path),
-            _product(grad, weight, mask, offsets, None, True, path),
+            _product(x, weight, mask, offsets, bias[0], False, path),
+            _product(grad, weight, mask, offsets, bias[1], True, path),
             *([_score_grad(out, grad, x, offsets, weight, None, signs, False, path)] if path == "fused" else []),
         ]
 
@@ -112,13 +114,15 @@ def test_neither_threads_nor_other_experts_change_a_bit(capability, rows, dtype,
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_bias_is_added_before_the_one_rounding(capability, path):
-    # 257 is no bf16: rounded before 1 is added it would become 256, and stay it.
-    weight = torch.zeros(1, 40, 48, dtype=torch.bfloat16)
+    # 257 is no bf16: rounded before 1 is added it would become 256, and stay it. Of so many columns slabs are two.
+    weight = torch.zeros(1, 40, 30000, dtype=torch.bfloat16)
     weight[0, :2] = torch.tensor([[256.0], [1.0]])
-    x, bias = torch.ones(3, 40, dtype=torch.bfloat16), torch.ones(1, 48, dtype=torch.bfloat16)
-    mask = torch.ones(weight.shape), torch.ones(1), None
+    x, bias = torch.ones(3, 40, dtype=torch.bfloat16), torch.ones(1, 30000, dtype=torch.bfloat16)
+    bias[:, 15000:] = 3
+    mask = None, None, torch.full((1, 40, 938), -1, dtype=torch.int32)
     y = _product(x, weight, mask, torch.tensor([3], dtype=torch.int32), bias, True, path)
-    assert y.eq(258).all()
+    assert y[:, :15000].eq(258).all()
+    assert y[:, 15000:].eq(260).all()
 
 
 @pytest.mark.parametrize("path", PATHS)
