@@ -7,13 +7,23 @@ import re
 import pytest
 import torch
 
-from benchmarks import bench_cpu, bench_decode, bench_generate, bench_launch, cubin_launch, harness, measured, plots
+from benchmarks import (
+    bench_cpu,
+    bench_decode,
+    bench_experts,
+    bench_generate,
+    bench_launch,
+    cubin_launch,
+    harness,
+    measured,
+    plots,
+)
 from benchmarks.compare import ratios
 from benchmarks.cpu_targets import AMX, AVX512_BF16, COLUMNS, FP32, TARGETS, bound, column
 from benchmarks.layer_competitors import FROM_SCORES, HELD
 from benchmarks.pooled import pooled
 from benchmarks.records import ON_ANY, RESULTS, by_machine, by_question, file_name, instruction_sets, machine, read_all
-from benchmarks.tables import cpu_tables, generate_tables, launch_tables
+from benchmarks.tables import cpu_tables, experts_tables, generate_tables, launch_tables
 from mft.memory.shapes import known_config
 
 SMALL = bench_cpu.Budget(
@@ -30,6 +40,8 @@ TINY = bench_generate.Budget(
     | {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 256}
     | {"num_attention_heads": 2, "num_key_value_heads": 1},
 )
+
+FEW_AND_MANY = bench_experts.Size(4, 32, 24, 2), bench_experts.Size(16, 32, 24, 3)
 
 
 def test_the_instruction_set_is_in_the_name_of_what_it_decides():
@@ -197,6 +209,42 @@ def test_the_question_of_rows_with_masks_of_their_own_is_answered(tmp_path, monk
 
 def test_a_picture_is_named_as_its_record():
     assert plots.picture_of(RESULTS / "ops-cpu-amx.json") == RESULTS / "ops-amx.png"
+
+
+# ---------------------------------------------------------------------------------------------- the question experts
+
+
+def test_dense_and_masked_modules_compute_the_same_where_all_is_kept():
+    for size in FEW_AND_MANY:
+        made = bench_experts.Competitors(size, torch.float32)
+        for layer in made.layers:
+            layer.keep_ratio = 1.0
+        made._held = [(layer.packed_mask(), torch.zeros_like(layer.weight)) for layer in made.layers]
+        for op in ("forward", "step"):
+            found = {name: call() for name, call in made.calls(op, 1).items()}
+            expected = found.pop("grouped_mm")
+            for got in found.values():
+                both = zip([got], [expected]) if op == "forward" else zip(got[:2], expected[:2])
+                for a, b in both:
+                    assert torch.allclose(a, b, atol=1e-6)
+        for (_, buffer), d_weight in zip(made._held, expected[2:]):
+            assert torch.allclose(buffer, d_weight, atol=1e-6)
+
+
+def test_the_question_of_experts_is_answered(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "_folder", tmp_path)
+    bench_experts.main(budget=bench_experts.Budget(sizes=FEW_AND_MANY, tokens=(1, 5), seconds=0.0, least=1))
+    (record,) = by_machine(tmp_path, "experts").values()
+    (table,) = experts_tables(record)
+    assert table.count("\n") == 1 + 2 * 2 * 3
+    for case in record["cases"]:
+        case["ratio"]["median"] = 1.16
+    assert experts_tables(record)[0].count("**1.16**") == 2 * 2 * 3 * 2
+    asked = [finding for finding in record["findings"] if finding["bound"] == bench_experts.BOUND]
+    assert len(asked) == len(record["findings"])
+    path = tmp_path / file_name("experts", harness.instruction_set())
+    plots.draw_experts(path)
+    assert plots.picture_of(path).stat().st_size > 0
 
 
 # ---------------------------------------------------------------------------------------------- the question launch
