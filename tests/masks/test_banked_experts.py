@@ -196,3 +196,11 @@ def test_tokens_that_are_not_all_of_the_rows_are_not_guessed(olmoe):
         block(bank.model).forward = lambda x: experts(x.flatten(0, 1)[:12], chosen, weights)
         with pytest.raises(ValueError, match=r"got 6 of them and an input of \(12, 32\)"):
             block(bank.model)(torch.randn(6, 7, 32))  # 12 of 42
+
+
+def test_experts_whose_rows_come_sorted_are_refused_though_there_is_one_for_each_token(tmp_path):
+    masks = MaskConfig(target_parameters=["mlp.output_linear.weight"])
+    made = mixture("JetMoe", num_experts_per_tok=1)
+    bank = load_mask_bank(copy.deepcopy(made), {"code": save_masks(mask_model(made, masks), tmp_path / "code")})
+    with pytest.raises(ValueError, match=r"got 6 of them and an input of \(42, 48\)"), bank.use([None, "code"] * 3):
+        logits(bank.model)

@@ -275,7 +275,8 @@ class MaskExperts(MaskTunerLayer):
         return experts_forward(self.base_layer, functools.partial(self._product, name), *args, **kwargs)
 
     def scores_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        return dict(self.mft_scores[adapter_name])
+        scores = self.mft_scores[adapter_name]  # which sorts them
+        return {part: scores[part] for part in self.names if part in scores}
 
     # ------------------------------------------------------------------------------------------ private
 
