@@ -141,8 +141,12 @@ def product_tiles(target: Target, m: int, p: int, q: int, operands: Operands, ex
         known = tuple(t for t in known if t.rows <= 64)  # 128 rows of fp32 spill
     if form == "plain sm_90" and operands.keep == 4:
         known = tuple(t if t.plain else replace(t, inner=32) for t in known)
-    if experts is not None and operands.element == 4:
+    if experts is not None and form == "exact":
+        known = (Tiles(16, 64, 32, 8, 2),)  # 32 rows spill beside the places of 256 experts
+    elif experts is not None and operands.element == 4:
         known = tuple(t for t in known if t.rows <= 128)  # 256 spill on sm_90, which takes them of one matrix
+    elif experts is not None and form == "hip" and operands.keep == 4:
+        known = tuple(t for t in known if t.rows <= 64)  # 128 spill
     choices = [t for t in _choices(known, target, m, p, q, operands) if t.splits == 1 or experts is None]
     return min(choices, key=lambda tiles: product_seconds(target, m, p, q, operands, tiles, matrices=experts or 1))
 
