@@ -43,10 +43,10 @@ def why_not_linear(module: nn.Module) -> str | None:
 
     module is not called, nor changed; neither are random states.
     """
-    weight: Any = module._parameters["weight"]
-    bias: Any = module._parameters.get("bias")
-    if id(getattr(module, "weight", None)) != id(weight) or id(getattr(module, "bias", 0)) != id(bias):
+    if any(getattr(module, name, 0) is not module._parameters.get(name) for name in ("weight", "bias")):
         return "its weight is no parameter, or its bias neither a parameter nor None"
+    weight, bias = module._parameters["weight"], module._parameters.get("bias")
+    assert weight is not None
     if bias is not None and bias.shape != weight.shape[:1]:
         return f"its bias is {tuple(bias.shape)} beside a weight {tuple(weight.shape)}"
     device = torch.device("cpu") if weight.is_meta or isinstance(weight.data, FakeTensor) else weight.device

@@ -43,8 +43,9 @@ def write(rows: dict[str, dict[str, Row]], sweeps: Iterable[Sweep], page: Path =
         f"By `make architectures` with transformers {transformers.__version__}, in small sizes, with random weights:",
         f"**{_counts([row for sweep in sweeps for row in rows[sweep.name].values()])}.**",
         "Converted means: with everything kept the outputs are the model's own, bit for bit (by PyTorch's product in",
-        "the kernels' place); the scores of every layer that was called get gradients; merged, the outputs stay within",
-        "1e-5 of their largest. What is not made cannot be made here, for the reason that transformers gives.\n",
+        "the kernels' place), of a mixture of experts within 1e-5 of their largest; the scores of every layer that was",
+        "called get gradients; merged, the outputs stay within 1e-5. What is not made cannot be made here, for the",
+        "reason that transformers gives.\n",
         _line("sweep", *STATES),
         _line(*["---"] * (1 + len(STATES))),
     ]

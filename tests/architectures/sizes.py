@@ -191,7 +191,9 @@ INSTEAD: dict[str, dict[str, Any]] = {"blt": {"exclude_modules": ["patcher"]}}
 
 # What it is asked for where it refuses its default.
 WHERE_REFUSED: dict[str, dict[str, Any]] = {
+    "dbrx": {"exclude_modules": ["experts"]},
     "deberta": {"exclude_modules": ["in_proj"]},
+    "deepseek_v4": {"exclude_modules": ["o_a_proj"]},
     "falcon_mamba": {"target_modules": ["in_proj"]},
     "funnel": {"target_modules": ["q_head", "k_head", "v_head", "post_proj", "linear_1", "linear_2"]},
     "mamba": {"target_modules": ["in_proj"]},

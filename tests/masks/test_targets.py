@@ -56,7 +56,7 @@ class Router(nn.Module):
 
 
 class Toy(nn.Module):
-    """Layers with experts of linears, and two kinds of routers, without a config."""
+    """Layers with experts of linears, two kinds of routers and an attention's indexer, without a config."""
 
     def __init__(self):
         super().__init__()
@@ -67,6 +67,9 @@ class Toy(nn.Module):
             block.mlp.gate = nn.Linear(8, 4)
             block.mlp.pick = Router()
             block.norm_scale = nn.Linear(8, 8)
+            block.self_attn = nn.Module()
+            block.self_attn.indexer = nn.Module()
+            block.self_attn.indexer.wq = nn.Linear(8, 8)
 
 
 def test_experts_count_as_mlp_of_their_layer_and_routers_do_not():

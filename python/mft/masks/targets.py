@@ -27,7 +27,8 @@ _ATTENTION_OR_MLP = re.compile(
 )
 # ConvNeXt's pointwise convolutions are linear layers to four times the width and back.
 _NEITHER = re.compile(r"mamba|mixer|ssm|lstm|recurrent|(?<!pw)(?<!pointwise_)conv(?!next)|norm", re.IGNORECASE)
-_ROUTERS = {"gate", "router", "shared_expert_gate"}
+_ROUTERS = {"gate", "router", "shared_expert_gate"}  # of tokens to experts;
+_INDEXER = "indexer"  # of queries to the keys that they attend to, by a choice through which no gradient comes
 
 
 def select_targets(model: nn.Module, config: MaskConfig) -> list[str]:
@@ -118,7 +119,7 @@ def _default(candidate: Candidate, stacks: dict[str, nn.ModuleList]) -> str:
     for part in path[:-1]:
         module = getattr(module, part)
         classes.append(type(module).__name__)
-    if _ROUTERS & set(path) or any("Router" in name for name in [*classes, type(candidate.module).__name__]):
+    if {*_ROUTERS, _INDEXER} & set(path) or any("Router" in n for n in [*classes, type(candidate.module).__name__]):
         return "router"
     names = [stack.rpartition(".")[2], *path, *classes]  # XLM has one list of attentions and one of ffns
     if any(_ATTENTION_OR_MLP.search(name) for name in names):
