@@ -196,6 +196,8 @@ WHERE_REFUSED: dict[str, dict[str, Any]] = {
     "deepseek_v4": {"exclude_modules": ["o_a_proj"]},
     "falcon_mamba": {"target_modules": ["in_proj"]},
     "funnel": {"target_modules": ["q_head", "k_head", "v_head", "post_proj", "linear_1", "linear_2"]},
+    "inkling_text": {"exclude_modules": ["shared_experts"]},
+    "longcat_flash": {"exclude_modules": ["experts"]},
     "mamba": {"target_modules": ["in_proj"]},
     "mamba2": {"target_modules": ["in_proj"]},
     "wavlm": {"exclude_modules": ["k_proj", "q_proj", "v_proj", "out_proj"]},

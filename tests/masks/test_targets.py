@@ -86,6 +86,21 @@ def test_what_the_default_leaves_out_of_a_layer_is_named_but_for_routers():
     assert len(told) == 1
 
 
+def test_a_models_name_in_a_class_says_nothing_of_the_class():
+    """Else all of a GraniteMoeHybridMambaLayer would be an expert's."""
+    here = {"__module__": "transformers.models.granite_moe_hybrid.modeling"}
+    model = Toy()
+    for block in model.blocks:
+        block.mamba = type("GraniteMoeHybridMambaLayer", (nn.Module,), here)()
+        block.mamba.in_proj = nn.Linear(8, 8)
+        block.sparse = type("GraniteMoeHybridMoE", (nn.Module,), here)()
+        block.sparse.up = nn.Linear(8, 8)
+    with pytest.warns(UserWarning, match="leaves out .*: in_proj, norm_scale"):
+        masked = names(mask_model(model, MaskConfig()))
+    assert "blocks.0.sparse.up" in masked
+    assert "blocks.0.mamba.in_proj" not in masked
+
+
 @pytest.mark.parametrize("act", ["relu", "gated-gelu"])
 def test_the_default_takes_t5s_mlps_of_both_stacks_by_their_shapes(act):
     config = T5Config(**TOKENS, d_model=32, d_kv=8, d_ff=48, num_heads=4, num_layers=2, feed_forward_proj=act)

@@ -118,7 +118,7 @@ def _default(candidate: Candidate, stacks: dict[str, nn.ModuleList]) -> str:
     classes, module = [], stacks[stack][int(index)]
     for part in path[:-1]:
         module = getattr(module, part)
-        classes.append(type(module).__name__)
+        classes.append(_own_name(type(module)))
     if {*_ROUTERS, _INDEXER} & set(path) or any("Router" in n for n in [*classes, type(candidate.module).__name__]):
         return "router"
     names = [stack.rpartition(".")[2], *path, *classes]  # XLM has one list of attentions and one of ffns
@@ -137,6 +137,13 @@ def _other_towers(model: nn.Module, stacks: dict[str, nn.ModuleList], candidates
         return any(_default(c, {name: others[name]}) == "target" for c in inside)
 
     return [name for name in others if is_tower(name)]
+
+
+def _own_name(kind: type) -> str:
+    """A class's name without its model's: GraniteMoeHybridMambaLayer has no experts."""
+    package, _, rest = kind.__module__.removeprefix("transformers.models.").partition(".")
+    family = package.replace("_", "") if rest else ""
+    return kind.__name__[len(family) :] if kind.__name__.lower().startswith(family) else kind.__name__
 
 
 def _is_in_an_mlp(linear: nn.Module, parent: nn.Module) -> bool:
