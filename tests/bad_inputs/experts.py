@@ -3,6 +3,7 @@
 """
 
 import copy
+import warnings
 
 import torch
 from peft import get_peft_model
@@ -28,6 +29,12 @@ weight, scores, bias = torch.ones(3, 4, 5), torch.ones(3, 4, 5), torch.ones(3, 4
 offsets = torch.tensor([2, 2, 3], dtype=torch.int32)
 threshold = torch.tensor(0.5)
 packed = pack_mask(scores, threshold)
+
+
+def under_peft(model, config):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 asks transformers 5.24 by an old name
+        return get_peft_model(model, config)
 
 
 def ends(*rows):
@@ -212,7 +219,7 @@ def experts_in_eight_bits():
     remedy="did you mean",
 )
 def experts_under_peft_by_a_name_that_there_is_not():
-    get_peft_model(moe(), mft.MaskPeftConfig(target_parameters=["experts.gate_proj"]))
+    under_peft(moe(), mft.MaskPeftConfig(target_parameters=["experts.gate_proj"]))
 
 
 @refused(
@@ -223,7 +230,7 @@ def experts_under_peft_by_a_name_that_there_is_not():
     remedy="expert 2",
 )
 def scores_of_nan_under_peft():
-    model = get_peft_model(mixture("Olmoe"), mft.MaskPeftConfig(target_parameters=["experts.down_proj"]))
+    model = under_peft(mixture("Olmoe"), mft.MaskPeftConfig(target_parameters=["experts.down_proj"]))
     with torch.no_grad():
         model.base_model.model.model.layers[1].mlp.experts.mft_scores["default"]["down_proj"][2, 0, 0] = torch.nan
     model(IDS)
@@ -237,7 +244,7 @@ def scores_of_nan_under_peft():
     remedy="repeat a task for each beam and returned sequence",
 )
 def an_adapter_too_many_for_the_rows_of_a_mixture():
-    model = get_peft_model(mixture("Olmoe"), mft.MaskPeftConfig(target_parameters=["experts.down_proj"])).eval()
+    model = under_peft(mixture("Olmoe"), mft.MaskPeftConfig(target_parameters=["experts.down_proj"])).eval()
     model(IDS, adapter_names=["default", "__base__", "default"])
 
 

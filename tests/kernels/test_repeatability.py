@@ -91,7 +91,44 @@ def calls(backend, shape, dtype=torch.float32, learned=EVERYTHING):
         found = mft_kernels.score_step(scores, t.weight.flip(0), t.weight, *moments, scales, **options)
         return scores, *moments, *([] if scales is None else [scales]), *found
 
+    # Two experts on the halves of the rows, both layouts; the second's scores are the first's upside down.
+    half = len(t.x) // 2
+    offsets = torch.tensor([half, len(t.x)], dtype=torch.int32)
+
+    def of_experts(tensor):
+        return torch.stack([tensor, tensor.flip(0)])
+
+    def grouped(op, *names, transposed=False, **given):
+        def run():
+            tensors = [t.x, *(of_experts(getattr(t, name)) for name in names if name != "x")]
+            turned = [v.mT.contiguous() if transposed and v.dim() == 3 else v for v in tensors]
+            leaves = [v.clone().requires_grad_(name in learned) for name, v in zip(names, turned)]
+            y = op(**dict(zip(names, leaves)), offsets=offsets, transposed=transposed, backend=backend, **given)
+            y.backward(t.grad_output)
+            return y, *[leaf.grad for leaf in leaves if leaf.requires_grad]
+
+        return run
+
+    two_packed = of_experts(packed)
+
+    def accumulated_of_experts():
+        out = torch.ones(2, *shape[1:])
+        return mft_kernels.accumulate_score_grad_grouped(out, t.grad_output, t.x, offsets, backend=backend)
+
     return {
+        "masked_linear_grouped": grouped(mft_kernels.masked_linear_grouped, *EVERYTHING, threshold=threshold),
+        "masked_linear_grouped transposed": grouped(
+            mft_kernels.masked_linear_grouped, *EVERYTHING, threshold=threshold, transposed=True
+        ),
+        "masked_linear_grouped_packed": grouped(
+            mft_kernels.masked_linear_grouped_packed, "x", "weight", "bias", packed=two_packed
+        ),
+        "masked_linear_grouped_by_ratio": grouped(
+            mft_kernels.masked_linear_grouped_by_ratio, *EVERYTHING, keep_ratio=KEPT
+        ),
+        "accumulate_score_grad_grouped": accumulated_of_experts,
+        "kept_thresholds": lambda: mft_kernels.kept_thresholds(of_experts(t.scores), KEPT, backend=backend),
+        "select_each": lambda: torch.ops.mft.select_each(of_experts(t.scores), KEPT, "magnitude"),
         "masked_linear": linear("magnitude"),
         "masked_linear by value": linear("value"),
         "masked_linear_packed": lambda: differentiated(linear_packed, "x", "weight", "bias"),

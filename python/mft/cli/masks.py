@@ -106,6 +106,8 @@ def _mask_table(rows: list[MaskStatistics]) -> Table:
         ),
         box=box.SIMPLE_HEAD,  # 80 columns hold the name of a projection of experts
         padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
     )
     for row in rows:
         flips = "?" if row.flips is None else f"{100 * row.flips:.2f} %"
