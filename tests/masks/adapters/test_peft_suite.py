@@ -1,6 +1,6 @@
 """PEFT's own common tests, as they are, with masks for the method: MFT_PEFT=path/to/a/checkout/of/peft names them.
 
-Every _test_* of tests/testing_common.py there is run on a tiny Llama, except those of OTHERS.
+Every _test_* of tests/testing_common.py there is run on a tiny Llama and on a tiny mixture, except those of OTHERS.
 """
 
 import inspect
@@ -11,6 +11,7 @@ import types
 import pytest
 import torch
 from tiny import make_llama
+from tiny_mixtures import mixture
 from transformers import AutoModelForCausalLM
 
 from mft.masks.peft import MaskPeftConfig
@@ -28,6 +29,10 @@ OTHERS = {
     "weighted_combination_of_adapters_lora": "of LoRA",
     "weighted_combination_of_adapters_ia3": "of IA3",
     "training_prompt_learning_tasks": "of prompts",
+}
+BASES = {
+    "llama": (make_llama, {"target_modules": ["q_proj", "up_proj"]}),
+    "mixture": (lambda: mixture("Olmoe"), {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
 }
 ARGUMENTS = {"raises_err": [False], "use_reentrant": [True, False], "safe_serialization": [True, False]}
 
@@ -70,15 +75,18 @@ def cases():
             yield pytest.param(attribute, arguments, id=name if extra is None else f"{name}-{value}")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
+@pytest.fixture(scope="module", params=BASES.values(), ids=BASES)
+def base(request, tmp_path_factory):
+    """A model's directory, and what of it is masked."""
+    make, targets = request.param
     directory = tmp_path_factory.mktemp("base")
-    make_llama().save_pretrained(directory)
-    return str(directory)
+    make().save_pretrained(directory)
+    return str(directory), targets
 
 
 @pytest.mark.filterwarnings("default")  # their own tests do not make errors of warnings
 @pytest.mark.parametrize(("attribute", "arguments"), cases())
 def test_peft(base, attribute, arguments):
-    settings = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "up_proj"], "keep_ratio": 0.7, "init": "normal"}
-    getattr(Tester(), attribute)(model_id=base, config_cls=MaskPeftConfig, config_kwargs=settings, **arguments)
+    directory, targets = base
+    settings = {"task_type": "CAUSAL_LM", "keep_ratio": 0.7, "init": "normal"} | targets
+    getattr(Tester(), attribute)(model_id=directory, config_cls=MaskPeftConfig, config_kwargs=settings, **arguments)
