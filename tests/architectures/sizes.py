@@ -193,7 +193,7 @@ INSTEAD: dict[str, dict[str, Any]] = {"blt": {"exclude_modules": ["patcher"]}}
 WHERE_REFUSED: dict[str, dict[str, Any]] = {
     "dbrx": {"exclude_modules": ["experts"]},
     "deberta": {"exclude_modules": ["in_proj"]},
-    "deepseek_v4": {"exclude_modules": ["o_a_proj"]},
+    "deepseek_v4": {"exclude_modules": ["o_a_proj", "compressor"]},
     "falcon_mamba": {"target_modules": ["in_proj"]},
     "funnel": {"target_modules": ["q_head", "k_head", "v_head", "post_proj", "linear_1", "linear_2"]},
     "inkling_text": {"exclude_modules": ["shared_experts"]},
