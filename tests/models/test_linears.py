@@ -41,6 +41,18 @@ def test_experts_of_a_class_that_nobody_knows_are_refused_not_ignored():
     assert names(mask_model(model, MaskConfig(exclude_modules=["experts"])))
 
 
+def test_experts_in_blocks_of_codes_are_refused_not_ignored():
+    """As MXFP4 checkpoints of GPT-OSS hold them where they are not made exact."""
+    model = mixtral()
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        del experts.gate_up_proj
+        experts.gate_up_proj_blocks = nn.Parameter(torch.zeros(4, 96, 2, 16, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"experts.gate_up_proj_blocks: it is one parameter \(4, 96, 2, 16\)"):
+        mask_model(model, MaskConfig())
+    assert names(mask_model(model, MaskConfig(exclude_modules=["gate_up_proj_blocks"])))
+
+
 def test_experts_are_named_as_their_parameters_are():
     gate_up, down = (
         [f"model.layers.{i}.mlp.experts.{part}" for i in range(3)] for part in ("gate_up_proj", "down_proj")

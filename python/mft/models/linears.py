@@ -266,7 +266,7 @@ def _expert_parameters(name: str, module: nn.Module) -> list[tuple[str, nn.Param
     is_experts = "expert" in type(module).__name__.lower() or "experts" in name.split(".")
 
     def holds_matrices(part: str, parameter: nn.Parameter) -> bool:
-        stacked = parameter.dim() == 3 and min(parameter.shape) > 1
+        stacked = (parameter.dim() == 3 or (parameter.dim() > 3 and is_experts)) and min(parameter.shape) > 1
         return stacked or (parameter.dim() == 2 and is_experts and "bias" not in part)
 
     return [(part, p) for part, p in module.named_parameters(recurse=False) if holds_matrices(part, p)]
