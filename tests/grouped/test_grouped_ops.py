@@ -151,6 +151,25 @@ def test_what_is_dropped_and_what_has_no_rows_may_be_nan(transposed, backend):
     assert leaf.grad[[0, 3, 6]].eq(0).all()
 
 
+@LAYOUTS
+def test_of_scores_that_nothing_is_remembered_of_the_mask_is_found_in_both_passes(transposed):
+    t = integer_experts(45, 37, transposed=transposed)
+    found, expected = [], []
+    for grads, by_ratio in ((found, True), (expected, False)):
+        x, weight, scores, bias = _leaves(t)
+        if by_ratio:
+            y = mft_kernels.masked_linear_grouped_by_ratio(
+                x, weight, scores, t.offsets, bias, keep_ratio=0.6, transposed=transposed
+            )
+        else:
+            threshold = mft_kernels.kept_thresholds(scores, 0.6)
+            y = mft_kernels.masked_linear_grouped(x, weight, scores, threshold, t.offsets, bias, transposed=transposed)
+        y.backward(t.grad_output)
+        grads += [y, x.grad, weight.grad, scores.grad, bias.grad]
+    for one, other in zip(found, expected):
+        assert torch.equal(one, other)
+
+
 def test_no_rows_at_all(backend):
     t = integer_experts(16, 32, rows=(0, 0), nobodys=0)
     leaves = _leaves(t)

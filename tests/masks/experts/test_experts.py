@@ -128,7 +128,9 @@ def test_one_of_two_projections_alone(base):
     assert list(masked_modules(one)) == [names[0]]
     one(input_ids=IDS).logits.square().sum().backward()
     assert one.get_submodule(names[0]).scores.grad.abs().sum() > 0
-    assert [type(m) for m in merge_model(one).modules()] == [type(m) for m in base.modules()]
+    merged = merge_model(one)
+    assert [type(m) for m in merged.modules()] == [type(m) for m in base.modules()]
+    assert [name for name, _ in merged.named_parameters()] == [name for name, _ in base.named_parameters()]
     everything = mask_model(copy.deepcopy(base), MaskConfig(keep_ratio=1.0, target_parameters=[names[0]]))
     assert _close(_logits(everything), _logits(base))
 
