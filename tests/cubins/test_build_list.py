@@ -106,7 +106,7 @@ LEFT_OUT: dict[str, Callable[[Asked], bool]] = {
         a.get("mask", "words")[0] == FP16 or (a.get("scores") == FP16 and a["wanted"] != "x")
     ),
     "layers have one threshold": lambda a: a.get("by_row", False),
-    "over experts: they would not fit the 60 MB of a bundle": lambda a: a["op"].startswith("experts"),
+    "over experts: they would not fit a bundle": lambda a: a["op"].startswith("experts"),
     "layers freeze the weight": lambda a: "weight" in a.get("wanted", ""),
     "in TF32 the products of layers alone, whose masks are words": lambda a: (
         a["tf32"] and (a["op"].startswith(("codes", "many")) or a.get("mask", "words") != "words")

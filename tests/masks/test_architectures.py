@@ -52,7 +52,7 @@ def test_a_merge_that_changes_the_outputs_is_wrong(monkeypatch):
 def test_a_mask_that_does_not_keep_all_is_wrong(monkeypatch):
     masked = attempts._masked
     monkeypatch.setattr(attempts, "_masked", lambda base, choice, keep_ratio: masked(base, choice, keep_ratio=0.7))
-    assert tried("encoder/bert").words == "with everything kept the outputs differ"
+    assert tried("encoder/bert").words.startswith("with everything kept the outputs differ by ")
 
 
 def test_scores_without_a_gradient_are_wrong(monkeypatch):
