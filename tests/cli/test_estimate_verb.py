@@ -193,7 +193,10 @@ def test_a_config_file_and_a_directory(tmp_path):
         (["--model", "llama2-7b", "--keep-ratio", "1.5"], "keep_ratio must lie in [0, 1], got 1.5"),
         (["--model", "llama2-7b", "--layers", "4-70"], "layers must lie in 0 to 31"),
         (["--model", "llama2-7b", "--scores", "int8"], "scores must be one of float32, bfloat16, int16, got 'int8'"),
-        (["--model", "llama2-7b", "--target-modules", "q"], "target_modules must name linear layers of llama2-7b"),
+        (
+            ["--model", "llama2-7b", "--target-modules", "q"],
+            "target_modules and target_parameters must name linear layers of llama2-7b",
+        ),
     ],
 )
 def test_errors_of_the_verb(arguments, message):

@@ -133,7 +133,10 @@ def test_target_modules_are_suffixes():
     shape = shape_from_config(known_config("llama2-7b"), "llama2-7b")
     assert shape.targets(["down_proj", "self_attn.q_proj"]) == ["self_attn.q_proj", "mlp.down_proj"]
     assert shape.targets(None) == list(shape.linears)
-    with pytest.raises(ValueError, match="target_modules must name linear layers of llama2-7b.*did you mean q_proj"):
+    with pytest.raises(
+        ValueError,
+        match="target_modules and target_parameters must name linear layers of llama2-7b.*did you mean q_proj",
+    ):
         shape.targets(["qproj"])
 
 

@@ -113,8 +113,8 @@ class ModelShape:
             if not any(_ends_with(matrix, name) for matrix in self.matrices):
                 known = list(dict.fromkeys(matrix.rpartition(".")[2] for matrix in self.matrices))
                 raise ValueError(
-                    f"target_modules must name linear layers of {self.name} ({', '.join(known)}), got {name!r}"
-                    f"{nearest(name, known)}"
+                    f"target_modules and target_parameters must name linear layers of {self.name} "
+                    f"({', '.join(known)}), got {name!r}{nearest(name, known)}"
                 )
         return [matrix for matrix in self.matrices if any(_ends_with(matrix, name) for name in names)]
 
