@@ -131,7 +131,8 @@ void grouped_product(const Capability& cpu, const Matrix& y, const Matrix& x, co
                      const ExpertMasks& masks, const int32_t* offsets, const void* bias, bool transposed, Path asked) {
   const std::vector<Group> groups = groups_of(offsets, weight.count, x.rows);
   const int64_t used = groups.empty() ? 0 : groups.back().first + groups.back().rows;
-  std::memset(y.row(used), 0, (y.rows - used) * y.columns * bytes_of(y.format));
+  const int64_t nobodys = (y.rows - used) * y.columns * bytes_of(y.format);
+  if (nobodys > 0) std::memset(y.row(used), 0, nobodys);  // an empty y has no memory
 
   const Matrix shape{nullptr, weight.format, weight.rows, weight.columns, weight.columns};
   std::vector<Path> taken;
