@@ -27,7 +27,15 @@ from .checks import (
 from .direct import is_direct, is_direct_but_for_autograd
 from .fixed_point import selectable
 from .grouped_checks import check_grouped, check_grouped_sums, check_offset_values
-from .library import define, define_autocast, define_autograd, define_no_double_backward, increment_version, unchanged
+from .library import (
+    define,
+    define_autocast,
+    define_autograd,
+    define_no_double_backward,
+    gradient_shapes,
+    increment_version,
+    unchanged,
+)
 from .reference import Gradients
 
 # ---------------------------------------------------------------------------------------------- what users call
@@ -300,19 +308,11 @@ def _fake_product(x, weight, transposed):
     return x.new_empty((x.shape[0], weight.shape[2 if transposed else 1]))
 
 
-def fake_gradients(grad_output, x, weight, score_dtype, transposed, output_mask):
+def fake_gradients(grad_output, weight, score_dtype, transposed, output_mask):
     """Fakes of (d_x, d_weight, d_scores, d_bias), (0,) where not wanted."""
-    wanted = (
-        ((grad_output.shape[0], weight.shape[1 if transposed else 2]), grad_output.dtype),
-        (weight.shape, weight.dtype),
-        (weight.shape, score_dtype),
-        ((weight.shape[0], grad_output.shape[1]), grad_output.dtype),
-    )
-    empty = [
-        grad_output.new_empty(shape, dtype=dtype) if wants else grad_output.new_empty(0)
-        for wants, (shape, dtype) in zip(output_mask, wanted)
-    ]
-    return empty[0], empty[1], empty[2], empty[3]
+    x_shape = (grad_output.shape[0], weight.shape[1 if transposed else 2])
+    bias_shape = (weight.shape[0], grad_output.shape[1])
+    return gradient_shapes(output_mask, grad_output, x_shape, weight, score_dtype, bias_shape)
 
 
 define(
@@ -325,7 +325,7 @@ define(
     "masked_linear_grouped_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, Tensor threshold, "
     "Tensor offsets, bool transposed, str mode, bool[4] output_mask, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda grad_output, x, weight, scores, threshold, offsets, transposed, mode, output_mask, backend: fake_gradients(
-        grad_output, x, weight, scores.dtype, transposed, output_mask
+        grad_output, weight, scores.dtype, transposed, output_mask
     ),
     _gradients,
 )
@@ -340,9 +340,7 @@ define(
     "Tensor? signs, Tensor offsets, bool transposed, str mode, bool[4] output_mask, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     lambda grad_output, x, weight, packed, scores, signs, offsets, transposed, mode, output_mask, backend: (
-        fake_gradients(
-            grad_output, x, weight, torch.float32 if scores is None else scores.dtype, transposed, output_mask
-        )
+        fake_gradients(grad_output, weight, torch.float32 if scores is None else scores.dtype, transposed, output_mask)
     ),
     _gradients_of_packed,
 )

@@ -77,7 +77,7 @@ library.define(
     "Tensor offsets, float keep_ratio, float? threshold, bool transposed, str mode, bool[4] output_mask, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     lambda grad_output, x, weight, scores, offsets, keep_ratio, threshold, transposed, mode, output_mask, backend: (
-        fake_gradients(grad_output, x, weight, scores.dtype, transposed, output_mask)
+        fake_gradients(grad_output, weight, scores.dtype, transposed, output_mask)
     ),
     _backward,
 )

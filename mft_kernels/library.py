@@ -107,14 +107,19 @@ def unchanged(ctx) -> tuple[Any, ...]:
 
 
 def gradient_shapes(
-    output_mask: list[bool], grad_output: Tensor, x_shape: Sequence[int], weight: Tensor, score_dtype: torch.dtype
+    output_mask: list[bool],
+    grad_output: Tensor,
+    x_shape: Sequence[int],
+    weight: Tensor,
+    score_dtype: torch.dtype,
+    bias_shape: Sequence[int] | None = None,
 ) -> Gradients:
-    """Fakes of (d_x, d_weight, d_scores, d_bias), (0,) where not wanted."""
+    """Fakes of (d_x, d_weight, d_scores, d_bias), (0,) where not wanted; bias_shape: (N,) unless given."""
     wanted = (
         (x_shape, grad_output.dtype),
         (weight.shape, weight.dtype),
         (weight.shape, score_dtype),
-        (weight.shape[:1], grad_output.dtype),
+        (weight.shape[:1] if bias_shape is None else bias_shape, grad_output.dtype),
     )
     empty = [
         grad_output.new_empty(shape, dtype=dtype) if wants else grad_output.new_empty(0)
