@@ -1,0 +1,71 @@
+"""How far a model has gone from where it started: the KL divergence of their next tokens, over given rows."""
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+from mft.checks import check_rule
+from mft.data.batches import MicroBatch, count_labels, take_rows
+from mft.models.causal_lm import FEW, evaluating, split_at_head
+from mft.models.next_tokens import check_next_tokens
+from mft.models.packed_rows import keeping_apart
+from mft.objectives.chunks import chunks_of, few_rows, scored_states
+from mft.objectives.kl import divergence
+from mft_kernels import outdate
+
+
+@torch.no_grad()
+def kl_divergence(model: nn.Module, start: nn.Module, dataset, *, batch_size: int = 2) -> tuple[Tensor, Tensor]:
+    """KL(start || model) = sum over words of p_start * (log p_start - log p_model), wherever a next token is scored.
+
+    The forward direction, over the whole vocabulary: what the start found likely and the model no longer does is what
+    costs. In nats; sums.sum() / tokens.sum() is the mean a token.
+
+    Args:
+        model, start: on one device, of one vocabulary; left in the modes (train or eval) that they were in.
+        dataset: rows of input_ids, labels and document, as evaluate takes them.
+    Returns: (sums, tokens), each fp64 (documents,) in ascending order of document number, as evaluate gives them.
+    Raises: ValueError if dataset scores no token, or the two have vocabularies of different sizes.
+    """
+    check_rule(len(dataset) > 0, "dataset", "hold at least one row to measure", len(dataset))
+    first_row = take_rows(dataset, [0]).input_ids
+    for one in (model, start):
+        check_next_tokens(one.config, type(one).__name__, first_row.shape[1])
+    outdate()  # a figure is of the scores as they are, whoever has written them
+    few = first_row[:, :FEW].to(next(model.parameters()).device)
+    sums: dict[int, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        for one in (model, start):
+            stack.enter_context(evaluating(one))
+            stack.enter_context(keeping_apart(one, dataset, few, batch_size))
+        (run, head), (run_start, head_start) = split_at_head(model, few), split_at_head(start, few)
+        for first in range(0, len(dataset), batch_size):
+            batch = take_rows(dataset, list(range(first, min(first + batch_size, len(dataset)))))
+            ids, positions = batch.inputs(few.device)
+            states = scored_states(run(model, ids, positions), batch)
+            wanted = scored_states(run_start(start, ids, positions), batch)
+            found = torch.stack([_row_sums(head, states, head_start, wanted, batch), count_labels(batch.labels)], -1)
+            for document, row in zip(batch.documents, found):
+                sums[document] = sums.get(document, 0) + row
+    table = torch.stack([sums[document] for document in sorted(sums)])
+    check_rule(bool(table[:, 1].any()), "dataset", "score at least one token", f"{len(dataset)} rows without a label")
+    return table[:, 0], table[:, 1]
+
+
+def _row_sums(head: nn.Module, states: Tensor, head_start: nn.Module, wanted: Tensor, batch: MicroBatch) -> Tensor:
+    """(B,) fp64, on the CPU: of states (M, D) that predict the scored tokens, the divergences of each row."""
+    values = torch.empty(len(states), dtype=torch.float64)
+    for (part, chunk), (_, held_to) in zip(chunks_of(states), chunks_of(wanted)):
+        logits, logits_start = head(chunk), head_start(held_to)
+        if logits.shape != logits_start.shape:
+            raise ValueError(
+                f"start must have the words of model, got {logits_start.shape[-1]} words for {logits.shape[-1]}"
+            )
+        of_chunk = values[part]
+        for rows in few_rows(logits):
+            # fp64: log-probabilities of 49,152 words err by 1e-6 in fp32, as much as a few steps' divergence.
+            log_p, log_q = (each[rows].log_softmax(-1, dtype=torch.float64) for each in (logits_start, logits))
+            of_chunk[rows] = divergence(log_p, log_q).cpu()
+    rows_of = batch.labelled.positions // batch.input_ids.shape[1]
+    return torch.zeros(len(batch.rows), dtype=torch.float64).index_add_(0, rows_of, values)
