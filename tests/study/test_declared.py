@@ -158,8 +158,14 @@ def test_a_mistake_says_which_key_and_what(load, override, message):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("  mean: {kind: average, of: contrl}\n", "arms.mean.of must name a trained arm (control, MFT 0.9)"),
-        ("  mean: {kind: average}\n", "arms.mean.of must name an arm, for kind average alone, got None"),
+        (
+            "  mean: {kind: average, of: contrl}\n",
+            "arms.mean.of must name an arm of the kinds continued, control, lora, mask: control, MFT 0.9; did you",
+        ),
+        (
+            "  mean: {kind: average}\n",
+            "arms.mean.of must name an arm, for the kinds average, interpolated alone, got None",
+        ),
         ("  ../x: {kind: base}\n", "arms must have names of letters, digits"),
         ("  x:\n", "arms.x.kind must be given, got none"),
         ("  x: 3\n", "arms.x must be a mapping of keys, got 3 (int)"),

@@ -1,6 +1,7 @@
 """Each kind of arm on the tiny Llama: what it trains, what it leaves alone, what its files hold."""
 
 import copy
+import itertools
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ from mft.config import ModelConfig
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import masked_modules
 from mft.models.frozen_layers import PrefixMemory
-from mft.study import arms
-from mft.study.arms import Job, run_test, run_unit
+from mft.study.arms import measure
+from mft.study.arms import run as arms_run
+from mft.study.arms.job import Job
+from mft.study.arms.models import model_of
+from mft.study.arms.run import run_test, run_unit
 from mft.study.config import Setting
 from mft.study.outcome import Unit
 from mft.study.workspace import Workspace, with_layers_remembered, with_weights
@@ -37,6 +41,13 @@ ARMS = """
   mask lower: {kind: mask, lrs: [1e-2], layers_to_transform: 1}
   mean of masks: {kind: average, of: mask, runs: 2}
   mean of adapters: {kind: average, of: lora, runs: 2}
+  mask on control: {kind: mask, lrs: [1e-2], start: control}
+  part of full: {kind: interpolated, of: full, alphas: [0, 0.5, 1]}
+  part of control: {kind: interpolated, of: control, alphas: [0, 0.5, 1]}
+  part of lora: {kind: interpolated, of: lora, alphas: [0, 0.5, 1]}
+  part of mask: {kind: interpolated, of: mask, alphas: [0, 0.5, 1]}
+general:
+  other: {source: DIRECTORY/data.jsonl, sequence_length: 8, max_eval_tokens: 64}
 """
 TRAINED, ONE_SHOT = ("continued", "control", "lora", "mask"), ("random", "magnitude", "wanda", "gradient", "fisher")
 LAYERS = ("model.layers.2.", "model.layers.3.")
@@ -53,22 +64,35 @@ class Ground:
         self.full = run_unit(self.workspace, self.job("full"))
 
     def fresh(self, **options) -> Workspace:
-        study = make_study(self.directory, ARMS, [f"{key}={value}" for key, value in options.items()])
+        study = make_study(
+            self.directory,
+            ARMS.replace("DIRECTORY", str(self.directory)),
+            [f"{key}={value}" for key, value in options.items()],
+        )
         return Workspace(study, ModelConfig(str(self.directory / "model"), dtype="float32"))
 
-    def job(self, arm, *, part=0, seed=0, keep=0.9, lr=1e-2, on_test=False) -> Job:
+    def job(self, arm, *, part=0, seed=0, keep=0.9, lr=1e-2, alpha=None, on_test=False) -> Job:
         kind = self.workspace.study.arms[arm].kind
         kind = self.workspace.study.arms[self.workspace.study.arms[arm].of].kind if kind == "average" else kind
         trained = kind in ("full", *TRAINED)
         masked = kind in (*ONE_SHOT, "magnitude_rows", "mask")
-        setting = Setting(lr if trained else None, 1.0 if trained else None, keep if masked else None)
+        setting = Setting(lr if trained else None, 1.0 if trained else None, keep if masked else None, alpha=alpha)
         parts = ()
         if self.workspace.study.arms[arm].kind == "average" and part == 0:
             jobs = [self.job(self.workspace.study.arms[arm].of), self.job(arm, part=1)]
             parts = tuple((job.unit, job.trained) for job in jobs)
-        start = None if arm in ("base", "full") else self.directory / "full 0.safetensors"
+        starts, before = (), self.workspace.study.start_of(arm)
+        while before is not None:
+            starts, before = (
+                (self.directory / f"{before} 0.safetensors", *starts),
+                self.workspace.study.start_of(before),
+            )
+        source = None
+        if kind == "interpolated":
+            of = self.job(self.workspace.study.arms[arm].of)
+            source = of.unit, of.trained
         path = self.directory / f"{arm} {part}.safetensors"
-        return Job(Unit("count", arm, seed, setting, part), start, path, parts, on_test)
+        return Job(Unit("count", arm, seed, setting, part), starts, path, parts, source, on_test)
 
     def weights(self, arm, part=0):
         return load_file(self.job(arm, part=part).trained)
@@ -81,7 +105,7 @@ def ground(tmp_path_factory):
 
 
 def fine_tune(ground):
-    ground.workspace.begin("count", ground.directory / "full 0.safetensors")
+    ground.workspace.begin("count", (ground.directory / "full 0.safetensors",))
     return ground.workspace.model
 
 
@@ -170,7 +194,7 @@ def test_evaluating_on_the_way_leaves_training_as_it_was(ground):
 
 
 def test_the_best_checkpoint_is_kept(ground, monkeypatch):
-    losses = iter([2.0, 1.0, 3.0])
+    losses = itertools.chain([2.0, 1.0, 3.0], itertools.repeat(1.0))  # then of other text
     real = evaluate
 
     def worse_in_the_end(*args, **options):
@@ -178,7 +202,7 @@ def test_the_best_checkpoint_is_kept(ground, monkeypatch):
         result.loss_sums = next(losses) * result.tokens
         return result
 
-    monkeypatch.setattr(arms, "evaluate", worse_in_the_end)
+    monkeypatch.setattr(measure, "evaluate", worse_in_the_end)
     workspace = ground.fresh(checkpoints=3)
     found = run_unit(workspace, ground.job("control"))
     monkeypatch.undo()
@@ -246,7 +270,7 @@ def test_answers_are_counted_where_the_study_asks_for_them(ground, monkeypatch):
         asked.append(len(dataset))
         return torch.tensor([1]), torch.tensor([2])
 
-    monkeypatch.setattr(arms, "exact_matches", count)
+    monkeypatch.setattr(arms_run, "exact_matches", count)
     assert run_test(ground.workspace, ground.job("full", on_test=True)).test.answers is None
     tested = run_test(ground.fresh(answers="[count]"), ground.job("full", on_test=True))
     assert (tested.test.answers.tolist(), tested.validation.questions.tolist()) == ([1], [2])
@@ -269,10 +293,59 @@ def test_a_mask_with_a_fixed_threshold_begins_at_the_fine_tune_and_drops_what_it
 def test_what_is_kept_is_the_settings_share_not_the_studys(ground, arm):
     job = ground.job(arm, keep=0.6)
     run_unit(ground.workspace, job)
-    ground.workspace.begin("count", job.start)
-    model = arms._model_of(ground.workspace, job)
+    ground.workspace.begin("count", job.starts)
+    model = model_of(ground.workspace, job)
     names, _ = ground.workspace.layers_of(ground.workspace.study.arms[arm])
     for name in names:
         module = model.get_submodule(name)
         kept = module.mask() if hasattr(module, "mask") else module.weight != 0
         assert kept.float().mean().item() == pytest.approx(0.6, abs=0.02)
+
+
+@pytest.mark.parametrize("of", ["full", "control", "lora", "mask"])
+def test_an_interpolated_arm_lies_between_where_another_began_and_ended(ground, of):
+    ended = run_unit(ground.workspace, ground.job(of))
+    start, middle, end = (run_unit(ground.workspace, ground.job(f"part of {of}", alpha=a)) for a in (0.0, 0.5, 1.0))
+    assert start.loss == pytest.approx(
+        run_unit(ground.workspace, ground.job("base")).loss if of == "full" else ground.full.loss
+    )
+    assert end.loss == pytest.approx(ended.loss, abs=1e-6)
+    assert 0 == start.general["other"].mean_kl < middle.general["other"].mean_kl < end.general["other"].mean_kl
+    if of != "lora":
+        ground.workspace.begin("count", ground.job(f"part of {of}").starts)
+        model, trained = model_of(ground.workspace, ground.job(f"part of {of}", alpha=0.5)), ground.weights(of)
+        for name, weight in trained.items():
+            before = ground.workspace.model.get_parameter(name)
+            assert torch.allclose(model.get_parameter(name), (before + weight) / 2, rtol=1e-6, atol=1e-8)
+
+
+def test_an_arm_may_begin_at_another_ones_end(ground):
+    run_unit(ground.workspace, ground.job("control"))
+    run_unit(ground.workspace, ground.job("mask on control"))
+    control = ground.weights("control")
+    for name, weight in ground.weights("mask on control").items():
+        assert ((weight == control[name]) | (weight == 0)).all()
+        assert (weight == 0).any()
+
+
+def test_what_is_forgotten_is_measured_on_other_text(ground):
+    outcome, tested = ground.full, run_test(ground.workspace, ground.job("full", on_test=True))
+    other = ground.workspace.general("other")
+    assert outcome.general["other"].evaluation.loss == evaluate(fine_tune(ground), other.validation, batch_size=8).loss
+    assert tested.general["other"].evaluation.loss == evaluate(fine_tune(ground), other.test, batch_size=8).loss
+    assert tested.general["other"].mean_kl > 0  # from the base, where the fine-tune began
+    still = run_test(ground.workspace, ground.job("temperature", on_test=True))
+    assert still.general["other"].mean_kl == 0
+
+
+def test_bytes_are_those_of_what_an_arm_adds_to_its_start(ground):
+    names, _ = ground.workspace.layers_of(ground.workspace.study.arms["control"])
+    shapes = [tuple(ground.workspace.base.get_parameter(f"{name}.weight").shape) for name in names]
+    weights = sum(rows * columns for rows, columns in shapes)
+    found = {arm: run_unit(ground.workspace, ground.job(arm)).bytes for arm in ("base", *TRAINED, "magnitude")}
+    assert found["base"] == 0
+    assert found["control"] == 2 * weights
+    assert found["continued"] == ground.full.bytes == 2 * sum(p.numel() for p in ground.workspace.base.parameters())
+    assert found["lora"] == 2 * 2 * sum(map(sum, shapes))  # of rank 2
+    for arm in ("mask", "magnitude"):  # a tenth is dropped: 0.47 bit a weight
+        assert 0.4 * weights / 8 < found[arm] < 0.7 * weights / 8

@@ -15,13 +15,15 @@ from mft.study.outcome import Measured, Outcome, Unit
 from mft.study.plan import (
     best_so_far,
     chosen_units,
-    fine_tune_of,
     left_to_do,
     notes,
     parts_of,
     ready,
     selection,
     sorted_outcomes,
+    source_of,
+    start_of,
+    starts_of,
     work_of,
 )
 
@@ -125,9 +127,9 @@ def test_what_follows_starts_from_its_seeds_fine_tune():
     study = make()
     chosen = selection(study, play(study, bowl(1e-3))).chosen
     unit = Unit("code", "MFT", 1, Setting(1e-3, 1.0, 0.9))
-    assert fine_tune_of(study, chosen, unit) == Unit("code", "full", 1, Setting(1e-3, 1.0))
-    assert fine_tune_of(study, chosen, Unit("code", "full", 1, Setting(1e-3, 1.0))) is None
-    assert fine_tune_of(study, chosen, Unit("code", "base", 0, Setting())) is None
+    assert start_of(study, chosen, unit) == Unit("code", "full", 1, Setting(1e-3, 1.0))
+    assert start_of(study, chosen, Unit("code", "full", 1, Setting(1e-3, 1.0))) is None
+    assert start_of(study, chosen, Unit("code", "base", 0, Setting())) is None
 
 
 def test_the_grid_grows_while_its_best_rate_is_at_an_end():
@@ -278,3 +280,45 @@ def test_epochs_and_keep_ratios_at_the_end_are_said_too():
     assert not [
         line for line in lines if "random" in line
     ]  # a mask without data has no better end than dropping nothing
+
+
+CHAIN = {
+    "mask on control": ArmConfig("mask", lrs=RATES, start="control"),
+    "part of MFT": ArmConfig("interpolated", of="MFT", alphas=[0.5, 1]),
+    **ARMS,
+}
+
+
+def test_an_arm_waits_for_where_it_begins_and_for_what_it_is_made_of():
+    study = make(CHAIN)
+    order = [o.unit for o in play(study, bowl(1e-3), workers=3)]
+    for arm, needed in (("mask on control", "control"), ("part of MFT", "MFT"), ("mean", "MFT"), ("control", "full")):
+        first = min(i for i, unit in enumerate(order) if unit.arm == arm)
+        assert first > max(i for i, unit in enumerate(order) if unit.arm == needed)
+
+
+def test_starts_lead_from_the_base_to_where_a_unit_begins_and_a_source_is_the_chosen_run():
+    study = make(CHAIN)
+    done = play(study, bowl(1e-3))
+    chosen = selection(study, done).chosen
+    unit = Unit("code", "mask on control", 1, Setting(1e-3, 1.0, 0.9))
+    full, control = Unit("code", "full", 1, Setting(1e-3, 1.0)), Unit("code", "control", 1, Setting(1e-3, 1.0))
+    assert starts_of(study, chosen, unit) == [full, control]
+    assert source_of(study, chosen, unit) is None
+    part = Unit("code", "part of MFT", 1, Setting(alpha=0.5))
+    assert starts_of(study, chosen, part) == [full]
+    assert source_of(study, chosen, part) == Unit("code", "MFT", 1, Setting(1e-3, 1.0, 0.9))
+    assert {o.unit.setting.alpha for o in done if o.unit.arm == "part of MFT" and o.unit.seed == 0} == {0.5, 1}
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ({"x": ArmConfig("mask", lrs=[1e-3], start="y")}, "arms.x.start must name an arm of the kinds"),
+        ({"x": ArmConfig("mask", lrs=[1e-3], start="x")}, "arms.x.start must lead back to the full fine-tune, got x"),
+        ({"x": ArmConfig("interpolated", of="base", alphas=[1])}, "arms.x.of must name an arm of the kinds"),
+    ],
+)
+def test_what_an_arm_is_made_of_must_be_there(arms, message):
+    with pytest.raises(ValueError, match=message):
+        make({**ARMS, **arms})

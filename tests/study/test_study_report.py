@@ -282,7 +282,7 @@ def test_json_holds_the_numbers_and_goes_round(tmp_path):
     assert rows["MFT"]["minus_control"]["loss"] == {name: value for name, value in vars(expected).items()}
     assert rows["MFT"]["conclusion"] == HELPS
     assert rows["control"]["conclusion"] is None
-    assert rows["MFT"]["setting"] == {"lr": 1e-3, "epochs": 1, "keep_ratio": 0.9, "beta1": None}
+    assert rows["MFT"]["setting"] == vars(Setting(1e-3, 1, 0.9))
     diverged = [trial for trial in numbers["domains"]["code"]["trials"] if trial["diverged"] is not None]
     assert diverged
     assert all(trial["validation_loss"] is None for trial in diverged)

@@ -11,7 +11,8 @@ from tiny_study import FEW, FULL, equal, make_study, write_ground
 from typer.testing import CliRunner
 
 from mft.cli.app import app
-from mft.study import arms, run, workers
+from mft.study import run, workers
+from mft.study.arms.job import Job
 from mft.study.config import Setting
 from mft.study.outcome import Unit
 from mft.study.run import run_study
@@ -153,7 +154,7 @@ def process(study):
     """(one worker process, a job whose fine-tune is not there)"""
     declared = make_study(study.ground)
     processes = workers._Processes(declared, declared.model)
-    yield processes, arms.Job(Unit("count", "control", 0, Setting(1e-2, 1.0)), study.directory / "x", study.directory)
+    yield processes, Job(Unit("count", "control", 0, Setting(1e-2, 1.0)), (study.directory / "x",), study.directory)
     processes.close()
     assert not any(worker.is_alive() for worker in processes._workers.values())
 

@@ -150,6 +150,19 @@ def test_another_fine_tune_makes_what_followed_it_invalid(tmp_path):
     assert len(done) > 4
 
 
+def test_another_choice_of_an_arm_makes_what_followed_it_invalid(tmp_path):
+    arms = f"{ARMS}  on: {{kind: mask, lrs: [1e-2], start: control}}\n"
+    arms += "  part: {kind: interpolated, of: MFT, alphas: [0.5]}\n"
+    study, _, chosen = filled(tmp_path, arms=arms)
+    assert {"on", "part"} <= {unit.arm for unit in units_kept(tmp_path, arms=arms)}
+    with open_store(study, tmp_path / "run") as store:
+        for arm in ("control", "MFT"):
+            store.save(outcome(Unit("count", arm, 0, Setting(1e-3, 1.0, 0.9 if arm == "MFT" else None)), 0.5), chosen)
+        kept = {one.unit.arm for one in store.outcomes()}
+    assert not {"on", "part"} & kept
+    assert {"base", "full", "control", "MFT"} <= kept
+
+
 def test_only_trained_weights_that_may_be_needed_stay(tmp_path):
     study, done, chosen = filled(tmp_path)
     store = Store(study, tmp_path / "run")

@@ -30,8 +30,11 @@ from mft.study.one_shot import METHODS
 FULL_KINDS = BASE, FULL = ("base", "full")
 TRAINED = CONTINUED, CONTROL, LORA, MASK = ("continued", "control", "lora", "mask")
 ONE_SHOT = tuple(METHODS)  # random, magnitude, magnitude_rows, wanda, gradient, fisher
-TEMPERATURE, AVERAGE = "temperature", "average"
-KINDS = (*FULL_KINDS, *TRAINED, *ONE_SHOT, TEMPERATURE, AVERAGE)
+TEMPERATURE = "temperature"
+# What is made of another arm's runs.
+DERIVED = AVERAGE, INTERPOLATED = ("average", "interpolated")
+KINDS = (*FULL_KINDS, *TRAINED, *ONE_SHOT, TEMPERATURE, *DERIVED)
+_MERGED = (FULL, CONTINUED, CONTROL, MASK)  # whose weights bear the model's own names: where another arm may start
 _NAME = re.compile(r"\w[\w .()+-]*")
 LEAST_RATES = 5  # of which a trained arm may choose; fewer mislead
 
@@ -44,9 +47,13 @@ class Setting:
     epochs: float | None = None
     keep_ratio: float | None = None
     beta1: float | None = None
+    alpha: float | None = None
 
     def __str__(self) -> str:
-        parts = (("lr", self.lr), ("epochs", self.epochs), ("keep", self.keep_ratio), ("beta1", self.beta1))
+        parts = (
+            *(("lr", self.lr), ("epochs", self.epochs), ("keep", self.keep_ratio), ("beta1", self.beta1)),
+            ("alpha", self.alpha),
+        )
         return ", ".join(f"{name} {value:g}" for name, value in parts if value is not None)
 
 
@@ -58,6 +65,7 @@ class ArmConfig:
     control: the masked layers' weights trained on. lora: adapters on the same layers. mask: scores trained.
     random, magnitude, magnitude_rows, wanda, gradient, fisher: a mask found in one shot (see one_shot.py). temperature:
     the fine-tune with its logits scaled. average: the mean weights of `runs` runs of the arm `of`, from one fine-tune.
+    interpolated: start + alpha * (trained - start), trained being what the arm `of` made of its start.
     """
 
     kind: Annotated[str, one_of(KINDS)]
@@ -73,8 +81,10 @@ class ArmConfig:
     betas: Annotated[tuple[float, float] | None, BETA] = None  # of AdamW; null: those of full or stage
     layers_to_transform: Layers = None  # null: the study's mask.layers_to_transform
     lora_rank: Annotated[int, at_least(1)] = 8
+    start: str | None = None  # the arm whose end this one begins at; null: the full fine-tune
     of: str | None = None
     runs: Annotated[int, at_least(2)] = 3
+    alphas: Annotated[list[float], SHARE] = field(default_factory=list)  # of interpolated
 
     def __post_init__(self) -> None:
         coerce_fields(self)
@@ -95,9 +105,13 @@ class ArmConfig:
             check_rule(not self.keep_ratios, "keep_ratios", "be left out beside a threshold", self.keep_ratios)
         check_rule(trained or self.betas is None, "betas", "be left out for this kind", self.betas)
         check_rule(trained or not self.beta1s, "beta1s", "be left out for this kind", self.beta1s)
-        check_rule(
-            (self.kind == AVERAGE) == (self.of is not None), "of", "name an arm, for kind average alone", self.of
-        )
+        derived = self.kind in DERIVED
+        rule = f"name an arm, for the kinds {', '.join(DERIVED)} alone"
+        check_rule(derived == (self.of is not None), "of", rule, self.of)
+        rule = "be left out for this kind"
+        check_rule(self.start is None or (self.kind != FULL and (trained or masked)), "start", rule, self.start)
+        rule = f"hold at least one number for the kind {INTERPOLATED}, and be left out for others"
+        check_rule(bool(self.alphas) == (self.kind == INTERPOLATED), "alphas", rule, self.alphas)
 
     def settings(self, mask: MaskConfig) -> list[Setting]:
         """The declared grid, in order; one empty setting where there is nothing to choose."""
@@ -107,7 +121,8 @@ class ArmConfig:
         if self.kind in (MASK, *ONE_SHOT) and self.threshold is None:
             ratios = sorted(set(self.keep_ratios)) or [mask.keep_ratio]
         beta1s: list[Any] = sorted(set(self.beta1s)) or [None]
-        return [Setting(*values) for values in itertools.product(lrs, epochs, ratios, beta1s)]
+        alphas: list[Any] = sorted(set(self.alphas)) or [None]
+        return [Setting(*values) for values in itertools.product(lrs, epochs, ratios, beta1s, alphas)]
 
 
 @dataclass
@@ -161,6 +176,9 @@ class StudyConfig:
     extensions: Annotated[int, at_least(0)] = 3
     checkpoints: Annotated[int, at_least(1)] = 4  # of a run after the fine-tune, of which validation chooses one
     answers: list[str] = field(default_factory=list)  # domains whose completions are generated and compared exactly
+    # Text that no arm is trained for, by which forgetting is measured: its loss, and the KL divergence from an arm's
+    # start. A file adds it with a name of its own.
+    general: dict[str, DataConfig] = field(default_factory=dict)
     workers: Annotated[int, at_least(1)] = 2  # processes of one thread each
     output_dir: str = "runs/compare"
 
@@ -171,13 +189,14 @@ class StudyConfig:
         check_not_empty(self, "output_dir")
         expand_home(self, "output_dir")
         check_rule(bool(self.domains), "domains", "hold at least one data set", self.domains)
-        for section in ("arms", "domains"):  # their names become directories
+        for section in ("arms", "domains", "general"):  # their names become directories
             for name in getattr(self, section):
                 check_rule(
                     bool(_NAME.fullmatch(name)), section, "have names of letters, digits and -+_. ()", repr(name)
                 )
-        for name, data in self.domains.items():  # arms take epochs of them, in orders of their own
-            check_rule(not data.streaming, f"domains.{name}.streaming", "be false in a study", data.streaming)
+        for section in ("domains", "general"):  # arms take epochs of them, in orders of their own
+            for name, data in getattr(self, section).items():
+                check_rule(not data.streaming, f"{section}.{name}.streaming", "be false in a study", data.streaming)
         for name in ("full", "stage"):
             _check_not_evaluated(f"{name}.", getattr(self, name))
         annealed = self.full.schedule != "constant"
@@ -189,10 +208,37 @@ class StudyConfig:
         check_rule(kinds.count(FULL) == 1, "arms", "hold exactly one of kind full", kinds.count(FULL))
         check_rule(kinds.count(BASE) <= 1, "arms", "hold at most one of kind base", kinds.count(BASE))
         for name, arm in self.arms.items():
-            if arm.kind == AVERAGE:
-                known = [other for other, config in self.arms.items() if config.kind in TRAINED]
-                rule = f"name a trained arm ({', '.join(known)}){nearest(str(arm.of), known)}"
-                check_rule(arm.of in known, f"arms.{name}.of", rule, arm.of)
+            if arm.kind in DERIVED:
+                may = TRAINED if arm.kind == AVERAGE else (FULL, *TRAINED)
+                self._check_named(f"arms.{name}.of", arm.of, may)
+            if arm.start is not None:
+                self._check_named(f"arms.{name}.start", arm.start, _MERGED)
+        for name in self.arms:
+            seen = [name]
+            while (before := self.arms[seen[-1]].start) is not None:
+                check_rule(before not in seen, f"arms.{name}.start", "lead back to the full fine-tune", before)
+                seen.append(before)
+
+    def _check_named(self, key: str, value: str | None, kinds: tuple[str, ...]) -> None:
+        known = [name for name, config in self.arms.items() if config.kind in kinds]
+        rule = f"name an arm of the kinds {', '.join(kinds)}: {', '.join(known)}{nearest(str(value), known)}"
+        check_rule(value in known, key, rule, value)
+
+    def start_of(self, arm: str) -> str | None:
+        """The arm at whose end this one begins; None: at the base model. A derived arm begins where its source did."""
+        config = self.arms[arm]
+        if config.kind in DERIVED:
+            return self.start_of(str(config.of))
+        return None if config.kind in FULL_KINDS else config.start or self.named(FULL)
+
+    def chooser(self, arm: str) -> str:
+        """The arm by whose grid this one's setting is chosen: its own, but for an average."""
+        config = self.arms[arm]
+        return str(config.of) if config.kind == AVERAGE else arm
+
+    def needs(self, arm: str) -> list[str]:
+        """The arms whose chosen runs must be there before this one's begin."""
+        return [name for name in (self.start_of(arm), self.arms[arm].of) if name is not None]
 
     def named(self, kind: str) -> str | None:
         """The first arm of a kind."""

@@ -13,7 +13,8 @@ from mft.files.yaml_file import parse_yaml
 from mft.study.config import StudyConfig
 
 SHIPPED = CONFIGS / "compare"
-_NAMED = ("arms", "domains")  # mappings of names that the file chooses
+_NAMED = ("arms", "domains", "general")  # mappings of names that the file chooses
+_NEEDED = ("arms", "domains")
 _FROM_ARMS = ("lr", "steps", "epochs", "seed")  # of full and stage: what the arms and seeds decide
 
 
@@ -35,7 +36,7 @@ def load_study(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) ->
             if key in (values.get(section) or {}):
                 where = "seeds" if key == "seed" else "arms"
                 raise ValueError(f"{origin}{section}.{key} must be left out: {where} decide it{after}")
-    for section in _NAMED:
+    for section in _NEEDED:
         if not values.get(section):
             raise ValueError(f"{origin}{section} must hold at least one name, got {shown(values.get(section))}{after}")
     try:

@@ -45,6 +45,19 @@ class Measured:
 
 
 @dataclass
+class General:
+    """One model on text that it was not trained for."""
+
+    evaluation: Evaluation
+    kl: Tensor  # (documents,) sums over tokens of KL(start || model), nats; the start is where the arm began
+
+    @property
+    def mean_kl(self) -> float:
+        """Nats a token."""
+        return (self.kl.sum() / self.evaluation.tokens.sum()).item()
+
+
+@dataclass
 class Outcome:
     """A finished run, as validation saw it. diverged says why training did not stay finite; then measured is None."""
 
@@ -56,6 +69,8 @@ class Outcome:
     tokens: int = 0
     seconds: float = 0.0
     flips: float | None = None  # share of mask bits that differ from the initial ones, for mask
+    bytes: int | None = None  # of what must be stored beside the start (see arms/size.py)
+    general: dict[str, "General"] = field(default_factory=dict)  # on validation, by the name of the text
     diverged: str | None = None
 
     @property
@@ -71,6 +86,7 @@ class Tested:
     unit: Unit
     validation: Measured
     test: Measured
+    general: dict[str, General] = field(default_factory=dict)  # on its test split, by the name of the text
 
 
 @dataclass
@@ -83,6 +99,7 @@ class Findings:
     validation: dict[str, dict[str, dict[int, Measured]]]
     test: dict[str, dict[str, dict[int, Measured]]]
     notes: list[str] = field(default_factory=list)
+    general: dict[str, dict[str, dict[int, dict[str, General]]]] = field(default_factory=dict)  # last: name of text
     test_openings: int = 1  # how often test was evaluated with other arms or settings than before, this time included
 
 
@@ -120,23 +137,42 @@ def measured_from(values: dict[str, Any]) -> Measured:
 def outcome_values(outcome: Outcome) -> dict[str, Any]:
     values = dict(vars(outcome))
     measured = None if outcome.measured is None else measured_values(outcome.measured)
-    return values | {"unit": unit_values(outcome.unit), "measured": measured}
+    changed = {"unit": unit_values(outcome.unit), "measured": measured, "general": _general_values(outcome.general)}
+    return values | changed
 
 
 def outcome_from(values: dict[str, Any]) -> Outcome:
     measured = None if values["measured"] is None else measured_from(values["measured"])
-    curve = [(share, loss) for share, loss in values["curve"]]
-    return Outcome(**values | {"unit": unit_from(values["unit"]), "measured": measured, "curve": curve})
+    changed = {
+        "unit": unit_from(values["unit"]),
+        "measured": measured,
+        "curve": [(share, loss) for share, loss in values["curve"]],
+        "general": _general_from(values["general"]),
+    }
+    return Outcome(**values | changed)
 
 
 def tested_values(tested: Tested) -> dict[str, Any]:
     splits = {"validation": measured_values(tested.validation), "test": measured_values(tested.test)}
-    return {"unit": unit_values(tested.unit)} | splits
+    return {"unit": unit_values(tested.unit), "general": _general_values(tested.general)} | splits
 
 
 def tested_from(values: dict[str, Any]) -> Tested:
-    splits = (measured_from(values[split]) for split in ("validation", "test"))
-    return Tested(unit_from(values["unit"]), *splits)
+    validation, test = (measured_from(values[split]) for split in ("validation", "test"))
+    return Tested(unit_from(values["unit"]), validation, test, _general_from(values["general"]))
+
+
+def _general_values(general: dict[str, General]) -> dict[str, Any]:
+    return {
+        name: {"evaluation": _evaluation_values(one.evaluation), "kl": one.kl.tolist()} for name, one in general.items()
+    }
+
+
+def _general_from(values: dict[str, Any]) -> dict[str, General]:
+    return {
+        name: General(_evaluation_from(one["evaluation"]), torch.tensor(one["kl"], dtype=torch.float64))
+        for name, one in values.items()
+    }
 
 
 def _evaluation_values(evaluation: Evaluation) -> dict[str, list]:

@@ -1,7 +1,8 @@
 """What a study runs next, as a function of what it has found so far: nothing here trains, reads or writes.
 
-A domain goes through: the full fine-tune's grid with the first seed, its chosen setting with every seed, then all other
-arms likewise, each from its seed's fine-tune, then the averages of those. Test follows when no unit is left.
+An arm goes through its grid with the first seed, then its chosen setting with every seed. It waits until the arm at
+whose end it begins, the full fine-tune as a rule, and the one that it is made of have done so. Test follows when all is
+trained.
 """
 
 import math
@@ -9,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from mft.config import DataConfig
-from mft.study.config import AVERAGE, BASE, CONTINUED, FULL, FULL_KINDS, LEAST_RATES, Setting, StudyConfig
+from mft.study.config import AVERAGE, BASE, CONTINUED, FULL, LEAST_RATES, Setting, StudyConfig
 from mft.study.outcome import Outcome, Unit
 
 _WHOLE_MODEL = 1.7  # times as long a token as half of its layers, measured in the small study
@@ -31,19 +32,13 @@ def ready(study: StudyConfig, done: Iterable[Outcome]) -> list[Unit]:
     found = _Found(study, done)
     units: list[Unit] = []
     for domain in study.domains:
-        for arm, config in study.arms.items():
-            if config.kind == BASE:
-                units += found.missing(domain, arm, Setting(), study.seeds[:1])
-        fine_tune = study.named(FULL)
-        assert fine_tune is not None  # StudyConfig sees to it
-        waiting = found.next_of(domain, fine_tune)
-        if not waiting:
-            for arm, config in study.arms.items():
-                if config.kind == AVERAGE:
-                    waiting += found.next_of_average(domain, arm)
-                elif config.kind not in FULL_KINDS:
-                    waiting += found.next_of(domain, arm)
-        units += sorted(waiting, key=lambda unit: study.seeds.index(unit.seed))
+        waiting = [
+            unit
+            for arm in study.arms
+            if not any(found.next_of(domain, needed) for needed in study.needs(arm))
+            for unit in found.next_of(domain, arm)
+        ]
+        units += sorted(waiting, key=lambda unit: (study.start_of(unit.arm) or "", study.seeds.index(unit.seed)))
     return units
 
 
@@ -53,8 +48,8 @@ def selection(study: StudyConfig, outcomes: Iterable[Outcome]) -> Selection:
     chosen: dict[str, dict[str, Setting]] = {domain: {} for domain in study.domains}
     tried: dict[str, dict[str, int]] = {domain: {} for domain in study.domains}
     for domain in study.domains:
-        for arm, config in study.arms.items():
-            source = str(config.of) if config.kind == AVERAGE else arm
+        for arm in study.arms:
+            source = study.chooser(arm)
             best = found.best(domain, source)
             if best is not None and not found.unexplored(domain, source):
                 chosen[domain][arm] = best
@@ -65,11 +60,7 @@ def selection(study: StudyConfig, outcomes: Iterable[Outcome]) -> Selection:
 def best_so_far(study: StudyConfig, outcomes: Iterable[Outcome]) -> dict[tuple[str, str], Setting]:
     """By domain and arm the setting that would be chosen if no other were tried."""
     found = _Found(study, outcomes)
-    best = {
-        (domain, arm): found.best(domain, str(config.of or arm))
-        for domain in study.domains
-        for arm, config in study.arms.items()
-    }
+    best = {(domain, arm): found.best(domain, study.chooser(arm)) for domain in study.domains for arm in study.arms}
     return {place: setting for place, setting in best.items() if setting is not None}
 
 
@@ -85,12 +76,24 @@ def chosen_units(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
     ]
 
 
-def fine_tune_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit: Unit) -> Unit | None:
-    """The full fine-tune that a unit starts from; None for those that start from the base model."""
-    name = study.named(FULL)
-    if study.arms[unit.arm].kind in FULL_KINDS or name is None:
+def start_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit: Unit) -> Unit | None:
+    """The run at whose end a unit begins; None for those that begin at the base model."""
+    arm = study.start_of(unit.arm)
+    return None if arm is None else Unit(unit.domain, arm, unit.seed, chosen[unit.domain][arm])
+
+
+def starts_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit: Unit) -> list[Unit]:
+    """The runs whose ends lead to where a unit begins, from the base model on."""
+    before = start_of(study, chosen, unit)
+    return [] if before is None else [*starts_of(study, chosen, before), before]
+
+
+def source_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit: Unit) -> Unit | None:
+    """The run that a unit is made of; None for all but those of derived arms with settings of their own."""
+    config = study.arms[unit.arm]
+    if config.of is None or config.kind == AVERAGE:
         return None
-    return Unit(unit.domain, name, unit.seed, chosen[unit.domain][name])
+    return Unit(unit.domain, config.of, unit.seed, chosen[unit.domain][config.of])
 
 
 def parts_of(study: StudyConfig, unit: Unit) -> list[Unit]:
@@ -106,7 +109,7 @@ def units_left(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
     found, left = _Found(study, outcomes), []
     for domain in study.domains:
         for arm, config in study.arms.items():
-            source = str(config.of) if config.kind == AVERAGE else arm
+            source = study.chooser(arm)
             grid = study.arms[source].settings(study.mask)
             likely = found.best(domain, source) or grid[len(grid) // 2]
             seeds = study.seeds[:1] if config.kind == BASE else study.seeds
@@ -200,7 +203,7 @@ class _Found:
         for unit, outcome in self.by_unit.items():
             if (unit.seed, unit.part) == (study.seeds[0], 0):
                 self._first.setdefault((unit.domain, unit.arm), []).append(outcome)
-        source = {name: config.of or name for name, config in study.arms.items()}
+        source = {name: study.chooser(name) for name in study.arms}
         self.diverged = {
             (unit.domain, source[unit.arm], unit.setting)
             for unit, outcome in self.by_unit.items()
@@ -230,6 +233,12 @@ class _Found:
         return [] if further is None else [further]
 
     def next_of(self, domain: str, arm: str) -> list[Unit]:
+        """The arm's units that are not done, as far as is known, whatever they wait for."""
+        config = self.study.arms[arm]
+        if config.kind == AVERAGE:
+            return self._next_of_average(domain, arm)
+        if config.kind == BASE:
+            return self.missing(domain, arm, Setting(), self.study.seeds[:1])
         waiting = self.unexplored(domain, arm)
         if waiting:
             return [Unit(domain, arm, self.study.seeds[0], setting) for setting in waiting]
@@ -242,7 +251,7 @@ class _Found:
             )
         return self.missing(domain, arm, best, self.study.seeds)
 
-    def next_of_average(self, domain: str, arm: str) -> list[Unit]:
+    def _next_of_average(self, domain: str, arm: str) -> list[Unit]:
         config = self.study.arms[arm]
         if self.next_of(domain, str(config.of)):
             return []
@@ -261,7 +270,7 @@ class _Found:
 
 
 def _order(setting: Setting) -> tuple[float, ...]:
-    return tuple(value or 0.0 for value in (setting.lr, setting.epochs, setting.keep_ratio, setting.beta1))
+    return tuple(value or 0.0 for value in vars(setting).values())
 
 
 def _values_beside(best: Setting, losses: dict[Setting, float], name: str) -> list[float]:

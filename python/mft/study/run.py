@@ -8,19 +8,20 @@ from rich.console import Console
 
 from mft.config import ModelConfig
 from mft.evaluation.evaluated_base import check_exact
-from mft.study.arms import Job
+from mft.study.arms.job import Job
 from mft.study.config import BASE, FULL, TRAINED, StudyConfig
 from mft.study.from_scratch import train_from_scratch
 from mft.study.outcome import Findings, Outcome, Tested, Unit
 from mft.study.plan import (
     chosen_units,
-    fine_tune_of,
     left_to_do,
     notes,
     parts_of,
     ready,
     selection,
     sorted_outcomes,
+    source_of,
+    starts_of,
     work_of,
 )
 from mft.study.progress import Shown, shown_progress
@@ -119,19 +120,24 @@ class _Run:
         self.workers.submit(job)
 
     def _job(self, unit: Unit, on_test: bool) -> Job:
-        start = fine_tune_of(self.study, self.chosen, unit)
+        source = source_of(self.study, self.chosen, unit)
         return Job(
             unit,
-            None if start is None else self.store.trained(start, self.chosen),
-            self.store.trained(unit, self.chosen),
-            tuple((part, self.store.trained(part, self.chosen)) for part in parts_of(self.study, unit)),
+            tuple(self._trained(before) for before in starts_of(self.study, self.chosen, unit)),
+            self._trained(unit),
+            tuple((part, self._trained(part)) for part in parts_of(self.study, unit)),
+            None if source is None else (source, self._trained(source)),
             on_test,
         )
 
+    def _trained(self, unit: Unit) -> Path:
+        return self.store.trained(unit, self.chosen)
+
     def _reads(self, job: Job) -> list[Unit]:
         """The units whose trained weights a job needs."""
-        start = fine_tune_of(self.study, self.chosen, job.unit)
-        units = [part for part, _ in job.parts] if start is None else [start, *(part for part, _ in job.parts)]
+        units = [*starts_of(self.study, self.chosen, job.unit), *(part for part, _ in job.parts)]
+        if job.source is not None:
+            units.append(job.source[0])
         if job.on_test and self.study.arms[job.unit.arm].kind in (FULL, *TRAINED):
             units.append(job.unit)
         return units
@@ -140,8 +146,8 @@ class _Run:
         self.store.save(outcome, self.chosen)
         known = len(self.outcomes.keys() | {outcome.unit})
         self.outcomes[outcome.unit] = outcome
-        if self.study.arms[outcome.unit.arm].kind == FULL:
-            # Which fine-tune is chosen decides which outcomes of the other arms are still this study's.
+        if any(outcome.unit.arm in self.study.needs(arm) for arm in self.study.arms):
+            # Which of its runs is chosen decides which outcomes of the arms that follow it are still this study's.
             self.outcomes = {kept.unit: kept for kept in self.store.outcomes()}
             self.shown.kept(len(self.outcomes) - known)
         self.chosen = selection(self.study, self.outcomes.values()).chosen
@@ -185,13 +191,15 @@ def _found_words(result: Result) -> str:
 def _findings(study: StudyConfig, run: _Run, openings: int, lines: list[str]) -> Findings:
     validation: dict = {domain: {arm: {} for arm in study.arms} for domain in study.domains}
     test: dict = {domain: {arm: {} for arm in study.arms} for domain in study.domains}
+    general: dict = {domain: {arm: {} for arm in study.arms} for domain in study.domains}
     for tested in run.tested.values():
         unit = tested.unit
         seeds = study.seeds if study.arms[unit.arm].kind == BASE else [unit.seed]  # the base knows no seed
         for seed in seeds:
             validation[unit.domain][unit.arm][seed] = tested.validation
             test[unit.domain][unit.arm][seed] = tested.test
+            general[unit.domain][unit.arm][seed] = tested.general
     outcomes = sorted_outcomes(study, run.outcomes.values())
     return Findings(
-        study, outcomes, run.chosen, validation, test, lines + notes(study, outcomes), test_openings=openings
+        study, outcomes, run.chosen, validation, test, lines + notes(study, outcomes), general, test_openings=openings
     )

@@ -29,19 +29,19 @@ from mft.masks.location import MASKS
 from mft.study.config import AVERAGE, FULL, FULL_KINDS, Setting, StudyConfig
 from mft.study.load import study_values
 from mft.study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values
-from mft.study.plan import best_so_far, fine_tune_of, selection
+from mft.study.plan import best_so_far, selection, source_of, start_of
 from mft.tracking.curves import PLOT
 from mft.training.run_directory import ABLATION, MODEL, TABLE_JSON, TABLE_MARKDOWN
 from mft.training.run_lock import LOCK, hold
 
-FORMAT = 1  # counts up when the same declaration gives other results
+FORMAT = 2  # counts up when the same declaration gives other results
 STUDY, BASE_MODEL, UNITS, TRAINED, TEST = "study.yaml", "base", "units", "trained", "test"
 _OURS = {STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK, TABLE_MARKDOWN, TABLE_JSON, PLOT, ABLATION}
 _OURS |= {"summary.png", "surface.png", "overlap.png"}  # of mft plot
 _OF_THE_DEMO = {CONFIG, MASKS, MODEL}  # ours where a study lies beside them
 _OPENINGS = "openings.json"
 _FREE = ("output_dir", "workers")  # change no result
-_GRIDS = ("lrs", "epochs", "keep_ratios", "beta1s")
+_GRIDS = ("lrs", "epochs", "keep_ratios", "beta1s", "alphas")
 
 Chosen = dict[str, dict[str, Setting]]
 
@@ -104,38 +104,41 @@ class Store:
         self._values = study_values(study)
 
     def key(self, unit: Unit, chosen: Chosen) -> str:
-        """A hash of all that determines the unit's result; chosen holds the fine-tune's setting for units after it."""
+        """A hash of all that determines the unit's result; chosen holds the settings of the arms that it needs."""
         values, arm = self._values, self._values["arms"][unit.arm]
-        start = fine_tune_of(self.study, chosen, unit)
+        start, source = start_of(self.study, chosen, unit), source_of(self.study, chosen, unit)
         parts: dict[str, Any] = {
             "format": FORMAT,
             "domain": values["domains"][unit.domain],
-            "arm": _without_grid(arm),
+            "arm": {key: value for key, value in _without_grid(arm).items() if key not in ("start", "of")},
             "unit": {"seed": unit.seed, "setting": dataclasses.asdict(unit.setting), "part": unit.part},
             "of": _without_grid(values["arms"][arm["of"]]) if arm["kind"] == AVERAGE else None,
             "start": None if start is None else self.key(start, chosen),
+            "source": None if source is None else self.key(source, chosen),
             "stage": None if arm["kind"] in FULL_KINDS else values["stage"],
         }
-        parts |= {name: values[name] for name in ("model", "scratch", "mask", "full", "checkpoints")}
+        parts |= {name: values[name] for name in ("model", "scratch", "mask", "full", "checkpoints", "general")}
         return _digest(parts)
 
     def outcomes(self) -> list[Outcome]:
         """Those whose keys are still the ones that the study gives them."""
         found = [(path.stem, outcome_from(_read(path))) for path in sorted(self.directory.glob(f"{UNITS}/*/*/*.json"))]
         known = [(key, outcome) for key, outcome in found if self._is_declared(outcome.unit)]
-        first = [
-            outcome for key, outcome in known if self._kind(outcome) in FULL_KINDS and key == self.key(outcome.unit, {})
-        ]
-        chosen = selection(self.study, first).chosen
-        ready = {domain for domain, arms in chosen.items() if self.study.named(FULL) in arms}
-        later = [
-            outcome
-            for key, outcome in known
-            if self._kind(outcome) not in FULL_KINDS
-            and outcome.unit.domain in ready
-            and key == self.key(outcome.unit, chosen)
-        ]
-        return first + later
+        valid: list[Outcome] = []
+        chosen: Chosen = {}
+        arms = list(self.study.arms)
+        while arms:  # those first that others need
+            ready = [arm for arm in arms if not set(self.study.needs(arm)) & set(arms)]
+            valid += [
+                outcome
+                for key, outcome in known
+                if (unit := outcome.unit).arm in ready
+                and all(needed in chosen.get(unit.domain, {}) for needed in self._of_key(unit.arm))
+                and key == self.key(unit, chosen)
+            ]
+            chosen = selection(self.study, valid).chosen
+            arms = [arm for arm in arms if arm not in ready]
+        return valid
 
     def save(self, outcome: Outcome, chosen: Chosen) -> None:
         path = self._path(UNITS, outcome.unit, self.key(outcome.unit, chosen), "json")
@@ -174,8 +177,9 @@ class Store:
     def _is_declared(self, unit: Unit) -> bool:
         return unit.domain in self.study.domains and unit.arm in self.study.arms and unit.seed in self.study.seeds
 
-    def _kind(self, outcome: Outcome) -> str:
-        return self.study.arms[outcome.unit.arm].kind
+    def _of_key(self, arm: str) -> list[str]:
+        """The arms whose chosen settings are in an arm's keys: not that of an average, whose own it is."""
+        return [name for name in self.study.needs(arm) if self.study.chooser(arm) != name]
 
     def _path(self, folder: str, unit: Unit, key: str, suffix: str) -> Path:
         return self.directory / folder / unit.domain / unit.arm / f"{key}.{suffix}"

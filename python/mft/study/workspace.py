@@ -34,17 +34,18 @@ ROWS = 8  # that are evaluated together
 class Workspace:
     """Loads the base model; the rest when it is first asked for.
 
-    model: the fine-tune (the base where there is none) that begin() chose, frozen; units take clones.
+    model: where the units that begin() was told of begin, the fine-tune as a rule, frozen; they take clones.
     """
 
     def __init__(self, study: StudyConfig, base: ModelConfig) -> None:
         self.study = study
-        longest = max(data.sequence_length for data in study.domains.values())
+        longest = max(data.sequence_length for data in (*study.domains.values(), *study.general.values()))
         self.base, self.tokenizer = load_model(base, sequence_length=longest)
         self.base.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
         self.model: Any = self.base
-        self._begun: tuple[str, Path | None] | None = None
+        self._begun: tuple[str, tuple[Path, ...]] | None = None
         self._splits: dict[str, Splits] = {}
+        self._general: dict[str, Splits] = {}
         self._memories: dict[tuple[str, int], PrefixMemory] = {}
         self._layers: dict[str, tuple[list[str], int]] = {}
         for arm in study.arms.values():
@@ -55,16 +56,26 @@ class Workspace:
             self._splits[domain] = load_splits(self.study.domains[domain], self.tokenizer)
         return self._splits[domain]
 
-    def begin(self, domain: str, start: Path | None) -> None:
-        """Take the fine-tune whose trained weights lie at start; None: the base model."""
-        if self._begun == (domain, start):
+    def general(self, name: str) -> Splits:
+        if name not in self._general:
+            self._general[name] = load_splits(self.study.general[name], self.tokenizer)
+        return self._general[name]
+
+    def begin(self, domain: str, starts: tuple[Path, ...]) -> None:
+        """Take the model to which these trained weights lead from the base model, one after the other."""
+        if self._begun == (domain, starts):
             return
-        self.model = self.base if start is None else with_weights(self.base, load_file(start))
-        self._begun, self._memories = (domain, start), {}
+        self.model = self.base
+        for path in starts:
+            self.model = with_weights(self.model, load_file(path))
+        self._begun, self._memories = (domain, starts), {}
 
     def layers_of(self, arm: ArmConfig) -> tuple[list[str], int]:
-        """The linears that the arm's mask, adapters or control train, and how many layers lie below all of them."""
-        mask = self.study.mask_of(arm)
+        """The linears that the arm's mask, adapters or control train, and how many layers lie below all of them.
+
+        Of a derived arm those of the arm that it is of.
+        """
+        mask = self.study.mask_of(self.study.arms[arm.of] if arm.of is not None else arm)
         key = str(mask.layers_to_transform)
         if key not in self._layers:
             names = select_targets(self.base, mask)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mft.checks import nearest
 from mft.config import ModelConfig
-from mft.study.arms import Job
+from mft.study.arms.job import Job
 from mft.study.config import MASK, Setting
 from mft.study.load import load_study
 from mft.study.outcome import Unit
-from mft.study.plan import fine_tune_of, selection
+from mft.study.plan import selection, starts_of
 from mft.study.report.table import reference_of
 from mft.study.store import BASE_MODEL, STUDY, Store, open_store
 from mft.study.workspace import Workspace, with_weights
@@ -64,20 +64,20 @@ class Finished:
 
     def model(self, domain: str, arm: str, seed: int):
         job = self.job(domain, arm, seed)
-        self.workspace.begin(domain, job.start or job.trained)
-        return self.workspace.model if job.start is None else with_weights(self.workspace.model, load_file(job.trained))
+        self.workspace.begin(domain, job.starts or (job.trained,))
+        return with_weights(self.workspace.model, load_file(job.trained)) if job.starts else self.workspace.model
 
     def dropped(self, domain: str, arm: str, seed: int) -> dict[str, Tensor]:
         job = self.job(domain, arm, seed)
-        assert job.start is not None  # of a mask
-        before = load_file(job.start)
+        assert job.starts  # of a mask
+        before = load_file(job.starts[-1])
         return {name: (weight == 0) & (before[name] != 0) for name, weight in load_file(job.trained).items()}
 
     def job(self, domain: str, arm: str, seed: int) -> Job:
         """The chosen run of an arm that was trained, with its files."""
         unit = Unit(domain, arm, seed, self.chosen(domain, arm))
-        start = fine_tune_of(self.study, self._chosen, unit)
-        return Job(unit, None if start is None else self._file(start), self._file(unit))
+        starts = starts_of(self.study, self._chosen, unit)
+        return Job(unit, tuple(self._file(start) for start in starts), self._file(unit))
 
     def check(self, name: str, value: str, known: Sequence[str]) -> None:
         if value not in known:

@@ -1,0 +1,46 @@
+"""How a unit's model is seen: on a split of its domain, and on text that no arm is trained for."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from mft.evaluation.evaluate import Evaluation, evaluate
+from mft.evaluation.kl_divergence import kl_divergence
+from mft.study.arms.job import arm_of
+from mft.study.config import BASE, CONTINUED, DERIVED, FULL, ArmConfig
+from mft.study.outcome import General, Unit
+from mft.study.workspace import ROWS, Workspace
+from mft.training.loop import NonFiniteLoss
+
+
+def keeps_prefix(kind: str) -> bool:
+    """Whether a model of this kind shares its start's layers below the masked ones."""
+    return kind not in (BASE, FULL, CONTINUED, *DERIVED)
+
+
+def evaluation_options(workspace: Workspace, arm: ArmConfig) -> Callable[[str], dict[str, Any]]:
+    """Options of evaluate, for a split."""
+    if not keeps_prefix(arm.kind):
+        return lambda split: {"batch_size": ROWS}
+    _, first = workspace.layers_of(arm)
+    return lambda split: {"batch_size": ROWS, "first": first, "memory": workspace.memory(split, first)}
+
+
+def on_validation(workspace: Workspace, unit: Unit, model: nn.Module) -> Evaluation:
+    options = evaluation_options(workspace, arm_of(workspace, unit))
+    evaluation = evaluate(model, workspace.splits(unit.domain).validation, **options("validation"))
+    if not math.isfinite(evaluation.loss):
+        raise NonFiniteLoss(f"the loss must stay finite, got {evaluation.loss} on validation: lower the rate")
+    return evaluation
+
+
+def on_general(workspace: Workspace, start: nn.Module, model: nn.Module, split: str) -> dict[str, General]:
+    """What is left of other text, and how far the model has gone from its start there."""
+    found = {}
+    for name in workspace.study.general:
+        dataset = getattr(workspace.general(name), split)
+        kl, _ = kl_divergence(model, start, dataset, batch_size=ROWS)
+        found[name] = General(evaluate(model, dataset, batch_size=ROWS), kl)
+    return found

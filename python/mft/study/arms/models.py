@@ -1,0 +1,76 @@
+"""The models of finished units, made again from their files."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from mft.models.causal_lm import clone_with_own_weights
+from mft.models.linears import weight_name
+from mft.study.arms.job import Job, Weights, arm_of, mask_of
+from mft.study.config import AVERAGE, BASE, FULL, INTERPOLATED, LORA, ONE_SHOT, TEMPERATURE, ArmConfig
+from mft.study.lora import add_lora, merge_lora
+from mft.study.one_shot import one_shot_mask
+from mft.study.outcome import Unit
+from mft.study.workspace import Workspace, with_weights
+
+
+def model_of(workspace: Workspace, job: Job) -> nn.Module:
+    """The unit's model as its files have it, in eval mode; after workspace.begin."""
+    unit, arm = job.unit, arm_of(workspace, job.unit)
+    if arm.kind in (BASE, FULL, TEMPERATURE):
+        return workspace.model
+    if arm.kind == AVERAGE:
+        return with_weights(workspace.model, _mean([_merged(workspace, part, path) for part, path in job.parts])).eval()
+    if arm.kind in ONE_SHOT:
+        clone, dataset = clone_with_own_weights(workspace.model), workspace.splits(unit.domain).train
+        return one_shot_mask(clone, mask_of(workspace, unit), arm.kind, dataset).eval()
+    if arm.kind == INTERPOLATED:
+        assert job.source is not None
+        assert unit.setting.alpha is not None
+        weights = _interpolated(workspace, _merged(workspace, *job.source), unit.setting.alpha)
+        return with_weights(workspace.model, weights).eval()
+    return trained_model(workspace, job, load_file(job.trained))
+
+
+def trained_model(workspace: Workspace, job: Job, weights: Weights) -> nn.Module:
+    """The model of a trained unit whose file holds these weights, in eval mode."""
+    arm = arm_of(workspace, job.unit)
+    if arm.kind == LORA:
+        return _with_adapters(workspace, arm, weights).eval()
+    return with_weights(workspace.model, weights).eval()
+
+
+def _with_adapters(workspace: Workspace, arm: ArmConfig, weights: Weights) -> nn.Module:
+    model = add_lora(clone_with_own_weights(workspace.model), workspace.layers_of(arm)[0], arm.lora_rank, 0)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            model.get_parameter(name).copy_(weight)
+    return model
+
+
+def _merged(workspace: Workspace, part: Unit, path: Path) -> Weights:
+    """A part's weights in the names of the ordinary model."""
+    arm, weights = arm_of(workspace, part), load_file(path)
+    if arm.kind != LORA:
+        return weights
+    names, _ = workspace.layers_of(arm)
+    merged = merge_lora(_with_adapters(workspace, arm, weights))
+    return {(weight := weight_name(merged, name)): merged.get_parameter(weight).detach() for name in names}
+
+
+def _interpolated(workspace: Workspace, weights: Weights, alpha: float) -> Weights:
+    """start + alpha * (trained - start), in fp64, rounded once."""
+    found = {}
+    for name, weight in weights.items():
+        start = workspace.model.get_parameter(name).detach().double().cpu()
+        found[name] = (start + alpha * (weight.double() - start)).to(weight.dtype)
+    return found
+
+
+def _mean(parts: list[Weights]) -> Weights:
+    return {
+        name: torch.stack([part[name].double() for part in parts]).mean(0).to(weight.dtype)
+        for name, weight in parts[0].items()
+    }

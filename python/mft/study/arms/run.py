@@ -1,0 +1,66 @@
+"""A unit from its start to an outcome, as validation sees it; and later on test."""
+
+from mft.evaluation.evaluate import evaluate
+from mft.evaluation.exact_match import exact_matches
+from mft.evaluation.temperature import evaluate_tempered, fit_temperature
+from mft.study.arms.job import Job, arm_of
+from mft.study.arms.measure import evaluation_options, on_general, on_validation
+from mft.study.arms.models import model_of
+from mft.study.arms.size import stored_bytes
+from mft.study.arms.train import train_unit
+from mft.study.config import FULL, TEMPERATURE, TRAINED
+from mft.study.outcome import Measured, Outcome, Tested
+from mft.study.workspace import Workspace, with_layers_remembered
+from mft.training.loop import NonFiniteLoss
+from mft_kernels.checks import NonFiniteScores
+
+
+def run_unit(workspace: Workspace, job: Job) -> Outcome:
+    """Train what the unit trains, and see it on validation. A run that does not stay finite is an outcome too."""
+    unit, kind = job.unit, arm_of(workspace, job.unit).kind
+    workspace.begin(unit.domain, job.starts)
+    try:
+        if kind in (FULL, *TRAINED):
+            return train_unit(workspace, job)
+        model = model_of(workspace, job)
+        if kind == TEMPERATURE:
+            validation, options = (
+                workspace.splits(unit.domain).validation,
+                evaluation_options(workspace, arm_of(workspace, unit))("validation"),
+            )
+            temperature = fit_temperature(model, validation, **options)
+            tempered = evaluate_tempered(model, validation, temperature, **options)
+            measured = Measured(tempered, tempered, temperature)
+        else:
+            measured = Measured(on_validation(workspace, unit, model))
+    except (NonFiniteLoss, NonFiniteScores) as error:
+        return Outcome(unit, None, diverged=str(error))
+    return Outcome(
+        unit,
+        measured,
+        [(1.0, measured.evaluation.loss)],
+        bytes=stored_bytes(workspace, job, model),
+        general=on_general(workspace, workspace.model, model, "validation"),
+    )
+
+
+def run_test(workspace: Workspace, job: Job) -> Tested:
+    """Evaluate a unit's model on validation again, and on test; each also at the temperature that validation likes."""
+    unit, kind = job.unit, arm_of(workspace, job.unit).kind
+    workspace.begin(unit.domain, (job.trained,) if kind == FULL else job.starts)
+    model, splits = model_of(workspace, job), workspace.splits(unit.domain)
+    options, temperature = evaluation_options(workspace, arm_of(workspace, unit)), 0.0
+    measured = {}
+    for split in ("validation", "test"):
+        dataset = getattr(splits, split)
+        remembering = with_layers_remembered(model, dataset, **options(split))
+        if split == "validation":
+            temperature = fit_temperature(model, dataset, **remembering)
+        tempered = evaluate_tempered(model, dataset, temperature, **remembering)
+        plain = tempered if kind == TEMPERATURE else evaluate(model, dataset, **remembering)
+        measured[split] = Measured(plain, tempered, temperature)
+        if unit.domain in workspace.study.answers:
+            answers, questions = exact_matches(model, workspace.tokenizer, dataset)
+            measured[split].answers, measured[split].questions = answers, questions
+    start = workspace.base if kind == FULL else workspace.model
+    return Tested(unit, measured["validation"], measured["test"], on_general(workspace, start, model, "test"))

@@ -1,0 +1,137 @@
+"""The arms that train: from their start to weights that go onto it (masks merged, adapters apart).
+
+Each is evaluated on validation at study.checkpoints equally spaced steps; the best of them is kept on disk.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from mft.config import INITS
+from mft.data.streams import count_rows
+from mft.evaluation.evaluate import Evaluation
+from mft.files.atomic import atomic_file
+from mft.masks.convert import came_from_conv1d, mask_model, masked_modules
+from mft.masks.inspection import flip_share, initial_masks
+from mft.models.causal_lm import clone_with_own_weights
+from mft.models.linears import weight_name
+from mft.study.arms.job import Job, Weights, arm_of, mask_of
+from mft.study.arms.measure import keeps_prefix, on_general, on_validation
+from mft.study.arms.models import trained_model
+from mft.study.arms.size import stored_bytes
+from mft.study.config import CONTINUED, CONTROL, FULL, LORA, MASK, ArmConfig
+from mft.study.lora import add_lora
+from mft.study.one_shot import initialise_scores
+from mft.study.outcome import Measured, Outcome, Unit
+from mft.study.workspace import Workspace
+from mft.training.loop import StepReport, finetune, train_loop, train_masks, train_weights
+
+_PART_SEEDS = 1_000_003  # between the orders of data of an average's parts, more than seeds that anyone declares
+
+
+def train_unit(workspace: Workspace, job: Job) -> Outcome:
+    """Train it, see it on validation now and then, and keep the best of these checkpoints on disk."""
+    unit, arm = job.unit, arm_of(workspace, job.unit)
+    train = workspace.study.train_of(arm, unit.setting, unit.seed + _PART_SEEDS * unit.part)
+    dataset = workspace.splits(unit.domain).train
+    model = _untrained(workspace, unit, arm)
+    initial = initial_masks(model)
+    checkpoints = _Checkpoints(
+        train.steps_for(count_rows(dataset)),
+        1 if arm.kind == FULL else workspace.study.checkpoints,
+        lambda: on_validation(workspace, unit, model),
+        lambda: (_trained_weights(workspace, model), flip_share(model, initial) if initial else None),
+    )
+    options: dict[str, Any] = {"on_step": checkpoints.on_step}
+    if keeps_prefix(arm.kind):
+        options["memory"] = workspace.memory("train", workspace.layers_of(arm)[1])
+    if arm.kind in (FULL, CONTINUED):
+        reports = finetune(model, dataset, train, **options)
+    elif arm.kind == CONTROL:
+        reports = train_weights(model, workspace.layers_of(arm)[0], dataset, train, **options)
+    elif arm.kind == MASK:
+        reports = train_masks(model, dataset, train, **options)
+    else:
+        reports = train_loop(model, dataset, train, **options)
+    assert checkpoints.best is not None  # the last step is a checkpoint
+    weights, flips = checkpoints.kept
+    _save(weights, job.trained)
+    best = trained_model(workspace, job, weights)
+    return Outcome(
+        unit,
+        Measured(checkpoints.best),
+        checkpoints.curve,
+        best_share=checkpoints.best_share,
+        steps=len(reports),
+        tokens=sum(report.tokens for report in reports),
+        seconds=checkpoints.seconds,
+        flips=flips,
+        bytes=stored_bytes(workspace, job, best),
+        general=on_general(workspace, workspace.model, best, "validation"),
+    )
+
+
+class _Checkpoints:
+    """An on_step of the training loop that evaluates now and then, and keeps what was best."""
+
+    def __init__(
+        self, steps: int, count: int, look: Callable[[], Evaluation], keep: Callable[[], tuple[Weights, float | None]]
+    ) -> None:
+        self.at = {math.ceil(steps * i / count) for i in range(1, count + 1)}
+        self.curve: list[tuple[float, float]] = []
+        self.best: Evaluation | None = None
+        self.best_share = 1.0
+        self.seconds, self._looking = 0.0, 0.0  # of training alone
+        self._look, self._keep = look, keep
+
+    def on_step(self, report: StepReport) -> None:
+        self.seconds = report.seconds - self._looking
+        if report.step not in self.at:
+            return
+        begin = time.perf_counter()
+        evaluation, share = self._look(), report.step / report.steps
+        self.curve.append((share, evaluation.loss))
+        if self.best is None or evaluation.loss < self.best.loss:
+            self.best, self.best_share, self.kept = evaluation, share, self._keep()
+        self._looking += time.perf_counter() - begin
+
+
+def _untrained(workspace: Workspace, unit: Unit, arm: ArmConfig) -> nn.Module:
+    """A clone of the fine-tune (for the full fine-tune: of the base), with what the arm trains added."""
+    study, dataset = workspace.study, workspace.splits(unit.domain).train
+    if arm.kind in (FULL, CONTINUED):
+        return copy.deepcopy(workspace.model)
+    if arm.kind == CONTROL:
+        return clone_with_own_weights(workspace.model, workspace.layers_of(arm)[0])
+    model = clone_with_own_weights(workspace.model)
+    if arm.kind == LORA:
+        return add_lora(model, workspace.layers_of(arm)[0], arm.lora_rank, unit.seed)
+    init = arm.init or study.mask.init
+    mask_model(model, mask_of(workspace, unit, init=init if init in INITS else "constant"))
+    return model if init in INITS else initialise_scores(model, init, dataset, seed=unit.seed)
+
+
+def _trained_weights(workspace: Workspace, model: nn.Module) -> Weights:
+    """What was trained, on the CPU: masks as the weights that they leave, all else as it is."""
+    masked = masked_modules(model)
+    if not masked:
+        return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+    weights = {}
+    for name, module in masked.items():
+        kept = module.merged_weight()
+        weights[weight_name(workspace.model, name)] = (
+            (kept.t() if came_from_conv1d(module) else kept).cpu().contiguous()
+        )
+    return weights
+
+
+def _save(weights: Weights, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as scratch:
+        save_file({name: weight.contiguous() for name, weight in weights.items()}, scratch)
