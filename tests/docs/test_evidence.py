@@ -1,0 +1,74 @@
+"""Figures of the pages that judge masks against the stored tables: intervals, steps, seconds, bytes."""
+
+import re
+from math import log2
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+EVIDENCE = (ROOT / "docs" / "evidence.md").read_text()
+INTERVAL = re.compile(r"[+-]\d\.\d{4} \[[+-]\d\.\d{4}, [+-]\d\.\d{4}\]")
+REBUILD = "+0.0026 [-0.0040, +0.0094]"  # of a study that is not stored, as the pages say
+
+
+def cells(line):
+    return [cell.strip(" *") for cell in line.strip().strip("|").split("|")]
+
+
+def stored(study, domain):
+    """{arm: {column: text}} of a domain's table in benchmarks/results."""
+    section = (RESULTS / f"{study}.md").read_text().split(f"# {domain}: test split")[1].split("\n# ")[0]
+    head, _, *rows = [cells(line) for line in section.splitlines() if line.startswith("|")]
+    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/recipe.md", "docs/evidence.md", "docs/experts.md"])
+def test_each_interval_that_judges_masks_stands_in_a_stored_table(page):
+    tables = "".join(path.read_text() for path in RESULTS.glob("*.md"))
+    assert [found for found in INTERVAL.findall((ROOT / page).read_text()) if found not in tables + REBUILD] == []
+
+
+@pytest.mark.parametrize(
+    ("begins", "study", "domain"),
+    [
+        ("| [B](#b-mft-compare), headers |", "compare-small", "headers"),
+        ("| B, problems |", "compare-small", "problems"),
+        ("| [C](#c-mft-compare-on-smollm2-135m) |", "compare-smollm2", "code"),
+        ("| [F](#f-how-much-data) |", "ablation-data-small", "headers 0.0625"),
+        ("| | | 65,536 |", "ablation-data-small", "headers 0.25"),
+        ("| | | 262,144 |", "ablation-data-small", "headers 1"),
+        ("| [a mixture](experts.md#a-real-run) |", "compare-moe", "headers"),
+    ],
+)
+def test_steps_and_seconds_of_control_and_mask_are_the_stored_ones(begins, study, domain):
+    (line,) = [line for line in EVIDENCE.splitlines() if line.startswith(begins)]
+    rows = stored(study, domain)
+    *_, steps, seconds = cells(line)
+    for said, column, rounding in ((steps, "steps", 0), (seconds, "s a run", 0.5)):
+        of_both = [float(number.strip(" *")) for number in said.split(";")[0].split("/")]
+        assert of_both == pytest.approx([float(rows[arm][column]) for arm in ("control", "MFT")], rel=0, abs=rounding)
+
+
+def test_the_bytes_of_a_task_follow_from_the_shapes():
+    page = (ROOT / "docs" / "many-masks.md").read_text()
+    shapes = [
+        (576, 576),
+        (192, 576),
+        (192, 576),
+        (576, 576),
+        (1536, 576),
+        (1536, 576),
+        (576, 1536),
+    ]  # q k v o gate up down
+    weights, sides = (sum(n * k for n, k in shapes), sum(n + k for n, k in shapes))
+
+    def coded(dropped):
+        return -(dropped * log2(dropped) + (1 - dropped) * log2(1 - dropped)) / 8
+
+    for layers in (6, 30):
+        exact = [2 * weights * layers, weights * layers // 8, 16 * sides * layers, 4 * sides * layers]
+        rounded = [f"{weights * layers * coded(dropped) / 1e6:.2f} MB" for dropped in (0.0332, 0.01)]
+        for text in [*(f"{count:,}" for count in exact), *rounded]:
+            assert f" {text} |" in page, text
