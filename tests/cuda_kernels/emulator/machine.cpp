@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <numeric>
 #include <typeindex>
 #include <unordered_map>
@@ -20,10 +21,17 @@ constexpr size_t kStack = 256 * 1024;
 constexpr int kSharedAlignment = 1024;
 constexpr int kCanary = 4096;  // behind the shared memory of a block
 
+// A stack and where it stands. Kept for the next cluster, since to begin one takes two system calls; idle: its last
+// thread has ended, and it goes on with the next. The lowest page is a guard.
+struct Context {
+  char* stack;
+  jmp_buf place;
+  bool idle = false;
+};
+
 struct Fibre {
   Thread thread;
-  jmp_buf place;
-  ucontext_t start;
+  Context* context = nullptr;
   bool started = false;
 };
 
@@ -33,7 +41,7 @@ struct Cluster {
   Asynchrony asynchrony;
   Schedule schedule;
   std::vector<Block> blocks;
-  std::vector<std::unique_ptr<Fibre>> fibres;  // block after block
+  std::vector<Fibre> fibres;  // block after block
   std::vector<std::function<void()>> deferred;
   std::vector<std::function<void()>> checks;
   std::unordered_map<std::type_index, std::shared_ptr<void>> states;
@@ -45,46 +53,57 @@ struct Cluster {
 Cluster* cluster = nullptr;
 Settings current_settings;
 
-// Stacks are kept for the next cluster; the lowest page of each is a guard.
-char* stack_of(size_t fibre) {
-  static std::vector<char*> stacks;
-  while (stacks.size() <= fibre) {
+Context& context_of(size_t fibre) {
+  static std::deque<Context> contexts;
+  while (contexts.size() <= fibre) {
     void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     mprotect(memory, 4096, PROT_NONE);
-    stacks.push_back(static_cast<char*>(memory));
+    contexts.emplace_back().stack = static_cast<char*>(memory);
   }
-  return stacks[fibre];
+  return contexts[fibre];
 }
 
 void leave() { _longjmp(cluster->scheduler, 1); }
 
-void body_of_fibre() {
-  Fibre* self = cluster->running;
+void run_thread(Thread& thread) {
   try {
     cluster->launch->body();
   } catch (const std::exception& error) {
     if (cluster->fault.empty()) {
-      cluster->fault = "thread " + std::to_string(self->thread.index) + " of block " +
-                       std::to_string(self->thread.block->index[0]) + ": " + error.what();
+      cluster->fault = "thread " + std::to_string(thread.index) + " of block " + std::to_string(thread.block->index[0]) +
+                       ": " + error.what();
     }
   }
-  self->thread.finished = true;
-  --self->thread.block->unfinished;
-  leave();
+  thread.finished = true;
+  --thread.block->unfinished;
 }
 
-void resume(Fibre& fibre, char* stack) {
+// Thread after thread, each of another cluster. After a fault most stop in the middle, and their stacks begin anew.
+void body_of_context() {
+  for (;;) {
+    Fibre& self = *cluster->running;
+    run_thread(self.thread);
+    self.context->idle = true;
+    if (_setjmp(self.context->place) == 0) leave();
+  }
+}
+
+void resume(Fibre& fibre) {
+  Context& context = *fibre.context;
   cluster->running = &fibre;
   if (_setjmp(cluster->scheduler) == 0) {
-    if (fibre.started) _longjmp(fibre.place, 1);
+    const bool goes_on = fibre.started || context.idle;
     fibre.started = true;
-    getcontext(&fibre.start);
-    fibre.start.uc_stack.ss_sp = stack;
-    fibre.start.uc_stack.ss_size = kStack;
-    fibre.start.uc_link = nullptr;
-    makecontext(&fibre.start, body_of_fibre, 0);
-    setcontext(&fibre.start);
+    context.idle = false;
+    if (goes_on) _longjmp(context.place, 1);
+    ucontext_t start;
+    getcontext(&start);
+    start.uc_stack.ss_sp = context.stack;
+    start.uc_stack.ss_size = kStack;
+    start.uc_link = nullptr;
+    makecontext(&start, body_of_context, 0);
+    setcontext(&start);
   }
   cluster->running = nullptr;
 }
@@ -104,8 +123,8 @@ std::string describe_deadlock() {
   std::string text = "deadlock:";
   for (const Block& block : cluster->blocks) {
     std::string last;
-    for (const auto& fibre : cluster->fibres) {
-      const Thread& t = fibre->thread;
+    for (const Fibre& fibre : cluster->fibres) {
+      const Thread& t = fibre.thread;
       if (t.block != &block) continue;
       const std::string now = t.finished ? "has ended" : std::string("waits for ") + t.waits_for;
       if (now != last) text += " [block " + std::to_string(block.rank) + ", thread " + std::to_string(t.index) + " on] " + now + ";";
@@ -119,9 +138,9 @@ std::string describe_deadlock() {
 bool run_warp(size_t warp) {
   bool ran = false;
   for (size_t f = 32 * warp; f < 32 * warp + 32 && cluster->fault.empty(); ++f) {
-    Fibre& fibre = *cluster->fibres[f];
+    Fibre& fibre = cluster->fibres[f];
     if (!can_run(fibre)) continue;
-    resume(fibre, stack_of(f));
+    resume(fibre);
     ran = true;
   }
   return ran;
@@ -189,6 +208,8 @@ std::string run_cluster(const Launch& launch, const Settings& settings, int64_t 
   std::vector<char> memory(static_cast<size_t>(room) * launch.cluster + kSharedAlignment, static_cast<char>(0xff));
   char* base = memory.data() + kSharedAlignment - reinterpret_cast<uintptr_t>(memory.data()) % kSharedAlignment;
   state.blocks.resize(static_cast<size_t>(launch.cluster));
+  state.fibres.resize(static_cast<size_t>(launch.cluster) * static_cast<size_t>(launch.threads));
+  size_t next = 0;
   for (int rank = 0; rank < launch.cluster; ++rank) {
     Block& block = state.blocks[static_cast<size_t>(rank)];
     block.index[0] = x + rank, block.index[1] = y, block.index[2] = z;
@@ -197,11 +218,10 @@ std::string run_cluster(const Launch& launch, const Settings& settings, int64_t 
     block.shared_bytes = bytes;
     block.warps.resize(static_cast<size_t>(launch.threads / 32));
     block.unfinished = launch.threads;
-    for (int t = 0; t < launch.threads; ++t) {
-      auto fibre = std::make_unique<Fibre>();
-      fibre->thread.index = t;
-      fibre->thread.block = &block;
-      state.fibres.push_back(std::move(fibre));
+    for (int t = 0; t < launch.threads; ++t, ++next) {
+      state.fibres[next].thread.index = t;
+      state.fibres[next].thread.block = &block;
+      state.fibres[next].context = &context_of(next);
     }
   }
   try {
@@ -267,7 +287,7 @@ void wait_until(const std::function<bool()>& ready, const char* what) {
   if (ready() && cluster->random() % 8 != 0) return;
   self.thread.ready = &ready;
   self.thread.waits_for = what;
-  if (_setjmp(self.place) == 0) leave();
+  if (_setjmp(self.context->place) == 0) leave();
   self.thread.ready = nullptr;
 }
 
