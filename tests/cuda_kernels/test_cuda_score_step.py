@@ -8,6 +8,7 @@ import emulated
 import pytest
 import torch
 from guarded import guarded
+from in_turn import in_turn
 from score_steps import DEFAULTS, arguments, normal, scores_of
 
 from mft_kernels import reference, reference_step
@@ -19,7 +20,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("magnitude", "value")
 WINDOW = 1024  # keys
 SELECTION = 4 * 1040  # where the workspace of the selection begins, in bytes
-SCHEMES = pytest.mark.parametrize("eight_bit", [True, False], ids=["8bit", "exact"])
+EIGHT_BIT = (True, False)
+SCHEMES = pytest.mark.parametrize("eight_bit", EIGHT_BIT, ids=["8bit", "exact"])
 
 
 @pytest.fixture(autouse=True)
@@ -66,14 +68,13 @@ def assert_steps_equal_the_reference(tensors, steps=2, device=None, **options):
     return ours, got
 
 
-@SCHEMES
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("weight_dtype", [*FLOATS, None])
-@pytest.mark.parametrize("dtype", FORMATS)
-def test_every_format_equals_the_reference(dtype, weight_dtype, mode, eight_bit):
-    for grad_dtype in FLOATS:
-        tensors = arguments((37, 45), dtype, eight_bit, weight_dtype, grad_dtype)
-        assert_steps_equal_the_reference(tensors, mode=mode, weight_decay=0.01)
+@pytest.mark.parametrize(
+    ("mode", "dtype", "weight_dtype", "grad_dtype", "eight_bit"),
+    in_turn(MODES, FORMATS, [*FLOATS, None], FLOATS, EIGHT_BIT),
+)
+def test_every_format_equals_the_reference(mode, dtype, weight_dtype, grad_dtype, eight_bit):
+    tensors = arguments((37, 45), dtype, eight_bit, weight_dtype, grad_dtype)
+    assert_steps_equal_the_reference(tensors, mode=mode, weight_decay=0.01)
 
 
 @SCHEMES
@@ -83,10 +84,11 @@ def test_a_tensor_scales_the_gradient(dtype, eight_bit):
     assert_steps_equal_the_reference(tensors, grad_scale=torch.tensor(0.3))
 
 
-@SCHEMES
-@pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("numel", [1, 3, 255, 256, 257, 1023, 1024, 1025, 1300, 4096, 2 * 4096 + 1500])
-def test_blocks_chunks_and_groups_meet_without_a_seam(numel, dtype, eight_bit):
+@pytest.mark.parametrize(
+    ("eight_bit", "dtype", "numel"),
+    in_turn(EIGHT_BIT, FORMATS, [1, 3, 255, 256, 257, 1023, 1024, 1025, 1300, 4096, 2 * 4096 + 1500]),
+)
+def test_blocks_chunks_and_groups_meet_without_a_seam(eight_bit, dtype, numel):
     tensors = arguments((1, numel), dtype, eight_bit)
     results = []
     for seed, multiprocessors in enumerate((1, 1000)):

@@ -4,6 +4,7 @@ import emulated
 import pytest
 import torch
 from guarded import guarded
+from in_turn import in_turn
 
 from mft_kernels import reference
 
@@ -49,11 +50,10 @@ def test_every_rank_is_found_among_few_scores(dtype, mode):
         assert_same_threshold(scores, ratio(kept, scores.numel()), mode)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vectors", [1, VECTORS, 3 * VECTORS])
-@pytest.mark.parametrize("more", [-1, 0, 1, 7])
-def test_blocks_meet_without_a_seam(dtype, mode, vectors, more):
+@pytest.mark.parametrize(
+    ("mode", "dtype", "vectors", "more"), in_turn(MODES, DTYPES, [1, VECTORS, 3 * VECTORS], [-1, 0, 1, 7])
+)
+def test_blocks_meet_without_a_seam(mode, dtype, vectors, more):
     numel = vectors * 16 // dtype.itemsize + more
     # Of these the smallest and the largest are at the ends of the memory, and no other score is like them.
     scores = torch.linspace(-0.5, 0.5, numel).to(dtype)
@@ -62,10 +62,8 @@ def test_blocks_meet_without_a_seam(dtype, mode, vectors, more):
         assert_same_threshold(scores, ratio(kept, numel), mode, CAPABILITIES[:1] if kept > 1 else CAPABILITIES)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("multiprocessors", range(1, 9))
-def test_the_number_of_blocks_changes_no_bit(dtype, mode, multiprocessors):
+@pytest.mark.parametrize(("mode", "dtype", "multiprocessors"), in_turn(MODES, DTYPES, range(1, 9)))
+def test_the_number_of_blocks_changes_no_bit(mode, dtype, multiprocessors):
     scores = normal(7 * VECTORS * 16 // dtype.itemsize + 77, seed=1).to(dtype)
     emulated.set_settings(seed=multiprocessors)
     assert_same_threshold(scores, 0.9, mode, (90,), multiprocessors=multiprocessors)
