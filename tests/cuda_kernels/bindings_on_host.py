@@ -1,10 +1,13 @@
 """The bindings of csrc/cuda for CPU tensors: their ops as torch.ops.NAME, over kernels that run on the host."""
 
-import subprocess
+import fcntl
 from pathlib import Path
 
 import emulated
 import torch
+
+from building.compile import TORCH_TARGET, CannotBuild, Link, Unit
+from building.compile import build as build_units
 
 BINDINGS = [
     emulated.ROOT / "csrc/cuda" / name
@@ -15,20 +18,24 @@ BINDINGS = [
 def build(library: Path, name: str, *kernels: str) -> None:
     """Compile and link ``library``. ``kernels``: sources, shared objects and flags of the linker.
 
+    What was compiled stays in build/, for each name and torch, and is taken where nothing has changed.
+
     Raises: RuntimeError with the compiler's words.
     """
-    torch_folder = Path(torch.__file__).parent
-    # fmt: off
-    command = [
-        emulated.compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror",
-        "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-DMFT_CUDA_ON_HOST={name}", "-DMFT_CUDA_PRODUCT_SM90",
-        "-isystem", str(torch_folder / "include"), f"-I{BINDINGS[0].parent}", *map(str, BINDINGS), *kernels,
-        f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ltorch", "-Wl,-Bsymbolic", "-o", str(library),
-    ]
-    # fmt: on
-    built = subprocess.run(command, capture_output=True, text=True)
-    if built.returncode != 0:
-        raise RuntimeError(f"csrc/cuda/*bindings.cpp do not compile for the host:\n{built.stderr}")
+    torch_folder, compiler = Path(torch.__file__).parent, emulated.compiler()
+    flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{BINDINGS[0].parent}"]
+    own = [TORCH_TARGET, f"-DMFT_CUDA_ON_HOST={name}", "-DMFT_CUDA_PRODUCT_SM90", "-isystem", f"{torch_folder}/include"]
+    units = [Unit(source, compiler, [*flags, *own]) for source in BINDINGS]
+    linked = [*flags, *kernels, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ltorch", "-Wl,-Bsymbolic"]
+    directory = emulated.ROOT / "build" / name / torch.__version__
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs of the tests build one after the other
+        try:
+            build_units(directory, units, Link(str(library.absolute()), compiler, linked))
+        except CannotBuild as error:
+            said = "".join(log.read_text() for log in sorted(directory.glob("*.log")))
+            raise RuntimeError(f"csrc/cuda/*bindings.cpp do not compile for the host: {error}\n{said}") from None
 
 
 def emulated_kernels() -> list[str]:
