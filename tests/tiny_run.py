@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -47,6 +48,13 @@ def wait_for_checkpoint(directory, process):
     while not list((directory / "checkpoints").glob("step-*")):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
+
+
+def free_port():
+    """Where several processes can meet: MASTER_PORT."""
+    with socket.socket() as any_port:
+        any_port.bind(("localhost", 0))
+        return str(any_port.getsockname()[1])
 
 
 def steps(directory, phase="mask fine-tune"):

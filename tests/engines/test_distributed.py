@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny import make_llama, make_rows, masked_llama
-from tiny_run import LEARN, Forked, steps, wait_for_checkpoint
+from tiny_run import LEARN, Forked, free_port, steps, wait_for_checkpoint
 
 import mft
 from mft.config import MaskConfig, TrainConfig
@@ -379,12 +378,6 @@ def torchrun(*arguments):
     command += ["-m", "mft", "train", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
-def free_port():
-    with socket.socket() as any_port:
-        any_port.bind(("localhost", 0))
-        return str(any_port.getsockname()[1])
 
 
 def test_a_run_whose_writer_is_killed_ends_and_goes_on_to_the_single_process_result(cli, tmp_path):
