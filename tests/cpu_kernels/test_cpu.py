@@ -103,9 +103,10 @@ def test_odd_shapes_and_thresholds_equal_the_reference():
     check()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 700, 3000), (70, 33, 3001), (2, 5000, 257)])
-def test_slabs_meet_without_a_seam(capability, dtype, shape):
+def test_slabs_meet_without_a_seam(capability, shape):
+    """Where they do depends on shape and instruction set; so a dtype a pair of them, and all beside each of either."""
+    dtype = DTYPES[(CAPABILITIES.index(capability) + shape[0]) % 3]
     t = integer_inputs(*shape, dtype, torch.bfloat16)
     # One x and one grad_output in 61 is not zero, so that sums stay exact in 8 bits at these sizes.
     for v in (t.x, t.grad_output):

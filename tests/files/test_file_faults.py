@@ -8,7 +8,7 @@ from pathlib import Path
 import file_faults
 import pytest
 
-CASES = int(os.environ.get("MFT_FILE_FAULTS", "12"))  # of some two thousand, at places spread over all
+CASES = int(os.environ.get("MFT_FILE_FAULTS", "8"))  # of some two thousand, at places spread over all
 
 
 def test_a_run_that_met_a_fault_goes_on_to_the_same_bytes():

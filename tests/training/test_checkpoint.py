@@ -23,7 +23,7 @@ from mft.training.checkpoint import (
     write_checkpoint,
 )
 
-KILLS = int(os.environ.get("MFT_KILLS", "100"))
+KILLS = int(os.environ.get("MFT_KILLS", "50"))
 
 
 def tensors_of(step):
