@@ -138,10 +138,10 @@ def test_subnormal_scores_are_ordered(dtype, mode):
         assert_same_threshold(scores, ratio(kept, 6), mode)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("mode", MODES)
-def test_one_non_finite_score_makes_the_threshold_nan(dtype, bad, mode):
+@pytest.mark.parametrize(
+    ("mode", "dtype", "bad"), in_turn(MODES, DTYPES, [torch.nan, -torch.nan, torch.inf, -torch.inf])
+)
+def test_one_non_finite_score_makes_the_threshold_nan(mode, dtype, bad):
     scores = normal(7, 9).to(dtype)
     scores[3, 5] = torch.finfo(dtype).max
     scores[0, 0] = torch.finfo(dtype).min

@@ -3,14 +3,11 @@
 CuTe runs on the host; its headers and CUDA's are needed, no nvcc. The last two tests need neither.
 """
 
-import fcntl
-import subprocess
-from pathlib import Path
-
 import emulated
 import pytest
+from host_program import built, run
 
-from building.compile import CannotBuild, Unit, build, system_headers
+from building.compile import CannotBuild, system_headers
 from building.nvcc import find_cutlass, find_nvcc
 
 KERNELS = [
@@ -30,27 +27,6 @@ def cute_headers() -> list[str]:
         return system_headers([cutlass[1], *find_nvcc().include])
     except CannotBuild as reason:
         pytest.skip(f"CuTe needs CUDA's headers: {reason}")
-
-
-def built(name: str) -> Path:
-    """The object of an emulated file."""
-    return Path(emulated.library()._name).parent / f"{name}.o"
-
-
-def run(source: str, objects: list[Path], flags: list[str]) -> None:
-    """Compiles one of the files beside this one where something changed, and runs it: it says what went wrong."""
-    directory = emulated.ROOT / "build" / "cuda_layouts" / Path(source).stem
-    directory.mkdir(parents=True, exist_ok=True)
-    compiler = emulated.compiler()
-    unit = Unit(emulated.PROGRAMS / source, compiler, [*emulated.FLAGS, *flags])
-    program = directory / "program"
-    with open(directory / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs of the tests build one after the other
-        build(directory, [unit])
-        linked = [str(directory / unit.object), *map(str, objects)]
-        subprocess.run([compiler, *linked, "-o", str(program)], check=True)
-        result = subprocess.run([str(program)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_the_emulator_executes_what_cute_describes():

@@ -1,11 +1,10 @@
 """The sm_80 kernels in the emulator: forward, d_x, d_scores and d_weight against the reference, bit for bit."""
 
-import subprocess
-
 import emulated
 import pytest
 import torch
 from guarded import guarded
+from host_program import built, run
 from in_turn import in_turn
 from torch import Tensor
 
@@ -480,12 +479,5 @@ def test_fp32_weights_are_refused():
         emulated.accumulate_product(t.scores, t.grad_output, t.x)
 
 
-def test_tiles_give_the_right_fragments_without_bank_conflicts(tmp_path):
-    program = str(tmp_path / "test_tile_sm80")
-    sources = [str(emulated.PROGRAMS / "test_tile_sm80.cpp"), str(emulated.HERE / "emulator/machine.cpp")]
-    built = subprocess.run(
-        [emulated.compiler(), *emulated.FLAGS, *sources, "-o", program], capture_output=True, text=True
-    )
-    assert built.returncode == 0, built.stderr
-    result = subprocess.run([program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
+def test_tiles_give_the_right_fragments_without_bank_conflicts():
+    run("test_tile_sm80.cpp", [built("machine.cpp")])
