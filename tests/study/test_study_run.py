@@ -1,6 +1,7 @@
 """A whole study: interrupted, resumed, with more workers, with more seeds, it finds the same; what fails is named."""
 
 import io
+import multiprocessing
 import os
 import shutil
 import signal
@@ -150,8 +151,10 @@ def test_a_unit_that_fails_is_named_and_what_was_done_is_kept(study, monkeypatch
 
 
 @pytest.fixture
-def process(study):
-    """(one worker process, a job whose fine-tune is not there)"""
+def process(study, monkeypatch):
+    """(one worker process, a job whose fine-tune is not there); forked, as a fresh one imports for six seconds."""
+    get_context = multiprocessing.get_context
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: get_context("fork"))
     declared = make_study(study.ground)
     processes = workers._Processes(declared, declared.model)
     yield processes, Job(Unit("count", "control", 0, Setting(1e-2, 1.0)), (study.directory / "x",), study.directory)
