@@ -35,7 +35,7 @@ from benchmarks.mask_variants.rules import (
 )
 from mft.config import DataConfig, TrainConfig
 from mft.evaluation.evaluate import paired_difference
-from mft.study.one_shot import initialise_scores
+from mft.importance.scores import initialise_scores
 
 START, CONTROL = "fine-tune", "control"
 CONTROL_RATES = (1e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)

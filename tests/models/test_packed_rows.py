@@ -11,13 +11,13 @@ from mft.config import MaskConfig, TrainConfig
 from mft.data.batches import take_rows
 from mft.engines.start import start_runner
 from mft.evaluation.evaluate import evaluate
+from mft.importance.importance import importance
 from mft.masks.convert import mask_model, masked_modules
 from mft.models import block_attention
 from mft.models.causal_lm import head_of, run_decoder
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.packed_rows import check_kept_apart
 from mft.models.token_loss import backward_token_loss
-from mft.study.one_shot import importance
 from mft.study.workspace import _remembered
 from mft.training.loop import train_masks
 

@@ -8,11 +8,13 @@ from tiny import make_rows
 from transformers import GptOssConfig, GptOssForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from mft.config import MaskConfig, TrainConfig
+from mft.importance.importance import METHODS, importance
+from mft.importance.scores import initialise_scores
 from mft.masks.convert import mask_model, masked_modules
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.experts import expert_projections
 from mft.study.lora import add_lora, merge_lora
-from mft.study.one_shot import METHODS, importance, initialise_scores, one_shot_mask
+from mft.study.one_shot import one_shot_mask
 from mft.study.workspace import with_weights
 from mft.training.loop import train_loop, train_weights
 

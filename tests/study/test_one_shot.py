@@ -6,8 +6,10 @@ from datasets import Dataset
 from tiny import make_llama, make_rows, masked_llama
 
 from mft.config import MaskConfig
+from mft.importance.importance import METHODS, importance
+from mft.importance.scores import initialise_scores
 from mft.masks.convert import masked_modules
-from mft.study.one_shot import METHODS, importance, initialise_scores, one_shot_mask
+from mft.study.one_shot import one_shot_mask
 
 UP, Q = "model.layers.2.mlp.up_proj", "model.layers.3.self_attn.q_proj"
 LAYERS = MaskConfig(layers_to_transform=[2, 3], keep_ratio=0.9)

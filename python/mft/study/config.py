@@ -24,7 +24,7 @@ from mft.checks import (
     one_of,
 )
 from mft.config import INITS, MODES, DataConfig, Layers, MaskConfig, ModelConfig, TrainConfig
-from mft.study.one_shot import METHODS
+from mft.importance.importance import METHODS
 
 # What an arm is. "full" is where all but "base" start; there is one of it, and one of "base" at most.
 FULL_KINDS = BASE, FULL = ("base", "full")
@@ -63,7 +63,7 @@ class ArmConfig:
 
     kind: base: before the full fine-tune. full: the full fine-tune, annealed. continued: all weights trained on.
     control: the masked layers' weights trained on. lora: adapters on the same layers. mask: scores trained.
-    random, magnitude, magnitude_rows, wanda, gradient, fisher: a mask found in one shot (see one_shot.py). temperature:
+    random, magnitude, magnitude_rows, wanda, gradient, fisher: a mask found in one shot (importance.py). temperature:
     the fine-tune with its logits scaled. average: the mean weights of `runs` runs of the arm `of`, from one fine-tune.
     interpolated: start + alpha * (trained - start), trained being what the arm `of` made of its start.
     """

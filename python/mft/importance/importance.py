@@ -1,0 +1,262 @@
+"""How much each weight matters: what a mask found in one shot keeps first, and where scores may begin.
+
+random          uniform in [0, 1)
+magnitude       |w_ij|
+magnitude_rows  sum over j of |w_ij|: whole output rows go (the L1 baseline of the mask fine-tuning paper's code)
+wanda           |w_ij| * ||x_j||_2 over the calibration tokens, compared within an output row (arXiv 2306.11695)
+gradient        -g_ij * w_ij with g the gradient of the calibration loss: to first order what the loss rises by without
+                w_ij, so what is expected to lower it most goes first
+fisher          -g_ij * w_ij + F_ij * w_ij^2 / 2: to second order, the curvature F being the mean square of a token's
+                gradient, as if tokens were independent (arXiv 1801.05787, which leaves g out)
+"""
+
+import contextlib
+import random
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mft.checks import check_one_of, check_rule
+from mft.data.batches import MicroBatch, count_labels, take_rows
+from mft.masks.convert import keeping_all, masked_modules
+from mft.masks.experts import watching_experts
+from mft.models.causal_lm import FEW, evaluating, run_decoder, split_at_head
+from mft.models.experts import expert_projections, flags
+from mft.models.frozen_layers import FrozenPrefix
+from mft.models.linears import Candidate, find_targets
+from mft.models.packed_rows import keeping_apart
+from mft.models.token_loss import backward_token_loss
+
+METHODS = ("random", "magnitude", "magnitude_rows", "wanda", "gradient", "fisher")
+SIGNED = ("gradient", "fisher")  # importance may be negative
+_BY_DATA = ("wanda", *SIGNED)
+
+
+def importance(
+    model: nn.Module,
+    names: Iterable[str],
+    method: str,
+    dataset,
+    *,
+    rows: int = 64,
+    batch_size: int = 4,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """How much each weight of the named linear layers matters, by ``method``: the larger, the sooner it is kept.
+
+    A masked layer counts as if it kept every weight. Requirements of gradients, gradients and the training mode are
+    left as they were.
+
+    Args:
+        dataset: columns input_ids, labels, document; so many ``rows`` of it, drawn by ``seed``, are what wanda,
+            gradient and fisher look at. Tokens after a row's last label are padding, and left out.
+    Returns: by name (N, K), of experts in one parameter (E, N, K) however stored; fp32, on its device.
+    Raises: ValueError if a name is no linear layer, no token is labelled, or what is found of a layer is the same for
+        all its weights, or not finite.
+    """
+    check_one_of("method", method, METHODS)
+    for argument, value in (("rows", rows), ("batch_size", batch_size)):
+        check_rule(value >= 1, argument, "be at least 1", value)
+    modules = _linear_modules(model, names)
+    batches = list(_calibration(dataset, rows, batch_size, seed)) if method in _BY_DATA else []
+    found: dict[str, Tensor] = {}
+    with keeping_all(model), evaluating(model), contextlib.ExitStack() as stack:
+        if batches:
+            few = batches[0].input_ids[:1, :FEW].to(next(model.parameters()).device)
+            stack.enter_context(keeping_apart(model, dataset, few, batch_size))
+        if method == "wanda":
+            norms = _input_norms(model, modules, batches)
+            found = {name: _matrix(module).abs().float() * norms.pop(name) for name, module in modules.items()}
+        elif method in SIGNED:
+            gradients, squares = _gradients(model, modules, batches, squares=method == "fisher")
+            for name, module in modules.items():
+                weight = _matrix(module).float()
+                found[name] = -gradients[name] * weight
+                if squares:
+                    found[name] += squares.pop(name) * weight.square() / 2
+        else:
+            found = {name: _BY_WEIGHT[method](_matrix(module), seed, name) for name, module in modules.items()}
+    for name, values in found.items():
+        _check_tells_apart(name, method, values)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- importance
+
+
+def _random(weight: Tensor, seed: int, name: str) -> Tensor:
+    # By name, so that a layer's mask does not depend on which other layers are masked.
+    generator = torch.Generator(weight.device).manual_seed(random.Random(f"{seed} {name}").getrandbits(62))
+    return torch.rand(weight.shape, generator=generator, device=weight.device)
+
+
+def _magnitude(weight: Tensor, seed: int, name: str) -> Tensor:
+    return weight.abs().float()
+
+
+def _magnitude_rows(weight: Tensor, seed: int, name: str) -> Tensor:
+    return weight.abs().sum(-1, keepdim=True, dtype=torch.float64).float().expand(weight.shape).contiguous()
+
+
+_BY_WEIGHT: dict[str, Callable[[Tensor, int, str], Tensor]] = {
+    "random": _random,
+    "magnitude": _magnitude,
+    "magnitude_rows": _magnitude_rows,
+}
+
+
+def _input_norms(model: nn.Module, modules: dict[str, Any], batches: list[MicroBatch]) -> dict[str, Tensor]:
+    """||x_j||_2 of each module's input over the tokens that are not padding; sums of squares in fp64.
+
+    (K,), of experts over the rows of each (E, 1, K).
+    """
+    sums: dict[str, Tensor] = {}
+    real = torch.empty(0, dtype=torch.bool)
+    experts = {name: module for name, module in modules.items() if module.weight.dim() == 3}
+
+    def add_squares_of_experts(name: str, x: Tensor, offsets: Tensor) -> None:
+        if name not in experts:
+            return
+        begins = [0, *offsets.tolist()]
+        squares = torch.stack([x[a:b].float().square().sum(0, dtype=torch.float64) for a, b in pairwise(begins)])
+        sums[name] = sums[name] + squares if name in sums else squares
+
+    def leave_out_padding(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if len(arguments) != 3:
+            raise ValueError(
+                f"experts must be given hidden states, choices and weights for wanda, got {len(arguments)}"
+            )
+        hidden, chosen, weights = arguments
+        return hidden, chosen.masked_fill(~real[:, None], module.num_experts), weights  # type: ignore[arg-type]
+
+    def add_squares(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0].flatten(0, -2)
+            if len(x) != len(real):
+                raise ValueError(f"{name} must see every token for wanda, got {len(x)} of {len(real)}: leave it out")
+            squares = x[real].float().square().sum(0, dtype=torch.float64)
+            sums[name] = sums[name] + squares if name in sums else squares
+
+        return hook
+
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for name, module in modules.items():
+            if name not in experts:
+                hooks.callback(module.register_forward_pre_hook(add_squares(name)).remove)
+        for path in {name.rpartition(".")[0] for name in experts}:
+            around = model.get_submodule(path)
+            if flags(around) is None:
+                raise ValueError(
+                    f"{path} must hand its experts the rows of tokens for wanda, which {type(around).__name__} does in "
+                    "its own way: leave it out"
+                )
+            hooks.callback(around.register_forward_pre_hook(leave_out_padding).remove)
+        if experts:
+            hooks.enter_context(watching_experts(model, add_squares_of_experts))
+        for batch in batches:
+            device = next(model.parameters()).device
+            real = _not_padding(batch.labels).flatten().to(device)
+            run_decoder(model, *batch.inputs(device))
+    norms = {name: total.sqrt().float() for name, total in sums.items()}
+    return {name: norm.unsqueeze(1) if name in experts else norm for name, norm in norms.items()}
+
+
+def _not_padding(labels: Tensor) -> Tensor:
+    """(B, T): True up to a row's last label; all of a row without one, which tells nothing."""
+    labelled = (labels != -100).int()
+    to_come = labelled.flip(1).cumsum(1).flip(1)
+    return (to_come > 0) | (labelled.sum(1, keepdim=True) == 0)
+
+
+def _gradients(
+    model: nn.Module, modules: dict[str, Any], batches: list[MicroBatch], *, squares: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of the mean token loss by each module's weight, (N, K) in fp32, summed over batches in fp32 too; and the mean
+    square of a token's gradient where ``squares`` asks for it: the squares of batches' sums, over all tokens."""
+    tokens = sum(int(count_labels(batch.labels).sum()) for batch in batches)
+    check_rule(tokens > 0, "dataset", "label a token for a gradient", f"{tokens} labels in the rows drawn")
+    weights = {name: module.weight for name, module in modules.items()}
+    totals = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+    square_totals = {name: torch.zeros_like(total) for name, total in totals.items()} if squares else {}
+    device = next(model.parameters()).device
+    run, head = split_at_head(model, batches[0].input_ids[:1, :FEW].to(device))
+    with _requiring_grad(model, weights.values()):
+        prefix = FrozenPrefix(model, run=run)
+        for batch in batches:
+            ids, positions = batch.inputs(device)
+            hidden = prefix(ids, batch.rows, positions)
+            backward_token_loss(head, hidden, batch.labels.to(device), 1 / tokens)
+            for name, weight in weights.items():
+                if weight.grad is not None:  # None where no token came by, in an expert for instance
+                    totals[name] += weight.grad
+                    if squares:  # of grad = sum / tokens
+                        square_totals[name] += tokens * weight.grad.float().square()
+                    weight.grad = None
+    return _as_matrices(totals, modules), _as_matrices(square_totals, modules)
+
+
+def _as_matrices(totals: dict[str, Tensor], modules: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: total.mT if is_transposed(modules[name]) else total for name, total in totals.items()}
+
+
+@contextlib.contextmanager
+def _requiring_grad(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Only the chosen parameters require grad, and have none to begin with."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, required, grad in before:
+            parameter.requires_grad_(required)
+            parameter.grad = grad
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _calibration(dataset, rows: int, batch_size: int, seed: int) -> Iterator[MicroBatch]:
+    """At most so many rows, drawn without replacement."""
+    check_rule(len(dataset) > 0, "dataset", "hold at least one row to calibrate on", len(dataset))
+    drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:rows].tolist()
+    for start in range(0, len(drawn), batch_size):
+        yield take_rows(dataset, drawn[start : start + batch_size])
+
+
+def _linear_modules(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """The named layers, masked or ordinary: what has their weight. Others are refused as find_targets does."""
+    names, masked = list(names), masked_modules(model)
+    targets = find_targets(model, [n for n in names if n not in masked])
+    plain = {target.name: target if target.is_parameter else target.module for target in targets}
+    return {name: masked[name] if name in masked else plain[name] for name in names}
+
+
+def _matrix(module: Any) -> Tensor:
+    """The weight as (N, K) or (E, N, K)."""
+    weight = module.weight.detach()
+    return weight.mT if is_transposed(module) else weight
+
+
+def is_transposed(module: Any) -> bool:
+    """Whether it holds (K, N), as a Conv1D, or (E, K, N)."""
+    if isinstance(module, Candidate):
+        return expert_projections(module.module)[module.suffix.rpartition(".")[2]].transposed
+    return isinstance(module, Conv1D) or getattr(module, "transposed", False)
+
+
+def _check_tells_apart(name: str, method: str, values: Tensor) -> None:
+    low, high = values.min().item(), values.max().item()
+    if not (abs(low) < torch.inf and abs(high) < torch.inf):  # NaN fails too
+        raise ValueError(f"importance of {name} by {method} must be finite, got values from {low} to {high}")
+    if low == high and values.numel() > 1:
+        raise ValueError(
+            f"importance of {name} by {method} must vary, got {low} for every weight: nothing tells which to keep; "
+            "choose another method, or leave the layer out with exclude_modules"
+        )
