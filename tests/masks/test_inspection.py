@@ -9,10 +9,10 @@ from torch import nn
 
 from mft.cli.masks import _mask_table
 from mft.config import TrainConfig
-from mft.masks.inspection import MaskStatistics, flip_share, initial_masks, mask_statistics
+from mft.masks.inspection import MaskStatistics, dropped_share, flip_share, initial_masks, mask_statistics
 from mft.tracking.console import new_console
 from mft.training.loop import train_masks
-from mft_kernels import MaskedGroupedLinear
+from mft_kernels import MaskedGroupedLinear, pack_mask
 
 
 def test_mask_statistics_of_a_worked_example():
@@ -57,3 +57,12 @@ def test_a_table_of_masks_is_eighty_columns_wide():
     new_console(file, width=80).print(_mask_table(rows))
     assert all(f"{name} " in file.getvalue() for name in names)  # none is broken
     assert "since" in file.getvalue()
+
+
+def test_the_dropped_share_counts_bits_whatever_stands_beside_them():
+    """Rows that end within a word, words that are all ones, several layers."""
+    masks = [torch.rand(5, 45, generator=torch.Generator().manual_seed(0)) > 0.3, torch.ones(2, 64, dtype=torch.bool)]
+    packed = [pack_mask(mask.float(), torch.tensor(0.5)) for mask in masks]
+    dropped, weights = int((~masks[0]).sum()), 5 * 45 + 2 * 64
+    assert dropped_share(packed, weights) == pytest.approx(dropped / weights)
+    assert dropped_share(packed[1:], 128) == 0

@@ -74,6 +74,15 @@ def test_steps_of_an_earlier_process_count_neither_in_speed_nor_in_what_is_left(
         assert phase.figures == ["10 tokens/s"]
 
 
+def test_the_share_dropped_stands_behind_the_loss_until_another_is_known(clock):
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    with Progress(console).phase("mask fine-tune", 100) as phase:
+        for dropped in (0.000423, None):
+            clock(6)
+            phase.advance(tokens=60, loss=1, dropped=dropped)
+            assert phase.figures == ["loss 1.000", "0.0423 % dropped", "10 tokens/s"]
+
+
 @pytest.mark.parametrize("options", [{}, {"force_terminal": True, "_environ": {"TERM": "dumb"}}], ids=["file", "dumb"])
 def test_elsewhere_a_line_at_most_every_ten_seconds(clock, options):
     console = Console(file=io.StringIO(), width=30, **options)

@@ -206,6 +206,12 @@ def test_tensorboard_has_the_configuration(tmp_path):
     assert (values["mask.threshold"].string_value, values["train.betas"].string_value) == ("None", "(0.9, 0.99)")
 
 
+def test_the_share_dropped_is_a_scalar_where_it_is_known():
+    step = {"step": 1, "loss": 2.0, "lr": 1e-3, "tokens": 8, "seconds": 0.0}
+    assert Scalars()(step | {"dropped": 0.25}) == (1, {"train/loss": 2.0, "train/lr": 1e-3, "mask/dropped": 0.25})
+    assert Scalars()(step) == (1, {"train/loss": 2.0, "train/lr": 1e-3})
+
+
 def test_speed_is_that_of_training_between_the_steps_that_are_written():
     scalars = Scalars()
     step = {"phase": "mask fine-tune", "loss": 2.0, "lr": 1e-3, "tokens": 100}

@@ -123,6 +123,11 @@ class LayerEngine:
         self.mover.finish()
         return {f"{mask.name}.mask": mask.packed for mask in self.masks}
 
+    def packed_masks(self) -> list[Tensor]:
+        """See step.Runner."""
+        self.mover.finish()
+        return [mask.packed for mask in self.masks]
+
     def relearned(self) -> None:
         """After a change of the scores: the masks follow."""
         for mask, selected in zip(self.masks, current_masks({mask.name: mask.module for mask in self.masks})):

@@ -18,6 +18,7 @@ from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
 from mft_kernels import MaskAdamW, MaskedLayer
+from mft_kernels.masking import current_mask
 
 
 class Plain:
@@ -124,6 +125,11 @@ class Plain:
             if trained.pop(f"{name}.scores", None) is not None:
                 trained[f"{name}.mask"] = module.packed_mask()
         return trained
+
+    def packed_masks(self) -> list[Tensor]:
+        """See step.Runner. What is selected here is remembered for the next forward."""
+        masked = [module for module in self._model.modules() if isinstance(module, MaskedLayer)]
+        return [current_mask(m.scores, m.keep_ratio, m.threshold, m.mode).packed for m in masked]
 
     def relearned(self) -> None:
         """After a change of what is learned: the model computes with it."""

@@ -53,6 +53,9 @@ class Runner(Protocol):
         """What a finished run saves, as it is now and where it lies: each mask as bits, LAYER.mask, int32 as of
         pack_mask; trained weights by the parameter's name, in the model's dtype."""
 
+    def packed_masks(self) -> list[Tensor]:
+        """The bits that the next step computes with, a layer each, as of pack_mask; its own, and ready to be read."""
+
     def relearned(self) -> None:
         """After a change of what is learned: the model computes with it."""
 
@@ -70,6 +73,7 @@ class StepReport:
     lr: float
     tokens: int  # of this step
     seconds: float  # since the loop began, but for evaluations
+    dropped: float | None = None  # share of the masked weights; of masks with a threshold, at steps that are logged
 
 
 class NonFiniteLoss(RuntimeError):

@@ -1,5 +1,6 @@
 """What a mask did, layer by layer: kept share, flips since its initialisation, overlap with the magnitude mask."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,20 @@ def flip_share(model: nn.Module, initial: dict[str, Tensor]) -> float:
     masks = ((name, module.mask().cpu()) for name, module in masked_modules(model).items())  # one at a time
     flipped = sum(int((mask != initial[name]).sum()) for name, mask in masks)
     return flipped / sum(mask.numel() for mask in initial.values())
+
+
+def dropped_share(packed: Iterable[Tensor], weights: int) -> float:
+    """Share of so many weights that masks drop, by their bits, as of pack_mask. Waits for the device once."""
+    kept = [_count_bits(words) for words in packed]
+    return 1 - int(torch.stack(kept).sum()) / weights
+
+
+def _count_bits(words: Tensor) -> Tensor:
+    """How many bits of int32 words are set, int64 (): in each pair of bits, in each four, each byte, each word."""
+    pairs = words - (words >> 1 & 0x55555555)
+    fours = (pairs & 0x33333333) + (pairs >> 2 & 0x33333333)
+    counts = ((fours + (fours >> 4)) & 0x0F0F0F0F) * 0x01010101 >> 24
+    return counts.sum(dtype=torch.int64)
 
 
 @torch.no_grad()

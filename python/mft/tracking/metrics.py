@@ -143,8 +143,8 @@ class Steps:
     def __call__(self, report: StepReport) -> None:
         self._curve.append(report)
         if self._is_written(report):
-            self._recorder.write(phase=self._phase, **vars(report))
-        self.shown.advance(1, tokens=report.tokens, loss=report.loss)
+            self._write(report)
+        self.shown.advance(1, tokens=report.tokens, loss=report.loss, dropped=report.dropped)
         self._recorder.redraw()
 
     def go_on(self, reports: list[StepReport]) -> None:
@@ -156,7 +156,11 @@ class Steps:
         """No step follows, though there should have been more: the last one is written all the same."""
         self.shown.over = True
         if self._curve and not self._is_written(self._curve[-1]):
-            self._recorder.write(phase=self._phase, **vars(self._curve[-1]))
+            self._write(self._curve[-1])
+
+    def _write(self, report: StepReport) -> None:
+        known = {name: value for name, value in vars(report).items() if value is not None}
+        self._recorder.write(phase=self._phase, **known)
 
     def _is_written(self, report: StepReport) -> bool:
         return report.step % self._log_every == 0 or report.step == report.steps

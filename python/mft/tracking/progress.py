@@ -23,17 +23,30 @@ class Phase:
         self.name, self.total = name, total
         self.done, self.tokens, self.resumed = 0, 0, 0
         self.loss: float | None = None
+        self.dropped: float | None = None  # share of the masked weights
         self.begin = time.perf_counter()
         self.over = False  # before all is done
         self.inside: Phase | None = None  # what runs meanwhile
         self._paused = 0.0  # seconds of those that ran
 
-    def advance(self, done: int = 1, *, tokens: int = 0, loss: float | None = None, resumed: bool = False) -> None:
-        """done of total are ready, with so many tokens; loss is the latest. resumed: they were before this began."""
+    def advance(
+        self,
+        done: int = 1,
+        *,
+        tokens: int = 0,
+        loss: float | None = None,
+        dropped: float | None = None,
+        resumed: bool = False,
+    ) -> None:
+        """done of total are ready, with so many tokens; loss is the latest, dropped too where it is known.
+
+        resumed: they were before this began.
+        """
         self.done += done
         self.resumed += done if resumed else 0
         self.tokens += tokens
         self.loss = loss
+        self.dropped = self.dropped if dropped is None else dropped
         self.show()
 
     def show(self) -> None:
@@ -65,9 +78,11 @@ class Phase:
 
     @property
     def figures(self) -> list[str]:
-        """Loss and speed, as far as they are known."""
-        loss = [] if self.loss is None else [f"loss {self.loss:.3f}"]
-        return [*loss, f"{self.tokens / max(self.seconds - self._paused, 1e-9):.0f} tokens/s"] if self.tokens else loss
+        """Loss, share dropped and speed, as far as they are known."""
+        found = [] if self.loss is None else [f"loss {self.loss:.3f}"]
+        found += [] if self.dropped is None else [f"{100 * self.dropped:.3g} % dropped"]
+        speed = self.tokens / max(self.seconds - self._paused, 1e-9)
+        return [*found, f"{speed:.0f} tokens/s"] if self.tokens else found
 
 
 class Progress:
@@ -121,10 +136,10 @@ class _Bar(Phase):
         return super().seconds if self._took is None else self._took
 
     def parts(self, width: int) -> tuple[str, int, str]:
-        """(name, cells of the bar, the rest): a narrow terminal loses the bar first, then the speed, then the loss."""
-        count = f"{self.done:>{len(str(self.total))}}/{self.total}"
-        for figures in (self.figures, self.figures[:1], []):
-            rest = "  ".join([count, *figures, f"{self._time:<{_TIME}}"])
+        """(name, cells of the bar, the rest): a narrow terminal loses the bar first, then the figures from the last."""
+        count, figures = f"{self.done:>{len(str(self.total))}}/{self.total}", self.figures
+        for known in range(len(figures), -1, -1):
+            rest = "  ".join([count, *figures[:known], f"{self._time:<{_TIME}}"])
             if _NAME + 2 + len(rest) <= width:
                 break
         room = max(0, width - len(rest) - 2)

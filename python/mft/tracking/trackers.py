@@ -1,7 +1,8 @@
 """Where a run reports to beside metrics.jsonl: TensorBoard, trackio, Weights & Biases, by their own writers.
 
     an event of metrics.jsonl              scalars, at its step
-    a training step                        train/loss, train/lr, train/tokens_per_second
+    a training step                        train/loss, train/lr, train/tokens_per_second, and mask/dropped where masks
+                                           have a threshold
     an evaluation on validation            validation/loss, validation/accuracy, and what an objective measures, as
                                            validation/dpo/margin
     a count of flips                       mask/flips_from_start, mask/flips_a_step
@@ -133,7 +134,8 @@ class Scalars:
             tokens, seconds = event["tokens"] * (step - self._step), event["seconds"] - self._seconds
             self._step, self._seconds = step, event["seconds"]
             speed = {"train/tokens_per_second": tokens / seconds} if seconds > 0 else {}
-            return step, {"train/loss": event["loss"], "train/lr": event["lr"]} | speed
+            dropped = {"mask/dropped": event["dropped"]} if "dropped" in event else {}
+            return step, {"train/loss": event["loss"], "train/lr": event["lr"]} | speed | dropped
         if "accuracy" in event:
             if step <= self._validated:  # what is exported was evaluated on its way
                 return None

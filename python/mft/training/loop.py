@@ -18,6 +18,7 @@ from mft.engines.randomness import seeded
 from mft.engines.start import Device, start_runner
 from mft.engines.step import NonFiniteLoss, Runner, StepReport
 from mft.masks.convert import masked_modules
+from mft.masks.inspection import dropped_share
 from mft.masks.saved_modules import saved_modules, train_whole
 from mft.models.causal_lm import FEW
 from mft.models.frozen_layers import PrefixMemory
@@ -136,6 +137,7 @@ def train_loop(
         memory = PrefixMemory()
     few = first_row[:, :FEW].to(next(model.parameters()).device)
     processes.check_model(model, few)
+    counted_weights = _weights_of_free_masks(model)
     reports: list[StepReport] = []
     with (
         seeded(train.seed),
@@ -171,7 +173,9 @@ def train_loop(
                 runner.check()
                 (loss,) = processes.sum(losses.total)
                 seconds = time.perf_counter() - begin
-                reports.append(StepReport(step, steps, loss / max(count, 1), lr, tokens, seconds))
+                logged = step % train.log_every == 0 or step == steps
+                dropped = dropped_share(runner.packed_masks(), counted_weights) if counted_weights and logged else None
+                reports.append(StepReport(step, steps, loss / max(count, 1), lr, tokens, seconds, dropped))
                 if on_step is not None:
                     on_step(reports[-1])
                 if validation is not None:
@@ -187,6 +191,12 @@ def train_loop(
         finally:
             runner.close()
     return reports
+
+
+def _weights_of_free_masks(model: nn.Module) -> int:
+    """Of masks whose share is free, with a threshold that stays; 0 where a ratio says it."""
+    masked = masked_modules(model).values()
+    return sum(m.scores.numel() for m in masked) if any(m.threshold is not None for m in masked) else 0
 
 
 def _check_objective(objective: Objective, model: nn.Module, dataset) -> None:
