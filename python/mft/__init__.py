@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .objectives.objective import Objective
     from .objectives.token_objective import TokenObjective
     from .publishing.push import push_to_hub
+    from .surrogate.trainer import SharpnessCallback
     from .training.checkpoint import newest_checkpoint
     from .training.loop import finetune, train_masks
     from .training.resume import Begin, Resume
@@ -67,6 +68,7 @@ _HOMES = {
     "objectives.objective": ("Objective",),
     "objectives.token_objective": ("TokenObjective",),
     "publishing.push": ("push_to_hub",),
+    "surrogate.trainer": ("SharpnessCallback",),
     "training.checkpoint": ("newest_checkpoint",),
     "training.loop": ("finetune", "train_masks"),
     "training.resume": ("Begin", "Resume"),
@@ -93,6 +95,7 @@ __all__ = [
     "Resume",
     "RunConfig",
     "Saver",
+    "SharpnessCallback",
     "TokenObjective",
     "TrainConfig",
     "evaluate",

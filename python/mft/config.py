@@ -93,6 +93,9 @@ Layers = Annotated[
     Text(r"^\s*[0-9]+\s*(-\s*[0-9]+\s*)?(,\s*[0-9]+\s*(-\s*[0-9]+\s*)?)*$", parse_layers),
 ]
 
+# One number, or that at the start and that at the end; or none.
+Sharpness = Annotated[float | tuple[float, float] | None, POSITIVE_OR_NULL]
+
 # One, several, none ([]), or a string such as "tensorboard,trackio".
 Trackers = Annotated[list[str], one_of(TRACKERS), Text(r"^\s*\w+\s*(,\s*\w+\s*)*$", parse_trackers)]
 
@@ -138,6 +141,8 @@ class MaskConfig:
     mode: Annotated[str, one_of(MODES)] = "magnitude"
     init: Annotated[str, one_of(INITS)] = "magnitude"
     threshold: float | None = None
+    sharpness: Sharpness = None  # k of the gradient's slope at the threshold, or [start, end]; null: straight through
+    deletion_penalty: Annotated[float, at_least(0)] = 0.0  # nats that the loss rises by if everything is dropped
     scores_dtype: Annotated[str, one_of(SCORES_DTYPES)] = "float32"  # 16 bits are rounded stochastically
     seed: Annotated[int, SEED] = 0
 
@@ -147,9 +152,13 @@ class MaskConfig:
         check_not_empty(self, "exclude_modules", "modules_to_save")
         if isinstance(self.layers_to_transform, list):
             self.layers_to_transform = sorted(set(self.layers_to_transform))
-        check_rule(
-            self.scores_dtype != "int16" or self.threshold is None, "threshold", "be null with int16", self.threshold
-        )
+        fixed, sharp = self.threshold is not None, self.sharpness is not None
+        for holds, name, rule in (
+            (self.scores_dtype != "int16" or not fixed, "threshold", "be null with int16"),
+            (fixed or not sharp, "sharpness", "be null where threshold is null, from which it counts"),
+            (sharp or not self.deletion_penalty, "deletion_penalty", "be 0 where sharpness is null"),
+        ):
+            check_rule(holds, name, rule, getattr(self, name))
         if self.threshold is not None and self.mode == "magnitude":
             check_rule(self.threshold >= 0, "threshold", "be at least 0 in magnitude mode", self.threshold)
 
@@ -363,18 +372,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         coerce_fields(self)
-        check_rule(
-            self.mask.modules_to_save is None or self.memory in ("auto", "plain"),
-            "memory",
-            "be plain (or auto) with mask.modules_to_save, as the other ways train scores alone",
-            self.memory,
-        )
-        check_rule(
-            self.mask.modules_to_save is None or not self.objective.of_base,
-            "mask.modules_to_save",
-            f"be null with the objective {self.objective.name}, which holds masks to the base that they lie on",
-            self.mask.modules_to_save,
-        )
+        mask, of_base, alone = self.mask, self.objective.of_base, self.mask.modules_to_save is None
+        unsaved = f"be null with the objective {self.objective.name}, which holds masks to the base that they lie on"
+        plain = "be plain (or auto) with mask.modules_to_save, as the other ways train scores alone"
+        check_rule(alone or self.memory in ("auto", "plain"), "memory", plain, self.memory)
+        check_rule(alone or not of_base, "mask.modules_to_save", unsaved, mask.modules_to_save)
         check_not_empty(self, "output_dir", "project")
         expand_home(self, "output_dir")
         self.report_to = list(dict.fromkeys(self.report_to))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from mft.models.causal_lm import Run, evaluating
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
+from mft.surrogate.surrogate import Surrogate
 from mft_kernels import MaskAdamW, MaskedLayer
 from mft_kernels.masking import current_mask
 
@@ -26,7 +28,7 @@ class Plain:
 
     Args: run, head: see causal_lm.split_at_head. memory: of the frozen layers' outputs, or None. processes: those whose
         gradients make up a step. before_update: called when these are complete and not yet clipped or applied.
-        objective: what is made smaller.
+        objective: what is made smaller. surrogate: what scores learn by, if not by the straight-through gradient.
     """
 
     way = "plain"
@@ -41,7 +43,9 @@ class Plain:
         processes: Processes = ALONE,
         before_update: Callable[[], None] | None = None,
         objective: Objective = CROSS_ENTROPY,
+        surrogate: Surrogate | None = None,
     ) -> None:
+        self._surrogate = surrogate
         self._model, self._processes, self._run = model, processes, run
         self.head, self._objective = head, objective
         self._prefix = FrozenPrefix(model, memory=memory, run=run)
@@ -66,12 +70,24 @@ class Plain:
                     on_loss(batch, total)
         with self._at("the optimiser step"):
             self._processes.sum_gradients(self._stepper.masters)
+            self._replace_gradients()
             if self._before_update is not None:
                 self._before_update()
             self._stepper.set_lr(lr)
             if max_norm is not None:
                 self._stepper.clip(max_norm)
             self._stepper.step()
+
+    def _replace_gradients(self) -> None:
+        """The surrogate's over the straight-through ones, in the buffers that the optimiser reads."""
+        if self._surrogate is None:
+            return
+        masters = {id(p): master for p, master in zip(self._stepper.parameters, self._stepper.masters)}
+        masked: list[Any] = [module for module in self._model.modules() if isinstance(module, MaskedLayer)]
+        for module in masked:
+            scores = masters.get(id(module.scores))
+            if scores is not None and scores.grad is not None:
+                self._surrogate.replace(scores.grad, scores.detach(), threshold=module.threshold, mode=module.mode)
 
     def check(self) -> None:
         """Nothing: a masked layer finds non-finite scores in its next forward."""

@@ -16,6 +16,7 @@ from mft.config import TrainConfig
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.offload import Mover
 from mft.models.quantized_weight import QuantizedWeight
+from mft.surrogate.surrogate import Surrogate
 from mft_kernels import MaskAdamW, MaskedLayer, pack_mask
 from mft_kernels.fixed_point import selectable
 from mft_kernels.masking import outdate
@@ -71,13 +72,21 @@ class ScoreStates:
 
     The scores are moved to (pinned) host memory, and learn through this alone.
 
-    Args: processes: those whose gradients make up a step; each then takes the same one, rounding included.
+    Args:
+        processes: those whose gradients make up a step; each then takes the same one, rounding included.
+        surrogate: what scores learn by, if not by the straight-through gradient. It is written over a layer's buffer,
+            so that no matrix more is needed; moments in 8 bits then know the weight.
     """
 
     def __init__(
-        self, masks: Sequence[HeldMask], train: TrainConfig, mover: Mover, processes: Processes = ALONE
+        self,
+        masks: Sequence[HeldMask],
+        train: TrainConfig,
+        mover: Mover,
+        processes: Processes = ALONE,
+        surrogate: Surrogate | None = None,
     ) -> None:
-        self._mover, self._masks, self.processes = mover, masks, processes
+        self._mover, self._masks, self.processes, self._surrogate = mover, masks, processes, surrogate
         for mask in masks:
             mask.module.scores.requires_grad_(False)
             mask.module.scores.data = mover.rest(mask.module.scores.data)
@@ -97,17 +106,29 @@ class ScoreStates:
             mask.module.scores.requires_grad_(mask.module.scores.is_floating_point())
 
     def new_buffer(self, mask: HeldMask, dtype: torch.dtype | None) -> Tensor:
-        """Zeros for one layer's gradient, in dtype or the weight's."""
-        return torch.zeros(mask.module.scores.shape, dtype=dtype or mask.weight_dtype(), device=self._mover.device)
+        """Zeros for one layer's gradient, in dtype or the weight's.
+
+        Raises: ValueError in fp16 with a surrogate: products with weights would be rounded to 0.
+        """
+        dtype = dtype or mask.weight_dtype()
+        if self._surrogate is not None and dtype == torch.float16:
+            raise ValueError(
+                "train.grad_dtype must be float32 or bfloat16 with mask.sharpness, whose gradients float16 rounds to "
+                f"0, got float16 for {mask.name}"
+            )
+        return torch.zeros(mask.module.scores.shape, dtype=dtype, device=self._mover.device)
 
     def clip_factor(self, max_norm: float) -> Tensor:
         """min(1, max_norm / (norm + 1e-6)) of all scores' gradients together, 0-d on the device.
 
-        |weight * sign(score)| = |weight|, so the scores are not needed.
+        |weight * sign(score)| = |weight|, so the scores are not needed; a surrogate's are in the buffers already.
         """
         total = torch.zeros((), device=self._mover.device)
         for mask in self._masks:
             assert mask.grad is not None, "clipping needs every gradient"
+            if self._surrogate is not None:
+                total += sum(grad.float().square().sum() for grad in mask.grad.flatten(0, -2).split(_CLIP_ROWS))
+                continue
             rows = (mask.grad.flatten(0, -2), mask.weight().flatten(0, -2))
             for grad, weight in zip(*(tensor.split(_CLIP_ROWS) for tensor in rows)):
                 total += (grad.float() * weight.float()).square_().sum()
@@ -125,6 +146,9 @@ class ScoreStates:
         summed, factor = self.processes.summed(buffers), None
         if max_norm is not None:
             summed = iter(list(summed))
+            if self._surrogate is not None:
+                for mask in masks:
+                    self._replace(mask, *self._mover.bring([mask.module.scores]).wait())
             factor = self.clip_factor(max_norm)
         for mask, _ in zip(masks, summed, strict=True):
             mask.packed.copy_(self._step(mask, factor))
@@ -139,15 +163,24 @@ class ScoreStates:
                 mask.module.current_mask()  # which raises, naming the layer
                 raise AssertionError(f"{mask.name} has a threshold that is not finite, but its scores are")
 
+    def _replace(self, mask: HeldMask, scores: Tensor) -> None:
+        """The surrogate's gradient over the straight-through one; scores: on the device."""
+        module, surrogate, grad = mask.module, self._surrogate, mask.grad
+        assert surrogate is not None, "asked for where there is one"
+        assert grad is not None, "a step needs the gradient"
+        surrogate.replace(grad, scores.detach(), threshold=module.threshold, mode=module.mode, weight=mask.weight())
+
     def _step(self, mask: HeldMask, grad_scale: Tensor | None) -> Tensor:
         module, resting = mask.module, self.optimizer.tensors(mask.module.scores)
         tensors = dict(zip(resting, self._mover.bring(list(resting.values())).wait()))
         fixed = module.threshold is not None
         assert mask.grad is not None, "a step needs the gradient"
+        if self._surrogate is not None and grad_scale is None:  # else it was there before the norm
+            self._replace(mask, tensors["scores"])
         selected = self.optimizer.step_one(
             module.scores,
             mask.grad,
-            mask.weight(),
+            mask.weight() if self._surrogate is None else None,
             tensors=tensors,
             grad_scale=grad_scale,
             keep_ratio=None if fixed else module.keep_ratio,

@@ -22,6 +22,7 @@ from mft.models.causal_lm import split_at_head
 from mft.models.frozen_layers import PrefixMemory
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
+from mft.surrogate.surrogate import Surrogate
 
 Device = torch.device | str | None
 
@@ -44,6 +45,7 @@ def start_runner(
     *,
     before_update: Callable[[], None] | None = None,
     objective: Objective = CROSS_ENTROPY,
+    surrogate: Surrogate | None = None,
 ) -> Runner:
     """What trains model; close() gives it back.
 
@@ -52,11 +54,16 @@ def start_runner(
     """
     if way != "plain":
         return start_engine(
-            model, few, way, device, train=train, memory=memory, processes=processes, objective=objective
+            *(model, few, way, device),
+            train=train,
+            memory=memory,
+            processes=processes,
+            objective=objective,
+            surrogate=surrogate,
         )
     if memory is not None and draws_at_random(model, few):
         memory = None
-    return Plain(model, train, *split_at_head(model, few), memory, processes, before_update, objective)
+    return Plain(model, train, *split_at_head(model, few), memory, processes, before_update, objective, surrogate)
 
 
 def start_engine(
@@ -70,6 +77,7 @@ def start_engine(
     processes: Processes = ALONE,
     separate: bool | None = None,
     objective: Objective = CROSS_ENTROPY,
+    surrogate: Surrogate | None = None,
 ) -> LayerEngine:
     """An engine on ``device``; close() gives the model back.
 
@@ -79,7 +87,7 @@ def start_engine(
         way: "resident", "quantized" (the same over a base that is quantised already) or "layerwise".
         train: None for evaluation alone.
         processes: those that train together, whose gradients make up a step.
-        separate: see Mover. objective: what is made smaller.
+        separate: see Mover. objective: what is made smaller. surrogate: of the scores' gradients; see ScoreStates.
     """
     if way not in ENGINES:
         raise ValueError(f"way must be one of plain, {', '.join(ENGINES)}, got {way!r}")
@@ -101,7 +109,7 @@ def start_engine(
         calls = LayerCalls(model, run)
         calls.check(few)
         mover = Mover(device, separate=separate)
-        states = None if train is None else ScoreStates(masks, train, mover, processes)
+        states = None if train is None else ScoreStates(masks, train, mover, processes, surrogate)
         dtype = None if train is None or train.grad_dtype is None else getattr(torch, train.grad_dtype)
         engine = ENGINES[way](
             calls, head, masks, mover, states=states, grad_dtype=dtype, memory=memory, objective=objective

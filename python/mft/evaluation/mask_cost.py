@@ -36,7 +36,8 @@ def said_of_cost(model: nn.Module, config: MaskConfig, dataset, **options) -> st
 
 
 def _remedy(config: MaskConfig) -> str:
-    harmless = dataclasses.replace(config, **{name: getattr(MaskConfig(), name) for name in ("init", "threshold")})
+    ours = ("init", "threshold", "sharpness", "deletion_penalty")  # the last two count from a threshold
+    harmless = dataclasses.replace(config, **{name: getattr(MaskConfig(), name) for name in ours})
     harmless.keep_ratio = max(config.keep_ratio, MaskConfig().keep_ratio)
     was, better = (dataclasses.asdict(value) for value in (config, harmless))
     changes = [

@@ -19,6 +19,7 @@ from mft.models.experts import expert_projections
 from mft.models.linears import layer_index, layer_stacks
 from mft.models.parallel import check_unsharded, unwrapped
 from mft.models.quantized_weight import quantized_weights
+from mft.surrogate.surrogate import forget_surrogate, keep_surrogate
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, MaskedMultiheadAttention
 from mft_kernels.shells import filled, without
 
@@ -78,6 +79,7 @@ def merge_model(model: nn.Module) -> nn.Module:
     pack_attentions(model)
     remove_checkpointing_hooks(model)
     forget_saved_modules(model)
+    forget_surrogate(model)
     before = getattr(model, _TRAINABLE_BEFORE, None)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.is_floating_point() if before is None else name in before)
@@ -135,6 +137,8 @@ def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
             mask_experts(parent, part, functools.partial(masked_grouped_layer, name=name, config=config))
         else:
             replace_module(model, name, masked_layer(model.get_submodule(name), name, config))
+    weights = sum(module.scores.numel() for module in masked_modules(model).values())
+    keep_surrogate(model, config, weights)
     train_whole(model, select_saved_modules(model, config.modules_to_save))
     _prepare_checkpointing(model, names)
 

@@ -26,6 +26,7 @@ from mft.masks.export_format import CONFIG_FILE, PEFT_TYPE, check_masks_alone, i
 from mft.masks.location import fetched_masks
 from mft.masks.targets import select_targets
 from mft.models.experts import expert_projections
+from mft.surrogate.surrogate import keep_surrogate
 
 _TRIED = "0.21", "0.22"  # from the first version to before the last
 _REMEDY = f"pip install 'peft>={_TRIED[0]},<{_TRIED[1]}'"
@@ -116,6 +117,9 @@ class MaskModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             vars(config).update(written)
+        layers = [layer for layer in _mask_layers(model) if adapter_name in layer.mft_scores]
+        weights = sum(scores.numel() for layer in layers for scores in layer.scores_of(adapter_name).values())
+        keep_surrogate(config, config, weights)
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:

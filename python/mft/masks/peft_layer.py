@@ -17,6 +17,8 @@ from mft.masks.banked_linear import TaskPerRow
 from mft.masks.convert import masked_grouped_layer, masked_layer
 from mft.masks.experts import experts_forward, project
 from mft.models.experts import expert_projections
+from mft.surrogate.surrogate import surrogate_of
+from mft.surrogate.trainer import hook_scores
 from mft_kernels import masked_linear_by_ratio, masked_linear_grouped_by_ratio, unpack_mask
 from mft_kernels.checks import NonFiniteScores
 from mft_kernels.masking import current_mask
@@ -174,6 +176,14 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
         """The name of the active mask, if it has scores here."""
         return next((name for name in self.active_adapters if name in self.mft_scores), None)
 
+    def _attend(self, adapter_name: str, scores: nn.Parameter) -> None:
+        """In each forward, as PEFT replaces parameters when it loads them: watch, and learn by what was asked for."""
+        watch(scores)
+        config = self.mft_config[adapter_name]
+        surrogate = surrogate_of(config)
+        if surrogate is not None and scores.requires_grad:
+            hook_scores(scores, surrogate, threshold=config.threshold, mode=config.mode)
+
     def _selection(self, adapter_name: str) -> dict[str, Any]:
         config = self.mft_config[adapter_name]
         return {"keep_ratio": config.keep_ratio, "threshold": config.threshold, "mode": config.mode}
@@ -219,7 +229,7 @@ class MaskLinear(MaskTunerLayer):
         if self.disable_adapters or self.merged or name is None:
             return self.base_layer(x)
         scores = self.mft_scores[name]
-        watch(scores)  # PEFT replaces parameters when it loads them
+        self._attend(name, scores)
         try:
             return masked_linear_by_ratio(x, self._weight("weight"), scores, self.bias, **self._selection(name))
         except NonFiniteScores:
@@ -293,7 +303,7 @@ class MaskExperts(MaskTunerLayer):
         if parameter not in self.mft_scores[adapter_name]:
             return project(self.base_layer, parameter, x, offsets)
         scores, transposed = self.mft_scores[adapter_name][parameter], self._projections[parameter].transposed
-        watch(scores)  # PEFT replaces parameters when it loads them
+        self._attend(adapter_name, scores)
         try:
             return masked_linear_grouped_by_ratio(
                 x,

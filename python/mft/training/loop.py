@@ -27,6 +27,7 @@ from mft.models.next_tokens import check_next_tokens
 from mft.models.packed_rows import keeping_apart
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
+from mft.surrogate.surrogate import Surrogate, surrogate_of
 from mft.training.row_source import RowSource, open_rows
 from mft.training.saver import Saver
 from mft.training.validation import Validation
@@ -42,6 +43,9 @@ def train_masks(
     model: nn.Module, dataset, train: TrainConfig, *, way: str = "plain", device: Device = None, **options
 ) -> list[StepReport]:
     """Train the scores of a masked model in place, and its modules_to_save; nothing else.
+
+    Scores learn by the straight-through gradient, or as sharpness and deletion_penalty of the MaskConfig say
+    (surrogate.py), whatever way is taken; clipping is of what they learn by.
 
     Args:
         way: "plain", "resident", "quantized" or "layerwise" (see docs/memory.md); all give the same update.
@@ -68,7 +72,10 @@ def train_masks(
             "alone: set memory: plain"
         )
     train_whole(model, whole)
-    return train_loop(model, dataset, train, way=way, device=device, **options)
+    surrogate = surrogate_of(model)
+    if surrogate is not None and (free := [n for n, module in masked.items() if module.threshold is None]):
+        raise ValueError(f"threshold must be a number with mask.sharpness, which counts from it, got None in {free[0]}")
+    return train_loop(model, dataset, train, way=way, device=device, surrogate=surrogate, **options)
 
 
 def train_weights(model: nn.Module, modules: list[str], dataset, train: TrainConfig, **options) -> list[StepReport]:
@@ -94,6 +101,7 @@ def train_loop(
     processes: Processes = ALONE,
     objective: Objective = CROSS_ENTROPY,
     validation: Validation | None = None,
+    surrogate: Surrogate | None = None,
 ) -> list[StepReport]:
     """Train what requires grad; the model ends in eval mode.
 
@@ -113,6 +121,7 @@ def train_loop(
         objective: what is made smaller, cross entropy unless given; see docs/objectives.md.
         validation: evaluates as train says, and may end the run before its last step; it must be one of saver's
             counters to go on with the run.
+        surrogate: what the scores of model learn by, in place of the straight-through gradient.
     Raises: ValueError if the model predicts no next tokens, or has too few positions. NonFiniteLoss, naming step, rows
         and documents; the step's gradients are not applied. RuntimeError for a lack of memory, naming rows or layer.
     """
@@ -147,7 +156,10 @@ def train_loop(
     ):
         updated = None if before_update is None else lambda: before_update(len(reports) + 1, steps)
         runner = start_runner(
-            model, few, way, device, train, memory, processes, before_update=updated, objective=objective
+            *(model, few, way, device, train, memory, processes),
+            before_update=updated,
+            objective=objective,
+            surrogate=surrogate,
         )
         try:
             if way != "plain":
@@ -169,6 +181,8 @@ def train_loop(
                 count, tokens = (int(total) for total in processes.sum(counted, length))
                 losses = _Losses(f"step {step} of {steps}", train)
                 lr = train.lr * schedule_factor(step, steps, train)
+                if surrogate is not None:
+                    surrogate.sharpen(step, steps)
                 runner.step(batches, 1 / max(count, 1), lr, train.max_grad_norm, losses)
                 runner.check()
                 (loss,) = processes.sum(losses.total)
