@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from .config_file import load_config
     from .data.splits import load_splits
     from .evaluation.evaluate import evaluate
+    from .importance.adapters import init_adapter_from_data
+    from .importance.scores import init_from_data, mask_from_data
     from .masks.bank import MaskBank, load_mask_bank
     from .masks.convert import (
         mask_model,
@@ -49,6 +51,8 @@ _HOMES = {
     "config_file": ("load_config",),
     "data.splits": ("load_splits",),
     "evaluation.evaluate": ("evaluate",),
+    "importance.adapters": ("init_adapter_from_data",),
+    "importance.scores": ("init_from_data", "mask_from_data"),
     "masks.bank": ("MaskBank", "load_mask_bank"),
     "masks.convert": (
         *("mask_model", "masked_modules", "merge_model"),
@@ -101,11 +105,14 @@ __all__ = [
     "evaluate",
     "finetune",
     "gathered",
+    "init_adapter_from_data",
+    "init_from_data",
     "load_config",
     "load_mask_bank",
     "load_masks",
     "load_model",
     "load_splits",
+    "mask_from_data",
     "mask_model",
     "masked_modules",
     "merge_model",

@@ -31,6 +31,7 @@ from mft.checks import (
 DTYPES = ("bfloat16", "float32", "float16")
 MODES = ("magnitude", "value")
 INITS = ("normal", "magnitude", "constant")
+DATA_INITS = ("wanda",)  # scores begin where rows of the training data say
 SCHEDULES = ("linear", "constant", "cosine")
 STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted")  # as of datasets.interleave_datasets
 SCORES_DTYPES = ("float32", "bfloat16", "int16")  # int16: fixed point, see mft_kernels/fixed_point.py
@@ -139,7 +140,8 @@ class MaskConfig:
     modules_to_save: list[str] | None = None  # trained whole beside the masks, and saved with them
     keep_ratio: Annotated[float, SHARE] = 0.99
     mode: Annotated[str, one_of(MODES)] = "magnitude"
-    init: Annotated[str, one_of(INITS)] = "magnitude"
+    init: Annotated[str, one_of((*INITS, *DATA_INITS))] = "magnitude"
+    calibration_rows: Annotated[int, at_least(1)] = 64  # of the training data that init: wanda looks at
     threshold: float | None = None
     sharpness: Sharpness = None  # k of the gradient's slope at the threshold, or [start, end]; null: straight through
     deletion_penalty: Annotated[float, at_least(0)] = 0.0  # nats that the loss rises by if everything is dropped
@@ -373,10 +375,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         coerce_fields(self)
         mask, of_base, alone = self.mask, self.objective.of_base, self.mask.modules_to_save is None
+        unread = f"be one of {', '.join(INITS)} with data.streaming, whose rows are read once"
         unsaved = f"be null with the objective {self.objective.name}, which holds masks to the base that they lie on"
         plain = "be plain (or auto) with mask.modules_to_save, as the other ways train scores alone"
         check_rule(alone or self.memory in ("auto", "plain"), "memory", plain, self.memory)
         check_rule(alone or not of_base, "mask.modules_to_save", unsaved, mask.modules_to_save)
+        check_rule(mask.init in INITS or not self.data.streaming, "mask.init", unread, mask.init)
         check_not_empty(self, "output_dir", "project")
         expand_home(self, "output_dir")
         self.report_to = list(dict.fromkeys(self.report_to))

@@ -44,6 +44,8 @@ FOREIGN_NAMES = {
     "model_name_or_path": "model.name",
     "sparsity": "mask.keep_ratio",
     "layers": "mask.layers_to_transform",
+    "nsamples": "mask.calibration_rows",
+    "num_calibration_samples": "mask.calibration_rows",
     "loss_type": "objective.name",
     "teacher_model_name_or_path": "objective.teacher",
 }

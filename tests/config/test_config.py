@@ -183,7 +183,7 @@ def test_a_wrong_override_says_which_and_what(override, message):
             {"mode": "magnitud"},
             "mode must be one of magnitude, value, got 'magnitud'; did you mean magnitude?",
         ),
-        (MaskConfig, {"init": "zeros"}, "init must be one of normal, magnitude, constant, got 'zeros'"),
+        (MaskConfig, {"init": "zeros"}, "init must be one of normal, magnitude, constant, wanda, got 'zeros'"),
         (MaskConfig, {"threshold": -1.0}, "threshold must be at least 0 in magnitude mode, got -1.0"),
         (MaskConfig, {"target_modules": []}, "target_modules must not be empty, got []"),
         (MaskConfig, {"layers_to_transform": [0, -1]}, "layers_to_transform must count layers from 0, got [0, -1]"),

@@ -4,10 +4,11 @@ import dataclasses
 import json
 from pathlib import Path
 
+import torch
 from rich import box
 from rich.table import Column, Table
 
-from mft.config import CONFIG, ModelConfig
+from mft.config import CONFIG, DATA_INITS, ModelConfig
 from mft.config_file import load_config
 from mft.evaluation.evaluated_base import config_of_run
 from mft.masks.convert import mask_model, masked_modules, merge_model
@@ -53,13 +54,19 @@ def run_inspect(masks: str, model_name: str | None, dtype: str | None, *, force:
     directory = masks_directory(masks)
     run_config, initial = config_of_run(directory), None
     model, _ = read_base(directory, model_name, dtype)
-    if run_config is not None:
+    why = f"no {CONFIG} of the run beside {directory} tells how the scores began"
+    begun = None if run_config is None else load_config(run_config).mask
+    if begun is not None and begun.init not in DATA_INITS:
         # Scores begin as a function of configuration, layer name and weight alone, so the first masks can be remade.
-        initial = initial_masks(mask_model(model, load_config(run_config).mask))
+        initial = initial_masks(mask_model(model, begun))
     load_masks(model, directory, force=force)
+    if begun is not None and begun.init in DATA_INITS:
+        why = f"mask.init={begun.init} began by data, with mask.keep_ratio={begun.keep_ratio:g} of each matrix kept"
+        if begun.threshold is not None:  # from which all scores then begin upwards
+            initial = {name: torch.ones_like(mask) for name, mask in initial_masks(model).items()}
     console.print(_mask_table(mask_statistics(model, initial)))
     if initial is None:
-        say(f"flips are unknown: no {CONFIG} of the run beside {directory} tells how the scores began")
+        say(f"flips are unknown: {why}")
 
 
 def run_import_masks(path: Path, output: Path, model_name: str, dtype: str) -> None:

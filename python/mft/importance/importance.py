@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mft.checks import check_one_of, check_rule
 from mft.data.batches import MicroBatch, count_labels, take_rows
+from mft.engines.start import Device, start_engine
 from mft.masks.convert import keeping_all, masked_modules
 from mft.masks.experts import watching_experts
 from mft.models.causal_lm import FEW, evaluating, run_decoder, split_at_head
@@ -61,7 +62,7 @@ def importance(
     check_one_of("method", method, METHODS)
     for argument, value in (("rows", rows), ("batch_size", batch_size)):
         check_rule(value >= 1, argument, "be at least 1", value)
-    modules = _linear_modules(model, names)
+    modules = linear_modules(model, names)
     batches = list(_calibration(dataset, rows, batch_size, seed)) if method in _BY_DATA else []
     found: dict[str, Tensor] = {}
     with keeping_all(model), evaluating(model), contextlib.ExitStack() as stack:
@@ -69,20 +70,49 @@ def importance(
             few = batches[0].input_ids[:1, :FEW].to(next(model.parameters()).device)
             stack.enter_context(keeping_apart(model, dataset, few, batch_size))
         if method == "wanda":
-            norms = _input_norms(model, modules, batches)
-            found = {name: _matrix(module).abs().float() * norms.pop(name) for name, module in modules.items()}
+            device = next(model.parameters()).device
+            norms = _input_norms(model, modules, batches, lambda batch: run_decoder(model, *batch.inputs(device)))
+            found = {name: matrix_of(module).abs().float() * norms.pop(name) for name, module in modules.items()}
         elif method in SIGNED:
             gradients, squares = _gradients(model, modules, batches, squares=method == "fisher")
             for name, module in modules.items():
-                weight = _matrix(module).float()
+                weight = matrix_of(module).float()
                 found[name] = -gradients[name] * weight
                 if squares:
                     found[name] += squares.pop(name) * weight.square() / 2
         else:
-            found = {name: _BY_WEIGHT[method](_matrix(module), seed, name) for name, module in modules.items()}
+            found = {name: _BY_WEIGHT[method](matrix_of(module), seed, name) for name, module in modules.items()}
     for name, values in found.items():
-        _check_tells_apart(name, method, values)
+        check_tells_apart(name, method, values)
     return found
+
+
+def input_norms(
+    model: nn.Module,
+    modules: dict[str, Any],
+    dataset,
+    *,
+    rows: int = 64,
+    batch_size: int = 4,
+    seed: int = 0,
+    way: str = "plain",
+    device: Device = None,
+) -> dict[str, Tensor]:
+    """||x_j||_2 of what each of the linear layers reads, by which wanda weighs: (K,), of experts (E, 1, K), fp32.
+
+    Args: modules: of model, as of linear_modules. Others as of importance; way, device: where the model's weights are
+        meanwhile, see train_masks.
+    """
+    batches = list(_calibration(dataset, rows, batch_size, seed))
+    few = batches[0].input_ids[:1, :FEW].to(next(model.parameters()).device)
+    with keeping_all(model), evaluating(model), keeping_apart(model, dataset, few, batch_size):
+        if way == "plain":
+            return _input_norms(model, modules, batches, lambda batch: run_decoder(model, *batch.inputs(few.device)))
+        engine = start_engine(model, few, way, device)
+        try:
+            return _input_norms(model, modules, batches, lambda batch: list(engine.hidden_states([batch])))
+        finally:
+            engine.close()
 
 
 # ---------------------------------------------------------------------------------------------- importance
@@ -109,10 +139,12 @@ _BY_WEIGHT: dict[str, Callable[[Tensor, int, str], Tensor]] = {
 }
 
 
-def _input_norms(model: nn.Module, modules: dict[str, Any], batches: list[MicroBatch]) -> dict[str, Tensor]:
+def _input_norms(
+    model: nn.Module, modules: dict[str, Any], batches: list[MicroBatch], run: Callable[[MicroBatch], object]
+) -> dict[str, Tensor]:
     """||x_j||_2 of each module's input over the tokens that are not padding; sums of squares in fp64.
 
-    (K,), of experts over the rows of each (E, 1, K).
+    (K,), of experts over the rows of each (E, 1, K). run: calls the model.
     """
     sums: dict[str, Tensor] = {}
     real = torch.empty(0, dtype=torch.bool)
@@ -131,14 +163,15 @@ def _input_norms(model: nn.Module, modules: dict[str, Any], batches: list[MicroB
                 f"experts must be given hidden states, choices and weights for wanda, got {len(arguments)}"
             )
         hidden, chosen, weights = arguments
-        return hidden, chosen.masked_fill(~real[:, None], module.num_experts), weights  # type: ignore[arg-type]
+        dropped = ~real[:, None].to(chosen.device)
+        return hidden, chosen.masked_fill(dropped, module.num_experts), weights  # type: ignore[arg-type]
 
     def add_squares(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x = arguments[0].flatten(0, -2)
             if len(x) != len(real):
                 raise ValueError(f"{name} must see every token for wanda, got {len(x)} of {len(real)}: leave it out")
-            squares = x[real].float().square().sum(0, dtype=torch.float64)
+            squares = x[real.to(x.device)].float().square().sum(0, dtype=torch.float64)
             sums[name] = sums[name] + squares if name in sums else squares
 
         return hook
@@ -158,9 +191,8 @@ def _input_norms(model: nn.Module, modules: dict[str, Any], batches: list[MicroB
         if experts:
             hooks.enter_context(watching_experts(model, add_squares_of_experts))
         for batch in batches:
-            device = next(model.parameters()).device
-            real = _not_padding(batch.labels).flatten().to(device)
-            run_decoder(model, *batch.inputs(device))
+            real = _not_padding(batch.labels).flatten()
+            run(batch)
     norms = {name: total.sqrt().float() for name, total in sums.items()}
     return {name: norm.unsqueeze(1) if name in experts else norm for name, norm in norms.items()}
 
@@ -230,7 +262,7 @@ def _calibration(dataset, rows: int, batch_size: int, seed: int) -> Iterator[Mic
         yield take_rows(dataset, drawn[start : start + batch_size])
 
 
-def _linear_modules(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+def linear_modules(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
     """The named layers, masked or ordinary: what has their weight. Others are refused as find_targets does."""
     names, masked = list(names), masked_modules(model)
     targets = find_targets(model, [n for n in names if n not in masked])
@@ -238,7 +270,7 @@ def _linear_modules(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
     return {name: masked[name] if name in masked else plain[name] for name in names}
 
 
-def _matrix(module: Any) -> Tensor:
+def matrix_of(module: Any) -> Tensor:
     """The weight as (N, K) or (E, N, K)."""
     weight = module.weight.detach()
     return weight.mT if is_transposed(module) else weight
@@ -251,10 +283,14 @@ def is_transposed(module: Any) -> bool:
     return isinstance(module, Conv1D) or getattr(module, "transposed", False)
 
 
-def _check_tells_apart(name: str, method: str, values: Tensor) -> None:
+def check_tells_apart(name: str, method: str, values: Tensor) -> None:
+    """Raise ValueError unless importance is finite, and not the same for every weight."""
     low, high = values.min().item(), values.max().item()
     if not (abs(low) < torch.inf and abs(high) < torch.inf):  # NaN fails too
-        raise ValueError(f"importance of {name} by {method} must be finite, got values from {low} to {high}")
+        raise ValueError(
+            f"importance of {name} by {method} must be finite, got values from {low} to {high}: look for NaN or Inf in "
+            "the model's weights"
+        )
     if low == high and values.numel() > 1:
         raise ValueError(
             f"importance of {name} by {method} must vary, got {low} for every weight: nothing tells which to keep; "

@@ -1,12 +1,16 @@
 """Scores that begin in the order of importance, to be trained from there."""
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mft.importance.importance import SIGNED, importance, is_transposed
-from mft.masks.convert import masked_modules
+from mft.config import DATA_INITS, MaskConfig
+from mft.engines.distributed import ALONE, Processes
+from mft.engines.start import Device
+from mft.importance.importance import SIGNED, check_tells_apart, importance, input_norms, is_transposed, matrix_of
+from mft.masks.convert import mask_model, masked_modules
 from mft_kernels import fixed_from_float
 
 _SCALE = 0.02  # root mean square of scores that will be trained, as MaskedLinear's own
@@ -30,12 +34,69 @@ def initialise_scores(
             values /= _last_kept(values, module.keep_ratio).clamp(min=torch.finfo(torch.float32).tiny)
         elif method in SIGNED:
             values = dense_ranks(values).double() + 1
-        scores = (values * (_SCALE / values.square().mean((-2, -1), keepdim=True).sqrt())).float()
-        scores.clamp_(min=torch.finfo(torch.float32).tiny)  # a score of exactly 0 never learns: sign(0) = 0
-        scores = as_stored(module, scores)
-        with torch.no_grad():
-            module.scores.copy_(fixed_from_float(scores) if module.scores.dtype == torch.int16 else scores)
+        _begin(module, _scaled(values))
     return model
+
+
+def mask_from_data(model: nn.Module, mask: MaskConfig, dataset, **options: Any) -> nn.Module:
+    """mask_model, and init_from_data where mask.init takes data. Returns: the same model. Arguments: theirs."""
+    mask_model(model, drawn(mask))
+    return init_from_data(model, mask, dataset, **options) if mask.init in DATA_INITS else model
+
+
+def init_from_data(
+    model: nn.Module,
+    mask: MaskConfig,
+    dataset,
+    *,
+    batch_size: int = 4,
+    way: str = "plain",
+    device: Device = None,
+    processes: Processes = ALONE,
+) -> nn.Module:
+    """Set the scores of a masked model to begin as mask.init says, by mask.calibration_rows rows of dataset.
+
+    wanda, with v = |w_ij| * ||x_j||_2 scaled to a root mean square of 0.02 in each matrix: threshold + v where there is
+    one, so that everything is kept and what matters most lies farthest from being dropped; else as initialise_scores.
+
+    Args:
+        model: masked by mask, whose init is another (see drawn); its base may be quantised.
+        dataset: columns input_ids, labels, document; rows are drawn by mask.seed.
+        way, device: where the model's weights are meanwhile; see train_masks.
+        processes: all begin as the first one does.
+    Returns: the same model. Raises: ValueError as importance, or if nothing is masked.
+    """
+    masked = _masked(model)
+    norms = input_norms(
+        model,
+        masked,
+        dataset,
+        rows=mask.calibration_rows,
+        batch_size=batch_size,
+        seed=mask.seed,
+        way=way,
+        device=device,
+    )
+    norms = processes.gather({name: norm.cpu() for name, norm in norms.items()})[0]
+    for name, module in masked.items():
+        weight = matrix_of(module)
+        values = (weight.abs().float() * norms[name].to(weight.device)).double()
+        check_tells_apart(name, mask.init, values)
+        _begin(module, wanda_scores(values, mask))
+    return model
+
+
+def drawn(mask: MaskConfig) -> MaskConfig:
+    """mask with scores that need no data, where its own do: what init_from_data is for."""
+    return dataclasses.replace(mask, init="constant") if mask.init in DATA_INITS else mask
+
+
+def wanda_scores(values: Tensor, mask: MaskConfig) -> Tensor:
+    """fp32 scores where values (N, K) or (E, N, K), fp64, are |w_ij| * ||x_j||_2; see init_from_data."""
+    if mask.threshold is None:
+        values = values / _last_kept(values, mask.keep_ratio).clamp(min=torch.finfo(torch.float32).tiny)
+        return _scaled(values)
+    return _scaled(values) + mask.threshold
 
 
 # ---------------------------------------------------------------------------------------------- for one-shot masks
@@ -52,6 +113,19 @@ def as_stored(module: Any, values: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------- private
+
+
+def _scaled(values: Tensor) -> Tensor:
+    """fp32, positive: a score of exactly 0 never learns, as sign(0) = 0."""
+    scores = (values * (_SCALE / values.square().mean((-2, -1), keepdim=True).sqrt())).float()
+    return scores.clamp_(min=torch.finfo(torch.float32).tiny)
+
+
+@torch.no_grad()
+def _begin(module: Any, scores: Tensor) -> None:
+    """scores (N, K) or (E, N, K) become the masked layer's."""
+    scores = as_stored(module, scores)
+    module.scores.copy_(fixed_from_float(scores) if module.scores.dtype == torch.int16 else scores)
 
 
 def _last_kept(values: Tensor, keep_ratio: float) -> Tensor:

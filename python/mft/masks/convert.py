@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mft.config import MaskConfig
+from mft.config import DATA_INITS, INITS, MaskConfig
 from mft.masks.experts import mask_experts, unmask_experts
 from mft.masks.gradient_checkpointing import add_checkpointing_hooks, remove_checkpointing_hooks
 from mft.masks.saved_modules import forget_saved_modules, select_saved_modules, train_whole
@@ -48,10 +48,11 @@ def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:
             modules_to_save: names of modules that are trained whole, such as a new classifier's head.
     Returns: the same model.
     Raises: ValueError if nothing is chosen, a pattern or layer number does not exist, or a chosen module cannot be
-        masked. The model is then unchanged.
+        masked; or for an init that takes data, which mask_from_data has. The model is then unchanged.
     """
     check_unwrapped(model)
     check_unmasked(model)
+    check_drawn(config)
     convert(model, select_targets(model, config), config)
     return model
 
@@ -226,6 +227,16 @@ def as_linear(module: Any) -> nn.Linear:
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = module.bias
     return linear.train(module.training)
+
+
+def check_drawn(config: MaskConfig) -> None:
+    """Raise ValueError unless scores can be drawn without data."""
+    if config.init in DATA_INITS:
+        raise ValueError(
+            f"init must be one of {', '.join(INITS)} where masks are made without data, got {config.init}: mft train "
+            "has data; from Python call mft.mask_from_data(model, config, rows), or under PEFT take constant, and then "
+            "mft.init_adapter_from_data(model, config, rows)"
+        )
 
 
 def check_unwrapped(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from mft.config import MaskConfig
 from mft.files.hub import HubError, asking_hub, split_hub_id
 from mft.masks.banked_experts import note_shapes
 from mft.masks.banked_linear import TaskPerRow
-from mft.masks.convert import convert, masked_modules, pack_attentions, split_attentions
+from mft.masks.convert import check_drawn, convert, masked_modules, pack_attentions, split_attentions
 from mft.masks.export import check_learned_on, loaded_config, scores_of_mask
 from mft.masks.export_format import CONFIG_FILE, PEFT_TYPE, check_masks_alone, is_export, read_export
 from mft.masks.location import fetched_masks
@@ -63,6 +63,7 @@ class MaskPeftConfig(MaskConfig, PeftConfig):
             "be float32 or bfloat16 under PEFT, where autograd trains the scores (mft train takes int16)",
             self.scores_dtype,
         )
+        check_drawn(self)
 
     @property
     def trainable_token_indices(self) -> None:

@@ -60,20 +60,51 @@ class FlipCounter:
 
     def take_state(self) -> dict[str, Tensor]:
         """What put_state needs, 1 bit a weight."""
-        half = torch.tensor(0.5)
-        packed = {f"flips.mask.{name}": pack_mask(mask.float(), half) for name, mask in self._last.items()}
-        return packed | {"flips.step": torch.tensor(self._counted)}
+        return _packed("flips.mask", self._last) | {"flips.step": torch.tensor(self._counted)}
 
     def put_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Count on from there. Raises: ValueError, naming a tensor that is missing."""
-        missing = sorted(self.take_state().keys() - tensors.keys())
-        if missing:
-            raise ValueError(
-                f"the checkpoint must hold the masks that flips were last counted on, {missing[0]} is missing there: "
-                "go on with the version of mft that wrote it, or begin anew with --overwrite"
-            )
-        self._last = {name: unpack_mask(tensors[f"flips.mask.{name}"], mask.shape) for name, mask in self._last.items()}
+        _check_there(self.take_state(), tensors)
+        self._last = _unpacked("flips.mask", self._last, tensors)
         self._counted = int(tensors["flips.step"])
+
+
+class FirstMasks:
+    """The masks before the first step where data chose them, which a run that goes on finds in its checkpoint.
+
+    masks: by layer; those of the checkpoint are put there.
+    """
+
+    def __init__(self, masks: dict[str, Tensor]) -> None:
+        self._masks = masks
+
+    def take_state(self) -> dict[str, Tensor]:
+        """What put_state needs, 1 bit a weight."""
+        return _packed("flips.first", self._masks)
+
+    def put_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises: ValueError, naming a tensor that is missing."""
+        _check_there(self.take_state(), tensors)
+        self._masks.update(_unpacked("flips.first", self._masks, tensors))
+
+
+def _packed(key: str, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    half = torch.tensor(0.5)
+    return {f"{key}.{name}": pack_mask(mask.float(), half) for name, mask in masks.items()}
+
+
+def _unpacked(key: str, masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks of the shapes of these."""
+    return {name: unpack_mask(tensors[f"{key}.{name}"], mask.shape) for name, mask in masks.items()}
+
+
+def _check_there(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    missing = sorted(wanted.keys() - tensors.keys())
+    if missing:
+        raise ValueError(
+            f"the checkpoint must hold the masks that flips were last counted on, {missing[0]} is missing there: "
+            "go on with the version of mft that wrote it, or begin anew with --overwrite"
+        )
 
 
 def read_flips(metrics: Path) -> FlipCurve:

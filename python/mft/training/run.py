@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from mft.config import CONFIG, WAYS, RunConfig
+from mft.config import CONFIG, DATA_INITS, WAYS, RunConfig
 from mft.config_file import config_values, save_config
 from mft.data.splits import Splits
 from mft.data.streams import count_rows
@@ -31,6 +31,7 @@ from mft.evaluation.evaluated_base import check_exact
 from mft.evaluation.mask_cost import said_of_cost
 from mft.evaluation.table import evaluation_tables, figure_lines, source_losses
 from mft.files.atomic import NotWritten, remove, write_whole
+from mft.importance.scores import drawn, init_from_data
 from mft.masks.convert import keeping_all, mask_model, print_trainable_parameters
 from mft.masks.export import base_hash, save_masks
 from mft.masks.inspection import flip_share, initial_masks
@@ -46,7 +47,7 @@ from mft.tracking.progress import Progress
 from mft.tracking.trackers import Trackers, check_trackers
 from mft.training.best import Best
 from mft.training.checkpoint import BadCheckpoint, Checkpoint
-from mft.training.flips import PHASE, POINTS, FlipCounter
+from mft.training.flips import PHASE, POINTS, FirstMasks, FlipCounter
 from mft.training.inputs import read_data, read_model
 from mft.training.loop import finetune, train_masks
 from mft.training.objectives import facts_of, make_objective
@@ -206,13 +207,17 @@ def _mask(
     measured = options | {"objective": objective}
     if kind is None:
         before = run.before(recorder, "before, validation", model, splits.validation, **measured)
-        mask_model(model, config.mask)
+        mask_model(model, drawn(config.mask))
     else:
-        mask_model(model, config.mask)
+        mask_model(model, drawn(config.mask))
         quantize_model(model, kind, masked=config.model.quantize_masked)
         with keeping_all(model):
             before = run.before(recorder, f"before in {kind}, validation", model, splits.validation, **measured)
     print_trainable_parameters(model)
+    if run.found is None and config.mask.init in DATA_INITS:
+        rows = min(config.mask.calibration_rows, count_rows(splits.train) or 0)
+        say(f"scores begin by mask.init={config.mask.init} on {rows} rows of the training data")
+        init_from_data(model, config.mask, splits.train, processes=run.processes, **options)
     if run.found is None and run.processes.first:
         cost = said_of_cost(model, config.mask, splits.validation, **options)
         if cost is not None:
@@ -235,6 +240,7 @@ def _learn(
     # The other ways keep scores elsewhere while they train.
     counts = plan.way == "plain" and processes.first
     flips = FlipCounter(model, initial, every=max(1, -(-steps // POINTS))) if counts else None
+    begun = FirstMasks(initial) if config.mask.init in DATA_INITS else None
     facts = {
         "plan": {"way": plan.way, "remember": plan.remember},
         "data": splits.key,
@@ -258,7 +264,7 @@ def _learn(
             device=plan.device,
             remember=plan.remember,
             on_step=after_step,
-            saver=run.saver(recorder, on_step, facts, [flips, validation]),
+            saver=run.saver(recorder, on_step, facts, [flips, validation, begun]),
             processes=processes,
             objective=objective,
             validation=validation,

@@ -1,0 +1,76 @@
+"""mft train on masks that begin by data and learn by the surrogate gradient: what is shown, kept, and gone on with."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import LEARN
+
+from mft.tracking.metrics import METRICS, Steps
+
+FREE = ["mask.mode=value", "mask.threshold=0", "mask.init=wanda", "mask.calibration_rows=5"]
+ASKED = [*LEARN, *FREE, "mask.sharpness=[20,200]", "mask.deletion_penalty=0.1", "train.steps=6"]
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+def events_of(directory):
+    """A run's metrics, without the clock's."""
+    events = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
+    return [{key: value for key, value in event.items() if key != "seconds"} for event in events]
+
+
+def never(*_, **__):
+    raise AssertionError("a run that goes on looks at no data to begin")
+
+
+BY_RATIO = ["mask.threshold=null", "mask.keep_ratio=0.8", "mask.sharpness=null", "mask.deletion_penalty=0"]
+
+
+@pytest.mark.parametrize("how", [["memory=layerwise"], BY_RATIO], ids=["layerwise", "ratio"])
+def test_a_killed_run_goes_on_bit_for_bit_without_a_look_at_the_data(cli, tmp_path, monkeypatch, how):
+    """Flips too, which count from the first masks: with a ratio these are the data's, which `mft inspect` lacks."""
+    few = [*ASKED, *how, "checkpoint_minutes=0"]
+    code, output = cli("train", *few, "output_dir=straight")
+    assert code == 0, output
+    record = Steps.__call__
+
+    def die(self, report):
+        record(self, report)
+        if report.step == 4:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Steps, "__call__", die)
+        with pytest.raises(Killed):
+            cli("train", *few)
+    monkeypatch.setattr("mft.training.run.init_from_data", never)
+    code, output = cli("train", "--resume", "run")
+    assert code == 0, output
+    assert events_of(tmp_path / "run") == events_of(tmp_path / "straight")
+    masks = [load_file(tmp_path / run / "masks" / "adapter_model.safetensors") for run in ("run", "straight")]
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[1])
+    assert output.split("% of the mask's bits flipped")[0].split()[-1] != "0.00"
+    unknown = "flips are unknown: mask.init=wanda began by data, with mask.keep_ratio=0.8 of each matrix kept"
+    assert (unknown in cli("inspect", "run")[1]) == (how is BY_RATIO)
+
+
+def test_the_share_dropped_is_shown_and_recorded_and_flips_are_known(cli, tmp_path):
+    code, output = cli("train", *ASKED, "train.log_every=3", "mask.deletion_penalty=0")
+    assert code == 0, output
+    assert "scores begin by mask.init=wanda on 5 rows of the training data" in output
+    steps = {event["step"]: event["dropped"] for event in events_of(tmp_path / "run") if "lr" in event}
+    assert steps.keys() == {3, 6}
+    masks = load_file(tmp_path / "run" / "masks" / "adapter_model.safetensors").values()
+    words = torch.cat([mask.flatten() for mask in masks]).tolist()  # full ones: rows are of 32 or 64 weights
+    share = 1 - sum((word & 0xFFFFFFFF).bit_count() for word in words) / (32 * len(words))
+    assert steps[6] == pytest.approx(share)
+    assert 0 < share < 0.5
+    assert f"{100 * share:.3g} % dropped" in output
+    code, output = cli("inspect", "run")
+    assert code == 0, output
+    rows = [line.split() for line in output.splitlines() if "mlp.gate_proj" in line]
+    assert [float(row[2]) + float(row[4]) for row in rows] == [100, 100]  # what was kept at first has flipped
