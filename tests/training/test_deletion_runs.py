@@ -74,3 +74,11 @@ def test_the_share_dropped_is_shown_and_recorded_and_flips_are_known(cli, tmp_pa
     assert code == 0, output
     rows = [line.split() for line in output.splitlines() if "mlp.gate_proj" in line]
     assert [float(row[2]) + float(row[4]) for row in rows] == [100, 100]  # what was kept at first has flipped
+
+
+def test_the_shipped_configuration_masks_gate_projections_alone(cli, tmp_path, model_dir):
+    tiny = [f"model.name={model_dir}", "model.dtype=float32", "data.source=data.jsonl", "data.sequence_length=12"]
+    code, output = cli("train", "--config", "deletion", *tiny, "train.steps=3", "output_dir=run")
+    assert code == 0, output
+    masks = load_file(tmp_path / "run" / "masks" / "adapter_model.safetensors")
+    assert sorted(masks) == [f"model.layers.{i}.mlp.gate_proj.mask" for i in range(4)]

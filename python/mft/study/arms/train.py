@@ -27,7 +27,7 @@ from mft.study.arms.models import trained_model
 from mft.study.arms.size import stored_bytes
 from mft.study.config import CONTINUED, CONTROL, FULL, LORA, MASK, ArmConfig
 from mft.study.lora import add_lora
-from mft.study.one_shot import initialise_scores
+from mft.importance.scores import initialise_scores
 from mft.study.outcome import Measured, Outcome, Unit
 from mft.study.workspace import Workspace
 from mft.training.loop import StepReport, finetune, train_loop, train_masks, train_weights
