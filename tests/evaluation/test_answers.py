@@ -124,6 +124,17 @@ def test_the_text_up_to_eos_must_be_the_same_but_for_white_space_around(tokenize
     assert (answers.tolist(), asked.tolist()) == ([int(right)], [1])
 
 
+def test_by_the_last_number_any_way_to_it_is_right_and_the_data_s_own_may_be_long(tokenizer):
+    long = " and".join(["12"] * 9)
+    dataset = make_rows([("Al has 5:", f" {long} 7", 0)], tokenizer)
+    for reply, right in ((" has 3 and 7", 1), (" 7 has 3", 0), (" Al", 0)):
+        tokens = [*tokenizer.encode(reply), tokenizer.eos_token_id]
+        options = {"verifier": "last_number", "max_new_tokens": 8}
+        assert exact_matches(Parrot(tokens), tokenizer, dataset, **options)[0].tolist() == [right]
+    with pytest.raises(ValueError, match="verifier must be one of exact, last_number, got 'number'"):
+        exact_matches(Parrot([1]), tokenizer, dataset, verifier="number")
+
+
 def test_documents_come_in_ascending_order_of_number(tokenizer):
     pairs = [("Al has 5:", " 12", 9), ("Bert has 5:", " 3", 2), ("Al has 6:", " 12", 9), ("Fay has 5:", " 12", 2)]
     reply = [*tokenizer.encode(" 12"), tokenizer.eos_token_id]

@@ -1,0 +1,40 @@
+"""Prompts continued by a model's own generate, in eval mode and by given settings alone."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+
+def continue_prompts(prompts: Sequence[list[int]], model: Any, pad: int) -> list[list[int]]:
+    """What model.generate appends to each, padded on the left so that all end where generation begins.
+
+    generate counts positions from the attention mask, so the padding shifts nobody's. After its eos a continuation is
+    padding up to the longest.
+    """
+    longest = max(map(len, prompts))
+    device = next(model.parameters()).device
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return model.generate(ids, attention_mask=seen)[:, longest:].tolist()
+
+
+@contextlib.contextmanager
+def generating(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """In eval mode, without the model's own generation settings: generate would fill ours up with its penalties."""
+    was_training, own = model.training, model.generation_config
+    model.eval()
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        model.train(was_training)
+
+
+def text_before(eos: int, tokens: Sequence[int], tokenizer: Any) -> str:
+    """What stands before eos, without white space at its ends."""
+    end = tokens.index(eos) if eos in tokens else len(tokens)
+    return tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False).strip()
