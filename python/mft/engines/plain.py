@@ -50,7 +50,7 @@ class Plain:
         self.head, self._objective = head, objective
         self._prefix = FrozenPrefix(model, memory=memory, run=run)
         self._device = next(model.parameters()).device
-        self._stepper = _stepper(model, train)
+        self._stepper = make_stepper(model, train)
         self._stepper.__enter__()
         self._before_update = before_update
 
@@ -200,7 +200,14 @@ class _ScoreAdamW:
         """Scores are their own masters."""
 
 
-def _stepper(model: nn.Module, train: TrainConfig) -> MasterAdamW | _ScoreAdamW:
+Stepper = MasterAdamW | _ScoreAdamW  # a context: what it hooks, it lets go
+
+
+def make_stepper(model: nn.Module, train: TrainConfig) -> Stepper:
+    """Of what requires grad: weights by AdamW on fp32 masters, scores that are not fp32 by MaskAdamW.
+
+    Raises: ValueError if nothing does, and for moments in few bits where weights are trained.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     masked = [m for m in model.modules() if isinstance(m, MaskedLayer) and m.scores.requires_grad]
     if len(masked) != len(trained) or not masked:

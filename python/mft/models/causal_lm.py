@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mft.models.linears import layer_stacks
 
-Run = Callable[..., Tensor]  # run(model, input_ids, position_ids=None) -> what the head reads
+Run = Callable[..., Tensor]  # run(model, input_ids, position_ids=None, attention_mask=None) -> what the head reads
 
 FEW = 8  # tokens are enough to see how a model is built
 
@@ -45,9 +45,11 @@ def head_of(model: Any) -> nn.Module:
     return head
 
 
-def run_decoder(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+def run_decoder(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
+) -> Tensor:
     """Hidden states (B, T, D) that the head reads."""
-    return decoder_of(model)(input_ids=input_ids, use_cache=False, **_positions(position_ids))[0]
+    return decoder_of(model)(input_ids=input_ids, use_cache=False, **_given(position_ids, attention_mask))[0]
 
 
 @torch.no_grad()
@@ -126,10 +128,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _run_model(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    return model(input_ids=input_ids, use_cache=False, **_positions(position_ids)).logits
+def _run_model(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
+) -> Tensor:
+    return model(input_ids=input_ids, use_cache=False, **_given(position_ids, attention_mask)).logits
 
 
-def _positions(position_ids: Tensor | None) -> dict[str, Tensor]:
-    """Without them a model counts for itself, and some know no such argument."""
-    return {} if position_ids is None else {"position_ids": position_ids}
+def _given(position_ids: Tensor | None, attention_mask: Tensor | None) -> dict[str, Tensor]:
+    """Without them a model counts for itself and sees all, and some know no positions."""
+    named = {"position_ids": position_ids, "attention_mask": attention_mask}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}

@@ -45,7 +45,7 @@ def check_kept_apart(model: nn.Module, few: Tensor, batch_size: int) -> None:
     others[:, :half] = (rows[:, :half] == 0).to(rows.dtype)  # another token everywhere: 1 for 0, else 0
     positions = torch.cat([torch.arange(half), torch.arange(few.shape[1] - half)]).to(few.device).expand_as(rows)
     name = type(model).__name__
-    if not _takes_positions(decoder_of(model)):
+    if not takes_positions(decoder_of(model)):
         raise ValueError(f"data.packing must be false for {name}, which takes no position_ids: examples see each other")
     with evaluating(model):
         together, apart = (_moved(model, rows, others, half, where) for where in (None, positions))
@@ -57,7 +57,8 @@ def check_kept_apart(model: nn.Module, few: Tensor, batch_size: int) -> None:
         )
 
 
-def _takes_positions(decoder: nn.Module) -> bool:
+def takes_positions(decoder: nn.Module) -> bool:
+    """Whether its forward knows position_ids."""
     parameters = inspect.signature(decoder.forward).parameters
     return "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 

@@ -151,7 +151,7 @@ def train_loop(
     with (
         seeded(train.seed),
         keeping_apart(model, dataset, few, train.batch_size),
-        _training_mode(model, checkpointed=way == "plain" and train.gradient_checkpointing),
+        training_mode(model, checkpointed=way == "plain" and train.gradient_checkpointing),
         contextlib.nullcontext() if saver is None else saver.listening(),
     ):
         updated = None if before_update is None else lambda: before_update(len(reports) + 1, steps)
@@ -267,7 +267,7 @@ def schedule_factor(step: int, steps: int, train: TrainConfig) -> float:
 
 
 @contextlib.contextmanager
-def _training_mode(model: nn.Module, *, checkpointed: bool) -> Iterator[None]:
+def training_mode(model: nn.Module, *, checkpointed: bool) -> Iterator[None]:
     """Training mode, with gradient checkpointing if asked for; eval mode and no checkpointing afterwards."""
     # TODO: drop the old names when transformers >= 6 is the floor
     renamed = hasattr(model, "activation_checkpointing_enable")

@@ -1,0 +1,37 @@
+"""Our optimisers as the Trainer takes one: fp32 masters of 16-bit weights, MaskAdamW of scores that are not fp32."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from mft.config import TrainConfig
+from mft.engines.plain import Stepper
+from mft.training.loop import schedule_factor
+
+
+class SteppedOptimizer(torch.optim.Optimizer):
+    """A stepper of engines/plain.py, at the rate of its own param_groups.
+
+    Args: before_update: called when the gradients are complete and not yet clipped or applied.
+    """
+
+    def __init__(self, stepper: Stepper, train: TrainConfig, before_update: Callable[[], None] | None = None) -> None:
+        super().__init__(stepper.parameters, {"lr": train.lr})
+        self._stepper, self._max_norm, self._before_update = stepper, train.max_grad_norm, before_update
+
+    def step(self, closure: Any = None) -> None:
+        assert closure is None, "the Trainer has no closure"
+        if self._before_update is not None:
+            self._before_update()
+        if self._max_norm is not None:
+            self._stepper.clip(self._max_norm)
+        self._stepper.set_lr(self.param_groups[0]["lr"])
+        self._stepper.step()
+
+
+def scheduled(optimizer: SteppedOptimizer, train: TrainConfig) -> LambdaLR:
+    """train's rate at each of its steps."""
+    steps = train.steps_for(None)
+    return LambdaLR(optimizer, lambda done: schedule_factor(min(done + 1, steps), steps, train))

@@ -1,0 +1,63 @@
+"""Rows as the questions that answers are sampled to, and the rewards of what was sampled."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mft.data.batches import take_rows
+from mft.evaluation.continuation import text_before
+from mft.evaluation.questions import split_row
+from mft.evaluation.verifiers import VERIFIERS
+from mft.rewards.config import RewardsConfig
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt as tokens, and the data's own answer as text, which the verifier takes."""
+
+    prompt: list[int]
+    answer: str
+
+
+def questions_of(dataset, tokenizer: Any, config: RewardsConfig) -> list[Question]:
+    """Those of all rows, in their order; a packed row holds several.
+
+    Raises: ValueError as exact_matches, for fewer than a step asks, and for an answer that the verifier cannot take.
+    """
+    eos, longest = tokenizer.eos_token_id, config.max_completion_tokens if config.verifier == "exact" else None
+    columns = getattr(dataset, "column_names", ())
+    found = []
+    if len(dataset):
+        batch = take_rows(dataset, list(range(len(dataset))))
+        starts = dataset.with_format(None)["starts"] if "starts" in columns else itertools.repeat([0])
+        for row, ids, labels, places in zip(batch.rows, batch.input_ids, batch.labels, starts):
+            for first, last in itertools.pairwise([*places, len(ids)]):
+                prompt, completion = split_row(row, ids[first:last], labels[first:last], eos, longest)
+                found.append(Question(prompt, text_before(eos, completion, tokenizer)))
+    if len(found) < config.questions:
+        raise ValueError(
+            f"dataset must hold at least as many questions as a step asks, questions = {config.questions}, got "
+            f"{len(found)}"
+        )
+    verify = VERIFIERS[config.verifier]
+    for question in found:
+        verify("", question.answer)  # raises for an answer that nothing could be held against
+    return found
+
+
+def rewards_of(
+    answers: Sequence[Sequence[int]], asked: Sequence[Question], tokenizer: Any, config: RewardsConfig
+) -> list[float]:
+    """1 for each answer (tokens) that is right, 0 for the others."""
+    verify, eos = VERIFIERS[config.verifier], tokenizer.eos_token_id
+    pairs = zip(answers, asked, strict=True)
+    return [float(verify(text_before(eos, list(tokens), tokenizer), question.answer)) for tokens, question in pairs]
+
+
+def share_that_differs(rewards: Sequence[float], num_generations: int) -> float:
+    """Of the questions, those whose answers are neither all right nor all wrong: they alone teach."""
+    groups = torch.tensor(rewards).view(-1, num_generations)
+    return (groups != groups[:, :1]).any(-1).double().mean().item()

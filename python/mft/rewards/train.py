@@ -1,0 +1,153 @@
+"""Train a model by rewards: answers are sampled, verified, and the right ones made likelier, by TRL's GRPOTrainer."""
+
+import copy
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mft.engines.plain import make_stepper
+from mft.engines.randomness import seeded
+from mft.engines.step import NonFiniteLoss
+from mft.masks.convert import masked_modules
+from mft.models.next_tokens import check_next_tokens
+from mft.rewards.config import RewardsConfig
+from mft.rewards.optimizer import SteppedOptimizer, scheduled
+from mft.rewards.questions import questions_of
+from mft.training.loop import training_mode
+
+
+@dataclass(frozen=True)
+class RewardReport:
+    """One optimiser step, counted from 1.
+
+    reward: mean of the answers that it learned from. differing: share of their questions whose answers were neither all
+    right nor all wrong. length: tokens an answer. kl: to the start, estimated on those answers; None where beta is 0.
+    entropy: nats a token. tokens: of prompts and answers. seconds: since the first step began.
+    """
+
+    step: int
+    steps: int
+    reward: float
+    differing: float
+    length: float
+    kl: float | None
+    entropy: float
+    lr: float
+    tokens: int
+    seconds: float
+
+
+def train_rewards(
+    model: nn.Module,
+    tokenizer: Any,
+    dataset,
+    config: RewardsConfig,
+    *,
+    start: nn.Module | None = None,
+    before_update: Callable[[int, int], None] | None = None,
+    on_step: Callable[[RewardReport], None] | None = None,
+) -> list[RewardReport]:
+    """Train what requires grad (scores, weights, adapters) by GRPO; the model ends in eval mode.
+
+    What is random comes from config.seed: on a CPU the same call gives the same bits. Weights of 16 bits learn on fp32
+    masters, scores that are not fp32 by MaskAdamW, as in train_loop. Nothing is written, logged or sent anywhere.
+
+    Args:
+        model: as generate takes it, masked layers and adapters included, on the device that computes; or a PeftModel.
+        dataset: rows with one prompt and one completion each, as load_splits makes them, packed or not.
+        start: what the KL of config.beta is to; None: the model as it is now, of which what is trained is copied.
+        before_update: called with (step, steps) when a step's gradients are complete and not yet clipped or applied.
+        on_step: called with each step's report; it may evaluate the model.
+    Raises: ValueError if nothing requires grad, or rows are no such questions. RuntimeError without trl, or among
+        several processes. NonFiniteLoss, naming the step; the step's gradients are not applied.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise RuntimeError("training by rewards must run in one process, got several: leave torchrun out")
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters lie in it
+    _check_trainable(model)
+    questions = questions_of(dataset, tokenizer, config)
+    longest = max(len(question.prompt) for question in questions) + config.max_completion_tokens
+    check_next_tokens(model.config, type(model).__name__, longest)
+    trainer_module = _import_trainer()
+    if config.beta and start is None:
+        start = _frozen_copy(model)
+    train, reports = config.train, list[RewardReport]()
+    with (
+        seeded(config.seed),
+        trainer_module.left_alone(model, tokenizer) as directory,
+        training_mode(model, checkpointed=config.gradient_checkpointing),
+        make_stepper(model, train) as stepper,
+    ):
+        updated = None if before_update is None else lambda: before_update(len(reports) + 1, config.steps)
+        optimizer = SteppedOptimizer(stepper, train, updated)
+        optimizers = (optimizer, scheduled(optimizer, train))
+        trainer = trainer_module.Trainer(
+            model, tokenizer, questions, config, directory, optimizers, start if config.beta else None
+        )
+        begin = time.perf_counter()
+
+        def report(step: int, logs: dict[str, float]) -> None:
+            sampled = trainer.sampled
+            reports.append(
+                RewardReport(
+                    step,
+                    config.steps,
+                    sampled.reward,
+                    sampled.differing,
+                    sampled.length,
+                    logs["kl"] if config.beta else None,
+                    logs["entropy"],
+                    logs["learning_rate"],
+                    sampled.tokens,
+                    time.perf_counter() - begin,
+                )
+            )
+            if on_step is not None:
+                on_step(reports[-1])
+
+        trainer.add_callback(trainer_module.Reporting(report))
+        with warnings.catch_warnings():
+            # TODO: drop when the Trainer and TRL call them by their new names
+            warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
+            trainer.train()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise NonFiniteLoss(f"{name} must stay finite, got NaN or Inf after the last step: lower rewards.lr")
+    return reports
+
+
+def _check_trainable(model: nn.Module) -> None:
+    for name, module in masked_modules(model).items():
+        if not module.scores.is_floating_point():
+            raise ValueError(
+                f"mask.scores_dtype must not be int16 for training by rewards, whose gradient autograd makes, got "
+                f"{name}: take float32 or bfloat16"
+            )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "model must have something that requires grad, got none: set scores.requires_grad_() of the masked layers, "
+            "or that of weights"
+        )
+
+
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    """The model as it is, in eval mode: what is trained is copied, all else shared."""
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared).requires_grad_(False).eval()
+
+
+def _import_trainer() -> Any:
+    try:
+        from mft.rewards import trainer
+    except ImportError as error:
+        if error.name not in ("trl", "accelerate"):
+            raise
+        raise RuntimeError(
+            f"training by rewards needs {error.name}, which is not installed: pip install 'mft_kernels[trl]'"
+        ) from None
+    return trainer

@@ -1,0 +1,208 @@
+"""TRL's GRPOTrainer with our rows, our generation and our optimiser: what of it is not to be as TRL has it.
+
+Advantages, loss, clipping, the order of questions and the loop are TRL's. Imports trl: see train.py.
+"""
+
+import contextlib
+import copy
+import random
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from mft.engines.step import NonFiniteLoss
+from mft.evaluation.continuation import continue_prompts, generating
+from mft.models.causal_lm import FEW, decoder_of, split_at_head
+from mft.models.packed_rows import takes_positions
+from mft.rewards.config import RewardsConfig
+from mft.rewards.log_probs import token_log_probs
+from mft.rewards.questions import Question, rewards_of, share_that_differs
+
+
+@dataclass
+class Sampled:
+    """What one round of answers was: mean reward, share of questions whose rewards differ, tokens an answer."""
+
+    reward: float
+    differing: float
+    length: float
+    tokens: int  # of prompts and answers
+
+
+class Trainer(GRPOTrainer):
+    """Args: questions: of which the rows of train_dataset are the numbers. start: the reference of beta, or None."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        questions: Sequence[Question],
+        config: RewardsConfig,
+        directory: str,
+        optimizers: tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR],
+        start: nn.Module | None,
+    ) -> None:
+        self.questions, self.config, self.sampled = questions, config, Sampled(0.0, 0.0, 0.0, 0)
+        numbers = datasets.Dataset.from_dict({"prompt": [str(number) for number in range(len(questions))]})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)  # held to the versions tried
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+            super().__init__(
+                model=model,
+                reward_funcs=self._rewards,
+                args=_arguments(config, directory, next(model.parameters()).device),
+                train_dataset=numbers,
+                processing_class=tokenizer,
+                optimizers=optimizers,
+                rollout_func=lambda prompts, _: self._sample(prompts),
+            )
+        self.remove_callback(PrinterCallback)
+        self.beta, self.ref_model = config.beta, start  # TRL would load one by the model's name
+        few = torch.tensor([questions[0].prompt[:FEW]], device=self.accelerator.device)
+        self._split = {id(each): split_at_head(each, few) for each in (model, start) if each is not None}
+
+    def _send_telemetry(self) -> None:
+        """Nobody is told."""
+
+    def _sample(self, prompts: list[str]) -> dict[str, Any]:
+        asked = [self.questions[int(number)].prompt for number in prompts]
+        eos, model = self._tokenizer.eos_token_id, self.accelerator.unwrap_model(self.model)
+        settings = GenerationConfig(
+            max_new_tokens=self.config.max_completion_tokens,
+            do_sample=True,
+            temperature=self.config.temperature,
+            top_k=0,  # the model's own distribution, of which the loss is
+            eos_token_id=eos,
+            pad_token_id=eos,
+        )
+        with torch.no_grad(), generating(model, settings):
+            try:
+                found = continue_prompts(asked, model, eos)
+            except RuntimeError as error:
+                if "probability tensor contains" not in str(error):
+                    raise
+                raise self._not_finite("the logits", "NaN or Inf") from None
+        answers = [tokens[: tokens.index(eos) + 1] if eos in tokens else tokens for tokens in found]
+        said = sum(map(len, answers))
+        self.sampled = Sampled(0.0, 0.0, said / len(answers), said + sum(map(len, asked)))
+        return {"prompt_ids": asked, "completion_ids": answers, "logprobs": None}
+
+    def _rewards(self, prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        asked = [self.questions[int(number)] for number in prompts]
+        rewards = rewards_of(completion_ids, asked, self._tokenizer, self.config)
+        self.sampled.reward = sum(rewards) / len(rewards)
+        self.sampled.differing = share_that_differs(rewards, self.config.num_generations)
+        return rewards
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor, None]:
+        """(log-probabilities, entropies) of the answers' tokens, (B, logits_to_keep) each, and no auxiliary loss."""
+        batch_size = batch_size or len(input_ids)
+        parts = [
+            self._of_batch(model, ids, mask, logits_to_keep)
+            for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size))
+        ]
+        log_probs, entropies = (torch.cat(each) for each in zip(*parts))
+        return log_probs, entropies, None
+
+    def _of_batch(self, model: nn.Module, ids: Tensor, mask: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+        own = self.accelerator.unwrap_model(model)
+        run, head = self._split[id(own)]
+        # As generate counts them: padding on the left shifts nobody.
+        positions = (mask.cumsum(-1) - 1).clamp(min=0) if takes_positions(decoder_of(own)) else None
+        hidden = run(own, ids, positions, mask)[:, -kept - 1 : -1]
+        said = mask[:, -kept:].bool()
+        values = token_log_probs(head, hidden[said], ids[:, -kept:][said], self.config.temperature)
+        log_probs, entropies = (torch.zeros(said.shape, device=ids.device).masked_scatter(said, v) for v in values)
+        return log_probs, entropies
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
+        loss = super().compute_loss(model, inputs, *args, **options)
+        if not loss.isfinite():
+            raise self._not_finite("the loss", loss.item())
+        return loss
+
+    def _not_finite(self, what: str, found: object) -> NonFiniteLoss:
+        step = self.state.global_step + 1
+        return NonFiniteLoss(
+            f"{what} must stay finite, got {found} at step {step} of {self.config.steps}: lower rewards.lr (now "
+            f"{self.config.lr:g})"
+        )
+
+
+class Reporting(TrainerCallback):
+    """Calls on_log(step, what TRL measured in it) after each step."""
+
+    def __init__(self, on_log: Callable[[int, dict[str, float]], None]) -> None:
+        self._on_log = on_log
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "train_runtime" not in logs:  # the summary at the end
+            self._on_log(state.global_step, logs)
+
+
+@contextlib.contextmanager
+def left_alone(model: Any, tokenizer: Any) -> Iterator[str]:
+    """A directory that vanishes; and what the Trainer does to model, tokenizer and generators is undone afterwards."""
+    text, attributes = model.config.get_text_config(), dict(vars(model))
+    before = getattr(model.config, "use_cache", None), getattr(text, "pad_token_id", None), tokenizer.pad_token
+    settings, states = copy.deepcopy(model.generation_config), (random.getstate(), numpy.random.get_state())
+    try:
+        with tempfile.TemporaryDirectory(prefix="mft-rewards-") as directory:
+            yield directory
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        for name in vars(model).keys() - attributes.keys():  # forward, model_tags and the like
+            del vars(model)[name]
+        vars(model).update({name: attributes[name] for name in ("forward", "model_tags") if name in attributes})
+        model.config.use_cache, text.pad_token_id, tokenizer.pad_token = before
+        model.generation_config = settings
+
+
+def _arguments(config: RewardsConfig, directory: str, device: torch.device) -> GRPOConfig:
+    micro_batch = config.micro_batch or config.answers
+    return GRPOConfig(
+        directory,
+        max_steps=config.steps,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=config.answers // micro_batch,
+        num_generations=config.num_generations,
+        max_completion_length=config.max_completion_tokens,
+        temperature=config.temperature,
+        top_k=0,
+        beta=0.0,  # set later, with its reference
+        epsilon=config.epsilon,
+        num_iterations=config.iterations,
+        loss_type=config.loss_type,
+        router_aux_loss_coef=0.0,  # as everywhere here: routers are frozen, or learn by the rewards alone
+        gradient_checkpointing=False,  # our own, see training/loop.py
+        max_grad_norm=0.0,  # the optimiser's business
+        seed=config.seed % 2**32,  # numpy's largest
+        lr_scheduler_type="constant",
+        learning_rate=config.lr,
+        use_cpu=device.type == "cpu",
+        bf16=False,  # weights have their dtype
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        report_to="none",
+    )

@@ -1,0 +1,58 @@
+"""A small Llama that answers some of the questions right, and the questions as rows."""
+
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mft.config import MaskConfig, TrainConfig
+from mft.masks.convert import mask_model, masked_modules
+from mft.study.from_scratch import train_tokenizer
+from mft.training.loop import finetune
+
+NAMES = ("Al", "Bert", "Christopher", "Dee", "Evangeline", "Fay")
+LENGTH = 24
+
+
+def make_tokenizer():
+    texts = [f"{name} has {i}{j} and" for name in NAMES for i in range(10) for j in range(10)]
+    return train_tokenizer(texts, 270)
+
+
+def make_rows(pairs, tokenizer):
+    """Rows as load_splits makes them, of (prompt, completion)."""
+    columns = {"input_ids": [], "labels": [], "document": []}
+    for number, (prompt, completion) in enumerate(pairs):
+        head, tail = tokenizer.encode(prompt), [*tokenizer.encode(completion), tokenizer.eos_token_id]
+        padding = LENGTH - len(head) - len(tail)
+        columns["input_ids"].append(head + tail + [tokenizer.eos_token_id] * padding)
+        columns["labels"].append([-100] * len(head) + tail + [-100] * padding)
+        columns["document"].append(number)
+    return Dataset.from_dict(columns)
+
+
+def questions(count):
+    return [(f"{NAMES[i % 6]} has {i}:", f" {i % 7}") for i in range(count)]
+
+
+def make_model(tokenizer, steps=120):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        eos = tokenizer.eos_token_id
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer), **sizes, **heads, eos_token_id=eos, pad_token_id=eos, bos_token_id=None
+            )
+        )
+    finetune(model, make_rows(questions(24), tokenizer), TrainConfig(lr=3e-3, steps=steps, batch_size=8))
+    return model
+
+
+def masked(model, **options):
+    """Its mask, with scores that learn."""
+    mask_model(model, MaskConfig(**{"keep_ratio": 0.98} | options))
+    model.requires_grad_(False)
+    for module in masked_modules(model).values():
+        module.scores.requires_grad_()
+    return model

@@ -1,0 +1,258 @@
+"""Training by rewards: what is learned, by which gradient, from which seed, and that nothing else is touched."""
+
+import copy
+import random
+
+import numpy
+import pytest
+import torch
+from half_right import make_model, make_rows, make_tokenizer, masked, questions
+
+from mft.config import MaskConfig
+from mft.evaluation.exact_match import exact_matches
+from mft.masks.convert import mask_model, masked_modules
+from mft.study.lora import add_lora
+
+pytest.importorskip("trl", reason="needs trl: pip install 'mft_kernels[trl]'")
+
+from mft.rewards import questions as asked_questions
+from mft.rewards import train as train_module
+from mft.rewards.config import RewardsConfig
+from mft.rewards.train import train_rewards
+
+# What peft asks of transformers by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
+
+SMALL = {"max_completion_tokens": 4, "questions": 4, "num_generations": 4, "steps": 2, "lr": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def base(tokenizer):
+    return make_model(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer):
+    return make_rows(questions(24), tokenizer)
+
+
+def config(**changes):
+    return RewardsConfig(**SMALL | changes)
+
+
+def state(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+# ---------------------------------------------------------------------------------------------- what is learned
+
+
+def test_right_answers_become_likelier(base, tokenizer):
+    """One answer to every question, which the model gives now and then."""
+    rows = make_rows([(prompt, " 3") for prompt, _ in questions(8)], tokenizer)
+    model, seen = learning(copy.deepcopy(base), ""), []
+    before = exact_matches(model, tokenizer, rows, max_new_tokens=4)[0].sum()
+    options = {"steps": 24, "lr": 3e-3, "num_generations": 8, "betas": (0.9, 0.99)}
+    reports = train_rewards(model, tokenizer, rows, config(**options), on_step=seen.append)
+    assert seen == reports
+    assert [report.step for report in reports] == list(range(1, 25))
+    assert reports[0].reward < 0.2
+    assert sum(report.reward for report in reports[-4:]) / 4 > 0.5
+    assert before == 0
+    assert exact_matches(model, tokenizer, rows, max_new_tokens=4)[0].sum() == 8
+    assert not model.training
+
+
+TRAINED = {
+    "scores": lambda model: masked(model),
+    "scores of 16 bits": lambda model: masked(model, scores_dtype="bfloat16"),
+    "weights of a layer": lambda model: learning(model, "model.layers.1.mlp."),
+    "all weights": lambda model: learning(model, ""),
+    "weights of 16 bits": lambda model: learning(model.bfloat16(), "model.layers.1.mlp."),
+    "LoRA": lambda model: add_lora(model, ["model.layers.1.mlp.down_proj"], 2),
+}
+
+
+def learning(model, prefix):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(prefix))
+    return model
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_what_requires_grad_learns_and_nothing_else_changes(base, tokenizer, rows, kind):
+    model = TRAINED[kind](copy.deepcopy(base))
+    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before = state(model)
+    train_rewards(model, tokenizer, rows, config(seed=1, steps=3, num_generations=8))
+    tied = {"lm_head.weight", "model.embed_tokens.weight"}
+    assert changed(before, state(model)) - tied == wanted - tied
+    assert wanted
+
+
+def test_the_gradient_is_that_of_the_advantages_by_hand(base, tokenizer, rows, monkeypatch):
+    """-sum of advantage * log p(token) over the tokens of all answers, divided by how many they are."""
+    sampled = {}
+    real = asked_questions.rewards_of
+
+    def noting(answers, asked, *rest):
+        rewards = real(answers, asked, *rest)
+        sampled.update(answers=answers, prompts=[question.prompt for question in asked], rewards=rewards)
+        return rewards
+
+    from mft.rewards import trainer
+
+    monkeypatch.setattr(trainer, "rewards_of", noting)
+    found = {}
+
+    def note(step, steps):
+        assert (step, steps) == (1, 1)
+        found.update({name: m.scores.grad.clone() for name, m in masked_modules(model).items()})
+
+    model = masked(copy.deepcopy(base), keep_ratio=0.7)
+    options = {"questions": 8, "num_generations": 8, "temperature": 0.7, "micro_batch": 16, "steps": 1}
+    train_rewards(model, tokenizer, rows, config(**options), before_update=note)
+
+    fresh = masked(copy.deepcopy(base), keep_ratio=0.7)
+    rewards = torch.tensor(sampled["rewards"]).view(8, 8)
+    assert 0 < rewards.mean() < 1
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    loss, tokens = 0.0, sum(map(len, sampled["answers"]))
+    for prompt, answer, advantage in zip(sampled["prompts"], sampled["answers"], advantages):
+        logits = fresh(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / 0.7
+        log_p = logits.log_softmax(-1)[torch.arange(len(answer)), answer]
+        loss = loss - advantage * log_p.sum() / tokens
+    loss.backward()
+    assert found.keys() == masked_modules(fresh).keys()
+    for name, module in masked_modules(fresh).items():
+        expected = module.scores.grad
+        assert (found[name] - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+def test_a_model_in_peft_learns_in_place(base, tokenizer, rows):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["down_proj"]))
+    before = state(model)
+    train_rewards(model, tokenizer, rows, config(seed=1))
+    assert changed(before, state(model)) == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ---------------------------------------------------------------------------------------------- seeds and the start
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_others(base, tokenizer, rows):
+    def run(**options):
+        model = masked(copy.deepcopy(base))
+        reports = train_rewards(model, tokenizer, rows, config(**options))
+        return state(model), [(report.reward, report.entropy, report.tokens) for report in reports]
+
+    torch.manual_seed(5)
+    first = run(beta=0.1, seed=1)
+    torch.rand(3)
+    again, other = run(beta=0.1, seed=1), run(beta=0.1, seed=2)
+    assert not changed(first[0], again[0])
+    assert first[1] == again[1]
+    assert changed(first[0], other[0])
+
+
+def test_packed_rows_ask_the_same_questions(base, tokenizer, rows):
+    pairs = [rows[i : i + 2] for i in range(0, 24, 2)]
+    columns = {name: [[*pair[name][0], *pair[name][1]] for pair in pairs] for name in ("input_ids", "labels")}
+    more = {"document": list(range(12)), "starts": [[0, 24]] * 12}
+    packed = type(rows).from_dict(columns | more)
+    assert asked_questions.questions_of(packed, tokenizer, config()) == asked_questions.questions_of(
+        rows, tokenizer, config()
+    )
+
+
+def test_the_kl_is_to_the_start_which_stays_and_its_weight_draws_towards_it(base, tokenizer):
+    """No answer is ever right, so the KL alone teaches."""
+    rows = make_rows([(prompt, " 77") for prompt, _ in questions(8)], tokenizer)
+
+    def run(model, start=None, **options):
+        return train_rewards(learning(model, "model.layers."), tokenizer, rows, config(**options), start=start)
+
+    far = masked(copy.deepcopy(base), keep_ratio=0.5, init="normal")
+    before = state(far)
+    reports = run(copy.deepcopy(base), beta=1.0, steps=10, lr=2e-3, num_generations=8, start=far)
+    assert max(report.reward for report in reports) == 0
+    assert reports[0].kl > 2 * reports[-1].kl > 0
+    assert not changed(before, state(far))
+    assert run(copy.deepcopy(base), beta=1.0)[0].kl == 0  # to itself as it was
+    model = copy.deepcopy(base)
+    assert [report.kl for report in run(model)] == [None, None]
+    assert not changed(state(base), state(model))
+
+
+def test_micro_batches_and_checkpointed_layers_change_nothing(base, tokenizer, rows):
+    def run(**options):
+        model = learning(copy.deepcopy(base), "model.layers.")
+        grads = {}
+        note = lambda step, _: grads.update(  # noqa: E731
+            {f"{step} {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        )
+        train_rewards(model, tokenizer, rows, config(seed=1, steps=1, **options), before_update=note)
+        return grads
+
+    whole = run()
+    for options in ({"micro_batch": 4}, {"gradient_checkpointing": True}):
+        for name, grad in run(**options).items():
+            assert (grad - whole[name]).norm() <= 1e-4 * whole[name].norm(), name
+
+
+def test_steps_on_the_same_answers_sample_once(base, tokenizer, rows, monkeypatch):
+    from mft.rewards import trainer
+
+    calls = []
+    real = trainer.continue_prompts
+    monkeypatch.setattr(trainer, "continue_prompts", lambda *args: calls.append(1) or real(*args))
+    reports = train_rewards(masked(copy.deepcopy(base)), tokenizer, rows, config(steps=4, iterations=2))
+    assert len(calls) == 2
+    assert reports[0].reward == reports[1].reward
+    assert reports[0].tokens == reports[1].tokens
+
+
+# ---------------------------------------------------------------------------------------------- nothing is left behind
+
+
+def test_nothing_is_written_said_or_changed_but_what_learns(base, tokenizer, rows, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    model = masked(copy.deepcopy(base))
+    model.config.use_cache = True
+    own = (copy.deepcopy(model.config.to_dict()), model.generation_config.to_dict(), tokenizer.pad_token)
+    generators = [torch.get_rng_state(), random.getstate(), str(numpy.random.get_state())]
+    names = set(vars(model))
+    train_rewards(model, tokenizer, rows, config(seed=2**63 - 1))
+    assert (model.config.to_dict(), model.generation_config.to_dict(), tokenizer.pad_token) == own
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert [random.getstate(), str(numpy.random.get_state())] == generators[1:]
+    assert "forward" not in vars(model)
+    assert set(vars(model)) == names
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr().out == ""
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_run_that_does_not_stay_finite_stops(base, tokenizer, rows):
+    with pytest.raises(train_module.NonFiniteLoss, match=r"must stay finite, got .* lower rewards.lr"):
+        train_rewards(learning(copy.deepcopy(base), ""), tokenizer, rows, config(lr=1e38, seed=1, steps=4))
+
+
+def test_what_cannot_learn_by_rewards_is_refused(base, tokenizer, rows):
+    frozen = copy.deepcopy(base).requires_grad_(False)
+    with pytest.raises(ValueError, match="model must have something that requires grad, got none"):
+        train_rewards(frozen, tokenizer, rows, config())
+    fixed = mask_model(copy.deepcopy(base), MaskConfig(scores_dtype="int16"))
+    with pytest.raises(ValueError, match="mask.scores_dtype must not be int16 for training by rewards"):
+        train_rewards(fixed, tokenizer, rows, config())
+    with pytest.raises(ValueError, match="as many questions as a step asks, questions = 4, got 3"):
+        train_rewards(masked(copy.deepcopy(base)), tokenizer, rows.select(range(3)), config())
