@@ -224,10 +224,13 @@ def test_steps_on_the_same_answers_sample_once(base, tokenizer, rows, monkeypatc
 # ---------------------------------------------------------------------------------------------- nothing is left behind
 
 
-def test_nothing_is_written_said_or_changed_but_what_learns(base, tokenizer, rows, tmp_path, monkeypatch, capfd):
+def test_nothing_is_written_said_or_changed_but_what_learns(
+    base, tokenizer, rows, tmp_path, monkeypatch, capfd, caplog
+):
     monkeypatch.chdir(tmp_path)
     model = masked(copy.deepcopy(base))
     model.config.use_cache = True
+    model.config.eos_token_id = model.generation_config.eos_token_id = 5  # another than the tokenizer's
     own = (copy.deepcopy(model.config.to_dict()), model.generation_config.to_dict(), tokenizer.pad_token)
     generators = [torch.get_rng_state(), random.getstate(), str(numpy.random.get_state())]
     names = set(vars(model))
@@ -239,6 +242,7 @@ def test_nothing_is_written_said_or_changed_but_what_learns(base, tokenizer, row
     assert set(vars(model)) == names
     assert not list(tmp_path.iterdir())
     assert capfd.readouterr().out == ""
+    assert not caplog.records
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

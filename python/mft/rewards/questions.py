@@ -48,6 +48,13 @@ def questions_of(dataset, tokenizer: Any, config: RewardsConfig) -> list[Questio
     return found
 
 
+def count_questions(dataset) -> int:
+    """How many questions_of would find."""
+    if "starts" not in dataset.column_names:
+        return len(dataset)
+    return sum(map(len, dataset.with_format(None)["starts"]))
+
+
 def rewards_of(
     answers: Sequence[Sequence[int]], asked: Sequence[Question], tokenizer: Any, config: RewardsConfig
 ) -> list[float]:

@@ -4,7 +4,6 @@ Advantages, loss, clipping, the order of questions and the loop are TRL's. Impor
 """
 
 import contextlib
-import copy
 import random
 import tempfile
 import warnings
@@ -26,6 +25,8 @@ from mft.models.packed_rows import takes_positions
 from mft.rewards.config import RewardsConfig
 from mft.rewards.log_probs import token_log_probs
 from mft.rewards.questions import Question, rewards_of, share_that_differs
+
+_SPECIAL = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
 @dataclass
@@ -161,8 +162,15 @@ class Reporting(TrainerCallback):
 def left_alone(model: Any, tokenizer: Any) -> Iterator[str]:
     """A directory that vanishes; and what the Trainer does to model, tokenizer and generators is undone afterwards."""
     text, attributes = model.config.get_text_config(), dict(vars(model))
-    before = getattr(model.config, "use_cache", None), getattr(text, "pad_token_id", None), tokenizer.pad_token
-    settings, states = copy.deepcopy(model.generation_config), (random.getstate(), numpy.random.get_state())
+    tokens = {name: getattr(text, name, None) for name in _SPECIAL}
+    before = getattr(model.config, "use_cache", None), model.generation_config, tokenizer.pad_token
+    states = random.getstate(), numpy.random.get_state()
+    # As the Trainer would have them, which says so each time.
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    own = {name: getattr(tokenizer, name) for name in _SPECIAL if getattr(tokenizer, name) is not None}
+    for name, token in own.items():
+        setattr(text, name, token)
+    model.generation_config = GenerationConfig(**own)
     try:
         with tempfile.TemporaryDirectory(prefix="mft-rewards-") as directory:
             yield directory
@@ -172,8 +180,9 @@ def left_alone(model: Any, tokenizer: Any) -> Iterator[str]:
         for name in vars(model).keys() - attributes.keys():  # forward, model_tags and the like
             del vars(model)[name]
         vars(model).update({name: attributes[name] for name in ("forward", "model_tags") if name in attributes})
-        model.config.use_cache, text.pad_token_id, tokenizer.pad_token = before
-        model.generation_config = settings
+        for name, token in tokens.items():
+            setattr(text, name, token)
+        model.config.use_cache, model.generation_config, tokenizer.pad_token = before
 
 
 def _arguments(config: RewardsConfig, directory: str, device: torch.device) -> GRPOConfig:

@@ -5,6 +5,7 @@ A file of it is strict YAML (see configs/compare/small.yaml); whatever is unknow
 
 import dataclasses
 import itertools
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -25,6 +26,7 @@ from mft.checks import (
 )
 from mft.config import INITS, MODES, DataConfig, Layers, MaskConfig, ModelConfig, TrainConfig
 from mft.importance.importance import METHODS
+from mft.rewards.config import RewardsConfig
 
 # What an arm is. "full" is where all but "base" start; there is one of it, and one of "base" at most.
 FULL_KINDS = BASE, FULL = ("base", "full")
@@ -35,6 +37,8 @@ TEMPERATURE = "temperature"
 DERIVED = AVERAGE, INTERPOLATED = ("average", "interpolated")
 KINDS = (*FULL_KINDS, *TRAINED, *ONE_SHOT, TEMPERATURE, *DERIVED)
 _MERGED = (FULL, CONTINUED, CONTROL, MASK)  # whose weights bear the model's own names: where another arm may start
+# What the arms after the full fine-tune make smaller: the loss, or the share of wrong answers, by rewards.
+OBJECTIVES = CROSS_ENTROPY, REWARDS = ("cross_entropy", "rewards")
 _NAME = re.compile(r"\w[\w .()+-]*")
 LEAST_RATES = 5  # of which a trained arm may choose; fewer mislead
 
@@ -171,6 +175,9 @@ class StudyConfig:
     mask: MaskConfig = field(default_factory=MaskConfig)  # which layers, for control, LoRA and every mask
     full: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))  # lr and epochs come from the arms
     stage: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))  # of all trained arms after it
+    objective: Annotated[str, one_of(OBJECTIVES)] = CROSS_ENTROPY
+    # In place of stage where the objective is rewards; an epoch asks as many questions as there are.
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
     seeds: Annotated[list[int], SEED] = field(default_factory=lambda: [0, 1, 2])
     # Further rates that an arm may try while its best lies at the end of its grid.
     extensions: Annotated[int, at_least(0)] = 3
@@ -204,6 +211,11 @@ class StudyConfig:
         check_rule(self.mask.threshold is None, "mask.threshold", "be null: an arm has it", self.mask.threshold)
         for name in self.answers:
             check_one_of("answers", name, tuple(self.domains))
+        if self.objective == REWARDS:
+            self.answers = list(self.domains)
+        else:
+            unset = self.rewards == RewardsConfig()
+            check_rule(unset, "rewards", "be left out unless objective is rewards", "keys of it")
         kinds = [arm.kind for arm in self.arms.values()]
         check_rule(kinds.count(FULL) == 1, "arms", "hold exactly one of kind full", kinds.count(FULL))
         check_rule(kinds.count(BASE) <= 1, "arms", "hold at most one of kind base", kinds.count(BASE))
@@ -257,6 +269,15 @@ class StudyConfig:
         if setting.beta1 is not None:
             betas = (setting.beta1, betas[1])
         return dataclasses.replace(train, lr=setting.lr, epochs=setting.epochs, steps=None, betas=betas, seed=seed)
+
+    def rewards_of(self, arm: ArmConfig, setting: Setting, seed: int, questions: int) -> RewardsConfig:
+        """The same where the objective is rewards, of which there are so many questions."""
+        assert setting.lr is not None  # of a trained arm
+        betas = self.rewards.betas if arm.betas is None else arm.betas
+        if setting.beta1 is not None:
+            betas = (setting.beta1, betas[1])
+        steps = max(1, math.ceil((setting.epochs or 1.0) * questions / self.rewards.questions))
+        return dataclasses.replace(self.rewards, lr=setting.lr, steps=steps, betas=betas, seed=seed)
 
 
 def _check_not_evaluated(section: str, train: TrainConfig) -> None:

@@ -10,7 +10,7 @@ from mft.config import CONFIGS
 from mft.config_file import FOREIGN_NAMES, find_config, plain_values, read_mapping
 from mft.files.json_schema import schema_of
 from mft.files.yaml_file import parse_yaml
-from mft.study.config import StudyConfig
+from mft.study.config import CROSS_ENTROPY, StudyConfig
 
 SHIPPED = CONFIGS / "compare"
 _NAMED = ("arms", "domains", "general")  # mappings of names that the file chooses
@@ -31,7 +31,7 @@ def load_study(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) ->
     for override in overrides:
         _apply(values, override)
     after = f" (with the overrides {' '.join(overrides)})" if overrides else ""
-    for section in ("full", "stage"):
+    for section in ("full", "stage", "rewards"):
         for key in _FROM_ARMS:
             if key in (values.get(section) or {}):
                 where = "seeds" if key == "seed" else "arms"
@@ -48,16 +48,18 @@ def load_study(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) ->
 def study_values(study: StudyConfig) -> dict[str, Any]:
     """Plain values from which load_study makes an equal study."""
     values = plain_values(dataclasses.asdict(study))
-    for section in ("full", "stage"):
+    for section in ("full", "stage", "rewards"):
         for key in _FROM_ARMS:
-            del values[section][key]
+            values[section].pop(key, None)
+    if study.objective == CROSS_ENTROPY:  # as a study of before had it
+        del values["objective"], values["rewards"]
     return values
 
 
 def study_schema() -> dict[str, Any]:
     """The JSON Schema of a study's file."""
     schema = schema_of(StudyConfig, "A study of mft compare")
-    for section in ("full", "stage"):
+    for section in ("full", "stage", "rewards"):
         schema["properties"][section]["properties"] = dict.fromkeys(_FROM_ARMS, False)
     return schema
 

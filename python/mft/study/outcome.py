@@ -43,6 +43,21 @@ class Measured:
     answers: Tensor | None = None  # (documents,) examples a document whose generated answer is exact
     questions: Tensor | None = None  # (documents,) examples a document
 
+    @property
+    def exact(self) -> float | None:
+        """Share of questions answered exactly; None where none was asked."""
+        if self.answers is None or self.questions is None or not self.questions.sum():
+            return None
+        return (self.answers.sum() / self.questions.sum()).item()
+
+    @property
+    def choice(self) -> float:
+        """What validation chooses the least of: the loss; where questions were asked, wrong answers, then the loss."""
+        loss = self.evaluation.loss
+        if self.answers is None or self.questions is None:
+            return loss
+        return (self.questions.sum() - self.answers.sum()).item() + loss / (1 + loss)  # the latter is below 1
+
 
 @dataclass
 class General:
@@ -65,6 +80,9 @@ class Outcome:
     measured: Measured | None
     curve: list[tuple[float, float]] = field(default_factory=list)  # (share of the run done, validation loss)
     best_share: float = 1.0  # the checkpoint taken
+    # Of a run by rewards: (share of the run done, share of validation's questions answered exactly), and each step's.
+    answers_curve: list[tuple[float, float]] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -77,6 +95,11 @@ class Outcome:
     def loss(self) -> float:
         """On validation; infinite if training diverged."""
         return float("inf") if self.measured is None else self.measured.evaluation.loss
+
+    @property
+    def choice(self) -> float:
+        """The same of what validation chooses the least of; see Measured."""
+        return float("inf") if self.measured is None else self.measured.choice
 
 
 @dataclass
@@ -147,6 +170,7 @@ def outcome_from(values: dict[str, Any]) -> Outcome:
         "unit": unit_from(values["unit"]),
         "measured": measured,
         "curve": [(share, loss) for share, loss in values["curve"]],
+        "answers_curve": [(share, exact) for share, exact in values.get("answers_curve", ())],
         "general": _general_from(values["general"]),
     }
     return Outcome(**values | changed)

@@ -211,9 +211,10 @@ class _Found:
         }
 
     def losses(self, domain: str, arm: str) -> dict[Setting, float]:
-        """Validation loss with the first seed of every setting tried; infinite if any seed or part diverged there."""
+        """What validation chooses the least of (see Measured.choice), with the first seed, of every setting tried;
+        infinite if any seed or part diverged there."""
         losses = {
-            outcome.unit.setting: math.inf if (domain, arm, outcome.unit.setting) in self.diverged else outcome.loss
+            outcome.unit.setting: math.inf if (domain, arm, outcome.unit.setting) in self.diverged else outcome.choice
             for outcome in self._first.get((domain, arm), ())
         }
         return dict(sorted(losses.items(), key=lambda item: _order(item[0])))

@@ -185,7 +185,8 @@ def _found_words(result: Result) -> str:
         return "evaluated"
     if result.diverged is not None:
         return f"diverged ({result.diverged})"
-    return f"validation {result.loss:.4f}"
+    exact = None if result.measured is None else result.measured.exact
+    return f"validation {result.loss:.4f}" + ("" if exact is None else f", {100 * exact:.1f} % exact")
 
 
 def _findings(study: StudyConfig, run: _Run, openings: int, lines: list[str]) -> Findings:

@@ -26,7 +26,7 @@ from mft.config import CONFIG
 from mft.files.atomic import sweep, target_of, write_whole
 from mft.files.yaml_file import dump_yaml, parse_yaml
 from mft.masks.location import MASKS
-from mft.study.config import AVERAGE, FULL, FULL_KINDS, Setting, StudyConfig
+from mft.study.config import AVERAGE, CROSS_ENTROPY, FULL, FULL_KINDS, Setting, StudyConfig
 from mft.study.load import study_values
 from mft.study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values
 from mft.study.plan import best_so_far, selection, source_of, start_of
@@ -37,7 +37,7 @@ from mft.training.run_lock import LOCK, hold
 FORMAT = 2  # counts up when the same declaration gives other results
 STUDY, BASE_MODEL, UNITS, TRAINED, TEST = "study.yaml", "base", "units", "trained", "test"
 _OURS = {STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK, TABLE_MARKDOWN, TABLE_JSON, PLOT, ABLATION}
-_OURS |= {"summary.png", "surface.png", "overlap.png"}  # of mft plot
+_OURS |= {"rewards.png", "summary.png", "surface.png", "overlap.png"}  # of mft plot
 _OF_THE_DEMO = {CONFIG, MASKS, MODEL}  # ours where a study lies beside them
 _OPENINGS = "openings.json"
 _FREE = ("output_dir", "workers")  # change no result
@@ -118,6 +118,8 @@ class Store:
             "stage": None if arm["kind"] in FULL_KINDS else values["stage"],
         }
         parts |= {name: values[name] for name in ("model", "scratch", "mask", "full", "checkpoints", "general")}
+        if self.study.objective != CROSS_ENTROPY:
+            parts |= {"objective": values["objective"], "rewards": values["rewards"]}
         return _digest(parts)
 
     def outcomes(self) -> list[Outcome]:

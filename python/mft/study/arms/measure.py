@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn
 
 from mft.evaluation.evaluate import Evaluation, evaluate
+from mft.evaluation.exact_match import exact_matches
 from mft.evaluation.kl_divergence import kl_divergence
 from mft.study.arms.job import arm_of
-from mft.study.config import BASE, CONTINUED, DERIVED, FULL, ArmConfig
-from mft.study.outcome import General, Unit
+from mft.study.config import BASE, CONTINUED, DERIVED, FULL, REWARDS, ArmConfig
+from mft.study.outcome import General, Measured, Unit
 from mft.study.workspace import ROWS, Workspace
 from mft.training.loop import NonFiniteLoss
 
@@ -28,7 +29,24 @@ def evaluation_options(workspace: Workspace, arm: ArmConfig) -> Callable[[str], 
     return lambda split: {"batch_size": ROWS, "first": first, "memory": workspace.memory(split, first)}
 
 
-def on_validation(workspace: Workspace, unit: Unit, model: nn.Module) -> Evaluation:
+def on_validation(workspace: Workspace, unit: Unit, model: nn.Module) -> Measured:
+    """With answers where validation chooses by them."""
+    measured = Measured(_evaluated(workspace, unit, model))
+    if workspace.study.objective == REWARDS:
+        answer(workspace, model, workspace.splits(unit.domain).validation, measured)
+    return measured
+
+
+def answer(workspace: Workspace, model: nn.Module, dataset, measured: Measured) -> None:
+    """Ask the questions of dataset, and note in measured how many answers are right."""
+    options: dict[str, Any] = {}
+    if workspace.study.objective == REWARDS:
+        rewards = workspace.study.rewards
+        options = {"max_new_tokens": rewards.max_completion_tokens, "verifier": rewards.verifier}
+    measured.answers, measured.questions = exact_matches(model, workspace.tokenizer, dataset, **options)
+
+
+def _evaluated(workspace: Workspace, unit: Unit, model: nn.Module) -> Evaluation:
     options = evaluation_options(workspace, arm_of(workspace, unit))
     evaluation = evaluate(model, workspace.splits(unit.domain).validation, **options("validation"))
     if not math.isfinite(evaluation.loss):

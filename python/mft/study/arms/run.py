@@ -1,10 +1,9 @@
 """A unit from its start to an outcome, as validation sees it; and later on test."""
 
 from mft.evaluation.evaluate import evaluate
-from mft.evaluation.exact_match import exact_matches
 from mft.evaluation.temperature import evaluate_tempered, fit_temperature
 from mft.study.arms.job import Job, arm_of
-from mft.study.arms.measure import evaluation_options, on_general, on_validation
+from mft.study.arms.measure import answer, evaluation_options, on_general, on_validation
 from mft.study.arms.models import model_of
 from mft.study.arms.size import stored_bytes
 from mft.study.arms.train import train_unit
@@ -32,7 +31,7 @@ def run_unit(workspace: Workspace, job: Job) -> Outcome:
             tempered = evaluate_tempered(model, validation, temperature, **options)
             measured = Measured(tempered, tempered, temperature)
         else:
-            measured = Measured(on_validation(workspace, unit, model))
+            measured = on_validation(workspace, unit, model)
     except (NonFiniteLoss, NonFiniteScores) as error:
         return Outcome(unit, None, diverged=str(error))
     return Outcome(
@@ -60,7 +59,6 @@ def run_test(workspace: Workspace, job: Job) -> Tested:
         plain = tempered if kind == TEMPERATURE else evaluate(model, dataset, **remembering)
         measured[split] = Measured(plain, tempered, temperature)
         if unit.domain in workspace.study.answers:
-            answers, questions = exact_matches(model, workspace.tokenizer, dataset)
-            measured[split].answers, measured[split].questions = answers, questions
+            answer(workspace, model, dataset, measured[split])
     start = workspace.base if kind == FULL else workspace.model
     return Tested(unit, measured["validation"], measured["test"], on_general(workspace, start, model, "test"))

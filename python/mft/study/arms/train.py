@@ -6,7 +6,7 @@ Each is evaluated on validation at study.checkpoints equally spaced steps; the b
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,18 @@ from torch import nn
 
 from mft.config import INITS
 from mft.data.streams import count_rows
-from mft.evaluation.evaluate import Evaluation
 from mft.files.atomic import atomic_file
 from mft.masks.convert import came_from_conv1d, mask_model, masked_modules
 from mft.masks.inspection import flip_share, initial_masks
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.linears import weight_name
+from mft.rewards.questions import count_questions
+from mft.rewards.train import RewardReport, train_rewards
 from mft.study.arms.job import Job, Weights, arm_of, mask_of
 from mft.study.arms.measure import keeps_prefix, on_general, on_validation
 from mft.study.arms.models import trained_model
 from mft.study.arms.size import stored_bytes
-from mft.study.config import CONTINUED, CONTROL, FULL, LORA, MASK, ArmConfig
+from mft.study.config import CONTINUED, CONTROL, FULL, LORA, MASK, REWARDS, ArmConfig
 from mft.study.lora import add_lora
 from mft.importance.scores import initialise_scores
 from mft.study.outcome import Measured, Outcome, Unit
@@ -42,8 +43,11 @@ def train_unit(workspace: Workspace, job: Job) -> Outcome:
     dataset = workspace.splits(unit.domain).train
     model = _untrained(workspace, unit, arm)
     initial = initial_masks(model)
+    config = None
+    if workspace.study.objective == REWARDS and arm.kind != FULL:
+        config = workspace.study.rewards_of(arm, unit.setting, train.seed, count_questions(dataset))
     checkpoints = _Checkpoints(
-        train.steps_for(count_rows(dataset)),
+        train.steps_for(count_rows(dataset)) if config is None else config.steps,
         1 if arm.kind == FULL else workspace.study.checkpoints,
         lambda: on_validation(workspace, unit, model),
         lambda: (_trained_weights(workspace, model), flip_share(model, initial) if initial else None),
@@ -51,7 +55,11 @@ def train_unit(workspace: Workspace, job: Job) -> Outcome:
     options: dict[str, Any] = {"on_step": checkpoints.on_step}
     if keeps_prefix(arm.kind):
         options["memory"] = workspace.memory("train", workspace.layers_of(arm)[1])
-    if arm.kind in (FULL, CONTINUED):
+    reports: Sequence[StepReport | RewardReport]
+    if config is not None:
+        let_learn(model, arm.kind, workspace.layers_of(arm)[0])
+        reports = train_rewards(model, workspace.tokenizer, dataset, config, on_step=checkpoints.on_step)
+    elif arm.kind in (FULL, CONTINUED):
         reports = finetune(model, dataset, train, **options)
     elif arm.kind == CONTROL:
         reports = train_weights(model, workspace.layers_of(arm)[0], dataset, train, **options)
@@ -65,9 +73,11 @@ def train_unit(workspace: Workspace, job: Job) -> Outcome:
     best = trained_model(workspace, job, weights)
     return Outcome(
         unit,
-        Measured(checkpoints.best),
+        checkpoints.best,
         checkpoints.curve,
         best_share=checkpoints.best_share,
+        answers_curve=checkpoints.answers_curve,
+        rewards=[report.reward for report in reports if isinstance(report, RewardReport)],
         steps=len(reports),
         tokens=sum(report.tokens for report in reports),
         seconds=checkpoints.seconds,
@@ -81,25 +91,40 @@ class _Checkpoints:
     """An on_step of the training loop that evaluates now and then, and keeps what was best."""
 
     def __init__(
-        self, steps: int, count: int, look: Callable[[], Evaluation], keep: Callable[[], tuple[Weights, float | None]]
+        self, steps: int, count: int, look: Callable[[], Measured], keep: Callable[[], tuple[Weights, float | None]]
     ) -> None:
         self.at = {math.ceil(steps * i / count) for i in range(1, count + 1)}
         self.curve: list[tuple[float, float]] = []
-        self.best: Evaluation | None = None
+        self.answers_curve: list[tuple[float, float]] = []
+        self.best: Measured | None = None
         self.best_share = 1.0
         self.seconds, self._looking = 0.0, 0.0  # of training alone
         self._look, self._keep = look, keep
 
-    def on_step(self, report: StepReport) -> None:
+    def on_step(self, report: StepReport | RewardReport) -> None:
         self.seconds = report.seconds - self._looking
         if report.step not in self.at:
             return
         begin = time.perf_counter()
-        evaluation, share = self._look(), report.step / report.steps
-        self.curve.append((share, evaluation.loss))
-        if self.best is None or evaluation.loss < self.best.loss:
-            self.best, self.best_share, self.kept = evaluation, share, self._keep()
+        measured, share = self._look(), report.step / report.steps
+        self.curve.append((share, measured.evaluation.loss))
+        if measured.exact is not None:
+            self.answers_curve.append((share, measured.exact))
+        if self.best is None or measured.choice < self.best.choice:
+            self.best, self.best_share, self.kept = measured, share, self._keep()
         self._looking += time.perf_counter() - begin
+
+
+def let_learn(model: nn.Module, kind: str, layers: Sequence[str]) -> None:
+    """What an arm of this kind trains requires grad, and nothing else; adapters do so since they were made."""
+    if kind == LORA:
+        return
+    model.requires_grad_(kind == CONTINUED)
+    if kind == CONTROL:
+        for name in layers:
+            model.get_parameter(weight_name(model, name)).requires_grad_(True)
+    for module in masked_modules(model).values():
+        module.scores.requires_grad_(True)
 
 
 def _untrained(workspace: Workspace, unit: Unit, arm: ArmConfig) -> nn.Module:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mft.study.outcome import Measured
 
 METRICS = ("loss", "tempered", "accuracy", "answers")
+WRONG = "wrong"  # questions less exact answers: what rewards make smaller
 CONFIDENCE = 0.95
 DRAWS = 10_000
 _CHUNK_BYTES = 32 << 20  # of multiplicities at once; with counts and products of them well below 200 MB
@@ -47,11 +48,11 @@ def paired(a: Mapping[int, Measured], b: Mapping[int, Measured], metric: str = "
 
     Args:
         metric: loss: nats. tempered: nats at the arm's own temperature. accuracy: likeliest tokens that are right.
-            answers: exact ones, a question.
+            answers: exact ones, a question. wrong: those that are not.
     Raises: ValueError for an unknown metric, or if a document of a is not the same in b or in another seed.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+    if metric not in (*METRICS, WRONG):
+        raise ValueError(f"metric must be one of {(*METRICS, WRONG)}, got {metric!r}")
     seeds = sorted(a.keys() & b.keys())
     measured = [_sums(arm[seed], metric) for arm in (a, b) for seed in seeds]
     known = [one for one in measured if one is not None]
@@ -160,10 +161,12 @@ def _sums(measured: Measured, metric: str) -> tuple[Floats, Floats, Floats] | No
     if evaluation is None:
         return None
     documents = evaluation.documents.numpy()
-    if metric == "answers":
+    if metric in ("answers", WRONG):
         if measured.answers is None or measured.questions is None:
             return None
-        return documents, measured.answers.numpy().astype(float), measured.questions.numpy().astype(float)
+        questions = measured.questions.numpy().astype(float)
+        right = measured.answers.numpy().astype(float)
+        return documents, right if metric == "answers" else questions - right, questions
     sums = evaluation.correct if metric == "accuracy" else evaluation.loss_sums
     return documents, sums.numpy().astype(float), evaluation.tokens.numpy().astype(float)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mft.evaluation.evaluate import Evaluation
-from mft.study.config import AVERAGE, BASE, CONTROL, FULL, MASK, Setting, StudyConfig
+from mft.study.config import AVERAGE, BASE, CONTROL, FULL, MASK, REWARDS, Setting, StudyConfig
 from mft.study.outcome import Findings, Measured
-from mft.study.report.statistics import METRICS, Difference, Paired, differences, paired, with_holm
+from mft.study.report.statistics import METRICS, WRONG, Difference, Paired, differences, paired, with_holm
 
 Runs = Mapping[int, Measured]
 
@@ -32,7 +32,9 @@ class Row:
     temperature: float | None
     minus_full: Difference | None = None  # loss
     minus_control: dict[str, Difference] = field(default_factory=dict)  # by metric
-    validation: float | None = None  # mean loss difference from against
+    decides: str = "loss"  # the metric that verdicts are of
+    validation: float | None = None  # mean difference from against, of what decides
+    validation_exact: float | None = None  # share of validation's questions, where it chose by them
     tried: int = 0  # configurations
     steps: float | None = None  # of a chosen run, mean over seeds; of one run of an average
     seconds: float | None = None  # of a chosen run (of all runs that are averaged), mean over seeds
@@ -67,9 +69,9 @@ def study_tables(findings: Findings) -> dict[str, DomainTable]:
         for key, pair in _pairs(findings, domain, tables[domain]).items():
             keys.append((domain, *key))
             pairs.append(pair)
-    found = dict(zip(keys, differences(pairs)))
+    found, decides = dict(zip(keys, differences(pairs))), deciding_metric(findings.study)
     for family in (True, False):
-        claims = [key for key in keys if key[2:] == (CONTROL, "loss") and _row(tables, key).masked == family]
+        claims = [key for key in keys if key[2:] == (CONTROL, decides) and _row(tables, key).masked == family]
         found.update(zip(claims, with_holm([found[key] for key in claims])))
     for place, difference in found.items():
         row, (*_, reference, metric) = _row(tables, place), place
@@ -78,6 +80,11 @@ def study_tables(findings: Findings) -> dict[str, DomainTable]:
         else:
             row.minus_control[metric] = difference
     return tables
+
+
+def deciding_metric(study: StudyConfig) -> str:
+    """What verdicts are of, less being better: the loss, or wrong answers where arms learned by rewards."""
+    return WRONG if study.objective == REWARDS else "loss"
 
 
 def reference_of(study: StudyConfig, arm: str) -> str | None:
@@ -131,7 +138,7 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
     """A row but for its differences on test."""
     study, runs = findings.study, list(findings.test[domain][arm].values())
     evaluations: list[Evaluation] = [run.evaluation for run in runs]
-    answers = [share for run in runs if (share := _exact_share(run)) is not None]
+    answers = [run.exact for run in runs if run.exact is not None]
     temperatures = [run.temperature for run in runs if run.temperature is not None]
     setting, against = findings.chosen.get(domain, {}).get(arm), reference_of(study, arm)
     outcomes = [o for o in findings.outcomes if (o.unit.domain, o.unit.arm) == (domain, arm)]
@@ -157,7 +164,9 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
         accuracy=_mean([evaluation.accuracy for evaluation in evaluations]),
         exact=_mean(answers) if answers else None,
         temperature=_mean(temperatures) if temperatures else None,
+        decides=deciding_metric(study),
         validation=_validation(findings, domain, arm, against),
+        validation_exact=_validation_exact(findings, domain, arm),
         tried=len(set(own)),
         steps=_mean([float(o.steps) for o in chosen]) if chosen else None,
         seconds=seconds,
@@ -176,18 +185,25 @@ def _pairs(findings: Findings, domain: str, table: DomainTable) -> dict[tuple[st
         if row.arm != table.full:
             found[row.arm, FULL, "loss"] = paired(runs, test[table.full])
         if row.against in test:
-            for metric in METRICS:
+            for metric in dict.fromkeys((*METRICS, row.decides)):
                 found[row.arm, CONTROL, metric] = paired(runs, test[row.against], metric)
     return {key: pair for key, pair in found.items() if pair is not None}
 
 
 def _validation(findings: Findings, domain: str, arm: str, against: str | None) -> float | None:
-    """Mean loss difference on the validation split in the seeds of both."""
+    """Mean difference of what decides, on the validation split in the seeds of both."""
     measured = findings.validation.get(domain, {})
     if against is None or arm not in measured or against not in measured:
         return None
-    pair = paired(measured[arm], measured[against])
+    pair = paired(measured[arm], measured[against], deciding_metric(findings.study))
     return None if pair is None else float((pair.sums.sum(-1) / pair.counts.sum()).mean())
+
+
+def _validation_exact(findings: Findings, domain: str, arm: str) -> float | None:
+    """Mean over seeds, where arms learned by rewards."""
+    runs = findings.validation.get(domain, {}).get(arm, {}).values()
+    shares = [run.exact for run in runs if run.exact is not None]
+    return _mean(shares) if shares and findings.study.objective == REWARDS else None
 
 
 def _seconds_of_parts(findings: Findings, domain: str, average: str, seeds: int) -> float:
@@ -195,12 +211,6 @@ def _seconds_of_parts(findings: Findings, domain: str, average: str, seeds: int)
     of, setting = findings.study.arms[average].of, findings.chosen.get(domain, {}).get(average)
     units = [(o.unit.domain, o.unit.setting, o.unit.arm, o.seconds) for o in findings.outcomes]
     return sum(seconds for *where, arm, seconds in units if where == [domain, setting] and arm in (of, average)) / seeds
-
-
-def _exact_share(run: Measured) -> float | None:
-    if run.answers is None or run.questions is None or not run.questions.sum():
-        return None
-    return (run.answers.sum() / run.questions.sum()).item()
 
 
 def _row(tables: Mapping[str, DomainTable], key: tuple[str, str, str, str]) -> Row:

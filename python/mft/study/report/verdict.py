@@ -7,9 +7,10 @@ correction, and validation's difference has the same sign. A loss is declared by
 import math
 from collections.abc import Iterable, Mapping
 
-from mft.study.config import AVERAGE, CONTROL
+from mft.study.config import AVERAGE, CONTROL, REWARDS
 from mft.study.outcome import Findings
-from mft.study.report.statistics import CONFIDENCE, DRAWS, Difference
+from mft.study.report.rewards import rewards_remark
+from mft.study.report.statistics import CONFIDENCE, DRAWS, WRONG, Difference
 from mft.study.report.table import DomainTable, Row, study_tables
 
 HELPS = "MFT helps"
@@ -27,7 +28,7 @@ def study_verdicts(findings: Findings, tables: Mapping[str, DomainTable] | None 
 
 def conclusion(row: Row) -> tuple[str, str]:
     """(HELPS, LOST or NO_EVIDENCE, why no more is claimed) of an MFT arm that was compared with its control."""
-    difference = row.minus_control["loss"]
+    difference = row.minus_control[row.decides]
     if math.isnan(difference.low):
         return NO_EVIDENCE, "a single document has no interval"
     ahead = f"{'MFT' if difference.estimate < 0 else row.against} is ahead on test"
@@ -71,7 +72,7 @@ def _sentences(findings: Findings, table: DomainTable) -> Iterable[str]:
         yield "There is no MFT arm."
     for row in masked:
         control = table.row(row.against)
-        if "loss" in row.minus_control and control is not None:
+        if row.decides in row.minus_control and control is not None:
             yield _compared(row, control, table.full)
         else:
             yield f"{row.arm} - {table.full}: {shown_interval(row.minus_full)}{_uncompared(findings, table, row)}."
@@ -80,9 +81,16 @@ def _sentences(findings: Findings, table: DomainTable) -> Iterable[str]:
 
 
 def _compared(row: Row, control: Row, full: str) -> str:
-    difference = row.minus_control["loss"]
+    difference = row.minus_control[row.decides]
     what, why = conclusion(row)
     validation = "none" if row.validation is None else f"{row.validation:+.4f}"
+    if row.decides == WRONG:
+        exact = shown_interval(row.minus_control["answers"], 100, 1)
+        return (
+            f"{row.arm}: {what}{f' ({why})' if why else ''}. {row.arm} - {control.arm}: {exact} % of questions "
+            f"answered exactly, Holm-adjusted p {shown_p(difference.p_holm)}; wrong answers a question on validation "
+            f"{validation}."
+        )
     return (
         f"{row.arm}: {what}{f' ({why})' if why else ''}. "
         f"{row.arm} - {full}: {shown_interval(row.minus_full)}; "
@@ -117,7 +125,7 @@ def _warnings(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable
         if missing := [arm for arm in study.arms if table.row(arm) is None]:
             yield f"Warning: {domain} was not tested for {', '.join(missing)}."
         for row in table.rows:
-            difference = row.minus_control.get("loss", row.minus_full)
+            difference = row.minus_control.get(row.decides, row.minus_full)
             if difference is not None and difference.seeds < table.seeds:
                 yield (
                     f"Warning: {domain}, {row.arm}: compared in {difference.seeds} of {table.seeds} seeds, those that "
@@ -133,7 +141,9 @@ def _method(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[s
         "widened for how few there are; accuracy is that of the next token."
     )
     if study.named(CONTROL) is not None:
-        claims = [row for table in tables.values() for row in table.rows if row.masked and "loss" in row.minus_control]
+        claims = [
+            row for table in tables.values() for row in table.rows if row.masked and row.decides in row.minus_control
+        ]
         yield (
             f"p is two-sided against the control; Holm's correction runs over the {len(claims)} comparisons of MFT "
             "with it in all domains, and separately over those of the other arms, on which no verdict rests."
@@ -149,10 +159,13 @@ def _method(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[s
             f"{study.seeds[0]} and then run with every seed; {len(runs)} runs and {sum(runs):.0f} s "
             "in all."
         )
-    yield (
-        f"Budget of every trained arm after the fine-tune: {stage.batch_size * stage.accumulation} rows a step, "
-        f"{stage.schedule} schedule, as many epochs as validation chose of its grid; the best of {study.checkpoints} "
-        "checkpoints on validation is kept."
-    )
+    if study.objective == REWARDS:
+        yield rewards_remark(findings)
+    else:
+        yield (
+            f"Budget of every trained arm after the fine-tune: {stage.batch_size * stage.accumulation} rows a step, "
+            f"{stage.schedule} schedule, as many epochs as validation chose of its grid; the best of "
+            f"{study.checkpoints} checkpoints on validation is kept."
+        )
     if findings.test_openings == 1:
         yield "The test split was opened once, after every choice."

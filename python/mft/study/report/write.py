@@ -13,8 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mft.files.atomic import write_whole
+from mft.study.config import REWARDS
 from mft.study.outcome import Findings
 from mft.study.report.plots import plot_study
+from mft.study.report.rewards import REWARDS_PLOT, plot_rewards, reward_curves
 from mft.study.report.table import DomainTable, Row, study_numbers, study_tables
 from mft.study.report.verdict import conclusion, remarks, shown_interval, shown_p, study_verdicts
 from mft.tracking.curves import PLOT
@@ -40,11 +42,14 @@ def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, 
     numbers = study_numbers(findings, tables)
     for domain, table in tables.items():
         for row, entry in zip(table.rows, numbers["domains"][domain]["rows"]):
-            entry["conclusion"] = conclusion(row)[0] if row.masked and "loss" in row.minus_control else None
+            entry["conclusion"] = conclusion(row)[0] if row.masked and row.decides in row.minus_control else None
+        numbers["domains"][domain]["by_rewards"] = reward_curves(findings, domain)
     numbers |= {"verdicts": said, "remarks": known, "environment": extra}
     text = json.dumps(numbers, indent=2, allow_nan=False)
     write_whole(directory / TABLE_JSON, text + "\n")
     plot_study(numbers, directory / PLOT)
+    if findings.study.objective == REWARDS:
+        plot_rewards(numbers, directory / REWARDS_PLOT)
 
 
 def console_report(findings: Findings) -> list[RenderableType]:
@@ -69,7 +74,7 @@ def _minus_control(metric: str, scale: float = 1, digits: int = 4) -> Callable[[
 
 
 def _holm(row: Row) -> str:
-    difference = row.minus_control.get("loss")
+    difference = row.minus_control.get(row.decides)
     return shown_p(None if difference is None else difference.p_holm)
 
 

@@ -1,0 +1,81 @@
+"""What runs by rewards show over their steps: the rewards of what they sampled, and validation's questions answered."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mft.files.figure import new_figure, save_figure
+from mft.study.config import REWARDS
+from mft.study.outcome import Findings
+
+REWARDS_PLOT = "rewards.png"
+_COLOURS = ("#c1121f", "#e69f00", "#0072b2", "#009e73", "#56b4e9", "#7a5195", "0.5", "#8f2d56")
+_WINDOW = 20  # steps of which the rewards shown are a mean
+
+
+def reward_curves(findings: Findings, domain: str) -> list[dict[str, Any]]:
+    """Of each chosen run by rewards: arm, seed, steps, each step's rewards, and answers, [steps done, share exact]."""
+    chosen = findings.chosen.get(domain, {})
+    return [
+        {
+            "arm": outcome.unit.arm,
+            "seed": outcome.unit.seed,
+            "steps": outcome.steps,
+            "rewards": outcome.rewards,
+            "answers": [[share * outcome.steps, exact] for share, exact in outcome.answers_curve],
+        }
+        for outcome in findings.outcomes
+        if outcome.unit.domain == domain
+        and outcome.rewards
+        and not outcome.unit.part
+        and outcome.unit.setting == chosen.get(outcome.unit.arm)
+    ]
+
+
+def plot_rewards(numbers: Mapping[str, Any], path: Path) -> None:
+    """A row a domain: exact answers on validation by step, and rewards, each arm's mean over seeds; of table.json."""
+    domains = {name: table for name, table in numbers["domains"].items() if table.get("by_rewards")}
+    if not domains:
+        raise ValueError("a plot of rewards must have a run by rewards, got none: set objective=rewards in the study")
+    figure = new_figure(12.5, 4.2 * len(domains))
+    for (left, right), (domain, table) in zip(figure.subplots(len(domains), 2, squeeze=False), domains.items()):
+        arms = list(dict.fromkeys(run["arm"] for run in table["by_rewards"]))
+        for arm, colour in zip(arms, _COLOURS * len(arms)):
+            runs = [run for run in table["by_rewards"] if run["arm"] == arm]
+            places = [step for step, _ in runs[0]["answers"]]
+            means = [_mean(100 * run["answers"][i][1] for run in runs) for i in range(len(places))]
+            left.plot(places, means, "o-", color=colour, label=arm, markersize=4)
+            rewards = [_mean(step) for step in zip(*(run["rewards"] for run in runs))]
+            shown = [_mean(rewards[max(0, i - _WINDOW + 1) : i + 1]) for i in range(len(rewards))]
+            right.plot(range(1, len(shown) + 1), shown, color=colour, label=arm)
+        start = next((row for row in table["rows"] if row["arm"] == table["full"]), None)
+        if start is not None and start.get("validation_exact") is not None:
+            left.axhline(
+                100 * start["validation_exact"], color="0.25", linestyle="--", linewidth=1, label=table["full"]
+            )
+        left.set_title(f"{domain}, validation: exact answers, %", loc="left")
+        right.set_title(f"{domain}, training: rewards, mean of {_WINDOW} steps", loc="left")
+        for axes in (left, right):
+            axes.set_xlabel("steps")
+            axes.legend(frameon=False, fontsize=8)
+    save_figure(figure, path, dpi=100)
+
+
+def rewards_remark(findings: Findings) -> str:
+    """How the arms were trained, and by what they were chosen and judged."""
+    study = findings.study
+    assert study.objective == REWARDS, "asked for of such studies"
+    config = study.rewards
+    return (
+        f"Every trained arm after the fine-tune learned by rewards, 1 for a right answer ({config.verifier}) and 0 for "
+        f"a wrong one: GRPO by TRL, loss {config.loss_type}, {config.questions} questions a step, "
+        f"{config.num_generations} answers to each of at most {config.max_completion_tokens} tokens, beta "
+        f"{config.beta:g}; an epoch asks as many questions as there are. Validation chooses by exact answers, then by "
+        f"loss, checkpoints too ({study.checkpoints} a run); verdicts, p and validation - control are of wrong answers "
+        "a question."
+    )
+
+
+def _mean(values) -> float:
+    found = list(values)
+    return sum(found) / len(found)

@@ -1,0 +1,161 @@
+"""A study by rewards: what its arms learn from, how validation chooses, what its verdicts are of."""
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import evaluation
+from tiny_study import write_ground
+
+from mft.rewards.config import RewardsConfig
+from mft.study.config import ArmConfig, Setting
+from mft.study.load import load_study, study_values
+from mft.study.outcome import Measured, Outcome, Unit
+from mft.study.plan import selection
+from mft.study.report.write import console_report, write_study_report
+from mft.study.run import run_study
+
+pytest.importorskip("trl", reason="needs trl: pip install 'mft_kernels[trl]'")
+
+STUDY = """
+objective: rewards
+rewards: {{questions: 4, num_generations: 8, max_completion_tokens: 3, betas: [0.9, 0.99]}}
+model: {{name: {directory}/model, dtype: float32}}
+mask: {{layers_to_transform: 2-3, init: magnitude, keep_ratio: 0.9}}
+domains:
+  next: {{source: {directory}/questions.jsonl, sequence_length: 8, max_train_tokens: 64, max_eval_tokens: 80}}
+general: {{count: {{source: {directory}/data.jsonl, sequence_length: 12, max_train_tokens: 12, max_eval_tokens: 48}}}}
+full: {{batch_size: 4}}
+seeds: [0]
+extensions: 0
+checkpoints: 2
+workers: 1
+output_dir: {directory}/run
+arms:
+  full: {{kind: full, lrs: [1e-2], epochs: [20]}}
+  control: {{kind: control, lrs: [3e-3], epochs: [0.5]}}
+  LoRA: {{kind: lora, lrs: [1e-2], epochs: [0.5], lora_rank: 2}}
+  MFT: {{kind: mask, lrs: [1e-2], epochs: [0.5]}}
+  between: {{kind: interpolated, of: control, alphas: [0.5]}}
+"""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """(findings, directory) of a whole study."""
+    directory = tmp_path_factory.mktemp("rewards")
+    write_ground(directory)
+    rows = [{"prompt": f"{i} {i + 1}", "completion": f" {i + 2}"} for i in range(1, 59)]
+    (directory / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "study.yaml").write_text(STUDY.format(directory=directory))
+    study = load_study(directory / "study.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MFT_CACHE", str(directory / "cache"))
+        findings = run_study(study, directory / "run", console=Console(file=io.StringIO()))
+    return findings, directory / "run"
+
+
+def test_every_arm_after_the_fine_tune_learns_by_rewards_and_answers_on_validation(done):
+    findings, _ = done
+    trained = {"control", "LoRA", "MFT"}
+    assert {outcome.unit.arm for outcome in findings.outcomes} == {"full", "between", *trained}
+    for outcome in findings.outcomes:
+        asked = outcome.measured.questions.sum()
+        assert asked == 7
+        if outcome.unit.arm in trained:
+            assert outcome.steps == len(outcome.rewards) == 2  # half of 16 questions, 4 a step
+            assert [share for share, _ in outcome.answers_curve] == [0.5, 1]
+            assert max(exact for _, exact in outcome.answers_curve) == outcome.measured.exact
+            assert outcome.tokens > 0
+            assert sum(outcome.rewards) > 0
+            assert outcome.general["count"].mean_kl > 0
+        else:
+            assert outcome.rewards == []
+    for runs in findings.test["next"].values():
+        assert all(run.exact is not None for run in runs.values())
+
+
+def test_the_report_judges_by_exact_answers_and_draws_rewards(done, tmp_path):
+    findings, _ = done
+    write_study_report(findings, tmp_path)
+    numbers = json.loads((tmp_path / "table.json").read_text())
+    curves = numbers["domains"]["next"]["by_rewards"]
+    assert [(run["arm"], run["seed"]) for run in curves] == [("control", 0), ("LoRA", 0), ("MFT", 0)]
+    assert [step for step, _ in curves[0]["answers"]] == [1, 2]
+    assert (tmp_path / "rewards.png").stat().st_size > 10_000
+    (verdict,) = numbers["verdicts"]
+    assert "% of questions answered exactly, Holm-adjusted p" in verdict
+    said = " ".join(numbers["remarks"])
+    assert "learned by rewards" in said
+    assert "rows a step" not in said
+    row = next(row for row in numbers["domains"]["next"]["rows"] if row["arm"] == "MFT")
+    assert row["minus_control"]["wrong"]["p_holm"] is not None
+    assert row["minus_control"]["loss"]["p_holm"] is None
+    assert row["minus_control"]["wrong"]["estimate"] == pytest.approx(-row["minus_control"]["answers"]["estimate"])
+    assert row["validation"] is not None
+    assert console_report(findings)
+
+
+def test_the_same_study_again_has_nothing_left_to_do(done):
+    findings, directory = done
+    said = io.StringIO()
+    again = run_study(findings.study, directory, console=Console(file=said))
+    assert len(again.outcomes) == len(findings.outcomes)
+    assert "seed 0" not in said.getvalue()
+
+
+def measured(right, loss):
+    return Measured(
+        evaluation([10, 10], [10 * loss, 10 * loss]), answers=torch.tensor(right), questions=torch.tensor([5, 5])
+    )
+
+
+def test_validation_chooses_by_exact_answers_and_between_equals_by_loss(done):
+    study, arm = done[0].study, "MFT"
+    tried = {1e-3: measured([3, 1], 9.0), 1e-2: measured([2, 1], 0.1)}
+    found = [Outcome(Unit("next", arm, 0, Setting(lr, 0.5, 0.9)), one) for lr, one in tried.items()]
+    assert selection(study, found).chosen["next"][arm].lr == 1e-3
+    found[1].measured = measured([1, 3], 8.0)
+    assert selection(study, found).chosen["next"][arm].lr == 1e-2
+    assert measured([0, 0], 1e9).choice < 11
+    assert Measured(evaluation([10], [20])).choice == 2
+
+
+def test_an_epoch_asks_every_question_once(done):
+    study = done[0].study
+    config = study.rewards_of(ArmConfig(kind="control", lrs=[1e-3]), Setting(1e-3, 2.0, beta1=0.0), 7, 30)
+    assert (config.steps, config.lr, config.betas, config.seed) == (15, 1e-3, (0.0, 0.99), 7)
+    own = ArmConfig(kind="control", lrs=[1e-3], betas=[0.5, 0.6])
+    assert study.rewards_of(own, Setting(1e-3, 1.0), 0, 1).betas == (0.5, 0.6)
+    assert study.rewards_of(own, Setting(1e-3, 1.0), 0, 1).steps == 1
+
+
+def test_what_is_written_of_a_study_is_read_again(done, tmp_path):
+    import yaml
+
+    study = done[0].study
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(study_values(study)))
+    assert load_study(tmp_path / "again.yaml") == study
+    assert study.answers == ["next"]
+    assert not {"lr", "steps", "seed"} & study_values(study)["rewards"].keys()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rewards.lr=1e-3"], "rewards.lr must be left out: arms decide it"),
+        (["objective=cross_entropy"], "rewards must be left out unless objective is rewards"),
+        (["objective=reward"], "objective must be one of cross_entropy, rewards, got 'reward'"),
+        (["rewards.num_generations=1"], "rewards.num_generations must be at least 2, got 1"),
+        (["rewards.group=8"], "unknown key 'rewards.group'"),
+    ],
+)
+def test_what_a_study_by_rewards_cannot_be_is_refused(done, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_study(done[1].parent / "study.yaml", overrides)
+
+
+def test_the_defaults_of_rewards_are_those_of_training_by_them():
+    assert load_study("rewards").rewards.loss_type == RewardsConfig().loss_type == "dapo"
