@@ -48,6 +48,13 @@ def test_alpacas_records_are_its_published_prompt_where_the_tokenizer_has_no_tem
     assert text.endswith(f"completes the request.\n\n{end}")
 
 
+def test_a_question_with_its_answer_is_an_instruction_with_its_output(tokenizer, monkeypatch):
+    row, alike = {"question": "Add.", "answer": "3"}, {"instruction": "Add.", "output": "3"}
+    assert encoded(row, tokenizer) == encoded(alike, tokenizer) == encoded(chat("Add.", "3"), tokenizer)
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    assert encoded(row, tokenizer) == encoded(alike, tokenizer)
+
+
 @pytest.mark.parametrize("assistant_only", [True, False])
 @pytest.mark.parametrize("template", [None, MARKED_CHATML])
 def test_a_prompt_and_a_completion_of_messages_are_one_chat_of_which_the_completion_is_scored(
@@ -133,6 +140,7 @@ def test_calls_of_other_arguments_in_a_column_of_arrow_stay_apart(tokenizer, mon
         ({"instruction": "a", "output": None}, "row 0: output must be a string, got null"),
         ({"instruction": "a", "input": 3, "output": "b"}, "row 0: input must be a string, got 3 (int)"),
         ({"instruction": "a", "input": "b"}, "got input, instruction: instruction needs its other half"),
+        ({"question": "a", "answer": None}, "row 0: answer must be a string, got null"),
     ],
 )
 def test_a_wrong_record_says_where_and_what(tokenizer, row, message):

@@ -50,6 +50,7 @@ FORMS = {
     "instruction": Form(("instruction", "output"), ("input",)),  # Alpaca's
     "text": Form(("text",)),
     PREFERENCE: Form(("chosen", "rejected"), ("prompt", "tools")),  # TRL's, for objectives that compare
+    "question": Form(("question", "answer")),  # GSM8K's
 }
 CONTENT_COLUMNS = tuple(dict.fromkeys(column for form in FORMS.values() for column in (*form.needs, *form.takes)))
 _ALWAYS_CONTENT = ("messages", "prompt", "completion", "text")  # in any form, so that splits stay what they were
@@ -96,6 +97,9 @@ def read_example(form: str, row: dict[str, Any], place: str, *, templated: bool)
         return _chat(row, _conversation(row.get("conversations"), place), place)
     if form == "instruction":
         return _instruction(row, place, templated)
+    if form == "question":
+        said = {"instruction": read_string(row, "question", place), "output": read_string(row, "answer", place)}
+        return _instruction(said, place, templated)
     return _prompted(row, place)
 
 
