@@ -211,3 +211,12 @@ def test_the_command_writes_its_tables_and_continues(ground, tmp_path):
     anew = CliRunner().invoke(app, [*call, "--set", "stage.batch_size=2", "--overwrite"])
     assert anew.exit_code == 0, anew.output
     assert "[1/" in anew.output
+
+
+def test_a_full_arm_without_rates_is_the_model_as_it_comes(study):
+    arms = "  base: {kind: base}\n  full: {kind: full}\n  control: {kind: control, lrs: [1e-2]}\n"
+    found = study("seeds=[0]", arms=arms)
+    base, full, control = found.outcomes
+    assert (full.loss, full.bytes, full.steps) == (base.loss, 0, 0)
+    assert control.loss < full.loss
+    assert found.test["count"]["full"][0].evaluation.loss == found.test["count"]["base"][0].evaluation.loss

@@ -65,7 +65,8 @@ class Setting:
 class ArmConfig:
     """One row of the table, and the grid of settings that validation chooses from.
 
-    kind: base: before the full fine-tune. full: the full fine-tune, annealed. continued: all weights trained on.
+    kind: base: before the full fine-tune. full: the full fine-tune, annealed; without lrs, the model as it comes, for
+    one that needs no fine-tune. continued: all weights trained on.
     control: the masked layers' weights trained on. lora: adapters on the same layers. mask: scores trained.
     random, magnitude, magnitude_rows, wanda, gradient, fisher: a mask found in one shot (importance.py). temperature:
     the fine-tune with its logits scaled. average: the mean weights of `runs` runs of the arm `of`, from one fine-tune.
@@ -92,7 +93,7 @@ class ArmConfig:
 
     def __post_init__(self) -> None:
         coerce_fields(self)
-        trained = self.kind in (FULL, *TRAINED)
+        trained = self.kind in TRAINED or (self.kind == FULL and bool(self.lrs))
         check_rule(bool(self.lrs) == trained, "lrs", "be given for a trained kind, and for no other", self.lrs)
         check_rule(bool(self.epochs), "epochs", "hold at least one number", self.epochs)
         masked = self.kind in (MASK, *ONE_SHOT)

@@ -6,7 +6,7 @@ from mft.study.arms.job import Job, arm_of
 from mft.study.arms.measure import answer, evaluation_options, on_general, on_validation
 from mft.study.arms.models import model_of
 from mft.study.arms.size import stored_bytes
-from mft.study.arms.train import train_unit
+from mft.study.arms.train import save_weights, train_unit
 from mft.study.config import FULL, TEMPERATURE, TRAINED
 from mft.study.outcome import Measured, Outcome, Tested
 from mft.study.workspace import Workspace, with_layers_remembered
@@ -19,8 +19,10 @@ def run_unit(workspace: Workspace, job: Job) -> Outcome:
     unit, kind = job.unit, arm_of(workspace, job.unit).kind
     workspace.begin(unit.domain, job.starts)
     try:
-        if kind in (FULL, *TRAINED):
+        if kind in TRAINED or unit.setting.lr is not None:
             return train_unit(workspace, job)
+        if kind == FULL:  # the model as it comes
+            save_weights({}, job.trained)
         model = model_of(workspace, job)
         if kind == TEMPERATURE:
             validation, options = (

@@ -19,7 +19,7 @@ _NUMBER = 2
 def stored_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
     """model: the unit's, after workspace.begin."""
     arm, numbers = arm_of(workspace, job.unit), 0
-    if arm.kind == BASE:
+    if arm.kind == BASE or (arm.kind == FULL and job.unit.setting.lr is None):
         return 0
     if arm.kind == TEMPERATURE:
         return _NUMBER

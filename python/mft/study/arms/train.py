@@ -69,7 +69,7 @@ def train_unit(workspace: Workspace, job: Job) -> Outcome:
         reports = train_loop(model, dataset, train, **options)
     assert checkpoints.best is not None  # the last step is a checkpoint
     weights, flips = checkpoints.kept
-    _save(weights, job.trained)
+    save_weights(weights, job.trained)
     best = trained_model(workspace, job, weights)
     return Outcome(
         unit,
@@ -156,7 +156,7 @@ def _trained_weights(workspace: Workspace, model: nn.Module) -> Weights:
     return weights
 
 
-def _save(weights: Weights, path: Path) -> None:
+def save_weights(weights: Weights, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as scratch:
         save_file({name: weight.contiguous() for name, weight in weights.items()}, scratch)
