@@ -1,0 +1,95 @@
+"""What a step of training by rewards holds on the device: sampling a group's answers, then learning from them.
+
+On one device, by autograd over the model's own forward (rewards/train.py). Sizes are bytes of what is allocated, as in
+estimate.py; tests/memory/test_rewards_memory.py holds them against runs.
+"""
+
+from collections.abc import Sequence
+
+from mft.checks import check_one_of, check_rule
+from mft.memory.activations import CHUNK, Layer
+from mft.memory.shapes import ModelShape
+
+LEARNERS = ("scores", "weights", "everything")
+_LOGITS_SAMPLED = 4  # fp32 tensors of the words of each answer's next token: logits, scaled, probabilities, their copy
+_LOGITS_LEARNED = 4  # fp32 tensors of a chunk's: logits, their logarithms, two gradients
+
+Sizes = dict[str, int]
+
+
+def rewards_memory(
+    shape: ModelShape,
+    *,
+    learns: str,
+    answers: int,
+    prompt: int,
+    completion: int,
+    micro_batch: int | None = None,
+    target_modules: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    gradient_checkpointing: bool = False,
+    others: int = 0,
+) -> dict[str, Sizes]:
+    """By phase (sampling, learning, update), bytes by kind; the peak is the largest phase's sum.
+
+    Args:
+        learns: scores: fp32 ones of the layers' target_modules. weights: theirs, on fp32 masters where they have 16
+            bits, beside those of the start. everything: all weights, of which the start is a copy.
+        answers: sampled at once. prompt, completion: tokens of each, the most that they may be.
+        micro_batch: answers that are backpropagated together; None: all.
+        target_modules, layers: None for attention and MLP, and for all.
+        others: bytes of what else lies there.
+    Raises: ValueError for what the model does not have.
+    """
+    check_one_of("learns", learns, LEARNERS)
+    chosen = sorted(set(range(shape.layers) if layers is None else layers))
+    inside = bool(chosen) and chosen[0] >= 0 and chosen[-1] < shape.layers
+    check_rule(inside, "layers", f"lie in 0 to {shape.layers - 1} ({shape.name} has {shape.layers} layers)", chosen)
+    for name, value in (("answers", answers), ("prompt", prompt), ("completion", completion)):
+        check_rule(value >= 1, name, "be at least 1", value)
+    targets = set(shape.targets(None if target_modules is None else list(target_modules)))
+    learned = len(chosen) * sum(n * k for name, (n, k) in shape.matrices.items() if name in targets)
+    if learns == "everything":
+        learned, targets, chosen = shape.parameters, set(shape.matrices), list(range(shape.layers))
+    masters = 4 if learns != "scores" and shape.dtype_bytes < 4 else 0
+    resident = {
+        "weights": shape.parameters * shape.dtype_bytes,
+        "learned": learned * (4 if learns == "scores" else shape.dtype_bytes + masters),
+        "moments": 8 * learned,
+        "masks": learned // 4 if learns == "scores" else 0,  # bits and signs
+        "others": others,
+    }
+    length, rows = prompt + completion, min(micro_batch or answers, answers)
+    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * shape.dtype_bytes
+    filled = Layer(shape, answers * prompt, targets, rows=answers).forward_peak
+    words = answers * shape.vocabulary
+    sampling = {
+        "cache": answers * length * cache,
+        "activations": max(filled, 2 * answers * length * cache // shape.layers),
+        "logits": words * (shape.dtype_bytes + 4 * _LOGITS_SAMPLED),
+    }
+    above = [
+        Layer(shape, rows * length, targets if i in chosen else set(), rows=rows, input_grad=i > chosen[0], flash=True)
+        for i in range(chosen[0], shape.layers)
+    ]
+    kept = [layer.hidden if gradient_checkpointing else layer.saved for layer in above]
+    said = min(CHUNK, rows * completion)
+    learning = {
+        "gradients": 4 * learned,
+        "activations": max(sum(kept[:i]) + layer.peak for i, layer in enumerate(above)),
+        "logits": said * shape.vocabulary * (shape.dtype_bytes + 4 * _LOGITS_LEARNED),
+    }
+    return {
+        "sampling": _there(resident | sampling),
+        "learning": _there(resident | learning),
+        "update": _there(resident | {"gradients": 4 * learned}),
+    }
+
+
+def rewards_peak(phases: dict[str, Sizes]) -> int:
+    """The most that any of them holds."""
+    return max(sum(sizes.values()) for sizes in phases.values())
+
+
+def _there(sizes: Sizes) -> Sizes:
+    return {kind: size for kind, size in sizes.items() if size}
