@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from .objectives.objective import Objective
     from .objectives.token_objective import TokenObjective
     from .publishing.push import push_to_hub
+    from .rewards.config import RewardsConfig
+    from .rewards.train import RewardReport, train_rewards
     from .surrogate.trainer import SharpnessCallback
     from .training.checkpoint import newest_checkpoint
     from .training.loop import finetune, train_masks
@@ -72,6 +74,8 @@ _HOMES = {
     "objectives.objective": ("Objective",),
     "objectives.token_objective": ("TokenObjective",),
     "publishing.push": ("push_to_hub",),
+    "rewards.config": ("RewardsConfig",),
+    "rewards.train": ("RewardReport", "train_rewards"),
     "surrogate.trainer": ("SharpnessCallback",),
     "training.checkpoint": ("newest_checkpoint",),
     "training.loop": ("finetune", "train_masks"),
@@ -97,6 +101,8 @@ __all__ = [
     "Objective",
     "ObjectiveConfig",
     "Resume",
+    "RewardReport",
+    "RewardsConfig",
     "RunConfig",
     "Saver",
     "SharpnessCallback",
@@ -127,6 +133,7 @@ __all__ = [
     "save_model",
     "to_masked_model",
     "train_masks",
+    "train_rewards",
     "trainable_parameters",
     "unmasked_model",
 ]

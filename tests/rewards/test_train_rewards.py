@@ -2,21 +2,24 @@
 
 import copy
 import random
+from itertools import pairwise
 
 import numpy
 import pytest
 import torch
 from half_right import make_model, make_rows, make_tokenizer, masked, questions
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from mft.config import MaskConfig
 from mft.evaluation.exact_match import exact_matches
-from mft.masks.convert import mask_model, masked_modules
+from mft.masks.convert import mask_model
 from mft.study.lora import add_lora
 
 pytest.importorskip("trl", reason="needs trl: pip install 'mft_kernels[trl]'")
 
 from mft.rewards import questions as asked_questions
 from mft.rewards import train as train_module
+from mft.rewards import trainer
 from mft.rewards.config import RewardsConfig
 from mft.rewards.train import train_rewards
 
@@ -99,43 +102,55 @@ def test_what_requires_grad_learns_and_nothing_else_changes(base, tokenizer, row
     assert wanted
 
 
-def test_the_gradient_is_that_of_the_advantages_by_hand(base, tokenizer, rows, monkeypatch):
-    """-sum of advantage * log p(token) over the tokens of all answers, divided by how many they are."""
-    sampled = {}
-    real = asked_questions.rewards_of
+def make_gpt2(tokenizer):
+    """Its positions are absolute: padding on the left would shift an answer's."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        eos = tokenizer.eos_token_id
+        sizes = {"vocab_size": len(tokenizer), "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
+        return GPT2LMHeadModel(
+            GPT2Config(**sizes, initializer_range=0.2, eos_token_id=eos, bos_token_id=None, pad_token_id=eos)
+        )
 
-    def noting(answers, asked, *rest):
-        rewards = real(answers, asked, *rest)
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_gradient_is_that_of_the_advantages_by_hand(base, tokenizer, rows, kind, monkeypatch):
+    """-sum of advantage * log p(token) over the tokens of all answers, divided by how many they are."""
+    sampled, found = {}, {}
+
+    def judged(answers, asked, *_):
+        rewards = [float(sum(answer) % 3 == 0) for answer in answers]
         sampled.update(answers=answers, prompts=[question.prompt for question in asked], rewards=rewards)
         return rewards
 
-    from mft.rewards import trainer
-
-    monkeypatch.setattr(trainer, "rewards_of", noting)
-    found = {}
-
     def note(step, steps):
         assert (step, steps) == (1, 1)
-        found.update({name: m.scores.grad.clone() for name, m in masked_modules(model).items()})
+        found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
-    model = masked(copy.deepcopy(base), keep_ratio=0.7)
+    monkeypatch.setattr(trainer, "rewards_of", judged)
+    start = (make_gpt2(tokenizer) if kind == "gpt2" else copy.deepcopy(base)).eval()
+    start = masked(start, keep_ratio=0.7)
+    model = copy.deepcopy(start)
+    for module in (*model.modules(), *start.modules()):
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     options = {"questions": 8, "num_generations": 8, "temperature": 0.7, "micro_batch": 16, "steps": 1}
     train_rewards(model, tokenizer, rows, config(**options), before_update=note)
 
-    fresh = masked(copy.deepcopy(base), keep_ratio=0.7)
     rewards = torch.tensor(sampled["rewards"]).view(8, 8)
-    assert 0 < rewards.mean() < 1
+    assert 0.2 < rewards.mean() < 0.8
+    assert len({len(prompt) for prompt in sampled["prompts"]}) > 1
     advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
     loss, tokens = 0.0, sum(map(len, sampled["answers"]))
     for prompt, answer, advantage in zip(sampled["prompts"], sampled["answers"], advantages):
-        logits = fresh(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / 0.7
+        logits = start(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / 0.7
         log_p = logits.log_softmax(-1)[torch.arange(len(answer)), answer]
         loss = loss - advantage * log_p.sum() / tokens
     loss.backward()
-    assert found.keys() == masked_modules(fresh).keys()
-    for name, module in masked_modules(fresh).items():
-        expected = module.scores.grad
-        assert (found[name] - expected).norm() <= 1e-4 * expected.norm(), name
+    expected = {name: p.grad for name, p in start.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert (found[name] - grad).norm() <= 1e-4 * grad.norm(), name
 
 
 def test_a_model_in_peft_learns_in_place(base, tokenizer, rows):
@@ -162,6 +177,14 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_others(base, tokenize
     assert not changed(first[0], again[0])
     assert first[1] == again[1]
     assert changed(first[0], other[0])
+
+
+def test_rates_follow_the_schedule(base, tokenizer, rows):
+    reports = train_rewards(
+        masked(copy.deepcopy(base)), tokenizer, rows, config(steps=5, schedule="linear", warmup_ratio=0.2)
+    )
+    assert [report.lr for report in reports] == pytest.approx([0.005, 0.01, 0.0075, 0.005, 0.0025])
+    assert all(a.seconds < b.seconds for a, b in pairwise(reports))
 
 
 def test_packed_rows_ask_the_same_questions(base, tokenizer, rows):
@@ -210,8 +233,6 @@ def test_micro_batches_and_checkpointed_layers_change_nothing(base, tokenizer, r
 
 
 def test_steps_on_the_same_answers_sample_once(base, tokenizer, rows, monkeypatch):
-    from mft.rewards import trainer
-
     calls = []
     real = trainer.continue_prompts
     monkeypatch.setattr(trainer, "continue_prompts", lambda *args: calls.append(1) or real(*args))
