@@ -48,7 +48,18 @@ KERNELS_MAY_IMPORT = {
 # Of mft: a package may import those before it. In a package there is no order, and no circle.
 RECIPE_ORDER = (
     *("checks", "files", "config", "config_file", "memory", "data", "models", "surrogate", "masks", "objectives"),
-    *("engines", "importance", "evaluation", "tracking", "training", "rewards", "publishing", "serving", "study", "study.report"),
+    *(
+        "engines",
+        "importance",
+        "evaluation",
+        "tracking",
+        "training",
+        "rewards",
+        "publishing",
+        "serving",
+        "study",
+        "study.report",
+    ),
     *("cli"),
     "__main__",
 )

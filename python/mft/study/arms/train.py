@@ -16,6 +16,7 @@ from torch import nn
 from mft.config import INITS
 from mft.data.streams import count_rows
 from mft.files.atomic import atomic_file
+from mft.importance.scores import initialise_scores
 from mft.masks.convert import came_from_conv1d, mask_model, masked_modules
 from mft.masks.inspection import flip_share, initial_masks
 from mft.models.causal_lm import clone_with_own_weights
@@ -28,7 +29,6 @@ from mft.study.arms.models import trained_model
 from mft.study.arms.size import stored_bytes
 from mft.study.config import CONTINUED, CONTROL, FULL, LORA, MASK, REWARDS, ArmConfig
 from mft.study.lora import add_lora
-from mft.importance.scores import initialise_scores
 from mft.study.outcome import Measured, Outcome, Unit
 from mft.study.workspace import Workspace
 from mft.training.loop import StepReport, finetune, train_loop, train_masks, train_weights
