@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from tiny import frozen_linear, make_llama, make_rows, masked_llama, normal
+from tiny_mixtures import mixture
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -23,9 +24,16 @@ from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.export import base_hash, load_masks, save_masks
 from mft.masks.export_format import read_export
-from mft.masks.quantize import QuantizedLinear, QuantizedMaskedLinear, _quantize_masked, quantize_model
+from mft.masks.quantize import (
+    QuantizedLinear,
+    QuantizedMaskedLinear,
+    _quantize_masked,
+    coded_shapes,
+    quantize_model,
+    rounded_weights,
+)
 from mft.models import quantized_weight
-from mft.models.linears import find_candidates, layer_stacks
+from mft.models.linears import find_candidates, layer_stacks, weight_name
 from mft.models.quantized_weight import QuantizedWeight, quantized_weights
 from mft.training.loop import train_masks
 from mft_kernels import MaskedLinear, cpu, masked_linear_packed, pack_mask
@@ -98,6 +106,32 @@ def test_a_product_makes_no_dense_weight_and_keeps_no_x(kind):
 
 
 # ---------------------------------------------------------------------------------------------- whole models
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+@pytest.mark.parametrize("make", ["llama", "gpt2", "GptOss"])
+def test_rounded_weights_are_to_the_bit_those_of_the_codes(make, kind):
+    """Of linears, of Conv1D, whose weight lies transposed (a square one too), and of experts, some transposed."""
+    if make == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=48, n_layer=2, n_head=4)).eval()
+    else:
+        model = make_llama(torch.bfloat16) if make == "llama" else mixture(make)
+    model.requires_grad_(False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    rounded, shapes = rounded_weights(model, kind), coded_shapes(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    quantized = quantized_weights(quantize_model(copy.deepcopy(model), kind))
+    assert len(quantized) == len(rounded) == len(shapes)
+    for name, weight in quantized.items():
+        own_name = weight_name(model, name)
+        found = rounded[own_name]
+        assert shapes[own_name] == weight.shape
+        assert (found.shape, found.dtype) == (before[own_name].shape, before[own_name].dtype)
+        dense = weight.dense()
+        if make == "gpt2":
+            dense = dense.t()
+        assert torch.equal(found, dense.view(found.shape) if found.dim() == 3 else dense)
+        assert not torch.equal(found, before[own_name])
 
 
 @pytest.mark.parametrize("kind", QUANTIZATIONS)

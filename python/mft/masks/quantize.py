@@ -8,6 +8,7 @@ So it is with experts in one parameter everywhere: no kernel decodes them.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from mft.masks.convert import check_unwrapped, masked_modules, split_attentions
 from mft.masks.experts import mask_experts
 from mft.masks.export import keep_base_hash
-from mft.models.linears import find_candidates, layer_stacks
+from mft.models.linears import find_candidates, layer_stacks, linear_named, weight_name
 from mft.models.quantized_experts import QuantizedGroupedLinear, dense_experts, quantize_experts
 from mft.models.quantized_weight import QuantizedWeight, check_library, check_quantization, quantized_weights
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, masked_linear_quantized
@@ -69,6 +70,48 @@ def quantize_model(model: nn.Module, kind: str = "nf4", *, masked: bool = False)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return model
+
+
+@torch.no_grad()
+def rounded_weights(model: nn.Module, kind: str = "nf4") -> dict[str, Tensor]:
+    """What the codes hold that quantize_model would make of an unmasked model: dense, by the parameters' names.
+
+    With these weights a model computes, but for the order of sums, what the quantised one does.
+
+    Returns: of every weight that would be quantised, its shape and dtype.
+    Raises: as quantize_model; model is never changed.
+    """
+    check_quantization(kind)
+    check_library(kind)
+    _check_unquantized(model)
+    found: dict[str, Tensor] = {}
+    for name, (own_name, as_matrix) in _coded(model).items():
+        weight = model.get_parameter(own_name).detach()
+        found[own_name] = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        try:
+            as_matrix(found[own_name]).copy_(QuantizedWeight.quantize(as_matrix(weight), kind).dense())
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return found
+
+
+def coded_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """(N, K) of each matrix of codes that quantize_model would make of an unmasked model, by the parameters' names."""
+    return {name: as_matrix(model.get_parameter(name).detach()).shape for name, as_matrix in _coded(model).values()}
+
+
+def _coded(model: nn.Module) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
+    """By layer, its parameter's name, and the view of a contiguous one as the matrix that is quantised."""
+    found: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {}
+    for name in _quantizable(model, False):
+        own_name = weight_name(model, name)
+        if model.get_parameter(own_name).dim() == 3:
+            found[name] = own_name, lambda experts: experts.flatten(0, 1)
+        elif isinstance(linear_named(model, name), Conv1D):
+            found[name] = own_name, Tensor.t
+        else:
+            found[name] = own_name, lambda weight: weight
+    return found
 
 
 class QuantizedLinear(nn.Module):
