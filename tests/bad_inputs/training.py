@@ -10,7 +10,7 @@ from transformers import BertConfig, BertLMHeadModel, BloomConfig, BloomForCausa
 
 from mft.cli.estimate import parse_bytes
 from mft.cli.study import run_plot
-from mft.config import MaskConfig, ModelConfig, RunConfig, TrainConfig
+from mft.config import DataConfig, MaskConfig, ModelConfig, RunConfig, TrainConfig
 from mft.config_file import load_config, save_config
 from mft.engines.distributed import Processes, joined
 from mft.engines.step import NonFiniteLoss
@@ -20,6 +20,7 @@ from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.peft import MaskPeftConfig
 from mft.masks.quantize import quantize_model
 from mft.masks.unmasked import unmasked_model
+from mft.study.config import ArmConfig, StudyConfig
 from mft.training import plan
 from mft.training.best import Best
 from mft.training.checkpoint import BadCheckpoint, check_space, newest_checkpoint, write_checkpoint
@@ -618,6 +619,19 @@ def a_lock_that_points_elsewhere(tmp):
 def a_summary_of_a_run(tmp):
     (tmp / "table.json").write_text('{"before": {"loss": 1.44}}')
     run_plot("summary", [tmp], None, domain=None, arm=None, rows=32, points=11)
+
+
+@refused(
+    ValueError,
+    where="arms.control.start",
+    got="got NF4",
+    rule="must lead to no quantized arm for the kind control",
+    remedy="train them exactly, and round them in an arm {kind: quantized, start: control, quantization: nf4}",
+)
+def a_study_that_trains_weights_in_codes(tmp):
+    codes = ArmConfig("quantized", quantization="nf4")
+    arms = {"full": ArmConfig("full", lrs=[1.0]), "NF4": codes, "control": ArmConfig("control", lrs=[1.0], start="NF4")}
+    StudyConfig(arms, {"code": DataConfig()})
 
 
 @refused(

@@ -24,7 +24,7 @@ from mft.checks import (
     nearest,
     one_of,
 )
-from mft.config import INITS, MODES, DataConfig, Layers, MaskConfig, ModelConfig, TrainConfig
+from mft.config import INITS, MODES, QUANTIZATIONS, DataConfig, Layers, MaskConfig, ModelConfig, TrainConfig
 from mft.importance.importance import METHODS
 from mft.rewards.config import RewardsConfig
 
@@ -33,9 +33,10 @@ FULL_KINDS = BASE, FULL = ("base", "full")
 TRAINED = CONTINUED, CONTROL, LORA, MASK = ("continued", "control", "lora", "mask")
 ONE_SHOT = tuple(METHODS)  # random, magnitude, magnitude_rows, wanda, gradient, fisher
 TEMPERATURE = "temperature"
+QUANTIZED = "quantized"  # its start, rounded: where arms may begin that train over codes
 # What is made of another arm's runs.
 DERIVED = AVERAGE, INTERPOLATED = ("average", "interpolated")
-KINDS = (*FULL_KINDS, *TRAINED, *ONE_SHOT, TEMPERATURE, *DERIVED)
+KINDS = (*FULL_KINDS, *TRAINED, *ONE_SHOT, TEMPERATURE, QUANTIZED, *DERIVED)
 _MERGED = (FULL, CONTINUED, CONTROL, MASK)  # whose weights bear the model's own names: where another arm may start
 # What the arms after the full fine-tune make smaller: the loss, or the share of wrong answers, by rewards.
 OBJECTIVES = CROSS_ENTROPY, REWARDS = ("cross_entropy", "rewards")
@@ -69,7 +70,9 @@ class ArmConfig:
     one that needs no fine-tune. continued: all weights trained on.
     control: the masked layers' weights trained on. lora: adapters on the same layers. mask: scores trained.
     random, magnitude, magnitude_rows, wanda, gradient, fisher: a mask found in one shot (importance.py). temperature:
-    the fine-tune with its logits scaled. average: the mean weights of `runs` runs of the arm `of`, from one fine-tune.
+    the fine-tune with its logits scaled. quantized: its start, the decoder layers' linears rounded to what codes of
+    `quantization` hold; whatever begins at it trains over codes. average: the mean weights of `runs` runs of the arm
+    `of`, from one fine-tune.
     interpolated: start + alpha * (trained - start), trained being what the arm `of` made of its start.
     """
 
@@ -87,6 +90,9 @@ class ArmConfig:
     layers_to_transform: Layers = None  # null: the study's mask.layers_to_transform
     lora_rank: Annotated[int, at_least(1)] = 8
     start: str | None = None  # the arm whose end this one begins at; null: the full fine-tune
+    quantization: Annotated[str | None, one_of(QUANTIZATIONS)] = None  # of quantized
+    # The arm whose end this one learns the words of, in place of the text's (KL alone); null: the text's.
+    teacher: str | None = None
     of: str | None = None
     runs: Annotated[int, at_least(2)] = 3
     alphas: Annotated[list[float], SHARE] = field(default_factory=list)  # of interpolated
@@ -114,7 +120,11 @@ class ArmConfig:
         rule = f"name an arm, for the kinds {', '.join(DERIVED)} alone"
         check_rule(derived == (self.of is not None), "of", rule, self.of)
         rule = "be left out for this kind"
-        check_rule(self.start is None or (self.kind != FULL and (trained or masked)), "start", rule, self.start)
+        begins = self.kind != FULL and (trained or masked or self.kind == QUANTIZED)
+        check_rule(self.start is None or begins, "start", rule, self.start)
+        check_rule(self.teacher is None or self.kind in TRAINED, "teacher", rule, self.teacher)
+        rule = f"be given for the kind {QUANTIZED}, and left out for others"
+        check_rule((self.quantization is not None) == (self.kind == QUANTIZED), "quantization", rule, self.quantization)
         rule = f"hold at least one number for the kind {INTERPOLATED}, and be left out for others"
         check_rule(bool(self.alphas) == (self.kind == INTERPOLATED), "alphas", rule, self.alphas)
 
@@ -225,24 +235,59 @@ class StudyConfig:
                 may = TRAINED if arm.kind == AVERAGE else (FULL, *TRAINED)
                 self._check_named(f"arms.{name}.of", arm.of, may)
             if arm.start is not None:
-                self._check_named(f"arms.{name}.start", arm.start, _MERGED)
+                self._check_named(f"arms.{name}.start", arm.start, (BASE, *_MERGED, QUANTIZED))
+            if arm.teacher is not None:
+                self._check_named(f"arms.{name}.teacher", arm.teacher, (BASE, *_MERGED))
         for name in self.arms:
             seen = [name]
             while (before := self.arms[seen[-1]].start) is not None:
                 check_rule(before not in seen, f"arms.{name}.start", "lead back to the full fine-tune", before)
                 seen.append(before)
+        for name, arm in self.arms.items():
+            self._check_over_codes(name)
+            if arm.teacher is not None:
+                rule = "name an arm that needs nothing of this one"
+                check_rule(name not in self._all_needs(name), f"arms.{name}.teacher", rule, arm.teacher)
 
     def _check_named(self, key: str, value: str | None, kinds: tuple[str, ...]) -> None:
         known = [name for name, config in self.arms.items() if config.kind in kinds]
         rule = f"name an arm of the kinds {', '.join(kinds)}: {', '.join(known)}{nearest(str(value), known)}"
         check_rule(value in known, key, rule, value)
 
+    def _check_over_codes(self, name: str) -> None:
+        arm, codes = self.arms[name], self.codes_under(name)
+        if codes is None:
+            return
+        key, kind = f"arms.{name}.start", self.arms[codes].quantization
+        rule = f"lead to no {QUANTIZED} arm, here {codes}, whose weights are {kind} already"
+        check_rule(arm.kind != QUANTIZED, key, rule, arm.start)
+        rule = (
+            f"lead to no {QUANTIZED} arm for the kind {arm.kind}, here {codes}: weights in {kind} do not train; train "
+            f"them exactly, and round them in an arm {{kind: {QUANTIZED}, start: {name}, quantization: {kind}}}"
+        )
+        check_rule(arm.kind not in (CONTROL, CONTINUED), key, rule, arm.start)
+
+    def _all_needs(self, arm: str) -> set[str]:
+        """What it needs, what that needs, and so on."""
+        found, waiting = set[str](), self.needs(arm)
+        while waiting:
+            needed = waiting.pop()
+            waiting += [] if needed in found else self.needs(needed)
+            found.add(needed)
+        return found
+
     def start_of(self, arm: str) -> str | None:
         """The arm at whose end this one begins; None: at the base model. A derived arm begins where its source did."""
         config = self.arms[arm]
         if config.kind in DERIVED:
             return self.start_of(str(config.of))
-        return None if config.kind in FULL_KINDS else config.start or self.named(FULL)
+        start = None if config.kind in FULL_KINDS else config.start or self.named(FULL)
+        return None if start is None or self._is_base(start) else start
+
+    def codes_under(self, arm: str) -> str | None:
+        """The quantized arm at whose end this one begins, or what it begins at does; None: it begins exact."""
+        start = self.start_of(arm)
+        return start if start is None or self.arms[start].kind == QUANTIZED else self.codes_under(start)
 
     def chooser(self, arm: str) -> str:
         """The arm by whose grid this one's setting is chosen: its own, but for an average."""
@@ -251,7 +296,13 @@ class StudyConfig:
 
     def needs(self, arm: str) -> list[str]:
         """The arms whose chosen runs must be there before this one's begin."""
-        return [name for name in (self.start_of(arm), self.arms[arm].of) if name is not None]
+        config = self.arms[arm]
+        teacher = None if config.teacher is None or self._is_base(config.teacher) else config.teacher
+        return [name for name in (self.start_of(arm), config.of, teacher) if name is not None]
+
+    def _is_base(self, arm: str) -> bool:
+        """Of which there are no runs: the model is there."""
+        return arm in self.arms and self.arms[arm].kind == BASE
 
     def named(self, kind: str) -> str | None:
         """The first arm of a kind."""

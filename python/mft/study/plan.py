@@ -88,6 +88,17 @@ def starts_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit: U
     return [] if before is None else [*starts_of(study, chosen, before), before]
 
 
+def teachers_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit: Unit) -> list[Unit] | None:
+    """The runs whose ends lead to a unit's teacher, from the base model on; None: it has no teacher."""
+    teacher = study.arms[unit.arm if not unit.part else str(study.arms[unit.arm].of)].teacher
+    if teacher is None:
+        return None
+    if study.arms[teacher].kind == BASE:
+        return []
+    last = Unit(unit.domain, teacher, unit.seed, chosen[unit.domain][teacher])
+    return [*starts_of(study, chosen, last), last]
+
+
 def source_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit: Unit) -> Unit | None:
     """The run that a unit is made of; None for all but those of derived arms with settings of their own."""
     config = study.arms[unit.arm]

@@ -9,7 +9,7 @@ from rich.console import Console
 from mft.config import ModelConfig
 from mft.evaluation.evaluated_base import check_exact
 from mft.study.arms.job import Job
-from mft.study.config import BASE, FULL, TRAINED, StudyConfig
+from mft.study.config import BASE, FULL, QUANTIZED, TRAINED, StudyConfig
 from mft.study.from_scratch import train_from_scratch
 from mft.study.outcome import Findings, Outcome, Tested, Unit
 from mft.study.plan import (
@@ -22,6 +22,7 @@ from mft.study.plan import (
     sorted_outcomes,
     source_of,
     starts_of,
+    teachers_of,
     work_of,
 )
 from mft.study.progress import Shown, shown_progress
@@ -120,13 +121,14 @@ class _Run:
         self.workers.submit(job)
 
     def _job(self, unit: Unit, on_test: bool) -> Job:
-        source = source_of(self.study, self.chosen, unit)
+        source, teachers = source_of(self.study, self.chosen, unit), teachers_of(self.study, self.chosen, unit)
         return Job(
             unit,
             tuple(self._trained(before) for before in starts_of(self.study, self.chosen, unit)),
             self._trained(unit),
             tuple((part, self._trained(part)) for part in parts_of(self.study, unit)),
             None if source is None else (source, self._trained(source)),
+            None if teachers is None or on_test else tuple(self._trained(before) for before in teachers),
             on_test,
         )
 
@@ -138,7 +140,9 @@ class _Run:
         units = [*starts_of(self.study, self.chosen, job.unit), *(part for part, _ in job.parts)]
         if job.source is not None:
             units.append(job.source[0])
-        if job.on_test and self.study.arms[job.unit.arm].kind in (FULL, *TRAINED):
+        if job.teacher is not None:
+            units += teachers_of(self.study, self.chosen, job.unit) or []
+        if job.on_test and self.study.arms[job.unit.arm].kind in (FULL, *TRAINED, QUANTIZED):
             units.append(job.unit)
         return units
 

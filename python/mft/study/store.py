@@ -29,7 +29,7 @@ from mft.masks.location import MASKS
 from mft.study.config import AVERAGE, CROSS_ENTROPY, FULL, FULL_KINDS, Setting, StudyConfig
 from mft.study.load import study_values
 from mft.study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values
-from mft.study.plan import best_so_far, selection, source_of, start_of
+from mft.study.plan import best_so_far, selection, source_of, start_of, teachers_of
 from mft.tracking.curves import PLOT
 from mft.training.run_directory import ABLATION, MODEL, TABLE_JSON, TABLE_MARKDOWN
 from mft.training.run_lock import LOCK, hold
@@ -41,6 +41,7 @@ _OURS |= {"rewards.png", "summary.png", "surface.png", "overlap.png"}  # of mft 
 _OF_THE_DEMO = {CONFIG, MASKS, MODEL}  # ours where a study lies beside them
 _OPENINGS = "openings.json"
 _FREE = ("output_dir", "workers")  # change no result
+_OF_OTHERS = ("start", "of", "teacher")  # of an arm, names: keys hold what they stand for
 _GRIDS = ("lrs", "epochs", "keep_ratios", "beta1s", "alphas")
 
 Chosen = dict[str, dict[str, Setting]]
@@ -107,14 +108,16 @@ class Store:
         """A hash of all that determines the unit's result; chosen holds the settings of the arms that it needs."""
         values, arm = self._values, self._values["arms"][unit.arm]
         start, source = start_of(self.study, chosen, unit), source_of(self.study, chosen, unit)
+        teachers = teachers_of(self.study, chosen, unit)
         parts: dict[str, Any] = {
             "format": FORMAT,
             "domain": values["domains"][unit.domain],
-            "arm": {key: value for key, value in _without_grid(arm).items() if key not in ("start", "of")},
+            "arm": {key: value for key, value in _without_grid(arm).items() if key not in _OF_OTHERS},
             "unit": {"seed": unit.seed, "setting": dataclasses.asdict(unit.setting), "part": unit.part},
             "of": _without_grid(values["arms"][arm["of"]]) if arm["kind"] == AVERAGE else None,
             "start": None if start is None else self.key(start, chosen),
             "source": None if source is None else self.key(source, chosen),
+            "teacher": None if teachers is None else [self.key(teacher, chosen) for teacher in teachers[-1:]],
             "stage": None if arm["kind"] in FULL_KINDS else values["stage"],
         }
         parts |= {name: values[name] for name in ("model", "scratch", "mask", "full", "checkpoints", "general")}

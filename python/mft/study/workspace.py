@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mft.config import ModelConfig
 from mft.data.batches import take_rows
 from mft.data.splits import Splits, load_splits
+from mft.masks.quantize import coded_shapes
 from mft.masks.targets import select_targets
 from mft.models.causal_lm import (
     FEW,
@@ -26,7 +27,9 @@ from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.linears import weight_name
 from mft.models.packed_rows import keeping_apart
 from mft.models.pretrained import load_model
+from mft.models.quantized_weight import check_library
 from mft.study.config import ArmConfig, StudyConfig
+from mft.study.teacher import RememberedTeacher
 
 ROWS = 8  # that are evaluated together
 
@@ -47,9 +50,13 @@ class Workspace:
         self._splits: dict[str, Splits] = {}
         self._general: dict[str, Splits] = {}
         self._memories: dict[tuple[str, int], PrefixMemory] = {}
+        self._teacher: tuple[tuple[str, tuple[Path, ...]], RememberedTeacher] | None = None
         self._layers: dict[str, tuple[list[str], int]] = {}
         for arm in study.arms.values():
             self.layers_of(arm)  # raises before anything is trained
+            if arm.quantization is not None:
+                check_library(arm.quantization)
+                coded_shapes(self.base)
 
     def splits(self, domain: str) -> Splits:
         if domain not in self._splits:
@@ -65,10 +72,15 @@ class Workspace:
         """Take the model to which these trained weights lead from the base model, one after the other."""
         if self._begun == (domain, starts):
             return
-        self.model = self.base
-        for path in starts:
-            self.model = with_weights(self.model, load_file(path))
+        self.model = self._after(starts)
         self._begun, self._memories = (domain, starts), {}
+
+    def teacher(self, domain: str, ends: tuple[Path, ...]) -> RememberedTeacher:
+        """The model to which these trained weights lead, on the training rows."""
+        if self._teacher is None or self._teacher[0] != (domain, ends):
+            teacher = RememberedTeacher(self._after(ends), self.splits(domain).train, batch_size=ROWS)
+            self._teacher = (domain, ends), teacher
+        return self._teacher[1]
 
     def layers_of(self, arm: ArmConfig) -> tuple[list[str], int]:
         """The linears that the arm's mask, adapters or control train, and how many layers lie below all of them.
@@ -91,6 +103,13 @@ class Workspace:
             dataset = getattr(self.splits(self._begun[0]), split)
             self._memories[split, first] = _remembered(self.model, dataset, first, batch_size=ROWS)
         return self._memories[split, first]
+
+    def _after(self, trained: tuple[Path, ...]) -> nn.Module:
+        """The base model with these weights, one file after the other."""
+        model = self.base
+        for path in trained:
+            model = with_weights(model, load_file(path))
+        return model
 
     def _layers_below(self, names: list[str]) -> int:
         clone = clone_with_own_weights(self.base, names)

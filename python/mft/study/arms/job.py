@@ -23,6 +23,7 @@ class Job:
     trained: Path  # where the unit's own are, or go
     parts: tuple[tuple[Unit, Path], ...] = ()  # of an average: what its mean is of
     source: tuple[Unit, Path] | None = None  # of other derived arms: what they are made of
+    teacher: tuple[Path, ...] | None = None  # as starts, to the model whose words are learned; None: the text's are
     on_test: bool = False
 
 

@@ -10,7 +10,7 @@ from mft.evaluation.evaluate import Evaluation, evaluate
 from mft.evaluation.exact_match import exact_matches
 from mft.evaluation.kl_divergence import kl_divergence
 from mft.study.arms.job import arm_of
-from mft.study.config import BASE, CONTINUED, DERIVED, FULL, REWARDS, ArmConfig
+from mft.study.config import BASE, CONTINUED, DERIVED, FULL, QUANTIZED, REWARDS, ArmConfig
 from mft.study.outcome import General, Measured, Unit
 from mft.study.workspace import ROWS, Workspace
 from mft.training.loop import NonFiniteLoss
@@ -18,7 +18,7 @@ from mft.training.loop import NonFiniteLoss
 
 def keeps_prefix(kind: str) -> bool:
     """Whether a model of this kind shares its start's layers below the masked ones."""
-    return kind not in (BASE, FULL, CONTINUED, *DERIVED)
+    return kind not in (BASE, FULL, CONTINUED, QUANTIZED, *DERIVED)
 
 
 def evaluation_options(workspace: Workspace, arm: ArmConfig) -> Callable[[str], dict[str, Any]]:

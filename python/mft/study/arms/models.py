@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mft.files.atomic import atomic_file
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.linears import weight_name
 from mft.study.arms.job import Job, Weights, arm_of, mask_of
@@ -32,6 +33,12 @@ def model_of(workspace: Workspace, job: Job) -> nn.Module:
         weights = _interpolated(workspace, _merged(workspace, *job.source), unit.setting.alpha)
         return with_weights(workspace.model, weights).eval()
     return trained_model(workspace, job, load_file(job.trained))
+
+
+def save_weights(weights: Weights, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as scratch:
+        save_file({name: weight.contiguous() for name, weight in weights.items()}, scratch)
 
 
 def trained_model(workspace: Workspace, job: Job, weights: Weights) -> nn.Module:

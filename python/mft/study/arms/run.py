@@ -2,12 +2,13 @@
 
 from mft.evaluation.evaluate import evaluate
 from mft.evaluation.temperature import evaluate_tempered, fit_temperature
+from mft.masks.quantize import rounded_weights
 from mft.study.arms.job import Job, arm_of
 from mft.study.arms.measure import answer, evaluation_options, on_general, on_validation
-from mft.study.arms.models import model_of
+from mft.study.arms.models import model_of, save_weights
 from mft.study.arms.size import stored_bytes
-from mft.study.arms.train import save_weights, train_unit
-from mft.study.config import FULL, TEMPERATURE, TRAINED
+from mft.study.arms.train import train_unit
+from mft.study.config import FULL, QUANTIZED, TEMPERATURE, TRAINED
 from mft.study.outcome import Measured, Outcome, Tested
 from mft.study.workspace import Workspace, with_layers_remembered
 from mft.training.loop import NonFiniteLoss
@@ -23,6 +24,9 @@ def run_unit(workspace: Workspace, job: Job) -> Outcome:
             return train_unit(workspace, job)
         if kind == FULL:  # the model as it comes
             save_weights({}, job.trained)
+        if kind == QUANTIZED:
+            codes = str(workspace.study.arms[unit.arm].quantization)
+            save_weights(rounded_weights(workspace.model, codes), job.trained)
         model = model_of(workspace, job)
         if kind == TEMPERATURE:
             validation, options = (

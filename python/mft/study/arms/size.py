@@ -4,13 +4,28 @@ Numbers count 16 bits each, whatever they were trained in; a mask what its entro
 """
 
 import math
+from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from mft.masks.convert import masked_modules
+from mft.masks.quantize import coded_shapes
 from mft.models.linears import weight_name
+from mft.models.quantized_weight import QuantizedWeight
 from mft.study.arms.job import Job, arm_of
-from mft.study.config import BASE, CONTINUED, FULL, INTERPOLATED, LORA, MASK, ONE_SHOT, TEMPERATURE
+from mft.study.config import (
+    BASE,
+    CONTINUED,
+    FULL,
+    INTERPOLATED,
+    LORA,
+    MASK,
+    ONE_SHOT,
+    QUANTIZED,
+    TEMPERATURE,
+    ArmConfig,
+)
 from mft.study.workspace import Workspace
 
 _NUMBER = 2
@@ -25,15 +40,29 @@ def stored_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
         return _NUMBER
     if arm.kind == INTERPOLATED:
         numbers, arm = 1, workspace.study.arms[str(arm.of)]  # alpha, and what it is of
+    if arm.kind == QUANTIZED:
+        return weights_bytes(workspace, str(arm.quantization), _NUMBER)
     if arm.kind in (FULL, CONTINUED):
         return _NUMBER * (numbers + sum(parameter.numel() for parameter in model.parameters()))
     names, _ = workspace.layers_of(arm)
     if arm.kind == LORA:
-        adapters = sum(sum(_sides(workspace.model.get_parameter(weight_name(workspace.model, n)))) for n in names)
-        return _NUMBER * (numbers + arm.lora_rank * adapters)
+        return _NUMBER * (numbers + arm.lora_rank * adapter_sides(shapes_of(workspace, arm)))
     if arm.kind in (MASK, *ONE_SHOT):
         return _NUMBER * numbers + sum(_coded(mask) for mask in _masks(workspace, model, names))
     return _NUMBER * (numbers + sum(model.get_parameter(weight_name(model, name)).numel() for name in names))
+
+
+def weights_bytes(workspace: Workspace, quantization: str | None, number: float | None = None) -> int:
+    """Of the whole model, its decoder layers' linears in codes of this kind (null: none); else so many bytes a number.
+
+    number: None: as many as each has.
+    """
+    coded = coded_shapes(workspace.base) if quantization is not None else {}
+    codes = sum(
+        QuantizedWeight.empty(shape, torch.float32, str(quantization), "meta").nbytes for shape in coded.values()
+    )
+    rest = (parameter for name, parameter in workspace.base.named_parameters() if name not in coded)
+    return codes + int(sum(p.numel() * (number or p.itemsize) for p in rest))
 
 
 def _masks(workspace: Workspace, model: nn.Module, names: list[str]) -> list[Tensor]:
@@ -48,10 +77,15 @@ def _masks(workspace: Workspace, model: nn.Module, names: list[str]) -> list[Ten
     return found
 
 
-def _sides(weight: Tensor) -> tuple[int, ...]:
-    """What a column of an adapter of rank 1 and its row hold; of experts in one parameter each has both."""
-    experts, rows, columns = weight.shape if weight.dim() == 3 else (1, *weight.shape)
-    return experts * rows, experts * columns
+def shapes_of(workspace: Workspace, arm: ArmConfig) -> list[torch.Size]:
+    """Of the weights that the arm's mask, adapters or control are on."""
+    names, _ = workspace.layers_of(arm)
+    return [workspace.base.get_parameter(weight_name(workspace.base, name)).shape for name in names]
+
+
+def adapter_sides(shapes: Iterable[tuple[int, ...]]) -> int:
+    """What adapters of rank 1 hold on weights of these shapes; of experts in one parameter each has one."""
+    return sum(math.prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in shapes)
 
 
 def _coded(mask: Tensor) -> int:

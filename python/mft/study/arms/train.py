@@ -7,25 +7,24 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
 from mft.config import INITS
 from mft.data.streams import count_rows
-from mft.files.atomic import atomic_file
 from mft.importance.scores import initialise_scores
 from mft.masks.convert import came_from_conv1d, mask_model, masked_modules
 from mft.masks.inspection import flip_share, initial_masks
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.linears import weight_name
+from mft.objectives.distillation import Distillation
 from mft.rewards.questions import count_questions
 from mft.rewards.train import RewardReport, train_rewards
 from mft.study.arms.job import Job, Weights, arm_of, mask_of
 from mft.study.arms.measure import keeps_prefix, on_general, on_validation
-from mft.study.arms.models import trained_model
+from mft.study.arms.memory import training_bytes
+from mft.study.arms.models import save_weights, trained_model
 from mft.study.arms.size import stored_bytes
 from mft.study.config import CONTINUED, CONTROL, FULL, LORA, MASK, REWARDS, ArmConfig
 from mft.study.lora import add_lora
@@ -55,6 +54,8 @@ def train_unit(workspace: Workspace, job: Job) -> Outcome:
     options: dict[str, Any] = {"on_step": checkpoints.on_step}
     if keeps_prefix(arm.kind):
         options["memory"] = workspace.memory("train", workspace.layers_of(arm)[1])
+    if job.teacher is not None:
+        options["objective"] = Distillation(workspace.teacher(unit.domain, job.teacher), weight=0.0)
     reports: Sequence[StepReport | RewardReport]
     if config is not None:
         let_learn(model, arm.kind, workspace.layers_of(arm)[0])
@@ -83,6 +84,7 @@ def train_unit(workspace: Workspace, job: Job) -> Outcome:
         seconds=checkpoints.seconds,
         flips=flips,
         bytes=stored_bytes(workspace, job, best),
+        memory=training_bytes(workspace, unit),
         general=on_general(workspace, workspace.model, best, "validation"),
     )
 
@@ -154,9 +156,3 @@ def _trained_weights(workspace: Workspace, model: nn.Module) -> Weights:
             (kept.t() if came_from_conv1d(module) else kept).cpu().contiguous()
         )
     return weights
-
-
-def save_weights(weights: Weights, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as scratch:
-        save_file({name: weight.contiguous() for name, weight in weights.items()}, scratch)

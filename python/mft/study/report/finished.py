@@ -69,8 +69,7 @@ class Finished:
 
     def dropped(self, domain: str, arm: str, seed: int) -> dict[str, Tensor]:
         job = self.job(domain, arm, seed)
-        assert job.starts  # of a mask
-        before = load_file(job.starts[-1])
+        before = load_file(job.starts[-1]) if job.starts else dict(self.workspace.base.named_parameters())
         return {name: (weight == 0) & (before[name] != 0) for name, weight in load_file(job.trained).items()}
 
     def job(self, domain: str, arm: str, seed: int) -> Job:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mft.evaluation.evaluate import Evaluation
-from mft.study.config import AVERAGE, BASE, CONTROL, FULL, MASK, REWARDS, Setting, StudyConfig
+from mft.study.config import AVERAGE, BASE, CONTROL, FULL, MASK, QUANTIZED, REWARDS, Setting, StudyConfig
 from mft.study.outcome import Findings, Measured
 from mft.study.report.statistics import METRICS, WRONG, Difference, Paired, differences, paired, with_holm
 
@@ -18,7 +18,8 @@ Runs = Mapping[int, Measured]
 class Row:
     """An arm on the test split; means over seeds, differences paired.
 
-    against: the arm that it is held against: the control, or for an average of runs the control's average of as many.
+    against: the arm that it is held against: the control, or for an average of runs the control's average of as many;
+        over codes the control that was rounded to such codes after its training.
     """
 
     arm: str
@@ -40,6 +41,8 @@ class Row:
     seconds: float | None = None  # of a chosen run (of all runs that are averaged), mean over seeds
     seconds_tried: float = 0.0  # of all runs
     flips: float | None = None
+    memory: float | None = None  # bytes in training, without activations
+    recovered: float | None = None  # of what rounding its start cost, the share that it took back (see recovered_share)
 
 
 @dataclass
@@ -89,15 +92,40 @@ def deciding_metric(study: StudyConfig) -> str:
 
 def reference_of(study: StudyConfig, arm: str) -> str | None:
     """The arm that ``arm`` is held against, the control of the same layers; None for the control itself, and where
-    there is none."""
-    config = study.arms[arm]
+    there is none. Over codes it is such a control, rounded after its training, of the same exact start."""
+    config, codes = study.arms[arm], study.codes_under(arm)
     layers = study.arms[str(config.of)].layers_to_transform if config.kind == AVERAGE else config.layers_to_transform
-    controls = [name for name, c in study.arms.items() if c.kind == CONTROL]
-    control = next((name for name in controls if study.arms[name].layers_to_transform == layers), None)
+    start = study.start_of(arm if codes is None else codes)
+    controls = [name for name, c in study.arms.items() if (c.kind, c.layers_to_transform) == (CONTROL, layers)]
+    alike = [name for name in controls if study.start_of(name) == start]
+    if codes is not None:
+        rounded = (QUANTIZED, study.arms[codes].quantization)
+        found = (name for name, c in study.arms.items() if (c.kind, c.quantization) == rounded and c.start in alike)
+        return None if config.kind == AVERAGE else next(found, None)
+    control = next(iter(alike or controls), None)
     if config.kind == AVERAGE:
         alike = (name for name, c in study.arms.items() if (c.kind, c.of, c.runs) == (AVERAGE, control, config.runs))
         control = next(alike, None)
     return None if control == arm else control
+
+
+def recovered_share(study: StudyConfig, losses: Mapping[str, float], arm: str) -> float | None:
+    """(rounded - arm) / (rounded - exact), losses of an arm over codes, of its start and of what was rounded to it.
+
+    Above 1 where it became better than the exact model. None for other arms, and where rounding cost nothing.
+    """
+    rounded = study.codes_under(arm)
+    if rounded is None:
+        return None
+    before = exact_start(study, rounded)
+    if before not in losses or rounded not in losses or losses[rounded] <= losses[before]:
+        return None
+    return (losses[rounded] - losses[arm]) / (losses[rounded] - losses[before])
+
+
+def exact_start(study: StudyConfig, rounded: str) -> str:
+    """The arm whose end a quantized arm rounded."""
+    return study.start_of(rounded) or str(study.named(BASE))
 
 
 def is_mft(study: StudyConfig, arm: str) -> bool:
@@ -127,6 +155,9 @@ def _table(findings: Findings, domain: str) -> DomainTable:
     study, test = findings.study, findings.test[domain]
     full, control = str(study.named(FULL)), study.named(CONTROL)
     rows = [_means(findings, domain, arm) for arm in study.arms if test.get(arm)]
+    losses = {row.arm: row.loss for row in rows}
+    for row in rows:
+        row.recovered = recovered_share(study, losses, row.arm)
     one = next(iter(test[full].values()))
     questions = 0 if one.questions is None else int(one.questions.sum())
     tokens = int(one.evaluation.tokens.sum())
@@ -154,6 +185,7 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
     if study.arms[arm].kind == AVERAGE:
         seconds = _seconds_of_parts(findings, domain, arm, len(runs))
     flips = [o.flips for o in chosen if o.flips is not None]
+    memory = [float(o.memory) for o in chosen if o.memory is not None]
     return Row(
         arm=arm,
         kind=study.arms[arm].kind,
@@ -165,13 +197,14 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
         exact=_mean(answers) if answers else None,
         temperature=_mean(temperatures) if temperatures else None,
         decides=deciding_metric(study),
-        validation=_validation(findings, domain, arm, against),
+        validation=validation_difference(findings, domain, arm, against),
         validation_exact=_validation_exact(findings, domain, arm),
         tried=len(set(own)),
         steps=_mean([float(o.steps) for o in chosen]) if chosen else None,
         seconds=seconds,
         seconds_tried=sum(o.seconds for o in outcomes),
         flips=_mean(flips) if flips else None,
+        memory=_mean(memory) if memory else None,
     )
 
 
@@ -190,7 +223,7 @@ def _pairs(findings: Findings, domain: str, table: DomainTable) -> dict[tuple[st
     return {key: pair for key, pair in found.items() if pair is not None}
 
 
-def _validation(findings: Findings, domain: str, arm: str, against: str | None) -> float | None:
+def validation_difference(findings: Findings, domain: str, arm: str, against: str | None) -> float | None:
     """Mean difference of what decides, on the validation split in the seeds of both."""
     measured = findings.validation.get(domain, {})
     if against is None or arm not in measured or against not in measured:

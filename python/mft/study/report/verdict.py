@@ -103,6 +103,8 @@ def _compared(row: Row, control: Row, full: str) -> str:
 def _uncompared(findings: Findings, table: DomainTable, row: Row) -> str:
     if table.control is None:
         return ""
+    if row.against is None and findings.study.codes_under(row.arm) is not None:
+        return "; not compared: no arm rounds a control of its layers and its exact start to such codes"
     if row.kind == AVERAGE and row.against is None:
         runs = findings.study.arms[row.arm].runs
         return f"; not compared: no arm averages {runs} runs of {table.control}, and a single run is no match"

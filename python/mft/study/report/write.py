@@ -15,6 +15,7 @@ from rich.text import Text
 from mft.files.atomic import write_whole
 from mft.study.config import REWARDS
 from mft.study.outcome import Findings
+from mft.study.report.over_codes import verdicts_over_codes
 from mft.study.report.plots import plot_study
 from mft.study.report.rewards import REWARDS_PLOT, plot_rewards, reward_curves
 from mft.study.report.table import DomainTable, Row, study_numbers, study_tables
@@ -24,6 +25,7 @@ from mft.training.run_directory import TABLE_JSON, TABLE_MARKDOWN
 
 WIDTH = 100  # of the terminal's tables
 _PERCENT = 100
+_MEGA = 1e6
 
 
 def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, Any] | None = None) -> None:
@@ -32,7 +34,8 @@ def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, 
     extra: where the numbers come from (commit, versions, device, command); it goes into both files.
     """
     tables, extra = study_tables(findings), dict(extra or {})
-    said, known = study_verdicts(findings, tables), remarks(findings, tables)
+    said = [*study_verdicts(findings, tables), *verdicts_over_codes(findings, tables)]
+    known = remarks(findings, tables)
     lines = ["# Verdict", "", *(f"{paragraph}\n" for paragraph in said)]
     for domain, table in tables.items():
         lines += [f"# {domain}: {_counts(table)}", "", *_markdown(table), ""]
@@ -59,7 +62,8 @@ def console_report(findings: Findings) -> list[RenderableType]:
     for domain, table in tables.items():
         parts.append(_fitted(Text(f"{domain}: {_counts(table)}", style="bold")))
         parts += [_console_table(table, columns) for columns in _shown_groups(table)]
-    parts += [_fitted(Text(paragraph, style="bold")) for paragraph in study_verdicts(findings, tables)]
+    said = [*study_verdicts(findings, tables), *verdicts_over_codes(findings, tables)]
+    parts += [_fitted(Text(paragraph, style="bold")) for paragraph in said]
     return parts + [_fitted(Text(f"- {note}")) for note in remarks(findings, tables)]
 
 
@@ -102,6 +106,8 @@ _GROUPS = (
         _Column("tried", lambda row: f"{row.tried or '-'}"),
         _Column("steps", lambda row: f"{row.steps:.0f}" if row.steps else "-"),
         _Column("s a run", lambda row: "-" if not row.seconds else f"{row.seconds:.1f}"),
+        _Column("MB in training", lambda row: "-" if row.memory is None else f"{row.memory / _MEGA:.1f}"),
+        _Column("recovered %", lambda row: "-" if row.recovered is None else f"{_PERCENT * row.recovered:.0f}"),
     ),
 )
 

@@ -1,0 +1,87 @@
+"""Arms over codes in words: what rounding cost, which share of it each took back, and masks against QLoRA.
+
+A mask is ahead of adapters, or behind, by the rules of a verdict (verdict.py): the interval, Holm's correction over all
+such pairs in all domains, and validation agree. Else the difference is not shown.
+"""
+
+from collections.abc import Mapping
+
+from mft.study.config import LORA, QUANTIZED
+from mft.study.outcome import Findings
+from mft.study.report.statistics import CONFIDENCE, Difference, Paired, differences, paired, with_holm
+from mft.study.report.table import DomainTable, Row, exact_start, validation_difference
+from mft.study.report.verdict import shown_interval, shown_p
+
+Pair = tuple[str, str, str]  # domain, arm, the one it is held against
+
+
+def verdicts_over_codes(findings: Findings, tables: Mapping[str, DomainTable]) -> list[str]:
+    """A paragraph a domain and quantized arm at which others begin; none in other studies."""
+    study = findings.study
+    rounded = [name for name, arm in study.arms.items() if arm.kind == QUANTIZED]
+    costs = [(domain, name, exact_start(study, name)) for domain in tables for name in rounded]
+    rivals = {place: _rivals(findings, tables[place[0]], place) for place in ((d, r) for d in tables for r in rounded)}
+    cost = _differences(findings, costs)
+    held = _differences(findings, [pair for pairs in rivals.values() for pair in pairs])
+    held = dict(zip(held, with_holm(list(held.values()))))
+    lines = []
+    for place in costs:
+        (domain, name, exact), table = place, tables[place[0]]
+        rows = [row for row in table.rows if study.codes_under(row.arm) == name]
+        if not rows or place not in cost:
+            continue
+        sentences = [f"Rounding costs {shown_interval(cost[place])} nats a token ({name} - {exact})."]
+        shares = [f"{row.arm} {100 * row.recovered:.0f} %" for row in rows if row.recovered is not None]
+        sentences += [f"Taken back of it: {', '.join(shares)}."] if shares else []
+        sentences += [_compared(findings, table, pair, held[pair]) for pair in rivals[domain, name] if pair in held]
+        lines.append(f"{domain}, over {name}. {' '.join(sentences)}")
+    return lines
+
+
+def _rivals(findings: Findings, table: DomainTable, place: tuple[str, str]) -> list[Pair]:
+    """Each mask that was trained, and each arm of adapters, of one quantized start."""
+    domain, name = place
+    rows = [row for row in table.rows if findings.study.codes_under(row.arm) == name]
+    adapters = [row.arm for row in rows if row.kind == LORA]
+    return [(domain, row.arm, lora) for row in rows if row.masked for lora in adapters]
+
+
+def _differences(findings: Findings, pairs: list[Pair]) -> dict[Pair, Difference]:
+    """On test, of those that were measured in the same seeds."""
+    known: dict[Pair, Paired] = {}
+    for domain, arm, other in pairs:
+        test = findings.test[domain]
+        pair = paired(test.get(arm, {}), test.get(other, {}))
+        if pair is not None:
+            known[domain, arm, other] = pair
+    return dict(zip(known, differences(list(known.values()))))
+
+
+def _compared(findings: Findings, table: DomainTable, pair: Pair, difference: Difference) -> str:
+    domain, mask, lora = pair
+    validation = validation_difference(findings, domain, mask, lora)
+    agrees = validation is not None and validation * difference.estimate > 0
+    excludes = difference.low > 0 or difference.high < 0
+    tested = difference.p_holm is not None and difference.p_holm < 1 - CONFIDENCE
+    verdict = "not shown to differ"
+    if excludes and tested and agrees:
+        verdict = "ahead" if difference.estimate < 0 else "behind"
+    on_validation = "none" if validation is None else f"{validation:+.4f}"
+    own, other = (_costs(findings, domain, table.row(arm)) for arm in (mask, lora))
+    return (
+        f"{mask} against {lora}: {verdict}. {shown_interval(difference)} nats a token, Holm-adjusted p "
+        f"{shown_p(difference.p_holm)}; on validation {on_validation}; {own} against {other}."
+    )
+
+
+def _costs(findings: Findings, domain: str, row: Row | None) -> str:
+    """What the chosen run stores beside its start, and needs in training without activations."""
+    assert row is not None
+    stored = [
+        outcome.bytes
+        for outcome in findings.outcomes
+        if (outcome.unit.domain, outcome.unit.arm, outcome.unit.setting) == (domain, row.arm, row.setting)
+        if outcome.bytes is not None
+    ]
+    kilobytes = f"{sum(stored) / len(stored) / 1000:.1f} kB" if stored else "unknown bytes"
+    return kilobytes if row.memory is None else f"{kilobytes} and {row.memory / 1e6:.1f} MB in training"

@@ -1,0 +1,40 @@
+"""A teacher whose words are made once for every row: the epochs and rates of a study ask for them again and again."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mft.data.batches import MicroBatch, take_rows
+from mft.models.causal_lm import FEW, split_at_head
+from mft.models.frozen_layers import PrefixMemory
+from mft.models.packed_rows import keeping_apart
+
+
+class RememberedTeacher:
+    """A Teacher of distillation.py: model on the rows of dataset, in eval mode; what has no room is made again.
+
+    So many rows at once: products of other batches may round differently, and no run is to see which ran before it.
+    """
+
+    def __init__(self, model: nn.Module, dataset, *, batch_size: int) -> None:
+        self._model, self._device = model, next(model.parameters()).device
+        few = take_rows(dataset, [0]).input_ids[:1, :FEW].to(self._device)
+        self._run, self.head = split_at_head(model, few)
+        self._known = PrefixMemory()
+        with keeping_apart(model, dataset, few, batch_size):
+            for start in range(0, len(dataset), batch_size):
+                batch = take_rows(dataset, list(range(start, min(start + batch_size, len(dataset)))))
+                for row, state in zip(batch.rows, self._made(batch)):
+                    self._known.remember(row, state)
+
+    def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
+        """(B, T, D) of each in turn."""
+        for batch in batches:
+            known = [self._known.states.get(row) for row in batch.rows]
+            found = [state for state in known if state is not None]
+            yield torch.stack(found).to(self._device) if len(found) == len(known) else self._made(batch)
+
+    @torch.no_grad()
+    def _made(self, batch: MicroBatch) -> Tensor:
+        return self._run(self._model, *batch.inputs(self._device))

@@ -1,0 +1,319 @@
+"""Studies over codes: what rounding leaves, what begins at it, what is refused, and what the report makes of it."""
+
+import io
+import math
+import re
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny_study import equal, make_study, write_ground
+
+from mft.config import MaskConfig, ModelConfig, TrainConfig
+from mft.evaluation.kl_divergence import kl_divergence
+from mft.masks.quantize import quantize_model
+from mft.models.causal_lm import clone_with_own_weights
+from mft.models.linears import weight_name
+from mft.models.quantized_weight import quantized_weights
+from mft.study import workspace as workspaces
+from mft.study.arms.memory import ADAPTER_BYTES, equal_memory_rank, score_bytes
+from mft.study.load import load_study
+from mft.study.outcome import Unit
+from mft.study.plan import starts_of, teachers_of
+from mft.study.report.over_codes import verdicts_over_codes
+from mft.study.report.table import recovered_share, reference_of, study_tables
+from mft.study.report.write import write_study_report
+from mft.study.run import run_study
+from mft.study.store import Store
+from mft.study.teacher import RememberedTeacher
+from mft.study.workspace import Workspace, with_weights
+
+FULL = "  base: {kind: base}\n  full: {kind: full, lrs: [1e-2]}\n"
+ARMS = (
+    FULL
+    + """
+  NF4: {kind: quantized, quantization: nf4}
+  control: {kind: control, lrs: [1e-2]}
+  NF4 of control: {kind: quantized, start: control, quantization: nf4}
+  NF4 of base: {kind: quantized, start: base, quantization: nf4}
+  mask: {kind: mask, start: NF4, lrs: [1e-2], mode: value, threshold: 0}
+  QLoRA: {kind: lora, start: NF4, lrs: [1e-2], lora_rank: 2}
+  mask from base: {kind: mask, start: NF4 of base, lrs: [1e-2]}
+  like base: {kind: lora, start: base, teacher: base, lrs: [1e-2], lora_rank: 2}
+  like full: {kind: continued, start: base, teacher: full, lrs: [3e-3], epochs: [3]}
+"""
+)
+MORE = """
+  on mask: {kind: mask, start: mask, lrs: [1e-2]}
+  taught: {kind: mask, start: NF4, teacher: full, lrs: [1e-2]}
+"""
+
+
+class Done:
+    """A study that ran, with one seed."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        write_ground(directory)
+        self.study = make_study(directory, ARMS, ["seeds=[0]"])
+        self.findings, self.lines = self.run()
+        self.loss = {arm: one[0].evaluation.loss for arm, one in self.findings.test["count"].items()}
+        self.outcome = {one.unit.arm: one for one in self.findings.outcomes}
+        self.store = Store(self.study, directory / "run")
+        self.workspace = Workspace(self.study, ModelConfig(str(directory / "model"), dtype="float32"))
+
+    def run(self):
+        said = io.StringIO()
+        findings = run_study(self.study, self.directory / "run", console=Console(file=said, width=200))
+        return findings, [line for line in said.getvalue().splitlines() if line.startswith("[")]
+
+    def unit(self, arm):
+        return Unit("count", arm, 0, self.findings.chosen["count"][arm])
+
+    def path(self, arm):
+        return self.store.trained(self.unit(arm), self.findings.chosen)
+
+    def weights(self, arm):
+        return load_file(self.path(arm))
+
+    def declared(self, *overrides):
+        """With arms that did not run."""
+        return make_study(self.directory, ARMS + MORE, overrides)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("ground")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MFT_CACHE", str(directory / "cache"))
+        yield Done(directory)
+
+
+def codes_of(done, weights, kind):
+    """What quantize_model's codes hold of the base model with these weights, by parameter."""
+    model = with_weights(done.workspace.base, weights)
+    own = clone_with_own_weights(model, {name.rpartition(".")[0] for name in done.weights("NF4")})
+    found = quantized_weights(quantize_model(own.requires_grad_(False), kind))
+    return {weight_name(model, name): weight.dense() for name, weight in found.items()}
+
+
+def test_a_quantized_arm_holds_to_the_bit_what_the_codes_of_its_start_do(done):
+    for arm, start, kind in (("NF4", "full", "nf4"), ("NF4 of control", "control", "nf4")):
+        before = done.weights("full") | done.weights(start)
+        assert equal(done.weights(arm), codes_of(done, before, kind)), arm
+    assert equal(done.weights("NF4 of base"), codes_of(done, {}, "nf4"))
+    assert done.loss["NF4"] != done.loss["full"]
+
+
+def test_a_mask_over_codes_drops_some_and_changes_none(done):
+    for arm, start in (("mask", "NF4"), ("mask from base", "NF4 of base")):
+        before, after = done.weights(start), done.weights(arm)
+        assert all(((after[name] == before[name]) | (after[name] == 0)).all() for name in after)
+        assert any((after[name] != before[name]).any() for name in after), arm
+
+
+def test_adapters_lie_beside_the_codes(done):
+    assert all("lora" in name for name in done.weights("QLoRA"))
+    assert done.loss["QLoRA"] < done.loss["NF4"]
+
+
+def test_an_arm_with_a_teacher_learns_its_words_and_not_the_texts(done):
+    base, rows = done.workspace.base, done.workspace.splits("count").train
+    full, like = (with_weights(base, done.weights(arm)) for arm in ("full", "like full"))
+    before, after = (kl_divergence(model, full, rows, batch_size=8)[0].sum() for model in (base, like))
+    assert after < 0.3 * before
+    # Where it begins it says the same already: what is left of the gradient is rounding, which AdamW makes steps of.
+    assert abs(done.loss["like base"] - done.loss["base"]) < 5e-3
+
+
+def test_a_teacher_is_asked_once_a_row_and_says_what_its_model_says(done):
+    full, rows = with_weights(done.workspace.base, done.weights("full")), done.workspace.splits("count").train
+    calls = []
+    handle = full.model.layers[0].register_forward_hook(lambda *call: calls.append(call))
+    teacher = RememberedTeacher(full, rows, batch_size=8)
+    asked = len(calls)
+    batch = next(iter(_batches(rows, [5, 2])))
+    (hidden,) = teacher.hidden_states([batch])
+    assert len(calls) == asked
+    handle.remove()
+    torch.testing.assert_close(teacher.head(hidden), full(batch.input_ids).logits)
+    teacher._known.states.pop(2)
+    (again,) = teacher.hidden_states([batch])
+    torch.testing.assert_close(again, hidden)
+
+
+def _batches(rows, numbers):
+    from mft.data.batches import take_rows
+
+    return [take_rows(rows, numbers)]
+
+
+def test_what_was_done_is_kept_and_what_was_lost_is_made_again(done):
+    assert done.run()[1] == []
+    path, before = done.path("NF4"), done.weights("NF4")
+    path.unlink()
+    done.path("mask").unlink()
+    tests = list((done.directory / "run" / "test" / "count" / "mask").glob("*.json"))
+    for test in tests:
+        test.unlink()
+    lines = done.run()[1]
+    assert [re.search(r"count, ([\w ]+),", line)[1] for line in lines] == ["NF4", "mask", "mask"]
+    assert equal(done.weights("NF4"), before)
+
+
+def test_a_key_knows_the_codes_and_the_teacher_below_an_arm(done):
+    def keys(study):
+        chosen = {"count": {arm: config.settings(study.mask)[0] for arm, config in study.arms.items()}}
+        store = Store(study, done.directory / "other")
+        return {arm: store.key(Unit("count", arm, 0, chosen["count"][arm]), chosen) for arm in study.arms}
+
+    before = keys(done.declared())
+    for change, moved in {
+        "arms.NF4.quantization=nf4-dq": ["NF4", "mask", "QLoRA", "on mask", "taught"],
+        "arms.taught.teacher=control": ["taught"],
+        "arms.taught.teacher=base": ["taught"],
+        "arms.taught.teacher=null": ["taught"],
+        "arms.mask from base.start=base": ["mask from base"],
+    }.items():
+        after = keys(done.declared(change))
+        assert [arm for arm in before if before[arm] != after[arm]] == moved, change
+
+
+def test_starts_and_teachers_are_chains_from_the_base_model(done):
+    study = done.declared()
+    chosen = {"count": {arm: config.settings(study.mask)[0] for arm, config in study.arms.items()}}
+    units = {arm: Unit("count", arm, 0, setting) for arm, setting in chosen["count"].items()}
+    starts = {arm: [one.arm for one in starts_of(study, chosen, unit)] for arm, unit in units.items()}
+    assert starts["on mask"] == ["full", "NF4", "mask"]
+    assert starts["mask from base"] == ["NF4 of base"]
+    assert starts["like base"] == starts["NF4 of base"] == []
+    assert teachers_of(study, chosen, units["like base"]) == []
+    assert teachers_of(study, chosen, units["taught"]) == [units["full"]]
+    assert teachers_of(study, chosen, units["mask"]) is None
+    assert study.needs("taught") == ["NF4", "full"]
+    assert study.needs("like base") == []
+    assert study.codes_under("on mask") == "NF4"
+    assert study.codes_under("NF4 of control") is None
+
+
+def test_memory_is_that_of_codes_where_an_arm_begins_over_codes_and_of_what_it_trains(done):
+    names, _ = done.workspace.layers_of(done.study.arms["mask"])
+    shapes = [done.workspace.base.get_parameter(f"{name}.weight").shape for name in names]
+    coded = {name: p for name, p in done.workspace.base.named_parameters() if name in done.weights("NF4")}
+    rest = sum(p.numel() for p in done.workspace.base.parameters()) - sum(p.numel() for p in coded.values())
+    base = 4 * rest + sum(p.numel() // 2 + 4 * math.ceil(p.numel() / 64) for p in coded.values())
+    scores, sides = sum(n * k for n, k in shapes), sum(n + k for n, k in shapes)
+    assert done.outcome["mask"].memory == base + 16 * scores
+    assert done.outcome["QLoRA"].memory == base + 16 * 2 * sides
+    dense = 4 * sum(p.numel() for p in done.workspace.base.parameters())
+    assert done.outcome["control"].memory == dense + 12 * scores  # a weight is in the model already
+    assert done.outcome["full"].memory == 4 * dense
+    assert done.outcome["like base"].memory == dense + 16 * 2 * sides
+    assert done.outcome["NF4"].memory is None
+    assert done.outcome["NF4"].bytes == 2 * rest + base - 4 * rest
+
+
+@pytest.mark.parametrize("score", [16.0, 6.03])
+def test_the_rank_of_equal_memory_is_the_largest_that_costs_no_more_than_the_scores(score):
+    shapes = [(576, 576), (192, 576), (1536, 576), (8, 64, 32)]
+    rank = equal_memory_rank(shapes, score)
+    scores = score * sum(math.prod(shape) for shape in shapes)
+    sides = 576 + 576 + 192 + 576 + 1536 + 576 + 8 * (64 + 32)
+    assert ADAPTER_BYTES * rank * sides <= scores < ADAPTER_BYTES * (rank + 1) * sides
+    assert equal_memory_rank([(64, 64)]) == 32
+    assert equal_memory_rank([(2, 2)], 1.0) == 1
+    assert score_bytes(MaskConfig(), TrainConfig(steps=1)) == 16
+    narrow = score_bytes(MaskConfig(scores_dtype="bfloat16"), TrainConfig(steps=1, moments="8bit"))
+    assert narrow == 2 + 2 + 2 + 8 / 256
+
+
+@pytest.mark.parametrize(
+    ("study", "arm", "hidden", "keys", "intermediate"),
+    [("quantised-small", "QLoRA 81 on NF4", 128, 128, 352), ("quantised", "QLoRA 347 on NF4", 576, 192, 1536)],
+)
+def test_a_shipped_study_has_adapters_of_equal_memory(study, arm, hidden, keys, intermediate):
+    attention = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden)]
+    layer = [*attention, (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
+    assert load_study(study).arms[arm].lora_rank == equal_memory_rank(2 * layer)
+
+
+def test_an_arm_over_codes_is_held_against_the_control_of_its_exact_start_rounded_alike(done):
+    held = {arm: reference_of(done.declared(), arm) for arm in done.declared().arms}
+    assert held["mask"] == held["on mask"] == held["QLoRA"] == "NF4 of control"
+    assert held["mask from base"] is None  # of whose start no control was trained
+    assert held["NF4"] == held["NF4 of control"] == held["full"] == "control"
+    assert held["control"] is None
+    other = done.declared("arms.NF4 of control.quantization=int8")
+    assert reference_of(other, "mask") is None  # it is not rounded alike
+
+
+def test_what_is_recovered_is_a_share_of_what_rounding_cost(done):
+    losses = {"full": 2.0, "NF4": 2.4, "mask": 2.1, "QLoRA": 1.9, "control": 1.0, "NF4 of control": 1.5}
+    assert recovered_share(done.study, losses, "mask") == pytest.approx(0.75)
+    assert recovered_share(done.study, losses, "QLoRA") == pytest.approx(1.25)
+    assert recovered_share(done.study, losses, "control") is None
+    assert recovered_share(done.study, losses | {"NF4": 2.0}, "mask") is None
+    from_base = {"base": 3.0, "NF4 of base": 3.5, "mask from base": 3.25}
+    assert recovered_share(done.study, from_base, "mask from base") == pytest.approx(0.5)
+
+
+def test_the_report_says_what_rounding_cost_and_holds_masks_against_adapters(done, tmp_path):
+    tables = study_tables(done.findings)
+    of_full, of_base = verdicts_over_codes(done.findings, tables)  # nothing began at the rounded control
+    assert of_full.startswith("count, over NF4. Rounding costs +")
+    assert "nats a token (NF4 - full). " in of_full
+    row = tables["count"].row("mask")
+    assert f"mask {100 * row.recovered:.0f} %" in of_full
+    pairs = re.findall(r"([\w ]+) against ([\w ]+): (ahead|behind|not shown to differ)\. [+-]", of_full)
+    assert [pair[:2] for pair in pairs] == [(" mask", "QLoRA")]
+    assert f"and {row.memory / 1e6:.1f} MB in training against" in of_full
+    assert of_base.startswith("count, over NF4 of base. ")
+    write_study_report(done.findings, tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert "recovered %" in table
+    assert "MB in training" in table
+    assert of_full in table
+
+
+def test_what_rounding_needs_is_asked_for_before_anything_is_trained(done, monkeypatch):
+    monkeypatch.setattr(workspaces, "check_library", lambda kind: (_ for _ in ()).throw(RuntimeError(f"no {kind}")))
+    with pytest.raises(RuntimeError, match="^no nf4$"):
+        Workspace(done.study, ModelConfig(str(done.directory / "model"), dtype="float32"))
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        (
+            "{kind: control, start: NF4, lrs: [1]}",
+            "arms.wrong.start must lead to no quantized arm for the kind control, here NF4: weights in nf4 do not "
+            "train; train them exactly, and round them in an arm {kind: quantized, start: wrong, quantization: nf4}",
+        ),
+        (
+            "{kind: continued, start: mask, lrs: [1]}",
+            "arms.wrong.start must lead to no quantized arm for the kind c",
+        ),
+        (
+            "{kind: quantized, start: mask, quantization: int8}",
+            "arms.wrong.start must lead to no quantized arm, here NF4, whose weights are nf4 already, got mask",
+        ),
+        ("{kind: quantized}", "arms.wrong.quantization must be given for the kind quantized, and left out"),
+        (
+            "{kind: random, quantization: nf4}",
+            "quantization must be given for the kind quantized, and left out",
+        ),
+        ("{kind: quantized, quantization: nf5}", "arms.wrong.quantization must be one of nf4, nf4-dq, int8"),
+        ("{kind: random, teacher: full}", "arms.wrong.teacher must be left out for this kind, got full"),
+        ("{kind: mask, lrs: [1], teacher: QLoRA}", "arms.wrong.teacher must name an arm of the kinds base, full, cont"),
+        (
+            "{kind: mask, lrs: [1], teacher: wrong}",
+            "arms.wrong.teacher must name an arm that needs nothing of",
+        ),
+    ],
+)
+def test_what_an_arm_may_not_say_of_codes(done, arm, message):
+    arms = FULL + "  NF4: {kind: quantized, quantization: nf4}\n  mask: {kind: mask, start: NF4, lrs: [1]}\n"
+    arms += "  QLoRA: {kind: lora, lrs: [1], start: NF4}\n"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_study(done.directory, f"{arms}  wrong: {arm}\n")
