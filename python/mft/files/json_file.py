@@ -1,13 +1,15 @@
-"""A JSON object that a stranger may have written: whatever its bytes, an object or one clear error."""
+"""A JSON object that a stranger may have written: whatever its bytes and values, an object or one clear error."""
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mft.checks import nearest
 from mft.files.regular_file import read_regular
 
-_SHOWN = 80  # characters of a key in a message
+_SHOWN = 80  # characters of a key or a value in a message
 
 
 def read_object(path: Path, most: int) -> dict[str, Any]:
@@ -30,6 +32,39 @@ def parse_object(content: bytes, origin: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{origin}: expected an object, got {'null' if values is None else type(values).__name__}")
     return values
+
+
+def check_keys(path: Path, values: dict, known: list[str], where: str = "", optional: Sequence[str] = ()) -> None:
+    """Raise ValueError unless values, a file's or those in it at where, have all the known keys and no others."""
+    place = f" in {where}" if where else ""
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{path}: unknown key {short(key)}{place}{nearest(key, known)}")
+    missing = [key for key in known if key not in values and key not in optional]
+    if missing:
+        raise ValueError(f"{path}: missing key {missing[0]!r}{place}")
+
+
+def expect(path: Path, key: str, value: Any, holds: bool, rule: str) -> None:
+    """Raise ValueError unless it holds that a key's value is what the rule says."""
+    if not holds:
+        raise ValueError(f"{path}: {key} must be {rule}, got {short(value)}")
+
+
+def short(value: Any) -> str:
+    """A value in a message."""
+    text = repr(value)
+    return text if len(text) < _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def is_list_of(value: Any, kind: type) -> bool:
+    """Whether it is a list of them; true is no int here."""
+    return isinstance(value, list) and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is an int or a float; true is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

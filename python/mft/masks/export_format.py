@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mft.checks import nearest
 from mft.config import QUANTIZATIONS
-from mft.files.json_file import read_object
+from mft.files.json_file import check_keys, expect, is_list_of, is_number, read_object, short
 from mft.files.safetensors_file import MOST_HEADER, open_tensors
 from mft.masks.saved_modules import is_inside
 
@@ -166,7 +165,7 @@ def read_config(path: Path) -> MaskExport:
     values = read_object(path, MOST_CONFIG)
     if values.get("peft_type") != PEFT_TYPE:
         raise ValueError(
-            f"{path}: expected peft_type {PEFT_TYPE!r}, got {_shown(values.get('peft_type'))}: not our masks; load it "
+            f"{path}: expected peft_type {PEFT_TYPE!r}, got {short(values.get('peft_type'))}: not our masks; load it "
             "with peft"
         )
     if _is_of_peft(values):
@@ -178,24 +177,24 @@ def read_config(path: Path) -> MaskExport:
     if type(version) is not int or not _UNHASHED_VERSION <= version <= FORMAT_VERSION:  # True is an int, and equals 1
         newer = type(version) is int and version > FORMAT_VERSION
         remedy = "upgrade mft" if newer else "use the version of this software that wrote it"
-        raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {_shown(version)}: {remedy}")
+        raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {short(version)}: {remedy}")
     fields = dataclasses.fields(MaskExport)
     known = [field.name for field in fields]
     optional = [field.name for field in fields if field.default is not dataclasses.MISSING]
     if version > _UNHASHED_VERSION:
         optional = ["modules_to_save"]
-    _check_keys(path, values, [*known, *_FIXED, "format_version"], optional=optional)
+    check_keys(path, values, [*known, *_FIXED, "format_version"], optional=optional)
     modules = values["modules"]
-    _expect(path, "modules", modules, isinstance(modules, list) and bool(modules), "a list of masked layers")
+    expect(path, "modules", modules, isinstance(modules, list) and bool(modules), "a list of masked layers")
     entries = [_read_entry(path, number, entry) for number, entry in enumerate(modules)]
     twice = sorted(name for name, count in Counter(entry.name for entry in entries).items() if count > 1)
-    _expect(path, "modules", twice, not twice, "layers of different names")
+    expect(path, "modules", twice, not twice, "layers of different names")
     export = MaskExport(
         **{name: values[name] for name in known if name in values and name != "modules"}, modules=entries
     )
     _check_fields(path, export)
     if "content_hash" in values:
-        _expect(path, "content_hash", export.content_hash, _is_hash(export.content_hash), _HASH_RULE)
+        expect(path, "content_hash", export.content_hash, _is_hash(export.content_hash), _HASH_RULE)
     return export
 
 
@@ -211,79 +210,51 @@ def _said(export: MaskExport) -> dict[str, Any]:
 
 def _check_fields(path: Path, export: MaskExport) -> None:
     base, layers, ratio = export.base_model_name_or_path, export.layers_to_transform, export.keep_ratio
-    _expect(path, "base_model_name_or_path", base, base is None or isinstance(base, str), "a string or null")
-    _expect(path, "base_hash", export.base_hash, _is_hash(export.base_hash), _HASH_RULE)
-    _expect(path, "mode", export.mode, export.mode in _MODES, " or ".join(_MODES))
-    _expect(
+    expect(path, "base_model_name_or_path", base, base is None or isinstance(base, str), "a string or null")
+    expect(path, "base_hash", export.base_hash, _is_hash(export.base_hash), _HASH_RULE)
+    expect(path, "mode", export.mode, export.mode in _MODES, " or ".join(_MODES))
+    expect(
         path,
         "keep_ratio",
         ratio,
-        ratio is None or (_is_number(ratio) and 0 <= ratio <= 1),
+        ratio is None or (is_number(ratio) and 0 <= ratio <= 1),
         "a number in [0, 1] or null",
     )
-    _expect(path, "target_modules", export.target_modules, _is_list_of(export.target_modules, str), "a list of strings")
-    _expect(path, "layers_to_transform", layers, layers is None or _is_list_of(layers, int), "a list of ints or null")
+    expect(path, "target_modules", export.target_modules, is_list_of(export.target_modules, str), "a list of strings")
+    expect(path, "layers_to_transform", layers, layers is None or is_list_of(layers, int), "a list of ints or null")
     saved = export.modules_to_save
-    _expect(path, "modules_to_save", saved, saved is None or _is_list_of(saved, str), "a list of strings or null")
+    expect(path, "modules_to_save", saved, saved is None or is_list_of(saved, str), "a list of strings or null")
     kind, masked = export.base_quantization, export.quantize_masked
-    _expect(path, "base_quantization", kind, kind in (*QUANTIZATIONS, None), f"{' or '.join(QUANTIZATIONS)}, or null")
-    _expect(path, "quantize_masked", masked, masked is False or (masked is True and kind is not None), _MASKED_RULE)
+    expect(path, "base_quantization", kind, kind in (*QUANTIZATIONS, None), f"{' or '.join(QUANTIZATIONS)}, or null")
+    expect(path, "quantize_masked", masked, masked is False or (masked is True and kind is not None), _MASKED_RULE)
 
 
 def _read_entry(path: Path, number: int, entry: Any) -> MaskEntry:
     where = f"modules[{number}]"
-    _expect(path, where, entry, isinstance(entry, dict), "an object")
-    _check_keys(path, entry, [field.name for field in dataclasses.fields(MaskEntry)], where)
+    expect(path, where, entry, isinstance(entry, dict), "an object")
+    check_keys(path, entry, [field.name for field in dataclasses.fields(MaskEntry)], where)
     name, shape, kept = entry["name"], entry["shape"], entry["kept"]
-    _expect(path, f"{where}.name", name, isinstance(name, str) and bool(name), "a module's name")
-    _expect(
+    expect(path, f"{where}.name", name, isinstance(name, str) and bool(name), "a module's name")
+    expect(
         path,
         f"{where}.shape",
         shape,
-        _is_list_of(shape, int) and len(shape) in (2, 3) and min(shape) > 0 and max(shape) < 2**31,
+        is_list_of(shape, int) and len(shape) in (2, 3) and min(shape) > 0 and max(shape) < 2**31,
         "two positive ints [N, K], or of experts three, below 2**31",
     )
-    _expect(path, f"{where}.dtype", entry["dtype"], isinstance(entry["dtype"], str), "a dtype's name")
-    _expect(
+    expect(path, f"{where}.dtype", entry["dtype"], isinstance(entry["dtype"], str), "a dtype's name")
+    expect(
         path,
         f"{where}.kept",
         kept,
-        _is_list_of([kept], int) and 0 <= kept <= math.prod(shape),
+        is_list_of([kept], int) and 0 <= kept <= math.prod(shape),
         f"an int from 0 to {math.prod(shape)}",
     )
     return MaskEntry(name, tuple(shape), entry["dtype"], kept)
 
 
-def _check_keys(path: Path, values: dict, known: list[str], where: str = "", optional: Sequence[str] = ()) -> None:
-    place = f" in {where}" if where else ""
-    for key in values:
-        if key not in known:
-            raise ValueError(f"{path}: unknown key {_shown(key)}{place}{nearest(key, known)}")
-    missing = [key for key in known if key not in values and key not in optional]
-    if missing:
-        raise ValueError(f"{path}: missing key {missing[0]!r}{place}")
-
-
-def _expect(path: Path, key: str, value: Any, holds: bool, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"{path}: {key} must be {rule}, got {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else text[:77] + "..."
-
-
 def _is_hash(value: Any) -> bool:
     return isinstance(value, str) and _HASH.fullmatch(value) is not None
-
-
-def _is_list_of(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # ---------------------------------------------------------------------------------------------- the masks
@@ -299,11 +270,11 @@ def _read_tensors(path: Path, export: MaskExport) -> tuple[dict[str, Tensor], di
         unknown, missing = sorted(stored - expected.keys()), sorted(expected.keys() - stored)
         if unknown:
             raise ValueError(
-                f"{path}: unknown tensor {_shown(unknown[0])}, of which {CONFIG_FILE} knows no module: {_COPY_BOTH}"
+                f"{path}: unknown tensor {short(unknown[0])}, of which {CONFIG_FILE} knows no module: {_COPY_BOTH}"
             )
         if missing:
             raise ValueError(
-                f"{path}: missing tensor {_shown(missing[0])}, a module that {CONFIG_FILE} lists: {_COPY_BOTH}"
+                f"{path}: missing tensor {short(missing[0])}, a module that {CONFIG_FILE} lists: {_COPY_BOTH}"
             )
         for key, entry in expected.items():  # before anything is allocated
             declared = file.get_slice(key)
