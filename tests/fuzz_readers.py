@@ -84,6 +84,10 @@ def _make_export(directory: Path) -> None:
     save_masks(masked_llama(layers=(3,), target_modules=["q_proj"]), directory / "masks")
 
 
+def _make_coded_export(directory: Path) -> None:
+    save_masks(masked_llama(layers=(3,), target_modules=["q_proj"]), directory / "masks", coding="rice")
+
+
 def _make_paper_masks(directory: Path) -> None:
     write_paper_masks(masked_llama(layers=(3,), target_modules=["q_proj"]), directory / "masks.pt")
 
@@ -136,6 +140,7 @@ def _read_export(directory: Path) -> None:
 READERS = {
     "export-config": Reader(_make_export, f"masks/{CONFIG_FILE}", _read_export),
     "export-masks": Reader(_make_export, f"masks/{MASK_FILE}", _read_export),
+    "coded-masks": Reader(_make_coded_export, f"masks/{MASK_FILE}", _read_export),
     "checkpoint": Reader(_make_checkpoint, "step-00000003/manifest.json", _read_checkpoint),
     "checkpoint-facts": Reader(_make_checkpoint, "step-00000003/state.json", lambda root: _checkpoint(root).facts()),
     "checkpoint-tensors": Reader(

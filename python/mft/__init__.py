@@ -21,7 +21,8 @@ if TYPE_CHECKING:
         print_trainable_parameters,
         trainable_parameters,
     )
-    from .masks.export import load_masks, save_masks
+    from .masks.export import load_masks, recode_masks, save_masks
+    from .masks.export_format import coded_size
     from .masks.merged_weights import merged_weights
     from .masks.peft import MaskPeftConfig, to_masked_model
     from .masks.quantize import quantize_model
@@ -60,7 +61,8 @@ _HOMES = {
         *("mask_model", "masked_modules", "merge_model"),
         *("print_trainable_parameters", "trainable_parameters"),
     ),
-    "masks.export": ("load_masks", "save_masks"),
+    "masks.export": ("load_masks", "recode_masks", "save_masks"),
+    "masks.export_format": ("coded_size",),
     "masks.merged_weights": ("merged_weights",),
     "masks.peft": ("MaskPeftConfig", "to_masked_model"),
     "masks.quantize": ("quantize_model",),
@@ -108,6 +110,7 @@ __all__ = [
     "SharpnessCallback",
     "TokenObjective",
     "TrainConfig",
+    "coded_size",
     "evaluate",
     "finetune",
     "gathered",
@@ -127,6 +130,7 @@ __all__ = [
     "print_trainable_parameters",
     "push_to_hub",
     "quantize_model",
+    "recode_masks",
     "run_finetune",
     "run_train",
     "save_masks",

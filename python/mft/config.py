@@ -37,6 +37,7 @@ STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted")  # as of datasets.int
 SCORES_DTYPES = ("float32", "bfloat16", "int16")  # int16: fixed point, see mft_kernels/fixed_point.py
 MOMENTS = ("float32", "8bit")
 QUANTIZATIONS = ("nf4", "nf4-dq", "int8")  # dq: double quantisation
+CODINGS = ("packed", "rice")  # of masks in an export: 1 bit a weight, or about their entropy (files/rice.py)
 CONFIG = "config.yaml"  # in the directory of a run
 CONFIGS = Path(__file__).parent / "configs"  # shipped; --config takes their names
 WAYS = ("plain", "resident", "quantized", "layerwise")  # or auto
@@ -369,6 +370,7 @@ class RunConfig:
     # Between two checkpoints, from which --resume goes on; null: none is written.
     checkpoint_minutes: Annotated[float | None, Rule("be at least 0 (or null)", minimum=0)] = 10.0
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    coding: Annotated[str, one_of(CODINGS)] = "packed"  # of the masks; rice: entropy-coded, for newer readers alone
     report_to: Trackers = field(default_factory=list)  # beside metrics.jsonl
     project: str = "mft"  # in trackio and wandb
 

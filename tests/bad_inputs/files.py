@@ -16,7 +16,7 @@ from mft.cli.verify import verify_directory
 from mft.config import MaskConfig, ModelConfig, RunConfig, parse_layers
 from mft.config_file import load_config
 from mft.masks.convert import mask_model, masked_modules, merge_model
-from mft.masks.export import load_masks, save_masks
+from mft.masks.export import load_masks, recode_masks, save_masks
 from mft.masks.paper_masks import read_paper_masks
 from mft.memory.model_config import read_model_config
 from mft.memory.shapes import known_config, shape_from_config
@@ -257,6 +257,41 @@ def an_export_with_a_flipped_bit(tmp):
 
 @refused(
     ValueError,
+    where=MASKS,
+    got="got an end before word 0",
+    rule="stream must have a block for each 131072 words",
+    remedy="copy the export again",
+)
+def a_coded_export_whose_masks_are_cut_off(tmp):
+    path = recode_masks(masks_in(tmp), tmp / "coded") / MASKS
+    tensors = load_file(path)
+    tensors[f"{UP}.mask"] = tensors[f"{UP}.mask"][:4].clone()
+    save_file(tensors, path)
+    load_masks(make_llama(), tmp / "coded")
+
+
+@refused(
+    ValueError,
+    where=f"{UP}.mask",
+    got="got 256",
+    rule="stream must have 8796093 to",
+    remedy="copy the export again",
+)
+def a_small_coded_export_that_says_that_it_is_large(tmp):
+    """Read as it says, it would ask for 9 GB."""
+    path = recode_masks(masks_in(tmp), tmp / "coded")
+    modules = json.loads((path / CONFIG).read_text())["modules"]
+    edit(path / CONFIG, modules=[m | {"shape": [2**18, 2**18], "kept": 0} if m["name"] == UP else m for m in modules])
+    load_masks(make_llama(), path)
+
+
+@refused(ValueError, where="coding", got="got 'rise'", rule="must be one of packed, rice", remedy="did you mean rice?")
+def masks_saved_in_an_unknown_coding(tmp):
+    save_masks(masked_llama(), tmp / "masks", coding="rise")
+
+
+@refused(
+    ValueError,
     where=CONFIG,
     got="got sha256:",
     rule="expected content_hash sha256:",
@@ -274,9 +309,9 @@ def an_export_with_an_unknown_key(tmp):
     load_masks(make_llama(), tmp / "masks")
 
 
-@refused(ValueError, where=CONFIG, got="got 3", rule="expected format_version 2", remedy="upgrade mft")
+@refused(ValueError, where=CONFIG, got="got 4", rule="expected format_version 3", remedy="upgrade mft")
 def an_export_of_a_newer_format(tmp):
-    edit(masks_in(tmp) / CONFIG, format_version=3)
+    edit(masks_in(tmp) / CONFIG, format_version=4)
     load_masks(make_llama(), tmp / "masks")
 
 

@@ -18,7 +18,7 @@ from tiny import masked_llama
 
 from mft.config import RunConfig
 from mft.config_file import load_config, save_config
-from mft.masks.export import save_masks
+from mft.masks.export import recode_masks, save_masks
 from mft.masks.export_format import CONFIG_FILE, MASK_FILE, is_export, read_export
 from mft.masks.paper_masks import read_paper_masks, write_paper_masks
 from mft.memory.model_config import read_model_config
@@ -111,7 +111,7 @@ def assert_reads_what_was_written_or_refuses(directory, original):
         (b"{\n,}", ":2: expected JSON"),
         (b'{"a": 1, "a": 1}', "the key 'a' twice: leave one out"),
         (b'{"modules": [{"name": "a", "b": 1, "name": "c"}]}', "the key 'name' twice"),
-        (b'{"peft_type": "MFT", "format_version": true}', "expected format_version 2, got True"),
+        (b'{"peft_type": "MFT", "format_version": true}', "expected format_version 3, got True"),
         (b'{"' + b"k" * 10**6 + b'": 1, "peft_type": "MFT", "format_version": 2}', "unknown key 'kkk.*k[.]{3}$"),
     ],
 )
@@ -140,6 +140,21 @@ def test_edited_bytes_of_an_export(export, copy, edit, name):
         assert_reads_what_was_written_or_refuses(copy, export)
     finally:
         shutil.copy(export / name, copy / name)
+
+
+@pytest.fixture(scope="module")
+def coded(export, tmp_path_factory):
+    """The export with its masks entropy-coded, twice: whole, and to be edited."""
+    root = tmp_path_factory.mktemp("coded")
+    return [recode_masks(export, root / name) for name in ("whole", "edited")]
+
+
+@trials
+@given(edit=edits)
+def test_edited_bytes_of_coded_masks(coded, edit):
+    whole, copy = (path / MASK_FILE for path in coded)
+    copy.write_bytes(edited(whole.read_bytes(), edit))
+    assert_reads_what_was_written_or_refuses(copy.parent, whole.parent)
 
 
 @trials

@@ -1,6 +1,7 @@
 """save_masks, load_masks and base_hash: what comes back is bit for bit what was saved, or is refused."""
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -9,13 +10,17 @@ import pytest
 import safetensors.torch
 import torch
 from exports import CONFIG, MASKS, TOKENS, UP, assert_same_tensors, edit_config, edit_masks, llama, masks
+from tiny_mixtures import mixture
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from mft.config import MaskConfig
+import mft
+from mft.config import CODINGS, MaskConfig
 from mft.masks import export as export_module
 from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.export import base_hash, load_masks, save_masks
+from mft.masks.export_format import read_export
+from mft.masks.saved_modules import train_whole
 
 
 def gpt2():
@@ -110,10 +115,11 @@ def test_a_compiled_model_is_saved_loaded_and_merged_as_what_it_holds(masked, tm
         torch.testing.assert_close(loaded(ids).logits, expected)
 
 
+@pytest.mark.parametrize("coding", CODINGS)
 @pytest.mark.parametrize("keep_ratio", [0.0, 1.0])
-def test_keeping_all_or_none_survives(keep_ratio, tmp_path):
+def test_keeping_all_or_none_survives(keep_ratio, coding, tmp_path):
     model = mask_model(llama(), MaskConfig.paper(target_modules=["up_proj"], keep_ratio=keep_ratio))
-    loaded = load_masks(llama(), save_masks(model, tmp_path / "export"))
+    loaded = load_masks(llama(), save_masks(model, tmp_path / "export", coding=coding))
     assert {float(mask.float().mean()) for mask in masks(loaded).values()} == {keep_ratio}
 
 
@@ -146,6 +152,49 @@ def test_a_merged_model_is_an_ordinary_one_that_transformers_reloads_bit_equal(m
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert type(loaded) is LlamaForCausalLM
     assert_same_tensors(loaded.state_dict(), masked.state_dict())
+
+
+# ---------------------------------------------------------------------------------------------- entropy-coded
+
+
+@pytest.mark.parametrize("base", [*BASES, "experts"])
+def test_coded_masks_come_back_exactly_and_are_the_same_content(base, tmp_path):
+    make = BASES.get(base, lambda: mixture("Olmoe"))
+    model = mask_model(make(), MaskConfig.paper(layers_to_transform=[1], keep_ratio=0.97))
+    packed, coded = (save_masks(model, tmp_path / coding, coding=coding) for coding in CODINGS)
+    assert_same_tensors(masks(load_masks(make(), coded)), masks(model))
+    described, words = read_export(packed)
+    assert read_export(coded)[0] == dataclasses.replace(described, coding="rice")  # by the same content_hash
+    assert_same_tensors(read_export(coded)[1], words)
+    sizes = {key: t.numel() for key, t in safetensors.torch.load_file(coded / MASKS).items()}
+    assert sizes == {f"{name}.mask": mft.coded_size(mask) for name, mask in masks(model).items()}
+    assert sum(sizes.values()) < 0.4 * sum(w.nbytes for w in words.values())
+
+
+def test_coded_exports_are_of_format_3_and_others_as_they_were(masked, tmp_path):
+    packed, coded = (json.loads((save_masks(masked, tmp_path / c, coding=c) / CONFIG).read_text()) for c in CODINGS)
+    assert coded == packed | {"format_version": 3, "coding": "rice"}
+    assert packed["format_version"] == 2
+
+
+def test_recoding_gives_what_saving_would_have_given_and_needs_no_base(masked, tmp_path):
+    train_whole(masked, ["model.norm"])
+    packed, coded = (contents(save_masks(masked, tmp_path / coding, coding=coding)) for coding in CODINGS)
+    assert contents(mft.recode_masks(tmp_path / "packed", tmp_path / "other")) == coded
+    assert contents(mft.recode_masks(tmp_path / "other", tmp_path / "other", coding="packed")) == packed
+    assert contents(mft.recode_masks(tmp_path / "other", tmp_path / "other", coding="packed")) == packed
+    with pytest.raises(ValueError, match="directory must be new, empty or an earlier export of masks"):
+        mft.recode_masks(tmp_path / "other", tmp_path)
+
+
+def test_an_old_export_has_a_content_hash_once_it_is_recoded(saved, tmp_path):
+    expected = contents(mft.recode_masks(saved, tmp_path / "recoded"))
+    edit_config(saved, format_version=1, content_hash=KeyError)
+    assert contents(mft.recode_masks(saved, tmp_path / "recoded")) == expected
+
+
+def contents(directory):
+    return {name: (directory / name).read_bytes() for name in os.listdir(directory)}
 
 
 # ---------------------------------------------------------------------------------------------- the base's hash

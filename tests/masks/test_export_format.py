@@ -9,11 +9,14 @@ import torch
 from exports import CONFIG, MASKS, UP, assert_same_tensors, edit_config, edit_masks, llama, masks
 from tiny_mixtures import mixture
 
-from mft.config import MaskConfig
+import mft
+from mft.config import CODINGS, MaskConfig
+from mft.files import rice
 from mft.files.safetensors_file import MOST_HEADER
 from mft.masks import export_format
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.export import load_masks, save_masks
+from mft.masks.export_format import read_config
 
 
 @pytest.mark.parametrize("name", [CONFIG, MASKS])
@@ -47,12 +50,16 @@ def test_a_truncated_file_tells_its_size(saved, length):
     ("changes", "message"),
     [
         ({"peft_type": "LORA"}, "expected peft_type 'MFT', got 'LORA': not our masks"),
-        ({"format_version": 3}, "expected format_version 2, got 3: upgrade mft"),
+        ({"format_version": 4}, "expected format_version 3, got 4: upgrade mft"),
         (
             {"format_version": True},
-            "expected format_version 2, got True: use the version",
+            "expected format_version 3, got True: use the version",
         ),
-        ({"format_version": 0}, "expected format_version 2, got 0: use the version"),
+        ({"format_version": 0}, "expected format_version 3, got 0: use the version"),
+        ({"format_version": 3}, "missing key 'coding'"),
+        ({"format_version": 3, "coding": "packed"}, "coding must be rice, got 'packed'"),
+        ({"format_version": 3, "coding": ["rice"]}, r"coding must be rice, got \['rice'\]"),
+        ({"coding": "rice"}, "unknown key 'coding'"),
         ({"content_hash": KeyError}, "missing key 'content_hash'"),
         ({"content_hash": None}, 'content_hash must be a string "sha256:" and 64 hexadecimal digits, got None'),
         ({"content_hash": "sha256:"}, "content_hash must be a string"),
@@ -153,6 +160,60 @@ def test_wrong_masks_name_file_and_tensor(saved, change, message):
     assert not masked_modules(model)
 
 
+@pytest.fixture
+def coded(masked, tmp_path):
+    return save_masks(masked, tmp_path / "export", coding="rice")
+
+
+def cut(tensors):
+    tensors[f"{UP}.mask"] = tensors[f"{UP}.mask"][:-1].clone()
+
+
+def drop_another(tensors):
+    """A mask of as many weights."""
+    stream = rice.decode(tensors[f"{UP}.mask"].numpy(), 48, 40)
+    row = next(i for i, word in enumerate(stream[:, 0] & 3) if word in (1, 2))
+    stream[row, 0] ^= 3
+    tensors[f"{UP}.mask"] = torch.frombuffer(bytearray(rice.encode(stream, 40)), dtype=torch.uint8)
+
+
+def drop_one_more(tensors):
+    stream = rice.decode(tensors[f"{UP}.mask"].numpy(), 48, 40)
+    stream[7] = 0
+    tensors[f"{UP}.mask"] = torch.frombuffer(bytearray(rice.encode(stream, 40)), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{UP}.mask"), f"{MASKS}: missing tensor '{UP}.mask'"),
+        (
+            lambda t: t.update({f"{UP}.mask": torch.zeros(48, 2, dtype=torch.int32)}),
+            rf"{MASKS}: {UP}.mask must be uint8 \(bytes,\) for coding rice, got I32 \(48, 2\)",
+        ),
+        (cut, f"{MASKS}: {UP}.mask: stream must .*: damaged; copy the export again"),
+        (drop_one_more, rf"{MASKS}: {UP}.mask must keep \d+ weights as {CONFIG} says, got \d+"),
+        (drop_another, f"{CONFIG}: expected content_hash sha256"),
+    ],
+)
+def test_wrong_coded_masks_name_file_and_tensor(coded, change, message):
+    edit_masks(coded, change)
+    model = llama()
+    with pytest.raises(ValueError, match=f"export/{message}"):
+        load_masks(model, coded)
+    assert not masked_modules(model)
+
+
+def test_a_small_coded_file_cannot_ask_for_much_memory(coded, monkeypatch):
+    """Zeros compress without end: a stream of them is refused by its length, before there is a word."""
+    monkeypatch.setattr(rice, "decode", None)
+    entry = {"name": UP, "shape": [2**31 - 1, 2**31 - 1], "dtype": "float32", "kept": 0}
+    edit_config(coded, modules=[entry])
+    edit_masks(coded, lambda t: [t.pop(key) for key in list(t) if key != f"{UP}.mask"])
+    with pytest.raises(ValueError, match=rf"{UP}.mask: stream must have \d+ to \d+ bytes for 2147483647 x 2147483647"):
+        load_masks(llama(), coded)
+
+
 def swap_layers(tensors):
     """Of two layers of one shape and count."""
     first, second = (f"model.layers.{layer}.mlp.up_proj.mask" for layer in (1, 2))
@@ -160,7 +221,9 @@ def swap_layers(tensors):
     tensors[first], tensors[second] = tensors[second], tensors[first]
 
 
-def test_swapped_layers_are_told_by_the_content_hash(saved):
+@pytest.mark.parametrize("coding", CODINGS)
+def test_swapped_layers_are_told_by_the_content_hash(saved, coding):
+    mft.recode_masks(saved, saved, coding=coding)
     edit_masks(saved, swap_layers)
     with pytest.raises(ValueError, match=f"{CONFIG}: expected content_hash sha256:.*: damaged, or changed by hand"):
         load_masks(llama(), saved)
@@ -213,3 +276,5 @@ def test_what_is_fetched_of_experts_has_room_for_the_words_of_each(tmp_path):
     directory = save_masks(mask_model(mixture("Olmoe"), MaskConfig()), tmp_path / "masks")
     export, packed = export_format.read_export(directory)
     assert export_format.most_bytes(export) == MOST_HEADER + 8 + sum(words.nbytes for words in packed.values())
+    coded = read_config(mft.recode_masks(directory, tmp_path / "coded") / CONFIG)
+    assert export_format.most_bytes(coded) == export_format.most_bytes(export) + 5 * len(packed)

@@ -41,7 +41,8 @@ def masked(mask, dtype=torch.float32):
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
     root = tmp_path_factory.mktemp("exports")
-    return {task: save_masks(masked(mask), root / task) for task, mask in TASKS.items()}
+    coded = {"math": "rice"}  # one of them, which is nothing that a bank knows
+    return {t: save_masks(masked(m), root / t, coding=coded.get(t, "packed")) for t, m in TASKS.items()}
 
 
 @pytest.fixture

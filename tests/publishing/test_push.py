@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from mft.cli.app import app
 from mft.files.hub import HubError, hub_is_reachable
 from mft.masks.convert import masked_modules
-from mft.masks.export import save_masks
+from mft.masks.export import load_masks, save_masks
 from mft.masks.export_format import read_export
 from mft.models.pretrained import save_model
 from mft.publishing.push import push_to_hub
@@ -101,6 +101,40 @@ def test_the_name_of_the_base_on_the_hub_goes_into_card_and_export(hub, tmp_path
     export, masks = read_export(tmp_path / "got")  # its hash agrees
     assert export.base_model_name_or_path == "user/my-base"
     assert masks.keys() == read_export(directory)[1].keys()
+
+
+def test_masks_are_entropy_coded_on_the_way_and_the_card_says_what_they_weigh(hub, run):
+    before = contents_of(run / "masks")
+    code, output = push(run, NAME, "--coding", "rice", "--base", "user/base")
+    assert code == 0, output
+    assert contents_of(run / "masks") == before
+    found = contents(hub)
+    size = len(found[MASKS])
+    assert size < len(before[MASKS])
+    weights = 18432
+    assert (
+        f"| size | {size} bytes, {8 * size / weights:.3g} bits a weight; entropy-coded".encode() in found["README.md"]
+    )
+    loaded, expected = load_masks(make_llama(), NAME), masked_llama()
+    for name, module in masked_modules(expected).items():
+        assert torch.equal(masked_modules(loaded)[name].mask(), module.mask())
+    push_to_hub(run, NAME, base="user/base")  # as they lie there
+    assert contents(hub)[MASKS] == before[MASKS]
+    size = len(before[MASKS])
+    assert f"| size | {size} bytes, {8 * size / weights:.3g} bits a weight |\n".encode() in contents(hub)["README.md"]
+
+
+def test_only_masks_have_a_coding(hub, tmp_path):
+    save_llama(tmp_path / "model")
+    with pytest.raises(ValueError, match="coding must be None for model, got rice"):
+        push_to_hub(tmp_path / "model", NAME, coding="rice")
+    with pytest.raises(ValueError, match="coding must be one of packed, rice, got 'rar'"):
+        push_to_hub(tmp_path / "model", NAME, coding="rar")
+    assert not writes(hub)
+
+
+def contents_of(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def test_a_model_is_pushed_with_its_tokenizer_and_an_older_ones_shards_go(hub, tmp_path):

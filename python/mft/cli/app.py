@@ -367,6 +367,20 @@ def verify(
 
 
 @app.command()
+def recode(
+    masks: Masks,
+    output: Annotated[Path, typer.Argument(help="Where they go; may be the directory that they come from.")],
+    coding: Annotated[
+        str, typer.Option(help="rice: about their entropy, for format 3's readers; packed: 1 bit a weight.")
+    ] = "rice",
+) -> None:
+    """Write masks anew, entropy-coded or not: the same masks, by the same content hash. No base is loaded."""
+    from mft.cli.masks import run_recode
+
+    run_recode(masks, output, coding)
+
+
+@app.command()
 def push(
     directory: Annotated[
         Path, typer.Argument(help="An output_dir or its masks/, what PEFT saved, or a model that was merged.")
@@ -382,6 +396,9 @@ def push(
         str | None, typer.Option(help="For the card, such as apache-2.0; that of the base's card if it lies here.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base's name on the hub, if it is named by a path here.")] = None,
+    coding: Annotated[
+        str | None, typer.Option(help="Of masks: rice, entropy-coded, or packed; as they lie here if not given.")
+    ] = None,
     overwrite_card: Annotated[
         bool, typer.Option("--overwrite-card", help="Replace a README.md on the hub, whoever wrote it.")
     ] = False,
@@ -397,6 +414,7 @@ def push(
         message=message,
         license=license,
         base=base,
+        coding=coding,
         overwrite_card=overwrite_card,
     )
 

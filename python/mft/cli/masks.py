@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -12,9 +13,9 @@ from mft.config import CONFIG, DATA_INITS, ModelConfig
 from mft.config_file import load_config
 from mft.evaluation.evaluated_base import config_of_run
 from mft.masks.convert import mask_model, masked_modules, merge_model
-from mft.masks.export import load_masks, save_masks
-from mft.masks.export_format import MaskExport, read_export
-from mft.masks.inspection import MaskStatistics, initial_masks, mask_statistics
+from mft.masks.export import load_masks, recode_masks, save_masks
+from mft.masks.export_format import MASK_FILE, MaskExport, read_export
+from mft.masks.inspection import MaskStatistics, initial_masks, mask_statistics, said_of_size
 from mft.masks.location import masks_directory
 from mft.masks.paper_masks import import_paper_masks, write_paper_masks
 from mft.models.pretrained import load_model, save_model
@@ -67,6 +68,17 @@ def run_inspect(masks: str, model_name: str | None, dtype: str | None, *, force:
     console.print(_mask_table(mask_statistics(model, initial)))
     if initial is None:
         say(f"flips are unknown: {why}")
+
+
+def run_recode(masks: str, output: Path, coding: str) -> None:
+    """mft recode"""
+    directory = masks_directory(masks)
+    before = (directory / MASK_FILE).stat().st_size if (directory / MASK_FILE).is_file() else 0
+    path = recode_masks(directory, output, coding=coding)
+    export = read_export(path)[0]
+    weights = sum(math.prod(entry.shape) for entry in export.modules)
+    size = said_of_size((path / MASK_FILE).stat().st_size, weights, export.modules_to_save)
+    say(f"{coding}: {size}, after {before} bytes; content hash {export.content_hash} stays; {path}")
 
 
 def run_import_masks(path: Path, output: Path, model_name: str, dtype: str) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from mft.masks.export import base_hash
-from mft.masks.export_format import CONFIG_FILE, UNVERIFIED, MaskExport, read_export
+from mft.masks.export_format import CONFIG_FILE, MASK_FILE, UNVERIFIED, MaskExport, read_export
+from mft.masks.inspection import said_of_size
 from mft.masks.location import MASKS, local_directory
 from mft.tracking.console import say
 from mft.training.checkpoint import FACTS, MANIFEST, verify_checkpoint
@@ -72,7 +73,8 @@ def _verified_export(path: Path) -> Verified:
     kept = sum(entry.kept for entry in export.modules)
     hashed = "content hash agrees" if export.content_hash else UNVERIFIED
     layers = f"{len(export.modules)} masked layers, {100 * kept / weights:.2f} % of {weights} weights kept"
-    return Verified(path, "masks", f"{layers}; {hashed}", export)
+    size = said_of_size((path / MASK_FILE).stat().st_size, weights, export.modules_to_save)
+    return Verified(path, "masks", f"{layers}; {export.coding}, {size}; {hashed}", export)
 
 
 def _verified_checkpoint(path: Path) -> Verified:

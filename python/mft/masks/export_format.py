@@ -1,26 +1,32 @@
-"""The format of an export of masks, version 2, read with suspicion: every key, shape, bit and byte count is checked.
+"""The format of an export of masks, version 3, read with suspicion: every key, shape, bit and byte count is checked.
 
 adapter_config.json: the fields of MaskExport, peft_type "MFT" and format_version. adapter_model.safetensors: for each
 module "<name>.mask", int32 (N, ceil(K / 32)), bit j % 32 of word j // 32 of row n set where weight (n, j) is kept, of
 experts in one parameter (E, N, ceil(K / 32)); and what the modules of modules_to_save hold, by its name in the model.
-Version 1 is the same, but content_hash and what is said of quantisation may be missing.
+Version 3 has a key coding, "rice": each mask is uint8 (bytes,), as files/rice.py codes the bits that it has in version
+2, its experts' rows after each other. Masks that are not coded are written as version 2, which older readers know.
+Version 1 is as version 2, but content_hash and what is said of quantisation may be missing.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from mft.config import QUANTIZATIONS
+from mft.config import CODINGS, QUANTIZATIONS
+from mft.files import rice
 from mft.files.json_file import check_keys, expect, is_list_of, is_number, read_object, short
 from mft.files.safetensors_file import MOST_HEADER, open_tensors
 from mft.masks.saved_modules import is_inside
@@ -28,7 +34,8 @@ from mft.masks.saved_modules import is_inside
 CONFIG_FILE = "adapter_config.json"
 MASK_FILE = "adapter_model.safetensors"
 PEFT_TYPE = "MFT"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_PACKED_VERSION = 2  # of exports that are not coded
 _UNHASHED_VERSION = 1  # may lack content_hash
 MOST_CONFIG = 1 << 24  # bytes: 120,000 masked layers; 100 layers of 256 experts with 3 matrices each have 76,800
 _CHUNK = 1 << 22  # words of a mask whose bits are counted at once
@@ -58,6 +65,11 @@ class MaskEntry:
         """Shape of the packed mask."""
         return *self.shape[:-1], -(-self.shape[-1] // 32)
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the mask, of all experts together."""
+        return math.prod(self.shape[:-1]), self.shape[-1]
+
 
 @dataclass(frozen=True)
 class MaskExport:
@@ -67,6 +79,7 @@ class MaskExport:
     quantize_masked: the masked ones too. content_hash: see the function; None only of version 1, which may lack all
     three.
     modules_to_save: modules whose tensors are saved too; exports of masks alone lack it.
+    coding: one of CODINGS, how the masks are stored; no part of the content.
     """
 
     base_model_name_or_path: str | None
@@ -80,12 +93,16 @@ class MaskExport:
     quantize_masked: bool = False
     content_hash: str | None = None
     modules_to_save: list[str] | None = None
+    coding: str = CODINGS[0]
 
     def to_json(self) -> str:
         """One module a line."""
         fields = _said(self)
         modules = [json.dumps(entry) for entry in fields.pop("modules")]
-        head = json.dumps({**_FIXED, "format_version": FORMAT_VERSION, **fields}, indent=2)
+        version: dict[str, Any] = {"format_version": _PACKED_VERSION}
+        if self.coding != CODINGS[0]:
+            version = {"format_version": FORMAT_VERSION, "coding": self.coding}
+        head = json.dumps({**_FIXED, **version, **fields}, indent=2)
         return head.removesuffix("\n}") + ',\n  "modules": [\n    ' + ",\n    ".join(modules) + "\n  ]\n}\n"
 
 
@@ -100,6 +117,22 @@ def content_hash(export: MaskExport, masks: Mapping[str, Tensor], saved: Mapping
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
+
+
+def export_files(
+    export: MaskExport, masks: Mapping[str, Tensor], saved: Mapping[str, Tensor] | None = None
+) -> dict[str, bytes]:
+    """What the two files hold, by their names: of packed masks, and the saved tensors. read_whole_export reads them."""
+    stored = {f"{entry.name}.mask": _stored(masks[entry.name], entry, export.coding) for entry in export.modules}
+    tensors = stored | dict(saved or {})
+    return {CONFIG_FILE: export.to_json().encode(), MASK_FILE: safetensors.torch.save(tensors, {"format": "pt"})}
+
+
+def coded_size(mask: Tensor) -> int:
+    """Bytes that a boolean mask (N, K), or of experts (E, N, K), takes in an export of coding rice, its name apart."""
+    bits = mask.detach().to("cpu", torch.bool).flatten(0, -2).numpy()
+    words = np.packbits(np.pad(bits, ((0, 0), (0, -bits.shape[1] % 32))), axis=1, bitorder="little").view("<u4")
+    return len(rice.encode(words, bits.shape[1]))
 
 
 def is_export(directory: Path) -> bool:
@@ -154,7 +187,9 @@ def most_bytes(export: MaskExport) -> int | None:
     """More than the file of its masks has; None if modules_to_save lie in it too, whose sizes it does not say."""
     if export.modules_to_save:
         return None
-    return MOST_HEADER + 8 + sum(4 * math.prod(entry.words) for entry in export.modules)
+    coded = export.coding != CODINGS[0]
+    masks = sum(rice.most_bytes(*e.matrix) if coded else 4 * math.prod(e.words) for e in export.modules)
+    return MOST_HEADER + 8 + masks
 
 
 # ---------------------------------------------------------------------------------------------- the description
@@ -183,6 +218,8 @@ def read_config(path: Path) -> MaskExport:
     optional = [field.name for field in fields if field.default is not dataclasses.MISSING]
     if version > _UNHASHED_VERSION:
         optional = ["modules_to_save"]
+    if version < FORMAT_VERSION:
+        known.remove("coding")
     check_keys(path, values, [*known, *_FIXED, "format_version"], optional=optional)
     modules = values["modules"]
     expect(path, "modules", modules, isinstance(modules, list) and bool(modules), "a list of masked layers")
@@ -192,7 +229,7 @@ def read_config(path: Path) -> MaskExport:
     export = MaskExport(
         **{name: values[name] for name in known if name in values and name != "modules"}, modules=entries
     )
-    _check_fields(path, export)
+    _check_fields(path, export, version)
     if "content_hash" in values:
         expect(path, "content_hash", export.content_hash, _is_hash(export.content_hash), _HASH_RULE)
     return export
@@ -204,11 +241,13 @@ def _is_of_peft(values: dict) -> bool:
 
 
 def _said(export: MaskExport) -> dict[str, Any]:
-    """Its fields, without modules_to_save where there are none: as files are that have masks alone."""
-    return {k: v for k, v in dataclasses.asdict(export).items() if k != "modules_to_save" or v is not None}
+    """The content's fields, without modules_to_save where there are none: as files are that have masks alone."""
+    fields = dataclasses.asdict(export)
+    del fields["coding"]
+    return {k: v for k, v in fields.items() if k != "modules_to_save" or v is not None}
 
 
-def _check_fields(path: Path, export: MaskExport) -> None:
+def _check_fields(path: Path, export: MaskExport, version: int) -> None:
     base, layers, ratio = export.base_model_name_or_path, export.layers_to_transform, export.keep_ratio
     expect(path, "base_model_name_or_path", base, base is None or isinstance(base, str), "a string or null")
     expect(path, "base_hash", export.base_hash, _is_hash(export.base_hash), _HASH_RULE)
@@ -224,6 +263,8 @@ def _check_fields(path: Path, export: MaskExport) -> None:
     expect(path, "layers_to_transform", layers, layers is None or is_list_of(layers, int), "a list of ints or null")
     saved = export.modules_to_save
     expect(path, "modules_to_save", saved, saved is None or is_list_of(saved, str), "a list of strings or null")
+    coded = CODINGS[1:] if version == FORMAT_VERSION else CODINGS[:1]
+    expect(path, "coding", export.coding, export.coding in coded, " or ".join(coded))
     kind, masked = export.base_quantization, export.quantize_masked
     expect(path, "base_quantization", kind, kind in (*QUANTIZATIONS, None), f"{' or '.join(QUANTIZATIONS)}, or null")
     expect(path, "quantize_masked", masked, masked is False or (masked is True and kind is not None), _MASKED_RULE)
@@ -277,14 +318,50 @@ def _read_tensors(path: Path, export: MaskExport) -> tuple[dict[str, Tensor], di
                 f"{path}: missing tensor {short(missing[0])}, a module that {CONFIG_FILE} lists: {_COPY_BOTH}"
             )
         for key, entry in expected.items():  # before anything is allocated
-            declared = file.get_slice(key)
-            dtype, shape = declared.get_dtype(), tuple(declared.get_shape())
-            if dtype != "I32" or shape != entry.words:
-                raise ValueError(
-                    f"{path}: {key} must be int32 {entry.words} for a weight of {entry.shape}, got {dtype} {shape}"
-                )
-        masks = {entry.name: _checked_mask(path, key, file.get_tensor(key), entry) for key, entry in expected.items()}
+            _check_declared(path, key, file.get_slice(key), entry, export.coding)
+        masks = {e.name: _read_mask(path, key, file.get_tensor(key), e, export.coding) for key, e in expected.items()}
         return masks, {key: file.get_tensor(key) for key in saved}
+
+
+def _check_declared(path: Path, key: str, declared: Any, entry: MaskEntry, coding: str) -> None:
+    """Raise ValueError unless a tensor of this dtype and shape may be the mask of entry."""
+    dtype, shape = declared.get_dtype(), tuple(declared.get_shape())
+    if coding == CODINGS[0]:
+        if dtype != "I32" or shape != entry.words:
+            raise ValueError(
+                f"{path}: {key} must be int32 {entry.words} for a weight of {entry.shape}, got {dtype} {shape}"
+            )
+        return
+    if dtype != "U8" or len(shape) != 1:
+        raise ValueError(f"{path}: {key} must be uint8 (bytes,) for coding {coding}, got {dtype} {shape}")
+    with _of_tensor(path, key):
+        rice.check_length(shape[0], *entry.matrix)
+
+
+def _read_mask(path: Path, key: str, stored: Tensor, entry: MaskEntry, coding: str) -> Tensor:
+    """Packed."""
+    if coding != CODINGS[0]:
+        with _of_tensor(path, key):
+            words = rice.decode(stored.numpy(), *entry.matrix)
+        stored = torch.from_numpy(words.view(np.int32)).view(entry.words)
+    return _checked_mask(path, key, stored, entry)
+
+
+@contextlib.contextmanager
+def _of_tensor(path: Path, key: str) -> Iterator[None]:
+    """What is wrong with a stream, with its place."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {key}: {error}: damaged; copy the export again") from None
+
+
+def _stored(packed: Tensor, entry: MaskEntry, coding: str) -> Tensor:
+    """The tensor of a file that _read_mask reads."""
+    if coding == CODINGS[0]:
+        return packed
+    stream = rice.encode(packed.numpy().view(np.uint32).reshape(-1, packed.shape[-1]), entry.shape[-1])
+    return torch.frombuffer(bytearray(stream), dtype=torch.uint8)
 
 
 def _checked_mask(path: Path, key: str, packed: Tensor, entry: MaskEntry) -> Tensor:

@@ -57,6 +57,13 @@ def _count_bits(words: Tensor) -> Tensor:
     return counts.sum(dtype=torch.int64)
 
 
+def said_of_size(size: int, weights: int, modules_to_save: list[str] | None = None) -> str:
+    """What a file of masks of so many bytes is worth, and those of other modules in it."""
+    if modules_to_save:
+        return f"{size} bytes, with {', '.join(modules_to_save)}"
+    return f"{size} bytes, {8 * size / weights:.3g} bits a weight"
+
+
 @torch.no_grad()
 def _overlap(module: MaskedLayer, mask: Tensor) -> float:
     weight = module.weight

@@ -12,12 +12,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 
-from mft.config import ModelConfig, RunConfig, layer_ranges
+from mft.config import CODINGS, ModelConfig, RunConfig, layer_ranges
 from mft.config_file import config_values
 from mft.data.sources import NAMED
 from mft.files.hub import split_hub_id
 from mft.files.regular_file import read_regular
 from mft.files.yaml_file import dump_yaml, parse_yaml
+from mft.masks.inspection import said_of_size
 from mft.models.pretrained import SHORTHANDS
 from mft.publishing.contents import README, Contents
 from mft.publishing.facts import Facts, Results
@@ -50,7 +51,7 @@ def model_card(contents: Contents, repository: str, license: Mapping[str, Any] |
     parts = (
         [f"# {repository}", _what(contents)],
         ["## Loading", *_loading(contents, repository)],
-        _setting(facts),
+        _setting(contents),
         [] if facts.results is None else _results(facts.results),
         [] if facts.config is None else _training(facts.config),
     )
@@ -101,7 +102,7 @@ def _what(contents: Contents) -> str:
     on = "" if facts.base_model_name_or_path is None else f" on {_named(facts.base_model_name_or_path)}"
     if contents.kind == "masks":
         return (
-            f"Masks of {_PAPER}{on}: 1 bit a weight says which weights of the base are kept, the others are 0. No "
+            f"Masks of {_PAPER}{on}: a bit for each weight says whether it is kept, the others are 0. No "
             "weight was changed. They load on the very weights that they were learned on, and are refused on others."
         )
     if contents.kind == "adapter":
@@ -156,14 +157,15 @@ def _base(facts: Facts) -> str:
     return f"mft.ModelConfig({', '.join([base, *beside])})" if beside else base
 
 
-def _setting(facts: Facts) -> list[str]:
-    layers = facts.layers_to_transform
+def _setting(contents: Contents) -> list[str]:
+    facts, layers = contents.facts, contents.facts.layers_to_transform
     rows = {
         "base": facts.base_model_name_or_path and _named(facts.base_model_name_or_path),
         "weights of the base": facts.base_hash,
         "dtype": facts.dtype,
         "while they learned, the base was in": facts.base_quantization,
         "kept": _kept(facts),
+        "size": _size(contents),
         "`keep_ratio`": facts.keep_ratio,
         "`mode`": facts.mode,
         "masked layers": facts.modules,
@@ -190,6 +192,7 @@ def _results(results: Results) -> list[str]:
 def _training(config: RunConfig) -> list[str]:
     values = config_values(config)
     del values["output_dir"], values["checkpoint_minutes"]  # of the machine
+    del values["coding"]  # of the run's files, not of those here
     values["model"]["name"] = _shown(config.model.name)
     paths = [(values["model"], "chat_template"), (values["data"], "source"), (values["objective"], "teacher")]
     paths += [(part, "source") for part in (values["data"]["sources"] or {}).values()]
@@ -234,6 +237,13 @@ def _kept(facts: Facts) -> str | None:
     if facts.kept is None or not facts.weights:
         return None
     return f"{100 * facts.kept / facts.weights:.2f} % of {facts.weights} weights"
+
+
+def _size(contents: Contents) -> str | None:
+    if contents.size is None or not contents.facts.weights:
+        return None
+    coded = "" if contents.coding == CODINGS[0] else "; entropy-coded, which mft of format 3 reads"
+    return said_of_size(contents.size, contents.facts.weights, contents.facts.modules_to_save) + coded
 
 
 def _named(base: str) -> str:

@@ -33,7 +33,10 @@ _AGAIN = "write it again"
 
 @dataclass(frozen=True)
 class Contents:
-    """kind: masks, adapter or model. files: what is uploaded, by name; left_out: what is not. note: a warning."""
+    """kind: masks, adapter or model. files: what is uploaded, by name; left_out: what is not. note: a warning.
+
+    coding, size: of masks how they are stored, and the bytes of MASK_FILE.
+    """
 
     kind: str
     directory: Path
@@ -41,6 +44,8 @@ class Contents:
     facts: Facts
     left_out: tuple[str, ...] = ()
     note: str | None = None
+    coding: str | None = None
+    size: int | None = None
 
 
 def read_contents(directory: Path) -> Contents:
@@ -73,10 +78,12 @@ def facts_of_masks(directory: Path, export: MaskExport) -> Facts:
 
 
 def _masks(directory: Path) -> Contents:
-    facts = facts_of_masks(directory, read_whole_export(directory)[0])
+    export = read_whole_export(directory)[0]
+    facts = facts_of_masks(directory, export)
     files = (CONFIG_FILE, MASK_FILE)
     note = UNVERIFIED if facts.content_hash is None else None
-    return Contents("masks", directory, files, facts, _others(directory, files), note)
+    size = (directory / MASK_FILE).stat().st_size
+    return Contents("masks", directory, files, facts, _others(directory, files), note, export.coding, size)
 
 
 def _adapter(directory: Path) -> Contents:

@@ -14,11 +14,13 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 
-from mft.checks import check_rule
+from mft.checks import check_one_of, check_rule
+from mft.config import CODINGS
 from mft.files.hub import COMMIT, HubError, asking_hub, hub_is_reachable, split_hub_id, unreachable
 from mft.files.json_file import read_object
 from mft.files.regular_file import read_regular
-from mft.masks.export_format import CONFIG_FILE, MOST_CONFIG, content_hash, read_whole_export
+from mft.masks.export import recoded
+from mft.masks.export_format import CONFIG_FILE, MASK_FILE, MOST_CONFIG, content_hash, export_files
 from mft.publishing.card import hub_base, is_made, license_of, model_card
 from mft.publishing.contents import INDEX, MODEL_CONFIG, README, WEIGHTS, Contents, read_contents
 from mft.publishing.facts import MERGED
@@ -46,6 +48,7 @@ def push_to_hub(
     message: str | None = None,
     license: str | None = None,
     base: str | None = None,
+    coding: str | None = None,
     overwrite_card: bool = False,
 ) -> Pushed:
     """Upload masks, an adapter that PEFT saved or a model, with a model card, in one commit; who may, the token says.
@@ -61,6 +64,7 @@ def push_to_hub(
         message: of the commit.
         license: of the card, as the hub spells it; by default that of the base's card, if that lies on this machine.
         base: the base's name on the hub, where directory names it by a path.
+        coding: of masks how they are stored there, as of save_masks; by default as in directory.
         overwrite_card: replace a README.md on the hub, whoever wrote it.
     Returns: where it lies, the commit, and notes on what was left out, kept or not known.
     Raises: FileNotFoundError or ValueError if directory holds nothing whole to push, or an argument breaks its rule;
@@ -73,9 +77,15 @@ def push_to_hub(
     check_rule(revision != "", "revision", "be a branch's name, or None", repr(revision))
     check_rule(message != "", "message", "be a line, or None", repr(message))
     check_rule(base is None or hub_base(base) == base, "base", "be user/name on the hub", repr(base))
+    if coding is not None:
+        check_one_of("coding", coding, CODINGS)
     contents = read_contents(Path(directory))
-    changed = {} if base is None else _with_base(contents, base)
+    check_rule(coding is None or contents.kind == "masks", "coding", f"be None for {contents.kind}", coding)
+    changed = {} if coding in (None, contents.coding) else export_files(*recoded(contents.directory, str(coding)))
+    if changed:
+        contents = dataclasses.replace(contents, coding=coding, size=len(changed[MASK_FILE]))
     if base is not None:
+        changed |= _with_base(contents, base)
         contents = dataclasses.replace(
             contents, facts=dataclasses.replace(contents.facts, base_model_name_or_path=base)
         )
@@ -168,7 +178,7 @@ def _may_replace(repository: str, head: str, card: str) -> bool:
 def _with_base(contents: Contents, base: str) -> dict[str, bytes]:
     """The file that names the base, if contents have one, with this name."""
     if contents.kind == "masks":
-        export, masks, saved = read_whole_export(contents.directory)
+        export, masks, saved = recoded(contents.directory, str(contents.coding))
         export = dataclasses.replace(export, base_model_name_or_path=base)
         export = dataclasses.replace(export, content_hash=content_hash(export, masks, saved))
         return {CONFIG_FILE: export.to_json().encode()}

@@ -18,7 +18,7 @@ from mft.training.checkpoint import Checkpoint, newest_checkpoint
 from mft.training.run_directory import CHECKPOINTS, check_run_directory, holding, result_of
 
 # They change nothing of what is learned.
-_FREE = ("output_dir", "checkpoint_minutes", "train.log_every", "report_to", "project")
+_FREE = ("output_dir", "checkpoint_minutes", "train.log_every", "coding", "report_to", "project")
 
 
 @dataclass(frozen=True)

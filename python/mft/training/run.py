@@ -150,7 +150,7 @@ def _train(run: "_Run") -> Path:
             flipped = 100 * flip_share(model, initial)
             console.print(f"{flipped:.2f} % of the mask's bits flipped since initialisation", highlight=False)
             with run.finishing(recorder, before, after, ended, MASKS) as result:
-                save_masks(model, result, base_model_name_or_path=config.model.name)
+                save_masks(model, result, base_model_name_or_path=config.model.name, coding=config.coding)
     if run.processes.first:
         for line in ("next:", *next_steps(run.directory)):
             say(line)

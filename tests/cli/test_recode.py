@@ -1,0 +1,46 @@
+"""Entropy-coded masks from the command line: trained, read by every verb, and coded anew by mft recode."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import LEARN
+
+
+@pytest.fixture
+def run(cli, tmp_path):
+    code, output = cli("train", *LEARN, "mask.keep_ratio=0.9", "coding=rice")
+    assert code == 0, output
+    return tmp_path / "run"
+
+
+def test_what_is_trained_with_coding_rice_is_what_every_reader_takes(run, cli, tmp_path):
+    assert json.loads((run / "masks" / "adapter_config.json").read_text())["coding"] == "rice"
+    code, output = cli("verify", "run")
+    assert code == 0, output
+    size = (run / "masks" / "adapter_model.safetensors").stat().st_size
+    assert f"weights kept; rice, {size} bytes, {8 * size / 18432:.3g} bits a weight; content hash" in output
+    code, output = cli("recode", "run", "packed", "--coding", "packed")
+    assert code == 0, output
+    again = (tmp_path / "packed" / "adapter_model.safetensors").stat().st_size
+    assert f"packed: {again} bytes, {8 * again / 18432:.3g} bits a weight, after {size} bytes; content hash" in output
+    for verb in ("inspect", "evaluate"):
+        shown = [cli(verb, *(["--masks"] if verb == "evaluate" else []), masks) for masks in ("run/masks", "packed")]
+        assert [code for code, _ in shown] == [0, 0], shown
+    assert cli("merge", "run", "merged")[0] == cli("merge", "packed", "again")[0] == 0
+    own, again = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "again"))
+    assert all(torch.equal(own[name], again[name]) for name in again)
+
+
+def test_recoding_in_place_replaces_the_export_and_nothing_else(run, cli):
+    before = (run / "masks" / "adapter_model.safetensors").stat().st_size
+    assert cli("recode", "run", "run/masks", "--coding", "packed")[0] == 0
+    assert (run / "masks" / "adapter_model.safetensors").stat().st_size > before
+    code, output = cli("recode", "run", "run")
+    assert (code, "directory must be new, empty or an earlier export of masks" in output) == (2, True)
+    shutil.rmtree(run / "masks")
+    code, output = cli("recode", "run", "other")
+    assert code == 2
+    assert "adapter_config.json: missing" in output.replace("\n", "")
