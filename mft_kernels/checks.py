@@ -37,6 +37,16 @@ def check_keep_ratio(keep_ratio: float) -> None:
         raise ValueError(f"keep_ratio must lie in [0, 1] (the share of the weights that is kept), got {keep_ratio}")
 
 
+def check_alpha(alpha: float) -> None:
+    """Raise unless alpha is a number in (0, 1] (NaN is not)."""
+    check_number("alpha", alpha)
+    if not 0 < alpha <= 1:
+        raise ValueError(
+            f"alpha must lie in (0, 1] (how far a mask goes: dropped weights are scaled by 1 - alpha), got {alpha}: 1 "
+            "bakes it in whole, and by 0 nothing would change"
+        )
+
+
 def check_scores(scores: Tensor, weight: Tensor) -> None:
     """Raise unless scores match weight's shape and device and are of a floating dtype."""
     check_tensor("scores", scores)

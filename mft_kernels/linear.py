@@ -104,8 +104,11 @@ class MaskedLinear(MaskedLayer):
         return torch.nested.as_nested_tensor(list(y.split([len(row) for row in rows])), layout=x.layout)
 
     @torch.no_grad()
-    def merge(self) -> nn.Linear:
-        """An ordinary nn.Linear with the mask baked in: kept weights bit-equal, dropped ones +0. Copies."""
+    def merge(self, *, alpha: float = 1.0) -> nn.Linear:
+        """An ordinary nn.Linear with the mask baked in: kept weights bit-equal, dropped ones +0. Copies.
+
+        Args: alpha: as of merged_weight; below 1 dropped weights are scaled by 1 - alpha.
+        """
         merged = nn.Linear(
             self.in_features,
             self.out_features,
@@ -113,7 +116,7 @@ class MaskedLinear(MaskedLayer):
             device="meta",
             dtype=self.weight.dtype,
         )
-        merged.weight = nn.Parameter(self.merged_weight())
+        merged.weight = nn.Parameter(self.merged_weight(alpha=alpha))
         if self.bias is not None:
             merged.bias = nn.Parameter(self.bias.detach().clone())
         return merged.train(self.training)

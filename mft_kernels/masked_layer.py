@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .checks import (
     MODES,
     NonFiniteScores,
+    check_alpha,
     check_fixed_threshold,
     check_floating,
     check_keep_ratio,
@@ -139,9 +140,16 @@ class MaskedLayer(nn.Module):
         return self.current_mask().packed
 
     @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """A copy of the weight with the mask baked in: kept elements bit-equal, dropped ones +0."""
-        return torch.where(self.mask(), self.weight, 0)
+    def merged_weight(self, *, alpha: float = 1.0) -> Tensor:
+        """A copy of the weight with the mask baked in: kept elements bit-equal, dropped ones +0.
+
+        Args:
+            alpha: how far from the weight to the masked one, in (0, 1]. Below 1 dropped elements are scaled by
+                1 - alpha, in fp32 (fp64 of an fp64 weight) and rounded once to the weight's dtype.
+        """
+        check_alpha(alpha)
+        # Of 16 bits a product with a number is computed in fp32.
+        return torch.where(self.mask(), self.weight, 0 if alpha == 1 else self.weight * (1 - alpha))
 
     def _named(self, error: NonFiniteScores) -> NonFiniteScores:
         if not self.module_name:

@@ -273,12 +273,12 @@ def a_coded_export_whose_masks_are_cut_off(tmp):
 @refused(
     ValueError,
     where=f"{UP}.mask",
-    got="got 256",
-    rule="stream must have 8796093 to",
+    got="got 127",
+    rule="stream must have 8388608 to",
     remedy="copy the export again",
 )
 def a_small_coded_export_that_says_that_it_is_large(tmp):
-    """Read as it says, it would ask for 9 GB."""
+    # read as it says, it would ask for 9 GB
     path = recode_masks(masks_in(tmp), tmp / "coded")
     modules = json.loads((path / CONFIG).read_text())["modules"]
     edit(path / CONFIG, modules=[m | {"shape": [2**18, 2**18], "kept": 0} if m["name"] == UP else m for m in modules])
@@ -380,6 +380,27 @@ def a_masked_model_saved_as_an_ordinary_one(tmp):
 )
 def a_merge_of_a_model_without_masks():
     merge_model(make_llama())
+
+
+@refused(ValueError, where="alpha", got="got 0", rule="must lie in (0, 1]", remedy="1 bakes it in whole")
+def masks_merged_by_nothing():
+    merge_model(masked_llama(), alpha=0)
+
+
+@refused(ValueError, where="alpha", got="got 1.5", rule="must lie in (0, 1]", remedy="1 bakes it in whole")
+def masks_merged_by_more_than_all_of_them():
+    merge_model(masked_llama(), alpha=1.5)
+
+
+@refused(
+    ValueError,
+    where="alpha",
+    got="got 0.8 with model.norm",
+    rule="must be 1 with modules_to_save",
+    remedy="leave alpha out",
+)
+def masks_merged_by_alpha_beside_a_module_that_was_trained_whole():
+    merge_model(masked_llama(modules_to_save=["model.norm"]), alpha=0.8)
 
 
 @refused(

@@ -681,10 +681,13 @@ def a_lock_that_a_killed_process_left(tmp):
         assert "what it wrote" not in (tmp / LOCK).read_text()
 
 
-@accepted("free: how often progress is shown, where the run lies and when checkpoints are written change no result")
+@accepted(
+    "free: how often progress is shown, where the run lies, when checkpoints are written and how masks are stored "
+    "change no result"
+)
 def a_resumed_run_with_another_log_every(tmp):
-    asked, _ = Resume(run_in(tmp), overrides=["train.log_every=7", "checkpoint_minutes=1"]).look()
-    assert (asked.train.log_every, asked.checkpoint_minutes) == (7, 1)
+    asked, _ = Resume(run_in(tmp), overrides=["train.log_every=7", "checkpoint_minutes=1", "coding=rice"]).look()
+    assert (asked.train.log_every, asked.checkpoint_minutes, asked.coding) == (7, 1, "rice")
 
 
 @accepted("the masked layer selects, so the loss stays finite while the weight stays dropped and its score still")

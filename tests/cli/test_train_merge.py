@@ -1,8 +1,16 @@
 """mft train --merge: from data to an ordinary model in one command."""
 
+import json
+from pathlib import Path
+
+import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_run import LEARN
+
+from mft.publishing.card import model_card
+from mft.publishing.contents import read_contents
+from mft.publishing.facts import MERGED
 
 
 def test_the_merged_model_is_that_of_mft_merge(cli, tmp_path):
@@ -13,6 +21,30 @@ def test_the_merged_model_is_that_of_mft_merge(cli, tmp_path):
     own, again = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "again"))
     assert own.keys() == again.keys()
     assert all(torch.equal(own[name], again[name]) for name in again)
+
+
+def test_by_alpha_dropped_weights_are_scaled_and_the_card_says_so(cli, tmp_path, model_dir):
+    code, output = cli("train", *LEARN, "mask.keep_ratio=0.8", "--merge", "whole")
+    assert code == 0, output
+    code, output = cli("merge", "run", "part", "--alpha", "0.75")
+    assert code == 0, output
+    assert "the others are scaled by 0.25; the model lies in part" in output.replace("\n", " ")
+    base, whole, part = (load_file(Path(d) / "model.safetensors") for d in (model_dir, tmp_path / "whole", "part"))
+    assert any((whole[name] != base[name]).any() for name in base)
+    for name in base:
+        assert torch.equal(part[name], torch.where(whole[name] == 0, base[name] * 0.25, base[name])), name
+    facts = [json.loads((tmp_path / name / MERGED).read_text()) for name in ("whole", "part")]
+    assert "alpha" not in facts[0]
+    assert facts[1] == facts[0] | {"alpha": 0.75, "results": None}  # the run's losses are the whole mask's
+    cards = [model_card(read_contents(tmp_path / name), "user/merged") for name in ("whole", "part")]
+    assert "`alpha`" not in cards[0]
+    assert "baked in by `alpha` 0.75, so that kept weights are bit-equal and others scaled by 0.25." in cards[1]
+    assert "| `alpha` | 0.75 |" in cards[1]
+    (tmp_path / "part" / MERGED).write_text(json.dumps(facts[1] | {"alpha": 2}))
+    with pytest.raises(ValueError, match=f"{MERGED}: alpha must lie in .0, 1., got 2.0"):
+        read_contents(tmp_path / "part")
+    code, output = cli("merge", "run", "more", "--alpha", "0")
+    assert (code, "error: alpha must lie in (0, 1]" in output) == (2, True)
 
 
 def test_its_place_is_looked_at_before_training(cli, tmp_path):

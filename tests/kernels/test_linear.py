@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -45,6 +46,24 @@ def test_merge_keeps_weights_bit_equal_and_drops_to_plus_zero(linear):
     assert not dropped.signbit().any()
     x = torch.randn(4, 37)
     torch.testing.assert_close(merged(x), masked(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_merged_by_alpha_dropped_weights_are_scaled_in_fp32_and_rounded_once(linear, dtype):
+    masked = MaskedLinear.from_linear(linear.to(dtype), keep_ratio=0.7)
+    weight, mask = linear.weight.detach(), masked.mask()
+    assert torch.equal(masked.merge(alpha=1).weight, masked.merge().weight)
+    for alpha in (0.8, 0.3, 1e-3):
+        merged = masked.merge(alpha=alpha).weight
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        expected = (weight.to(wide) * torch.tensor(1 - alpha, dtype=wide)).to(dtype)
+        assert torch.equal(merged, torch.where(mask, weight, expected))
+
+
+@pytest.mark.parametrize("alpha", [0, -0.5, 1.5, math.nan, math.inf, True, "1", torch.tensor(0.5)])
+def test_alpha_is_a_number_above_0_and_up_to_1(linear, alpha):
+    with pytest.raises((ValueError, TypeError), match="alpha must (lie in .0, 1.*got|be a number, got)"):
+        MaskedLinear.from_linear(linear).merge(alpha=alpha)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -52,6 +52,17 @@ class TestEveryArchitecture:
         torch.testing.assert_close(model(input_ids=tokens).logits, logits)
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_merging_by_alpha_goes_that_far_from_the_base_to_the_masked_model(kind):
+    base = MODELS[kind][0]()
+    whole, part = (mask_model(copy.deepcopy(base), MaskConfig.paper(keep_ratio=0.7)) for _ in range(2))
+    expected, start, got = state(merge_model(whole)), state(base), state(merge_model(part, alpha=0.75))
+    assert any((expected[name] != start[name]).any() for name in start)
+    for name, weight in got.items():
+        exact = start[name].double() + 0.75 * (expected[name].double() - start[name].double())
+        assert torch.equal(weight, exact.float()), name
+
+
 def test_dropped_negative_weights_merge_to_positive_zero():
     model = llama()
     nn.init.constant_(model.model.layers[0].mlp.up_proj.weight, -1.0)

@@ -289,12 +289,15 @@ def merge(
     output: Annotated[Path, typer.Argument(help="Where the ordinary model goes.")],
     model: BaseModel = None,
     dtype: BaseDtype = None,
+    alpha: Annotated[
+        float, typer.Option(help="How far from the base, in (0, 1]: dropped weights are scaled by 1 - alpha.")
+    ] = 1.0,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
 ) -> None:
     """Bake masks into the weights: kept ones bit-equal, dropped ones +0."""
     from mft.cli.masks import run_merge
 
-    run_merge(masks, output, model, dtype, force=force)
+    run_merge(masks, output, model, dtype, force=force, alpha=alpha)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from mft.config import CONFIG, DATA_INITS, ModelConfig
 from mft.config_file import load_config
 from mft.evaluation.evaluated_base import config_of_run
-from mft.masks.convert import mask_model, masked_modules, merge_model
+from mft.masks.convert import check_interpolable, mask_model, masked_modules, merge_model
 from mft.masks.export import load_masks, recode_masks, save_masks
 from mft.masks.export_format import MASK_FILE, MaskExport, read_export
 from mft.masks.inspection import MaskStatistics, initial_masks, mask_statistics, said_of_size
@@ -25,18 +25,22 @@ from mft.tracking.console import console, say
 from mft.training.inputs import read_base
 
 
-def run_merge(masks: str, output: Path, model_name: str | None, dtype: str | None, *, force: bool) -> None:
+def run_merge(
+    masks: str, output: Path, model_name: str | None, dtype: str | None, *, force: bool, alpha: float = 1.0
+) -> None:
     """mft merge"""
     check_merged("output", output)
     directory = masks_directory(masks)
+    export = read_export(directory)[0]
+    check_interpolable(alpha, export.modules_to_save or ())  # before the base is loaded
     model, tokenizer = read_base(directory, model_name, dtype)
     load_masks(model, directory, force=force)
-    export = read_export(directory)[0]
     kept = sum(int(module.mask().sum()) for module in masked_modules(model).values())
     total = sum(module.weight.numel() for module in masked_modules(model).values())
-    facts = _facts(directory, export, model.config._name_or_path, force=force)
-    save_model(merge_model(model), tokenizer, output, beside={MERGED: facts})
-    say(f"merged: {kept} of {total} masked weights kept, the others are 0; the model lies in {output}")
+    facts = _facts(directory, export, model.config._name_or_path, alpha, force=force)
+    save_model(merge_model(model, alpha=alpha), tokenizer, output, beside={MERGED: facts})
+    others = "the others are 0" if alpha == 1 else f"the others are scaled by {1 - alpha:.6g}"
+    say(f"merged: {kept} of {total} masked weights kept, {others}; the model lies in {output}")
     if export.base_quantization is not None:
         say(
             f"the masks were learned on a base in {export.base_quantization}; the merged weights are the exact ones: "
@@ -103,7 +107,7 @@ def run_export_masks(masks: str, output: Path, model_name: str | None, dtype: st
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _facts(directory: Path, export: MaskExport, base: str, *, force: bool) -> str:
+def _facts(directory: Path, export: MaskExport, base: str, alpha: float, *, force: bool) -> str:
     """What a merged model's card will say of the masks, as MERGED holds it."""
     try:
         facts = facts_of_masks(directory, export)
@@ -111,6 +115,8 @@ def _facts(directory: Path, export: MaskExport, base: str, *, force: bool) -> st
         say(f"the merged model's card will say nothing of the run: {error}")
         facts = facts_of_export(export)
     facts = dataclasses.replace(facts, base_model_name_or_path=base)
+    if alpha != 1:  # the run's losses are those of the whole mask
+        facts = dataclasses.replace(facts, alpha=alpha, results=None)
     if force:  # perhaps another base than the masks were learned on
         facts = dataclasses.replace(facts, base_hash=None, results=None)
     return json.dumps(merged_facts(facts), indent=2) + "\n"

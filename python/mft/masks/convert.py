@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from mft.config import DATA_INITS, INITS, MaskConfig
 from mft.masks.experts import mask_experts, unmask_experts
 from mft.masks.gradient_checkpointing import add_checkpointing_hooks, remove_checkpointing_hooks
-from mft.masks.saved_modules import forget_saved_modules, select_saved_modules, train_whole
+from mft.masks.saved_modules import forget_saved_modules, saved_modules, select_saved_modules, train_whole
 from mft.masks.targets import select_targets
 from mft.models.experts import expert_projections
 from mft.models.linears import layer_index, layer_stacks
@@ -21,6 +21,7 @@ from mft.models.parallel import check_unsharded, unwrapped
 from mft.models.quantized_weight import quantized_weights
 from mft.surrogate.surrogate import forget_surrogate, keep_surrogate
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, MaskedMultiheadAttention
+from mft_kernels.checks import check_alpha
 from mft_kernels.shells import filled, without
 
 # Which parameters were trainable before, so that merge_model can say so again; an attribute of the model.
@@ -58,24 +59,29 @@ def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:
 
 
 @torch.no_grad()
-def merge_model(model: nn.Module) -> nn.Module:
+def merge_model(model: nn.Module, *, alpha: float = 1.0) -> nn.Module:
     """Bake the masks into the weights, in place: an ordinary model of the classes that there were.
 
     Kept weights are bit-equal to the base's, dropped ones are +0. What was trainable before mask_model is so again.
 
+    Args:
+        alpha: how far from the base to the masked model, in (0, 1]: base + alpha * (masked - base). Below 1 dropped
+            weights are scaled by 1 - alpha, in fp32 and rounded once to their dtype; kept ones stay bit-equal.
     Returns: the same model; of one in torch.compile or DistributedDataParallel, the model within.
-    Raises: ValueError if nothing is masked, scores are not finite, or fully_shard has spread the model.
+    Raises: ValueError if nothing is masked, scores are not finite, fully_shard has spread the model, or alpha is below
+        1 and there are modules_to_save, of which nobody knows any more where they began.
     """
     model = unwrapped(model)
     check_unsharded(model)
     masked = mergeable_modules(model)
+    check_interpolable(alpha, saved_modules(model))
     for name in list(masked):
         module = masked.pop(name)  # one at a time, so that a layer's scores are freed before the next one is copied
         if isinstance(module, MaskedLinear):
-            replace_module(model, name, _merged(module))
+            replace_module(model, name, _merged(module, alpha))
         else:
             path, _, part = name.rpartition(".")
-            unmask_experts(model.get_submodule(path), part, module.merged_weight(), module.bias)
+            unmask_experts(model.get_submodule(path), part, module.merged_weight(alpha=alpha), module.bias)
         del module
     pack_attentions(model)
     remove_checkpointing_hooks(model)
@@ -160,6 +166,17 @@ def mergeable_modules(model: nn.Module) -> dict[str, MaskedLayer]:
     for module in masked.values():
         module.packed_mask()  # non-finite scores raise before anything is replaced
     return masked
+
+
+def check_interpolable(alpha: float, modules_to_save: Iterable[str]) -> None:
+    """Raise TypeError or ValueError unless masks beside modules of these names can be merged by alpha."""
+    check_alpha(alpha)
+    trained = sorted(modules_to_save)
+    if alpha != 1 and trained:
+        raise ValueError(
+            f"alpha must be 1 with modules_to_save, got {alpha} with {', '.join(trained)}: where these began is not "
+            "known any more; leave alpha out"
+        )
 
 
 def came_from_conv1d(module: MaskedLayer) -> bool:
@@ -281,9 +298,9 @@ def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
     return generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _merged(module: MaskedLinear) -> nn.Module:
-    """module.merge() in the class that there was."""
-    linear: Any = module.merge()
+def _merged(module: MaskedLinear, alpha: float) -> nn.Module:
+    """module.merge(alpha=alpha) in the class that there was."""
+    linear: Any = module.merge(alpha=alpha)
     original = original_of(module)
     if original is None:
         return linear

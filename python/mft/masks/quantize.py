@@ -170,7 +170,7 @@ class QuantizedMaskedLinear(MaskedLinear):
             return quantized.masked_linear(x, mask.packed, self.bias)
         return _QuantizedMaskedProduct.apply(x, self.scores, self.bias, quantized, mask, self.mode)
 
-    def merge(self) -> nn.Linear:
+    def merge(self, *, alpha: float = 1.0) -> nn.Linear:
         raise ValueError(
             f"masks must be merged into exact weights, got {self.module_name or 'a layer'} in {self.quantized.kind}: "
             "save_masks, and load_masks on the unquantised model"

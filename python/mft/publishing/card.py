@@ -107,6 +107,11 @@ def _what(contents: Contents) -> str:
         )
     if contents.kind == "adapter":
         return f"Scores of {_PAPER}{on}, as PEFT saved them: from them training goes on."
+    if facts.alpha is not None:
+        return (
+            f"An ordinary model: masks of {_PAPER}{on} are baked in by `alpha` {facts.alpha:g}, so that kept weights "
+            f"are bit-equal and others scaled by {1 - facts.alpha:.6g}."
+        )
     if facts.kept is not None:
         return (
             f"An ordinary model: masks of {_PAPER}{on} are baked in, so that kept weights are bit-equal and others 0."
@@ -166,6 +171,7 @@ def _setting(contents: Contents) -> list[str]:
         "while they learned, the base was in": facts.base_quantization,
         "kept": _kept(facts),
         "size": _size(contents),
+        "`alpha`": facts.alpha,
         "`keep_ratio`": facts.keep_ratio,
         "`mode`": facts.mode,
         "masked layers": facts.modules,

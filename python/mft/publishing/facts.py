@@ -4,14 +4,15 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from mft.checks import coerce_fields
+from mft.checks import Rule, coerce_fields
 from mft.config import RunConfig
 from mft.files.json_file import read_object
 from mft.masks.export_format import MaskExport
 
 MERGED = "mft_merge.json"  # beside a merged model's weights: what mft merge knew of its masks
+_ALPHA = Rule("lie in (0, 1]", exclusiveMinimum=0, maximum=1)
 _MOST = 1 << 24  # bytes of a file of facts
 
 
@@ -26,7 +27,10 @@ class Results:
 
 @dataclass
 class Facts:
-    """Fields as in MaskExport; modules, kept and weights are counts of layers and of their weights."""
+    """Fields as in MaskExport; modules, kept and weights are counts of layers and of their weights.
+
+    alpha: of merge_model; None: 1.
+    """
 
     base_model_name_or_path: str | None = None
     base_hash: str | None = None
@@ -41,6 +45,7 @@ class Facts:
     weights: int | None = None
     base_quantization: str | None = None
     modules_to_save: list[str] | None = None
+    alpha: Annotated[float | None, _ALPHA] = None
     config: RunConfig | None = None
     results: Results | None = None
 
@@ -73,16 +78,17 @@ def facts_of_adapter(values: dict[str, Any]) -> Facts:
 
 
 def merged_facts(facts: Facts) -> dict[str, Any]:
-    """What MERGED holds: all but the run's configuration."""
-    return {key: value for key, value in dataclasses.asdict(facts).items() if key != "config"}
+    """What MERGED holds: all but the run's configuration, and alpha where it is 1, as before there was one."""
+    values = dataclasses.asdict(facts)
+    return {key: value for key, value in values.items() if key != "config" and (key, value) != ("alpha", None)}
 
 
 def read_merged(path: Path) -> Facts:
     """Raises: ValueError that names the file, if it is not what merged_facts gave."""
     values = read_object(path, _MOST)
     known = {field.name for field in dataclasses.fields(Facts)} - {"config"}
-    if values.keys() != known:
-        odd = sorted(values.keys() ^ known)
+    if values.keys() | {"alpha"} != known:
+        odd = sorted((values.keys() | {"alpha"}) ^ known)
         raise ValueError(f"{path}: expected the keys that mft merge writes, {odd[0]!r} is one too many or few")
     results = values.pop("results")
     try:

@@ -91,6 +91,15 @@ def test_merged_the_model_is_of_its_own_class_with_its_own_names(base):
     assert _close(_logits(merged), out)
 
 
+def test_merged_by_alpha_dropped_weights_of_experts_are_scaled(base):
+    masked = _masked(base)
+    masks = {name: layer.mask() for name, layer in _grouped(masked).items()}
+    merged = merge_model(masked, alpha=0.75)
+    for name, mask in masks.items():
+        weight = base.get_parameter(name)
+        assert torch.equal(merged.get_parameter(name), torch.where(mask, weight, weight * 0.25)), name
+
+
 def test_copies_pickles_and_exports_compute_the_same(base, tmp_path):
     masked = _masked(base)
     out = _logits(masked)
