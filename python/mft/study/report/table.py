@@ -43,6 +43,8 @@ class Row:
     flips: float | None = None
     memory: float | None = None  # bytes in training, without activations
     recovered: float | None = None  # of what rounding its start cost, the share that it took back (see recovered_share)
+    start: str | None = None  # the arm at whose end it began; None: at the base model
+    bytes: float | None = None  # beside the start, of a chosen run, mean over seeds
 
 
 @dataclass
@@ -186,6 +188,7 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
         seconds = _seconds_of_parts(findings, domain, arm, len(runs))
     flips = [o.flips for o in chosen if o.flips is not None]
     memory = [float(o.memory) for o in chosen if o.memory is not None]
+    stored = [o.bytes for o in outcomes if (o.unit.setting, o.unit.part) == (setting, 0) and o.bytes is not None]
     return Row(
         arm=arm,
         kind=study.arms[arm].kind,
@@ -205,6 +208,8 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
         seconds_tried=sum(o.seconds for o in outcomes),
         flips=_mean(flips) if flips else None,
         memory=_mean(memory) if memory else None,
+        start=study.start_of(arm),
+        bytes=_mean([float(size) for size in stored]) if stored else None,
     )
 
 
