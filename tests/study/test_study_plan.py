@@ -44,12 +44,12 @@ def make(arms=ARMS, seeds=(0, 1), extensions=2, domains=("code",)):
     return StudyConfig(arms=dict(arms), domains=domains, seeds=list(seeds), extensions=extensions)
 
 
-def outcome(unit, loss):
-    """A finished unit whose validation loss is so large; infinite: it diverged."""
+def outcome(unit, loss, size=None):
+    """A finished unit whose validation loss is so large, and its bytes; an infinite loss: it diverged."""
     if math.isinf(loss):
         return Outcome(unit, None, diverged="the loss must stay finite, got nan")
     one = torch.ones(1, dtype=torch.float64)
-    return Outcome(unit, Measured(Evaluation(torch.zeros(1), one, one * loss, one)))
+    return Outcome(unit, Measured(Evaluation(torch.zeros(1), one, one * loss, one)), bytes=size)
 
 
 def bowl(best, keep=0.9):
@@ -63,7 +63,7 @@ def bowl(best, keep=0.9):
     return loss
 
 
-def play(study, loss, done=(), order=None, workers=1):
+def play(study, loss, done=(), order=None, workers=1, size=lambda unit: None):
     """Run until nothing is left, as many as workers at a time, in an order of chance; the outcomes as they came."""
     done, running = list(done), []
     order = order or random.Random(0)
@@ -74,7 +74,7 @@ def play(study, loss, done=(), order=None, workers=1):
         if not running:
             return done
         unit = running.pop(order.randrange(len(running)))
-        done.append(outcome(unit, loss(unit)))
+        done.append(outcome(unit, loss(unit), size(unit)))
 
 
 def tried(outcomes, arm, seed=0):

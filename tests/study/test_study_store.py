@@ -21,6 +21,7 @@ ARMS = """
   control: {kind: control, lrs: [1e-3, 1e-2]}
   MFT: {kind: mask, lrs: [1e-3, 1e-2]}
   mean: {kind: average, of: MFT, runs: 2}
+  LoRA: {kind: lora, lrs: [1e-2], lora_ranks: [1], max_bytes: 100}
 """
 
 
@@ -71,6 +72,7 @@ def test_all_that_was_saved_is_found_again(tmp_path):
         ["arms.control.lrs=[1e-3,1e-2,3e-2]"],
         ["arms.MFT.keep_ratios=[0.9,0.95]"],
         ["arms.control.beta1s=[0,0.9]"],
+        ["arms.LoRA.lora_ranks=[1,2]"],
         ["extensions=2"],
         ["workers=5"],
         ["output_dir=elsewhere"],
@@ -104,6 +106,7 @@ def test_further_arms_and_domains_keep_all_that_was_found(tmp_path):
         ("arms.control.lrs=[1e-3]", "arms.control.lrs: [0.001, 0.01] -> [0.001]"),
         ("arms.MFT.init=normal", "arms.MFT.init: None -> normal"),
         ("arms.mean.runs=3", "arms.mean.runs: 2 -> 3"),
+        ("arms.LoRA.max_bytes=99", "arms.LoRA.max_bytes: 100 -> 99"),
         ("scratch.layers=2", "scratch: None -> not there"),
     ],
 )
@@ -125,13 +128,14 @@ def test_a_removed_arm_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "invalid"),
     [
-        ("model.dtype=bfloat16", {"base", "full", "control", "MFT", "mean"}),
-        ("full.batch_size=8", {"base", "full", "control", "MFT", "mean"}),
-        ("domains.count.max_eval_tokens=480", {"base", "full", "control", "MFT", "mean"}),
-        ("stage.batch_size=8", {"control", "MFT", "mean"}),
+        ("model.dtype=bfloat16", {"base", "full", "control", "MFT", "mean", "LoRA"}),
+        ("full.batch_size=8", {"base", "full", "control", "MFT", "mean", "LoRA"}),
+        ("domains.count.max_eval_tokens=480", {"base", "full", "control", "MFT", "mean", "LoRA"}),
+        ("stage.batch_size=8", {"control", "MFT", "mean", "LoRA"}),
         ("arms.MFT.init=normal", {"MFT", "mean"}),
         ("arms.mean.runs=3", {"mean"}),
         ("arms.control.lrs=[5e-3]", set()),
+        ("arms.LoRA.max_bytes=99", set()),
     ],
 )
 def test_a_key_holds_what_determines_its_unit_and_nothing_else(tmp_path, change, invalid):

@@ -53,11 +53,13 @@ class Setting:
     keep_ratio: float | None = None
     beta1: float | None = None
     alpha: float | None = None
+    rank: int | None = None
 
     def __str__(self) -> str:
         parts = (
             *(("lr", self.lr), ("epochs", self.epochs), ("keep", self.keep_ratio), ("beta1", self.beta1)),
             ("alpha", self.alpha),
+            ("rank", self.rank),
         )
         return ", ".join(f"{name} {value:g}" for name, value in parts if value is not None)
 
@@ -89,6 +91,9 @@ class ArmConfig:
     betas: Annotated[tuple[float, float] | None, BETA] = None  # of AdamW; null: those of full or stage
     layers_to_transform: Layers = None  # null: the study's mask.layers_to_transform
     lora_rank: Annotated[int, at_least(1)] = 8
+    lora_ranks: Annotated[list[int], at_least(1)] = field(default_factory=list)  # to choose from; empty: lora_rank
+    # A setting whose runs store more beside their start does not count when validation chooses; null: any does.
+    max_bytes: Annotated[int | None, at_least(0)] = None
     start: str | None = None  # the arm whose end this one begins at; null: the full fine-tune
     quantization: Annotated[str | None, one_of(QUANTIZATIONS)] = None  # of quantized
     # The arm whose end this one learns the words of, in place of the text's (KL alone); null: the text's.
@@ -116,6 +121,9 @@ class ArmConfig:
             check_rule(not self.keep_ratios, "keep_ratios", "be left out beside a threshold", self.keep_ratios)
         check_rule(trained or self.betas is None, "betas", "be left out for this kind", self.betas)
         check_rule(trained or not self.beta1s, "beta1s", "be left out for this kind", self.beta1s)
+        check_rule(self.kind == LORA or not self.lora_ranks, "lora_ranks", "be left out for this kind", self.lora_ranks)
+        rule = "be left out for this kind, whose setting the arm that it is of chooses"
+        check_rule(self.kind != AVERAGE or self.max_bytes is None, "max_bytes", rule, self.max_bytes)
         derived = self.kind in DERIVED
         rule = f"name an arm, for the kinds {', '.join(DERIVED)} alone"
         check_rule(derived == (self.of is not None), "of", rule, self.of)
@@ -137,7 +145,8 @@ class ArmConfig:
             ratios = sorted(set(self.keep_ratios)) or [mask.keep_ratio]
         beta1s: list[Any] = sorted(set(self.beta1s)) or [None]
         alphas: list[Any] = sorted(set(self.alphas)) or [None]
-        return [Setting(*values) for values in itertools.product(lrs, epochs, ratios, beta1s, alphas)]
+        ranks: list[Any] = sorted(set(self.lora_ranks)) or [None]
+        return [Setting(*values) for values in itertools.product(lrs, epochs, ratios, beta1s, alphas, ranks)]
 
 
 @dataclass

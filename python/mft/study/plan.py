@@ -27,7 +27,7 @@ class Selection:
 def ready(study: StudyConfig, done: Iterable[Outcome]) -> list[Unit]:
     """The units that can run now, those from one fine-tune next to each other; none when all is trained.
 
-    Raises: RuntimeError if an arm diverged in every setting.
+    Raises: RuntimeError if an arm diverged in every setting, or stores more than its max_bytes in each.
     """
     found = _Found(study, done)
     units: list[Unit] = []
@@ -223,12 +223,19 @@ class _Found:
 
     def losses(self, domain: str, arm: str) -> dict[Setting, float]:
         """What validation chooses the least of (see Measured.choice), with the first seed, of every setting tried;
-        infinite if any seed or part diverged there."""
+        infinite where none may choose it."""
         losses = {
-            outcome.unit.setting: math.inf if (domain, arm, outcome.unit.setting) in self.diverged else outcome.choice
+            outcome.unit.setting: math.inf if self._does_not_count(outcome) else outcome.choice
             for outcome in self._first.get((domain, arm), ())
         }
         return dict(sorted(losses.items(), key=lambda item: _order(item[0])))
+
+    def _does_not_count(self, outcome: Outcome) -> bool:
+        """Any seed or part diverged in the outcome's setting, or it stores too much."""
+        unit = outcome.unit
+        most = self.study.arms[unit.arm].max_bytes
+        too_large = most is not None and outcome.bytes is not None and outcome.bytes > most
+        return too_large or (unit.domain, unit.arm, unit.setting) in self.diverged
 
     def best(self, domain: str, arm: str) -> Setting | None:
         losses = self.losses(domain, arm)
@@ -256,12 +263,23 @@ class _Found:
             return [Unit(domain, arm, self.study.seeds[0], setting) for setting in waiting]
         best = self.best(domain, arm)
         if best is None:
-            tried = "; ".join(str(setting) for setting in self.losses(domain, arm))
-            raise RuntimeError(
-                f"{domain}, {arm} must stay finite in one of its settings, it diverged in each ({tried}): "
-                f"add lower rates to arms.{arm}.lrs"
-            )
+            raise RuntimeError(self._why_none(domain, arm))
         return self.missing(domain, arm, best, self.study.seeds)
+
+    def _why_none(self, domain: str, arm: str) -> str:
+        finite = [outcome for outcome in self._first[domain, arm] if outcome.measured is not None]
+        most = self.study.arms[arm].max_bytes
+        least = min(finite, key=lambda one: (one.bytes or 0, _order(one.unit.setting)), default=None)
+        if most is not None and least is not None and (least.bytes or 0) > most:
+            return (
+                f"{domain}, {arm} must have a setting that stores at most arms.{arm}.max_bytes = {most} bytes, the "
+                f"smallest ({least.unit.setting}) stores {least.bytes}: add smaller ones to its grid, or raise it"
+            )
+        tried = "; ".join(str(setting) for setting in self.losses(domain, arm))
+        return (
+            f"{domain}, {arm} must stay finite in one of its settings, it diverged in each ({tried}): "
+            f"add lower rates to arms.{arm}.lrs"
+        )
 
     def _next_of_average(self, domain: str, arm: str) -> list[Unit]:
         config = self.study.arms[arm]

@@ -42,7 +42,8 @@ _OF_THE_DEMO = {CONFIG, MASKS, MODEL}  # ours where a study lies beside them
 _OPENINGS = "openings.json"
 _FREE = ("output_dir", "workers")  # change no result
 _OF_OTHERS = ("start", "of", "teacher")  # of an arm, names: keys hold what they stand for
-_GRIDS = ("lrs", "epochs", "keep_ratios", "beta1s", "alphas")
+_GRIDS = ("lrs", "epochs", "keep_ratios", "beta1s", "alphas", "lora_ranks")
+_CHOOSES = ("max_bytes",)  # decides which setting is chosen, and no result of one
 
 Chosen = dict[str, dict[str, Setting]]
 
@@ -198,7 +199,7 @@ class Store:
 
 
 def _without_grid(arm: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in arm.items() if key not in _GRIDS}
+    return {key: value for key, value in arm.items() if key not in (*_GRIDS, *_CHOOSES)}
 
 
 def _digest(parts: Any) -> str:

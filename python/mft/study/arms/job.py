@@ -33,6 +33,11 @@ def arm_of(workspace: Workspace, unit: Unit) -> ArmConfig:
     return workspace.study.arms[str(arm.of)] if unit.part else arm
 
 
+def rank_of(workspace: Workspace, unit: Unit) -> int:
+    """Of the adapters of a unit of kind lora."""
+    return unit.setting.rank or arm_of(workspace, unit).lora_rank
+
+
 def mask_of(workspace: Workspace, unit: Unit, **changes: Any) -> MaskConfig:
     """The masks of a unit's arm, in its setting and from its seed."""
     mask, keep_ratio = workspace.study.mask_of(arm_of(workspace, unit)), unit.setting.keep_ratio

@@ -9,8 +9,8 @@ from torch import nn
 from mft.files.atomic import atomic_file
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.linears import weight_name
-from mft.study.arms.job import Job, Weights, arm_of, mask_of
-from mft.study.config import AVERAGE, BASE, FULL, INTERPOLATED, LORA, ONE_SHOT, TEMPERATURE, ArmConfig
+from mft.study.arms.job import Job, Weights, arm_of, mask_of, rank_of
+from mft.study.config import AVERAGE, BASE, FULL, INTERPOLATED, LORA, ONE_SHOT, TEMPERATURE
 from mft.study.lora import add_lora, merge_lora
 from mft.study.one_shot import one_shot_mask
 from mft.study.outcome import Unit
@@ -45,12 +45,13 @@ def trained_model(workspace: Workspace, job: Job, weights: Weights) -> nn.Module
     """The model of a trained unit whose file holds these weights, in eval mode."""
     arm = arm_of(workspace, job.unit)
     if arm.kind == LORA:
-        return _with_adapters(workspace, arm, weights).eval()
+        return _with_adapters(workspace, job.unit, weights).eval()
     return with_weights(workspace.model, weights).eval()
 
 
-def _with_adapters(workspace: Workspace, arm: ArmConfig, weights: Weights) -> nn.Module:
-    model = add_lora(clone_with_own_weights(workspace.model), workspace.layers_of(arm)[0], arm.lora_rank, 0)
+def _with_adapters(workspace: Workspace, unit: Unit, weights: Weights) -> nn.Module:
+    names, _ = workspace.layers_of(arm_of(workspace, unit))
+    model = add_lora(clone_with_own_weights(workspace.model), names, rank_of(workspace, unit), 0)
     with torch.no_grad():
         for name, weight in weights.items():
             model.get_parameter(name).copy_(weight)
@@ -63,7 +64,7 @@ def _merged(workspace: Workspace, part: Unit, path: Path) -> Weights:
     if arm.kind != LORA:
         return weights
     names, _ = workspace.layers_of(arm)
-    merged = merge_lora(_with_adapters(workspace, arm, weights))
+    merged = merge_lora(_with_adapters(workspace, part, weights))
     return {(weight := weight_name(merged, name)): merged.get_parameter(weight).detach() for name in names}
 
 

@@ -13,8 +13,9 @@ from mft.masks.convert import masked_modules
 from mft.masks.quantize import coded_shapes
 from mft.models.linears import weight_name
 from mft.models.quantized_weight import QuantizedWeight
-from mft.study.arms.job import Job, arm_of
+from mft.study.arms.job import Job, arm_of, rank_of
 from mft.study.config import (
+    AVERAGE,
     BASE,
     CONTINUED,
     FULL,
@@ -33,20 +34,26 @@ _NUMBER = 2
 
 def stored_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
     """model: the unit's, after workspace.begin."""
-    arm, numbers = arm_of(workspace, job.unit), 0
+    unit, numbers = job.unit, 0
+    arm = arm_of(workspace, unit)
     if arm.kind == BASE or (arm.kind == FULL and job.unit.setting.lr is None):
         return 0
     if arm.kind == TEMPERATURE:
         return _NUMBER
     if arm.kind == INTERPOLATED:
-        numbers, arm = 1, workspace.study.arms[str(arm.of)]  # alpha, and what it is of
-    if arm.kind == QUANTIZED:
+        assert job.source is not None
+        unit, numbers = job.source[0], 1  # alpha, beside what it is of
+        arm = arm_of(workspace, unit)
+    whole = arm.kind == QUANTIZED:
         return weights_bytes(workspace, str(arm.quantization), _NUMBER)
-    if arm.kind in (FULL, CONTINUED):
+    if arm.kind in (FULL, CONTINUED)
+    if arm.kind == AVERAGE:  # of masks or adapters too it is numbers
+        whole = workspace.study.arms[str(arm.of)].kind == CONTINUED
+    if whole:
         return _NUMBER * (numbers + sum(parameter.numel() for parameter in model.parameters()))
     names, _ = workspace.layers_of(arm)
     if arm.kind == LORA:
-        return _NUMBER * (numbers + arm.lora_rank * adapter_sides(shapes_of(workspace, arm)))
+        return _NUMBER * (numbers + rank_of(workspace, unit) * adapter_sides(shapes_of(workspace, arm)))
     if arm.kind in (MASK, *ONE_SHOT):
         return _NUMBER * numbers + sum(_coded(mask) for mask in _masks(workspace, model, names))
     return _NUMBER * (numbers + sum(model.get_parameter(weight_name(model, name)).numel() for name in names))

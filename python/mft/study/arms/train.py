@@ -21,7 +21,7 @@ from mft.models.linears import weight_name
 from mft.objectives.distillation import Distillation
 from mft.rewards.questions import count_questions
 from mft.rewards.train import RewardReport, train_rewards
-from mft.study.arms.job import Job, Weights, arm_of, mask_of
+from mft.study.arms.job import Job, Weights, arm_of, mask_of, rank_of
 from mft.study.arms.measure import keeps_prefix, on_general, on_validation
 from mft.study.arms.memory import training_bytes
 from mft.study.arms.models import save_weights, trained_model
@@ -138,7 +138,7 @@ def _untrained(workspace: Workspace, unit: Unit, arm: ArmConfig) -> nn.Module:
         return clone_with_own_weights(workspace.model, workspace.layers_of(arm)[0])
     model = clone_with_own_weights(workspace.model)
     if arm.kind == LORA:
-        return add_lora(model, workspace.layers_of(arm)[0], arm.lora_rank, unit.seed)
+        return add_lora(model, workspace.layers_of(arm)[0], rank_of(workspace, unit), unit.seed)
     init = arm.init or study.mask.init
     mask_model(model, mask_of(workspace, unit, init=init if init in INITS else "constant"))
     return model if init in INITS else initialise_scores(model, init, dataset, seed=unit.seed)
