@@ -164,7 +164,7 @@ def test_a_mistake_says_which_key_and_what(load, override, message):
         ),
         (
             "  mean: {kind: average}\n",
-            "arms.mean.of must name an arm, for the kinds average, interpolated alone, got None",
+            "arms.mean.of must name an arm, for the kinds average, interpolated, bitdelta, ternary, sparse_delta alone",
         ),
         ("  ../x: {kind: base}\n", "arms must have names of letters, digits"),
         ("  x:\n", "arms.x.kind must be given, got none"),

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,11 @@ ARMS = """
   part of control: {kind: interpolated, of: control, alphas: [0, 0.5, 1]}
   part of lora: {kind: interpolated, of: lora, alphas: [0, 0.5, 1]}
   part of mask: {kind: interpolated, of: mask, alphas: [0, 0.5, 1]}
+  bitdelta: {kind: bitdelta, of: control}
+  bitdelta of continued: {kind: bitdelta, of: continued}
+  bitdelta trained: {kind: bitdelta, of: control, lrs: [1e-2]}
+  ternary: {kind: ternary, of: control, shares: [0.1]}
+  sparse_delta: {kind: sparse_delta, of: control, shares: [0.1]}
 general:
   other: {source: DIRECTORY/data.jsonl, sequence_length: 8, max_eval_tokens: 64}
 """
@@ -71,12 +77,13 @@ class Ground:
         )
         return Workspace(study, ModelConfig(str(self.directory / "model"), dtype="float32"))
 
-    def job(self, arm, *, part=0, seed=0, keep=0.9, lr=1e-2, alpha=None, on_test=False) -> Job:
+    def job(self, arm, *, part=0, seed=0, keep=0.9, lr=1e-2, alpha=None, share=None, rank=None, on_test=False) -> Job:
         kind = self.workspace.study.arms[arm].kind
         kind = self.workspace.study.arms[self.workspace.study.arms[arm].of].kind if kind == "average" else kind
-        trained = kind in ("full", *TRAINED)
+        trained = kind in ("full", *TRAINED) or bool(self.workspace.study.arms[arm].lrs)
         masked = kind in (*ONE_SHOT, "magnitude_rows", "mask")
-        setting = Setting(lr if trained else None, 1.0 if trained else None, keep if masked else None, alpha=alpha)
+        setting = Setting(lr if trained else None, 1.0 if trained else None, keep if masked else None)
+        setting = replace(setting, alpha=alpha, share=share, rank=rank)
         parts = ()
         if self.workspace.study.arms[arm].kind == "average" and part == 0:
             jobs = [self.job(self.workspace.study.arms[arm].of), self.job(arm, part=1)]
@@ -88,7 +95,7 @@ class Ground:
                 self.workspace.study.start_of(before),
             )
         source = None
-        if kind == "interpolated":
+        if self.workspace.study.arms[arm].of is not None and self.workspace.study.arms[arm].kind != "average":
             of = self.job(self.workspace.study.arms[arm].of)
             source = of.unit, of.trained
         path = self.directory / f"{arm} {part}.safetensors"

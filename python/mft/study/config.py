@@ -15,6 +15,7 @@ from mft.checks import (
     POSITIVE,
     SEED,
     SHARE,
+    Rule,
     at_least,
     check_not_empty,
     check_one_of,
@@ -35,13 +36,17 @@ ONE_SHOT = tuple(METHODS)  # random, magnitude, magnitude_rows, wanda, gradient,
 TEMPERATURE = "temperature"
 QUANTIZED = "quantized"  # its start, rounded: where arms may begin that train over codes
 # What is made of another arm's runs.
-DERIVED = AVERAGE, INTERPOLATED = ("average", "interpolated")
+COMPRESSED = BITDELTA, TERNARY, SPARSE_DELTA = ("bitdelta", "ternary", "sparse_delta")
+AVERAGE, INTERPOLATED = "average", "interpolated"
+DERIVED = (AVERAGE, INTERPOLATED, *COMPRESSED)
 KINDS = (*FULL_KINDS, *TRAINED, *ONE_SHOT, TEMPERATURE, QUANTIZED, *DERIVED)
 _MERGED = (FULL, CONTINUED, CONTROL, MASK)  # whose weights bear the model's own names: where another arm may start
 # What the arms after the full fine-tune make smaller: the loss, or the share of wrong answers, by rewards.
 OBJECTIVES = CROSS_ENTROPY, REWARDS = ("cross_entropy", "rewards")
+_WEIGHTS = (FULL, CONTINUED, CONTROL)  # whose weights differ from their start's by what can be made small
 _NAME = re.compile(r"\w[\w .()+-]*")
 LEAST_RATES = 5  # of which a trained arm may choose; fewer mislead
+_SOME = Rule("lie in (0, 1]", exclusiveMinimum=0, maximum=1)
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,14 @@ class Setting:
     beta1: float | None = None
     alpha: float | None = None
     rank: int | None = None
+    share: float | None = None
 
     def __str__(self) -> str:
         parts = (
             *(("lr", self.lr), ("epochs", self.epochs), ("keep", self.keep_ratio), ("beta1", self.beta1)),
             ("alpha", self.alpha),
             ("rank", self.rank),
+            ("share", self.share),
         )
         return ", ".join(f"{name} {value:g}" for name, value in parts if value is not None)
 
@@ -76,6 +83,8 @@ class ArmConfig:
     `quantization` hold; whatever begins at it trains over codes. average: the mean weights of `runs` runs of the arm
     `of`, from one fine-tune.
     interpolated: start + alpha * (trained - start), trained being what the arm `of` made of its start.
+    bitdelta, ternary, sparse_delta: start + what few bits hold of trained - start (see arms/compress.py);
+    with lrs the scales of bitdelta are trained then.
     """
 
     kind: Annotated[str, one_of(KINDS)]
@@ -101,10 +110,12 @@ class ArmConfig:
     of: str | None = None
     runs: Annotated[int, at_least(2)] = 3
     alphas: Annotated[list[float], SHARE] = field(default_factory=list)  # of interpolated
+    shares: Annotated[list[float], _SOME] = field(default_factory=list)  # of weights, for ternary and sparse_delta
 
     def __post_init__(self) -> None:
         coerce_fields(self)
-        trained = self.kind in TRAINED or (self.kind == FULL and bool(self.lrs))
+        derived = self.kind in DERIVED
+        trained = self.kind in TRAINED or (self.kind == FULL and bool(self.lrs)) or (self.kind == BITDELTA and bool(self.lrs))
         check_rule(bool(self.lrs) == trained, "lrs", "be given for a trained kind, and for no other", self.lrs)
         check_rule(bool(self.epochs), "epochs", "hold at least one number", self.epochs)
         masked = self.kind in (MASK, *ONE_SHOT)
@@ -124,17 +135,19 @@ class ArmConfig:
         check_rule(self.kind == LORA or not self.lora_ranks, "lora_ranks", "be left out for this kind", self.lora_ranks)
         rule = "be left out for this kind, whose setting the arm that it is of chooses"
         check_rule(self.kind != AVERAGE or self.max_bytes is None, "max_bytes", rule, self.max_bytes)
-        derived = self.kind in DERIVED
         rule = f"name an arm, for the kinds {', '.join(DERIVED)} alone"
         check_rule(derived == (self.of is not None), "of", rule, self.of)
         rule = "be left out for this kind"
-        begins = self.kind != FULL and (trained or masked or self.kind == QUANTIZED)
+        begins = self.kind in (*TRAINED, *ONE_SHOT, QUANTIZED)
         check_rule(self.start is None or begins, "start", rule, self.start)
         check_rule(self.teacher is None or self.kind in TRAINED, "teacher", rule, self.teacher)
         rule = f"be given for the kind {QUANTIZED}, and left out for others"
         check_rule((self.quantization is not None) == (self.kind == QUANTIZED), "quantization", rule, self.quantization)
         rule = f"hold at least one number for the kind {INTERPOLATED}, and be left out for others"
         check_rule(bool(self.alphas) == (self.kind == INTERPOLATED), "alphas", rule, self.alphas)
+        some = (TERNARY, SPARSE_DELTA)
+        rule = f"hold at least one number for the kinds {' and '.join(some)}, and be left out for others"
+        check_rule(bool(self.shares) == (self.kind in some), "shares", rule, self.shares)
 
     def settings(self, mask: MaskConfig) -> list[Setting]:
         """The declared grid, in order; one empty setting where there is nothing to choose."""
@@ -146,7 +159,8 @@ class ArmConfig:
         beta1s: list[Any] = sorted(set(self.beta1s)) or [None]
         alphas: list[Any] = sorted(set(self.alphas)) or [None]
         ranks: list[Any] = sorted(set(self.lora_ranks)) or [None]
-        return [Setting(*values) for values in itertools.product(lrs, epochs, ratios, beta1s, alphas, ranks)]
+        shares: list[Any] = sorted(set(self.shares)) or [None]
+        return [Setting(*values) for values in itertools.product(lrs, epochs, ratios, beta1s, alphas, ranks, shares)]
 
 
 @dataclass
@@ -241,8 +255,8 @@ class StudyConfig:
         check_rule(kinds.count(BASE) <= 1, "arms", "hold at most one of kind base", kinds.count(BASE))
         for name, arm in self.arms.items():
             if arm.kind in DERIVED:
-                may = TRAINED if arm.kind == AVERAGE else (FULL, *TRAINED)
-                self._check_named(f"arms.{name}.of", arm.of, may)
+                may = {AVERAGE: TRAINED, INTERPOLATED: (FULL, *TRAINED)}.get(arm.kind, _WEIGHTS)
+                self._check_named(f"arms.{name}.of", arm.of, (CONTROL,) if arm.lrs else may)
             if arm.start is not None:
                 self._check_named(f"arms.{name}.start", arm.start, (BASE, *_MERGED, QUANTIZED))
             if arm.teacher is not None:

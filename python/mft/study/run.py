@@ -9,7 +9,7 @@ from rich.console import Console
 from mft.config import ModelConfig
 from mft.evaluation.evaluated_base import check_exact
 from mft.study.arms.job import Job
-from mft.study.config import BASE, FULL, QUANTIZED, TRAINED, StudyConfig
+from mft.study.config import BASE, QUANTIZED, StudyConfig
 from mft.study.from_scratch import train_from_scratch
 from mft.study.outcome import Findings, Outcome, Tested, Unit
 from mft.study.plan import (
@@ -142,7 +142,8 @@ class _Run:
             units.append(job.source[0])
         if job.teacher is not None:
             units += teachers_of(self.study, self.chosen, job.unit) or []
-        if job.on_test and self.study.arms[job.unit.arm].kind in (FULL, *TRAINED, QUANTIZED):
+        arm = self.study.arms[job.unit.arm]
+        if job.on_test and (arm.lrs or arm.kind == QUANTIZED):  # it left weights
             units.append(job.unit)
         return units
 

@@ -42,7 +42,7 @@ _OF_THE_DEMO = {CONFIG, MASKS, MODEL}  # ours where a study lies beside them
 _OPENINGS = "openings.json"
 _FREE = ("output_dir", "workers")  # change no result
 _OF_OTHERS = ("start", "of", "teacher")  # of an arm, names: keys hold what they stand for
-_GRIDS = ("lrs", "epochs", "keep_ratios", "beta1s", "alphas", "lora_ranks")
+_GRIDS = ("lrs", "epochs", "keep_ratios", "beta1s", "alphas", "lora_ranks", "shares")
 _CHOOSES = ("max_bytes",)  # decides which setting is chosen, and no result of one
 
 Chosen = dict[str, dict[str, Setting]]

@@ -9,8 +9,9 @@ from torch import nn
 from mft.files.atomic import atomic_file
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.linears import weight_name
+from mft.study.arms.compress import compressed, compressed_weights, factors_of, learn_factors
 from mft.study.arms.job import Job, Weights, arm_of, mask_of, rank_of
-from mft.study.config import AVERAGE, BASE, FULL, INTERPOLATED, LORA, ONE_SHOT, TEMPERATURE
+from mft.study.config import AVERAGE, BASE, BITDELTA, COMPRESSED, FULL, INTERPOLATED, LORA, ONE_SHOT, TEMPERATURE
 from mft.study.lora import add_lora, merge_lora
 from mft.study.one_shot import one_shot_mask
 from mft.study.outcome import Unit
@@ -32,6 +33,8 @@ def model_of(workspace: Workspace, job: Job) -> nn.Module:
         assert unit.setting.alpha is not None
         weights = _interpolated(workspace, _merged(workspace, *job.source), unit.setting.alpha)
         return with_weights(workspace.model, weights).eval()
+    if arm.kind in COMPRESSED and not arm.lrs:
+        return _compressed(workspace, job, {})
     return trained_model(workspace, job, load_file(job.trained))
 
 
@@ -44,9 +47,31 @@ def save_weights(weights: Weights, path: Path) -> None:
 def trained_model(workspace: Workspace, job: Job, weights: Weights) -> nn.Module:
     """The model of a trained unit whose file holds these weights, in eval mode."""
     arm = arm_of(workspace, job.unit)
+    if arm.kind == BITDELTA:
+        return _compressed(workspace, job, factors_of(weights))
     if arm.kind == LORA:
         return _with_adapters(workspace, job.unit, weights).eval()
     return with_weights(workspace.model, weights).eval()
+
+
+def with_scales(workspace: Workspace, job: Job) -> nn.Module:
+    """A model of bitdelta whose scales can be trained, and nothing else."""
+    starts, trained = _starts_and_ends(workspace, job)
+    steps = {name: compressed(BITDELTA, end.float() - starts[name].float()) for name, end in trained.items()}
+    return learn_factors(clone_with_own_weights(workspace.model), steps)
+
+
+def _compressed(workspace: Workspace, job: Job, factors: Weights) -> nn.Module:
+    arm, share = arm_of(workspace, job.unit), job.unit.setting.share
+    weights = compressed_weights(arm.kind, *_starts_and_ends(workspace, job), share, factors)
+    return with_weights(workspace.model, weights).eval()
+
+
+def _starts_and_ends(workspace: Workspace, job: Job) -> tuple[Weights, Weights]:
+    """What the unit's source trained, before and after."""
+    assert job.source is not None
+    trained = load_file(job.source[1])
+    return {name: workspace.model.get_parameter(name).detach().cpu() for name in trained}, trained
 
 
 def _with_adapters(workspace: Workspace, unit: Unit, weights: Weights) -> nn.Module:

@@ -8,7 +8,7 @@ from mft.study.arms.measure import answer, evaluation_options, on_general, on_va
 from mft.study.arms.models import model_of, save_weights
 from mft.study.arms.size import stored_bytes
 from mft.study.arms.train import train_unit
-from mft.study.config import FULL, QUANTIZED, TEMPERATURE, TRAINED
+from mft.study.config import FULL, QUANTIZED, TEMPERATURE
 from mft.study.outcome import Measured, Outcome, Tested
 from mft.study.workspace import Workspace, with_layers_remembered
 from mft.training.loop import NonFiniteLoss
@@ -17,21 +17,20 @@ from mft_kernels.checks import NonFiniteScores
 
 def run_unit(workspace: Workspace, job: Job) -> Outcome:
     """Train what the unit trains, and see it on validation. A run that does not stay finite is an outcome too."""
-    unit, kind = job.unit, arm_of(workspace, job.unit).kind
+    unit, arm = job.unit, arm_of(workspace, job.unit)
     workspace.begin(unit.domain, job.starts)
     try:
-        if kind in TRAINED or unit.setting.lr is not None:
+        if arm.lrs:
             return train_unit(workspace, job)
-        if kind == FULL:  # the model as it comes
+        if arm.kind == FULL:  # the model as it comes
             save_weights({}, job.trained)
-        if kind == QUANTIZED:
-            codes = str(workspace.study.arms[unit.arm].quantization)
-            save_weights(rounded_weights(workspace.model, codes), job.trained)
+        if arm.kind == QUANTIZED:
+            save_weights(rounded_weights(workspace.model, str(arm.quantization)), job.trained)
         model = model_of(workspace, job)
-        if kind == TEMPERATURE:
+        if arm.kind == TEMPERATURE:
             validation, options = (
                 workspace.splits(unit.domain).validation,
-                evaluation_options(workspace, arm_of(workspace, unit))("validation"),
+                evaluation_options(workspace, arm)("validation"),
             )
             temperature = fit_temperature(model, validation, **options)
             tempered = evaluate_tempered(model, validation, temperature, **options)

@@ -1,6 +1,7 @@
 """What an arm must store beside the model that it began at, in bytes.
 
-Numbers count 16 bits each, whatever they were trained in; a mask what its entropy-coded export holds.
+Numbers count 16 bits each, whatever they were trained in; a mask, and which weights of a matrix a compressed arm
+changes, what its entropy-coded export holds.
 """
 
 import math
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mft.masks.convert import masked_modules
+from mft.masks.export_format import coded_size
 from mft.masks.quantize import coded_shapes
 from mft.models.linears import weight_name
 from mft.models.quantized_weight import QuantizedWeight
@@ -17,6 +19,8 @@ from mft.study.arms.job import Job, arm_of, rank_of
 from mft.study.config import (
     AVERAGE,
     BASE,
+    BITDELTA,
+    COMPRESSED,
     CONTINUED,
     FULL,
     INTERPOLATED,
@@ -24,6 +28,7 @@ from mft.study.config import (
     MASK,
     ONE_SHOT,
     QUANTIZED,
+    SPARSE_DELTA,
     TEMPERATURE,
     ArmConfig,
 )
@@ -36,17 +41,21 @@ def stored_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
     """model: the unit's, after workspace.begin."""
     unit, numbers = job.unit, 0
     arm = arm_of(workspace, unit)
-    if arm.kind == BASE or (arm.kind == FULL and job.unit.setting.lr is None):
+    if arm.kind == BASE:
         return 0
     if arm.kind == TEMPERATURE:
         return _NUMBER
+    if arm.kind == QUANTIZED:
+        return weights_bytes(workspace, str(arm.quantization), _NUMBER)
+    if arm.kind in COMPRESSED:
+        starts = dict(workspace.model.named_parameters())
+        weights = [(weight.detach(), starts[name].detach()) for name, weight in model.named_parameters()]
+        return sum(_compressed(arm.kind, *pair) for pair in weights if pair[0].data_ptr() != pair[1].data_ptr())
     if arm.kind == INTERPOLATED:
         assert job.source is not None
         unit, numbers = job.source[0], 1  # alpha, beside what it is of
         arm = arm_of(workspace, unit)
-    whole = arm.kind == QUANTIZED:
-        return weights_bytes(workspace, str(arm.quantization), _NUMBER)
-    if arm.kind in (FULL, CONTINUED)
+    whole = arm.kind in (FULL, CONTINUED)
     if arm.kind == AVERAGE:  # of masks or adapters too it is numbers
         whole = workspace.study.arms[str(arm.of)].kind == CONTINUED
     if whole:
@@ -55,7 +64,7 @@ def stored_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
     if arm.kind == LORA:
         return _NUMBER * (numbers + rank_of(workspace, unit) * adapter_sides(shapes_of(workspace, arm)))
     if arm.kind in (MASK, *ONE_SHOT):
-        return _NUMBER * numbers + sum(_coded(mask) for mask in _masks(workspace, model, names))
+        return _NUMBER * numbers + sum(coded_size(mask) for mask in _masks(workspace, model, names))
     return _NUMBER * (numbers + sum(model.get_parameter(weight_name(model, name)).numel() for name in names))
 
 
@@ -95,8 +104,14 @@ def adapter_sides(shapes: Iterable[tuple[int, ...]]) -> int:
     return sum(math.prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in shapes)
 
 
-def _coded(mask: Tensor) -> int:
-    """Bytes at the entropy of its share of kept weights."""
-    kept = mask.float().mean().item()
-    bits = sum(-p * math.log2(p) for p in (kept, 1 - kept) if p > 0)
-    return math.ceil(mask.numel() * bits / 8)
+def _compressed(kind: str, weight: Tensor, start: Tensor) -> int:
+    """Bytes of what takes start to weight."""
+    numel = weight.numel()
+    if weight.dim() < 2:
+        return _NUMBER * numel
+    scales = _NUMBER * (len(weight) if weight.dim() == 3 else 1)
+    if kind == BITDELTA:
+        return math.ceil(numel / 8) + scales
+    changed = weight != start
+    count = int(changed.sum())
+    return coded_size(~changed) + (_NUMBER * count if kind == SPARSE_DELTA else math.ceil(count / 8) + scales)

@@ -24,9 +24,9 @@ from mft.rewards.train import RewardReport, train_rewards
 from mft.study.arms.job import Job, Weights, arm_of, mask_of, rank_of
 from mft.study.arms.measure import keeps_prefix, on_general, on_validation
 from mft.study.arms.memory import training_bytes
-from mft.study.arms.models import save_weights, trained_model
+from mft.study.arms.models import save_weights, trained_model, with_scales
 from mft.study.arms.size import stored_bytes
-from mft.study.config import CONTINUED, CONTROL, FULL, LORA, MASK, REWARDS, ArmConfig
+from mft.study.config import BITDELTA, CONTINUED, CONTROL, FULL, LORA, MASK, REWARDS, ArmConfig
 from mft.study.lora import add_lora
 from mft.study.outcome import Measured, Outcome, Unit
 from mft.study.workspace import Workspace
@@ -40,7 +40,7 @@ def train_unit(workspace: Workspace, job: Job) -> Outcome:
     unit, arm = job.unit, arm_of(workspace, job.unit)
     train = workspace.study.train_of(arm, unit.setting, unit.seed + _PART_SEEDS * unit.part)
     dataset = workspace.splits(unit.domain).train
-    model = _untrained(workspace, unit, arm)
+    model = with_scales(workspace, job) if arm.kind == BITDELTA else _untrained(workspace, unit, arm)
     initial = initial_masks(model)
     config = None
     if workspace.study.objective == REWARDS and arm.kind != FULL:

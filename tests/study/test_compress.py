@@ -1,0 +1,185 @@
+"""Compressed arms: what is left of a delta by hand, what a unit makes of its source, and what that takes on disk."""
+
+import math
+import re
+
+import pytest
+import torch
+from test_study_arms import Ground, fine_tune
+from tiny_study import equal
+from torch.testing import assert_close
+
+from mft.evaluation.evaluate import evaluate
+from mft.study.arms.compress import compressed
+from mft.study.arms.models import model_of
+from mft.study.arms.run import run_test, run_unit
+from mft.study.config import ArmConfig
+
+DELTA = torch.tensor([[1.0, -2.0, 0.0], [4.0, -8.0, 0.5]])
+KINDS = ("bitdelta", "ternary", "sparse_delta")
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        ground = Ground(tmp_path_factory.mktemp("compress"), patch)
+        for arm in ("control", "continued"):
+            run_unit(ground.workspace, ground.job(arm))
+        yield ground
+
+
+def start_of(ground, names):
+    return {name: fine_tune(ground).get_parameter(name).detach() for name in names}
+
+
+def job_of(ground, arm, **options):
+    return ground.job(arm, share=None if arm.startswith("bitdelta") else 0.1, **options)
+
+
+def test_bitdelta_keeps_signs_and_the_mean_size():
+    scale = 15.5 / 6  # 2.578125 in bfloat16
+    found = compressed("bitdelta", DELTA)
+    assert torch.equal(found, 2.578125 * torch.tensor([[1.0, -1.0, -1.0], [1.0, -1.0, 1.0]]))
+    assert torch.equal(compressed("bitdelta", DELTA, factor=torch.tensor([[2 / scale]]))[0, 0], torch.tensor(2.0))
+
+
+def test_ternary_gives_the_largest_their_mean_size_and_the_others_none():
+    assert torch.equal(
+        compressed("ternary", DELTA, 0.5),
+        torch.tensor([[0.0, -14 / 3, 0.0], [14 / 3, -14 / 3, 0.0]]).bfloat16().float(),
+    )
+
+
+def test_sparse_delta_keeps_the_largest_as_they_are():
+    assert torch.equal(compressed("sparse_delta", DELTA, 0.4), torch.tensor([[0.0, 0.0, 0.0], [4.0, -8.0, 0.0]]))
+
+
+@pytest.mark.parametrize("kind", ["ternary", "sparse_delta"])
+def test_as_many_are_kept_as_the_share_says_of_equal_ones_too_and_one_at_the_least(kind):
+    for share, count in ((0.25, 25), (1.0, 100), (1e-9, 1)):
+        assert compressed(kind, torch.ones(10, 10), share).count_nonzero() == count
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_expert_is_a_matrix_of_its_own(kind):
+    experts = torch.stack([DELTA, 100 * DELTA.flip(0)])
+    found = compressed(kind, experts, 0.5, factor=torch.tensor([1.0, 2.0]).reshape(2, 1, 1))
+    assert torch.equal(found[0], compressed(kind, DELTA, 0.5))
+    assert torch.equal(found[1], compressed(kind, experts[1], 0.5, factor=torch.tensor([[2.0]])))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_has_16_bits(kind):
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((20, 30), (7,)):
+        delta = torch.randn(shape, generator=generator)
+        found = compressed(kind, delta, 0.3)
+        assert torch.equal(found, found.bfloat16().float())
+        if len(shape) == 1:  # a vector keeps all its numbers
+            assert_close(found, delta, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("arm", KINDS)
+def test_a_compressed_arm_is_the_start_and_what_is_left_of_its_source(ground, arm):
+    job = job_of(ground, arm)
+    found = run_unit(ground.workspace, job)
+    control = ground.weights("control")
+    start, model = start_of(ground, control), model_of(ground.workspace, job)
+    for name, end in control.items():
+        assert torch.equal(model.get_parameter(name), start[name] + compressed(arm, end - start[name], 0.1)), name
+    others = {name for name, p in fine_tune(ground).named_parameters() if p is not model.get_parameter(name)}
+    assert others == set(control)
+    assert found.loss == evaluate(model, ground.workspace.splits("count").validation, batch_size=8).loss
+    tested = run_test(ground.workspace, job_of(ground, arm, on_test=True))
+    assert tested.validation.evaluation.loss == pytest.approx(found.loss, abs=1e-6)
+    assert not job.trained.exists()  # its source's is enough
+
+
+def test_of_all_weights_each_parameter_is_compressed_and_vectors_are_kept(ground):
+    job = ground.job("bitdelta of continued")
+    found = run_unit(ground.workspace, job)
+    continued, model = ground.weights("continued"), model_of(ground.workspace, job)
+    start = start_of(ground, continued)
+    assert set(continued) == {name for name, _ in model.named_parameters()}
+    norm = "model.norm.weight"
+    assert_close(model.get_parameter(norm), continued[norm], rtol=1e-4, atol=1e-5)
+    matrices = [weight for weight in continued.values() if weight.dim() == 2]
+    vectors = [weight for weight in continued.values() if weight.dim() == 1]
+    assert found.bytes == sum(math.ceil(w.numel() / 8) + 2 for w in matrices) + 2 * sum(w.numel() for w in vectors)
+    assert not torch.equal(model.get_parameter(norm), start[norm])
+
+
+def test_bytes_are_those_of_signs_scales_positions_and_kept_numbers(ground):
+    weights = list(ground.weights("control").values())
+    numel, found = [w.numel() for w in weights], {}
+    for arm in KINDS:
+        found[arm] = run_unit(ground.workspace, job_of(ground, arm)).bytes
+    assert found["bitdelta"] == sum(math.ceil(n / 8) + 2 for n in numel)
+    positions = sum(math.ceil(n * 0.468996 / 8) for n in numel)  # the entropy of a tenth
+    kept = [round(0.1 * n) for n in numel]
+    assert found["ternary"] == pytest.approx(positions + sum(math.ceil(k / 8) + 2 for k in kept), rel=0.02)
+    assert found["sparse_delta"] == pytest.approx(positions + 2 * sum(kept), rel=0.02)
+
+
+def test_scales_are_trained_alone_and_the_file_holds_a_factor_a_matrix(ground):
+    before = {name: p.clone() for name, p in fine_tune(ground).named_parameters()}
+    plain = run_unit(ground.workspace, ground.job("bitdelta"))
+    still, moved = (run_unit(ground.workspace, ground.job("bitdelta trained", lr=lr)) for lr in (1e-9, 3e-2))
+    assert still.loss == pytest.approx(plain.loss, abs=1e-5)
+    assert moved.bytes == plain.bytes
+    assert moved.steps > 0
+    assert moved.loss < plain.loss
+    factors = ground.weights("bitdelta trained")
+    assert [tuple(factor.shape) for factor in factors.values()] == [(1, 1)] * len(ground.weights("control"))
+    tested = run_test(ground.workspace, ground.job("bitdelta trained", lr=3e-2, on_test=True))
+    assert tested.validation.evaluation.loss == pytest.approx(moved.loss, abs=1e-4)
+    assert equal(dict(fine_tune(ground).named_parameters()), before)
+
+
+def test_the_rank_of_adapters_is_the_settings(ground):
+    found = {rank: run_unit(ground.workspace, ground.job("lora", rank=rank)) for rank in (1, None)}
+    assert 2 * found[1].bytes == found[None].bytes  # the arm's own is 2
+    tested = run_test(ground.workspace, ground.job("lora", rank=None, on_test=True))
+    assert tested.validation.evaluation.loss == pytest.approx(found[None].loss, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "ternary", "of": "x"}, "shares must hold at least one number for the kinds ternary and sparse_delta"),
+        (
+            {"kind": "bitdelta", "of": "x", "shares": [0.1]},
+            "shares must hold at least one number for the kinds ternary",
+        ),
+        ({"kind": "ternary", "of": "x", "shares": [0]}, "shares must lie in (0, 1], got [0.0]"),
+        (
+            {"kind": "ternary", "of": "x", "shares": [0.1], "lrs": [1]},
+            "lrs must be given for a trained kind, and for no",
+        ),
+        ({"kind": "bitdelta", "of": "x", "lrs": [1], "start": "x"}, "start must be left out for this kind, got x"),
+        ({"kind": "bitdelta"}, "of must name an arm, for the kinds average, interpolated, bitdelta, ternary, sparse_d"),
+    ],
+)
+def test_what_a_compressed_arm_may_not_say(options, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        ArmConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        (
+            ArmConfig("ternary", of="LoRA", shares=[0.1]),
+            "arms.x.of must name an arm of the kinds full, continued, control",
+        ),
+        (
+            ArmConfig("bitdelta", of="full", lrs=[1e-3]),
+            "arms.x.of must name an arm of the kinds control: control, got fu",
+        ),
+    ],
+)
+def test_a_compressed_arm_is_made_of_weights_that_were_trained(arm, message):
+    from test_study_plan import ARMS, make
+
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        make({**ARMS, "LoRA": ArmConfig("lora", lrs=[1e-3]), "x": arm})
