@@ -32,7 +32,7 @@ def study(tmp_path_factory):
         yield directory / "run", findings
 
 
-@pytest.mark.parametrize("what", ["surface", "overlap", "summary"])
+@pytest.mark.parametrize("what", ["surface", "overlap", "summary", "bytes"])
 def test_each_picture_is_drawn_from_the_command_line(study, tmp_path, what):
     picture = tmp_path / "picture.png"
     options = ["--points", "3", "--rows", "4"] if what == "surface" else []
@@ -81,7 +81,7 @@ def test_the_overlap_is_of_the_weights_that_the_masks_dropped(study, tmp_path, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["contours"], "the plot must be one of summary, surface, overlap, flips, got 'contours'"),
+        (["contours"], "the plot must be one of summary, bytes, surface, overlap, flips, got 'contours'"),
         (["surface", "--domain", "cont"], "--domain must be one of count, got 'cont'; did you mean count"),
         (["overlap", "elsewhere"], "overlap must be drawn from one directory, got 2"),
         (["surface", "--arm", "control"], "--arm must be one of MFT, MFT 2, got 'control'"),

@@ -1,10 +1,30 @@
-"""What a report says of bytes, from findings made by hand."""
+"""What a report says of bytes, from findings made by hand: rows, masks at equal bytes, the plot of loss by bytes."""
 
-from test_study_report import ARMS, findings
+import json
+import re
 
-from mft.study.report.table import study_tables
+import pytest
+from test_study_report import ARMS, LOSSES, findings
 
+from mft.study.config import ArmConfig
+from mft.study.report.at_equal_bytes import at_equal_bytes, remark_on_bytes, said_of_bytes
+from mft.study.report.by_bytes import Point, frontier, plot_bytes, points
+from mft.study.report.table import study_numbers, study_tables
+from mft.study.report.write import write_study_report
+
+RATES = {"lrs": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]}
 SIZES = {"base": 0, "control": 200_000, "random mask": 4_000, "MFT": 9_000, "MFT x3": 200_000}
+BY_BYTES = {
+    **{name: ARMS[name] for name in ("base", "full fine-tune", "control", "MFT")},
+    "LoRA 1": ArmConfig("lora", **RATES),
+    "LoRA 8": ArmConfig("lora", **RATES),
+    "temperature": ArmConfig("temperature"),
+    "part of MFT": ArmConfig("interpolated", of="MFT", alphas=[0.5]),
+    "LoRA on control": ArmConfig("lora", start="control", **RATES),
+}
+RIVALS = {"LoRA 1": 8_000, "LoRA 8": 64_000, "temperature": 2, "part of MFT": 8_500, "LoRA on control": 1_000}
+LOSS = {name: LOSSES[name] for name in ("base", "full fine-tune", "control", "MFT")}
+LOSS |= {"LoRA 1": 1.98, "LoRA 8": 1.90, "temperature": 1.99, "part of MFT": 1.90, "LoRA on control": 1.90}
 
 
 def with_bytes(sizes=SIZES, **options):
@@ -17,6 +37,12 @@ def with_bytes(sizes=SIZES, **options):
     return found
 
 
+def by_bytes(arms=BY_BYTES, sizes=SIZES | RIVALS, losses=LOSS, **options):
+    options = {"arms": arms, "test": losses, "validation": losses} | options
+    study = with_bytes(sizes=sizes, **options)
+    return study, at_equal_bytes(study, study_tables(study))
+
+
 def test_a_row_has_the_mean_bytes_of_the_chosen_runs_and_where_they_began():
     table = study_tables(with_bytes())["code"]
     assert table.row("MFT").bytes == 9_001
@@ -26,3 +52,91 @@ def test_a_row_has_the_mean_bytes_of_the_chosen_runs_and_where_they_began():
         "base": None,
         "full fine-tune": None,
     }
+
+
+def test_a_masks_rival_is_the_best_on_validation_that_stores_no_more_from_the_same_start():
+    _, (one,) = by_bytes()
+    assert (one.mask, one.bytes, one.rival, one.rival_bytes, one.rivals) == ("MFT", 9_001, "LoRA 1", 8_001, 2)
+    assert one.difference.estimate == pytest.approx(-0.03, abs=0.002)
+    assert one.validation == pytest.approx(-0.03, abs=0.002)
+    _, (one,) = by_bytes(sizes=SIZES | RIVALS | {"MFT": 64_000})
+    assert (one.rival, one.rivals) == ("LoRA 8", 3)  # as many bytes are not more
+    _, (one,) = by_bytes(sizes=SIZES | RIVALS | {"MFT": 63_999})
+    assert one.rival == "LoRA 1"
+    _, (one,) = by_bytes(validation=LOSS | {"temperature": 1.97})
+    assert one.rival == "temperature"  # whatever test says
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, ("ahead", "")),
+        ({"losses": LOSS | {"LoRA 1": 1.92}}, ("behind", "")),
+        ({"losses": LOSS | {"LoRA 1": 1.9505}, "noise": 0.03}, ("undecided", "the interval includes 0")),
+        ({"validation": LOSS | {"MFT": 1.985}}, ("undecided", "validation disagrees")),
+        ({"documents": 1}, ("undecided", "a single document has no interval")),
+    ],
+)
+def test_ahead_and_behind_are_said_by_the_rules_of_the_verdict(changes, verdict):
+    _, (one,) = by_bytes(**changes)
+    assert one.verdict == verdict
+
+
+def test_holm_counts_the_masks_that_have_a_rival_in_all_domains():
+    arms = BY_BYTES | {"MFT 2": ARMS["MFT"], "MFT small": ARMS["MFT"]}
+    losses = LOSS | {"MFT": 1.976, "MFT 2": 1.976, "MFT small": 1.9}
+    sizes = SIZES | RIVALS | {"MFT 2": 9_000, "MFT small": 1}
+    _, found = by_bytes(arms, sizes, losses, domains=("code", "text"), noise=0.02)
+    first, _, small = found[:3]
+    assert len(found) == 6
+    assert first.difference.p_holm == pytest.approx(min(1, 4 * first.difference.p))  # the smallest of four equal ones
+    assert (small.rival, small.rivals, small.difference) == (None, 0, None)
+    texts = said_of_bytes(found)
+    assert [text.split(". ")[0] for text in texts] == ["code, at equal bytes", "text, at equal bytes"]
+    assert "MFT small (2 bytes) has no rival that stores so little." in texts[0]
+    assert "over these 4 comparisons" in remark_on_bytes(found)[0]
+
+
+def test_where_no_mask_has_a_rival_nothing_is_said():
+    _, found = by_bytes(sizes={"MFT": 1, "LoRA 1": 8_000})
+    assert found == said_of_bytes(found) == remark_on_bytes(found) == []
+    study = findings()  # of an older version: no bytes at all
+    assert at_equal_bytes(study, study_tables(study)) == []
+
+
+def test_the_report_holds_the_sentence_the_numbers_and_the_picture(tmp_path):
+    study, (one,) = by_bytes(documents=1)
+    write_study_report(study, tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert re.search(
+        r"\ncode, at equal bytes\. MFT \(9,001 bytes\) is neither shown ahead of nor behind LoRA 1 \(8,001 bytes, the "
+        r"best on validation of 2 that store no more\) \(a single document has no interval\): -0\.0\d+ nats a token, "
+        r"Holm-adjusted p -; on validation -0\.0\d+\.\n",
+        text,
+    )
+    assert "over these 1 comparisons" in text
+    numbers = json.loads((tmp_path / "table.json").read_text(), parse_constant=pytest.fail)
+    (entry,) = numbers["at_equal_bytes"]
+    assert (entry["rival"], entry["verdict"], entry["difference"]["low"]) == ("LoRA 1", "undecided", None)
+    assert entry["difference"]["estimate"] == one.difference.estimate
+    assert (tmp_path / "bytes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_has_the_arms_that_store_something_beside_the_full_fine_tune():
+    study, _ = by_bytes()
+    found = points(study_numbers(study)["domains"]["code"])
+    assert [point.arm for point in found] == ["temperature", "LoRA 1", "part of MFT", "MFT", "LoRA 8", "control"]
+    mask = study_tables(study)["code"].row("MFT").minus_full
+    assert (found[3].low, found[3].estimate, found[3].high) == (mask.low, mask.estimate, mask.high)
+
+
+def test_the_frontier_is_what_no_arm_of_as_few_bytes_reaches():
+    at = [Point(name, "lora", size, loss, loss, loss) for name, size, loss in (
+        ("worse than the start", 1, 0.1), ("a", 2, -0.1), ("b", 3, -0.05), ("c", 4, -0.1), ("d", 5, -0.2)
+    )]  # fmt: skip
+    assert [point.arm for point in frontier(at)] == ["a", "d"]
+
+
+def test_a_table_without_bytes_is_not_drawn(tmp_path):
+    with pytest.raises(ValueError, match="a plot by bytes must have a domain with arms that began at the full fine-"):
+        plot_bytes(study_numbers(findings()), tmp_path / "bytes.png")

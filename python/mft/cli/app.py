@@ -264,10 +264,12 @@ def sensitivity(
 
 @app.command()
 def plot(
-    what: Annotated[str, typer.Argument(help="summary, surface, overlap or flips.")],
+    what: Annotated[str, typer.Argument(help="summary, bytes, surface, overlap or flips.")],
     directories: Annotated[
         list[Path],
-        typer.Argument(help="A finished mft compare's; of summary: or a table.json; of flips: runs of mft train."),
+        typer.Argument(
+            help="A finished mft compare's; of summary and bytes: or a table.json; of flips: runs of mft train."
+        ),
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A PNG; by default beside what it shows.")
@@ -277,7 +279,7 @@ def plot(
     rows: Annotated[int, typer.Option(help="Of surface: validation rows that every point sees.")] = 32,
     points: Annotated[int, typer.Option(help="Of surface: points along each axis.")] = 11,
 ) -> None:
-    """Pictures of a study: differences from the control, loss surface, overlap of masks; flips over training."""
+    """Pictures of a study: differences from the control, loss against bytes, loss surface, overlap of masks; flips."""
     from mft.cli.study import run_plot
 
     run_plot(what, directories, output, domain=domain, arm=arm, rows=rows, points=points)

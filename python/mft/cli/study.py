@@ -9,6 +9,7 @@ from mft.checks import nearest
 from mft.files.json_file import read_object
 from mft.study.ablate import derive, plot_ablation
 from mft.study.config import StudyConfig
+from mft.study.report.by_bytes import plot_bytes
 from mft.study.report.environment import environment
 from mft.study.report.figures import draw_overlap, draw_surface
 from mft.study.report.plots import plot_summary
@@ -22,7 +23,7 @@ from mft.tracking.progress import Progress
 from mft.training.flips import plot_flips, read_flips
 from mft.training.run_directory import ABLATION, TABLE_JSON, TABLE_MARKDOWN
 
-PLOTS = ("summary", "surface", "overlap", "flips")
+PLOTS = ("summary", "bytes", "surface", "overlap", "flips")
 _LARGEST_TABLE = 1 << 28  # bytes
 
 
@@ -84,6 +85,8 @@ def run_plot(
         draw_overlap(directory, output, arm=arm)
     elif what == "flips":
         plot_flips({str(run): read_flips(run / METRICS) for run in directories}, output)
+    elif what == "bytes":
+        plot_bytes(_study_table(directory), output)
     else:
         plot_summary(_study_table(directory), output)
     say(f"written: {output}")

@@ -115,7 +115,7 @@ class ArmConfig:
     def __post_init__(self) -> None:
         coerce_fields(self)
         derived = self.kind in DERIVED
-        trained = self.kind in TRAINED or (self.kind == FULL and bool(self.lrs)) or (self.kind == BITDELTA and bool(self.lrs))
+        trained = self.kind in TRAINED or (self.kind in (FULL, BITDELTA) and bool(self.lrs))
         check_rule(bool(self.lrs) == trained, "lrs", "be given for a trained kind, and for no other", self.lrs)
         check_rule(bool(self.epochs), "epochs", "hold at least one number", self.epochs)
         masked = self.kind in (MASK, *ONE_SHOT)

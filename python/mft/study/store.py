@@ -5,7 +5,7 @@
                units/<domain>/<arm>/<key>.json        an Outcome
                trained/<domain>/<arm>/<key>.safetensors
                test/<domain>/<arm>/<key>.json         a Tested; test/openings.json: each set of models that test saw
-               table.md, table.json, plot.png
+               table.md, table.json, plot.png, bytes.png
                config.yaml, base/, masks/, model/     of mft demo: its masks as a run of mft train has them
 
 A unit's key is a hash of all that determines its result, so that what was found stays valid while arms, domains, seeds
@@ -37,7 +37,8 @@ from mft.training.run_lock import LOCK, hold
 FORMAT = 2  # counts up when the same declaration gives other results
 STUDY, BASE_MODEL, UNITS, TRAINED, TEST = "study.yaml", "base", "units", "trained", "test"
 _OURS = {STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK, TABLE_MARKDOWN, TABLE_JSON, PLOT, ABLATION}
-_OURS |= {"rewards.png", "summary.png", "surface.png", "overlap.png"}  # of mft plot
+BYTES = "bytes.png"
+_OURS |= {BYTES, "rewards.png", "summary.png", "surface.png", "overlap.png"}  # of mft plot
 _OF_THE_DEMO = {CONFIG, MASKS, MODEL}  # ours where a study lies beside them
 _OPENINGS = "openings.json"
 _FREE = ("output_dir", "workers")  # change no result

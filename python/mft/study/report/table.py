@@ -150,7 +150,16 @@ def study_numbers(findings: Findings, tables: Mapping[str, DomainTable] | None =
             if outcome.unit.domain == domain
         ]
     numbers = {"domains": domains, "seeds": findings.study.seeds, "test_openings": findings.test_openings}
-    return _finite(numbers)
+    return finite(numbers)
+
+
+def finite(value: Any) -> Any:
+    """For JSON: NaN and infinity become None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(findings: Findings, domain: str) -> DomainTable:
@@ -257,11 +266,3 @@ def _row(tables: Mapping[str, DomainTable], key: tuple[str, str, str, str]) -> R
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

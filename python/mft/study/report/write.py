@@ -15,11 +15,14 @@ from rich.text import Text
 from mft.files.atomic import write_whole
 from mft.study.config import REWARDS
 from mft.study.outcome import Findings
+from mft.study.report.at_equal_bytes import AtEqualBytes, at_equal_bytes, bytes_values, remark_on_bytes, said_of_bytes
+from mft.study.report.by_bytes import plot_bytes
 from mft.study.report.over_codes import verdicts_over_codes
 from mft.study.report.plots import plot_study
 from mft.study.report.rewards import REWARDS_PLOT, plot_rewards, reward_curves
 from mft.study.report.table import DomainTable, Row, study_numbers, study_tables
 from mft.study.report.verdict import conclusion, remarks, shown_interval, shown_p, study_verdicts
+from mft.study.store import BYTES
 from mft.tracking.curves import PLOT
 from mft.training.run_directory import TABLE_JSON, TABLE_MARKDOWN
 
@@ -29,13 +32,12 @@ _MEGA = 1e6
 
 
 def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, Any] | None = None) -> None:
-    """table.md, table.json and plot.png in directory.
+    """table.md, table.json and plot.png in directory; bytes.png where a mask has a rival in as few bytes.
 
     extra: where the numbers come from (commit, versions, device, command); it goes into both files.
     """
     tables, extra = study_tables(findings), dict(extra or {})
-    said = [*study_verdicts(findings, tables), *verdicts_over_codes(findings, tables)]
-    known = remarks(findings, tables)
+    said, known, by_bytes = _words_of(findings, tables)
     lines = ["# Verdict", "", *(f"{paragraph}\n" for paragraph in said)]
     for domain, table in tables.items():
         lines += [f"# {domain}: {_counts(table)}", "", *_markdown(table), ""]
@@ -47,12 +49,14 @@ def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, 
         for row, entry in zip(table.rows, numbers["domains"][domain]["rows"]):
             entry["conclusion"] = conclusion(row)[0] if row.masked and row.decides in row.minus_control else None
         numbers["domains"][domain]["by_rewards"] = reward_curves(findings, domain)
-    numbers |= {"verdicts": said, "remarks": known, "environment": extra}
+    numbers |= {"verdicts": said, "remarks": known, "environment": extra, "at_equal_bytes": bytes_values(by_bytes)}
     text = json.dumps(numbers, indent=2, allow_nan=False)
     write_whole(directory / TABLE_JSON, text + "\n")
     plot_study(numbers, directory / PLOT)
     if findings.study.objective == REWARDS:
         plot_rewards(numbers, directory / REWARDS_PLOT)
+    if by_bytes:
+        plot_bytes(numbers, directory / BYTES)
 
 
 def console_report(findings: Findings) -> list[RenderableType]:
@@ -62,9 +66,16 @@ def console_report(findings: Findings) -> list[RenderableType]:
     for domain, table in tables.items():
         parts.append(_fitted(Text(f"{domain}: {_counts(table)}", style="bold")))
         parts += [_console_table(table, columns) for columns in _shown_groups(table)]
-    said = [*study_verdicts(findings, tables), *verdicts_over_codes(findings, tables)]
+    said, known, _ = _words_of(findings, tables)
     parts += [_fitted(Text(paragraph, style="bold")) for paragraph in said]
-    return parts + [_fitted(Text(f"- {note}")) for note in remarks(findings, tables)]
+    return parts + [_fitted(Text(f"- {note}")) for note in known]
+
+
+def _words_of(findings: Findings, tables: Mapping[str, DomainTable]) -> tuple[list[str], list[str], list[AtEqualBytes]]:
+    """(verdicts, remarks, what is said at equal bytes)"""
+    by_bytes = at_equal_bytes(findings, tables)
+    said = [*study_verdicts(findings, tables), *verdicts_over_codes(findings, tables), *said_of_bytes(by_bytes)]
+    return said, [*remarks(findings, tables), *remark_on_bytes(by_bytes)], by_bytes
 
 
 @dataclass(frozen=True)
