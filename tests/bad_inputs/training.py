@@ -2,6 +2,7 @@
 `run_in(tmp)` is the directory of a run that was stopped, `nan_at(model, step)` makes a gradient of that step NaN.
 """
 
+import json
 import math
 
 import torch
@@ -632,6 +633,29 @@ def a_study_that_trains_weights_in_codes(tmp):
     codes = ArmConfig("quantized", quantization="nf4")
     arms = {"full": ArmConfig("full", lrs=[1.0]), "NF4": codes, "control": ArmConfig("control", lrs=[1.0], start="NF4")}
     StudyConfig(arms, {"code": DataConfig()})
+
+
+@refused(
+    ValueError,
+    where="domain",
+    got="got none",
+    rule="must have a domain with arms that began at the full fine-tune and whose bytes are known",
+    remedy="run mft compare again if its table.json is older than that",
+)
+def a_plot_by_bytes_of_a_table_without_them(tmp):
+    row = {"arm": "MFT", "kind": "mask", "minus_full": {"estimate": -0.1, "low": -0.2, "high": 0.0}}
+    (tmp / "table.json").write_text(json.dumps({"domains": {"code": {"full": "full fine-tune", "rows": [row]}}}))
+    run_plot("bytes", [tmp], None, domain=None, arm=None, rows=32, points=11)
+
+
+@refused(
+    ValueError,
+    where="shares",
+    got="got []",
+    rule="must hold at least one number for the kinds ternary and sparse_delta, and be left out for others",
+)
+def a_compressed_arm_that_says_not_how_many_weights(tmp):
+    ArmConfig("ternary", of="control")
 
 
 @refused(
