@@ -18,6 +18,7 @@ from mft.evaluation.evaluate import evaluate
 from mft.study.arms.compress import compressed
 from mft.study.arms.models import model_of
 from mft.study.arms.run import run_test, run_unit
+from mft.study.arms.size import stored_bytes
 from mft.study.config import ArmConfig, Setting
 from mft.study.plan import best_so_far, selection
 from mft.study.run import run_study
@@ -149,6 +150,14 @@ def test_the_rank_of_adapters_is_the_settings(ground):
     assert 2 * found[1].bytes == found[None].bytes  # the arm's own is 2
     tested = run_test(ground.workspace, ground.job("lora", rank=None, on_test=True))
     assert tested.validation.evaluation.loss == pytest.approx(found[None].loss, abs=1e-6)
+
+
+def test_a_mean_of_whole_models_is_whole_and_a_part_of_adapters_has_their_rank(ground):
+    model = fine_tune(ground)
+    found = {arm: stored_bytes(ground.workspace, ground.job(arm), model) for arm in ("lora", "part of lora")}
+    assert found["part of lora"] == found["lora"] + 2  # alpha
+    whole = stored_bytes(ground.workspace, ground.job("mean of continued"), model)
+    assert whole == 2 * sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from test_study_report import ARMS, LOSSES, findings
@@ -21,10 +22,13 @@ BY_BYTES = {
     "temperature": ArmConfig("temperature"),
     "part of MFT": ArmConfig("interpolated", of="MFT", alphas=[0.5]),
     "LoRA on control": ArmConfig("lora", start="control", **RATES),
+    "magnitude mask": ArmConfig("magnitude"),
 }
 RIVALS = {"LoRA 1": 8_000, "LoRA 8": 64_000, "temperature": 2, "part of MFT": 8_500, "LoRA on control": 1_000}
+RIVALS |= {"magnitude mask": 5_000}
 LOSS = {name: LOSSES[name] for name in ("base", "full fine-tune", "control", "MFT")}
 LOSS |= {"LoRA 1": 1.98, "LoRA 8": 1.90, "temperature": 1.99, "part of MFT": 1.90, "LoRA on control": 1.90}
+LOSS |= {"magnitude mask": 1.90}
 
 
 def with_bytes(sizes=SIZES, **options):
@@ -82,6 +86,12 @@ def test_ahead_and_behind_are_said_by_the_rules_of_the_verdict(changes, verdict)
     assert one.verdict == verdict
 
 
+def test_what_holm_takes_away_is_not_claimed():
+    _, (one,) = by_bytes()
+    weak = replace(one, difference=replace(one.difference, p_holm=0.06))
+    assert weak.verdict == ("undecided", "not after Holm's correction")
+
+
 def test_holm_counts_the_masks_that_have_a_rival_in_all_domains():
     arms = BY_BYTES | {"MFT 2": ARMS["MFT"], "MFT small": ARMS["MFT"]}
     losses = LOSS | {"MFT": 1.976, "MFT 2": 1.976, "MFT small": 1.9}
@@ -125,9 +135,17 @@ def test_the_report_holds_the_sentence_the_numbers_and_the_picture(tmp_path):
 def test_the_plot_has_the_arms_that_store_something_beside_the_full_fine_tune():
     study, _ = by_bytes()
     found = points(study_numbers(study)["domains"]["code"])
-    assert [point.arm for point in found] == ["temperature", "LoRA 1", "part of MFT", "MFT", "LoRA 8", "control"]
+    assert [point.arm for point in found] == [
+        "temperature",
+        "magnitude mask",
+        "LoRA 1",
+        "part of MFT",
+        "MFT",
+        "LoRA 8",
+        "control",
+    ]
     mask = study_tables(study)["code"].row("MFT").minus_full
-    assert (found[3].low, found[3].estimate, found[3].high) == (mask.low, mask.estimate, mask.high)
+    assert (found[4].low, found[4].estimate, found[4].high) == (mask.low, mask.estimate, mask.high)
 
 
 def test_the_frontier_is_what_no_arm_of_as_few_bytes_reaches():

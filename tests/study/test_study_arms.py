@@ -47,6 +47,7 @@ ARMS = """
   part of control: {kind: interpolated, of: control, alphas: [0, 0.5, 1]}
   part of lora: {kind: interpolated, of: lora, alphas: [0, 0.5, 1]}
   part of mask: {kind: interpolated, of: mask, alphas: [0, 0.5, 1]}
+  mean of continued: {kind: average, of: continued, runs: 2}
   bitdelta: {kind: bitdelta, of: control}
   bitdelta of continued: {kind: bitdelta, of: continued}
   bitdelta trained: {kind: bitdelta, of: control, lrs: [1e-2]}

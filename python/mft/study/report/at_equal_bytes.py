@@ -1,6 +1,6 @@
 """Each trained mask against what else can be kept in as few bytes beside the same start.
 
-Of all arms from its start that are no MFT and store no more than it does, the mask is held against that of least
+Of all arms from its start that are no masks and store no more than it does, the mask is held against that of least
 validation loss. The difference is one of test losses, paired by seed and document as in the tables; Holm's correction
 runs over these comparisons in all domains. Ahead or behind is said by the rules of verdict.py, else that neither shows.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mft.study.config import MASK, StudyConfig
+from mft.study.config import MASK, ONE_SHOT, StudyConfig
 from mft.study.outcome import Findings
 from mft.study.report.statistics import Difference, Paired, differences, paired, with_holm
 from mft.study.report.table import DomainTable, Row, finite
@@ -85,7 +85,7 @@ def remark_on_bytes(found: Sequence[AtEqualBytes]) -> list[str]:
     return [
         "At equal bytes: what an arm must keep beside the model that it began at, numbers in 16 bits, masks and "
         "positions entropy-coded, means over seeds; the rival is that with the least validation loss of all arms from "
-        f"the same start that are no MFT and take no more; Holm's correction runs over these {count} comparisons."
+        f"the same start that are no masks and take no more; Holm's correction runs over these {count} comparisons."
     ] * (count > 0)
 
 
@@ -110,9 +110,9 @@ def _rivals(findings: Findings, domain: str, table: DomainTable, mask: Row) -> I
 
 
 def _is_of_a_mask(study: StudyConfig, arm: str) -> bool:
-    """Whether an arm is a trained mask, or made of one."""
+    """Whether an arm is a mask, trained or not, or made of one."""
     config = study.arms[arm]
-    return config.kind == MASK or (config.of is not None and _is_of_a_mask(study, config.of))
+    return config.kind in (MASK, *ONE_SHOT) or (config.of is not None and _is_of_a_mask(study, config.of))
 
 
 def _sentence(one: AtEqualBytes) -> str:

@@ -14,7 +14,9 @@ _COLOURS = {
     **{BITDELTA: "#009e73", TERNARY: "#7a5195", SPARSE_DELTA: "#8c564b"},
 }
 _OTHER = "0.5"
+_LABELLED_BELOW = (SPARSE_DELTA, CONTROL)  # which lie close to ternary and bitdelta
 _APART = (INTERPOLATED, AVERAGE)  # kinds whose arms are made of different ones: no line joins them
+_FEW = 64  # bytes: what stores fewer, such as a temperature, lies on the left edge and does not widen the axis
 _REACH = 1.6  # a panel ends so many times as far above its lowest interval as most arms lie; arrows are farther
 
 
@@ -41,12 +43,18 @@ def plot_bytes(numbers: Mapping[str, Any], path: Path) -> None:
             "a plot by bytes must have a domain with arms that began at the full fine-tune and whose bytes are known, "
             "got none: run mft compare again if its table.json is older than that"
         )
-    figure = new_figure(max(7.5, 6.5 * len(panels)), 5.2)
-    for axes, (domain, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+    kinds = list(dict.fromkeys(point.kind for found in panels.values() for point in found))
+    figure = new_figure(1.5 + 6 * len(panels), 5.2)
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (domain, found) in zip(row, panels.items()):
         _draw(axes, found)
         axes.set_title(f"{domain}, test: loss - {numbers['domains'][domain]['full']}", loc="left")
         axes.set_xlabel("bytes beside the full fine-tune")
         axes.set_ylabel("nats a token, 95 % interval")
+    for kind in kinds:
+        row[-1].plot([], [], "o", color=_COLOURS.get(kind, _OTHER), label=kind.replace("_", " "))
+    row[-1].plot([], [], "-", color="0.6", linewidth=3, alpha=0.5, label="frontier")
+    row[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     save_figure(figure, path, dpi=100)
 
 
@@ -77,36 +85,43 @@ def _draw(axes, found: Sequence[Point]) -> None:
     floor = min(0.0, *(point.low for point in found))
     reach = max(-floor, median(point.estimate for point in found) - floor, 1e-4)
     top = min(max(0.0, *(point.high for point in found)), floor + _REACH * reach)
+    left = min((point.bytes for point in found if point.bytes >= _FEW), default=found[-1].bytes) / 3
+    right = found[-1].bytes * 4
     axes.axhline(0, color="0.25", linestyle="--", linewidth=1)
     for kind in dict.fromkeys(point.kind for point in found):
         colour, of_kind = _COLOURS.get(kind, _OTHER), [point for point in found if point.kind == kind]
         for point in of_kind:
-            _draw_point(axes, point, colour, top)
+            _draw_point(axes, point, colour, left, top)
         if len(of_kind) > 1 and kind not in _APART:
             ends = [min(point.estimate, top) for point in of_kind]
-            axes.plot([point.bytes for point in of_kind], ends, "-", color=colour, linewidth=1, alpha=0.6)
-        axes.plot([], [], "o", color=colour, label=kind.replace("_", " "))
-    left, right = found[0].bytes / 2, found[-1].bytes * 4
+            axes.plot([max(point.bytes, left) for point in of_kind], ends, "-", color=colour, linewidth=1, alpha=0.6)
     if best := frontier(found):
-        steps = [(left, 0.0), *((point.bytes, point.estimate) for point in best), (right, best[-1].estimate)]
-        axes.step(*zip(*steps), where="post", color="0.6", linewidth=3, alpha=0.5, zorder=0, label="frontier")
+        steps = [(left, 0.0), *((max(point.bytes, left), point.estimate) for point in best), (right, best[-1].estimate)]
+        axes.step(*zip(*steps), where="post", color="0.6", linewidth=3, alpha=0.5, zorder=0)
     margin = 0.06 * (top - floor)
     axes.set_ylim(floor - margin, top + margin)
     axes.set_xscale("log")
     axes.set_xlim(left, right)
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
-    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
-def _draw_point(axes, point: Point, colour: str, top: float) -> None:
-    place = min(point.estimate, top)
-    if place < point.estimate:
-        axes.plot(point.bytes, top, "^", color=colour, markersize=7, clip_on=False)
+def _draw_point(axes, point: Point, colour: str, left: float, top: float) -> None:
+    """left, top: the edges on which what lies beyond them is drawn."""
+    x, y, label = max(point.bytes, left), min(point.estimate, top), point.arm
+    if x > point.bytes:
+        label += f" ({point.bytes:,.0f} bytes)"
+    if y < point.estimate:
+        label += f" {point.estimate:+.3f}"
+        axes.plot(x, y, "^", color=colour, markersize=7, clip_on=False)
     else:
-        axes.plot([point.bytes] * 2, [point.low, point.high], color=colour, linewidth=2, solid_capstyle="butt")
-        axes.plot(point.bytes, point.estimate, "o", color=colour, markersize=6)
-    label = point.arm if place == point.estimate else f"{point.arm} {point.estimate:+.3f}"
+        axes.plot([x, x], [point.low, point.high], color=colour, linewidth=2, solid_capstyle="butt")
+        axes.plot(x, y, "o" if x == point.bytes else "<", color=colour, markersize=6, clip_on=False)
     axes.annotate(
-        label, (point.bytes, place), xytext=(6, 4), textcoords="offset points", fontsize="x-small", color=colour
+        label,
+        (x, y),
+        xytext=(6, -9 if point.kind in _LABELLED_BELOW else 4),
+        textcoords="offset points",
+        fontsize="x-small",
+        color=colour,
     )
