@@ -51,6 +51,14 @@ def test_shares_of_the_data_are_domains_with_the_same_evaluation(study):
     assert list(derive(again, "data", ["0.5"]).arms) == ["full", "control", "MFT", "MFT too"]
 
 
+def test_the_text_of_a_domain_is_general_to_none_of_its_shares(study):
+    texts = {"count": study.domains["count"], "other": study.domains["count"]}
+    wider = dataclasses.replace(study, general=texts)
+    assert wider.general_of("count") == ["other"]
+    assert derive(wider, "data", ["0.5", "1"]).general_of("count 0.5") == ["other"]
+    assert derive(wider, "ratio", ["0.5"]).general == texts
+
+
 @pytest.mark.parametrize(
     ("what", "values", "message"),
     [

@@ -346,6 +346,13 @@ def test_what_is_forgotten_is_measured_on_other_text(ground):
     assert still.general["other"].mean_kl == 0
 
 
+def test_a_text_that_bears_the_domains_name_is_not_measured(ground, monkeypatch):
+    texts = ground.workspace.study.general
+    monkeypatch.setattr(ground.workspace.study, "general", texts | {"count": texts["other"]})
+    assert set(run_unit(ground.workspace, ground.job("base")).general) == {"other"}
+    assert set(run_test(ground.workspace, ground.job("base", on_test=True)).general) == {"other"}
+
+
 def test_bytes_are_those_of_what_an_arm_adds_to_its_start(ground):
     names, _ = ground.workspace.layers_of(ground.workspace.study.arms["control"])
     shapes = [tuple(ground.workspace.base.get_parameter(f"{name}.weight").shape) for name in names]

@@ -1,5 +1,6 @@
 """What a study runs next: the order of its phases, its grids, and what a reader is told of them."""
 
+import dataclasses
 import math
 import random
 
@@ -241,6 +242,14 @@ def test_an_epoch_of_the_whole_model_is_more_work_than_one_of_the_control():
     study = make()
     full, control = (work_of(study, Unit("code", arm, 0, Setting(1e-3, 1.0))) for arm in ("full", "control"))
     assert full > control > work_of(study, Unit("code", "base", 0, Setting()))
+
+
+def test_each_general_text_is_more_work():
+    study = make()
+    wider = dataclasses.replace(study, general={name: DataConfig(max_eval_tokens=600) for name in ("code", "other")})
+    unit = Unit("code", "control", 0, Setting(1e-3, 1.0))
+    for on_test in (False, True):  # its own text is not general to a domain; of the other, three models' passes
+        assert work_of(wider, unit, on_test=on_test) == work_of(study, unit, on_test=on_test) + 3 * 600
 
 
 def test_the_best_so_far_is_what_is_kept():

@@ -144,6 +144,12 @@ def test_a_key_holds_what_determines_its_unit_and_nothing_else(tmp_path, change,
     assert kept == {one.unit.arm for one in done} - invalid
 
 
+def test_a_key_holds_the_general_texts_of_its_domain_alone(tmp_path):
+    _, done, _ = filled(tmp_path)
+    for text, kept in (("count", len(done)), ("other", 0)):
+        assert len(units_kept(tmp_path, arms=f"{ARMS}general:\n  {text}: {{source: headers}}\n")) == kept
+
+
 def test_another_fine_tune_makes_what_followed_it_invalid(tmp_path):
     study, done, chosen = filled(tmp_path)
     better = outcome(Unit("count", "full", 0, Setting(3e-2, 1.0)), 0.5)

@@ -64,7 +64,8 @@ def data_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
     answers = [name for name in domains if name.rpartition(" ")[0] in study.answers]
     arms = _prototypes(study, FULL, CONTROL, MASK)
     arms |= {name: arm for name, arm in study.arms.items() if arm.kind == MASK}
-    return _derived(study, "data", arms=arms, domains=domains, answers=answers)
+    general = {name: text for name, text in study.general.items() if name not in study.domains}  # those have new names
+    return _derived(study, "data", arms=arms, domains=domains, answers=answers, general=general)
 
 
 ABLATIONS: dict[str, Callable[[StudyConfig, Sequence[str]], StudyConfig]] = {

@@ -218,7 +218,7 @@ class StudyConfig:
     checkpoints: Annotated[int, at_least(1)] = 4  # of a run after the fine-tune, of which validation chooses one
     answers: list[str] = field(default_factory=list)  # domains whose completions are generated and compared exactly
     # Text that no arm is trained for, by which forgetting is measured: its loss, and the KL divergence from an arm's
-    # start. A file adds it with a name of its own.
+    # start. A text that bears a domain's name is that domain's own, and general to the others alone.
     general: dict[str, DataConfig] = field(default_factory=dict)
     workers: Annotated[int, at_least(1)] = 2  # processes of one thread each
     output_dir: str = "runs/compare"
@@ -326,6 +326,10 @@ class StudyConfig:
     def _is_base(self, arm: str) -> bool:
         """Of which there are no runs: the model is there."""
         return arm in self.arms and self.arms[arm].kind == BASE
+
+    def general_of(self, domain: str) -> list[str]:
+        """The texts by which forgetting is measured on a domain: all but the one of its own name."""
+        return [name for name in self.general if name != domain]
 
     def named(self, kind: str) -> str | None:
         """The first arm of a kind."""

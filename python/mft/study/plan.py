@@ -140,7 +140,7 @@ def left_to_do(study: StudyConfig, outcomes: Iterable[Outcome], tested: Iterable
     for domain, data in study.domains.items():
         tests = sum(1 if config.kind == BASE else len(study.seeds) for config in study.arms.values())
         tests -= sum(unit.domain == domain for unit in seen)
-        number, work = number + tests, work + tests * _work_on_test(data)
+        number, work = number + tests, work + tests * (_work_on_test(data) + _work_on_general(study, domain))
     return number, work
 
 
@@ -148,13 +148,13 @@ def work_of(study: StudyConfig, unit: Unit, *, on_test: bool = False) -> float:
     """About how much there is to do, in tokens evaluated: how long the rest will take is judged by it."""
     config, data = study.arms[unit.arm], study.domains[unit.domain]
     if on_test:
-        return _work_on_test(data)
+        return _work_on_test(data) + _work_on_general(study, unit.domain)
     trained = unit.setting.epochs or 0
     if config.kind == AVERAGE and not unit.part:
         trained = 0
     if config.kind in (FULL, CONTINUED):
         trained *= _WHOLE_MODEL
-    return trained * (data.max_train_tokens or 1) + (data.max_eval_tokens or 1)
+    return trained * (data.max_train_tokens or 1) + (data.max_eval_tokens or 1) + _work_on_general(study, unit.domain)
 
 
 def notes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[str]:
@@ -202,6 +202,10 @@ def sorted_outcomes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Out
 
 def _work_on_test(data: DataConfig) -> float:
     return 2 * (data.max_eval_tokens or 1)  # validation again, and test
+
+
+def _work_on_general(study: StudyConfig, domain: str) -> float:
+    return sum(3 * (study.general[name].max_eval_tokens or 1) for name in study.general_of(domain))  # its loss, and KL
 
 
 class _Found:

@@ -122,9 +122,14 @@ class Store:
             "teacher": None if teachers is None else [self.key(teacher, chosen) for teacher in teachers[-1:]],
             "stage": None if arm["kind"] in FULL_KINDS else values["stage"],
         }
+<<<<<<< HEAD
         parts |= {name: values[name] for name in ("model", "scratch", "mask", "full", "checkpoints", "general")}
         if self.study.objective != CROSS_ENTROPY:
             parts |= {"objective": values["objective"], "rewards": values["rewards"]}
+=======
+        parts |= {name: values[name] for name in ("model", "scratch", "mask", "full", "checkpoints")}
+        parts["general"] = {name: values["general"][name] for name in self.study.general_of(unit.domain)}
+>>>>>>> a245d7f (A text that bears a domain's name is general to the other domains alone)
         return _digest(parts)
 
     def outcomes(self) -> list[Outcome]:

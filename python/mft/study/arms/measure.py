@@ -54,10 +54,10 @@ def _evaluated(workspace: Workspace, unit: Unit, model: nn.Module) -> Evaluation
     return evaluation
 
 
-def on_general(workspace: Workspace, start: nn.Module, model: nn.Module, split: str) -> dict[str, General]:
-    """What is left of other text, and how far the model has gone from its start there."""
+def on_general(workspace: Workspace, domain: str, start: nn.Module, model: nn.Module, split: str) -> dict[str, General]:
+    """What is left of text that is not the domain's, and how far the model has gone from its start there."""
     found = {}
-    for name in workspace.study.general:
+    for name in workspace.study.general_of(domain):
         dataset = getattr(workspace.general(name), split)
         kl, _ = kl_divergence(model, start, dataset, batch_size=ROWS)
         found[name] = General(evaluate(model, dataset, batch_size=ROWS), kl)
