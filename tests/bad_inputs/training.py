@@ -660,6 +660,18 @@ def a_compressed_arm_that_says_not_how_many_weights(tmp):
 
 @refused(
     ValueError,
+    where="a study",
+    got="got none",
+    rule="must have a general text for its forgetting to be drawn",
+    remedy="name one in its file, such as general: {stdlib: {source: stdlib}}",
+)
+def a_plot_of_forgetting_where_none_was_measured(tmp):
+    (tmp / "table.json").write_text('{"domains": {"code": {"rows": []}}, "seeds": [0]}')
+    run_plot("forgetting", [tmp], None, domain=None, arm=None, rows=32, points=11)
+
+
+@refused(
+    ValueError,
     where="output_dir",
     got="already holds a run (config.yaml)",
     rule="already holds a run",

@@ -81,9 +81,10 @@ def test_the_overlap_is_of_the_weights_that_the_masks_dropped(study, tmp_path, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["contours"], "the plot must be one of summary, bytes, surface, overlap, flips, got 'contours'"),
+        (["contours"], "the plot must be one of summary, bytes, forgetting, surface, overlap, flips, got 'contours'"),
         (["surface", "--domain", "cont"], "--domain must be one of count, got 'cont'; did you mean count"),
         (["overlap", "elsewhere"], "overlap must be drawn from one directory, got 2"),
+        (["forgetting"], "a study must have a general text for its forgetting to be drawn, got none"),
         (["surface", "--arm", "control"], "--arm must be one of MFT, MFT 2, got 'control'"),
     ],
 )
@@ -101,11 +102,11 @@ def test_a_picture_goes_beside_its_study_and_is_no_stranger_there(study):
         assert result.exit_code == 0, result.output
         assert (directory / "summary.png").read_bytes()[:4] == b"\x89PNG"
         (directory / "summary.png").unlink()
-    for name in ("summary", "surface", "overlap"):
+    for name in ("summary", "forgetting", "surface", "overlap"):
         (directory / f"{name}.png").touch()
     with open_store(findings.study, directory):
         pass
-    for name in ("summary", "surface", "overlap"):
+    for name in ("summary", "forgetting", "surface", "overlap"):
         (directory / f"{name}.png").unlink()
 
 
@@ -117,7 +118,7 @@ def test_a_table_that_is_no_studys_is_refused(tmp_path, text):
     assert "table" in result.output
 
 
-@pytest.mark.parametrize("what", ["surface", "overlap", "summary"])
+@pytest.mark.parametrize("what", ["surface", "overlap", "summary", "forgetting"])
 def test_a_directory_without_a_study_is_refused(tmp_path, what):
     result = CliRunner().invoke(app, ["plot", what, str(tmp_path)])
     assert result.exit_code != 0

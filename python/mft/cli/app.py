@@ -264,11 +264,12 @@ def sensitivity(
 
 @app.command()
 def plot(
-    what: Annotated[str, typer.Argument(help="summary, bytes, surface, overlap or flips.")],
+    what: Annotated[str, typer.Argument(help="summary, bytes, forgetting, surface, overlap or flips.")],
     directories: Annotated[
         list[Path],
         typer.Argument(
-            help="A finished mft compare's; of summary and bytes: or a table.json; of flips: runs of mft train."
+            help="A finished mft compare's; of summary, bytes and forgetting: or a table.json; of flips: runs of mft "
+            "train."
         ),
     ],
     output: Annotated[
@@ -279,7 +280,8 @@ def plot(
     rows: Annotated[int, typer.Option(help="Of surface: validation rows that every point sees.")] = 32,
     points: Annotated[int, typer.Option(help="Of surface: points along each axis.")] = 11,
 ) -> None:
-    """Pictures of a study: differences from the control, loss against bytes, loss surface, overlap of masks; flips."""
+    """Pictures of a study: differences from the control, loss against bytes, gain against forgetting, loss surface,
+    overlap of masks; flips over training."""
     from mft.cli.study import run_plot
 
     run_plot(what, directories, output, domain=domain, arm=arm, rows=rows, points=points)

@@ -12,10 +12,11 @@ from mft.study.config import StudyConfig
 from mft.study.report.by_bytes import plot_bytes
 from mft.study.report.environment import environment
 from mft.study.report.figures import draw_overlap, draw_surface
+from mft.study.report.forgetting import plot_forgetting
 from mft.study.report.plots import plot_summary
 from mft.study.report.write import console_report, write_study_report
 from mft.study.run import run_study
-from mft.study.store import copy_fine_tunes
+from mft.study.store import FORGETTING, copy_fine_tunes
 from mft.tracking.console import console, say
 from mft.tracking.curves import PLOT
 from mft.tracking.metrics import METRICS
@@ -23,7 +24,7 @@ from mft.tracking.progress import Progress
 from mft.training.flips import plot_flips, read_flips
 from mft.training.run_directory import ABLATION, TABLE_JSON, TABLE_MARKDOWN
 
-PLOTS = ("summary", "bytes", "surface", "overlap", "flips")
+PLOTS = ("summary", "bytes", "forgetting", "surface", "overlap", "flips")
 _LARGEST_TABLE = 1 << 28  # bytes
 
 
@@ -34,7 +35,8 @@ def run_compare(study: StudyConfig, *, overwrite: bool) -> None:
     write_study_report(findings, directory, environment())
     for part in console_report(findings):
         console.print(part)
-    say(f"files: {directory}/ ({TABLE_MARKDOWN}, {TABLE_JSON}, {PLOT})")
+    pictures = [PLOT, FORGETTING] if any(study.general_of(domain) for domain in study.domains) else [PLOT]
+    say(f"files: {directory}/ ({', '.join((TABLE_MARKDOWN, TABLE_JSON, *pictures))})")
 
 
 def run_ablate(
@@ -87,6 +89,8 @@ def run_plot(
         plot_flips({str(run): read_flips(run / METRICS) for run in directories}, output)
     elif what == "bytes":
         plot_bytes(_study_table(directory), output)
+    elif what == "forgetting":
+        plot_forgetting(_study_table(directory), output)
     else:
         plot_summary(_study_table(directory), output)
     say(f"written: {output}")

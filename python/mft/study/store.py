@@ -5,7 +5,7 @@
                units/<domain>/<arm>/<key>.json        an Outcome
                trained/<domain>/<arm>/<key>.safetensors
                test/<domain>/<arm>/<key>.json         a Tested; test/openings.json: each set of models that test saw
-               table.md, table.json, plot.png, bytes.png
+               table.md, table.json, plot.png, bytes.png, forgetting.png
                config.yaml, base/, masks/, model/     of mft demo: its masks as a run of mft train has them
 
 A unit's key is a hash of all that determines its result, so that what was found stays valid while arms, domains, seeds
@@ -36,7 +36,8 @@ from mft.training.run_lock import LOCK, hold
 
 FORMAT = 2  # counts up when the same declaration gives other results
 STUDY, BASE_MODEL, UNITS, TRAINED, TEST = "study.yaml", "base", "units", "trained", "test"
-_OURS = {STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK, TABLE_MARKDOWN, TABLE_JSON, PLOT, ABLATION}
+FORGETTING = "forgetting.png"
+_OURS = {STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK, TABLE_MARKDOWN, TABLE_JSON, PLOT, FORGETTING, ABLATION}
 BYTES = "bytes.png"
 _OURS |= {BYTES, "rewards.png", "summary.png", "surface.png", "overlap.png"}  # of mft plot
 _OF_THE_DEMO = {CONFIG, MASKS, MODEL}  # ours where a study lies beside them
@@ -122,14 +123,10 @@ class Store:
             "teacher": None if teachers is None else [self.key(teacher, chosen) for teacher in teachers[-1:]],
             "stage": None if arm["kind"] in FULL_KINDS else values["stage"],
         }
-<<<<<<< HEAD
-        parts |= {name: values[name] for name in ("model", "scratch", "mask", "full", "checkpoints", "general")}
-        if self.study.objective != CROSS_ENTROPY:
-            parts |= {"objective": values["objective"], "rewards": values["rewards"]}
-=======
         parts |= {name: values[name] for name in ("model", "scratch", "mask", "full", "checkpoints")}
         parts["general"] = {name: values["general"][name] for name in self.study.general_of(unit.domain)}
->>>>>>> a245d7f (A text that bears a domain's name is general to the other domains alone)
+        if self.study.objective != CROSS_ENTROPY:
+            parts |= {"objective": values["objective"], "rewards": values["rewards"]}
         return _digest(parts)
 
     def outcomes(self) -> list[Outcome]:

@@ -1,15 +1,9 @@
 """What an arm must store beside the model that it began at, in bytes.
 
 Numbers count 16 bits each, whatever they were trained in; a mask, and which weights of a matrix a compressed arm
-<<<<<<< HEAD
-changes, what its entropy-coded export holds. fp32 arms are evaluated as they are: in the study of moe.yaml, on 64 rows
-of validation, rounding to bfloat16 moved the loss of a control by 0.00006 nats a token (its weights) or 0.00002 (their
-differences from the start, which take as many bytes), and that of LoRA of rank 8 by 0.000006.
-=======
 changes, what its entropy-coded export holds. Arms of fp32 are evaluated as they are: in the study of moe.yaml, on 64
 rows of validation, rounding to bfloat16 moved the loss of a control by 0.00006 nats a token (its weights) or 0.00002
 (their differences from the start, which take as many bytes), and that of LoRA of rank 8 by 0.000006.
->>>>>>> dd2da95 (wip)
 """
 
 import math

@@ -84,12 +84,8 @@ def train_unit(workspace: Workspace, job: Job) -> Outcome:
         seconds=checkpoints.seconds,
         flips=flips,
         bytes=stored_bytes(workspace, job, best),
-<<<<<<< HEAD
         memory=training_bytes(workspace, unit),
-        general=on_general(workspace, workspace.model, best, "validation"),
-=======
         general=on_general(workspace, unit.domain, workspace.model, best, "validation"),
->>>>>>> a245d7f (A text that bears a domain's name is general to the other domains alone)
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.files.figure import new_figure, save_figure
-from mft.study.config import AVERAGE, CONTROL, FULL
+from mft.study.config import AVERAGE, CONTROL, FULL, INTERPOLATED
 from mft.study.outcome import Findings
 from mft.study.report.table import study_numbers
 
@@ -14,7 +14,7 @@ _MASKED = ("#c1121f", "#e4572e", "#8f2d56", "#ff70a6")
 _FULL, _CONTROL, _PLAIN = "0.25", "#e69f00", "0.5"
 _OTHERS = ("#0072b2", "#009e73", "#56b4e9", "#7a5195")
 _REACH = 2.5  # axes end so many times beyond the span of the trained arms; what lies farther becomes an arrow
-_TRAINED = ("control", "mask", "continued", "lora", AVERAGE)
+TRAINED = ("control", "mask", "continued", "lora", AVERAGE, INTERPOLATED)
 
 
 def plot_study(numbers: Mapping[str, Any], path: Path) -> None:
@@ -78,7 +78,7 @@ def _compared(table: Mapping[str, Any], reference: str) -> list[tuple[Mapping[st
 
 
 def _draw_differences(axes, table: Mapping[str, Any], reference: str) -> None:
-    compared, colours = _compared(table, reference), _colours(table)
+    compared, colours = _compared(table, reference), colours_of(table)
     low, high = _limits(compared)
     for place, (row, difference) in enumerate(compared):
         estimate, colour = difference["estimate"], colours[row["arm"]]
@@ -112,7 +112,7 @@ def _draw_differences(axes, table: Mapping[str, Any], reference: str) -> None:
 
 def _limits(compared) -> tuple[float, float]:
     """The intervals of trained arms and 0, and what lies within _REACH times their span."""
-    near = [d for row, d in compared if row["kind"] in _TRAINED] or [d for _, d in compared]
+    near = [d for row, d in compared if row["kind"] in TRAINED] or [d for _, d in compared]
     values = [0.0] + [d[end] for d in near for end in ("low", "estimate", "high") if d[end] is not None]
     span = (max(values) - min(values)) or 1e-4
     floor, ceiling = max(values) - _REACH * span, min(values) + _REACH * span
@@ -126,7 +126,7 @@ def _limits(compared) -> tuple[float, float]:
 
 def _draw_rates(axes, table: Mapping[str, Any], first_seed: int) -> None:
     """The best loss at each rate over the other choices, as a line; each configuration faintly."""
-    colours, rows = _colours(table), {row["arm"]: row for row in table["rows"]}
+    colours, rows = colours_of(table), {row["arm"]: row for row in table["rows"]}
     trials: dict[str, list[Mapping[str, Any]]] = {}
     for trial in table["trials"]:
         row = rows.get(trial["arm"])
@@ -174,18 +174,22 @@ def _loss(trial: Mapping[str, Any]) -> float:
     return float("inf") if loss is None else loss
 
 
-def _colours(table: Mapping[str, Any]) -> dict[str, str]:
-    colours, masked, others = {}, 0, 0
+def colours_of(table: Mapping[str, Any]) -> dict[str, str]:
+    """By arm; an interpolated one has its source's."""
+    colours, masked, others = dict[str, str](), 0, 0
     controls = {row["against"] for row in table["rows"] if row["masked"]}  # averages of the control too
     for row in table["rows"]:
+        if row["kind"] == INTERPOLATED:
+            continue
         if row["masked"]:
             colours[row["arm"]], masked = _MASKED[masked % len(_MASKED)], masked + 1
         elif row["kind"] == FULL:
             colours[row["arm"]] = _FULL
         elif row["kind"] == CONTROL or row["arm"] in controls:
             colours[row["arm"]] = _CONTROL
-        elif row["kind"] in _TRAINED:
+        elif row["kind"] in TRAINED:
             colours[row["arm"]], others = _OTHERS[others % len(_OTHERS)], others + 1
         else:
             colours[row["arm"]] = _PLAIN
-    return colours
+    made = {row["arm"]: colours.get(row["of"], _PLAIN) for row in table["rows"] if row["kind"] == INTERPOLATED}
+    return colours | made

@@ -6,19 +6,21 @@ Notation: S seeds, D documents, x[s, d] the difference of two arms' sums over a 
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mft.study.outcome import Measured
+from mft.study.outcome import General, Measured
 
 METRICS = ("loss", "tempered", "accuracy", "answers")
 WRONG = "wrong"  # questions less exact answers: what rewards make smaller
 CONFIDENCE = 0.95
+LEVEL = 1 - CONFIDENCE
 DRAWS = 10_000
 _CHUNK_BYTES = 32 << 20  # of multiplicities at once; with counts and products of them well below 200 MB
+_DRAWN_BYTES = 128 << 20  # of draws of several differences at once
 Floats = NDArray[np.float64]
 
 
@@ -28,6 +30,10 @@ class Paired:
 
     sums: Floats
     counts: Floats
+
+    @property
+    def estimate(self) -> float:
+        return float((self.sums.sum(-1) / self.counts.sum()).mean())
 
 
 @dataclass(frozen=True)
@@ -43,10 +49,13 @@ class Difference:
     p_holm: float | None = None
 
 
-def paired(a: Mapping[int, Measured], b: Mapping[int, Measured], metric: str = "loss") -> Paired | None:
+def paired(
+    a: Mapping[int, Measured | General], b: Mapping[int, Measured | General], metric: str = "loss"
+) -> Paired | None:
     """a - b in the seeds that both have; None if there is no such seed or one of them was not measured so.
 
     Args:
+        a, b: by seed, on a split of the domain, or both on one text that is not the domain's.
         metric: loss: nats. tempered: nats at the arm's own temperature. accuracy: likeliest tokens that are right.
             answers: exact ones, a question. wrong: those that are not.
     Raises: ValueError for an unknown metric, or if a document of a is not the same in b or in another seed.
@@ -80,7 +89,7 @@ def differences(pairs: Sequence[Paired], *, draws: int = DRAWS, seed: int = 0) -
     groups: dict[tuple[int, ...], list[int]] = {}
     for place, pair in enumerate(pairs):
         groups.setdefault(pair.sums.shape, []).append(place)
-    for (seeds, documents), places in groups.items():
+    for (seeds, documents), places in _in_parts(groups, max(1, _DRAWN_BYTES // (8 * draws))):
         sums, counts = (np.stack([getattr(pairs[place], name) for place in places]) for name in ("sums", "counts"))
         estimates = (sums.sum(-1) / counts.sum(-1)[:, None]).mean(-1)
         if documents < 2:
@@ -155,8 +164,36 @@ def with_holm(family: Sequence[Difference]) -> list[Difference]:
     return [dataclasses.replace(difference, p_holm=adjusted.get(place)) for place, difference in enumerate(family)]
 
 
-def _sums(measured: Measured, metric: str) -> tuple[Floats, Floats, Floats] | None:
+def side(difference: Difference, validation: float | None) -> tuple[int, str]:
+    """Where a difference is shown to lie: (-1, "") below 0, (1, "") above; else (0, why neither is shown).
+
+    It is shown if its interval excludes 0, its p stays below LEVEL after Holm's correction, and validation's
+    difference has the same sign.
+    """
+    if math.isnan(difference.low):
+        return 0, "a single document has no interval"
+    if difference.low <= 0 <= difference.high:
+        return 0, "the interval includes 0"
+    if difference.p_holm is None or difference.p_holm >= LEVEL:
+        return 0, "not after Holm's correction"
+    if validation is None:
+        return 0, "there is no validation difference to agree"
+    if validation * difference.estimate <= 0:
+        return 0, "validation disagrees"
+    return (-1 if difference.estimate < 0 else 1), ""
+
+
+def _in_parts(groups: Mapping[tuple[int, ...], list[int]], most: int) -> Iterator[tuple[tuple[int, ...], list[int]]]:
+    """The same groups, none with more than ``most`` members."""
+    for shape, places in groups.items():
+        for start in range(0, len(places), most):
+            yield shape, places[start : start + most]
+
+
+def _sums(measured: Measured | General, metric: str) -> tuple[Floats, Floats, Floats] | None:
     """(documents, sums, counts), each (D,)."""
+    if isinstance(measured, General):  # at one temperature, and nothing is asked
+        measured = Measured(measured.evaluation)
     evaluation = measured.tempered if metric == "tempered" else measured.evaluation
     if evaluation is None:
         return None

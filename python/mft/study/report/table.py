@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mft.evaluation.evaluate import Evaluation
-from mft.study.config import AVERAGE, BASE, CONTROL, FULL, MASK, QUANTIZED, REWARDS, Setting, StudyConfig
+from mft.study.config import AVERAGE, BASE, CONTROL, FULL, INTERPOLATED, QUANTIZED, REWARDS, Setting, StudyConfig
 from mft.study.outcome import Findings, Measured
+from mft.study.report.dominance import Comparison, comparisons, is_mft
+from mft.study.report.general import OnText, general_tables, start_of
 from mft.study.report.statistics import METRICS, WRONG, Difference, Paired, differences, paired, with_holm
 
 Runs = Mapping[int, Measured]
@@ -18,15 +20,19 @@ Runs = Mapping[int, Measured]
 class Row:
     """An arm on the test split; means over seeds, differences paired.
 
-    against: the arm that it is held against: the control, or for an average of runs the control's average of as many;
-        over codes the control that was rounded to such codes after its training.
+    against: the arm that it is held against: the control, or for an average of runs the control's average of as many,
+        or for an interpolated arm the control's; over codes the control that was rounded to such codes after its
+        training.
+    start, of: the arms where it began (None: where no arm has that model), and that it was made of.
     """
 
     arm: str
     kind: str
-    masked: bool  # MFT, or an average of it
+    masked: bool  # MFT, or made of its runs
     setting: Setting | None
     against: str | None
+    start: str | None
+    of: str | None
     loss: float
     accuracy: float
     exact: float | None  # share of questions answered exactly
@@ -43,8 +49,8 @@ class Row:
     flips: float | None = None
     memory: float | None = None  # bytes in training, without activations
     recovered: float | None = None  # of what rounding its start cost, the share that it took back (see recovered_share)
-    start: str | None = None  # the arm at whose end it began; None: at the base model
-    bytes: float | None = None  # beside the start, of a chosen run, mean over seeds
+    bytes: float | None = None  # of what must be stored beside the start, mean over seeds
+    general: dict[str, OnText] = field(default_factory=dict)  # by text
 
 
 @dataclass
@@ -58,6 +64,8 @@ class DomainTable:
     tokens: int
     questions: int
     rows: list[Row]
+    general: list[str] = field(default_factory=list)  # texts by which forgetting is measured
+    comparisons: list[Comparison] = field(default_factory=list)  # of MFT arms with rivals, a text after the other
 
     def row(self, arm: str | None) -> Row | None:
         return next((row for row in self.rows if row.arm == arm), None)
@@ -84,6 +92,11 @@ def study_tables(findings: Findings) -> dict[str, DomainTable]:
             row.minus_full = difference
         else:
             row.minus_control[metric] = difference
+    general, compared = general_tables(findings), comparisons(findings)
+    for domain, table in tables.items():
+        table.general, table.comparisons = findings.study.general_of(domain), compared[domain]
+        for row in table.rows:
+            row.general = general.get(domain, {}).get(row.arm, {})
     return tables
 
 
@@ -96,7 +109,8 @@ def reference_of(study: StudyConfig, arm: str) -> str | None:
     """The arm that ``arm`` is held against, the control of the same layers; None for the control itself, and where
     there is none. Over codes it is such a control, rounded after its training, of the same exact start."""
     config, codes = study.arms[arm], study.codes_under(arm)
-    layers = study.arms[str(config.of)].layers_to_transform if config.kind == AVERAGE else config.layers_to_transform
+    derived = config.kind in (AVERAGE, INTERPOLATED)
+    layers = (study.arms[str(config.of)] if derived else config).layers_to_transform
     start = study.start_of(arm if codes is None else codes)
     controls = [name for name, c in study.arms.items() if (c.kind, c.layers_to_transform) == (CONTROL, layers)]
     alike = [name for name in controls if study.start_of(name) == start]
@@ -105,9 +119,9 @@ def reference_of(study: StudyConfig, arm: str) -> str | None:
         found = (name for name, c in study.arms.items() if (c.kind, c.quantization) == rounded and c.start in alike)
         return None if config.kind == AVERAGE else next(found, None)
     control = next(iter(alike or controls), None)
-    if config.kind == AVERAGE:
-        alike = (name for name, c in study.arms.items() if (c.kind, c.of, c.runs) == (AVERAGE, control, config.runs))
-        control = next(alike, None)
+    if derived:
+        made = (config.kind, control, config.runs)
+        control = next((name for name, c in study.arms.items() if (c.kind, c.of, c.runs) == made), None)
     return None if control == arm else control
 
 
@@ -130,12 +144,6 @@ def exact_start(study: StudyConfig, rounded: str) -> str:
     return study.start_of(rounded) or str(study.named(BASE))
 
 
-def is_mft(study: StudyConfig, arm: str) -> bool:
-    """Whether an arm is MFT or an average of its runs."""
-    config = study.arms[arm]
-    return config.kind == MASK or (config.kind == AVERAGE and study.arms[str(config.of)].kind == MASK)
-
-
 def study_numbers(findings: Findings, tables: Mapping[str, DomainTable] | None = None) -> dict[str, Any]:
     """What table.json holds and the plots draw; NaN and infinity become None."""
     tables = study_tables(findings) if tables is None else tables
@@ -146,6 +154,7 @@ def study_numbers(findings: Findings, tables: Mapping[str, DomainTable] | None =
             dataclasses.asdict(outcome.unit.setting)
             | {"arm": outcome.unit.arm, "seed": outcome.unit.seed, "part": outcome.unit.part}
             | {"validation_loss": outcome.loss, "seconds": outcome.seconds, "diverged": outcome.diverged}
+            | {"general": {text: found.evaluation.loss for text, found in outcome.general.items()}}
             for outcome in findings.outcomes
             if outcome.unit.domain == domain
         ]
@@ -204,6 +213,8 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
         masked=is_mft(study, arm),
         setting=setting,
         against=against,
+        start=start_of(study, arm),
+        of=study.arms[arm].of,
         loss=_mean([evaluation.loss for evaluation in evaluations]),
         accuracy=_mean([evaluation.accuracy for evaluation in evaluations]),
         exact=_mean(answers) if answers else None,
@@ -217,7 +228,6 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
         seconds_tried=sum(o.seconds for o in outcomes),
         flips=_mean(flips) if flips else None,
         memory=_mean(memory) if memory else None,
-        start=study.start_of(arm),
         bytes=_mean([float(size) for size in stored]) if stored else None,
     )
 
@@ -243,7 +253,7 @@ def validation_difference(findings: Findings, domain: str, arm: str, against: st
     if against is None or arm not in measured or against not in measured:
         return None
     pair = paired(measured[arm], measured[against], deciding_metric(findings.study))
-    return None if pair is None else float((pair.sums.sum(-1) / pair.counts.sum()).mean())
+    return None if pair is None else pair.estimate
 
 
 def _validation_exact(findings: Findings, domain: str, arm: str) -> float | None:

@@ -1,46 +1,66 @@
 """What a study says in words: a verdict a domain that claims no more than its intervals allow, and how it was got.
 
-MFT helps only if all three hold: the interval of MFT - control lies below 0, its p stays below 0.05 after Holm's
-correction, and validation's difference has the same sign. A loss is declared by the same rules.
+Where forgetting is measured the verdict is of dominance: see dominance.py. Elsewhere MFT helps only if all three hold:
+the interval of MFT - control lies below 0, its p stays below 0.05 after Holm's correction, and validation's difference
+has the same sign. A loss is declared by the same rules.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 
-from mft.study.config import AVERAGE, CONTROL, REWARDS
+from mft.study.config import AVERAGE, CONTROL, DERIVED, INTERPOLATED, REWARDS
 from mft.study.outcome import Findings
+from mft.study.report.dominance import (
+    DOMINATED,
+    DOMINATES,
+    LEVEL_WITH,
+    TRADE_OFF,
+    Comparison,
+    OnLoss,
+    draws_of,
+    family_size,
+)
 from mft.study.report.rewards import rewards_remark
-from mft.study.report.statistics import CONFIDENCE, DRAWS, WRONG, Difference
+from mft.study.report.statistics import CONFIDENCE, DRAWS, WRONG, Difference, side
 from mft.study.report.table import DomainTable, Row, study_tables
 
 HELPS = "MFT helps"
 LOST = "MFT does not help: the control is better"
 NO_EVIDENCE = "No evidence beyond continued training"
-LEVEL = 1 - CONFIDENCE
 FEW_DOCUMENTS = 20
+_ONE_SEED = "A single seed: the intervals know of documents only, another seed of the training moves results too."
+# By a comparison's verdict, and of a trade-off by the side of the loss on the domain.
+_WORDS = {
+    (DOMINATES, 0): "dominates",
+    (DOMINATED, 0): "is dominated by",
+    (TRADE_OFF, -1): "gains more and forgets more than",
+    (TRADE_OFF, 1): "gains less and forgets less than",
+    (LEVEL_WITH, 0): "is level with",
+}
 
 
 def study_verdicts(findings: Findings, tables: Mapping[str, DomainTable] | None = None) -> list[str]:
-    """One paragraph a domain."""
+    """One paragraph a domain; where forgetting is measured, one a domain and text."""
     tables = study_tables(findings) if tables is None else tables
-    return [f"{domain}. {' '.join(_sentences(findings, table))}" for domain, table in tables.items()]
+    paragraphs = []
+    for domain, table in tables.items():
+        if not table.general:
+            paragraphs.append(f"{domain}. {' '.join(_sentences(findings, table))}")
+        for text in table.general:
+            said = " ".join(_dominance(domain, text, table))
+            paragraphs.append(f"{domain}, and what is left of {text}. {said}")
+    return paragraphs
 
 
 def conclusion(row: Row) -> tuple[str, str]:
     """(HELPS, LOST or NO_EVIDENCE, why no more is claimed) of an MFT arm that was compared with its control."""
     difference = row.minus_control[row.decides]
+    shown, why = side(difference, row.validation)
+    if shown:
+        return (HELPS if shown < 0 else LOST), ""
     if math.isnan(difference.low):
-        return NO_EVIDENCE, "a single document has no interval"
-    ahead = f"{'MFT' if difference.estimate < 0 else row.against} is ahead on test"
-    if difference.low <= 0 <= difference.high:
-        return NO_EVIDENCE, f"{ahead}, but the interval includes 0"
-    if difference.p_holm is None or difference.p_holm >= LEVEL:
-        return NO_EVIDENCE, f"{ahead}, but not after Holm's correction"
-    if row.validation is None:
-        return NO_EVIDENCE, f"{ahead}, but there is no validation difference to agree"
-    if row.validation * difference.estimate <= 0:
-        return NO_EVIDENCE, f"{ahead}, but validation disagrees"
-    return (HELPS if difference.estimate < 0 else LOST), ""
+        return NO_EVIDENCE, why
+    return NO_EVIDENCE, f"{'MFT' if difference.estimate < 0 else row.against} is ahead on test, but {why}"
 
 
 def remarks(findings: Findings, tables: Mapping[str, DomainTable]) -> list[str]:
@@ -77,7 +97,40 @@ def _sentences(findings: Findings, table: DomainTable) -> Iterable[str]:
         else:
             yield f"{row.arm} - {table.full}: {shown_interval(row.minus_full)}{_uncompared(findings, table, row)}."
     if table.seeds == 1:
-        yield "A single seed: the intervals know of documents only, another seed of the training moves results too."
+        yield _ONE_SEED
+
+
+def _dominance(domain: str, text: str, table: DomainTable) -> Iterable[str]:
+    masked = [row for row in table.rows if row.masked]
+    if not masked:
+        yield "There is no MFT arm."
+    for row in masked:
+        listed = [one for one in table.comparisons if (one.arm, one.text) == (row.arm, text)]
+        yield _sides(row, listed) if listed else f"{row.arm} is not compared: there is no rival with the same seeds."
+        yield from (_both(domain, one) for one in listed if one.rival == row.against)
+    if masked and table.seeds == 1:
+        yield _ONE_SEED
+
+
+def _sides(row: Row, listed: list[Comparison]) -> str:
+    """ "MFT dominates LoRA; is level with control." """
+    rivals: dict[str, list[str]] = {words: [] for words in _WORDS.values()}
+    for one in listed:
+        rivals[_WORDS[one.verdict, one.domain.side if one.verdict == TRADE_OFF else 0]].append(one.rival)
+    if len(rivals[_WORDS[DOMINATES, 0]]) == len(listed):
+        return f"{row.arm} dominates every rival: {', '.join(one.rival for one in listed)}."
+    parts = (f"{words} {', '.join(names)}" for words, names in rivals.items() if names)
+    return f"{row.arm} {'; '.join(parts)}."
+
+
+def _both(domain: str, one: Comparison) -> str:
+    return f"{one.arm} - {one.rival}: {_on_loss(domain, one.domain)}; {_on_loss(one.text, one.general)}."
+
+
+def _on_loss(name: str, found: OnLoss) -> str:
+    validation = "none" if found.validation is None else f"{found.validation:+.4f}"
+    p = shown_p(found.difference.p_holm)
+    return f"{name} {shown_interval(found.difference)}, Holm-adjusted p {p}, on validation {validation}"
 
 
 def _compared(row: Row, control: Row, full: str) -> str:
@@ -108,6 +161,8 @@ def _uncompared(findings: Findings, table: DomainTable, row: Row) -> str:
     if row.kind == AVERAGE and row.against is None:
         runs = findings.study.arms[row.arm].runs
         return f"; not compared: no arm averages {runs} runs of {table.control}, and a single run is no match"
+    if row.kind == INTERPOLATED and row.against is None:
+        return f"; not compared: no arm lies between {table.control} and its start"
     return f"; not compared: {row.against} was not tested in the same seeds"
 
 
@@ -150,10 +205,20 @@ def _method(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[s
             f"p is two-sided against the control; Holm's correction runs over the {len(claims)} comparisons of MFT "
             "with it in all domains, and separately over those of the other arms, on which no verdict rests."
         )
+    if family := family_size(table.comparisons for table in tables.values()):
+        yield (
+            "An MFT arm dominates a rival if it is better by one of two losses, on the domain and on a text that no "
+            "arm was trained for, and worse by neither; it is dominated likewise; better by one and worse by the "
+            "other is a trade-off. Better and worse mean that the interval excludes 0, p stays below 0.05 after "
+            f"Holm's correction over these {family} differences ({draws_of(family)} draws; of every MFT arm from "
+            "every rival, by both losses, over all domains and texts), and validation has the same sign. Level means "
+            "that neither was shown, not that two arms are equal. Rivals are the tuned arms that are no masks, the "
+            "full fine-tune among them; of an average of runs the averages of as many."
+        )
     for domain, table in tables.items():
         tried = [f"{row.arm} {row.tried}" for row in table.rows if row.kind != AVERAGE]
         total = sum(row.tried for row in table.rows)
-        means = [name for name, arm in study.arms.items() if arm.kind == AVERAGE]  # part 0 of these is no run
+        means = [name for name, arm in study.arms.items() if arm.kind in DERIVED]  # part 0 of these is no run
         units = [(o.unit, o.seconds) for o in findings.outcomes if o.unit.domain == domain]
         runs = [seconds for unit, seconds in units if unit.arm not in means or unit.part > 0]
         yield (

@@ -1,7 +1,7 @@
-"""The report of a study: tables for Markdown and the terminal, all numbers as JSON, the plot."""
+"""The report of a study: tables for Markdown and the terminal, all numbers as JSON, the plots."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from mft.study.config import REWARDS
 from mft.study.outcome import Findings
 from mft.study.report.at_equal_bytes import AtEqualBytes, at_equal_bytes, bytes_values, remark_on_bytes, said_of_bytes
 from mft.study.report.by_bytes import plot_bytes
+from mft.study.report.forgetting import plot_forgetting
+from mft.study.report.general import OnText
 from mft.study.report.over_codes import verdicts_over_codes
 from mft.study.report.plots import plot_study
 from mft.study.report.rewards import REWARDS_PLOT, plot_rewards, reward_curves
 from mft.study.report.table import DomainTable, Row, study_numbers, study_tables
 from mft.study.report.verdict import conclusion, remarks, shown_interval, shown_p, study_verdicts
-from mft.study.store import BYTES
+from mft.study.store import BYTES, FORGETTING
 from mft.tracking.curves import PLOT
 from mft.training.run_directory import TABLE_JSON, TABLE_MARKDOWN
 
@@ -32,7 +34,9 @@ _MEGA = 1e6
 
 
 def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, Any] | None = None) -> None:
-    """table.md, table.json and plot.png in directory; bytes.png where a mask has a rival in as few bytes.
+    """table.md, table.json and plot.png in directory.
+
+    bytes.png too where a mask has a rival in as few bytes, and forgetting.png where forgetting was measured.
 
     extra: where the numbers come from (commit, versions, device, command); it goes into both files.
     """
@@ -41,13 +45,16 @@ def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, 
     lines = ["# Verdict", "", *(f"{paragraph}\n" for paragraph in said)]
     for domain, table in tables.items():
         lines += [f"# {domain}: {_counts(table)}", "", *_markdown(table), ""]
+        for text in table.general:
+            lines += [f"# {domain} and {text}: MFT arms against their rivals", "", *_matches(domain, text, table), ""]
     lines += ["# How", "", *(f"- {note}" for note in known)]
     lines += [f"- {name}: {_words(value)}" for name, value in extra.items()]
     write_whole(directory / TABLE_MARKDOWN, "\n".join(lines) + "\n")
     numbers = study_numbers(findings, tables)
     for domain, table in tables.items():
         for row, entry in zip(table.rows, numbers["domains"][domain]["rows"]):
-            entry["conclusion"] = conclusion(row)[0] if row.masked and row.decides in row.minus_control else None
+            judged = row.masked and row.decides in row.minus_control and not table.general  # else by dominance
+            entry["conclusion"] = conclusion(row)[0] if judged else None
         numbers["domains"][domain]["by_rewards"] = reward_curves(findings, domain)
     numbers |= {"verdicts": said, "remarks": known, "environment": extra, "at_equal_bytes": bytes_values(by_bytes)}
     text = json.dumps(numbers, indent=2, allow_nan=False)
@@ -57,6 +64,8 @@ def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, 
         plot_rewards(numbers, directory / REWARDS_PLOT)
     if by_bytes:
         plot_bytes(numbers, directory / BYTES)
+    if any(table.general for table in tables.values()):
+        plot_forgetting(numbers, directory / FORGETTING)
 
 
 def console_report(findings: Findings) -> list[RenderableType]:
@@ -119,12 +128,28 @@ _GROUPS = (
         _Column("s a run", lambda row: "-" if not row.seconds else f"{row.seconds:.1f}"),
         _Column("MB in training", lambda row: "-" if row.memory is None else f"{row.memory / _MEGA:.1f}"),
         _Column("recovered %", lambda row: "-" if row.recovered is None else f"{_PERCENT * row.recovered:.0f}"),
+        _Column("bytes", lambda row: "-" if row.bytes is None else f"{row.bytes:,.0f}"),
     ),
 )
 
 
+def _on(text: str) -> tuple[_Column, ...]:
+    """What is left of a text that no arm was trained for."""
+
+    def of(row: Row, shown: Callable[[OnText], str]) -> str:
+        return shown(row.general[text]) if text in row.general else "-"
+
+    return (
+        _Column(text, lambda row: of(row, lambda on: f"{on.loss:.4f}")),
+        _Column(f"{text} - {{full}}", lambda row: of(row, lambda on: shown_interval(on.minus_full))),
+        _Column(f"{text} - start", lambda row: of(row, lambda on: shown_interval(on.minus_start))),
+        _Column("KL to start", lambda row: of(row, lambda on: f"{on.kl:.4f}")),
+    )
+
+
 def _shown_groups(table: DomainTable) -> list[list[_Column]]:
-    shown = [[c for c in group if any(c.cell(row) != "-" for row in table.rows)] for group in _GROUPS]
+    groups = (*_GROUPS[:-1], *map(_on, table.general), _GROUPS[-1])
+    shown = [[c for c in group if any(c.cell(row) != "-" for row in table.rows)] for group in groups]
     return [group for group in shown if group]
 
 
@@ -137,6 +162,17 @@ def _markdown(table: DomainTable) -> list[str]:
         arm = f"**{row.arm}**" if row.masked else row.arm
         lines.append(f"| {' | '.join((arm, *(column.cell(row) for column in columns)))} |")
     return lines
+
+
+def _matches(domain: str, text: str, table: DomainTable) -> Iterator[str]:
+    """Every MFT arm less every rival."""
+    yield f"| MFT arm | rival | {domain}: loss - rival | p (Holm) | {text}: loss - rival | p (Holm) | verdict |"
+    yield "|---|---|---:|---:|---:|---:|---|"
+    for one in table.comparisons:
+        if one.text == text:
+            losses = (one.domain.difference, one.general.difference)
+            cells = (cell for loss in losses for cell in (shown_interval(loss), shown_p(loss.p_holm)))
+            yield f"| {one.arm} | {one.rival} | {' | '.join(cells)} | {one.verdict} |"
 
 
 def _console_table(table: DomainTable, columns: list[_Column]) -> Table:

@@ -1,0 +1,128 @@
+"""Who gains more, and who forgets less: each MFT arm against each rival, by the loss on the domain and on another text.
+
+An arm dominates a rival if neither of its losses is shown to be higher and one is shown to be lower (statistics.side
+says what shown means). Rivals are the tuned arms that are no masks. Holm's correction runs over one family: all
+differences of every MFT arm from every rival, in both losses, over all domains and texts.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from mft.study.config import AVERAGE, BASE, DERIVED, MASK, ONE_SHOT, TEMPERATURE, StudyConfig
+from mft.study.outcome import Findings
+from mft.study.report.general import Runs, on_test, on_validation
+from mft.study.report.statistics import DRAWS, Difference, Paired, differences, paired, side, with_holm
+
+DOMINATES, DOMINATED, TRADE_OFF, LEVEL_WITH = "dominates", "dominated", "trade-off", "level"
+_Claim = tuple[str, str, str, str | None]  # domain, MFT arm, rival, text; None: by the loss on the domain
+_DRAWS_EACH = 200  # of the family: with all draws on one side, p times the family is 0.01
+
+
+@dataclass(frozen=True)
+class OnLoss:
+    """An MFT arm less a rival in one loss: on test, adjusted for the family, and on validation."""
+
+    difference: Difference
+    validation: float | None
+    side: int  # -1: the MFT arm is shown to be better, 1: worse, 0: neither
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An MFT arm against a rival, by the loss on the domain and the loss on a text."""
+
+    arm: str
+    rival: str
+    text: str
+    domain: OnLoss
+    general: OnLoss
+    verdict: str  # of the arm: DOMINATES, DOMINATED, TRADE_OFF or LEVEL_WITH
+
+
+def is_mft(study: StudyConfig, arm: str) -> bool:
+    """Whether an arm is MFT or made of its runs."""
+    config = study.arms[arm]
+    return (study.arms[str(config.of)] if config.kind in DERIVED else config).kind == MASK
+
+
+def rivals_of(study: StudyConfig, arm: str) -> list[str]:
+    """The tuned arms that are no masks; for an average of runs those that average as many."""
+    untuned, config = (BASE, TEMPERATURE, *ONE_SHOT), study.arms[arm]
+    rivals = [name for name, other in study.arms.items() if other.kind not in untuned and not is_mft(study, name)]
+    if config.kind != AVERAGE:
+        return rivals
+    return [name for name in rivals if (study.arms[name].kind, study.arms[name].runs) == (AVERAGE, config.runs)]
+
+
+def comparisons(findings: Findings) -> dict[str, list[Comparison]]:
+    """By domain, of what was tested in the same seeds; text by text, none where a domain has none."""
+    pairs: dict[_Claim, Paired] = {}
+    for domain, arm, rival in _matches(findings):
+        own = paired(findings.test[domain][arm], findings.test[domain].get(rival, {}))
+        texts = {text: _on_text(on_test, findings, domain, arm, rival, text) for text in _texts(findings, domain)}
+        others: dict[_Claim, Paired] = {
+            (domain, arm, rival, text): pair for text, pair in texts.items() if pair is not None
+        }
+        if own is not None and others:
+            pairs[domain, arm, rival, None] = own
+            pairs.update(others)
+    family = with_holm(differences(list(pairs.values()), draws=draws_of(len(pairs))))
+    found = {}
+    for claim, difference in zip(pairs, family, strict=True):
+        validation = _on_validation(findings, *claim)
+        found[claim] = OnLoss(difference, validation, side(difference, validation)[0])
+    compared: dict[str, list[Comparison]] = {domain: [] for domain in findings.test}
+    for (domain, arm, rival, text), general in found.items():
+        if text is not None:
+            own_loss = found[domain, arm, rival, None]
+            judged = verdict(own_loss.side, general.side)
+            compared[domain].append(Comparison(arm, rival, text, own_loss, general, judged))
+    for domain, listed in compared.items():
+        listed.sort(key=lambda one: _texts(findings, domain).index(one.text))  # stable
+    return compared
+
+
+def draws_of(family: int) -> int:
+    """How many draws a family of so many differences takes, for Holm's correction to leave their least p room."""
+    return max(DRAWS, _DRAWS_EACH * family)
+
+
+def family_size(compared: Iterable[list[Comparison]]) -> int:
+    """How many differences stand in these: one a pair of arms on each domain, one more on each text."""
+    return sum(len({(one.arm, one.rival) for one in listed}) + len(listed) for listed in compared)
+
+
+def verdict(domain: int, general: int) -> str:
+    """Of the sides of both differences."""
+    if domain * general < 0:
+        return TRADE_OFF
+    return {-1: DOMINATES, 0: LEVEL_WITH, 1: DOMINATED}[domain or general]
+
+
+def _texts(findings: Findings, domain: str) -> list[str]:
+    return findings.study.general_of(domain)
+
+
+def _matches(findings: Findings) -> Iterator[tuple[str, str, str]]:
+    """(domain, MFT arm, rival)"""
+    study = findings.study
+    for domain, tested in findings.test.items():
+        for arm in study.arms:
+            if is_mft(study, arm) and tested.get(arm):
+                yield from ((domain, arm, rival) for rival in rivals_of(study, arm))
+
+
+def _on_text(
+    split: Callable[..., Runs], findings: Findings, domain: str, arm: str, rival: str, text: str
+) -> Paired | None:
+    """split: on_test or on_validation."""
+    return paired(split(findings, domain, arm, text), split(findings, domain, rival, text))
+
+
+def _on_validation(findings: Findings, domain: str, arm: str, rival: str, text: str | None) -> float | None:
+    if text is not None:
+        pair = _on_text(on_validation, findings, domain, arm, rival, text)
+    else:
+        measured = findings.validation.get(domain, {})
+        pair = paired(measured.get(arm, {}), measured.get(rival, {}))
+    return None if pair is None else pair.estimate

@@ -1,0 +1,207 @@
+"""Gain against forgetting: every arm's loss on a domain over its loss on a text that no arm was trained for."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from mft.files.figure import new_figure, save_figure
+from mft.study.config import AVERAGE, BASE, FULL, INTERPOLATED
+from mft.study.report.plots import TRAINED, colours_of
+
+_OUTLIER = 5  # times the median distance of trained arms, beyond which an arm does not widen the panel near the start
+_MARGIN = 0.07
+_UNTRAINED = ("x", "+", "1", "2", "3", "4", "v", "^")  # markers, which tell them apart in one colour
+
+Table = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """An arm on test, less the full fine-tune: loss on the text and on the domain, each (low, estimate, high)."""
+
+    arm: str
+    kind: str
+    forgotten: tuple[float, float, float]
+    gained: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """An interpolated arm on validation with the first seed: (loss on the text, on the domain) by alpha, as a Point's.
+
+    From where its source began, if an arm has that model, over the alphas tried to where the source ended.
+    """
+
+    arm: str
+    of: str
+    by_alpha: dict[float, tuple[float, float]]
+
+
+def points(table: Table, text: str) -> list[Point]:
+    """Of all arms that were tested on both."""
+    found = []
+    for row in table["rows"]:
+        on = row["general"].get(text)
+        both = None if on is None else (on["minus_full"], row["minus_full"])
+        if row["arm"] == table["full"]:
+            found.append(Point(row["arm"], row["kind"], (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)))
+        elif both is not None and None not in both:
+            forgotten, gained = map(_ends, both)
+            found.append(Point(row["arm"], row["kind"], forgotten, gained))
+    return found
+
+
+def curves(table: Table, text: str, first_seed: int) -> list[Curve]:
+    """Of all interpolated arms."""
+    seen = _Seen(table, text, first_seed)
+    origin = seen.chosen(table["full"])
+    found = []
+    for row in table["rows"]:
+        if row["kind"] != INTERPOLATED or origin is None:
+            continue
+        along = {0.0: seen.chosen(row["start"])} | seen.by_alpha(row["arm"])
+        along.setdefault(1.0, seen.chosen(row["of"]))
+        losses = {alpha: both for alpha, both in sorted(along.items()) if both is not None}
+        less = {alpha: (general - origin[0], own - origin[1]) for alpha, (general, own) in losses.items()}
+        found.append(Curve(row["arm"], row["of"], less))
+    return found
+
+
+def plot_forgetting(numbers: Mapping[str, Any], path: Path) -> None:
+    """A row a domain and text, from the numbers of a table.json: all of it, and near the full fine-tune.
+
+    Raises: ValueError if forgetting was measured on no domain.
+    """
+    panels = [(name, text, t) for name, t in numbers["domains"].items() for text in t.get("general", [])]
+    if not panels:
+        raise ValueError(
+            "a study must have a general text for its forgetting to be drawn, got none: name one in its file, such as "
+            "general: {stdlib: {source: stdlib}}"
+        )
+    figure = new_figure(13.5, 4.6 * len(panels))
+    for (left, right), (domain, text, table) in zip(figure.subplots(len(panels), 2, squeeze=False), panels):
+        found, lines = points(table, text), curves(table, text, numbers["seeds"][0])
+        shown = [p for p in found if p.kind in (BASE, FULL, *TRAINED)]
+        ends = [both for line in lines for both in line.by_alpha.values()]
+        _draw(left, table, found, lines, _box(shown, ends))
+        _draw(right, table, found, lines, _box(_near(shown), []))
+        left.set_title(f"{domain} against {text}, test", loc="left")
+        right.set_title(f"the same near {table['full']}", loc="left")
+        for axes in (left, right):
+            axes.set_xlabel(f"loss on {text} - {table['full']}, nats a token (left: forgets less)")
+        left.set_ylabel(f"loss on {domain} - {table['full']}\nnats a token (down: gains more)")
+        handles, labels = left.get_legend_handles_labels()
+        right.legend(handles, labels, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    save_figure(figure, path, dpi=100)
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+_Both = tuple[float, float]  # losses on the text and on the domain
+_Limits = tuple[_Both, _Both]  # of x and of y
+
+
+class _Seen:
+    """What validation saw with the first seed: both losses of each run."""
+
+    def __init__(self, table: Table, text: str, first_seed: int) -> None:
+        self._settings = {row["arm"]: row["setting"] for row in table["rows"]}
+        self._runs: list[tuple[Mapping[str, Any], _Both]] = [
+            (trial, (general, trial["validation_loss"]))
+            for trial in table["trials"]
+            if (trial["seed"], trial["part"]) == (first_seed, 0)
+            and (general := trial["general"].get(text)) is not None
+            and trial["validation_loss"] is not None
+        ]
+
+    def chosen(self, arm: str | None) -> _Both | None:
+        setting = self._settings.get(arm)
+        if setting is None:
+            return None
+        own = (both for trial, both in self._runs if trial["arm"] == arm and setting.items() <= trial.items())
+        return next(own, None)
+
+    def by_alpha(self, arm: str) -> dict[float, _Both | None]:
+        return {trial["alpha"]: both for trial, both in self._runs if trial["arm"] == arm}
+
+
+def _ends(difference: Mapping[str, float | None]) -> tuple[float, float, float]:
+    estimate = difference["estimate"]
+    assert estimate is not None
+    low, high = (estimate if (end := difference[name]) is None else end for name in ("low", "high"))
+    return low, estimate, high
+
+
+def _near(found: Sequence[Point]) -> list[Point]:
+    """The trained arms that lie no farther from the full fine-tune than most."""
+    trained = [point for point in found if point.kind in TRAINED]
+    for name in ("forgotten", "gained"):
+        far = _OUTLIER * median([abs(getattr(point, name)[1]) for point in trained] or [0.0])
+        trained = [point for point in trained if abs(getattr(point, name)[1]) <= far] or trained
+    return trained
+
+
+def _box(found: Sequence[Point], ends: Sequence[_Both]) -> _Limits:
+    """Around these, their intervals and the full fine-tune."""
+
+    def limits(axis: int) -> _Both:
+        values = [0.0, *(both[axis] for both in ends)]
+        values += [end for point in found for end in (point.forgotten, point.gained)[axis]]
+        margin = _MARGIN * ((max(values) - min(values)) or 1e-4)
+        return min(values) - margin, max(values) + margin
+
+    return limits(0), limits(1)
+
+
+def _draw(axes, table: Table, found: Sequence[Point], lines: Sequence[Curve], limits: _Limits) -> None:
+    """What lies within limits; of what does not, an arm that was not trained is drawn at the edge."""
+    colours, masked = colours_of(table), {row["arm"] for row in table["rows"] if row["masked"]}
+    axes.axhline(0, color="0.8", linewidth=1, zorder=0)
+    axes.axvline(0, color="0.8", linewidth=1, zorder=0)
+    for line in lines:
+        xs, ys = zip(*line.by_alpha.values()) if line.by_alpha else ((), ())
+        axes.plot(xs, ys, ".-", color=colours[line.arm], linewidth=1, markersize=4, alpha=0.6)
+    for point, marker in _marked(found, masked):
+        (x, y), colour = (point.forgotten[1], point.gained[1]), colours[point.arm]
+        (left, right), (bottom, top) = limits
+        inside = left <= x <= right and bottom <= y <= top
+        if inside:
+            errors = [[[v[1] - v[0]], [v[2] - v[1]]] for v in (point.forgotten, point.gained)]
+            axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], fmt="none", ecolor=colour, elinewidth=1.2, alpha=0.8)
+        elif point.kind in (BASE, FULL, *TRAINED):
+            continue  # seen where all of it is
+        place = min(max(x, left), right), min(max(y, bottom), top)
+        label = point.arm if inside else f"{point.arm} (farther)"
+        hollow = point.kind == INTERPOLATED
+        axes.plot(
+            *place,
+            marker,
+            color=colour,
+            markersize=8,
+            markerfacecolor="white" if hollow else colour,
+            markeredgewidth=1.5,
+            markeredgecolor="black" if point.kind == AVERAGE else colour,
+            label=label,
+            clip_on=False,
+            zorder=3,
+        )
+    if lines:
+        axes.plot([], [], ".-", color="0.5", linewidth=1, markersize=4, label="from start to end, on validation")
+    axes.set_xlim(*limits[0])
+    axes.set_ylim(*limits[1])
+    axes.grid(color="0.93")
+    axes.set_axisbelow(True)
+
+
+def _marked(found: Sequence[Point], masked: set[str]) -> Iterator[tuple[Point, str]]:
+    untrained = iter(_UNTRAINED * math.ceil(len(found) / len(_UNTRAINED)))
+    for point in found:
+        if point.kind == BASE:
+            yield point, "s"
+        elif point.kind in (FULL, *TRAINED):
+            yield point, "D" if point.kind == INTERPOLATED else "o" if point.arm in masked else "P"
+        else:
+            yield point, next(untrained)

@@ -1,0 +1,80 @@
+"""What is left of text that no arm was trained for: each arm's loss there, against the full fine-tune and its start."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mft.study.config import BASE, FULL, StudyConfig
+from mft.study.outcome import Findings, General, Unit
+from mft.study.report.statistics import Difference, Paired, differences, paired
+
+Runs = Mapping[int, General]
+
+
+@dataclass
+class OnText:
+    """An arm on the test split of a text; means over seeds, differences of losses paired."""
+
+    loss: float
+    kl: float  # nats a token from where the arm began
+    minus_full: Difference | None = None
+    minus_start: Difference | None = None  # the base model, for the full fine-tune
+
+
+def general_tables(findings: Findings) -> dict[str, dict[str, dict[str, OnText]]]:
+    """By domain, arm and text."""
+    study, tables = findings.study, dict[str, dict[str, dict[str, OnText]]]()
+    places: list[tuple[OnText, str]] = []
+    pairs: list[Paired] = []
+    for domain, arms in findings.general.items():
+        tables[domain] = {}
+        for arm in arms:
+            tables[domain][arm] = {}
+            for text in study.general_of(domain):
+                runs = on_test(findings, domain, arm, text)
+                if not runs:
+                    continue
+                found = OnText(_mean([run.evaluation.loss for run in runs.values()]), _mean_kl(runs))
+                tables[domain][arm][text] = found
+                for name, reference in (("minus_full", study.named(FULL)), ("minus_start", start_of(study, arm))):
+                    others = on_test(findings, domain, reference, text)
+                    if reference != arm and (pair := paired(runs, others)) is not None:
+                        places.append((found, name))
+                        pairs.append(pair)
+    for (found, name), difference in zip(places, differences(pairs), strict=True):
+        setattr(found, name, difference)
+    return tables
+
+
+def start_of(study: StudyConfig, arm: str) -> str | None:
+    """The arm whose model an arm began at; None for the base model's, and where no arm has that model."""
+    return study.start_of(arm) or (None if study.arms[arm].kind == BASE else study.named(BASE))
+
+
+def on_test(findings: Findings, domain: str, arm: str | None, text: str) -> Runs:
+    """An arm's models on a text, by seed; the base model is one for all."""
+    found = findings.general.get(domain, {}).get(arm, {}) if arm is not None else {}
+    runs = {seed: texts[text] for seed, texts in found.items() if text in texts}
+    if runs and arm is not None and findings.study.arms[arm].kind == BASE:
+        return dict.fromkeys(findings.study.seeds, next(iter(runs.values())))
+    return runs
+
+
+def on_validation(findings: Findings, domain: str, arm: str, text: str) -> Runs:
+    """The same on the text's validation split, where an arm's chosen runs were seen."""
+    setting = findings.chosen.get(domain, {}).get(arm)
+    if setting is None:
+        return {}
+    units = {Unit(domain, arm, seed, setting): seed for seed in findings.study.seeds}
+    return {
+        units[outcome.unit]: outcome.general[text]
+        for outcome in findings.outcomes
+        if outcome.unit in units and text in outcome.general
+    }
+
+
+def _mean_kl(runs: Runs) -> float:
+    return _mean([run.mean_kl for run in runs.values()])
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,357 @@
+"""Gain against forgetting, from findings made by hand: columns, who dominates whom, the plot's points and curves."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from mft.cli.app import app
+from mft.config import DataConfig, MaskConfig
+from mft.evaluation.evaluate import Evaluation
+from mft.study.config import ArmConfig, Setting, StudyConfig
+from mft.study.outcome import Findings, General, Measured, Outcome, Unit
+from mft.study.report.dominance import comparisons, draws_of, is_mft, rivals_of, verdict
+from mft.study.report.forgetting import curves, plot_forgetting, points
+from mft.study.report.statistics import DRAWS, differences, paired, with_holm
+from mft.study.report.table import reference_of, study_numbers, study_tables
+from mft.study.report.verdict import HELPS, remarks, study_verdicts
+from mft.study.report.write import console_report, write_study_report
+
+RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3]
+ARMS = {
+    "base": ArmConfig("base"),
+    "full fine-tune": ArmConfig("full", lrs=RATES),
+    "control": ArmConfig("control", lrs=RATES),
+    "random mask": ArmConfig("random"),
+    "temperature": ArmConfig("temperature"),
+    "MFT": ArmConfig("mask", lrs=RATES),
+    "part of control": ArmConfig("interpolated", of="control", alphas=[0.5, 1.0]),
+    "part of full": ArmConfig("interpolated", of="full fine-tune", alphas=[0.5]),
+}
+# Of each arm: loss on the domain, loss on the other text.
+BOTH = {
+    "base": (2.4, 1.5),
+    "full fine-tune": (2.0, 1.7),
+    "control": (1.97, 1.8),
+    "random mask": (2.5, 2.3),
+    "temperature": (2.0, 1.7),
+    "MFT": (1.95, 1.75),
+    "part of control": (1.98, 1.74),
+    "part of full": (2.1, 1.6),
+}
+
+
+def evaluation(loss, seed, documents, noise, offset):
+    """Documents of different difficulty, the same for all arms; arms and seeds differ by a little noise."""
+    own = np.random.default_rng((int(loss * 1e6), seed, offset)).normal(0, noise, documents)
+    own -= own.mean() if noise else 0.0
+    tokens = np.random.default_rng(offset).integers(80, 400, documents).astype(float)
+    per_token = loss + np.random.default_rng(offset + 1).normal(0, 0.3, documents) + own
+    return Evaluation(*map(torch.tensor, (np.arange(documents), tokens, per_token * tokens, np.round(tokens / 2))))
+
+
+def general(loss, seed, documents=25, noise=0.002):
+    found = evaluation(loss, seed, documents, noise, 20)
+    return General(found, 0.1 * found.tokens)  # 0.1 nats a token
+
+
+def findings(both=BOTH, arms=ARMS, texts=("other",), seeds=(0, 1, 2), validation=None, documents=30, noise=0.002):
+    """both: by arm; validation: where that split has other losses; texts beyond the first are level in all arms."""
+    held = both if validation is None else validation
+    study = StudyConfig(
+        mask=MaskConfig.paper(),
+        arms=dict(arms),
+        domains={"code": DataConfig()},
+        general={text: DataConfig(source="headers") for text in texts},
+        seeds=list(seeds),
+    )
+
+    def measured(losses):
+        split = {a: {s: Measured(evaluation(losses[a][0], s, documents, noise, 7)) for s in seeds} for a in arms}
+        return {"code": split}
+
+    def on_texts(losses, arm, seed):
+        seed = 0 if arm == "base" else seed  # one model for all
+        few = 1 if documents == 1 else 25
+        return {text: general(losses[arm][1] if text == texts[0] else 1.0, seed, few, noise) for text in texts}
+
+    chosen, outcomes = {"code": {}}, []
+    for name, arm in arms.items():
+        settings = arms[arm.of].settings(study.mask) if arm.kind == "average" else arm.settings(study.mask)
+        best = chosen["code"][name] = settings[len(settings) // 2]
+        for setting in settings:
+            for seed in seeds if setting == best else seeds[:1]:
+                unit = Unit("code", name, seed, setting)
+                seen = Measured(evaluation(held[name][0], seed, documents, noise, 9))
+                outcomes.append(Outcome(unit, seen, bytes=1_000_000, general=on_texts(held, name, seed)))
+    tested = {"code": {arm: {seed: on_texts(both, arm, seed) for seed in seeds} for arm in arms}}
+    return Findings(study, outcomes, chosen, measured(held), measured(both), [], tested)
+
+
+def against(rival, arm="MFT", **options):
+    (found,) = [one for one in comparisons(findings(**options))["code"] if (one.arm, one.rival) == (arm, rival)]
+    return found
+
+
+def shown(difference):
+    return difference.low, difference.estimate, difference.high, difference.p
+
+
+# ------------------------------------------------------------------------------------------ columns
+
+
+def test_a_texts_column_holds_means_over_seeds_and_paired_differences():
+    found = findings()
+    on = study_tables(found)["code"].row("part of full").general["other"]
+    tested = {arm: {seed: found.general["code"][arm][seed]["other"] for seed in (0, 1, 2)} for arm in ARMS}
+    runs = tested["part of full"]
+    assert on.loss == pytest.approx(np.mean([run.evaluation.loss for run in runs.values()]))
+    assert on.kl == pytest.approx(0.1)
+    pairs = [paired(runs, tested[reference]) for reference in ("full fine-tune", "base")]
+    for name, expected in zip(("minus_full", "minus_start"), differences(pairs), strict=True):
+        assert shown(getattr(on, name)) == pytest.approx(shown(expected), rel=1e-6)
+    assert on.minus_full.estimate == pytest.approx(-0.1, abs=0.02)
+    assert on.minus_start.estimate == pytest.approx(0.1, abs=0.02)
+
+
+def test_an_arms_start_is_where_it_began_and_nothing_is_held_against_itself():
+    rows = {row.arm: row for row in study_tables(findings())["code"].rows}
+    starts = {arm: row.start for arm, row in rows.items()}
+    assert starts == dict.fromkeys(ARMS, "full fine-tune") | {"base": None} | dict.fromkeys(
+        ("full fine-tune", "part of full"), "base"
+    )
+    assert rows["full fine-tune"].general["other"].minus_full is None
+    assert rows["full fine-tune"].general["other"].minus_start.estimate == pytest.approx(0.2, abs=0.02)
+    assert rows["base"].general["other"].minus_start is None
+    assert rows["base"].general["other"].minus_full.seeds == 3  # one model for all of them
+
+
+def test_a_text_of_a_domains_own_name_is_none_of_it():
+    found = findings(texts=("code", "other"))
+    assert found.study.general_of("code") == ["other"]
+    table = study_tables(found)["code"]
+    assert set(table.row("MFT").general) == {"other"}
+    assert {one.text for one in table.comparisons} == {"other"}
+
+
+# ------------------------------------------------------------------------------------------ dominance
+
+
+@pytest.mark.parametrize(
+    ("sides", "expected"),
+    [
+        ((-1, -1), "dominates"),
+        ((-1, 0), "dominates"),
+        ((0, -1), "dominates"),
+        ((0, 0), "level"),
+        ((-1, 1), "trade-off"),
+        ((1, -1), "trade-off"),
+        ((0, 1), "dominated"),
+        ((1, 0), "dominated"),
+        ((1, 1), "dominated"),
+    ],
+)
+def test_a_verdict_takes_both_losses(sides, expected):
+    assert verdict(*sides) == expected
+
+
+def test_rivals_are_the_tuned_arms_that_are_no_masks():
+    arms = ARMS | {"part of MFT": ArmConfig("interpolated", of="MFT", alphas=[0.5])}
+    arms |= {f"mean of {n} {of}": ArmConfig("average", of=of, runs=n) for of in ("MFT", "control") for n in (2, 3)}
+    study = findings(arms=arms, both=dict.fromkeys(arms, (1.0, 1.0))).study
+    masks = {"MFT", "part of MFT", "mean of 2 MFT", "mean of 3 MFT"}
+    assert {arm for arm in arms if is_mft(study, arm)} == masks
+    rivals = {"full fine-tune", "control", "part of control", "part of full", "mean of 2 control", "mean of 3 control"}
+    assert set(rivals_of(study, "MFT")) == set(rivals_of(study, "part of MFT")) == rivals
+    assert rivals_of(study, "mean of 3 MFT") == ["mean of 3 control"]
+    assert reference_of(study, "part of MFT") == "part of control"
+    assert reference_of(study, "part of control") is None
+
+
+def test_each_kind_of_verdict_is_found():
+    assert against("control").verdict == "dominates"  # better by both
+    assert against("part of control").verdict == "trade-off"
+    assert against("full fine-tune").verdict == "trade-off"
+    assert against("control", both=BOTH | {"MFT": (1.99, 1.9)}).verdict == "dominated"
+    assert against("control", both=BOTH | {"MFT": (1.97, 1.8)}).verdict == "level"
+    assert against("control", both=BOTH | {"MFT": (1.97, 1.7)}).verdict == "dominates"  # level by one is enough
+    assert against("control", both=BOTH | {"MFT": (1.97, 1.9)}).verdict == "dominated"
+
+
+def test_a_tie_to_the_last_bit_is_level():
+    found = against("control", both=BOTH | {"MFT": BOTH["control"]})
+    assert found.domain.difference.estimate == found.general.difference.estimate == 0
+    assert found.domain.difference.p_holm == 1
+    assert found.verdict == "level"
+
+
+def test_one_document_is_level_whatever_its_difference():
+    found = against("control", documents=1)
+    assert (found.domain.side, found.general.side, found.verdict) == (0, 0, "level")
+    assert "nan" not in study_verdicts(findings(documents=1))[0]
+
+
+def test_one_seed_judges_by_documents_and_says_so():
+    assert against("control", seeds=(0,)).verdict == "dominates"
+    assert "A single seed: the intervals know of documents only" in study_verdicts(findings(seeds=(0,)))[0]
+    assert "single seed" not in study_verdicts(findings())[0]
+
+
+@pytest.mark.parametrize("loss", [0, 1])
+def test_a_loss_by_which_validation_disagrees_is_not_shown(loss):
+    other = {0: (1.99, 1.75), 1: (1.95, 1.85)}[loss]
+    found = against("control", validation=BOTH | {"MFT": other})
+    assert [found.domain.side, found.general.side] == [0 if place == loss else -1 for place in (0, 1)]
+    assert found.verdict == "dominates"  # by the other
+
+
+def test_without_validation_of_the_text_its_loss_is_not_shown():
+    found = findings()
+    for outcome in found.outcomes:
+        outcome.general = {}
+    (one,) = [one for one in comparisons(found)["code"] if one.rival == "control"]
+    assert one.general.validation is None
+    assert (one.domain.side, one.general.side) == (-1, 0)
+
+
+def test_holm_runs_over_all_pairs_both_losses_and_all_texts():
+    found = findings(texts=("other", "third"), noise=0.05)
+    listed = comparisons(found)["code"]
+    assert [(one.text, one.rival) for one in listed] == [
+        (text, rival)
+        for text in ("other", "third")
+        for rival in ("full fine-tune", "control", "part of control", "part of full")
+    ]
+    own = {one.rival: one.domain.difference for one in listed}  # once for both texts
+    family = [*own.values(), *(one.general.difference for one in listed)]
+    assert len(family) == 12
+    assert sorted(d.p_holm for d in with_holm(family)) == sorted(d.p_holm for d in family)
+    assert any(d.p_holm > d.p for d in family)
+    assert "over these 12 differences" in " ".join(remarks(found, study_tables(found)))
+
+
+def test_a_large_family_has_draws_enough_for_its_least_p():
+    assert draws_of(12) == DRAWS
+    assert 600 * 2 / (1 + draws_of(600)) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_differences_in_parts_are_those_at_once(monkeypatch):
+    found = findings()
+    pairs = [
+        paired(found.test["code"][arm], found.test["code"]["control"]) for arm in ("MFT", "base", "full fine-tune")
+    ]
+    whole = differences(pairs, draws=200)
+    monkeypatch.setattr("mft.study.report.statistics._DRAWN_BYTES", 2 * 8 * 200)
+    for one, part in zip(whole, differences(pairs, draws=200), strict=True):
+        assert shown(part) == pytest.approx(shown(one), rel=1e-9)
+
+
+# ------------------------------------------------------------------------------------------ words and files
+
+
+def test_the_verdict_is_of_dominance_and_has_both_differences():
+    (text,) = study_verdicts(findings())
+    assert text.startswith("code, and what is left of other. MFT dominates control; gains more and forgets more than ")
+    assert "MFT - control: code -0.0" in text
+    assert "; other -0.05" in text
+    assert text.count("Holm-adjusted p 0.00") + text.count("Holm-adjusted p <0.001") == 2
+    assert HELPS not in text
+    (text,) = study_verdicts(findings(both=BOTH | {"MFT": (1.5, 1.4)}))
+    assert "MFT dominates every rival: full fine-tune, control, part of control, part of full." in text
+    (text,) = study_verdicts(findings(both=BOTH | {"MFT": (1.99, 1.72)}))
+    assert "gains less and forgets less than control" in text
+
+
+def test_an_arm_without_a_rival_in_its_seeds_is_said():
+    arms = {name: ARMS[name] for name in ("full fine-tune", "MFT")} | {"x3": ArmConfig("average", of="MFT")}
+    (text,) = study_verdicts(findings(arms=arms, both=dict.fromkeys(arms, (1.0, 1.0))))
+    assert "x3 is not compared: there is no rival with the same seeds." in text
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """(what was found, the directory of its report)"""
+    directory, found = tmp_path_factory.mktemp("written"), findings()
+    write_study_report(found, directory)
+    return found, directory
+
+
+def test_the_tables_hold_the_columns(written):
+    found, directory = written
+    row, text = study_tables(found)["code"].row("MFT"), (directory / "table.md").read_text()
+    on = row.general["other"]
+    header = next(line for line in text.splitlines() if line.startswith("| arm "))
+    assert " | other | other - full fine-tune | other - start | KL to start | " in header
+    (line,) = [line for line in text.splitlines() if line.startswith("| **MFT** ")]
+    cell = f"{on.minus_full.estimate:+.4f} [{on.minus_full.low:+.4f}, {on.minus_full.high:+.4f}]"
+    assert f" | {on.loss:.4f} | {cell} | {cell} | 0.1000 | " in line
+    assert line.endswith(" | 1,000,000 |")
+    assert "# code and other: MFT arms against their rivals" in text
+    matches = [line for line in text.splitlines() if line.startswith("| MFT | control | ")]
+    assert [line.rpartition(" | ")[2] for line in matches] == ["dominates |"]
+    numbers = json.loads((directory / "table.json").read_text(), parse_constant=pytest.fail)["domains"]["code"]
+    (stored,) = [entry for entry in numbers["rows"] if entry["arm"] == "MFT"]
+    assert stored["general"]["other"]["minus_full"]["low"] == on.minus_full.low
+    assert (stored["bytes"], stored["conclusion"]) == (1_000_000, None)
+    assert [one["verdict"] for one in numbers["comparisons"] if one["rival"] == "control"] == ["dominates"]
+
+
+def test_the_terminals_columns_fit():
+    console = Console(width=180, record=True, file=io.StringIO())
+    for part in console_report(findings()):
+        console.print(part)
+    said = console.export_text()
+    assert max(len(line.rstrip()) for line in said.splitlines()) <= 100
+    assert "KL to start" in said
+
+
+# ------------------------------------------------------------------------------------------ the plot
+
+
+def test_a_point_is_an_arm_on_test_less_the_full_fine_tune():
+    table = study_numbers(findings())["domains"]["code"]
+    found = {point.arm: point for point in points(table, "other")}
+    assert list(found) == list(ARMS)
+    assert found["full fine-tune"].forgotten == found["full fine-tune"].gained == (0, 0, 0)
+    mft = study_tables(findings())["code"].row("MFT")
+    on = mft.general["other"].minus_full
+    assert found["MFT"].forgotten == pytest.approx((on.low, on.estimate, on.high))
+    assert found["MFT"].gained == pytest.approx((mft.minus_full.low, mft.minus_full.estimate, mft.minus_full.high))
+
+
+def test_a_curve_goes_from_the_start_over_alphas_to_the_end_as_validation_saw_them():
+    study = findings(validation=BOTH)
+    for outcome in study.outcomes:
+        unit = outcome.unit
+        if unit.arm == "part of control" and unit.setting == Setting(alpha=0.5):
+            assert unit.seed == 0  # not chosen: the first seed alone
+            outcome.measured, outcome.general = Measured(evaluation(1.9, 0, 30, 0, 9)), {"other": general(1.72, 0)}
+    of_control, of_full = curves(study_numbers(study)["domains"]["code"], "other", 0)
+    assert (of_control.arm, of_control.of) == ("part of control", "control")
+    assert list(of_control.by_alpha) == [0, 0.5, 1]
+    assert of_control.by_alpha[0] == (0, 0)
+    assert of_control.by_alpha[0.5] == pytest.approx((0.02, -0.1), abs=0.01)
+    assert of_control.by_alpha[1] == pytest.approx((0.04, -0.02), abs=0.01)  # its own run at 1, not the control's
+    assert list(of_full.by_alpha) == [0, 0.5, 1]
+    assert of_full.by_alpha[0] == pytest.approx((-0.2, 0.4), abs=0.01)  # the base model
+    assert of_full.by_alpha[1] == (0, 0)  # the fine-tune's own run
+
+
+def test_the_plot_is_drawn_from_the_numbers(written, tmp_path):
+    _, directory = written
+    result = CliRunner().invoke(app, ["plot", "forgetting", str(directory), "--output", str(tmp_path / "again.png")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "again.png").read_bytes() == (directory / "forgetting.png").read_bytes()
+    assert (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_study_without_a_general_text_has_no_such_plot(tmp_path):
+    study = findings(arms={name: ARMS[name] for name in ("full fine-tune", "control")}, texts=())
+    write_study_report(study, tmp_path)
+    assert not (tmp_path / "forgetting.png").exists()
+    with pytest.raises(ValueError, match="a study must have a general text for its forgetting to be drawn, got none"):
+        plot_forgetting(study_numbers(study), tmp_path / "forgetting.png")
