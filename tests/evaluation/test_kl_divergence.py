@@ -7,6 +7,7 @@ from tiny import make_llama, make_rows, masked_llama
 
 from mft.evaluation.evaluate import evaluate
 from mft.evaluation.kl_divergence import kl_divergence
+from mft.models.frozen_layers import PrefixMemory
 
 
 def rows_of_three_documents():
@@ -52,6 +53,23 @@ def test_a_model_has_not_gone_anywhere_from_itself_and_both_keep_their_modes():
     assert sums.tolist() == [0, 0]
     assert model.training
     assert not start.training
+
+
+def test_layers_that_both_share_run_once_a_row():
+    start, rows, memory = make_llama(), make_rows(5), PrefixMemory()
+    model = make_llama()
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight.mul_(1.1)
+    calls = []
+    for one in (model, start):
+        one.model.layers[0].mlp.register_forward_hook(lambda *call: calls.append(len(call[1][0])))
+    expected, _ = kl_divergence(model, start, rows)
+    every = sum(calls)
+    found, _ = kl_divergence(model, start, rows, first=3, memory=memory)
+    assert torch.equal(found, expected)
+    assert sorted(memory.states) == list(range(5))
+    # Each row once, not twice; and one more by each model, to check what layers hand on.
+    assert sum(calls) - every == every - 5 + 2
 
 
 def test_scores_written_by_hand_are_seen():

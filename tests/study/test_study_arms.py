@@ -12,6 +12,7 @@ from tiny_study import equal, make_study, write_ground
 
 from mft.config import ModelConfig
 from mft.evaluation.evaluate import evaluate
+from mft.evaluation.kl_divergence import kl_divergence
 from mft.masks.convert import masked_modules
 from mft.models.frozen_layers import PrefixMemory
 from mft.study.arms import measure
@@ -341,6 +342,11 @@ def test_what_is_forgotten_is_measured_on_other_text(ground):
     other = ground.workspace.general("other")
     assert outcome.general["other"].evaluation.loss == evaluate(fine_tune(ground), other.validation, batch_size=8).loss
     assert tested.general["other"].evaluation.loss == evaluate(fine_tune(ground), other.test, batch_size=8).loss
+    outcome = run_unit(ground.workspace, ground.job("control"))  # of its layers those above the start's own alone run
+    control = with_weights(fine_tune(ground), ground.weights("control")).eval()
+    kl, _ = kl_divergence(control, fine_tune(ground), other.validation, batch_size=8)
+    assert outcome.general["other"].evaluation.loss == evaluate(control, other.validation, batch_size=8).loss
+    assert torch.equal(outcome.general["other"].kl, kl)
     assert tested.general["other"].mean_kl > 0  # from the base, where the fine-tune began
     still = run_test(ground.workspace, ground.job("temperature", on_test=True))
     assert still.general["other"].mean_kl == 0

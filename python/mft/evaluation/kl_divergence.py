@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mft.checks import check_rule
 from mft.data.batches import MicroBatch, count_labels, take_rows
 from mft.models.causal_lm import FEW, evaluating, split_at_head
+from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.next_tokens import check_next_tokens
 from mft.models.packed_rows import keeping_apart
 from mft.objectives.chunks import chunks_of, few_rows, scored_states
@@ -16,7 +17,15 @@ from mft_kernels import outdate
 
 
 @torch.no_grad()
-def kl_divergence(model: nn.Module, start: nn.Module, dataset, *, batch_size: int = 2) -> tuple[Tensor, Tensor]:
+def kl_divergence(
+    model: nn.Module,
+    start: nn.Module,
+    dataset,
+    *,
+    batch_size: int = 2,
+    first: int = 0,
+    memory: PrefixMemory | None = None,
+) -> tuple[Tensor, Tensor]:
     """KL(start || model) = sum over words of p_start * (log p_start - log p_model), wherever a next token is scored.
 
     The forward direction, over the whole vocabulary: what the start found likely and the model no longer does is what
@@ -25,6 +34,7 @@ def kl_divergence(model: nn.Module, start: nn.Module, dataset, *, batch_size: in
     Args:
         model, start: on one device, of one vocabulary; left in the modes (train or eval) that they were in.
         dataset: rows of input_ids, labels and document, as evaluate takes them.
+        first, memory: the first ``first`` layers, which are the same in both, are run once a row (see FrozenPrefix).
     Returns: (sums, tokens), each fp64 (documents,) in ascending order of document number, as evaluate gives them.
     Raises: ValueError if dataset scores no token, or the two have vocabularies of different sizes.
     """
@@ -40,14 +50,15 @@ def kl_divergence(model: nn.Module, start: nn.Module, dataset, *, batch_size: in
             stack.enter_context(evaluating(one))
             stack.enter_context(keeping_apart(one, dataset, few, batch_size))
         (run, head), (run_start, head_start) = split_at_head(model, few), split_at_head(start, few)
-        for first in range(0, len(dataset), batch_size):
-            batch = take_rows(dataset, list(range(first, min(first + batch_size, len(dataset)))))
+        prefix, prefix_start = FrozenPrefix(model, first, memory, run), FrozenPrefix(start, first, memory, run_start)
+        for row in range(0, len(dataset), batch_size):
+            batch = take_rows(dataset, list(range(row, min(row + batch_size, len(dataset)))))
             ids, positions = batch.inputs(few.device)
-            states = scored_states(run(model, ids, positions), batch)
-            wanted = scored_states(run_start(start, ids, positions), batch)
+            states = scored_states(prefix(ids, batch.rows, positions), batch)
+            wanted = scored_states(prefix_start(ids, batch.rows, positions), batch)
             found = torch.stack([_row_sums(head, states, head_start, wanted, batch), count_labels(batch.labels)], -1)
-            for document, row in zip(batch.documents, found):
-                sums[document] = sums.get(document, 0) + row
+            for document, values in zip(batch.documents, found):
+                sums[document] = sums.get(document, 0) + values
     table = torch.stack([sums[document] for document in sorted(sums)])
     check_rule(bool(table[:, 1].any()), "dataset", "score at least one token", f"{len(dataset)} rows without a label")
     return table[:, 0], table[:, 1]

@@ -49,7 +49,7 @@ class Workspace:
         self._begun: tuple[str, tuple[Path, ...]] | None = None
         self._splits: dict[str, Splits] = {}
         self._general: dict[str, Splits] = {}
-        self._memories: dict[tuple[str, int], PrefixMemory] = {}
+        self._memories: dict[tuple[str | None, str, int], PrefixMemory] = {}
         self._teacher: tuple[tuple[str, tuple[Path, ...]], RememberedTeacher] | None = None
         self._layers: dict[str, tuple[list[str], int]] = {}
         for arm in study.arms.values():
@@ -94,15 +94,18 @@ class Workspace:
             self._layers[key] = names, self._layers_below(names)
         return self._layers[key]
 
-    def memory(self, split: str, first: int) -> PrefixMemory | None:
-        """What the first layers of model make of every row of a split; None for no layers."""
+    def memory(self, split: str, first: int, general: str | None = None) -> PrefixMemory | None:
+        """What the first layers of model make of every row of a split, of a general text's if one is named; None for no
+        layers.
+        """
         if first == 0:
             return None
-        if (split, first) not in self._memories:
+        key = general, split, first
+        if key not in self._memories:
             assert self._begun is not None
-            dataset = getattr(self.splits(self._begun[0]), split)
-            self._memories[split, first] = _remembered(self.model, dataset, first, batch_size=ROWS)
-        return self._memories[split, first]
+            splits = self.splits(self._begun[0]) if general is None else self.general(general)
+            self._memories[key] = _remembered(self.model, getattr(splits, split), first, batch_size=ROWS)
+        return self._memories[key]
 
     def _after(self, trained: tuple[Path, ...]) -> nn.Module:
         """The base model with these weights, one file after the other."""

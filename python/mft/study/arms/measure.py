@@ -10,23 +10,26 @@ from mft.evaluation.evaluate import Evaluation, evaluate
 from mft.evaluation.exact_match import exact_matches
 from mft.evaluation.kl_divergence import kl_divergence
 from mft.study.arms.job import arm_of
-from mft.study.config import BASE, CONTINUED, DERIVED, FULL, QUANTIZED, REWARDS, ArmConfig
+from mft.study.config import BASE, CONTINUED, FULL, QUANTIZED, REWARDS, ArmConfig
 from mft.study.outcome import General, Measured, Unit
 from mft.study.workspace import ROWS, Workspace
 from mft.training.loop import NonFiniteLoss
 
 
 def keeps_prefix(kind: str) -> bool:
-    """Whether a model of this kind shares its start's layers below the masked ones."""
-    return kind not in (BASE, FULL, CONTINUED, QUANTIZED, *DERIVED)
+    """Whether a model of this kind, or one derived from it, shares its start's layers below the masked ones."""
+    return kind not in (BASE, FULL, CONTINUED, QUANTIZED)
 
 
-def evaluation_options(workspace: Workspace, arm: ArmConfig) -> Callable[[str], dict[str, Any]]:
-    """Options of evaluate, for a split."""
-    if not keeps_prefix(arm.kind):
+def evaluation_options(
+    workspace: Workspace, arm: ArmConfig, general: str | None = None
+) -> Callable[[str], dict[str, Any]]:
+    """Options of evaluate, for a split of the domain or of a general text."""
+    source = arm if arm.of is None else workspace.study.arms[arm.of]
+    if not keeps_prefix(source.kind):
         return lambda split: {"batch_size": ROWS}
     _, first = workspace.layers_of(arm)
-    return lambda split: {"batch_size": ROWS, "first": first, "memory": workspace.memory(split, first)}
+    return lambda split: {"batch_size": ROWS, "first": first, "memory": workspace.memory(split, first, general)}
 
 
 def on_validation(workspace: Workspace, unit: Unit, model: nn.Module) -> Measured:
@@ -54,11 +57,12 @@ def _evaluated(workspace: Workspace, unit: Unit, model: nn.Module) -> Evaluation
     return evaluation
 
 
-def on_general(workspace: Workspace, domain: str, start: nn.Module, model: nn.Module, split: str) -> dict[str, General]:
+def on_general(workspace: Workspace, unit: Unit, start: nn.Module, model: nn.Module, split: str) -> dict[str, General]:
     """What is left of text that is not the domain's, and how far the model has gone from its start there."""
     found = {}
-    for name in workspace.study.general_of(domain):
+    for name in workspace.study.general_of(unit.domain):
         dataset = getattr(workspace.general(name), split)
-        kl, _ = kl_divergence(model, start, dataset, batch_size=ROWS)
-        found[name] = General(evaluate(model, dataset, batch_size=ROWS), kl)
+        options = evaluation_options(workspace, arm_of(workspace, unit), name)(split)
+        kl, _ = kl_divergence(model, start, dataset, **options)
+        found[name] = General(evaluate(model, dataset, **options), kl)
     return found
