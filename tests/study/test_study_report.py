@@ -12,6 +12,7 @@ from rich.console import Console
 from mft.config import DataConfig, MaskConfig
 from mft.evaluation.evaluate import Evaluation
 from mft.study.config import ArmConfig, Setting, StudyConfig
+from mft.study.grid import OpenEnd
 from mft.study.outcome import Findings, Measured, Outcome, Unit
 from mft.study.report.plots import plot_study, plot_summary
 from mft.study.report.statistics import differences, paired
@@ -270,6 +271,40 @@ def test_the_report_writes_table_numbers_and_plot(tmp_path):
     assert "| **MFT x3** |" in text
     assert "| control |" in text
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_choice_at_an_end_of_its_grid_is_an_error_before_the_verdicts_and_marks_those_that_rest_on_it(tmp_path):
+    study = findings(
+        arms=SINGLE | {"MFT too": ARMS["MFT"]}, test=LOSSES | {"MFT too": 1.96}, validation=LOSSES | {"MFT too": 1.96}
+    )
+    study.open_ends = [OpenEnd("code", "MFT", "rate", 1e-2, True, "extensions=9")]
+    write_study_report(study, tmp_path)
+    error = (
+        "Error: code, MFT: its best rate, 0.01, lies at the end of its grid: no larger one was tried beside it; "
+        "run the same command with extensions=9 to go on."
+    )
+    assert (tmp_path / "table.md").read_text().startswith(f"{error}\n\n# Verdict\n")
+    numbers = json.loads((tmp_path / "table.json").read_text())
+    assert numbers["errors"] == [error]
+    assert numbers["open_ends"] == [vars(study.open_ends[0])]
+    (text,) = study_verdicts(study)
+    assert f"MFT: {HELPS} (unsettled, at an end of its grid: MFT's rate). " in text
+    assert f"MFT too: {HELPS}. " in text  # neither it nor the control
+    study.open_ends = [OpenEnd("code", "full fine-tune", "number of epochs", 4, True, "max_epochs=8")]
+    (text,) = study_verdicts(study)
+    assert text.count("(unsettled, at an end of its grid: full fine-tune's number of epochs)") == 2  # all begin there
+    study.open_ends = [OpenEnd("text", "MFT", "rate", 1e-2, True, "extensions=9")]
+    assert "unsettled" not in study_verdicts(study)[0]
+
+
+def test_errors_stand_in_the_console_before_the_verdicts():
+    study = findings(arms=SINGLE)
+    study.open_ends = [OpenEnd("code", "control", "rate", 1e-2, True, "extensions=9")]
+    console = Console(width=100, record=True, file=io.StringIO())
+    for part in console_report(study):
+        console.print(part)
+    text = console.export_text()
+    assert 0 < text.index("Error: code, control: its best rate") < text.index(f"MFT: {HELPS} (unsettled")
 
 
 def test_json_holds_the_numbers_and_goes_round(tmp_path):

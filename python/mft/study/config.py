@@ -45,7 +45,7 @@ _MERGED = (FULL, CONTINUED, CONTROL, MASK)  # whose weights bear the model's own
 OBJECTIVES = CROSS_ENTROPY, REWARDS = ("cross_entropy", "rewards")
 _WEIGHTS = (FULL, CONTINUED, CONTROL)  # whose weights differ from their start's by what can be made small
 _NAME = re.compile(r"\w[\w .()+-]*")
-LEAST_RATES = 5  # of which a trained arm may choose; fewer mislead
+LEAST_RATES = 3  # of which a trained arm may choose: the best of fewer cannot lie between two that are worse
 _SOME = Rule("lie in (0, 1]", exclusiveMinimum=0, maximum=1)
 
 
@@ -213,8 +213,10 @@ class StudyConfig:
     # In place of stage where the objective is rewards; an epoch asks as many questions as there are.
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     seeds: Annotated[list[int], SEED] = field(default_factory=lambda: [0, 1, 2])
-    # Further rates that an arm may try while its best lies at the end of its grid.
-    extensions: Annotated[int, at_least(0)] = 3
+    # Further settings that an arm may try, one at a time, while its best lies at an end of its grid (grid.py): a step
+    # of epochs and the rates beside it are three.
+    extensions: Annotated[int, at_least(0)] = 6
+    max_epochs: Annotated[float, POSITIVE] = 32.0  # up to which a grid of epochs grows; it may declare more
     checkpoints: Annotated[int, at_least(1)] = 4  # of a run after the fine-tune, of which validation chooses one
     answers: list[str] = field(default_factory=list)  # domains whose completions are generated and compared exactly
     # Text that no arm is trained for, by which forgetting is measured: its loss, and the KL divergence from an arm's

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mft.evaluation.evaluate import Evaluation
 from mft.study.config import Setting, StudyConfig
+from mft.study.grid import OpenEnd
 
 _SUMS = ("tokens", "loss_sums", "correct")  # of an Evaluation, a document each
 
@@ -124,6 +125,7 @@ class Findings:
     test: dict[str, dict[str, dict[int, Measured]]]
     notes: list[str] = field(default_factory=list)
     general: dict[str, dict[str, dict[int, dict[str, General]]]] = field(default_factory=dict)  # last: name of text
+    open_ends: list[OpenEnd] = field(default_factory=list)  # choices that lie at an end of their grid
     test_openings: int = 1  # how often test was evaluated with other arms or settings than before, this time included
 
 

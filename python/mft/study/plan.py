@@ -10,10 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from mft.config import DataConfig
-from mft.study.config import AVERAGE, BASE, CONTINUED, FULL, LEAST_RATES, Setting, StudyConfig
+from mft.study.config import AVERAGE, BASE, CONTINUED, CONTROL, FULL, LEAST_RATES, LORA, Setting, StudyConfig
+from mft.study.grid import DIRECTIONS, Neighbour, OpenEnd, neighbours
 from mft.study.outcome import Outcome, Unit
 
 _WHOLE_MODEL = 1.7  # times as long a token as half of its layers, measured in the small study
+_NOTHING = 1e-3  # nats a token: LoRA at vanishing rates lay 0.0002 beside its start (compare-small.json, problems)
+_MORE = 3  # extensions to ask for: a step of epochs, and the rates beside it
 
 
 @dataclass
@@ -158,7 +161,7 @@ def work_of(study: StudyConfig, unit: Unit, *, on_test: bool = False) -> float:
 
 
 def notes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[str]:
-    """What a reader of the choices must know: runs that diverged, grids with few rates, choices at a grid's end."""
+    """What a reader of the choices must know: runs that diverged, grids with few rates, arms that gain nothing."""
     outcomes = list(outcomes)
     found, lines = _Found(study, outcomes), []
     for outcome in sorted_outcomes(study, outcomes):
@@ -166,23 +169,35 @@ def notes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[str]:
             lines.append(f"{outcome.unit}: {outcome.diverged}")
     for domain in study.domains:
         for arm, config in study.arms.items():
-            best, losses = found.best(domain, arm), found.losses(domain, arm)
-            if not config.lrs or best is None:
+            if not config.lrs or found.best(domain, arm) is None:
                 continue
-            rates = {setting.lr for setting in losses}
+            rates = {setting.lr for setting in found.losses(domain, arm)}
             if len(rates) < LEAST_RATES:
                 lines.append(
                     f"{domain}, {arm}: only {len(rates)} rate(s) tried, at least {LEAST_RATES} make a fair choice"
                 )
-            for name, what in (("lr", "rate"), ("epochs", "number of epochs"), ("keep_ratio", "keep ratio")):
-                line, value = _values_beside(best, losses, name), getattr(best, name)
-                if len(line) > 1 and value in (line[0], line[-1]):
-                    end = "smallest" if value == line[0] else "largest"
-                    lines.append(
-                        f"{domain}, {arm}: the best {what}, {value:g}, is the {end} of those tried; a wider grid may "
-                        "find a better one"
-                    )
+            if closed := [one for one in found.untried(domain, arm) if found.leads_back(domain, arm, one)]:
+                ways = " and ".join(DIRECTIONS[one.name] for one in closed)
+                lines.append(
+                    f"{domain}, {arm}: its best setting gains less than {_NOTHING:g} nats a token over where it "
+                    f"begins, and the {ways} beyond its grid would only lead back there: they were not tried"
+                )
     return lines
+
+
+def open_ends(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[OpenEnd]:
+    """Where the best of an arm still lies at an end of its grid, as its budget for further settings is spent."""
+    found, ends = _Found(study, outcomes), []
+    for domain in study.domains:
+        for arm in study.arms:
+            best = found.best(domain, arm)
+            for one in [] if best is None else found.growth(domain, arm):
+                remedies = [f"extensions={study.extensions + _MORE}"] if found.is_spent(domain, arm) else []
+                if one.name == "epochs" and one.value > study.max_epochs:
+                    remedies.append(f"max_epochs={one.value:g}")
+                value, remedy = getattr(best, one.name), " ".join(remedies)
+                ends.append(OpenEnd(domain, arm, DIRECTIONS[one.name], value, one.above, remedy))
+    return ends
 
 
 def sorted_outcomes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Outcome]:
@@ -215,6 +230,8 @@ class _Found:
         self.study = study
         self.by_unit = {outcome.unit: outcome for outcome in outcomes}
         self._first: dict[tuple[str, str], list[Outcome]] = {}  # with the first seed, by domain and arm
+        self._grids = {name: dict.fromkeys(arm.settings(study.mask)) for name, arm in study.arms.items()}
+        self._losses: dict[tuple[str, str], dict[Setting, float]] = {}
         for unit, outcome in self.by_unit.items():
             if (unit.seed, unit.part) == (study.seeds[0], 0):
                 self._first.setdefault((unit.domain, unit.arm), []).append(outcome)
@@ -228,11 +245,13 @@ class _Found:
     def losses(self, domain: str, arm: str) -> dict[Setting, float]:
         """What validation chooses the least of (see Measured.choice), with the first seed, of every setting tried;
         infinite where none may choose it."""
-        losses = {
-            outcome.unit.setting: math.inf if self._does_not_count(outcome) else outcome.choice
-            for outcome in self._first.get((domain, arm), ())
-        }
-        return dict(sorted(losses.items(), key=lambda item: _order(item[0])))
+        if (domain, arm) not in self._losses:
+            losses = {
+                outcome.unit.setting: math.inf if self._does_not_count(outcome) else outcome.choice
+                for outcome in self._first.get((domain, arm), ())
+            }
+            self._losses[domain, arm] = dict(sorted(losses.items(), key=lambda item: _order(item[0])))
+        return self._losses[domain, arm]
 
     def _does_not_count(self, outcome: Outcome) -> bool:
         """Any seed or part diverged in the outcome's setting, or it stores too much."""
@@ -247,13 +266,37 @@ class _Found:
         return None if best is None or math.isinf(losses[best]) else best
 
     def unexplored(self, domain: str, arm: str) -> list[Setting]:
-        """Settings of the grid that were not tried yet; once all were, one beyond its end if the best lies there."""
-        grid, losses = self.study.arms[arm].settings(self.study.mask), self.losses(domain, arm)
-        waiting = [setting for setting in grid if setting not in losses]
-        if waiting or len(set(losses) - set(grid)) >= self.study.extensions:
+        """Settings of the grid that were not tried yet; once all were, one beside the best if it lies at an end."""
+        losses = self.losses(domain, arm)
+        waiting = [setting for setting in self._grids[arm] if setting not in losses]
+        if waiting or self.is_spent(domain, arm):
             return waiting
-        further = _beyond_the_end(losses)
-        return [] if further is None else [further]
+        most = self.study.max_epochs
+        further = (one for one in self.growth(domain, arm) if one.name != "epochs" or one.value <= most)
+        return [one.setting for one in further][:1]
+
+    def is_spent(self, domain: str, arm: str) -> bool:
+        """Whether an arm has tried as many settings beyond its declared grid as it may."""
+        return len(self.losses(domain, arm).keys() - self._grids[arm].keys()) >= self.study.extensions
+
+    def growth(self, domain: str, arm: str) -> list[Neighbour]:
+        """What is to be tried beside the best setting before it lies inside the grid."""
+        return [one for one in self.untried(domain, arm) if not self.leads_back(domain, arm, one)]
+
+    def untried(self, domain: str, arm: str) -> list[Neighbour]:
+        """All that was not tried beside the best setting; if each diverged, beside the first."""
+        losses = self.losses(domain, arm)
+        return neighbours(min(losses, key=losses.__getitem__), self._grids[arm], losses) if losses else []
+
+    def leads_back(self, domain: str, arm: str, one: Neighbour) -> bool:
+        """Whether that way the arm does less and less, and its best gains nothing over doing nothing."""
+        kind, start = self.study.arms[arm].kind, self.study.start_of(arm)
+        weights = kind in (CONTINUED, CONTROL, LORA)  # a mask begins with what it drops at first
+        less = one.above if one.name == "keep_ratio" else weights and not one.above
+        if not less or start is None:
+            return False
+        before, best = (min(self.losses(domain, each).values(), default=math.inf) for each in (start, arm))
+        return math.isfinite(best) and before - best < _NOTHING
 
     def next_of(self, domain: str, arm: str) -> list[Unit]:
         """The arm's units that are not done, as far as is known, whatever they wait for."""
@@ -305,20 +348,3 @@ class _Found:
 
 def _order(setting: Setting) -> tuple[float, ...]:
     return tuple(value or 0.0 for value in vars(setting).values())
-
-
-def _values_beside(best: Setting, losses: dict[Setting, float], name: str) -> list[float]:
-    """The values of lr, epochs, keep_ratio or beta1 tried with the best setting's other values, in ascending order."""
-    beside = (setting for setting in losses if replace(setting, **{name: None}) == replace(best, **{name: None}))
-    return sorted(value for setting in beside if (value := getattr(setting, name)) is not None)
-
-
-def _beyond_the_end(losses: dict[Setting, float]) -> Setting | None:
-    """The best setting at the next rate in the grid's ratio, if its rate is at an end; None if it lies inside."""
-    best = min(losses, key=losses.__getitem__)
-    rates = _values_beside(best, losses, "lr")
-    if best.lr is None or len(rates) < 2 or best.lr not in (rates[0], rates[-1]):
-        return None
-    ratio = rates[0] / rates[1] if best.lr == rates[0] else rates[-1] / rates[-2]
-    further = replace(best, lr=float(f"{best.lr * ratio:.3g}"))
-    return None if further in losses else further

@@ -16,6 +16,7 @@ from mft.study.plan import (
     chosen_units,
     left_to_do,
     notes,
+    open_ends,
     parts_of,
     ready,
     selection,
@@ -206,6 +207,5 @@ def _findings(study: StudyConfig, run: _Run, openings: int, lines: list[str]) ->
             test[unit.domain][unit.arm][seed] = tested.test
             general[unit.domain][unit.arm][seed] = tested.general
     outcomes = sorted_outcomes(study, run.outcomes.values())
-    return Findings(
-        study, outcomes, run.chosen, validation, test, lines + notes(study, outcomes), general, test_openings=openings
-    )
+    said, ends = lines + notes(study, outcomes), open_ends(study, outcomes)
+    return Findings(study, outcomes, run.chosen, validation, test, said, general, ends, openings)

@@ -263,7 +263,7 @@ def _is_addition(key: str, old: dict[str, Any], new: dict[str, Any], before: dic
         return True
     if key not in old or key not in new:
         return False
-    if parts[0] == "extensions":
+    if parts[0] in ("extensions", "max_epochs"):
         return new[key] >= old[key]
     if parts[0] == "seeds":
         return new[key][0] == old[key][0] and set(new[key]) >= set(old[key])

@@ -51,6 +51,7 @@ class Row:
     recovered: float | None = None  # of what rounding its start cost, the share that it took back (see recovered_share)
     bytes: float | None = None  # of what must be stored beside the start, mean over seeds
     general: dict[str, OnText] = field(default_factory=dict)  # by text
+    unsettled: list[str] = field(default_factory=list)  # choices at an end of their grid, of the arm or of its start
 
 
 @dataclass
@@ -78,8 +79,8 @@ def study_tables(findings: Findings) -> dict[str, DomainTable]:
     keys: list[tuple[str, str, str, str]] = []  # domain, arm, FULL or CONTROL, metric
     pairs: list[Paired] = []
     for domain in findings.test:
-        tables[domain] = _table(findings, domain)
-        for key, pair in _pairs(findings, domain, tables[domain]).items():
+        tables[domain] = table = _table(findings, domain)
+        for key, pair in _pairs(findings, domain, table).items():
             keys.append((domain, *key))
             pairs.append(pair)
     found, decides = dict(zip(keys, differences(pairs))), deciding_metric(findings.study)
@@ -159,7 +160,7 @@ def study_numbers(findings: Findings, tables: Mapping[str, DomainTable] | None =
             if outcome.unit.domain == domain
         ]
     numbers = {"domains": domains, "seeds": findings.study.seeds, "test_openings": findings.test_openings}
-    return finite(numbers)
+    return finite(numbers | {"open_ends": [dataclasses.asdict(end) for end in findings.open_ends]})
 
 
 def finite(value: Any) -> Any:
@@ -229,7 +230,17 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
         flips=_mean(flips) if flips else None,
         memory=_mean(memory) if memory else None,
         bytes=_mean([float(size) for size in stored]) if stored else None,
+        unsettled=_unsettled(findings, domain, arm),
     )
+
+
+def _unsettled(findings: Findings, domain: str, arm: str) -> list[str]:
+    """The open ends of an arm, of the one that it is made of and of those at whose end they begin."""
+    rests = [arm]
+    for each in rests:
+        rests += [needed for needed in findings.study.needs(each) if needed not in rests]
+    ends = [end for end in findings.open_ends if end.domain == domain and end.arm in rests]
+    return [f"{end.arm}'s {end.what}" for end in ends]
 
 
 def _pairs(findings: Findings, domain: str, table: DomainTable) -> dict[tuple[str, str, str], Paired]:

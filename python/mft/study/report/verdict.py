@@ -63,6 +63,11 @@ def conclusion(row: Row) -> tuple[str, str]:
     return NO_EVIDENCE, f"{'MFT' if difference.estimate < 0 else row.against} is ahead on test, but {why}"
 
 
+def errors(findings: Findings) -> list[str]:
+    """What must be mended before the verdicts are believed."""
+    return [f"Error: {end}." for end in findings.open_ends]
+
+
 def remarks(findings: Findings, tables: Mapping[str, DomainTable]) -> list[str]:
     """What a reader of the verdicts must know; warnings first."""
     return [*_warnings(findings, tables), *_method(findings, tables), *findings.notes]
@@ -137,15 +142,17 @@ def _compared(row: Row, control: Row, full: str) -> str:
     difference = row.minus_control[row.decides]
     what, why = conclusion(row)
     validation = "none" if row.validation is None else f"{row.validation:+.4f}"
+    ends = dict.fromkeys((*row.unsettled, *control.unsettled))
+    mark = f" (unsettled, at an end of its grid: {', '.join(ends)})" if ends else ""
     if row.decides == WRONG:
         exact = shown_interval(row.minus_control["answers"], 100, 1)
         return (
-            f"{row.arm}: {what}{f' ({why})' if why else ''}. {row.arm} - {control.arm}: {exact} % of questions "
+            f"{row.arm}: {what}{f' ({why})' if why else ''}{mark}. {row.arm} - {control.arm}: {exact} % of questions "
             f"answered exactly, Holm-adjusted p {shown_p(difference.p_holm)}; wrong answers a question on validation "
             f"{validation}."
         )
     return (
-        f"{row.arm}: {what}{f' ({why})' if why else ''}. "
+        f"{row.arm}: {what}{f' ({why})' if why else ''}{mark}. "
         f"{row.arm} - {full}: {shown_interval(row.minus_full)}; "
         f"{control.arm} - {full}: {shown_interval(control.minus_full)}; "
         f"{row.arm} - {control.arm}: {shown_interval(difference)} nats a token, "

@@ -23,7 +23,7 @@ from mft.study.report.over_codes import verdicts_over_codes
 from mft.study.report.plots import plot_study
 from mft.study.report.rewards import REWARDS_PLOT, plot_rewards, reward_curves
 from mft.study.report.table import DomainTable, Row, study_numbers, study_tables
-from mft.study.report.verdict import conclusion, remarks, shown_interval, shown_p, study_verdicts
+from mft.study.report.verdict import conclusion, errors, remarks, shown_interval, shown_p, study_verdicts
 from mft.study.store import BYTES, FORGETTING
 from mft.tracking.curves import PLOT
 from mft.training.run_directory import TABLE_JSON, TABLE_MARKDOWN
@@ -42,7 +42,8 @@ def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, 
     """
     tables, extra = study_tables(findings), dict(extra or {})
     said, known, by_bytes = _words_of(findings, tables)
-    lines = ["# Verdict", "", *(f"{paragraph}\n" for paragraph in said)]
+    wrong = errors(findings)
+    lines = [*(f"{error}\n" for error in wrong), "# Verdict", "", *(f"{paragraph}\n" for paragraph in said)]
     for domain, table in tables.items():
         lines += [f"# {domain}: {_counts(table)}", "", *_markdown(table), ""]
         for text in table.general:
@@ -56,7 +57,8 @@ def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, 
             judged = row.masked and row.decides in row.minus_control and not table.general  # else by dominance
             entry["conclusion"] = conclusion(row)[0] if judged else None
         numbers["domains"][domain]["by_rewards"] = reward_curves(findings, domain)
-    numbers |= {"verdicts": said, "remarks": known, "environment": extra, "at_equal_bytes": bytes_values(by_bytes)}
+    numbers |= {"errors": wrong, "verdicts": said, "remarks": known, "environment": extra}
+    numbers |= {"at_equal_bytes": bytes_values(by_bytes)}
     text = json.dumps(numbers, indent=2, allow_nan=False)
     write_whole(directory / TABLE_JSON, text + "\n")
     plot_study(numbers, directory / PLOT)
@@ -76,6 +78,7 @@ def console_report(findings: Findings) -> list[RenderableType]:
         parts.append(_fitted(Text(f"{domain}: {_counts(table)}", style="bold")))
         parts += [_console_table(table, columns) for columns in _shown_groups(table)]
     said, known, _ = _words_of(findings, tables)
+    parts += [_fitted(Text(error, style="bold red")) for error in errors(findings)]
     parts += [_fitted(Text(paragraph, style="bold")) for paragraph in said]
     return parts + [_fitted(Text(f"- {note}")) for note in known]
 
