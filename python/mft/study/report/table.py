@@ -10,6 +10,7 @@ from mft.evaluation.evaluate import Evaluation
 from mft.study.config import AVERAGE, BASE, CONTROL, FULL, INTERPOLATED, QUANTIZED, REWARDS, Setting, StudyConfig
 from mft.study.outcome import Findings, Measured
 from mft.study.report.dominance import Comparison, comparisons, is_mft
+from mft.study.report.equal_budgets import EqualBudget, equal_budgets
 from mft.study.report.general import OnText, general_tables, start_of
 from mft.study.report.statistics import METRICS, WRONG, Difference, Paired, differences, paired, with_holm
 
@@ -67,6 +68,7 @@ class DomainTable:
     rows: list[Row]
     general: list[str] = field(default_factory=list)  # texts by which forgetting is measured
     comparisons: list[Comparison] = field(default_factory=list)  # of MFT arms with rivals, a text after the other
+    equal_budgets: list[EqualBudget] = field(default_factory=list)
 
     def row(self, arm: str | None) -> Row | None:
         return next((row for row in self.rows if row.arm == arm), None)
@@ -80,6 +82,7 @@ def study_tables(findings: Findings) -> dict[str, DomainTable]:
     pairs: list[Paired] = []
     for domain in findings.test:
         tables[domain] = table = _table(findings, domain)
+        table.equal_budgets = equal_budgets(findings, domain, {row.arm: row.against for row in table.rows})
         for key, pair in _pairs(findings, domain, table).items():
             keys.append((domain, *key))
             pairs.append(pair)

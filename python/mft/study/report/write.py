@@ -17,6 +17,7 @@ from mft.study.config import REWARDS
 from mft.study.outcome import Findings
 from mft.study.report.at_equal_bytes import AtEqualBytes, at_equal_bytes, bytes_values, remark_on_bytes, said_of_bytes
 from mft.study.report.by_bytes import plot_bytes
+from mft.study.report.equal_budgets import budget_sentences
 from mft.study.report.forgetting import plot_forgetting
 from mft.study.report.general import OnText
 from mft.study.report.over_codes import verdicts_over_codes
@@ -42,12 +43,14 @@ def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, 
     """
     tables, extra = study_tables(findings), dict(extra or {})
     said, known, by_bytes = _words_of(findings, tables)
-    wrong = errors(findings)
+    wrong, budgets = errors(findings), _budgets(tables)
     lines = [*(f"{error}\n" for error in wrong), "# Verdict", "", *(f"{paragraph}\n" for paragraph in said)]
     for domain, table in tables.items():
         lines += [f"# {domain}: {_counts(table)}", "", *_markdown(table), ""]
         for text in table.general:
             lines += [f"# {domain} and {text}: MFT arms against their rivals", "", *_matches(domain, text, table), ""]
+    if budgets:
+        lines += ["# At equal budgets, validation, first seed", "", *(f"- {sentence}" for sentence in budgets), ""]
     lines += ["# How", "", *(f"- {note}" for note in known)]
     lines += [f"- {name}: {_words(value)}" for name, value in extra.items()]
     write_whole(directory / TABLE_MARKDOWN, "\n".join(lines) + "\n")
@@ -80,6 +83,7 @@ def console_report(findings: Findings) -> list[RenderableType]:
     said, known, _ = _words_of(findings, tables)
     parts += [_fitted(Text(error, style="bold red")) for error in errors(findings)]
     parts += [_fitted(Text(paragraph, style="bold")) for paragraph in said]
+    parts += [_fitted(Text(f"- {sentence}")) for sentence in _budgets(tables)]
     return parts + [_fitted(Text(f"- {note}")) for note in known]
 
 
@@ -188,6 +192,10 @@ def _console_table(table: DomainTable, columns: list[_Column]) -> Table:
         cells = (Text(cell) for cell in (row.arm, *(column.cell(row) for column in columns)))
         drawn.add_row(*cells, style="bold" if row.masked else None)
     return drawn
+
+
+def _budgets(tables: Mapping[str, DomainTable]) -> list[str]:
+    return [line for domain, table in tables.items() for line in budget_sentences(domain, table.equal_budgets)]
 
 
 def _fitted(text: Text) -> RenderableType:

@@ -1,0 +1,87 @@
+"""MFT and its control at equal budgets: the best run of each of at most as many steps, and of at most as many seconds.
+
+A budget is what one of the two chose. From the runs that were tried with the first seed, on validation: test has seen
+the chosen ones alone.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from mft.study.config import MASK, Setting
+from mft.study.outcome import Findings, Outcome
+from mft.study.report.statistics import Difference, differences, paired
+
+UNITS = ("steps", "seconds")
+
+
+@dataclass
+class EqualBudget:
+    """The best settings within a budget (None: nothing is), and the difference of their validation losses."""
+
+    arm: str
+    control: str
+    what: str  # steps, seconds
+    budget: float
+    setting: Setting | None
+    control_setting: Setting | None
+    difference: Difference | None = None  # arm - control
+
+
+def equal_budgets(findings: Findings, domain: str, references: Mapping[str, str | None]) -> list[EqualBudget]:
+    """references: the control of each arm; arms of masks that have one are compared."""
+    found, pairs = [], []
+    for arm, control in references.items():
+        if control is None or findings.study.arms[arm].kind != MASK:
+            continue
+        ours, theirs = _tried(findings, domain, arm), _tried(findings, domain, control)
+        chosen = findings.chosen.get(domain, {})
+        both = [o for o in (*ours, *theirs) if o.unit.setting == chosen.get(o.unit.arm)]
+        for what in UNITS:
+            for budget in sorted({float(getattr(o, what)) for o in both}):
+                mask, weights = _best(ours, what, budget), _best(theirs, what, budget)
+                settings = [None if o is None else o.unit.setting for o in (mask, weights)]
+                found.append(EqualBudget(arm, control, what, budget, *settings))
+                if mask and weights and mask.measured and weights.measured:
+                    pairs.append((found[-1], paired({0: mask.measured}, {0: weights.measured})))
+    known = [(one, pair) for one, pair in pairs if pair is not None]
+    for (one, _), difference in zip(known, differences([pair for _, pair in known])):
+        one.difference = difference
+    return found
+
+
+def budget_sentences(domain: str, found: Iterable[EqualBudget]) -> list[str]:
+    """One an arm and unit of the budget."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for one in found:
+        said.setdefault((one.arm, one.what), []).append(_words(one))
+    return [
+        f"{domain}, {arm} and its control, each in at most so many {what}: {'; '.join(parts)}"
+        for (arm, what), parts in said.items()
+    ]
+
+
+def _words(one: EqualBudget) -> str:
+    budget = f"{one.budget:.0f} steps" if one.what == "steps" else f"{one.budget:.1f} s"
+    if one.difference is None:
+        missing = one.arm if one.setting is None else one.control
+        return f"{budget}: no run of {missing}"
+    d = one.difference
+    interval = "" if math.isnan(d.low) else f" [{d.low:+.4f}, {d.high:+.4f}]"
+    return (
+        f"{budget}: {one.arm} ({one.setting}) - {one.control} ({one.control_setting}) {d.estimate + 0.0:+.4f}{interval}"
+    )
+
+
+def _tried(findings: Findings, domain: str, arm: str) -> list[Outcome]:
+    """With the first seed, as far as they stayed finite."""
+    where = (domain, arm, findings.study.seeds[0], 0)
+    return [
+        o
+        for o in findings.outcomes
+        if (o.unit.domain, o.unit.arm, o.unit.seed, o.unit.part) == where and o.measured is not None
+    ]
+
+
+def _best(tried: list[Outcome], what: str, budget: float) -> Outcome | None:
+    return min((o for o in tried if getattr(o, what) <= budget), key=lambda o: o.loss, default=None)
