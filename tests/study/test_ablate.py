@@ -33,6 +33,37 @@ def test_every_ratio_gets_a_trained_a_magnitude_and_a_random_mask(study):
     assert arms["MFT 0.5"].lrs == study.arms["MFT"].lrs
 
 
+FREE = "  free: {kind: mask, mode: value, threshold: 0, lrs: [1e-2], beta1s: [0, 0.9]}\n"
+OTHERS = "  on control: {kind: mask, lrs: [1e-2], start: control}\n  mean: {kind: average, of: free, runs: 2}\n"
+
+
+def test_every_mask_on_the_fine_tune_is_ablated_and_a_free_threshold_stands_beside_the_ratios(tmp_path):
+    study = make_study(tmp_path, FEW + FREE + OTHERS, [DATA])
+    ratios, layers = derive(study, "ratio", ["0.5"]).arms, derive(study, "layers", ["0-1", "3"]).arms
+    assert list(ratios) == ["full", "control", "free", "MFT 0.5", "magnitude 0.5", "random 0.5"]
+    assert ratios["free"] == study.arms["free"]
+    assert list(layers) == ["full", *(f"{arm} {group}" for group in ("0-1", "3") for arm in ("control", "MFT", "free"))]
+    assert (layers["free 3"].layers_to_transform, layers["free 3"].beta1s) == ([3], [0, 0.9])
+    assert list(derive(study, "data", ["0.5"]).arms) == ["full", "control", "MFT", "free"]
+
+
+def test_an_ablation_of_some_masks_leaves_the_others_out(tmp_path):
+    study = make_study(tmp_path, FEW + FREE + OTHERS, [DATA])
+    assert list(derive(study, "layers", ["3"], masks=["free"]).arms) == ["full", "control 3", "free 3"]
+    assert list(derive(study, "data", ["1"], masks=["MFT"]).arms) == ["full", "control", "MFT"]
+    with pytest.raises(ValueError, match="--arm must be one of MFT, free, got 'fre'; did you mean free"):
+        derive(study, "layers", ["3"], masks=["fre"])
+    with pytest.raises(ValueError, match="arms must hold a mask without a threshold to be ablated by ratio, got free"):
+        derive(study, "ratio", masks=["free"])
+
+
+def test_the_fine_tune_of_a_share_may_always_choose_its_epochs(study):
+    assert derive(study, "data", ["0.5"]).arms["full"].epochs == [1, 2]
+    given = dataclasses.replace(study.arms["full"], epochs=[3, 1])
+    again = dataclasses.replace(study, arms={**study.arms, "full": given})
+    assert derive(again, "data", ["0.5"]).arms["full"].epochs == [3, 1]
+
+
 def test_each_group_of_layers_is_held_against_a_control_of_its_own(study):
     ablated = derive(study, "layers", ["0-1", "3"])
     assert ablated.arms["MFT 0-1"].layers_to_transform == [0, 1]
@@ -85,25 +116,43 @@ def test_an_ablation_of_one_domain_leaves_the_others_out(study):
 
 def numbers(arms):
     rows = [
-        {"arm": arm, "kind": kind, "minus_full": {"estimate": value, "low": value - 0.01, "high": value + 0.01}}
+        {
+            "arm": arm,
+            "kind": kind,
+            "setting": {"keep_ratio": None if (label := arm.rpartition(" ")[2]).isalpha() else float(label)},
+            "minus_full": {"estimate": value, "low": value - 0.01, "high": value + 0.01},
+        }
         for arm, kind, value in arms
     ]
     return {"domains": {"code": {"rows": rows}}}
 
 
-def test_the_control_of_a_ratio_ablation_is_a_level():
-    arms = [(CONTROL, CONTROL, -0.1), ("MFT 0.5", MASK, 0.2), ("MFT 0.9", MASK, -0.2), ("random 0.5", "random", 3.0)]
-    lines = ablation_lines(numbers(arms), "ratio")["code"]
+def test_what_has_no_ratio_is_a_level_in_an_ablation_of_ratios():
+    arms = [(CONTROL, CONTROL, -0.1), ("free", MASK, -0.3), ("MFT 0.9", MASK, -0.2), ("MFT 0.5", MASK, 0.2)]
+    lines = ablation_lines(numbers([*arms, ("random 0.5", "random", 3.0)]), "ratio")["code"]
+    assert [(label, d["estimate"]) for label, d in lines["free"].points] == [("0.5", -0.3), ("0.9", -0.3)]
     assert [(label, d["estimate"]) for label, d in lines[CONTROL].points] == [("0.5", -0.1), ("0.9", -0.1)]
-    assert [(label, d["estimate"]) for label, d in lines["MFT"].points] == [("0.5", 0.2), ("0.9", -0.2)]
+    assert sorted((label, d["estimate"]) for label, d in lines["MFT"].points) == [("0.5", 0.2), ("0.9", -0.2)]
     assert [label for label, _ in lines["random"].points] == ["0.5"]
 
 
 def test_shares_of_the_data_join_into_a_line_an_arm():
-    few, all_of_it = (numbers([("MFT", MASK, v), ("MFT (paper)", MASK, 2 * v)])["domains"]["code"] for v in (0.1, 0.2))
+    few, all_of_it = (numbers([("MFT", MASK, v), ("MFT paper", MASK, 2 * v)])["domains"]["code"] for v in (0.1, 0.2))
     panels = ablation_lines({"domains": {"C++ code 0.1": few, "C++ code 1": all_of_it}}, "data")
     drawn = {name: [(share, d["estimate"]) for share, d in line.points] for name, line in panels["C++ code"].items()}
-    assert drawn == {"MFT": [("0.1", 0.1), ("1", 0.2)], "MFT (paper)": [("0.1", 0.2), ("1", 0.4)]}
+    assert drawn == {"MFT": [("0.1", 0.1), ("1", 0.2)], "MFT paper": [("0.1", 0.2), ("1", 0.4)]}
+
+
+def test_each_mask_has_a_line_of_its_own_over_the_layers():
+    arms = [
+        (f"{name} {layer}", kind, 0.1)
+        for layer in (0, 1)
+        for name, kind in (("control", CONTROL), ("free", MASK), ("MFT", MASK))
+    ]
+    lines = ablation_lines(numbers(arms), "layers")["code"]
+    assert {name: [label for label, _ in line.points] for name, line in lines.items()} == {
+        name: ["0", "1"] for name in ("control", "free", "MFT")
+    }
 
 
 def test_an_ablation_runs_from_the_command_line(tmp_path, monkeypatch):

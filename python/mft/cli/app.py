@@ -237,6 +237,9 @@ def ablate(
     domains: Annotated[
         list[str] | None, typer.Option("--domain", help="Of the study; repeatable; all if not given.")
     ] = None,
+    arms: Annotated[
+        list[str] | None, typer.Option("--arm", help="A mask of the study; repeatable; all if not given.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the study that its directory holds.")] = False,
 ) -> None:
     """MFT by keep ratio, by masked layers or by share of the data, beside the same baselines; continues too."""
@@ -244,7 +247,7 @@ def ablate(
     from mft.study.load import load_study
 
     given = [] if values is None else values.split(",")
-    run_ablate(load_study(config, overrides or []), what, given, domains or [], overwrite=overwrite)
+    run_ablate(load_study(config, overrides or []), what, given, domains or [], arms or [], overwrite=overwrite)
 
 
 @app.command()

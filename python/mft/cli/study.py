@@ -40,11 +40,17 @@ def run_compare(study: StudyConfig, *, overwrite: bool) -> None:
 
 
 def run_ablate(
-    study: StudyConfig, what: str, values: Sequence[str], domains: Sequence[str], *, overwrite: bool
+    study: StudyConfig,
+    what: str,
+    values: Sequence[str],
+    domains: Sequence[str],
+    masks: Sequence[str] = (),
+    *,
+    overwrite: bool,
 ) -> None:
     """mft ablate"""
     parent = Path(study.output_dir)
-    study = derive(study, what, values, domains)
+    study = derive(study, what, values, domains, masks)
     directory = Path(study.output_dir)
     if not overwrite and copy_fine_tunes(parent, study, directory):
         say(f"base model and fine-tunes: those of {parent}")

@@ -22,19 +22,23 @@ _COLOURS = {MASK: ["#c1121f", "#cc79a7", "#56b4e9"], CONTROL: ["#e69f00"], "magn
 
 
 def ratio_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
-    """A trained, a magnitude and a random mask at every keep ratio."""
+    """Masks at every keep ratio: trained, by magnitude, random; those that a threshold decides stand beside them."""
     ratios = [_number("values", value) for value in values] or list(RATIOS)
-    arms = _prototypes(study, FULL, CONTROL)
-    mask = _prototype(study, MASK)
+    masks = _masks(study)
+    arms = _prototypes(study, FULL, CONTROL) | {name: arm for name, arm in masks.items() if arm.threshold is not None}
+    by_ratio = {name: arm for name, arm in masks.items() if arm.threshold is None}
+    if not by_ratio:
+        raise ValueError(f"arms must hold a mask without a threshold to be ablated by ratio, got {', '.join(masks)}")
     for ratio in ratios:
-        arms[f"MFT {ratio:g}"] = dataclasses.replace(mask, keep_ratios=[ratio])
+        for name, arm in by_ratio.items():
+            arms[f"{name} {ratio:g}"] = dataclasses.replace(arm, keep_ratios=[ratio])
         for kind in ("magnitude", "random"):
             arms[f"{kind} {ratio:g}"] = ArmConfig(kind, keep_ratios=[ratio])
     return _derived(study, "ratio", arms=arms)
 
 
 def layers_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
-    """MFT and the control on each group of layers, such as 0-3."""
+    """The control and every mask on each group of layers, such as 0-3."""
     if not values and study.scratch is None:
         raise ValueError("--values must name groups of layers for this model, such as 0-3,4-7, got none")
     if not values:
@@ -42,15 +46,18 @@ def layers_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
         values = [str(layer) for layer in range(study.scratch.layers)]
     arms = _prototypes(study, FULL)
     for group in values:
-        for kind, name in ((CONTROL, "control"), (MASK, "MFT")):
-            layers: Any = parse_layers(group)
-            arms[f"{name} {group}"] = dataclasses.replace(_prototype(study, kind), layers_to_transform=layers)
+        layers: Any = parse_layers(group)
+        for name, arm in {"control": _prototype(study, CONTROL), **_masks(study)}.items():
+            arms[f"{name} {group}"] = dataclasses.replace(arm, layers_to_transform=layers)
     return _derived(study, "layers", arms=arms)
 
 
 def data_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
     """Fine-tune, control and every MFT on a share of the training tokens, each share a domain; evaluated on the same
     rows.
+
+    Each share's arms start from a fine-tune of its own that went on to where validation likes it best: its grid grows
+    like any other, and one number of epochs is made a grid by its double.
     """
     shares = [_number("values", value) for value in values] or list(SHARES)
     domains = {}
@@ -62,8 +69,10 @@ def data_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
             tokens = max(data.sequence_length, int(share * data.max_train_tokens))
             domains[f"{name} {share:g}"] = dataclasses.replace(data, max_train_tokens=tokens)
     answers = [name for name in domains if name.rpartition(" ")[0] in study.answers]
-    arms = _prototypes(study, FULL, CONTROL, MASK)
-    arms |= {name: arm for name, arm in study.arms.items() if arm.kind == MASK}
+    arms = _prototypes(study, FULL, CONTROL) | _masks(study)
+    full, epochs = str(study.named(FULL)), sorted(set(arms[str(study.named(FULL))].epochs))
+    if len(epochs) == 1:
+        arms[full] = dataclasses.replace(arms[full], epochs=[*epochs, 2 * epochs[0]])
     general = {name: text for name, text in study.general.items() if name not in study.domains}  # those have new names
     return _derived(study, "data", arms=arms, domains=domains, answers=answers, general=general)
 
@@ -75,8 +84,13 @@ ABLATIONS: dict[str, Callable[[StudyConfig, Sequence[str]], StudyConfig]] = {
 }
 
 
-def derive(study: StudyConfig, what: str, values: Sequence[str] = (), domains: Sequence[str] = ()) -> StudyConfig:
-    """The ablation of this name, on some of the study's domains (all, if none is named); it stands beside the study."""
+def derive(
+    study: StudyConfig, what: str, values: Sequence[str] = (), domains: Sequence[str] = (), masks: Sequence[str] = ()
+) -> StudyConfig:
+    """The ablation of this name; it stands beside the study.
+
+    domains, masks: some of the study's domains and arms of masks; all, if none is named.
+    """
     if what not in ABLATIONS:
         raise ValueError(f"the ablation must be one of {', '.join(ABLATIONS)}, got {what!r}{nearest(what, ABLATIONS)}")
     for name in domains:
@@ -87,6 +101,13 @@ def derive(study: StudyConfig, what: str, values: Sequence[str] = (), domains: S
         kept = {name: data for name, data in study.domains.items() if name in domains}
         answers = [name for name in study.answers if name in domains]
         study = dataclasses.replace(study, domains=kept, answers=answers)
+    if masks:
+        known_masks = _masks(study)
+        for name in masks:
+            if name not in known_masks:
+                known = ", ".join(known_masks)
+                raise ValueError(f"--arm must be one of {known}, got {name!r}{nearest(name, known_masks)}")
+        study = _without(study, [name for name in known_masks if name not in masks])
     return ABLATIONS[what](study, values)
 
 
@@ -135,7 +156,8 @@ def ablation_lines(numbers: Mapping[str, Any], what: str) -> dict[str, dict[str,
     for domain, table in numbers["domains"].items():
         name, _, share = domain.rpartition(" ")
         lines = panels.setdefault(name if what == "data" else domain, {})
-        labels = {row["arm"].rpartition(" ")[2] for row in table["rows"] if row["kind"] == MASK}
+        ratios = [_keep_ratio(row) for row in table["rows"] if row["kind"] == MASK]
+        labels = [f"{ratio:g}" for ratio in sorted({ratio for ratio in ratios if ratio is not None})]
         for row in table["rows"]:
             kind, difference = row["kind"], row["minus_full"]
             if kind not in _COLOURS or difference is None:
@@ -143,12 +165,18 @@ def ablation_lines(numbers: Mapping[str, Any], what: str) -> dict[str, dict[str,
             if what == "data":
                 lines.setdefault(row["arm"], Line(kind)).points.append((share, difference))
                 continue
-            line = lines.setdefault("MFT" if kind == MASK else kind, Line(kind))
-            if what == "ratio" and kind == CONTROL:  # which has none: a level
-                line.points = [(label, difference) for label in sorted(labels, key=float)]
+            arm, _, label = row["arm"].rpartition(" ")
+            if what == "ratio" and kind in (CONTROL, MASK) and _keep_ratio(row) is None:  # a level
+                name = kind if kind == CONTROL else row["arm"]
+                lines.setdefault(name, Line(kind)).points = [(ratio, difference) for ratio in labels]
             else:
-                line.points.append((row["arm"].rpartition(" ")[2], difference))
+                lines.setdefault(arm if kind == MASK else kind, Line(kind)).points.append((label, difference))
     return panels
+
+
+def _keep_ratio(row: Mapping[str, Any]) -> float | None:
+    """That of a row's setting; None for what has none."""
+    return None if row["setting"] is None else row["setting"]["keep_ratio"]
 
 
 def _derived(study: StudyConfig, what: str, **changes: Any) -> StudyConfig:
@@ -158,6 +186,21 @@ def _derived(study: StudyConfig, what: str, **changes: Any) -> StudyConfig:
 def _prototypes(study: StudyConfig, *kinds: str) -> dict[str, ArmConfig]:
     """The study's first arm of each kind, under the name that it has there."""
     return {str(study.named(kind)): _prototype(study, kind) for kind in kinds}
+
+
+def _masks(study: StudyConfig) -> dict[str, ArmConfig]:
+    """The study's masks on the full fine-tune, where the ablations' controls begin too."""
+    _prototype(study, MASK)  # there is one
+    full = study.named(FULL)
+    return {name: arm for name, arm in study.arms.items() if arm.kind == MASK and study.start_of(name) == full}
+
+
+def _without(study: StudyConfig, arms: Sequence[str]) -> StudyConfig:
+    """The study without these, and without those that are made of them or begin at their end."""
+    gone = set(arms)
+    for _ in study.arms:
+        gone |= {name for name in study.arms if gone.intersection(study.needs(name))}
+    return dataclasses.replace(study, arms={name: arm for name, arm in study.arms.items() if name not in gone})
 
 
 def _prototype(study: StudyConfig, kind: str) -> ArmConfig:
