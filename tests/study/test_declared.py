@@ -8,7 +8,7 @@ from tiny_study import STUDY
 
 from mft.config import DataConfig, MaskConfig
 from mft.files.yaml_file import dump_yaml
-from mft.study.config import ArmConfig, ScratchConfig, Setting
+from mft.study.config import FULL, LEAST_RATES, ArmConfig, ScratchConfig, Setting
 from mft.study.load import SHIPPED, load_study, study_values
 
 ARMS = """
@@ -30,14 +30,23 @@ def load(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
 def test_every_shipped_study_loads_by_its_name(name):
-    """And all but the demo's, which says so of itself, try as many rates as a fair choice takes."""
+    """And each tries as many rates as a fair choice takes."""
     study = load_study(name)
-    for arm in study.arms.values():
-        assert len(arm.lrs) == 0 or len(arm.lrs) >= 5 or name == "demo"
+    assert all(len(arm.lrs) == 0 or len(arm.lrs) >= LEAST_RATES for arm in study.arms.values() if arm.kind != FULL)
+    assert len(study.arms[study.named(FULL)].lrs) >= LEAST_RATES or name == "demo"  # which says so of itself
+
+
+@pytest.mark.parametrize("name", ["small", "smollm2"])
+def test_trained_arms_may_choose_momentum_and_epochs_alike(name):
+    study = load_study(name)
+    trained = [arm for label, arm in study.arms.items() if arm.lrs and label != "MFT (paper)"]  # whose optimiser it is
+    assert {tuple(arm.beta1s) for arm in trained} == {(0, 0.9)}
+    assert all(arm.betas is None and len(arm.epochs) > 1 for arm in trained)
 
 
 def test_a_study_says_what_its_file_says(load):
     study = load()
+    assert (study.extensions, study.max_epochs) == (0, 32)
     assert (study.seeds, study.checkpoints, study.stage.batch_size, study.stage.epochs) == ([0, 1], 2, 4, 1.0)
     assert study.mask.layers_to_transform == [2, 3]
     assert isinstance(study.domains["count"], DataConfig)
@@ -132,6 +141,8 @@ def test_what_is_written_loads_equal(load, tmp_path):
         ("seeds=[]", "seeds must hold at least one int"),
         ("seeds=3", "seeds must be a list of int, got 3 (int)"),
         ("checkpoints=0", "checkpoints must be at least 1"),
+        ("extensions=-1", "extensions must be at least 0, got -1"),
+        ("max_epochs=0", "max_epochs must be positive, got 0.0"),
         ("checkpoints=two", "checkpoints must be an int, got 'two' (str)"),
         ("stage.lr=1", "stage.lr must be left out: arms decide it"),
         ("full.seed=1", "full.seed must be left out: seeds decide it"),
