@@ -206,7 +206,7 @@ BY_BYTES = (
   control: {kind: control, lrs: [1e-2]}
   MFT: {kind: mask, lrs: [1e-2]}
   bitdelta: {kind: bitdelta, of: control, lrs: [1e-2]}
-  ternary: {kind: ternary, of: control, shares: [0.1, 0.3]}
+  ternary: {kind: ternary, of: control, shares: [0.03, 0.1]}
   LoRA: {kind: lora, lrs: [1e-2], lora_ranks: [1, 2, 4], max_bytes: MOST}
 """
 )

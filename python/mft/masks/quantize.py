@@ -95,9 +95,10 @@ def rounded_weights(model: nn.Module, kind: str = "nf4") -> dict[str, Tensor]:
     return found
 
 
-def coded_shapes(model: nn.Module) -> dict[str, torch.Size]:
+def coded_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """(N, K) of each matrix of codes that quantize_model would make of an unmasked model, by the parameters' names."""
-    return {name: as_matrix(model.get_parameter(name).detach()).shape for name, as_matrix in _coded(model).values()}
+    found = {name: as_matrix(model.get_parameter(name).detach()) for name, as_matrix in _coded(model).values()}
+    return {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in found.items()}
 
 
 def _coded(model: nn.Module) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:

@@ -8,6 +8,7 @@ alpha: momentum is on or off, and the ends of alpha are the ends of what it lies
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mft.study.config import Setting
 
@@ -60,8 +61,9 @@ def neighbours(best: Setting, grid: Collection[Setting], tried: Collection[Setti
         for above in (False, True):
             farther = [value for value in values if (value > here if above else value < here)]
             value = (min(farther) if above else max(farther)) if farther else _beyond(name, values, above)
-            if value is not None and replace(best, **{name: value}) not in tried:
-                found.append(Neighbour(name, above, replace(best, **{name: value})))
+            beside: Any = {} if value is None else {name: value}
+            if beside and replace(best, **beside) not in tried:
+                found.append(Neighbour(name, above, replace(best, **beside)))
     return found
 
 

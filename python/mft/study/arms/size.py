@@ -76,9 +76,8 @@ def weights_bytes(workspace: Workspace, quantization: str | None, number: float 
     number: None: as many as each has.
     """
     coded = coded_shapes(workspace.base) if quantization is not None else {}
-    codes = sum(
-        QuantizedWeight.empty(shape, torch.float32, str(quantization), "meta").nbytes for shape in coded.values()
-    )
+    empty = [QuantizedWeight.empty(shape, torch.float32, str(quantization), "meta") for shape in coded.values()]
+    codes = sum(each.nbytes for each in empty)
     rest = (parameter for name, parameter in workspace.base.named_parameters() if name not in coded)
     return codes + int(sum(p.numel() * (number or p.itemsize) for p in rest))
 

@@ -6,16 +6,15 @@ runs over these comparisons in all domains. Ahead or behind is said by the rules
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mft.study.config import MASK, ONE_SHOT, StudyConfig
 from mft.study.outcome import Findings
-from mft.study.report.statistics import Difference, Paired, differences, paired, with_holm
+from mft.study.report.statistics import Difference, Paired, differences, paired, side, with_holm
 from mft.study.report.table import DomainTable, Row, finite
-from mft.study.report.verdict import LEVEL, shown_interval, shown_p
+from mft.study.report.verdict import shown_interval, shown_p
 
 AHEAD, BEHIND, UNDECIDED = "ahead", "behind", "undecided"
 
@@ -37,16 +36,8 @@ class AtEqualBytes:
     def verdict(self) -> tuple[str, str]:
         """(AHEAD, BEHIND or UNDECIDED, why neither is claimed)."""
         assert self.difference is not None
-        assert self.validation is not None
-        if math.isnan(self.difference.low):
-            return UNDECIDED, "a single document has no interval"
-        if self.difference.low <= 0 <= self.difference.high:
-            return UNDECIDED, "the interval includes 0"
-        if self.difference.p_holm is None or self.difference.p_holm >= LEVEL:
-            return UNDECIDED, "not after Holm's correction"
-        if self.validation * self.difference.estimate <= 0:
-            return UNDECIDED, "validation disagrees"
-        return (AHEAD if self.difference.estimate < 0 else BEHIND), ""
+        shown, why = side(self.difference, self.validation)
+        return {-1: AHEAD, 0: UNDECIDED, 1: BEHIND}[shown], why
 
 
 def at_equal_bytes(findings: Findings, tables: Mapping[str, DomainTable]) -> list[AtEqualBytes]:
