@@ -16,6 +16,7 @@ from mft.study.config import ArmConfig, Setting, StudyConfig
 from mft.study.outcome import Findings, General, Measured, Outcome, Unit
 from mft.study.report.dominance import comparisons, draws_of, is_mft, rivals_of, verdict
 from mft.study.report.forgetting import curves, plot_forgetting, points
+from mft.study.report.plots import colours_of
 from mft.study.report.statistics import DRAWS, differences, paired, with_holm
 from mft.study.report.table import reference_of, study_numbers, study_tables
 from mft.study.report.verdict import HELPS, remarks, study_verdicts
@@ -75,7 +76,6 @@ def findings(both=BOTH, arms=ARMS, texts=("other",), seeds=(0, 1, 2), validation
         return {"code": split}
 
     def on_texts(losses, arm, seed):
-        seed = 0 if arm == "base" else seed  # one model for all
         few = 1 if documents == 1 else 25
         return {text: general(losses[arm][1] if text == texts[0] else 1.0, seed, few, noise) for text in texts}
 
@@ -86,9 +86,12 @@ def findings(both=BOTH, arms=ARMS, texts=("other",), seeds=(0, 1, 2), validation
         for setting in settings:
             for seed in seeds if setting == best else seeds[:1]:
                 unit = Unit("code", name, seed, setting)
-                seen = Measured(evaluation(held[name][0], seed, documents, noise, 9))
-                outcomes.append(Outcome(unit, seen, bytes=1_000_000, general=on_texts(held, name, seed)))
+                seen = Measured(evaluation(held[name][0] + (setting != best), seed, documents, noise, 9))
+                on = on_texts(held if setting == best else dict.fromkeys(arms, (9.0, 9.0)), name, seed)
+                outcomes.append(Outcome(unit, seen, bytes=1_000_000, general=on))
     tested = {"code": {arm: {seed: on_texts(both, arm, seed) for seed in seeds} for arm in arms}}
+    if "base" in arms:
+        tested["code"]["base"] = {seeds[0]: tested["code"]["base"][seeds[0]]}
     return Findings(study, outcomes, chosen, measured(held), measured(both), [], tested)
 
 
@@ -107,7 +110,8 @@ def shown(difference):
 def test_a_texts_column_holds_means_over_seeds_and_paired_differences():
     found = findings()
     on = study_tables(found)["code"].row("part of full").general["other"]
-    tested = {arm: {seed: found.general["code"][arm][seed]["other"] for seed in (0, 1, 2)} for arm in ARMS}
+    tested = {arm: {seed: on["other"] for seed, on in runs.items()} for arm, runs in found.general["code"].items()}
+    tested["base"] = dict.fromkeys((0, 1, 2), tested["base"][0])  # one model for all
     runs = tested["part of full"]
     assert on.loss == pytest.approx(np.mean([run.evaluation.loss for run in runs.values()]))
     assert on.kl == pytest.approx(0.1)
@@ -234,9 +238,12 @@ def test_holm_runs_over_all_pairs_both_losses_and_all_texts():
     assert "over these 12 differences" in " ".join(remarks(found, study_tables(found)))
 
 
-def test_a_large_family_has_draws_enough_for_its_least_p():
+def test_a_large_family_has_draws_enough_for_its_least_p(monkeypatch):
     assert draws_of(12) == DRAWS
     assert 600 * 2 / (1 + draws_of(600)) == pytest.approx(0.01, rel=1e-3)
+    monkeypatch.setattr("mft.study.report.dominance._DRAWS_EACH", 2000)  # a family of 8 is then a large one
+    found = [one.domain.difference.p for one in comparisons(findings())["code"]]
+    assert min(found) == pytest.approx(2 / (1 + 8 * 2000))
 
 
 def test_differences_in_parts_are_those_at_once(monkeypatch):
@@ -270,6 +277,18 @@ def test_an_arm_without_a_rival_in_its_seeds_is_said():
     arms = {name: ARMS[name] for name in ("full fine-tune", "MFT")} | {"x3": ArmConfig("average", of="MFT")}
     (text,) = study_verdicts(findings(arms=arms, both=dict.fromkeys(arms, (1.0, 1.0))))
     assert "x3 is not compared: there is no rival with the same seeds." in text
+
+
+def test_interpolated_masks_are_held_against_the_interpolated_control_alone():
+    arms = {name: ARMS[name] for name in ("full fine-tune", "control", "MFT")}
+    arms["part of MFT"] = ArmConfig("interpolated", of="MFT", alphas=[0.5])
+    both = dict.fromkeys(arms, (1.0, 1.0))
+    (text,) = study_verdicts(findings(arms=arms, both=both, texts=()))
+    assert "part of MFT - full fine-tune: +0.0000 [" in text
+    assert "; not compared: no arm lies between control and its start." in text
+    arms["part of control"] = ARMS["part of control"]
+    (text,) = study_verdicts(findings(arms=arms, both=dict.fromkeys(arms, (1.0, 1.0)), texts=()))
+    assert "; part of MFT - part of control: +0.0000 [" in text
 
 
 @pytest.fixture(scope="module")
@@ -355,3 +374,23 @@ def test_a_study_without_a_general_text_has_no_such_plot(tmp_path):
     assert not (tmp_path / "forgetting.png").exists()
     with pytest.raises(ValueError, match="a study must have a general text for its forgetting to be drawn, got none"):
         plot_forgetting(study_numbers(study), tmp_path / "forgetting.png")
+
+
+def test_the_panel_near_the_fine_tune_leaves_out_what_is_far(monkeypatch, tmp_path):
+    arms = ARMS | {"far": ARMS["control"]}
+    drawn = []
+    monkeypatch.setattr("mft.study.report.forgetting.save_figure", lambda figure, path, dpi: drawn.append(figure))
+    numbers = study_numbers(findings(arms=arms, both=BOTH | {"far": (2.2, 3.0), "random mask": (4.0, 2.3)}))
+    plot_forgetting(numbers, tmp_path / "unused.png")
+    whole, near = drawn[0].axes
+    assert whole.get_xlim()[1] > 1.3 > 0.3 > near.get_xlim()[1]
+    assert whole.get_ylim()[1] > 0.4 > near.get_ylim()[1]  # where the base model is
+    for axes in (whole, near):
+        assert axes.get_xlim()[0] < -0.1  # of the interpolated fine-tune
+    labels = [text.get_text() for text in near.get_legend().get_texts()]
+    assert labels == [
+        *(name if name != "random mask" else "random mask (farther)" for name in arms),
+        "from start to end, on validation",
+    ]
+    colours = colours_of(numbers["domains"]["code"])
+    assert colours["part of control"] == colours["control"] != colours["part of full"] == colours["full fine-tune"]

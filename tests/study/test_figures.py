@@ -10,13 +10,24 @@ from tiny_study import FEW, make_study, write_ground
 from typer.testing import CliRunner
 
 from mft.cli.app import app
+from mft.study.outcome import Unit
 from mft.study.report import figures
 from mft.study.report.figures import draw_overlap, draw_surface
+from mft.study.report.forgetting import curves
+from mft.study.report.table import study_numbers, study_tables
+from mft.study.report.verdict import study_verdicts
 from mft.study.report.write import write_study_report
 from mft.study.run import run_study
 from mft.study.store import open_store
 
-ARMS = FEW + "  MFT 2: {kind: mask, lrs: [1e-2], keep_ratios: [0.8]}\n"
+ARMS = (
+    FEW
+    + """  MFT 2: {kind: mask, lrs: [1e-2], keep_ratios: [0.8]}
+  part of control: {kind: interpolated, of: control, alphas: [0.5]}
+general:
+  other: {source: DIRECTORY/data.jsonl, sequence_length: 8, max_eval_tokens: 64}
+"""
+)
 PNG = b"\x89PNG"
 
 
@@ -27,12 +38,17 @@ def study(tmp_path_factory):
     write_ground(directory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MFT_CACHE", str(directory / "cache"))
-        findings = run_study(make_study(directory, ARMS), directory / "run", console=Console(file=io.StringIO()))
+        declared = make_study(directory, ARMS.replace("DIRECTORY", str(directory)))
+        findings = run_study(declared, directory / "run", console=Console(file=io.StringIO()))
         write_study_report(findings, directory / "run", {})
         yield directory / "run", findings
 
 
+<<<<<<< ours
 @pytest.mark.parametrize("what", ["surface", "overlap", "summary", "bytes"])
+=======
+@pytest.mark.parametrize("what", ["surface", "overlap", "summary", "forgetting"])
+>>>>>>> theirs
 def test_each_picture_is_drawn_from_the_command_line(study, tmp_path, what):
     picture = tmp_path / "picture.png"
     options = ["--points", "3", "--rows", "4"] if what == "surface" else []
@@ -40,6 +56,23 @@ def test_each_picture_is_drawn_from_the_command_line(study, tmp_path, what):
     assert result.exit_code == 0, result.output
     assert "written: " in result.output
     assert picture.read_bytes()[:4] == PNG
+
+
+def test_a_study_that_ran_has_its_curves_and_a_verdict_of_dominance(study):
+    _, findings = study
+    (curve,) = curves(study_numbers(findings)["domains"]["count"], "other", 0)
+    assert list(curve.by_alpha) == [0, 0.5, 1]
+    seen = {outcome.unit: outcome for outcome in findings.outcomes}
+    end, start = (seen[Unit("count", arm, 0, findings.chosen["count"][arm])] for arm in ("control", "full"))
+    losses = [(outcome.general["other"].evaluation.loss, outcome.loss) for outcome in (end, start)]
+    assert curve.by_alpha[1] == pytest.approx([one - other for one, other in zip(*losses)])
+    compared = study_tables(findings)["count"].comparisons
+    pairs = [(arm, rival) for arm in ("MFT", "MFT 2") for rival in ("full", "control", "part of control")]
+    assert [(one.arm, one.rival) for one in compared] == pairs
+    assert None not in [
+        validation for one in compared for validation in (one.domain.validation, one.general.validation)
+    ]
+    assert study_verdicts(findings)[0].startswith("count, and what is left of other. MFT ")
 
 
 def test_an_arm_can_be_named(study, tmp_path, monkeypatch):
@@ -84,7 +117,6 @@ def test_the_overlap_is_of_the_weights_that_the_masks_dropped(study, tmp_path, m
         (["contours"], "the plot must be one of summary, bytes, forgetting, surface, overlap, flips, got 'contours'"),
         (["surface", "--domain", "cont"], "--domain must be one of count, got 'cont'; did you mean count"),
         (["overlap", "elsewhere"], "overlap must be drawn from one directory, got 2"),
-        (["forgetting"], "a study must have a general text for its forgetting to be drawn, got none"),
         (["surface", "--arm", "control"], "--arm must be one of MFT, MFT 2, got 'control'"),
     ],
 )
