@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mft.cli.demo import demo_study, run_demo
-from mft.study.arms import run_test, run_unit
+from mft.study.arms.run import run_test, run_unit
 from mft.study.config import CONTROL, FULL, MASK
 from mft.study.report.finished import Finished, opened
 from mft.training.run_directory import TABLE_JSON
