@@ -168,7 +168,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_others(base, tokenize
     def run(**options):
         model = masked(copy.deepcopy(base))
         reports = train_rewards(model, tokenizer, rows, config(**options))
-        return state(model), [(report.reward, report.entropy, report.tokens) for report in reports]
+        assert reports[-1].kl > reports[0].kl == 0  # the start has stayed, the model has not
+        return state(model), [(report.reward, report.entropy, report.tokens, report.kl) for report in reports]
 
     torch.manual_seed(5)
     first = run(beta=0.1, seed=1)
@@ -249,6 +250,9 @@ def test_nothing_is_written_said_or_changed_but_what_learns(
     base, tokenizer, rows, tmp_path, monkeypatch, capfd, caplog
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CI", raising=False)
+    told = []
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda **said: told.append(said))
     model = masked(copy.deepcopy(base))
     model.config.use_cache = True
     model.config.eos_token_id = model.generation_config.eos_token_id = 5  # another than the tokenizer's
@@ -262,6 +266,7 @@ def test_nothing_is_written_said_or_changed_but_what_learns(
     assert "forward" not in vars(model)
     assert set(vars(model)) == names
     assert not list(tmp_path.iterdir())
+    assert not told
     assert capfd.readouterr().out == ""
     assert not caplog.records
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -270,6 +275,15 @@ def test_nothing_is_written_said_or_changed_but_what_learns(
 def test_a_run_that_does_not_stay_finite_stops(base, tokenizer, rows):
     with pytest.raises(train_module.NonFiniteLoss, match=r"must stay finite, got .* lower rewards.lr"):
         train_rewards(learning(copy.deepcopy(base), ""), tokenizer, rows, config(lr=1e38, seed=1, steps=4))
+
+
+def test_a_loss_that_is_not_finite_is_not_learned_from(base, tokenizer, rows):
+    model, start = learning(copy.deepcopy(base), ""), copy.deepcopy(base)
+    with torch.no_grad():
+        start.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
+    with pytest.raises(train_module.NonFiniteLoss, match="the loss must stay finite, got nan at step 1 of 2"):
+        train_rewards(model, tokenizer, rows, config(beta=0.1), start=start)
+    assert not changed(state(base), state(model))
 
 
 def test_what_cannot_learn_by_rewards_is_refused(base, tokenizer, rows):

@@ -1,5 +1,6 @@
 """A study by rewards: what its arms learn from, how validation chooses, what its verdicts are of."""
 
+import dataclasses
 import io
 import json
 
@@ -16,6 +17,7 @@ from mft.study.outcome import Measured, Outcome, Unit
 from mft.study.plan import selection
 from mft.study.report.write import console_report, write_study_report
 from mft.study.run import run_study
+from mft.study.store import Store
 
 pytest.importorskip("trl", reason="needs trl: pip install 'mft_kernels[trl]'")
 
@@ -40,6 +42,9 @@ arms:
   MFT: {{kind: mask, lrs: [1e-2], epochs: [0.5]}}
   between: {{kind: interpolated, of: control, alphas: [0.5]}}
 """
+
+
+TEXT = ["objective=cross_entropy", "rewards=null"]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +111,14 @@ def test_the_same_study_again_has_nothing_left_to_do(done):
     assert "seed 0" not in said.getvalue()
 
 
+def test_a_units_key_knows_how_it_learned(done):
+    study, directory = done[0].study, done[1]
+    unit = Unit("next", "full", 0, Setting(1e-2, 20.0))
+    others = [dataclasses.replace(study, rewards=RewardsConfig()), load_study(directory.parent / "study.yaml", TEXT)]
+    keys = {Store(one, directory).key(unit, {"next": {}}) for one in (study, *others)}
+    assert len(keys) == 3
+
+
 def measured(right, loss):
     return Measured(
         evaluation([10, 10], [10 * loss, 10 * loss]), answers=torch.tensor(right), questions=torch.tensor([5, 5])
@@ -155,6 +168,13 @@ def test_what_is_written_of_a_study_is_read_again(done, tmp_path):
 def test_what_a_study_by_rewards_cannot_be_is_refused(done, overrides, message):
     with pytest.raises(ValueError, match=message):
         load_study(done[1].parent / "study.yaml", overrides)
+
+
+def test_text_without_questions_is_refused_before_anything_is_trained(done, tmp_path):
+    study = load_study(done[1].parent / "study.yaml", [f"domains.next.source={done[1].parent}/data.jsonl"])
+    with pytest.raises(ValueError, match="must have a prompt that is not scored and a completion that is"):
+        run_study(study, tmp_path, console=Console(file=io.StringIO()))
+    assert not (tmp_path / "units").exists()
 
 
 def test_the_defaults_of_rewards_are_those_of_training_by_them():

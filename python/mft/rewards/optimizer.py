@@ -21,7 +21,7 @@ class SteppedOptimizer(torch.optim.Optimizer):
         super().__init__(stepper.parameters, {"lr": train.lr})
         self._stepper, self._max_norm, self._before_update = stepper, train.max_grad_norm, before_update
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         assert closure is None, "the Trainer has no closure"
         if self._before_update is not None:
             self._before_update()

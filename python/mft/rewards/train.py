@@ -43,7 +43,7 @@ class RewardReport:
 
 
 def train_rewards(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     dataset,
     config: RewardsConfig,
@@ -119,6 +119,11 @@ def train_rewards(
         if parameter.requires_grad and not parameter.isfinite().all():
             raise NonFiniteLoss(f"{name} must stay finite, got NaN or Inf after the last step: lower rewards.lr")
     return reports
+
+
+def check_installed() -> None:
+    """Raise RuntimeError unless what trains by rewards is installed."""
+    _import_trainer()
 
 
 def _check_trainable(model: nn.Module) -> None:

@@ -44,13 +44,13 @@ class Trainer(GRPOTrainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         tokenizer: Any,
         questions: Sequence[Question],
         config: RewardsConfig,
         directory: str,
         optimizers: tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR],
-        start: nn.Module | None,
+        start: Any,
     ) -> None:
         self.questions, self.config, self.sampled = questions, config, Sampled(0.0, 0.0, 0.0, 0)
         numbers = datasets.Dataset.from_dict({"prompt": [str(number) for number in range(len(questions))]})
@@ -97,12 +97,12 @@ class Trainer(GRPOTrainer):
         self.sampled = Sampled(0.0, 0.0, said / len(answers), said + sum(map(len, asked)))
         return {"prompt_ids": asked, "completion_ids": answers, "logprobs": None}
 
-    def _rewards(self, prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def _rewards(self, prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         asked = [self.questions[int(number)] for number in prompts]
         rewards = rewards_of(completion_ids, asked, self._tokenizer, self.config)
         self.sampled.reward = sum(rewards) / len(rewards)
         self.sampled.differing = share_that_differs(rewards, self.config.num_generations)
-        return rewards
+        return [*rewards]
 
     def _get_per_token_logps_and_entropies(
         self,

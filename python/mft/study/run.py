@@ -8,8 +8,10 @@ from rich.console import Console
 
 from mft.config import ModelConfig
 from mft.evaluation.evaluated_base import check_exact
+from mft.rewards.questions import questions_of
+from mft.rewards.train import check_installed
 from mft.study.arms.job import Job
-from mft.study.config import BASE, QUANTIZED, StudyConfig
+from mft.study.config import BASE, QUANTIZED, REWARDS, StudyConfig
 from mft.study.from_scratch import train_from_scratch
 from mft.study.outcome import Findings, Outcome, Tested, Unit
 from mft.study.plan import (
@@ -44,6 +46,10 @@ def run_study(study: StudyConfig, directory: Path, *, console: Console, overwrit
     with open_store(study, directory, overwrite=overwrite) as store:
         base = _base_model(study, store.directory, console)
         workspace = Workspace(study, base)
+        if study.objective == REWARDS:  # what is not there is said before anything is trained
+            check_installed()
+            for domain in study.domains:
+                questions_of(workspace.splits(domain).train, workspace.tokenizer, study.rewards)
         lines = [f"{domain}: {note}" for domain in study.domains for note in workspace.splits(domain).notes]
         for line in lines:
             console.print(line, style="dim", highlight=False, soft_wrap=True)
