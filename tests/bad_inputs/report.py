@@ -7,10 +7,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 
 import torch
 
-from . import data, deletion, environment, experts, files, hub, objectives, rewards, serving, tensors, training
+from . import data, deletion, environment, experts, files, hub, objectives, rewards, serving, studies, tensors, training
 from .registry import ACCEPTED, REFUSED, Accepted, Refused, told
 
-GROUPS = (tensors, experts, files, hub, data, training, deletion, objectives, rewards, environment, serving)
+GROUPS = (tensors, experts, files, hub, data, training, deletion, objectives, rewards, studies, environment, serving)
 VERSIONS = f"Python {sys.version_info[0]}.{sys.version_info[1]} and torch {'.'.join(torch.__version__.split('.')[:2])}"
 
 

@@ -271,6 +271,7 @@ def test_the_report_writes_table_numbers_and_plot(tmp_path):
     assert "| **MFT x3** |" in text
     assert "| control |" in text
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "# At equal budgets, validation, first seed\n\n- code, MFT and its control, each in at most so many " in text
 
 
 def test_a_choice_at_an_end_of_its_grid_is_an_error_before_the_verdicts_and_marks_those_that_rest_on_it(tmp_path):
@@ -305,6 +306,7 @@ def test_errors_stand_in_the_console_before_the_verdicts():
         console.print(part)
     text = console.export_text()
     assert 0 < text.index("Error: code, control: its best rate") < text.index(f"MFT: {HELPS} (unsettled")
+    assert "- code, MFT and its control, each in at most so many steps: 40 steps: MFT" in text
 
 
 def test_json_holds_the_numbers_and_goes_round(tmp_path):

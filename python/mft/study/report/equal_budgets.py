@@ -40,8 +40,8 @@ def equal_budgets(findings: Findings, domain: str, references: Mapping[str, str 
         for what in UNITS:
             for budget in sorted({float(getattr(o, what)) for o in both}):
                 mask, weights = _best(ours, what, budget), _best(theirs, what, budget)
-                ours_set, theirs_set = (None if o is None else o.unit.setting for o in (mask, weights))
-                found.append(EqualBudget(arm, control, what, budget, ours_set, theirs_set))
+                mine, its = (None if o is None else o.unit.setting for o in (mask, weights))
+                found.append(EqualBudget(arm, control, what, budget, mine, its))
                 if mask and weights and mask.measured and weights.measured:
                     pairs.append((found[-1], paired({0: mask.measured}, {0: weights.measured})))
     known = [(one, pair) for one, pair in pairs if pair is not None]
