@@ -54,7 +54,7 @@ def test_a_row_has_the_mean_bytes_of_the_chosen_runs_and_where_they_began():
     assert table.row("control x3").bytes is None
     assert {row.arm: row.start for row in table.rows} == dict.fromkeys(ARMS, "full fine-tune") | {
         "base": None,
-        "full fine-tune": None,
+        "full fine-tune": "base",
     }
 
 

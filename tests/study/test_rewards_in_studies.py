@@ -90,7 +90,8 @@ def test_the_report_judges_by_exact_answers_and_draws_rewards(done, tmp_path):
     assert [(run["arm"], run["seed"]) for run in curves] == [("control", 0), ("LoRA", 0), ("MFT", 0)]
     assert [step for step, _ in curves[0]["answers"]] == [1, 2]
     assert (tmp_path / "rewards.png").stat().st_size > 10_000
-    (verdict,) = numbers["verdicts"]
+    verdict, both = numbers["verdicts"]
+    assert "wrong answers a question on next" in both
     assert "% of questions answered exactly, Holm-adjusted p" in verdict
     said = " ".join(numbers["remarks"])
     assert "learned by rewards" in said

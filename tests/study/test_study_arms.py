@@ -101,7 +101,7 @@ class Ground:
             of = self.job(self.workspace.study.arms[arm].of)
             source = of.unit, of.trained
         path = self.directory / f"{arm} {part}.safetensors"
-        return Job(Unit("count", arm, seed, setting, part), starts, path, parts, source, on_test)
+        return Job(Unit("count", arm, seed, setting, part), starts, path, parts, source, on_test=on_test)
 
     def weights(self, arm, part=0):
         return load_file(self.job(arm, part=part).trained)

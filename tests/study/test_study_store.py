@@ -53,9 +53,8 @@ def test_an_outcome_is_read_as_it_was_written():
     sums = [torch.rand(5, generator=generator, dtype=torch.float64) / 3 for _ in range(3)]
     evaluation = Evaluation(torch.arange(5), *sums)
     measured = Measured(evaluation, evaluation, 1 / 3, torch.arange(5), torch.ones(5, dtype=torch.int64))
-    one = Outcome(
-        Unit("a", "b", 2**60, Setting(1e-5 / 3, 0.5, None), 2), measured, [(0.1, 1 / 3)], 0.1, 3, 7, 1 / 7, 0.2
-    )
+    unit = Unit("a", "b", 2**60, Setting(1e-5 / 3, 0.5, None), 2)
+    one = Outcome(unit, measured, [(0.1, 1 / 3)], best_share=0.1, steps=3, tokens=7, seconds=1 / 7, flips=0.2)
     assert equal(outcome_from(outcome_values(one)), one)
     assert equal(outcome_from(outcome_values(outcome(one.unit, float("inf")))), outcome(one.unit, float("inf")))
 

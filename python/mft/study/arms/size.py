@@ -43,7 +43,7 @@ def stored_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
     """model: the unit's, after workspace.begin."""
     unit, numbers = job.unit, 0
     arm = arm_of(workspace, unit)
-    if arm.kind == BASE:
+    if arm.kind == BASE or (arm.kind == FULL and not arm.lrs):  # the model as it comes
         return 0
     if arm.kind == TEMPERATURE:
         return _NUMBER

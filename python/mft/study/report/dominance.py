@@ -1,5 +1,7 @@
 """Who gains more, and who forgets less: each MFT arm against each rival, by the loss on the domain and on another text.
 
+Where arms learned by rewards, wrong answers take the place of the loss on the domain.
+
 An arm dominates a rival if neither of its losses is shown to be higher and one is shown to be lower (statistics.side
 says what shown means). Rivals are the tuned arms that are no masks. Holm's correction runs over one family: all
 differences of every MFT arm from every rival, in both losses, over all domains and texts.
@@ -11,7 +13,16 @@ from dataclasses import dataclass
 from mft.study.config import AVERAGE, BASE, DERIVED, MASK, ONE_SHOT, TEMPERATURE, StudyConfig
 from mft.study.outcome import Findings
 from mft.study.report.general import Runs, on_test, on_validation
-from mft.study.report.statistics import DRAWS, Difference, Paired, differences, paired, side, with_holm
+from mft.study.report.statistics import (
+    DRAWS,
+    Difference,
+    Paired,
+    deciding_metric,
+    differences,
+    paired,
+    side,
+    with_holm,
+)
 
 DOMINATES, DOMINATED, TRADE_OFF, LEVEL_WITH = "dominates", "dominated", "trade-off", "level"
 _Claim = tuple[str, str, str, str | None]  # domain, MFT arm, rival, text; None: by the loss on the domain
@@ -57,8 +68,9 @@ def rivals_of(study: StudyConfig, arm: str) -> list[str]:
 def comparisons(findings: Findings) -> dict[str, list[Comparison]]:
     """By domain, of what was tested in the same seeds; text by text, none where a domain has none."""
     pairs: dict[_Claim, Paired] = {}
+    metric = deciding_metric(findings.study)
     for domain, arm, rival in _matches(findings):
-        own = paired(findings.test[domain][arm], findings.test[domain].get(rival, {}))
+        own = paired(findings.test[domain][arm], findings.test[domain].get(rival, {}), metric)
         texts = {text: _on_text(on_test, findings, domain, arm, rival, text) for text in _texts(findings, domain)}
         others: dict[_Claim, Paired] = {
             (domain, arm, rival, text): pair for text, pair in texts.items() if pair is not None
@@ -124,5 +136,5 @@ def _on_validation(findings: Findings, domain: str, arm: str, rival: str, text: 
         pair = _on_text(on_validation, findings, domain, arm, rival, text)
     else:
         measured = findings.validation.get(domain, {})
-        pair = paired(measured.get(arm, {}), measured.get(rival, {}))
+        pair = paired(measured.get(arm, {}), measured.get(rival, {}), deciding_metric(findings.study))
     return None if pair is None else pair.estimate

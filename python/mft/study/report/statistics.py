@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mft.study.config import REWARDS, StudyConfig
 from mft.study.outcome import General, Measured
 
 METRICS = ("loss", "tempered", "accuracy", "answers")
@@ -78,6 +79,11 @@ def paired(
     of_a, of_b = np.stack([sums for _, sums, _ in known]).reshape(2, len(seeds), -1)
     sums = of_a - of_b
     return Paired(sums[:, counts > 0], counts[counts > 0])
+
+
+def deciding_metric(study: StudyConfig) -> str:
+    """What verdicts are of, less being better: the loss, or wrong answers where arms learned by rewards."""
+    return WRONG if study.objective == REWARDS else "loss"
 
 
 def differences(pairs: Sequence[Paired], *, draws: int = DRAWS, seed: int = 0) -> list[Difference]:

@@ -12,7 +12,15 @@ from mft.study.outcome import Findings, Measured
 from mft.study.report.dominance import Comparison, comparisons, is_mft
 from mft.study.report.equal_budgets import EqualBudget, equal_budgets
 from mft.study.report.general import OnText, general_tables, start_of
-from mft.study.report.statistics import METRICS, WRONG, Difference, Paired, differences, paired, with_holm
+from mft.study.report.statistics import (
+    METRICS,
+    Difference,
+    Paired,
+    deciding_metric,
+    differences,
+    paired,
+    with_holm,
+)
 
 Runs = Mapping[int, Measured]
 
@@ -102,11 +110,6 @@ def study_tables(findings: Findings) -> dict[str, DomainTable]:
         for row in table.rows:
             row.general = general.get(domain, {}).get(row.arm, {})
     return tables
-
-
-def deciding_metric(study: StudyConfig) -> str:
-    """What verdicts are of, less being better: the loss, or wrong answers where arms learned by rewards."""
-    return WRONG if study.objective == REWARDS else "loss"
 
 
 def reference_of(study: StudyConfig, arm: str) -> str | None:

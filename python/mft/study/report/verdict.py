@@ -40,14 +40,14 @@ _WORDS = {
 
 
 def study_verdicts(findings: Findings, tables: Mapping[str, DomainTable] | None = None) -> list[str]:
-    """One paragraph a domain; where forgetting is measured, one a domain and text."""
+    """One paragraph a domain; where forgetting is measured, one a domain and text (beside it, of arms by rewards)."""
     tables = study_tables(findings) if tables is None else tables
-    paragraphs = []
+    paragraphs, by_answers = [], findings.study.objective == REWARDS
     for domain, table in tables.items():
-        if not table.general:
+        if not table.general or by_answers:
             paragraphs.append(f"{domain}. {' '.join(_sentences(findings, table))}")
         for text in table.general:
-            said = " ".join(_dominance(domain, text, table))
+            said = " ".join(_dominance(f"wrong answers a question on {domain}" if by_answers else domain, text, table))
             paragraphs.append(f"{domain}, and what is left of {text}. {said}")
     return paragraphs
 
