@@ -24,8 +24,11 @@ def test_the_merged_model_is_that_of_mft_merge(cli, tmp_path):
 
 
 def test_by_alpha_dropped_weights_are_scaled_and_the_card_says_so(cli, tmp_path, model_dir):
-    code, output = cli("train", *LEARN, "mask.keep_ratio=0.8", "--merge", "whole")
+    code, output = cli("train", *LEARN, "mask.keep_ratio=0.8")
     assert code == 0, output
+    table = json.loads((tmp_path / "run" / "table.json").read_text())  # one document has no standard error
+    (tmp_path / "run" / "table.json").write_text(json.dumps(table | {"standard error": 0.5}))
+    assert cli("merge", "run", "whole")[0] == 0
     code, output = cli("merge", "run", "part", "--alpha", "0.75")
     assert code == 0, output
     assert "the others are scaled by 0.25; the model lies in part" in output.replace("\n", " ")
@@ -35,6 +38,7 @@ def test_by_alpha_dropped_weights_are_scaled_and_the_card_says_so(cli, tmp_path,
         assert torch.equal(part[name], torch.where(whole[name] == 0, base[name] * 0.25, base[name])), name
     facts = [json.loads((tmp_path / name / MERGED).read_text()) for name in ("whole", "part")]
     assert "alpha" not in facts[0]
+    assert facts[0]["results"]["evaluations"].keys() == {"before", "after"}
     assert facts[1] == facts[0] | {"alpha": 0.75, "results": None}  # the run's losses are the whole mask's
     cards = [model_card(read_contents(tmp_path / name), "user/merged") for name in ("whole", "part")]
     assert "`alpha`" not in cards[0]

@@ -70,12 +70,13 @@ def test_a_matrix_of_one_value_takes_a_1024th_of_its_words():
 # ---------------------------------------------------------------------------------------------- streams of strangers
 
 
-def test_a_stream_cut_off_anywhere_is_refused():
+def test_a_stream_cut_off_anywhere_is_refused(monkeypatch):
+    monkeypatch.setattr(rice, "_BLOCK", 40)  # of 192 words
     stream = rice.encode(drawn(64, 96, 0.1), 96)
     for length in range(len(stream)):
         with pytest.raises(ValueError, match="^stream must "):
             decoded(stream[:length], 64, 96)
-    with pytest.raises(ValueError, match=f"stream must end after {len(stream)} bytes, got {len(stream) + 1}"):
+    with pytest.raises(ValueError, match=f"stream must end after {len(stream)} bytes, .* got {len(stream) + 1}"):
         decoded(stream + b"\0", 64, 96)
 
 
@@ -114,12 +115,19 @@ def head(kind, count, rest=b""):
         (head(32, 2, b"\2"), "2 gaps before word 192, got fewer"),
         (head(32, 2, b"\7"), "0 in what fills up its bytes"),
         (head(33, 1, b"\2\1"), "1 gaps before word 192"),
-        (head(32, 1, b"\1\1"), "end after 6 bytes, got 7"),
+        (head(32, 1, b"\1\1"), "end after 6 bytes, with 0 from 6 on, got 7"),
     ],
 )
 def test_what_no_encoder_writes_is_named(stream, message):
     with pytest.raises(ValueError, match=f"stream must .*{message}"):
         decoded(stream, 64, 96)
+
+
+def test_what_makes_a_stream_long_enough_is_0():
+    stream = bytearray(rice.encode(np.zeros((4096, 64), "<u4"), 2048))
+    stream[-1] = 1
+    with pytest.raises(ValueError, match="stream must end after 1024 bytes, with 0 from 10 on, got 1024"):
+        decoded(stream, 4096, 2048)
 
 
 def test_a_small_stream_cannot_ask_for_much_memory(monkeypatch):

@@ -191,6 +191,10 @@ def drop_one_more(tensors):
             lambda t: t.update({f"{UP}.mask": torch.zeros(48, 2, dtype=torch.int32)}),
             rf"{MASKS}: {UP}.mask must be uint8 \(bytes,\) for coding rice, got I32 \(48, 2\)",
         ),
+        (
+            lambda t: t.update({f"{UP}.mask": torch.zeros(99)}),
+            rf"{MASKS}: {UP}.mask must be uint8 \(bytes,\) for coding rice, got F32 \(99,\)",
+        ),
         (cut, f"{MASKS}: {UP}.mask: stream must .*: damaged; copy the export again"),
         (drop_one_more, rf"{MASKS}: {UP}.mask must keep \d+ weights as {CONFIG} says, got \d+"),
         (drop_another, f"{CONFIG}: expected content_hash sha256"),

@@ -40,6 +40,10 @@ ARMS = """
   mask: {kind: mask, lrs: [1e-2]}
   mask from wanda: {kind: mask, lrs: [1e-2], init: wanda}
   mask free: {kind: mask, lrs: [1e-2], mode: value, threshold: 0, betas: [0, 0.99]}
+  deletion: {kind: mask, lrs: [1e-2], mode: value, threshold: 0, init: wanda, target_modules: [gate_proj], sharpness: 50}
+  dear deletion:
+    {kind: mask, lrs: [1e-2], mode: value, threshold: 0, init: wanda, target_modules: [gate_proj], sharpness: 50,
+     deletion_penalty: 0.3}
   mask lower: {kind: mask, lrs: [1e-2], layers_to_transform: 1}
   mean of masks: {kind: average, of: mask, runs: 2}
   mean of adapters: {kind: average, of: lora, runs: 2}
@@ -370,3 +374,13 @@ def test_bytes_are_those_of_what_an_arm_adds_to_its_start(ground):
     assert found["lora"] == 2 * 2 * sum(map(sum, shapes))  # of rank 2
     for arm in ("mask", "magnitude"):  # a tenth is dropped: 0.47 bit a weight
         assert 0.4 * weights / 8 < found[arm] < 0.7 * weights / 8
+
+
+def test_a_mask_by_deletion_begins_from_data_with_all_kept_and_a_price_keeps_more(ground):
+    still = run_unit(ground.workspace, ground.job("deletion", keep=None, lr=1e-9))
+    assert still.flips == 0
+    assert still.loss == pytest.approx(ground.full.loss, abs=1e-6)
+    free, dear = (run_unit(ground.workspace, ground.job(arm, keep=None)) for arm in ("deletion", "dear deletion"))
+    assert dear.flips < free.flips
+    assert dear.bytes < free.bytes
+    assert {name.split(".")[4] for name in ground.weights("deletion")} == {"gate_proj"}

@@ -52,8 +52,9 @@ def decode(stream: Bytes, rows: int, columns: int) -> Words:
     for start in range(0, len(flat), _BLOCK):
         block = flat[start : start + _BLOCK]
         place += _decode_block(stream[place:], block, start, width, columns)
-    if len(stream) != max(place, fewest_bytes(rows, columns)) or stream[place:].any():
-        raise ValueError(f"stream must end after {max(place, fewest_bytes(rows, columns))} bytes, got {len(stream)}")
+    end = max(place, fewest_bytes(rows, columns))
+    if len(stream) != end or stream[place:].any():
+        raise ValueError(f"stream must end after {end} bytes, with 0 from {place} on, got {len(stream)}")
     return flat.reshape(rows, width)
 
 

@@ -25,7 +25,17 @@ from mft.checks import (
     nearest,
     one_of,
 )
-from mft.config import INITS, MODES, QUANTIZATIONS, DataConfig, Layers, MaskConfig, ModelConfig, TrainConfig
+from mft.config import (
+    INITS,
+    MODES,
+    QUANTIZATIONS,
+    DataConfig,
+    Layers,
+    MaskConfig,
+    ModelConfig,
+    Sharpness,
+    TrainConfig,
+)
 from mft.importance.importance import METHODS
 from mft.rewards.config import RewardsConfig
 
@@ -99,6 +109,9 @@ class ArmConfig:
     beta1s: Annotated[list[float], BETA] = field(default_factory=list)  # of AdamW, its momentum; empty: that of betas
     betas: Annotated[tuple[float, float] | None, BETA] = None  # of AdamW; null: those of full or stage
     layers_to_transform: Layers = None  # null: the study's mask.layers_to_transform
+    target_modules: list[str] | None = None  # null: the study's mask.target_modules
+    sharpness: Sharpness = None  # of scores with a threshold; null: the study's mask.sharpness
+    deletion_penalty: Annotated[float | None, at_least(0)] = None  # null: the study's mask.deletion_penalty
     lora_rank: Annotated[int, at_least(1)] = 8
     lora_ranks: Annotated[list[int], at_least(1)] = field(default_factory=list)  # to choose from; empty: lora_rank
     # A setting whose runs store more beside their start does not count when validation chooses; null: any does.
@@ -120,10 +133,11 @@ class ArmConfig:
         check_rule(bool(self.epochs), "epochs", "hold at least one number", self.epochs)
         masked = self.kind in (MASK, *ONE_SHOT)
         check_rule(masked or not self.keep_ratios, "keep_ratios", "be left out for this kind", self.keep_ratios)
-        layers = self.layers_to_transform
         rule = "be left out for this kind"
-        check_rule(layers is None or self.kind in (CONTROL, LORA, MASK, *ONE_SHOT), "layers_to_transform", rule, layers)
-        for name in ("init", "mode", "threshold"):
+        for name in ("layers_to_transform", "target_modules"):
+            value = getattr(self, name)
+            check_rule(value is None or self.kind in (CONTROL, LORA, MASK, *ONE_SHOT), name, rule, value)
+        for name in ("init", "mode", "threshold", "sharpness", "deletion_penalty"):
             value = getattr(self, name)
             check_rule(self.kind == MASK or value is None, name, "be left out for this kind", value)
         if self.threshold is not None:
@@ -339,7 +353,8 @@ class StudyConfig:
 
     def mask_of(self, arm: ArmConfig) -> MaskConfig:
         """The study's mask with what the arm says of it; its keep ratio is a setting's."""
-        said = {name: getattr(arm, name) for name in ("layers_to_transform", "mode", "threshold")}
+        names = ("layers_to_transform", "target_modules", "mode", "threshold", "sharpness", "deletion_penalty")
+        said = {name: getattr(arm, name) for name in names}
         return dataclasses.replace(self.mask, **{name: value for name, value in said.items() if value is not None})
 
     def train_of(self, arm: ArmConfig, setting: Setting, seed: int) -> TrainConfig:

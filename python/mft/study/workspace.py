@@ -88,7 +88,7 @@ class Workspace:
         Of a derived arm those of the arm that it is of.
         """
         mask = self.study.mask_of(self.study.arms[arm.of] if arm.of is not None else arm)
-        key = str(mask.layers_to_transform)
+        key = f"{mask.layers_to_transform} {mask.target_modules}"
         if key not in self._layers:
             names = select_targets(self.base, mask)
             self._layers[key] = names, self._layers_below(names)

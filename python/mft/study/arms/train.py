@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from mft.config import INITS
+from mft.config import DATA_INITS, INITS
 from mft.data.streams import count_rows
-from mft.importance.scores import initialise_scores
+from mft.importance.scores import initialise_scores, mask_from_data
 from mft.masks.convert import came_from_conv1d, mask_model, masked_modules
 from mft.masks.inspection import flip_share, initial_masks
 from mft.models.causal_lm import clone_with_own_weights
@@ -140,6 +140,8 @@ def _untrained(workspace: Workspace, unit: Unit, arm: ArmConfig) -> nn.Module:
     if arm.kind == LORA:
         return add_lora(model, workspace.layers_of(arm)[0], rank_of(workspace, unit), unit.seed)
     init = arm.init or study.mask.init
+    if init in DATA_INITS:
+        return mask_from_data(model, mask_of(workspace, unit, init=init), dataset)
     mask_model(model, mask_of(workspace, unit, init=init if init in INITS else "constant"))
     return model if init in INITS else initialise_scores(model, init, dataset, seed=unit.seed)
 

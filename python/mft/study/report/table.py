@@ -117,9 +117,14 @@ def reference_of(study: StudyConfig, arm: str) -> str | None:
     there is none. Over codes it is such a control, rounded after its training, of the same exact start."""
     config, codes = study.arms[arm], study.codes_under(arm)
     derived = config.kind in (AVERAGE, INTERPOLATED)
-    layers = (study.arms[str(config.of)] if derived else config).layers_to_transform
+    own = study.arms[str(config.of)] if derived else config
+    layers = own.layers_to_transform, own.target_modules
     start = study.start_of(arm if codes is None else codes)
-    controls = [name for name, c in study.arms.items() if (c.kind, c.layers_to_transform) == (CONTROL, layers)]
+    controls = [
+        name
+        for name, c in study.arms.items()
+        if c.kind == CONTROL and (c.layers_to_transform, c.target_modules) == layers
+    ]
     alike = [name for name in controls if study.start_of(name) == start]
     if codes is not None:
         rounded = (QUANTIZED, study.arms[codes].quantization)
