@@ -106,6 +106,18 @@ def test_experts_begin_each_by_its_own_rows(kind):
         torch.testing.assert_close(ours.detach(), scaled, rtol=1e-4, atol=1e-7)
 
 
+def test_an_expert_that_no_row_reached_begins_by_its_weights():
+    """Of 32 experts, two a token, one row of twelve tokens reaches 24 at most."""
+    mask = MaskConfig(target_parameters=["experts.gate_up_proj"], **FREE | {"calibration_rows": 1})
+    model = mask_from_data(mixture("Olmoe", num_experts=32), mask, ROWS)
+    for module in masked_modules(model).values():
+        torch.testing.assert_close(
+            module.scores.square().mean((1, 2)).sqrt(), torch.full((32,), 0.02), rtol=1e-3, atol=0
+        )
+        size = module.weight.abs() / module.weight.square().mean((1, 2), keepdim=True).sqrt()
+        assert torch.isclose(module.scores, 0.02 * size, rtol=1e-4).all((1, 2)).sum() >= 8
+
+
 def gpt2():
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=2, n_positions=32)).eval()

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import LEARN
 
+from mft.importance.scores import init_from_data
 from mft.tracking.metrics import METRICS, Steps
 
 FREE = ["mask.mode=value", "mask.threshold=0", "mask.init=wanda", "mask.calibration_rows=5"]
@@ -58,10 +59,18 @@ def test_a_killed_run_goes_on_bit_for_bit_without_a_look_at_the_data(cli, tmp_pa
     assert (unknown in cli("inspect", "run")[1]) == (how is BY_RATIO)
 
 
-def test_the_share_dropped_is_shown_and_recorded_and_flips_are_known(cli, tmp_path):
+def test_the_share_dropped_is_shown_and_recorded_and_flips_are_known(cli, tmp_path, monkeypatch):
+    begun = []
+
+    def begin(model, mask, rows, **where):
+        begun.append((mask.calibration_rows, where["way"]))
+        return init_from_data(model, mask, rows, **where)
+
+    monkeypatch.setattr("mft.training.run.init_from_data", begin)
     code, output = cli("train", *ASKED, "train.log_every=3", "mask.deletion_penalty=0")
     assert code == 0, output
     assert "scores begin by mask.init=wanda on 5 rows of the training data" in output
+    assert begun == [(5, "plain")]
     steps = {event["step"]: event["dropped"] for event in events_of(tmp_path / "run") if "lr" in event}
     assert steps.keys() == {3, 6}
     masks = load_file(tmp_path / "run" / "masks" / "adapter_model.safetensors").values()

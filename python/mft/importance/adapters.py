@@ -7,7 +7,7 @@ from torch import nn
 
 from mft.checks import check_one_of
 from mft.config import DATA_INITS, MaskConfig
-from mft.importance.importance import check_tells_apart, input_norms, linear_modules, matrix_of
+from mft.importance.importance import input_norms, linear_modules, matrix_of
 from mft.importance.scores import as_stored, wanda_scores
 from mft.masks.peft_layer import MaskExperts, MaskTunerLayer
 
@@ -43,8 +43,6 @@ def init_adapter_from_data(model: Any, mask: MaskConfig, dataset, *, batch_size:
     with model.disable_adapter():  # every weight kept
         norms = input_norms(base, modules, dataset, rows=rows, batch_size=batch_size, seed=seed)
     for name, module in modules.items():
-        values = (matrix_of(module).abs().float() * norms[name]).double()
-        check_tells_apart(name, mask.init, values)
-        begun = wanda_scores(values, mask)
+        begun = wanda_scores(name, matrix_of(module), norms[name], mask)
         scores[name].copy_(begun if name in layers else as_stored(module, begun))  # of a Conv1D they lie as (N, K)
     return model

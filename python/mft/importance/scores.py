@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mft.checks import check_one_of
 from mft.config import DATA_INITS, MaskConfig
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.start import Device
@@ -58,14 +59,16 @@ def init_from_data(
 
     wanda, with v = |w_ij| * ||x_j||_2 scaled to a root mean square of 0.02 in each matrix: threshold + v where there is
     one, so that everything is kept and what matters most lies farthest from being dropped; else as initialise_scores.
+    Of an expert that no row reached v = |w_ij|.
 
     Args:
         model: masked by mask, whose init is another (see drawn); its base may be quantised.
         dataset: columns input_ids, labels, document; rows are drawn by mask.seed.
         way, device: where the model's weights are meanwhile; see train_masks.
         processes: all begin as the first one does.
-    Returns: the same model. Raises: ValueError as importance, or if nothing is masked.
+    Returns: the same model. Raises: ValueError as importance, for another init, or if nothing is masked.
     """
+    check_one_of("init", mask.init, DATA_INITS)
     masked = _masked(model)
     norms = input_norms(
         model,
@@ -79,10 +82,7 @@ def init_from_data(
     )
     norms = processes.gather({name: norm.cpu() for name, norm in norms.items()})[0]
     for name, module in masked.items():
-        weight = matrix_of(module)
-        values = (weight.abs().float() * norms[name].to(weight.device)).double()
-        check_tells_apart(name, mask.init, values)
-        _begin(module, wanda_scores(values, mask))
+        _begin(module, wanda_scores(name, matrix_of(module), norms[name], mask))
     return model
 
 
@@ -91,8 +91,11 @@ def drawn(mask: MaskConfig) -> MaskConfig:
     return dataclasses.replace(mask, init="constant") if mask.init in DATA_INITS else mask
 
 
-def wanda_scores(values: Tensor, mask: MaskConfig) -> Tensor:
-    """fp32 scores where values (N, K) or (E, N, K), fp64, are |w_ij| * ||x_j||_2; see init_from_data."""
+def wanda_scores(name: str, weight: Tensor, norms: Tensor, mask: MaskConfig) -> Tensor:
+    """fp32 (N, K) or (E, N, K), beside the weight; norms: as of input_norms. See init_from_data."""
+    reached = torch.where((norms != 0).any(-1, keepdim=True), norms, 1.0)
+    values = (weight.abs().float() * reached.to(weight.device)).double()
+    check_tells_apart(name, mask.init, values)
     if mask.threshold is None:
         values = values / _last_kept(values, mask.keep_ratio).clamp(min=torch.finfo(torch.float32).tiny)
         return _scaled(values)
