@@ -40,7 +40,8 @@ ARMS = """
   mask: {kind: mask, lrs: [1e-2]}
   mask from wanda: {kind: mask, lrs: [1e-2], init: wanda}
   mask free: {kind: mask, lrs: [1e-2], mode: value, threshold: 0, betas: [0, 0.99]}
-  deletion: {kind: mask, lrs: [1e-2], mode: value, threshold: 0, init: wanda, target_modules: [gate_proj], sharpness: 50}
+  deletion:
+    {kind: mask, lrs: [1e-2], mode: value, threshold: 0, init: wanda, target_modules: [gate_proj], sharpness: 50}
   dear deletion:
     {kind: mask, lrs: [1e-2], mode: value, threshold: 0, init: wanda, target_modules: [gate_proj], sharpness: 50,
      deletion_penalty: 0.3}
