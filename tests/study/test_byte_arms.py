@@ -10,18 +10,21 @@ import torch
 from rich.console import Console
 from test_study_arms import Ground, fine_tune
 from test_study_plan import ARMS, RATES, bowl, make, play
+from tiny import make_llama, make_rows
 from tiny_study import FULL, equal, make_study
 from torch.testing import assert_close
 
-from mft.config import MaskConfig
+from mft.config import MaskConfig, ModelConfig
 from mft.evaluation.evaluate import evaluate
-from mft.study.arms.compress import compressed
+from mft.models.causal_lm import clone_with_own_weights
+from mft.study.arms.compress import compressed, compute_in_fp32, learn_factors
 from mft.study.arms.models import model_of
 from mft.study.arms.run import run_test, run_unit
 from mft.study.arms.size import stored_bytes
 from mft.study.config import ArmConfig, Setting
 from mft.study.plan import best_so_far, selection
 from mft.study.run import run_study
+from mft.study.workspace import Workspace, with_weights
 
 DELTA = torch.tensor([[1.0, -2.0, 0.0], [4.0, -8.0, 0.5]])
 KINDS = ("bitdelta", "ternary", "sparse_delta")
@@ -47,8 +50,15 @@ def job_of(ground, arm, **options):
 def test_bitdelta_keeps_signs_and_the_mean_size():
     scale = 15.5 / 6  # 2.578125 in bfloat16
     found = compressed("bitdelta", DELTA)
-    assert torch.equal(found, 2.578125 * torch.tensor([[1.0, -1.0, -1.0], [1.0, -1.0, 1.0]]))
+    assert torch.equal(found, 2.578125 * torch.tensor([[1.0, -1.0, 1.0], [1.0, -1.0, 1.0]]))
     assert torch.equal(compressed("bitdelta", DELTA, factor=torch.tensor([[2 / scale]]))[0, 0], torch.tensor(2.0))
+
+
+def test_signs_that_are_not_there_shift_nothing():
+    for delta in (torch.zeros(4, 6), torch.zeros(3, 4, 6)):
+        found = compressed("bitdelta", delta + torch.eye(4, 6))
+        assert (found.abs() == found.abs().max()).all()
+        assert (found.sum(-1).abs() <= 2 * found.max()).all()
 
 
 def test_ternary_gives_the_largest_their_mean_size_and_the_others_none():
@@ -85,6 +95,37 @@ def test_what_is_kept_has_16_bits(kind):
         assert torch.equal(found, found.bfloat16().float())
         if len(shape) == 1:  # a vector keeps all its numbers
             assert_close(found, delta, rtol=2**-8, atol=0)
+
+
+def test_a_delta_does_not_vanish_in_bfloat16_weights():
+    base, name = make_llama(torch.bfloat16), "model.layers.3.mlp.up_proj"
+    before = base.get_parameter(f"{name}.weight").clone()
+    weight = before.float() + before.float().abs() * 2**-10  # a quarter of bfloat16's step, at the most
+    assert torch.equal(weight.bfloat16(), before)
+    model = with_weights(compute_in_fp32(clone_with_own_weights(base), [f"{name}.weight"]), {f"{name}.weight": weight})
+    x = torch.randn(5, before.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(model.get_submodule(name)(x), torch.nn.functional.linear(x.float(), weight).bfloat16())
+    ids = make_rows(4).with_format("torch")[:]["input_ids"]
+    with torch.no_grad():
+        assert model(ids).logits.dtype == torch.bfloat16
+        assert not torch.equal(model(ids).logits, base(ids).logits)
+    assert torch.equal(base.get_parameter(f"{name}.weight"), before)
+    learned = learn_factors(
+        compute_in_fp32(clone_with_own_weights(base), [f"{name}.weight"]), {f"{name}.weight": weight - before.float()}
+    )
+    with torch.no_grad():
+        assert torch.equal(learned(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("arm", ["ternary", "bitdelta trained"])
+def test_a_bfloat16_control_is_compressed_beside_its_start(ground, arm):
+    workspace = Workspace(ground.workspace.study, ModelConfig(str(ground.directory / "model"), dtype="bfloat16"))
+    job = job_of(ground, arm)
+    found = run_unit(workspace, job)
+    model = model_of(workspace, job)
+    own = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert own == set(ground.weights("control"))
+    assert found.loss == pytest.approx(run_unit(ground.workspace, job).loss, abs=0.05)
 
 
 @pytest.mark.parametrize("arm", KINDS)

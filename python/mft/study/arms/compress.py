@@ -2,22 +2,26 @@
 
 delta = trained - start, one matrix at a time; of experts in one parameter (E, N, K) each expert's is a matrix.
 
-    bitdelta      scale * sign(delta), scale the mean of |delta|; the sign of 0 is - (arXiv 2402.10193)
+    bitdelta      scale * sign(delta), scale the mean of |delta| (arXiv 2402.10193)
     ternary       of the share of largest |delta| scale * sign(delta), scale their mean |delta|; 0 elsewhere
     sparse_delta  the share of largest |delta| as it is; 0 elsewhere
 
 Scales and kept numbers have the 16 bits that are counted for them (see size.py): bfloat16, rounded before they are
-evaluated. A parameter of one dimension, such as a norm's, keeps all its numbers, so rounded.
+evaluated. A parameter of one dimension, such as a norm's, keeps all its numbers, so rounded. BitDelta has no sign for
+0, which a third of a bfloat16 control's deltas are: + and - take turns there, so that sums are not shifted.
 
 BitDelta's second step trains the scales, each as a factor that is 1 at first: here to the loss of the training data,
 where the paper distils the trained model's logits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
+from torch.utils._pytree import tree_map
 
 from mft.study.arms.job import Weights
 from mft.study.config import BITDELTA, SPARSE_DELTA
@@ -26,12 +30,12 @@ from mft.study.config import BITDELTA, SPARSE_DELTA
 def compressed_weights(
     kind: str, starts: Weights, trained: Weights, share: float | None, factors: Mapping[str, Tensor]
 ) -> Weights:
-    """start + what kind leaves of trained - start, summed in fp32 and rounded once to the dtype of trained."""
+    """start + what kind leaves of trained - start, in fp32."""
     found = {}
     for name, weight in trained.items():
         start = starts[name].float()
         left = compressed(kind, weight.float() - start, share, factors.get(name))
-        found[name] = (start + left).to(weight.dtype)
+        found[name] = start + left
     return found
 
 
@@ -46,7 +50,8 @@ def compressed(kind: str, delta: Tensor, share: float | None = None, factor: Ten
     if kind == BITDELTA:
         scale = matrices.abs().mean(-1, keepdim=True)
         scale = _rounded(scale if factor is None else factor.reshape(-1, 1) * scale)
-        return torch.where(matrices > 0, scale, -scale).reshape(delta.shape)
+        even = torch.arange(matrices.shape[-1], device=delta.device) % 2 == 0
+        return torch.where((matrices > 0) | ((matrices == 0) & even), scale, -scale).reshape(delta.shape)
     assert share is not None
     largest = _largest(matrices.abs(), share)
     if kind == SPARSE_DELTA:
@@ -55,8 +60,29 @@ def compressed(kind: str, delta: Tensor, share: float | None = None, factor: Ten
     return torch.where(largest, scale * matrices.sign(), 0).reshape(delta.shape)
 
 
+def compute_in_fp32(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Let the modules of these weights have fp32 ones of their own, in place; what goes in and comes out is as before.
+
+    Steps of bfloat16 are as wide as a delta, which would vanish in a sum of that type; kept beside its start it does
+    not.
+    """
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        module = model.get_submodule(path)
+        own = dict(module.named_parameters())
+        dtype = next(iter(own.values())).dtype
+        if dtype == torch.float32:
+            continue
+        for name, parameter in own.items():
+            inner, _, part = name.rpartition(".")
+            value = nn.Parameter(parameter.detach().float(), requires_grad=False)
+            module.get_submodule(inner).register_parameter(part, value)
+        module.register_forward_pre_hook(_Cast(torch.float32).before, with_kwargs=True)
+        module.register_forward_hook(_Cast(dtype).after)
+    return model
+
+
 def learn_factors(model: nn.Module, steps: Weights) -> nn.Module:
-    """Let each weight be its own + factor * step, in place: factors alone can be trained, fp32, one a matrix."""
+    """Let each weight, of fp32, be its own + factor * step, in place: factors alone can be trained, one a matrix."""
     model.requires_grad_(False)
     for name, step in steps.items():
         path, _, part = name.rpartition(".")
@@ -72,15 +98,31 @@ def factors_of(trained: Weights) -> Weights:
     return {name.replace(".parametrizations.", ".").removesuffix(".original"): f for name, f in trained.items()}
 
 
+@dataclass(frozen=True)
+class _Cast:
+    """Hooks of a module that give it, or what follows it, floating-point tensors of a dtype."""
+
+    dtype: torch.dtype
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return tree_map(self._cast, (args, kwargs))
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        return tree_map(self._cast, output)
+
+    def _cast(self, value: Any) -> Any:
+        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 class _Step(nn.Module):
-    """From a factor to a weight; unsafe to PyTorch, since the two differ in shape and dtype."""
+    """From a factor to a weight, in fp32; unsafe to PyTorch, since the two differ in shape."""
 
     def __init__(self, start: Tensor, step: Tensor) -> None:
         super().__init__()
         self._start, self._step = start, step
 
     def forward(self, factor: Tensor) -> Tensor:
-        return (self._start + factor * self._step).to(self._start.dtype)
+        return self._start + factor * self._step
 
 
 def _largest(sizes: Tensor, share: float) -> Tensor:

@@ -9,9 +9,20 @@ from torch import nn
 from mft.files.atomic import atomic_file
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.linears import weight_name
-from mft.study.arms.compress import compressed, compressed_weights, factors_of, learn_factors
+from mft.study.arms.compress import compressed, compressed_weights, compute_in_fp32, factors_of, learn_factors
 from mft.study.arms.job import Job, Weights, arm_of, mask_of, rank_of
-from mft.study.config import AVERAGE, BASE, BITDELTA, COMPRESSED, FULL, INTERPOLATED, LORA, ONE_SHOT, TEMPERATURE
+from mft.study.config import (
+    AVERAGE,
+    BASE,
+    BITDELTA,
+    COMPRESSED,
+    CONTROL,
+    FULL,
+    INTERPOLATED,
+    LORA,
+    ONE_SHOT,
+    TEMPERATURE,
+)
 from mft.study.lora import add_lora, merge_lora
 from mft.study.one_shot import one_shot_mask
 from mft.study.outcome import Unit
@@ -58,13 +69,16 @@ def with_scales(workspace: Workspace, job: Job) -> nn.Module:
     """A model of bitdelta whose scales can be trained, and nothing else."""
     starts, trained = _starts_and_ends(workspace, job)
     steps = {name: compressed(BITDELTA, end.float() - starts[name].float()) for name, end in trained.items()}
-    return learn_factors(clone_with_own_weights(workspace.model), steps)
+    return learn_factors(compute_in_fp32(clone_with_own_weights(workspace.model), steps), steps)
 
 
 def _compressed(workspace: Workspace, job: Job, factors: Weights) -> nn.Module:
     arm, share = arm_of(workspace, job.unit), job.unit.setting.share
     weights = compressed_weights(arm.kind, *_starts_and_ends(workspace, job), share, factors)
-    return with_weights(workspace.model, weights).eval()
+    model = workspace.model
+    if workspace.study.arms[str(arm.of)].kind == CONTROL:  # whose weights are nowhere tied
+        model = compute_in_fp32(clone_with_own_weights(model), weights)
+    return with_weights(model, weights).eval()
 
 
 def _starts_and_ends(workspace: Workspace, job: Job) -> tuple[Weights, Weights]:

@@ -24,6 +24,7 @@ from mft.study.config import (
     BITDELTA,
     COMPRESSED,
     CONTINUED,
+    CONTROL,
     FULL,
     INTERPOLATED,
     LORA,
@@ -50,9 +51,11 @@ def stored_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
     if arm.kind == QUANTIZED:
         return weights_bytes(workspace, str(arm.quantization), _NUMBER)
     if arm.kind in COMPRESSED:
-        starts = dict(workspace.model.named_parameters())
-        weights = [(weight.detach(), starts[name].detach()) for name, weight in model.named_parameters()]
-        return sum(_compressed(arm.kind, *pair) for pair in weights if pair[0].data_ptr() != pair[1].data_ptr())
+        names = [name for name, _ in workspace.model.named_parameters()]
+        if workspace.study.arms[str(arm.of)].kind == CONTROL:
+            names = [weight_name(workspace.model, name) for name in workspace.layers_of(arm)[0]]
+        weights = [[each.get_parameter(name).detach() for each in (model, workspace.model)] for name in names]
+        return sum(_compressed(arm.kind, weight, start) for weight, start in weights)
     if arm.kind == INTERPOLATED:
         assert job.source is not None
         unit, numbers = job.source[0], 1  # alpha, beside what it is of
