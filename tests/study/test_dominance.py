@@ -392,5 +392,8 @@ def test_the_panel_near_the_fine_tune_leaves_out_what_is_far(monkeypatch, tmp_pa
         *(name if name != "random mask" else "random mask (farther)" for name in arms),
         "from start to end, on validation",
     ]
+    near_labels = near.get_legend_handles_labels()[1]
+    assert "random mask (farther)" in near_labels
+    assert not [label for label in near_labels if label.startswith(("far", "base"))]  # seen in the other panel
     colours = colours_of(numbers["domains"]["code"])
     assert colours["part of control"] == colours["control"] != colours["part of full"] == colours["full fine-tune"]
