@@ -151,14 +151,14 @@ def _batches(rows, numbers):
 
 def test_what_was_done_is_kept_and_what_was_lost_is_made_again(done):
     assert done.run()[1] == []
-    path, before = done.path("NF4"), done.weights("NF4")
-    path.unlink()
-    done.path("mask").unlink()
-    tests = list((done.directory / "run" / "test" / "count" / "mask").glob("*.json"))
-    for test in tests:
-        test.unlink()
-    lines = done.run()[1]
-    assert [re.search(r"count, ([\w ]+),", line)[1] for line in lines] == ["NF4", "mask", "mask"]
+    before = done.weights("NF4")
+    for arm in ("NF4", "NF4 of control", "mask"):
+        done.path(arm).unlink()
+    for arm in ("NF4 of control", "mask"):
+        for tested in (done.directory / "run" / "test" / "count" / arm).glob("*.json"):
+            tested.unlink()
+    again = [re.search(r"count, ([\w ]+),", line)[1] for line in done.run()[1]]
+    assert sorted(again) == ["NF4", *["NF4 of control"] * 2, *["mask"] * 2]
     assert equal(done.weights("NF4"), before)
 
 
@@ -246,6 +246,8 @@ def test_an_arm_over_codes_is_held_against_the_control_of_its_exact_start_rounde
     assert held["control"] is None
     other = done.declared("arms.NF4 of control.quantization=int8")
     assert reference_of(other, "mask") is None  # it is not rounded alike
+    alike = done.declared("arms.NF4.quantization=int8", "arms.NF4 of control.quantization=int8")
+    assert reference_of(alike, "mask") == "NF4 of control"
 
 
 def test_what_is_recovered_is_a_share_of_what_rounding_cost(done):

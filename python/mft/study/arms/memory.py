@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from mft.config import MaskConfig, TrainConfig
 from mft.memory.workload import MOMENT_BYTES, SCORE_BYTES
-from mft.study.arms.job import arm_of
+from mft.study.arms.job import arm_of, rank_of
 from mft.study.arms.size import adapter_sides, shapes_of, weights_bytes
 from mft.study.config import CONTROL, LORA, MASK
 from mft.study.outcome import Unit
@@ -28,7 +28,7 @@ def training_bytes(workspace: Workspace, unit: Unit) -> int:
         scores = sum(map(math.prod, shapes_of(workspace, arm)))
         return weights + int(score_bytes(study.mask_of(arm), study.stage) * scores)
     if arm.kind == LORA:
-        return weights + int(ADAPTER_BYTES * arm.lora_rank * adapter_sides(shapes_of(workspace, arm)))
+        return weights + int(ADAPTER_BYTES * rank_of(workspace, unit) * adapter_sides(shapes_of(workspace, arm)))
     parameters = list(workspace.base.parameters())
     trained = sum(map(math.prod, shapes_of(workspace, arm))) if arm.kind == CONTROL else sum(map(_numel, parameters))
     return weights + int(trained * (_FP32_BYTES if parameters[0].itemsize == 4 else _NARROW_BYTES))

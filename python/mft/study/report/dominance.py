@@ -10,7 +10,7 @@ differences of every MFT arm from every rival, in both losses, over all domains 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from mft.study.config import AVERAGE, BASE, DERIVED, MASK, ONE_SHOT, TEMPERATURE, StudyConfig
+from mft.study.config import AVERAGE, BASE, DERIVED, MASK, ONE_SHOT, QUANTIZED, TEMPERATURE, StudyConfig
 from mft.study.outcome import Findings
 from mft.study.report.general import Runs, on_test, on_validation
 from mft.study.report.statistics import (
@@ -57,9 +57,16 @@ def is_mft(study: StudyConfig, arm: str) -> bool:
 
 
 def rivals_of(study: StudyConfig, arm: str) -> list[str]:
-    """The tuned arms that are no masks; for an average of runs those that average as many."""
+    """The tuned arms that are no masks; for an average of runs those that average as many. Over codes those over codes."""
     untuned, config = (BASE, TEMPERATURE, *ONE_SHOT), study.arms[arm]
-    rivals = [name for name, other in study.arms.items() if other.kind not in untuned and not is_mft(study, name)]
+    over_codes = study.codes_under(arm) is not None
+    rivals = [
+        name
+        for name, other in study.arms.items()
+        if other.kind not in untuned
+        and not is_mft(study, name)
+        and (over_codes == (other.kind == QUANTIZED or study.codes_under(name) is not None))
+    ]
     if config.kind != AVERAGE:
         return rivals
     return [name for name in rivals if (study.arms[name].kind, study.arms[name].runs) == (AVERAGE, config.runs)]
