@@ -66,6 +66,7 @@ def test_a_rate_beyond_the_grid_is_tried_at_the_other_epochs_too():
         ([0.98, 0.99], 0.9, [0.96, 0.92, 0.84]),
         ([0.9, 0.99], 0.7, [0.818, 0.669, 0.398]),  # ten times as much dropped would be all of it
         ([0.5, 0.9], 0.5, [0.278]),
+        ([0.9, 1.0], 0.85, [0.81, 0.639]),  # of nothing dropped there is no ratio
         ([0.9, 1.0], 1.0, []),  # nothing is dropped: there is no more to keep
         ([0.0, 0.5, 0.9], 0.5, []),
     ],
@@ -131,7 +132,9 @@ def test_where_nothing_is_gained_the_way_back_to_the_start_is_not_gone():
     """LoRA's rate fell to 4e-6 on problems, where it did nothing any more."""
 
     def loss(unit):
-        return 2.0 if unit.arm == "full" and unit.setting.lr == 1e-3 else 2.0005 + 10 * (unit.setting.lr or 0)
+        if unit.arm == "full":
+            return 2.0 if unit.setting.lr == 1e-3 else 3.0
+        return 1.9985 + 10 * (unit.setting.lr or 0)  # 0.0005 less at the lowest rate
 
     study, done, tried = grown(ArmConfig("lora", lrs=RATES, epochs=[1, 2]), loss)
     assert tried == []
@@ -141,8 +144,15 @@ def test_where_nothing_is_gained_the_way_back_to_the_start_is_not_gone():
         "of epochs beyond its grid would only lead back there: they were not tried"
     ]
     assert grown(ArmConfig("lora", lrs=RATES), lambda unit: loss(unit) - 0.01 * (unit.arm == "arm"))[2] != []
+    upward = grown(ArmConfig("lora", lrs=RATES), lambda u: 2.0 if u.arm == "full" else 2.1 - (u.setting.lr or 0))[2]
+    assert upward[0] == Setting(1e-1, 1.0)  # more may yet gain
     masks = ArmConfig("mask", lrs=RATES, keep_ratios=[0.9, 0.99])  # at rate 0 they drop what they began with
     assert {setting.lr for setting in grown(masks, loss)[2]} == {1e-5, 1e-6}
+
+
+def test_an_arm_that_diverges_in_its_whole_grid_tries_lower_rates():
+    with pytest.raises(RuntimeError, match="it diverged in each .lr 1e-06, epochs 1; lr 1e-05, epochs 1; lr 0.0001"):
+        grown(ArmConfig("control", lrs=RATES), lambda u: math.inf if u.arm == "arm" else 2.0)
 
 
 def test_a_mask_without_data_does_not_grow_towards_dropping_nothing():

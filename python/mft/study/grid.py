@@ -61,22 +61,20 @@ def neighbours(best: Setting, grid: Collection[Setting], tried: Collection[Setti
         for above in (False, True):
             farther = [value for value in values if (value > here if above else value < here)]
             value = (min(farther) if above else max(farther)) if farther else _beyond(name, values, above)
-            beside: Any = {} if value is None else {name: value}
-            if beside and replace(best, **beside) not in tried:
+            beside: Any = {name: value}  # Setting has a field of another type
+            if replace(best, **beside) not in tried:  # beyond 0 and 1 there is no keep ratio but themselves
                 found.append(Neighbour(name, above, replace(best, **beside)))
     return found
 
 
-def _beyond(name: str, values: list[float], above: bool) -> float | None:
-    """The next value beyond an end, to three digits; None where there is none."""
+def _beyond(name: str, values: list[float], above: bool) -> float:
+    """The next value beyond an end, to three digits."""
     end, inner = (values[-1], values[-2]) if above else (values[0], values[1])
     return _beyond_ratio(end, inner) if name == "keep_ratio" else _rounded(end * (end / inner))
 
 
-def _beyond_ratio(end: float, inner: float) -> float | None:
+def _beyond_ratio(end: float, inner: float) -> float:
     """In the ratio of what is dropped, while something stays; then of what is kept."""
-    if end in (0.0, 1.0):
-        return None
     dropped, before = 1 - end, 1 - inner
     further = _rounded(dropped * (dropped / before)) if before else 1.0
     return round(1 - further, 12) if further < 1 else _rounded(end * (end / inner))

@@ -68,7 +68,7 @@ def test_runs_that_diverged_and_other_seeds_count_for_nothing():
 
 
 def test_nothing_within_a_budget_is_said():
-    found = equal_budgets(findings(mft={(1, 4): (2.0, 6.0)}), "code", REFERENCES)
+    found = equal_budgets(findings(mft={(1, 4): (2.0, 6.0), (1, 1): (None, 1.0)}), "code", REFERENCES)
     steps, seconds = budget_sentences("code", found)
     assert steps == (
         "code, MFT and its control, each in at most so many steps: 20 steps: no run of MFT; 40 steps: "
