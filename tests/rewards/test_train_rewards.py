@@ -12,8 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from mft.config import MaskConfig
 from mft.evaluation.exact_match import exact_matches
-from mft.masks.convert import mask_model
+from mft.masks.convert import mask_model, masked_modules
 from mft.study.lora import add_lora
+from mft.surrogate.surrogate import Surrogate
 
 pytest.importorskip("trl", reason="needs trl: pip install 'mft_kernels[trl]'")
 
@@ -151,6 +152,30 @@ def test_the_gradient_is_that_of_the_advantages_by_hand(base, tokenizer, rows, k
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         assert (found[name] - grad).norm() <= 1e-4 * grad.norm(), name
+
+
+def test_scores_learn_by_the_sharpness_and_the_penalty_of_their_mask(base, tokenizer, rows):
+    def run(**mask):
+        model, grads = masked(copy.deepcopy(base), mode="value", threshold=0.0, **mask), []
+        scores = {name: module.scores.detach().clone() for name, module in masked_modules(model).items()}
+        note = lambda *_: grads.append(  # noqa: E731
+            {name: module.scores.grad.clone() for name, module in masked_modules(model).items()}
+        )
+        train_rewards(model, tokenizer, rows, config(seed=1, steps=2, lr=1e-6), before_update=note)
+        return scores, grads
+
+    scores, straight = run()
+    _, found = run(sharpness=[20.0, 200.0], deletion_penalty=0.5)
+    weights = sum(one.numel() for one in scores.values())
+    for sharpness, by_hand, step in zip((20.0, 200.0), straight, found, strict=True):
+        surrogate = Surrogate(20.0, 200.0, 0.5, weights, sharpness)
+        for name, one in scores.items():
+            expected = surrogate.gradient(by_hand[name], one, threshold=0.0, mode="value")
+            assert (step[name] - expected).norm() <= 1e-3 * expected.norm(), (sharpness, name)
+    free = masked(copy.deepcopy(base), mode="value", threshold=0.0, sharpness=20.0)
+    next(iter(masked_modules(free).values())).threshold = None
+    with pytest.raises(ValueError, match=r"threshold must be a number with mask.sharpness, which counts from it"):
+        train_rewards(free, tokenizer, rows, config())
 
 
 def test_a_model_in_peft_learns_in_place(base, tokenizer, rows):

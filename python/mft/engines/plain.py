@@ -70,24 +70,14 @@ class Plain:
                     on_loss(batch, total)
         with self._at("the optimiser step"):
             self._processes.sum_gradients(self._stepper.masters)
-            self._replace_gradients()
+            if self._surrogate is not None:
+                replace_gradients(self._model, self._stepper, self._surrogate)
             if self._before_update is not None:
                 self._before_update()
             self._stepper.set_lr(lr)
             if max_norm is not None:
                 self._stepper.clip(max_norm)
             self._stepper.step()
-
-    def _replace_gradients(self) -> None:
-        """The surrogate's over the straight-through ones, in the buffers that the optimiser reads."""
-        if self._surrogate is None:
-            return
-        masters = {id(p): master for p, master in zip(self._stepper.parameters, self._stepper.masters)}
-        masked: list[Any] = [module for module in self._model.modules() if isinstance(module, MaskedLayer)]
-        for module in masked:
-            scores = masters.get(id(module.scores))
-            if scores is not None and scores.grad is not None:
-                self._surrogate.replace(scores.grad, scores.detach(), threshold=module.threshold, mode=module.mode)
 
     def check(self) -> None:
         """Nothing: a masked layer finds non-finite scores in its next forward."""
@@ -217,3 +207,13 @@ def make_stepper(model: nn.Module, train: TrainConfig) -> Stepper:
     if train.moments == "float32" and all(module.scores.dtype == torch.float32 for module in masked):
         return MasterAdamW(trained, train)
     return _ScoreAdamW(masked, train)
+
+
+def replace_gradients(model: nn.Module, stepper: Stepper, surrogate: Surrogate) -> None:
+    """The surrogate's over the straight-through ones, in the buffers that the optimiser reads."""
+    masters = {id(p): master for p, master in zip(stepper.parameters, stepper.masters)}
+    masked: list[Any] = [module for module in model.modules() if isinstance(module, MaskedLayer)]
+    for module in masked:
+        scores = masters.get(id(module.scores))
+        if scores is not None and scores.grad is not None:
+            surrogate.replace(scores.grad, scores.detach(), threshold=module.threshold, mode=module.mode)

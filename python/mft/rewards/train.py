@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mft.engines.plain import make_stepper
+from mft.engines.plain import make_stepper, replace_gradients
 from mft.engines.randomness import seeded
 from mft.engines.step import NonFiniteLoss
 from mft.masks.convert import masked_modules
@@ -18,7 +18,7 @@ from mft.models.next_tokens import check_next_tokens
 from mft.rewards.config import RewardsConfig
 from mft.rewards.optimizer import SteppedOptimizer, scheduled
 from mft.rewards.questions import questions_of
-from mft.training.loop import training_mode
+from mft.training.loop import checked_surrogate, training_mode
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def train_rewards(
     """Train what requires grad (scores, weights, adapters) by GRPO; the model ends in eval mode.
 
     What is random comes from config.seed: on a CPU the same call gives the same bits. Weights of 16 bits learn on fp32
-    masters, scores that are not fp32 by MaskAdamW, as in train_loop. Nothing is written, logged or sent anywhere.
+    masters, scores that are not fp32 by MaskAdamW, and scores by the mask's sharpness and deletion_penalty, as in
+    train_masks. Nothing is written, logged or sent anywhere.
 
     Args:
         model: as generate takes it, masked layers and adapters included, on the device that computes; or a PeftModel.
@@ -70,6 +71,7 @@ def train_rewards(
         raise RuntimeError("training by rewards must run in one process, got several: leave torchrun out")
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters lie in it
     _check_trainable(model)
+    surrogate = checked_surrogate(model)
     questions = questions_of(dataset, tokenizer, config)
     longest = max(len(question.prompt) for question in questions) + config.max_completion_tokens
     check_next_tokens(model.config, type(model).__name__, longest)
@@ -83,8 +85,16 @@ def train_rewards(
         training_mode(model, checkpointed=config.gradient_checkpointing),
         make_stepper(model, train) as stepper,
     ):
-        updated = None if before_update is None else lambda: before_update(len(reports) + 1, config.steps)
-        optimizer = SteppedOptimizer(stepper, train, updated)
+
+        def complete() -> None:
+            """The step's gradients are."""
+            if surrogate is not None:
+                surrogate.sharpen(len(reports) + 1, config.steps)
+                replace_gradients(model, stepper, surrogate)
+            if before_update is not None:
+                before_update(len(reports) + 1, config.steps)
+
+        optimizer = SteppedOptimizer(stepper, train, complete)
         optimizers = (optimizer, scheduled(optimizer, train))
         trainer = trainer_module.Trainer(
             model, tokenizer, questions, config, directory, optimizers, start if config.beta else None

@@ -72,10 +72,19 @@ def train_masks(
             "alone: set memory: plain"
         )
     train_whole(model, whole)
+    return train_loop(model, dataset, train, way=way, device=device, surrogate=checked_surrogate(model), **options)
+
+
+def checked_surrogate(model: nn.Module) -> Surrogate | None:
+    """What the scores of a masked model learn by; None: the straight-through gradient.
+
+    Raises: ValueError where a mask has no threshold to count from.
+    """
     surrogate = surrogate_of(model)
-    if surrogate is not None and (free := [n for n, module in masked.items() if module.threshold is None]):
+    free = [name for name, module in masked_modules(model).items() if module.threshold is None]
+    if surrogate is not None and free:
         raise ValueError(f"threshold must be a number with mask.sharpness, which counts from it, got None in {free[0]}")
-    return train_loop(model, dataset, train, way=way, device=device, surrogate=surrogate, **options)
+    return surrogate
 
 
 def train_weights(model: nn.Module, modules: list[str], dataset, train: TrainConfig, **options) -> list[StepReport]:
