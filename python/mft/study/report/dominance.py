@@ -57,7 +57,7 @@ def is_mft(study: StudyConfig, arm: str) -> bool:
 
 
 def rivals_of(study: StudyConfig, arm: str) -> list[str]:
-    """The tuned arms that are no masks; for an average of runs those that average as many. Over codes those over codes."""
+    """The tuned arms that are no masks: over codes those over codes, and for an average those that average as many."""
     untuned, config = (BASE, TEMPERATURE, *ONE_SHOT), study.arms[arm]
     over_codes = study.codes_under(arm) is not None
     rivals = [
