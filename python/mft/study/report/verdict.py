@@ -113,8 +113,15 @@ def _dominance(domain: str, text: str, table: DomainTable) -> Iterable[str]:
         listed = [one for one in table.comparisons if (one.arm, one.text) == (row.arm, text)]
         yield _sides(row, listed) if listed else f"{row.arm} is not compared: there is no rival with the same seeds."
         yield from (_both(domain, one) for one in listed if one.rival == row.against)
+        if ends := _ends(row, *(rival for one in listed if (rival := table.row(one.rival)) is not None)):
+            yield f"Unsettled, at an end of its grid: {ends}."
     if masked and table.seeds == 1:
         yield _ONE_SEED
+
+
+def _ends(*rows: Row) -> str:
+    """The choices at an end of their grid that a comparison of these rows rests on."""
+    return ", ".join(dict.fromkeys(end for row in rows for end in row.unsettled))
 
 
 def _sides(row: Row, listed: list[Comparison]) -> str:
@@ -142,8 +149,8 @@ def _compared(row: Row, control: Row, full: str) -> str:
     difference = row.minus_control[row.decides]
     what, why = conclusion(row)
     validation = "none" if row.validation is None else f"{row.validation:+.4f}"
-    ends = dict.fromkeys((*row.unsettled, *control.unsettled))
-    mark = f" (unsettled, at an end of its grid: {', '.join(ends)})" if ends else ""
+    ends = _ends(row, control)
+    mark = f" (unsettled, at an end of its grid: {ends})" if ends else ""
     if row.decides == WRONG:
         exact = shown_interval(row.minus_control["answers"], 100, 1)
         return (
