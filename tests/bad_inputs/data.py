@@ -179,8 +179,8 @@ def saved_data_that_name_a_file_elsewhere(tmp):
     ValueError,
     where="data.jsonl:1",
     got="got txt",
-    rule="data must have a column messages or conversations, columns prompt and completion or instruction and output,"
-    " or a column text",
+    rule="data must have a column messages or conversations, columns prompt and completion, instruction and output or "
+    "question and answer, or a column text",
     remedy="did you mean text?",
 )
 def data_with_a_misspelt_column(tmp):
@@ -225,7 +225,7 @@ def a_conversation_of_someone_unknown():
     ValueError,
     where="data.jsonl:1",
     got="got input, instruction",
-    rule="columns prompt and completion or instruction and output",
+    rule="columns prompt and completion, instruction and output",
     remedy="instruction needs its other half",
 )
 def an_instruction_without_an_output(tmp):

@@ -111,9 +111,8 @@ def masks_by_data_of_a_model_with_nan():
     rule="threshold must be a number with mask.sharpness, which counts from it",
 )
 def a_threshold_that_is_taken_away():
-    model = mask_model(
-        make_llama(), MaskConfig(**FREE, sharpness=50, target_modules=["gate_proj"], layers_to_transform=3)
-    )
+    mask = MaskConfig(**FREE, sharpness=50, target_modules=["gate_proj"], layers_to_transform=3)
+    model = mask_model(make_llama(), mask)
     for module in masked_modules(model).values():
         module.threshold = None
     train_masks(model, make_rows(), TrainConfig(steps=1))

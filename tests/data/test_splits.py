@@ -58,9 +58,9 @@ def test_what_is_cut_or_left_out_is_said(tokenizer, write):
         ([], "data.source '{path}' must hold examples, got an empty train split"),
         ([{"text": "same"}] * 9, "must have more than 2 different examples to split off validation and test, got 1"),
         (
-            [{"question": "a", "answer": "b"}, {"texts": "x"}],
-            "data must have a column messages or conversations, columns prompt and completion or instruction and "
-            "output, or a column text, got answer, question, texts: rename or convert them; did you mean text?",
+            [{"query": "a", "reply": "b"}, {"texts": "x"}],
+            "data must have a column messages or conversations, columns prompt and completion, instruction and output or "
+            "question and answer, or a column text, got query, reply, texts: rename or convert them; did you mean text",
         ),
         ([{"prompt": str(i)} for i in range(9)], "got prompt: prompt needs its other half"),
         ([{"text": None}, *({"text": str(i)} for i in range(9))], "{path}:1: text must be a string, got null"),

@@ -16,7 +16,6 @@ from mft.evaluation.kl_divergence import kl_divergence
 from mft.masks.convert import masked_modules
 from mft.models.frozen_layers import PrefixMemory
 from mft.study.arms import measure
-from mft.study.arms import run as arms_run
 from mft.study.arms.job import Job
 from mft.study.arms.models import model_of
 from mft.study.arms.run import run_test, run_unit
@@ -280,11 +279,11 @@ def test_temperature_scales_the_fine_tunes_logits(ground):
 def test_answers_are_counted_where_the_study_asks_for_them(ground, monkeypatch):
     asked = []
 
-    def count(model, tokenizer, dataset):
+    def count(model, tokenizer, dataset, **_):
         asked.append(len(dataset))
         return torch.tensor([1]), torch.tensor([2])
 
-    monkeypatch.setattr(arms_run, "exact_matches", count)
+    monkeypatch.setattr(measure, "exact_matches", count)
     assert run_test(ground.workspace, ground.job("full", on_test=True)).test.answers is None
     tested = run_test(ground.fresh(answers="[count]"), ground.job("full", on_test=True))
     assert (tested.test.answers.tolist(), tested.validation.questions.tolist()) == ([1], [2])

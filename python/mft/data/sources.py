@@ -68,8 +68,9 @@ def form_of(records: Records) -> str:
     close = next(filter(None, (nearest(column, CONTENT_COLUMNS) for column in sorted(columns))), "")
     remedy = f"{half} needs its other half" if half else f"rename or convert them{close}"
     raise ValueError(
-        f"{records.place(0)}: data must have a column messages or conversations, columns prompt and completion or "
-        f"instruction and output, or a column text, got {', '.join(sorted(columns)) or 'none'}: {remedy}"
+        f"{records.place(0)}: data must have a column messages or conversations, columns prompt and completion, "
+        "instruction and output or question and answer, or a column text, got "
+        f"{', '.join(sorted(columns)) or 'none'}: {remedy}"
     )
 
 

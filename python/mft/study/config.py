@@ -133,6 +133,7 @@ class ArmConfig:
         check_rule(bool(self.epochs), "epochs", "hold at least one number", self.epochs)
         masked = self.kind in (MASK, *ONE_SHOT)
         check_rule(masked or not self.keep_ratios, "keep_ratios", "be left out for this kind", self.keep_ratios)
+        check_not_empty(self, "target_modules")
         rule = "be left out for this kind"
         for name in ("layers_to_transform", "target_modules"):
             value = getattr(self, name)
