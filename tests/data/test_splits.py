@@ -59,8 +59,8 @@ def test_what_is_cut_or_left_out_is_said(tokenizer, write):
         ([{"text": "same"}] * 9, "must have more than 2 different examples to split off validation and test, got 1"),
         (
             [{"query": "a", "reply": "b"}, {"texts": "x"}],
-            "data must have a column messages or conversations, columns prompt and completion, instruction and output or "
-            "question and answer, or a column text, got query, reply, texts: rename or convert them; did you mean text",
+            "data must have a column messages or conversations, columns prompt and completion, instruction and output "
+            "or question and answer, or a column text, got query, reply, texts: rename or convert them; did you mean te",
         ),
         ([{"prompt": str(i)} for i in range(9)], "got prompt: prompt needs its other half"),
         ([{"text": None}, *({"text": str(i)} for i in range(9))], "{path}:1: text must be a string, got null"),
