@@ -60,7 +60,7 @@ def test_what_is_cut_or_left_out_is_said(tokenizer, write):
         (
             [{"query": "a", "reply": "b"}, {"texts": "x"}],
             "data must have a column messages or conversations, columns prompt and completion, instruction and output "
-            "or question and answer, or a column text, got query, reply, texts: rename or convert them; did you mean te",
+            "or question and answer, or a column text, got query, reply, texts: rename or convert them; did you",
         ),
         ([{"prompt": str(i)} for i in range(9)], "got prompt: prompt needs its other half"),
         ([{"text": None}, *({"text": str(i)} for i in range(9))], "{path}:1: text must be a string, got null"),
