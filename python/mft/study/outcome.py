@@ -65,11 +65,12 @@ class General:
     """One model on text that it was not trained for."""
 
     evaluation: Evaluation
-    kl: Tensor  # (documents,) sums over tokens of KL(start || model), nats; the start is where the arm began
+    kl: Tensor | None = None  # (documents,) sums over tokens of KL(start || model), nats; on test alone
 
     @property
     def mean_kl(self) -> float:
-        """Nats a token."""
+        """Nats a token, from where the arm began."""
+        assert self.kl is not None, "which is measured on test"
         return (self.kl.sum() / self.evaluation.tokens.sum()).item()
 
 
@@ -191,13 +192,20 @@ def tested_from(values: dict[str, Any]) -> Tested:
 
 def _general_values(general: dict[str, General]) -> dict[str, Any]:
     return {
-        name: {"evaluation": _evaluation_values(one.evaluation), "kl": one.kl.tolist()} for name, one in general.items()
+        name: {
+            "evaluation": _evaluation_values(one.evaluation),
+            "kl": None if one.kl is None else one.kl.tolist(),
+        }
+        for name, one in general.items()
     }
 
 
 def _general_from(values: dict[str, Any]) -> dict[str, General]:
     return {
-        name: General(_evaluation_from(one["evaluation"]), torch.tensor(one["kl"], dtype=torch.float64))
+        name: General(
+            _evaluation_from(one["evaluation"]),
+            None if one["kl"] is None else torch.tensor(one["kl"], dtype=torch.float64),
+        )
         for name, one in values.items()
     }
 

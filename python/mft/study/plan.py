@@ -143,7 +143,10 @@ def left_to_do(study: StudyConfig, outcomes: Iterable[Outcome], tested: Iterable
     for domain, data in study.domains.items():
         tests = sum(1 if config.kind == BASE else len(study.seeds) for config in study.arms.values())
         tests -= sum(unit.domain == domain for unit in seen)
-        number, work = number + tests, work + tests * (_work_on_test(data) + _work_on_general(study, domain))
+        number, work = (
+            number + tests,
+            work + tests * (_work_on_test(data) + _work_on_general(study, domain, on_test=True)),
+        )
     return number, work
 
 
@@ -151,7 +154,7 @@ def work_of(study: StudyConfig, unit: Unit, *, on_test: bool = False) -> float:
     """About how much there is to do, in tokens evaluated: how long the rest will take is judged by it."""
     config, data = study.arms[unit.arm], study.domains[unit.domain]
     if on_test:
-        return _work_on_test(data) + _work_on_general(study, unit.domain)
+        return _work_on_test(data) + _work_on_general(study, unit.domain, on_test=True)
     trained = unit.setting.epochs or 0
     if config.kind == AVERAGE and not unit.part:
         trained = 0
@@ -219,8 +222,9 @@ def _work_on_test(data: DataConfig) -> float:
     return 2 * (data.max_eval_tokens or 1)  # validation again, and test
 
 
-def _work_on_general(study: StudyConfig, domain: str) -> float:
-    return sum(3 * (study.general[name].max_eval_tokens or 1) for name in study.general_of(domain))  # its loss, and KL
+def _work_on_general(study: StudyConfig, domain: str, *, on_test: bool = False) -> float:
+    passes = 3 if on_test else 1  # its loss; and on test the divergence of two models
+    return passes * sum(study.general[name].max_eval_tokens or 1 for name in study.general_of(domain))
 
 
 class _Found:

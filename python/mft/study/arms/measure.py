@@ -57,12 +57,17 @@ def _evaluated(workspace: Workspace, unit: Unit, model: nn.Module) -> Evaluation
     return evaluation
 
 
-def on_general(workspace: Workspace, unit: Unit, start: nn.Module, model: nn.Module, split: str) -> dict[str, General]:
-    """What is left of text that is not the domain's, and how far the model has gone from its start there."""
+def on_general(
+    workspace: Workspace, unit: Unit, model: nn.Module, split: str, start: nn.Module | None = None
+) -> dict[str, General]:
+    """What is left of text that is not the domain's, and how far the model has gone from start there, if one is given.
+
+    The divergence takes twice as long as the loss, so runs that are not chosen do without.
+    """
     found = {}
     for name in workspace.study.general_of(unit.domain):
         dataset = getattr(workspace.general(name), split)
         options = evaluation_options(workspace, arm_of(workspace, unit), name)(split)
-        kl, _ = kl_divergence(model, start, dataset, **options)
+        kl = None if start is None else kl_divergence(model, start, dataset, **options)[0]
         found[name] = General(evaluate(model, dataset, **options), kl)
     return found

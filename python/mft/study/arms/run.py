@@ -44,7 +44,7 @@ def run_unit(workspace: Workspace, job: Job) -> Outcome:
         measured,
         [(1.0, measured.evaluation.loss)],
         bytes=stored_bytes(workspace, job, model),
-        general=on_general(workspace, unit, workspace.model, model, "validation"),
+        general=on_general(workspace, unit, model, "validation"),
     )
 
 
@@ -66,4 +66,4 @@ def run_test(workspace: Workspace, job: Job) -> Tested:
         if unit.domain in workspace.study.answers:
             answer(workspace, model, dataset, measured[split])
     start = workspace.base if kind == FULL else workspace.model
-    return Tested(unit, measured["validation"], measured["test"], on_general(workspace, unit, start, model, "test"))
+    return Tested(unit, measured["validation"], measured["test"], on_general(workspace, unit, model, "test", start))

@@ -85,7 +85,7 @@ def train_unit(workspace: Workspace, job: Job) -> Outcome:
         flips=flips,
         bytes=stored_bytes(workspace, job, best),
         memory=training_bytes(workspace, unit),
-        general=on_general(workspace, unit, workspace.model, best, "validation"),
+        general=on_general(workspace, unit, best, "validation"),
     )
 
 
