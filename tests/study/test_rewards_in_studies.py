@@ -104,6 +104,14 @@ def test_the_report_judges_by_exact_answers_and_draws_rewards(done, tmp_path):
     assert console_report(findings)
 
 
+def test_plain_text_is_refused_before_a_base_is_trained_from_scratch(tmp_path, monkeypatch):
+    monkeypatch.setattr("mft.study.run.train_from_scratch", pytest.fail)
+    study = load_study("small", ["objective=rewards", f"output_dir={tmp_path / 'run'}"])
+    rule = "domains.headers.source must have questions with answers for objective: rewards, got plain text in 'headers'"
+    with pytest.raises(ValueError, match=rule):
+        run_study(study, tmp_path / "run", console=Console(file=io.StringIO()))
+
+
 def test_the_same_study_again_has_nothing_left_to_do(done):
     findings, directory = done
     said = io.StringIO()

@@ -7,6 +7,8 @@ import torch
 from rich.console import Console
 
 from mft.config import ModelConfig
+from mft.data.formats import PREFERENCE
+from mft.data.sources import form_of, open_source
 from mft.evaluation.evaluated_base import check_exact
 from mft.rewards.questions import questions_of
 from mft.rewards.train import check_installed
@@ -44,10 +46,12 @@ def run_study(study: StudyConfig, directory: Path, *, console: Console, overwrit
     """
     check_exact(study.model, "compare")
     with open_store(study, directory, overwrite=overwrite) as store:
-        base = _base_model(study, store.directory, console)
-        workspace = Workspace(study, base)
         if study.objective == REWARDS:  # what is not there is said before anything is trained
             check_installed()
+            _check_forms(study)
+        base = _base_model(study, store.directory, console)
+        workspace = Workspace(study, base)
+        if study.objective == REWARDS:
             for domain in study.domains:
                 questions_of(workspace.splits(domain).train, workspace.tokenizer, study.rewards)
         lines = [f"{domain}: {note}" for domain in study.domains for note in workspace.splits(domain).notes]
@@ -174,6 +178,18 @@ class _Run:
             )
         self.store.save_tested(tested, self.chosen)
         self.tested[tested.unit] = tested
+
+
+def _check_forms(study: StudyConfig) -> None:
+    """Raise ValueError unless every domain is of questions: a base from scratch takes minutes before rows are read."""
+    for domain, data in study.domains.items():
+        form = form_of(open_source(data).load()["train"]) if data.sources is None else None
+        if form in ("text", PREFERENCE):
+            what = "plain text" if form == "text" else "preference pairs"
+            raise ValueError(
+                f"domains.{domain}.source must have questions with answers for objective: rewards, got {what} in "
+                f"{data.source!r}: leave this domain out, as --config rewards does"
+            )
 
 
 def _base_model(study: StudyConfig, directory: Path, console: Console) -> ModelConfig:
