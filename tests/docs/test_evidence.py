@@ -39,6 +39,7 @@ def test_each_interval_that_judges_masks_stands_in_a_stored_table(page):
         ("| [F](#f-how-much-data) |", "ablation-data-small", "headers 0.0625"),
         ("| | | 65,536 |", "ablation-data-small", "headers 0.25"),
         ("| | | 262,144 |", "ablation-data-small", "headers 1"),
+        ("| [G](#g-bytes) |", "compare-bytes", "headers"),
         ("| [a mixture](experts.md#a-real-run) |", "compare-moe", "headers"),
     ],
 )

@@ -90,8 +90,10 @@ def _draw(axes, found: Sequence[Point]) -> None:
     axes.axhline(0, color="0.25", linestyle="--", linewidth=1)
     for kind in dict.fromkeys(point.kind for point in found):
         colour, of_kind = _COLOURS.get(kind, _OTHER), [point for point in found if point.kind == kind]
-        for point in of_kind:
-            _draw_point(axes, point, colour, left, top)
+        lowest = min(of_kind, key=lambda point: point.estimate)
+        for point in of_kind:  # the others of a line are known by its colour: names of all would lie on each other
+            named = kind in _APART or point is lowest or point.bytes < left or point.estimate > top
+            _draw_point(axes, point, colour, left, top, named=named)
         if len(of_kind) > 1 and kind not in _APART:
             ends = [min(point.estimate, top) for point in of_kind]
             axes.plot([max(point.bytes, left) for point in of_kind], ends, "-", color=colour, linewidth=1, alpha=0.6)
@@ -106,7 +108,7 @@ def _draw(axes, found: Sequence[Point]) -> None:
     axes.set_axisbelow(True)
 
 
-def _draw_point(axes, point: Point, colour: str, left: float, top: float) -> None:
+def _draw_point(axes, point: Point, colour: str, left: float, top: float, *, named: bool) -> None:
     """left, top: the edges on which what lies beyond them is drawn."""
     x, y, label = max(point.bytes, left), min(point.estimate, top), point.arm
     if x > point.bytes:
@@ -117,6 +119,8 @@ def _draw_point(axes, point: Point, colour: str, left: float, top: float) -> Non
     else:
         axes.plot([x, x], [point.low, point.high], color=colour, linewidth=2, solid_capstyle="butt")
         axes.plot(x, y, "o" if x == point.bytes else "<", color=colour, markersize=6, clip_on=False)
+    if not named:
+        return
     axes.annotate(
         label,
         (x, y),
