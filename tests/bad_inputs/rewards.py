@@ -1,5 +1,7 @@
 """Training by rewards: settings, rows and models that are not for it, and studies that say two things."""
 
+import shutil
+
 from datasets import Dataset
 from tiny import make_llama, make_rows, masked_llama
 
@@ -7,7 +9,7 @@ from mft.memory.rewards import rewards_memory
 from mft.memory.shapes import known_config, shape_from_config
 from mft.rewards.config import RewardsConfig
 from mft.rewards.train import train_rewards
-from mft.study.load import load_study
+from mft.study.load import SHIPPED, load_study
 
 from .registry import accepted, refused
 
@@ -111,8 +113,9 @@ def a_rate_of_rewards_that_arms_have(tmp):
     got="got keys of it",
     rule="must be left out unless objective is rewards",
 )
-def rewards_in_a_study_of_cross_entropy():
-    load_study("rewards", ["objective=cross_entropy"])
+def rewards_in_a_study_of_cross_entropy(tmp):
+    shutil.copy(SHIPPED / "rewards.yaml", tmp / "mine.yaml")
+    load_study(tmp / "mine.yaml", ["objective=cross_entropy"])
 
 
 @refused(ValueError, where="layers", got="got [28]", rule="must lie in 0 to 27 (qwen2.5-1.5b has 28 layers)")

@@ -181,7 +181,7 @@ def test_what_a_study_by_rewards_cannot_be_is_refused(done, overrides, message):
 
 def test_text_without_questions_is_refused_before_anything_is_trained(done, tmp_path):
     study = load_study(done[1].parent / "study.yaml", [f"domains.next.source={done[1].parent}/data.jsonl"])
-    with pytest.raises(ValueError, match="must have a prompt that is not scored and a completion that is"):
+    with pytest.raises(ValueError, match="domains.next.source must have questions with answers for objective: rewards"):
         run_study(study, tmp_path, console=Console(file=io.StringIO()))
     assert not (tmp_path / "units").exists()
 
