@@ -388,3 +388,7 @@ def test_a_mask_by_deletion_begins_from_data_with_all_kept_and_a_price_keeps_mor
     assert dear.flips < free.flips
     assert dear.bytes < free.bytes
     assert {name.split(".")[4] for name in ground.weights("deletion")} == {"gate_proj"}
+    arms = ground.workspace.study.arms
+    names, every = (ground.workspace.layers_of(arms[arm])[0] for arm in ("deletion", "mask"))
+    assert {name.split(".")[-1] for name in names} == {"gate_proj"}
+    assert len(every) > len(names)

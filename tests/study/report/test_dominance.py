@@ -397,3 +397,20 @@ def test_the_panel_near_the_fine_tune_leaves_out_what_is_far(monkeypatch, tmp_pa
     assert not [label for label in near_labels if label.startswith(("far", "base"))]  # seen in the other panel
     colours = colours_of(numbers["domains"]["code"])
     assert colours["part of control"] == colours["control"] != colours["part of full"] == colours["full fine-tune"]
+
+
+def test_rivals_over_codes_are_over_codes_and_a_control_is_of_the_same_modules():
+    arms = {
+        "full": ArmConfig("full", lrs=[1e-3]),
+        "control": ArmConfig("control", lrs=[1e-3]),
+        "NF4": ArmConfig("quantized", quantization="nf4"),
+        "QLoRA": ArmConfig("lora", lrs=[1e-3], start="NF4"),
+        "mask": ArmConfig("mask", lrs=[1e-3]),
+        "mask on NF4": ArmConfig("mask", lrs=[1e-3], start="NF4"),
+        "gates": ArmConfig("mask", lrs=[1e-3], target_modules=["gate_proj"]),
+    }
+    study = StudyConfig(arms=arms, domains={"code": DataConfig()})
+    assert rivals_of(study, "mask") == ["full", "control"]
+    assert rivals_of(study, "mask on NF4") == ["NF4", "QLoRA"]
+    assert reference_of(study, "mask") == "control"
+    assert reference_of(study, "gates") is None
