@@ -267,7 +267,7 @@ def test_the_report_says_what_rounding_cost_and_holds_masks_against_adapters(don
     assert "nats a token (NF4 - full). " in of_full
     row = tables["count"].row("mask")
     assert f"mask {100 * row.recovered:.0f} %" in of_full
-    pairs = re.findall(r"([\w ]+) against ([\w ]+): (ahead|behind|not shown to differ)\. [+-]", of_full)
+    pairs = re.findall(r"([\w ]+) against ([\w ]+): (ahead|behind|not shown to differ \([^)]*\))\. [+-]", of_full)
     assert [pair[:2] for pair in pairs] == [(" mask", "QLoRA")]
     assert f"and {row.memory / 1e6:.1f} MB in training against" in of_full
     assert of_base.startswith("count, over NF4 of base. ")

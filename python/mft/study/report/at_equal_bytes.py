@@ -97,7 +97,7 @@ def _rivals(findings: Findings, domain: str, table: DomainTable, mask: Row) -> I
             continue
         pair, before = (paired(split.get(mask.arm, {}), split.get(row.arm, {})) for split in (test, validation))
         if pair is not None and before is not None:
-            yield row, float((before.sums.sum(-1) / before.counts.sum()).mean()), pair
+            yield row, before.estimate, pair
 
 
 def _is_of_a_mask(study: StudyConfig, arm: str) -> bool:

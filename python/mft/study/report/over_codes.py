@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from mft.study.config import LORA, QUANTIZED
 from mft.study.outcome import Findings
-from mft.study.report.statistics import CONFIDENCE, Difference, Paired, differences, paired, with_holm
+from mft.study.report.statistics import Difference, Paired, differences, paired, side, with_holm
 from mft.study.report.table import DomainTable, Row, exact_start, validation_difference
 from mft.study.report.verdict import shown_interval, shown_p
 
@@ -60,28 +60,18 @@ def _differences(findings: Findings, pairs: list[Pair]) -> dict[Pair, Difference
 def _compared(findings: Findings, table: DomainTable, pair: Pair, difference: Difference) -> str:
     domain, mask, lora = pair
     validation = validation_difference(findings, domain, mask, lora)
-    agrees = validation is not None and validation * difference.estimate > 0
-    excludes = difference.low > 0 or difference.high < 0
-    tested = difference.p_holm is not None and difference.p_holm < 1 - CONFIDENCE
-    verdict = "not shown to differ"
-    if excludes and tested and agrees:
-        verdict = "ahead" if difference.estimate < 0 else "behind"
+    shown, why = side(difference, validation)
+    verdict = {-1: "ahead", 0: f"not shown to differ ({why})", 1: "behind"}[shown]
     on_validation = "none" if validation is None else f"{validation:+.4f}"
-    own, other = (_costs(findings, domain, table.row(arm)) for arm in (mask, lora))
+    own, other = (_costs(table.row(arm)) for arm in (mask, lora))
     return (
         f"{mask} against {lora}: {verdict}. {shown_interval(difference)} nats a token, Holm-adjusted p "
         f"{shown_p(difference.p_holm)}; on validation {on_validation}; {own} against {other}."
     )
 
 
-def _costs(findings: Findings, domain: str, row: Row | None) -> str:
+def _costs(row: Row | None) -> str:
     """What the chosen run stores beside its start, and needs in training without activations."""
     assert row is not None
-    stored = [
-        outcome.bytes
-        for outcome in findings.outcomes
-        if (outcome.unit.domain, outcome.unit.arm, outcome.unit.setting) == (domain, row.arm, row.setting)
-        if outcome.bytes is not None
-    ]
-    kilobytes = f"{sum(stored) / len(stored) / 1000:.1f} kB" if stored else "unknown bytes"
+    kilobytes = "unknown bytes" if row.bytes is None else f"{row.bytes / 1000:.1f} kB"
     return kilobytes if row.memory is None else f"{kilobytes} and {row.memory / 1e6:.1f} MB in training"
