@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .objectives.token_objective import TokenObjective
     from .publishing.push import push_to_hub
     from .rewards.config import RewardsConfig
+    from .rewards.teacher import OnPolicyTeacher
     from .rewards.train import RewardReport, train_rewards
     from .surrogate.trainer import SharpnessCallback
     from .training.checkpoint import newest_checkpoint
@@ -77,6 +78,7 @@ _HOMES = {
     "objectives.token_objective": ("TokenObjective",),
     "publishing.push": ("push_to_hub",),
     "rewards.config": ("RewardsConfig",),
+    "rewards.teacher": ("OnPolicyTeacher",),
     "rewards.train": ("RewardReport", "train_rewards"),
     "surrogate.trainer": ("SharpnessCallback",),
     "training.checkpoint": ("newest_checkpoint",),
@@ -102,6 +104,7 @@ __all__ = [
     "ModelTeacher",
     "Objective",
     "ObjectiveConfig",
+    "OnPolicyTeacher",
     "Resume",
     "RewardReport",
     "RewardsConfig",

@@ -8,6 +8,7 @@ from tiny import make_llama, make_rows, masked_llama
 from mft.memory.rewards import rewards_memory
 from mft.memory.shapes import known_config, shape_from_config
 from mft.rewards.config import RewardsConfig
+from mft.rewards.teacher import OnPolicyTeacher
 from mft.rewards.train import train_rewards
 from mft.study.load import SHIPPED, load_study
 
@@ -69,6 +70,25 @@ def rewards_for_a_model_of_which_nothing_learns():
 )
 def rewards_for_scores_that_autograd_cannot_reach():
     train_rewards(masked_llama(scores_dtype="int16"), Words(), questions(8), RewardsConfig(steps=1))
+
+
+@refused(ValueError, where="prompt", got="got Show: {answer}", rule="must hold {question}")
+def a_teacher_that_reads_no_question():
+    OnPolicyTeacher(prompt="Show: {answer}")
+
+
+@refused(
+    ValueError, where="prompt", got="got {question} {solution}", rule="must have no fields but {question} and {answer}"
+)
+def a_teacher_that_is_to_read_what_there_is_not():
+    OnPolicyTeacher(prompt="{question} {solution}")
+
+
+@refused(
+    ValueError, where="config.beta", got="got 0.1", rule="must be 0 beside a teacher, whose words alone are learned"
+)
+def a_weight_of_the_start_beside_a_teacher():
+    train_rewards(masked_llama(), Words(), questions(8), RewardsConfig(steps=1, beta=0.1), teacher=OnPolicyTeacher())
 
 
 @refused(

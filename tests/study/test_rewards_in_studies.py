@@ -41,10 +41,16 @@ arms:
   LoRA: {{kind: lora, lrs: [1e-2], epochs: [0.5], lora_rank: 2}}
   MFT: {{kind: mask, lrs: [1e-2], epochs: [0.5]}}
   between: {{kind: interpolated, of: control, alphas: [0.5]}}
+  taught:
+    kind: mask
+    teacher: control
+    teacher_prompt: "{{question}} {{answer}}, {{question}}"
+    lrs: [1e-2]
+    epochs: [0.5]
 """
 
 
-TEXT = ["objective=cross_entropy", "rewards=null"]
+TEXT = ["objective=cross_entropy", "rewards=null", "arms.taught.teacher_prompt=null"]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +70,7 @@ def done(tmp_path_factory):
 
 def test_every_arm_after_the_fine_tune_learns_by_rewards_and_answers_on_validation(done):
     findings, _ = done
-    trained = {"control", "LoRA", "MFT"}
+    trained = {"control", "LoRA", "MFT", "taught"}
     assert {outcome.unit.arm for outcome in findings.outcomes} == {"full", "between", *trained}
     for outcome in findings.outcomes:
         asked = outcome.measured.questions.sum()
@@ -87,7 +93,7 @@ def test_the_report_judges_by_exact_answers_and_draws_rewards(done, tmp_path):
     write_study_report(findings, tmp_path)
     numbers = json.loads((tmp_path / "table.json").read_text())
     curves = numbers["domains"]["next"]["by_rewards"]
-    assert [(run["arm"], run["seed"]) for run in curves] == [("control", 0), ("LoRA", 0), ("MFT", 0)]
+    assert [(run["arm"], run["seed"]) for run in curves] == [("control", 0), ("LoRA", 0), ("MFT", 0), ("taught", 0)]
     assert [step for step, _ in curves[0]["answers"]] == [1, 2]
     assert (tmp_path / "rewards.png").stat().st_size > 10_000
     verdict, both = numbers["verdicts"]
@@ -95,6 +101,7 @@ def test_the_report_judges_by_exact_answers_and_draws_rewards(done, tmp_path):
     assert "% of questions answered exactly, Holm-adjusted p" in verdict
     said = " ".join(numbers["remarks"])
     assert "learned by rewards" in said
+    assert "But taught by control learned at each token of its own answers" in said
     assert "rows a step" not in said
     row = next(row for row in numbers["domains"]["next"]["rows"] if row["arm"] == "MFT")
     assert row["minus_control"]["wrong"]["p_holm"] is not None
@@ -172,6 +179,10 @@ def test_what_is_written_of_a_study_is_read_again(done, tmp_path):
         (["objective=reward"], "objective must be one of cross_entropy, rewards, got 'reward'"),
         (["rewards.num_generations=1"], "rewards.num_generations must be at least 2, got 1"),
         (["rewards.group=8"], "unknown key 'rewards.group'"),
+        (["rewards.divergence=kl"], "rewards.divergence must be one of reverse_kl, forward_kl, jsd, got 'kl'"),
+        (["arms.MFT.teacher_prompt='{question}'"], "arms.MFT.teacher_prompt must be left out without a teacher, got"),
+        (["arms.taught.teacher_prompt=Q"], r"arms.taught.teacher_prompt must hold \{question\}, got Q"),
+        (TEXT[:2], "arms.taught.teacher_prompt must be left out unless objective is rewards"),
     ],
 )
 def test_what_a_study_by_rewards_cannot_be_is_refused(done, overrides, message):

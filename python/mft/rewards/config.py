@@ -10,6 +10,9 @@ from mft.evaluation.verifiers import VERIFIERS
 # TRL's: how the losses of tokens become one. dapo: their mean over all tokens of a step; grpo: over each completion's,
 # then over completions; dr_grpo: their sum by a constant; bnpo: as dapo, of each micro-batch alone.
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
+# From a teacher at each token of an answer: KL(model || teacher), which leaves out what the teacher would not say;
+# KL(teacher || model), which covers all that it would; the mean of both to the middle of the two.
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
 
 @dataclass
@@ -32,6 +35,7 @@ class RewardsConfig:
     epsilon: Annotated[float, POSITIVE] = 0.2  # the ratio to what sampled is clipped to 1 -+ epsilon
     iterations: Annotated[int, at_least(1)] = 1  # steps on the same answers; at 1 no ratio is ever clipped
     loss_type: Annotated[str, one_of(LOSSES)] = "dapo"  # TRL's default
+    divergence: Annotated[str, one_of(DIVERGENCES)] = "reverse_kl"  # from a teacher; rewards teach nothing beside one
     micro_batch: Annotated[int | None, at_least(1)] = None  # answers that are backpropagated together; null: all
     betas: Annotated[tuple[float, float], BETA] = (0.9, 0.999)  # of AdamW
     schedule: Annotated[str, one_of(SCHEDULES)] = "constant"

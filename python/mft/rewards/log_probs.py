@@ -1,13 +1,18 @@
-"""Log-probabilities of sampled tokens, a chunk of logits at a time; autograd makes the logits anew on the way back.
+"""Log-probabilities of sampled tokens, and divergences from a teacher's, a chunk of logits at a time.
+
+Autograd makes the logits anew on the way back.
 
 TRL's own scores every position of prompt and answer where Triton is not there; here the answers' tokens alone are.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mft.objectives.chunks import chunks_of
+from mft.objectives.kl import divergence
 
 
 def token_log_probs(head: nn.Module, states: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -25,8 +30,54 @@ def token_log_probs(head: nn.Module, states: Tensor, tokens: Tensor, temperature
     return torch.cat(log_probs), torch.cat(entropies)
 
 
+def token_divergences(
+    heads: tuple[nn.Module, nn.Module], states: tuple[Tensor, Tensor], kind: str, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(divergence of p from the teacher's q, entropy of p), fp32 (M,) each, over all words at that temperature.
+
+    Args:
+        heads: the model's and the teacher's.
+        states: (M, D) and (M, D') of the same tokens; differentiable in the model's and in its head.
+        kind: one of config.DIVERGENCES.
+    """
+    own, other = states
+    found = [
+        checkpoint(
+            *(_divergence_of_chunk, heads, chunk, other[part], kind, temperature),
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for part, chunk in chunks_of(own)
+    ]
+    if not found:
+        return own.sum(-1).float(), torch.zeros(0, device=own.device)
+    divergences, entropies = zip(*found)
+    return torch.cat(divergences), torch.cat(entropies)
+
+
 def _of_chunk(head: nn.Module, states: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     log_p = (head(states).float() / temperature).log_softmax(-1)
+    return log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), _entropy(log_p)
+
+
+def _divergence_of_chunk(
+    heads: tuple[nn.Module, nn.Module], states: Tensor, other: Tensor, kind: str, temperature: float
+) -> tuple[Tensor, Tensor]:
+    logits = heads[0](states).float() / temperature
     with torch.no_grad():
-        entropy = -(log_p.exp() * log_p).sum(-1)
-    return log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy
+        wanted = heads[1](other).float() / temperature
+    words = min(logits.shape[-1], wanted.shape[-1])  # the rest pads one of both: no token is called so
+    log_p, log_q = logits[:, :words].log_softmax(-1), wanted[:, :words].log_softmax(-1)
+    if kind == "reverse_kl":
+        found = divergence(log_p, log_q)
+    elif kind == "forward_kl":
+        found = divergence(log_q, log_p)
+    else:
+        middle = torch.logaddexp(log_p, log_q) - math.log(2)
+        found = (divergence(log_p, middle) + divergence(log_q, middle)) / 2
+    return found, _entropy(log_p)
+
+
+@torch.no_grad()
+def _entropy(log_p: Tensor) -> Tensor:
+    return -(log_p.exp() * log_p).sum(-1)

@@ -1,4 +1,6 @@
-"""Train a model by rewards: answers are sampled, verified, and the right ones made likelier, by TRL's GRPOTrainer."""
+"""Train a model on its own answers, by TRL's GRPOTrainer: they are verified and the right ones made likelier, or a
+teacher tells what it would have said.
+"""
 
 import copy
 import time
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mft.checks import check_rule
 from mft.engines.plain import make_stepper, replace_gradients
 from mft.engines.randomness import seeded
 from mft.engines.step import NonFiniteLoss
@@ -18,6 +21,7 @@ from mft.models.next_tokens import check_next_tokens
 from mft.rewards.config import RewardsConfig
 from mft.rewards.optimizer import SteppedOptimizer, scheduled
 from mft.rewards.questions import questions_of
+from mft.rewards.teacher import OnPolicyTeacher, Teaching
 from mft.training.loop import checked_surrogate, training_mode
 
 
@@ -27,7 +31,8 @@ class RewardReport:
 
     reward: mean of the answers that it learned from. differing: share of their questions whose answers were neither all
     right nor all wrong. length: tokens an answer. kl: to the start, estimated on those answers; None where beta is 0.
-    entropy: nats a token. tokens: of prompts and answers. seconds: since the first step began.
+    entropy: nats a token. tokens: of prompts and answers. seconds: since the first step began. divergence: from the
+    teacher, nats a token; None without one.
     """
 
     step: int
@@ -40,6 +45,7 @@ class RewardReport:
     lr: float
     tokens: int
     seconds: float
+    divergence: float | None = None
 
 
 def train_rewards(
@@ -49,11 +55,14 @@ def train_rewards(
     config: RewardsConfig,
     *,
     start: nn.Module | None = None,
+    teacher: OnPolicyTeacher | None = None,
     before_update: Callable[[int, int], None] | None = None,
     on_step: Callable[[RewardReport], None] | None = None,
 ) -> list[RewardReport]:
-    """Train what requires grad (scores, weights, adapters) by GRPO; the model ends in eval mode.
+    """Train what requires grad (scores, weights, adapters) by GRPO, or by a teacher; the model ends in eval mode.
 
+    With a teacher each token of the sampled answers learns by config.divergence from the teacher's whole distribution
+    there, its mean over the step's tokens (on-policy distillation, arXiv 2306.13649); rewards are then reported alone.
     What is random comes from config.seed: on a CPU the same call gives the same bits. Weights of 16 bits learn on fp32
     masters, scores that are not fp32 by MaskAdamW, and scores by the mask's sharpness and deletion_penalty, as in
     train_masks. Nothing is written, logged or sent anywhere.
@@ -62,15 +71,22 @@ def train_rewards(
         model: as generate takes it, masked layers and adapters included, on the device that computes; or a PeftModel.
         dataset: rows with one prompt and one completion each, as load_splits makes them, packed or not.
         start: what the KL of config.beta is to; None: the model as it is now, of which what is trained is copied.
+        teacher: on the device that computes.
         before_update: called with (step, steps) when a step's gradients are complete and not yet clipped or applied.
         on_step: called with each step's report; it may evaluate the model.
-    Raises: ValueError if nothing requires grad, or rows are no such questions. RuntimeError without trl, or among
-        several processes. NonFiniteLoss, naming the step; the step's gradients are not applied.
+    Raises: ValueError if nothing requires grad, rows are no such questions, or config.beta or another loss_type than
+        dapo stands beside a teacher. RuntimeError without trl, or among several processes. NonFiniteLoss, naming the
+        step; the step's gradients are not applied.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise RuntimeError("training by rewards must run in one process, got several: leave torchrun out")
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters lie in it
     _check_trainable(model)
+    if teacher is not None:
+        rule = "be 0 beside a teacher, whose words alone are learned"
+        check_rule(config.beta == 0, "config.beta", rule, config.beta)
+        rule = "be dapo beside a teacher: the mean over a step's tokens"
+        check_rule(config.loss_type == "dapo", "config.loss_type", rule, config.loss_type)
     surrogate = checked_surrogate(model)
     questions = questions_of(dataset, tokenizer, config)
     longest = max(len(question.prompt) for question in questions) + config.max_completion_tokens
@@ -78,6 +94,14 @@ def train_rewards(
     trainer_module = _import_trainer()
     if config.beta and start is None:
         start = _frozen_copy(model)
+    teaching = None
+    if teacher is not None:
+        teaching = Teaching(
+            _frozen_copy(model) if teacher.model is None else teacher.model.requires_grad_(False).eval(),
+            teacher.prompts(questions, tokenizer),
+        )
+        reads = max(map(len, teaching.prompts)) + config.max_completion_tokens
+        check_next_tokens(teaching.model.config, type(teaching.model).__name__, reads)
     train, reports = config.train, list[RewardReport]()
     with (
         seeded(config.seed),
@@ -97,7 +121,9 @@ def train_rewards(
         optimizer = SteppedOptimizer(stepper, train, complete)
         optimizers = (optimizer, scheduled(optimizer, train))
         trainer = trainer_module.Trainer(
-            model, tokenizer, questions, config, directory, optimizers, start if config.beta else None
+            *(model, tokenizer, questions, config, directory, optimizers),
+            start if config.beta else None,
+            teaching,
         )
         begin = time.perf_counter()
 
@@ -115,6 +141,7 @@ def train_rewards(
                     logs["learning_rate"],
                     sampled.tokens,
                     time.perf_counter() - begin,
+                    None if teaching is None else logs["divergence"],
                 )
             )
             if on_step is not None:

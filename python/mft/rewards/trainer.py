@@ -15,6 +15,7 @@ import datasets
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -23,8 +24,9 @@ from mft.evaluation.continuation import continue_prompts, generating
 from mft.models.causal_lm import FEW, decoder_of, split_at_head
 from mft.models.packed_rows import takes_positions
 from mft.rewards.config import RewardsConfig
-from mft.rewards.log_probs import token_log_probs
+from mft.rewards.log_probs import token_divergences, token_log_probs
 from mft.rewards.questions import Question, rewards_of, share_that_differs
+from mft.rewards.teacher import Teaching
 
 _SPECIAL = ("eos_token_id", "bos_token_id", "pad_token_id")
 
@@ -40,7 +42,11 @@ class Sampled:
 
 
 class Trainer(GRPOTrainer):
-    """Args: questions: of which the rows of train_dataset are the numbers. start: the reference of beta, or None."""
+    """Args:
+    questions: of which the rows of train_dataset are the numbers.
+    start: the reference of beta, or None.
+    teaching: what is learned in place of the rewards, or None.
+    """
 
     def __init__(
         self,
@@ -51,6 +57,7 @@ class Trainer(GRPOTrainer):
         directory: str,
         optimizers: tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR],
         start: Any,
+        teaching: Teaching | None,
     ) -> None:
         self.questions, self.config, self.sampled = questions, config, Sampled(0.0, 0.0, 0.0, 0)
         numbers = datasets.Dataset.from_dict({"prompt": [str(number) for number in range(len(questions))]})
@@ -69,7 +76,9 @@ class Trainer(GRPOTrainer):
         self.remove_callback(PrinterCallback)
         self.beta, self.ref_model = config.beta, start  # TRL would load one by the model's name
         few = torch.tensor([questions[0].prompt[:FEW]], device=self.accelerator.device)
-        self._split = {id(each): split_at_head(each, few) for each in (model, start) if each is not None}
+        self._teaching = teaching
+        models = (model, start, None if teaching is None else teaching.model)
+        self._split = {id(each): split_at_head(each, few) for each in models if each is not None}
 
     def _send_telemetry(self) -> None:
         """Nobody is told."""
@@ -123,15 +132,44 @@ class Trainer(GRPOTrainer):
         return log_probs, entropies, None
 
     def _of_batch(self, model: nn.Module, ids: Tensor, mask: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-        own = self.accelerator.unwrap_model(model)
+        head, states = self._before_answers(self.accelerator.unwrap_model(model), ids, mask, kept)
+        said = mask[:, -kept:].bool()
+        values = token_log_probs(head, states, ids[:, -kept:][said], self.config.temperature)
+        log_probs, entropies = (torch.zeros(said.shape, device=ids.device).masked_scatter(said, v) for v in values)
+        return log_probs, entropies
+
+    def _before_answers(self, own: nn.Module, ids: Tensor, mask: Tensor, kept: int) -> tuple[nn.Module, Tensor]:
+        """(its head, the states from which the answers' tokens are predicted (M, D), answer after answer)."""
         run, head = self._split[id(own)]
         # As generate counts them: padding on the left shifts nobody.
         positions = (mask.cumsum(-1) - 1).clamp(min=0) if takes_positions(decoder_of(own)) else None
         hidden = run(own, ids, positions, mask)[:, -kept - 1 : -1]
-        said = mask[:, -kept:].bool()
-        values = token_log_probs(head, hidden[said], ids[:, -kept:][said], self.config.temperature)
-        log_probs, entropies = (torch.zeros(said.shape, device=ids.device).masked_scatter(said, v) for v in values)
-        return log_probs, entropies
+        return head, hidden[mask[:, -kept:].bool()]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        found = super()._generate_and_score_completions(inputs)
+        numbers = [int(row["prompt"]) for row in inputs]
+        return found | {"questions": torch.tensor(numbers)}  # split and shuffled with the answers
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        if self._teaching is None:
+            return super()._compute_loss(model, inputs)
+        answers, said = inputs["completion_ids"], inputs["completion_mask"]
+        kept = answers.shape[1]
+        ids = torch.cat([inputs["prompt_ids"], answers], 1), torch.cat([inputs["prompt_mask"], said], 1)
+        head, states = self._before_answers(self.accelerator.unwrap_model(model), *ids, kept)
+        prompts = [torch.tensor(self._teaching.prompts[number]) for number in inputs["questions"].tolist()]
+        read = pad_sequence(prompts, True, self._tokenizer.eos_token_id, "left").to(answers)
+        mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(said)
+        with torch.no_grad():
+            shown = torch.cat([read, answers], 1), torch.cat([mask, said], 1)
+            other, wanted = self._before_answers(self._teaching.model, *shown, kept)
+        found, entropies = token_divergences(
+            (head, other), (states, wanted), self.config.divergence, self.config.temperature
+        )
+        self._metrics["train"]["divergence"].append(found.mean().item())
+        self._metrics["train"]["entropy"].append(entropies.mean().item())
+        return found.sum() / inputs["num_items_in_batch"].clamp(min=1)  # the step's mean, as of dapo
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
         loss = super().compute_loss(model, inputs, *args, **options)

@@ -38,6 +38,7 @@ from mft.config import (
 )
 from mft.importance.importance import METHODS
 from mft.rewards.config import RewardsConfig
+from mft.rewards.teacher import check_prompt
 
 # What an arm is. "full" is where all but "base" start; there is one of it, and one of "base" at most.
 FULL_KINDS = BASE, FULL = ("base", "full")
@@ -118,8 +119,10 @@ class ArmConfig:
     max_bytes: Annotated[int | None, at_least(0)] = None
     start: str | None = None  # the arm whose end this one begins at; null: the full fine-tune
     quantization: Annotated[str | None, one_of(QUANTIZATIONS)] = None  # of quantized
-    # The arm whose end this one learns the words of, in place of the text's (KL alone); null: the text's.
+    # The arm whose end this one learns the words of, in place of the text's (KL alone), or of the rewards of its own
+    # answers; null: the text's, or by rewards.
     teacher: str | None = None
+    teacher_prompt: str | None = None  # by rewards: what the teacher reads (OnPolicyTeacher.prompt); null: the question
     of: str | None = None
     runs: Annotated[int, at_least(2)] = 3
     alphas: Annotated[list[float], SHARE] = field(default_factory=list)  # of interpolated
@@ -156,6 +159,9 @@ class ArmConfig:
         begins = self.kind in (*TRAINED, *ONE_SHOT, QUANTIZED)
         check_rule(self.start is None or begins, "start", rule, self.start)
         check_rule(self.teacher is None or self.kind in TRAINED, "teacher", rule, self.teacher)
+        if self.teacher_prompt is not None:
+            check_rule(self.teacher is not None, "teacher_prompt", "be left out without a teacher", self.teacher_prompt)
+            check_prompt(self.teacher_prompt, "teacher_prompt")
         rule = f"be given for the kind {QUANTIZED}, and left out for others"
         check_rule((self.quantization is not None) == (self.kind == QUANTIZED), "quantization", rule, self.quantization)
         rule = f"hold at least one number for the kind {INTERPOLATED}, and be left out for others"
@@ -267,6 +273,9 @@ class StudyConfig:
         else:
             unset = self.rewards == RewardsConfig()
             check_rule(unset, "rewards", "be left out unless objective is rewards", "keys of it")
+            for name, arm in self.arms.items():
+                rule = "be left out unless objective is rewards: of a text's words a teacher reads the text"
+                check_rule(arm.teacher_prompt is None, f"arms.{name}.teacher_prompt", rule, arm.teacher_prompt)
         kinds = [arm.kind for arm in self.arms.values()]
         check_rule(kinds.count(FULL) == 1, "arms", "hold exactly one of kind full", kinds.count(FULL))
         check_rule(kinds.count(BASE) <= 1, "arms", "hold at most one of kind base", kinds.count(BASE))

@@ -51,6 +51,7 @@ class Workspace:
         self._general: dict[str, Splits] = {}
         self._memories: dict[tuple[str | None, str, int], PrefixMemory] = {}
         self._teacher: tuple[tuple[str, tuple[Path, ...]], RememberedTeacher] | None = None
+        self._teaching: tuple[tuple[str, tuple[Path, ...]], nn.Module] | None = None
         self._layers: dict[str, tuple[list[str], int]] = {}
         for arm in study.arms.values():
             self.layers_of(arm)  # raises before anything is trained
@@ -74,6 +75,12 @@ class Workspace:
             return
         self.model = self._after(starts)
         self._begun, self._memories = (domain, starts), {}
+
+    def teaching_model(self, domain: str, ends: tuple[Path, ...]) -> nn.Module:
+        """The model to which these trained weights lead, for a teacher of what nobody has said yet."""
+        if self._teaching is None or self._teaching[0] != (domain, ends):
+            self._teaching = (domain, ends), self._after(ends)
+        return self._teaching[1]
 
     def teacher(self, domain: str, ends: tuple[Path, ...]) -> RememberedTeacher:
         """The model to which these trained weights lead, on the training rows."""

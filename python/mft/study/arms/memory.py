@@ -1,6 +1,6 @@
 """What must be in memory while an arm trains, in bytes: its start's weights, and what is trained with its optimiser.
 
-Activations come on top; they are alike in arms of the same layers, and mft estimate counts them.
+Activations come on top, which are alike in arms of the same layers (mft estimate counts them), and a teacher's weights.
 """
 
 import math

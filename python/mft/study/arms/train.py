@@ -20,6 +20,7 @@ from mft.models.causal_lm import clone_with_own_weights
 from mft.models.linears import weight_name
 from mft.objectives.distillation import Distillation
 from mft.rewards.questions import count_questions
+from mft.rewards.teacher import QUESTION, OnPolicyTeacher
 from mft.rewards.train import RewardReport, train_rewards
 from mft.study.arms.job import Job, Weights, arm_of, mask_of, rank_of
 from mft.study.arms.measure import keeps_prefix, on_general, on_validation
@@ -52,14 +53,17 @@ def train_unit(workspace: Workspace, job: Job) -> Outcome:
         lambda: (_trained_weights(workspace, model), flip_share(model, initial) if initial else None),
     )
     options: dict[str, Any] = {"on_step": checkpoints.on_step}
-    if keeps_prefix(arm.kind):
+    if config is None and keeps_prefix(arm.kind):
         options["memory"] = workspace.memory("train", workspace.layers_of(arm)[1])
-    if job.teacher is not None:
+    if config is None and job.teacher is not None:
         options["objective"] = Distillation(workspace.teacher(unit.domain, job.teacher), weight=0.0)
     reports: Sequence[StepReport | RewardReport]
     if config is not None:
         let_learn(model, arm.kind, workspace.layers_of(arm)[0])
-        reports = train_rewards(model, workspace.tokenizer, dataset, config, on_step=checkpoints.on_step)
+        if job.teacher is not None:
+            teacher = workspace.teaching_model(unit.domain, job.teacher)
+            options["teacher"] = OnPolicyTeacher(teacher, arm.teacher_prompt or QUESTION)
+        reports = train_rewards(model, workspace.tokenizer, dataset, config, **options)
     elif arm.kind in (FULL, CONTINUED):
         reports = finetune(model, dataset, train, **options)
     elif arm.kind == CONTROL:

@@ -66,13 +66,20 @@ def rewards_remark(findings: Findings) -> str:
     study = findings.study
     assert study.objective == REWARDS, "asked for of such studies"
     config = study.rewards
+    taught = [f"{name} by {arm.teacher}" for name, arm in study.arms.items() if arm.teacher is not None]
+    others = ""
+    if taught:
+        others = (
+            f" But {', '.join(taught)} learned at each token of its own answers what the teacher would say "
+            f"({config.divergence}), not by rewards."
+        )
     return (
         f"Every trained arm after the fine-tune learned by rewards, 1 for a right answer ({config.verifier}) and 0 for "
         f"a wrong one: GRPO by TRL, loss {config.loss_type}, {config.questions} questions a step, "
         f"{config.num_generations} answers to each of at most {config.max_completion_tokens} tokens, beta "
         f"{config.beta:g}; an epoch asks as many questions as there are. Validation chooses by exact answers, then by "
         f"loss, checkpoints too ({study.checkpoints} a run); verdicts, p and validation - control are of wrong answers "
-        "a question."
+        f"a question.{others}"
     )
 
 
