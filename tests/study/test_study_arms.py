@@ -14,6 +14,7 @@ from mft.config import ModelConfig
 from mft.evaluation.evaluate import evaluate
 from mft.evaluation.kl_divergence import kl_divergence
 from mft.masks.convert import masked_modules
+from mft.masks.export_format import coded_size
 from mft.models.frozen_layers import PrefixMemory
 from mft.study.arms import measure
 from mft.study.arms.job import Job
@@ -236,8 +237,14 @@ def test_an_average_is_the_mean_of_the_merged_weights(ground):
         average = run_unit(ground.workspace, ground.job(arm))
         tested = run_test(ground.workspace, ground.job(arm, on_test=True))
         assert tested.validation.evaluation.loss == average.loss
+        one = run_unit(ground.workspace, ground.job(of)).bytes
+        if of == "lora":
+            assert average.bytes == 2 * one
         if of == "mask":
             first, second = ground.weights(of), ground.weights(arm, part=1)
+            kept = [(first[name] != 0).int() + (second[name] != 0) for name in first]
+            assert average.bytes == sum(coded_size(by >= 1) + coded_size(by >= 2) for by in kept)
+            assert one < average.bytes < 2.2 * one
             mean = {name: (first[name] + second[name]) / 2 for name in first}
             validation = ground.workspace.splits("count").validation
             assert average.loss == pytest.approx(evaluate(with_weights(fine_tune(ground), mean), validation).loss)

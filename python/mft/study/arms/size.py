@@ -7,7 +7,7 @@ rows of validation, rounding to bfloat16 moved the loss of a control by 0.00006 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from mft.study.config import (
     TEMPERATURE,
     ArmConfig,
 )
+from mft.study.outcome import Unit
 from mft.study.workspace import Workspace
 
 _NUMBER = 2
@@ -60,17 +61,31 @@ def stored_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
         assert job.source is not None
         unit, numbers = job.source[0], 1  # alpha, beside what it is of
         arm = arm_of(workspace, unit)
-    whole = arm.kind in (FULL, CONTINUED)
-    if arm.kind == AVERAGE:  # of masks or adapters too it is numbers
-        whole = workspace.study.arms[str(arm.of)].kind == CONTINUED
-    if whole:
+    if arm.kind == AVERAGE:
+        return _mean_bytes(workspace, unit, model)
+    if arm.kind in (FULL, CONTINUED):
         return _NUMBER * (numbers + sum(parameter.numel() for parameter in model.parameters()))
     names, _ = workspace.layers_of(arm)
     if arm.kind == LORA:
         return _NUMBER * (numbers + rank_of(workspace, unit) * adapter_sides(shapes_of(workspace, arm)))
     if arm.kind in (MASK, *ONE_SHOT):
         return _NUMBER * numbers + sum(coded_size(mask) for mask in _masks(workspace, model, names))
-    return _NUMBER * (numbers + sum(model.get_parameter(weight_name(model, name)).numel() for name in names))
+    return _NUMBER * (numbers + sum(map(math.prod, shapes_of(workspace, arm))))
+
+
+def _mean_bytes(workspace: Workspace, unit: Unit, model: nn.Module) -> int:
+    """Of a mean of runs its numbers; of masks how many runs keep a weight, of adapters all, where that is less."""
+    arm = workspace.study.arms[unit.arm]
+    of = workspace.study.arms[str(arm.of)]
+    if of.kind == CONTINUED:
+        return _NUMBER * sum(parameter.numel() for parameter in model.parameters())
+    numbers = _NUMBER * sum(map(math.prod, shapes_of(workspace, arm)))
+    if of.kind == MASK:
+        return min(numbers, sum(map(coded_size, _kept_by_runs(workspace, model, arm))))
+    if of.kind == LORA:
+        rank = unit.setting.rank or of.lora_rank
+        return min(numbers, _NUMBER * arm.runs * rank * adapter_sides(shapes_of(workspace, arm)))
+    return numbers
 
 
 def weights_bytes(workspace: Workspace, quantization: str | None, number: float | None = None) -> int:
@@ -95,6 +110,14 @@ def _masks(workspace: Workspace, model: nn.Module, names: list[str]) -> list[Ten
         weight, start = (each.get_parameter(weight_name(each, name)) for each in (model, workspace.model))
         found.append(weight.detach() == start.detach())
     return found
+
+
+def _kept_by_runs(workspace: Workspace, model: nn.Module, arm: ArmConfig) -> Iterator[Tensor]:
+    """Of a mean of masks: True where one run at least keeps a weight, where two do, and so on."""
+    for name in workspace.layers_of(arm)[0]:
+        weight, start = (each.get_parameter(weight_name(each, name)).detach() for each in (model, workspace.model))
+        kept = (weight / start * arm.runs).nan_to_num(arm.runs).round()  # a weight that is 0 does not tell
+        yield from (kept >= count for count in range(1, arm.runs + 1))
 
 
 def shapes_of(workspace: Workspace, arm: ArmConfig) -> list[torch.Size]:
