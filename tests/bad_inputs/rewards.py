@@ -4,7 +4,9 @@ import shutil
 
 from datasets import Dataset
 from tiny import make_llama, make_rows, masked_llama
+from typer.testing import CliRunner
 
+from mft.cli.app import app
 from mft.memory.rewards import rewards_memory
 from mft.memory.shapes import known_config, shape_from_config
 from mft.rewards.config import RewardsConfig
@@ -89,6 +91,38 @@ def a_teacher_that_is_to_read_what_there_is_not():
 )
 def a_weight_of_the_start_beside_a_teacher():
     train_rewards(masked_llama(), Words(), questions(8), RewardsConfig(steps=1, beta=0.1), teacher=OnPolicyTeacher())
+
+
+def estimate(*arguments, config="rewards"):
+    result = CliRunner().invoke(app, ["estimate", "--config", config, *arguments])
+    assert result.exit_code == 2
+    raise ValueError(result.output.strip().removeprefix("error: "))
+
+
+@refused(
+    ValueError,
+    where="objective",
+    got="got cross_entropy",
+    rule="must be rewards for mft estimate --config, which counts steps of sampling and learning",
+    remedy="else give --model alone",
+)
+def an_estimate_of_a_study_on_text():
+    estimate(config="small")
+
+
+@refused(ValueError, where="--sequence", got="got 512", rule="must not come with --config, whose study says it")
+def an_option_that_the_study_says():
+    estimate("--sequence", "512")
+
+
+@refused(
+    ValueError,
+    where="layers",
+    got="got [7]",
+    rule="must lie in 0 to 3 (from scratch has 4 layers)",
+)
+def an_estimate_of_layers_that_are_not_there():
+    estimate("mask.layers_to_transform=7")
 
 
 @refused(

@@ -22,12 +22,15 @@ def tracked(learns):
     from mft.masks.convert import mask_model, masked_modules
     from mft.models.causal_lm import run_decoder
     from mft.rewards.log_probs import token_log_probs
+    from mft.study.lora import add_lora
 
     values = {name: value for name, value in CONFIG.items() if name != "model_type"}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values)).bfloat16()
     model.requires_grad_(learns == "everything")
+    if learns == "adapters":
+        add_lora(model, [name for name, _ in model.named_modules() if name.endswith("gate_proj")], 8)
     if learns == "scores":
         mask_model(model, MaskConfig(target_modules=["gate_proj"]))
         for module in masked_modules(model).values():
@@ -51,7 +54,7 @@ def tracked(learns):
     return tracker.device_peak
 
 
-@pytest.mark.parametrize("learns", ["scores", "everything"])
+@pytest.mark.parametrize("learns", ["scores", "adapters", "everything"])
 def test_a_step_holds_no_more_than_is_estimated_and_not_much_less(learns):
     phases = rewards_memory(
         shape_from_config(CONFIG),
@@ -98,5 +101,5 @@ def test_what_grows_with_what():
     assert phases["update"]["gradients"] == phases["update"]["learned"] == 4 * 24 * 896 * 4864
     with pytest.raises(ValueError, match="layers must lie in 0 to 23"):
         rewards_memory(shape, **options, layers=[24])
-    with pytest.raises(ValueError, match="learns must be one of scores, weights, everything, got 'mask'"):
+    with pytest.raises(ValueError, match="learns must be one of scores, weights, adapters, everything, got 'mask'"):
         rewards_memory(shape, **options | {"learns": "mask"})

@@ -458,7 +458,17 @@ def export_masks(
 
 @app.command()
 def estimate(
-    model: Annotated[str, typer.Option(help="A shipped name, a config.json, a model directory or a hub id.")],
+    ctx: typer.Context,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Overrides of --config.", metavar="[KEY=VALUE]...")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A shipped name, a config.json, a model directory or a hub id.")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option("--config", "-c", help="A study by rewards: each of its arms, in place of the options."),
+    ] = None,
     layers: Annotated[str, typer.Option(help="Masked layers, such as 4-7, or all.")] = "all",
     keep_ratio: Annotated[float, typer.Option(help="Share of the weights kept; it moves no number here.")] = 0.9,
     sequence: Annotated[int, typer.Option(help="Tokens a row.")] = 4096,
@@ -486,10 +496,26 @@ def estimate(
     from mft.memory.workload import Workload
 
     MaskConfig(keep_ratio=keep_ratio)  # refuses one outside of [0, 1]
+    if model is None and config is None:
+        raise ValueError("--model or --config must be given, got neither")
     if gpu is not None and cpu is not None:
         raise ValueError(f"--gpu or --cpu must be given, got both, {gpu} and {cpu}: --host is the memory beside a GPU")
     if gpu is None and host is not None:
         raise ValueError(f"--host must come with --gpu, got {host} alone: --cpu is the one memory where there is none")
+    sizes = [parse_bytes(size, option) for size, option in ((gpu, "--gpu"), (cpu, "--cpu")) if size is not None]
+    device_bytes, device = sizes[0] if sizes else None, "cpu" if gpu is None else "cuda"
+    if config is not None:
+        from mft.cli.estimate_rewards import run_estimate_rewards
+
+        _check_only(ctx, {"model", "config", "gpu", "cpu", "as_json", "overrides"}, "--config, whose study says it")
+        if not run_estimate_rewards(
+            config, overrides or [], model, device=device, device_bytes=device_bytes, as_json=as_json
+        ):
+            raise typer.Exit(2)
+        return
+    if overrides:
+        raise ValueError(f"KEY=VALUE must come with --config, got {' '.join(overrides)}")
+    assert model is not None
     workload = Workload(
         memory=memory,
         layers=None if layers == "all" else tuple(parse_layers(layers)),
@@ -505,10 +531,8 @@ def estimate(
         quantize_masked=quantize_masked,
         gradient_checkpointing=gradient_checkpointing,
         objective=objective,
-        device="cpu" if gpu is None else "cuda",
+        device=device,
     )
-    given = [parse_bytes(size, option) for size, option in ((gpu, "--gpu"), (cpu, "--cpu")) if size is not None]
-    device_bytes = given[0] if given else None
     host_bytes = None if host is None else parse_bytes(host, "--host")
     fits = run_estimate(model, workload, dtype, device_bytes=device_bytes, host_bytes=host_bytes, as_json=as_json)
     if not fits:
@@ -558,6 +582,15 @@ def demo(
 def main() -> None:
     """The console script."""
     app()
+
+
+def _check_only(ctx: typer.Context, names: set[str], beside: str) -> None:
+    """Raise ValueError if other options than these were given."""
+    for parameter in ctx.command.params:
+        name = str(parameter.name)
+        source = ctx.get_parameter_source(name)
+        if name not in names and source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"{parameter.opts[0]} must not come with {beside}, got {ctx.params[name]}")
 
 
 def _start(

@@ -10,7 +10,7 @@ from mft.checks import check_one_of, check_rule
 from mft.memory.activations import CHUNK, Layer
 from mft.memory.shapes import ModelShape
 
-LEARNERS = ("scores", "weights", "everything")
+LEARNERS = ("scores", "weights", "adapters", "everything")
 _LOGITS_SAMPLED = 4  # fp32 tensors of the words of each answer's next token: logits, scaled, probabilities, their copy
 _LOGITS_LEARNED = 4  # fp32 tensors of a chunk's: logits, their logarithms, two gradients
 
@@ -28,13 +28,15 @@ def rewards_memory(
     target_modules: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     gradient_checkpointing: bool = False,
+    rank: int = 8,
     others: int = 0,
 ) -> dict[str, Sizes]:
     """By phase (sampling, learning, update), bytes by kind; the peak is the largest phase's sum.
 
     Args:
         learns: scores: fp32 ones of the layers' target_modules. weights: theirs, on fp32 masters where they have 16
-            bits, beside those of the start. everything: all weights, of which the start is a copy.
+            bits, beside those of the start. adapters: fp32 ones of that rank on them. everything: all weights, of which
+            the start is a copy.
         answers: sampled at once. prompt, completion: tokens of each, the most that they may be.
         micro_batch: answers that are backpropagated together; None: all.
         target_modules, layers: None for attention and MLP, and for all.
@@ -48,13 +50,15 @@ def rewards_memory(
     for name, value in (("answers", answers), ("prompt", prompt), ("completion", completion)):
         check_rule(value >= 1, name, "be at least 1", value)
     targets = set(shape.targets(None if target_modules is None else list(target_modules)))
-    learned = len(chosen) * sum(n * k for name, (n, k) in shape.matrices.items() if name in targets)
+    sides = [sizes for name, sizes in shape.matrices.items() if name in targets]
+    learned = len(chosen) * sum(rank * (n + k) if learns == "adapters" else n * k for n, k in sides)
     if learns == "everything":
         learned, targets, chosen = shape.parameters, set(shape.matrices), list(range(shape.layers))
-    masters = 4 if learns != "scores" and shape.dtype_bytes < 4 else 0
+    apart = learns in ("scores", "adapters")  # fp32, beside the weights
+    masters = 4 if not apart and shape.dtype_bytes < 4 else 0
     resident = {
         "weights": shape.parameters * shape.dtype_bytes,
-        "learned": learned * (4 if learns == "scores" else shape.dtype_bytes + masters),
+        "learned": learned * (4 if apart else shape.dtype_bytes + masters),
         "moments": 8 * learned,
         "masks": learned // 4 if learns == "scores" else 0,  # bits and signs
         "others": others,

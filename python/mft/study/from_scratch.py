@@ -86,9 +86,18 @@ def make_model(config: ScratchConfig, tokenizer: Any) -> PreTrainedModel:
 
     The router of a mixture is trained by the loss of the tokens alone: the auxiliary loss that balances experts is off.
     """
-    eos = tokenizer.eos_token_id
+    settings = model_config(config, len(tokenizer), tokenizer.eos_token_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        return Qwen3MoeForCausalLM(settings) if isinstance(settings, Qwen3MoeConfig) else LlamaForCausalLM(settings)
+
+
+def model_config(
+    config: ScratchConfig, words: int | None = None, eos: int | None = None
+) -> LlamaConfig | Qwen3MoeConfig:
+    """Of make_model's model; words: the tokenizer's, as many as it is asked for if not given."""
     sizes: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": words or config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
@@ -100,18 +109,16 @@ def make_model(config: ScratchConfig, tokenizer: Any) -> PreTrainedModel:
         "eos_token_id": eos,
         "pad_token_id": eos,
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.train.seed)
-        if not config.experts:
-            return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=config.intermediate_size))
-        sizes |= {
-            "head_dim": config.hidden_size // config.heads,
-            "moe_intermediate_size": config.intermediate_size,
-            "num_experts": config.experts,
-            "num_experts_per_tok": config.experts_per_token,
-            "norm_topk_prob": True,
-        }
-        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
+    if not config.experts:
+        return LlamaConfig(**sizes, intermediate_size=config.intermediate_size)
+    sizes |= {
+        "head_dim": config.hidden_size // config.heads,
+        "moe_intermediate_size": config.intermediate_size,
+        "num_experts": config.experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "norm_topk_prob": True,
+    }
+    return Qwen3MoeConfig(**sizes)
 
 
 def _training_texts(config: ScratchConfig) -> list[str]:
