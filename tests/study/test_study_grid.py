@@ -34,8 +34,8 @@ def further(outcomes, arm, grid):
     return [setting for setting in of if setting not in grid]
 
 
-def grown(arm, loss, **options):
-    study = make(FULL | {"arm": arm}, **options)
+def grown(arm, loss, others=None, **options):
+    study = make(FULL | (others or {}) | {"arm": arm}, **options)
     done = play(study, loss)
     return study, done, further(done, "arm", arm.settings(study.mask))
 
@@ -148,6 +148,20 @@ def test_where_nothing_is_gained_the_way_back_to_the_start_is_not_gone():
     assert upward[0] == Setting(1e-1, 1.0)  # more may yet gain
     masks = ArmConfig("mask", lrs=RATES, keep_ratios=[0.9, 0.99])  # at rate 0 they drop what they began with
     assert {setting.lr for setting in grown(masks, loss)[2]} == {1e-5, 1e-6}
+
+
+def test_scales_that_gain_nothing_over_untrained_ones_are_not_led_back_to_them():
+    """Those of BitDelta gain most of the fine-tune, whatever they learn."""
+
+    def loss(unit):
+        return {"full": 2.0, "control": 1.9}.get(unit.arm, 1.92) + 10 * (unit.setting.lr or 0)
+
+    untrained, trained = ArmConfig("bitdelta", of="control"), ArmConfig("bitdelta", of="control", lrs=RATES)
+    arms = {"control": ArmConfig("control", lrs=[1e-3]), "untrained": untrained}
+    assert grown(trained, loss, arms)[2] == []
+    assert grown(trained, lambda unit: loss(unit) - 0.01 * (unit.arm == "arm"), arms)[2] != []
+    del arms["untrained"]  # what they gain cannot be told
+    assert grown(trained, loss, arms)[2] != []
 
 
 def test_an_arm_that_diverges_in_its_whole_grid_tries_lower_rates():

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from mft.config import DataConfig
-from mft.study.config import AVERAGE, BASE, CONTINUED, CONTROL, FULL, LEAST_RATES, LORA, Setting, StudyConfig
+from mft.study.config import AVERAGE, BASE, BITDELTA, CONTINUED, CONTROL, FULL, LEAST_RATES, LORA, Setting, StudyConfig
 from mft.study.grid import DIRECTIONS, Neighbour, OpenEnd, neighbours
 from mft.study.outcome import Outcome, Unit
 
@@ -294,13 +294,21 @@ class _Found:
 
     def leads_back(self, domain: str, arm: str, one: Neighbour) -> bool:
         """Whether that way the arm does less and less, and its best gains nothing over doing nothing."""
-        kind, start = self.study.arms[arm].kind, self.study.start_of(arm)
-        weights = kind in (CONTINUED, CONTROL, LORA)  # a mask begins with what it drops at first
+        kind, start = self.study.arms[arm].kind, self._begins(arm)
+        weights = kind in (CONTINUED, CONTROL, LORA, BITDELTA)  # a mask begins with what it drops at first
         less = one.above if one.name == "keep_ratio" else weights and not one.above
         if not less or start is None:
             return False
         before, best = (min(self.losses(domain, each).values(), default=math.inf) for each in (start, arm))
         return math.isfinite(best) and before - best < _NOTHING
+
+    def _begins(self, arm: str) -> str | None:
+        """The arm that is this one before it learned: where it starts, of trained scales those that are not."""
+        config = self.study.arms[arm]
+        if config.kind != BITDELTA:
+            return self.study.start_of(arm)
+        alike = (name for name, one in self.study.arms.items() if (one.kind, one.of) == (BITDELTA, config.of))
+        return next((name for name in alike if not self.study.arms[name].lrs), None)
 
     def next_of(self, domain: str, arm: str) -> list[Unit]:
         """The arm's units that are not done, as far as is known, whatever they wait for."""
