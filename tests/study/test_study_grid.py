@@ -140,10 +140,12 @@ def test_where_nothing_is_gained_the_way_back_to_the_start_is_not_gone():
     assert tried == []
     assert open_ends(study, done) == []
     assert notes(study, done) == [
-        "code, arm: its best setting gains less than 0.001 nats a token over where it begins, and the rate and number "
+        "code, arm: its best setting is within 0.001 nats a token of where it begins, and the rate and number "
         "of epochs beyond its grid would only lead back there: they were not tried"
     ]
     assert grown(ArmConfig("lora", lrs=RATES), lambda unit: loss(unit) - 0.01 * (unit.arm == "arm"))[2] != []
+    harm = grown(ArmConfig("lora", lrs=RATES), lambda unit: 2.0 if unit.arm == "full" else 2 + 50 * unit.setting.lr)
+    assert harm[2] == [Setting(1e-5, 1.0)]  # down to where it does none
     upward = grown(ArmConfig("lora", lrs=RATES), lambda u: 2.0 if u.arm == "full" else 2.1 - (u.setting.lr or 0))[2]
     assert upward[0] == Setting(1e-1, 1.0)  # more may yet gain
     masks = ArmConfig("mask", lrs=RATES, keep_ratios=[0.9, 0.99])  # at rate 0 they drop what they began with

@@ -15,7 +15,7 @@ from mft.study.grid import DIRECTIONS, Neighbour, OpenEnd, neighbours
 from mft.study.outcome import Outcome, Unit
 
 _WHOLE_MODEL = 1.7  # times as long a token as half of its layers, measured in the small study
-_NOTHING = 1e-3  # nats a token: LoRA at vanishing rates lay 0.0002 beside its start (compare-small.json, problems)
+_NOTHING = 1e-3  # nats a token: LoRA at vanishing rates lay 0.0002 beside its start (small.yaml's problems, once)
 _MORE = 3  # extensions to ask for: a step of epochs, and the rates beside it
 
 
@@ -182,7 +182,7 @@ def notes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[str]:
             if closed := [one for one in found.untried(domain, arm) if found.leads_back(domain, arm, one)]:
                 ways = " and ".join(DIRECTIONS[one.name] for one in closed)
                 lines.append(
-                    f"{domain}, {arm}: its best setting gains less than {_NOTHING:g} nats a token over where it "
+                    f"{domain}, {arm}: its best setting is within {_NOTHING:g} nats a token of where it "
                     f"begins, and the {ways} beyond its grid would only lead back there: they were not tried"
                 )
     return lines
@@ -293,14 +293,18 @@ class _Found:
         return neighbours(min(losses, key=losses.__getitem__), self._grids[arm], losses) if losses else []
 
     def leads_back(self, domain: str, arm: str, one: Neighbour) -> bool:
-        """Whether that way the arm does less and less, and its best gains nothing over doing nothing."""
+        """Whether that way the arm does less and less, and its best gains nothing over doing nothing.
+
+        One that harms at its rate goes on to where it does not, lest a rival be worse than nothing.
+        """
         kind, start = self.study.arms[arm].kind, self._begins(arm)
         weights = kind in (CONTINUED, CONTROL, LORA, BITDELTA)  # a mask begins with what it drops at first
         less = one.above if one.name == "keep_ratio" else weights and not one.above
         if not less or start is None:
             return False
         before, best = (min(self.losses(domain, each).values(), default=math.inf) for each in (start, arm))
-        return math.isfinite(best) and before - best < _NOTHING
+        harms = one.name != "keep_ratio" and best - before >= _NOTHING
+        return math.isfinite(best) and before - best < _NOTHING and not harms
 
     def _begins(self, arm: str) -> str | None:
         """The arm that is this one before it learned: where it starts, of trained scales those that are not."""

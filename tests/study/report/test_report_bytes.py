@@ -3,16 +3,19 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from test_study_report import ARMS, LOSSES, findings
 
 from mft.study.config import ArmConfig
+from mft.study.report import by_bytes as by_bytes_module
 from mft.study.report.at_equal_bytes import at_equal_bytes, remark_on_bytes, said_of_bytes
 from mft.study.report.by_bytes import Point, frontier, plot_bytes, points
 from mft.study.report.table import study_numbers, study_tables
 from mft.study.report.write import write_study_report
 
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 RATES = {"lrs": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]}
 SIZES = {"base": 0, "control": 200_000, "random mask": 4_000, "MFT": 9_000, "MFT x3": 200_000}
 BY_BYTES = {
@@ -134,7 +137,7 @@ def test_the_report_holds_the_sentence_the_numbers_and_the_picture(tmp_path):
 
 def test_the_plot_has_the_arms_that_store_something_beside_the_full_fine_tune():
     study, _ = by_bytes()
-    found = points(study_numbers(study)["domains"]["code"])
+    found = points(study_numbers(study)["domains"]["code"], "full fine-tune")
     assert [point.arm for point in found] == [
         "temperature",
         "magnitude mask",
@@ -153,6 +156,23 @@ def test_the_frontier_is_what_no_arm_of_as_few_bytes_reaches():
         ("worse than the start", 1, 0.1), ("a", 2, -0.1), ("b", 3, -0.05), ("c", 4, -0.1), ("d", 5, -0.2)
     )]  # fmt: skip
     assert [point.arm for point in frontier(at)] == ["a", "d"]
+
+
+def test_each_place_where_a_mask_began_is_a_panel(tmp_path, monkeypatch):
+    table = json.loads((RESULTS / "compare-quantised-small.json").read_text())
+    drawn = {}
+    monkeypatch.setattr(by_bytes_module, "_draw", lambda axes, found, level: drawn.update({axes: (found, level)}))
+    plot_bytes(table, tmp_path / "bytes.png")
+    said = {(axes.get_title("left").split(",")[0], axes.get_xlabel()): of for axes, of in drawn.items()}
+    starts = ("NF4", "int8", "NF4 of base")
+    assert list(said) == [(d, f"bytes beside {start}") for d in ("headers", "pretraining") for start in starts]
+    found, level = said["headers", "bytes beside NF4"]
+    arms = {point.arm for point in found}
+    assert {"MFT on NF4", "QLoRA 4 on NF4", "QLoRA 81 on NF4"} < arms
+    assert not {"control", "NF4", "MFT on int8"} & arms
+    (start,) = (row for row in table["domains"]["headers"]["rows"] if row["arm"] == "NF4")
+    assert level == start["minus_full"]["estimate"]
+    assert frontier(found, -1.0) == []
 
 
 def test_a_table_without_bytes_is_not_drawn(tmp_path):

@@ -1,4 +1,4 @@
-"""Test loss against the bytes that an arm must keep beside the full fine-tune, drawn from a study's table.json."""
+"""Test loss against the bytes that an arm must keep beside where it began, drawn from a study's table.json."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,37 +33,44 @@ class Point:
 
 
 def plot_bytes(numbers: Mapping[str, Any], path: Path) -> None:
-    """A panel a domain: arms that began at the full fine-tune, those of a kind joined, and the frontier of all.
+    """A row a domain, a panel each arm where a mask began: what began there, those of a kind joined, and the frontier.
 
-    numbers: of table.json. Raises: ValueError if no domain has such an arm whose bytes are known.
+    Where no mask began anywhere, what began at the full fine-tune. numbers: of table.json.
+    Raises: ValueError if no domain has such an arm whose bytes are known.
     """
-    panels = {domain: found for domain, table in numbers["domains"].items() if (found := points(table))}
-    if not panels:
+    rows = {domain: of for domain, table in numbers["domains"].items() if (of := _panels(table))}
+    if not rows:
         raise ValueError(
             "a plot by bytes must have a domain with arms that began at the full fine-tune and whose bytes are known, "
             "got none: run mft compare again if its table.json is older than that"
         )
-    kinds = list(dict.fromkeys(point.kind for found in panels.values() for point in found))
-    figure = new_figure(1.5 + 6 * len(panels), 5.2)
-    row = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (domain, found) in zip(row, panels.items()):
-        _draw(axes, found)
-        axes.set_title(f"{domain}, test: loss - {numbers['domains'][domain]['full']}", loc="left")
-        axes.set_xlabel("bytes beside the full fine-tune")
-        axes.set_ylabel("nats a token, 95 % interval")
+    kinds = list(dict.fromkeys(p.kind for panels in rows.values() for found in panels.values() for p in found))
+    across = max(map(len, rows.values()))
+    figure = new_figure(1.5 + 6 * across, 5.2 * len(rows))
+    grid = figure.subplots(len(rows), across, squeeze=False)
+    for line, (domain, panels) in zip(grid, rows.items()):
+        table = numbers["domains"][domain]
+        for axes, (start, found) in zip(line, panels.items()):
+            _draw(axes, found, _level(table, start))
+            axes.set_title(f"{domain}, test: loss - {table['full']}", loc="left")
+            axes.set_xlabel(f"bytes beside {'the full fine-tune' if start == table['full'] else start}")
+            axes.set_ylabel("nats a token, 95 % interval")
+        for axes in line[len(panels) :]:
+            axes.set_axis_off()
+    last = grid[0][-1]
     for kind in kinds:
-        row[-1].plot([], [], "o", color=_COLOURS.get(kind, _OTHER), label=kind.replace("_", " "))
-    row[-1].plot([], [], "-", color="0.6", linewidth=3, alpha=0.5, label="frontier")
-    row[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        last.plot([], [], "o", color=_COLOURS.get(kind, _OTHER), label=kind.replace("_", " "))
+    last.plot([], [], "-", color="0.6", linewidth=3, alpha=0.5, label="frontier")
+    last.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     save_figure(figure, path, dpi=100)
 
 
-def points(table: Mapping[str, Any]) -> list[Point]:
-    """Of the arms that store something beside the full fine-tune, by bytes."""
+def points(table: Mapping[str, Any], start: str) -> list[Point]:
+    """Of the arms that store something beside this one, by bytes."""
     found = []
     for row in table["rows"]:
         difference = row["minus_full"]
-        if difference is None or not row.get("bytes") or row.get("start") != table["full"]:
+        if difference is None or not row.get("bytes") or row.get("start") != start:
             continue
         estimate = difference["estimate"]
         low, high = (estimate if difference[end] is None else difference[end] for end in ("low", "high"))
@@ -71,9 +78,9 @@ def points(table: Mapping[str, Any]) -> list[Point]:
     return sorted(found, key=lambda point: (point.bytes, point.estimate))
 
 
-def frontier(found: Sequence[Point]) -> list[Point]:
-    """Those that no arm of as few bytes reaches, nor the full fine-tune, which needs none."""
-    best, kept = 0.0, []
+def frontier(found: Sequence[Point], level: float = 0.0) -> list[Point]:
+    """Those that no arm of as few bytes reaches, nor where they began, at that level, which needs none."""
+    best, kept = level, []
     for point in found:
         if point.estimate < best:
             best = point.estimate
@@ -81,13 +88,27 @@ def frontier(found: Sequence[Point]) -> list[Point]:
     return kept
 
 
-def _draw(axes, found: Sequence[Point]) -> None:
-    floor = min(0.0, *(point.low for point in found))
-    reach = max(-floor, median(point.estimate for point in found) - floor, 1e-4)
-    top = min(max(0.0, *(point.high for point in found)), floor + _REACH * reach)
+def _panels(table: Mapping[str, Any]) -> dict[str, list[Point]]:
+    """By the arm where they began."""
+    starts = dict.fromkeys([table["full"], *(row["start"] for row in table["rows"] if row.get("start"))])
+    found = {start: of for start in starts if (of := points(table, start))}
+    masked = {start: of for start, of in found.items() if any(point.kind == MASK for point in of)}
+    return masked or {start: of for start, of in found.items() if start == table["full"]}
+
+
+def _level(table: Mapping[str, Any], start: str) -> float:
+    """The loss of a start less the full fine-tune's."""
+    (row,) = (row for row in table["rows"] if row["arm"] == start)
+    return 0.0 if row["minus_full"] is None else row["minus_full"]["estimate"]
+
+
+def _draw(axes, found: Sequence[Point], level: float) -> None:
+    floor = min(level, *(point.low for point in found))
+    reach = max(level - floor, median(point.estimate for point in found) - floor, 1e-4)
+    top = min(max(level, *(point.high for point in found)), floor + _REACH * reach)
     left = min((point.bytes for point in found if point.bytes >= _FEW), default=found[-1].bytes) / 3
     right = found[-1].bytes * 4
-    axes.axhline(0, color="0.25", linestyle="--", linewidth=1)
+    axes.axhline(level, color="0.25", linestyle="--", linewidth=1)
     for kind in dict.fromkeys(point.kind for point in found):
         colour, of_kind = _COLOURS.get(kind, _OTHER), [point for point in found if point.kind == kind]
         lowest = min(of_kind, key=lambda point: point.estimate)
@@ -97,8 +118,12 @@ def _draw(axes, found: Sequence[Point]) -> None:
         if len(of_kind) > 1 and kind not in _APART:
             ends = [min(point.estimate, top) for point in of_kind]
             axes.plot([max(point.bytes, left) for point in of_kind], ends, "-", color=colour, linewidth=1, alpha=0.6)
-    if best := frontier(found):
-        steps = [(left, 0.0), *((max(point.bytes, left), point.estimate) for point in best), (right, best[-1].estimate)]
+    if best := frontier(found, level):
+        steps = [
+            (left, level),
+            *((max(point.bytes, left), point.estimate) for point in best),
+            (right, best[-1].estimate),
+        ]
         axes.step(*zip(*steps), where="post", color="0.6", linewidth=3, alpha=0.5, zorder=0)
     margin = 0.06 * (top - floor)
     axes.set_ylim(floor - margin, top + margin)
