@@ -149,6 +149,15 @@ def test_what_would_be_ignored_beside_a_teacher_is_refused(base, tokenizer, rows
         train_rewards(masked(copy.deepcopy(base)), tokenizer, rows, config(**changes), teacher=OnPolicyTeacher())
 
 
+def test_a_teacher_of_fewer_words_is_refused(base, tokenizer, rows):
+    teacher = copy.deepcopy(base)
+    teacher.resize_token_embeddings(200)
+    with pytest.raises(
+        ValueError, match=r"teacher.model must have the 270 words of the model's tokenizer.* got one of 200"
+    ):
+        train_rewards(masked(copy.deepcopy(base)), tokenizer, rows, config(), teacher=OnPolicyTeacher(teacher))
+
+
 def test_what_the_teacher_reads_must_fit_in_it(base, tokenizer, rows):
     teacher = copy.deepcopy(base)
     teacher.config.max_position_embeddings = 24

@@ -74,9 +74,9 @@ def train_rewards(
         teacher: on the device that computes.
         before_update: called with (step, steps) when a step's gradients are complete and not yet clipped or applied.
         on_step: called with each step's report; it may evaluate the model.
-    Raises: ValueError if nothing requires grad, rows are no such questions, or config.beta or another loss_type than
-        dapo stands beside a teacher. RuntimeError without trl, or among several processes. NonFiniteLoss, naming the
-        step; the step's gradients are not applied.
+    Raises: ValueError if nothing requires grad, or rows are no such questions; of a teacher if it has fewer words, or
+        config.beta or another loss_type than dapo stands beside it. RuntimeError without trl, or among several
+        processes. NonFiniteLoss, naming the step; the step's gradients are not applied.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise RuntimeError("training by rewards must run in one process, got several: leave torchrun out")
@@ -100,6 +100,9 @@ def train_rewards(
             _frozen_copy(model) if teacher.model is None else teacher.model.requires_grad_(False).eval(),
             teacher.prompts(questions, tokenizer),
         )
+        words = teaching.model.get_input_embeddings().weight.shape[0]
+        rule = f"have the {len(tokenizer)} words of the model's tokenizer, or more that nobody says"
+        check_rule(words >= len(tokenizer), "teacher.model", rule, f"one of {words}")
         reads = max(map(len, teaching.prompts)) + config.max_completion_tokens
         check_next_tokens(teaching.model.config, type(teaching.model).__name__, reads)
     train, reports = config.train, list[RewardReport]()
