@@ -6,11 +6,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mft.config import MaskConfig, TrainConfig
 from mft.masks.convert import mask_model, masked_modules
+from mft.rewards.config import RewardsConfig
 from mft.study.from_scratch import train_tokenizer
 from mft.training.loop import finetune
 
 NAMES = ("Al", "Bert", "Christopher", "Dee", "Evangeline", "Fay")
 LENGTH = 24
+SMALL = {"max_completion_tokens": 4, "questions": 4, "num_generations": 4, "steps": 2, "lr": 1e-2}
+
+
+def config(**changes):
+    return RewardsConfig(**SMALL | changes)
 
 
 def make_tokenizer():

@@ -1,15 +1,10 @@
 """Questions of rows, and what their answers are worth."""
 
 import pytest
-from half_right import make_rows, make_tokenizer
+from half_right import make_rows
 
 from mft.rewards.config import RewardsConfig
 from mft.rewards.questions import Question, count_questions, questions_of, rewards_of, share_that_differs
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
 
 
 def test_a_row_is_a_prompt_and_the_datas_own_answer(tokenizer):

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy
 import pytest
 import torch
-from half_right import make_model, make_rows, make_tokenizer, masked, questions
+from half_right import config, make_rows, masked, questions
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mft.config import MaskConfig
@@ -21,32 +21,10 @@ pytest.importorskip("trl", reason="needs trl: pip install 'mft_kernels[trl]'")
 from mft.rewards import questions as asked_questions
 from mft.rewards import train as train_module
 from mft.rewards import trainer
-from mft.rewards.config import RewardsConfig
 from mft.rewards.train import train_rewards
 
 # What peft asks of transformers by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
-
-SMALL = {"max_completion_tokens": 4, "questions": 4, "num_generations": 4, "steps": 2, "lr": 1e-2}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def base(tokenizer):
-    return make_model(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def rows(tokenizer):
-    return make_rows(questions(24), tokenizer)
-
-
-def config(**changes):
-    return RewardsConfig(**SMALL | changes)
 
 
 def state(model):

@@ -6,6 +6,7 @@ TRL's own scores every position of prompt and answer where Triton is not there; 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +21,7 @@ def token_log_probs(head: nn.Module, states: Tensor, tokens: Tensor, temperature
 
     Args: states: (M, D), what the head reads; log p is differentiable in them and in the head. tokens: (M,).
     """
-    found = [
-        checkpoint(_of_chunk, head, chunk, tokens[part], temperature, use_reentrant=False, preserve_rng_state=False)
-        for part, chunk in chunks_of(states)
-    ]
-    if not found:
-        return states.sum(-1).float(), torch.zeros(0, device=states.device)
-    log_probs, entropies = zip(*found)
-    return torch.cat(log_probs), torch.cat(entropies)
+    return _in_chunks(states, lambda chunk, part: _of_chunk(head, chunk, tokens[part], temperature))
 
 
 def token_divergences(
@@ -41,18 +35,19 @@ def token_divergences(
         kind: one of config.DIVERGENCES.
     """
     own, other = states
+    return _in_chunks(own, lambda chunk, part: _divergence_of_chunk(heads, chunk, other[part], kind, temperature))
+
+
+def _in_chunks(states: Tensor, values_of: Callable[[Tensor, slice], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Two values (M,) of states (M, D), of which values_of makes those of a chunk, and again on the way back."""
     found = [
-        checkpoint(
-            *(_divergence_of_chunk, heads, chunk, other[part], kind, temperature),
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for part, chunk in chunks_of(own)
+        checkpoint(values_of, chunk, part, use_reentrant=False, preserve_rng_state=False)
+        for part, chunk in chunks_of(states)
     ]
     if not found:
-        return own.sum(-1).float(), torch.zeros(0, device=own.device)
-    divergences, entropies = zip(*found)
-    return torch.cat(divergences), torch.cat(entropies)
+        return states.sum(-1).float(), torch.zeros(0, device=states.device)
+    first, second = zip(*found)
+    return torch.cat(first), torch.cat(second)
 
 
 def _of_chunk(head: nn.Module, states: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,7 @@ def train_rewards(
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise RuntimeError("training by rewards must run in one process, got several: leave torchrun out")
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters lie in it
+    model = _unwrapped(model)
     _check_trainable(model)
     if teacher is not None:
         rule = "be 0 beside a teacher, whose words alone are learned"
@@ -96,13 +96,16 @@ def train_rewards(
         start = _frozen_copy(model)
     teaching = None
     if teacher is not None:
+        other = _unwrapped(teacher.model)
+        rule = "be another model than the one that learns, or left out"
+        check_rule(other is not model, "teacher.model", rule, "the same")
         teaching = Teaching(
-            _frozen_copy(model) if teacher.model is None else teacher.model.requires_grad_(False).eval(),
+            _frozen_copy(model) if other is None else other.requires_grad_(False).eval(),
             teacher.prompts(questions, tokenizer),
         )
-        words = teaching.model.get_input_embeddings().weight.shape[0]
-        rule = f"have the {len(tokenizer)} words of the model's tokenizer, or more that nobody says"
-        check_rule(words >= len(tokenizer), "teacher.model", rule, f"one of {words}")
+        words, own = (each.get_input_embeddings().weight.shape[0] for each in (teaching.model, model))
+        rule = f"have the {min(len(tokenizer), own)} words of the model's tokenizer, or more that nobody says"
+        check_rule(words >= min(len(tokenizer), own), "teacher.model", rule, f"one of {words}")
         reads = max(map(len, teaching.prompts)) + config.max_completion_tokens
         check_next_tokens(teaching.model.config, type(teaching.model).__name__, reads)
     train, reports = config.train, list[RewardReport]()
@@ -178,6 +181,11 @@ def _check_trainable(model: nn.Module) -> None:
             "model must have something that requires grad, got none: set scores.requires_grad_() of the masked layers, "
             "or that of weights"
         )
+
+
+def _unwrapped(model: Any) -> Any:
+    """Of a PeftModel the model in which its adapters lie."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:
