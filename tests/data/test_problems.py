@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from mft.config import DataConfig
-from mft.data.problems import KINDS, SPLIT_SIZES, make_problems
+from mft.data.problems import KINDS, PROBLEM_SUBSETS, SPLIT_SIZES, make_problems
 from mft.data.sources import open_source
 from mft.data.splits import load_splits
 
@@ -99,6 +99,28 @@ def test_the_seed_changes_train_alone(own_cache, tokenizer):
     assert one.train["input_ids"] != two.train["input_ids"]
 
 
-def test_problems_have_no_subset():
-    with pytest.raises(ValueError, match="data.subset must be left out for this source, got 'easy': problems have"):
+def test_the_two_halves_of_train_share_no_problem_and_are_all_of_it(problems):
+    halves = [make_problems(subset) for subset in PROBLEM_SUBSETS]
+    assert all(Counter(p.kind for p in half["train"]) == dict.fromkeys(range(len(KINDS)), 200) for half in halves)
+    first, second = ({(p.kind, p.numbers) for p in half["train"]} for half in halves)
+    assert not first & second
+    assert first | second == {(p.kind, p.numbers) for p in problems["train"]}
+    for half in halves:
+        assert half["validation"] == problems["validation"]
+        assert half["test"] == problems["test"]
+
+
+def test_a_subset_is_said_and_has_rows_of_its_own(own_cache, tokenizer):
+    config = {"source": "problems", "sequence_length": 64, "max_train_tokens": 6400}
+    whole, half, other = (
+        load_splits(DataConfig(**config, subset=subset), tokenizer) for subset in (None, *PROBLEM_SUBSETS)
+    )
+    assert any("train is the finetune subset, half of each kind's problems" in note for note in half.notes)
+    assert not any("subset" in note for note in whole.notes)
+    assert half.train["input_ids"] != other.train["input_ids"] != whole.train["input_ids"]
+    assert half.test["input_ids"] == other.test["input_ids"] == whole.test["input_ids"]
+
+
+def test_an_unknown_subset_is_refused():
+    with pytest.raises(ValueError, match="data.subset must be finetune, rewards or null for problems, got 'easy'"):
         open_source(DataConfig("problems", subset="easy"))

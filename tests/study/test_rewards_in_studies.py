@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -11,13 +12,18 @@ from tiny import evaluation
 from tiny_study import write_ground
 
 from mft.rewards.config import RewardsConfig
+from mft.rewards.questions import count_questions, questions_of
+from mft.study.arms.job import Job
+from mft.study.arms.train import train_unit
 from mft.study.config import ArmConfig, Setting
 from mft.study.load import load_study, study_values
 from mft.study.outcome import Measured, Outcome, Unit
 from mft.study.plan import selection
+from mft.study.report.rewards import rewards_remark
 from mft.study.report.write import console_report, write_study_report
 from mft.study.run import run_study
 from mft.study.store import Store
+from mft.study.workspace import Workspace
 
 pytest.importorskip("trl", reason="needs trl: pip install 'mft_kernels[trl]'")
 
@@ -190,11 +196,72 @@ def test_what_a_study_by_rewards_cannot_be_is_refused(done, overrides, message):
         load_study(done[1].parent / "study.yaml", overrides)
 
 
+def asking(done, tmp_path, questions, overrides=()):
+    """The study with a section of questions."""
+    text = (done[1].parent / "study.yaml").read_text()
+    (tmp_path / "asking.yaml").write_text(f"{text}questions: {questions}\n")
+    return load_study(tmp_path / "asking.yaml", list(overrides))
+
+
+def test_other_questions_may_be_asked_than_those_of_the_fine_tune(done, tmp_path, monkeypatch):
+    """The fine-tune's key stays, and those of the arms that learn from them change; the others alone are asked."""
+    rows = [{"prompt": f"{i} {i + 1}", "completion": f" {i + 2}"} for i in range(20, 46)]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    study = asking(done, tmp_path, f"{{next: {{source: {tmp_path}/others.jsonl, sequence_length: 8}}}}")
+    full, control = Unit("next", "full", 0, Setting(1e-2, 20.0)), Unit("next", "control", 0, Setting(3e-3, 0.5))
+    chosen = {"next": {"full": full.setting}}
+    before, now = (Store(one, done[1]) for one in (done[0].study, study))
+    assert before.key(full, chosen) == now.key(full, chosen)
+    assert before.key(control, chosen) != now.key(control, chosen)
+
+    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
+    workspace, given = Workspace(study, study.model), []
+    workspace.begin("next", ())
+    monkeypatch.setattr("mft.study.arms.train.train_rewards", lambda *args, **options: given.append(args) or [])
+    with pytest.raises(AssertionError):  # no checkpoint is seen, as nothing is trained
+        train_unit(workspace, Job(control, (), tmp_path / "control.safetensors"))
+    (_, _, dataset, config), own = given[0], workspace.splits("next").train
+    assert config.steps == math.ceil(count_questions(dataset) / 8)
+    asked, trained = (
+        {question.prompt[0] for question in questions_of(each, workspace.tokenizer, study.rewards)}
+        for each in (dataset, own)
+    )
+    assert asked <= set(range(20, 46))
+    assert "On next they are other questions than those of the fine-tune." in rewards_remark(
+        dataclasses.replace(done[0], study=study)
+    )
+    assert "other questions" not in rewards_remark(done[0])
+    assert not trained <= set(range(20, 46))
+
+
+@pytest.mark.parametrize(
+    ("questions", "overrides", "message"),
+    [
+        ("{other: {source: problems}}", [], "questions must be one of next, got 'other'"),
+        ("{next: {source: problems, streaming: true}}", [], "questions.next.streaming must be false in a study"),
+        ("{next: {source: problems, text: 1}}", [], "unknown key 'questions.next.text'"),
+        (
+            "{next: {source: problems}}",
+            [*TEXT, "arms.taught.teacher=null"],
+            "questions must be left out unless objective is rewards, got next",
+        ),
+    ],
+)
+def test_questions_that_cannot_be_asked_are_refused(done, tmp_path, questions, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        asking(done, tmp_path, questions, overrides)
+
+
 def test_text_without_questions_is_refused_before_anything_is_trained(done, tmp_path):
     study = load_study(done[1].parent / "study.yaml", [f"domains.next.source={done[1].parent}/data.jsonl"])
     with pytest.raises(ValueError, match="domains.next.source must have questions with answers for objective: rewards"):
-        run_study(study, tmp_path, console=Console(file=io.StringIO()))
-    assert not (tmp_path / "units").exists()
+        run_study(study, tmp_path / "run", console=Console(file=io.StringIO()))
+    study = asking(done, tmp_path, f"{{next: {{source: {done[1].parent}/data.jsonl, sequence_length: 8}}}}")
+    with pytest.raises(
+        ValueError, match="questions.next.source must have questions with answers for objective: rewards"
+    ):
+        run_study(study, tmp_path / "asking", console=Console(file=io.StringIO()))
+    assert not list(tmp_path.glob("*/units"))
 
 
 def test_the_defaults_of_rewards_are_those_of_training_by_them():

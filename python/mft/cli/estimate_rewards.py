@@ -134,7 +134,7 @@ def as_dictionary(
 
 def _prompt(study: StudyConfig) -> int:
     """A row holds prompt and answer, and often several: the most that a prompt can be."""
-    return max(data.sequence_length for data in study.domains.values())
+    return max(study.questions.get(domain, data).sequence_length for domain, data in study.domains.items())
 
 
 def _rank(arm: ArmConfig) -> int:

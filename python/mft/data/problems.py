@@ -2,6 +2,7 @@
 
 Rows are {"prompt", "completion"}. A problem is its kind and its numbers; of a kind's problems, drawn in a fixed order,
 the first 20 are validation's, the next 20 test's and 400 more train's, so that no problem stands in two splits.
+Train is two halves by choice, of other problems each: one to fine-tune on, and one to ask when answers are rewarded.
 Problems of one kind resemble each other and a model gets them right or wrong together, so a kind is a document.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 
 SPLIT_SIZES = {"validation": 20, "test": 20, "train": 400}  # problems a kind, in the order they are drawn
+PROBLEM_SUBSETS = ("finetune", "rewards")  # of train: the first half of each kind's problems, and the second
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "Jon", "Kim", "Leo", "Mia", "Noah")
 MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
@@ -43,8 +45,8 @@ class Problem:
         return {"prompt": f"Q: {self.question}\nA:", "completion": f" {self.answer}"}
 
 
-def make_problems() -> dict[str, list[Problem]]:
-    """The problems of each split, by kind; always the same ones."""
+def make_problems(subset: str | None = None) -> dict[str, list[Problem]]:
+    """The problems of each split, by kind; always the same ones. subset: of train this half alone."""
     splits: dict[str, list[Problem]] = {split: [] for split in SPLIT_SIZES}
     for number, kind in enumerate(KINDS):
         generator = random.Random(number)
@@ -55,6 +57,11 @@ def make_problems() -> dict[str, list[Problem]]:
             for numbers in itertools.islice(remaining, size):
                 question, answer = kind.write(generator.choice(NAMES), *numbers)
                 splits[split].append(Problem(number, numbers, question, str(answer)))
+    if subset is not None:
+        half = SPLIT_SIZES["train"] // 2
+        first = subset == PROBLEM_SUBSETS[0]
+        train = splits["train"]
+        splits["train"] = [problem for i, problem in enumerate(train) if (i // half % 2 == 0) == first]
     return splits
 
 

@@ -15,7 +15,7 @@ from mft.checks import nearest, nearest_path
 from mft.config import DataConfig
 from mft.data.corpora import describe_headers, describe_stdlib, header_files, stdlib_files
 from mft.data.formats import CONTENT_COLUMNS, FORMS, content_of, find_form
-from mft.data.problems import Problem, describe_problems, fingerprint_of, make_problems
+from mft.data.problems import PROBLEM_SUBSETS, Problem, describe_problems, fingerprint_of, make_problems
 from mft.data.record_files import FILE_TYPES, TYPES, Records, find_splits, hash_splits, read_files, type_of
 from mft.data.record_streams import RecordStream, stream_files, stream_hub, stream_records
 from mft.files.cache import sha256_of
@@ -118,11 +118,7 @@ def _open(config: DataConfig) -> Source:
 
 def _stdlib(config: DataConfig) -> Source:
     _only_defaults(config, "the stdlib corpus is split by file hash", but=("subset",))
-    if config.subset not in (None, *STDLIB_SUBSETS):
-        raise ValueError(
-            f"data.subset must be {', '.join(STDLIB_SUBSETS)} or null for the stdlib corpus, got {config.subset!r}"
-            f"{nearest(config.subset, STDLIB_SUBSETS)}"
-        )
+    _check_subset(config.subset, STDLIB_SUBSETS, "the stdlib corpus")
     return _installed(config, stdlib_files(), describe_stdlib(), "install the interpreter's whole library")
 
 
@@ -160,13 +156,22 @@ def _part_of(train: Records, subset: str) -> Records:
 
 
 def _problems(config: DataConfig) -> Source:
-    _only_defaults(config, "problems have three fixed splits")
-    problems = make_problems()
+    _only_defaults(config, "problems have three fixed splits", but=("subset",))
+    _check_subset(config.subset, PROBLEM_SUBSETS, "problems")
+    problems = make_problems(config.subset)
 
     def load() -> dict[str, Records]:
         return {split: _problem_records(split, problems[split]) for split in SPLITS}
 
-    return Source(fingerprint_of(problems), load, [describe_problems(problems)])
+    part = "" if config.subset is None else f" (train is the {config.subset} subset, half of each kind's problems)"
+    return Source(fingerprint_of(problems), load, [describe_problems(problems) + part])
+
+
+def _check_subset(subset: str | None, known: Sequence[str], source: str) -> None:
+    if subset not in (None, *known):
+        raise ValueError(
+            f"data.subset must be {', '.join(known)} or null for {source}, got {subset!r}{nearest(str(subset), known)}"
+        )
 
 
 def _problem_records(split: str, problems: Sequence[Problem]) -> Records:

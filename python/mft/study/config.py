@@ -233,6 +233,8 @@ class StudyConfig:
     objective: Annotated[str, one_of(OBJECTIVES)] = CROSS_ENTROPY
     # In place of stage where the objective is rewards; an epoch asks as many questions as there are.
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    # By domain: the data whose training rows are asked instead of the domain's own, on which it was fine-tuned.
+    questions: dict[str, DataConfig] = field(default_factory=dict)
     seeds: Annotated[list[int], SEED] = field(default_factory=lambda: [0, 1, 2])
     # Further settings that an arm may try, one at a time, while its best lies at an end of its grid (grid.py): a step
     # of epochs and the rates beside it are three.
@@ -258,7 +260,9 @@ class StudyConfig:
                 check_rule(
                     bool(_NAME.fullmatch(name)), section, "have names of letters, digits and -+_. ()", repr(name)
                 )
-        for section in ("domains", "general"):  # arms take epochs of them, in orders of their own
+        for name in self.questions:
+            check_one_of("questions", name, tuple(self.domains))
+        for section in ("domains", "general", "questions"):  # arms take epochs of them, in orders of their own
             for name, data in getattr(self, section).items():
                 check_rule(not data.streaming, f"{section}.{name}.streaming", "be false in a study", data.streaming)
         for name in ("full", "stage"):
@@ -273,6 +277,8 @@ class StudyConfig:
         else:
             unset = self.rewards == RewardsConfig()
             check_rule(unset, "rewards", "be left out unless objective is rewards", "keys of it")
+            rule = "be left out unless objective is rewards"
+            check_rule(not self.questions, "questions", rule, ", ".join(self.questions))
             for name, arm in self.arms.items():
                 rule = "be left out unless objective is rewards: of a text's words a teacher reads the text"
                 check_rule(arm.teacher_prompt is None, f"arms.{name}.teacher_prompt", rule, arm.teacher_prompt)

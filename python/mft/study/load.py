@@ -13,7 +13,7 @@ from mft.files.yaml_file import parse_yaml
 from mft.study.config import CROSS_ENTROPY, StudyConfig
 
 SHIPPED = CONFIGS / "compare"
-_NAMED = ("arms", "domains", "general")  # mappings of names that the file chooses
+_NAMED = ("arms", "domains", "general", "questions")  # mappings of names that the file chooses
 _NEEDED = ("arms", "domains")
 _FROM_ARMS = ("lr", "steps", "epochs", "seed")  # of full and stage: what the arms and seeds decide
 
@@ -52,7 +52,7 @@ def study_values(study: StudyConfig) -> dict[str, Any]:
         for key in _FROM_ARMS:
             values[section].pop(key, None)
     if study.objective == CROSS_ENTROPY:  # as a study of before had it
-        del values["objective"], values["rewards"]
+        del values["objective"], values["rewards"], values["questions"]
     return values
 
 

@@ -155,12 +155,16 @@ def work_of(study: StudyConfig, unit: Unit, *, on_test: bool = False) -> float:
     config, data = study.arms[unit.arm], study.domains[unit.domain]
     if on_test:
         return _work_on_test(data) + _work_on_general(study, unit.domain, on_test=True)
-    trained = unit.setting.epochs or 0
+    trained, learned = unit.setting.epochs or 0, data
+    if config.kind != FULL:
+        learned = study.questions.get(unit.domain, data)
     if config.kind == AVERAGE and not unit.part:
         trained = 0
     if config.kind in (FULL, CONTINUED):
         trained *= _WHOLE_MODEL
-    return trained * (data.max_train_tokens or 1) + (data.max_eval_tokens or 1) + _work_on_general(study, unit.domain)
+    return (
+        trained * (learned.max_train_tokens or 1) + (data.max_eval_tokens or 1) + _work_on_general(study, unit.domain)
+    )
 
 
 def notes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[str]:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from mft.config import ModelConfig
 from mft.data.formats import PREFERENCE
-from mft.data.sources import form_of, open_source
+from mft.data.sources import SPLITS, form_of, open_source
 from mft.evaluation.evaluated_base import check_exact
 from mft.rewards.questions import questions_of
 from mft.rewards.train import check_installed
@@ -53,8 +53,11 @@ def run_study(study: StudyConfig, directory: Path, *, console: Console, overwrit
         workspace = Workspace(study, base)
         if study.objective == REWARDS:
             for domain in study.domains:
-                questions_of(workspace.splits(domain).train, workspace.tokenizer, study.rewards)
+                questions_of(workspace.questions(domain).train, workspace.tokenizer, study.rewards)
         lines = [f"{domain}: {note}" for domain in study.domains for note in workspace.splits(domain).notes]
+        for domain in study.questions:
+            notes_of_train = [note for note in workspace.questions(domain).notes if not note.startswith(SPLITS[1:])]
+            lines += [f"{domain}, questions: {note}" for note in notes_of_train]
         for line in lines:
             console.print(line, style="dim", highlight=False, soft_wrap=True)
         with start_workers(study, base, workspace) as workers, shown_progress(console) as shown:
@@ -182,12 +185,14 @@ class _Run:
 
 def _check_forms(study: StudyConfig) -> None:
     """Raise ValueError unless every domain is of questions: a base from scratch takes minutes before rows are read."""
-    for domain, data in study.domains.items():
+    given = [("domains", domain, data) for domain, data in study.domains.items()]
+    given += [("questions", domain, data) for domain, data in study.questions.items()]
+    for section, domain, data in given:
         form = form_of(open_source(data).load()["train"]) if data.sources is None else None
         if form in ("text", PREFERENCE):
             what = "plain text" if form == "text" else "preference pairs"
             raise ValueError(
-                f"domains.{domain}.source must have questions with answers for objective: rewards, got {what} in "
+                f"{section}.{domain}.source must have questions with answers for objective: rewards, got {what} in "
                 f"{data.source!r}: leave this domain out, as --config rewards does"
             )
 

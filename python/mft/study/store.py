@@ -127,6 +127,8 @@ class Store:
         parts["general"] = {name: values["general"][name] for name in self.study.general_of(unit.domain)}
         if self.study.objective != CROSS_ENTROPY:
             parts |= {"objective": values["objective"], "rewards": values["rewards"]}
+            if arm["kind"] != FULL and unit.domain in values["questions"]:
+                parts["questions"] = values["questions"][unit.domain]
         return _digest(parts)
 
     def outcomes(self) -> list[Outcome]:

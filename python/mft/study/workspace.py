@@ -42,13 +42,15 @@ class Workspace:
 
     def __init__(self, study: StudyConfig, base: ModelConfig) -> None:
         self.study = study
-        longest = max(data.sequence_length for data in (*study.domains.values(), *study.general.values()))
+        texts = (*study.domains.values(), *study.general.values(), *study.questions.values())
+        longest = max(data.sequence_length for data in texts)
         self.base, self.tokenizer = load_model(base, sequence_length=longest)
         self.base.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
         self.model: Any = self.base
         self._begun: tuple[str, tuple[Path, ...]] | None = None
         self._splits: dict[str, Splits] = {}
         self._general: dict[str, Splits] = {}
+        self._questions: dict[str, Splits] = {}
         self._memories: dict[tuple[str | None, str, int], PrefixMemory] = {}
         self._teacher: tuple[tuple[str, tuple[Path, ...]], RememberedTeacher] | None = None
         self._teaching: tuple[tuple[str, tuple[Path, ...]], nn.Module] | None = None
@@ -68,6 +70,14 @@ class Workspace:
         if name not in self._general:
             self._general[name] = load_splits(self.study.general[name], self.tokenizer)
         return self._general[name]
+
+    def questions(self, domain: str) -> Splits:
+        """Those whose training rows answers are sampled to: the domain's own unless others are declared."""
+        if domain not in self.study.questions:
+            return self.splits(domain)
+        if domain not in self._questions:
+            self._questions[domain] = load_splits(self.study.questions[domain], self.tokenizer)
+        return self._questions[domain]
 
     def begin(self, domain: str, starts: tuple[Path, ...]) -> None:
         """Take the model to which these trained weights lead from the base model, one after the other."""

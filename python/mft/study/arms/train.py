@@ -45,6 +45,7 @@ def train_unit(workspace: Workspace, job: Job) -> Outcome:
     initial = initial_masks(model)
     config = None
     if workspace.study.objective == REWARDS and arm.kind != FULL:
+        dataset = workspace.questions(unit.domain).train
         config = workspace.study.rewards_of(arm, unit.setting, train.seed, count_questions(dataset))
     checkpoints = _Checkpoints(
         train.steps_for(count_rows(dataset)) if config is None else config.steps,

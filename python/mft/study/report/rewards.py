@@ -73,11 +73,14 @@ def rewards_remark(findings: Findings) -> str:
             f" But {', '.join(taught)} learned at each token of its own answers what the teacher would say "
             f"({config.divergence}), not by rewards."
         )
+    asked = ""
+    if study.questions:
+        asked = f" On {', '.join(study.questions)} they are other questions than those of the fine-tune."
     return (
         f"Every trained arm after the fine-tune learned by rewards, 1 for a right answer ({config.verifier}) and 0 for "
         f"a wrong one: GRPO by TRL, loss {config.loss_type}, {config.questions} questions a step, "
         f"{config.num_generations} answers to each of at most {config.max_completion_tokens} tokens, beta "
-        f"{config.beta:g}; an epoch asks as many questions as there are. Validation chooses by exact answers, then by "
+        f"{config.beta:g}; an epoch asks as many questions as there are.{asked} Validation chooses by exact answers, then by "
         f"loss, checkpoints too ({study.checkpoints} a run); verdicts, p and validation - control are of wrong answers "
         f"a question.{others}"
     )
