@@ -80,9 +80,9 @@ def rewards_remark(findings: Findings) -> str:
         f"Every trained arm after the fine-tune learned by rewards, 1 for a right answer ({config.verifier}) and 0 for "
         f"a wrong one: GRPO by TRL, loss {config.loss_type}, {config.questions} questions a step, "
         f"{config.num_generations} answers to each of at most {config.max_completion_tokens} tokens, beta "
-        f"{config.beta:g}; an epoch asks as many questions as there are.{asked} Validation chooses by exact answers, then by "
-        f"loss, checkpoints too ({study.checkpoints} a run); verdicts, p and validation - control are of wrong answers "
-        f"a question.{others}"
+        f"{config.beta:g}; an epoch asks as many questions as there are.{asked} Validation chooses by exact answers, "
+        f"then by loss, checkpoints too ({study.checkpoints} a run); verdicts, p and validation - control are of wrong "
+        f"answers a question.{others}"
     )
 
 
