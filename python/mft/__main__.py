@@ -1,5 +1,5 @@
 """python -m mft: the same as the command mft."""
 
-from mft.cli.app import main
+from mft.cli.command import main
 
 main()

@@ -1,0 +1,42 @@
+"""The console script where the packages of an extra are not there."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from mft.cli.command import NEEDED
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+
+
+def without(modules, *arguments):
+    """What `mft` says where these modules are not installed."""
+    hidden = f"sys.modules |= dict.fromkeys({list(modules)!r})"
+    code = f"import sys; {hidden}; sys.argv[1:] = {list(arguments)!r}; from mft.cli.command import main; main()"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_the_command_needs_what_its_extra_installs():
+    imported_by = {"pyyaml": "yaml"}
+    names = {re.split(r"[<>=~!]", line)[0] for line in PROJECT["optional-dependencies"]["train"]}
+    assert {imported_by.get(name, name) for name in names} == set(NEEDED)
+    assert PROJECT["scripts"]["mft"] == "mft.cli.command:main"
+
+
+@pytest.mark.parametrize(("hidden", "named"), [(NEEDED, ", ".join(NEEDED)), (["typer"], "typer"), (["yaml"], "yaml")])
+def test_without_its_extra_it_says_which_in_one_line_and_exits_with_2(hidden, named):
+    done = without(hidden, "--help")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: mft needs {named}, not installed here: pip install 'mft_kernels[train]'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_with_it_the_command_runs():
+    done = without([], "--version")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("mft ")
