@@ -251,6 +251,16 @@ def test_an_epoch_of_the_whole_model_is_more_work_than_one_of_the_control():
     assert full > control > work_of(study, Unit("code", "base", 0, Setting()))
 
 
+def test_a_question_that_is_answered_so_many_times_is_as_much_more_work():
+    """The fine-tune before it learns from text; an arm's questions may be other data than the domain's."""
+    study = make()
+    asked = dataclasses.replace(study, objective="rewards", questions={"code": DataConfig(max_train_tokens=1000)})
+    full, control = (Unit("code", arm, 0, Setting(1e-3, 2.0)) for arm in ("full", "control"))
+    assert work_of(asked, full) == work_of(study, full)
+    seen = work_of(study, Unit("code", "control", 0, Setting()))
+    assert work_of(asked, control) - seen == 2 * 1000 * 3 * asked.rewards.num_generations
+
+
 def test_each_general_text_is_more_work():
     study = make()
     wider = dataclasses.replace(study, general={name: DataConfig(max_eval_tokens=600) for name in ("code", "other")})

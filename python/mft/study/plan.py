@@ -10,11 +10,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from mft.config import DataConfig
-from mft.study.config import AVERAGE, BASE, BITDELTA, CONTINUED, CONTROL, FULL, LEAST_RATES, LORA, Setting, StudyConfig
+from mft.study.config import (
+    AVERAGE,
+    BASE,
+    BITDELTA,
+    CONTINUED,
+    CONTROL,
+    FULL,
+    LEAST_RATES,
+    LORA,
+    REWARDS,
+    Setting,
+    StudyConfig,
+)
 from mft.study.grid import DIRECTIONS, Neighbour, OpenEnd, neighbours
 from mft.study.outcome import Outcome, Unit
 
 _WHOLE_MODEL = 1.7  # times as long a token as half of its layers, measured in the small study
+_ANSWERED = 3  # times as long as a token of text: of a question one that is answered, and learned from, once
 _NOTHING = 1e-3  # nats a token: LoRA at vanishing rates lay 0.0002 beside its start (small.yaml's problems, once)
 _MORE = 3  # extensions to ask for: a step of epochs, and the rates beside it
 
@@ -160,7 +173,9 @@ def work_of(study: StudyConfig, unit: Unit, *, on_test: bool = False) -> float:
         learned = study.questions.get(unit.domain, data)
     if config.kind == AVERAGE and not unit.part:
         trained = 0
-    if config.kind in (FULL, CONTINUED):
+    if study.objective == REWARDS and config.kind != FULL:
+        trained *= _ANSWERED * study.rewards.num_generations
+    elif config.kind in (FULL, CONTINUED):
         trained *= _WHOLE_MODEL
     return (
         trained * (learned.max_train_tokens or 1) + (data.max_eval_tokens or 1) + _work_on_general(study, unit.domain)
