@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml $(wildcard benchmarks/results/gpu-faster.json)
 
-.PHONY: install demo test lint errors reference sanitize ports faults fuzz architectures cuda cubins bench bench-compare simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
+.PHONY: install demo test lint errors reference sanitize ports faults fuzz architectures cuda cubins bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
 install: $(VENV)/.installed
 
@@ -103,6 +103,11 @@ bench: install
 bench-compare: install
 	test -n "$(REF)" || { echo "REF must be a git ref or a folder of results: make bench-compare REF=HEAD~1"; exit 2; }
 	$(BIN)/python -m benchmarks.compare "$(REF)" $(if $(QUICK),--quick) $(if $(WHAT),--what $(WHAT)) $(if $(NOW),--now $(NOW))
+
+# Of each stored result: whether the code that makes it has changed since, and the command that makes it again.
+# make results WHAT=small lists the files that changed.
+results: install
+	$(BIN)/python -m benchmarks.stored $(WHAT)
 
 # Peak memory of LLaMA2-7B's training step, way by way: what mft estimate says beside the engines themselves, run on fake
 # tensors. Half a minute, and less than 2 GB. make simulate MODEL=llama3.1-8b LAYERS=all

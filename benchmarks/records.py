@@ -36,11 +36,11 @@ def instruction_set_of(record: Record) -> str:
     return where.get("instruction_set") or where.get("backend", "").removeprefix("C++, ")
 
 
-def by_question(records: Iterable[tuple[str, Record]], instruction_set: str) -> dict[str, Record]:
+def byquestion_of(records: Iterable[tuple[str, Record]], instruction_set: str) -> dict[str, Record]:
     """Those of one instruction set and those that need none, of (file name, record)."""
     found = {}
     for name, record in records:
-        question, parts = _question(name), _NAME.fullmatch(name)
+        question, parts = question_of(name), _NAME.fullmatch(name)
         if question is None or parts is None:
             continue
         own = parts["instruction_set"] or ("" if question in ON_ANY else instruction_set_of(record))
@@ -51,7 +51,7 @@ def by_question(records: Iterable[tuple[str, Record]], instruction_set: str) -> 
 
 def is_record(name: str) -> bool:
     """Whether a file's name is that of an answer on a CPU."""
-    return _question(name) is not None
+    return question_of(name) is not None
 
 
 def read_all(folder: Path) -> list[tuple[str, Record]]:
@@ -62,18 +62,18 @@ def read_all(folder: Path) -> list[tuple[str, Record]]:
 
 def read_records(folder: Path, instruction_set: str) -> dict[str, Record]:
     """by_question of a folder."""
-    return by_question(read_all(folder), instruction_set)
+    return byquestion_of(read_all(folder), instruction_set)
 
 
 def instruction_sets(records: Iterable[tuple[str, Record]]) -> list[str]:
     """Those that records are of, best first, then others by name."""
-    found = {instruction_set_of(record) for name, record in records if not by_question([(name, record)], "")}
+    found = {instruction_set_of(record) for name, record in records if not byquestion_of([(name, record)], "")}
     return sorted(found, key=_rank)
 
 
 def by_machine(folder: Path, question: str) -> dict[str, Record]:
     """The answers to one question, by instruction set, best first; one of ON_ANY is under the set that gave it."""
-    found = {instruction_set_of(record): record for name, record in read_all(folder) if _question(name) == question}
+    found = {instruction_set_of(record): record for name, record in read_all(folder) if question_of(name) == question}
     return {name: found[name] for name in sorted(found, key=_rank)}
 
 
@@ -83,7 +83,7 @@ def machine(record: Record) -> str:
     return f"{' '.join(name.split())}, {instruction_set_of(record)}"
 
 
-def _question(name: str) -> str | None:
+def question_of(name: str) -> str | None:
     """That a file of this name answers; None: it is no answer on a CPU."""
     parts = _NAME.fullmatch(name)
     return None if parts is None else parts["question"] or "cpu"

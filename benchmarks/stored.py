@@ -1,0 +1,115 @@
+"""Which stored results are of older code, and what makes each again: python -m benchmarks.stored [NAME] ...
+
+Of each JSON file in benchmarks/results: the commit that it was measured at, how many files of the code that makes it
+have changed since, uncommitted changes too, and the command. NAME is part of a file's name: with it those files are
+listed too. Changed code need not give other results; unchanged code on another machine may.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .records import RESULTS, ROOT, question_of
+
+# What can change a result. Of the recipe: not what prints, publishes or serves.
+KERNELS = ("mft_kernels", "csrc/cpu")
+_NO_RESULT = ("cli", "publishing", "serving", "tracking", "study/report", "memory")
+RECIPE = (*KERNELS, "python/mft", *(f":!python/mft/{folder}" for folder in _NO_RESULT))
+SIMULATED = ("python/mft", "mft_kernels", "benchmarks/memory")
+
+
+@dataclass
+class Stored:
+    """One file of results. changed: files that differ from its commit's; None: this checkout lacks that commit."""
+
+    name: str
+    commit: str
+    command: str
+    changed: list[str] | None = field(default=None)
+
+    @property
+    def words(self) -> str:
+        if self.changed is None:
+            return "not known: this checkout lacks the commit"
+        return f"{len(self.changed)} files changed" if self.changed else "as it was"
+
+
+def made_by(name: str, record: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """(the command that makes a file of results, the code that decides what it holds)."""
+    if name.startswith(("compare-", "ablation-")):
+        return record["environment"]["command"], RECIPE
+    question = question_of(name) or name
+    if question.startswith("memory_"):
+        return f"python -m benchmarks.memory {question.removeprefix('memory_')}", SIMULATED
+    if question == "memory":
+        return "make bench WHAT=memory", (*SIMULATED, "benchmarks/bench_memory.py")
+    if question == "mask_variants":
+        return "python -m benchmarks.mask_variants --base runs/compare-small/base", (
+            *RECIPE,
+            "benchmarks/mask_variants",
+        )
+    if question == "cubin_launch":
+        return "python -m benchmarks.cubin_launch", ("mft_kernels", "csrc/cuda", "benchmarks/cubin_launch.py")
+    if question.startswith("gpu"):
+        return "make gpu", ("mft_kernels", "csrc/cuda", "benchmarks/gpu")
+    question = question.removesuffix("_time")
+    code = (
+        RECIPE if question in ("demo", "train_step", "generate", "decode", "many_masks", "score_optimiser") else KERNELS
+    )
+    return f"make bench WHAT={question}", (*code, f"benchmarks/bench_{question}.py")
+
+
+def read_stored(folder: Path = RESULTS, root: Path = ROOT) -> list[Stored]:
+    """All of a folder, by name.
+
+    Raises: RuntimeError where root is no git checkout.
+    """
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        if "environment" not in record:  # made of results, as gpu-faster.json
+            continue
+        commit = str(record["environment"].get("commit") or "")
+        command, code = made_by(path.name, record)
+        found.append(Stored(path.name, commit, command, _changed_since(commit, code, root)))
+    return found
+
+
+def _changed_since(commit: str, code: Sequence[str], root: Path) -> list[str] | None:
+    if not commit or _git(root, "cat-file", "-e", f"{commit}^{{commit}}").returncode:
+        return None
+    done = _git(root, "diff", "--name-status", "--find-renames", commit, "--", *code)
+    if done.returncode:
+        raise RuntimeError(f"git diff must say what changed since {commit}, got: {done.stderr.strip()}")
+    lines = (line.split("\t") for line in done.stdout.splitlines())
+    return [paths[-1] for status, *paths in lines if status != "R100"]  # moved, and the same
+
+
+def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.stored", description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", help="parts of the names of files; of these the changed files are listed")
+    asked = parser.parse_args()
+    if _git(ROOT, "rev-parse", "HEAD").returncode:
+        sys.exit(f"error: {ROOT} must be a git checkout, whose history says what changed, it is none")
+    stored = [one for one in read_stored() if not asked.names or any(name in one.name for name in asked.names)]
+    if not stored:
+        sys.exit(f"error: names must be parts of names in {RESULTS}, got {' '.join(asked.names)}")
+    print("| result | measured at | the code since | made again by |\n|---|---|---|---|")
+    for one in stored:
+        print(f"| {one.name} | {one.commit[:7] or 'not said'} | {one.words} | `{one.command}` |")
+    for one in stored if asked.names else []:
+        print("\n".join([f"\n{one.name}:", *(f"  {path}" for path in one.changed or ["nothing"])]))
+
+
+if __name__ == "__main__":
+    main()

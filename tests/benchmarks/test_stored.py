@@ -1,0 +1,105 @@
+"""What is said of stored results: whether their code has changed since, and which command makes them again."""
+
+import json
+import subprocess
+
+import pytest
+
+from benchmarks import stored
+from benchmarks.records import RESULTS
+
+COMMANDS = {
+    "compare-small.json": "mft compare --config small",
+    "ablation-layers-small.json": "mft ablate layers --config small --domain headers",
+    "cpu-amx.json": "make bench WHAT=cpu",
+    "ops-cpu-avx512_bf16.json": "make bench WHAT=ops",
+    "memory_cards-cpu.json": "python -m benchmarks.memory cards",
+    "memory-cpu-avx512_bf16.json": "make bench WHAT=memory",
+    "score_optimiser_time-cpu-avx512_bf16.json": "make bench WHAT=score_optimiser",
+    "cubin_launch-cpu-amx.json": "python -m benchmarks.cubin_launch",
+    "gpu-h100.json": "make gpu",
+}
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A repository with one result, of a file that is there; commit(path, text) adds to it and gives the commit."""
+
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(
+            ["git", "-C", tmp_path, *identity, *arguments], capture_output=True, text=True, check=True
+        )
+
+    def commit(path, text):
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        git("add", "-A")
+        git("commit", "-qm", path)
+        return git("rev-parse", "HEAD").stdout.strip()
+
+    git("init", "-q")
+    return commit
+
+
+def only(tmp_path):
+    [found] = stored.read_stored(tmp_path / "results", tmp_path)
+    return found
+
+
+def keep(tmp_path, commit, name="compare-small.json"):
+    record = {"environment": {"commit": commit, "command": "mft compare --config small"}}
+    (tmp_path / "results").mkdir(exist_ok=True)
+    (tmp_path / "results" / name).write_text(json.dumps(record))
+
+
+def test_code_that_changed_is_counted_and_what_only_prints_is_not(checkout, tmp_path):
+    first = checkout("python/mft/study/run.py", "1\n" * 20)
+    keep(tmp_path, first[:7])
+    assert (only(tmp_path).changed, only(tmp_path).words) == ([], "as it was")
+    checkout("python/mft/cli/app.py", "2")
+    checkout("python/mft/study/report/table.py", "2")
+    checkout("docs/page.md", "2")
+    assert only(tmp_path).changed == []
+    checkout("python/mft/study/run.py", "3")
+    checkout("csrc/cpu/kernel.cpp", "3")
+    (tmp_path / "python/mft/study/plan.py").write_text("not committed")
+    subprocess.run(["git", "-C", tmp_path, "add", "-N", "."], check=True)
+    assert only(tmp_path).changed == ["csrc/cpu/kernel.cpp", "python/mft/study/plan.py", "python/mft/study/run.py"]
+    assert only(tmp_path).words == "3 files changed"
+
+
+def test_a_file_that_only_moved_has_not_changed(checkout, tmp_path):
+    keep(tmp_path, checkout("python/mft/study/run.py", "1\n" * 20))
+    (tmp_path / "python/mft/study/run.py").rename(tmp_path / "python/mft/run.py")
+    checkout("docs/page.md", "2")
+    assert only(tmp_path).changed == []
+
+
+@pytest.mark.parametrize("commit", ["", "0123456", "not-a-commit"])
+def test_a_commit_that_is_not_there_is_not_called_unchanged(checkout, tmp_path, commit):
+    checkout("docs/page.md", "1")
+    keep(tmp_path, commit)
+    assert only(tmp_path).changed is None
+    assert "not known" in only(tmp_path).words
+
+
+@pytest.mark.parametrize(("name", "command"), COMMANDS.items())
+def test_each_kind_of_result_names_its_command(name, command):
+    path = RESULTS / name
+    record = json.loads(path.read_text()) if path.is_file() else {"environment": {}}
+    assert stored.made_by(name, record)[0] == command
+
+
+def test_every_stored_result_is_listed_once_with_a_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["stored"])
+    stored.main()
+    said = capsys.readouterr().out
+    named = {path.name for path in RESULTS.glob("*.json") if "environment" in json.loads(path.read_text())}
+    assert len(named) > 30
+    assert {line.split(" | ")[0].removeprefix("| ") for line in said.splitlines()[2:]} == named
+    assert all(line.count("`") == 2 for line in said.splitlines()[2:])
+    monkeypatch.setattr("sys.argv", ["stored", "no-such"])
+    with pytest.raises(SystemExit, match="names must be parts of names in .*, got no-such"):
+        stored.main()
