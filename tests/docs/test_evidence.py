@@ -41,6 +41,7 @@ def test_each_interval_that_judges_masks_stands_in_a_stored_table(page):
         ("| | | 262,144 |", "ablation-data-small", "headers 1"),
         ("| [G](#g-bytes) |", "compare-bytes", "headers"),
         ("| [H](#h-over-codes) |", "compare-quantised-small", "headers"),
+        ("| [I](#i-by-rewards) |", "compare-rewards", "problems"),
         ("| [a mixture](experts.md#a-real-run) |", "compare-moe", "headers"),
     ],
 )
@@ -52,6 +53,23 @@ def test_steps_and_seconds_of_control_and_mask_are_the_stored_ones(begins, study
         of_both = [float(number.strip(" *")) for number in said.split(";")[0].split("/")]
         arms = ("control", "MFT" if "MFT" in rows else "MFT on NF4")
         assert of_both == pytest.approx([float(rows[arm][column]) for arm in arms], rel=0, abs=rounding)
+
+
+def test_exact_answers_by_rewards_are_the_stored_ones():
+    section = EVIDENCE.split("## I: by rewards")[1].split("\n## ")[0]
+    rows = stored("compare-rewards", "problems")
+    arms = {
+        **{"the fine-tune, without rewards": "full fine-tune", "all weights trained on": "continued"},
+        **{"LoRA, rank 1": "LoRA", "mask, free threshold": "MFT", "deletion tuning": "deletion"},
+        "the paper's setting, keep 0.9": "MFT (paper)",
+    }
+    said = [cells(line) for line in section.splitlines() if line.startswith("| ") and "[" in line]
+    assert len(said) == len(arms)
+    for name, exact, size in said:
+        row = rows[arms[name]]
+        assert exact.replace("*", "") == row["exact % - control"], name
+        assert size in ("", row["bytes"]), name
+    assert f"({rows['full fine-tune']['exact %']} % of 1,000 on test" in section
 
 
 def test_the_bytes_of_a_task_follow_from_the_shapes():
