@@ -36,6 +36,7 @@ def test_each_interval_that_judges_masks_stands_in_a_stored_table(page):
         ("| [B](#b-mft-compare), headers |", "compare-small", "headers"),
         ("| B, problems |", "compare-small", "problems"),
         ("| [C](#c-mft-compare-on-smollm2-135m) |", "compare-smollm2", "code"),
+        ("| [D](#d-the-keep-ratio) |", "ablation-ratio-small", "headers"),
         ("| [F](#f-how-much-data) |", "ablation-data-small", "headers 0.0625"),
         ("| | | 65,536 |", "ablation-data-small", "headers 0.25"),
         ("| | | 262,144 |", "ablation-data-small", "headers 1"),
@@ -50,9 +51,23 @@ def test_steps_and_seconds_of_control_and_mask_are_the_stored_ones(begins, study
     rows = stored(study, domain)
     *_, steps, seconds = cells(line)
     for said, column, rounding in ((steps, "steps", 0), (seconds, "s a run", 0.5)):
-        of_both = [float(number.strip(" *")) for number in said.split(";")[0].split("/")]
+        of_both = [float(number.strip(" *")) for number in re.split("[;,]", said)[0].split("/")]
         arms = ("control", "MFT" if "MFT" in rows else "MFT on NF4")
         assert of_both == pytest.approx([float(rows[arm][column]) for arm in arms], rel=0, abs=rounding)
+
+
+def test_the_losses_by_keep_ratio_are_the_stored_ones():
+    section = EVIDENCE.split("## D: the keep ratio")[1].split("\n## ")[0]
+    rows = stored("ablation-ratio-small", "headers")
+    said = [cells(line) for line in section.splitlines() if re.match(r"\| (0|\*\*free|control)", line)]
+    assert len(said) == 9
+    for ratio, trained, *others in said:
+        arm = {"free threshold": "MFT", "control (all weights, trained on)": "control"}.get(
+            ratio, f"MFT (paper) {ratio}"
+        )
+        assert trained.replace("*", "") == rows[arm]["loss - full fine-tune"]
+        for name, loss in zip(("magnitude", "random"), others):
+            assert not loss or rows[f"{name} {ratio}"]["loss - full fine-tune"].startswith(loss)
 
 
 def test_exact_answers_by_rewards_are_the_stored_ones():
