@@ -65,10 +65,7 @@ def made_by(name: str, record: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
 
 
 def read_stored(folder: Path = RESULTS, root: Path = ROOT) -> list[Stored]:
-    """All of a folder, by name.
-
-    Raises: RuntimeError where root is no git checkout.
-    """
+    """All of a folder, by name; root: the checkout whose history says what changed."""
     found = []
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
