@@ -16,7 +16,7 @@ from benchmarks.gpu.cases import CUDA, PAPER, SHAPES, SQUARE, TOKENS, WHATS, Cas
 from benchmarks.gpu.faster_table import FASTER
 from benchmarks.gpu.journal import MEASURED
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 EVERY_SHAPE = [shape for shapes in SHAPES.values() for shape in shapes]
 
 

@@ -19,7 +19,7 @@ from benchmarks.gpu import worker
 from benchmarks.gpu.cases import CUDA, SHAPES, SQUARE, TOKENS, Case, plan
 from benchmarks.gpu.journal import FAILED, MEASURED, NOT_MEASURED, Journal
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 EVERY_SHAPE = [shape for shapes in SHAPES.values() for shape in shapes]
 
 

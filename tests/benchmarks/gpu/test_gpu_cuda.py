@@ -23,7 +23,7 @@ from benchmarks.gpu.journal import FAILED, MEASURED, NOT_MEASURED, Journal
 from benchmarks.gpu.kernels import OPS, OVER_CODES, OVER_EXPERTS, kernels
 from mft_kernels import cuda, reference, reference_grouped, reference_quantized
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 IN_PLACE = ("accumulate_score_grad", "accumulate_product", "grouped_score_grad")
 
 

@@ -16,7 +16,7 @@ from benchmarks.gpu.cases import CUDA, DENSE, DRY_SHAPE, FUSED, Case
 from benchmarks.gpu.journal import FAILED, MEASURED, NOT_MEASURED
 from mft_kernels import reference, reference_step
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class OnHost(device.Interpreter):
