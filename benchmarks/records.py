@@ -36,7 +36,7 @@ def instruction_set_of(record: Record) -> str:
     return where.get("instruction_set") or where.get("backend", "").removeprefix("C++, ")
 
 
-def byquestion_of(records: Iterable[tuple[str, Record]], instruction_set: str) -> dict[str, Record]:
+def by_question(records: Iterable[tuple[str, Record]], instruction_set: str) -> dict[str, Record]:
     """Those of one instruction set and those that need none, of (file name, record)."""
     found = {}
     for name, record in records:
@@ -62,12 +62,12 @@ def read_all(folder: Path) -> list[tuple[str, Record]]:
 
 def read_records(folder: Path, instruction_set: str) -> dict[str, Record]:
     """by_question of a folder."""
-    return byquestion_of(read_all(folder), instruction_set)
+    return by_question(read_all(folder), instruction_set)
 
 
 def instruction_sets(records: Iterable[tuple[str, Record]]) -> list[str]:
     """Those that records are of, best first, then others by name."""
-    found = {instruction_set_of(record) for name, record in records if not byquestion_of([(name, record)], "")}
+    found = {instruction_set_of(record) for name, record in records if not by_question([(name, record)], "")}
     return sorted(found, key=_rank)
 
 
