@@ -193,7 +193,7 @@ class DataConfig:
     """Which text, and how it becomes rows of sequence_length tokens."""
 
     source: str = "stdlib"  # or headers, problems, a hub id, a directory, *.jsonl, *.parquet, *.csv
-    subset: str | None = None  # of a hub data set; a part of train of stdlib, problems (pretrain, finetune, rewards)
+    subset: str | None = None  # of a hub data set; of train: stdlib has pretrain, finetune, problems finetune, rewards
     split: str = "train"
     validation_split: str | None = None
     sources: dict[str, SourceConfig] | None = None  # several with weights, by names of your own; instead of source
