@@ -1,4 +1,4 @@
-"""libmft_cpu.so: csrc/*bindings.cpp and csrc/cpu, by the C++ compiler."""
+"""libmft_cpu.so: csrc/*.cpp and csrc/cpu, by the C++ compiler."""
 
 import platform
 import subprocess
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .compile import CPP_FLAGS, CannotBuild, Link, Unit, accepts, build, find_compiler, find_torch, system_headers
+from .compile import CPP_FLAGS, CannotBuild, Link, Unit, accepts, find_compiler, find_torch, system_headers
+from .older_systems import build_for_older
 
 LIBRARY = "libmft_cpu.so"
 
@@ -43,9 +44,9 @@ def build_cpu(directory: Path, sources: Path, extra: Sequence[str] = (), compile
     compiler = compiler or find_compiler()
     link = Link(LIBRARY, compiler, [f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-ltorch", *extra])
     found = [replace(unit, flags=[*unit.flags, *extra]) for unit in units(compiler, torch_directory, sources)]
-    build(directory, found, link)
+    glibc = build_for_older(directory, found, link)
     first_line = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-    return {"compiler": first_line, "torch": version}
+    return {"glibc": glibc, "compiler": first_line, "torch": version}
 
 
 def units(compiler: str, torch_directory: Path, sources: Path, machine: str | None = None) -> list[Unit]:
@@ -63,7 +64,7 @@ def units(compiler: str, torch_directory: Path, sources: Path, machine: str | No
         *system_headers([torch_directory / "include"]),
     ]
     found = []
-    for source in [*sorted(sources.glob("*bindings.cpp")), *sorted((sources / "cpu").glob("*.cpp"))]:
+    for source in [*sorted(sources.glob("*.cpp")), *sorted((sources / "cpu").glob("*.cpp"))]:
         own = X86_FLAGS.get(source.name, [])
         if (own and not x86) or source.name in unknown:
             continue

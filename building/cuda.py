@@ -18,6 +18,7 @@ from pathlib import Path
 from . import register_hazards
 from .compile import CPP_FLAGS, CannotBuild, Link, Unit, build, find_compiler, find_torch, system_headers
 from .nvcc import Nvcc, find_cutlass, find_nvcc
+from .older_systems import build_for_older
 from .ptxas_log import summary
 
 LIBRARY = "libmft_cuda.so"
@@ -96,9 +97,11 @@ def build_cuda(directory: Path, sources: Path, asked: Wanted) -> dict:
         f"-DMFT_CUDA_TARGETS={'.'.join(asked.targets)}",
         *system_headers([torch_directory / "include", *nvcc.include]),
     ]
-    bindings = [Unit(source, compiler, flags) for source in sorted(sources.glob("*bindings.cpp"))]
-    build(directory, [*chosen, *bindings], Link(LIBRARY, compiler, link_flags(nvcc, torch_directory)), jobs)
+    last = [*sorted(sources.glob("*bindings.cpp")), sources.parent / "older_systems.cpp"]
+    everything = [*chosen, *(Unit(source, compiler, flags) for source in last)]
+    link = Link(LIBRARY, compiler, link_flags(nvcc, torch_directory))
     return {
+        "glibc": build_for_older(directory, everything, link, jobs),
         "torch": version,
         "nvcc": str(nvcc),
         "ptxas": ".".join(map(str, nvcc.ptxas)),

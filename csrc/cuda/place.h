@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <charconv>
 #include <cstdlib>
+#include <cstring>
 
 #include "api.h"
 
@@ -30,7 +32,8 @@ namespace mft::cuda {
 // MFT_CUDA_CAPABILITY=80 runs an older GPU's kernels, for tests and comparisons.
 inline int chosen_capability(int capability) {
   const char* asked = std::getenv("MFT_CUDA_CAPABILITY");
-  return asked ? std::atoi(asked) : capability;
+  if (asked) std::from_chars(asked, asked + std::strlen(asked), capability);  // atoi would ask for glibc 2.38
+  return capability;
 }
 
 #ifdef MFT_CUDA_ON_HOST
