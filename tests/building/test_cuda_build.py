@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -318,19 +319,18 @@ def test_what_is_missing_is_named_for_pip(tmp_path, monkeypatch):
     assert missing.missing(needs) == ["nvidia-cutlass>=4.2"]
 
 
-def setup_in(folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    """setup.py build_ext in a copy of the tree that has no kernels, on a machine without any compiler."""
+def setup_in(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """setup.py build_ext, or other arguments, in a copy of the tree that has next to no sources, and no nvcc."""
     for name in ("setup.py", "pyproject.toml", "README.md"):
         (folder / name).write_bytes((ROOT / name).read_bytes())
-    for name in ("building", "mft_kernels"):
-        (folder / name).mkdir(exist_ok=True)
+    for name in ("building", "mft_kernels", "csrc/cpu", "csrc/cuda"):
+        (folder / name).mkdir(exist_ok=True, parents=True)
     for path in (*(ROOT / "building").glob("*.py"), ROOT / "mft_kernels" / "_version.py"):
         (folder / path.parent.name / path.name).write_bytes(path.read_bytes())
-    clean = {k: v for k, v in os.environ.items() if k not in ("CXX", "MFT_BUILD")}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    return subprocess.run(
-        command, cwd=folder, env=clean | {"PATH": str(folder)} | environment, capture_output=True, text=True
-    )
+    (folder / "csrc" / "cpu" / "one.cpp").write_text("int one() { return 1; }\n")
+    clean = {k: v for k, v in os.environ.items() if k not in ("CXX", "MFT_BUILD", "MFT_CUDA", "CUDA_HOME")}
+    command = [sys.executable, "setup.py", "-q", *(arguments or ("build_ext", "--inplace"))]
+    return subprocess.run(command, cwd=folder, env=clean | environment, capture_output=True, text=True)
 
 
 def test_the_install_goes_on_without_an_nvcc_and_keeps_the_reason(tmp_path):
@@ -340,9 +340,58 @@ def test_the_install_goes_on_without_an_nvcc_and_keeps_the_reason(tmp_path):
         f"mft_kernels: without libmft_cuda.so: {tmp_path}/nvcc does not run: No such file or directory; {nvcc.INSTALL}"
     ]
     report = json.loads((tmp_path / "mft_kernels" / "_build.json").read_text())
-    assert not report["cpu"]["built"]
+    assert report["cpu"]["built"]
+    assert (tmp_path / "mft_kernels" / "libmft_cpu.so").exists()
     assert not report["cuda"]["built"]
     assert report["cuda"]["reason"].startswith(f"{tmp_path}/nvcc does not run")
+
+
+def test_without_a_compiler_only_a_package_without_kernels_can_be_built(tmp_path):
+    refused = setup_in(tmp_path, CXX="nowhere-g++")
+    assert refused.returncode == 1
+    assert refused.stdout == "", "nothing stands before what to do"
+    assert refused.stderr == (
+        "mft_kernels: its kernels cannot be built: no C++ compiler found (nowhere-g++); install one, for instance g++. "
+        "Without kernels, in plain PyTorch: MFT_BUILD=0\n"
+    )
+    assert not (tmp_path / "mft_kernels" / "_build.json").exists()
+    asked = setup_in(tmp_path, CXX="nowhere-g++", MFT_BUILD="0")
+    assert asked.returncode == 0, asked.stderr
+    report = json.loads((tmp_path / "mft_kernels" / "_build.json").read_text())
+    assert [report[part]["reason"] for part in ("cpu", "cuda")] == ["the build was skipped: MFT_BUILD=0"] * 2
+    assert setup_in(tmp_path, "--version", CXX="nowhere-g++").returncode == 0, "what builds nothing needs nothing"
+    unknown = setup_in(tmp_path, MFT_BUILD="no")
+    assert unknown.returncode != 0
+    assert "MFT_BUILD must be 0 (no kernels) or 1, got 'no'" in unknown.stderr
+
+
+def test_an_isolated_build_says_first_that_it_hides_torch(tmp_path):
+    setup_in(tmp_path, "--version")
+    code = "import sys, runpy; sys.modules['torch'] = None; sys.argv[1:] = ['bdist_wheel']; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "torch is not importable while building" in done.stderr
+    assert "install torch, then pip install --no-build-isolation" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_compile_error_ends_the_build(tmp_path):
+    setup_in(tmp_path, "--version")
+    (tmp_path / "csrc" / "cpu" / "two.cpp").write_text("int two() { return }\n")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"MFT_CUDA": "0"}, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "two.cpp:1:" in done.stderr
+
+
+@pytest.mark.parametrize(("kernels", "tag"), [("1", "py3-none-linux"), ("0", "py3-none-any")])
+def test_a_wheel_is_for_every_python(tmp_path, kernels, tag):
+    done = setup_in(tmp_path, "bdist_wheel", "--dist-dir", "out", MFT_BUILD=kernels, MFT_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "out").iterdir()
+    assert tag in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        assert ("mft_kernels/libmft_cpu.so" in archive.namelist()) == (kernels == "1")
 
 
 def test_the_switches_skip_or_demand_the_library(tmp_path):

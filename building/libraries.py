@@ -1,0 +1,119 @@
+"""setuptools' commands that build the libraries beside the package's Python files, and name the wheel.
+
+MFT_BUILD=0 is the only way to a package without kernels, in plain PyTorch: otherwise a CPU library that cannot be built
+is an error. The CUDA library is left out where there is no nvcc; MFT_CUDA (building/cuda.py) is its switch.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+from . import cpu, cuda
+from .compile import CannotBuild, find_compiler, find_torch
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORT = "_build.json"
+FASTER = "faster.json"  # of mft_kernels/faster.py; a measurement that is not there leaves "auto" as it is
+MEASURED = ROOT / "benchmarks" / "results" / "gpu-faster.json"
+BUILDING = {"bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"}  # of setup.py's commands
+
+
+def wanted() -> bool:
+    """Whether kernels are: MFT_BUILD. Raises: ValueError for what it cannot mean."""
+    value = os.environ.get("MFT_BUILD", "1")
+    if value not in ("0", "1"):
+        raise ValueError(f"MFT_BUILD must be 0 (no kernels) or 1, got {value!r}")
+    return value == "1"
+
+
+def refusal(arguments: list[str]) -> str | None:
+    """Why setup.py with these arguments cannot build, in one line with what to do; None if nothing is known.
+
+    pip shows what is written first, and an isolated build, its default, hides torch.
+    """
+    if not BUILDING & {*arguments} or not wanted():
+        return None
+    try:
+        find_torch()
+        find_compiler()
+    except CannotBuild as reason:
+        return f"mft_kernels: its kernels cannot be built: {reason}. Without kernels, in plain PyTorch: MFT_BUILD=0"
+    return None
+
+
+class BuildLibraries(build_ext):
+    """Builds the libraries beside the package's Python files."""
+
+    def run(self) -> None:
+        target = ROOT / "mft_kernels" if self.inplace else Path(self.build_lib, "mft_kernels")
+        target.mkdir(parents=True, exist_ok=True)
+        temporary = Path(self.build_temp, "csrc").resolve()
+        asked = cuda.wanted()  # a wrong MFT_CUDA is an error before minutes are spent
+        report = {
+            "cpu": attempt(build_cpu, temporary, target / cpu.LIBRARY, required=True),
+            "cuda": attempt(
+                build_cuda, temporary, target / cuda.LIBRARY, required=asked is not None and asked.required
+            ),
+        }
+        (target / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        (target / FASTER).unlink(missing_ok=True)
+        if MEASURED.exists():
+            shutil.copy(MEASURED, target / FASTER)
+
+    def get_outputs(self) -> list[str]:
+        built = [Path(self.build_lib, "mft_kernels", name) for name in (cpu.LIBRARY, cuda.LIBRARY, REPORT, FASTER)]
+        return [str(path) for path in built if path.exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}  # in an editable install the libraries already lie beside the package's files
+
+
+class StableWheel(bdist_wheel):
+    """One wheel for every Python and torch: the libraries know no symbol of Python, and torch by its stable ABI."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = not wanted()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2] if wanted() else "any"
+
+
+def build_cpu(temporary: Path) -> tuple[Path, dict]:
+    used = cpu.build_cpu(temporary, ROOT / "csrc")
+    return temporary / cpu.LIBRARY, used
+
+
+def build_cuda(_: Path) -> tuple[Path, dict]:
+    if (asked := cuda.wanted()) is None:
+        raise CannotBuild("the build was skipped: MFT_CUDA=0")
+    # Not in pip's temporary folder: a second build compiles what changed, and the logs tell of registers and spills.
+    directory = ROOT / "build" / "cuda"
+    used = cuda.build_cuda(directory, ROOT / "csrc" / "cuda", asked)
+    return directory / cuda.LIBRARY, used
+
+
+def attempt(build: Callable[[Path], tuple[Path, dict]], temporary: Path, target: Path, *, required: bool) -> dict:
+    """Build one library and put it at ``target``. Returns its part of the report; raises where it is required."""
+    try:
+        if not wanted():
+            raise CannotBuild("the build was skipped: MFT_BUILD=0")
+        library, used = build(temporary)
+    except CannotBuild as reason:
+        target.unlink(missing_ok=True)
+        if required and wanted():
+            raise
+        print(f"mft_kernels: without {target.name}: {reason}")
+        return {"built": False, "reason": str(reason)}
+    # A new file, not new contents: a process may have the old one mapped.
+    target.unlink(missing_ok=True)
+    shutil.copy(library, target)
+    print(f"mft_kernels: built {target}")
+    for name, reason in used.get("left_out", {}).items():
+        print(f"mft_kernels: without {name}: {reason}")
+    return {"built": True, "reason": None, **used}
