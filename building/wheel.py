@@ -1,0 +1,64 @@
+"""python -m building.wheel: dist/ gets one wheel for every Python, torch and Linux since glibc 2.28, and its sdist.
+
+Everything is in it: both libraries with every group of kernels, and Triton's kernels compiled ahead (make cuda cubins
+first, as make wheel does). auditwheel says whether the libraries keep to manylinux_2_28, and names the wheel so.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DIST = ROOT / "dist"
+PLATFORM = "manylinux_2_28_x86_64"
+OF_TORCH = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # there when the package is imported
+LARGEST = 60_000_000  # bytes; PyPI takes 100 MB a file
+
+
+def build(dist: Path = DIST) -> tuple[Path, Path]:
+    """(wheel, sdist) in an empty ``dist``. Raises: SystemExit where the wheel would lack kernels or be too large."""
+    for folder in (dist, ROOT / "build" / "lib", *(ROOT / "build").glob("lib.*"), ROOT / "build" / "wheel"):
+        shutil.rmtree(folder, ignore_errors=True)  # or files deleted since would be packed
+    run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(dist)])
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
+    run([*pip, "--wheel-dir", "build/wheel", "."])
+    (built,) = (ROOT / "build" / "wheel").glob("*.whl")
+    exclude = [argument for name in OF_TORCH for argument in ("--exclude", name)]
+    audit = [sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, "--only-plat", *exclude]
+    run([*audit, "--wheel-dir", str(dist), str(built)])
+    (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    if found := faults(wheel):
+        sys.exit("\n".join(found))
+    return wheel, sdist
+
+
+def faults(wheel: Path) -> list[str]:
+    """What a wheel to publish must not be, a line each."""
+    found = []
+    if not wheel.name.endswith(f"-py3-none-{PLATFORM}.whl"):
+        found.append(f"{wheel.name} must end in py3-none-{PLATFORM}: one for every Python")
+    if (size := wheel.stat().st_size) > LARGEST:
+        found.append(f"{wheel.name} must have at most {LARGEST:,} bytes, got {size:,}")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        report = json.loads(archive.read("mft_kernels/_build.json"))
+    for part, entry in report.items():
+        if not entry["built"]:
+            found.append(f"{wheel.name} is without libmft_{part}.so: {entry['reason']}")
+        found += [f"{wheel.name} is without {name}: {why}" for name, why in entry.get("left_out", {}).items()]
+    if not any(name.startswith("mft_kernels/cubins/") for name in names):
+        found.append(f"{wheel.name} is without Triton's kernels compiled ahead; make cubins")
+    return found
+
+
+def run(command: list[str]) -> None:
+    if code := subprocess.run(command, cwd=ROOT).returncode:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    for path in build():
+        print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1e6:.1f} MB")
