@@ -268,6 +268,12 @@ def test_every_document_is_in_the_index():
     assert missing == []
 
 
-def test_readme_lists_every_verb():
-    readme = (ROOT / "README.md").read_text()
-    assert [verb for verb in typer.main.get_command(app).commands if f"`mft {verb}" not in readme] == []
+def test_the_page_of_the_command_line_lists_every_verb():
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    assert [verb for verb in typer.main.get_command(app).commands if f"`mft {verb}" not in page] == []
+
+
+def test_readme_is_short_and_shows_a_picture_first():
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line]
+    assert lines[1].startswith("![")
+    assert len(lines) <= 90
