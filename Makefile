@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml $(wildcard benchmarks/results/gpu-faster.json)
 
-.PHONY: install demo test lint errors reference sanitize ports faults fuzz architectures cuda cubins wheel wheel-test bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
+.PHONY: install demo test lint errors reference docs sanitize ports faults fuzz architectures cuda cubins wheel wheel-test bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
 install: $(VENV)/.installed
 
@@ -45,6 +45,13 @@ errors: install
 # docs/reference.md: every public name, its signature and its docstring.
 reference: install
 	$(BIN)/python docs/reference.py
+
+# build/site: README and docs as a site, with search, results and the sources that they link to; fails on a dead link or
+# anchor. Fetches its builder (the extra docs) if that is missing, and asks the network for nothing else. To look at it:
+# python -m http.server -d build/site
+docs: install
+	$(BIN)/python -m pip install --quiet zensical==0.0.73
+	$(BIN)/python docs/build_site.py
 
 # The CPU library under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer; with QUICK=1, as in
 # .ci/run, some of the tests: 5.5 minutes on 2 cores.
