@@ -52,13 +52,10 @@ class BuildLibraries(build_ext):
     def run(self) -> None:
         target = ROOT / "mft_kernels" if self.inplace else Path(self.build_lib, "mft_kernels")
         target.mkdir(parents=True, exist_ok=True)
-        temporary = Path(self.build_temp, "csrc").resolve()
         asked = cuda.wanted()  # a wrong MFT_CUDA is an error before minutes are spent
         report = {
-            "cpu": attempt(build_cpu, temporary, target / cpu.LIBRARY, required=True),
-            "cuda": attempt(
-                build_cuda, temporary, target / cuda.LIBRARY, required=asked is not None and asked.required
-            ),
+            "cpu": attempt(build_cpu, target / cpu.LIBRARY, required=True),
+            "cuda": attempt(build_cuda, target / cuda.LIBRARY, required=asked is not None and asked.required),
         }
         (target / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         (target / FASTER).unlink(missing_ok=True)
@@ -84,26 +81,28 @@ class StableWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2] if wanted() else "any"
 
 
-def build_cpu(temporary: Path) -> tuple[Path, dict]:
-    used = cpu.build_cpu(temporary, ROOT / "csrc")
-    return temporary / cpu.LIBRARY, used
+# Not in pip's temporary folder: a second build compiles what changed, be it another command's, and the logs tell of
+# registers and spills.
+def build_cpu() -> tuple[Path, dict]:
+    directory = ROOT / "build" / "cpu"
+    used = cpu.build_cpu(directory, ROOT / "csrc")
+    return directory / cpu.LIBRARY, used
 
 
-def build_cuda(_: Path) -> tuple[Path, dict]:
+def build_cuda() -> tuple[Path, dict]:
     if (asked := cuda.wanted()) is None:
         raise CannotBuild("the build was skipped: MFT_CUDA=0")
-    # Not in pip's temporary folder: a second build compiles what changed, and the logs tell of registers and spills.
     directory = ROOT / "build" / "cuda"
     used = cuda.build_cuda(directory, ROOT / "csrc" / "cuda", asked)
     return directory / cuda.LIBRARY, used
 
 
-def attempt(build: Callable[[Path], tuple[Path, dict]], temporary: Path, target: Path, *, required: bool) -> dict:
+def attempt(build: Callable[[], tuple[Path, dict]], target: Path, *, required: bool) -> dict:
     """Build one library and put it at ``target``. Returns its part of the report; raises where it is required."""
     try:
         if not wanted():
             raise CannotBuild("the build was skipped: MFT_BUILD=0")
-        library, used = build(temporary)
+        library, used = build()
     except CannotBuild as reason:
         target.unlink(missing_ok=True)
         if required and wanted():
