@@ -19,6 +19,7 @@ import torch
 from mft_kernels import (
     accumulate_score_grad,
     backends,
+    built,
     masked_linear_many,
     masked_linear_quantized,
     pack_mask,
@@ -137,7 +138,7 @@ def _by_cubins() -> Iterator[None]:
             dtypes=frozenset(),
             ops=_OPS,
             automatic={name: lambda *given, op=op: op(*given, choose=automatic) for name, op in _CHOSEN.items()},
-            short={"masked_linear_packed": torch.ops.mft_cuda.try_masked_linear_packed.default},
+            short={"masked_linear_packed": built.cuda_ops.try_masked_linear_packed.default},
         )
         with mock.patch.dict(backends._TABLE, triton=served), on_stub.taken_for(H100):
             _forget_choices()

@@ -6,6 +6,12 @@ from pathlib import Path
 
 import torch
 
+from ._ops import ops
+
+# The libraries' ops, mft_cpu and mft_cuda beside mft.
+cpu_ops = getattr(torch.ops, f"{ops.name}_cpu")
+cuda_ops = getattr(torch.ops, f"{ops.name}_cuda")
+
 
 def load(part: str, folder: Path = Path(__file__).parent) -> str | None:
     """Load the library of ``part`` ("cpu" or "cuda"), which defines its ops. Returns why there is none, or None."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import reference
+from . import built, reference
 from .autotune import AUTOTUNE, measuring
 from .backends import Backend, register
 from .built import load
@@ -71,7 +71,7 @@ def masked_linear_many(
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     masks = [packed.contiguous() for packed in masks]
     tasks = tasks.to(torch.int64).contiguous()
-    y = torch.ops.mft_cpu.try_masked_linear_many(x.contiguous(), weight, masks, tasks, bias, "auto")
+    y = built.cpu_ops.try_masked_linear_many(x.contiguous(), weight, masks, tasks, bias, "auto")
     return reference.masked_linear_many(x, weight, masks, tasks, bias) if y is None else y  # None: it is empty
 
 
@@ -102,7 +102,7 @@ def accumulate_product(out: Tensor, grad_output: Tensor, x: Tensor) -> None:
 
 def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
     """The k-th largest key, by histograms; +inf if nothing is kept, NaN if a score is not finite."""
-    return torch.ops.mft_cpu.kept_threshold(
+    return built.cpu_ops.kept_threshold(
         scores.contiguous(), kept_count(scores.numel(), keep_ratio), mode == "magnitude"
     )
 
@@ -110,13 +110,13 @@ def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
 def pack_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
     """keep as bits, int32 (N, ceil(K / 32)); threshold () or (N,), one a row."""
     if threshold.dim() == 1:
-        return torch.ops.mft_cpu.pack_mask_by_row(scores.contiguous(), threshold.contiguous(), mode == "magnitude")
-    return torch.ops.mft_cpu.pack_mask(scores.contiguous(), threshold, mode == "magnitude")
+        return built.cpu_ops.pack_mask_by_row(scores.contiguous(), threshold.contiguous(), mode == "magnitude")
+    return built.cpu_ops.pack_mask(scores.contiguous(), threshold, mode == "magnitude")
 
 
 def pack_signs(scores: Tensor) -> tuple[Tensor, Tensor]:
     """(scores > 0 as bits, how many scores are exactly 0)."""
-    return torch.ops.mft_cpu.pack_signs(scores.contiguous())
+    return built.cpu_ops.pack_signs(scores.contiguous())
 
 
 def score_step(
@@ -143,7 +143,7 @@ def score_step(
     fp32 scores take a third pass where the threshold before is not given or more than 3 % away from the next.
     """
     magnitude = mode == "magnitude"
-    found = torch.ops.mft_cpu.score_step_(
+    found = built.cpu_ops.score_step_(
         scores,
         grad.contiguous(),
         None if weight is None else weight.contiguous(),
@@ -167,14 +167,14 @@ def score_step(
     if keep_ratio is None:
         return scores.new_empty(0), scores.new_empty(0, dtype=torch.int32)
     if scores.dtype == torch.int16:  # codes order as fp16
-        return found, torch.ops.mft_cpu.pack_mask(scores.view(torch.float16), found.view(torch.float16), magnitude)
-    return found, torch.ops.mft_cpu.pack_mask(scores, found, magnitude)
+        return found, built.cpu_ops.pack_mask(scores.view(torch.float16), found.view(torch.float16), magnitude)
+    return found, built.cpu_ops.pack_mask(scores, found, magnitude)
 
 
 def dequantize(codes: Tensor, absmax: list[Tensor], shape: list[int], kind: str, dtype: torch.dtype) -> Tensor:
     """The dense (N, K) of codes in NF4 or int8."""
     dense = torch.empty(shape, dtype=dtype)
-    torch.ops.mft_cpu.dequantize_(dense, *_codes(codes, absmax), kind == "nf4")
+    built.cpu_ops.dequantize_(dense, *_codes(codes, absmax), kind == "nf4")
     return dense
 
 
@@ -189,7 +189,7 @@ def masked_linear_quantized(
 ) -> Tensor:
     """masked_linear_packed of the decoded weight, to the bit; it is decoded in parts where it is masked."""
     packed, bias = (None if t is None else t.contiguous() for t in (packed, bias))
-    return torch.ops.mft_cpu.masked_linear_quantized(
+    return built.cpu_ops.masked_linear_quantized(
         x.contiguous(), *_codes(codes, absmax), packed, bias, *shape, kind == "nf4", "auto"
     )
 
@@ -199,7 +199,7 @@ def masked_linear_quantized_d_x(
 ) -> Tensor:
     """d_x of masked_linear_quantized."""
     packed = None if packed is None else packed.contiguous()
-    d_x = torch.ops.mft_cpu.grad_x_quantized(
+    d_x = built.cpu_ops.grad_x_quantized(
         _rows(grad_output), *_codes(codes, absmax), packed, *shape, kind == "nf4", "auto"
     )
     return d_x.view(*grad_output.shape[:-1], shape[1])
@@ -207,7 +207,7 @@ def masked_linear_quantized_d_x(
 
 def capabilities() -> list[str]:
     """The instruction sets that can run here, best first; empty without the library."""
-    return [] if unavailable is not None else torch.ops.mft_cpu.capabilities().split(",")
+    return [] if unavailable is not None else built.cpu_ops.capabilities().split(",")
 
 
 # What is run where a path is taken, best first: for people.
@@ -224,9 +224,9 @@ _CHOOSE = "MFT_CPU_CAPABILITY"
 
 def capability_reasons() -> str:
     """Lines "name: reason" of the instruction sets that are ahead of the one taken, and are not."""
-    taken, available = torch.ops.mft_cpu.capability(), capabilities()
+    taken, available = built.cpu_ops.capability(), capabilities()
     asked = f"{_CHOOSE}={os.environ.get(_CHOOSE)} asks for {taken}"
-    missing = dict(line.split(": ", 1) for line in torch.ops.mft_cpu.missing_capabilities().splitlines())
+    missing = dict(line.split(": ", 1) for line in built.cpu_ops.missing_capabilities().splitlines())
     lines = [
         f"{name}: {asked if name in available else missing[name]}"
         for name in list(PATHS)[: list(PATHS).index(taken)]
@@ -243,7 +243,7 @@ def path_taken() -> tuple[str, list[str]]:
     """
     if unavailable is not None:
         return "none, plain PyTorch instead", [f"the library: {unavailable}"]
-    taken = torch.ops.mft_cpu.capability()
+    taken = built.cpu_ops.capability()
     what = PATHS.get(taken, "")
     why = f"{_CHOOSE}={os.environ[_CHOOSE]} asks for it" if os.environ.get(_CHOOSE) else what
     measured = f"; the path of each product is measured, as {AUTOTUNE}=1 asks" if measuring() else ""
@@ -280,7 +280,7 @@ def _by_task(rows: Tensor, tasks: Tensor, width: int, product: Callable[[Tensor,
 def _forward(x, weight, scores, threshold, packed, bias, mode) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     arguments = (x.contiguous(), weight.contiguous(), scores, threshold, packed, bias, mode == "magnitude")
-    return _product("forward", torch.ops.mft_cpu.masked_linear, arguments, scores if packed is None else packed)
+    return _product("forward", built.cpu_ops.masked_linear, arguments, scores if packed is None else packed)
 
 
 def _product(name: str, op: Callable[..., Tensor], arguments: tuple, mask: Tensor) -> Tensor:
@@ -297,10 +297,10 @@ def _backward(grad_output, x, weight, scores, threshold, packed, signs, mode, ou
     d_x = d_weight = d_scores = d_bias = None
     if output_mask[0]:
         arguments = (grad, weight, scores, threshold, packed, magnitude)
-        d_x = _product("d_x", torch.ops.mft_cpu.grad_x, arguments, scores if packed is None else packed)
+        d_x = _product("d_x", built.cpu_ops.grad_x, arguments, scores if packed is None else packed)
         d_x = d_x.view(*grad_output.shape[:-1], weight.shape[1])
     if output_mask[1]:
-        d_weight = torch.ops.mft_cpu.grad_weight(grad, _rows(x), scores, threshold, packed, magnitude)
+        d_weight = built.cpu_ops.grad_weight(grad, _rows(x), scores, threshold, packed, magnitude)
     if output_mask[2]:
         d_scores = weight.new_empty(weight.shape, dtype=torch.float32 if scores is None else scores.dtype)
         _score_grad(d_scores, grad, _rows(x), weight, scores, signs, mode, accumulate=False)
@@ -326,11 +326,11 @@ def _grad_scores(out, grad, x, weight, scores, signs, *, accumulate: bool) -> No
 
         def prepare() -> Callable[[str], None]:
             aside = torch.zeros_like(out)  # out itself gets its sum once
-            return lambda path: torch.ops.mft_cpu.grad_scores_(aside, grad, x, weight, scores, signs, accumulate, path)
+            return lambda path: built.cpu_ops.grad_scores_(aside, grad, x, weight, scores, signs, accumulate, path)
 
         sign = scores if signs is None else signs
         path = measured_path(grad_product_of(out, x, weight, sign, accumulate=accumulate), prepare)
-    torch.ops.mft_cpu.grad_scores_(out, grad, x, weight, scores, signs, accumulate, path)
+    built.cpu_ops.grad_scores_(out, grad, x, weight, scores, signs, accumulate, path)
 
 
 unavailable = load("cpu")
@@ -366,12 +366,12 @@ register(
         short={}
         if unavailable
         else {
-            "masked_linear_packed": torch.ops.mft_cpu.try_masked_linear_packed.default,
-            "masked_linear_packed_backward": torch.ops.mft_cpu.try_masked_linear_packed_backward.default,
-            "accumulate_product": torch.ops.mft_cpu.try_accumulate_product.default,
-            "masked_linear_many": torch.ops.mft_cpu.try_masked_linear_many.default,
+            "masked_linear_packed": built.cpu_ops.try_masked_linear_packed.default,
+            "masked_linear_packed_backward": built.cpu_ops.try_masked_linear_packed_backward.default,
+            "accumulate_product": built.cpu_ops.try_accumulate_product.default,
+            "masked_linear_many": built.cpu_ops.try_masked_linear_many.default,
         },
         unavailable=unavailable,
-        detail="" if unavailable else f"C++, {torch.ops.mft_cpu.capability()}",
+        detail="" if unavailable else f"C++, {built.cpu_ops.capability()}",
     )
 )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import built
 from .autotune import Choices, fastest
 from .built import library_path
 from .processor import this_processor
@@ -38,7 +39,7 @@ class Product(NamedTuple):
     def paths(self, capability: str) -> list[str]:
         """Those that can serve, the fastest by the model first."""
         sizes = (self.m, self.n, self.k, self.weight_bytes, self.mask_bytes)
-        return torch.ops.mft_cpu.paths(capability, self.product, self.dtype, *sizes).split(",")
+        return built.cpu_ops.paths(capability, self.product, self.dtype, *sizes).split(",")
 
 
 def product_of(product: str, tokens: Tensor, weight: Tensor, mask: Tensor | None) -> Product:
@@ -57,13 +58,13 @@ def grad_product_of(out: Tensor, x: Tensor, weight: Tensor | None, sign: Tensor 
 
 def weight_bytes(weight: Tensor, mask: Tensor | None) -> float:
     """Bytes of memory that the forward pass or d_x reads for each element of the weight, as the library counts them."""
-    return torch.ops.mft_cpu.weight_bytes("forward", weight.element_size(), mask_bytes(mask), 0, False)
+    return built.cpu_ops.weight_bytes("forward", weight.element_size(), mask_bytes(mask), 0, False)
 
 
 def grad_bytes(out: Tensor, weight: Tensor | None, sign: Tensor | None, *, accumulate: bool) -> float:
     """The same for d_scores, which reads and writes ``out``, or writes it alone."""
     factor = 0 if weight is None else weight.element_size()
-    return torch.ops.mft_cpu.weight_bytes("d_scores", factor, mask_bytes(sign), out.element_size(), accumulate)
+    return built.cpu_ops.weight_bytes("d_scores", factor, mask_bytes(sign), out.element_size(), accumulate)
 
 
 def mask_bytes(scores_or_words: Tensor | None) -> float:
@@ -81,7 +82,7 @@ def measured_path(product: Product, prepare: Callable[[], Callable[[str], object
     """
     if 0 in (product.m, product.n, product.k):
         return "auto"
-    capability = torch.ops.mft_cpu.capability()
+    capability = built.cpu_ops.capability()
     choices = _choices(capability)
     bucket = 1 << (product.m - 1).bit_length()
     key = product._asdict() | {"m": bucket, "threads": torch.get_num_threads()}

@@ -5,9 +5,9 @@ Each expert's product is that of cpu.py's matrices, by the path that the library
 A weight with gaps or transposed is made contiguous an expert at a time, and only where there are rows.
 """
 
-import torch
 from torch import Tensor
 
+from . import built
 from .reference import kept_count
 
 
@@ -28,7 +28,7 @@ def grouped_product(
     """
     mask = (None if t is None else t.contiguous() for t in (scores, threshold, packed))
     bias = None if bias is None else bias.contiguous()
-    return torch.ops.mft_cpu.grouped_product(
+    return built.cpu_ops.grouped_product(
         x.contiguous(), weight, *mask, offsets.contiguous(), bias, mode == "magnitude", transposed, "auto"
     )
 
@@ -51,7 +51,7 @@ def grouped_score_grad(
         scores, signs = None, signs.contiguous()
     elif scores is not None:
         scores = scores.contiguous()
-    torch.ops.mft_cpu.grouped_score_grad_(
+    built.cpu_ops.grouped_score_grad_(
         out, grad_output.contiguous(), x.contiguous(), offsets.contiguous(), weight, scores, signs, accumulate, "auto"
     )
 
@@ -59,4 +59,4 @@ def grouped_score_grad(
 def kept_thresholds(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
     """The k-th largest key of each of scores (E, ...); see kept_threshold."""
     k = kept_count(scores[0].numel(), keep_ratio)
-    return torch.ops.mft_cpu.kept_thresholds(scores.contiguous(), k, mode == "magnitude")
+    return built.cpu_ops.kept_thresholds(scores.contiguous(), k, mode == "magnitude")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import built
 from .backends import Backend, register
 from .built import load, report
 from .cuda_grouped import grouped_product, grouped_score_grad, kept_thresholds
@@ -62,7 +63,7 @@ def masked_linear_many(
 ) -> Tensor:
     """masked_linear_packed with a mask a row; the weight is read once for each 64 rows, whatever the masks are."""
     rows = _rows(x)
-    y = torch.ops.mft_cuda.product_many(
+    y = built.cuda_ops.product_many(
         rows,
         _matrix(weight),
         [packed.contiguous() for packed in masks],
@@ -80,7 +81,7 @@ def masked_linear_many_backward(grad_output: Tensor, weight: Tensor, masks: Sequ
     everything = weight.new_full((weight.shape[0], -(-weight.shape[1] // 32)), -1, dtype=torch.int32)
     d_x = grad.new_full((len(grad), weight.shape[1]), torch.nan)
     for place, packed in enumerate([everything, *masks], start=-1):
-        product = torch.ops.mft_cuda.product(grad, weight, None, None, packed.contiguous(), None, False, True)
+        product = built.cuda_ops.product(grad, weight, None, None, packed.contiguous(), None, False, True)
         d_x = torch.where(task == place, product, d_x)
     return d_x.view(*grad_output.shape[:-1], weight.shape[1])
 
@@ -110,33 +111,31 @@ def accumulate_score_grad(
 ) -> None:
     """out += (grad_output.T @ x) * weight [* sign(scores)], in the epilogue; no temporary of that size."""
     sign = _sign(scores, signs, mode)
-    torch.ops.mft_cuda.score_grad_(
+    built.cuda_ops.score_grad_(
         out, None, _rows(grad_output), _rows(x), _matrix(weight), *sign, None, None, None, False, True
     )
 
 
 def accumulate_product(out: Tensor, grad_output: Tensor, x: Tensor) -> None:
     """out += grad_output.T @ x, by the same kernels, which then read neither weight nor sign."""
-    torch.ops.mft_cuda.score_grad_(
-        out, None, _rows(grad_output), _rows(x), None, None, None, None, None, None, False, True
-    )
+    built.cuda_ops.score_grad_(out, None, _rows(grad_output), _rows(x), None, None, None, None, None, None, False, True)
 
 
 def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
     """The k-th largest key, by histograms; +inf if nothing is kept, NaN if a score is not finite."""
-    return torch.ops.mft_cuda.kept_threshold(
+    return built.cuda_ops.kept_threshold(
         scores.contiguous(), kept_count(scores.numel(), keep_ratio), mode == "magnitude"
     )
 
 
 def pack_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
     """keep as bits, int32 (N, ceil(K / 32))."""
-    return torch.ops.mft_cuda.pack_mask(_matrix(scores), threshold, mode == "magnitude")
+    return built.cuda_ops.pack_mask(_matrix(scores), threshold, mode == "magnitude")
 
 
 def pack_signs(scores: Tensor) -> tuple[Tensor, Tensor]:
     """(scores > 0 as bits, how many scores are exactly 0)."""
-    return torch.ops.mft_cuda.pack_signs(_matrix(scores))
+    return built.cuda_ops.pack_signs(_matrix(scores))
 
 
 def score_step(
@@ -162,7 +161,7 @@ def score_step(
 
     fp32 scores take three more passes, others one or two where the threshold before is not given or far from the next.
     """
-    return torch.ops.mft_cuda.score_step_(
+    return built.cuda_ops.score_step_(
         scores,
         grad.contiguous(),
         None if weight is None else weight.contiguous(),
@@ -214,14 +213,12 @@ def _sign(scores: Tensor | None, signs: Tensor | None, mode: str) -> tuple[Tenso
 
 def _forward(x, weight, scores, threshold, packed, bias, mode) -> Tensor:
     bias = None if bias is None else bias.contiguous()
-    y = torch.ops.mft_cuda.product(
-        _rows(x), _matrix(weight), scores, threshold, packed, bias, mode == "magnitude", False
-    )
+    y = built.cuda_ops.product(_rows(x), _matrix(weight), scores, threshold, packed, bias, mode == "magnitude", False)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _quantized(given, codes, absmax, packed, bias, shape, kind, *, transposed: bool) -> Tensor:
-    out = torch.ops.mft_cuda.product_quantized(
+    out = built.cuda_ops.product_quantized(
         _rows(given),
         codes.contiguous(),
         [scale.contiguous() for scale in absmax],
@@ -239,7 +236,7 @@ def _backward(grad_output, x, weight, scores, threshold, packed, signs, mode, ou
     keep = (None, None, packed) if packed is not None else (scores, threshold, None)
     d_x = d_weight = d_scores = d_bias = None
     if output_mask[0]:
-        d_x = torch.ops.mft_cuda.product(grad, weight, *keep, None, magnitude, True)
+        d_x = built.cuda_ops.product(grad, weight, *keep, None, magnitude, True)
         d_x = d_x.view(*grad_output.shape[:-1], weight.shape[1])
     if output_mask[1]:
         d_weight = weight.new_empty(weight.shape)
@@ -247,7 +244,7 @@ def _backward(grad_output, x, weight, scores, threshold, packed, signs, mode, ou
         d_scores = weight.new_empty(weight.shape, dtype=torch.float32 if scores is None else scores.dtype)
     if d_weight is not None or d_scores is not None:
         sign = _sign(scores, signs, mode) if d_scores is not None else (None, None)
-        torch.ops.mft_cuda.score_grad_(d_scores, d_weight, grad, _rows(x), weight, *sign, *keep, magnitude, False)
+        built.cuda_ops.score_grad_(d_scores, d_weight, grad, _rows(x), weight, *sign, *keep, magnitude, False)
     if output_mask[3]:
         d_bias = grad.sum(0)
     empty = [grad.new_empty(0) if g is None else g for g in (d_x, d_weight, d_scores, d_bias)]
@@ -283,7 +280,7 @@ class _Cuda(Backend):
 def _device_refusal(index: int | None) -> str | None:
     """Why the library has no code for a GPU, None if it has; ``index`` None: the current one."""
     major, minor = torch.cuda.get_device_capability(index)
-    return _capability_refusal(10 * major + minor, torch.ops.mft_cuda.contents().split()[0].split("."))
+    return _capability_refusal(10 * major + minor, built.cuda_ops.contents().split()[0].split("."))
 
 
 def _capability_refusal(capability: int, targets: list[str]) -> str | None:
@@ -315,11 +312,11 @@ def _unavailable() -> str | None:
         return "it is for NVIDIA's GPUs, and this torch is for AMD's"
     if not torch.cuda.is_available():
         return "no GPU found by torch"
-    return _driver_refusal(*torch.ops.mft_cuda.versions()) or _device_refusal(torch.cuda.current_device())
+    return _driver_refusal(*built.cuda_ops.versions()) or _device_refusal(torch.cuda.current_device())
 
 
 def _detail() -> str:
-    targets, *kernels = torch.ops.mft_cuda.contents().split()
+    targets, *kernels = built.cuda_ops.contents().split()
     left_out = report("cuda").get("left_out", {})
     without = "".join(f"; without {name} (general kernels only): {reason}" for name, reason in left_out.items())
     return f"CUDA C++, {targets.replace('.', ' ')}{''.join(f', {name}' for name in kernels)}{without}"

@@ -3,9 +3,9 @@
 Which rows are whose the kernels read from the offsets, on the device; see reference_grouped.
 """
 
-import torch
 from torch import Tensor
 
+from . import built
 from .reference import kept_count
 
 
@@ -23,7 +23,7 @@ def grouped_product(
     """One launch. Scores that it does not read are packed first, in one an expert: those in the other 16-bit type, and
     all where rows are no whole, aligned chunks of 16 bytes.
     """
-    return torch.ops.mft_cuda.grouped_product(
+    return built.cuda_ops.grouped_product(
         _rows(x),
         _matrices(weight),
         None if scores is None else _matrices(scores),
@@ -49,7 +49,7 @@ def grouped_score_grad(
 ) -> None:
     """One launch; weight and sign are applied where the sums end, without a temporary of their size."""
     sign = weight is not None and mode == "magnitude"
-    torch.ops.mft_cuda.grouped_score_grad_(
+    built.cuda_ops.grouped_score_grad_(
         out,
         _rows(grad_output),
         _rows(x),
@@ -63,7 +63,7 @@ def grouped_score_grad(
 
 def kept_thresholds(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
     """kept_threshold of each of scores (E, ...), its launches an expert after the other."""
-    return torch.ops.mft_cuda.kept_thresholds(
+    return built.cuda_ops.kept_thresholds(
         scores.contiguous(), kept_count(scores[0].numel(), keep_ratio), mode == "magnitude"
     )
 

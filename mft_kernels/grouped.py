@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._ops import ops
 from .backends import choose
 from .checks import (
     NonFiniteScores,
@@ -80,7 +81,7 @@ def masked_linear_grouped(
     if is_direct_but_for_autograd(x, weight, scores, threshold, offsets, bias):
         return _differentiable(x, weight, scores, threshold, offsets, bias, transposed, mode, backend)
     check_transforms("masked_linear_grouped", x, weight, scores, bias)
-    return torch.ops.mft.masked_linear_grouped(x, weight, scores, threshold, offsets, bias, transposed, mode, backend)
+    return ops.masked_linear_grouped(x, weight, scores, threshold, offsets, bias, transposed, mode, backend)
 
 
 def masked_linear_grouped_packed(
@@ -105,7 +106,7 @@ def masked_linear_grouped_packed(
     if is_direct_but_for_autograd(x, weight, packed, offsets, bias):
         return _differentiable_packed(x, weight, packed, offsets, bias, transposed, backend)
     check_transforms("masked_linear_grouped_packed", x, weight, bias)
-    return torch.ops.mft.masked_linear_grouped_packed(x, weight, packed, offsets, bias, transposed, backend)
+    return ops.masked_linear_grouped_packed(x, weight, packed, offsets, bias, transposed, backend)
 
 
 def accumulate_score_grad_grouped(
@@ -153,7 +154,7 @@ def accumulate_score_grad_grouped(
             check_device("signs", signs, "weight", weight)
     with torch.no_grad():
         direct = is_direct(out, grad_output, x, offsets, weight, scores, signs)
-        run = _accumulate if direct else torch.ops.mft.accumulate_score_grad_grouped
+        run = _accumulate if direct else ops.accumulate_score_grad_grouped
         run(out, grad_output, x, offsets, weight, scores, signs, transposed, mode, backend)
     return out
 
@@ -172,7 +173,7 @@ def kept_thresholds(scores: Tensor, keep_ratio: float, *, mode: str = "magnitude
         raise ValueError(f"scores must be (experts, ...), at least one, got shape {tuple(scores.shape)}")
     keys = selectable(scores.detach())
     check_floating("scores", keys)
-    return torch.ops.mft.kept_thresholds(keys, keep_ratio, mode, backend).view(scores.dtype)
+    return ops.kept_thresholds(keys, keep_ratio, mode, backend).view(scores.dtype)
 
 
 # ---------------------------------------------------------------------------------------------- for other ops
@@ -202,7 +203,7 @@ def gradients_of_packed_grouped(
 ) -> Gradients:
     """d_x, d_weight, d_scores and d_bias of masked_linear_grouped_packed, for use in a backward pass: unchecked."""
     direct = is_direct(grad_output, x, weight, packed, scores, signs, offsets)
-    run = _gradients_of_packed if direct else torch.ops.mft.masked_linear_grouped_packed_backward
+    run = _gradients_of_packed if direct else ops.masked_linear_grouped_packed_backward
     return run(grad_output, x, weight, packed, scores, signs, offsets, transposed, mode, output_mask, backend)
 
 
@@ -212,7 +213,7 @@ def select_each(scores: Tensor, keep_ratio: float, mode: str) -> tuple[Tensor, T
     An expert whose scores are not finite has the threshold NaN (0x7e00 for int16) and keeps nothing, on a CPU too.
     """
     with torch.no_grad():
-        return (_select_each if is_direct(scores) else torch.ops.mft.select_each)(scores, keep_ratio, mode)
+        return (_select_each if is_direct(scores) else ops.select_each)(scores, keep_ratio, mode)
 
 
 # ---------------------------------------------------------------------------------------------- their definition
@@ -295,7 +296,7 @@ def _select_each(scores, keep_ratio, mode):
     keys = selectable(scores)
     found = choose("kept_thresholds", keys.device, (keys.dtype,))(keys, keep_ratio, mode)
     rows = found.repeat_interleave(keys.shape[1])
-    packed = torch.ops.mft.pack_mask(keys.flatten(0, 1), rows, mode, "auto")
+    packed = ops.pack_mask(keys.flatten(0, 1), rows, mode, "auto")
     return found.view(scores.dtype), packed.unflatten(0, keys.shape[:2])
 
 
@@ -372,7 +373,7 @@ def _backward(ctx, grad_output):
     output_mask = [wants[0], wants[1], wants[2], wants[5]]
     x = grad_output if x is None else x  # not read unless d_weight or d_scores is wanted
     direct = is_direct(grad_output, x, weight, scores, threshold, offsets)
-    run = _gradients if direct else torch.ops.mft.masked_linear_grouped_backward
+    run = _gradients if direct else ops.masked_linear_grouped_backward
     grads = run(grad_output, x, weight, scores, threshold, offsets, transposed, mode, output_mask, backend)
     grads = [g if wanted else None for g, wanted in zip(grads, output_mask)]
     return grads[0], grads[1], grads[2], None, None, grads[3], None, None, None

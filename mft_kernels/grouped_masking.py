@@ -3,10 +3,10 @@
 As masked_linear_by_ratio in masking.py, for experts.
 """
 
-import torch
 from torch import Tensor
 
 from . import checks, library
+from ._ops import ops
 from .direct import is_direct_but_for_autograd
 from .fixed_point import selectable
 from .grouped import fake_gradients, gradients_of_packed_grouped, product_of_packed_grouped
@@ -42,7 +42,7 @@ def masked_linear_grouped_by_ratio(
     if is_direct_but_for_autograd(x, weight, scores, offsets, bias):
         return _differentiable(x, weight, scores, offsets, bias, keep_ratio, threshold, transposed, mode, backend)
     checks.check_transforms("masked_linear_grouped_by_ratio", x, weight, scores, bias)
-    return torch.ops.mft.masked_linear_grouped_by_ratio(
+    return ops.masked_linear_grouped_by_ratio(
         x, weight, scores, offsets, bias, keep_ratio, threshold, transposed, mode, backend
     )
 
@@ -99,7 +99,7 @@ def _differentiate(ctx, grad_output):
     if ctx.mask is not None:
         grads = _backward_of(ctx.mask, grad_output, x, weight, scores, offsets, transposed, mode, wants, backend)
     else:
-        grads = torch.ops.mft.masked_linear_grouped_by_ratio_backward(
+        grads = ops.masked_linear_grouped_by_ratio_backward(
             grad_output, x, weight, scores, offsets, keep_ratio, threshold, transposed, mode, wants, backend
         )
     grads = [g if wanted else None for g, wanted in zip(grads, wants)]

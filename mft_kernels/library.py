@@ -1,4 +1,4 @@
-"""How an op of namespace ``mft`` is defined: schema, fake, one implementation for every device, autocast."""
+"""How an op is defined: schema, fake, one implementation for every device, autocast."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix, ops
 from .reference import Gradients
 
-library = torch.library.Library("mft", "DEF")
+library = torch.library.Library(ops.name, "DEF")
 
 #: Says of tensors that a kernel has written into them, through pointers; scores.py takes the name in torch's own place.
 increment_version = torch.autograd.graph.increment_version
@@ -24,7 +25,7 @@ def define(schema: str, fake: Callable, implementation: Callable) -> None:
     name = schema.split("(", 1)[0]
     library.define(schema)
     library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mft::{name}", fake, lib=library)
+    torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=library)
 
 
 def define_autocast(name: str, casts: tuple[int, ...]) -> None:
@@ -32,7 +33,7 @@ def define_autocast(name: str, casts: tuple[int, ...]) -> None:
 
     torch.library.register_autocast would cast every floating argument.
     """
-    op = getattr(torch.ops.mft, name).default
+    op = getattr(ops, name).default
 
     def autocast_for(device_type: str, key: torch._C.DispatchKey) -> Callable:
         def kernel(*arguments):
@@ -56,7 +57,7 @@ def define_autograd(name: str, implementation: Callable, setup_context: Callable
     Returns: the op for a call that nobody but autograd has to see, see is_direct_but_for_autograd, from
     implementation's arguments: 20 us sooner there and again in the backward pass than by way of the dispatcher (Xeon).
     """
-    torch.library.register_autograd(f"mft::{name}", backward, setup_context=setup_context, lib=library)
+    torch.library.register_autograd(add_op_namespace_prefix(name), backward, setup_context=setup_context, lib=library)
 
     def forward(ctx, *inputs):
         output = implementation(*inputs)
@@ -66,9 +67,9 @@ def define_autograd(name: str, implementation: Callable, setup_context: Callable
     def flat_backward(ctx, *grads):  # what is a list of tensors to an op is no tensor to a function
         return tuple(None if type(grad) is list else grad for grad in backward(ctx, *grads))
 
-    has_list = any("List[Tensor]" in str(a.type) for a in getattr(torch.ops.mft, name).default._schema.arguments)
+    has_list = any("List[Tensor]" in str(a.type) for a in getattr(ops, name).default._schema.arguments)
     methods = {"forward": staticmethod(forward), "backward": staticmethod(flat_backward if has_list else backward)}
-    differentiable: type[torch.autograd.Function] = type(f"mft_{name}", (torch.autograd.Function,), methods)
+    differentiable: type[torch.autograd.Function] = type(f"{ops.name}_{name}", (torch.autograd.Function,), methods)
     # Past what Function.apply does for torch.func, which does not see such a call: 2 us.
     apply = super(torch.autograd.Function, differentiable).apply  # type: ignore[misc]
 
@@ -84,11 +85,11 @@ def define_no_double_backward(name: str) -> None:
 
     def backward(ctx, *grads):
         raise NotImplementedError(
-            f"mft::{name} has no second derivative, as the mask's gradient is straight-through: leave out "
-            "create_graph=True, or detach() its gradients"
+            f"{add_op_namespace_prefix(name)} has no second derivative, as the mask's gradient is straight-through: "
+            "leave out create_graph=True, or detach() its gradients"
         )
 
-    torch.library.register_autograd(f"mft::{name}", backward, lib=library)
+    torch.library.register_autograd(add_op_namespace_prefix(name), backward, lib=library)
 
 
 def unchanged(ctx) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._ops import ops
 from .backends import choose, short_ways
 from .checks import check_device, check_linear, check_packed, check_tensor, check_transforms
 from .direct import is_direct, is_direct_but_for_autograd, is_short
@@ -51,7 +52,7 @@ def masked_linear_many(
     if is_direct_but_for_autograd(x, weight, tasks, bias, *masks):
         return _differentiable(x, weight, masks, tasks, bias, backend)
     check_transforms("masked_linear_many", x, weight, bias)
-    return torch.ops.mft.masked_linear_many(x, weight, masks, tasks, bias, backend)
+    return ops.masked_linear_many(x, weight, masks, tasks, bias, backend)
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
@@ -133,7 +134,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_output):
     weight, tasks, *masks = unchanged(ctx)
     direct = is_direct(grad_output, weight, tasks, *masks)
-    run = _grad_x if direct else torch.ops.mft.masked_linear_many_backward
+    run = _grad_x if direct else ops.masked_linear_many_backward
     d_x = run(grad_output, weight, masks, tasks, ctx.backend) if ctx.needs_input_grad[0] else None
     return d_x, None, [None] * len(masks), None, None, None
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import checks, companions, library
+from ._ops import ops
 from .direct import is_direct_but_for_autograd, is_short
 from .fixed_point import code_at_least, selectable
 from .grouped import kept_thresholds
@@ -165,7 +166,7 @@ def _launch(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str):
     bad = selectable(threshold).isnan().any() if fixed is None else ~selectable(scores).isfinite().all()
     signs, zeros = None, 0
     if mode != "value" and not fixed_point:
-        signs, zeros = torch.ops.mft.pack_signs(scores.flatten(0, -2), "auto")
+        signs, zeros = ops.pack_signs(scores.flatten(0, -2), "auto")
     return CurrentMask(threshold, packed, None if signs is None else signs.view(packed.shape)), bad, zeros
 
 
@@ -202,7 +203,7 @@ def masked_linear_by_ratio(
     if is_direct_but_for_autograd(x, weight, scores, bias):
         return _differentiable(x, weight, scores, bias, keep_ratio, threshold, mode, backend)
     checks.check_transforms("masked_linear_by_ratio", x, weight, scores, bias)
-    return torch.ops.mft.masked_linear_by_ratio(x, weight, scores, bias, keep_ratio, threshold, mode, backend)
+    return ops.masked_linear_by_ratio(x, weight, scores, bias, keep_ratio, threshold, mode, backend)
 
 
 def _forward(x, weight, scores, bias, keep_ratio, threshold, mode, backend):
@@ -253,7 +254,7 @@ def _differentiate(ctx, grad_output):
     if ctx.mask is not None:
         grads = _backward_of(ctx.mask, grad_output, x, weight, scores, mode, wants, backend)
     else:
-        grads = torch.ops.mft.masked_linear_by_ratio_backward(
+        grads = ops.masked_linear_by_ratio_backward(
             grad_output, x, weight, scores, keep_ratio, threshold, mode, wants, backend
         )
     return *[g if wanted else None for g, wanted in zip(grads, wants)], None, None, None, None

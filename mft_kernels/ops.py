@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._ops import ops
 from .backends import choose, short_ways
 from .checks import (
     NonFiniteScores,
@@ -74,7 +75,7 @@ def masked_linear(
     if is_direct_but_for_autograd(x, weight, scores, threshold, bias):
         return _differentiable(x, weight, scores, threshold, bias, mode, backend)
     check_transforms("masked_linear", x, weight, scores, bias)
-    return torch.ops.mft.masked_linear(x, weight, scores, threshold, bias, mode, backend)
+    return ops.masked_linear(x, weight, scores, threshold, bias, mode, backend)
 
 
 def masked_linear_packed(
@@ -97,7 +98,7 @@ def masked_linear_packed(
     if is_direct_but_for_autograd(x, weight, packed, bias):
         return _differentiable_packed(x, weight, packed, bias, backend)
     check_transforms("masked_linear_packed", x, weight, bias)
-    return torch.ops.mft.masked_linear_packed(x, weight, packed, bias, backend)
+    return ops.masked_linear_packed(x, weight, packed, bias, backend)
 
 
 def short_product_of_packed(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -185,7 +186,7 @@ def kept_threshold(scores: Tensor, keep_ratio: float, *, mode: str = "magnitude"
     check_tensor("scores", scores)
     keys = selectable(scores.detach())
     check_floating("scores", keys)
-    return torch.ops.mft.kept_threshold(keys, keep_ratio, mode, backend).view(scores.dtype)
+    return ops.kept_threshold(keys, keep_ratio, mode, backend).view(scores.dtype)
 
 
 def pack_mask(scores: Tensor, threshold: Tensor, *, mode: str = "magnitude", backend: str = "auto") -> Tensor:
@@ -211,10 +212,10 @@ def pack_mask(scores: Tensor, threshold: Tensor, *, mode: str = "magnitude", bac
     check_threshold(threshold, keys)
     threshold = threshold.to(keys.dtype)
     if keys.dim() == 2:
-        return torch.ops.mft.pack_mask(keys, threshold, mode, backend)
+        return ops.pack_mask(keys, threshold, mode, backend)
     if threshold.dim() == 1:
         threshold = threshold.repeat_interleave(keys.shape[1])  # one a row
-    packed = torch.ops.mft.pack_mask(keys.flatten(0, 1), threshold, mode, backend)
+    packed = ops.pack_mask(keys.flatten(0, 1), threshold, mode, backend)
     return packed.unflatten(0, keys.shape[:2])
 
 
@@ -223,7 +224,7 @@ def unpack_mask(packed: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     if len(shape) not in (2, 3):
         raise ValueError(f"shape must be (N, K), or of experts (E, N, K), got {tuple(shape)}")
     check_packed("packed", packed, shape)
-    return torch.ops.mft.unpack_mask(packed, list(shape))
+    return ops.unpack_mask(packed, list(shape))
 
 
 def gradients_of_packed(
@@ -244,7 +245,7 @@ def gradients_of_packed(
         if grads:
             return tuple(grads)
     direct = is_direct(grad_output, x, weight, packed, scores, signs)
-    run = _gradients_of_packed if direct else torch.ops.mft.masked_linear_packed_backward
+    run = _gradients_of_packed if direct else ops.masked_linear_packed_backward
     return run(grad_output, x, weight, packed, scores, signs, mode, output_mask, backend)
 
 
@@ -278,7 +279,7 @@ def _gradients_of_packed(grad_output, x, weight, packed, scores, signs, mode, ou
 @torch.no_grad()
 def _add_score_grad(out, grad_output, x, weight, scores, signs, mode, backend):
     direct = is_direct(out, grad_output, x, weight, scores, signs)
-    run = _accumulate_score_grad if direct else torch.ops.mft.accumulate_score_grad
+    run = _accumulate_score_grad if direct else ops.accumulate_score_grad
     run(out, grad_output, x, weight, scores, signs, mode, backend)
 
 
@@ -381,7 +382,7 @@ def _masked_linear_backward(ctx, grad_output):
     output_mask = [wants[0], wants[1], wants[2], wants[4]]
     x = grad_output if x is None else x  # not read unless d_weight or d_scores is wanted
     direct = is_direct(grad_output, x, weight, scores, threshold)
-    run = _gradients if direct else torch.ops.mft.masked_linear_backward
+    run = _gradients if direct else ops.masked_linear_backward
     d_x, d_weight, d_scores, d_bias = run(grad_output, x, weight, scores, threshold, ctx.mode, output_mask, ctx.backend)
     grads = [g if wanted else None for g, wanted in zip((d_x, d_weight, d_scores, d_bias), output_mask)]
     return grads[0], grads[1], grads[2], None, grads[3], None, None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ._ops import ops
 from .backends import choose, registered
 from .checks import autocasts, check_device, check_floating, check_packed, check_tensor, check_transforms
 from .direct import is_direct, is_direct_but_for_autograd
@@ -126,7 +127,7 @@ def masked_linear_quantized(
     if is_direct_but_for_autograd(x, codes, *absmax, packed, bias):
         return _differentiable(x, codes, absmax, packed, bias, list(shape), kind, backend)
     check_transforms("masked_linear_quantized", x, bias)
-    return torch.ops.mft.masked_linear_quantized(x, codes, absmax, packed, bias, shape, kind, backend)
+    return ops.masked_linear_quantized(x, codes, absmax, packed, bias, shape, kind, backend)
 
 
 def masked_linear_quantized_d_x(
@@ -141,7 +142,7 @@ def masked_linear_quantized_d_x(
 ) -> Tensor:
     """d_x = grad_output @ where(mask, w, 0) of masked_linear_quantized, (..., K): for a backward pass; unchecked."""
     direct = is_direct(grad_output, codes, *absmax, packed)
-    run = _d_x if direct else torch.ops.mft.masked_linear_quantized_d_x
+    run = _d_x if direct else ops.masked_linear_quantized_d_x
     return run(grad_output, codes, absmax, packed, list(shape), kind, backend)
 
 
@@ -158,7 +159,7 @@ def dequantize(
     absmax = _check_codes(codes, absmax, shape, kind)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating, got {dtype}")
-    run = _dequantize if is_direct(codes, *absmax) else torch.ops.mft.dequantize
+    run = _dequantize if is_direct(codes, *absmax) else ops.dequantize
     return run(codes, absmax, list(shape), kind, dtype, backend)
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ._ops import ops
 from .backends import choose
 from .checks import check_adam, check_keep_ratio, check_mode, check_moments, check_step_inputs, check_transforms
 from .library import define, increment_version
@@ -61,7 +62,7 @@ def score_step(
     if keep_ratio is not None:
         check_keep_ratio(keep_ratio)
     with torch.no_grad():
-        found, packed = torch.ops.mft.score_step(
+        found, packed = ops.score_step(
             scores,
             grad,
             weight,

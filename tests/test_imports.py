@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module may import those on lines above its own, and none on its own line.
 KERNEL_LAYERS = (
-    ("_version", "eager", "faster", "fixed_point", "processor", "reference", "testing", "timing"),
+    ("_ops", "_version", "eager", "faster", "fixed_point", "processor", "reference", "testing", "timing"),
     ("linear_probe", "reference_grouped", "reference_quantized", "reference_step", "shells"),
     ("autotune", "backends", "built", "checks", "direct", "library", "maskable"),
     ("attention", "cpu_choice", "cpu_grouped", "cuda_grouped", "grouped_checks"),

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import torch
 
+from mft_kernels import built
+
 from ..harness import ROOT
 
 _FOLDER = ROOT / "build" / "cuda_on_host"
@@ -17,7 +19,7 @@ _NAME = "mft_cuda_on_host"
 
 
 def install() -> str | None:
-    """Put the emulated ops in the place of torch.ops.mft_cuda. Returns why they cannot be had, or None.
+    """Put the emulated ops in the place of the library's. Returns why they cannot be had, or None.
 
     Raises: RuntimeError, with the compiler's words, if the sources do not compile.
     """
@@ -35,13 +37,13 @@ def install() -> str | None:
         torch.ops.load_library(_bindings(bindings_on_host))
     except emulated.NotBuilt as reason:
         return str(reason)
-    torch.ops.mft_cuda = getattr(torch.ops, _NAME)
+    built.cuda_ops = getattr(torch.ops, _NAME)
     os.environ.setdefault("MFT_CUDA_CAPABILITY", "90")  # Hopper's kernels where they take the arguments, else sm_80's
     return None
 
 
 def _bindings(on_host: ModuleType) -> Path:
-    headers = [on_host.BINDINGS[0].with_name(name) for name in ("api.h", "operands.h", "place.h")]
+    headers = [on_host.BINDINGS[0].parent / name for name in ("api.h", "operands.h", "place.h")]
     sources = [*on_host.BINDINGS, *headers, Path(on_host.__file__)]
     library = _FOLDER / f"{torch.__version__}.so"
     if library.exists() and library.stat().st_mtime > max(source.stat().st_mtime for source in sources):

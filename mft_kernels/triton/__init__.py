@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from .. import built
 from ..autotune import measuring
 from ..backends import Backend, register, registered
 from . import cubins
@@ -105,7 +106,7 @@ def _short() -> dict[str, Callable]:
     """What declines a call but one that is remembered, see planned.py."""
     if torch.version.hip is not None or _interpreting() or cubins.bundle(_card())[0] is None or measuring():
         return {}
-    return {"masked_linear_packed": torch.ops.mft_cuda.try_masked_linear_packed.default}
+    return {"masked_linear_packed": built.cuda_ops.try_masked_linear_packed.default}
 
 
 def _or_reference(name: str, op: Callable) -> Callable:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .. import built
 from ..built import load
 from .specialise import identity
 
@@ -94,7 +95,7 @@ class Cubin:
         with zipfile.ZipFile(bundle.path) as archive:
             image = bytearray(archive.read(about["file"]))
         layout = [number for p in about["parameters"] for number in p.get("map", [0] * 5)]
-        self._number = torch.ops.mft_cuda.add_cubin(
+        self._number = built.cuda_ops.add_cubin(
             torch.frombuffer(image, dtype=torch.uint8), about["name"], about["warps"], about["shared"], layout
         )
 
@@ -102,7 +103,7 @@ class Cubin:
         """On the device's current stream; see launch.launch."""
         values, addresses, numbers = values_of(kernel, args)
         whole = [*grid, 1, 1][:3]
-        torch.ops.mft_cuda.launch_cubin(self._number, device, whole, values)
+        built.cuda_ops.launch_cubin(self._number, device, whole, values)
         note(Launched(self._number, whole, values, addresses, numbers))
 
 

@@ -8,9 +8,9 @@ call to call, as an optimiser's do.
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
+from .. import built
 from ..autotune import measuring
 from .arguments import is_exact
 from .cubins import Launched, bits_of, is_noting, noting
@@ -45,19 +45,19 @@ def forward(given: Given, number: int | None) -> Tensor | None:
     """y (..., N) by what an earlier call has launched; None where there was none alike."""
     if not _any or number is None:
         return None
-    return torch.ops.mft_cuda.planned_forward(*given[:-1], number)
+    return built.cuda_ops.planned_forward(*given[:-1], number)
 
 
 def gradients(given: Given, number: int | None) -> list[Tensor] | None:
     """The gradients, as forward gives y."""
     if not _any or number is None:
         return None
-    return torch.ops.mft_cuda.planned_gradients(*given, number) or None
+    return built.cuda_ops.planned_gradients(*given, number) or None
 
 
 def sums(given: Given, number: int | None) -> bool:
     """Whether sums have been added to the first tensor as by an earlier call."""
-    return _any and number is not None and torch.ops.mft_cuda.planned_sums(*given[:-1], number)
+    return _any and number is not None and built.cuda_ops.planned_sums(*given[:-1], number)
 
 
 def by_plan(
@@ -74,7 +74,7 @@ def by_plan(
         return run()
     if _any:
         bits = [bits_of(each) for each in numbers.values()] if numbers else []
-        found = torch.ops.mft_cuda.planned_call(given, bits, number)
+        found = built.cuda_ops.planned_call(given, bits, number)
         if found:
             return found
     with noting() as launched:
@@ -123,7 +123,7 @@ def remember(
         taken |= one.numbers.keys()
         steps += [one.cubin, *one.grid, len(one.values), *one.values, len(places), *itertools.chain(*places)]
     assert order.keys() <= taken, f"no kernel takes {order.keys() - taken} as a number that no binary depends on"
-    torch.ops.mft_cuda.remember_plan(given, number, made, len(results), sorted(zeros), len(order), steps)
+    built.cuda_ops.remember_plan(given, number, made, len(results), sorted(zeros), len(order), steps)
     _any = True
 
 
@@ -131,5 +131,5 @@ def forget() -> None:
     """All of it: what decides the tiles is about to change."""
     global _any
     if _any:
-        torch.ops.mft_cuda.forget_plans()
+        built.cuda_ops.forget_plans()
     _any = False

@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 
 from building.compile import find_compiler
+from mft_kernels import built
 from mft_kernels.triton import cubins, planned
 from mft_kernels.triton import target as targets
 from mft_kernels.triton.launch import Launch, record
@@ -57,7 +58,7 @@ class Stub:
         self._library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
         self._library.recorded.restype = ctypes.c_char_p
         torch.ops.load_library(folder / OPS_LIBRARY)
-        torch.ops.mft_cuda = getattr(torch.ops, OPS)
+        built.cuda_ops = getattr(torch.ops, OPS)
         cubins.FOLDER = archives or folder
         cubins.load = lambda part: None
 

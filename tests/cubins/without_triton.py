@@ -16,6 +16,7 @@ import calls
 import on_stub
 import torch
 
+from mft_kernels import built
 from mft_kernels.triton import bits, choice, cubins, language, ops, planned, select
 from mft_kernels.triton.target import A100, B200, H100
 
@@ -142,10 +143,10 @@ def bounded() -> tuple[int, bool, bool]:
     """(how many plans are remembered at most, whether one is that is asked for all along, one that never is)."""
     given, most, first = [torch.empty(1)] * 3, 0, 10**6
     for kind in range(first, first + 20000):
-        torch.ops.mft_cuda.remember_plan([*given, None, None, None], kind, [], 0, [], 0, [])
-        in_use = torch.ops.mft_cuda.planned_sums(*given, None, None, first)
-        most = max(most, torch.ops.mft_cuda.count_plans())
-    return most, in_use, torch.ops.mft_cuda.planned_sums(*given, None, None, first + 1)
+        built.cuda_ops.remember_plan([*given, None, None, None], kind, [], 0, [], 0, [])
+        in_use = built.cuda_ops.planned_sums(*given, None, None, first)
+        most = max(most, built.cuda_ops.count_plans())
+    return most, in_use, built.cuda_ops.planned_sums(*given, None, None, first + 1)
 
 
 def planned_anew() -> dict[str, list[bool]]:
@@ -199,7 +200,7 @@ def short_way() -> list[bool]:
         ops.masked_linear_packed(x, weight, packed, None, choose=choice.automatic)
         for setting in ({}, {"MFT_TRITON": "jit"}, {"MFT_AUTOTUNE": "1"}):
             with mock.patch.dict(os.environ, setting):
-                served.append(torch.ops.mft_cuda.try_masked_linear_packed(x, weight, packed, None) is not None)
+                served.append(built.cuda_ops.try_masked_linear_packed(x, weight, packed, None) is not None)
     return served
 
 

@@ -15,6 +15,7 @@ from mft_kernels import (
     MaskedGroupedLinear,
     MaskedLinear,
     backends,
+    built,
     cuda,
     kept_threshold,
     masked_linear_quantized,
@@ -47,7 +48,7 @@ def ops(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def ops_on_host(ops, monkeypatch):
-    monkeypatch.setattr(torch.ops, "mft_cuda", ops, raising=False)
+    monkeypatch.setattr(built, "cuda_ops", ops)
 
 
 @pytest.fixture(params=["80", "90"])
@@ -643,7 +644,7 @@ int64_t step_workspace(ScoreFormat) { return 0; }
 
 def test_hopper_gets_its_own_kernels_where_they_can_take_the_arguments(tmp_path, monkeypatch):
     (tmp_path / "kernels.cpp").write_text(KERNELS)
-    monkeypatch.setattr(torch.ops, "mft_cuda", compiled(tmp_path, "mft_cuda_named", str(tmp_path / "kernels.cpp")))
+    monkeypatch.setattr(built, "cuda_ops", compiled(tmp_path, "mft_cuda_named", str(tmp_path / "kernels.cpp")))
     for capability, k, runs in (
         ("80", 40, "general, 80"),
         ("89", 40, "general, 89"),
@@ -670,4 +671,4 @@ def test_hopper_gets_its_own_kernels_where_they_can_take_the_arguments(tmp_path,
         t = inputs(m=2, n=n, k=k)
         with pytest.raises(RuntimeError, match=f"the cuda backend: {runs}"):
             cuda.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0).bfloat16(), None, "magnitude")
-    assert torch.ops.mft_cuda.contents() == "none product_sm90"
+    assert built.cuda_ops.contents() == "none product_sm90"
