@@ -251,7 +251,7 @@ std::string missing_capabilities() { return mft::missing_capabilities(); }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(mft_cpu, m) {
+MFT_OPS(m) {
   m.def(
       "masked_linear(Tensor x, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, Tensor? bias, "
       "bool magnitude, str path) -> Tensor");
@@ -282,7 +282,7 @@ STABLE_TORCH_LIBRARY(mft_cpu, m) {
   m.def("missing_capabilities() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CPU, m) {
+MFT_OPS_ON(CPU, m) {
   m.impl("masked_linear", TORCH_BOX(&masked_linear));
   m.impl("grad_x", TORCH_BOX(&grad_x));
   m.impl("grad_weight", TORCH_BOX(&grad_weight));
@@ -293,7 +293,7 @@ STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CPU, m) {
   m.impl("score_step_", TORCH_BOX(&score_step_));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CompositeExplicitAutograd, m) {
+MFT_OPS_ON(CompositeExplicitAutograd, m) {
   m.impl("paths", TORCH_BOX(&paths));
   m.impl("weight_bytes", TORCH_BOX(&weight_bytes));
   m.impl("path_work", TORCH_BOX(&path_work));

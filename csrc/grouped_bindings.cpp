@@ -159,7 +159,7 @@ Tensor pack_mask_by_row(Tensor scores, Tensor threshold, bool magnitude) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mft_cpu, m) {
+MFT_OPS(m) {
   m.def(
       "grouped_product(Tensor x, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, Tensor offsets, "
       "Tensor? bias, bool magnitude, bool transposed, str path) -> Tensor");
@@ -170,7 +170,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mft_cpu, m) {
   m.def("pack_mask_by_row(Tensor scores, Tensor threshold, bool magnitude) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CPU, m) {
+MFT_OPS_ON(CPU, m) {
   m.impl("grouped_product", TORCH_BOX(&grouped_product));
   m.impl("grouped_score_grad_", TORCH_BOX(&grouped_score_grad_));
   m.impl("kept_thresholds", TORCH_BOX(&kept_thresholds));

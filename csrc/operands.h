@@ -1,7 +1,6 @@
 // From tensors to the kernels' operands, checked: what the files of ops (*bindings.cpp) have in common.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -11,6 +10,7 @@
 #include "cpu/huge_pages.h"
 #include "cpu/keep_range.h"
 #include "cpu/linear.h"
+#include "registration.h"
 
 namespace mft {
 

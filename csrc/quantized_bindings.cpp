@@ -82,7 +82,7 @@ void dequantize_(Tensor out, Tensor codes, std::vector<Tensor> absmax, bool nf4)
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mft_cpu, m) {
+MFT_OPS(m) {
   m.def(
       "masked_linear_quantized(Tensor x, Tensor codes, Tensor[] absmax, Tensor? packed, Tensor? bias, int rows, "
       "int columns, bool nf4, str path) -> Tensor");
@@ -92,7 +92,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mft_cpu, m) {
   m.def("dequantize_(Tensor(a!) out, Tensor codes, Tensor[] absmax, bool nf4) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CPU, m) {
+MFT_OPS_ON(CPU, m) {
   m.impl("masked_linear_quantized", TORCH_BOX(&masked_linear_quantized));
   m.impl("grad_x_quantized", TORCH_BOX(&grad_x_quantized));
   m.impl("dequantize_", TORCH_BOX(&dequantize_));

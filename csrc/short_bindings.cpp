@@ -170,7 +170,7 @@ Optional try_masked_linear_many(Tensor x, Tensor weight, std::vector<Tensor> mas
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mft_cpu, m) {
+MFT_OPS(m) {
   m.def("try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias) -> Tensor?");
   m.def(
       "try_masked_linear_packed_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor packed, Tensor? scores, "
@@ -181,7 +181,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mft_cpu, m) {
       "-> Tensor?");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mft_cpu, CompositeExplicitAutograd, m) {
+MFT_OPS_ON(CompositeExplicitAutograd, m) {
   m.impl("try_masked_linear_packed", TORCH_BOX(&try_masked_linear_packed));
   m.impl("try_masked_linear_packed_backward", TORCH_BOX(&try_masked_linear_packed_backward));
   m.impl("try_accumulate_product", TORCH_BOX(&try_accumulate_product));

@@ -1,5 +1,6 @@
 """What setup.py has built: loads libmft_cpu.so and libmft_cuda.so, or says why not, and reads its _build.json."""
 
+import ctypes
 import json
 import os
 from pathlib import Path
@@ -22,13 +23,30 @@ def load(part: str, folder: Path = Path(__file__).parent) -> str | None:
         reason = report(part, folder).get("reason") or "setup.py has not run"
         return f"its library is not built: {reason}; see setup.py, then pip install --no-build-isolation -e ."
     try:
-        torch.ops.load_library(library)
+        load_ops(library, f"{ops.name}_{part}")
     except OSError as error:  # built for another torch or another machine
         return (
             f"its library {library.name} does not load with torch {torch.__version__}: {error}; build it again with "
             "pip install --no-build-isolation -e ."
         )
     return None
+
+
+def load_ops(library: Path, namespace: str) -> None:
+    """Load a library of ours, and have it define its ops in torch.ops.NAMESPACE.
+
+    Raises: OSError for another library, RuntimeError where one of the ops is defined already.
+    """
+    torch.ops.load_library(library)
+    loaded = ctypes.PyDLL(os.path.realpath(library))  # as torch loads it
+    try:
+        register = loaded.mft_register_ops
+    except AttributeError:
+        raise OSError(f"{library} has no mft_register_ops, it was built of other sources") from None
+    register.argtypes, register.restype = [ctypes.c_char_p], ctypes.c_char_p
+    reason = register(namespace.encode())
+    if reason is not None:
+        raise RuntimeError(f"the ops of {library} cannot be defined in {namespace}: {reason.decode()}")
 
 
 def library_path(part: str, folder: Path = Path(__file__).parent) -> Path:

@@ -34,7 +34,7 @@ def install() -> str | None:
     if not _FOLDER.exists():
         print("compiling csrc/cuda for the emulator, minutes the first time", flush=True)
     try:
-        torch.ops.load_library(_bindings(bindings_on_host))
+        built.load_ops(_bindings(bindings_on_host), _NAME)
     except emulated.NotBuilt as reason:
         return str(reason)
     built.cuda_ops = getattr(torch.ops, _NAME)
@@ -43,7 +43,7 @@ def install() -> str | None:
 
 
 def _bindings(on_host: ModuleType) -> Path:
-    headers = [on_host.BINDINGS[0].parent / name for name in ("api.h", "operands.h", "place.h")]
+    headers = [on_host.BINDINGS[0].parent / name for name in ("api.h", "operands.h", "place.h", "../registration.h")]
     sources = [*on_host.BINDINGS, *headers, Path(on_host.__file__)]
     library = _FOLDER / f"{torch.__version__}.so"
     if library.exists() and library.stat().st_mtime > max(source.stat().st_mtime for source in sources):

@@ -305,7 +305,7 @@ std::tuple<int64_t, int64_t> versions() {
 
 }  // namespace
 
-MFT_LIBRARY(MFT_NAMESPACE, m) {
+MFT_OPS(m) {
   m.def(
       "product(Tensor x, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, Tensor? bias, "
       "bool magnitude, bool transposed) -> Tensor");
@@ -324,7 +324,7 @@ MFT_LIBRARY(MFT_NAMESPACE, m) {
   m.def("versions() -> (int, int)");
 }
 
-MFT_LIBRARY_IMPL(MFT_NAMESPACE, MFT_KEY, m) {
+MFT_OPS_ON(MFT_KEY, m) {
   m.impl("product", TORCH_BOX(&product));
   m.impl("score_grad_", TORCH_BOX(&score_grad_));
   m.impl("kept_threshold", TORCH_BOX(&kept_threshold));
@@ -333,7 +333,7 @@ MFT_LIBRARY_IMPL(MFT_NAMESPACE, MFT_KEY, m) {
   m.impl("score_step_", TORCH_BOX(&score_step_));
 }
 
-MFT_LIBRARY_IMPL(MFT_NAMESPACE, CompositeExplicitAutograd, m) {
+MFT_OPS_ON(CompositeExplicitAutograd, m) {
   m.impl("contents", TORCH_BOX(&contents));
   m.impl("versions", TORCH_BOX(&versions));
 }

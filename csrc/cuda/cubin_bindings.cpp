@@ -45,12 +45,12 @@ void launch_cubin(int64_t number, int64_t device, std::vector<int64_t> grid, std
 
 }  // namespace
 
-MFT_LIBRARY_FRAGMENT(MFT_NAMESPACE, m) {
+MFT_OPS(m) {
   m.def("add_cubin(Tensor image, str name, int warps, int shared, int[] layout) -> int");
   m.def("launch_cubin(int cubin, int device, int[] grid, int[] values) -> ()");
 }
 
-MFT_LIBRARY_IMPL(MFT_NAMESPACE, CompositeExplicitAutograd, m) {
+MFT_OPS_ON(CompositeExplicitAutograd, m) {
   m.impl("add_cubin", TORCH_BOX(&add_cubin));
   m.impl("launch_cubin", TORCH_BOX(&launch_cubin));
 }

@@ -166,7 +166,7 @@ Tensor kept_thresholds(Tensor scores, int64_t k, bool magnitude) {
 
 }  // namespace
 
-MFT_LIBRARY_FRAGMENT(MFT_NAMESPACE, m) {
+MFT_OPS(m) {
   m.def(
       "grouped_product(Tensor x, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, Tensor offsets, "
       "Tensor? bias, bool magnitude, bool transposed) -> Tensor");
@@ -176,7 +176,7 @@ MFT_LIBRARY_FRAGMENT(MFT_NAMESPACE, m) {
   m.def("kept_thresholds(Tensor scores, int k, bool magnitude) -> Tensor");
 }
 
-MFT_LIBRARY_IMPL(MFT_NAMESPACE, MFT_KEY, m) {
+MFT_OPS_ON(MFT_KEY, m) {
   m.impl("grouped_product", TORCH_BOX(&grouped_product));
   m.impl("grouped_score_grad_", TORCH_BOX(&grouped_score_grad_));
   m.impl("kept_thresholds", TORCH_BOX(&kept_thresholds));

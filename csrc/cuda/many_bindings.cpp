@@ -38,8 +38,8 @@ Tensor product_many(Tensor x, Tensor weight, std::vector<Tensor> masks, Tensor t
 
 }  // namespace
 
-MFT_LIBRARY_FRAGMENT(MFT_NAMESPACE, m) {
+MFT_OPS(m) {
   m.def("product_many(Tensor x, Tensor weight, Tensor[] masks, Tensor tasks, Tensor? bias, int each) -> Tensor");
 }
 
-MFT_LIBRARY_IMPL(MFT_NAMESPACE, MFT_KEY, m) { m.impl("product_many", TORCH_BOX(&product_many)); }
+MFT_OPS_ON(MFT_KEY, m) { m.impl("product_many", TORCH_BOX(&product_many)); }

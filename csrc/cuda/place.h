@@ -2,30 +2,24 @@
 // record what is launched.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
 
+#include "../registration.h"
 #include "api.h"
 
-#ifdef MFT_CUDA_ON_HOST  // a test's library: its kernels run on the host, its ops take CPU tensors, its name is given
-#define MFT_NAMESPACE MFT_CUDA_ON_HOST
+#ifdef MFT_CUDA_ON_HOST  // a test's library: its kernels run on the host, its ops take CPU tensors
 #define MFT_KEY CPU
 #else
-#define MFT_NAMESPACE mft_cuda
 #define MFT_KEY CUDA
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 // A CPU build of torch has no such function, and the library loads there all the same.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
-
-#define MFT_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
-#define MFT_LIBRARY_FRAGMENT(name, m) STABLE_TORCH_LIBRARY_FRAGMENT(name, m)
-#define MFT_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
 
 namespace mft::cuda {
 

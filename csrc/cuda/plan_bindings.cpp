@@ -250,7 +250,7 @@ int64_t count_plans() {
 
 }  // namespace
 
-MFT_LIBRARY_FRAGMENT(MFT_NAMESPACE, m) {
+MFT_OPS(m) {
   m.def("planned_forward(Tensor x, Tensor weight, Tensor keep, Tensor? threshold, Tensor? bias, int kind) -> Tensor?");
   m.def("try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias) -> Tensor?");
   m.def(
@@ -265,7 +265,7 @@ MFT_LIBRARY_FRAGMENT(MFT_NAMESPACE, m) {
   m.def("count_plans() -> int");
 }
 
-MFT_LIBRARY_IMPL(MFT_NAMESPACE, CompositeExplicitAutograd, m) {
+MFT_OPS_ON(CompositeExplicitAutograd, m) {
   m.impl("planned_forward", TORCH_BOX(&planned_forward));
   m.impl("try_masked_linear_packed", TORCH_BOX(&try_masked_linear_packed));
   m.impl("planned_gradients", TORCH_BOX(&planned_gradients));

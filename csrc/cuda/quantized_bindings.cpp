@@ -63,10 +63,10 @@ Tensor product_quantized(Tensor x, Tensor codes, std::vector<Tensor> absmax, std
 
 }  // namespace
 
-MFT_LIBRARY_FRAGMENT(MFT_NAMESPACE, m) {
+MFT_OPS(m) {
   m.def(
       "product_quantized(Tensor x, Tensor codes, Tensor[] absmax, Tensor? packed, Tensor? bias, int rows, int columns, "
       "bool nf4, bool transposed) -> Tensor");
 }
 
-MFT_LIBRARY_IMPL(MFT_NAMESPACE, MFT_KEY, m) { m.impl("product_quantized", TORCH_BOX(&product_quantized)); }
+MFT_OPS_ON(MFT_KEY, m) { m.impl("product_quantized", TORCH_BOX(&product_quantized)); }

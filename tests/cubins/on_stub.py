@@ -34,7 +34,7 @@ def build(folder: Path) -> None:
     torch_folder = Path(torch.__file__).parent
     sources = [ROOT / "csrc/cuda" / name for name in ("cubin.cpp", "cubin_bindings.cpp", "plan_bindings.cpp")]
     flags = [
-        "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-DMFT_CUDA_ON_HOST={OPS}", "-isystem",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DMFT_CUDA_ON_HOST", "-isystem",
         str(torch_folder / "include"), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ltorch", "-ldl",
     ]  # fmt: skip
     _compile(folder / "libcuda.so.1", headers, [HERE / "driver.cpp"], ["-Wl,-soname,libcuda.so.1"])
@@ -57,7 +57,7 @@ class Stub:
         self.folder = folder
         self._library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
         self._library.recorded.restype = ctypes.c_char_p
-        torch.ops.load_library(folder / OPS_LIBRARY)
+        built.load_ops(folder / OPS_LIBRARY, OPS)
         built.cuda_ops = getattr(torch.ops, OPS)
         cubins.FOLDER = archives or folder
         cubins.load = lambda part: None

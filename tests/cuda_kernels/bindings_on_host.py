@@ -24,7 +24,7 @@ def build(library: Path, name: str, *kernels: str) -> None:
     """
     torch_folder, compiler = Path(torch.__file__).parent, emulated.compiler()
     flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{BINDINGS[0].parent}"]
-    own = [TORCH_TARGET, f"-DMFT_CUDA_ON_HOST={name}", "-DMFT_CUDA_PRODUCT_SM90", "-isystem", f"{torch_folder}/include"]
+    own = [TORCH_TARGET, "-DMFT_CUDA_ON_HOST", "-DMFT_CUDA_PRODUCT_SM90", "-isystem", f"{torch_folder}/include"]
     units = [Unit(source, compiler, [*flags, *own]) for source in BINDINGS]
     linked = [*flags, *kernels, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ltorch", "-Wl,-Bsymbolic"]
     directory = emulated.ROOT / "build" / name / torch.__version__

@@ -35,7 +35,7 @@ def compiled(folder: Path, name: str, *kernels: str):
     """torch.ops.NAME: the bindings with these kernels."""
     library = folder / f"lib{name}.so"
     bindings_on_host.build(library, name, *kernels)
-    torch.ops.load_library(library)
+    built.load_ops(library, name)
     return getattr(torch.ops, name)
 
 

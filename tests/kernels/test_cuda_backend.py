@@ -3,6 +3,7 @@
 What its ops do with tensors is tested in cuda_kernels/test_bindings.py, what the kernels compute beside it.
 """
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import mft_kernels
-from mft_kernels import backend_report, backends, built, cuda, faster
+from mft_kernels import backend_report, backends, built, cpu, cuda, faster
 from mft_kernels.testing import integer_inputs
 
 LIBRARY = Path(cuda.__file__).with_name("libmft_cuda.so")
@@ -177,3 +178,27 @@ def test_what_is_not_built_or_does_not_load_is_told(tmp_path):
     assert "not built: setup.py has not run" in built.load("cpu", tmp_path)
     (tmp_path / "libmft_cuda.so").write_bytes(b"not a library")
     assert "does not load with torch" in built.load("cuda", tmp_path)
+    shutil.copy(torch._C.__file__, tmp_path / "libmft_cpu.so")
+    assert "has no mft_register_ops, it was built of other sources" in built.load("cpu", tmp_path)
+
+
+needs_cpu = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
+
+
+@needs_cpu
+def test_a_library_defines_its_ops_in_as_many_namespaces_as_are_asked_for():
+    library, x = built.library_path("cpu"), torch.tensor([[3.0, -1.0, 2.0]])
+    for _ in range(2):  # the second time nothing is left to do
+        built.load_ops(library, "test_built_cpu")
+    assert torch.ops.test_built_cpu.kept_threshold(x, 2, True) == torch.ops.mft_cpu.kept_threshold(x, 2, True) == 2
+
+
+@needs_cpu
+def test_two_libraries_do_not_share_a_namespace(tmp_path):
+    copy = tmp_path / "copy.so"  # another file is another library to the loader
+    shutil.copy(built.library_path("cpu"), copy)
+    built.load_ops(copy, "test_built_copy")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the ops of .*copy.so cannot be defined in mft_cpu: "):
+            built.load_ops(copy, "mft_cpu")
+    assert torch.ops.mft_cpu.capability() == torch.ops.test_built_copy.capability()
