@@ -19,7 +19,7 @@ KERNEL_LAYERS = (
     ("ops", "cpu", "cuda", "grouped", "many", "scores", "step", "triton"),
     ("companions", "quantized"),
     ("held", "masking", "optim"),
-    ("grouped_held", "grouped_masking", "masked_layer"),
+    ("grouped_held", "grouped_masking", "layers", "masked_layer"),
     ("grouped_linear", "linear"),
     ("__init__",),
 )
