@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml $(wildcard benchmarks/results/gpu-faster.json)
 
-.PHONY: install demo test lint errors reference docs sanitize ports faults fuzz architectures cuda cubins wheel wheel-test bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
+.PHONY: install demo test lint errors reference docs sanitize ports faults fuzz architectures cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
 install: $(VENV)/.installed
 
@@ -111,6 +111,10 @@ wheel-test: wheel
 # Triton, or with none, runs the code of this one (docs/kernels.md). The library of `make cuda` launches them.
 cubins: install
 	$(BIN)/python -m building.cubins
+
+# The ops as a kernel of the Kernel Hub, build/hub-kernel, of the libraries that there are (docs/kernel-hub.md). Seconds.
+hub-kernel: install
+	$(BIN)/python -m building.hub_kernel $(OUT)
 
 # All questions, more than an hour on 2 cores; make bench WHAT=ops or WHAT="ops scaling"; QUICK=1: a few minutes, into
 # build/benchmarks. docs/benchmarks.md says what is measured.

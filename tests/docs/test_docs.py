@@ -39,9 +39,12 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *PAGES]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Run by test_bad_inputs.py, of which errors.md is made, by test_doc_transformers.py, _trl.py and _serving.py, on fewer
-# layers, by test_adding_a_kernel.py, in processes of their own, and by the fixture ground. reference.md has signatures,
-# which do not run.
-ELSEWHERE = {"errors.md", "transformers.md", "trl.md", "serving.md", "adding-a-kernel.md", "README.md", "reference.md"}
+# layers, by test_adding_a_kernel.py and test_hub_kernel.py, in processes of their own, and by the fixture ground.
+# reference.md has signatures, which do not run.
+ELSEWHERE = {
+    *("errors.md", "transformers.md", "trl.md", "serving.md", "adding-a-kernel.md", "kernel-hub.md", "README.md"),
+    "reference.md",
+}
 LONG = {"compare", "ablate", "demo", "plot"}
 SHORT = {
     verb: ["train.steps=2", "train.epochs=null", "data.max_train_tokens=2048", "data.max_eval_tokens=1024"]

@@ -1,0 +1,312 @@
+"""The kernel for the Kernel Hub: build.toml, the folder that building/hub_kernel.py makes, and what loads from it."""
+
+import ast
+import copy
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import mft_kernels
+from building import cpu as build_cpu
+from building import hub_kernel
+from building.compile import CPP_FLAGS, TORCH_TARGET, CannotBuild
+from mft_kernels import MaskedLinear, cpu
+from mft_kernels.testing import integer_inputs
+
+ROOT = Path(__file__).parents[2]
+BUILD = tomllib.loads((ROOT / "build.toml").read_text())
+
+
+def kernels_tool():
+    """Hugging Face's package, and not the folder of tests that has its name."""
+    pytest.importorskip("kernels._rust", reason="the kernels tool is not installed")
+    return importlib.import_module("kernels")
+
+
+# ---------------------------------------------------------------------------------------------- build.toml
+
+
+def sections(backend):
+    return [section for section in BUILD["kernel"].values() if section["backend"] == backend]
+
+
+def test_build_toml_names_every_source_once_but_for_hoppers_kernels():
+    named = [source for section in BUILD["kernel"].values() for source in section["src"]]
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    missing = files - set(named)
+    assert all(re.fullmatch(r"csrc/cuda/\w+_sm90\w*\.(cu|cpp)", name) for name in missing), missing
+    assert set(named) <= files
+    assert {name for name in named if named.count(name) > 1} == {"csrc/registration.h"}, "both backends read it"
+
+
+def test_build_toml_has_the_flags_that_setup_py_compiles_with():
+    flags = {source: section["cxx-flags"] for section in sections("cpu") for source in section["src"]}
+    units = build_cpu.units("g++", Path("torch"), ROOT / "csrc", "x86_64")
+    if not any("-DMFT_AMX" in unit.flags for unit in units):
+        pytest.skip("this g++ does not know AMX")
+    a_builder_s = {*CPP_FLAGS, "-isystem", "torch/include"} - {"-O3", "-fvisibility=hidden"}
+    for unit in units:
+        own = [flag for flag in unit.flags if flag not in a_builder_s]
+        assert flags[unit.source.relative_to(ROOT).as_posix()] == own, unit.source
+
+
+def test_build_toml_names_the_stable_abi_and_the_licence():
+    hexadecimal = TORCH_TARGET.partition("=")[2]
+    oldest = f"{int(hexadecimal[2:4], 16)}.{int(hexadecimal[4:6], 16)}"
+    assert BUILD["torch"]["stable-abi"] == dict.fromkeys(BUILD["general"]["backends"], oldest)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert BUILD["general"]["license"] == project["license"]
+    assert f"torch>={oldest}" in project["dependencies"]
+
+
+def test_the_kernels_tool_reads_build_toml():
+    rust = kernels_tool()._rust
+    assert [str(backend) for backend in rust.Build.open(ROOT).general.backends] == ["cpu", "cuda"]
+
+
+# ---------------------------------------------------------------------------------------------- the folder
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory):
+    """{backend: folder of the variant}"""
+    if cpu.unavailable is not None:
+        pytest.skip(f"cpu backend: {cpu.unavailable}")
+    made = hub_kernel.make(tmp_path_factory.mktemp("hub-kernel"))
+    return {metadata(variant)["backend"]["type"]: variant for variant in made}
+
+
+def metadata(variant):
+    return json.loads((variant / "metadata.json").read_text())
+
+
+def test_a_variant_is_named_by_what_it_runs_on(variants):
+    names = {backend: variant.name for backend, variant in variants.items()}
+    abi = BUILD["torch"]["stable-abi"]["cpu"].replace(".", "")
+    assert re.fullmatch(rf"torch-stable-abi{abi}-cpu-\w+-linux", names["cpu"])
+    assert variants["cpu"].parent.name == "build"
+    if "cuda" in names:
+        assert re.fullmatch(rf"torch-stable-abi{abi}-cu1\d\d-\w+-linux", names["cuda"])
+        assert "8.0" in "".join(metadata(variants["cuda"])["backend"]["archs"])
+
+
+def test_the_libraries_are_the_packages_own(variants):
+    for backend, variant in variants.items():
+        parts = {"cpu", backend}
+        assert {path.name for path in variant.glob("*.so")} == {f"libmft_{part}.so" for part in parts}
+        for part in parts:
+            name = f"libmft_{part}.so"
+            assert (variant / name).read_bytes() == (hub_kernel.PACKAGE / name).read_bytes()
+
+
+def test_the_python_files_are_the_packages_but_for_the_first_and_the_namespace(variants):
+    for variant in variants.values():
+        names = {path.relative_to(variant).as_posix() for path in variant.rglob("*.py")}
+        assert {"layers.py", "ops.py", "triton/ops.py"} <= names
+        assert names.isdisjoint({"linear.py", "optim.py", "testing.py"}), "nothing leads to these"
+        differ = {name for name in names if (variant / name).read_text() != (hub_kernel.PACKAGE / name).read_text()}
+        assert differ == {"__init__.py", "_ops.py"}
+        assert f"torch.ops.{metadata(variant)['id']}\n" in (variant / "_ops.py").read_text()
+
+
+def test_a_kernel_imports_itself_relatively_and_torch_triton_and_numpy(variants):
+    allowed = {"torch", "triton", "numpy"} | sys.stdlib_module_names
+    for path in variants["cpu"].rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed, path
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                assert node.module.split(".")[0] in allowed, path
+
+
+def test_the_ops_are_named_after_the_contents(variants, tmp_path):
+    again = hub_kernel.make(tmp_path)
+    ids = {metadata(variant)["id"] for variant in again}
+    assert ids == {metadata(variant)["id"] for variant in variants.values()}, "the same contents, the same name"
+    assert all(re.fullmatch(r"_mft_kernels_(cpu|cuda)_[0-9a-f]{7}", name) for name in ids)
+
+    package = shutil.copytree(hub_kernel.PACKAGE, tmp_path / "mft_kernels")
+    with open(package / "ops.py", "a") as file:
+        file.write("# another build\n")
+    changed = hub_kernel.make(tmp_path, package)
+    assert ids.isdisjoint({metadata(variant)["id"] for variant in changed})
+    assert set((tmp_path / "build").iterdir()) == set(changed), "of the one before nothing is left"
+
+
+def test_without_the_library_there_is_no_kernel(tmp_path):
+    (tmp_path / "_build.json").write_text('{"cpu": {"built": false, "reason": "no C++ compiler found"}}')
+    with pytest.raises(CannotBuild, match="libmft_cpu.so must be built first: no C\\+\\+ compiler found; pip install"):
+        hub_kernel.make(tmp_path / "out", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_kernels_tool_reads_the_metadata_and_the_digest(variants):
+    rust = kernels_tool()._rust
+    for backend, variant in variants.items():
+        found = rust.Metadata.read_from_file(variant / "metadata.json")
+        assert (found.id, str(found.name), found.license) == (metadata(variant)["id"], "mft-kernels", "Apache-2.0")
+        assert str(found.backend.backend_type) == backend
+        found.digest.validate(rust.Digest.hash_variant(rust.DigestAlgorithm.SHA256, variant))
+
+
+def test_the_libraries_need_no_symbol_of_python(variants):
+    pytest.importorskip("kernel_abi_check", reason="the ABI checker of the kernels tool is not installed")
+    for library in variants["cpu"].parent.rglob("*.so"):
+        found = hub_kernel.abi_faults(library)
+        assert not any(fault.endswith("(Python)") for fault in found), found
+
+
+def test_an_abi_that_is_too_new_is_told(variants, monkeypatch):
+    pytest.importorskip("kernel_abi_check", reason="the ABI checker of the kernels tool is not installed")
+    monkeypatch.setattr(hub_kernel, "MANYLINUX", "manylinux_2_5")
+    assert any(re.search(r"GLIBC", fault) for fault in hub_kernel.abi_faults(variants["cpu"] / "libmft_cpu.so"))
+
+
+# ---------------------------------------------------------------------------------------------- loaded
+
+
+@pytest.fixture(scope="module")
+def loaded(variants):
+    """The CPU's variant, beside the installed package."""
+    announcing = torch.autograd.graph.increment_version  # which scores.py takes the place of
+    yield load(variants["cpu"])
+    torch.autograd.graph.increment_version = announcing
+
+
+def load(variant):
+    """By the kernels tool where it is there, else in the same way."""
+    try:
+        from kernels import get_local_kernel
+    except ImportError:
+        name = metadata(variant)["id"]
+        spec = importlib.util.spec_from_file_location(name, variant / "__init__.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+        return sys.modules[name]
+    return get_local_kernel(variant)
+
+
+def test_a_kernel_has_ops_of_its_own_beside_the_installed_package(loaded, variants):
+    name, modules = metadata(variants["cpu"])["id"], sys.modules
+    assert loaded.masked_linear is not mft_kernels.masked_linear
+    assert modules[f"{name}.library"].library.ns == name
+    assert modules[f"{name}.built"].cpu_ops.capability() == torch.ops.mft_cpu.capability()
+    for ours, theirs in (
+        (modules[f"{name}.ops"].ops, torch.ops.mft),
+        (modules[f"{name}.built"].cpu_ops, torch.ops.mft_cpu),
+    ):
+        assert ours.kept_threshold is not theirs.kept_threshold
+        assert ours.kept_threshold._qualified_op_name.startswith(name)
+    assert loaded.backend_report()["backends"]["cpu"]["available"]
+
+
+def test_what_a_kernel_exports_is_what_it_says(loaded):
+    assert all(hasattr(loaded, name) for name in loaded.__all__)
+    assert set(loaded.__all__) - {"layers", "masked_linear_by_ratio", "watch"} <= set(mft_kernels.__all__)
+
+
+def test_its_results_are_the_installed_packages_bit_for_bit(loaded):
+    found = []
+    for package in (mft_kernels, loaded):
+        t = integer_inputs(6, 8, 37, torch.bfloat16)
+        x, scores = t.x.requires_grad_(), t.scores.requires_grad_()
+        threshold = package.kept_threshold(scores, 0.5)
+        y = package.masked_linear(x, t.weight, scores, threshold, t.bias)
+        y.sum().backward()
+        packed = package.pack_mask(scores.detach(), threshold)
+        by_bits = package.masked_linear_packed(x.detach(), t.weight, packed, t.bias)
+        found.append([threshold, y, x.grad, scores.grad, packed, by_bits])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_its_ops_stand_torchs_own_checks(loaded):
+    t = integer_inputs(6, 8, 37, torch.float32)
+    ops = sys.modules[f"{loaded.__name__}.ops"].ops
+    arguments = (t.x, t.weight, t.scores.requires_grad_(), torch.tensor(2.0), t.bias, "magnitude", "auto")
+    torch.library.opcheck(ops.masked_linear.default, arguments)
+
+
+def test_watched_scores_are_selected_from_once(loaded):
+    t = integer_inputs(6, 8, 37, torch.float32)
+    scores = nn.Parameter(t.scores.clone())
+    loaded.watch(scores)
+    memos = []
+    for _ in range(2):
+        loaded.masked_linear_by_ratio(t.x, t.weight, scores, keep_ratio=0.5)
+        memos.append(scores.memo)
+    assert memos[0] is memos[1] is not None
+
+
+def test_kernelize_gives_a_models_layers_the_kernels_forward(loaded, variants):
+    kernels = kernels_tool()
+
+    class Masked(MaskedLinear):  # what is made extensible stays so
+        pass
+
+    kernels.replace_kernel_forward_from_hub(Masked, "MaskedLinear")
+    torch.manual_seed(0)
+    model = nn.Sequential(Masked(37, 16, keep_ratio=0.5), nn.GELU(), Masked(16, 4, keep_ratio=0.9))
+    own, x = copy.deepcopy(model), torch.randn(5, 37)
+    layer = kernels.LocalLayerRepository(variants["cpu"], layer_name="MaskedLinear")
+    with kernels.use_kernel_mapping({"MaskedLinear": {"cpu": layer}}, inherit_mapping=False):
+        mode = kernels.Mode.TRAINING | kernels.Mode.TORCH_COMPILE
+        kernels.kernelize(model, mode=mode, device="cpu", use_fallback=False)
+    for module in (model[0], model[2]):
+        assert module.forward.__func__ is loaded.layers.MaskedLinear.forward
+
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    outputs, gradients = [], []
+    for one in (own, model, compiled):
+        outputs.append(one(x))
+        outputs[-1].square().sum().backward()
+        gradients.append([p.grad for p in one.parameters() if p.requires_grad])
+    for got, grads in zip(outputs[1:], gradients[1:]):
+        assert torch.equal(got, outputs[0])
+        assert len(grads) == 2
+        assert all(torch.equal(a, b) for a, b in zip(grads, gradients[0]))
+
+
+def hub_cache(folder, repo_id, variant):
+    """As huggingface_hub leaves what it has downloaded: links to files that are named by their contents."""
+    commit = hashlib.sha1(variant.name.encode()).hexdigest()
+    repository = folder / f"kernels--{repo_id.replace('/', '--')}"
+    for path in variant.rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            blob = repository / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+            link = repository / "snapshots" / commit / "build" / variant.name / path.relative_to(variant)
+            for parent in (blob.parent, link.parent):
+                parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, blob)
+            link.symlink_to(blob)
+    (repository / "refs").mkdir()
+    (repository / "refs" / f"v{BUILD['general']['version']}").write_text(commit)
+
+
+def test_the_page_is_followed_with_a_kernel_from_the_hubs_cache(variants, tmp_path):
+    kernels_tool()
+    page = (ROOT / "docs" / "kernel-hub.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (repo_id,) = set(re.findall(r'"(\w+/mft-kernels)"', page))
+    hub_cache(tmp_path, repo_id, variants["cpu"])
+    (tmp_path / "page.py").write_text("\n".join(["import mft_kernels", *blocks]))
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": str(tmp_path),
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-W", "error::UserWarning", "page.py"]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
