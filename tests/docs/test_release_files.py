@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+import mft
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -29,3 +31,9 @@ def test_every_paper_that_is_to_be_cited_stands_among_the_papers_of_the_concepts
         assert [author["family-names"] for author in paper["authors"]] == re.findall(
             r"[A-Z]\. (?:[A-Z]\. )?([A-Z]\w+)", line.split(f": *{paper['title']}*")[0]
         )
+
+
+def test_the_changelog_has_the_version_that_the_packages_name():
+    headings = re.findall(r"^## \[(.+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[:2] == ["Unreleased", mft.__version__]
+    assert "0.1.0" in headings
