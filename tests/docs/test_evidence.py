@@ -70,6 +70,24 @@ def test_the_losses_by_keep_ratio_are_the_stored_ones():
             assert not loss or rows[f"{name} {ratio}"]["loss - full fine-tune"].startswith(loss)
 
 
+def test_the_losses_by_layer_are_the_stored_ones():
+    section = EVIDENCE.split("## E: which layers")[1].split("\n## ")[0]
+    rows = stored("ablation-layers-small", "headers")
+    said = [cells(line) for line in section.splitlines() if re.match(r"\| \d", line)]
+    assert [layer for layer, *_ in said] == list("0123")
+    for layer, *losses, behind in said:
+        arms = (f"control {layer}", f"MFT (paper) {layer}", f"MFT {layer}")
+        assert losses == [rows[arm]["loss - full fine-tune"] for arm in arms]
+        assert behind == rows[f"MFT {layer}"]["loss - control"]
+    (line,) = [line for line in EVIDENCE.splitlines() if line.startswith("| [E](#e-which-layers) |")]
+    *_, steps, seconds = cells(line)
+    both = [(rows[f"control {i}"], rows[f"MFT {i}"]) for i in range(4)]
+    pairs = ", ".join(f"{control['steps']} / {mask['steps']}" for control, mask in both)
+    assert f"by layer, {pairs};" in steps.replace("*", "")
+    ends = [sorted(float(row["s a run"]) for row in rows_of_arm) for rows_of_arm in zip(*both)]
+    assert seconds == " / ".join(f"{least} to {most}" for least, *_, most in ends)
+
+
 def test_exact_answers_by_rewards_are_the_stored_ones():
     section = EVIDENCE.split("## I: by rewards")[1].split("\n## ")[0]
     rows = stored("compare-rewards", "problems")
