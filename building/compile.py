@@ -70,8 +70,11 @@ def find_torch() -> tuple[str, Path]:
 
 
 def find_ninja() -> str | None:
-    """In PATH, or beside the Python that runs this, whose folder need not be in PATH."""
-    return shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+    """Beside the Python that runs this, whose folder need not be in PATH, or in PATH.
+
+    In this order, as one of another version forgets what the other has compiled, and compiles it all again.
+    """
+    return shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja")
 
 
 def system_headers(folders: Sequence[Path]) -> list[str]:

@@ -291,6 +291,20 @@ def test_ninjas_file_names_what_makes_a_file_be_compiled_again():
     assert "build lib.so: link x.cu.o\n" in text
 
 
+def test_ninja_is_the_one_beside_python_whatever_path_says(tmp_path, monkeypatch):
+    for folder in ("beside", "in_path"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "ninja").write_text("#!/bin/sh\n")
+        (tmp_path / folder / "ninja").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "beside" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "in_path"))
+    assert compile.find_ninja() == str(tmp_path / "beside" / "ninja")
+    (tmp_path / "beside" / "ninja").unlink()
+    assert compile.find_ninja() == str(tmp_path / "in_path" / "ninja")
+    (tmp_path / "in_path" / "ninja").unlink()
+    assert compile.find_ninja() is None
+
+
 @pytest.mark.parametrize("with_ninja", [True, False])
 def test_logs_are_kept_and_the_first_error_is_the_reason(with_ninja, tmp_path, monkeypatch, capsys):
     fake = tmp_path / "nvcc"
