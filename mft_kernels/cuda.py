@@ -318,7 +318,8 @@ def _unavailable() -> str | None:
 def _detail() -> str:
     targets, *kernels = built.cuda_ops.contents().split()
     left_out = report("cuda").get("left_out", {})
-    without = "".join(f"; without {name} (general kernels only): {reason}" for name, reason in left_out.items())
+    names = {reason: [name for name in left_out if left_out[name] == reason] for reason in left_out.values()}
+    without = "".join(f"; without {' and '.join(n)} (general kernels only): {reason}" for reason, n in names.items())
     return f"CUDA C++, {targets.replace('.', ' ')}{''.join(f', {name}' for name in kernels)}{without}"
 
 

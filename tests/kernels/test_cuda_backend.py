@@ -53,6 +53,9 @@ def test_what_the_library_holds_is_said_without_a_gpu_too(monkeypatch):
     assert backend_report()["backends"]["cuda"]["detail"] == cuda._detail()
     monkeypatch.setattr(cuda, "report", lambda part: {"left_out": {"product_sm90": "no headers"}})
     assert cuda._detail().endswith("; without product_sm90 (general kernels only): no headers")
+    both = {"product_sm90": "no headers", "score_grad_sm90": "no headers"}
+    monkeypatch.setattr(cuda, "report", lambda part: {"left_out": both})
+    assert cuda._detail().endswith("; without product_sm90 and score_grad_sm90 (general kernels only): no headers")
 
 
 @needs_library
