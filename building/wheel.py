@@ -5,6 +5,7 @@ first, as make wheel does); --slim: without the latter. auditwheel says whether 
 (glibc 2.28), and names the wheel so.
 """
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -60,6 +61,13 @@ def run(command: list[str]) -> None:
         sys.exit(code)
 
 
-if __name__ == "__main__":
-    for path in build(slim="--slim" in sys.argv[1:]):
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slim", action="store_true")
+    for path in build(slim=parser.parse_args().slim):
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
