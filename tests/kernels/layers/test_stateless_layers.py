@@ -68,8 +68,10 @@ def test_a_held_mask_is_what_is_computed_with():
     layer.scores.data.zero_()  # which keeps everything
     outputs = []
     for one in (layer, taken_over(copy.deepcopy(layer))):
-        one.hold(packed, torch.zeros_like(one.scores))
-        outputs.append(run(one)[:2])
+        buffer = torch.zeros_like(one.scores)
+        one.hold(packed, buffer)
+        outputs.append([*run(one)[:2], buffer])
+        assert buffer.count_nonzero() > 0, "what the scores would get is added there"
         one.release()
         assert not torch.equal(run(one)[0], outputs[-1][0])
     assert all(torch.equal(a, b) for a, b in zip(*outputs))
