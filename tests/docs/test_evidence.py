@@ -88,6 +88,19 @@ def test_the_losses_by_layer_are_the_stored_ones():
     assert seconds == " / ".join(f"{least} to {most}" for least, *_, most in ends)
 
 
+def test_the_losses_by_how_much_data_are_the_stored_ones():
+    section = EVIDENCE.split("## F: how much data")[1].split("\n## ")[0]
+    said = [cells(line) for line in section.splitlines() if re.match(r"\| \d", line)]
+    amounts = {"16,384": "0.0625", "65,536": "0.25", "262,144": "1"}
+    assert [tokens for tokens, *_ in said] == list(amounts)
+    for tokens, steps, *losses, behind in said:
+        rows = stored("ablation-data-small", f"headers {amounts[tokens]}")
+        arms = ("control", "MFT (paper)", "MFT")
+        assert steps.replace("*", "") == " / ".join(rows[arm]["steps"] for arm in arms)
+        assert losses == [rows[arm]["loss - full fine-tune"] for arm in arms]
+        assert behind == rows["MFT"]["loss - control"]
+
+
 def test_exact_answers_by_rewards_are_the_stored_ones():
     section = EVIDENCE.split("## I: by rewards")[1].split("\n## ")[0]
     rows = stored("compare-rewards", "problems")
