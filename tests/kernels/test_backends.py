@@ -1,6 +1,7 @@
 """The table: explicit requests never fall back, and the report says why."""
 
 import logging
+from unittest import mock
 
 import pytest
 import torch
@@ -34,8 +35,10 @@ def table(monkeypatch):
     monkeypatch.setattr(backends, "_TABLE", dict(backends._TABLE))
     monkeypatch.setattr(backends, "_order", list(backends._order))
     monkeypatch.setattr(backends, "_announced", set())
-    monkeypatch.setattr(backends, "_chosen", {})
     monkeypatch.delenv("MFT_KERNELS", raising=False)
+    # what "auto" has found, in both of its memories: registering empties them
+    with mock.patch.dict(backends._chosen, clear=True), mock.patch.dict(backends.short_ways, clear=True):
+        yield
 
 
 def of_strangers(name="mine", **options):
