@@ -101,6 +101,27 @@ def test_the_losses_by_how_much_data_are_the_stored_ones():
         assert behind == rows["MFT"]["loss - control"]
 
 
+def test_the_losses_by_bytes_are_the_stored_ones():
+    section = EVIDENCE.split("## G: bytes")[1].split("\n## ")[0]
+    rows = stored("compare-bytes", "headers")
+    arms = {
+        **{"temperature alone": "temperature", "mask, free threshold": "MFT", "BitDelta of the control": "bitdelta"},
+        **{f"mask, keep {ratio}": f"MFT (keep {ratio})" for ratio in ("0.99", "0.95")},
+        **{f"LoRA, rank {rank}": f"LoRA (rank {rank})" for rank in (1, 8)},
+        **{"ternary, 1 % of the control's deltas": "ternary 0.01", "ternary, 3 %": "ternary 0.03"},
+        **{"ternary, 10 %": "ternary 0.1", "mask, deletion at a price of 0.03": "deletion 0.03"},
+        **{"mean of 3 masks": "mean of 3 MFT", "control": "control", "mean of 3 controls": "mean of 3 controls"},
+    }
+    said = [cells(line) for line in section.splitlines() if line.startswith("| ") and "[" in line]
+    assert sorted(name for name, *_ in said) == sorted(arms)
+    for name, size, *losses in said:
+        row = rows[arms[name]]
+        columns = ("loss - full fine-tune", "loss - control")
+        assert size == row["bytes"], name
+        for loss, column in zip(losses, columns, strict=True):
+            assert loss.replace("*", "") in ("", row[column]), name
+
+
 def test_exact_answers_by_rewards_are_the_stored_ones():
     section = EVIDENCE.split("## I: by rewards")[1].split("\n## ")[0]
     rows = stored("compare-rewards", "problems")
