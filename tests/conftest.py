@@ -5,6 +5,7 @@ import gc
 import importlib.util
 import json
 import os
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test needs the model hub
 
@@ -41,6 +42,20 @@ def backend(request):
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     return request.param
+
+
+@pytest.fixture
+def own_table(monkeypatch):
+    """A table of backends that the test may add to; what "auto" has found stands again afterwards."""
+    from mft_kernels import backends
+
+    monkeypatch.setattr(backends, "_TABLE", dict(backends._TABLE))
+    monkeypatch.setattr(backends, "_order", list(backends._order))
+    monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.delenv("MFT_KERNELS", raising=False)
+    # In both of its memories, which registering empties.
+    with mock.patch.dict(backends._chosen, clear=True), mock.patch.dict(backends.short_ways, clear=True):
+        yield
 
 
 @pytest.fixture

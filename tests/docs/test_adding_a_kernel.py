@@ -8,11 +8,8 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from unittest import mock
 
 import pytest
-
-from mft_kernels import backends
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "adding-a-kernel.md").read_text()
@@ -89,14 +86,6 @@ def test_its_ops_are_tested_as_ours_are(folder):
     words[-1] += " and (behind or token or magnitude and (opcheck or detach))"  # a few that tell much
     told = run(folder, [sys.executable, *words, "-q", "-p", "no:cacheprovider"], **environment)
     assert re.search(r"^9 passed", told, re.MULTILINE), told
-
-
-@pytest.fixture
-def own_table(monkeypatch):
-    """A table of backends that the test may add to; what "auto" has found stands again afterwards."""
-    monkeypatch.setattr(backends, "_TABLE", dict(backends._TABLE))
-    with mock.patch.dict(backends._chosen, clear=True), mock.patch.dict(backends.short_ways, clear=True):
-        yield
 
 
 def test_the_benchmarks_measure_it(folder, own_table, monkeypatch):

@@ -1,7 +1,6 @@
 """The table: explicit requests never fall back, and the report says why."""
 
 import logging
-from unittest import mock
 
 import pytest
 import torch
@@ -29,18 +28,6 @@ def test_the_environment_variable_chooses_and_is_named_in_errors(monkeypatch):
     assert mft_kernels.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0)).shape == (2, 3)
 
 
-@pytest.fixture
-def table(monkeypatch):
-    """The table and its order, which a test may change."""
-    monkeypatch.setattr(backends, "_TABLE", dict(backends._TABLE))
-    monkeypatch.setattr(backends, "_order", list(backends._order))
-    monkeypatch.setattr(backends, "_announced", set())
-    monkeypatch.delenv("MFT_KERNELS", raising=False)
-    # what "auto" has found, in both of its memories: registering empties them
-    with mock.patch.dict(backends._chosen, clear=True), mock.patch.dict(backends.short_ways, clear=True):
-        yield
-
-
 def of_strangers(name="mine", **options):
     return backends.Backend(name, frozenset({"cpu"}), frozenset(), {"kept_threshold": print}, **options)
 
@@ -49,7 +36,7 @@ CPU, FLOATS = torch.device("cpu"), (torch.float32,)
 
 
 @pytest.mark.parametrize("name", backends.PREFERENCE)
-def test_a_name_is_registered_once(name, table):
+def test_a_name_is_registered_once(name, own_table):
     with pytest.raises(ValueError, match=f"backend '{name}' is registered already; take another name"):
         backends.register(of_strangers(name))
     backends.register(of_strangers())
@@ -57,7 +44,7 @@ def test_a_name_is_registered_once(name, table):
         backends.register(of_strangers())
 
 
-def test_a_backend_from_outside_is_taken_where_it_is_asked_for(table, monkeypatch):
+def test_a_backend_from_outside_is_taken_where_it_is_asked_for(own_table, monkeypatch):
     backends.register(of_strangers(detail="my own"))
     assert backends.choose("kept_threshold", CPU, FLOATS) is not print
     assert backends.choose("kept_threshold", CPU, FLOATS, "mine") is print
@@ -70,7 +57,7 @@ def test_a_backend_from_outside_is_taken_where_it_is_asked_for(table, monkeypatc
     assert backends.choose("kept_threshold", CPU, FLOATS) is print
 
 
-def test_auto_asks_a_backend_from_outside_that_has_a_place(table):
+def test_auto_asks_a_backend_from_outside_that_has_a_place(own_table):
     others = backends.choose("pack_mask", CPU, FLOATS)
     assert backends.choose("kept_threshold", CPU, FLOATS) is not print  # which is not remembered beyond this
     backends.register(of_strangers("theirs"), before="reference")
@@ -93,7 +80,7 @@ def test_auto_asks_a_backend_from_outside_that_has_a_place(table):
         ),
     ],
 )
-def test_what_cannot_be_registered_is_refused_and_leaves_nothing(table, backend, before, message):
+def test_what_cannot_be_registered_is_refused_and_leaves_nothing(own_table, backend, before, message):
     with pytest.raises(ValueError, match=message):
         backends.register(backend, before=before)
     assert list(mft_kernels.backend_report()["backends"]) == list(backends.PREFERENCE)

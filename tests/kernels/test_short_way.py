@@ -97,9 +97,7 @@ def test_the_short_way_leaves_a_call_to_those_whom_the_environment_names(usual, 
         assert by_short_way(usual) is not None
 
 
-def test_a_backend_that_auto_asks_first_has_no_short_way_past_it(usual, monkeypatch):
-    monkeypatch.setattr(backends, "_TABLE", dict(backends._TABLE))
-    monkeypatch.setattr(backends, "_order", list(backends._order))
+def test_a_backend_that_auto_asks_first_has_no_short_way_past_it(own_table, usual):
     assert ("masked_linear_packed", torch.float32) in backends.short_ways
     asked = []
 
@@ -109,18 +107,13 @@ def test_a_backend_that_auto_asks_first_has_no_short_way_past_it(usual, monkeypa
 
     ops = {"masked_linear_packed": masked_linear_packed}
     ours = backends.Backend("ours", frozenset({"cpu"}), frozenset({torch.float32}), ops)
-    try:
-        backends.register(ours, before="cpu")
-        layer = MaskedLinear(K, N)
-        layer(usual["x"].detach())
-        mft_kernels.masked_linear_packed(**usual)
-        with torch.no_grad():
-            layer(usual["x"])
-        assert len(asked) == 3
-    finally:
-        monkeypatch.undo()
-        backends._chosen.clear()
-        backends.short_ways.clear()
+    backends.register(ours, before="cpu")
+    layer = MaskedLinear(K, N)
+    layer(usual["x"].detach())
+    mft_kernels.masked_linear_packed(**usual)
+    with torch.no_grad():
+        layer(usual["x"])
+    assert len(asked) == 3
 
 
 # ---------------------------------------------------------------------------------------------- gradients
