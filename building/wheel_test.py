@@ -4,6 +4,7 @@ Each environment is a Python and a torch: this one's, and with the newest other 
 that is supported. In a folder without the repository: what `mft` says before the extra "train" is there, tests of the
 ops, `mft env` and a training of two steps. The sdist must hold every source file of the wheel and what builds it.
 --slim: this Python with the torch of .venv alone, a part of the tests.
+--environment 3.12 torch==2.15.0: that Python with that torch alone.
 """
 
 import argparse
@@ -49,6 +50,15 @@ def environments(slim: bool) -> list[tuple[str, str]]:
     if not others:
         sys.exit(f"a second Python is needed, one of {', '.join(PYTHONS)} in PATH that is not {mine}; or --slim")
     return [*here, (others[0], f"torch=={oldest}.0")]
+
+
+def named_environment(version: str, torch: str) -> tuple[str, str]:
+    """As of environments. Raises: SystemExit for a Python that is not here, or what pip would not take for torch."""
+    if not re.match(r"torch($|[=<>~!])", torch):
+        sys.exit(f"--environment must name a torch as pip does, such as torch==2.15.0, got {torch!r}")
+    if (python := working_python(version)) is None:
+        sys.exit(f"--environment must name a Python that is in PATH with venv, such as 3.12, got {version!r}")
+    return python, torch
 
 
 def working_python(version: str) -> str | None:
@@ -109,15 +119,18 @@ def run(command: list[str], folder: Path) -> None:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slim", action="store_true")
-    slim = parser.parse_args().slim
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--slim", action="store_true")
+    which.add_argument("--environment", nargs=2, metavar=("PYTHON", "TORCH"))
+    arguments = parser.parse_args()
     (wheel,), (sdist,) = (sorted((ROOT / "dist").glob(kind)) for kind in ("*.whl", "*.tar.gz"))
     if missing := missing_from_sdist(wheel, sdist):
         sys.exit(f"{sdist.name} must hold what it builds from, and lacks {', '.join(missing)}")
-    for python, torch in environments(slim):
+    tried = [named_environment(*arguments.environment)] if arguments.environment else environments(arguments.slim)
+    for python, torch in tried:
         start = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="mft-wheel-") as folder:
-            try_wheel(wheel, python, torch, Path(folder), slim=slim)
+            try_wheel(wheel, python, torch, Path(folder), slim=arguments.slim)
         version = subprocess.run([python, "--version"], capture_output=True, text=True).stdout.strip()
         print(f"{wheel.name}: {version} with {torch}: works ({time.monotonic() - start:.0f} s)")
 

@@ -73,6 +73,11 @@ def test_each_python_has_its_torch(monkeypatch):
     assert (other, oldest) == ("/usr/bin/python3.13", "torch==2.11.0")
     assert "+" not in torch
     assert wheel_test.environments(slim=True) == [(here, torch)]
+    assert wheel_test.named_environment("3.13", "torch==2.15.0") == ("/usr/bin/python3.13", "torch==2.15.0")
+    with pytest.raises(SystemExit, match="--environment must name a Python .* got '3.9'"):
+        wheel_test.named_environment("3.9", "torch")
+    with pytest.raises(SystemExit, match="--environment must name a torch .* got '2.15.0'"):
+        wheel_test.named_environment("3.13", "2.15.0")
     monkeypatch.setattr(wheel_test, "working_python", lambda version: None)
     with pytest.raises(SystemExit, match="a second Python is needed"):
         wheel_test.environments(slim=False)
