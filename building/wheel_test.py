@@ -93,6 +93,15 @@ def try_wheel(wheel: Path, python: str, torch: str, folder: Path, *, slim: bool)
     run([str(binary / "mft"), "verify", "run/masks"], folder)
 
 
+def packed(folder: Path) -> tuple[Path, Path]:
+    """The wheel and the sdist in it. Raises: SystemExit where there is not one of each."""
+    wheels, sdists = sorted(folder.glob("*.whl")), sorted(folder.glob("*.tar.gz"))
+    if (len(wheels), len(sdists)) != (1, 1):
+        held = ", ".join(path.name for path in (*wheels, *sdists)) or "neither"
+        sys.exit(f"{folder} must hold one wheel and one sdist, got {held}; make wheel writes both")
+    return wheels[0], sdists[0]
+
+
 def missing_from_sdist(wheel: Path, sdist: Path) -> list[str]:
     """Files that the sdist needs and lacks: sources of the wheel, of the libraries, and of the build."""
     with tarfile.open(sdist) as archive:
@@ -123,10 +132,10 @@ def main() -> None:
     which.add_argument("--slim", action="store_true")
     which.add_argument("--environment", nargs=2, metavar=("PYTHON", "TORCH"))
     arguments = parser.parse_args()
-    (wheel,), (sdist,) = (sorted((ROOT / "dist").glob(kind)) for kind in ("*.whl", "*.tar.gz"))
+    tried = [named_environment(*arguments.environment)] if arguments.environment else environments(arguments.slim)
+    wheel, sdist = packed(ROOT / "dist")
     if missing := missing_from_sdist(wheel, sdist):
         sys.exit(f"{sdist.name} must hold what it builds from, and lacks {', '.join(missing)}")
-    tried = [named_environment(*arguments.environment)] if arguments.environment else environments(arguments.slim)
     for python, torch in tried:
         start = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="mft-wheel-") as folder:

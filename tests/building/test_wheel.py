@@ -67,6 +67,17 @@ def test_an_sdist_that_lacks_a_source_is_told(tmp_path):
     assert missing_without("python/mft/config.py", "csrc/operands.h") == ["csrc/operands.h", "python/mft/config.py"]
 
 
+def test_what_is_tried_is_one_wheel_and_one_sdist(tmp_path):
+    with pytest.raises(SystemExit, match="must hold one wheel and one sdist, got neither; make wheel"):
+        wheel_test.packed(tmp_path)
+    for name in ("a.whl", "a.tar.gz"):
+        (tmp_path / name).touch()
+    assert wheel_test.packed(tmp_path) == (tmp_path / "a.whl", tmp_path / "a.tar.gz")
+    (tmp_path / "b.whl").touch()
+    with pytest.raises(SystemExit, match=r"got a\.whl, b\.whl, a\.tar\.gz"):
+        wheel_test.packed(tmp_path)
+
+
 def test_each_python_has_its_torch(monkeypatch):
     monkeypatch.setattr(wheel_test, "working_python", lambda version: {"3.13": "/usr/bin/python3.13"}.get(version))
     (here, torch), (other, oldest) = wheel_test.environments(slim=False)
