@@ -351,7 +351,8 @@ def test_compiled_kernels_are_as_they_should_be(monkeypatch):
     objects = {name: cuda.OBJECTS / f"{name}.o" for name in report["kernels"]}
     read = [name for name, path in objects.items() if "_fp16" not in name and path.stat().st_size < 2e6]
     kinds = {"decode_sm80.cu", "many_sm80.cu", "product_sm90_bf16.cu", "score_grad_sm80.cu", "select.cu"}
-    assert kinds - {*report["left_out"]} <= {*read}
+    left_out = tuple(report["left_out"])  # groups, as product_sm90 of product_sm90_bf16.cu
+    assert {kind for kind in kinds if not kind.startswith(left_out)} <= {*read}
     others = [path for name, path in objects.items() if name not in read]  # they link with each other
     monkeypatch.setattr(cuda, "launches", lambda some: cuda_launches.launches([*some, *others]))
     rows = cuda.rows(report | {"kernels": read})
