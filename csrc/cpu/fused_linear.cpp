@@ -16,6 +16,7 @@ constexpr int64_t kSumBytes = 4 << 20;  // of the sums of d_x, a thread
 constexpr int64_t kFarBlock = 512;      // rows of the weight, of which kFarRows are read at once,
 constexpr int64_t kFarTurns = 16;       // and in how many such turns they are summed before they are stored
 constexpr int64_t kRowBytes = kDepth * 4;  // of a row of an A block, decoded to be packed
+constexpr int64_t kWordsAhead = 16;     // rows of the weight, from one that is packed to one whose words are asked for
 constexpr int64_t kNearColumns = 2048;  // of the weight, in a task of d_x: 1,024 of 4,096 took 1.3 times as long
 
 // Prefetches part of a row of the weight, and of its scores.
@@ -26,6 +27,15 @@ void prefetch_row(const Weight& weight, const MaskSource& mask, int64_t row, int
   const Span span = weight.span(row, column, columns);
   bring(span.from, span.bytes);
   if (mask.scores != nullptr) bring(mask.row(row, column).scores, columns * bytes_of(mask.score_format));
+}
+
+// Prefetches the words of part of a row. From row to row their lines lie too far apart for the processor's prefetchers: unasked
+// for, words took longer than scores, 16 times their bytes (bf16, 4096 x 4096, 16 to 64 tokens: forward 5 to 11 % and d_x up to
+// 13 % faster with it, fp32's d_x of 16 tokens 28 %; Zen 4).
+void prefetch_words(const MaskSource& mask, int64_t row, int64_t column, int64_t columns) {
+  if (mask.scores != nullptr) return;
+  const uint32_t* words = mask.row(row, column).words;
+  for (int64_t w = 0; w < divide_up(columns, 32); w += 16) __builtin_prefetch(words + w, 0, 2);
 }
 
 // A bias in fp32, to be added to the sums of d_x before they are rounded.
@@ -216,6 +226,7 @@ void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, con
         const int64_t here = std::min(chunk, tokens - token);
         for (int64_t block = 0; block < depth.blocks(); ++block) {
           for (int64_t r = 0; r < count; ++r) {
+            prefetch_words(mask, first + std::min(r + kWordsAhead, count - 1), depth.first(block), depth.length(block));
             if (gemm.rows_ahead > 0 && r + gemm.rows_ahead < count) {
               prefetch_row(weight, mask, first + r + gemm.rows_ahead, depth.first(block), depth.length(block));
             }
@@ -303,6 +314,8 @@ void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output
             const int64_t count = std::min(gemm.weight_columns, end_column - column);
             for (int64_t r = row; r < end_row; r += gemm.per_group) {
               const int64_t odd = std::min(r + 1, end_row - 1);
+              prefetch_words(mask, std::min(r + kWordsAhead, weight.rows - 1), column, count);
+              prefetch_words(mask, std::min(odd + kWordsAhead, weight.rows - 1), column, count);
               for (int64_t i = r; gemm.rows_ahead > 0 && i < r + gemm.per_group; ++i) {
                 const int64_t later = std::min(i + 2 * gemm.rows_ahead, end_row - 1);
                 prefetch_row(weight, mask, later, column, count);
