@@ -25,8 +25,8 @@ FILE = ROOT / "csrc" / "cpu" / "choice_costs.inl"
 FORMATS = {"fp32": "kFloat32", "bf16": "kBFloat16", "fp16": "kFloat16"}
 PRODUCTS = {"forward": "kForward", "d_x": "kGradX", "d_scores": "kGradScores"}
 PATHS = {"few": "kFew", "fused": "kFused", "slabs": "kSlabs"}
-# What a set has no kernels or GEMM of its own for, it has from a lesser one.
-OWN = {"amx": ("bf16", "fp16"), "avx512_bf16": ("bf16",)}
+# Of some dtypes a set is fitted to another's cases too: in fp32 Intel's processors with AMX do what those with AVX-512 do.
+ALSO = {("avx512", "fp32"): ("amx",)}
 FOCUS = 4  # a path that takes r times as long as the best one weighs r ** -FOCUS
 READING = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)  # quantiles of time a byte that are tried as the cost of reading
 DOUBT = 0.05  # of a prediction, relative: what is predicted as close as that may turn out the other way
@@ -143,11 +143,10 @@ def written(cost: float) -> str:
 
 def lines_of(name: str, records: Mapping[str, Mapping]) -> Iterator[str]:
     """The lines of one instruction set; how good they are goes to stderr."""
-    for dtype, product in itertools.product(OWN.get(name, FORMATS), PRODUCTS):
-        borrowing = [other for other in OWN if name == "avx512" and dtype not in OWN[other]]
+    for dtype, product in itertools.product(FORMATS, PRODUCTS):
         rows = [
             row
-            for other in (name, *borrowing)
+            for other in (name, *ALSO.get((name, dtype), ()))
             for row in records.get(other, {"cases": []})["cases"]
             if (row["dtype"], row["product"]) == (dtype, product)
         ]

@@ -23,7 +23,9 @@ CASE = ("product", "dtype", "source", "n", "k", "m")
 MISSED = {
     ("amx", "forward", "bf16", "words", 4096, 4096, 1024),  # 1.16
     ("amx", "forward", "bf16", "scores", 4096, 4096, 1024),  # 1.18
-    ("amx", "d_x", "fp32", "scores", 4096, 4096, 64),  # 1.08
+    ("avx512_bf16", "d_x", "fp32", "scores", 4096, 4096, 16),  # 1.07
+    ("avx512_bf16", "forward", "fp32", "words", 2048, 2048, 2048),  # 1.17, of a spread from 1.08 to 1.27
+    ("avx512_bf16", "d_x", "fp16", "words", 576, 1536, 16),  # 1.08
 }
 SHAPES = [(1, 40, 60), (3, 33, 57), (17, 60, 33), (35, 13, 60), (60, 59, 31)]  # sums stay exact
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
