@@ -25,7 +25,7 @@ FILE = ROOT / "csrc" / "cpu" / "choice_costs.inl"
 FORMATS = {"fp32": "kFloat32", "bf16": "kBFloat16", "fp16": "kFloat16"}
 PRODUCTS = {"forward": "kForward", "d_x": "kGradX", "d_scores": "kGradScores"}
 PATHS = {"few": "kFew", "fused": "kFused", "slabs": "kSlabs"}
-# Of some dtypes a set is fitted to another's cases too: in fp32 Intel's processors with AMX do what those with AVX-512 do.
+# In fp32 a Xeon with AMX does what one with AVX-512 does: a set that is fitted to another's cases too.
 ALSO = {("avx512", "fp32"): ("amx",)}
 FOCUS = 4  # a path that takes r times as long as the best one weighs r ** -FOCUS
 READING = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)  # quantiles of time a byte that are tried as the cost of reading
