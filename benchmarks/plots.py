@@ -155,6 +155,7 @@ def draw_experts(record_path: Path) -> None:
             bars = panel.bar(at, [r["median"] for r in ratios], 0.4, yerr=errors, color=COLOURS[name], label=name)
             panel.bar_label(bars, fmt="%.2f", fontsize=8, padding=3)
         panel.axhline(own[-1]["target"], ls="--", color="k", lw=1, label="target")
+        panel.margins(y=0.15)  # for the numbers above bars
         panel.axhline(1, color=COLOURS["dense"], lw=1)
         panel.set_xticks(range(len(places)), [f"{op}\n{experts} experts\nM = {m}" for op, experts, m in places])
         panel.set_title(dtype)

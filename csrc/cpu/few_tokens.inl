@@ -464,8 +464,8 @@ MFT_INLINE void store_dots(const FewTokens& call, const Floats sums[kRows][kToke
 // as busy under the last tokens as under the first. Where the first asked for all of them, 8 to 32 tokens took 5 to 10 % longer
 // (bf16, 4096 x 4096, Zen 4).
 struct Fetch {
-  int64_t ahead = 0;              // bytes from a row to the next one; 0: nothing is asked for
-  int64_t every = 1, left = 1;    // steps between two lines, and to the first
+  int64_t ahead = 0;            // bytes from a row to the next one; 0: nothing is asked for
+  int64_t every = 1, left = 1;  // steps between two lines, and to the first
 
   bool due() {
     if (ahead == 0 || --left > 0) return false;
