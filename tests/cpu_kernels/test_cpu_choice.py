@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from benchmarks.bench_paths import BOUND, behind
-from benchmarks.records import RESULTS, by_machine
+from benchmarks.fit_choice import FILE
+from benchmarks.records import RESULTS, by_machine, machine
 from mft_kernels import cpu, cpu_choice, reference
 from mft_kernels.testing import integer_inputs
 
@@ -44,6 +45,11 @@ def test_the_model_takes_a_path_that_was_within_5_percent_of_the_best(name):
         if found.low > BOUND and (name, *(row[key] for key in CASE)) not in MISSED:  # all of its spread is beyond
             late.append(f"{found} {([row[key] for key in CASE])}")
     assert not late, "\n".join(late)
+
+
+def test_the_costs_are_those_of_the_stored_records():
+    told = [line.removeprefix("//   ") for line in FILE.read_text().splitlines() if line.startswith("//   ")]
+    assert told == [f"{machine(record)}, torch {record['environment']['torch']}" for record in RECORDS.values()]
 
 
 @pytest.mark.parametrize(("tokens", "slabs"), [(64, 32), (512, 32), (1024, 16), (4096, 4), (2**20, 4)])
