@@ -1,7 +1,7 @@
 """Answers every question, or those named: python -m benchmarks [--quick] [--out FOLDER] [ops | train_step | ...] ..."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ QUESTIONS: dict[str, Callable[[bool], None]] = {
 POOLED: dict[str, Callable[[Path], None]] = {
     "ops": draw_ops,
     "cpu": bench_cpu.conclude,
+    "paths": lambda path: None,
     "generate": bench_generate.conclude,
     "decode": bench_decode.conclude,
     "experts": bench_experts.conclude,
@@ -52,6 +53,8 @@ POOLED: dict[str, Callable[[Path], None]] = {
     "train_step": draw_train_step,
     "scaling": draw_scaling,
 }
+# What the processes say is put side by side, where it is not pooled.
+JOINED: dict[str, Callable[[Sequence], dict]] = {"paths": bench_paths.joined}
 QUICK_RESULTS = ROOT / "build" / "benchmarks"
 
 
@@ -77,7 +80,7 @@ def main() -> None:
         threads = threads_of(question, asked.threads)
         torch.set_num_threads(threads)
         if question in POOLED and not (asked.quick or asked.alone):
-            POOLED[question](pooled.answer(question, folder, threads))
+            POOLED[question](pooled.answer(question, folder, threads, JOINED.get(question, pooled.pooled)))
         else:
             QUESTIONS[question](asked.quick)
     print(f"\nwritten to {folder}")

@@ -14,8 +14,9 @@ A lesser instruction set is asked for with torch held back to it as well, else i
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ HELD_BACK = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILI
 COLD_BYTES = 256 << 20
 BOUND = 1.05  # times the best path, at most
 HOPELESS = 2.0  # times the best path: not measured
+LONG = 1.0  # seconds a call: hopeless at once if it is that many times the best path
 SETTLED = 16  # tokens from which a path can be hopeless: those of one may say little of many
 MANY = 2048  # tokens from which two rounds are enough
 KEEP = 0.9
@@ -138,7 +140,7 @@ def measured(dtype: str, shapes: Shapes, seconds: float, products=PRODUCTS) -> I
                 size = weights.bytes_an_element(case)
                 found = paths_of(case, size, instruction_set())
                 asked = [path for path in found if m <= SETTLED or not _hopeless(path, m, last)]
-                calls = {path: weights.call(case, path) for path in asked}
+                calls = _without_long({path: weights.call(case, path) for path in asked})
                 samples = time_within(calls, seconds, least=3 if m < MANY else 2, most=9)
                 last |= {path: (m, Spread.of(values).median) for path, values in samples.items()}
                 yield _row(case, size, found[0], samples)
@@ -156,6 +158,17 @@ def _hopeless(path: str, m: int, last: Mapping[str, tuple[int, float]]) -> bool:
         took *= m / before
     others = [took * m / before for other, (before, took) in last.items() if other != path]
     return took > HOPELESS * min(others, default=took)
+
+
+def _without_long(calls: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """Less those of which one call shows that they are hopeless: torch's product in fp16 may take 22 s."""
+    took = {}
+    for path, call in calls.items():
+        start = time.perf_counter()
+        call()
+        took[path] = time.perf_counter() - start
+    least = min(took.values())
+    return {path: call for path, call in calls.items() if took[path] < max(LONG, HOPELESS * least)}
 
 
 def _row(case: Case, size: tuple[float, float], taken: str, samples: Samples) -> dict:
@@ -190,6 +203,16 @@ def behind(row: Mapping, capability: str) -> Spread:
     case = Case(*(row[name] for name in ("product", "dtype", "source", "n", "k", "m")))
     taken = paths_of(case, (row["weight_bytes"], row["mask_bytes"]), capability)[0]
     return Spread(**row["times_best"][taken]) if taken in row["times_best"] else Spread(*[HOPELESS] * 3)
+
+
+def joined(records: Sequence[Mapping]) -> dict:
+    """The answer of several processes: all their cases, one after the other, as the costs are fitted to each."""
+    held_back = records[0]["held_back"]
+    if any(record["held_back"] != held_back for record in records):
+        raise ValueError(f"every process must be held back alike, got {[record['held_back'] for record in records]}")
+    rows = [row for record in records for row in record["cases"]]
+    findings = [asdict(finding) for finding in findings_of(rows, instruction_set())]
+    return {**records[0], "cases": rows, "findings": findings}
 
 
 def write(rows: list[dict]) -> Path:

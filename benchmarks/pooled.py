@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ _SPREAD = {"median", "low", "high"}
 _NOT_MEASURED = {"environment", "n", "k", "m", "threads", "value", "bound", "target"}  # taken from the first process
 
 
-def answer(question: str, folder: Path, threads: int) -> Path:
-    """Ask in PROCESSES processes, one after the other, and write what they say together into folder."""
+def answer(question: str, folder: Path, threads: int, together: Callable[[Sequence[Any]], Any]) -> Path:
+    """Ask in PROCESSES processes, one after the other, and write into folder what ``together`` makes of their records."""
     records = []
     for number in range(PROCESSES):
         print(f"\n{question}: process {number + 1} of {PROCESSES}", flush=True)
@@ -30,7 +30,7 @@ def answer(question: str, folder: Path, threads: int) -> Path:
             command = [sys.executable, "-m", "benchmarks", "--alone", "--out", scratch, "--threads", str(threads)]
             subprocess.run([*command, question], cwd=ROOT, check=True)
             records.append(read_records(Path(scratch), instruction_set())[question])
-    record = {**pooled(records), "processes": PROCESSES}
+    record = {**together(records), "processes": PROCESSES}
     findings = [Finding(**{**f, "measured": Spread(**f["measured"])}) for f in map(_without_met, record["findings"])]
     return write_record(question, record["title"], findings, folder, **_details(record))
 

@@ -7,11 +7,13 @@ import torch
 from ratio_records import spread
 
 from benchmarks import bench_ops, harness
+from benchmarks.bench_paths import joined
 from benchmarks.harness import Finding, Spread, report
 from benchmarks.layer_competitors import DENSE, EAGER, FROM_SCORES, LORA, PAPER
 from benchmarks.pooled import pooled
 from benchmarks.roofline import Ceilings, count_work
 from benchmarks.tables import markdown, ops_tables
+from mft_kernels import cpu
 
 # ---------------------------------------------------------------------------------------------- records and tables
 
@@ -56,6 +58,25 @@ def test_pooled_records_span_every_process():
         pooled([record(1.0, True, 2), other])
     with pytest.raises(ValueError, match="every process must give the same cases"):
         pooled([record(1.0, True, 2), record(1.0, True, 2) | {"cases": []}])
+
+
+@pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
+def test_paths_of_several_processes_stand_side_by_side_and_the_worst_counts():
+    def record(ms, held_back=None):
+        """One case, whose path of few tokens took so long; slabs took 2 ms and fused 3."""
+        spreads = {path: {"median": took, "low": took, "high": took} for path, took in ms.items()}
+        best = min(ms.values())
+        behind = {path: {"median": took / best, "low": 1.0, "high": 3.0} for path, took in ms.items()}
+        case = {"product": "forward", "dtype": "fp32", "source": "words", "n": 4096, "k": 4096, "m": 1}
+        row = case | {"weight_bytes": 4.125, "mask_bytes": 0.125, "ms": spreads, "times_best": behind, "rounds": 9}
+        return {"title": "t", "held_back": held_back or {}, "cases": [row], "findings": []}
+
+    first, second = record({"few": 1.0, "slabs": 2.0, "fused": 3.0}), record({"few": 2.6, "slabs": 2.0})
+    found = joined([first, second])
+    assert found["cases"] == first["cases"] + second["cases"]
+    assert [finding["measured"]["median"] for finding in found["findings"]] == [1.3]  # few is taken for one token
+    with pytest.raises(ValueError, match="every process must be held back alike"):
+        joined([first, record({"few": 1.0}, {"ONEDNN_MAX_CPU_ISA": "AVX2"})])
 
 
 def test_a_case_of_ops_is_printed_once_with_every_competitor(capsys):
