@@ -22,7 +22,7 @@ _NOT_MEASURED = {"environment", "n", "k", "m", "threads", "value", "bound", "tar
 
 
 def answer(question: str, folder: Path, threads: int, together: Callable[[Sequence[Any]], Any]) -> Path:
-    """Ask in PROCESSES processes, one after the other, and write into folder what ``together`` makes of their records."""
+    """Ask in PROCESSES processes, one after the other, write into folder what ``together`` makes of what they said."""
     records = []
     for number in range(PROCESSES):
         print(f"\n{question}: process {number + 1} of {PROCESSES}", flush=True)
