@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from test_study_report import ARMS, LOSSES, findings
 
+from mft.files.figure import new_figure
 from mft.study.config import ArmConfig
 from mft.study.report import by_bytes as by_bytes_module
 from mft.study.report.at_equal_bytes import at_equal_bytes, remark_on_bytes, said_of_bytes
@@ -173,6 +174,25 @@ def test_each_place_where_a_mask_began_is_a_panel(tmp_path, monkeypatch):
     (start,) = (row for row in table["domains"]["headers"]["rows"] if row["arm"] == "NF4")
     assert level == start["minus_full"]["estimate"]
     assert frontier(found, -1.0) == []
+
+
+def test_a_line_joins_those_of_a_kind_that_learned_from_the_same():
+    """What was taught by the base learns nothing of the text: a line from one to the other would say nothing."""
+    arms = {
+        "base": ArmConfig("base"),
+        "full fine-tune": ArmConfig("full"),
+        **{f"LoRA {rank}": ArmConfig("lora", lrs=[1e-3]) for rank in (1, 8)},
+        **{f"LoRA {rank} taught": ArmConfig("lora", lrs=[1e-3], teacher="base") for rank in (1, 8)},
+    }
+    sizes = {"LoRA 1": 1_000, "LoRA 8": 8_000, "LoRA 1 taught": 1_000, "LoRA 8 taught": 8_000}
+    losses = LOSSES | {"LoRA 1": 1.9, "LoRA 8": 1.8, "LoRA 1 taught": 2.5, "LoRA 8 taught": 2.4}
+    study = with_bytes(sizes, arms=arms, test=losses, validation=losses)
+    found = points(study_numbers(study)["domains"]["code"], "full fine-tune")
+    axes = new_figure(4, 4).subplots()
+    by_bytes_module._draw(axes, found, 0.0)
+    ends = [tuple(line.get_xdata()) for line in axes.lines if line.get_alpha() == 0.6]
+    assert ends == [(1_001, 8_001)] * 2
+    assert all(line.get_ydata()[0] - line.get_ydata()[1] < 0.3 for line in axes.lines if line.get_alpha() == 0.6)
 
 
 def test_a_table_without_bytes_is_not_drawn(tmp_path):

@@ -30,12 +30,14 @@ class Point:
     low: float
     estimate: float
     high: float
+    teacher: str | None = None  # by whose words it learned, not from the text
 
 
 def plot_bytes(numbers: Mapping[str, Any], path: Path) -> None:
-    """A row a domain, a panel each arm where a mask began: what began there, those of a kind joined, and the frontier.
+    """A row a domain, a panel each arm where a mask began: what began there, and the frontier; a line joins a kind.
 
-    Where no mask began anywhere, what began at the full fine-tune. numbers: of table.json.
+    Those of a kind that were taught by another arm have a line of their own. Where no mask began anywhere, what began
+    at the full fine-tune. numbers: of table.json.
     Raises: ValueError if no domain has such an arm whose bytes are known.
     """
     rows = {domain: of for domain, table in numbers["domains"].items() if (of := _panels(table))}
@@ -74,7 +76,7 @@ def points(table: Mapping[str, Any], start: str) -> list[Point]:
             continue
         estimate = difference["estimate"]
         low, high = (estimate if difference[end] is None else difference[end] for end in ("low", "high"))
-        found.append(Point(row["arm"], row["kind"], row["bytes"], low, estimate, high))
+        found.append(Point(row["arm"], row["kind"], row["bytes"], low, estimate, high, row.get("teacher")))
     return sorted(found, key=lambda point: (point.bytes, point.estimate))
 
 
@@ -109,8 +111,9 @@ def _draw(axes, found: Sequence[Point], level: float) -> None:
     left = min((point.bytes for point in found if point.bytes >= _FEW), default=found[-1].bytes) / 3
     right = found[-1].bytes * 4
     axes.axhline(level, color="0.25", linestyle="--", linewidth=1)
-    for kind in dict.fromkeys(point.kind for point in found):
-        colour, of_kind = _COLOURS.get(kind, _OTHER), [point for point in found if point.kind == kind]
+    for kind, teacher in dict.fromkeys((point.kind, point.teacher) for point in found):
+        colour = _COLOURS.get(kind, _OTHER)
+        of_kind = [point for point in found if (point.kind, point.teacher) == (kind, teacher)]
         lowest = min(of_kind, key=lambda point: point.estimate)
         for point in of_kind:  # the others of a line are known by its colour: names of all would lie on each other
             named = kind in _APART or point is lowest or point.bytes < left or point.estimate > top

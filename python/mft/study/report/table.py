@@ -32,7 +32,8 @@ class Row:
     against: the arm that it is held against: the control, or for an average of runs the control's average of as many,
         or for an interpolated arm the control's; over codes the control that was rounded to such codes after its
         training.
-    start, of: the arms where it began (None: where no arm has that model), and that it was made of.
+    start, of, teacher: the arms where it began (None: where no arm has that model), that it was made of, and by whose
+        words it was taught.
     """
 
     arm: str
@@ -42,6 +43,7 @@ class Row:
     against: str | None
     start: str | None
     of: str | None
+    teacher: str | None
     loss: float
     accuracy: float
     exact: float | None  # share of questions answered exactly
@@ -227,6 +229,7 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
         against=against,
         start=start_of(study, arm),
         of=study.arms[arm].of,
+        teacher=study.arms[arm].teacher,
         loss=_mean([evaluation.loss for evaluation in evaluations]),
         accuracy=_mean([evaluation.accuracy for evaluation in evaluations]),
         exact=_mean(answers) if answers else None,
