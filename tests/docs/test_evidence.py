@@ -43,6 +43,7 @@ def test_each_interval_that_judges_masks_stands_in_a_stored_table(page):
         ("| | | 262,144 |", "ablation-data-small", "headers 1"),
         ("| [G](#g-bytes) |", "compare-bytes", "headers"),
         ("| [H](#h-over-codes) |", "compare-quantised-small", "headers"),
+        ("| [J](#j-smollm2-135m-from-the-published-model) |", "compare-from-base-smollm2", "code"),
         ("| [I](#i-by-rewards) |", "compare-rewards", "problems"),
         ("| [a mixture](experts.md#a-real-run) |", "compare-moe", "headers"),
     ],
@@ -120,6 +121,25 @@ def test_the_losses_by_bytes_are_the_stored_ones():
         less_control = "" if name == "control" or name.startswith("mean of") else row["loss - control"]
         assert size == row["bytes"], name
         assert [loss.replace("*", "") for loss in losses] == [row["loss - full fine-tune"], less_control], name
+
+
+def test_the_losses_from_the_published_model_are_the_stored_ones():
+    section = EVIDENCE.split("## J: SmolLM2-135M from the published model")[1].split("\n## ")[0]
+    rows = stored("compare-from-base-smollm2", "code")
+    arms = {
+        **{"mask, free threshold": "MFT", "control": "control", "full fine-tune": "full fine-tune"},
+        **{f"LoRA, rank {rank}": f"LoRA (rank {rank})" for rank in (4, 16)},
+        **{"BitDelta of the control": "bitdelta", "sparse, 1 % of its deltas": "sparse delta 0.01"},
+        **{"ternary, 3 %": "ternary 0.03", "ternary, 10 %": "ternary 0.1"},
+    }
+    said = [cells(line) for line in section.splitlines() if line.startswith("| ") and "[" in line]
+    assert sorted(name for name, *_ in said) == sorted(arms)
+    for name, size, loss, less_control, forgotten in said:
+        row = rows[arms[name]]
+        assert size == row["bytes"], name
+        assert loss == row["loss"], name
+        assert less_control in ("", row["loss - control"]), name
+        assert forgotten == row["headers - start"], name
 
 
 def test_exact_answers_by_rewards_are_the_stored_ones():
