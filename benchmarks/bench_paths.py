@@ -33,7 +33,7 @@ HELD_BACK = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILI
 COLD_BYTES = 256 << 20
 BOUND = 1.05  # times the best path, at most
 HOPELESS = 2.0  # times the best path: not measured
-LONG = 1.0  # seconds a call: hopeless at once if it is that many times the best path
+LONG = 1.0  # seconds: one call that takes as long, and HOPELESS times another path, is enough
 SETTLED = 16  # tokens from which a path can be hopeless: those of one may say little of many
 MANY = 2048  # tokens from which two rounds are enough
 KEEP = 0.9
@@ -140,7 +140,10 @@ def measured(dtype: str, shapes: Shapes, seconds: float, products=PRODUCTS) -> I
                 size = weights.bytes_an_element(case)
                 found = paths_of(case, size, instruction_set())
                 asked = [path for path in found if m <= SETTLED or not _hopeless(path, m, last)]
-                calls = _without_long({path: weights.call(case, path) for path in asked})
+                calls = {path: weights.call(case, path) for path in asked}
+                long = _long(calls)
+                last |= {path: (m, took) for path, took in long.items()}
+                calls = {path: call for path, call in calls.items() if path not in long}
                 samples = time_within(calls, seconds, least=3 if m < MANY else 2, most=9)
                 last |= {path: (m, Spread.of(values).median) for path, values in samples.items()}
                 yield _row(case, size, found[0], samples)
@@ -160,15 +163,15 @@ def _hopeless(path: str, m: int, last: Mapping[str, tuple[int, float]]) -> bool:
     return took > HOPELESS * min(others, default=took)
 
 
-def _without_long(calls: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
-    """Less those of which one call shows that they are hopeless: torch's product in fp16 may take 22 s."""
+def _long(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Milliseconds of those of which one call shows that they are hopeless: torch's product in fp16 may take 22 s."""
     took = {}
     for path, call in calls.items():
         start = time.perf_counter()
         call()
         took[path] = time.perf_counter() - start
     least = min(took.values())
-    return {path: call for path, call in calls.items() if took[path] < max(LONG, HOPELESS * least)}
+    return {path: 1e3 * spent for path, spent in took.items() if spent >= max(LONG, HOPELESS * least)}
 
 
 def _row(case: Case, size: tuple[float, float], taken: str, samples: Samples) -> dict:

@@ -1,12 +1,13 @@
 """Benchmarks: what is counted, recorded and printed; no timing."""
 
 import json
+import time
 
 import pytest
 import torch
 from ratio_records import spread
 
-from benchmarks import bench_ops, harness
+from benchmarks import bench_ops, bench_paths, harness
 from benchmarks.bench_paths import joined
 from benchmarks.harness import Finding, Spread, report
 from benchmarks.layer_competitors import DENSE, EAGER, FROM_SCORES, LORA, PAPER
@@ -77,6 +78,16 @@ def test_paths_of_several_processes_stand_side_by_side_and_the_worst_counts():
     assert [finding["measured"]["median"] for finding in found["findings"]] == [1.3]  # few is taken for one token
     with pytest.raises(ValueError, match="every process must be held back alike"):
         joined([first, record({"few": 1.0}, {"ONEDNN_MAX_CPU_ISA": "AVX2"})])
+
+
+def test_a_path_that_takes_long_is_known_by_one_call(monkeypatch):
+    monkeypatch.setattr(bench_paths, "LONG", 0.02)
+    seconds = {"few": 0.001, "fused": 0.01, "slabs": 0.05}
+    calls = {path: lambda spent=spent: time.sleep(spent) for path, spent in seconds.items()}
+    found = bench_paths._long(calls)
+    assert list(found) == ["slabs"]
+    assert found["slabs"] >= 50  # milliseconds
+    assert bench_paths._long({"fused": calls["slabs"]}) == {}  # the only one
 
 
 def test_a_case_of_ops_is_printed_once_with_every_competitor(capsys):
