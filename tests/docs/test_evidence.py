@@ -128,7 +128,7 @@ def test_the_losses_from_the_published_model_are_the_stored_ones():
     rows = stored("compare-from-base-smollm2", "code")
     arms = {
         **{"mask, free threshold": "MFT", "control": "control", "full fine-tune": "full fine-tune"},
-        **{f"LoRA, rank {rank}": f"LoRA (rank {rank})" for rank in (4, 16)},
+        **{f"LoRA, rank {rank}": f"LoRA (rank {rank})" for rank in (4, 6, 16)},
         **{"BitDelta of the control": "bitdelta", "sparse, 1 % of its deltas": "sparse delta 0.01"},
         **{"ternary, 3 %": "ternary 0.03", "ternary, 10 %": "ternary 0.1"},
     }
