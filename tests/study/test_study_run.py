@@ -3,8 +3,10 @@
 import io
 import multiprocessing
 import os
+import select
 import shutil
 import signal
+import time
 
 import pytest
 from rich.console import Console
@@ -179,6 +181,29 @@ def test_a_process_that_is_killed_names_its_unit(process, before):
     worker.join()
     with pytest.raises(RuntimeError, match="^count, control, lr 0.01, epochs 1, seed 0: its process ended .* -9"):
         processes.submit(job) if before else processes.next()
+
+
+def test_processes_end_with_the_one_that_began_them(study, monkeypatch):
+    declared, fork = make_study(study.ground), multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
+    monkeypatch.setattr(workers, "_run", lambda *_: time.sleep(60))
+    began, begin = os.pipe()
+    ended, end = os.pipe()
+
+    def parent():
+        job = Job(Unit("count", "control", 0, Setting(1e-2, 1.0)), (), study.directory)
+        workers._Processes(declared, declared.model).submit(job)
+        os.write(begin, b".")
+        time.sleep(60)
+
+    killed = fork.Process(target=parent)
+    killed.start()
+    os.close(end)  # it is open in the two processes alone
+    os.read(began, 1)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.join()
+    assert select.select([ended], [], [], 20)[0], "a worker goes on without its parent"
+    assert os.read(ended, 1) == b""
 
 
 def test_a_file_that_gives_another_model_is_found(study, monkeypatch):

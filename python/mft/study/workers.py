@@ -6,8 +6,10 @@ depends neither on how many workers there are nor on which of them had it.
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
@@ -132,6 +134,7 @@ def _serve(connection: Connection, study: StudyConfig, base: ModelConfig) -> Non
     """A worker process: jobs come in, plain values go out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # semaphores of libraries are given back
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     workspace: Workspace | None = None
     while True:
@@ -147,6 +150,14 @@ def _serve(connection: Connection, study: StudyConfig, base: ModelConfig) -> Non
             connection.send((None, str(error)))
             continue
         connection.send((tested_values(result) if isinstance(result, Tested) else outcome_values(result), None))
+
+
+def _end_with_parent() -> None:
+    """Nobody tells the workers of a process that was killed: they would go on to the end of their units."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _run(workspace: Workspace, job: Job) -> Result:
