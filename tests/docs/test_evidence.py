@@ -44,6 +44,7 @@ def test_each_interval_that_judges_masks_stands_in_a_stored_table(page):
         ("| [G](#g-bytes) |", "compare-bytes", "headers"),
         ("| [H](#h-over-codes) |", "compare-quantised-small", "headers"),
         ("| [J](#j-smollm2-135m-from-the-published-model) |", "compare-from-base-smollm2", "code"),
+        ("| [K](#k-smollm2-135m-over-codes) |", "compare-quantised", "code"),
         ("| [I](#i-by-rewards) |", "compare-rewards", "problems"),
         ("| [a mixture](experts.md#a-real-run) |", "compare-moe", "headers"),
     ],
@@ -140,6 +141,29 @@ def test_the_losses_from_the_published_model_are_the_stored_ones():
         assert loss == row["loss"], name
         assert less_control == ("" if name == "control" else row["loss - control"]), name
         assert forgotten == row["headers - start"], name
+
+
+def test_the_losses_over_codes_of_smollm2_are_the_stored_ones():
+    section = EVIDENCE.split("## K: SmolLM2-135M over codes")[1].split("\n## ")[0]
+    rows = stored("compare-quantised", "code")
+    arms = {
+        **{"the published model": "base", "rounded to NF4": "NF4", "control, exact": "control"},
+        **{"control, rounded afterwards": "NF4 of control", "mask, free threshold": "MFT on NF4"},
+        **{f"QLoRA, rank {rank}": f"QLoRA {rank} on NF4" for rank in (4, 6, 347)},
+        **{f"QLoRA, rank {rank}, taught": f"QLoRA {rank} taught by base" for rank in (6, 347)},
+        "mask, taught by the exact model": "MFT taught by base",
+    }
+    said = [cells(line) for line in section.splitlines() if re.match(r"\| \D.*\d\.\d{4} \|", line)]
+    assert sorted(name for name, *_ in said) == sorted(arms)
+    for name, size, memory, loss, less_control, back, forgotten in said:
+        row = rows[arms[name]]
+        over_codes = arms[name].split()[-1] in ("NF4", "base") and name.startswith(("mask", "QLoRA"))
+        assert size in ("", row["bytes"]), name
+        assert memory == row["MB in training"].strip("-"), name
+        assert loss == row["loss"], name
+        assert less_control == (row["loss - control"] if over_codes else ""), name
+        assert back == (f"{row['recovered %']} %" if over_codes else ""), name
+        assert forgotten == row["headers - start"].removesuffix("-"), name
 
 
 def test_exact_answers_by_rewards_are_the_stored_ones():
