@@ -41,8 +41,10 @@ def test_every_shipped_study_loads_by_its_name(name):
 def test_trained_arms_may_choose_momentum_and_epochs_alike(name):
     study = load_study(name)
     trained = [arm for label, arm in study.arms.items() if arm.lrs and label != "MFT (paper)"]  # whose optimiser it is
-    assert {tuple(arm.beta1s) for arm in trained} == {(0, 0.9)}
     assert all(arm.betas is None and len(arm.epochs) > 1 for arm in trained)
+    decided = {"small": (0, 0.9), "smollm2": ()}[name]  # SmolLM2's fine-tune lost with momentum, as its file says
+    assert {tuple(arm.beta1s) for arm in trained if arm.kind == FULL} == {decided}
+    assert {tuple(arm.beta1s) for arm in trained if arm.kind != FULL} == {(0, 0.9)}
 
 
 def test_a_study_says_what_its_file_says(load):
