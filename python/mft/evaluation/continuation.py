@@ -5,31 +5,56 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+
+from mft.models.causal_lm import decoder_of
+from mft.models.head_input import read_in_one_piece
+from mft.models.key_value_cache import beside_keys_and_values
+from mft.models.packed_rows import takes_positions
 
 
 def continue_prompts(prompts: Sequence[list[int]], model: Any, pad: int) -> list[list[int]]:
     """What model.generate appends to each, padded on the left so that all end where generation begins.
 
     generate counts positions from the attention mask, so the padding shifts nobody's. After its eos a continuation is
-    padding up to the longest.
+    padding up to the longest. A prompt that is given several times is read once, where the model remembers keys and
+    values alone.
     """
     longest = max(map(len, prompts))
     device = next(model.parameters()).device
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-    seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    return model.generate(ids, attention_mask=seen)[:, longest:].tolist()
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + [*prompt] for prompt in distinct], device=device)
+    seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in distinct], device=device)
+    rows = torch.tensor([distinct.index(tuple(prompt)) for prompt in prompts], device=device)
+    read = {}
+    if len(distinct) < len(prompts) and longest > 1 and not beside_keys_and_values(model):
+        cache = _read(model, ids[:, :-1], seen[:, :-1])
+        cache.batch_select_indices(rows)
+        read["cache"] = cache
+    return model.generate(ids[rows], attention_mask=seen[rows], **read)[:, longest:].tolist()
+
+
+def _read(model: Any, ids: Tensor, seen: Tensor) -> DynamicCache:
+    """Keys and values of prompts."""
+    cache = DynamicCache(config=model.config)
+    positions = (seen.cumsum(-1) - 1).clamp(min=0)
+    given = {"position_ids": positions} if takes_positions(decoder_of(model)) else {}
+    decoder_of(model)(input_ids=ids, attention_mask=seen, cache=cache, use_cache=True, **given)
+    return cache
 
 
 @contextlib.contextmanager
 def generating(model: Any, settings: GenerationConfig) -> Iterator[None]:
     """In eval mode, without the model's own generation settings: generate would fill ours up with its penalties."""
-    was_training, own = model.training, model.generation_config
+    was_training, own, hook = model.training, model.generation_config, read_in_one_piece(model)
     model.eval()
     model.generation_config = settings
     try:
         yield
     finally:
+        if hook is not None:
+            hook.remove()
         model.generation_config = own
         model.train(was_training)
 

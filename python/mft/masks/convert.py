@@ -16,6 +16,7 @@ from mft.masks.gradient_checkpointing import add_checkpointing_hooks, remove_che
 from mft.masks.saved_modules import forget_saved_modules, saved_modules, select_saved_modules, train_whole
 from mft.masks.targets import select_targets
 from mft.models.experts import expert_projections
+from mft.models.head_input import forget_in_one_piece, read_in_one_piece
 from mft.models.linears import layer_index, layer_stacks
 from mft.models.parallel import check_unsharded, unwrapped
 from mft.models.quantized_weight import quantized_weights
@@ -85,6 +86,7 @@ def merge_model(model: nn.Module, *, alpha: float = 1.0) -> nn.Module:
         del module
     pack_attentions(model)
     remove_checkpointing_hooks(model)
+    forget_in_one_piece(model)
     forget_saved_modules(model)
     forget_surrogate(model)
     before = getattr(model, _TRAINABLE_BEFORE, None)
@@ -136,6 +138,7 @@ def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
     names = list(names)
     setattr(model, _TRAINABLE_BEFORE, {name for name, p in model.named_parameters() if p.requires_grad})
     model.requires_grad_(False)
+    read_in_one_piece(model)
     split_attentions(model, names)
     for name in names:
         path, _, part = name.rpartition(".")

@@ -26,6 +26,7 @@ from mft.masks.export_format import CONFIG_FILE, PEFT_TYPE, check_masks_alone, i
 from mft.masks.location import fetched_masks
 from mft.masks.targets import select_targets
 from mft.models.experts import expert_projections
+from mft.models.head_input import forget_in_one_piece, read_in_one_piece
 from mft.surrogate.surrogate import keep_surrogate
 
 _TRIED = "0.21", "0.22"  # from the first version to before the last
@@ -112,6 +113,7 @@ class MaskModel(BaseTuner):
             chosen = _parameters_of_modules(model, names)
         setattr(config, _CHOSEN, chosen)
         split_attentions(model, names)
+        read_in_one_piece(model)
         # PEFT chooses by its own reading of these, and may write a shorter list there.
         vars(config).update(dict.fromkeys(_AS_WRITTEN), target_modules=list(chosen))
         try:
@@ -213,6 +215,7 @@ class MaskModel(BaseTuner):
             self._check_merge(adapter_names, safe_merge)
         base: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         pack_attentions(base)
+        forget_in_one_piece(base)
         return base
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:

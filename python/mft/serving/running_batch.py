@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mft.masks.bank import MaskBank
+from mft.models.key_value_cache import beside_keys_and_values
 
 
 class RunningBatch:
@@ -26,8 +26,7 @@ class RunningBatch:
     def __init__(self, bank: MaskBank) -> None:
         model: Any = bank.model
         self._bank, self._model = bank, model
-        kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-        other = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+        other = beside_keys_and_values(model)
         if other:
             raise ValueError(
                 f"base must remember keys and values alone, got a {type(self._model).__name__} with {other[0]}: "

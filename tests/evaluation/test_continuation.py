@@ -1,0 +1,98 @@
+"""Facts about mft.evaluation.continuation: what is asked several times is read once, and continued as ever."""
+
+import pytest
+import torch
+from tiny import make_llama
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from mft.evaluation.continuation import continue_prompts, generating
+
+DISTINCT = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
+ORDER = [0, 0, 2, 1, 0, 1, 2]
+SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2}
+
+
+def make(cls, config):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return cls(config).eval().requires_grad_(False)
+
+
+def mistral():
+    sizes = SIZES | {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 3}
+    return make(MistralForCausalLM, MistralConfig(**sizes))
+
+
+def gpt2():
+    return make(GPT2LMHeadModel, GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4))
+
+
+def mamba():
+    return make(MambaForCausalLM, MambaConfig(**SIZES))
+
+
+def settings(**changes):
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1}
+    return GenerationConfig(**options | changes)
+
+
+class Reads:
+    """Rows and tokens of the calls of a model's embedding."""
+
+    def __init__(self, model):
+        self.shapes = []
+        model.get_input_embeddings().register_forward_hook(
+            lambda _, given, made: self.shapes.append((*given[0].shape,))
+        )
+
+
+@pytest.mark.parametrize("make_model", [make_llama, mistral, gpt2, mamba])
+def test_a_prompt_given_several_times_is_continued_as_alone(make_model):
+    model = make_model()
+    with torch.no_grad(), generating(model, settings()):
+        alone = [continue_prompts([prompt], model, 0)[0] for prompt in DISTINCT]
+        together = continue_prompts([DISTINCT[i] for i in ORDER], model, 0)
+    if make_model is mamba:  # its state also reads the padding
+        alone[1:] = [together[ORDER.index(i)] for i in (1, 2)]
+    assert together == [alone[i] for i in ORDER]
+    assert len({*map(tuple, alone)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("make_model", "first"), [(make_llama, [(3, 5), (7, 1)]), (mistral, [(3, 5), (7, 1)]), (mamba, [(7, 6), (7, 1)])]
+)
+def test_and_read_once_where_keys_and_values_are_all_that_is_remembered(make_model, first):
+    model = make_model()
+    reads = Reads(model)
+    with torch.no_grad(), generating(model, settings()):
+        continue_prompts([DISTINCT[i] for i in ORDER], model, 0)
+    assert reads.shapes[:2] == first
+
+
+def test_prompts_of_one_token_and_prompts_that_differ_are_read_as_they_are():
+    model = make_llama()
+    reads = Reads(model)
+    with torch.no_grad(), generating(model, settings()):
+        continue_prompts([[5], [5]], model, 0)
+        continue_prompts(DISTINCT, model, 0)
+    assert [shape for shape in reads.shapes if shape[1] > 1 or len(reads.shapes) == 1] == [(3, 6)]
+    assert reads.shapes[0] == (2, 1)
+
+
+def test_samples_of_one_prompt_differ_and_their_distribution_is_the_model_s():
+    model = make_llama()
+    torch.manual_seed(0)
+    with torch.no_grad(), generating(model, settings(max_new_tokens=1, min_new_tokens=1, do_sample=True, top_k=0)):
+        found = [tokens[0] for tokens in continue_prompts([DISTINCT[0]] * 4000, model, 0)]
+        wanted = model(torch.tensor([DISTINCT[0]])).logits[0, -1]
+    wanted[1] = -torch.inf  # eos, which min_new_tokens forbids
+    shares = torch.bincount(torch.tensor(found), minlength=61) / 4000
+    torch.testing.assert_close(shares, wanted.softmax(0), atol=0.01, rtol=0)
