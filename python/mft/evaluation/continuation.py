@@ -5,13 +5,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 
-from mft.models.causal_lm import decoder_of
 from mft.models.head_input import read_in_one_piece
-from mft.models.key_value_cache import beside_keys_and_values
-from mft.models.packed_rows import takes_positions
+from mft.models.key_value_cache import beside_keys_and_values, read_on
 
 
 def continue_prompts(prompts: Sequence[list[int]], model: Any, pad: int) -> list[list[int]]:
@@ -29,19 +26,10 @@ def continue_prompts(prompts: Sequence[list[int]], model: Any, pad: int) -> list
     rows = torch.tensor([distinct.index(tuple(prompt)) for prompt in prompts], device=device)
     read = {}
     if len(distinct) < len(prompts) and longest > 1 and not beside_keys_and_values(model):
-        cache = _read(model, ids[:, :-1], seen[:, :-1])
+        _, cache = read_on(model, ids[:, :-1], seen[:, :-1])
         cache.batch_select_indices(rows)
         read["cache"] = cache
     return model.generate(ids[rows], attention_mask=seen[rows], **read)[:, longest:].tolist()
-
-
-def _read(model: Any, ids: Tensor, seen: Tensor) -> DynamicCache:
-    """Keys and values of prompts."""
-    cache = DynamicCache(config=model.config)
-    positions = (seen.cumsum(-1) - 1).clamp(min=0)
-    given = {"position_ids": positions} if takes_positions(decoder_of(model)) else {}
-    decoder_of(model)(input_ids=ids, attention_mask=seen, cache=cache, use_cache=True, **given)
-    return cache
 
 
 @contextlib.contextmanager

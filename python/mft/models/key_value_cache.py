@@ -2,11 +2,27 @@
 
 from typing import Any
 
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from mft.models.causal_lm import decoder_of
+from mft.models.packed_rows import takes_positions
 
 
 def beside_keys_and_values(model: Any) -> list[str]:
     """The kinds of cache layers that cannot be padded, put together and chosen from by row; none for most models."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     return sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+
+
+def read_on(model: Any, ids: Tensor, seen: Tensor, cache: DynamicCache | None = None) -> tuple[Tensor, DynamicCache]:
+    """(hidden states (B, T, D) of ids (B, T), the cache with them); differentiable where autograd is on.
+
+    Args: seen: (B, tokens in the cache + T), 0 on padding, from which positions are counted.
+    """
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    decoder: Any = decoder_of(model)
+    positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    given = {"position_ids": positions} if takes_positions(decoder) else {}
+    return decoder(input_ids=ids, attention_mask=seen, cache=cache, use_cache=True, **given)[0], cache

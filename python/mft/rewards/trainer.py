@@ -21,11 +21,13 @@ from trl import GRPOConfig, GRPOTrainer
 
 from mft.engines.step import NonFiniteLoss
 from mft.evaluation.continuation import continue_prompts, generating
-from mft.models.causal_lm import FEW, decoder_of, split_at_head
+from mft.models.causal_lm import FEW, decoder_of, run_decoder, split_at_head
+from mft.models.key_value_cache import beside_keys_and_values
 from mft.models.packed_rows import takes_positions
 from mft.rewards.config import RewardsConfig
 from mft.rewards.log_probs import token_divergences, token_log_probs
 from mft.rewards.questions import Question, rewards_of, share_that_differs
+from mft.rewards.shared_prompts import states_before_answers
 from mft.rewards.teacher import Teaching
 
 _SPECIAL = ("eos_token_id", "bos_token_id", "pad_token_id")
@@ -141,10 +143,17 @@ class Trainer(GRPOTrainer):
     def _before_answers(self, own: nn.Module, ids: Tensor, mask: Tensor, kept: int) -> tuple[nn.Module, Tensor]:
         """(its head, the states from which the answers' tokens are predicted (M, D), answer after answer)."""
         run, head = self._split[id(own)]
+        if self._shares_prompts(own):
+            return head, states_before_answers(own, ids, mask, kept)[mask[:, -kept:].bool()]
         # As generate counts them: padding on the left shifts nobody.
         positions = (mask.cumsum(-1) - 1).clamp(min=0) if takes_positions(decoder_of(own)) else None
         hidden = run(own, ids, positions, mask)[:, -kept - 1 : -1]
         return head, hidden[mask[:, -kept:].bool()]
+
+    def _shares_prompts(self, own: nn.Module) -> bool:
+        """A checkpointed layer keeps no cache, and of a model that changes its logits there are no states."""
+        run, _ = self._split[id(own)]
+        return run is run_decoder and not self.config.gradient_checkpointing and not beside_keys_and_values(own)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         found = super()._generate_and_score_completions(inputs)

@@ -1,0 +1,28 @@
+"""Several answers to one question, of which the question is read once, on the way back too."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mft.models.key_value_cache import read_on
+
+
+def states_before_answers(model: Any, ids: Tensor, seen: Tensor, length: int) -> Tensor:
+    """Hidden states (B, length, D) from which the last ``length`` tokens of each row are predicted; differentiable.
+
+    Args:
+        model: one that remembers keys and values alone (key_value_cache.py).
+        ids: (B, T), prompts padded on the left and then answers padded on the right.
+        seen: (B, T), 0 on padding.
+    """
+    prompt = ids.shape[1] - length
+    both = torch.cat([ids[:, :prompt], seen[:, :prompt]], 1)
+    distinct, rows = both.unique(dim=0, return_inverse=True)
+    read, cache = read_on(model, distinct[:, :prompt], distinct[:, prompt:])
+    states = read[rows, -1:]
+    if length == 1:
+        return states
+    cache.batch_select_indices(rows)
+    said, _ = read_on(model, ids[:, prompt:-1], seen[:, :-1], cache)
+    return torch.cat([states, said], 1)

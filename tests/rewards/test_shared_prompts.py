@@ -1,0 +1,58 @@
+"""Facts about mft.rewards.shared_prompts: questions are read once; states and gradients are those of each row."""
+
+import pytest
+import torch
+from tiny import make_llama
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+
+from mft.rewards.shared_prompts import states_before_answers
+
+PROMPTS = [[5, 6, 7, 8, 9], [11], [5, 6, 7, 8, 9], [12, 13, 14], [11], [5, 6, 7, 8, 9]]
+ANSWERS = [[1], [2, 3], [4, 5, 6], [7, 8, 9], [2, 3], [10, 11]]
+SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+
+
+def mistral():
+    sizes = SIZES | {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 3}
+    return MistralForCausalLM(MistralConfig(**sizes))
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4)).eval()  # it has dropout
+
+
+def padded(prompts, answers):
+    before, after = max(map(len, prompts)), max(map(len, answers))
+    rows = [[0] * (before - len(p)) + p + a + [0] * (after - len(a)) for p, a in zip(prompts, answers)]
+    seen = [
+        [0] * (before - len(p)) + [1] * (len(p) + len(a)) + [0] * (after - len(a)) for p, a in zip(prompts, answers)
+    ]
+    return torch.tensor(rows), torch.tensor(seen), after
+
+
+@pytest.mark.parametrize("make_model", [make_llama, mistral, gpt2])
+@pytest.mark.parametrize("longest", [1, 3])
+def test_states_and_gradients_are_those_of_each_row_alone(make_model, longest):
+    torch.manual_seed(0)
+    model = make_model()
+    answers = [answer[:longest] for answer in ANSWERS]
+    factors = [torch.randn(len(answer), 32) for answer in answers]
+    alone = []
+    for prompt, answer in zip(PROMPTS, answers):
+        hidden = model.base_model(torch.tensor([prompt + answer]))[0][0]
+        alone.append(hidden[len(prompt) - 1 : -1])
+    sum((states * each).sum() for states, each in zip(alone, factors)).backward()
+    expected = {name: parameter.grad for name, parameter in model.base_model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+
+    ids, seen, length = padded(PROMPTS, answers)
+    read = []
+    model.get_input_embeddings().register_forward_hook(lambda _, given, made: read.append((*given[0].shape,)))
+    states = states_before_answers(model, ids, seen, length)
+    assert read == [(3, 5), (6, length - 1)][:length]
+    found = [row[: len(answer)] for row, answer in zip(states, answers)]
+    sum((states * each).sum() for states, each in zip(found, factors)).backward()
+    for one, other in zip(found, alone):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for name, parameter in model.base_model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-4)
