@@ -13,6 +13,7 @@ from mft.config import MaskConfig
 from mft.evaluation.continuation import continue_prompts, generating
 from mft.masks.convert import mask_model, merge_model
 from mft.masks.peft import MaskPeftConfig
+from mft.masks.quantize import quantize_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks
 
@@ -56,6 +57,12 @@ def test_a_frozen_head_is_not_copied_for_each_row_of_a_masked_model(llama):
     assert largest_operand(lambda: generate(copy.deepcopy(masked))) < head
     merged = merge_model(masked)
     assert not any(module._forward_pre_hooks for module in merged.modules())
+
+
+def test_nor_of_a_quantised_one(llama):
+    head = llama.lm_head.weight.numel()
+    quantized = quantize_model(llama.requires_grad_(False), "int8")
+    assert largest_operand(lambda: generate(quantized)) < head
 
 
 def test_nor_of_a_model_that_the_recipe_lets_answer(llama):

@@ -31,25 +31,32 @@ def padded(prompts, answers):
 
 
 @pytest.mark.parametrize("make_model", [make_llama, mistral, gpt2])
-@pytest.mark.parametrize("longest", [1, 3])
-def test_states_and_gradients_are_those_of_each_row_alone(make_model, longest):
+@pytest.mark.parametrize(
+    ("longest", "order", "reads"),
+    [
+        (3, [0, 1, 2, 3, 4, 5], [(3, 5), (6, 2)]),
+        (1, [0, 1, 2, 3, 4, 5], [(3, 5)]),
+        (3, [0, 1, 2, 3], [(4, 8)]),  # three questions, four answers
+    ],
+)
+def test_states_and_gradients_are_those_of_each_row_alone(make_model, longest, order, reads):
     torch.manual_seed(0)
     model = make_model()
-    answers = [answer[:longest] for answer in ANSWERS]
+    prompts, answers = [PROMPTS[i] for i in order], [ANSWERS[i][:longest] for i in order]
     factors = [torch.randn(len(answer), 32) for answer in answers]
     alone = []
-    for prompt, answer in zip(PROMPTS, answers):
+    for prompt, answer in zip(prompts, answers):
         hidden = model.base_model(torch.tensor([prompt + answer]))[0][0]
         alone.append(hidden[len(prompt) - 1 : -1])
     sum((states * each).sum() for states, each in zip(alone, factors)).backward()
     expected = {name: parameter.grad for name, parameter in model.base_model.named_parameters()}
     model.zero_grad(set_to_none=True)
 
-    ids, seen, length = padded(PROMPTS, answers)
+    ids, seen, length = padded(prompts, answers)
     read = []
     model.get_input_embeddings().register_forward_hook(lambda _, given, made: read.append((*given[0].shape,)))
     states = states_before_answers(model, ids, seen, length)
-    assert read == [(3, 5), (6, length - 1)][:length]
+    assert read == reads
     found = [row[: len(answer)] for row, answer in zip(states, answers)]
     sum((states * each).sum() for states, each in zip(found, factors)).backward()
     for one, other in zip(found, alone):

@@ -246,6 +246,15 @@ def test_steps_on_the_same_answers_sample_once(base, tokenizer, rows, monkeypatc
     assert reports[0].tokens == reports[1].tokens
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_question_is_read_once_in_sampling_and_in_learning(base, tokenizer, rows, checkpointing):
+    model, read = masked(copy.deepcopy(base)), []
+    model.get_input_embeddings().register_forward_hook(lambda _, given, made: read.append((*given[0].shape,)))
+    train_rewards(model, tokenizer, rows, config(steps=1, gradient_checkpointing=checkpointing))
+    whole = [shape for shape in read[1:] if shape[0] == 16 and shape[1] > 4]  # longer than any answer
+    assert (len(whole) == 0) != checkpointing  # a layer that is checkpointed keeps no keys and values
+
+
 # ---------------------------------------------------------------------------------------------- nothing is left behind
 
 

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from mft.masks.convert import check_unwrapped, masked_modules, split_attentions
 from mft.masks.experts import mask_experts
 from mft.masks.export import keep_base_hash
+from mft.models.head_input import read_in_one_piece
 from mft.models.linears import find_candidates, layer_stacks, linear_named, weight_name
 from mft.models.quantized_experts import QuantizedGroupedLinear, dense_experts, quantize_experts
 from mft.models.quantized_weight import QuantizedWeight, check_library, check_quantization, quantized_weights
@@ -69,6 +70,7 @@ def quantize_model(model: nn.Module, kind: str = "nf4", *, masked: bool = False)
                 setattr(parent, part, QuantizedLinear.from_linear(module, kind))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+    read_in_one_piece(model)
     return model
 
 

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mft.models.causal_lm import decoder_of
-from mft.models.packed_rows import takes_positions
+from mft.models.packed_rows import positions_of
 
 
 def beside_keys_and_values(model: Any) -> list[str]:
@@ -23,6 +23,6 @@ def read_on(model: Any, ids: Tensor, seen: Tensor, cache: DynamicCache | None = 
     """
     cache = DynamicCache(config=model.config) if cache is None else cache
     decoder: Any = decoder_of(model)
-    positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    given = {"position_ids": positions} if takes_positions(decoder) else {}
+    positions = positions_of(decoder, seen)
+    given = {} if positions is None else {"position_ids": positions[:, -ids.shape[1] :]}
     return decoder(input_ids=ids, attention_mask=seen, cache=cache, use_cache=True, **given)[0], cache

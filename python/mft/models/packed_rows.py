@@ -63,6 +63,11 @@ def takes_positions(decoder: nn.Module) -> bool:
     return "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+def positions_of(decoder: nn.Module, seen: Tensor) -> Tensor | None:
+    """Positions (B, T) as generate counts them: padding, where seen (B, T) is 0, shifts nobody. None: it knows none."""
+    return (seen.cumsum(-1) - 1).clamp(min=0) if takes_positions(decoder) else None
+
+
 def _moved(model: nn.Module, rows: Tensor, others: Tensor, half: int, positions: Tensor | None) -> float:
     """By how much the second half's hidden states differ between two first halves; NaN is a matter for the loss."""
     one, other = (run_decoder(model, ids, positions)[:, half:].float() for ids in (rows, others))

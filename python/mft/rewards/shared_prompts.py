@@ -1,11 +1,17 @@
-"""Several answers to one question, of which the question is read once, on the way back too."""
+"""Several answers to one question, of which the question is read once, on the way back too.
+
+Where a batch has fewer than two answers a question it is read as it is: the answers' layers then keep the keys and
+values of the prompts once more, which is more than what is not read twice.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mft.models.causal_lm import decoder_of, run_decoder
 from mft.models.key_value_cache import read_on
+from mft.models.packed_rows import positions_of
 
 
 def states_before_answers(model: Any, ids: Tensor, seen: Tensor, length: int) -> Tensor:
@@ -19,6 +25,8 @@ def states_before_answers(model: Any, ids: Tensor, seen: Tensor, length: int) ->
     prompt = ids.shape[1] - length
     both = torch.cat([ids[:, :prompt], seen[:, :prompt]], 1)
     distinct, rows = both.unique(dim=0, return_inverse=True)
+    if 2 * len(distinct) > len(ids):
+        return run_decoder(model, ids, positions_of(decoder_of(model), seen), seen)[:, prompt - 1 : -1]
     read, cache = read_on(model, distinct[:, :prompt], distinct[:, prompt:])
     states = read[rows, -1:]
     if length == 1:

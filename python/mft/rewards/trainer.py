@@ -23,7 +23,7 @@ from mft.engines.step import NonFiniteLoss
 from mft.evaluation.continuation import continue_prompts, generating
 from mft.models.causal_lm import FEW, decoder_of, run_decoder, split_at_head
 from mft.models.key_value_cache import beside_keys_and_values
-from mft.models.packed_rows import takes_positions
+from mft.models.packed_rows import positions_of
 from mft.rewards.config import RewardsConfig
 from mft.rewards.log_probs import token_divergences, token_log_probs
 from mft.rewards.questions import Question, rewards_of, share_that_differs
@@ -145,9 +145,7 @@ class Trainer(GRPOTrainer):
         run, head = self._split[id(own)]
         if self._shares_prompts(own):
             return head, states_before_answers(own, ids, mask, kept)[mask[:, -kept:].bool()]
-        # As generate counts them: padding on the left shifts nobody.
-        positions = (mask.cumsum(-1) - 1).clamp(min=0) if takes_positions(decoder_of(own)) else None
-        hidden = run(own, ids, positions, mask)[:, -kept - 1 : -1]
+        hidden = run(own, ids, positions_of(decoder_of(own), mask), mask)[:, -kept - 1 : -1]
         return head, hidden[mask[:, -kept:].bool()]
 
     def _shares_prompts(self, own: nn.Module) -> bool:
