@@ -4,6 +4,7 @@ import dataclasses
 
 from mft.study.ablate import derive
 from mft.study.load import load_study
+from mft.study.store import fine_tunes_in
 
 from .registry import accepted, refused
 
@@ -27,6 +28,16 @@ def fewer_further_settings_than_none():
 )
 def a_mask_that_the_study_does_not_have():
     derive(load_study("small"), "layers", masks=["MTF"])
+
+
+@refused(
+    ValueError,
+    where="--fine-tunes-of",
+    got="got runs/nowhere without a study.yaml",
+    rule="must be the output_dir of a study",
+)
+def fine_tunes_of_what_is_no_study():
+    fine_tunes_in("runs/nowhere", load_study("small"))
 
 
 @refused(

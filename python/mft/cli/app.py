@@ -215,13 +215,20 @@ def compare(
     sets: Annotated[
         list[str] | None, typer.Option("--set", "-s", help="Override, such as arms.MFT.lrs=[1e-3]; repeatable.")
     ] = None,
+    fine_tunes_of: Annotated[
+        Path | None,
+        typer.Option(
+            "--fine-tunes-of", help="Another study's output_dir, whose fine-tunes are taken up if they are this one's."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the study that output_dir holds.")] = False,
 ) -> None:
     """MFT against honest baselines, chosen on validation, reported on test; continues where it was interrupted."""
     from mft.cli.study import run_compare
     from mft.study.load import load_study
 
-    run_compare(load_study(config, [*(overrides or []), *(sets or [])]), overwrite=overwrite)
+    study = load_study(config, [*(overrides or []), *(sets or [])])
+    run_compare(study, overwrite=overwrite, fine_tunes_of=fine_tunes_of)
 
 
 @app.command()

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mft.checks import nearest
+from mft.checks import check_rule, nearest
 from mft.files.json_file import read_object
 from mft.study.ablate import derive, plot_ablation
-from mft.study.config import StudyConfig
+from mft.study.config import FULL, StudyConfig
 from mft.study.report.by_bytes import plot_bytes
 from mft.study.report.environment import environment
 from mft.study.report.figures import draw_overlap, draw_surface
@@ -16,7 +16,7 @@ from mft.study.report.forgetting import plot_forgetting
 from mft.study.report.plots import plot_summary
 from mft.study.report.write import console_report, write_study_report
 from mft.study.run import run_study
-from mft.study.store import FORGETTING, copy_fine_tunes
+from mft.study.store import FORGETTING, copy_fine_tunes, fine_tunes_in
 from mft.tracking.console import console, say
 from mft.tracking.curves import PLOT
 from mft.tracking.metrics import METRICS
@@ -28,9 +28,11 @@ PLOTS = ("summary", "bytes", "forgetting", "surface", "overlap", "flips")
 _LARGEST_TABLE = 1 << 28  # bytes
 
 
-def run_compare(study: StudyConfig, *, overwrite: bool) -> None:
-    """mft compare"""
+def run_compare(study: StudyConfig, *, overwrite: bool, fine_tunes_of: Path | None = None) -> None:
+    """mft compare; fine_tunes_of: the directory of another study."""
     directory = Path(study.output_dir)
+    if fine_tunes_of is not None:
+        _take_fine_tunes(fine_tunes_of, study, directory, overwrite)
     findings = run_study(study, directory, console=console, overwrite=overwrite)
     write_study_report(findings, directory, environment())
     for part in console_report(findings):
@@ -100,6 +102,18 @@ def run_plot(
     else:
         plot_summary(_study_table(directory), output)
     say(f"written: {output}")
+
+
+def _take_fine_tunes(parent: Path, study: StudyConfig, directory: Path, overwrite: bool) -> None:
+    """Those of another study into directory, unless a study was begun there, which goes on with what it has."""
+    rule = "stand without --overwrite, which would delete what it copies; name a new output_dir"
+    check_rule(not overwrite, "--fine-tunes-of", rule, parent)
+    found = fine_tunes_in(parent, study)
+    if not found:
+        rule = f"hold fine-tunes of the same model, data and settings as arms.{study.named(FULL)} here"
+        check_rule(False, "--fine-tunes-of", rule, f"{parent} with none")
+    if copy_fine_tunes(parent, study, directory):
+        say(f"fine-tunes: {found} runs of {parent}")
 
 
 def _study_table(directory: Path) -> dict[str, Any]:

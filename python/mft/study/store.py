@@ -76,7 +76,7 @@ def open_store(study: StudyConfig, directory: str | os.PathLike, *, overwrite: b
 
 
 def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: str | os.PathLike) -> int:
-    """What another study's directory holds of the same base model and full fine-tune, into a new directory for study.
+    """What another study's directory holds of base model, base and full fine-tune, into a new directory for study.
 
     How many files were copied; none if directory exists, or parent is no study of the same model. Keys decide which of
     them study takes up.
@@ -90,7 +90,8 @@ def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: st
     base = source.glob(f"{BASE_MODEL}/**/*") if study.scratch is not None else ()  # the demo's is its fine-tune
     shared = [path for path in base if path.is_file()]
     for folder in (UNITS, TRAINED):
-        shared += source.glob(f"{folder}/*/{study.named(FULL)}/[!.]*")  # names with a dot are being written
+        for name in _starts(study):
+            shared += source.glob(f"{folder}/*/{name}/[!.]*")  # names with a dot are being written
     for path in shared:
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -98,6 +99,20 @@ def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: st
     if shared:
         write_whole(target / STUDY, dump_yaml(now))
     return len(shared)
+
+
+def fine_tunes_in(parent: str | os.PathLike, study: StudyConfig) -> int:
+    """How many runs of study's full fine-tune the directory of another study holds.
+
+    Raises: ValueError if it is no study's directory.
+    """
+    if not (Path(parent) / STUDY).is_file():
+        raise ValueError(f"--fine-tunes-of must be the output_dir of a study, got {parent} without a {STUDY}")
+    return sum(outcome.unit.arm == study.named(FULL) for outcome in Store(study, Path(parent)).outcomes())
+
+
+def _starts(study: StudyConfig) -> list[str]:
+    return [name for name, arm in study.arms.items() if arm.kind in FULL_KINDS]
 
 
 class Store:
