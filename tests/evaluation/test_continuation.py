@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from architectures.small import small_model
+from architectures.sweeps import SWEEPS
 from tiny import make_llama
 from transformers import (
     GenerationConfig,
@@ -14,6 +16,7 @@ from transformers import (
 )
 
 from mft.evaluation.continuation import continue_prompts, generating
+from mft.models.key_value_cache import reads_on
 
 DISTINCT = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
 ORDER = [0, 0, 2, 1, 0, 1, 2]
@@ -75,6 +78,15 @@ def test_and_read_once_where_keys_and_values_are_all_that_is_remembered(make_mod
     with torch.no_grad(), generating(model, settings()):
         continue_prompts([DISTINCT[i] for i in ORDER], model, 0)
     assert reads.shapes[:2] == first
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "bloom", "rwkv"])
+def test_an_attention_or_a_state_of_a_model_s_own_reads_every_prompt(kind):
+    model = small_model(kind, SWEEPS[0].name, SWEEPS[0].kinds()[kind]).eval()
+    assert not reads_on(model)
+    with torch.no_grad(), generating(model, settings()):
+        first, again = continue_prompts([DISTINCT[0]] * 2, model, 0)
+    assert first == again
 
 
 def test_prompts_of_one_token_and_prompts_that_differ_are_read_as_they_are():

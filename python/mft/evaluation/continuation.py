@@ -8,15 +8,15 @@ import torch
 from transformers import GenerationConfig
 
 from mft.models.head_input import read_in_one_piece
-from mft.models.key_value_cache import beside_keys_and_values, read_on
+from mft.models.key_value_cache import read_on, reads_on
 
 
 def continue_prompts(prompts: Sequence[list[int]], model: Any, pad: int) -> list[list[int]]:
     """What model.generate appends to each, padded on the left so that all end where generation begins.
 
     generate counts positions from the attention mask, so the padding shifts nobody's. After its eos a continuation is
-    padding up to the longest. A prompt that is given several times is read once, where the model remembers keys and
-    values alone.
+    padding up to the longest. A prompt that is given several times is read once where key_value_cache.reads_on
+    says so.
     """
     longest = max(map(len, prompts))
     device = next(model.parameters()).device
@@ -25,7 +25,7 @@ def continue_prompts(prompts: Sequence[list[int]], model: Any, pad: int) -> list
     seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in distinct], device=device)
     rows = torch.tensor([distinct.index(tuple(prompt)) for prompt in prompts], device=device)
     read = {}
-    if len(distinct) < len(prompts) and longest > 1 and not beside_keys_and_values(model):
+    if len(distinct) < len(prompts) and longest > 1 and reads_on(model):
         _, cache = read_on(model, ids[:, :-1], seen[:, :-1])
         cache.batch_select_indices(rows)
         read["cache"] = cache

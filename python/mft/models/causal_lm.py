@@ -34,7 +34,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 def decoder_of(model: Any) -> nn.Module:
     """Everything below the head."""
-    return model.base_model
+    base = model.base_model
+    if base is not model:
+        return base
+    below = [child for child in model.children() if child is not head_of(model)]
+    return below[0] if len(below) == 1 else model  # Llama 4's has another name than the one that transformers looks for
 
 
 def head_of(model: Any) -> nn.Module:
@@ -61,12 +65,15 @@ def split_at_head(model: nn.Module, input_ids: Tensor) -> tuple[Run, nn.Module]:
     """
     was_training = model.training
     model.eval()
-    few = input_ids[:1, :FEW]
-    own = _run_model(model, few).float()
-    ours = head_of(model)(run_decoder(model, few)).float()
+    few, head = input_ids[:1, :FEW], head_of(model)
+    own, hidden = _run_model(model, few).float(), run_decoder(model, few)
+    fits = hidden.shape[-1] == getattr(
+        head, "in_features", hidden.shape[-1]
+    )  # RemBERT's reads what follows the decoder
+    ours = head(hidden).float() if fits else None
     model.train(was_training)
-    if own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-3, atol=1e-3):
-        return run_decoder, head_of(model)
+    if ours is not None and own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-3, atol=1e-3):
+        return run_decoder, head
     return _run_model, nn.Identity()
 
 

@@ -1,5 +1,6 @@
 """What a model remembers of the tokens that it has read: keys and values alone, or something else too."""
 
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,16 @@ def beside_keys_and_values(model: Any) -> list[str]:
     """The kinds of cache layers that cannot be padded, put together and chosen from by row; none for most models."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     return sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+
+
+def reads_on(model: Any) -> bool:
+    """Whether read_on is for this model: its attention is one of transformers' own, and nothing else is remembered.
+
+    What has an attention of its own (BLOOM, Falcon, CPM-Ant) or a state (RWKV) may count or mask in other ways.
+    """
+    takes = "cache" in inspect.signature(decoder_of(model).forward).parameters
+    own = getattr(model, "_supports_attention_backend", False)
+    return takes and own and not beside_keys_and_values(model)
 
 
 def read_on(model: Any, ids: Tensor, seen: Tensor, cache: DynamicCache | None = None) -> tuple[Tensor, DynamicCache]:

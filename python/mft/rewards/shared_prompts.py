@@ -18,7 +18,7 @@ def states_before_answers(model: Any, ids: Tensor, seen: Tensor, length: int) ->
     """Hidden states (B, length, D) from which the last ``length`` tokens of each row are predicted; differentiable.
 
     Args:
-        model: one that remembers keys and values alone (key_value_cache.py).
+        model: one of which key_value_cache.reads_on says yes.
         ids: (B, T), prompts padded on the left and then answers padded on the right.
         seen: (B, T), 0 on padding.
     """

@@ -22,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 from mft.engines.step import NonFiniteLoss
 from mft.evaluation.continuation import continue_prompts, generating
 from mft.models.causal_lm import FEW, decoder_of, run_decoder, split_at_head
-from mft.models.key_value_cache import beside_keys_and_values
+from mft.models.key_value_cache import reads_on
 from mft.models.packed_rows import positions_of
 from mft.rewards.config import RewardsConfig
 from mft.rewards.log_probs import token_divergences, token_log_probs
@@ -151,7 +151,7 @@ class Trainer(GRPOTrainer):
     def _shares_prompts(self, own: nn.Module) -> bool:
         """A checkpointed layer keeps no cache, and of a model that changes its logits there are no states."""
         run, _ = self._split[id(own)]
-        return run is run_decoder and not self.config.gradient_checkpointing and not beside_keys_and_values(own)
+        return run is run_decoder and not self.config.gradient_checkpointing and reads_on(own)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         found = super()._generate_and_score_completions(inputs)
