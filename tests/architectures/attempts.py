@@ -2,7 +2,8 @@
 
 Converted: with everything kept the outputs are the model's own, bit for bit, of a mixture of experts, which sums in
 another order, within 1e-5 of their largest; with a share kept the scores of every masked layer that was called get a
-gradient; merged, the outputs stay within 1e-5 of their largest.
+gradient; merged, the outputs stay within 1e-5 of their largest. A causal one that predicts next tokens takes a step of
+mft train's besides; what that raises stands beside what is left out.
 """
 
 import contextlib
@@ -18,11 +19,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from mft.config import MaskConfig
+from mft.config import MaskConfig, TrainConfig
 from mft.masks.convert import mask_model, masked_modules, merge_model
+from mft.models.next_tokens import check_next_tokens
+from mft.training.loop import train_masks
 from mft_kernels import MaskedGroupedLinear
 
 from .inputs import answer, model_inputs
@@ -30,6 +34,7 @@ from .sizes import INSTEAD, NOT_HERE, WHERE_REFUSED
 from .small import small_model
 from .sweeps import Sweep
 
+UNTRAINED = "not trained by the recipe: "
 STATES = ("converted", "wrong", "refused", "not made")
 # What another's code may raise on sizes that nobody tried.
 THEIRS = (
@@ -73,11 +78,29 @@ def attempt(sweep: Sweep, kind: str, make: Callable[[Any], Any], verbose: bool =
         choice, note = WHERE_REFUSED[kind], f"by default refused: {first_line(error)}"
     try:
         masked = masked or _masked(base, choice, keep_ratio=1.0)[0]
-        return _held(kind, base, masked, choice, given, expected, note, verbose)
+        row = _held(kind, base, masked, choice, given, expected, note, verbose)
     except THEIRS as error:
         if verbose:
             traceback.print_exc()
         return Row(kind, "wrong", f"masked, it raised {first_line(error)}")
+    if row.state == "converted" and sweep.name == "causal":
+        untrained = _untrained(base, kind, choice, verbose)
+        row.left = "; ".join(filter(None, (row.left, untrained)))
+    return row
+
+
+def _untrained(base: nn.Module, kind: str, choice: dict[str, Any], verbose: bool) -> str:
+    """Why mft train takes no step with it; nothing if it does."""
+    tokens = (torch.arange(48).reshape(4, 12) % 40 + 3).tolist()
+    rows = Dataset.from_dict({"input_ids": tokens, "labels": tokens, "document": [0, 1, 2, 3]})
+    try:
+        check_next_tokens(base.config, kind)
+        train_masks(_masked(base, choice, keep_ratio=0.7)[0], rows, TrainConfig(steps=1, batch_size=2))
+    except THEIRS as error:
+        if verbose:
+            traceback.print_exc()
+        return f"{UNTRAINED}{first_line(error)}"
+    return ""
 
 
 def _held(

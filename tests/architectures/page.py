@@ -5,7 +5,7 @@ from pathlib import Path
 
 import transformers
 
-from .attempts import STATES, Row
+from .attempts import STATES, UNTRAINED, Row
 from .sweeps import Sweep
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "architectures.md"
@@ -45,7 +45,7 @@ def write(rows: dict[str, dict[str, Row]], sweeps: Iterable[Sweep], page: Path =
         "Converted means: with everything kept the outputs are the model's own, bit for bit (by PyTorch's product in",
         "the kernels' place), of a mixture of experts within 1e-5 of their largest; the scores of every layer that was",
         "called get gradients; merged, the outputs stay within 1e-5. What is not made cannot be made here, for the",
-        "reason that transformers gives.\n",
+        f"reason that transformers gives. {_trained(rows)}\n",
         _line("sweep", *STATES),
         _line(*["---"] * (1 + len(STATES))),
     ]
@@ -61,6 +61,12 @@ def write(rows: dict[str, dict[str, Row]], sweeps: Iterable[Sweep], page: Path =
                 lines += ["", _line(*head), _line(*["---"] * len(head))]
                 lines += [_line(*(row.kind, row.words, row.left)[: len(head)]) for row in some]
     page.write_text("\n".join(lines) + "\n")
+
+
+def _trained(rows: dict[str, dict[str, Row]]) -> str:
+    converted = [row for row in rows.get("causal", {}).values() if row.state == "converted"]
+    trained = sum(UNTRAINED not in row.left for row in converted)
+    return f"{trained} of {len(converted)} causal ones took a step of `mft train`; why not stands beside the others."
 
 
 def _line(*cells: str) -> str:
