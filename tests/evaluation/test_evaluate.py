@@ -50,6 +50,31 @@ def test_a_shared_memory_changes_nothing():
     assert len(memory.states) == 4
 
 
+def padded(rows, length):
+    more = length - len(rows[0]["input_ids"])
+    return rows.map(lambda row: {"input_ids": row["input_ids"] + [0] * more, "labels": row["labels"] + [-100] * more})
+
+
+@pytest.mark.parametrize("way", ["plain", "resident", "layerwise"])
+def test_padding_at_the_end_of_all_rows_is_not_read(way):
+    model, rows, read = masked_llama(), make_rows(4), []
+    model.get_input_embeddings().register_forward_hook(lambda _, given, made: read.append(given[0].shape[1]))
+    wanted = evaluate(model, rows, way=way)
+    found = evaluate(model, padded(rows, 64), way=way)
+    assert found.loss == pytest.approx(wanted.loss, rel=1e-6)
+    assert torch.equal(found.tokens, wanted.tokens)
+    assert max(read) == 16  # 12 tokens a row, up to a multiple of 8
+
+
+def test_rows_that_are_remembered_are_whole():
+    memory, rows, model = PrefixMemory(), padded(make_rows(4), 64), masked_llama()
+    wanted = evaluate(model, rows)
+    for size in (1, 3):
+        found = evaluate(model, rows, first=2, memory=memory, batch_size=size)
+        assert found.loss == pytest.approx(wanted.loss, rel=1e-6)
+    assert {state.shape for state in memory.states.values()} == {(64, 32)}
+
+
 def test_evaluation_leaves_the_training_mode_alone():
     model = make_llama().train()
     evaluate(model, make_rows(2))

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -83,6 +83,14 @@ def make_batch(
     if any(len(places) > 1 for places in starts):
         positions = torch.stack([_positions(places, input_ids.shape[1]) for places in starts])
     return MicroBatch(rows, input_ids, labels, documents, positions, list(sources))
+
+
+def without_trailing_padding(batch: MicroBatch, multiple: int = 8) -> MicroBatch:
+    """Rows up to the last label of any, or a little further: what follows changes nothing that is scored."""
+    scored = (batch.labels != -100).any(0).nonzero()
+    end = -(-(int(scored.max()) + 1) // multiple) * multiple if len(scored) else multiple
+    positions = None if batch.position_ids is None else batch.position_ids[:, :end]
+    return replace(batch, input_ids=batch.input_ids[:, :end], labels=batch.labels[:, :end], position_ids=positions)
 
 
 def holds_packed_rows(dataset) -> bool:

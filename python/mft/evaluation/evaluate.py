@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mft.data.batches import MicroBatch, count_labels, take_rows
+from mft.data.batches import MicroBatch, count_labels, take_rows, without_trailing_padding
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.start import Device, start_engine
 from mft.engines.step import Runner
@@ -106,7 +106,9 @@ def evaluate(
     starts = range(0, len(dataset), batch_size)
     groups = list(enumerate(range(start, min(start + batch_size, len(dataset))) for start in starts))
     own = groups[processes.rank :: processes.count]
-    batches = (take_rows(dataset, list(rows)) for _, rows in own)
+    taken = (take_rows(dataset, list(rows)) for _, rows in own)
+    # What is remembered of a row is as long as the row.
+    batches = taken if first and memory is not None else map(without_trailing_padding, taken)
     few = first_row[:, :FEW].to(next(model.parameters()).device)
     found: list[_Found] = []
     try:
