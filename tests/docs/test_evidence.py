@@ -46,6 +46,7 @@ def test_each_interval_that_judges_masks_stands_in_a_stored_table(page):
         ("| [J](#j-smollm2-135m-from-the-published-model) |", "compare-from-base-smollm2", "code"),
         ("| [K](#k-smollm2-135m-over-codes) |", "compare-quantised", "code"),
         ("| [I](#i-by-rewards) |", "compare-rewards", "problems"),
+        ("| [L](#l-smollm2-135m-by-rewards) |", "compare-rewards-smollm2", "problems"),
         ("| [a mixture](experts.md#a-real-run) |", "compare-moe", "headers"),
     ],
 )
@@ -181,6 +182,21 @@ def test_exact_answers_by_rewards_are_the_stored_ones():
         assert exact.replace("*", "") == row["exact % - control"], name
         assert size in ("", row["bytes"]), name
     assert f"({rows['full fine-tune']['exact %']} % of 1,000 on test" in section
+
+
+def test_exact_answers_of_smollm2_by_rewards_are_the_stored_ones():
+    section = EVIDENCE.split("## L: SmolLM2-135M by rewards")[1].split("\n## ")[0]
+    rows = stored("compare-rewards-smollm2", "problems")
+    arms = {
+        **{"the fine-tune, without rewards": "full fine-tune", "control": "control"},
+        **{"LoRA, rank 1": "LoRA", "mask, free threshold": "MFT"},
+    }
+    said = [cells(line) for line in section.splitlines() if line.startswith(tuple(f"| {name}" for name in arms))]
+    assert [name for name, *_ in said] == list(arms)
+    for name, exact, less, size in said:
+        row = rows[arms[name]]
+        assert (exact, less or "-") == (row["exact %"], row["exact % - control"]), name
+        assert size in ("", row["bytes"]), name
 
 
 def test_the_bytes_of_a_task_follow_from_the_shapes():
