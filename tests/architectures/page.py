@@ -66,7 +66,7 @@ def write(rows: dict[str, dict[str, Row]], sweeps: Iterable[Sweep], page: Path =
 def _trained(rows: dict[str, dict[str, Row]]) -> str:
     converted = [row for row in rows.get("causal", {}).values() if row.state == "converted"]
     trained = sum(UNTRAINED not in row.left for row in converted)
-    return f"{trained} of {len(converted)} causal ones took a step of `mft train`; why not stands beside the others."
+    return f"{trained} of {len(converted)} causal ones took a step of `mft train`; beside the others stands why not."
 
 
 def _line(*cells: str) -> str:

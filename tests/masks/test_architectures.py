@@ -30,6 +30,11 @@ def test_an_architecture_of_each_sweep_is_converted(name, words):
     assert (row.state, row.words) == ("converted", words)
 
 
+def test_a_causal_one_takes_a_step_of_training_or_it_says_why_not():
+    assert tried("causal/llama4_text").left == ""
+    assert tried("causal/bert").left.startswith("not trained by the recipe: model.name must be a causal language model")
+
+
 def test_what_mask_model_refuses_is_told_in_its_words_without_the_remedy():
     row = tried("encoder/ibert")
     assert row.state == "refused"
