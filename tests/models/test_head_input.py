@@ -51,7 +51,6 @@ def llama():
 
 def test_a_frozen_head_is_not_copied_for_each_row_of_a_masked_model(llama):
     head = llama.lm_head.weight.numel()
-    assert largest_operand(lambda: generate(llama.requires_grad_(False))) == 3 * head  # torch's way
     masked = mask_model(llama, MaskConfig())
     assert largest_operand(lambda: generate(masked)) < head
     assert largest_operand(lambda: generate(copy.deepcopy(masked))) < head

@@ -16,7 +16,7 @@ from mft.study.report.forgetting import plot_forgetting
 from mft.study.report.plots import plot_summary
 from mft.study.report.write import console_report, write_study_report
 from mft.study.run import run_study
-from mft.study.store import FORGETTING, copy_fine_tunes, fine_tunes_in
+from mft.study.store import FORGETTING, STUDY, copy_fine_tunes, fine_tunes_in
 from mft.tracking.console import console, say
 from mft.tracking.curves import PLOT
 from mft.tracking.metrics import METRICS
@@ -108,10 +108,12 @@ def _take_fine_tunes(parent: Path, study: StudyConfig, directory: Path, overwrit
     """Those of another study into directory, unless a study was begun there, which goes on with what it has."""
     rule = "stand without --overwrite, which would delete what it copies; name a new output_dir"
     check_rule(not overwrite, "--fine-tunes-of", rule, parent)
+    if (directory / STUDY).is_file():
+        say(f"fine-tunes: {directory} was begun and goes on with its own, nothing is taken of {parent}")
+        return
     found = fine_tunes_in(parent, study)
-    if not found:
-        rule = f"hold fine-tunes of the same model, data and settings as arms.{study.named(FULL)} here"
-        check_rule(False, "--fine-tunes-of", rule, f"{parent} with none")
+    rule = f"hold fine-tunes of the same model, data and settings as arms.{study.named(FULL)} here"
+    check_rule(found > 0, "--fine-tunes-of", rule, f"{parent} with none")
     if copy_fine_tunes(parent, study, directory):
         say(f"fine-tunes: {found} runs of {parent}")
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from mft.checks import shown
 
+_WIDTHS = 8  # rows are cut to multiples of it, so that there are few shapes
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -85,10 +87,10 @@ def make_batch(
     return MicroBatch(rows, input_ids, labels, documents, positions, list(sources))
 
 
-def without_trailing_padding(batch: MicroBatch, multiple: int = 8) -> MicroBatch:
+def without_trailing_padding(batch: MicroBatch) -> MicroBatch:
     """Rows up to the last label of any, or a little further: what follows changes nothing that is scored."""
     scored = (batch.labels != -100).any(0).nonzero()
-    end = -(-(int(scored.max()) + 1) // multiple) * multiple if len(scored) else multiple
+    end = -(-(int(scored.max()) + 1) // _WIDTHS) * _WIDTHS if len(scored) else _WIDTHS
     positions = None if batch.position_ids is None else batch.position_ids[:, :end]
     return replace(batch, input_ids=batch.input_ids[:, :end], labels=batch.labels[:, :end], position_ids=positions)
 

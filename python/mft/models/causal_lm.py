@@ -67,12 +67,12 @@ def split_at_head(model: nn.Module, input_ids: Tensor) -> tuple[Run, nn.Module]:
     model.eval()
     few, head = input_ids[:1, :FEW], head_of(model)
     own, hidden = _run_model(model, few).float(), run_decoder(model, few)
-    fits = hidden.shape[-1] == getattr(
-        head, "in_features", hidden.shape[-1]
-    )  # RemBERT's reads what follows the decoder
-    ours = head(hidden).float() if fits else None
+    width = hidden.shape[-1]
+    ours = hidden.float()
+    if getattr(head, "in_features", width) == width:  # RemBERT's is wider, and reads what follows the decoder
+        ours = head(hidden).float()
     model.train(was_training)
-    if ours is not None and own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-3, atol=1e-3):
+    if own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-3, atol=1e-3):
         return run_decoder, head
     return _run_model, nn.Identity()
 

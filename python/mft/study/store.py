@@ -78,11 +78,12 @@ def open_store(study: StudyConfig, directory: str | os.PathLike, *, overwrite: b
 def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: str | os.PathLike) -> int:
     """What another study's directory holds of base model, base and full fine-tune, into a new directory for study.
 
-    How many files were copied; none if directory exists, or parent is no study of the same model. Keys decide which of
-    them study takes up.
+    How many files were copied; none if directory holds anything, or parent is no study of the same model. Keys decide
+    which of them study takes up.
     """
     source, target = Path(parent), Path(directory)
-    if target.exists() or not (source / STUDY).is_file():
+    new = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    if not new or not (source / STUDY).is_file():
         return 0
     values, now = parse_yaml((source / STUDY).read_text(encoding="utf-8"), str(source / STUDY)), study_values(study)
     if any(values.get(name) != now[name] for name in ("model", "scratch")):
