@@ -1,6 +1,7 @@
 """Figures of the pages that judge masks against the stored tables: intervals, steps, seconds, bytes."""
 
 import re
+from dataclasses import dataclass
 from math import log2
 from pathlib import Path
 
@@ -105,98 +106,163 @@ def test_the_losses_by_how_much_data_are_the_stored_ones():
         assert behind == rows["MFT"]["loss - control"]
 
 
-def test_the_losses_by_bytes_are_the_stored_ones():
-    section = EVIDENCE.split("## G: bytes")[1].split("\n## ")[0]
-    rows = stored("compare-bytes", "headers")
-    arms = {
-        **{"temperature alone": "temperature", "mask, free threshold": "MFT", "BitDelta of the control": "bitdelta"},
-        **{f"mask, keep {ratio}": f"MFT (keep {ratio})" for ratio in ("0.99", "0.95")},
-        **{f"LoRA, rank {rank}": f"LoRA (rank {rank})" for rank in (1, 8)},
-        **{"ternary, 1 % of the control's deltas": "ternary 0.01", "ternary, 3 %": "ternary 0.03"},
-        **{"ternary, 10 %": "ternary 0.1", "mask, deletion at a price of 0.03": "deletion 0.03"},
-        **{"mean of 3 masks": "mean of 3 MFT", "control": "control", "mean of 3 controls": "mean of 3 controls"},
-    }
-    said = [cells(line) for line in section.splitlines() if line.startswith("| ") and "[" in line]
-    assert sorted(name for name, *_ in said) == sorted(arms)
-    for name, size, *losses in said:
-        row = rows[arms[name]]
-        less_control = "" if name == "control" or name.startswith("mean of") else row["loss - control"]
-        assert size == row["bytes"], name
-        assert [loss.replace("*", "") for loss in losses] == [row["loss - full fine-tune"], less_control], name
+@dataclass(frozen=True)
+class Said:
+    """A table of evidence.md: what is stored behind its columns, those of figures, and behind its rows."""
+
+    heading: str
+    study: str
+    domain: str
+    columns: tuple[str, ...]
+    arms: tuple[tuple[str, str], ...]  # by the name that the row has; "": the row is of several
+
+    def __str__(self) -> str:
+        return self.heading.split(":")[0]
 
 
-def test_the_losses_from_the_published_model_are_the_stored_ones():
-    section = EVIDENCE.split("## J: SmolLM2-135M from the published model")[1].split("\n## ")[0]
-    rows = stored("compare-from-base-smollm2", "code")
-    arms = {
-        **{"mask, free threshold": "MFT", "control": "control", "full fine-tune": "full fine-tune"},
-        **{f"LoRA, rank {rank}": f"LoRA (rank {rank})" for rank in (4, 6, 16)},
-        **{"BitDelta of the control": "bitdelta", "sparse, 1 % of its deltas": "sparse delta 0.01"},
-        **{"ternary, 3 %": "ternary 0.03", "ternary, 10 %": "ternary 0.1"},
-    }
-    said = [cells(line) for line in section.splitlines() if line.startswith("| ") and "[" in line]
-    assert sorted(name for name, *_ in said) == sorted(arms)
-    for name, size, loss, less_control, forgotten in said:
-        row = rows[arms[name]]
-        assert size == row["bytes"], name
-        assert loss == row["loss"], name
-        assert less_control == ("" if name == "control" else row["loss - control"]), name
-        assert forgotten == row["headers - start"], name
+TABLES = (
+    Said(
+        "C: mft compare on SmolLM2-135M",
+        "compare-smollm2",
+        "code",
+        ("steps", "bytes", "loss - full fine-tune", "loss - control", "headers - full fine-tune"),
+        (
+            ("control", "control"),
+            ("the full model trained on", "continued"),
+            ("LoRA, rank 8", "LoRA"),
+            ("MFT in the paper's setting", "MFT (paper)"),
+            ("MFT, keep 0.99, magnitude scores", "MFT (keep 0.99)"),
+            ("MFT, free threshold", "MFT"),
+            ("the fine-tune, 0.8 of its way", "interpolated full"),
+        ),
+    ),
+    Said(
+        "G: bytes",
+        "compare-bytes",
+        "headers",
+        ("bytes", "loss - full fine-tune", "loss - control"),
+        (
+            ("temperature alone", "temperature"),
+            ("mask, keep 0.99", "MFT (keep 0.99)"),
+            ("ternary, 1 % of the control's deltas", "ternary 0.01"),
+            ("mask, deletion at a price of 0.03", "deletion 0.03"),
+            ("LoRA, rank 1", "LoRA (rank 1)"),
+            ("ternary, 3 %", "ternary 0.03"),
+            ("mask, keep 0.95", "MFT (keep 0.95)"),
+            ("ternary, 10 %", "ternary 0.1"),
+            ("mask, free threshold", "MFT"),
+            ("BitDelta of the control", "bitdelta"),
+            ("LoRA, rank 8", "LoRA (rank 8)"),
+            ("mean of 3 masks", "mean of 3 MFT"),
+            ("control", "control"),
+            ("mean of 3 controls", "mean of 3 controls"),
+        ),
+    ),
+    Said(
+        "H: over codes",
+        "compare-quantised-small",
+        "headers",
+        ("loss - full fine-tune", "bytes", "MB in training"),
+        (
+            ("the rounded fine-tune", "NF4"),
+            ("mask, free threshold", "MFT on NF4"),
+            ("QLoRA, rank 4", "QLoRA 4 on NF4"),
+            ("QLoRA, rank 81", "QLoRA 81 on NF4"),
+            ("the control, rounded afterwards", "NF4 of control"),
+            ("masks found in one shot", ""),
+            ("the rounded fine-tune", "int8"),
+            ("mask, free threshold", "MFT on int8"),
+            ("QLoRA, rank 4", "QLoRA 4 on int8"),
+            ("QLoRA, rank 81", "QLoRA 81 on int8"),
+            ("the control, rounded afterwards", "int8 of control"),
+        ),
+    ),
+    Said(
+        "I: by rewards",
+        "compare-rewards",
+        "problems",
+        ("exact % - control", "bytes"),
+        (
+            ("the fine-tune, without rewards", "full fine-tune"),
+            ("all weights trained on", "continued"),
+            ("LoRA, rank 1", "LoRA"),
+            ("mask, free threshold", "MFT"),
+            ("deletion tuning", "deletion"),
+            ("the paper's setting, keep 0.9", "MFT (paper)"),
+        ),
+    ),
+    Said(
+        "J: SmolLM2-135M from the published model",
+        "compare-from-base-smollm2",
+        "code",
+        ("bytes", "loss", "loss - control", "headers - start"),
+        (
+            ("full fine-tune", "full fine-tune"),
+            ("control", "control"),
+            ("mask, free threshold", "MFT"),
+            *((f"LoRA, rank {rank}", f"LoRA (rank {rank})") for rank in (4, 6, 16)),
+            ("BitDelta of the control", "bitdelta"),
+            ("ternary, 10 %", "ternary 0.1"),
+            ("ternary, 3 %", "ternary 0.03"),
+            ("sparse, 1 % of its deltas", "sparse delta 0.01"),
+        ),
+    ),
+    Said(
+        "K: SmolLM2-135M over codes",
+        "compare-quantised",
+        "code",
+        ("bytes", "MB in training", "loss", "loss - control", "recovered %", "headers - start"),
+        (
+            ("the published model", "base"),
+            ("rounded to NF4", "NF4"),
+            ("control, exact", "control"),
+            ("control, rounded afterwards", "NF4 of control"),
+            ("mask, free threshold", "MFT on NF4"),
+            *((f"QLoRA, rank {rank}", f"QLoRA {rank} on NF4") for rank in (4, 6, 347)),
+            ("mask, taught by the exact model", "MFT taught by base"),
+            *((f"QLoRA, rank {rank}, taught", f"QLoRA {rank} taught by base") for rank in (6, 347)),
+        ),
+    ),
+    Said(
+        "L: SmolLM2-135M by rewards",
+        "compare-rewards-smollm2",
+        "problems",
+        ("exact %", "exact % - control", "bytes"),
+        (
+            ("the fine-tune, without rewards", "full fine-tune"),
+            ("control", "control"),
+            ("LoRA, rank 1", "LoRA"),
+            ("mask, free threshold", "MFT"),
+        ),
+    ),
+)
 
 
-def test_the_losses_over_codes_of_smollm2_are_the_stored_ones():
-    section = EVIDENCE.split("## K: SmolLM2-135M over codes")[1].split("\n## ")[0]
-    rows = stored("compare-quantised", "code")
-    arms = {
-        **{"the published model": "base", "rounded to NF4": "NF4", "control, exact": "control"},
-        **{"control, rounded afterwards": "NF4 of control", "mask, free threshold": "MFT on NF4"},
-        **{f"QLoRA, rank {rank}": f"QLoRA {rank} on NF4" for rank in (4, 6, 347)},
-        **{f"QLoRA, rank {rank}, taught": f"QLoRA {rank} taught by base" for rank in (6, 347)},
-        "mask, taught by the exact model": "MFT taught by base",
-    }
-    said = [cells(line) for line in section.splitlines() if re.match(r"\| \D.*\d\.\d{4} \|", line)]
-    assert sorted(name for name, *_ in said) == sorted(arms)
-    for name, size, memory, loss, less_control, back, forgotten in said:
-        row = rows[arms[name]]
-        over_codes = arms[name].split()[-1] in ("NF4", "base") and name.startswith(("mask", "QLoRA"))
-        assert size in ("", row["bytes"]), name
-        assert memory == row["MB in training"].strip("-"), name
-        assert loss == row["loss"], name
-        assert less_control == (row["loss - control"] if over_codes else ""), name
-        assert back == (f"{row['recovered %']} %" if over_codes else ""), name
-        assert forgotten == row["headers - start"].removesuffix("-"), name
+def said_rows(section):
+    """The cells of a section's table, without its heads and the rows that are headings in it."""
+    lines = section.splitlines()
+    tables = [line for line, after in zip(lines, [*lines[1:], ""]) if line.startswith("| ") and "|---" not in after]
+    return [row for row in map(cells, tables) if sum(map(bool, row)) > 1]
 
 
-def test_exact_answers_by_rewards_are_the_stored_ones():
+@pytest.mark.parametrize("table", TABLES, ids=str)
+def test_each_figure_of_a_table_is_the_stored_one(table):
+    """An empty cell says nothing. Cells before the figures are words of ours."""
+    rows = stored(table.study, table.domain)
+    section = EVIDENCE.split(f"\n## {table.heading}\n")[1].split("\n## ")[0]
+    said = said_rows(section)
+    assert [name for name, *_ in said] == [name for name, _ in table.arms]
+    for (_, arm), (name, *figures) in zip(table.arms, said):
+        for column, figure in zip(table.columns, figures[-len(table.columns) :], strict=True) if arm else ():
+            assert figure.replace("*", "").removesuffix(" %") in ("", rows[arm][column]), (name, column)
+    for column in range(1, len(table.columns) + 1):
+        assert any(row[-column] for row in said)
+
+
+def test_the_share_of_exact_answers_before_rewards_is_the_stored_one():
     section = EVIDENCE.split("## I: by rewards")[1].split("\n## ")[0]
-    rows = stored("compare-rewards", "problems")
-    arms = {
-        **{"the fine-tune, without rewards": "full fine-tune", "all weights trained on": "continued"},
-        **{"LoRA, rank 1": "LoRA", "mask, free threshold": "MFT", "deletion tuning": "deletion"},
-        "the paper's setting, keep 0.9": "MFT (paper)",
-    }
-    said = [cells(line) for line in section.splitlines() if line.startswith("| ") and "[" in line]
-    assert len(said) == len(arms)
-    for name, exact, size in said:
-        row = rows[arms[name]]
-        assert exact.replace("*", "") == row["exact % - control"], name
-        assert size in ("", row["bytes"]), name
-    assert f"({rows['full fine-tune']['exact %']} % of 1,000 on test" in section
-
-
-def test_exact_answers_of_smollm2_by_rewards_are_the_stored_ones():
-    section = EVIDENCE.split("## L: SmolLM2-135M by rewards")[1].split("\n## ")[0]
-    rows = stored("compare-rewards-smollm2", "problems")
-    arms = {
-        **{"the fine-tune, without rewards": "full fine-tune", "control": "control"},
-        **{"LoRA, rank 1": "LoRA", "mask, free threshold": "MFT"},
-    }
-    said = [cells(line) for line in section.splitlines() if line.startswith(tuple(f"| {name}" for name in arms))]
-    assert [name for name, *_ in said] == list(arms)
-    for name, exact, less, size in said:
-        row = rows[arms[name]]
-        assert (exact, less or "-") == (row["exact %"], row["exact % - control"]), name
-        assert size in ("", row["bytes"]), name
+    fine_tune = stored("compare-rewards", "problems")["full fine-tune"]
+    assert f"({fine_tune['exact %']} % of 1,000 on test" in section
 
 
 def test_the_bytes_of_a_task_follow_from_the_shapes():
