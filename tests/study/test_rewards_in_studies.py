@@ -141,6 +141,22 @@ def test_a_units_key_knows_how_it_learned(done):
     assert len(keys) == 3
 
 
+def test_a_fine_tune_is_the_same_whatever_way_others_learn_by_rewards_after_it(done):
+    """But for how its answers are read, which validation chooses by."""
+    study, directory = done[0].study, done[1]
+    full, control = Unit("next", "full", 0, Setting(1e-2, 20.0)), Unit("next", "control", 0, Setting(3e-3, 0.5))
+    chosen = {"next": {"full": full.setting}}
+
+    def same(unit, **changed):
+        other = dataclasses.replace(study, rewards=dataclasses.replace(study.rewards, **changed))
+        return Store(study, directory).key(unit, chosen) == Store(other, directory).key(unit, chosen)
+
+    assert same(full, questions=5, schedule="linear")
+    assert not same(full, max_completion_tokens=study.rewards.max_completion_tokens + 1)
+    assert not same(full, verifier="last_number")
+    assert not same(control, questions=5)
+
+
 def measured(right, loss):
     return Measured(
         evaluation([10, 10], [10 * loss, 10 * loss]), answers=torch.tensor(right), questions=torch.tensor([5, 5])

@@ -45,6 +45,7 @@ _OPENINGS = "openings.json"
 _FREE = ("output_dir", "workers")  # change no result
 _OF_OTHERS = ("start", "of", "teacher")  # of an arm, names: keys hold what they stand for
 _GRIDS = ("lrs", "epochs", "keep_ratios", "beta1s", "alphas", "lora_ranks", "shares")
+_OF_ANSWERS = ("max_completion_tokens", "verifier")  # of rewards: how a model's answers to the questions are read
 _CHOOSES = ("max_bytes",)  # decides which setting is chosen, and no result of one
 
 Chosen = dict[str, dict[str, Setting]]
@@ -142,7 +143,9 @@ class Store:
         parts |= {name: values[name] for name in ("model", "scratch", "mask", "full", "checkpoints")}
         parts["general"] = {name: values["general"][name] for name in self.study.general_of(unit.domain)}
         if self.study.objective != CROSS_ENTROPY:
-            parts |= {"objective": values["objective"], "rewards": values["rewards"]}
+            read = {name: values["rewards"][name] for name in _OF_ANSWERS}
+            learned = read if arm["kind"] in FULL_KINDS else values["rewards"]
+            parts |= {"objective": values["objective"], "rewards": learned}
             if arm["kind"] != FULL and unit.domain in values["questions"]:
                 parts["questions"] = values["questions"][unit.domain]
         return _digest(parts)
