@@ -162,7 +162,7 @@ TABLES = (
         "H: over codes",
         "compare-quantised-small",
         "headers",
-        ("loss - full fine-tune", "bytes", "MB in training"),
+        ("loss - full fine-tune", "bytes", "MB in training", "pretraining - full fine-tune"),
         (
             ("the rounded fine-tune", "NF4"),
             ("mask, free threshold", "MFT on NF4"),
