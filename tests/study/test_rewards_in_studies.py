@@ -15,7 +15,7 @@ from mft.rewards.config import RewardsConfig
 from mft.rewards.questions import count_questions, questions_of
 from mft.study.arms.job import Job
 from mft.study.arms.train import train_unit
-from mft.study.config import ArmConfig, Setting
+from mft.study.config import TRAINED, ArmConfig, Setting
 from mft.study.load import load_study, study_values
 from mft.study.outcome import Measured, Outcome, Unit
 from mft.study.plan import selection
@@ -115,6 +115,25 @@ def test_the_report_judges_by_exact_answers_and_draws_rewards(done, tmp_path):
     assert row["minus_control"]["wrong"]["estimate"] == pytest.approx(-row["minus_control"]["answers"]["estimate"])
     assert row["validation"] is not None
     assert console_report(findings)
+
+
+def test_what_arms_learn_by_is_said_where_all_are_taught_and_where_none_is(done):
+    def said(teacher):
+        arms = {
+            name: dataclasses.replace(arm, teacher=teacher if arm.kind in TRAINED else None, teacher_prompt=None)
+            for name, arm in done[0].study.arms.items()
+        }
+        study = dataclasses.replace(done[0].study, arms=arms)
+        return rewards_remark(dataclasses.replace(done[0], study=study))
+
+    all_taught = said("full")
+    lesson = "learned at each token of its own answers what the teacher would say (reverse_kl), not by rewards"
+    assert f"{lesson}: control by full" in all_taught
+    assert "GRPO" not in all_taught
+    assert "But" not in all_taught
+    none_taught = said(None)
+    assert "learned by rewards, 1 for a right answer (exact) and 0 for a wrong one: GRPO by TRL" in none_taught
+    assert "teacher" not in none_taught
 
 
 def test_plain_text_is_refused_before_a_base_is_trained_from_scratch(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.files.figure import new_figure, save_figure
-from mft.study.config import REWARDS
+from mft.study.config import REWARDS, TRAINED
 from mft.study.outcome import Findings
 
 REWARDS_PLOT = "rewards.png"
@@ -66,23 +66,24 @@ def rewards_remark(findings: Findings) -> str:
     study = findings.study
     assert study.objective == REWARDS, "asked for of such studies"
     config = study.rewards
-    taught = [f"{name} by {arm.teacher}" for name, arm in study.arms.items() if arm.teacher is not None]
+    trained = [(name, arm) for name, arm in study.arms.items() if arm.kind in TRAINED]
+    taught = ", ".join(f"{name} by {arm.teacher}" for name, arm in trained if arm.teacher is not None)
+    lesson = f"at each token of its own answers what the teacher would say ({config.divergence}), not by rewards"
     others = ""
-    if taught:
-        others = (
-            f" But {', '.join(taught)} learned at each token of its own answers what the teacher would say "
-            f"({config.divergence}), not by rewards."
-        )
+    if all(arm.teacher is not None for _, arm in trained):
+        how = f"{lesson}: {taught}"
+    else:
+        rule = f"1 for a right answer ({config.verifier}) and 0 for a wrong one"
+        how = f"by rewards, {rule}: GRPO by TRL, loss {config.loss_type}, beta {config.beta:g}"
+        others = f" But {taught} learned {lesson}." if taught else ""
     asked = ""
     if study.questions:
         asked = f" On {', '.join(study.questions)} they are other questions than those of the fine-tune."
     return (
-        f"Every trained arm after the fine-tune learned by rewards, 1 for a right answer ({config.verifier}) and 0 for "
-        f"a wrong one: GRPO by TRL, loss {config.loss_type}, {config.questions} questions a step, "
-        f"{config.num_generations} answers to each of at most {config.max_completion_tokens} tokens, beta "
-        f"{config.beta:g}; an epoch asks as many questions as there are.{asked} Validation chooses by exact answers, "
-        f"then by loss, checkpoints too ({study.checkpoints} a run); verdicts, p and validation - control are of wrong "
-        f"answers a question.{others}"
+        f"Every trained arm after the fine-tune learned {how}; {config.questions} questions a step, "
+        f"{config.num_generations} answers to each of at most {config.max_completion_tokens} tokens; an epoch asks as "
+        f"many questions as there are.{asked} Validation chooses by exact answers, then by loss, checkpoints too "
+        f"({study.checkpoints} a run); verdicts, p and validation - control are of wrong answers a question.{others}"
     )
 
 
