@@ -48,6 +48,7 @@ def test_each_interval_that_judges_masks_stands_in_a_stored_table(page):
         ("| [K](#k-smollm2-135m-over-codes) |", "compare-quantised", "code"),
         ("| [I](#i-by-rewards) |", "compare-rewards", "problems"),
         ("| [L](#l-smollm2-135m-by-rewards) |", "compare-rewards-smollm2", "problems"),
+        ("| [M](#m-on-policy-distillation-of-smollm2-135m) |", "compare-distillation-smollm2", "problems"),
         ("| [a mixture](experts.md#a-real-run) |", "compare-moe", "headers"),
     ],
 )
@@ -232,6 +233,19 @@ TABLES = (
             ("the fine-tune, without rewards", "full fine-tune"),
             ("control", "control"),
             ("LoRA, rank 1", "LoRA"),
+            ("mask, free threshold", "MFT"),
+        ),
+    ),
+    Said(
+        "M: on-policy distillation of SmolLM2-135M",
+        "compare-distillation-smollm2",
+        "problems",
+        ("exact %", "exact % - control", "loss - full fine-tune", "stdlib - start", "KL to start", "bytes"),
+        (
+            ("the teacher", "full fine-tune"),
+            ("all weights", "continued"),
+            ("control", "control"),
+            ("LoRA, rank 4", "LoRA"),
             ("mask, free threshold", "MFT"),
         ),
     ),
