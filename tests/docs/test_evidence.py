@@ -141,7 +141,7 @@ TABLES = (
         "G: bytes",
         "compare-bytes",
         "headers",
-        ("bytes", "loss - full fine-tune", "loss - control"),
+        ("bytes", "loss - full fine-tune", "loss - control", "stdlib - full fine-tune"),
         (
             ("temperature alone", "temperature"),
             ("mask, keep 0.99", "MFT (keep 0.99)"),
