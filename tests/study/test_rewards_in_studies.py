@@ -239,13 +239,15 @@ def asking(done, tmp_path, questions, overrides=()):
 
 
 def test_other_questions_may_be_asked_than_those_of_the_fine_tune(done, tmp_path, monkeypatch):
-    """The fine-tune's key stays, and those of the arms that learn from them change; the others alone are asked."""
+    """Base and fine-tune keep their keys, arms that learn from the questions do not; the others alone are asked."""
     rows = [{"prompt": f"{i} {i + 1}", "completion": f" {i + 2}"} for i in range(20, 46)]
     (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     study = asking(done, tmp_path, f"{{next: {{source: {tmp_path}/others.jsonl, sequence_length: 8}}}}")
     full, control = Unit("next", "full", 0, Setting(1e-2, 20.0)), Unit("next", "control", 0, Setting(3e-3, 0.5))
     chosen = {"next": {"full": full.setting}}
-    before, now = (Store(one, done[1]) for one in (done[0].study, study))
+    base, arms = Unit("next", "base", 0, Setting()), {"base": ArmConfig(kind="base"), **study.arms}
+    before, now = (Store(dataclasses.replace(one, arms=arms), done[1]) for one in (done[0].study, study))
+    assert before.key(base, chosen) == now.key(base, chosen)
     assert before.key(full, chosen) == now.key(full, chosen)
     assert before.key(control, chosen) != now.key(control, chosen)
 

@@ -143,10 +143,10 @@ class Store:
         parts |= {name: values[name] for name in ("model", "scratch", "mask", "full", "checkpoints")}
         parts["general"] = {name: values["general"][name] for name in self.study.general_of(unit.domain)}
         if self.study.objective != CROSS_ENTROPY:
-            read = {name: values["rewards"][name] for name in _OF_ANSWERS}
-            learned = read if arm["kind"] in FULL_KINDS else values["rewards"]
-            parts |= {"objective": values["objective"], "rewards": learned}
-            if arm["kind"] != FULL and unit.domain in values["questions"]:
+            follows = arm["kind"] not in FULL_KINDS  # and learns by rewards; the others answer alone
+            rewards = {name: value for name, value in values["rewards"].items() if follows or name in _OF_ANSWERS}
+            parts |= {"objective": values["objective"], "rewards": rewards}
+            if follows and unit.domain in values["questions"]:
                 parts["questions"] = values["questions"][unit.domain]
         return _digest(parts)
 
