@@ -9,6 +9,7 @@ from tiny import WORDS, make_llama, make_rows, masked_llama
 from mft.config import TrainConfig
 from mft.evaluation.evaluate import evaluate
 from mft.evaluation.temperature import evaluate_tempered, fit_temperature
+from mft.models import token_loss
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.token_loss import temperature_slopes
 from mft.training.loop import finetune
@@ -57,7 +58,9 @@ def test_sixteen_bit_logits_are_divided_in_fp32():
     assert evaluate_tempered(model, rows, 3.0, batch_size=5).loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_slopes_are_the_derivatives_of_the_loss():
+@pytest.mark.parametrize("block", [400_000, 7 * WORDS], ids=["a chunk at once", "seven rows at once"])
+def test_the_slopes_are_the_derivatives_of_the_loss(monkeypatch, block):
+    monkeypatch.setattr(token_loss, "_BLOCK", block)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 90, 8, generator=generator)  # two chunks
     head = torch.nn.Linear(8, WORDS, bias=False)

@@ -132,8 +132,27 @@ def test_every_kind_runs_and_its_files_give_on_test_what_validation_saw(ground, 
     assert tested.validation.evaluation.loss == pytest.approx(found.loss, abs=1e-5)
     assert tested.test.evaluation.tokens.sum() > 0
     assert tested.test.tempered is not None
+    assert (tested.validation.tempered is None) == (arm != "temperature")  # no report reads it there
     assert tested.test.temperature > 0
     assert found.curve[-1][0] == 1.0
+
+
+def test_layers_below_an_earlier_start_stay_remembered_while_there_is_room(ground, monkeypatch):
+    workspace, ends = ground.fresh(), (ground.directory / "full 0.safetensors",)
+    workspace.begin("count", ends)
+    seen = workspace.memory("validation", 2), workspace.memory("validation", 2, "other")
+    workspace.begin("count", ())
+    of_base = workspace.memory("validation", 2)
+    assert not torch.equal(of_base.states[0], seen[0].states[0])
+    workspace.begin("count", ends)
+    assert (workspace.memory("validation", 2), workspace.memory("validation", 2, "other")) == seen
+    monkeypatch.setattr("mft.study.workspace._EARLIER", of_base.nbytes + sum(memory.nbytes for memory in seen) - 1)
+    workspace.begin("count", ())  # of two starts the one that was left before goes first
+    assert workspace.memory("validation", 2) is of_base
+    workspace.begin("count", ends)
+    again = workspace.memory("validation", 2)
+    assert again is not seen[0]
+    assert torch.equal(again.states[0], seen[0].states[0])
 
 
 @pytest.mark.parametrize("first", [0, 2])

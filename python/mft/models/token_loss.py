@@ -72,11 +72,14 @@ def temperature_slopes(head: nn.Module, hidden: Tensor, labels: Tensor, inverse:
     first = torch.zeros((), dtype=torch.float64, device=hidden.device)
     second = torch.zeros_like(first)
     for chunk, wanted in zip(states.split(CHUNK), where.targets.split(CHUNK)):
-        logits = head(chunk).float()
-        shares = (logits * inverse).softmax(-1)
-        centred = logits - (shares * logits).sum(-1, keepdim=True)
-        first -= centred.gather(-1, wanted[:, None]).sum(dtype=torch.float64)
-        second += (shares * centred.square_()).sum(dtype=torch.float64)
+        logits = head(chunk)
+        rows = rows_at_once(logits)
+        for block, labels in zip(logits.split(rows), wanted.split(rows)):
+            values = block.float()
+            shares = (values * inverse).softmax(-1)
+            centred = values - (shares * values).sum(-1, keepdim=True)
+            first -= centred.gather(-1, labels[:, None]).sum(dtype=torch.float64)
+            second += (shares * centred.square_()).sum(dtype=torch.float64)
     return first, second
 
 

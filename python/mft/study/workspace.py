@@ -32,6 +32,7 @@ from mft.study.config import ArmConfig, StudyConfig
 from mft.study.teacher import RememberedTeacher
 
 ROWS = 8  # that are evaluated together
+_EARLIER = 1 << 30  # bytes of the frozen layers' outputs from earlier starts, to which a study's units return
 
 
 class Workspace:
@@ -51,7 +52,7 @@ class Workspace:
         self._splits: dict[str, Splits] = {}
         self._general: dict[str, Splits] = {}
         self._questions: dict[str, Splits] = {}
-        self._memories: dict[tuple[str | None, str, int], PrefixMemory] = {}
+        self._memories: dict[tuple[str, tuple[Path, ...]], dict[tuple[str | None, str, int], PrefixMemory]] = {}
         self._teacher: tuple[tuple[str, tuple[Path, ...]], RememberedTeacher] | None = None
         self._teaching: tuple[tuple[str, tuple[Path, ...]], nn.Module] | None = None
         self._layers: dict[str, tuple[list[str], int]] = {}
@@ -84,7 +85,10 @@ class Workspace:
         if self._begun == (domain, starts):
             return
         self.model = self._after(starts)
-        self._begun, self._memories = (domain, starts), {}
+        self._begun = domain, starts
+        self._memories[self._begun] = self._memories.pop(self._begun, {})  # the latest is the last
+        while len(self._memories) > 1 and self._remembered_bytes() > _EARLIER:
+            del self._memories[next(iter(self._memories))]
 
     def teaching_model(self, domain: str, ends: tuple[Path, ...]) -> nn.Module:
         """The model to which these trained weights lead, for a teacher of what nobody has said yet."""
@@ -117,12 +121,15 @@ class Workspace:
         """
         if first == 0:
             return None
-        key = general, split, first
-        if key not in self._memories:
-            assert self._begun is not None
+        assert self._begun is not None
+        key, memories = (general, split, first), self._memories[self._begun]
+        if key not in memories:
             splits = self.splits(self._begun[0]) if general is None else self.general(general)
-            self._memories[key] = _remembered(self.model, getattr(splits, split), first, batch_size=ROWS)
-        return self._memories[key]
+            memories[key] = _remembered(self.model, getattr(splits, split), first, batch_size=ROWS)
+        return memories[key]
+
+    def _remembered_bytes(self) -> int:
+        return sum(memory.nbytes for memories in self._memories.values() for memory in memories.values())
 
     def _after(self, trained: tuple[Path, ...]) -> nn.Module:
         """The base model with these weights, one file after the other."""

@@ -49,7 +49,7 @@ def run_unit(workspace: Workspace, job: Job) -> Outcome:
 
 
 def run_test(workspace: Workspace, job: Job) -> Tested:
-    """Evaluate a unit's model on validation again, and on test; each also at the temperature that validation likes."""
+    """Evaluate a unit's model on validation again, and on test; there also at the temperature that validation likes."""
     unit, kind = job.unit, arm_of(workspace, job.unit).kind
     workspace.begin(unit.domain, (job.trained,) if kind == FULL else job.starts)
     model, splits = model_of(workspace, job), workspace.splits(unit.domain)
@@ -60,8 +60,10 @@ def run_test(workspace: Workspace, job: Job) -> Tested:
         remembering = with_layers_remembered(model, dataset, **options(split))
         if split == "validation":
             temperature = fit_temperature(model, dataset, **remembering)
-        tempered = evaluate_tempered(model, dataset, temperature, **remembering)
+        wanted = split == "test" or kind == TEMPERATURE
+        tempered = evaluate_tempered(model, dataset, temperature, **remembering) if wanted else None
         plain = tempered if kind == TEMPERATURE else evaluate(model, dataset, **remembering)
+        assert plain is not None
         measured[split] = Measured(plain, tempered, temperature)
         if unit.domain in workspace.study.answers:
             answer(workspace, model, dataset, measured[split])
