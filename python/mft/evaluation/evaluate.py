@@ -37,6 +37,7 @@ class Evaluation:
 
     figures: what the objective says, means over what it counts; "loss" is its own. Cross entropy says nothing beside.
     sources: of a mix, whose each document is.
+    tempered_sums: loss_sums with logits divided by a temperature, where evaluate was given one.
     """
 
     documents: Tensor
@@ -45,6 +46,7 @@ class Evaluation:
     correct: Tensor
     figures: dict[str, float] = field(default_factory=dict)
     sources: Sequence[str] = ()
+    tempered_sums: Tensor | None = None
 
     def by_source(self) -> dict[str, "Evaluation"]:
         """The same of each source of a mix alone; none where there is no mix."""
@@ -83,6 +85,7 @@ def evaluate(
     objective: Objective = CROSS_ENTROPY,
     runner: Runner | None = None,
     processes: Processes = ALONE,
+    temperature: float | None = None,
 ) -> Evaluation:
     """Loss and accuracy of model on dataset (columns input_ids, labels, document).
 
@@ -93,6 +96,7 @@ def evaluate(
         objective: what else is measured.
         runner: what trains the model, and runs it meanwhile; way, device, first and memory are then its business.
         processes: those that share the batches, each of which calls this with the same arguments, and gets all sums.
+        temperature: by which logits are divided for the sums of a second loss.
     Raises: ValueError if dataset scores no token, or the model predicts no next tokens, or has too few positions.
     """
     if len(dataset) == 0:
@@ -119,8 +123,8 @@ def evaluate(
             contextlib.closing(hidden_of(batches)) as states,  # an engine is not left halfway
         ):
             for (batch, hidden, base), (number, _) in zip(states, own):  # the states first: they come to their end
-                losses, correct = token_losses(head, hidden, batch.labels.to(hidden.device))
-                values = (count_labels(batch.labels).tolist(), losses.sum(-1).tolist(), correct.sum(-1).tolist())
+                found_here = token_losses(head, hidden, batch.labels.to(hidden.device), temperature or 1.0)
+                values = (count_labels(batch.labels).tolist(), *(each.sum(-1).tolist() for each in found_here))
                 measured = objective.measure(head, hidden, batch, base)
                 found.append((number, batch.documents, batch.sources, values, objective.count(batch), measured))
                 if on_batch is not None:
@@ -136,19 +140,20 @@ def evaluate(
     for _, documents, names, values, count, measured in everything:
         source_of |= zip(documents, names)
         for document, *row in zip(documents, *values):
-            entry = sums.setdefault(document, [0.0, 0.0, 0.0])
+            entry = sums.setdefault(document, [0.0, 0.0, 0.0, 0.0])
             for i, value in enumerate(row):
                 entry[i] += value
         counted += count
         for name, total in measured.items():
             figures[name] = figures.get(name, 0.0) + total
-    if not any(tokens for tokens, _, _ in sums.values()):
+    if not any(tokens for tokens, *_ in sums.values()):
         raise ValueError(f"dataset must score at least one token, got {len(dataset)} rows without a label")
     table = torch.tensor([sums[document] for document in sorted(sums)], dtype=torch.float64)
     means = {name: total / max(counted, 1) for name, total in figures.items()}
     sources = [source_of[document] for document in sorted(sums)] if source_of else []
-    tokens, loss_sums, correct = table.unbind(-1)
-    return Evaluation(torch.tensor(sorted(sums)), tokens, loss_sums, correct, means, sources)
+    tokens, loss_sums, correct, tempered = table.unbind(-1)
+    tempered_sums = None if temperature is None else tempered
+    return Evaluation(torch.tensor(sorted(sums)), tokens, loss_sums, correct, means, sources, tempered_sums)
 
 
 def paired_difference(a: Evaluation, b: Evaluation, metric: str = "loss") -> tuple[float, float]:
@@ -176,9 +181,9 @@ def paired_difference(a: Evaluation, b: Evaluation, metric: str = "loss") -> tup
 
 # Of each batch what the head reads, and that of the base if the objective asks for it.
 HiddenOf = Callable[[Iterable[MicroBatch]], Generator[tuple[MicroBatch, Tensor, Tensor | None], None, None]]
-# Of a batch: its number, documents, their sources in a mix, a list each of tokens, losses and hits; what the objective
-# counts and measures.
-_Found = tuple[int, list[int], Sequence[str], tuple[list[int], list[float], list[float]], int, dict[str, float]]
+# Of a batch: its number, documents, their sources in a mix, a list each of tokens, losses, hits and tempered losses;
+# what the objective counts and measures.
+_Found = tuple[int, list[int], Sequence[str], tuple[list[float], ...], int, dict[str, float]]
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mft.checks import check_rule
 from mft.data.batches import MicroBatch, count_labels, take_rows
-from mft.models.causal_lm import FEW, evaluating, split_at_head
+from mft.models.causal_lm import FEW, decoder_layers, evaluating, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.next_tokens import check_next_tokens
 from mft.models.packed_rows import keeping_apart
@@ -25,6 +25,7 @@ def kl_divergence(
     batch_size: int = 2,
     first: int = 0,
     memory: PrefixMemory | None = None,
+    whole: PrefixMemory | None = None,
 ) -> tuple[Tensor, Tensor]:
     """KL(start || model) = sum over words of p_start * (log p_start - log p_model), wherever a next token is scored.
 
@@ -35,6 +36,7 @@ def kl_divergence(
         model, start: on one device, of one vocabulary; left in the modes (train or eval) that they were in.
         dataset: rows of input_ids, labels and document, as evaluate takes them.
         first, memory: the first ``first`` layers, which are the same in both, are run once a row (see FrozenPrefix).
+        whole: what all layers of model make of each row, if that is remembered.
     Returns: (sums, tokens), each fp64 (documents,) in ascending order of document number, as evaluate gives them.
     Raises: ValueError if dataset scores no token, or the two have vocabularies of different sizes.
     """
@@ -50,7 +52,8 @@ def kl_divergence(
             stack.enter_context(evaluating(one))
             stack.enter_context(keeping_apart(one, dataset, few, batch_size))
         (run, head), (run_start, head_start) = split_at_head(model, few), split_at_head(start, few)
-        prefix, prefix_start = FrozenPrefix(model, first, memory, run), FrozenPrefix(start, first, memory, run_start)
+        deepest = (first, memory) if whole is None else (len(decoder_layers(model)), whole)
+        prefix, prefix_start = FrozenPrefix(model, *deepest, run), FrozenPrefix(start, first, memory, run_start)
         for row in range(0, len(dataset), batch_size):
             batch = take_rows(dataset, list(range(row, min(row + batch_size, len(dataset)))))
             ids, positions = batch.inputs(few.device)

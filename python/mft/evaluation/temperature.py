@@ -3,9 +3,8 @@
 T = argmin over T of the mean loss of softmax(logits / T): convex in 1 / T, so Newton's method finds it in a few passes.
 """
 
-import contextlib
+import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from mft.checks import check_rule
 from mft.data.batches import count_labels, take_rows
 from mft.evaluation.evaluate import Evaluation, evaluate
-from mft.models.causal_lm import FEW, evaluating, head_of, split_at_head
+from mft.models.causal_lm import FEW, evaluating, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.token_loss import temperature_slopes
 
@@ -51,17 +50,17 @@ def fit_temperature(
     raise RuntimeError(f"1 / temperature must settle within {_PASSES} passes, got [{low:.6g}, {high:.6g}] still open")
 
 
-def evaluate_tempered(model: nn.Module, dataset, temperature: float, **options: Any) -> Evaluation:
-    """evaluate() of the model with its logits divided by ``temperature``; options are evaluate's.
+def evaluate_tempered(model: nn.Module, dataset, temperature: float, **options: Any) -> tuple[Evaluation, Evaluation]:
+    """(evaluate() of the model, the same with its logits divided by ``temperature``), in one pass.
 
-    Raises: ValueError as evaluate, or if temperature is not positive, or if the model bends its logits after its head
-        (a soft cap), so that dividing before is not dividing after.
+    Args: options: evaluate's.
+    Raises: ValueError as evaluate, or if temperature is not positive.
     """
     check_rule(0 < temperature < math.inf, "temperature", "be positive and finite", temperature)
-    if len(dataset):
-        _check_scales(model, take_rows(dataset, [0]).input_ids[:1, :FEW])
-    with _divided(model, temperature):
-        return evaluate(model, dataset, **options)
+    found = evaluate(model, dataset, temperature=temperature, **options)
+    assert found.tempered_sums is not None
+    plain = dataclasses.replace(found, tempered_sums=None)
+    return plain, dataclasses.replace(plain, loss_sums=found.tempered_sums)
 
 
 class _Slopes:
@@ -85,29 +84,3 @@ class _Slopes:
             first, second = first + sums[0].item(), second + sums[1].item()
         check_rule(tokens > 0, "dataset", "score at least one token", f"{len(self._dataset)} rows without a label")
         return first / tokens, second / tokens
-
-
-@contextlib.contextmanager
-def _divided(model: nn.Module, temperature: float) -> Iterator[None]:
-    """The head's logits are divided by temperature meanwhile, in fp32, wherever they are made."""
-    handle = head_of(model).register_forward_hook(lambda module, arguments, logits: logits.float() / temperature)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@torch.no_grad()
-def _check_scales(model: nn.Module, few: torch.Tensor) -> None:
-    """That halving the head's logits halves the model's."""
-    few = few.to(next(model.parameters()).device)
-    with evaluating(model):
-        own = model(input_ids=few, use_cache=False).logits.float()
-        with _divided(model, 2.0):
-            halved = model(input_ids=few, use_cache=False).logits.float()
-    error = (2 * halved - own).abs().max().item()
-    if not error <= 0.02 * own.abs().max().item():
-        raise ValueError(
-            f"{type(model).__name__} must hand on its head's logits, or scale them, to be tempered, but halving them "
-            f"is off by {error:.3g}: set a soft cap (final_logit_softcapping) of its configuration to null"
-        )

@@ -46,19 +46,24 @@ def backward_labelled_loss(head: nn.Module, hidden: Tensor, labelled: Labelled, 
 
 
 @torch.no_grad()
-def token_losses(head: nn.Module, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and whether the likeliest next token is the label, each (B, T - 1), 0 where there is no label."""
+def token_losses(
+    head: nn.Module, hidden: Tensor, labels: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, whether the likeliest next token is the label, and the loss of logits / temperature, in fp32.
+
+    Each (B, T - 1), 0 where there is no label.
+    """
     targets = labels[:, 1:]
     losses = torch.zeros(targets.shape, device=hidden.device)
     correct = torch.zeros(targets.shape, dtype=torch.bool, device=hidden.device)
+    tempered = torch.zeros_like(losses)
     scored = targets != -100
     where = find_labelled(labels)
     states = hidden.flatten(0, 1).index_select(0, where.positions)
-    found = list(_losses_of_chunks(head, states, where.targets))
-    if found:
-        losses[scored] = torch.cat([loss for loss, _ in found])
-        correct[scored] = torch.cat([hit for _, hit in found])
-    return losses, correct
+    found = list(_losses_of_chunks(head, states, where.targets, temperature))
+    for values, parts in zip((losses, correct, tempered), zip(*found)):
+        values[scored] = torch.cat(parts)
+    return losses, correct, tempered
 
 
 @torch.no_grad()
@@ -83,13 +88,21 @@ def temperature_slopes(head: nn.Module, hidden: Tensor, labels: Tensor, inverse:
     return first, second
 
 
-def _losses_of_chunks(head: nn.Module, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _losses_of_chunks(
+    head: nn.Module, states: Tensor, targets: Tensor, temperature: float
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for chunk, wanted in zip(states.split(CHUNK), targets.split(CHUNK)):
         logits = head(chunk)
         rows = rows_at_once(logits)
         for block, labels in zip(logits.split(rows), wanted.split(rows)):
-            log_p = F.log_softmax(block, -1, dtype=torch.float32)
-            yield F.nll_loss(log_p, labels, reduction="none"), likeliest(block) == labels
+            loss = _loss(block, labels)
+            tempered = loss if temperature == 1 else _loss(block.float() / temperature, labels)
+            yield loss, likeliest(block) == labels, tempered
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """(M,), fp32."""
+    return F.nll_loss(F.log_softmax(logits, -1, dtype=torch.float32), targets, reduction="none")
 
 
 def likeliest(logits: Tensor) -> Tensor:

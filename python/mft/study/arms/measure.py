@@ -12,7 +12,7 @@ from mft.evaluation.kl_divergence import kl_divergence
 from mft.study.arms.job import arm_of
 from mft.study.config import BASE, CONTINUED, FULL, QUANTIZED, REWARDS, ArmConfig
 from mft.study.outcome import General, Measured, Unit
-from mft.study.workspace import ROWS, Workspace
+from mft.study.workspace import ROWS, Workspace, with_layers_remembered
 from mft.training.loop import NonFiniteLoss
 
 
@@ -68,6 +68,10 @@ def on_general(
     for name in workspace.study.general_of(unit.domain):
         dataset = getattr(workspace.general(name), split)
         options = evaluation_options(workspace, arm_of(workspace, unit), name)(split)
-        kl = None if start is None else kl_divergence(model, start, dataset, **options)[0]
-        found[name] = General(evaluate(model, dataset, **options), kl)
+        if start is None:
+            found[name] = General(evaluate(model, dataset, **options))
+            continue
+        remembering = with_layers_remembered(model, dataset, **options)
+        kl = kl_divergence(model, start, dataset, **options, whole=remembering["memory"])[0]
+        found[name] = General(evaluate(model, dataset, **remembering), kl)
     return found

@@ -1,6 +1,5 @@
 """A unit from its start to an outcome, as validation sees it; and later on test."""
 
-from mft.evaluation.evaluate import evaluate
 from mft.evaluation.temperature import evaluate_tempered, fit_temperature
 from mft.masks.quantize import rounded_weights
 from mft.study.arms.job import Job, arm_of
@@ -33,7 +32,7 @@ def run_unit(workspace: Workspace, job: Job) -> Outcome:
                 evaluation_options(workspace, arm)("validation"),
             )
             temperature = fit_temperature(model, validation, **options)
-            tempered = evaluate_tempered(model, validation, temperature, **options)
+            _, tempered = evaluate_tempered(model, validation, temperature, **options)
             measured = Measured(tempered, tempered, temperature)
         else:
             measured = on_validation(workspace, unit, model)
@@ -49,7 +48,7 @@ def run_unit(workspace: Workspace, job: Job) -> Outcome:
 
 
 def run_test(workspace: Workspace, job: Job) -> Tested:
-    """Evaluate a unit's model on validation again, and on test; there also at the temperature that validation likes."""
+    """Evaluate a unit's model on validation again, and on test; each also at the temperature that validation likes."""
     unit, kind = job.unit, arm_of(workspace, job.unit).kind
     workspace.begin(unit.domain, (job.trained,) if kind == FULL else job.starts)
     model, splits = model_of(workspace, job), workspace.splits(unit.domain)
@@ -60,11 +59,8 @@ def run_test(workspace: Workspace, job: Job) -> Tested:
         remembering = with_layers_remembered(model, dataset, **options(split))
         if split == "validation":
             temperature = fit_temperature(model, dataset, **remembering)
-        wanted = split == "test" or kind == TEMPERATURE
-        tempered = evaluate_tempered(model, dataset, temperature, **remembering) if wanted else None
-        plain = tempered if kind == TEMPERATURE else evaluate(model, dataset, **remembering)
-        assert plain is not None
-        measured[split] = Measured(plain, tempered, temperature)
+        plain, tempered = evaluate_tempered(model, dataset, temperature, **remembering)
+        measured[split] = Measured(tempered if kind == TEMPERATURE else plain, tempered, temperature)
         if unit.domain in workspace.study.answers:
             answer(workspace, model, dataset, measured[split])
     start = workspace.base if kind == FULL else workspace.model
