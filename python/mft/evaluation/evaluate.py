@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from mft.checks import check_rule
 from mft.data.batches import MicroBatch, count_labels, take_rows, without_trailing_padding
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.start import Device, start_engine
@@ -97,8 +98,11 @@ def evaluate(
         runner: what trains the model, and runs it meanwhile; way, device, first and memory are then its business.
         processes: those that share the batches, each of which calls this with the same arguments, and gets all sums.
         temperature: by which logits are divided for the sums of a second loss.
-    Raises: ValueError if dataset scores no token, or the model predicts no next tokens, or has too few positions.
+    Raises: ValueError if dataset scores no token, the model predicts no next tokens or has too few positions, or
+        temperature is not positive.
     """
+    divisor = 1.0 if temperature is None else temperature
+    check_rule(0 < divisor < math.inf, "temperature", "be positive and finite", divisor)
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one row to evaluate, got 0")
     first_row = take_rows(dataset, [0]).input_ids
@@ -123,8 +127,8 @@ def evaluate(
             contextlib.closing(hidden_of(batches)) as states,  # an engine is not left halfway
         ):
             for (batch, hidden, base), (number, _) in zip(states, own):  # the states first: they come to their end
-                found_here = token_losses(head, hidden, batch.labels.to(hidden.device), temperature or 1.0)
-                values = (count_labels(batch.labels).tolist(), *(each.sum(-1).tolist() for each in found_here))
+                of_tokens = token_losses(head, hidden, batch.labels.to(hidden.device), divisor)
+                values = (count_labels(batch.labels).tolist(), *(each.sum(-1).tolist() for each in of_tokens))
                 measured = objective.measure(head, hidden, batch, base)
                 found.append((number, batch.documents, batch.sources, values, objective.count(batch), measured))
                 if on_batch is not None:

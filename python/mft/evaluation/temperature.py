@@ -54,9 +54,7 @@ def evaluate_tempered(model: nn.Module, dataset, temperature: float, **options: 
     """(evaluate() of the model, the same with its logits divided by ``temperature``), in one pass.
 
     Args: options: evaluate's.
-    Raises: ValueError as evaluate, or if temperature is not positive.
     """
-    check_rule(0 < temperature < math.inf, "temperature", "be positive and finite", temperature)
     found = evaluate(model, dataset, temperature=temperature, **options)
     assert found.tempered_sums is not None
     plain = dataclasses.replace(found, tempered_sums=None)
