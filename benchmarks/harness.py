@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from building.sources import digest
 from mft_kernels.processor import this_processor
 from mft_kernels.timing import Samples
 
@@ -85,9 +86,26 @@ def ratio(
     return Finding(f"{above} / {below}{suffix}", Spread.of(values), "x", rule, bound)
 
 
+def check_built_of(sources: Path, report: Path) -> None:
+    """Raise RuntimeError if the CPU library was built of other sources than those that the commit names."""
+    if not sources.is_dir() or not report.is_file():
+        return
+    built_of = json.loads(report.read_text())["cpu"].get("sources")
+    if built_of != digest(sources):
+        raise RuntimeError(
+            f"mft_kernels/libmft_cpu.so must be built of csrc as it is to be measured, {report.name} says "
+            f"{built_of[:10] if built_of else 'nothing'} of its sources: make install"
+        )
+
+
 def environment() -> dict[str, str | int | bool]:
-    """Machine, versions and commit: what a number is worthless without. Runs from a checkout that is not installed."""
+    """Machine, versions and commit: what a number is worthless without. Runs from a checkout that is not installed.
+
+    Raises: RuntimeError as check_built_of.
+    """
     from mft_kernels import __version__, backend_report
+
+    check_built_of(ROOT / "csrc", ROOT / "mft_kernels" / "_build.json")
 
     def git(*arguments: str) -> str | None:
         try:

@@ -15,6 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 from . import cpu, cuda
 from .compile import CannotBuild, find_compiler, find_torch
+from .sources import digest
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = "_build.json"
@@ -57,6 +58,7 @@ class BuildLibraries(build_ext):
             "cpu": attempt(build_cpu, target / cpu.LIBRARY, required=True),
             "cuda": attempt(build_cuda, target / cuda.LIBRARY, required=asked is not None and asked.required),
         }
+        report["cpu"]["sources"] = digest()
         (target / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         (target / FASTER).unlink(missing_ok=True)
         if MEASURED.exists():
