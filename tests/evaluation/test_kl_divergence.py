@@ -11,6 +11,7 @@ from mft.evaluation.evaluate import evaluate
 from mft.evaluation.kl_divergence import kl_divergence
 from mft.masks.convert import masked_modules
 from mft.models.frozen_layers import PrefixMemory
+from mft.study.workspace import with_layers_remembered
 
 
 def rows_of_three_documents():
@@ -73,6 +74,9 @@ def test_layers_that_both_share_run_once_a_row():
     assert sorted(memory.states) == list(range(5))
     # Each row once, not twice; and one more by each model, to check what layers hand on.
     assert sum(calls) - every == every - 5 + 2
+    whole = with_layers_remembered(model, rows, batch_size=2, first=3, memory=memory)["memory"]
+    again, _ = kl_divergence(model, start, rows, first=3, memory=memory, whole=whole)  # of model alone
+    assert torch.equal(again, found)
 
 
 def test_scores_written_through_a_pointer_are_seen():
