@@ -48,7 +48,7 @@ struct Gemm {
   // tile_rows, and there is memory behind the last.
   bool whole_tiles;
   int64_t prefetch_groups;  // in which multiply() asks for an entry of its list; 0: it takes none
-  int64_t rows_ahead;       // of the weight, to be brought in while others are packed; 0: multiply()'s list does it
+  int64_t rows_ahead;       // of the weight, to be brought in while others are packed; 0: multiply()'s list alone does it
   int64_t narrow_bytes;     // of packed x, up to which a tile's rows of the weight meet all tokens at once; 0: never
   int64_t tokens, grad_tokens;  // for which the sums of a block are kept: of the forward, of d_x
   int64_t weight_rows;      // of a block of the forward and the score gradient, a multiple of tile_rows
