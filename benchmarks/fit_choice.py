@@ -33,7 +33,7 @@ DOUBT = 0.05  # of a prediction, relative: what is predicted as close as that ma
 CLOSE = 1.01  # times the least prediction: rounding of costs, to four digits, may turn it out either way
 LEVEL = 1.01  # times the best path, at most: nothing to be gained
 TRUTH = 0.5  # what an error of a predicted time counts, squared, beside time that is lost
-WALKS, STEPS, MOVE = 4, 5000, 0.2  # of costs, and the size of a step at first
+WALKS, STEPS, MOVE = 10, 5000, 0.2  # of costs, and the size of a step at first
 
 Array = np.ndarray
 
