@@ -59,7 +59,7 @@ def test_a_small_layer_is_not_masked_into_slabs(product, dtype, width, size, tok
 
 
 def test_there_are_costs_of_each_path_that_was_measured_and_of_no_other():
-    """Of the machines, sets, dtypes and products of the stored records. To fit anew takes over two minutes (Zen 4), so not here."""
+    """Of the machines, sets, dtypes and products of the stored records. To fit anew takes minutes, so not here."""
     text = FILE.read_text()
     told = [line.removeprefix("//   ") for line in text.splitlines() if line.startswith("//   ")]
     assert told == [f"{machine(record)}, torch {record['environment']['torch']}" for record in RECORDS.values()]
