@@ -163,7 +163,7 @@ def test_misaligned_operands_equal_aligned_ones(capability):
                         _score_grad(out, grad, x, offsets, weight, None, signs, False, path),
                     )
                 )
-            # Slabs are torch's GEMM, which adds in another order where rows lie otherwise. What has no such path has another.
+            # Slabs are torch's GEMM, and serve what lacks a path too: its sums depend on where rows lie.
             fused = path == "fused" and capability not in ("avx2", "portable")
             for got, want, ours in zip(*results, (fused or path == "few", fused or path == "few", fused)):
                 if ours:
