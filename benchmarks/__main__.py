@@ -30,6 +30,7 @@ QUESTIONS: dict[str, Callable[[bool], None]] = {
     "ops": bench_ops.main,
     "cpu": bench_cpu.main,
     "paths": bench_paths.main,
+    "small_paths": bench_paths.main_small,
     "generate": bench_generate.main,
     "decode": bench_decode.main,
     "experts": bench_experts.main,
@@ -46,6 +47,7 @@ POOLED: dict[str, Callable[[Path], None]] = {
     "ops": draw_ops,
     "cpu": bench_cpu.conclude,
     "paths": lambda path: None,
+    "small_paths": lambda path: None,
     "generate": bench_generate.conclude,
     "decode": bench_decode.conclude,
     "experts": bench_experts.conclude,
@@ -54,7 +56,7 @@ POOLED: dict[str, Callable[[Path], None]] = {
     "scaling": draw_scaling,
 }
 # What the processes say is put side by side, where it is not pooled.
-JOINED: dict[str, Callable[[Sequence], dict]] = {"paths": bench_paths.joined}
+JOINED: dict[str, Callable[[Sequence], dict]] = {"paths": bench_paths.joined, "small_paths": bench_paths.joined}
 QUICK_RESULTS = ROOT / "build" / "benchmarks"
 
 

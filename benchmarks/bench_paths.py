@@ -1,5 +1,7 @@
 """Which path is the fastest for a product, and does the library's model take it?
 
+`paths` asks it of large layers, `small_paths` of those that are calls more than work.
+
 Every path that can serve is timed side by side: the kernels for few tokens, the mask fused into a GEMM, slabs through
 torch's GEMM. Weights are cold, as in a model of many layers: calls go round several of them, COLD_BYTES together.
 
@@ -47,12 +49,13 @@ STORED: Shapes = {
     (2048, 2048): SMALL,
     (576, 1536): SMALL,
     (1536, 576): SMALL,
-    (256, 256): (1, 4, 16, 64),  # calls, more than work: unmeasured, the fit made them what it liked
-    (64, 64): (1, 4, 16, 64),
 }
 # Where torch's 16-bit GEMM is slow, down to a loop in plain code, or ours has no vectors.
 SLOW: Shapes = {(2048, 2048): (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512), (576, 1536): (1, 4, 16, 64, 256, 1024)}
 QUICK: Shapes = {(576, 1536): (1, 16, 64, 512)}
+# Calls, more than work: unmeasured, the fit made of a call's cost what it liked.
+SMALL_LAYERS: Shapes = {(256, 256): (1, 4, 16, 64, 512), (64, 64): (1, 4, 16, 64, 512)}
+QUICK_SMALL: Shapes = {(64, 64): (1, 64)}
 
 
 @dataclass(frozen=True)
@@ -220,10 +223,10 @@ def joined(records: Sequence[Mapping]) -> dict:
     return {**records[0], "cases": rows, "findings": findings}
 
 
-def write(rows: list[dict]) -> Path:
+def write(rows: list[dict], question: str = "paths") -> Path:
     """Print how good the choice is, and store everything."""
     return report(
-        "paths",
+        question,
         f"The model's choice of a path against the best one, {torch.get_num_threads()} threads",
         findings_of(rows, instruction_set()),
         held_back={name: os.environ[name] for name in HELD_BACK if name in os.environ},
@@ -232,7 +235,15 @@ def write(rows: list[dict]) -> Path:
 
 
 def main(quick: bool = False) -> None:
-    """Print and store the answer."""
+    """Print and store the answer of large layers."""
     torch.manual_seed(0)
     shapes = QUICK if quick else SLOW if instruction_set() in ("avx512", "avx2", "portable") else STORED
     write([row for dtype in DTYPES for row in measured(dtype, shapes, 0.05 if quick else 0.2)])
+
+
+def main_small(quick: bool = False) -> None:
+    """Print and store the answer of small layers."""
+    torch.manual_seed(0)
+    shapes = QUICK_SMALL if quick else SMALL_LAYERS
+    rows = [row for dtype in DTYPES for row in measured(dtype, shapes, 0.05 if quick else 0.1)]
+    write(rows, "small_paths")
