@@ -1,4 +1,6 @@
-"""Writes csrc/cpu/choice_costs.inl from the stored answers to `paths`: python -m benchmarks.fit_choice [FOLDER]
+"""Writes csrc/cpu/choice_costs.inl from the stored answers to `paths` and `small_paths`:
+
+    python -m benchmarks.fit_choice [FOLDER]
 
 The model is in csrc/cpu/choice.h: max(reading, work) + call. Its costs are fitted product by product and path by
 path to the measured times, relative errors squared, those of a path that is far behind counting little; then they are
@@ -27,13 +29,14 @@ PRODUCTS = {"forward": "kForward", "d_x": "kGradX", "d_scores": "kGradScores"}
 PATHS = {"few": "kFew", "fused": "kFused", "slabs": "kSlabs"}
 # In fp32 a Xeon with AMX does what one with AVX-512 does: a set that is fitted to another's cases too.
 ALSO = {("avx512", "fp32"): ("amx",)}
+FEW = 4  # tokens of small layers up to which calls are all: for a set without such cases, those of another stand in
 FOCUS = 4  # a path that takes r times as long as the best one weighs r ** -FOCUS
 READING = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)  # quantiles of time a byte that are tried as the cost of reading
 DOUBT = 0.05  # of a prediction, relative: what is predicted as close as that may turn out the other way
 CLOSE = 1.01  # times the least prediction: rounding of costs, to four digits, may turn it out either way
 LEVEL = 1.01  # times the best path, at most: nothing to be gained
 TRUTH = 0.5  # what an error of a predicted time counts, squared, beside time that is lost
-WALKS, STEPS, MOVE = 10, 5000, 0.2  # of costs, and the size of a step at first
+WALKS, STEPS, MOVE = 10, 5000, 0.5  # of costs, and the size of a step at first
 
 Array = np.ndarray
 
@@ -141,13 +144,23 @@ def written(cost: float) -> str:
     return f"{float(f'{cost:.4g}'):g}"
 
 
-def lines_of(name: str, records: Mapping[str, Mapping]) -> Iterator[str]:
+def small_rows(name: str, records: Mapping[str, Mapping]) -> list[Mapping]:
+    """Cases of small layers; of a set that has none those of few tokens of the next that has."""
+    if name in records:
+        return records[name]["cases"]
+    sets = (*NEEDS, "portable")
+    others = [other for other in sets[sets.index(name) + 1 :] if other in records]
+    return [row for other in others[:1] for row in records[other]["cases"] if row["m"] <= FEW]
+
+
+def lines_of(name: str, records: Mapping[str, Mapping], small: Mapping[str, Mapping]) -> Iterator[str]:
     """The lines of one instruction set; how good they are goes to stderr."""
     for dtype, product in itertools.product(FORMATS, PRODUCTS):
+        sets = [other for other in (name, *ALSO.get((name, dtype), ())) if other in records]
+        large = [row for other in sets for row in records[other]["cases"]]
         rows = [
             row
-            for other in (name, *ALSO.get((name, dtype), ()))
-            for row in records.get(other, {"cases": []})["cases"]
+            for row in (*large, *(small_rows(name, small) if large else ()))
             if (row["dtype"], row["product"]) == (dtype, product)
         ]
         if not rows:
@@ -168,17 +181,25 @@ def lines_of(name: str, records: Mapping[str, Mapping]) -> Iterator[str]:
             yield f"{{{place}, {{{', '.join(map(written, own))}}}}},"
 
 
+def measured_on(records: Mapping[str, Mapping]) -> list[str]:
+    """A line a record: machine, instruction set, torch."""
+    return [f"//   {machine(record)}, torch {record['environment']['torch']}" for record in records.values()]
+
+
 def main() -> None:
     """Print the file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fit_choice", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=RESULTS, help="of the records (benchmarks/results)")
-    records = by_machine(parser.parse_args().folder, "paths")
+    folder = parser.parse_args().folder
+    records, small = by_machine(folder, "paths"), by_machine(folder, "small_paths")
     lines = [
         "// What each path costs; see choice.h. Written by `python -m benchmarks.fit_choice` from what was measured on",
-        *(f"//   {machine(record)}, torch {record['environment']['torch']}" for record in records.values()),
+        *measured_on(records),
+        "// and of small layers",
+        *measured_on(small),
     ]
     for name in (*NEEDS, "portable"):
-        lines += lines_of(name, records)
+        lines += lines_of(name, records, small)
     FILE.write_text("\n".join(lines) + "\n")
     print(f"written to {FILE.relative_to(ROOT)}")
 
