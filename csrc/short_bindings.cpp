@@ -20,6 +20,7 @@ using mft::flat;
 using mft::Format;
 using mft::input;
 using mft::mask_source;
+using mft::MaskSource;
 using mft::Matrix;
 using mft::output;
 using torch::headeronly::ScalarType;
@@ -67,36 +68,113 @@ const void* data_of(const Optional& t) { return t.has_value() ? t->const_data_pt
 
 Matrix tokens_of(const Tensor& t, int64_t columns) { return flat(t, columns, "tokens", const_cast<void*>(t.const_data_ptr())); }
 
-Optional try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Optional bias) {
-  const ScalarType type = weight.scalar_type();
-  if (is_asked_for() || !is_taken(type) || !is_usual(weight) || weight.dim() != 2) return std::nullopt;
-  const int64_t rows = weight.size(0), columns = weight.size(1);
-  if (!is_tokens(x, type, columns) || !is_words(packed, rows, columns) || !is_bias(bias, type, rows)) return std::nullopt;
-  const Matrix in = tokens_of(x, columns);
-  Tensor y = empty_product(x, in.rows, rows);
-  mft::masked_linear(mft::chosen_capability(), flat(y, rows, "y", y.mutable_data_ptr()), in, input(weight, "weight"),
-                     mask_source(std::nullopt, std::nullopt, packed, false, rows, columns), data_of(bias));
+bool is_weight(const Tensor& t) { return is_taken(t.scalar_type()) && is_usual(t) && t.dim() == 2; }
+
+// Of a score a weight, with the threshold that they are compared with.
+bool is_scores(const Tensor& t, int64_t rows, int64_t columns) {
+  return is_taken(t.scalar_type()) && is_matrix(t, rows, columns);
+}
+bool is_threshold(const Tensor& t, const Tensor& scores) {
+  return t.scalar_type() == scores.scalar_type() && is_usual(t) && t.dim() == 0;
+}
+
+bool is_mode(const std::string& mode) { return mode == "magnitude" || mode == "value"; }
+
+MaskSource mask_of(const Tensor& packed, const Matrix& weight) {
+  return mask_source(std::nullopt, std::nullopt, packed, false, weight.rows, weight.columns);
+}
+MaskSource mask_of(const Tensor& scores, const Tensor& threshold, const std::string& mode, const Matrix& weight) {
+  return mask_source(scores, threshold, std::nullopt, mode == "magnitude", weight.rows, weight.columns);
+}
+
+Tensor product(const Tensor& x, const Matrix& weight, const MaskSource& mask, const Optional& bias) {
+  const Matrix in = tokens_of(x, weight.columns);
+  Tensor y = empty_product(x, in.rows, weight.rows);
+  mft::masked_linear(mft::chosen_capability(), flat(y, weight.rows, "y", y.mutable_data_ptr()), in, weight, mask,
+                     data_of(bias));
   return y;
 }
 
-// d_x, d_weight, d_scores and d_bias, (0,) for what is not wanted; or nothing at all. d_weight and d_bias are not usual.
+Optional try_masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor threshold, Optional bias, std::string mode) {
+  if (is_asked_for() || !is_weight(weight) || !is_mode(mode)) return std::nullopt;
+  const ScalarType type = weight.scalar_type();
+  const int64_t rows = weight.size(0), columns = weight.size(1);
+  if (!is_tokens(x, type, columns) || !is_bias(bias, type, rows)) return std::nullopt;
+  if (!is_scores(scores, rows, columns) || !is_threshold(threshold, scores)) return std::nullopt;
+  const Matrix w = input(weight, "weight");
+  return product(x, w, mask_of(scores, threshold, mode, w), bias);
+}
+
+Optional try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Optional bias) {
+  if (is_asked_for() || !is_weight(weight)) return std::nullopt;
+  const ScalarType type = weight.scalar_type();
+  const int64_t rows = weight.size(0), columns = weight.size(1);
+  if (!is_tokens(x, type, columns) || !is_words(packed, rows, columns) || !is_bias(bias, type, rows)) return std::nullopt;
+  const Matrix w = input(weight, "weight");
+  return product(x, w, mask_of(packed, w), bias);
+}
+
+// Whether of these gradients d_x and d_scores alone are wanted, which are the usual ones.
+bool is_wanted(const std::vector<bool>& output_mask) {
+  return output_mask.size() == 4 && !output_mask[1] && !output_mask[3];
+}
+
+// d_x, d_weight, d_scores and d_bias, (0,) for what is not wanted.
+std::vector<Tensor> gradients(const Tensor& grad_output, const Tensor& x, const Tensor& weight, const MaskSource& mask,
+                              const mft::SignSource& sign, ScalarType score_type, const std::vector<bool>& output_mask) {
+  const mft::Capability& cpu = mft::chosen_capability();
+  const Matrix w = input(weight, "weight"), grad = tokens_of(grad_output, w.rows);
+  std::vector<Tensor> grads(4, torch::stable::new_empty(weight, {0}));
+  if (output_mask[0]) {
+    grads[0] = empty_product(grad_output, grad.rows, w.columns);
+    mft::grad_x(cpu, flat(grads[0], w.columns, "d_x", grads[0].mutable_data_ptr()), grad, w, mask);
+  }
+  if (output_mask[2]) {
+    const int64_t sizes[] = {w.rows, w.columns};
+    grads[2] = torch::stable::new_empty(weight, {sizes, 2}, score_type);
+    const Matrix d_scores = output(grads[2], "d_scores");
+    expect_writes(d_scores.data, w.rows * w.columns * mft::bytes_of(d_scores.format), grad.rows);
+    mft::grad_scores(cpu, d_scores, grad, tokens_of(x, w.columns), w, sign, false);
+  }
+  return grads;
+}
+
+// Whether grad_output, and x where it is read, are as many tokens, at least one, of a weight that is not empty.
+bool is_step(const Tensor& grad_output, const Tensor& x, const Tensor& weight, bool reads_x) {
+  const ScalarType type = weight.scalar_type();
+  const int64_t rows = weight.size(0), columns = weight.size(1);
+  if (weight.numel() == 0 || !is_tokens(grad_output, type, rows) || grad_output.numel() == 0) return false;
+  return !reads_x || (is_tokens(x, type, columns) && x.numel() == grad_output.numel() / rows * columns);
+}
+
+// Or nothing at all, where d_weight or d_bias is wanted too.
+std::vector<Tensor> try_masked_linear_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, Tensor threshold,
+                                               std::string mode, std::vector<bool> output_mask) {
+  if (is_asked_for() || !is_weight(weight) || !is_mode(mode) || !is_wanted(output_mask)) return {};
+  const int64_t rows = weight.size(0), columns = weight.size(1);
+  if (!is_step(grad_output, x, weight, output_mask[2])) return {};
+  if (!is_scores(scores, rows, columns) || !is_threshold(threshold, scores)) return {};
+  mft::SignSource sign{nullptr, Format::kFloat32, nullptr, columns};
+  if (mode == "magnitude") {
+    sign.scores = scores.const_data_ptr();
+    sign.score_format = mft::format_of(scores, "scores");
+  }
+  const MaskSource mask = mask_of(scores, threshold, mode, input(weight, "weight"));
+  return gradients(grad_output, x, weight, mask, sign, scores.scalar_type(), output_mask);
+}
+
 std::vector<Tensor> try_masked_linear_packed_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor packed,
                                                       Optional scores, Optional signs, std::string mode,
                                                       std::vector<bool> output_mask) {
-  const ScalarType type = weight.scalar_type();
-  if (is_asked_for() || !is_taken(type) || !is_usual(weight) || weight.dim() != 2 || weight.numel() == 0) return {};
-  if (output_mask.size() != 4 || output_mask[1] || output_mask[3]) return {};
+  if (is_asked_for() || !is_weight(weight) || !is_wanted(output_mask)) return {};
   const int64_t rows = weight.size(0), columns = weight.size(1);
-  if (!is_tokens(grad_output, type, rows) || grad_output.numel() == 0 || !is_words(packed, rows, columns)) return {};
-  const mft::Capability& cpu = mft::chosen_capability();
-  const Matrix w = input(weight, "weight"), grad = tokens_of(grad_output, rows);
+  if (!is_step(grad_output, x, weight, output_mask[2]) || !is_words(packed, rows, columns)) return {};
   mft::SignSource sign{nullptr, Format::kFloat32, nullptr, columns};
   ScalarType score_type = ScalarType::Float;
   if (output_mask[2]) {
-    if (!is_tokens(x, type, columns) || x.numel() != grad.rows * columns) return {};
     if (scores.has_value()) {
       score_type = scores->scalar_type();
-      if (!is_taken(score_type) || !is_matrix(*scores, rows, columns)) return {};
+      if (!is_scores(*scores, rows, columns)) return {};
     }
     if (mode != "value" && signs.has_value()) {
       if (!is_words(*signs, rows, columns)) return {};
@@ -107,21 +185,8 @@ std::vector<Tensor> try_masked_linear_packed_backward(Tensor grad_output, Tensor
       sign.score_format = mft::format_of(*scores, "scores");
     }
   }
-  const Tensor none = torch::stable::new_empty(weight, {0});
-  std::vector<Tensor> grads(4, none);
-  if (output_mask[0]) {
-    grads[0] = empty_product(grad_output, grad.rows, columns);
-    mft::grad_x(cpu, flat(grads[0], columns, "d_x", grads[0].mutable_data_ptr()), grad, w,
-                mask_source(std::nullopt, std::nullopt, packed, false, rows, columns));
-  }
-  if (output_mask[2]) {
-    const int64_t sizes[] = {rows, columns};
-    grads[2] = torch::stable::new_empty(weight, {sizes, 2}, score_type);
-    const Matrix d_scores = output(grads[2], "d_scores");
-    expect_writes(d_scores.data, rows * columns * mft::bytes_of(d_scores.format), grad.rows);
-    mft::grad_scores(cpu, d_scores, grad, tokens_of(x, columns), w, sign, false);
-  }
-  return grads;
+  const MaskSource mask = mask_of(packed, input(weight, "weight"));
+  return gradients(grad_output, x, weight, mask, sign, score_type, output_mask);
 }
 
 // Whether out += grad_output.T @ x has been done.
@@ -171,6 +236,11 @@ Optional try_masked_linear_many(Tensor x, Tensor weight, std::vector<Tensor> mas
 }  // namespace
 
 MFT_OPS(m) {
+  m.def(
+      "try_masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor threshold, Tensor? bias, str mode) -> Tensor?");
+  m.def(
+      "try_masked_linear_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, Tensor threshold, "
+      "str mode, bool[] output_mask) -> Tensor[]");
   m.def("try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias) -> Tensor?");
   m.def(
       "try_masked_linear_packed_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor packed, Tensor? scores, "
@@ -182,6 +252,8 @@ MFT_OPS(m) {
 }
 
 MFT_OPS_ON(CompositeExplicitAutograd, m) {
+  m.impl("try_masked_linear", TORCH_BOX(&try_masked_linear));
+  m.impl("try_masked_linear_backward", TORCH_BOX(&try_masked_linear_backward));
   m.impl("try_masked_linear_packed", TORCH_BOX(&try_masked_linear_packed));
   m.impl("try_masked_linear_packed_backward", TORCH_BOX(&try_masked_linear_packed_backward));
   m.impl("try_accumulate_product", TORCH_BOX(&try_accumulate_product));

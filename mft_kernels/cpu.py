@@ -366,6 +366,8 @@ register(
         short={}
         if unavailable
         else {
+            "masked_linear": built.cpu_ops.try_masked_linear.default,
+            "masked_linear_backward": built.cpu_ops.try_masked_linear_backward.default,
             "masked_linear_packed": built.cpu_ops.try_masked_linear_packed.default,
             "masked_linear_packed_backward": built.cpu_ops.try_masked_linear_packed_backward.default,
             "accumulate_product": built.cpu_ops.try_accumulate_product.default,

@@ -67,6 +67,10 @@ def masked_linear(
     Returns: (..., N) in x's dtype; accumulated in fp32. Under autocast x, weight and bias are cast, scores never.
     Raises: ValueError for shapes, devices or mode, TypeError for dtypes, RuntimeError for a backend that cannot serve.
     """
+    if backend == "auto" and is_short(x, weight, scores, threshold, bias):
+        y = _short_product(x, weight, scores, threshold, bias, mode)
+        if y is not None:
+            return y
     check_mode(mode)
     check_linear(x, weight, bias)
     check_scores(scores, weight)
@@ -260,9 +264,30 @@ def _fake_packed(scores):
     return scores.new_empty((scores.shape[0], (scores.shape[1] + 31) // 32), dtype=torch.int32)
 
 
+def _short_product(x, weight, scores, threshold, bias, mode):
+    """masked_linear by the short way of what "auto" takes, which checks for itself; None where there is none."""
+    way = short_ways.get(("masked_linear", weight.dtype))
+    return None if way is None else way(x, weight, scores, threshold, bias, mode)
+
+
 def _masked_linear(x, weight, scores, threshold, bias, mode, backend):
+    y = _short_product(x, weight, scores, threshold, bias, mode) if backend == "auto" else None
+    if y is not None:
+        return y
     run = choose("masked_linear", x.device, (weight.dtype, scores.dtype), backend)
     return run(x, weight, scores, threshold, bias, mode)
+
+
+def _gradients_by(grad_output, x, weight, scores, threshold, mode, output_mask, backend):
+    """d_x, d_weight, d_scores and d_bias of masked_linear, unchecked: by the way that they may go."""
+    if backend == "auto" and is_short(grad_output, x, weight, scores, threshold):
+        way = short_ways.get(("masked_linear_backward", weight.dtype))
+        grads = way and way(grad_output, x, weight, scores, threshold, mode, output_mask)
+        if grads:
+            return grads
+    direct = is_direct(grad_output, x, weight, scores, threshold)
+    run = _gradients if direct else ops.masked_linear_backward
+    return run(grad_output, x, weight, scores, threshold, mode, output_mask, backend)
 
 
 def _gradients(grad_output, x, weight, scores, threshold, mode, output_mask, backend):
@@ -381,9 +406,9 @@ def _masked_linear_backward(ctx, grad_output):
     wants = ctx.needs_input_grad
     output_mask = [wants[0], wants[1], wants[2], wants[4]]
     x = grad_output if x is None else x  # not read unless d_weight or d_scores is wanted
-    direct = is_direct(grad_output, x, weight, scores, threshold)
-    run = _gradients if direct else ops.masked_linear_backward
-    d_x, d_weight, d_scores, d_bias = run(grad_output, x, weight, scores, threshold, ctx.mode, output_mask, ctx.backend)
+    d_x, d_weight, d_scores, d_bias = _gradients_by(
+        grad_output, x, weight, scores, threshold, ctx.mode, output_mask, ctx.backend
+    )
     grads = [g if wanted else None for g, wanted in zip((d_x, d_weight, d_scores, d_bias), output_mask)]
     return grads[0], grads[1], grads[2], None, grads[3], None, None
 

@@ -1,4 +1,4 @@
-"""The short ways of masked_linear_packed and its gradients on a CPU: what is usual, bit for bit; else they decline."""
+"""The short ways of products and their gradients on a CPU: what is usual, bit for bit; else they decline."""
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from mft_kernels.testing import integer_inputs
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"the CPU library: {cpu.unavailable}")
 
 N, K = 5, 37
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture
@@ -23,8 +24,18 @@ def usual():
     return {"x": t.x, "weight": t.weight, "packed": packed, "bias": t.bias}
 
 
-def by_short_way(call: dict[str, Tensor]) -> Tensor | None:
-    return torch.ops.mft_cpu.try_masked_linear_packed(*call.values())
+@pytest.fixture
+def from_scores():
+    """x, weight, scores, threshold, bias, mode: likewise."""
+    t, threshold = integer_inputs(6, N, K), torch.tensor(2.0)
+    mft_kernels.masked_linear(t.x, t.weight, t.scores, threshold, t.bias)
+    values = t.x, t.weight, t.scores, threshold, t.bias, "magnitude"
+    return dict(zip(["x", "weight", "scores", "threshold", "bias", "mode"], values, strict=True))
+
+
+def by_short_way(call: dict) -> Tensor | None:
+    name = "try_masked_linear_packed" if "packed" in call else "try_masked_linear"
+    return getattr(torch.ops.mft_cpu, name)(*call.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -34,10 +45,23 @@ def test_the_short_way_gives_what_the_reference_gives(usual, shape, dtype, bias)
     call = {name: t.to(dtype) if t.is_floating_point() else t for name, t in usual.items()}
     call["x"] = torch.randint(-3, 4, shape).to(dtype)
     call["bias"] = call["bias"] if bias else None
-    y = by_short_way(call)
-    expected = reference.masked_linear_packed(*call.values())
-    assert torch.equal(y, expected)
-    assert (y.shape, y.dtype, y.stride()) == (expected.shape, expected.dtype, expected.stride())
+    assert_same(by_short_way(call), reference.masked_linear_packed(*call.values()))
+
+
+def assert_same(ours: Tensor, theirs: Tensor) -> None:
+    assert torch.equal(ours, theirs)
+    assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
+
+
+@pytest.mark.parametrize("scores_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(K,), (0, K), (2, 3, K)], ids=str)
+@pytest.mark.parametrize("mode", ["magnitude", "value"])
+def test_the_short_way_from_scores_gives_what_the_reference_gives(from_scores, shape, dtype, scores_dtype, mode):
+    call = {name: t.to(dtype) if name in ("weight", "bias") else t for name, t in from_scores.items()}
+    call |= {"x": torch.randint(-3, 4, shape).to(dtype), "mode": mode}
+    call |= {name: call[name].to(scores_dtype) for name in ("scores", "threshold")}
+    assert_same(by_short_way(call), reference.masked_linear(*call.values()))
 
 
 UNUSUAL = {
@@ -64,16 +88,38 @@ UNUSUAL = {
 }
 
 
+# Of what selects; the rest of a call from scores is as UNUSUAL has it.
+UNUSUAL_SCORES = {
+    "scores in fp64": ("scores", lambda s: s.double()),
+    "scores in columns": ("scores", lambda s: s.t().contiguous().t()),
+    "scores of other rows": ("scores", lambda s: s[:-1].contiguous()),
+    "scores elsewhere": ("scores", lambda s: s.to("meta")),
+    "a threshold of another dtype": ("threshold", lambda t: t.double()),
+    "a threshold a row": ("threshold", lambda t: t.repeat(N)),
+    "a threshold of one dimension": ("threshold", lambda t: t[None].clone()),
+    "a threshold elsewhere": ("threshold", lambda t: t.to("meta")),
+    "another mode": ("mode", lambda _: "largest"),
+}
+UNUSUAL_FROM_SCORES = {name: how for name, how in UNUSUAL.items() if how[0] != "packed"} | UNUSUAL_SCORES
+
+
 @pytest.mark.parametrize("unusual", UNUSUAL)
 def test_the_short_way_declines_what_is_not_usual(usual, unusual):
     name, changed = UNUSUAL[unusual]
     assert by_short_way(usual | {name: changed(usual[name])}) is None
 
 
-def outcome(call: dict[str, Tensor], **backend: str) -> object:
+@pytest.mark.parametrize("unusual", UNUSUAL_FROM_SCORES)
+def test_the_short_way_from_scores_declines_what_is_not_usual(from_scores, unusual):
+    name, changed = UNUSUAL_FROM_SCORES[unusual]
+    assert by_short_way(from_scores | {name: changed(from_scores[name])}) is None
+
+
+def outcome(call: dict, **backend: str) -> object:
     """What the public function makes of a call: a result, or the error."""
+    run = mft_kernels.masked_linear_packed if "packed" in call else mft_kernels.masked_linear
     try:
-        return mft_kernels.masked_linear_packed(**call, **backend).tolist()
+        return run(**call, **backend).tolist()
     except (TypeError, ValueError, RuntimeError) as error:
         return type(error), str(error)
 
@@ -86,15 +132,28 @@ def test_what_is_not_usual_is_served_or_refused_as_by_the_backend_asked_for_by_n
 
 
 @pytest.mark.parametrize(
+    "unusual", [name for name in UNUSUAL_FROM_SCORES if "elsewhere" not in name and "fp64" not in name]
+)
+def test_what_is_not_usual_from_scores_is_served_or_refused_as_by_the_backend_asked_for(from_scores, unusual):
+    name, changed = UNUSUAL_FROM_SCORES[unusual]
+    call = from_scores | {name: changed(from_scores[name])}
+    assert outcome(call) == outcome(call, backend="cpu")
+
+
+@pytest.mark.parametrize(
     ("variable", "value", "unset"), [("MFT_KERNELS", "reference", "auto"), ("MFT_AUTOTUNE", "1", "0")]
 )
-def test_the_short_way_leaves_a_call_to_those_whom_the_environment_names(usual, monkeypatch, variable, value, unset):
-    assert by_short_way(usual) is not None
+@pytest.mark.parametrize("mask", ["usual", "from_scores"])
+def test_the_short_way_leaves_a_call_to_those_whom_the_environment_names(
+    request, monkeypatch, mask, variable, value, unset
+):
+    call = request.getfixturevalue(mask)
+    assert by_short_way(call) is not None
     monkeypatch.setenv(variable, value)
-    assert by_short_way(usual) is None
+    assert by_short_way(call) is None
     for nothing in ("", unset):
         monkeypatch.setenv(variable, nothing)
-        assert by_short_way(usual) is not None
+        assert by_short_way(call) is not None
 
 
 def test_a_backend_that_auto_asks_first_has_no_short_way_past_it(own_table, usual):
@@ -118,8 +177,6 @@ def test_a_backend_that_auto_asks_first_has_no_short_way_past_it(own_table, usua
 
 # ---------------------------------------------------------------------------------------------- gradients
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
 
 @pytest.fixture
 def gradients():
@@ -133,8 +190,16 @@ def gradients():
     return call
 
 
+@pytest.fixture
+def gradients_from_scores(gradients, from_scores):
+    """The arguments of masked_linear_backward: d_x and d_scores."""
+    named = {name: gradients[name] for name in ("grad_output", "x", "weight", "scores")}
+    return named | {"threshold": from_scores["threshold"], "mode": "magnitude", "output_mask": gradients["output_mask"]}
+
+
 def gradients_by_short_way(call: dict) -> list[Tensor]:
-    return torch.ops.mft_cpu.try_masked_linear_packed_backward(*call.values())
+    name = "try_masked_linear_packed_backward" if "packed" in call else "try_masked_linear_backward"
+    return getattr(torch.ops.mft_cpu, name)(*call.values())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -153,8 +218,27 @@ def test_the_short_way_gives_the_gradients_of_the_reference(gradients, dtype, le
         call |= {"signs": gradients["signs"], "scores": None}
     found, expected = gradients_by_short_way(call), reference.masked_linear_packed_backward(*call.values())
     for ours, theirs in zip(found, expected, strict=True):
-        assert torch.equal(ours, theirs)
-        assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("scores_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("leading", [(), (2, 3)], ids=str)
+@pytest.mark.parametrize("mode", ["magnitude", "value"])
+@pytest.mark.parametrize("wanted", ["x", "s", "xs"])
+def test_the_short_way_from_scores_gives_the_gradients_of_the_reference(
+    gradients_from_scores, dtype, scores_dtype, leading, mode, wanted
+):
+    call = gradients_from_scores | {"mode": mode, "output_mask": ["x" in wanted, False, "s" in wanted, False]}
+    call |= {name: call[name].to(scores_dtype) for name in ("scores", "threshold")}
+    call |= {
+        "grad_output": torch.randint(-3, 4, (*leading, N)).to(dtype),
+        "x": torch.randint(-3, 4, (*leading, K)).to(dtype),
+        "weight": call["weight"].to(dtype),
+    }
+    found, expected = gradients_by_short_way(call), reference.masked_linear_backward(*call.values())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same(ours, theirs)
 
 
 UNUSUAL_GRADIENTS = {
@@ -186,6 +270,17 @@ def test_the_short_way_declines_gradients_that_are_not_usual(gradients, unusual)
     assert gradients_by_short_way(call) == []
 
 
+UNUSUAL_GRADIENTS_FROM_SCORES = {
+    name: how for name, how in UNUSUAL_GRADIENTS.items() if how[0] not in ("packed", "signs")
+} | UNUSUAL_SCORES
+
+
+@pytest.mark.parametrize("unusual", UNUSUAL_GRADIENTS_FROM_SCORES)
+def test_the_short_way_from_scores_declines_gradients_that_are_not_usual(gradients_from_scores, unusual):
+    name, changed = UNUSUAL_GRADIENTS_FROM_SCORES[unusual]
+    assert gradients_by_short_way(gradients_from_scores | {name: changed(gradients_from_scores[name])}) == []
+
+
 @pytest.mark.parametrize("into", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_short_way_adds_a_product_as_the_reference_does(into, dtype):
@@ -210,26 +305,33 @@ def test_the_short_way_adds_a_product_as_the_reference_does(into, dtype):
 
 
 @pytest.mark.parametrize("variable", ["MFT_KERNELS", "MFT_AUTOTUNE"])
-def test_the_short_ways_of_gradients_leave_a_call_to_those_whom_the_environment_names(gradients, monkeypatch, variable):
+def test_the_short_ways_of_gradients_leave_a_call_to_those_whom_the_environment_names(
+    gradients, gradients_from_scores, monkeypatch, variable
+):
     given = torch.zeros(N, K), gradients["grad_output"], gradients["x"]
     assert gradients_by_short_way(gradients) != []
+    assert gradients_by_short_way(gradients_from_scores) != []
     assert torch.ops.mft_cpu.try_accumulate_product(*given)
     monkeypatch.setenv(variable, "reference" if variable == "MFT_KERNELS" else "1")
     assert gradients_by_short_way(gradients) == []
+    assert gradients_by_short_way(gradients_from_scores) == []
     assert not torch.ops.mft_cpu.try_accumulate_product(*given)
 
 
-@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("by", ["layer", "held mask", "scores"])
 @pytest.mark.parametrize("learns", ["x", "scores", "both"])
-def test_a_step_of_a_layer_asks_no_table(monkeypatch, held, learns):
+def test_a_step_of_a_layer_asks_no_table(monkeypatch, by, learns):
     """Once "auto" has chosen: forward and backward go to their kernels, and the gradients are those of the long way."""
     layer = MaskedLinear(K, N, bias=False)
     layer.scores.requires_grad_(learns != "x")
     x, grad = torch.randn(6, K, requires_grad=learns != "scores"), torch.ones(6, N)
     buffer, packed = torch.zeros(N, K), layer.packed_mask()
-    run = lambda x: layer(x)  # noqa: E731
-    if held:
-        run = lambda x: masked_linear_held(x, layer.weight, packed, grad_buffer=buffer)  # noqa: E731
+    threshold, held = layer.current_mask().threshold, by == "held mask"
+    run = {
+        "layer": layer,
+        "held mask": lambda x: masked_linear_held(x, layer.weight, packed, grad_buffer=buffer),
+        "scores": lambda x: mft_kernels.masked_linear(x, layer.weight, layer.scores, threshold),
+    }[by]
 
     def step() -> list[Tensor | None]:
         buffer.zero_()
