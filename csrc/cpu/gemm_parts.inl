@@ -226,37 +226,90 @@ void store_transposed(void* out, int64_t out_stride, const float* tile, int64_t 
 
 enum class Sign { kNone, kWords, kHalf, kFloat };
 
+// Of 32 columns: which are negative and which have no sign, and 16 bits a column of which the highest is the sign.
 struct Signs {
   __mmask32 negative, none;
+  __m512i halves;
 };
 
 template <Sign kSign>
 inline Signs signs_at(const ScoreGrad& grad, int64_t row, int64_t column, __mmask32 inside) {
   const int64_t at = row * grad.columns + column;
   if constexpr (kSign == Sign::kWords) {
-    return {~grad.words[row * ((grad.columns + 31) / 32) + column / 32], 0};
+    const __mmask32 negative = ~grad.words[row * ((grad.columns + 31) / 32) + column / 32];
+    return {negative, 0, _mm512_movm_epi16(negative)};
   } else if constexpr (kSign == Sign::kHalf) {
     const __m512i infinity = _mm512_set1_epi16(grad.score_format == Format::kBFloat16 ? 0x7f80 : 0x7c00);
     const __m512i bits = _mm512_maskz_loadu_epi16(inside, as<uint16_t>(grad.scores) + at);
     const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
     // 0 and NaN have no sign, as in torch.sign.
     return {_mm512_movepi16_mask(bits),
-            _mm512_cmpge_epu16_mask(_mm512_sub_epi16(magnitude, _mm512_set1_epi16(1)), infinity)};
+            _mm512_mask_cmpge_epu16_mask(inside, _mm512_sub_epi16(magnitude, _mm512_set1_epi16(1)), infinity), bits};
   } else if constexpr (kSign == Sign::kFloat) {
     const uint32_t* scores = as<uint32_t>(grad.scores) + at;
-    Signs signs = {0, 0};
+    Signs signs = {0, 0, _mm512_setzero_si512()};
     for (int half = 0; half < 2; ++half) {
-      const __m512i bits = _mm512_maskz_loadu_epi32(half_of(inside, half), scores + 16 * half);
+      const __mmask16 part = half_of(inside, half);
+      const __m512i bits = _mm512_maskz_loadu_epi32(part, scores + 16 * half);
       const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
-      const __mmask16 none = _mm512_cmpge_epu32_mask(_mm512_sub_epi32(magnitude, _mm512_set1_epi32(1)),
-                                                     _mm512_set1_epi32(0x7f800000));
+      const __mmask16 none = _mm512_mask_cmpge_epu32_mask(part, _mm512_sub_epi32(magnitude, _mm512_set1_epi32(1)),
+                                                          _mm512_set1_epi32(0x7f800000));
       signs.negative |= static_cast<__mmask32>(_mm512_movepi32_mask(bits)) << (16 * half);
       signs.none |= static_cast<__mmask32>(none) << (16 * half);
     }
+    signs.halves = _mm512_movm_epi16(signs.negative);
     return signs;
   } else {
-    return {0, 0};
+    return {0, 0, _mm512_setzero_si512()};
   }
+}
+
+inline __m512 flipped(__m512 value, __mmask16 negative) {
+  const __m512i bits = _mm512_castps_si512(value);
+  return _mm512_castsi512_ps(
+      _mm512_mask_xor_epi32(bits, negative, bits, _mm512_set1_epi32(static_cast<int>(0x80000000))));
+}
+
+// Columns 0..15 and 16..31, 16 bits each.
+template <Format kFormat>
+inline void widen_columns(__m512i halves, __m512 (&wide)[2]) {
+  if constexpr (kFormat == Format::kBFloat16) {
+    alignas(64) static const uint16_t kLow[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                                  0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+    const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    constexpr __mmask32 kUpper = 0xaaaaaaaau;  // of each pair: a bf16 is the upper half of an fp32
+    wide[0] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(kUpper, low, halves));
+    wide[1] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(kUpper, high, halves));
+  } else {
+    wide[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+    wide[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+  }
+}
+
+// weight * sign of 32 columns. What has no sign is left to who multiplies by it.
+template <Format kFormat, Sign kSign>
+inline void load_factors(const void* weight, int64_t at, __mmask32 inside, const Signs& signs, __m512 (&factor)[2]) {
+  if constexpr (kFormat == Format::kFloat32) {
+    for (int half = 0; half < 2; ++half) {
+      const __m512 value = _mm512_maskz_loadu_ps(half_of(inside, half), as<float>(weight) + at + 16 * half);
+      factor[half] = flipped(value, half_of(signs.negative, half));
+    }
+  } else {
+    __m512i halves = _mm512_maskz_loadu_epi16(inside, as<uint16_t>(weight) + at);
+    constexpr int kXorOfAnd = 0x78;
+    if constexpr (kSign != Sign::kNone) {
+      halves = _mm512_ternarylogic_epi32(halves, signs.halves, _mm512_set1_epi16(static_cast<short>(0x8000)), kXorOfAnd);
+    }
+    widen_columns<kFormat>(halves, factor);
+  }
+}
+
+template <Format kOut>
+inline __m512i narrow_columns(const __m512 (&value)[2]) {
+#if defined(__AVX512BF16__)
+  if constexpr (kOut == Format::kBFloat16) return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(value[1], value[0]));
+#endif
+  return _mm512_inserti64x4(_mm512_castsi256_si512(narrow_to<kOut>(value[0])), narrow_to<kOut>(value[1]), 1);
 }
 
 template <Format kOut>
@@ -272,8 +325,7 @@ inline void store_columns(void* base, int64_t at, const __m512 (&result)[2], __m
     }
   } else {
     uint16_t* out = static_cast<uint16_t*>(base) + at;
-    const __m512i halves = _mm512_inserti64x4(_mm512_castsi256_si512(narrow_to<kOut>(result[0])),
-                                              narrow_to<kOut>(result[1]), 1);
+    const __m512i halves = narrow_columns<kOut>(result);
     if (stream) {
       _mm512_stream_si512(reinterpret_cast<__m512i*>(out), halves);
     } else {
@@ -286,22 +338,24 @@ template <Format kFormat, Sign kSign, Format kOut, bool kAccumulate>
 void store_score_grad_tile(const ScoreGrad& grad, const float* tile, int64_t row, int64_t rows, int64_t column) {
   const __mmask32 inside = first32(grad.columns - column);
   const bool stream = grad.stream && inside == 0xffffffffu;
-  const __m512i sign_bit = _mm512_set1_epi32(static_cast<int>(0x80000000));
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < rows; ++r, tile += kTileColumns) {
     const int64_t at = (row + r) * grad.columns + column;
     const Signs signs = signs_at<kSign>(grad, row + r, column, inside);
-    __m512 result[2];
-    for (int half = 0; half < 2; ++half) {
-      const __mmask16 part = half_of(inside, half);
-      __m512 value = _mm512_loadu_ps(tile + r * kTileColumns + 16 * half);
-      if (grad.weight != nullptr) {
-        value = _mm512_mul_ps(value, load_as_float<kFormat>(grad.weight, at + 16 * half, part));
+    __m512 result[2] = {_mm512_loadu_ps(tile), _mm512_loadu_ps(tile + 16)};
+    if (grad.weight != nullptr) {
+      __m512 factor[2];
+      load_factors<kFormat, kSign>(grad.weight, at, inside, signs, factor);
+      for (int half = 0; half < 2; ++half) result[half] = _mm512_mul_ps(result[half], factor[half]);
+    } else {
+      for (int half = 0; half < 2; ++half) result[half] = flipped(result[half], half_of(signs.negative, half));
+    }
+    if (signs.none != 0) {
+      for (int half = 0; half < 2; ++half) {
+        result[half] = _mm512_mask_mul_ps(result[half], half_of(signs.none, half), result[half], _mm512_setzero_ps());
       }
-      const __m512i bits = _mm512_castps_si512(value);
-      value = _mm512_castsi512_ps(_mm512_mask_xor_epi32(bits, half_of(signs.negative, half), bits, sign_bit));
-      value = _mm512_mask_mul_ps(value, half_of(signs.none, half), value, _mm512_setzero_ps());
-      if (kAccumulate) value = _mm512_add_ps(value, load_as_float<kOut>(grad.out, at + 16 * half, part));
-      result[half] = value;
+    }
+    for (int half = 0; kAccumulate && half < 2; ++half) {
+      result[half] = _mm512_add_ps(result[half], load_as_float<kOut>(grad.out, at + 16 * half, half_of(inside, half)));
     }
     store_columns<kOut>(grad.out, at, result, inside, stream);
   }
