@@ -27,7 +27,7 @@ _DEVICE_TYPES = ("cpu", "cuda")
 _plain_keys: set[int] = set()
 _seen_device_types: set[str] = set()
 #: By exact type, as a subclass may have to see a call; scores.py adds its own.
-plain_types: set[type] = {Tensor, nn.Parameter, type(None)}
+plain_types: set[type] = {Tensor, nn.Parameter}
 
 
 def is_direct(*tensors: Tensor | None) -> bool:
@@ -49,11 +49,14 @@ def is_direct_but_for_autograd(*tensors: Tensor | None) -> bool:
     return True
 
 
-def is_short(*tensors: Tensor | None) -> bool:
-    """Whether the call may go a short way: is_direct, but for what a tensor's keys say, whom the dispatcher asks."""
-    if _is_watched() or (torch.is_grad_enabled() and _any_requires_grad(*tensors)):
+def is_short(*tensors: Tensor, optional: tuple[Tensor | None, ...] = ()) -> bool:
+    """Whether the call may go a short way: is_direct, but for what a tensor's keys say, whom the dispatcher asks.
+
+    What must be a tensor and is none is no such call either: the checks say so.
+    """
+    if _is_watched() or (torch.is_grad_enabled() and _any_requires_grad(*tensors, *optional)):
         return False
-    return plain_types.issuperset(map(type, tensors))
+    return plain_types.issuperset(map(type, tensors)) and all(t is None or type(t) in plain_types for t in optional)
 
 
 def _is_watched() -> bool:

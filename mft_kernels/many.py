@@ -40,7 +40,7 @@ def masked_linear_many(
     if isinstance(masks, Tensor) and masks.dim() == 3:
         masks = masks.unbind()
     usual = backend == "auto" and type(masks) in (list, tuple) and len(masks) <= MOST_MASKS
-    if usual and is_short(x, weight, tasks, bias, *masks):
+    if usual and is_short(x, weight, tasks, *masks, optional=(bias,)):
         way = short_ways.get(("masked_linear_many", weight.dtype))
         y = None if way is None else way(x, weight, masks, tasks, bias, "short")
         if y is not None:

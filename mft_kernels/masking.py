@@ -190,7 +190,7 @@ def masked_linear_by_ratio(
     2 bits a weight instead. Of any other tensor's they are found in each. int16 scores (see fixed_point.py) get no
     gradient.
     """
-    if backend == "auto" and type(scores) is Scores and is_short(x, weight, scores, bias):
+    if backend == "auto" and type(scores) is Scores and is_short(x, weight, scores, optional=(bias,)):
         mask = _remembered(scores, (keep_ratio, threshold, mode))
         y = None if mask is None else short_product_of_packed(x, weight, mask.packed, bias)
         if y is not None:

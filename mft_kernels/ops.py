@@ -67,7 +67,7 @@ def masked_linear(
     Returns: (..., N) in x's dtype; accumulated in fp32. Under autocast x, weight and bias are cast, scores never.
     Raises: ValueError for shapes, devices or mode, TypeError for dtypes, RuntimeError for a backend that cannot serve.
     """
-    if backend == "auto" and is_short(x, weight, scores, threshold, bias):
+    if backend == "auto" and is_short(x, weight, scores, threshold, optional=(bias,)):
         y = _short_product(x, weight, scores, threshold, bias, mode)
         if y is not None:
             return y
@@ -92,7 +92,7 @@ def masked_linear_packed(
     Args: x (..., K); weight (N, K); packed int32 (N, ceil(K / 32)); bias (N,).
     Returns: (..., N) in x's dtype.
     """
-    if backend == "auto" and is_short(x, weight, packed, bias):
+    if backend == "auto" and is_short(x, weight, packed, optional=(bias,)):
         y = short_product_of_packed(x, weight, packed, bias)
         if y is not None:
             return y
@@ -243,7 +243,7 @@ def gradients_of_packed(
     backend: str,
 ) -> Gradients:
     """d_x, d_weight, d_scores and d_bias of masked_linear_packed, for use in a backward pass: unchecked."""
-    if backend == "auto" and is_short(grad_output, x, weight, packed, scores, signs):
+    if backend == "auto" and is_short(grad_output, x, weight, packed, optional=(scores, signs)):
         way = short_ways.get(("masked_linear_packed_backward", weight.dtype))
         grads = way and way(grad_output, x, weight, packed, scores, signs, mode, output_mask)
         if grads:

@@ -45,6 +45,8 @@ def without(patch, name, reason):
     backend = dataclasses.replace(backends._TABLE[name], unavailable=reason)
     patch.setitem(backends._TABLE, name, backend)
     patch.setattr(backends, "_chosen", {})
+    for way in list(backends.short_ways):
+        patch.delitem(backends.short_ways, way)
 
 
 def read_only(*_, **__):

@@ -140,6 +140,14 @@ def test_what_is_not_usual_from_scores_is_served_or_refused_as_by_the_backend_as
     assert outcome(call) == outcome(call, backend="cpu")
 
 
+@pytest.mark.parametrize("mask", ["usual", "from_scores"])
+def test_what_must_be_a_tensor_and_is_none_is_refused_by_name(request, mask):
+    call = request.getfixturevalue(mask)
+    for name in call.keys() - {"bias", "mode"}:
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got NoneType"), torch.no_grad():
+            getattr(mft_kernels, "masked_linear_packed" if mask == "usual" else "masked_linear")(**call | {name: None})
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "unset"), [("MFT_KERNELS", "reference", "auto"), ("MFT_AUTOTUNE", "1", "0")]
 )
