@@ -31,7 +31,7 @@ PROGRAMS = HERE / "programs"
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # "unroll" is nvcc's
 NUMBERS = "-ffp-contract=off"  # products and sums are rounded one by one, also where the host could fuse them
 INCLUDE = [f"-I{folder}" for folder in (ROOT / "csrc/cuda", PROGRAMS, HERE)]
-FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", NUMBERS, *WARNINGS, *INCLUDE]
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", NUMBERS, *WARNINGS, *INCLUDE]
 NOT_EMULATED = (
     "score_grad_sm90_",
     "bindings",
