@@ -68,7 +68,7 @@ def masked_linear(
     Raises: ValueError for shapes, devices or mode, TypeError for dtypes, RuntimeError for a backend that cannot serve.
     """
     if backend == "auto" and is_short(x, weight, scores, threshold, optional=(bias,)):
-        y = _short_product(x, weight, scores, threshold, bias, mode)
+        y = _by_short_way("masked_linear", weight.dtype, x, weight, scores, threshold, bias, mode)
         if y is not None:
             return y
     check_mode(mode)
@@ -106,9 +106,8 @@ def masked_linear_packed(
 
 
 def short_product_of_packed(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor | None:
-    """masked_linear_packed by the short way of what "auto" takes, which checks for itself; None where there is none."""
-    way = short_ways.get(("masked_linear_packed", weight.dtype))
-    return None if way is None else way(x, weight, packed, bias)
+    """masked_linear_packed by the short way of what "auto" takes; None where there is none."""
+    return _by_short_way("masked_linear_packed", weight.dtype, x, weight, packed, bias)
 
 
 def product_of_packed(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, backend: str) -> Tensor:
@@ -144,11 +143,10 @@ def accumulate_score_grad(
     Returns: out.
     """
     check_mode(mode)
-    if weight is None and scores is None and signs is None and backend == "auto" and is_short(out, grad_output, x):
-        way = short_ways.get(("accumulate_product", x.dtype))
-        if way is not None and way(out, grad_output, x):
-            increment_version(out)
-            return out
+    bare = weight is None and scores is None and signs is None and backend == "auto"
+    if bare and is_short(out, grad_output, x) and _by_short_way("accumulate_product", x.dtype, out, grad_output, x):
+        increment_version(out)
+        return out
     check_transforms("accumulate_score_grad", out, grad_output, x, weight, scores, in_place=True)
     if weight is None:
         if scores is not None or signs is not None:
@@ -244,8 +242,8 @@ def gradients_of_packed(
 ) -> Gradients:
     """d_x, d_weight, d_scores and d_bias of masked_linear_packed, for use in a backward pass: unchecked."""
     if backend == "auto" and is_short(grad_output, x, weight, packed, optional=(scores, signs)):
-        way = short_ways.get(("masked_linear_packed_backward", weight.dtype))
-        grads = way and way(grad_output, x, weight, packed, scores, signs, mode, output_mask)
+        arguments = grad_output, x, weight, packed, scores, signs, mode, output_mask
+        grads = _by_short_way("masked_linear_packed_backward", weight.dtype, *arguments)
         if grads:
             return tuple(grads)
     direct = is_direct(grad_output, x, weight, packed, scores, signs)
@@ -264,16 +262,17 @@ def _fake_packed(scores):
     return scores.new_empty((scores.shape[0], (scores.shape[1] + 31) // 32), dtype=torch.int32)
 
 
-def _short_product(x, weight, scores, threshold, bias, mode):
-    """masked_linear by the short way of what "auto" takes, which checks for itself; None where there is none."""
-    way = short_ways.get(("masked_linear", weight.dtype))
-    return None if way is None else way(x, weight, scores, threshold, bias, mode)
+def _by_short_way(op, dtype, *arguments):
+    """What the short way of what "auto" takes for an op makes, which checks for itself; None where there is none."""
+    way = short_ways.get((op, dtype))
+    return None if way is None else way(*arguments)
 
 
 def _masked_linear(x, weight, scores, threshold, bias, mode, backend):
-    y = _short_product(x, weight, scores, threshold, bias, mode) if backend == "auto" else None
-    if y is not None:
-        return y
+    if backend == "auto":
+        y = _by_short_way("masked_linear", weight.dtype, x, weight, scores, threshold, bias, mode)
+        if y is not None:
+            return y
     run = choose("masked_linear", x.device, (weight.dtype, scores.dtype), backend)
     return run(x, weight, scores, threshold, bias, mode)
 
@@ -281,8 +280,8 @@ def _masked_linear(x, weight, scores, threshold, bias, mode, backend):
 def _gradients_by(grad_output, x, weight, scores, threshold, mode, output_mask, backend):
     """d_x, d_weight, d_scores and d_bias of masked_linear, unchecked: by the way that they may go."""
     if backend == "auto" and is_short(grad_output, x, weight, scores, threshold):
-        way = short_ways.get(("masked_linear_backward", weight.dtype))
-        grads = way and way(grad_output, x, weight, scores, threshold, mode, output_mask)
+        arguments = grad_output, x, weight, scores, threshold, mode, output_mask
+        grads = _by_short_way("masked_linear_backward", weight.dtype, *arguments)
         if grads:
             return grads
     direct = is_direct(grad_output, x, weight, scores, threshold)
