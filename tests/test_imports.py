@@ -47,9 +47,9 @@ KERNELS_MAY_IMPORT = {
 }
 # Of mft: a package may import those before it. In a package there is no order, and no circle.
 RECIPE_ORDER = (
-    *("checks", "files", "config", "config_file", "memory", "data", "models", "surrogate", "masks", "objectives"),
-    *("engines", "importance", "evaluation", "tracking", "training", "rewards", "publishing", "serving", "study"),
-    *("study.report", "cli", "__main__"),
+    *("checks", "contention", "files", "config", "config_file", "memory", "data", "models", "surrogate", "masks"),
+    *("objectives", "engines", "importance", "evaluation", "tracking", "training", "rewards", "publishing", "serving"),
+    *("study", "study.report", "cli", "__main__"),
 )
 EXTERNAL = {"torch", "triton", "numpy"}  # all that mft_kernels may import besides the standard library
 

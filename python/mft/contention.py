@@ -1,0 +1,70 @@
+"""How much CPU time this process can get now: whether other work, or too many threads, slows it down.
+
+A load average needs a minute to rise and counts what waits for a disk. This measures: each thread hashes bytes for a
+moment, which holds no lock of Python's, and its CPU time is compared with the time on the wall.
+"""
+
+import hashlib
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+SECONDS = 0.2  # 50 turns of a scheduler that gives 4 ms
+BUSY = 0.9  # share of a core: an idle 2-core machine gave 0.98 and more, one other process on it 0.5 to 0.8
+BLOCK = bytes(1 << 20)  # about 1 ms of hashing: between two blocks a thread needs Python's lock for a microsecond
+
+
+@dataclass(frozen=True)
+class Contention:
+    """What each thread got: ``shares[i]`` is CPU time over wall time, 1.0 for a core of its own."""
+
+    shares: tuple[float, ...]
+
+    @property
+    def threads(self) -> int:
+        """How many threads were asked for."""
+        return len(self.shares)
+
+    @property
+    def cores(self) -> float:
+        """How many cores' worth of CPU time the threads got together, at most ``threads``."""
+        return sum(self.shares)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether some thread had to wait for a core. A product of many threads ends with its slowest thread."""
+        return min(self.shares) < BUSY
+
+    @property
+    def free_threads(self) -> int:
+        """How many threads find a core each, at least 1: ``threads`` unless the machine is busy."""
+        return max(1, math.floor(self.cores)) if self.is_busy else self.threads
+
+    def __str__(self) -> str:
+        """Such as ``2 threads get 1.3 cores``."""
+        return f"{self.threads} thread{'s' * (self.threads != 1)} get{'s' * (self.threads == 1)} {self.cores:.1f} cores"
+
+
+def core_share(threads: int, *, seconds: float = SECONDS) -> Contention:
+    """Keep ``threads`` threads busy for ``seconds`` and return the share of a core that each one got.
+
+    Pass ``torch.get_num_threads()`` to learn whether torch's threads find a core each. Call it while nothing else
+    runs in this process.
+
+    Raises:
+        ValueError: threads is below 1, or seconds is not positive.
+    """
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}; pass torch.get_num_threads()")
+    if not seconds > 0:
+        raise ValueError(f"seconds must be positive, got {seconds}; {SECONDS} is enough")
+    with ThreadPoolExecutor(threads) as pool:
+        return Contention(tuple(pool.map(_share_of_one_thread, [seconds] * threads)))
+
+
+def _share_of_one_thread(seconds: float) -> float:
+    begin, spent = time.perf_counter(), time.thread_time()
+    while time.perf_counter() - begin < seconds:
+        hashlib.sha256(BLOCK)
+    return min(1.0, (time.thread_time() - spent) / (time.perf_counter() - begin))
