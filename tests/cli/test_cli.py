@@ -76,6 +76,15 @@ def test_finetune_writes_a_model_that_train_evaluate_merge_and_inspect_use(cli, 
     assert "flips are unknown" not in output
 
 
+def test_the_table_of_a_run_is_githubs_markdown(cli, tmp_path):
+    assert cli("train", *LEARN)[0] == 0
+    title, blank, *rows = (tmp_path / "run" / "table.md").read_text().splitlines()
+    assert title.startswith("validation: ")
+    assert blank == ""
+    assert rows[:2] == ["| model | loss | difference | accuracy | difference |", "|---|---:|---:|---:|---:|"]
+    assert [row.count("|") for row in rows] == 4 * [6]
+
+
 def test_the_version_and_the_public_names(cli):
     assert cli("--version") == (0, f"mft {mft.__version__}\n")
     assert cli("--version", "nonsense")[0] == 0

@@ -10,7 +10,6 @@ do. A run is finished when its result lies there, which comes last.
 import contextlib
 import copy
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -40,8 +39,9 @@ from mft.masks.quantize import quantize_model
 from mft.masks.targets import select_targets
 from mft.models.pretrained import load_model, load_outline, save_model
 from mft.objectives.objective import Objective
-from mft.tracking.console import console, new_console, say
+from mft.tracking.console import console, say
 from mft.tracking.curves import PLOT, plot_curves
+from mft.tracking.markdown import markdown_table
 from mft.tracking.metrics import EVALUATION_BATCH, Recorder, Steps
 from mft.tracking.progress import Progress
 from mft.tracking.trackers import Trackers, check_trackers
@@ -411,11 +411,10 @@ class _Run:
     ) -> Iterator[Path]:
         """Table, plot and metrics; then the block writes the result of that name, and the run is a finished one."""
         directory, results = self.directory, {"before": before, f"after{ended.words}": after}
-        markdown = io.StringIO()
-        for table in evaluation_tables("validation", results):
+        tables = evaluation_tables("validation", results)
+        for table in tables:
             console.print(table)
-            new_console(markdown, width=120).print(table)
-        write_whole(directory / TABLE_MARKDOWN, markdown.getvalue())
+        write_whole(directory / TABLE_MARKDOWN, "\n".join(map(markdown_table, tables)))
         objective = self.config.objective.name
         for line in figure_lines(objective, results):
             say(line)
