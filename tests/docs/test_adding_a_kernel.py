@@ -1,108 +1,146 @@
-"""docs/adding-a-kernel.md, followed by a stranger: its files in a folder of theirs, its commands in fresh processes."""
+"""docs/adding-a-kernel.md, followed by a new user: its files in a new folder, its own commands, in its order.
+
+The user's Python is a new virtual environment that sees what is installed here, as if `mine` were installed there too.
+"""
 
 import importlib.util
 import os
 import re
+import runpy
 import shlex
 import subprocess
-import sys
-import tomllib
+import sysconfig
+import venv
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from mft_kernels import backends
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "adding-a-kernel.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-# For every op that a process called, whether the functions of mine ran; its report comes last.
-COUNTED = """
-import atexit, collections, mine
-from mft_kernels import backends
-calls = collections.Counter()
-def counted(name, function):
-    def op(*arguments):
-        calls[name] += 1
-        return function(*arguments)
-    return op
-backend = backends.registered("mine")
-vars(backend)["ops"] = {name: counted(name, function) for name, function in backend.ops.items()}
-atexit.register(lambda: print("called:", *sorted(calls)))
-"""
+COMMANDS = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
+A_FEW = " and (behind or token or magnitude and (opcheck or detach))"  # of the tests: those that tell much
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the page's Python files lie, and what pip would leave of its pyproject.toml."""
-    folder = tmp_path_factory.mktemp("stranger")
+    """The files of the page, each under the name that its first line or its language says."""
+    folder = tmp_path_factory.mktemp("user")
     for language, text in BLOCKS:
         if language == "python":
             (folder / re.match(r'"""(\w+\.py): ', text)[1]).write_text(text)
         elif language == "toml":
-            project = tomllib.loads(text)["project"]
-            installed = folder / f"{project['name']}-{project['version']}.dist-info"
-            installed.mkdir()
-            (installed / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
-            lines = []
-            for group, named in project["entry-points"].items():
-                lines += [f"[{group}]", *(f"{name} = {module}" for name, module in named.items())]
-            (installed / "entry_points.txt").write_text("\n".join(lines) + "\n")
+            (folder / "pyproject.toml").write_text(text)
     return folder
 
 
-def run(folder, command, **environment):
-    path = os.pathsep.join(map(str, (folder, ROOT, ROOT / "python")))
-    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200", **environment}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, f"{shlex.join(command)}: {result.stdout} {result.stderr}"
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """The user's Python."""
+    directory = tmp_path_factory.mktemp("environment")
+    venv.create(directory, symlinks=True, with_pip=False)
+    places = {"base": str(directory), "platbase": str(directory)}
+    installed = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
+    packages = Path(sysconfig.get_path("purelib", "venv", vars=places))
+    (packages / "project.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in installed))
+    return directory / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def said(folder, python):
+    """{command: its output}, run in the page's order; make only says what it would do, pytest runs a few tests."""
+    return {line: follow(line, folder, python) for line in COMMANDS if "--benchmark-only" not in line}
+
+
+def follow(line, folder, python):
+    words = shlex.split(line, comments=True)
+    variables = [word for word in words if re.match(r"MFT_\w+=", word)]
+    program, *arguments = words[len(variables) :]
+    in_clone = program == "make" or "pytest" in arguments
+    if program == "make":
+        command = ["make", "--dry-run", *arguments]
+    elif program == "mft":  # whose script names the Python that it was installed with
+        command = [python, "-m", "mft", *arguments]
+    else:
+        assert program == "python", f"a command must be one of make, mft and python, got {line!r}"
+        command = [python, *arguments]
+    if "pytest" in arguments:
+        command[-1] += A_FEW
+        command += ["-q", "-p", "no:cacheprovider"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MFT_", "PYTHON"))}
+    environment |= {"COLUMNS": "200", "PIP_NO_INDEX": "1", "OMP_NUM_THREADS": "1"}
+    environment |= dict(word.split("=", 1) for word in variables)
+    where = ROOT if in_clone else folder
+    result = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, f"{line}: {result.stdout} {result.stderr}"
     return result.stdout
 
 
-def command_of(beginning):
-    """(environment, words) of the one command of the page that begins so."""
-    lines = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
-    (line,) = [line for line in lines if line.startswith(beginning)]
-    words = shlex.split(line, comments=True)
-    variables = [word for word in words if re.match(r"MFT_\w+=", word)]
-    return dict(word.split("=", 1) for word in variables), words[len(variables) :]
+def the_command(beginning):
+    (line,) = [line for line in COMMANDS if line.startswith(beginning)]
+    return line
 
 
-def test_the_layer_runs_on_it_where_the_environment_says_so(folder):
-    environment, (_, script) = command_of("MFT_KERNELS=mine python layer.py")
-    counted = folder / "counted.py"
-    counted.write_text(COUNTED + (folder / script).read_text())
-    called = run(folder, [sys.executable, str(counted)], **environment)
-    assert called == "called: kept_threshold masked_linear_packed masked_linear_packed_backward pack_mask pack_signs\n"
+def test_its_first_command_installs_it_without_a_network(said):
+    assert "Successfully installed mine-0.1" in said[COMMANDS[0]]
 
 
-def test_the_command_mft_lists_it_and_auto_passes_it_over(folder):
-    _, (_, verb) = command_of("mft env")
-    told = run(folder, [sys.executable, "-m", "mft", verb])
+def test_the_command_mft_lists_it_and_auto_passes_it_over(said):
+    told = said["mft env"]
     assert re.search(r"mine +│ yes +│ blocks of 256 rows", told), told
     assert "auto on cpu: mine" not in told
 
 
-def test_its_ops_are_tested_as_ours_are(folder):
-    environment, (_, *words) = command_of("MFT_TEST_BACKENDS=mine python -m pytest")
-    words[-1] += " and (behind or token or magnitude and (opcheck or detach))"  # a few that tell much
-    told = run(folder, [sys.executable, *words, "-q", "-p", "no:cacheprovider"], **environment)
-    assert re.search(r"^9 passed", told, re.MULTILINE), told
+def test_the_layer_says_what_the_page_says(said):
+    told = said["MFT_KERNELS=mine python layer.py"]
+    assert told.strip()
+    assert f"    {told}" in PAGE
 
 
-def test_the_benchmarks_measure_it(folder, own_table, monkeypatch):
+def test_its_ops_are_tested_as_ours_are(said):
+    assert re.search(r"^9 passed", said[the_command("MFT_TEST_BACKENDS=mine python -m pytest")], re.MULTILINE)
+
+
+@pytest.fixture
+def mine(folder, own_table, monkeypatch):
+    """The page's mine.py in this process, and chosen."""
+    monkeypatch.setenv("MFT_KERNELS", "mine")
+    spec = importlib.util.spec_from_file_location("mine", folder / "mine.py")
+    mine = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mine)
+    return mine
+
+
+def test_a_layer_calls_the_ops_that_the_page_says(mine, folder, monkeypatch):
+    calls = Counter()
+
+    def counted(name, function):
+        def op(*arguments):
+            calls[name] += 1
+            return function(*arguments)
+
+        return op
+
+    backend = backends.registered("mine")
+    monkeypatch.setitem(vars(backend), "ops", {name: counted(name, run) for name, run in backend.ops.items()})
+    runpy.run_path(str(folder / "layer.py"))
+    of_a_layer = re.findall(r"^\| (.+) \| `MaskedLinear`", PAGE, re.MULTILINE)
+    assert set(calls) == set(re.findall(r"`(\w+)`", " ".join(of_a_layer)))
+
+
+def test_the_benchmarks_measure_it(mine, monkeypatch):
     """What the page's command times, without its process, which imports for 10 s."""
     from benchmarks.harness import environment
     from benchmarks.layer_competitors import DENSE, EAGER, HELD, MODULE, LayerCompetitors, inputs_of
     from benchmarks.test_ops import SHAPES
     from mft_kernels.timing import time_interleaved
 
-    variables, words = command_of("MFT_KERNELS=mine python -m pytest benchmarks")
-    assert (words[3], words[-1]) == ("benchmarks/test_ops.py", "576x1536 and 64 and forward")
+    words = shlex.split(the_command("MFT_KERNELS=mine python -m pytest benchmarks"))
+    assert (words[4], words[-1]) == ("benchmarks/test_ops.py", "576x1536 and 64 and forward")
     assert (576, 1536) in SHAPES
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    spec = importlib.util.spec_from_file_location("mine", folder / "mine.py")
-    mine = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mine)
     calls = []
     monkeypatch.setattr(mine, "masked_blocks", lambda *of: calls.append(of) or iter(()))
     made = LayerCompetitors(8, 64)
@@ -111,8 +149,3 @@ def test_the_benchmarks_measure_it(folder, own_table, monkeypatch):
     assert samples.keys() == competitors.keys()
     assert len(calls) == 2 * len((MODULE, HELD))  # each once before it is timed
     assert environment()["backend"] == "blocks of 256 rows"
-
-
-def test_its_commands_of_make_exist(folder):
-    environment, words = command_of("MFT_KERNELS=mine make bench")
-    run(folder, ["make", "--dry-run", *words[1:]], **environment)
