@@ -80,14 +80,14 @@ class Choices:
 
     def _read(self) -> dict[str, str]:
         """Raises: OSError; ValueError if the file is damaged or another's."""
-        stored = json.loads(self.file.read_bytes())
+        stored = _parsed(self.file.read_bytes())
         if not isinstance(stored, dict) or stored.get("made_for") != self._made_for:
             raise ValueError(f"it must be made for {self._made_for}")
         choices = stored.get("choices")
         if not isinstance(choices, dict):
             raise ValueError("its choices must be a table")
         for key, choice in choices.items():
-            facts = json.loads(key)
+            facts = _parsed(key)
             if not isinstance(facts, dict) or not self._is_choice(facts, choice):
                 raise ValueError(f"{choice!r} is no choice for {key}")
         return choices
@@ -102,6 +102,14 @@ class Choices:
             except BaseException:
                 os.unlink(aside.name)
                 raise
+
+
+def _parsed(text: str | bytes) -> Any:
+    """Raises: ValueError for what is no JSON, or nests deeper than Python reads."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it must be JSON of few levels, got one nested too deeply") from None
 
 
 def _text(key: Mapping[str, Any]) -> str:

@@ -70,14 +70,15 @@ def test_what_another_process_has_stored_meanwhile_stays(folder):
 
 
 DAMAGED = [
-    *("{", "[1, 2]", "{}", '{"made_for": {}, "choices": {}}', "\x80"),
+    *("{", "[1, 2]", "{}", '{"made_for": {}, "choices": {}}', "\x80", "[" * 100_000),
+    json.dumps({"made_for": MADE_FOR, "choices": {"[" * 100_000: "fused"}}),
     json.dumps({"made_for": MADE_FOR}),
     *(json.dumps({"made_for": MADE_FOR, "choices": found}) for found in ([], {"m": "fused"}, {"[1]": "fused"})),
     *(json.dumps({"made_for": MADE_FOR, "choices": {json.dumps(KEY): found}}) for found in ("both", 7, None)),
 ]
 
 
-@pytest.mark.parametrize("content", DAMAGED)
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_or_foreign_file_is_said_once_and_measured_anew(caplog, content):
     choices().add(KEY, "slabs")
     choices().file.write_bytes(content.encode("latin-1"))

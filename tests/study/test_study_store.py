@@ -216,10 +216,11 @@ def test_overwrite_begins_anew(tmp_path):
         assert not (tmp_path / "run" / "trained").exists()
 
 
-def test_a_broken_file_is_named(tmp_path):
+@pytest.mark.parametrize("content", ["{", "[" * 100_000], ids=["cut off", "nested too deeply"])
+def test_a_broken_file_is_named(tmp_path, content):
     filled(tmp_path)
     path = next((tmp_path / "run" / "units").glob("*/*/*.json"))
-    path.write_text("{")
+    path.write_text(content)
     with pytest.raises(ValueError, match=rf"{path.name} must be the JSON that was written.*delete it"):
         units_kept(tmp_path)
 

@@ -19,6 +19,9 @@ def test_a_line_that_is_being_written_is_not_an_event_yet(tmp_path):
         file.write("\n")
     with pytest.raises(ValueError, match=r'metrics.jsonl:2: expected an event .*, got \'{"phase": "b", "lo\''):
         read_metrics(path)
+    path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl:1: expected an event"):
+        read_metrics(path)
 
 
 def test_metrics_that_go_on_hold_the_events_given_and_no_others(tmp_path):

@@ -1,4 +1,4 @@
-"""A JSON object that a stranger may have written: whatever its bytes and values, an object or one clear error."""
+"""JSON that a stranger may have written: whatever its bytes and values, what it says or one clear error."""
 
 import json
 from collections import Counter
@@ -19,8 +19,16 @@ def read_object(path: Path, most: int) -> dict[str, Any]:
 
 def parse_object(content: bytes, origin: Path) -> dict[str, Any]:
     """The object that UTF-8 text is. Raises: ValueError that names its origin."""
+    values = parse_value(content, origin)
+    if not isinstance(values, dict):
+        raise ValueError(f"{origin}: expected an object, got {'null' if values is None else type(values).__name__}")
+    return values
+
+
+def parse_value(content: bytes, origin: Path) -> Any:
+    """The value that UTF-8 text is. Raises: ValueError that names its origin."""
     try:
-        values = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
+        return json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise ValueError(f"{origin}: expected UTF-8 text, got byte {error.start}, which is not") from None
     except json.JSONDecodeError as error:
@@ -29,9 +37,6 @@ def parse_object(content: bytes, origin: Path) -> dict[str, Any]:
         raise ValueError(f"{origin}: expected JSON of few levels, got one nested too deeply") from None
     except ValueError as error:  # of a number too long to be one, or of _unique
         raise ValueError(f"{origin}: expected JSON, got a file with: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{origin}: expected an object, got {'null' if values is None else type(values).__name__}")
-    return values
 
 
 def check_keys(path: Path, values: dict, known: list[str], where: str = "", optional: Sequence[str] = ()) -> None:

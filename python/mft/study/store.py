@@ -24,6 +24,7 @@ from typing import Any
 
 from mft.config import CONFIG
 from mft.files.atomic import sweep, target_of, write_whole
+from mft.files.json_file import parse_value
 from mft.files.yaml_file import dump_yaml, parse_yaml
 from mft.masks.location import MASKS
 from mft.study.config import AVERAGE, CROSS_ENTROPY, FULL, FULL_KINDS, Setting, StudyConfig
@@ -232,7 +233,7 @@ def _digest(parts: Any) -> str:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_value(path.read_bytes(), path)
     except ValueError as error:
         raise ValueError(f"{path} must be the JSON that was written, got {error}: delete it to run it again") from None
 

@@ -15,6 +15,7 @@ from mft.data.streams import StreamedRows, count_rows
 from mft.engines.step import StepReport
 from mft.evaluation.evaluate import Evaluation, evaluate
 from mft.files.atomic import naming, write_whole
+from mft.files.json_file import parse_value
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
 from mft.tracking.curves import PLOT, Curves, plot_curves
@@ -198,7 +199,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     events = []
     for number, line in enumerate(lines, 1):
         try:
-            event = json.loads(line)
+            event = parse_value(line.encode(), path)
         except ValueError:
             event = None
         if not isinstance(event, dict):
