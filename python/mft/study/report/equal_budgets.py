@@ -50,6 +50,11 @@ def equal_budgets(findings: Findings, domain: str, references: Mapping[str, str 
     return found
 
 
+def outcome_within(findings: Findings, domain: str, arm: str, setting: Setting) -> Outcome:
+    """The run that an EqualBudget compares for an arm."""
+    return next(outcome for outcome in _tried(findings, domain, arm) if outcome.unit.setting == setting)
+
+
 def budget_sentences(domain: str, found: Iterable[EqualBudget]) -> list[str]:
     """One an arm and unit of the budget."""
     said: dict[tuple[str, str], list[str]] = {}

@@ -20,6 +20,7 @@ WRONG = "wrong"  # questions less exact answers: what rewards make smaller
 CONFIDENCE = 0.95
 LEVEL = 1 - CONFIDENCE
 DRAWS = 10_000
+NATS_DECIMALS = 4  # of a document's sum, here and in table.json: 1e-4 nats of some hundred tokens
 _CHUNK_BYTES = 32 << 20  # of multiplicities at once; with counts and products of them well below 200 MB
 _DRAWN_BYTES = 128 << 20  # of draws of several differences at once
 Floats = NDArray[np.float64]
@@ -211,7 +212,7 @@ def _sums(measured: Measured | General, metric: str) -> tuple[Floats, Floats, Fl
         right = measured.answers.numpy().astype(float)
         return documents, right if metric == "answers" else questions - right, questions
     sums = evaluation.correct if metric == "accuracy" else evaluation.loss_sums
-    return documents, sums.numpy().astype(float), evaluation.tokens.numpy().astype(float)
+    return documents, sums.numpy().astype(float).round(NATS_DECIMALS), evaluation.tokens.numpy().astype(float)
 
 
 def _few(count: int) -> float:

@@ -1,6 +1,7 @@
 """The report of a study: tables for Markdown and the terminal, all numbers as JSON, the plots."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,15 @@ from mft.study.report.general import OnText
 from mft.study.report.over_codes import verdicts_over_codes
 from mft.study.report.plots import plot_study
 from mft.study.report.rewards import REWARDS_PLOT, plot_rewards, reward_curves
-from mft.study.report.table import DomainTable, Row, study_numbers, study_tables
+from mft.study.report.sums import sums_values
+from mft.study.report.table import DomainTable, Row, finite, study_numbers, study_tables
 from mft.study.report.verdict import conclusion, errors, remarks, shown_interval, shown_p, study_verdicts
 from mft.study.store import BYTES, FORGETTING
 from mft.tracking.curves import PLOT
 from mft.training.run_directory import TABLE_JSON, TABLE_MARKDOWN
 
 WIDTH = 100  # of the terminal's tables
+_PLAIN_LIST = re.compile(r"\[\n([^][{}\"]*)\]")  # no string of JSON has a line break in it
 _PERCENT = 100
 _MEGA = 1e6
 
@@ -60,10 +63,10 @@ def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, 
             judged = row.masked and row.decides in row.minus_control and not table.general  # else by dominance
             entry["conclusion"] = conclusion(row)[0] if judged else None
         numbers["domains"][domain]["by_rewards"] = reward_curves(findings, domain)
+        numbers["domains"][domain]["sums"] = finite(sums_values(findings, domain, table.equal_budgets))
     numbers |= {"errors": wrong, "verdicts": said, "remarks": known, "environment": extra}
     numbers |= {"at_equal_bytes": bytes_values(by_bytes)}
-    text = json.dumps(numbers, indent=2, allow_nan=False)
-    write_whole(directory / TABLE_JSON, text + "\n")
+    write_whole(directory / TABLE_JSON, numbers_text(numbers))
     plot_study(numbers, directory / PLOT)
     if findings.study.objective == REWARDS:
         plot_rewards(numbers, directory / REWARDS_PLOT)
@@ -71,6 +74,12 @@ def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, 
         plot_bytes(numbers, directory / BYTES)
     if any(table.general for table in tables.values()):
         plot_forgetting(numbers, directory / FORGETTING)
+
+
+def numbers_text(numbers: Mapping[str, Any]) -> str:
+    """table.json, with each list of plain values on one line."""
+    text = json.dumps(numbers, indent=2, allow_nan=False)
+    return _PLAIN_LIST.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 def console_report(findings: Findings) -> list[RenderableType]:
