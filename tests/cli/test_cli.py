@@ -72,8 +72,12 @@ def test_finetune_writes_a_model_that_train_evaluate_merge_and_inspect_use(cli, 
 
     code, output = cli("inspect", "masked", "--dtype", "float32")
     assert code == 0, output
-    assert "90.0" in output
+    rows = [line.split()[:3] for line in output.splitlines() if "_proj" in line or "total" in line]
+    assert rows[-2:] == [["model.layers.2-3.mlp.down_proj", "0.004", "90.04"], ["total", "of", "14"]]
+    assert len(rows) == 8
     assert "flips are unknown" not in output
+    _, output = cli("inspect", "masked", "--dtype", "float32", "--all")
+    assert sum("_proj" in line for line in output.splitlines()) == 14
 
 
 def test_the_table_of_a_run_is_githubs_markdown(cli, tmp_path):

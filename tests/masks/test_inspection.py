@@ -9,7 +9,15 @@ from torch import nn
 
 from mft.cli.masks import _mask_table
 from mft.config import TrainConfig
-from mft.masks.inspection import MaskStatistics, dropped_share, flip_share, initial_masks, mask_statistics
+from mft.masks.inspection import (
+    MaskStatistics,
+    by_kind,
+    combined,
+    dropped_share,
+    flip_share,
+    initial_masks,
+    mask_statistics,
+)
 from mft.tracking.console import new_console
 from mft.training.loop import train_masks
 from mft_kernels import MaskedGroupedLinear, pack_mask
@@ -54,9 +62,28 @@ def test_a_table_of_masks_is_eighty_columns_wide():
     names += [f"model.layers.{layer}.mlp.experts.gate_up_proj" for layer in (3, 31)]
     file = io.StringIO()
     rows = [MaskStatistics(name, 402_653_184, 0.9004, 0.1681, 0.127) for name in names]
-    new_console(file, width=80).print(_mask_table(rows))
+    new_console(file, width=80).print(_mask_table(rows, combined(rows, "total of 10")))
     assert all(f"{name} " in file.getvalue() for name in names)  # none is broken
     assert "since" in file.getvalue()
+
+
+def test_layers_that_differ_in_their_numbers_alone_are_one_row():
+    names = ["layers.0.up", "layers.0.experts.0.down", "layers.0.experts.1.down", "layers.1.up", "layers.3.up"]
+    rows = [MaskStatistics(name, 10, 0.9, 0.1, 0.5) for name in names]
+    kinds = [("layers.0-1,3.up", 30), ("layers.0.experts.0-1.down", 20)]
+    assert [(row.name, row.weights) for row in by_kind(rows)] == kinds
+
+
+def test_rows_together_are_what_one_layer_of_all_their_weights_would_be():
+    """Overlap is a share of what is dropped: 10 of 100 weights and 20 of 40."""
+    rows = [MaskStatistics("a", 100, 0.9, 0.2, 0.4), MaskStatistics("b", 40, 0.5, 0.05, 1.0)]
+    total = combined(rows, "total")
+    assert (total.name, total.weights) == ("total", 140)
+    assert (total.kept, total.flips) == (pytest.approx(110 / 140), pytest.approx(22 / 140))
+    assert total.overlap == pytest.approx((4 + 20) / 30)
+    rows[0].flips = None
+    assert combined(rows, "total").flips is None
+    assert combined([MaskStatistics("all kept", 5, 1.0, 0.0, 1.0)], "total").overlap == 1
 
 
 def test_the_dropped_share_counts_bits_whatever_stands_beside_them():

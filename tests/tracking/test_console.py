@@ -42,12 +42,27 @@ def test_lines_are_neither_broken_nor_coloured():
     assert file.getvalue() == f"{path}\n"
 
 
+def test_a_table_in_a_pipe_has_one_line_a_row_however_wide(capsys):
+    table = Table("layer", "what it is for")
+    table.add_row("model.layers.0.mlp.experts.gate_up_proj" * 3, "words that a narrow column would break " * 5)
+    console.print(table)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "gate_up_proj" in line]
+    assert len(lines) == 1
+    assert "words that a narrow column would break " * 4 in lines[0]
+
+
+def test_a_width_that_is_asked_for_holds_in_a_file_too():
+    file = io.StringIO()
+    new_console(file, width=40).print("word " * 20)
+    assert max(map(len, file.getvalue().splitlines())) <= 40
+
+
 def test_no_module_makes_a_console_of_its_own():
     folder = Path(mft.__file__).parent
     makers = [
         path.name
         for path in folder.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Console"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Console", "_Console")
     ]
     assert makers == ["console.py"]

@@ -79,7 +79,7 @@ def test_the_share_dropped_is_shown_and_recorded_and_flips_are_known(cli, tmp_pa
     assert steps[6] == pytest.approx(share)
     assert 0 < share < 0.5
     assert f"{100 * share:.3g} % dropped" in output
-    code, output = cli("inspect", "run")
+    code, output = cli("inspect", "run", "--all")
     assert code == 0, output
     rows = [line.split() for line in output.splitlines() if "mlp.gate_proj" in line]
     assert [float(row[2]) + float(row[4]) for row in rows] == [100, 100]  # what was kept at first has flipped

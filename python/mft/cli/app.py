@@ -361,11 +361,12 @@ def inspect(
     model: BaseModel = None,
     dtype: BaseDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+    every_row: Annotated[bool, typer.Option("--all", help="A row per masked layer, not per kind of layer.")] = False,
 ) -> None:
-    """Each layer's kept share, flips since initialisation and overlap with the magnitude mask."""
+    """Kept share, flips since initialisation and overlap with the magnitude mask, per kind of layer and in total."""
     from mft.cli.masks import run_inspect
 
-    run_inspect(masks, model, dtype, force=force)
+    run_inspect(masks, model, dtype, force=force, every_row=every_row)
 
 
 @app.command()

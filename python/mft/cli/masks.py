@@ -15,7 +15,14 @@ from mft.evaluation.evaluated_base import config_of_run
 from mft.masks.convert import check_interpolable, mask_model, masked_modules, merge_model
 from mft.masks.export import load_masks, recode_masks, save_masks
 from mft.masks.export_format import MASK_FILE, MaskExport, read_export
-from mft.masks.inspection import MaskStatistics, initial_masks, mask_statistics, said_of_size
+from mft.masks.inspection import (
+    MaskStatistics,
+    by_kind,
+    combined,
+    initial_masks,
+    mask_statistics,
+    said_of_size,
+)
 from mft.masks.location import masks_directory
 from mft.masks.paper_masks import import_paper_masks, write_paper_masks
 from mft.models.pretrained import load_model, save_model
@@ -54,8 +61,8 @@ def check_merged(name: str, output: Path) -> None:
         raise ValueError(f"{name} must be a new or empty directory, got {output}")
 
 
-def run_inspect(masks: str, model_name: str | None, dtype: str | None, *, force: bool) -> None:
-    """mft inspect"""
+def run_inspect(masks: str, model_name: str | None, dtype: str | None, *, force: bool, every_row: bool = False) -> None:
+    """mft inspect; every_row: a row per masked layer, else one for layers whose names differ in their numbers alone."""
     directory = masks_directory(masks)
     run_config, initial = config_of_run(directory), None
     model, _ = read_base(directory, model_name, dtype)
@@ -69,7 +76,10 @@ def run_inspect(masks: str, model_name: str | None, dtype: str | None, *, force:
         why = f"mask.init={begun.init} began by data, with mask.keep_ratio={begun.keep_ratio:g} of each matrix kept"
         if begun.threshold is not None:  # from which all scores then begin upwards
             initial = {name: torch.ones_like(mask) for name, mask in initial_masks(model).items()}
-    console.print(_mask_table(mask_statistics(model, initial)))
+    rows = mask_statistics(model, initial)
+    console.print(_mask_table(rows if every_row else by_kind(rows), combined(rows, f"total of {len(rows)}")))
+    if not every_row and len(by_kind(rows)) < len(rows):
+        say("--all shows a row per masked layer")
     if initial is None:
         say(f"flips are unknown: {why}")
 
@@ -122,12 +132,12 @@ def _facts(directory: Path, export: MaskExport, base: str, alpha: float, *, forc
     return json.dumps(merged_facts(facts), indent=2) + "\n"
 
 
-def _mask_table(rows: list[MaskStatistics]) -> Table:
+def _mask_table(rows: list[MaskStatistics], total: MaskStatistics) -> Table:
     table = Table(
         Column("layer", overflow="fold"),  # the end of a name is what tells layers apart
         *(
             Column(heading, justify="right")
-            for heading in ("weights", "kept", "flips\nsince\ninit", "dropped\nas by\nmagnitude")
+            for heading in ("million\nweights", "kept", "flips\nsince\ninit", "dropped\nas by\nmagnitude")
         ),
         box=box.SIMPLE_HEAD,  # 80 columns hold the name of a projection of experts
         padding=(0, 1, 0, 0),
@@ -135,6 +145,12 @@ def _mask_table(rows: list[MaskStatistics]) -> Table:
         show_edge=False,
     )
     for row in rows:
-        flips = "?" if row.flips is None else f"{100 * row.flips:.2f} %"
-        table.add_row(row.name, str(row.weights), f"{100 * row.kept:.2f} %", flips, f"{100 * row.overlap:.1f} %")
+        table.add_row(*_cells(row))
+    table.add_section()
+    table.add_row(*_cells(total))
     return table
+
+
+def _cells(row: MaskStatistics) -> list[str]:
+    flips = "?" if row.flips is None else f"{100 * row.flips:.2f} %"
+    return [row.name, f"{row.weights / 1e6:.3f}", f"{100 * row.kept:.2f} %", flips, f"{100 * row.overlap:.1f} %"]

@@ -1,18 +1,19 @@
 """What a mask did, layer by layer: kept share, flips since its initialisation, overlap with the magnitude mask."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from mft.config import layer_ranges
 from mft.masks.convert import masked_modules
 from mft_kernels import MaskedLayer
 
 
 @dataclass
 class MaskStatistics:
-    """Of one masked layer; shares of all its weights, except overlap."""
+    """Of one masked layer, or of several together; shares of all weights, except overlap."""
 
     name: str
     weights: int
@@ -34,6 +35,29 @@ def mask_statistics(model: nn.Module, initial: dict[str, Tensor] | None = None) 
         flips = None if initial is None else (mask.cpu() != initial[name]).float().mean().item()
         rows.append(MaskStatistics(name, mask.numel(), mask.float().mean().item(), flips, _overlap(module, mask)))
     return rows
+
+
+def combined(rows: Sequence[MaskStatistics], name: str) -> MaskStatistics:
+    """The statistics of several rows as if they were one layer."""
+    weights = sum(row.weights for row in rows)
+    dropped = [row.weights * (1 - row.kept) for row in rows]
+    flips = [row.weights * row.flips for row in rows if row.flips is not None]
+    return MaskStatistics(
+        name,
+        weights,
+        sum(row.weights * row.kept for row in rows) / weights,
+        sum(flips) / weights if len(flips) == len(rows) else None,
+        sum(row.overlap * count for row, count in zip(rows, dropped)) / sum(dropped) if any(dropped) else 1.0,
+    )
+
+
+def by_kind(rows: Iterable[MaskStatistics]) -> list[MaskStatistics]:
+    """One row for layers whose names differ in their numbers alone: model.layers.0-2,7.mlp.up_proj."""
+    groups: dict[tuple[str, ...], list[MaskStatistics]] = {}
+    for row in rows:
+        kind = tuple("" if part.isdecimal() else part for part in row.name.split("."))
+        groups.setdefault(kind, []).append(row)
+    return [combined(alike, _ranged([row.name for row in alike])) for alike in groups.values()]
 
 
 def flip_share(model: nn.Module, initial: dict[str, Tensor]) -> float:
@@ -62,6 +86,12 @@ def said_of_size(size: int, weights: int, modules_to_save: list[str] | None = No
     if modules_to_save:
         return f"{size} bytes, with {', '.join(modules_to_save)}"
     return f"{size} bytes, {8 * size / weights:.3g} bits a weight"
+
+
+def _ranged(names: list[str]) -> str:
+    """Names that differ in their numbers alone as one, with the ranges of the numbers."""
+    parts = zip(*(name.split(".") for name in names))
+    return ".".join(layer_ranges(set(map(int, each))) if each[0].isdecimal() else each[0] for each in parts)
 
 
 @torch.no_grad()
