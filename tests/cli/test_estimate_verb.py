@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from mft.cli import estimate as estimate_command
 from mft.cli.app import app
 from mft.cli.estimate import parse_bytes
+from mft.config import RunConfig
 from mft.memory.estimate import estimate
 from mft.memory.shapes import shape_from_config
 from mft.memory.workload import Workload
@@ -20,6 +21,13 @@ def this_machine(monkeypatch):
     monkeypatch.setattr(estimate_command, "machine_bytes", lambda: 64e9)
 
 
+PAPER = ("--sequence", "4096", "--accumulation", "128")  # the paper's rows, and rows per step
+
+
+def call_paper(*arguments):
+    return call(*arguments, *PAPER)
+
+
 def call(*arguments):
     result = CliRunner().invoke(app, ["estimate", *arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
@@ -28,7 +36,7 @@ def call(*arguments):
 
 def test_the_verb_prints_a_table_and_the_choice():
     code, output = call(
-        *("--model", "llama2-7b", "--layers", "4-7", "--keep-ratio", "0.9", "--sequence", "4096"),
+        *("--model", "llama2-7b", "--layers", "4-7", "--keep-ratio", "0.9", *PAPER),
         *("--micro-batch", "1", "--memory", "auto", "--gpu", "24GB"),
     )
     assert code == 0, output
@@ -70,32 +78,32 @@ def test_the_verb_prints_a_table_and_the_choice():
     ids=["resident", "layerwise", "no host", "gpt-oss", "shorter rows"],
 )
 def test_mixtures_on_cards(model, gpu, asked, said):
-    code, output = call("--model", model, "--gpu", gpu, *asked)
+    code, output = call_paper("--model", model, "--gpu", gpu, *asked)
     assert code == (0 if said.startswith("memory: ") else 2)
     assert said in output
 
 
 def test_what_is_said_of_experts():
-    _, output = call("--model", "gpt-oss-20b", "--gpu", "24GB", "--layers", "4-7")
+    _, output = call_paper("--model", "gpt-oss-20b", "--gpu", "24GB", "--layers", "4-7")
     assert "32 experts a layer, 4 for each token: 38.2 GB of the 41.8 GB of weights, and all of them are held" in output
     assert "; of a base in few bits each product makes one layer's dense" in output
     assert "the checkpoint holds weights in mxfp4; masks need them dequantised, and so they are counted" in output
     assert "eagerly: T x T a head" in output
-    _, output = call("--model", "llama2-7b", "--gpu", "24GB")
+    _, output = call_paper("--model", "llama2-7b", "--gpu", "24GB")
     assert "experts" not in output
 
 
 def test_processes_share_the_machine_and_a_step():
     """With fewer micro-batches each needs less for boundaries, and has less than one alone would have."""
     asked = ("--model", "llama2-7b", "--layers", "4-7", "--memory", "layerwise", "--gpu", "24GB", "--host", "200GB")
-    assert call(*asked)[0] == 0
-    code, output = call(*asked, "--processes", "4")
+    assert call_paper(*asked)[0] == 0
+    code, output = call_paper(*asked, "--processes", "4")
     assert code == 2
     assert "needs 54.4 GB of the host's 50.0 GB" in output
     assert "on a GPU, each of 4 processes; in GB" in output
     assert "4 processes on one machine: each runs at most 32 of a step's 128 micro-batches" in output
     assert "seconds, for 32 micro-batches a step, are not measured" in output
-    _, found = call("--model", "llama2-7b", "--layers", "4-7", "--cpu", "200GB", "--processes", "4", "--json")
+    _, found = call_paper("--model", "llama2-7b", "--layers", "4-7", "--cpu", "200GB", "--processes", "4", "--json")
     assert json.loads(found)["device_limit_gb"] == 50
     code, output = call(*asked, "--processes", "4", "--accumulation", "3")
     assert code == 2
@@ -104,32 +112,32 @@ def test_processes_share_the_machine_and_a_step():
 
 def test_what_the_host_must_hold_is_part_of_what_fits():
     asked = ("--model", "llama3.1-8b", "--gpu", "12GB")
-    code, output = call(*asked)
+    code, output = call_paper(*asked)
     assert code == 2
     assert "layerwise: needs 242.4 GB of the host's 64.0 GB" in output
     assert "this machine has 64.0 GB (--host for another)" in output
-    code, output = call(*asked, "--host", "256GB")
+    code, output = call_paper(*asked, "--host", "256GB")
     assert code == 0, output
     assert "memory: layerwise" in output
     assert "this machine" not in output
-    found = json.loads(call(*asked, "--json")[1])
+    found = json.loads(call_paper(*asked, "--json")[1])
     assert (found["memory"], found["host_limit_gb"]) == (None, 64)
     assert found["ways"]["layerwise"]["host_peak_gb"] == pytest.approx(242.4, abs=0.1)
     assert "an RTX 4090" in found["seconds_assume"]
 
 
 def test_nf4_stands_over_no_exact_weight():
-    code, output = call("--model", "llama2-7b", "--gpu", "80GB", "--host", "400GB")
+    code, output = call_paper("--model", "llama2-7b", "--gpu", "80GB", "--host", "400GB")
     assert code == 0, output
     counts = next(line for line in output.splitlines() if "linears in nf4" in line).split()
     assert counts[3:] == ["none", "none", "none", "none", "224"]
     assert "cannot be taken: every linear layer is masked" in output
-    found = json.loads(call("--model", "llama2-7b", "--quantize-masked", "--gpu", "8GB", "--json")[1])
+    found = json.loads(call_paper("--model", "llama2-7b", "--quantize-masked", "--gpu", "8GB", "--json")[1])
     assert found["ways"]["quantized"]["quantized_linears"] == 224
 
 
 def test_json_has_the_numbers_of_the_estimate():
-    code, output = call("--model", "llama2-7b", "--layers", "4-7", "--gpu", "24GB", "--json")
+    code, output = call_paper("--model", "llama2-7b", "--layers", "4-7", "--gpu", "24GB", "--json")
     assert code == 0, output
     found = json.loads(output)
     expected = estimate(SEVEN, Workload(memory="resident", layers=LOCAL))
@@ -143,11 +151,11 @@ def test_json_has_the_numbers_of_the_estimate():
 
 def test_what_does_not_fit_ends_with_code_two_and_the_nearest_setting():
     asked = ("--model", "llama2-7b", "--layers", "4-7", "--memory", "resident", "--gpu", "16GB")
-    code, output = call(*asked)
+    code, output = call_paper(*asked)
     assert code == 2
     assert "nearest that fits: --memory layerwise" in output
     assert "error" not in output
-    code, output = call(*asked, "--json")
+    code, output = call_paper(*asked, "--json")
     assert code == 2
     found = json.loads(output)
     assert found["memory"] is None
@@ -155,9 +163,25 @@ def test_what_does_not_fit_ends_with_code_two_and_the_nearest_setting():
     assert found["device_peak_gb"] > 15.4
 
 
-def test_one_row_more_at_once_means_fewer_micro_batches():
-    _, output = call("--model", "llama2-7b", "--micro-batch", "4", "--gpu", "80GB", "--json")
-    assert json.loads(output)["setting"]["accumulation"] == 32
+def test_what_is_not_given_is_what_mft_train_would_take():
+    config = RunConfig()
+    code, output = call("--model", "smollm2-135m", "--json")
+    assert code == 0, output
+    setting = json.loads(output)["setting"]
+    assert (setting["sequence"], setting["micro_batch"], setting["accumulation"]) == (
+        *(config.data.sequence_length, config.train.batch_size, config.train.accumulation),
+    )
+    assert (setting["scores"], setting["moments"]) == (config.mask.scores_dtype, config.train.moments)
+    _, output = call("--model", "smollm2-135m", "--micro-batch", "2")
+    assert "smollm2-135m, all layers, 2 x 512 tokens" in output
+    assert "as mft train by default: --sequence 512, --accumulation 1" in output
+    assert "as mft train by default" not in call_paper("--model", "smollm2-135m", "--micro-batch", "2")[1]
+
+
+def test_seconds_of_a_small_step_are_not_rounded_to_none():
+    _, output = call("--model", "smollm2-135m")
+    seconds = next(line for line in output.splitlines() if "seconds a step" in line).split()[3:]
+    assert all(0 < float(each) < 10 for each in seconds)
 
 
 def test_on_a_cpu_there_is_one_memory():
@@ -172,7 +196,7 @@ def test_on_a_cpu_there_is_one_memory():
 def test_a_config_file_and_a_directory(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     for name in (tmp_path, tmp_path / "config.json"):
-        code, output = call("--model", str(name), "--gpu", "24GB", "--json")
+        code, output = call_paper("--model", str(name), "--gpu", "24GB", "--json")
         assert code == 0, output
         expected = estimate(shape_from_config(SMALL), Workload(memory="plain"))
         assert json.loads(output)["device_peak_gb"] == expected.device_peak / 1e9

@@ -69,6 +69,8 @@ def _options(
     pass
 
 
+_DEFAULTS = RunConfig()  # of mft train, which mft estimate takes too
+
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file, or paper; the defaults if none.")]
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override, such as train.lr=3e-4; repeatable.")]
 Overrides = Annotated[
@@ -478,18 +480,20 @@ def estimate(
         typer.Option("--config", "-c", help="A study by rewards: each of its arms, in place of the options."),
     ] = None,
     layers: Annotated[str, typer.Option(help="Masked layers, such as 4-7, or all.")] = "all",
-    keep_ratio: Annotated[float, typer.Option(help="Share of the weights kept; it moves no number here.")] = 0.9,
-    sequence: Annotated[int, typer.Option(help="Tokens a row.")] = 4096,
-    micro_batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
-    accumulation: Annotated[int | None, typer.Option(help="Micro-batches a step; 128 rows if not given.")] = None,
+    keep_ratio: Annotated[
+        float, typer.Option(help="Share of the weights kept; it moves no number here.")
+    ] = _DEFAULTS.mask.keep_ratio,
+    sequence: Annotated[int, typer.Option(help="Tokens per row.")] = _DEFAULTS.data.sequence_length,
+    micro_batch: Annotated[int, typer.Option(help="Rows at once.")] = _DEFAULTS.train.batch_size,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches per step.")] = _DEFAULTS.train.accumulation,
     processes: Annotated[int, typer.Option(help="That torchrun starts on the machine, a GPU each.")] = 1,
     memory: Annotated[str, typer.Option(help="auto, plain, resident, quantized or layerwise.")] = "auto",
     gpu: Annotated[str | None, typer.Option(help="Its memory, such as 24GB or 24GiB.")] = None,
     cpu: Annotated[str | None, typer.Option(help="Without a GPU: memory; this machine's if not given.")] = None,
     host: Annotated[str | None, typer.Option(help="Memory beside the GPU; this machine's if not given.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights.")] = "bfloat16",
-    scores: Annotated[str, typer.Option(help="float32, bfloat16 or int16.")] = "float32",
-    moments: Annotated[str, typer.Option(help="float32 or 8bit.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Of the weights.")] = _DEFAULTS.model.dtype,
+    scores: Annotated[str, typer.Option(help="float32, bfloat16 or int16.")] = _DEFAULTS.mask.scores_dtype,
+    moments: Annotated[str, typer.Option(help="float32 or 8bit.")] = _DEFAULTS.train.moments,
     grad_dtype: Annotated[str | None, typer.Option(help="Of the gradient buffers; the weights' if not given.")] = None,
     quantization: Annotated[str | None, typer.Option(help="nf4, nf4-dq or int8, of the base.")] = None,
     quantize_masked: Annotated[bool, typer.Option("--quantize-masked", help="The masked weights too.")] = False,
@@ -499,7 +503,7 @@ def estimate(
     as_json: Annotated[bool, typer.Option("--json", help="The same as one JSON object.")] = False,
 ) -> None:
     """What each way of training needs of memory and time, without loading a weight; exit code 2 if nothing fits."""
-    from mft.cli.estimate import parse_bytes, run_estimate
+    from mft.cli.estimate import STEP, parse_bytes, run_estimate
     from mft.config import MaskConfig, parse_layers
     from mft.memory.workload import Workload
 
@@ -530,7 +534,7 @@ def estimate(
         target_modules=None if target_modules is None else tuple(target_modules.split(",")),
         sequence=sequence,
         micro_batch=micro_batch,
-        accumulation=max(1, 128 // max(1, micro_batch)) if accumulation is None else accumulation,
+        accumulation=accumulation,
         processes=processes,
         scores=scores,
         moments=moments,
@@ -542,7 +546,16 @@ def estimate(
         device=device,
     )
     host_bytes = None if host is None else parse_bytes(host, "--host")
-    fits = run_estimate(model, workload, dtype, device_bytes=device_bytes, host_bytes=host_bytes, as_json=as_json)
+    not_given = {name for name in STEP if not _is_given(ctx, name)}
+    fits = run_estimate(
+        model,
+        workload,
+        dtype,
+        device_bytes=device_bytes,
+        host_bytes=host_bytes,
+        as_json=as_json,
+        by_default=not_given,
+    )
     if not fits:
         raise typer.Exit(2)
 
@@ -596,9 +609,14 @@ def _check_only(ctx: typer.Context, names: set[str], beside: str) -> None:
     """Raise ValueError if other options than these were given."""
     for parameter in ctx.command.params:
         name = str(parameter.name)
-        source = ctx.get_parameter_source(name)
-        if name not in names and source is not None and source.name == "COMMANDLINE":
+        if name not in names and _is_given(ctx, name):
             raise ValueError(f"{parameter.opts[0]} must not come with {beside}, got {ctx.params[name]}")
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line, be it with its default."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _start(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Collection
 from typing import Any
 
 from rich import box
@@ -25,6 +26,7 @@ ASSUMED = {
     "cpu": f"they assume a processor that sustains {SPEEDS['cpu']}, more than most have",
 }
 _OPTIONS = {"micro_batch": "micro-batch", "quantize_masked": "quantize-masked"}
+STEP = ("sequence", "micro_batch", "accumulation")  # what a step is: its numbers hold for these alone
 _KINDS = (
     *("weights", "masks", "gradients", "states", "activations"),
     *("logits", "boundaries", "staging", "sums", "workspace"),
@@ -32,9 +34,19 @@ _KINDS = (
 
 
 def run_estimate(
-    model: str, workload: Workload, dtype: str, *, device_bytes: float | None, host_bytes: float | None, as_json: bool
+    model: str,
+    workload: Workload,
+    dtype: str,
+    *,
+    device_bytes: float | None,
+    host_bytes: float | None,
+    as_json: bool,
+    by_default: Collection[str] = (),
 ) -> bool:
-    """mft estimate; returns whether something fits. Sizes that are None are this machine's, shared by its processes."""
+    """mft estimate; returns whether something fits. Sizes that are None are this machine's, shared by its processes.
+
+    by_default: those of STEP that nobody asked for, which the output names.
+    """
     shape = shape_from_config(read_model_config(model), model, dtype=dtype)
     machine = machine_bytes()
     assumed = device_bytes is None or (workload.device == "cuda" and host_bytes is None)
@@ -49,6 +61,9 @@ def run_estimate(
         print(json.dumps(as_dictionary(shape, workload, choice, device_bytes, host_bytes), indent=2))
         return choice.way is not None
     say(title(shape, workload))
+    if by_default:
+        options = (f"{_option(name)} {getattr(workload, name)}" for name in STEP if name in by_default)
+        say(f"as mft train by default: {', '.join(options)}")
     console.print(table(shape, workload, choice, device_bytes, host_bytes))
     for line in remarks(shape, workload, choice):
         say(line)
@@ -111,7 +126,7 @@ def table(
     kind, linears = workload.quantization or "nf4", shape.layers * len(shape.matrices)
     counts = ("all" if one.quantized == linears else str(one.quantized or "none") for one in ways.values())
     found.add_row(f"linears in {kind}", *counts, str(linears))
-    found.add_row("seconds a step", *(f"{one.seconds:.0f}" for one in ways.values()))
+    found.add_row("seconds a step", *(_seconds(one.seconds) for one in ways.values()))
     return found
 
 
@@ -139,7 +154,8 @@ def remarks(shape: ModelShape, workload: Workload, choice: Choice) -> list[str]:
             "seconds are without the time in which gradients are summed"
         )
     lines.append(
-        f"seconds, for {workload.own_accumulation} micro-batches a step, are not measured: {ASSUMED[workload.device]}"
+        f"seconds, for {workload.own_accumulation} micro-batch{'' if workload.own_accumulation == 1 else 'es'} a step, "
+        f"are not measured: {ASSUMED[workload.device]}"
     )
     return lines
 
@@ -150,7 +166,7 @@ def difference(workload: Workload, near: Workload) -> str:
     for item in dataclasses.fields(Workload):
         value = getattr(near, item.name)
         if value != getattr(workload, item.name):
-            option = f"--{_OPTIONS.get(item.name, item.name)}"
+            option = _option(item.name)
             changed.append(f"without {option}" if value is False else option if value is True else f"{option} {value}")
     return " ".join(changed)
 
@@ -232,6 +248,15 @@ def _of_mixture(shape: ModelShape, choice: Choice) -> list[str]:
             "rows need much less"
         )
     return lines
+
+
+def _option(name: str) -> str:
+    return f"--{_OPTIONS.get(name, name)}"
+
+
+def _seconds(seconds: float) -> str:
+    """Two digits, or all of those before the point."""
+    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
 
 
 def _gb(size: float | None) -> str:
