@@ -1,0 +1,101 @@
+"""docs/concepts.md on when a mask is selected again: the writes that it promises to see, and outdate() for others."""
+
+import ctypes
+
+import numpy
+import pytest
+import torch
+
+from mft_kernels import MaskedLinear, outdate
+
+N, K, ROW = 96, 256, 5  # a row that the sample of the contents leaves out
+
+
+@torch.no_grad()
+def in_place(scores):
+    scores[ROW] = 0
+
+
+def in_place_on_a_view(scores):
+    torch.select(torch.detach(scores), 0, ROW).zero_()
+
+
+def load_state_dict(scores):
+    torch.nn.ParameterList([scores]).load_state_dict({"0": scores.detach().flip(0)})
+
+
+def an_optimizer_s_step(scores):
+    scores.grad = torch.ones_like(scores)
+    torch.optim.SGD([scores], lr=0.1).step()
+
+
+def assigned_data(scores):
+    scores.data = scores.detach().flip(0).clone()
+
+
+def through_data(scores):
+    scores.data[ROW] = 0
+
+
+def the_whole_matrix_by_a_pointer(scores):
+    ctypes.memmove(torch.Tensor.data_ptr(scores), scores.detach().flip(0).clone().data_ptr(), 4 * N * K)
+
+
+SEEN = (
+    in_place,
+    in_place_on_a_view,
+    load_state_dict,
+    an_optimizer_s_step,
+    assigned_data,
+    through_data,
+    the_whole_matrix_by_a_pointer,
+)
+#: Of the many ways that leave an old mask: aliases that functions make, and that are gone by the next forward.
+OTHERS = {
+    "select": lambda scores: torch.select(scores, 0, ROW).data.zero_(),
+    "narrow": lambda scores: torch.narrow(scores, 0, ROW, 1).data.zero_(),
+    "reshape": lambda scores: torch.reshape(scores, (-1,)).data[ROW * K : ROW * K + K].zero_(),
+    "unbind": lambda scores: torch.unbind(scores)[ROW].data.zero_(),
+    "transpose": lambda scores: torch.transpose(scores, 0, 1).data[:, ROW].zero_(),
+    "Tensor.detach": lambda scores: torch.Tensor.detach(scores).data[ROW].zero_(),
+    "aten.view": lambda scores: torch.ops.aten.view(scores, [-1]).data[ROW * K : ROW * K + K].zero_(),
+    "as_subclass": lambda scores: scores.as_subclass(torch.Tensor).data[ROW].zero_(),
+    "numpy": lambda scores: numpy.asarray(torch.detach(scores))[ROW].fill(0),
+    "dlpack": lambda scores: torch.from_dlpack(torch.detach(scores))[ROW].zero_(),
+    "set_": lambda scores: torch.no_grad()(torch.empty(0).set_)(scores).data[ROW].zero_(),
+    "pointer": lambda scores: ctypes.memset(torch.Tensor.data_ptr(scores) + 4 * ROW * K, 0, 4 * K),
+}
+
+
+@pytest.fixture
+def layer():
+    """A layer that remembers its mask."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = MaskedLinear(K, N, bias=False, init="normal", keep_ratio=0.5)
+    is_current(layer)
+    return layer
+
+
+@torch.no_grad()
+def is_current(layer):
+    """Whether a forward computes with the mask that is selected of the scores now."""
+    y = layer(torch.eye(K))
+    return torch.equal(y.T != 0, layer.mask())
+
+
+@pytest.mark.parametrize("write", SEEN, ids=lambda write: write.__name__)
+def test_a_write_of_the_page_s_list_is_seen(layer, write):
+    before = layer.mask()
+    write(layer.scores)
+    assert is_current(layer)
+    assert not torch.equal(layer.mask(), before)
+
+
+@pytest.mark.parametrize("write", OTHERS.values(), ids=OTHERS)
+def test_after_any_other_write_outdate_has_the_mask_selected_again(layer, write):
+    before = layer.mask()
+    write(layer.scores)
+    outdate(layer.scores)
+    assert is_current(layer)
+    assert not torch.equal(layer.mask(), before)
