@@ -13,6 +13,7 @@ from torch._C import (
     _any_requires_grad,
     _are_functorch_transforms_active,
     _dispatch_keys,
+    _dispatch_tls_is_dispatch_key_included,
     _get_tracing_state,
     _is_any_autocast_enabled,
     _is_torch_function_mode_enabled,
@@ -22,6 +23,7 @@ from torch.autograd import _profiler_enabled, forward_ad
 from torch.overrides import has_torch_function
 
 _DEVICE_TYPES = ("cpu", "cuda")
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 
 #: Whom the dispatcher asks on an ordinary tensor's account, as bits: others for fakes, wrappers and lazy negation.
 _plain_keys: set[int] = set()
@@ -64,6 +66,9 @@ def _is_watched() -> bool:
         torch.compiler.is_compiling()  # first, as a compiler cannot trace the others
         or _is_torch_function_mode_enabled()
         or _len_torch_dispatch_stack() != 0
+        or _dispatch_tls_is_dispatch_key_included(
+            _PRE_DISPATCH
+        )  # modes of make_fx(pre_dispatch=True), on a stack apart
         or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or _is_any_autocast_enabled()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import checks, library
 from ._ops import ops
-from .direct import is_direct_but_for_autograd
+from .direct import is_direct, is_direct_but_for_autograd
 from .fixed_point import selectable
 from .grouped import fake_gradients, gradients_of_packed_grouped, product_of_packed_grouped
 from .grouped_checks import check_grouped
@@ -96,7 +96,7 @@ def _differentiate(ctx, grad_output):
     keep_ratio, threshold, transposed, mode, backend = ctx.arguments
     wants = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
     x = grad_output if x is None else x
-    if ctx.mask is not None:
+    if ctx.mask is not None and is_direct(grad_output):  # see masking.py
         grads = _backward_of(ctx.mask, grad_output, x, weight, scores, offsets, transposed, mode, wants, backend)
     else:
         grads = ops.masked_linear_grouped_by_ratio_backward(

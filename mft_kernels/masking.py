@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import checks, companions, library
 from ._ops import ops
-from .direct import is_direct_but_for_autograd, is_short
+from .direct import is_direct, is_direct_but_for_autograd, is_short
 from .fixed_point import code_at_least, selectable
 from .grouped import kept_thresholds
 from .ops import gradients_of_packed, kept_threshold, pack_mask, product_of_packed, short_product_of_packed
@@ -251,7 +251,7 @@ def _differentiate(ctx, grad_output):
     keep_ratio, threshold, mode, backend = ctx.arguments
     wants = list(ctx.needs_input_grad[:4])
     x = grad_output if x is None else x
-    if ctx.mask is not None:
+    if ctx.mask is not None and is_direct(grad_output):  # a trace would keep this mask, whatever the scores become
         grads = _backward_of(ctx.mask, grad_output, x, weight, scores, mode, wants, backend)
     else:
         grads = ops.masked_linear_by_ratio_backward(

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import proxy_tensor
 from torch.optim.optimizer import Optimizer, _foreach_supported_types
 
 from .direct import plain_types
@@ -122,8 +123,10 @@ for _name in _ALIASING:
 for _name in _ALIASING_PROPERTIES:
     setattr(Scores, _name, _handing_out_property(_name))
 
-# By exact type, so that optimisers treat scores as they treat any parameter; torch enters DTensor in the same way.
+# By exact type, so that optimisers and make_fx treat scores as they treat any parameter; torch enters DTensor in the
+# optimisers' list in the same way.
 _foreach_supported_types.append(Scores)  # type: ignore[arg-type]
+proxy_tensor.HANDLED_TYPES = (*proxy_tensor.HANDLED_TYPES, Scores)  # type: ignore[assignment]
 plain_types.add(Scores)
 
 
