@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def _make_export(directory: Path) -> None:
-    save_masks(masked_llama(layers=(3,), target_modules=["q_proj"]), directory / "masks")
+    save_masks(masked_llama(layers=(3,), target_modules=["q_proj"]), directory / "masks", coding="packed")
 
 
 def _make_coded_export(directory: Path) -> None:

@@ -370,7 +370,7 @@ class RunConfig:
     # Between two checkpoints, from which --resume goes on; null: none is written.
     checkpoint_minutes: Annotated[float | None, Rule("be at least 0 (or null)", minimum=0)] = 10.0
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    coding: Annotated[str, one_of(CODINGS)] = "packed"  # of the masks; rice: entropy-coded, for newer readers alone
+    coding: Annotated[str, one_of(CODINGS)] = "rice"  # of the masks; packed: 1 bit per weight, read by every version
     report_to: Trackers = field(default_factory=list)  # beside metrics.jsonl
     project: str = "mft"  # in trackio and wandb
 

@@ -33,7 +33,7 @@ HASH = r"(?<=sha256:)[0-9a-f]{64}"
 
 
 def masks_in(tmp):
-    return save_masks(masked_llama(), tmp / "masks", base_model_name_or_path="base")
+    return save_masks(masked_llama(), tmp / "masks", base_model_name_or_path="base", coding="packed")
 
 
 def edit(path, **changes):

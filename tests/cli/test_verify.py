@@ -32,7 +32,7 @@ def test_masks_checkpoints_and_base_verify(run, cli, model_dir):
 
 
 def test_an_export_without_a_content_hash_is_told_from_one_that_was_verified(tmp_path):
-    save_masks(masked_llama(), tmp_path)
+    save_masks(masked_llama(), tmp_path, coding="packed")
     assert "content hash agrees" in verify_directory(tmp_path)[0].words
     path = tmp_path / "adapter_config.json"
     values = json.loads(path.read_text())

@@ -84,7 +84,7 @@ def assert_named(error, path):
 def export(tmp_path_factory):
     directory = tmp_path_factory.mktemp("export") / "masks"
     model = masked_llama(layers=(3,), target_modules=["q_proj", "k_proj"])
-    save_masks(model, directory, base_model_name_or_path="base")
+    save_masks(model, directory, base_model_name_or_path="base", coding="packed")
     write_paper_masks(model, directory.parent / "masks.pt")
     return directory
 

@@ -25,4 +25,4 @@ def saved(masked, tmp_path):
     """The directory of its export."""
     from mft.masks.export import save_masks
 
-    return save_masks(masked, tmp_path / "export")
+    return save_masks(masked, tmp_path / "export", coding="packed")

@@ -157,6 +157,12 @@ def test_a_merged_model_is_an_ordinary_one_that_transformers_reloads_bit_equal(m
 # ---------------------------------------------------------------------------------------------- entropy-coded
 
 
+def test_a_new_export_is_entropy_coded_unless_packed_is_asked_for(masked, tmp_path):
+    assert mft.RunConfig().coding == "rice"
+    assert contents(save_masks(masked, tmp_path / "new")) == contents(save_masks(masked, tmp_path / "c", coding="rice"))
+    assert read_export(tmp_path / "new")[0].coding == "rice"
+
+
 @pytest.mark.parametrize("base", [*BASES, "experts"])
 def test_coded_masks_come_back_exactly_and_are_the_same_content(base, tmp_path):
     make = BASES.get(base, lambda: mixture("Olmoe"))

@@ -277,7 +277,7 @@ def test_no_pickle_is_read(saved, monkeypatch):
 
 
 def test_what_is_fetched_of_experts_has_room_for_the_words_of_each(tmp_path):
-    directory = save_masks(mask_model(mixture("Olmoe"), MaskConfig()), tmp_path / "masks")
+    directory = save_masks(mask_model(mixture("Olmoe"), MaskConfig()), tmp_path / "masks", coding="packed")
     export, packed = export_format.read_export(directory)
     assert export_format.most_bytes(export) == MOST_HEADER + 8 + sum(words.nbytes for words in packed.values())
     coded = read_config(mft.recode_masks(directory, tmp_path / "coded") / CONFIG)

@@ -325,7 +325,7 @@ def test_an_export_says_on_which_base_the_masks_were_learned(kind, masked, tmp_p
 
 
 def test_an_export_of_before_quantisation_still_loads(tmp_path):
-    path = save_masks(masked_llama(), tmp_path / "export") / "adapter_config.json"
+    path = save_masks(masked_llama(), tmp_path / "export", coding="packed") / "adapter_config.json"
     values = json.loads(path.read_text())
     del values["base_quantization"], values["quantize_masked"]
     path.write_text(json.dumps(values | {"format_version": 1}))

@@ -35,7 +35,7 @@ def finished(tmp_path_factory):
     numbers = {"before": {"loss": 2.5, "accuracy": 0.25}, "after": {"loss": 2.25, "accuracy": 0.375}}
     numbers |= {"loss after - before": -0.25, "standard error": 0.03125}
     (directory / "table.json").write_text(json.dumps(numbers))
-    save_masks(masked_llama(), directory / "masks", base_model_name_or_path="smollm2-135m")
+    save_masks(masked_llama(), directory / "masks", base_model_name_or_path="smollm2-135m", coding="packed")
     return directory
 
 

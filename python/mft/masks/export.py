@@ -52,7 +52,7 @@ def save_masks(
     directory: str | os.PathLike,
     *,
     base_model_name_or_path: str | None = None,
-    coding: str = "packed",
+    coding: str = "rice",
 ) -> Path:
     """Write a masked model's masks, and its modules_to_save; either the whole export appears in directory, or nothing.
 
@@ -61,8 +61,8 @@ def save_masks(
             gathered(model). One process writes.
         directory: new, empty, or an earlier export, which is replaced. Anything else is refused.
         base_model_name_or_path: noted for the reader; by default the name that the model was loaded from.
-        coding: "packed", 1 bit a weight, which every version reads; or "rice", about the masks' entropy: 0.08 bit a
-            weight where 99 % are kept.
+        coding: "rice", about the entropy of the masks (0.08 bit per weight where 99 % are kept); or "packed", 1 bit per
+            weight, which versions that know format 2 alone can read too.
     Returns: the directory.
     """
     check_one_of("coding", coding, CODINGS)
