@@ -22,14 +22,18 @@ import pyarrow
 import pyarrow.parquet
 
 from mft.data.formats import CONTENT_COLUMNS, FORMS, PREFERENCE, content_of
+from mft.data.growth import bytes_of_line, check_growth
 from mft.files.cache import sha256_of
 from mft.files.json_file import read_object
+from mft.files.parquet_file import read_claims
 
 FILE_TYPES = (".jsonl", ".parquet", ".csv")
 TYPES = ".jsonl, .parquet or .csv"
 _ZIPPED = (".jsonl", ".csv")  # may end in .gz
 LONGEST_LINE = 64 * 2**20  # bytes; a file without line ends must not fill the memory
 SAVED = ("dataset_dict.json", "state.json")  # of save_to_disk: of several splits, of one
+_ROWS_AT_ONCE = 1024  # of a table, while it is read
+_MOST_BATCH = 2**26  # bytes of such rows, if each is as long as a dictionary of parquet
 _LONGEST_STATE = 16 * 2**20  # bytes of those files
 _SPLIT_WORDS = {
     "train": {"train", "training"},
@@ -120,12 +124,14 @@ def content_alone(row: dict[str, Any]) -> dict[str, Any]:
 Position = tuple[int, int]  # bytes and lines of a file that lie before
 
 
-def read_lines(path: Path, start: Position = (0, 0)) -> Iterator[tuple[int, str, Position]]:
+def read_lines(path: Path, start: Position = (0, 0), *, kept: bool = False) -> Iterator[tuple[int, str, Position]]:
     """(number, line with its end, what lies before the next) of each line from start on.
 
     Bytes are those of the text: of a .gz file unpacked ones, which is unpacked again up to start.
+    kept: whether the caller keeps all lines, which of a .gz file must not take more than check_growth allows.
     """
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+    zipped, held = path.suffix == ".gz", 0
+    with gzip.open(path) if zipped else path.open("rb") as file:
         try:
             end, before = start
             file.seek(end)
@@ -138,6 +144,9 @@ def read_lines(path: Path, start: Position = (0, 0)) -> Iterator[tuple[int, str,
                         f"{path}:{number}: a line must have at most {LONGEST_LINE} bytes, got more: write an example a "
                         "line"
                     )
+                if zipped:
+                    held = bytes_of_line(line) + (held if kept else 0)
+                    check_growth(path, held)
                 text = _decoded(line, f"{path}:{number}", end)
                 end += len(line)
                 yield number, text, (end, number)
@@ -163,17 +172,19 @@ def parse_line(line: str, place: str) -> dict[str, Any] | None:
     return row
 
 
-def read_csv(path: Path, start: Position = (0, 0)) -> Iterator[tuple[int, dict[str, str], Position]]:
+def read_csv(
+    path: Path, start: Position = (0, 0), *, kept: bool = False
+) -> Iterator[tuple[int, dict[str, str], Position]]:
     """(line on which it begins, record, what lies before the next) of each from start on, the first after the header.
 
-    A record is a line, or several where quotes hold line ends.
+    A record is a line, or several where quotes hold line ends. kept: as of read_lines.
     """
-    records = _csv_values(path)
+    records = _csv_values(path, kept=kept)
     place, header, begin = next(records, (0, [], start))
     if len(set(header)) != len(header):
         raise ValueError(f"{path}:{place}: the header must name each column once, got {','.join(header)[:100]}")
     if start > begin:
-        records = _csv_values(path, start)
+        records = _csv_values(path, start, kept=kept)
     for number, values, end in records:
         if len(values) != len(header):
             raise ValueError(
@@ -203,7 +214,7 @@ class _File:
 
 def _read_jsonl(path: Path) -> _File:
     rows, lines, columns = [], [], dict[str, None]()
-    for number, line, _ in read_lines(path):
+    for number, line, _ in read_lines(path, kept=True):
         if (row := parse_line(line, f"{path}:{number}")) is not None:
             columns.update(dict.fromkeys(row))
             rows.append(content_alone(row))
@@ -226,27 +237,34 @@ def _decoded(line: bytes, place: str, start: int) -> str:
 
 def _read_csv(path: Path) -> _File:
     rows, lines = [], []
-    for number, row, _ in read_csv(path):
+    for number, row, _ in read_csv(path, kept=True):
         rows.append(content_alone(row))
         lines.append(number)
     header = next(_csv_values(path), (0, [], (0, 0)))[1]
     return _File(rows, lambda i: f"{path}:{lines[i]}", header)
 
 
-def _csv_values(path: Path, start: Position = (0, 0)) -> Iterator[tuple[int, list[str], Position]]:
+def _csv_values(
+    path: Path, start: Position = (0, 0), *, kept: bool = False
+) -> Iterator[tuple[int, list[str], Position]]:
     """(the line on which it begins, values, what lies before the next) of each that is not empty."""
-    end = start
+    end = begin = start
 
     def feed() -> Iterator[str]:
         nonlocal end
-        for _, line, behind in read_lines(path, start):
+        for _, line, behind in read_lines(path, start, kept=kept):
+            if behind[0] - begin[0] > LONGEST_LINE:
+                raise ValueError(
+                    f"{path}:{begin[1] + 1}: a record must have at most {LONGEST_LINE} bytes, got more: does a quote "
+                    "have no end?"
+                )
             end = behind
             yield line
 
     reader = csv.reader(feed(), strict=True)
     limit = csv.field_size_limit()
     while True:
-        number = end[1] + 1
+        begin, number = end, end[1] + 1
         csv.field_size_limit(LONGEST_LINE)  # of all readers of the process
         try:
             values = next(reader, None)
@@ -263,13 +281,42 @@ def _csv_values(path: Path, start: Position = (0, 0)) -> Iterator[tuple[int, lis
             yield number, values, end
 
 
-def _read_parquet(path: Path) -> _File:
+def read_parquet(
+    path: Path, most_rows: int, start: Position = (0, 0), *, kept: bool = False
+) -> Iterator[tuple[Position, int, pyarrow.RecordBatch, list[str]]]:
+    """((row group, rows of it before), rows of the file before, rows, names of all columns), few rows at a time.
+
+    start: row group, and how many of its rows are left out. kept: whether the caller keeps all rows.
+    Raises: ValueError if a row group, or if kept all of them, take more than check_growth allows.
+    """
+    first, before = start
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            return _of_table(file.read(columns=columns_to_read(names)), path, names)
+            columns = columns_to_read(names)
+            claims = read_claims(path, file.metadata, columns)
+            check_growth(path, (sum if kept else max)([group.bytes for group in claims] or [0]))
+            number, held = sum(group.rows for group in claims[:first]), 0
+            for group in range(first, file.num_row_groups):
+                # Each row of a batch may be all that the dictionary holds.
+                rows = max(1, min(most_rows, _MOST_BATCH // max(1, claims[group].dictionary)))
+                inside = 0
+                for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
+                    held = batch.nbytes + (held if kept else 0)
+                    check_growth(path, held)
+                    skipped = min(max(before - inside, 0), len(batch)) if group == first else 0
+                    yield (group, inside + skipped), number + inside + skipped, batch.slice(skipped), names
+                    inside += len(batch)
+                number += inside
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} must be a parquet file, and cannot be read as one: {error}") from None
+
+
+def _read_parquet(path: Path) -> _File:
+    batches = [batch for _, _, batch, _ in read_parquet(path, _ROWS_AT_ONCE, kept=True)]
+    schema = pyarrow.parquet.read_schema(path)
+    table = pyarrow.Table.from_batches(batches) if batches else schema.empty_table()
+    return _of_table(table.select(columns_to_read(schema.names)), path, schema.names)
 
 
 def _read_arrow(path: Path) -> _File:

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import datasets
 import pyarrow
-import pyarrow.parquet
 
 from mft.data.formats import without_filling
 from mft.data.record_files import (
@@ -23,6 +22,7 @@ from mft.data.record_files import (
     parse_line,
     read_csv,
     read_lines,
+    read_parquet,
     type_of,
 )
 
@@ -137,21 +137,10 @@ def _read_csv(path: Path, start: Any) -> Found:
 
 def _read_parquet(path: Path, start: Any) -> Found:
     """start: [row group, rows of it that lie before]."""
-    first, before = start or (0, 0)
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            number = sum(file.metadata.row_group(group).num_rows for group in range(first))
-            for group in range(first, file.num_row_groups):
-                inside = 0
-                for batch in file.iter_batches(_BATCH, row_groups=[group], columns=columns_to_read(names)):
-                    skipped = min(max(before - inside, 0), len(batch)) if group == first else 0
-                    for j, row in enumerate(batch.slice(skipped).to_pylist(), inside + skipped):
-                        yield content_alone(without_filling(row)), names, f"{path} row {number + j}", [group, j + 1]
-                    inside += len(batch)
-                number += inside
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} must be a parquet file, and cannot be read as one: {error}") from None
+    for (group, inside), number, batch, names in read_parquet(path, _BATCH, tuple(start or (0, 0))):
+        for j, row in enumerate(batch.to_pylist()):
+            place = f"{path} row {number + j}"
+            yield content_alone(without_filling(row)), names, place, [group, inside + j + 1]
 
 
 def _read_arrow(path: Path, start: Any) -> Found:

@@ -14,6 +14,7 @@ from typing import Any
 
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
+from mft.files.cursor import Cursor, Damaged
 from mft.files.regular_file import open_regular
 
 MAGIC = b"GGUF"
@@ -43,72 +44,39 @@ def check_gguf(path: Path) -> None:
             raise _error(path, f"{size} bytes")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             try:
-                _check(_Cursor(content))
-            except _Damaged as error:
+                _check(Cursor(content))
+            except Damaged as error:
                 raise _error(path, str(error)) from None
-
-
-class _Damaged(Exception):
-    """What is wrong."""
 
 
 def _error(path: Path, problem: str) -> ValueError:
     return ValueError(f"{path}: expected a GGUF file, got one with {problem}: damaged or cut off, copy it again")
 
 
-class _Cursor:
-    """Reads a header from its start, and never past the file's end."""
-
-    def __init__(self, content: mmap.mmap) -> None:
-        self.content, self.place = content, 0
-
-    def skip(self, count: int) -> int:
-        """Where the next so many bytes begin."""
-        start, left = self.place, len(self.content) - self.place
-        if count > left:
-            raise _Damaged(f"{count} bytes claimed at byte {start}, where {left} are left")
-        self.place += count
-        return start
-
-    def numbers(self, form: str) -> tuple[Any, ...]:
-        form = f"<{form}"
-        return struct.unpack_from(form, self.content, self.skip(struct.calcsize(form)))
-
-    def number(self, form: str) -> Any:
-        return self.numbers(form)[0]
-
-    def text(self) -> str:
-        start = self.skip(self.number("Q"))
-        try:
-            return self.content[start : self.place].decode("utf-8")
-        except UnicodeDecodeError:
-            raise _Damaged(f"a text at byte {start} that is not UTF-8") from None
-
-
-def _check(cursor: _Cursor) -> None:
+def _check(cursor: Cursor) -> None:
     magic, version, tensors, pairs = cursor.numbers("4sIQQ")
     if magic != MAGIC or version not in _VERSIONS:
-        raise _Damaged(f"magic {magic!r} and version {version}, which must be {MAGIC!r} and 2 or 3")
+        raise Damaged(f"magic {magic!r} and version {version}, which must be {MAGIC!r} and 2 or 3")
     metadata: dict[str, Any] = {}
     for _ in range(pairs):
         key = cursor.text()
         if key in metadata:
-            raise _Damaged(f"the key {key[:80]!r} twice")
+            raise Damaged(f"the key {key[:80]!r} twice")
         metadata[key] = _value(cursor)
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
-        raise _Damaged(f"general.architecture {architecture!r}, which must be a text")
+        raise Damaged(f"general.architecture {architecture!r}, which must be a text")
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment < 1 or alignment.bit_count() != 1:
-        raise _Damaged(f"general.alignment {alignment!r}, which must be a power of two")
+        raise Damaged(f"general.alignment {alignment!r}, which must be a power of two")
     names = _check_tensors(cursor, tensors, alignment)
     found = {name.split(".")[1] for name in names if name.startswith("blk.")}
     blocks = metadata.get(f"{architecture}.block_count")
     if type(blocks) is not int or blocks != len(found):  # transformers makes as many as it says
-        raise _Damaged(f"{architecture}.block_count {blocks!r} beside the tensors of {len(found)} blocks")
+        raise Damaged(f"{architecture}.block_count {blocks!r} beside the tensors of {len(found)} blocks")
 
 
-def _value(cursor: _Cursor) -> Any:
+def _value(cursor: Cursor) -> Any:
     """A number or a text; of an array its length."""
     kind = cursor.number("I")
     if kind in _FORMS:
@@ -116,7 +84,7 @@ def _value(cursor: _Cursor) -> Any:
     if kind == GGUFValueType.STRING:
         return cursor.text()
     if kind != GGUFValueType.ARRAY:
-        raise _Damaged(f"a value of type {kind} at byte {cursor.place}, which there is not")
+        raise Damaged(f"a value of type {kind} at byte {cursor.place}, which there is not")
     kind, length = cursor.numbers("IQ")
     if kind in _FORMS:
         cursor.skip(length * struct.calcsize(f"<{_FORMS[kind]}"))
@@ -124,32 +92,32 @@ def _value(cursor: _Cursor) -> Any:
         for _ in range(length):
             cursor.skip(cursor.number("Q"))
     else:
-        raise _Damaged(f"an array of type {kind} at byte {cursor.place}, which must be of numbers or texts")
+        raise Damaged(f"an array of type {kind} at byte {cursor.place}, which must be of numbers or texts")
     return length
 
 
-def _check_tensors(cursor: _Cursor, count: int, alignment: int) -> set[str]:
+def _check_tensors(cursor: Cursor, count: int, alignment: int) -> set[str]:
     """The tensors' names."""
     ends, total = 0, 0
     names: set[str] = set()
     for _ in range(count):
         name, dimensions = cursor.text(), cursor.number("I")
         if name in names:
-            raise _Damaged(f"the tensor {name[:80]!r} twice")
+            raise Damaged(f"the tensor {name[:80]!r} twice")
         names.add(name)
         if not 0 < dimensions <= _MOST_DIMENSIONS:
-            raise _Damaged(f"{dimensions} dimensions of {name[:80]!r}, which must be 1 to {_MOST_DIMENSIONS}")
+            raise Damaged(f"{dimensions} dimensions of {name[:80]!r}, which must be 1 to {_MOST_DIMENSIONS}")
         shape = cursor.numbers(f"{dimensions}Q")
         kind, offset = cursor.numbers("IQ")
         if kind not in GGML_QUANT_SIZES:
-            raise _Damaged(f"the type {kind} of {name[:80]!r}, which there is not")
+            raise Damaged(f"the type {kind} of {name[:80]!r}, which there is not")
         values, stored = GGML_QUANT_SIZES[kind]
         if not math.prod(shape) or shape[0] % values:
-            raise _Damaged(f"the shape {shape} of {name[:80]!r}, whose rows are of {values} values at a time")
+            raise Damaged(f"the shape {shape} of {name[:80]!r}, whose rows are of {values} values at a time")
         size = math.prod(shape) // values * stored
         ends, total = max(ends, offset + size), total + size
     cursor.skip(-cursor.place % alignment)
     left = len(cursor.content) - cursor.place
     if max(ends, total) > left:
-        raise _Damaged(f"{max(ends, total)} bytes of tensors, where {left} are left")
+        raise Damaged(f"{max(ends, total)} bytes of tensors, where {left} are left")
     return names

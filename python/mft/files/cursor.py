@@ -1,0 +1,38 @@
+"""A binary header that a stranger may have written, read from its start and never past the file's end."""
+
+import mmap
+import struct
+from typing import Any
+
+
+class Damaged(Exception):
+    """What is wrong."""
+
+
+class Cursor:
+    """Raises: Damaged where more is claimed than there is."""
+
+    def __init__(self, content: mmap.mmap, place: int = 0) -> None:
+        self.content, self.place = content, place
+
+    def skip(self, count: int) -> int:
+        """Where the next so many bytes begin."""
+        start, left = self.place, len(self.content) - self.place
+        if count > left:
+            raise Damaged(f"{count} bytes claimed at byte {start}, where {left} are left")
+        self.place += count
+        return start
+
+    def numbers(self, form: str) -> tuple[Any, ...]:
+        form = f"<{form}"
+        return struct.unpack_from(form, self.content, self.skip(struct.calcsize(form)))
+
+    def number(self, form: str) -> Any:
+        return self.numbers(form)[0]
+
+    def text(self) -> str:
+        start = self.skip(self.number("Q"))
+        try:
+            return self.content[start : self.place].decode("utf-8")
+        except UnicodeDecodeError:
+            raise Damaged(f"a text at byte {start} that is not UTF-8") from None
