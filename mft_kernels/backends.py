@@ -88,6 +88,11 @@ def registered(name: str) -> Backend:
     return _TABLE[name]
 
 
+def asked_for() -> str:
+    """What the environment variable MFT_KERNELS asks for: the name of a backend, or "auto"."""
+    return os.environ.get("MFT_KERNELS") or "auto"
+
+
 def import_entry_points() -> None:
     """Import what other packages name in the group ENTRY_POINTS: each registers its backends."""
     for entry_point in metadata.entry_points(group=ENTRY_POINTS):
@@ -102,7 +107,7 @@ def choose(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], reque
     """
     source = "backend"
     if requested == "auto":
-        requested, source = os.environ.get("MFT_KERNELS") or "auto", "MFT_KERNELS"
+        requested, source = asked_for(), "MFT_KERNELS"
     call = op, device, dtypes, requested, source
     found = _chosen.get(call)
     if found is None:
@@ -111,7 +116,7 @@ def choose(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], reque
 
 
 def backend_report() -> dict[str, dict]:
-    """What is available, what ``auto`` chooses and why not the others.
+    """What is available, what ``auto`` chooses (MFT_KERNELS aside) and why not the others.
 
     Returns: {"backends": {name: {"available": bool, "detail": str, "reason": str | None}},
     "auto": {device type: name}}, for the device types that this machine has.

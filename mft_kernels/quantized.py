@@ -4,7 +4,6 @@ A product reads 0.5625 bytes a weight in NF4 (0.516 with double quantisation), 1
 there are scores, pack_mask makes the bits. dequantize makes the dense matrix.
 """
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ._ops import ops
-from .backends import choose, registered
+from .backends import asked_for, choose, registered
 from .checks import autocasts, check_device, check_floating, check_packed, check_tensor, check_transforms
 from .direct import is_direct, is_direct_but_for_autograd
 from .library import define, define_autocast, define_autograd, define_no_double_backward, unchanged
@@ -74,7 +73,7 @@ def _decodes(device_type: str, dtype: torch.dtype) -> bool:
     """Whether a kernel of ours decodes there: one that "auto" takes, or the cuda backend's where it is asked for."""
     name = "cpu"
     if device_type == "cuda":
-        name = "cuda" if os.environ.get("MFT_KERNELS") == "cuda" else "triton"
+        name = "cuda" if asked_for() == "cuda" else "triton"
     if name == "cuda" and dtype == torch.float32:
         return False  # its kernels take 16 bits
     found = registered(name)

@@ -8,8 +8,10 @@ from tiny import make_llama
 from tiny_run import LEARN
 
 import mft
+from mft.cli.environment import served_on
 from mft.training.flips import read_flips
 from mft.training.run_directory import check_run_directory
+from mft_kernels import backends
 
 
 @pytest.mark.parametrize("name", ["runs/[lr=3]", "runs/[/y]"])
@@ -117,6 +119,25 @@ def test_env_says_which_kernels_serve_the_cpu(cli):
     assert "reference" in output
     assert "processor " in output
     assert "path of the cpu library " in output
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("reference", "MFT_KERNELS=reference on cpu: every op (auto: "),
+        ("partial", "MFT_KERNELS=partial on cpu: pack_mask, pack_signs alone, other ops are refused (auto: "),
+        ("missing", "MFT_KERNELS=missing on cpu: every op is refused: no compiler; unset it for auto, "),
+        ("fast", "MFT_KERNELS=fast on cpu: every op is refused: name must be one of ("),
+        ("auto", "auto on cpu: "),
+    ],
+)
+def test_env_says_what_the_variable_asks_for(asked, told, own_table, monkeypatch):
+    ops = {name: backends.registered("reference").ops[name] for name in ("pack_mask", "pack_signs")}
+    backends.register(backends.Backend("partial", frozenset({"cpu"}), frozenset(), ops))
+    backends.register(backends.Backend("missing", frozenset({"cpu"}), frozenset(), {}, unavailable="no compiler"))
+    automatic = backends.backend_report()["auto"]["cpu"]
+    monkeypatch.setenv("MFT_KERNELS", asked)
+    assert served_on(torch.device("cpu"), automatic).startswith(told)
 
 
 def test_a_run_is_not_overwritten_unasked(cli, tmp_path):

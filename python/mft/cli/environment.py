@@ -8,6 +8,7 @@ from rich.table import Table
 
 import mft_kernels
 from mft.tracking.console import console, say
+from mft_kernels.backends import asked_for, registered
 from mft_kernels.cpu import path_taken
 from mft_kernels.processor import this_processor
 
@@ -33,11 +34,29 @@ def run_env(*, measure: bool) -> None:
         table.add_row(name, "yes" if entry["available"] else "no", entry["detail"], entry["reason"] or "")
     console.print(table)
     for kind, name in report["auto"].items():
-        console.print(f"auto on {kind}: {name} (override with MFT_KERNELS=...)")
+        say(served_on(torch.device(kind), name))
     if measure:
         from mft.cli.measure import run_measure
 
         run_measure(console)
+
+
+def served_on(device: torch.device, automatic: str) -> str:
+    """Which backend serves the device: the one that MFT_KERNELS asks for, or the one that "auto" takes."""
+    asked = asked_for()
+    if asked == "auto":
+        return f"auto on {device}: {automatic} (override with MFT_KERNELS=...)"
+    try:
+        backend = registered(asked)
+    except ValueError as error:
+        return f"MFT_KERNELS={asked} on {device}: every op is refused: {error}"
+    refused = {op: backend.refusal(op, device, ()) for op in registered("reference").ops}
+    served = [op for op, reason in refused.items() if reason is None]
+    by = f"MFT_KERNELS={asked} on {device}"
+    if not served:
+        return f"{by}: every op is refused: {next(iter(refused.values()))}; unset it for auto, {automatic} here"
+    ops = "every op" if len(served) == len(refused) else f"{', '.join(served)} alone, other ops are refused"
+    return f"{by}: {ops} (auto: {automatic})"
 
 
 def _version(package: str) -> str:
