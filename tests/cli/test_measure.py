@@ -1,12 +1,14 @@
 """mft env --measure: what is timed is right, and what is said of it follows from the times."""
 
 import io
+import re
 
 import pytest
 import torch
 
 from mft.cli import measure
 from mft.cli.measure import DENSE, EAGER, HELD, SCORES, Row, calls_of, conclusion, run_measure, table_of, verdict
+from mft.contention import Contention
 from mft.tracking.console import new_console
 from mft_kernels.testing import random_inputs
 
@@ -44,9 +46,50 @@ def test_the_last_line_names_where_eager_would_be_better():
     )
 
 
-def test_other_work_is_told():
-    assert measure.other_work(0.9, 2) == ""
-    assert "load average 4.0 on 2 processors" in measure.other_work(4.0, 2)
+def test_on_a_busy_machine_no_verdict_is_given():
+    rows = [row(69.54, 2.0, 2.0)]
+    told = " ".join(shown(table_of(rows, 64, busy=True)).split())
+    assert "busy: no verdict" in told
+    assert "69.54 ?" in told
+    assert "SLOWER" not in told
+    assert conclusion(rows, busy=True) == (
+        "whether eager PyTorch is faster anywhere is left open: the machine was busy"
+    )
+
+
+def test_a_backend_that_is_asked_for_is_named(monkeypatch):
+    monkeypatch.setenv("MFT_KERNELS", "reference")
+    assert "reference and eager, times dense" in shown(table_of([row(1.0, 1.0)], 64))
+    assert conclusion([row(1.0, 1.0)]).startswith("eager PyTorch is nowhere faster than reference by")
+
+
+@pytest.mark.parametrize(
+    ("shares", "told"),
+    [
+        ((1.0, 0.95), "the machine is quiet: 2 threads get 1.9 cores"),
+        ((0.9, 0.6), "the machine is busy: 2 threads get 1.5 cores, .* quiet machine, or with OMP_NUM_THREADS=1$"),
+        ((0.5, 0.2), "the machine is busy: 2 threads get 0.7 cores, .* quiet machine$"),
+        ((0.5,), "the machine is busy: 1 thread gets 0.5 cores, .* quiet machine$"),
+    ],
+    ids=["quiet", "one thread is free", "none is free", "one thread waits"],
+)
+def test_what_the_machine_is_busy_with_and_what_to_do_is_told(shares, told):
+    assert re.match(told, measure.told_of(Contention(shares)))
+
+
+@pytest.mark.parametrize("busy", [(True, False), (False, True), (False, False)], ids=str)
+def test_contention_is_told_before_anything_is_measured(busy, monkeypatch):
+    """And measured again at the end, as other work may have begun meanwhile."""
+    found = iter(Contention((0.5 if waits else 1.0,)) for waits in busy)
+    monkeypatch.setattr(measure, "core_share", lambda threads: next(found))
+    monkeypatch.setattr(measure, "SIZES", (64, 32, 32))
+    monkeypatch.setattr(measure, "measured", lambda size, seconds: [row(69.54, 2.0, 2.0)])
+    console = new_console(io.StringIO(), width=120)
+    run_measure(console, seconds=0.0)
+    told = console.file.getvalue()
+    assert told.startswith("the machine is busy" if busy[0] else "the machine is quiet")
+    assert told.count("the machine is busy") == any(busy)
+    assert ("69.54 SLOWER" in told) != any(busy)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -65,6 +108,7 @@ def test_what_is_timed_agrees(dtype):
 
 def test_all_rows_are_measured_and_shown(monkeypatch):
     monkeypatch.setattr(measure, "SIZES", (64, 32, 32))
+    monkeypatch.setattr(measure, "core_share", lambda threads: Contention((1.0,) * threads))
     console = new_console(io.StringIO(), width=120)
     rows = run_measure(console, seconds=0.0)
     assert len(rows) == len({(row.dtype, row.op, row.m) for row in rows}) == 18

@@ -1,10 +1,10 @@
 """`mft env --measure`: what a masked layer costs on this machine with this torch, beside dense and eager PyTorch.
 
 Forward, d_x and d_scores one by one, without autograd: ours from scores and with the mask held as bits, torch's dense
-product, and PyTorch's own ops on a masked weight (mft_kernels/eager.py). The ops are those that "auto" takes.
+product, and PyTorch's own ops on a masked weight (mft_kernels/eager.py). The ops are those that "auto" takes, or those
+of the backend that MFT_KERNELS asks for.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +16,9 @@ from rich.table import Table
 from torch.nn import functional as F
 
 import mft_kernels
+from mft.contention import Contention, core_share
 from mft.tracking.progress import Progress
+from mft_kernels.backends import asked_for
 from mft_kernels.eager import eager_grad_scores, eager_grad_x, eager_linear
 from mft_kernels.testing import Inputs, random_inputs
 from mft_kernels.timing import Samples, median_ratio, time_within
@@ -30,7 +32,6 @@ SECONDS = 20.0  # for all of it, with what else is done below 30
 SIZES = (4096, 2048, 1024, 512, 256)  # N = K: the largest that fits
 CALLS = 5 * 4 * len(OPS)  # of a dense product of the most tokens, at least: rounds and warming up, competitors, ops
 SLACK = 3.0  # times as long as dense what is measured may take on the average
-BUSY = 0.5  # load average a processor from which times say little: 4 on 2 made every product take 8 ms, small or large
 LEVEL = 1.05  # times as long, either way, is level
 
 Call = Callable[[], object]
@@ -51,28 +52,35 @@ class Row:
 
 
 def run_measure(console: Console, *, seconds: float = SECONDS) -> list[Row]:
-    """Measure, with progress, and print the table and whether eager would be better anywhere."""
-    busy = other_work(os.getloadavg()[0], os.cpu_count() or 1)
+    """Say first whether the machine is busy; measure, and print the table and whether eager would be better anywhere.
+
+    Contention is measured again at the end: where a thread had to wait at either time, no verdict is given.
+    """
+    before = core_share(torch.get_num_threads())
+    console.print(told_of(before), soft_wrap=True)
     size = fitting_size(seconds)
     rows: list[Row] = []
     with Progress(console).phase("measuring", len(DTYPES) * len(TOKENS) * len(OPS)) as phase:
         for row in measured(size, seconds):
             rows.append(row)
             phase.advance()
-    console.print(table_of(rows, size))
-    if busy:
-        console.print(busy, soft_wrap=True)
-    console.print(conclusion(rows), soft_wrap=True)
+    after = core_share(torch.get_num_threads())
+    busy = before.is_busy or after.is_busy
+    console.print(table_of(rows, size, busy=busy))
+    if after.is_busy and not before.is_busy:
+        console.print(told_of(after), soft_wrap=True)
+    console.print(conclusion(rows, busy=busy), soft_wrap=True)
     return rows
 
 
-def other_work(load: float, processors: int) -> str:
-    """What to say of the load average before anything was measured; empty where the machine was idle enough."""
-    if load <= BUSY * processors:
-        return ""
+def told_of(found: Contention) -> str:
+    """What the share of the cores means for the times, and what to do about it."""
+    if not found.is_busy:
+        return f"the machine is quiet: {found}"
+    fewer = f", or with OMP_NUM_THREADS={found.free_threads}" if found.cores >= 1 and found.threads > 1 else ""
     return (
-        f"other work is running (load average {load:.1f} on {processors} processors): a thread that waits for its turn "
-        "costs more than a product, so measure again on a quiet machine"
+        f"the machine is busy: {found}, and a product waits for its slowest thread. These times say little: measure "
+        f"again on a quiet machine{fewer}"
     )
 
 
@@ -136,26 +144,32 @@ def calls_of(layer: Inputs, m: int) -> dict[str, dict[str, Call]]:
     }
 
 
-def verdict(ratio: float) -> str:
-    """faster, level or SLOWER."""
+def verdict(ratio: float, *, busy: bool = False) -> str:
+    """faster, level or SLOWER; "?" of times that were taken on a busy machine."""
+    if busy:
+        return "?"
     return "faster" if ratio < 1 / LEVEL else "level" if ratio <= LEVEL else "SLOWER"
 
 
-def table_of(rows: list[Row], size: int) -> Table:
+def table_of(rows: list[Row], size: int, *, busy: bool = False) -> Table:
     """A line a row, and how ours compare with dense."""
-    table = Table(title=f"ours and eager, times dense; N = K = {size}, {torch.get_num_threads()} threads")
+    title = f"{_measured_backend()} and eager, times dense; N = K = {size}, {torch.get_num_threads()} threads"
+    table = Table(title=f"{title}; busy: no verdict" if busy else title)
     for name in ("", "M", "dense, ms", SCORES, HELD, EAGER):
         table.add_column(name, justify="right" if name else "left", no_wrap=not name)
     for row in rows:
         dense = sorted(row.samples[DENSE])[len(row.samples[DENSE]) // 2]
         ours = [row.against(name, DENSE) for name in (SCORES, HELD)]
-        shown = [f"{ratio:.2f} {verdict(ratio):6}" for ratio in ours]
+        shown = [f"{ratio:.2f} {verdict(ratio, busy=busy):6}" for ratio in ours]
         table.add_row(f"{row.op}, {row.dtype}", str(row.m), f"{dense:.3g}", *shown, f"{row.against(EAGER, DENSE):.2f}")
     return table
 
 
-def conclusion(rows: list[Row]) -> str:
-    """Whether "auto" would be better off with eager PyTorch anywhere."""
+def conclusion(rows: list[Row], *, busy: bool = False) -> str:
+    """Whether eager PyTorch would be better than the measured backend anywhere."""
+    if busy:
+        return "whether eager PyTorch is faster anywhere is left open: the machine was busy"
+    taken = asked_for()
     worse = [
         f"{row.op}, {row.dtype}, M = {row.m}, {name} ({row.against(name, EAGER):.2f} times eager)"
         for row in rows
@@ -163,5 +177,12 @@ def conclusion(rows: list[Row]) -> str:
         if row.against(name, EAGER) > LEVEL
     ]
     if not worse:
-        return f"eager PyTorch is nowhere faster than what auto takes by more than {100 * (LEVEL - 1):.0f} %"
-    return f"auto would be better off with eager PyTorch in {len(worse)} of {2 * len(rows)}: {'; '.join(worse)}"
+        what = "what auto takes" if taken == "auto" else taken
+        return f"eager PyTorch is nowhere faster than {what} by more than {100 * (LEVEL - 1):.0f} %"
+    return f"{taken} would be better off with eager PyTorch in {len(worse)} of {2 * len(rows)}: {'; '.join(worse)}"
+
+
+def _measured_backend() -> str:
+    """Its name; "auto" is named with what it takes."""
+    asked = asked_for()
+    return f"auto ({mft_kernels.backend_report()['auto']['cpu']})" if asked == "auto" else asked
