@@ -1,17 +1,21 @@
 """One answer while it is made: what it goes on from, how its tokens are chosen, when it ends, who takes its pieces."""
 
+import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from mft.serving.answer_text import AnswerText
-from mft.serving.refusal import Refused
+from mft.serving.refusal import Refused, failure
 from mft.serving.sampling import Sampling
 
 Finish = Literal["stop", "length"]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,26 +50,36 @@ class Generation:
 
     def advance(self, logits: Tensor) -> None:
         """One more token, of logits (V,)."""
-        try:
+        with self.on_its_own():
             self.last = self._sampling.choose(logits)
+            self.tokens += 1
+            self.first = self.first or time.monotonic()
+            finish: Finish | None = None
+            if self.last in self._ends:
+                text, finish = self._text.rest(), "stop"
+            else:
+                text = self._text.add(self.last)
+                if self._text.stopped:
+                    finish = "stop"
+                elif self.tokens == self._max_tokens:
+                    text, finish = text + self._text.rest(), "length"
+            if finish is not None:
+                self._end()
+            if text or finish is not None:
+                self._take(Piece(text, finish))
+
+    @contextmanager
+    def on_its_own(self) -> Iterator[None]:
+        """An error in here ends this answer, and no other: nothing may be changed in here that answers share."""
+        try:
+            yield
         except FloatingPointError as error:
             self.refuse(Refused(str(error), status=500))
-            return
-        self.tokens += 1
-        self.first = self.first or time.monotonic()
-        finish: Finish | None = None
-        if self.last in self._ends:
-            text, finish = self._text.rest(), "stop"
-        else:
-            text = self._text.add(self.last)
-            if self._text.stopped:
-                finish = "stop"
-            elif self.tokens == self._max_tokens:
-                text, finish = text + self._text.rest(), "length"
-        if finish is not None:
-            self._end()
-        if text or finish is not None:
-            self._take(Piece(text, finish))
+        except torch.AcceleratorError:  # the device is lost, for every answer
+            raise
+        except Exception:
+            logger.exception("one answer failed, the others go on")
+            self.refuse(failure())
 
     def refuse(self, refused: Refused) -> None:
         """End it without the rest."""

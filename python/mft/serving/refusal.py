@@ -15,3 +15,10 @@ class Refused(Exception):
     def body(self) -> dict[str, Any]:
         kind = _KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def failure() -> Refused:
+    """What a client gets where an error was not foreseen. A new one each time, as each raise adds to its traceback."""
+    return Refused(
+        "the server must answer, got an error of its own at this request: its log has the traceback", status=500
+    )

@@ -46,8 +46,15 @@ class RunningBatch:
 
     def join(self, task: str | None, prompt: Sequence[int]) -> Tensor:
         """One more row, the last. Returns: its logits (V,) for the next token."""
+        return self.add(task, prompt, *self.read(task, prompt))
+
+    def read(self, task: str | None, prompt: Sequence[int]) -> tuple[Tensor, DynamicCache]:
+        """(logits (V,) for the next token, keys and values) of a prompt alone; the batch stays as it is."""
         cache = DynamicCache()
-        logits = self._forward(torch.tensor([prompt]), cache, [task], [0], len(prompt))[0]
+        return self._forward(torch.tensor([prompt]), cache, [task], [0], len(prompt))[0], cache
+
+    def add(self, task: str | None, prompt: Sequence[int], logits: Tensor, cache: DynamicCache) -> Tensor:
+        """One more row, the last, which was read. Returns: its logits."""
         if len(self):
             length = max(self._length, len(prompt))
             _put_below(self._cache, length - self._length, cache, length - len(prompt))

@@ -99,7 +99,10 @@ class Scheduler:
             elif not self._running:
                 return not self.is_closing
         if joining is not None:
-            joining.advance(self._batch.join(joining.task, joining.prompt))
+            with joining.on_its_own():
+                read = self._batch.read(joining.task, joining.prompt)
+            if not joining.is_over:
+                joining.advance(self._batch.add(joining.task, joining.prompt, *read))
             with self._changed:
                 self._leave()
         if self._running:
