@@ -59,16 +59,16 @@ def serve(exports, words):
 
     started = []
 
-    def start(*, rows=4, waiting=8, length=64, grace=5.0, model=None):
+    def start(*, rows=4, waiting=8, length=64, grace=5.0, model=None, tokenizer=words, connections=64, hosts=None):
         bank = load_mask_bank(model or base(), exports)
         batch = RunningBatch(bank)
         batch.check_rows_apart()
         scheduler = Scheduler(batch, rows=rows, waiting=waiting)
         lines = []
-        service = Service(bank, words, scheduler, base="tiny", length=length, log=lines.append)
+        service = Service(bank, tokenizer, scheduler, base="tiny", length=length, log=lines.append, hosts=hosts)
         bound = bind("127.0.0.1", 0)
         ready = threading.Event()
-        server = Server(service.app, scheduler, grace=grace, ready=ready.set)
+        server = Server(service.app, scheduler, grace=grace, connections=connections, ready=ready.set)
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
         assert ready.wait(10)

@@ -6,13 +6,17 @@ import os
 import re
 import signal
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import make_llama
 
 from mft.masks.bank import load_mask_bank
+from mft.serving.body import read_body
+from mft.serving.port import bind
 from mft.serving.running_batch import RunningBatch
 
 openai = pytest.importorskip("openai")
@@ -132,10 +136,11 @@ def test_the_models_are_the_base_and_its_tasks(serve):
 # ---------------------------------------------------------------------------------------------- what is refused
 
 
-def post(running, body, route="/v1/completions"):
+def post(running, body, route="/v1/completions", **headers):
     """(status, what came back) of a request as it is."""
     connection = http.client.HTTPConnection(running.address.removeprefix("http://"), timeout=20)
-    connection.request("POST", route, body if isinstance(body, bytes) else json.dumps(body))
+    headers = {"Content-Type": "application/json"} | headers
+    connection.request("POST", route, body if isinstance(body, bytes) else json.dumps(body), headers)
     response = connection.getresponse()
     status, data = response.status, json.loads(response.read())
     connection.close()
@@ -174,8 +179,8 @@ REFUSED = [
     ({"temperature": 2.5}, 400, "temperature", "temperature must be less than or equal to 2, got 2.5 (float)"),
     ({"temperature": "hot"}, 400, "temperature", "temperature must be a valid number, got 'hot' (str)"),
     ({"top_p": 0}, 400, "top_p", "top_p must be greater than 0, got 0"),
-    ({"stop": ["a"] * 5}, 400, "stop", "stop must "),
-    ({"stop": [""]}, 400, "stop[0]", "stop[0] must "),
+    ({"stop": ["a"] * 5}, 400, "stop", "stop must have at most 4 items, got ['a', "),
+    ({"stop": [""]}, 400, "stop[0]", "stop[0] must have at least 1 character, got '' (str)"),
     ({"n": 2}, 400, "n", "n must be less than or equal to 1, got 2 (int)"),
     ({"echo": True}, 400, "echo", "echo must be False, got True (bool)"),
     ({"logprobs": 1}, 400, "logprobs", "logprobs must be left out, it is no key that is known here"),
@@ -183,7 +188,7 @@ REFUSED = [
     ({"stream_options": {"usage": True}}, 400, "stream_options.usage", "stream_options.usage must be left out"),
 ]
 REFUSED_CHATS = [
-    ({"messages": []}, 400, "messages", "messages must "),
+    ({"messages": []}, 400, "messages", "messages must have at least 1 item, got [] (list)"),
     (
         *({"messages": [{"role": "tool", "content": "3"}]}, 400, "messages[0].role"),
         "messages[0].role must be 'system', 'user' or 'assistant', got 'tool' (str)",
@@ -216,12 +221,57 @@ def test_a_bad_request_is_told_the_parameter_the_rule_and_the_value(serve, until
     assert running.lines[-1].startswith("cmpl 400: a\\n\\x1b[2Jb must be left out")
     assert post(running, b'{"model": "code", "prompt": "\\ud800"}')[0] == 400
     assert post(running, b'{"model": "code", "prompt": "\xff"}')[0] == 400
-    assert post(running, b"[" * 100_000)[0] == 400
+    assert post(running, b"[" * 50_000)[0] == 400
     assert len(json.dumps(post(running, {"k" * 10_000: 1, **COMPLETION, "model": "m" * 9999}))) < 1000
     assert post(running, {}, "/v1/complete")[0] == 404
     assert post(running, {}, "/v1/models")[0] == 405
     assert post(running, COMPLETION | {"user": "u", "n": None})[0] == 200
     until(lambda: running.scheduler.counts == (0, 0))
+
+
+def test_a_body_of_another_type_or_size_is_refused_before_it_is_read(serve):
+    running = serve()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "", "application/jsonp"):
+        status, body = post(running, COMPLETION, **{"Content-Type": kind})
+        assert status == 415
+        assert body["error"]["message"] == f"Content-Type must be application/json, got '{kind}' (str)"
+    assert post(running, COMPLETION, **{"Content-Type": "Application/JSON; charset=utf-8"})[0] == 200
+    most = 65536 + 32 * 64
+    whole = json.dumps(COMPLETION).encode()
+    assert post(running, whole.ljust(most))[0] == 200
+    message = "the body must be at most 67584 bytes, 64 KiB and 32 bytes per token of --length, got "
+    assert post(running, whole.ljust(most + 1))[1]["error"]["message"] == f"{message}67585"
+    chunks = {"Transfer-Encoding": "chunked"}
+    data = b"%x\r\n%s\r\n0\r\n\r\n" % (most + 1, whole.ljust(most + 1))
+    status, body = post(running, data, **chunks)
+    assert (status, body["error"]["message"]) == (413, f"{message}more")
+
+
+def test_a_service_on_loopback_is_not_asked_by_the_name_of_a_strangers_site(serve):
+    running = serve(hosts=frozenset())
+    assert post(running, COMPLETION)[0] == 200
+    status, body = post(running, COMPLETION, Host="stranger.example")
+    assert (status, body["error"]["message"].partition(", got ")[2]) == (403, "'stranger.example' (str)")
+
+
+def test_bodies_are_read_beside_the_event_loop(serve, monkeypatch):
+    """While one takes long, another client is told that the service lives."""
+    from mft.serving import service
+
+    running, begun, go_on = serve(), threading.Event(), threading.Event()
+
+    def read(kind, data):
+        begun.set()
+        assert go_on.wait(20)
+        return read_body(kind, data)
+
+    monkeypatch.setattr(service, "read_body", read)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(post, running, COMPLETION)
+        assert begun.wait(20)
+        assert running.client.models.list().data
+        go_on.set()
+        assert asked.result()[0] == 200
 
 
 def test_a_chat_with_a_model_that_has_no_template_is_refused(serve, words, monkeypatch):
@@ -254,6 +304,95 @@ def test_logits_that_are_no_numbers_end_one_answer_and_not_the_service(serve, wo
     with pytest.raises(openai.InternalServerError, match="the model's logits must be numbers, got NaN"):
         complete(running, "tiny", "33")
     assert complete(running, "tiny", max_tokens=4).choices[0].text == generated(running.bank, words, "tiny", "3 4 5", 4)
+
+
+class Hole:
+    """A tokenizer without a word for one of its ids, as one in Python raises there."""
+
+    def __init__(self, words, hole):
+        self._words, self._hole = words, hole
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._words, name)
+
+    def __len__(self):
+        return len(self._words)
+
+    def __call__(self, text):
+        if text == "unreadable":
+            raise KeyError(text)
+        return self._words(text)
+
+    def decode(self, tokens, **options):
+        if self._hole in tokens:
+            raise TypeError("sequence item 0: expected str instance, NoneType found")
+        return self._words.decode(tokens, **options)
+
+
+FAILED = "the server must answer, got an error of its own at this request: its log has the traceback"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_cannot_be_decoded_ends_alone(serve, words, caplog, until, stream):
+    running = serve()
+    texts = [generated(running.bank, words, "code", prompt, 16).split() for prompt in PROMPTS]
+    hole = next(word for word in texts[0][2:] if not any(word in text for text in texts[1:]))
+    running = serve(tokenizer=Hole(words, int(hole)), rows=8)
+
+    def ask(i):
+        try:
+            made = complete(running, prompt=PROMPTS[i], stream=stream and not i)
+            return " ".join(chunk.choices[0].text for chunk in made) if stream and not i else made.choices[0].text
+        except openai.APIError as error:
+            return str(error)
+
+    found = at_once(ask)
+    assert FAILED in found[0]
+    assert [text.split() for text in found[1:]] == texts[1:]
+    assert "one answer failed, the others go on" in caplog.text
+    assert "expected str instance, NoneType found" in caplog.text
+    until(lambda: running.scheduler.counts == (0, 0))
+    assert [line for line in running.lines if f" code 500 {FAILED}: 3 + " in line]
+
+
+def test_a_prompt_that_the_model_cannot_read_ends_its_answer_alone(serve, words, monkeypatch, until):
+    running, read = serve(), RunningBatch.read
+
+    def fail(batch, task, prompt):
+        if prompt == [33]:
+            raise IndexError("index out of range in self")
+        return read(batch, task, prompt)
+
+    monkeypatch.setattr(RunningBatch, "read", fail)
+    found = at_once(lambda i: post(running, COMPLETION | {"prompt": PROMPTS[i], "temperature": 0}))
+    assert PROMPTS[7] == "33"
+    assert found[7] == (500, {"error": {"message": FAILED, "type": "server_error", "param": None, "code": None}})
+    expected = [generated(running.bank, words, "code", prompt, 16) for prompt in PROMPTS[:7]]
+    assert [body["choices"][0]["text"] for _, body in found[:7]] == expected
+    until(lambda: running.scheduler.counts == (0, 0))
+
+
+def test_a_text_that_cannot_be_tokenized_is_one_500(serve, words):
+    running = serve(tokenizer=Hole(words, 0))
+    assert post(running, COMPLETION | {"prompt": "unreadable"})[1]["error"]["message"] == FAILED
+    assert post(running, COMPLETION)[0] == 200
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_device_that_is_lost_ends_the_service(serve, monkeypatch):
+    running = serve()
+    running.fails = True
+
+    def fail(batch, task, prompt):
+        raise torch.AcceleratorError("device-side assert triggered")
+
+    monkeypatch.setattr(RunningBatch, "read", fail)
+    with pytest.raises(openai.InternalServerError, match="the server must be running, got one that failed"):
+        complete(running)
+    running.thread.join(10)
+    assert not running.thread.is_alive()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -361,6 +500,13 @@ def test_what_takes_longer_than_the_grace_is_cut_with_a_reason(serve, gate, unti
     assert "503 the server must be running" in running.lines[0]
 
 
+@pytest.mark.parametrize("host", ["", " "])
+def test_no_host_is_not_every_address(host):
+    rule = "--host must name an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all, got"
+    with pytest.raises(ValueError, match=f"{rule} '{host}'"):
+        bind(host, 0)
+
+
 def test_the_verb_serves_until_a_signal_comes(cli, exports, tmp_path, words, until):
     """On this very process, as a signal would come."""
     model = tmp_path / "base"
@@ -373,6 +519,11 @@ def test_the_verb_serves_until_a_signal_comes(cli, exports, tmp_path, words, unt
 
     def ask():
         until(lambda: answers(port))
+        service = SimpleNamespace(address=f"http://127.0.0.1:{port}")
+        statuses = [post(service, {}, Host=name)[0] for name in ("other.example", f"masks.example:{port}", "[::1]")]
+        assert statuses == [403, 400, 400]
+        message = post(service, {"model": str(model), "prompt": "3"})[1]["error"]["message"]
+        assert message == f"model must be one of base, code, math, got {str(model)!r}"
         try:
             stream = client.completions.create(model="code", prompt="3 4 5", max_tokens=16, temperature=0, stream=True)
             pieces = [next(stream).choices[0].text]
@@ -384,11 +535,12 @@ def test_the_verb_serves_until_a_signal_comes(cli, exports, tmp_path, words, unt
     masks = [word for task in exports for word in ("--masks", f"{task}={exports[task]}")]
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask)
-        code, output = cli("serve", "--model", str(model), "--dtype", "float32", *masks, "--port", str(port))
+        options = ("--dtype", "float32", "--port", str(port), "--allow-host", "masks.example")
+        code, output = cli("serve", "--model", str(model), *masks, *options)
         text = asked.result()
     client.close()
     assert code == 0, output
-    assert f"serving {model}, code, math on http://127.0.0.1:{port}/v1" in output
+    assert f"serving base, code, math on http://127.0.0.1:{port}/v1" in output
     assert text == generated(load_mask_bank(make_llama(initializer_range=0.3), exports), words, "code", "3 4 5", 16)
     assert output.splitlines()[-1] == "stopped"
 

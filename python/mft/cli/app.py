@@ -331,6 +331,9 @@ def serve(
         str, typer.Option(help="Whom it listens to; 0.0.0.0 is everyone, unasked for a key.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one.")] = 8000,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name, or * for any, that clients may ask for besides loopback's.")
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Requests that are answered at once.")] = 8,
     waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait beside them.")] = 64,
     length: Annotated[
@@ -350,6 +353,7 @@ def serve(
         force=force,
         host=host,
         port=port,
+        allowed_hosts=allow_host or (),
         rows=rows,
         waiting=waiting,
         length=length,

@@ -2,9 +2,21 @@
 
 import socket
 
+from mft.checks import check_rule
+
 
 def bind(host: str, port: int) -> socket.socket:
-    """A port of this machine; clients are refused until it is served. Raises: OSError that names it."""
+    """A port of this machine; clients are refused until it is served.
+
+    Raises: ValueError if no host is named; OSError that names the port.
+    """
+    # An empty one is every address to the operating system.
+    check_rule(
+        bool(host.strip()),
+        "--host",
+        "name an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all",
+        repr(host),
+    )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

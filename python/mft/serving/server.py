@@ -9,18 +9,30 @@ from collections.abc import Callable
 import uvicorn
 from starlette.applications import Starlette
 
+from mft.serving.connection import Connection
 from mft.serving.scheduler import Scheduler
 
 
 class Server(uvicorn.Server):
-    """Args: grace: seconds between being asked to stop and refusing what is not answered by then."""
+    """Args:
+    grace: seconds between being asked to stop and refusing what is not answered by then.
+    connections: at most at once, beside those that are being answered (Connection.most).
+    """
 
-    def __init__(self, app: Starlette, scheduler: Scheduler, *, grace: float, ready: Callable[[], None]) -> None:
+    def __init__(
+        self, app: Starlette, scheduler: Scheduler, *, grace: float, connections: int, ready: Callable[[], None]
+    ) -> None:
+
+        class Limited(Connection):
+            most = connections
+
         # httptools and uvloop are not taken where they happen to be installed: one way, the one that is tested.
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=Limited,
+                # Beyond that requests get 503. Twice, as uvicorn counts those of closed connections for a moment too.
+                limit_concurrency=2 * connections,
                 loop="asyncio",
                 ws="none",
                 lifespan="off",

@@ -8,23 +8,26 @@ from typing import Any
 
 from openai.types import CompletionUsage, Model
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.middleware import Middleware
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from mft.checks import nearest
+from mft.checks import nearest, shown
 from mft.masks.bank import MaskBank
 from mft.serving.answer import END, ChatAnswer, TextAnswer, refusal_event
 from mft.serving.answer_text import AnswerText
-from mft.serving.body import Body, ChatBody, CompletionBody, read_body
+from mft.serving.body import Body, ChatBody, CompletionBody, most_bytes, read_body
 from mft.serving.generation import Generation, Piece
+from mft.serving.hosts import HostCheck
+from mft.serving.incoming import json_bytes
 from mft.serving.prompt import Prompts
-from mft.serving.refusal import Refused
+from mft.serving.refusal import Refused, failure
 from mft.serving.sampling import Sampling
 from mft.serving.scheduler import Scheduler
 
-MOST_BYTES = 1 << 24  # of a request; source code has 3.4 a token with SmolLM2
+READ_AT_ONCE = 2  # bodies that are JSON and tokens being made of; one more waits. Two: a long one holds no short one up
 
 
 class Service:
@@ -34,6 +37,7 @@ class Service:
         base: its name, by which no masks are taken.
         length: of prompt and answer together, in tokens.
         log: takes a line a request.
+        hosts: the names by which it may be asked besides loopback's, None for any (hosts.known_hosts).
     """
 
     def __init__(
@@ -45,9 +49,11 @@ class Service:
         base: str,
         length: int,
         log: Callable[[str], None],
+        hosts: frozenset[str] | None = None,
     ) -> None:
         self._bank, self._base, self._scheduler, self._log = bank, base, scheduler, log
         self._prompts = Prompts(tokenizer, length)
+        self._most_bytes, self._reading = most_bytes(length), asyncio.Semaphore(READ_AT_ONCE)
         self._tokenizer = copy.deepcopy(tokenizer)  # the scheduler's thread decodes while others encode
         self._ends = _ends(bank.model, tokenizer)
         self._started = int(time.time())
@@ -59,7 +65,8 @@ class Service:
                 Route("/v1/completions", self._completions, methods=["POST"]),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
             ],
-            exception_handlers={Refused: _refusal, 404: _no_such_route, 405: _no_such_route},
+            middleware=[Middleware(HostCheck, hosts=hosts)],
+            exception_handlers={Refused: _refusal, 404: _no_such_route, 405: _no_such_route, Exception: _failure},
         )
 
     async def _health(self, _: Request) -> Response:
@@ -83,9 +90,11 @@ class Service:
 
     async def _answer(self, request: Request, kind: type[Body], form: type[TextAnswer]) -> Response:
         try:
-            body = read_body(kind, await _bytes(request))
+            data = await json_bytes(request, self._most_bytes)
+            async with self._reading:
+                body, task, prompt, most = await asyncio.to_thread(self._read, kind, data)
             answer = form(body.model)
-            pieces = await self._begin(body)
+            pieces = self._begin(body, task, prompt, most)
         except Refused as refused:
             self._log(f"{form.prefix} {refused.status}: {_one_line(refused.message)}")
             raise
@@ -94,9 +103,12 @@ class Service:
             return _Stream(pieces, _events(answer, pieces, with_usage=body.stream_options.include_usage))
         return await _unless_client_leaves(request, pieces, _whole(answer, pieces))
 
-    async def _begin(self, body: Body) -> "_Pieces":
-        task = self._task(body.model)
-        prompt, most = await asyncio.to_thread(self._prompts.read, body)
+    def _read(self, kind: type[Body], data: bytes) -> tuple[Body, str | None, list[int], int]:
+        """(what is asked for, whose masks, the prompt's tokens, how many the answer may have). Raises: Refused."""
+        body = read_body(kind, data)
+        return body, self._task(body.model), *self._prompts.read(body)
+
+    def _begin(self, body: Body, task: str | None, prompt: list[int], most: int) -> "_Pieces":
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Piece]()
         generation = Generation(
             task,
@@ -216,19 +228,6 @@ async def _unless_client_leaves(request: Request, pieces: _Pieces, answer: Any) 
         pieces.leave()
 
 
-async def _bytes(request: Request) -> bytes:
-    parts, size = [], 0
-    try:
-        async for part in request.stream():
-            parts.append(part)
-            size += len(part)
-            if size > MOST_BYTES:
-                raise Refused(f"the body must be at most {MOST_BYTES} bytes, got more", status=413)
-    except ClientDisconnect:
-        raise Refused("the body must come whole, got a part", status=400) from None
-    return b"".join(parts)
-
-
 async def _refusal(_: Request, refused: Exception) -> Response:
     assert isinstance(refused, Refused)
     return JSONResponse(refused.body(), refused.status, {"Retry-After": "1"} if refused.status == 429 else None)
@@ -236,8 +235,14 @@ async def _refusal(_: Request, refused: Exception) -> Response:
 
 async def _no_such_route(request: Request, error: Any) -> Response:
     routes = "GET /v1/models, POST /v1/completions, POST /v1/chat/completions, GET /health"
-    message = f"the request must be one of {routes}, got {request.method} {request.url.path}"
+    got = shown(f"{request.method} {request.scope['path']}")
+    message = f"the request must be one of {routes}, got {got}"
     return JSONResponse(Refused(message, status=error.status_code).body(), error.status_code)
+
+
+async def _failure(_: Request, error: Exception) -> Response:
+    """What is not foreseen ends one request; uvicorn logs it."""
+    return JSONResponse(failure().body(), 500)
 
 
 def _one_line(text: str) -> str:

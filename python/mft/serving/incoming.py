@@ -1,0 +1,32 @@
+"""A request's body as bytes: JSON by its type, no longer than it may be, and whole."""
+
+from starlette.requests import ClientDisconnect, Request
+
+from mft.checks import shown
+from mft.serving.refusal import Refused
+
+
+async def json_bytes(request: Request, most: int) -> bytes:
+    """Raises: Refused. What is left of the body is then read and dropped, until connection.READ_SECONDS are over."""
+    kind = request.headers.get("content-type", "")
+    # A page of another site may send a form or plain text here without asking the browser first, but not this.
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        raise Refused(f"Content-Type must be application/json, got {shown(kind)}", status=415)
+    told = request.headers.get("content-length", "0")
+    if told.isdecimal() and int(told) > most:
+        raise _too_long(most, told)
+    data = bytearray()
+    try:
+        async for part in request.stream():
+            data += part
+            if len(data) > most:
+                raise _too_long(most, "more")
+    except ClientDisconnect:
+        raise Refused("the body must come whole, got a part") from None
+    return bytes(data)
+
+
+def _too_long(most: int, got: str) -> Refused:
+    return Refused(
+        f"the body must be at most {most} bytes, 64 KiB and 32 bytes per token of --length, got {got}", status=413
+    )

@@ -1,0 +1,136 @@
+"""A request has to come whole in time, and half ones hold no place that a whole one could have."""
+
+import contextlib
+import http.client
+import json
+import socket
+import time
+
+import pytest
+
+pytest.importorskip("openai")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+from mft.serving import connection
+
+BODY = json.dumps({"model": "code", "prompt": "3 4", "max_tokens": 2, "temperature": 0}).encode()
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+WHOLE = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
+
+
+@pytest.fixture
+def dial():
+    """dial(running, data) -> a connection over which data was sent."""
+    with contextlib.ExitStack() as stack:
+
+        def connect(running, data=b""):
+            host, port = running.address.removeprefix("http://").split(":")
+            made = stack.enter_context(socket.create_connection((host, int(port)), timeout=20))
+            made.sendall(data)
+            return made
+
+        yield connect
+
+
+def rest(connected):
+    """All that comes until the server closes."""
+    parts = []
+    with contextlib.suppress(ConnectionResetError):
+        while part := connected.recv(1 << 16):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def status(connected):
+    """Of one answer, which is read whole."""
+    response = http.client.HTTPResponse(connected)
+    response.begin()
+    response.read()
+    return response.status
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    monkeypatch.setattr(connection, "READ_SECONDS", 0.3)
+
+
+PARTS = {
+    "half a head": HEAD,
+    "no body": HEAD + b"Content-Length: 100\r\n\r\n",
+    "half a body": HEAD + b"Content-Length: 100\r\n\r\n" + b'{"model": ',
+    "half a body in chunks": HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n12",
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_request_is_told_so_and_closed_in_time(serve, dial, hurried, until, part):
+    running = serve()
+    began = time.monotonic()
+    answer = rest(dial(running, PARTS[part]))
+    assert 0.2 < time.monotonic() - began < 5
+    assert answer.startswith(b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\n")
+    message = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+    assert message == "a request must come whole within 0.3 s, got a part"
+    until(lambda: not running.server.server_state.connections)
+
+
+def test_a_connection_without_a_request_is_closed_in_time(serve, dial, hurried):
+    assert rest(dial(serve())) == b""
+
+
+def test_a_body_that_drips_has_no_more_time(serve, dial, hurried):
+    dripping = dial(serve(), HEAD + b"Content-Length: 1000\r\n\r\n")
+    began = time.monotonic()
+    with contextlib.suppress(ConnectionError):
+        for _ in range(100):
+            dripping.sendall(b" ")
+            time.sleep(0.05)
+    assert time.monotonic() - began < 3
+
+
+def test_what_is_left_of_a_body_that_was_refused_is_read_no_longer_than_any(serve, dial, hurried):
+    answer = rest(dial(serve(), HEAD + b"Content-Length: 1000000\r\n\r\n" + b" " * 100_000))
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_an_answer_and_a_connection_that_is_kept_have_their_time(serve, dial, hurried, gate):
+    running = serve()
+    kept = dial(running, WHOLE)
+    gate.clear()
+    time.sleep(0.6)
+    gate.set()
+    assert status(kept) == 200
+    kept.sendall(WHOLE)
+    assert status(kept) == 200
+
+
+def test_the_second_of_two_requests_that_come_together_has_to_be_whole_too(serve, dial, hurried):
+    answer = rest(dial(serve(), WHOLE + PARTS["half a body"]))
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"HTTP/1.1 408 " in answer
+
+
+def test_where_there_are_too_many_connections_the_slowest_half_request_makes_room(serve, dial):
+    running = serve(connections=8)
+    halves = [dial(running, PARTS["half a body"]) for _ in range(40)]
+    for _ in range(3):
+        assert status(dial(running, WHOLE)) == 200
+    assert len(running.server.server_state.connections) <= 8
+    assert rest(halves[0]) == b""
+    halves[-1].setblocking(False)
+    with pytest.raises(BlockingIOError):
+        halves[-1].recv(1)
+
+
+def test_where_every_connection_is_being_answered_one_more_is_refused(serve, dial, gate, until):
+    running = serve(connections=2)
+    gate.clear()
+    asked = []
+    for count in (1, 2, 3):
+        asked.append(dial(running, WHOLE))
+        until(lambda count=count: sum(running.scheduler.counts) == count)
+    assert status(dial(running, WHOLE)) == 503
+    gate.set()
+    assert [status(each) for each in asked] == [200] * 3
