@@ -34,13 +34,19 @@ def test_what_train_prints_works_as_printed(cli, model_dir, tmp_path):
     code, output = cli("train", *LEARN, "output_dir=runs/a b")  # the tiny model in float32
     assert code == 0, output
     commands = printed_commands(output)
-    assert [command[0] for command in commands] == ["inspect", "evaluate", "merge"]
+    assert [command[0] for command in commands] == ["generate", "inspect", "evaluate", "merge"]
     told = f"from runs/a b/config.yaml unless given: base {model_dir} in float32"
     for command in commands:
         assert told in mft_runs(*command)
-    assert "data data.jsonl" in mft_runs(*commands[1])
+    assert "data data.jsonl" in mft_runs(*commands[2])
     assert load_model("runs/a b-merged")[0].config.num_hidden_layers == 4
     assert "agrees" in mft_runs("verify", "runs/a b")
+
+
+def test_a_run_with_whole_modules_is_not_sent_to_generate(cli):
+    code, output = cli("train", *LEARN, "train.steps=1", "mask.modules_to_save=[lm_head]")
+    assert code == 0, output
+    assert [command[0] for command in printed_commands(output)] == ["inspect", "evaluate", "merge"]
 
 
 def test_what_is_given_wins(cli, model_dir, tmp_path, monkeypatch):
@@ -101,7 +107,7 @@ def tiny_demo(tmp_path, monkeypatch):
 def test_what_the_demo_leaves_can_be_used_as_it_prints(tiny_demo, monkeypatch):
     output = mft_runs("demo")
     commands = printed_commands(output)
-    assert [command[0] for command in commands] == ["inspect", "evaluate", "merge"]
+    assert [command[0] for command in commands] == ["generate", "inspect", "evaluate", "merge"]
     for command in [*commands, ["verify", "runs/demo"]]:
         told = mft_runs(*command)
         assert "from runs/demo/config.yaml unless given: base runs/demo/base in " in told

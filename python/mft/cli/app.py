@@ -361,6 +361,55 @@ def serve(
     )
 
 
+Run = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="An output_dir of mft train, its masks/, user/repo of the hub, or a model."),
+]
+Only = Annotated[str | None, typer.Option(help="base or masked; both if not given.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer.")]
+Temperature = Annotated[
+    float, typer.Option(min=0, help="0: the likeliest token each time; 1: drawn as the model says; more: wilder.")
+]
+AnswerSeed = Annotated[int, typer.Option(min=0, help="Of what is drawn, the same for each answer.")]
+
+
+@app.command()
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="A message, or with --raw a text to continue.")],
+    raw: Annotated[bool, typer.Option("--raw", help="Without the chat template that the tokenizer has.")] = False,
+    only: Only = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0,
+    seed: AnswerSeed = 0,
+    model: BaseModel = None,
+    dtype: BaseDtype = None,
+    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+) -> None:
+    """One prompt, answered by the base and by the base with the masks."""
+    from mft.cli.generate import Sampling, run_generate
+
+    sampling = Sampling(max_tokens, temperature, seed)
+    run_generate(run, prompt, sampling, raw=raw, only=only, model_name=model, dtype=dtype, force=force)
+
+
+@app.command()
+def chat(
+    run: Run,
+    only: Only = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0,
+    seed: AnswerSeed = 0,
+    model: BaseModel = None,
+    dtype: BaseDtype = None,
+    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+) -> None:
+    """A conversation with the base and with the base with the masks, each in its own; Ctrl-D ends it."""
+    from mft.cli.generate import Sampling, run_chat
+
+    run_chat(run, Sampling(max_tokens, temperature, seed), only=only, model_name=model, dtype=dtype, force=force)
+
+
 @app.command()
 def inspect(
     masks: Masks,

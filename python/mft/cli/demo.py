@@ -4,6 +4,7 @@ The study of configs/compare/demo.yaml; then the mask that it chose, merged, rel
 sample of what that model writes.
 """
 
+import contextlib
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from mft.cli.generate import Sampling, Voices
 from mft.cli.study import run_compare
 from mft.config import CONFIG, ModelConfig, RunConfig
 from mft.config_file import save_config
@@ -139,7 +141,5 @@ def _check_bits(base: nn.Module, tested: nn.Module, merged: nn.Module, reloaded:
 
 
 def _generate(model: Any, tokenizer: Any, tokens: int = 48) -> str:
-    inputs = tokenizer(PROMPT, return_tensors="pt")
-    with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    voices = Voices(model, tokenizer, {MODEL: contextlib.nullcontext})
+    return PROMPT + voices.answer(MODEL, voices.prompt(PROMPT), Sampling(tokens))

@@ -24,6 +24,10 @@ class _Console(Console):
             return found
         return ConsoleDimensions(_UNBROKEN, found.height)
 
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        self.width, self.height = new_size
+
 
 def new_console(file: TextIO | None = None, *, width: int | None = None) -> Console:
     """One that reads no markup and no emoji codes, in tables too.

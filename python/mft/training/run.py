@@ -152,7 +152,7 @@ def _train(run: "_Run") -> Path:
             with run.finishing(recorder, before, after, ended, MASKS) as result:
                 save_masks(model, result, base_model_name_or_path=config.model.name, coding=config.coding)
     if run.processes.first:
-        for line in ("next:", *next_steps(run.directory)):
+        for line in ("next:", *next_steps(run.directory, masks_alone=not config.mask.modules_to_save)):
             say(line)
     return run.directory / MASKS
 

@@ -83,7 +83,11 @@ def open_run(directory: str | os.PathLike, config: RunConfig, *, overwrite: bool
     return path
 
 
-def next_steps(directory: Path) -> list[str]:
-    """What is done with the masks of a finished run, as commands that work as they stand."""
+def next_steps(directory: Path, *, masks_alone: bool = True) -> list[str]:
+    """What is done with the masks of a finished run, as commands that work as they stand.
+
+    masks_alone: whether nothing else was trained, or base and masked model could not share their weights.
+    """
     run, merged = shlex.quote(str(directory)), shlex.quote(f"{directory}-merged")
-    return [f"mft inspect {run}", f"mft evaluate --masks {run} --split test", f"mft merge {run} {merged}"]
+    answers = [f'mft generate {run} "Hello"'] if masks_alone else []
+    return [*answers, f"mft inspect {run}", f"mft evaluate --masks {run} --split test", f"mft merge {run} {merged}"]

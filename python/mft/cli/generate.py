@@ -1,0 +1,210 @@
+"""mft generate and mft chat: what a run's model answers, the base beside the same base with the masks."""
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, TextStreamer
+
+from mft.checks import check_one_of, check_rule, nearest_path
+from mft.config import CONFIG, DTYPES, ModelConfig
+from mft.evaluation.continuation import generating
+from mft.evaluation.evaluated_base import base_words, learned_base
+from mft.masks.bank import load_mask_bank
+from mft.masks.export_format import CONFIG_FILE, read_config
+from mft.masks.location import local_directory, masks_directory
+from mft.memory.model_config import read_model_config
+from mft.models.next_tokens import longest_row
+from mft.tracking.console import say
+from mft.training.inputs import read_model
+from mft.training.run_directory import MODEL
+
+BASE, MASKED = "base", "masked"
+ONLY = (BASE, MASKED)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is made. temperature 0 takes the likeliest token each time; seed is that of each answer."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+
+
+class Voices:
+    """One model that answers as each of several names says: as the base, or with the masks.
+
+    Args: named: what puts the model into the state of a name; one name alone is an ordinary model.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, named: Mapping[str, Callable[[], AbstractContextManager[Any]]]
+    ) -> None:
+        self.model, self.tokenizer, self._named = model, tokenizer, named
+        self.names = tuple(named)
+
+    @property
+    def has_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    def prompt(self, text: str) -> list[int]:
+        """A text that is to be continued, as tokens."""
+        return self.tokenizer(text)["input_ids"]
+
+    def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        """Messages as tokens, up to where the assistant begins."""
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+    def answer(self, name: str, prompt: list[int], sampling: Sampling, *, shown: bool = False) -> str:
+        """What follows the tokens of a prompt; shown: printed as it comes.
+
+        Raises: ValueError if the prompt is empty, or leaves no room among the model's positions.
+        """
+        check_rule(bool(prompt), "the prompt", "hold at least one token", "none")
+        most = sampling.max_tokens
+        if (positions := longest_row(self.model.config)) is not None:
+            rule = f"leave room for an answer among the model's {positions} positions"
+            check_rule(len(prompt) < positions, "the prompt", rule, f"{len(prompt)} tokens: begin with fewer")
+            most = min(most, positions - len(prompt))
+        settings = GenerationConfig(
+            max_new_tokens=most,
+            do_sample=sampling.temperature > 0,
+            eos_token_id=_ends(self.model, self.tokenizer),
+            pad_token_id=self.tokenizer.pad_token_id,
+            **({"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0} if sampling.temperature > 0 else {}),
+        )
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, **_AS_TEXT) if shown else None
+        ids = torch.tensor([prompt], device=next(self.model.parameters()).device)
+        torch.manual_seed(sampling.seed)
+        with torch.no_grad(), generating(self.model, settings), self._named[name]():
+            made = self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer)[0, len(prompt) :]
+        if shown and len(made) == most and int(made[-1]) not in settings.eos_token_id:
+            say(f"(cut after {most} tokens)", style="dim")
+        # With the prompt: by itself the first token of a text loses its space with some tokenizers.
+        before, whole = (self.tokenizer.decode(tokens, **_AS_TEXT) for tokens in (prompt, [*prompt, *made.tolist()]))
+        return whole[len(before) :]
+
+
+def run_generate(run: str, prompt: str, sampling: Sampling, *, raw: bool, **options: Any) -> None:
+    """mft generate; options as of open_voices."""
+    voices = open_voices(run, **options)
+    templated = voices.has_template and not raw
+    ids = voices.chat_prompt([_user(prompt)]) if templated else voices.prompt(prompt)
+    if templated:
+        say("the prompt is a user's message, by the chat template; --raw continues it as text", style="dim")
+    for name in voices.names:
+        _say_name(name, voices)
+        voices.answer(name, ids, sampling, shown=True)
+
+
+def run_chat(run: str, sampling: Sampling, **options: Any) -> None:
+    """mft chat: a line of standard input is a message, until there is none; options as of open_voices."""
+    voices = open_voices(run, **options)
+    if not voices.has_template:
+        raise ValueError(
+            f"{run} must have a tokenizer with a chat template, got none: mft generate {run} PROMPT continues text; "
+            "model.chat_template gives a run a template"
+        )
+    is_asked = sys.stdin.isatty()
+    if is_asked:
+        say("a line is a message, Ctrl-D ends", style="dim")
+    talks: dict[str, list[dict[str, str]]] = {name: [] for name in voices.names}  # each goes on with its own answers
+    while (line := _line("you: " if is_asked else "")) is not None:
+        for name, talk in talks.items() if line.strip() else ():
+            _say_name(name, voices)
+            talk.append(_user(line))
+            text = voices.answer(name, voices.chat_prompt(talk), sampling, shown=True)
+            talk.append({"role": "assistant", "content": text.strip()})
+
+
+def open_voices(
+    run: str, *, model_name: str | None = None, dtype: str | None = None, force: bool = False, only: str | None = None
+) -> Voices:
+    """The model of a run of mft train, of an export of masks, or an ordinary one such as mft merge writes.
+
+    Args:
+        model_name, dtype: of the base; by default the one that the masks were learned on.
+        force: accept another base of the same shapes.
+        only: base or masked; None for both.
+    Raises: ValueError or FileNotFoundError if there is nothing to answer; as load_mask_bank.
+    """
+    if only is not None:
+        check_one_of("--only", only, ONLY)
+    place = local_directory(run)
+    masks = masks_directory(place)
+    if (masks / CONFIG_FILE).is_file():
+        return _voices_of_masks(run, masks, model_name, dtype, force, ONLY if only is None else (only,))
+    plain = next((each for each in (place, place / MODEL) if (each / "config.json").is_file()), None)
+    if plain is None:
+        raise _nothing_there(run, place)
+    for option, value in (("--model", model_name), ("--only", only)):
+        check_rule(value is None, option, f"be left out for {run}, an ordinary model without masks", value)
+    stored = read_model_config(str(plain)).get("dtype")
+    config = ModelConfig(str(plain), dtype=dtype or (stored if stored in DTYPES else ModelConfig().dtype))
+    say(f"{plain} in {config.dtype}: an ordinary model, without a base beside it")
+    return Voices(*read_model(config), {MODEL: nullcontext})
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+_AS_TEXT = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+
+
+def _voices_of_masks(
+    run: str, masks: Path, model_name: str | None, dtype: str | None, force: bool, names: tuple[str, ...]
+) -> Voices:
+    export = read_config(masks / CONFIG_FILE)
+    if export.modules_to_save:
+        raise ValueError(
+            f"{run} must hold masks alone, so that base and masked model share their weights, got modules_to_save too "
+            f"({', '.join(export.modules_to_save)}): mft merge {run} DIRECTORY, then name that directory"
+        )
+    config, words = learned_base(masks, model_name, dtype)
+    say(words)
+    model, tokenizer = read_model(config)
+    bank = load_mask_bank(model, {MASKED: masks}, force=force)
+    if export.base_quantization is not None:
+        say(base_words(None, False, export))
+    tasks = {BASE: None, MASKED: MASKED}
+    return Voices(model, tokenizer, {name: partial(bank.use, tasks[name]) for name in names})
+
+
+def _nothing_there(run: str, place: Path) -> Exception:
+    """Why a directory has no answer."""
+    kinds = "an output_dir of mft train, its masks/, or a model's directory"
+    if not place.is_dir():
+        return FileNotFoundError(f"RUN must be {kinds}, got {run}: no such directory{nearest_path(place)}")
+    if (place / CONFIG).is_file():
+        return ValueError(
+            f"RUN must have its masks, got {run}, a run that is not finished: mft train --resume {run} goes on with it"
+        )
+    return ValueError(f"RUN must be {kinds}, got {run}, which is none of these")
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens after which nothing comes: what the model says, and its tokenizer."""
+    said = getattr(model.generation_config, "eos_token_id", None)
+    found = [*(said if isinstance(said, list) else [said]), tokenizer.eos_token_id]
+    return list(dict.fromkeys(token for token in found if token is not None))
+
+
+def _line(question: str) -> str | None:
+    try:
+        return input(question)
+    except EOFError:
+        return None
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _say_name(name: str, voices: Voices) -> None:
+    if len(voices.names) > 1:
+        say(f"\n{name}:", style="bold")

@@ -1,0 +1,184 @@
+"""mft generate and mft chat: base and masked answers, the conversation, and what is no run to talk to."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny import make_llama, save_llama
+from tiny_run import LEARN
+from typer.testing import CliRunner
+
+from mft.cli.app import app
+from mft.cli.generate import Sampling, open_voices
+from mft.config import MaskConfig
+from mft.masks.convert import mask_model, merge_model
+from mft.masks.export import load_masks, save_masks
+from mft.models.pretrained import load_model, save_model
+
+TEMPLATE = "{% for message in messages %}{{ message.content + ' ' }}{% endfor %}"
+GREEDY = Sampling(max_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """base/, with weights so large that masks decide which word is likeliest, and masks/ on it that drop half."""
+    directory = tmp_path_factory.mktemp("place")
+    save_llama(directory / "base")
+    make_llama(initializer_range=0.3).save_pretrained(directory / "base")
+    (directory / "base" / "chat_template.jinja").write_text(TEMPLATE)
+    model = mask_model(make_llama(initializer_range=0.3), MaskConfig.paper(keep_ratio=0.5))
+    save_masks(model, directory / "masks", base_model_name_or_path=str(directory / "base"))
+    return directory
+
+
+def call(*arguments, lines=""):
+    result = CliRunner().invoke(app, list(map(str, arguments)), input=lines)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def continued(model, prompt, tokens=6):
+    """Greedily, token by token, without a cache."""
+    ids = list(prompt)
+    for _ in range(tokens):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return " ".join(map(str, ids[len(prompt) :]))
+
+
+def answers(output):
+    """{name: its answers, in order}"""
+    found, name = {}, None
+    for line in output.splitlines():
+        if line in ("base:", "masked:"):
+            name = line[:-1]
+        elif name and line.strip() and not line.startswith("("):
+            found.setdefault(name, []).append(line.strip())
+    return found
+
+
+def test_base_and_masked_answer_as_the_two_models_do(place):
+    code, output = call("generate", place / "masks", "5 6 7", "--max-tokens", 6)
+    assert code == 0, output
+    base = make_llama(initializer_range=0.3)
+    expected = {"base": [continued(base, [5, 6, 7])]}
+    merged = merge_model(load_masks(base, place / "masks"))
+    expected["masked"] = [continued(merged, [5, 6, 7])]
+    assert answers(output) == expected
+    assert expected["base"] != expected["masked"]
+    assert output.count("(cut after 6 tokens)") == 2
+
+
+def test_only_one_of_them_answers(place):
+    both = answers(call("generate", place / "masks", "5", "--max-tokens", 4)[1])
+    for name in ("base", "masked"):
+        code, output = call("generate", place / "masks", "5", "--max-tokens", 4, "--only", name)
+        assert code == 0, output
+        assert both[name][0] in output
+        assert f"{name}:" not in output
+    code, output = call("generate", place / "masks", "5", "--only", "both")
+    assert code == 2
+    assert "--only must be one of base, masked, got 'both'" in output
+
+
+def test_a_seed_says_what_is_drawn_and_a_temperature_of_0_draws_nothing(place):
+    voices = open_voices(str(place / "masks"))
+
+    def drawn(**options):
+        return voices.answer("base", [5], Sampling(max_tokens=8, **options))
+
+    assert drawn(temperature=1.0, seed=1) == drawn(temperature=1.0, seed=1) != drawn(temperature=1.0, seed=2)
+    assert drawn(seed=1) == drawn(seed=2)
+
+
+def test_a_template_is_applied_unless_raw(place, monkeypatch):
+    (place / "base" / "chat_template.jinja").write_text("60 " + TEMPLATE)
+    monkeypatch.setattr("mft.cli.generate._ends", lambda *_: [])
+    base = make_llama(initializer_range=0.3)
+    try:
+        for options, prompt in (((), [60, 5]), (("--raw",), [5])):
+            output = call("generate", place / "masks", "5", "--max-tokens", 5, *options)[1]
+            assert answers(output)["base"] == [continued(base, prompt, 5)]
+            assert ("the prompt is a user's message" in output) == (not options)
+    finally:
+        (place / "base" / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def test_a_conversation_goes_on_with_each_ones_own_answers(place):
+    code, output = call("chat", place / "masks", "--max-tokens", 3, lines="5\n\n6 7\n")
+    assert code == 0, output
+    found = answers(output)
+    base = make_llama(initializer_range=0.3)
+    models = {"base": base}
+    first = {"base": continued(base, [5], 3)}
+    masked = merge_model(load_masks(make_llama(initializer_range=0.3), place / "masks"))
+    models["masked"], first["masked"] = masked, continued(masked, [5], 3)
+    for name, model in models.items():
+        before = [5, *map(int, first[name].split())]
+        assert found[name] == [first[name], continued(model, [*before, 6, 7], 3)]
+
+
+def test_a_merged_model_and_a_fine_tune_answer_alone(place, tmp_path):
+    _, tokenizer = load_model(str(place / "base"))
+    merged = merge_model(load_masks(make_llama(initializer_range=0.3), place / "masks"))
+    for directory in (tmp_path / "merged", tmp_path / "run" / "model"):
+        save_model(merged, tokenizer, directory)
+    for run in (tmp_path / "merged", tmp_path / "run"):
+        code, output = call("generate", run, "5 6 7", "--max-tokens", 6)
+        assert code == 0, output
+        assert "in float32: an ordinary model, without a base beside it" in output
+        assert continued(merged, [5, 6, 7]) in output
+    code, output = call("generate", tmp_path / "merged", "5", "--only", "masked")
+    assert code == 2
+    assert "--only must be left out" in output
+
+
+def test_a_run_of_train_answers_with_its_own_base(cli, tmp_path):
+    assert cli("train", *LEARN)[0] == 0
+    code, output = call("generate", "run", "5 6", "--max-tokens", 2)
+    assert code == 0, output
+    assert "from run/config.yaml unless given: base " in output
+    assert set(answers(output)) == {"base", "masked"}
+    code, output = call("chat", "run", lines="5\n")
+    assert code == 2
+    assert "run must have a tokenizer with a chat template, got none: mft generate run PROMPT continues text" in output
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_what_is_no_run_is_told_in_one_message(place, tmp_path, monkeypatch, verb):
+    monkeypatch.chdir(tmp_path)
+    prompt = ["5"] if verb == "generate" else []
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").write_text("output_dir: begun\n")
+    (tmp_path / "notes").mkdir()
+    save_llama(tmp_path / "other")
+    for run, options, message in (
+        ("begin", (), "got begin: no such directory; did you mean ./begun?"),
+        ("begun", (), "got begun, a run that is not finished: mft train --resume begun goes on with it"),
+        ("notes", (), "got notes, which is none of these"),
+        (place / "masks", ("--model", tmp_path / "other"), "learned on"),
+    ):
+        code, output = call(verb, run, *prompt, *options)
+        assert code == 2
+        assert message in output
+        assert "Traceback" not in output
+
+
+def test_masks_with_whole_modules_are_to_be_merged_first(place, tmp_path):
+    shutil.copytree(place / "masks", tmp_path / "masks")
+    path = tmp_path / "masks" / "adapter_config.json"
+    values = json.loads(path.read_text()) | {"modules_to_save": ["lm_head"]}
+    path.write_text(json.dumps(values))
+    code, output = call("generate", tmp_path / "masks", "5")
+    assert code == 2
+    assert f"got modules_to_save too (lm_head): mft merge {tmp_path / 'masks'} DIRECTORY" in output
+
+
+def test_a_prompt_must_leave_room_for_an_answer(place):
+    voices = open_voices(str(place / "masks"))
+    voices.model.config.max_position_embeddings = 8
+    assert len(voices.answer("base", [5] * 5, GREEDY).split()) <= 3
+    with pytest.raises(ValueError, match="leave room for an answer among the model's 8 positions, got 8 tokens"):
+        voices.answer("base", [5] * 8, GREEDY)
+    with pytest.raises(ValueError, match="the prompt must hold at least one token, got none"):
+        voices.answer("base", [], GREEDY)
