@@ -1,8 +1,10 @@
 """The corpora that lie here already, the standard library and torch's headers: what is in them, and their splits."""
 
 import itertools
+import platform
 
 import pytest
+import torch
 
 from mft.config import DataConfig
 from mft.data.corpora import EXCLUDED_DIRECTORIES, header_files, stdlib_files
@@ -18,6 +20,22 @@ def test_the_stdlib_splits_are_disjoint_large_enough_and_the_same_again(tokenize
     assert not files["validation"] & files["test"]
     assert min(len(files["validation"]), len(files["test"])) >= 20
     assert 0.7 < len(files["train"]) / sum(map(len, files.values())) < 0.9
+
+
+STORED = {  # in the studies under benchmarks/results, of the corpora that this Python and this torch have
+    ("stdlib", "3.11.7"): (473, 63, 49),
+    ("headers", "2.13"): (1566, 195, 194),
+    ("problems", ""): (20_000, 1_000, 1_000),
+}
+
+
+@pytest.mark.parametrize(("source", "version"), STORED)
+def test_the_splits_of_the_stored_studies_stay_as_they_are(source, version):
+    here = {"stdlib": platform.python_version(), "headers": torch.__version__, "problems": ""}[source]
+    if not here.startswith(version):
+        pytest.skip(f"{source} of {version} is what the studies had, {here} is here")
+    splits = open_source(DataConfig(source=source)).load()
+    assert tuple(len(splits[split].rows) for split in ("train", "validation", "test")) == STORED[source, version]
 
 
 def test_the_stdlib_corpus_leaves_out_tests_packages_and_generated_tables():

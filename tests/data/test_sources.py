@@ -1,12 +1,17 @@
 """A source gives three splits: its own, or ones that are split off by content; wrong names say what to do."""
 
+import hashlib
+import itertools
+import json
 import re
 import time
+from collections import Counter
 
 import pytest
 from chats import chats
 
 from mft.config import DataConfig
+from mft.data.sources import open_source
 from mft.data.splits import load_splits
 from mft.files import hub
 
@@ -22,6 +27,35 @@ def test_a_missing_split_is_split_off_by_content_and_said(tokenizer, write):
     assert "no validation and no test split given, so about a tenth of train was split off for each" in splits.notes[0]
     shuffled = load_splits(DataConfig(source=write(rows[::-1]), sequence_length=64, packing=False), tokenizer)
     assert sorted(splits.test["input_ids"]) == sorted(shuffled.test["input_ids"])
+
+
+def sides(path):
+    """{example: the split that it is in}."""
+    splits = open_source(DataConfig(source=path)).load()
+    return {str(row): name for name, records in splits.items() for row in records.rows}
+
+
+@pytest.mark.parametrize(("count", "least"), [(60, 8), (40, 8), (39, 7), (24, 4), (10, 2)])
+def test_of_few_examples_each_held_out_split_has_8_or_a_fifth(write, count, least):
+    sizes = Counter(sides(write(chats(count))).values())
+    assert min(sizes["validation"], sizes["test"]) >= least
+    assert sizes["train"] > sizes["validation"] + sizes["test"]
+
+
+def test_an_example_more_moves_few_others_to_another_split(write):
+    all_of = [sides(write(chats(count))) for count in range(20, 60)]
+    moved = [sum(fewer[key] != more[key] for key in fewer) for fewer, more in itertools.pairwise(all_of)]
+    assert max(moved) <= 3
+    assert sum(moved) / len(moved) < 1
+
+
+def test_a_large_source_is_split_by_the_hash_of_each_example_alone(write):
+    rows = [{"text": str(i)} for i in range(400)]
+    splits = open_source(DataConfig(source=write(rows))).load()
+    digits = {row["text"]: int(hashlib.sha256(json.dumps(row).encode()).hexdigest()[:8], 16) % 10 for row in rows}
+    found = {split: {row["text"] for row in splits[split].rows} for split in ("validation", "test")}
+    assert found["validation"] == {text for text, digit in digits.items() if digit == 8}
+    assert found["test"] == {text for text, digit in digits.items() if digit == 9}
 
 
 def test_equal_examples_fall_into_the_same_split(tokenizer, write):

@@ -1,5 +1,6 @@
 """The rows that load_splits makes of a source, keeps in the cache and makes again, and what it says of them."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from chats import chat, chats
 
 from mft.config import DataConfig
 from mft.data import split_rows
+from mft.data.split_rows import pad_of
 from mft.data.splits import load_splits
 from mft.data.tokenization import IGNORED, open_documents
 
@@ -35,6 +37,29 @@ def test_a_small_budget_covers_many_files(tokenizer):
     assert len(set(splits.validation["document"])) == len(set(splits.test["document"])) == 20
     assert len(set(splits.train["document"])) > 35
     assert re.search("stdlib: the library source of Python .*, split by file hash into .* files", splits.notes[0])
+
+
+def test_the_evaluation_budget_of_chats_counts_no_padding(tokenizer, write):
+    config = DataConfig(source=write(chats(300)), sequence_length=512, max_eval_tokens=1024)
+    splits = load_splits(config, tokenizer)
+    lengths = [sum(token != pad_of(tokenizer) for token in row["input_ids"]) for row in splits.validation]
+    assert 1024 - 2 * max(lengths) < sum(lengths) <= 1024
+    tight = dataclasses.replace(config, sequence_length=64, max_eval_tokens=64)
+    assert len(load_splits(tight, tokenizer).test) >= 1
+
+
+def test_the_evaluation_budget_of_problems_counts_rows_as_in_their_stored_studies(tokenizer):
+    config = {"source": "problems", "subset": "finetune", "sequence_length": 96, "max_train_tokens": 96}
+    splits = load_splits(DataConfig(**config, max_eval_tokens=2400), tokenizer)
+    assert (len(splits.validation), len(splits.test)) == (25, 25)
+
+
+def test_what_is_too_little_to_judge_a_model_by_is_warned_of(tokenizer, write):
+    config = DataConfig(source=write(chats(24)), sequence_length=64)
+    notes = "\n".join(load_splits(config, tokenizer).notes)
+    assert re.search(r"warning: validation has \d\d scored tokens of 4 documents, too few to tell two models", notes)
+    splits = load_splits(DataConfig(sequence_length=128, max_train_tokens=512, max_eval_tokens=2560), tokenizer)
+    assert not [note for note in splits.notes if note.startswith("warning")]
 
 
 def test_evaluation_rows_are_the_same_for_every_seed(tokenizer):

@@ -5,6 +5,7 @@ the two of a pair, side by side) stay whole, and a row's `starts` keep them apar
 """
 
 import bisect
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -75,9 +76,19 @@ class Rows:
             setattr(self, name, [values[i] for i in order])
 
 
-def build_rows(documents: Documents, length: int, pad: int, *, budget: int | None, packing: bool, seed: int) -> Rows:
+def build_rows(
+    documents: Documents,
+    length: int,
+    pad: int,
+    *,
+    budget: int | None,
+    packing: bool,
+    seed: int,
+    tokens: int | None = None,
+) -> Rows:
     """At most budget rows (None: all there are), drawn over as many documents as the budget allows.
 
+    tokens: of examples that are not packed, at most so many that are not padding, but one row at least; no budget then.
     packing fills rows with the ends and beginnings of several texts, or with several whole examples; without it no row
     mixes documents.
     The result is a function of the arguments alone. Order: shuffled if packing, else by document.
@@ -89,7 +100,7 @@ def build_rows(documents: Documents, length: int, pad: int, *, budget: int | Non
     elif packing:
         rows = _packed_examples(documents, order, length, pad, budget)
     else:
-        rows = _single_examples(documents, order, length, pad, budget)
+        rows = _single_examples(documents, order, length, pad, budget, tokens)
     numbers = list(range(len(rows)))
     if packing:
         random.Random(seed).shuffle(numbers)
@@ -189,10 +200,17 @@ def _shorten(rows: Rows, example: Encoded) -> Encoded | None:
     return Encoded(ids, labels) if (labels[1:] != IGNORED).any() else None
 
 
-def _single_examples(documents: Documents, order: list[int], length: int, pad: int, budget: int | None) -> Rows:
+def _single_examples(
+    documents: Documents, order: list[int], length: int, pad: int, budget: int | None, tokens: int | None
+) -> Rows:
     rows = Rows(length, pad)
+    room = math.inf if tokens is None else tokens
     for i, example in documents.encoded(order):
         short = _shorten(rows, example)
+        if short is not None:
+            room -= len(short.ids)
+        if room < 0 and len(rows):
+            break
         if short is not None and len(short.starts) > 1:
             _add_packed(rows, [(i, short)])
         elif short is not None:

@@ -26,6 +26,7 @@ NAMED = ("stdlib", "headers", "problems")  # sources on every machine
 STDLIB_SUBSETS = ("pretrain", "finetune")  # about 60 % and 40 % of the training files
 _KEYS = {"train": "split", "validation": "validation_split"}  # of data, that name a source's split
 MINIMUM_FILES = 20  # of an installed corpus, in each split, so that a standard error over files means something
+HELD_OUT = 8  # examples at least that are split off for validation and for test; of fewer than 40 a fifth
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Source:
     hash finds the fingerprint again, where others may write the files meanwhile.
     parts: the sources of a mix by name, which itself loads nothing.
     streams: of a source that is read as training goes on; fingerprint then stands for names and sizes.
+    counts_padding: whether padding fills data.max_eval_tokens, as it does in the stored studies of problems.
     """
 
     fingerprint: str
@@ -43,6 +45,7 @@ class Source:
     hash: Callable[[], str] | None = None
     parts: dict[str, "Source"] = field(default_factory=dict)
     streams: dict[str, RecordStream] = field(default_factory=dict)
+    counts_padding: bool = False
 
     def open_streams(self) -> dict[str, RecordStream]:
         """Of the splits that there are; what is in memory anyway, as a corpus of this machine, has all three."""
@@ -164,7 +167,7 @@ def _problems(config: DataConfig) -> Source:
         return {split: _problem_records(split, problems[split]) for split in SPLITS}
 
     part = "" if config.subset is None else f" (train is the {config.subset} subset, half of each kind's problems)"
-    return Source(fingerprint_of(problems), load, [describe_problems(problems) + part])
+    return Source(fingerprint_of(problems), load, [describe_problems(problems) + part], counts_padding=True)
 
 
 def _check_subset(subset: str | None, known: Sequence[str], source: str) -> None:
@@ -335,7 +338,7 @@ def _cut(available: Mapping[str, Records], chosen: Mapping[str, str]) -> dict[st
 
 
 def _complete(records: dict[str, Records], source: str, notes: list[str]) -> dict[str, Records]:
-    """Split off by content hash what the source lacks of validation and test: a tenth of train each."""
+    """Split off by content hash what the source lacks of validation and test: see _split_off."""
     for split, found in records.items():
         if not len(found.rows):
             raise ValueError(f"data.source {source!r} must hold examples, got an empty {split} split")
@@ -346,13 +349,17 @@ def _complete(records: dict[str, Records], source: str, notes: list[str]) -> dic
         sizes = ", ".join(f"{len(records[split].rows)} for {split}" for split in SPLITS)
         notes.append(
             f"{source}: no {' and no '.join(lacking)} split given, so about a tenth of train was split off "
-            f"for each by content hash: examples are now {sizes}"
+            f"for each by content hash, at least {HELD_OUT} examples or a fifth: examples are now {sizes}"
         )
     return {split: records[split] for split in SPLITS}
 
 
 def _split_off(records: Records, lacking: list[str]) -> dict[str, Records]:
-    """Train and the lacking splits; equal rows fall into the same one, whatever their order."""
+    """Train and the lacking splits: a tenth of the hashes each, and HELD_OUT examples at least if there are 40.
+
+    Equal rows fall into the same split, whatever their order. If a tenth is fewer, more of train is taken: for
+    validation the rows with the smallest hashes, for test those with the largest.
+    """
     share = {"validation": 8, "test": 9}
     columns = content_of(records.columns)
     digests = [hashlib.sha256(content_key(row, columns)).hexdigest() for row in records.rows]
@@ -365,8 +372,15 @@ def _split_off(records: Records, lacking: list[str]) -> dict[str, Records]:
             f"data.source must have more than {len(lacking)} different examples to split off "
             f"{' and '.join(lacking)}, got {len(distinct)}: add examples, or give those splits"
         )
-    if any(not group for group in groups.values()) or len(set().union(*groups.values())) == len(distinct):
-        groups = {split: {distinct[i]} for i, split in enumerate(lacking)}  # so few that a tenth may be none
+    least = max(1, min(HELD_OUT, len(distinct) // 5))
+    missing = {split: max(0, least - len(group)) for split, group in groups.items()}
+    rest = [digest for digest in distinct if not any(digest in group for group in groups.values())]
+    if len(rest) <= sum(missing.values()):  # so few that nothing would be left to train on
+        groups = {split: set(distinct[i * least : (i + 1) * least]) for i, split in enumerate(lacking)}
+    else:  # from the two ends, so that an example more moves few others
+        for split, ordered in (("validation", rest), ("test", rest[::-1])):
+            if split in groups:
+                groups[split].update(ordered[: missing[split]])
     owner = {digest: split for split, group in groups.items() for digest in group}
     picked: dict[str, list[int]] = {"train": [], **{split: [] for split in lacking}}
     for i, digest in enumerate(digests):

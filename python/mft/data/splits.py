@@ -15,7 +15,7 @@ import pyarrow
 from mft.config import DataConfig
 from mft.data.mixing import build_mix
 from mft.data.packing import Rows
-from mft.data.sources import SPLITS, Source, open_source
+from mft.data.sources import NAMED, SPLITS, Source, open_source
 from mft.data.split_rows import build_splits, pad_of
 from mft.data.streams import StreamedRows, open_streamed
 from mft.files.atomic import atomic_directory
@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Keys that configurations lacked before: where they say nothing, the name of rows stays.
 _LATER = {"sources": None, "stopping_strategy": "first_exhausted", "streaming": False, "buffer_size": 1000}
-FORMAT = 4  # counts up when the rows made from the same data change
+FORMAT = 5  # counts up when the rows made from the same data change
+_FORMAT_OF_NAMED = 4  # of NAMED sources, whose rows have stayed since
 NOTES_FILE = "notes.json"
 FILES = (*(f"{split}.arrow" for split in SPLITS), NOTES_FILE)
 SUMS_FILE = "SHA256SUMS"  # of those, as sha256sum writes it
@@ -51,9 +52,10 @@ class Splits:
 
 
 def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None, *, pairs: bool = False) -> Splits:
-    """The rows of config.source, which may be open already; a token budget counts whole rows, padding included.
+    """The rows of config.source, which may be open already; max_train_tokens counts whole rows, padding included.
 
-    max_train_tokens and max_eval_tokens (for validation and test each) spread over as many documents as they can.
+    max_eval_tokens (for validation and test each) does so too for texts and problems; of other examples, which have a
+    row each, it counts what is not padding. Both spread over as many documents as they can.
     pairs: rows hold preference pairs, two examples each, the chosen and the rejected one; for objectives that compare.
     The evaluation rows do not depend on config.seed, so that runs with different seeds can be compared.
     Raises: ValueError naming the file, line or row, and the rule that it breaks.
@@ -117,7 +119,7 @@ def _key(config: DataConfig, source: str, tokenizer: Any, *, pairs: bool) -> str
         if said[name] == default:
             del said[name]
     parts = [
-        FORMAT,
+        _FORMAT_OF_NAMED if set(config.every_source) <= set(NAMED) else FORMAT,
         said,
         source,
         vocabulary,

@@ -22,7 +22,7 @@ from mft.data.packing import Rows, build_rows
 from mft.data.record_files import Records
 from mft.data.record_streams import Reader, RecordStream
 from mft.data.sources import SPLITS, Source, content_key, form_of, of_source
-from mft.data.split_rows import describe_rows, pad_of, row_budget
+from mft.data.split_rows import describe_rows, pad_of, row_budget, warn_of_few
 from mft.data.tokenization import open_documents
 
 HELD_OUT = 128  # documents for validation, and as many for test, where no budget says how many
@@ -356,7 +356,7 @@ def _held_out_rows(
         raise ValueError(
             f"data.source {config.source!r} must leave rows to score in every split, got none for {split}: {notes[-1]}"
         )
-    return rows, notes
+    return rows, notes + warn_of_few(split, len(set(rows.document)), sum(rows.scored()))
 
 
 def _hash(rows: Rows) -> int:
