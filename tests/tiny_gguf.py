@@ -10,14 +10,14 @@ PAIRS = ["ab", "cd", "ef", "gh", "ij", "kl", "mn", "op", "qr", "st"]
 TOKENS = ["<unk>", "<s>", "</s>", *string.ascii_lowercase, "Ġ", *PAIRS, "<|endoftext|>"]
 
 
-def write_tiny_gguf(path):
-    """Returns the bytes of its header."""
+def write_tiny_gguf(path, feed_forward=INTERMEDIATE):
+    """Returns the bytes of its header. feed_forward: what that claims, whatever the tensors' shapes are."""
     chance = numpy.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(BLOCKS)
     writer.add_context_length(64)
     writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INTERMEDIATE)
+    writer.add_feed_forward_length(feed_forward)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)

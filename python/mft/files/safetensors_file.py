@@ -32,8 +32,8 @@ def open_tensors(path: Path, remedy: str) -> Iterator[Any]:
         raise _damaged(path, str(error), remedy) from None
 
 
-def check_header(path: Path, remedy: str) -> None:
-    """Raise ValueError unless the header is a JSON object in which each name stands once."""
+def check_header(path: Path, remedy: str) -> int:
+    """How many tensors it names. Raises: ValueError unless it is a JSON object in which each name stands once."""
     with open_regular(path) as file:
         length = int.from_bytes(file.read(_LENGTH), "little")
         size = os.fstat(file.fileno()).st_size
@@ -41,7 +41,7 @@ def check_header(path: Path, remedy: str) -> None:
             raise _damaged(path, f"a header of {length} bytes", remedy)
         if length > MOST_HEADER:
             raise ValueError(f"{path}: expected a header of at most {MOST_HEADER} bytes, got {length}")
-        parse_object(file.read(length), path)
+        return len(parse_object(file.read(length), path).keys() - {"__metadata__"})
 
 
 def _damaged(path: Path, reason: str, remedy: str) -> ValueError:

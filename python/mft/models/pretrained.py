@@ -19,10 +19,12 @@ from mft.config import ModelConfig
 from mft.files.atomic import atomic_directory
 from mft.files.cache import cache_root, sha256_of
 from mft.files.gguf_file import MAGIC, check_gguf
-from mft.files.hub import hub_is_reachable
+from mft.files.hub import HubError, hub_is_reachable
 from mft.files.json_file import read_object
 from mft.files.regular_file import check_regular, open_regular, read_regular
 from mft.files.safetensors_file import check_header
+from mft.models.claims import check_layers, check_parameters
+from mft.models.hub_model import fetch_model
 from mft.models.next_tokens import check_next_tokens
 from mft.models.smollm2 import GGUF_SHA256, fetch_smollm2
 
@@ -43,11 +45,13 @@ TEMPLATES = Path(__file__).with_name("templates")
 SHORTHANDS = ("smollm2-135m",)
 # What save_pretrained and a model hub's snapshot write; save_model replaces a directory of these alone.
 MODEL_FILES = re.compile(r".*\.safetensors|.*\.json|.*\.jinja|.*\.model|merges\.txt|.*\.md|\.gitattributes|LICENSE.*")
+_CONFIG = "config.json"
 # Of a model's directory, what transformers takes for an object without looking.
 _OBJECTS = (
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *(_CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json"),
 )
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # for transformers: as it lies here
 _MOST_JSON = 1 << 28  # bytes: a tokenizer of 262,144 tokens has 33 MB
 _MOST_TEMPLATE = 1 << 20  # bytes: a hundred times the longest of published models
 # What transformers raises on files of a right form whose values make no sense to it.
@@ -67,7 +71,7 @@ def load_model(config: ModelConfig | str, *, sequence_length: int | None = None)
         it says what to do.
     """
     config = ModelConfig(config) if isinstance(config, str) else config
-    return _reached(config, partial(_load, sequence_length=sequence_length))
+    return _reached(config, partial(_load, sequence_length=sequence_length), weights=True)
 
 
 def load_tokenizer(config: ModelConfig, *, sequence_length: int | None = None) -> Any:
@@ -119,8 +123,8 @@ def save_model(
     return target
 
 
-def _reached(config: ModelConfig, load: Callable[..., Any]) -> Any:
-    """load(source, config, **options) with what transformers' from_pretrained takes for config.name."""
+def _reached(config: ModelConfig, load: Callable[[str, ModelConfig], Any], *, weights: bool = False) -> Any:
+    """load(directory, config) with the directory of config.name; weights: whether the hub's are wanted too."""
     name = config.name
     path = Path(name)
     if config.revision is not None and (name in SHORTHANDS or path.exists()):
@@ -139,13 +143,8 @@ def _reached(config: ModelConfig, load: Callable[..., Any]) -> Any:
             f"model.name must be a model that exists, got {name!r}: no such file or directory{nearest_path(path)}"
         )
     else:
-        return _from_hub(config, load)
-    return load(str(source), config, **_options(config, local_files_only=True))
-
-
-def _options(config: ModelConfig, **options: Any) -> dict[str, Any]:
-    revision = {} if config.revision is None else {"revision": config.revision}
-    return {"trust_remote_code": False, **revision, **options}
+        return _from_hub(config, load, weights=weights)
+    return load(str(source), config)
 
 
 @contextmanager
@@ -155,27 +154,34 @@ def _loading(config: ModelConfig, what: str) -> Iterator[None]:
         yield
 
 
-def _load_tokenizer(source: str, config: ModelConfig, *, sequence_length: int | None, **options: Any) -> Any:
+def _load_tokenizer(source: str, config: ModelConfig, *, sequence_length: int | None) -> Any:
     with _loading(config, "model"):
-        architecture = transformers.AutoConfig.from_pretrained(source, **options)
+        architecture = transformers.AutoConfig.from_pretrained(source, **_LOCAL)
     check_next_tokens(architecture, config.name, sequence_length)
     with _loading(config, "tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **_LOCAL)
     if config.chat_template is not None:
         tokenizer.chat_template = read_chat_template(config.chat_template)
     return _padding(tokenizer, config.name)
 
 
-def _load_outline(source: str, config: ModelConfig, **options: Any) -> Any:
-    with _loading(config, "causal language model"), torch.device("meta"):
-        settings = transformers.AutoConfig.from_pretrained(source, **options)
+def _load_outline(source: str, config: ModelConfig) -> Any:
+    with _loading(config, "causal language model"):
+        return _outline(transformers.AutoConfig.from_pretrained(source, **_LOCAL), config.dtype)
+
+
+def _outline(settings: Any, dtype: str) -> Any:
+    with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(
-            settings, dtype=getattr(torch, config.dtype), trust_remote_code=False
+            settings, dtype=getattr(torch, dtype), trust_remote_code=False
         )
 
 
-def _load(source: str, config: ModelConfig, *, sequence_length: int | None, **options: Any) -> tuple[Any, Any]:
-    tokenizer = _load_tokenizer(source, config, sequence_length=sequence_length, **options)
+def _load(source: str, config: ModelConfig, *, sequence_length: int | None) -> tuple[Any, Any]:
+    tokenizer = _load_tokenizer(source, config, sequence_length=sequence_length)
+    stored = sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
+    if stored:  # without any transformers says so
+        check_parameters(_load_outline(source, config), stored, config.name)
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     model: Any
     info: Any
@@ -187,7 +193,7 @@ def _load(source: str, config: ModelConfig, *, sequence_length: int | None, **op
             use_safetensors=True,
             output_loading_info=True,
             **attention,
-            **options,
+            **_LOCAL,
         )
     _check_whole(model, info, config.name)
     return _prepared(model, tokenizer, config.name)
@@ -239,7 +245,7 @@ def _prepared(model: Any, tokenizer: Any, name: str) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _from_hub(config: ModelConfig, load: Callable[..., Any]) -> Any:
+def _from_hub(config: ModelConfig, load: Callable[[str, ModelConfig], Any], *, weights: bool) -> Any:
     name = config.name
     hint = nearest(name.rpartition("/")[2], SHORTHANDS)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
@@ -249,15 +255,17 @@ def _from_hub(config: ModelConfig, load: Callable[..., Any]) -> Any:
     online = hub_is_reachable()
     revision = "" if config.revision is None else f" at model.revision {config.revision!r}"
     try:
-        return load(name, config, **_options(config, local_files_only=not online))
-    except ValueError as error:
-        if isinstance(error.__cause__, OSError) and not online:
+        source = fetch_model(name, config.revision, weights=weights, online=online)
+        return load(str(_model_directory(source)), config)
+    except (HubError, ValueError) as error:
+        if not online and (isinstance(error, HubError) or isinstance(error.__cause__, OSError)):
             raise ValueError(
                 f"model.name {name!r}{revision} is neither {' nor '.join(SHORTHANDS)}, nor a file or directory here, "
                 "nor a model in the hub's local cache, and the hub cannot be reached: check the name and the "
                 f"network, or give a local directory{hint}"
             ) from error
-        raise ValueError(f"{error}{hint}") from error
+        named = f"model.name {name!r}{revision} cannot be loaded: " if isinstance(error, HubError) else ""
+        raise ValueError(f"{named}{error}{hint}") from error
 
 
 def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
@@ -267,13 +275,16 @@ def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
         return target
     gguf = gguf or fetch_smollm2()
     logger.warning("dequantising %s to %s, once; kept in %s", gguf.name, dtype, target)
-    options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    options = {**_LOCAL, "gguf_file": gguf.name}
     dense = {}
     if hasattr(transformers, "GgufConfig"):  # newer versions may keep weights packed, in layers that are not nn.Linear
         dense = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     model: Any
     info: Any
     refusal = f"model.name must be a GGUF file that transformers can read, got {gguf}"
+    with _refusing(refusal):
+        outline = _outline(transformers.AutoConfig.from_pretrained(gguf.parent, **options), dtype)
+    check_parameters(outline, gguf.stat().st_size, str(gguf))
     with _refusing(refusal), _quiet_progress():
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
@@ -310,7 +321,7 @@ def _gguf_hash(path: Path) -> str:
 
 
 def _model_directory(path: Path) -> Path:
-    if (path / "config.json").exists():
+    if (path / _CONFIG).exists():
         _check_files(path)
         return path
     if (path / "adapter_config.json").is_file():
@@ -325,14 +336,17 @@ def _model_directory(path: Path) -> Path:
 
 def _check_files(directory: Path) -> None:
     """Raise ValueError that names a file which transformers would wait on, or stumble over."""
+    tensors, config = 0, dict[str, Any]()
     for path in sorted(directory.iterdir()):
         if path.is_dir() or not path.exists():
             continue
         check_regular(path)
         if path.name in _OBJECTS:
-            read_object(path, _MOST_JSON)
+            values = read_object(path, _MOST_JSON)
+            config = values if path.name == _CONFIG else config
         elif path.suffix == ".safetensors":
-            check_header(path, "copy the model again")
+            tensors += check_header(path, "copy the model again")
+    check_layers(directory / _CONFIG, config, tensors)
 
 
 @contextmanager

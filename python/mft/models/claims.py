@@ -1,0 +1,49 @@
+"""What a model's config claims, held against the files of its weights, before the model is built.
+
+A config of a few hundred bytes may ask for 30,000 layers, or for a hidden size of a million. Refused is only what no
+files could hold: composite, tied, sharded and quantised models all keep a tensor a layer, and a bit a parameter.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+_LAYERS = re.compile(r"((\w+_)?(num|n)_(\w+_)?|(\w*_)?(encoder|decoder)_)?layers?|depth")  # keys that count modules
+_ANY_LAYERS = 256  # which a model may have, whatever its files: its layers may share their weights
+_MOST_LAYERS = 10_000  # where the files of the weights are not here; no model has a tenth as many
+_ANY_PARAMETERS = 2**26  # likewise: 256 MiB of float32
+_MOST_PARAMETERS = 8  # a byte: a bit each, less than any code of weights takes
+
+
+def check_layers(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """Raise ValueError if config, of the file at path, claims more layers than its weights have tensors.
+
+    tensors: in all files of the weights; 0 if these are not known.
+    """
+    most = max(tensors, _ANY_LAYERS) if tensors else _MOST_LAYERS
+    parts = [config]
+    while parts:
+        part = parts.pop()
+        for key, value in part.items():
+            if isinstance(value, dict):
+                parts.append(value)
+            elif isinstance(value, int | float) and value > most and _LAYERS.fullmatch(key):
+                held = f"{tensors} tensors in its weights" if tensors else "any model"
+                raise ValueError(
+                    f"{path}: {key} must be at most {most}, got {value} for {held}: copy config and weights again"
+                )
+
+
+def check_parameters(outline: nn.Module, stored: int, name: str) -> None:
+    """Raise ValueError if a model of so many bytes of weights has more parameters than these can hold.
+
+    outline: the model on the meta device.
+    """
+    claimed = sum(tensor.numel() for tensor in (*outline.parameters(), *outline.buffers()))
+    if claimed > max(_ANY_PARAMETERS, _MOST_PARAMETERS * stored):
+        raise ValueError(
+            f"model.name {name!r} must have weights for all that its config claims, got {claimed} parameters for "
+            f"{stored} bytes of weights: copy config and weights again"
+        )

@@ -1,0 +1,43 @@
+"""A model of the hub as a directory of this machine: its files in the hub's cache, fetched if need be."""
+
+import glob
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from mft.files.hub import asking_hub
+from mft.files.json_file import read_object
+
+# What tokenizers and configurations consist of. Folders hold other forms of the model, but for templates.
+_SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.codes", "*.vocab"]
+_FOLDERS = "[!a]*/*"  # all but additional_chat_templates
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_MOST_INDEX = 1 << 26  # bytes: ten times that of the largest model
+
+
+def fetch_model(repository: str, revision: str | None, *, weights: bool, online: bool) -> Path:
+    """The directory of its snapshot: all small files, and if weights are wanted those that transformers would take.
+
+    Raises: HubError as asking_hub does; ValueError if the index of the weights is damaged.
+    """
+    directory = _fetch(repository, revision, _SMALL, online=online)
+    if weights:
+        commit = directory.name  # whatever becomes of revision meanwhile
+        _fetch(repository, commit, [_WEIGHTS], online=online)
+        if not (directory / _WEIGHTS).exists() and (directory / _INDEX).exists():
+            places = read_object(directory / _INDEX, _MOST_INDEX).get("weight_map")
+            names = {name for name in places.values() if isinstance(name, str)} if isinstance(places, dict) else set()
+            _fetch(repository, commit, [glob.escape(name) for name in sorted(names)], online=online)
+    return directory
+
+
+def _fetch(repository: str, revision: str | None, patterns: list[str], *, online: bool) -> Path:
+    with asking_hub(repository, revision):
+        found = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=_FOLDERS,
+            local_files_only=not online,
+        )
+    return Path(str(found))
