@@ -129,6 +129,16 @@ class Findings:
     open_ends: list[OpenEnd] = field(default_factory=list)  # choices that lie at an end of their grid
     test_openings: int = 1  # how often test was evaluated with other arms or settings than before, this time included
 
+    def rates(self, domain: str, arm: str) -> int | None:
+        """How many rates the first seed tried of an arm, or of the one that it is made of; None: it learns at none."""
+        source, first = self.study.arms[arm].of or arm, self.study.seeds[0]
+        tried = {
+            outcome.unit.setting.lr
+            for outcome in self.outcomes
+            if (outcome.unit.domain, outcome.unit.arm, outcome.unit.seed) == (domain, source, first)
+        }
+        return len(tried - {None}) or None
+
 
 # In JSON: a float's shortest decimal form gives back its bits, so that what was written is what is read.
 

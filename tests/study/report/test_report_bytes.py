@@ -82,7 +82,7 @@ def test_a_masks_rival_is_the_best_on_validation_that_stores_no_more_from_the_sa
         ({"losses": LOSS | {"LoRA 1": 1.92}}, ("behind", "")),
         ({"losses": LOSS | {"LoRA 1": 1.9505}, "noise": 0.03}, ("undecided", "the interval includes 0")),
         ({"validation": LOSS | {"MFT": 1.985}}, ("undecided", "validation disagrees")),
-        ({"documents": 1}, ("undecided", "a single document has no interval")),
+        ({"documents": 1}, ("undecided", "1 test document, at least 20 are needed")),
     ],
 )
 def test_ahead_and_behind_are_said_by_the_rules_of_the_verdict(changes, verdict):
@@ -124,8 +124,8 @@ def test_the_report_holds_the_sentence_the_numbers_and_the_picture(tmp_path):
     text = (tmp_path / "table.md").read_text()
     assert re.search(
         r"\ncode, at equal bytes\. MFT \(9,001 bytes\) is neither shown ahead of nor behind LoRA 1 \(8,001 bytes, the "
-        r"best on validation of 2 that store no more\) \(a single document has no interval\): -0\.0\d+ nats a token, "
-        r"Holm-adjusted p -; on validation -0\.0\d+\.\n",
+        r"best on validation of 2 that store no more\) \(1 test document, at least 20 are needed\): -0\.0\d+ nats "
+        r"a token, Holm-adjusted p -; on validation -0\.0\d+\.\n",
         text,
     )
     assert "over these 1 comparisons" in text

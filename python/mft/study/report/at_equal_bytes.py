@@ -12,7 +12,8 @@ from typing import Any
 
 from mft.study.config import MASK, ONE_SHOT, StudyConfig
 from mft.study.outcome import Findings
-from mft.study.report.statistics import Difference, Paired, differences, paired, side, with_holm
+from mft.study.report.judge import side
+from mft.study.report.statistics import Difference, Paired, differences, paired, with_holm
 from mft.study.report.table import DomainTable, Row, finite
 from mft.study.report.verdict import shown_interval, shown_p
 
@@ -115,6 +116,6 @@ def _sentence(one: AtEqualBytes) -> str:
     best = f"the best on validation of {one.rivals} that store no more" if one.rivals > 1 else "the only one"
     return (
         f"{mask} {words} {one.rival} ({one.rival_bytes:,.0f} bytes, {best}){f' ({why})' if why else ''}: "
-        f"{shown_interval(one.difference)} nats a token, Holm-adjusted p {shown_p(one.difference.p_holm)}; "
+        f"{shown_interval(one.difference)} nats a token, Holm-adjusted p {shown_p(one.difference)}; "
         f"on validation {one.validation:+.4f}."
     )

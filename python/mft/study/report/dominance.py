@@ -2,17 +2,19 @@
 
 Where arms learned by rewards, wrong answers take the place of the loss on the domain.
 
-An arm dominates a rival if neither of its losses is shown to be higher and one is shown to be lower (statistics.side
-says what shown means). Rivals are the tuned arms that are no masks. Holm's correction runs over one family: all
-differences of every MFT arm from every rival, in both losses, over all domains and texts.
+An arm dominates a rival if one of its losses is shown to be lower and the other is shown not to be higher. If the
+other may be either, it is better by one. judge.py says what shown means: Holm's correction counts for "lower" alone.
+Rivals are the tuned arms that are no masks. The correction runs over one family: all differences of every MFT arm from
+every rival, in both losses, over all domains and texts.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from mft.study.config import AVERAGE, BASE, DERIVED, MASK, ONE_SHOT, QUANTIZED, TEMPERATURE, StudyConfig
 from mft.study.outcome import Findings
 from mft.study.report.general import Runs, on_test, on_validation
+from mft.study.report.judge import few_rates, is_level, is_not, shortage, side
 from mft.study.report.statistics import (
     DRAWS,
     Difference,
@@ -20,11 +22,11 @@ from mft.study.report.statistics import (
     deciding_metric,
     differences,
     paired,
-    side,
     with_holm,
 )
 
 DOMINATES, DOMINATED, TRADE_OFF, LEVEL_WITH = "dominates", "dominated", "trade-off", "level"
+BETTER_BY_ONE, WORSE_BY_ONE, UNDECIDED = "better by one", "worse by one", "undecided"
 _Claim = tuple[str, str, str, str | None]  # domain, MFT arm, rival, text; None: by the loss on the domain
 _DRAWS_EACH = 200  # of the family: with all draws on one side, p times the family is 0.01
 
@@ -47,7 +49,8 @@ class Comparison:
     text: str
     domain: OnLoss
     general: OnLoss
-    verdict: str  # of the arm: DOMINATES, DOMINATED, TRADE_OFF or LEVEL_WITH
+    verdict: str  # of the arm, see verdict()
+    lacks: str = ""  # what makes it UNDECIDED whatever the losses
 
 
 def is_mft(study: StudyConfig, arm: str) -> bool:
@@ -94,11 +97,18 @@ def comparisons(findings: Findings) -> dict[str, list[Comparison]]:
     for (domain, arm, rival, text), general in found.items():
         if text is not None:
             own_loss = found[domain, arm, rival, None]
-            judged = verdict(own_loss.side, general.side)
-            compared[domain].append(Comparison(arm, rival, text, own_loss, general, judged))
+            rates = {name: findings.rates(domain, name) for name in (arm, rival)}
+            compared[domain].append(judged(rates, text, own_loss, general))
     for domain, listed in compared.items():
         listed.sort(key=lambda one: _texts(findings, domain).index(one.text))  # stable
     return compared
+
+
+def judged(rates: Mapping[str, int | None], text: str, domain: OnLoss, general: OnLoss) -> Comparison:
+    """The comparison of an arm with a rival. rates: how many each tried, arm first; None: it learns at none."""
+    arm, rival = rates
+    lacks = few_rates(rates) or shortage(domain.difference) or shortage(general.difference)
+    return Comparison(arm, rival, text, domain, general, UNDECIDED if lacks else verdict(domain, general), lacks)
 
 
 def draws_of(family: int) -> int:
@@ -111,11 +121,20 @@ def family_size(compared: Iterable[list[Comparison]]) -> int:
     return sum(len({(one.arm, one.rival) for one in listed}) + len(listed) for listed in compared)
 
 
-def verdict(domain: int, general: int) -> str:
-    """Of the sides of both differences."""
-    if domain * general < 0:
+def verdict(*losses: OnLoss) -> str:
+    """Of an arm, from both of its differences.
+
+    DOMINATES: better by one, shown not to be worse by the other. BETTER_BY_ONE: the other may be either. DOMINATED and
+    WORSE_BY_ONE likewise. TRADE_OFF: better by one, worse by the other. LEVEL_WITH: both differences are small.
+    """
+    sides = {loss.side for loss in losses}
+    if {-1, 1} <= sides:
         return TRADE_OFF
-    return {-1: DOMINATES, 0: LEVEL_WITH, 1: DOMINATED}[domain or general]
+    for shown, by_both, by_one in ((-1, DOMINATES, BETTER_BY_ONE), (1, DOMINATED, WORSE_BY_ONE)):
+        if shown in sides:
+            whole = all(loss.side == shown or is_not(loss.difference, -shown) for loss in losses)
+            return by_both if whole else by_one
+    return LEVEL_WITH if all(is_level(loss.difference) for loss in losses) else UNDECIDED
 
 
 def _texts(findings: Findings, domain: str) -> list[str]:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from mft.study.config import LORA, QUANTIZED
 from mft.study.outcome import Findings
-from mft.study.report.statistics import Difference, Paired, differences, paired, side, with_holm
+from mft.study.report.judge import side
+from mft.study.report.statistics import Difference, Paired, differences, paired, with_holm
 from mft.study.report.table import DomainTable, Row, exact_start, validation_difference
 from mft.study.report.verdict import shown_interval, shown_p
 
@@ -66,7 +67,7 @@ def _compared(findings: Findings, table: DomainTable, pair: Pair, difference: Di
     own, other = (_costs(table.row(arm)) for arm in (mask, lora))
     return (
         f"{mask} against {lora}: {verdict}. {shown_interval(difference)} nats a token, Holm-adjusted p "
-        f"{shown_p(difference.p_holm)}; on validation {on_validation}; {own} against {other}."
+        f"{shown_p(difference)}; on validation {on_validation}; {own} against {other}."
     )
 
 

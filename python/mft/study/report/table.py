@@ -54,6 +54,7 @@ class Row:
     validation: float | None = None  # mean difference from against, of what decides
     validation_exact: float | None = None  # share of validation's questions, where it chose by them
     tried: int = 0  # configurations
+    rates: int | None = None  # how many of these it, or the arm that it is made of, tried; None: it learns at none
     steps: float | None = None  # of a chosen run, mean over seeds; of one run of an average
     seconds: float | None = None  # of a chosen run (of all runs that are averaged), mean over seeds
     seconds_tried: float = 0.0  # of all runs
@@ -238,6 +239,7 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
         validation=validation_difference(findings, domain, arm, against),
         validation_exact=_validation_exact(findings, domain, arm),
         tried=len(set(own)),
+        rates=findings.rates(domain, arm),
         steps=_mean([float(o.steps) for o in chosen]) if chosen else None,
         seconds=seconds,
         seconds_tried=sum(o.seconds for o in outcomes),

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from mft.study.report.forgetting import plot_forgetting
 from mft.study.report.general import OnText
 from mft.study.report.over_codes import verdicts_over_codes
 from mft.study.report.plots import plot_study
+from mft.study.report.remarks import remarks
 from mft.study.report.rewards import REWARDS_PLOT, plot_rewards, reward_curves
 from mft.study.report.sums import sums_values
 from mft.study.report.table import DomainTable, Row, finite, study_numbers, study_tables
-from mft.study.report.verdict import conclusion, errors, remarks, shown_interval, shown_p, study_verdicts
+from mft.study.report.verdict import conclusion_of, errors, shown_interval, shown_p, study_verdicts
 from mft.study.store import BYTES, FORGETTING
 from mft.tracking.curves import PLOT
 from mft.training.run_directory import TABLE_JSON, TABLE_MARKDOWN
@@ -46,22 +47,12 @@ def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, 
     """
     tables, extra = study_tables(findings), dict(extra or {})
     said, known, by_bytes = _words_of(findings, tables)
-    wrong, budgets = errors(findings), _budgets(tables)
-    lines = [*(f"{error}\n" for error in wrong), "# Verdict", "", *(f"{paragraph}\n" for paragraph in said)]
-    for domain, table in tables.items():
-        lines += [f"# {domain}: {_counts(table)}", "", *_markdown(table), ""]
-        for text in table.general:
-            lines += [f"# {domain} and {text}: MFT arms against their rivals", "", *_matches(domain, text, table), ""]
-    if budgets:
-        lines += ["# At equal budgets, validation, first seed", "", *(f"- {sentence}" for sentence in budgets), ""]
-    lines += ["# How", "", *(f"- {note}" for note in known)]
-    lines += [f"- {name}: {_words(value)}" for name, value in extra.items()]
-    write_whole(directory / TABLE_MARKDOWN, "\n".join(lines) + "\n")
+    wrong = errors(findings)
+    write_whole(directory / TABLE_MARKDOWN, report_text(tables, said, known, wrong, extra))
     numbers = study_numbers(findings, tables)
     for domain, table in tables.items():
         for row, entry in zip(table.rows, numbers["domains"][domain]["rows"]):
-            judged = row.masked and row.decides in row.minus_control and not table.general  # else by dominance
-            entry["conclusion"] = conclusion(row)[0] if judged else None
+            entry["conclusion"] = conclusion_of(table, row)
         numbers["domains"][domain]["by_rewards"] = reward_curves(findings, domain)
         numbers["domains"][domain]["sums"] = finite(sums_values(findings, domain, table.equal_budgets))
     numbers |= {"errors": wrong, "verdicts": said, "remarks": known, "environment": extra}
@@ -74,6 +65,26 @@ def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, 
         plot_bytes(numbers, directory / BYTES)
     if any(table.general for table in tables.values()):
         plot_forgetting(numbers, directory / FORGETTING)
+
+
+def report_text(
+    tables: Mapping[str, DomainTable],
+    said: Iterable[str],
+    known: Iterable[str],
+    wrong: Iterable[str],
+    extra: Mapping[str, Any],
+) -> str:
+    """table.md from tables, verdicts, remarks, errors and where the numbers come from."""
+    lines = [*(f"{error}\n" for error in wrong), "# Verdict", "", *(f"{paragraph}\n" for paragraph in said)]
+    for domain, table in tables.items():
+        lines += [f"# {domain}: {_counts(table)}", "", *_markdown(table), ""]
+        for text in table.general:
+            lines += [f"# {domain} and {text}: MFT arms against their rivals", "", *_matches(domain, text, table), ""]
+    if budgets := _budgets(tables):
+        lines += ["# At equal budgets, validation, first seed", "", *(f"- {sentence}" for sentence in budgets), ""]
+    lines += ["# How", "", *(f"- {note}" for note in known)]
+    lines += [f"- {name}: {_words(value)}" for name, value in extra.items()]
+    return "\n".join(lines) + "\n"
 
 
 def numbers_text(numbers: Mapping[str, Any]) -> str:
@@ -114,8 +125,7 @@ def _minus_control(metric: str, scale: float = 1, digits: int = 4) -> Callable[[
 
 
 def _holm(row: Row) -> str:
-    difference = row.minus_control.get(row.decides)
-    return shown_p(None if difference is None else difference.p_holm)
+    return shown_p(row.minus_control.get(row.decides))
 
 
 _CHOSEN = _Column("chosen", lambda row: str(row.setting or "") or "-")
@@ -187,7 +197,7 @@ def _matches(domain: str, text: str, table: DomainTable) -> Iterator[str]:
     for one in table.comparisons:
         if one.text == text:
             losses = (one.domain.difference, one.general.difference)
-            cells = (cell for loss in losses for cell in (shown_interval(loss), shown_p(loss.p_holm)))
+            cells = (cell for loss in losses for cell in (shown_interval(loss), shown_p(loss)))
             yield f"| {one.arm} | {one.rival} | {' | '.join(cells)} | {one.verdict} |"
 
 

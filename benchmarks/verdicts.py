@@ -1,0 +1,191 @@
+"""Judge stored studies again by today's rules, without running them: python -m benchmarks.verdicts [NAME] ... [--write]
+
+Differences, intervals and p values stay as they are stored. What is concluded from them, and the words, are made again
+by the code of `mft compare`. Prints which verdicts change. With --write the JSON and Markdown files are written anew.
+NAME: part of a file's name.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mft.study.config import Setting
+from mft.study.report.at_equal_bytes import AtEqualBytes, said_of_bytes
+from mft.study.report.dominance import Comparison, OnLoss, family_size, judged
+from mft.study.report.equal_budgets import EqualBudget
+from mft.study.report.general import OnText
+from mft.study.report.judge import side
+from mft.study.report.remarks import dominance_remark, p_remark
+from mft.study.report.statistics import Difference, smallest_p
+from mft.study.report.table import DomainTable, Row
+from mft.study.report.verdict import conclusion_of, shown_interval, verdicts_of
+from mft.study.report.write import numbers_text, report_text
+
+from .records import RESULTS
+from .tables import markdown
+
+Kind = TypeVar("Kind")
+_P_IN_WORDS = re.compile(r"Holm-adjusted p (<?0\.\d+)")
+_OF_DOMINANCE, _OF_P = "An MFT arm dominates a rival", "cannot tell a p below"
+
+
+def tables_in(numbers: Mapping[str, Any]) -> dict[str, DomainTable]:
+    """The tables of a table.json, by domain; its comparisons are judged again."""
+    return {domain: _table(values, numbers["seeds"][0]) for domain, values in numbers["domains"].items()}
+
+
+def judge_again(numbers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, DomainTable], list[list[str]]]:
+    """(the numbers with new verdicts and words, their tables, [domain, arm, rival, old, new] of what changed)"""
+    tables, changes = tables_in(numbers), []
+    for domain, table in tables.items():
+        stored = numbers["domains"][domain]
+        for one, entry in zip(table.comparisons, stored.get("comparisons", []), strict=True):
+            if entry["verdict"] != one.verdict:
+                changes.append([domain, one.arm, f"{one.rival}, {one.text}", entry["verdict"], one.verdict])
+            entry |= {"verdict": one.verdict, "lacks": one.lacks}
+            entry["domain"]["side"], entry["general"]["side"] = one.domain.side, one.general.side
+        for row, entry in zip(table.rows, stored["rows"], strict=True):
+            concluded = conclusion_of(table, row)
+            if entry.get("conclusion") != concluded:
+                changes.append([domain, row.arm, str(row.against), str(entry.get("conclusion")), str(concluded)])
+            entry |= {"conclusion": concluded, "rates": row.rates}
+    numbers["verdicts"] = _verdicts(numbers, tables)
+    numbers["remarks"] = _remarks(numbers, tables)
+    return numbers, tables, changes
+
+
+def _verdicts(numbers: Mapping[str, Any], tables: Mapping[str, DomainTable]) -> list[str]:
+    """New paragraphs in the places of the old ones; those over codes claim no absence of a difference, and stay."""
+    seeds = len(numbers["seeds"])
+    bytes_found = [_at_equal_bytes(values) for values in numbers.get("at_equal_bytes", [])]
+    made = [*verdicts_of(tables, lambda table, row: _uncompared(numbers, table, row)), *said_of_bytes(bytes_found)]
+    new = {paragraph.split(". ")[0]: paragraph for paragraph in made}
+    return [new.get(old.split(". ")[0]) or _with_least_p(old, seeds) for old in numbers["verdicts"]]
+
+
+def _remarks(numbers: Mapping[str, Any], tables: Mapping[str, DomainTable]) -> list[str]:
+    family, found = family_size(table.comparisons for table in tables.values()), []
+    for remark in numbers["remarks"]:
+        if _OF_P in remark:
+            continue
+        found.append(dominance_remark(family) if remark.startswith(_OF_DOMINANCE) else remark)
+        if remark.startswith((_OF_DOMINANCE, "p is two-sided")):
+            place = len(found)
+    found.insert(place, p_remark(len(numbers["seeds"])))
+    return found
+
+
+def _with_least_p(text: str, seeds: int) -> str:
+    least = smallest_p(seeds)
+
+    def shown(found: re.Match[str]) -> str:
+        small = found[1].startswith("<") or float(found[1]) < least
+        return f"Holm-adjusted p <{least:g}" if small else found[0]
+
+    return _P_IN_WORDS.sub(shown, text)
+
+
+def _uncompared(numbers: Mapping[str, Any], table: DomainTable, row: Row) -> str:
+    """Why a row was not compared, which needs the study's declaration: as the stored words have it."""
+    difference = re.escape(f"{row.arm} - {table.full}: {shown_interval(row.minus_full)}")
+    found = re.search(f"{difference}([^.]*)\\.", " ".join(numbers["verdicts"]))
+    return "" if found is None else found[1]
+
+
+def _table(values: Mapping[str, Any], first_seed: int) -> DomainTable:
+    rates = {row["arm"]: _rates(values, row, first_seed) for row in values["rows"]}
+    table = _made(DomainTable, values, rows=[_row(row, rates[row["arm"]]) for row in values["rows"]])
+    table.comparisons = [_comparison(one, rates) for one in values.get("comparisons", [])]
+    table.equal_budgets = [_budget(one) for one in values.get("equal_budgets", [])]
+    return table
+
+
+def _rates(values: Mapping[str, Any], row: Mapping[str, Any], first_seed: int) -> int | None:
+    source = row.get("of") or row["arm"]
+    tried = {t["lr"] for t in values["trials"] if (t["arm"], t["seed"]) == (source, first_seed)}
+    return len(tried - {None}) or None
+
+
+def _row(values: Mapping[str, Any], rates: int | None) -> Row:
+    row = _made(Row, values, setting=_setting(values["setting"]), minus_full=_difference(values["minus_full"]))
+    row.minus_control = {metric: _known(one) for metric, one in values["minus_control"].items()}
+    row.general = {
+        text: _made(OnText, on, **{name: _difference(on[name]) for name in ("minus_full", "minus_start")})
+        for text, on in values.get("general", {}).items()
+    }
+    row.decides, row.rates = values.get("decides", "loss"), rates
+    return row
+
+
+def _comparison(values: Mapping[str, Any], rates: Mapping[str, int | None]) -> Comparison:
+    losses = []
+    for name in ("domain", "general"):
+        difference, validation = _known(values[name]["difference"]), values[name]["validation"]
+        losses.append(OnLoss(difference, validation, side(difference, validation)[0]))
+    both = {name: rates[name] for name in (values["arm"], values["rival"])}
+    return judged(both, values["text"], *losses)
+
+
+def _budget(values: Mapping[str, Any]) -> EqualBudget:
+    settings = {name: _setting(values[name]) for name in ("setting", "control_setting")}
+    return _made(EqualBudget, values, difference=_difference(values["difference"]), **settings)
+
+
+def _at_equal_bytes(values: Mapping[str, Any]) -> AtEqualBytes:
+    return _made(AtEqualBytes, values, difference=_difference(values["difference"]))
+
+
+def _setting(values: Mapping[str, Any] | None) -> Setting | None:
+    return None if values is None else Setting(**values)
+
+
+def _difference(values: Mapping[str, Any] | None) -> Difference | None:
+    return None if values is None else _known(values)
+
+
+def _known(values: Mapping[str, Any]) -> Difference:
+    ends = {name: math.nan for name in ("low", "high", "p") if values[name] is None}
+    return Difference(**{**values, **ends})
+
+
+def _made(kind: type[Kind], values: Mapping[str, Any], **others: Any) -> Kind:
+    """A dataclass from what a file holds; older files lack newer fields, which are None or as declared."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    required = (dataclasses.MISSING, dataclasses.MISSING)
+    absent = {name: None for name, field in fields.items() if (field.default, field.default_factory) == required}
+    return kind(**{**absent, **{name: values[name] for name in fields if name in values}, **others})
+
+
+def main() -> None:
+    """Print what changes; write it if asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.verdicts", description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", help="parts of the names of files")
+    parser.add_argument("--write", action="store_true", help="write the files anew")
+    asked = parser.parse_args()
+    paths = [*RESULTS.glob("compare-*.json"), *RESULTS.glob("ablation-*.json")]
+    paths = sorted(path for path in paths if not asked.names or any(name in path.name for name in asked.names))
+    if not paths:
+        sys.exit(f"error: names must be parts of names of studies in {RESULTS}, got {' '.join(asked.names)}")
+    rows: list[list[str]] = []
+    for path in paths:
+        numbers, tables, changes = judge_again(json.loads(path.read_text()))
+        rows += [[path.stem, *change] for change in changes]
+        if asked.write:
+            _write(path, numbers, tables)
+    print(markdown(["study", "domain", "arm", "rival", "was", "is"], rows))
+
+
+def _write(path: Path, numbers: dict[str, Any], tables: Mapping[str, DomainTable]) -> None:
+    words = (numbers["verdicts"], numbers["remarks"], numbers.get("errors", []), numbers["environment"])
+    path.write_text(numbers_text(numbers))
+    path.with_suffix(".md").write_text(report_text(tables, *words))
+
+
+if __name__ == "__main__":
+    main()

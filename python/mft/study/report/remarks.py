@@ -1,0 +1,109 @@
+"""What a reader of the verdicts must know: warnings, how differences were judged, what was tried."""
+
+from collections.abc import Iterable, Mapping
+
+from mft.study.config import AVERAGE, CONTROL, DERIVED, REWARDS
+from mft.study.outcome import Findings
+from mft.study.report.dominance import draws_of, family_size
+from mft.study.report.judge import LEAST_DOCUMENTS, MARGIN
+from mft.study.report.rewards import rewards_remark
+from mft.study.report.statistics import CONFIDENCE, DRAWS, LEVEL, smallest_p
+from mft.study.report.table import DomainTable
+
+
+def remarks(findings: Findings, tables: Mapping[str, DomainTable]) -> list[str]:
+    """What a reader of the verdicts must know; warnings first."""
+    return [*_warnings(findings, tables), *_method(findings, tables), *findings.notes]
+
+
+def dominance_remark(family: int) -> str:
+    """What the verdicts of dominance mean, over a family of so many differences."""
+    return (
+        "An MFT arm dominates a rival if it is better by one of two losses, on the domain and on a text that no arm "
+        "was trained for, and not worse by the other; it is dominated likewise. Better by one and worse by the other "
+        "is a trade-off; better (or worse) by one alone leaves the other open. Better and worse mean that the "
+        "interval excludes 0, p stays below 0.05 after Holm's correction over these "
+        f"{family} differences ({draws_of(family)} draws; of every MFT arm from every rival, by both losses, over all "
+        "domains and texts), and validation has the same sign. Not worse means that the interval, uncorrected, reaches "
+        f"down to 0 and stays below {MARGIN:g} (nats per token, or wrong answers per question). Level means that both "
+        f"intervals, uncorrected, lie within ±{MARGIN:g}; the rest is undecided. Rivals are the tuned arms that are no "
+        "masks, the full fine-tune among them; of an average of runs the averages of as many."
+    )
+
+
+def p_remark(seeds: int) -> str:
+    """How small a p so few seeds can tell."""
+    least = smallest_p(seeds)
+    return (
+        f"{'1 seed' if seeds == 1 else f'{seeds} seeds'} cannot tell a p below {least:g} from {least:g}. Holm's "
+        f"correction over more than {LEVEL / least:.0f} differences asks for smaller ones: a claim that barely passes "
+        "it is optimistic."
+    )
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _warnings(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[str]:
+    study = findings.study
+    if findings.test_openings > 1:
+        yield (
+            f"Warning: the test split was opened {findings.test_openings} times, each time with other arms or "
+            "settings: the p-values are optimistic."
+        )
+    for domain, table in tables.items():
+        if table.documents < LEAST_DOCUMENTS:
+            yield (
+                f"Warning: {domain} has {table.documents} test documents, fewer than {LEAST_DOCUMENTS}: "
+                "its intervals are rough, and nothing can be concluded."
+            )
+        if missing := [arm for arm in study.arms if table.row(arm) is None]:
+            yield f"Warning: {domain} was not tested for {', '.join(missing)}."
+        for row in table.rows:
+            difference = row.minus_control.get(row.decides, row.minus_full)
+            if difference is not None and difference.seeds < table.seeds:
+                yield (
+                    f"Warning: {domain}, {row.arm}: compared in {difference.seeds} of {table.seeds} seeds, those that "
+                    "it and its reference have."
+                )
+
+
+def _method(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[str]:
+    study, stage, seeds = findings.study, findings.study.stage, len(findings.study.seeds)
+    yield (
+        f"Test losses in nats a token, means of {seeds} {'seed' if seeds == 1 else 'seeds'}; differences are paired by "
+        f"seed and document; {100 * CONFIDENCE:.0f} % intervals from {DRAWS} draws of seeds and documents at once, "
+        "widened for how few there are; accuracy is that of the next token."
+    )
+    if study.named(CONTROL) is not None:
+        claims = [
+            row for table in tables.values() for row in table.rows if row.masked and row.decides in row.minus_control
+        ]
+        yield (
+            f"p is two-sided against the control; Holm's correction runs over the {len(claims)} comparisons of MFT "
+            "with it in all domains, and separately over those of the other arms, on which no verdict rests."
+        )
+    if family := family_size(table.comparisons for table in tables.values()):
+        yield dominance_remark(family)
+    yield p_remark(seeds)
+    for domain, table in tables.items():
+        tried = [f"{row.arm} {row.tried}" for row in table.rows if row.kind != AVERAGE]
+        total = sum(row.tried for row in table.rows)
+        means = [name for name, arm in study.arms.items() if arm.kind in DERIVED]  # part 0 of these is no run
+        units = [(o.unit, o.seconds) for o in findings.outcomes if o.unit.domain == domain]
+        runs = [seconds for unit, seconds in units if unit.arm not in means or unit.part > 0]
+        yield (
+            f"{domain}: {total} configurations tried ({', '.join(tried)}), each arm's chosen on validation with seed "
+            f"{study.seeds[0]} and then run with every seed; {len(runs)} runs and {sum(runs):.0f} s "
+            "in all."
+        )
+    if study.objective == REWARDS:
+        yield rewards_remark(findings)
+    else:
+        yield (
+            f"Budget of every trained arm after the fine-tune: {stage.batch_size * stage.accumulation} rows a step, "
+            f"{stage.schedule} schedule, as many epochs as validation chose of its grid; the best of "
+            f"{study.checkpoints} checkpoints on validation is kept."
+        )
+    if findings.test_openings == 1:
+        yield "The test split was opened once, after every choice."

@@ -1,0 +1,53 @@
+"""What stored studies conclude, against today's rules, and their intervals against the sums that they hold."""
+
+import copy
+import json
+
+import pytest
+
+from benchmarks import verdicts
+from benchmarks.records import RESULTS
+from mft.study.report.sums import recomputed
+from mft.study.report.write import report_text
+
+STUDIES = sorted([*RESULTS.glob("compare-*.json"), *RESULTS.glob("ablation-*.json")])
+WITH_SUMS = [path for path in STUDIES if '"sums"' in path.read_text()]
+
+
+def named(paths):
+    return [pytest.param(path, id=path.stem) for path in paths]
+
+
+@pytest.mark.parametrize("path", named(STUDIES))
+def test_a_stored_study_concludes_what_todays_rules_conclude(path):
+    stored = json.loads(path.read_text())
+    again, tables, changes = verdicts.judge_again(copy.deepcopy(stored))
+    assert changes == []
+    assert again == stored
+    words = (again["verdicts"], again["remarks"], again.get("errors", []), again["environment"])
+    assert report_text(tables, *words) == path.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("path", named(WITH_SUMS))
+def test_a_stored_interval_is_the_one_of_its_sums(path):
+    for table in json.loads(path.read_text())["domains"].values():
+        row = next(row for row in table["rows"] if row["masked"])
+        again = recomputed(table, row["arm"], table["full"])
+        assert (again.estimate, again.low, again.high) == pytest.approx(
+            tuple(row["minus_full"][name] for name in ("estimate", "low", "high")), rel=1e-6, abs=1e-9
+        )
+
+
+def test_a_verdict_of_other_rules_is_replaced_in_numbers_and_words():
+    path = RESULTS / "compare-small.json"
+    stored = json.loads(path.read_text())
+    (one,) = [
+        one
+        for one in stored["domains"]["headers"]["comparisons"]
+        if (one["arm"], one["rival"], one["text"]) == ("MFT", "LoRA", "stdlib")
+    ]
+    right, one["verdict"] = one["verdict"], "dominates"
+    stored["verdicts"] = [text.replace("MFT ", "MFT dominates everything; ", 1) for text in stored["verdicts"]]
+    again, _, changes = verdicts.judge_again(stored)
+    assert changes == [["headers", "MFT", "LoRA, stdlib", "dominates", right]]
+    assert again["verdicts"] == json.loads(path.read_text())["verdicts"]
