@@ -178,11 +178,20 @@ def test_a_masked_model_copies_and_pickles(tokens):
     assert isinstance(model.transformer.h[1].mlp.c_fc, MaskedLinear)
 
 
-def test_counts_are_the_scores_over_everything(capsys):
+def test_what_is_trained_is_counted_and_what_is_kept_is_said(capsys):
     model = mask_model(llama(), MaskConfig(target_modules=["up_proj"], layers_to_transform=0))
     total = sum(p.numel() for p in model.parameters())
     assert trainable_parameters(model) == (32 * 48, total)
     print_trainable_parameters(model)
     assert capsys.readouterr().out == (
-        f"trainable params: 1,536 || all params: {total:,} || trainable%: {100 * 1536 / total:.4f}\n"
+        "trained: 1,536 scores, one per weight of 1 masked layer (0.0 MB in memory)\n"
+        "kept: their masks, at most 1 bit per score (0.0 MB on disk); the base's weights stay as they are\n"
     )
+    print_trainable_parameters(mask_model(llama(), MaskConfig(modules_to_save=["norm"])))
+    trained, kept = capsys.readouterr().out.splitlines()
+    assert trained.endswith(" MB in memory), and 32 weights of modules_to_save")
+    assert kept.endswith(" MB on disk), and those weights")
+    plain = llama()
+    print_trainable_parameters(plain)
+    weights = sum(p.numel() for p in plain.parameters())
+    assert capsys.readouterr().out == f"trained and kept: {weights:,} of {weights:,} weights\n"

@@ -110,10 +110,18 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print the counts in PEFT's format."""
+    """Print what is trained, in memory, and what is kept of it, on disk."""
+    masked = list(masked_modules(model).values())
     trainable, total = trainable_parameters(model)
-    share = 100 * trainable / total if total else 0.0
-    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+    if not masked:
+        print(f"trained and kept: {trainable:,d} of {total:,d} weights")
+        return
+    scores, nbytes = sum(each.scores.numel() for each in masked), sum(each.scores.nbytes for each in masked)
+    saved = f", and {trainable - scores:,d} weights of modules_to_save" if trainable > scores else ""
+    layers = "1 masked layer" if len(masked) == 1 else f"{len(masked)} masked layers"
+    print(f"trained: {scores:,d} scores, one per weight of {layers} ({nbytes / 1e6:,.1f} MB in memory){saved}")
+    also = ", and those weights" if saved else "; the base's weights stay as they are"
+    print(f"kept: their masks, at most 1 bit per score ({scores / 8e6:,.1f} MB on disk){also}")
 
 
 @contextlib.contextmanager
