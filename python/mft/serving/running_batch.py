@@ -2,6 +2,8 @@
 
 length 6:   . . a a a a     a prompt that joins is read alone, then its keys and values are padded on the left to the
             b b b b b b     longest row's length and put below the others'; rows that leave take their padding along
+
+Where frequencies depend on a row's length (longrope.py), a row that passes the switch is read again from its start.
 """
 
 import inspect
@@ -15,6 +17,8 @@ from transformers import DynamicCache
 
 from mft.masks.bank import MaskBank
 from mft.models.key_value_cache import beside_keys_and_values
+from mft.models.longrope import by_own_length, switch_length
+from mft.models.packed_rows import check_lengths_apart
 
 
 class RunningBatch:
@@ -34,8 +38,10 @@ class RunningBatch:
             )
         forward = inspect.signature(self._model.forward).parameters
         self._takes_positions = "position_ids" in forward
+        self._switch = switch_length(model)
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
         self._tasks: list[str | None] = []
+        self._tokens: list[list[int]] = []  # of each row, read so far
         self._padding: list[int] = []  # of each row, on the left
         self._length = 0  # of the longest row
         # Without the configuration: whole keys and values of sliding windows too, which are masked and not cut.
@@ -63,6 +69,7 @@ class RunningBatch:
         else:
             self._cache, self._padding, self._length = cache, [0], len(prompt)
         self._tasks.append(task)
+        self._tokens.append([*prompt])
         return logits
 
     def check_rows_apart(self) -> None:
@@ -71,6 +78,9 @@ class RunningBatch:
             self.join(None, [0])
             self.join(next(iter(self._bank.tasks), None), [0, 0])
             self.step([0, 0])
+            if self._switch is not None:
+                with by_own_length(self._model):
+                    check_lengths_apart(self._model, torch.zeros(1, 4).long().to(self._model.device), self._switch + 1)
         except ValueError as error:
             raise ValueError(
                 f"base must keep its rows apart, a {type(self._model).__name__} does not: {error}, or mft merge, which "
@@ -82,16 +92,23 @@ class RunningBatch:
     def step(self, tokens: Sequence[int]) -> Tensor:
         """The token that came last for each row. Returns: logits (rows, V) for the next ones."""
         self._length += 1
-        return self._forward(torch.tensor(tokens)[:, None], self._cache, self._tasks, self._padding, self._length)
+        for read, token in zip(self._tokens, tokens, strict=True):
+            read.append(token)
+        logits = self._forward(torch.tensor(tokens)[:, None], self._cache, self._tasks, self._padding, self._length)
+        for row, read in enumerate(self._tokens):
+            if self._switch is not None and len(read) == self._switch + 1:
+                logits[row] = self._read_again(row)
+        return logits
 
     def keep(self, rows: Sequence[int]) -> None:
         """The other rows leave."""
         if not rows:
-            self._tasks, self._padding, self._length, self._cache = [], [], 0, DynamicCache()
+            self._tasks, self._tokens, self._padding, self._length, self._cache = [], [], [], 0, DynamicCache()
             return
         if len(rows) == len(self):
             return
         self._tasks = [self._tasks[row] for row in rows]
+        self._tokens = [self._tokens[row] for row in rows]
         padding = [self._padding[row] for row in rows]
         common = min(padding)
         self._padding = [each - common for each in padding]
@@ -100,6 +117,15 @@ class RunningBatch:
         for layer in _filled(self._cache):
             layer.batch_select_indices(kept)
             layer.keys, layer.values = layer.keys[..., common:, :], layer.values[..., common:, :]
+
+    def _read_again(self, row: int) -> Tensor:
+        """Its keys and values anew. Returns: its logits (V,)."""
+        cache, read = DynamicCache(), self._tokens[row]
+        logits = self._forward(torch.tensor([read]), cache, [self._tasks[row]], [0], len(read))[0]
+        for layer, new in zip(_filled(self._cache), _filled(cache), strict=True):
+            layer.keys[row, :, self._padding[row] :] = new.keys[0]
+            layer.values[row, :, self._padding[row] :] = new.values[0]
+        return logits
 
     @torch.no_grad()
     def _forward(
@@ -112,7 +138,7 @@ class RunningBatch:
         if self._takes_positions:
             given["position_ids"] = (places - before)[:, -tokens.shape[1] :].clamp(min=0)
         one = len(set(tasks)) == 1
-        with self._bank.use(tasks[0] if one else tasks):
+        with self._bank.use(tasks[0] if one else tasks), by_own_length(self._model):
             result = self._model(
                 input_ids=tokens.to(device),
                 attention_mask=(places >= before).long(),
