@@ -52,6 +52,13 @@ class MicroBatch:
         positions = self.position_ids
         return self.input_ids.to(device), None if positions is None else positions.to(device)
 
+    def positions_without_padding(self) -> Tensor:
+        """position_ids, of rows of one example too, that begin again at 0 after a row's last label."""
+        places = torch.arange(self.input_ids.shape[1]).expand_as(self.input_ids)
+        end = torch.where(self.labels != -100, places + 1, 0).amax(-1, keepdim=True)
+        positions = places if self.position_ids is None else self.position_ids
+        return torch.where(places < end, positions, places - end)
+
     @cached_property
     def labelled(self) -> Labelled:
         """Where a next token is scored, and which it is."""
@@ -109,6 +116,11 @@ def holds_packed_rows(dataset) -> bool:
     for row, places in enumerate(starts):
         _check_starts(row, places, length)
     return any(len(places) > 1 for places in starts)
+
+
+def row_length(dataset) -> int:
+    """Tokens of each row, padding included."""
+    return getattr(dataset, "length", None) or len(dataset[0]["input_ids"])
 
 
 def _positions(starts: list[int], length: int) -> Tensor:

@@ -25,6 +25,7 @@ from mft.engines.score_states import HeldMask, ScoreStates, current_masks
 from mft.engines.step import OnLoss, naming_lack_of_memory
 from mft.masks.base_pass import as_base
 from mft.models.frozen_layers import PrefixMemory
+from mft.models.longrope import inputs_of
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
 from mft_kernels import MaskAdamW
@@ -73,7 +74,7 @@ class LayerEngine:
         numbers = [i for i, masks in enumerate(self.masks_of_layer) if masks]
         self.first = min(numbers, default=len(calls.layers))
         self._calls_of_shape: dict[torch.Size, list[Call]] = {}
-        self._calls_of_packed: WeakKeyDictionary[MicroBatch, list[Call]] = WeakKeyDictionary()  # whose masks differ
+        self._calls_of_batch: WeakKeyDictionary[MicroBatch, list[Call]] = WeakKeyDictionary()  # with own positions
 
     @property
     def depth(self) -> int:
@@ -146,18 +147,19 @@ class LayerEngine:
 
     def enter(self, batch: MicroBatch) -> Tensor:
         """What layer 0 reads (B, T, D)."""
-        hidden, calls = self.calls.enter(*batch.inputs(self.mover.device))
-        if batch.position_ids is None:
+        ids, positions = inputs_of(batch, self.calls.model, self.mover.device)
+        hidden, calls = self.calls.enter(ids, positions)
+        if positions is None:
             self._calls_of_shape.setdefault(batch.input_ids.shape, calls)
         else:
-            self._calls_of_packed[batch] = calls
+            self._calls_of_batch[batch] = calls
         return hidden
 
     def _calls_of(self, batch: MicroBatch) -> list[Call] | None:
         """What layers are called with for this batch, if it, or another whose layers are called alike, has entered."""
-        if batch.position_ids is None:
-            return self._calls_of_shape.get(batch.input_ids.shape)
-        return self._calls_of_packed.get(batch)
+        if batch in self._calls_of_batch:
+            return self._calls_of_batch[batch]
+        return self._calls_of_shape.get(batch.input_ids.shape) if batch.position_ids is None else None
 
     def _run(self, layer: int, hidden: Tensor, batch: MicroBatch) -> Tensor:
         calls = self._calls_of(batch)

@@ -16,6 +16,7 @@ from mft.engines.step import NonFiniteLoss, OnLoss, naming_lack_of_memory
 from mft.masks.base_pass import as_base
 from mft.models.causal_lm import Run, evaluating
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
+from mft.models.longrope import inputs_of
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
 from mft.surrogate.surrogate import Surrogate
@@ -64,7 +65,7 @@ class Plain:
             for batch in batches:
                 with self._at(f"rows {batch.rows} of {batch.input_ids.shape[1]} tokens"):
                     base = self._base(batch) if self._objective.needs_reference(batch) else None
-                    ids, positions = batch.inputs(self._device)
+                    ids, positions = inputs_of(batch, self._model, self._device)
                     hidden = self._prefix(ids, batch.rows, positions)
                     total = self._objective.backward(self.head, hidden, batch, scale, base)
                     on_loss(batch, total)
@@ -95,7 +96,7 @@ class Plain:
     def recall(self, batches: Sequence[MicroBatch]) -> None:
         """Remember what the frozen layers make of these rows, as step would; nothing is trained."""
         for batch in batches:
-            ids, positions = batch.inputs(self._device)
+            ids, positions = inputs_of(batch, self._model, self._device)
             self._prefix.recall(ids, batch.rows, positions)
             if self._objective.remembers and self._objective.needs_reference(batch):
                 self._objective.remember(self.head, self._base(batch), batch)
@@ -103,7 +104,7 @@ class Plain:
     @torch.no_grad()
     def _base(self, batch: MicroBatch) -> Tensor:
         """(B, T, D): what the head reads with every weight kept, and without dropout."""
-        ids, positions = batch.inputs(self._device)
+        ids, positions = inputs_of(batch, self._model, self._device)
         with evaluating(self._model), as_base(self._model):
             return self._prefix(ids, batch.rows, positions)
 
@@ -120,7 +121,7 @@ class Plain:
     def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
         """What the head reads (B, T, D) for each batch, by what is learned so far, without gradients."""
         for batch in batches:
-            ids, positions = batch.inputs(self._device)
+            ids, positions = inputs_of(batch, self._model, self._device)
             yield self._run(self._model, ids, positions)
 
     def result(self) -> dict[str, Tensor]:

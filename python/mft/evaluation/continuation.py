@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 
 from mft.models.head_input import read_in_one_piece
 from mft.models.key_value_cache import read_on, reads_on
+from mft.models.longrope import switch_length
 
 
 def continue_prompts(prompts: Sequence[list[int]], model: Any, pad: int) -> list[list[int]]:
@@ -16,9 +17,14 @@ def continue_prompts(prompts: Sequence[list[int]], model: Any, pad: int) -> list
 
     generate counts positions from the attention mask, so the padding shifts nobody's. After its eos a continuation is
     padding up to the longest. A prompt that is given several times is read once where key_value_cache.reads_on
-    says so.
+    says so. Where frequencies depend on the longest row (longrope.py) and one may pass the switch, each is continued
+    by itself.
     """
-    longest = max(map(len, prompts))
+    longest, switch = max(map(len, prompts)), switch_length(model)
+    if len(prompts) > 1 and switch is not None and longest + model.generation_config.max_new_tokens > switch:
+        found = [continue_prompts([prompt], model, pad)[0] for prompt in prompts]
+        most = max(map(len, found))
+        return [tokens + [pad] * (most - len(tokens)) for tokens in found]
     device = next(model.parameters()).device
     distinct = list(dict.fromkeys(map(tuple, prompts)))
     ids = torch.tensor([[pad] * (longest - len(prompt)) + [*prompt] for prompt in distinct], device=device)

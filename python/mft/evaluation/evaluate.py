@@ -21,6 +21,7 @@ from mft.masks.base_pass import as_base
 from mft.masks.convert import masked_modules
 from mft.models.causal_lm import FEW, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
+from mft.models.longrope import inputs_of
 from mft.models.next_tokens import check_next_tokens
 from mft.models.packed_rows import keeping_apart
 from mft.models.token_loss import token_losses
@@ -211,7 +212,7 @@ def _runner(
 
         def plain(batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
             for batch in batches:
-                ids, positions = batch.inputs(few.device)
+                ids, positions = inputs_of(batch, model, few.device)
                 yield prefix(ids, batch.rows, positions)
 
         yield _hidden_of(plain, model, objective, 1), head

@@ -9,6 +9,7 @@ from mft.checks import check_rule
 from mft.data.batches import MicroBatch, count_labels, take_rows
 from mft.models.causal_lm import FEW, decoder_layers, evaluating, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
+from mft.models.longrope import inputs_of
 from mft.models.next_tokens import check_next_tokens
 from mft.models.packed_rows import keeping_apart
 from mft.objectives.chunks import chunks_of, few_rows, scored_states
@@ -56,7 +57,7 @@ def kl_divergence(
         prefix, prefix_start = FrozenPrefix(model, *deepest, run), FrozenPrefix(start, first, memory, run_start)
         for row in range(0, len(dataset), batch_size):
             batch = take_rows(dataset, list(range(row, min(row + batch_size, len(dataset)))))
-            ids, positions = batch.inputs(few.device)
+            ids, positions = inputs_of(batch, model, few.device)
             states = scored_states(prefix(ids, batch.rows, positions), batch)
             wanted = scored_states(prefix_start(ids, batch.rows, positions), batch)
             found = torch.stack([_row_sums(head, states, head_start, wanted, batch), count_labels(batch.labels)], -1)

@@ -21,6 +21,7 @@ from mft.masks.export import load_masks
 from mft.masks.export_format import read_export
 from mft.masks.location import masks_directory
 from mft.masks.quantize import quantize_model
+from mft.models.longrope import refuse_long_batches
 from mft.models.pretrained import load_model
 
 
@@ -53,6 +54,7 @@ class MaskedLM(HFLM):
         # lm-eval's command line names cuda:0 unless told otherwise.
         without_gpu = device.startswith("cuda") and not torch.cuda.is_available()
         model.to("cpu" if without_gpu else device)
+        refuse_long_batches(model)
         super().__init__(pretrained=model, tokenizer=tokenizer, softmax_dtype=softmax_dtype, **options)
 
 

@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from torch import nn
 
 from mft.checks import check_rule, nearest, nearest_path
+from mft.models.longrope import refuse_long_batches
 
 # lm_eval is imported inside the functions: it takes seconds, and only what asks for a benchmark needs it.
 
@@ -97,6 +98,7 @@ def score_tasks(
     was_training = model.training
     logger = logging.getLogger("lm_eval")
     level = logger.level
+    handle = refuse_long_batches(model)
     logger.setLevel(logging.ERROR)  # it warns of every live model that it is one
     try:
         runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
@@ -109,6 +111,7 @@ def score_tasks(
             confirm_run_unsafe_code=tasks.run_code,
         )
     finally:
+        handle.remove()
         logger.setLevel(level)
         model.train(was_training)
     return [score for name, result in found["results"].items() for score in _scores(name, result, found["n-samples"])]

@@ -15,6 +15,7 @@ from mft.data.batches import count_labels, take_rows
 from mft.evaluation.evaluate import Evaluation, evaluate
 from mft.models.causal_lm import FEW, evaluating, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
+from mft.models.longrope import by_own_length, inputs_of
 from mft.models.token_loss import temperature_slopes
 
 LARGEST = 64.0  # and 1 / 64 the smallest: beyond, the model is worse than chance, or always right
@@ -34,7 +35,7 @@ def fit_temperature(
     """
     check_rule(len(dataset) > 0, "dataset", "hold at least one row to fit a temperature on", len(dataset))
     inverse, low, high = 1.0, 1 / LARGEST, LARGEST
-    with evaluating(model):
+    with evaluating(model), by_own_length(model):
         slopes = _Slopes(model, dataset, batch_size, first, memory)
         for _ in range(_PASSES):
             slope, curvature = slopes.at(inverse)
@@ -65,7 +66,7 @@ class _Slopes:
     """Derivatives of the mean token loss by 1 / T."""
 
     def __init__(self, model: nn.Module, dataset, batch_size: int, first: int, memory: PrefixMemory | None) -> None:
-        self._dataset, self._batch_size = dataset, batch_size
+        self._model, self._dataset, self._batch_size = model, dataset, batch_size
         self._device = next(model.parameters()).device
         run, self._head = split_at_head(model, take_rows(dataset, [0]).input_ids[:1, :FEW].to(self._device))
         self._prefix = FrozenPrefix(model, first, memory, run)
@@ -75,7 +76,7 @@ class _Slopes:
         tokens, first, second = 0, 0.0, 0.0
         for start in range(0, len(self._dataset), self._batch_size):
             batch = take_rows(self._dataset, list(range(start, min(start + self._batch_size, len(self._dataset)))))
-            ids, positions = batch.inputs(self._device)
+            ids, positions = inputs_of(batch, self._model, self._device)
             hidden = self._prefix(ids, batch.rows, positions)
             sums = temperature_slopes(self._head, hidden, batch.labels.to(self._device), inverse)
             tokens += int(count_labels(batch.labels).sum())

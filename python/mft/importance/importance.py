@@ -29,6 +29,7 @@ from mft.models.causal_lm import FEW, evaluating, run_decoder, split_at_head
 from mft.models.experts import expert_projections, flags
 from mft.models.frozen_layers import FrozenPrefix
 from mft.models.linears import Candidate, find_targets
+from mft.models.longrope import inputs_of
 from mft.models.packed_rows import keeping_apart
 from mft.models.token_loss import backward_token_loss
 
@@ -70,8 +71,7 @@ def importance(
             few = batches[0].input_ids[:1, :FEW].to(next(model.parameters()).device)
             stack.enter_context(keeping_apart(model, dataset, few, batch_size))
         if method == "wanda":
-            device = next(model.parameters()).device
-            norms = _input_norms(model, modules, batches, lambda batch: run_decoder(model, *batch.inputs(device)))
+            norms = _input_norms(model, modules, batches, lambda batch: _read(model, batch))
             found = {name: matrix_of(module).abs().float() * norms.pop(name) for name, module in modules.items()}
         elif method in SIGNED:
             gradients, squares = _gradients(model, modules, batches, squares=method == "fisher")
@@ -107,7 +107,7 @@ def input_norms(
     few = batches[0].input_ids[:1, :FEW].to(next(model.parameters()).device)
     with keeping_all(model), evaluating(model), keeping_apart(model, dataset, few, batch_size):
         if way == "plain":
-            return _input_norms(model, modules, batches, lambda batch: run_decoder(model, *batch.inputs(few.device)))
+            return _input_norms(model, modules, batches, lambda batch: _read(model, batch))
         engine = start_engine(model, few, way, device)
         try:
             return _input_norms(model, modules, batches, lambda batch: list(engine.hidden_states([batch])))
@@ -204,6 +204,10 @@ def _not_padding(labels: Tensor) -> Tensor:
     return (to_come > 0) | (labelled.sum(1, keepdim=True) == 0)
 
 
+def _read(model: nn.Module, batch: MicroBatch) -> Tensor:
+    return run_decoder(model, *inputs_of(batch, model, next(model.parameters()).device))
+
+
 def _gradients(
     model: nn.Module, modules: dict[str, Any], batches: list[MicroBatch], *, squares: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -219,7 +223,7 @@ def _gradients(
     with _requiring_grad(model, weights.values()):
         prefix = FrozenPrefix(model, run=run)
         for batch in batches:
-            ids, positions = batch.inputs(device)
+            ids, positions = inputs_of(batch, model, device)
             hidden = prefix(ids, batch.rows, positions)
             backward_token_loss(head, hidden, batch.labels.to(device), 1 / tokens)
             for name, weight in weights.items():

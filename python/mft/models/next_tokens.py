@@ -34,7 +34,7 @@ def check_next_tokens(config: Any, name: str, length: int | None = None) -> None
         )
     longest = longest_row(config)
     if length is not None and longest is not None and length > longest:
-        beyond = ", or a rope scaling that reaches further in its config.json" if _ropes(text) else ""
+        beyond = ", or a rope scaling that reaches further in its config.json" if rotary_settings(text) else ""
         raise ValueError(
             f"data.sequence_length must be at most {longest}, as many positions as {name!r} has "
             f"(max_position_embeddings), got {length}: set data.sequence_length={longest} or less{beyond}"
@@ -47,13 +47,14 @@ def longest_row(config: Any) -> int | None:
     positions = getattr(text, "max_position_embeddings", None)
     if positions is None or getattr(text, "alibi", False):
         return None
-    scaled = [rope for rope in _ropes(text) if rope.get("factor")]
+    # Beyond its positions "dynamic" has other frequencies for each length, and those of the longest call before it.
+    scaled = [rope for rope in rotary_settings(text) if rope.get("factor") and rope.get("rope_type") != "dynamic"]
     return max(
         [positions, *(int(rope["factor"] * rope.get("original_max_position_embeddings", positions)) for rope in scaled)]
     )
 
 
-def _ropes(text: Any) -> list[dict[str, Any]]:
+def rotary_settings(text: Any) -> list[dict[str, Any]]:
     """Settings of rotary positions: one, or one a kind of layer; none where positions are not rotary."""
     found = getattr(text, "rope_parameters", None) or {}
     return [each for each in found.values() if isinstance(each, dict)] or ([found] if found else [])

@@ -2,8 +2,8 @@
 
 transformers reads from them where attention ends: in sdpa, eager and flex attention by a mask of blocks (sdpa on a CPU:
 see block_attention.py), in flash attention by the lengths of the parts, there for a batch of one row. A model that
-knows no position_ids, or carries a state from token to token, cannot keep examples apart. Which of the two a model is,
-is tried on a few tokens.
+knows no position_ids, or carries a state from token to token, cannot keep examples apart. Nor can one whose frequencies
+depend on the longest example, outside by_own_length (longrope.py). Which a model is, is tried on a few tokens.
 """
 
 import contextlib
@@ -13,31 +13,40 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from mft.data.batches import holds_packed_rows
+from mft.data.batches import holds_packed_rows, row_length
 from mft.models.block_attention import attention_in_blocks
 from mft.models.causal_lm import decoder_of, evaluating, run_decoder
+from mft.models.longrope import by_own_length, switch_length
 
 _LEAK = 1e-2  # of what an example is moved by without position_ids; bits, if sums are taken in another order
+_ROUNDING = 1e-3  # of the largest state: the same sums in another order
 
 
 @contextlib.contextmanager
 def keeping_apart(model: nn.Module, dataset, few: Tensor, batch_size: int) -> Iterator[None]:
     """For rows of dataset in batches of batch_size: model is checked if some are packed, and attends in blocks.
 
+    Each example, packed or in a row of its own, takes the frequencies of its own length.
+
     Args: few: some tokens (1, T), T >= 2, on the model's device. Raises: as check_kept_apart.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(by_own_length(model))
+        longest, switch = row_length(dataset), switch_length(model)
         if holds_packed_rows(dataset):
             stack.enter_context(attention_in_blocks(model))
-            check_kept_apart(model, few, batch_size)
+            check_kept_apart(model, few, batch_size, longest)
+        elif switch is not None and longest > switch:
+            check_lengths_apart(model, few, longest)
         yield
 
 
 @torch.no_grad()
-def check_kept_apart(model: nn.Module, few: Tensor, batch_size: int) -> None:
-    """Raise ValueError unless an example is moved by none before it in its row.
+def check_kept_apart(model: nn.Module, few: Tensor, batch_size: int, longest: int = 0) -> None:
+    """Raise ValueError unless an example is moved by none before it in its row, whatever the length of that one.
 
-    Args: few: some tokens (1, T), T >= 2, on the model's device. batch_size: of the rows to come.
+    Args: few: some tokens (1, T), T >= 2, on the model's device. batch_size: of the rows to come. longest: tokens of
+        the longest of these rows; where it is not given, lengths are not tried beyond few.
     """
     half = few.shape[1] // 2
     rows = few.expand(min(batch_size, 2), -1)
@@ -54,6 +63,30 @@ def check_kept_apart(model: nn.Module, few: Tensor, batch_size: int) -> None:
             f"data.packing must be false for {name}, whose examples see others of their row: one before it moves an "
             f"example by {apart:.3g} with position_ids that begin again, and by {together:.3g} without; tried with "
             f"{len(rows)} rows a batch (flash attention keeps those of one apart: train.batch_size: 1)"
+        )
+    check_lengths_apart(model, few, longest)
+
+
+@torch.no_grad()
+def check_lengths_apart(model: nn.Module, few: Tensor, longest: int) -> None:
+    """Raise ValueError if an example is another one behind an example of ``longest`` tokens than behind a short one.
+
+    A token's position stands for the tokens before it, so that few of them tell of any length.
+    """
+    half = few.shape[1] // 2
+    short, second = torch.arange(half), torch.arange(few.shape[1] - half)
+    with evaluating(model):
+        one, other = (
+            run_decoder(model, few, torch.cat([first, second])[None].to(few.device))[:, half:].float().nan_to_num()
+            for first in (short, short + max(longest - half, 0))
+        )
+    moved = (one - other).abs().max()
+    if not moved <= _ROUNDING * one.abs().max():
+        switch = switch_length(model)
+        rule = "data.packing must be false" if switch is None else f"data.sequence_length must be at most {switch}"
+        raise ValueError(
+            f"{rule} for {type(model).__name__}, whose short examples change beside one of {longest} tokens, got a "
+            f"change by {moved:.3g}: follow the rule, or run the model inside mft.models.longrope.by_own_length(model)"
         )
 
 

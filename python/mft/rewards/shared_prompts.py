@@ -1,7 +1,8 @@
 """Several answers to one question, of which the question is read once, on the way back too.
 
 Where a batch has fewer than two answers a question it is read as it is: the answers' layers then keep the keys and
-values of the prompts once more, which is more than what is not read twice.
+values of the prompts once more, which is more than what is not read twice. So is one with rows beyond the switch of
+longrope.py, where a prompt's keys depend on the answer's length.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mft.models.causal_lm import decoder_of, run_decoder
 from mft.models.key_value_cache import read_on
+from mft.models.longrope import switch_length
 from mft.models.packed_rows import positions_of
 
 
@@ -25,7 +27,8 @@ def states_before_answers(model: Any, ids: Tensor, seen: Tensor, length: int) ->
     prompt = ids.shape[1] - length
     both = torch.cat([ids[:, :prompt], seen[:, :prompt]], 1)
     distinct, rows = both.unique(dim=0, return_inverse=True)
-    if 2 * len(distinct) > len(ids):
+    switch = switch_length(model)
+    if 2 * len(distinct) > len(ids) or (switch is not None and ids.shape[1] > switch):
         return run_decoder(model, ids, positions_of(decoder_of(model), seen), seen)[:, prompt - 1 : -1]
     read, cache = read_on(model, distinct[:, :prompt], distinct[:, prompt:])
     states = read[rows, -1:]

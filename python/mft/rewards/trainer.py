@@ -23,6 +23,7 @@ from mft.engines.step import NonFiniteLoss
 from mft.evaluation.continuation import continue_prompts, generating
 from mft.models.causal_lm import FEW, decoder_of, run_decoder, split_at_head
 from mft.models.key_value_cache import reads_on
+from mft.models.longrope import by_own_length
 from mft.models.packed_rows import positions_of
 from mft.rewards.config import RewardsConfig
 from mft.rewards.log_probs import token_divergences, token_log_probs
@@ -143,10 +144,11 @@ class Trainer(GRPOTrainer):
     def _before_answers(self, own: nn.Module, ids: Tensor, mask: Tensor, kept: int) -> tuple[nn.Module, Tensor]:
         """(its head, the states from which the answers' tokens are predicted (M, D), answer after answer)."""
         run, head = self._split[id(own)]
-        if self._shares_prompts(own):
-            return head, states_before_answers(own, ids, mask, kept)[mask[:, -kept:].bool()]
-        hidden = run(own, ids, positions_of(decoder_of(own), mask), mask)[:, -kept - 1 : -1]
-        return head, hidden[mask[:, -kept:].bool()]
+        with by_own_length(own):
+            if self._shares_prompts(own):
+                return head, states_before_answers(own, ids, mask, kept)[mask[:, -kept:].bool()]
+            hidden = run(own, ids, positions_of(decoder_of(own), mask), mask)[:, -kept - 1 : -1]
+            return head, hidden[mask[:, -kept:].bool()]
 
     def _shares_prompts(self, own: nn.Module) -> bool:
         """A checkpointed layer keeps no cache, and of a model that changes its logits there are no states."""

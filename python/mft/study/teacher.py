@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mft.data.batches import MicroBatch, take_rows
 from mft.models.causal_lm import FEW, split_at_head
 from mft.models.frozen_layers import PrefixMemory
+from mft.models.longrope import by_own_length, inputs_of
 from mft.models.packed_rows import keeping_apart
 
 
@@ -37,4 +38,5 @@ class RememberedTeacher:
 
     @torch.no_grad()
     def _made(self, batch: MicroBatch) -> Tensor:
-        return self._run(self._model, *batch.inputs(self._device))
+        with by_own_length(self._model):
+            return self._run(self._model, *inputs_of(batch, self._model, self._device))

@@ -25,6 +25,7 @@ from mft.models.causal_lm import (
 )
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.linears import weight_name
+from mft.models.longrope import inputs_of
 from mft.models.packed_rows import keeping_apart
 from mft.models.pretrained import load_model
 from mft.models.quantized_weight import check_library
@@ -173,7 +174,7 @@ def _remembered(
     with keeping_apart(model, dataset, few, batch_size):
         for start in range(0, len(dataset), batch_size):
             batch = take_rows(dataset, list(range(start, min(start + batch_size, len(dataset)))))
-            ids, positions = batch.inputs(device)
+            ids, positions = inputs_of(batch, model, device)
             for row, state in zip(batch.rows, prefix.up_to(depth, ids, batch.rows, positions)):
                 found.remember(row, state)
     return found

@@ -10,6 +10,7 @@ from mft.data.batches import MicroBatch
 from mft.engines.layer_engine import LayerEngine
 from mft.engines.start import Device, default_device, start_engine
 from mft.models.causal_lm import FEW, Run, split_at_head
+from mft.models.longrope import by_own_length, inputs_of
 from mft.models.packed_rows import check_kept_apart
 
 
@@ -40,16 +41,17 @@ class ModelTeacher:
         """What the head reads (B, T, D) of each batch in turn; the head lies beside it until the next is asked for."""
         if self._run is None and self._engine is None:
             self._begin(batches[0])
-        if not self._apart and any(batch.position_ids is not None for batch in batches):
-            batch = batches[0]
-            check_kept_apart(self.model, self._few(batch), len(batch.rows))
-            self._apart = True
-        if self._engine is not None:
-            yield from self._engine.hidden_states(batches)
-            return
-        assert self._run is not None
-        for batch in batches:
-            yield self._run(self.model, *batch.inputs(self._device))
+        with by_own_length(self.model):
+            if not self._apart and any(batch.position_ids is not None for batch in batches):
+                batch = batches[0]
+                check_kept_apart(self.model, self._few(batch), len(batch.rows), batch.input_ids.shape[1])
+                self._apart = True
+            if self._engine is not None:
+                yield from self._engine.hidden_states(batches)
+                return
+            assert self._run is not None
+            for batch in batches:
+                yield self._run(self.model, *inputs_of(batch, self.model, self._device))
 
     def _begin(self, batch: MicroBatch) -> None:
         few = self._few(batch)

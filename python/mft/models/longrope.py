@@ -1,0 +1,104 @@
+"""Rotary frequencies that depend on the longest example of a call (longrope, as in Phi-3): each by its own length.
+
+Up to original_max_position_embeddings tokens such a model takes one set of frequencies, and beyond another one.
+transformers looks at the largest position of the whole call, so that one long example changes all the others. Here
+positions that rise by one are an example, and its last position decides for it. Padding must not count: inputs_of
+numbers it anew.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mft.data.batches import MicroBatch
+from mft.models.next_tokens import rotary_settings
+
+
+def switch_length(model: Any) -> int | None:
+    """Tokens of the longest example that takes the first set of frequencies; None if the model has but one set."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    ropes = rotary_settings(config.get_text_config(decoder=True))
+    return min((rope["original_max_position_embeddings"] for rope in ropes if _switches(rope)), default=None)
+
+
+@contextlib.contextmanager
+def by_own_length(model: nn.Module) -> Iterator[None]:
+    """Inside the context each example takes the frequencies of its own length; other models are left as they are."""
+    rotary = [] if switch_length(model) is None else [m for m in model.modules() if hasattr(m, "rope_type")]
+    handles = [module.register_forward_hook(_by_own_length, with_kwargs=True) for module in rotary]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def refuse_long_batches(model: nn.Module) -> RemovableHandle:
+    """From now on, or until it is removed, calls with several rows beyond the switch raise ValueError.
+
+    For callers of model whose padding and positions are not ours.
+    """
+    return model.register_forward_pre_hook(_refuse_long_batch, with_kwargs=True)
+
+
+def inputs_of(batch: MicroBatch, model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """input_ids and position_ids of batch for model; None: it counts for itself.
+
+    Rows that may be beyond the switch get positions, in which the padding after the last label begins again at 0.
+    """
+    switch = switch_length(model)
+    if switch is None or batch.input_ids.shape[1] <= switch:
+        return batch.inputs(device)
+    return batch.input_ids.to(device), batch.positions_without_padding().to(device)
+
+
+def _refuse_long_batch(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    switch = switch_length(model)
+    given = (*args[:1], kwargs.get("input_ids"), kwargs.get("attention_mask"))
+    rows, tokens = (max(each.shape[i] for each in given if isinstance(each, Tensor)) for i in (0, -1))
+    if switch is not None and rows > 1 and tokens > switch:
+        raise ValueError(
+            f"batch_size must be 1 for rows of more than {switch} tokens, where {type(model).__name__} has other "
+            f"frequencies for the whole batch, got {rows} rows of up to {tokens} tokens"
+        )
+
+
+def _switches(rope: dict[str, Any]) -> bool:
+    return rope.get("rope_type") == "longrope"
+
+
+def _by_own_length(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """The rotations (B, T, D), cosines and sines, from both sets of frequencies, for each position the right one."""
+    call = inspect.signature(module.forward).bind(*args, **kwargs)
+    positions, kind = call.arguments["position_ids"], call.arguments.get("layer_type")
+    rope = module.config.rope_parameters if kind is None else module.config.rope_parameters[kind]
+    if not _switches(rope):
+        return output
+    switch = rope["original_max_position_embeddings"]
+
+    def rotations(of: Tensor) -> tuple[Tensor, ...]:
+        call.arguments["position_ids"] = of
+        return module.forward(*call.args, **call.kwargs)
+
+    first = rotations(positions.clamp(max=switch - 1))
+    beyond = positions.new_full((*positions.shape[:-1], 1), switch)  # one more, which makes the call a long one
+    second = (each[..., :-1, :] for each in rotations(torch.cat([positions, beyond], -1)))
+    is_long = (_last_of_example(positions) >= switch)[..., None]
+    return tuple(torch.where(is_long, b, a) for a, b in zip(first, second, strict=True))
+
+
+def _last_of_example(positions: Tensor) -> Tensor:
+    """For each of positions (..., T) the last one of the run, rising by one, in which it lies."""
+    length = positions.shape[-1]
+    ends = F.pad(positions.diff(dim=-1) != 1, (0, 1), value=True)
+    places = torch.arange(length, device=positions.device).expand_as(positions)
+    end = torch.where(ends, places, length - 1).flip(-1).cummin(-1).values.flip(-1)
+    return positions.gather(-1, end)
