@@ -139,3 +139,52 @@ def test_its_blocks_run_and_give_the_merged_model(hub, run, tmp_path, monkeypatc
     (loading,) = re.findall(r"```python\n(.*?)```", merged, re.DOTALL)
     exec(loading, names)
     assert all(torch.equal(names["model"].state_dict()[name], expected[name]) for name in expected)
+
+
+# ---------------------------------------------------------------------------------------------- texts of strangers
+
+MARKUP = "# Trusted\n\n<img src=x onerror=alert(1)> [click](https://evil.example) `x`"
+EVIL = f"a/b/c\n\n{MARKUP} | cell | \u202e\\|\n```\n---\nend"
+LONG = "x" * 100_000
+
+
+def lines_of(text):
+    return [line.strip() for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("evil", [EVIL, "```\n# Trusted", "- a\n# Trusted", "\0# Trusted", LONG, EVIL + LONG])
+def test_no_text_of_a_file_becomes_a_line_or_a_tag_of_the_card(run, evil):
+    """Each fact that is a free text, in every kind of contents."""
+    config = mft.load_config(run / "config.yaml", ["data.source=stdlib"])
+    own = {"mine": {"source": evil}}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=own))
+    contents = read_contents(run)
+    rows = {evil: {"loss": 1.0, "accuracy": 0.5}, "after": {"loss": 1.0, "accuracy": 0.5}}
+    texts = dict.fromkeys(("base_model_name_or_path", "base_hash", "content_hash", "dtype", "mode"), evil)
+    lists = {key: [evil] for key in ("target_modules", "modules_to_save")}
+    results = dataclasses.replace(contents.facts.results, evaluations=rows)
+    facts = dataclasses.replace(
+        contents.facts, **texts, **lists, base_quantization=evil, config=config, results=results
+    )
+    plain = model_card(contents, NAME)
+    for kind in ("masks", "adapter", "model"):
+        card = model_card(dataclasses.replace(contents, facts=facts, kind=kind), NAME, {"license": "mit"})
+        data = ModelCard(card).data  # the head is whole
+        assert (data.license, data.base_model) == ("mit", None)
+        body = re.sub(r"(?sm)^(`{3,})\w+\n.*?^\1$", "", card.split("\n---\n", 1)[1])  # without blocks of code
+        body = re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", body)  # and without code in lines
+        assert not re.search(r"(?m)^\s*#+ Trusted|<img|\]\(https://evil|onerror", body)
+        heads = [line for line in lines_of(body) if line.startswith("#")]
+        assert set(heads) <= {f"# {NAME}", "## Loading", "## Masks", "## Results", "## Training"}
+        assert "\u202e" not in card.split("## Training")[0]
+        assert len(card) < 40 * len(plain) if LONG not in evil else len(card) < 2 * len(LONG) + 40_000
+        assert is_made(card)
+
+
+def test_what_a_bases_card_says_of_its_license_stays_in_the_head(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text('---\nlicense: other\nlicense_name: "x\\n---\\n# Trusted"\n---\n')
+    found = license_of(str(base))
+    assert found == {"license": "other", "license_name": r"x\n---\n# Trusted"}
+    assert license_of(LONG) == {}

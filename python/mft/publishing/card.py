@@ -1,10 +1,12 @@
 """The model card: README.md of a repository on the hub, made of facts alone; the same facts give the same card.
 
 Its last line holds the hash of those before, so that a card that somebody has edited is told from one that was made.
+Many facts are texts of files that strangers may have written: each stays on one line, and is neither Markdown nor HTML.
 """
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +33,8 @@ _MADE = re.compile(r"\n<!-- made by mft push of what it read, sha256:([0-9a-f]{6
 _HEAD = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _MOST = 1 << 20  # bytes of a card that is read
 _LICENSE = ("license", "license_name", "license_link")
+_LONGEST = 500  # characters of a fact
+_PLAIN = re.compile(r"(?!.*(://|www\.))[\w .,:;%()+/=±-]*")  # what Markdown leaves as it is
 
 
 def model_card(contents: Contents, repository: str, license: Mapping[str, Any] | None = None) -> str:
@@ -78,7 +82,7 @@ def license_of(base: str | None) -> dict[str, str]:
     if base is None:
         return {}
     path = Path(base) / README
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file() raises if a name is too long to be one
         cached = None if hub_base(base) is None else try_to_load_from_cache(str(hub_base(base)), README)
         if not isinstance(cached, str):
             return {}
@@ -86,7 +90,7 @@ def license_of(base: str | None) -> dict[str, str]:
     head = _HEAD.match(read_regular(path, _MOST).decode("utf-8", errors="replace"))
     values = parse_yaml(head[1], str(path)) if head else None
     found = values if isinstance(values, dict) and isinstance(values.get("license"), str) else {}
-    return {key: found[key] for key in _LICENSE if isinstance(found.get(key), str)}
+    return {key: _one_line(found[key]) for key in _LICENSE if isinstance(found.get(key), str)}
 
 
 # ---------------------------------------------------------------------------------------------- parts of it
@@ -158,7 +162,7 @@ def _base(facts: Facts) -> str:
     config = None if facts.config is None or facts.config.model.name != name else facts.config.model
     given = {"revision": None if config is None else config.revision, "dtype": facts.dtype}
     beside = [f"{key}={json.dumps(v)}" for key, v in given.items() if v not in (None, getattr(ModelConfig(), key))]
-    base = json.dumps("path/to/the/base" if name is None else _shown(name))
+    base = json.dumps("path/to/the/base" if name is None or len(name) > _LONGEST else _shown(name))
     return f"mft.ModelConfig({', '.join([base, *beside])})" if beside else base
 
 
@@ -166,26 +170,29 @@ def _setting(contents: Contents) -> list[str]:
     facts, layers = contents.facts, contents.facts.layers_to_transform
     rows = {
         "base": facts.base_model_name_or_path and _named(facts.base_model_name_or_path),
-        "weights of the base": facts.base_hash,
-        "dtype": facts.dtype,
-        "while they learned, the base was in": facts.base_quantization,
+        "weights of the base": facts.base_hash and _text(facts.base_hash),
+        "dtype": facts.dtype and _text(facts.dtype),
+        "while they learned, the base was in": facts.base_quantization and _text(facts.base_quantization),
         "kept": _kept(facts),
         "size": _size(contents),
         "`alpha`": facts.alpha,
         "`keep_ratio`": facts.keep_ratio,
-        "`mode`": facts.mode,
+        "`mode`": facts.mode and _text(facts.mode),
         "masked layers": facts.modules,
-        "`target_modules`": facts.target_modules and ", ".join(facts.target_modules),
+        "`target_modules`": facts.target_modules and _text(", ".join(facts.target_modules)),
         "`layers_to_transform`": layers and layer_ranges(layers),
-        "`modules_to_save`": facts.modules_to_save and ", ".join(facts.modules_to_save),
-        "content": facts.content_hash,
+        "`modules_to_save`": facts.modules_to_save and _text(", ".join(facts.modules_to_save)),
+        "content": facts.content_hash and _text(facts.content_hash),
     }
     shown = [(name, value) for name, value in rows.items() if value is not None and value != []]
     return ["## Masks", _table(("", ""), shown)] if facts.mode is not None else []
 
 
 def _results(results: Results) -> list[str]:
-    rows = [(name, f"{row['loss']:.4f}", f"{100 * row['accuracy']:.2f} %") for name, row in results.evaluations.items()]
+    rows = [
+        (_text(name), f"{row['loss']:.4f}", f"{100 * row['accuracy']:.2f} %")
+        for name, row in results.evaluations.items()
+    ]
     return [
         "## Results",
         "On the validation split, in nats a token; accuracy is that of the next token.",
@@ -212,7 +219,7 @@ def _eval_results(facts: Facts) -> list[EvalResult]:
     after = None if facts.results is None else facts.results.evaluations.get("after")
     if after is None or facts.config is None:
         return []
-    source = ", ".join(_shown(name) for name in facts.config.data.every_source)
+    source = _one_line(", ".join(_shown(name) for name in facts.config.data.every_source))
     names = {"loss": "validation loss, nats a token", "accuracy": "validation accuracy of the next token"}
     return [
         EvalResult(
@@ -249,7 +256,9 @@ def _size(contents: Contents) -> str | None:
     if contents.size is None or not contents.facts.weights:
         return None
     coded = "" if contents.coding == CODINGS[0] else "; entropy-coded, which mft of format 3 reads"
-    return said_of_size(contents.size, contents.facts.weights, contents.facts.modules_to_save) + coded
+    beside = contents.facts.modules_to_save
+    said = said_of_size(contents.size, contents.facts.weights, beside and [_text(", ".join(beside))])
+    return said + coded
 
 
 def _named(base: str) -> str:
@@ -257,17 +266,45 @@ def _named(base: str) -> str:
     found = hub_base(base)
     if base in SHORTHANDS:
         return f"`{base}` ([{found}](https://huggingface.co/{found}), dequantised as mft fetches it)"
-    return f"`{_shown(base)}`" if found is None else f"[{base}](https://huggingface.co/{base})"
+    return _code(_shown(base)) if found is None else f"[{base}](https://huggingface.co/{base})"
 
 
 def _shown(name: str) -> str:
     """A name as it is, of a path the last part: the directories of a machine are nobody's business."""
-    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).exists()
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or os.path.exists(name)
     return Path(name).name if is_path and name not in (*SHORTHANDS, *NAMED) else name
 
 
+def _one_line(text: str) -> str:
+    """With line ends and whatever else is not seen written as Python writes it, and of bounded length."""
+    escaped = (
+        c.encode("unicode_escape").decode() if c == "\\" or not c.isprintable() else c for c in text[: _LONGEST + 1]
+    )
+    seen = "".join(escaped)
+    return seen if len(seen) <= _LONGEST else seen[: _LONGEST - 3] + "..."
+
+
+def _text(text: str) -> str:
+    """A fact in Markdown: as it is, or as code if Markdown might make something else of it."""
+    return text if len(text) <= _LONGEST and _PLAIN.fullmatch(text) else _code(text)
+
+
+def _code(text: str) -> str:
+    """A fact as code in a line, between more backticks than it has."""
+    text = _one_line(text)
+    fence = _fence(text, 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def _fence(text: str, least: int) -> str:
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
 def _block(language: str, lines: Sequence[str]) -> str:
-    return "\n".join([f"```{language}", *lines, "```"])
+    text = "\n".join(lines)
+    fence = _fence(text, 3)
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> str:

@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf
 from mft.checks import check_one_of, check_rule
 from mft.config import CODINGS
 from mft.files.hub import COMMIT, HubError, asking_hub, hub_is_reachable, split_hub_id, unreachable
-from mft.files.json_file import read_object
+from mft.files.json_file import read_object, short
 from mft.files.regular_file import read_regular
 from mft.masks.export import recoded
 from mft.masks.export_format import CONFIG_FILE, MASK_FILE, MOST_CONFIG, content_hash, export_files
@@ -149,7 +149,7 @@ def _notes(contents: Contents) -> list[str]:
         notes.append(f"left out of {contents.directory}: {', '.join(contents.left_out[:9])}")
     name = contents.facts.base_model_name_or_path
     if hub_base(name) is None:
-        found = "no base is named" if name is None else f"the base is named {name}, which others do not have"
+        found = "no base is named" if name is None else f"the base is named {short(name)}, which others do not have"
         notes.append(f"{found}: --base USER/NAME says what it is on the hub")
     return notes
 
