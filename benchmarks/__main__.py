@@ -24,6 +24,7 @@ from . import (
 )
 from .harness import RESULTS, ROOT, THREADS, environment, threads_of, write_results_to
 from .plots import draw_ops, draw_scaling, draw_train_step
+from .side_by_side import OURS, SideBySide
 
 # question: how it is answered, given whether to be quick
 QUESTIONS: dict[str, Callable[[bool], None]] = {
@@ -57,6 +58,8 @@ POOLED: dict[str, Callable[[Path], None]] = {
 }
 # What the processes say is put side by side, where it is not pooled.
 JOINED: dict[str, Callable[[Sequence], dict]] = {"paths": bench_paths.joined, "small_paths": bench_paths.joined}
+# Those that measure backends side by side; the others measure ours alone.
+SIDE_BY_SIDE = ("ops", "cpu")
 QUICK_RESULTS = ROOT / "build" / "benchmarks"
 
 
@@ -74,11 +77,18 @@ def main() -> None:
     unknown = [question for question in asked.questions if question not in QUESTIONS]
     if unknown:
         parser.error(f"questions must be among {', '.join(QUESTIONS)}, got {', '.join(unknown)}")
+    others = [name for name in SideBySide.here().asked if name != OURS]
+    questions = asked.questions or (POOLED if asked.quick else QUESTIONS)
+    if others and (alone := [question for question in questions if question not in SIDE_BY_SIDE]):
+        parser.error(
+            f"questions must be among {', '.join(SIDE_BY_SIDE)} to measure {', '.join(others)} beside ours, got "
+            f"{', '.join(alone)}; name one of these, or unset MFT_KERNELS"
+        )
     folder = (asked.out or (QUICK_RESULTS if asked.quick else RESULTS)).resolve()
     write_results_to(folder)
     torch.set_num_threads(asked.threads)
     print("\n".join(f"{key}: {value}" for key, value in environment().items()))
-    for question in asked.questions or (POOLED if asked.quick else QUESTIONS):
+    for question in questions:
         threads = threads_of(question, asked.threads)
         torch.set_num_threads(threads)
         if question in POOLED and not (asked.quick or asked.alone):

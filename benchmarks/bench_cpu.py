@@ -21,6 +21,7 @@ from .harness import Finding, Spread, instruction_set, ratio, report
 from .layer_competitors import DENSE, EAGER, FROM_SCORES, HELD, LayerCompetitors, inputs_of
 from .plots import draw_cpu
 from .roofline import count_work
+from .side_by_side import SideBySide
 from .tables import cpu_tables
 
 COMPETITORS = (DENSE, FROM_SCORES, HELD, EAGER)
@@ -75,33 +76,38 @@ class Measured:
     def __init__(self) -> None:
         self.findings: list[Finding] = []
         self._timed: list[tuple[Case, Samples]] = []
+        self.backends = SideBySide.here()
 
     def add(self, case: Case, samples: Samples) -> None:
-        """Ratios of ours to dense, by what is asked of them, and to eager; of eager to dense without a target."""
+        """Ratios to dense and eager, by what is asked of ours; of another backend to ours, and of eager to dense."""
         self._timed.append((case, samples))
         print(f"{case}: {Spread.of(samples[DENSE])} ms {DENSE}", flush=True)
-        for name in COMPETITORS[1:]:
+        for name in (name for name in samples if name != DENSE):
             asked = _bound(case, name)
             rule = None if asked is None else "at most"
             found = ratio(samples, name, DENSE, rule, asked, f": {case}")
             self.findings.append(found)
             print(f"    {found.measured} x  {name}", flush=True)
-            if name != EAGER:
-                # The masked weight that eager's d_x reads was made in its forward pass: the step pays for it, not d_x.
-                rule, most = (None, None) if case.op == "d_x" else ("at most", EAGER_BOUND)
-                self.findings.append(ratio(samples, name, EAGER, rule, most, f": {case}"))
+            if name == EAGER:
+                continue
+            ours = self.backends.as_ours(name)
+            # The masked weight that eager's d_x reads was made in its forward pass: the step pays for it, not d_x.
+            rule, most = ("at most", EAGER_BOUND) if name == ours and case.op != "d_x" else (None, None)
+            self.findings.append(ratio(samples, name, EAGER, rule, most, f": {case}"))
+            if name != ours:
+                self.findings.append(ratio(samples, name, ours, suffix=f": {case}"))
 
     def rows(self, ceilings: Mapping[int, CpuCeilings]) -> list[dict]:
         """A row a case and competitor; shares by the ceilings of its number of threads, over the whole run."""
         return [
-            self._row(case, name, samples, ceilings[case.threads])
-            for case, samples in self._timed
-            for name in COMPETITORS
+            self._row(case, name, samples, ceilings[case.threads]) for case, samples in self._timed for name in samples
         ]
 
     def _row(self, case: Case, name: str, samples: Samples, ceilings: CpuCeilings) -> dict:
         time = Spread.of(samples[name])
-        work = count_work(case.op, layers.FORMS[name], case.m, case.n, case.k, DTYPES[case.dtype])
+        work = count_work(
+            case.op, layers.FORMS[self.backends.as_ours(name)], case.m, case.n, case.k, DTYPES[case.dtype]
+        )
         to_dense = Spread.of([a / b for a, b in zip(samples[name], samples[DENSE])])
         return {
             **vars(case),
@@ -121,9 +127,12 @@ def measure(measured: Measured, ceilings: CpuCeilings, dtype: str, cases: Cases,
         made = LayerCompetitors(n, k, DTYPES[dtype])
         for op, m in asked:
             inputs = inputs_of(m, n, k, DTYPES[dtype])
-            calls = {name: made.call(name, op, inputs) for name in COMPETITORS}
-            slow = m * n * k / threads >= SLOW
-            samples = time_interleaved(calls, rounds=3) if slow else time_within(calls, budget.seconds, least=3)
+            calls = {name: made.call(name, op, inputs) for name in measured.backends.competitors(COMPETITORS)}
+            around = measured.backends.around
+            if m * n * k / threads >= SLOW:
+                samples = time_interleaved(calls, rounds=3, around=around)
+            else:
+                samples = time_within(calls, budget.seconds, least=3, around=around)
             measured.add(Case(op, dtype, n, k, m, threads), samples)
 
 

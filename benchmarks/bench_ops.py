@@ -17,6 +17,7 @@ from .harness import Finding, Spread, ratio, report
 from .layer_competitors import LayerCompetitors, inputs_of
 from .plots import draw_ops
 from .roofline import Ceilings, count_work
+from .side_by_side import SideBySide
 
 SMOLLM2 = ((576, 576), (192, 576), (1536, 576), (576, 1536))
 LLAMA2_7B = ((4096, 4096), (11008, 4096), (4096, 11008))
@@ -71,9 +72,10 @@ class Measured:
         self.findings: list[Finding] = []
         self._timed: list[tuple[Case, str, str, Samples]] = []
         self.ceilings = Ceilings()
+        self.backends = SideBySide.here()
 
     def add(self, case: Case, baseline: str, forms: Mapping[str, str], samples: Samples) -> None:
-        """The samples of one case; forms names, for those whose share is known, what they move."""
+        """The samples of one case; forms names, for those of ours whose share is known, what they move."""
         for name, values in samples.items():
             if name == baseline:
                 if any(timed[:2] == (case, name) for timed in self._timed):
@@ -81,10 +83,13 @@ class Measured:
                 print(f"{case}: {Spread.of(values)} ms {name}", flush=True)
             else:
                 print(f"    {ratio(samples, name, baseline).measured} x  {name}", flush=True)
-            self._timed.append((case, name, forms.get(name, ""), {name: values, baseline: samples[baseline]}))
-            if name.startswith("ours"):
+            ours = self.backends.as_ours(name)
+            self._timed.append((case, name, forms.get(ours, ""), {name: values, baseline: samples[baseline]}))
+            if self.backends.runs(name):
                 rule = ("at most", bound) if (bound := _bound(case, name)) else (None, None)
                 self.findings.append(ratio(samples, name, baseline, *rule, f": {case}"))
+                if ours != name:
+                    self.findings.append(ratio(samples, name, ours, suffix=f": {case}"))
             elif name == matrices.SORT:
                 self.findings.append(ratio(samples, name, matrices.OURS, "at least", 10, f": {case}"))
 
@@ -111,8 +116,8 @@ def measure_layer(measured: Measured, n: int, k: int, budget: Budget) -> None:
         inputs = inputs_of(m, n, k)
         for op in ("forward", "d_x", "d_scores", *(["step"] if (n, k) in STEP_SHAPES else [])):
             for names, least in _groups(m, n, k, budget):
-                calls = {name: made.call(name, op, inputs) for name in names}
-                samples = time_within(calls, budget.seconds, least=least)
+                calls = {name: made.call(name, op, inputs) for name in measured.backends.competitors(names)}
+                samples = time_within(calls, budget.seconds, least=least, around=measured.backends.around)
                 measured.add(Case(op, n, k, m), layers.DENSE, layers.FORMS, samples)
 
 
@@ -124,7 +129,9 @@ def measure_matrix(measured: Measured, n: int, k: int, budget: Budget) -> None:
         "optimiser": lambda: matrices.optimiser_calls(n, k),
     }
     for op, make in makers.items():
-        samples = time_within(make(), budget.seconds, least=2)
+        with measured.backends.around(matrices.OURS):
+            calls = measured.backends.calls(make())
+        samples = time_within(calls, budget.seconds, least=2, around=measured.backends.around)
         measured.add(Case(op, n, k, 0), matrices.BASELINES[op], matrices.FORMS, samples)
 
 

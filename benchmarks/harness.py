@@ -6,7 +6,6 @@ the rounds. How records are named and read again is in records.py.
 
 import datetime
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -17,10 +16,12 @@ from pathlib import Path
 import torch
 
 from building.sources import digest
+from mft_kernels.backends import asked_for
 from mft_kernels.processor import this_processor
 from mft_kernels.timing import Samples
 
 from .records import RESULTS, ROOT, file_name
+from .side_by_side import SideBySide
 
 THREADS = 2
 ONE_THREAD = frozenset({"launch"})  # questions about the host, not about how threads wait for each other
@@ -98,10 +99,10 @@ def check_built_of(sources: Path, report: Path) -> None:
         )
 
 
-def environment() -> dict[str, str | int | bool]:
+def environment() -> dict[str, str | int | bool | dict[str, str]]:
     """Machine, versions and commit: what a number is worthless without. Runs from a checkout that is not installed.
 
-    Raises: RuntimeError as check_built_of.
+    Raises: RuntimeError as check_built_of; ValueError if MFT_KERNELS names no backend.
     """
     from mft_kernels import __version__, backend_report
 
@@ -114,13 +115,14 @@ def environment() -> dict[str, str | int | bool]:
             return None
         return run.stdout.strip() if run.returncode == 0 else None
 
-    known, taken = backend_report(), _taken()
+    backends, taken = SideBySide.here(), _taken()
     changes = git("status", "--porcelain", "--", "csrc", "mft_kernels", "python", "benchmarks/*.py", "setup.py")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": str(this_processor()),
         "threads": torch.get_num_threads(),
-        "backend": known["backends"][taken]["detail"] or taken,
+        "backend": backend_report()["backends"][taken]["detail"] or taken,
+        "backends": backends.record(),
         "instruction_set": instruction_set(),
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
@@ -147,7 +149,7 @@ def _taken() -> str:
     """The backend that serves the CPU."""
     from mft_kernels import backend_report
 
-    asked = os.environ.get("MFT_KERNELS") or "auto"
+    asked = asked_for()
     return backend_report()["auto"]["cpu"] if asked == "auto" else asked
 
 

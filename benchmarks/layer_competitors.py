@@ -8,6 +8,8 @@ eager                 the fastest formulation of PyTorch's own ops; see rivals.e
 compiled              the same under torch.compile
 the paper's layer     a sort in every forward
 LoRA                  peft's layer, rank 16
+
+What is called ours is there once more for a backend beside ours; see side_by_side.py.
 """
 
 from collections.abc import Callable
@@ -24,6 +26,8 @@ from mft_kernels.held import masked_linear_held
 from mft_kernels.testing import Inputs, random_inputs
 
 from .rivals import KEEP_RATIO, eager_fast, paper_linear
+from .side_by_side import OURS as OURS_ALONE
+from .side_by_side import SideBySide
 
 DENSE, PAPER, LORA = "dense", "the paper's layer", "LoRA"
 FROM_SCORES, MODULE, HELD = "ours, from scores", "ours, module", "ours, held mask"
@@ -68,20 +72,22 @@ class LayerCompetitors:
         self.n, self.k, self.dtype = n, k, dtype
         inputs = random_inputs(1, n, k, dtype, dtype)
         self.weight, self.scores = inputs.weight, inputs.scores
-        self.threshold = mft_kernels.kept_threshold(self.scores, KEEP_RATIO)
-        self._packed = mft_kernels.pack_mask(self.scores, self.threshold)
+        self._backends = SideBySide.here()
+        with self._backends.around(OURS_ALONE):
+            self.threshold = mft_kernels.kept_threshold(self.scores, KEEP_RATIO)
+            self._packed = mft_kernels.pack_mask(self.scores, self.threshold)
         self._made: dict[str, Formulation] = {}
 
     def names(self) -> list[str]:
         """All that may be asked for."""
-        return [DENSE, *OURS, EAGER, COMPILED, PAPER, LORA]
+        return self._backends.competitors([DENSE, *OURS, EAGER, COMPILED, PAPER, LORA])
 
     def call(self, name: str, op: str, inputs: Inputs) -> Call:
         """One op of a formulation.
 
         forward: without autograd. d_x, d_scores: the backward pass of a layer in which x alone or what learns alone
         asks for a gradient. step: forward and backward, where both do. Gradients are new tensors, but for those that
-        are added to a buffer.
+        are added to a buffer. To be called in SideBySide.around(name).
         """
         formulation = self._formulation(name)
         wants_x, wants_learned = op in ("d_x", "step"), op in ("d_scores", "step")
@@ -94,14 +100,15 @@ class LayerCompetitors:
         wanted = [*([x] if wants_x else []), *(formulation.learned if wants_learned else [])]
         if op == "step":
             return lambda: torch.autograd.grad(layer(x), wanted, grad)
-        y = layer(x)
+        with self._backends.around(name):
+            y = layer(x)
         if formulation.into_buffer and wants_learned:
             return lambda: y.backward(grad, retain_graph=True)
         return lambda: torch.autograd.grad(y, wanted, grad, retain_graph=True)
 
     def _formulation(self, name: str) -> Formulation:
         if name not in self._made:
-            self._made[name] = self._make(name)
+            self._made[name] = self._make(self._backends.as_ours(name))
         return self._made[name]
 
     def _make(self, name: str) -> Formulation:

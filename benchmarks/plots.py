@@ -123,7 +123,7 @@ def _draw_beside_dense(panel, cases: list[dict]) -> None:
         at = [places.index((c["op"], c["n"], c["k"], c["m"], c["threads"])) + (number - 1) * width for c in own]
         ratios = [case["ratio"] for case in own]
         errors = [[r["median"] - r["low"] for r in ratios], [r["high"] - r["median"] for r in ratios]]
-        panel.bar(at, [r["median"] for r in ratios], width, yerr=errors, color=COLOURS[name], label=name)
+        panel.bar(at, [r["median"] for r in ratios], width, yerr=errors, label=name, **_look(name))
         asked = [(x, case["target"]) for x, case in zip(at, own) if case["target"] is not None]
         for x, target in asked:
             panel.plot([x - width / 2, x + width / 2], [target, target], "--", color="k", lw=1.5)
@@ -169,6 +169,15 @@ def picture_of(record_path: Path) -> Path:
     return record_path.with_name(record_path.name.replace("-cpu-", "-")).with_suffix(".png")
 
 
+def _look(name: str) -> dict[str, str]:
+    """Of a competitor's bars: one on a backend beside ours (side_by_side.py) has our colour, hatched."""
+    if name in COLOURS:
+        return {"color": COLOURS[name]}
+    _, _, what = name.partition(", ")
+    alike = COLOURS.get(f"ours, {what}")
+    return {"color": "C7"} if alike is None else {"color": alike, "hatch": "//"}
+
+
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -182,9 +191,11 @@ def _save(figure: Figure, record: dict, path: Path) -> None:
 
 
 def _line(panel, x: list, spreads: list[dict], name: str) -> None:
-    """Medians, and the quartiles as a band."""
-    colour = COLOURS.get(name, "C7")
-    panel.plot(x, [s["median"] for s in spreads], "o-", color=colour, label=name, markersize=4)
+    """Medians, and the quartiles as a band; dashed of a backend beside ours."""
+    look = _look(name)
+    colour = look["color"]
+    line = "x--" if "hatch" in look else "o-"
+    panel.plot(x, [s["median"] for s in spreads], line, color=colour, label=name, markersize=4)
     panel.fill_between(x, [s["low"] for s in spreads], [s["high"] for s in spreads], color=colour, alpha=0.15, lw=0)
 
 

@@ -3,6 +3,7 @@
     ops-cpu-amx.json, ops-cpu-avx512_bf16.json     times and measured memory: what the processor decides
     memory_cards-cpu.json                          simulated, or a loss: what it does not
     cpu-amx.json                                   of the question `cpu`
+    ops-cpu-mine.json                              a backend that MFT_KERNELS asks for, beside ours (side_by_side.py)
 
 The instruction set is the one that the cpu library takes, or the name of the backend that stands in for it.
 """

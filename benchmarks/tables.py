@@ -223,9 +223,12 @@ def origin(record: Record) -> str:
     where = record["environment"]
     dirty = " and changes" if where["tree_is_dirty"] else ""
     threads = "1 thread" if where["threads"] == 1 else f"{where['threads']} threads"
+    # Of records with one backend, and from before several stood in a run, its own words are enough.
+    named = where.get("backends", {})
+    backend = ", ".join(f"{name} = {told}" for name, told in named.items()) if len(named) > 1 else where["backend"]
     return (
         f"{record['title']}. {where['device']}, {threads}, torch {where['torch']}, "
-        f"{where['backend']}, commit {where['commit'][:10]}{dirty}, {where['date'][:10]}."
+        f"{backend}, commit {where['commit'][:10]}{dirty}, {where['date'][:10]}."
     )
 
 

@@ -20,6 +20,7 @@ from .matrix_competitors import (
     threshold_calls,
 )
 from .matrix_competitors import OURS as OURS_ON_MATRIX
+from .side_by_side import SideBySide
 
 SHAPES = ((576, 1536), (4096, 4096))
 MATRIX_OPS = {
@@ -27,6 +28,7 @@ MATRIX_OPS = {
     "packing": (packing_calls, (COPY, OURS_ON_MATRIX, EAGER, BYTES)),
     "optimiser": (optimiser_calls, (FUSED, FOREACH, OURS_INT16, OURS_FP32, EAGER)),
 }
+BACKENDS = SideBySide.here()
 BUDGET = {"max_time": 0.3, "min_rounds": 3, "warmup": True, "warmup_iterations": 1}
 
 
@@ -39,17 +41,25 @@ def layer(request):
 
 
 @pytest.mark.benchmark(**BUDGET)
-@pytest.mark.parametrize("name", [DENSE, *OURS, EAGER, LORA])
+@pytest.mark.parametrize("name", BACKENDS.competitors([DENSE, *OURS, EAGER, LORA]))
 @pytest.mark.parametrize("op", ["forward", "d_x", "d_scores"])
 @pytest.mark.parametrize("tokens", [1, 64, 512])
 def test_layer(benchmark, layer, tokens, op, name):
     benchmark.group = f"{op}, {layer.n} x {layer.k}, M = {tokens}"
-    benchmark(layer.call(name, op, inputs_of(tokens, layer.n, layer.k)))
+    call = layer.call(name, op, inputs_of(tokens, layer.n, layer.k))
+    with BACKENDS.around(name):
+        benchmark(call)
 
 
 @pytest.mark.benchmark(**BUDGET)
-@pytest.mark.parametrize(("op", "name"), [(op, name) for op, (_, names) in MATRIX_OPS.items() for name in names])
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [(op, name) for op, (_, names) in MATRIX_OPS.items() for name in BACKENDS.competitors(names)],
+)
 def test_matrix(benchmark, layer, op, name):
     benchmark.group = f"{op}, {layer.n} x {layer.k}"
     make, _ = MATRIX_OPS[op]
-    benchmark(make(layer.n, layer.k)[name])
+    with BACKENDS.around(OURS_ON_MATRIX):
+        call = make(layer.n, layer.k)[BACKENDS.as_ours(name)]
+    with BACKENDS.around(name):
+        benchmark(call)

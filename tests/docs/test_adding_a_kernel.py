@@ -135,6 +135,7 @@ def test_the_benchmarks_measure_it(mine, monkeypatch):
     """What the page's command times, without its process, which imports for 10 s."""
     from benchmarks.harness import environment
     from benchmarks.layer_competitors import DENSE, EAGER, HELD, MODULE, LayerCompetitors, inputs_of
+    from benchmarks.side_by_side import SideBySide
     from benchmarks.test_ops import SHAPES
     from mft_kernels.timing import time_interleaved
 
@@ -143,9 +144,11 @@ def test_the_benchmarks_measure_it(mine, monkeypatch):
     assert (576, 1536) in SHAPES
     calls = []
     monkeypatch.setattr(mine, "masked_blocks", lambda *of: calls.append(of) or iter(()))
-    made = LayerCompetitors(8, 64)
-    competitors = {name: made.call(name, "forward", inputs_of(3, 8, 64)) for name in (DENSE, MODULE, HELD, EAGER)}
-    samples = time_interleaved(competitors, rounds=1)
+    made, backends = LayerCompetitors(8, 64), SideBySide.here()
+    names = backends.competitors((DENSE, MODULE, HELD, EAGER))
+    assert [name for name in names if name.startswith("mine")] == ["mine, module", "mine, held mask"]
+    competitors = {name: made.call(name, "forward", inputs_of(3, 8, 64)) for name in names}
+    samples = time_interleaved(competitors, rounds=1, around=backends.around)
     assert samples.keys() == competitors.keys()
-    assert len(calls) == 2 * len((MODULE, HELD))  # each once before it is timed
-    assert environment()["backend"] == "blocks of 256 rows"
+    assert len(calls) == 2 * len(("mine, module", "mine, held mask"))  # each once before it is timed
+    assert environment()["backends"]["mine"] == "mine: blocks of 256 rows"

@@ -1,0 +1,147 @@
+"""A backend that MFT_KERNELS asks for is measured beside ours in one run, each under its own name."""
+
+import json
+import os
+import sys
+
+import pytest
+
+from benchmarks import bench_cpu, bench_ops, harness, layer_competitors, matrix_competitors, rivals, roofline
+from benchmarks.layer_competitors import DENSE, FROM_SCORES, HELD, MODULE, LayerCompetitors, inputs_of
+from benchmarks.side_by_side import OURS, SideBySide
+from benchmarks.tables import cpu_tables, ops_tables, origin
+from mft_kernels import backends
+from mft_kernels.timing import time_interleaved, time_within
+
+COMPILED = (
+    (layer_competitors, "compiled_eager", rivals.eager_fast),
+    (matrix_competitors, "compiled_pack", matrix_competitors.eager_pack),
+    (matrix_competitors, "compiled_step", matrix_competitors.eager_step),
+)
+
+
+@pytest.fixture
+def called(own_table, monkeypatch):
+    """A backend "mine" that borrows every op of the reference, asked for; the ops that were called on it."""
+    seen = []
+
+    def noted(name, run):
+        return lambda *arguments: seen.append(name) or run(*arguments)
+
+    ops = {name: noted(name, run) for name, run in backends.registered("reference").ops.items()}
+    backends.register(backends.Backend("mine", frozenset({"cpu"}), frozenset(), ops, detail="blocks of 256 rows"))
+    monkeypatch.setenv("MFT_KERNELS", "mine")
+    return seen
+
+
+def test_without_a_request_ours_stands_alone(own_table):
+    found = SideBySide.here()
+    assert found.asked == {OURS: "auto"}
+    assert found.competitors([DENSE, MODULE]) == [DENSE, MODULE]
+
+
+def test_a_request_for_what_auto_takes_anyway_adds_nothing(own_table, monkeypatch):
+    monkeypatch.setenv("MFT_KERNELS", backends.backend_report()["auto"]["cpu"])
+    assert SideBySide.here().asked == {OURS: "auto"}
+
+
+def test_what_is_asked_for_stands_after_ours_by_its_name(called):
+    found = SideBySide.here()
+    assert found.asked == {OURS: "auto", "mine": "mine"}
+    assert found.competitors([DENSE, MODULE, OURS]) == [DENSE, MODULE, "mine, module", OURS, "mine"]
+    assert [found.as_ours(name) for name in ("mine, module", "mine", MODULE, DENSE)] == [MODULE, OURS, MODULE, DENSE]
+    assert found.record() == {
+        OURS: f"{(own := backends.backend_report()['auto']['cpu'])}: {backends.registered(own).detail}",
+        "mine": "mine: blocks of 256 rows",
+    }
+
+
+def test_what_auto_takes_from_outside_is_not_called_ours(own_table):
+    own = backends.backend_report()["auto"]["cpu"]
+    ops = backends.registered("reference").ops
+    backends.register(backends.Backend("theirs", frozenset({"cpu"}), frozenset(), ops), before=own)
+    assert SideBySide.here().asked == {OURS: own, "theirs": "auto"}
+
+
+def test_a_request_for_what_is_unknown_or_cannot_run_is_refused(own_table, monkeypatch):
+    monkeypatch.setenv("MFT_KERNELS", "fast")
+    with pytest.raises(ValueError, match="MFT_KERNELS must be one of .*, got 'fast'"):
+        harness.environment()
+    backends.register(backends.Backend("missing", frozenset({"cpu"}), frozenset(), {}, unavailable="no compiler"))
+    monkeypatch.setenv("MFT_KERNELS", "missing")
+    with pytest.raises(RuntimeError, match="MFT_KERNELS='missing' cannot serve masked_linear: no compiler"):
+        SideBySide.here()
+
+
+def test_a_competitor_runs_on_the_backend_of_its_name(called):
+    made, found = LayerCompetitors(24, 40), SideBySide.here()
+    assert called == []  # what is given to all was found by ours
+    for name in found.competitors([DENSE, FROM_SCORES, MODULE, HELD]):
+        for op in ("forward", "d_x", "d_scores", "step"):
+            call = made.call(name, op, inputs_of(3, 24, 40))
+            called.clear()
+            with found.around(name):
+                call()
+            assert bool(called) == name.startswith("mine"), (name, op)
+            assert os.environ["MFT_KERNELS"] == "mine"
+
+
+@pytest.mark.parametrize(
+    "taken", [lambda **how: time_interleaved(rounds=2, **how), lambda **how: time_within(seconds=0, **how)]
+)
+def test_every_sample_is_taken_inside_what_holds_for_its_competitor(taken, called):
+    found, seen = SideBySide.here(), {OURS: set(), "mine": set(), DENSE: set()}
+    calls = {name: lambda name=name: seen[name].add(os.environ["MFT_KERNELS"]) for name in seen}
+    taken(competitors=calls, around=found.around)
+    assert seen == {OURS: {"auto"}, "mine": {"mine"}, DENSE: {"mine"}}
+
+
+def test_ops_measures_both_and_names_them_in_record_and_table(called, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "_folder", tmp_path)
+    monkeypatch.setattr(roofline, "GEMM_SIZE", 64)
+    monkeypatch.setattr(roofline, "COPY_BYTES", 2**20)
+    for module, name, eager in COMPILED:
+        monkeypatch.setattr(module, name, eager)  # to compile them takes 20 s, and another test does
+    monkeypatch.setattr(bench_ops, "QUICK", bench_ops.Budget(((24, 64),), (1,), 0.0, 1))
+    bench_ops.main(quick=True)
+    (path,) = tmp_path.glob("*.json")
+    assert path.name == "ops-cpu-mine.json"  # ours alone has another
+    record = json.loads(path.read_text())
+    names = {case["competitor"] for case in record["cases"]}
+    assert {FROM_SCORES, "mine, from scores", HELD, "mine, held mask", OURS, "mine", "mine, fp32"} <= names
+    assert record["environment"]["backends"]["mine"] == "mine: blocks of 256 rows"
+    assert record["environment"]["backends"][OURS] != record["environment"]["backends"]["mine"]
+    ratios = {finding["quantity"] for finding in record["findings"]}
+    assert {
+        f"{one}: forward, 24 x 64, M = 1" for one in (f"{FROM_SCORES} / {DENSE}", "mine, module / ours, module")
+    } <= ratios
+    table = "\n".join(ops_tables(record))
+    assert "| 24 x 64 | ours, held mask |" in table
+    assert "| 24 x 64 | mine, held mask |" in table
+    assert "mine = mine: blocks of 256 rows, commit" in origin(record)
+    shares = {case["competitor"]: case.get("share") for case in record["cases"] if case["op"] == "forward"}
+    assert shares["mine, module"] is not None
+    assert (tmp_path / "ops-mine.png").is_file()
+
+
+def test_cpu_measures_both_and_asks_nothing_of_another_backend(called, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "_folder", tmp_path)
+    small = bench_cpu.Budget(many=(((24, 64), (("forward", 1),)),), one=(), seconds=0.0, ceilings=16)
+    bench_cpu.main(quick=True, budget=small)
+    record = json.loads((tmp_path / "cpu-mine.json").read_text())
+    names = [case["competitor"] for case in record["cases"] if case["dtype"] == "fp32"]
+    assert names == [DENSE, FROM_SCORES, "mine, from scores", HELD, "mine, held mask", "eager"]
+    asked = {finding["quantity"]: finding["rule"] for finding in record["findings"]}
+    assert asked["ours, held mask / eager: forward, fp32, 24 x 64, M = 1, 1 thread"] == "at most"
+    assert asked["mine, held mask / eager: forward, fp32, 24 x 64, M = 1, 1 thread"] is None
+    assert "mine, held mask / ours, held mask: forward, fp32, 24 x 64, M = 1, 1 thread" in asked
+    assert "mine, held mask, times dense" in "\n".join(cpu_tables(record))
+
+
+def test_questions_that_measure_ours_alone_refuse_a_request(called, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "ops", "launch"])
+    with pytest.raises(SystemExit):
+        import benchmarks.__main__  # noqa: F401
+    told = capsys.readouterr().err
+    assert "questions must be among ops, cpu to measure mine beside ours, got launch" in told
+    assert "unset MFT_KERNELS" in told
