@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import struct
 
 import pyarrow
 import pyarrow.parquet
@@ -105,3 +106,46 @@ def test_a_damaged_header_of_a_page_is_one_error_that_names_the_file(tmp_path, h
     path.write_bytes(content[:start] + header + content[start + len(header) :])
     with pytest.raises(ValueError, match=f"{path} must be a parquet file"):
         read_files([path])
+
+
+# ---------------------------------------------------------------------------------------------- Arrow
+
+
+def write_arrow(path, table, compression=None):
+    options = pyarrow.ipc.IpcWriteOptions(compression=compression)
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema, options=options) as writer:
+        writer.write_table(table)
+
+
+def read(path):
+    return read_files([path]).rows[:]["text"]
+
+
+def stream(path):
+    return [row["text"] for row, _ in stream_files([path]).open(None)]
+
+
+@pytest.mark.parametrize("reader", [read, stream])
+def test_a_compressed_arrow_stream_is_refused_and_an_ordinary_one_read(tmp_path, reader):
+    path = tmp_path / "data.arrow"
+    words = pyarrow.array(["a", "b", "a"] * 50)
+    for column in (words, words.dictionary_encode()):
+        write_arrow(path, pyarrow.table({"text": column, "more": [0.5] * 150}))
+        assert list(reader(path)) == words.to_pylist()
+        for compression in ("zstd", "lz4"):
+            write_arrow(path, pyarrow.table({"text": column}), compression)
+            with pytest.raises(ValueError, match=f"{path} must be an Arrow stream that is not compressed"):
+                reader(path)
+
+
+@pytest.mark.parametrize("reader", [read, stream])
+def test_an_arrow_stream_whose_texts_lie_outside_of_it_is_refused(tmp_path, reader):
+    path = tmp_path / "data.arrow"
+    offsets = [0, 1, 2, 3, 4]
+    write_arrow(path, pyarrow.table({"text": ["a", "b", "c", "d"]}))
+    ends = [struct.pack("<5i", *numbers) for numbers in (offsets, [0, 1, 2, 3, 2**30])]
+    content = path.read_bytes()
+    assert content.count(ends[0]) == 1
+    path.write_bytes(content.replace(*ends))
+    with pytest.raises(ValueError, match=f"{path} must be an Arrow stream, and cannot be read as one"):
+        reader(path)

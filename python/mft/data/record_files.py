@@ -23,6 +23,7 @@ import pyarrow.parquet
 
 from mft.data.formats import CONTENT_COLUMNS, FORMS, PREFERENCE, content_of
 from mft.data.growth import bytes_of_line, check_growth
+from mft.files.arrow_file import map_arrow
 from mft.files.cache import sha256_of
 from mft.files.json_file import read_object
 from mft.files.parquet_file import read_claims
@@ -321,10 +322,12 @@ def _read_parquet(path: Path) -> _File:
 
 def _read_arrow(path: Path) -> _File:
     try:
-        table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
+        table = map_arrow(path)
+        content = table.select(columns_to_read(table.column_names))
+        content.validate(full=True)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} must be an Arrow stream, and cannot be read as one: {error}") from None
-    return _of_table(table.select(columns_to_read(table.column_names)), path, table.column_names)
+    return _of_table(content, path, table.column_names)
 
 
 _READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv, ".arrow": _read_arrow}

@@ -25,6 +25,7 @@ from mft.data.record_files import (
     read_parquet,
     type_of,
 )
+from mft.files.arrow_file import map_arrow
 
 _BATCH = 64  # rows of a table that are Python's objects at once
 
@@ -146,13 +147,14 @@ def _read_parquet(path: Path, start: Any) -> Found:
 def _read_arrow(path: Path, start: Any) -> Found:
     """start: rows that lie before."""
     try:
-        with pyarrow.memory_map(str(path)) as source:
-            table = pyarrow.ipc.open_stream(source).read_all()
-            names = table.column_names
-            table = table.select(columns_to_read(names))
-            for first in range(start or 0, len(table), _BATCH):
-                for j, row in enumerate(table.slice(first, _BATCH).to_pylist(), first):
-                    yield content_alone(without_filling(row)), names, f"{path} row {j}", j + 1
+        table = map_arrow(path)
+        names = table.column_names
+        table = table.select(columns_to_read(names))
+        for first in range(start or 0, len(table), _BATCH):
+            rows = table.slice(first, _BATCH)
+            rows.validate(full=True)
+            for j, row in enumerate(rows.to_pylist(), first):
+                yield content_alone(without_filling(row)), names, f"{path} row {j}", j + 1
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} must be an Arrow stream, and cannot be read as one: {error}") from None
 
