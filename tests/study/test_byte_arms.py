@@ -151,7 +151,7 @@ def test_of_all_weights_each_parameter_is_compressed_and_vectors_are_kept(ground
     start = start_of(ground, continued)
     assert set(continued) == {name for name, _ in model.named_parameters()}
     norm = "model.norm.weight"
-    assert_close(model.get_parameter(norm), continued[norm], rtol=1e-4, atol=1e-5)
+    assert_close(model.get_parameter(norm), continued[norm], rtol=1e-3, atol=1e-5)  # its change in 16 bits
     matrices = [weight for weight in continued.values() if weight.dim() == 2]
     vectors = [weight for weight in continued.values() if weight.dim() == 1]
     assert found.bytes == sum(math.ceil(w.numel() / 8) + 2 for w in matrices) + 2 * sum(w.numel() for w in vectors)

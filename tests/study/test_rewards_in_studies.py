@@ -80,7 +80,7 @@ def test_every_arm_after_the_fine_tune_learns_by_rewards_and_answers_on_validati
     assert {outcome.unit.arm for outcome in findings.outcomes} == {"full", "between", *trained}
     for outcome in findings.outcomes:
         asked = outcome.measured.questions.sum()
-        assert asked == 7
+        assert asked == 8
         if outcome.unit.arm in trained:
             assert outcome.steps == len(outcome.rewards) == 2  # half of 16 questions, 4 a step
             assert [share for share, _ in outcome.answers_curve] == [0.5, 1]

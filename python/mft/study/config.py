@@ -16,6 +16,7 @@ from mft.checks import (
     SEED,
     SHARE,
     Rule,
+    Text,
     at_least,
     check_not_empty,
     check_one_of,
@@ -24,6 +25,7 @@ from mft.checks import (
     expand_home,
     nearest,
     one_of,
+    split_hint,
 )
 from mft.config import (
     INITS,
@@ -35,6 +37,7 @@ from mft.config import (
     ModelConfig,
     Sharpness,
     TrainConfig,
+    parse_layers,
 )
 from mft.importance.importance import METHODS
 from mft.rewards.config import RewardsConfig
@@ -58,6 +61,19 @@ _WEIGHTS = (FULL, CONTINUED, CONTROL)  # whose weights differ from their start's
 _NAME = re.compile(r"\w[\w .()+-]*")
 LEAST_RATES = 3  # of which a trained arm may choose: the best of fewer cannot lie between two that are worse
 _SOME = Rule("lie in (0, 1]", exclusiveMinimum=0, maximum=1)
+
+
+def parse_arm_layers(text: str) -> list[int]:
+    """As parse_layers; [] for "all"."""
+    return [] if text.strip() == "all" else parse_layers(text)
+
+
+_RANGES = next(text for text in split_hint(Layers)[1] if isinstance(text, Text))
+ArmLayers = Annotated[
+    int | list[int] | None,
+    Rule("count layers from 0", minimum=0),
+    Text(rf"^\s*all\s*$|{_RANGES.pattern}", parse_arm_layers),
+]
 
 
 @dataclass(frozen=True)
@@ -109,7 +125,7 @@ class ArmConfig:
     threshold: float | None = None  # fixed, in place of keep_ratios
     beta1s: Annotated[list[float], BETA] = field(default_factory=list)  # of AdamW, its momentum; empty: that of betas
     betas: Annotated[tuple[float, float] | None, BETA] = None  # of AdamW; null: those of full or stage
-    layers_to_transform: Layers = None  # null: the study's mask.layers_to_transform
+    layers_to_transform: ArmLayers = None  # null: the study's mask.layers_to_transform; all, or []: every layer
     target_modules: list[str] | None = None  # null: the study's mask.target_modules
     sharpness: Sharpness = None  # of scores with a threshold; null: the study's mask.sharpness
     deletion_penalty: Annotated[float | None, at_least(0)] = None  # null: the study's mask.deletion_penalty
@@ -370,8 +386,10 @@ class StudyConfig:
     def mask_of(self, arm: ArmConfig) -> MaskConfig:
         """The study's mask with what the arm says of it; its keep ratio is a setting's."""
         names = ("layers_to_transform", "target_modules", "mode", "threshold", "sharpness", "deletion_penalty")
-        said = {name: getattr(arm, name) for name in names}
-        return dataclasses.replace(self.mask, **{name: value for name, value in said.items() if value is not None})
+        said = {name: value for name in names if (value := getattr(arm, name)) is not None}
+        if arm.layers_to_transform == []:
+            said["layers_to_transform"] = None  # of MaskConfig, every layer
+        return dataclasses.replace(self.mask, **said)
 
     def train_of(self, arm: ArmConfig, setting: Setting, seed: int) -> TrainConfig:
         """How a trained arm is trained in a setting; seed draws the order of the data."""

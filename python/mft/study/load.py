@@ -15,13 +15,15 @@ from mft.study.config import CROSS_ENTROPY, StudyConfig
 SHIPPED = CONFIGS / "compare"
 _NAMED = ("arms", "domains", "general", "questions")  # mappings of names that the file chooses
 _NEEDED = ("arms", "domains")
+_ONLY_DOMAIN = "data"  # in an override, as mft train calls it
 _FROM_ARMS = ("lr", "steps", "epochs", "seed")  # of full and stage: what the arms and seeds decide
 
 
 def load_study(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> StudyConfig:
     """The study in the file of this name, shipped (such as "small") or a path; then overrides.
 
-    An override is a key and a YAML value: seeds=[0,1], stage.batch_size=8, arms.MFT.lrs=[1e-3].
+    An override is a key and a YAML value: seeds=[0,1], stage.batch_size=8, arms.MFT.lrs=[1e-3]. data.KEY is the key of
+    the only domain, in a study of one.
     Raises: ValueError that names the file or the override, the key, the rule and the value.
     """
     path = find_config(name, SHIPPED)
@@ -72,6 +74,13 @@ def _apply(values: dict[str, Any], override: str) -> None:
     origin = f"override {override!r}: "
     value = parse_yaml(text, origin.removesuffix(": "))
     parts = key.split(".")
+    if parts[0] == _ONLY_DOMAIN:
+        domains = list(values.get("domains") or ())
+        if len(domains) != 1 or len(parts) != 2:
+            raise ValueError(
+                f"{origin}must be data.KEY, in a study of one domain; its domains are {', '.join(domains)}"
+            )
+        parts = ["domains", domains[0], parts[1]]
     if parts[0] in _NAMED:  # a name may hold dots, its keys hold none
         if len(parts) < 3:
             known = ", ".join(values.get(parts[0]) or ())

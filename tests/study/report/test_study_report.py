@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from rich.console import Console
 
 from mft.config import DataConfig, MaskConfig
@@ -356,6 +357,18 @@ def test_json_holds_the_numbers_and_goes_round(tmp_path):
     assert all(trial["validation_loss"] is None for trial in diverged)
     plot_study(numbers, tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "plot.png").read_bytes()
+
+
+def test_the_report_is_markdown_whose_tables_have_a_head_and_as_many_cells_in_each_row(tmp_path):
+    arms = ARMS | {"a-b_c.d (keep 0.9) + x_y": ARMS["MFT"]}
+    losses = dict.fromkeys(arms, 1.96) | LOSSES
+    write_study_report(findings(arms=arms, test=losses, validation=losses, answers=0.4), tmp_path)
+    tokens = MarkdownIt("commonmark").enable("table").parse((tmp_path / "table.md").read_text())
+    kinds = [token.type for token in tokens]
+    assert (kinds.count("table_open"), kinds.count("heading_open")) == (1, 4)
+    assert kinds.count("tr_open") == 1 + len(arms)
+    assert kinds.count("td_open") == kinds.count("th_open") * len(arms)
+    assert not [token for token in tokens if token.type == "inline" and "|" in token.content]  # a row outside a table
 
 
 def test_columns_without_an_entry_are_left_out(tmp_path):

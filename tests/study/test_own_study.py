@@ -1,0 +1,53 @@
+"""The study for one's own data, from a model and chats of one's own to its report."""
+
+import json
+
+import pytest
+from tiny_study import write_ground
+from typer.testing import CliRunner
+
+from mft.cli.app import app
+from mft.study.load import load_study
+
+TRAINED = ("control", "MFT", "LoRA", "LoRA-all")
+
+
+def test_it_holds_every_arm_against_the_same_start_with_as_many_settings_to_choose_from():
+    study = load_study("own")
+    assert {name: study.arms[name].kind for name in study.arms} == {
+        **{"base": "full", "control": "control", "MFT": "mask", "LoRA": "lora", "LoRA-all": "lora"}
+    }
+    assert len({len(study.arms[name].settings(study.mask)) for name in TRAINED}) == 1
+    layers = {name: study.mask_of(study.arms[name]).layers_to_transform for name in TRAINED}
+    assert layers.pop("LoRA-all") is None
+    assert all(own == list(range(24, 30)) for own in layers.values())
+
+
+def test_data_stands_for_the_only_domain():
+    study = load_study("own", ["data.source=my.jsonl", "data.sequence_length=128"])
+    assert (study.domains["own"].source, study.domains["own"].sequence_length) == ("my.jsonl", 128)
+    with pytest.raises(
+        ValueError, match=r"must be data.KEY, in a study of one domain; its domains are headers, problems"
+    ):
+        load_study("small", ["data.source=my.jsonl"])
+    with pytest.raises(ValueError, match=r"'domains.own.sorce'; did you mean domains.own.source"):
+        load_study("own", ["data.sorce=my.jsonl"])
+
+
+def test_one_command_runs_it_on_a_model_and_a_file_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
+    write_ground(tmp_path)
+    own = [f"data.source={tmp_path}/data.jsonl", f"model.name={tmp_path}/model", "mask.layers_to_transform=2-3"]
+    small = ["model.dtype=float32", "data.sequence_length=12", "data.max_train_tokens=144", "data.max_eval_tokens=96"]
+    small += ["seeds=[0]", "extensions=0", "checkpoints=1", "workers=1", f"output_dir={tmp_path}/run"]
+    small += [f"arms.{name}.epochs=[1]" for name in TRAINED]
+    result = CliRunner().invoke(app, ["compare", "--config", "own", *own, *small])
+    assert result.exit_code == 0, result.output
+    first = next(line for line in result.output.splitlines() if line.startswith("["))
+    assert first.endswith(" left)")  # how long the rest takes
+    numbers = json.loads((tmp_path / "run" / "table.json").read_text())
+    assert "own. MFT: Nothing can be concluded (" in numbers["verdicts"][0]
+    assert [row["arm"] for row in numbers["domains"]["own"]["rows"]] == ["base", *TRAINED]
+    bytes_of = {row["arm"]: row["bytes"] for row in numbers["domains"]["own"]["rows"]}
+    assert bytes_of["LoRA-all"] is not None
+    assert {run["arm"] for run in numbers["domains"]["own"]["sums"]["test"]["runs"]} == {"base", *TRAINED}
