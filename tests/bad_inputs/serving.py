@@ -71,6 +71,11 @@ def a_port_that_is_taken():
         bind("127.0.0.1", taken.getsockname()[1])
 
 
+@refused(ValueError, where="--host", got="got ''", rule="must name an address of this machine", remedy="127.0.0.1")
+def a_host_without_a_name():
+    bind("", 0)
+
+
 @refused(ValueError, where="--length", got="got 4096", rule="must be at most 2048, as many positions as 'base' has")
 def rows_longer_than_the_base_has_positions():
     row_length(4096, make_llama().config, "base")
@@ -114,6 +119,11 @@ def a_request_for_two_answers():
 )
 def a_request_with_two_prompts():
     ask(prompt=["def", "class"])
+
+
+@refused(Refused, where="stop", got="got ['a', 'b', 'c', 'd', 'e'] (list)", rule="must have at most 4 items")
+def a_request_with_five_stop_strings():
+    ask(stop=["a", "b", "c", "d", "e"])
 
 
 @refused(Refused, where="messages[0].role", got="got 'tool' (str)", rule="must be 'system', 'user' or 'assistant'")
