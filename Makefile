@@ -42,9 +42,11 @@ lint: install
 errors: install
 	PYTHONPATH=tests $(BIN)/python -m bad_inputs > docs/errors.md
 
-# docs/reference.md: every public name, its signature and its docstring.
+# docs/reference.md: every public name, its signature and its docstring. docs/configuration.md: every key of a run and a
+# study, its default and its comment.
 reference: install
 	$(BIN)/python docs/reference.py
+	$(BIN)/python docs/configuration.py
 
 # build/site: README and docs as a site, with search, results and the sources that they link to; fails on a dead link or
 # anchor. Fetches its builder (the extra docs) if that is missing, and asks the network for nothing else. To look at it:

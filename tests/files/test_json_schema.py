@@ -165,10 +165,17 @@ def test_an_editor_shows_comments_choices_and_defaults(validators):
     model, train = (schema["$defs"][name] for name in ("ModelConfig", "TrainConfig"))
     assert model["properties"]["dtype"]["enum"] == ["bfloat16", "float32", "float16"]
     assert model["properties"]["quantize_masked"]["description"] == "the masked linears' weights too"
-    assert train["properties"]["lr"]["description"].startswith("Masks move at 3e-4")
+    assert train["properties"]["lr"]["description"].startswith("Learning rate. Masks move at 3e-4")
     assert train["properties"]["lr"]["default"] == TrainConfig(steps=1).lr
     assert schema["properties"]["train"]["default"]["epochs"] == RunConfig().train.epochs
     assert "optimiser steps" in train["description"]
+
+
+def test_a_comment_of_several_lines_is_read_whole(validators):
+    """Of the lines above a key the schema had the last one alone."""
+    said = validators["study"].schema["properties"]["extensions"]["description"]
+    assert said.startswith("Further settings that an arm may try")
+    assert said.endswith("rates beside it are three.")
 
 
 def test_what_there_is_no_schema_of_is_named():

@@ -9,6 +9,7 @@ import typer
 
 import mft
 from mft.checks import check_one_of
+from mft.cli.keys import Keyed, ListedKeys, StudyKeys, run_schema, study_schema
 from mft.config import RunConfig
 from mft.config_file import load_config
 from mft.tracking.console import console
@@ -74,7 +75,8 @@ _DEFAULTS = RunConfig()  # of mft train, which mft estimate takes too
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file, or paper; the defaults if none.")]
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override, such as train.lr=3e-4; repeatable.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Overrides, such as train.lr=3e-4.", metavar="[KEY=VALUE]...")
+    list[str] | None,
+    typer.Argument(help="Overrides, such as train.lr=3e-4; --help KEY explains a key.", metavar="[KEY=VALUE]..."),
 ]
 Resume = Annotated[
     Path | None, typer.Option("--resume", help="Go on with the run in this output_dir, with its own configuration.")
@@ -89,7 +91,7 @@ BaseModel = Annotated[str | None, typer.Option(help="The base; by default the on
 BaseDtype = Annotated[str | None, typer.Option(help="Of the base; by default as the masks were learned.")]
 
 
-@app.command()
+@app.command(cls=ListedKeys)
 def finetune(
     config: Config = None,
     overrides: Overrides = None,
@@ -99,12 +101,13 @@ def finetune(
     force: Force = False,
 ) -> None:
     """Fine-tune all weights; writes an ordinary model to output_dir/model."""
+    _let_waiting_threads_sleep()
     from mft.training.run import run_finetune
 
     run_finetune(_start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force))
 
 
-@app.command()
+@app.command(cls=ListedKeys)
 def train(
     config: Config = None,
     overrides: Overrides = None,
@@ -118,6 +121,7 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune masks over frozen weights; writes them to output_dir/masks."""
+    _let_waiting_threads_sleep()
     from mft.cli.masks import check_merged, run_merge
     from mft.training.run import run_train
 
@@ -128,7 +132,7 @@ def train(
         run_merge(str(masks), merge, None, None, force=False)
 
 
-@app.command()
+@app.command(cls=Keyed)
 def evaluate(
     config: Config = None,
     overrides: Overrides = None,
@@ -192,7 +196,7 @@ data = typer.Typer(no_args_is_help=True, help="Look at the rows that training an
 app.add_typer(data, name="data")
 
 
-@data.command()
+@data.command(cls=Keyed)
 def show(
     config: Config = None,
     overrides: Overrides = None,
@@ -206,7 +210,7 @@ def show(
     run_data_show(_read(config, overrides, sets), split, rows)
 
 
-@app.command()
+@app.command(cls=StudyKeys)
 def compare(
     config: Annotated[
         str, typer.Option("--config", "-c", help="A study: small, smollm2, moe, or a YAML file.")
@@ -233,7 +237,7 @@ def compare(
     run_compare(study, overwrite=overwrite, fine_tunes_of=fine_tunes_of)
 
 
-@app.command()
+@app.command(cls=StudyKeys)
 def ablate(
     what: Annotated[str, typer.Argument(help="ratio, layers or data.")],
     config: Annotated[str, typer.Option("--config", "-c", help="The study that it is derived from.")] = "small",
@@ -259,7 +263,7 @@ def ablate(
     run_ablate(load_study(config, overrides or []), what, given, domains or [], arms or [], overwrite=overwrite)
 
 
-@app.command()
+@app.command(cls=Keyed)
 def sensitivity(
     config: Config = None,
     overrides: Overrides = None,
@@ -616,15 +620,8 @@ def estimate(
 @app.command()
 def schema(what: Annotated[str, typer.Argument(help="run, or study: what mft compare reads.")] = "run") -> None:
     """A JSON Schema of YAML files, by which editors complete and check them."""
-    from mft.files.json_schema import schema_of
-
     check_one_of("what", what, ("run", "study"))
-    if what == "run":
-        written = schema_of(RunConfig, "A run of mft train, finetune, evaluate or sensitivity")
-    else:
-        from mft.study.load import study_schema
-
-        written = study_schema()
+    written = run_schema() if what == "run" else study_schema()
     typer.echo(json.dumps(written, indent=2))
 
 
@@ -656,6 +653,17 @@ def demo(
 def main() -> None:
     """The console script."""
     app()
+
+
+def _let_waiting_threads_sleep() -> None:
+    """Before torch is loaded: libgomp's threads wait for each other asleep, after a short spin.
+
+    On their own they spin for milliseconds, on a core that another process may have in mid-product: 2 threads of mft
+    train then took 17 times as long as one. What is computed stays. 1000 turns are what libgomp takes itself where it
+    knows of more threads than cores.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 def _check_only(ctx: typer.Context, names: set[str], beside: str) -> None:

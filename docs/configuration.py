@@ -1,0 +1,75 @@
+"""docs/configuration.md, from the JSON Schema of a run and of a study: make reference."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.table import Table
+
+from mft.cli.keys import Section, run_schema, sections, study_schema
+from mft.tracking.markdown import markdown_table
+
+PAGE = Path(__file__).parent / "configuration.md"
+HEAD = """# Configuration
+
+Every key of a YAML file, and of an override such as `train.lr=3e-4` on the command line. `mft train --help` lists those
+of a run, `mft train --help train.lr` explains one; for editors `mft schema run` and `mft schema study` have all of this.
+By `make reference`, from the comments in the sources.
+
+`null` means none. Where a default is missing, the key must be given. `NAME` is a name of your own.
+"""
+RUN = """## A run
+
+What `mft train`, `mft finetune`, `mft evaluate`, `mft sensitivity` and `mft data show` read.
+"""
+STUDY = """## A study
+
+What `mft compare` and `mft ablate` read ([comparison.md](comparison.md)).
+"""
+# What Markdown would take for markup.
+MARKUP = re.compile(r"([*<])")
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(configuration(), encoding="utf-8")
+
+
+def configuration() -> str:
+    """The page."""
+    printed: dict[tuple[str, tuple[str, ...]], str] = {}
+    parts = [HEAD, RUN, *_parts(sections(run_schema()), "run", printed)]
+    return "\n".join([*parts, STUDY, *_parts(sections(study_schema()), "study", printed)])
+
+
+def _parts(known: list[Section], what: str, printed: dict[tuple[str, tuple[str, ...]], str]) -> Iterator[str]:
+    """A heading with a table for each section; printed: where the same keys with the same defaults stand already."""
+    for section in known:
+        if not section.keys:
+            continue
+        title = f"{what}: {section.path or 'top level'}"
+        yield f"### {title}\n"
+        yield f"{_text(section.said)}\n"
+        same = (section.kind, tuple(key.assigned.removeprefix(section.path) for key in section.keys))
+        if section.kind and same in printed:
+            yield f"Keys and defaults as of [{printed[same]}](#{_anchor(printed[same])}).\n"
+            continue
+        printed[same] = title
+        table = Table("key", "value", "default", "meaning")
+        for key in section.keys:
+            default = "" if key.default is None else f"`{key.default}`"
+            table.add_row(f"`{key.path}`", _text(key.type), default, _text(key.said))
+        yield markdown_table(table)
+
+
+def _anchor(title: str) -> str:
+    """As forges make it of a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def _text(text: str) -> str:
+    return MARKUP.sub(r"\\\1", text)
+
+
+if __name__ == "__main__":
+    main()

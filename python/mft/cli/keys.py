@@ -1,0 +1,237 @@
+"""The keys of a configuration, by its JSON Schema: for --help, for --help KEY and for docs/configuration.md.
+
+`mft train --help` lists the keys by section, `mft train --help train.lr` explains one. Torch is not loaded for a run's.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from typer.core import TyperCommand
+
+from mft.checks import nearest
+from mft.config import RunConfig
+from mft.config_file import FOREIGN_NAMES
+from mft.files.json_schema import schema_of
+from mft.tracking.console import console, say
+
+_NO_BOUND = 2**32  # a seed's, which no reader needs
+NAME = "NAME"  # stands for a name that the file chooses, as in data.sources.NAME.weight
+_TYPES = {"integer": "int", "number": "float", "boolean": "true or false", "string": "text", "null": "null"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key: its path such as train.lr, what may stand there, its default as YAML (None: must be given), a line."""
+
+    path: str
+    type: str
+    default: str | None
+    said: str
+
+    @property
+    def assigned(self) -> str:
+        """As it would be written on the command line."""
+        return f"{self.path}={'...' if self.default is None else self.default}"
+
+
+@dataclass(frozen=True)
+class Section:
+    """Keys that share the part of their path before the last dot; the first one of a configuration has none.
+
+    kind: the class whose fields they are.
+    """
+
+    path: str
+    kind: str
+    said: str
+    keys: tuple[Key, ...]
+
+
+def run_schema() -> dict[str, Any]:
+    return schema_of(RunConfig, "A run of mft train, finetune, evaluate or sensitivity")
+
+
+def study_schema() -> dict[str, Any]:
+    from mft.study.load import study_schema  # which loads torch
+
+    return study_schema()
+
+
+def sections(schema: Mapping[str, Any]) -> list[Section]:
+    """Every section of a configuration, those inside another one after it."""
+    return list(_sections("", "", schema, {}, schema["$defs"]))
+
+
+def explain(asked: str, schema: Mapping[str, Any]) -> None:
+    """Print what a key is, or every key of that last name, or the keys of a section.
+
+    Raises: ValueError for an unknown key, with the nearest.
+    """
+    known = sections(schema)
+    keys = [key for section in known for key in section.keys]
+    asked = FOREIGN_NAMES.get(asked, asked)
+    found = [key for key in keys if _matches(asked, key.path)]
+    found = found or [key for key in keys if _last(key.path) == asked]
+    if found:
+        for key in found:
+            _print_key(key)
+        return
+    named = {section: section.path.removesuffix(f".{NAME}") for section in known}
+    inside = [section for section, path in named.items() if _matches(asked, path) or _last(path) == asked]
+    if not inside:
+        by_last_name = {key.path: _last(key.path) for key in keys}
+        paths = [key.path for key in keys]
+        close = nearest(asked, paths) or nearest(_last(asked), by_last_name.values(), paths=by_last_name)
+        known_sections = ", ".join(section.path for section in known if section.path)
+        raise ValueError(f"unknown key {asked!r}{close or f'; sections: {known_sections}'}")
+    for section in inside:
+        _print_section(section)
+
+
+class Keyed(TyperCommand):
+    """A verb whose --help KEY explains a key of its configuration."""
+
+    def schema(self) -> dict[str, Any]:
+        return run_schema()
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, found, after = _partition(args, "--help")
+        if found and after and not after[0].startswith("-"):
+            for asked in after:
+                explain(asked.partition("=")[0], self.schema())
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        self.print_keys(ctx.command_path)
+
+    def print_keys(self, verb: str) -> None:
+        say(f" {verb} --help KEY explains a key or a section; mft train --help lists those of a run.")
+
+
+class ListedKeys(Keyed):
+    """A verb whose --help lists them too."""
+
+    def print_keys(self, verb: str) -> None:
+        for section in sections(self.schema()):
+            _print_section(section)
+        say(f"\n {verb} --help KEY explains one; mft schema run has them for editors.")
+
+
+class StudyKeys(Keyed):
+    """A verb on a study, whose schema loads torch: for a key that is asked for, not for every --help."""
+
+    def schema(self) -> dict[str, Any]:
+        return study_schema()
+
+    def print_keys(self, verb: str) -> None:
+        say(f" {verb} --help KEY explains a key, or a section such as arms; docs/configuration.md has them all.")
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _sections(
+    prefix: str, kind: str, schema: Mapping[str, Any], defaults: Mapping[str, Any], definitions: Mapping[str, Any]
+) -> Iterator[Section]:
+    """A section, then those in it; defaults: of its keys, where they are not those of its class."""
+    keys, inside = [], []
+    for name, value in schema["properties"].items():
+        if value is False:  # that must be left out
+            continue
+        path, said = prefix + name, value.get("description", "")
+        default = defaults.get(name, value.get("default"))
+        section, named = _definition(value)
+        if section is None:
+            given = name in defaults or "default" in value
+            keys.append(Key(path, _type(value), _yaml(default) if given else None, said))
+            continue
+        definition = definitions[section]
+        properties = definition["properties"] | value.get("properties", {})
+        own = definition | {"properties": properties, "description": said or definition["description"]}
+        place = f"{path}.{NAME}." if named else f"{path}."
+        inside.append((place, section, own, {} if named or default is None else default))
+    yield Section(prefix.removesuffix("."), kind, schema["description"], tuple(keys))
+    for each in inside:
+        yield from _sections(*each, definitions)
+
+
+def _definition(value: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """(the section that a value is, if it is one, whether it is one for each of several names)"""
+    for option in value.get("anyOf", [value]):
+        if "$ref" in option:
+            return option["$ref"].rpartition("/")[2], False
+        if isinstance(items := option.get("additionalProperties"), dict):
+            return _definition(items)[0], True
+    return None, False
+
+
+def _type(value: Mapping[str, Any]) -> str:
+    """What may stand there, in words."""
+    *first, last = dict.fromkeys(word for option in value.get("anyOf", [value]) for word in _words(option))
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _words(value: Mapping[str, Any]) -> list[str]:
+    if "enum" in value:
+        return list(value["enum"])
+    if value["type"] == "array":
+        items = _type(value["items"])
+        return [f"[{', '.join([items] * value['maxItems'])}]" if "maxItems" in value else f"list of {items}"]
+    return [_TYPES[value["type"]] + _bounds(value)]
+
+
+def _bounds(value: Mapping[str, Any]) -> str:
+    """The rules of a number: " from 0 to below 1", "" where there is none."""
+    found = [(" from", value.get("minimum")), (" above", value.get("exclusiveMinimum"))]
+    found += [(" to", value.get("maximum")), (" to below", value.get("exclusiveMaximum"))]
+    return "".join(f"{word} {bound:g}" for word, bound in found if bound is not None and bound < _NO_BOUND)
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_yaml, value))}]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _matches(asked: str, path: str) -> bool:
+    """Whether asked is this path, or the same with a name in place of NAME."""
+    return bool(path) and re.fullmatch(re.escape(path).replace(NAME, ".+"), asked) is not None
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _partition(args: list[str], word: str) -> tuple[list[str], bool, list[str]]:
+    at = args.index(word) if word in args else len(args)
+    return args[:at], at < len(args), args[at + 1 :]
+
+
+def _print_section(section: Section) -> None:
+    if not section.keys:
+        return
+    first = section.said.partition(". ")[0].removesuffix(".")
+    say(f"\n {f'{section.path}: ' if section.path else ''}{first}", style="bold")
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for key in section.keys:
+        table.add_row(f"   {key.assigned}", f"{key.type}{f': {key.said}' if key.said else ''}")
+    console.print(table)
+
+
+def _print_key(key: Key) -> None:
+    say(key.assigned, style="bold")
+    say(f"   {key.type}; {'must be given' if key.default is None else f'by default {key.default}'}")
+    if key.said:
+        say(f"   {key.said}")
+    if elsewhere := [name for name, path in FOREIGN_NAMES.items() if path == key.path]:
+        say(f"   called {' or '.join(elsewhere)} by other trainers")

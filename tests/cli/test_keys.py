@@ -1,0 +1,110 @@
+"""--help of the verbs that take a configuration: every key in its section, and one key explained."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from mft.cli.app import app
+from mft.cli.keys import run_schema, sections, study_schema
+from mft.config import SECTIONS, RunConfig
+from mft.config_file import load_config
+
+NAMED = "data.sources"  # whose keys have no default
+
+
+def call(*arguments):
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def paths_of_a_run():
+    own = [item.name for item in dataclasses.fields(RunConfig) if item.name not in SECTIONS]
+    inside = [f"{name}.{item.name}" for name, section in SECTIONS.items() for item in dataclasses.fields(section)]
+    return {*own, *inside} - {"data.sources"}
+
+
+@pytest.mark.parametrize("verb", ["train", "finetune"])
+def test_help_lists_every_key_with_type_default_and_a_line(verb):
+    code, output = call(verb, "--help")
+    assert code == 0
+    lines = {line.split("=")[0].strip(): line for line in output.splitlines() if line.startswith("   ")}
+    assert paths_of_a_run() <= set(lines)
+    assert "train.lr=0.0003 " in lines["train.lr"]
+    assert "float above 0: Learning rate. Masks move" in lines["train.lr"]
+    assert "model.quantization=null " in lines["model.quantization"]
+    assert "nf4, nf4-dq, int8 or null: Of the frozen linears" in lines["model.quantization"]
+    assert "train.epochs=1 " in lines["train.epochs"]  # a run's own default, not that of its section's class
+    assert "--merge" in output or verb == "finetune"
+
+
+def test_the_defaults_that_help_shows_are_those_of_a_run():
+    assigned = [key.assigned for section in sections(run_schema()) for key in section.keys if NAMED not in key.path]
+    assert load_config(None, assigned) == RunConfig()
+
+
+@pytest.mark.parametrize("schema", [run_schema, study_schema], ids=["run", "study"])
+def test_keys_are_listed_once(schema):
+    paths = [key.path for section in sections(schema()) for key in section.keys]
+    assert len(paths) == len(set(paths))
+    assert all(key.said for section in sections(run_schema()) for key in section.keys)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("train.lr", ["train.lr=0.0003", "float above 0; by default 0.0003", "called learning_rate by other trainers"]),
+        ("train.lr=1e-3", ["train.lr=0.0003"]),
+        ("learning_rate", ["train.lr=0.0003"]),
+        ("seed", ["data.seed=0", "mask.seed=0", "train.seed=0"]),
+        ("mask", ["mask.keep_ratio=0.99", "mask.seed=0"]),
+        ("sources", ["data.sources.NAME.weight=1"]),
+        ("data.sources.code.source", ["data.sources.NAME.source=...", "text; must be given"]),
+    ],
+)
+def test_help_of_a_key_explains_it(asked, told):
+    for verb in (["train"], ["evaluate"], ["data", "show"]):
+        code, output = call(*verb, "--help", asked)
+        assert code == 0
+        assert all(words in output for words in told)
+        assert "Usage" not in output
+
+
+def test_help_of_a_study_explains_its_keys():
+    code, output = call("compare", "--help", "arms.MFT.lrs", "stage.batch_size")
+    assert code == 0
+    assert "arms.NAME.lrs=[]" in output
+    assert "stage.batch_size=1" in output
+    code, output = call("compare", "--help", "stage.lr")  # which the arms decide
+    assert code == 2
+    assert "unknown key 'stage.lr'; did you mean " in output
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("train.learnin", "unknown key 'train.learnin'; did you mean train.lr?"),
+        ("keep_ration", "unknown key 'keep_ration'; did you mean mask.keep_ratio?"),
+        ("zzz", "unknown key 'zzz'; sections: model, data, data.sources.NAME, mask, train, objective"),
+    ],
+)
+def test_an_unknown_key_gets_the_nearest(asked, message):
+    code, output = call("train", "--help", asked)
+    assert code == 2
+    assert output.strip() == f"error: {message}"
+
+
+def test_an_option_after_help_asks_for_no_key():
+    code, output = call("train", "--help", "--overwrite")
+    assert code == 0
+    assert "Usage" in output
+
+
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["train", "--help", "train.lr"], ["compare", "--help"]])
+def test_help_loads_no_torch(arguments):
+    script = f"import sys\nfrom mft.cli.app import app\ntry: app({arguments!r})\nexcept SystemExit: pass\n"
+    script += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
