@@ -10,8 +10,11 @@ PAIRS = ["ab", "cd", "ef", "gh", "ij", "kl", "mn", "op", "qr", "st"]
 TOKENS = ["<unk>", "<s>", "</s>", *string.ascii_lowercase, "Ġ", *PAIRS, "<|endoftext|>"]
 
 
-def write_tiny_gguf(path, feed_forward=INTERMEDIATE):
-    """Returns the bytes of its header. feed_forward: what that claims, whatever the tensors' shapes are."""
+def write_tiny_gguf(path, feed_forward=INTERMEDIATE, tokenizer="gpt2"):
+    """Returns the bytes of its header.
+
+    feed_forward: what that claims, whatever the tensors' shapes are. tokenizer: gpt2, or llama (of sentencepiece).
+    """
     chance = numpy.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(BLOCKS)
@@ -25,11 +28,15 @@ def write_tiny_gguf(path, feed_forward=INTERMEDIATE):
     writer.add_rope_dimension_count(HIDDEN // HEADS)
     writer.add_vocab_size(len(TOKENS))
     writer.add_custom_alignment(32)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(TOKENS)
+    writer.add_tokenizer_model(tokenizer)
+    if tokenizer == "llama":
+        writer.add_token_list([token.replace("Ġ", "▁") for token in TOKENS])
+        writer.add_token_scores([-float(number) for number in range(len(TOKENS))])
+    else:
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(TOKENS)
+        writer.add_token_merges([" ".join(pair) for pair in PAIRS])
     writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(TOKENS) - 3))
-    writer.add_token_merges([" ".join(pair) for pair in PAIRS])
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)

@@ -1,7 +1,7 @@
 """A merged model goes on: plain transformers gives its logits bit for bit, and so does a GGUF file made from its files.
 
 llama.cpp's converter brings a gguf of its own and is not installed beside ours. Where MFT_LLAMA_CPP names a directory
-with convert_hf_to_gguf.py, it is run on SmolLM2 itself.
+with convert_hf_to_gguf.py, it is run on SmolLM2 itself; for every Llama it imports sentencepiece, which we do not need.
 """
 
 import json
@@ -14,6 +14,7 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from mft.config import MaskConfig, ModelConfig
@@ -58,6 +59,7 @@ def test_the_files_of_a_merged_model_are_all_that_a_gguf_file_of_equal_logits_ne
 def test_llama_cpps_converter_takes_a_merged_model(smollm2_dir, tmp_path):
     if not os.environ.get("MFT_LLAMA_CPP"):
         pytest.skip("needs MFT_LLAMA_CPP, a directory with llama.cpp's convert_hf_to_gguf.py")
+    pytest.importorskip("sentencepiece", reason="the converter needs it: pip install sentencepiece")
     converter = Path(os.environ["MFT_LLAMA_CPP"]) / "convert_hf_to_gguf.py"
     model, tokenizer = load_model("smollm2-135m")
     names = list(masked_modules(mask_model(model, MASK)))
@@ -72,6 +74,14 @@ def test_llama_cpps_converter_takes_a_merged_model(smollm2_dir, tmp_path):
     assert torch.equal(logits(found), logits(model))
     ids = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)("def f(x):\n    return 3 + x").input_ids
     assert ids == tokenizer("def f(x):\n    return 3 + x").input_ids
+
+
+def test_a_gguf_file_with_a_tokenizer_of_sentencepiece_is_read_without_that_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
+    write_tiny_gguf(tmp_path / "model.gguf", tokenizer="llama")
+    _, tokenizer = load_model(ModelConfig(str(tmp_path / "model.gguf"), dtype="float32"))
+    assert tokenizer.decode(tokenizer("abc cd").input_ids, skip_special_tokens=True) == "abc cd"
 
 
 def read_gguf(path, dtype=torch.float32):
