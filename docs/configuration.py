@@ -13,8 +13,8 @@ PAGE = Path(__file__).parent / "configuration.md"
 HEAD = """# Configuration
 
 Every key of a YAML file, and of an override such as `train.lr=3e-4` on the command line. `mft train --help` lists those
-of a run, `mft train --help train.lr` explains one; for editors `mft schema run` and `mft schema study` have all of this.
-By `make reference`, from the comments in the sources.
+of a run, `mft train --help train.lr` explains one. For editors `mft schema run` and `mft schema study` have all of
+this. By `make reference`, from the comments in the sources.
 
 `null` means none. Where a default is missing, the key must be given. `NAME` is a name of your own.
 """
