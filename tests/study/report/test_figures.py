@@ -68,7 +68,7 @@ def test_a_study_that_ran_has_its_curves_and_a_verdict_of_dominance(study):
     assert None not in [
         validation for one in compared for validation in (one.domain.validation, one.general.validation)
     ]
-    assert study_verdicts(findings)[0].startswith("count, and what is left of other. MFT ")
+    assert study_verdicts(findings)[0].startswith("count, and what is left of other. MFT: nothing can be concluded (")
 
 
 def test_an_arm_can_be_named(study, tmp_path, monkeypatch):
