@@ -1,6 +1,7 @@
 """mft train with an objective: from its configuration to its metrics."""
 
 import json
+import re
 
 import pytest
 from tiny_run import LEARN, steps
@@ -46,7 +47,7 @@ def test_the_best_step_is_the_one_of_the_objectives_own_least_loss(cli, tmp_path
     assert by_dpo != by_words  # else nothing is told
     assert seen[-1]["best"] == by_dpo
     figures = ", ".join(f"{name} {seen[0][f'dpo/{name}']:.4f}" for name in ("loss", "accuracy", "margin"))
-    assert f"validation after step 2: {figures}; the least so far" in output
+    assert re.search(rf"validation after step 2: {figures} \(\d+ tokens of \d+ documents\); the least so far", output)
     exported = [event for event in events(tmp_path / "run") if event["phase"] == "after, validation"][-1]
     assert exported["dpo/loss"] == pytest.approx(min(event["dpo/loss"] for event in seen), abs=1e-6)
 

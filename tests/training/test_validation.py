@@ -262,4 +262,4 @@ def test_what_is_said_of_an_evaluation_names_the_least_loss_and_the_patience_lef
     train, standing = settings(eval_every=2, patience=3, min_delta=0.5), Standing(6, 4, 4.0, 4.0, 1)
     assert said_of(result, 6, standing, train).endswith("; least: 4.0000 at step 4 (1 of 3 without a lower one)")
     standing.best, standing.without = 6, 0
-    assert said_of(result, 6, standing, train).endswith(" %; the least so far")
+    assert said_of(result, 6, standing, train).endswith(" % (66 tokens of 3 documents); the least so far")

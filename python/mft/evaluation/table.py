@@ -3,6 +3,7 @@
 from rich import box
 from rich.table import Table
 
+from mft.data.split_rows import warn_of_few
 from mft.evaluation.evaluate import Evaluation, paired_difference
 
 
@@ -63,6 +64,11 @@ def source_losses(results: dict[str, Evaluation]) -> dict[str, dict[str, dict[st
     return found
 
 
+def warn_of_few_scored(split: str, result: Evaluation) -> list[str]:
+    """A line if a comparison on so little says nothing."""
+    return warn_of_few(split, len(result.documents), int(result.tokens.sum()))
+
+
 def figure_lines(objective: str, results: dict[str, Evaluation]) -> list[str]:
     """What the objective of this name measured, a line a model; none of cross entropy, which the table has."""
     return [
@@ -74,8 +80,8 @@ def figure_lines(objective: str, results: dict[str, Evaluation]) -> list[str]:
 
 def _counts(result: Evaluation) -> str:
     return (
-        f"{int(result.tokens.sum())} tokens of {len(result.documents)} documents. Loss in nats a token; differences "
-        "are paired, ± one standard error over documents; accuracy is that of the next token."
+        f"{int(result.tokens.sum())} scored tokens of {len(result.documents)} documents. Loss in nats per token; "
+        "differences are paired, ± one standard error over documents; accuracy is that of the next token."
     )
 
 

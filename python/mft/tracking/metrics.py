@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,15 @@ class Recorder:
             self.trackers.tell(values)
 
     @contextlib.contextmanager
-    def training(self, phase: str, dataset, train: TrainConfig) -> Iterator["Steps"]:
+    def training(
+        self, phase: str, dataset, train: TrainConfig, *, after_step: Callable[[], None] = lambda: None
+    ) -> Iterator["Steps"]:
         """Yield the on_step of a training loop; every train.log_every-th step and the last are written.
 
-        What a stream gave is shown afterwards.
+        What a stream gave is shown afterwards. after_step is called when a step was written and shown.
         """
         with self.shown(phase, train.steps_for(count_rows(dataset))) as shown:
-            steps = Steps(self, phase, train.log_every, shown)
+            steps = Steps(self, phase, train.log_every, shown, after_step)
             yield steps
             steps.finish()
         if isinstance(dataset, StreamedRows) and self.progress is not None:
@@ -136,8 +138,10 @@ class Recorder:
 class Steps:
     """Called with each step's report."""
 
-    def __init__(self, recorder: Recorder, phase: str, log_every: int, shown: Phase) -> None:
-        self.shown = shown
+    def __init__(
+        self, recorder: Recorder, phase: str, log_every: int, shown: Phase, after_step: Callable[[], None]
+    ) -> None:
+        self.shown, self._after_step = shown, after_step
         self._recorder, self._phase, self._log_every = recorder, phase, log_every
         self._curve = recorder.curves.setdefault(phase, [])
 
@@ -147,6 +151,7 @@ class Steps:
             self._write(report)
         self.shown.advance(1, tokens=report.tokens, loss=report.loss, dropped=report.dropped)
         self._recorder.redraw()
+        self._after_step()
 
     def go_on(self, reports: list[StepReport]) -> None:
         """These steps were done, and written, before the run was stopped."""

@@ -10,7 +10,7 @@ from mft.data.sources import open_source
 from mft.data.splits import Splits, load_splits
 from mft.evaluation.evaluated_base import learned_base
 from mft.models.pretrained import load_model, load_tokenizer
-from mft.tracking.console import console, say
+from mft.tracking.console import say
 
 
 def read_model(config: ModelConfig) -> tuple[Any, Any]:
@@ -37,5 +37,5 @@ def read_rows(config: RunConfig) -> tuple[Splits, Any]:
     tokenizer = load_tokenizer(config.model, sequence_length=config.data.sequence_length)
     splits = load_splits(config.data, tokenizer, source, pairs=config.objective.of_pairs)
     for note in splits.notes:
-        console.print(note, style="dim", highlight=False, soft_wrap=True)
+        say(note, "yellow" if note.startswith("warning: ") else "dim")
     return splits, tokenizer

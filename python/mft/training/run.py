@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from mft.config import CONFIG, DATA_INITS, WAYS, RunConfig
+from mft.config import CONFIG, DATA_INITS, WAYS, RunConfig, TrainConfig
 from mft.config_file import config_values, save_config
 from mft.data.splits import Splits
 from mft.data.streams import count_rows
@@ -28,7 +28,7 @@ from mft.engines.step import StepReport
 from mft.evaluation.evaluate import Evaluation, paired_difference
 from mft.evaluation.evaluated_base import check_exact
 from mft.evaluation.mask_cost import said_of_cost
-from mft.evaluation.table import evaluation_tables, figure_lines, source_losses
+from mft.evaluation.table import evaluation_tables, figure_lines, source_losses, warn_of_few_scored
 from mft.files.atomic import NotWritten, remove, write_whole
 from mft.importance.scores import drawn, init_from_data
 from mft.masks.convert import keeping_all, mask_model, print_trainable_parameters
@@ -47,6 +47,7 @@ from mft.tracking.progress import Progress
 from mft.tracking.trackers import Trackers, check_trackers
 from mft.training.best import Best
 from mft.training.checkpoint import BadCheckpoint, Checkpoint
+from mft.training.core_watch import CoreWatch
 from mft.training.flips import PHASE, POINTS, FirstMasks, FlipCounter
 from mft.training.inputs import read_data, read_model
 from mft.training.loop import finetune, train_masks
@@ -111,7 +112,7 @@ def _finetune(run: "_Run") -> Path:
         before = run.before(recorder, "before, validation", model, splits.validation, objective=objective)
         model.requires_grad_(True)
         print_trainable_parameters(model)
-        with recorder.training("full fine-tune", splits.train, config.train) as on_step:
+        with run.training(recorder, "full fine-tune", splits.train) as on_step:
             validation = run.validation(recorder, on_step, splits.validation, objective)
             reports = finetune(
                 model,
@@ -247,7 +248,7 @@ def _learn(
         "base": base_hash(model),
     } | facts_of(objective)
     processes.agree(facts)
-    with recorder.training("mask fine-tune", splits.train, config.train) as on_step:
+    with run.training(recorder, "mask fine-tune", splits.train) as on_step:
         batch = _evaluated(config, plan).get("batch_size", EVALUATION_BATCH)
         validation = run.validation(recorder, on_step, splits.validation, objective, batch)
 
@@ -285,7 +286,7 @@ def _begun(start: RunConfig | Start) -> Iterator["_Run"]:
         check_trackers(config.report_to)
         if config.data.streaming:
             config.train.steps_for(None)  # or say so before anything is loaded
-        yield _Run(copy.deepcopy(config), start, found, processes)  # the plan writes into it
+        yield _Run(copy.deepcopy(config), start, found, processes, CoreWatch.of(processes))  # the plan writes into it
 
 
 @dataclass(frozen=True)
@@ -296,6 +297,7 @@ class _Run:
     start: Start
     found: Checkpoint | None
     processes: Processes
+    cores: CoreWatch
 
     @property
     def directory(self) -> Path:
@@ -343,7 +345,20 @@ class _Run:
     def before(self, recorder: Recorder, *arguments: Any, **options: Any) -> Evaluation:
         """recorder.evaluate; what a run that goes on has written already, it does not write again."""
         own = recorder if self.found is None else Recorder(progress=recorder.progress)
-        return own.evaluate(*arguments, step=0, **options)
+        self.cores.begin()
+        before = own.evaluate(*arguments, step=0, **options)
+        self.cores.look("evaluation")
+        return before
+
+    @contextlib.contextmanager
+    def training(self, recorder: Recorder, phase: str, rows: Any) -> Iterator[Steps]:
+        """recorder.training, after a line that says how much is trained on; a run that is slowed down is told so."""
+        train = self.config.train
+        if self.processes.first:
+            say(said_of_training(train, rows))
+        self.cores.begin()
+        with recorder.training(phase, rows, train, after_step=lambda: self.cores.look("a step")) as on_step:
+            yield on_step
 
     def saver(
         self, recorder: Recorder, on_step: Steps, facts: dict[str, Any], counters: Sequence[Counter | None]
@@ -416,7 +431,7 @@ class _Run:
             console.print(table)
         write_whole(directory / TABLE_MARKDOWN, "\n".join(map(markdown_table, tables)))
         objective = self.config.objective.name
-        for line in figure_lines(objective, results):
+        for line in (*figure_lines(objective, results), *warn_of_few_scored("validation", after)):
             say(line)
         difference, error = paired_difference(after, before)
         numbers: dict[str, Any] = {
@@ -424,7 +439,8 @@ class _Run:
             | {f"{objective}/{key}": figure for key, figure in result.figures.items()}
             for name, result in (("before", before), ("after", after))
         }
-        numbers |= {"loss after - before": difference, "standard error": error} | ended.numbers
+        numbers |= {"loss after - before": difference, "standard error": error}
+        numbers |= {"documents": len(after.documents), "tokens": int(after.tokens.sum())} | ended.numbers
         if parts := source_losses({"before": before, "after": after}):
             numbers["sources"] = parts
         write_whole(directory / TABLE_JSON, json.dumps(numbers, indent=2) + "\n")
@@ -435,3 +451,11 @@ class _Run:
             recorder.metrics.sync()
         yield directory / name
         say(f"result: {directory / name}; metrics, table and plot: {directory}/")
+
+
+def said_of_training(train: TrainConfig, rows: Any) -> str:
+    """What is trained on, and the units of what is shown meanwhile."""
+    count = count_rows(rows)
+    steps, taken = train.steps_for(count), train.batch_size * train.accumulation
+    seen = "" if count is None else f", so each of {count} rows about {steps * taken / count:.2g} times"
+    return f"{steps} steps of {taken} rows{seen}; loss is in nats per token, tokens/s count padding too"

@@ -199,12 +199,13 @@ class Ended:
 
 def said_of(result: Evaluation, step: int, standing: Standing, train: TrainConfig) -> str:
     """An evaluation, beside those before it."""
-    figures = f"loss {result.loss:.4f}, accuracy {100 * result.accuracy:.2f} %"
+    figures = f"loss {result.loss:.4f} nats per token, accuracy {100 * result.accuracy:.2f} %"
     if result.figures:  # of which the loss is the one that is compared
         figures = ", ".join(f"{name} {figure:.4f}" for name, figure in result.figures.items())
     place = "the least so far" if standing.best == step else f"least: {standing.best_loss:.4f} at step {standing.best}"
     left = "" if train.patience is None or not standing.without else f", {standing.without} of {train.patience}"
-    return f"{figures}; {place}{f' ({left[2:]} without a lower one)' if left else ''}"
+    scored = f"{int(result.tokens.sum())} tokens of {len(result.documents)} documents"
+    return f"{figures} ({scored}); {place}{f' ({left[2:]} without a lower one)' if left else ''}"
 
 
 def said_of_stop(standing: Standing, last: StepReport, train: TrainConfig) -> str:

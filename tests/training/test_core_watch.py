@@ -1,0 +1,102 @@
+"""A run whose cores are busy says so once, with what to do; one that has them, or waits for a disk, says nothing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mft.contention import Contention
+from mft.engines.distributed import Processes
+from mft.training import core_watch
+from mft.training.core_watch import CoreWatch
+
+FREE, BUSY = Contention((1.0, 0.99)), Contention((0.5, 0.45))
+
+
+class Work:
+    """Clocks that stand still but for what is done, and how often the cores were measured."""
+
+    def __init__(self, monkeypatch, cores):
+        self.wall = self.cpu = 0.0
+        self.measured, self.said = 0, []
+        self.cores = cores
+        monkeypatch.setattr(core_watch.time, "perf_counter", lambda: self.wall)
+        monkeypatch.setattr(core_watch.time, "thread_time", lambda: self.cpu)
+        monkeypatch.setattr(core_watch, "core_share", self._share)
+        monkeypatch.setattr(core_watch, "say", lambda line, style: self.said.append(line))
+
+    def _share(self, threads):
+        self.measured += 1
+        return self.cores
+
+    def steps(self, watch, count, wall, cpu):
+        for _ in range(count):
+            self.wall += wall
+            self.cpu += cpu
+            watch.look("a step")
+
+
+def started(**options):
+    watch = CoreWatch(**options)
+    watch.begin()
+    return watch
+
+
+def test_busy_cores_are_said_once_with_the_slowdown_and_the_remedy(monkeypatch):
+    work = Work(monkeypatch, BUSY)
+    work.steps(started(), 20, wall=2.0, cpu=0.5)
+    assert work.said == [
+        "warning: a step takes about 4.0 times as long as on free cores: 2 threads get 0.9 cores, other processes use "
+        "the rest; end these, or stop this run and set OMP_NUM_THREADS=1 (see docs/checkpoints.md)"
+    ]
+
+
+def test_one_thread_is_not_told_to_take_fewer(monkeypatch):
+    work = Work(monkeypatch, Contention((0.5,)))
+    work.steps(started(), 1, wall=2.0, cpu=1.0)
+    assert len(work.said) == 1
+    assert work.said[0].endswith("1 thread gets 0.5 cores, other processes use the rest; end these")
+
+
+@pytest.mark.parametrize(
+    ("cores", "cpu", "measured"),
+    [
+        (BUSY, 0.95, 0),  # at full speed nothing is measured
+        (FREE, 0.1, 5),  # it waits for a disk: after 1, 2, 4, 8 and 16 seconds, never for long
+    ],
+)
+def test_free_cores_and_slow_disks_are_said_nothing_of(monkeypatch, cores, cpu, measured):
+    work = Work(monkeypatch, cores)
+    work.steps(started(), 40, wall=1.0, cpu=cpu)
+    assert (work.said, work.measured) == ([], measured)
+
+
+def test_short_steps_are_judged_together(monkeypatch):
+    work = Work(monkeypatch, BUSY)
+    watch = started()
+    work.steps(watch, 9, wall=0.1, cpu=0.03)
+    assert work.measured == 0
+    work.steps(watch, 2, wall=0.1, cpu=0.03)
+    assert len(work.said) == 1
+
+
+def test_several_processes_which_wait_for_each_other_are_not_watched(monkeypatch):
+    work = Work(monkeypatch, BUSY)
+    watch = CoreWatch.of(Processes(0, 2))
+    watch.begin()
+    work.steps(watch, 3, wall=2.0, cpu=0.1)
+    assert work.measured == 0
+
+
+@pytest.mark.parametrize(
+    ("set_by_user", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_the_training_verbs_let_waiting_threads_sleep_before_torch_is_loaded(set_by_user, spins):
+    code = (
+        "import os, sys, mft.cli.app as app; assert 'torch' not in sys.modules; app._let_waiting_threads_sleep(); "
+        "assert 'torch' not in sys.modules; print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    outside = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    found = subprocess.run([sys.executable, "-c", code], env=outside | set_by_user, capture_output=True, text=True)
+    assert found.stdout.strip() == spins, found.stderr
