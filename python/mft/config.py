@@ -197,7 +197,7 @@ class SourceConfig:
 class DataConfig:
     """Which text, and how it becomes rows of sequence_length tokens."""
 
-    source: str = "stdlib"  # or headers, problems, a hub id, a directory, *.jsonl, *.parquet, *.csv
+    source: str = "stdlib"  # stdlib, headers or problems; or a hub id, a directory, *.jsonl, *.parquet, *.csv
     subset: str | None = None  # of a hub data set; of train: stdlib has pretrain, finetune, problems finetune, rewards
     split: str = "train"  # of the source, that is trained on
     validation_split: str | None = None  # of the source; null: its own, or a tenth of split
