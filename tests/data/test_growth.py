@@ -7,7 +7,7 @@ import struct
 import pyarrow
 import pyarrow.parquet
 import pytest
-from peak_memory import peak_of
+from limits import peak_of
 from tiny_parquet import DATA, Page, dictionary, nulls, parquet, same
 
 from mft.data import growth

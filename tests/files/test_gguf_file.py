@@ -6,7 +6,7 @@ import shutil
 import struct
 
 import pytest
-from cpu_seconds import cpu_seconds
+from limits import cpu_seconds
 from tiny_gguf import write_tiny_gguf
 
 from mft.config import ModelConfig

@@ -10,9 +10,9 @@ import struct
 import pytest
 import torch
 import yaml
-from cpu_seconds import cpu_seconds
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from limits import cpu_seconds
 from safetensors.torch import save
 from tiny import masked_llama
 

@@ -7,7 +7,7 @@ import torch
 from hub_stub.asked import turn_to
 from hub_stub.server import Hub
 from huggingface_hub import constants
-from peak_memory import peak_of
+from limits import peak_of
 from tiny import make_llama, save_llama
 from tiny_gguf import write_tiny_gguf
 

@@ -1,0 +1,63 @@
+"""Limits on what a test may take: CPU seconds, for what would not end, and memory, which a process of its own tells."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+
+_WATCHED = """
+import time
+def peak():  # of this program alone: getrusage has that of the process it was started by too
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+{before}
+begun, known = time.process_time(), peak()
+try:
+{lines}
+    said = "read"
+except ValueError as error:
+    said = str(error)
+print(said, (peak() - known) * 1024, time.process_time() - begun, sep="\\n")
+"""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """bytes: at most, beyond what imports took; seconds: of CPU time.
+
+    said: what they printed, and then a ValueError's words, or "read".
+    """
+
+    bytes: int
+    seconds: float
+    said: str
+
+
+def peak_of(before: str, lines: str) -> Taken:
+    """What the lines took after those before them, which import."""
+    program = _WATCHED.format(before=before, lines="\n".join(f"    {line}" for line in lines.splitlines()))
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    *said, size, seconds = run.stdout.splitlines()
+    return Taken(int(size), float(seconds), "\n".join(said))
+
+
+@contextlib.contextmanager
+def cpu_seconds(limit):
+    """What needs more of them is ended; a reader that waits, after ten times as many on the clock."""
+
+    def end(number, frame):
+        raise AssertionError(f"not done after {limit} CPU seconds: {signal.Signals(number).name}")
+
+    timers = {signal.ITIMER_VIRTUAL: (signal.SIGVTALRM, limit), signal.ITIMER_REAL: (signal.SIGALRM, 10 * limit)}
+    before = {number: signal.signal(number, end) for number, _ in timers.values()}
+    for timer, (_, seconds) in timers.items():
+        signal.setitimer(timer, seconds)
+    try:
+        yield
+    finally:
+        for timer in timers:
+            signal.setitimer(timer, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
