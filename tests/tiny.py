@@ -27,7 +27,7 @@ def make_llama(dtype=torch.float32, **changes):
         return LlamaForCausalLM(LlamaConfig(**sizes | changes)).to(dtype).eval()
 
 
-def make_phi3(switch=16):
+def make_phi3(switch=16, **changes):
     """With other frequencies beyond so many tokens (longrope), of 64."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 64 / switch, "short_factor": [1.0] * 4}
     rope |= {"long_factor": [4.0, 8.0, 16.0, 32.0], "original_max_position_embeddings": switch}
@@ -35,7 +35,7 @@ def make_phi3(switch=16):
     sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.3}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = Phi3Config(**sizes, rope_parameters=rope, original_max_position_embeddings=switch)
+        config = Phi3Config(**sizes | changes, rope_parameters=rope, original_max_position_embeddings=switch)
         return Phi3ForCausalLM(config).eval()
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from sums import QUESTIONS, expected_scores, write_tasks
+from tiny import make_phi3
 from typer.testing import CliRunner
 
 from mft.cli.app import app
@@ -69,6 +70,17 @@ def test_sixteen_bit_logits_are_compared_in_fp32(tiny_llama, tokenizer, tasks_di
         question["exact"] = log_likelihood_in_fp32(model, tokenizer, question["question"], question["answers"][0])
     expected = math.exp(-sum(question.pop("exact") for question in QUESTIONS) / len(QUESTIONS))
     assert score.value == pytest.approx(expected, rel=1e-5)
+
+
+def test_long_rows_of_a_longrope_model_are_scored_one_at_a_time(tokenizer, tasks_dir):
+    model = make_phi3(switch=5, vocab_size=len(tokenizer), eos_token_id=None)
+    tasks = load_tasks(["sums_likelihood"], tasks_dir=tasks_dir, run_task_code=True)
+    (score,) = score_tasks(model, tokenizer, tasks)
+    assert score.value == pytest.approx(expected_scores(model, tokenizer)["sums_likelihood"], rel=1e-3)
+    with pytest.raises(
+        ValueError, match="batch_size must be 1 for rows of more than 5 tokens, .* got 4 rows of up to 6"
+    ):
+        score_tasks(model, tokenizer, tasks, batch_size=4)
 
 
 @torch.no_grad()

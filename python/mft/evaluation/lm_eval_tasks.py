@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from torch import nn
 
 from mft.checks import check_rule, nearest, nearest_path
-from mft.models.longrope import refuse_long_batches
+from mft.models.longrope import refuse_long_batches, switch_length
 
 # lm_eval is imported inside the functions: it takes seconds, and only what asks for a benchmark needs it.
 
@@ -85,12 +85,17 @@ def load_tasks(
 
 
 def score_tasks(
-    model: nn.Module, tokenizer: Any, tasks: LoadedTasks, *, limit: int | None = None, batch_size: int = 4
+    model: nn.Module, tokenizer: Any, tasks: LoadedTasks, *, limit: int | None = None, batch_size: int | None = None
 ) -> list[TaskScore]:
     """What lm-eval makes of model as it is now, with the masks that it holds. Log-probabilities are fp32.
 
-    Args: limit: only so many documents of each task, for a trial; the result then stands for nothing.
+    Args:
+        limit: only so many documents of each task, for a trial; the result then stands for nothing.
+        batch_size: rows at once; None: 4, or 1 where frequencies depend on the longest of them (see longrope.py).
+    Raises: ValueError for several such rows in a batch, beyond the length from which they do.
     """
+    if batch_size is None:
+        batch_size = 4 if switch_length(model) is None else 1
     check_rule(limit is None or limit >= 1, "--limit", "be at least 1", limit)
     lm_eval = _import_lm_eval()
     from lm_eval.models.huggingface import HFLM
