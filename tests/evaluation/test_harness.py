@@ -77,9 +77,7 @@ def test_long_rows_of_a_longrope_model_are_scored_one_at_a_time(tokenizer, tasks
     tasks = load_tasks(["sums_likelihood"], tasks_dir=tasks_dir, run_task_code=True)
     (score,) = score_tasks(model, tokenizer, tasks)
     assert score.value == pytest.approx(expected_scores(model, tokenizer)["sums_likelihood"], rel=1e-3)
-    with pytest.raises(
-        ValueError, match="batch_size must be 1 for rows of more than 5 tokens, .* got 4 rows of up to 6"
-    ):
+    with pytest.raises(ValueError, match="batch_size must be 1 for rows of more than 5 tokens, .* got 4 rows of"):
         score_tasks(model, tokenizer, tasks, batch_size=4)
 
 
