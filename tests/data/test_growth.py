@@ -15,7 +15,7 @@ from mft.data.record_files import read_files
 from mft.data.record_streams import stream_files
 
 BOUND = 2**25  # bytes that any file may take here, in place of growth.LEAST
-MOST = 10 * BOUND  # of memory: texts are there twice, and a row may be as long as a line
+MOST = 15 * BOUND  # of memory: csv takes four bytes for each of 64 MiB of a record
 READ = """
 from pathlib import Path
 from mft.data import growth
