@@ -9,11 +9,11 @@ from mft.checks import check_rule, nearest
 from mft.files.json_file import read_object
 from mft.study.ablate import derive, plot_ablation
 from mft.study.config import FULL, StudyConfig
-from mft.study.report.by_bytes import plot_bytes
 from mft.study.report.environment import environment
-from mft.study.report.figures import draw_overlap, draw_surface
-from mft.study.report.forgetting import plot_forgetting
-from mft.study.report.plots import plot_summary
+from mft.study.report.pictures.by_bytes import plot_bytes
+from mft.study.report.pictures.figures import draw_overlap, draw_surface
+from mft.study.report.pictures.forgetting import plot_forgetting
+from mft.study.report.pictures.plots import plot_summary
 from mft.study.report.write import console_report, write_study_report
 from mft.study.run import run_study
 from mft.study.store import FORGETTING, STUDY, copy_fine_tunes, fine_tunes_in

@@ -15,9 +15,9 @@ from mft.evaluation.evaluate import Evaluation
 from mft.study.config import ArmConfig, Setting, StudyConfig
 from mft.study.outcome import Findings, General, Measured, Outcome, Unit
 from mft.study.report.dominance import OnLoss, comparisons, draws_of, is_mft, rivals_of, verdict
-from mft.study.report.forgetting import curves, plot_forgetting, points
 from mft.study.report.judge import side
-from mft.study.report.plots import colours_of
+from mft.study.report.pictures.forgetting import curves, plot_forgetting, points
+from mft.study.report.pictures.plots import colours_of
 from mft.study.report.remarks import remarks
 from mft.study.report.statistics import DRAWS, Difference, differences, paired, with_holm
 from mft.study.report.table import reference_of, study_numbers, study_tables
@@ -417,7 +417,9 @@ def test_a_study_without_a_general_text_has_no_such_plot(tmp_path):
 def test_the_panel_near_the_fine_tune_leaves_out_what_is_far(monkeypatch, tmp_path):
     arms = ARMS | {"far": ARMS["control"]}
     drawn = []
-    monkeypatch.setattr("mft.study.report.forgetting.save_figure", lambda figure, path, dpi: drawn.append(figure))
+    monkeypatch.setattr(
+        "mft.study.report.pictures.forgetting.save_figure", lambda figure, path, dpi: drawn.append(figure)
+    )
     numbers = study_numbers(findings(arms=arms, both=BOTH | {"far": (2.2, 3.0), "random mask": (4.0, 2.3)}))
     plot_forgetting(numbers, tmp_path / "unused.png")
     whole, near = drawn[0].axes

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from mft.cli.app import app
 from mft.study.outcome import Unit
-from mft.study.report import figures
-from mft.study.report.figures import draw_overlap, draw_surface
-from mft.study.report.forgetting import curves
+from mft.study.report.pictures import figures
+from mft.study.report.pictures.figures import draw_overlap, draw_surface
+from mft.study.report.pictures.forgetting import curves
 from mft.study.report.table import study_numbers, study_tables
 from mft.study.report.verdict import study_verdicts
 from mft.study.report.write import write_study_report

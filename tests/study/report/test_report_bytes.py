@@ -10,9 +10,9 @@ from test_study_report import ARMS, LOSSES, findings
 
 from mft.files.figure import new_figure
 from mft.study.config import ArmConfig
-from mft.study.report import by_bytes as by_bytes_module
 from mft.study.report.at_equal_bytes import at_equal_bytes, remark_on_bytes, said_of_bytes
-from mft.study.report.by_bytes import Point, frontier, plot_bytes, points
+from mft.study.report.pictures import by_bytes as by_bytes_module
+from mft.study.report.pictures.by_bytes import Point, frontier, plot_bytes, points
 from mft.study.report.table import study_numbers, study_tables
 from mft.study.report.write import write_study_report
 

@@ -15,7 +15,7 @@ from mft.evaluation.evaluate import Evaluation
 from mft.study.config import ArmConfig, Setting, StudyConfig
 from mft.study.grid import OpenEnd
 from mft.study.outcome import Findings, Measured, Outcome, Unit
-from mft.study.report.plots import plot_study, plot_summary
+from mft.study.report.pictures.plots import plot_study, plot_summary
 from mft.study.report.remarks import remarks
 from mft.study.report.statistics import differences, paired
 from mft.study.report.table import study_numbers, study_tables

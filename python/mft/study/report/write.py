@@ -17,12 +17,12 @@ from mft.files.atomic import write_whole
 from mft.study.config import REWARDS
 from mft.study.outcome import Findings
 from mft.study.report.at_equal_bytes import AtEqualBytes, at_equal_bytes, bytes_values, remark_on_bytes, said_of_bytes
-from mft.study.report.by_bytes import plot_bytes
 from mft.study.report.equal_budgets import budget_sentences
-from mft.study.report.forgetting import plot_forgetting
 from mft.study.report.general import OnText
 from mft.study.report.over_codes import verdicts_over_codes
-from mft.study.report.plots import plot_study
+from mft.study.report.pictures.by_bytes import plot_bytes
+from mft.study.report.pictures.forgetting import plot_forgetting
+from mft.study.report.pictures.plots import plot_study
 from mft.study.report.remarks import remarks
 from mft.study.report.rewards import REWARDS_PLOT, plot_rewards, reward_curves
 from mft.study.report.sums import sums_values

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from mft.study.config import FULL
 from mft.study.report.finished import opened
-from mft.study.report.overlap import overlaps, plot_overlaps
-from mft.study.report.surface import loss_surface, plane_through, plot_surfaces, random_plane, weights_of
+from mft.study.report.pictures.overlap import overlaps, plot_overlaps
+from mft.study.report.pictures.surface import loss_surface, plane_through, plot_surfaces, random_plane, weights_of
 
 REACH = 0.5  # beyond the models: of the distance between fine-tune and control, or of the rows' norms
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mft.files.figure import new_figure, save_figure
 from mft.study.config import AVERAGE, BASE, FULL, INTERPOLATED
-from mft.study.report.plots import TRAINED, colours_of
+from mft.study.report.pictures.plots import TRAINED, colours_of
 
 _OUTLIER = 5  # times the median distance of trained arms, beyond which an arm does not widen the panel near the start
 _MARGIN = 0.07
