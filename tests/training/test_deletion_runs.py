@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from tiny_run import LEARN
 
 from mft.importance.scores import init_from_data
+from mft.masks.export_format import read_export
 from mft.tracking.metrics import METRICS, Steps
 
 FREE = ["mask.mode=value", "mask.threshold=0", "mask.init=wanda", "mask.calibration_rows=5"]
@@ -73,7 +74,7 @@ def test_the_share_dropped_is_shown_and_recorded_and_flips_are_known(cli, tmp_pa
     assert begun == [(5, "plain")]
     steps = {event["step"]: event["dropped"] for event in events_of(tmp_path / "run") if "lr" in event}
     assert steps.keys() == {3, 6}
-    masks = load_file(tmp_path / "run" / "masks" / "adapter_model.safetensors").values()
+    masks = read_export(tmp_path / "run" / "masks")[1].values()
     words = torch.cat([mask.flatten() for mask in masks]).tolist()  # full ones: rows are of 32 or 64 weights
     share = 1 - sum((word & 0xFFFFFFFF).bit_count() for word in words) / (32 * len(words))
     assert steps[6] == pytest.approx(share)
