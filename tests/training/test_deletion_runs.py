@@ -68,7 +68,7 @@ def test_the_share_dropped_is_shown_and_recorded_and_flips_are_known(cli, tmp_pa
         return init_from_data(model, mask, rows, **where)
 
     monkeypatch.setattr("mft.training.run.init_from_data", begin)
-    code, output = cli("train", *ASKED, "train.log_every=3", "mask.deletion_penalty=0")
+    code, output = cli("train", *ASKED, "train.log_every=3", "mask.deletion_penalty=0", "coding=packed")
     assert code == 0, output
     assert "scores begin by mask.init=wanda on 5 rows of the training data" in output
     assert begun == [(5, "plain")]
