@@ -15,6 +15,7 @@
 #include "cpu/score_step.h"
 #include "cpu/select.h"
 #include "operands.h"
+#include "text.h"
 
 namespace {
 
@@ -30,13 +31,14 @@ using mft::mask_source;
 using mft::MaskSource;
 using mft::Matrix;
 using mft::output;
+using mft::Text;
 using mft::value_of;
 using mft::words;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 Tensor masked_linear(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optional<Tensor> threshold,
-                     std::optional<Tensor> packed, std::optional<Tensor> bias, bool magnitude, std::string path) {
+                     std::optional<Tensor> packed, std::optional<Tensor> bias, bool magnitude, Text path) {
   const mft::Capability& cpu = mft::chosen_capability();
   const Matrix w = input(weight, "weight"), in = flat(x, w.columns, "x", const_cast<void*>(x.const_data_ptr()));
   STD_TORCH_CHECK(in.format == w.format, "x must be in weight's dtype");
@@ -52,7 +54,7 @@ Tensor masked_linear(Tensor x, Tensor weight, std::optional<Tensor> scores, std:
 }
 
 Tensor grad_x(Tensor grad_output, Tensor weight, std::optional<Tensor> scores, std::optional<Tensor> threshold,
-              std::optional<Tensor> packed, bool magnitude, std::string path) {
+              std::optional<Tensor> packed, bool magnitude, Text path) {
   const mft::Capability& cpu = mft::chosen_capability();
   const Matrix w = input(weight, "weight"), grad = input(grad_output, "grad_output");
   STD_TORCH_CHECK(grad.format == w.format && grad.columns == w.rows, "grad_output must be (M, N) in weight's dtype");
@@ -74,7 +76,7 @@ Tensor grad_weight(Tensor grad_output, Tensor x, std::optional<Tensor> scores, s
 }
 
 void grad_scores_(Tensor out, Tensor grad_output, Tensor x, std::optional<Tensor> weight, std::optional<Tensor> scores,
-                  std::optional<Tensor> signs, bool accumulate, std::string path) {
+                  std::optional<Tensor> signs, bool accumulate, Text path) {
   const mft::Capability& cpu = mft::chosen_capability();
   const Matrix in = input(x, "x"), grad = input(grad_output, "grad_output");
   const Matrix w = weight.has_value() ? input(*weight, "weight")
@@ -215,7 +217,7 @@ Tensor score_step_(Tensor scores, Tensor grad, std::optional<Tensor> weight, Ten
 }
 
 // The paths that a product of these sizes has, the fastest first, with commas. `capability` may be one that cannot run here.
-std::string paths(std::string capability, std::string product, std::string dtype, int64_t m, int64_t n, int64_t k,
+std::string paths(Text capability, Text product, Text dtype, int64_t m, int64_t n, int64_t k,
                   double weight_bytes, double mask_bytes) {
   const mft::Call call{mft::product_of(product), mft::format_of(dtype), m, n, k, weight_bytes, mask_bytes};
   std::string names;
@@ -227,12 +229,12 @@ std::string paths(std::string capability, std::string product, std::string dtype
 }
 
 // What `paths` and `path_work` take as weight_bytes, of bytes an element; see choice.h.
-double weight_bytes(std::string product, int64_t weight, double mask, int64_t out, bool accumulate) {
+double weight_bytes(Text product, int64_t weight, double mask, int64_t out, bool accumulate) {
   return mft::weight_bytes(mft::product_of(product), static_cast<int>(weight), mask, static_cast<int>(out), accumulate);
 }
 
 // How much there is to do on a path, in the terms of the model: numbers, with commas. `paths` says which is the fastest.
-std::string path_work(std::string path, std::string product, std::string dtype, int64_t m, int64_t n, int64_t k,
+std::string path_work(Text path, Text product, Text dtype, int64_t m, int64_t n, int64_t k,
                       double weight_bytes, double mask_bytes) {
   const mft::Call call{mft::product_of(product), mft::format_of(dtype), m, n, k, weight_bytes, mask_bytes};
   std::string numbers;

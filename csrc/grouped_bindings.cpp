@@ -10,6 +10,7 @@
 #include "cpu/parallel.h"
 #include "cpu/select.h"
 #include "operands.h"
+#include "text.h"
 
 namespace {
 
@@ -23,6 +24,7 @@ using mft::input;
 using mft::KeepRange;
 using mft::Matrix;
 using mft::output;
+using mft::Text;
 using mft::words;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -69,7 +71,7 @@ std::vector<KeepRange> ranges(const Tensor& thresholds, int64_t count, Format fo
 }
 
 Tensor grouped_product(Tensor x, Tensor weight, Optional scores, Optional threshold, Optional packed, Tensor offsets,
-                       Optional bias, bool magnitude, bool transposed, std::string path) {
+                       Optional bias, bool magnitude, bool transposed, Text path) {
   const Experts w = inputs(weight, "weight");
   const Matrix in = input(x, "x");
   const int64_t length = transposed ? w.rows : w.columns, across = transposed ? w.columns : w.rows;
@@ -94,7 +96,7 @@ Tensor grouped_product(Tensor x, Tensor weight, Optional scores, Optional thresh
 }
 
 void grouped_score_grad_(Tensor out, Tensor grad_output, Tensor x, Tensor offsets, Optional weight, Optional scores,
-                         Optional signs, bool accumulate, std::string path) {
+                         Optional signs, bool accumulate, Text path) {
   const Experts result = experts(out, "out", out.mutable_data_ptr());
   const Matrix in = input(x, "x"), grad = input(grad_output, "grad_output");
   STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");

@@ -2,11 +2,13 @@
 #include "cpu/capability.h"
 #include "cpu/dequantize.h"
 #include "operands.h"
+#include "text.h"
 
 namespace {
 
 using mft::MaskSource;
 using mft::Matrix;
+using mft::Text;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -46,7 +48,7 @@ MaskSource bits_or_all(const std::optional<Tensor>& packed, std::vector<uint32_t
 }
 
 Tensor masked_linear_quantized(Tensor x, Tensor codes, std::vector<Tensor> absmax, std::optional<Tensor> packed,
-                               std::optional<Tensor> bias, int64_t rows, int64_t columns, bool nf4, std::string path) {
+                               std::optional<Tensor> bias, int64_t rows, int64_t columns, bool nf4, Text path) {
   const mft::Capability& cpu = mft::chosen_capability();
   const mft::Quantized weight = quantized(codes, absmax, rows, columns, nf4);
   const Matrix in = mft::flat(x, columns, "x", const_cast<void*>(x.const_data_ptr()));
@@ -63,7 +65,7 @@ Tensor masked_linear_quantized(Tensor x, Tensor codes, std::vector<Tensor> absma
 }
 
 Tensor grad_x_quantized(Tensor grad_output, Tensor codes, std::vector<Tensor> absmax, std::optional<Tensor> packed,
-                        int64_t rows, int64_t columns, bool nf4, std::string path) {
+                        int64_t rows, int64_t columns, bool nf4, Text path) {
   const mft::Capability& cpu = mft::chosen_capability();
   const mft::Quantized weight = quantized(codes, absmax, rows, columns, nf4);
   const Matrix grad = mft::input(grad_output, "grad_output");

@@ -11,6 +11,7 @@
 #include "cpu/capability.h"
 #include "cpu/many_linear.h"
 #include "operands.h"
+#include "text.h"
 
 namespace {
 
@@ -23,6 +24,7 @@ using mft::mask_source;
 using mft::MaskSource;
 using mft::Matrix;
 using mft::output;
+using mft::Text;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
@@ -95,7 +97,7 @@ Tensor product(const Tensor& x, const Matrix& weight, const MaskSource& mask, co
   return y;
 }
 
-Optional try_masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor threshold, Optional bias, std::string mode) {
+Optional try_masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor threshold, Optional bias, Text mode) {
   if (is_asked_for() || !is_weight(weight) || !is_mode(mode)) return std::nullopt;
   const ScalarType type = weight.scalar_type();
   const int64_t rows = weight.size(0), columns = weight.size(1);
@@ -149,7 +151,7 @@ bool is_step(const Tensor& grad_output, const Tensor& x, const Tensor& weight, b
 
 // Or nothing at all, where d_weight or d_bias is wanted too.
 std::vector<Tensor> try_masked_linear_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, Tensor threshold,
-                                               std::string mode, std::vector<bool> output_mask) {
+                                               Text mode, std::vector<bool> output_mask) {
   if (is_asked_for() || !is_weight(weight) || !is_mode(mode) || !is_wanted(output_mask)) return {};
   const int64_t rows = weight.size(0), columns = weight.size(1);
   if (!is_step(grad_output, x, weight, output_mask[2])) return {};
@@ -164,7 +166,7 @@ std::vector<Tensor> try_masked_linear_backward(Tensor grad_output, Tensor x, Ten
 }
 
 std::vector<Tensor> try_masked_linear_packed_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor packed,
-                                                      Optional scores, Optional signs, std::string mode,
+                                                      Optional scores, Optional signs, Text mode,
                                                       std::vector<bool> output_mask) {
   if (is_asked_for() || !is_weight(weight) || !is_wanted(output_mask)) return {};
   const int64_t rows = weight.size(0), columns = weight.size(1);
@@ -209,7 +211,7 @@ bool try_accumulate_product(Tensor out, Tensor grad_output, Tensor x) {
 // y[i] of x (rows, ..., K) with masks[tasks[i]], or with the whole weight for -1. As the "short" way; "auto": also where an
 // environment variable says how to serve it; "once": so too, and in one pass, whatever is faster.
 Optional try_masked_linear_many(Tensor x, Tensor weight, std::vector<Tensor> masks, Tensor tasks, Optional bias,
-                                std::string way) {
+                                Text way) {
   const ScalarType type = weight.scalar_type();
   if ((way == "short" && is_asked_for()) || !is_taken(type) || !is_usual(weight) || weight.dim() != 2) return std::nullopt;
   const int64_t rows = weight.size(0), columns = weight.size(1), count = static_cast<int64_t>(masks.size());

@@ -1,0 +1,56 @@
+"""What a call of an op leaves in the C++ heap: nothing, however often it is made."""
+
+import ctypes
+import platform
+
+import pytest
+import torch
+
+from mft_kernels import kept_threshold, masked_linear, masked_linear_many, pack_mask
+
+CALLS = 2000
+_FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+
+
+class _Mallinfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in _FIELDS]
+
+
+def bytes_in_use():
+    """Of malloc's heap, in all of the process."""
+    ask = ctypes.CDLL(None).mallinfo2
+    ask.restype = _Mallinfo
+    return ask().uordblks
+
+
+def step(x, weight, scores, threshold):
+    y = masked_linear(x, weight, scores, threshold)
+    torch.autograd.grad(y.sum(), (x, scores))
+
+
+def forward(x, weight, scores, threshold):
+    with torch.no_grad():
+        masked_linear(x, weight, scores, threshold)
+
+
+def many(x, weight, scores, threshold):
+    with torch.no_grad():
+        masks = [pack_mask(scores, threshold)]
+        masked_linear_many(x[:, None], weight, masks, torch.zeros(len(x), dtype=torch.int64))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallinfo2 is glibc's")
+@pytest.mark.parametrize("call", [forward, step, many])
+@pytest.mark.parametrize("asked", [None, "cpu"])
+def test_calls_leave_nothing_in_the_heap(call, asked, monkeypatch):
+    if asked is not None:
+        monkeypatch.setenv("MFT_KERNELS", asked)
+    weight = torch.randn(8, 8)
+    scores, x = torch.randn(8, 8, requires_grad=True), torch.randn(2, 8, requires_grad=True)
+    threshold = kept_threshold(scores.detach(), 0.9)
+    for _ in range(200):
+        call(x, weight, scores, threshold)
+    before = bytes_in_use()
+    for _ in range(CALLS):
+        call(x, weight, scores, threshold)
+    assert (bytes_in_use() - before) / CALLS < 4  # a string that is not freed takes 48
