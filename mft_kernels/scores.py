@@ -1,4 +1,4 @@
-"""Scores: a Parameter that knows whether anything may have written into it, so that no mask of it is ever stale.
+"""Scores: a Parameter that sees most writes into it, so that its mask is selected anew after them (docs/concepts.md).
 
 PyTorch counts in-place operations in a tensor's version. Writes through .data, numpy, dlpack, a storage, collectives,
 another tensor on the same memory or another process do not count there. So a state of the scores is told by more:
