@@ -170,7 +170,7 @@ def test_with_its_layers_remembered_a_model_runs_its_head_alone(ground, first):
 def test_the_fine_tune_begins_at_the_base_and_is_evaluated_at_its_end_alone(ground):
     assert [share for share, _ in ground.full.curve] == [1.0]
     base = run_unit(ground.workspace, ground.job("base"))
-    assert ground.full.loss < base.loss - 0.5
+    assert ground.full.loss < base.loss - 0.3
     assert set(ground.weights("full")) == {name for name, _ in ground.workspace.base.named_parameters()}
     assert not torch.equal(ground.weights("full")["model.norm.weight"], ground.workspace.base.model.norm.weight)
 

@@ -48,7 +48,7 @@ def test_an_export_is_read_by_its_name_pinned_to_a_commit_and_offline(hub, tmp_p
 
 
 def test_another_base_and_damage_are_refused_as_from_a_directory(hub, tmp_path):
-    directory = save_masks(masked_llama(), tmp_path / "masks")
+    directory = save_masks(masked_llama(), tmp_path / "masks", coding="packed")
     put(hub, directory)
     other = make_llama()
     with torch.no_grad():
