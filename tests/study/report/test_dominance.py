@@ -238,7 +238,7 @@ def test_a_tie_to_the_last_bit_is_level():
 def test_with_too_little_nothing_is_concluded_of_any_rival(changes, why):
     assert against("control", **changes).verdict == "undecided"
     (text,) = study_verdicts(findings(**changes))
-    first = f"MFT: nothing can be concluded ({why}). MFT cannot be told from full fine-tune, control, "
+    first = f"MFT: nothing can be concluded ({why}). MFT is not judged against full fine-tune, control, "
     assert text.startswith(f"code, and what is left of other. {first}")
     assert "nan" not in text
 

@@ -45,6 +45,7 @@ _WORDS = {
     (LEVEL_WITH, 0): "is level with",
     (UNDECIDED, 0): "cannot be told from",
 }
+_NOT_JUDGED = "is not judged against"  # too few documents, seeds or rates
 
 
 def study_verdicts(findings: Findings, tables: Mapping[str, DomainTable] | None = None) -> list[str]:
@@ -150,9 +151,10 @@ def _ends(*rows: Row) -> str:
 
 def _sides(row: Row, listed: list[Comparison]) -> str:
     """ "MFT dominates LoRA; is level with control." """
-    rivals: dict[str, list[str]] = {words: [] for words in _WORDS.values()}
+    rivals: dict[str, list[str]] = {words: [] for words in (*_WORDS.values(), _NOT_JUDGED)}
     for one in listed:
-        rivals[_WORDS[one.verdict, one.domain.side if one.verdict in _BY_SIDE else 0]].append(one.rival)
+        words = _WORDS[one.verdict, one.domain.side if one.verdict in _BY_SIDE else 0]
+        rivals[_NOT_JUDGED if one.lacks else words].append(one.rival)
     if len(rivals[_WORDS[DOMINATES, 0]]) == len(listed):
         return f"{row.arm} dominates every rival: {', '.join(one.rival for one in listed)}."
     parts = (f"{words} {', '.join(names)}" for words, names in rivals.items() if names)
