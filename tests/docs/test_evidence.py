@@ -47,6 +47,7 @@ def test_each_interval_that_judges_masks_stands_in_a_stored_table(page):
         ("| [J](#j-smollm2-135m-instruct-without-a-fine-tune) |", "compare-from-base-smollm2", "code"),
         ("| [K](#k-smollm2-135m-instruct-over-codes) |", "compare-quantised", "code"),
         ("| [I](#i-by-rewards) |", "compare-rewards", "problems"),
+        ("| [N](#n-lora-on-all-layers) |", "compare-all-layers-smollm2", "code"),
         ("| [L](#l-smollm2-135m-by-rewards) |", "compare-rewards-smollm2", "problems"),
         ("| [M](#m-on-policy-distillation-of-smollm2-135m) |", "compare-distillation-smollm2", "problems"),
         ("| [a mixture](experts.md#a-real-run) |", "compare-moe", "headers"),
@@ -247,6 +248,19 @@ TABLES = (
             ("control", "control"),
             ("LoRA, rank 4", "LoRA"),
             ("mask, free threshold", "MFT"),
+        ),
+    ),
+    Said(
+        "N: LoRA on all layers",
+        "compare-all-layers-smollm2",
+        "code",
+        ("bytes", "loss", "loss - control", "headers - start"),
+        (
+            ("full fine-tune", "full fine-tune"),
+            ("LoRA, rank 1 on all layers", "LoRA (rank 1 on all layers)"),
+            ("control", "control"),
+            ("mask, free threshold", "MFT"),
+            ("LoRA, rank 6", "LoRA (rank 6)"),
         ),
     ),
 )
