@@ -734,7 +734,7 @@ def vmap_over_tokens_or_masks():
 
 
 @accepted(
-    "seen after an in-place operation, an optimizer step or a write through .data; after any other write, call outdate()"
+    "seen after an in-place operation, an optimizer step or a write by .data; after any other write, call outdate()"
 )
 def scores_changed_between_two_forwards():
     layer = MaskedLinear(5, 4, bias=False, keep_ratio=0.5)
