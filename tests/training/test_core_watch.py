@@ -90,13 +90,22 @@ def test_several_processes_which_wait_for_each_other_are_not_watched(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("set_by_user", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+    ("share", "set_by_user", "spins"),
+    [
+        (0.5, {}, "1000"),
+        (1.0, {}, "None"),
+        (0.5, {"OMP_NUM_THREADS": "1"}, "None"),
+        (0.5, {"GOMP_SPINCOUNT": "7"}, "7"),
+        (0.5, {"OMP_WAIT_POLICY": "active"}, "None"),
+    ],
 )
-def test_the_training_verbs_let_waiting_threads_sleep_before_torch_is_loaded(set_by_user, spins):
+def test_on_busy_cores_waiting_threads_sleep_before_torch_is_loaded(share, set_by_user, spins):
     code = (
-        "import os, sys, mft.cli.app as app; assert 'torch' not in sys.modules; app._let_waiting_threads_sleep(); "
+        "import os, sys, mft.cli.app as app; from mft.contention import Contention; "
+        f"app.core_share = lambda threads: Contention(({share},) * threads); app._let_waiting_threads_sleep(); "
         "assert 'torch' not in sys.modules; print(os.environ.get('GOMP_SPINCOUNT'))"
     )
-    outside = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+    outside = {key: value for key, value in os.environ.items() if key not in ours} | {"OMP_NUM_THREADS": "2"}
     found = subprocess.run([sys.executable, "-c", code], env=outside | set_by_user, capture_output=True, text=True)
-    assert found.stdout.strip() == spins, found.stderr
+    assert found.stdout.split()[-1] == spins, found.stderr
