@@ -214,7 +214,7 @@ def show(
 @app.command(cls=StudyKeys)
 def compare(
     config: Annotated[
-        str, typer.Option("--config", "-c", help="A study: small, smollm2, moe, or a YAML file.")
+        str, typer.Option("--config", "-c", help="A study: own (your data), small, smollm2, moe, or a YAML file.")
     ] = "small",
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Overrides, such as seeds=[0,1].", metavar="[KEY=VALUE]...")
