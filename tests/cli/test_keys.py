@@ -88,6 +88,7 @@ def test_help_of_a_study_explains_its_keys():
     [
         ("train.learnin", "unknown key 'train.learnin'; did you mean train.lr?"),
         ("keep_ration", "unknown key 'keep_ration'; did you mean mask.keep_ratio?"),
+        ("mask.keep", "unknown key 'mask.keep'; did you mean mask.keep_ratio?"),
         ("zzz", "unknown key 'zzz'; sections: model, data, data.sources.NAME, mask, train, objective"),
     ],
 )
