@@ -36,7 +36,7 @@ from mft_kernels import pack_mask
 BASE = "base"
 LEFT = f"""   {TABLE_MARKDOWN}, {TABLE_JSON}, {PLOT}: what is above, and a picture of it
    {BASE}/: the full fine-tune, which the masks are for
-   {MASKS}/: the masks, 1 bit a weight
+   {MASKS}/: the masks, entropy-coded
    {MODEL}/: the merged model, for AutoModelForCausalLM.from_pretrained
    units/, trained/, test/: every run; mft plot surface draws from them"""
 BEFOREHAND = """What the file of the study fixes was chosen beforehand on the same validation split: the keep ratio, the
