@@ -176,3 +176,11 @@ def test_rows_that_rotted_in_the_cache_are_made_again_and_that_is_said(tokenizer
     caplog.clear()
     load_splits(config, tokenizer)
     assert not caplog.text
+
+
+@pytest.mark.parametrize(("documents", "scored", "is_few"), [(7, 9999, True), (8, 255, True), (8, 256, False)])
+def test_few_documents_are_warned_of_and_few_tokens_too(documents, scored, is_few):
+    assert [
+        f"validation has {scored} scored tokens of {documents} documents" in line
+        for line in warn_of_few("validation", documents, scored)
+    ] == [True] * is_few
