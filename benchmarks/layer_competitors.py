@@ -9,7 +9,7 @@ compiled              the same under torch.compile
 the paper's layer     a sort in every forward
 LoRA                  peft's layer, rank 16
 
-What is called ours is there once more for a backend beside ours; see side_by_side.py.
+If another backend is measured in the same run, each of our competitors appears again under its name (side_by_side.py).
 """
 
 from collections.abc import Callable

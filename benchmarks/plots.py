@@ -170,7 +170,7 @@ def picture_of(record_path: Path) -> Path:
 
 
 def _look(name: str) -> dict[str, str]:
-    """Of a competitor's bars: one on a backend beside ours (side_by_side.py) has our colour, hatched."""
+    """How a competitor's bars look. Another backend (side_by_side.py) has the colour of ours, hatched."""
     if name in COLOURS:
         return {"color": COLOURS[name]}
     _, _, what = name.partition(", ")
@@ -191,7 +191,7 @@ def _save(figure: Figure, record: dict, path: Path) -> None:
 
 
 def _line(panel, x: list, spreads: list[dict], name: str) -> None:
-    """Medians, and the quartiles as a band; dashed of a backend beside ours."""
+    """Medians as a line, quartiles as a band. The line of another backend is dashed."""
     look = _look(name)
     colour = look["color"]
     line = "x--" if "hatch" in look else "o-"

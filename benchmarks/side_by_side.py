@@ -1,4 +1,4 @@
-"""Backends in one run: ours, and beside it the one that MFT_KERNELS asks for, or that "auto" takes from outside.
+"""Backends measured in one run: ours, and the one that MFT_KERNELS asks for or that "auto" takes from another package.
 
 A competitor that runs on a backend begins with the backend's name: "ours, module", "mine, module".
 """

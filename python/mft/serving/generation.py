@@ -77,7 +77,7 @@ class Generation:
             self.refuse(Refused(str(error), status=500))
         except torch.AcceleratorError:  # the device is lost, for every answer
             raise
-        except Exception:
+        except Exception:  # whatever one client's tokens make a tokenizer or a model raise; the log has the traceback
             logger.exception("one answer failed, the others go on")
             self.refuse(failure())
 
