@@ -10,7 +10,7 @@ from chats import chat, chats
 
 from mft.config import DataConfig
 from mft.data import split_rows
-from mft.data.split_rows import pad_of
+from mft.data.split_rows import pad_of, warn_of_few
 from mft.data.splits import load_splits
 from mft.data.tokenization import IGNORED, open_documents
 
