@@ -3,7 +3,7 @@
 A file *_sm90* is for Hopper alone and belongs to the group of that name (product_sm90_bf16.cu to product_sm90), which
 is built whole or left out; the other files serve every GPU from 8.0 on. MFT_CUDA says what is wanted:
 
-    unset    all of it where an nvcc is found, else the reason, and the install goes on
+    unset    all of it if there are a GPU (building/gpu.py) and an nvcc; else the reason, and the install goes on
     0        nothing
     1        all of it, and a failure is an error
     80,90    the same, for these architectures alone (sm_80's code runs on 8.6 and 8.9 too)

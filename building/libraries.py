@@ -1,7 +1,7 @@
 """setuptools' commands that build the libraries beside the package's Python files, and name the wheel.
 
 MFT_BUILD=0 is the only way to a package without kernels, in plain PyTorch: otherwise a CPU library that cannot be built
-is an error. The CUDA library is left out where there is no nvcc; MFT_CUDA (building/cuda.py) is its switch.
+is an error. The CUDA library is built where there are a GPU and an nvcc; MFT_CUDA (building/cuda.py) is its switch.
 """
 
 import json
@@ -15,6 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 from . import cpu, cuda
 from .compile import CannotBuild, find_compiler, find_torch
+from .gpu import gpu_is_present
 from .sources import digest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +95,8 @@ def build_cpu() -> tuple[Path, dict]:
 def build_cuda() -> tuple[Path, dict]:
     if (asked := cuda.wanted()) is None:
         raise CannotBuild("the build was skipped: MFT_CUDA=0")
+    if not asked.required and not gpu_is_present():
+        raise CannotBuild("no NVIDIA GPU was found; make cuda builds it anyway")
     directory = ROOT / "build" / "cuda"
     used = cuda.build_cuda(directory, ROOT / "csrc" / "cuda", asked)
     return directory / cuda.LIBRARY, used

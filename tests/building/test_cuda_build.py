@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from building import compile, cuda, left_out, missing, nvcc, ptxas_log, register_hazards
+from building import compile, cuda, gpu, left_out, missing, nvcc, ptxas_log, register_hazards
 from building.compile import CannotBuild, Link, Unit
 
 ROOT = Path(__file__).parents[2]
@@ -347,8 +347,51 @@ def setup_in(folder: Path, *arguments: str, **environment: str) -> subprocess.Co
     return subprocess.run(command, cwd=folder, env=clean | environment, capture_output=True, text=True)
 
 
+def driver_with(folder: Path, *, gpus: int, status: int = 0) -> dict[str, str]:
+    """The environment in which NVIDIA's driver is a fake that counts so many GPUs; cuInit returns status."""
+    source = folder / "driver.cpp"
+    source.write_text(
+        f'extern "C" int cuInit(unsigned) {{ return {status}; }}\n'
+        f'extern "C" int cuDeviceGetCount(int* count) {{ *count = {gpus}; return 0; }}\n'
+    )
+    library = folder / "libcuda.so.1"
+    subprocess.run([compile.find_compiler(), "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    return {"LD_LIBRARY_PATH": str(folder)}
+
+
+@pytest.mark.parametrize(("gpus", "status", "present"), [(2, 0, True), (0, 0, False), (1, 100, False)])
+def test_a_gpu_is_present_if_the_driver_counts_one(tmp_path, gpus, status, present):
+    environment = os.environ | driver_with(tmp_path, gpus=gpus, status=status)
+    code = "from building.gpu import gpu_is_present; print(gpu_is_present())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(present), done.stderr
+
+
+def test_no_gpu_is_present_without_a_driver(monkeypatch):
+    def no_library(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(gpu.ctypes, "CDLL", no_library)
+    assert not gpu.gpu_is_present()
+
+
+def test_an_nvcc_is_not_run_without_a_gpu_unless_mft_cuda_asks(tmp_path):
+    environment = driver_with(tmp_path, gpus=0) | {"MFT_NVCC": str(toolkit(tmp_path / "cuda", "13.0"))}
+    result = setup_in(tmp_path, **environment)
+    assert result.returncode == 0, result.stderr
+    reason = "no NVIDIA GPU was found; make cuda builds it anyway"
+    assert f"mft_kernels: without libmft_cuda.so: {reason}\n" in result.stdout
+    report = json.loads((tmp_path / "mft_kernels" / "_build.json").read_text())
+    assert report["cuda"] == {"built": False, "reason": reason}
+    assert left_out.lines(report) == [f"without libmft_cuda.so: {reason}"]
+    for asked in ("1", "80,90"):
+        demanded = setup_in(tmp_path, MFT_CUDA=asked, **environment)
+        assert demanded.returncode != 0
+        assert "there are no kernels in" in demanded.stderr
+
+
 def test_the_install_goes_on_without_an_nvcc_and_keeps_the_reason(tmp_path):
-    result = setup_in(tmp_path, MFT_NVCC=str(tmp_path / "nvcc"))
+    result = setup_in(tmp_path, MFT_NVCC=str(tmp_path / "nvcc"), **driver_with(tmp_path, gpus=1))
     assert result.returncode == 0, result.stderr
     assert [line for line in result.stdout.splitlines() if "libmft_cuda.so" in line] == [
         f"mft_kernels: without libmft_cuda.so: {tmp_path}/nvcc does not run: No such file or directory; {nvcc.INSTALL}"
