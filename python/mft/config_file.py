@@ -71,6 +71,8 @@ def config_from(
     sections = {}
     for name, section in SECTIONS.items():
         given = values.pop(name, None)
+        if name == "train" and given is not None and not {"steps", "epochs"} & given.keys():
+            given["epochs"] = RunConfig().train.epochs
         if given is not None:
             sections[name] = _build(section, given, name, path, overrides)
     return _build(RunConfig, values | sections, "", path, overrides)

@@ -36,7 +36,8 @@ def test_help_lists_every_key_with_type_default_and_a_line(verb):
     assert "train.lr=0.0003 " in lines["train.lr"]
     assert "float above 0: Learning rate. Masks move" in lines["train.lr"]
     assert "model.quantization=null " in lines["model.quantization"]
-    assert "nf4, nf4-dq, int8 or null: Of the frozen linears" in lines["model.quantization"]
+    assert "nf4, nf4-dq, int8 or null: Quantise the frozen linear" in lines["model.quantization"]
+    assert "int from 0, list of int from 0, text or null: " in lines["mask.layers_to_transform"]
     assert "train.epochs=1 " in lines["train.epochs"]  # a run's own default, not that of its section's class
     assert "--merge" in output or verb == "finetune"
 

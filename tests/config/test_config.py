@@ -142,6 +142,13 @@ def test_a_wrong_file_says_where_and_what(write, text, message):
         load_config(write(text))
 
 
+@pytest.mark.parametrize("text", [None, "train: {lr: 1e-3}", "train: {lr: 1e-3, epochs: 1}"])
+def test_a_run_is_one_epoch_long_unless_the_file_or_an_override_says_how_long(write, text):
+    path = None if text is None else write(text)
+    assert load_config(path, ["train.lr=1e-3"]).train == TrainConfig(lr=1e-3, epochs=1)
+    assert load_config(path, ["train.steps=5", "train.epochs=null"]).train.steps == 5
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -153,7 +160,7 @@ def test_a_wrong_file_says_where_and_what(write, text, message):
         ("mask.target_modules=[q", "broken YAML: while parsing a flow sequence"),
         ("train.steps=-1", "train.steps must be positive (or null), got -1 (with the overrides train.steps=-1)"),
         (
-            "train.lr=1",
+            "train.epochs=null",
             "train.steps or epochs must be given (exactly one of them), got neither: set steps=100 or epochs=1",
         ),
         ("output_dir=", "output_dir must be a string, got null"),

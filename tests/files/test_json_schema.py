@@ -164,7 +164,7 @@ def test_an_editor_shows_comments_choices_and_defaults(validators):
     schema = validators["run"].schema
     model, train = (schema["$defs"][name] for name in ("ModelConfig", "TrainConfig"))
     assert model["properties"]["dtype"]["enum"] == ["bfloat16", "float32", "float16"]
-    assert model["properties"]["quantize_masked"]["description"] == "the masked linears' weights too"
+    assert model["properties"]["quantize_masked"]["description"] == "Quantise the masked linear layers too"
     assert train["properties"]["lr"]["description"].startswith("Learning rate. Masks move at 3e-4")
     assert train["properties"]["lr"]["default"] == TrainConfig(steps=1).lr
     assert schema["properties"]["train"]["default"]["epochs"] == RunConfig().train.epochs

@@ -174,8 +174,9 @@ def _definition(value: Mapping[str, Any]) -> tuple[str | None, bool]:
 
 
 def _type(value: Mapping[str, Any]) -> str:
-    """What may stand there, in words."""
-    *first, last = dict.fromkeys(word for option in value.get("anyOf", [value]) for word in _words(option))
+    """What may stand there, in words, null last."""
+    words = dict.fromkeys(word for option in value.get("anyOf", [value]) for word in _words(option))
+    *first, last = sorted(words, key="null".__eq__)
     return f"{', '.join(first)} or {last}" if first else last
 
 
