@@ -9,7 +9,6 @@ import torch
 from . import (
     bench_cpu,
     bench_decode,
-    bench_demo,
     bench_experts,
     bench_generate,
     bench_launch,
@@ -40,7 +39,6 @@ QUESTIONS: dict[str, Callable[[bool], None]] = {
     "scaling": bench_scaling.main,
     "memory": lambda quick: bench_memory.main(),
     "score_optimiser": lambda quick: bench_score_optimiser.main(),
-    "demo": lambda quick: bench_demo.main(),
     "many_masks": lambda quick: bench_many_masks.main(),
 }
 # Those that are answered by several processes together, and what shows the answer; they can also be quick.

@@ -139,16 +139,6 @@ def launch_table(records: Records) -> str:
     return markdown(["us (asked)", *heads], rows)
 
 
-def demo_table(records: Records) -> str:
-    """Of `demo`: seconds, and the share of products, attention and optimiser; a row a machine."""
-    rows = []
-    for record in records.values():
-        found = {f["quantity"]: f["measured"]["median"] for f in record["findings"]}
-        (outside,) = [value for name, value in found.items() if name.startswith("outside ")]
-        rows.append([machine(record), f"{found['the demo']:.0f}", f"{100 - outside:.0f}"])
-    return markdown(["`make demo`", "s", "% in products, attention and optimiser"], rows)
-
-
 #: name of the block: question, table
 BLOCKS: dict[str, tuple[str, Callable[[Records], str]]] = {
     "cpu": ("cpu", cpu_table),
@@ -161,7 +151,6 @@ BLOCKS: dict[str, tuple[str, Callable[[Records], str]]] = {
     "once": ("ops", once_table),
     "train_step": ("train_step", train_step_table),
     "memory": ("memory", memory_table),
-    "demo": ("demo", demo_table),
 }
 
 

@@ -58,9 +58,8 @@ def made_by(name: str, record: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     if question.startswith("gpu"):
         return "make gpu", ("mft_kernels", "csrc/cuda", "benchmarks/gpu")
     question = question.removesuffix("_time")
-    code = (
-        RECIPE if question in ("demo", "train_step", "generate", "decode", "many_masks", "score_optimiser") else KERNELS
-    )
+    recipe = ("train_step", "generate", "decode", "many_masks", "score_optimiser")
+    code = RECIPE if question in recipe else KERNELS
     return f"make bench WHAT={question}", (*code, f"benchmarks/bench_{question}.py")
 
 
