@@ -3,23 +3,54 @@ PYTHON ?= python3
 TORCH  ?= torch# or a pinned one: make test TORCH=torch==2.11.0
 VENV   := .venv
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml $(wildcard benchmarks/results/gpu-faster.json)
 
-.PHONY: install demo test lint errors reference docs sanitize ports faults fuzz architectures cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
+.PHONY: install dev demo test lint errors reference docs sanitize ports faults fuzz architectures cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
+# What users need, the extra train; and on top of it what tests, linters and docs need, the extra dev.
 install: $(VENV)/.installed
+dev: $(VENV)/.installed-dev
+
+# The kernels compile while pip installs the other packages; ninja shares make's jobs. CUTLASS's headers are left to
+# `make cuda`, and the last line says so: with them the CUDA library takes 100 s of 2 cores instead of 30 (nvcc 13.0) and
+# 3.3 GiB a file.
+$(VENV)/.installed: $(EXTENSION_SOURCES)
+	@$(MAKE) --no-print-directory -j$$(nproc) $(VENV)/.packages $(VENV)/.kernels
+	@echo "Installing mft_kernels into $(VENV) ..."
+	@$(PIP) --no-build-isolation -e ".[train]"
+	@$(BIN)/python -m building.left_out
+	@touch $@
 
 # torch comes first and the build is not isolated: the extension compiles against the torch that will load it. Triton
 # brings the disassembler that lets older nvcc's Hopper code be checked (building/register_hazards.py).
-# CUTLASS's headers are left to `make cuda`, also where an nvcc is found, and the last line says so: with them the CUDA
-# library takes 100 s of 2 cores instead of 30 (nvcc 13.0) and 3.3 GiB a file, and they bring packages of no other use.
-$(VENV)/.installed: $(EXTENSION_SOURCES)
+$(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
 	  f"Python 3.11 or newer is needed, {sys.executable} is {v.major}.{v.minor}; set PYTHON=/path/to/python3")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja numpy "triton; platform_system == 'Linux'"
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,dev]"
-	@$(BIN)/python -m building.left_out
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing torch (0.2 GB to download; about 3 GB where pip takes the build for CUDA) ..."
+	@$(PIP) --no-compile "$(TORCH)" "setuptools>=77" wheel ninja numpy "triton; platform_system == 'Linux'"
+	@touch $@
+
+# --no-compile: byte-code of all that pip installs takes 28 CPU-seconds, that of what every verb imports 8.
+$(VENV)/.packages: pyproject.toml | $(VENV)/.torch
+	@echo "Installing transformers and the rest (about 60 packages, 0.2 GB) ..."
+	@$(BIN)/python -m building.requirements train > $(VENV)/train.txt
+	@$(PIP) --no-compile -r $(VENV)/train.txt
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import datasets, transformers.models.llama.modeling_llama"
+	@touch $@
+
+$(VENV)/.kernels: $(EXTENSION_SOURCES) | $(VENV)/.torch
+	@echo "Compiling the kernels (C++ for the CPU: 40 files, about a minute on 2 cores) ..."
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+# Byte-code of the rest too: where PYTHONDONTWRITEBYTECODE is set, each test's process would compile it again.
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
+	@echo "Installing the tools of development (about 70 packages) ..."
+	@$(BIN)/python -m building.requirements dev > $(VENV)/dev.txt
+	@$(PIP) -r $(VENV)/dev.txt
+	@$(BIN)/python -m compileall -qq -j 2 $(VENV)/lib || true
 	@touch $@
 
 demo: install
@@ -27,51 +58,51 @@ demo: install
 
 # Two processes of one thread each (tests/conftest.py says why one): a file's tests stay together, as they share what is
 # slow to make. The Triton kernels run in the interpreter, which has to be chosen before they are imported.
-test: install
+test: dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels tests/grouped tests/kernels/test_ops.py tests/kernels/test_repeatability.py -k "triton and not ($(SLOW_INTERPRETED))"
 # Of the ops over experts, whose kernels tests/triton_kernels has in every form.
 SLOW_INTERPRETED := grouped_ops and (random or values and not (bfloat16 and 45 and magnitude) or add_up and not (bfloat16 and signs))
 
-lint: install
+lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # docs/errors.md: every bad input of tests/bad_inputs, and what the code says to it today.
-errors: install
+errors: dev
 	PYTHONPATH=tests $(BIN)/python -m bad_inputs > docs/errors.md
 
 # docs/reference.md: every public name, its signature and its docstring. docs/configuration.md: every key of a run and a
 # study, its default and its comment.
-reference: install
+reference: dev
 	$(BIN)/python docs/reference.py
 	$(BIN)/python docs/configuration.py
 
 # build/site: README and docs as a site, with search, results and the sources that they link to; fails on a dead link or
 # anchor. Fetches its builder (the extra docs) if that is missing, and asks the network for nothing else. To look at it:
 # python -m http.server -d build/site
-docs: install
+docs: dev
 	$(BIN)/python -m pip install --quiet zensical==0.0.73
 	$(BIN)/python docs/build_site.py
 
 # The CPU library under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer; with QUICK=1, as in
 # .ci/run, the former alone and some of the tests: 2 to 3 minutes on 2 cores.
-sanitize: install
+sanitize: dev
 	$(BIN)/python -m building.sanitized address $(if $(QUICK),$(SLIM_SANITIZED))
 	$(if $(QUICK),,$(BIN)/python -m building.sanitized thread)
 SLIM_SANITIZED := tests/cpu_kernels/test_cpu.py tests/grouped/test_grouped_cpu.py -k "seam or beyond or misaligned or empty"
 
 # The CPU library by each g++ and clang++ of this machine, with its tests, 2 minutes each; and for aarch64, its kernels
 # executed under qemu. Says which of these tools are missing, and installs none. make ports ONLY="clang++-22 aarch64"
-ports: install
+ports: dev
 	$(BIN)/python -m building.ports $(ONLY)
 
 # What the tests do in small, for long: runs that die or whose disk fails at every call that touches a file, writers of
 # checkpoints killed, files edited. make faults KILLS=1000 EDITS=20000
 KILLS ?= 1000
 EDITS ?= 20000
-faults: install
+faults: dev
 	$(BIN)/python tests/file_faults.py
 	MFT_KILLS=$(KILLS) MFT_FUZZ=$(EDITS) $(BIN)/python -m pytest -s -o addopts= \
 	  tests/training/test_checkpoint.py tests/files/test_strangers.py tests/files/test_gguf_file.py
@@ -79,14 +110,14 @@ faults: install
 # The same readers under a coverage-guided fuzzer, each for so many seconds; fetches atheris.
 FUZZ_SECONDS ?= 60
 FUZZED := export-config export-masks coded-masks checkpoint checkpoint-facts checkpoint-tensors config paper-masks gguf model-config
-fuzz: install
+fuzz: dev
 	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet atheris
 	for reader in $(FUZZED); do $(BIN)/python tests/fuzz_readers.py $$reader $(FUZZ_SECONDS) || exit 1; done
 
 # docs/architectures.md: which models of transformers can be masked, each made small and tried; 5 minutes. Some alone, by
 # model type or sweep (causal, encoder, seq2seq, vision, speech), the rest of the page stays: make architectures
 # ONLY="speech falcon"
-architectures: install
+architectures: dev
 	PYTHONPATH=tests $(BIN)/python -W ignore -m architectures $(ONLY)
 
 cuda-tools: install
@@ -123,11 +154,11 @@ hub-kernel: install
 
 # All questions, more than an hour on 2 cores; make bench WHAT=ops or WHAT="ops scaling"; QUICK=1: a few minutes, into
 # build/benchmarks. docs/benchmarks.md says what is measured.
-bench: install
+bench: dev
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(WHAT)
 
 # Fails if a ratio of ours has become worse: make bench-compare REF=main, or REF=a/folder/of/results.
-bench-compare: install
+bench-compare: dev
 	test -n "$(REF)" || { echo "REF must be a git ref or a folder of results: make bench-compare REF=HEAD~1"; exit 2; }
 	$(BIN)/python -m benchmarks.compare "$(REF)" $(if $(QUICK),--quick) $(if $(WHAT),--what $(WHAT)) $(if $(NOW),--now $(NOW))
 
@@ -158,7 +189,7 @@ gpu-bundle: cuda cubins
 
 # Compiles every kernel for every target and reads the code; about 10 minutes on 2 cores, and the minutes of `make cuda`.
 # Where that fails, the table says what the CUDA part lacks. That part alone: python -m benchmarks.kernel_code --only cuda
-kernels-report: install
+kernels-report: dev
 	-$(MAKE) --no-print-directory cuda
 	$(BIN)/python -m benchmarks.kernel_code --out docs/kernels-compiled.md
 
@@ -175,4 +206,5 @@ $(OLDEST)/.installed:
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info mft_kernels/*.so mft_kernels/_build.json mft_kernels/faster.json mft_kernels/cubins .pytest_cache .mypy_cache .ruff_cache $(VENV)/.installed $(OLDEST)
+	rm -rf build dist *.egg-info mft_kernels/*.so mft_kernels/_build.json mft_kernels/faster.json mft_kernels/cubins .pytest_cache .mypy_cache .ruff_cache $(OLDEST)
+	rm -f $(addprefix $(VENV)/.,torch packages kernels installed installed-dev)
