@@ -1,104 +1,131 @@
-"""mft demo on a tiny study: what it leaves, what it checks, and how it goes on."""
+"""mft demo on a tiny model: what it tells, what it leaves, and what it deletes."""
 
+import json
 import re
 
 import pytest
 import torch
-from tiny_study import FEW, make_study, write_ground
+from tiny import WORDS, masked_llama
+from transformers import AutoModelForCausalLM
 
 from mft.cli import demo
-from mft.cli.demo import demo_study, run_demo
-from mft.config import ModelConfig
-from mft.config_file import load_config
-from mft.models.pretrained import load_model
-from mft.study import workers
-from mft.study.report.finished import opened
+from mft.cli.demo import demo_config, run_demo
+from mft.config_file import load_config, save_config
+from mft.masks.convert import masked_modules, merge_model
+from mft.tracking.console import new_console
 
-LEFT = {"base", "config.yaml", "masks", "model", "plot.png", "table.json", "table.md"}
-LEFT |= {"study.yaml", "test", "trained", "units"}
+LEFT = {"config.yaml", "masks", "metrics.jsonl", "model", "plot.png", "table.json", "table.md"}
 
 
 @pytest.fixture
-def study(tmp_path, monkeypatch):
-    """Of one seed, in tmp_path/run; what is written needs no words that the tiny tokenizer lacks."""
+def config(model_dir, tmp_path, monkeypatch):
+    """The shipped one on the tiny model and rows that count, in tmp_path/run; the prompt is of words that it has."""
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "PROMPT", "1 2 3")
-    write_ground(tmp_path)
-    return make_study(tmp_path, FEW.replace("lrs: [1e-2, 3e-2]", "lrs: [1e-2], keep_ratios: [0.8, 0.9]"), ["seeds=[0]"])
+    monkeypatch.setattr(demo, "TOKENS", 6)
+    lines = [json.dumps({"text": " ".join(str(1 + (i * 7 + j) % (WORDS - 1)) for j in range(20))}) for i in range(60)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
+    tiny = [f"model.name={model_dir}", f"data.source={tmp_path}/data.jsonl", "data.sequence_length=12"]
+    tiny += ["data.max_train_tokens=192", "mask.layers_to_transform=2-3", "train.lr=5e-2", f"output_dir={tmp_path}/run"]
+    return load_config("demo", tiny)
 
 
-def test_the_demo_leaves_the_study_and_its_mask_as_a_run(study, tmp_path, capsys):
-    run_demo(study)
-    printed = capsys.readouterr().out
-    run = tmp_path / "run"
-    assert {path.name for path in run.iterdir()} == LEFT
-    config = load_config(run / "config.yaml")
-    with opened(run) as finished:
-        chosen, dropped = finished.chosen("count", "MFT"), finished.dropped("count", "MFT", 0)
-    assert (config.output_dir, config.memory, config.model.name) == (str(run), "plain", str(run / "base"))
-    assert (config.mask.init, config.mask.keep_ratio, config.train.lr) == ("magnitude", chosen.keep_ratio, 1e-2)
-    total = sum(weight.numel() for weight in load_model(ModelConfig(str(run / "model")))[0].parameters())
-    gone = sum(int(mask.sum()) for mask in dropped.values())
-    assert f"bit-equal: all {total:,} weights read back as written; {gone:,} of them were set to 0" in printed
-    assert re.search(r"^1 2 3 \d", printed, re.MULTILINE)
-    assert "A single seed: the intervals know of documents only" in " ".join(printed.split())
+def told(config, capsys, **options):
+    run_demo(config, **options)
+    return capsys.readouterr().out
 
 
-def test_an_unfinished_demo_goes_on_and_a_finished_one_begins_anew(study, tmp_path, monkeypatch):
-    ran, real, run = [], workers._run, tmp_path / "run"
-    monkeypatch.setattr(workers, "_run", lambda workspace, job: ran.append(job.unit) or real(workspace, job))
-    with monkeypatch.context() as patch:
-        patch.setattr(demo, "save_masks", lambda *arguments, **options: 1 / 0)
+def test_the_demo_tells_before_and_after_and_leaves_a_run_with_its_merged_model(config, model_dir, tmp_path, capsys):
+    printed = told(config, capsys)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == LEFT
+    words = " ".join(printed.split())
+    # The base speaks before anything is trained, and once more beside the masked model.
+    assert printed.index("1 2 3") < printed.index("before, validation:") < printed.index("mask fine-tune:")
+    first, second, third = re.findall(r"^1 2 3.*$", printed, re.MULTILINE)
+    assert first == second != third
+    table = json.loads((tmp_path / "run" / "table.json").read_text())
+    difference = table["loss after - before"]
+    assert f"{table['documents']} documents that it was not trained on: {difference:+.3f} nats per token" in words
+    sizes = [
+        (tmp_path / "run" / name).stat().st_size
+        for name in ("model/model.safetensors", "masks/adapter_model.safetensors")
+    ]
+    assert f"model: {sizes[0]:,} bytes; mask: {sizes[1]:,} bytes, {sizes[0] / sizes[1]:.0f} times smaller" in words
+    base, merged = (
+        dict(AutoModelForCausalLM.from_pretrained(at).named_parameters())
+        for at in (model_dir, tmp_path / "run" / "model")
+    )
+    gone = sum(int((base[name].bfloat16() != weight).sum()) for name, weight in merged.items())
+    assert gone > 0
+    assert f"bit-equal: {gone:,} of {sum(weight.numel() for weight in base.values()):,} weights are 0 now" in words
+
+
+def test_an_earlier_demo_is_deleted_finished_or_not_and_another_run_only_if_asked(
+    config, tmp_path, monkeypatch, capsys
+):
+    run, begun = tmp_path / "run", []
+    monkeypatch.setattr(demo, "_continued", lambda *_: "1 2 3")
+    monkeypatch.setattr(demo, "run_train", lambda start: begun.append(start.overwrite) or 1 / 0)
+
+    def begins(**options):
         with pytest.raises(ZeroDivisionError):
-            run_demo(study)
-    units = len(ran)
+            run_demo(config, **options)
+        return begun.pop()
+
+    assert not begins()  # there is nothing to delete
+    run.mkdir()
+    save_config(config, run / "config.yaml")
     (run / ".masks.abcdefgh.tmp").mkdir()  # as a killed one leaves it
-    run_demo(study)
-    assert len(ran) == units
-    assert {path.name for path in run.iterdir()} == LEFT
-    asked = []
-    monkeypatch.setattr(demo, "run_compare", lambda study, *, overwrite: asked.append(overwrite))
-    for overwrite in (None, False):
-        run_demo(study, overwrite=overwrite)
-    assert asked == [True, False]
+    config.model.dtype = "float32"  # what the faster one is, is measured each time
+    assert begins()
+    (run / "masks").mkdir()
+    assert begins()
+    config.train.lr = 2e-2
+    with pytest.raises(ValueError, match=r"already holds a run \(.*pass --overwrite"):
+        run_demo(config)
+    assert begins(overwrite=True)
 
 
-def test_nothing_is_merged_of_a_model_that_does_not_load(study, tmp_path):
-    (tmp_path / "model" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tmp|model"):
-        run_demo(study)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"study.yaml"}
+def test_a_directory_of_something_else_is_refused_before_the_model_is_loaded(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "study.yaml").touch()  # as the demo of before 0.2 wrote it
+    config.model.name = "not there"
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"output_dir must be new, empty or a run's, got .* with study.yaml"):
+            run_demo(config, overwrite=overwrite)
 
 
-def test_a_directory_of_something_else_is_refused(study, tmp_path):
-    (tmp_path / "run" / "model").mkdir(parents=True)  # of which no study tells that it is the demo's
-    for overwrite in (None, True):
-        with pytest.raises(ValueError, match="output_dir must be new, empty or a study's, got .* with model"):
-            run_demo(study, overwrite=overwrite)
+def test_two_texts_stand_side_by_side_where_there_is_room(monkeypatch, capsys):
+    for width, beside in ((demo.COLUMNS, True), (demo.COLUMNS - 1, False)):
+        console = new_console(width=width)
+        console._force_terminal = True
+        monkeypatch.setattr(demo, "console", console)
+        demo._show({"before": "one\n  two", "after": "three\nfour"})
+        printed = capsys.readouterr().out
+        assert (re.search(r"^ *two +four", printed, re.MULTILINE) is not None) == beside
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        (["reloaded"], "the reloaded model must be bit-equal"),
-        (["merged", "reloaded"], "must be the one that the test split saw"),
-        (["merged", "reloaded", "tested"], "merging must keep weights or set them"),
-    ],
-)
-def test_a_bit_that_differs_is_an_error(changed, message):
-    models = {name: torch.nn.Linear(3, 2) for name in ("base", "tested", "merged", "reloaded")}
-    for model in models.values():
-        model.load_state_dict(models["base"].state_dict())
-    assert "all 8 weights read back as written; 0 of them were set to 0" in demo._check_bits(**models)
+@pytest.mark.parametrize("name", ["model.layers.3.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bit_that_differs_is_an_error(name, dtype):
+    masked = masked_llama(dtype=dtype)
+    merged = merge_model(masked_llama(dtype=dtype))
+    dropped = sum(int((~module.mask()).sum()) for module in masked_modules(masked).values())
+    assert f"bit-equal: {dropped:,} of " in demo._check_bits(masked, merged)
     with torch.no_grad():
-        for name in changed:
-            models[name].weight[0, 0] += 1
-    with pytest.raises(RuntimeError, match=message):
-        demo._check_bits(**models)
+        weight = merged.get_parameter(name)
+        at = tuple(weight.eq(0).nonzero()[0]) if weight.eq(0).any() else (0, 0)
+        weight[at] = -0.0 if weight[at] == 0 else weight[at].nextafter(torch.tensor(9.0, dtype=dtype))
+    with pytest.raises(RuntimeError, match=f"must hold the base's bits, and [+]0 .*; {name} differs"):
+        demo._check_bits(masked, merged)
 
 
-def test_the_shipped_study_is_tuned_on_both_sides(tmp_path):
-    study = demo_study(tmp_path / "demo")
-    assert (study.output_dir, study.model.name) == (str(tmp_path / "demo"), "smollm2-135m")
-    assert len(study.arms["control"].settings(study.mask)) >= 3
-    assert len(study.arms["MFT"].lrs) >= 3
+def test_the_shipped_configuration_is_what_the_studies_chose(tmp_path):
+    config = demo_config(tmp_path / "a demo")
+    assert (config.output_dir, config.model.name) == (str(tmp_path / "a demo"), "smollm2-135m")
+    assert (config.mask.mode, config.mask.threshold, config.mask.layers_to_transform) == (
+        "value",
+        0,
+        list(range(24, 30)),
+    )
+    assert (config.train.lr, config.train.steps_for(96), config.train.batch_size) == (1e-3, 24, 4)

@@ -1,5 +1,6 @@
 """What mft train and mft demo print as next steps works as printed, wherever it is typed and wherever the base lies."""
 
+import json
 import re
 import shlex
 import shutil
@@ -7,14 +8,16 @@ import shutil
 import pytest
 from tiny import make_llama
 from tiny_run import LEARN
-from tiny_study import make_study, write_ground
 from typer.testing import CliRunner
 
-import mft.cli.demo
+from mft.cli import demo
 from mft.cli.app import app
 from mft.config_file import load_config
 from mft.evaluation.evaluated_base import learned_base
-from mft.models.pretrained import load_model
+from mft.masks.bank import load_mask_bank
+from mft.models import pretrained
+from mft.models.pretrained import load_model, save_model
+from mft.study.load import load_study
 
 
 def printed_commands(output):
@@ -93,28 +96,39 @@ def test_masks_without_their_run_name_base_and_dtype_themselves(cli, model_dir, 
 
 
 @pytest.fixture
-def tiny_demo(tmp_path, monkeypatch):
-    """The demo on the tiny model."""
+def demo_ground(tmp_path, monkeypatch, tokenizer, tiny_llama):
+    """smollm2-135m is tiny here, with its own tokens; the demo trains on rows of text, and chats lie in chats.jsonl."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
-    write_ground(tmp_path)
-    study = make_study(tmp_path, overrides=["seeds=[0]"])
-    monkeypatch.setattr(mft.cli.demo, "load_study", lambda name: study)
-    monkeypatch.setattr(mft.cli.demo, "_generate", lambda *arguments: "print()")
+    save_model(tiny_llama, tokenizer, tmp_path / "model")
+    monkeypatch.setattr(pretrained, "smollm2_directory", lambda dtype: tmp_path / "model")
+    monkeypatch.setattr(demo, "TOKENS", 4)
+    texts = [{"text": f"Row {i}: " + " and ".join(map(str, range(i, i + 20)))} for i in range(60)]
+    chats = [
+        {"messages": [{"role": "user", "content": f"After {i}?"}, {"role": "assistant", "content": f"{i + 1} comes."}]}
+        for i in range(20)
+    ]
+    for name, rows in (("texts", texts), ("chats", chats)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = ["mask.layers_to_transform=2-3", "data.source=texts.jsonl", "data.sequence_length=24"]
+    small += ["data.max_train_tokens=96", "data.max_eval_tokens=192", "output_dir=runs/my demo"]
+    monkeypatch.setattr(demo, "demo_config", lambda output: load_config("demo", small))
     return tmp_path
 
 
-def test_what_the_demo_leaves_can_be_used_as_it_prints(tiny_demo, monkeypatch):
+def test_the_demo_leaves_a_run_and_ends_with_three_commands_that_work_as_printed(demo_ground, monkeypatch):
     output = mft_runs("demo")
-    commands = printed_commands(output)
-    assert [command[0] for command in commands] == ["generate", "inspect", "evaluate", "merge"]
-    for command in [*commands, ["verify", "runs/demo"]]:
-        told = mft_runs(*command)
-        assert "from runs/demo/config.yaml unless given: base runs/demo/base in " in told
-        assert "flips are unknown" not in told
-    config = load_config(tiny_demo / "runs" / "demo" / "config.yaml")
-    assert config.model.name == "runs/demo/base"
-    shutil.move(tiny_demo / "runs" / "demo", tiny_demo / "elsewhere")
-    monkeypatch.chdir("/")
-    assert f"base {tiny_demo}/elsewhere/base in " in mft_runs("verify", tiny_demo / "elsewhere")
-    assert "Done in " in mft_runs("demo", "--output", tiny_demo / "elsewhere", "--overwrite")
+    train, compare, serve = printed_commands(output[output.index("Done in ") :])
+    assert train[0] == "train"
+    assert "runs/mine/masks" in mft_runs(*train)
+    assert compare == ["compare", "--config", "demo"]
+    assert load_study(compare[2]).arms.keys() >= {"control", "LoRA (rank 1 on all layers)"}
+    served = []
+    monkeypatch.setattr("mft.serving.run.serve", lambda masks, *_, **__: served.append(masks))
+    mft_runs(*serve)
+    assert served == [{"demo": "runs/my demo"}]
+    load_mask_bank(load_model("model")[0], served[0])
+    for command in (["generate", "runs/my demo", "Hello", "--max-tokens", "2"], ["merge", "runs/my demo", "merged"]):
+        assert "from runs/my demo/config.yaml unless given: base smollm2-135m in " in mft_runs(*command)
+    for name in ("model.safetensors", "config.json"):
+        assert (demo_ground / "merged" / name).read_bytes() == (demo_ground / "runs/my demo/model" / name).read_bytes()

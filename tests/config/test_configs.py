@@ -77,6 +77,6 @@ def test_a_shipped_file_goes_by_its_name_unless_a_file_has_it(tmp_path, monkeypa
     (tmp_path / "paper").write_text("mask: {init: constant}\n")
     assert load_config("paper").mask.init == "constant"
     with pytest.raises(
-        ValueError, match=r"or one of deletion, llama2_7b_code, .*, paper, got lama2_7b_code; did you mean llama2"
+        ValueError, match=r"or one of deletion, demo, llama2_7b_code, .*, paper, got lama2_7b_code; did you mean llama2"
     ):
         load_config("lama2_7b_code")

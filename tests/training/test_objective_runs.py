@@ -36,7 +36,7 @@ def test_dpo_from_pairs_to_metrics(cli, tmp_path, memory):
 
 def test_the_best_step_is_the_one_of_the_objectives_own_least_loss(cli, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("mft.training.run.plot_curves", lambda *_, **told: drawn.append(told["objective"]))
+    monkeypatch.setattr("mft.tracking.metrics.plot_curves", lambda *_, **told: drawn.append(told["objective"]))
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
     asked = ["objective.name=dpo", "data.source=pairs.jsonl", "data.sequence_length=24", "memory=resident"]
     code, output = cli("train", *LEARN, *asked, "train.steps=8", "train.eval_every=2", "train.keep_best=true")

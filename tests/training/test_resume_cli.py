@@ -227,7 +227,7 @@ def test_a_configuration_edited_beside_a_checkpoint_is_refused(cli, tmp_path):
 @pytest.mark.parametrize(
     ("verb", "place"),
     [
-        ("train", "mft.training.run.plot_curves"),
+        ("train", "mft.tracking.metrics.plot_curves"),
         ("train", "safetensors.torch.save"),
         ("train", "mft.training.run.remove"),
         ("finetune", "transformers.PreTrainedTokenizerBase.save_pretrained"),

@@ -125,12 +125,17 @@ def train(
     _let_waiting_threads_sleep()
     from mft.cli.masks import check_merged, run_merge
     from mft.training.run import run_train
+    from mft.training.run_directory import next_steps
 
     if merge is not None:
         check_merged("--merge", merge)  # before it trains for hours
     masks = run_train(_start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force))
-    if merge is not None and os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first one
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first one goes on
+        return
+    if merge is not None:
         run_merge(str(masks), merge, None, None, force=False)
+    for line in ("next:", *next_steps(masks.parent)):
+        say(line)
 
 
 @app.command(cls=Keyed)
@@ -214,7 +219,7 @@ def show(
 @app.command(cls=StudyKeys)
 def compare(
     config: Annotated[
-        str, typer.Option("--config", "-c", help="A study: own (your data), small, smollm2, moe, or a YAML file.")
+        str, typer.Option("--config", "-c", help="A study: own (your data), demo, small, smollm2, moe, or a YAML file.")
     ] = "small",
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Overrides, such as seeds=[0,1].", metavar="[KEY=VALUE]...")
@@ -642,13 +647,14 @@ def env(
 def demo(
     output: Annotated[Path, typer.Option(help="Where its files go.")] = Path("runs/demo"),
     overwrite: Annotated[
-        bool | None, typer.Option(help="Delete what lies there. By default a finished demo; an unfinished one goes on.")
-    ] = None,
+        bool, typer.Option("--overwrite", help="Delete the run that lies there. That of an earlier demo goes anyway.")
+    ] = False,
 ) -> None:
-    """SmolLM2-135M on the standard library's source, from full fine-tune to merged mask, in minutes on two cores."""
-    from mft.cli.demo import demo_study, run_demo
+    """A mask on SmolLM2-135M learns the standard library's source: text and loss before and after, in minutes."""
+    _let_waiting_threads_sleep()
+    from mft.cli.demo import demo_config, run_demo
 
-    run_demo(demo_study(output), overwrite=overwrite)
+    run_demo(demo_config(output), overwrite=overwrite)
 
 
 def main() -> None:

@@ -1,71 +1,95 @@
-"""mft demo: the whole recipe on a real model in minutes; SmolLM2-135M learns the source of the standard library.
+"""mft demo: a mask on a small model, from the model's first words to the merged model, in minutes on two cores.
 
-The study of configs/compare/demo.yaml; then the mask that it chose, merged, reloaded with plain transformers, and a
-sample of what that model writes.
+A run of mft train, by configs/demo.yaml, and around it what shows what a mask is: the same prompt before and after, the
+sizes of the files, and the merged model in plain transformers.
 """
 
 import contextlib
+import dataclasses
+import json
+import shlex
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from mft.cli.generate import Sampling, Voices
-from mft.cli.study import run_compare
-from mft.config import CONFIG, ModelConfig, RunConfig
-from mft.config_file import save_config
-from mft.masks.convert import merge_model
-from mft.masks.export import put_masks, save_masks
+from mft.cli.masks import run_merge
+from mft.config import CONFIG, RunConfig
+from mft.config_file import load_config
+from mft.masks.convert import masked_modules
+from mft.masks.export import load_masks
+from mft.masks.export_format import MASK_FILE
 from mft.masks.location import MASKS
-from mft.models.causal_lm import clone_with_own_weights
-from mft.models.pretrained import save_model
-from mft.study.config import FULL, MASK, StudyConfig
-from mft.study.load import load_study
-from mft.study.report.finished import Finished, opened
-from mft.study.store import STUDY
-from mft.tracking.console import say
+from mft.models.pretrained import load_model
+from mft.tracking.console import console, say
 from mft.tracking.curves import PLOT
-from mft.training.run_directory import MODEL, TABLE_JSON, TABLE_MARKDOWN, next_steps
-from mft_kernels import pack_mask
+from mft.tracking.metrics import METRICS, read_recorder
+from mft.training.resume import Begin
+from mft.training.run import run_train
+from mft.training.run_directory import MODEL, TABLE_JSON, check_run_directory
 
-BASE = "base"
-LEFT = f"""   {TABLE_MARKDOWN}, {TABLE_JSON}, {PLOT}: what is above, and a picture of it
-   {BASE}/: the full fine-tune, which the masks are for
-   {MASKS}/: the masks, entropy-coded
-   {MODEL}/: the merged model, for AutoModelForCausalLM.from_pretrained
-   units/, trained/, test/: every run; mft plot surface draws from them"""
-BEFOREHAND = """What the file of the study fixes was chosen beforehand on the same validation split: the keep ratio, the
-fine-tune's rate, no momentum. mft compare --config smollm2 leaves more of it to choose, in three seeds."""
-PROMPT = 'def read_lines(path):\n    """Return the lines of a text file, without their line ends."""\n    with open('
-
-
-def demo_study(output: Path) -> StudyConfig:
-    """The shipped study, in the dtype that is the faster one here."""
-    study = load_study("demo")
-    return replace(study, model=replace(study.model, dtype=faster_dtype()), output_dir=str(output))
+ABOUT = "It is SmolLM2-135M-Instruct from a file of 4-bit weights, dequantised."
+PLOT_TITLE = "SmolLM2-135M on Python source: a mask on 6 of 30 layers is trained"
+CHOSEN = (
+    "The settings were chosen on these documents in an earlier study, which tested on others (docs/evidence.md, J)."
+)
+# Of eleven prompts one where the mask's text follows the library's style clearly; after others the two differ less.
+PROMPT = "def parse_args("
+TOKENS = 48
+COLUMNS = 100  # of a terminal that has room for two texts side by side
 
 
-def run_demo(study: StudyConfig, *, overwrite: bool | None = None) -> None:
-    """Run the study, and make what its first MFT arm has learned on the first domain from the first seed a model.
+def demo_config(output: Path) -> RunConfig:
+    """The shipped configuration, in the dtype that is the faster one here."""
+    return load_config("demo", [f"model.dtype={faster_dtype()}", f"output_dir={json.dumps(str(output))}"])
 
-    overwrite: delete what lies in study.output_dir; None: if it is a finished demo. Else what is there goes on.
+
+def run_demo(config: RunConfig, *, overwrite: bool = False) -> None:
+    """Tell the story of config's run, and leave it in its output_dir, with the merged model in model/.
+
+    overwrite: delete the run that lies there; that of an earlier demo, finished or not, is deleted anyway.
+    Raises: ValueError if output_dir holds anything else.
     """
-    begin, directory = time.perf_counter(), Path(study.output_dir)
-    if overwrite is None:
-        overwrite = (directory / STUDY).is_file() and (directory / MODEL).exists()
-    _title(f"1. {study.model.name} in {study.model.dtype}: a full fine-tune, and what can be made of it")
-    run_compare(study, overwrite=overwrite)
-    say(BEFOREHAND)
-    _title("2. The masks become an ordinary model, which plain transformers reloads")
-    with opened(directory) as finished:
-        _merge(finished, directory)
-    _title(f"Done in {time.perf_counter() - begin:.0f} s. Files in {directory}/:")
-    say("\n".join([LEFT, "Next:", *(f"   {command}" for command in next_steps(directory))]))
+    begin, directory = time.perf_counter(), Path(config.output_dir)
+    start = Begin(config, overwrite=overwrite or _is_earlier_demo(config))
+    check_run_directory(directory, overwrite=start.overwrite)  # before the model is fetched
+
+    _title("1. The base model, and how it continues a prompt")
+    model, tokenizer = load_model(config.model)
+    weights = sum(weight.numel() for weight in model.parameters())
+    size = sum(weight.nbytes for weight in model.parameters())
+    say(f"{config.model.name}: {weights:,} weights, {size / 1e6:,.0f} MB in {config.model.dtype}. {ABOUT}")
+    before = _continued(model, tokenizer)
+    say(f"\n{before}", style="cyan")
+
+    _title(f"2. A mask learns from {config.data.source}; the weights stay as they are")
+    masks = run_train(start)
+    say(_difference(directory))
+    say(CHOSEN)
+
+    _title("3. The same prompt without and with the mask (the likeliest token each time)")
+    load_masks(model, masks)
+    _show({"before": before, "after": _continued(model, tokenizer)})
+
+    _title("4. The mask becomes an ordinary model, which plain transformers reads back")
+    run_merge(str(directory), directory / MODEL, None, None, force=False)
+    disable_progress_bar()  # of weights that load in a blink
+    say(_check_bits(model, AutoModelForCausalLM.from_pretrained(directory / MODEL, dtype="auto")))
+
+    _title("5. What is stored")
+    sizes = {"model": _bytes_of(directory / MODEL), "mask": (masks / MASK_FILE).stat().st_size}
+    smaller = sizes["model"] / sizes["mask"]
+    say(f"model: {sizes['model']:,} bytes; mask: {sizes['mask']:,} bytes, {smaller:.0f} times smaller")
+    read_recorder(directory / METRICS).draw(directory / PLOT, title=PLOT_TITLE, sizes=sizes)
+
+    _title(f"Done in {time.perf_counter() - begin:.0f} s")
+    say("\n".join([_files(directory), "", *_next(directory)]))
 
 
 def faster_dtype() -> str:
@@ -81,65 +105,89 @@ def faster_dtype() -> str:
     return "bfloat16" if seconds[torch.bfloat16] <= seconds[torch.float32] else "float32"
 
 
+# ---------------------------------------------------------------------------------------------- private
+
+
 def _title(text: str) -> None:
     say(f"\n{text}", style="bold")
 
 
-@torch.no_grad()
-def _merge(finished: Finished, directory: Path) -> None:
-    """base/, config.yaml, masks/ and model/ of a finished study: as mft train on the fine-tune would have left them."""
-    study, domain, seed = finished.study, next(iter(finished.study.domains)), finished.study.seeds[0]
-    arm, tokenizer = finished.arm(MASK), finished.workspace.tokenizer
-    setting, config = finished.chosen(domain, arm), study.mask_of(study.arms[arm])
-    tested = finished.model(domain, arm, seed).to("cpu")
-    base = finished.model(domain, finished.arm(FULL), seed).to("cpu")
-    kept = {key.removesuffix(".weight"): ~gone for key, gone in finished.dropped(domain, arm, seed).items()}
-    masked = put_masks(
-        clone_with_own_weights(base),
-        {name: pack_mask(mask.float(), torch.tensor(0.5)) for name, mask in kept.items()},
-        {name: (mask.shape[0], mask.shape[1]) for name, mask in kept.items()},
-        mode=config.mode,
-        keep_ratio=setting.keep_ratio,
-    )
-    run = RunConfig(
-        ModelConfig(str(directory / BASE), dtype=study.model.dtype),
-        study.domains[domain],
-        replace(config, seed=seed, keep_ratio=setting.keep_ratio or config.keep_ratio),
-        study.train_of(study.arms[arm], setting, seed),
-        output_dir=str(directory),
-        memory="plain",
-    )
-    save_config(run, directory / CONFIG)
-    save_model(base, tokenizer, directory / BASE)
-    save_masks(masked, directory / MASKS, base_model_name_or_path=run.model.name)
-    save_model(merge_model(masked), tokenizer, directory / MODEL)
-    disable_progress_bar()  # of weights that load in a blink
-    reloaded = AutoModelForCausalLM.from_pretrained(directory / MODEL, dtype="auto").eval()
-    say(f"   {_check_bits(base, tested, masked, reloaded)}")
-    say("   It continues (greedily; the first lines are given):")
-    say(_generate(reloaded, tokenizer), style="cyan")
+def _is_earlier_demo(config: RunConfig) -> bool:
+    """Whether a run of this configuration lies there, wherever it was made and in whatever dtype."""
+    path = Path(config.output_dir) / CONFIG
+    if not path.is_file():
+        return False
+    there = load_config(path)
+    model = dataclasses.replace(there.model, dtype=config.model.dtype)
+    return dataclasses.replace(there, model=model, output_dir=config.output_dir) == config
 
 
-def _check_bits(base: nn.Module, tested: nn.Module, merged: nn.Module, reloaded: nn.Module) -> str:
-    """Reloaded == merged, bit by bit, == what test saw; each weight of merged is the fine-tuned model's or +0."""
-    found, before, seen = (dict(model.named_parameters()) for model in (reloaded, base, tested))
-    total = dropped = 0
-    for name, weight in merged.named_parameters():
-        bits = torch.int16 if weight.element_size() == 2 else torch.int32
-        if not torch.equal(weight.view(bits), found[name].view(bits)):
-            raise RuntimeError(f"the reloaded model must be bit-equal to the merged one, {name} differs")
-        if not torch.equal(weight, seen[name]):
-            raise RuntimeError(f"the merged model must be the one that the test split saw, {name} differs")
-        differs = weight.view(bits) != before[name].view(bits)
-        if (weight.view(bits)[differs] != 0).any():
-            raise RuntimeError(f"merging must keep weights or set them to +0, {name} holds another value")
-        total, dropped = total + weight.numel(), dropped + int(differs.sum())
-    return (
-        f"bit-equal: all {total:,} weights read back as written; {dropped:,} of them were set to 0, the others are "
-        "the full fine-tune's own bits"
-    )
-
-
-def _generate(model: Any, tokenizer: Any, tokens: int = 48) -> str:
+def _continued(model: Any, tokenizer: Any) -> str:
     voices = Voices(model, tokenizer, {MODEL: contextlib.nullcontext})
-    return PROMPT + voices.answer(MODEL, voices.prompt(PROMPT), Sampling(tokens))
+    return PROMPT + voices.answer(MODEL, voices.prompt(PROMPT), Sampling(TOKENS))
+
+
+def _difference(directory: Path) -> str:
+    """The table's difference in words."""
+    found = json.loads((directory / TABLE_JSON).read_text(encoding="utf-8"))
+    difference, error = found["loss after - before"], found["standard error"]
+    low, high = difference - 2 * error, difference + 2 * error
+    return (
+        f"loss on {found['documents']} documents that it was not trained on: {difference:+.3f} nats per token, "
+        f"between {low:+.3f} and {high:+.3f} (two standard errors)"
+    )
+
+
+def _show(texts: dict[str, str]) -> None:
+    """Side by side where there is room, else one below the other."""
+    if console.is_terminal and console.width >= COLUMNS:
+        table = Table(*texts, padding=(0, 2, 0, 0), box=None, expand=True)
+        table.add_row(*texts.values())
+        console.print(table)
+        return
+    for name, text in texts.items():
+        say(f"\n{name}:", style="bold")
+        say(text, style="cyan")
+
+
+@torch.no_grad()
+def _check_bits(masked: nn.Module, reloaded: nn.Module) -> str:
+    """Every weight of reloaded is, bit by bit, that of the masked model's base, or +0 where the mask drops it."""
+    dropped = {f"{name}.weight": ~module.mask() for name, module in masked_modules(masked).items()}
+    base, zeros = dict(masked.named_parameters()), 0
+    for name, weight in reloaded.named_parameters():
+        bits = torch.int16 if weight.element_size() == 2 else torch.int32
+        wanted, gone = base[name].view(bits), dropped.get(name)
+        if gone is not None:
+            wanted, zeros = wanted.masked_fill(gone, 0), zeros + int(gone.sum())
+        if not torch.equal(weight.view(bits), wanted):
+            raise RuntimeError(
+                f"the merged model must hold the base's bits, and +0 where the mask drops a weight; {name} differs"
+            )
+    total = sum(weight.numel() for weight in reloaded.parameters())
+    return f"bit-equal: {zeros:,} of {total:,} weights are 0 now, the others have the base model's own bits"
+
+
+def _bytes_of(model: Path) -> int:
+    return sum(path.stat().st_size for path in model.glob("*.safetensors"))
+
+
+def _files(directory: Path) -> str:
+    return f"""Files in {directory}/:
+   {MASKS}/: the mask
+   {MODEL}/: the merged model, for AutoModelForCausalLM.from_pretrained
+   {PLOT}: loss by step, and the sizes"""
+
+
+def _next(directory: Path) -> list[str]:
+    """Three commands, each with what it takes."""
+    return [
+        "Next:",
+        "   a mask from your own chats, a JSON object per line (docs/data.md):",
+        "   mft train model.name=smollm2-135m data.source=chats.jsonl output_dir=runs/mine",
+        "   the mask against LoRA and against training the weights, about 20 minutes on two cores; in our studies LoRA",
+        "   on all layers gained more than the mask (docs/evidence.md, N):",
+        "   mft compare --config demo",
+        "   an HTTP server in OpenAI's form (pip install 'mft_kernels[serve]'); the model's name is demo:",
+        f"   mft serve --masks {shlex.quote(f'demo={directory}')}",
+    ]

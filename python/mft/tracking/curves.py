@@ -1,13 +1,24 @@
-"""Training curves as a PNG file."""
+"""What a run has learned, as a PNG file: loss on the training text at each step, and on held-out text.
+
++---------------------------------+ +----------------+
+| .  .      dots: a step each     | | model  ####### |
+| 2.47 before  .  .               | | mask   #       |
+|    o---------__   .   .         | |                |
+|                ----o 2.36       | | (with sizes)   |
++---------------------------------+ +----------------+
+"""
 
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mft.engines.step import StepReport
 from mft.files.figure import new_figure, save_figure
 
 PLOT = "plot.png"  # in the directory of a run
+# Of fewer steps the running mean shows which texts came when, and no trend.
+FEWEST_TO_AVERAGE = 50
 Curves = dict[str, list[StepReport]]
 
 
@@ -19,45 +30,75 @@ def plot_curves(
     objective: str = "cross_entropy",
     best: int | None = None,
     note: str | None = None,
+    documents: int | None = None,
+    title: str = "Loss during training",
+    sizes: Mapping[str, int] | None = None,
 ) -> None:
-    """Training losses of a run without a comparison.
+    """Draw a run.
 
-    Args: validation: loss by step, of the objective of that name as those of training are. best: the step that is
-        exported, if not the last. note: for the title.
+    Args:
+        curves: the steps by phase.
+        validation: held-out loss by step, of the objective of that name as those of training are.
+        best: the step that is exported, if not the last.
+        note: a second line of the title.
+        documents: how many the held-out loss is of.
+        sizes: bytes by what has them, for a second panel.
     """
-    figure = new_figure(6.5, 4.2)
-    axes = figure.subplots()
-    draw_curves(axes, curves)
+    figure = new_figure(7 if sizes is None else 10, 4.4)
+    axes, *others = figure.subplots(1, 2, width_ratios=(3, 1)) if sizes else [figure.subplots()]
+    for number, (name, curve) in enumerate(curves.items()):
+        _draw_steps(axes, curve, f"C{number}", "training text" if len(curves) == 1 else f"training text, {name}")
     if validation:
-        steps = sorted(validation)
-        axes.plot(steps, [validation[step] for step in steps], "ko-", markersize=4, linewidth=1, label="validation")
-        if best is not None:
-            axes.plot([best], [validation[best]], "k*", markersize=13, label=f"exported: step {best}")
-        legend_below(axes)
-    if objective != "cross_entropy":
-        axes.set_ylabel(f"loss of {objective}")
-    if note is not None:
-        axes.set_title(f"{axes.get_title()}\n{note}")
+        _draw_held_out(axes, validation, best, documents)
+    axes.margins(y=0.12)  # for the words above and below the lines
+    axes.set_xlabel("optimiser step")
+    loss = "loss, nats per token" if objective == "cross_entropy" else f"loss of {objective}"
+    axes.set_ylabel(f"{loss} (lower is better)")
+    axes.set_title(title if note is None else f"{title}\n{note}")
+    # Inside, it would cover the lines that it explains.
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize="small")
+    for other in others:
+        _draw_sizes(other, sizes or {})
     save_figure(figure, path)
 
 
-def draw_curves(axes, curves: Curves, colours: Mapping[str, str] | None = None) -> None:
-    """colours: by a curve's name up to its first comma."""
-    for number, (name, curve) in enumerate(curves.items()):
-        losses = [report.loss for report in curve]
-        steps = [report.step for report in curve]
-        colour = (colours or {}).get(name.partition(",")[0], f"C{number}")
-        axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=1)
-        axes.plot(steps, _running_mean(losses), color=colour, label=name)
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss, nats a token")
-    axes.set_title("Training (faint: each step; strong: running mean)")
-    legend_below(axes)
+def _draw_steps(axes: Any, curve: list[StepReport], colour: str, label: str) -> None:
+    steps, losses = [report.step for report in curve], [report.loss for report in curve]
+    axes.plot(steps, losses, "o", color=colour, alpha=0.4, markersize=4, markeredgewidth=0, label=f"{label}, each step")
+    if len(steps) >= FEWEST_TO_AVERAGE:
+        axes.plot(steps, _running_mean(losses), color=colour, alpha=0.8, label=f"{label}, running mean")
 
 
-def legend_below(axes) -> None:
-    """Inside it would cover the lines that it explains."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize="small")
+def _draw_held_out(axes: Any, validation: Mapping[int, float], best: int | None, documents: int | None) -> None:
+    steps = sorted(validation)
+    of = "" if documents is None else f", {documents} documents"
+    losses = [validation[step] for step in steps]
+    axes.plot(steps, losses, "ko-", markersize=5, linewidth=1.5, label=f"held-out text{of}")
+    if best is not None:
+        axes.plot([best], [validation[best]], "k*", markersize=13, label=f"exported: step {best}")
+    first, last = steps[0], steps[-1]
+    change = validation[last] - validation[first]
+    _write_beside(
+        axes, first, validation[first], f"{validation[first]:.3f}{' before' if first == 0 else ''}", right=True
+    )
+    if len(steps) > 1:
+        _write_beside(axes, last, validation[last], f"{validation[last]:.3f} at the end ({change:+.3f})", right=False)
+
+
+def _write_beside(axes: Any, step: int, loss: float, words: str, *, right: bool) -> None:
+    box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
+    offset, side = ((6, 9), "left") if right else ((-6, -16), "right")
+    axes.annotate(words, (step, loss), xytext=offset, textcoords="offset points", ha=side, bbox=box)
+
+
+def _draw_sizes(axes: Any, sizes: Mapping[str, int]) -> None:
+    """The numbers stand above the bars, as a mask's bar is too low to be seen."""
+    megabytes = [nbytes / 1e6 for nbytes in sizes.values()]
+    bars = axes.bar(list(sizes), megabytes, color=["0.6", *("C0" for _ in megabytes[1:])])
+    axes.bar_label(bars, [f"{size:.3g} MB" for size in megabytes], padding=3)
+    axes.set_ylabel("MB")
+    axes.set_title("Size on disk")
+    axes.margins(y=0.12)
 
 
 def _running_mean(values: list[float]) -> list[float]:

@@ -1,6 +1,7 @@
 """Where a run's events go: training steps and evaluations to the metrics file and to the progress display."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import time
@@ -48,7 +49,9 @@ class Recorder:
         self.progress, self.trackers, self._objective = progress, trackers, objective
         self.curves: Curves = {}
         # Loss by step, the objective's own where it says one.
-        self.validation = {e["step"]: _objective_loss(e) for e in events or () if "accuracy" in e and "step" in e}
+        evaluated = [event for event in events or () if "accuracy" in event and "step" in event]
+        self.validation = {event["step"]: _objective_loss(event) for event in evaluated}
+        self.documents: int | None = evaluated[-1].get("documents") if evaluated else None  # of validation
         self._plot = directory / PLOT if directory is not None and plot else None
         self._drawn, self._drawing = time.monotonic(), 0.0  # when it was, and the seconds that it took
 
@@ -105,6 +108,7 @@ class Recorder:
         at = {} if step is None else {"step": step}
         if step is not None:
             self.validation.setdefault(step, result.objective_loss)
+            self.documents = len(result.documents)
         self.write(
             phase=phase,
             **at,
@@ -130,9 +134,25 @@ class Recorder:
         if self._plot is None or time.monotonic() - self._drawn < max(REDRAW, 99 * self._drawing):
             return
         begin = time.monotonic()
-        plot_curves(self.curves, self._plot, self.validation, objective=self._objective)
+        self.draw(self._plot)
         self._drawn = time.monotonic()
         self._drawing = self._drawn - begin
+
+    def draw(self, path: Path, **options: Any) -> None:
+        """The plot of what was recorded so far; options: of plot_curves."""
+        told: dict[str, Any] = {"objective": self._objective, "documents": self.documents} | options
+        plot_curves(self.curves, path, self.validation, **told)
+
+
+def read_recorder(path: Path) -> Recorder:
+    """What a metrics file tells of a run of cross entropy, to be drawn again. Raises: as read_metrics."""
+    events = read_metrics(path)
+    recorder, names = Recorder(events=events), {field.name for field in dataclasses.fields(StepReport)}
+    for event in events:
+        if "steps" in event:  # a step, as Steps writes it
+            report = StepReport(**{name: value for name, value in event.items() if name in names})
+            recorder.curves.setdefault(event["phase"], []).append(report)
+    return recorder
 
 
 class Steps:

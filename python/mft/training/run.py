@@ -40,7 +40,7 @@ from mft.masks.targets import select_targets
 from mft.models.pretrained import load_model, load_outline, save_model
 from mft.objectives.objective import Objective
 from mft.tracking.console import console, say
-from mft.tracking.curves import PLOT, plot_curves
+from mft.tracking.curves import PLOT
 from mft.tracking.markdown import markdown_table
 from mft.tracking.metrics import EVALUATION_BATCH, Recorder, Steps
 from mft.tracking.progress import Progress
@@ -60,7 +60,6 @@ from mft.training.run_directory import (
     MODEL,
     TABLE_JSON,
     TABLE_MARKDOWN,
-    next_steps,
     open_run,
 )
 from mft.training.saver import Counter, Saver, Stopped
@@ -152,9 +151,6 @@ def _train(run: "_Run") -> Path:
             console.print(f"{flipped:.2f} % of the mask's bits flipped since initialisation", highlight=False)
             with run.finishing(recorder, before, after, ended, MASKS) as result:
                 save_masks(model, result, base_model_name_or_path=config.model.name, coding=config.coding)
-    if run.processes.first:
-        for line in ("next:", *next_steps(run.directory, masks_alone=not config.mask.modules_to_save)):
-            say(line)
     return run.directory / MASKS
 
 
@@ -445,8 +441,7 @@ class _Run:
             numbers["sources"] = parts
         write_whole(directory / TABLE_JSON, json.dumps(numbers, indent=2) + "\n")
         best = ended.exported if ended.exported < ended.last else None
-        shown: dict[str, Any] = {"objective": objective, "best": best, "note": ended.note}
-        plot_curves(recorder.curves, directory / PLOT, recorder.validation, **shown)
+        recorder.draw(directory / PLOT, best=best, note=ended.note)
         if recorder.metrics is not None:
             recorder.metrics.sync()
         yield directory / name

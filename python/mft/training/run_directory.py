@@ -13,6 +13,7 @@ from pathlib import Path
 from mft.config import CONFIG, RunConfig
 from mft.config_file import save_config
 from mft.files.atomic import remove, sweep, target_of
+from mft.masks.export_format import CONFIG_FILE, read_config
 from mft.masks.location import MASKS
 from mft.tracking.curves import PLOT
 from mft.tracking.metrics import METRICS
@@ -83,11 +84,12 @@ def open_run(directory: str | os.PathLike, config: RunConfig, *, overwrite: bool
     return path
 
 
-def next_steps(directory: Path, *, masks_alone: bool = True) -> list[str]:
+def next_steps(directory: Path) -> list[str]:
     """What is done with the masks of a finished run, as commands that work as they stand.
 
-    masks_alone: whether nothing else was trained, or base and masked model could not share their weights.
+    Base and masked model can answer from the same weights only if nothing but masks was trained.
     """
     run, merged = shlex.quote(str(directory)), shlex.quote(f"{directory}-merged")
+    masks_alone = not read_config(directory / MASKS / CONFIG_FILE).modules_to_save
     answers = [f'mft generate {run} "Hello"'] if masks_alone else []
     return [*answers, f"mft inspect {run}", f"mft evaluate --masks {run} --split test", f"mft merge {run} {merged}"]
