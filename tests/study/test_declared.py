@@ -34,7 +34,7 @@ def test_every_shipped_study_loads_by_its_name(name):
     study = load_study(name)
     assert all(len(arm.lrs) == 0 or len(arm.lrs) >= LEAST_RATES for arm in study.arms.values() if arm.kind != FULL)
     full = len(study.arms[study.named(FULL)].lrs)
-    assert full >= LEAST_RATES or name == "demo" or not full  # which says so of itself; or the model as it comes
+    assert full >= LEAST_RATES or not full  # the model as it comes
 
 
 @pytest.mark.parametrize("name", ["small", "smollm2"])

@@ -6,7 +6,6 @@
                trained/<domain>/<arm>/<key>.safetensors
                test/<domain>/<arm>/<key>.json         a Tested; test/openings.json: each set of models that test saw
                table.md, table.json, plot.png, bytes.png, forgetting.png
-               config.yaml, base/, masks/, model/     of mft demo: its masks as a run of mft train has them
 
 A unit's key is a hash of all that determines its result, so that what was found stays valid while arms, domains, seeds
 and rates are added. Files appear whole or not at all.
@@ -22,17 +21,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mft.config import CONFIG
 from mft.files.atomic import sweep, target_of, write_whole
 from mft.files.json_file import parse_value
 from mft.files.yaml_file import dump_yaml, parse_yaml
-from mft.masks.location import MASKS
 from mft.study.config import AVERAGE, CROSS_ENTROPY, FULL, FULL_KINDS, Setting, StudyConfig
 from mft.study.load import study_values
 from mft.study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values
 from mft.study.plan import best_so_far, selection, source_of, start_of, teachers_of
 from mft.tracking.curves import PLOT
-from mft.training.run_directory import ABLATION, MODEL, TABLE_JSON, TABLE_MARKDOWN
+from mft.training.run_directory import ABLATION, TABLE_JSON, TABLE_MARKDOWN
 from mft.training.run_lock import LOCK, hold
 
 FORMAT = 2  # counts up when the same declaration gives other results
@@ -41,7 +38,6 @@ FORGETTING = "forgetting.png"
 _OURS = {STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK, TABLE_MARKDOWN, TABLE_JSON, PLOT, FORGETTING, ABLATION}
 BYTES = "bytes.png"
 _OURS |= {BYTES, "rewards.png", "summary.png", "surface.png", "overlap.png"}  # of mft plot
-_OF_THE_DEMO = {CONFIG, MASKS, MODEL}  # ours where a study lies beside them
 _OPENINGS = "openings.json"
 _FREE = ("output_dir", "workers")  # change no result
 _OF_OTHERS = ("start", "of", "teacher")  # of an arm, names: keys hold what they stand for
@@ -62,14 +58,13 @@ def open_store(study: StudyConfig, directory: str | os.PathLike, *, overwrite: b
     path = Path(directory)
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir must be a directory, got the file {path}")
-    ours = _OURS | (_OF_THE_DEMO if (path / STUDY).is_file() else set())
     names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-    if foreign := [name for name in names if (target_of(name) or name) not in ours]:
+    if foreign := [name for name in names if (target_of(name) or name) not in _OURS]:
         raise ValueError(
             f"output_dir must be new, empty or a study's, got {path} with {', '.join(foreign[:3])}: name another one"
         )
     with hold(path):
-        sweep(path, ours.__contains__)
+        sweep(path, _OURS.__contains__)
         if overwrite:
             _empty(path)
         _check_unchanged(path, study)
@@ -90,8 +85,7 @@ def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: st
     values, now = parse_yaml((source / STUDY).read_text(encoding="utf-8"), str(source / STUDY)), study_values(study)
     if any(values.get(name) != now[name] for name in ("model", "scratch")):
         return 0
-    base = source.glob(f"{BASE_MODEL}/**/*") if study.scratch is not None else ()  # the demo's is its fine-tune
-    shared = [path for path in base if path.is_file()]
+    shared = [path for path in source.glob(f"{BASE_MODEL}/**/*") if path.is_file()]
     for folder in (UNITS, TRAINED):
         for name in _starts(study):
             shared += source.glob(f"{folder}/*/{name}/[!.]*")  # names with a dot are being written
