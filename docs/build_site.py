@@ -42,7 +42,7 @@ def main() -> None:
 
 def stage(root: Path, staged: Path) -> None:
     """Copy the pages, and all that can be reached from them."""
-    waiting = [*(root / name for name in FIRST), *sorted((root / "docs").glob("*.md"))]
+    waiting = [*(root / name for name in FIRST), *sorted((root / "docs").rglob("*.md"))]
     for path in waiting:  # which grows
         name = path.relative_to(root).as_posix()
         target = staged / as_linked(name, root)

@@ -47,7 +47,7 @@ def pages_of(nav):
 
 def test_every_page_is_in_the_navigation_once(site):
     folders = (ROOT / "docs", ROOT / "benchmarks" / "results")
-    pages = [page.relative_to(ROOT).as_posix() for folder in folders for page in folder.glob("*.md")]
+    pages = [page.relative_to(ROOT).as_posix() for folder in folders for page in folder.rglob("*.md")]
     assert sorted(pages_of(CONFIG["nav"])) == sorted([*site.FIRST, *pages]), (
         "nav in docs/zensical.toml has each page once"
     )
