@@ -47,7 +47,7 @@ $(VENV)/.kernels: $(EXTENSION_SOURCES) | $(VENV)/.torch
 
 # Byte-code of the rest too: where PYTHONDONTWRITEBYTECODE is set, each test's process would compile it again.
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
-	@echo "Installing the tools of development (about 70 packages) ..."
+	@echo "Installing the tools of development (about 110 packages) ..."
 	@$(BIN)/python -m building.requirements dev > $(VENV)/dev.txt
 	@$(PIP) -r $(VENV)/dev.txt
 	@$(BIN)/python -m compileall -qq -j 2 $(VENV)/lib || true
