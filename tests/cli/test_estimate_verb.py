@@ -36,7 +36,7 @@ def call(*arguments):
 
 def test_the_verb_prints_a_table_and_the_choice():
     code, output = call(
-        *("--model", "llama2-7b", "--layers", "4-7", "--keep-ratio", "0.9", *PAPER),
+        *("--model", "llama2-7b", "--layers", "4-7", *PAPER),
         *("--micro-batch", "1", "--memory", "auto", "--gpu", "24GB"),
     )
     assert code == 0, output
@@ -214,7 +214,6 @@ def test_a_config_file_and_a_directory(tmp_path):
         (["--model", "llama2-7b", "--gpu", "12GB", "--host", "64"], "got '64': did you mean 64GB?"),
         (["--model", "llama2-7b", "--gpu", "1GB", "--cpu", "1GB"], "--gpu or --cpu must be given, got both"),
         (["--model", "llama2-7b", "--host", "1GB"], "--host must come with --gpu, got 1GB alone"),
-        (["--model", "llama2-7b", "--keep-ratio", "1.5"], "keep_ratio must lie in [0, 1], got 1.5"),
         (["--model", "llama2-7b", "--layers", "4-70"], "layers must lie in 0 to 31"),
         (["--model", "llama2-7b", "--scores", "int8"], "scores must be one of float32, bfloat16, int16, got 'int8'"),
         (

@@ -543,9 +543,6 @@ def estimate(
         typer.Option("--config", "-c", help="A study by rewards: each of its arms, in place of the options."),
     ] = None,
     layers: Annotated[str, typer.Option(help="Masked layers, such as 4-7, or all.")] = "all",
-    keep_ratio: Annotated[
-        float, typer.Option(help="Share of the weights kept; it moves no number here.")
-    ] = _DEFAULTS.mask.keep_ratio,
     sequence: Annotated[int, typer.Option(help="Tokens per row.")] = _DEFAULTS.data.sequence_length,
     micro_batch: Annotated[int, typer.Option(help="Rows at once.")] = _DEFAULTS.train.batch_size,
     accumulation: Annotated[int, typer.Option(help="Micro-batches per step.")] = _DEFAULTS.train.accumulation,
@@ -567,10 +564,9 @@ def estimate(
 ) -> None:
     """What each way of training needs of memory and time, without loading a weight; exit code 2 if nothing fits."""
     from mft.cli.estimate import STEP, parse_bytes, run_estimate
-    from mft.config import MaskConfig, parse_layers
+    from mft.config import parse_layers
     from mft.memory.workload import Workload
 
-    MaskConfig(keep_ratio=keep_ratio)  # refuses one outside of [0, 1]
     if model is None and config is None:
         raise ValueError("--model or --config must be given, got neither")
     if gpu is not None and cpu is not None:
