@@ -19,7 +19,7 @@ from mft_kernels.processor import NEEDS
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # What no processor changes: simulated memory, and losses and masks after training, equal but for the order of sums.
-ON_ANY = frozenset({"memory_cards", "memory_mixtures", "score_optimiser", "mask_variants"})
+ON_ANY = frozenset({"memory_cards", "memory_mixtures", "score_optimiser"})
 
 Record = Mapping[str, Any]
 _NAME = re.compile(r"(?:(?P<question>\w+)-)?cpu(?:-(?P<instruction_set>\w+))?\.json")

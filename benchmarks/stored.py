@@ -48,11 +48,6 @@ def made_by(name: str, record: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         return f"python -m benchmarks.memory {question.removeprefix('memory_')}", SIMULATED
     if question == "memory":
         return "make bench WHAT=memory", (*SIMULATED, "benchmarks/bench_memory.py")
-    if question == "mask_variants":
-        return "python -m benchmarks.mask_variants --base runs/compare-small/base", (
-            *RECIPE,
-            "benchmarks/mask_variants",
-        )
     if question == "cubin_launch":
         return "python -m benchmarks.cubin_launch", ("mft_kernels", "csrc/cuda", "benchmarks/cubin_launch.py")
     if question.startswith("gpu"):

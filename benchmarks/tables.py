@@ -64,31 +64,6 @@ def scaling_tables(record: Record) -> list[str]:
     return parts
 
 
-def mask_variants_tables(record: Record) -> list[str]:
-    """A table a situation, best first: differences in validation loss, nats a token."""
-    parts = []
-    for situation in dict.fromkeys(row["situation"] for row in record["rows"]):
-        own = [row for row in record["rows"] if row["situation"] == situation]
-        rows = [
-            [
-                row["variant"],
-                row["hypothesis"],
-                " x ".join(f"{row[key]:g}" for key in ("lr", "epochs") if row[key] is not None),
-                "" if row["flips"] is None else f"{100 * row['flips']:.1f}",
-                f"{row['from_finetune']:+.4f} ± {row['from_finetune_error']:.4f}",
-                f"{row['from_control']:+.4f} ± {row['from_control_error']:.4f}",
-                f"{row['tried']} / {row['seeds']}",
-            ]
-            for row in own
-        ]
-        header = [
-            *(situation, "why it might help", "rate x epochs", "flips %"),
-            *("- fine-tune", "- control", "tried / seeds"),
-        ]
-        parts.append(markdown(header, rows))
-    return parts
-
-
 def many_masks_tables(record: Record) -> list[str]:
     """Loss of every task under every mask, nats a token, the difference from the base in brackets; then the bytes."""
     own = record["losses"]
@@ -207,7 +182,6 @@ TABLES: dict[str, Callable[[Record], list[str]]] = {
     "experts": experts_tables,
     "launch": launch_tables,
     "cubin_launch": launch_tables,
-    "mask_variants": mask_variants_tables,
     "many_masks": many_masks_tables,
 }
 

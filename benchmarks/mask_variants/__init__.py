@@ -1,1 +1,0 @@
-"""Ways of training masks against a tuned control, on validation."""
