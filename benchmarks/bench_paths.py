@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mft_kernels.cpu_choice import grad_bytes, mask_bytes, weight_bytes
+from mft_kernels.backends.cpu.choice import grad_bytes, mask_bytes, weight_bytes
 from mft_kernels.testing import random_inputs
 from mft_kernels.timing import Samples, time_within
 

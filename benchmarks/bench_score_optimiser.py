@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mft_kernels import fixed_from_float, float_from_fixed, kept_threshold, pack_mask, score_step, unpack_mask
-from mft_kernels.reference_step import MEAN_BIAS, MEAN_CODES, SQUARE_BIAS, SQUARE_CODES, decode, encode
+from mft_kernels.reference.step import MEAN_BIAS, MEAN_CODES, SQUARE_BIAS, SQUARE_CODES, decode, encode
 from mft_kernels.timing import time_interleaved
 
 from .harness import Finding, Spread, ratio, report, times

@@ -16,23 +16,17 @@ from unittest import mock
 
 import torch
 
-from mft_kernels import (
-    accumulate_score_grad,
-    backends,
-    built,
-    masked_linear_many,
-    masked_linear_quantized,
-    pack_mask,
-    score_step,
-)
-from mft_kernels.ops import gradients_of_packed
-from mft_kernels.quantized import masked_linear_quantized_d_x
-from mft_kernels.reference_step import BLOCK
+from mft_kernels import accumulate_score_grad, masked_linear_many, masked_linear_quantized, pack_mask, score_step
+from mft_kernels.backends import built
+from mft_kernels.backends import table as backends
+from mft_kernels.backends.triton import bits, cubins, many, ops, quantized, select
+from mft_kernels.backends.triton import score_step as of_step
+from mft_kernels.backends.triton.choice import automatic
+from mft_kernels.backends.triton.target import H100
+from mft_kernels.ops.linear import gradients_of_packed
+from mft_kernels.ops.quantized import masked_linear_quantized_d_x
+from mft_kernels.reference.step import BLOCK
 from mft_kernels.timing import time_interleaved
-from mft_kernels.triton import bits, cubins, many, ops, quantized, select
-from mft_kernels.triton import score_step as of_step
-from mft_kernels.triton.choice import automatic
-from mft_kernels.triton.target import H100
 
 from . import bench_launch
 from .harness import ROOT, report, write_results_to

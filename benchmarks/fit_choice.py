@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mft_kernels.processor import NEEDS
+from mft_kernels.backends.processor import NEEDS
 
 from .bench_paths import BOUND, DTYPES, HOPELESS
 from .records import RESULTS, ROOT, by_machine, machine

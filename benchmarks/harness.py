@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from building.sources import digest
-from mft_kernels.backends import asked_for
-from mft_kernels.processor import this_processor
+from mft_kernels.backends.processor import this_processor
+from mft_kernels.backends.table import asked_for
 from mft_kernels.timing import Samples
 
 from .records import RESULTS, ROOT, file_name

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mft_kernels
-from mft_kernels.held import masked_linear_held
+from mft_kernels.mask.held import masked_linear_held
 from mft_kernels.testing import Inputs, random_inputs
 
 from .rivals import KEEP_RATIO, eager_fast, paper_linear

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 from mft_kernels import backend_report
-from mft_kernels.backends import PREFERENCE, asked_for, choose, registered
+from mft_kernels.backends.table import PREFERENCE, asked_for, choose, registered
 
 OURS = "ours"
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 if TYPE_CHECKING:
-    from mft_kernels.triton.launch import Launch
-    from mft_kernels.triton.target import Target
+    from mft_kernels.backends.triton.launch import Launch
+    from mft_kernels.backends.triton.target import Target
 
 
 def compile_ahead(kernel: Any, target: GPUTarget, args: tuple, options: dict[str, Any]) -> Any:
@@ -23,8 +23,8 @@ def compile_ahead(kernel: Any, target: GPUTarget, args: tuple, options: dict[str
 def recorded(function: Callable[[], Any], target: Target) -> list[Launch]:
     """What function(), called with meta tensors, would launch on the target; nothing runs."""
     # Here and not above, so that the rest of this package needs no torch: Triton 3.6 is tried without one.
-    from mft_kernels.triton.launch import record
-    from mft_kernels.triton.target import assume
+    from mft_kernels.backends.triton.launch import record
+    from mft_kernels.backends.triton.target import assume
 
     with assume(target), record() as launches:
         function()

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mft_kernels.reference_quantized import NESTED_BLOCK, NF4_BLOCK
-from mft_kernels.reference_step import BLOCK
-from mft_kernels.triton import bits, many, ops, quantized, score_step, scratch, select
-from mft_kernels.triton.arguments import Keep
+from mft_kernels.backends.triton import bits, many, ops, quantized, score_step, scratch, select
+from mft_kernels.backends.triton.arguments import Keep
+from mft_kernels.reference.quantized import NESTED_BLOCK, NF4_BLOCK
+from mft_kernels.reference.step import BLOCK
 
 Calls = Iterator[Callable[[], object]]
 #: "words", as layers have it, or dtype of the scores and mode.

@@ -1,7 +1,7 @@
 """python -m building.cubins [FOLDER] [--target sm_90,sm_100] [--processes N]: Triton's kernels, compiled ahead of time.
 
 Writes FOLDER/TARGET.zip (mft_kernels/cubins) with the cubin of every launch of cubin_calls.py and manifest.json, which
-says of each what it is made for (mft_kernels.triton.specialise) and how it is launched. By them a machine with an older
+says of each what it is made for (backends/triton/specialise.py) and how it is launched. By them a machine with an older
 Triton, or with none, runs the code of this one. No GPU is needed. Stopped, it begins again where it was, by Triton's
 own cache.
 """
@@ -23,10 +23,10 @@ from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST, expand_signa
 from building.ahead import compile_ahead, gpu_target, recorded
 from building.cubin_calls import calls
 from building.machine_code.parameters import parameters
-from mft_kernels.triton.cubins import FOLDER, MANIFEST, kernels_hash
-from mft_kernels.triton.launch import Launch
-from mft_kernels.triton.specialise import identity
-from mft_kernels.triton.target import A100, B200, H100, Target, installed_assembler
+from mft_kernels.backends.triton.cubins import FOLDER, MANIFEST, kernels_hash
+from mft_kernels.backends.triton.launch import Launch
+from mft_kernels.backends.triton.specialise import identity
+from mft_kernels.backends.triton.target import A100, B200, H100, Target, installed_assembler
 
 TARGETS = {str(target): target for target in (A100, H100, B200)}
 _BYTES = {"i1": 4, "i32": 4, "i64": 8, "fp32": 4, "nvTmaDesc": 128}

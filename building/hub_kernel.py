@@ -89,9 +89,10 @@ def _python(package: Path) -> dict[str, str]:
     while waiting:
         name, path = waiting.popitem()
         texts[name] = path.read_text()
+        found = [(folder / INIT).as_posix() for folder in Path(name).parents[:-1]]
         for imported in _imported(texts[name], Path(name).parent):
-            found = [f"{imported}.py", f"{imported}/{INIT}"]
-            waiting |= {other: package / other for other in found if other not in texts and (package / other).exists()}
+            found += [f"{imported}.py", f"{imported}/{INIT}"]
+        waiting |= {other: package / other for other in found if other not in texts and (package / other).exists()}
     return texts
 
 

@@ -20,7 +20,7 @@ from .sources import digest
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = "_build.json"
-FASTER = "faster.json"  # of mft_kernels/faster.py; a measurement that is not there leaves "auto" as it is
+FASTER = "faster.json"  # of mft_kernels/backends/faster.py; a measurement that is not there leaves "auto" as it is
 MEASURED = ROOT / "benchmarks" / "results" / "gpu-faster.json"
 BUILDING = {"bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"}  # of setup.py's commands
 

@@ -1,6 +1,6 @@
 // The ops of namespace mft_cpu: schemas, and what leads from tensors to the kernels. Built on torch's stable ABI, so
 // that one shared object serves torch 2.11 and newer. Inputs are contiguous, and 2-d but for the tokens of
-// masked_linear: mft_kernels/cpu.py sees to it.
+// masked_linear: mft_kernels/backends/cpu/__init__.py sees to it.
 
 #include <atomic>
 #include <cstring>

@@ -58,7 +58,7 @@ inline const char* register_ops(const char* name) {
 }  // namespace registration
 }  // namespace mft
 
-// What mft_kernels/built.py calls, while it holds Python's lock.
+// What mft_kernels/backends/built.py calls, while it holds Python's lock.
 extern "C" __attribute__((visibility("default"), used)) inline const char* mft_register_ops(const char* name) {
   return mft::registration::register_ops(name);
 }

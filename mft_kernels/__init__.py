@@ -1,27 +1,26 @@
 """Mask fine-tuning: fused masked-linear kernels, their reference, and MaskedLinear, a drop-in for nn.Linear."""
 
-from .checks import check_torch
+from .ops.checks import check_torch
 
 check_torch()  # before anything asks an older torch for what it lacks
 
-from . import cpu, cuda, maskable, triton  # noqa: F401  (enter their backends into the table; torch's hook)
 from ._version import __version__ as __version__
-from .attention import MaskedMultiheadAttention
-from .backends import backend_report, import_entry_points
-from .fixed_point import fixed_from_float, float_from_fixed
-from .grouped import (
+from .backends import cpu, cuda, triton  # noqa: F401  (they enter themselves into the table)
+from .backends.table import backend_report, import_entry_points
+from .layers import maskable  # noqa: F401  (torch's hook)
+from .layers.attention import MaskedMultiheadAttention
+from .layers.grouped_linear import MaskedGroupedLinear
+from .layers.linear import MaskedLinear
+from .layers.masked_layer import MaskedLayer
+from .mask.grouped_masking import masked_linear_grouped_by_ratio
+from .mask.masking import masked_linear_by_ratio, outdate
+from .ops.grouped import (
     accumulate_score_grad_grouped,
     kept_thresholds,
     masked_linear_grouped,
     masked_linear_grouped_packed,
 )
-from .grouped_linear import MaskedGroupedLinear
-from .grouped_masking import masked_linear_grouped_by_ratio
-from .linear import MaskedLinear
-from .many import masked_linear_many
-from .masked_layer import MaskedLayer
-from .masking import masked_linear_by_ratio, outdate
-from .ops import (
+from .ops.linear import (
     accumulate_score_grad,
     kept_threshold,
     masked_linear,
@@ -29,9 +28,11 @@ from .ops import (
     pack_mask,
     unpack_mask,
 )
+from .ops.many import masked_linear_many
+from .ops.quantized import dequantize, masked_linear_quantized
+from .ops.step import score_step
 from .optim import MaskAdamW
-from .quantized import dequantize, masked_linear_quantized
-from .step import score_step
+from .reference.fixed_point import fixed_from_float, float_from_fixed
 
 __all__ = [
     "MaskAdamW",

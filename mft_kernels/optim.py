@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .checks import BLOCK, check_adam, check_mode, check_stepped
-from .grouped import select_each
-from .step import score_step
+from .ops.checks import BLOCK, check_adam, check_mode, check_stepped
+from .ops.grouped import select_each
+from .ops.step import score_step
 
 MOMENTS = ("8bit", "fp32")
 

@@ -47,7 +47,7 @@ def backend(request):
 @pytest.fixture
 def own_table(monkeypatch):
     """A table of backends that the test may add to; what "auto" has found stands again afterwards."""
-    from mft_kernels import backends
+    from mft_kernels.backends import table as backends
 
     monkeypatch.setattr(backends, "_TABLE", dict(backends._TABLE))
     monkeypatch.setattr(backends, "_order", list(backends._order))

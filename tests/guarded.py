@@ -11,7 +11,7 @@ import signal
 import torch
 from torch import Tensor
 
-from mft_kernels import cpu
+from mft_kernels.backends import cpu
 from mft_kernels.testing import random_inputs
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -3,7 +3,7 @@
 import torch
 
 from mft_kernels import fixed_from_float, float_from_fixed, score_step
-from mft_kernels.reference_step import MEAN_BIAS, MEAN_CODES, SQUARE_BIAS, SQUARE_CODES
+from mft_kernels.reference.step import MEAN_BIAS, MEAN_CODES, SQUARE_BIAS, SQUARE_CODES
 
 MEAN, SQUARE = (MEAN_BIAS, MEAN_CODES), (SQUARE_BIAS, SQUARE_CODES)
 

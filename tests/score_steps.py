@@ -2,8 +2,8 @@
 
 import torch
 
-from mft_kernels import reference_step
-from mft_kernels.fixed_point import fixed_from_float
+from mft_kernels.reference import step as reference_step
+from mft_kernels.reference.fixed_point import fixed_from_float
 
 DEFAULTS = {
     "step": 1,

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mft_kernels.built import report
+from mft_kernels.backends.built import report
 
 from ..records import RESULTS, ROOT
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mft_kernels import reference, reference_quantized
-from mft_kernels.reference_quantized import NESTED_BLOCK, NF4_BLOCK
+from mft_kernels import reference
+from mft_kernels.reference import quantized as reference_quantized
+from mft_kernels.reference.quantized import NESTED_BLOCK, NF4_BLOCK
 from mft_kernels.testing import Inputs
 
 from ..harness import Spread

@@ -71,7 +71,7 @@ class Gpu:
     dry = False
 
     def __init__(self) -> None:
-        from mft_kernels import cuda
+        from mft_kernels.backends import cuda
 
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         self.without = {CUDA: cuda.unavailable} if cuda.unavailable else {}
@@ -84,7 +84,7 @@ class Gpu:
 
     def environment(self) -> dict[str, Any]:
         """The card and what drives it."""
-        from mft_kernels.triton.target import target_of
+        from mft_kernels.backends.triton.target import target_of
 
         properties = torch.cuda.get_device_properties(self.torch_device)
         return {
@@ -293,7 +293,7 @@ class Interpreter:
 def _library(without: Mapping[str, str]) -> str:
     """What libmft_cuda.so holds and by which nvcc, or why there is none."""
     from mft_kernels import backend_report
-    from mft_kernels.built import report
+    from mft_kernels.backends.built import report
 
     if CUDA in without:
         return f"none: {without[CUDA]}"
@@ -302,7 +302,7 @@ def _library(without: Mapping[str, str]) -> str:
 
 def lacking(capability: tuple[int, int]) -> list[str]:
     """The kernels for a card of this compute capability that libmft_cuda.so was built without, and why."""
-    from mft_kernels.built import report
+    from mft_kernels.backends.built import report
 
     of_the_card = f"_sm{capability[0]}{capability[1]}"
     return [f"{name}: {why}" for name, why in report("cuda").get("left_out", {}).items() if of_the_card in name]

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mft_kernels import reference, reference_grouped
-from mft_kernels.backends import registered
+from mft_kernels import reference
+from mft_kernels.backends.table import registered
+from mft_kernels.reference import grouped as reference_grouped
 
 from ..harness import Spread
 from ..rivals import KEEP_RATIO

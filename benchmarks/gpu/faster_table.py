@@ -1,9 +1,9 @@
-"""From a run to the table by which "auto" takes CUDA's kernels (mft_kernels/faster.py), once they were correct."""
+"""From a run to the table by which "auto" takes CUDA's kernels (backends/faster.py), once they were correct."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from mft_kernels.faster import installed_triton
+from mft_kernels.backends.faster import installed_triton
 
 from .cases import AUTO, CUDA, CUDA_CHECKS, FUSED, SANITIZERS
 from .journal import FAILED, MEASURED

@@ -3,8 +3,8 @@
 import functools
 from types import SimpleNamespace
 
-import mft_kernels.cuda
-from mft_kernels.triton import bits, choice, ops, quantized, select
+import mft_kernels.backends.cuda
+from mft_kernels.backends.triton import bits, choice, ops, quantized, select
 
 from .cases import AUTO, CUDA, FUSED
 
@@ -28,6 +28,6 @@ def kernels(name: str) -> SimpleNamespace:
     """FUSED, AUTO or SCRATCH of Triton, or CUDA: the ops of the reference, as attributes."""
     if name == CUDA:
         every = (*OPS, *OVER_CODES, *OVER_EXPERTS)
-        return SimpleNamespace(name=name, **{op: getattr(mft_kernels.cuda, op) for op in every})
+        return SimpleNamespace(name=name, **{op: getattr(mft_kernels.backends.cuda, op) for op in every})
     chosen = {f.__name__: functools.partial(f, choose=_CHOOSE[name]) for f in _CHOSEN}
     return SimpleNamespace(name=name, **chosen, **{f.__name__: f for f in (*_OTHERS, *_OVER_CODES)})

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from mft_kernels import built
+from mft_kernels.backends import built
 
 from ..harness import ROOT
 

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mft_kernels.triton.arguments import Keep
-from mft_kernels.triton.launch import launch
-from mft_kernels.triton.scratch import masked_weight
+from mft_kernels.backends.triton.arguments import Keep
+from mft_kernels.backends.triton.launch import launch
+from mft_kernels.backends.triton.scratch import masked_weight
 
 #: 16 elements a thread: two loads of 16 bytes from each of the three matrices.
 _BLOCK = 2048

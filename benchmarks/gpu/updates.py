@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import mft_kernels.cuda
-from mft_kernels import kept_threshold, reference_step
-from mft_kernels.fixed_point import fixed_from_float
-from mft_kernels.held import masked_linear_held
-from mft_kernels.reference_step import BLOCK
-from mft_kernels.triton import ops, score_step
+import mft_kernels.backends.cuda
+from mft_kernels import kept_threshold
+from mft_kernels.backends.triton import ops, score_step
+from mft_kernels.mask.held import masked_linear_held
+from mft_kernels.reference import step as reference_step
+from mft_kernels.reference.fixed_point import fixed_from_float
+from mft_kernels.reference.step import BLOCK
 
 from ..rivals import KEEP_RATIO
 from .cases import CUDA, DENSE, FUSED, UPDATES, Case
@@ -48,7 +49,7 @@ def _of_cuda(op: str, device: Device) -> tuple[Callable | None, str]:
     """(the CUDA kernel, "") or (None, why there is none)."""
     if CUDA in device.without:
         return None, device.without[CUDA]
-    found = getattr(mft_kernels.cuda, op, None)
+    found = getattr(mft_kernels.backends.cuda, op, None)
     return found, "" if found else f"it has no {op}"
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import triton
 
-from mft_kernels import built
-from mft_kernels.triton.target import installed_assembler
+from mft_kernels.backends import built
+from mft_kernels.backends.triton.target import installed_assembler
 
 from . import cuda
 from .launches import targets

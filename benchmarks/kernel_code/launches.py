@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from building.ahead import recorded
-from mft_kernels.reference_step import BLOCK
-from mft_kernels.triton import bits, grouped, many, ops, score_step, select
-from mft_kernels.triton.launch import Launch
-from mft_kernels.triton.specialise import identity
-from mft_kernels.triton.target import (
+from mft_kernels.backends.triton import bits, grouped, many, ops, score_step, select
+from mft_kernels.backends.triton.launch import Launch
+from mft_kernels.backends.triton.specialise import identity
+from mft_kernels.backends.triton.target import (
     A100,
     B200,
     H100,
@@ -26,6 +25,7 @@ from mft_kernels.triton.target import (
     installed_triton,
     make_target,
 )
+from mft_kernels.reference.step import BLOCK
 
 FEATURES = 4096  # N and K
 #: One for each height of a tile, and where one launch makes both gradients and where two do.

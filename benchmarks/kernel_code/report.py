@@ -7,8 +7,8 @@ from multiprocessing import get_context
 
 from building.ahead import compile_ahead, gpu_target
 from building.machine_code import hazard, sass
-from mft_kernels.triton.launch import Launch
-from mft_kernels.triton.target import Target
+from mft_kernels.backends.triton.launch import Launch
+from mft_kernels.backends.triton.target import Target
 
 from . import amdgcn
 from .launches import Entry, entries

@@ -1,6 +1,6 @@
 // What one instruction set does to a run of scores in an optimiser step, as a table of function pointers.
 //
-// mft_kernels/reference_step.py defines formats and arithmetic; codes and scores equal it bit for bit.
+// mft_kernels/reference/step.py defines formats and arithmetic; codes and scores equal it bit for bit.
 #pragma once
 
 #include <cstdint>

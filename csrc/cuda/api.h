@@ -59,7 +59,7 @@ struct ManyProduct {
   void* workspace = nullptr;
 };
 
-// A weight (rows, columns) in codes, as mft_kernels/reference_quantized.py decodes them; contiguous, at any address.
+// A weight (rows, columns) in codes, as mft_kernels/reference/quantized.py decodes them; contiguous, at any address.
 struct Quantized {
   bool nf4 = true;  // else int8
   int64_t rows = 0, columns = 0;
@@ -125,7 +125,7 @@ struct Select {
 // kFixed16: sign and magnitude in steps of 2^-18, selected as fp16.
 enum class ScoreFormat : int { kFloat32, kBFloat16, kFixed16 };
 
-// One AdamW step on contiguous scores and moments, in place (mft_kernels/reference_step.py); then the threshold and the
+// One AdamW step on contiguous scores and moments, in place (mft_kernels/reference/step.py); then the threshold and the
 // mask of the new scores, as Select, if they are asked for.
 struct ScoreStep {
   void* scores = nullptr;

@@ -1,6 +1,6 @@
 // The ops of namespace mft_cuda: schemas, and what leads from tensors to the kernels of api.h. Built on torch's stable
 // ABI, so that one shared object serves torch 2.11 and newer. Inputs are 2-d with unit column stride:
-// mft_kernels/cuda.py sees to it.
+// mft_kernels/backends/cuda/__init__.py sees to it.
 
 #include <torch/csrc/stable/ops.h>
 

@@ -1,4 +1,4 @@
-// The ops of namespace mft_cuda that launch Triton's kernels without Triton; mft_kernels/triton/cubins.py calls them.
+// The ops of namespace mft_cuda that launch Triton's kernels without Triton; mft_kernels/backends/triton/cubins.py calls them.
 
 #include <string>
 #include <vector>

@@ -3,7 +3,7 @@
 //   kCodes 128   seeeemmm   exp_avg, whose largest code stands for 1.875 with a bias of 15
 //   kCodes 256   eeeeemmm   exp_avg_sq, the same with a bias of 31
 //
-// mft_kernels/reference_step.py (decode, encode) defines both; the bits are the same.
+// mft_kernels/reference/step.py (decode, encode) defines both; the bits are the same.
 #pragma once
 
 #include "isa.h"

@@ -1,5 +1,5 @@
 // A call's launches, remembered by the layout of its arguments: the next call alike is one op, with nothing left to
-// decide. mft_kernels/triton/planned.py remembers them.
+// decide. mft_kernels/backends/triton/planned.py remembers them.
 
 #include <torch/csrc/stable/ops.h>
 

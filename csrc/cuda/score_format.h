@@ -1,6 +1,6 @@
 // Scores in memory and as fp32: fp32 itself, bf16, and 16-bit fixed point (sign and magnitude in steps of 2^-18).
 //
-// mft_kernels/reference_step.py (widen_scores, narrow_scores) defines them; the bits are the same.
+// mft_kernels/reference/step.py (widen_scores, narrow_scores) defines them; the bits are the same.
 #pragma once
 
 #include "api.h"

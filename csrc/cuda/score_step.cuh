@@ -18,7 +18,7 @@
 // WindowKernel reads the new threshold from the counts. Where it lies outside the window, that kernel raises a flag,
 // and only then does SelectKernel (select.cuh), launched in any case, read the scores again: the host waits for nothing.
 //
-// mft_kernels/reference_step.py defines formats and arithmetic, and the bits are the same; but its square root is
+// mft_kernels/reference/step.py defines formats and arithmetic, and the bits are the same; but its square root is
 // torch's, which on a CPU is not rounded correctly. Every product and sum is rounded by itself, except where torch's
 // kernels fuse them. No GPU has timed it.
 #pragma once

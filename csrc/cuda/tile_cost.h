@@ -1,4 +1,4 @@
-// How many cycles a launch takes, by its sizes alone: as mft_kernels/triton/cost.py, which says why; a test compares
+// How many cycles a launch takes, by its sizes alone: as mft_kernels/backends/triton/cost.py, which says why; a test compares
 // the two.
 #pragma once
 
@@ -15,7 +15,7 @@ constexpr double kWgmma = 2048;   // multiply-adds a cycle and multiprocessor: 9
 constexpr int kMostParts = 16;    // of a sum
 constexpr double kNever = 1e300;  // cycles
 
-// What mft_kernels/triton/cards.py has of the card that stands for a compute capability, a cycle and multiprocessor.
+// What mft_kernels/backends/triton/cards.py has of the card that stands for a compute capability, a cycle and multiprocessor.
 struct Rates {
   double multiply_adds;  // of mma.sync, 16-bit; on 9.0 and 10.x an estimate, half of wgmma's and a quarter of tcgen05's
   double memory;         // bytes

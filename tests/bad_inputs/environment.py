@@ -32,7 +32,9 @@ from mft.study import lora
 from mft.tracking.trackers import check_trackers
 from mft.training.loop import train_masks
 from mft.training.run_lock import hold
-from mft_kernels import autotune, backends, built, cpu, cuda, masked_linear, triton
+from mft_kernels import masked_linear
+from mft_kernels.backends import autotune, built, cpu, cuda, triton
+from mft_kernels.backends import table as backends
 
 from .registry import accepted, refused
 

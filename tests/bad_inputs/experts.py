@@ -20,7 +20,7 @@ from mft_kernels import (
     masked_linear_grouped_packed,
     pack_mask,
 )
-from mft_kernels.checks import NonFiniteScores
+from mft_kernels.ops.checks import NonFiniteScores
 
 from .registry import accepted, refused
 

@@ -22,7 +22,7 @@ from mft_kernels import (
     score_step,
     unpack_mask,
 )
-from mft_kernels.checks import NonFiniteScores
+from mft_kernels.ops.checks import NonFiniteScores
 from mft_kernels.testing import integer_inputs
 
 from .registry import accepted, refused

@@ -33,7 +33,7 @@ from mft.training.run_directory import check_run_directory
 from mft.training.run_lock import LOCK, hold
 from mft.training.saver import Saver
 from mft.training.validation import Validation
-from mft_kernels.checks import NonFiniteScores
+from mft_kernels.ops.checks import NonFiniteScores
 
 from .registry import accepted, refused
 

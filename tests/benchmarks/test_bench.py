@@ -14,7 +14,7 @@ from benchmarks.layer_competitors import DENSE, EAGER, FROM_SCORES, LORA, PAPER
 from benchmarks.pooled import pooled
 from benchmarks.roofline import Ceilings, count_work
 from benchmarks.tables import markdown, ops_tables
-from mft_kernels import cpu
+from mft_kernels.backends import cpu
 
 # ---------------------------------------------------------------------------------------------- records and tables
 

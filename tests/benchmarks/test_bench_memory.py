@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks.bench_memory import COMPETITORS, ROOT, WEIGHT_BYTES
-from mft_kernels import built
+from mft_kernels.backends import built
 
 ASKED = ("amx", "avx512_bf16")
 

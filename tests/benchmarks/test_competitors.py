@@ -42,7 +42,7 @@ def test_the_held_mask_makes_no_score_gradient_for_d_x(monkeypatch):
         raise AssertionError("d_x alone was asked for")
 
     call = LayerCompetitors(24, 40).call(HELD, "d_x", inputs_of(3, 24, 40))
-    monkeypatch.setattr("mft_kernels.held.accumulate_score_grad", refuse)
+    monkeypatch.setattr("mft_kernels.mask.held.accumulate_score_grad", refuse)
     call()
 
 

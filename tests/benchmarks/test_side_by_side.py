@@ -10,7 +10,7 @@ from benchmarks import bench_cpu, bench_ops, harness, layer_competitors, matrix_
 from benchmarks.layer_competitors import DENSE, FROM_SCORES, HELD, MODULE, LayerCompetitors, inputs_of
 from benchmarks.side_by_side import OURS, SideBySide
 from benchmarks.tables import cpu_tables, ops_tables, origin
-from mft_kernels import backends
+from mft_kernels.backends import table as backends
 from mft_kernels.timing import time_interleaved, time_within
 
 COMPILED = (

@@ -19,8 +19,8 @@ from benchmarks.kernel_code import launches, report
 from benchmarks.kernel_code.__main__ import main, summary
 from building import ahead
 from building.machine_code import sass
-from mft_kernels.triton import launch, ops, target
-from mft_kernels.triton.specialise import identity
+from mft_kernels.backends.triton import launch, ops, target
+from mft_kernels.backends.triton.specialise import identity
 
 KERNELS = {
     "_masked_product_kernel",

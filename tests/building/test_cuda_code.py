@@ -21,7 +21,7 @@ from benchmarks.kernel_code import __main__ as command
 from benchmarks.kernel_code import cuda, cuda_launches, cuda_object
 from benchmarks.kernel_code.cuda_launches import Launch
 from building.machine_code import sass
-from mft_kernels import built
+from mft_kernels.backends import built
 
 TRITON_36 = Path(__file__).parent / "data" / "rs_hazard_triton36.sass.gz"
 

@@ -22,7 +22,8 @@ import mft_kernels
 from building import cpu as build_cpu
 from building import hub_kernel
 from building.compile import CPP_FLAGS, TORCH_TARGET, CannotBuild
-from mft_kernels import MaskedLinear, cpu
+from mft_kernels import MaskedLinear
+from mft_kernels.backends import cpu
 from mft_kernels.testing import integer_inputs
 
 ROOT = Path(__file__).parents[2]
@@ -116,8 +117,8 @@ def test_the_libraries_are_the_packages_own(variants):
 def test_the_python_files_are_the_packages_but_for_the_first_and_the_namespace(variants):
     for variant in variants.values():
         names = {path.relative_to(variant).as_posix() for path in variant.rglob("*.py")}
-        assert {"layers.py", "ops.py", "triton/ops.py"} <= names
-        assert names.isdisjoint({"linear.py", "optim.py", "testing.py"}), "nothing leads to these"
+        assert {"layers/stateless.py", "ops/linear.py", "backends/triton/ops.py"} <= names
+        assert names.isdisjoint({"layers/linear.py", "optim.py", "testing.py"}), "nothing leads to these"
         differ = {name for name in names if (variant / name).read_text() != (hub_kernel.PACKAGE / name).read_text()}
         assert differ == {"__init__.py", "_ops.py"}
         assert f"torch.ops.{metadata(variant)['id']}\n" in (variant / "_ops.py").read_text()
@@ -203,11 +204,11 @@ def load(variant):
 def test_a_kernel_has_ops_of_its_own_beside_the_installed_package(loaded, variants):
     name, modules = metadata(variants["cpu"])["id"], sys.modules
     assert loaded.masked_linear is not mft_kernels.masked_linear
-    assert modules[f"{name}.library"].library.ns == name
-    assert modules[f"{name}.built"].cpu_ops.capability() == torch.ops.mft_cpu.capability()
+    assert modules[f"{name}.ops.library"].library.ns == name
+    assert modules[f"{name}.backends.built"].cpu_ops.capability() == torch.ops.mft_cpu.capability()
     for ours, theirs in (
-        (modules[f"{name}.ops"].ops, torch.ops.mft),
-        (modules[f"{name}.built"].cpu_ops, torch.ops.mft_cpu),
+        (modules[f"{name}._ops"].ops, torch.ops.mft),
+        (modules[f"{name}.backends.built"].cpu_ops, torch.ops.mft_cpu),
     ):
         assert ours.kept_threshold is not theirs.kept_threshold
         assert ours.kept_threshold._qualified_op_name.startswith(name)
@@ -235,7 +236,7 @@ def test_its_results_are_the_installed_packages_bit_for_bit(loaded):
 
 def test_its_ops_stand_torchs_own_checks(loaded):
     t = integer_inputs(6, 8, 37, torch.float32)
-    ops = sys.modules[f"{loaded.__name__}.ops"].ops
+    ops = sys.modules[f"{loaded.__name__}._ops"].ops
     arguments = (t.x, t.weight, t.scores.requires_grad_(), torch.tensor(2.0), t.bias, "magnitude", "auto")
     torch.library.opcheck(ops.masked_linear.default, arguments)
 

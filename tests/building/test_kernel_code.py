@@ -22,8 +22,8 @@ from building.ahead import gpu_target, recorded
 from building.machine_code import sass
 from building.machine_code.flow import natural_loops
 from building.machine_code.hazard import Hazard, hazards
-from mft_kernels.triton.launch import launch
-from mft_kernels.triton.target import A100, H100, MI300X
+from mft_kernels.backends.triton.launch import launch
+from mft_kernels.backends.triton.target import A100, H100, MI300X
 
 SM80, SM90, SM100 = (GPUTarget("cuda", arch, 32) for arch in (80, 90, 100))
 GFX942 = GPUTarget("hip", "gfx942", 64)

@@ -7,7 +7,7 @@ import pytest
 
 from building import older_systems
 from building.compile import Link, Unit, build, find_compiler
-from mft_kernels import built
+from mft_kernels.backends import built
 
 THREADED = """
 #include <dlfcn.h>

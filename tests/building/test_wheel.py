@@ -50,12 +50,20 @@ def test_a_wheel_has_a_bound(tmp_path, monkeypatch):
 
 
 def test_an_sdist_that_lacks_a_source_is_told(tmp_path):
-    sources = ["mft_kernels/held.py", "mft/config.py"]
+    sources = ["mft_kernels/mask/held.py", "mft/config.py"]
     path = tmp_path / "mft_kernels-0.2.0.tar.gz"
     root = Path(wheel_test.__file__).parents[1]
     files = [file for folder in ("csrc", "building") for file in (root / folder).rglob("*") if file.is_file()]
     names = [str(file.relative_to(root)) for file in files]
-    held = [*names, "mft_kernels/held.py", "python/mft/config.py", "setup.py", "pyproject.toml", "LICENSE", "README.md"]
+    held = [
+        *names,
+        "mft_kernels/mask/held.py",
+        "python/mft/config.py",
+        "setup.py",
+        "pyproject.toml",
+        "LICENSE",
+        "README.md",
+    ]
 
     def missing_without(*left_out):
         with tarfile.open(path, "w:gz") as archive:

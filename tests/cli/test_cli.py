@@ -11,7 +11,7 @@ import mft
 from mft.cli.environment import served_on
 from mft.training.flips import read_flips
 from mft.training.run_directory import check_run_directory
-from mft_kernels import backends
+from mft_kernels.backends import table as backends
 
 
 @pytest.mark.parametrize("name", ["runs/[lr=3]", "runs/[/y]"])

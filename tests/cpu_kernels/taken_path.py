@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mft_kernels import cpu
+from mft_kernels.backends import cpu
 
 
 def take_path(patch: pytest.MonkeyPatch, path: str) -> None:

@@ -12,7 +12,8 @@ from amx_gemm import amx_gemm
 from pitched import OPERANDS, assert_no_pitch_is_read, assert_rows_are_independent, every_product
 from taken_path import take_path
 
-from mft_kernels import cpu, reference
+from mft_kernels import reference
+from mft_kernels.backends import cpu
 from mft_kernels.testing import assert_within_budget, integer_inputs, random_inputs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")

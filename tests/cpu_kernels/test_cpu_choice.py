@@ -15,7 +15,9 @@ import torch
 from benchmarks.bench_paths import BOUND, behind
 from benchmarks.fit_choice import FILE, FORMATS, PATHS, PRODUCTS, measured_on, small_rows
 from benchmarks.records import RESULTS, by_machine
-from mft_kernels import cpu, cpu_choice, reference
+from mft_kernels import reference
+from mft_kernels.backends import cpu
+from mft_kernels.backends.cpu import choice as cpu_choice
 from mft_kernels.testing import integer_inputs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
@@ -299,7 +301,8 @@ def test_a_process_of_its_own_reads_what_this_one_measured(cache, clock):
     forward()
     code = """
 import torch
-from mft_kernels import cpu, cpu_choice
+from mft_kernels.backends import cpu
+from mft_kernels.backends.cpu import choice as cpu_choice
 torch.set_num_threads(THREADS)
 cpu_choice._time = None  # whatever is timed fails
 t = [torch.ones(size, dtype=torch.bfloat16) for size in ((5, 40), (24, 40), (24, 40), ())]

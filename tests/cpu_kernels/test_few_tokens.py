@@ -6,7 +6,8 @@ import pytest
 import torch
 from taken_path import take_path
 
-from mft_kernels import cpu, reference
+from mft_kernels import reference
+from mft_kernels.backends import cpu
 from mft_kernels.testing import Inputs, assert_within_budget, integer_inputs, random_inputs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")

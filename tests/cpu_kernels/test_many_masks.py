@@ -4,7 +4,8 @@ import pytest
 import torch
 from taken_path import take_path
 
-from mft_kernels import cpu, masked_linear_many, reference
+from mft_kernels import masked_linear_many, reference
+from mft_kernels.backends import cpu
 from mft_kernels.testing import integer_inputs, random_inputs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")

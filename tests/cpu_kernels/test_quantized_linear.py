@@ -9,8 +9,10 @@ from torch.library import opcheck
 
 import mft_kernels
 from benchmarks.bench_memory import process_bytes
-from mft_kernels import cpu, masked_linear_packed, pack_mask, reference, reference_quantized
-from mft_kernels.quantized import masked_linear_quantized_d_x
+from mft_kernels import masked_linear_packed, pack_mask, reference
+from mft_kernels.backends import cpu
+from mft_kernels.ops.quantized import masked_linear_quantized_d_x
+from mft_kernels.reference import quantized as reference_quantized
 from mft_kernels.testing import integer_inputs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mft_kernels.reference_step import BLOCK
-from mft_kernels.triton import bits, many, ops, quantized, score_step, scratch, select
-from mft_kernels.triton.arguments import Keep
+from mft_kernels.backends.triton import bits, many, ops, quantized, score_step, scratch, select
+from mft_kernels.backends.triton.arguments import Keep
+from mft_kernels.reference.step import BLOCK
 
 BF16 = torch.bfloat16
 

@@ -10,10 +10,10 @@ import calls
 import on_stub
 
 from building import cubins as build
-from mft_kernels.triton import cubins
-from mft_kernels.triton.launch import Launch
-from mft_kernels.triton.specialise import identity
-from mft_kernels.triton.target import A100, B200, H100, Target, assume
+from mft_kernels.backends.triton import cubins
+from mft_kernels.backends.triton.launch import Launch
+from mft_kernels.backends.triton.specialise import identity
+from mft_kernels.backends.triton.target import A100, B200, H100, Target, assume
 
 
 def both(stub: on_stub.Stub, launch: Launch, target: Target) -> dict:

@@ -16,11 +16,11 @@ from unittest import mock
 import torch
 
 from building.compile import find_compiler
-from mft_kernels import built
-from mft_kernels.triton import cubins, planned
-from mft_kernels.triton import target as targets
-from mft_kernels.triton.launch import Launch, record
-from mft_kernels.triton.target import Target, assume
+from mft_kernels.backends import built
+from mft_kernels.backends.triton import cubins, planned
+from mft_kernels.backends.triton import target as targets
+from mft_kernels.backends.triton.launch import Launch, record
+from mft_kernels.backends.triton.target import Target, assume
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent

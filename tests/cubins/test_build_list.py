@@ -18,11 +18,12 @@ from building.cubins import TARGETS, launches
 from mft.masks.banked_linear import BankedLinear, TaskPerRow
 from mft.masks.quantize import QuantizedLinear
 from mft.models.quantized_weight import QuantizedWeight
-from mft_kernels import MaskAdamW, MaskedLinear, backends
-from mft_kernels.triton import bits, grouped, many, ops, quantized, score_step, select
-from mft_kernels.triton.launch import record
-from mft_kernels.triton.specialise import identity
-from mft_kernels.triton.target import assume
+from mft_kernels import MaskAdamW, MaskedLinear
+from mft_kernels.backends import table as backends
+from mft_kernels.backends.triton import bits, grouped, many, ops, quantized, score_step, select
+from mft_kernels.backends.triton.launch import record
+from mft_kernels.backends.triton.specialise import identity
+from mft_kernels.backends.triton.target import assume
 
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)

@@ -11,11 +11,11 @@ import pytest
 import torch
 import triton
 
-from mft_kernels import triton as backend
-from mft_kernels.triton import cubins
-from mft_kernels.triton import launch as launcher
-from mft_kernels.triton import target as targets
-from mft_kernels.triton.target import H100, H100_OLD_TRITON
+from mft_kernels.backends import triton as backend
+from mft_kernels.backends.triton import cubins
+from mft_kernels.backends.triton import launch as launcher
+from mft_kernels.backends.triton import target as targets
+from mft_kernels.backends.triton.target import H100, H100_OLD_TRITON
 
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)

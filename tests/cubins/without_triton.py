@@ -16,9 +16,9 @@ import calls
 import on_stub
 import torch
 
-from mft_kernels import built
-from mft_kernels.triton import bits, choice, cubins, language, ops, planned, select
-from mft_kernels.triton.target import A100, B200, H100
+from mft_kernels.backends import built
+from mft_kernels.backends.triton import bits, choice, cubins, language, ops, planned, select
+from mft_kernels.backends.triton.target import A100, B200, H100
 
 assert not language.INSTALLED
 

@@ -23,7 +23,7 @@ import torch
 from guarded import guarded
 from torch import Tensor
 
-from mft_kernels.reference import Gradients, kept_count
+from mft_kernels.reference.linear import Gradients, kept_count
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent

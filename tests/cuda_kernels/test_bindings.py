@@ -1,4 +1,4 @@
-"""From tensors to the kernels: mft_kernels/cuda.py and csrc/cuda/bindings.cpp, their ops registered for CPU tensors.
+"""From tensors to the kernels: backends/cuda and csrc/cuda/bindings.cpp, their ops registered for CPU tensors.
 
 The library of the ops is compiled here from the same bindings, with the emulated kernels in the place of the GPU's.
 What the kernels compute has tests of its own; here every argument must arrive where it belongs.
@@ -10,21 +10,13 @@ import bindings_on_host
 import pytest
 import torch
 
-from mft_kernels import (
-    MaskAdamW,
-    MaskedGroupedLinear,
-    MaskedLinear,
-    backends,
-    built,
-    cuda,
-    kept_threshold,
-    masked_linear_quantized,
-    reference,
-    reference_grouped,
-    reference_quantized,
-    reference_step,
-)
-from mft_kernels.fixed_point import fixed_from_float, selectable
+from mft_kernels import MaskAdamW, MaskedGroupedLinear, MaskedLinear, kept_threshold, masked_linear_quantized, reference
+from mft_kernels.backends import built, cuda
+from mft_kernels.backends import table as backends
+from mft_kernels.reference import grouped as reference_grouped
+from mft_kernels.reference import quantized as reference_quantized
+from mft_kernels.reference import step as reference_step
+from mft_kernels.reference.fixed_point import fixed_from_float, selectable
 from mft_kernels.testing import integer_inputs
 
 DTYPES = (torch.bfloat16, torch.float16)

@@ -11,8 +11,9 @@ from guarded import guarded
 from in_turn import in_turn
 from score_steps import DEFAULTS, arguments, normal, scores_of
 
-from mft_kernels import reference, reference_step
-from mft_kernels.fixed_point import LARGEST_CODE, selectable
+from mft_kernels import reference
+from mft_kernels.reference import step as reference_step
+from mft_kernels.reference.fixed_point import LARGEST_CODE, selectable
 
 FORMATS = (torch.float32, torch.bfloat16, torch.int16)
 NARROW = (torch.bfloat16, torch.int16)

@@ -11,7 +11,8 @@ from guarded import guarded
 from test_products_sm80 import same
 from torch import Tensor
 
-from mft_kernels import reference, reference_grouped
+from mft_kernels import reference
+from mft_kernels.reference import grouped as reference_grouped
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 #: None at the ends and between, one, a tile's edge; 3 rows are nobody's.

@@ -6,8 +6,8 @@ from dataclasses import replace
 import emulated
 import pytest
 
-from mft_kernels.triton.cards import A100, CARDS, H100, H100_PCIE, H200
-from mft_kernels.triton.cost import L2_BYTES, LAUNCH, Jobs, seconds, sum_seconds
+from mft_kernels.backends.triton.cards import A100, CARDS, H100, H100_PCIE, H200
+from mft_kernels.backends.triton.cost import L2_BYTES, LAUNCH, Jobs, seconds, sum_seconds
 
 HOPPERS = (H100, H100_PCIE, H200)
 #: P and Q of a product, from a layer of a model of 135 million parameters to the head of one of 8 billion.

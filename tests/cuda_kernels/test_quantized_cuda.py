@@ -9,7 +9,8 @@ from guarded import guarded
 from test_products_sm80 import same, within
 from torch import Tensor
 
-from mft_kernels import reference, reference_quantized
+from mft_kernels import reference
+from mft_kernels.reference import quantized as reference_quantized
 
 BF16, FP16 = torch.bfloat16, torch.float16
 KINDS = ("nf4", "nested", "int8")

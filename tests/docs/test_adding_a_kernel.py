@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mft_kernels import backends
+from mft_kernels.backends import table as backends
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "adding-a-kernel.md").read_text()

@@ -4,7 +4,9 @@ import pytest
 import torch
 from experts import integer_experts
 
-from mft_kernels import cpu, reference, reference_grouped
+from mft_kernels import reference
+from mft_kernels.backends import cpu
+from mft_kernels.reference import grouped as reference_grouped
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
 

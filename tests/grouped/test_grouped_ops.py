@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 import mft_kernels
 from mft_kernels import reference
-from mft_kernels.backends import registered
+from mft_kernels.backends.table import registered
 from mft_kernels.testing import assert_within_budget
 
 MODES = ("magnitude", "value")

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from mft_kernels.autotune import Choices, fastest, measuring
+from mft_kernels.backends.autotune import Choices, fastest, measuring
 
 KEY, OTHER = {"m": 8, "n": 24}, {"m": 16, "n": 24}
 MADE_FOR = {"device": "a card", "torch": "2.13"}
@@ -109,7 +109,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(folder, monkeypatch, caplo
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mft_kernels.autotune.os.fsync", full)
+    monkeypatch.setattr("mft_kernels.backends.autotune.os.fsync", full)
     found.add(OTHER, "fused")
     assert "No space left" in caplog.text
     assert choices().get(KEY) == "slabs"

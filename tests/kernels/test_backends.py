@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mft_kernels
-from mft_kernels import backends
+from mft_kernels.backends import table as backends
 from mft_kernels.testing import integer_inputs
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mft_kernels import MaskedLinear, companions, masking, outdate, reference
-from mft_kernels.checks import NonFiniteScores
+from mft_kernels import MaskedLinear, outdate, reference
+from mft_kernels.mask import companions, masking
+from mft_kernels.ops.checks import NonFiniteScores
 
 LAYERS = 5
 ALL = list(range(LAYERS))

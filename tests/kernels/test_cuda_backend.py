@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import mft_kernels
-from mft_kernels import backend_report, backends, built, cpu, cuda, faster
+from mft_kernels import backend_report
+from mft_kernels.backends import built, cpu, cuda, faster
+from mft_kernels.backends import table as backends
 from mft_kernels.testing import integer_inputs
 
 LIBRARY = Path(cuda.__file__).with_name("libmft_cuda.so")

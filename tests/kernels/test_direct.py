@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 
 import mft_kernels
 from mft_kernels import MaskedLinear, reference
-from mft_kernels.direct import is_direct
-from mft_kernels.held import masked_linear_held
+from mft_kernels.mask.held import masked_linear_held
+from mft_kernels.ops.direct import is_direct
 from mft_kernels.testing import integer_inputs
 
 OPS = ("masked_linear", "masked_linear_packed", "masked_linear_by_ratio")

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import mft_kernels
-from mft_kernels import fixed_from_float, fixed_point, float_from_fixed, masking, reference
-from mft_kernels.fixed_point import FIXED_POINT_STEP, LARGEST_CODE, LARGEST_FIXED, code_at_least
-from mft_kernels.scores import watch
+from mft_kernels import fixed_from_float, float_from_fixed, reference
+from mft_kernels.mask import masking
+from mft_kernels.mask.scores import watch
+from mft_kernels.reference import fixed_point
+from mft_kernels.reference.fixed_point import FIXED_POINT_STEP, LARGEST_CODE, LARGEST_FIXED, code_at_least
 
 EVERY_CODE = torch.arange(-0x8000, 0x8000, dtype=torch.int32).to(torch.int16)
 FINITE = EVERY_CODE[(EVERY_CODE & 0x7FFF).le(LARGEST_CODE)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mft_kernels import MaskedLinear, pack_mask
-from mft_kernels.held import masked_linear_held
+from mft_kernels.mask.held import masked_linear_held
 from mft_kernels.testing import integer_inputs, random_inputs
 
 SHAPES = [(5, 7, 33), (1, 1, 1), (4, 64, 96), (0, 3, 5)]

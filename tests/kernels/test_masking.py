@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from mft_kernels import MaskedLinear, masking
+from mft_kernels import MaskedLinear
+from mft_kernels.mask import masking
 from mft_kernels.testing import random_inputs
 
 

@@ -7,8 +7,9 @@ import warnings
 import pytest
 import torch
 
-from mft_kernels import MaskAdamW, MaskedLinear, cpu, fixed_from_float, float_from_fixed, kept_threshold, pack_mask
-from mft_kernels.masking import current_mask
+from mft_kernels import MaskAdamW, MaskedLinear, fixed_from_float, float_from_fixed, kept_threshold, pack_mask
+from mft_kernels.backends import cpu
+from mft_kernels.mask.masking import current_mask
 
 BACKENDS = ("reference", *([] if cpu.unavailable else ["cpu"]))
 SCORES = (torch.float32, torch.bfloat16, torch.int16)

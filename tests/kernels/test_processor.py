@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mft_kernels import cpu, processor
-from mft_kernels.processor import read_processor
+from mft_kernels.backends import cpu, processor
+from mft_kernels.backends.processor import read_processor
 
 AVX512 = "avx512f avx512bw avx512dq avx512vl"
 XEON = f"""\

@@ -7,7 +7,7 @@ import torch
 from score_matrix import MEAN, SQUARE, Matrix
 
 from mft_kernels import float_from_fixed
-from mft_kernels.reference_step import decode, encode, narrow_scores, philox, random_words
+from mft_kernels.reference.step import decode, encode, narrow_scores, philox, random_words
 
 
 def test_philox_gives_the_published_words():

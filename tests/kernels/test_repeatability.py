@@ -7,7 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mft_kernels
-from mft_kernels import backends, cpu, reference
+from mft_kernels import reference
+from mft_kernels.backends import cpu
+from mft_kernels.backends import table as backends
 from mft_kernels.testing import random_inputs
 
 REPEATS, RACES = 100, 20  # threads wait for each other long on a busy machine

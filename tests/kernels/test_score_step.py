@@ -7,7 +7,8 @@ import torch
 from score_matrix import Matrix
 from torch.library import opcheck
 
-from mft_kernels import cpu, float_from_fixed, reference, score_step
+from mft_kernels import float_from_fixed, reference, score_step
+from mft_kernels.backends import cpu
 
 SCORES = (torch.float32, torch.bfloat16, torch.int16)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import optimizer
 
-from mft_kernels import MaskedLinear, fixed_from_float, masking, outdate, score_step
-from mft_kernels.scores import Scores, state
+from mft_kernels import MaskedLinear, fixed_from_float, outdate, score_step
+from mft_kernels.mask import masking
+from mft_kernels.mask.scores import Scores, state
 
 SIZE = 64
 UNSAMPLED = (1, 6)  # an element that the sample of a 64 x 64 fp32 matrix leaves out

@@ -5,8 +5,11 @@ import torch
 from torch import Tensor
 
 import mft_kernels
-from mft_kernels import MaskedLinear, backends, cpu, ops, reference
-from mft_kernels.held import masked_linear_held
+from mft_kernels import MaskedLinear, reference
+from mft_kernels.backends import cpu
+from mft_kernels.backends import table as backends
+from mft_kernels.mask.held import masked_linear_held
+from mft_kernels.ops import linear as ops
 from mft_kernels.testing import integer_inputs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"the CPU library: {cpu.unavailable}")

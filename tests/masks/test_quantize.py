@@ -36,7 +36,8 @@ from mft.models import quantized_weight
 from mft.models.linears import find_candidates, layer_stacks, weight_name
 from mft.models.quantized_weight import QuantizedWeight, quantized_weights
 from mft.training.loop import train_masks
-from mft_kernels import MaskedLinear, cpu, masked_linear_packed, pack_mask
+from mft_kernels import MaskedLinear, masked_linear_packed, pack_mask
+from mft_kernels.backends import cpu
 
 GATE = "model.layers.0.mlp.gate_proj"
 

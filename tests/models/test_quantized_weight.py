@@ -11,7 +11,8 @@ from mft.config import QUANTIZATIONS
 from mft.masks.quantize import QuantizedLinear
 from mft.models import quantized_weight
 from mft.models.quantized_weight import BLOCK, QuantizedWeight
-from mft_kernels import cpu, reference_quantized
+from mft_kernels.backends import cpu
+from mft_kernels.reference import quantized as reference_quantized
 
 # The levels that appendix E of QLoRA (arXiv 2305.14314) lists.
 NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]

@@ -116,7 +116,7 @@ def test_wrong_arguments_are_told(monkeypatch):
     with pytest.raises(ValueError, match="names must hold at least one linear layer"):
         add_lora(make_llama(), [], 4, 0)
     with pytest.raises(
-        ValueError, match=r"cannot mask model.layers.2.mlp.up_proj: it is a mft_kernels.linear.MaskedLinear"
+        ValueError, match=r"cannot mask model.layers.2.mlp.up_proj: it is a mft_kernels.layers.linear.MaskedLinear"
     ):
         add_lora(masked_llama(), NAMES, 4, 0)
     with pytest.raises(ValueError, match="model must hold LoRA adapters, found none"):

@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import quick_interpreter  # noqa: F401
 from guarded import guarded
 
-from mft_kernels import reference_step
-from mft_kernels.fixed_point import fixed_from_float
+from mft_kernels.backends.triton import bits, grouped, ops, score_step, select, target
+from mft_kernels.backends.triton.launch import launch
+from mft_kernels.reference import step as reference_step
+from mft_kernels.reference.fixed_point import fixed_from_float
 from mft_kernels.testing import Inputs, random_inputs
-from mft_kernels.triton import bits, grouped, ops, score_step, select, target
-from mft_kernels.triton.launch import launch
 
 TARGETS = (target.INTERPRETER, target.A100, target.H100, target.H100_OLD_TRITON, target.B200, target.MI300X)
 #: Of whose forms experts are tried: pointers and descriptors.

@@ -21,7 +21,7 @@ def device():
 @pytest.fixture(scope="session")
 def targets(device):
     """By name, whose form and tiles can be run here: those of every card in the interpreter, on a GPU its own."""
-    from mft_kernels.triton import target
+    from mft_kernels.backends.triton import target
 
     if not INTERPRETING:
         return {"GPU": target.target_of(device)}
@@ -34,7 +34,7 @@ CARDS = ("INTERPRETER", "A100", "H100", "H100_OLD_TRITON", "B200", "MI300X")
 @pytest.fixture(params=CARDS if INTERPRETING else ["GPU"])
 def target(request, targets):
     """The target whose form and tiles the test runs."""
-    from mft_kernels.triton.target import assume
+    from mft_kernels.backends.triton.target import assume
 
     with assume(targets[request.param]):
         yield targets[request.param]

@@ -3,9 +3,9 @@
 import torch
 
 from mft_kernels import reference
+from mft_kernels.backends.triton import ops
+from mft_kernels.backends.triton.launch import record
 from mft_kernels.testing import Inputs, integer_inputs
-from mft_kernels.triton import ops
-from mft_kernels.triton.launch import record
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("magnitude", "value")

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from mft_kernels import reference
+from mft_kernels.backends.triton import bits
+from mft_kernels.backends.triton.target import interpreting
 from mft_kernels.testing import integer_inputs
-from mft_kernels.triton import bits
-from mft_kernels.triton.target import interpreting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("magnitude", "value")

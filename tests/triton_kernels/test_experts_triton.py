@@ -7,11 +7,12 @@ import torch
 from exact import HALF, assert_same
 from experts import integer_experts
 
-from mft_kernels import reference, reference_grouped
+from mft_kernels import reference
+from mft_kernels.backends.triton import grouped, select
+from mft_kernels.backends.triton.launch import record
+from mft_kernels.backends.triton.target import assume
+from mft_kernels.reference import grouped as reference_grouped
 from mft_kernels.testing import assert_within_budget
-from mft_kernels.triton import grouped, select
-from mft_kernels.triton.launch import record
-from mft_kernels.triton.target import assume
 
 #: Rows an expert: tiles of 16, of 64 and of 128 of them, each with full tiles, short ones and none.
 ROWS = ((0, 1, 32, 0, 19, 0), (40, 0, 66), (0, 130, 70))

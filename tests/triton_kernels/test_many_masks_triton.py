@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mft_kernels import reference
+from mft_kernels.backends.triton import many
+from mft_kernels.backends.triton.launch import record
+from mft_kernels.backends.triton.target import assume
 from mft_kernels.testing import integer_inputs
-from mft_kernels.triton import many
-from mft_kernels.triton.launch import record
-from mft_kernels.triton.target import assume
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -25,9 +25,9 @@ from exact import (
 )
 
 from mft_kernels import reference
+from mft_kernels.backends.triton import ops
+from mft_kernels.backends.triton.target import assume
 from mft_kernels.testing import assert_within_budget, random_inputs
-from mft_kernels.triton import ops
-from mft_kernels.triton.target import assume
 
 
 @pytest.mark.parametrize("scores_dtype", DTYPES)

@@ -23,10 +23,10 @@ from exact import (
 )
 
 from mft_kernels import reference
+from mft_kernels.backends.triton import ops
+from mft_kernels.backends.triton.launch import launch
+from mft_kernels.backends.triton.target import interpreting
 from mft_kernels.testing import integer_inputs
-from mft_kernels.triton import ops
-from mft_kernels.triton.launch import launch
-from mft_kernels.triton.target import interpreting
 
 
 def column_major(value):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mft_kernels import reference
+from mft_kernels.backends.triton import ops
+from mft_kernels.backends.triton.target import assume, interpreting
 from mft_kernels.testing import integer_inputs
-from mft_kernels.triton import ops
-from mft_kernels.triton.target import assume, interpreting
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings

@@ -19,9 +19,9 @@ from exact import (
     threshold_of,
 )
 
+from mft_kernels.backends.triton import ops
+from mft_kernels.backends.triton.target import assume, interpreting
 from mft_kernels.testing import Inputs, random_inputs
-from mft_kernels.triton import ops
-from mft_kernels.triton.target import assume, interpreting
 
 
 @pytest.fixture(params=ARITHMETIC)

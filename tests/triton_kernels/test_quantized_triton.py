@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mft_kernels import backends, pack_mask, quantized, reference_quantized
+from mft_kernels import pack_mask
+from mft_kernels.backends import table as backends
+from mft_kernels.backends.triton import quantized as kernels
+from mft_kernels.backends.triton.launch import record
+from mft_kernels.ops import quantized
+from mft_kernels.reference import quantized as reference_quantized
 from mft_kernels.testing import assert_within_budget, random_inputs
-from mft_kernels.triton import quantized as kernels
-from mft_kernels.triton.launch import record
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("nf4", "nf4-dq", "int8")

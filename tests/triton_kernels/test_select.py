@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mft_kernels import reference
-from mft_kernels.triton import select
-from mft_kernels.triton.target import H100, H100_OLD_TRITON, MI300X, interpreting
+from mft_kernels.backends.triton import select
+from mft_kernels.backends.triton.target import H100, H100_OLD_TRITON, MI300X, interpreting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("magnitude", "value")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mft_kernels import reference
-from mft_kernels.triton import select
+from mft_kernels.backends.triton import select
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import strategies as st  # noqa: E402

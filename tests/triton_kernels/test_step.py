@@ -10,11 +10,12 @@ import pytest
 import torch
 from score_steps import DEFAULTS, arguments, normal, scores_of
 
-from mft_kernels import reference, reference_step
-from mft_kernels.fixed_point import LARGEST_CODE
-from mft_kernels.triton import score_step as kernels
-from mft_kernels.triton import select
-from mft_kernels.triton.target import assume, installed_triton, target_of
+from mft_kernels import reference
+from mft_kernels.backends.triton import score_step as kernels
+from mft_kernels.backends.triton import select
+from mft_kernels.backends.triton.target import assume, installed_triton, target_of
+from mft_kernels.reference import step as reference_step
+from mft_kernels.reference.fixed_point import LARGEST_CODE
 
 FORMATS = (torch.float32, torch.bfloat16, torch.int16)
 NARROW = (torch.bfloat16, torch.int16)

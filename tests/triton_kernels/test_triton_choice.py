@@ -7,8 +7,8 @@ import logging
 import pytest
 import torch
 
-from mft_kernels.triton import choice, plan, target
-from mft_kernels.triton.choice import FUSED, SCRATCH, Product
+from mft_kernels.backends.triton import choice, plan, target
+from mft_kernels.backends.triton.choice import FUSED, SCRATCH, Product
 
 
 def product(m, **changes):

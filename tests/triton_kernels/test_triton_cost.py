@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from mft_kernels.triton import plan, target
-from mft_kernels.triton.cards import CARDS, H100, H100_PCIE, H200, RTX_4090, card_of
-from mft_kernels.triton.cost import L2_BYTES, LATENCY, MASKING, Jobs, busy_cycles, seconds, sum_seconds
-from mft_kernels.triton.plan import MOST_SPLITS, Operands
+from mft_kernels.backends.triton import plan, target
+from mft_kernels.backends.triton.cards import CARDS, H100, H100_PCIE, H200, RTX_4090, card_of
+from mft_kernels.backends.triton.cost import L2_BYTES, LATENCY, MASKING, Jobs, busy_cycles, seconds, sum_seconds
+from mft_kernels.backends.triton.plan import MOST_SPLITS, Operands
 
 #: N and K, from a layer of a model of 135 million parameters to one of 8 billion.
 SHAPES = ((576, 1536), (1536, 576), (1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336))
@@ -59,7 +59,7 @@ def test_on_132_multiprocessors_128_token_tiles_lose_1_7_times_at_1024_tokens():
 
 @pytest.mark.parametrize("bytes_a_cycle", [24, 32, 48])
 def test_the_losses_do_not_hang_on_what_l2_gives_exactly(monkeypatch, bytes_a_cycle):
-    monkeypatch.setattr("mft_kernels.triton.cost.L2_BYTES", bytes_a_cycle)
+    monkeypatch.setattr("mft_kernels.backends.triton.cost.L2_BYTES", bytes_a_cycle)
     assert cuda_cycles(512, 64) / cuda_cycles(512, 128) == pytest.approx(1.8, abs=0.05)
     assert cuda_cycles(1024, 128) / cuda_cycles(1024, 256) == pytest.approx(1.7, abs=0.05)
 

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from mft_kernels.triton import grouped, launch, many, ops, plan, target
-from mft_kernels.triton.plan import Operands
+from mft_kernels.backends.triton import grouped, launch, many, ops, plan, target
+from mft_kernels.backends.triton.plan import Operands
 
 TARGETS = (target.A100, target.H100, target.H100_OLD_TRITON, target.B200, target.MI300X)
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 14336), (1024, 4096), (1000, 1001))

@@ -3,10 +3,12 @@
 It takes the place of mft_kernels/__init__.py; building/hub_kernel.py puts beside it what it imports from there.
 """
 
-from . import cpu, cuda, layers, triton  # noqa: F401  (the others enter their backends into the table)
-from .backends import backend_report
-from .masking import masked_linear_by_ratio
-from .ops import (
+from .backends import cpu, cuda, triton  # noqa: F401  (they enter themselves into the table)
+from .backends.table import backend_report
+from .layers import stateless as layers
+from .mask.masking import masked_linear_by_ratio
+from .mask.scores import watch
+from .ops.linear import (
     accumulate_score_grad,
     kept_threshold,
     masked_linear,
@@ -14,8 +16,7 @@ from .ops import (
     pack_mask,
     unpack_mask,
 )
-from .scores import watch
-from .step import score_step
+from .ops.step import score_step
 
 __all__ = [
     "accumulate_score_grad",

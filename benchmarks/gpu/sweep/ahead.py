@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from building.ahead import compile_ahead, gpu_target
-from mft_kernels.triton import ops
-from mft_kernels.triton.launch import record
-from mft_kernels.triton.plan import Tiles
-from mft_kernels.triton.target import Target, assume
+from mft_kernels.backends.triton import ops
+from mft_kernels.backends.triton.launch import record
+from mft_kernels.backends.triton.plan import Tiles
+from mft_kernels.backends.triton.target import Target, assume
 
 from ..timing import FAILURES
 from .configurations import Problem, instead

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
-from mft_kernels.triton import backward, plan, product, score_grad
-from mft_kernels.triton.plan import Operands, Tiles
-from mft_kernels.triton.planned import forget
-from mft_kernels.triton.target import Target
+from mft_kernels.backends.triton import backward, plan, product, score_grad
+from mft_kernels.backends.triton.plan import Operands, Tiles
+from mft_kernels.backends.triton.planned import forget
+from mft_kernels.backends.triton.target import Target
 
 #: Sizes that instructions take; beyond 256 the sums of a tile do not fit the registers. Rows of less than 128 bytes are
 #: no whole swizzle, and no product of plan.py has them but for fp32 scores.

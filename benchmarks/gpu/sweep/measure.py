@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mft_kernels.backends.triton.plan import Operands, Tiles
+from mft_kernels.backends.triton.target import H100_OLD_TRITON, Target, target_of
 from mft_kernels.eager import eager_grad_scores, eager_grad_x, eager_linear
-from mft_kernels.triton.plan import Operands, Tiles
-from mft_kernels.triton.target import H100_OLD_TRITON, Target, target_of
 
 from ..cases import FUSED, Case
 from ..competitors import Inputs, difference, tolerance

@@ -8,9 +8,9 @@ from rich.table import Table
 
 import mft_kernels
 from mft.tracking.console import console, say
-from mft_kernels.backends import asked_for, registered
-from mft_kernels.cpu import path_taken
-from mft_kernels.processor import this_processor
+from mft_kernels.backends.cpu import path_taken
+from mft_kernels.backends.processor import this_processor
+from mft_kernels.backends.table import asked_for, registered
 
 
 def run_env(*, measure: bool) -> None:

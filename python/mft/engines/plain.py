@@ -21,7 +21,7 @@ from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
 from mft.surrogate.surrogate import Surrogate
 from mft_kernels import MaskAdamW, MaskedLayer
-from mft_kernels.masking import current_mask
+from mft_kernels.mask.masking import current_mask
 
 
 class Plain:

@@ -18,8 +18,8 @@ from mft.engines.offload import Mover
 from mft.models.quantized_weight import QuantizedWeight
 from mft.surrogate.surrogate import Surrogate
 from mft_kernels import MaskAdamW, MaskedLayer, pack_mask
-from mft_kernels.fixed_point import selectable
-from mft_kernels.masking import outdate
+from mft_kernels.mask.masking import outdate
+from mft_kernels.reference.fixed_point import selectable
 
 MOMENTS = {"float32": "fp32", "8bit": "8bit"}  # train.moments as MaskAdamW calls them
 _CLIP_ROWS = 256  # of a gradient squared at once

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mft_kernels import masked_linear_many, masked_linear_packed
-from mft_kernels.many import MOST_MASKS
+from mft_kernels.ops.many import MOST_MASKS
 
 #: The most tokens that an accelerator takes in one pass of many masks, which multiplies all of them by each mask.
 _FEW_TOKENS = 64
@@ -35,7 +35,7 @@ class Choice(Protocol):
 class BankedLayer(nn.Module):
     """A frozen weight and bias with masks as bits by task, and which of them is in use; what is computed others say."""
 
-    masks_weight = True  # see mft_kernels/maskable.py
+    masks_weight = True  # see mft_kernels/layers/maskable.py
 
     def __init__(self, weight: Tensor, bias: Tensor | None, choice: ContextVar[Choice]) -> None:
         super().__init__()

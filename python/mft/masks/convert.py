@@ -22,8 +22,8 @@ from mft.models.parallel import check_unsharded, unwrapped
 from mft.models.quantized_weight import quantized_weights
 from mft.surrogate.surrogate import forget_surrogate, keep_surrogate
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, MaskedMultiheadAttention
-from mft_kernels.checks import check_alpha
-from mft_kernels.shells import filled, without
+from mft_kernels.layers.shells import filled, without
+from mft_kernels.ops.checks import check_alpha
 
 # Which parameters were trainable before, so that merge_model can say so again; an attribute of the model.
 _TRAINABLE_BEFORE = "_mft_trainable_before"

@@ -20,9 +20,9 @@ from mft.models.experts import expert_projections
 from mft.surrogate.surrogate import surrogate_of
 from mft.surrogate.trainer import hook_scores
 from mft_kernels import masked_linear_by_ratio, masked_linear_grouped_by_ratio, unpack_mask
-from mft_kernels.checks import NonFiniteScores
-from mft_kernels.masking import current_mask
-from mft_kernels.scores import watch
+from mft_kernels.mask.masking import current_mask
+from mft_kernels.mask.scores import watch
+from mft_kernels.ops.checks import NonFiniteScores
 
 # Of a model that comes with an adapter, TRL's trainers add one of this name by the adapter's own configuration, as the
 # policy that training begins at. They copy the parameters over by LoRA's names, which scores do not have.
@@ -38,7 +38,7 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("mft_scores",)
     other_param_names = ("mft_config",)
-    masks_weight = True  # see mft_kernels/maskable.py
+    masks_weight = True  # see mft_kernels/layers/maskable.py
     mft_scores: Any
 
     def __init__(self, base_layer: nn.Module, module_name: str, names: Mapping[str, str], scores: nn.Module) -> None:

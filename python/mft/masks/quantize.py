@@ -25,14 +25,14 @@ from mft.models.linears import find_candidates, layer_stacks, linear_named, weig
 from mft.models.quantized_experts import QuantizedGroupedLinear, dense_experts, quantize_experts
 from mft.models.quantized_weight import QuantizedWeight, check_library, check_quantization, quantized_weights
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, masked_linear_quantized
-from mft_kernels.checks import NonFiniteScores
-from mft_kernels.direct import is_direct_but_for_autograd
-from mft_kernels.grouped import gradients_of_packed_grouped, product_of_packed_grouped
-from mft_kernels.held import Weight
-from mft_kernels.library import unchanged
-from mft_kernels.masking import CurrentMask, current_mask
-from mft_kernels.ops import gradients_of_packed
-from mft_kernels.quantized import masked_linear_quantized_d_x
+from mft_kernels.mask.held import Weight
+from mft_kernels.mask.masking import CurrentMask, current_mask
+from mft_kernels.ops.checks import NonFiniteScores
+from mft_kernels.ops.direct import is_direct_but_for_autograd
+from mft_kernels.ops.grouped import gradients_of_packed_grouped, product_of_packed_grouped
+from mft_kernels.ops.library import unchanged
+from mft_kernels.ops.linear import gradients_of_packed
+from mft_kernels.ops.quantized import masked_linear_quantized_d_x
 
 
 def quantize_model(model: nn.Module, kind: str = "nf4", *, masked: bool = False) -> nn.Module:

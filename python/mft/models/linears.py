@@ -19,8 +19,8 @@ from mft.models.experts import expert_projections
 from mft.models.quantized_weight import QuantizedWeight
 from mft.models.weight_readers import why_read
 from mft_kernels import MaskedLayer
-from mft_kernels.attention import projections, why_not_split
-from mft_kernels.maskable import has_slow_path, why_no_mask, why_no_scores, why_not_there
+from mft_kernels.layers.attention import projections, why_not_split
+from mft_kernels.layers.maskable import has_slow_path, why_no_mask, why_no_scores, why_not_there
 
 _HEADS = {"lm_head", "embed_out"}
 _SHOWN = 3  # names a message lists

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mft.config import QUANTIZATIONS
-from mft_kernels import cpu, dequantize
-from mft_kernels.quantized import QuantizedMatrix
+from mft_kernels import dequantize
+from mft_kernels.backends import cpu
+from mft_kernels.ops.quantized import QuantizedMatrix
 
 BLOCK = 64  # weights that share an absmax in NF4
 _NESTED_BLOCK = 256  # of these that share one in turn

@@ -25,8 +25,8 @@ def folder(tmp_path_factory):
 def test_it_holds_sources_tests_cubins_and_no_results(folder):
     made, _ = folder
     for name in (
-        "Makefile", "setup.py", "mft_kernels/triton/product.py", "python/mft/engines/plain.py", "csrc/cuda/api.h",
-        "python/mft/memory/known_models/smollm2-135m.json", "benchmarks/gpu/__main__.py",
+        "Makefile", "setup.py", "mft_kernels/backends/triton/product.py", "python/mft/engines/plain.py",
+        "python/mft/memory/known_models/smollm2-135m.json", "benchmarks/gpu/__main__.py", "csrc/cuda/api.h",
         "mft_kernels/cubins/sm_90.zip", "tests/triton_kernels", "tests/conftest.py",
     ):  # fmt: skip
         assert (made / name).exists(), name

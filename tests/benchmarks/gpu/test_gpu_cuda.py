@@ -21,7 +21,10 @@ from benchmarks.gpu import cases, correctness, device, equality, layouts, result
 from benchmarks.gpu.cases import CUDA, Case
 from benchmarks.gpu.journal import FAILED, MEASURED, NOT_MEASURED, Journal
 from benchmarks.gpu.kernels import OPS, OVER_CODES, OVER_EXPERTS, kernels
-from mft_kernels import cuda, reference, reference_grouped, reference_quantized
+from mft_kernels import reference
+from mft_kernels.backends import cuda
+from mft_kernels.reference import grouped as reference_grouped
+from mft_kernels.reference import quantized as reference_quantized
 
 ROOT = Path(__file__).resolve().parents[3]
 IN_PLACE = ("accumulate_score_grad", "accumulate_product", "grouped_score_grad")
@@ -300,7 +303,7 @@ def test_a_missing_sanitizer_ends_with_exit_code_3_and_all_results_written(tmp_p
 def test_a_library_without_the_card_s_own_kernels_ends_with_exit_code_3(tmp_path, capsys, monkeypatch):
     """General kernels under the goals of Hopper's would be a figure of something else."""
     why = "CUTLASS's headers are missing"
-    monkeypatch.setattr("mft_kernels.built.report", lambda part: {"left_out": {"score_grad_sm90": why}})
+    monkeypatch.setattr("mft_kernels.backends.built.report", lambda part: {"left_out": {"score_grad_sm90": why}})
     lacks = device.lacking((9, 0))
     assert lacks == [f"score_grad_sm90: {why}"]
     assert device.lacking((8, 0)) == device.lacking((10, 0)) == []

@@ -13,7 +13,8 @@ from gpu_records import CEILINGS, record, sample
 from benchmarks.gpu import faster_table, results
 from benchmarks.gpu.cases import AUTO, CUDA, CUDA_CHECKS, FUSED, SQUARE, Case
 from benchmarks.gpu.journal import FAILED, MEASURED, Journal
-from mft_kernels import backends, faster
+from mft_kernels.backends import faster
+from mft_kernels.backends import table as backends
 
 WHERE = {"device": "a card", "date": "today", "sources": "0123", "capability": [9, 0]}
 BF16 = torch.bfloat16

@@ -14,7 +14,8 @@ from gpu_records import CEILINGS
 from benchmarks.gpu import cases, competitors, device, host, tables, train, updates
 from benchmarks.gpu.cases import CUDA, DENSE, DRY_SHAPE, FUSED, Case
 from benchmarks.gpu.journal import FAILED, MEASURED, NOT_MEASURED
-from mft_kernels import reference, reference_step
+from mft_kernels import reference
+from mft_kernels.reference import step as reference_step
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -19,11 +19,11 @@ from benchmarks.gpu.journal import FAILED, MEASURED, Journal
 from benchmarks.gpu.sweep import __main__ as judged_anew
 from benchmarks.gpu.sweep import ahead, measure
 from benchmarks.gpu.sweep.configurations import Problem, instead, legal, planned, predicted
+from mft_kernels.backends.triton import plan as tiles_plan
+from mft_kernels.backends.triton.launch import record
+from mft_kernels.backends.triton.plan import Operands, Tiles
+from mft_kernels.backends.triton.target import H100, H100_OLD_TRITON, INTERPRETER, assume
 from mft_kernels.eager import eager_linear
-from mft_kernels.triton import plan as tiles_plan
-from mft_kernels.triton.launch import record
-from mft_kernels.triton.plan import Operands, Tiles
-from mft_kernels.triton.target import H100, H100_OLD_TRITON, INTERPRETER, assume
 
 #: What a sweep of one shape is made of.
 PROBLEMS = [Problem(case.detail, case.m, case.n, case.k) for case in plan(["sweep"], [SQUARE], TOKENS)]

@@ -110,7 +110,7 @@ def test_what_cannot_be_captured_queues_up_instead_and_says_why(monkeypatch):
 
 
 def test_the_card_is_described_and_its_ceilings_and_peaks_are_measured(monkeypatch):
-    from mft_kernels.triton import target
+    from mft_kernels.backends.triton import target
 
     Card(monkeypatch)
     gpu = Gpu()

@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from mft_kernels import MaskedLinear
-from mft_kernels.maskable import why_no_mask
+from mft_kernels.layers.maskable import why_no_mask
 
 IN, OUT = 100, 48
 

@@ -1,4 +1,4 @@
-"""mft_kernels/layers.py: a forward that a module takes over computes as the module's own."""
+"""mft_kernels/layers/stateless.py: a forward that a module takes over computes as the module's own."""
 
 import copy
 import inspect
@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mft_kernels import MaskedLinear, layers
+from mft_kernels import MaskedLinear
+from mft_kernels.layers import stateless as layers
 from mft_kernels.testing import integer_inputs
 
 

@@ -11,7 +11,7 @@ from mft.study.config import FULL, QUANTIZED, TEMPERATURE
 from mft.study.outcome import Measured, Outcome, Tested
 from mft.study.workspace import Workspace, with_layers_remembered
 from mft.training.loop import NonFiniteLoss
-from mft_kernels.checks import NonFiniteScores
+from mft_kernels.ops.checks import NonFiniteScores
 
 
 def run_unit(workspace: Workspace, job: Job) -> Outcome:

@@ -1,0 +1,161 @@
+"""The triton backend: enters the table of backends, or says there why it cannot run here."""
+
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from .. import built
+from ..autotune import measuring
+from ..table import Backend, register, registered
+from . import cubins
+
+logger = logging.getLogger("mft_kernels")
+
+OLDEST = (3, 6)
+
+
+def _unavailable() -> str | None:
+    # Triton takes a second to import, so it is imported where a kernel can run, and nowhere else.
+    no_compiler, by = _no_compiler(), cubins.asked()
+    if no_compiler is None and _interpreting():
+        return None
+    if no_compiler and importlib.util.find_spec("triton") is not None:
+        return no_compiler
+    if not torch.cuda.is_available():
+        return no_compiler or "no GPU found by torch; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        return f"it needs compute capability 8.0 or newer, got {major}.{minor}"
+    _, no_cubins = cubins.bundle(_card())
+    if no_cubins and by == cubins.CUBINS:
+        return f"MFT_TRITON={by} cannot be served: {no_cubins}"
+    if no_compiler and by == cubins.JIT:
+        return f"MFT_TRITON={by} cannot be served: {no_compiler}"
+    return f"{no_compiler}; {no_cubins}" if no_compiler and no_cubins else None
+
+
+def _no_compiler() -> str | None:
+    """Why Triton compiles nothing here; None if it does."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton (Linux only)"
+    if tuple(int(part) for part in _version().split(".")[:2]) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        return f"it needs Triton {oldest} or newer, got {_version()}; pip install 'triton>={oldest}'"
+    return None
+
+
+def _card() -> str:
+    """ "sm_90" and the like."""
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+def _version() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:  # some builds of torch bring it under another name
+        import triton
+
+        return triton.__version__
+
+
+def _interpreting() -> bool:
+    # What Triton takes for true.
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _ops() -> tuple[dict[str, Callable], dict[str, Callable]]:
+    """(what a request by name runs, what "auto" runs in its place)."""
+    from . import bits, choice, grouped, language, many, ops, quantized, score_step, select
+
+    chosen = (
+        ops.masked_linear,
+        ops.masked_linear_backward,
+        ops.masked_linear_packed,
+        ops.masked_linear_packed_backward,
+    )
+    others = (
+        ops.accumulate_score_grad,
+        ops.accumulate_product,
+        many.masked_linear_many,
+        many.masked_linear_many_backward,
+        select.kept_threshold,
+        select.kept_thresholds,
+        grouped.grouped_product,
+        grouped.grouped_score_grad,
+        bits.pack_mask,
+        bits.pack_signs,
+        score_step.score_step,
+        quantized.masked_linear_quantized,
+        quantized.masked_linear_quantized_d_x,
+    )
+    by_name: dict[str, Callable] = {f.__name__: f for f in (*chosen, *others)}
+    automatic: dict[str, Callable] = {f.__name__: functools.partial(f, choose=choice.automatic) for f in chosen}
+    if not language.INSTALLED:
+        del by_name["score_step"]  # it works in place, in launches of which a later one may have no cubin
+        automatic = {name: _or_reference(name, automatic.get(name, f)) for name, f in by_name.items()}
+    return by_name, automatic
+
+
+def _short() -> dict[str, Callable]:
+    """What declines a call but one that is remembered, see planned.py."""
+    if torch.version.hip is not None or _interpreting() or cubins.bundle(_card())[0] is None or measuring():
+        return {}
+    return {"masked_linear_packed": built.cuda_ops.try_masked_linear_packed.default}
+
+
+def _or_reference(name: str, op: Callable) -> Callable:
+    """What "auto" runs where nothing can be compiled: a launch that has no cubin is the reference's."""
+
+    def run(*arguments, **named):
+        try:
+            return op(*arguments, **named)
+        except cubins.NoCubin as reason:
+            _say(name, str(reason))
+            return registered("reference").ops[name](*arguments, **named)
+
+    return run
+
+
+@functools.cache  # once for each
+def _say(op: str, reason: str) -> None:
+    logger.warning("%s: the reference (not triton: %s)", op, reason)
+
+
+def _detail() -> str:
+    if _no_compiler() is None and _interpreting():
+        return f"Triton {_version()}, interpreter"
+    from .target import target_of
+
+    target = target_of(torch.device("cuda", torch.cuda.current_device()))
+    form = f"{target}, {'swapped' if target.swapped else 'plain'} form (docs/kernels.md)"
+    ahead, reason = cubins.bundle(str(target))
+    compiler = f"Triton {_version()}" if _no_compiler() is None else ""
+    if ahead is None or cubins.asked() == cubins.JIT:
+        return f"{compiler}, {form}; {reason or 'MFT_TRITON=jit'}"
+    others = f"others by {compiler}" if compiler and cubins.asked() is None else "no others"
+    return f"{len(ahead.cubins)} cubins of Triton {ahead.triton}, {form}; {others}"
+
+
+unavailable = _unavailable()
+_interprets = _no_compiler() is None and _interpreting()
+_named, _automatic = _ops() if unavailable is None else ({}, {})
+
+register(
+    Backend(
+        name="triton",
+        device_types=frozenset({"cpu" if _interprets else "cuda"}),
+        dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+        ops=_named,
+        automatic=_automatic,
+        short=_short() if _named else {},
+        unavailable=unavailable,
+        detail="" if unavailable else _detail(),
+        on_request="the interpreter is for tests" if _interprets else None,
+    )
+)

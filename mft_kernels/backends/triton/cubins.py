@@ -1,0 +1,203 @@
+"""Kernels that a newer Triton has compiled ahead of time (make cubins): found by what a launch is made for.
+
+MFT_TRITON says who compiles: "cubins" takes these alone, "jit" the installed Triton alone; unset, a cubin where there
+is one. The library of csrc/cuda launches them, as Triton's own launcher would.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import struct
+import threading
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import built
+from ..built import load
+from .specialise import identity
+
+FOLDER = Path(__file__).parents[2] / "cubins"
+MANIFEST = "manifest.json"
+CUBINS, JIT = "cubins", "jit"
+
+
+class NoCubin(RuntimeError):
+    """There is none for a launch that only a cubin can serve."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The cubins of one target, by what they are made for; ``path`` is the archive."""
+
+    path: Path
+    triton: str
+    ptxas: str
+    cubins: dict[str, dict[str, Any]]
+
+    @property
+    def compiler(self) -> tuple[int, int]:
+        """(major, minor) of the Triton that compiled them."""
+        major, minor = self.triton.split(".")[:2]
+        return int(major), int(minor)
+
+    @property
+    def assembler(self) -> tuple[int, int]:
+        """(major, minor) of its ptxas."""
+        major, minor = self.ptxas.split(".")[:2]
+        return int(major), int(minor)
+
+
+def asked() -> str | None:
+    """What MFT_TRITON asks for: CUBINS, JIT, or None for whichever there is. Raises: ValueError for another word."""
+    value = os.environ.get("MFT_TRITON") or None
+    if value not in (None, "auto", CUBINS, JIT):
+        raise ValueError(f"MFT_TRITON must be {CUBINS!r} or {JIT!r}, got {value!r}; unset it for whichever there is")
+    return None if value == "auto" else value
+
+
+def bundle(target: str) -> tuple[Bundle | None, str]:
+    """(the cubins for "sm_90" and the like, why there are none or "")."""
+    return _bundle(target, FOLDER)
+
+
+@functools.cache
+def _bundle(target: str, folder: Path) -> tuple[Bundle | None, str]:
+    path = folder / f"{target}.zip"
+    if not path.exists():
+        return None, f"no cubins for {target} in {folder}; make cubins compiles them"
+    with zipfile.ZipFile(path) as archive:
+        about = json.loads(archive.read(MANIFEST))
+    if about["kernels"] != kernels_hash():
+        return None, f"{path} is of other sources than these kernels; make cubins compiles it again"
+    if (reason := load("cuda")) is not None:
+        return None, f"the library that launches cubins is missing: {reason}"
+    return Bundle(path, about["triton"], about["ptxas"], about["cubins"]), ""
+
+
+def kernels_hash() -> str:
+    """Of the text of every file of kernels."""
+    files = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"".join(text for text in files if b"\n@triton.jit" in text)).hexdigest()
+
+
+class Cubin:
+    """One kernel of a bundle, ready to be launched on any device of its target."""
+
+    def __init__(self, bundle: Bundle, key: str) -> None:
+        about = bundle.cubins[key]
+        with zipfile.ZipFile(bundle.path) as archive:
+            image = bytearray(archive.read(about["file"]))
+        layout = [number for p in about["parameters"] for number in p.get("map", [0] * 5)]
+        self._number = built.cuda_ops.add_cubin(
+            torch.frombuffer(image, dtype=torch.uint8), about["name"], about["warps"], about["shared"], layout
+        )
+
+    def launch(self, device: int, grid: tuple[int, ...], kernel: Any, args: Sequence[Any]) -> None:
+        """On the device's current stream; see launch.launch."""
+        values, addresses, numbers = values_of(kernel, args)
+        whole = [*grid, 1, 1][:3]
+        built.cuda_ops.launch_cubin(self._number, device, whole, values)
+        note(Launched(self._number, whole, values, addresses, numbers))
+
+
+def bits_of(number: float) -> int:
+    """As a launch passes it: an integer itself, a float by its bits in fp32."""
+    return number if isinstance(number, int) else struct.unpack("<i", struct.pack("<f", number))[0]
+
+
+def values_of(
+    kernel: Any, args: Sequence[Any]
+) -> tuple[list[int], list[tuple[int, str, torch.Tensor]], dict[str, int]]:
+    """What a launch passes: (the bits of what is not compiled in, which of them are addresses: parameter and tensor,
+    which are numbers that no binary depends on: by parameter).
+
+    A descriptor is passed as a matrix (address, shape, stride), and its shape and strides.
+    """
+    values: list[int] = []
+    addresses: list[tuple[int, str, torch.Tensor]] = []
+    numbers: dict[str, int] = {}
+    each = ((one, p) for a, p in zip(args, kernel.params) for one in (a if isinstance(a, tuple) else (a,)))
+    for argument, parameter in each:
+        if isinstance(argument, torch.Tensor):
+            addresses.append((len(values), parameter.name, argument))
+            values.append(argument.data_ptr())
+        elif isinstance(argument, int | float):
+            if isinstance(argument, float) or parameter.do_not_specialize:
+                numbers[parameter.name] = len(values)
+            if argument != 1 or parameter.name in numbers:
+                values.append(bits_of(argument))
+        elif argument is not None:
+            shape, strides = argument.shape, argument.strides
+            addresses.append((len(values), parameter.name, argument.base))
+            values += [argument.base.data_ptr(), *shape, strides[0], *shape, *strides]
+    return [*values, 0, 0], addresses, numbers  # two scratches that these kernels do not have
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A cubin's launch: its number, grid and values, and which values are addresses and numbers, see values_of."""
+
+    cubin: int
+    grid: list[int]
+    values: list[int]
+    addresses: list[tuple[int, str, torch.Tensor]]
+    numbers: dict[str, int]
+
+
+_noted = threading.local()
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[Launched | None]]:
+    """Within the context, this thread's launches: of cubins, and None for any other."""
+    before = getattr(_noted, "launches", None)
+    found: list[Launched | None] = []
+    _noted.launches = found
+    try:
+        yield found
+    finally:
+        _noted.launches = before
+
+
+def is_noting() -> bool:
+    """Whether this thread is within noting."""
+    return getattr(_noted, "launches", None) is not None
+
+
+def note(launched: Launched | None) -> None:
+    """To whom it may concern, see noting."""
+    if (launches := getattr(_noted, "launches", None)) is not None:
+        launches.append(launched)
+
+
+def find(target: str, kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> Cubin | None:
+    """The cubin for a launch on a target, if there is one and MFT_TRITON does not forbid it."""
+    if asked() == JIT:
+        return None
+    found, _ = bundle(target)
+    if found is None:
+        return None
+    key = identity(kernel, args, options)
+    return _cubin(target, FOLDER, key) if key in found.cubins else None
+
+
+def missing(target: str, kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> str:
+    """Why find finds nothing, in words."""
+    if asked() == JIT:
+        return f"MFT_TRITON={JIT} takes no cubin"
+    _, reason = bundle(target)
+    return reason or f"there is no cubin for {identity(kernel, args, options)} on {target}"
+
+
+@functools.cache
+def _cubin(target: str, folder: Path, key: str) -> Cubin:
+    found, reason = _bundle(target, folder)
+    assert found is not None, reason
+    return Cubin(found, key)

@@ -1,0 +1,256 @@
+"""The masked product over codes: out = a @ Wm.T (forward) or a @ Wm (d_x), Wm = where(keep, decoded, 0), not in memory.
+
+    nf4   decoded[i] = NF4[code[i]] * absmax[i // 64]   i over the whole (N, K); two codes a byte, the first in the high
+                                                        bits; absmax may be codes itself (double quantisation)
+    int8  decoded[n, k] = code[n, k] * (absmax[n] / 127)
+
+In fp32 and rounded once to a's dtype, as reference_quantized.dequantize does it, so Wm is the same to the bit. P is the
+axis of the result that comes from the weight, Q the one that is summed (product.py). One program makes BLOCK_M x
+BLOCK_P of out, or of a part of its sum:
+
+             Q ->                          codes, absmax and words of the mask, BLOCK_Q at a time:
+        +---+---+---+                      look up, scale, round, select, then multiply
+      M | a | a | a |   x   [Wm][Wm][Wm]   = one tile of out
+        +---+---+---+
+
+Where rows are whole blocks of 64, a thread takes many codes by one load, and an absmax a block. Else, and of other odd
+rows, codes come one by one, by their place in the whole matrix: correct, not fast. No GPU has run this.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from ...reference.quantized import NESTED_BLOCK, NF4, NF4_BLOCK
+from . import planned
+from .arguments import arithmetic, is_exact
+from .language import tl, triton
+from .launch import launch
+from .plan import Operands, quantized_tiles
+from .product import new_parts, store_part, sum_splits
+from .target import target_of
+from .tiles import load_bits, load_tile, store_tile
+
+
+def masked_linear_quantized(
+    x: Tensor,
+    codes: Tensor,
+    absmax: list[Tensor],
+    packed: Tensor | None,
+    bias: Tensor | None,
+    shape: list[int],
+    kind: str,
+) -> Tensor:
+    """y = x @ where(mask, decoded, 0).T + bias."""
+    return _product(x, codes, absmax, packed, bias, shape, kind, transposed=False)
+
+
+def masked_linear_quantized_d_x(
+    grad_output: Tensor, codes: Tensor, absmax: list[Tensor], packed: Tensor | None, shape: list[int], kind: str
+) -> Tensor:
+    """d_x = grad_output @ where(mask, decoded, 0)."""
+    return _product(grad_output, codes, absmax, packed, None, shape, kind, transposed=True)
+
+
+def _product(
+    given: Tensor,
+    codes: Tensor,
+    absmax: list[Tensor],
+    packed: Tensor | None,
+    bias: Tensor | None,
+    shape: list[int],
+    kind: str,
+    *,
+    transposed: bool,
+) -> Tensor:
+    (n, k), levels = shape, _levels(given.device) if kind == "nf4" else None
+    number = planned.kind("codes", given, kind, n, k, transposed)
+
+    def run() -> list[Tensor]:
+        return [_launch(given, codes, absmax, levels, packed, bias, shape, kind, transposed=transposed)]
+
+    return planned.by_plan((given, codes, levels, packed, bias, *absmax), number, run)[0]
+
+
+def _launch(
+    given: Tensor,
+    codes: Tensor,
+    absmax: list[Tensor],
+    levels: Tensor | None,
+    packed: Tensor | None,
+    bias: Tensor | None,
+    shape: list[int],
+    kind: str,
+    *,
+    transposed: bool,
+) -> Tensor:
+    (n, k), m = shape, given.shape[:-1].numel()
+    p, q = (k, n) if transposed else (n, k)
+    a = given.reshape(m, q)
+    out = a.new_empty((m, p))
+    bias = None if bias is None else bias.contiguous()
+    packed = None if packed is None else packed.contiguous()
+    whole = k % (NF4_BLOCK if kind == "nf4" else 16) == 0
+    asked = Operands(a.element_size(), 0, is_exact(a), whole)
+    tiles = quantized_tiles(target_of(a.device), max(1, m), max(1, p), max(1, q), asked)
+    part = max(tiles.inner, tiles.part(q))
+    splits = max(1, math.ceil(q / part))
+    parts = new_parts(a, splits, m, p)
+    launch(
+        _quantized_product_kernel,
+        (math.ceil(m / tiles.rows) * math.ceil(p / tiles.columns) * splits,),
+        a,
+        codes.contiguous(),
+        tuple(scale.contiguous() for scale in absmax),
+        levels,
+        packed,
+        bias,
+        out,
+        parts,
+        m,
+        n,
+        k,
+        splits,
+        part,
+        *a.stride(),
+        *out.stride(),
+        TRANSPOSED=transposed,
+        KIND=kind,
+        WHOLE=whole,
+        BLOCK=NF4_BLOCK,
+        NESTED=NESTED_BLOCK if len(absmax) > 1 else 0,
+        PACKED=packed is not None,
+        HAS_BIAS=bias is not None,
+        BLOCK_M=tiles.rows,
+        BLOCK_P=tiles.columns,
+        BLOCK_Q=tiles.inner,
+        STAGES=tiles.stages,
+        num_warps=tiles.warps,
+        maxnreg=tiles.registers,
+        enable_fp_fusion=False,  # the reference rounds the product of double quantisation before it adds
+        **arithmetic(a),
+    )
+    if splits > 1 and out.numel():
+        sum_splits(parts, bias, out)
+    return out.view(*given.shape[:-1], p)
+
+
+@functools.cache
+def _levels(device: torch.device) -> Tensor:
+    return torch.tensor(NF4, device=device)
+
+
+@triton.jit(do_not_specialize=["M", "SPLITS"])
+def _quantized_product_kernel(
+    a, codes, absmax, levels, keep, bias, out, parts, M, N, K, SPLITS, Q_SPLIT,
+    stride_am, stride_aq, stride_om, stride_op,
+    TRANSPOSED: tl.constexpr, KIND: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One tile of out (M, P) a program, if SPLITS is 1; else of one of the parts, see _masked_product_kernel."""
+    P = K if TRANSPOSED else N
+    Q = N if TRANSPOSED else K
+    ROWS: tl.constexpr = BLOCK_Q if TRANSPOSED else BLOCK_P
+    COLUMNS: tl.constexpr = BLOCK_P if TRANSPOSED else BLOCK_Q
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles = tiles_m * tl.cdiv(P, BLOCK_P)
+    split = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    row = tile % tiles_m * BLOCK_M
+    column = tile // tiles_m * BLOCK_P
+    start = split * Q_SPLIT
+    if KIND == "nf4":
+        table = tl.load(levels + tl.arange(0, 16))
+    else:
+        scale = _int8_scale(absmax, 0 if TRANSPOSED else column, N, ROWS)
+    sums = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+    for q in tl.range(start, min(start + Q_SPLIT, Q), BLOCK_Q, num_stages=STAGES):
+        tokens = load_tile(a, row, q, M, Q, stride_am, stride_aq, BLOCK_M, BLOCK_Q, False)
+        n = q if TRANSPOSED else column
+        k = column if TRANSPOSED else q
+        if KIND == "nf4":
+            w = _nf4_tile(codes, absmax, table, n, k, N, K, WHOLE, BLOCK, NESTED, ROWS, COLUMNS)
+        else:
+            if TRANSPOSED:
+                scale = _int8_scale(absmax, n, N, ROWS)
+            code = load_tile(codes, n, k, N, K, K, 1, ROWS, COLUMNS, False)
+            # 0 beyond the edges, also where absmax is not finite.
+            w = tl.where((k + tl.arange(0, COLUMNS) < K)[None, :], code.to(tl.float32) * scale, 0.0)
+        if PACKED:
+            w = tl.where(load_bits(keep, n, k, N, K, tl.cdiv(K, 32), ROWS, COLUMNS), w, 0.0)
+        if UPCAST:  # see product_tile
+            tokens = tokens.to(tl.float32)
+            w = _rounded_to_bf16(w)
+        else:
+            w = w.to(tokens.dtype)
+        if not TRANSPOSED:
+            w = w.T
+        sums = tl.dot(tokens, w, sums, input_precision=PRECISION)
+    if HAS_BIAS:
+        p = column + tl.arange(0, BLOCK_P)
+        sums += tl.load(bias + p, mask=p < tl.where(SPLITS == 1, P, 0), other=0).to(tl.float32)[None, :]
+    if SPLITS == 1:
+        store_tile(out, sums, row, column, M, P, stride_om, stride_op, BLOCK_M, BLOCK_P)
+    else:
+        store_part(parts, split, sums, row, column, M, P, BLOCK_M, BLOCK_P)
+
+
+@triton.jit
+def _nf4_tile(
+    codes, absmax, table, row, column, rows, columns,
+    WHOLE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, COLUMNS) in fp32 from (row, column) on; 0 beyond the edges, where absmax is.
+
+    Levels are looked up in shared memory. A tree of 15 selections takes twice the instructions of a whole step (sm_80,
+    16 x 32 x 128), and loads from memory half as many again, whose addresses fill the registers.
+    """
+    r = (row + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    if WHOLE:  # rows are whole blocks: two codes a byte, one absmax for up to 64 columns
+        GROUPS: tl.constexpr = COLUMNS // BLOCK if COLUMNS > BLOCK else 1
+        byte = column // 2 + tl.arange(0, COLUMNS // 2)[None, :]
+        both = tl.load(codes + r * (columns // 2) + byte, mask=(r < rows) & (byte < columns // 2), other=0)
+        code = tl.join(both >> 4, both & 15).reshape(ROWS * COLUMNS)
+        block = column // BLOCK + tl.arange(0, GROUPS)[None, :]
+        inside = (r < rows) & (block < columns // BLOCK)
+        scale = _load_absmax(absmax, r * (columns // BLOCK) + block, inside, NESTED)
+        scale = tl.broadcast_to(scale[:, :, None], (ROWS, GROUPS, COLUMNS // GROUPS)).reshape(ROWS, COLUMNS)
+    else:
+        c = column + tl.arange(0, COLUMNS)[None, :]
+        inside = (r < rows) & (c < columns)
+        place = r * columns + c
+        both = tl.load(codes + place // 2, mask=inside, other=0)
+        code = tl.where(place % 2 == 0, both >> 4, both & 15).reshape(ROWS * COLUMNS)
+        scale = _load_absmax(absmax, place // BLOCK, inside, NESTED)
+    return tl.gather(table, code.to(tl.int32), 0).reshape(ROWS, COLUMNS) * scale
+
+
+@triton.jit
+def _load_absmax(absmax, block, inside, NESTED: tl.constexpr):
+    """fp32, of these blocks; 0 where not inside. NESTED blocks share what their codes are multiplied by, if not 0."""
+    if NESTED:
+        code = tl.load(absmax[0] + block, mask=inside, other=0)
+        nested = tl.load(absmax[1] + block // NESTED, mask=inside, other=0)
+        scale = tl.load(absmax[2] + code.to(tl.int32)) * nested + tl.load(absmax[3])
+        scale = tl.where(inside, scale, 0.0)
+    else:
+        scale = tl.load(absmax[0] + block, mask=inside, other=0)
+    return scale
+
+
+@triton.jit
+def _int8_scale(absmax, row, rows, ROWS: tl.constexpr):
+    """(ROWS, 1)"""
+    r = row + tl.arange(0, ROWS)
+    return tl.div_rn(tl.load(absmax[0] + r, mask=r < rows, other=0), 127.0)[:, None]
+
+
+@triton.jit
+def _rounded_to_bf16(w):
+    """fp32 that bf16 holds: to the nearest, ties to even. For the interpreter, whose own cast cuts off."""
+    bits = w.to(tl.uint32, bitcast=True)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(w == w, nearest.to(tl.float32, bitcast=True), w)

@@ -1,0 +1,65 @@
+"""The other way to a product: one pass writes where(keep, weight, 0) into scratch memory, then torch's own GEMM.
+
+The pass moves 3 elements a weight and the GEMM needs M multiply-adds for it, so from some M on (see choice.py) a faster
+GEMM repays the pass. The scratch is the weight's size and is given back at once.
+"""
+
+import torch
+from torch import Tensor
+
+from ...reference.linear import filled
+from .arguments import Keep
+from .language import tl, triton
+from .launch import launch
+from .tiles import is_kept, load_bits, load_thresholds, load_tile, store_tile
+
+#: 64 x 64: two loads of 16 bytes a thread from each 16-bit matrix, and enough tiles for every multiprocessor.
+_BLOCK = 64
+
+
+@triton.jit
+def _masked_weight_kernel(
+    weight, keep, thresholds, out, N, K, stride_wn, stride_wk, stride_kn, stride_kk, stride_t,
+    MODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out (N, K) contiguous = where(keep, weight, 0). Grid (tiles of K, tiles of N); a program owns one tile."""
+    row = tl.program_id(1) * BLOCK_N
+    column = tl.program_id(0) * BLOCK_K
+    w = load_tile(weight, row, column, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, False)
+    if MODE == "packed":
+        kept = load_bits(keep, row, column, N, K, stride_kn, BLOCK_N, BLOCK_K)
+    else:
+        scores = load_tile(keep, row, column, N, K, stride_kn, stride_kk, BLOCK_N, BLOCK_K, False)
+        kept = is_kept(scores, load_thresholds(thresholds, row, N, stride_t, BLOCK_N), MODE)
+    store_tile(out, tl.where(kept, w, 0.0), row, column, N, K, K, 1, BLOCK_N, BLOCK_K)
+
+
+def product_through_scratch(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
+    """a (M, Q) -> (M, P): a @ Wm.T + bias, or a @ Wm if transposed."""
+    a, masked = filled(a, 1), filled(masked_weight(weight, keep), 0 if transposed else 1)
+    return a @ masked if transposed else torch.nn.functional.linear(a, masked, bias)
+
+
+def masked_weight(weight: Tensor, keep: Keep) -> Tensor:
+    """where(keep, weight, 0), (N, K)."""
+    n, k = weight.shape
+    out = weight.new_empty((n, k))
+    launch(
+        _masked_weight_kernel,
+        (triton.cdiv(k, _BLOCK), triton.cdiv(n, _BLOCK)),
+        weight,
+        keep.source,
+        keep.thresholds,
+        out,
+        n,
+        k,
+        *weight.stride(),
+        *keep.source.stride(),
+        keep.threshold_stride,
+        MODE=keep.mode,
+        BLOCK_N=_BLOCK,
+        BLOCK_K=_BLOCK,
+        num_warps=8,
+        maxnreg=128,  # two blocks a multiprocessor at least: the pass waits for memory and nothing else
+    )
+    return out

@@ -1,0 +1,1 @@
+"""Modules with scores: MaskedLinear and its kin, and what can be masked at all."""

@@ -1,0 +1,83 @@
+"""MaskedGroupedLinear: MaskedLinear of experts whose weights lie in one parameter. No mathematics."""
+
+import torch
+from torch import Tensor
+
+from ..mask.grouped_held import masked_linear_grouped_held
+from ..mask.grouped_masking import masked_linear_grouped_by_ratio
+from ..ops.checks import NonFiniteScores, check_floating, check_tensor
+from .masked_layer import MaskedLayer
+
+
+class MaskedGroupedLinear(MaskedLayer):
+    """y[i] = x[i] @ where(keep[e], weight[e], 0).T + bias[e] for the rows i of expert e, which are sorted by expert.
+
+    A mixture's experts as models of today store them, in one parameter; see masked_linear_grouped for rows and offsets.
+    Each expert keeps ``keep_ratio`` of its own weights; a fixed threshold is one for all of them. Weight and bias are
+    frozen, scores are trained.
+
+    Args:
+        weight: (E, N, K), on whose memory the layer lies. bias: (E, N).
+        transposed: weight is (E, K, N), and y is x @ where(keep, weight, 0), without the .T.
+        keep_ratio, mode, init, scores_dtype, threshold: as of MaskedLinear.
+        generator: draws the scores.
+    Raises: ValueError or TypeError, naming the argument.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        transposed: bool = False,
+        keep_ratio: float = 0.99,
+        mode: str = "magnitude",
+        init: str = "magnitude",
+        scores_dtype: torch.dtype | None = None,
+        threshold: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        layout = "(E, K, N)" if transposed else "(E, N, K)"
+        check_tensor("weight", weight)
+        check_floating("weight", weight)
+        if weight.dim() != 3 or weight.shape[0] == 0:
+            raise ValueError(f"weight must be {layout} of at least one expert, got shape {tuple(weight.shape)}")
+        self.transposed = transposed
+        self.experts, rows, columns = weight.shape
+        self.out_features, self.in_features = (columns, rows) if transposed else (rows, columns)
+        if bias is not None:
+            check_tensor("bias", bias)
+            if bias.shape != (self.experts, self.out_features):
+                raise ValueError(f"bias must be {(self.experts, self.out_features)}, got {tuple(bias.shape)}")
+        self._adopt(weight, bias, keep_ratio, mode, init, scores_dtype, threshold, generator)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """x (T, K), sorted by expert; offsets int32 (E,), where each expert's rows end. Returns (T, N)."""
+        if self._held is not None:
+            packed, grad_buffer, weight = self._held
+            given = self.weight if weight is None else weight
+            return masked_linear_grouped_held(
+                x, given, packed, offsets, self.bias, transposed=self.transposed, grad_buffer=grad_buffer
+            )
+        try:
+            return masked_linear_grouped_by_ratio(
+                x,
+                self.weight,
+                self.scores,
+                offsets,
+                self.bias,
+                keep_ratio=self.keep_ratio,
+                threshold=self.threshold,
+                transposed=self.transposed,
+                mode=self.mode,
+            )
+        except NonFiniteScores as error:
+            raise self._named(error) from None
+
+    def extra_repr(self) -> str:
+        kept = f"keep_ratio={self.keep_ratio}" if self.threshold is None else f"threshold={self.threshold}"
+        return (
+            f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, transposed={self.transposed}, {kept}, mode={self.mode!r}"
+        )

@@ -1,0 +1,129 @@
+"""MaskedLinear: a drop-in for nn.Linear that learns which weights to keep. Parameters and state, no mathematics."""
+
+import torch
+from torch import Tensor, nn
+
+from ..mask.held import masked_linear_held
+from ..mask.masking import masked_linear_by_ratio
+from ..ops.checks import NonFiniteScores
+from .maskable import why_no_mask
+from .masked_layer import MaskedLayer
+
+
+class MaskedLinear(MaskedLayer):
+    """y = x @ where(keep, weight, 0).T + bias, where keep are the top ``keep_ratio`` of the weights by |scores|.
+
+    Weight and bias are frozen, scores are trained; their gradient passes straight through the comparison
+    (arXiv 2503.22764). The mask is found anew when the scores have changed, not in every forward.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as of nn.Linear.
+        keep_ratio: share of the weights that is kept, in [0, 1].
+        mode: "magnitude" keeps the largest |scores|, "value" the largest scores.
+        init: of the scores. "magnitude": |weight| scaled to a root mean square of 0.02, so that the first mask is the
+            magnitude mask but for weights of 0, which it keeps. "normal": N(0, 0.02), the paper's, with keep_ratio 0.9;
+            it drops weights at random. "constant": 0.02 with 1 % noise.
+        scores_dtype: fp32 unless given (fp64 for an fp64 weight). 16-bit scores lose small updates to rounding, so
+            they need an optimiser that rounds stochastically (MaskAdamW). int16 is fixed point (see fixed_point.py):
+            autograd gives it no gradient, so it learns through hold() alone. Casting the module leaves the scores'
+            dtype alone.
+        threshold: a fixed threshold instead of keep_ratio.
+    Shapes: weight and scores (out_features, in_features), bias (out_features,); x (..., in_features).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        keep_ratio: float = 0.99,
+        mode: str = "magnitude",
+        init: str = "magnitude",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        scores_dtype: torch.dtype | None = None,
+        threshold: float | None = None,
+    ) -> None:
+        super().__init__()
+        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self.in_features, self.out_features = in_features, out_features
+        self._adopt(linear.weight, linear.bias, keep_ratio, mode, init, scores_dtype, threshold, None)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        keep_ratio: float = 0.99,
+        mode: str = "magnitude",
+        init: str = "magnitude",
+        scores_dtype: torch.dtype | None = None,
+        threshold: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> "MaskedLinear":
+        """A masked layer on the memory of ``linear``'s weight and bias, in its training mode; arguments as the class's.
+
+        ``generator`` draws the scores.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        why = why_no_mask(linear)
+        if why is not None:
+            raise ValueError(f"linear cannot be masked: {why}")
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._adopt(linear.weight, linear.bias, keep_ratio, mode, init, scores_dtype, threshold, generator)
+        return self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_nested:
+            return self._forward_nested(x)
+        if self._held is not None:
+            packed, grad_buffer, weight = self._held
+            weight = self.weight if weight is None else weight
+            return masked_linear_held(x, weight, packed, self.bias, grad_buffer=grad_buffer)
+        try:
+            return masked_linear_by_ratio(
+                x,
+                self.weight,
+                self.scores,
+                self.bias,
+                keep_ratio=self._keep_ratio,
+                threshold=self.threshold,
+                mode=self.mode,
+            )
+        except NonFiniteScores as error:
+            raise self._named(error) from None
+
+    def _forward_nested(self, x: Tensor) -> Tensor:
+        """Of rows of several lengths, as nn.TransformerEncoder makes them of a padded batch: as one batch of all."""
+        rows = x.unbind()
+        y = self.forward(torch.cat(rows))
+        return torch.nested.as_nested_tensor(list(y.split([len(row) for row in rows])), layout=x.layout)
+
+    @torch.no_grad()
+    def merge(self, *, alpha: float = 1.0) -> nn.Linear:
+        """An ordinary nn.Linear with the mask baked in: kept weights bit-equal, dropped ones +0. Copies.
+
+        Args: alpha: as of merged_weight; below 1 dropped weights are scaled by 1 - alpha.
+        """
+        merged = nn.Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device="meta",
+            dtype=self.weight.dtype,
+        )
+        merged.weight = nn.Parameter(self.merged_weight(alpha=alpha))
+        if self.bias is not None:
+            merged.bias = nn.Parameter(self.bias.detach().clone())
+        return merged.train(self.training)
+
+    def extra_repr(self) -> str:
+        kept = f"keep_ratio={self.keep_ratio}" if self.threshold is None else f"threshold={self.threshold}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{kept}, mode={self.mode!r}"
+        )

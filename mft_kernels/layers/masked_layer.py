@@ -1,0 +1,214 @@
+"""MaskedLayer: a frozen weight that learns which of its elements to keep. Parameters and state, no mathematics.
+
+What MaskedLinear and MaskedGroupedLinear have in common.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..mask.held import Weight
+from ..mask.masking import CurrentMask, current_mask
+from ..mask.scores import watch
+from ..ops.checks import (
+    MODES,
+    NonFiniteScores,
+    check_alpha,
+    check_fixed_threshold,
+    check_floating,
+    check_keep_ratio,
+    check_mode,
+    check_packed,
+    check_scores_dtype,
+)
+from ..ops.linear import unpack_mask
+from ..reference.fixed_point import fixed_from_float, selectable
+
+INITS = ("normal", "magnitude", "constant")
+_SCALE = 0.02  # of the scores: the paper's standard deviation
+_CONSTANT_NOISE = 0.01  # of _SCALE: enough to break ties, too little to drop much that the gradient wants
+
+
+class MaskedLayer(nn.Module):
+    """A module that computes with where(keep, weight, 0), where keep are the ``keep_ratio`` of the largest |scores|.
+
+    weight is a matrix (N, K), or the matrices of experts (E, N, K), of each of which the ratio is kept. Weight and bias
+    are frozen, scores of the weight's shape are trained. Not a layer of its own: a subclass says what is computed.
+    """
+
+    masks_weight = True  # see maskable.py
+    weight: Any
+    bias: Any
+    scores: Any
+
+    def _adopt(self, weight, bias, keep_ratio, mode, init, scores_dtype, threshold, generator) -> None:
+        """Take over a weight and bias, which are frozen from here on, and draw scores."""
+        check_mode(mode)
+        check_fixed_threshold(threshold)
+        weight = weight.detach()
+        if scores_dtype is None:
+            scores_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        check_scores_dtype(scores_dtype)
+        self.keep_ratio = keep_ratio
+        self.mode = mode
+        self.threshold = threshold
+        self.module_name = ""  # its place in a model, for messages
+        self._held: tuple[Tensor, Tensor | None, Weight | None] | None = None
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.scores = nn.Parameter(
+            torch.empty_like(weight, dtype=scores_dtype, memory_format=torch.contiguous_format),
+            requires_grad=scores_dtype.is_floating_point,
+        )
+        self.reset_scores(init, generator=generator)
+
+    @property
+    def keep_ratio(self) -> float:
+        """Share of the weights that is kept, in [0, 1]. May be changed at any time."""
+        return self._keep_ratio
+
+    @keep_ratio.setter
+    def keep_ratio(self, value: float) -> None:
+        check_keep_ratio(value)
+        self._keep_ratio = value
+
+    @torch.no_grad()
+    def reset_scores(self, init: str = "magnitude", *, generator: torch.Generator | None = None) -> None:
+        """Draw the scores anew; ``init`` as of MaskedLinear."""
+        dtype = self.scores.dtype
+        # 16-bit scores are drawn in fp32 and rounded, so that a seed gives one mask whatever they are kept in.
+        narrow = dtype.itemsize < 4
+        scores = torch.empty_like(self.scores, dtype=torch.float32) if narrow else self.scores
+        if init == "normal":
+            scores.normal_(0, _SCALE, generator=generator)
+        elif init == "magnitude":
+            magnitude = self.weight.abs().to(scores.dtype)
+            squares = magnitude.square()
+            norm = (squares.mean() if squares.dim() == 2 else squares.mean((1, 2), keepdim=True)).sqrt()
+            # A layer of zeros has no magnitudes to follow: its scores tie, and ties are kept.
+            scores.copy_(magnitude.mul_(_SCALE / norm.clamp(min=torch.finfo(norm.dtype).tiny)))
+            # Pruned, merged and 4-bit models have many weights of 0. To drop one has no effect, and its score has no
+            # gradient: it would hold a dropped weight's place for ever. Kept, it leaves the place to others.
+            scores.masked_fill_(self.weight == 0, _SCALE)
+        elif init == "constant":
+            scores.normal_(_SCALE, _SCALE * _CONSTANT_NOISE, generator=generator)
+        else:
+            raise ValueError(f"init must be one of {INITS}, got {init!r}")
+        # A score of exactly 0 gets no gradient (sign(0) = 0), so it would stay 0, and no bit holds its sign. A layer of
+        # 4096 x 4096 normal fp32 scores has one every other time.
+        scores.masked_fill_(scores == 0, torch.finfo(scores.dtype).tiny)
+        if narrow:
+            self.scores.copy_(fixed_from_float(scores) if dtype == torch.int16 else scores)
+        if dtype == torch.float16:  # in which what was tiny is 0
+            self.scores.masked_fill_(self.scores == 0, torch.finfo(dtype).tiny)
+
+    def hold(self, packed: Tensor, grad_buffer: Tensor | None = None, *, weight: Weight | None = None) -> None:
+        """Compute with this mask, and not with the scores, until release(): they may rest elsewhere.
+
+        Args:
+            packed: int32, (N, ceil(K / 32)) for a weight (N, K), beside the weight; see pack_mask.
+            grad_buffer: of the weight's shape; the backward pass adds grad_output.T @ x into it. What score_step makes
+                the scores' gradient of.
+            weight: what stands in for self.weight: a tensor, a function that makes it, or a QuantizedMatrix.
+        """
+        shape = tuple(self.scores.shape)
+        check_packed("packed", packed, shape)
+        if grad_buffer is not None:
+            check_floating("grad_buffer", grad_buffer)
+            if grad_buffer.shape != shape or not grad_buffer.is_contiguous():
+                raise ValueError(f"grad_buffer must be contiguous {shape}, got {tuple(grad_buffer.shape)}")
+        self._held = packed, grad_buffer, weight
+
+    def release(self) -> None:
+        """Compute with the scores again."""
+        self._held = None
+
+    def current_mask(self) -> CurrentMask:
+        """Threshold, packed mask and packed signs that hold now, selected anew."""
+        try:
+            return current_mask(self.scores, self.keep_ratio, self.threshold, self.mode, anew=True)
+        except NonFiniteScores as error:
+            raise self._named(error) from None
+
+    def mask(self) -> Tensor:
+        """Boolean, of the weight's shape: True where the weight is kept."""
+        return unpack_mask(self.packed_mask(), self.scores.shape)
+
+    def packed_mask(self) -> Tensor:
+        """The mask as bits, int32 (N, ceil(K / 32)) for a weight (N, K); see pack_mask."""
+        return self.current_mask().packed
+
+    @torch.no_grad()
+    def merged_weight(self, *, alpha: float = 1.0) -> Tensor:
+        """A copy of the weight with the mask baked in: kept elements bit-equal, dropped ones +0.
+
+        Args:
+            alpha: how far from the weight to the masked one, in (0, 1]. Below 1 dropped elements are scaled by
+                1 - alpha, in fp32 (fp64 of an fp64 weight) and rounded once to the weight's dtype.
+        """
+        check_alpha(alpha)
+        # Of 16 bits a product with a number is computed in fp32.
+        return torch.where(self.mask(), self.weight, 0 if alpha == 1 else self.weight * (1 - alpha))
+
+    def _named(self, error: NonFiniteScores) -> NonFiniteScores:
+        if not self.module_name:
+            return error
+        return NonFiniteScores(selectable(self.scores.detach()), self.module_name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of nn.Module; whatever becomes ``scores`` is watched for writes."""
+        super().register_parameter(name, param)
+        if name == "scores" and param is not None:
+            watch(param)
+
+    # What selects is saved with the scores, which by another ratio would be another mask; as a tensor, since
+    # safetensors takes nothing else.
+
+    def get_extra_state(self) -> Tensor:
+        """keep_ratio, the place of mode in MODES, whether the threshold is fixed, and which (else 0): float64 (4,)."""
+        fixed = self.threshold is not None
+        rule = (self.keep_ratio, MODES.index(self.mode), fixed, self.threshold if fixed else 0)
+        return torch.tensor(rule, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to take over: loading compares, and refuses what differs."""
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        key = f"{prefix}_extra_state"
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if key not in state_dict:  # of before the rule was saved
+            missing_keys[:] = [missing for missing in missing_keys if missing != key]
+            return
+        keep_ratio, mode, fixed, threshold = state_dict[key].tolist()
+        saved = keep_ratio, threshold if fixed else None, MODES[int(mode)]
+        if saved != (self.keep_ratio, self.threshold, self.mode):
+            error_msgs.append(
+                f"{prefix}scores must be loaded into a layer that selects as the saved one did, with keep_ratio="
+                f"{saved[0]}, threshold={saved[1]}, mode={saved[2]!r}, got one with keep_ratio={self.keep_ratio}, "
+                f"threshold={self.threshold}, mode={self.mode!r}: set these three to the saved ones first"
+            )
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        watch(self.scores)  # a pickle holds an ordinary Parameter
+        if not self.scores.untyped_storage().resizable():  # in memory of the file's reader, which might write
+            self.scores.data = self.scores.data.clone()
+
+    def _apply(self, fn, recurse=True):
+        # .to(bfloat16), .half() and the like cast what they may: the scores keep their dtype, or their small
+        # updates would round away.
+        scores = self.scores
+
+        def keep_scores_dtype(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            is_score = tensor is scores or tensor is scores.grad
+            return tensor.to(applied.device) if is_score and applied.dtype != tensor.dtype else applied
+
+        super()._apply(keep_scores_dtype, recurse)
+        watch(self.scores)  # which another Parameter may have replaced
+        return self

@@ -1,0 +1,45 @@
+"""Layers without state, as the Kernel Hub has them: a forward that a module of another class takes over by kernelize.
+
+Each is a forward alone, and its annotations are the members that the module must have (docs/kernel-hub.md).
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..mask.held import masked_linear_held
+from ..mask.masking import masked_linear_by_ratio
+
+
+class MaskedLinear(nn.Module):
+    """y = x @ where(keep, weight, 0).T + bias, as mft_kernels.MaskedLinear computes it, and with its gradients.
+
+    Of a module with these members: weight (N, K), bias (N,) or None, scores (N, K), keep_ratio, threshold, mode; and
+    hold() where it is an mft_kernels.MaskedLinear.
+    Shapes: x (..., K), not nested; (..., N) in x's dtype.
+    """
+
+    can_torch_compile: bool = True
+    weight: Tensor
+    bias: Tensor | None
+    scores: Tensor
+    keep_ratio: float
+    threshold: float | None
+    mode: str
+    _held: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = getattr(self, "_held", None)
+        if held is not None:
+            packed, grad_buffer, weight = held
+            weight = self.weight if weight is None else weight
+            return masked_linear_held(x, weight, packed, self.bias, grad_buffer=grad_buffer)
+        return masked_linear_by_ratio(
+            x,
+            self.weight,
+            self.scores,
+            self.bias,
+            keep_ratio=self.keep_ratio,
+            threshold=self.threshold,
+            mode=self.mode,
+        )

@@ -1,0 +1,266 @@
+"""From scores to the mask that holds now: one selection per change of the scores, however many forwards.
+
+The mask changes once an optimiser step, so threshold, packed mask and packed signs (1 bit a weight each) are remembered
+with the scores, for as long as scores.py can vouch that nothing wrote into them. Of scores that are no parameter of a
+masked layer nothing is remembered. On an accelerator a step's masks are found together, so that the host waits for the
+device once; see companions.py.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .._ops import ops
+from ..ops import checks, library
+from ..ops.direct import is_direct, is_direct_but_for_autograd, is_short
+from ..ops.grouped import kept_thresholds
+from ..ops.linear import gradients_of_packed, kept_threshold, pack_mask, product_of_packed, short_product_of_packed
+from ..reference.fixed_point import code_at_least, selectable
+from . import companions
+from .scores import Scores, State, optimiser_stepped, state, still
+
+
+@dataclass(frozen=True)
+class CurrentMask:
+    """What the scores select.
+
+    ``signs`` is None where no bit can tell them (in value mode, or if a score is 0), and where autograd asks for none:
+    of int16 scores.
+    """
+
+    threshold: Tensor  # (); of experts' scores (E, N, K) that keep a ratio (E,), one each
+    packed: Tensor  # int32 (N, ceil(K / 32)), (E, N, ceil(K / 32))
+    signs: Tensor | None  # as packed
+
+
+Rule = tuple[float, float | None, str]  # keep_ratio, threshold, mode
+_NOT_FINITE = -1  # in the place of a count
+
+
+@dataclass(frozen=True)
+class _Memo:
+    state: State
+    rule: Rule
+    mask: CurrentMask
+
+
+def current_mask(
+    scores: Tensor, keep_ratio: float, threshold: float | None, mode: str, *, anew: bool = False
+) -> CurrentMask:
+    """Threshold, packed mask and packed signs of ``scores`` as they are now.
+
+    Args:
+        scores: (N, K), or of experts (E, N, K).
+        threshold: a fixed one, or None to find the one that keeps ``keep_ratio``, of each expert.
+        anew: select, whatever is remembered; for what is saved, shown or reported.
+    Raises: NonFiniteScores (a ValueError); not while a CUDA graph is captured. ValueError if scores are spread over
+        processes.
+    """
+    if type(scores) is not Scores:
+        checks.check_whole("scores", scores)
+        return _find_mask(scores, keep_ratio, threshold, mode)
+    rule = keep_ratio, threshold, mode
+    if _capturing(scores):
+        scores.in_graph = True  # a CUDA graph replays what it captured, so the selection has to be in it
+    elif not anew and (remembered := _remembered(scores, rule)) is not None:
+        return remembered
+    now = state(scores)  # before the selection: what is written in it is seen later
+    if now is not None and not anew and (stream := companions.stream_of(scores)) is not None:
+        memo = scores.memo = _find_together(scores, now, rule, stream)
+        return memo.mask
+    mask = _find_mask(scores, keep_ratio, threshold, mode)
+    scores.memo, scores.ahead = None if now is None else _Memo(now, rule, mask), None
+    return mask
+
+
+def outdate(scores: Tensor | None = None) -> None:
+    """Forget the mask that is remembered of ``scores``, or of all, after a write that nothing shows.
+
+    That is a write through a raw pointer or, on a GPU, one by a collective or a CUDA graph; see scores.py.
+    """
+    if scores is None:
+        optimiser_stepped()
+    elif type(scores) is Scores:
+        scores.memo = scores.ahead = None
+
+
+register_optimizer_step_post_hook(optimiser_stepped)
+
+
+def _remembered(scores: Scores, rule: Rule) -> CurrentMask | None:
+    memo = scores.memo
+    return memo.mask if memo is not None and memo.rule == rule and still(scores, memo.state) else None
+
+
+def _capturing(scores: Tensor) -> bool:
+    return scores.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _find_together(scores: Scores, now: State, rule: Rule, stream: Any) -> _Memo:
+    """The memo of ``scores``, found ahead or now; if now, those of its companions are found ahead, by the same wait."""
+    ahead, scores.ahead = scores.ahead, None
+    if ahead is not None and ahead.rule == rule and scores.asked_on == stream and still(scores, ahead.state):
+        return ahead
+    scores.asked_on = stream if ahead is None else None
+    before = None if scores.memo is None else scores.memo.rule
+    others = companions.companions(scores, now.steps, stream)
+    wanted = [(scores, now, rule)]
+    for other, its_rule in others:
+        its_state = state(other)
+        if its_state is not None:  # a ratio that follows a schedule has changed for all
+            wanted.append((other, its_state, rule if its_rule == before else its_rule))
+    for each, _, _ in wanted:  # new masks take the old ones' memory
+        each.memo = each.ahead = None
+    masks = _find_masks([(each, rule) for each, _, rule in wanted])
+    memos = [None if mask is None else _Memo(at, rule, mask) for (_, at, rule), mask in zip(wanted, masks)]
+    for (other, _, _), found in zip(wanted[1:], memos[1:]):
+        other.ahead = found  # none of what is not finite: its own layer will say so
+    if memos[0] is None:
+        raise checks.NonFiniteScores(selectable(Tensor.detach(scores)))
+    return memos[0]
+
+
+def _find_mask(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str) -> CurrentMask:
+    (mask,) = _find_masks([(scores, (keep_ratio, fixed, mode))])
+    if mask is None:
+        raise checks.NonFiniteScores(selectable(Tensor.detach(scores)))
+    return mask
+
+
+def _find_masks(wanted: list[tuple[Tensor, Rule]]) -> list[CurrentMask | None]:
+    """What scores of one device select; None of those that are not finite. One synchronisation, none in a capture."""
+    launched = [_launch(scores, *rule) for scores, rule in wanted]
+    _, bad, _ = launched[0]
+    if bad is None:
+        return [mask for mask, _, _ in launched]
+    if companions.stream_of(bad) is None:
+        flags = [_NOT_FINITE if bad else int(zeros) for _, bad, zeros in launched]
+    else:
+        flags = torch.stack([torch.where(bad, _NOT_FINITE, zeros) for _, bad, zeros in launched]).tolist()
+    return [
+        None if flag == _NOT_FINITE else replace(mask, signs=None) if flag else mask
+        for (mask, _, _), flag in zip(launched, flags)
+    ]
+
+
+@torch.no_grad()
+def _launch(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str):
+    """(mask, whether scores are not finite, how many are 0): the mask has signs as if none were.
+
+    Within a CUDA graph the host can ask nothing: scores that are not finite give the threshold NaN, which keeps no
+    weight, and the sign comes from the scores.
+    """
+    scores = Tensor.detach(scores)  # not Scores.detach, which counts as handing them out
+    fixed_point = scores.dtype == torch.int16
+    if fixed is None:
+        of_all = kept_threshold if scores.dim() == 2 else kept_thresholds
+        threshold = of_all(scores, keep_ratio, mode=mode)
+    else:
+        # Filled on the device: a copy from the host cannot be captured.
+        threshold = scores.new_full((), code_at_least(fixed) if fixed_point else fixed)
+    packed = pack_mask(scores, threshold, mode=mode)
+    if _capturing(scores):
+        return CurrentMask(threshold, packed, None), None, 0
+    bad = selectable(threshold).isnan().any() if fixed is None else ~selectable(scores).isfinite().all()
+    signs, zeros = None, 0
+    if mode != "value" and not fixed_point:
+        signs, zeros = ops.pack_signs(scores.flatten(0, -2), "auto")
+    return CurrentMask(threshold, packed, None if signs is None else signs.view(packed.shape)), bad, zeros
+
+
+# ---------------------------------------------------------------------------------------------- the op
+
+
+def masked_linear_by_ratio(
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    bias: Tensor | None = None,
+    *,
+    keep_ratio: float,
+    threshold: float | None = None,
+    mode: str = "magnitude",
+    backend: str = "auto",
+) -> Tensor:
+    """masked_linear with the threshold that keeps ``keep_ratio`` of the scores, or a fixed one; same gradients.
+
+    Of a MaskedLinear's scores, threshold and bits are found when they have changed; other forwards and backwards read
+    2 bits a weight instead. Of any other tensor's they are found in each. int16 scores (see fixed_point.py) get no
+    gradient.
+    """
+    if backend == "auto" and type(scores) is Scores and is_short(x, weight, scores, optional=(bias,)):
+        mask = _remembered(scores, (keep_ratio, threshold, mode))
+        y = None if mask is None else short_product_of_packed(x, weight, mask.packed, bias)
+        if y is not None:
+            return y
+    checks.check_mode(mode)
+    checks.check_linear(x, weight, bias)
+    checks.check_scores(selectable(scores), weight)
+    checks.check_keep_ratio(keep_ratio)
+    checks.check_fixed_threshold(threshold)
+    if is_direct_but_for_autograd(x, weight, scores, bias):
+        return _differentiable(x, weight, scores, bias, keep_ratio, threshold, mode, backend)
+    checks.check_transforms("masked_linear_by_ratio", x, weight, scores, bias)
+    return ops.masked_linear_by_ratio(x, weight, scores, bias, keep_ratio, threshold, mode, backend)
+
+
+def _forward(x, weight, scores, bias, keep_ratio, threshold, mode, backend):
+    mask = current_mask(scores, keep_ratio, threshold, mode)
+    return product_of_packed(x, weight, mask.packed, bias, backend)
+
+
+def _backward(grad_output, x, weight, scores, keep_ratio, threshold, mode, output_mask, backend):
+    mask = current_mask(scores, keep_ratio, threshold, mode)
+    return _backward_of(mask, grad_output, x, weight, scores, mode, output_mask, backend)
+
+
+def _backward_of(mask, grad_output, x, weight, scores, mode, output_mask, backend):
+    sign = Tensor.detach(scores) if scores.is_floating_point() else None  # int16 scores have no gradient
+    return gradients_of_packed(grad_output, x, weight, mask.packed, sign, mask.signs, mode, output_mask, backend)
+
+
+library.define(
+    "masked_linear_by_ratio(Tensor x, Tensor weight, Tensor scores, Tensor? bias, float keep_ratio, "
+    "float? threshold, str mode, str backend) -> Tensor",
+    lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    _forward,
+)
+library.define(
+    "masked_linear_by_ratio_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, float keep_ratio, "
+    "float? threshold, str mode, bool[4] output_mask, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda grad_output, x, weight, scores, keep_ratio, threshold, mode, output_mask, backend: library.gradient_shapes(
+        output_mask, grad_output, (*grad_output.shape[:-1], weight.shape[1]), weight, scores.dtype
+    ),
+    _backward,
+)
+
+
+def _save(ctx, inputs, output):
+    x, weight, scores, _, *ctx.arguments = inputs
+    needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    ctx.save_for_backward(x if needs_x else None, weight, scores)
+    # Of what a forward pass has just selected, the backward pass asks nothing: it is the mask of that forward.
+    memo = scores.memo if type(scores) is Scores else None  # once: another thread may forget it
+    ctx.mask = None if memo is None else memo.mask
+
+
+def _differentiate(ctx, grad_output):
+    x, weight, scores = library.unchanged(ctx)
+    keep_ratio, threshold, mode, backend = ctx.arguments
+    wants = list(ctx.needs_input_grad[:4])
+    x = grad_output if x is None else x
+    if ctx.mask is not None and is_direct(grad_output):  # a trace would keep this mask, whatever the scores become
+        grads = _backward_of(ctx.mask, grad_output, x, weight, scores, mode, wants, backend)
+    else:
+        grads = ops.masked_linear_by_ratio_backward(
+            grad_output, x, weight, scores, keep_ratio, threshold, mode, wants, backend
+        )
+    return *[g if wanted else None for g, wanted in zip(grads, wants)], None, None, None, None
+
+
+_differentiable = library.define_autograd("masked_linear_by_ratio", _forward, _save, _differentiate)
+library.define_no_double_backward("masked_linear_by_ratio_backward")
+library.define_autocast("masked_linear_by_ratio", casts=(0, 1, 3))

@@ -1,0 +1,144 @@
+"""Many masks on one weight, a mask a row: the op masked_linear_many, for inference."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._ops import ops
+from ..backends.table import choose, short_ways
+from .checks import check_device, check_linear, check_packed, check_tensor, check_transforms
+from .direct import is_direct, is_direct_but_for_autograd, is_short
+from .library import define, define_autocast, define_autograd, define_no_double_backward, unchanged
+
+MOST_MASKS = 16  # a kernel takes the address of each
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def masked_linear_many(
+    x: Tensor,
+    weight: Tensor,
+    masks: Tensor | Sequence[Tensor],
+    tasks: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """y[i] = x[i] @ where(masks[tasks[i]], weight, 0).T + bias; the whole weight where tasks[i] is -1.
+
+    For inference: the weight is read once whatever the number of masks. The gradient goes to x alone.
+
+    Args:
+        x: (rows, ..., K), floating.
+        weight: (N, K), dtype of x, frozen.
+        masks: 0 to 16 of int32 (N, ceil(K / 32)), see pack_mask: apart, or stacked in one tensor.
+        tasks: (rows,), integers of -1 to the number of masks - 1. On an accelerator, which would have to be waited for,
+            others are no error: their rows are NaN.
+        bias: (N,), dtype of x, frozen.
+    Returns: (rows, ..., N) in x's dtype; accumulated in fp32. Under autocast x, weight and bias are cast.
+    """
+    if isinstance(masks, Tensor) and masks.dim() == 3:
+        masks = masks.unbind()
+    usual = backend == "auto" and type(masks) in (list, tuple) and len(masks) <= MOST_MASKS
+    if usual and is_short(x, weight, tasks, *masks, optional=(bias,)):
+        way = short_ways.get(("masked_linear_many", weight.dtype))
+        y = None if way is None else way(x, weight, masks, tasks, bias, "short")
+        if y is not None:
+            return y
+    check_linear(x, weight, bias)
+    _check_masks(masks, weight)
+    _check_tasks(tasks, x)
+    _check_frozen(weight=weight, bias=bias)
+    if is_direct_but_for_autograd(x, weight, tasks, bias, *masks):
+        return _differentiable(x, weight, masks, tasks, bias, backend)
+    check_transforms("masked_linear_many", x, weight, bias)
+    return ops.masked_linear_many(x, weight, masks, tasks, bias, backend)
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+def _check_masks(masks: Tensor | Sequence[Tensor], weight: Tensor) -> None:
+    words = (weight.shape[0], -(-weight.shape[1] // 32))
+    if isinstance(masks, Tensor):
+        raise ValueError(f"masks must be (masks, {words[0]}, {words[1]}) in one tensor, got {tuple(masks.shape)}")
+    if len(masks) > MOST_MASKS:
+        raise ValueError(f"masks must be at most {MOST_MASKS}, got {len(masks)}: make a call for each {MOST_MASKS}")
+    for i, mask in enumerate(masks):
+        check_packed(f"masks[{i}]", mask, weight.shape)
+        check_device(f"masks[{i}]", mask, "weight", weight)
+
+
+def _check_tasks(tasks: Tensor, x: Tensor) -> None:
+    check_tensor("tasks", tasks)
+    if tasks.dtype not in _INTEGERS:
+        raise TypeError(f"tasks must be integers, got {tasks.dtype}")
+    if x.dim() < 2 or tasks.shape != x.shape[:1]:
+        raise ValueError(
+            f"tasks must be one a row of x (rows, ..., K), got {tuple(tasks.shape)} for x of {tuple(x.shape)}"
+        )
+    check_device("tasks", tasks, "x", x)
+
+
+def _check_frozen(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} must be frozen, as masked_linear_many is for inference, got one that requires a gradient: "
+                f"{name}.detach(), or masked_linear_packed, one mask a call"
+            )
+
+
+def _check_values(tasks: Tensor, masks: Sequence[Tensor]) -> None:
+    """Where looking at them does not wait for an accelerator."""
+    if tasks.device.type == "cpu" and tasks.numel():
+        low, high = (int(value) for value in tasks.aminmax())
+        if low < -1 or high >= len(masks):
+            raise ValueError(
+                f"tasks must be -1 or the place of one of {len(masks)} masks, got values from {low} to {high}"
+            )
+
+
+# ---------------------------------------------------------------------------------------------- their definition
+
+
+def _product(x, weight, masks, tasks, bias, backend):
+    _check_values(tasks, masks)
+    return choose("masked_linear_many", x.device, (weight.dtype,), backend)(x, weight, masks, tasks, bias)
+
+
+def _grad_x(grad_output, weight, masks, tasks, backend):
+    return choose("masked_linear_many_backward", weight.device, (weight.dtype,), backend)(
+        grad_output, weight, masks, tasks
+    )
+
+
+define(
+    "masked_linear_many(Tensor x, Tensor weight, Tensor[] masks, Tensor tasks, Tensor? bias, str backend) -> Tensor",
+    lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    _product,
+)
+define(
+    "masked_linear_many_backward(Tensor grad_output, Tensor weight, Tensor[] masks, Tensor tasks, str backend) "
+    "-> Tensor",
+    lambda grad_output, weight, *_: grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1])),
+    _grad_x,
+)
+
+
+def _save(ctx, inputs, output):
+    _, weight, masks, tasks, _, ctx.backend = inputs
+    ctx.save_for_backward(weight, tasks, *masks)
+
+
+def _backward(ctx, grad_output):
+    weight, tasks, *masks = unchanged(ctx)
+    direct = is_direct(grad_output, weight, tasks, *masks)
+    run = _grad_x if direct else ops.masked_linear_many_backward
+    d_x = run(grad_output, weight, masks, tasks, ctx.backend) if ctx.needs_input_grad[0] else None
+    return d_x, None, [None] * len(masks), None, None, None
+
+
+_differentiable = define_autograd("masked_linear_many", _product, _save, _backward)
+define_no_double_backward("masked_linear_many_backward")
+define_autocast("masked_linear_many", casts=(0, 1, 4))

@@ -1,0 +1,271 @@
+"""The masked product over a quantised weight: decoded where the mask is applied, never whole.
+
+A product reads 0.5625 bytes a weight in NF4 (0.516 with double quantisation), 1 in int8, and 1 bit of the mask. Where
+there are scores, pack_mask makes the bits. dequantize makes the dense matrix.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .._ops import ops
+from ..backends.table import asked_for, choose, registered
+from ..reference.quantized import NESTED_BLOCK, NF4_BLOCK
+from .checks import autocasts, check_device, check_floating, check_packed, check_tensor, check_transforms
+from .direct import is_direct, is_direct_but_for_autograd
+from .library import define, define_autocast, define_autograd, define_no_double_backward, unchanged
+from .linear import gradients_of_packed, masked_linear_packed
+
+KINDS = ("nf4", "int8")
+
+
+class QuantizedMatrix:
+    """What holds a weight as codes: a mixin, of which hold() takes an instance in a weight's place.
+
+    Where the cpu, triton or cuda backend serves it, a product makes no dense matrix; elsewhere dense() makes one.
+
+    Attributes: shape: (N, K). dtype: of dense(). codes: as of masked_linear_quantized.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    codes: Tensor
+
+    def levels(self) -> str:
+        """ "nf4" or "int8"."""
+        raise NotImplementedError
+
+    def scales(self) -> list[Tensor]:
+        """absmax, or the four tensors of double quantisation, as of masked_linear_quantized."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """(N, K) of dtype, made anew by each call."""
+        raise NotImplementedError
+
+    def is_fused(self, x: Tensor) -> bool:
+        """Whether a product with x, or with a gradient, is made without a dense matrix."""
+        if isinstance(x, FakeTensor) and not torch.compiler.is_compiling():
+            return False  # simulated: a "cpu" of that kind stands for any device, and others make the dense matrix
+        return x.dtype == self.dtype and _decodes(self.codes.device.type, x.dtype)
+
+    def masked_linear(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        """x @ where(mask, dense(), 0).T + bias"""
+        if not self.is_fused(x):
+            return masked_linear_packed(x, self.dense(), packed, bias)
+        return masked_linear_quantized(x, self.codes, self.scales(), packed, bias, shape=self.shape, kind=self.levels())
+
+    def masked_d_x(self, grad_output: Tensor, packed: Tensor) -> Tensor:
+        """grad_output @ where(mask, dense(), 0)"""
+        if not self.is_fused(grad_output):
+            wants = [True, False, False, False]
+            return gradients_of_packed(
+                grad_output, grad_output, self.dense(), packed, None, None, "value", wants, "auto"
+            )[0]
+        return masked_linear_quantized_d_x(
+            grad_output, self.codes, self.scales(), packed, shape=self.shape, kind=self.levels()
+        )
+
+
+def _decodes(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a kernel of ours decodes there: one that "auto" takes, or the cuda backend's where it is asked for."""
+    name = "cpu"
+    if device_type == "cuda":
+        name = "cuda" if asked_for() == "cuda" else "triton"
+    if name == "cuda" and dtype == torch.float32:
+        return False  # its kernels take 16 bits
+    found = registered(name)
+    return device_type in found.device_types and "masked_linear_quantized" in found.ops
+
+
+_CODES = {"nf4": torch.uint8, "int8": torch.int8}
+
+
+def masked_linear_quantized(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor | Sequence[Tensor],
+    packed: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    shape: tuple[int, int] | torch.Size,
+    kind: str = "nf4",
+    backend: str = "auto",
+) -> Tensor:
+    """y = x @ where(mask, w, 0).T + bias, w decoded from codes: without its dense matrix on a CPU and by GPU kernels.
+
+    nf4: w[i] = NF4[code[i]] * absmax[i // 64], i over the whole matrix. int8: w[n, k] = code[n, k] * (absmax[n] / 127).
+    In fp32, rounded once to x's dtype, as bitsandbytes does it; on a CPU the result is that of masked_linear_packed
+    over dequantize's matrix, to the bit. Gradients go to x and bias.
+
+    Args:
+        x: (..., K), floating.
+        codes: uint8, ceil(N * K / 2) of them for nf4, the first of two in the high bits; int8 (N, K).
+        absmax: fp32, (B,), B = ceil(N * K / 64) for nf4, (N,) for int8. Of bitsandbytes' double quantisation of nf4
+            four: uint8 (B,); fp32 (ceil(B / 256),), (256,) and (), its nested absmax, map of codes, and offset.
+        packed: int32 (N, ceil(K / 32)), see pack_mask; None keeps all.
+        bias: (N,), dtype of x.
+        shape: (N, K). kind: "nf4" or "int8".
+    Returns: (..., N) in x's dtype; accumulated in fp32.
+    Raises: ValueError for shapes, devices or kind, TypeError for dtypes, RuntimeError for a backend that cannot serve.
+    """
+    absmax = _check_codes(codes, absmax, shape, kind)
+    _check_tokens("x", x, codes, shape[1])
+    if packed is not None:
+        check_packed("packed", packed, shape)
+        check_device("packed", packed, "codes", codes)
+    if bias is not None:
+        check_tensor("bias", bias)
+        if bias.shape != (shape[0],):
+            raise ValueError(f"bias must be ({shape[0]},), got {tuple(bias.shape)}")
+        check_device("bias", bias, "codes", codes)
+        if bias.dtype != x.dtype and not autocasts(x):
+            raise TypeError(f"bias must have x's dtype {x.dtype}, got {bias.dtype}")
+    if is_direct_but_for_autograd(x, codes, *absmax, packed, bias):
+        return _differentiable(x, codes, absmax, packed, bias, list(shape), kind, backend)
+    check_transforms("masked_linear_quantized", x, bias)
+    return ops.masked_linear_quantized(x, codes, absmax, packed, bias, shape, kind, backend)
+
+
+def masked_linear_quantized_d_x(
+    grad_output: Tensor,
+    codes: Tensor,
+    absmax: list[Tensor],
+    packed: Tensor | None = None,
+    *,
+    shape: tuple[int, int] | torch.Size,
+    kind: str = "nf4",
+    backend: str = "auto",
+) -> Tensor:
+    """d_x = grad_output @ where(mask, w, 0) of masked_linear_quantized, (..., K): for a backward pass; unchecked."""
+    direct = is_direct(grad_output, codes, *absmax, packed)
+    run = _d_x if direct else ops.masked_linear_quantized_d_x
+    return run(grad_output, codes, absmax, packed, list(shape), kind, backend)
+
+
+def dequantize(
+    codes: Tensor,
+    absmax: Tensor | Sequence[Tensor],
+    *,
+    shape: tuple[int, int] | torch.Size,
+    kind: str = "nf4",
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> Tensor:
+    """The dense (N, K) of ``dtype`` that codes and absmax stand for; see masked_linear_quantized."""
+    absmax = _check_codes(codes, absmax, shape, kind)
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating, got {dtype}")
+    run = _dequantize if is_direct(codes, *absmax) else ops.dequantize
+    return run(codes, absmax, list(shape), kind, dtype, backend)
+
+
+def _check_codes(codes, absmax, shape, kind) -> list[Tensor]:
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    if len(shape) != 2:
+        raise ValueError(f"shape must be (N, K), got {tuple(shape)}")
+    check_tensor("codes", codes)
+    rows, columns = shape
+    numel = rows * columns
+    needed = -(-numel // 2) if kind == "nf4" else numel
+    if codes.dtype != _CODES[kind]:
+        raise TypeError(f"codes must be {_CODES[kind]} for {kind}, got {codes.dtype}")
+    if codes.numel() != needed or (kind == "int8" and tuple(codes.shape) != tuple(shape)):
+        expected = f"{needed} bytes" if kind == "nf4" else f"{tuple(shape)}"
+        raise ValueError(f"codes must be {expected} for {kind} of {tuple(shape)}, got {tuple(codes.shape)}")
+    scales = [absmax] if isinstance(absmax, Tensor) else list(absmax)
+    blocks = -(-numel // NF4_BLOCK) if kind == "nf4" else rows
+    for scale, (name, size, dtype) in zip(scales, _scales_expected(len(scales), blocks, kind)):
+        check_tensor(name, scale)
+        if scale.dtype != dtype:
+            advice = ": give all four tensors of double quantisation" if scale.dtype == torch.uint8 else ""
+            raise TypeError(f"{name} must be {dtype}, got {scale.dtype}{advice}")
+        if tuple(scale.shape) != size:
+            raise ValueError(f"{name} must be {size} for {kind} of {tuple(shape)}, got {tuple(scale.shape)}")
+        check_device(name, scale, "codes", codes)
+    return scales
+
+
+def _scales_expected(count: int, blocks: int, kind: str) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of each tensor of absmax."""
+    if count == 1:
+        return [("absmax", (blocks,), torch.float32)]
+    if count != 4 or kind != "nf4":
+        raise ValueError(
+            f"absmax must be one tensor, or for nf4 the four of double quantisation, got {count} for {kind}"
+        )
+    return [
+        ("absmax[0]", (blocks,), torch.uint8),
+        ("absmax[1]", (-(-blocks // NESTED_BLOCK),), torch.float32),
+        ("absmax[2]", (256,), torch.float32),
+        ("absmax[3]", (), torch.float32),
+    ]
+
+
+def _check_tokens(name: str, x: Tensor, codes: Tensor, columns: int) -> None:
+    check_tensor(name, x)
+    check_floating(name, x)
+    check_device(name, x, "codes", codes)
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise ValueError(f"{name} must end in in_features = {columns}, got shape {tuple(x.shape)}")
+
+
+# ---------------------------------------------------------------------------------------------- their definition
+
+
+def _product(x, codes, absmax, packed, bias, shape, kind, backend):
+    run = choose("masked_linear_quantized", x.device, (x.dtype,), backend)
+    return run(x, codes, absmax, packed, bias, shape, kind)
+
+
+def _d_x(grad_output, codes, absmax, packed, shape, kind, backend):
+    run = choose("masked_linear_quantized_d_x", grad_output.device, (grad_output.dtype,), backend)
+    return run(grad_output, codes, absmax, packed, shape, kind)
+
+
+def _dequantize(codes, absmax, shape, kind, dtype, backend):
+    return choose("dequantize", codes.device, (dtype,), backend)(codes, absmax, shape, kind, dtype)
+
+
+define(
+    "masked_linear_quantized(Tensor x, Tensor codes, Tensor[] absmax, Tensor? packed, Tensor? bias, SymInt[] shape, "
+    "str kind, str backend) -> Tensor",
+    lambda x, codes, absmax, packed, bias, shape, *_: x.new_empty((*x.shape[:-1], shape[0])),
+    _product,
+)
+define(
+    "masked_linear_quantized_d_x(Tensor grad_output, Tensor codes, Tensor[] absmax, Tensor? packed, SymInt[] shape, "
+    "str kind, str backend) -> Tensor",
+    lambda grad_output, codes, absmax, packed, shape, *_: grad_output.new_empty((*grad_output.shape[:-1], shape[1])),
+    _d_x,
+)
+define(
+    "dequantize(Tensor codes, Tensor[] absmax, SymInt[] shape, str kind, ScalarType dtype, str backend) -> Tensor",
+    lambda codes, absmax, shape, kind, dtype, backend: codes.new_empty(shape, dtype=dtype),
+    _dequantize,
+)
+
+
+def _save(ctx, inputs, output):
+    _, codes, absmax, packed, _, ctx.shape, ctx.kind, ctx.backend = inputs
+    ctx.save_for_backward(codes, packed, *absmax)
+
+
+def _differentiate(ctx, grad_output):
+    codes, packed, *absmax = unchanged(ctx)
+    d_x = d_bias = None
+    if ctx.needs_input_grad[0]:
+        d_x = masked_linear_quantized_d_x(
+            grad_output, codes, absmax, packed, shape=ctx.shape, kind=ctx.kind, backend=ctx.backend
+        )
+    if ctx.needs_input_grad[4]:
+        d_bias = grad_output.reshape(grad_output.shape[:-1].numel(), grad_output.shape[-1]).sum(0)
+    return d_x, None, [None] * len(absmax), None, d_bias, None, None, None
+
+
+_differentiable = define_autograd("masked_linear_quantized", _product, _save, _differentiate)
+define_no_double_backward("masked_linear_quantized_d_x")
+define_autocast("masked_linear_quantized", casts=(0, 4))
