@@ -53,6 +53,10 @@ except SystemExit as error:
 model = mft.mask_model(model, mft.MaskConfig())
 model(input_ids=ids, labels=ids).loss.backward()
 mft.save_masks(model, "masks")
+sys.path.append({str(ROOT / "tests")!r})
+from tiny_gguf import write_tiny_gguf
+write_tiny_gguf("tiny.gguf")
+mft.load_model("tiny.gguf")
 sys.argv[1:] = ["recode", "masks", "rice"]
 from mft.cli.command import main
 main()
