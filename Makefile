@@ -8,7 +8,7 @@ EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setu
 
 .PHONY: install dev demo test lint errors reference docs sanitize ports faults fuzz architectures cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
-# What users need, the extra train; and on top of it what tests, linters and docs need, the extra dev.
+# What users need: to train, compare and serve. And on top of it what tests, linters and docs need, the extra dev.
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
 
@@ -18,7 +18,7 @@ dev: $(VENV)/.installed-dev
 $(VENV)/.installed: $(EXTENSION_SOURCES)
 	@$(MAKE) --no-print-directory -j$$(nproc) $(VENV)/.packages $(VENV)/.kernels
 	@echo "Installing mft_kernels into $(VENV) ..."
-	@$(PIP) --no-build-isolation -e ".[train]"
+	@$(PIP) --no-build-isolation -e ".[train,compare,serve]"
 	@$(BIN)/python -m building.left_out
 	@touch $@
 
@@ -35,7 +35,7 @@ $(VENV)/.torch:
 # --no-compile: byte-code of all that pip installs takes 28 CPU-seconds, that of what every verb imports 8.
 $(VENV)/.packages: pyproject.toml | $(VENV)/.torch
 	@echo "Installing transformers and the rest (about 60 packages, 0.2 GB) ..."
-	@$(BIN)/python -m building.requirements train > $(VENV)/train.txt
+	@$(BIN)/python -m building.requirements train compare serve > $(VENV)/train.txt
 	@$(PIP) --no-compile -r $(VENV)/train.txt
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import datasets, transformers.models.llama.modeling_llama"
 	@touch $@

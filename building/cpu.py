@@ -79,7 +79,9 @@ def library_capabilities(environment: dict[str, str], prefix: Sequence[str] = ()
 
     ``prefix``: of the command that loads it. Raises: CannotBuild.
     """
-    script = "from mft_kernels.backends import cpu; print(cpu.unavailable or '', ','.join(cpu.capabilities()), sep='\\n')"
+    script = (
+        "from mft_kernels.backends import cpu; print(cpu.unavailable or '', ','.join(cpu.capabilities()), sep='\\n')"
+    )
     environment = {name: value for name, value in environment.items() if name != "MFT_CPU_CAPABILITY"}
     command = [*prefix, sys.executable, "-c", script]
     root = Path(__file__).resolve().parent.parent

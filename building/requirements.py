@@ -1,15 +1,16 @@
-"""python -m building.requirements EXTRA: the packages of an extra of pyproject.toml, a line each, for pip."""
+"""python -m building.requirements EXTRA...: the packages of extras of pyproject.toml, one per line, for pip."""
 
 import sys
 import tomllib
 from pathlib import Path
 
 
-def requirements(extra: str) -> list[str]:
-    """What pyproject.toml lists under the extra."""
+def requirements(*extras: str) -> list[str]:
+    """What pyproject.toml lists under the extras, less the package itself."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
-    return project["optional-dependencies"][extra]
+    listed = [package for extra in extras for package in project["optional-dependencies"][extra]]
+    return [package for package in listed if not package.startswith(f"{project['name']}[")]
 
 
 if __name__ == "__main__":
-    print("\n".join(requirements(sys.argv[1])))
+    print("\n".join(requirements(*sys.argv[1:])))

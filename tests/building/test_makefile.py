@@ -48,9 +48,14 @@ def test_torch_comes_first_and_the_package_last_and_each_step_says_what_it_does(
     done = make(f"VENV={environment}", "dev")
     assert done.returncode == 0, done.stderr
     words = (environment / "python.log").read_text()
-    order = ["--no-compile torch", "setup.py", "--no-build-isolation -e .[train]", "building.requirements dev"]
+    order = [
+        "--no-compile torch",
+        "setup.py",
+        "--no-build-isolation -e .[train,compare,serve]",
+        "building.requirements dev",
+    ]
     assert [words.index(step) for step in order] == sorted(words.index(step) for step in order)
-    assert words.index("--no-compile torch") < words.index("train.txt") < words.index("-e .[train]")
+    assert words.index("--no-compile torch") < words.index("train.txt") < words.index("-e .[train,compare,serve]")
     begins = [line.split(" (")[0] for line in done.stdout.splitlines() if line.endswith("...")]
     assert set(begins) == {
         "Installing torch",
@@ -69,7 +74,7 @@ def test_a_step_that_fails_ends_make_with_its_message_and_is_tried_again(environ
         failed = make(f"VENV={environment}", "install")
         assert failed.returncode != 0
         assert "one.cpp:1: error: no" in failed.stdout + failed.stderr or step.startswith("building")
-        assert "-e .[train]" not in (environment / "python.log").read_text()
+        assert "-e .[train" not in (environment / "python.log").read_text()
     (environment / "fail").write_text("nothing fails")
     assert make(f"VENV={environment}", "install").returncode == 0
 
@@ -77,3 +82,4 @@ def test_a_step_that_fails_ends_make_with_its_message_and_is_tried_again(environ
 def test_an_extras_packages_are_those_of_pyproject():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert requirements("train") == extras["train"]
+    assert requirements("train", "compare") == [*extras["train"], "peft>=0.18"]

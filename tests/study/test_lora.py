@@ -5,13 +5,16 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import make_llama, make_rows, masked_llama
+from tiny_study import FEW, make_study, write_ground
 
 from mft.config import TrainConfig
 from mft.evaluation.evaluate import evaluate
 from mft.models.causal_lm import clone_with_own_weights, first_trainable_layer
 from mft.models.frozen_layers import PrefixMemory
 from mft.study.lora import add_lora, merge_lora
+from mft.study.run import run_study
 from mft.training.loop import train_loop
 
 NAMES = ["model.layers.2.mlp.up_proj", "model.layers.3.self_attn.q_proj"]
@@ -124,3 +127,12 @@ def test_wrong_arguments_are_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(RuntimeError, match=r"needs peft, which is not installed: pip install 'mft_kernels\[compare\]'"):
         add_lora(make_llama(), NAMES, 4, 0)
+
+
+def test_a_study_with_lora_and_without_peft_says_so_before_it_trains(tmp_path, monkeypatch):
+    write_ground(tmp_path)
+    study = make_study(tmp_path, FEW + "  LoRA: {kind: lora, lrs: [1e-2]}\n")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(RuntimeError, match="needs peft, which is not installed"):
+        run_study(study, tmp_path / "run", console=Console(quiet=True))
+    assert not list((tmp_path / "run").glob("units/*"))

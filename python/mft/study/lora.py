@@ -19,6 +19,15 @@ from mft.models.linears import find_targets
 _ADAPTER = "default"  # peft's own name
 
 
+def import_peft() -> Any:
+    """The package peft. Raises: RuntimeError if it is not installed."""
+    try:
+        import peft
+    except ImportError:
+        raise RuntimeError("LoRA needs peft, which is not installed: pip install 'mft_kernels[compare]'") from None
+    return peft
+
+
 def add_lora(model: nn.Module, names: Iterable[str], rank: int = 8, seed: int = 0) -> nn.Module:
     """Put an adapter of ``rank`` on exactly the named linear layers, in place; freeze everything but the adapters.
 
@@ -34,7 +43,7 @@ def add_lora(model: nn.Module, names: Iterable[str], rank: int = 8, seed: int = 
     chosen = [target.name for target in targets]
     experts = [target.name for target in targets if target.is_parameter]
     check_rule(bool(chosen), "names", "hold at least one linear layer", chosen)
-    peft = _import_peft()
+    peft = import_peft()
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
@@ -89,7 +98,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 def _adapters(model: nn.Module) -> dict[str, Any]:
     """The adapters by the names of the layers they are on, in the model's order."""
-    layer = _import_peft().tuners.lora.LoraLayer
+    layer = import_peft().tuners.lora.LoraLayer
     found = {name: module for name, module in model.named_modules() if isinstance(module, layer)}
     return {_adapted(name, module): module for name, module in found.items()}
 
@@ -98,11 +107,3 @@ def _adapted(name: str, adapter: Any) -> str:
     """The layer's own name: those on parameters of one module lie around it, one within the other."""
     parameter = getattr(adapter, "parameter_name", None)
     return name if parameter is None else f"{name.replace('.base_layer', '')}.{parameter}"
-
-
-def _import_peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise RuntimeError("LoRA needs peft, which is not installed: pip install 'mft_kernels[compare]'") from None
-    return peft

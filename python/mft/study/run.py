@@ -13,8 +13,9 @@ from mft.evaluation.evaluated_base import check_exact
 from mft.rewards.questions import questions_of
 from mft.rewards.train import check_installed
 from mft.study.arms.job import Job
-from mft.study.config import BASE, QUANTIZED, REWARDS, StudyConfig
+from mft.study.config import BASE, LORA, QUANTIZED, REWARDS, StudyConfig
 from mft.study.from_scratch import train_from_scratch
+from mft.study.lora import import_peft
 from mft.study.outcome import Findings, Outcome, Tested, Unit
 from mft.study.plan import (
     chosen_units,
@@ -46,7 +47,9 @@ def run_study(study: StudyConfig, directory: Path, *, console: Console, overwrit
     """
     check_exact(study.model, "compare")
     with open_store(study, directory, overwrite=overwrite) as store:
-        if study.objective == REWARDS:  # what is not there is said before anything is trained
+        if any(arm.kind == LORA for arm in study.arms.values()):  # what is missing is said before anything is trained
+            import_peft()
+        if study.objective == REWARDS:
             check_installed()
             _check_forms(study)
         base = _base_model(study, store.directory, console)
