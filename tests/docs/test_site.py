@@ -55,7 +55,7 @@ def test_every_page_is_in_the_navigation_once(site):
 
 def test_what_make_docs_fetches_is_the_extra_docs():
     extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"]
-    recipe = re.search(r"^docs: install\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    recipe = re.search(r"^docs: dev\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
     assert f"pip install --quiet {' '.join(extra)}\n" in recipe
 
 

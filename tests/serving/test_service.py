@@ -375,7 +375,7 @@ def test_a_prompt_that_the_model_cannot_read_ends_its_answer_alone(serve, words,
 
 
 def test_a_text_that_cannot_be_tokenized_is_one_500(serve, words):
-    running = serve(tokenizer=Hole(words, 0))
+    running = serve(tokenizer=Hole(words, -1))
     assert post(running, COMPLETION | {"prompt": "unreadable"})[1]["error"]["message"] == FAILED
     assert post(running, COMPLETION)[0] == 200
 

@@ -5,8 +5,8 @@ from importlib.util import find_spec
 
 # Of the extra "train" in pyproject.toml, by the names that they are imported by.
 NEEDED = (
-    *("datasets", "filelock", "gguf", "huggingface_hub", "jinja2", "matplotlib", "rich", "safetensors", "transformers"),
-    *("typer", "yaml"),
+    *("accelerate", "datasets", "filelock", "gguf", "huggingface_hub", "jinja2", "matplotlib", "rich", "safetensors"),
+    *("transformers", "typer", "yaml"),
 )
 
 
