@@ -45,7 +45,8 @@ $(VENV)/.kernels: $(EXTENSION_SOURCES) | $(VENV)/.torch
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-# Byte-code of the rest too: where PYTHONDONTWRITEBYTECODE is set, each test's process would compile it again.
+# Byte-code of the rest too: where PYTHONDONTWRITEBYTECODE is set, each test's process would compile it again. Some packages
+# ship templates that are no Python, which is no error here.
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
 	@echo "Installing the tools of development (about 110 packages) ..."
 	@$(BIN)/python -m building.requirements dev > $(VENV)/dev.txt

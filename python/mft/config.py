@@ -145,7 +145,7 @@ class MaskConfig:
     target_parameters: list[str] | None = None
     layers_to_transform: Layers = None  # Decoder layers that get masks, such as 24-29 (null: all)
     exclude_modules: str | list[str] | None = None  # Names of linear layers that get no mask, or a pattern
-    modules_to_save: list[str] | None = None  # Modules that are trained in full beside the masks and saved with them
+    modules_to_save: list[str] | None = None  # Modules that are trained in full, and saved with the masks
     keep_ratio: Annotated[float, SHARE] = 0.99  # Share of each matrix's weights that is kept
     mode: Annotated[str, one_of(MODES)] = "magnitude"  # Keep a weight by its score's magnitude or by its value
     # How scores start: at random (normal), from weight magnitudes, all equal (constant) or from training data (wanda)
