@@ -185,7 +185,7 @@ def _next(directory: Path) -> list[str]:
         "Next:",
         "   a mask from your own chats, a JSON object per line (docs/data.md):",
         "   mft train model.name=smollm2-135m data.source=chats.jsonl output_dir=runs/mine",
-        "   compare the mask with LoRA and with training the weights, an estimated 20 minutes on two cores; in our",
+        "   compare the mask with LoRA and with training the weights, about 24 minutes on two cores; in our",
         "   studies LoRA on all layers gained more than the mask (docs/evidence.md, N):",
         "   mft compare --config demo",
         "   an HTTP server in OpenAI's form (pip install 'mft_kernels[serve]'); the model's name is demo:",
