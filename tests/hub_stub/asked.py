@@ -1,5 +1,7 @@
 """huggingface_hub's client turned to the hub on loopback: in this process, or in one that is started."""
 
+import contextlib
+
 import huggingface_hub
 import huggingface_hub.file_download
 import huggingface_hub.utils._http
@@ -7,7 +9,7 @@ from huggingface_hub import constants, hf_api
 
 from mft.files.hub import hub_is_reachable
 
-from .server import WRITES
+from .server import WRITES, Hub
 
 
 class _WithoutWaiting:
@@ -34,6 +36,17 @@ def turn_to(hub, patch, cache, token=WRITES):
     if token is not None:
         patch.setenv("HF_TOKEN", token)
     hub_is_reachable.cache_clear()
+
+
+@contextlib.contextmanager
+def hub_for(tmp, patch, token=WRITES):
+    """A hub that this process's client is turned to, with its cache in tmp."""
+    with Hub() as hub:
+        turn_to(hub, patch, tmp / "hub-cache", token)
+        try:
+            yield hub
+        finally:
+            hub_is_reachable.cache_clear()
 
 
 def environment(hub, home, token=None):

@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from hub_stub.asked import turn_to
-from hub_stub.server import Hub
+from hub_stub.asked import hub_for
 from huggingface_hub import constants
 from limits import peak_of
 from tiny import make_llama, save_llama
@@ -41,10 +40,8 @@ def small(tmp_path_factory):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    with Hub() as hub:
-        turn_to(hub, monkeypatch, tmp_path / "hub-cache", token=None)
+    with hub_for(tmp_path, monkeypatch, token=None) as hub:
         yield hub
-    hub_is_reachable.cache_clear()
 
 
 def claiming(small, directory, **claimed):

@@ -4,22 +4,18 @@ import json
 import shutil
 
 import pytest
-from hub_stub.asked import turn_to
-from hub_stub.server import Hub
+from hub_stub.asked import hub_for
 from tiny import masked_llama
 
 from mft.config import RunConfig
 from mft.config_file import save_config
-from mft.files.hub import hub_is_reachable
 from mft.masks.export import save_masks
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    with Hub() as hub:
-        turn_to(hub, monkeypatch, tmp_path / "hub-cache")
+    with hub_for(tmp_path, monkeypatch) as hub:
         yield hub
-    hub_is_reachable.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from hub_stub.asked import turn_to
-from hub_stub.server import READS, Hub
+from hub_stub.asked import hub_for
+from hub_stub.server import READS
 from huggingface_hub import constants
 from tiny import make_llama, masked_llama
 
@@ -19,10 +19,8 @@ CONFIG, MASKS = "adapter_config.json", "adapter_model.safetensors"
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    with Hub() as hub:
-        turn_to(hub, monkeypatch, tmp_path / "cache", token=None)
+    with hub_for(tmp_path, monkeypatch, token=None) as hub:
         yield hub
-    hub_is_reachable.cache_clear()
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from hub_stub.asked import turn_to
+from hub_stub.asked import hub_for
 from hub_stub.repository import File
-from hub_stub.server import Hub
 from huggingface_hub import constants
 from peft import PeftModel
 from peft_masks import STILL_CALLED, assert_same, config, logits, state, with_masks
@@ -21,10 +20,8 @@ NAME = "user/masks"
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    with Hub() as hub:
-        turn_to(hub, monkeypatch, tmp_path / "cache", token=None)
+    with hub_for(tmp_path, monkeypatch, token=None) as hub:
         yield hub
-    hub_is_reachable.cache_clear()
 
 
 def put(hub, directory):
