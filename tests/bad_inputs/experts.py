@@ -22,13 +22,16 @@ from mft_kernels import (
 )
 from mft_kernels.ops.checks import NonFiniteScores
 
-from .registry import accepted, refused
-
 x, grad = torch.ones(3, 5), torch.ones(3, 4)
 weight, scores, bias = torch.ones(3, 4, 5), torch.ones(3, 4, 5), torch.ones(3, 4)
 offsets = torch.tensor([2, 2, 3], dtype=torch.int32)
 threshold = torch.tensor(0.5)
 packed = pack_mask(scores, threshold)
+_moe = mixtral()
+
+
+def moe():
+    return copy.deepcopy(_moe)
 
 
 def under_peft(model, config):
@@ -41,223 +44,120 @@ def ends(*rows):
     return torch.tensor(rows, dtype=torch.int32)
 
 
-# ---------------------------------------------------------------------------------------------- rows of experts
-
-
-@refused(ValueError, where="offsets", got="got 1 after 2", rule="must not fall, as the rows of expert 1 end no earlier")
-def offsets_that_fall():
+TABLE = r"""
+# rows of experts
+offsets that fall
     masked_linear_grouped(x, weight, scores, threshold, ends(2, 1, 3))
-
-
-@refused(ValueError, where="offsets", got="got 4", rule="must end within the 3 rows of x")
-def offsets_past_the_rows():
+    -> ValueError: offsets | must not fall, as the rows of expert 1 end no earlier | got 1 after 2
+offsets past the rows
     masked_linear_grouped_packed(x, weight, packed, ends(2, 2, 4))
-
-
-@refused(ValueError, where="offsets", got="got -1 after 0", rule="must not fall")
-def an_offset_below_0():
+    -> ValueError: offsets | must end within the 3 rows of x | got 4
+an offset below 0
     accumulate_score_grad_grouped(torch.zeros(3, 4, 5), grad, x, ends(-1, 2, 3))
-
-
-@refused(ValueError, where="offsets", got="shape (2,)", rule="must be (3,)", remedy="cumsum the number of rows of each")
-def an_offset_too_few():
+    -> ValueError: offsets | must not fall | got -1 after 0
+an offset too few
     masked_linear_grouped(x, weight, scores, threshold, ends(2, 3))
-
-
-@refused(TypeError, where="offsets", got="torch.int64", rule="must be int32", remedy="use offsets.int()")
-def offsets_in_64_bits():
+    -> ValueError: offsets | must be (3,) | shape (2,) | cumsum the number of rows of each
+offsets in 64 bits
     masked_linear_grouped(x, weight, scores, threshold, offsets.long())
-
-
-@refused(ValueError, where="weight", got="(0, 4, 5)", rule="must hold at least one expert")
-def no_expert():
+    -> TypeError: offsets | must be int32 | torch.int64 | use offsets.int()
+no expert
     masked_linear_grouped(x, weight[:0], scores[:0], threshold, offsets[:0])
-
-
-@accepted("the last row is nobody's: its output and its gradient are 0")
-def rows_past_the_last_offset():
+    -> ValueError: weight | must hold at least one expert | (0, 4, 5)
+rows past the last offset
     own = x.clone().requires_grad_()
     y = masked_linear_grouped(own, weight, scores, threshold, ends(1, 1, 2))
     y.sum().backward()
     assert not y[2].any()
     assert not own.grad[2].any()
+    -> accepted: the last row is nobody's: its output and its gradient are 0
 
-
-# ---------------------------------------------------------------------------------------------- shapes
-
-
-@refused(ValueError, where="weight", got="shape (4, 5)", rule="must be (E, N, K), the experts in one tensor")
-def a_weight_of_one_expert():
+# shapes
+a weight of one expert
     masked_linear_grouped(x, weight[0], scores[0], threshold, offsets)
-
-
-@refused(ValueError, where="x", got="(3, 4)", rule="must be (rows, 5)", remedy="transposed=True reads it as the other")
-def rows_for_the_other_layout():
+    -> ValueError: weight | must be (E, N, K), the experts in one tensor | shape (4, 5)
+rows for the other layout
     masked_linear_grouped(grad, weight, scores, threshold, offsets)
-
-
-@refused(ValueError, where="x", got="(1, 3, 5)", rule="must be (rows, 5)")
-def a_batch_of_rows():
+    -> ValueError: x | must be (rows, 5) | (3, 4) | transposed=True reads it as the other
+a batch of rows
     masked_linear_grouped(x[None], weight, scores, threshold, offsets)
-
-
-@refused(ValueError, where="bias", got="(4,)", rule="must be one a row and expert (3, 4)")
-def a_bias_for_all_experts():
+    -> ValueError: x | must be (rows, 5) | (1, 3, 5)
+a bias for all experts
     masked_linear_grouped(x, weight, scores, threshold, offsets, bias[0])
-
-
-@refused(
-    ValueError, where="threshold", got="(4,)", rule="must be () or one an expert (3,)", remedy="see kept_thresholds"
-)
-def a_threshold_for_each_row():
+    -> ValueError: bias | must be one a row and expert (3, 4) | (4,)
+a threshold for each row
     masked_linear_grouped(x, weight, scores, torch.ones(4), offsets)
-
-
-@refused(ValueError, where="packed", got="(12, 1)", rule="must be (3, 4, 1)")
-def bits_of_all_experts_in_one_matrix():
+    -> ValueError: threshold | must be () or one an expert (3,) | (4,) | see kept_thresholds
+bits of all experts in one matrix
     masked_linear_grouped_packed(x, weight, packed.flatten(0, 1), offsets)
-
-
-@refused(ValueError, where="out", got="shape (4, 5)", rule="must be contiguous and (E, N, K)")
-def a_gradient_of_one_expert():
+    -> ValueError: packed | must be (3, 4, 1) | (12, 1)
+a gradient of one expert
     accumulate_score_grad_grouped(torch.zeros(4, 5), grad, x, offsets)
-
-
-@refused(ValueError, where="weight", got="(4, 5)", rule="must be (E, N, K) of at least one expert")
-def a_layer_of_one_expert():
+    -> ValueError: out | must be contiguous and (E, N, K) | shape (4, 5)
+a layer of one expert
     MaskedGroupedLinear(weight[0])
-
-
-@refused(ValueError, where="scores", got="shape (5,)", rule="must be (experts, ...), at least one")
-def thresholds_of_one_vector():
+    -> ValueError: weight | must be (E, N, K) of at least one expert | (4, 5)
+thresholds of one vector
     kept_thresholds(scores[0, 0], 0.9)
+    -> ValueError: scores | must be (experts, ...), at least one | shape (5,)
 
-
-# ---------------------------------------------------------------------------------------------- values
-
-
-@refused(
-    NonFiniteScores,
-    where="scores of module 'experts.up'",
-    got="20 NaN or Inf",
-    rule="must be finite",
-    remedy="expert 1",
-)
-def an_expert_of_nan():
+# values
+an expert of nan
     layer = MaskedGroupedLinear(weight)
     layer.module_name = "experts.up"
     with torch.no_grad():
         layer.scores[1] = torch.nan
     layer(x, offsets)
-
-
-@accepted("an expert without rows computes nothing: its weight may be anything, and its gradient is 0")
-def nan_in_an_expert_without_rows():
+    -> NonFiniteScores: scores of module 'experts.up' | must be finite | 20 NaN or Inf | expert 1
+nan in an expert without rows
     own, strange = scores.clone().requires_grad_(), weight.clone()
     strange[1] = torch.nan
     y = masked_linear_grouped(x, strange, own, threshold, offsets)
     y.sum().backward()
     assert y.isfinite().all()
     assert not own.grad[1].any()
+    -> accepted: an expert without rows computes nothing: its weight may be anything, and its gradient is 0
 
-
-# ---------------------------------------------------------------------------------------------- models
-
-
-def moe():
-    return copy.deepcopy(_moe)
-
-
-_moe = mixtral()
-
-
-@refused(
-    ValueError,
-    where="cannot mask model.layers.0.mlp.experts.down_proj",
-    got="tied to draft.weight",
-    rule="Untie it first",
-)
-def experts_that_another_module_uses_too():
+# models
+experts that another module uses too
     model = moe()
     model.draft = nn.Module()
     model.draft.weight = model.model.layers[0].mlp.experts.down_proj
     mft.mask_model(model, mft.MaskConfig())
-
-
-@refused(
-    ValueError,
-    where="target_parameters",
-    got="'experts.gate_proj'",
-    rule="matches the weight of no linear layer",
-    remedy="did you mean",
-)
-def experts_by_a_name_that_there_is_not():
+    -> ValueError: cannot mask model.layers.0.mlp.experts.down_proj | Untie it first | tied to draft.weight
+experts by a name that there is not
     mft.mask_model(moe(), mft.MaskConfig(target_parameters=["experts.gate_proj"]))
-
-
-@refused(
-    ValueError,
-    where="cannot mask model.layers.0.mlp.experts.gate_up_proj",
-    got="torch.float8_e4m3fn",
-    rule="masks need fp32, fp16 or bf16",
-)
-def experts_in_eight_bits():
+    -> ValueError: target_parameters | matches the weight of no linear layer | 'experts.gate_proj' | did you mean
+experts in eight bits
     model = moe()
     experts = model.model.layers[0].mlp.experts
     experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.data.to(torch.float8_e4m3fn), requires_grad=False)
     mft.mask_model(model, mft.MaskConfig())
+    -> ValueError: cannot mask model.layers.0.mlp.experts.gate_up_proj | masks need fp32, fp16 or bf16
+        | torch.float8_e4m3fn
 
-
-# ---------------------------------------------------------------------------------------------- PEFT, and banks
-
-
-@refused(
-    ValueError,
-    where="target_parameters",
-    got="'experts.gate_proj'",
-    rule="matches the weight of no linear layer",
-    remedy="did you mean",
-)
-def experts_under_peft_by_a_name_that_there_is_not():
+# PEFT, and banks
+experts under peft by a name that there is not
     under_peft(moe(), mft.MaskPeftConfig(target_parameters=["experts.gate_proj"]))
-
-
-@refused(
-    NonFiniteScores,
-    where="scores of module 'model.layers.1.mlp.experts.down_proj'",
-    got="1 NaN or Inf",
-    rule="must be finite",
-    remedy="expert 2",
-)
-def scores_of_nan_under_peft():
+    -> ValueError: target_parameters | matches the weight of no linear layer | 'experts.gate_proj' | did you mean
+scores of nan under peft
     model = under_peft(mixture("Olmoe"), mft.MaskPeftConfig(target_parameters=["experts.down_proj"]))
     with torch.no_grad():
         model.base_model.model.model.layers[1].mlp.experts.mft_scores["default"]["down_proj"][2, 0, 0] = torch.nan
     model(IDS)
-
-
-@refused(
-    ValueError,
-    where="adapter_names",
-    got="got 3 of them and an input of (2, 12, 32)",
-    rule="must be one a row of a batch",
-    remedy="repeat a task for each beam and returned sequence",
-)
-def an_adapter_too_many_for_the_rows_of_a_mixture():
+    -> NonFiniteScores: scores of module 'model.layers.1.mlp.experts.down_proj' | must be finite | 1 NaN or Inf
+        | expert 2
+an adapter too many for the rows of a mixture
     model = under_peft(mixture("Olmoe"), mft.MaskPeftConfig(target_parameters=["experts.down_proj"])).eval()
     model(IDS, adapter_names=["default", "__base__", "default"])
-
-
-@refused(
-    ValueError,
-    where="tasks",
-    got="got 2 of them and an input of (48, 32)",
-    rule="must be one a row of a batch",
-    remedy="where the model flattens rows, use one task a batch",
-)
-def a_task_a_row_for_experts_whose_rows_come_sorted(tmp):
+    -> ValueError: adapter_names | must be one a row of a batch | got 3 of them and an input of (2, 12, 32)
+        | repeat a task for each beam and returned sequence
+a task a row for experts whose rows come sorted
     masks = mft.MaskConfig(target_parameters=["mlp.input_linear.weight"])
     mft.save_masks(mft.mask_model(mixture("JetMoe"), masks), tmp / "code")
     bank = mft.load_mask_bank(mixture("JetMoe"), {"code": tmp / "code"})
     with bank.use(["code", None]):
         bank.model(IDS)
+    -> ValueError: tasks | must be one a row of a batch | got 2 of them and an input of (48, 32)
+        | where the model flattens rows, use one task a batch
+"""

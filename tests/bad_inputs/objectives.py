@@ -1,4 +1,4 @@
-"""Objectives: keys, data and models that are not theirs."""
+"""Objectives: keys, data and models that are not theirs. PAIR is a preference pair of texts."""
 
 import json
 from types import SimpleNamespace
@@ -15,8 +15,6 @@ from mft.objectives.dpo import DPO
 from mft.objectives.kl import KL
 from mft.training.loop import finetune, train_masks
 
-from .registry import accepted, refused
-
 STEP = TrainConfig(steps=1)
 PAIR = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
 
@@ -25,120 +23,58 @@ def records(row):
     return Records([row], lambda i: f"data.jsonl:{i + 1}", sorted(row), [0])
 
 
-@accepted("both conversations begin with what was asked, so that is the prompt, as TRL reads them")
-def a_prompt_in_words_beside_two_conversations():
-    asked, right, wrong = (
-        {"role": r, "content": c} for r, c in (("user", "2 + 2?"), ("assistant", "4"), ("assistant", "5"))
-    )
+def says(role, content):
+    return {"role": role, "content": content}
+
+
+TABLE = r"""
+a prompt in words beside two conversations
+    asked, right, wrong = says("user", "2 + 2?"), says("assistant", "4"), says("assistant", "5")
     chosen, _ = read_pair({"prompt": "of a sum", "chosen": [asked, right], "rejected": [asked, wrong]}, "data.jsonl:1")
     assert (chosen.messages, chosen.first) == ([asked, right], 1)
-
-
-@refused(
-    ValueError,
-    where="objective.beta",
-    got="got 0.2",
-    rule="must be null with the objective distill",
-    remedy="it belongs to kl and dpo; set objective.name",
-)
-def a_key_of_another_objective():
+    -> accepted: both conversations begin with what was asked, so that is the prompt, as TRL reads them
+a key of another objective
     load_config(None, ["objective.name=distill", "objective.teacher=my-model", "objective.beta=0.2"])
-
-
-@refused(
-    ValueError,
-    where="data.streaming",
-    got="got true",
-    rule="must be false with preference pairs",
-    remedy="load them",
-)
-def pairs_in_a_stream(tmp):
+    -> ValueError: objective.beta | must be null with the objective distill | got 0.2
+        | it belongs to kl and dpo; set objective.name
+pairs in a stream
     path = tmp / "pairs.jsonl"
     path.write_text(json.dumps(PAIR))
     load_splits(DataConfig(source=str(path), streaming=True), SimpleNamespace(eos_token_id=0), pairs=True)
-
-
-@refused(ValueError, where="objective.teacher", got="got None", rule="must name a model for distill")
-def distillation_without_a_teacher():
+    -> ValueError: data.streaming | must be false with preference pairs | got true | load them
+distillation without a teacher
     load_config(None, ["objective.name=distill"])
-
-
-@refused(
-    ValueError,
-    where="mask.modules_to_save",
-    got="got ['lm_head']",
-    rule="must be null with the objective dpo, which holds masks to the base",
-)
-def a_head_that_learns_beside_masks_that_are_held_to_the_base():
+    -> ValueError: objective.teacher | must name a model for distill | got None
+a head that learns beside masks that are held to the base
     load_config(None, ["objective.name=dpo", "mask.modules_to_save=[lm_head]"])
-
-
-@refused(
-    ValueError,
-    where="objective kl",
-    got="got model.embed_tokens.weight to train",
-    rule="must train masks alone",
-    remedy="take another objective",
-)
-def weights_that_learn_while_they_are_the_reference():
+    -> ValueError: mask.modules_to_save | must be null with the objective dpo, which holds masks to the base
+        | got ['lm_head']
+weights that learn while they are the reference
     finetune(make_llama(), make_rows(), STEP, objective=KL())
-
-
-@refused(
-    ValueError,
-    where="objective dpo",
-    got="got rows without starts",
-    rule="dataset must hold pairs",
-    remedy="give data with chosen and rejected",
-)
-def preferences_of_rows_that_are_texts():
+    -> ValueError: objective kl | must train masks alone | got model.embed_tokens.weight to train
+        | take another objective
+preferences of rows that are texts
     train_masks(masked_llama(), make_rows(), STEP, objective=DPO())
-
-
-@refused(
-    ValueError,
-    where="dataset",
-    got="got 1 in row 1",
-    rule="must hold pairs for the objective dpo, two examples each",
-    remedy="give data with chosen and rejected",
-)
-def a_row_with_one_answer():
+    -> ValueError: objective dpo | dataset must hold pairs | got rows without starts
+        | give data with chosen and rejected
+a row with one answer
     rows = make_rows(2).add_column("starts", [[0, 6], [0]])
     train_masks(masked_llama(), rows, STEP, objective=DPO())
-
-
-@refused(
-    ValueError,
-    where="data.jsonl:1",
-    got="got completion, prompt",
-    rule="must have the columns chosen and rejected for the objective dpo",
-    remedy="give preference pairs, or set objective.name to another",
-)
-def preferences_of_data_without_any():
+    -> ValueError: dataset | must hold pairs for the objective dpo, two examples each | got 1 in row 1
+        | give data with chosen and rejected
+preferences of data without any
     open_documents(records({"prompt": "2 + 2 =", "completion": " 4"}), None, assistant_only=True, pairs=True)
-
-
-@refused(
-    ValueError,
-    where="data.jsonl:1",
-    got="columns chosen and rejected",
-    rule="must not be preference pairs",
-    remedy="set objective.name=dpo, or rename the column of the answers to learn to completion",
-)
-def preferences_that_no_objective_compares():
+    -> ValueError: data.jsonl:1 | must have the columns chosen and rejected for the objective dpo
+        | got completion, prompt | give preference pairs, or set objective.name to another
+preferences that no objective compares
     open_documents(records(PAIR), None, assistant_only=True)
-
-
-@refused(
-    ValueError,
-    where="data.jsonl:1",
-    got="got ' 4' (str) and [{'role': 'assistant', 'content': '5'}] (list)",
-    rule="must both be strings or both lists of messages",
-)
-def a_string_that_is_preferred_to_messages():
-    read_pair({**PAIR, "rejected": [{"role": "assistant", "content": "5"}]}, "data.jsonl:1")
-
-
-@refused(ValueError, where="label_smoothing", got="got 0.5", rule="must lie in [0, 0.5)")
-def preferences_of_which_half_are_wrong():
+    -> ValueError: data.jsonl:1 | must not be preference pairs | columns chosen and rejected
+        | set objective.name=dpo, or rename the column of the answers to learn to completion
+a string that is preferred to messages
+    read_pair({**PAIR, "rejected": [says("assistant", "5")]}, "data.jsonl:1")
+    -> ValueError: data.jsonl:1 | must both be strings or both lists of messages
+        | got ' 4' (str) and [{'role': 'assistant', 'content': '5'}] (list)
+preferences of which half are wrong
     DPO(label_smoothing=0.5)
+    -> ValueError: label_smoothing | must lie in [0, 0.5) | got 0.5
+"""

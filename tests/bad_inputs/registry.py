@@ -1,97 +1,111 @@
-"""How a bad input is listed: its name is its title, its file its group, its body what the user wrote.
+"""A bad input is a row of a table: its title, what the user writes, and what is said to it.
 
-A function may ask for tmp, a new directory, and for patch, a pytest.MonkeyPatch that is undone afterwards.
+Each module of GROUPS has its rows in TABLE, and above it what they use. A row that is refused:
+
+    a threshold for each column
+        masked_linear(x, weight, scores, torch.ones(5))
+        -> ValueError: threshold | must be () or one a row (4,) | (5,) | see kept_threshold
+
+Its last line has the error and parts of the message: the argument, its rule, the received value and the remedy, which
+is left out where the rule says it. `...` in a part stands for what differs from machine to machine. An odd input that
+is right ends in `-> accepted: what happens`, and asserts it. Either line may go on in the next ones.
+
+What the user writes may use the names of its module, `tmp`, a new directory, and `patch`, a pytest.MonkeyPatch that is
+undone afterwards. Empty lines and those that begin with # are for the reader of the table.
 """
 
 import contextlib
 import functools
-import inspect
+import os
 import re
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 
 import pytest
+
+from . import data, deletion, environment, experts, files, hub, objectives, rewards, serving, studies, tensors, training
+
+GROUPS = (tensors, experts, files, hub, data, training, deletion, objectives, rewards, studies, environment, serving)
 
 
 @dataclass(frozen=True)
 class Case:
-    function: Callable[..., None]
-
-    @property
-    def title(self) -> str:
-        return self.function.__name__.replace("_", " ")
+    module: ModuleType
+    title: str
+    source: str
 
     @property
     def group(self) -> str:
-        return self.function.__module__.rpartition(".")[2]
-
-    @property
-    def source(self) -> str:
-        """The function's body."""
-        _, _, body = inspect.getsource(self.function).partition("\ndef ")
-        return textwrap.dedent(body.partition(":\n")[2]).strip()
+        return self.module.__name__.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
 class Refused(Case):
-    """The parts that its message has to have; remedy None where the rule is one. other: texts of other software."""
+    """The parts that its message has to have; remedy None where the rule is one."""
 
     error: type[Exception]
     where: str
-    got: str
     rule: str
-    remedy: str | None
-    other: str | None
+    got: str
+    remedy: str | None = None
+
+    @property
+    def parts(self) -> dict[str, str]:
+        return {"where": self.where, "got": self.got, "rule": self.rule, "remedy": self.remedy or self.rule}
 
     def lacks(self, message: str) -> list[str]:
         """Which of the parts a message has not."""
-        parts = {"where": self.where, "got": self.got, "rule": self.rule, "remedy": self.remedy or self.rule}
-        return [name for name, part in parts.items() if part not in message]
+        return [name for name, part in self.parts.items() if not _pattern(part).search(message)]
+
+    def shown(self, message: str) -> str:
+        """A message without what differs from machine to machine."""
+        for part in self.parts.values():
+            message = _pattern(part).sub(lambda _, part=part: part, message)
+        return message
 
 
 @dataclass(frozen=True)
 class Accepted(Case):
-    """What happens, which the function asserts."""
+    """What happens, which its source asserts."""
 
     happens: str
 
 
-REFUSED: list[Refused] = []
-ACCEPTED: list[Accepted] = []
+def _pattern(part: str) -> re.Pattern[str]:
+    return re.compile(".*?".join(map(re.escape, part.split("..."))))
 
 
-def refused(
-    error: type[Exception], *, where: str, got: str, rule: str, remedy: str | None = None, other: str | None = None
-) -> Callable:
-    """List a function that raises ``error``; ``other`` is a pattern for what differs from machine to machine."""
+def read_table(module: ModuleType) -> Iterator[Case]:
+    """The rows of a module."""
+    text = re.sub(r"^(#.*)?\n", "", module.TABLE, flags=re.MULTILINE)
+    for row in filter(None, re.split(r"^(?=\S)", text, flags=re.MULTILINE)):
+        title, _, rest = row.partition("\n")
+        source, _, result = rest.rpartition("    -> ")
+        kind, _, said = " ".join(result.split()).partition(": ")
+        given, parts = (module, title, textwrap.dedent(source).strip()), said.split(" | ")
+        if not source or (kind != "accepted" and len(parts) not in (3, 4)):
+            raise ValueError(f"{module.__name__}, {title}: must end in '-> Error: where | rule | got | remedy'")
+        yield Accepted(*given, said) if kind == "accepted" else Refused(*given, eval(kind, vars(module)), *parts)
 
-    def add(function: Callable) -> Callable:
-        REFUSED.append(Refused(function, error, where, got, rule, remedy, other))
-        return function
 
-    return add
-
-
-def accepted(happens: str) -> Callable:
-    """List a function that returns."""
-
-    def add(function: Callable) -> Callable:
-        ACCEPTED.append(Accepted(function, happens))
-        return function
-
-    return add
+CASES = [case for module in GROUPS for case in read_table(module)]
+REFUSED = [case for case in CASES if isinstance(case, Refused)]
+ACCEPTED = [case for case in CASES if isinstance(case, Accepted)]
 
 
 @contextlib.contextmanager
 def running(case: Case) -> Iterator[tuple[Callable[[], None], Path]]:
     """(the case, ready to be called; its directory)."""
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        given = {"tmp": Path(directory), "patch": patch}
-        asked = {name: given[name] for name in inspect.signature(case.function).parameters}
-        yield lambda: case.function(**asked), given["tmp"]
+        tmp = Path(directory)
+        code = compile(case.source, case.title, "exec")
+        yield lambda: exec(code, vars(case.module) | {"tmp": tmp, "patch": patch}), tmp
 
 
 @dataclass(frozen=True)
@@ -110,6 +124,6 @@ def told(case: Refused) -> Told:
         try:
             run()
         except case.error as error:
-            message = str(error).replace(str(directory), "/tmp/dir")
-            return Told(type(error), message, re.sub(case.other, "...", message) if case.other else message)
+            message = re.sub("[0-9a-f]{64}", "...", str(error).replace(str(directory), "/tmp/dir"))
+            return Told(type(error), message, case.shown(message))
     raise AssertionError(f"{case.title}: expected {case.error.__name__}, nothing was raised")

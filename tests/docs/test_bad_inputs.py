@@ -1,9 +1,10 @@
 """Each bad input has the message that it is listed with, each odd one its result, and docs/errors.md says so."""
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-from bad_inputs.registry import ACCEPTED, REFUSED, running, told
+from bad_inputs.registry import ACCEPTED, REFUSED, read_table, running, told
 from bad_inputs.report import GROUPS, VERSIONS, report
 
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
@@ -31,6 +32,23 @@ def test_a_poor_message_is_noticed():
     case = next(case for case in REFUSED if case.remedy is not None)
     assert case.lacks("size mismatch") == ["where", "got", "rule", "remedy"]
     assert case.lacks(f"{case.where} {case.rule}, got {case.got}") == ["remedy"]
+
+
+def test_what_differs_from_machine_to_machine_is_not_shown():
+    case = next(case for case in REFUSED if case.title == "a port that is taken")
+    message = "--host and --port must be free here, got 127.0.0.1 and 4711: Address already in use"
+    assert case.lacks(message) == []
+    assert case.shown(message) == message.replace("4711", "...")
+
+
+@pytest.mark.parametrize(
+    "rest", ["    f()", "    -> ValueError: x | must be y | z", "    f()\n    -> ValueError: x | y"]
+)
+def test_a_row_without_its_parts_is_an_error(rest):
+    module = ModuleType("group")
+    module.TABLE = f"a title\n{rest}\n"
+    with pytest.raises(ValueError, match="group, a title: must end in"):
+        list(read_table(module))
 
 
 def test_there_are_at_least_sixty_of_all_groups():
