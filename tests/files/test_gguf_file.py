@@ -92,11 +92,7 @@ def field(content, key):
         (lambda c: field(c, "tokenizer.ggml.token_type"), struct.pack("<I", 99), "an array of type 99"),
         (lambda c: field(c, "tokenizer.ggml.token_type") - 4, struct.pack("<I", 99), "a value of type 99"),
         (lambda c: field(c, "general.alignment"), struct.pack("<I", 0), "general.alignment 0, which must be a power"),
-        (
-            lambda c: field(c, "token_embd.weight") - 4,
-            struct.pack("<I", 1 << 30),
-            "1073741824 dimensions of ",
-        ),
+        (lambda c: field(c, "token_embd.weight") - 4, struct.pack("<I", 1 << 30), "1073741824 dimensions of "),
         (lambda c: field(c, "token_embd.weight"), struct.pack("<Q", 0), r"the shape \(0, 41\) of 'token_embd.weight'"),
         (
             lambda c: field(c, "token_embd.weight"),
@@ -106,11 +102,7 @@ def field(content, key):
         (lambda c: field(c, "token_embd.weight") + 16, struct.pack("<I", 77), "the type 77 of 'token_embd.weight'"),
         (lambda c: field(c, "token_embd.weight") + 20, struct.pack("<Q", 1 << 50), "bytes of tensors, where"),
         (lambda c: c.index(b"blk.1.attn_k.weight"), b"blk.1.attn_q", "the tensor 'blk.1.attn_q.weight' twice"),
-        (
-            lambda c: c.index(b"blk.1.attn_k.weight"),
-            b"blk.1.attn_j",
-            "such as model.layers.1.self_attn.k",
-        ),
+        (lambda c: c.index(b"blk.1.attn_k.weight"), b"blk.1.attn_j", "such as model.layers.1.self_attn.k"),
         (lambda c: field(c, "llama.attention.head_count"), bytes(4), "that transformers can read, .*modulo by zero"),
         (lambda c: field(c, "llama.vocab_size"), bytes(4), "that transformers can read, .*Padding_idx"),
         (lambda c: c.index(b"a b"), b"a z", "that transformers can read, .*out of vocabulary"),

@@ -1,5 +1,6 @@
 """Files from strangers: whatever their bytes, a reader gives what was written or one clear error, and nothing else."""
 
+import contextlib
 import json
 import os
 import random
@@ -76,6 +77,17 @@ def changed(document, path, value):
     return document
 
 
+@contextlib.contextmanager
+def replaced(path, content):
+    """Other bytes in a file, which has its own again afterwards."""
+    own = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(own)
+
+
 def assert_named(error, path):
     assert str(path) in str(error)
 
@@ -115,14 +127,10 @@ def assert_reads_what_was_written_or_refuses(directory, original):
         (b'{"' + b"k" * 10**6 + b'": 1, "peft_type": "MFT", "format_version": 2}', "unknown key 'kkk.*k[.]{3}$"),
     ],
 )
-def test_json_that_no_honest_writer_makes_is_one_error(export, copy, content, message):
-    (copy / CONFIG_FILE).write_bytes(content)
-    try:
-        with pytest.raises(ValueError, match=message) as caught:
-            read_export(copy)
-        assert_named(caught.value, copy / CONFIG_FILE)
-    finally:
-        shutil.copy(export / CONFIG_FILE, copy / CONFIG_FILE)
+def test_json_that_no_honest_writer_makes_is_one_error(copy, content, message):
+    with replaced(copy / CONFIG_FILE, content), pytest.raises(ValueError, match=message) as caught:
+        read_export(copy)
+    assert_named(caught.value, copy / CONFIG_FILE)
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +143,8 @@ def copy(export, tmp_path_factory):
 @trials
 @given(edit=edits, name=st.sampled_from([CONFIG_FILE, MASK_FILE]))
 def test_edited_bytes_of_an_export(export, copy, edit, name):
-    (copy / name).write_bytes(edited((export / name).read_bytes(), edit))
-    try:
+    with replaced(copy / name, edited((export / name).read_bytes(), edit)):
         assert_reads_what_was_written_or_refuses(copy, export)
-    finally:
-        shutil.copy(export / name, copy / name)
 
 
 @pytest.fixture(scope="module")
@@ -161,11 +166,8 @@ def test_edited_bytes_of_coded_masks(coded, edit):
 @given(path=st.lists(st.integers(0, 99), min_size=1, max_size=3), value=values)
 def test_edited_fields_of_an_export(export, copy, path, value):
     document = changed(json.loads((export / CONFIG_FILE).read_text()), path, value)
-    (copy / CONFIG_FILE).write_text(json.dumps(document))
-    try:
+    with replaced(copy / CONFIG_FILE, json.dumps(document).encode()):
         assert_reads_what_was_written_or_refuses(copy, export)
-    finally:
-        shutil.copy(export / CONFIG_FILE, copy / CONFIG_FILE)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -191,35 +193,31 @@ def checkpoint(tmp_path_factory):
 @trials
 @given(edit=edits, name=st.sampled_from(["manifest.json", "state.json", "state.safetensors"]))
 def test_edited_bytes_of_a_checkpoint(checkpoint, edit, name):
-    path = checkpoint.path / name
-    content, tensors = path.read_bytes(), checkpoint.tensors()
-    path.write_bytes(edited(content, edit))
-    try:
-        found = verify_checkpoint(checkpoint.path)
-        assert found == checkpoint
-        assert found.facts() == {"numbers": [1, 2]}
-        assert all(torch.equal(value, tensors[key]) for key, value in found.tensors().items())
-    except BadCheckpoint as error:
-        assert_named(error, checkpoint.path)
-    finally:
-        path.write_bytes(content)
+    path, tensors = checkpoint.path / name, checkpoint.tensors()
+    with replaced(path, edited(path.read_bytes(), edit)):
+        try:
+            found = verify_checkpoint(checkpoint.path)
+            assert found == checkpoint
+            assert found.facts() == {"numbers": [1, 2]}
+            assert all(torch.equal(value, tensors[key]) for key, value in found.tensors().items())
+        except BadCheckpoint as error:
+            assert_named(error, checkpoint.path)
 
 
 def test_a_manifest_whose_files_are_anything_is_one_error(checkpoint):
     path = checkpoint.path / "manifest.json"
-    content = path.read_bytes()
-    files = json.loads(content)["files"]
+    manifest = json.loads(path.read_bytes())
+    files = manifest["files"]
     some = files["state.json"]
     others = [None, [], 3, "x", sorted(files), {name: 3 for name in files}, {name: None for name in files}]
     others += [files | {"state.json": described} for described in (["bytes", "sha256"], {}, some | {"more": 1})]
     others += [files | {"state.json": some | {"bytes": bad}} for bad in (None, True, [1], float(some["bytes"]))]
-    try:
-        for other in others:
-            path.write_text(json.dumps(json.loads(content) | {"files": other}))
-            with pytest.raises(BadCheckpoint, match=r"expected (files|bytes).* got .*: restore what was written"):
-                verify_checkpoint(checkpoint.path)
-    finally:
-        path.write_bytes(content)
+    for other in others:
+        with (
+            replaced(path, json.dumps(manifest | {"files": other}).encode()),
+            pytest.raises(BadCheckpoint, match=r"expected (files|bytes).* got .*: restore what was written"),
+        ):
+            verify_checkpoint(checkpoint.path)
     assert verify_checkpoint(checkpoint.path) == checkpoint
 
 
@@ -297,39 +295,34 @@ def doubled(content, name):
     return struct.pack("<Q", len(twice)) + twice.encode() + content[8 + length :]
 
 
-def test_a_tensor_that_stands_twice_is_refused(copy, export, checkpoint, tmp_path):
+def test_a_tensor_that_stands_twice_is_refused(copy, checkpoint):
     content = doubled(save({"scores": torch.ones(3)}), "scores")
     targets = (
         (copy / MASK_FILE, lambda: read_export(copy)),
         (checkpoint.path / "state.safetensors", checkpoint.tensors),
     )
     for path, read in targets:
-        kept = path.read_bytes()
-        path.write_bytes(content)
-        try:
-            with pytest.raises(ValueError, match="the key 'scores' twice: leave one out") as caught:
-                read()
-            assert_named(caught.value, path)
-        finally:
-            path.write_bytes(kept)
+        with (
+            replaced(path, content),
+            pytest.raises(ValueError, match="the key 'scores' twice: leave one out") as caught,
+        ):
+            read()
+        assert_named(caught.value, path)
 
 
 # ---------------------------------------------------------------------------------------------- sizes
 
 
-def test_many_repeated_modules_are_told_in_linear_time(copy, export):
+def test_many_repeated_modules_are_told_in_linear_time(copy):
     """Each name was counted in all the others: half an hour for 200,000."""
-    values = json.loads((export / CONFIG_FILE).read_text())
+    values = json.loads((copy / CONFIG_FILE).read_text())
     values["modules"] = [values["modules"][0] | {"name": f"layer.{i % 20_000}"} for i in range(40_000)]
-    (copy / CONFIG_FILE).write_text(json.dumps(values))
-    try:
-        with (
-            cpu_seconds(5),
-            pytest.raises(ValueError, match=r"modules must be layers of different names, got \['layer.0'"),
-        ):
-            read_export(copy)
-    finally:
-        shutil.copy(export / CONFIG_FILE, copy / CONFIG_FILE)
+    with (
+        replaced(copy / CONFIG_FILE, json.dumps(values).encode()),
+        cpu_seconds(5),
+        pytest.raises(ValueError, match=r"modules must be layers of different names, got \['layer.0'"),
+    ):
+        read_export(copy)
 
 
 TENFOLD = [f"&a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
@@ -338,10 +331,7 @@ TENFOLD = [f"&a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            f"output_dir: [&a0 [1, 1], {', '.join(TENFOLD)}]",
-            "aliases that stand for more than 100000 values: write",
-        ),
+        (f"output_dir: [&a0 [1, 1], {', '.join(TENFOLD)}]", "aliases that stand for more than 100000 values: write"),
         ("output_dir: &a [*a]", ":1:13: broken YAML: aliases that stand for more than"),
         (
             "mask: {layers_to_transform: 0-99999999999}",
