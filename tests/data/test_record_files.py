@@ -22,13 +22,14 @@ from mft.data.splits import load_splits
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
+def rows_of(path, tokenizer):
+    splits = load_splits(DataConfig(source=str(path), sequence_length=64), tokenizer)
+    return splits.train[:], splits.test[:]
+
+
 def test_parquet_gives_the_rows_of_the_same_jsonl(tokenizer, write, tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chats()), tmp_path / "data.parquet")
-    one, two = (
-        load_splits(DataConfig(source=source, sequence_length=64), tokenizer)
-        for source in (write(chats()), str(tmp_path / "data.parquet"))
-    )
-    assert (one.train[:], one.test[:]) == (two.train[:], two.test[:])
+    assert rows_of(tmp_path / "data.parquet", tokenizer) == rows_of(write(chats()), tokenizer)
 
 
 def test_csv_gives_the_rows_of_the_same_jsonl(tokenizer, write, tmp_path):
@@ -38,23 +39,16 @@ def test_csv_gives_the_rows_of_the_same_jsonl(tokenizer, write, tmp_path):
         writer = csv.DictWriter(file, ["id", "completion", "prompt"])
         writer.writeheader()
         writer.writerows({"id": number, **row} for number, row in enumerate(rows))
-    one, two = (
-        load_splits(DataConfig(source=source, sequence_length=64), tokenizer)
-        for source in (write(rows), str(tmp_path / "data.csv"))
-    )
-    assert (one.train[:], one.test[:]) == (two.train[:], two.test[:])
+    assert rows_of(tmp_path / "data.csv", tokenizer) == rows_of(write(rows), tokenizer)
 
 
 def test_zipped_lines_give_the_rows_of_the_same_jsonl_and_broken_ones_are_told(tokenizer, write, tmp_path):
     path = tmp_path / "data.jsonl.gz"
     path.write_bytes(gzip.compress(Path(write(chats())).read_bytes()))
-    one, two = (
-        load_splits(DataConfig(source=source, sequence_length=64), tokenizer) for source in (write(chats()), str(path))
-    )
-    assert (one.train[:], one.test[:]) == (two.train[:], two.test[:])
+    assert rows_of(path, tokenizer) == rows_of(write(chats()), tokenizer)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"data.jsonl.gz must be a gzip file, and cannot be read as one"):
-        load_splits(DataConfig(source=str(path), sequence_length=64), tokenizer)
+        rows_of(path, tokenizer)
 
 
 @pytest.mark.parametrize(

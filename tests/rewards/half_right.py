@@ -55,6 +55,17 @@ def make_model(tokenizer, steps=120):
     return model
 
 
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_near(found, expected):
+    """Gradients of the same parameters, each within a ten thousandth of its norm."""
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert (found[name] - grad).norm() <= 1e-4 * grad.norm(), name
+
+
 def masked(model, **options):
     """Its mask, with scores that learn."""
     mask_model(model, MaskConfig(**{"keep_ratio": 0.98} | options))

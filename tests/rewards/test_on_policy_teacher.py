@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from half_right import config, make_rows, masked, questions
+from half_right import assert_near, config, gradients, make_rows, masked, questions
 
 from mft.config import TrainConfig
 from mft.evaluation.exact_match import exact_matches
@@ -63,7 +63,7 @@ def test_the_gradient_is_that_of_the_divergence_by_hand(base, tokenizer, rows, k
     monkeypatch.setattr(trainer, "rewards_of", judged)
     start = masked(copy.deepcopy(base), keep_ratio=0.7)
     model, teacher = copy.deepcopy(start), copy.deepcopy(base)
-    note = lambda *_: found.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})  # noqa: E731
+    note = lambda *_: found.update(gradients(model))  # noqa: E731
     options = {"questions": 8, "temperature": 0.7, "micro_batch": 8, "steps": 1, "divergence": kind}
     asked = OnPolicyTeacher(teacher, SHOWN)
     (report,) = train_rewards(model, tokenizer, rows, config(**options), teacher=asked, before_update=note)
@@ -83,10 +83,7 @@ def test_the_gradient_is_that_of_the_divergence_by_hand(base, tokenizer, rows, k
             terms = (terms + (q * (q / second).log()).sum(-1)) / 2
         loss = loss + terms.sum() / tokens
     loss.backward()
-    expected = {name: p.grad for name, p in start.named_parameters() if p.grad is not None}
-    assert found.keys() == expected.keys()
-    for name, grad in expected.items():
-        assert (found[name] - grad).norm() <= 1e-4 * grad.norm(), name
+    assert_near(found, gradients(start))
     assert report.divergence == pytest.approx(loss.item(), rel=0.1)  # of micro-batches, the mean of their means
     assert report.reward == 0
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy
 import pytest
 import torch
-from half_right import config, make_rows, masked, questions
+from half_right import assert_near, config, gradients, make_rows, masked, questions
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mft.config import MaskConfig
@@ -104,7 +104,7 @@ def test_the_gradient_is_that_of_the_advantages_by_hand(base, tokenizer, rows, k
 
     def note(step, steps):
         assert (step, steps) == (1, 1)
-        found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        found.update(gradients(model))
 
     monkeypatch.setattr(trainer, "rewards_of", judged)
     start = (make_gpt2(tokenizer) if kind == "gpt2" else copy.deepcopy(base)).eval()
@@ -126,10 +126,7 @@ def test_the_gradient_is_that_of_the_advantages_by_hand(base, tokenizer, rows, k
         log_p = logits.log_softmax(-1)[torch.arange(len(answer)), answer]
         loss = loss - advantage * log_p.sum() / tokens
     loss.backward()
-    expected = {name: p.grad for name, p in start.named_parameters() if p.grad is not None}
-    assert found.keys() == expected.keys()
-    for name, grad in expected.items():
-        assert (found[name] - grad).norm() <= 1e-4 * grad.norm(), name
+    assert_near(found, gradients(start))
 
 
 def test_scores_learn_by_the_sharpness_and_the_penalty_of_their_mask(base, tokenizer, rows):
@@ -224,16 +221,13 @@ def test_micro_batches_and_checkpointed_layers_change_nothing(base, tokenizer, r
     def run(**options):
         model = learning(copy.deepcopy(base), "model.layers.")
         grads = {}
-        note = lambda step, _: grads.update(  # noqa: E731
-            {f"{step} {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        )
+        note = lambda *_: grads.update(gradients(model))  # noqa: E731
         train_rewards(model, tokenizer, rows, config(seed=1, steps=1, **options), before_update=note)
         return grads
 
     whole = run()
     for options in ({"micro_batch": 4}, {"gradient_checkpointing": True}):
-        for name, grad in run(**options).items():
-            assert (grad - whole[name]).norm() <= 1e-4 * whole[name].norm(), name
+        assert_near(run(**options), whole)
 
 
 def test_steps_on_the_same_answers_sample_once(base, tokenizer, rows, monkeypatch):
