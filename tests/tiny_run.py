@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from mft.tracking.metrics import METRICS, Steps
 
 LEARN = ["train.lr=1e-2", "train.epochs=null", "train.steps=4", "train.batch_size=2", "mask.layers_to_transform=2-3"]
 
@@ -57,9 +60,20 @@ def free_port():
         return str(any_port.getsockname()[1])
 
 
+def events_of(directory, *, timed=True):
+    """A run's metrics, or those of them that are not the clock's."""
+    events = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
+    return events if timed else [{key: value for key, value in event.items() if key != "seconds"} for event in events]
+
+
 def steps(directory, phase="mask fine-tune"):
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines if line["phase"] == phase]
+    return [(event["step"], event["loss"]) for event in events_of(directory) if event["phase"] == phase]
+
+
+def assert_same_masks(*runs):
+    ours, theirs = (load_file(run / "masks" / "adapter_model.safetensors") for run in runs)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], words) for name, words in theirs.items())
 
 
 def in_a_fork(work):
@@ -74,6 +88,25 @@ def in_a_fork(work):
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+def killed_after(call, step, *arguments):
+    """A run that dies when it has recorded that step, in this process."""
+    record = Steps.__call__
+
+    def die(self, report):
+        record(self, report)
+        if report.step == step:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Steps, "__call__", die)
+        with pytest.raises(Killed):
+            call(*arguments)
 
 
 def killed_before(call, place, *arguments):

@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from tiny import make_rows, masked_llama, save_llama
 from tiny_architectures import gpt_oss
-from tiny_run import free_port, steps
+from tiny_run import assert_same_masks, free_port, steps
 
 import mft.training.plan
 import mft.training.saver
@@ -337,9 +336,7 @@ def test_one_process_goes_on_with_the_run_of_two_and_ends_as_if_it_had_begun(fou
     run_train(load_config(folder / "config.yaml", [f"output_dir={straight}", "memory=resident"]))
     assert steps(run) == steps(straight)
     assert sorted(os.listdir(run)) == sorted(os.listdir(straight))
-    ours, theirs = (load_file(each / "masks" / "adapter_model.safetensors") for each in (run, straight))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], words) for name, words in theirs.items())
+    assert_same_masks(run, straight)
 
 
 # ---------------------------------------------------------------------------------------------- without processes

@@ -7,9 +7,7 @@ import sys
 import time
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from tiny_run import LEARN, in_a_fork, steps
+from tiny_run import LEARN, assert_same_masks, events_of, in_a_fork, steps
 
 from mft.config_file import load_config
 from mft.tracking import metrics, trackers
@@ -48,10 +46,6 @@ def in_trackio(run):
             if "/" in key:
                 found.setdefault(key, []).append((row["step"], value))
     return found
-
-
-def events_of(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def expected(run):
@@ -110,8 +104,7 @@ def test_a_killed_run_goes_on_in_the_same_runs_with_every_step_once(cli, tmp_pat
             assert [step for step, _ in found[key]] == [step for step, _ in points], key
             assert [value for _, value in found[key]] == pytest.approx([value for _, value in points]), key
     assert steps(run) == steps(tmp_path / "straight")
-    masks = [load_file(tmp_path / name / "masks" / "adapter_model.safetensors") for name in ("run", "straight")]
-    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[1])
+    assert_same_masks(run, tmp_path / "straight")
     tables = [json.loads((tmp_path / name / "table.json").read_text()) for name in ("run", "straight")]
     assert tables[0] == tables[1]
     assert (tables[0]["step"] < 6, tables[0]["steps"]) == (True, 8)

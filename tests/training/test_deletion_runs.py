@@ -1,28 +1,15 @@
 """mft train on masks that begin by data and learn by the surrogate gradient: what is shown, kept, and gone on with."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import LEARN
+from tiny_run import LEARN, assert_same_masks, events_of, killed_after
 
 from mft.importance.scores import init_from_data
 from mft.masks.export_format import read_export
-from mft.tracking.metrics import METRICS, Steps
 
 FREE = ["mask.mode=value", "mask.threshold=0", "mask.init=wanda", "mask.calibration_rows=5"]
 ASKED = [*LEARN, *FREE, "mask.sharpness=[20,200]", "mask.deletion_penalty=0.1", "train.steps=6"]
-
-
-class Killed(BaseException):
-    """What nothing catches."""
-
-
-def events_of(directory):
-    """A run's metrics, without the clock's."""
-    events = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
-    return [{key: value for key, value in event.items() if key != "seconds"} for event in events]
 
 
 def never(*_, **__):
@@ -38,23 +25,12 @@ def test_a_killed_run_goes_on_bit_for_bit_without_a_look_at_the_data(cli, tmp_pa
     few = [*ASKED, *how, "checkpoint_minutes=0"]
     code, output = cli("train", *few, "output_dir=straight")
     assert code == 0, output
-    record = Steps.__call__
-
-    def die(self, report):
-        record(self, report)
-        if report.step == 4:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Steps, "__call__", die)
-        with pytest.raises(Killed):
-            cli("train", *few)
+    killed_after(cli, 4, "train", *few)
     monkeypatch.setattr("mft.training.run.init_from_data", never)
     code, output = cli("train", "--resume", "run")
     assert code == 0, output
-    assert events_of(tmp_path / "run") == events_of(tmp_path / "straight")
-    masks = [load_file(tmp_path / run / "masks" / "adapter_model.safetensors") for run in ("run", "straight")]
-    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[1])
+    assert events_of(tmp_path / "run", timed=False) == events_of(tmp_path / "straight", timed=False)
+    assert_same_masks(tmp_path / "run", tmp_path / "straight")
     assert output.split("% of the mask's bits flipped")[0].split()[-1] != "0.00"
     unknown = "flips are unknown: mask.init=wanda began by data, with mask.keep_ratio=0.8 of each matrix kept"
     assert (unknown in cli("inspect", "run")[1]) == (how is BY_RATIO)

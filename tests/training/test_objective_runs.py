@@ -4,15 +4,11 @@ import json
 import re
 
 import pytest
-from tiny_run import LEARN, steps
+from tiny_run import LEARN, events_of, steps
 
 from mft.config_file import load_config
 
 PAIRS = [{"prompt": f"{i} {i + 1}", "chosen": f" {i + 2} {i + 3}", "rejected": f" {i} {i}"} for i in range(1, 40)]
-
-
-def events(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("memory", ["plain", "layerwise"])
@@ -22,7 +18,7 @@ def test_dpo_from_pairs_to_metrics(cli, tmp_path, memory):
     code, output = cli("train", *LEARN, *asked, "train.steps=8", "mask.keep_ratio=0.9")
     assert code == 0, output
     assert "dpo, before: loss 0.6931, accuracy 0.0000, margin 0.0000" in output
-    before, after = (event for event in events(tmp_path / "run") if "dpo/loss" in event)
+    before, after = (event for event in events_of(tmp_path / "run") if "dpo/loss" in event)
     assert before["dpo/margin"] == 0
     assert after["dpo/margin"] != 0
     assert steps(tmp_path / "run")[0][1] == pytest.approx(0.693, abs=0.3)
@@ -42,13 +38,13 @@ def test_the_best_step_is_the_one_of_the_objectives_own_least_loss(cli, tmp_path
     code, output = cli("train", *LEARN, *asked, "train.steps=8", "train.eval_every=2", "train.keep_best=true")
     assert code == 0, output
     assert drawn == ["dpo"]
-    seen = [event for event in events(tmp_path / "run") if event["phase"] == "validation"]
+    seen = [event for event in events_of(tmp_path / "run") if event["phase"] == "validation"]
     by_dpo, by_words = (min(seen, key=lambda event: event[key])["step"] for key in ("dpo/loss", "loss"))
     assert by_dpo != by_words  # else nothing is told
     assert seen[-1]["best"] == by_dpo
     figures = ", ".join(f"{name} {seen[0][f'dpo/{name}']:.4f}" for name in ("loss", "accuracy", "margin"))
     assert re.search(rf"validation after step 2: {figures} \(\d+ tokens of \d+ documents\); the least so far", output)
-    exported = [event for event in events(tmp_path / "run") if event["phase"] == "after, validation"][-1]
+    exported = [event for event in events_of(tmp_path / "run") if event["phase"] == "after, validation"][-1]
     assert exported["dpo/loss"] == pytest.approx(min(event["dpo/loss"] for event in seen), abs=1e-6)
 
 
@@ -71,12 +67,12 @@ def test_distillation_and_kl_from_the_configuration(cli, tmp_path, model_dir):
     short = [*LEARN, "memory=resident", "data.max_eval_tokens=48"]
     code, output = cli("train", *short, "objective.name=kl", "objective.beta=0.5")
     assert code == 0, output
-    after = events(tmp_path / "run")[-1]
+    after = events_of(tmp_path / "run")[-1]
     assert after["kl/loss"] == pytest.approx(after["loss"] + 0.5 * after["kl/kl"], abs=1e-5)
     distill = ["objective.name=distill", f"objective.teacher={model_dir}", "objective.weight=0"]
     code, output = cli("train", *short, *distill, "output_dir=distilled")
     assert code == 0, output
-    before, *_, after = events(tmp_path / "distilled")
+    before, *_, after = events_of(tmp_path / "distilled")
     assert before["distill/kl"] == pytest.approx(0, abs=1e-5)  # the teacher is the base
     assert after["distill/loss"] == after["distill/kl"] > 0
 

@@ -1,7 +1,6 @@
 """mft train and mft finetune, stopped and gone on with: by signals, after kills, and with what must be refused."""
 
 import fcntl
-import json
 import os
 import re
 import signal
@@ -12,9 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import LEARN, Forked, in_a_fork, killed_before, steps, wait_for_checkpoint
+from tiny_run import (
+    LEARN,
+    Forked,
+    assert_same_masks,
+    events_of,
+    in_a_fork,
+    killed_after,
+    killed_before,
+    steps,
+    wait_for_checkpoint,
+)
 
-from mft.tracking.metrics import METRICS, Steps
+from mft.tracking.metrics import Steps
 from mft.training.flips import PHASE
 from mft.training.run_lock import hold
 
@@ -52,14 +61,9 @@ def test_a_run_told_to_stop_saves_and_goes_on(cli, tmp_path, number, code, own):
     assert code == 0, output
     assert f"goes on after step {step}" in output
     assert steps(tmp_path / "run") == steps(tmp_path / "straight")
-    masks = [load_file(tmp_path / run / "masks" / "adapter_model.safetensors") for run in ("run", "straight")]
-    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[1])
+    assert_same_masks(tmp_path / "run", tmp_path / "straight")
     assert sorted(os.listdir(tmp_path / "run")) == sorted([*os.listdir(tmp_path / "straight")])
     assert (tmp_path / "run" / "table.json").read_text() == (tmp_path / "straight" / "table.json").read_text()
-
-
-class Killed(BaseException):
-    """What nothing catches."""
 
 
 @pytest.mark.parametrize("way", ["plain", "resident", "quantized", "layerwise"])
@@ -69,29 +73,13 @@ def test_the_metrics_of_a_run_that_goes_on_are_those_of_a_straight_one(cli, tmp_
     few = [*LEARN, "train.steps=10", f"memory={way}", "mask.init=magnitude", "checkpoint_minutes=0"]
     code, output = cli("train", *few, "output_dir=straight")
     assert code == 0, output
-    record = Steps.__call__
-
-    def die(self, report):
-        record(self, report)
-        if report.step == 6:
-            raise Killed
-
-    monkeypatch.setattr(Steps, "__call__", die)
-    with pytest.raises(Killed):
-        cli("train", *few)
-    monkeypatch.setattr(Steps, "__call__", record)
+    killed_after(cli, 6, "train", *few)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005"]
     code, output = cli("train", "--resume", "run", "--config", "run/config.yaml")
     assert code == 0, output
-    events, expected = events_of(tmp_path / "run"), events_of(tmp_path / "straight")
-    assert events == expected
+    events = events_of(tmp_path / "run", timed=False)
+    assert events == events_of(tmp_path / "straight", timed=False)
     assert [event["step"] for event in events if event["phase"] == PHASE] == ([3, 6, 9, 10] if way == "plain" else [])
-
-
-def events_of(directory):
-    """A run's metrics, without the clock's."""
-    events = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
-    return [{key: value for key, value in event.items() if key != "seconds"} for event in events]
 
 
 def test_a_killed_fine_tune_goes_on(cli, tmp_path):

@@ -10,15 +10,13 @@ import signal
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny import WORDS, masked_llama
-from tiny_run import LEARN, steps
+from tiny_run import LEARN, assert_same_masks, killed_after, steps
 
 from mft.config import DataConfig, TrainConfig
 from mft.data.splits import load_splits
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.step import NonFiniteLoss
-from mft.tracking.metrics import Steps
 from mft.training.checkpoint import newest_checkpoint
 from mft.training.loop import train_masks
 from mft.training.row_source import open_rows
@@ -94,13 +92,7 @@ def test_a_loss_that_is_not_finite_names_documents_and_sources(streamed, numbers
         train_masks(model, load_splits(streamed, numbers).train, TRAIN)
 
 
-class Killed(BaseException):
-    """What nothing catches."""
-
-
-def test_a_killed_run_of_the_command_line_goes_on_bit_for_bit_and_tells_of_each_source(
-    streamed, cli, tmp_path, monkeypatch
-):
+def test_a_killed_run_of_the_command_line_goes_on_bit_for_bit_and_tells_of_each_source(streamed, cli, tmp_path):
     names = [f"data.sources.{name}.source={given.source}" for name, given in streamed.sources.items()]
     data = [
         *names,
@@ -115,24 +107,13 @@ def test_a_killed_run_of_the_command_line_goes_on_bit_for_bit_and_tells_of_each_
     assert "texts: validation: documents 0 to 5 of the stream, which are not trained on" in output
     assert "train: texts (weight 3) gives 9 rows: 75.0% of all rows" in output
     assert "validation by source" in output
-    record = Steps.__call__
-
-    def die(self, report):
-        record(self, report)
-        if report.step == 4:
-            raise Killed
-
-    monkeypatch.setattr(Steps, "__call__", die)
-    with pytest.raises(Killed):
-        cli("train", *run)
-    monkeypatch.setattr(Steps, "__call__", record)
+    killed_after(cli, 4, "train", *run)
     code, output = cli("train", "--resume", "run")
     assert code == 0, output
     assert "goes on after step 3" in output
     assert "train: texts (weight 3) gives 9 rows: 75.0% of all rows" in output
     assert steps(tmp_path / "run") == steps(tmp_path / "straight")
-    masks = [load_file(tmp_path / name / "masks" / "adapter_model.safetensors") for name in ("run", "straight")]
-    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[1])
+    assert_same_masks(tmp_path / "run", tmp_path / "straight")
     tables = [json.loads((tmp_path / name / "table.json").read_text()) for name in ("run", "straight")]
     assert tables[0] == tables[1]
     assert tables[0]["sources"].keys() == {"texts", "sums"}
