@@ -19,11 +19,10 @@ import torch
 from mft_kernels import accumulate_score_grad, masked_linear_many, masked_linear_quantized, pack_mask, score_step
 from mft_kernels.backends import built
 from mft_kernels.backends import table as backends
-from mft_kernels.backends.triton import bits, cubins, many, ops, quantized, select
-from mft_kernels.backends.triton import score_step as of_step
-from mft_kernels.backends.triton.choice import automatic
+from mft_kernels.backends.triton import cubins
+from mft_kernels.backends.triton import functions as triton_functions
 from mft_kernels.backends.triton.target import H100
-from mft_kernels.ops.linear import gradients_of_packed
+from mft_kernels.ops.linear import GRADIENTS_OF_PACKED
 from mft_kernels.ops.quantized import masked_linear_quantized_d_x
 from mft_kernels.reference.step import BLOCK
 from mft_kernels.timing import time_interleaved
@@ -31,18 +30,6 @@ from mft_kernels.timing import time_interleaved
 from . import bench_launch
 from .harness import ROOT, report, write_results_to
 from .tables import launch_tables
-
-_CHOSEN = {f.__name__: f for f in (ops.masked_linear_packed, ops.masked_linear_packed_backward)}
-_OTHERS = (
-    ops.accumulate_product,
-    many.masked_linear_many,
-    quantized.masked_linear_quantized,
-    quantized.masked_linear_quantized_d_x,
-    select.kept_threshold,
-    bits.pack_mask,
-    of_step.score_step,
-)
-_OPS = _CHOSEN | {f.__name__: f for f in _OTHERS}
 
 SITUATIONS = (bench_launch.NO_GRAD, bench_launch.INFERENCE, bench_launch.GRAD, bench_launch.STEP)
 GRADIENTS, OTHERS = "gradients alone", "other ops"
@@ -81,7 +68,7 @@ def gradients(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 
     def of_packed(*wanted: bool) -> Callable[[], object]:
         given = (grad, x, weight, packed, None, signs, "magnitude", list(wanted), "auto")
-        return lambda: gradients_of_packed(*given)
+        return lambda: GRADIENTS_OF_PACKED(*given)
 
     return {
         "d_x": of_packed(True, False, False, False),
@@ -101,7 +88,7 @@ def others(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     moments = [torch.zeros(side, side, dtype=torch.uint8) for _ in range(2)]
     stepped = scores, grad.new_zeros(side, side), weight, *moments, torch.ones(2, side * side // BLOCK)
     floats = scores.view(torch.float16)
-    select_by = backends.choose("kept_threshold", floats.device, (floats.dtype,))
+    select_by = backends.choose("select", floats.device, (floats.dtype,))
     return {
         "masked_linear_many": lambda: masked_linear_many(x, weight, masks, tasks),
         "NF4": lambda: masked_linear_quantized(x, codes, absmax, masks[0], shape=(side, side)),
@@ -126,12 +113,14 @@ def _by_cubins() -> Iterator[None]:
         on_stub.build(Path(folder))
         stub = on_stub.Stub(Path(folder), archives)
         stub.set_recording(False)
+        by_name, automatic = triton_functions()
         served = backends.Backend(
             name="triton",
             device_types=frozenset({"cpu"}),
             dtypes=frozenset(),
-            ops=_OPS,
-            automatic={name: lambda *given, op=op: op(*given, choose=automatic) for name, op in _CHOSEN.items()},
+            functions=by_name,
+            takes=backends.OPERANDS,
+            automatic=automatic,
             short={"masked_linear_packed": built.cuda_ops.try_masked_linear_packed.default},
         )
         with mock.patch.dict(backends._TABLE, triton=served), on_stub.taken_for(H100):

@@ -29,7 +29,7 @@ class SideBySide:
         """On the CPU of this machine. Raises: ValueError or RuntimeError if what is asked for cannot serve it."""
         own, automatic, asked = own_backend(), backend_report()["auto"]["cpu"], asked_for()
         if asked != "auto":
-            choose("masked_linear", CPU, ())
+            choose("product", CPU, ())
         found = {OURS: "auto" if automatic == own else own}
         for name in (automatic, asked):
             if name not in ("auto", own):
@@ -82,4 +82,4 @@ def backend_of(competitor: str) -> str:
 def own_backend() -> str:
     """The backend of this package that "auto" asks first, of those that serve the CPU."""
     found = (registered(name) for name in PREFERENCE)
-    return next(b.name for b in found if b.on_request is None and b.refusal("masked_linear", CPU, ()) is None)
+    return next(b.name for b in found if b.on_request is None and b.refusal("product", CPU, ()) is None)

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mft_kernels.backends.triton import bits, many, ops, quantized, score_step, scratch, select
-from mft_kernels.backends.triton.arguments import Keep
-from mft_kernels.reference.quantized import NESTED_BLOCK, NF4_BLOCK
+from mft_kernels.backends.triton import bits, ops, score_step, scratch, select
+from mft_kernels.by_name import ByName
+from mft_kernels.codes import NESTED_BLOCK, NF4_BLOCK
+from mft_kernels.operands import Keep, Update
 from mft_kernels.reference.step import BLOCK
 
+flat = ByName(ops)
 Calls = Iterator[Callable[[], object]]
 #: "words", as layers have it, or dtype of the scores and mode.
 Mask = str | tuple[torch.dtype, str]
@@ -86,11 +88,11 @@ def forward(m: int, n: int, k: int, dtype: torch.dtype, mask: Mask, bias: bool, 
     x, _, weight = _operands(m, n, k, dtype)
     added = empty(n, dtype=dtype) if bias else None
     if mask == "words":
-        ops.masked_linear_packed(x, weight, words(n, k), added)
+        flat.masked_linear_packed(x, weight, words(n, k), added)
     else:
         keep = _keep(n, k, mask, by_row)
         assert keep.thresholds is not None
-        ops.masked_linear(x, weight, keep.source, keep.thresholds, added, keep.mode)
+        flat.masked_linear(x, weight, keep.source, keep.thresholds, added, keep.mode)
 
 
 def masked_weight(n: int, k: int, dtype: torch.dtype, mask: Mask, by_row: bool = False) -> None:
@@ -107,11 +109,11 @@ def backward(
     if mask == "words":
         mode, signs = "value" if sign == "none" else "magnitude", words(n, k) if sign == "bits" else None
         given = None if scores is None else empty(n, k, dtype=scores)
-        ops.masked_linear_packed_backward(grad, x, weight, words(n, k), given, signs, mode, output_mask)
+        flat.masked_linear_packed_backward(grad, x, weight, words(n, k), given, signs, mode, output_mask)
     else:
         keep = _keep(n, k, mask)
         assert keep.thresholds is not None
-        ops.masked_linear_backward(grad, x, weight, keep.source, keep.thresholds, keep.mode, output_mask)
+        flat.masked_linear_backward(grad, x, weight, keep.source, keep.thresholds, keep.mode, output_mask)
 
 
 def sums(m: int, n: int, k: int, dtype: torch.dtype, of_sums: torch.dtype, sign: str | None) -> None:
@@ -119,24 +121,24 @@ def sums(m: int, n: int, k: int, dtype: torch.dtype, of_sums: torch.dtype, sign:
     x, grad, weight = _operands(m, n, k, dtype)
     out = empty(n, k, dtype=of_sums)
     if sign is None:
-        ops.accumulate_product(out, grad, x)
+        flat.accumulate_product(out, grad, x)
     else:
         told = {"bits": (None, words(n, k)), "scores": (empty(n, k, dtype=FP32), None), "none": (None, None)}[sign]
-        ops.accumulate_score_grad(out, grad, x, weight, *told, "value" if sign == "none" else "magnitude")
+        flat.accumulate_score_grad(out, grad, x, weight, *told, "value" if sign == "none" else "magnitude")
 
 
 def codes_forward(m: int, n: int, k: int, dtype: torch.dtype, kind: str, masked: bool, bias: bool) -> None:
     """``kind`` "nested": NF4 whose absmax are codes too. A frozen layer has no mask."""
     codes, absmax, levels = _codes(n, k, kind)
     packed, added = words(n, k) if masked else None, empty(n, dtype=dtype) if bias else None
-    quantized.masked_linear_quantized(empty(m, k, dtype=dtype), codes, absmax, packed, added, [n, k], levels)
+    flat.masked_linear_quantized(empty(m, k, dtype=dtype), codes, absmax, packed, added, [n, k], levels)
 
 
 def codes_d_x(m: int, n: int, k: int, dtype: torch.dtype, kind: str, masked: bool, bias: bool = False) -> None:
     """Whatever the bias."""
     codes, absmax, levels = _codes(n, k, kind)
     packed = words(n, k) if masked else None
-    quantized.masked_linear_quantized_d_x(empty(m, n, dtype=dtype), codes, absmax, packed, [n, k], levels)
+    flat.masked_linear_quantized_d_x(empty(m, n, dtype=dtype), codes, absmax, packed, [n, k], levels)
 
 
 def many_masks(
@@ -145,7 +147,7 @@ def many_masks(
     """A mask a row. 16 masks take the longest to compile."""
     x, _, weight = _operands(m, n, k, dtype)
     added = empty(n, dtype=dtype) if bias else None
-    many.masked_linear_many(x, weight, [words(n, k)] * masks, empty(m, dtype=tasks), added)
+    flat.masked_linear_many(x, weight, [words(n, k)] * masks, empty(m, dtype=tasks), added)
 
 
 def step(
@@ -169,7 +171,7 @@ def step(
     asked: dict[str, Any] = {"step": 1, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
     asked |= {"grad_scale": empty(dtype=FP32) if scaled else None, "seed": 0, "mode": mode, "keep_ratio": keep_ratio}
     asked["threshold"] = None if keep_ratio is None else empty(dtype=scores)
-    score_step.score_step(of_scores, empty(n, k, dtype=grad), of_weight, first, second, scales, **asked)
+    score_step.score_step(Update(of_scores, empty(n, k, dtype=grad), of_weight, first, second, scales, **asked))
 
 
 def in_tf32(call: Callable[..., object]) -> Callable[..., object]:

@@ -1,5 +1,5 @@
 // The ops of namespace mft_cpu over experts (cpu/grouped.h), and what chooses their masks. All but the weight is contiguous:
-// mft_kernels/backends/cpu/grouped.py sees to it.
+// mft_kernels/backends/cpu/__init__.py sees to it.
 #include <cstring>
 #include <optional>
 #include <string>

@@ -1,6 +1,6 @@
 // The ops of namespace mft_cpu that are short ways: each checks for itself and asks nobody, and gives nothing where a call is
 // not the usual one, or where an environment variable says how it is to be served. Then the long way serves it, or says what
-// is wrong with it. mft_kernels/ops/linear.py calls them.
+// is wrong with it. mft_kernels/ops/route.py calls them.
 
 #include <cstdlib>
 #include <cstring>

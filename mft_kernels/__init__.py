@@ -14,22 +14,11 @@ from .layers.linear import MaskedLinear
 from .layers.masked_layer import MaskedLayer
 from .mask.grouped_masking import masked_linear_grouped_by_ratio
 from .mask.masking import masked_linear_by_ratio, outdate
-from .ops.grouped import (
-    accumulate_score_grad_grouped,
-    kept_thresholds,
-    masked_linear_grouped,
-    masked_linear_grouped_packed,
-)
-from .ops.linear import (
-    accumulate_score_grad,
-    kept_threshold,
-    masked_linear,
-    masked_linear_packed,
-    pack_mask,
-    unpack_mask,
-)
+from .ops.grouped import accumulate_score_grad_grouped, masked_linear_grouped, masked_linear_grouped_packed
+from .ops.linear import accumulate_score_grad, masked_linear, masked_linear_packed
 from .ops.many import masked_linear_many
 from .ops.quantized import dequantize, masked_linear_quantized
+from .ops.select import kept_threshold, kept_thresholds, pack_mask, unpack_mask
 from .ops.step import score_step
 from .optim import MaskAdamW
 from .reference.fixed_point import fixed_from_float, float_from_fixed

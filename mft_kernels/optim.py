@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .ops.checks import BLOCK, check_adam, check_mode, check_stepped
-from .ops.grouped import select_each
+from .ops.select import select_each
 from .ops.step import score_step
 
 MOMENTS = ("8bit", "fp32")

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from mft_kernels.backends import cpu
+from mft_kernels.by_name import ByName
 from mft_kernels.testing import random_inputs
+
+flat = ByName(cpu)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _maps: list[mmap.mmap] = []  # keeps the memory while tensors lie in it
@@ -54,24 +57,24 @@ def run_every_op(shape: tuple[int, int, int], dtype: torch.dtype, scores_dtype: 
     x, weight, scores, bias, grad = (
         guarded(v, at_end=at_end) for v in (t.x, t.weight, t.scores, t.bias, t.grad_output)
     )
-    threshold = cpu.kept_threshold(scores, 0.9, "magnitude")
-    packed = guarded(cpu.pack_mask(scores, threshold, "magnitude"), at_end=at_end)
-    signs = guarded(cpu.pack_signs(scores)[0], at_end=at_end)
-    cpu.masked_linear(x, weight, scores, threshold, bias, "magnitude")
-    cpu.masked_linear_packed(x, weight, packed, bias)
+    threshold = flat.kept_threshold(scores, 0.9, "magnitude")
+    packed = guarded(flat.pack_mask(scores, threshold, "magnitude"), at_end=at_end)
+    signs = guarded(flat.pack_signs(scores)[0], at_end=at_end)
+    flat.masked_linear(x, weight, scores, threshold, bias, "magnitude")
+    flat.masked_linear_packed(x, weight, packed, bias)
     if x.shape[0] > 1:  # one row has one mask, and so no pass of its own
         tasks = guarded(torch.arange(x.shape[0]) % 3 - 1, at_end=at_end)
-        cpu.masked_linear_many(x, weight, [packed, signs], tasks, bias)
+        flat.masked_linear_many(x, weight, [packed, signs], tasks, bias)
     run_every_op_over_experts(t, dtype, scores_dtype, at_end)
     every = [True, True, True, True]
-    cpu.masked_linear_backward(grad, x, weight, scores, threshold, "magnitude", every)
-    cpu.masked_linear_packed_backward(grad, x, weight, packed, None, signs, "magnitude", every)
+    flat.masked_linear_backward(grad, x, weight, scores, threshold, "magnitude", every)
+    flat.masked_linear_packed_backward(grad, x, weight, packed, None, signs, "magnitude", every)
     for out_dtype in (torch.float32, dtype):
         out = guarded(torch.zeros(weight.shape, dtype=out_dtype), at_end=at_end)
-        cpu.accumulate_score_grad(out, grad, x, weight, scores, None, "magnitude")
-        cpu.accumulate_score_grad(out, grad, x, weight, None, signs, "magnitude")
-        cpu.accumulate_score_grad(out, grad, x, weight, None, None, "value")
-        cpu.accumulate_product(out, grad, x)
+        flat.accumulate_score_grad(out, grad, x, weight, scores, None, "magnitude")
+        flat.accumulate_score_grad(out, grad, x, weight, None, signs, "magnitude")
+        flat.accumulate_score_grad(out, grad, x, weight, None, None, "value")
+        flat.accumulate_product(out, grad, x)
 
 
 def run_every_op_over_experts(t, dtype: torch.dtype, scores_dtype: torch.dtype, at_end: bool) -> None:
@@ -82,18 +85,18 @@ def run_every_op_over_experts(t, dtype: torch.dtype, scores_dtype: torch.dtype, 
         for v in (t.x, t.grad_output, torch.tensor((rows // 2, rows // 2, rows), dtype=torch.int32))
     )
     weight, scores = (guarded(v.expand(3, -1, -1).contiguous(), at_end=at_end) for v in (t.weight, t.scores))
-    thresholds = cpu.kept_thresholds(scores, 0.9, "magnitude")
+    thresholds = flat.kept_thresholds(scores, 0.9, "magnitude")
     each_row = thresholds.repeat_interleave(scores.shape[1])
-    packed = cpu.pack_mask(scores.flatten(0, 1), each_row, "magnitude")
+    packed = flat.pack_mask(scores.flatten(0, 1), each_row, "magnitude")
     packed = guarded(packed.unflatten(0, scores.shape[:2]), at_end=at_end)
     for rows_of, transposed in ((x, False), (grad, True)):
-        cpu.grouped_product(rows_of, weight, scores, thresholds, None, offsets, None, "magnitude", transposed)
+        flat.grouped_product(rows_of, weight, scores, thresholds, None, offsets, None, "magnitude", transposed)
         bias = torch.zeros(3, weight.shape[2 if transposed else 1], dtype=dtype)
         bias = guarded(bias, at_end=at_end)
-        cpu.grouped_product(rows_of, weight, None, None, packed, offsets, bias, "value", transposed)
+        flat.grouped_product(rows_of, weight, None, None, packed, offsets, bias, "value", transposed)
     out = guarded(torch.zeros(weight.shape, dtype=scores_dtype), at_end=at_end)
-    cpu.grouped_score_grad(out, grad, x, offsets, weight, scores, None, "magnitude", False)
-    cpu.grouped_score_grad(out, grad, x, offsets, None, None, None, "value", True)
+    flat.grouped_score_grad(out, grad, x, offsets, weight, scores, None, "magnitude", False)
+    flat.grouped_score_grad(out, grad, x, offsets, None, None, None, "value", True)
 
 
 def check_that_experts_without_rows_are_not_read() -> None:
@@ -106,10 +109,10 @@ def check_that_experts_without_rows_are_not_read() -> None:
     assert _libc.mprotect(ctypes.c_void_p(middle), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
     packed = torch.zeros(3, max(size, 32), 1, dtype=torch.int32)
     offsets = torch.tensor((2, 2, 5), dtype=torch.int32)
-    cpu.grouped_product(
+    flat.grouped_product(
         torch.ones(5, 32), weight, None, None, packed[:, :size], offsets, None, "value", transposed=False
     )
-    cpu.grouped_product(
+    flat.grouped_product(
         torch.ones(5, 32), weight.mT, None, None, packed[:, :32], offsets, None, "value", transposed=True
     )
 

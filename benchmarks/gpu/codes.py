@@ -14,12 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from mft_kernels.reference.quantized import NESTED_BLOCK, NF4_BLOCK
 from torch import Tensor
 from torch.nn import functional as F
 
 from mft_kernels import reference
 from mft_kernels.reference import quantized as reference_quantized
-from mft_kernels.reference.quantized import NESTED_BLOCK, NF4_BLOCK
 from mft_kernels.testing import Inputs
 
 from ..harness import Spread

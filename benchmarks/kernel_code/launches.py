@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from building.ahead import recorded
-from mft_kernels.backends.triton import bits, grouped, many, ops, score_step, select
+from mft_kernels.backends.triton import bits, ops, score_step, select
 from mft_kernels.backends.triton.launch import Launch
 from mft_kernels.backends.triton.specialise import identity
 from mft_kernels.backends.triton.target import (
@@ -25,7 +25,11 @@ from mft_kernels.backends.triton.target import (
     installed_triton,
     make_target,
 )
+from mft_kernels.by_name import ByName
+from mft_kernels.operands import Update
 from mft_kernels.reference.step import BLOCK
+
+flat = ByName(ops)
 
 FEATURES = 4096  # N and K
 #: One for each height of a tile, and where one launch makes both gradients and where two do.
@@ -139,17 +143,17 @@ class _Layer:
         self.sums = _empty(n, k, dtype=torch.float32)
 
     def forward(self, threshold: Tensor, mode: str = _MAGNITUDE, **choice: ops.Choose) -> None:
-        ops.masked_linear(self.x, self.weight, self.scores, threshold, self.bias, mode, **choice)
+        flat.masked_linear(self.x, self.weight, self.scores, threshold, self.bias, mode, **choice)
 
     def backward(self, threshold: Tensor, wanted: list[bool], mode: str = _MAGNITUDE) -> None:
-        ops.masked_linear_backward(self.grad, self.x, self.weight, self.scores, threshold, mode, wanted)
+        flat.masked_linear_backward(self.grad, self.x, self.weight, self.scores, threshold, mode, wanted)
 
     def packed_backward(self, wanted: list[bool]) -> None:
         arguments = (self.grad, self.x, self.weight, self.packed, self.scores, self.packed)
-        ops.masked_linear_packed_backward(*arguments, _MAGNITUDE, wanted)
+        flat.masked_linear_packed_backward(*arguments, _MAGNITUDE, wanted)
 
     def accumulate(self, scores: Tensor | None, signs: Tensor | None) -> None:
-        ops.accumulate_score_grad(self.sums, self.grad, self.x, self.weight, scores, signs, _MAGNITUDE)
+        flat.accumulate_score_grad(self.sums, self.grad, self.x, self.weight, scores, signs, _MAGNITUDE)
 
 
 def _usual(
@@ -158,12 +162,12 @@ def _usual(
     """What MaskedLinear and the op do in training."""
     o = _Layer(m, dtype, scores_dtype, odd, features)
     yield f"forward, {o.name}", lambda: o.forward(o.threshold)
-    yield f"forward, packed, {o.name}", lambda: ops.masked_linear_packed(o.x, o.weight, o.packed, o.bias)
+    yield f"forward, packed, {o.name}", lambda: flat.masked_linear_packed(o.x, o.weight, o.packed, o.bias)
     for name, wanted in (("d_x", _D_X), ("d_x, d_scores", _BOTH), ("all gradients", _ALL)):
         yield f"{name}, {o.name}", functools.partial(o.backward, o.threshold, wanted)
     yield f"d_x, d_scores, packed, {o.name}", lambda: o.packed_backward(_BOTH)
     yield f"accumulate by bits, {o.name}", lambda: o.accumulate(None, o.packed)
-    yield f"accumulate without weight, {o.name}", lambda: ops.accumulate_product(o.sums, o.grad, o.x)
+    yield f"accumulate without weight, {o.name}", lambda: flat.accumulate_product(o.sums, o.grad, o.x)
 
 
 def _rare(m: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool = False) -> Calls:
@@ -191,7 +195,7 @@ def _of_many(m: int, masks: int, dtype: torch.dtype) -> Calls:
     x, weight, bias = (_empty(*shape, dtype=dtype) for shape in ((m, FEATURES), (FEATURES, FEATURES), (FEATURES,)))
     packed, tasks = [_empty(FEATURES, FEATURES // 32, dtype=torch.int32)] * masks, _empty(m, dtype=torch.int32)
     name = f"{masks} masks, M = {m}, {_name(dtype)}"
-    yield name, lambda: many.masked_linear_many(x, weight, packed, tasks, bias)
+    yield name, lambda: flat.masked_linear_many(x, weight, packed, tasks, bias)
 
 
 def over_experts() -> Calls:
@@ -217,16 +221,14 @@ def of_experts(
     words, bias = _empty(EXPERTS, n, -(-k // 32), dtype=torch.int32), _empty(EXPERTS, n, dtype=dtype)
     offsets = _empty(EXPERTS, dtype=torch.int32)
     for kind, mask in (("packed", (None, None, words)), ("by scores", (scores, thresholds, None))):
-        run = functools.partial(grouped.grouped_product, weight=weight, offsets=offsets, mode=_MAGNITUDE)
+        run = functools.partial(flat.grouped_product, weight=weight, offsets=offsets, mode=_MAGNITUDE)
         run = functools.partial(run, **dict(zip(("scores", "threshold", "packed"), mask)))
         yield f"forward, {kind}, {name}", functools.partial(run, x, bias=bias, transposed=False)
         yield f"d_x, {kind}, {name}", functools.partial(run, grad, bias=None, transposed=True)
     for out in {dtype: None, torch.float32: None}:
-        sums = functools.partial(grouped.grouped_score_grad, _empty(EXPERTS, n, k, dtype=out), grad, x, offsets)
+        sums = functools.partial(flat.grouped_score_grad, _empty(EXPERTS, n, k, dtype=out), grad, x, offsets)
         yield f"sums in {_name(out)}, {name}", functools.partial(sums, None, None, None, _MAGNITUDE, True)
-    d_scores = functools.partial(
-        grouped.grouped_score_grad, _empty(EXPERTS, n, k, dtype=scores_dtype), grad, x, offsets
-    )
+    d_scores = functools.partial(flat.grouped_score_grad, _empty(EXPERTS, n, k, dtype=scores_dtype), grad, x, offsets)
     yield f"d_scores by scores, {name}", functools.partial(d_scores, weight, scores, None, _MAGNITUDE, False)
     yield f"d_scores by bits, {name}", functools.partial(d_scores, weight, None, words, _MAGNITUDE, False)
 
@@ -252,7 +254,7 @@ def _of_steps(
     options = {"grad_scale": grad_scale, "seed": 0, "mode": mode, "keep_ratio": 0.9, "threshold": threshold}
     name = f"score_step, {_name(scores_dtype)}, {'8-bit' if eight_bit else 'exact'}"
     name += f", weight {_name(weight_dtype) if weight_dtype else None}{', by value, odd' if odd else ''}"
-    yield name, lambda: score_step.score_step(scores, grad, weight, first, second, scales, **adam, **options)
+    yield name, lambda: score_step.score_step(Update(scores, grad, weight, first, second, scales, **adam, **options))
 
 
 def _in_tf32(call: Callable[[], object]) -> Callable[[], object]:

@@ -59,7 +59,7 @@ struct ManyProduct {
   void* workspace = nullptr;
 };
 
-// A weight (rows, columns) in codes, as mft_kernels/reference/quantized.py decodes them; contiguous, at any address.
+// A weight (rows, columns) in codes, as mft_kernels/codes.py decodes them; contiguous, at any address.
 struct Quantized {
   bool nf4 = true;  // else int8
   int64_t rows = 0, columns = 0;

@@ -5,7 +5,7 @@
 //          absmax may be codes itself: map[code] * nested[code's place / 256] + offset
 //   int8   w[n, k] = code[n, k] * (absmax[n] / 127)
 //
-// in fp32 and rounded once to T, as mft_kernels/reference/quantized.py says.
+// in fp32 and rounded once to T, as mft_kernels/codes.py says.
 //
 //            64 depths                   A step of a block: 128 features of 64 depths are 256 groups of 32 neighbours, a thread
 //          +---+---+                     each: 16 bytes of codes (32 in int8), one absmax and one word of the mask. They

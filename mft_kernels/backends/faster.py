@@ -23,12 +23,12 @@ import torch
 logger = logging.getLogger("mft_kernels")
 
 TABLE = Path(__file__).parents[1] / "faster.json"
-#: Their work grows with the scores, not with the tokens.
-OF_SCORES = frozenset({"kept_threshold", "pack_mask", "pack_signs", "score_step"})
+#: Their first argument is tokens; the work of the others grows with the scores.
+OF_TOKENS = frozenset({"product", "score_grad", "gradients"})
 
 
 def where_faster(
-    op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], run: Callable, faster: Callable
+    op: str, function: str, device: torch.device, dtypes: tuple[torch.dtype, ...], run: Callable, faster: Callable
 ) -> Callable:
     """``run``, or a function that calls ``faster`` in its place for the sizes at which the table says so."""
     sizes = _sizes(op, device, dtypes)
@@ -38,18 +38,18 @@ def where_faster(
     measured = sorted(sizes)
 
     @functools.wraps(run)
-    def either(*arguments: Any) -> Any:
-        return (faster if _is_faster(size_of(op, arguments), measured, sizes) else run)(*arguments)
+    def either(first: Any, *arguments: Any, **named: Any) -> Any:
+        chosen = faster if _is_faster(size_of(function, first), measured, sizes) else run
+        return chosen(first, *arguments, **named)
 
     return either
 
 
-def size_of(op: str, arguments: tuple[Any, ...]) -> int:
-    """Tokens of a call, or scores."""
-    if op in OF_SCORES:
-        return arguments[0].numel()
-    # What is accumulated into comes before the tokens.
-    return arguments[1 if op.startswith("accumulate") else 0].shape[:-1].numel()
+def size_of(function: str, first: Any) -> int:
+    """Tokens of a call, or scores, from its first argument."""
+    if function == "step":
+        return first.scores.numel()
+    return first.shape[:-1].numel() if function in OF_TOKENS else first.numel()
 
 
 def _is_faster(size: int, measured: list[int], sizes: Mapping[int, bool]) -> bool:

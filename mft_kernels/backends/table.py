@@ -1,4 +1,4 @@
-"""The table: which implementation serves an op on a device, which one ``auto`` takes, and why not the others.
+"""The table: which backend's function serves an op on a device, which one ``auto`` takes, and why not the others.
 
 Other packages enter theirs by ``register``; docs/adding-a-kernel.md shows how.
 """
@@ -8,14 +8,15 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from typing import NamedTuple
 
 import torch
 
-from .. import reference
-from ..reference import grouped as reference_grouped
-from ..reference import quantized as reference_quantized
-from ..reference import step as reference_step
+from ..codes import FORMATS
+from ..operands import Experts, KeepByTask
+from ..reference import functions as reference
 from . import faster
+from .gradients import by_two_functions
 
 logger = logging.getLogger("mft_kernels")
 
@@ -25,32 +26,66 @@ PREFERENCE = ("cuda", "triton", "cpu", "reference")
 ENTRY_POINTS = "mft_kernels.backends"
 
 
+Dtypes = tuple[torch.dtype, ...]
+#: What a backend may serve; functions.py of the reference says what each computes. A backend without "gradients" makes
+#: them by "product" and "score_grad".
+FUNCTIONS = ("product", "score_grad", "gradients", "select", "pack", "signs", "step", "decode")
+#: What a function may be given instead of a matrix, scores or one packed mask; each backend says which it takes.
+OPERANDS = frozenset({*FORMATS.values(), Experts, KeepByTask})
+
+
 @dataclass(frozen=True)
 class Backend:
-    """One set of implementations: functions with the names and arguments of ``reference``."""
+    """One set of implementations: functions with the names and arguments of reference/functions.py."""
 
     name: str
     device_types: frozenset[str]  # empty: every device
     dtypes: frozenset[torch.dtype]  # of weight and scores; empty: every floating dtype
-    ops: Mapping[str, Callable]
+    functions: Mapping[str, Callable]
+    takes: frozenset[type] = frozenset()  # of OPERANDS
     unavailable: str | None = None  # why it cannot run on this machine; None when it can
     detail: str = ""  # what is running, for instance the instruction set
-    automatic: Mapping[str, Callable] = field(default_factory=dict)  # what "auto" runs in place of those of ``ops``
+    automatic: Mapping[str, Callable] = field(default_factory=dict)  # what "auto" runs in place of some functions
     on_request: str | None = None  # why "auto" passes it over; None when it does not
-    short: Mapping[str, Callable] = field(default_factory=dict)  # what declines, with None, a call that is not usual
+    short: Mapping[str, Callable] = field(default_factory=dict)  # by op: what declines, with None, an unusual call
 
-    def refusal(self, op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-        """Why this backend cannot serve ``op`` there; None when it can."""
+    def function(self, name: str, *, automatic: bool = False) -> Callable:
+        """One of FUNCTIONS, as a request by name runs it, or "auto"."""
+        chosen = {**self.functions, **self.automatic} if automatic else self.functions
+        return chosen[name] if name in chosen else by_two_functions(chosen["product"], chosen["score_grad"])
+
+    def refusal(
+        self,
+        function: str,
+        device: torch.device,
+        dtypes: Dtypes,
+        operands: frozenset[type] = frozenset(),
+    ) -> str | None:
+        """Why this backend cannot serve ``function`` there; None when it can."""
         if self.unavailable is not None:
             return self.unavailable
-        if op not in self.ops:
-            return f"it has no {op}"
+        needed = ("product", "score_grad") if function == "gradients" else (function,)
+        missing = [name for name in needed if function not in self.functions and name not in self.functions]
+        if missing:
+            return f"it has no {missing[0]}"
+        if unknown := operands - self.takes:
+            return f"its {function} takes no {' and no '.join(sorted(each.__name__ for each in unknown))}"
         if self.device_types and device.type not in self.device_types:
             return f"it runs on {', '.join(sorted(self.device_types))}, got a tensor on {device}"
         if self.dtypes and not self.dtypes.issuperset(dtypes):
             have = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.dtypes))
             return f"it takes {have}, got {', '.join(str(d).removeprefix('torch.') for d in dtypes)}"
         return None
+
+
+class Request(NamedTuple):
+    """What choose() is asked for."""
+
+    op: str  # the op's name, for messages and measurements
+    function: str
+    operands: frozenset[type]
+    device: torch.device
+    dtypes: Dtypes
 
 
 _TABLE: dict[str, Backend] = {}
@@ -67,15 +102,14 @@ def register(backend: Backend, *, before: str | None = None) -> None:
     Args:
         before: the backend that "auto" is to ask after this one. None: "auto" passes it over, and a request by name,
             backend= or MFT_KERNELS, takes it.
-    Raises: ValueError for a name that is taken or an op that there is not.
+    Raises: ValueError for a name that is taken or an unknown function.
     """
     if backend.name in ("", "auto"):
         raise ValueError(f"name of a backend must be a word of its own, got {backend.name!r}")
     if backend.name in _TABLE:
         raise ValueError(f"backend {backend.name!r} is registered already; take another name")
-    ops = _TABLE["reference"].ops if "reference" in _TABLE else backend.ops
-    if unknown := backend.ops.keys() - ops.keys():
-        raise ValueError(f"ops of {backend.name!r} must be among {tuple(ops)}, got {', '.join(sorted(unknown))}")
+    if unknown := backend.functions.keys() - set(FUNCTIONS):
+        raise ValueError(f"functions of {backend.name!r} must be among {FUNCTIONS}, got {', '.join(sorted(unknown))}")
     if before is not None:
         if before not in _order:
             raise ValueError(f"before must be a backend that auto asks, one of {tuple(_order)}, got {before!r}")
@@ -86,7 +120,7 @@ def register(backend: Backend, *, before: str | None = None) -> None:
 
 
 def registered(name: str) -> Backend:
-    """The backend of that name, for instance to borrow ops from. Raises: ValueError if there is none."""
+    """The backend of that name, for instance to borrow functions from. Raises: ValueError if there is none."""
     if name not in _TABLE:
         raise ValueError(f"name must be one of {tuple(_TABLE)}, got {name!r}; import the module that registers it")
     return _TABLE[name]
@@ -103,16 +137,27 @@ def import_entry_points() -> None:
         entry_point.load()
 
 
-def choose(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], requested: str = "auto") -> Callable:
-    """The function that serves ``op`` on ``device``.
+def choose(
+    function: str,
+    device: torch.device,
+    dtypes: Dtypes,
+    requested: str = "auto",
+    *,
+    op: str | None = None,
+    operands: frozenset[type] = frozenset(),
+) -> Callable:
+    """The function that serves a call on ``device``.
 
-    ``requested`` is "auto" or a backend's name; with "auto" the environment variable MFT_KERNELS may name one.
-    Raises: ValueError for an unknown name; RuntimeError, with the reason, when a named backend cannot serve the op.
+    Args:
+        function: one of FUNCTIONS. operands: of OPERANDS, those that the call has.
+        requested: "auto" or a backend's name; with "auto" the environment variable MFT_KERNELS may name one.
+        op: the op that asks; the function's name unless given.
+    Raises: ValueError for an unknown name; RuntimeError, with the reason, when a named backend cannot serve the call.
     """
     source = "backend"
     if requested == "auto":
         requested, source = asked_for(), "MFT_KERNELS"
-    call = op, device, dtypes, requested, source
+    call = Request(op or function, function, operands, device, dtypes), requested, source
     found = _chosen.get(call)
     if found is None:
         found = _chosen[call] = _find(*call)
@@ -131,25 +176,29 @@ def backend_report() -> dict[str, dict]:
         detail = _TABLE[name].detail if name in _TABLE else ""
         backends[name] = {"available": reason is None, "detail": detail, "reason": reason}
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    auto = {d: _automatic("masked_linear", torch.device(d), (torch.float32,)).name for d in devices}
+    auto = {d: _automatic(_usual(torch.device(d))).name for d in devices}
     return {"backends": backends, "auto": auto}
 
 
-def _find(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], requested: str, source: str) -> Callable:
+def _usual(device: torch.device) -> Request:
+    return Request("masked_linear", "product", frozenset(), device, (torch.float32,))
+
+
+def _find(call: Request, requested: str, source: str) -> Callable:
     if requested == "auto":
-        backend = _automatic(op, device, dtypes)
-        if op in backend.short:
-            short_ways[op, dtypes[0]] = backend.short[op]
-        return _or_faster(op, device, dtypes, backend.automatic.get(op, backend.ops[op]))
+        backend = _automatic(call)
+        if call.op in backend.short:
+            short_ways[call.op, call.dtypes[0]] = backend.short[call.op]
+        return _or_faster(call, backend.function(call.function, automatic=True))
     if requested not in _names():
         raise ValueError(
             f"{source} must be one of {('auto', *_names())}, got {requested!r}; one from elsewhere is there once the "
             "module that registers it is imported"
         )
-    reason = _refusal(requested, op, device, dtypes)
+    reason = _refusal(requested, call)
     if reason is not None:
-        raise RuntimeError(f"{source}={requested!r} cannot serve {op}: {reason}; use 'auto' or 'reference'")
-    return _TABLE[requested].ops[op]
+        raise RuntimeError(f"{source}={requested!r} cannot serve {call.op}: {reason}; use 'auto' or 'reference'")
+    return _TABLE[requested].function(call.function)
 
 
 def _names() -> list[str]:
@@ -157,39 +206,43 @@ def _names() -> list[str]:
     return [*_order, *(name for name in _TABLE if name not in _order)]
 
 
-def _refusal(name: str, op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    return _TABLE[name].refusal(op, device, dtypes) if name in _TABLE else "not implemented yet"
+def _refusal(name: str, call: Request) -> str | None:
+    if name not in _TABLE:
+        return "not implemented yet"
+    return _TABLE[name].refusal(call.function, call.device, call.dtypes, call.operands)
 
 
-def _automatic(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Backend:
+def _automatic(call: Request) -> Backend:
     refusals: list[tuple[str, str]] = []
     for name in _order:
-        reason = _refusal(name, op, device, dtypes)
+        reason = _refusal(name, call)
         if reason is None:
             reason = _TABLE[name].on_request
         if reason is None:
-            _announce(op, device, name, refusals)
+            _announce(call, name, refusals)
             return _TABLE[name]
         refusals.append((name, reason))
-    raise AssertionError(f"the reference serves every op, but not {op}")
+    raise AssertionError(f"the reference serves every function, but not {call}")
 
 
-def _or_faster(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], run: Callable) -> Callable:
+def _or_faster(call: Request, run: Callable) -> Callable:
     """What "auto" runs: ``run``, and CUDA's kernel where a stored measurement says that it is faster."""
-    if device.type != "cuda" or _refusal("cuda", op, device, dtypes) is not None:
+    if call.device.type != "cuda" or _refusal("cuda", call) is not None:
         return run
-    return faster.where_faster(op, device, dtypes, run, _TABLE["cuda"].ops[op])
+    cuda = _TABLE["cuda"].function(call.function)
+    return faster.where_faster(call.op, call.function, call.device, call.dtypes, run, cuda)
 
 
-def _announce(op: str, device: torch.device, chosen: str, refusals: list[tuple[str, str]]) -> None:
-    if (op, device.type) in _announced:
+def _announce(call: Request, chosen: str, refusals: list[tuple[str, str]]) -> None:
+    device_type = call.device.type
+    if (call.op, device_type) in _announced:
         return
-    _announced.add((op, device.type))
+    _announced.add((call.op, device_type))
     # A slow path where a kernel of ours exists for this device is worth a warning; the rest is information.
-    missed = [n for n, _ in refusals if n in _TABLE and device.type in _TABLE[n].device_types]
+    missed = [n for n, _ in refusals if n in _TABLE and device_type in _TABLE[n].device_types]
     level = logging.WARNING if chosen == "reference" and missed else logging.INFO
     why = "; ".join(f"not {name}: {reason}" for name, reason in refusals)
-    logger.log(level, "%s on %s: %s (%s)", op, device.type, chosen, why)
+    logger.log(level, "%s on %s: %s (%s)", call.op, device_type, chosen, why)
 
 
 register(
@@ -197,29 +250,8 @@ register(
         name="reference",
         device_types=frozenset(),
         dtypes=frozenset(),
-        ops={
-            f.__name__: f
-            for f in (
-                reference.masked_linear,
-                reference.masked_linear_backward,
-                reference.masked_linear_packed,
-                reference.masked_linear_packed_backward,
-                reference.masked_linear_many,
-                reference.masked_linear_many_backward,
-                reference.accumulate_score_grad,
-                reference.accumulate_product,
-                reference.kept_threshold,
-                reference.pack_mask,
-                reference.pack_signs,
-                reference_step.score_step,
-                reference_quantized.dequantize,
-                reference_quantized.masked_linear_quantized,
-                reference_quantized.masked_linear_quantized_d_x,
-                reference_grouped.grouped_product,
-                reference_grouped.grouped_score_grad,
-                reference_grouped.kept_thresholds,
-            )
-        },
+        functions={name: getattr(reference, name) for name in FUNCTIONS if name != "gradients"},
+        takes=OPERANDS,
         detail="plain PyTorch",
     )
 )

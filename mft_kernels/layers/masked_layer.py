@@ -22,7 +22,7 @@ from ..ops.checks import (
     check_packed,
     check_scores_dtype,
 )
-from ..ops.linear import unpack_mask
+from ..ops.select import unpack_mask
 from ..reference.fixed_point import fixed_from_float, selectable
 
 INITS = ("normal", "magnitude", "constant")

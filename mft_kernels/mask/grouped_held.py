@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..ops.grouped import accumulate_score_grad_grouped, gradients_of_packed_grouped, masked_linear_grouped_packed
+from ..ops.grouped import GRADIENTS_OF_GROUPED_PACKED, accumulate_score_grad_grouped, masked_linear_grouped_packed
 from .held import Weight, check_versions, dense, detached, version
 
 
@@ -22,7 +22,7 @@ class _HeldGroupedLinear(torch.autograd.Function):
         check_versions(ctx.versions, weight, packed)
         d_x, of_x = None, [True, False, False, False]
         if ctx.needs_input_grad[0]:
-            d_x = gradients_of_packed_grouped(
+            d_x = GRADIENTS_OF_GROUPED_PACKED(
                 grad_output, x, dense(weight), packed, None, None, offsets, transposed, "value", of_x, "auto"
             )[0]
         accumulate_score_grad_grouped(grad_buffer, grad_output, x, offsets, transposed=transposed)

@@ -5,14 +5,12 @@ As masked_linear_by_ratio in masking.py, for experts.
 
 from torch import Tensor
 
-from .._ops import ops
-from ..ops import checks, library
-from ..ops.direct import is_direct, is_direct_but_for_autograd
-from ..ops.grouped import fake_gradients, gradients_of_packed_grouped, product_of_packed_grouped
+from ..ops import checks
+from ..ops.grouped import GRADIENTS_OF_GROUPED_PACKED, GROUPED_PACKED
 from ..ops.grouped_checks import check_grouped
+from ..ops.route import Op
 from ..reference.fixed_point import selectable
-from .masking import current_mask
-from .scores import Scores
+from .masking import by_the_forwards_mask, current_mask, sign_scores
 
 
 def masked_linear_grouped_by_ratio(
@@ -34,78 +32,39 @@ def masked_linear_grouped_by_ratio(
     2 bits a weight instead. Of any other tensor's they are found in each. int16 scores (see fixed_point.py) get no
     gradient. Other arguments as of masked_linear_grouped.
     """
+    return _BY_RATIO(x, weight, scores, offsets, bias, keep_ratio, threshold, transposed, mode, backend)
+
+
+def _check(x, weight, scores, offsets, bias, keep_ratio, threshold, transposed, mode, backend):
     checks.check_mode(mode)
     check_grouped(x, weight, offsets, bias, transposed)
     checks.check_scores(selectable(scores), weight)
     checks.check_keep_ratio(keep_ratio)
     checks.check_fixed_threshold(threshold)
-    if is_direct_but_for_autograd(x, weight, scores, offsets, bias):
-        return _differentiable(x, weight, scores, offsets, bias, keep_ratio, threshold, transposed, mode, backend)
-    checks.check_transforms("masked_linear_grouped_by_ratio", x, weight, scores, bias)
-    return ops.masked_linear_grouped_by_ratio(
-        x, weight, scores, offsets, bias, keep_ratio, threshold, transposed, mode, backend
-    )
+    return x, weight, scores, offsets, bias, keep_ratio, threshold, transposed, mode, backend
 
 
-def _forward(x, weight, scores, offsets, bias, keep_ratio, threshold, transposed, mode, backend):
+def _product(x, weight, scores, offsets, bias, keep_ratio, threshold, transposed, mode, backend):
     mask = current_mask(scores, keep_ratio, threshold, mode)
-    return product_of_packed_grouped(x, weight, mask.packed, offsets, bias, transposed, backend)
+    return GROUPED_PACKED.compute(x, weight, mask.packed, offsets, bias, transposed, backend)
 
 
-def _backward(grad_output, x, weight, scores, offsets, keep_ratio, threshold, transposed, mode, output_mask, backend):
+def _gradients(grad_output, x, weight, scores, offsets, keep_ratio, threshold, transposed, mode, *rest):
     mask = current_mask(scores, keep_ratio, threshold, mode)
-    return _backward_of(mask, grad_output, x, weight, scores, offsets, transposed, mode, output_mask, backend)
+    rule = keep_ratio, threshold, transposed, mode
+    return _gradients_of(mask, grad_output, x, weight, scores, offsets, *rule, *rest)
 
 
-def _backward_of(mask, grad_output, x, weight, scores, offsets, transposed, mode, output_mask, backend):
-    sign = Tensor.detach(scores) if scores.is_floating_point() else None  # int16 scores have no gradient
-    return gradients_of_packed_grouped(
-        grad_output, x, weight, mask.packed, sign, mask.signs, offsets, transposed, mode, output_mask, backend
-    )
+def _gradients_of(mask, grad_output, x, weight, scores, offsets, keep_ratio, threshold, transposed, mode, *rest):
+    of_mask = mask.packed, sign_scores(scores), mask.signs
+    return GRADIENTS_OF_GROUPED_PACKED(grad_output, x, weight, *of_mask, offsets, transposed, mode, *rest)
 
 
-library.define(
-    "masked_linear_grouped_by_ratio(Tensor x, Tensor weight, Tensor scores, Tensor offsets, Tensor? bias, "
-    "float keep_ratio, float? threshold, bool transposed, str mode, str backend) -> Tensor",
-    lambda x, weight, scores, offsets, bias, keep_ratio, threshold, transposed, mode, backend: x.new_empty(
-        (x.shape[0], weight.shape[2 if transposed else 1])
-    ),
-    _forward,
+_BY_RATIO_BACKWARD = Op("masked_linear_grouped_by_ratio_backward", _gradients, is_gradient=True)
+_BY_RATIO = Op(
+    "masked_linear_grouped_by_ratio",
+    _product,
+    check=_check,
+    gradient=by_the_forwards_mask(_BY_RATIO_BACKWARD, _gradients_of, bias=4),
+    casts=(0, 1, 4),
 )
-library.define(
-    "masked_linear_grouped_by_ratio_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, "
-    "Tensor offsets, float keep_ratio, float? threshold, bool transposed, str mode, bool[4] output_mask, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    lambda grad_output, x, weight, scores, offsets, keep_ratio, threshold, transposed, mode, output_mask, backend: (
-        fake_gradients(grad_output, weight, scores.dtype, transposed, output_mask)
-    ),
-    _backward,
-)
-
-
-def _save(ctx, inputs, output):
-    x, weight, scores, offsets, _, *ctx.arguments = inputs
-    needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    ctx.save_for_backward(x if needs_x else None, weight, scores, offsets)
-    memo = scores.memo if type(scores) is Scores else None  # see masking.py
-    ctx.mask = None if memo is None else memo.mask
-
-
-def _differentiate(ctx, grad_output):
-    x, weight, scores, offsets = library.unchanged(ctx)
-    keep_ratio, threshold, transposed, mode, backend = ctx.arguments
-    wants = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
-    x = grad_output if x is None else x
-    if ctx.mask is not None and is_direct(grad_output):  # see masking.py
-        grads = _backward_of(ctx.mask, grad_output, x, weight, scores, offsets, transposed, mode, wants, backend)
-    else:
-        grads = ops.masked_linear_grouped_by_ratio_backward(
-            grad_output, x, weight, scores, offsets, keep_ratio, threshold, transposed, mode, wants, backend
-        )
-    grads = [g if wanted else None for g, wanted in zip(grads, wants)]
-    return *grads[:3], None, grads[3], None, None, None, None, None
-
-
-_differentiable = library.define_autograd("masked_linear_grouped_by_ratio", _forward, _save, _differentiate)
-library.define_no_double_backward("masked_linear_grouped_by_ratio_backward")
-library.define_autocast("masked_linear_grouped_by_ratio", casts=(0, 1, 4))

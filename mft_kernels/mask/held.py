@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..ops.linear import accumulate_score_grad, gradients_of_packed, masked_linear_packed
+from ..ops.linear import GRADIENTS_OF_PACKED, accumulate_score_grad, masked_linear_packed
 from ..ops.quantized import QuantizedMatrix
 
 # A function makes the weight anew for each product; a quantised matrix is decoded in it.
@@ -33,7 +33,7 @@ class _HeldLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0] and isinstance(weight, QuantizedMatrix):
             d_x = weight.masked_d_x(grad_output, packed)
         elif ctx.needs_input_grad[0]:
-            d_x = gradients_of_packed(
+            d_x = GRADIENTS_OF_PACKED(
                 grad_output, x, dense(weight), packed, None, None, "value", [True, False, False, False], "auto"
             )[0]
         accumulate_score_grad(grad_buffer, grad_output, x, None)

@@ -6,6 +6,7 @@ masked layer nothing is remembered. On an accelerator a step's masks are found t
 device once; see companions.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .._ops import ops
-from ..ops import checks, library
-from ..ops.direct import is_direct, is_direct_but_for_autograd, is_short
-from ..ops.grouped import kept_thresholds
-from ..ops.linear import gradients_of_packed, kept_threshold, pack_mask, product_of_packed, short_product_of_packed
+from ..ops import checks
+from ..ops.linear import GRADIENTS_OF_PACKED, MASKED_LINEAR_PACKED
+from ..ops.route import Gradient, Op, is_seen_by_others
+from ..ops.select import kept_threshold, kept_thresholds, pack_mask, pack_signs
+from ..ops.straight_through import straight_through
 from ..reference.fixed_point import code_at_least, selectable
 from . import companions
 from .scores import Scores, State, optimiser_stepped, state, still
@@ -167,7 +168,7 @@ def _launch(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str):
     bad = selectable(threshold).isnan().any() if fixed is None else ~selectable(scores).isfinite().all()
     signs, zeros = None, 0
     if mode != "value" and not fixed_point:
-        signs, zeros = ops.pack_signs(scores.flatten(0, -2), "auto")
+        signs, zeros = pack_signs(scores.flatten(0, -2))
     return CurrentMask(threshold, packed, None if signs is None else signs.view(packed.shape)), bad, zeros
 
 
@@ -191,76 +192,71 @@ def masked_linear_by_ratio(
     2 bits a weight instead. Of any other tensor's they are found in each. int16 scores (see fixed_point.py) get no
     gradient.
     """
-    if backend == "auto" and type(scores) is Scores and is_short(x, weight, scores, optional=(bias,)):
-        mask = _remembered(scores, (keep_ratio, threshold, mode))
-        y = None if mask is None else short_product_of_packed(x, weight, mask.packed, bias)
-        if y is not None:
-            return y
+    return _BY_RATIO(x, weight, scores, bias, keep_ratio, threshold, mode, backend)
+
+
+def _check(x, weight, scores, bias, keep_ratio, threshold, mode, backend):
     checks.check_mode(mode)
     checks.check_linear(x, weight, bias)
     checks.check_scores(selectable(scores), weight)
     checks.check_keep_ratio(keep_ratio)
     checks.check_fixed_threshold(threshold)
-    if is_direct_but_for_autograd(x, weight, scores, bias):
-        return _differentiable(x, weight, scores, bias, keep_ratio, threshold, mode, backend)
-    checks.check_transforms("masked_linear_by_ratio", x, weight, scores, bias)
-    return ops.masked_linear_by_ratio(x, weight, scores, bias, keep_ratio, threshold, mode, backend)
+    return x, weight, scores, bias, keep_ratio, threshold, mode, backend
 
 
-def _forward(x, weight, scores, bias, keep_ratio, threshold, mode, backend):
+def _by_memo(x, weight, scores, bias, keep_ratio, threshold, mode):
+    """The short way of the packed mask, where one is remembered."""
+    mask = _remembered(scores, (keep_ratio, threshold, mode)) if type(scores) is Scores else None
+    return None if mask is None else MASKED_LINEAR_PACKED.by_short_way((x, weight, mask.packed, bias, "auto"))
+
+
+def _product(x, weight, scores, bias, keep_ratio, threshold, mode, backend):
     mask = current_mask(scores, keep_ratio, threshold, mode)
-    return product_of_packed(x, weight, mask.packed, bias, backend)
+    return MASKED_LINEAR_PACKED.compute(x, weight, mask.packed, bias, backend)
 
 
-def _backward(grad_output, x, weight, scores, keep_ratio, threshold, mode, output_mask, backend):
+def _gradients(grad_output, x, weight, scores, keep_ratio, threshold, mode, *rest):
     mask = current_mask(scores, keep_ratio, threshold, mode)
-    return _backward_of(mask, grad_output, x, weight, scores, mode, output_mask, backend)
+    return _gradients_of(mask, grad_output, x, weight, scores, keep_ratio, threshold, mode, *rest)
 
 
-def _backward_of(mask, grad_output, x, weight, scores, mode, output_mask, backend):
-    sign = Tensor.detach(scores) if scores.is_floating_point() else None  # int16 scores have no gradient
-    return gradients_of_packed(grad_output, x, weight, mask.packed, sign, mask.signs, mode, output_mask, backend)
+def _gradients_of(mask, grad_output, x, weight, scores, keep_ratio, threshold, mode, output_mask, backend):
+    sign = sign_scores(scores)
+    return GRADIENTS_OF_PACKED(grad_output, x, weight, mask.packed, sign, mask.signs, mode, output_mask, backend)
 
 
-library.define(
-    "masked_linear_by_ratio(Tensor x, Tensor weight, Tensor scores, Tensor? bias, float keep_ratio, "
-    "float? threshold, str mode, str backend) -> Tensor",
-    lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
-    _forward,
+def sign_scores(scores: Tensor) -> Tensor | None:
+    """The scores that a sign may be taken from: int16 scores have no gradient."""
+    return Tensor.detach(scores) if scores.is_floating_point() else None
+
+
+def by_the_forwards_mask(run: Op, with_mask: Callable, *, bias: int) -> Gradient:
+    """straight_through by the mask that the forward pass has just selected, else by ``run``, which selects."""
+
+    def gradients(grad_output, x, weight, scores, *rest):
+        *between, mask, output_mask, backend = rest
+        rest = (*between, output_mask, backend)
+        if mask is None or is_seen_by_others(grad_output):  # a trace would keep this mask, whatever the scores become
+            return run(grad_output, x, weight, scores, *rest)
+        return with_mask(mask, grad_output, x, weight, scores, *rest)
+
+    plain = straight_through(gradients, scores=2, bias=bias)
+
+    def setup_context(ctx, inputs, output):
+        plain.setup_context(ctx, inputs, output)
+        memo = inputs[2].memo if type(inputs[2]) is Scores else None  # once: another thread may forget it
+        ctx.settings = (*ctx.settings[:-1], None if memo is None else memo.mask, ctx.settings[-1])
+
+    return Gradient(plain.backward, setup_context)
+
+
+_BY_RATIO_BACKWARD = Op("masked_linear_by_ratio_backward", _gradients, is_gradient=True)
+_BY_RATIO = Op(
+    "masked_linear_by_ratio",
+    _product,
+    check=_check,
+    gradient=by_the_forwards_mask(_BY_RATIO_BACKWARD, _gradients_of, bias=3),
+    casts=(0, 1, 3),
+    short=(3, 1),
+    by=_by_memo,
 )
-library.define(
-    "masked_linear_by_ratio_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, float keep_ratio, "
-    "float? threshold, str mode, bool[4] output_mask, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda grad_output, x, weight, scores, keep_ratio, threshold, mode, output_mask, backend: library.gradient_shapes(
-        output_mask, grad_output, (*grad_output.shape[:-1], weight.shape[1]), weight, scores.dtype
-    ),
-    _backward,
-)
-
-
-def _save(ctx, inputs, output):
-    x, weight, scores, _, *ctx.arguments = inputs
-    needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    ctx.save_for_backward(x if needs_x else None, weight, scores)
-    # Of what a forward pass has just selected, the backward pass asks nothing: it is the mask of that forward.
-    memo = scores.memo if type(scores) is Scores else None  # once: another thread may forget it
-    ctx.mask = None if memo is None else memo.mask
-
-
-def _differentiate(ctx, grad_output):
-    x, weight, scores = library.unchanged(ctx)
-    keep_ratio, threshold, mode, backend = ctx.arguments
-    wants = list(ctx.needs_input_grad[:4])
-    x = grad_output if x is None else x
-    if ctx.mask is not None and is_direct(grad_output):  # a trace would keep this mask, whatever the scores become
-        grads = _backward_of(ctx.mask, grad_output, x, weight, scores, mode, wants, backend)
-    else:
-        grads = ops.masked_linear_by_ratio_backward(
-            grad_output, x, weight, scores, keep_ratio, threshold, mode, wants, backend
-        )
-    return *[g if wanted else None for g, wanted in zip(grads, wants)], None, None, None, None
-
-
-_differentiable = library.define_autograd("masked_linear_by_ratio", _forward, _save, _differentiate)
-library.define_no_double_backward("masked_linear_by_ratio_backward")
-library.define_autocast("masked_linear_by_ratio", casts=(0, 1, 3))

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from torch.fx.experimental import proxy_tensor
 from torch.optim.optimizer import Optimizer, _foreach_supported_types
 
-from ..ops.direct import plain_types
-from ..ops.library import increment_version
+from ..ops.route import increment_version, plain_types
 
 logger = logging.getLogger("mft_kernels")
 

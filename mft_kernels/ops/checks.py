@@ -5,7 +5,8 @@ from torch import Tensor
 from torch._C import _functorch as functorch  # torch.func has no public question whether it tracks a tensor
 from torch.autograd import forward_ad
 
-MODES = ("magnitude", "value")
+from ..operands import MODES
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STEPPED = (torch.float32, torch.bfloat16, torch.int16)  # scores that an optimiser step takes
 OLDEST_TORCH = (2, 11)
@@ -262,12 +263,17 @@ def check_adam(lr: float, betas: tuple[float, float], eps: float, weight_decay: 
         check_number(name, value)
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be finite and at least 0, got {value}")
-    if len(betas) != 2:
-        raise ValueError(f"betas must be a pair, got {betas!r}")
-    for name, beta in zip(("betas[0]", "betas[1]"), betas):
+    for name, beta in zip(("betas[0]", "betas[1]"), check_betas(betas)):
         check_number(name, beta)
         if not 0 <= beta < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {beta}")
+
+
+def check_betas(betas: tuple[float, float]) -> tuple[float, float]:
+    """Raise unless betas are two; return them."""
+    if len(betas) != 2:
+        raise ValueError(f"betas must be a pair, got {betas!r}")
+    return betas
 
 
 def check_number(name: str, value: float) -> None:

@@ -5,13 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._ops import ops
-from ..backends.table import choose, short_ways
-from .checks import check_device, check_linear, check_packed, check_tensor, check_transforms
-from .direct import is_direct, is_direct_but_for_autograd, is_short
-from .library import define, define_autocast, define_autograd, define_no_double_backward, unchanged
+from ..operands import MOST_MASKS, KeepByTask
+from . import served
+from .checks import check_device, check_linear, check_packed, check_tensor
+from .route import Gradient, Op, unchanged
 
-MOST_MASKS = 16  # a kernel takes the address of each
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -39,20 +37,7 @@ def masked_linear_many(
     """
     if isinstance(masks, Tensor) and masks.dim() == 3:
         masks = masks.unbind()
-    usual = backend == "auto" and type(masks) in (list, tuple) and len(masks) <= MOST_MASKS
-    if usual and is_short(x, weight, tasks, *masks, optional=(bias,)):
-        way = short_ways.get(("masked_linear_many", weight.dtype))
-        y = None if way is None else way(x, weight, masks, tasks, bias, "short")
-        if y is not None:
-            return y
-    check_linear(x, weight, bias)
-    _check_masks(masks, weight)
-    _check_tasks(tasks, x)
-    _check_frozen(weight=weight, bias=bias)
-    if is_direct_but_for_autograd(x, weight, tasks, bias, *masks):
-        return _differentiable(x, weight, masks, tasks, bias, backend)
-    check_transforms("masked_linear_many", x, weight, bias)
-    return ops.masked_linear_many(x, weight, masks, tasks, bias, backend)
+    return _MANY(x, weight, masks, tasks, bias, backend)
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
@@ -102,28 +87,22 @@ def _check_values(tasks: Tensor, masks: Sequence[Tensor]) -> None:
 # ---------------------------------------------------------------------------------------------- their definition
 
 
+def _check(x, weight, masks, tasks, bias, backend):
+    check_linear(x, weight, bias)
+    _check_masks(masks, weight)
+    _check_tasks(tasks, x)
+    _check_frozen(weight=weight, bias=bias)
+    return x, weight, masks, tasks, bias, backend
+
+
 def _product(x, weight, masks, tasks, bias, backend):
     _check_values(tasks, masks)
-    return choose("masked_linear_many", x.device, (weight.dtype,), backend)(x, weight, masks, tasks, bias)
+    return served.product("masked_linear_many", x, weight, KeepByTask(masks, tasks), bias, backend)
 
 
 def _grad_x(grad_output, weight, masks, tasks, backend):
-    return choose("masked_linear_many_backward", weight.device, (weight.dtype,), backend)(
-        grad_output, weight, masks, tasks
-    )
-
-
-define(
-    "masked_linear_many(Tensor x, Tensor weight, Tensor[] masks, Tensor tasks, Tensor? bias, str backend) -> Tensor",
-    lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
-    _product,
-)
-define(
-    "masked_linear_many_backward(Tensor grad_output, Tensor weight, Tensor[] masks, Tensor tasks, str backend) "
-    "-> Tensor",
-    lambda grad_output, weight, *_: grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1])),
-    _grad_x,
-)
+    keep = KeepByTask(masks, tasks)
+    return served.product("masked_linear_many_backward", grad_output, weight, keep, None, backend, transposed=True)
 
 
 def _save(ctx, inputs, output):
@@ -133,12 +112,11 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad_output):
     weight, tasks, *masks = unchanged(ctx)
-    direct = is_direct(grad_output, weight, tasks, *masks)
-    run = _grad_x if direct else ops.masked_linear_many_backward
-    d_x = run(grad_output, weight, masks, tasks, ctx.backend) if ctx.needs_input_grad[0] else None
+    d_x = _MANY_BACKWARD(grad_output, weight, masks, tasks, ctx.backend) if ctx.needs_input_grad[0] else None
     return d_x, None, [None] * len(masks), None, None, None
 
 
-_differentiable = define_autograd("masked_linear_many", _product, _save, _backward)
-define_no_double_backward("masked_linear_many_backward")
-define_autocast("masked_linear_many", casts=(0, 1, 4))
+_MANY_BACKWARD = Op("masked_linear_many_backward", _grad_x, is_gradient=True)
+_MANY = Op(
+    "masked_linear_many", _product, check=_check, gradient=Gradient(_backward, _save), casts=(0, 1, 4), short=(2, 1)
+)

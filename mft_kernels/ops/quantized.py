@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .._ops import ops
 from ..backends.table import asked_for, choose, registered
-from ..reference.quantized import NESTED_BLOCK, NF4_BLOCK
-from .checks import autocasts, check_device, check_floating, check_packed, check_tensor, check_transforms
-from .direct import is_direct, is_direct_but_for_autograd
-from .library import define, define_autocast, define_autograd, define_no_double_backward, unchanged
-from .linear import gradients_of_packed, masked_linear_packed
-
-KINDS = ("nf4", "int8")
+from ..codes import FORMATS
+from ..operands import Keep
+from . import served
+from .checks import autocasts, check_device, check_floating, check_packed, check_tensor
+from .linear import GRADIENTS_OF_PACKED, masked_linear_packed
+from .route import Gradient, Op, unchanged
 
 
 class QuantizedMatrix:
@@ -61,9 +59,8 @@ class QuantizedMatrix:
         """grad_output @ where(mask, dense(), 0)"""
         if not self.is_fused(grad_output):
             wants = [True, False, False, False]
-            return gradients_of_packed(
-                grad_output, grad_output, self.dense(), packed, None, None, "value", wants, "auto"
-            )[0]
+            dense = self.dense()
+            return GRADIENTS_OF_PACKED(grad_output, grad_output, dense, packed, None, None, "value", wants, "auto")[0]
         return masked_linear_quantized_d_x(
             grad_output, self.codes, self.scales(), packed, shape=self.shape, kind=self.levels()
         )
@@ -77,10 +74,7 @@ def _decodes(device_type: str, dtype: torch.dtype) -> bool:
     if name == "cuda" and dtype == torch.float32:
         return False  # its kernels take 16 bits
     found = registered(name)
-    return device_type in found.device_types and "masked_linear_quantized" in found.ops
-
-
-_CODES = {"nf4": torch.uint8, "int8": torch.int8}
+    return device_type in found.device_types and found.takes.issuperset(FORMATS.values())
 
 
 def masked_linear_quantized(
@@ -111,22 +105,7 @@ def masked_linear_quantized(
     Returns: (..., N) in x's dtype; accumulated in fp32.
     Raises: ValueError for shapes, devices or kind, TypeError for dtypes, RuntimeError for a backend that cannot serve.
     """
-    absmax = _check_codes(codes, absmax, shape, kind)
-    _check_tokens("x", x, codes, shape[1])
-    if packed is not None:
-        check_packed("packed", packed, shape)
-        check_device("packed", packed, "codes", codes)
-    if bias is not None:
-        check_tensor("bias", bias)
-        if bias.shape != (shape[0],):
-            raise ValueError(f"bias must be ({shape[0]},), got {tuple(bias.shape)}")
-        check_device("bias", bias, "codes", codes)
-        if bias.dtype != x.dtype and not autocasts(x):
-            raise TypeError(f"bias must have x's dtype {x.dtype}, got {bias.dtype}")
-    if is_direct_but_for_autograd(x, codes, *absmax, packed, bias):
-        return _differentiable(x, codes, absmax, packed, bias, list(shape), kind, backend)
-    check_transforms("masked_linear_quantized", x, bias)
-    return ops.masked_linear_quantized(x, codes, absmax, packed, bias, shape, kind, backend)
+    return _QUANTIZED(x, codes, absmax, packed, bias, shape, kind, backend)
 
 
 def masked_linear_quantized_d_x(
@@ -140,9 +119,7 @@ def masked_linear_quantized_d_x(
     backend: str = "auto",
 ) -> Tensor:
     """d_x = grad_output @ where(mask, w, 0) of masked_linear_quantized, (..., K): for a backward pass; unchecked."""
-    direct = is_direct(grad_output, codes, *absmax, packed)
-    run = _d_x if direct else ops.masked_linear_quantized_d_x
-    return run(grad_output, codes, absmax, packed, list(shape), kind, backend)
+    return _QUANTIZED_D_X(grad_output, codes, absmax, packed, list(shape), kind, backend)
 
 
 def dequantize(
@@ -158,27 +135,24 @@ def dequantize(
     absmax = _check_codes(codes, absmax, shape, kind)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating, got {dtype}")
-    run = _dequantize if is_direct(codes, *absmax) else ops.dequantize
-    return run(codes, absmax, list(shape), kind, dtype, backend)
+    return _DEQUANTIZE(codes, absmax, list(shape), kind, dtype, backend)
 
 
 def _check_codes(codes, absmax, shape, kind) -> list[Tensor]:
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    if kind not in FORMATS:
+        raise ValueError(f"kind must be one of {tuple(FORMATS)}, got {kind!r}")
     if len(shape) != 2:
         raise ValueError(f"shape must be (N, K), got {tuple(shape)}")
     check_tensor("codes", codes)
-    rows, columns = shape
-    numel = rows * columns
-    needed = -(-numel // 2) if kind == "nf4" else numel
-    if codes.dtype != _CODES[kind]:
-        raise TypeError(f"codes must be {_CODES[kind]} for {kind}, got {codes.dtype}")
-    if codes.numel() != needed or (kind == "int8" and tuple(codes.shape) != tuple(shape)):
-        expected = f"{needed} bytes" if kind == "nf4" else f"{tuple(shape)}"
+    form = FORMATS[kind]
+    if codes.dtype != form.code_dtype:
+        raise TypeError(f"codes must be {form.code_dtype} for {kind}, got {codes.dtype}")
+    needed = form.code_shape(shape)
+    if (tuple(codes.shape) != needed) if len(needed) > 1 else (codes.numel() != needed[0]):
+        expected = needed if len(needed) > 1 else f"{needed[0]} bytes"
         raise ValueError(f"codes must be {expected} for {kind} of {tuple(shape)}, got {tuple(codes.shape)}")
     scales = [absmax] if isinstance(absmax, Tensor) else list(absmax)
-    blocks = -(-numel // NF4_BLOCK) if kind == "nf4" else rows
-    for scale, (name, size, dtype) in zip(scales, _scales_expected(len(scales), blocks, kind)):
+    for scale, (name, size, dtype) in zip(scales, form.scales_expected(shape, len(scales))):
         check_tensor(name, scale)
         if scale.dtype != dtype:
             advice = ": give all four tensors of double quantisation" if scale.dtype == torch.uint8 else ""
@@ -187,22 +161,6 @@ def _check_codes(codes, absmax, shape, kind) -> list[Tensor]:
             raise ValueError(f"{name} must be {size} for {kind} of {tuple(shape)}, got {tuple(scale.shape)}")
         check_device(name, scale, "codes", codes)
     return scales
-
-
-def _scales_expected(count: int, blocks: int, kind: str) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Name, shape and dtype of each tensor of absmax."""
-    if count == 1:
-        return [("absmax", (blocks,), torch.float32)]
-    if count != 4 or kind != "nf4":
-        raise ValueError(
-            f"absmax must be one tensor, or for nf4 the four of double quantisation, got {count} for {kind}"
-        )
-    return [
-        ("absmax[0]", (blocks,), torch.uint8),
-        ("absmax[1]", (-(-blocks // NESTED_BLOCK),), torch.float32),
-        ("absmax[2]", (256,), torch.float32),
-        ("absmax[3]", (), torch.float32),
-    ]
 
 
 def _check_tokens(name: str, x: Tensor, codes: Tensor, columns: int) -> None:
@@ -216,41 +174,40 @@ def _check_tokens(name: str, x: Tensor, codes: Tensor, columns: int) -> None:
 # ---------------------------------------------------------------------------------------------- their definition
 
 
+def _check(x, codes, absmax, packed, bias, shape, kind, backend):
+    absmax = _check_codes(codes, absmax, shape, kind)
+    _check_tokens("x", x, codes, shape[1])
+    if packed is not None:
+        check_packed("packed", packed, shape)
+        check_device("packed", packed, "codes", codes)
+    if bias is not None:
+        check_tensor("bias", bias)
+        if bias.shape != (shape[0],):
+            raise ValueError(f"bias must be ({shape[0]},), got {tuple(bias.shape)}")
+        check_device("bias", bias, "codes", codes)
+        if bias.dtype != x.dtype and not autocasts(x):
+            raise TypeError(f"bias must have x's dtype {x.dtype}, got {bias.dtype}")
+    return x, codes, absmax, packed, bias, list(shape), kind, backend
+
+
 def _product(x, codes, absmax, packed, bias, shape, kind, backend):
-    run = choose("masked_linear_quantized", x.device, (x.dtype,), backend)
-    return run(x, codes, absmax, packed, bias, shape, kind)
+    weight, keep = FORMATS[kind](codes, absmax, shape), None if packed is None else Keep(packed)
+    return served.product("masked_linear_quantized", x, weight, keep, bias, backend)
 
 
 def _d_x(grad_output, codes, absmax, packed, shape, kind, backend):
-    run = choose("masked_linear_quantized_d_x", grad_output.device, (grad_output.dtype,), backend)
-    return run(grad_output, codes, absmax, packed, shape, kind)
+    weight, keep = FORMATS[kind](codes, absmax, shape), None if packed is None else Keep(packed)
+    return served.product("masked_linear_quantized_d_x", grad_output, weight, keep, None, backend, transposed=True)
 
 
 def _dequantize(codes, absmax, shape, kind, dtype, backend):
-    return choose("dequantize", codes.device, (dtype,), backend)(codes, absmax, shape, kind, dtype)
-
-
-define(
-    "masked_linear_quantized(Tensor x, Tensor codes, Tensor[] absmax, Tensor? packed, Tensor? bias, SymInt[] shape, "
-    "str kind, str backend) -> Tensor",
-    lambda x, codes, absmax, packed, bias, shape, *_: x.new_empty((*x.shape[:-1], shape[0])),
-    _product,
-)
-define(
-    "masked_linear_quantized_d_x(Tensor grad_output, Tensor codes, Tensor[] absmax, Tensor? packed, SymInt[] shape, "
-    "str kind, str backend) -> Tensor",
-    lambda grad_output, codes, absmax, packed, shape, *_: grad_output.new_empty((*grad_output.shape[:-1], shape[1])),
-    _d_x,
-)
-define(
-    "dequantize(Tensor codes, Tensor[] absmax, SymInt[] shape, str kind, ScalarType dtype, str backend) -> Tensor",
-    lambda codes, absmax, shape, kind, dtype, backend: codes.new_empty(shape, dtype=dtype),
-    _dequantize,
-)
+    weight = FORMATS[kind](codes, absmax, shape)
+    run = choose("decode", codes.device, (dtype,), backend, op="dequantize", operands=frozenset({type(weight)}))
+    return run(weight, dtype)
 
 
 def _save(ctx, inputs, output):
-    _, codes, absmax, packed, _, ctx.shape, ctx.kind, ctx.backend = inputs
+    _, codes, absmax, packed, _, *ctx.settings = inputs
     ctx.save_for_backward(codes, packed, *absmax)
 
 
@@ -258,14 +215,14 @@ def _differentiate(ctx, grad_output):
     codes, packed, *absmax = unchanged(ctx)
     d_x = d_bias = None
     if ctx.needs_input_grad[0]:
-        d_x = masked_linear_quantized_d_x(
-            grad_output, codes, absmax, packed, shape=ctx.shape, kind=ctx.kind, backend=ctx.backend
-        )
+        d_x = _QUANTIZED_D_X(grad_output, codes, absmax, packed, *ctx.settings)
     if ctx.needs_input_grad[4]:
         d_bias = grad_output.reshape(grad_output.shape[:-1].numel(), grad_output.shape[-1]).sum(0)
     return d_x, None, [None] * len(absmax), None, d_bias, None, None, None
 
 
-_differentiable = define_autograd("masked_linear_quantized", _product, _save, _differentiate)
-define_no_double_backward("masked_linear_quantized_d_x")
-define_autocast("masked_linear_quantized", casts=(0, 4))
+_DEQUANTIZE = Op("dequantize", _dequantize)
+_QUANTIZED_D_X = Op("masked_linear_quantized_d_x", _d_x, is_gradient=True)
+_QUANTIZED = Op(
+    "masked_linear_quantized", _product, check=_check, gradient=Gradient(_differentiate, _save), casts=(0, 4)
+)

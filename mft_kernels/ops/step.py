@@ -1,12 +1,12 @@
-"""The op score_step: the checked function that users call, then its schema and fake."""
+"""One optimiser step on scores, and the mask that they select next."""
 
 import torch
 from torch import Tensor
 
-from .._ops import ops
 from ..backends.table import choose
-from .checks import check_adam, check_keep_ratio, check_mode, check_moments, check_step_inputs, check_transforms
-from .library import define, increment_version
+from ..operands import Update
+from .checks import check_adam, check_betas, check_keep_ratio, check_mode, check_moments, check_step_inputs
+from .route import Op
 
 
 def score_step(
@@ -31,7 +31,7 @@ def score_step(
 ) -> tuple[Tensor, Tensor] | None:
     """scores -= lr * AdamW(grad * weight * sign(scores)), moments too, in one pass; then the next threshold and mask.
 
-    reference_step.score_step has the formulas of both schemes.
+    reference/step.py has the formulas of both schemes.
 
     Args:
         scores: (N, K), contiguous, changed in place: fp32; bf16, rounded stochastically; or int16 fixed point (sign and
@@ -50,67 +50,49 @@ def score_step(
         is not finite makes the threshold NaN (0x7e00 for int16), and nothing is kept.
     Raises: ValueError for shapes, devices or values, TypeError for dtypes, RuntimeError for a refusing backend.
     """
-    check_mode(mode)
-    check_step_inputs(scores, grad, weight, grad_scale, threshold)
-    check_moments(scores, exp_avg, exp_avg_sq, scales)
-    check_adam(lr, betas, eps, weight_decay)
-    check_transforms("score_step", scores, grad, weight, exp_avg, exp_avg_sq, in_place=True)
-    if not isinstance(step, int) or step < 1:
-        raise ValueError(f"step must be an integer from 1, got {step!r}; it counts the steps of this matrix")
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be an integer in [0, 2^63), got {seed!r}")
-    if keep_ratio is not None:
-        check_keep_ratio(keep_ratio)
-    with torch.no_grad():
-        found, packed = ops.score_step(
-            scores,
-            grad,
-            weight,
-            exp_avg,
-            exp_avg_sq,
-            scales,
-            step,
-            float(lr),
-            float(betas[0]),
-            float(betas[1]),
-            float(eps),
-            float(weight_decay),
-            grad_scale,
-            seed,
-            mode,
-            keep_ratio,
-            threshold,
-            backend,
-        )
+    found, packed = _SCORE_STEP(
+        scores,
+        grad,
+        weight,
+        exp_avg,
+        exp_avg_sq,
+        scales,
+        step,
+        lr,
+        *check_betas(betas),
+        eps,
+        weight_decay,
+        grad_scale,
+        seed,
+        mode,
+        keep_ratio,
+        threshold,
+        backend,
+    )
     return None if keep_ratio is None else (found, packed)
 
 
-def _fake(scores, grad, weight, exp_avg, exp_avg_sq, scales, *rest):
-    keep_ratio = rest[9]
-    if keep_ratio is None:
-        return scores.new_empty(0), scores.new_empty(0, dtype=torch.int32)
-    words = (scores.shape[0], (scores.shape[1] + 31) // 32)
-    return scores.new_empty(()), scores.new_empty(words, dtype=torch.int32)
+def _check(*given):
+    update = Update(*given[:-1])
+    check_mode(update.mode)
+    check_step_inputs(update.scores, update.grad, update.weight, update.grad_scale, update.threshold)
+    check_moments(update.scores, update.exp_avg, update.exp_avg_sq, update.scales)
+    check_adam(update.lr, (update.beta1, update.beta2), update.eps, update.weight_decay)
+    if not isinstance(update.step, int) or update.step < 1:
+        raise ValueError(f"step must be an integer from 1, got {update.step!r}; it counts the steps of this matrix")
+    if not isinstance(update.seed, int) or not 0 <= update.seed < 2**63:
+        raise ValueError(f"seed must be an integer in [0, 2^63), got {update.seed!r}")
+    if update.keep_ratio is not None:
+        check_keep_ratio(update.keep_ratio)
+    return given
 
 
-def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype, ...]:
-    # Fixed-point scores are no dtype of the table: whoever serves the op serves them.
-    return tuple(t.dtype for t in tensors if t is not None and t.dtype != torch.int16)
+def _step(*given):
+    update = Update(*given[:-1])
+    # Fixed-point scores are no dtype of the table: whoever serves the function serves them.
+    tensors = (update.scores, update.grad, update.weight)
+    dtypes = tuple(t.dtype for t in tensors if t is not None and t.dtype != torch.int16)
+    return choose("step", update.scores.device, dtypes, given[-1], op="score_step")(update)
 
 
-def _step(scores, grad, weight, exp_avg, exp_avg_sq, scales, *rest):
-    kernel = choose("score_step", scores.device, _dtypes(scores, grad, weight), rest[-1])
-    result = kernel(scores, grad, weight, exp_avg, exp_avg_sq, scales, *rest[:-1])
-    increment_version([t for t in (scores, exp_avg, exp_avg_sq, scales) if t is not None])
-    return result
-
-
-# "mask_mode": see accumulate_score_grad.
-define(
-    "score_step(Tensor(a!) scores, Tensor grad, Tensor? weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
-    "Tensor(d!)? scales, int step, float lr, float beta1, float beta2, float eps, float weight_decay, "
-    "Tensor? grad_scale, int seed, str mask_mode, float? keep_ratio, Tensor? threshold, str backend) "
-    "-> (Tensor, Tensor)",
-    _fake,
-    _step,
-)
+_SCORE_STEP = Op("score_step", _step, check=_check, writes=(0, 3, 4, 5))

@@ -1,11 +1,7 @@
-"""The oracle: every op in plain PyTorch, one function an op, on any device and in any floating dtype.
+"""What the oracle is made of: thresholds, packed masks and signs, and products that every processor makes rightly.
 
-M tokens, N out_features, K in_features. ``scores`` and ``weight`` are (N, K); keep is ``|scores| >= threshold``
-("magnitude") or ``scores >= threshold`` ("value"). Kernels take the same arguments and are checked against these
-functions; arguments are trusted here, the public door in ``ops`` checks them.
+keep is ``|scores| >= threshold`` ("magnitude") or ``scores >= threshold`` ("value").
 """
-
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,71 +27,6 @@ def keep_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
         threshold = threshold.unsqueeze(-1)
     kept = _keys(scores, mode) >= _keys(threshold, "value")
     return kept & ~(scores.isnan() | threshold.isnan())
-
-
-def masked_linear(
-    x: Tensor, weight: Tensor, scores: Tensor, threshold: Tensor, bias: Tensor | None, mode: str
-) -> Tensor:
-    """y = x @ where(keep, weight, 0).T + bias, (..., N) in x's dtype."""
-    return linear(x, _select(weight, keep_mask(scores, threshold, mode)), bias)
-
-
-def masked_linear_backward(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    scores: Tensor,
-    threshold: Tensor,
-    mode: str,
-    output_mask: list[bool],
-) -> Gradients:
-    """d_x, d_weight, d_scores and d_bias of masked_linear, straight through the comparison (arXiv 2503.22764)."""
-    keep = keep_mask(scores, threshold, mode)
-    return _backward(grad_output, x, weight, keep, scores, None, mode, output_mask)
-
-
-def masked_linear_packed(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """masked_linear with the mask given as bits: packed is int32 (N, ceil(K / 32)), see pack_mask."""
-    return linear(x, _select(weight, unpack_mask(packed, list(weight.shape))), bias)
-
-
-def masked_linear_packed_backward(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    packed: Tensor,
-    scores: Tensor | None,
-    signs: Tensor | None,
-    mode: str,
-    output_mask: list[bool],
-) -> Gradients:
-    """Gradients of masked_linear_packed; the sign of the scores comes from the bits of ``signs`` where given."""
-    keep = unpack_mask(packed, list(weight.shape))
-    return _backward(grad_output, x, weight, keep, scores, signs, mode, output_mask)
-
-
-def masked_linear_many(
-    x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, bias: Tensor | None
-) -> Tensor:
-    """y[i] = masked_linear_packed of x[i] with masks[tasks[i]], with the whole weight for -1; all rows once a mask."""
-    return _by_task(x, weight, masks, tasks, lambda masked: linear(x, masked, bias))
-
-
-def masked_linear_many_backward(grad_output: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor) -> Tensor:
-    """d_x of masked_linear_many."""
-    return _by_task(grad_output, weight, masks, tasks, lambda masked: grad_of_linear(grad_output, masked))
-
-
-def accumulate_score_grad(
-    out: Tensor, grad_output: Tensor, x: Tensor, weight: Tensor, scores: Tensor | None, signs: Tensor | None, mode: str
-) -> None:
-    """out += (grad_output.T @ x) * weight [* sign(scores) in magnitude mode], out (N, K)."""
-    out += _score_grad(grad_output, x, weight, scores, signs, mode, out.dtype)
-
-
-def accumulate_product(out: Tensor, grad_output: Tensor, x: Tensor) -> None:
-    """out += grad_output.T @ x, out (N, K)."""
-    out += _weight_gradient(grad_output, x)
 
 
 def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
@@ -155,6 +86,11 @@ def grad_of_linear(grad_output: Tensor, weight: Tensor) -> Tensor:
     return d_x.view(*grad_output.shape[:-1], weight.shape[1])
 
 
+def weight_gradient(grad_output: Tensor, x: Tensor) -> Tensor:
+    """grad_output.T @ x, (N, K)."""
+    return filled(_rows(grad_output), 0).T @ filled(_rows(x), 0)
+
+
 def filled(operand: Tensor, axis: int) -> Tensor:
     """A 2-d operand of one of torch's products, which sums over ``axis``, as every processor multiplies it rightly.
 
@@ -187,73 +123,6 @@ def _kth_smallest(keys: Tensor, k: int) -> Tensor:
     return keys.kthvalue(k).values
 
 
-def _select(weight: Tensor, keep: Tensor) -> Tensor:
-    # Select, never multiply: a dropped NaN or Inf contributes an exact +0.
-    return torch.where(keep, weight, 0)
-
-
 def _rows(x: Tensor) -> Tensor:
     # Not reshape(-1, ...): with no features the number of rows would be anyone's guess.
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-def _by_task(
-    rows: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, product: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Row i of product(weight masked by masks[tasks[i]]), NaN for a task that there is not; no task is waited for."""
-    tasks = tasks.view(-1, *(1,) * (rows.dim() - 1))
-    y = torch.where(tasks == -1, product(weight), torch.nan)
-    for task, packed in enumerate(masks):
-        y = torch.where(tasks == task, product(_select(weight, unpack_mask(packed, list(weight.shape)))), y)
-    return y
-
-
-def _weight_gradient(grad_output: Tensor, x: Tensor) -> Tensor:
-    """grad_output.T @ x, (N, K)."""
-    return filled(_rows(grad_output), 0).T @ filled(_rows(x), 0)
-
-
-def _backward(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    keep: Tensor,
-    scores: Tensor | None,
-    signs: Tensor | None,
-    mode: str,
-    output_mask: list[bool],
-) -> Gradients:
-    grad = _rows(grad_output)
-    d_x = d_weight = d_scores = d_bias = None
-    if output_mask[0]:
-        d_x = grad_of_linear(grad_output, _select(weight, keep))
-    if output_mask[1]:
-        d_weight = _select(_weight_gradient(grad_output, x), keep)
-    if output_mask[2]:
-        dtype = scores.dtype if scores is not None else torch.float32
-        d_scores = _score_grad(grad_output, x, weight, scores, signs, mode, dtype)
-    if output_mask[3]:
-        d_bias = grad.sum(0)
-    empty = [grad_output.new_empty(0) if g is None else g for g in (d_x, d_weight, d_scores, d_bias)]
-    return empty[0], empty[1], empty[2], empty[3]
-
-
-def _score_grad(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    scores: Tensor | None,
-    signs: Tensor | None,
-    mode: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    wide = torch.promote_types(dtype, torch.float32)
-    d_scores = _weight_gradient(grad_output, x).to(wide)
-    d_scores *= weight
-    if mode == "magnitude":
-        if signs is not None:
-            d_scores *= unpack_mask(signs, list(weight.shape)).to(wide).mul_(2).sub_(1)
-        else:
-            assert scores is not None, "magnitude mode takes the sign from scores or signs"
-            d_scores *= signs_of(scores)
-    return d_scores.to(dtype)

@@ -7,6 +7,7 @@ rounding, fixed-point scores. Arguments are trusted; the public door in ``ops`` 
 import torch
 from torch import Tensor
 
+from ..operands import Update
 from .fixed_point import LARGEST_CODE as LARGEST_SCORE
 from .fixed_point import float_from_fixed
 from .linear import kept_threshold, pack_mask, signs_of
@@ -20,25 +21,7 @@ SQUARE_BIAS, SQUARE_CODES = 31, 256  # exp_avg_sq: 5 exponent bits, 3 mantissa b
 _LOW32 = 0xFFFFFFFF
 
 
-def score_step(
-    scores: Tensor,
-    grad: Tensor,
-    weight: Tensor | None,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scales: Tensor | None,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None,
-    seed: int,
-    mode: str,
-    keep_ratio: float | None,
-    threshold: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def score_step(update: Update) -> tuple[Tensor, Tensor]:
     """One AdamW step on scores and moments, in place; then the threshold and packed mask of the new scores.
 
     With weight, grad is grad_output.T @ x, and sign(scores) is a factor in mode "magnitude". Without, grad is d_scores:
@@ -56,37 +39,38 @@ def score_step(
 
     Returns: (() in the scores' dtype, int32 (N, ceil(K / 32))); two empty tensors without a keep_ratio.
     """
+    scores, weight, scales = update.scores, update.weight, update.scales
+    exp_avg, exp_avg_sq, beta1, beta2 = update.exp_avg, update.exp_avg_sq, update.beta1, update.beta2
     words = None
     if scales is not None or scores.dtype != torch.float32:
-        words = random_words(scores.numel(), seed, step, scores.device)
-    factor = _sign(scores) if weight is not None and mode == "magnitude" else None
+        words = random_words(scores.numel(), update.seed, update.step, scores.device)
+    factor = _sign(scores) if weight is not None and update.magnitude else None
     wide = widen_scores(scores)
-    if weight_decay != 0:
-        wide.mul_(1 - lr * weight_decay)
-    step_size = lr / (1 - beta1**step)
+    if update.weight_decay != 0:
+        wide.mul_(update.decay)
     if scales is None:
-        g = _gradient(grad, weight, factor, grad_scale)
+        g = _gradient(update.grad, weight, factor, update.grad_scale)
         exp_avg.lerp_(g, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
-        wide.addcdiv_(exp_avg, denominator, value=-step_size)
+        denominator = (exp_avg_sq.sqrt() / update.correction).add_(update.eps)
+        wide.addcdiv_(exp_avg, denominator, value=-update.step_size)
     else:
         assert words is not None, "the 8-bit scheme rounds stochastically"
-        h = _gradient(grad, None, factor, grad_scale)
+        h = _gradient(update.grad, None, factor, update.grad_scale)
         m = decode(exp_avg, scales[0], MEAN_BIAS, MEAN_CODES) * beta1 + h * (1 - beta1)
         v = decode(exp_avg_sq, scales[1], SQUARE_BIAS, SQUARE_CODES) * beta2 + (h * h) * (1 - beta2)
         root, moved = v.double().sqrt().float(), m  # rounded correctly, as torch's sqrt in fp32 (MKL) is not
         if weight is not None:
             w = weight.float()
             root, moved = root * w.abs(), m * w
-        denominator = root * (1 - beta2**step) ** -0.5 + eps
-        wide += (moved * -step_size) / denominator
+        denominator = root * update.correction + update.eps
+        wide += (moved * -update.step_size) / denominator
         exp_avg.copy_(encode(m, scales[0], (words >> 16) & 0xFF, MEAN_BIAS, MEAN_CODES))
         exp_avg_sq.copy_(encode(v, scales[1], words >> 24, SQUARE_BIAS, SQUARE_CODES))
     if wide is not scores:
         assert words is not None, "16-bit scores are rounded stochastically"
         scores.copy_(narrow_scores(wide, scores, words & 0xFFFF))
-    return next_mask(scores, mode, keep_ratio)
+    return next_mask(scores, update.mode, update.keep_ratio)
 
 
 def next_mask(scores: Tensor, mode: str, keep_ratio: float | None) -> tuple[Tensor, Tensor]:

@@ -26,10 +26,11 @@ def called(own_table, monkeypatch):
     seen = []
 
     def noted(name, run):
-        return lambda *arguments: seen.append(name) or run(*arguments)
+        return lambda *arguments, **named: seen.append(name) or run(*arguments, **named)
 
-    ops = {name: noted(name, run) for name, run in backends.registered("reference").ops.items()}
-    backends.register(backends.Backend("mine", frozenset({"cpu"}), frozenset(), ops, detail="blocks of 256 rows"))
+    functions = {name: noted(name, run) for name, run in backends.registered("reference").functions.items()}
+    about = {"takes": backends.OPERANDS, "detail": "blocks of 256 rows"}
+    backends.register(backends.Backend("mine", frozenset({"cpu"}), frozenset(), functions, **about))
     monkeypatch.setenv("MFT_KERNELS", "mine")
     return seen
 
@@ -58,8 +59,8 @@ def test_what_is_asked_for_stands_after_ours_by_its_name(called):
 
 def test_what_auto_takes_from_outside_is_not_called_ours(own_table):
     own = backends.backend_report()["auto"]["cpu"]
-    ops = backends.registered("reference").ops
-    backends.register(backends.Backend("theirs", frozenset({"cpu"}), frozenset(), ops), before=own)
+    functions = backends.registered("reference").functions
+    backends.register(backends.Backend("theirs", frozenset({"cpu"}), frozenset(), functions), before=own)
     assert SideBySide.here().asked == {OURS: own, "theirs": "auto"}
 
 

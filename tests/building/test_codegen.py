@@ -21,6 +21,9 @@ from building import ahead
 from building.machine_code import sass
 from mft_kernels.backends.triton import launch, ops, target
 from mft_kernels.backends.triton.specialise import identity
+from mft_kernels.by_name import ByName
+
+flat = ByName(ops)
 
 KERNELS = {
     "_masked_product_kernel",
@@ -62,7 +65,7 @@ def test_any_number_of_tokens_takes_at_most_four_binaries_of_the_product(card, l
     weight, scores, threshold, bias = empty(n, k), empty(n, k), empty(()), empty(n)
     with target.assume(card), launch.record() as launched:
         for m in [*range(1, 130), *range(130, 4097, 13), 4096]:  # every remainder by 16, everywhere
-            ops.masked_linear(empty(m, k), weight, scores, threshold, bias, "magnitude")
+            flat.masked_linear(empty(m, k), weight, scores, threshold, bias, "magnitude")
     binaries = Counter(key.split("(")[0] for key in {identity(one.kernel, one.args, one.options) for one in launched})
     assert binaries.pop("_sum_splits_kernel", 0) <= 1
     assert list(binaries) == ["_masked_product_kernel"]
@@ -141,7 +144,7 @@ def test_kernels_over_experts_are_as_they_should_be(card, rows, calls):
 def test_a_decoded_token_s_weight_comes_16_bytes_at_a_time_and_each_word_of_its_mask_once(card):
     weight, words = (torch.empty(4096, size, dtype=dtype, device="meta") for size, dtype in WEIGHT_AND_WORDS)
     x = torch.empty(1, 4096, dtype=torch.bfloat16, device="meta")
-    product = ahead.recorded(lambda: ops.masked_linear_packed(x, weight, words, None), card)[0]
+    product = ahead.recorded(lambda: flat.masked_linear_packed(x, weight, words, None), card)[0]
     compiled = ahead.compile_ahead(product.kernel, ahead.gpu_target(card), product.args, product.options)
     (loop,) = sass.parse(sass.disassemble(compiled.asm["cubin"])).innermost_loops(sass.is_mma)
     copies = Counter(one.opcode for one in loop if one.name in ("LDG", "LDGSTS", "UTMALDG"))

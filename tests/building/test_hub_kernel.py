@@ -204,7 +204,7 @@ def load(variant):
 def test_a_kernel_has_ops_of_its_own_beside_the_installed_package(loaded, variants):
     name, modules = metadata(variants["cpu"])["id"], sys.modules
     assert loaded.masked_linear is not mft_kernels.masked_linear
-    assert modules[f"{name}.ops.library"].library.ns == name
+    assert modules[f"{name}.ops.schema"].library.ns == name
     assert modules[f"{name}.backends.built"].cpu_ops.capability() == torch.ops.mft_cpu.capability()
     for ours, theirs in (
         (modules[f"{name}._ops"].ops, torch.ops.mft),

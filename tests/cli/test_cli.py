@@ -124,16 +124,16 @@ def test_env_says_which_kernels_serve_the_cpu(cli):
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ("reference", "MFT_KERNELS=reference on cpu: every op (auto: "),
-        ("partial", "MFT_KERNELS=partial on cpu: pack_mask, pack_signs alone, other ops are refused (auto: "),
-        ("missing", "MFT_KERNELS=missing on cpu: every op is refused: no compiler; unset it for auto, "),
-        ("fast", "MFT_KERNELS=fast on cpu: every op is refused: name must be one of ("),
+        ("reference", "MFT_KERNELS=reference on cpu: every function (auto: "),
+        ("partial", "MFT_KERNELS=partial on cpu: pack, signs alone, the others are refused (auto: "),
+        ("missing", "MFT_KERNELS=missing on cpu: every function is refused: no compiler; unset it for auto, "),
+        ("fast", "MFT_KERNELS=fast on cpu: every function is refused: name must be one of ("),
         ("auto", "auto on cpu: "),
     ],
 )
 def test_env_says_what_the_variable_asks_for(asked, told, own_table, monkeypatch):
-    ops = {name: backends.registered("reference").ops[name] for name in ("pack_mask", "pack_signs")}
-    backends.register(backends.Backend("partial", frozenset({"cpu"}), frozenset(), ops))
+    functions = {name: backends.registered("reference").functions[name] for name in ("pack", "signs")}
+    backends.register(backends.Backend("partial", frozenset({"cpu"}), frozenset(), functions))
     backends.register(backends.Backend("missing", frozenset({"cpu"}), frozenset(), {}, unavailable="no compiler"))
     automatic = backends.backend_report()["auto"]["cpu"]
     monkeypatch.setenv("MFT_KERNELS", asked)

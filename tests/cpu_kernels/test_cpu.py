@@ -14,7 +14,10 @@ from taken_path import take_path
 
 from mft_kernels import reference
 from mft_kernels.backends import cpu
+from mft_kernels.by_name import ByName, oracle
 from mft_kernels.testing import assert_within_budget, integer_inputs, random_inputs
+
+flat = ByName(cpu)
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
 
@@ -43,30 +46,30 @@ def assert_same(got, expected):
 
 def assert_matches_reference(t, threshold, mode):
     """Every op on the inputs ``t``, against the reference, bit for bit."""
-    packed = cpu.pack_mask(t.scores, threshold, mode)
-    signs, zeros = cpu.pack_signs(t.scores)
+    packed = flat.pack_mask(t.scores, threshold, mode)
+    signs, zeros = flat.pack_signs(t.scores)
     assert_same(packed, reference.pack_mask(t.scores, threshold, mode))
     assert_same(signs, reference.pack_signs(t.scores)[0])
     assert_same(zeros, reference.pack_signs(t.scores)[1])
     for bias in (t.bias, None):
         arguments = (t.x, t.weight, t.scores, threshold, bias, mode)
-        assert_same(cpu.masked_linear(*arguments), reference.masked_linear(*arguments))
+        assert_same(flat.masked_linear(*arguments), oracle.masked_linear(*arguments))
         arguments = (t.x, t.weight, packed, bias)
-        assert_same(cpu.masked_linear_packed(*arguments), reference.masked_linear_packed(*arguments))
+        assert_same(flat.masked_linear_packed(*arguments), oracle.masked_linear_packed(*arguments))
     arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, mode, ALL)
-    for got, want in zip(cpu.masked_linear_backward(*arguments), reference.masked_linear_backward(*arguments)):
+    for got, want in zip(flat.masked_linear_backward(*arguments), oracle.masked_linear_backward(*arguments)):
         assert_same(got, want)
     for sign in ((t.scores, None), (None, signs)):
         arguments = (t.grad_output, t.x, t.weight, packed, *sign, mode, ALL)
         gradients = zip(
-            cpu.masked_linear_packed_backward(*arguments), reference.masked_linear_packed_backward(*arguments)
+            flat.masked_linear_packed_backward(*arguments), oracle.masked_linear_packed_backward(*arguments)
         )
         for got, want in gradients:
             assert_same(got, want)
         out = torch.ones_like(t.scores)
         expected = out.clone()
-        cpu.accumulate_score_grad(out, t.grad_output, t.x, t.weight, *sign, mode)
-        reference.accumulate_score_grad(expected, t.grad_output, t.x, t.weight, *sign, mode)
+        flat.accumulate_score_grad(out, t.grad_output, t.x, t.weight, *sign, mode)
+        oracle.accumulate_score_grad(expected, t.grad_output, t.x, t.weight, *sign, mode)
         assert_same(out, expected)
 
 
@@ -75,7 +78,7 @@ def assert_matches_reference(t, threshold, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_every_op_equals_the_reference_on_integers(capability, mode, dtype, scores_dtype):
     t = integer_inputs(5, 37, 59, dtype, scores_dtype)
-    assert_matches_reference(t, cpu.kept_threshold(t.scores, 0.6, mode), mode)
+    assert_matches_reference(t, flat.kept_threshold(t.scores, 0.6, mode), mode)
 
 
 def test_odd_shapes_and_thresholds_equal_the_reference():
@@ -127,20 +130,20 @@ def test_blocks_of_the_bfloat16_gemm_meet_without_a_seam(capability, threads, sh
         v *= (torch.arange(v.numel()).view_as(v) % 61 == 0).to(torch.bfloat16)
     t.weight[t.scores.abs() < 2] = torch.nan  # dropped, so that forward and d_x must not see it
     threshold = torch.tensor(2, dtype=scores_dtype)
-    packed = cpu.pack_mask(t.scores, threshold, "magnitude")
-    signs = cpu.pack_signs(t.scores)[0]
+    packed = flat.pack_mask(t.scores, threshold, "magnitude")
+    signs = flat.pack_signs(t.scores)[0]
     arguments = (t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
-    y = reference.masked_linear(*arguments)
+    y = oracle.masked_linear(*arguments)
     assert y.isfinite().all()
-    assert_same(cpu.masked_linear(*arguments), y)
-    assert_same(cpu.masked_linear_packed(t.x, t.weight, packed, t.bias), y)
+    assert_same(flat.masked_linear(*arguments), y)
+    assert_same(flat.masked_linear_packed(t.x, t.weight, packed, t.bias), y)
     arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", ALL)
-    for got, want in zip(cpu.masked_linear_backward(*arguments), reference.masked_linear_backward(*arguments)):
+    for got, want in zip(flat.masked_linear_backward(*arguments), oracle.masked_linear_backward(*arguments)):
         assert_same(got, want)
-    d_x = cpu.masked_linear_packed_backward(
+    d_x = flat.masked_linear_packed_backward(
         t.grad_output, t.x, t.weight, packed, None, signs, "magnitude", [True, False, False, False]
     )[0]
-    assert_same(d_x, reference.masked_linear_backward(*arguments)[0])
+    assert_same(d_x, oracle.masked_linear_backward(*arguments)[0])
 
 
 @pytest.mark.parametrize("out_dtype", DTYPES)
@@ -152,11 +155,11 @@ def test_accumulation_equals_the_reference_in_every_output_dtype(capability, sha
     out = torch.ones(t.weight.shape, dtype=out_dtype)
     expected = out.clone()
     scores = t.scores if sign == "scores" else None
-    signs = cpu.pack_signs(t.scores)[0] if sign == "signs" else None
+    signs = flat.pack_signs(t.scores)[0] if sign == "signs" else None
     arguments = (t.grad_output, t.x, t.weight, scores, signs, "value" if sign == "none" else "magnitude")
     for _ in range(2):
-        cpu.accumulate_score_grad(out, *arguments)
-        reference.accumulate_score_grad(expected, *arguments)
+        flat.accumulate_score_grad(out, *arguments)
+        oracle.accumulate_score_grad(expected, *arguments)
     assert_same(out, expected)
 
 
@@ -169,8 +172,8 @@ def test_accumulation_without_a_weight_equals_the_reference(capability, shape, d
     out = torch.ones(t.weight.shape, dtype=out_dtype)
     expected = out.clone()
     for _ in range(2):
-        cpu.accumulate_product(out, t.grad_output, t.x)
-        reference.accumulate_product(expected, t.grad_output, t.x)
+        flat.accumulate_product(out, t.grad_output, t.x)
+        oracle.accumulate_product(expected, t.grad_output, t.x)
     assert_same(out, expected)
 
 
@@ -193,9 +196,9 @@ def test_empty_batches_and_single_rows_and_columns_equal_the_reference(capabilit
 def test_a_layer_without_inputs_gives_its_bias_and_one_without_outputs_a_zero_gradient(capability, dtype):
     t = integer_inputs(3, 5, 7, dtype)
     none = torch.empty(5, 0, dtype=dtype)
-    y = cpu.masked_linear(t.x[:, :0], none, none, torch.tensor(0.0), t.bias, "magnitude")
+    y = flat.masked_linear(t.x[:, :0], none, none, torch.tensor(0.0), t.bias, "magnitude")
     assert_same(y, t.bias.expand(3, 5))
-    d_x = cpu.masked_linear_backward(
+    d_x = flat.masked_linear_backward(
         t.grad_output[:, :0],
         t.x,
         t.weight[:0],
@@ -211,22 +214,22 @@ def test_a_layer_without_inputs_gives_its_bias_and_one_without_outputs_a_zero_gr
 @pytest.mark.parametrize("shape", [(64, 96, 160), (33, 130, 71)])
 def test_error_stays_within_twice_that_of_pytorch(capability, dtype, shape):
     t = random_inputs(*shape, dtype, torch.bfloat16)
-    threshold = cpu.kept_threshold(t.scores, 0.7, "magnitude")
+    threshold = flat.kept_threshold(t.scores, 0.7, "magnitude")
 
     def exact(v):
         return v.double()
 
-    y = cpu.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
+    y = flat.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
     assert_within_budget(
         y,
-        reference.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude"),
-        reference.masked_linear(*map(exact, (t.x, t.weight, t.scores, threshold, t.bias)), "magnitude"),
+        oracle.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude"),
+        oracle.masked_linear(*map(exact, (t.x, t.weight, t.scores, threshold, t.bias)), "magnitude"),
     )
     arguments = (t.grad_output, t.x, t.weight, t.scores, threshold)
     for got, same, want in zip(
-        cpu.masked_linear_backward(*arguments, "magnitude", ALL),
-        reference.masked_linear_backward(*arguments, "magnitude", ALL),
-        reference.masked_linear_backward(*map(exact, arguments), "magnitude", ALL),
+        flat.masked_linear_backward(*arguments, "magnitude", ALL),
+        oracle.masked_linear_backward(*arguments, "magnitude", ALL),
+        oracle.masked_linear_backward(*map(exact, arguments), "magnitude", ALL),
     ):
         assert_within_budget(got, same, want)
 
@@ -246,7 +249,7 @@ def test_emulated_tiles_give_the_bits_of_real_ones(monkeypatch, shape):
     take_path(monkeypatch, "fused")
     for name in ("amx", "amx_emulated"):
         monkeypatch.setenv("MFT_CPU_CAPABILITY", name)
-        results[name] = [product for _, product in every_product(cpu, t)]
+        results[name] = [product for _, product in every_product(flat, t)]
     for real, emulated in zip(results["amx"], results["amx_emulated"], strict=True):
         assert_same(real, emulated)
 
@@ -254,9 +257,9 @@ def test_emulated_tiles_give_the_bits_of_real_ones(monkeypatch, shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ties_at_the_threshold_are_all_kept(capability, dtype):
     scores = torch.tensor([[0.5, -0.5, 0.25, 0.5], [0.5, 0.0, -1.0, 0.25]]).to(dtype)
-    threshold = cpu.kept_threshold(scores, 0.25, "magnitude")  # k = 2 falls among the four 0.5
+    threshold = flat.kept_threshold(scores, 0.25, "magnitude")  # k = 2 falls among the four 0.5
     assert threshold.item() == 0.5
-    assert cpu.pack_mask(scores, threshold, "magnitude").tolist() == [[0b1011], [0b0101]]
+    assert flat.pack_mask(scores, threshold, "magnitude").tolist() == [[0b1011], [0b0101]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -265,10 +268,10 @@ def test_dropped_nan_and_inf_weights_contribute_a_positive_zero(capability, dtyp
     scores = torch.tensor([[0.1, 1.0, -0.2], [0.1, 0.1, 0.1]]).to(dtype)
     threshold = torch.tensor(0.5, dtype=dtype)
     x = torch.full((1, 3), -3.0, dtype=dtype)
-    y = cpu.masked_linear(x, weight, scores, threshold, None, "magnitude")
+    y = flat.masked_linear(x, weight, scores, threshold, None, "magnitude")
     assert y.tolist() == [[-6, 0]]
     grad = torch.ones(1, 2, dtype=dtype)
-    d_x, d_weight, _, _ = cpu.masked_linear_backward(grad, x, weight, scores, threshold, "magnitude", ALL)
+    d_x, d_weight, _, _ = flat.masked_linear_backward(grad, x, weight, scores, threshold, "magnitude", ALL)
     assert d_x.tolist() == [[0, 2, 0]]
     assert not d_x.signbit().any()
     assert d_weight.tolist() == [[0, -3, 0], [0, 0, 0]]
@@ -280,9 +283,9 @@ def test_a_kept_infinity_meets_no_padding(capability, dtype):
     t = integer_inputs(5, 37, 59, dtype, torch.float32)
     t.weight[-1, -1] = torch.inf  # by a zero it would be NaN
     x, grad = t.x.abs() + 1, t.grad_output.abs() + 1
-    packed = cpu.pack_mask(t.scores, torch.tensor(0.0), "magnitude")
-    assert cpu.masked_linear_packed(x, t.weight, packed, None)[:, -1].isposinf().all()
-    gradients = cpu.masked_linear_packed_backward(
+    packed = flat.pack_mask(t.scores, torch.tensor(0.0), "magnitude")
+    assert flat.masked_linear_packed(x, t.weight, packed, None)[:, -1].isposinf().all()
+    gradients = flat.masked_linear_packed_backward(
         grad, x, t.weight, packed, t.scores, None, "magnitude", [True, False, False, False]
     )
     assert gradients[0][:, -1].isposinf().all()
@@ -295,11 +298,11 @@ def test_nan_scores_are_dropped_and_have_no_sign(capability, dtype):
     for threshold in (0.0, -1.0, torch.inf, torch.nan):
         t = torch.tensor(threshold, dtype=dtype)
         for mode in MODES:
-            assert_same(cpu.pack_mask(scores, t, mode), reference.pack_mask(scores, t, mode))
+            assert_same(flat.pack_mask(scores, t, mode), reference.pack_mask(scores, t, mode))
     ones = torch.ones(1, 6, dtype=dtype)
     want = [False, False, True, False]
     t = torch.tensor(0.0, dtype=dtype)
-    d_scores = cpu.masked_linear_backward(ones[:, :1], ones, ones, scores, t, "magnitude", want)[2]
+    d_scores = flat.masked_linear_backward(ones[:, :1], ones, ones, scores, t, "magnitude", want)[2]
     assert d_scores.tolist() == [[0, 0, 1, 0, 0, -1]]
 
 
@@ -309,10 +312,10 @@ def test_strided_and_expanded_inputs_are_read_as_they_are(capability):
     x = t.x.view(3, 4, 24).transpose(0, 1)
     weight, scores = t.weight.T.contiguous().T, t.scores.repeat(1, 2)[:, ::2]
     arguments = (x, weight, scores, threshold, t.bias.expand(2, 20)[0], "magnitude")
-    assert_same(cpu.masked_linear(*arguments), reference.masked_linear(*arguments))
+    assert_same(flat.masked_linear(*arguments), oracle.masked_linear(*arguments))
     grad = torch.ones((), dtype=torch.bfloat16).expand(4, 3, 20)  # what y.sum().backward() sends
     arguments = (grad, x, weight, scores, threshold, "magnitude", ALL)
-    for got, want in zip(cpu.masked_linear_backward(*arguments), reference.masked_linear_backward(*arguments)):
+    for got, want in zip(flat.masked_linear_backward(*arguments), oracle.masked_linear_backward(*arguments)):
         assert_same(got, want)
 
 
@@ -320,8 +323,8 @@ def test_strided_and_expanded_inputs_are_read_as_they_are(capability):
 def test_torchs_gemm_gets_nothing_that_amx_would_multiply_wrongly(capability, dtype):
     with amx_gemm():
         for length in (5, 31, 33, 45, 60):
-            assert_no_pitch_is_read(cpu, length, dtype, *OPERANDS)
-            assert_rows_are_independent(cpu, length, dtype)
+            assert_no_pitch_is_read(flat, length, dtype, *OPERANDS)
+            assert_rows_are_independent(flat, length, dtype)
 
 
 def test_no_slab_is_read_beyond_its_rows(capability):
@@ -331,9 +334,9 @@ def test_no_slab_is_read_beyond_its_rows(capability):
         v *= (torch.arange(v.numel()).view_as(v) % 61 == 0).to(torch.bfloat16)
     t.grad_output[1, 5] = torch.nan
     exact = replace(t, **{name: value.float() for name, value in vars(t).items()})
-    expected = every_product(reference, exact)
+    expected = every_product(oracle, exact)
     with amx_gemm():
-        results = list(every_product(cpu, t))
+        results = list(every_product(flat, t))
     for (name, got), (_, want) in zip(results, expected):
         assert torch.equal(got.nan_to_num(777), want.to(got.dtype).nan_to_num(777)), name
 
@@ -352,7 +355,7 @@ def test_misaligned_pointers_are_read(capability):
 @pytest.mark.parametrize("keep_ratio", [0, 1e-4, 0.3, 0.5, 0.9, 1])
 def test_kept_threshold_is_the_kth_largest_of_random_scores(dtype, mode, keep_ratio):
     scores = (0.02 * torch.randn(64, 999, generator=torch.Generator().manual_seed(1))).to(dtype)
-    assert_same(cpu.kept_threshold(scores, keep_ratio, mode), reference.kept_threshold(scores, keep_ratio, mode))
+    assert_same(flat.kept_threshold(scores, keep_ratio, mode), reference.kept_threshold(scores, keep_ratio, mode))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -362,17 +365,17 @@ def test_one_non_finite_score_makes_the_threshold_nan(dtype, bad, mode):
     scores = torch.randn(7, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
     scores[3, 5] = torch.finfo(dtype).max
     scores[0, 0] = torch.finfo(dtype).min
-    assert cpu.kept_threshold(scores, 0.01, mode).isfinite()
+    assert flat.kept_threshold(scores, 0.01, mode).isfinite()
     scores[6, 8] = bad
     for keep_ratio in (0, 0.5, 1):
-        assert cpu.kept_threshold(scores, keep_ratio, mode).isnan()
+        assert flat.kept_threshold(scores, keep_ratio, mode).isnan()
 
 
 def test_subnormal_scores_are_ordered(capability):
     tiny = torch.tensor([[1.0, -2.0, 3.0, 0.0]]) * 2.0**-140
-    threshold = cpu.kept_threshold(tiny, 0.5, "magnitude")
+    threshold = flat.kept_threshold(tiny, 0.5, "magnitude")
     assert threshold == 2.0**-139
-    assert cpu.pack_mask(tiny, threshold, "magnitude").item() == 0b0110
+    assert flat.pack_mask(tiny, threshold, "magnitude").item() == 0b0110
 
 
 def test_thread_count_changes_no_bit(threads):
@@ -380,12 +383,12 @@ def test_thread_count_changes_no_bit(threads):
     results = []
     for count in (1, 2):
         threads(count)
-        threshold = cpu.kept_threshold(t.scores, 0.9, "magnitude")
-        packed = cpu.pack_mask(t.scores, threshold, "magnitude")
-        y = cpu.masked_linear_packed(t.x, t.weight, packed, t.bias)
+        threshold = flat.kept_threshold(t.scores, 0.9, "magnitude")
+        packed = flat.pack_mask(t.scores, threshold, "magnitude")
+        y = flat.masked_linear_packed(t.x, t.weight, packed, t.bias)
         arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", [True, False, True, False])
-        d_x, _, d_scores, _ = cpu.masked_linear_backward(*arguments)
-        results.append((threshold, packed, *cpu.pack_signs(t.scores), y, d_x, d_scores))
+        d_x, _, d_scores, _ = flat.masked_linear_backward(*arguments)
+        results.append((threshold, packed, *flat.pack_signs(t.scores), y, d_x, d_scores))
     for one, two in zip(*results):
         assert_same(one, two)
 
@@ -400,9 +403,9 @@ def test_scratch_memory_carries_nothing_from_one_call_to_the_next(capability):
             for tensor in () if fill is None else (t.x, t.grad_output):
                 tensor.fill_(fill)
             threshold = reference.kept_threshold(t.scores, 0.9, "magnitude")
-            found.append(cpu.masked_linear(t.x, t.weight, t.scores, threshold, None, "magnitude"))
+            found.append(flat.masked_linear(t.x, t.weight, t.scores, threshold, None, "magnitude"))
             arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", [True, False, True, False])
-            d_x, _, d_scores, _ = cpu.masked_linear_backward(*arguments)
+            d_x, _, d_scores, _ = flat.masked_linear_backward(*arguments)
             found += [d_x, d_scores]
         return found
 
@@ -416,10 +419,10 @@ def test_accumulation_adds_in_fp32_and_leaves_no_rounding_to_the_terms(capabilit
     t = random_inputs(16, 40, 70, torch.bfloat16)
     out = torch.zeros(40, 70)
     for _ in range(3):
-        cpu.accumulate_score_grad(out, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
+        flat.accumulate_score_grad(out, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
     want = [False, False, True, False]
     arguments = (t.grad_output, t.x, t.weight, t.scores, torch.tensor(0.0), "magnitude", want)
-    once = cpu.masked_linear_backward(*arguments)[2]
+    once = flat.masked_linear_backward(*arguments)[2]
     torch.testing.assert_close(out, 3 * once, rtol=1e-6, atol=0)
 
 
@@ -445,5 +448,5 @@ def test_ops_below_the_library_hold_under_inference_mode_and_grad_mode(capabilit
     t.weight.requires_grad_()
     threshold = torch.tensor(2.0)
     with torch.inference_mode():
-        y = cpu.masked_linear(t.x.clone(), t.weight, t.scores, threshold, None, "magnitude")
-    assert_same(y.clone(), reference.masked_linear(t.x, t.weight, t.scores, threshold, None, "magnitude").detach())
+        y = flat.masked_linear(t.x.clone(), t.weight, t.scores, threshold, None, "magnitude")
+    assert_same(y.clone(), oracle.masked_linear(t.x, t.weight, t.scores, threshold, None, "magnitude").detach())

@@ -18,7 +18,10 @@ from benchmarks.records import RESULTS, by_machine
 from mft_kernels import reference
 from mft_kernels.backends import cpu
 from mft_kernels.backends.cpu import choice as cpu_choice
+from mft_kernels.by_name import ByName, oracle
 from mft_kernels.testing import integer_inputs
+
+flat = ByName(cpu)
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
 
@@ -139,8 +142,8 @@ def test_each_path_equals_the_reference_on_integers(capability, dtype):
         t = integer_inputs(m, n, k, dtype, torch.bfloat16)
         packed = reference.pack_mask(t.scores, threshold, "magnitude")
         want = [True, False, True, False]
-        y = reference.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
-        d_x, _, d_scores, _ = reference.masked_linear_backward(
+        y = oracle.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
+        d_x, _, d_scores, _ = oracle.masked_linear_backward(
             t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", want
         )
         by_scores, by_words = (t.scores, threshold, None), (None, None, packed)
@@ -154,7 +157,7 @@ def test_each_path_equals_the_reference_on_integers(capability, dtype):
             ops.grad_scores_(out, t.grad_output, t.x, t.weight, t.scores, None, False, path)
             assert torch.equal(out, d_scores), path
             out, expected = torch.ones(n, k), torch.ones(n, k)
-            reference.accumulate_product(expected, t.grad_output, t.x)
+            oracle.accumulate_product(expected, t.grad_output, t.x)
             ops.grad_scores_(out, t.grad_output, t.x, None, None, None, True, path)
             assert torch.equal(out, expected), path
 
@@ -204,8 +207,8 @@ def clock(monkeypatch):
 def forward(m=5, seed=0):
     t = integer_inputs(m, 24, 40, torch.bfloat16, torch.bfloat16, seed=seed)
     threshold = torch.tensor(2.0, dtype=torch.bfloat16)
-    y = cpu.masked_linear(t.x, t.weight, t.scores, threshold, None, "magnitude")
-    assert torch.equal(y, reference.masked_linear(t.x, t.weight, t.scores, threshold, None, "magnitude"))
+    y = flat.masked_linear(t.x, t.weight, t.scores, threshold, None, "magnitude")
+    assert torch.equal(y, oracle.masked_linear(t.x, t.weight, t.scores, threshold, None, "magnitude"))
 
 
 def stored(cache):
@@ -239,7 +242,7 @@ def test_the_fastest_is_kept_for_this_process_and_the_next(cache, clock):
 def test_tokens_of_any_leading_shape_are_counted(cache, clock):
     t = integer_inputs(6, 24, 40, torch.bfloat16, torch.bfloat16)
     threshold = torch.tensor(2.0, dtype=torch.bfloat16)
-    cpu.masked_linear(t.x.view(2, 3, 40), t.weight, t.scores, threshold, None, "magnitude")
+    flat.masked_linear(t.x.view(2, 3, 40), t.weight, t.scores, threshold, None, "magnitude")
     assert [facts["m"] for facts, _ in stored(cache)] == [8]
 
 
@@ -258,13 +261,13 @@ def test_what_is_added_up_is_added_once_while_it_is_measured(cache, clock):
     for scores in (t.scores, None):
         out, expected = torch.ones(24, 40), torch.ones(24, 40)
         mode = "value" if scores is None else "magnitude"
-        cpu.accumulate_score_grad(out, t.grad_output, t.x, t.weight, scores, None, mode)
-        reference.accumulate_score_grad(expected, t.grad_output, t.x, t.weight, scores, None, mode)
+        flat.accumulate_score_grad(out, t.grad_output, t.x, t.weight, scores, None, mode)
+        oracle.accumulate_score_grad(expected, t.grad_output, t.x, t.weight, scores, None, mode)
         assert torch.equal(out, expected)
     out, expected = torch.ones(24, 40), torch.ones(24, 40)
     for _ in range(2):
-        cpu.accumulate_product(out, t.grad_output, t.x)
-        reference.accumulate_product(expected, t.grad_output, t.x)
+        flat.accumulate_product(out, t.grad_output, t.x)
+        oracle.accumulate_product(expected, t.grad_output, t.x)
     assert torch.equal(out, expected)
     # With one path there is nothing to be timed.
     several = "," in torch.ops.mft_cpu.paths(
@@ -276,7 +279,7 @@ def test_what_is_added_up_is_added_once_while_it_is_measured(cache, clock):
 def test_gradients_are_right_while_they_are_measured(cache):
     t, threshold = integer_inputs(6, 24, 40, torch.float32), torch.tensor(2.0)
     arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", [True, False, True, False])
-    for got, expected in zip(cpu.masked_linear_backward(*arguments), reference.masked_linear_backward(*arguments)):
+    for got, expected in zip(flat.masked_linear_backward(*arguments), oracle.masked_linear_backward(*arguments)):
         assert torch.equal(got, expected)
     assert {facts["product"] for facts, _ in stored(cache)} == {"d_x", "d_scores"}
 
@@ -301,12 +304,12 @@ def test_a_process_of_its_own_reads_what_this_one_measured(cache, clock):
     forward()
     code = """
 import torch
-from mft_kernels.backends import cpu
+import mft_kernels
 from mft_kernels.backends.cpu import choice as cpu_choice
 torch.set_num_threads(THREADS)
 cpu_choice._time = None  # whatever is timed fails
 t = [torch.ones(size, dtype=torch.bfloat16) for size in ((5, 40), (24, 40), (24, 40), ())]
-cpu.masked_linear(*t, None, "magnitude")
+mft_kernels.masked_linear(*t)
 print(set(cpu_choice._choices(torch.ops.mft_cpu.capability())._known.values()))
 """
     code = code.replace("THREADS", str(torch.get_num_threads()))

@@ -8,8 +8,10 @@ from taken_path import take_path
 
 from mft_kernels import reference
 from mft_kernels.backends import cpu
+from mft_kernels.by_name import ByName, oracle
 from mft_kernels.testing import Inputs, assert_within_budget, integer_inputs, random_inputs
 
+flat = ByName(cpu)
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,7 +28,7 @@ def capability(request, monkeypatch):
     return request.param
 
 
-def products(t: Inputs, threshold, mode, backend=cpu):
+def products(t: Inputs, threshold, mode, backend=flat):
     """y with and without bias and d_x, from the scores and from the packed mask."""
     packed = reference.pack_mask(t.scores, threshold, mode)
     arguments = (t.grad_output, t.x, t.weight)
@@ -57,7 +59,7 @@ def test_products_equal_the_reference_on_integers(capability, m, dtype):
             mode = MODES[(i + m) % 2]
             t = integer_inputs(m, n, k, dtype, scores_dtype, seed=i + m)
             threshold = torch.tensor(1.0 if mode == "magnitude" else -1.0, dtype=scores_dtype)
-            assert_equal(products(t, threshold, mode), products(t, threshold, mode, reference))
+            assert_equal(products(t, threshold, mode), products(t, threshold, mode, oracle))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -67,7 +69,7 @@ def test_long_rows_strips_of_columns_and_turns_of_tokens_meet_without_a_seam(cap
     for v in (t.x, t.grad_output):  # one in 61 is not zero: sums stay exact
         v *= (torch.arange(v.numel()).view_as(v) % 61 == 0).to(dtype)
     threshold = torch.tensor(2, dtype=torch.bfloat16)
-    assert_equal(products(t, threshold, "magnitude"), products(t, threshold, "magnitude", reference))
+    assert_equal(products(t, threshold, "magnitude"), products(t, threshold, "magnitude", oracle))
 
 
 def shifted(v):
@@ -95,7 +97,7 @@ def test_dropped_weights_that_are_not_finite_contribute_zero(capability, m, dtyp
     clean = replace(t, weight=torch.where(dropped, 0, t.weight))
     got = products(replace(t, weight=weight), threshold, "magnitude")
     assert all(v.isfinite().all() for v in got)
-    assert_equal(got, products(clean, threshold, "magnitude", reference))
+    assert_equal(got, products(clean, threshold, "magnitude", oracle))
     nothing = torch.tensor(9.0)  # keeps none: every element is +0, or the bias
     for v in products(replace(t, weight=weight, bias=torch.zeros_like(t.bias)), nothing, "magnitude"):
         assert torch.equal(v, torch.zeros_like(v))
@@ -112,7 +114,7 @@ def test_what_is_not_finite_in_a_token_or_a_kept_weight_goes_where_it_belongs(ca
     t.weight[tuple(kept[len(kept) // 2])] = torch.inf
     got = products(t, threshold, "magnitude")
     assert got[0][m // 2].isnan().all()
-    assert_equal(got, products(t, threshold, "magnitude", reference))
+    assert_equal(got, products(t, threshold, "magnitude", oracle))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,6 +137,6 @@ def test_error_stays_within_twice_that_of_pytorch(capability, m, dtype):
     t = random_inputs(m, 200, 300, dtype, torch.bfloat16)
     threshold = torch.tensor(0.004, dtype=torch.bfloat16)
     exact = Inputs(*(v.double() for v in (t.x, t.weight, t.scores, t.bias, t.grad_output)))
-    results = (products(t, threshold, "magnitude", backend) for backend in (cpu, reference))
-    for got, same, want in zip(*results, products(exact, threshold.double(), "magnitude", reference), strict=True):
+    results = (products(t, threshold, "magnitude", backend) for backend in (flat, oracle))
+    for got, same, want in zip(*results, products(exact, threshold.double(), "magnitude", oracle), strict=True):
         assert_within_budget(got, same, want)

@@ -4,9 +4,12 @@ import pytest
 import torch
 from taken_path import take_path
 
-from mft_kernels import masked_linear_many, reference
+from mft_kernels import masked_linear_many
 from mft_kernels.backends import cpu
+from mft_kernels.by_name import ByName, oracle
 from mft_kernels.testing import integer_inputs, random_inputs
+
+flat = ByName(cpu)
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
 
@@ -43,7 +46,7 @@ def test_rows_equal_the_reference_on_integers(capability, dtype):
             t = integer_inputs(len(tasks), n, k, dtype)
             arguments = (t.x, t.weight, masks_of(3, n, k), torch.tensor(tasks))
             for bias in (t.bias, None):
-                assert torch.equal(once(*arguments, bias), reference.masked_linear_many(*arguments, bias)), (n, k)
+                assert torch.equal(once(*arguments, bias), oracle.masked_linear_many(*arguments, bias)), (n, k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -55,7 +58,7 @@ def test_a_row_has_the_bits_of_few_tokens_with_its_mask_alone(capability, n, k, 
     masks[2] = masks[2].flip(0).contiguous()
     every = [*masks, torch.full_like(masks[0], -1)]
     expected = torch.stack(
-        [cpu.masked_linear_packed(x[i], t.weight, every[task], t.bias) for i, task in enumerate(tasks)]
+        [flat.masked_linear_packed(x[i], t.weight, every[task], t.bias) for i, task in enumerate(tasks)]
     )
     for count in (1, 3):
         threads(count)
@@ -71,13 +74,13 @@ def test_a_dropped_nan_reaches_no_row_and_a_kept_one_its_own_rows_alone(capabili
     masks[0][4, 1] = ~1  # drops weight (4, 32)
     t.weight[4, 32] = torch.nan
     y = once(t.x, t.weight, masks, tasks)
-    expected = reference.masked_linear_many(t.x, t.weight, masks, tasks, None)
+    expected = oracle.masked_linear_many(t.x, t.weight, masks, tasks, None)
     assert torch.equal(y.isnan(), expected.isnan())
     assert y.isnan().any(1).tolist() == [False, True, False, True, True, False]
     assert torch.equal(y.nan_to_num(), expected.nan_to_num())
     t.weight[4, 32] = 1
     t.x[1] = torch.inf  # a token of another row's
-    expected = reference.masked_linear_packed(t.x[:1], t.weight, masks[0], None)[0]
+    expected = oracle.masked_linear_packed(t.x[:1], t.weight, masks[0], None)[0]
     assert torch.equal(once(t.x, t.weight, masks, tasks)[0], expected)
 
 
@@ -85,7 +88,7 @@ def test_more_than_64_tokens_go_in_turns(capability):
     tasks = torch.arange(130) % 16
     t, masks = integer_inputs(130, 24, 40), masks_of(16, 24, 40)
     y = once(t.x, t.weight, masks, tasks)
-    assert torch.equal(y, reference.masked_linear_many(t.x, t.weight, masks, tasks, None))
+    assert torch.equal(y, oracle.masked_linear_many(t.x, t.weight, masks, tasks, None))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,7 +102,7 @@ def test_many_rows_have_the_bits_of_the_product_of_all_that_share_their_mask(cap
             y = masked_linear_many(t.x, t.weight, masks, tasks, t.bias)
             for task in set(chosen):
                 rows = tasks == task
-                expected = cpu.masked_linear_packed(t.x[rows], t.weight, every[task], t.bias)
+                expected = flat.masked_linear_packed(t.x[rows], t.weight, every[task], t.bias)
                 assert torch.equal(y[rows], expected)
 
 
@@ -119,7 +122,7 @@ def test_strides_and_small_integers_are_served_too(unusual):
     t = integer_inputs(4, 19, 45)
     call = {"x": t.x, "weight": t.weight, "masks": masks_of(3, 19, 45), "tasks": torch.tensor([2, 0, -1, 2])}
     call["bias"] = t.bias
-    expected = reference.masked_linear_many(*call.values())
+    expected = oracle.masked_linear_many(*call.values())
     ((name, change),) = unusual.items()
     call[name] = change(call[name])
     assert torch.equal(masked_linear_many(**call), expected)

@@ -11,9 +11,11 @@ import mft_kernels
 from benchmarks.bench_memory import process_bytes
 from mft_kernels import masked_linear_packed, pack_mask, reference
 from mft_kernels.backends import cpu
+from mft_kernels.by_name import ByName, oracle
 from mft_kernels.ops.quantized import masked_linear_quantized_d_x
-from mft_kernels.reference import quantized as reference_quantized
 from mft_kernels.testing import integer_inputs
+
+flat = ByName(cpu)
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
 
@@ -89,8 +91,8 @@ def test_products_are_those_of_the_decoded_weight_to_the_bit_by_every_path(capab
     taken = set()
     for n, k in SHAPES:
         codes, absmax, levels = coded(n, k, kind)
-        weight = cpu.dequantize(codes, absmax, [n, k], levels, dtype)
-        assert_same_bits(weight, reference_quantized.dequantize(codes, absmax, [n, k], levels, dtype))
+        weight = flat.dequantize(codes, absmax, [n, k], levels, dtype)
+        assert_same_bits(weight, oracle.dequantize(codes, absmax, [n, k], levels, dtype))
         bias = torch.randn(n).to(dtype)
         for m in TOKENS:
             x, grad = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
@@ -109,8 +111,8 @@ def test_every_code_is_rounded_once_at_every_size_of_absmax(capability, dtype):
     nf4 = (torch.arange(256).to(torch.uint8).repeat(13), [sizes.repeat_interleave(8)], "nf4")
     int8 = (torch.arange(-128, 128).to(torch.int8).repeat(13, 1), [sizes], "int8")
     for (codes, absmax, levels), shape in ((nf4, [13, 512]), (int8, [13, 256])):
-        expected = reference_quantized.dequantize(codes, absmax, shape, levels, dtype)
-        got = cpu.dequantize(codes, absmax, shape, levels, dtype)
+        expected = oracle.dequantize(codes, absmax, shape, levels, dtype)
+        got = flat.dequantize(codes, absmax, shape, levels, dtype)
         assert torch.equal(got.isnan(), expected.isnan())
         assert_same_bits(got.nan_to_num(nan=1.0), expected.nan_to_num(nan=1.0))
 
@@ -123,10 +125,10 @@ def test_products_of_integers_equal_the_reference(capability, kind, dtype):
         for m in (1, 17):
             t = integer_inputs(m, n, k, dtype)
             for packed in (pack_mask(t.scores, torch.tensor(2.0)), None):
-                y = cpu.masked_linear_quantized(t.x, codes, absmax, packed, t.bias, [n, k], levels)
+                y = flat.masked_linear_quantized(t.x, codes, absmax, packed, t.bias, [n, k], levels)
                 kept = values if packed is None else torch.where(reference.unpack_mask(packed, [n, k]), values, 0)
                 assert torch.equal(y, (t.x.float() @ kept.T + t.bias.float()).to(dtype))
-                d_x = cpu.masked_linear_quantized_d_x(t.grad_output, codes, absmax, packed, [n, k], levels)
+                d_x = flat.masked_linear_quantized_d_x(t.grad_output, codes, absmax, packed, [n, k], levels)
                 assert torch.equal(d_x, (t.grad_output.float() @ kept).to(dtype))
 
 
@@ -141,8 +143,8 @@ def test_threads_change_no_bit(kind, dtype):
         try:
             for m in (1, 20, 150):
                 x = torch.linspace(-1, 1, m * n).view(m, n).to(dtype)
-                for product in (cpu.masked_linear_quantized, cpu.masked_linear_quantized_d_x):
-                    bias = [None] if product is cpu.masked_linear_quantized else []
+                for product in (flat.masked_linear_quantized, flat.masked_linear_quantized_d_x):
+                    bias = [None] if product is flat.masked_linear_quantized else []
                     y = product(x, codes, absmax, packed, *bias, [n, k], levels)
                     assert_same_bits(y, found.setdefault((m, product), y))
         finally:
@@ -164,10 +166,10 @@ def test_no_dense_copy_of_the_weight_is_made(kind):
 
     for m in (1, 16, 200):
         x = torch.ones(m, k, dtype=torch.bfloat16)
-        for product, bias in ((cpu.masked_linear_quantized, [None]), (cpu.masked_linear_quantized_d_x, [])):
+        for product, bias in ((flat.masked_linear_quantized, [None]), (flat.masked_linear_quantized_d_x, [])):
             added, _ = peak(lambda p=product, b=bias, x=x: p(x, codes, absmax, packed, *b, [n, k], levels))
             assert added < 2 * n * k / 2, f"{m} tokens: {added}"
-    added, _ = peak(lambda: cpu.dequantize(codes, absmax, [n, k], levels, torch.bfloat16))
+    added, _ = peak(lambda: flat.dequantize(codes, absmax, [n, k], levels, torch.bfloat16))
     assert added > 2 * n * k * 0.9  # what such a copy would take
 
 

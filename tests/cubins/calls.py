@@ -5,9 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mft_kernels.backends.triton import bits, many, ops, quantized, score_step, scratch, select
-from mft_kernels.backends.triton.arguments import Keep
+from mft_kernels.backends.triton import bits, ops, score_step, scratch, select
+from mft_kernels.by_name import ByName
+from mft_kernels.operands import Keep, Update
 from mft_kernels.reference.step import BLOCK
+
+flat = ByName(ops)
 
 BF16 = torch.bfloat16
 
@@ -15,26 +18,26 @@ BF16 = torch.bfloat16
 def packed_forward(m: int, n: int, k: int, has_bias: bool = False) -> Callable[[], Tensor]:
     x, weight = torch.empty(m, k, dtype=BF16), torch.empty(n, k, dtype=BF16)
     packed, bias = torch.empty(n, k // 32, dtype=torch.int32), torch.empty(n, dtype=BF16) if has_bias else None
-    return lambda: ops.masked_linear_packed(x, weight, packed, bias)
+    return lambda: flat.masked_linear_packed(x, weight, packed, bias)
 
 
 def scores_forward(m: int, n: int, k: int) -> Callable[[], Tensor]:
     x, weight = torch.empty(m, k, dtype=BF16), torch.empty(n, k, dtype=BF16)
     scores, threshold = torch.empty(n, k), torch.empty(())
-    return lambda: ops.masked_linear(x, weight, scores, threshold, None, "magnitude")
+    return lambda: flat.masked_linear(x, weight, scores, threshold, None, "magnitude")
 
 
 def both_gradients(m: int, n: int, k: int) -> Callable[[], Tensor]:
     x, grad, weight = (torch.empty(*shape, dtype=BF16) for shape in ((m, k), (m, n), (n, k)))
     packed, signs = (torch.empty(n, k // 32, dtype=torch.int32) for _ in range(2))
     wanted = [True, False, True, False]
-    return lambda: ops.masked_linear_packed_backward(grad, x, weight, packed, None, signs, "magnitude", wanted)[2]
+    return lambda: flat.masked_linear_packed_backward(grad, x, weight, packed, None, signs, "magnitude", wanted)[2]
 
 
 def rows_of_many_masks(m: int, n: int, k: int, masks: int) -> Callable[[], Tensor]:
     x, weight, tasks = torch.empty(m, k, dtype=BF16), torch.empty(n, k, dtype=BF16), torch.zeros(m, dtype=torch.int32)
     packed = [torch.empty(n, k // 32, dtype=torch.int32) for _ in range(masks)]
-    return lambda: many.masked_linear_many(x, weight, packed, tasks, None)
+    return lambda: flat.masked_linear_many(x, weight, packed, tasks, None)
 
 
 def step(n: int, k: int) -> Callable[..., Tensor]:
@@ -44,18 +47,18 @@ def step(n: int, k: int) -> Callable[..., Tensor]:
     adam = {"step": 1, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
     asked = {"grad_scale": None, "seed": 2**40, "mode": "magnitude", "keep_ratio": 0.9, "threshold": threshold}
     given = scores, grad, weight, first, second, scales
-    return lambda **other: score_step.score_step(*given, **adam | other, **asked)[1]
+    return lambda **other: score_step.score_step(Update(*given, **adam | other, **asked))[1]
 
 
 def both_gradients_by_value(m: int, n: int, k: int) -> Callable[[], Tensor]:
     x, grad, weight, scores = (torch.empty(*shape) for shape in ((m, k), (m, n), (n, k), (n, k)))
     wanted = [True, False, True, False]
-    return lambda: ops.masked_linear_backward(grad, x, weight, scores, torch.empty(()), "value", wanted)[2]
+    return lambda: flat.masked_linear_backward(grad, x, weight, scores, torch.empty(()), "value", wanted)[2]
 
 
 def sums(m: int, n: int, k: int) -> Callable[[], Tensor]:
     x, grad, out = torch.empty(m, k, dtype=BF16), torch.empty(m, n, dtype=BF16), torch.empty(n, k, dtype=BF16)
-    return lambda: ops.accumulate_product(out, grad, x) or out
+    return lambda: flat.accumulate_product(out, grad, x) or out
 
 
 def over_codes(m: int, n: int, k: int, kind: str, forward: bool, has_bias: bool = True) -> Callable[[], Tensor]:
@@ -71,9 +74,9 @@ def over_codes(m: int, n: int, k: int, kind: str, forward: bool, has_bias: bool 
     packed, levels = torch.empty(n, k // 32, dtype=torch.int32), "int8" if kind == "int8" else "nf4"
     if not forward:
         grad = torch.empty(m, n, dtype=BF16)
-        return lambda: quantized.masked_linear_quantized_d_x(grad, codes, absmax, packed, [n, k], levels)
+        return lambda: flat.masked_linear_quantized_d_x(grad, codes, absmax, packed, [n, k], levels)
     x, bias = torch.empty(m, k, dtype=BF16), torch.empty(n, dtype=BF16) if has_bias else None
-    return lambda: quantized.masked_linear_quantized(x, codes, absmax, packed, bias, [n, k], levels)
+    return lambda: flat.masked_linear_quantized(x, codes, absmax, packed, bias, [n, k], levels)
 
 
 def before_scratch(n: int, k: int) -> Callable[[], Tensor]:

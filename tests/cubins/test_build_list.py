@@ -20,10 +20,14 @@ from mft.masks.quantize import QuantizedLinear
 from mft.models.quantized_weight import QuantizedWeight
 from mft_kernels import MaskAdamW, MaskedLinear
 from mft_kernels.backends import table as backends
-from mft_kernels.backends.triton import bits, grouped, many, ops, quantized, score_step, select
+from mft_kernels.backends.triton import functions as triton_functions
+from mft_kernels.backends.triton import ops, select
 from mft_kernels.backends.triton.launch import record
 from mft_kernels.backends.triton.specialise import identity
 from mft_kernels.backends.triton.target import assume
+from mft_kernels.by_name import ByName
+
+flat = ByName(ops)
 
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -84,19 +88,19 @@ def experts_product(m: int, n: int, k: int, dtype: torch.dtype, transposed: bool
     """By words, as layers have it."""
     a, weight = listed.empty(m, n if transposed else k, dtype=dtype), listed.empty(EXPERTS, n, k, dtype=dtype)
     words, offsets = (listed.empty(EXPERTS, *rest, dtype=torch.int32) for rest in ((n, -(-k // 32)), ()))
-    grouped.grouped_product(a, weight, None, None, words, offsets, None, "value", transposed)
+    flat.grouped_product(a, weight, None, None, words, offsets, None, "value", transposed)
 
 
 def experts_sums(m: int, n: int, k: int, dtype: torch.dtype) -> None:
     """Of held layers."""
     x, grad = listed.empty(m, k, dtype=dtype), listed.empty(m, n, dtype=dtype)
     out, offsets = listed.empty(EXPERTS, n, k, dtype=FP32), listed.empty(EXPERTS, dtype=torch.int32)
-    grouped.grouped_score_grad(out, grad, x, offsets, None, None, None, "magnitude", True)
+    flat.grouped_score_grad(out, grad, x, offsets, None, None, None, "magnitude", True)
 
 
 def experts_selection(n: int, k: int, dtype: torch.dtype, mode: str) -> None:
     """A threshold each."""
-    select.kept_thresholds(listed.empty(EXPERTS, n, k, dtype=dtype), 0.9, mode)
+    select.select(listed.empty(EXPERTS, n, k, dtype=dtype), 0.9, mode, each=True)
 
 
 OF_EXPERTS = {each.__name__: each for each in (experts_product, experts_sums, experts_selection)}
@@ -194,12 +198,10 @@ def seen_by(launched: list, op: Callable[..., object], instead: Callable[..., ob
 def launched(request, monkeypatch):
     """(launches that the triton backend would make for layers on a CPU, the target)"""
     found: list = []
-    kernels = {
-        name: f for module in (bits, many, ops, quantized, score_step, select) for name, f in vars(module).items()
-    }
-    reference = backends.registered("reference").ops
-    served = {name: seen_by(found, kernels[name], op) for name, op in reference.items() if name in kernels}
-    table = {"triton": backends.Backend("triton", frozenset({"cpu"}), frozenset(), served)}
+    kernels, _ = triton_functions()
+    reference = backends.registered("reference")
+    served = {name: seen_by(found, kernel, reference.function(name)) for name, kernel in kernels.items()}
+    table = {"triton": backends.Backend("triton", frozenset({"cpu"}), frozenset(), served, backends.OPERANDS)}
     with mock.patch.dict(backends._TABLE, table), assume(TARGETS[request.param]):
         backends._chosen.clear()
         backends.short_ways.clear()

@@ -19,6 +19,9 @@ import torch
 from mft_kernels.backends import built
 from mft_kernels.backends.triton import bits, choice, cubins, language, ops, planned, select
 from mft_kernels.backends.triton.target import A100, B200, H100
+from mft_kernels.by_name import ByName
+
+flat = ByName(ops)
 
 assert not language.INSTALLED
 
@@ -34,10 +37,10 @@ def pitched(stub: on_stub.Stub) -> list[str]:
     x, weight = torch.empty(m, 2 * k, dtype=calls.BF16), torch.empty(n, k, dtype=calls.BF16)
     packed, launches = torch.empty(n, k // 32, dtype=torch.int32), []
     with on_stub.taken_for(H100):
-        ops.masked_linear_packed(torch.empty(m, k, dtype=calls.BF16), weight, packed, None)
+        flat.masked_linear_packed(torch.empty(m, k, dtype=calls.BF16), weight, packed, None)
         for _ in range(2):
             stub.launches()
-            y = ops.masked_linear_packed(x[:, :k], weight, packed, None)
+            y = flat.masked_linear_packed(x[:, :k], weight, packed, None)
             launches.append(json.dumps(stub.launches()).replace(address(y), "y"))
             planned.forget()
     return launches
@@ -48,10 +51,10 @@ def shared(stub: on_stub.Stub) -> bool:
     n, k = 512, 1024
     weight, packed = torch.empty(n, k, dtype=calls.BF16), torch.empty(n, k // 32, dtype=torch.int32)
     with on_stub.taken_for(H100):
-        ops.masked_linear_packed(weight[:1], weight, packed, None)
+        flat.masked_linear_packed(weight[:1], weight, packed, None)
         stub.launches()
         x = torch.empty(1, k, dtype=calls.BF16)
-        ops.masked_linear_packed(x, weight, packed, None)
+        flat.masked_linear_packed(x, weight, packed, None)
     return address(x) in json.dumps(stub.launches())
 
 
@@ -87,20 +90,20 @@ def gradients(
     packed, signs = (torch.empty(n, k // 32, dtype=torch.int32) for _ in range(2))
     scores = None if of_scores is None else torch.empty(n, k, dtype=of_scores)
     given = (grad, x, weight, packed, scores, signs, "magnitude", ["x" in wanted, "w" in wanted, "s" in wanted, False])
-    return lambda: ops.masked_linear_packed_backward(*given, choose=choice.automatic)
+    return lambda: flat.masked_linear_packed_backward(*given, choose=choice.automatic)
 
 
 def sums(m: int = 32, into: torch.dtype = calls.BF16, **like: int) -> Callable[[], object]:
     """As calls.sums."""
     out, grad, x = torch.empty(512, 1024, dtype=into), rows(m, 512, calls.BF16), rows(m, 1024, calls.BF16, **like)
-    return lambda: ops.accumulate_product(out, grad, x)
+    return lambda: flat.accumulate_product(out, grad, x)
 
 
 def fp32_gradients(leading: tuple[int, ...] = (16,), turned: bool = False) -> Callable[[], object]:
     """By value; ``turned``: no view of the gradient is a matrix."""
     grad, x = torch.empty(*leading, 512), torch.empty(*leading, 512)
     given = (grad.transpose(0, 1) if turned else grad, x, torch.empty(512, 512), torch.empty(512, 512), torch.empty(()))
-    return lambda: ops.masked_linear_backward(*given, "value", [True, False, True, False])
+    return lambda: flat.masked_linear_backward(*given, "value", [True, False, True, False])
 
 
 def others() -> dict[str, Callable[[], object]]:
@@ -187,7 +190,7 @@ def planned_anew() -> dict[str, list[bool]]:
         found["gradients"].append(in_python(gradients()))  # which have not been forgotten
         copied, (m, n) = fp32_gradients((4, 4), turned=True), (128, 512)
         given = torch.empty(m, n), torch.empty(n, n), torch.empty(n, n), torch.empty(()), None, "value"
-        through_scratch = lambda: ops.masked_linear(*given, choose=choice.automatic)  # noqa: E731
+        through_scratch = lambda: flat.masked_linear(*given, choose=choice.automatic)  # noqa: E731
         found["what torch had a hand in"] = [in_python(call) for call in (copied, through_scratch) for _ in range(2)]
     return found
 
@@ -197,7 +200,7 @@ def short_way() -> list[bool]:
     with on_stub.taken_for(H100):
         x, weight = torch.empty(1, 1024, dtype=calls.BF16), torch.empty(512, 1024, dtype=calls.BF16)
         packed, served = torch.empty(512, 32, dtype=torch.int32), []
-        ops.masked_linear_packed(x, weight, packed, None, choose=choice.automatic)
+        flat.masked_linear_packed(x, weight, packed, None, choose=choice.automatic)
         for setting in ({}, {"MFT_TRITON": "jit"}, {"MFT_AUTOTUNE": "1"}):
             with mock.patch.dict(os.environ, setting):
                 served.append(built.cuda_ops.try_masked_linear_packed(x, weight, packed, None) is not None)

@@ -13,11 +13,11 @@ import torch
 from mft_kernels import MaskAdamW, MaskedGroupedLinear, MaskedLinear, kept_threshold, masked_linear_quantized, reference
 from mft_kernels.backends import built, cuda
 from mft_kernels.backends import table as backends
-from mft_kernels.reference import grouped as reference_grouped
-from mft_kernels.reference import quantized as reference_quantized
-from mft_kernels.reference import step as reference_step
+from mft_kernels.by_name import ByName, oracle
 from mft_kernels.reference.fixed_point import fixed_from_float, selectable
 from mft_kernels.testing import integer_inputs
+
+flat = ByName(cuda)
 
 DTYPES = (torch.bfloat16, torch.float16)
 ALL = [True, True, True, True]
@@ -67,10 +67,10 @@ def test_forward_and_backward(dtype, scores_dtype, mode, capability):
     for threshold in (torch.tensor(1.0), torch.arange(12) % 3):
         threshold = threshold.to(scores_dtype)
         forward = (t.x, t.weight, t.scores, threshold, t.bias, mode)
-        assert_same(cuda.masked_linear(*forward), reference.masked_linear(*forward))
+        assert_same(flat.masked_linear(*forward), oracle.masked_linear(*forward))
         backward = (t.grad_output, t.x, t.weight, t.scores, threshold, mode, ALL)
-        got = cuda.masked_linear_backward(*backward)
-        for g, e in zip(got, reference.masked_linear_backward(*backward)):
+        got = flat.masked_linear_backward(*backward)
+        for g, e in zip(got, oracle.masked_linear_backward(*backward)):
             assert_same(g, e)
 
 
@@ -80,9 +80,9 @@ def test_scores_that_hopper_does_not_read_become_bits(monkeypatch):
     t = inputs(scores_dtype=torch.float32, m=512, n=16, k=128)
     threshold = (torch.arange(16) % 3).float()
     forward = (t.x, t.weight, t.scores, threshold, t.bias, "value")
-    assert_same(cuda.masked_linear(*forward), reference.masked_linear(*forward))
+    assert_same(flat.masked_linear(*forward), oracle.masked_linear(*forward))
     backward = (t.grad_output, t.x, t.weight, t.scores, threshold, "value", [True, False, False, False])
-    assert_same(cuda.masked_linear_backward(*backward)[0], reference.masked_linear_backward(*backward)[0])
+    assert_same(flat.masked_linear_backward(*backward)[0], oracle.masked_linear_backward(*backward)[0])
 
 
 @pytest.mark.parametrize("mode", ["magnitude", "value"])
@@ -93,10 +93,10 @@ def test_the_packed_mask(mode, sign, capability):
     packed, signs = reference.pack_mask(t.scores, torch.tensor(2.0), "magnitude"), reference.pack_signs(t.scores)[0]
     packed, signs = (torch.stack([words, ~words], 1).flatten(1)[:, :2] for words in (packed, signs))  # of wider rows
     forward = (t.x, t.weight, packed, t.bias)
-    assert_same(cuda.masked_linear_packed(*forward), reference.masked_linear_packed(*forward))
+    assert_same(flat.masked_linear_packed(*forward), oracle.masked_linear_packed(*forward))
     source = (t.scores, None) if sign == "scores" else (None, signs)
     backward = (t.grad_output, t.x, t.weight, packed, *source, mode, ALL)
-    for g, e in zip(cuda.masked_linear_packed_backward(*backward), reference.masked_linear_packed_backward(*backward)):
+    for g, e in zip(flat.masked_linear_packed_backward(*backward), oracle.masked_linear_packed_backward(*backward)):
         assert_same(g, e)
 
 
@@ -104,8 +104,8 @@ def test_the_packed_mask(mode, sign, capability):
 def test_only_what_is_wanted_is_made(wanted):
     t = inputs()
     arguments = (t.grad_output, t.x, t.weight, t.scores, torch.tensor(1.0).bfloat16(), "magnitude", wanted)
-    expected = reference.masked_linear_backward(*arguments)
-    for g, e in zip(cuda.masked_linear_backward(*arguments), expected):
+    expected = oracle.masked_linear_backward(*arguments)
+    for g, e in zip(flat.masked_linear_backward(*arguments), expected):
         assert_same(g, e)
 
 
@@ -118,11 +118,11 @@ def test_a_mask_a_row(tasks_dtype, capability):
         tasks = (torch.arange(shape[0] // each).flip(0) % (masks + 1) - 1).to(tasks_dtype)
         x, grad = t.x.view(-1, each, shape[2]), t.grad_output.view(-1, each, shape[1])
         for bias in (t.bias, None):
-            expected = reference.masked_linear_many(x, t.weight, bits, tasks, bias)
-            assert_same(cuda.masked_linear_many(x, t.weight, bits, tasks, bias), expected)
-        expected = reference.masked_linear_many_backward(grad, t.weight, bits, tasks)
-        assert_same(cuda.masked_linear_many_backward(grad, t.weight, bits, tasks), expected)
-    y = cuda.masked_linear_many(x, t.weight, [], torch.full((1,), 3, dtype=tasks_dtype), None)
+            expected = oracle.masked_linear_many(x, t.weight, bits, tasks, bias)
+            assert_same(flat.masked_linear_many(x, t.weight, bits, tasks, bias), expected)
+        expected = oracle.masked_linear_many_backward(grad, t.weight, bits, tasks)
+        assert_same(flat.masked_linear_many_backward(grad, t.weight, bits, tasks), expected)
+    y = flat.masked_linear_many(x, t.weight, [], torch.full((1,), 3, dtype=tasks_dtype), None)
     assert y.isnan().all()
 
 
@@ -169,15 +169,23 @@ def test_a_weight_in_codes(dtype, kind, capability):
         x, grad = t.x.view(2, -1, shape[2]), t.grad_output.T.contiguous().T
         for mask, bias in ((packed, t.bias.repeat_interleave(2)[::2]), (None, None)):
             given = (codes, absmax, mask)
-            expected = reference_quantized.masked_linear_quantized(x, *given, bias, *rest)
-            assert_same(cuda.masked_linear_quantized(x, *given, bias, *rest), expected)
-            expected = reference_quantized.masked_linear_quantized_d_x(grad, *given, *rest)
-            assert_same(cuda.masked_linear_quantized_d_x(grad, *given, *rest), expected)
+            expected = oracle.masked_linear_quantized(x, *given, bias, *rest)
+            assert_same(flat.masked_linear_quantized(x, *given, bias, *rest), expected)
+            expected = oracle.masked_linear_quantized_d_x(grad, *given, *rest)
+            assert_same(flat.masked_linear_quantized_d_x(grad, *given, *rest), expected)
+
+
+def on_the_host() -> backends.Backend:
+    """The cuda backend, for tensors of the CPU."""
+    functions = backends.registered("cuda").functions
+    return backends.Backend("cuda", frozenset({"cpu"}), frozenset(), functions, backends.OPERANDS)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nested", "int8"])
 def test_a_weight_in_codes_by_the_backend_s_name(kind, monkeypatch):
-    served = backends.Backend("cuda", frozenset({"cpu"}), frozenset(), backends.registered("cuda").ops)
+    served = backends.Backend(
+        "cuda", frozenset({"cpu"}), frozenset(), backends.registered("cuda").functions, backends.OPERANDS
+    )
     monkeypatch.setattr(backends, "_TABLE", {**backends._TABLE, "cuda": served})
     monkeypatch.setattr(backends, "_chosen", {})
     t, found = inputs(k=64), []
@@ -226,8 +234,8 @@ def test_score_gradients_are_added(out_dtype, source, capability):
     sign = {"scores": (t.scores, None), "signs": (None, signs), "none": (None, None)}[source]
     mode = "value" if source == "none" else "magnitude"
     got, expected = torch.full((12, 40), 3.0, dtype=out_dtype), torch.full((12, 40), 3.0, dtype=out_dtype)
-    cuda.accumulate_score_grad(got, t.grad_output, t.x, t.weight, *sign, mode)
-    reference.accumulate_score_grad(expected, t.grad_output, t.x, t.weight, *sign, mode)
+    flat.accumulate_score_grad(got, t.grad_output, t.x, t.weight, *sign, mode)
+    oracle.accumulate_score_grad(expected, t.grad_output, t.x, t.weight, *sign, mode)
     assert_same(got, expected)
 
 
@@ -235,15 +243,15 @@ def test_score_gradients_are_added(out_dtype, source, capability):
 def test_products_of_a_long_depth_get_a_workspace(tokens, capability):
     t = inputs(m=tokens, n=16, k=1096)  # for 4 multiprocessors in 4 parts, and d_x in one
     forward = (t.x, t.weight, t.scores, torch.tensor(1.0).bfloat16(), t.bias, "magnitude")
-    assert_same(cuda.masked_linear(*forward), reference.masked_linear(*forward))
+    assert_same(flat.masked_linear(*forward), oracle.masked_linear(*forward))
 
 
 def test_score_gradients_of_many_tokens_get_a_workspace(capability):
     t = inputs(m=1100)  # for 4 multiprocessors in 4 parts
     got, expected = torch.full((12, 40), 3.0), torch.full((12, 40), 3.0)
     given = (t.grad_output[:, :8], t.x, t.weight[:8], t.scores[:8], None, "magnitude")
-    cuda.accumulate_score_grad(got[:8], *given)
-    reference.accumulate_score_grad(expected[:8], *given)
+    flat.accumulate_score_grad(got[:8], *given)
+    oracle.accumulate_score_grad(expected[:8], *given)
     assert_same(got, expected)
 
 
@@ -259,8 +267,8 @@ def test_products_are_added_without_a_weight(dtype, out_dtype, capability):
         (t.x[:4].view(2, 2, 40), t.grad_output[:4].view(2, 2, 12)),
     ):
         got, expected = torch.full((12, 40), 3.0, dtype=out_dtype), torch.full((12, 40), 3.0, dtype=out_dtype)
-        cuda.accumulate_product(got, grad, x)
-        reference.accumulate_product(expected, grad, x)
+        flat.accumulate_product(got, grad, x)
+        oracle.accumulate_product(expected, grad, x)
         assert_same(got, expected)
 
 
@@ -273,7 +281,7 @@ def test_products_without_a_weight_that_do_not_fit_are_refused():
         ("d_scores must be .12, 40., got .11, 40.", t.scores[:11], t.grad_output, t.x),
     ):
         with pytest.raises(RuntimeError, match=message):
-            cuda.accumulate_product(out, grad, x)
+            flat.accumulate_product(out, grad, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
@@ -282,13 +290,13 @@ def test_thresholds_masks_and_signs(dtype, mode):
     scores = inputs(scores_dtype=dtype).scores
     for ratio in (0.0, 0.5, 0.9, 1.0):
         threshold = reference.kept_threshold(scores, ratio, mode)
-        assert_same(cuda.kept_threshold(scores, ratio, mode), threshold)
-        assert_same(cuda.pack_mask(scores, threshold, mode), reference.pack_mask(scores, threshold, mode))
+        assert_same(flat.kept_threshold(scores, ratio, mode), threshold)
+        assert_same(flat.pack_mask(scores, threshold, mode), reference.pack_mask(scores, threshold, mode))
         distinct = torch.arange(240).view(12, 20).to(dtype)
-        assert_same(cuda.kept_threshold(distinct, ratio, mode), reference.kept_threshold(distinct, ratio, mode))
+        assert_same(flat.kept_threshold(distinct, ratio, mode), reference.kept_threshold(distinct, ratio, mode))
     rows = (torch.arange(12) % 3).to(dtype)
-    assert_same(cuda.pack_mask(scores, rows, mode), reference.pack_mask(scores, rows, mode))
-    for got, expected in zip(cuda.pack_signs(scores), reference.pack_signs(scores)):
+    assert_same(flat.pack_mask(scores, rows, mode), reference.pack_mask(scores, rows, mode))
+    for got, expected in zip(flat.pack_signs(scores), reference.pack_signs(scores)):
         assert_same(got, expected)
 
 
@@ -309,11 +317,11 @@ def test_odd_layouts(capability):
     threshold, bias = torch.tensor(1.0).bfloat16(), wide.bias.repeat_interleave(2)[2:26:2]
     for x in (wide.x[:, 3:42], wide.x[:, 3:42].view(2, 3, 39), wide.x[0, 3:42], wide.x[:1, 3:42], wide.x[:0, 3:42]):
         forward = (x, weight, scores, threshold, bias, "magnitude")
-        assert_same(cuda.masked_linear(*forward), reference.masked_linear(*forward))
+        assert_same(flat.masked_linear(*forward), oracle.masked_linear(*forward))
         grad = torch.ones((), dtype=torch.bfloat16).expand(*x.shape[:-1], 12)
         backward = (grad, x, weight, scores, threshold, "magnitude", ALL)
-        got = cuda.masked_linear_backward(*backward)
-        for g, e in zip(got, reference.masked_linear_backward(*backward)):
+        got = flat.masked_linear_backward(*backward)
+        for g, e in zip(got, oracle.masked_linear_backward(*backward)):
             assert_same(g, e)
 
 
@@ -322,11 +330,11 @@ def test_matrices_without_elements(n, k):
     t = inputs(m=3, n=n, k=k)
     packed = reference.pack_mask(t.scores, torch.tensor(1.0), "magnitude")
     assert_same(
-        cuda.masked_linear_packed(t.x, t.weight, packed, t.bias),
-        reference.masked_linear_packed(t.x, t.weight, packed, t.bias),
+        flat.masked_linear_packed(t.x, t.weight, packed, t.bias),
+        oracle.masked_linear_packed(t.x, t.weight, packed, t.bias),
     )
     backward = (t.grad_output, t.x, t.weight, t.scores, torch.tensor(1.0).bfloat16(), "magnitude", ALL)
-    for g, e in zip(cuda.masked_linear_backward(*backward), reference.masked_linear_backward(*backward)):
+    for g, e in zip(flat.masked_linear_backward(*backward), oracle.masked_linear_backward(*backward)):
         assert_same(g, e)
 
 
@@ -370,8 +378,8 @@ def test_a_step_of_the_scores(scores_dtype, eight_bit, with_weight, keep_ratio, 
         if hint:
             rest["threshold"] = reference.kept_threshold(selectable(tensors["scores"]), 0.8, mode).view(scores_dtype)
         ours = {name: None if t is None else t.clone() for name, t in tensors.items()}
-        got = cuda.score_step(**ours, **rest)
-        expected = reference_step.score_step(**tensors, **rest)
+        got = flat.score_step(**ours, **rest)
+        expected = oracle.score_step(**tensors, **rest)
         for g, e in zip([*ours.values(), *got], [*tensors.values(), *expected]):
             if e is not None:
                 assert_same(g, e)
@@ -380,7 +388,7 @@ def test_a_step_of_the_scores(scores_dtype, eight_bit, with_weight, keep_ratio, 
 def test_what_does_not_fit_a_step_is_refused():
     def step(**changed):
         tensors, rest = steps_of(torch.bfloat16, eight_bit=True)
-        cuda.score_step(**tensors | rest | {"mode": "value", "keep_ratio": 0.5, "threshold": None} | changed)
+        flat.score_step(**tensors | rest | {"mode": "value", "keep_ratio": 0.5, "threshold": None} | changed)
 
     for message, changed in {
         "scores must be float32, bfloat16 or int16": {"scores": torch.zeros(12, 40).half()},
@@ -431,9 +439,9 @@ def test_products_over_experts(mode, transposed, capability):
             others = (x.T.contiguous().T, weight.mT.contiguous().mT, *keep), (x, apart(weight), *map(apart, keep))
             for given in ((x, weight, *keep), *others):
                 arguments = (*given, offsets.repeat_interleave(2)[::2], bias, mode, transposed)
-                assert_same(cuda.grouped_product(*arguments), reference_grouped.grouped_product(*arguments))
+                assert_same(flat.grouped_product(*arguments), oracle.grouped_product(*arguments))
         arguments = (x, weight, scores, threshold[:1].expand(3), None, offsets, None, mode, transposed)
-        assert_same(cuda.grouped_product(*arguments), reference_grouped.grouped_product(*arguments))
+        assert_same(flat.grouped_product(*arguments), oracle.grouped_product(*arguments))
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -448,8 +456,8 @@ def test_score_gradients_of_experts(source, accumulate, capability):
     for out_dtype in (torch.float32, torch.bfloat16):
         outs = [torch.full((3, 12, 40), 2.0, dtype=out_dtype) for _ in range(2)]
         mode = "value" if source == "value" else "magnitude"
-        for out, by in zip(outs, (cuda, reference_grouped)):
-            left, right = (grad, x) if by is reference_grouped else (grad.T.contiguous().T, x.T.contiguous().T)
+        for out, by in zip(outs, (flat, oracle)):
+            left, right = (grad, x) if by is oracle else (grad.T.contiguous().T, x.T.contiguous().T)
             by.grouped_score_grad(out, left, right, offsets, *given.get(source, (None,) * 3), mode, accumulate)
         assert_same(*outs)
 
@@ -460,8 +468,8 @@ def test_a_threshold_for_each_expert(dtype, capability):
     scores[3, 4, 5] = torch.nan
     for mode in ("magnitude", "value"):
         for keep_ratio in (0.0, 0.3, 1.0):
-            found = cuda.kept_thresholds(scores.mT.contiguous().mT, keep_ratio, mode)
-            expected = reference_grouped.kept_thresholds(scores, keep_ratio, mode)
+            found = flat.kept_thresholds(scores.mT.contiguous().mT, keep_ratio, mode)
+            expected = oracle.kept_thresholds(scores, keep_ratio, mode)
             assert found[3].isnan()
             assert_same(found.nan_to_num(), expected.nan_to_num())
 
@@ -515,7 +523,9 @@ def test_what_does_not_fit_experts_is_refused(ops):
 
 def test_a_layer_of_experts_trains_by_name_as_it_does_with_the_reference(monkeypatch):
     """Masks from scores: the product in both directions, d_scores, the thresholds of the experts."""
-    served = backends.Backend("cuda", frozenset({"cpu"}), frozenset(), backends.registered("cuda").ops)
+    served = backends.Backend(
+        "cuda", frozenset({"cpu"}), frozenset(), backends.registered("cuda").functions, backends.OPERANDS
+    )
     monkeypatch.setattr(backends, "_TABLE", {**backends._TABLE, "cuda": served})
     x, weight, *_, offsets, bias = experts()
     for transposed in (False, True):
@@ -541,7 +551,9 @@ def test_a_layer_trains_by_name_as_it_does_with_the_reference(
     scores_dtype, moments, monkeypatch, correctly_rounded_sqrt
 ):
     """MFT_KERNELS=cuda: masks from scores, their gradient, and the optimiser's step with the next mask."""
-    served = backends.Backend("cuda", frozenset({"cpu"}), frozenset(), backends.registered("cuda").ops)
+    served = backends.Backend(
+        "cuda", frozenset({"cpu"}), frozenset(), backends.registered("cuda").functions, backends.OPERANDS
+    )
     monkeypatch.setattr(backends, "_TABLE", {**backends._TABLE, "cuda": served})
     t, trained = inputs(n=16), []
     for name in ("cuda", "reference"):
@@ -647,14 +659,14 @@ def test_hopper_gets_its_own_kernels_where_they_can_take_the_arguments(tmp_path,
         monkeypatch.setenv("MFT_CUDA_CAPABILITY", capability)
         t, one = inputs(k=k), torch.tensor(1.0).bfloat16()
         with pytest.raises(RuntimeError, match=f"the cuda backend: {runs}"):
-            cuda.masked_linear(t.x, t.weight, t.scores, one, None, "magnitude")
+            flat.masked_linear(t.x, t.weight, t.scores, one, None, "magnitude")
         with pytest.raises(RuntimeError, match="the cuda backend: general"):  # there is no other one in this build
-            cuda.accumulate_score_grad(t.scores, t.grad_output, t.x, t.weight, None, None, "value")
+            flat.accumulate_score_grad(t.scores, t.grad_output, t.x, t.weight, None, None, "value")
     monkeypatch.setenv("MFT_CUDA_CAPABILITY", "90")
     for tokens, k, runs in ((512, 40, "Hopper's, by bits"), (511, 40, "general, 90"), (512, 39, "general, 90")):
         t = inputs(scores_dtype=torch.float32, m=tokens, k=k)
         with pytest.raises(RuntimeError, match=f"the cuda backend: {runs}"):
-            cuda.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0), None, "magnitude")
+            flat.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0), None, "magnitude")
     # Whose plan takes fewer cycles, and in parts where it asks for a workspace.
     for n, k, runs in (
         (255, 40, "Hopper's"), (256, 40, "general in parts, 90"), (257, 40, "Hopper's in parts"),
@@ -662,5 +674,5 @@ def test_hopper_gets_its_own_kernels_where_they_can_take_the_arguments(tmp_path,
     ):  # fmt: skip
         t = inputs(m=2, n=n, k=k)
         with pytest.raises(RuntimeError, match=f"the cuda backend: {runs}"):
-            cuda.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0).bfloat16(), None, "magnitude")
+            flat.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0).bfloat16(), None, "magnitude")
     assert built.cuda_ops.contents() == "none product_sm90"

@@ -12,7 +12,7 @@ from in_turn import in_turn
 from score_steps import DEFAULTS, arguments, normal, scores_of
 
 from mft_kernels import reference
-from mft_kernels.reference import step as reference_step
+from mft_kernels.by_name import oracle
 from mft_kernels.reference.fixed_point import LARGEST_CODE, selectable
 
 FORMATS = (torch.float32, torch.bfloat16, torch.int16)
@@ -62,7 +62,7 @@ def assert_steps_equal_the_reference(tensors, steps=2, device=None, **options):
         now = options | {"step": step}
         hint = got[0] if options["keep_ratio"] is not None else None
         got = emulated.score_step(**ours, **now | {"threshold": hint}, **device or {})
-        expected = reference_step.score_step(**theirs, **now | {"threshold": expected[0]})
+        expected = oracle.score_step(**theirs, **now | {"threshold": expected[0]})
         assert_state_is_the_same(ours, theirs)
         assert_same("threshold", got[0], expected[0])
         assert_same("packed", got[1], expected[1])
@@ -109,7 +109,7 @@ def test_misaligned_tensors_are_stepped(dtype, eight_bit):
         memory = torch.empty(ours[shifted].numel() + 1, dtype=ours[shifted].dtype)
         ours[shifted] = memory[1:].view_as(ours[shifted]).copy_(ours[shifted])
         got = emulated.score_step(**ours, **DEFAULTS)
-        expected = reference_step.score_step(**theirs, **DEFAULTS)
+        expected = oracle.score_step(**theirs, **DEFAULTS)
         assert_state_is_the_same(ours, theirs)
         assert_same("threshold", got[0], expected[0])
         assert_same("packed", got[1], expected[1])
@@ -126,7 +126,7 @@ def test_nothing_outside_the_tensors_is_touched(dtype, numel, at_end, eight_bit)
     options = DEFAULTS | {"threshold": hint, "grad_scale": guarded(torch.tensor(0.5), at_end=at_end)}
     with emulated.outputs_at_guard_pages(at_end=at_end):
         got = emulated.score_step(**ours, **options)
-    expected = reference_step.score_step(**tensors, **options)
+    expected = oracle.score_step(**tensors, **options)
     assert_state_is_the_same(ours, tensors)
     assert_same("threshold", got[0], expected[0])
 
@@ -236,7 +236,7 @@ def assert_window(tensors, *, misses, **options):
     ours, theirs = copy_of(tensors), copy_of(tensors)
     workspace = emulated.step_workspace(ours["scores"].dtype)
     got = emulated.score_step(**ours, **DEFAULTS | options, workspace=workspace)
-    expected = reference_step.score_step(**theirs, **DEFAULTS | options)
+    expected = oracle.score_step(**theirs, **DEFAULTS | options)
     assert_state_is_the_same(ours, theirs)
     assert_same("threshold", got[0], expected[0])
     assert_same("packed", got[1], expected[1])

@@ -11,6 +11,7 @@ from test_plans import A100, H100, H200, HOPPERS, NVIDIAS, SHAPES, device_of, pl
 from test_products_sm80 import row_thresholds, same, within
 
 from mft_kernels import reference
+from mft_kernels.by_name import oracle
 from mft_kernels.testing import assert_within_budget, integer_inputs, random_inputs
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -46,7 +47,7 @@ def check(t, mode="magnitude", **device):
     threshold = row_thresholds(t)
     packed = reference.pack_mask(t.scores, threshold, mode)
     for bias in (t.bias, None):
-        expected = reference.masked_linear(t.x, t.weight, t.scores, threshold, bias, mode)
+        expected = oracle.masked_linear(t.x, t.weight, t.scores, threshold, bias, mode)
         same(emulated.masked_linear_packed(t.x, t.weight, packed, bias, **device), expected)
         same(emulated.masked_linear(t.x, t.weight, t.scores, threshold, bias, mode, **device), expected)
 
@@ -124,7 +125,7 @@ def test_other_kernels_take_what_has_many_tokens_odd_rows_or_other_scores(cuts):
     for shape, scores in (((65, 24, 40), BF16), ((3, 24, 41), BF16), ((3, 24, 40), torch.float32)):
         t = integer_inputs(*shape, BF16, scores)
         threshold = torch.tensor(1.0, dtype=scores)
-        expected = reference.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
+        expected = oracle.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
         same(emulated.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude"), expected)
     assert {*cuts} == {None}
 
@@ -162,7 +163,7 @@ def test_what_is_not_finite_stays_with_its_token_and_its_weight(tokens):
     threshold = torch.tensor(2.0, dtype=BF16)
     packed = reference.pack_mask(t.scores, threshold, "magnitude")
     packed[:, 1] |= ~0xFF  # bits behind the last column mean nothing
-    expected = reference.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
+    expected = oracle.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
     assert expected[[0, 1, 2, 4]][:, [0, 1, 2, 3, 4, 6]].isfinite().all()
     decode = {"arch": "decode"}
     same(emulated.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude", **decode), expected)
@@ -182,16 +183,16 @@ def test_sums_are_added_in_one_order_whatever_ends_first(shape, capability, cuts
         emulated.set_settings(seed, asynchrony, emulated.SCHEDULES[seed % 2])
         results.append(emulated.masked_linear(*arguments, **device))
         words = emulated.masked_linear_packed(t.x, t.weight, packed, t.bias, **device)
-        assert_within_budget(words, reference.masked_linear(*arguments), _exact(t, threshold))
+        assert_within_budget(words, oracle.masked_linear(*arguments), _exact(t, threshold))
     assert all(cut.parts > 1 for cut in cuts)
     assert {cut.cluster > 1 for cut in cuts} == {capability == 90}
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
-    assert_within_budget(results[0], reference.masked_linear(*arguments), _exact(t, threshold))
+    assert_within_budget(results[0], oracle.masked_linear(*arguments), _exact(t, threshold))
 
 
 def _exact(t, threshold):
-    return reference.masked_linear(t.x.double(), t.weight.double(), t.scores, threshold, t.bias.double(), "magnitude")
+    return oracle.masked_linear(t.x.double(), t.weight.double(), t.scores, threshold, t.bias.double(), "magnitude")
 
 
 # ------------------------------------------------------------------------------------------------- cards not here

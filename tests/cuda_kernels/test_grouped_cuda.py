@@ -12,7 +12,7 @@ from test_products_sm80 import same
 from torch import Tensor
 
 from mft_kernels import reference
-from mft_kernels.reference import grouped as reference_grouped
+from mft_kernels.by_name import oracle
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 #: None at the ends and between, one, a tile's edge; 3 rows are nobody's.
@@ -67,7 +67,7 @@ def check_product(t: Experts, mode: str | None, bias: Tensor | None, **device) -
     """mode None: by words."""
     keep = (None, None, t.packed) if mode is None else (t.scores, t.threshold, None)
     arguments = t.given, t.weight, *keep, t.offsets, bias, mode or "value", t.transposed
-    same(emulated_grouped.grouped_product(*arguments, **device), reference_grouped.grouped_product(*arguments))
+    same(emulated_grouped.grouped_product(*arguments, **device), oracle.grouped_product(*arguments))
 
 
 @LAYOUTS
@@ -116,7 +116,7 @@ def check_sums(t: Experts, source: str | None, out_dtype: torch.dtype, *, accumu
     weight = None if source is None else t.weight
     before = (torch.arange(t.weight.numel()).view(t.weight.shape) % 5 - 2).to(out_dtype)
     outs = [before.clone() if accumulate else torch.full_like(before, torch.nan) for _ in range(2)]
-    for out, run in zip(outs, (emulated_grouped.grouped_score_grad, reference_grouped.grouped_score_grad)):
+    for out, run in zip(outs, (emulated_grouped.grouped_score_grad, oracle.grouped_score_grad)):
         run(out, t.grad, t.x, t.offsets, weight, *sign, mode, accumulate)
     same(*outs)
 
@@ -182,12 +182,12 @@ def test_whatever_offsets_hold_nothing_outside_is_touched(sizes, offsets, at_end
         with emulated.outputs_at_guard_pages(at_end=at_end):
             for keep in [(None, None, packed)] + [(t.scores, t.threshold, None)] * (sizes[0] % 8 == 0):
                 arguments = t.given, t.weight, *keep, t.offsets, t.bias, "magnitude", transposed
-                same(emulated_grouped.grouped_product(*arguments), reference_grouped.grouped_product(*arguments))
+                same(emulated_grouped.grouped_product(*arguments), oracle.grouped_product(*arguments))
     out = guarded(torch.full(t.weight.shape, torch.nan), at_end=at_end)
     expected = out.clone()
     arguments = t.grad, t.x, t.offsets, t.weight, t.scores, None, "magnitude", False
     emulated_grouped.grouped_score_grad(out, *arguments)
-    reference_grouped.grouped_score_grad(expected, *arguments)
+    oracle.grouped_score_grad(expected, *arguments)
     same(out, expected)
 
 

@@ -7,6 +7,7 @@ from guarded import guarded
 from test_products_sm80 import same, within
 
 from mft_kernels import reference
+from mft_kernels.by_name import oracle
 from mft_kernels.testing import assert_within_budget, integer_inputs, random_inputs
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -24,7 +25,7 @@ def mixed(rows, count):
 def check(t, masks, tasks, **device):
     x = t.x.view(len(tasks), len(t.x) // max(1, len(tasks)), t.x.shape[1])
     for bias in (t.bias, None):
-        expected = reference.masked_linear_many(x, t.weight, masks, tasks, bias)
+        expected = oracle.masked_linear_many(x, t.weight, masks, tasks, bias)
         same(emulated.masked_linear_many(x, t.weight, masks, tasks, bias, **device), expected)
 
 
@@ -75,7 +76,7 @@ def test_a_task_that_there_is_not_is_nan_and_touches_nobody(multiprocessors, row
     masks, known = masks_of(t, 2), tasks.abs() < 2
     y = emulated.masked_linear_many(t.x, t.weight, masks, tasks, t.bias, multiprocessors=multiprocessors)
     assert y[~known].isnan().all()
-    same(y[known], reference.masked_linear_many(t.x[known], t.weight, masks, tasks[known], t.bias))
+    same(y[known], oracle.masked_linear_many(t.x[known], t.weight, masks, tasks[known], t.bias))
     y = emulated.masked_linear_many(t.x, t.weight, masks, torch.full((rows,), 2), t.bias)
     assert y.isnan().all()
 
@@ -89,7 +90,7 @@ def test_what_is_not_finite_stays_with_its_token_and_its_mask():
     t.x = t.x.abs() + 1
     t.x[3, 7], t.x[11] = torch.nan, torch.inf
     tasks = mixed(20, 3)
-    expected = reference.masked_linear_many(t.x, t.weight, masks, tasks, None)
+    expected = oracle.masked_linear_many(t.x, t.weight, masks, tasks, None)
     fine = (tasks == 0) & t.x.isfinite().all(1)
     assert fine.any()
     assert expected[fine, 4].isfinite().all()
@@ -101,7 +102,7 @@ def test_strided_rows_are_read_where_they_lie():
         t = integer_inputs(11, 40, columns, BF16, BF16)
         for name in ("x", "weight"):
             setattr(t, name, within(getattr(t, name), before, columns + more))
-        expected = reference.masked_linear_many(t.x, t.weight, masks_of(t, 3), mixed(11, 3), t.bias)
+        expected = oracle.masked_linear_many(t.x, t.weight, masks_of(t, 3), mixed(11, 3), t.bias)
         same(emulated.masked_linear_many(t.x, t.weight, masks_of(t, 3), mixed(11, 3), t.bias), expected)
 
 
@@ -131,8 +132,8 @@ def test_a_row_is_the_same_wherever_it_stands_and_whatever_ends_first(rows):
         results.append(torch.empty_like(y).index_copy_(0, order, y))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
-    exact = reference.masked_linear_many(t.x.double(), t.weight.double(), masks, tasks, t.bias.double())
-    assert_within_budget(results[0], reference.masked_linear_many(t.x, t.weight, masks, tasks, t.bias), exact)
+    exact = oracle.masked_linear_many(t.x.double(), t.weight.double(), masks, tasks, t.bias.double())
+    assert_within_budget(results[0], oracle.masked_linear_many(t.x, t.weight, masks, tasks, t.bias), exact)
 
 
 def test_fp32_weights_are_refused():

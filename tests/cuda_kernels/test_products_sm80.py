@@ -9,6 +9,7 @@ from in_turn import in_turn
 from torch import Tensor
 
 from mft_kernels import reference
+from mft_kernels.by_name import oracle
 from mft_kernels.testing import Inputs, assert_within_budget, integer_inputs, random_inputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -41,12 +42,12 @@ def row_thresholds(t: Inputs) -> Tensor:
 def check_products(t: Inputs, threshold: Tensor, mode: str, **device) -> None:
     """Forward and d_x, by scores with a bias and by words without: who adds it knows of no mask."""
     packed = reference.pack_mask(t.scores, threshold, mode)
-    expected = reference.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, mode)
+    expected = oracle.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, mode)
     same(emulated.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, mode, **device), expected)
-    expected = reference.masked_linear(t.x, t.weight, t.scores, threshold, None, mode)
+    expected = oracle.masked_linear(t.x, t.weight, t.scores, threshold, None, mode)
     same(emulated.masked_linear_packed(t.x, t.weight, packed, None, **device), expected)
     arguments = (t.grad_output, t.x, t.weight)
-    expected = reference.masked_linear_backward(*arguments, t.scores, threshold, mode, D_X)[0]
+    expected = oracle.masked_linear_backward(*arguments, t.scores, threshold, mode, D_X)[0]
     same(emulated.masked_linear_backward(*arguments, t.scores, threshold, mode, D_X, **device)[0], expected)
     same(emulated.masked_linear_packed_backward(*arguments, packed, None, None, mode, D_X, **device)[0], expected)
 
@@ -55,20 +56,20 @@ def check_score_grad(t: Inputs, threshold: Tensor, mode: str, **device) -> None:
     """d_weight and d_scores, together and apart, by scores and by words; d_scores and G added to what was there."""
     arguments = (t.grad_output, t.x, t.weight)
     for wanted in ([False, True, True, False], [False, True, False, False], [False, False, True, False]):
-        expected = reference.masked_linear_backward(*arguments, t.scores, threshold, mode, wanted)
+        expected = oracle.masked_linear_backward(*arguments, t.scores, threshold, mode, wanted)
         got = emulated.masked_linear_backward(*arguments, t.scores, threshold, mode, wanted, **device)
         for ours, right in zip(got, expected):
             same(ours, right)
     packed, signs = reference.pack_mask(t.scores, threshold, mode), reference.pack_signs(t.scores)[0]
     for packed_signs in (signs, None):
         rest = (packed, t.scores, packed_signs, mode, ALL)
-        expected = reference.masked_linear_packed_backward(*arguments, *rest)
+        expected = oracle.masked_linear_packed_backward(*arguments, *rest)
         for got, right in zip(emulated.masked_linear_packed_backward(*arguments, *rest, **device), expected):
             same(got, right)
         for dtype in SCORES:
             out = (torch.arange(t.weight.numel()).view(t.weight.shape) % 5 - 2).to(dtype)
             right = out.clone()
-            reference.accumulate_score_grad(right, *arguments, t.scores, packed_signs, mode)
+            oracle.accumulate_score_grad(right, *arguments, t.scores, packed_signs, mode)
             emulated.accumulate_score_grad(out, *arguments, t.scores, packed_signs, mode, **device)
             same(out, right)
     check_product_added(t, **device)
@@ -79,7 +80,7 @@ def check_product_added(t: Inputs, **device) -> None:
     for dtype in SCORES:
         out = (torch.arange(t.weight.numel()).view(t.weight.shape) % 5 - 2).to(dtype)
         right = out.clone()
-        reference.accumulate_product(right, t.grad_output, t.x)
+        oracle.accumulate_product(right, t.grad_output, t.x)
         emulated.accumulate_product(out, t.grad_output, t.x, **device)
         same(out, right)
 
@@ -123,7 +124,7 @@ def test_products_equal_the_reference(sized, dtype, scores_dtype, mode, ways):
 def test_as_many_stages_as_a_gpu_has_room_for_give_the_same(shared_kib, scores_dtype, ways):
     t = integer_inputs(70, 136, 264, BF16, scores_dtype)  # 5 and 9 steps: more than there are stages
     threshold = torch.tensor(2.0, dtype=scores_dtype)
-    expected = reference.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
+    expected = oracle.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
     packed = reference.pack_mask(t.scores, threshold, "magnitude")
     for x, rows in ((t.x, slice(None)), (t.x[:33], slice(33))):  # tiles of 128 and of 64 tokens
         device = {"shared_bytes": shared_kib * 1024, "multiprocessors": 1}
@@ -174,7 +175,7 @@ def test_empty_axes(shape, scores_dtype):
 def test_more_tiles_than_one_band(tokens):
     t = integer_inputs(tokens, 1160, 272, FP16, FP16)
     threshold = torch.tensor(1.0).half()
-    expected = reference.masked_linear(t.x, t.weight, t.scores, threshold, None, "value")
+    expected = oracle.masked_linear(t.x, t.weight, t.scores, threshold, None, "value")
     same(emulated.masked_linear(t.x, t.weight, t.scores, threshold, None, "value"), expected)
     if tokens == 1:
         check_score_grad(t, threshold, "value")
@@ -200,7 +201,7 @@ def test_rows_of_any_alignment_and_stride(name, before, more):
         threshold = row_thresholds(t)
         check_products(t, threshold, "magnitude")
         arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", [False, True, True, False])
-        expected = reference.masked_linear_backward(*arguments)
+        expected = oracle.masked_linear_backward(*arguments)
         for got, right in zip(emulated.masked_linear_backward(*arguments), expected):
             same(got, right)
         check_product_added(t)
@@ -226,10 +227,10 @@ def test_strided_outputs_and_nothing_around_them_is_written(before, more):
         memory = torch.tensor([], dtype=out_dtype).set_(out.untyped_storage())
         around = int(memory.isnan().sum())
         emulated.accumulate_score_grad(out, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
-        reference.accumulate_score_grad(right, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
+        oracle.accumulate_score_grad(right, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
         same(out, right)
         emulated.accumulate_product(out, t.grad_output, t.x)
-        reference.accumulate_product(right, t.grad_output, t.x)
+        oracle.accumulate_product(right, t.grad_output, t.x)
         same(out, right)
         assert int(memory.isnan().sum()) == around
 
@@ -307,16 +308,14 @@ def test_random_floats_stay_within_the_budget(dtype, scores_dtype):
     threshold = reference.kept_threshold(t.scores, 0.9, "magnitude")
     rest = (t.scores, threshold, "magnitude", ALL)
     got = emulated.masked_linear_backward(t.grad_output, t.x, t.weight, *rest)
-    own = reference.masked_linear_backward(t.grad_output, t.x, t.weight, *rest)
-    exact = reference.masked_linear_backward(t.grad_output.double(), t.x.double(), t.weight.double(), *rest)
+    own = oracle.masked_linear_backward(t.grad_output, t.x, t.weight, *rest)
+    exact = oracle.masked_linear_backward(t.grad_output.double(), t.x.double(), t.weight.double(), *rest)
     for ours, torchs, right in zip(got, own, exact):
         assert_within_budget(ours, torchs, right.double())
     rest = (t.scores, threshold, t.bias, "magnitude")
     y = emulated.masked_linear(t.x, t.weight, *rest)
-    exact_y = reference.masked_linear(
-        t.x.double(), t.weight.double(), t.scores, threshold, t.bias.double(), "magnitude"
-    )
-    assert_within_budget(y, reference.masked_linear(t.x, t.weight, *rest), exact_y)
+    exact_y = oracle.masked_linear(t.x.double(), t.weight.double(), t.scores, threshold, t.bias.double(), "magnitude")
+    assert_within_budget(y, oracle.masked_linear(t.x, t.weight, *rest), exact_y)
 
 
 def test_large_sums_are_rounded_once_and_infinite_ones_are_infinite():
@@ -388,7 +387,7 @@ def test_parts_are_added_in_one_order_and_rounded_once(transposed, ways):
     assert parts_of(ways) == {4}
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
-    op = reference.masked_linear_backward if transposed else reference.masked_linear
+    op = oracle.masked_linear_backward if transposed else oracle.masked_linear
     exact = op(*(v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in arguments))
     own = op(*arguments)
     if transposed:
@@ -443,9 +442,9 @@ def test_parts_of_score_gradients_are_added_in_one_order(ways):
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
     own, exact = before.clone(), before.double()
-    reference.accumulate_score_grad(own, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
+    oracle.accumulate_score_grad(own, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
     wide = (t.grad_output.double(), t.x.double(), t.weight.double(), t.scores)
-    reference.accumulate_score_grad(exact, *wide, None, "magnitude")
+    oracle.accumulate_score_grad(exact, *wide, None, "magnitude")
     assert_within_budget(results[0], own, exact)
 
 
@@ -461,7 +460,7 @@ def test_results_do_not_depend_on_the_schedule(scores_dtype, seed, asynchrony):
     check_products(t, threshold, "magnitude")
     t = integer_inputs(360, 40, 48, FP16, scores_dtype, seed=seed)
     rest = (t.grad_output, t.x, t.weight, t.scores, row_thresholds(t), "magnitude", [False, True, True, False])
-    for got, right in zip(emulated.masked_linear_backward(*rest), reference.masked_linear_backward(*rest)):
+    for got, right in zip(emulated.masked_linear_backward(*rest), oracle.masked_linear_backward(*rest)):
         same(got, right)
     check_product_added(t)
 

@@ -8,6 +8,7 @@ import torch
 from guarded import guarded
 
 from mft_kernels import reference
+from mft_kernels.by_name import oracle
 from mft_kernels.testing import assert_within_budget, random_inputs
 
 D_X = [True, False, False, False]
@@ -32,7 +33,7 @@ def problem(
 
 
 def check_forward(x, weight, scores, threshold, bias, mode, **device):
-    expected = reference.masked_linear(x, weight, scores, threshold, bias, mode)
+    expected = oracle.masked_linear(x, weight, scores, threshold, bias, mode)
     device = {"arch": "sm_90"} | device
     assert torch.equal(emulated.masked_linear(x, weight, scores, threshold, bias, mode, **device), expected)
     packed = reference.pack_mask(scores, threshold, mode)
@@ -41,7 +42,7 @@ def check_forward(x, weight, scores, threshold, bias, mode, **device):
 
 
 def check_d_x(grad, x, weight, scores, threshold, mode, **device):
-    expected = reference.masked_linear_backward(grad, x, weight, scores, threshold, mode, D_X)[0]
+    expected = oracle.masked_linear_backward(grad, x, weight, scores, threshold, mode, D_X)[0]
     device = {"arch": "sm_90"} | device
     if threshold.dim() == 0:
         actual = emulated.masked_linear_backward(grad, x, weight, scores, threshold, mode, D_X, **device)[0]
@@ -136,9 +137,9 @@ def test_random_numbers_are_as_near_as_torch():
     bias = torch.randn(256, dtype=torch.float64)
     x, weight, bias, scores = (t.to(torch.bfloat16) for t in (x, weight, bias, scores))
     threshold = reference.kept_threshold(scores, 0.9, "magnitude")
-    exact = reference.masked_linear(x.double(), weight.double(), scores, threshold, bias.double(), "magnitude")
+    exact = oracle.masked_linear(x.double(), weight.double(), scores, threshold, bias.double(), "magnitude")
     ours = emulated.masked_linear(x, weight, scores, threshold, bias, "magnitude", arch="sm_90")
-    theirs = reference.masked_linear(x, weight, scores, threshold, bias, "magnitude")
+    theirs = oracle.masked_linear(x, weight, scores, threshold, bias, "magnitude")
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
 
 
@@ -212,7 +213,7 @@ def test_parts_are_added_in_one_order_and_rounded_once(transposed, parts):
         emulated.set_settings(seed, asynchrony, emulated.SCHEDULES[seed % 2])
         results.append(getattr(emulated, op)(*arguments, arch="sm_90", multiprocessors=132))
     double = [v.double() if isinstance(v, torch.Tensor) else v for v in arguments]
-    own, exact = (getattr(reference, op)(*given) for given in (arguments, double))
+    own, exact = (getattr(oracle, op)(*given) for given in (arguments, double))
     if transposed:
         own, exact, *results = (made[0] for made in (own, exact, *results))
     assert {*parts} == {(64, 3)}

@@ -10,7 +10,7 @@ from test_products_sm80 import same, within
 from torch import Tensor
 
 from mft_kernels import reference
-from mft_kernels.reference import quantized as reference_quantized
+from mft_kernels.by_name import oracle
 
 BF16, FP16 = torch.bfloat16, torch.float16
 KINDS = ("nf4", "nested", "int8")
@@ -26,7 +26,7 @@ class Weight(NamedTuple):
     kind: str
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        return reference_quantized.dequantize(self.codes, self.absmax, self.shape, self.kind, dtype)
+        return oracle.dequantize(self.codes, self.absmax, self.shape, self.kind, dtype)
 
 
 def weight_of(n, k, kind, *, integers=True, seed=0) -> Weight:
@@ -62,11 +62,11 @@ def check(x, grad, w, packed, bias, **device):
     arguments = w.codes, w.absmax, packed
     same(
         emulated.masked_linear_quantized(x, *arguments, bias, w.shape, w.kind, **device),
-        reference_quantized.masked_linear_quantized(x, *arguments, bias, w.shape, w.kind),
+        oracle.masked_linear_quantized(x, *arguments, bias, w.shape, w.kind),
     )
     same(
         emulated.masked_linear_quantized_d_x(grad, *arguments, w.shape, w.kind, **device),
-        reference_quantized.masked_linear_quantized_d_x(grad, *arguments, w.shape, w.kind),
+        oracle.masked_linear_quantized_d_x(grad, *arguments, w.shape, w.kind),
     )
 
 

@@ -125,7 +125,8 @@ def test_a_layer_calls_the_ops_that_the_page_says(mine, folder, monkeypatch):
         return op
 
     backend = backends.registered("mine")
-    monkeypatch.setitem(vars(backend), "ops", {name: counted(name, run) for name, run in backend.ops.items()})
+    counting = {name: counted(name, run) for name, run in backend.functions.items()}
+    monkeypatch.setitem(vars(backend), "functions", counting)
     runpy.run_path(str(folder / "layer.py"))
     of_a_layer = re.findall(r"^\| (.+) \| `MaskedLinear`", PAGE, re.MULTILINE)
     assert set(calls) == set(re.findall(r"`(\w+)`", " ".join(of_a_layer)))

@@ -6,7 +6,9 @@ from experts import integer_experts
 
 from mft_kernels import reference
 from mft_kernels.backends import cpu
-from mft_kernels.reference import grouped as reference_grouped
+from mft_kernels.by_name import ByName, oracle
+
+flat = ByName(cpu)
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
 
@@ -60,7 +62,7 @@ def test_products_equal_the_reference_on_integers(capability, dtype, scores_dtyp
     packed = _pack(scores, threshold)
     for mask in ((scores, threshold, None), (*none, packed)):
         for bias in (t.bias, None):
-            expected = reference_grouped.grouped_product(t.x, t.weight, *mask, t.offsets, bias, "magnitude", transposed)
+            expected = oracle.grouped_product(t.x, t.weight, *mask, t.offsets, bias, "magnitude", transposed)
             assert torch.equal(_product(t.x, t.weight, mask, t.offsets, bias, transposed, path), expected)
 
 
@@ -76,7 +78,7 @@ def test_score_gradients_equal_the_reference_on_integers(capability, dtype, out_
             out = torch.full(t.weight.shape, 2.0, dtype=out_dtype)
             expected = out.clone()
             mode = "value" if scores is None and bits is None else "magnitude"
-            reference_grouped.grouped_score_grad(expected, *arguments, mode, accumulate)
+            oracle.grouped_score_grad(expected, *arguments, mode, accumulate)
             assert torch.equal(_score_grad(out, *arguments, accumulate, path), expected)
 
 
@@ -180,10 +182,10 @@ def test_thresholds_and_bits_of_experts_on_threads_equal_those_of_each(capabilit
     scores = torch.randn(experts, 50, 70, generator=torch.Generator().manual_seed(0))
     for each in (scores, scores.bfloat16()):
         for mode in ("magnitude", "value"):
-            found = cpu.kept_thresholds(each, 0.7, mode)
+            found = flat.kept_thresholds(each, 0.7, mode)
             assert torch.equal(found, torch.stack([reference.kept_threshold(s, 0.7, mode) for s in each]))
-            rows, flat = found.repeat_interleave(50), each.flatten(0, 1)
-            assert torch.equal(cpu.pack_mask(flat, rows, mode), reference.pack_mask(flat, rows, mode))
+            rows, keys = found.repeat_interleave(50), each.flatten(0, 1)
+            assert torch.equal(flat.pack_mask(keys, rows, mode), reference.pack_mask(keys, rows, mode))
 
 
 def test_new_gradients_too_large_for_a_cache_are_whole(threads):
@@ -204,7 +206,7 @@ def test_matrices_without_rows_or_columns_equal_the_reference(capability, n, k, 
     t = integer_experts(n, k, rows=(2, 0, 1), transposed=transposed)
     mask = t.scores, t.threshold, None
     got = _product(t.x, t.weight, mask, t.offsets, t.bias, transposed, "auto")
-    expected = reference_grouped.grouped_product(t.x, t.weight, *mask, t.offsets, t.bias, "magnitude", transposed)
+    expected = oracle.grouped_product(t.x, t.weight, *mask, t.offsets, t.bias, "magnitude", transposed)
     assert torch.equal(got, expected)
 
 
@@ -215,7 +217,5 @@ def test_offsets_that_nobody_checked_reach_no_row_beyond_the_tokens():
         got = _product(t.x, t.weight, (t.scores, t.threshold, None), offsets, None, False, "auto")
         assert torch.equal(
             got,
-            reference_grouped.grouped_product(
-                t.x, t.weight, t.scores, t.threshold, None, offsets, None, "magnitude", False
-            ),
+            oracle.grouped_product(t.x, t.weight, t.scores, t.threshold, None, offsets, None, "magnitude", False),
         )

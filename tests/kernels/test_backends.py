@@ -7,6 +7,7 @@ import torch
 
 import mft_kernels
 from mft_kernels.backends import table as backends
+from mft_kernels.codes import Nf4
 from mft_kernels.testing import integer_inputs
 
 
@@ -29,7 +30,7 @@ def test_the_environment_variable_chooses_and_is_named_in_errors(monkeypatch):
 
 
 def of_strangers(name="mine", **options):
-    return backends.Backend(name, frozenset({"cpu"}), frozenset(), {"kept_threshold": print}, **options)
+    return backends.Backend(name, frozenset({"cpu"}), frozenset(), {"select": print}, **options)
 
 
 CPU, FLOATS = torch.device("cpu"), (torch.float32,)
@@ -46,25 +47,25 @@ def test_a_name_is_registered_once(name, own_table):
 
 def test_a_backend_from_outside_is_taken_where_it_is_asked_for(own_table, monkeypatch):
     backends.register(of_strangers(detail="my own"))
-    assert backends.choose("kept_threshold", CPU, FLOATS) is not print
-    assert backends.choose("kept_threshold", CPU, FLOATS, "mine") is print
-    with pytest.raises(RuntimeError, match="backend='mine' cannot serve pack_mask: it has no pack_mask"):
-        backends.choose("pack_mask", CPU, FLOATS, "mine")
+    assert backends.choose("select", CPU, FLOATS) is not print
+    assert backends.choose("select", CPU, FLOATS, "mine") is print
+    with pytest.raises(RuntimeError, match="backend='mine' cannot serve pack: it has no pack"):
+        backends.choose("pack", CPU, FLOATS, "mine")
     report = mft_kernels.backend_report()
     assert report["backends"]["mine"] == {"available": True, "detail": "my own", "reason": None}
     assert report["auto"]["cpu"] != "mine"
     monkeypatch.setenv("MFT_KERNELS", "mine")
-    assert backends.choose("kept_threshold", CPU, FLOATS) is print
+    assert backends.choose("select", CPU, FLOATS) is print
 
 
 def test_auto_asks_a_backend_from_outside_that_has_a_place(own_table):
-    others = backends.choose("pack_mask", CPU, FLOATS)
-    assert backends.choose("kept_threshold", CPU, FLOATS) is not print  # which is not remembered beyond this
+    others = backends.choose("pack", CPU, FLOATS)
+    assert backends.choose("select", CPU, FLOATS) is not print  # which is not remembered beyond this
     backends.register(of_strangers("theirs"), before="reference")
     backends.register(of_strangers(), before="cpu")
     assert list(mft_kernels.backend_report()["backends"]) == ["cuda", "triton", "mine", "cpu", "theirs", "reference"]
-    assert backends.choose("kept_threshold", CPU, FLOATS) is print
-    assert backends.choose("pack_mask", CPU, FLOATS) is others
+    assert backends.choose("select", CPU, FLOATS) is print
+    assert backends.choose("pack", CPU, FLOATS) is others
 
 
 @pytest.mark.parametrize(
@@ -74,9 +75,9 @@ def test_auto_asks_a_backend_from_outside_that_has_a_place(own_table):
         (of_strangers(""), None, "name of a backend must be a word of its own, got ''"),
         (of_strangers(), "cpus", r"before must be a backend that auto asks, one of \('cuda', .*\), got 'cpus'"),
         (
-            backends.Backend("mine", frozenset(), frozenset(), {"pack_masks": print, "pack_mask": print}),
+            backends.Backend("mine", frozenset(), frozenset(), {"packs": print, "pack": print}),
             None,
-            r"ops of 'mine' must be among \('masked_linear', .*\), got pack_masks$",
+            r"functions of 'mine' must be among \('product', .*\), got packs$",
         ),
     ],
 )
@@ -93,12 +94,14 @@ def test_a_backend_is_found_by_its_name():
 
 
 def test_a_backend_says_why_it_refuses():
-    backend = backends.Backend("cpu", frozenset({"cpu"}), frozenset({torch.float32}), {"masked_linear": print})
+    backend = backends.Backend("cpu", frozenset({"cpu"}), frozenset({torch.float32}), {"product": print})
     cpu, floats = torch.device("cpu"), (torch.float32,)
-    assert backend.refusal("masked_linear", cpu, floats) is None
-    assert backend.refusal("pack_mask", cpu, floats) == "it has no pack_mask"
-    assert "runs on cpu, got a tensor on meta" in backend.refusal("masked_linear", torch.device("meta"), floats)
-    assert "takes float32, got float64" in backend.refusal("masked_linear", cpu, (torch.float64,))
+    assert backend.refusal("product", cpu, floats) is None
+    assert backend.refusal("pack", cpu, floats) == "it has no pack"
+    assert backend.refusal("gradients", cpu, floats) == "it has no score_grad"
+    assert backend.refusal("product", cpu, floats, frozenset({Nf4})) == "its product takes no Nf4"
+    assert "runs on cpu, got a tensor on meta" in backend.refusal("product", torch.device("meta"), floats)
+    assert "takes float32, got float64" in backend.refusal("product", cpu, (torch.float64,))
 
 
 def test_the_report_names_every_backend_and_what_auto_chooses():
@@ -127,21 +130,23 @@ def test_auto_takes_a_backends_own_choice_and_a_request_its_plain_function(monke
     def chosen():
         pass
 
-    backend = backends.Backend("cpu", frozenset(), frozenset(), {"op": plain, "other": plain}, automatic={"op": chosen})
+    backend = backends.Backend(
+        "cpu", frozenset(), frozenset(), {"pack": plain, "signs": plain}, automatic={"pack": chosen}
+    )
     monkeypatch.setattr(backends, "_TABLE", {"cpu": backend})
     monkeypatch.setattr(backends, "_chosen", {})
     cpu, floats = torch.device("cpu"), (torch.float32,)
-    assert backends.choose("op", cpu, floats) is chosen
-    assert backends.choose("other", cpu, floats) is plain
-    assert backends.choose("op", cpu, floats, "cpu") is plain
+    assert backends.choose("pack", cpu, floats) is chosen
+    assert backends.choose("signs", cpu, floats) is plain
+    assert backends.choose("pack", cpu, floats, "cpu") is plain
 
 
 def test_auto_passes_over_a_backend_for_tests_and_a_request_does_not(monkeypatch):
-    slow = backends.Backend("triton", frozenset(), frozenset(), {"op": print}, on_request="for tests")
-    fast = backends.Backend("cpu", frozenset(), frozenset(), {"op": repr})
+    slow = backends.Backend("triton", frozenset(), frozenset(), {"pack": print}, on_request="for tests")
+    fast = backends.Backend("cpu", frozenset(), frozenset(), {"pack": repr})
     monkeypatch.setattr(backends, "_TABLE", {"triton": slow, "cpu": fast})
     monkeypatch.setattr(backends, "_announced", set())
     monkeypatch.setattr(backends, "_chosen", {})
     cpu, floats = torch.device("cpu"), (torch.float32,)
-    assert backends.choose("op", cpu, floats) is repr
-    assert backends.choose("op", cpu, floats, "triton") is print
+    assert backends.choose("pack", cpu, floats) is repr
+    assert backends.choose("pack", cpu, floats, "triton") is print

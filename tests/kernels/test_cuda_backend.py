@@ -35,7 +35,7 @@ def test_the_ops_are_registered_for_cuda_tensors():
 @needs_library
 def test_a_tensor_on_the_cpu_is_refused_by_name():
     with pytest.raises(NotImplementedError, match="'mft_cuda::kept_threshold' .* 'CPU' backend"):
-        cuda.kept_threshold(torch.ones(2, 2), 0.5, "magnitude")
+        cuda.select(torch.ones(2, 2), 0.5, "magnitude")
 
 
 @needs_library
@@ -85,13 +85,14 @@ def test_without_a_gpu_a_request_raises_and_the_report_says_why():
         mft_kernels.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0), backend="cuda")
 
 
-def test_every_op_of_the_reference_but_dequantize_is_served_with_its_arguments():
+def test_every_function_of_the_reference_but_decode_is_served_with_its_arguments():
     import inspect
 
-    ops = backends._TABLE["cuda"].ops
-    assert backends._TABLE["reference"].ops.keys() - {"dequantize"} == ops.keys()
-    for name, function in ops.items():
-        assert inspect.signature(function) == inspect.signature(backends._TABLE["reference"].ops[name])
+    functions = backends._TABLE["cuda"].functions
+    assert backends._TABLE["reference"].functions.keys() - {"decode"} == functions.keys()
+    for name, function in functions.items():
+        expected = inspect.signature(backends._TABLE["reference"].functions[name])
+        assert list(inspect.signature(function).parameters) == list(expected.parameters)
 
 
 @pytest.fixture
@@ -103,48 +104,39 @@ def backend(monkeypatch):
         registered.name,
         registered.device_types,
         registered.dtypes,
-        registered.ops,
+        registered.functions,
+        registered.takes,
         on_request=registered.on_request,
     )
 
 
-def test_accumulation_without_a_weight_asks_for_16_bit_inputs_alone(backend):
+def test_products_in_float32_are_tritons_and_scores_in_float32_are_not(backend):
     gpu = torch.device("cuda", 0)
-    assert backend.refusal("accumulate_product", gpu, (BFLOAT16, FLOAT32)) is None
-    for op in ("accumulate_product", "grouped_score_grad"):
-        assert backend.refusal(op, gpu, (FLOAT32, FLOAT32)) == (
-            "its x must be bfloat16 or float16, got float32, which the triton backend takes"
+    for function in ("product", "gradients", "score_grad"):
+        assert backend.refusal(function, gpu, (FLOAT32,)) == (
+            "its products take bfloat16 or float16, got float32, which the triton backend takes"
         )
-
-
-def test_weights_in_float32_are_tritons_and_scores_in_float32_are_not(backend):
-    gpu = torch.device("cuda", 0)
-    products = ("masked_linear", "masked_linear_packed", "masked_linear_packed_backward", "grouped_product")
-    for op in (*products, "accumulate_score_grad"):
-        assert "weight must be bfloat16 or float16, got float32, which the triton" in backend.refusal(
-            op, gpu, (FLOAT32,)
-        )
-        assert backend.refusal(op, gpu, (BFLOAT16, FLOAT32)) is None
-    for op in ("kept_threshold", "kept_thresholds", "pack_mask", "pack_signs", "score_step"):
-        assert backend.refusal(op, gpu, (FLOAT32,)) is None
-    assert "it takes bfloat16, float16, float32, got float64" in backend.refusal("pack_mask", gpu, (torch.float64,))
-    assert "it runs on cuda, got a tensor on cpu" in backend.refusal("pack_mask", torch.device("cpu"), (FLOAT32,))
+        assert backend.refusal(function, gpu, (BFLOAT16, FLOAT32)) is None
+    for function in ("select", "pack", "signs", "step"):
+        assert backend.refusal(function, gpu, (FLOAT32,)) is None
+    assert "it takes bfloat16, float16, float32, got float64" in backend.refusal("pack", gpu, (torch.float64,))
+    assert "it runs on cuda, got a tensor on cpu" in backend.refusal("pack", torch.device("cpu"), (FLOAT32,))
 
 
 def test_auto_passes_it_over_until_it_is_timed(backend, monkeypatch):
-    other = backends.Backend("triton", frozenset({"cuda"}), frozenset(), {"pack_mask": print})
+    other = backends.Backend("triton", frozenset({"cuda"}), frozenset(), {"pack": print})
     monkeypatch.setattr(backends, "_TABLE", {"cuda": backend, "triton": other})
     monkeypatch.setattr(backends, "_announced", set())
     monkeypatch.setattr(backends, "_chosen", {})
     monkeypatch.setattr(faster, "_table", dict)  # nothing was timed
     gpu = torch.device("cuda", 0)
-    assert backends.choose("pack_mask", gpu, (BFLOAT16,)) is print
-    assert backends.choose("pack_mask", gpu, (BFLOAT16,), "cuda") is cuda.pack_mask
+    assert backends.choose("pack", gpu, (BFLOAT16,)) is print
+    assert backends.choose("pack", gpu, (BFLOAT16,), "cuda") is cuda.pack
 
 
 def test_each_gpu_is_asked_for(backend, monkeypatch):
     monkeypatch.setattr(cuda, "_device_refusal", lambda index: f"GPU {index} is too old")
-    assert backend.refusal("pack_mask", torch.device("cuda", 1), (BFLOAT16,)) == "GPU 1 is too old"
+    assert backend.refusal("pack", torch.device("cuda", 1), (BFLOAT16,)) == "GPU 1 is too old"
 
 
 @pytest.mark.parametrize(

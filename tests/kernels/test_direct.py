@@ -16,9 +16,10 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
 import mft_kernels
-from mft_kernels import MaskedLinear, reference
+from mft_kernels import MaskedLinear
+from mft_kernels.by_name import oracle
 from mft_kernels.mask.held import masked_linear_held
-from mft_kernels.ops.direct import is_direct
+from mft_kernels.ops.route import is_seen_by_others
 from mft_kernels.testing import integer_inputs
 
 OPS = ("masked_linear", "masked_linear_packed", "masked_linear_by_ratio")
@@ -59,7 +60,7 @@ class Layer:
             for name in ("weight", "scores", "bias"):
                 getattr(self.module, name).copy_(getattr(t, name))
         self.module.requires_grad_(False)
-        self.expected = reference.masked_linear(t.x, t.weight, t.scores, self.threshold, t.bias, "magnitude")
+        self.expected = oracle.masked_linear(t.x, t.weight, t.scores, self.threshold, t.bias, "magnitude")
 
         self.ways = (
             (OPS[0], lambda x: mft_kernels.masked_linear(x, self.weight, self.scores, self.threshold, self.bias)),
@@ -342,9 +343,9 @@ def test_tensors_that_are_not_what_their_memory_holds_are_not_direct(layer, disp
     negative = torch.complex(layer.x, -layer.x).conj().imag  # a view of -x, with a bit that says: negate
     assert negative.is_neg()
     functional = torch._to_functional_tensor(layer.x)
-    assert is_direct(layer.x, layer.weight, None)
+    assert not is_seen_by_others(layer.x, layer.weight, None)
     for tensor in (negative, functional, layer.x.to("meta"), layer.x.to_sparse()):
-        assert not is_direct(layer.x, tensor)
+        assert is_seen_by_others(layer.x, tensor)
     for op, call in layer.ways:
         dispatched.clear()
         assert torch.equal(call(negative), layer.expected)
@@ -355,7 +356,9 @@ def test_tensors_that_are_not_what_their_memory_holds_are_not_direct(layer, disp
 
 
 def test_parameters_and_buffers_are_plain(layer):
-    assert is_direct(nn.Parameter(layer.weight, requires_grad=False), nn.Buffer(layer.packed), layer.module.scores)
+    assert not is_seen_by_others(
+        nn.Parameter(layer.weight, requires_grad=False), nn.Buffer(layer.packed), layer.module.scores
+    )
     with torch.inference_mode():
         made = torch.ones(2)
-    assert is_direct(made, layer.x)
+    assert not is_seen_by_others(made, layer.x)

@@ -8,6 +8,7 @@ from amx_gemm import amx_gemm
 from pitched import OPERANDS, assert_no_pitch_is_read, assert_rows_are_independent
 
 from mft_kernels import reference
+from mft_kernels.by_name import oracle
 from mft_kernels.testing import detached_masked_linear, integer_inputs, random_inputs
 
 MODES = ("magnitude", "value")
@@ -23,9 +24,9 @@ def test_forward_and_gradients_match_the_detach_formulation(mode):
     y = detached_masked_linear(x, weight, scores, threshold, bias, mode=mode)
     y.backward(t.grad_output)
 
-    ours = reference.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, mode)
+    ours = oracle.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, mode)
     torch.testing.assert_close(ours, y.detach(), rtol=1e-12, atol=1e-14)
-    grads = reference.masked_linear_backward(t.grad_output, t.x, t.weight, t.scores, threshold, mode, ALL)
+    grads = oracle.masked_linear_backward(t.grad_output, t.x, t.weight, t.scores, threshold, mode, ALL)
     for got, leaf in zip(grads, leaves):
         torch.testing.assert_close(got, leaf.grad, rtol=1e-12, atol=1e-14)
 
@@ -36,8 +37,8 @@ def test_d_scores_is_the_dense_weight_gradient_times_weight_and_sign():
     torch.nn.functional.linear(t.x, dense).backward(t.grad_output)
     threshold = torch.tensor(2.0)
     want = [False, False, True, False]
-    magnitude = reference.masked_linear_backward(t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", want)
-    value = reference.masked_linear_backward(t.grad_output, t.x, t.weight, t.scores, threshold, "value", want)
+    magnitude = oracle.masked_linear_backward(t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", want)
+    value = oracle.masked_linear_backward(t.grad_output, t.x, t.weight, t.scores, threshold, "value", want)
     assert torch.equal(magnitude[2], dense.grad * t.weight * t.scores.sign())
     assert torch.equal(value[2], dense.grad * t.weight)
     assert magnitude[0].shape == magnitude[1].shape == magnitude[3].shape == (0,)
@@ -46,7 +47,7 @@ def test_d_scores_is_the_dense_weight_gradient_times_weight_and_sign():
 def test_a_dropped_nan_or_inf_weight_contributes_an_exact_zero():
     weight = torch.tensor([[torch.nan, 2.0, torch.inf]])
     scores = torch.tensor([[0.1, 1.0, -0.2]])
-    y = reference.masked_linear(torch.full((1, 3), 3.0), weight, scores, torch.tensor(0.5), None, "magnitude")
+    y = oracle.masked_linear(torch.full((1, 3), 3.0), weight, scores, torch.tensor(0.5), None, "magnitude")
     assert y.item() == 6
 
 
@@ -108,14 +109,14 @@ def test_the_packed_form_agrees_with_the_form_from_scores(mode):
     packed = reference.pack_mask(t.scores, threshold, mode)
     signs, _ = reference.pack_signs(t.scores)
     assert torch.equal(
-        reference.masked_linear_packed(t.x, t.weight, packed, t.bias),
-        reference.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, mode),
+        oracle.masked_linear_packed(t.x, t.weight, packed, t.bias),
+        oracle.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, mode),
     )
-    expected = reference.masked_linear_backward(t.grad_output, t.x, t.weight, t.scores, threshold, mode, ALL)
+    expected = oracle.masked_linear_backward(t.grad_output, t.x, t.weight, t.scores, threshold, mode, ALL)
     for given_scores, given_signs in ((t.scores, None), (None, signs), (t.scores, signs)):
         if mode == "value" and given_scores is None:
             continue
-        got = reference.masked_linear_packed_backward(
+        got = oracle.masked_linear_packed_backward(
             t.grad_output, t.x, t.weight, packed, given_scores, given_signs, mode, ALL
         )
         for a, b in zip(got, expected):
@@ -125,16 +126,16 @@ def test_the_packed_form_agrees_with_the_form_from_scores(mode):
 def test_accumulate_score_grad_adds_to_what_is_there():
     t = integer_inputs(4, 3, 5)
     out = torch.ones(3, 5)
-    reference.accumulate_score_grad(out, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
+    oracle.accumulate_score_grad(out, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
     assert torch.equal(out, 1 + (t.grad_output.T @ t.x) * t.weight * t.scores.sign())
 
 
 @pytest.mark.parametrize(("n", "k"), [(0, 3), (4, 0), (0, 0)])
 def test_a_layer_without_inputs_or_outputs_has_a_value_and_gradients(n, k):
     x, weight, bias = torch.ones(2, 5, k), torch.ones(n, k), torch.ones(n)
-    y = reference.masked_linear(x, weight, weight, torch.tensor(1.0), bias, "magnitude")
+    y = oracle.masked_linear(x, weight, weight, torch.tensor(1.0), bias, "magnitude")
     assert torch.equal(y, bias.expand(2, 5, n) + k)
-    grads = reference.masked_linear_backward(y, x, weight, weight, torch.tensor(1.0), "magnitude", [True] * 4)
+    grads = oracle.masked_linear_backward(y, x, weight, weight, torch.tensor(1.0), "magnitude", [True] * 4)
     assert [g.shape for g in grads] == [x.shape, weight.shape, weight.shape, bias.shape]
 
 
@@ -146,7 +147,7 @@ def test_a_layer_without_inputs_or_outputs_has_a_value_and_gradients(n, k):
 def test_nothing_behind_the_rows_of_an_operand_is_multiplied(gemm, operand):
     with gemm():
         for length in (*range(1, 9), *range(33, 61)):
-            assert_no_pitch_is_read(reference, length, torch.bfloat16, operand)
+            assert_no_pitch_is_read(oracle, length, torch.bfloat16, operand)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -154,8 +155,8 @@ def test_nothing_behind_the_rows_of_an_operand_is_multiplied(gemm, operand):
 def test_all_rows_may_have_a_pitch_and_a_token_of_nan_stays_in_its_row(gemm, dtype):
     with gemm():
         for length in range(1, 61):
-            assert_no_pitch_is_read(reference, length, dtype, *OPERANDS)
-            assert_rows_are_independent(reference, length, dtype)
+            assert_no_pitch_is_read(oracle, length, dtype, *OPERANDS)
+            assert_rows_are_independent(oracle, length, dtype)
 
 
 @pytest.mark.parametrize("length", [40, 70])

@@ -8,8 +8,10 @@ import mft_kernels
 from mft_kernels import MaskedLinear, reference
 from mft_kernels.backends import cpu
 from mft_kernels.backends import table as backends
+from mft_kernels.by_name import oracle
 from mft_kernels.mask.held import masked_linear_held
-from mft_kernels.ops import linear as ops
+from mft_kernels.ops import served
+from mft_kernels.ops.linear import GRADIENTS_OF_PACKED
 from mft_kernels.testing import integer_inputs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"the CPU library: {cpu.unavailable}")
@@ -48,7 +50,7 @@ def test_the_short_way_gives_what_the_reference_gives(usual, shape, dtype, bias)
     call = {name: t.to(dtype) if t.is_floating_point() else t for name, t in usual.items()}
     call["x"] = torch.randint(-3, 4, shape).to(dtype)
     call["bias"] = call["bias"] if bias else None
-    assert_same(by_short_way(call), reference.masked_linear_packed(*call.values()))
+    assert_same(by_short_way(call), oracle.masked_linear_packed(*call.values()))
 
 
 def assert_same(ours: Tensor, theirs: Tensor) -> None:
@@ -64,7 +66,7 @@ def test_the_short_way_from_scores_gives_what_the_reference_gives(from_scores, s
     call = {name: t.to(dtype) if name in ("weight", "bias") else t for name, t in from_scores.items()}
     call |= {"x": torch.randint(-3, 4, shape).to(dtype), "mode": mode}
     call |= {name: call[name].to(scores_dtype) for name in ("scores", "threshold")}
-    assert_same(by_short_way(call), reference.masked_linear(*call.values()))
+    assert_same(by_short_way(call), oracle.masked_linear(*call.values()))
 
 
 UNUSUAL = {
@@ -171,12 +173,12 @@ def test_a_backend_that_auto_asks_first_has_no_short_way_past_it(own_table, usua
     assert ("masked_linear_packed", torch.float32) in backends.short_ways
     asked = []
 
-    def masked_linear_packed(*arguments):
+    def product(*arguments, **how):
         asked.append(arguments)
-        return reference.masked_linear_packed(*arguments)
+        return reference.product(*arguments, **how)
 
-    ops = {"masked_linear_packed": masked_linear_packed}
-    ours = backends.Backend("ours", frozenset({"cpu"}), frozenset({torch.float32}), ops)
+    functions = {"product": product}
+    ours = backends.Backend("ours", frozenset({"cpu"}), frozenset({torch.float32}), functions)
     backends.register(ours, before="cpu")
     layer = MaskedLinear(K, N)
     layer(usual["x"].detach())
@@ -197,7 +199,7 @@ def gradients():
     names = ["grad_output", "x", "weight", "packed", "scores", "signs", "mode", "output_mask"]
     values = t.grad_output, t.x, t.weight, packed, t.scores, signs, "magnitude", [True, False, True, False]
     call = dict(zip(names, values, strict=True))
-    ops.gradients_of_packed(*values, "auto")  # so that "auto" has asked its table
+    GRADIENTS_OF_PACKED(*values, "auto")  # so that "auto" has asked its table
     return call
 
 
@@ -227,7 +229,7 @@ def test_the_short_way_gives_the_gradients_of_the_reference(gradients, dtype, le
     call |= {"signs": {"signs": None}, "scores": {"signs": None}, "value": {"signs": None, "mode": "value"}}[sign]
     if sign == "signs":
         call |= {"signs": gradients["signs"], "scores": None}
-    found, expected = gradients_by_short_way(call), reference.masked_linear_packed_backward(*call.values())
+    found, expected = gradients_by_short_way(call), oracle.masked_linear_packed_backward(*call.values())
     for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs)
 
@@ -247,7 +249,7 @@ def test_the_short_way_from_scores_gives_the_gradients_of_the_reference(
         "x": torch.randint(-3, 4, (*leading, K)).to(dtype),
         "weight": call["weight"].to(dtype),
     }
-    found, expected = gradients_by_short_way(call), reference.masked_linear_backward(*call.values())
+    found, expected = gradients_by_short_way(call), oracle.masked_linear_backward(*call.values())
     for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs)
 
@@ -298,7 +300,7 @@ def test_the_short_way_adds_a_product_as_the_reference_does(into, dtype):
     grad, x = torch.randint(-3, 4, (2, 3, N)).to(dtype), torch.randint(-3, 4, (2, 3, K)).to(dtype)
     out = torch.randint(-3, 4, (N, K)).to(into)
     expected = out.clone()
-    reference.accumulate_product(expected, grad, x)
+    oracle.accumulate_product(expected, grad, x)
     assert torch.ops.mft_cpu.try_accumulate_product(out, grad, x)
     assert torch.equal(out, expected)
     kept = out.clone()
@@ -354,7 +356,7 @@ def test_a_step_of_a_layer_asks_no_table(monkeypatch, by, learns):
         by_the_long_way.setenv("MFT_KERNELS", "cpu")
         expected = step()
     step()
-    monkeypatch.setattr(ops, "choose", None)
+    monkeypatch.setattr(served, "choose", None)
     version = buffer._version
     for ours, theirs in zip(step(), expected, strict=True):
         assert (ours is None) == (theirs is None)

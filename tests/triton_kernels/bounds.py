@@ -22,11 +22,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import quick_interpreter  # noqa: F401
 from guarded import guarded
 
-from mft_kernels.backends.triton import bits, grouped, ops, score_step, select, target
+from mft_kernels.backends.triton import bits, ops, score_step, select, target
 from mft_kernels.backends.triton.launch import launch
+from mft_kernels.by_name import ByName
 from mft_kernels.reference import step as reference_step
 from mft_kernels.reference.fixed_point import fixed_from_float
 from mft_kernels.testing import Inputs, random_inputs
+
+flat = ByName(ops)
 
 TARGETS = (target.INTERPRETER, target.A100, target.H100, target.H100_OLD_TRITON, target.B200, target.MI300X)
 #: Of whose forms experts are tried: pointers and descriptors.
@@ -68,13 +71,13 @@ def run_every_op(t: Inputs, out_dtype: torch.dtype, by_row: bool, at_end: bool) 
     threshold = guard(threshold.expand(scores.shape[0]) if by_row else threshold)
     packed, signs = bits.pack_mask(scores, threshold, "magnitude"), bits.pack_signs(scores)[0]
     for choose in (ops.always_fused, ops.always_scratch):
-        ops.masked_linear(x, weight, scores, threshold, bias, "magnitude", choose=choose)
-        ops.masked_linear_packed(x, weight, packed, bias, choose=choose)
+        flat.masked_linear(x, weight, scores, threshold, bias, "magnitude", choose=choose)
+        flat.masked_linear_packed(x, weight, packed, bias, choose=choose)
     for wanted in ([True, False, False, False], [False, True, True, False], [True, True, True, True]):
-        ops.masked_linear_backward(grad, x, weight, scores, threshold, "magnitude", wanted)
-    ops.masked_linear_packed_backward(grad, x, weight, packed, None, signs, "magnitude", wanted)
-    ops.accumulate_score_grad(guard(torch.zeros(weight.shape, dtype=out_dtype)), grad, x, weight, None, signs, "value")
-    ops.accumulate_product(guard(torch.zeros(weight.shape, dtype=out_dtype)), grad, x)
+        flat.masked_linear_backward(grad, x, weight, scores, threshold, "magnitude", wanted)
+    flat.masked_linear_packed_backward(grad, x, weight, packed, None, signs, "magnitude", wanted)
+    flat.accumulate_score_grad(guard(torch.zeros(weight.shape, dtype=out_dtype)), grad, x, weight, None, signs, "value")
+    flat.accumulate_product(guard(torch.zeros(weight.shape, dtype=out_dtype)), grad, x)
 
 
 def run_experts(t: Inputs, at_end: bool) -> None:
@@ -82,15 +85,15 @@ def run_experts(t: Inputs, at_end: bool) -> None:
     guard = partial(guarded, at_end=at_end)
     grad, x = guard(t.grad_output), guard(t.x)
     weight, scores, bias = (guard(torch.stack([v, v])) for v in (t.weight, t.scores, t.bias))
-    thresholds = guard(select.kept_thresholds(scores, 0.7, "magnitude"))
+    thresholds = guard(select.select(scores, 0.7, "magnitude", each=True))
     words = guard(torch.stack([bits.pack_mask(s, c, "magnitude") for s, c in zip(scores, thresholds)]))
     masks = (scores, thresholds, None), (None, None, words)
     for mask, ends in zip(masks, ((len(x) + 9, 1), (-5, 1 << 30))):
         offsets = guard(torch.tensor(ends, dtype=torch.int32))
-        grouped.grouped_product(x, weight, *mask, offsets, bias, "magnitude", False)
-        grouped.grouped_product(grad, weight, *mask, offsets, None, "magnitude", True)
+        flat.grouped_product(x, weight, *mask, offsets, bias, "magnitude", False)
+        flat.grouped_product(grad, weight, *mask, offsets, None, "magnitude", True)
         out = guard(torch.zeros(weight.shape))
-        grouped.grouped_score_grad(out, grad, x, offsets, weight, scores, None, "magnitude", True)
+        flat.grouped_score_grad(out, grad, x, offsets, weight, scores, None, "magnitude", True)
 
 
 def run_score_steps(t: Inputs, at_end: bool) -> None:

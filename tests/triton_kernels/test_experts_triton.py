@@ -8,11 +8,13 @@ from exact import HALF, assert_same
 from experts import integer_experts
 
 from mft_kernels import reference
-from mft_kernels.backends.triton import grouped, select
+from mft_kernels.backends.triton import ops, select
 from mft_kernels.backends.triton.launch import record
 from mft_kernels.backends.triton.target import assume
-from mft_kernels.reference import grouped as reference_grouped
+from mft_kernels.by_name import ByName, oracle
 from mft_kernels.testing import assert_within_budget
+
+flat = ByName(ops)
 
 #: Rows an expert: tiles of 16, of 64 and of 128 of them, each with full tiles, short ones and none.
 ROWS = ((0, 1, 32, 0, 19, 0), (40, 0, 66), (0, 130, 70))
@@ -24,9 +26,9 @@ def on(device, t):
 
 
 def assert_equals_oracle(op, *arguments):
-    """Of grouped, against reference_grouped on a CPU; of a sum its first argument."""
+    """Of ours, against the oracle on a CPU; of a sum its first argument."""
     on_cpu = [a.cpu().clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-    got, expected = getattr(grouped, op)(*arguments), getattr(reference_grouped, op)(*on_cpu)
+    got, expected = getattr(flat, op)(*arguments), getattr(oracle, op)(*on_cpu)
     if op == "grouped_score_grad":
         got, expected = arguments[0], on_cpu[0]
     assert_same(got, expected)
@@ -61,7 +63,7 @@ def test_every_form_and_tile_equals_the_oracle(device, target, rows):
         for mask in masks_of(t):
             forward = (t.x, t.weight, *mask, t.offsets, t.bias, "magnitude", t.transposed)
             with record() as launches:
-                grouped.grouped_product(*forward)
+                flat.grouped_product(*forward)
             assert [one.options["DESCRIPTORS"] for one in launches] == [target.descriptors]
             assert_equals_oracle("grouped_product", *forward)
             d_x = (t.grad_output, t.weight, *mask, t.offsets, None, "magnitude", not t.transposed)
@@ -124,8 +126,8 @@ def test_each_of_many_matrices_has_its_own_kth_largest(device, dtype):
     scores = torch.randn(4, 3, select._BLOCK + 7, generator=torch.Generator().manual_seed(0)).to(dtype)
     scores[1, 2, 5], scores[3] = torch.nan, 0.25
     for keep_ratio in (0.0, 0.3, 0.9):
-        found = select.kept_thresholds(scores.to(device), keep_ratio, "magnitude")
-        assert_same(found, reference_grouped.kept_thresholds(scores, keep_ratio, "magnitude"))
+        found = select.select(scores.to(device, each=True), keep_ratio, "magnitude")
+        assert_same(found, oracle.kept_thresholds(scores, keep_ratio, "magnitude"))
         assert found.isnan().tolist() == [False, True, False, False]
 
 
@@ -138,6 +140,4 @@ def test_rounding_errors_stay_within_twice_those_of_pytorch(device):
         given = (x.to(dtype), weight.to(dtype), weight.to(dtype), thresholds.to(dtype), None, offsets, None)
         return module.grouped_product(*(v if v is None else v.to(where) for v in given), "magnitude", False).cpu()
 
-    assert_within_budget(
-        run(grouped, HALF, device), run(reference_grouped, HALF, "cpu"), run(reference_grouped, torch.float64, "cpu")
-    )
+    assert_within_budget(run(flat, HALF, device), run(oracle, HALF, "cpu"), run(oracle, torch.float64, "cpu"))

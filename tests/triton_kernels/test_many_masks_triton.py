@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from mft_kernels import reference
-from mft_kernels.backends.triton import many
+from mft_kernels.backends.triton import ops
 from mft_kernels.backends.triton.launch import record
 from mft_kernels.backends.triton.target import assume
+from mft_kernels.by_name import ByName, oracle
 from mft_kernels.testing import integer_inputs
+
+flat = ByName(ops)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,10 +32,10 @@ def test_every_shape_equals_the_reference(device, dtype, shape):
     for masks in (0, 3):
         x, weight, bits, tasks, bias, grad = arguments(*shape, dtype, device, masks)
         for b in (bias, None):
-            expected = reference.masked_linear_many(x, weight, bits, tasks, b)
-            assert torch.equal(many.masked_linear_many(x, weight, bits, tasks, b), expected)
-        d_x = reference.masked_linear_many_backward(grad, weight, bits, tasks)
-        assert torch.equal(many.masked_linear_many_backward(grad, weight, bits, tasks), d_x)
+            expected = oracle.masked_linear_many(x, weight, bits, tasks, b)
+            assert torch.equal(flat.masked_linear_many(x, weight, bits, tasks, b), expected)
+        d_x = oracle.masked_linear_many_backward(grad, weight, bits, tasks)
+        assert torch.equal(flat.masked_linear_many_backward(grad, weight, bits, tasks), d_x)
 
 
 def test_a_sum_in_parts_counts_every_element_and_the_bias_once(device, target):
@@ -41,20 +44,20 @@ def test_a_sum_in_parts_counts_every_element_and_the_bias_once(device, target):
         tasks[0] = 3  # there is no such task, in no part: three masks take the binary of four
         with assume(replace(target, multiprocessors=1000)):
             with record() as launches:
-                many.masked_linear_many(x, weight, bits, tasks, bias)
+                flat.masked_linear_many(x, weight, bits, tasks, bias)
             assert [one.kernel.__name__ for one in launches] == ["_many_masks_kernel", "_sum_splits_kernel"]
-            y = many.masked_linear_many(x, weight, bits, tasks, bias)
-        assert torch.equal(y[1:], reference.masked_linear_many(x, weight, bits, tasks, bias)[1:])
+            y = flat.masked_linear_many(x, weight, bits, tasks, bias)
+        assert torch.equal(y[1:], oracle.masked_linear_many(x, weight, bits, tasks, bias)[1:])
         assert y[0].isnan().all()
 
 
 def test_strides_are_read_as_they_are(device):
     x, weight, bits, tasks, bias, _ = arguments(6, 17, 45, torch.float32, device)
-    expected = reference.masked_linear_many(x, weight, bits, tasks, bias)
+    expected = oracle.masked_linear_many(x, weight, bits, tasks, bias)
     strided = weight.T.contiguous().T, [mask.repeat(1, 2)[:, : mask.shape[1]] for mask in bits]
-    assert torch.equal(many.masked_linear_many(x, *strided, tasks.repeat(2)[:6], bias), expected)
+    assert torch.equal(flat.masked_linear_many(x, *strided, tasks.repeat(2)[:6], bias), expected)
     x = x.transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(many.masked_linear_many(x, weight, bits, tasks, bias), expected)
+    assert torch.equal(flat.masked_linear_many(x, weight, bits, tasks, bias), expected)
 
 
 def test_a_dropped_nan_reaches_no_row_and_an_unknown_task_is_nan(device):
@@ -63,7 +66,7 @@ def test_a_dropped_nan_reaches_no_row_and_an_unknown_task_is_nan(device):
     bits[0][4, 1] = ~1  # drops weight (4, 32)
     weight[4, 32] = torch.nan
     x = torch.ones_like(x)
-    y = many.masked_linear_many(x, weight, bits, torch.tensor([0, 1, 0, -1, 2, -2], device=device), None)
+    y = flat.masked_linear_many(x, weight, bits, torch.tensor([0, 1, 0, -1, 2, -2], device=device), None)
     assert y[[0, 2]].isfinite().all()
     assert not y[[1, 3]].isfinite().all()
     assert y[4:].isnan().all()

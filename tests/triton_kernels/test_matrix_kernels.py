@@ -27,7 +27,10 @@ from exact import (
 from mft_kernels import reference
 from mft_kernels.backends.triton import ops
 from mft_kernels.backends.triton.target import assume
+from mft_kernels.by_name import ByName, oracle
 from mft_kernels.testing import assert_within_budget, random_inputs
+
+flat = ByName(ops)
 
 
 @pytest.mark.parametrize("scores_dtype", DTYPES)
@@ -67,8 +70,8 @@ def test_every_output_mask_gives_what_it_asks_for(device, target):
 def test_x_is_not_read_where_no_weight_or_score_asks_for_a_gradient(device, target):
     t = integers(device, 20, 40, 72, HALF)
     arguments = (t.grad_output, t.grad_output, t.weight, t.scores, threshold_of(t.scores), "value")
-    d_x, _, _, d_bias = ops.masked_linear_backward(*arguments, [True, False, False, True])
-    expected = reference.masked_linear_backward(*(a.cpu() for a in arguments[:-1]), "value", [True, False, False, True])
+    d_x, _, _, d_bias = flat.masked_linear_backward(*arguments, [True, False, False, True])
+    expected = oracle.masked_linear_backward(*(a.cpu() for a in arguments[:-1]), "value", [True, False, False, True])
     assert_same(d_x, expected[0])
     assert_same(d_bias, expected[3])
 
@@ -96,7 +99,7 @@ def test_accumulation_rounds_the_sum_alone(device, target):
     x = torch.tensor([[1.0], [2.0**-11]], dtype=HALF, device=device).expand(2, 40)
     ones = torch.ones(40, 40, dtype=HALF, device=device)
     out = 2048 * ones
-    ops.accumulate_score_grad(out, ones[:2], x, ones, None, None, "value")
+    flat.accumulate_score_grad(out, ones[:2], x, ones, None, None, "value")
     assert (out == 2050).all()
 
 
@@ -149,12 +152,12 @@ def test_without_inputs_y_is_the_bias_and_without_outputs_d_x_is_zero(device, ta
     threshold = threshold_of(t.scores)
     packed, signs = bits_of(t.scores, threshold, "magnitude")
     y = t.bias.cpu().expand(m, n)
-    assert_same(ops.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude", choose=choose), y)
-    assert_same(ops.masked_linear_packed(t.x, t.weight, packed, t.bias, choose=choose), y)
-    assert_same(ops.masked_linear_packed(t.x, t.weight, packed, None, choose=choose), torch.zeros_like(y))
+    assert_same(flat.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude", choose=choose), y)
+    assert_same(flat.masked_linear_packed(t.x, t.weight, packed, t.bias, choose=choose), y)
+    assert_same(flat.masked_linear_packed(t.x, t.weight, packed, None, choose=choose), torch.zeros_like(y))
     for gradients in (
-        ops.masked_linear_backward(*arguments_of_backward(t, threshold), choose=choose),
-        ops.masked_linear_packed_backward(
+        flat.masked_linear_backward(*arguments_of_backward(t, threshold), choose=choose),
+        flat.masked_linear_packed_backward(
             t.grad_output, t.x, t.weight, packed, t.scores, signs, "magnitude", ALL, choose=choose
         ),
     ):
@@ -162,7 +165,7 @@ def test_without_inputs_y_is_the_bias_and_without_outputs_d_x_is_zero(device, ta
         assert_same(gradients[1], torch.zeros(n, k, dtype=HALF))
         assert_same(gradients[2], torch.zeros(n, k))
         assert_same(gradients[3], t.grad_output.cpu().sum(0))
-    ops.accumulate_score_grad(t.scores, t.grad_output, t.x, t.weight, None, signs, "magnitude")
+    flat.accumulate_score_grad(t.scores, t.grad_output, t.x, t.weight, None, signs, "magnitude")
 
 
 @pytest.mark.parametrize(
@@ -187,8 +190,8 @@ def test_dropped_nan_and_inf_weights_contribute_an_exact_zero(device, target, dt
     packed, signs = bits_of(t.scores, threshold, "magnitude")
     forward = (t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
     backward = arguments_of_backward(t, threshold)
-    assert ops.masked_linear(*forward).isfinite().all()
-    assert ops.masked_linear_backward(*backward)[0].isfinite().all()
+    assert flat.masked_linear(*forward).isfinite().all()
+    assert flat.masked_linear_backward(*backward)[0].isfinite().all()
     assert_equals_reference("masked_linear", *forward)
     assert_equals_reference("masked_linear", *forward, choose=ops.always_scratch)
     assert_equals_reference("masked_linear_packed", t.x, t.weight, packed, t.bias)
@@ -208,7 +211,7 @@ def test_nan_scores_are_dropped_and_zero_and_nan_scores_have_no_sign(device, tar
         threshold = threshold_of(t.scores, value)
         assert_equals_reference("masked_linear", t.x, t.weight, t.scores, threshold, t.bias, mode)
         assert_equals_reference("masked_linear_backward", *arguments_of_backward(t, threshold, mode))
-    d_scores = ops.masked_linear_backward(*arguments_of_backward(t, threshold, "magnitude"))[2]
+    d_scores = flat.masked_linear_backward(*arguments_of_backward(t, threshold, "magnitude"))[2]
     assert (d_scores[:, ::3] == 0).all()
     assert (d_scores[:, 1::3] == 0).all()
 
@@ -224,9 +227,9 @@ def test_error_stays_within_twice_that_of_pytorch(device, target, dtype):
         ("masked_linear_backward", backward, ("magnitude", ALL)),
         ("masked_linear_backward", backward, ("magnitude", [True, False, False, False])),
     ):
-        got = getattr(ops, op)(*(a.to(device) for a in arguments), *rest)
-        same = getattr(reference, op)(*arguments, *rest)
-        exact = getattr(reference, op)(*(a.double() for a in arguments), *rest)
+        got = getattr(flat, op)(*(a.to(device) for a in arguments), *rest)
+        same = getattr(oracle, op)(*arguments, *rest)
+        exact = getattr(oracle, op)(*(a.double() for a in arguments), *rest)
         for g, s, e in zip(got, same, exact) if isinstance(got, tuple) else [(got, same, exact)]:
             if g.numel():
                 assert_within_budget(g.cpu(), s, e)
@@ -247,7 +250,7 @@ def test_the_pass_through_scratch_equals_the_fused_product(device, mode, dtype):
             (t.grad_output, t.x, t.weight, packed, None, signs, mode, [True, False, False, False]),
         ),
     ):
-        through_scratch = partial(getattr(ops, op), choose=ops.always_scratch)
+        through_scratch = partial(getattr(flat, op), choose=ops.always_scratch)
         entries = launches_of(lambda run=through_scratch, arguments=arguments: run(*arguments))
         assert [entry.kernel.__name__ for entry in entries] == ["_masked_weight_kernel"]
         assert_equals_reference(op, *arguments, choose=ops.always_scratch)

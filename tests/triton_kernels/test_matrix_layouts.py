@@ -22,11 +22,13 @@ from exact import (
     threshold_of,
 )
 
-from mft_kernels import reference
 from mft_kernels.backends.triton import ops
 from mft_kernels.backends.triton.launch import launch
 from mft_kernels.backends.triton.target import interpreting
+from mft_kernels.by_name import ByName, oracle
 from mft_kernels.testing import integer_inputs
+
+flat = ByName(ops)
 
 
 def column_major(value):
@@ -66,9 +68,9 @@ def test_the_scratch_product_hands_torch_nothing_that_amx_would_multiply_wrongly
     t.x[2] = t.grad_output[3] = torch.nan
     threshold = threshold_of(t.scores)
     with amx_gemm():
-        y = ops.masked_linear(t.x, t.weight, t.scores, threshold, None, "magnitude", choose=ops.always_scratch)
+        y = flat.masked_linear(t.x, t.weight, t.scores, threshold, None, "magnitude", choose=ops.always_scratch)
         arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", [True, False, False, False])
-        d_x = ops.masked_linear_backward(*arguments, choose=ops.always_scratch)[0]
+        d_x = flat.masked_linear_backward(*arguments, choose=ops.always_scratch)[0]
     assert y.isnan().any(1).tolist() == [False, False, True, False, False]
     assert d_x.isnan().any(1).tolist() == [False, False, False, True, False]
 
@@ -144,14 +146,14 @@ def test_elements_beyond_2_to_the_31_are_written(device, target, axis):
     # The launch of a small product, with the result's strides replaced by those of a view that spans 2^31 elements.
     t = integers(device, 9, 40, 24, HALF)
     arguments = (t.x, t.weight, t.scores, threshold_of(t.scores), None, "magnitude")
-    (entry,) = launches_of(lambda: ops.masked_linear(*arguments))
+    (entry,) = launches_of(lambda: flat.masked_linear(*arguments))
     out = far_apart(torch.zeros(9, 40, dtype=HALF, device=device), axis)
     places = [i for i, a in enumerate(entry.args) if isinstance(a, torch.Tensor) and a.shape == out.shape]
     assert len(places) == 1
     assert entry.args[-2:] == (40, 1)
     args = (*entry.args[: places[0]], out, *entry.args[places[0] + 1 : -2], *out.stride())
     launch(entry.kernel, entry.grid, *args, **entry.options)
-    assert_same(out, reference.masked_linear(*(a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments)))
+    assert_same(out, oracle.masked_linear(*(a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments)))
 
 
 @pytest.mark.skipif(interpreting(), reason="2^31 results are too many for the interpreter")
@@ -161,14 +163,14 @@ def test_more_than_2_to_the_31_results_are_written(device):
     x = integer_inputs(16, 1, k, HALF).x.to(device)
     weight = torch.ones((), dtype=HALF, device=device).expand(n, k)
     out = torch.zeros(n, k, dtype=HALF, device=device)
-    ops.accumulate_score_grad(out, t.grad_output, x, weight, None, None, "value")
+    flat.accumulate_score_grad(out, t.grad_output, x, weight, None, None, "value")
     last = torch.zeros(3, k, dtype=HALF)
-    reference.accumulate_product(last, t.grad_output[:, -3:].cpu(), x.cpu())
+    oracle.accumulate_product(last, t.grad_output[:, -3:].cpu(), x.cpu())
     assert_same(out[-3:], last)
     del out
     rows = torch.ones(k, 8, dtype=HALF, device=device)
-    y = ops.masked_linear(rows, t.weight, t.scores, threshold_of(t.scores), None, "magnitude")
-    expected = reference.masked_linear(
+    y = flat.masked_linear(rows, t.weight, t.scores, threshold_of(t.scores), None, "magnitude")
+    expected = oracle.masked_linear(
         rows[:1].cpu(), t.weight.cpu(), t.scores.cpu(), torch.tensor(2.0), None, "magnitude"
     )
     assert_same(y[-1:], expected)

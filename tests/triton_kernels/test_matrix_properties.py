@@ -8,11 +8,14 @@ import torch
 from mft_kernels import reference
 from mft_kernels.backends.triton import ops
 from mft_kernels.backends.triton.target import assume, interpreting
+from mft_kernels.by_name import ByName, oracle
 from mft_kernels.testing import integer_inputs
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+flat = ByName(ops)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -79,11 +82,11 @@ def test_any_arguments_equal_the_reference(
     backward = (t.grad_output, t.x, t.weight, *mask, *sign, output_mask)
     with assume(replace(target, multiprocessors=multiprocessors)):
         results = (
-            getattr(ops, op)(*forward, choose=choose),
-            *getattr(ops, op + "_backward")(*backward, choose=choose),
+            getattr(flat, op)(*forward, choose=choose),
+            *getattr(flat, op + "_backward")(*backward, choose=choose),
         )
     on_cpu = [[a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments] for arguments in (forward, backward)]
-    expected = (getattr(reference, op)(*on_cpu[0]), *getattr(reference, op + "_backward")(*on_cpu[1]))
+    expected = (getattr(oracle, op)(*on_cpu[0]), *getattr(oracle, op + "_backward")(*on_cpu[1]))
     for got, want in zip(results, expected):
         assert got.dtype == want.dtype
         assert torch.equal(got.cpu(), want)

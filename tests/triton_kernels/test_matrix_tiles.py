@@ -21,7 +21,10 @@ from exact import (
 
 from mft_kernels.backends.triton import ops
 from mft_kernels.backends.triton.target import assume, interpreting
+from mft_kernels.by_name import ByName
 from mft_kernels.testing import Inputs, random_inputs
+
+flat = ByName(ops)
 
 
 @pytest.fixture(params=ARITHMETIC)
@@ -80,7 +83,7 @@ def test_a_sum_in_parts_counts_every_element_and_the_bias_once(device, target):
             ("masked_linear_backward", d_x([True, False, False, False])),
             ("masked_linear_backward", d_x(ALL)),
         ):
-            entries = launches_of(lambda op=op, arguments=arguments: getattr(ops, op)(*arguments))
+            entries = launches_of(lambda op=op, arguments=arguments: getattr(flat, op)(*arguments))
             assert "_sum_splits_kernel" in [entry.kernel.__name__ for entry in entries]
             assert_equals_reference(op, *arguments)
         t, _ = forward()
@@ -94,7 +97,7 @@ def test_one_launch_or_two_make_d_x_and_d_scores(device, target, m, count, monke
     t = integers(device, m, 16, 8, HALF)
     arguments = arguments_of_backward(t, threshold_of(t.scores))
     with assume(replace(target, multiprocessors=1)):
-        assert len(launches_of(lambda: ops.masked_linear_backward(*arguments))) == count
+        assert len(launches_of(lambda: flat.masked_linear_backward(*arguments))) == count
         assert_equals_reference("masked_linear_backward", *arguments)
 
 
@@ -109,7 +112,7 @@ def test_tiles_come_through_descriptors_where_tma_can_read_and_else_through_poin
     backward = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", ALL)
     with assume(replace(target, multiprocessors=1)):
         for op, arguments in (("masked_linear", forward), ("masked_linear_backward", backward)):
-            (entry,) = launches_of(lambda op=op, arguments=arguments: getattr(ops, op)(*arguments))
+            (entry,) = launches_of(lambda op=op, arguments=arguments: getattr(flat, op)(*arguments))
             assert entry.options["DESCRIPTORS"] == (described and target.descriptors)
             assert_equals_reference(op, *arguments)
 
@@ -122,8 +125,8 @@ def test_repeated_calls_give_the_same_bits(device, target):
     with assume(replace(target, multiprocessors=20)):
         first = None
         for _ in range(times):
-            y = ops.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
-            results = (y, *ops.masked_linear_backward(*arguments_of_backward(t, threshold)))
+            y = flat.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
+            results = (y, *flat.masked_linear_backward(*arguments_of_backward(t, threshold)))
             first = results if first is None else first
             for one, other in zip(first, results):
                 assert torch.equal(one, other)

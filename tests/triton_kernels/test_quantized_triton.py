@@ -6,13 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mft_kernels import pack_mask
+from mft_kernels import pack_mask, reference
 from mft_kernels.backends import table as backends
+from mft_kernels.backends.triton import ops
 from mft_kernels.backends.triton import quantized as kernels
 from mft_kernels.backends.triton.launch import record
+from mft_kernels.by_name import ByName, oracle
 from mft_kernels.ops import quantized
-from mft_kernels.reference import quantized as reference_quantized
 from mft_kernels.testing import assert_within_budget, random_inputs
+
+flat = ByName(ops)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("nf4", "nf4-dq", "int8")
@@ -66,7 +69,7 @@ def test_products_of_integers_equal_the_reference(device, kind, dtype):
         x, grad, bias = (integers(device, dtype, *size) for size in ((m, k), (m, n), (n,)))
         for packed in (pack_mask(torch.randn(n, k), torch.tensor(1.2)).to(device), None):
             arguments = x, grad, codes, absmax, packed, bias, [n, k], levels
-            for got, expected in zip(both(kernels, *arguments), both(reference_quantized, *arguments)):
+            for got, expected in zip(both(flat, *arguments), both(oracle, *arguments)):
                 assert torch.equal(got, expected)
 
 
@@ -81,8 +84,8 @@ def test_every_weight_is_decoded_to_the_bit(device, kind, dtype):
             absmax = [absmax[0] * sizes.repeat(-(-len(absmax[0]) // 6))[: len(absmax[0])]]
         codes, absmax = codes.to(device), [scale.to(device) for scale in absmax]
         unit = torch.eye(n, dtype=dtype, device=device)
-        got = kernels.masked_linear_quantized_d_x(unit, codes, absmax, None, [n, k], levels)
-        assert torch.equal(got, reference_quantized.dequantize(codes, absmax, [n, k], levels, dtype))
+        got = flat.masked_linear_quantized_d_x(unit, codes, absmax, None, [n, k], levels)
+        assert torch.equal(got, oracle.dequantize(codes, absmax, [n, k], levels, dtype))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,10 +97,10 @@ def test_random_products_err_as_torch_does(device, kind):
         packed = pack_mask(t.scores, torch.tensor(0.01)).to(device)
         x, grad, bias = (v.to(device) for v in (t.x, t.grad_output, t.bias))
         arguments = codes, absmax, packed
-        got = both(kernels, x, grad, *arguments, bias, [n, k], levels)
-        theirs = both(reference_quantized, x, grad, *arguments, bias, [n, k], levels)
-        dense = reference_quantized.dequantize(codes, absmax, [n, k], levels, dtype).double()
-        kept = torch.where(reference_quantized.unpack_mask(packed, [n, k]), dense, 0)
+        got = both(flat, x, grad, *arguments, bias, [n, k], levels)
+        theirs = both(oracle, x, grad, *arguments, bias, [n, k], levels)
+        dense = oracle.dequantize(codes, absmax, [n, k], levels, dtype).double()
+        kept = torch.where(reference.unpack_mask(packed, [n, k]), dense, 0)
         exact = x.double() @ kept.T + bias.double(), grad.double() @ kept
         for ours, same_dtype, value in zip(got, theirs, exact):
             assert_within_budget(ours, same_dtype, value)
@@ -111,10 +114,10 @@ def test_a_sum_in_parts_counts_every_element_and_the_bias_once(device, target, m
         x, bias = integers(device, torch.float16, 3, k), integers(device, torch.float16, n)
         arguments = x, codes, absmax, None, bias, [n, k], levels
         with record() as launches:
-            kernels.masked_linear_quantized(*arguments)
+            flat.masked_linear_quantized(*arguments)
         assert [one.kernel.__name__ for one in launches] == ["_quantized_product_kernel", "_sum_splits_kernel"]
-        y = kernels.masked_linear_quantized(*arguments)
-        assert torch.equal(y, reference_quantized.masked_linear_quantized(*arguments))
+        y = flat.masked_linear_quantized(*arguments)
+        assert torch.equal(y, oracle.masked_linear_quantized(*arguments))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of 0 * Inf beyond the edges
@@ -128,19 +131,17 @@ def test_what_is_not_finite_stays_in_its_row_and_a_dropped_one_reaches_nothing(d
             absmax[0][1], absmax[2][5] = 5, torch.inf
         else:
             absmax[0][1] = torch.inf
-        dense = reference_quantized.dequantize(codes, absmax, [9, k], levels, torch.float32)
+        dense = oracle.dequantize(codes, absmax, [9, k], levels, torch.float32)
         x = torch.ones(2, k, device=device)
         x[1, 3] = torch.nan
         everything = torch.full((9, -(-k // 32)), -1, dtype=torch.int32, device=device)  # bits beyond K too
         for packed in (None, everything):
-            y = kernels.masked_linear_quantized(x, codes, absmax, packed, None, [9, k], levels)
+            y = flat.masked_linear_quantized(x, codes, absmax, packed, None, [9, k], levels)
             assert torch.equal(y[0], dense.sum(1))
             assert y[1].isnan().all()
         dropped = pack_mask(dense.isfinite().float(), torch.tensor(1.0, device=device))
-        y = kernels.masked_linear_quantized(x[:1], codes, absmax, dropped, None, [9, k], levels)
-        d_x = kernels.masked_linear_quantized_d_x(
-            torch.ones(1, 9, device=device), codes, absmax, dropped, [9, k], levels
-        )
+        y = flat.masked_linear_quantized(x[:1], codes, absmax, dropped, None, [9, k], levels)
+        d_x = flat.masked_linear_quantized_d_x(torch.ones(1, 9, device=device), codes, absmax, dropped, [9, k], levels)
         assert y.isfinite().all()
         assert d_x.isfinite().all()
 
@@ -153,7 +154,7 @@ def test_the_op_takes_leading_axes_strides_and_no_tokens_and_has_gradients(devic
         bias = integers(device, torch.float32, 6).requires_grad_()
         found = []
         for backend in ("triton", "reference"):
-            y = quantized.masked_linear_quantized(x, codes, absmax, None, bias, **named, backend=backend)
+            y = flat.masked_linear_quantized(x, codes, absmax, None, bias, **named, backend=backend)
             found.append((y, *torch.autograd.grad(y.sum(), (x, bias))))
         for got, expected in zip(*found):
             assert torch.equal(got, expected)
@@ -169,21 +170,21 @@ class Coded(quantized.QuantizedMatrix):
 
 
 def test_on_a_gpu_layers_decode_in_the_kernel_where_triton_compiles_and_where_cuda_is_asked_for(monkeypatch):
-    ops = {"masked_linear_quantized": kernels.masked_linear_quantized}
+    takes = backends.OPERANDS
     monkeypatch.delenv("MFT_KERNELS", raising=False)
 
     def is_fused(dtype=torch.bfloat16, **about):
-        backend = backends.Backend("triton", frozenset({"cuda"}), frozenset(DTYPES), **about)
+        backend = backends.Backend("triton", frozenset({"cuda"}), frozenset(DTYPES), {}, **about)
         monkeypatch.setitem(backends._TABLE, "triton", backend)
         return Coded().is_fused(torch.empty(1, dtype=dtype))
 
-    assert is_fused(ops=ops)
-    assert not is_fused(ops=ops, dtype=torch.float32)  # not the weight's
-    assert not is_fused(ops={})
+    assert is_fused(takes=takes)
+    assert not is_fused(takes=takes, dtype=torch.float32)  # not the weight's
+    assert not is_fused()
     monkeypatch.setenv("MFT_KERNELS", "cuda")
-    assert is_fused(ops={})  # by the cuda backend's
+    assert is_fused()  # by the cuda backend's
     assert not Coded(torch.float32).is_fused(torch.empty(1))
     monkeypatch.delenv("MFT_KERNELS")
-    assert not is_fused(ops={})
-    assert is_fused(ops=ops)
+    assert not is_fused()
+    assert is_fused(takes=takes)
     assert Coded(torch.float32).is_fused(torch.empty(1))

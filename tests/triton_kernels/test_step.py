@@ -14,7 +14,7 @@ from mft_kernels import reference
 from mft_kernels.backends.triton import score_step as kernels
 from mft_kernels.backends.triton import select
 from mft_kernels.backends.triton.target import assume, installed_triton, target_of
-from mft_kernels.reference import step as reference_step
+from mft_kernels.by_name import oracle
 from mft_kernels.reference.fixed_point import LARGEST_CODE
 
 FORMATS = (torch.float32, torch.bfloat16, torch.int16)
@@ -60,7 +60,7 @@ def assert_steps_equal_the_reference(device, tensors, steps=2, between=None, **o
             if state is ours:
                 got = kernels.score_step(**state, **now)
             else:
-                expected = reference_step.score_step(**state, **now)
+                expected = oracle.score_step(**state, **now)
         for name, value in theirs.items():
             if value is not None:
                 assert_same(name, ours[name], value)
@@ -118,7 +118,7 @@ def test_misaligned_and_strided_tensors_are_read(device, dtype, eight_bit):
     ours["grad"] = ours["grad"].T.contiguous().T
     ours["weight"] = ours["weight"].repeat(1, 2)[:, :260]
     got = kernels.score_step(**ours, **DEFAULTS)
-    expected = reference_step.score_step(**theirs, **DEFAULTS)
+    expected = oracle.score_step(**theirs, **DEFAULTS)
     for name, value in theirs.items():
         if value is not None:
             assert_same(name, ours[name], value)

@@ -5,8 +5,11 @@ import itertools
 import pytest
 import torch
 
-from mft_kernels.backends.triton import grouped, launch, many, ops, plan, target
+from mft_kernels.backends.triton import launch, ops, plan, target
 from mft_kernels.backends.triton.plan import Operands
+from mft_kernels.by_name import ByName
+
+flat = ByName(ops)
 
 TARGETS = (target.A100, target.H100, target.H100_OLD_TRITON, target.B200, target.MI300X)
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 14336), (1024, 4096), (1000, 1001))
@@ -26,7 +29,7 @@ def launches_of(card, function):
 def backward(m, n=4096, k=4096, dtype=torch.bfloat16):
     x, grad, weight = empty(m, k, dtype=dtype), empty(m, n, dtype=dtype), empty(n, k, dtype=dtype)
     scores, threshold = empty(n, k, dtype=torch.float32), empty(dtype=torch.float32)
-    return ops.masked_linear_backward(grad, x, weight, scores, threshold, "magnitude", [True, False, True, False])
+    return flat.masked_linear_backward(grad, x, weight, scores, threshold, "magnitude", [True, False, True, False])
 
 
 @pytest.mark.parametrize(
@@ -95,9 +98,9 @@ def test_decoding_fills_the_card_and_moves_little_beside_weight_and_mask(card, p
         words, scores = empty(n, k // 32, dtype=torch.int32), empty(n, k)
         with target.assume(card), launch.record() as launches:
             if packed:
-                ops.masked_linear_packed(x, weight, words, None)
+                flat.masked_linear_packed(x, weight, words, None)
             else:
-                ops.masked_linear(x, weight, scores, threshold, None, "magnitude")
+                flat.masked_linear(x, weight, scores, threshold, None, "magnitude")
         product, *sums = launches
         case = (n, k), m, product.options["BLOCK_P"], product.grid
         parts = next(a for a in product.args if isinstance(a, torch.Tensor) and a.dtype == torch.float32)
@@ -117,7 +120,7 @@ def test_rows_of_many_masks_fill_the_card_too(card):
     for (n, k), m, masks in itertools.product(DECODED, (1, 8, 16), (1, 3, 8)):
         words, tasks = [empty(n, k // 32, dtype=torch.int32)] * masks, empty(m, dtype=torch.int32)
         with target.assume(card), launch.record() as launches:
-            many.masked_linear_many(empty(m, k), empty(n, k), words, tasks, None)
+            flat.masked_linear_many(empty(m, k), empty(n, k), words, tasks, None)
         product, *sums = launches
         whole = -(-n // product.options["BLOCK_N"])
         assert product.grid[0] >= 0.85 * card.multiprocessors, ((n, k), m, masks, product.grid)
@@ -131,7 +134,7 @@ def test_a_decoded_token_of_experts_fills_the_card_in_one_launch_of_tiles_of_16(
         weight, words = empty(experts, n, k), empty(experts, n, k // 32, dtype=torch.int32)
         offsets = empty(experts, dtype=torch.int32)
         with target.assume(card), launch.record() as launches:
-            grouped.grouped_product(empty(rows, k), weight, None, None, words, offsets, None, "value", False)
+            flat.grouped_product(empty(rows, k), weight, None, None, words, offsets, None, "value", False)
         (product,) = launches
         jobs = rows * -(-n // product.options["BLOCK_P"])
         assert product.options["BLOCK_M"] == 16
@@ -161,7 +164,7 @@ def test_tiles_fit_shared_memory_with_at_least_two_stages():
 
 def test_a_tensor_that_tma_cannot_read_takes_the_pointer_path():
     def forward(x, weight, scores):
-        return ops.masked_linear(x, weight, scores, empty(dtype=scores.dtype), None, "magnitude")
+        return flat.masked_linear(x, weight, scores, empty(dtype=scores.dtype), None, "magnitude")
 
     def described(*tensors):
         (entry,) = launches_of(target.H100, lambda: forward(*tensors))

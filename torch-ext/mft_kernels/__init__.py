@@ -8,14 +8,8 @@ from .backends.table import backend_report
 from .layers import stateless as layers
 from .mask.masking import masked_linear_by_ratio
 from .mask.scores import watch
-from .ops.linear import (
-    accumulate_score_grad,
-    kept_threshold,
-    masked_linear,
-    masked_linear_packed,
-    pack_mask,
-    unpack_mask,
-)
+from .ops.linear import accumulate_score_grad, masked_linear, masked_linear_packed
+from .ops.select import kept_threshold, pack_mask, unpack_mask
 from .ops.step import score_step
 
 __all__ = [

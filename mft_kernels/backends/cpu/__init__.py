@@ -2,208 +2,130 @@
 
 The library picks AVX-512 with bf16 dot products, AVX-512, AVX2 or portable code when it runs; the environment variable
 MFT_CPU_CAPABILITY (one of ``capabilities()``) overrides that, for tests and comparisons. By which path it makes a
-product is in cpu_choice.py.
+product is in choice.py.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ... import reference
-from ...reference.linear import Gradients, kept_count
+from ...codes import Codes, Int8, Nf4
+from ...operands import MODES, MOST_MASKS, Experts, Keep, KeepByTask, Update, Weight
+from ...reference.linear import kept_count
 from .. import built
 from ..autotune import AUTOTUNE, measuring
 from ..built import load
 from ..table import Backend, register
 from .choice import grad_product_of, measured_path, product_of
-from .grouped import grouped_product, grouped_score_grad, kept_thresholds
 
 
-def masked_linear(
-    x: Tensor, weight: Tensor, scores: Tensor, threshold: Tensor, bias: Tensor | None, mode: str
+def product(
+    a: Tensor, weight: Weight, keep: Keep | KeepByTask | None, bias: Tensor | None, *, transposed: bool = False
 ) -> Tensor:
-    """y = x @ where(keep, weight, 0).T + bias, straight from the scores; through their bits with thresholds by row."""
-    if threshold.dim() == 1:
-        return _forward(x, weight, None, None, pack_mask(scores, threshold, mode), bias, "value")
-    return _forward(x, weight, scores.contiguous(), threshold, None, bias, mode)
-
-
-def masked_linear_backward(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    scores: Tensor,
-    threshold: Tensor,
-    mode: str,
-    output_mask: list[bool],
-) -> Gradients:
-    """d_x, d_weight, d_scores, d_bias; (0,) for what output_mask leaves out."""
-    if threshold.dim() == 1:
-        packed = pack_mask(scores, threshold, mode)
-        return _backward(grad_output, x, weight, scores, None, packed, None, mode, output_mask)
-    return _backward(grad_output, x, weight, scores.contiguous(), threshold, None, None, mode, output_mask)
-
-
-def masked_linear_packed(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """masked_linear with the mask given as bits, int32 (N, ceil(K / 32))."""
-    return _forward(x, weight, None, None, packed.contiguous(), bias, "value")
-
-
-def masked_linear_packed_backward(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    packed: Tensor,
-    scores: Tensor | None,
-    signs: Tensor | None,
-    mode: str,
-    output_mask: list[bool],
-) -> Gradients:
-    """Gradients of masked_linear_packed; the sign comes from the bits of ``signs`` where given, else from scores."""
-    return _backward(grad_output, x, weight, scores, None, packed.contiguous(), signs, mode, output_mask)
-
-
-def masked_linear_many(
-    x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, bias: Tensor | None
-) -> Tensor:
-    """masked_linear_packed with a mask a row: few rows in one pass over the weight, else one product a mask."""
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    masks = [packed.contiguous() for packed in masks]
-    tasks = tasks.to(torch.int64).contiguous()
-    y = built.cpu_ops.try_masked_linear_many(x.contiguous(), weight, masks, tasks, bias, "auto")
-    return reference.masked_linear_many(x, weight, masks, tasks, bias) if y is None else y  # None: it is empty
-
-
-def masked_linear_many_backward(grad_output: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor) -> Tensor:
-    """d_x of masked_linear_many, one product a mask."""
+    """a @ where(keep, weight, 0).T + bias; transposed: a @ where(keep, weight, 0). See the reference."""
+    bias = _contiguous(bias)
+    if isinstance(weight, Experts):
+        return _product_of_experts(a, weight, keep, bias, transposed)
+    if isinstance(weight, Codes):
+        return _product_of_codes(a, weight, keep, bias, transposed)
     weight = weight.contiguous()
+    if isinstance(keep, KeepByTask):
+        return (_d_x_by_task if transposed else _product_by_task)(a, weight, keep, bias)
+    if transposed:
+        d_x = _by_path("d_x", built.cpu_ops.grad_x, (_rows(a), weight, *_mask(keep), keep.magnitude), keep.source)
+        return d_x.view(*a.shape[:-1], weight.shape[1])
+    operands = (a.contiguous(), weight, *_mask(keep), bias, keep.magnitude)
+    return _by_path("forward", built.cpu_ops.masked_linear, operands, keep.source)
 
-    def product(rows: Tensor, task: int) -> Tensor:
-        if task < 0:
-            return reference.grad_of_linear(rows, weight)
-        packed, d_x = masks[task].contiguous(), [True, False, False, False]
-        return _backward(rows, rows, weight, None, None, packed, None, "value", d_x)[0]
 
-    return _by_task(grad_output, tasks, weight.shape[1], product)
-
-
-def accumulate_score_grad(
-    out: Tensor, grad_output: Tensor, x: Tensor, weight: Tensor, scores: Tensor | None, signs: Tensor | None, mode: str
+def score_grad(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    sign: Tensor | None,
+    d_scores: Tensor | None,
+    *,
+    accumulate: bool,
+    offsets: Tensor | None = None,
+    d_weight: Tensor | None = None,
+    keep: Keep | None = None,
 ) -> None:
-    """out += (grad_output.T @ x) * weight [* sign(scores)], (N, K) contiguous; no temporary of that size."""
-    _score_grad(out, _rows(grad_output), _rows(x), weight.contiguous(), scores, signs, mode, accumulate=True)
+    """d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign]; no temporary of that size. See the reference."""
+    grad, x, sign = _rows(grad_output), _rows(x), _contiguous(sign)
+    scores, signs = (None, sign) if sign is not None and sign.dtype == torch.int32 else (sign, None)
+    if offsets is not None:
+        built.cpu_ops.grouped_score_grad_(
+            d_scores, grad, x, offsets.contiguous(), weight, scores, signs, accumulate, "auto"
+        )
+        return
+    if d_weight is not None:
+        d_weight.copy_(built.cpu_ops.grad_weight(grad, x, *_mask(keep), keep.magnitude))
+    if d_scores is not None:
+        _grad_scores(d_scores, grad, x, _contiguous(weight), scores, signs, accumulate=accumulate)
 
 
-def accumulate_product(out: Tensor, grad_output: Tensor, x: Tensor) -> None:
-    """out += grad_output.T @ x, (N, K) contiguous; no temporary of that size."""
-    _grad_scores(out, _rows(grad_output), _rows(x), None, None, None, accumulate=True)
-
-
-def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
+def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) -> Tensor:
     """The k-th largest key, by histograms; +inf if nothing is kept, NaN if a score is not finite."""
-    return built.cpu_ops.kept_threshold(
-        scores.contiguous(), kept_count(scores.numel(), keep_ratio), mode == "magnitude"
-    )
+    run, numel = built.cpu_ops.kept_threshold, scores.numel()
+    if each:
+        run, numel = built.cpu_ops.kept_thresholds, scores[0].numel()
+    return run(scores.contiguous(), kept_count(numel, keep_ratio), mode == "magnitude")
 
 
-def pack_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
-    """keep as bits, int32 (N, ceil(K / 32)); threshold () or (N,), one a row."""
-    if threshold.dim() == 1:
-        return built.cpu_ops.pack_mask_by_row(scores.contiguous(), threshold.contiguous(), mode == "magnitude")
-    return built.cpu_ops.pack_mask(scores.contiguous(), threshold, mode == "magnitude")
+def pack(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
+    """keep as bits, int32 (N, ceil(K / 32)); threshold () or (N,), one per row."""
+    run = built.cpu_ops.pack_mask_by_row if threshold.dim() == 1 else built.cpu_ops.pack_mask
+    return run(scores.contiguous(), threshold.contiguous(), mode == "magnitude")
 
 
-def pack_signs(scores: Tensor) -> tuple[Tensor, Tensor]:
+def signs(scores: Tensor) -> tuple[Tensor, Tensor]:
     """(scores > 0 as bits, how many scores are exactly 0)."""
     return built.cpu_ops.pack_signs(scores.contiguous())
 
 
-def score_step(
-    scores: Tensor,
-    grad: Tensor,
-    weight: Tensor | None,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scales: Tensor | None,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None,
-    seed: int,
-    mode: str,
-    keep_ratio: float | None,
-    threshold: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def step(update: Update) -> tuple[Tensor, Tensor]:
     """One pass over gradient, weight, scores and moments, which finds the next threshold too; a second packs the mask.
 
     fp32 scores take a third pass where the threshold before is not given or more than 3 % away from the next.
     """
-    magnitude = mode == "magnitude"
+    scores = update.scores
     found = built.cpu_ops.score_step_(
         scores,
-        grad.contiguous(),
-        None if weight is None else weight.contiguous(),
-        exp_avg,
-        exp_avg_sq,
-        scales,
-        step,
-        lr / (1 - beta1**step),
-        beta1,
-        beta2,
-        (1 - beta2**step) ** (0.5 if scales is None else -0.5),
-        eps,
-        1 - lr * weight_decay,
-        grad_scale,
-        seed,
-        magnitude and weight is not None,
-        -1 if keep_ratio is None else kept_count(scores.numel(), keep_ratio),
-        magnitude,
-        threshold,
+        update.grad.contiguous(),
+        _contiguous(update.weight),
+        update.exp_avg,
+        update.exp_avg_sq,
+        update.scales,
+        update.step,
+        update.step_size,
+        update.beta1,
+        update.beta2,
+        update.correction,
+        update.eps,
+        update.decay,
+        update.grad_scale,
+        update.seed,
+        update.magnitude and update.weight is not None,
+        -1 if update.keep_ratio is None else kept_count(scores.numel(), update.keep_ratio),
+        update.magnitude,
+        update.threshold,
     )
-    if keep_ratio is None:
+    if update.keep_ratio is None:
         return scores.new_empty(0), scores.new_empty(0, dtype=torch.int32)
+    keys = (scores, found)
     if scores.dtype == torch.int16:  # codes order as fp16
-        return found, built.cpu_ops.pack_mask(scores.view(torch.float16), found.view(torch.float16), magnitude)
-    return found, built.cpu_ops.pack_mask(scores, found, magnitude)
+        keys = (scores.view(torch.float16), found.view(torch.float16))
+    return found, built.cpu_ops.pack_mask(*keys, update.magnitude)
 
 
-def dequantize(codes: Tensor, absmax: list[Tensor], shape: list[int], kind: str, dtype: torch.dtype) -> Tensor:
-    """The dense (N, K) of codes in NF4 or int8."""
-    dense = torch.empty(shape, dtype=dtype)
-    built.cpu_ops.dequantize_(dense, *_codes(codes, absmax), kind == "nf4")
+def decode(weight: Codes, dtype: torch.dtype) -> Tensor:
+    """The dense (N, K) of ``dtype``."""
+    dense = torch.empty(tuple(weight.shape), dtype=dtype)
+    built.cpu_ops.dequantize_(dense, *_codes(weight), isinstance(weight, Nf4))
     return dense
-
-
-def masked_linear_quantized(
-    x: Tensor,
-    codes: Tensor,
-    absmax: list[Tensor],
-    packed: Tensor | None,
-    bias: Tensor | None,
-    shape: list[int],
-    kind: str,
-) -> Tensor:
-    """masked_linear_packed of the decoded weight, to the bit; it is decoded in parts where it is masked."""
-    packed, bias = (None if t is None else t.contiguous() for t in (packed, bias))
-    return built.cpu_ops.masked_linear_quantized(
-        x.contiguous(), *_codes(codes, absmax), packed, bias, *shape, kind == "nf4", "auto"
-    )
-
-
-def masked_linear_quantized_d_x(
-    grad_output: Tensor, codes: Tensor, absmax: list[Tensor], packed: Tensor | None, shape: list[int], kind: str
-) -> Tensor:
-    """d_x of masked_linear_quantized."""
-    packed = None if packed is None else packed.contiguous()
-    d_x = built.cpu_ops.grad_x_quantized(
-        _rows(grad_output), *_codes(codes, absmax), packed, *shape, kind == "nf4", "auto"
-    )
-    return d_x.view(*grad_output.shape[:-1], shape[1])
 
 
 def capabilities() -> list[str]:
@@ -254,71 +176,80 @@ def path_taken() -> tuple[str, list[str]]:
 # ---------------------------------------------------------------------------------------------- below: private
 
 
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
 def _rows(x: Tensor) -> Tensor:
     if x.dim() == 2:
         return x.contiguous()
     return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
 
 
-def _codes(codes: Tensor, absmax: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    return codes.contiguous(), [each.contiguous() for each in absmax]
+def _mask(keep: Keep) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(scores, threshold, packed) as the library takes them for one matrix; thresholds by row go through their bits."""
+    if keep.by_row and keep.source.dim() == 2:
+        return None, None, pack(keep.source, keep.thresholds, keep.mode)
+    return _contiguous(keep.scores), _contiguous(keep.thresholds), _contiguous(keep.words)
 
 
-def _by_task(rows: Tensor, tasks: Tensor, width: int, product: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """(..., width): product(the rows of a task, the task), for each of the tasks."""
+def _codes(weight: Codes) -> tuple[Tensor, list[Tensor]]:
+    return weight.codes.contiguous(), [each.contiguous() for each in weight.scales]
+
+
+def _product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
+    """Each expert's product is that of a matrix, by the path that the library's model chooses for its rows.
+
+    Several experts are shared out over the threads whole, so that none is waited for. A weight with gaps or transposed
+    is made contiguous one expert at a time, and only where there are rows.
+    """
+    offsets = weight.offsets.contiguous()
+    return built.cpu_ops.grouped_product(
+        a.contiguous(), weight.matrices, *_mask(keep), offsets, bias, keep.magnitude, transposed, "auto"
+    )
+
+
+def _product_of_codes(a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor | None, transposed: bool) -> Tensor:
+    """The product over the decoded weight, to the bit; it is decoded in parts where it is masked."""
+    rest = (None if keep is None else _contiguous(keep.words), *(() if transposed else (bias,)), *weight.shape)
+    how = isinstance(weight, Nf4), "auto"
+    if not transposed:
+        return built.cpu_ops.masked_linear_quantized(a.contiguous(), *_codes(weight), *rest, *how)
+    return built.cpu_ops.grad_x_quantized(_rows(a), *_codes(weight), *rest, *how).view(*a.shape[:-1], weight.shape[1])
+
+
+def _product_by_task(a: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor | None) -> Tensor:
+    """Few rows in one pass over the weight, else one product per mask."""
+    masks, tasks = [packed.contiguous() for packed in keep.masks], keep.tasks.to(torch.int64).contiguous()
+    y = built.cpu_ops.try_masked_linear_many(a.contiguous(), weight, masks, tasks, bias, "auto")
+    return reference.product(a, weight, KeepByTask(masks, tasks), bias) if y is None else y  # None: it is empty
+
+
+def _d_x_by_task(grad_output: Tensor, weight: Tensor, keep: KeepByTask, _: None) -> Tensor:
+    """One product per mask."""
     places: dict[int, list[int]] = {}
-    for place, task in enumerate(tasks.tolist()):
+    for place, task in enumerate(keep.tasks.tolist()):
         places.setdefault(task, []).append(place)
-    if len(places) == 1:
-        return product(rows, *places)
-    out = rows.new_empty((*rows.shape[:-1], width))
+    d_x = grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]))
     for task, each in places.items():
-        index = torch.tensor(each)
-        out[index] = product(rows[index], task)
-    return out
+        rows = grad_output if len(places) == 1 else grad_output[torch.tensor(each)]
+        if task < 0:
+            of_task = reference.grad_of_linear(rows, weight)
+        else:
+            of_task = product(rows, weight, Keep(keep.masks[task]), None, transposed=True)
+        if len(places) == 1:
+            return of_task
+        d_x[torch.tensor(each)] = of_task
+    return d_x
 
 
-def _forward(x, weight, scores, threshold, packed, bias, mode) -> Tensor:
-    bias = None if bias is None else bias.contiguous()
-    arguments = (x.contiguous(), weight.contiguous(), scores, threshold, packed, bias, mode == "magnitude")
-    return _product("forward", built.cpu_ops.masked_linear, arguments, scores if packed is None else packed)
-
-
-def _product(name: str, op: Callable[..., Tensor], arguments: tuple, mask: Tensor) -> Tensor:
-    """The forward pass or d_x of arguments that begin with tokens and weight, by the path that is chosen."""
+def _by_path(name: str, op: Callable[..., Tensor], operands: tuple, mask: Tensor) -> Tensor:
+    """The forward pass or d_x of operands that begin with tokens and weight, by the path that is chosen."""
     path = "auto"
     if measuring():
-        product = product_of(name, arguments[0], arguments[1], mask)
-        path = measured_path(product, lambda: lambda path: op(*arguments, path))
-    return op(*arguments, path)
-
-
-def _backward(grad_output, x, weight, scores, threshold, packed, signs, mode, output_mask) -> Gradients:
-    grad, weight, magnitude = _rows(grad_output), weight.contiguous(), mode == "magnitude"
-    d_x = d_weight = d_scores = d_bias = None
-    if output_mask[0]:
-        arguments = (grad, weight, scores, threshold, packed, magnitude)
-        d_x = _product("d_x", built.cpu_ops.grad_x, arguments, scores if packed is None else packed)
-        d_x = d_x.view(*grad_output.shape[:-1], weight.shape[1])
-    if output_mask[1]:
-        d_weight = built.cpu_ops.grad_weight(grad, _rows(x), scores, threshold, packed, magnitude)
-    if output_mask[2]:
-        d_scores = weight.new_empty(weight.shape, dtype=torch.float32 if scores is None else scores.dtype)
-        _score_grad(d_scores, grad, _rows(x), weight, scores, signs, mode, accumulate=False)
-    if output_mask[3]:
-        d_bias = grad.sum(0)
-    empty = [grad.new_empty(0) if g is None else g for g in (d_x, d_weight, d_scores, d_bias)]
-    return empty[0], empty[1], empty[2], empty[3]
-
-
-def _score_grad(out, grad, x, weight, scores, signs, mode, *, accumulate: bool) -> None:
-    if mode == "value":  # no sign factor
-        scores = signs = None
-    elif signs is not None:
-        scores, signs = None, signs.contiguous()
-    else:
-        scores = scores.contiguous()
-    _grad_scores(out, grad, x, weight, scores, signs, accumulate=accumulate)
+        asked = product_of(name, operands[0], operands[1], mask)
+        path = measured_path(asked, lambda: lambda path: op(*operands, path))
+    return op(*operands, path)
 
 
 def _grad_scores(out, grad, x, weight, scores, signs, *, accumulate: bool) -> None:
@@ -334,6 +265,31 @@ def _grad_scores(out, grad, x, weight, scores, signs, *, accumulate: bool) -> No
     built.cpu_ops.grad_scores_(out, grad, x, weight, scores, signs, accumulate, path)
 
 
+def _try_accumulate_product(out, grad_output, x, weight, scores, signs, mode) -> bool:
+    usual = weight is scores is signs is None and mode in MODES
+    return usual and built.cpu_ops.try_accumulate_product.default(out, grad_output, x)
+
+
+def _try_masked_linear_many(x, weight, masks, tasks, bias) -> Tensor | None:
+    usual = type(masks) in (list, tuple) and len(masks) <= MOST_MASKS
+    if not usual or not all(type(each) is Tensor for each in (tasks, *masks)):
+        return None
+    return built.cpu_ops.try_masked_linear_many.default(x, weight, masks, tasks, bias, "short")
+
+
+def _short() -> dict[str, Callable]:
+    """By op: what checks in C++ and declines, with None, [] or False, a call that is not the usual one."""
+    ops = built.cpu_ops
+    return {
+        "masked_linear": ops.try_masked_linear.default,
+        "masked_linear_backward": ops.try_masked_linear_backward.default,
+        "masked_linear_packed": ops.try_masked_linear_packed.default,
+        "masked_linear_packed_backward": ops.try_masked_linear_packed_backward.default,
+        "accumulate_score_grad": _try_accumulate_product,
+        "masked_linear_many": _try_masked_linear_many,
+    }
+
+
 unavailable = load("cpu")
 
 register(
@@ -341,39 +297,9 @@ register(
         name="cpu",
         device_types=frozenset({"cpu"}),
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
-        ops={
-            f.__name__: f
-            for f in (
-                masked_linear,
-                masked_linear_backward,
-                masked_linear_packed,
-                masked_linear_packed_backward,
-                masked_linear_many,
-                masked_linear_many_backward,
-                accumulate_score_grad,
-                accumulate_product,
-                kept_threshold,
-                pack_mask,
-                pack_signs,
-                score_step,
-                dequantize,
-                masked_linear_quantized,
-                masked_linear_quantized_d_x,
-                grouped_product,
-                grouped_score_grad,
-                kept_thresholds,
-            )
-        },
-        short={}
-        if unavailable
-        else {
-            "masked_linear": built.cpu_ops.try_masked_linear.default,
-            "masked_linear_backward": built.cpu_ops.try_masked_linear_backward.default,
-            "masked_linear_packed": built.cpu_ops.try_masked_linear_packed.default,
-            "masked_linear_packed_backward": built.cpu_ops.try_masked_linear_packed_backward.default,
-            "accumulate_product": built.cpu_ops.try_accumulate_product.default,
-            "masked_linear_many": built.cpu_ops.try_masked_linear_many.default,
-        },
+        functions={f.__name__: f for f in (product, score_grad, select, pack, signs, step, decode)},
+        takes=frozenset({Nf4, Int8, Experts, KeepByTask}),
+        short={} if unavailable else _short(),
         unavailable=unavailable,
         detail="" if unavailable else f"C++, {built.cpu_ops.capability()}",
     )

@@ -5,191 +5,121 @@ otherwise; the environment variable MFT_CUDA_CAPABILITY=80 overrides that, for t
 """
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ...reference.linear import Gradients, kept_count
+from ...codes import Codes, Int8, Nf4
+from ...operands import Experts, Keep, KeepByTask, Update, Weight
+from ...reference.linear import kept_count
 from .. import built
 from ..built import load, report
-from ..table import Backend, register
-from .grouped import grouped_product, grouped_score_grad, kept_thresholds
+from ..table import Backend, Dtypes, register
 
 _OLDEST = 80
 
 
-def masked_linear(
-    x: Tensor, weight: Tensor, scores: Tensor, threshold: Tensor, bias: Tensor | None, mode: str
+def product(
+    a: Tensor, weight: Weight, keep: Keep | KeepByTask | None, bias: Tensor | None, *, transposed: bool = False
 ) -> Tensor:
-    """y = x @ where(keep, weight, 0).T + bias, straight from the scores."""
-    return _forward(x, weight, _matrix(scores), threshold, None, bias, mode)
+    """a @ where(keep, weight, 0).T + bias; transposed: a @ where(keep, weight, 0). See the reference."""
+    bias = _contiguous(bias)
+    if isinstance(weight, Experts):
+        return _product_of_experts(a, weight, keep, bias, transposed)
+    if isinstance(weight, Codes):
+        return _product_of_codes(a, weight, keep, bias, transposed)
+    if isinstance(keep, KeepByTask):
+        return (_d_x_by_task if transposed else _product_by_task)(a, weight, keep, bias)
+    y = built.cuda_ops.product(_rows(a), _matrix(weight), *_mask(keep), bias, keep.magnitude, transposed)
+    return y.view(*a.shape[:-1], weight.shape[transposed])
 
 
-def masked_linear_backward(
+def score_grad(
     grad_output: Tensor,
     x: Tensor,
-    weight: Tensor,
-    scores: Tensor,
-    threshold: Tensor,
-    mode: str,
-    output_mask: list[bool],
-) -> Gradients:
-    """d_x, d_weight, d_scores, d_bias; (0,) for what output_mask leaves out."""
-    return _backward(grad_output, x, weight, _matrix(scores), threshold, None, None, mode, output_mask)
-
-
-def masked_linear_packed(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """masked_linear with the mask given as bits, int32 (N, ceil(K / 32))."""
-    return _forward(x, weight, None, None, packed.contiguous(), bias, "value")
-
-
-def masked_linear_packed_backward(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    packed: Tensor,
-    scores: Tensor | None,
-    signs: Tensor | None,
-    mode: str,
-    output_mask: list[bool],
-) -> Gradients:
-    """Gradients of masked_linear_packed; the sign comes from the bits of ``signs`` where given, else from scores."""
-    return _backward(grad_output, x, weight, scores, None, packed.contiguous(), signs, mode, output_mask)
-
-
-def masked_linear_many(
-    x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, bias: Tensor | None
-) -> Tensor:
-    """masked_linear_packed with a mask a row; the weight is read once for each 64 rows, whatever the masks are."""
-    rows = _rows(x)
-    y = built.cuda_ops.product_many(
-        rows,
-        _matrix(weight),
-        [packed.contiguous() for packed in masks],
-        (tasks if tasks.dtype in (torch.int64, torch.int32) else tasks.int()).contiguous(),
-        None if bias is None else bias.contiguous(),
-        _rows_of_a_task(rows, tasks),
-    )
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def masked_linear_many_backward(grad_output: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor) -> Tensor:
-    """d_x of masked_linear_many: a product of all rows for each mask, of which its rows are taken."""
-    grad, weight = _rows(grad_output), _matrix(weight)
-    task = tasks.repeat_interleave(_rows_of_a_task(grad, tasks))[: len(grad)].unsqueeze(1)
-    everything = weight.new_full((weight.shape[0], -(-weight.shape[1] // 32)), -1, dtype=torch.int32)
-    d_x = grad.new_full((len(grad), weight.shape[1]), torch.nan)
-    for place, packed in enumerate([everything, *masks], start=-1):
-        product = built.cuda_ops.product(grad, weight, None, None, packed.contiguous(), None, False, True)
-        d_x = torch.where(task == place, product, d_x)
-    return d_x.view(*grad_output.shape[:-1], weight.shape[1])
-
-
-def masked_linear_quantized(
-    x: Tensor,
-    codes: Tensor,
-    absmax: list[Tensor],
-    packed: Tensor | None,
-    bias: Tensor | None,
-    shape: list[int],
-    kind: str,
-) -> Tensor:
-    """y = x @ where(mask, decoded, 0).T + bias; the kernel reads codes, and the decoded weight is never in memory."""
-    return _quantized(x, codes, absmax, packed, bias, shape, kind, transposed=False)
-
-
-def masked_linear_quantized_d_x(
-    grad_output: Tensor, codes: Tensor, absmax: list[Tensor], packed: Tensor | None, shape: list[int], kind: str
-) -> Tensor:
-    """d_x = grad_output @ where(mask, decoded, 0), likewise."""
-    return _quantized(grad_output, codes, absmax, packed, None, shape, kind, transposed=True)
-
-
-def accumulate_score_grad(
-    out: Tensor, grad_output: Tensor, x: Tensor, weight: Tensor, scores: Tensor | None, signs: Tensor | None, mode: str
+    weight: Tensor | None,
+    sign: Tensor | None,
+    d_scores: Tensor | None,
+    *,
+    accumulate: bool,
+    offsets: Tensor | None = None,
+    d_weight: Tensor | None = None,
+    keep: Keep | None = None,
 ) -> None:
-    """out += (grad_output.T @ x) * weight [* sign(scores)], in the epilogue; no temporary of that size."""
-    sign = _sign(scores, signs, mode)
-    built.cuda_ops.score_grad_(
-        out, None, _rows(grad_output), _rows(x), _matrix(weight), *sign, None, None, None, False, True
-    )
+    """d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign], in the epilogue; no temporary of that size."""
+    by_bits = sign is not None and sign.dtype == torch.int32
+    of_sign = (None, sign.contiguous()) if by_bits else (_matrix(sign), None)
+    operands = _rows(grad_output), _rows(x)
+    if offsets is not None:
+        built.cuda_ops.grouped_score_grad_(
+            d_scores, *operands, offsets.contiguous(), _matrix(weight), *of_sign, accumulate
+        )
+        return
+    mask, magnitude = ((None, None, None), False) if keep is None else (_mask(keep), keep.magnitude)
+    built.cuda_ops.score_grad_(d_scores, d_weight, *operands, _matrix(weight), *of_sign, *mask, magnitude, accumulate)
 
 
-def accumulate_product(out: Tensor, grad_output: Tensor, x: Tensor) -> None:
-    """out += grad_output.T @ x, by the same kernels, which then read neither weight nor sign."""
-    built.cuda_ops.score_grad_(out, None, _rows(grad_output), _rows(x), None, None, None, None, None, None, False, True)
+def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) -> Tensor:
+    """The k-th largest key, by histograms; +inf if nothing is kept, NaN if a score is not finite.
+
+    Those of experts are launched one expert after the other.
+    """
+    run, numel = built.cuda_ops.kept_threshold, scores.numel()
+    if each:
+        run, numel = built.cuda_ops.kept_thresholds, scores[0].numel()
+    return run(scores.contiguous(), kept_count(numel, keep_ratio), mode == "magnitude")
 
 
-def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
-    """The k-th largest key, by histograms; +inf if nothing is kept, NaN if a score is not finite."""
-    return built.cuda_ops.kept_threshold(
-        scores.contiguous(), kept_count(scores.numel(), keep_ratio), mode == "magnitude"
-    )
-
-
-def pack_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
+def pack(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
     """keep as bits, int32 (N, ceil(K / 32))."""
     return built.cuda_ops.pack_mask(_matrix(scores), threshold, mode == "magnitude")
 
 
-def pack_signs(scores: Tensor) -> tuple[Tensor, Tensor]:
+def signs(scores: Tensor) -> tuple[Tensor, Tensor]:
     """(scores > 0 as bits, how many scores are exactly 0)."""
     return built.cuda_ops.pack_signs(_matrix(scores))
 
 
-def score_step(
-    scores: Tensor,
-    grad: Tensor,
-    weight: Tensor | None,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scales: Tensor | None,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None,
-    seed: int,
-    mode: str,
-    keep_ratio: float | None,
-    threshold: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def step(update: Update) -> tuple[Tensor, Tensor]:
     """One pass over gradient, weight, scores and moments, which counts the next threshold too; a second packs the mask.
 
     fp32 scores take three more passes, others one or two where the threshold before is not given or far from the next.
     """
     return built.cuda_ops.score_step_(
-        scores,
-        grad.contiguous(),
-        None if weight is None else weight.contiguous(),
-        exp_avg,
-        exp_avg_sq,
-        scales,
-        step,
-        lr / (1 - beta1**step),
-        beta1,
-        beta2,
-        (1 - beta2**step) ** (0.5 if scales is None else -0.5),
-        eps,
-        1 - lr * weight_decay,
-        grad_scale,
-        seed,
-        mode == "magnitude",
-        -1 if keep_ratio is None else kept_count(scores.numel(), keep_ratio),
-        threshold,
+        update.scores,
+        update.grad.contiguous(),
+        _contiguous(update.weight),
+        update.exp_avg,
+        update.exp_avg_sq,
+        update.scales,
+        update.step,
+        update.step_size,
+        update.beta1,
+        update.beta2,
+        update.correction,
+        update.eps,
+        update.decay,
+        update.grad_scale,
+        update.seed,
+        update.magnitude,
+        -1 if update.keep_ratio is None else kept_count(update.scores.numel(), update.keep_ratio),
+        update.threshold,
     )
 
 
 # ---------------------------------------------------------------------------------------------- below: private
 
 
-def _matrix(t: Tensor) -> Tensor:
-    """The 2-d tensor itself where rows have unit stride and do not overlap (expanded ones do), else a copy."""
-    rows, columns = t.shape
-    fits = (columns <= 1 or t.stride(1) == 1) and (rows <= 1 or t.stride(0) >= columns)
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _matrix(t: Tensor | None) -> Tensor | None:
+    """Itself where rows have unit stride and do not overlap (expanded ones do), else a copy; (N, K) or (E, N, K)."""
+    if t is None:
+        return None
+    rows, columns = t.shape[-2:]
+    fits = (columns <= 1 or t.stride(-1) == 1) and (rows <= 1 or t.stride(-2) >= columns)
     return t if fits else t.contiguous()
 
 
@@ -197,82 +127,88 @@ def _rows(x: Tensor) -> Tensor:
     return _matrix(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
 
 
+def _mask(keep: Keep) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(scores, thresholds, packed) as the library takes them."""
+    return _matrix(keep.scores), keep.thresholds, _contiguous(keep.words)
+
+
+def _product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
+    """One launch for all experts, nothing waited for: the kernel reads from the offsets which rows are whose.
+
+    Scores that it does not read are packed first, in one launch per expert: those in the other 16-bit type, and all
+    where rows are no whole, aligned chunks of 16 bytes.
+    """
+    scores, thresholds, packed = _mask(keep)
+    return built.cuda_ops.grouped_product(
+        _rows(a),
+        _matrix(weight.matrices),
+        scores,
+        _contiguous(thresholds),
+        packed,
+        weight.offsets.contiguous(),
+        bias,
+        keep.magnitude,
+        transposed,
+    )
+
+
+def _product_of_codes(a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor | None, transposed: bool) -> Tensor:
+    """The kernel reads codes, and the decoded weight is never in memory."""
+    out = built.cuda_ops.product_quantized(
+        _rows(a),
+        weight.codes.contiguous(),
+        [scale.contiguous() for scale in weight.scales],
+        None if keep is None else _contiguous(keep.words),
+        bias,
+        *weight.shape,
+        isinstance(weight, Nf4),
+        transposed,
+    )
+    return out.view(*a.shape[:-1], weight.shape[transposed])
+
+
+def _product_by_task(x: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor | None) -> Tensor:
+    """The weight is read once for each 64 rows, whatever the masks are."""
+    rows, tasks = _rows(x), keep.tasks
+    tasks = (tasks if tasks.dtype in (torch.int64, torch.int32) else tasks.int()).contiguous()
+    masks = [packed.contiguous() for packed in keep.masks]
+    y = built.cuda_ops.product_many(rows, _matrix(weight), masks, tasks, bias, _rows_of_a_task(rows, tasks))
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _d_x_by_task(grad_output: Tensor, weight: Tensor, keep: KeepByTask, _: None) -> Tensor:
+    """A product of all rows for each mask, of which its rows are taken."""
+    grad, weight = _rows(grad_output), _matrix(weight)
+    task = keep.tasks.repeat_interleave(_rows_of_a_task(grad, keep.tasks))[: len(grad)].unsqueeze(1)
+    everything = weight.new_full((weight.shape[0], -(-weight.shape[1] // 32)), -1, dtype=torch.int32)
+    d_x = grad.new_full((len(grad), weight.shape[1]), torch.nan)
+    for place, packed in enumerate([everything, *keep.masks], start=-1):
+        d_x = torch.where(task == place, product(grad, weight, Keep(packed), None, transposed=True), d_x)
+    return d_x.view(*grad_output.shape[:-1], weight.shape[1])
+
+
 def _rows_of_a_task(rows: Tensor, tasks: Tensor) -> int:
     return max(1, len(rows) // max(1, len(tasks)))
 
 
-def _sign(scores: Tensor | None, signs: Tensor | None, mode: str) -> tuple[Tensor | None, Tensor | None]:
-    """(scores, bits) of which the sign is taken: one of them, or in mode "value" neither."""
-    if mode == "value":
-        return None, None
-    if signs is not None:
-        return None, signs.contiguous()
-    assert scores is not None, "magnitude mode takes the sign from scores or signs"
-    return _matrix(scores), None
-
-
-def _forward(x, weight, scores, threshold, packed, bias, mode) -> Tensor:
-    bias = None if bias is None else bias.contiguous()
-    y = built.cuda_ops.product(_rows(x), _matrix(weight), scores, threshold, packed, bias, mode == "magnitude", False)
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _quantized(given, codes, absmax, packed, bias, shape, kind, *, transposed: bool) -> Tensor:
-    out = built.cuda_ops.product_quantized(
-        _rows(given),
-        codes.contiguous(),
-        [scale.contiguous() for scale in absmax],
-        None if packed is None else packed.contiguous(),
-        None if bias is None else bias.contiguous(),
-        *shape,
-        kind == "nf4",
-        transposed,
-    )
-    return out.view(*given.shape[:-1], shape[transposed])
-
-
-def _backward(grad_output, x, weight, scores, threshold, packed, signs, mode, output_mask) -> Gradients:
-    grad, weight, magnitude = _rows(grad_output), _matrix(weight), mode == "magnitude"
-    keep = (None, None, packed) if packed is not None else (scores, threshold, None)
-    d_x = d_weight = d_scores = d_bias = None
-    if output_mask[0]:
-        d_x = built.cuda_ops.product(grad, weight, *keep, None, magnitude, True)
-        d_x = d_x.view(*grad_output.shape[:-1], weight.shape[1])
-    if output_mask[1]:
-        d_weight = weight.new_empty(weight.shape)
-    if output_mask[2]:
-        d_scores = weight.new_empty(weight.shape, dtype=torch.float32 if scores is None else scores.dtype)
-    if d_weight is not None or d_scores is not None:
-        sign = _sign(scores, signs, mode) if d_scores is not None else (None, None)
-        built.cuda_ops.score_grad_(d_scores, d_weight, grad, _rows(x), weight, *sign, *keep, magnitude, False)
-    if output_mask[3]:
-        d_bias = grad.sum(0)
-    empty = [grad.new_empty(0) if g is None else g for g in (d_x, d_weight, d_scores, d_bias)]
-    return empty[0], empty[1], empty[2], empty[3]
-
-
-# Whose dtype an op is asked by first, where that is not the weight.
-_OPERANDS = {
-    "accumulate_product": "x",
-    "grouped_score_grad": "x",
-    "masked_linear_quantized": "x",
-    "masked_linear_quantized_d_x": "grad_output",
-}
-
-
-# These take float32 too.
-_OF_SCORES = ("kept_threshold", "kept_thresholds", "pack_mask", "pack_signs", "score_step")
+# Of tokens or a weight; the others take scores, also in float32.
+_PRODUCTS = ("product", "score_grad", "gradients")
 
 
 class _Cuda(Backend):
-    """Refuses more: weights in float32, and single GPUs that the library has no code for."""
+    """Refuses more: products in float32, and single GPUs that the library has no code for."""
 
-    def refusal(self, op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-        if reason := super().refusal(op, device, dtypes):
+    def refusal(
+        self,
+        function: str,
+        device: torch.device,
+        dtypes: Dtypes,
+        operands: frozenset[type] = frozenset(),
+    ) -> str | None:
+        if reason := super().refusal(function, device, dtypes, operands):
             return reason
-        if op not in _OF_SCORES and dtypes[0] == torch.float32:
-            operand = _OPERANDS.get(op, "weight")
-            return f"its {operand} must be bfloat16 or float16, got float32, which the triton backend takes"
+        if function in _PRODUCTS and dtypes[0] == torch.float32:
+            return "its products take bfloat16 or float16, got float32, which the triton backend takes"
         return _device_refusal(device.index)
 
 
@@ -331,28 +267,8 @@ register(
         name="cuda",
         device_types=frozenset({"cuda"}),
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
-        ops={
-            f.__name__: f
-            for f in (
-                masked_linear,
-                masked_linear_backward,
-                masked_linear_packed,
-                masked_linear_packed_backward,
-                masked_linear_many,
-                masked_linear_many_backward,
-                masked_linear_quantized,
-                masked_linear_quantized_d_x,
-                accumulate_score_grad,
-                accumulate_product,
-                grouped_product,
-                grouped_score_grad,
-                kept_thresholds,
-                kept_threshold,
-                pack_mask,
-                pack_signs,
-                score_step,
-            )
-        },
+        functions={f.__name__: f for f in (product, score_grad, select, pack, signs, step)},
+        takes=frozenset({Nf4, Int8, Experts, KeepByTask}),
         unavailable=unavailable,
         detail="" if _not_loaded else _detail(),
         on_request="no GPU has timed it yet; backend='cuda' asks for it",

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from ...codes import Int8, Nf4
+from ...operands import Experts, KeepByTask
 from .. import built
 from ..autotune import measuring
 from ..table import Backend, register, registered
@@ -69,35 +71,24 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
-def _ops() -> tuple[dict[str, Callable], dict[str, Callable]]:
+def functions() -> tuple[dict[str, Callable], dict[str, Callable]]:
     """(what a request by name runs, what "auto" runs in its place)."""
-    from . import bits, choice, grouped, language, many, ops, quantized, score_step, select
+    from . import bits, choice, language, ops, score_step, select
 
-    chosen = (
-        ops.masked_linear,
-        ops.masked_linear_backward,
-        ops.masked_linear_packed,
-        ops.masked_linear_packed_backward,
-    )
-    others = (
-        ops.accumulate_score_grad,
-        ops.accumulate_product,
-        many.masked_linear_many,
-        many.masked_linear_many_backward,
-        select.kept_threshold,
-        select.kept_thresholds,
-        grouped.grouped_product,
-        grouped.grouped_score_grad,
-        bits.pack_mask,
-        bits.pack_signs,
-        score_step.score_step,
-        quantized.masked_linear_quantized,
-        quantized.masked_linear_quantized_d_x,
-    )
-    by_name: dict[str, Callable] = {f.__name__: f for f in (*chosen, *others)}
-    automatic: dict[str, Callable] = {f.__name__: functools.partial(f, choose=choice.automatic) for f in chosen}
+    by_name: dict[str, Callable] = {
+        "product": ops.product,
+        "score_grad": ops.score_grad,
+        "gradients": ops.gradients,
+        "select": select.select,
+        "pack": bits.pack_mask,
+        "signs": bits.pack_signs,
+        "step": score_step.score_step,
+    }
+    automatic: dict[str, Callable] = {
+        name: functools.partial(by_name[name], choose=choice.automatic) for name in ("product", "gradients")
+    }
     if not language.INSTALLED:
-        del by_name["score_step"]  # it works in place, in launches of which a later one may have no cubin
+        del by_name["step"]  # it works in place, in launches of which a later one may have no cubin
         automatic = {name: _or_reference(name, automatic.get(name, f)) for name, f in by_name.items()}
     return by_name, automatic
 
@@ -117,7 +108,7 @@ def _or_reference(name: str, op: Callable) -> Callable:
             return op(*arguments, **named)
         except cubins.NoCubin as reason:
             _say(name, str(reason))
-            return registered("reference").ops[name](*arguments, **named)
+            return registered("reference").function(name)(*arguments, **named)
 
     return run
 
@@ -144,14 +135,15 @@ def _detail() -> str:
 
 unavailable = _unavailable()
 _interprets = _no_compiler() is None and _interpreting()
-_named, _automatic = _ops() if unavailable is None else ({}, {})
+_named, _automatic = functions() if unavailable is None else ({}, {})
 
 register(
     Backend(
         name="triton",
         device_types=frozenset({"cpu" if _interprets else "cuda"}),
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
-        ops=_named,
+        functions=_named,
+        takes=frozenset({Nf4, Int8, Experts, KeepByTask}) if _named else frozenset(),
         automatic=_automatic,
         short=_short() if _named else {},
         unavailable=unavailable,

@@ -1,42 +1,12 @@
-"""What the launchers of the matrix kernels share: the mask's source, what TMA can read, the arithmetic."""
-
-from dataclasses import dataclass
+"""What the launchers of the matrix kernels share: what TMA can read, the arithmetic, the sign's source."""
 
 import torch
 from torch import Tensor
 
+from ...operands import Keep
 from .language import TensorDescriptor
 from .plan import Operands
 from .target import Target, interpreting
-
-
-@dataclass(frozen=True)
-class Keep:
-    """What tells the mask: scores (N, K) with their thresholds, () or (N,), or packed words (mode "packed")."""
-
-    source: Tensor
-    thresholds: Tensor | None
-    mode: str
-
-    @property
-    def tiled(self) -> tuple[Tensor, ...]:
-        """What is read in tiles of the weight's shape: the scores; packed words are read one by one."""
-        return () if self.mode == "packed" else (self.source,)
-
-    @property
-    def by_row(self) -> bool:
-        """Whether each row has a threshold of its own."""
-        return self.thresholds is not None and self.thresholds.dim() == 1
-
-    @property
-    def threshold_stride(self) -> int:
-        """From one row's threshold to the next; 0 where all rows share one."""
-        return self.thresholds.stride(0) if self.thresholds is not None and self.by_row else 0
-
-    @property
-    def kind(self) -> str:
-        """ "packed", or the scores' dtype."""
-        return "packed" if self.mode == "packed" else str(self.source.dtype)
 
 
 def sign_kind(sign: Tensor | None) -> str:

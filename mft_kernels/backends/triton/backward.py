@@ -20,7 +20,8 @@ import math
 
 from torch import Tensor
 
-from .arguments import Keep, aligned, arithmetic, describable, operands, sign_kind, tiled
+from ...operands import Keep
+from .arguments import aligned, arithmetic, describable, operands, sign_kind, tiled
 from .language import tl, triton
 from .launch import by_cubins_or_compiled, launch
 from .plan import EPILOGUE_COLUMNS, backward_tiles

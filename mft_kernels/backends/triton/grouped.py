@@ -1,4 +1,4 @@
-"""The ops over experts, each in one launch, whatever rows each expert has; see reference_grouped.py and experts.py.
+"""The ops over experts, each in one launch, whatever rows each expert has; see experts.py.
 
     product      out (T, P): the rows of expert e = a's @ Wm[e].T (P = N), or @ Wm[e] (P = K); nobody's rows are 0
     score_grad   out (E, N, K): [out[e] +] (grad.T @ x of the rows of e) [* weight[e]] [* sign[e]]
@@ -11,7 +11,8 @@ import math
 
 from torch import Tensor
 
-from .arguments import Keep, aligned, arithmetic, describable, operands, sign_kind, tiled
+from ...operands import Experts, Keep
+from .arguments import aligned, arithmetic, describable, operands, sign_kind, tiled
 from .experts import block_of, expert_of, readable, rows_as_experts, rows_each, rows_of_experts, tiled_matrices
 from .language import tl, triton
 from .launch import by_cubins_or_compiled, launch
@@ -22,35 +23,24 @@ from .target import Target, target_of
 from .tiles import grouped, store_tile
 
 
-def grouped_product(
-    x: Tensor,
-    weight: Tensor,
-    scores: Tensor | None,
-    threshold: Tensor | None,
-    packed: Tensor | None,
-    offsets: Tensor,
-    bias: Tensor | None,
-    mode: str,
-    transposed: bool,
+def product_of_experts(
+    a: Tensor, weight: Experts, keep: Keep, bias: Tensor | None, *, transposed: bool = False
 ) -> Tensor:
-    """y[i] = x[i] @ where(keep[e], weight[e], 0).T + bias[e]; transposed: without the .T. Nobody's rows are 0."""
-    if packed is not None:
-        keep = Keep(packed.contiguous(), None, "packed")
-    else:
-        assert scores is not None
-        assert threshold is not None
-        keep = Keep(scores, threshold.contiguous(), mode)
-    (_, n, k), rows = weight.shape, len(x)
+    """The product of each expert's rows; nobody's rows are 0."""
+    matrices, thresholds = weight.matrices, keep.thresholds
+    source = keep.source.contiguous() if thresholds is None else keep.source
+    keep = Keep(source, None if thresholds is None else thresholds.contiguous(), keep.mode)
+    (_, n, k), rows = matrices.shape, len(a)
     p, q = (k, n) if transposed else (n, k)
-    if rows == 0 or p == 0 or len(weight) == 0:
-        return x.new_zeros(rows, p)
+    if rows == 0 or p == 0 or len(matrices) == 0:
+        return a.new_zeros(rows, p)
     if q == 0:  # the bias, where there is one
-        y = x.new_zeros(len(weight) + 1, p)
+        y = a.new_zeros(len(matrices) + 1, p)
         if bias is not None:
             y[:-1] = bias
-        return y[rows_as_experts(offsets, rows)]
+        return y[rows_as_experts(weight.offsets, rows)]
     return by_cubins_or_compiled(
-        x.device, lambda target: _product_on(target, x, weight, keep, offsets, bias, transposed)
+        a.device, lambda target: _product_on(target, a, matrices, keep, weight.offsets, bias, transposed)
     )
 
 
@@ -154,18 +144,17 @@ def _grouped_product_kernel(
         store_tile(out, zeros, row, tile % tiles_p * BLOCK_P, T, P, P, 1, BLOCK_M, BLOCK_P)
 
 
-def grouped_score_grad(
-    out: Tensor,
+def score_grad_of_experts(
     grad_output: Tensor,
     x: Tensor,
-    offsets: Tensor,
     weight: Tensor | None,
-    scores: Tensor | None,
-    signs: Tensor | None,
-    mode: str,
+    sign: Tensor | None,
+    out: Tensor,
+    offsets: Tensor,
+    *,
     accumulate: bool,
 ) -> None:
-    """out[e] = [out[e] +] (grad_output.T @ x of the rows of e) [* weight[e]] [* sign(scores[e])]; out is contiguous.
+    """out[e] = [out[e] +] (grad_output.T @ x of the rows of e) [* weight[e]] [* sign[e]]; out is contiguous.
 
     An expert without rows has exactly 0, or stays as it is.
     """
@@ -174,9 +163,6 @@ def grouped_score_grad(
         if not accumulate:
             out.zero_()
         return
-    sign = None
-    if mode == "magnitude" and weight is not None:
-        sign = scores if signs is None else signs.contiguous()
     target = target_of(x.device)
     # No descriptor: what it reads beyond an expert's rows would have to be taken out of both operands again.
     given = operands(x, None, aligned(grad_output, x))

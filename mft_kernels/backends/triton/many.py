@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...operands import Keep, KeepByTask
 from . import planned
-from .arguments import Keep, arithmetic, operands
+from .arguments import arithmetic, operands
 from .language import tl, triton
 from .launch import launch
 from .plan import many_tiles
@@ -24,19 +25,19 @@ from .target import target_of
 from .tiles import load_tile, load_words, spread, store_tile
 
 
-def masked_linear_many(
-    x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, bias: Tensor | None
+def product_by_task(
+    a: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor | None, *, transposed: bool = False
 ) -> Tensor:
-    """masked_linear_packed with a mask a row, in one pass over the weight; NaN for a task that there is not."""
+    """The product with a mask per row: forward in one pass over the weight; NaN for a task that there is not."""
+    if transposed:
+        return _d_x(a, weight, keep.masks, keep.tasks)
     kind = planned.kind("many", weight)
     return planned.by_plan(
-        (x, weight, tasks, bias, *masks), kind, lambda: [_masked_linear_many(x, weight, masks, tasks, bias)]
+        (a, weight, keep.tasks, bias, *keep.masks), kind, lambda: [_forward(a, weight, keep.masks, keep.tasks, bias)]
     )[0]
 
 
-def _masked_linear_many(
-    x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, bias: Tensor | None
-) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, bias: Tensor | None) -> Tensor:
     (n, k), rows = weight.shape, x.shape[:-1].numel()
     y = x.new_empty((rows, n))
     a = x.reshape(rows, k)
@@ -84,15 +85,15 @@ def _masked_linear_many(
     return y.view(*x.shape[:-1], n)
 
 
-def masked_linear_many_backward(grad_output: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor) -> Tensor:
-    """d_x of masked_linear_many: a product of all rows for each mask, of which its rows are taken."""
+def _d_x(grad_output: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor) -> Tensor:
+    """A product of all rows for each mask, of which its rows are taken."""
     (n, k), rows = weight.shape, grad_output.shape[:-1].numel()
     grad, task = grad_output.reshape(rows, n), tasks.repeat_interleave(max(1, rows // max(1, len(tasks)))).unsqueeze(1)
     d_x = grad.new_full((rows, k), torch.nan)
     if 0 not in (rows, n, k):
         every = [torch.full_like(masks[0], -1) if masks else _everything(weight), *masks]
         for place, packed in enumerate(every, start=-1):
-            product = fused_product(grad, weight, Keep(packed.contiguous(), None, "packed"), None, True)
+            product = fused_product(grad, weight, Keep(packed.contiguous()), None, True)
             d_x = torch.where(task == place, product, d_x)
     elif n == 0:
         d_x.zero_()

@@ -1,4 +1,4 @@
-"""The triton backend's ops: functions with the names and arguments of ``reference``, each a launch or two.
+"""The triton backend's products and gradients: each a launch or two, by the kind of weight and of mask.
 
 Strides, alignment and 2^31 elements are the kernels' business; nothing is copied here but leading axes that no view can
 merge. ``choose`` decides between the fused product and a pass into scratch: always FUSED where a caller asked for this
@@ -10,15 +10,21 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ...codes import Codes
+from ...operands import Experts, Keep, KeepByTask, Weight
 from ...reference.linear import Gradients
+from ..gradients import by_two_functions
 from . import planned
-from .arguments import Keep, aligned, is_exact, operands
+from .arguments import aligned, is_exact, operands
 from .backward import both
 from .choice import FUSED, SCRATCH, Product, automatic
 from .cubins import noting
+from .grouped import product_of_experts, score_grad_of_experts
+from .many import product_by_task
 from .plan import one_launch
 from .product import fused_product
-from .score_grad import score_grad
+from .quantized import product_of_codes
+from .score_grad import fill_gradients
 from .scratch import product_through_scratch
 from .target import Target, target_of
 
@@ -35,73 +41,72 @@ def always_scratch(product: Product, target: Target, candidates: Mapping[str, Ca
     return SCRATCH
 
 
-def masked_linear(
-    x: Tensor,
-    weight: Tensor,
-    scores: Tensor,
-    threshold: Tensor,
+def product(
+    a: Tensor,
+    weight: Weight,
+    keep: Keep | KeepByTask | None,
     bias: Tensor | None,
-    mode: str,
     *,
+    transposed: bool = False,
     choose: Choose = always_fused,
 ) -> Tensor:
-    """y = x @ where(keep, weight, 0).T + bias, straight from the scores."""
-    return _forward(x, weight, Keep(scores, threshold, mode), bias, choose)
+    """a @ where(keep, weight, 0).T + bias; transposed: a @ where(keep, weight, 0). See the reference."""
+    if isinstance(weight, Experts):
+        return product_of_experts(a, weight, keep, bias, transposed=transposed)
+    if isinstance(weight, Codes):
+        return product_of_codes(a, weight, keep, bias, transposed=transposed)
+    if isinstance(keep, KeepByTask):
+        return product_by_task(a, weight, keep, bias, transposed=transposed)
+    if transposed:
+        return _backward(a, a, weight, keep, None, torch.float32, [True, False, False, False], choose)[0]
+    return _forward(a, weight, _with_whole_words(keep), bias, choose)
 
 
-def masked_linear_packed(
-    x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, *, choose: Choose = always_fused
-) -> Tensor:
-    """masked_linear with the mask given as bits, int32 (N, ceil(K / 32))."""
-    return _forward(x, weight, Keep(packed.contiguous(), None, "packed"), bias, choose)
-
-
-def masked_linear_backward(
+def gradients(
     grad_output: Tensor,
     x: Tensor,
-    weight: Tensor,
-    scores: Tensor,
-    threshold: Tensor,
-    mode: str,
+    weight: Tensor | Experts,
+    keep: Keep,
+    sign: Tensor | None,
+    score_dtype: torch.dtype,
     output_mask: list[bool],
     *,
+    transposed: bool = False,
     choose: Choose = always_fused,
 ) -> Gradients:
     """d_x, d_weight, d_scores, d_bias; (0,) for what output_mask leaves out."""
-    sign = scores if mode == "magnitude" else None
-    return _backward(grad_output, x, weight, Keep(scores, threshold, mode), sign, scores.dtype, output_mask, choose)
+    if isinstance(weight, Experts):
+        how = (score_dtype, output_mask)
+        return _of_experts(grad_output, x, weight, keep, sign, *how, transposed=transposed)
+    return _backward(grad_output, x, weight, keep, sign, score_dtype, output_mask, choose)
 
 
-def masked_linear_packed_backward(
+def score_grad(
     grad_output: Tensor,
     x: Tensor,
-    weight: Tensor,
-    packed: Tensor,
-    scores: Tensor | None,
-    signs: Tensor | None,
-    mode: str,
-    output_mask: list[bool],
+    weight: Tensor | None,
+    sign: Tensor | None,
+    d_scores: Tensor | None,
     *,
-    choose: Choose = always_fused,
-) -> Gradients:
-    """Gradients of masked_linear_packed; the sign comes from the bits of ``signs`` where given, else from scores."""
-    sign = _sign_source(scores, signs, mode)
-    dtype = torch.float32 if scores is None else scores.dtype
-    return _backward(
-        grad_output, x, weight, Keep(packed.contiguous(), None, "packed"), sign, dtype, output_mask, choose
-    )
-
-
-def accumulate_score_grad(
-    out: Tensor, grad_output: Tensor, x: Tensor, weight: Tensor, scores: Tensor | None, signs: Tensor | None, mode: str
+    accumulate: bool,
+    offsets: Tensor | None = None,
+    d_weight: Tensor | None = None,
+    keep: Keep | None = None,
 ) -> None:
-    """out += (grad_output.T @ x) * weight [* sign(scores)], in the epilogue; no temporary of that size."""
-    _add_sums(out, grad_output, x, weight, _sign_source(scores, signs, mode))
+    """d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign], in the epilogue; no temporary of that size."""
+    if offsets is not None:
+        assert d_scores is not None
+        score_grad_of_experts(grad_output, x, weight, _whole_words(sign), d_scores, offsets, accumulate=accumulate)
+    elif accumulate:
+        _add_sums(d_scores, grad_output, x, weight, _whole_words(sign))
+    else:
+        of_weight = _with_whole_words(keep)
+        fill_gradients(
+            _rows(grad_output), _rows(x), weight, of_weight, _whole_words(sign), d_scores=d_scores, d_weight=d_weight
+        )
 
 
-def accumulate_product(out: Tensor, grad_output: Tensor, x: Tensor) -> None:
-    """out += grad_output.T @ x, by the same kernel without weight and sign."""
-    _add_sums(out, grad_output, x, None, None)
+_of_experts = by_two_functions(product, score_grad)
 
 
 # ---------------------------------------------------------------------------------------------- below: private
@@ -111,10 +116,12 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _sign_source(scores: Tensor | None, signs: Tensor | None, mode: str) -> Tensor | None:
-    if mode == "value":
-        return None
-    return scores if signs is None else signs.contiguous()
+def _whole_words(sign: Tensor | None) -> Tensor | None:
+    return sign.contiguous() if sign is not None and sign.dtype == torch.int32 else sign
+
+
+def _with_whole_words(keep: Keep | None) -> Keep | None:
+    return keep if keep is None or keep.words is None else Keep(keep.words.contiguous())
 
 
 def _forward(x: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, choose: Choose) -> Tensor:
@@ -138,6 +145,7 @@ def _backward(
     output_mask: list[bool],
     choose: Choose,
 ) -> Gradients:
+    keep, sign = _with_whole_words(keep), _whole_words(sign)
     reads_x, own_sign = output_mask[1] or output_mask[2], None if sign is keep.source else sign
     given = (grad_output, x if reads_x else None, weight, keep.source, keep.thresholds, own_sign)
     kind = _kind(planned.GRADIENTS, weight, keep.mode, *output_mask[:3], score_dtype, choose=choose)
@@ -170,7 +178,7 @@ def _gradients(
         if output_mask[0]:
             d_x = _product(grad, weight, keep, None, True, choose)
         if d_scores is not None or d_weight is not None:
-            score_grad(grad, rows, weight, keep, sign, d_scores=d_scores, d_weight=d_weight)
+            fill_gradients(grad, rows, weight, keep, sign, d_scores=d_scores, d_weight=d_weight)
     if d_x is not None:
         d_x = d_x.view(*grad_output.shape[:-1], weight.shape[1])
     return [grad.new_empty(0) if g is None else g for g in (d_x, d_weight, d_scores, None)]
@@ -181,7 +189,7 @@ def _add_sums(out: Tensor, grad_output: Tensor, x: Tensor, weight: Tensor | None
     kind = planned.kind(planned.SUMS, x)
     if not planned.sums(given, kind):
         with noting() as launched:
-            score_grad(_rows(grad_output), _rows(x), weight, None, sign, d_scores=out, accumulate=True)
+            fill_gradients(_rows(grad_output), _rows(x), weight, None, sign, d_scores=out, accumulate=True)
         planned.remember(given, kind, [], launched)
 
 
@@ -210,7 +218,7 @@ def _is_one_launch(
             both(g, a, weight, keep, sign, d_scores, None)
         else:
             product_through_scratch(g, weight, keep, None, True)
-            score_grad(g, a, weight, keep, sign, d_scores=d_scores)
+            fill_gradients(g, a, weight, keep, sign, d_scores=d_scores)
 
     product = _describe(grad, weight, keep, transposed=True, with_scores=True)
     candidates = {FUSED: lambda tokens: run(tokens, True), SCRATCH: lambda tokens: run(tokens, False)}
@@ -241,7 +249,7 @@ def _describe(a: Tensor, weight: Tensor, keep: Keep, *, transposed: bool, with_s
         k=weight.shape[1],
         transposed=transposed,
         dtype=str(weight.dtype),
-        mask=keep.kind,
+        mask="packed" if keep.scores is None else str(keep.scores.dtype),
         exact=is_exact(weight),
         aligned=aligned(a, weight, *keep.tiled),
         with_scores=with_scores,

@@ -17,7 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from .arguments import Keep, aligned, arithmetic, describable, operands, tiled
+from ...operands import Keep
+from .arguments import aligned, arithmetic, describable, operands, tiled
 from .language import tl, triton
 from .launch import by_cubins_or_compiled, launch
 from .plan import MOST_SPLITS, product_tiles

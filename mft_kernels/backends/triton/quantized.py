@@ -4,7 +4,7 @@
                                                         bits; absmax may be codes itself (double quantisation)
     int8  decoded[n, k] = code[n, k] * (absmax[n] / 127)
 
-In fp32 and rounded once to a's dtype, as reference_quantized.dequantize does it, so Wm is the same to the bit. P is the
+In fp32 and rounded once to a's dtype, as codes.py does it, so Wm is the same to the bit. P is the
 axis of the result that comes from the weight, Q the one that is summed (product.py). One program makes BLOCK_M x
 BLOCK_P of out, or of a part of its sum:
 
@@ -23,7 +23,8 @@ import math
 import torch
 from torch import Tensor
 
-from ...reference.quantized import NESTED_BLOCK, NF4, NF4_BLOCK
+from ...codes import NESTED_BLOCK, NF4, NF4_BLOCK, Codes, Nf4
+from ...operands import Keep
 from . import planned
 from .arguments import arithmetic, is_exact
 from .language import tl, triton
@@ -34,65 +35,29 @@ from .target import target_of
 from .tiles import load_bits, load_tile, store_tile
 
 
-def masked_linear_quantized(
-    x: Tensor,
-    codes: Tensor,
-    absmax: list[Tensor],
-    packed: Tensor | None,
-    bias: Tensor | None,
-    shape: list[int],
-    kind: str,
+def product_of_codes(
+    a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor | None, *, transposed: bool = False
 ) -> Tensor:
-    """y = x @ where(mask, decoded, 0).T + bias."""
-    return _product(x, codes, absmax, packed, bias, shape, kind, transposed=False)
-
-
-def masked_linear_quantized_d_x(
-    grad_output: Tensor, codes: Tensor, absmax: list[Tensor], packed: Tensor | None, shape: list[int], kind: str
-) -> Tensor:
-    """d_x = grad_output @ where(mask, decoded, 0)."""
-    return _product(grad_output, codes, absmax, packed, None, shape, kind, transposed=True)
-
-
-def _product(
-    given: Tensor,
-    codes: Tensor,
-    absmax: list[Tensor],
-    packed: Tensor | None,
-    bias: Tensor | None,
-    shape: list[int],
-    kind: str,
-    *,
-    transposed: bool,
-) -> Tensor:
-    (n, k), levels = shape, _levels(given.device) if kind == "nf4" else None
-    number = planned.kind("codes", given, kind, n, k, transposed)
+    """a @ where(keep, decoded, 0).T + bias; transposed: without the .T."""
+    packed, levels = None if keep is None else keep.source, _levels(a.device) if isinstance(weight, Nf4) else None
+    number = planned.kind("codes", a, weight.name, *weight.shape, transposed)
 
     def run() -> list[Tensor]:
-        return [_launch(given, codes, absmax, levels, packed, bias, shape, kind, transposed=transposed)]
+        return [_launch(a, weight, levels, packed, bias, transposed=transposed)]
 
-    return planned.by_plan((given, codes, levels, packed, bias, *absmax), number, run)[0]
+    return planned.by_plan((a, weight.codes, levels, packed, bias, *weight.scales), number, run)[0]
 
 
 def _launch(
-    given: Tensor,
-    codes: Tensor,
-    absmax: list[Tensor],
-    levels: Tensor | None,
-    packed: Tensor | None,
-    bias: Tensor | None,
-    shape: list[int],
-    kind: str,
-    *,
-    transposed: bool,
+    given: Tensor, weight: Codes, levels: Tensor | None, packed: Tensor | None, bias: Tensor | None, *, transposed: bool
 ) -> Tensor:
-    (n, k), m = shape, given.shape[:-1].numel()
+    (n, k), m = weight.shape, given.shape[:-1].numel()
     p, q = (k, n) if transposed else (n, k)
     a = given.reshape(m, q)
     out = a.new_empty((m, p))
     bias = None if bias is None else bias.contiguous()
     packed = None if packed is None else packed.contiguous()
-    whole = k % (NF4_BLOCK if kind == "nf4" else 16) == 0
+    whole = k % (16 if levels is None else NF4_BLOCK) == 0
     asked = Operands(a.element_size(), 0, is_exact(a), whole)
     tiles = quantized_tiles(target_of(a.device), max(1, m), max(1, p), max(1, q), asked)
     part = max(tiles.inner, tiles.part(q))
@@ -102,8 +67,8 @@ def _launch(
         _quantized_product_kernel,
         (math.ceil(m / tiles.rows) * math.ceil(p / tiles.columns) * splits,),
         a,
-        codes.contiguous(),
-        tuple(scale.contiguous() for scale in absmax),
+        weight.codes.contiguous(),
+        tuple(scale.contiguous() for scale in weight.scales),
         levels,
         packed,
         bias,
@@ -117,10 +82,10 @@ def _launch(
         *a.stride(),
         *out.stride(),
         TRANSPOSED=transposed,
-        KIND=kind,
+        KIND=weight.name,
         WHOLE=whole,
         BLOCK=NF4_BLOCK,
-        NESTED=NESTED_BLOCK if len(absmax) > 1 else 0,
+        NESTED=NESTED_BLOCK if len(weight.scales) > 1 else 0,
         PACKED=packed is not None,
         HAS_BIAS=bias is not None,
         BLOCK_M=tiles.rows,

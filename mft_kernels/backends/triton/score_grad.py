@@ -12,7 +12,8 @@ import math
 
 from torch import Tensor
 
-from .arguments import Keep, aligned, arithmetic, describable, operands, sign_kind, tiled
+from ...operands import Keep
+from .arguments import aligned, arithmetic, describable, operands, sign_kind, tiled
 from .language import tl, triton
 from .launch import launch
 from .plan import EPILOGUE_COLUMNS, outer_tiles
@@ -140,7 +141,7 @@ def _score_grad_kernel(
         )  # fmt: skip
 
 
-def score_grad(
+def fill_gradients(
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,

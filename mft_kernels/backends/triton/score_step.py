@@ -16,6 +16,7 @@ any case, read the scores again: the host waits for nothing.
 import torch
 from torch import Tensor
 
+from ...operands import Update
 from ...reference.linear import kept_count
 from ...reference.step import BLOCK, CHUNK, MEAN_BIAS, MEAN_CODES, SQUARE_BIAS, SQUARE_CODES
 from . import planned
@@ -35,74 +36,43 @@ _PROGRAMS = 6  # a multiprocessor; an estimate, not measured
 _WINDOW, _NARROW_WINDOW = 1024, 256
 
 
-def score_step(
-    scores: Tensor,
-    grad: Tensor,
-    weight: Tensor | None,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scales: Tensor | None,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None,
-    seed: int,
-    mode: str,
-    keep_ratio: float | None,
-    threshold: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The step of reference_step.score_step, in place, and its results: threshold and packed mask.
+def score_step(update: Update) -> tuple[Tensor, Tensor]:
+    """The step of the reference, in place, and its results: threshold and packed mask.
 
-    Without a ratio they are empty. ``grad`` and ``weight`` are copied where they are not contiguous.
+    Without a ratio they are empty. Gradient and weight are copied where they are not contiguous.
     """
+    scores, beta1, beta2 = update.scores, update.beta1, update.beta2
     numbers = {
-        "step": _signed(step),
-        "seed_low": _signed(seed),
-        "seed_high": _signed(seed >> 32),
-        "decay": 1.0 - lr * weight_decay,
+        "step": _signed(update.step),
+        "seed_low": _signed(update.seed),
+        "seed_high": _signed(update.seed >> 32),
+        "decay": float(update.decay),
         "beta1": float(beta1),
         "minus_beta1": 1.0 - beta1,
         "beta2": float(beta2),
         "minus_beta2": 1.0 - beta2,
-        "minus_step_size": -(lr / (1 - beta1**step)),
-        "correction": (1.0 - beta2**step) ** (0.5 if scales is None else -0.5),
-        "eps": float(eps),
+        "minus_step_size": -update.step_size,
+        "correction": update.correction,
+        "eps": float(update.eps),
     }
-    kept = None if keep_ratio is None else kept_count(scores.numel(), keep_ratio)
+    kept = None if update.keep_ratio is None else kept_count(scores.numel(), update.keep_ratio)
     from_selection = {} if kept is None else {"kept": kept, "rank": rank_of(scores.numel(), kept)}
-
-    def run() -> list[Tensor]:
-        return _score_step(
-            scores, grad, weight, exp_avg, exp_avg_sq, scales, numbers, grad_scale, mode, keep_ratio, threshold
-        )
-
     # A number that int32 does not hold makes another binary.
-    kind = planned.kind("step", None, mode, kept is None, 1 - beta1 >= 0.5) if scores.numel() < 2**31 else None
-    given = (scores, grad, weight, exp_avg, exp_avg_sq, scales, grad_scale, threshold)
-    found, packed = planned.by_plan(given, kind, run, numbers | from_selection)
+    kind = planned.kind("step", None, update.mode, kept is None, 1 - beta1 >= 0.5) if scores.numel() < 2**31 else None
+    given = (
+        *(scores, update.grad, update.weight, update.exp_avg, update.exp_avg_sq, update.scales),
+        *(update.grad_scale, update.threshold),
+    )
+    found, packed = planned.by_plan(given, kind, lambda: _score_step(update, numbers), numbers | from_selection)
     return found, packed
 
 
-def _score_step(
-    scores: Tensor,
-    grad: Tensor,
-    weight: Tensor | None,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scales: Tensor | None,
-    numbers: dict[str, float],
-    grad_scale: Tensor | None,
-    mode: str,
-    keep_ratio: float | None,
-    threshold: Tensor | None,
-) -> list[Tensor]:
+def _score_step(update: Update, numbers: dict[str, float]) -> list[Tensor]:
+    scores, keep_ratio, mode = update.scores, update.keep_ratio, update.mode
     target = target_of(scores.device)
     # As integers: the interpreter knows no arithmetic on bf16, and int16 is no float.
     words = scores if scores.dtype == torch.float32 else scores.view(torch.int16)
-    hint = threshold if keep_ratio is not None and scores.dtype != torch.float32 else None
+    hint = update.threshold if keep_ratio is not None and scores.dtype != torch.float32 else None
     window = window_of(target)
     counts = None
     if hint is not None:  # the bins, how many keys above them, how many not finite
@@ -113,12 +83,12 @@ def _score_step(
         _score_step_kernel,
         (min(triton.cdiv(scores.numel(), _CHUNKS * CHUNK), _PROGRAMS * target.multiprocessors),),
         words,
-        grad.contiguous(),
-        None if weight is None else weight.contiguous(),
-        exp_avg,
-        exp_avg_sq,
-        scales,
-        grad_scale,
+        update.grad.contiguous(),
+        None if update.weight is None else update.weight.contiguous(),
+        update.exp_avg,
+        update.exp_avg_sq,
+        update.scales,
+        update.grad_scale,
         hint,
         counts,
         scores.numel(),
@@ -197,7 +167,7 @@ def _widen(words, FORMAT: tl.constexpr):
 
 @triton.jit
 def _narrow(values, old, word, FORMAT: tl.constexpr):
-    """Scores rounded stochastically by the lower 16 bits of a random word; see reference_step.narrow_scores."""
+    """Scores rounded stochastically by the lower 16 bits of a random word; see narrow_scores of reference/step.py."""
     if FORMAT == "fp32":
         words = values
     else:
@@ -236,7 +206,7 @@ def _signs(values, words, FORMAT: tl.constexpr):
 
 @triton.jit
 def _decode(codes, scale, BIAS: tl.constexpr, CODES: tl.constexpr):
-    """fp32 values of minifloat codes, times their block's scale; see reference_step.decode."""
+    """fp32 values of minifloat codes, times their block's scale; see decode of reference/step.py."""
     code = codes.to(tl.uint32)
     magnitude = code & (CODES - 1)
     normal = ((magnitude + ((127 - BIAS) << 3)) << 20).to(tl.float32, bitcast=True)
@@ -249,7 +219,7 @@ def _decode(codes, scale, BIAS: tl.constexpr, CODES: tl.constexpr):
 
 @triton.jit
 def _encode(values, inside, bits, BIAS: tl.constexpr, CODES: tl.constexpr):
-    """(codes, scale of each row): minifloats rounded stochastically by 8 bits; see reference_step.encode."""
+    """(codes, scale of each row): minifloats rounded stochastically by 8 bits; see encode of reference/step.py."""
     pattern = values.to(tl.uint32, bitcast=True)
     magnitude = pattern & 0x7FFFFFFF
     if inside is not None:

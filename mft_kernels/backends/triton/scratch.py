@@ -7,8 +7,8 @@ GEMM repays the pass. The scratch is the weight's size and is given back at once
 import torch
 from torch import Tensor
 
+from ...operands import Keep
 from ...reference.linear import filled
-from .arguments import Keep
 from .language import tl, triton
 from .launch import launch
 from .tiles import is_kept, load_bits, load_thresholds, load_tile, store_tile

@@ -72,8 +72,10 @@ def kept_threshold(
     return planned.by_plan((scores,), number, run, {"kept": kept, "rank": rank_of(scores.numel(), kept)})[0]
 
 
-def kept_thresholds(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
-    """kept_threshold of each of scores (E, ...), in the same launches: (E,)."""
+def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) -> Tensor:
+    """kept_threshold of all scores, (); each: of each of scores (E, ...), in the same launches, (E,)."""
+    if not each:
+        return kept_threshold(scores, keep_ratio, mode)
     target = target_of(scores.device)
     return _kth_largest(
         scores,

@@ -49,14 +49,14 @@ def served_on(device: torch.device, automatic: str) -> str:
     try:
         backend = registered(asked)
     except ValueError as error:
-        return f"MFT_KERNELS={asked} on {device}: every op is refused: {error}"
-    refused = {op: backend.refusal(op, device, ()) for op in registered("reference").ops}
-    served = [op for op, reason in refused.items() if reason is None]
+        return f"MFT_KERNELS={asked} on {device}: every function is refused: {error}"
+    refused = {each: backend.refusal(each, device, ()) for each in registered("reference").functions}
+    served = [each for each, reason in refused.items() if reason is None]
     by = f"MFT_KERNELS={asked} on {device}"
     if not served:
-        return f"{by}: every op is refused: {next(iter(refused.values()))}; unset it for auto, {automatic} here"
-    ops = "every op" if len(served) == len(refused) else f"{', '.join(served)} alone, other ops are refused"
-    return f"{by}: {ops} (auto: {automatic})"
+        return f"{by}: every function is refused: {next(iter(refused.values()))}; unset it for auto, {automatic} here"
+    found = "every function" if len(served) == len(refused) else f"{', '.join(served)} alone, the others are refused"
+    return f"{by}: {found} (auto: {automatic})"
 
 
 def _version(package: str) -> str:

@@ -28,11 +28,10 @@ from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, masked_l
 from mft_kernels.mask.held import Weight
 from mft_kernels.mask.masking import CurrentMask, current_mask
 from mft_kernels.ops.checks import NonFiniteScores
-from mft_kernels.ops.direct import is_direct_but_for_autograd
-from mft_kernels.ops.grouped import gradients_of_packed_grouped, product_of_packed_grouped
-from mft_kernels.ops.library import unchanged
-from mft_kernels.ops.linear import gradients_of_packed
+from mft_kernels.ops.grouped import GRADIENTS_OF_GROUPED_PACKED, GROUPED_PACKED
+from mft_kernels.ops.linear import GRADIENTS_OF_PACKED
 from mft_kernels.ops.quantized import masked_linear_quantized_d_x
+from mft_kernels.ops.route import is_seen_by_others, unchanged
 
 
 def quantize_model(model: nn.Module, kind: str = "nf4", *, masked: bool = False) -> nn.Module:
@@ -163,7 +162,7 @@ class QuantizedMaskedLinear(MaskedLinear):
     def forward(self, x: Tensor) -> Tensor:
         quantized = self.quantized
         plain = self._held is None and not x.is_nested
-        if not (plain and quantized.is_fused(x) and is_direct_but_for_autograd(x, self.scores, quantized.codes)):
+        if not (plain and quantized.is_fused(x) and not is_seen_by_others(x, self.scores, quantized.codes)):
             return super().forward(x)
         try:
             mask = current_mask(self.scores, self.keep_ratio, self.threshold, self.mode)
@@ -200,7 +199,7 @@ class QuantizedMaskedGroupedLinear(MaskedGroupedLinear):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         plain = self._held is None and x.dtype == self.quantized.dtype and torch.is_grad_enabled()
-        if not (plain and is_direct_but_for_autograd(x, self.scores, self.quantized.codes, offsets)):
+        if not plain or is_seen_by_others(x, self.scores, self.quantized.codes, offsets):
             return super().forward(x, offsets)
         try:
             mask = current_mask(self.scores, self.keep_ratio, self.threshold, self.mode)
@@ -279,7 +278,7 @@ class _QuantizedMaskedProduct(torch.autograd.Function):
             sign = Tensor.detach(scores) if scores.is_floating_point() else None
             wants = [wants_x, False, True, wants_bias]
             weight, mask = ctx.quantized.dense(), ctx.mask
-            d_x, _, d_scores, d_bias = gradients_of_packed(
+            d_x, _, d_scores, d_bias = GRADIENTS_OF_PACKED(
                 grad_output, x, weight, mask.packed, sign, mask.signs, ctx.mode, wants, "auto"
             )
         else:
@@ -304,7 +303,7 @@ class _GroupedMaskedProduct(torch.autograd.Function):
         needs_x = ctx.needs_input_grad[1]
         ctx.save_for_backward(x if needs_x else None, scores, offsets)
         ctx.layer, ctx.mask = layer, mask
-        return product_of_packed_grouped(x, layer.weight, mask.packed, offsets, bias, layer.transposed, "auto")
+        return GROUPED_PACKED.compute(x, layer.weight, mask.packed, offsets, bias, layer.transposed, "auto")
 
     @staticmethod
     @once_differentiable
@@ -314,7 +313,7 @@ class _GroupedMaskedProduct(torch.autograd.Function):
         wants_x, wants_scores, wants_bias = ctx.needs_input_grad[:3]
         wants = [wants_x, False, wants_scores, wants_bias]
         x = grad_output if x is None else x
-        d_x, _, d_scores, d_bias = gradients_of_packed_grouped(
+        d_x, _, d_scores, d_bias = GRADIENTS_OF_GROUPED_PACKED(
             grad_output,
             x,
             layer.weight,

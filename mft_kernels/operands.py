@@ -1,0 +1,136 @@
+"""What an op hands to a backend: a weight, and what tells which of its elements are kept.
+
+A weight is a matrix (a tensor), codes that stand for one (codes.py), or the matrices of experts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .codes import Codes
+
+MODES = ("magnitude", "value")
+MOST_MASKS = 16  # of a product with a mask per row: a kernel takes the address of each
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Scores with the thresholds that they are compared with, or a packed mask.
+
+    Attributes:
+        source: scores of the weight's shape, (N, K) or (E, N, K); or int32 words, (N, ceil(K / 32)) or
+            (E, N, ceil(K / 32)), see pack_mask.
+        thresholds: of scores, in their dtype: () for all or (N,), one per row; for experts (E,). None: source is words.
+        mode: "magnitude" or "value", see masked_linear; "packed" for words.
+    """
+
+    source: Tensor
+    thresholds: Tensor | None = None
+    mode: str = "packed"
+
+    @property
+    def words(self) -> Tensor | None:
+        """The packed mask, where it is one."""
+        return self.source if self.thresholds is None else None
+
+    @property
+    def scores(self) -> Tensor | None:
+        """The scores, where they tell what is kept."""
+        return None if self.thresholds is None else self.source
+
+    @property
+    def by_row(self) -> bool:
+        """Whether each row of one matrix has a threshold of its own."""
+        return self.thresholds is not None and self.thresholds.dim() == 1
+
+    @property
+    def threshold_stride(self) -> int:
+        """From one row's threshold to the next; 0 where all rows share one."""
+        return self.thresholds.stride(0) if self.thresholds is not None and self.by_row else 0
+
+    @property
+    def tiled(self) -> tuple[Tensor, ...]:
+        """What is read in tiles of the weight's shape: the scores. Packed words are read one by one."""
+        return () if self.scores is None else (self.scores,)
+
+    @property
+    def magnitude(self) -> bool:
+        """Whether scores are compared by their magnitude."""
+        return self.mode == "magnitude"
+
+
+@dataclass(frozen=True)
+class KeepByTask:
+    """Packed masks (N, ceil(K / 32)) of one matrix, and for each row of the tokens the place of its mask.
+
+    Attributes: tasks: integers (rows,); -1 keeps all. Tokens are (rows, ..., features).
+    """
+
+    masks: Sequence[Tensor]
+    tasks: Tensor
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The matrices of experts in one tensor (E, N, K), and where the rows of each expert end: int32 (E,)."""
+
+    matrices: Tensor
+    offsets: Tensor
+
+
+Weight = Tensor | Codes | Experts
+
+
+def dtypes_of(tokens: Tensor, weight: Weight, keep: Keep | KeepByTask | None) -> tuple:
+    """The dtypes by which a backend is chosen: of the weight, or of the tokens for codes; then of the scores."""
+    matrix = weight.matrices if isinstance(weight, Experts) else weight
+    first = matrix.dtype if isinstance(matrix, Tensor) else tokens.dtype
+    scores = keep.scores if isinstance(keep, Keep) else None
+    return (first,) if scores is None else (first, scores.dtype)
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimiser step on a matrix of scores, in place; see score_step for each field.
+
+    grad and weight are (N, K), of any strides; scores and moments are contiguous.
+    """
+
+    scores: Tensor
+    grad: Tensor
+    weight: Tensor | None
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    scales: Tensor | None
+    step: int
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    grad_scale: Tensor | None
+    seed: int
+    mode: str
+    keep_ratio: float | None
+    threshold: Tensor | None
+
+    @property
+    def step_size(self) -> float:
+        """Learning rate with the bias correction of the first moment."""
+        return self.lr / (1 - self.beta1**self.step)
+
+    @property
+    def correction(self) -> float:
+        """Bias correction of the second moment's root: a divisor of exact moments, a factor of 8-bit ones."""
+        return (1 - self.beta2**self.step) ** (0.5 if self.scales is None else -0.5)
+
+    @property
+    def decay(self) -> float:
+        """What the scores are multiplied by."""
+        return 1 - self.lr * self.weight_decay
+
+    @property
+    def magnitude(self) -> bool:
+        """Whether the next mask compares magnitudes."""
+        return self.mode == "magnitude"

@@ -1,0 +1,303 @@
+"""Op: an op of namespace ``mft``, and the one place that decides which way a call of it takes to its kernel.
+
+    short       one function of a backend, in C++, which checks its arguments and computes; it declines an unusual call
+    direct      the checks, then the backend's function, under autograd where a gradient is asked for
+    dispatcher  the checks, then PyTorch's dispatcher, for calls that someone else has to see: autocast, a compiler or
+                tracer, modes and subclasses, torch.func, forward mode, and the profiler
+
+The dispatcher takes 20 to 50 us for an op in Python (Xeon). One token on a small layer is less work than that, so
+generation would lose to the dense model by it alone.
+"""
+
+import contextlib
+import re
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._C import (
+    _any_requires_grad,
+    _are_functorch_transforms_active,
+    _dispatch_keys,
+    _dispatch_tls_is_dispatch_key_included,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _is_torch_function_mode_enabled,
+    _len_torch_dispatch_stack,
+)
+from torch.autograd import _profiler_enabled, forward_ad
+from torch.overrides import has_torch_function
+
+from .._ops import add_op_namespace_prefix, ops
+from ..backends.table import short_ways
+from .checks import check_transforms
+from .schema import library
+
+increment_version = torch.autograd.graph.increment_version
+
+_DEVICE_TYPES = ("cpu", "cuda")
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+
+#: Whom the dispatcher asks on an ordinary tensor's account, as bits: others for fakes, wrappers and lazy negation.
+_plain_keys: set[int] = set()
+_seen_device_types: set[str] = set()
+#: By exact type, as a subclass may have to see a call; scores.py adds its own.
+plain_types: set[type] = {Tensor, nn.Parameter}
+_WRITTEN = object()
+_VALUES = frozenset({type(None), str, float, int, bool, list, tuple})
+
+
+class _Caller(threading.local):
+    is_python = False  # of the op that this thread hands to the dispatcher
+    is_graph = False  # of the op that this thread computes
+
+
+_caller = _Caller()
+
+
+def is_called_by_graph() -> bool:
+    """Whether the op that is being computed was called by a graph, compiled or traced earlier, and not from Python."""
+    return _caller.is_graph
+
+
+class Gradient(NamedTuple):
+    """How an op is differentiated, as torch.library.register_autograd takes it."""
+
+    backward: Callable
+    setup_context: Callable
+
+
+class Op:
+    """An op of namespace mft. Called with the arguments of its schema, the last of which is the backend.
+
+    Args:
+        name: as in schema.py.
+        compute: makes the result from the schema's arguments.
+        check: of the public function: raises, or returns the arguments as they go on. None: they are trusted.
+        gradient: None: the op is not differentiable. is_gradient: it is a gradient itself, and another is an error.
+        casts: the positions of what autocast casts; scores are never among them.
+        short: how many of the first arguments must be tensors, and the place of the one whose dtype chooses the way.
+        by: a short way other than that of "auto"'s backend, from all arguments but the last; None where it declines.
+        writes: the positions of what is written in place; such an op has no gradient.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        compute: Callable,
+        *,
+        check: Callable[..., tuple] | None = None,
+        gradient: Gradient | None = None,
+        is_gradient: bool = False,
+        casts: tuple[int, ...] = (),
+        short: tuple[int, int] | None = None,
+        by: Callable | None = None,
+        writes: tuple[int, ...] = (),
+    ) -> None:
+        self.name, self._computing, self._check, self._writes = name, compute, check, writes
+        self._short, self._by = short, by
+        library.impl(name, self._dispatched, "CompositeExplicitAutograd")
+        self._differentiate = None if gradient is None else _with_autograd(self, gradient)
+        if is_gradient:
+            _refuse_second_derivative(self)
+        if casts:
+            _autocast(self, casts)
+
+    def __call__(self, *given: Any) -> Any:
+        seen = _is_watched()
+        if self._short is not None and given[-1] == "auto" and not seen and self._is_usual(given):
+            result = self._by(*given[:-1]) if self._by is not None else self.by_short_way(given)
+            if result is not None:
+                return None if result is _WRITTEN else result
+        if self._check is not None:
+            given = self._check(*given)
+        if not seen and _are_plain(given):
+            if not self._asks_for_gradients(given):
+                return self.compute(*given)
+            if self._differentiate is not None:
+                return self._differentiate(*given)
+        check_transforms(self.name, *_tensors(given), in_place=bool(self._writes))
+        with torch.no_grad() if self._writes else contextlib.nullcontext():
+            if torch.compiler.is_compiling():  # this call becomes a graph's
+                return getattr(ops, self.name)(*given)
+            _caller.is_python = True
+            try:
+                return getattr(ops, self.name)(*given)
+            finally:
+                _caller.is_python = False
+
+    def _dispatched(self, *given: Any) -> Any:
+        """compute, for the dispatcher."""
+        _caller.is_graph = not _caller.is_python
+        try:
+            return self.compute(*given)
+        finally:
+            _caller.is_graph = False
+
+    def compute(self, *given: Any) -> Any:
+        """The result alone: below autograd and the dispatcher, and within other ops."""
+        if self._short is not None and self._by is None and given[-1] == "auto":
+            result = self.by_short_way(given)
+            if result is not None:
+                return None if result is _WRITTEN else result
+        result = self._computing(*given)
+        self._note_writes(given)
+        return result
+
+    def _is_usual(self, given: tuple) -> bool:
+        """Whether a short way may be asked: it is not if the checks have to say what is wrong, or autograd comes in."""
+        required, _ = self._short  # type: ignore[misc]
+        return (
+            plain_types.issuperset(map(type, given[:required]))
+            and all(type(each) in _VALUES or type(each) in plain_types for each in given[required:])
+            and not self._asks_for_gradients(given)
+        )
+
+    def by_short_way(self, given: tuple) -> Any:
+        """What the short way of "auto"'s backend makes, _WRITTEN in place of nothing; None if it declines or is none."""
+        way = short_ways.get((self.name, given[self._short[1]].dtype))  # type: ignore[index]
+        if way is None:
+            return None
+        result = way(*given[:-1])
+        if result is True:
+            self._note_writes(given)
+            return _WRITTEN
+        if type(result) is list:
+            return tuple(result) or None
+        return None if result is False else result
+
+    def _asks_for_gradients(self, given: tuple) -> bool:
+        return not self._writes and torch.is_grad_enabled() and _any_requires_grad(*given)
+
+    def _note_writes(self, given: tuple) -> None:
+        """Tell autograd of what a kernel has written through pointers."""
+        if self._writes:
+            increment_version([given[at] for at in self._writes if given[at] is not None])
+
+
+def unchanged(ctx) -> tuple[Any, ...]:
+    """What a forward pass saved. Raises: RuntimeError if some of it was changed in place since."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        changed = re.search(r"(\[torch\.[\w.]+ .*\]).* is at version (\d+); expected version (\d+)", str(error))
+        if changed is None:
+            raise
+        raise RuntimeError(
+            "x, weight, scores, threshold and packed must stay as they are until the backward pass, got one "
+            f"{changed[1]} modified by an inplace operation since the forward pass (version {changed[2]}, expected "
+            f"{changed[3]}): call backward() before optimizer.step() and the like, or change a clone()"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------- who sees a call
+
+
+def is_seen_by_others(*tensors: Tensor | None) -> bool:
+    """Whether someone besides the kernel and autograd has to see a call on these tensors."""
+    return _is_watched() or not _are_plain(tensors)
+
+
+def _is_watched() -> bool:
+    """Whether someone besides autograd has to see any call now."""
+    return (
+        torch.compiler.is_compiling()  # first, as a compiler cannot trace the others
+        or _is_torch_function_mode_enabled()
+        or _len_torch_dispatch_stack() != 0
+        or _dispatch_tls_is_dispatch_key_included(
+            _PRE_DISPATCH
+        )  # modes of make_fx(pre_dispatch=True), on a stack apart
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _is_any_autocast_enabled()
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
+    )
+
+
+def _are_plain(given: tuple) -> bool:
+    """Whether nobody has to see a call for the sake of one of its tensors."""
+    tensors = tuple(_tensors(given))
+    return not has_torch_function(tensors) and all(
+        _dispatch_keys(tensor).raw_repr() in _plain_keys or _is_plain(tensor) for tensor in tensors
+    )
+
+
+def _tensors(given: tuple) -> Iterator[Tensor]:
+    """Those among the arguments, also in lists."""
+    for each in given:
+        if isinstance(each, Tensor):
+            yield each
+        elif type(each) is list or type(each) is tuple:
+            yield from (one for one in each if isinstance(one, Tensor))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether an empty tensor of the same device has the same keys; remembered."""
+    device_type = tensor.device.type
+    if device_type in _DEVICE_TYPES and device_type not in _seen_device_types:
+        for inference in (False, True):
+            with torch.inference_mode(inference):
+                _plain_keys.add(_dispatch_keys(torch.empty(0, device=device_type)).raw_repr())
+        _seen_device_types.add(device_type)
+    return _dispatch_keys(tensor).raw_repr() in _plain_keys
+
+
+# ---------------------------------------------------------------------------------------------- what an op registers
+
+
+def _with_autograd(op: Op, gradient: Gradient) -> Callable:
+    """Register the gradient, and return the op under autograd for a call that nobody else has to see.
+
+    By way of the dispatcher that takes 20 us more, and again in the backward pass (Xeon).
+    """
+    name = add_op_namespace_prefix(op.name)
+    torch.library.register_autograd(name, gradient.backward, setup_context=gradient.setup_context, lib=library)
+
+    def forward(ctx, *inputs):
+        output = op.compute(*inputs)
+        gradient.setup_context(ctx, inputs, output)
+        return output
+
+    def backward(ctx, *grads):  # what is a list of tensors to an op is no tensor to a function
+        return tuple(None if type(grad) is list else grad for grad in gradient.backward(ctx, *grads))
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: type[torch.autograd.Function] = type(f"{ops.name}_{op.name}", (torch.autograd.Function,), methods)
+    # Past what Function.apply does for torch.func, which does not see such a call: 2 us.
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def _refuse_second_derivative(op: Op) -> None:
+    """Make a derivative of an op that is a gradient itself an error instead of a silent zero."""
+    name = add_op_namespace_prefix(op.name)
+
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            f"{name} has no second derivative, as the mask's gradient is straight-through: "
+            "leave out create_graph=True, or detach() its gradients"
+        )
+
+    torch.library.register_autograd(name, backward, lib=library)
+
+
+def _autocast(op: Op, casts: tuple[int, ...]) -> None:
+    """Autocast of the arguments at the positions ``casts``: torch.library.register_autocast would cast scores too."""
+    overload = getattr(ops, op.name).default
+
+    def autocast_for(device_type: str, key: torch._C.DispatchKey) -> Callable:
+        def kernel(*arguments):
+            args = list(arguments)
+            dtype = torch.get_autocast_dtype(device_type)
+            for i in casts:
+                if args[i] is not None and args[i].is_floating_point() and args[i].dtype != torch.float64:
+                    args[i] = args[i].to(dtype)
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                return overload(*args)
+
+        return kernel
+
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        library.impl(op.name, autocast_for(device_type, getattr(torch._C.DispatchKey, key)), key)
