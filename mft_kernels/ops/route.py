@@ -156,7 +156,7 @@ class Op:
         )
 
     def by_short_way(self, given: tuple) -> Any:
-        """What the short way of "auto"'s backend makes, _WRITTEN in place of nothing; None if it declines or is none."""
+        """What the short way of "auto"'s backend makes, or _WRITTEN; None if it declines or there is none."""
         way = short_ways.get((self.name, given[self._short[1]].dtype))  # type: ignore[index]
         if way is None:
             return None

@@ -118,9 +118,9 @@ def test_a_layer_calls_the_ops_that_the_page_says(mine, folder, monkeypatch):
     calls = Counter()
 
     def counted(name, function):
-        def op(*arguments):
+        def op(*arguments, **named):
             calls[name] += 1
-            return function(*arguments)
+            return function(*arguments, **named)
 
         return op
 
