@@ -29,7 +29,7 @@ class SideBySide:
         """On the CPU of this machine. Raises: ValueError or RuntimeError if what is asked for cannot serve it."""
         own, automatic, asked = own_backend(), backend_report()["auto"]["cpu"], asked_for()
         if asked != "auto":
-            choose("product", CPU, ())
+            choose("product", CPU, (), op="masked_linear")
         found = {OURS: "auto" if automatic == own else own}
         for name in (automatic, asked):
             if name not in ("auto", own):

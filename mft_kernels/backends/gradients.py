@@ -29,8 +29,7 @@ def by_two_functions(product: Callable, score_grad: Callable) -> Callable:
         sign: see score_grad. output_mask: which are wanted; the others are (0,).
         """
         matrices = weight.matrices if isinstance(weight, Experts) else weight
-        empty = grad_output.new_empty(0)
-        d_x = d_weight = d_scores = d_bias = empty
+        d_x, d_weight, d_scores, d_bias = (grad_output.new_empty(0) for _ in range(4))
         if output_mask[0]:
             d_x = product(grad_output, weight, keep, None, transposed=not transposed)
         if output_mask[1]:
