@@ -57,7 +57,7 @@ def _gradients(grad_output, x, weight, scores, offsets, keep_ratio, threshold, t
 
 def _gradients_of(mask, grad_output, x, weight, scores, offsets, keep_ratio, threshold, transposed, mode, *rest):
     of_mask = mask.packed, sign_scores(scores), mask.signs
-    return GRADIENTS_OF_GROUPED_PACKED(grad_output, x, weight, *of_mask, offsets, transposed, mode, *rest)
+    return GRADIENTS_OF_GROUPED_PACKED.compute(grad_output, x, weight, *of_mask, offsets, transposed, mode, *rest)
 
 
 _BY_RATIO_BACKWARD = Op("masked_linear_grouped_by_ratio_backward", _gradients, is_gradient=True)

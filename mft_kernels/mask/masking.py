@@ -222,7 +222,8 @@ def _gradients(grad_output, x, weight, scores, keep_ratio, threshold, mode, *res
 
 def _gradients_of(mask, grad_output, x, weight, scores, keep_ratio, threshold, mode, output_mask, backend):
     sign = sign_scores(scores)
-    return GRADIENTS_OF_PACKED(grad_output, x, weight, mask.packed, sign, mask.signs, mode, output_mask, backend)
+    given = grad_output, x, weight, mask.packed, sign, mask.signs, mode, output_mask, backend
+    return GRADIENTS_OF_PACKED.compute(*given)
 
 
 def sign_scores(scores: Tensor) -> Tensor | None:
@@ -236,7 +237,8 @@ def by_the_forwards_mask(run: Op, with_mask: Callable, *, bias: int) -> Gradient
     def gradients(grad_output, x, weight, scores, *rest):
         *between, mask, output_mask, backend = rest
         rest = (*between, output_mask, backend)
-        if mask is None or is_seen_by_others(grad_output):  # a trace would keep this mask, whatever the scores become
+        # A trace would keep this mask, whatever the scores become; a second derivative is refused by the op.
+        if mask is None or torch.is_grad_enabled() or is_seen_by_others(grad_output):
             return run(grad_output, x, weight, scores, *rest)
         return with_mask(mask, grad_output, x, weight, scores, *rest)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.fx.experimental import proxy_tensor
 from torch.optim.optimizer import Optimizer, _foreach_supported_types
 
-from ..ops.route import increment_version, plain_types
+from ..ops.route import increment_version, treat_as_plain
 
 logger = logging.getLogger("mft_kernels")
 
@@ -126,7 +126,7 @@ for _name in _ALIASING_PROPERTIES:
 # optimisers' list in the same way.
 _foreach_supported_types.append(Scores)  # type: ignore[arg-type]
 proxy_tensor.HANDLED_TYPES = (*proxy_tensor.HANDLED_TYPES, Scores)  # type: ignore[assignment]
-plain_types.add(Scores)
+treat_as_plain(Scores)
 
 
 def watch(parameter: Tensor) -> None:

@@ -9,10 +9,9 @@ The dispatcher takes 20 to 50 us for an op in Python (Xeon). One token on a smal
 generation would lose to the dense model by it alone.
 """
 
-import contextlib
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,10 +42,16 @@ _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 #: Whom the dispatcher asks on an ordinary tensor's account, as bits: others for fakes, wrappers and lazy negation.
 _plain_keys: set[int] = set()
 _seen_device_types: set[str] = set()
-#: By exact type, as a subclass may have to see a call; scores.py adds its own.
+#: By exact type, as a subclass may have to see a call.
 plain_types: set[type] = {Tensor, nn.Parameter}
+_usual_types: set[type] = {*plain_types, type(None), str, float, int, bool, list, tuple}
 _WRITTEN = object()
-_VALUES = frozenset({type(None), str, float, int, bool, list, tuple})
+
+
+def treat_as_plain(kind: type[Tensor]) -> None:
+    """Let calls on tensors of exactly this class go as those on any tensor do."""
+    plain_types.add(kind)
+    _usual_types.add(kind)
 
 
 class _Caller(threading.local):
@@ -107,26 +112,32 @@ class Op:
 
     def __call__(self, *given: Any) -> Any:
         seen = _is_watched()
-        if self._short is not None and given[-1] == "auto" and not seen and self._is_usual(given):
+        asks = not seen and not self._writes and torch.is_grad_enabled() and _any_requires_grad(*given)
+        if self._short is not None and not seen and not asks and given[-1] == "auto" and self._is_usual(given):
             result = self._by(*given[:-1]) if self._by is not None else self.by_short_way(given)
             if result is not None:
                 return None if result is _WRITTEN else result
         if self._check is not None:
             given = self._check(*given)
         if not seen and _are_plain(given):
-            if not self._asks_for_gradients(given):
+            if not asks:
                 return self.compute(*given)
             if self._differentiate is not None:
                 return self._differentiate(*given)
         check_transforms(self.name, *_tensors(given), in_place=bool(self._writes))
-        with torch.no_grad() if self._writes else contextlib.nullcontext():
-            if torch.compiler.is_compiling():  # this call becomes a graph's
-                return getattr(ops, self.name)(*given)
-            _caller.is_python = True
-            try:
-                return getattr(ops, self.name)(*given)
-            finally:
-                _caller.is_python = False
+        if self._writes:
+            with torch.no_grad():
+                return self._dispatch(given)
+        return self._dispatch(given)
+
+    def _dispatch(self, given: tuple) -> Any:
+        if torch.compiler.is_compiling():  # this call becomes a graph's
+            return getattr(ops, self.name)(*given)
+        _caller.is_python = True
+        try:
+            return getattr(ops, self.name)(*given)
+        finally:
+            _caller.is_python = False
 
     def _dispatched(self, *given: Any) -> Any:
         """compute, for the dispatcher."""
@@ -147,13 +158,9 @@ class Op:
         return result
 
     def _is_usual(self, given: tuple) -> bool:
-        """Whether a short way may be asked: it is not if the checks have to say what is wrong, or autograd comes in."""
+        """Whether a short way may be asked; else the checks have to say what is wrong."""
         required, _ = self._short  # type: ignore[misc]
-        return (
-            plain_types.issuperset(map(type, given[:required]))
-            and all(type(each) in _VALUES or type(each) in plain_types for each in given[required:])
-            and not self._asks_for_gradients(given)
-        )
+        return plain_types.issuperset(map(type, given[:required])) and _usual_types.issuperset(map(type, given))
 
     def by_short_way(self, given: tuple) -> Any:
         """What the short way of "auto"'s backend makes, or _WRITTEN; None if it declines or there is none."""
@@ -167,9 +174,6 @@ class Op:
         if type(result) is list:
             return tuple(result) or None
         return None if result is False else result
-
-    def _asks_for_gradients(self, given: tuple) -> bool:
-        return not self._writes and torch.is_grad_enabled() and _any_requires_grad(*given)
 
     def _note_writes(self, given: tuple) -> None:
         """Tell autograd of what a kernel has written through pointers."""
@@ -217,12 +221,17 @@ def _is_watched() -> bool:
     )
 
 
-def _are_plain(given: tuple) -> bool:
+def _are_plain(given: Sequence[Any]) -> bool:
     """Whether nobody has to see a call for the sake of one of its tensors."""
-    tensors = tuple(_tensors(given))
-    return not has_torch_function(tensors) and all(
-        _dispatch_keys(tensor).raw_repr() in _plain_keys or _is_plain(tensor) for tensor in tensors
-    )
+    if has_torch_function(given):
+        return False
+    for each in given:
+        if isinstance(each, Tensor):
+            if _dispatch_keys(each).raw_repr() not in _plain_keys and not _is_plain(each):
+                return False
+        elif type(each) in (list, tuple) and each and not _are_plain(each):
+            return False
+    return True
 
 
 def _tensors(given: tuple) -> Iterator[Tensor]:
@@ -261,10 +270,11 @@ def _with_autograd(op: Op, gradient: Gradient) -> Callable:
         gradient.setup_context(ctx, inputs, output)
         return output
 
-    def backward(ctx, *grads):  # what is a list of tensors to an op is no tensor to a function
+    def flat(ctx, *grads):  # what is a list of tensors to an op is no tensor to a function
         return tuple(None if type(grad) is list else grad for grad in gradient.backward(ctx, *grads))
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    has_list = any("List[Tensor]" in str(a.type) for a in getattr(ops, op.name).default._schema.arguments)
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(flat if has_list else gradient.backward)}
     function: type[torch.autograd.Function] = type(f"{ops.name}_{op.name}", (torch.autograd.Function,), methods)
     # Past what Function.apply does for torch.func, which does not see such a call: 2 us.
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]

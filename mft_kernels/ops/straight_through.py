@@ -23,19 +23,20 @@ def straight_through(
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, *tensors = inputs[:bias]
         ctx.settings = inputs[bias + 1 :]
-        reads_x = ctx.needs_input_grad[1] or (scores is not None and ctx.needs_input_grad[scores])
+        asked = ctx.needs_input_grad
+        reads_x = asked[1] or (scores is not None and asked[scores])
         ctx.save_for_backward(x if reads_x else None, *tensors)
 
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *tensors = unchanged(ctx)
         *settings, backend = ctx.settings
-        places = (0, 1, scores, bias)
-        output_mask = [at is not None and ctx.needs_input_grad[at] for at in places]
+        asked = ctx.needs_input_grad
+        output_mask = [asked[0], asked[1], scores is not None and asked[scores], asked[bias]]
         x = grad_output if x is None else x  # not read unless d_weight or d_scores is wanted
         rest = (*tensors, *settings) if arrange is None else arrange(tensors, settings)
         found = run(grad_output, x, weight, *rest, output_mask, backend)
-        grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for at, wanted, grad in zip(places, output_mask, found):
+        grads: list[Tensor | None] = [None] * len(asked)
+        for at, wanted, grad in zip((0, 1, scores, bias), output_mask, found):
             if wanted:
                 grads[at] = grad  # type: ignore[index]
         return tuple(grads)
