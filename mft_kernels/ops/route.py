@@ -101,8 +101,11 @@ class Op:
         by: Callable | None = None,
         writes: tuple[int, ...] = (),
     ) -> None:
-        self.name, self._computing, self._check, self._writes = name, compute, check, writes
+        self.name, self._by_backend, self._check, self._writes = name, compute, check, writes
         self._short, self._by = short, by
+        plain = (short is None or by is not None) and not writes
+        #: The result alone: below autograd and the dispatcher, and within other ops.
+        self.compute: Callable = compute if plain else self._compute
         library.impl(name, self._dispatched, "CompositeExplicitAutograd")
         self._differentiate = None if gradient is None else _with_autograd(self, gradient)
         if is_gradient:
@@ -141,19 +144,18 @@ class Op:
 
     def _dispatched(self, *given: Any) -> Any:
         """compute, for the dispatcher."""
-        _caller.is_graph = not _caller.is_python
+        before, _caller.is_graph = _caller.is_graph, not _caller.is_python
         try:
             return self.compute(*given)
         finally:
-            _caller.is_graph = False
+            _caller.is_graph = before
 
-    def compute(self, *given: Any) -> Any:
-        """The result alone: below autograd and the dispatcher, and within other ops."""
+    def _compute(self, *given: Any) -> Any:
         if self._short is not None and self._by is None and given[-1] == "auto":
             result = self.by_short_way(given)
             if result is not None:
                 return None if result is _WRITTEN else result
-        result = self._computing(*given)
+        result = self._by_backend(*given)
         self._note_writes(given)
         return result
 
@@ -265,8 +267,10 @@ def _with_autograd(op: Op, gradient: Gradient) -> Callable:
     name = add_op_namespace_prefix(op.name)
     torch.library.register_autograd(name, gradient.backward, setup_context=gradient.setup_context, lib=library)
 
+    compute = op.compute
+
     def forward(ctx, *inputs):
-        output = op.compute(*inputs)
+        output = compute(*inputs)
         gradient.setup_context(ctx, inputs, output)
         return output
 
