@@ -70,20 +70,38 @@ lint: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# docs/errors.md: every bad input of tests/bad_inputs, and what the code says to it today.
-errors: dev
-	PYTHONPATH=tests $(BIN)/python -m bad_inputs > docs/errors.md
+# Pages that a command can write are not in git. For each site anew: every bad input of tests/bad_inputs with what the code
+# says to it; every public name with signature and docstring; what the last `make architectures` found.
+WRITTEN := $(addprefix build/pages/,errors.md reference.md architectures.md)
+build/pages/errors.md: dev
+	mkdir -p $(@D)
+	PYTHONPATH=tests $(BIN)/python -m bad_inputs > $@
 
-# docs/reference.md: every public name, its signature and its docstring. docs/configuration.md: every key of a run and a
-# study, its default and its comment.
-reference: dev
-	$(BIN)/python docs/reference.py
+build/pages/reference.md: dev
+	mkdir -p $(@D)
+	$(BIN)/python docs/reference.py > $@
+
+build/pages/architectures.md: dev
+	mkdir -p $(@D)
+	PYTHONPATH=tests $(BIN)/python -m architectures.page > $@
+
+# What `make cuda` or `make kernels-report` read of the kernels' machine code; if neither was run, the CUDA kernels that are
+# built.
+build/pages/kernels-compiled.md: | dev
+	$(BIN)/python -m benchmarks.kernel_code --only cuda --out $@
+
+# The page of bad inputs, and tests/docs/error_messages.json: the words of every message, which a test compares.
+errors: build/pages/errors.md
+	PYTHONPATH=tests $(BIN)/python tests/docs/error_messages.py
+
+# The page of public names, and docs/configuration.md: every key of a run and a study, its default and its comment.
+reference: build/pages/reference.md
 	$(BIN)/python docs/configuration.py
 
-# build/site: README and docs as a site, with search, results and the sources that they link to; fails on a dead link or
-# anchor. Fetches its builder (the extra docs) if that is missing, and asks the network for nothing else. To look at it:
-# python -m http.server -d build/site
-docs: dev
+# build/site: README, docs and those pages as a site, with search, results and the sources that they link to; fails on a
+# dead link or anchor. Fetches its builder (the extra docs) if that is missing, and asks the network for nothing else. To
+# look at it: python -m http.server -d build/site
+docs: dev $(WRITTEN) build/pages/kernels-compiled.md
 	$(BIN)/python -m pip install --quiet zensical==0.0.73
 	$(BIN)/python docs/build_site.py
 
@@ -115,8 +133,8 @@ fuzz: dev
 	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet atheris
 	for reader in $(FUZZED); do $(BIN)/python tests/fuzz_readers.py $$reader $(FUZZ_SECONDS) || exit 1; done
 
-# docs/architectures.md: which models of transformers can be masked, each made small and tried; 5 minutes. Some alone, by
-# model type or sweep (causal, encoder, seq2seq, vision, speech), the rest of the page stays: make architectures
+# tests/architectures/results.csv: which models of transformers can be masked, each made small and tried; 5 minutes. Some
+# alone, by model type or sweep (causal, encoder, seq2seq, vision, speech), the other rows stay: make architectures
 # ONLY="speech falcon"
 architectures: dev
 	PYTHONPATH=tests $(BIN)/python -W ignore -m architectures $(ONLY)
@@ -130,7 +148,7 @@ cuda-tools: install
 # said of each file.
 cuda: cuda-tools
 	MFT_CUDA=$${MFT_CUDA:-1} $(BIN)/python setup.py --quiet build_ext --inplace
-	$(BIN)/python -m benchmarks.kernel_code --only cuda
+	$(BIN)/python -m benchmarks.kernel_code --only cuda --out build/pages/kernels-compiled.md
 
 # dist/: one wheel for every Python from 3.11 on and every torch from 2.11 on, with every kernel, and its sdist. auditwheel
 # says which systems it is for. Most of the time is that of `make cubins`, which SLIM=1 leaves out; nor does that read the
@@ -188,11 +206,11 @@ gpu:
 gpu-bundle: cuda cubins
 	$(BIN)/python -m benchmarks.gpu.bundle $(BUNDLE)
 
-# Compiles every kernel for every target and reads the code; about 10 minutes on 2 cores, and the minutes of `make cuda`.
-# Where that fails, the table says what the CUDA part lacks. That part alone: python -m benchmarks.kernel_code --only cuda
+# build/pages/kernels-compiled.md: every kernel compiled for every target, its code read and judged; about 10 minutes on 2
+# cores, and the minutes of `make cuda`. Where that fails, the table says what the CUDA part lacks.
 kernels-report: dev
 	-$(MAKE) --no-print-directory cuda
-	$(BIN)/python -m benchmarks.kernel_code --out docs/kernels-compiled.md
+	$(BIN)/python -m benchmarks.kernel_code --out build/pages/kernels-compiled.md
 
 # The same and the interpreter's tests with the oldest Triton; its interpreter needs an older numpy.
 OLDEST := .venv-triton-3.6

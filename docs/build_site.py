@@ -1,7 +1,8 @@
 """The site of these pages, build/site: make docs. Fails on a dead link or anchor, and if a page would ask the network.
 
 build/docs is the tree that it is made of: the pages where they stand here, so that their links hold as they are, and
-what they link to. The site has no repository to send readers to, so that a linked source is a page of its own.
+what they link to; beside those of docs also the pages that commands have written into build/pages. The site has no
+repository to send readers to, so that a linked source is a page of its own.
 """
 
 import re
@@ -16,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 FIRST = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+WRITTEN = ("architectures.md", "errors.md", "kernels-compiled.md", "reference.md")  # by commands, into build/pages
 AS_THEY_ARE = {".md", ".png", ".json"}  # to the site; other files that are linked become pages with their text
 LANGUAGES = {"h": "cpp", "cuh": "cuda"}  # a suffix is else its language's name
 HEAD = '---\ntitle: "{}"\nsearch:\n  exclude: true\n---\n\n'
@@ -31,6 +33,7 @@ def main() -> None:
     for made in (staged, site):
         shutil.rmtree(made, ignore_errors=True)
     stage(ROOT, staged)
+    stage_written(BUILD / "pages", staged / "docs")
     shutil.copy(ROOT / "docs" / "site.css", staged / "docs")
     shutil.copy(ROOT / "docs" / "zensical.toml", BUILD)  # whose folder has to hold the tree and the site
     build = ["build", "--strict", "--clean", "--config-file", BUILD / "zensical.toml"]
@@ -54,6 +57,14 @@ def stage(root: Path, staged: Path) -> None:
         target.write_text(rewritten(text, folder))
         linked = [(folder / link).resolve() for part in FENCED.split(text)[::2] for link in LINK.findall(part)]
         waiting += dict.fromkeys(each for each in linked if each.exists() and each not in waiting)
+
+
+def stage_written(pages: Path, staged: Path) -> None:
+    """Copy the pages that commands wrote; their links are those of pages in docs."""
+    for name in WRITTEN:
+        if not (pages / name).is_file():
+            sys.exit(f"error: {pages / name} must be written before the site is built: make docs does both")
+        (staged / name).write_text(rewritten((pages / name).read_text(), ROOT / "docs"))
 
 
 def source(path: Path, name: str) -> str:

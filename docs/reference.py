@@ -1,17 +1,17 @@
-"""docs/reference.md, from the docstrings of all public names: make reference."""
+"""The site's page of functions and classes, from the docstrings of all public names: make reference."""
 
 import ast
 import importlib
 import json
 import pkgutil
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import griffe
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "reference.md"
 PACKAGES = ("mft_kernels", "mft")
 HEAD = """# Reference
 
@@ -26,8 +26,8 @@ MARKUP = re.compile(r"\*|(?<!\w)_|_(?!\w)|\](?=\()|<|^[+#>]", re.MULTILINE)
 
 
 def main() -> None:
-    """Write the page."""
-    PAGE.write_text(reference())
+    """Print the page."""
+    sys.stdout.write(reference())
 
 
 def reference() -> str:

@@ -24,6 +24,8 @@ from .report import Row, count, rows
 
 _TITLE = "# Binaries of the GPU kernels\n\nWritten by `make kernels-report`, without a GPU."
 
+_UNREAD = "Not read here: `make kernels-report` compiles every kernel for every target and reads the machine code."
+
 _TRITON = """A line is a kernel with its tiles on a target: how many binaries there are (dtypes, masks, modes), the most
 registers and shared memory of any, and the loops of the one with most registers: instructions that multiply, waits
 (full + partial), asynchronous copies."""
@@ -57,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sections["Triton"], faults = _compile_triton(chosen, asked.few, asked.processes)
         faulty |= faults
     if asked.out:
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
         asked.out.write_text(document(sections, asked.out.read_text() if asked.out.exists() else ""))
     return 1 if faulty else 0
 
@@ -100,12 +103,11 @@ def _read_cuda(processes: int) -> tuple[str, bool]:
 
 
 def document(sections: dict[str, str], before: str) -> str:
-    """The Markdown of these sections, and of the others that the text before had."""
+    """The Markdown of these sections; another is as the text before had it, or says what makes it."""
     pieces = re.split(r"^## (.+)\n", before, flags=re.MULTILINE)
     kept = {title: text.strip() for title, text in zip(pieces[1::2], pieces[2::2], strict=True)}
-    every = kept | sections
-    order = [title for title in ("Triton", "CUDA C++") if title in every]
-    return "\n\n".join([_TITLE, *(f"## {title}\n\n{every[title]}" for title in order)]) + "\n"
+    every = dict.fromkeys(("Triton", "CUDA C++"), _UNREAD) | kept | sections
+    return "\n\n".join([_TITLE, *(f"## {title}\n\n{text}" for title, text in every.items())]) + "\n"
 
 
 def _line(one: Row) -> str:

@@ -1,4 +1,4 @@
-"""make architectures: minutes, writes docs/architectures.md. ONLY="falcon encoder": those alone, the rest stays."""
+"""make architectures: minutes, writes results.csv. ONLY="falcon encoder": those alone, the other rows stay."""
 
 import argparse
 import gc
@@ -8,13 +8,13 @@ import warnings
 import transformers
 from rich.progress import track
 
-from .attempts import STATES, Row, attempt
-from .page import PAGE, read, write
+from .attempts import attempt
+from .rows import RESULTS, STATES, Row, read, write
 from .sweeps import SWEEPS
 
 
 def main() -> None:
-    """Try what is asked for, print what is not converted, write the page."""
+    """Try what is asked for, print what is not converted, write the rows."""
     names = [sweep.name for sweep in SWEEPS]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("only", nargs="*", help=f"model types, or sweeps: {', '.join(names)}, and causal/bert for both")
@@ -39,12 +39,12 @@ def main() -> None:
         gc.collect()  # models hold themselves in circles
         if row.state != "converted":
             print(f"{row.state:>9}  {sweep.name}/{kind}: {row.words}", flush=True)
-    rows = read(SWEEPS) if arguments.only else {sweep.name: {} for sweep in SWEEPS}
+    rows = read() if arguments.only else {}
     for name, row in done:
-        rows[name][row.kind] = row
-    write(rows, SWEEPS)
+        rows.setdefault(name, {})[row.kind] = row
+    write(rows)
     counts = ", ".join(f"{sum(row.state == state for _, row in done)} {state}" for state in STATES)
-    print(f"{counts} of {len(done)}: {PAGE}")
+    print(f"{counts} of {len(done)}: {RESULTS}")
     sys.exit(1 if any(row.state == "wrong" for _, row in done) else 0)
 
 

@@ -14,7 +14,6 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -30,27 +29,16 @@ from mft.training.loop import train_masks
 from mft_kernels import MaskedGroupedLinear
 
 from .inputs import answer, model_inputs
+from .rows import UNTRAINED, Row
 from .sizes import INSTEAD, NOT_HERE, WHERE_REFUSED
 from .small import small_model
 from .sweeps import Sweep
 
-UNTRAINED = "not trained by the recipe: "
-STATES = ("converted", "wrong", "refused", "not made")
 # What another's code may raise on sizes that nobody tried.
 THEIRS = (
     *(AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, OSError, RuntimeError, TypeError),
     *(ValueError, ZeroDivisionError, StrictDataclassError),
 )
-
-
-@dataclass
-class Row:
-    """What became of one architecture; of a converted one what was masked, and what of its layers was left out."""
-
-    kind: str
-    state: str
-    words: str
-    left: str = ""
 
 
 def attempt(sweep: Sweep, kind: str, make: Callable[[Any], Any], verbose: bool = False) -> Row:

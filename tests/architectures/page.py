@@ -1,14 +1,11 @@
-"""docs/architectures.md, written from rows, and read again so that a part of a sweep can be tried alone."""
+"""The site's page of architectures, made of the stored rows: PYTHONPATH=tests python -m architectures.page"""
 
+import sys
 from collections.abc import Iterable
-from pathlib import Path
 
-import transformers
+from .rows import STATES, UNTRAINED, Row, Rows, read
+from .sweeps import SWEEPS, Sweep
 
-from .attempts import STATES, UNTRAINED, Row
-from .sweeps import Sweep
-
-PAGE = Path(__file__).parent.parent.parent / "docs" / "architectures.md"
 HEADS = {
     "converted": ("architecture", "masked by default", "left out, or why not by default"),
     "wrong": ("wrong", "how"),
@@ -17,31 +14,15 @@ HEADS = {
 }
 
 
-def read(sweeps: Iterable[Sweep], page: Path = PAGE) -> dict[str, dict[str, Row]]:
-    """The page's rows: those of each sweep by model type."""
-    rows: dict[str, dict[str, Row]] = {sweep.name: {} for sweep in sweeps}
-    names = {sweep.title: sweep.name for sweep in sweeps}
-    states = {cells: state for state, cells in HEADS.items()}
-    name = state = None
-    for line in page.read_text().splitlines() if page.exists() else ():
-        cells = tuple(cell.strip() for cell in line.split("|")[1:-1])
-        if line.startswith("## "):
-            name, state = names.get(line.removeprefix("## ")), None
-        elif cells in states:
-            state = states[cells]
-        elif name and state and len(cells) > 1 and not cells[0].startswith("-"):
-            kind, words, *left = cells
-            rows[name][kind] = Row(kind, state, words, *left)
-    return rows
-
-
-def write(rows: dict[str, dict[str, Row]], sweeps: Iterable[Sweep], page: Path = PAGE) -> None:
+def page(rows: Rows, sweeps: Iterable[Sweep] = SWEEPS) -> str:
     """One section a sweep, its converted ones first."""
-    sweeps = list(sweeps)
+    found = {sweep.title: list(rows.get(sweep.name, {}).values()) for sweep in sweeps}
+    every = [row for some in found.values() for row in some]
+    versions = " and ".join(sorted({row.transformers for row in every}))
     lines = [
         "# Architectures that were converted\n",
-        f"By `make architectures` with transformers {transformers.__version__}, in small sizes, with random weights:",
-        f"**{_counts([row for sweep in sweeps for row in rows[sweep.name].values()])}.**",
+        f"By `make architectures` with transformers {versions}, in small sizes, with random weights:",
+        f"**{_counts(every)}.**",
         "Converted means: with everything kept the outputs are the model's own, bit for bit (by PyTorch's product in",
         "the kernels' place), of a mixture of experts within 1e-5 of their largest; the scores of every layer that was",
         "called get gradients; merged, the outputs stay within 1e-5. What is not made cannot be made here, for the",
@@ -49,21 +30,21 @@ def write(rows: dict[str, dict[str, Row]], sweeps: Iterable[Sweep], page: Path =
         _line("sweep", *STATES),
         _line(*["---"] * (1 + len(STATES))),
     ]
-    for sweep in sweeps:
-        states = [row.state for row in rows[sweep.name].values()]
-        lines.append(_line(sweep.title, *(str(states.count(state)) for state in STATES)))
-    for sweep in sweeps:
-        lines.append(f"\n## {sweep.title}")
+    for title, some in found.items():
+        states = [row.state for row in some]
+        lines.append(_line(title, *(str(states.count(state)) for state in STATES)))
+    for title, some in found.items():
+        lines.append(f"\n## {title}")
         for state in STATES:
-            some = sorted((row for row in rows[sweep.name].values() if row.state == state), key=lambda row: row.kind)
-            if some:
+            alike = sorted((row for row in some if row.state == state), key=lambda row: row.kind)
+            if alike:
                 head = HEADS[state]
                 lines += ["", _line(*head), _line(*["---"] * len(head))]
-                lines += [_line(*(row.kind, row.words, row.left)[: len(head)]) for row in some]
-    page.write_text("\n".join(lines) + "\n")
+                lines += [_line(*(row.kind, row.words, row.left)[: len(head)]) for row in alike]
+    return "\n".join(lines) + "\n"
 
 
-def _trained(rows: dict[str, dict[str, Row]]) -> str:
+def _trained(rows: Rows) -> str:
     converted = [row for row in rows.get("causal", {}).values() if row.state == "converted"]
     trained = sum(UNTRAINED not in row.left for row in converted)
     return f"{trained} of {len(converted)} causal ones took a step of `mft train`; beside the others stands why not."
@@ -76,3 +57,7 @@ def _line(*cells: str) -> str:
 def _counts(rows: list[Row]) -> str:
     states = [row.state for row in rows]
     return ", ".join(f"{states.count(state)} {state}" for state in STATES if state in states)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page(read()))

@@ -36,6 +36,9 @@ KERNELS = {
     "_score_step_kernel",
     "_window_kernel",
 }
+#: In the report alone: rarer calls.
+OTHERS = {"_masked_weight_kernel", "_many_masks_kernel", "_grouped_product_kernel", "_grouped_score_grad_kernel"}
+every_entry = functools.cache(launches.entries)
 
 
 @pytest.mark.parametrize("card", launches.targets(), ids=str)
@@ -52,6 +55,11 @@ def test_every_binary_of_the_usual_launches_is_as_it_should_be(card):
     print("\n" + summary(rows))
     assert {row.kernel for row in rows} == KERNELS
     assert {(row.kernel, row.tiles): row.faults for row in rows if row.faults} == {}
+
+
+@pytest.mark.parametrize("card", launches.targets(), ids=str)
+def test_the_report_reads_every_kernel(card):
+    assert {entry.launch.kernel.__name__ for entry in every_entry(card)} == KERNELS | OTHERS
 
 
 LAYERS = ((4096, 4096), (14336, 4096), (576, 1536), (1000, 1000))
@@ -80,7 +88,7 @@ def tiles_of(launched):
 
 @pytest.mark.parametrize("card", launches.targets(), ids=str)
 def test_all_tiles_that_can_be_chosen_are_among_those_that_the_report_reads(card):
-    read = {tiles_of(entry.launch) for entry in launches.entries(card)}
+    read = {tiles_of(entry.launch) for entry in every_entry(card)}
     bf16, fp32 = torch.bfloat16, torch.float32
     unread = {}
     for multiprocessors, m, features in itertools.product(

@@ -20,6 +20,8 @@ if knobs.runtime.interpret:
 from benchmarks.kernel_code import __main__ as command
 from benchmarks.kernel_code import cuda, cuda_launches, cuda_object
 from benchmarks.kernel_code.cuda_launches import Launch
+from building import ptxas_log
+from building.cuda import GROUPS
 from building.machine_code import sass
 from mft_kernels.backends import built
 
@@ -338,23 +340,54 @@ def test_kernels_that_are_not_there_are_told(tree, monkeypatch, capsys):
     text = document.read_text()
     assert text.startswith(command._TITLE)
     assert text.endswith("## Triton\n\nkept\n\n## CUDA C++\n\nNot read: no nvcc found.\n")
+    assert command.main(["--only", "cuda", "--out", str(tree / "new" / "table.md")]) == 0
+    assert f"## Triton\n\n{command._UNREAD}\n\n## CUDA" in (tree / "new" / "table.md").read_text()
 
 
-def test_compiled_kernels_are_as_they_should_be(monkeypatch):
+@pytest.fixture
+def library():
+    """What _build.json says of the CUDA library."""
+    report = built.report("cuda")
+    if reason := cuda.missing(report):
+        pytest.skip(f"the CUDA kernels are not built: {reason}")
+    return report
+
+
+GENERAL = (
+    *("PackKernel", "ClearKernel", "ProductKernel", "DecodeKernel", "ManyKernel", "QuantizedKernel"),
+    *("ScoreGradKernel", "GroupedProductKernel", "GroupedScoreGradKernel", "SumPartsKernel", "FinishPartsKernel"),
+    *("SelectKernel", "ScoreStepKernel", "WindowKernel"),
+)
+OF_HOPPER = {"product_sm90": "ProductSm90", "score_grad_sm90": "ScoreEpilogue"}  # the latter within CUTLASS's kernel
+
+
+def test_every_group_is_compiled_for_hopper_and_the_general_kernels_for_every_target(library):
+    compiled = [
+        one for name in library["kernels"] for one in ptxas_log.kernels((cuda.OBJECTS / f"{name}.o.log").read_text())
+    ]
+
+    def targets(kernel):  # a symbol has names behind their length
+        return {one.architecture for one in compiled if f"{len(kernel)}{kernel}" in one.name}
+
+    general = {target for target in library["targets"] if target.startswith("sm_")}
+    assert {kernel: targets(kernel) for kernel in GENERAL} == dict.fromkeys(GENERAL, general)
+    assert OF_HOPPER.keys() == set(GROUPS)
+    for group in OF_HOPPER.keys() - library["left_out"].keys():
+        assert targets(OF_HOPPER[group]) == {"sm_90a"}
+
+
+def test_compiled_kernels_are_as_they_should_be(library, monkeypatch):
     """Of every kind of code the smaller files, and of those that differ in their type bf16's.
 
     `make cuda`, which builds them, reads all, and ends with exit code 1 at a fault. That takes a minute.
     """
-    report = built.report("cuda")
-    if reason := cuda.missing(report):
-        pytest.skip(f"the CUDA kernels are not built: {reason}")
-    objects = {name: cuda.OBJECTS / f"{name}.o" for name in report["kernels"]}
+    objects = {name: cuda.OBJECTS / f"{name}.o" for name in library["kernels"]}
     read = [name for name, path in objects.items() if "_fp16" not in name and path.stat().st_size < 2e6]
     kinds = {"decode_sm80.cu", "many_sm80.cu", "product_sm90_bf16.cu", "score_grad_sm80.cu", "select.cu"}
-    left_out = tuple(report["left_out"])  # groups, as product_sm90 of product_sm90_bf16.cu
+    left_out = tuple(library["left_out"])  # groups, as product_sm90 of product_sm90_bf16.cu
     assert {kind for kind in kinds if not kind.startswith(left_out)} <= {*read}
     others = [path for name, path in objects.items() if name not in read]  # they link with each other
     monkeypatch.setattr(cuda, "launches", lambda some: cuda_launches.launches([*some, *others]))
-    rows = cuda.rows(report | {"kernels": read})
+    rows = cuda.rows(library | {"kernels": read})
     print("\n" + cuda.table(rows))
     assert {(row.target, row.kernel): row.faults for row in rows if row.faults} == {}

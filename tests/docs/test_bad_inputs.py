@@ -1,13 +1,16 @@
-"""Each bad input has the message that it is listed with, each odd one its result, and docs/errors.md says so."""
+"""Each bad input has the message that it is listed with, each odd one its result, and the site's page shows both."""
 
+import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from bad_inputs.registry import ACCEPTED, REFUSED, read_table, running, told
 from bad_inputs.report import GROUPS, VERSIONS, report
+from dead_links import dead_links
+from error_messages import RECORD, messages
 
-PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def listed(cases):
@@ -59,7 +62,15 @@ def test_there_are_at_least_sixty_of_all_groups():
     assert len(set(titles)) == len(titles)
 
 
-def test_the_page_is_what_the_code_says_today():
-    if VERSIONS not in PAGE.read_text():
-        pytest.skip(f"docs/errors.md quotes other versions than {VERSIONS}")
-    assert PAGE.read_text() == report(), "make errors writes it anew"
+def test_each_message_is_the_recorded_one_word_for_word():
+    recorded = json.loads(RECORD.read_text())
+    if recorded["versions"] != VERSIONS:
+        pytest.skip(f"{RECORD.name} quotes {recorded['versions']}, here is {VERSIONS}")
+    assert messages() == recorded["messages"], "make errors records them again"
+
+
+def test_the_page_shows_each_case_and_its_links_lead_somewhere():
+    page = report()
+    assert [case.title for case in REFUSED if f"\n{messages()[case.title]}\n" not in page] == []
+    assert [case.title for case in ACCEPTED if f"| {case.title} | {case.happens} |" not in page] == []
+    assert list(dead_links(page, DOCS)) == []

@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from dead_links import BLOCK, dead_links
 from hub_stub.asked import turn_to
 from hub_stub.server import Hub
 from tiny import make_rows, masked_llama
@@ -37,14 +38,9 @@ from mft.models import pretrained
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *PAGES]
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# Run by test_bad_inputs.py, of which errors.md is made, by test_doc_transformers.py, _trl.py and _serving.py, on fewer
-# layers, by test_adding_a_kernel.py and test_hub_kernel.py, in processes of their own, and by the fixture ground.
-# reference.md has signatures, which do not run.
-ELSEWHERE = {
-    *("errors.md", "transformers.md", "trl.md", "serving.md", "adding-a-kernel.md", "kernel-hub.md", "README.md"),
-    "reference.md",
-}
+# Run by test_doc_transformers.py, _trl.py and _serving.py, on fewer layers, by test_adding_a_kernel.py and
+# test_hub_kernel.py, in processes of their own, and by the fixture ground.
+ELSEWHERE = {"transformers.md", "trl.md", "serving.md", "adding-a-kernel.md", "kernel-hub.md", "README.md"}
 LONG = {"compare", "ablate", "demo", "plot", "serve"}  # serve: it does not end
 SHORT = {
     verb: ["train.steps=2", "train.epochs=null", "data.max_train_tokens=2048", "data.max_eval_tokens=1024"]
@@ -250,21 +246,9 @@ def test_commands_stand_in_blocks_that_run(document):
     assert re.findall(r"^    (?:mft|make|python|pip|torchrun) .*", bare, re.MULTILINE) == []
 
 
-def anchors(document):
-    """As forges name a heading: lower case, hyphens for spaces, other punctuation dropped."""
-    titles = re.findall(r"^#+ (.*)$", BLOCK.sub("", document.read_text()), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
 @pytest.mark.parametrize("document", titled(DOCUMENTS))
 def test_links_lead_somewhere(document):
-    for target in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", document.read_text())):
-        if target.startswith("https://"):
-            continue
-        path, _, anchor = target.partition("#")
-        found = (document.parent / path).resolve() if path else document
-        assert found.exists(), target
-        assert not anchor or anchor in anchors(found), target
+    assert list(dead_links(document.read_text(), document.parent)) == []
 
 
 def test_every_document_is_in_the_index():

@@ -48,14 +48,15 @@ def pages_of(nav):
 def test_every_page_is_in_the_navigation_once(site):
     folders = (ROOT / "docs", ROOT / "benchmarks" / "results")
     pages = [page.relative_to(ROOT).as_posix() for folder in folders for page in folder.rglob("*.md")]
-    assert sorted(pages_of(CONFIG["nav"])) == sorted([*site.FIRST, *pages]), (
+    written = [f"docs/{name}" for name in site.WRITTEN]
+    assert sorted(pages_of(CONFIG["nav"])) == sorted([*site.FIRST, *pages, *written]), (
         "nav in docs/zensical.toml has each page once"
     )
 
 
 def test_what_make_docs_fetches_is_the_extra_docs():
     extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"]
-    recipe = re.search(r"^docs: dev\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    recipe = re.search(r"^docs: dev .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
     assert f"pip install --quiet {' '.join(extra)}\n" in recipe
 
 
@@ -65,7 +66,8 @@ def test_the_theme_asks_nobody_for_fonts():
 
 def test_every_link_of_the_pages_leads_into_the_staged_tree(site, tmp_path):
     site.stage(ROOT, tmp_path)
-    for name in pages_of(CONFIG["nav"]):
+    written = {f"docs/{name}" for name in site.WRITTEN}  # whose links test_reference_page.py and others follow
+    for name in set(pages_of(CONFIG["nav"])) - written:
         links = [
             link for part in site.FENCED.split((tmp_path / name).read_text())[::2] for link in site.LINK.findall(part)
         ]
@@ -86,6 +88,27 @@ def test_sources_and_folders_become_pages_and_what_is_no_link_stays(tree, site, 
     assert 'title: "src/x.h"\nsearch:\n  exclude: true\n' in text
     listed = (tmp_path / "staged" / "configs" / "README.md").read_text()
     assert listed.endswith("- [c.yaml](c.yaml.md)\n- [deep/d.json](deep/d.json)\n")
+
+
+def test_pages_that_commands_write_are_staged_beside_those_of_docs(site, tmp_path):
+    pages, staged = tmp_path / "pages", tmp_path / "staged"
+    pages.mkdir()
+    staged.mkdir()
+    for name in site.WRITTEN[1:]:
+        (pages / name).write_text("[concepts](concepts.md#masks) [source](../setup.py)\n")
+    with pytest.raises(SystemExit, match=f"{site.WRITTEN[0]} must be written before .*: make docs does both"):
+        site.stage_written(pages, staged)
+    (pages / site.WRITTEN[0]).write_text("# First\n")
+    site.stage_written(pages, staged)
+    assert sorted(path.name for path in staged.iterdir()) == sorted(site.WRITTEN)
+    linked = (staged / site.WRITTEN[1]).read_text()
+    assert linked == "[concepts](concepts.md#masks) [source](../setup.py.md)\n"
+
+
+def test_the_recipe_of_the_site_writes_the_pages_first(site):
+    makefile = (ROOT / "Makefile").read_text()
+    assert sorted(re.findall(r"^build/pages/(\S+):", makefile, re.MULTILINE)) == sorted(site.WRITTEN)
+    assert re.search(r"^docs: dev \$\(WRITTEN\) build/pages/kernels-compiled.md$", makefile, re.MULTILINE)
 
 
 def test_code_stays_but_for_the_escape_of_a_cell(site, tree):

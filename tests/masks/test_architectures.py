@@ -1,9 +1,10 @@
-"""make architectures: what it calls converted, wrong and refused, and that its page keeps what was not tried anew."""
+"""make architectures: what it calls converted, wrong and refused, and that its rows and their page hold it."""
 
 import pytest
 from architectures import attempts
-from architectures.attempts import Row, attempt
-from architectures.page import read, write
+from architectures.attempts import attempt
+from architectures.page import page
+from architectures.rows import Row, read, write
 from architectures.sweeps import SWEEPS
 
 from mft.masks.convert import merge_model
@@ -67,15 +68,34 @@ def test_scores_without_a_gradient_are_wrong(monkeypatch):
     assert "no gradient reached model.patcher.layers.0.self_attn.q_proj" in row.words
 
 
-def test_the_page_keeps_the_rows_that_were_not_tried_anew(tmp_path):
-    page = tmp_path / "architectures.md"
-    rows = {sweep.name: {} for sweep in SWEEPS}
-    rows["encoder"] = {
+ROWS = {
+    "encoder": {
         "bert": Row("bert", "converted", "24 layers: dense", "reduction"),
         "mra": Row("mra", "not made", "a | b"),
-    }
-    rows["vision"] = {"vit": Row("vit", "converted", "3 layers"), "bit": Row("bit", "refused", "no layers")}
-    write(rows, SWEEPS, page)
-    rows["encoder"]["mra"].words = "a / b"  # a table's cell holds no bar
-    assert read(SWEEPS, page) == rows
-    assert "2 converted, 1 refused, 1 not made" in page.read_text()
+    },
+    "vision": {"bit": Row("bit", "refused", 'no "layers"', transformers="5.0"), "vit": Row("vit", "converted", "3, 4")},
+}
+
+
+def test_rows_are_read_as_they_were_written(tmp_path):
+    write(ROWS, tmp_path / "rows.csv")
+    assert read(tmp_path / "rows.csv") == ROWS
+
+
+def test_the_page_has_a_table_of_each_state_with_its_rows():
+    lines = page(ROWS).splitlines()
+    assert "**2 converted, 1 refused, 1 not made.**" in lines
+    assert "| Vision | 1 | 0 | 1 | 0 |" in lines
+    for row in ("| bert | 24 layers: dense | reduction |", "| mra | a / b |"):  # a table's cell holds no bar
+        assert lines.index("## Encoders") < lines.index(row) < lines.index("## Vision")
+    assert lines.index("| vit | 3, 4 |  |") < lines.index('| bit | no "layers" |')
+
+
+def test_the_page_of_the_stored_rows_has_each_in_its_section():
+    rows = read()
+    sections = dict(section.split("\n", 1) for section in page(rows).split("\n## ")[1:])
+    assert list(rows) == [sweep.name for sweep in SWEEPS]
+    assert list(sections) == [sweep.title for sweep in SWEEPS]
+    for section, some in zip(sections.values(), rows.values(), strict=True):
+        assert some
+        assert [kind for kind in some if f"\n| {kind} | " not in section] == []
