@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny_run import LEARN
 
 from mft.publishing.card import model_card
-from mft.publishing.contents import read_contents
+from mft.publishing.kinds import read_contents
 from mft.publishing.facts import MERGED
 
 

@@ -16,7 +16,7 @@ from mft.masks.convert import merge_model
 from mft.masks.export import save_masks
 from mft.models import pretrained
 from mft.publishing.card import is_made, license_of, model_card
-from mft.publishing.contents import read_contents
+from mft.publishing.kinds import AdapterContents, ModelContents, read_contents
 from mft.publishing.push import push_to_hub
 
 NAME = "user/masks"
@@ -167,8 +167,9 @@ def test_no_text_of_a_file_becomes_a_line_or_a_tag_of_the_card(run, evil):
         contents.facts, **texts, **lists, base_quantization=evil, config=config, results=results
     )
     plain = model_card(contents, NAME)
-    for kind in ("masks", "adapter", "model"):
-        card = model_card(dataclasses.replace(contents, facts=facts, kind=kind), NAME, {"license": "mit"})
+    others = (kind(contents.directory, contents.files, facts) for kind in (AdapterContents, ModelContents))
+    for one in (dataclasses.replace(contents, facts=facts), *others):
+        card = model_card(one, NAME, {"license": "mit"})
         data = ModelCard(card).data  # the head is whole
         assert (data.license, data.base_model) == ("mit", None)
         body = re.sub(r"(?sm)^(`{3,})\w+\n.*?^\1$", "", card.split("\n---\n", 1)[1])  # without blocks of code

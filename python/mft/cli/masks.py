@@ -26,8 +26,7 @@ from mft.masks.inspection import (
 from mft.masks.location import masks_directory
 from mft.masks.paper_masks import import_paper_masks, write_paper_masks
 from mft.models.pretrained import load_model, save_model
-from mft.publishing.contents import facts_of_masks
-from mft.publishing.facts import MERGED, facts_of_export, merged_facts
+from mft.publishing.facts import MERGED, facts_of_export, facts_of_masks, merged_facts
 from mft.tracking.console import console, say
 from mft.training.inputs import read_base
 

@@ -8,8 +8,11 @@ from typing import Annotated, Any
 
 from mft.checks import Rule, coerce_fields
 from mft.config import RunConfig
+from mft.config_file import load_config
+from mft.evaluation.evaluated_base import config_of_run
 from mft.files.json_file import read_object
 from mft.masks.export_format import MaskExport
+from mft.training.run_directory import TABLE_JSON
 
 MERGED = "mft_merge.json"  # beside a merged model's weights: what mft merge knew of its masks
 _ALPHA = Rule("lie in (0, 1]", exclusiveMinimum=0, maximum=1)
@@ -62,6 +65,19 @@ def facts_of_export(export: MaskExport) -> Facts:
         kept=sum(entry.kept for entry in export.modules),
         weights=sum(math.prod(entry.shape) for entry in export.modules),
     )
+
+
+def facts_of_masks(directory: Path, export: MaskExport) -> Facts:
+    """Of an export, and of its run where that lies beside it. Raises: ValueError that names a file of the run."""
+    facts, path = facts_of_export(export), config_of_run(directory)
+    return facts if path is None else with_run(facts, path)
+
+
+def with_run(facts: Facts, config: Path) -> Facts:
+    """With the configuration and the results of the run whose CONFIG this is. Raises: as facts_of_masks."""
+    table = config.with_name(TABLE_JSON)
+    results = read_results(table) if table.is_file() else None
+    return dataclasses.replace(facts, config=load_config(config), results=results)
 
 
 def facts_of_adapter(values: dict[str, Any]) -> Facts:

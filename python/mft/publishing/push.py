@@ -4,10 +4,7 @@ pushed = push_to_hub("runs/masks", "user/masks")
 mft.load_masks(model, "user/masks", revision=pushed.revision)
 """
 
-import dataclasses
-import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +14,14 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf
 from mft.checks import check_one_of, check_rule
 from mft.config import CODINGS
 from mft.files.hub import COMMIT, HubError, asking_hub, hub_is_reachable, split_hub_id, unreachable
-from mft.files.json_file import read_object, short
+from mft.files.json_file import short
 from mft.files.regular_file import read_regular
-from mft.masks.export import recoded
-from mft.masks.export_format import CONFIG_FILE, MASK_FILE, MOST_CONFIG, content_hash, export_files
-from mft.publishing.card import hub_base, is_made, license_of, model_card
-from mft.publishing.contents import INDEX, MODEL_CONFIG, README, WEIGHTS, Contents, read_contents
-from mft.publishing.facts import MERGED
+from mft.publishing.card import is_made, license_of, model_card
+from mft.publishing.contents import README, Contents
+from mft.publishing.kinds import read_contents
+from mft.publishing.markdown import hub_base
 
 _MOST_CARD = 1 << 20  # bytes
-_SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-_FORM = "\n# Model Card for Model ID\n"  # what PEFT puts beside an adapter, as long as nobody has filled it in
 
 
 @dataclass(frozen=True)
@@ -80,15 +74,12 @@ def push_to_hub(
     if coding is not None:
         check_one_of("coding", coding, CODINGS)
     contents = read_contents(Path(directory))
-    check_rule(coding is None or contents.kind == "masks", "coding", f"be None for {contents.kind}", coding)
-    changed = {} if coding in (None, contents.coding) else export_files(*recoded(contents.directory, str(coding)))
-    if changed:
-        contents = dataclasses.replace(contents, coding=coding, size=len(changed[MASK_FILE]))
+    changed: dict[str, bytes] = {}
+    if coding is not None:
+        contents, changed = contents.in_coding(coding)
     if base is not None:
-        changed |= _with_base(contents, base)
-        contents = dataclasses.replace(
-            contents, facts=dataclasses.replace(contents.facts, base_model_name_or_path=base)
-        )
+        contents, renamed = contents.with_base(base)
+        changed |= renamed
     notes = _notes(contents)
     card = _card(contents, repository, license, notes)
     if not hub_is_reachable():
@@ -102,7 +93,7 @@ def push_to_hub(
         added[README] = card.encode()
     else:
         notes.append(f"{README} of {repository} was written or edited by hand and stays; --overwrite-card replaces it")
-    stale = {name for name in there if contents.kind == "model" and _SHARD.fullmatch(name)} - added.keys()
+    stale = {name for name in there if contents.replaces(name)} - added.keys()
     operations: list[Any] = [CommitOperationDelete(name) for name in sorted(stale)]
     operations += [CommitOperationAdd(name, content) for name, content in added.items()]
     try:
@@ -135,7 +126,7 @@ def _opened(api: HfApi, repository: str, branch: str, *, private: bool) -> tuple
 
 def _check_kind(contents: Contents, repository: str, there: set[str]) -> None:
     """A model and an adapter in one repository would be loaded together."""
-    other = ({CONFIG_FILE} if contents.kind == "model" else {MODEL_CONFIG, WEIGHTS, INDEX}) & there
+    other = contents.rivals & there
     if other:
         raise ValueError(
             f"repository must be new or hold the same kind of thing, got {repository!r} with {min(other)} for "
@@ -158,7 +149,7 @@ def _card(contents: Contents, repository: str, license: str | None, notes: list[
     path = contents.directory / README
     if path.is_file():
         own = read_regular(path, _MOST_CARD).decode("utf-8", errors="replace")
-        if contents.kind == "adapter" and _FORM in own:
+        if contents.form is not None and contents.form in own:
             notes.append(f"{path} is PEFT's form, not filled in: a card takes its place")
         elif not is_made(own):
             return own
@@ -173,17 +164,3 @@ def _may_replace(repository: str, head: str, card: str) -> bool:
         path = hf_hub_download(repository, README, revision=head)
     there = read_regular(Path(path), _MOST_CARD).decode("utf-8", errors="replace")
     return there == card or is_made(there)
-
-
-def _with_base(contents: Contents, base: str) -> dict[str, bytes]:
-    """The file that names the base, if contents have one, with this name."""
-    if contents.kind == "masks":
-        export, masks, saved = recoded(contents.directory, str(contents.coding))
-        export = dataclasses.replace(export, base_model_name_or_path=base)
-        export = dataclasses.replace(export, content_hash=content_hash(export, masks, saved))
-        return {CONFIG_FILE: export.to_json().encode()}
-    name = CONFIG_FILE if contents.kind == "adapter" else MERGED
-    if name not in contents.files:
-        return {}
-    values = read_object(contents.directory / name, MOST_CONFIG) | {"base_model_name_or_path": base}
-    return {name: f"{json.dumps(values, indent=2)}\n".encode()}

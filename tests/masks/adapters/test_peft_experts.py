@@ -23,7 +23,7 @@ from mft import (
 )
 from mft.masks.peft import MaskPeftConfig, to_masked_model
 from mft.masks.peft_layer import MaskExperts
-from mft.publishing.contents import read_contents
+from mft.publishing.kinds import read_contents
 
 pytestmark = STILL_CALLED
 SETTING = {"keep_ratio": 0.6, "init": "normal"}

@@ -1,0 +1,80 @@
+"""Facts as Markdown: each stays on one line, is neither markup nor HTML, and names no directory of this machine.
+
+Many facts are texts of files that strangers may have written.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mft.data.sources import NAMED
+from mft.files.hub import split_hub_id
+from mft.models.pretrained import SHORTHANDS
+
+LONGEST = 500  # characters of a fact
+# What our shorthands are dequantised from.
+_OF_SHORTHANDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+_PLAIN = re.compile(r"(?!.*(://|www\.))[\w .,:;%()+/=±-]*")  # what Markdown leaves as it is
+
+
+def hub_base(name: str | None) -> str | None:
+    """The name of a base on the hub; None for one that is a path, and for none."""
+    if name is None or name in SHORTHANDS:
+        return _OF_SHORTHANDS.get(name or "")
+    named = split_hub_id(name)
+    return name if named is not None and named[1] is None and not Path(name).exists() else None
+
+
+def base_in_a_sentence(base: str) -> str:
+    """A link where the hub has it."""
+    found = hub_base(base)
+    if base in SHORTHANDS:
+        return f"`{base}` ([{found}](https://huggingface.co/{found}), dequantised as mft fetches it)"
+    return _code(without_directory(base)) if found is None else f"[{base}](https://huggingface.co/{base})"
+
+
+def without_directory(name: str) -> str:
+    """A name as it is, of a path the last part: the directories of a machine are nobody's business."""
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or os.path.exists(name)
+    return Path(name).name if is_path and name not in (*SHORTHANDS, *NAMED) else name
+
+
+def one_line(text: str) -> str:
+    """With line ends and whatever else is not seen written as Python writes it, and of bounded length."""
+    escaped = (
+        c.encode("unicode_escape").decode() if c == "\\" or not c.isprintable() else c for c in text[: LONGEST + 1]
+    )
+    seen = "".join(escaped)
+    return seen if len(seen) <= LONGEST else seen[: LONGEST - 3] + "..."
+
+
+def text(fact: str) -> str:
+    """A fact as it is, or as code if Markdown might make something else of it."""
+    return fact if len(fact) <= LONGEST and _PLAIN.fullmatch(fact) else _code(fact)
+
+
+def block(language: str, lines: Sequence[str]) -> str:
+    """A block of code."""
+    code = "\n".join(lines)
+    fence = _fence(code, 3)
+    return f"{fence}{language}\n{code}\n{fence}"
+
+
+def table(head: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> str:
+    """A table, whose cells may hold bars."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _code(fact: str) -> str:
+    """A fact as code in a line, between more backticks than it has."""
+    fact = one_line(fact)
+    fence = _fence(fact, 1)
+    space = " " if fact.startswith("`") or fact.endswith("`") else ""
+    return f"{fence}{space}{fact}{space}{fence}"
+
+
+def _fence(code: str, least: int) -> str:
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", code)), default=0))
