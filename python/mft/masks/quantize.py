@@ -23,7 +23,7 @@ from mft.masks.export import keep_base_hash
 from mft.models.head_input import read_in_one_piece
 from mft.models.linears import find_candidates, layer_stacks, linear_named, weight_name
 from mft.models.quantized_experts import QuantizedGroupedLinear, dense_experts, quantize_experts
-from mft.models.quantized_weight import QuantizedWeight, check_library, check_quantization, quantized_weights
+from mft.models.quantized_weight import QuantizedWeight, check_library, quantized_weights
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, masked_linear_quantized
 from mft_kernels.mask.held import Weight
 from mft_kernels.mask.masking import CurrentMask, current_mask
@@ -48,7 +48,6 @@ def quantize_model(model: nn.Module, kind: str = "nf4", *, masked: bool = False)
     Raises: ValueError if nothing can be quantised, or a module by name if it cannot; RuntimeError if NF4's library is
         missing. The model is then unchanged, except if a weight is not finite: then those before it are quantised.
     """
-    check_quantization(kind)
     check_library(kind)
     check_unwrapped(model)
     _check_unquantized(model)
@@ -82,7 +81,6 @@ def rounded_weights(model: nn.Module, kind: str = "nf4") -> dict[str, Tensor]:
     Returns: of every weight that would be quantised, its shape and dtype.
     Raises: as quantize_model; model is never changed.
     """
-    check_quantization(kind)
     check_library(kind)
     _check_unquantized(model)
     found: dict[str, Tensor] = {}

@@ -5,28 +5,30 @@
     nf4-dq  absmax[b] = map[code[b]] * nested[b // 256] + offset    its double quantisation: 0.516 bytes a weight
     int8    w[n, k] = code[n, k] * absmax[n] / 127  1 byte a weight and 4 bytes a row
 
-NF4 is bitsandbytes'. int8 has its layout, but is computed here: on a GPU its kernel takes fp16 weights alone.
+A class each; _FORMATS finds them by name. NF4 is bitsandbytes'. int8 has its layout, but is computed here: on a GPU its
+kernel takes fp16 weights alone.
 """
 
 import logging
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from mft.config import QUANTIZATIONS
 from mft_kernels import dequantize
 from mft_kernels.backends import cpu
 from mft_kernels.ops.quantized import QuantizedMatrix
 
 BLOCK = 64  # weights that share an absmax in NF4
 _NESTED_BLOCK = 256  # of these that share one in turn
-_NESTED = ("nested_absmax", "nested_quant_map", "nested_offset")
 _LARGEST_CODE = 127
 _QUANTIZED_AT_ONCE = 1 << 20  # weights: bitsandbytes' temporaries take some 20 bytes of each
 # Weights whose fp32 temporaries on a CPU, 8 bytes of each, stay in the cache: on a Zen 5 4 times faster than 2^20.
 _DEQUANTIZED_AT_ONCE = 1 << 18
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # a tensor's shape and dtype by its name, in files too
 
 
 class QuantizedWeight(nn.Module, QuantizedMatrix):
@@ -34,60 +36,29 @@ class QuantizedWeight(nn.Module, QuantizedMatrix):
 
     A module, so that a model moves and saves it. Casting the model changes what dense() returns, and no code.
 
-    Attributes:
-        kind: "nf4", "nf4-dq" or "int8". shape: (N, K). dtype: of dense(): fp32, fp16 or bf16.
-        codes: uint8 (ceil(N * K / 2), 1) for NF4, the first of two in the high bits; int8 (N, K).
-        absmax: fp32 (B,), B = ceil(N * K / 64) for NF4, (N,) for int8; of nf4-dq its codes, uint8 (B,).
-        nested_absmax, nested_quant_map, nested_offset: of nf4-dq, fp32 (ceil(B / 256),), (256,) and (), as bitsandbytes
-            has them in its files; else None.
+    Attributes: shape: (N, K). dtype: of dense(): fp32, fp16 or bf16; and a tensor for each name of the class's layout.
     """
 
+    kind: ClassVar[str]
     codes: Tensor
     absmax: Tensor
-    nested_absmax: Tensor | None
-    nested_quant_map: Tensor | None
-    nested_offset: Tensor | None
 
-    def __init__(
-        self,
-        kind: str,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        codes: Tensor,
-        absmax: Tensor,
-        nested: tuple[Tensor, Tensor, Tensor] | None = None,
-    ) -> None:
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, tensors: dict[str, Tensor]) -> None:
         super().__init__()
-        self.kind, self.shape, self.dtype = kind, torch.Size(shape), dtype
-        self.register_buffer("codes", codes)
-        self.register_buffer("absmax", absmax)
-        for name, tensor in zip(_NESTED, nested or (None, None, None)):
+        self.shape, self.dtype, self._names = torch.Size(shape), dtype, tuple(tensors)
+        for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
 
-    @classmethod
+    @staticmethod
     def empty(
-        cls, shape: tuple[int, int], dtype: torch.dtype, kind: str, device: torch.device | str | None = None
+        shape: tuple[int, int], dtype: torch.dtype, kind: str, device: torch.device | str | None = None
     ) -> "QuantizedWeight":
         """Memory for a matrix of this shape, not yet written."""
-        check_quantization(kind)
-        if dtype not in _DTYPES:
-            raise ValueError(f"weight must be fp32, fp16 or bf16 to be quantised, got {dtype}")
-        rows, columns = shape
-        numel = rows * columns
-        nf4 = kind != "int8"
-        codes = torch.empty(
-            (-(-numel // 2), 1) if nf4 else (rows, columns), dtype=torch.uint8 if nf4 else torch.int8, device=device
-        )
-        blocks = -(-numel // BLOCK) if nf4 else rows
-        absmax = torch.empty(blocks, dtype=torch.float32, device=device)
-        if kind != "nf4-dq":
-            return cls(kind, (rows, columns), dtype, codes, absmax)
-        nested = absmax.new_empty(-(-blocks // _NESTED_BLOCK)), absmax.new_empty(256), absmax.new_empty(())
-        return cls(kind, (rows, columns), dtype, codes, torch.empty_like(absmax, dtype=torch.uint8), nested)
+        return _format(kind).of_shape(shape, dtype, device)
 
-    @classmethod
+    @staticmethod
     @torch.no_grad()
-    def quantize(cls, weight: Tensor, kind: str = "nf4") -> "QuantizedWeight":
+    def quantize(weight: Tensor, kind: str = "nf4") -> "QuantizedWeight":
         """Each weight at the level nearest to it, computed where it lies; some 20 MB of temporaries.
 
         Args: weight: (N, K), fp32, fp16 or bf16, of any strides.
@@ -95,49 +66,17 @@ class QuantizedWeight(nn.Module, QuantizedMatrix):
         """
         if weight.dim() != 2 or not weight.numel():
             raise ValueError(f"weight must be a matrix (N, K) that is not empty, got {tuple(weight.shape)}")
-        check_quantization(kind)
-        plain = "nf4" if kind == "nf4-dq" else kind
-        self = cls.empty((weight.shape[0], weight.shape[1]), weight.dtype, plain, weight.device)
-        # In NF4 a chunk has to end where a block and a byte end: 64 rows do, whatever their length.
-        whole = BLOCK if plain == "nf4" else 1
-        rows = max(1, _QUANTIZED_AT_ONCE // (whole * weight.shape[1])) * whole
-        for start in range(0, weight.shape[0], rows):
-            chunk = weight[start : start + rows].contiguous()
-            if plain == "nf4":
-                codes, absmax = _quantize_nf4(chunk)
-                first = start * weight.shape[1]
-                self.codes[first // 2 : first // 2 + len(codes)] = codes
-                self.absmax[first // BLOCK : first // BLOCK + len(absmax)] = absmax
-            else:
-                codes, absmax = _quantize_int8(chunk)
-                self.codes[start : start + rows], self.absmax[start : start + rows] = codes, absmax
-        if not self.absmax.isfinite().all():
-            raise ValueError("weight must be finite to be quantised, got NaN or infinite values")
-        if kind == plain:
-            return self
-        absmax, nested = _quantize_absmax(self.absmax)
-        return cls(kind, (weight.shape[0], weight.shape[1]), self.dtype, self.codes, absmax, nested)
+        return _format(kind).encode(weight)
 
     @torch.no_grad()
     def dense(self) -> Tensor:
         """(N, K) of dtype, contiguous, made anew by each call and equal to the last bit; rounded once, from fp32."""
         if self.codes.device.type == "cpu" and cpu.unavailable is None:
             return dequantize(self.codes, self.scales(), shape=self.shape, kind=self.levels(), dtype=self.dtype)
-        if self.levels() == "nf4":
-            return _dequantize_nf4(self)
-        dense = torch.empty(self.shape, dtype=self.dtype, device=self.codes.device)
-        on_cpu = dense.device.type == "cpu"  # a GPU converts within the product
-        rows = max(1, _DEQUANTIZED_AT_ONCE // self.shape[1]) if on_cpu else self.shape[0]
-        for part, codes, absmax in zip(dense.split(rows), self.codes.split(rows), self.absmax.split(rows)):
-            torch.mul(codes, (absmax / _LARGEST_CODE)[:, None], out=part)
-        return dense
-
-    def levels(self) -> str:
-        """What the kernels call the kind: whether absmax is quantised too they see by scales()."""
-        return "int8" if self.kind == "int8" else "nf4"
+        return self.decode()
 
     def scales(self) -> list[Tensor]:
-        """absmax, or with double quantisation all four, as the kernels take it."""
+        """All tensors but codes, as the kernels take them."""
         return [tensor for name, tensor in self.tensors().items() if name != "codes"]
 
     @property
@@ -147,8 +86,7 @@ class QuantizedWeight(nn.Module, QuantizedMatrix):
 
     def tensors(self) -> dict[str, Tensor]:
         """All that has to be on a device for dense() to work there; their .data may be exchanged."""
-        nested = {name: getattr(self, name) for name in _NESTED} if self.kind == "nf4-dq" else {}
-        return {"codes": self.codes, "absmax": self.absmax, **nested}
+        return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {tuple(self.shape)}, {self.dtype}"
@@ -163,6 +101,156 @@ class QuantizedWeight(nn.Module, QuantizedMatrix):
                 setattr(self, name, tensor.to(found.device))
         return self
 
+    # What a format says:
+
+    @staticmethod
+    def check_library() -> None:
+        """Raise RuntimeError if what it needs is not installed."""
+
+    @staticmethod
+    def layout(rows: int, columns: int) -> Layout:
+        """Of a matrix of this shape: codes, absmax and what else there is."""
+        raise NotImplementedError
+
+    @classmethod
+    def encode(cls, weight: Tensor) -> Self:
+        """What quantize returns."""
+        raise NotImplementedError
+
+    def decode(self) -> Tensor:
+        """What dense() returns, where no kernel of ours makes it."""
+        raise NotImplementedError
+
+    @classmethod
+    def of_shape(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str | None) -> Self:
+        """What empty returns."""
+        if dtype not in _DTYPES:
+            raise ValueError(f"weight must be fp32, fp16 or bf16 to be quantised, got {dtype}")
+        layout = cls.layout(*shape).items()
+        return cls(shape, dtype, {name: torch.empty(of, dtype=kind, device=device) for name, (of, kind) in layout})
+
+
+class Nf4Weight(QuantizedWeight):
+    """codes: the first of two in the high bits. absmax: of each block of 64 weights."""
+
+    kind = "nf4"
+
+    def levels(self) -> str:
+        return "nf4"
+
+    @staticmethod
+    def check_library() -> None:
+        _bitsandbytes()
+
+    @staticmethod
+    def layout(rows: int, columns: int) -> Layout:
+        numel = rows * columns
+        return {"codes": ((-(-numel // 2), 1), torch.uint8), "absmax": ((-(-numel // BLOCK),), torch.float32)}
+
+    @classmethod
+    def encode(cls, weight: Tensor) -> Self:
+        self = cls.of_shape((weight.shape[0], weight.shape[1]), weight.dtype, weight.device)
+        # A chunk has to end where a block and a byte end: 64 rows do, whatever their length.
+        for start, chunk in _chunks(weight, BLOCK):
+            codes, state = _bitsandbytes().quantize_4bit(chunk, quant_type="nf4", blocksize=BLOCK)
+            first = start * weight.shape[1]
+            self.codes[first // 2 : first // 2 + len(codes)] = codes
+            self.absmax[first // BLOCK : first // BLOCK + len(state.absmax)] = state.absmax
+        _check_finite(self.absmax)
+        return self
+
+    def decode(self) -> Tensor:
+        # As one row of an even length: what the CPU kernel takes, and all of what the codes hold.
+        functional = _bitsandbytes()
+        state = functional.QuantState(
+            **self._nested(),
+            absmax=self.absmax,
+            shape=torch.Size((1, 2 * len(self.codes))),
+            dtype=self.dtype,
+            blocksize=BLOCK,
+            quant_type="nf4",
+        )
+        return functional.dequantize_4bit(self.codes, state).view(-1)[: self.shape.numel()].view(self.shape)
+
+    def _nested(self) -> dict[str, Any]:
+        """What bitsandbytes' description of the codes says of a quantised absmax."""
+        return {}
+
+
+class Nf4DqWeight(Nf4Weight):
+    """As Nf4Weight, but absmax is quantised in turn, and the three nested tensors are named as in bitsandbytes' files.
+
+    absmax: codes. nested_absmax: of each block of 256 of them. nested_quant_map: what a code stands for.
+    """
+
+    kind = "nf4-dq"
+    nested_absmax: Tensor
+    nested_quant_map: Tensor
+    nested_offset: Tensor
+
+    @staticmethod
+    def layout(rows: int, columns: int) -> Layout:
+        plain = Nf4Weight.layout(rows, columns)
+        (blocks,), _ = plain["absmax"]
+        return plain | {
+            "absmax": ((blocks,), torch.uint8),
+            "nested_absmax": ((-(-blocks // _NESTED_BLOCK),), torch.float32),
+            "nested_quant_map": ((256,), torch.float32),
+            "nested_offset": ((), torch.float32),
+        }
+
+    @classmethod
+    def encode(cls, weight: Tensor) -> Self:
+        plain = Nf4Weight.encode(weight)
+        # As quantize_4bit(compress_statistics=True) makes them of the whole matrix.
+        offset = plain.absmax.mean()
+        absmax, state = _bitsandbytes().quantize_blockwise(plain.absmax - offset, blocksize=_NESTED_BLOCK)
+        nested = {"nested_absmax": state.absmax, "nested_quant_map": state.code, "nested_offset": offset}
+        return cls((weight.shape[0], weight.shape[1]), plain.dtype, {"codes": plain.codes, "absmax": absmax} | nested)
+
+    def _nested(self) -> dict[str, Any]:
+        state2 = _bitsandbytes().QuantState(
+            absmax=self.nested_absmax, code=self.nested_quant_map, blocksize=_NESTED_BLOCK, dtype=torch.float32
+        )
+        return {"offset": self.nested_offset, "state2": state2}
+
+
+class Int8Weight(QuantizedWeight):
+    """absmax: of each row."""
+
+    kind = "int8"
+
+    def levels(self) -> str:
+        return "int8"
+
+    @staticmethod
+    def layout(rows: int, columns: int) -> Layout:
+        return {"codes": ((rows, columns), torch.int8), "absmax": ((rows,), torch.float32)}
+
+    @classmethod
+    def encode(cls, weight: Tensor) -> Self:
+        self = cls.of_shape((weight.shape[0], weight.shape[1]), weight.dtype, weight.device)
+        for start, chunk in _chunks(weight, 1):
+            rows = slice(start, start + len(chunk))
+            absmax = chunk.abs().amax(1).float()
+            # Divided first: 127 / absmax overflows where absmax is denormal. A row of zeros stays one.
+            share = chunk.float() / absmax.masked_fill(absmax == 0, 1)[:, None]
+            self.codes[rows] = share.mul_(_LARGEST_CODE).round_().nan_to_num_(0, 0, 0).to(torch.int8)
+            self.absmax[rows] = absmax
+        _check_finite(self.absmax)
+        return self
+
+    def decode(self) -> Tensor:
+        dense = torch.empty(self.shape, dtype=self.dtype, device=self.codes.device)
+        on_cpu = dense.device.type == "cpu"  # a GPU converts within the product
+        rows = max(1, _DEQUANTIZED_AT_ONCE // self.shape[1]) if on_cpu else self.shape[0]
+        for part, codes, absmax in zip(dense.split(rows), self.codes.split(rows), self.absmax.split(rows)):
+            torch.mul(codes, (absmax / _LARGEST_CODE)[:, None], out=part)
+        return dense
+
+
+_FORMATS: dict[str, type[QuantizedWeight]] = {one.kind: one for one in (Nf4Weight, Nf4DqWeight, Int8Weight)}
+
 
 def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
     """The weights that are held quantised by the name of the linear that holds them, in the model's order."""
@@ -170,61 +258,30 @@ def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
     return {name: weight for name, weight in found if isinstance(weight, QuantizedWeight)}
 
 
-def check_quantization(kind: str) -> None:
-    """Raise ValueError unless kind is one of QUANTIZATIONS."""
-    if kind not in QUANTIZATIONS:
-        raise ValueError(f"kind must be one of {', '.join(QUANTIZATIONS)}, got {kind!r}")
-
-
 def check_library(kind: str) -> None:
-    """Raise RuntimeError if what kind needs is not installed."""
-    if kind in ("nf4", "nf4-dq"):
-        _bitsandbytes()
+    """Raise ValueError unless kind names a format, RuntimeError if what that needs is not installed."""
+    _format(kind).check_library()
 
 
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    codes, state = _bitsandbytes().quantize_4bit(weight, quant_type="nf4", blocksize=BLOCK)
-    return codes, state.absmax
+def _format(kind: str) -> type[QuantizedWeight]:
+    if kind not in _FORMATS:
+        raise ValueError(f"kind must be one of {', '.join(_FORMATS)}, got {kind!r}")
+    return _FORMATS[kind]
 
 
-def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """(codes, what they stand for), as quantize_4bit(compress_statistics=True) makes them of the whole matrix."""
-    offset = absmax.mean()
-    codes, state = _bitsandbytes().quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCK)
-    return codes, (state.absmax, state.code, offset)
+def _chunks(weight: Tensor, whole: int) -> Iterator[tuple[int, Tensor]]:
+    """(first row, contiguous rows) of weight, few at a time; but for the last chunk, their number divides by whole."""
+    rows = max(1, _QUANTIZED_AT_ONCE // (whole * weight.shape[1])) * whole
+    for start in range(0, weight.shape[0], rows):
+        yield start, weight[start : start + rows].contiguous()
 
 
-def _dequantize_nf4(weight: QuantizedWeight) -> Tensor:
-    # As one row of an even length: what the CPU kernel takes, and all of what the codes hold.
-    functional = _bitsandbytes()
-    nested = {}
-    if weight.kind == "nf4-dq":
-        state2 = functional.QuantState(
-            absmax=weight.nested_absmax,
-            code=weight.nested_quant_map,
-            blocksize=_NESTED_BLOCK,
-            dtype=torch.float32,
-        )
-        nested = {"offset": weight.nested_offset, "state2": state2}
-    state = functional.QuantState(
-        **nested,
-        absmax=weight.absmax,
-        shape=torch.Size((1, 2 * len(weight.codes))),
-        dtype=weight.dtype,
-        blocksize=BLOCK,
-        quant_type="nf4",
-    )
-    return functional.dequantize_4bit(weight.codes, state).view(-1)[: weight.shape.numel()].view(weight.shape)
-
-
-def _quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    absmax = weight.abs().amax(1).float()
-    # Divided first: 127 / absmax overflows where absmax is denormal. A row of zeros stays one.
-    share = weight.float() / absmax.masked_fill(absmax == 0, 1)[:, None]
-    return share.mul_(_LARGEST_CODE).round_().nan_to_num_(0, 0, 0).to(torch.int8), absmax
+def _check_finite(absmax: Tensor) -> None:
+    if not absmax.isfinite().all():
+        raise ValueError("weight must be finite to be quantised, got NaN or infinite values")
 
 
 _functional: Any = None  # bitsandbytes.functional once imported; torch.compile would trace what a functools.cache holds
