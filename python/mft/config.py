@@ -42,12 +42,27 @@ CONFIG = "config.yaml"  # in the directory of a run
 CONFIGS = Path(__file__).parent / "configs"  # shipped; --config takes their names
 WAYS = ("plain", "resident", "quantized", "layerwise")  # or auto
 TRACKERS = ("tensorboard", "trackio", "wandb")
-# Objectives, and the keys that each reads.
-OBJECTIVES: dict[str, tuple[str, ...]] = {
-    "cross_entropy": (),
-    "kl": ("beta",),
-    "distill": ("teacher", "teacher_memory", "temperature", "weight"),
-    "dpo": ("beta", "label_smoothing"),
+
+
+@dataclass(frozen=True)
+class ObjectiveKind:
+    """What is known of an objective before its class is loaded (objectives/).
+
+    keys: of ObjectiveConfig that it reads. of_base: whether it holds the model to its base. remembers: whether the base
+    runs once a row, and not in every step. of_pairs: whether the data are preference pairs.
+    """
+
+    keys: tuple[str, ...] = ()
+    of_base: bool = False
+    remembers: bool = False
+    of_pairs: bool = False
+
+
+OBJECTIVES = {
+    "cross_entropy": ObjectiveKind(),
+    "kl": ObjectiveKind(("beta",), of_base=True),
+    "distill": ObjectiveKind(("teacher", "teacher_memory", "temperature", "weight")),
+    "dpo": ObjectiveKind(("beta", "label_smoothing"), of_base=True, remembers=True, of_pairs=True),
 }
 _MOST_LAYERS = 10_000  # no model has a tenth as many
 
@@ -357,26 +372,26 @@ class ObjectiveConfig:
         coerce_fields(self)
         check_not_empty(self, "teacher")
         expand_home(self, "teacher")
+        read = OBJECTIVES[self.name].keys
         for item in dataclasses.fields(self)[1:]:
-            if getattr(self, item.name) is not None and item.name not in OBJECTIVES[self.name]:
-                readers = [name for name, keys in OBJECTIVES.items() if item.name in keys]
+            if getattr(self, item.name) is not None and item.name not in read:
+                readers = [name for name, kind in OBJECTIVES.items() if item.name in kind.keys]
                 raise ValueError(
                     f"{item.name} must be null with the objective {self.name}, got {getattr(self, item.name)}: it "
                     f"belongs to {' and '.join(readers)}; set objective.name"
                 )
-        check_rule(
-            self.name != "distill" or self.teacher is not None, "teacher", "name a model for distill", self.teacher
-        )
+        untaught = "teacher" in read and self.teacher is None
+        check_rule(not untaught, "teacher", f"name a model for {self.name}", self.teacher)
 
     @property
     def of_base(self) -> bool:
         """Whether the model is held to its base: then masks alone are trained."""
-        return self.name in ("kl", "dpo")
+        return OBJECTIVES[self.name].of_base
 
     @property
     def of_pairs(self) -> bool:
         """Whether the data are preference pairs."""
-        return self.name == "dpo"
+        return OBJECTIVES[self.name].of_pairs
 
 
 @dataclass

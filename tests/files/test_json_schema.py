@@ -63,7 +63,7 @@ def test_whatever_value_a_run_takes_is_valid(validators, cls, name):
         if cls is TrainConfig:
             values[section] = ({"epochs": 1} if name != "steps" or value is None else {}) | values[section]
         if cls is ObjectiveConfig and name != "name":
-            reader = next(objective for objective, keys in OBJECTIVES.items() if name in keys)
+            reader = next(objective for objective, kind in OBJECTIVES.items() if name in kind.keys)
             values[section] = {"name": reader} | ({"teacher": "a"} if reader == "distill" else {}) | values[section]
         try:
             config_from(copy.deepcopy(values), None)

@@ -6,6 +6,7 @@ import pytest
 from known_shapes import SEVEN, SMALL
 
 from benchmarks.memory.simulated_step import simulate_step
+from mft.config import OBJECTIVES
 from mft.memory import activations
 from mft.memory.estimate import estimate
 from mft.memory.shapes import shape_from_config
@@ -41,4 +42,4 @@ def test_a_teachers_weights_count():
 
 
 def test_rows_in_fp32_are_counted_as_they_are():
-    assert (activations.ROWS, set(activations._FP32_LOGITS)) == (chunks.ROWS, {"kl", "distill", "dpo"})
+    assert (activations.ROWS, set(activations._LOGITS)) == (chunks.ROWS, set(OBJECTIVES))

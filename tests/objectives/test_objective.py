@@ -7,7 +7,7 @@ from tiny import make_llama, make_rows, masked_llama
 from whole_logits import WAYS, CountingHead, assert_same, by_hand, make_masked, step
 
 import mft.engines.start
-from mft.config import MaskConfig, TrainConfig
+from mft.config import OBJECTIVES, MaskConfig, TrainConfig
 from mft.data.batches import take_rows
 from mft.masks.base_pass import as_base
 from mft.masks.convert import keeping_all, mask_model, masked_modules
@@ -16,6 +16,7 @@ from mft.objectives.log_prob_objective import LogProbObjective, log_probs_of
 from mft.objectives.objective import Objective
 from mft.objectives.token_objective import TokenObjective
 from mft.training.loop import finetune, train_masks
+from mft.training.objectives import CLASSES
 
 LENGTH = 90  # two rows score more tokens than a chunk has
 
@@ -184,3 +185,8 @@ def test_cross_entropy_is_what_it_was_to_the_bit():
     assert losses[0] == losses[1]
     for name, module in masked_modules(given).items():
         assert torch.equal(module.scores, masked_modules(default)[name].scores)
+
+
+def test_the_configuration_knows_of_each_objective_what_its_class_says():
+    said = {name: (kind.of_base, kind.remembers) for name, kind in OBJECTIVES.items()}
+    assert said == {name: (kind.of_base, kind.remembers) for name, kind in CLASSES.items()}

@@ -24,8 +24,26 @@ from mft.memory.shapes import ModelShape
 
 CHUNK = 128  # tokens whose logits exist together; token_loss.CHUNK
 ROWS = 32  # tokens whose logits exist in fp32 together, where cross entropy is not all; chunks.ROWS
-_FP32_LOGITS = {"kl": 7, "distill": 10, "dpo": 4}  # tensors of them
 _NORM_COPIES = 5  # fp32 tensors that the norm's backward pass holds at its peak
+
+
+@dataclass(frozen=True)
+class _ChunkOfLogits:
+    """What an objective holds of a chunk: tensors in the model's dtype, and in fp32, these of at most so many rows."""
+
+    tensors: int
+    fp32: int
+    rows: int = ROWS
+
+
+# Logits and their gradient, and their softmax in fp32 (on a CPU a few rows of it: see token_loss.py). The others have
+# autograd over fp32 copies of a few rows, and the logits of the base or teacher beside.
+_LOGITS = {
+    "cross_entropy": _ChunkOfLogits(2, 1, rows=CHUNK),
+    "kl": _ChunkOfLogits(3, 7),
+    "distill": _ChunkOfLogits(3, 10),
+    "dpo": _ChunkOfLogits(2, 4),
+}
 
 
 @dataclass(frozen=True)
@@ -176,11 +194,6 @@ def loss_peak(shape: ModelShape, tokens: int, objective: str = "cross_entropy") 
 
 
 def _logits(shape: ModelShape, tokens: int, objective: str) -> int:
-    """A chunk's logits and their gradient, and their softmax in fp32 (on a CPU a few rows of it: see token_loss.py).
-
-    Other objectives have autograd over fp32 copies of a few rows, and the logits of the base or teacher beside.
-    """
-    if objective == "cross_entropy":
-        return tokens * shape.vocabulary * (2 * shape.dtype_bytes + 4)
-    chunks = 2 if objective == "dpo" else 3
-    return shape.vocabulary * (chunks * tokens * shape.dtype_bytes + _FP32_LOGITS[objective] * min(tokens, ROWS) * 4)
+    """Of a chunk."""
+    held = _LOGITS[objective]
+    return shape.vocabulary * (held.tensors * tokens * shape.dtype_bytes + held.fp32 * min(tokens, held.rows) * 4)

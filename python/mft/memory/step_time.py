@@ -6,6 +6,7 @@ Assumes what SPEEDS says of the hardware, whatever card is there; for comparing 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mft.config import OBJECTIVES
 from mft.memory.shapes import ModelShape
 from mft.memory.workload import Workload
 
@@ -48,7 +49,7 @@ def step_seconds(shape: ModelShape, workload: Workload, masked: Sequence[bool], 
     backward = above * (linear + 2.5 * attention)
     backward += 2 * sum(masked) * sum(shape.used(name) for name in named if name in shape.linears)
     head, passes = 4 * shape.embedding, forwards + above
-    if workload.objective == "kl":  # the base goes up in every step; of dpo once a row, of a teacher elsewhere
+    if workload.of_base and not OBJECTIVES[workload.objective].remembers:  # the base goes up in every step
         forward, head, passes = forward + above * (linear + attention), head + 2 * shape.embedding, passes + above
     compute = tokens * (forward + backward + head) / speeds.flops
     for name in shape.experts:

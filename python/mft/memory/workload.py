@@ -85,7 +85,7 @@ class Workload:
     @property
     def of_base(self) -> bool:
         """Whether a second chain of hidden states, the base's, goes up beside the first."""
-        return self.objective in ("kl", "dpo")
+        return OBJECTIVES[self.objective].of_base
 
     @property
     def own_accumulation(self) -> int:

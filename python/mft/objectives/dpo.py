@@ -22,7 +22,6 @@ class DPO(LogProbObjective):
 
     name = "dpo"
     of_base = True
-    of_pairs = True
     remembers = True
 
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0) -> None:

@@ -24,7 +24,6 @@ class Objective:
 
     name = "objective"  # in the configuration, and of its figures
     of_base = False  # whether it may ask for the base's hidden states: then nothing but scores can be trained
-    of_pairs = False  # whether rows must hold pairs: examples 2i chosen, 2i + 1 rejected
     remembers = False  # whether remember() keeps what it needs of a reference
 
     def check_rows(self, dataset) -> None:

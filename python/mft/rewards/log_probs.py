@@ -63,14 +63,19 @@ def _divergence_of_chunk(
         wanted = heads[1](other).float() / temperature
     words = min(logits.shape[-1], wanted.shape[-1])  # the rest pads one of both: no token is called so
     log_p, log_q = logits[:, :words].log_softmax(-1), wanted[:, :words].log_softmax(-1)
-    if kind == "reverse_kl":
-        found = divergence(log_p, log_q)
-    elif kind == "forward_kl":
-        found = divergence(log_q, log_p)
-    else:
-        middle = torch.logaddexp(log_p, log_q) - math.log(2)
-        found = (divergence(log_p, middle) + divergence(log_q, middle)) / 2
-    return found, _entropy(log_p)
+    return _DIVERGENCES[kind](log_p, log_q), _entropy(log_p)
+
+
+def _of_both_from_their_middle(log_p: Tensor, log_q: Tensor) -> Tensor:
+    middle = torch.logaddexp(log_p, log_q) - math.log(2)
+    return (divergence(log_p, middle) + divergence(log_q, middle)) / 2
+
+
+_DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "reverse_kl": divergence,
+    "forward_kl": lambda log_p, log_q: divergence(log_q, log_p),
+    "jsd": _of_both_from_their_middle,
+}
 
 
 @torch.no_grad()

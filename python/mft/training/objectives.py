@@ -5,15 +5,17 @@ from typing import Any
 
 from torch import nn
 
-from mft.config import ModelConfig, RunConfig
+from mft.config import OBJECTIVES, ModelConfig, RunConfig
 from mft.masks.export import base_hash
 from mft.models.pretrained import load_model, load_tokenizer
-from mft.objectives.cross_entropy import CROSS_ENTROPY
+from mft.objectives.cross_entropy import CrossEntropy
 from mft.objectives.distillation import Distillation
 from mft.objectives.dpo import DPO
 from mft.objectives.kl import KL
 from mft.objectives.objective import Objective
 from mft.training.teacher import ModelTeacher
+
+CLASSES: dict[str, type[Objective]] = {kind.name: kind for kind in (CrossEntropy, KL, Distillation, DPO)}
 
 
 def make_objective(config: RunConfig) -> Objective:
@@ -22,18 +24,11 @@ def make_objective(config: RunConfig) -> Objective:
     Raises: ValueError if the teacher's tokenizer is another one.
     """
     asked = config.objective
-    given = {
-        name: getattr(asked, name)
-        for name in ("beta", "label_smoothing", "temperature", "weight")
-        if getattr(asked, name) is not None
-    }
-    if asked.name == "kl":
-        return KL(**given)
-    if asked.name == "dpo":
-        return DPO(**given)
-    if asked.name == "distill":
-        return Distillation(_teacher(config), **given)
-    return CROSS_ENTROPY
+    given = {key: getattr(asked, key) for key in OBJECTIVES[asked.name].keys if getattr(asked, key) is not None}
+    given.pop("teacher_memory", None)
+    if "teacher" in given:
+        given["teacher"] = _teacher(config)
+    return CLASSES[asked.name](**given)
 
 
 def facts_of(objective: Objective) -> dict[str, str]:
