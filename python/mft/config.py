@@ -27,16 +27,15 @@ from mft.checks import (
     read_named,
     shown,
 )
+from mft.number_formats import DTYPE_BYTES, MOMENT_FORMATS, QUANTIZED_FORMATS, SCORE_FORMATS
 
-DTYPES = ("bfloat16", "float32", "float16")
+DTYPES = tuple(DTYPE_BYTES)
 MODES = ("magnitude", "value")
 INITS = ("normal", "magnitude", "constant")
 DATA_INITS = ("wanda",)  # scores begin where rows of the training data say
 SCHEDULES = ("linear", "constant", "cosine")
 STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted")  # as of datasets.interleave_datasets
-SCORES_DTYPES = ("float32", "bfloat16", "int16")  # int16: fixed point, see mft_kernels/reference/fixed_point.py
-MOMENTS = ("float32", "8bit")
-QUANTIZATIONS = ("nf4", "nf4-dq", "int8")  # dq: double quantisation
+SCORES_DTYPES, MOMENTS, QUANTIZATIONS = tuple(SCORE_FORMATS), tuple(MOMENT_FORMATS), tuple(QUANTIZED_FORMATS)
 CODINGS = ("packed", "rice")  # of masks in an export: 1 bit a weight, or about their entropy (files/rice.py)
 CONFIG = "config.yaml"  # in the directory of a run
 CONFIGS = Path(__file__).parent / "configs"  # shipped; --config takes their names
@@ -182,8 +181,9 @@ class MaskConfig:
         if isinstance(self.layers_to_transform, list):
             self.layers_to_transform = sorted(set(self.layers_to_transform))
         fixed, sharp = self.threshold is not None, self.sharpness is not None
+        has_gradient = SCORE_FORMATS[self.scores_dtype].has_gradient
         for holds, name, rule in (
-            (self.scores_dtype != "int16" or not fixed, "threshold", "be null with int16"),
+            (has_gradient or not fixed, "threshold", f"be null with {self.scores_dtype}"),
             (fixed or not sharp, "sharpness", "be null where threshold is null, from which it counts"),
             (sharp or not self.deletion_penalty, "deletion_penalty", "be 0 where sharpness is null"),
         ):

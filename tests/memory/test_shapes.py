@@ -148,7 +148,7 @@ def test_what_is_refused():
         shape_from_config({"model_type": "gpt2"})
     with pytest.raises(ValueError, match="hidden_size must be a positive integer in the config of mine, got None"):
         shape_from_config(config | {"hidden_size": None}, "mine")
-    with pytest.raises(ValueError, match="dtype must be one of float32, float16, bfloat16, got 'int8'"):
+    with pytest.raises(ValueError, match="dtype must be one of bfloat16, float32, float16, got 'int8'"):
         shape_from_config(config, dtype="int8")
     with pytest.raises(ValueError, match="did you mean llama2-7b"):
         known_config("lama2-7b")

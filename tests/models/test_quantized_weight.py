@@ -11,6 +11,7 @@ from mft.config import QUANTIZATIONS
 from mft.masks.quantize import QuantizedLinear
 from mft.models import quantized_weight
 from mft.models.quantized_weight import BLOCK, QuantizedWeight
+from mft.number_formats import QUANTIZED_FORMATS
 from mft_kernels.backends import cpu
 from mft_kernels.by_name import ByName, oracle
 
@@ -70,6 +71,7 @@ def test_normal_weights_lose_what_is_known_of_each_kind(kind, error, bytes_a_wei
     relative = ((weight - quantized.dense()).norm() / weight.norm()).item()
     assert relative == pytest.approx(error, rel=0.05)
     assert quantized.nbytes == bytes_a_weight * weight.numel()
+    assert QUANTIZED_FORMATS[kind].bytes(512, 1024) == pytest.approx(quantized.nbytes, rel=0.005)
     assert quantized.nbytes == sum(tensor.nbytes for tensor in quantized.tensors().values())
 
 

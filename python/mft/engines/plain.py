@@ -11,7 +11,7 @@ from mft.config import TrainConfig
 from mft.data.batches import MicroBatch
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.master_weights import MasterAdamW
-from mft.engines.score_states import MOMENTS
+from mft.engines.score_states import score_optimizer
 from mft.engines.step import NonFiniteLoss, OnLoss, naming_lack_of_memory
 from mft.masks.base_pass import as_base
 from mft.models.causal_lm import Run, evaluating
@@ -20,7 +20,7 @@ from mft.models.longrope import inputs_of
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
 from mft.surrogate.surrogate import Surrogate
-from mft_kernels import MaskAdamW, MaskedLayer
+from mft_kernels import MaskedLayer
 from mft_kernels.mask.masking import current_mask
 
 
@@ -161,14 +161,7 @@ class _ScoreAdamW:
 
     def __init__(self, masked: Sequence[MaskedLayer], train: TrainConfig) -> None:
         self.parameters = self.masters = [module.scores for module in masked]
-        self.optimizer = MaskAdamW(
-            [{"params": [module.scores], "mode": module.mode} for module in masked],
-            lr=train.lr,
-            betas=train.betas,
-            weight_decay=train.weight_decay,
-            moments=MOMENTS[train.moments],
-            seed=train.seed,
-        )
+        self.optimizer = score_optimizer(masked, train)
 
     def __enter__(self) -> "_ScoreAdamW":
         return self

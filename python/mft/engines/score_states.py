@@ -16,12 +16,12 @@ from mft.config import TrainConfig
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.offload import Mover
 from mft.models.quantized_weight import QuantizedWeight
+from mft.number_formats import MOMENT_FORMATS
 from mft.surrogate.surrogate import Surrogate
 from mft_kernels import MaskAdamW, MaskedLayer, pack_mask
 from mft_kernels.mask.masking import outdate
 from mft_kernels.reference.fixed_point import selectable
 
-MOMENTS = {"float32": "fp32", "8bit": "8bit"}  # train.moments as MaskAdamW calls them
 _CLIP_ROWS = 256  # of a gradient squared at once
 _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
@@ -67,6 +67,18 @@ def current_masks(masked: dict[str, MaskedLayer]) -> list[HeldMask]:
     return found
 
 
+def score_optimizer(masked: Sequence[MaskedLayer], train: TrainConfig) -> MaskAdamW:
+    """Of their scores, as train says."""
+    return MaskAdamW(
+        [{"params": [module.scores], "mode": module.mode} for module in masked],
+        lr=train.lr,
+        betas=train.betas,
+        weight_decay=train.weight_decay,
+        moments=MOMENT_FORMATS[train.moments].name,
+        seed=train.seed,
+    )
+
+
 class ScoreStates:
     """MaskAdamW over the scores of masked layers, whose masks the layers hold meanwhile.
 
@@ -90,14 +102,7 @@ class ScoreStates:
         for mask in masks:
             mask.module.scores.requires_grad_(False)
             mask.module.scores.data = mover.rest(mask.module.scores.data)
-        self.optimizer = MaskAdamW(
-            [{"params": [mask.module.scores], "mode": mask.module.mode} for mask in masks],
-            lr=train.lr,
-            betas=train.betas,
-            weight_decay=train.weight_decay,
-            moments=MOMENTS[train.moments],
-            seed=train.seed,
-        )
+        self.optimizer = score_optimizer([mask.module for mask in masks], train)
         self._found_bad: list[tuple[HeldMask, Tensor]] = []
 
     def close(self) -> None:

@@ -27,6 +27,7 @@ from mft.masks.location import fetched_masks
 from mft.masks.targets import select_targets
 from mft.models.experts import expert_projections
 from mft.models.head_input import forget_in_one_piece, read_in_one_piece
+from mft.number_formats import SCORE_FORMATS
 from mft.surrogate.surrogate import keep_surrogate
 
 _TRIED = "0.21", "0.22"  # from the first version to before the last
@@ -59,7 +60,7 @@ class MaskPeftConfig(MaskConfig, PeftConfig):
         self.peft_type = PeftType(PEFT_TYPE)
         MaskConfig.__post_init__(self)
         check_rule(
-            self.scores_dtype != "int16",
+            SCORE_FORMATS[self.scores_dtype].has_gradient,
             "scores_dtype",
             "be float32 or bfloat16 under PEFT, where autograd trains the scores (mft train takes int16)",
             self.scores_dtype,

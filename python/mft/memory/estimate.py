@@ -13,14 +13,13 @@ from mft.config import WAYS
 from mft.memory.activations import Layer, loss_peak
 from mft.memory.shapes import ModelShape
 from mft.memory.step_time import step_seconds
-from mft.memory.workload import GRAD_BYTES, SCORE_BYTES, Workload
+from mft.memory.workload import Workload
+from mft.number_formats import DTYPE_BYTES, QUANTIZED_FORMATS, SCORE_FORMATS
 
 # On a CPU the kernels' own scratch counts: slabs of 2 MiB, histograms of 0.5 MiB a thread, pages of code. Measured
 # peaks of two LLaMA2-7B layers lay between -6 and +4 MB of the sum without it (benchmarks.memory.worker, 128 to 1024
 # tokens).
 _CPU_WORKSPACE = 32 << 20
-# 4 bits, and an fp32 scale for each 64; doubly quantised one byte for that, and an fp32 scale for each 256 of these.
-_NF4_BYTES = {"nf4": 0.5 + 4 / 64, "nf4-dq": 0.5 + (1 + 4 / 256) / 64}
 # Boundaries on the device beside the layer's own input and its output's gradient: in resident the next input; in
 # layerwise that, the next gradient, and the one that leaves.
 _RESIDENT_BOUNDARIES, _LAYERWISE_BOUNDARIES = 1, 3
@@ -98,17 +97,18 @@ def _plain(run: "_Run") -> dict[str, Sizes]:
     resident = {
         "weights": run.outside + sum(run.weights_of_layer),
         "masks": 2 * sum(run.mask_bytes),  # bits and signs
-        "gradients": run.masked_weights * int(SCORE_BYTES[workload.scores]),
+        "gradients": run.masked_weights * SCORE_FORMATS[workload.scores].bytes,
         "states": run.states,
     }
-    score_bytes = int(SCORE_BYTES[workload.scores]) if workload.own_accumulation > 1 else 0
+    score = SCORE_FORMATS[workload.scores].bytes
+    score_bytes = score if workload.own_accumulation > 1 else 0
     above = [run.layer(i, score_bytes=score_bytes) for i in range(run.first, shape.layers)]
     kept = [layer.hidden if workload.gradient_checkpointing else layer.saved for layer in above]
     peaks = [sum(kept[:i]) + layer.peak for i, layer in enumerate(above)]
     return {
         "loss": resident | {"activations": sum(kept), "logits": run.loss, "reference": run.reference(1)},
         "backward": resident | {"activations": max(peaks), "reference": run.reference(1)},
-        "optimiser": resident | {"sums": max(run.sum_of(name, SCORE_BYTES[workload.scores]) for name in run.named)},
+        "optimiser": resident | {"sums": max(run.sum_of(name, score) for name in run.named)},
     }
 
 
@@ -225,7 +225,7 @@ class _Run:
 
     @property
     def grad_bytes(self) -> int:
-        return self.shape.dtype_bytes if self.workload.grad_dtype is None else GRAD_BYTES[self.workload.grad_dtype]
+        return self.shape.dtype_bytes if self.workload.grad_dtype is None else DTYPE_BYTES[self.workload.grad_dtype]
 
     @property
     def masked_weights(self) -> int:
@@ -300,7 +300,7 @@ class _Run:
         sizes = {"weights": self.shape.parameters * self.shape.dtype_bytes}
         if self.workload.memory != "plain":
             sizes |= {"masks": sum(self.mask_bytes)}
-            sizes |= {"states": self.masked_weights * int(SCORE_BYTES[self.workload.scores])}
+            sizes |= {"states": self.masked_weights * SCORE_FORMATS[self.workload.scores].bytes}
         return sizes
 
     def share_memory(self, sizes: Sizes) -> None:
@@ -322,9 +322,8 @@ class _Run:
         shape, workload = self.shape, self.workload
         size = shape.layer_rest * shape.dtype_bytes
         for name, (n, k) in shape.matrices.items():
-            if not self._is_quantized(layer, name):
-                size += n * k * shape.dtype_bytes
+            if workload.quantization is not None and self._is_quantized(layer, name):
+                size += QUANTIZED_FORMATS[workload.quantization].bytes(n, k)
             else:
-                nf4 = _NF4_BYTES.get(workload.quantization or "")
-                size += n * k + 4 * n if nf4 is None else int(n * k * nf4)
+                size += n * k * shape.dtype_bytes
         return size

@@ -8,6 +8,7 @@ from mft.config import WAYS
 from mft.memory.estimate import Estimate, estimate
 from mft.memory.shapes import ModelShape
 from mft.memory.workload import Workload
+from mft.number_formats import MOMENT_FORMATS, SCORE_FORMATS, at_most_as_wide
 
 # Of the device, beside what is allocated: a CUDA context (some 0.4 GB), cuBLAS's workspace (up to 32 MiB) and the
 # allocator's fragments. Not measured.
@@ -92,8 +93,8 @@ def _obstacle(workload: Workload, way: str, found: Estimate) -> str | None:
     """Why the engines refuse the way, whatever the memory."""
     if way in ("plain", "resident") and workload.quantization:
         return f"quantization={workload.quantization} asks for a quantised base"
-    if way == "plain" and workload.scores == "int16":
-        return "autograd cannot reach int16 scores"
+    if way == "plain" and not SCORE_FORMATS[workload.scores].has_gradient:
+        return f"autograd cannot reach {workload.scores} scores"
     if way == "layerwise" and workload.clipping:
         return "it has no global gradient norm to clip"
     if not found.quantized and (way == "quantized" or (way == "layerwise" and workload.quantization)):
@@ -133,15 +134,14 @@ def _nearest(
 
 def _variants(workload: Workload) -> Iterator[tuple[int, Workload]]:
     """(cost, workload) of every combination of changes, each with a way."""
-    kinds = ["float32", "8bit"] if workload.moments == "float32" else ["8bit"]
-    scores = {"float32": ["float32", "bfloat16", "int16"], "bfloat16": ["bfloat16"], "int16": ["int16"]}
+    moments, scores = at_most_as_wide(workload.moments, MOMENT_FORMATS), at_most_as_wide(workload.scores, SCORE_FORMATS)
     bases = [(workload.quantization, workload.quantize_masked and workload.quantization is not None)]
     bases += [base for base in (("nf4", False), ("nf4", True)) if base not in bases]
     rows = _halvings(workload.micro_batch, 1)
     accumulations = _halvings(workload.accumulation, workload.processes)
     lengths = _halvings(workload.sequence, min(_SHORTEST, workload.sequence))
     for row, kind, score, (base, masked), shorter, length in product(
-        range(len(rows)), kinds, scores[workload.scores], bases, range(len(accumulations)), range(len(lengths))
+        range(len(rows)), moments, scores, bases, range(len(accumulations)), range(len(lengths))
     ):
         cost = _COSTS["micro_batch"] * row + _COSTS["sequence"] * length + _COSTS["accumulation"] * shorter
         cost += _COSTS["moments"] * (kind != workload.moments) + _COSTS["scores"] * (score != workload.scores)

@@ -17,11 +17,11 @@ from typing import Any
 from mft.checks import nearest
 from mft.memory import mixture
 from mft.memory.mixture import Mixture, mixture_from_config, positive
+from mft.number_formats import DTYPE_BYTES
 
 KNOWN_MODELS = Path(__file__).with_name("known_models")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *mixture.FAMILIES)
 _NEVER_MASKED = ("shared_expert_gate",)  # a linear layer that decides how much of the shared expert is added
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def shape_from_config(config: Mapping[str, Any], name: str | None = None, *, dty
             f"model must be of a family whose layers are known here ({', '.join(FAMILIES)}), {name} has "
             f"model_type={family!r}"
         )
-    if dtype is not None and dtype not in _DTYPE_BYTES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPE_BYTES)}, got {dtype!r}")
+    if dtype is not None and dtype not in DTYPE_BYTES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
     hidden, intermediate, layers, heads, vocabulary = (
         positive(config, key, name)
         for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -172,7 +172,7 @@ def shape_from_config(config: Mapping[str, Any], name: str | None = None, *, dty
         has_sinks=family == "gpt_oss",
         mixture=experts,
         checkpoint=_checkpoint(config),
-        dtype_bytes=_DTYPE_BYTES[dtype or "bfloat16"],
+        dtype_bytes=DTYPE_BYTES[dtype or "bfloat16"],
     )
 
 

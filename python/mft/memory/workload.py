@@ -4,10 +4,7 @@ from dataclasses import dataclass
 
 from mft.checks import check_one_of, check_rule
 from mft.config import DTYPES, MOMENTS, OBJECTIVES, QUANTIZATIONS, SCORES_DTYPES, WAYS
-
-SCORE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int16": 2.0}
-MOMENT_BYTES = {"float32": 8.0, "8bit": 2 + 2 * 4 / 256}  # two moments a score; 8 bits have fp32 scales, one in 256
-GRAD_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from mft.number_formats import MOMENT_FORMATS, SCORE_FORMATS
 
 
 @dataclass(frozen=True)
@@ -95,4 +92,4 @@ class Workload:
     @property
     def state_bytes(self) -> float:
         """A score with its moments, at rest."""
-        return SCORE_BYTES[self.scores] + MOMENT_BYTES[self.moments]
+        return SCORE_FORMATS[self.scores].bytes + MOMENT_FORMATS[self.moments].bytes

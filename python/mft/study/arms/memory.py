@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 
 from mft.config import MaskConfig, TrainConfig
-from mft.memory.workload import MOMENT_BYTES, SCORE_BYTES
+from mft.number_formats import MOMENT_FORMATS, SCORE_FORMATS
 from mft.study.arms.job import arm_of, rank_of
 from mft.study.arms.size import adapter_sides, shapes_of, weights_bytes
 from mft.study.config import CONTROL, LORA, MASK
@@ -36,7 +36,7 @@ def training_bytes(workspace: Workspace, unit: Unit) -> int:
 
 def score_bytes(mask: MaskConfig, train: TrainConfig) -> float:
     """A score, its gradient and its two moments."""
-    return 2 * SCORE_BYTES[mask.scores_dtype] + MOMENT_BYTES[train.moments]
+    return 2 * SCORE_FORMATS[mask.scores_dtype].bytes + MOMENT_FORMATS[train.moments].bytes
 
 
 def equal_memory_rank(shapes: Iterable[tuple[int, ...]], score: float = ADAPTER_BYTES) -> int:
