@@ -15,6 +15,7 @@ from mft.memory.fit import RESERVE, Choice, choose, gigabytes
 from mft.memory.model_config import read_model_config
 from mft.memory.shapes import ModelShape, shape_from_config
 from mft.memory.step_time import SPEEDS
+from mft.memory.ways import WAYS
 from mft.memory.workload import Workload
 from mft.tracking.console import console, say
 
@@ -123,9 +124,9 @@ def table(
         found.add_row("host peak", *(_gb(one.host_needed) for one in ways.values()), _gb(host_bytes))
     found.add_section()
     found.add_row("fits", *("no" if way in choice.refusals else "yes" for way in ways))
-    kind, linears = workload.quantization or "nf4", shape.layers * len(shape.matrices)
+    base, linears = WAYS["quantized"].base(workload.quantization), shape.layers * len(shape.matrices)
     counts = ("all" if one.quantized == linears else str(one.quantized or "none") for one in ways.values())
-    found.add_row(f"linears in {kind}", *counts, str(linears))
+    found.add_row(f"linears in {base}", *counts, str(linears))
     found.add_row("seconds a step", *(_seconds(one.seconds) for one in ways.values()))
     return found
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from mft.config import WAYS
 from mft.memory.estimate import Estimate, estimate
 from mft.memory.shapes import ModelShape
+from mft.memory.ways import WAYS, ways_over
 from mft.memory.workload import Workload
 from mft.number_formats import MOMENT_FORMATS, SCORE_FORMATS, at_most_as_wide
 
@@ -49,12 +49,13 @@ def choose(
         host_bytes: of host memory for this; None for no limit.
     Raises: ValueError as estimate does.
     """
-    estimates = {way: estimate(shape, _with_way(workload, way)) for way in WAYS}
+    estimates = {name: estimate(shape, way.of(workload)) for name, way in WAYS.items()}
     refusals = {}
-    for way, found in estimates.items():
-        obstacle = _obstacle(workload, way, found) or _shortage(found, workload.device, device_bytes, host_bytes)
+    for name, found in estimates.items():
+        obstacle = WAYS[name].obstacle(workload, found.quantized)
+        obstacle = obstacle or _shortage(found, workload.device, device_bytes, host_bytes)
         if obstacle is not None:
-            refusals[way] = obstacle
+            refusals[name] = obstacle
     asked = _candidates(workload)
     chosen = next((way for way in asked if way not in refusals), None)
     if chosen is not None:
@@ -77,29 +78,7 @@ def gigabytes(size: float) -> str:
 def _candidates(workload: Workload) -> list[str]:
     if workload.memory != "auto":
         return [workload.memory]
-    return ["quantized", "layerwise"] if workload.quantization else ["plain", "resident", "layerwise"]
-
-
-def _with_way(workload: Workload, way: str) -> Workload:
-    """The workload in this way; one that needs a quantised base gets it, one that cannot have it does not."""
-    if way == "quantized":
-        return replace(workload, memory=way, quantization=workload.quantization or "nf4")
-    if way == "layerwise" and workload.quantization:
-        return replace(workload, memory=way)
-    return replace(workload, memory=way, quantization=None, quantize_masked=False)
-
-
-def _obstacle(workload: Workload, way: str, found: Estimate) -> str | None:
-    """Why the engines refuse the way, whatever the memory."""
-    if way in ("plain", "resident") and workload.quantization:
-        return f"quantization={workload.quantization} asks for a quantised base"
-    if way == "plain" and not SCORE_FORMATS[workload.scores].has_gradient:
-        return f"autograd cannot reach {workload.scores} scores"
-    if way == "layerwise" and workload.clipping:
-        return "it has no global gradient norm to clip"
-    if not found.quantized and (way == "quantized" or (way == "layerwise" and workload.quantization)):
-        return "every linear layer is masked, so nothing would be quantised without quantize_masked"
-    return None
+    return [way.name for way in ways_over(workload.quantization)]
 
 
 def _shortage(found: Estimate, device: str, device_bytes: float | None, host_bytes: float | None) -> str | None:
@@ -121,7 +100,7 @@ def _nearest(
     needed: list[tuple[int, int]] = []
     for _, changed in workloads:
         found = estimate(shape, changed)
-        if _obstacle(changed, changed.memory, found):
+        if WAYS[changed.memory].obstacle(changed, found.quantized):
             continue
         if _shortage(found, workload.device, device_bytes, host_bytes) is None:
             return changed, None
@@ -148,9 +127,7 @@ def _variants(workload: Workload) -> Iterator[tuple[int, Workload]]:
         cost += _COSTS["quantization"] * (base != workload.quantization) + (masked != workload.quantize_masked)
         # A smaller micro-batch comes with more of them: the step stays what it is.
         steps = max(workload.processes, workload.accumulation * workload.micro_batch // rows[row] >> shorter)
-        ways = ["quantized", "layerwise"] if base else ["plain", "resident", "layerwise"]
-        if shorter:
-            ways = ["layerwise"]  # the one whose memory grows with them
+        ways = [way.name for way in ways_over(base) if way.holds_all_rows or not shorter]
         for place, way in enumerate(ways):
             changed = replace(
                 workload,

@@ -3,11 +3,12 @@
 Assumes what SPEEDS says of the hardware, whatever card is there; for comparing ways and settings, and not measured.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mft.config import OBJECTIVES
 from mft.memory.shapes import ModelShape
+from mft.memory.sizes import RunSizes
+from mft.memory.ways import Way
 from mft.memory.workload import Workload
 
 
@@ -30,24 +31,24 @@ SPEEDS = {
 }
 
 
-def step_seconds(shape: ModelShape, workload: Workload, masked: Sequence[bool], weights: Sequence[int]) -> float:
-    """Of one process's micro-batches and one update; masked and bytes of weights, layer by layer.
+def step_seconds(run: RunSizes, way: Way) -> float:
+    """Of one process's micro-batches and one update.
 
     Without the time in which several processes sum their gradients, which depends on what connects them.
     """
+    shape, workload, masked = run.shape, run.workload, sum(run.masks)
     speeds = SPEEDS[workload.device]
     tokens = workload.tokens * workload.own_accumulation
-    depth, first = shape.layers, masked.index(True)
-    above = depth - first
+    depth, above = shape.layers, run.above
     # A multiply and an add a weight and token; causal attention sees half of the sequence, in two products.
     linear = 2 * sum(n * k for n, k in shape.linears.values())
     attention = 2 * workload.sequence * shape.heads * shape.head_dim
-    forwards = depth + (0 if workload.memory == "plain" and not workload.gradient_checkpointing else above)
+    forwards = way.forwards(workload, depth, above)
     forward = forwards * (linear + attention)
     named = shape.targets(None if workload.target_modules is None else list(workload.target_modules))
-    trained = sum(masked) * sum(n * k for n, k in (shape.matrices[name] for name in named))
+    trained = masked * sum(n * k for n, k in (shape.matrices[name] for name in named))
     backward = above * (linear + 2.5 * attention)
-    backward += 2 * sum(masked) * sum(shape.used(name) for name in named if name in shape.linears)
+    backward += 2 * masked * sum(shape.used(name) for name in named if name in shape.linears)
     head, passes = 4 * shape.embedding, forwards + above
     if workload.of_base and not OBJECTIVES[workload.objective].remembers:  # the base goes up in every step
         forward, head, passes = forward + above * (linear + attention), head + 2 * shape.embedding, passes + above
@@ -55,19 +56,14 @@ def step_seconds(shape: ModelShape, workload: Workload, masked: Sequence[bool], 
     for name in shape.experts:
         compute += workload.own_accumulation * passes * _routed_seconds(shape, workload, name)
         if name in named:  # the gradient is read and written where it is added to
-            compute += workload.own_accumulation * sum(masked) * _routed_seconds(shape, workload, name, touched=2)
+            compute += workload.own_accumulation * masked * _routed_seconds(shape, workload, name, touched=2)
     if workload.quantization is not None:  # a dense matrix is written and read for each product, thrice a layer
         made = workload.own_accumulation * (depth + 2 * above) * shape.layer_weights
         compute += made * 2 * shape.dtype_bytes / speeds.memory
     update = trained * (2 * workload.state_bytes + 2 * shape.dtype_bytes) / speeds.memory
-    if workload.memory == "plain":
-        return compute + update
-    boundary = tokens * shape.hidden * shape.dtype_bytes
-    travels = 2 * above * boundary
-    if workload.memory == "layerwise":
-        # Weights up, and down again; below the first masked layer a boundary goes and comes, above the gradient too.
-        travels = sum(weights) + sum(weights[first:]) + (2 * depth + 4 * above) * boundary
-    return max(compute, travels / speeds.link) + max(update, 2 * trained * workload.state_bytes / speeds.link)
+    travels = way.traffic(run, tokens * shape.hidden * shape.dtype_bytes)
+    states = 2 * trained * workload.state_bytes if way.offloads else 0
+    return max(compute, travels / speeds.link) + max(update, states / speeds.link)
 
 
 def _routed_seconds(shape: ModelShape, workload: Workload, name: str, touched: int = 1) -> float:

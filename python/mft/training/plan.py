@@ -13,6 +13,7 @@ from mft.engines.start import default_device
 from mft.memory.fit import Choice, choose, gigabytes
 from mft.memory.model_config import read_model_config
 from mft.memory.shapes import ModelShape, shape_from_config
+from mft.memory.ways import WAYS, ways_over
 from mft.memory.workload import Workload
 from mft.models.frozen_layers import PrefixMemory
 
@@ -59,8 +60,8 @@ def plan_training(config: RunConfig, processes: int = 1) -> Plan:
     except ValueError as error:
         way = config.memory
         if way == "auto":
-            of_exact = "resident" if config.mask.scores_dtype == "int16" else "plain"  # autograd cannot reach int16
-            way = "quantized" if config.model.quantization else of_exact
+            ways = ways_over(config.model.quantization)
+            way = next(one.name for one in ways if one.obstacle(workload, quantized=1) is None)
         return _plan(config, way, device, True, f"memory: {way}, not estimated: {error}")
     for layer in workload.layers or ():
         check_rule(
@@ -117,8 +118,7 @@ def workload_of(config: RunConfig, device: torch.device, processes: int = 1) -> 
 
 
 def _plan(config: RunConfig, way: str, device: torch.device, remember: bool, reason: str) -> Plan:
-    kind = config.model.quantization
-    return Plan(way, device, "nf4" if way == "quantized" and kind is None else kind, remember, reason)
+    return Plan(way, device, WAYS[way].base(config.model.quantization), remember, reason)
 
 
 def _named(mask: MaskConfig) -> tuple[str, ...] | None:

@@ -1,0 +1,165 @@
+"""Sizes of a model's weights, masks, states and activations under a workload; bytes, pure Python."""
+
+from collections.abc import Sequence
+
+from mft.checks import check_rule
+from mft.memory.activations import Layer, loss_peak
+from mft.memory.shapes import ModelShape
+from mft.memory.workload import Workload
+from mft.number_formats import DTYPE_BYTES, QUANTIZED_FORMATS, SCORE_FORMATS
+
+Sizes = dict[str, int]
+
+
+class RunSizes:
+    """A model under a workload.
+
+    Raises: ValueError for layers or target modules that the model does not have, and for a sequence that its window
+        cuts.
+    """
+
+    def __init__(self, shape: ModelShape, workload: Workload) -> None:
+        self.shape, self.workload = shape, workload
+        depth = shape.layers
+        layers = tuple(range(depth)) if workload.layers is None else workload.layers
+        check_rule(
+            bool(layers) and all(0 <= i < depth for i in layers),
+            "layers",
+            f"lie in 0 to {depth - 1} ({shape.name} has {depth} layers)",
+            list(layers),
+        )
+        window = shape.sliding_window
+        check_rule(
+            window is None or workload.sequence <= window,
+            "sequence",
+            f"be at most {window}, the window of {shape.name}: longer rows need a mask of T x T, not estimated here",
+            workload.sequence,
+        )
+        targets = shape.targets(None if workload.target_modules is None else list(workload.target_modules))
+        self.targets = set(targets)
+        self.masks = [i in layers for i in range(depth)]
+        self.first = min(layers)
+        self.named_in = [[name for name in shape.matrices if masked and name in self.targets] for masked in self.masks]
+        self.named = [name for names in self.named_in for name in names]  # layer by layer, as they are updated
+        self.weights_of_layer = [self._weights(i) for i in range(depth)]
+        self.mask_bytes = [sum(map(self.mask_of, names)) for names in self.named_in]
+
+    @property
+    def above(self) -> int:
+        """Layers from the first masked one."""
+        return self.shape.layers - self.first
+
+    @property
+    def loss(self) -> int:
+        return loss_peak(self.shape, self.workload.tokens, self.workload.objective)
+
+    def reference(self, boundaries: int) -> int:
+        """What an objective that asks for the base holds of it on the device."""
+        return boundaries * self.hidden if self.workload.of_base else 0
+
+    @property
+    def hidden(self) -> int:
+        """A boundary."""
+        return self.workload.tokens * self.shape.hidden * self.shape.dtype_bytes
+
+    @property
+    def attention_masks(self) -> int:
+        """What eager attention adds to its scores, of full layers and of those with a window: there at every time."""
+        workload = self.workload
+        squares = 2 * workload.tokens * workload.sequence if self.shape.has_sinks else 0
+        return squares * self.shape.dtype_bytes
+
+    @property
+    def outside(self) -> int:
+        """Embedding, final norm and head."""
+        elements = self.shape.embedding * (1 if self.shape.tied else 2) + self.shape.hidden
+        return elements * self.shape.dtype_bytes
+
+    @property
+    def quantized(self) -> int:
+        return sum(self._is_quantized(i, name) for i in range(self.shape.layers) for name in self.shape.matrices)
+
+    @property
+    def embedding_alone(self) -> int:
+        """The embedding where the head has a weight of its own: it rests on the host, and few of its rows travel."""
+        return 0 if self.shape.tied else self.shape.embedding * self.shape.dtype_bytes
+
+    @property
+    def grad_bytes(self) -> int:
+        return self.shape.dtype_bytes if self.workload.grad_dtype is None else DTYPE_BYTES[self.workload.grad_dtype]
+
+    @property
+    def scores(self) -> int:
+        """All of them; and their gradients, where autograd makes these."""
+        return self.masked_weights * SCORE_FORMATS[self.workload.scores].bytes
+
+    @property
+    def masked_weights(self) -> int:
+        return sum(map(self._size, self.named))
+
+    @property
+    def states(self) -> int:
+        return int(self.masked_weights * self.workload.state_bytes)
+
+    def weights_masked_in(self, layer: int) -> int:
+        return sum(map(self._size, self.named_in[layer]))
+
+    def mask_of(self, name: str) -> int:
+        n, k = self.shape.matrices[name]
+        return 4 * n * -(-k // 32)
+
+    def updating(self, names: Sequence[str]) -> Sizes:
+        """One matrix's step, while the next one's gradients are summed."""
+        pairs = zip(names, [*names[1:], None])
+        steps = [
+            {"staging": self._staging(name), "sums": 0 if other is None else self.sum_of(other, self.grad_bytes)}
+            for name, other in pairs
+        ]
+        return max(steps, key=lambda sizes: sum(sizes.values()))
+
+    def sum_of(self, name: str, grad_bytes: float) -> int:
+        """Where several processes sum gradients of 16 bits, one matrix's in fp32."""
+        return 4 * self._size(name) if self.workload.processes > 1 and grad_bytes == 2 else 0
+
+    def _staging(self, name: str) -> int:
+        """States and new mask of one matrix, and its dense weight if it is quantised."""
+        dense = self.shape.dtype_bytes if self.workload.quantize_masked else 0
+        return int(self._size(name) * (self.workload.state_bytes + dense)) + self.mask_of(name)
+
+    def _size(self, name: str) -> int:
+        n, k = self.shape.matrices[name]
+        return n * k
+
+    def layer(self, index: int, *, score_bytes: int = 0) -> Layer:
+        masked = self.targets if self.masks[index] else set()
+        dense = [
+            matrix for name, matrix in self.shape.linears.items() if self.workload.quantize_masked or name not in masked
+        ]
+        return Layer(
+            self.shape,
+            self.workload.tokens,
+            masked,
+            rows=self.workload.micro_batch,
+            input_grad=index > self.first,
+            dense=self._dense(dense) if self.workload.quantization else 0,
+            coded={name for name in self.shape.experts if self._is_quantized(index, name)},
+            score_bytes=score_bytes,
+            flash=self.workload.device == "cuda",
+        )
+
+    def _dense(self, matrices: Sequence[tuple[int, int]]) -> int:
+        return max((n * k for n, k in matrices), default=0) * self.shape.dtype_bytes
+
+    def _is_quantized(self, layer: int, name: str) -> bool:
+        masked = self.masks[layer] and name in self.targets
+        return self.workload.quantization is not None and (self.workload.quantize_masked or not masked)
+
+    def _weights(self, layer: int) -> int:
+        shape, workload = self.shape, self.workload
+        size = shape.layer_rest * shape.dtype_bytes
+        for name, (n, k) in shape.matrices.items():
+            if workload.quantization is not None and self._is_quantized(layer, name):
+                size += QUANTIZED_FORMATS[workload.quantization].bytes(n, k)
+            else:
+                size += n * k * shape.dtype_bytes
+        return size

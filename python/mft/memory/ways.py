@@ -1,0 +1,203 @@
+"""The ways to run a training step, a class each: over which base, what it holds where, what it moves; pure Python.
+
+Each way's step has phases. This is the list of the tensors of plain.py, layer_engine.py and layerwise.py.
+"""
+
+from dataclasses import replace
+
+from mft.memory.sizes import RunSizes, Sizes
+from mft.memory.workload import Workload
+from mft.number_formats import SCORE_FORMATS
+
+# Boundaries on the device beside the layer's own input and its output's gradient: in resident the next input; in
+# layerwise that, the next gradient, and the one that leaves.
+_RESIDENT_BOUNDARIES, _LAYERWISE_BOUNDARIES = 1, 3
+
+
+class Way:
+    """What most of them have in common."""
+
+    name: str
+    over_exact = True  # whether it trains over exact weights
+    over_codes = False  # whether it trains over a quantised base
+    offloads = True  # whether scores, moments and the boundaries between layers rest in host memory
+    holds_all_rows = False  # whether its memory grows with a step's micro-batches
+
+    def base(self, asked: str | None) -> str | None:
+        """The format of the base that it trains over where this one is asked for; None for exact weights."""
+        if not self.over_codes:
+            return None
+        return asked if asked is not None or self.over_exact else "nf4"
+
+    def of(self, workload: Workload) -> Workload:
+        """The workload in this way; one that needs a quantised base gets it, one that cannot have it does not."""
+        quantization = self.base(workload.quantization)
+        masked = workload.quantize_masked and quantization is not None
+        return replace(workload, memory=self.name, quantization=quantization, quantize_masked=masked)
+
+    def obstacle(self, workload: Workload, quantized: int) -> str | None:
+        """Why the engines refuse the way, whatever the memory. Args: quantized: how many linears are, in this way."""
+        if workload.quantization is not None and not self.over_codes:
+            return f"quantization={workload.quantization} asks for a quantised base"
+        if not quantized and (workload.quantization is not None or not self.over_exact):
+            return "every linear layer is masked, so nothing would be quantised without quantize_masked"
+        return None
+
+    def phases(self, run: RunSizes) -> dict[str, Sizes]:
+        """What the device holds in each phase of a step."""
+        raise NotImplementedError
+
+    def host(self, run: RunSizes) -> Sizes:
+        """What rests in host memory where the device has its own."""
+        raise NotImplementedError
+
+    def loading(self, run: RunSizes) -> Sizes:
+        """What the host holds before the first step."""
+        weights = {"weights": run.shape.parameters * run.shape.dtype_bytes}
+        return weights | {"masks": sum(run.mask_bytes), "states": run.scores}
+
+    def forwards(self, workload: Workload, depth: int, above: int) -> int:
+        """Layers' forward passes of a micro-batch; above: layers from the first masked one, which are recomputed."""
+        return depth + above
+
+    def traffic(self, run: RunSizes, boundary: int) -> int:
+        """Bytes across the link in a step, but for the states. Args: boundary: of all of a step's micro-batches."""
+        raise NotImplementedError
+
+
+class Plain(Way):
+    """Everything on the device; autograd keeps what it saves of all layers, or the boundaries alone."""
+
+    name = "plain"
+    offloads = False
+
+    def obstacle(self, workload: Workload, quantized: int) -> str | None:
+        if workload.quantization is None and not SCORE_FORMATS[workload.scores].has_gradient:
+            return f"autograd cannot reach {workload.scores} scores"
+        return super().obstacle(workload, quantized)
+
+    def phases(self, run: RunSizes) -> dict[str, Sizes]:
+        workload, shape, score = run.workload, run.shape, SCORE_FORMATS[run.workload.scores].bytes
+        resident = {
+            "weights": run.outside + sum(run.weights_of_layer),
+            "masks": 2 * sum(run.mask_bytes),  # bits and signs
+            "gradients": run.scores,
+            "states": run.states,
+        }
+        added = score if workload.own_accumulation > 1 else 0
+        above = [run.layer(i, score_bytes=added) for i in range(run.first, shape.layers)]
+        kept = [layer.hidden if workload.gradient_checkpointing else layer.saved for layer in above]
+        peaks = [sum(kept[:i]) + layer.peak for i, layer in enumerate(above)]
+        return {
+            "loss": resident | {"activations": sum(kept), "logits": run.loss, "reference": run.reference(1)},
+            "backward": resident | {"activations": max(peaks), "reference": run.reference(1)},
+            "optimiser": resident | {"sums": max(run.sum_of(name, score) for name in run.named)},
+        }
+
+    def host(self, run: RunSizes) -> Sizes:
+        return {}
+
+    def loading(self, run: RunSizes) -> Sizes:
+        """The weights move to the device before scores are made there."""
+        return {"weights": run.shape.parameters * run.shape.dtype_bytes}
+
+    def forwards(self, workload: Workload, depth: int, above: int) -> int:
+        return super().forwards(workload, depth, above) if workload.gradient_checkpointing else depth
+
+    def traffic(self, run: RunSizes, boundary: int) -> int:
+        return 0
+
+
+class Resident(Way):
+    """Weights, masks and gradients of all layers on the device."""
+
+    name = "resident"
+
+    def phases(self, run: RunSizes) -> dict[str, Sizes]:
+        resident = {
+            "weights": run.outside - run.embedding_alone + sum(run.weights_of_layer),
+            "masks": sum(run.mask_bytes),
+            "gradients": run.masked_weights * run.grad_bytes,
+        }
+        above = range(run.first, run.shape.layers)
+        return {
+            "loss": resident | {"logits": run.loss, "reference": run.reference(2)},
+            "backward": resident
+            | {"activations": max(run.layer(i).peak for i in above), "boundaries": _RESIDENT_BOUNDARIES * run.hidden},
+            "optimiser": resident | run.updating(run.named),
+        }
+
+    def host(self, run: RunSizes) -> Sizes:
+        return {"weights": run.embedding_alone, "states": run.states, "boundaries": run.above * run.hidden}
+
+    def traffic(self, run: RunSizes, boundary: int) -> int:
+        return 2 * run.above * boundary
+
+
+class Quantized(Resident):
+    """Resident over a base in few bits."""
+
+    name = "quantized"
+    over_exact, over_codes = False, True
+
+
+class Layerwise(Way):
+    """The layer at work, and the next one on its way: weights and masks of two, gradients of one."""
+
+    name = "layerwise"
+    over_codes = True
+    holds_all_rows = True
+
+    def obstacle(self, workload: Workload, quantized: int) -> str | None:
+        if workload.clipping:
+            return "it has no global gradient norm to clip"
+        return super().obstacle(workload, quantized)
+
+    def phases(self, run: RunSizes) -> dict[str, Sizes]:
+        depth = run.shape.layers
+        phases: dict[str, Sizes] = {}
+
+        def larger(name: str, sizes: Sizes) -> None:
+            if name not in phases or sum(sizes.values()) > sum(phases[name].values()):
+                phases[name] = sizes
+
+        def two(one: int, other: int | None) -> Sizes:
+            both = [i for i in (one, other) if i is not None]
+            weights, masks = (sum(sizes[i] for i in both) for sizes in (run.weights_of_layer, run.mask_bytes))
+            return {"weights": weights, "masks": masks}
+
+        boundaries = _LAYERWISE_BOUNDARIES * run.hidden
+        top = {"weights": run.weights_of_layer[-1] + run.outside - run.embedding_alone, "masks": run.mask_bytes[-1]}
+        larger("forward", top | {"activations": run.layer(depth - 1).forward_peak, "boundaries": boundaries})
+        for i in range(depth - 1):  # of experts two layers' weigh more than all that one layer's way down holds
+            larger("forward", two(i, i + 1) | {"activations": run.layer(i).forward_peak, "boundaries": boundaries})
+        larger("loss", top | {"logits": run.loss, "boundaries": boundaries, "reference": run.reference(3)})
+        for i in range(run.first, depth):
+            gradients = run.weights_masked_in(i) * run.grad_bytes
+            held = two(i, i - 1 if i > run.first else None) | {"gradients": gradients}
+            larger("backward", held | {"activations": run.layer(i).peak, "boundaries": boundaries})
+            if run.named_in[i]:
+                larger("optimiser", held | run.updating(run.named_in[i]) | {"boundaries": boundaries})
+        return phases
+
+    def host(self, run: RunSizes) -> Sizes:
+        workload = run.workload
+        return {
+            "weights": run.outside + sum(run.weights_of_layer),
+            "masks": sum(run.mask_bytes),
+            "states": run.states,
+            "boundaries": (run.above + 1 + workload.of_base) * workload.own_accumulation * run.hidden,
+        }
+
+    def traffic(self, run: RunSizes, boundary: int) -> int:
+        """Weights up, and down again; below the first masked layer a boundary goes and comes, above a gradient too."""
+        weights = sum(run.weights_of_layer) + sum(run.weights_of_layer[run.first :])
+        return weights + (2 * run.shape.layers + 4 * run.above) * boundary
+
+
+WAYS: dict[str, Way] = {way.name: way for way in (Plain(), Resident(), Quantized(), Layerwise())}  # the fastest first
+
+
+def ways_over(quantization: str | None) -> list[Way]:
+    """Those that train over a base of this format, None for exact weights; the fastest first."""
+    return [way for way in WAYS.values() if (way.over_exact if quantization is None else way.over_codes)]
