@@ -11,8 +11,7 @@ from mft.config import DATA_INITS, MaskConfig
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.start import Device
 from mft.importance.importance import SIGNED, check_tells_apart, importance, input_norms, is_transposed, matrix_of
-from mft.masks.convert import mask_model, masked_modules
-from mft_kernels import fixed_from_float
+from mft.masks.convert import mask_model, masked_modules, set_scores
 
 _SCALE = 0.02  # root mean square of scores that will be trained, as MaskedLinear's own
 
@@ -127,8 +126,7 @@ def _scaled(values: Tensor) -> Tensor:
 @torch.no_grad()
 def _begin(module: Any, scores: Tensor) -> None:
     """scores (N, K) or (E, N, K) become the masked layer's."""
-    scores = as_stored(module, scores)
-    module.scores.copy_(fixed_from_float(scores) if module.scores.dtype == torch.int16 else scores)
+    set_scores(module, as_stored(module, scores))
 
 
 def _last_kept(values: Tensor, keep_ratio: float) -> Tensor:

@@ -21,7 +21,7 @@ from mft.models.linears import layer_index, layer_stacks
 from mft.models.parallel import check_unsharded, unwrapped
 from mft.models.quantized_weight import quantized_weights
 from mft.surrogate.surrogate import forget_surrogate, keep_surrogate
-from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, MaskedMultiheadAttention
+from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, MaskedMultiheadAttention, fixed_from_float
 from mft_kernels.layers.shells import filled, without
 from mft_kernels.ops.checks import check_alpha
 
@@ -100,6 +100,12 @@ def merge_model(model: nn.Module, *, alpha: float = 1.0) -> nn.Module:
 def masked_modules(model: nn.Module) -> dict[str, MaskedLayer]:
     """The masked layers by name, in the model's order; those of experts in one parameter by the parameter's name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
+
+
+@torch.no_grad()
+def set_scores(module: MaskedLayer, scores: Tensor) -> None:
+    """Floating scores become the layer's, as it holds them, rounded to its format."""
+    module.scores.copy_(fixed_from_float(scores) if module.scores.dtype == torch.int16 else scores)
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:

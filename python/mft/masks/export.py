@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from mft.checks import check_one_of
 from mft.config import CODINGS, MaskConfig
 from mft.files.atomic import atomic_directory
-from mft.masks.convert import check_unwrapped, convert, masked_modules
+from mft.masks.convert import check_unwrapped, convert, masked_modules, set_scores
 from mft.masks.export_format import (
     CONFIG_FILE,
     MASK_FILE,
@@ -35,7 +35,7 @@ from mft.masks.saved_modules import check_saved_tensors, put_saved_tensors, save
 from mft.models.linears import find_targets, layer_index, layer_stacks, linear_named
 from mft.models.parallel import check_unsharded, uncompiled, unwrapped
 from mft.models.quantized_weight import quantized_weights
-from mft_kernels import MaskedLayer, fixed_from_float, unpack_mask
+from mft_kernels import MaskedLayer, unpack_mask
 
 logger = logging.getLogger(__name__)
 
@@ -310,7 +310,7 @@ def _set_mask(module: MaskedLayer, packed: Tensor, mode: str, keep_ratio: float 
     if keep_ratio is not None:
         module.keep_ratio = keep_ratio
     scores = scores_of_mask(packed.to(module.scores.device), module.scores.shape, mode)
-    module.scores.copy_(fixed_from_float(scores) if module.scores.dtype == torch.int16 else scores)
+    set_scores(module, scores)
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mft.engines.step import Runner
-from mft.masks.convert import masked_modules
+from mft.masks.convert import masked_modules, set_scores
 from mft.training.checkpoint import BadCheckpoint, checkpoint_at, write_checkpoint
-from mft_kernels import MaskedLayer, fixed_from_float, unpack_mask
+from mft_kernels import MaskedLayer, unpack_mask
 
 _KEPT, _DROPPED = 0.03, 0.01  # scores, where a share is kept: any two that differ in every dtype of scores
 _MARGIN = 0.01  # of scores from a fixed threshold, where it is near 0
@@ -76,5 +76,5 @@ def _put_mask(module: MaskedLayer, packed: Tensor) -> None:
             kept, dropped = threshold + margin, threshold - margin
     place = module.scores.device
     scores = torch.where(unpack_mask(packed.to(place), module.scores.shape), kept, dropped)
-    module.scores.copy_(fixed_from_float(scores) if module.scores.dtype == torch.int16 else scores)
+    set_scores(module, scores)
     assert torch.equal(module.packed_mask().cpu(), packed.cpu()), "scores select the mask that they were made of"
