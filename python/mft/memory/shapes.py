@@ -72,12 +72,6 @@ class ModelShape:
         """Elements of one layer's linears and experts."""
         return sum(n * k for n, k in self.matrices.values())
 
-    @cached_property
-    def used_weights(self) -> int:
-        """Those that one token is multiplied by: of the experts its top_k."""
-        linears = sum(n * k for n, k in self.linears.values())
-        return linears + sum(self.used(name) for name in self.experts)
-
     @property
     def layer_rest(self) -> int:
         """Elements of one layer that no mask is of: norms, biases, sinks, the router."""
