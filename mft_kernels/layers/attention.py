@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .maskable import why_lost
+from .maskable import other_than, why_lost
 from .shells import filled, without
 
 _SETTINGS = ("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first", "add_zero_attn")
@@ -240,10 +240,9 @@ class MaskedMultiheadAttention(nn.Module):
 
 def why_not_split(attention: nn.MultiheadAttention) -> str | None:
     """Why attention cannot become a MaskedMultiheadAttention; None if it can."""
-    kind: Any = type(attention)
-    if kind.forward is not nn.MultiheadAttention.forward or kind.__call__ is not nn.Module.__call__:
-        name = f"{kind.__module__}.{kind.__qualname__}"
-        return f"it lies in a {name}, not a plain nn.MultiheadAttention: its forward is its own"
+    other = other_than(nn.MultiheadAttention, attention)
+    if other is not None:
+        return f"it lies in {other}: its forward is its own"
     held = {**attention._parameters, **attention._buffers, **attention._modules}
     more = [name for name, part in held.items() if part is not None and name not in (*_PARAMETERS, "out_proj")]
     if more:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .linear_probe import why_not_linear
-
+# Classes whose own forward is x @ weight.T + bias and no more. Others say so of themselves, by computes_linear = True.
+_LINEARS = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
 _READERS = {"MultiheadAttention": ("out_proj",), "LinearCrossEntropyLoss": ("linear",)}  # the second since torch 2.13
 _INSTEAD = {
     "MultiheadAttention": "MaskedMultiheadAttention.from_attention(attention) makes one that calls it",
@@ -31,27 +31,25 @@ def why_no_mask(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | N
     """Why module, of this kind or in its place, cannot be masked; None if it can.
 
     A masked layer computes what ``kind`` computes, from a weight of ordinary floating-point numbers, and nothing else.
-    Whether a forward of its own does, where the kind is nn.Linear, is found by trying it.
+    So module's forward must be that of ``kind``, or its class one that is known to compute the same.
     """
-    code: Any = type(module)
-    is_plain = code.forward is kind.forward and code.__call__ is kind.__call__
-    named = f"it is a {code.__module__}.{code.__qualname__}, not a plain {'nn.' * (kind is nn.Linear)}{kind.__name__}"
+    other = other_than(kind, module)
     weight = module._parameters.get("weight")
-    if not is_plain and (kind is not nn.Linear or weight is None or weight.dim() != 2):
-        return (
-            f"{named}: its forward is its own (quantised, adapted, or with more to it), and a masked layer would leave "
-            "that out"
-        )
+    if other is not None and not _computes_linear(type(module)):
+        return f"it is {other}{_what_is_lost(type(module), kind, weight)}"
     if weight is None:
         return "its weight is no parameter, but made of others (by a parametrisation or pruning): bake that in first"
-    why = why_no_scores(weight)
-    if why is not None:
-        return why if is_plain else f"{named}, and {why.removeprefix('it ')}"
-    why = why_lost(module)
-    if why is None and not is_plain:
-        more = why_not_linear(module)
-        why = None if more is None else f"{named}: {more}. A masked layer would leave that out"
-    return why
+    if getattr(module, "bias", weight) is not module._parameters.get("bias") and other is not None:
+        return "its bias must be a parameter or None"
+    return why_no_scores(weight) or why_lost(module)
+
+
+def other_than(kind: type[nn.Module], module: nn.Module) -> str | None:
+    """What module is instead of a plain ``kind``; None if it has the forward of one."""
+    code: Any = type(module)
+    if code.forward is kind.forward and code.__call__ is kind.__call__:
+        return None
+    return f"a {_full_name(code)}, not a plain {_short_name(kind)}"
 
 
 def why_lost(module: nn.Module) -> str | None:
@@ -82,6 +80,34 @@ def why_not_there(parent: nn.Module, name: str) -> str | None:
 def has_slow_path(parent: nn.Module, name: str) -> bool:
     """Whether parent reads this child's weights on its fast path alone, off which a masked layer keeps it."""
     return isinstance(parent, nn.TransformerEncoderLayer) and name in ("linear1", "linear2", "self_attn")
+
+
+def _computes_linear(code: type) -> bool:
+    """Whether code is in _LINEARS or has ``computes_linear = True``; neither holds for a subclass's own forward."""
+    decisive = {"computes_linear", "forward", "__call__"}
+    nearest = next(each for each in code.__mro__ if decisive & vars(each).keys())  # nn.Module at the latest
+    return bool(vars(nearest).get("computes_linear", _full_name(nearest) in _LINEARS))
+
+
+def _what_is_lost(code: type, kind: type, weight: Tensor | None) -> str:
+    """What a masked layer would leave out, in place of a layer of this class and weight, and what to do."""
+    why = None if weight is None else why_no_scores(weight)
+    if why is not None:
+        return f", and {why.removeprefix('it ')}"
+    lost = ": its forward is its own (quantised, adapted, or with more to it), and a masked layer would leave that out"
+    if weight is None or weight.dim() != 2:
+        return lost
+    return (
+        f"{lost}. If it computes what {_short_name(kind)} does and no more, set {code.__name__}.computes_linear = True"
+    )
+
+
+def _full_name(code: type) -> str:
+    return f"{code.__module__}.{code.__qualname__}"
+
+
+def _short_name(kind: type) -> str:
+    return f"{'nn.' * kind.__module__.startswith('torch.nn.')}{kind.__name__}"
 
 
 def _reader(parent: nn.Module, name: str) -> str | None:

@@ -193,12 +193,12 @@ a masked layer where the weight is read past it
     -> ValueError: out_proj of MultiheadAttention
         | must not be a MaskedLinear: nn.MultiheadAttention computes with out_proj.weight itself | MaskedLinear
         | MaskedMultiheadAttention.from_attention(attention) makes one that calls it
-a linear subclass that does more
-    held = {"scale": 1.0, "forward": lambda self, x: self.scale * nn.Linear.forward(self, x)}
+a linear subclass with a forward of its own
+    held = {"scale": 2.0, "forward": lambda self, x: self.scale * nn.Linear.forward(self, x)}
     Scaled = type("Scaled", (nn.Linear,), held)
     MaskedLinear.from_linear(Scaled(5, 4))
-    -> ValueError: linear cannot be masked | a plain nn.Linear
-        | its forward computes with scale, which is 1.0 now. A masked layer would leave that out
+    -> ValueError: linear cannot be masked | a plain nn.Linear | its forward is its own
+        | If it computes what nn.Linear does and no more, set Scaled.computes_linear = True
 a layer around the attention to mask
     MaskedMultiheadAttention.from_attention(nn.TransformerEncoderLayer(8, 2, 8))
     -> TypeError: attention | must be an nn.MultiheadAttention | TransformerEncoderLayer

@@ -18,7 +18,7 @@ def test_every_block_runs(tiny_llama, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     blocks = re.findall(r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     names = {"__name__": "doc"}
     for block in blocks:
         exec(block, names)

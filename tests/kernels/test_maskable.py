@@ -6,9 +6,11 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import prune
 
 from mft_kernels import MaskedLinear
+from mft_kernels.layers.maskable import why_no_mask
 
 # torch says so of its encoder's own way of batching.
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
@@ -23,6 +25,51 @@ class Doubling(nn.Linear):
 
 class Renamed(nn.Linear):
     """Computes as nn.Linear does."""
+
+
+class Product(nn.Linear):
+    """Computes as nn.Linear does by a forward of its own, and says so."""
+
+    computes_linear = True
+
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class RenamedProduct(Product):
+    """Has Product's forward, so what Product says holds."""
+
+
+class ClampedProduct(Product):
+    """Has a forward of its own, for which Product does not speak."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-1, 1)
+
+
+class Calling(nn.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class CallingProduct(Product):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class InPlaceOfLinear(nn.Module):
+    """No nn.Linear; says that it computes as one does."""
+
+    computes_linear = True
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features))
+        self.bias = None
+
+    def forward(self, x):
+        return x @ self.weight.mT
 
 
 def hooked():
@@ -45,7 +92,14 @@ def whole_numbers(kind=nn.Linear):
 
 # What mask_model refuses too: it asks the same function.
 UNMASKABLE = {
-    "a forward of its own": (lambda: Doubling(16, 8), r"test_maskable\.Doubling, not a plain nn\.Linear"),
+    "a forward of its own": (
+        lambda: Doubling(16, 8),
+        r"test_maskable\.Doubling, not a plain nn\.Linear: its forward is its own .* would leave that out\. "
+        r"If it computes what nn\.Linear does and no more, set Doubling\.computes_linear = True",
+    ),
+    "a call of its own": (lambda: Calling(16, 8), r"Calling, not a plain nn\.Linear: its forward is its own"),
+    "a forward over one that is a linear's": (lambda: ClampedProduct(16, 8), r"ClampedProduct, not a plain nn\.Linear"),
+    "a call over one that is a linear's": (lambda: CallingProduct(16, 8), r"CallingProduct, not a plain nn\.Linear"),
     "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 8)), "its weight is no parameter"),
     "pruning": (lambda: prune.random_unstructured(nn.Linear(16, 8), "weight", 0.5), "its weight is no parameter"),
     "int8": (whole_numbers, "it holds a Tensor of torch.int8"),
@@ -64,11 +118,52 @@ def test_by_hand_too_a_layer_that_computes_otherwise_is_refused(make, why):
         MaskedLinear.from_linear(make())
 
 
-def test_a_subclass_with_the_forward_of_linear_is_masked():
-    linear = Renamed(16, 8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [Renamed, Product, RenamedProduct])
+def test_a_subclass_that_computes_as_linear_does_is_masked(kind, bias, dtype):
+    linear = kind(100, 48, bias=bias, dtype=dtype)
     layer = MaskedLinear.from_linear(linear, keep_ratio=1)
-    x = torch.randn(3, 16)
-    torch.testing.assert_close(layer(x), linear(x))
+    x = torch.randn(3, 100, dtype=dtype)
+    rounding = 8 * torch.finfo(dtype).eps  # Product's bias is added apart
+    torch.testing.assert_close(layer(x), linear(x), rtol=rounding, atol=rounding)
+    assert layer.weight.data_ptr() == linear.weight.data_ptr()
+
+
+def test_what_a_class_says_counts_from_then_on():
+    class Late(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    assert "set Late.computes_linear = True" in why_no_mask(Late(16, 8))
+    Late.computes_linear = True
+    assert why_no_mask(Late(16, 8)) is None
+
+
+def test_a_class_whose_weight_is_no_matrix_is_not_asked_to_say_so():
+    class Grouped(Doubling):
+        def __init__(self):
+            super().__init__(16, 8)
+            self.weight = nn.Parameter(torch.randn(2, 8, 16))
+
+    assert why_no_mask(Grouped()).endswith("a masked layer would leave that out")
+
+
+def test_what_stands_in_a_linears_place_needs_a_parameter_or_none_as_bias():
+    layer = InPlaceOfLinear(16, 8)
+    assert why_no_mask(layer) is None
+    layer.bias = torch.zeros(8)
+    assert why_no_mask(layer) == "its bias must be a parameter or None"
+    del layer.bias
+    assert why_no_mask(layer) == "its bias must be a parameter or None"
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Product, Doubling])
+def test_layers_without_values_are_judged_alike(kind):
+    is_refused = kind is Doubling
+    assert (why_no_mask(kind(16384, 53248, device="meta", dtype=torch.bfloat16)) is not None) == is_refused
+    with FakeTensorMode():
+        assert (why_no_mask(kind(16, 8)) is not None) == is_refused
 
 
 @pytest.fixture
