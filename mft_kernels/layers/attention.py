@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .maskable import other_than, why_lost
-from .shells import filled, without
+from .shells import filled, linear_on, without
 
 _SETTINGS = ("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first", "add_zero_attn")
 _WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -254,20 +254,14 @@ def projections(attention: nn.MultiheadAttention) -> dict[str, nn.Linear]:
     """Its projections as layers on its parameters, by name: in_proj, or q_proj, k_proj and v_proj; out_proj."""
     bias = attention.in_proj_bias
     if attention.in_proj_weight is not None:
-        packed = {"in_proj": _linear(attention.in_proj_weight, bias)}
+        packed = {"in_proj": linear_on(attention.in_proj_weight, bias)}
     else:
         parts: Any = [None] * 3
         if bias is not None:
             parts = [nn.Parameter(part, bias.requires_grad) for part in bias.detach().chunk(3)]
         names = [f"{which}_proj" for which in "qkv"]
-        packed = {name: _linear(getattr(attention, f"{name}_weight"), part) for name, part in zip(names, parts)}
+        packed = {name: linear_on(getattr(attention, f"{name}_weight"), part) for name, part in zip(names, parts)}
     return {name: layer.train(attention.training) for name, layer in packed.items()} | {"out_proj": attention.out_proj}
-
-
-def _linear(weight: Any, bias: Any) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    linear.weight, linear.bias = weight, bias
-    return linear
 
 
 def _each(change: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

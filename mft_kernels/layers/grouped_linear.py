@@ -76,8 +76,4 @@ class MaskedGroupedLinear(MaskedLayer):
             raise self._named(error) from None
 
     def extra_repr(self) -> str:
-        kept = f"keep_ratio={self.keep_ratio}" if self.threshold is None else f"threshold={self.threshold}"
-        return (
-            f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, transposed={self.transposed}, {kept}, mode={self.mode!r}"
-        )
+        return f"experts={self.experts}, transposed={self.transposed}, {super().extra_repr()}"

@@ -8,6 +8,7 @@ from ..mask.masking import masked_linear_by_ratio
 from ..ops.checks import NonFiniteScores
 from .maskable import why_no_mask
 from .masked_layer import MaskedLayer
+from .shells import linear_on
 
 
 class MaskedLinear(MaskedLayer):
@@ -109,21 +110,5 @@ class MaskedLinear(MaskedLayer):
 
         Args: alpha: as of merged_weight; below 1 dropped weights are scaled by 1 - alpha.
         """
-        merged = nn.Linear(
-            self.in_features,
-            self.out_features,
-            self.bias is not None,
-            device="meta",
-            dtype=self.weight.dtype,
-        )
-        merged.weight = nn.Parameter(self.merged_weight(alpha=alpha))
-        if self.bias is not None:
-            merged.bias = nn.Parameter(self.bias.detach().clone())
-        return merged.train(self.training)
-
-    def extra_repr(self) -> str:
-        kept = f"keep_ratio={self.keep_ratio}" if self.threshold is None else f"threshold={self.threshold}"
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{kept}, mode={self.mode!r}"
-        )
+        bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
+        return linear_on(nn.Parameter(self.merged_weight(alpha=alpha)), bias).train(self.training)

@@ -38,6 +38,8 @@ class MaskedLayer(nn.Module):
     """
 
     masks_weight = True  # see maskable.py
+    in_features: int
+    out_features: int
     weight: Any
     bias: Any
     scores: Any
@@ -150,6 +152,13 @@ class MaskedLayer(nn.Module):
         check_alpha(alpha)
         # Of 16 bits a product with a number is computed in fp32.
         return torch.where(self.mask(), self.weight, 0 if alpha == 1 else self.weight * (1 - alpha))
+
+    def extra_repr(self) -> str:
+        kept = f"keep_ratio={self.keep_ratio}" if self.threshold is None else f"threshold={self.threshold}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{kept}, mode={self.mode!r}"
+        )
 
     def _named(self, error: NonFiniteScores) -> NonFiniteScores:
         if not self.module_name:

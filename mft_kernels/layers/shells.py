@@ -1,8 +1,18 @@
-"""A module without its weights, as it is kept while other modules compute with them, to give them back in the end."""
+"""Modules by their parameters: an nn.Linear on given ones, and a module without its own.
+
+The latter is kept while other modules compute with its parameters, to give them back in the end.
+"""
 
 from typing import Any
 
 from torch import nn
+
+
+def linear_on(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    """An nn.Linear on these very parameters, (N, K) and (N,)."""
+    linear: Any = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight, linear.bias = weight, bias
+    return linear
 
 
 def without(module: nn.Module, *names: str) -> nn.Module:

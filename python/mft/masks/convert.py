@@ -21,8 +21,8 @@ from mft.models.linears import layer_index, layer_stacks
 from mft.models.parallel import check_unsharded, unwrapped
 from mft.models.quantized_weight import quantized_weights
 from mft.surrogate.surrogate import forget_surrogate, keep_surrogate
-from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, MaskedMultiheadAttention, fixed_from_float
-from mft_kernels.layers.shells import filled, without
+from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, MaskedMultiheadAttention
+from mft_kernels.layers.shells import filled, linear_on, without
 from mft_kernels.ops.checks import check_alpha
 
 # Which parameters were trainable before, so that merge_model can say so again; an attribute of the model.
@@ -257,10 +257,7 @@ def as_linear(module: Any) -> nn.Linear:
         return module
     weight = module.weight.detach()
     weight = weight.t().contiguous() if isinstance(module, Conv1D) else weight
-    linear: Any = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = module.bias
-    return linear.train(module.training)
+    return linear_on(nn.Parameter(weight, requires_grad=False), module.bias).train(module.training)
 
 
 def check_drawn(config: MaskConfig) -> None:

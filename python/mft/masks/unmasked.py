@@ -12,6 +12,7 @@ from mft.masks.quantize import QuantizedLinear, QuantizedMaskedGroupedLinear, Qu
 from mft.models.parallel import check_unsharded, unwrapped
 from mft.models.quantized_experts import QuantizedGroupedLinear
 from mft_kernels import MaskedLinear
+from mft_kernels.layers.shells import linear_on
 
 
 def unmasked_model(model: nn.Module) -> nn.Module:
@@ -68,6 +69,4 @@ def _experts_without_masks(experts: MaskedExperts) -> nn.Module:
 def _without_mask(module: MaskedLinear) -> nn.Module:
     if isinstance(module, QuantizedMaskedLinear):
         return QuantizedLinear(module.quantized, module.bias)
-    linear: Any = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-    linear.weight, linear.bias = module.weight, module.bias
-    return linear
+    return linear_on(module.weight, module.bias)
