@@ -1,5 +1,6 @@
 """MaskAdamW: AdamW over scores, its moments in 8 bits, through score_step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,8 +47,8 @@ class MaskAdamW(Optimizer):
         mode: str = "magnitude",
         seed: int = 0,
     ) -> None:
-        options = (lr, betas, eps, weight_decay, moments, mode, seed)
-        super().__init__(params, dict(zip(("lr", "betas", "eps", "weight_decay", "moments", "mode", "seed"), options)))
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, options | {"moments": moments, "mode": mode, "seed": seed})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Check a group's options and dtypes, then add it."""
@@ -119,14 +120,13 @@ class MaskAdamW(Optimizer):
         group, _ = self._place(p)
         state = self.state[p]
         if not state:
-            pinned = p.is_pinned()
+            zeros = functools.partial(torch.zeros, device=p.device, pin_memory=p.is_pinned())
+            in_8_bits = group["moments"] == "8bit"
             state["step"] = 0
-            dtype = torch.uint8 if group["moments"] == "8bit" else torch.float32
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros(p.shape, dtype=dtype, device=p.device, pin_memory=pinned)
-            if group["moments"] == "8bit":
-                shape = (2, -(-p.numel() // BLOCK))
-                state["scales"] = torch.zeros(shape, dtype=torch.float32, device=p.device, pin_memory=pinned)
+                state[name] = zeros(p.shape, dtype=torch.uint8 if in_8_bits else torch.float32)
+            if in_8_bits:
+                state["scales"] = zeros((2, -(-p.numel() // BLOCK)), dtype=torch.float32)
         return {"scores": p, **{name: tensor for name, tensor in state.items() if name != "step"}}
 
     @torch.no_grad()
