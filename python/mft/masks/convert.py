@@ -21,7 +21,7 @@ from mft.models.linears import layer_index, layer_stacks
 from mft.models.parallel import check_unsharded, unwrapped
 from mft.models.quantized_weight import quantized_weights
 from mft.surrogate.surrogate import forget_surrogate, keep_surrogate
-from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, MaskedMultiheadAttention
+from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, MaskedMultiheadAttention, fixed_from_float
 from mft_kernels.layers.shells import filled, linear_on, without
 from mft_kernels.ops.checks import check_alpha
 
