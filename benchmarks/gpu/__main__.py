@@ -1,9 +1,9 @@
 """python -m benchmarks.gpu [--what step,forward] [--shapes 4096x4096] [--tokens 512,2048] [--budget 500] [--out DIR]
-python -m benchmarks.gpu --recover DIR   the results of a run that was cut off, from the journal that it left there
+python -m benchmarks.gpu --report DIR   gpu.md and gpu-faster.json of the results in DIR, also of a run that was cut off
 
-This process only watches: a kernel that hangs, or takes the CUDA context with it, ends the worker and not the run.
+This process measures nothing: it starts the one that does (worker.py), and another where a kernel took that down.
 
-Exit code: 0 done, also if a goal is missed, the budget left cases out, or without libmft_cuda.so Triton alone was
+Exit code: 0 done, also if a goal is missed, the time left cases out, or without libmft_cuda.so Triton alone was
 measured; 1 something failed or is wrong; 2 no GPU, or a bad argument; 3 nothing failed, but compute-sanitizer, which
 should have looked into the CUDA kernels, is missing or gave no verdict, or the library was built without this card's
 own kernels: all else is measured and written.
@@ -11,43 +11,43 @@ own kernels: all else is measured and written.
 
 import argparse
 import difflib
+import json
 import os
+import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..harness import RESULTS, ROOT
-from . import results, worker
-from .cases import CUDA, DRY_SHAPE, DRY_TOKENS, SHAPES, TOKENS, WHATS, Case, plan, takes_part
-from .journal import FAILED, NOT_MEASURED, Journal
+from ..records import RESULTS
+from . import report
+from .cases import CUDA, DRY_SHAPE, DRY_TOKENS, EVERY_SHAPE, SHAPES, TOKENS, WHATS, is_beside_others, plan
+from .programs import run_for
+from .results import FAILED, NOT_MEASURED, WAITING, Results
 
-BUDGET = 500.0
-#: In the folder of the results, until they are written.
-JOURNAL = "gpu-journal.jsonl"
+BUDGET = 500
 #: Beyond the budget, for a case that takes longer than was expected.
 _GRACE = 25.0
+#: What the suite decides by itself.
+_NOT_INHERITED = ("MFT_KERNELS", "MFT_AUTOTUNE", "MFT_CUDA_CAPABILITY", "TRITON_INTERPRET")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; "--what" and its like hold lists."""
-    every = tuple(shape for shapes in SHAPES.values() for shape in shapes)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--what", type=_list_of(_what), default=list(WHATS), help=f"of {','.join(WHATS)}")
-    parser.add_argument("--shapes", type=_list_of(_shape), default=list(every),
+    parser.add_argument("--shapes", type=_list_of(_shape), default=[EVERY_SHAPE],
                         help=f"NxK, or {' or '.join(SHAPES)}")  # fmt: skip
-    parser.add_argument("--tokens", type=_list_of(_tokens), default=list(TOKENS), help="values of M")
+    parser.add_argument("--tokens", type=_list_of(_positive), default=list(TOKENS), help="values of M")
     parser.add_argument("--budget", type=_positive, default=BUDGET, help="seconds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where gpu-*.json and gpu.md go")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, kernels emulated, no GPU needed")
-    parser.add_argument("--recover", type=Path, metavar="DIR", help="write the results of a run that was cut off")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # the journal of the process that watches
-    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write gpu.md of the results that lie there")
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)  # what work() takes, of this process
     asked = parser.parse_args(arguments)
-    asked.shapes = [s for shapes in asked.shapes for s in (shapes if isinstance(shapes[0], tuple) else (shapes,))]
+    asked.shapes = [shape for shapes in asked.shapes for shape in shapes]
     if asked.dry_run:
         asked.shapes, asked.tokens = [DRY_SHAPE], [DRY_TOKENS]
         if asked.out == RESULTS:
@@ -61,12 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suite; the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     asked = parse(arguments)
-    if asked.recover:
-        return recover(asked.recover)
+    if asked.report:
+        return _reported(asked.report, WHATS)
     cases = plan(asked.what, asked.shapes, asked.tokens)
     if asked.worker:
-        worker.work_on(cases, Journal(asked.worker), asked.out, budget=asked.budget, deadline=asked.deadline,
-                       dry=asked.dry_run)  # fmt: skip
+        from .worker import work
+
+        work(cases, asked.out, dry=asked.dry_run, **asked.worker)
         return 0
     if not asked.dry_run and not _has_gpu():
         print("no GPU found by torch; --dry-run walks through the suite without one", file=sys.stderr)
@@ -74,122 +75,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not cases:
         print("nothing to measure: no case has such a shape and M", file=sys.stderr)
         return 2
-    deadline = time.time() + asked.budget
     asked.out.mkdir(parents=True, exist_ok=True)
-    journal = Journal(asked.out / JOURNAL)
-    journal.path.unlink(missing_ok=True)
-    journal.add("asked", arguments=arguments)
     command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--out", str(asked.out.absolute())]
-    command += ["--worker", str(journal.path.absolute()), "--deadline", str(deadline)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    for name in ("MFT_KERNELS", "MFT_AUTOTUNE", "MFT_CUDA_CAPABILITY", "TRITON_INTERPRET"):  # the suite decides
-        environment.pop(name, None)
-    if asked.dry_run:
-        environment["TRITON_INTERPRET"] = "1"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what follows is still done
-    try:
-        watch(command, environment, journal, cases, deadline + _GRACE)
-    finally:
-        if journal.about():  # else nothing ran, and what was measured earlier stays
-            results.write(asked.out, journal, cases)
-    code = _summary(journal, cases, asked.out)
-    journal.path.unlink()
-    return code
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is started ends too
+    ended_well = measure(command, asked.out, time.time() + asked.budget, dry=asked.dry_run)
+    code = _reported(asked.out, asked.what)
+    return code if ended_well else 1
 
 
-def recover(folder: Path) -> int:
-    """The results of a run that was cut off, from its journal; 2 if there is none."""
-    journal = Journal(folder / JOURNAL)
-    earlier = journal.events("asked")
-    if not earlier or not journal.about():
-        print(f"no run left its journal in {folder}", file=sys.stderr)
-        return 2
-    asked = parse([*earlier[0]["arguments"], "--out", str(folder)])
-    cases = plan(asked.what, asked.shapes, asked.tokens)
-    results.write(folder, journal, cases)
-    return _summary(journal, cases, folder)
-
-
-def watch(
-    command: Sequence[str],
-    environment: dict[str, str],
-    journal: Journal,
-    cases: Sequence[Case],
-    deadline: float,
-    *,
-    clock: Callable[[], float] = time.time,
-    poll: float = 0.2,
-) -> None:
+def measure(command: Sequence[str], out: Path, deadline: float, *, dry: bool = False, grace: float = _GRACE) -> bool:
     """Run workers until one ends by itself, each going on behind the case that ended the last; none after the deadline.
 
-    A case that hangs, or with which the worker died, is measured once more without the CUDA kernels if they took part:
-    they shall cost no other competitor its numbers. Else, or if that ends the same way, it is recorded as failed. From
-    then on they are left out of that kind of case, and after a hang, which costs a minute, of every kind.
+    A case during which a worker died or hung is measured once more without the CUDA kernels if they took part: they
+    shall cost no other competitor its numbers. Else, or if that ends the same way, it has failed. From then on they are
+    left out of that kind of case, and after a hang, which costs a minute, of every kind.
+
+    Returns: False if a worker died where no case is to blame: another one would end the same way.
     """
+    environment = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+    environment |= {"PYTHONUNBUFFERED": "1"} | ({"TRITON_INTERPRET": "1"} if dry else {})
+    run, without_cuda = str(time.time_ns()), dict[str, str]()
     while True:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, process_group=0)
-        why, lost = None, len(journal.events("lost"))
-        try:
-            since: tuple[str | None, float] = (None, clock())
-            while process.poll() is None and why is None:
-                time.sleep(poll)
-                current = journal.unfinished()
-                key = current["key"] if current else None
-                if key != since[0]:
-                    since = (key, clock())
-                if clock() > deadline:
-                    why = "the budget ended while it ran"
-                elif current and clock() - since[1] > current["patience"]:
-                    why = f"hung: no end after {current['patience']:.0f} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        if process.returncode == 0:
-            return
-        culprit = journal.unfinished()
-        case = next((case for case in cases if culprit and case.key == culprit["key"]), None)
-        if case is None:  # not a case is to blame: a second worker would end the same way
-            return
-        late = clock() > deadline
-        last_words = [event["message"] for event in journal.events("lost")[lost:] if event["key"] == case.key]
-        why = why or (last_words[-1] if last_words else f"the worker died, exit code {process.returncode}")
+        own = json.dumps({"run": run, "deadline": deadline, "without_cuda": without_cuda})
+        _, code = run_for([*command, "--worker", own], environment, deadline + grace - time.time(), shown=True)
+        results = Results(out, run)
+        case = results.running()
+        if case is None:
+            if code:
+                print(f"the process that measures died between two cases, exit code {code}", file=sys.stderr)
+            return not code
+        record = results.of(case)
+        running, failures = record["running"], record["failures"]
+        hung = code is not None and time.time() - running["since"] >= running["patience"]
+        why = f"hung: no end after {running['patience']:.0f} s" if hung else f"the process died, exit code {code}"
+        why = running.get("lost", why) if code is not None else "the time was up while it ran"
         print(f"{case}: {why}", flush=True)
-        hung = why.startswith("hung")
-        if not late and takes_part(CUDA, case) and not journal.suspects(case):
-            journal.suspect(CUDA, case, why, everywhere=hung)
+        kind = "" if hung else case.what
+        if code is not None and is_beside_others(case) and not failures and not {"", case.what} & without_cuda.keys():
+            without_cuda[kind] = f"not tried again after {case}: {why}"
+            results.set(case, NOT_MEASURED, reason=WAITING, failures={CUDA: why})
             continue
         if hung and case.detail.startswith(CUDA):
-            journal.suspect(CUDA, case, why, everywhere=True)
-        journal.record(case, NOT_MEASURED if late else FAILED, reason=why)
-        if late:
-            return
+            without_cuda[kind] = f"not tried again after {case}: {why}"
+        results.set(case, NOT_MEASURED if code is None else FAILED, reason=why, failures=failures)
+        if code is None:
+            return True
 
 
-def _summary(journal: Journal, cases: Sequence[Case], out: Path) -> int:
-    if not journal.about():
-        print("the worker ended before its first case", file=sys.stderr)
-        return 1
-    records = journal.records()
-    failed = [case for case in cases if records.get(case.key, {}).get("status") == FAILED]
-    left = [case for case in cases if records.get(case.key, {}).get("status", NOT_MEASURED) == NOT_MEASURED]
-    print(f"\n{(out / 'gpu.md').read_text().partition('## Goals')[2].partition('## ')[0].strip()}\n")
-    for title, some in (("failed", failed), ("not measured", left)):
-        if some:
-            print(f"{title}: {'; '.join(map(str, some))}")
-    print(f"{len(cases) - len(failed) - len(left)} of {len(cases)} cases measured; written to {out}")
-    if journal.about().get("environment", {}).get("dry_run"):
-        print("a dry run: nothing was measured on a GPU, and no figure of it says anything of one")
-    library = journal.about().get("environment", {}).get("cuda_library", "")
-    if library.startswith("none: "):
-        print(f"WARNING: the CUDA kernels were left out: {library[6:]}", flush=True)
-    unproven = [record for record in records.values() if record.get("unproven")]
-    for record in unproven:
-        print(f"UNPROVEN: {record['detail']}: {record['reason']}", flush=True)
-    lacks = journal.about().get("environment", {}).get("cuda_lacks", [])
-    for kernels in lacks:
-        print(f"LACKING: this card's own {kernels}; the general kernels were measured in their place", flush=True)
-    return 1 if failed else 3 if unproven or lacks else 0
+def _reported(out: Path, whats: Sequence[str]) -> int:
+    """Write the report of a folder, and print its top as far as it is of these kinds; the exit code."""
+    documents = [document for document in report.write(out) if document["what"] in whats]
+    if not documents:
+        print(f"no results in {out}", file=sys.stderr)
+        return 2
+    print(f"\n{report.top(documents)}\nwritten to {out}", flush=True)
+    unproven = [line for line in report.gaps(documents) if not line.startswith(report.WARNING)]
+    return 1 if report.failures(documents) else 3 if unproven else 0
 
 
 def _has_gpu() -> bool:
@@ -199,10 +140,7 @@ def _has_gpu() -> bool:
 
 
 def _list_of(item: Callable) -> Callable[[str], list]:
-    def parse_list(text: str) -> list:
-        return [item(part.strip()) for part in text.split(",") if part.strip()]
-
-    return parse_list
+    return lambda text: [item(part.strip()) for part in text.split(",") if part.strip()]
 
 
 def _what(text: str) -> str:
@@ -212,26 +150,19 @@ def _what(text: str) -> str:
     return text
 
 
-def _shape(text: str) -> tuple:
+def _shape(text: str) -> tuple[tuple[int, int], ...]:
+    """The shapes of a model, or one."""
     if text in SHAPES:
         return SHAPES[text]
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"must be NxK, or one of {', '.join(SHAPES)}, got {text!r}")
-    return int(parts[0]), int(parts[1])
+    if found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.lower()):
+        return ((int(found[1]), int(found[2])),)
+    raise argparse.ArgumentTypeError(f"must be NxK, or one of {', '.join(SHAPES)}, got {text!r}")
 
 
-def _tokens(text: str) -> int:
+def _positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return int(text)
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"must be more than 0 seconds, got {text}")
-    return value
 
 
 if __name__ == "__main__":

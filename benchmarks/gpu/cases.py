@@ -1,11 +1,11 @@
-"""What is measured, by whom and in which order: by value, so that what ends a run ends it behind what is worth more.
+"""What is measured, by whom and in which order: what is worth most comes first, and whatever ends a run leaves that.
 
 The first two minutes are the checks that a wrong kernel hardly passes, then a figure for each goal (HEADLINE).
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
@@ -13,9 +13,10 @@ SHAPES = {  # (N, K) of the linear layers; both models have 4096 x 4096
     "llama2-7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
     "llama3.1-8b": ((1024, 4096), (14336, 4096), (4096, 14336)),
 }
+EVERY_SHAPE = tuple(shape for shapes in SHAPES.values() for shape in shapes)
 TOKENS = (1, 16, 64, 512, 1024, 2048, 4096, 8192, 16384)
-PRODUCTS = ("step", "forward", "d_x", "d_scores", "accumulate")
-WHATS = ("correctness", *PRODUCTS, "memory", "threshold", "updates", "codes", "experts", "host", "train", "sweep")
+PRODUCTS = ("step", "forward", "d_x", "d_scores", "accumulate", "accumulate_product")
+WHATS = ("correctness", *PRODUCTS, "memory", "threshold", "score_step", "codes", "experts", "host", "train")
 
 DENSE = "cuBLAS, unmasked"
 FUSED = "fused"
@@ -24,6 +25,7 @@ PACKED = "fused, packed"
 AUTO = "auto"
 PASS = "mask pass + cuBLAS"
 KEPT = "mask pass + cuBLAS, kept"
+LAYER, HELD = "MaskedLinear", "MaskedLinear, held"
 COMPILED = "eager, compiled"
 EAGER = "eager"
 PAPER = "paper's layer"
@@ -36,25 +38,28 @@ PAPER_MOST_TOKENS = 2048
 WHY_NOT_COMPILED = f"compiled for 4096 x 4096 and M in {COMPILED_TOKENS} alone: each compilation takes 5 to 20 s"
 WHY_NOT_PAPER = f"left out above M = {PAPER_MOST_TOKENS}: there the products hide more and more of its sort"
 
-#: Triton's kernels; then, each a case of its own so that one backend's fault is not the other's, those of csrc/cuda.
-CHECKS = ("exact", "random", "repeats", "tests")
-CUDA_CHECKS = ("cuda exact", "cuda random", "cuda repeats", "cuda layouts")
+#: Those that a wrong kernel hardly passes come before anything is timed. Those of csrc/cuda are cases of their own, so
+#: that one backend's fault is not the other's.
+_FIRST_CHECKS = ("exact", "cuda exact", "random", "cuda random")
+_OTHER_CHECKS = ("repeats", "cuda repeats", "cuda layouts")
 SANITIZERS = ("cuda memcheck", "cuda racecheck")
+TESTS = "tests"
+CUDA_CHECKS = ("cuda exact", "cuda random", "cuda repeats", "cuda layouts")
 
 #: In order: what other answers rest on, then few tokens, where a launch is the cost, then many.
 _TOKENS_BY_WORTH = (2048, 512, 1024, 64, 1, 4096, 16, 8192, 16384)
+_GOAL_SHAPES = (SQUARE, (14336, 4096), (4096, 14336), (11008, 4096), (4096, 11008))
 _GOAL_TOKENS = (2048, 512)
-_MEMORY_TOKENS = (2048, 512)
 #: What the CUDA kernels are asked on LLaMA2-7B's shapes: the fewest of these tokens are the hardest, and come first.
 CUDA_GOAL_TOKENS = (4096, 8192, 16384)
 _CUDA_GOAL_PRODUCTS = ("forward", "d_x", "d_scores")
 #: d_scores added to an fp32 buffer: what it costs beyond d_scores hardly depends on the shape.
-_ACCUMULATE_TOKENS = (4096, 512)
+_ACCUMULATE_SHAPES, _ACCUMULATE_TOKENS = (SQUARE, (11008, 4096)), (4096, 512)
+_MEMORY_SHAPES, _MEMORY_TOKENS = (SQUARE, (14336, 4096)), (2048, 512)
 #: (N, K) whose scores are selected; the second, 58.7M of them, is the one with a goal.
 SELECTED = (SQUARE, (4096, 14336))
-#: What is timed of an optimiser step beside the products (updates.py), and for how many tokens where M matters.
-UPDATES = ("score_step", "accumulate_product", "held")
-_UPDATE_TOKENS = (2048,)
+#: What a layer whose mask is held adds to an fp32 buffer.
+_PRODUCT_TOKENS = (2048,)
 #: Products over codes (codes.py), and tokens: one and few, where codes are a quarter of the bytes, and many.
 CODES = ("nf4, forward", "nf4, d_x", "int8, forward", "int8, d_x")
 _CODED_TOKENS = (1, 64, 512)
@@ -68,11 +73,13 @@ _HOST_SHAPES = (SQUARE, (1024, 4096))
 TRAINED = ("a LLaMA2-7B layer", "a SmolLM2 layer", "SmolLM2-135M")
 _WAYS = ("plain", "resident", "quantized", "layerwise")
 _TRAIN_TOKENS = (2048,)
-#: Every tile of these (sweep/), kind and M: one launch for both gradients of few tokens, two of many.
-_SWEPT = (("forward", 2048), ("d_x", 2048), ("d_scores", 2048), ("forward", 16), ("backward", 16))
-#: Of the checks, those that a wrong kernel hardly passes, each backend's.
-FIRST_CHECKS = ("exact", "cuda exact", "random", "cuda random")
-_THEN_CHECKED = ("repeats", "cuda repeats", "cuda layouts")
+
+#: Seconds after which a case counts as hung. Compiling kernels is most of what the slow ones take.
+_PATIENCE = 60.0
+_PATIENCE_COMPILED = 90.0
+_PATIENCE_OF = {"exact": 225.0, "cuda layouts": 120.0}
+#: Seconds that programs get which take what they get; all that is left where nothing comes behind them.
+SECONDS_OF = {TESTS: 40.0, "cuda memcheck": 100.0, "cuda racecheck": 100.0}
 
 
 @dataclass(frozen=True)
@@ -85,19 +92,25 @@ class Case:
     m: int = 0
     detail: str = ""
 
-    @property
-    def key(self) -> str:
-        """Its name in the journal."""
-        return " ".join(map(str, asdict(self).values()))
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "Case":
+        """Whose record it is."""
+        return cls(**{field.name: record[field.name] for field in fields(cls)})
 
     def __str__(self) -> str:
-        parts = [self.what, self.detail, f"{self.n} x {self.k}" if self.n else "", f"M = {self.m}" if self.m else ""]
-        return " ".join(part for part in parts if part)
+        return " ".join(part for part in (self.what, self.place) if part)
 
     @property
-    def compiles(self) -> bool:
-        """Whether torch.compile takes part."""
-        return self.what in PRODUCTS and COMPILED in competitors(self)
+    def place(self) -> str:
+        """All of it but the kind."""
+        parts = [self.detail, f"{self.n} x {self.k}" if self.n else "", f"M = {self.m}" if self.m else ""]
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which it counts as hung."""
+        compiles = self.what in PRODUCTS and COMPILED in competitors(self)
+        return _PATIENCE_OF.get(self.detail, _PATIENCE_COMPILED if compiles else _PATIENCE)
 
 
 #: A figure for each goal, on the layer that both models have.
@@ -113,12 +126,14 @@ HEADLINE = (
 def competitors(case: Case) -> tuple[str, ...]:
     """Who is timed in a case of PRODUCTS, or whose memory is measured.
 
-    d_scores reads no mask, so nothing is to be chosen there. PASS is Triton's other way too: a pass into scratch, then
-    cuBLAS. KEPT keeps the masked weight between forward and backward; the others, but for the paper's layer and the
-    eager step, keep nothing of its size.
+    d_scores reads no mask, so nothing is to be chosen there. KEPT keeps the masked weight between forward and backward;
+    the others, but for the paper's layer and the eager step, keep nothing of its size. The layers are timed where the
+    compiled form is: the ops that they call are timed everywhere.
     """
     if case.what == "accumulate":
         return DENSE, FUSED, CUDA, PASS, EAGER
+    if case.what == "accumulate_product":
+        return DENSE, FUSED, CUDA
     names = [DENSE, FUSED, CUDA, PACKED, AUTO, PASS, EAGER]
     if case.what == "d_scores":
         names.remove(AUTO)
@@ -126,165 +141,73 @@ def competitors(case: Case) -> tuple[str, ...]:
         names.insert(names.index(PASS) + 1, KEPT)
         names += [PAPER] if case.m <= PAPER_MOST_TOKENS else []
     if (case.n, case.k, case.m) in _COMPILED and case.what != "memory":
-        names.append(COMPILED)
+        names += [COMPILED, LAYER, HELD] if case.what == "step" else [COMPILED]
     return tuple(names)
 
 
-def takes_part(name: str, case: Case) -> bool:
-    """Whether a competitor runs in a case beside others."""
-    if case.what in ("threshold", "updates", "codes", "experts"):
-        return True
-    return case.what in (*PRODUCTS, "memory") and name in competitors(case)
-
-
 def left_out(case: Case) -> dict[str, str]:
-    """Who is not measured in a case, and why."""
+    """Who is not measured in a case of PRODUCTS, and why."""
     reasons = {}
-    if COMPILED not in competitors(case) and case.what not in ("memory", "accumulate"):
+    if COMPILED not in competitors(case) and not case.what.startswith(("memory", "accumulate")):
         reasons[COMPILED] = WHY_NOT_COMPILED
     if case.what == "step" and case.m > PAPER_MOST_TOKENS:
         reasons[PAPER] = WHY_NOT_PAPER
     return reasons
 
 
+def is_beside_others(case: Case) -> bool:
+    """Whether the CUDA kernels are one competitor among several, so that a case is worth something without them."""
+    return case.what not in ("correctness", "host", "train")
+
+
 def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterable[int]) -> list[Case]:
     """Every case asked for: first checks, headline, other checks, goals (CUDA's hardest first), sanitizer, the rest."""
-    whats, shapes, tokens = set(whats), tuple(shapes), set(tokens)
+    shapes, tokens = tuple(shapes), set(tokens)
     by_worth = [m for m in _TOKENS_BY_WORTH if m in tokens] + sorted(tokens - set(_TOKENS_BY_WORTH))
-    products = [what for what in PRODUCTS if what in whats and what != "accumulate"]
+    is_whole = set(shapes) == set(EVERY_SHAPE)
+    products = [what for what in PRODUCTS if not what.startswith("accumulate")]
     llama2 = [shape for shape in SHAPES["llama2-7b"] if shape in shapes]
-    cuda_goals = [
-        Case(what, *shape, m)
-        for m in CUDA_GOAL_TOKENS
-        for shape in llama2
-        for what in _CUDA_GOAL_PRODUCTS
-        if m in tokens and what in whats
-    ]
-    hardest = [case for case in cuda_goals if case.m == CUDA_GOAL_TOKENS[0]]
-    goals = [
-        Case(what, *shape, m)
-        for shape in sorted(shapes, key=_goal_rank)
-        if _goal_rank(shape) < _NO_GOAL
-        for m in by_worth
-        if m in _GOAL_TOKENS
-        for what in products
-    ]
-    square_first = sorted(shapes, key=lambda shape: shape != SQUARE)
-    rest = [Case(what, *shape, m) for shape in square_first for m in by_worth for what in products]
-    first, then, sanitizers, last = (
-        [Case("correctness", detail=check) for check in checks if "correctness" in whats]
-        for checks in (FIRST_CHECKS, _THEN_CHECKED, SANITIZERS, CHECKS[-1:])
-    )
-    accumulate = [
-        Case("accumulate", n, k, m)
-        for n, k in _those(shapes, (SQUARE, (11008, 4096)))
-        for m in _those(by_worth, _ACCUMULATE_TOKENS)
-        if "accumulate" in whats
-    ]
-    memory = [
-        Case("memory", n, k, m)
-        for n, k in _those(shapes, (SQUARE, (14336, 4096)))
-        for m in _those(by_worth, _MEMORY_TOKENS)
-        if "memory" in whats
-    ]
-    threshold = [
-        Case("threshold", n, k, detail=dtype)
-        for dtype in ("bfloat16", "float32")
-        for n, k in _those(shapes, SELECTED)
-        if "threshold" in whats
-    ]
-    asked = {*goals, *cuda_goals, *threshold}
-    headline = [case for case in HEADLINE if case in asked]
-    beside = _beside_products(whats, shapes, tokens, by_worth)
-    ahead = [*first, *headline, *then, *hardest, *beside, *goals, *cuda_goals, *sanitizers, *last]
-    return list(dict.fromkeys([*ahead, *accumulate, *memory, *threshold, *rest]))
+    cuda_goals = [[*_cases(_CUDA_GOAL_PRODUCTS, llama2, [m])] for m in CUDA_GOAL_TOKENS if m in tokens]
+    hardest = cuda_goals[0] if CUDA_GOAL_TOKENS[0] in tokens else []
+    goal_shapes = [shape for shape in _GOAL_SHAPES if shape in shapes]
+    square = _those(shapes, [SQUARE])
+    host_tokens = HOST_TOKENS if tokens == set(TOKENS) else _those(by_worth, HOST_TOKENS)
+    experts = [_EXPERT_SHAPE] if is_whole else shapes[:1]
+    ordered = [
+        *_cases(["correctness"], details=_FIRST_CHECKS),
+        *(case for case in HEADLINE if (case.n, case.k) in shapes and (not case.m or case.m in tokens)),
+        *_cases(["correctness"], details=_OTHER_CHECKS),
+        *hardest,
+        *_cases(["host"], _those(shapes, _HOST_SHAPES), host_tokens),
+        *_cases(["score_step"], square),
+        *_cases(["accumulate_product"], square, _those(by_worth, _PRODUCT_TOKENS)),
+        *_cases(["codes"], square, _those(by_worth, _CODED_TOKENS), CODES),
+        *_cases(["experts"], experts, _those(by_worth, _EXPERT_ROWS), OVER_EXPERTS),
+        *_cases(["train"], tokens=_those(by_worth, _TRAIN_TOKENS),
+                details=[f"{model}, {way}" for model in TRAINED for way in _WAYS]),
+        *_cases(products, goal_shapes, [m for m in _GOAL_TOKENS if m in tokens]),
+        *(case for cases in cuda_goals for case in cases),
+        *_cases(["correctness"], details=(*SANITIZERS, TESTS)),
+        *_cases(["accumulate"], _those(shapes, _ACCUMULATE_SHAPES), _those(by_worth, _ACCUMULATE_TOKENS)),
+        *_cases(["memory"], _those(shapes, _MEMORY_SHAPES), _those(by_worth, _MEMORY_TOKENS)),
+        *(case for dtype in ("bfloat16", "float32")
+          for case in _cases(["threshold"], _those(shapes, SELECTED), details=[dtype])),
+        *_cases(products, sorted(shapes, key=lambda shape: shape != SQUARE), by_worth),
+    ]  # fmt: skip
+    asked = set(whats)
+    return list(dict.fromkeys(case for case in ordered if case.what in asked))
 
 
-def _beside_products(
-    whats: set[str], shapes: Sequence[tuple[int, int]], tokens: set[int], by_worth: Sequence[int]
-) -> list[Case]:
-    """Layers at few tokens, an optimiser step's parts, products over codes and over experts, whole steps, tiles."""
-    host = [
-        Case("host", n, k, m)
-        for n, k in _those(shapes, _HOST_SHAPES)
-        for m in (HOST_TOKENS if tokens == set(TOKENS) else _those(by_worth, HOST_TOKENS))
-        if "host" in whats
-    ]
-    updates = [
-        Case("updates", n, k, 0 if detail == "score_step" else m, detail)
-        for n, k in _those(shapes, (SQUARE,))
-        for m in _those(by_worth, _UPDATE_TOKENS)
-        for detail in UPDATES
-        if "updates" in whats
-    ]
-    codes = [
-        Case("codes", n, k, m, detail)
-        for n, k in _those(shapes, (SQUARE,))
-        for m in _those(by_worth, _CODED_TOKENS)
-        for detail in CODES
-        if "codes" in whats
-    ]
-    experts = [
-        Case("experts", n, k, m, detail)
-        for n, k in ([_EXPERT_SHAPE] if len(shapes) == _SHAPES else shapes[:1])
-        for m in _those(by_worth, _EXPERT_ROWS)
-        for detail in OVER_EXPERTS
-        if "experts" in whats
-    ]
-    train = [
-        Case("train", m=m, detail=f"{model}, {way}")
-        for m in _those(by_worth, _TRAIN_TOKENS)
-        for model in TRAINED
-        for way in _WAYS
-        if "train" in whats
-    ]
-    sweep = [
-        Case("sweep", n, k, m, kind)
-        for n, k in (_those(shapes, (SQUARE,)) if len(shapes) == _SHAPES else shapes)
-        for kind, usual in _SWEPT
-        for m in ([usual] if usual in tokens else by_worth[:1])
-        if "sweep" in whats
-    ]
-    return [*host, *updates, *codes, *experts, *train, *sweep]
-
-
-_GOAL_SHAPES = (SQUARE, (14336, 4096), (4096, 14336), (11008, 4096), (4096, 11008))
-_NO_GOAL = len(_GOAL_SHAPES)
-_SHAPES = sum(map(len, SHAPES.values()))  # if nobody says which
+def _cases(
+    whats: Sequence[str],
+    shapes: Sequence[tuple[int, int]] = ((0, 0),),
+    tokens: Sequence[int] = (0,),
+    details: Sequence[str] = ("",),
+) -> Iterable[Case]:
+    """All combinations, shape by shape."""
+    return (Case(what, n, k, m, detail) for n, k in shapes for m in tokens for what in whats for detail in details)
 
 
 def _those(asked: Sequence[_T], preferred: Sequence[_T]) -> Sequence[_T]:
     """What is preferred among what was asked for, or the first of that."""
     return [one for one in preferred if one in asked] or asked[:1]
-
-
-def _goal_rank(shape: tuple[int, int]) -> int:
-    return _GOAL_SHAPES.index(shape) if shape in _GOAL_SHAPES else _NO_GOAL
-
-
-def work(what: str, n: int, k: int, m: int, keep_bytes: float) -> list[tuple[float, float]]:
-    """[(bytes that must move, floating-point operations)], one pair a phase; 2-byte elements.
-
-    ``keep_bytes`` tell one weight's mask: 2 for bf16 scores, 1/8 for a bit, 0 for a dense layer. A backward reads
-    weight and mask once for both its gradients; nothing but x and the weight stays from forward to backward.
-    """
-    matrix, x, y, product = n * k, 2.0 * m * k, 2.0 * m * n, 2.0 * m * n * k
-    read = matrix * (2 + keep_bytes)
-    # The dense gradient of a weight reads neither weight nor sign.
-    gradient = x + y + 2 * matrix
-    added = x + y + 8 * matrix  # fp32, read and written
-    phases = {
-        "forward": [(read + x + y, product)],
-        "d_x": [(read + x + y, product)],
-        "d_scores": [(gradient + (read if keep_bytes else 0), product)],
-        "accumulate": [(added + (read if keep_bytes else 0), product)],
-        # x and d_x, each M x K; grad_output; weight and mask; d_scores.
-        "backward": [(read + gradient + x, 2 * product)],
-    }
-    return phases["forward"] + phases["backward"] if what == "step" else phases[what]
-
-
-def floor_ms(phases: list[tuple[float, float]], byte_rate: float, flop_rate: float) -> tuple[float, float, float]:
-    """(by bytes alone, by operations alone, the larger of both phase by phase), milliseconds; rates a second."""
-    by_bytes, by_flops = [1e3 * b / byte_rate for b, _ in phases], [1e3 * f / flop_rate for _, f in phases]
-    return sum(by_bytes), sum(by_flops), sum(map(max, by_bytes, by_flops))

@@ -1,4 +1,4 @@
-"""The products over NF4 and int8 codes: checks in every bit, and forward and d_x timed.
+"""The products over NF4 and int8 codes: calls to check in every bit, and forward and d_x timed.
 
 fused, cuda   the kernels, which decode where they mask
 decoded       the whole weight decoded by torch, then the fused product: what a layer does without such a kernel
@@ -8,28 +8,24 @@ Codes are drawn at random, which changes no time.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from types import SimpleNamespace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mft_kernels.reference.quantized import NESTED_BLOCK, NF4_BLOCK
+from mft_kernels.codes import NESTED_BLOCK, NF4_BLOCK
 from torch import Tensor
 from torch.nn import functional as F
 
-from mft_kernels import reference
-from mft_kernels.reference import quantized as reference_quantized
+from mft_kernels import dequantize, reference
+from mft_kernels.codes import NESTED_BLOCK, NF4_BLOCK
 from mft_kernels.testing import Inputs
 
-from ..harness import Spread
 from .cases import CUDA, DENSE, FUSED, Case
-from .competitors import Inputs as Rotated
-from .competitors import Operands, difference, tolerance
-from .device import Device
-from .equality import Check, assert_equal
-from .kernels import kernels
-from .timing import FAILURES, add_floors, reason, time_calls
+from .device import GRAPH, QUEUED
+from .equality import REFERENCE, Call
+from .operands import MODE, Operands
+from .timing import Bench, Competitor, difference
 
 NESTED = "nested nf4"
 DECODED = "decoded, then fused"
@@ -64,6 +60,11 @@ class Codes:
         """Apart in memory."""
         return Codes(self.kind, self.shape, self.codes.clone(), [scale.clone() for scale in self.absmax])
 
+    def dense(self) -> Tensor:
+        """Decoded by the reference, bf16."""
+        shape, kind = self.tail
+        return dequantize(*self.given, shape=shape, kind=kind, dtype=torch.bfloat16, backend=REFERENCE)
+
 
 def drawn(kind: str, n: int, k: int, device: torch.device, *, whole: bool = False) -> Codes:
     """At random; ``whole``: of integers from -2 to 2, so that sums are exact."""
@@ -86,87 +87,55 @@ def drawn(kind: str, n: int, k: int, device: torch.device, *, whole: bool = Fals
     return Codes(kind, (n, k), codes, [of_absmax, nested, known, torch.zeros((), device=device)])
 
 
-# ---------------------------------------------------------------------------------------------- checks
-
-
-def code_checks(label: str, t: Inputs, threshold: Tensor, by: SimpleNamespace, mode: str) -> Iterator[Check]:
-    """Forward and d_x over each kind of codes, with a mask and without; inputs are small integers."""
-    packed, (n, k) = reference.pack_mask(t.scores, threshold, mode), t.weight.shape
+def code_calls(t: Inputs, threshold: Tensor) -> Iterator[Call]:
+    """Forward and d_x over each kind of codes, with a mask and without."""
+    packed, (n, k) = reference.pack_mask(t.scores, threshold, MODE), t.weight.shape
     for kind in ("nf4", NESTED, "int8"):
         of = drawn(kind, n, k, t.weight.device, whole=True)
-        for mask in (packed, None):
-            calls = {
-                "masked_linear_quantized": (t.x, *of.given, mask, t.bias, *of.tail),
-                "masked_linear_quantized_d_x": (t.grad_output, *of.given, mask, *of.tail),
-            }
-            for op, arguments in calls.items():
-                # In fp32 every sum is exact; the one rounding is that of the kernels' own last step.
-                wide = [v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for v in arguments]
-                run = functools.partial(getattr(by, op), *arguments)
-                expect = functools.partial(getattr(reference_quantized, op), *wide)
-                yield (
-                    f"{op}, {kind}{'' if mask is not None else ', all kept'}, {label}",
-                    functools.partial(assert_equal, run, expect),
-                )
+        for mask, kept in ((packed, ""), (None, ", all kept")):
+            yield "masked_linear_quantized", kind + kept, (t.x, *of.given, mask, t.bias, *of.tail)
+            yield "masked_linear_quantized_d_x", kind + kept, (t.grad_output, *of.given, mask, *of.tail)
 
 
-# ---------------------------------------------------------------------------------------------- times
-
-
-def time_codes(case: Case, inputs: Rotated, device: Device, ceilings: Mapping[str, float]) -> dict[str, Any]:
-    """samples and failures of case.detail: a kind of codes and a product, of cases.CODES."""
-    device.tidy()
+def time_codes(case: Case, bench: Bench) -> dict[str, Any]:
+    """case.detail: a kind of codes and a product, of cases.CODES."""
     kind, product = case.detail.split(", ")
-    forward, operands = product == "forward", inputs.get(case.n, case.k, case.m)
-    one = drawn(kind, case.n, case.k, device.torch_device)
-    copies = [one, *(one.clone() for _ in range(max(len(operands), -(-4 * device.l2_bytes // one.nbytes)) - 1))]
-    runs = {name: _run(name, forward) for name in (DENSE, FUSED, CUDA, DECODED) if name not in device.without}
-    dense = reference_quantized.dequantize(*one.given, *one.tail, torch.bfloat16)
-    kept = torch.where(reference.unpack_mask(operands[0].packed, one.shape), dense, 0)
-    expected = F.linear(operands[0].x, kept) if forward else operands[0].grad @ kept
-    calls: dict[str, Callable[[int], object]] = {}
-    failures: dict[str, str] = {}
-    for name, run in runs.items():
-        most = tolerance(name)
-        try:
-            apart = 0.0 if most is None else difference(run(operands[0], one), expected)
-        except FAILURES as error:
-            failures[name] = reason(error, device)
-            continue
-        if most is not None and apart > most:
-            failures[name] = f"wrong: {apart:.3g} from the eager form, at most {most:g}"
-            continue
-        calls[name] = functools.partial(_on_copy, run, operands, copies)
-    samples, failed = time_calls(calls, len(copies), device, not_captured=frozenset({DECODED}))
-    tokens = 2.0 * case.m * (case.n + case.k)
-    for name, sample in samples.items():
+    operands = bench.inputs.get(case.n, case.k, case.m)
+    one = drawn(kind, case.n, case.k, bench.device.torch_device)
+    copies = [one, *(one.clone() for _ in range(max(len(operands), bench.inputs.copies(one.nbytes)) - 1))]
+    first = operands[0]
+    kept = torch.where(reference.unpack_mask(first.packed, one.shape), one.dense(), 0)
+    expected = F.linear(first.x, kept) if product == "forward" else first.grad @ kept
+    tokens, operations = 2.0 * case.m * (case.n + case.k), 2.0 * case.m * case.n * case.k
+
+    def run(name: str, i: int) -> Tensor:
+        return _product(name, product, operands[i % len(operands)], copies[i], bench)
+
+    def competitor(name: str) -> Competitor:
         weight = 2.0 * case.n * case.k if name == DENSE else one.nbytes + case.n * case.k / 8
-        add_floors(sample, [(weight + tokens, 2.0 * case.m * case.n * case.k)], ceilings)
-        if DENSE in samples:
-            shares = [100 * d / t for d, t in zip(samples[DENSE]["rounds_ms"], sample["rounds_ms"])]
-            sample["percent_of_cublas"] = asdict(Spread.of(shares))
-    left_out = {name: why for name, why in device.without.items() if name == CUDA}
-    return {"copies": len(copies), "samples": samples, "failures": {**failures, **failed}, "left_out": left_out}
+        return Competitor(
+            functools.partial(run, name),
+            None if name == DENSE else lambda: difference(run(name, 0), expected),
+            phases=[(weight + tokens, operations)],
+            how=QUEUED if name == DECODED else GRAPH,
+        )
+
+    names = [name for name in (DENSE, FUSED, CUDA, DECODED) if name not in bench.device.without]
+    return bench.compare({name: competitor(name) for name in names}, len(copies))
 
 
-def _run(name: str, forward: bool) -> Callable[[Operands, Codes], Tensor]:
+def _product(name: str, product: str, o: Operands, of: Codes, bench: Bench) -> Tensor:
+    forward = product == "forward"
     if name == DENSE:
-        return lambda o, _: F.linear(o.x, o.weight) if forward else o.grad @ o.weight
-    by = kernels(CUDA if name == CUDA else FUSED)
+        return F.linear(o.x, o.weight) if forward else o.grad @ o.weight
     if name == DECODED:
-        return lambda o, of: _decoded(o, reference_quantized.dequantize(*of.given, *of.tail, o.x.dtype), forward)
+        weight, fused = of.dense(), bench.device.backends[FUSED]
+        if forward:
+            return torch.ops.mft.masked_linear_packed(o.x, weight, o.packed, None, fused)
+        wanted = [True, False, False, False]
+        rest = (o.packed, None, None, "value", wanted, fused)
+        return torch.ops.mft.masked_linear_packed_backward(o.grad, o.x, weight, *rest)[0]
+    backend = bench.device.backends[name]
     if forward:
-        return lambda o, of: by.masked_linear_quantized(o.x, *of.given, o.packed, None, *of.tail)
-    return lambda o, of: by.masked_linear_quantized_d_x(o.grad, *of.given, o.packed, *of.tail)
-
-
-def _decoded(o: Operands, weight: Tensor, forward: bool) -> Tensor:
-    by = kernels(FUSED)
-    if forward:
-        return by.masked_linear_packed(o.x, weight, o.packed, None)
-    wanted = [True, False, False, False]
-    return by.masked_linear_packed_backward(o.grad, o.x, weight, o.packed, None, None, "value", wanted)[0]
-
-
-def _on_copy(run: Callable[[Operands, Codes], Tensor], operands: list[Operands], copies: list[Codes], i: int) -> Tensor:
-    return run(operands[i % len(operands)], copies[i])
+        return torch.ops.mft.masked_linear_quantized(o.x, *of.given, o.packed, None, *of.tail, backend)
+    return torch.ops.mft.masked_linear_quantized_d_x(o.grad, *of.given, o.packed, *of.tail, backend)

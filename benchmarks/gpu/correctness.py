@@ -1,4 +1,4 @@
-"""Whether the kernels are right on this device: their tests, then every op on the shapes of a real layer.
+"""Whether the kernels are right on this device: every op on the shapes of a real layer, then their tests.
 
 exact     small integers: every sum is exact, so results must equal the reference in every bit
 random    error against float64 at most twice PyTorch's own in the same dtype
@@ -6,7 +6,7 @@ repeats   the same call gives the same bits, 100 times
 tests     tests/triton_kernels, in a process of its own
 
 "cuda exact" and so on are the same for csrc/cuda; "cuda layouts" (layouts.py) is in the place of its tests, which run
-in an emulator, and "cuda memcheck" and "cuda racecheck" (sanitizer.py) repeat a part of that under compute-sanitizer.
+in an emulator, and "cuda memcheck" and "cuda racecheck" (programs.py) repeat a part of that under compute-sanitizer.
 """
 
 import functools
@@ -16,20 +16,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mft_kernels import backend_report, reference
+from mft_kernels import backend_report
 from mft_kernels.testing import Inputs, assert_within_budget, integer_inputs, random_inputs
 
 from ..rivals import KEEP_RATIO
-from . import layouts, sanitizer
-from .cases import AUTO, CUDA, DRY_SHAPE, DRY_TOKENS, FUSED, SANITIZERS, Case
-from .codes import code_checks
-from .competitors import MODE, outputs
+from . import layouts
+from .cases import AUTO, CUDA, DRY_SHAPE, DRY_TOKENS, FUSED, SANITIZERS, TESTS, Case
+from .codes import code_calls
 from .device import Device
-from .equality import WANTED, Check, name_of, op_checks, selection_checks
+from .equality import (
+    REFERENCE,
+    WANTED,
+    Call,
+    Check,
+    accumulating_calls,
+    dense_calls,
+    equal,
+    many_calls,
+    name_of,
+    results,
+    selection_checks,
+)
 from .experts import expert_checks
-from .journal import FAILED, MEASURED, NOT_MEASURED
-from .kernels import SCRATCH, kernels
-from .own_tests import run_tests
+from .once_a_step import step_checks
+from .operands import MODE
+from .programs import run_tests, sanitize
+from .results import FAILED, MEASURED, NOT_MEASURED
 from .timing import FAILURES, reason
 
 REPEATS = 100
@@ -42,14 +54,14 @@ CUDA_TOKENS = (300, 1024, 2048)
 _SPARSE = 61
 
 
-def check(case: Case, device: Device, seconds: float) -> tuple[str, dict[str, Any]]:
-    """(status, {"passed", "failed", "skipped", "complaints"}); ``seconds`` are left for the tests."""
-    if case.detail == "tests":
+def check(case: Case, device: Device, seconds: float) -> dict[str, Any]:
+    """status, counts and complaints of a case; ``seconds`` are left for a program of its own."""
+    if case.detail == TESTS:
         return run_tests(seconds, dry=device.dry)
     if case.detail.startswith(CUDA) and CUDA in device.without:
-        return NOT_MEASURED, {"reason": f"without {CUDA}: {device.without[CUDA]}"}
+        return {"status": NOT_MEASURED, "reason": f"without {CUDA}: {device.without[CUDA]}"}
     if case.detail in SANITIZERS:
-        return sanitizer.run(case.detail.removeprefix(f"{CUDA} "), seconds, dry=device.dry)
+        return sanitize(case.detail.removeprefix(f"{CUDA} "), seconds, dry=device.dry)
     passed, complaints = 0, []
     for name, run in _checks(case.detail, device):
         try:
@@ -60,7 +72,8 @@ def check(case: Case, device: Device, seconds: float) -> tuple[str, dict[str, An
                 reason(error, device)
             complaints.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     status = FAILED if complaints else MEASURED
-    return status, {"passed": passed, "failed": len(complaints), "skipped": 0, "complaints": complaints[:40]}
+    counts = {"passed": passed, "failed": len(complaints), "skipped": 0}
+    return {"status": status, **counts, "complaints": complaints[:40]}
 
 
 def _checks(detail: str, device: Device) -> Iterator[Check]:
@@ -69,61 +82,65 @@ def _checks(detail: str, device: Device) -> Iterator[Check]:
         return
     of_cuda, kind = detail.startswith(CUDA), detail.removeprefix(f"{CUDA} ")
     check = {"exact": _exact, "random": _random, "repeats": _repeats}[kind]
-    some = {"exact": (FUSED, AUTO, SCRATCH), "random": (FUSED, AUTO), "repeats": (FUSED, AUTO)}[kind]
-    names = (CUDA,) if of_cuda else some
     if kind == "exact" and not device.dry and not of_cuda:
         yield "auto takes the triton backend", _assert_automatic
     tokens = CUDA_TOKENS if of_cuda else TOKENS
     sizes = [(m, FEATURES, FEATURES) for m in tokens] if not device.dry else [(DRY_TOKENS, *DRY_SHAPE)]
     for m, n, k in sizes:
-        yield from check(m, n, k, names, device)
+        yield from check(m, n, k, (CUDA,) if of_cuda else (FUSED, AUTO), device)
 
 
 def _exact(m: int, n: int, k: int, names: tuple[str, ...], device: Device) -> Iterator[Check]:
+    own, backend = names[0], device.backends[names[0]]  # what others end in is a rounding of torch's
+    if m == (DRY_TOKENS if device.dry else TOKENS[0]):
+        yield from expert_checks(f"{own}, a layer's experts", n, k, torch.bfloat16, backend, device.torch_device)
+        yield from step_checks(own, n, k, backend, device.torch_device)
     for scores_dtype in (torch.bfloat16, torch.float32):
         t = _to(integer_inputs(m, n, k, torch.bfloat16, scores_dtype), device)
-        label = f"M = {m}, scores {name_of(scores_dtype)}"
         threshold = torch.tensor(2, dtype=scores_dtype, device=device.torch_device)
-        own = kernels(names[0])  # the others end in a rounding of torch's
-        yield from op_checks(f"{own.name}, dense integers, {label}", t, threshold, own)
-        yield from selection_checks(f"{own.name}, {label}", t.scores, threshold, own)
+        label = f"{own}, M = {m}, scores {name_of(scores_dtype)}"
+        calls: list[Call] = [*dense_calls(t, threshold), *accumulating_calls(t)]
         if scores_dtype == torch.bfloat16:
-            yield from code_checks(f"{own.name}, M = {m}", t, threshold, own, MODE)
-            if own.name == CUDA and m == (DRY_TOKENS if device.dry else CUDA_TOKENS[0]):
-                yield from expert_checks("a layer's experts", n, k, torch.bfloat16, own, device.torch_device)
+            calls += [*many_calls(t, threshold), *code_calls(t, threshold)]
+        yield from equal(backend, f"dense integers, {label}", calls)
+        yield from selection_checks(label, t.scores, threshold, backend)
         for v in (t.x, t.grad_output):
             v *= (torch.arange(v.numel(), device=v.device).view_as(v) % _SPARSE == 0).to(v.dtype)
-        for name in names:
-            yield from op_checks(f"{name}, {label}", t, threshold, kernels(name))
+        yield from equal(backend, label, [*dense_calls(t, threshold), *accumulating_calls(t)])
+        if AUTO in names:
+            label = f"{AUTO}, M = {m}, scores {name_of(scores_dtype)}"
+            yield from equal(device.backends[AUTO], label, dense_calls(t, threshold))
+            # Such rows go by a pass into scratch memory and cuBLAS, whatever the card: Triton's other way.
+            odd = Inputs(**vars(t) | {name: getattr(t, name)[:, 1:].contiguous() for name in ("x", "weight", "scores")})
+            yield from equal(device.backends[AUTO], f"{label}, rows not aligned", dense_calls(odd, threshold))
 
 
 def _random(m: int, n: int, k: int, names: tuple[str, ...], device: Device) -> Iterator[Check]:
     t = _to(random_inputs(m, n, k, torch.bfloat16, torch.bfloat16), device)
     threshold = t.scores.abs().flatten().sort().values[int((1 - KEEP_RATIO) * t.scores.numel())]
-    arguments = {
-        "masked_linear": (t.x, t.weight, t.scores, threshold, t.bias, MODE),
-        "masked_linear_backward": (t.grad_output, t.x, t.weight, t.scores, threshold, MODE, WANTED),
-    }
     for name in names:
-        for op, given in arguments.items():
-            run = functools.partial(getattr(kernels(name), op), *given)
-            yield f"{op}, {name}, M = {m}", functools.partial(_assert_budget, run, getattr(reference, op), given)
+        for op, arguments in _of_a_step(t, threshold).items():
+            run = functools.partial(_assert_budget, op, device.backends[name], arguments)
+            yield f"{op}, {name}, M = {m}", run
 
 
 def _repeats(m: int, n: int, k: int, names: tuple[str, ...], device: Device) -> Iterator[Check]:
     t = _to(random_inputs(m, n, k, torch.bfloat16, torch.bfloat16), device)
-    threshold = t.scores.abs().median()
     times = 2 if device.dry else REPEATS
     for name in names:
-        arguments: dict[str, tuple] = {
-            "masked_linear": (t.x, t.weight, t.scores, threshold, t.bias, MODE),
-            "masked_linear_backward": (t.grad_output, t.x, t.weight, t.scores, threshold, MODE, WANTED),
-        }
+        calls = _of_a_step(t, t.scores.abs().median())
         if name == names[0]:  # the others do not select
-            arguments["kept_threshold"] = (t.scores, KEEP_RATIO, MODE)
-        for op, given in arguments.items():
-            run = functools.partial(getattr(kernels(name), op), *given)
+            calls["kept_threshold"] = (t.scores, KEEP_RATIO, MODE)
+        for op, arguments in calls.items():
+            run = functools.partial(results, op, device.backends[name], arguments)
             yield f"{op}, {name}, M = {m}, {times} times", functools.partial(_assert_repeats, run, times)
+
+
+def _of_a_step(t: Inputs, threshold: Tensor) -> dict[str, tuple[Any, ...]]:
+    return {
+        "masked_linear": (t.x, t.weight, t.scores, threshold, t.bias, MODE),
+        "masked_linear_backward": (t.grad_output, t.x, t.weight, t.scores, threshold, MODE, WANTED),
+    }
 
 
 def _assert_automatic() -> None:
@@ -131,17 +148,18 @@ def _assert_automatic() -> None:
     assert report["auto"]["cuda"] == "triton", report
 
 
-def _assert_budget(run: Callable[[], Any], oracle: Callable, arguments: tuple) -> None:
-    exact = oracle(*(v.double() if _floating(v) else v for v in arguments))
-    for got, same, want in zip(outputs(run()), outputs(oracle(*arguments)), outputs(exact), strict=True):
+def _assert_budget(op: str, backend: str, arguments: tuple[Any, ...]) -> None:
+    exact = results(op, REFERENCE, (v.double() if _floating(v) else v for v in arguments))
+    same_dtype = results(op, REFERENCE, arguments)
+    for got, same, want in zip(results(op, backend, arguments), same_dtype, exact, strict=True):
         if got.numel():
             assert_within_budget(got, same, want)
 
 
-def _assert_repeats(run: Callable[[], Any], times: int) -> None:
-    first = outputs(run())
+def _assert_repeats(run: Callable[[], tuple[Tensor, ...]], times: int) -> None:
+    first = run()
     for i in range(1, times):
-        for got, before in zip(outputs(run()), first, strict=True):
+        for got, before in zip(run(), first, strict=True):
             assert torch.equal(got, before), f"call {i + 1} differs from the first"
 
 
@@ -150,4 +168,4 @@ def _floating(value: Any) -> bool:
 
 
 def _to(t: Inputs, device: Device) -> Inputs:
-    return Inputs(*(v.to(device.torch_device) for v in (t.x, t.weight, t.scores, t.bias, t.grad_output)))
+    return Inputs(*(v.to(device.torch_device) for v in vars(t).values()))

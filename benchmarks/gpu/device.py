@@ -5,15 +5,24 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from mft_kernels import backend_report
+from mft_kernels.backends.built import report
+
 from . import on_host
-from .cases import CUDA
+from .cases import AUTO, CUDA, FUSED
+from .results import first_line
+
+#: How a competitor is timed: captured in a CUDA graph; queued behind a spin, where its host code cannot be captured; or
+#: by the clock, with what the host needs.
+GRAPH, QUEUED, CLOCK = "graph", "queued", "clock"
 
 #: A graph lasts about this long, so that its launch, some 5 us, does not count; at most so many calls in one.
 _GRAPH_MS = 2.0
@@ -26,55 +35,30 @@ _QUEUED_CALLS = 10
 #: By the clock: enough that the two synchronisations, some 10 us, do not count.
 _CLOCKED_CALLS = 50
 
+Run = Callable[[int], object]
 
+
+@dataclass(frozen=True)
 class Timer:
-    """Repeats a competitor: ``replay()`` gives milliseconds a call, once over ``calls`` of them."""
+    """Repeats a competitor: ``replay()`` gives milliseconds a call, the mean of ``calls`` of them."""
 
-    def __init__(self, method: str, calls: int, estimate: float, replay: Callable[[], float], note: str = "") -> None:
-        self.method = method
-        self.calls = calls
-        self.estimate = estimate  # milliseconds a call
-        self.replay = replay
-        self.note = note  # why not by a graph
-
-
-class Device(Protocol):
-    """What the suite asks of it."""
-
-    dry: bool
-    torch_device: torch.device
-    l2_bytes: int
-    without: Mapping[str, str]  # competitors that cannot run here, and why
-
-    def environment(self) -> dict[str, Any]: ...
-
-    def ceilings(self) -> dict[str, float]: ...
-
-    def synchronize(self) -> None: ...
-
-    def tidy(self) -> None: ...
-
-    def compile(self, function: Callable) -> Callable: ...
-
-    def timer(self, run: Callable[[int], object], copies: int, *, capture: bool) -> Timer: ...
-
-    def clock(self, run: Callable[[int], object], copies: int) -> Timer: ...
-
-    def graph(self, run: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]: ...
-
-    def peak(self, run: Callable[[], Sequence[Tensor]], *, warm: bool = True) -> tuple[int, int]: ...
+    method: str
+    calls: int
+    estimate: float  # milliseconds a call
+    replay: Callable[[], float]
+    note: str = ""  # why not by a graph
 
 
 class Gpu:
     """The current CUDA (or HIP) device; everything runs on one stream that can be captured."""
 
     dry = False
+    backends = {FUSED: "triton", AUTO: "auto", CUDA: "cuda"}  # noqa: RUF012
 
     def __init__(self) -> None:
-        from mft_kernels.backends import cuda
-
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        self.without = {CUDA: cuda.unavailable} if cuda.unavailable else {}
+        no_cuda = backend_report()["backends"]["cuda"]["reason"]
+        self.without = {CUDA: no_cuda} if no_cuda else {}
         properties = torch.cuda.get_device_properties(self.torch_device)
         self.l2_bytes = int(getattr(properties, "L2_cache_size", 0)) or 50 << 20
         self._stream = torch.cuda.Stream()
@@ -84,22 +68,22 @@ class Gpu:
 
     def environment(self) -> dict[str, Any]:
         """The card and what drives it."""
-        from mft_kernels.backends.triton.target import target_of
-
+        backends = backend_report()["backends"]
         properties = torch.cuda.get_device_properties(self.torch_device)
+        capability = torch.cuda.get_device_capability(self.torch_device)
+        cuda = f"none: {self.without[CUDA]}" if CUDA in self.without else backends["cuda"]["detail"]
         return {
             "device": torch.cuda.get_device_name(self.torch_device),
             "driver": _driver(),
             "cuda": torch.version.cuda or f"hip {torch.version.hip}",
             "triton": triton.__version__,
-            "cuda_library": _library(self.without),
-            "cuda_lacks": [] if CUDA in self.without else lacking(torch.cuda.get_device_capability(self.torch_device)),
+            "triton_kernels": backends["triton"]["detail"],
+            "cuda_library": cuda if CUDA in self.without else f"{cuda}; {report('cuda').get('nvcc', 'nvcc unknown')}",
+            "cuda_lacks": [] if CUDA in self.without else lacking(capability),
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "l2_mib": self.l2_bytes / 2**20,
-            "capability": list(torch.cuda.get_device_capability(self.torch_device)),
-            "target": str(target_of(self.torch_device)),
-            "weight_is_first_operand": target_of(self.torch_device).swapped,
+            "capability": list(capability),
         }
 
     def ceilings(self) -> dict[str, float]:
@@ -119,45 +103,30 @@ class Gpu:
         """torch.compile for one shape."""
         return torch.compile(function, fullgraph=True, dynamic=False)
 
-    def timer(self, run: Callable[[int], object], copies: int, *, capture: bool) -> Timer:
-        """run(i) works on copy i. Captured in a graph; where that fails, queued behind a spin, with the reason."""
+    def timer(self, run: Run, copies: int, how: str = GRAPH) -> Timer:
+        """run(i) works on copy i. What should be captured and cannot be is queued instead, with the reason."""
+        if how == CLOCK:
+            return Timer(CLOCK, _CLOCKED_CALLS, self._clocked(run, copies), lambda: self._clocked(run, copies))
         estimate = self._estimate(run, copies)
         calls = min(_MOST_CALLS, max(1, round(_GRAPH_MS / estimate)))
         if estimate < _GRAPH_MS:
             calls = min(-(-max(calls, copies) // copies) * copies, max(_MOST_CALLS, copies))  # whole rotations
         note = "its host code cannot be captured"
-        if capture:
+        if how == GRAPH:
             try:
-                return Timer("graph", calls, estimate, self._captured(run, copies, calls))
+                return Timer(GRAPH, calls, estimate, self._replayed(run, copies, calls))
             except RuntimeError as error:
                 note = first_line(error)
                 torch.cuda.synchronize()
         calls = min(calls, _QUEUED_CALLS)
-        return Timer("queued", calls, estimate, lambda: self._queued(run, copies, calls), note)
-
-    def clock(self, run: Callable[[int], object], copies: int) -> Timer:
-        """run(i) works on copy i; by the clock, from one synchronisation to the next."""
-
-        def replay() -> float:
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for i in range(_CLOCKED_CALLS):
-                run(i % copies)
-            torch.cuda.synchronize()
-            return (time.perf_counter() - start) * 1e3 / _CLOCKED_CALLS
-
-        return Timer("clock", _CLOCKED_CALLS, replay(), replay)  # the first replay makes what is made once
+        return Timer(QUEUED, calls, estimate, lambda: self._queued(run, copies, calls), note)
 
     def graph(self, run: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
         """run() captured once: each call replays it and gives the same tensors, with what is in them then."""
         run()  # what is made once
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                results = run()
-        finally:
-            torch.cuda.set_stream(self._stream)
+        results: list[Tensor] = []
+        graph = self._captured(lambda: results.extend(run()))
 
         def replay() -> Sequence[Tensor]:
             graph.replay()
@@ -186,11 +155,11 @@ class Gpu:
         a, b = (torch.randn(size, size, device=self.torch_device).to(torch.bfloat16) for _ in range(2))
         return 2e3 * size**3 / self._median(lambda i: a @ b)
 
-    def _median(self, run: Callable[[int], object]) -> float:
-        timer = self.timer(run, 1, capture=True)
+    def _median(self, run: Run) -> float:
+        timer = self.timer(run, 1)
         return statistics.median(timer.replay() for _ in range(9))
 
-    def _estimate(self, run: Callable[[int], object], copies: int) -> float:
+    def _estimate(self, run: Run, copies: int) -> float:
         run(0)
         torch.cuda.synchronize()
         ms = self._queued(run, copies, 1)
@@ -198,41 +167,47 @@ class Gpu:
             ms = self._queued(run, copies, 3)
         return max(ms, 1e-3)
 
-    def _captured(self, run: Callable[[int], object], copies: int, calls: int) -> Callable[[], float]:
+    def _captured(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: the threads of torch.compile may do what they like meanwhile.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                for i in range(calls):
-                    run(i % copies)
+                run()
         finally:
             torch.cuda.set_stream(self._stream)  # a capture that fails leaves another one set
+        return graph
+
+    def _replayed(self, run: Run, copies: int, calls: int) -> Callable[[], float]:
+        graph = self._captured(lambda: _call(run, copies, calls))
         graph.replay()
         torch.cuda.synchronize()
+        return lambda: self._between_events(graph.replay) / calls
 
-        def replay() -> float:
-            self._start.record()
-            graph.replay()
-            self._end.record()
-            self._end.synchronize()
-            return self._start.elapsed_time(self._end) / calls
-
-        return replay
-
-    def _queued(self, run: Callable[[int], object], copies: int, calls: int) -> float:
+    def _queued(self, run: Run, copies: int, calls: int) -> float:
         torch.cuda._sleep(_SPIN_CYCLES)
+        return self._between_events(lambda: _call(run, copies, calls)) / calls
+
+    def _between_events(self, run: Callable[[], object]) -> float:
         self._start.record()
-        for i in range(calls):
-            run(i % copies)
+        run()
         self._end.record()
         self._end.synchronize()
-        return self._start.elapsed_time(self._end) / calls
+        return self._start.elapsed_time(self._end)
+
+    @staticmethod
+    def _clocked(run: Run, copies: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        _call(run, copies, _CLOCKED_CALLS)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3 / _CLOCKED_CALLS
 
 
 class Interpreter:
     """The CPU, for a dry run: every path but the graphs, on tiny shapes; its times mean nothing."""
 
     dry = True
+    backends = {FUSED: "triton", AUTO: "auto", CUDA: on_host.BACKEND}  # noqa: RUF012
     torch_device = torch.device("cpu")
     l2_bytes = 768  # two copies of the dry shape
 
@@ -265,23 +240,18 @@ class Interpreter:
         """Traced, not compiled."""
         return torch.compile(function, fullgraph=True, dynamic=False, backend="eager")
 
-    def timer(self, run: Callable[[int], object], copies: int, *, capture: bool) -> Timer:
-        """By the wall clock, each copy once."""
+    def timer(self, run: Run, copies: int, how: str = GRAPH) -> Timer:
+        """By the clock, each copy once."""
 
         def replay() -> float:
             start = time.perf_counter()
-            for i in range(copies):
-                run(i)
+            _call(run, copies, copies)
             return (time.perf_counter() - start) * 1e3 / copies
 
-        return Timer("wall clock", copies, 1.0, replay)
-
-    def clock(self, run: Callable[[int], object], copies: int) -> Timer:
-        """As timer does."""
-        return self.timer(run, copies, capture=False)
+        return Timer(CLOCK, copies, 1.0, replay)
 
     def graph(self, run: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
-        """Runs anew each time."""
+        """Runs again each time."""
         return run
 
     def peak(self, run: Callable[[], Sequence[Tensor]], *, warm: bool = True) -> tuple[int, int]:
@@ -290,22 +260,18 @@ class Interpreter:
         return size, size
 
 
-def _library(without: Mapping[str, str]) -> str:
-    """What libmft_cuda.so holds and by which nvcc, or why there is none."""
-    from mft_kernels import backend_report
-    from mft_kernels.backends.built import report
-
-    if CUDA in without:
-        return f"none: {without[CUDA]}"
-    return f"{backend_report()['backends']['cuda']['detail']}; {report('cuda').get('nvcc', 'nvcc unknown')}"
+Device = Gpu | Interpreter
 
 
 def lacking(capability: tuple[int, int]) -> list[str]:
     """The kernels for a card of this compute capability that libmft_cuda.so was built without, and why."""
-    from mft_kernels.backends.built import report
-
     of_the_card = f"_sm{capability[0]}{capability[1]}"
     return [f"{name}: {why}" for name, why in report("cuda").get("left_out", {}).items() if of_the_card in name]
+
+
+def _call(run: Run, copies: int, calls: int) -> None:
+    for i in range(calls):
+        run(i % copies)
 
 
 def _driver() -> str:
@@ -316,7 +282,3 @@ def _driver() -> str:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split()
         return lines[0] if lines else "unknown"
     return "unknown"
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

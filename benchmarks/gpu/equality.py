@@ -1,8 +1,8 @@
-"""Every op of a set of kernels against the reference, bit for bit: checks by name, each run when its turn comes."""
+"""Ops of a backend against the reference, bit for bit: checks by name, each run when its turn comes."""
 
 import functools
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,103 +11,136 @@ from torch import Tensor
 from mft_kernels import reference
 from mft_kernels.testing import Inputs
 
-from .cases import AUTO
-from .competitors import MODE, outputs
-from .kernels import SCRATCH
+from .operands import MODE
+
+REFERENCE = "reference"
+#: Ops that change their first argument.
+_IN_PLACE = ("accumulate_score_grad", "accumulate_score_grad_grouped")
 
 Check = tuple[str, Callable[[], Any]]
+#: (op, in which way, its arguments but the backend)
+Call = tuple[str, str, tuple[Any, ...]]
 
 WANTED = [True, False, True, True]  # d_x, d_scores, d_bias: what training asks for
+EVERYTHING = [True, True, True, True]
+_RATIO = 0.9
 
 
-def op_checks(
-    label: str, t: Inputs, threshold: Tensor, by: SimpleNamespace, mode: str = MODE, wanted: list[bool] = WANTED
-) -> Iterator[Check]:
-    """Both products and both backwards, from scores and from bits, and accumulation; inputs are small integers."""
-    packed = reference.pack_mask(t.scores, threshold, mode)
+def results(name: str, backend: str, arguments: Iterable[Any]) -> tuple[Tensor, ...]:
+    """What an op makes by the kernels of a backend; of one that works in place, what becomes of a copy.
+
+    Called as torch.ops.mft has it: unchecked, and without a gradient of its own.
+    """
+    op, arguments = getattr(torch.ops.mft, name), list(arguments)
+    if name in _IN_PLACE:
+        arguments[0] = arguments[0].clone()
+        op(*arguments, backend)
+        return (arguments[0],)
+    found = op(*arguments, backend)
+    return (found,) if isinstance(found, Tensor) else tuple(found)
+
+
+def equal(backend: str, label: str, calls: Iterable[Call], *, poison: bool = False) -> Iterator[Check]:
+    """A check for each call, whose inputs are small integers: then sums are exact in fp32, and the one rounding is that
+    of the kernel's own last step. ``poison``: see poisoned.
+    """
+    for name, how, arguments in calls:
+        got = functools.partial(results, name, backend, arguments)
+        expected = functools.partial(results, name, REFERENCE, [widened(value) for value in arguments])
+        yield named(name, how, label), functools.partial(assert_equal, got, expected, poison=poison)
+
+
+def dense_calls(t: Inputs, threshold: Tensor, mode: str = MODE, wanted: Sequence[bool] = WANTED) -> Iterator[Call]:
+    """Both products and both backwards, from scores and from bits."""
+    packed, signs = reference.pack_mask(t.scores, threshold, mode), reference.pack_signs(t.scores)[0]
+    yield "masked_linear", "", (t.x, t.weight, t.scores, threshold, t.bias, mode)
+    yield "masked_linear_packed", "", (t.x, t.weight, packed, t.bias)
+    yield "masked_linear_backward", "", (t.grad_output, t.x, t.weight, t.scores, threshold, mode, wanted)
+    by_bits = (t.grad_output, t.x, t.weight, packed, t.scores, signs, mode, wanted)
+    yield "masked_linear_packed_backward", "", by_bits
+
+
+def accumulating_calls(t: Inputs, mode: str = MODE) -> Iterator[Call]:
+    """d_scores added to what is there, the sign from bits and from scores; and without weight and sign."""
     signs = reference.pack_signs(t.scores)[0]
-    # In fp32 every sum is exact; the one rounding is that of the kernels' own last step.
-    x, weight, scores, bias, grad = (v.float() for v in (t.x, t.weight, t.scores, t.bias, t.grad_output))
-    by_scores, by_bits = (t.scores, threshold), (packed, t.scores, signs)
-    calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-        "masked_linear": (
-            lambda: by.masked_linear(t.x, t.weight, *by_scores, t.bias, mode),
-            lambda: reference.masked_linear(x, weight, scores, threshold.float(), bias, mode),
-        ),
-        "masked_linear_packed": (
-            lambda: by.masked_linear_packed(t.x, t.weight, packed, t.bias),
-            lambda: reference.masked_linear_packed(x, weight, packed, bias),
-        ),
-        "masked_linear_backward": (
-            lambda: by.masked_linear_backward(t.grad_output, t.x, t.weight, *by_scores, mode, wanted),
-            lambda: reference.masked_linear_backward(grad, x, weight, scores, threshold.float(), mode, wanted),
-        ),
-        "masked_linear_packed_backward": (
-            lambda: by.masked_linear_packed_backward(t.grad_output, t.x, t.weight, *by_bits, mode, wanted),
-            lambda: reference.masked_linear_packed_backward(grad, x, weight, packed, scores, signs, mode, wanted),
-        ),
-    }
-    for name, (run, expect) in calls.items():
-        yield f"{name}, {label}", functools.partial(assert_equal, run, expect)
-    if by.name not in (AUTO, SCRATCH):  # they choose a product, and this is none
-        operands = (t.grad_output, t.x)
-        for name, dtype, sign in (
-            ("bits into fp32", torch.float32, (None, signs)),
-            (f"scores into {name_of(t.weight.dtype)}", t.weight.dtype, (t.scores, None)),
-        ):
-            run = functools.partial(_accumulates, "accumulate_score_grad", by, dtype, *operands, t.weight, *sign, mode)
-            yield f"accumulate_score_grad, {name}, {label}", run
-        for dtype in (torch.float32, t.weight.dtype):
-            run = functools.partial(_accumulates, "accumulate_product", by, dtype, *operands)
-            yield f"accumulate_product, into {name_of(dtype)}, {label}", run
+    wide, narrow = (torch.ones_like(t.weight, dtype=dtype).contiguous() for dtype in (torch.float32, t.weight.dtype))
+    operands, own = (t.grad_output, t.x), name_of(t.weight.dtype)
+    for how, out, factors in (
+        ("bits into float32", wide, (t.weight, None, signs)),
+        (f"scores into {own}", narrow, (t.weight, t.scores, None)),
+        ("no weight, into float32", wide, (None, None, None)),
+        (f"no weight, into {own}", narrow, (None, None, None)),
+    ):
+        yield "accumulate_score_grad", how, (out, *operands, *factors, mode)
 
 
-def selection_checks(label: str, scores: Tensor, threshold: Tensor, by: SimpleNamespace) -> Iterator[Check]:
+def many_calls(t: Inputs, threshold: Tensor, mode: str = MODE) -> Iterator[Call]:
+    """A mask for each row of two, or none."""
+    masks = [reference.pack_mask(t.scores, each, mode) for each in (threshold, torch.zeros_like(threshold))]
+    tasks = torch.arange(len(t.x), device=t.x.device) % 3 - 1
+    yield "masked_linear_many", "", (t.x, t.weight, masks, tasks, t.bias)
+    yield "masked_linear_many_backward", "", (t.grad_output, t.weight, masks, tasks)
+
+
+def selection_checks(
+    label: str, scores: Tensor, threshold: Tensor, backend: str, *, poison: bool = False
+) -> Iterator[Check]:
     """kept_threshold with ties and without, pack_mask and pack_signs."""
     normal = torch.randn(scores.shape, device=scores.device).to(scores.dtype)
-    for name, values in (("ties", scores), ("normal", normal)):
+    for how, values in (("ties", scores), ("normal", normal)):
         for mode in (MODE, "value"):
-            yield (
-                f"kept_threshold, {name}, {mode}, {label}",
-                functools.partial(
-                    assert_equal,
-                    functools.partial(by.kept_threshold, values, 0.9, mode),
-                    # Not the reference's kthvalue, which takes a second at the sizes of a real layer.
-                    functools.partial(by_sorting, values, mode),
-                ),
-            )
-    masks = (lambda of: of.pack_mask(scores, threshold, MODE)), (lambda of: of.pack_signs(scores))
-    for name, run in zip(("pack_mask", "pack_signs"), masks):
-        got, expected = functools.partial(run, by), functools.partial(run, reference)
-        yield f"{name}, {label}", functools.partial(assert_equal, got, expected)
+            got = functools.partial(results, "kept_threshold", backend, (values, _RATIO, mode))
+            # Not the reference's kthvalue, which takes a second at the sizes of a real layer.
+            expected = functools.partial(lambda *by: [by_sorting(*by)], values, mode)
+            check = functools.partial(assert_equal, got, expected, poison=poison)
+            yield named("kept_threshold", how, mode, label), check
+    masks: list[Call] = [("pack_mask", "", (scores, threshold, MODE)), ("pack_signs", "", (scores,))]
+    yield from equal(backend, label, masks, poison=poison)
 
 
-def assert_equal(run: Callable[[], Any], expect: Callable[[], Any]) -> None:
+def thresholds_check(label: str, scores: Tensor, backend: str) -> Check:
+    """kept_thresholds of experts' scores."""
+    got = functools.partial(results, "kept_thresholds", backend, (scores, _RATIO, MODE))
+
+    def expected() -> list[Tensor]:
+        return [torch.stack([by_sorting(each, MODE) for each in scores])]
+
+    return named("kept_thresholds", label), functools.partial(assert_equal, got, expected, poison=True)
+
+
+def assert_equal(
+    run: Callable[[], Iterable[Tensor]], expect: Callable[[], Iterable[Tensor]], *, poison: bool = False
+) -> None:
     """In every bit, once the expected value is rounded to the dtype of what came."""
-    for i, (got, expected) in enumerate(zip(outputs(run()), outputs(expect()), strict=True)):
+    with poisoned() if poison else nullcontext():
+        results = list(run())
+    for i, (got, expected) in enumerate(zip(results, expect(), strict=True)):
         assert got.shape == expected.shape, f"output {i}: shape {tuple(got.shape)}, not {tuple(expected.shape)}"
         wrong = (got != expected.to(got.dtype)).sum().item()
         assert wrong == 0, f"output {i}: {wrong} of {got.numel()} elements differ"
 
 
-def poisoned(by: SimpleNamespace) -> SimpleNamespace:
-    """The same kernels, what they allocate begins as NaN, so that an element that nobody writes is seen.
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """What is allocated within it begins as NaN, so that an element that nobody writes is seen.
 
     Not for cuBLAS, which has no deterministic form without a setting of its own.
     """
+    torch.use_deterministic_algorithms(True)  # fills uninitialized memory, which is its default
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
-    def wrapped(run: Callable) -> Callable:
-        def op(*arguments):
-            torch.use_deterministic_algorithms(True)  # fills uninitialized memory, which is its default
-            try:
-                return run(*arguments)
-            finally:
-                torch.use_deterministic_algorithms(False)
 
-        return op
+def widened(value: Any) -> Any:
+    """In fp32, if it is a tensor of floats."""
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    ops = {name: wrapped(run) for name, run in vars(by).items() if callable(run)}
-    return SimpleNamespace(name=by.name, **ops)
+
+def named(*parts: str) -> str:
+    """The name of a check."""
+    return ", ".join(part for part in parts if part)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -115,16 +148,7 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _accumulates(op: str, by: SimpleNamespace, dtype: torch.dtype, grad: Tensor, x: Tensor, *rest: Any) -> None:
-    got = torch.ones(grad.shape[-1], x.shape[-1], dtype=dtype, device=x.device)
-    expected = got.float()
-    getattr(by, op)(got, grad, x, *rest)
-    widened = (v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for v in (grad, x, *rest))
-    getattr(reference, op)(expected, *widened)
-    assert_equal(lambda: got, lambda: expected)
-
-
 def by_sorting(values: Tensor, mode: str) -> Tensor:
-    """kept_threshold at 0.9."""
+    """kept_threshold."""
     keys = (values.abs() if mode == MODE else values).flatten()
-    return keys.sort().values[keys.numel() - reference.kept_count(keys.numel(), 0.9)]
+    return keys.sort().values[keys.numel() - reference.kept_count(keys.numel(), _RATIO)]

@@ -3,30 +3,31 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from mft_kernels.backends.faster import installed_triton
-
 from .cases import AUTO, CUDA, CUDA_CHECKS, FUSED, SANITIZERS
-from .journal import FAILED, MEASURED
-from .updates import SCHEMES
+from .once_a_step import SCHEMES, TRITON
+from .results import FAILED, MEASURED, Document, Record
 
 FASTER = "gpu-faster.json"
 
 #: Of the time of what "auto" takes else: below, CUDA's kernel is faster and not merely timed so.
 _FASTER = 0.98
 
-Record = Mapping[str, Any]
 #: One measurement of an op: (size, milliseconds by "auto", by CUDA).
 _Times = tuple[int, float, float]
 _BF16 = "bfloat16"
 
 
-def table(environment: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any] | None:
+def table(documents: Sequence[Document]) -> dict[str, Any] | None:
     """What faster.json holds; None unless every check of CUDA's kernels was made and passed, and something was timed.
 
-    A size counts as faster where it is on every shape that was timed.
+    What was timed counts where it was the card and the sources that were checked. A size counts as faster where it is
+    on every shape that was timed.
     """
+    checked = next((document["environment"] for document in documents if document["what"] == "correctness"), {})
+    same = [document for document in documents if _identity(document["environment"]) == _identity(checked)]
+    records = _records(same)
     passed = {record["detail"] for record in records if _is_check(record) and record["status"] == MEASURED}
-    if not passed.issuperset(CUDA_CHECKS) or is_wrong(records):
+    if not passed.issuperset(CUDA_CHECKS) or is_wrong(same):
         return None
     ops = []
     for op, dtypes, times in _ops(records):
@@ -38,21 +39,29 @@ def table(environment: Mapping[str, Any], records: Sequence[Record]) -> dict[str
     if not ops:
         return None
     return {
-        "device": environment.get("device"),
-        "date": environment.get("date"),
-        "sources": environment.get("sources"),
-        "triton": installed_triton(),
-        "capability": environment.get("capability"),  # a dry run has none, and its table is for no card
+        "device": checked.get("device"),
+        "date": checked.get("date"),
+        "sources": checked.get("sources"),
+        "triton": ".".join(str(checked.get("triton", "")).split(".")[:2]),  # they decide the form of its kernels
+        "capability": checked.get("capability"),  # a dry run has none, and its table is for no card
         "ops": ops,
     }
 
 
-def is_wrong(records: Iterable[Record]) -> bool:
+def is_wrong(documents: Iterable[Document]) -> bool:
     """Whether a check of CUDA's kernels failed, or one of them where it was timed: then an earlier table goes too."""
     return any(
         (_is_check(record) and record["status"] == FAILED) or any(CUDA in name for name in record.get("failures", {}))
-        for record in records
+        for record in _records(documents)
     )
+
+
+def _records(documents: Iterable[Document]) -> list[Record]:
+    return [record for document in documents for record in document["cases"]]
+
+
+def _identity(environment: Mapping[str, Any]) -> tuple[Any, ...]:
+    return environment.get("device"), environment.get("sources")
 
 
 def _is_check(record: Record) -> bool:
@@ -73,12 +82,12 @@ def _ops(records: Sequence[Record]) -> Iterable[tuple[str, list[str], list[_Time
         for dtype in (_BF16, "float32"):
             found = _pairs(records, "threshold", op, f"{op}, {CUDA}", lambda r, dtype=dtype: r["detail"] == dtype)
             yield op, [dtype], [(n * k, *times) for (n, k, _), times in found.items()]
-    added = _pairs(records, "updates", FUSED, CUDA, lambda r: r["detail"] == "accumulate_product")
+    added = _pairs(records, "accumulate_product", FUSED, CUDA)
     yield "accumulate_product", [_BF16, "float32"], [(m, *times) for (_, _, m), times in added.items()]
     for scheme, (scores, _) in SCHEMES.items():
         # int16 is no dtype of the table of backends.
         dtypes = [*(["float32"] if scores.is_floating_point else []), "float32", _BF16]
-        steps = _pairs(records, "updates", f"{scheme}, Triton", f"{scheme}, {CUDA}")
+        steps = _pairs(records, "score_step", f"{scheme}, {TRITON}", f"{scheme}, {CUDA}")
         yield "score_step", dtypes, [(n * k, *times) for (n, k, _), times in steps.items()]
 
 

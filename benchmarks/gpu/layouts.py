@@ -1,33 +1,48 @@
 """Every op of csrc/cuda on small, odd and strided shapes, and in a graph, against the reference, bit for bit.
 
 On compute capability 9.0 everything runs twice: as it is, and by the general kernels (MFT_CUDA_CAPABILITY=80).
+
+python -m benchmarks.gpu.layouts runs a part of it, for compute-sanitizer (programs.py); its last line counts. Without
+a GPU the kernels are emulated.
 """
 
 import functools
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from mft_kernels import reference
 from mft_kernels.testing import Inputs, integer_inputs
 
+from . import on_host
 from .cases import CUDA
-from .codes import code_checks
-from .competitors import MODE
+from .codes import code_calls
 from .device import Device
-from .equality import Check, assert_equal, name_of, op_checks, poisoned, selection_checks
+from .equality import (
+    EVERYTHING,
+    REFERENCE,
+    Check,
+    accumulating_calls,
+    assert_equal,
+    dense_calls,
+    equal,
+    many_calls,
+    name_of,
+    poisoned,
+    results,
+    selection_checks,
+    widened,
+)
 from .experts import expert_checks
-from .kernels import OPS, kernels
+from .operands import MODE
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
-_EVERYTHING = [True, True, True, True]
 
-#: (M, N, K)
-SMALL = (
+Size = tuple[int, int, int]  # (M, N, K)
+SMALL: tuple[Size, ...] = (
     (1, 24, 40),  # one token
     (5, 33, 47),  # odd: rows begin anywhere, only the general kernels take them
     (64, 256, 128),  # whole tiles; words of a row are 16 bytes, which Hopper's packed product asks for
@@ -39,50 +54,47 @@ SMALL = (
 )
 #: Wide enough that product_sm90 takes tiles of 256 and of 128 tokens, in the forward and, turned round, in d_x: it
 #: takes the most tokens that give each cluster a tile, of 256 features; an H100 has 66 clusters.
-WIDE = ((500, 8448, 64), (160, 8448, 64), (500, 64, 8448), (160, 64, 8448))
-#: (weight, scores, mode, a threshold a row): what compute-sanitizer and a dry run have time for.
-_FEW = ((_BF16, _BF16, MODE, False), (_FP16, _FP32, MODE, True), (_BF16, _BF16, "value", True))
-_ALL = tuple(
+WIDE: tuple[Size, ...] = ((500, 8448, 64), (160, 8448, 64), (500, 64, 8448), (160, 64, 8448))
+_CUT: Size = (64, 256, 128)  # of a wider matrix
+#: (N, K) of experts, of whom one kernel serves every capability: the second's rows are whole chunks, tiles are more
+#: than one in every direction.
+_EXPERTS = ((33, 47), (264, 136))
+
+#: (weight, scores, mode, a threshold a row)
+Kind = tuple[torch.dtype, torch.dtype, str, bool]
+#: What compute-sanitizer and a dry run have time for.
+_FEW: tuple[Kind, ...] = ((_BF16, _BF16, MODE, False), (_FP16, _FP32, MODE, True), (_BF16, _BF16, "value", True))
+_ALL: tuple[Kind, ...] = tuple(
     (dtype, scores_dtype, mode, by_row)
     for dtype in (_BF16, _FP16)
     for scores_dtype in (dtype, _FP32)
     for mode in (MODE, "value")
     for by_row in (False, True)
 )
-_CUT = (64, 256, 128)  # of a wider matrix
-#: (N, K) of experts: the second's rows are whole chunks, tiles are more than one in every direction.
-_EXPERTS = ((33, 47), (264, 136))
+_ALL_SIZES = [*((size, _ALL) for size in SMALL), *((size, _FEW[:1]) for size in WIDE)]
+_DRY_SIZES = [(SMALL[1], _FEW)]
+#: One a kernel; the fourth's sum is in parts.
+_FEW_SIZES = [*((size, _FEW) for size in (SMALL[1], SMALL[3], SMALL[2])), (SMALL[5], _FEW[:1]), (WIDE[1], _FEW[:1])]
 
 
 def checks(device: Device) -> Iterator[Check]:
     """All of them, by name."""
-    on = device.torch_device
-    small, wide, some, cut = (SMALL, WIDE, _ALL, _CUT) if not device.dry else (((5, 33, 47),), (), _FEW, (8, 24, 40))
+    on, backend, dry = device.torch_device, device.backends[CUDA], device.dry
+    cut = (8, 24, 40) if dry else _CUT
+    yield from _by_each_capability(_DRY_SIZES if dry else _ALL_SIZES, on, backend)
     for capability in capabilities(on):
-        made = [
-            *(check for size in small for kind in some for check in _check(size, on, *kind)),
-            *(check for size in wide for check in _check(size, on, *_FEW[0])),
-            *_strided(cut, on),
-            ("in a graph", functools.partial(_graph, cut, device)),
-            *(check for n, k in _EXPERTS[: 1 if device.dry else None] for check in _experts(n, k, on)),
-        ]
-        yield from ((f"{name}, {capability}", functools.partial(_by, capability, run)) for name, run in made)
+        for name, run in (*_strided(cut, on, backend), ("in a graph", functools.partial(in_a_graph, cut, device))):
+            yield f"{name}, {capability}", functools.partial(_by, capability, run)
+    for n, k in _EXPERTS[: 1 if dry else None]:
+        for dtype in (_BF16, _FP16):
+            yield from expert_checks(f"experts of {(n, k)}", n, k, dtype, backend, on)
 
 
-def few(device: torch.device) -> Iterator[Check]:
+def few(on: torch.device, backend: str) -> Iterator[Check]:
     """One check a kernel and kind of memory access: compute-sanitizer takes a hundred times as long."""
-    for capability in capabilities(device):
-        for size, some in (
-            ((5, 33, 47), _FEW),
-            ((70, 264, 136), _FEW),
-            ((64, 256, 128), _FEW),
-            ((3, 8, 1024), _FEW[:1]),  # a sum in parts
-            (WIDE[1], _FEW[:1]),
-        ):
-            for name, run in (check for kind in some for check in _check(size, device, *kind)):
-                yield f"{name}, {capability}", functools.partial(_by, capability, run)
-    for n, k in _EXPERTS:  # one kernel for every capability
-        yield from _experts(n, k, device, (_BF16,))
+    yield from _by_each_capability(_FEW_SIZES, on, backend)
+    for n, k in _EXPERTS:
+        yield from expert_checks(f"experts of {(n, k)}", n, k, _BF16, backend, on)
 
 
 def capabilities(device: torch.device) -> tuple[str, ...]:
@@ -93,35 +105,61 @@ def capabilities(device: torch.device) -> tuple[str, ...]:
     return (f"{major}{minor}", "80") if major == 9 else (f"{major}{minor}",)
 
 
-def _check(
-    size: tuple[int, int, int],
-    device: torch.device,
-    dtype: torch.dtype,
-    scores_dtype: torch.dtype,
-    mode: str,
-    by_row: bool,
+def in_a_graph(size: Size, device: Device) -> None:
+    """What a training step launches, captured once and replayed on other values."""
+    t, sums = _inputs(size, device.torch_device), torch.zeros(size[1:], device=device.torch_device)
+
+    def step(backend: str) -> Iterator[Tensor]:
+        cast: Callable = widened if backend == REFERENCE else lambda value: value  # in fp32 every sum is exact
+        x, weight, scores, bias, grad = (cast(v) for v in (t.x, t.weight, t.scores, t.bias, t.grad_output))
+        (threshold,) = results("kept_threshold", backend, (scores, 0.5, MODE))
+        (packed,) = results("pack_mask", backend, (scores, threshold, MODE))
+        signs, zeros = results("pack_signs", backend, (scores,))
+        yield from (threshold, packed, signs, zeros)
+        yield from results("masked_linear", backend, (x, weight, scores, threshold, bias, MODE))
+        yield from results("masked_linear_packed", backend, (x, weight, packed, bias))
+        gradients = (grad, x, weight, scores, threshold, MODE, EVERYTHING)
+        yield from results("masked_linear_backward", backend, gradients)
+        yield from results("accumulate_score_grad", backend, (sums, grad, x, weight, None, signs, MODE))
+
+    def launches() -> list[Tensor]:
+        with poisoned():
+            return list(step(device.backends[CUDA]))
+
+    replay = device.graph(launches)
+    for seed in (1, 2):
+        for value, new in zip(vars(t).values(), vars(_inputs(size, device.torch_device, seed=seed)).values()):
+            value.copy_(new)
+        assert_equal(replay, lambda: step(REFERENCE))
+
+
+def _by_each_capability(
+    sizes: Sequence[tuple[Size, Sequence[Kind]]], on: torch.device, backend: str
 ) -> Iterator[Check]:
-    by, t = poisoned(kernels(CUDA)), _inputs(*size, device, dtype, scores_dtype)
+    for capability in capabilities(on):
+        for size, kind in ((size, kind) for size, kinds in sizes for kind in kinds):
+            for name, run in _of_size(size, kind, on, backend):
+                yield f"{name}, {capability}", functools.partial(_by, capability, run)
+
+
+def _of_size(size: Size, kind: Kind, on: torch.device, backend: str) -> Iterator[Check]:
+    dtype, scores_dtype, mode, by_row = kind
+    t = _inputs(size, on, dtype, scores_dtype)
     threshold = _threshold(t.scores, by_row)
     row = ", by row" if by_row else ""
     label = f"{size}, {name_of(dtype)}, scores {name_of(scores_dtype)}, {mode}{row}"
-    yield from op_checks(label, t, threshold, by, mode, _EVERYTHING)
-    if t.scores.numel() > 1:
-        yield from selection_checks(label, t.scores, threshold, by)
+    calls = [*dense_calls(t, threshold, mode, EVERYTHING), *accumulating_calls(t, mode)]
     if (scores_dtype, mode, by_row) == (dtype, MODE, False):
-        yield from code_checks(label, t, threshold, by, mode)
+        calls += [*code_calls(t, threshold), *many_calls(t, threshold)]
+    yield from equal(backend, label, calls, poison=True)
+    if t.scores.numel() > 1:
+        yield from selection_checks(label, t.scores, threshold, backend, poison=True)
 
 
-def _experts(n: int, k: int, device: torch.device, dtypes: tuple[torch.dtype, ...] = (_BF16, _FP16)) -> Iterator[Check]:
-    for dtype in dtypes:
-        yield from expert_checks(f"experts of {(n, k)}", n, k, dtype, poisoned(kernels(CUDA)), device)
-
-
-def _strided(size: tuple[int, int, int], device: torch.device) -> Iterator[Check]:
+def _strided(size: Size, on: torch.device, backend: str) -> Iterator[Check]:
     """Views that the kernels read where they lie, and some that are copied first."""
-    by = poisoned(kernels(CUDA))
     m, n, k = size
-    wide = _inputs(m, n + 16, k + 24, device, _BF16, _BF16)
+    wide = _inputs((m, n + 16, k + 24), on)
 
     def cut(of: int) -> Inputs:
         """From element ``of`` on: at 8, every row still begins at a multiple of 16 bytes."""
@@ -129,69 +167,31 @@ def _strided(size: tuple[int, int, int], device: torch.device) -> Iterator[Check
         return Inputs(wide.x[:, columns], wide.weight[rows, columns], wide.scores[rows, columns], wide.bias[:n],
                       wide.grad_output[:, of : of + n])  # fmt: skip
 
-    aligned, misaligned, plain = cut(8), cut(1), _inputs(m, n, k, device, _BF16, _BF16)
+    plain = _inputs(size, on)
+    x, grad = plain.x, plain.grad_output
     layouts = {
-        "rows of a wider matrix": aligned,
-        "rows of a wider matrix, misaligned": misaligned,
+        "rows of a wider matrix": cut(8),
+        "rows of a wider matrix, misaligned": cut(1),
         "column-major": Inputs(*(_column_major(v) for v in vars(plain).values())),
-        "every other token": Inputs(**vars(plain) | {"x": plain.x[::2], "grad_output": plain.grad_output[::2]}),
-        "an expanded gradient": Inputs(**vars(plain) | {"grad_output": plain.grad_output[:1, :1].expand(m, n)}),
-        "three dimensions": Inputs(
-            **vars(plain) | {"x": plain.x.view(4, -1, k), "grad_output": plain.grad_output.view(4, -1, n)}
-        ),
-        "one dimension": Inputs(**vars(plain) | {"x": plain.x[0], "grad_output": plain.grad_output[0]}),
+        "every other token": Inputs(**vars(plain) | {"x": x[::2], "grad_output": grad[::2]}),
+        "an expanded gradient": Inputs(**vars(plain) | {"grad_output": grad[:1, :1].expand(m, n)}),
+        "three dimensions": Inputs(**vars(plain) | {"x": x.view(4, -1, k), "grad_output": grad.view(4, -1, n)}),
+        "one dimension": Inputs(**vars(plain) | {"x": x[0], "grad_output": grad[0]}),
     }
     for name, t in layouts.items():
-        yield from op_checks(name, t, _threshold(t.scores, False), by, MODE, _EVERYTHING)
-        yield from selection_checks(name, t.scores, _threshold(t.scores, True), by)
+        calls = [*dense_calls(t, _threshold(t.scores, False), MODE, EVERYTHING), *accumulating_calls(t)]
+        yield from equal(backend, name, calls, poison=True)
+        yield from selection_checks(name, t.scores, _threshold(t.scores, True), backend, poison=True)
 
 
 def _column_major(v: Tensor) -> Tensor:
     return v.T.contiguous().T if v.dim() == 2 else v
 
 
-def _graph(size: tuple[int, int, int], device: Device) -> None:
-    """What a training step launches, captured once and replayed on other values."""
-    by, sizes = poisoned(kernels(CUDA)), (*size, device.torch_device, _BF16, _BF16)
-    t, sums = _inputs(*sizes), torch.zeros(size[1:], device=device.torch_device)
-
-    def step(of: SimpleNamespace) -> tuple[Tensor, ...]:
-        threshold = of.kept_threshold(t.scores, 0.5, MODE)
-        packed, (signs, zeros) = of.pack_mask(t.scores, threshold, MODE), of.pack_signs(t.scores)
-        y = of.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, MODE)
-        again = of.masked_linear_packed(t.x, t.weight, packed, t.bias)
-        gradients = of.masked_linear_backward(t.grad_output, t.x, t.weight, t.scores, threshold, MODE, _EVERYTHING)
-        sums.zero_()
-        of.accumulate_score_grad(sums, t.grad_output, t.x, t.weight, None, signs, MODE)
-        return threshold, packed, signs, zeros, y, again, *gradients, sums.clone()
-
-    replay = device.graph(lambda: step(by))
-    for seed in (1, 2):
-        for value, new in zip(vars(t).values(), vars(_inputs(*sizes, seed=seed)).values()):
-            value.copy_(new)
-        assert_equal(replay, lambda: step(_wide(t)))
-
-
-def _wide(t: Inputs) -> SimpleNamespace:
-    """The reference, its sums in fp32."""
-
-    def widened(op: str) -> Callable:
-        def run(*arguments):
-            return getattr(reference, op)(*(v.float() if _is_16_bit(v) else v for v in arguments))
-
-        return run
-
-    return SimpleNamespace(**{op: widened(op) for op in OPS})
-
-
-def _is_16_bit(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (_BF16, _FP16)
-
-
 def _inputs(
-    m: int, n: int, k: int, device: torch.device, dtype: torch.dtype, scores_dtype: torch.dtype, *, seed: int = 0
+    size: Size, on: torch.device, dtype: torch.dtype = _BF16, scores_dtype: torch.dtype = _BF16, *, seed: int = 0
 ) -> Inputs:
-    return Inputs(*(v.to(device) for v in vars(integer_inputs(m, n, k, dtype, scores_dtype, seed=seed)).values()))
+    return Inputs(*(v.to(on) for v in vars(integer_inputs(*size, dtype, scores_dtype, seed=seed)).values()))
 
 
 def _threshold(scores: Tensor, by_row: bool) -> Tensor:
@@ -201,19 +201,28 @@ def _threshold(scores: Tensor, by_row: bool) -> Tensor:
 
 
 def _by(capability: str, run: Callable[[], object]) -> None:
-    with _capability(capability):
+    """By the kernels of that compute capability, wherever they can run."""
+    with mock.patch.dict(os.environ, MFT_CUDA_CAPABILITY=capability):
         run()
 
 
-@contextmanager
-def _capability(capability: str) -> Iterator[None]:
-    """The kernels of that compute capability, wherever they can run."""
-    before = os.environ.get("MFT_CUDA_CAPABILITY")
-    os.environ["MFT_CUDA_CAPABILITY"] = capability
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["MFT_CUDA_CAPABILITY"]
-        else:
-            os.environ["MFT_CUDA_CAPABILITY"] = before
+def main() -> int:
+    """Run the few; 0 if all are right."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and (reason := on_host.install()):
+        print(reason, file=sys.stderr)
+        return 2
+    passed = failed = 0
+    for name, run in few(device, on_host.BACKEND if device.type == "cpu" else CUDA):
+        try:
+            run()
+            passed += 1
+        except AssertionError as error:
+            failed += 1
+            print(f"wrong: {name}: {error}", flush=True)
+    print(f"sanitized: {passed} passed, {failed} failed", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

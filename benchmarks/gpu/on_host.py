@@ -1,6 +1,6 @@
-"""For a dry run: backend="cuda" on CPU tensors, its bindings over the kernels in the emulator of the tests.
+"""For a dry run: a backend that runs the CUDA kernels on CPU tensors, their bindings over the emulator of the tests.
 
-It is compiled once, into build/cuda_on_host, and again when a source changes.
+The bindings are compiled once, into build/cuda_on_host, and again when a source changes.
 """
 
 import os
@@ -11,15 +11,18 @@ from types import ModuleType
 import torch
 
 from mft_kernels.backends import built
+from mft_kernels.backends.table import Backend, register, registered
 
-from ..harness import ROOT
+from ..records import ROOT
 
+#: By which name ops are asked for it: the backend "cuda" takes tensors of a GPU alone.
+BACKEND = "cuda_on_host"
 _FOLDER = ROOT / "build" / "cuda_on_host"
 _NAME = "mft_cuda_on_host"
 
 
 def install() -> str | None:
-    """Put the emulated ops in the place of the library's. Returns why they cannot be had, or None.
+    """Register the backend, its ops those of "cuda". Returns why it cannot be had, or None.
 
     Raises: RuntimeError, with the compiler's words, if the sources do not compile.
     """
@@ -38,6 +41,8 @@ def install() -> str | None:
     except emulated.NotBuilt as reason:
         return str(reason)
     built.cuda_ops = getattr(torch.ops, _NAME)
+    cuda = registered("cuda")
+    register(Backend(name=BACKEND, device_types=frozenset({"cpu"}), dtypes=cuda.dtypes, ops=cuda.ops))
     os.environ.setdefault("MFT_CUDA_CAPABILITY", "90")  # Hopper's kernels where they take the arguments, else sm_80's
     return None
 

@@ -1,167 +1,131 @@
-"""Time one product of one shape: each competitor checked against the eager form, then timed in interleaved rounds.
+"""Competitors on the same operands: each is checked, then all are timed in interleaved rounds.
 
 The clock of a GPU follows its temperature and power, so every round replays each competitor once, in a new order, and
 ratios are taken within a round.
 """
 
-import functools
-import random
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 from triton.runtime.errors import TritonError
 
-from ..harness import Spread
-from .cases import DENSE, EAGER, Case, competitors, floor_ms, left_out, work
-from .competitors import (
-    KEEP_BYTES,
-    NOT_CAPTURED,
-    SCORE_BYTES,
-    Inputs,
-    Operands,
-    Run,
-    difference,
-    functions,
-    outputs,
-    tolerance,
-)
-from .device import Device, Timer, first_line
+from mft_kernels.timing import Samples, time_told
 
-ROUNDS = 11
+from ..harness import Spread
+from .cases import CUDA, DENSE
+from .device import GRAPH, Device, Timer
+from .operands import Inputs
+from .results import first_line
+
+#: What a competitor may raise while the others are still measured: torch's own, Triton's, and a changed interface.
+FAILURES = (RuntimeError, TritonError, TypeError, AttributeError, ValueError, NotImplementedError)
+#: Largest ||difference|| / ||expected||: bf16 rounds by 0.2 %.
+MOST_APART = 0.02
+
+_ROUNDS = 11
 #: Where a call takes longer than this, three rounds do.
 _LONG_MS = 50.0
 _FEW_ROUNDS = 3
 
-#: What a competitor may raise while the others are still measured: torch's own, Triton's, and a changed interface.
-FAILURES = (RuntimeError, TritonError, TypeError, AttributeError, ValueError, NotImplementedError)
+#: (bytes that must move, floating-point operations) of each phase of a competitor.
+Phases = Sequence[tuple[float, float]]
 
 
-def time_product(case: Case, inputs: Inputs, device: Device, ceilings: Mapping[str, float]) -> dict[str, Any]:
-    """samples, failures and what was left out, of one of cases.PRODUCTS."""
-    device.tidy()
-    operands = inputs.get(case.n, case.k, case.m, sums=case.what == "accumulate")
-    runs = functions(case.what, competitors(case), device)
-    failures = _wrong(case, runs, operands[0], device)
-    runs = {name: run for name, run in runs.items() if name not in failures}
-    calls = {name: functools.partial(_on_copy, run, operands) for name, run in runs.items()}
-    samples, failed = time_calls(calls, len(operands), device, not_captured=NOT_CAPTURED)
-    for name, sample in samples.items():
-        phases = work(case.what, case.n, case.k, case.m, KEEP_BYTES.get(name, SCORE_BYTES))
-        add_floors(sample, phases, ceilings)
-        if DENSE in samples:
-            shares = [100 * d / t for d, t in zip(samples[DENSE]["rounds_ms"], sample["rounds_ms"])]
-            sample["percent_of_cublas"] = asdict(Spread.of(shares))
-    return {
-        "copies": len(operands),
-        "samples": samples,
-        "failures": {**failures, **failed},
-        "left_out": without(case, device),
-    }
+@dataclass(frozen=True)
+class Competitor:
+    """One way to compute a thing. ``run`` takes the index of a copy of the operands.
+
+    apart: how far its result is from what it must be, relative; None: there is nothing to compare.
+    """
+
+    run: Callable[[int], object]
+    apart: Callable[[], float] | None = None
+    most_apart: float = MOST_APART
+    phases: Phases = ()
+    how: str = GRAPH
 
 
-def time_calls(
-    calls: Mapping[str, Callable[[int], object]],
-    copies: int,
-    device: Device,
-    *,
-    not_captured: frozenset[str],
-    by_the_clock: frozenset[str] = frozenset(),
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """(samples, why others have none): name -> call of a copy's index; ``by_the_clock``: with what the host needs."""
-    timers: dict[str, Timer] = {}
-    failures: dict[str, str] = {}
-    # A capture empties the allocator's cache: those that allocate while they are timed come after all captures.
-    for name, call in sorted(calls.items(), key=lambda item: item[0] in not_captured):
-        try:
-            if name in by_the_clock:
-                timers[name] = device.clock(call, copies)
-            else:
-                timers[name] = device.timer(call, copies, capture=name not in not_captured)
-        except FAILURES as error:
-            failures[name] = reason(error, device)
-    rounds = in_rounds(timers, 2 if device.dry else ROUNDS)
-    samples = {
-        name: {
-            "method": timer.method,
-            **({"note": timer.note} if timer.note else {}),
-            "calls": timer.calls,
-            "ms": asdict(Spread.of(rounds[name])),
-            "rounds_ms": [float(f"{ms:.5g}") for ms in rounds[name]],
+class Bench:
+    """Where cases are measured: a device, its ceilings, and the operands of the last case."""
+
+    def __init__(self, device: Device, ceilings: Mapping[str, float]) -> None:
+        self.device = device
+        self.inputs = Inputs(device)
+        self._ceilings = ceilings
+
+    def compare(self, competitors: Mapping[str, Competitor], copies: int) -> dict[str, Any]:
+        """samples: times and shares of the floors, by name; failures: why others have none; left_out."""
+        timers: dict[str, Timer] = {}
+        failures: dict[str, str] = {}
+        for name, one in competitors.items():
+            if why := self._wrong(one):
+                failures[name] = why
+        right = {name: one for name, one in competitors.items() if name not in failures}
+        # A capture empties the allocator's cache: those that allocate while they are timed come after all captures.
+        for name, one in sorted(right.items(), key=lambda item: item[1].how != GRAPH):
+            try:
+                timers[name] = self.device.timer(one.run, copies, one.how)
+            except FAILURES as error:
+                failures[name] = reason(error, self.device)
+        rounds = _in_rounds(timers, 2 if self.device.dry else _ROUNDS)
+        samples = {
+            name: self._sample(timers[name], rounds[name], one.phases) for name, one in right.items() if name in timers
         }
-        for name in calls
-        if (timer := timers.get(name))
-    }
-    return samples, failures
+        for name, sample in samples.items() if DENSE in samples else ():
+            shares = [100 * dense / own for dense, own in zip(rounds[DENSE], rounds[name])]
+            sample["percent_of_cublas"] = asdict(Spread.of(shares))
+        return {"copies": copies, "samples": samples, "failures": failures, "left_out": self.without_cuda()}
 
+    def without_cuda(self) -> dict[str, str]:
+        """Why the CUDA kernels take no part, under their name."""
+        return {name: why for name, why in self.device.without.items() if name == CUDA}
 
-def in_rounds(timers: Mapping[str, Timer], rounds: int, seed: int = 0) -> dict[str, list[float]]:
-    """Milliseconds a call, one sample a round; the slowest take part in the first rounds alone."""
-    order = random.Random(seed)
-    samples: dict[str, list[float]] = {name: [] for name in timers}
-    for r in range(rounds):
-        for name in order.sample(list(timers), len(timers)):
-            if r < _FEW_ROUNDS or timers[name].estimate <= _LONG_MS:
-                samples[name].append(timers[name].replay())
-    return samples
-
-
-def add_floors(sample: dict[str, Any], phases: list[tuple[float, float]], ceilings: Mapping[str, float]) -> None:
-    """Set floor_ms and the percentages of it that a sample reaches."""
-    by_bytes, by_flops, floor = floor_ms(phases, ceilings["bytes_per_second"], ceilings["flops_per_second"])
-    median = sample["ms"]["median"]
-    sample["floor_ms"] = floor
-    sample["percent_of_byte_floor"] = 100 * by_bytes / median
-    sample["percent_of_flop_floor"] = 100 * by_flops / median
-
-
-def measure_memory(case: Case, inputs: Inputs, device: Device) -> dict[str, Any]:
-    """Peak memory of a step of each competitor, and its results: y, d_x and the gradient of the weight's size."""
-    operands = inputs.get(case.n, case.k, case.m)[0]
-    weight = operands.weight.nbytes
-    samples: dict[str, dict[str, Any]] = {}
-    failures: dict[str, str] = {}
-    for name, run in functions("step", competitors(case), device).items():
-        device.tidy()
+    def _wrong(self, competitor: Competitor) -> str:
+        """Why it is not timed: it fails, or computes something else; "" if it is right."""
+        if competitor.apart is None:
+            return ""
         try:
-            peak, results = device.peak(functools.partial(_outputs, run, operands))
+            apart = competitor.apart()
         except FAILURES as error:
-            failures[name] = reason(error, device)
-            continue
-        beyond = peak - results
-        samples[name] = {"peak_bytes": peak, "result_bytes": results, "beyond_results_of_weight": beyond / weight}
-    return {"weight_bytes": weight, "samples": samples, "failures": failures, "left_out": without(case, device)}
+            return reason(error, self.device)
+        if apart <= competitor.most_apart:
+            return ""
+        return f"wrong: {apart:.3g} from the eager form, at most {competitor.most_apart:g}"
+
+    def _sample(self, timer: Timer, rounds: list[float], phases: Phases) -> dict[str, Any]:
+        sample: dict[str, Any] = {"method": timer.method} | ({"note": timer.note} if timer.note else {})
+        sample |= {"calls": timer.calls, "ms": asdict(Spread.of(rounds))}
+        sample["rounds_ms"] = [float(f"{ms:.5g}") for ms in rounds]
+        if phases:
+            rates = self._ceilings["bytes_per_second"], self._ceilings["flops_per_second"]
+            by_bytes, by_flops, floor = floor_ms(phases, *rates)
+            median = sample["ms"]["median"]
+            sample["floor_ms"] = floor
+            sample["percent_of_byte_floor"] = 100 * by_bytes / median
+            sample["percent_of_flop_floor"] = 100 * by_flops / median
+        return sample
 
 
-def without(case: Case, device: Device) -> dict[str, str]:
-    """Who is not measured, and why: by plan, or because the device is without it."""
-    return left_out(case) | {name: why for name, why in device.without.items() if name in competitors(case)}
+def floor_ms(phases: Phases, byte_rate: float, flop_rate: float) -> tuple[float, float, float]:
+    """(by bytes alone, by operations alone, the larger of both phase by phase), milliseconds; rates a second."""
+    by_bytes, by_flops = [1e3 * b / byte_rate for b, _ in phases], [1e3 * f / flop_rate for _, f in phases]
+    return sum(by_bytes), sum(by_flops), sum(map(max, by_bytes, by_flops))
 
 
-def _wrong(case: Case, runs: Mapping[str, Any], operands: Operands, device: Device) -> dict[str, str]:
-    """Why a competitor is not timed: it fails, or computes something else than the eager form."""
+def difference(got: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> float:
+    """||got - expected|| / ||expected||, the largest of all outputs; NaN counts as infinity."""
+    shares = [
+        ((g.float() - e.float()).norm() / e.float().norm()).item() for g, e in zip(outputs(got), outputs(expected))
+    ]
+    return max(math.inf if math.isnan(share) else share for share in shares)
 
-    def results(run: Run) -> Tensor | tuple[Tensor, ...]:
-        if operands.sums is None:
-            return run(operands)
-        operands.sums.zero_()
-        return outputs(run(operands))[0].clone()
 
-    expected = results(functions(case.what, [EAGER], device)[EAGER])
-    reasons = {}
-    for name, run in runs.items():
-        most = tolerance(name)
-        if most is None:
-            continue
-        try:
-            apart = difference(results(run), expected)
-        except FAILURES as error:
-            reasons[name] = reason(error, device)
-            continue
-        if apart > most:
-            reasons[name] = f"wrong: {apart:.3g} from the eager form, at most {most:g}"
-    return reasons
+def outputs(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Of one product or several, as a tuple."""
+    return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
 def reason(error: BaseException, device: Device) -> str:
@@ -170,9 +134,10 @@ def reason(error: BaseException, device: Device) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _on_copy(run: Callable[[Operands], object], operands: Sequence[Operands], copy: int) -> object:
-    return run(operands[copy])
-
-
-def _outputs(run: Run, operands: Operands) -> Sequence[Tensor]:
-    return outputs(run(operands))
+def _in_rounds(timers: Mapping[str, Timer], rounds: int) -> Samples:
+    """Milliseconds a call, one sample a round; the slowest take part in the first rounds alone."""
+    samples = time_told({name: timer.replay for name, timer in timers.items()}, min(rounds, _FEW_ROUNDS))
+    fast = {name: timer.replay for name, timer in timers.items() if timer.estimate <= _LONG_MS}
+    for name, later in time_told(fast, max(0, rounds - _FEW_ROUNDS), seed=1).items():
+        samples[name] += later
+    return samples

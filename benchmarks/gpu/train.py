@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
-from ..harness import ROOT, Spread
+from ..harness import Spread
+from ..records import ROOT
 from .cases import Case
 from .device import Device
-from .journal import FAILED, MEASURED, NOT_MEASURED
-from .timing import FAILURES, reason
+from .results import FAILED, NOT_MEASURED
+from .timing import FAILURES, Bench, reason
 
+STEP, ESTIMATE = "a step", "mft estimate, of a card as in memory.md"
 ACCUMULATION = 2
 _ROUNDS, _CHECKED_STEPS = 5, 2
 _LR = 1e-3
@@ -40,11 +42,11 @@ _TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 1, "
          "num_hidden_layers": 1, "vocab_size": 64}  # fmt: skip
 
 
-def time_train(case: Case, device: Device) -> tuple[str, dict[str, Any]]:
-    """(status, seconds and peak bytes of a step of case.detail, "model, way", beside the estimate's)."""
+def time_train(case: Case, bench: Bench) -> dict[str, Any]:
+    """Times and peak bytes of a step of case.detail, "model, way", beside the estimate's."""
     if str(ROOT / "python") not in sys.path:  # the recipe need not be installed
         sys.path.append(str(ROOT / "python"))
-    model, way = case.detail.rsplit(", ", 1)
+    device, (model, way) = bench.device, case.detail.rsplit(", ", 1)
     try:
         config = config_of(model, dry=device.dry)
         expected = _losses_by_the_reference(model, case.m, device)
@@ -61,19 +63,22 @@ def time_train(case: Case, device: Device) -> tuple[str, dict[str, Any]]:
         steps[0].close()
         estimate = _estimate(config, way, case.m, device)
     except ImportError as error:
-        return NOT_MEASURED, {"reason": f"without {error.name}: {error}"}
+        return {"status": NOT_MEASURED, "reason": f"without {error.name}: {error}"}
     except FAILURES as error:
-        return FAILED, {"reason": reason(error, device)}
+        return {"status": FAILED, "reason": reason(error, device)}
     apart = max(abs(got / want - 1) for got, want in zip(losses, expected, strict=True))
     if not apart <= _MOST_APART:
-        return FAILED, {"reason": f"wrong: losses {losses}, those of plain by the reference are {expected}"}
-    return MEASURED, {
+        return {
+            "status": FAILED,
+            "reason": f"wrong: losses {losses}, those of plain by the reference are {expected}",
+        }
+    estimated = {"ms": asdict(Spread.of([1e3 * estimate.seconds])), "peak_bytes": estimate.device_peak}
+    rounds = {"rounds_ms": [float(f"{1e3 * s:.5g}") for s in seconds]}
+    measured = {"ms": asdict(Spread.of([1e3 * s for s in seconds])), "peak_bytes": peak} | rounds
+    return {
         "tokens": ACCUMULATION * case.m,
-        "seconds_of_a_step": asdict(Spread.of(seconds)),
-        "rounds_s": [float(f"{s:.5g}") for s in seconds],
-        "peak_bytes": peak,
         "losses": losses,
-        "estimate": {"seconds": estimate.seconds, "device_peak": estimate.device_peak},
+        "samples": {STEP: measured, ESTIMATE: estimated},
     }
 
 

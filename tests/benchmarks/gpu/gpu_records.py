@@ -1,19 +1,14 @@
-"""What tests of the GPU suite share: records of cases as a worker writes them, and a clock that stands still."""
+"""What tests of the GPU suite share: records and documents as a worker writes them, and a device without a GPU."""
 
-from benchmarks.gpu.cases import AUTO, DENSE, KEPT, PAPER, PASS, SQUARE
-from benchmarks.gpu.journal import MEASURED
+from benchmarks.gpu.cases import AUTO, CUDA, DENSE, FUSED, KEPT, PAPER, PASS, SQUARE, WHATS
+from benchmarks.gpu.results import MEASURED, Results
 
 CEILINGS = {"bytes_per_second": 3e12, "flops_per_second": 8e14}
-
-
-class Clock:
-    """Stands still unless it is told otherwise."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
+#: As the suite's environment is on an H100.
+HERE = {
+    "device": "a card", "date": "today", "sources": "0123", "triton": "3.6.1", "capability": [9, 0],
+    "triton_kernels": "Triton 3.6, sm_90, swapped form (docs/kernels.md)", "cuda_library": "CUDA C++, sm_80 sm_90",
+}  # fmt: skip
 
 
 def sample(ms, *, of_cublas=100.0, floor=0.0):
@@ -25,11 +20,46 @@ def sample(ms, *, of_cublas=100.0, floor=0.0):
     }  # fmt: skip
 
 
-def record(what, m, samples, shape=SQUARE):
-    return {"what": what, "n": shape[0], "k": shape[1], "m": m, "detail": "", "status": MEASURED, "samples": samples,
-            "failures": {}, "left_out": {}}  # fmt: skip
+def record(what, m, samples, shape=SQUARE, detail=""):
+    return {"what": what, "n": shape[0], "k": shape[1], "m": m, "detail": detail, "status": MEASURED,
+            "samples": samples, "failures": {}, "left_out": {}}  # fmt: skip
 
 
 def step(m, auto, passes, kept, paper=100.0, shape=SQUARE):
     times = {DENSE: 1.0, AUTO: auto, PASS: passes, KEPT: kept, PAPER: paper}
     return record("step", m, {name: sample(ms) for name, ms in times.items()}, shape)
+
+
+def check(detail, status=MEASURED, **fields):
+    return record("correctness", 0, {}, (0, 0), detail) | {"status": status} | fields
+
+
+def documents_of(*records, environment=HERE):
+    """As results.read gives them."""
+    return [
+        {"what": what, "environment": environment, "ceilings": CEILINGS, "cases": own}
+        for what in WHATS
+        if (own := [each for each in records if each["what"] == what])
+    ]
+
+
+def results_of(out, cases, environment=HERE):
+    """A run in a folder, all of whose cases wait."""
+    results = Results(out, "a run")
+    results.begin(cases, environment, CEILINGS)
+    return results
+
+
+def on_host(**changes):
+    """The dry run's device without an emulator: what needs a kernel of ours is given the reference."""
+    from benchmarks.gpu import device
+
+    class OnHost(device.Interpreter):
+        backends = {FUSED: "reference", AUTO: "auto", CUDA: "cuda_on_host"}  # noqa: RUF012
+
+        def __init__(self):
+            self.without = {CUDA: "its library is not built"}
+
+    made = OnHost()
+    vars(made).update(changes)
+    return made

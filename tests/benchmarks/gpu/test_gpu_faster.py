@@ -8,24 +8,20 @@ import torch
 
 pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
 
-from gpu_records import CEILINGS, record, sample
+from gpu_records import HERE, check, documents_of, record, results_of, sample
 
-from benchmarks.gpu import faster_table, results
+from benchmarks.gpu import faster_table, report
 from benchmarks.gpu.cases import AUTO, CUDA, CUDA_CHECKS, FUSED, SQUARE, Case
-from benchmarks.gpu.journal import FAILED, MEASURED, Journal
+from benchmarks.gpu.results import FAILED, MEASURED, NOT_MEASURED
 from mft_kernels.backends import faster
 from mft_kernels.backends import table as backends
 
-WHERE = {"device": "a card", "date": "today", "sources": "0123", "capability": [9, 0]}
 BF16 = torch.bfloat16
 
 
 def checks(**states):
     names = {name.replace(" ", "_"): name for name in (*CUDA_CHECKS, "cuda memcheck")}
-    return [
-        {"what": "correctness", "detail": detail, "n": 0, "k": 0, "m": 0, "status": states.get(name, MEASURED)}
-        for name, detail in names.items()
-    ]
+    return [check(detail, states.get(name, MEASURED)) for name, detail in names.items()]
 
 
 def timed(what, m, by_auto, by_cuda, shape=SQUARE, auto=AUTO):
@@ -33,7 +29,7 @@ def timed(what, m, by_auto, by_cuda, shape=SQUARE, auto=AUTO):
 
 
 def sizes_of(records, op="masked_linear"):
-    found = faster_table.table(WHERE, [*checks(), *records])
+    found = faster_table.table(documents_of(*checks(), *records))
     return next(entry["sizes"] for entry in found["ops"] if entry["op"] == op)
 
 
@@ -55,11 +51,11 @@ def test_a_backward_is_what_a_step_takes_beyond_its_forward():
 
 def test_selections_and_steps_are_told_by_scores_and_accumulation_by_tokens():
     threshold = record("threshold", 0, {"kept_threshold": sample(1.0), "kept_threshold, cuda": sample(0.5)})
-    step = record("updates", 0, {"int16, 8-bit, Triton": sample(1.0), "int16, 8-bit, cuda": sample(0.5)})
-    added = timed("updates", 2048, 1.0, 0.5, auto=FUSED) | {"detail": "accumulate_product"}
-    records = [threshold | {"detail": "bfloat16"}, step | {"detail": "score_step"}, added]
-    found = faster_table.table(WHERE, [*checks(), *records])
+    step = record("score_step", 0, {"int16, 8-bit, Triton": sample(1.0), "int16, 8-bit, cuda": sample(0.5)})
+    added = [timed(what, 2048, 1.0, 0.5, auto=FUSED) for what in ("accumulate", "accumulate_product")]
+    found = faster_table.table(documents_of(*checks(), threshold | {"detail": "bfloat16"}, step, *added))
     assert [(entry["op"], entry["dtypes"], entry["sizes"]) for entry in found["ops"]] == [
+        ("accumulate_score_grad", ["bfloat16", "float32"], {"2048": True}),
         ("kept_threshold", ["bfloat16"], {str(4096 * 4096): True}),
         ("accumulate_product", ["bfloat16", "float32"], {"2048": True}),
         ("score_step", ["float32", "bfloat16"], {str(4096 * 4096): True}),
@@ -68,33 +64,43 @@ def test_selections_and_steps_are_told_by_scores_and_accumulation_by_tokens():
 
 def test_there_is_no_table_of_kernels_that_were_not_found_right():
     fast = timed("forward", 2048, 1.0, 0.5)
-    assert faster_table.table(WHERE, [*checks(), fast]) is not None
-    assert faster_table.table(WHERE, checks()) is None
-    assert faster_table.table(WHERE, [fast]) is None
-    for states in ({"cuda_layouts": FAILED}, {"cuda_exact": "not measured"}, {"cuda_memcheck": FAILED}):
-        assert faster_table.table(WHERE, [*checks(**states), fast]) is None
+    assert faster_table.table(documents_of(*checks(), fast)) is not None
+    assert faster_table.table(documents_of(*checks())) is None
+    assert faster_table.table(documents_of(fast)) is None
+    for states in ({"cuda_layouts": FAILED}, {"cuda_exact": NOT_MEASURED}, {"cuda_memcheck": FAILED}):
+        assert faster_table.table(documents_of(*checks(**states), fast)) is None
     wrong = timed("d_x", 64, 1.0, 0.5) | {"failures": {CUDA: "wrong: 0.5 from the eager form"}}
-    assert faster_table.table(WHERE, [*checks(), fast, wrong]) is None
+    assert faster_table.table(documents_of(*checks(), fast, wrong)) is None
+
+
+@pytest.mark.parametrize("other", [{"device": "another card"}, {"sources": "4567"}])
+def test_what_was_timed_with_other_kernels_than_those_that_were_checked_is_left_out(other):
+    right = documents_of(*checks())
+    assert faster_table.table([*right, *documents_of(timed("forward", 2048, 1.0, 0.5))]) is not None
+    timed_later = documents_of(timed("forward", 2048, 1.0, 0.5), environment=HERE | other)
+    assert faster_table.table([*right, *timed_later]) is None
 
 
 def test_a_run_writes_it_beside_its_results(tmp_path):
-    journal, cases = Journal(tmp_path / "journal"), [Case("forward", *SQUARE, 2048)]
-    journal.add("about", environment=WHERE, ceilings=CEILINGS)
-    journal.record(cases[0], MEASURED, samples=timed("forward", 2048, 1.0, 0.5)["samples"])
-    results.write(tmp_path, journal, cases)
-    assert not (tmp_path / faster_table.FASTER).exists()
-    for check in checks():
-        journal.record(Case("correctness", detail=check["detail"]), MEASURED)
-    results.write(tmp_path, journal, cases)
-    stored = json.loads((tmp_path / faster_table.FASTER).read_text())
-    assert (stored["capability"], stored["ops"][0]["sizes"]) == ([9, 0], {"2048": True})
-    slice_of_it = Journal(tmp_path / "another")  # says nothing of correctness
-    slice_of_it.add("about", environment=WHERE, ceilings=CEILINGS)
-    results.write(tmp_path, slice_of_it, cases)
-    assert (tmp_path / faster_table.FASTER).exists()
-    slice_of_it.record(Case("correctness", detail="cuda exact"), FAILED)
-    results.write(tmp_path, slice_of_it, cases)
-    assert not (tmp_path / faster_table.FASTER).exists()
+    case, path = Case("forward", *SQUARE, 2048), tmp_path / faster_table.FASTER
+    results_of(tmp_path, [case]).set(case, MEASURED, samples=timed("forward", 2048, 1.0, 0.5)["samples"])
+    report.write(tmp_path)
+    assert not path.exists()
+    checked = [Case.of(each) for each in checks()]
+    results = results_of(tmp_path, checked)
+    for one in checked:
+        results.set(one, MEASURED)
+    report.write(tmp_path)
+    stored = json.loads(path.read_text())
+    assert (stored["capability"], stored["triton"], stored["ops"][0]["sizes"]) == ([9, 0], "3.6", {"2048": True})
+    results.set(checked[-1], NOT_MEASURED, reason="no time")
+    (tmp_path / "gpu-correctness.json").rename(tmp_path / "elsewhere.json")  # a slice says nothing of correctness
+    report.write(tmp_path)
+    assert path.exists()
+    (tmp_path / "elsewhere.json").rename(tmp_path / "gpu-correctness.json")
+    results.set(checked[0], FAILED)
+    report.write(tmp_path)
+    assert not path.exists()
 
 
 # ---------------------------------------------------------------------------------------------- read by the backends

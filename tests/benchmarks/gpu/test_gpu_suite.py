@@ -11,71 +11,59 @@ import torch
 pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import cases
-from benchmarks.gpu.cases import CUDA, PAPER, SHAPES, SQUARE, TOKENS, WHATS, Case, plan
+from benchmarks.gpu import cases, products, timing
+from benchmarks.gpu.cases import CUDA, EVERY_SHAPE, PAPER, SHAPES, SQUARE, TOKENS, WHATS, Case, plan
 from benchmarks.gpu.faster_table import FASTER
-from benchmarks.gpu.journal import MEASURED
+from benchmarks.gpu.results import MEASURED
 
 ROOT = Path(__file__).resolve().parents[3]
-EVERY_SHAPE = [shape for shapes in SHAPES.values() for shape in shapes]
 
 
 def test_every_case_is_planned_once():
     planned = plan(WHATS, EVERY_SHAPE, TOKENS)
-    assert len(planned) == len(set(planned)) == len({case.key for case in planned})
-    products = [case for case in planned if case.what in cases.PRODUCTS]
-    assert len(products) == 4 * 6 * 9 + 2 * 2  # accumulate: two shapes, two M
+    assert len(planned) == len(set(planned))
+    timed = [case for case in planned if case.what in cases.PRODUCTS]
+    assert len(timed) == 4 * 6 * 9 + 2 * 2 + 1  # accumulate: two shapes, two M; accumulate_product: one of each
 
 
-def test_the_first_two_minutes_are_correctness_and_a_figure_for_each_goal():
-    from benchmarks.gpu.worker import Estimates
-
+def test_the_first_cases_are_correctness_and_a_figure_for_each_goal():
     planned = plan(WHATS, EVERY_SHAPE, TOKENS)
     assert [case.detail for case in planned[:4]] == ["exact", "cuda exact", "random", "cuda random"]
     assert planned[4:9] == list(cases.HEADLINE)
-    assert sum(map(Estimates().of, planned[:9])) < 120  # by the guesses of what compiling takes
 
 
 def test_then_come_the_other_checks_the_goals_and_the_rest():
-    planned = plan(WHATS, EVERY_SHAPE, TOKENS)
-    behind = planned[9:]
-    assert [case.detail for case in behind[:3]] == ["repeats", "cuda repeats", "cuda layouts"]
-    behind = behind[3:]
-    hardest = 3 * 2  # forward, d_x and d_scores of CUDA's goals, on three shapes, one of which is in the headline
-    assert {(case.m, case.n, case.k) for case in behind[:hardest]} == {(4096, *s) for s in SHAPES["llama2-7b"][1:]}
-    behind = behind[hardest:]
-    few = [case for case in behind if case.what == "host"]
-    assert behind[: len(few)] == few
-    assert {case.m for case in few} == {1, 2, 4, 8, 16, 32, 64}
-    behind = behind[len(few) :]
-    assert [case.detail for case in behind[:3]] == ["score_step", "accumulate_product", "held"]
-    behind = behind[3:]
-    assert [(case.m, case.detail) for case in behind[:12]] == [(m, d) for m in (1, 64, 512) for d in cases.CODES]
-    behind = behind[12:]
-    assert [(case.m, case.detail) for case in behind[:6]] == [(m, d) for m in (16384, 512) for d in cases.OVER_EXPERTS]
-    behind = behind[6:]
-    steps = 3 * 4  # models, ways of running
-    assert {case.what for case in behind[:steps]} == {"train"}
-    behind = behind[steps:]
-    assert [case.what for case in behind[:6]] == ["sweep"] * 5 + ["forward"]
-    behind = behind[5:]
-    goal_cases = 5 * 2 * 4 - 1  # shapes, 2048 and 512 tokens, products
+    behind = plan(WHATS, EVERY_SHAPE, TOKENS)[9:]
+
+    def next_ones(count):
+        found, behind[:count] = behind[:count], []
+        return found
+
+    assert [case.detail for case in next_ones(3)] == ["repeats", "cuda repeats", "cuda layouts"]
+    # CUDA's hardest goals: forward, d_x and d_scores on three shapes, one of which is in the headline.
+    assert {(c.m, c.n, c.k) for c in next_ones(3 * 2)} == {(4096, *s) for s in SHAPES["llama2-7b"][1:]}
+    few = next_ones(2 * 7)
+    assert {(case.what, case.m) for case in few} == {("host", m) for m in (1, 2, 4, 8, 16, 32, 64)}
+    assert [case.what for case in next_ones(2)] == ["score_step", "accumulate_product"]
+    assert [(case.m, case.detail) for case in next_ones(12)] == [(m, d) for m in (1, 64, 512) for d in cases.CODES]
+    assert [(case.m, case.detail) for case in next_ones(6)] == [
+        (m, d) for m in (16384, 512) for d in cases.OVER_EXPERTS
+    ]
+    assert {case.what for case in next_ones(3 * 4)} == {"train"}  # models, ways of running
     assert behind[0] == Case("forward", 4096, 4096, 2048)
-    assert {case.m for case in behind[:goal_cases]} == {2048, 512}
-    behind = behind[goal_cases:]
-    assert {case.m for case in behind[: 2 * 9]} == {8192, 16384}
-    behind = behind[2 * 9 :]
-    assert [case.detail for case in behind[:3]] == ["cuda memcheck", "cuda racecheck", "tests"]
-    assert [case.what for case in behind[3:14]] == ["accumulate"] * 4 + ["memory"] * 4 + ["threshold"] * 3
-    assert behind[14] == Case("step", 4096, 4096, 1024)
+    assert {case.m for case in next_ones(5 * 2 * 4 - 1)} == {2048, 512}  # shapes, tokens, products
+    assert {case.m for case in next_ones(2 * 9)} == {8192, 16384}
+    assert [case.detail for case in next_ones(3)] == ["cuda memcheck", "cuda racecheck", "tests"]
+    whats = [case.what for case in next_ones(11)]
+    assert whats == ["accumulate"] * 4 + ["memory"] * 4 + ["threshold"] * 3
+    assert behind[0] == Case("step", 4096, 4096, 1024)
 
 
 def test_cuda_takes_part_beside_triton_wherever_something_is_timed():
-    timed = [what for what in WHATS if what not in ("correctness", "host", "train", "sweep")]  # there auto alone is
-    for case in plan(timed, EVERY_SHAPE, TOKENS):
-        assert cases.takes_part(CUDA, case)
-        beside = {CUDA, cases.FUSED, cases.DENSE, cases.PASS}
-        assert case.what in ("threshold", "updates", "codes", "experts") or beside <= {*cases.competitors(case)}
+    planned = plan(WHATS, EVERY_SHAPE, TOKENS)
+    assert {case.what for case in planned if not cases.is_beside_others(case)} == {"correctness", "host", "train"}
+    for case in (case for case in planned if case.what in (*cases.PRODUCTS, "memory")):
+        assert {CUDA, cases.FUSED, cases.DENSE} <= {*cases.competitors(case)}
 
 
 def test_a_slice_holds_what_was_asked_for_alone():
@@ -92,15 +80,17 @@ def test_what_a_case_leaves_out_says_why():
 
 
 def test_floors_count_every_byte_once():
-    # 2 tokens, N = 8, K = 4: 32 weights, x 16 bytes, y 32 bytes.
-    assert cases.work("forward", 8, 4, 2, 2.0) == [(32 * 4 + 16 + 32, 128)]
-    assert cases.work("forward", 8, 4, 2, 0.0) == [(32 * 2 + 16 + 32, 128)]
-    assert cases.work("d_scores", 8, 4, 2, 2.0) == [(32 * 6 + 16 + 32, 128)]
-    assert cases.work("d_scores", 8, 4, 2, 0.0) == [(32 * 2 + 16 + 32, 128)]
-    assert cases.work("accumulate", 8, 4, 2, 2.0) == [(32 * 12 + 16 + 32, 128)]
-    assert cases.work("accumulate", 8, 4, 2, 0.0) == [(32 * 8 + 16 + 32, 128)]
-    assert cases.work("step", 8, 4, 2, 2.0)[1] == (32 * 6 + 2 * 16 + 32, 256)
-    assert cases.floor_ms([(10.0, 1.0), (1.0, 30.0)], 1e3, 1e3) == (11.0, 31.0, 40.0)
+    def work(what, keep_bytes):  # 2 tokens, N = 8, K = 4: 32 weights, x 16 bytes, y 32 bytes
+        return products.work(Case(what, 8, 4, 2), keep_bytes)
+
+    assert work("forward", 2.0) == [(32 * 4 + 16 + 32, 128)]
+    assert work("forward", 0.0) == [(32 * 2 + 16 + 32, 128)]
+    assert work("d_scores", 2.0) == [(32 * 6 + 16 + 32, 128)]
+    assert work("d_scores", 0.0) == [(32 * 2 + 16 + 32, 128)]
+    assert work("accumulate", 2.0) == [(32 * 12 + 16 + 32, 128)]
+    assert work("accumulate", 0.0) == work("accumulate_product", 2.0) == [(32 * 8 + 16 + 32, 128)]
+    assert work("step", 2.0)[1] == (32 * 6 + 2 * 16 + 32, 256)
+    assert timing.floor_ms([(10.0, 1.0), (1.0, 30.0)], 1e3, 1e3) == (11.0, 31.0, 40.0)
 
 
 def test_an_unknown_argument_names_the_nearest_right_one(capsys):

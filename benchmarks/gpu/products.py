@@ -1,0 +1,134 @@
+"""Time the products of a layer and a whole step, measure a step's memory, and time what a caller waits for."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .cases import DENSE, HELD, LAYER, PACKED, PAPER, Case, competitors, left_out
+from .device import CLOCK, GRAPH, QUEUED, Device
+from .operands import Operands
+from .timing import FAILURES, MOST_APART, Bench, Competitor, Phases, difference, reason
+from .ways import Eager, Layer, Op, Way, dense_layer, held_layer, masked_layer, way_of
+
+IN_GRAPH = ", in a graph"
+DENSE_LAYER, OP = "nn.Linear", "masked_linear"
+_LAYERS: dict[str, Callable[[], Way]] = {
+    DENSE_LAYER: lambda: Layer(dense_layer),
+    LAYER: lambda: Layer(masked_layer),
+    HELD: lambda: Layer(held_layer),
+    OP: Op,
+}
+#: Bytes that tell one weight's mask, of a competitor.
+_KEEP_BYTES = {DENSE: 0.0, PACKED: 1 / 8}
+_SCORE_BYTES = 2.0
+#: The paper's sort drops some of the scores that tie with the threshold and are kept here, about one weight in 300.
+_MOST_APART_OF = {PAPER: 0.25}
+#: Autograd, and of the paper's layer indexing by a tensor of the host: not for a graph.
+_NOT_CAPTURED = frozenset({PAPER, LAYER, HELD})
+
+
+def time_product(case: Case, bench: Bench) -> dict[str, Any]:
+    """One of cases.PRODUCTS."""
+    sums = case.what.startswith("accumulate") or HELD in competitors(case)
+    operands = bench.inputs.get(case.n, case.k, case.m, sums=sums)
+    first = operands[0]
+    expected = _expected(case, first)
+
+    def competitor(name: str, way: Way) -> Competitor:
+        run = getattr(way, case.what)
+
+        def apart() -> float:
+            if first.sums is not None:
+                first.sums.zero_()
+            return difference(run(first), expected)
+
+        return Competitor(
+            lambda copy: run(operands[copy]),
+            None if name == DENSE else apart,
+            _MOST_APART_OF.get(name, MOST_APART),
+            () if name in (LAYER, HELD) else work(case, _KEEP_BYTES.get(name, _SCORE_BYTES)),
+            QUEUED if name in _NOT_CAPTURED else GRAPH,
+        )
+
+    found = {name: competitor(name, way) for name, way in _ways(case, bench.device).items()}
+    fields = bench.compare(found, len(operands))
+    return fields | {"left_out": fields["left_out"] | left_out(case)}
+
+
+def measure_memory(case: Case, bench: Bench) -> dict[str, Any]:
+    """Peak memory of a step of each competitor, and its results: y, d_x and the gradient of the weight's size."""
+    operands = bench.inputs.get(case.n, case.k, case.m)[0]
+    weight = operands.weight.nbytes
+    samples: dict[str, dict[str, Any]] = {}
+    failures: dict[str, str] = {}
+    for name, way in _ways(case, bench.device).items():
+        bench.device.tidy()
+        try:
+            peak, results = bench.device.peak(functools.partial(way.step, operands))
+        except FAILURES as error:
+            failures[name] = reason(error, bench.device)
+            continue
+        beyond = (peak - results) / weight
+        samples[name] = {"peak_bytes": peak, "result_bytes": results, "beyond_results_of_weight": beyond}
+    left = bench.without_cuda() | left_out(case)
+    return {"weight_bytes": weight, "samples": samples, "failures": failures, "left_out": left}
+
+
+def time_host(case: Case, bench: Bench) -> dict[str, Any]:
+    """One forward at few tokens, where the host may cost more than the kernel; nothing asks for a gradient.
+
+    Eager, calls follow each other between two synchronisations, by the clock: the larger of what the host and the
+    device need. In a graph the host needs nothing. What an eager call is slower by is what the layer costs the host. In
+    each replay a MaskedLinear selects, since something may have written into its scores; one whose mask is held does
+    not.
+    """
+    operands = bench.inputs.get(case.n, case.k, case.m)
+    found: dict[str, Competitor] = {}
+    with torch.no_grad():
+        # Its scores, as threshold, are those that the other masks were made of: all compute the same.
+        expected = Eager().forward(operands[0])
+        for name, make in _LAYERS.items():
+            # A layer that was captured selects anew in each eager call too: it cannot know what a replay wrote.
+            for how, label in ((CLOCK, name), (GRAPH, name + IN_GRAPH)):
+                run = make().forward
+                apart = functools.partial(lambda run: difference(run(operands[0]), expected), run)
+                call = functools.partial(lambda run, copy: run(operands[copy]), run)
+                found[label] = Competitor(call, None if name == DENSE_LAYER else apart, how=how)
+        return bench.compare(found, len(operands))
+
+
+def work(case: Case, keep_bytes: float) -> Phases:
+    """[(bytes that must move, floating-point operations)], one pair a phase; 2-byte elements.
+
+    ``keep_bytes`` tell one weight's mask: 2 for bf16 scores, 1/8 for a bit, 0 for a dense layer. A backward reads
+    weight and mask once for both its gradients; nothing but x and the weight stays from forward to backward.
+    """
+    n, k, m = case.n, case.k, case.m
+    matrix, x, y, product = n * k, 2.0 * m * k, 2.0 * m * n, 2.0 * m * n * k
+    read = matrix * (2 + keep_bytes)
+    # The dense gradient of a weight reads neither weight nor sign.
+    gradient = x + y + 2 * matrix
+    added = x + y + 8 * matrix  # fp32, read and written
+    phases = {
+        "forward": [(read + x + y, product)],
+        "d_x": [(read + x + y, product)],
+        "d_scores": [(gradient + (read if keep_bytes else 0), product)],
+        "accumulate": [(added + (read if keep_bytes else 0), product)],
+        "accumulate_product": [(added, product)],
+        # x and d_x, each M x K; grad_output; weight and mask; d_scores.
+        "backward": [(read + gradient + x, 2 * product)],
+    }
+    return phases["forward"] + phases["backward"] if case.what == "step" else phases[case.what]
+
+
+def _expected(case: Case, o: Operands) -> Any:
+    """By torch; of what is accumulated, what is added."""
+    if case.what == "accumulate_product":
+        return o.grad.T.float() @ o.x.float()
+    return getattr(Eager(), "d_scores" if case.what == "accumulate" else case.what)(o)
+
+
+def _ways(case: Case, device: Device) -> dict[str, Way]:
+    return {name: way_of(name, device) for name in competitors(case) if name not in device.without}

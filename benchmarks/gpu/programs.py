@@ -1,0 +1,166 @@
+"""What runs in a process of its own: tests/triton_kernels on this device, and compute-sanitizer over csrc/cuda.
+
+The sanitizer's memcheck and racecheck look into layouts.few. Where the tool is missing, or cannot serve the GPU, or has
+no time to end, nothing is proven: the record says "unproven", and the suite's exit code says so too.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..records import ROOT
+from .results import FAILED, MEASURED, NOT_MEASURED
+
+SANITIZER = "compute-sanitizer"
+_TESTS = "tests/triton_kernels"
+_OUTCOME = re.compile(r"\b(PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
+#: Only kernels in namespace mft::cuda are looked into; torch's own would take most of the time.
+_OURS = "kns=3mft4cuda"
+#: What the tool says at its end: how many errors, and for racecheck how many warnings.
+_VERDICT = {
+    "memcheck": re.compile(r"ERROR SUMMARY: (?P<errors>\d+) error"),
+    "racecheck": re.compile(r"RACECHECK SUMMARY: \d+ hazards? displayed \((?P<errors>\d+) errors?, (?P<warnings>\d+)"),
+}
+_FOUND = re.compile(r"^=+ (Invalid|Error|Warning|Illegal|Misaligned|Barrier|Program hit)", re.MULTILINE)
+#: Of the tool itself, which then has seen nothing.
+_UNABLE = re.compile(r"Device not supported|Internal Sanitizer Error|terminated before first instrumented API call")
+_CHECKED = re.compile(r"^sanitized: (\d+) passed, (\d+) failed$", re.MULTILINE)
+
+
+def run_for(
+    command: Sequence[str], environment: Mapping[str, str], seconds: float, *, shown: bool = False
+) -> tuple[str, int | None]:
+    """(output, exit code or None if it was stopped); its children end with it. ``shown``: it prints to the terminal."""
+    pipes = {} if shown else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, process_group=0, **pipes)
+    try:
+        return process.communicate(timeout=max(seconds, 0.0))[0] or "", process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()[0] or "", None
+    finally:
+        if process.poll() is None:  # whoever waits here was stopped itself
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+# ---------------------------------------------------------------------------------------------- Triton's tests
+
+
+def run_tests(seconds: float, *, dry: bool = False) -> dict[str, Any]:
+    """status, counts and complaints of a case; what was cut off still counts as far as it came."""
+    if not list(Path(ROOT, _TESTS).rglob("test_*.py")):
+        return {"status": NOT_MEASURED, "reason": f"no tests in {_TESTS}"}
+    if dry:
+        return {"status": NOT_MEASURED, "reason": f"a dry run leaves {_TESTS} to make test"}
+    command = [sys.executable, "-m", "pytest", _TESTS, "-v", "--tb=short", "-p", "no:cacheprovider"]
+    # What the project's own options need may be missing here, and what else is installed may warn.
+    command += ["-o", "addopts=--strict-markers"]
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    if importlib.util.find_spec("xdist"):  # most of the time goes into compiling
+        command += ["-p", "xdist.plugin", "-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
+    output, code = run_for(command, environment, seconds)
+    return summarise(output, code, seconds)
+
+
+def summarise(output: str, code: int | None, seconds: float) -> dict[str, Any]:
+    """What pytest -v says, line by line; ``code`` is None if it ran out of time."""
+    lines = output.splitlines()
+    outcomes = [(found.group(1), line) for line in lines if "::" in line and (found := _OUTCOME.search(line))]
+    # The short summary at the end names failures a second time.
+    outcomes = [(what, line) for what, line in outcomes if not line.startswith(("FAILED ", "ERROR ", "SKIPPED "))]
+    counts = Counter(what for what, _ in outcomes)
+    bad = [" ".join(line.split()) for what, line in outcomes if what in ("FAILED", "ERROR", "XPASS")]
+    complaints = [*bad[:40], *[line for line in lines if line.startswith(("FAILED ", "ERROR ", "E  "))][:40]]
+    if code is None:
+        complaints.insert(0, f"stopped after {seconds:.0f} s")
+    elif code not in (0, 1):
+        complaints.insert(0, f"pytest exited with {code}: {' '.join(lines[-3:])[:300]}")
+    return {
+        "status": MEASURED if code == 0 and counts["PASSED"] and not bad else FAILED,
+        "passed": counts["PASSED"],
+        "failed": len(bad),
+        "skipped": counts["SKIPPED"] + counts["XFAIL"],
+        "complaints": complaints,
+        "complete": code in (0, 1),
+    }
+
+
+# ---------------------------------------------------------------------------------------------- compute-sanitizer
+
+
+def sanitize(tool: str, seconds: float, *, dry: bool = False) -> dict[str, Any]:
+    """status, counts and complaints of "memcheck" or "racecheck"; failed counts what the tool reports."""
+    if dry:
+        return {"status": NOT_MEASURED, "reason": f"a dry run has no GPU for {SANITIZER}"}
+    program, missing = find_sanitizer()
+    if program is None:
+        return {"status": NOT_MEASURED, "reason": missing, "unproven": True}
+    # Every tensor its own allocation, else an access beyond one ends in another.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
+    output, code = run_for(sanitizer_command(program, tool), environment, seconds)
+    return judge(tool, output, code, seconds)
+
+
+def find_sanitizer(environment: Mapping[str, str] = os.environ) -> tuple[str | None, str]:
+    """(the program, "") or (None, where it was looked for)."""
+    toolkit = Path(environment.get("CUDA_HOME") or environment.get("CUDA_PATH") or "/usr/local/cuda")
+    if path := shutil.which(SANITIZER, path=environment.get("PATH", "")):
+        return path, ""
+    spec = importlib.util.find_spec("nvidia")  # what PyPI's packages of CUDA share
+    packages = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+    candidates = [toolkit / "bin" / SANITIZER, toolkit / SANITIZER / SANITIZER]
+    candidates += [path for folder in packages for path in sorted(folder.glob(f"*/{SANITIZER}/{SANITIZER}"))]
+    if found := next((path for path in candidates if os.access(path, os.X_OK)), None):
+        return str(found), ""
+    return None, (
+        f"not found: {SANITIZER} is neither in PATH nor in {toolkit}, nor a package: "
+        "pip install nvidia-cuda-sanitizer-api. Nobody looked for accesses out of bounds and races on this GPU"
+    )
+
+
+def sanitizer_command(program: str, tool: str) -> list[str]:
+    """What is run."""
+    options = ["--tool", tool, "--kernel-name", _OURS, "--print-limit", "20", "--error-exitcode", "9"]
+    if tool == "memcheck":
+        options += ["--padding", "512"]  # so that what overruns one tensor hits no other
+        options += ["--report-api-errors", "no"]  # torch tries calls that a driver may not have; what fails raises
+    return [program, *options, sys.executable, "-m", "benchmarks.gpu.layouts"]
+
+
+def judge(tool: str, output: str, code: int | None, seconds: float) -> dict[str, Any]:
+    """What the sanitizer says; ``code`` is None if it ran out of time."""
+    reports = [line.lstrip("= ").rstrip() for line in output.splitlines() if line.startswith("=========")]
+    verdict, checked = _VERDICT[tool].search(output), _CHECKED.search(output)
+    found = _FOUND.search(output) or (checked and int(checked[2]))
+    if _UNABLE.search(output) or not (found or (verdict and checked)):
+        said = [line.lstrip("= ") for line in output.splitlines() if line.strip("= ")] or ["it said nothing"]
+        last = next((line for line in said if _UNABLE.search(line)), said[-1])
+        why = f"exit code {code}: {last}"
+        if code is None:
+            why = f"stopped after {seconds:.0f} s, nothing found until then"
+        return {"status": NOT_MEASURED, "reason": f"{SANITIZER} gave no verdict: {why}"[:300], "unproven": True}
+    errors = int(verdict["errors"]) if verdict else len(_FOUND.findall(output))
+    warnings = int(verdict.groupdict().get("warnings") or 0) if verdict else 0
+    complaints = [line for line in output.splitlines() if line.startswith("wrong: ")]
+    complaints += [line for line in reports if line][:20] if errors or warnings else []
+    if not checked:
+        complaints.insert(0, f"its program did not end: {'out of time' if code is None else f'exit code {code}'}")
+    failed, complete = errors + (int(checked[2]) if checked else 0), bool(verdict and checked)
+    return {
+        "status": FAILED if failed or not complete else MEASURED,
+        "passed": int(checked[1]) if checked else 0,
+        "failed": failed,
+        "skipped": 0,
+        "warnings": warnings,
+        "complaints": complaints,
+        "complete": complete,
+    }

@@ -1,0 +1,196 @@
+"""gpu.md and gpu-faster.json, from the gpu-*.json that lie in a folder: what failed, then goals, then all figures."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..tables import markdown
+from .cases import AUTO, COMPILED, CUDA, DENSE, EAGER, FUSED, HELD, KEPT, LAYER, PACKED, PAPER, PASS, Case
+from .faster_table import FASTER, is_wrong, table
+from .goals import goals, no_cuda
+from .results import FAILED, MEASURED, NOT_MEASURED, Document, Record, figures, read, write_whole
+
+_COLUMNS = (DENSE, CUDA, FUSED, PACKED, AUTO, LAYER, HELD, PASS, KEPT, COMPILED, EAGER, PAPER)
+#: Begins a line of what is missing and costs no exit code.
+WARNING = "WARNING"
+_OPENING = """# Measured on a GPU
+
+Written by `make gpu`; the same numbers, with every round, are in gpu-*.json beside this file.
+"""
+_DRY = """
+**A dry run: kernels emulated on a CPU. No figure below was measured on a GPU, and none says anything of one.**
+"""
+_TIMED = """Times are ms, medians [quartiles] of rounds in which the competitors take turns, of CUDA graphs over inputs
+that rotate through more copies than L2 holds; (q) marks what was queued behind a spin instead, (c) what was taken by
+the clock. After it: % of cuBLAS; % of the floor that the bytes set / that the operations set; peak memory, and what it
+is beyond the results in % of the weight.
+"""
+_TITLES = {
+    "correctness": "Correctness",
+    "step": "A whole step: forward, d_x and d_scores",
+    "forward": "Forward",
+    "d_x": "d_x",
+    "d_scores": "d_scores",
+    "accumulate": "d_scores, added to an fp32 buffer",
+    "memory": "Peak memory of a step",
+    "threshold": "The threshold and the packed mask",
+    "accumulate_product": "grad.T @ x, added to an fp32 buffer",
+    "score_step": "score_step",
+    "codes": "Products over codes",
+    "experts": "Products over experts",
+    "host": "What a caller waits for at few tokens",
+    "train": "Whole optimiser steps",
+}
+_WHERE = ("device", "driver", "torch", "triton", "cuda_library", "python", "commit", "tree_is_dirty", "sources", "date")
+
+
+def write(out: Path) -> list[Document]:
+    """Write both, if there are any results; returns the documents that they were made of."""
+    documents = read(out)
+    if not documents:
+        return []
+    if found := table(documents):
+        write_whole(out / FASTER, found)
+    elif is_wrong(documents):
+        (out / FASTER).unlink(missing_ok=True)
+    (out / "gpu.md").write_text(text(documents))
+    return documents
+
+
+def text(documents: Sequence[Document]) -> str:
+    """The Markdown of all of them."""
+    parts = [_OPENING, top(documents), f"## Where\n\n{_where(documents)}\n", _TIMED]
+    for document in documents:
+        parts.append(f"## {_TITLES[document['what']]}\n")
+        parts += [_checks(document)] if document["what"] == "correctness" else _timed(document)
+        parts.append(_remarks(document))
+    return "\n".join(part for part in parts if part)
+
+
+def top(documents: Sequence[Document]) -> str:
+    """What a reader has to know: what failed, what nobody looked into, and the goals."""
+    failed = [f"- {line}" for line in failures(documents)] or ["Nothing."]
+    states = [record["status"] for _, record in _records(documents)]
+    counts = f"{states.count(MEASURED)} of {len(states)} cases were measured, {states.count(FAILED)} failed."
+    dry = any(document["environment"].get("dry_run") for document in documents)
+    lines = ["## What failed", "", *failed, "", *(f"- {line}" for line in gaps(documents)), "", counts, _DRY * dry]
+    return "\n".join([*lines, "## Goals", "", _goals(documents), ""])
+
+
+def failures(documents: Iterable[Document]) -> list[str]:
+    """What is wrong, a line each, in words; what was wrong with correctness comes first, as their order says."""
+    lines = []
+    for case, record in _records(documents):
+        lines += [f"{case}: {name}: {why}" for name, why in record.get("failures", {}).items()]
+        if record["status"] != FAILED:
+            continue
+        if record.get("reason"):
+            lines.append(f"{case}: {record['reason']}")
+        if "failed" in record:
+            cut = "" if record.get("complete", True) else ", and it was cut short"
+            total = record["passed"] + record["failed"]
+            lines.append(f"{case}: {record['failed']} of {total} checks failed{cut}")
+            lines += [f"{case}: {complaint}" for complaint in record.get("complaints", [])]
+    return lines
+
+
+def gaps(documents: Sequence[Document]) -> list[str]:
+    """What nobody looked into, though nothing says that it is wrong."""
+    lines = []
+    for environment in [document["environment"] for document in documents][:1]:
+        if why := no_cuda(environment):
+            lines.append(f"{WARNING}: the CUDA kernels were left out: {why}")
+        lines += [
+            f"LACKING: this card's own {why}; the general kernels were measured in their place"
+            for why in environment.get("cuda_lacks", [])
+        ]
+    return [*lines, *(f"UNPROVEN: {r['detail']}: {r['reason']}" for _, r in _records(documents) if r.get("unproven"))]
+
+
+def _records(documents: Iterable[Document]) -> Iterable[tuple[Case, Record]]:
+    return ((Case.of(record), record) for document in documents for record in document["cases"])
+
+
+def _goals(documents: Iterable[Document]) -> str:
+    """A row a goal."""
+    judged = [goal for d in documents for goal in goals(d["what"], d["cases"], d["environment"])]
+    rows = [
+        [g.quantity, f"{g.measured} {g.unit}".strip() if g.measured else "", f"{g.rule} {g.bound:g}", g.state]
+        for g in judged
+    ]
+    return markdown(["", "median [quartiles]", "goal", ""], rows)
+
+
+def _where(documents: Sequence[Document]) -> str:
+    """A row a run: what one command measured has one environment, its date included."""
+    runs: dict[tuple[str, ...], list[str]] = {}
+    for document in documents:
+        environment, ceilings = document["environment"], document["ceilings"]
+        values = [str(environment.get(key, ""))[: 12 if key == "commit" else None] for key in _WHERE]
+        if ceilings:
+            rates = ceilings["bytes_per_second"] / 1e12, ceilings["flops_per_second"] / 1e12
+            values += [f"{rates[0]:.2f}", f"{rates[1]:.0f}"]
+        runs.setdefault(tuple(values), []).append(document["what"])
+    rows = [[", ".join(whats), *values] for values, whats in runs.items()]
+    return markdown(["measured", *_WHERE, "copy, TB/s", "cuBLAS, TFLOP/s"], rows)
+
+
+def _checks(document: Document) -> str:
+    rows = []
+    for record in document["cases"]:
+        counts = [str(record.get(key, "")) for key in ("passed", "failed", "skipped")]
+        cut = "" if record.get("complete", True) else ", cut short"
+        warnings = f", {record['warnings']} warnings" if record.get("warnings") else ""
+        rows.append([record["detail"], record["status"] + cut + warnings, *counts])
+    return markdown(["", "", "passed", "failed", "skipped"], rows) + "\n"
+
+
+def _timed(document: Document) -> Iterable[str]:
+    """A table for each shape and detail: a row a number of tokens, a column a competitor."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in document["cases"]:
+        # The ways of training are rows, other details are tables.
+        detail = "" if document["what"] == "train" else record["detail"]
+        groups.setdefault((detail, record["n"], record["k"]), []).append(record)
+    for key, records in groups.items():
+        found = dict.fromkeys(
+            name for record in records for name in [*record.get("samples", {}), *record.get("failures", {})]
+        )
+        names = sorted(found, key=lambda name: _COLUMNS.index(name) if name in _COLUMNS else len(_COLUMNS))
+        detail, n, k = key
+        yield f"### {Case(document['what'], n, k, 0, detail)}\n"
+        if not names:
+            yield "Not measured.\n"
+            continue
+        rows = []
+        for record in sorted(records, key=lambda record: record["m"]):
+            first = Case.of(record | {"n": 0, "k": 0, "detail": "" if detail else record["detail"]}).place
+            cells = [_cell(record, name) for name in names]
+            rows.append([first, *cells])
+        yield markdown(["", *names], rows) + "\n"
+
+
+def _cell(record: Record, name: str) -> str:
+    if name in record.get("failures", {}):
+        return "FAILED"
+    if name in record.get("samples", {}):
+        return figures(record["samples"][name])
+    return record["status"] if not record.get("samples") else ""
+
+
+def _remarks(document: Document) -> str:
+    """Why something is not in the tables, once each with its places."""
+    places: dict[str, list[str]] = {}
+    for case, record in _records([document]):
+        if record["status"] == NOT_MEASURED and not record.get("unproven"):
+            places.setdefault(f"not measured: {record['reason']}", []).append(case.place)
+        for name, why in record.get("left_out", {}).items():
+            places.setdefault(f"{name}: {why}", [])
+        for name, sample in record.get("samples", {}).items():
+            if "note" in sample:
+                places.setdefault(f"{name} was not captured: {sample['note']}", [])
+        if record["status"] != FAILED:
+            for remark in record.get("complaints", []):
+                places.setdefault(remark, []).append(case.place)
+    lines = [f"- {remark}" + (f" ({'; '.join(at)})" if at else "") for remark, at in places.items()]
+    return "\n".join(lines) + "\n" if lines else ""

@@ -1,0 +1,223 @@
+"""Every way to compute the products of a layer, and a whole step of it: functions of the same operands."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mft_kernels import MaskedLinear, masked_linear
+from mft_kernels.eager import eager_grad_scores, eager_grad_x, eager_linear, eager_step
+
+from ..rivals import KEEP_RATIO, paper_linear
+from . import two_passes
+from .cases import AUTO, COMPILED, CUDA, DENSE, EAGER, FUSED, HELD, KEPT, LAYER, PACKED, PAPER, PASS
+from .device import Device
+from .operands import MODE, Operands
+
+
+class Way:
+    """One way to compute the products, by the names of cases.PRODUCTS; one that lacks some is not asked for them."""
+
+    def forward(self, o: Operands) -> Tensor:
+        raise NotImplementedError
+
+    def d_x(self, o: Operands) -> Tensor:
+        raise NotImplementedError
+
+    def d_scores(self, o: Operands) -> Tensor:
+        raise NotImplementedError
+
+    def accumulate(self, o: Operands) -> Tensor:
+        """d_scores, added to the sums."""
+        return o.to_add_to().add_(self.d_scores(o))
+
+    def step(self, o: Operands) -> tuple[Tensor, ...]:
+        """(y, d_x, d_scores)."""
+        return self.forward(o), self.d_x(o), self.d_scores(o)
+
+
+class Dense(Way):
+    """The unmasked layer; its d_scores is the gradient of the weight."""
+
+    def forward(self, o: Operands) -> Tensor:
+        return F.linear(o.x, o.weight)
+
+    def d_x(self, o: Operands) -> Tensor:
+        return o.grad @ o.weight
+
+    def d_scores(self, o: Operands) -> Tensor:
+        return o.grad.T @ o.x
+
+    def accumulate_product(self, o: Operands) -> Tensor:
+        return self.accumulate(o)
+
+
+class Eager(Way):
+    """PyTorch's own ops; ``compiled`` makes of each a graph of torch.compile."""
+
+    def __init__(self, compiled: Callable[[Callable], Callable] = lambda function: function) -> None:
+        self._linear, self._grad_x = compiled(eager_linear), compiled(eager_grad_x)
+        self._grad_scores, self._step = compiled(eager_grad_scores), compiled(eager_step)
+
+    def forward(self, o: Operands) -> Tensor:
+        return self._linear(o.x, o.weight, o.scores, o.threshold)
+
+    def d_x(self, o: Operands) -> Tensor:
+        return self._grad_x(o.grad, o.weight, o.scores, o.threshold)
+
+    def d_scores(self, o: Operands) -> Tensor:
+        return self._grad_scores(o.grad, o.x, o.weight, o.scores)
+
+    def step(self, o: Operands) -> tuple[Tensor, ...]:
+        return self._step(o.grad, o.x, o.weight, o.scores, o.threshold)
+
+
+class Ours(Way):
+    """The kernels of a backend, from the scores."""
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+
+    def forward(self, o: Operands) -> Tensor:
+        return torch.ops.mft.masked_linear(o.x, o.weight, o.scores, o.threshold, None, MODE, self._backend)
+
+    def d_x(self, o: Operands) -> Tensor:
+        return self._gradients(o, [True, False, False, False])[0]
+
+    def d_scores(self, o: Operands) -> Tensor:
+        return self._gradients(o, [False, False, True, False])[2]
+
+    def accumulate(self, o: Operands) -> Tensor:
+        return self._add(o, o.weight, o.scores)
+
+    def accumulate_product(self, o: Operands) -> Tensor:
+        return self._add(o, None, None)
+
+    def step(self, o: Operands) -> tuple[Tensor, ...]:
+        y = self.forward(o)
+        d_x, _, d_scores, _ = self._gradients(o, [True, False, True, False])
+        return y, d_x, d_scores
+
+    def _gradients(self, o: Operands, wanted: list[bool]) -> tuple[Tensor, ...]:
+        by = (o.scores, o.threshold, MODE, wanted, self._backend)
+        return torch.ops.mft.masked_linear_backward(o.grad, o.x, o.weight, *by)
+
+    def _add(self, o: Operands, weight: Tensor | None, scores: Tensor | None) -> Tensor:
+        sums = o.to_add_to()
+        torch.ops.mft.accumulate_score_grad(sums, o.grad, o.x, weight, scores, None, MODE, self._backend)
+        return sums
+
+
+class Packed(Ours):
+    """The same from bits. As in MaskedLinear, scores give the dtype of their gradient, bits the sign."""
+
+    def forward(self, o: Operands) -> Tensor:
+        return torch.ops.mft.masked_linear_packed(o.x, o.weight, o.packed, None, self._backend)
+
+    def _gradients(self, o: Operands, wanted: list[bool]) -> tuple[Tensor, ...]:
+        by = (o.packed, o.scores, o.signs, MODE, wanted, self._backend)
+        return torch.ops.mft.masked_linear_packed_backward(o.grad, o.x, o.weight, *by)
+
+
+class Passes(Way):
+    """A pass that masks, cuBLAS, and a pass that applies weight and sign; ``keep``: a step masks once."""
+
+    def __init__(self, *, keep: bool = False) -> None:
+        self._keep = keep
+
+    def forward(self, o: Operands) -> Tensor:
+        return F.linear(o.x, two_passes.mask(o.weight, o.scores, o.threshold))
+
+    def d_x(self, o: Operands) -> Tensor:
+        return o.grad @ two_passes.mask(o.weight, o.scores, o.threshold)
+
+    def d_scores(self, o: Operands) -> Tensor:
+        return two_passes.grad_scores(o.grad, o.x, o.weight, o.scores)
+
+    def step(self, o: Operands) -> tuple[Tensor, ...]:
+        if not self._keep:
+            return super().step(o)
+        masked = two_passes.mask(o.weight, o.scores, o.threshold)
+        y, d_x = F.linear(o.x, masked), o.grad @ masked
+        del masked
+        return y, d_x, self.d_scores(o)
+
+
+class Paper(Way):
+    """The layer of arXiv 2503.22764, by autograd: a step alone."""
+
+    def step(self, o: Operands) -> tuple[Tensor, ...]:
+        x, scores = o.x.detach().requires_grad_(), o.scores.detach().requires_grad_()
+        y = paper_linear(x, o.weight, scores)
+        return y.detach(), *torch.autograd.grad(y, (x, scores), o.grad)
+
+
+class Layer(Way):
+    """A module on the operands' weight, as users call it; a step by autograd."""
+
+    def __init__(self, make: Callable[[Operands], nn.Module]) -> None:
+        self._make = make
+        self._made: dict[int, nn.Module] = {}  # by the operands, which live as long as a case
+
+    def forward(self, o: Operands) -> Tensor:
+        return self._of(o)(o.x)
+
+    def step(self, o: Operands) -> tuple[Tensor, ...]:
+        """(y, d_x, d_scores) without the last where the mask is held: it is added to the sums."""
+        x = o.x.detach().requires_grad_()
+        wanted = (x, *(p for p in self._of(o).parameters() if p.requires_grad))
+        y = self._of(o)(x)
+        return y.detach(), *torch.autograd.grad(y, wanted, o.grad)
+
+    def _of(self, o: Operands) -> nn.Module:
+        if id(o) not in self._made:
+            self._made[id(o)] = self._make(o)
+        return self._made[id(o)]
+
+
+class Op(Way):
+    """The public function, which checks its arguments."""
+
+    def forward(self, o: Operands) -> Tensor:
+        return masked_linear(o.x, o.weight, o.scores, o.threshold)
+
+
+def dense_layer(o: Operands) -> nn.Linear:
+    """nn.Linear."""
+    linear = nn.Linear(o.weight.shape[1], o.weight.shape[0], bias=False, device="meta", dtype=o.weight.dtype)
+    linear.weight = nn.Parameter(o.weight, requires_grad=False)
+    return linear
+
+
+def masked_layer(o: Operands) -> MaskedLinear:
+    """MaskedLinear, with a copy of the scores."""
+    layer = MaskedLinear.from_linear(dense_layer(o), keep_ratio=KEEP_RATIO, scores_dtype=o.scores.dtype)
+    with torch.no_grad():
+        layer.scores.copy_(o.scores)
+    return layer
+
+
+def held_layer(o: Operands) -> MaskedLinear:
+    """MaskedLinear, its mask held."""
+    layer = masked_layer(o)
+    layer.scores.requires_grad_(False)
+    layer.hold(o.packed, o.sums)
+    return layer
+
+
+def way_of(name: str, device: Device) -> Way:
+    """A competitor of the products."""
+    made: dict[str, Callable[[], Way]] = {
+        DENSE: Dense,
+        **{by: lambda by=by: Ours(device.backends[by]) for by in (FUSED, AUTO, CUDA)},
+        PACKED: lambda: Packed(device.backends[FUSED]),
+        PASS: Passes,
+        KEPT: lambda: Passes(keep=True),
+        LAYER: lambda: Layer(masked_layer),
+        HELD: lambda: Layer(held_layer),
+        COMPILED: lambda: Eager(device.compile),
+        EAGER: Eager,
+        PAPER: Paper,
+    }
+    return made[name]()

@@ -1,0 +1,193 @@
+"""The CUDA kernels in the GPU suite: an op that is wrong in one element is found, and a missing library is said."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
+
+from gpu_records import CEILINGS, on_host
+
+from benchmarks.gpu import cases, correctness, equality, layouts, once_a_step, products, timing
+from benchmarks.gpu.cases import CUDA, Case
+from benchmarks.gpu.results import FAILED, NOT_MEASURED
+
+BACKEND = "cuda_on_host"
+IN_PLACE = ("accumulate_score_grad", "accumulate_score_grad_grouped")
+OPS = (
+    "masked_linear", "masked_linear_backward", "masked_linear_packed", "masked_linear_packed_backward",
+    "masked_linear_many", "masked_linear_many_backward", "accumulate_score_grad",
+    "kept_threshold", "pack_mask", "pack_signs", "masked_linear_quantized", "masked_linear_quantized_d_x",
+    "masked_linear_grouped", "masked_linear_grouped_backward", "masked_linear_grouped_packed",
+    "masked_linear_grouped_packed_backward", "accumulate_score_grad_grouped", "kept_thresholds",
+)  # fmt: skip
+
+
+@pytest.fixture
+def changes(monkeypatch):
+    """What is done to the results of ops by BACKEND, which are right: those of the reference in fp32, rounded once."""
+    found = {}
+
+    def replaced(name):
+        right = getattr(torch.ops.mft, name)
+
+        def op(*arguments):
+            *arguments, backend = arguments
+            if backend != BACKEND:
+                return right(*arguments, backend)
+            made = exact(right, name, arguments)
+            return found[name](made, *arguments) if name in found else made
+
+        return op
+
+    for name in (*OPS, "score_step"):
+        monkeypatch.setattr(torch.ops.mft, name, replaced(name))
+    return found
+
+
+def exact(right, name, arguments):
+    """What a kernel makes of its arguments."""
+    if name == "score_step":
+        return right(*arguments, "reference")
+    wide = [equality.widened(value) for value in arguments]
+    if name in IN_PLACE:
+        wide[0] = wide[0].clone()
+        right(*wide, "reference")
+        return arguments[0].copy_(wide[0])
+    made, like = right(*wide, "reference"), right(*arguments, "reference")
+    if isinstance(made, torch.Tensor):
+        return made.to(like.dtype)
+    return tuple(one.to(other.dtype) for one, other in zip(made, like))
+
+
+@pytest.fixture
+def here():
+    return on_host(without={})
+
+
+def complaints_of(detail, device):
+    fields = correctness.check(Case("correctness", detail=detail), device, 60)
+    assert (fields["status"] == FAILED) == bool(fields["complaints"])
+    return fields
+
+
+@pytest.mark.parametrize(("detail", "least"), zip(cases.CUDA_CHECKS, (50, 2, 3, 150)))
+def test_right_kernels_pass_every_check(detail, least, changes, here):
+    fields = complaints_of(detail, here)
+    assert fields["complaints"] == []
+    assert fields["passed"] >= least
+
+
+def test_a_result_of_another_shape_is_found():
+    with pytest.raises(AssertionError, match=r"output 0: shape \(1, 3\), not \(2, 3\)"):
+        equality.assert_equal(lambda: [torch.ones(1, 3)], lambda: [torch.ones(2, 3)])
+
+
+def flip_last(result, *arguments):
+    first, *rest = result if isinstance(result, tuple) else (result,)
+    first = first.clone()
+    if first.numel():
+        first.view(-1)[-1] += 1
+    return (first, *rest) if rest else first
+
+
+def add_late(result, out, *arguments):
+    if out.numel():
+        out.view(-1)[-1] += 1
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_wrong_element_of_any_op_is_found(op, changes, here):
+    changes[op] = add_late if op in IN_PLACE else flip_last
+    found = complaints_of("cuda layouts", here)["complaints"]
+    assert any(c.startswith(op) for c in found)
+    assert any("1 of" in c for c in found)
+    assert any(c.startswith(f"{op}, ") for c in complaints_of("cuda exact", here)["complaints"])
+
+
+def test_a_wrong_step_is_found(changes, here):
+    def forgets(result, scores, *arguments):
+        scores.zero_()
+        return result
+
+    changes["score_step"] = forgets
+    found = complaints_of("cuda exact", here)["complaints"]
+    assert {c.split(", cuda")[0] for c in found} == {f"score_step, {scheme}" for scheme in once_a_step.SCHEMES}
+    assert all("% of the new scores differ" in c for c in found)
+
+
+def test_an_element_that_nobody_writes_is_found(changes, here):
+    def unwritten(result, *arguments):
+        memory = torch.empty_like(result)
+        if result.numel():
+            memory.view(-1)[:-1] = result.reshape(-1)[:-1]
+        return memory
+
+    changes["masked_linear"] = unwritten
+    assert complaints_of("cuda layouts", here)["failed"] > 10
+
+
+def test_poisoned_memory_begins_as_nan_and_the_setting_is_put_back():
+    with equality.poisoned():
+        assert torch.empty(4).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_thresholds_by_row_are_asked_for(changes, here):
+    right = torch.ops.mft.masked_linear
+
+    def first_alone(result, x, weight, scores, threshold, bias, mode):
+        return right(x, weight, scores, threshold.reshape(-1)[0], bias, mode, "reference").to(result.dtype)
+
+    changes["masked_linear"] = first_alone
+    found = complaints_of("cuda layouts", here)["complaints"]
+    assert found
+    assert all("by row" in c for c in found)
+
+
+def test_a_graph_that_does_not_read_its_inputs_again_is_found(changes, here):
+    layouts.in_a_graph((8, 24, 40), here)
+
+    def once(run):
+        results = run()
+        return lambda: results
+
+    here.graph = once
+    with pytest.raises(AssertionError, match="elements differ"):
+        layouts.in_a_graph((8, 24, 40), here)
+
+
+def test_each_check_runs_by_the_kernels_of_its_capability(changes, here, monkeypatch):
+    monkeypatch.delenv("MFT_CUDA_CAPABILITY", raising=False)
+    seen = set()
+    changes["pack_mask"] = lambda result, *a: seen.add(os.environ["MFT_CUDA_CAPABILITY"]) or result
+    complaints_of("cuda layouts", here)
+    assert seen == {"90", "80"}
+    assert "MFT_CUDA_CAPABILITY" not in os.environ
+
+
+def test_without_the_library_only_cuda_is_left_out_and_says_why():
+    device, why = on_host(), "its library is not built"
+    for detail in (*cases.CUDA_CHECKS, *cases.SANITIZERS):
+        fields = correctness.check(Case("correctness", detail=detail), device, 60)
+        assert fields == {"status": NOT_MEASURED, "reason": f"without cuda: {why}"}
+    bench = timing.Bench(device, CEILINGS)
+    fields = once_a_step.time_threshold(Case("threshold", 24, 40, detail="bfloat16"), bench)
+    assert {"kept_threshold", "pack_mask", "sort"} <= fields["samples"].keys()
+    assert not [name for name in fields["samples"] if CUDA in name]
+    assert (fields["failures"], fields["left_out"]) == ({}, {CUDA: why})
+
+
+def test_a_wrong_kernel_is_not_timed_and_an_accumulating_one_starts_from_zero(changes, here, monkeypatch):
+    monkeypatch.setattr(products, "competitors", lambda case: (cases.DENSE, cases.EAGER, CUDA))
+    bench = timing.Bench(here, CEILINGS)
+    case = Case("accumulate", 24, 40, 3)
+    for _ in range(2):
+        fields = products.time_product(case, bench)
+        assert fields["failures"] == {}
+        assert CUDA in fields["samples"]
+    changes["accumulate_score_grad"] = lambda result, out, *a: out.mul_(2)
+    fields = products.time_product(case, bench)
+    assert "wrong: 1 from the eager form" in fields["failures"][CUDA]
+    assert CUDA not in fields["samples"]
