@@ -21,7 +21,7 @@ from .cases import CUDA, FUSED, Case
 from .device import GRAPH, QUEUED
 from .equality import REFERENCE, Check, results
 from .operands import MODE
-from .timing import Bench, Competitor, difference
+from .timing import Bench, Competitor
 
 TORCH_ADAMW = "torch.optim.AdamW, fused"
 TRITON = "Triton"
@@ -45,9 +45,8 @@ def time_threshold(case: Case, bench: Bench) -> dict[str, Any]:
 
     def add(name: str, run: Callable[[Tensor], Any], *, written: float, selects: bool, how: str = GRAPH) -> None:
         """``written``: bytes a score."""
-        phases = [(first.nbytes + first.numel() * written, 0.0)]
-        apart = (lambda: difference(run(first), threshold)) if selects else None
-        found[name] = Competitor(lambda copy: run(copies[copy]), apart, most_apart=0.0, phases=phases, how=how)
+        phases, expected = [(first.nbytes + first.numel() * written, 0.0)], threshold if selects else None
+        found[name] = Competitor(lambda copy: run(copies[copy]), expected, most_apart=0.0, phases=phases, how=how)
 
     ours = {"kept_threshold": (KEEP_RATIO, MODE), "pack_mask": (threshold, MODE), "pack_signs": ()}
     for name, arguments in ours.items():
@@ -78,9 +77,9 @@ def time_score_step(case: Case, bench: Bench) -> dict[str, Any]:
                 backend = bench.device.backends[by]
                 found[f"{scheme}, {name}"] = Competitor(
                     functools.partial(lambda matrix, backend, copy: matrix.step(backend), matrix, backend),
-                    functools.partial(matrix.apart, backend),
-                    _MOST_APART,
-                    [(matrix.moved_bytes, 0.0)],
+                    apart=functools.partial(matrix.apart, backend),
+                    most_apart=_MOST_APART,
+                    phases=[(matrix.moved_bytes, 0.0)],
                 )
     parameter = nn.Parameter(torch.zeros(case.n, case.k, device=bench.device.torch_device))
     parameter.grad = torch.ones_like(parameter)

@@ -9,7 +9,7 @@ import torch
 from .cases import DENSE, HELD, LAYER, PACKED, PAPER, Case, competitors, left_out
 from .device import CLOCK, GRAPH, QUEUED, Device
 from .operands import Operands
-from .timing import FAILURES, MOST_APART, Bench, Competitor, Phases, difference, reason
+from .timing import FAILURES, MOST_APART, Bench, Competitor, Phases, reason
 from .ways import Eager, Layer, Op, Way, dense_layer, held_layer, masked_layer, way_of
 
 IN_GRAPH = ", in a graph"
@@ -38,18 +38,13 @@ def time_product(case: Case, bench: Bench) -> dict[str, Any]:
 
     def competitor(name: str, way: Way) -> Competitor:
         run = getattr(way, case.what)
-
-        def apart() -> float:
-            if first.sums is not None:
-                first.sums.zero_()
-            return difference(run(first), expected)
-
         return Competitor(
             lambda copy: run(operands[copy]),
-            None if name == DENSE else apart,
-            _MOST_APART_OF.get(name, MOST_APART),
-            () if name in (LAYER, HELD) else work(case, _KEEP_BYTES.get(name, _SCORE_BYTES)),
-            QUEUED if name in _NOT_CAPTURED else GRAPH,
+            None if name == DENSE else expected,
+            clear=first.sums.zero_ if first.sums is not None else None,
+            most_apart=_MOST_APART_OF.get(name, MOST_APART),
+            phases=() if name in (LAYER, HELD) else work(case, _KEEP_BYTES.get(name, _SCORE_BYTES)),
+            how=QUEUED if name in _NOT_CAPTURED else GRAPH,
         )
 
     found = {name: competitor(name, way) for name, way in _ways(case, bench.device).items()}
@@ -92,10 +87,8 @@ def time_host(case: Case, bench: Bench) -> dict[str, Any]:
         for name, make in _LAYERS.items():
             # A layer that was captured selects anew in each eager call too: it cannot know what a replay wrote.
             for how, label in ((CLOCK, name), (GRAPH, name + IN_GRAPH)):
-                run = make().forward
-                apart = functools.partial(lambda run: difference(run(operands[0]), expected), run)
-                call = functools.partial(lambda run, copy: run(operands[copy]), run)
-                found[label] = Competitor(call, None if name == DENSE_LAYER else apart, how=how)
+                run = functools.partial(lambda way, copy: way.forward(operands[copy]), make())
+                found[label] = Competitor(run, None if name == DENSE_LAYER else expected, how=how)
         return bench.compare(found, len(operands))
 
 

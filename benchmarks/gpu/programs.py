@@ -80,6 +80,9 @@ def summarise(output: str, code: int | None, seconds: float) -> dict[str, Any]:
     counts = Counter(what for what, _ in outcomes)
     bad = [" ".join(line.split()) for what, line in outcomes if what in ("FAILED", "ERROR", "XPASS")]
     complaints = [*bad[:40], *[line for line in lines if line.startswith(("FAILED ", "ERROR ", "E  "))][:40]]
+    if code is None and not bad:
+        reason = f"stopped after {seconds:.0f} s, {counts['PASSED']} passed and none failed until then"
+        return {"status": NOT_MEASURED, "reason": reason, "passed": counts["PASSED"]}
     if code is None:
         complaints.insert(0, f"stopped after {seconds:.0f} s")
     elif code not in (0, 1):

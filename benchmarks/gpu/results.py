@@ -39,11 +39,6 @@ class Results:
             self._documents[what] = about | {"environment": environment, "ceilings": ceilings, "cases": waiting}
             self._write(what)
 
-    @property
-    def have_begun(self) -> bool:
-        """Whether a process came as far as begin()."""
-        return bool(self._documents)
-
     def of(self, case: Case) -> Record:
         """What is known of a case."""
         return next(record for record in self._documents[case.what]["cases"] if Case.of(record) == case)

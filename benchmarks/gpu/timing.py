@@ -38,11 +38,14 @@ Phases = Sequence[tuple[float, float]]
 class Competitor:
     """One way to compute a thing. ``run`` takes the index of a copy of the operands.
 
-    apart: how far its result is from what it must be, relative; None: there is nothing to compare.
+    expected: what it must give, by copy 0; None: there is nothing to compare. apart: in its place, how far it is from
+    what it must be. clear: called before it is checked.
     """
 
-    run: Callable[[int], object]
+    run: Callable[[int], Any]
+    expected: Any = None
     apart: Callable[[], float] | None = None
+    clear: Callable[[], object] | None = None
     most_apart: float = MOST_APART
     phases: Phases = ()
     how: str = GRAPH
@@ -85,10 +88,12 @@ class Bench:
 
     def _wrong(self, competitor: Competitor) -> str:
         """Why it is not timed: it fails, or computes something else; "" if it is right."""
-        if competitor.apart is None:
+        if competitor.expected is None and competitor.apart is None:
             return ""
         try:
-            apart = competitor.apart()
+            if competitor.clear is not None:
+                competitor.clear()
+            apart = competitor.apart() if competitor.apart else difference(competitor.run(0), competitor.expected)
         except FAILURES as error:
             return reason(error, self.device)
         if apart <= competitor.most_apart:

@@ -102,10 +102,10 @@ def work(
 
 
 def _in_short(status: str, fields: Mapping[str, Any]) -> str:
-    if "passed" in fields:
-        return f"{status}, {fields['passed']} passed, {fields['failed']} failed, {fields['skipped']} skipped"
     if "reason" in fields:
         return f"{status}, {fields['reason']}"
+    if "passed" in fields:
+        return f"{status}, {fields['passed']} passed, {fields['failed']} failed, {fields['skipped']} skipped"
     samples = [f"{name} {figures(sample)}" for name, sample in fields.get("samples", {}).items()]
     wrong = [f"{name} FAILED ({why})" for name, why in fields.get("failures", {}).items()]
     return "; ".join(samples + wrong) or status

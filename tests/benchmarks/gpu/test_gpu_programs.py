@@ -35,10 +35,15 @@ def test_outcomes_are_counted_line_by_line():
     assert found["complaints"][0] == "tests/a.py::test_two[x] FAILED [100%]"
     found = programs.summarise(_PARALLEL, 0, 60)
     assert (found["status"], found["passed"], found["skipped"]) == (MEASURED, 1, 1)
-    found = programs.summarise(_PARALLEL, None, 60)
+    found = programs.summarise(_PLAIN, None, 60)  # out of time
     assert (found["status"], found["passed"], found["complete"]) == (FAILED, 1, False)
-    assert found["complaints"] == ["stopped after 60 s"]
+    assert found["complaints"][0] == "stopped after 60 s"
     assert programs.summarise("no tests ran", 5, 60)["status"] == FAILED
+
+
+def test_tests_that_time_does_not_suffice_for_have_not_failed():
+    reason = "stopped after 60 s, 1 passed and none failed until then"
+    assert programs.summarise(_PARALLEL, None, 60) == {"status": NOT_MEASURED, "reason": reason, "passed": 1}
 
 
 def test_a_program_that_runs_out_of_time_ends_with_its_children(tmp_path):
