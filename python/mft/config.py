@@ -424,12 +424,3 @@ class RunConfig:
         check_not_empty(self, "output_dir", "project")
         expand_home(self, "output_dir")
         self.report_to = list(dict.fromkeys(self.report_to))
-
-
-SECTIONS: dict[str, type] = {
-    "model": ModelConfig,
-    "data": DataConfig,
-    "mask": MaskConfig,
-    "train": TrainConfig,
-    "objective": ObjectiveConfig,
-}

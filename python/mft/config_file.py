@@ -1,5 +1,6 @@
 """A configuration from strict YAML plus `section.key=value` overrides, and back to YAML.
 
+files/nested.py makes the dataclasses of it.
 Whatever is unknown, of the wrong type or out of range is a ValueError that names the key, the rule and the value.
 """
 
@@ -10,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mft.checks import nearest, nearest_path, shown
-from mft.config import CONFIGS, SECTIONS, RunConfig
+from mft.config import CONFIGS, RunConfig
 from mft.files.atomic import write_whole
+from mft.files.nested import Nested
 from mft.files.regular_file import read_regular
 from mft.files.yaml_file import dump_yaml, parse_yaml
 
 _MOST_CONFIG = 1 << 16  # bytes: 25 times the longest of ours; its reader takes a second for them
-_NAMED = "data.sources."  # a mapping of names that the file chooses
 # What other trainers, and the paper's own code, call our keys.
 FOREIGN_NAMES = {
     "learning_rate": "train.lr",
@@ -49,6 +50,7 @@ FOREIGN_NAMES = {
     "loss_type": "objective.name",
     "teacher_model_name_or_path": "objective.teacher",
 }
+_RUN = Nested(RunConfig, "train.lr=3e-4", FOREIGN_NAMES, elsewhere=True)
 
 
 def load_config(path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -66,16 +68,9 @@ def config_from(
 ) -> RunConfig:
     """The same with the file's values, as config_values gives them; path is for messages."""
     values = copy.deepcopy(values)
-    _check_keys(values, origin=f"{path}: ")
-    _apply_overrides(values, overrides)
-    sections = {}
-    for name, section in SECTIONS.items():
-        given = values.pop(name, None)
-        if name == "train" and given is not None and not {"steps", "epochs"} & given.keys():
-            given["epochs"] = RunConfig().train.epochs
-        if given is not None:
-            sections[name] = _build(section, given, name, path, overrides)
-    return _build(RunConfig, values | sections, "", path, overrides)
+    for override in overrides:
+        _RUN.apply_override(values, override)
+    return _RUN.build(values, path, overrides)
 
 
 def save_config(config: RunConfig, path: str | os.PathLike) -> None:
@@ -120,73 +115,6 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: config must be a mapping of keys such as train:, got {shown(values)}")
     return values
-
-
-def _apply_overrides(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise ValueError(f"an override must look like train.lr=3e-4, got {override!r}")
-        if key in SECTIONS:
-            names = ", ".join(f"{key}.{name}" for name in _field_names(SECTIONS[key]))
-            raise ValueError(f"an override must name one key, got the section {key!r}: its keys are {names}")
-        section, dot, name = key.partition(".")
-        value = parse_yaml(text, f"override {override!r}")
-        path = [section, *(name.split(".") if key.startswith(_NAMED) else [name] if dot else [])]
-        _check_keys({section: {path[1]: None}} if dot else {section: value}, origin=f"override {override!r}: ")
-        target = values
-        for part in path[:-1]:
-            if target.get(part) is None:
-                target[part] = {}
-            target = target[part]
-            if not isinstance(target, dict):
-                raise ValueError(f"override {override!r}: {part} must be a mapping, got {shown(target)}")
-        target[path[-1]] = value
-
-
-def _check_keys(values: dict[Any, Any], origin: str) -> None:
-    """Raise on the first key that no dataclass has, wherever it stands."""
-    known = _field_names(RunConfig)
-    for key, value in values.items():
-        if key not in known:
-            raise ValueError(f"{origin}unknown key {str(key)!r}{_suggestion(str(key), '', known)}")
-        if key not in SECTIONS or value is None:
-            continue
-        if not isinstance(value, dict):
-            raise ValueError(f"{origin}{key} must be a mapping of keys, got {shown(value)}")
-        names = _field_names(SECTIONS[key])
-        for name in value:
-            if name not in names:
-                raise ValueError(f"{origin}unknown key '{key}.{name}'{_suggestion(str(name), f'{key}.', names)}")
-
-
-def _suggestion(name: str, prefix: str, names: list[str]) -> str:
-    """The nearest name in this section, else the same name in another one, else all names of this section."""
-    elsewhere = {f"{key}.{known}": known for key, section in SECTIONS.items() for known in _field_names(section)}
-    elsewhere |= {known: known for known in _field_names(RunConfig) if known not in SECTIONS}
-    last = name.rpartition(".")[2]
-    exact = [path for path, known in elsewhere.items() if known == last or path == FOREIGN_NAMES.get(last)]
-    if exact:
-        return f"; did you mean {' or '.join(exact)}?"
-    close = nearest(name, names, prefix=prefix)
-    if not close:
-        close = nearest(name, list(elsewhere.values()), paths=elsewhere)
-    return close or f"; known here: {', '.join(prefix + known for known in names)}"
-
-
-def _build(cls: type, values: dict[str, Any], name: str, path: str | os.PathLike | None, overrides) -> Any:
-    """cls(**values); its errors begin with a field's name, so that the section and the file can stand before it."""
-    try:
-        return cls(**values)
-    except ValueError as error:
-        origin = f"{path}: " if path is not None else ""
-        after = f" (with the overrides {' '.join(overrides)})" if overrides else ""
-        raise ValueError(f"{origin}{name}{'.' if name else ''}{error}{after}") from None
-
-
-def _field_names(cls: type) -> list[str]:
-    return [item.name for item in dataclasses.fields(cls)]
 
 
 def plain_values(value: Any) -> Any:

@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 
 from mft.cli.app import app
 from mft.cli.keys import run_schema, sections, study_schema
-from mft.config import SECTIONS, RunConfig
+from mft.config import RunConfig
 from mft.config_file import load_config
 
+SECTIONS = {item.name: item.type for item in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(item.type)}
 NAMED = "data.sources"  # whose keys have no default
 
 

@@ -9,7 +9,7 @@ from tiny_study import FEW, STUDY
 from typer.testing import CliRunner
 
 from mft.cli.app import app
-from mft.config import CONFIGS, OBJECTIVES, SECTIONS, ObjectiveConfig, RunConfig, TrainConfig
+from mft.config import CONFIGS, OBJECTIVES, ObjectiveConfig, RunConfig, TrainConfig
 from mft.config_file import config_from, config_values
 from mft.files.yaml_file import dump_yaml, parse_yaml
 from mft.study.config import ArmConfig, ScratchConfig
@@ -17,6 +17,7 @@ from mft.study.load import SHIPPED, load_study, study_values
 
 jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed: pip install jsonschema")
 
+SECTIONS = {item.name: item.type for item in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(item.type)}
 SMALL_STUDY = parse_yaml(STUDY.format(directory="x") + FEW, "a study")
 # One of each kind that YAML has, and both sides of every bound.
 VALUES = (
