@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mft.study.config import Setting
+from mft.study.arms.setting import Setting
 from mft.study.report.at_equal_bytes import AtEqualBytes, said_of_bytes
 from mft.study.report.dominance import Comparison, OnLoss, family_size, judged
 from mft.study.report.equal_budgets import EqualBudget

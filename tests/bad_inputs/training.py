@@ -26,7 +26,8 @@ from mft.masks.quantize import quantize_model
 from mft.masks.unmasked import unmasked_model
 from mft.models.longrope import refuse_long_batches
 from mft.models.packed_rows import check_kept_apart
-from mft.study.config import ArmConfig, StudyConfig
+from mft.study.arms.kinds import make_arm
+from mft.study.config import StudyConfig
 from mft.training import plan
 from mft.training.best import Best
 from mft.training.checkpoint import BadCheckpoint, check_space, newest_checkpoint, write_checkpoint
@@ -336,8 +337,8 @@ a summary of a run
     -> ValueError: directory | must be a finished study's | with a table of no domains
         | a run of mft train has its curves in plot.png, and mft plot flips draws how its masks moved
 a study that trains weights in codes
-    codes = ArmConfig("quantized", quantization="nf4")
-    arms = {"full": ArmConfig("full", lrs=[1.0]), "NF4": codes, "control": ArmConfig("control", lrs=[1.0], start="NF4")}
+    codes = make_arm("quantized", quantization="nf4")
+    arms = {"full": make_arm("full", lrs=[1.0]), "NF4": codes, "control": make_arm("control", lrs=[1.0], start="NF4")}
     StudyConfig(arms, {"code": DataConfig()})
     -> ValueError: arms.control.start | must lead to no quantized arm for the kind control | got NF4
         | train them exactly, and round them in an arm {kind: quantized, start: control, quantization: nf4}
@@ -347,9 +348,8 @@ a plot by bytes of a table without them
     -> ValueError: domain | must have a domain with arms that began at the full fine-tune and whose bytes are known
         | got none | run mft compare again if its table.json is older than that
 a compressed arm that says not how many weights
-    ArmConfig("ternary", of="control")
-    -> ValueError: shares
-        | must hold at least one number for the kinds ternary and sparse_delta, and be left out for others | got []
+    make_arm("ternary", of="control")
+    -> ValueError: shares | must be given for this kind | got []
 a plot of forgetting where none was measured
     plot(tmp, "forgetting", {"domains": {"code": {"rows": []}}, "seeds": [0]})
     -> ValueError: a study | must have a general text for its forgetting to be drawn | got none

@@ -12,7 +12,8 @@ from mft.cli.app import app
 from mft.config import CONFIGS, OBJECTIVES, ObjectiveConfig, RunConfig, TrainConfig
 from mft.config_file import config_from, config_values
 from mft.files.yaml_file import dump_yaml, parse_yaml
-from mft.study.config import ArmConfig, ScratchConfig
+from mft.study.arms.arm import Arm
+from mft.study.config import ScratchConfig
 from mft.study.load import SHIPPED, load_study, study_values
 
 jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed: pip install jsonschema")
@@ -75,7 +76,7 @@ def test_whatever_value_a_run_takes_is_valid(validators, cls, name):
     assert loaded
 
 
-@pytest.mark.parametrize(("cls", "name"), fields(ArmConfig, ScratchConfig))
+@pytest.mark.parametrize(("cls", "name"), fields(Arm, ScratchConfig))
 def test_whatever_value_a_study_takes_is_valid(validators, tmp_path, cls, name):
     loaded = 0
     for value in VALUES:

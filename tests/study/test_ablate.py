@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 from mft.cli import study as study_verbs
 from mft.cli.app import app
 from mft.study.ablate import ablation_lines, derive, plot_ablation
-from mft.study.config import CONTROL, MASK
 from mft.study.report.table import reference_of
 from mft.study.run import run_study
 from mft.study.store import copy_fine_tunes
@@ -128,16 +127,18 @@ def numbers(arms):
 
 
 def test_what_has_no_ratio_is_a_level_in_an_ablation_of_ratios():
-    arms = [(CONTROL, CONTROL, -0.1), ("free", MASK, -0.3), ("MFT 0.9", MASK, -0.2), ("MFT 0.5", MASK, 0.2)]
+    arms = [("control", "control", -0.1), ("free", "mask", -0.3), ("MFT 0.9", "mask", -0.2), ("MFT 0.5", "mask", 0.2)]
     lines = ablation_lines(numbers([*arms, ("random 0.5", "random", 3.0)]), "ratio")["code"]
     assert [(label, d["estimate"]) for label, d in lines["free"].points] == [("0.5", -0.3), ("0.9", -0.3)]
-    assert [(label, d["estimate"]) for label, d in lines[CONTROL].points] == [("0.5", -0.1), ("0.9", -0.1)]
+    assert [(label, d["estimate"]) for label, d in lines["control"].points] == [("0.5", -0.1), ("0.9", -0.1)]
     assert sorted((label, d["estimate"]) for label, d in lines["MFT"].points) == [("0.5", 0.2), ("0.9", -0.2)]
     assert [label for label, _ in lines["random"].points] == ["0.5"]
 
 
 def test_shares_of_the_data_join_into_a_line_an_arm():
-    few, all_of_it = (numbers([("MFT", MASK, v), ("MFT paper", MASK, 2 * v)])["domains"]["code"] for v in (0.1, 0.2))
+    few, all_of_it = (
+        numbers([("MFT", "mask", v), ("MFT paper", "mask", 2 * v)])["domains"]["code"] for v in (0.1, 0.2)
+    )
     panels = ablation_lines({"domains": {"C++ code 0.1": few, "C++ code 1": all_of_it}}, "data")
     drawn = {name: [(share, d["estimate"]) for share, d in line.points] for name, line in panels["C++ code"].items()}
     assert drawn == {"MFT": [("0.1", 0.1), ("1", 0.2)], "MFT paper": [("0.1", 0.2), ("1", 0.4)]}
@@ -147,7 +148,7 @@ def test_each_mask_has_a_line_of_its_own_over_the_layers():
     arms = [
         (f"{name} {layer}", kind, 0.1)
         for layer in (0, 1)
-        for name, kind in (("control", CONTROL), ("free", MASK), ("MFT", MASK))
+        for name, kind in (("control", "control"), ("free", "mask"), ("MFT", "mask"))
     ]
     lines = ablation_lines(numbers(arms), "layers")["code"]
     assert {name: [label for label, _ in line.points] for name, line in lines.items()} == {
@@ -206,7 +207,7 @@ def test_fine_tunes_of_another_model_are_not_taken(tmp_path, monkeypatch):
 
 
 def test_a_plot_may_lack_intervals(tmp_path):
-    found = numbers([("MFT 0.5", MASK, 0.2), ("MFT 0.9", MASK, -0.2)])
+    found = numbers([("MFT 0.5", "mask", 0.2), ("MFT 0.9", "mask", -0.2)])
     for row in found["domains"]["code"]["rows"]:
         row["minus_full"] |= {"low": None, "high": None}
     plot_ablation(found, "ratio", tmp_path / "plot.png")

@@ -17,17 +17,18 @@ from torch.testing import assert_close
 from mft.config import MaskConfig, ModelConfig
 from mft.evaluation.evaluate import evaluate
 from mft.models.causal_lm import clone_with_own_weights
-from mft.study.arms.compress import compressed, compute_in_fp32, learn_factors
-from mft.study.arms.models import model_of
-from mft.study.arms.run import run_test, run_unit
-from mft.study.arms.size import stored_bytes
-from mft.study.config import ArmConfig, Setting
+from mft.study.arms.fp32_steps import compute_in_fp32, learn_factors
+from mft.study.arms.kinds import KINDS, make_arm
+from mft.study.arms.setting import Setting
+from mft.study.arms.weights import with_weights
 from mft.study.plan import best_so_far, selection
 from mft.study.run import run_study
-from mft.study.workspace import Workspace, with_weights
+from mft.study.units.job import model_of, stored_bytes
+from mft.study.units.run import run_test, run_unit
+from mft.study.workspace import Workspace
 
 DELTA = torch.tensor([[1.0, -2.0, 0.0], [4.0, -8.0, 0.5]])
-KINDS = ("bitdelta", "ternary", "sparse_delta")
+COMPRESSED = ("bitdelta", "ternary", "sparse_delta")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,11 @@ def ground(tmp_path_factory):
         for arm in ("control", "continued"):
             run_unit(ground.workspace, ground.job(arm))
         yield ground
+
+
+def left_of(kind, delta, *args, **options):
+    """What a kind leaves of a difference."""
+    return KINDS[kind].of_delta(delta, *args, **options)
 
 
 def start_of(ground, names):
@@ -49,49 +55,49 @@ def job_of(ground, arm, **options):
 
 def test_bitdelta_keeps_signs_and_the_mean_size():
     scale = 15.5 / 6  # 2.578125 in bfloat16
-    found = compressed("bitdelta", DELTA)
+    found = left_of("bitdelta", DELTA)
     assert torch.equal(found, 2.578125 * torch.tensor([[1.0, -1.0, 1.0], [1.0, -1.0, 1.0]]))
-    assert torch.equal(compressed("bitdelta", DELTA, factor=torch.tensor([[2 / scale]]))[0, 0], torch.tensor(2.0))
+    assert torch.equal(left_of("bitdelta", DELTA, factor=torch.tensor([[2 / scale]]))[0, 0], torch.tensor(2.0))
 
 
 def test_signs_that_are_not_there_shift_nothing():
     for delta in (torch.zeros(4, 6), torch.zeros(3, 4, 6)):
-        found = compressed("bitdelta", delta + torch.eye(4, 6))
+        found = left_of("bitdelta", delta + torch.eye(4, 6))
         assert (found.abs() == found.abs().max()).all()
         assert (found.sum(-1).abs() <= 2 * found.max()).all()
 
 
 def test_ternary_gives_the_largest_their_mean_size_and_the_others_none():
     assert torch.equal(
-        compressed("ternary", DELTA, 0.5),
+        left_of("ternary", DELTA, 0.5),
         torch.tensor([[0.0, -14 / 3, 0.0], [14 / 3, -14 / 3, 0.0]]).bfloat16().float(),
     )
 
 
 def test_sparse_delta_keeps_the_largest_as_they_are():
-    assert torch.equal(compressed("sparse_delta", DELTA, 0.4), torch.tensor([[0.0, 0.0, 0.0], [4.0, -8.0, 0.0]]))
+    assert torch.equal(left_of("sparse_delta", DELTA, 0.4), torch.tensor([[0.0, 0.0, 0.0], [4.0, -8.0, 0.0]]))
 
 
 @pytest.mark.parametrize("kind", ["ternary", "sparse_delta"])
 def test_as_many_are_kept_as_the_share_says_of_equal_ones_too_and_one_at_the_least(kind):
     for share, count in ((0.25, 25), (1.0, 100), (1e-9, 1)):
-        assert compressed(kind, torch.ones(10, 10), share).count_nonzero() == count
+        assert left_of(kind, torch.ones(10, 10), share).count_nonzero() == count
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", COMPRESSED)
 def test_each_expert_is_a_matrix_of_its_own(kind):
     experts = torch.stack([DELTA, 100 * DELTA.flip(0)])
-    found = compressed(kind, experts, 0.5, factor=torch.tensor([1.0, 2.0]).reshape(2, 1, 1))
-    assert torch.equal(found[0], compressed(kind, DELTA, 0.5))
-    assert torch.equal(found[1], compressed(kind, experts[1], 0.5, factor=torch.tensor([[2.0]])))
+    found = left_of(kind, experts, 0.5, factor=torch.tensor([1.0, 2.0]).reshape(2, 1, 1))
+    assert torch.equal(found[0], left_of(kind, DELTA, 0.5))
+    assert torch.equal(found[1], left_of(kind, experts[1], 0.5, factor=torch.tensor([[2.0]])))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", COMPRESSED)
 def test_what_is_kept_has_16_bits(kind):
     generator = torch.Generator().manual_seed(0)
     for shape in ((20, 30), (7,)):
         delta = torch.randn(shape, generator=generator)
-        found = compressed(kind, delta, 0.3)
+        found = left_of(kind, delta, 0.3)
         assert torch.equal(found, found.bfloat16().float())
         if len(shape) == 1:  # a vector keeps all its numbers
             assert_close(found, delta, rtol=2**-8, atol=0)
@@ -128,14 +134,14 @@ def test_a_bfloat16_control_is_compressed_beside_its_start(ground, arm):
     assert found.loss == pytest.approx(run_unit(ground.workspace, job).loss, abs=0.05)
 
 
-@pytest.mark.parametrize("arm", KINDS)
+@pytest.mark.parametrize("arm", COMPRESSED)
 def test_a_compressed_arm_is_the_start_and_what_is_left_of_its_source(ground, arm):
     job = job_of(ground, arm)
     found = run_unit(ground.workspace, job)
     control = ground.weights("control")
     start, model = start_of(ground, control), model_of(ground.workspace, job)
     for name, end in control.items():
-        assert torch.equal(model.get_parameter(name), start[name] + compressed(arm, end - start[name], 0.1)), name
+        assert torch.equal(model.get_parameter(name), start[name] + left_of(arm, end - start[name], 0.1)), name
     others = {name for name, p in fine_tune(ground).named_parameters() if p is not model.get_parameter(name)}
     assert others == set(control)
     assert found.loss == evaluate(model, ground.workspace.splits("count").validation, batch_size=8).loss
@@ -161,7 +167,7 @@ def test_of_all_weights_each_parameter_is_compressed_and_vectors_are_kept(ground
 def test_bytes_are_those_of_signs_scales_positions_and_kept_numbers(ground):
     weights = list(ground.weights("control").values())
     numel, found = [w.numel() for w in weights], {}
-    for arm in KINDS:
+    for arm in COMPRESSED:
         found[arm] = run_unit(ground.workspace, job_of(ground, arm)).bytes
     assert found["bitdelta"] == sum(math.ceil(n / 8) + 2 for n in numel)
     positions = sum(math.ceil(n * 0.468996 / 8) for n in numel)  # the entropy of a tenth
@@ -204,41 +210,41 @@ def test_a_mean_of_whole_models_is_whole_and_a_part_of_adapters_has_their_rank(g
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "ternary", "of": "x"}, "shares must hold at least one number for the kinds ternary and sparse_delta"),
+        ({"kind": "ternary", "of": "x"}, "shares must be given for this kind, got []"),
         (
             {"kind": "bitdelta", "of": "x", "shares": [0.1]},
-            "shares must hold at least one number for the kinds ternary",
+            "shares must be left out for this kind, got [0.1]",
         ),
         ({"kind": "ternary", "of": "x", "shares": [0]}, "shares must lie in (0, 1], got [0.0]"),
         (
             {"kind": "ternary", "of": "x", "shares": [0.1], "lrs": [1]},
-            "lrs must be given for a trained kind, and for no",
+            "lrs must be left out for this kind, got [1.0]",
         ),
         ({"kind": "bitdelta", "of": "x", "lrs": [1], "start": "x"}, "start must be left out for this kind, got x"),
-        ({"kind": "bitdelta"}, "of must name an arm, for the kinds average, interpolated, bitdelta, ternary, sparse_d"),
+        ({"kind": "bitdelta"}, "of must be given for this kind, got None"),
     ],
 )
 def test_what_a_compressed_arm_may_not_say(options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        ArmConfig(**options)
+        make_arm(**options)
 
 
 @pytest.mark.parametrize(
     ("arm", "message"),
     [
         (
-            ArmConfig("ternary", of="LoRA", shares=[0.1]),
+            make_arm("ternary", of="LoRA", shares=[0.1]),
             "arms.x.of must name an arm of the kinds full, continued, control",
         ),
         (
-            ArmConfig("bitdelta", of="full", lrs=[1e-3]),
+            make_arm("bitdelta", of="full", lrs=[1e-3]),
             "arms.x.of must name an arm of the kinds control: control, got fu",
         ),
     ],
 )
 def test_a_compressed_arm_is_made_of_weights_that_were_trained(arm, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        make({**ARMS, "LoRA": ArmConfig("lora", lrs=[1e-3]), "x": arm})
+        make({**ARMS, "LoRA": make_arm("lora", lrs=[1e-3]), "x": arm})
 
 
 BY_BYTES = (
@@ -267,11 +273,11 @@ def test_a_study_of_them_runs_to_its_end_and_makes_lost_files_again(ground, tmp_
     assert equal(again.test, found.test)
 
 
-BUDGET = ArmConfig("lora", lrs=RATES, lora_ranks=[4, 1, 2], max_bytes=250)
+BUDGET = make_arm("lora", lrs=RATES, lora_ranks=[4, 1, 2], max_bytes=250)
 
 
 def study_of(arm=BUDGET, **options):
-    return make({"full": ArmConfig("full", lrs=RATES), "arm": arm}, **options)
+    return make({"full": make_arm("full", lrs=RATES), "arm": arm}, **options)
 
 
 def better_and_larger_by_rank(study):
@@ -285,10 +291,10 @@ def better_and_larger_by_rank(study):
 
 
 def test_ranks_are_a_grid_and_one_rank_is_no_choice():
-    grid = ArmConfig("lora", lrs=[1e-3], lora_ranks=[2, 1]).settings(MaskConfig())
+    grid = make_arm("lora", lrs=[1e-3], lora_ranks=[2, 1]).settings(MaskConfig())
     assert grid == [Setting(1e-3, 1.0, rank=1), Setting(1e-3, 1.0, rank=2)]
     assert str(grid[0]) == "lr 0.001, epochs 1, rank 1"
-    assert ArmConfig("lora", lrs=[1e-3], lora_rank=2).settings(MaskConfig()) == [Setting(1e-3, 1.0)]
+    assert make_arm("lora", lrs=[1e-3], lora_rank=2).settings(MaskConfig()) == [Setting(1e-3, 1.0)]
 
 
 def test_what_stores_more_than_the_most_is_tried_and_not_chosen():
@@ -298,12 +304,12 @@ def test_what_stores_more_than_the_most_is_tried_and_not_chosen():
     assert found.chosen["code"]["arm"] == best_so_far(study, done)["code", "arm"] == Setting(1e-3, 1.0, rank=2)
     assert found.tried["code"]["arm"] == 9
     assert {o.unit.setting for o in done if o.unit.seed == 1 and o.unit.arm == "arm"} == {Setting(1e-3, 1.0, rank=2)}
-    free = study_of(ArmConfig("lora", lrs=RATES, lora_ranks=[4, 1, 2]))
+    free = study_of(make_arm("lora", lrs=RATES, lora_ranks=[4, 1, 2]))
     assert selection(free, done).chosen["code"]["arm"] == Setting(1e-3, 1.0, rank=4)
 
 
 def test_the_bytes_of_the_most_itself_are_not_too_many():
-    study = study_of(ArmConfig("lora", lrs=RATES, lora_ranks=[4, 1, 2], max_bytes=400))
+    study = study_of(make_arm("lora", lrs=RATES, lora_ranks=[4, 1, 2], max_bytes=400))
     assert selection(study, better_and_larger_by_rank(study)).chosen["code"]["arm"].rank == 4
 
 
@@ -313,7 +319,7 @@ def test_an_arm_none_of_whose_settings_is_small_enough_is_an_error_that_names_it
         "(lr 0.0001, epochs 1, rank 1) stores 100: add smaller ones to its grid, or raise it"
     )
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
-        better_and_larger_by_rank(study_of(ArmConfig("lora", lrs=RATES, lora_ranks=[1, 2], max_bytes=99), extensions=0))
+        better_and_larger_by_rank(study_of(make_arm("lora", lrs=RATES, lora_ranks=[1, 2], max_bytes=99), extensions=0))
 
 
 @pytest.mark.parametrize(
@@ -330,4 +336,4 @@ def test_an_arm_none_of_whose_settings_is_small_enough_is_an_error_that_names_it
 )
 def test_what_an_arm_may_not_say_of_bytes(options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        ArmConfig(**options)
+        make_arm(**options)

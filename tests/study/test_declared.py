@@ -8,7 +8,10 @@ from tiny_study import STUDY
 
 from mft.config import DataConfig, MaskConfig
 from mft.files.yaml_file import dump_yaml
-from mft.study.config import FULL, LEAST_RATES, ArmConfig, ScratchConfig, Setting
+from mft.study.arms.kinds import make_arm
+from mft.study.arms.setting import Setting
+from mft.study.arms.whole import Full
+from mft.study.config import LEAST_RATES, ScratchConfig
 from mft.study.load import SHIPPED, load_study, study_values
 
 ARMS = """
@@ -32,8 +35,8 @@ def load(tmp_path):
 def test_every_shipped_study_loads_by_its_name(name):
     """And each tries as many rates as a fair choice takes."""
     study = load_study(name)
-    assert all(len(arm.lrs) == 0 or len(arm.lrs) >= LEAST_RATES for arm in study.arms.values() if arm.kind != FULL)
-    full = len(study.arms[study.named(FULL)].lrs)
+    assert all(len(arm.lrs) == 0 or len(arm.lrs) >= LEAST_RATES for arm in study.arms.values() if arm.follows)
+    full = len(study.arms[study.named(Full)].lrs)
     assert full >= LEAST_RATES or not full  # the model as it comes
 
 
@@ -43,8 +46,8 @@ def test_trained_arms_may_choose_momentum_and_epochs_alike(name):
     trained = [arm for label, arm in study.arms.items() if arm.lrs and label != "MFT (paper)"]  # whose optimiser it is
     assert all(arm.betas is None and len(arm.epochs) > 1 for arm in trained)
     decided = {"small": (0, 0.9), "smollm2": ()}[name]  # SmolLM2's fine-tune lost with momentum, as its file says
-    assert {tuple(arm.beta1s) for arm in trained if arm.kind == FULL} == {decided}
-    assert {tuple(arm.beta1s) for arm in trained if arm.kind != FULL} == {(0, 0.9)}
+    assert {tuple(arm.beta1s) for arm in trained if not arm.follows} == {decided}
+    assert {tuple(arm.beta1s) for arm in trained if arm.follows} == {(0, 0.9)}
 
 
 def test_a_study_says_what_its_file_says(load):
@@ -59,10 +62,10 @@ def test_a_study_says_what_its_file_says(load):
 def test_the_grid_is_every_combination_in_ascending_order(load):
     grid = load().arms["MFT 0.9"].settings(MaskConfig())
     assert grid == [Setting(1e-3, epochs, keep) for epochs in (1.0, 2.0) for keep in (0.8, 0.9)]
-    momentum = ArmConfig("control", lrs=[1e-3], beta1s=[0.9, 0]).settings(MaskConfig())
+    momentum = make_arm("control", lrs=[1e-3], beta1s=[0.9, 0]).settings(MaskConfig())
     assert momentum == [Setting(1e-3, 1.0, beta1=beta1) for beta1 in (0.0, 0.9)]
-    assert ArmConfig("random").settings(MaskConfig(keep_ratio=0.7)) == [Setting(keep_ratio=0.7)]
-    assert ArmConfig("base").settings(MaskConfig()) == [Setting()]
+    assert make_arm("random").settings(MaskConfig(keep_ratio=0.7)) == [Setting(keep_ratio=0.7)]
+    assert make_arm("base").settings(MaskConfig()) == [Setting()]
 
 
 def test_an_arm_may_have_a_mode_a_threshold_and_betas_of_its_own(load):
@@ -153,7 +156,7 @@ def test_what_is_written_loads_equal(load, tmp_path):
         ("stage.batch_size=0", "stage.batch_size must be at least 1"),
         ("scratch.train.batch_size=0", "scratch.train.batch_size must be at least 1, got 0"),
         ("arms.control.kind=contrl", "arms.control.kind must be one of base, full"),
-        ("arms.control.lrs=[]", "arms.control.lrs must be given for a trained kind"),
+        ("arms.control.lrs=[]", "arms.control.lrs must be given for this kind, got []"),
         ("arms.control.lrs=[-1]", "arms.control.lrs must be positive"),
         ("arms.control.lrs=fast", "arms.control.lrs must be a list of float, got 'fast' (str)"),
         ("arms.MFT 0.9.init=wand", "arms.MFT 0.9.init must be one of normal, magnitude, constant, random"),
@@ -178,7 +181,7 @@ def test_a_mistake_says_which_key_and_what(load, override, message):
         ),
         (
             "  mean: {kind: average}\n",
-            "arms.mean.of must name an arm, for the kinds average, interpolated, bitdelta, ternary, sparse_delta alone",
+            "arms.mean.of must be given for this kind, got None",
         ),
         ("  ../x: {kind: base}\n", "arms must have names of letters, digits"),
         ("  x:\n", "arms.x.kind must be given, got none"),
@@ -206,4 +209,4 @@ def test_an_unknown_study_names_the_shipped_ones():
 def test_rates_are_finite():
     for rates in ([math.inf], [1e-3, math.nan]):
         with pytest.raises(ValueError, match=r"lrs must hold finite numbers, got \[.*(inf|nan)\]"):
-            ArmConfig("mask", lrs=rates, epochs=[1.0])
+            make_arm("mask", lrs=rates, epochs=[1.0])

@@ -13,9 +13,9 @@ from mft.importance.scores import initialise_scores
 from mft.masks.convert import mask_model, masked_modules
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.experts import expert_projections
+from mft.study.arms.weights import with_weights
 from mft.study.lora import add_lora, merge_lora
 from mft.study.one_shot import one_shot_mask
-from mft.study.workspace import with_weights
 from mft.training.loop import train_loop, train_weights
 
 SIZES = {

@@ -19,6 +19,7 @@ from mft.models.linears import weight_name
 from mft.models.quantized_weight import quantized_weights
 from mft.study import workspace as workspaces
 from mft.study.arms.memory import ADAPTER_BYTES, equal_memory_rank, score_bytes
+from mft.study.arms.weights import with_weights
 from mft.study.load import load_study
 from mft.study.outcome import Unit
 from mft.study.plan import starts_of, teachers_of
@@ -28,7 +29,7 @@ from mft.study.report.write import write_study_report
 from mft.study.run import run_study
 from mft.study.store import Store
 from mft.study.teacher import RememberedTeacher
-from mft.study.workspace import Workspace, with_weights
+from mft.study.workspace import Workspace
 
 FULL = "  base: {kind: base}\n  full: {kind: full, lrs: [1e-2]}\n"
 ARMS = (
@@ -304,10 +305,10 @@ def test_what_rounding_needs_is_asked_for_before_anything_is_trained(done, monke
             "{kind: quantized, start: mask, quantization: int8}",
             "arms.wrong.start must lead to no quantized arm, here NF4, whose weights are nf4 already, got mask",
         ),
-        ("{kind: quantized}", "arms.wrong.quantization must be given for the kind quantized, and left out"),
+        ("{kind: quantized}", "arms.wrong.quantization must be given for this kind, got None"),
         (
             "{kind: random, quantization: nf4}",
-            "quantization must be given for the kind quantized, and left out",
+            "quantization must be left out for this kind, got nf4",
         ),
         ("{kind: quantized, quantization: nf5}", "arms.wrong.quantization must be one of nf4, nf4-dq, int8"),
         ("{kind: random, teacher: full}", "arms.wrong.teacher must be left out for this kind, got full"),

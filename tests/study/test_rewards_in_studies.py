@@ -13,9 +13,8 @@ from tiny_study import write_ground
 
 from mft.rewards.config import RewardsConfig
 from mft.rewards.questions import count_questions, questions_of
-from mft.study.arms.job import Job
-from mft.study.arms.train import train_unit
-from mft.study.config import TRAINED, ArmConfig, Setting
+from mft.study.arms.kinds import make_arm
+from mft.study.arms.setting import Setting
 from mft.study.load import load_study, study_values
 from mft.study.outcome import Measured, Outcome, Unit
 from mft.study.plan import selection
@@ -23,6 +22,8 @@ from mft.study.report.rewards import rewards_remark
 from mft.study.report.write import console_report, write_study_report
 from mft.study.run import run_study
 from mft.study.store import Store
+from mft.study.units.job import Job
+from mft.study.units.train import train_unit
 from mft.study.workspace import Workspace
 
 pytest.importorskip("trl", reason="needs trl: pip install 'mft_kernels[trl]'")
@@ -120,7 +121,7 @@ def test_the_report_judges_by_exact_answers_and_draws_rewards(done, tmp_path):
 def test_what_arms_learn_by_is_said_where_all_are_taught_and_where_none_is(done):
     def said(teacher):
         arms = {
-            name: dataclasses.replace(arm, teacher=teacher if arm.kind in TRAINED else None, teacher_prompt=None)
+            name: dataclasses.replace(arm, teacher=teacher if arm.learns else None, teacher_prompt=None)
             for name, arm in done[0].study.arms.items()
         }
         study = dataclasses.replace(done[0].study, arms=arms)
@@ -195,9 +196,9 @@ def test_validation_chooses_by_exact_answers_and_between_equals_by_loss(done):
 
 def test_an_epoch_asks_every_question_once(done):
     study = done[0].study
-    config = study.rewards_of(ArmConfig(kind="control", lrs=[1e-3]), Setting(1e-3, 2.0, beta1=0.0), 7, 30)
+    config = study.rewards_of(make_arm(kind="control", lrs=[1e-3]), Setting(1e-3, 2.0, beta1=0.0), 7, 30)
     assert (config.steps, config.lr, config.betas, config.seed) == (15, 1e-3, (0.0, 0.99), 7)
-    own = ArmConfig(kind="control", lrs=[1e-3], betas=[0.5, 0.6])
+    own = make_arm(kind="control", lrs=[1e-3], betas=[0.5, 0.6])
     assert study.rewards_of(own, Setting(1e-3, 1.0), 0, 1).betas == (0.5, 0.6)
     assert study.rewards_of(own, Setting(1e-3, 1.0), 0, 1).steps == 1
 
@@ -245,7 +246,7 @@ def test_other_questions_may_be_asked_than_those_of_the_fine_tune(done, tmp_path
     study = asking(done, tmp_path, f"{{next: {{source: {tmp_path}/others.jsonl, sequence_length: 8}}}}")
     full, control = Unit("next", "full", 0, Setting(1e-2, 20.0)), Unit("next", "control", 0, Setting(3e-3, 0.5))
     chosen = {"next": {"full": full.setting}}
-    base, arms = Unit("next", "base", 0, Setting()), {"base": ArmConfig(kind="base"), **study.arms}
+    base, arms = Unit("next", "base", 0, Setting()), {"base": make_arm(kind="base"), **study.arms}
     before, now = (Store(dataclasses.replace(one, arms=arms), done[1]) for one in (done[0].study, study))
     assert before.key(base, chosen) == now.key(base, chosen)
     assert before.key(full, chosen) == now.key(full, chosen)
@@ -254,7 +255,7 @@ def test_other_questions_may_be_asked_than_those_of_the_fine_tune(done, tmp_path
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     workspace, given = Workspace(study, study.model), []
     workspace.begin("next", ())
-    monkeypatch.setattr("mft.study.arms.train.train_rewards", lambda *args, **options: given.append(args) or [])
+    monkeypatch.setattr("mft.study.units.train.train_rewards", lambda *args, **options: given.append(args) or [])
     with pytest.raises(AssertionError):  # no checkpoint is seen, as nothing is trained
         train_unit(workspace, Job(control, (), tmp_path / "control.safetensors"))
     (_, _, dataset, config), own = given[0], workspace.splits("next").train

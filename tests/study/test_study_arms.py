@@ -16,13 +16,13 @@ from mft.evaluation.kl_divergence import kl_divergence
 from mft.masks.convert import masked_modules
 from mft.masks.export_format import coded_size
 from mft.models.frozen_layers import PrefixMemory
-from mft.study.arms import measure
-from mft.study.arms.job import Job
-from mft.study.arms.models import model_of
-from mft.study.arms.run import run_test, run_unit
-from mft.study.config import Setting
+from mft.study.arms.setting import Setting
+from mft.study.arms.weights import with_weights
 from mft.study.outcome import Unit
-from mft.study.workspace import Workspace, with_layers_remembered, with_weights
+from mft.study.units import measure
+from mft.study.units.job import Job, model_of
+from mft.study.units.run import run_test, run_unit
+from mft.study.workspace import Workspace, with_layers_remembered
 
 ARMS = """
   base: {kind: base}

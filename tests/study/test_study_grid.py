@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_study_plan import RATES, make, play
 
-from mft.study.config import ArmConfig, Setting
+from mft.study.arms.kinds import make_arm
+from mft.study.arms.setting import Setting
 from mft.study.grid import DIRECTIONS, neighbours
 from mft.study.plan import notes, open_ends, selection
 
-FULL = {"full": ArmConfig("full", lrs=RATES)}
+FULL = {"full": make_arm("full", lrs=RATES)}
 
 
 def valley(**best):
@@ -41,21 +42,21 @@ def grown(arm, loss, others=None, **options):
 
 
 def test_epochs_grow_in_their_ratio_and_each_step_tries_the_rates_beside_it():
-    control = ArmConfig("control", lrs=RATES, epochs=[2, 4])
+    control = make_arm("control", lrs=RATES, epochs=[2, 4])
     _, _, tried = grown(control, valley(lr=1e-3, epochs=16), extensions=20)
     steps = [[Setting(lr, epochs) for lr in (1e-3, 1e-4, 1e-2)] for epochs in (8.0, 16.0)]
     assert tried == [*steps[0], *steps[1], Setting(1e-3, 32.0)]
 
 
 def test_fewer_epochs_are_tried_where_the_fewest_are_best():
-    study, done, tried = grown(ArmConfig("control", lrs=RATES, epochs=[2, 4]), valley(lr=1e-3, epochs=2))
+    study, done, tried = grown(make_arm("control", lrs=RATES, epochs=[2, 4]), valley(lr=1e-3, epochs=2))
     assert tried == [Setting(1e-3, 1.0)]
     assert open_ends(study, done) == []
 
 
 def test_a_rate_beyond_the_grid_is_tried_at_the_other_epochs_too():
     """Its neighbour there belongs to the declared values, and was never tried at this rate."""
-    _, _, tried = grown(ArmConfig("control", lrs=RATES, epochs=[1, 2, 4]), valley(lr=1e-1, epochs=2), extensions=9)
+    _, _, tried = grown(make_arm("control", lrs=RATES, epochs=[1, 2, 4]), valley(lr=1e-1, epochs=2), extensions=9)
     assert tried == [Setting(1e-1, 2.0), Setting(1.0, 2.0), Setting(1e-1, 1.0), Setting(1e-1, 4.0)]
 
 
@@ -72,7 +73,7 @@ def test_a_rate_beyond_the_grid_is_tried_at_the_other_epochs_too():
     ],
 )
 def test_keep_ratios_grow_by_the_ratio_of_what_is_dropped_and_below_by_that_of_what_is_kept(declared, best, tried):
-    mask = ArmConfig("mask", lrs=RATES, keep_ratios=declared)
+    mask = make_arm("mask", lrs=RATES, keep_ratios=declared)
 
     def loss(unit):
         kept = unit.setting.keep_ratio
@@ -84,8 +85,8 @@ def test_keep_ratios_grow_by_the_ratio_of_what_is_dropped_and_below_by_that_of_w
 def test_alphas_and_momentum_do_not_grow():
     arms = {
         **FULL,
-        "control": ArmConfig("control", lrs=RATES, beta1s=[0, 0.9]),
-        "part": ArmConfig("interpolated", of="control", alphas=[0.5, 1]),
+        "control": make_arm("control", lrs=RATES, beta1s=[0, 0.9]),
+        "part": make_arm("interpolated", of="control", alphas=[0.5, 1]),
     }
     study = make(arms)
     done = play(study, lambda unit: valley(lr=1e-3)(unit) - (unit.setting.beta1 or 0) - (unit.setting.alpha or 0))
@@ -95,7 +96,7 @@ def test_alphas_and_momentum_do_not_grow():
 
 
 def test_epochs_stop_at_their_bound_and_the_report_names_what_would_go_on():
-    control = ArmConfig("control", lrs=RATES, epochs=[2, 4])
+    control = make_arm("control", lrs=RATES, epochs=[2, 4])
     study, done, tried = grown(control, valley(lr=1e-3, epochs=64), extensions=20)
     study.max_epochs = 16.0
     assert max(setting.epochs for setting in tried) == 32
@@ -109,7 +110,7 @@ def test_epochs_stop_at_their_bound_and_the_report_names_what_would_go_on():
 
 
 def test_a_spent_budget_is_an_open_end_and_more_of_it_goes_on_from_there():
-    control = ArmConfig("control", lrs=RATES, epochs=[2, 4])
+    control = make_arm("control", lrs=RATES, epochs=[2, 4])
     study, done, tried = grown(control, valley(lr=1, epochs=4), extensions=1)
     assert tried == [Setting(1e-1, 4.0)]
     ends = open_ends(study, done)
@@ -136,19 +137,19 @@ def test_where_nothing_is_gained_the_way_back_to_the_start_is_not_gone():
             return 2.0 if unit.setting.lr == 1e-3 else 3.0
         return 1.9985 + 10 * (unit.setting.lr or 0)  # 0.0005 less at the lowest rate
 
-    study, done, tried = grown(ArmConfig("lora", lrs=RATES, epochs=[1, 2]), loss)
+    study, done, tried = grown(make_arm("lora", lrs=RATES, epochs=[1, 2]), loss)
     assert tried == []
     assert open_ends(study, done) == []
     assert notes(study, done) == [
         "code, arm: its best setting is within 0.001 nats a token of where it begins, and the rate and number "
         "of epochs beyond its grid would only lead back there: they were not tried"
     ]
-    assert grown(ArmConfig("lora", lrs=RATES), lambda unit: loss(unit) - 0.01 * (unit.arm == "arm"))[2] != []
-    harm = grown(ArmConfig("lora", lrs=RATES), lambda unit: 2.0 if unit.arm == "full" else 2 + 50 * unit.setting.lr)
+    assert grown(make_arm("lora", lrs=RATES), lambda unit: loss(unit) - 0.01 * (unit.arm == "arm"))[2] != []
+    harm = grown(make_arm("lora", lrs=RATES), lambda unit: 2.0 if unit.arm == "full" else 2 + 50 * unit.setting.lr)
     assert harm[2] == [Setting(1e-5, 1.0)]  # down to where it does none
-    upward = grown(ArmConfig("lora", lrs=RATES), lambda u: 2.0 if u.arm == "full" else 2.1 - (u.setting.lr or 0))[2]
+    upward = grown(make_arm("lora", lrs=RATES), lambda u: 2.0 if u.arm == "full" else 2.1 - (u.setting.lr or 0))[2]
     assert upward[0] == Setting(1e-1, 1.0)  # more may yet gain
-    masks = ArmConfig("mask", lrs=RATES, keep_ratios=[0.9, 0.99])  # at rate 0 they drop what they began with
+    masks = make_arm("mask", lrs=RATES, keep_ratios=[0.9, 0.99])  # at rate 0 they drop what they began with
     assert {setting.lr for setting in grown(masks, loss)[2]} == {1e-5, 1e-6}
 
 
@@ -158,8 +159,8 @@ def test_scales_that_gain_nothing_over_untrained_ones_are_not_led_back_to_them()
     def loss(unit):
         return {"full": 2.0, "control": 1.9}.get(unit.arm, 1.92) + 10 * (unit.setting.lr or 0)
 
-    untrained, trained = ArmConfig("bitdelta", of="control"), ArmConfig("bitdelta", of="control", lrs=RATES)
-    arms = {"control": ArmConfig("control", lrs=[1e-3]), "untrained": untrained}
+    untrained, trained = make_arm("bitdelta", of="control"), make_arm("bitdelta", of="control", lrs=RATES)
+    arms = {"control": make_arm("control", lrs=[1e-3]), "untrained": untrained}
     assert grown(trained, loss, arms)[2] == []
     assert grown(trained, lambda unit: loss(unit) - 0.01 * (unit.arm == "arm"), arms)[2] != []
     del arms["untrained"]  # what they gain cannot be told
@@ -168,11 +169,11 @@ def test_scales_that_gain_nothing_over_untrained_ones_are_not_led_back_to_them()
 
 def test_an_arm_that_diverges_in_its_whole_grid_tries_lower_rates():
     with pytest.raises(RuntimeError, match="it diverged in each .lr 1e-06, epochs 1; lr 1e-05, epochs 1; lr 0.0001"):
-        grown(ArmConfig("control", lrs=RATES), lambda u: math.inf if u.arm == "arm" else 2.0)
+        grown(make_arm("control", lrs=RATES), lambda u: math.inf if u.arm == "arm" else 2.0)
 
 
 def test_a_mask_without_data_does_not_grow_towards_dropping_nothing():
-    study, done, tried = grown(ArmConfig("random", keep_ratios=[0.9, 0.99]), lambda u: 3 - (u.setting.keep_ratio or 1))
+    study, done, tried = grown(make_arm("random", keep_ratios=[0.9, 0.99]), lambda u: 3 - (u.setting.keep_ratio or 1))
     assert tried == []
     assert [end for end in open_ends(study, done) if end.arm == "arm"] == []
 
@@ -192,7 +193,7 @@ def test_a_study_ends_inside_its_grids_or_says_where_it_does_not(seed, extension
     def loss(unit):
         return values.setdefault(unit, random.Random(f"{seed} {unit}").random() + (unit.arm == "full"))
 
-    control = ArmConfig("control", lrs=RATES, epochs=[1, 2], beta1s=[0, 0.9])
+    control = make_arm("control", lrs=RATES, epochs=[1, 2], beta1s=[0, 0.9])
     study, done, tried = grown(control, loss, extensions=extensions, seeds=(0,))
     assert len(tried) <= extensions
     losses = {o.unit.setting: o.loss for o in done if o.unit.arm == "arm"}

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from mft.config import DataConfig
 from mft.evaluation.evaluate import Evaluation
-from mft.study.config import ArmConfig, Setting, StudyConfig
+from mft.study.arms.kinds import make_arm
+from mft.study.arms.setting import Setting
+from mft.study.config import StudyConfig
 from mft.study.outcome import Measured, Outcome, Unit
 from mft.study.plan import (
     best_so_far,
@@ -30,13 +32,13 @@ from mft.study.plan import (
 
 RATES = [1e-4, 1e-3, 1e-2]
 ARMS = {
-    "base": ArmConfig("base"),
-    "full": ArmConfig("full", lrs=RATES, epochs=[1, 2]),
-    "control": ArmConfig("control", lrs=RATES),
-    "random": ArmConfig("random", keep_ratios=[0.9, 0.99]),
-    "temperature": ArmConfig("temperature"),
-    "MFT": ArmConfig("mask", lrs=RATES, keep_ratios=[0.9, 0.99]),
-    "mean": ArmConfig("average", of="MFT", runs=3),
+    "base": make_arm("base"),
+    "full": make_arm("full", lrs=RATES, epochs=[1, 2]),
+    "control": make_arm("control", lrs=RATES),
+    "random": make_arm("random", keep_ratios=[0.9, 0.99]),
+    "temperature": make_arm("temperature"),
+    "MFT": make_arm("mask", lrs=RATES, keep_ratios=[0.9, 0.99]),
+    "mean": make_arm("average", of="MFT", runs=3),
 }
 
 
@@ -149,7 +151,7 @@ def test_a_grid_grows_beside_its_best_setting_alone():
 
 
 def test_one_rate_is_no_grid_to_grow():
-    study = make(ARMS | {"control": ArmConfig("control", lrs=[1e-3])})
+    study = make(ARMS | {"control": make_arm("control", lrs=[1e-3])})
     assert tried(play(study, bowl(1e-1)), "control") == [1e-3]
 
 
@@ -215,7 +217,7 @@ def test_more_seeds_or_rates_need_only_what_is_new():
     done = play(make(), bowl(1e-3))
     more = play(make(seeds=(0, 1, 2)), bowl(1e-3), done=done)
     assert {o.unit.seed for o in more[len(done) :]} == {2}
-    wider = ARMS | {"control": ArmConfig("control", lrs=[*RATES, 3e-3])}
+    wider = ARMS | {"control": make_arm("control", lrs=[*RATES, 3e-3])}
     more = play(make(wider), bowl(1e-3), done=done)
     assert [o.unit for o in more[len(done) :]] == [Unit("code", "control", 0, Setting(3e-3, 1.0))]
 
@@ -233,9 +235,9 @@ def test_the_number_of_units_is_known_in_the_end_and_never_too_large_before():
 def test_what_is_left_shrinks_with_each_unit_done():
     ratios = [0.8, 0.9, 0.99]
     inside = {
-        "full": ArmConfig("full", lrs=RATES, epochs=[0.5, 1, 2]),
-        "random": ArmConfig("random", keep_ratios=ratios),
-        "MFT": ArmConfig("mask", lrs=RATES, keep_ratios=ratios),
+        "full": make_arm("full", lrs=RATES, epochs=[0.5, 1, 2]),
+        "random": make_arm("random", keep_ratios=ratios),
+        "MFT": make_arm("mask", lrs=RATES, keep_ratios=ratios),
     }
     study = make(ARMS | inside)
     done = play(study, bowl(1e-3))  # the best is inside the grid: nothing is added to it
@@ -277,22 +279,22 @@ def test_the_best_so_far_is_what_is_kept():
 
 
 def test_few_rates_are_said():
-    study = make({"full": ArmConfig("full", lrs=RATES), "control": ArmConfig("control", lrs=[1e-3])})
+    study = make({"full": make_arm("full", lrs=RATES), "control": make_arm("control", lrs=[1e-3])})
     assert notes(study, play(study, bowl(1e-1))) == [
         "code, control: only 1 rate(s) tried, at least 3 make a fair choice"
     ]
 
 
 def test_an_arm_chooses_its_momentum_and_its_rates_grow_beside_the_best_one():
-    study = make({"full": ArmConfig("full", lrs=RATES), "control": ArmConfig("control", lrs=RATES, beta1s=[0, 0.9])})
+    study = make({"full": make_arm("full", lrs=RATES), "control": make_arm("control", lrs=RATES, beta1s=[0, 0.9])})
     done = play(study, lambda unit: bowl(1e-1)(unit) + (unit.setting.beta1 or 0.0))
     assert selection(study, done).chosen["code"]["control"] == Setting(1e-1, 1.0, beta1=0.0)
     assert selection(study, done).tried["code"]["control"] == 2 * len(RATES) + 2
 
 
 CHAIN = {
-    "mask on control": ArmConfig("mask", lrs=RATES, start="control"),
-    "part of MFT": ArmConfig("interpolated", of="MFT", alphas=[0.5, 1]),
+    "mask on control": make_arm("mask", lrs=RATES, start="control"),
+    "part of MFT": make_arm("interpolated", of="MFT", alphas=[0.5, 1]),
     **ARMS,
 }
 
@@ -322,9 +324,9 @@ def test_starts_lead_from_the_base_to_where_a_unit_begins_and_a_source_is_the_ch
 @pytest.mark.parametrize(
     ("arms", "message"),
     [
-        ({"x": ArmConfig("mask", lrs=[1e-3], start="y")}, "arms.x.start must name an arm of the kinds"),
-        ({"x": ArmConfig("mask", lrs=[1e-3], start="x")}, "arms.x.start must lead back to the full fine-tune, got x"),
-        ({"x": ArmConfig("interpolated", of="base", alphas=[1])}, "arms.x.of must name an arm of the kinds"),
+        ({"x": make_arm("mask", lrs=[1e-3], start="y")}, "arms.x.start must name an arm of the kinds"),
+        ({"x": make_arm("mask", lrs=[1e-3], start="x")}, "arms.x.start must lead back to the full fine-tune, got x"),
+        ({"x": make_arm("interpolated", of="base", alphas=[1])}, "arms.x.of must name an arm of the kinds"),
     ],
 )
 def test_what_an_arm_is_made_of_must_be_there(arms, message):

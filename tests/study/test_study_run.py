@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from mft.cli.app import app
 from mft.study import run, workers
-from mft.study.arms.job import Job
-from mft.study.config import Setting
+from mft.study.arms.setting import Setting
 from mft.study.outcome import Unit
 from mft.study.run import run_study
+from mft.study.units.job import Job
 
 UNTRAINED = FULL + "  random: {kind: random}\n  temperature: {kind: temperature}\n"
 

@@ -10,7 +10,7 @@ from tiny_study import equal, make_study
 
 from mft.evaluation.evaluate import Evaluation
 from mft.study import outcome as outcomes
-from mft.study.config import Setting
+from mft.study.arms.setting import Setting
 from mft.study.outcome import Measured, Outcome, Unit, outcome_from, outcome_values
 from mft.study.plan import selection
 from mft.study.store import Store, open_store

@@ -14,11 +14,11 @@ from mft.memory.fit import RESERVE, gigabytes
 from mft.memory.model_config import read_model_config
 from mft.memory.rewards import Sizes, rewards_memory, rewards_peak
 from mft.memory.shapes import ModelShape, shape_from_config
-from mft.study.config import CONTINUED, CONTROL, FULL, LORA, MASK, REWARDS, TRAINED, ArmConfig, StudyConfig
+from mft.study.arms.arm import Arm
+from mft.study.arms.whole import Full
+from mft.study.config import REWARDS, StudyConfig
 from mft.study.load import load_study
 from mft.tracking.console import console, say
-
-LEARNS = {MASK: "scores", CONTROL: "weights", LORA: "adapters", CONTINUED: "everything"}
 
 
 def run_estimate_rewards(
@@ -56,7 +56,7 @@ def run_estimate_rewards(
     console.print(table(found, fits, there))
     if RESERVE[device]:
         say(f"{gigabytes(RESERVE[device])} of the GPU are set aside for its context and the allocator's fragments")
-    if study.arms[str(study.named(FULL))].lrs:
+    if study.arms[str(study.named(Full))].lrs:
         say("of training by rewards: the full fine-tune before it is counted by mft estimate --model")
     return all(fits.values())
 
@@ -74,15 +74,15 @@ def shape_of(study: StudyConfig, model: str | None) -> ModelShape:
 def arms_memory(study: StudyConfig, shape: ModelShape) -> dict[str, dict[str, Sizes]]:
     """By trained arm, what rewards_memory says. The base lies beside the start where a fine-tune made that."""
     copy = shape.parameters * shape.dtype_bytes
-    base = copy if study.arms[str(study.named(FULL))].lrs else 0
+    base = copy if study.arms[str(study.named(Full))].lrs else 0
     found = {}
     for name, arm in study.arms.items():
-        if arm.kind in TRAINED:
+        if arm.learns:
             mask = study.mask_of(arm)
             layers = mask.layers_to_transform
             found[name] = rewards_memory(
                 shape,
-                learns=LEARNS[arm.kind],
+                learns=arm.learns,
                 answers=study.rewards.answers,
                 prompt=_prompt(study),
                 completion=study.rewards.max_completion_tokens,
@@ -137,5 +137,5 @@ def _prompt(study: StudyConfig) -> int:
     return max(study.questions.get(domain, data).sequence_length for domain, data in study.domains.items())
 
 
-def _rank(arm: ArmConfig) -> int:
+def _rank(arm: Arm) -> int:
     return max(arm.lora_ranks or [arm.lora_rank])

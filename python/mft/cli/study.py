@@ -8,7 +8,8 @@ from typing import Any
 from mft.checks import check_rule, nearest
 from mft.files.json_file import read_object
 from mft.study.ablate import derive, plot_ablation
-from mft.study.config import FULL, StudyConfig
+from mft.study.arms.whole import Full
+from mft.study.config import StudyConfig
 from mft.study.report.environment import environment
 from mft.study.report.pictures.by_bytes import plot_bytes
 from mft.study.report.pictures.figures import draw_overlap, draw_surface
@@ -112,7 +113,7 @@ def _take_fine_tunes(parent: Path, study: StudyConfig, directory: Path, overwrit
         say(f"fine-tunes: {directory} was begun and goes on with its own, nothing is taken of {parent}")
         return
     found = fine_tunes_in(parent, study)
-    rule = f"hold fine-tunes of the same model, data and settings as arms.{study.named(FULL)} here"
+    rule = f"hold fine-tunes of the same model, data and settings as arms.{study.named(Full)} here"
     check_rule(found > 0, "--fine-tunes-of", rule, f"{parent} with none")
     if copy_fine_tunes(parent, study, directory):
         say(f"fine-tunes: {found} runs of {parent}")

@@ -14,18 +14,29 @@ from typing import Any
 from mft.checks import check_rule, nearest
 from mft.config import parse_layers
 from mft.files.figure import new_figure, save_figure
-from mft.study.config import CONTROL, FULL, MASK, ArmConfig, StudyConfig
+from mft.study.arms.arm import Arm
+from mft.study.arms.control import Control
+from mft.study.arms.kinds import KINDS, make_arm, name_of
+from mft.study.arms.masks import Mask
+from mft.study.arms.whole import Full
+from mft.study.config import StudyConfig
 
 RATIOS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 SHARES = (0.1, 0.25, 0.5, 1.0)
-_COLOURS = {MASK: ["#c1121f", "#cc79a7", "#56b4e9"], CONTROL: ["#e69f00"], "magnitude": ["#0072b2"], "random": ["0.5"]}
+# Of the kinds that are drawn, by their names in table.json.
+_COLOURS = {
+    "mask": ["#c1121f", "#cc79a7", "#56b4e9"],
+    "control": ["#e69f00"],
+    "magnitude": ["#0072b2"],
+    "random": ["0.5"],
+}
 
 
 def ratio_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
     """Masks at every keep ratio: trained, by magnitude, random; those that a threshold decides stand beside them."""
     ratios = [_number("values", value) for value in values] or list(RATIOS)
     masks = _masks(study)
-    arms = _prototypes(study, FULL, CONTROL) | {name: arm for name, arm in masks.items() if arm.threshold is not None}
+    arms = _prototypes(study, Full, Control) | {name: arm for name, arm in masks.items() if arm.threshold is not None}
     by_ratio = {name: arm for name, arm in masks.items() if arm.threshold is None}
     if not by_ratio:
         raise ValueError(f"arms must hold a mask without a threshold to be ablated by ratio, got {', '.join(masks)}")
@@ -33,7 +44,7 @@ def ratio_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
         for name, arm in by_ratio.items():
             arms[f"{name} {ratio:g}"] = dataclasses.replace(arm, keep_ratios=[ratio])
         for kind in ("magnitude", "random"):
-            arms[f"{kind} {ratio:g}"] = ArmConfig(kind, keep_ratios=[ratio])
+            arms[f"{kind} {ratio:g}"] = make_arm(kind, keep_ratios=[ratio])
     return _derived(study, "ratio", arms=arms)
 
 
@@ -44,10 +55,10 @@ def layers_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
     if not values:
         assert study.scratch is not None
         values = [str(layer) for layer in range(study.scratch.layers)]
-    arms = _prototypes(study, FULL)
+    arms = _prototypes(study, Full)
     for group in values:
         layers: Any = parse_layers(group)
-        for name, arm in {"control": _prototype(study, CONTROL), **_masks(study)}.items():
+        for name, arm in {"control": _prototype(study, Control), **_masks(study)}.items():
             arms[f"{name} {group}"] = dataclasses.replace(arm, layers_to_transform=layers)
     return _derived(study, "layers", arms=arms)
 
@@ -69,8 +80,8 @@ def data_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
             tokens = max(data.sequence_length, int(share * data.max_train_tokens))
             domains[f"{name} {share:g}"] = dataclasses.replace(data, max_train_tokens=tokens)
     answers = [name for name in domains if name.rpartition(" ")[0] in study.answers]
-    arms = _prototypes(study, FULL, CONTROL) | _masks(study)
-    full, epochs = str(study.named(FULL)), sorted(set(arms[str(study.named(FULL))].epochs))
+    arms = _prototypes(study, Full, Control) | _masks(study)
+    full, epochs = str(study.named(Full)), sorted(set(arms[str(study.named(Full))].epochs))
     if len(epochs) == 1:
         arms[full] = dataclasses.replace(arms[full], epochs=[*epochs, 2 * epochs[0]])
     general = {name: text for name, text in study.general.items() if name not in study.domains}  # those have new names
@@ -135,7 +146,7 @@ def plot_ablation(numbers: Mapping[str, Any], what: str, path: Path) -> None:
             axes.errorbar(places, estimates, yerr=errors, fmt="o-", capsize=3, color=colour, label=name)
         axes.axhline(0, color="0.25", linestyle="--", linewidth=1)
         size = {name: max(abs(d["estimate"]) for _, d in line.points) for name, line in lines.items()}
-        trained = max((size[name] for name, line in lines.items() if line.kind in (MASK, CONTROL)), default=0.0)
+        trained = max((size[name] for name, line in lines.items() if KINDS[line.kind].learns), default=0.0)
         if 0 < 10 * trained < max(size.values()):
             axes.set_yscale("symlog", linthresh=2 * trained)  # random masks are far off
         axes.set_xticks(range(len(labels)), labels)
@@ -156,21 +167,23 @@ def ablation_lines(numbers: Mapping[str, Any], what: str) -> dict[str, dict[str,
     for domain, table in numbers["domains"].items():
         name, _, share = domain.rpartition(" ")
         lines = panels.setdefault(name if what == "data" else domain, {})
-        ratios = [_keep_ratio(row) for row in table["rows"] if row["kind"] == MASK]
+        ratios = [_keep_ratio(row) for row in table["rows"] if KINDS[row["kind"]].is_mft]
         labels = [f"{ratio:g}" for ratio in sorted({ratio for ratio in ratios if ratio is not None})]
         for row in table["rows"]:
             kind, difference = row["kind"], row["minus_full"]
             if kind not in _COLOURS or difference is None:
                 continue
+            mask = KINDS[kind].is_mft
             if what == "data":
                 lines.setdefault(row["arm"], Line(kind)).points.append((share, difference))
                 continue
             arm, _, label = row["arm"].rpartition(" ")
-            if what == "ratio" and kind in (CONTROL, MASK) and _keep_ratio(row) is None:  # a level
-                name = kind if kind == CONTROL else row["arm"]
-                lines.setdefault(name, Line(kind)).points = [(ratio, difference) for ratio in labels]
+            if what == "ratio" and KINDS[kind].learns and _keep_ratio(row) is None:  # a level
+                lines.setdefault(row["arm"] if mask else kind, Line(kind)).points = [
+                    (ratio, difference) for ratio in labels
+                ]
             else:
-                lines.setdefault(arm if kind == MASK else kind, Line(kind)).points.append((label, difference))
+                lines.setdefault(arm if mask else kind, Line(kind)).points.append((label, difference))
     return panels
 
 
@@ -183,16 +196,16 @@ def _derived(study: StudyConfig, what: str, **changes: Any) -> StudyConfig:
     return dataclasses.replace(study, output_dir=f"{study.output_dir}-{what}", **changes)
 
 
-def _prototypes(study: StudyConfig, *kinds: str) -> dict[str, ArmConfig]:
+def _prototypes(study: StudyConfig, *kinds: type[Arm]) -> dict[str, Arm]:
     """The study's first arm of each kind, under the name that it has there."""
     return {str(study.named(kind)): _prototype(study, kind) for kind in kinds}
 
 
-def _masks(study: StudyConfig) -> dict[str, ArmConfig]:
+def _masks(study: StudyConfig) -> dict[str, Arm]:
     """The study's masks on the full fine-tune, where the ablations' controls begin too."""
-    _prototype(study, MASK)  # there is one
-    full = study.named(FULL)
-    return {name: arm for name, arm in study.arms.items() if arm.kind == MASK and study.start_of(name) == full}
+    _prototype(study, Mask)  # there is one
+    full = study.named(Full)
+    return {name: arm for name, arm in study.arms.items() if arm.is_mft and study.start_of(name) == full}
 
 
 def _without(study: StudyConfig, arms: Sequence[str]) -> StudyConfig:
@@ -203,10 +216,10 @@ def _without(study: StudyConfig, arms: Sequence[str]) -> StudyConfig:
     return dataclasses.replace(study, arms={name: arm for name, arm in study.arms.items() if name not in gone})
 
 
-def _prototype(study: StudyConfig, kind: str) -> ArmConfig:
+def _prototype(study: StudyConfig, kind: type[Arm]) -> Arm:
     name = study.named(kind)
     if name is None:
-        raise ValueError(f"arms must hold one of kind {kind} to be ablated, got {', '.join(study.arms)}")
+        raise ValueError(f"arms must hold one of kind {name_of(kind)} to be ablated, got {', '.join(study.arms)}")
     return study.arms[name]
 
 

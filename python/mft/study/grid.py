@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mft.study.config import Setting
+from mft.study.arms.setting import Setting
 
 DIRECTIONS = {"lr": "rate", "epochs": "number of epochs", "keep_ratio": "keep ratio"}
 

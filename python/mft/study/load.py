@@ -9,6 +9,8 @@ from mft.config import CONFIGS
 from mft.config_file import FOREIGN_NAMES, find_config, plain_values, read_mapping
 from mft.files.json_schema import schema_of
 from mft.files.nested import Nested
+from mft.study.arms.arm import Arm
+from mft.study.arms.kinds import KINDS
 from mft.study.config import CROSS_ENTROPY, StudyConfig
 
 SHIPPED = CONFIGS / "compare"
@@ -58,6 +60,12 @@ def study_schema() -> dict[str, Any]:
     schema = schema_of(StudyConfig, "A study of mft compare")
     for section in ("full", "stage", "rewards"):
         schema["properties"][section]["properties"] = dict.fromkeys(_FROM_ARMS, False)
+    arm = schema["$defs"][Arm.__name__]
+    kinds = {cls: [kind for kind, one in KINDS.items() if one is cls] for cls in KINDS.values()}
+    for cls, names in kinds.items():
+        arm["description"] += f" {', '.join(names)}: {' '.join((cls.__doc__ or '').split())}"
+        arm["properties"] |= schema_of(cls, "")["properties"] | arm["properties"]  # keys of its own
+    arm["properties"]["kind"] |= {"enum": list(KINDS)}
     return schema
 
 

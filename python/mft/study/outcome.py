@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from mft.evaluation.evaluate import Evaluation
-from mft.study.config import Setting, StudyConfig
+from mft.study.arms.setting import Setting
+from mft.study.config import StudyConfig
 from mft.study.grid import OpenEnd
 
 _SUMS = ("tokens", "loss_sums", "correct")  # of an Evaluation, a document each

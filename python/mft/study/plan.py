@@ -10,19 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from mft.config import DataConfig
-from mft.study.config import (
-    AVERAGE,
-    BASE,
-    BITDELTA,
-    CONTINUED,
-    CONTROL,
-    FULL,
-    LEAST_RATES,
-    LORA,
-    REWARDS,
-    Setting,
-    StudyConfig,
-)
+from mft.study.arms.means import Average
+from mft.study.arms.setting import Setting
+from mft.study.config import LEAST_RATES, REWARDS, StudyConfig
 from mft.study.grid import DIRECTIONS, Neighbour, OpenEnd, neighbours
 from mft.study.outcome import Outcome, Unit
 
@@ -87,8 +77,8 @@ def chosen_units(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
         Unit(domain, arm, seed, chosen[domain][arm])
         for domain in study.domains
         for seed in study.seeds
-        for arm, config in study.arms.items()
-        if config.kind != BASE or seed == study.seeds[0]
+        for arm in study.arms
+        if seed in study.seeds_of(arm)
     ]
 
 
@@ -109,7 +99,7 @@ def teachers_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit:
     teacher = study.arms[unit.arm if not unit.part else str(study.arms[unit.arm].of)].teacher
     if teacher is None:
         return None
-    if study.arms[teacher].kind == BASE:
+    if study.is_base(teacher):
         return []
     last = Unit(unit.domain, teacher, unit.seed, chosen[unit.domain][teacher])
     return [*starts_of(study, chosen, last), last]
@@ -118,7 +108,7 @@ def teachers_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit:
 def source_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit: Unit) -> Unit | None:
     """The run that a unit is made of; None for all but those of derived arms with settings of their own."""
     config = study.arms[unit.arm]
-    if config.of is None or config.kind == AVERAGE:
+    if config.of is None or isinstance(config, Average):
         return None
     return Unit(unit.domain, config.of, unit.seed, chosen[unit.domain][config.of])
 
@@ -126,7 +116,7 @@ def source_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit: U
 def parts_of(study: StudyConfig, unit: Unit) -> list[Unit]:
     """The runs whose mean an average is: the arm's own, then those in other orders of the data."""
     config = study.arms[unit.arm]
-    if config.kind != AVERAGE or unit.part:
+    if not isinstance(config, Average) or unit.part:
         return []
     return [replace(unit, arm=str(config.of)), *(replace(unit, part=part) for part in range(1, config.runs))]
 
@@ -139,9 +129,9 @@ def units_left(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
             source = study.chooser(arm)
             grid = study.arms[source].settings(study.mask)
             likely = found.best(domain, source) or grid[len(grid) // 2]
-            seeds = study.seeds[:1] if config.kind == BASE else study.seeds
+            seeds = study.seeds_of(arm)
             units = [Unit(domain, arm, seed, likely) for seed in seeds]
-            if config.kind == AVERAGE:
+            if isinstance(config, Average):
                 units += [part for unit in units for part in parts_of(study, unit)[1:]]
             elif untried := found.unexplored(domain, arm):
                 units = [*units[1:], *(Unit(domain, arm, seeds[0], setting) for setting in untried)]
@@ -154,7 +144,7 @@ def left_to_do(study: StudyConfig, outcomes: Iterable[Outcome], tested: Iterable
     units, seen = units_left(study, outcomes), list(tested)
     number, work = len(units), sum(work_of(study, unit) for unit in units)
     for domain, data in study.domains.items():
-        tests = sum(1 if config.kind == BASE else len(study.seeds) for config in study.arms.values())
+        tests = sum(len(study.seeds_of(arm)) for arm in study.arms)
         tests -= sum(unit.domain == domain for unit in seen)
         number, work = (
             number + tests,
@@ -169,13 +159,13 @@ def work_of(study: StudyConfig, unit: Unit, *, on_test: bool = False) -> float:
     if on_test:
         return _work_on_test(data) + _work_on_general(study, unit.domain, on_test=True)
     trained, learned = unit.setting.epochs or 0, data
-    if config.kind != FULL:
+    if config.follows:
         learned = study.questions.get(unit.domain, data)
-    if config.kind == AVERAGE and not unit.part:
+    if isinstance(config, Average) and not unit.part:
         trained = 0
-    if study.objective == REWARDS and config.kind != FULL:
+    if study.objective == REWARDS and config.follows:
         trained *= _ANSWERED * study.rewards.num_generations
-    elif config.kind in (FULL, CONTINUED):
+    elif config.whole_model:
         trained *= _WHOLE_MODEL
     return (
         trained * (learned.max_train_tokens or 1) + (data.max_eval_tokens or 1) + _work_on_general(study, unit.domain)
@@ -316,9 +306,8 @@ class _Found:
 
         One that harms at its rate goes on to where it does not, lest a rival be worse than nothing.
         """
-        kind, start = self.study.arms[arm].kind, self._begins(arm)
-        weights = kind in (CONTINUED, CONTROL, LORA, BITDELTA)  # a mask begins with what it drops at first
-        less = one.above if one.name == "keep_ratio" else weights and not one.above
+        start, fades = self._begins(arm), self.study.arms[arm].fades
+        less = one.above if one.name == "keep_ratio" else fades and not one.above
         if not less or start is None:
             return False
         before, best = (min(self.losses(domain, each).values(), default=math.inf) for each in (start, arm))
@@ -327,26 +316,23 @@ class _Found:
 
     def _begins(self, arm: str) -> str | None:
         """The arm that is this one before it learned: where it starts, of trained scales those that are not."""
-        config = self.study.arms[arm]
-        if config.kind != BITDELTA:
+        arms = self.study.arms
+        if arms[arm].of is None:
             return self.study.start_of(arm)
-        alike = (name for name, one in self.study.arms.items() if (one.kind, one.of) == (BITDELTA, config.of))
-        return next((name for name in alike if not self.study.arms[name].lrs), None)
+        alike = (name for name, one in arms.items() if (type(one), one.of) == (type(arms[arm]), arms[arm].of))
+        return next((name for name in alike if not arms[name].lrs), None)
 
     def next_of(self, domain: str, arm: str) -> list[Unit]:
         """The arm's units that are not done, as far as is known, whatever they wait for."""
-        config = self.study.arms[arm]
-        if config.kind == AVERAGE:
+        if isinstance(self.study.arms[arm], Average):
             return self._next_of_average(domain, arm)
-        if config.kind == BASE:
-            return self.missing(domain, arm, Setting(), self.study.seeds[:1])
         waiting = self.unexplored(domain, arm)
         if waiting:
             return [Unit(domain, arm, self.study.seeds[0], setting) for setting in waiting]
         best = self.best(domain, arm)
         if best is None:
             raise RuntimeError(self._why_none(domain, arm))
-        return self.missing(domain, arm, best, self.study.seeds)
+        return self.missing(domain, arm, best, self.study.seeds_of(arm))
 
     def _why_none(self, domain: str, arm: str) -> str:
         finite = [outcome for outcome in self._first[domain, arm] if outcome.measured is not None]

@@ -12,10 +12,8 @@ from mft.data.sources import SPLITS, form_of, open_source
 from mft.evaluation.evaluated_base import check_exact
 from mft.rewards.questions import questions_of
 from mft.rewards.train import check_installed
-from mft.study.arms.job import Job
-from mft.study.config import BASE, LORA, QUANTIZED, REWARDS, StudyConfig
+from mft.study.config import REWARDS, StudyConfig
 from mft.study.from_scratch import train_from_scratch
-from mft.study.lora import import_peft
 from mft.study.outcome import Findings, Outcome, Tested, Unit
 from mft.study.plan import (
     chosen_units,
@@ -33,6 +31,7 @@ from mft.study.plan import (
 )
 from mft.study.progress import Shown, shown_progress
 from mft.study.store import BASE_MODEL, Store, open_store
+from mft.study.units.job import Job
 from mft.study.workers import Result, Workers, job_words, start_workers
 from mft.study.workspace import Workspace
 
@@ -47,8 +46,8 @@ def run_study(study: StudyConfig, directory: Path, *, console: Console, overwrit
     """
     check_exact(study.model, "compare")
     with open_store(study, directory, overwrite=overwrite) as store:
-        if any(arm.kind == LORA for arm in study.arms.values()):  # what is missing is said before anything is trained
-            import_peft()
+        for arm in study.arms.values():
+            arm.check_installed()
         if study.objective == REWARDS:
             check_installed()
             _check_forms(study)
@@ -159,8 +158,7 @@ class _Run:
             units.append(job.source[0])
         if job.teacher is not None:
             units += teachers_of(self.study, self.chosen, job.unit) or []
-        arm = self.study.arms[job.unit.arm]
-        if job.on_test and (arm.lrs or arm.kind == QUANTIZED):  # it left weights
+        if job.on_test and self.study.arms[job.unit.arm].leaves_weights:
             units.append(job.unit)
         return units
 
@@ -231,8 +229,7 @@ def _findings(study: StudyConfig, run: _Run, openings: int, lines: list[str]) ->
     general: dict = {domain: {arm: {} for arm in study.arms} for domain in study.domains}
     for tested in run.tested.values():
         unit = tested.unit
-        seeds = study.seeds if study.arms[unit.arm].kind == BASE else [unit.seed]  # the base knows no seed
-        for seed in seeds:
+        for seed in study.seeds if study.is_base(unit.arm) else [unit.seed]:  # the base knows no seed
             validation[unit.domain][unit.arm][seed] = tested.validation
             test[unit.domain][unit.arm][seed] = tested.test
             general[unit.domain][unit.arm][seed] = tested.general

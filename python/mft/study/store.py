@@ -24,7 +24,10 @@ from typing import Any
 from mft.files.atomic import sweep, target_of, write_whole
 from mft.files.json_file import parse_value
 from mft.files.yaml_file import dump_yaml, parse_yaml
-from mft.study.config import AVERAGE, CROSS_ENTROPY, FULL, FULL_KINDS, Setting, StudyConfig
+from mft.study.arms.means import Average
+from mft.study.arms.setting import CHOICES, Setting
+from mft.study.arms.whole import Full
+from mft.study.config import CROSS_ENTROPY, StudyConfig
 from mft.study.load import study_values
 from mft.study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values
 from mft.study.plan import best_so_far, selection, source_of, start_of, teachers_of
@@ -41,7 +44,6 @@ _OURS |= {BYTES, "rewards.png", "summary.png", "surface.png", "overlap.png"}  # 
 _OPENINGS = "openings.json"
 _FREE = ("output_dir", "workers")  # change no result
 _OF_OTHERS = ("start", "of", "teacher")  # of an arm, names: keys hold what they stand for
-_GRIDS = ("lrs", "epochs", "keep_ratios", "beta1s", "alphas", "lora_ranks", "shares")
 _OF_ANSWERS = ("max_completion_tokens", "verifier")  # of rewards: how a model's answers to the questions are read
 _CHOOSES = ("max_bytes",)  # decides which setting is chosen, and no result of one
 
@@ -105,11 +107,11 @@ def fine_tunes_in(parent: str | os.PathLike, study: StudyConfig) -> int:
     """
     if not (Path(parent) / STUDY).is_file():
         raise ValueError(f"--fine-tunes-of must be the output_dir of a study, got {parent} without a {STUDY}")
-    return sum(outcome.unit.arm == study.named(FULL) for outcome in Store(study, Path(parent)).outcomes())
+    return sum(outcome.unit.arm == study.named(Full) for outcome in Store(study, Path(parent)).outcomes())
 
 
 def _starts(study: StudyConfig) -> list[str]:
-    return [name for name, arm in study.arms.items() if arm.kind in FULL_KINDS]
+    return [name for name, arm in study.arms.items() if not arm.follows]
 
 
 class Store:
@@ -121,7 +123,7 @@ class Store:
 
     def key(self, unit: Unit, chosen: Chosen) -> str:
         """A hash of all that determines the unit's result; chosen holds the settings of the arms that it needs."""
-        values, arm = self._values, self._values["arms"][unit.arm]
+        values, arm, config = self._values, self._values["arms"][unit.arm], self.study.arms[unit.arm]
         start, source = start_of(self.study, chosen, unit), source_of(self.study, chosen, unit)
         teachers = teachers_of(self.study, chosen, unit)
         parts: dict[str, Any] = {
@@ -129,19 +131,19 @@ class Store:
             "domain": values["domains"][unit.domain],
             "arm": {key: value for key, value in _without_grid(arm).items() if key not in _OF_OTHERS},
             "unit": {"seed": unit.seed, "setting": dataclasses.asdict(unit.setting), "part": unit.part},
-            "of": _without_grid(values["arms"][arm["of"]]) if arm["kind"] == AVERAGE else None,
+            "of": _without_grid(values["arms"][arm["of"]]) if isinstance(config, Average) else None,
             "start": None if start is None else self.key(start, chosen),
             "source": None if source is None else self.key(source, chosen),
             "teacher": None if teachers is None else [self.key(teacher, chosen) for teacher in teachers[-1:]],
-            "stage": None if arm["kind"] in FULL_KINDS else values["stage"],
+            "stage": values["stage"] if config.follows else None,
         }
         parts |= {name: values[name] for name in ("model", "scratch", "mask", "full", "checkpoints")}
         parts["general"] = {name: values["general"][name] for name in self.study.general_of(unit.domain)}
         if self.study.objective != CROSS_ENTROPY:
-            follows = arm["kind"] not in FULL_KINDS  # and learns by rewards; the others answer alone
-            rewards = {name: value for name, value in values["rewards"].items() if follows or name in _OF_ANSWERS}
+            learns = config.follows  # the others answer alone
+            rewards = {name: value for name, value in values["rewards"].items() if learns or name in _OF_ANSWERS}
             parts |= {"objective": values["objective"], "rewards": rewards}
-            if follows and unit.domain in values["questions"]:
+            if learns and unit.domain in values["questions"]:
                 parts["questions"] = values["questions"][unit.domain]
         return _digest(parts)
 
@@ -218,7 +220,7 @@ class Store:
 
 
 def _without_grid(arm: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in arm.items() if key not in (*_GRIDS, *_CHOOSES)}
+    return {key: value for key, value in arm.items() if key not in (*CHOICES, *_CHOOSES)}
 
 
 def _digest(parts: Any) -> str:
@@ -283,7 +285,7 @@ def _is_addition(key: str, old: dict[str, Any], new: dict[str, Any], before: dic
         return new[key] >= old[key]
     if parts[0] == "seeds":
         return new[key][0] == old[key][0] and set(new[key]) >= set(old[key])
-    if parts[0] == "answers" or (parts[0] == "arms" and parts[-1] in _GRIDS):
+    if parts[0] == "answers" or (parts[0] == "arms" and parts[-1] in CHOICES):
         return set(new[key]) >= set(old[key])
     return False
 

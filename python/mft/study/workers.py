@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import torch
 
 from mft.config import ModelConfig
-from mft.study.arms.job import Job
-from mft.study.arms.run import run_test, run_unit
 from mft.study.config import StudyConfig
 from mft.study.outcome import Outcome, Tested, outcome_from, outcome_values, tested_from, tested_values
+from mft.study.units.job import Job
+from mft.study.units.run import run_test, run_unit
 from mft.study.workspace import Workspace
 
 Result = Outcome | Tested

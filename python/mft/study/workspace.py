@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from mft.config import ModelConfig
 from mft.data.batches import take_rows
@@ -29,7 +29,9 @@ from mft.models.longrope import inputs_of
 from mft.models.packed_rows import keeping_apart
 from mft.models.pretrained import load_model
 from mft.models.quantized_weight import check_library
-from mft.study.config import ArmConfig, StudyConfig
+from mft.study.arms.arm import Arm
+from mft.study.arms.weights import with_weights
+from mft.study.config import StudyConfig
 from mft.study.teacher import RememberedTeacher
 
 ROWS = 8  # that are evaluated together
@@ -104,7 +106,7 @@ class Workspace:
             self._teacher = (domain, ends), teacher
         return self._teacher[1]
 
-    def layers_of(self, arm: ArmConfig) -> tuple[list[str], int]:
+    def layers_of(self, arm: Arm) -> tuple[list[str], int]:
         """The linears that the arm's mask, adapters or control train, and how many layers lie below all of them.
 
         Of a derived arm those of the arm that it is of.
@@ -153,15 +155,6 @@ def with_layers_remembered(
     depth = len(decoder_layers(model))
     whole = _remembered(model, dataset, depth, batch_size=batch_size, first=first, memory=memory)
     return {"batch_size": batch_size, "first": depth, "memory": whole}
-
-
-def with_weights(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """A clone of model with these parameters, which it owns; the others are shared."""
-    clone = clone_with_own_weights(model, {name.rpartition(".")[0] for name in weights})
-    with torch.no_grad():
-        for name, weight in weights.items():
-            clone.get_parameter(name).copy_(weight)
-    return clone
 
 
 def _remembered(

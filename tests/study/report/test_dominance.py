@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 from mft.cli.app import app
 from mft.config import DataConfig, MaskConfig
 from mft.evaluation.evaluate import Evaluation
-from mft.study.config import ArmConfig, Setting, StudyConfig
+from mft.study.arms.kinds import make_arm
+from mft.study.arms.setting import Setting
+from mft.study.config import StudyConfig
 from mft.study.outcome import Findings, General, Measured, Outcome, Unit
 from mft.study.report.dominance import OnLoss, comparisons, draws_of, is_mft, rivals_of, verdict
 from mft.study.report.judge import side
@@ -26,14 +28,14 @@ from mft.study.report.write import console_report, write_study_report
 
 RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3]
 ARMS = {
-    "base": ArmConfig("base"),
-    "full fine-tune": ArmConfig("full", lrs=RATES),
-    "control": ArmConfig("control", lrs=RATES),
-    "random mask": ArmConfig("random"),
-    "temperature": ArmConfig("temperature"),
-    "MFT": ArmConfig("mask", lrs=RATES),
-    "part of control": ArmConfig("interpolated", of="control", alphas=[0.5, 1.0]),
-    "part of full": ArmConfig("interpolated", of="full fine-tune", alphas=[0.5]),
+    "base": make_arm("base"),
+    "full fine-tune": make_arm("full", lrs=RATES),
+    "control": make_arm("control", lrs=RATES),
+    "random mask": make_arm("random"),
+    "temperature": make_arm("temperature"),
+    "MFT": make_arm("mask", lrs=RATES),
+    "part of control": make_arm("interpolated", of="control", alphas=[0.5, 1.0]),
+    "part of full": make_arm("interpolated", of="full fine-tune", alphas=[0.5]),
 }
 # Of each arm: loss on the domain, loss on the other text.
 BOTH = {
@@ -197,8 +199,8 @@ def test_a_larger_family_makes_no_arm_dominate():
 
 
 def test_rivals_are_the_tuned_arms_that_are_no_masks():
-    arms = ARMS | {"part of MFT": ArmConfig("interpolated", of="MFT", alphas=[0.5])}
-    arms |= {f"mean of {n} {of}": ArmConfig("average", of=of, runs=n) for of in ("MFT", "control") for n in (2, 3)}
+    arms = ARMS | {"part of MFT": make_arm("interpolated", of="MFT", alphas=[0.5])}
+    arms |= {f"mean of {n} {of}": make_arm("average", of=of, runs=n) for of in ("MFT", "control") for n in (2, 3)}
     study = findings(arms=arms, both=dict.fromkeys(arms, (1.0, 1.0))).study
     masks = {"MFT", "part of MFT", "mean of 2 MFT", "mean of 3 MFT"}
     assert {arm for arm in arms if is_mft(study, arm)} == masks
@@ -232,7 +234,7 @@ def test_a_tie_to_the_last_bit_is_level():
         ({"documents": 1}, "1 test document, at least 20 are needed"),
         ({"documents": 19}, "19 test documents, at least 20 are needed"),
         ({"seeds": (0,)}, "a single seed, at least 2 are needed, better 3"),
-        ({"arms": ARMS | {"MFT": ArmConfig("mask", lrs=RATES[:2])}}, "MFT tried 2 rates, at least 3 are needed"),
+        ({"arms": ARMS | {"MFT": make_arm("mask", lrs=RATES[:2])}}, "MFT tried 2 rates, at least 3 are needed"),
     ],
 )
 def test_with_too_little_nothing_is_concluded_of_any_rival(changes, why):
@@ -312,14 +314,14 @@ def test_the_verdict_is_of_dominance_and_has_both_differences():
 
 
 def test_an_arm_without_a_rival_in_its_seeds_is_said():
-    arms = {name: ARMS[name] for name in ("full fine-tune", "MFT")} | {"x3": ArmConfig("average", of="MFT")}
+    arms = {name: ARMS[name] for name in ("full fine-tune", "MFT")} | {"x3": make_arm("average", of="MFT")}
     (text,) = study_verdicts(findings(arms=arms, both=dict.fromkeys(arms, (1.0, 1.0))))
     assert "x3 is not compared: there is no rival with the same seeds." in text
 
 
 def test_interpolated_masks_are_held_against_the_interpolated_control_alone():
     arms = {name: ARMS[name] for name in ("full fine-tune", "control", "MFT")}
-    arms["part of MFT"] = ArmConfig("interpolated", of="MFT", alphas=[0.5])
+    arms["part of MFT"] = make_arm("interpolated", of="MFT", alphas=[0.5])
     both = dict.fromkeys(arms, (1.0, 1.0))
     (text,) = study_verdicts(findings(arms=arms, both=both, texts=()))
     assert "part of MFT - full fine-tune: +0.0000 [" in text
@@ -441,13 +443,13 @@ def test_the_panel_near_the_fine_tune_leaves_out_what_is_far(monkeypatch, tmp_pa
 
 def test_rivals_over_codes_are_over_codes_and_a_control_is_of_the_same_modules():
     arms = {
-        "full": ArmConfig("full", lrs=[1e-3]),
-        "control": ArmConfig("control", lrs=[1e-3]),
-        "NF4": ArmConfig("quantized", quantization="nf4"),
-        "QLoRA": ArmConfig("lora", lrs=[1e-3], start="NF4"),
-        "mask": ArmConfig("mask", lrs=[1e-3]),
-        "mask on NF4": ArmConfig("mask", lrs=[1e-3], start="NF4"),
-        "gates": ArmConfig("mask", lrs=[1e-3], target_modules=["gate_proj"]),
+        "full": make_arm("full", lrs=[1e-3]),
+        "control": make_arm("control", lrs=[1e-3]),
+        "NF4": make_arm("quantized", quantization="nf4"),
+        "QLoRA": make_arm("lora", lrs=[1e-3], start="NF4"),
+        "mask": make_arm("mask", lrs=[1e-3]),
+        "mask on NF4": make_arm("mask", lrs=[1e-3], start="NF4"),
+        "gates": make_arm("mask", lrs=[1e-3], target_modules=["gate_proj"]),
     }
     study = StudyConfig(arms=arms, domains={"code": DataConfig()})
     assert rivals_of(study, "mask") == ["full", "control"]

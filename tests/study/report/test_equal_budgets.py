@@ -5,15 +5,17 @@ import torch
 
 from mft.config import DataConfig
 from mft.evaluation.evaluate import Evaluation
-from mft.study.config import ArmConfig, Setting, StudyConfig
+from mft.study.arms.kinds import make_arm
+from mft.study.arms.setting import Setting
+from mft.study.config import StudyConfig
 from mft.study.outcome import Findings, Measured, Outcome, Unit
 from mft.study.report.equal_budgets import budget_sentences, equal_budgets
 
 ARMS = {
-    "full": ArmConfig("full", lrs=[1]),
-    "control": ArmConfig("control", lrs=[1, 2], epochs=[1, 2]),
-    "MFT": ArmConfig("mask", lrs=[1, 2], epochs=[1, 2, 4]),
-    "random": ArmConfig("random"),
+    "full": make_arm("full", lrs=[1]),
+    "control": make_arm("control", lrs=[1, 2], epochs=[1, 2]),
+    "MFT": make_arm("mask", lrs=[1, 2], epochs=[1, 2, 4]),
+    "random": make_arm("random"),
 }
 REFERENCES = {"full": "control", "control": None, "MFT": "control", "random": "control"}
 # (rate, epochs): (loss, seconds); ten steps an epoch

@@ -3,16 +3,16 @@
 import pytest
 from test_study_report import ARMS, LOSSES, findings
 
-from mft.study.config import ArmConfig
+from mft.study.arms.kinds import make_arm
 from mft.study.report.over_codes import verdicts_over_codes
 from mft.study.report.table import study_tables
 
 RATES = {"lrs": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]}
 OVER_CODES = {
     **{name: ARMS[name] for name in ("base", "full fine-tune", "control")},
-    "NF4": ArmConfig("quantized", quantization="nf4"),
-    "mask": ArmConfig("mask", start="NF4", **RATES),
-    "QLoRA": ArmConfig("lora", start="NF4", **RATES),
+    "NF4": make_arm("quantized", quantization="nf4"),
+    "mask": make_arm("mask", start="NF4", **RATES),
+    "QLoRA": make_arm("lora", start="NF4", **RATES),
 }
 LOSS = {name: LOSSES[name] for name in ("base", "full fine-tune", "control")} | {"NF4": 2.2, "QLoRA": 2.1}
 

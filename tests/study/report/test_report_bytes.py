@@ -9,7 +9,7 @@ import pytest
 from test_study_report import ARMS, LOSSES, findings
 
 from mft.files.figure import new_figure
-from mft.study.config import ArmConfig
+from mft.study.arms.kinds import make_arm
 from mft.study.report.at_equal_bytes import at_equal_bytes, remark_on_bytes, said_of_bytes
 from mft.study.report.pictures import by_bytes as by_bytes_module
 from mft.study.report.pictures.by_bytes import Point, frontier, plot_bytes, points
@@ -21,12 +21,12 @@ RATES = {"lrs": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]}
 SIZES = {"base": 0, "control": 200_000, "random mask": 4_000, "MFT": 9_000, "MFT x3": 200_000}
 BY_BYTES = {
     **{name: ARMS[name] for name in ("base", "full fine-tune", "control", "MFT")},
-    "LoRA 1": ArmConfig("lora", **RATES),
-    "LoRA 8": ArmConfig("lora", **RATES),
-    "temperature": ArmConfig("temperature"),
-    "part of MFT": ArmConfig("interpolated", of="MFT", alphas=[0.5]),
-    "LoRA on control": ArmConfig("lora", start="control", **RATES),
-    "magnitude mask": ArmConfig("magnitude"),
+    "LoRA 1": make_arm("lora", **RATES),
+    "LoRA 8": make_arm("lora", **RATES),
+    "temperature": make_arm("temperature"),
+    "part of MFT": make_arm("interpolated", of="MFT", alphas=[0.5]),
+    "LoRA on control": make_arm("lora", start="control", **RATES),
+    "magnitude mask": make_arm("magnitude"),
 }
 RIVALS = {"LoRA 1": 8_000, "LoRA 8": 64_000, "temperature": 2, "part of MFT": 8_500, "LoRA on control": 1_000}
 RIVALS |= {"magnitude mask": 5_000}
@@ -179,10 +179,10 @@ def test_each_place_where_a_mask_began_is_a_panel(tmp_path, monkeypatch):
 def test_a_line_joins_those_of_a_kind_that_learned_from_the_same():
     """What was taught by the base learns nothing of the text: a line from one to the other would say nothing."""
     arms = {
-        "base": ArmConfig("base"),
-        "full fine-tune": ArmConfig("full"),
-        **{f"LoRA {rank}": ArmConfig("lora", lrs=[1e-3]) for rank in (1, 8)},
-        **{f"LoRA {rank} taught": ArmConfig("lora", lrs=[1e-3], teacher="base") for rank in (1, 8)},
+        "base": make_arm("base"),
+        "full fine-tune": make_arm("full"),
+        **{f"LoRA {rank}": make_arm("lora", lrs=[1e-3]) for rank in (1, 8)},
+        **{f"LoRA {rank} taught": make_arm("lora", lrs=[1e-3], teacher="base") for rank in (1, 8)},
     }
     sizes = {"LoRA 1": 1_000, "LoRA 8": 8_000, "LoRA 1 taught": 1_000, "LoRA 8 taught": 8_000}
     losses = LOSSES | {"LoRA 1": 1.9, "LoRA 8": 1.8, "LoRA 1 taught": 2.5, "LoRA 8 taught": 2.4}

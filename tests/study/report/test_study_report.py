@@ -12,7 +12,9 @@ from rich.console import Console
 
 from mft.config import DataConfig, MaskConfig
 from mft.evaluation.evaluate import Evaluation
-from mft.study.config import ArmConfig, Setting, StudyConfig
+from mft.study.arms.kinds import make_arm
+from mft.study.arms.setting import Setting
+from mft.study.config import StudyConfig
 from mft.study.grid import OpenEnd
 from mft.study.outcome import Findings, Measured, Outcome, Unit
 from mft.study.report.pictures.plots import plot_study, plot_summary
@@ -24,13 +26,13 @@ from mft.study.report.write import console_report, write_study_report
 
 DOCUMENTS = 30
 ARMS = {
-    "base": ArmConfig("base"),
-    "full fine-tune": ArmConfig("full", lrs=[1e-5, 3e-5, 1e-4, 3e-4, 1e-3]),
-    "control": ArmConfig("control", lrs=[1e-5, 3e-5, 1e-4, 3e-4, 1e-3]),
-    "random mask": ArmConfig("random"),
-    "MFT": ArmConfig("mask", lrs=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2]),
-    "MFT x3": ArmConfig("average", of="MFT", runs=3),
-    "control x3": ArmConfig("average", of="control", runs=3),
+    "base": make_arm("base"),
+    "full fine-tune": make_arm("full", lrs=[1e-5, 3e-5, 1e-4, 3e-4, 1e-3]),
+    "control": make_arm("control", lrs=[1e-5, 3e-5, 1e-4, 3e-4, 1e-3]),
+    "random mask": make_arm("random"),
+    "MFT": make_arm("mask", lrs=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2]),
+    "MFT x3": make_arm("average", of="MFT", runs=3),
+    "control x3": make_arm("average", of="control", runs=3),
 }
 LOSSES = {"base": 2.4, "full fine-tune": 2.0, "control": 1.97, "random mask": 2.5, "MFT": 1.95}
 LOSSES |= {"MFT x3": 1.93, "control x3": 1.96}
@@ -144,11 +146,11 @@ def test_a_large_difference_is_claimed_however_wide_its_interval():
         ({"documents": 1}, "1 test document, at least 20 are needed"),
         ({"seeds": (0,)}, "a single seed, at least 2 are needed, better 3"),
         (
-            {"arms": SINGLE | {"MFT": ArmConfig("mask", lrs=[1e-3])}},
+            {"arms": SINGLE | {"MFT": make_arm("mask", lrs=[1e-3])}},
             "MFT tried 1 rate, at least 3 are needed",
         ),
         (
-            {"arms": SINGLE | {"control": ArmConfig("control", lrs=[1e-4, 1e-3])}},
+            {"arms": SINGLE | {"control": make_arm("control", lrs=[1e-4, 1e-3])}},
             "control tried 2 rates, at least 3 are needed",
         ),
     ],
@@ -222,7 +224,7 @@ def test_averages_are_held_against_averages_of_as_many_runs():
 @pytest.mark.parametrize("runs", [None, 2])
 def test_an_average_without_its_match_is_not_compared(runs):
     arms = without("control x3") | (
-        {} if runs is None else {"control x2": ArmConfig("average", of="control", runs=runs)}
+        {} if runs is None else {"control x2": make_arm("average", of="control", runs=runs)}
     )
     losses = LOSSES | {"control x2": 1.96}
     (text,) = study_verdicts(findings(arms=arms, test=losses, validation=losses))

@@ -1,1 +1,1 @@
-"""What each kind of arm does: from its start to a trained model, seen by validation, and later by test."""
+"""The kinds of arms: a class each, with its keys, what it trains, makes and weighs; kinds.py has them all."""

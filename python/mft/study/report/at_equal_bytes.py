@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mft.study.config import MASK, ONE_SHOT, StudyConfig
+from mft.study.config import StudyConfig
 from mft.study.outcome import Findings
 from mft.study.report.judge import side
 from mft.study.report.statistics import Difference, Paired, differences, paired, with_holm
@@ -47,7 +47,7 @@ def at_equal_bytes(findings: Findings, tables: Mapping[str, DomainTable]) -> lis
     pairs: list[Paired] = []
     for domain, table in tables.items():
         for row in table.rows:
-            if row.kind != MASK or row.bytes is None:
+            if not findings.study.arms[row.arm].is_mft or row.bytes is None:
                 continue
             rivals = list(_rivals(findings, domain, table, row))
             best = max(rivals, key=lambda each: each[1], default=None)
@@ -104,7 +104,7 @@ def _rivals(findings: Findings, domain: str, table: DomainTable, mask: Row) -> I
 def _is_of_a_mask(study: StudyConfig, arm: str) -> bool:
     """Whether an arm is a mask, trained or not, or made of one."""
     config = study.arms[arm]
-    return config.kind in (MASK, *ONE_SHOT) or (config.of is not None and _is_of_a_mask(study, config.of))
+    return config.is_mask or (config.of is not None and _is_of_a_mask(study, config.of))
 
 
 def _sentence(one: AtEqualBytes) -> str:

@@ -11,7 +11,8 @@ every rival, in both losses, over all domains and texts.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from mft.study.config import AVERAGE, BASE, DERIVED, MASK, ONE_SHOT, QUANTIZED, TEMPERATURE, StudyConfig
+from mft.study.arms.means import Average
+from mft.study.config import StudyConfig
 from mft.study.outcome import Findings
 from mft.study.report.general import Runs, on_test, on_validation
 from mft.study.report.judge import few_rates, is_level, is_not, shortage, side
@@ -56,23 +57,23 @@ class Comparison:
 def is_mft(study: StudyConfig, arm: str) -> bool:
     """Whether an arm is MFT or made of its runs."""
     config = study.arms[arm]
-    return (study.arms[str(config.of)] if config.kind in DERIVED else config).kind == MASK
+    return (config if config.of is None else study.arms[config.of]).is_mft
 
 
 def rivals_of(study: StudyConfig, arm: str) -> list[str]:
     """The tuned arms that are no masks: over codes those over codes, and for an average those that average as many."""
-    untuned, config = (BASE, TEMPERATURE, *ONE_SHOT), study.arms[arm]
-    over_codes = study.codes_under(arm) is not None
+    config, over_codes = study.arms[arm], study.codes_under(arm) is not None
     rivals = [
         name
         for name, other in study.arms.items()
-        if other.kind not in untuned
+        if other.tuned
         and not is_mft(study, name)
-        and (over_codes == (other.kind == QUANTIZED or study.codes_under(name) is not None))
+        and (over_codes == (other.quantization is not None or study.codes_under(name) is not None))
     ]
-    if config.kind != AVERAGE:
+    if not isinstance(config, Average):
         return rivals
-    return [name for name in rivals if (study.arms[name].kind, study.arms[name].runs) == (AVERAGE, config.runs)]
+    averages = {name for name, other in study.arms.items() if isinstance(other, Average) and other.runs == config.runs}
+    return [name for name in rivals if name in averages]
 
 
 def comparisons(findings: Findings) -> dict[str, list[Comparison]]:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from mft.study.config import MASK, Setting
+from mft.study.arms.setting import Setting
 from mft.study.outcome import Findings, Outcome
 from mft.study.report.statistics import Difference, differences, paired
 
@@ -32,7 +32,7 @@ def equal_budgets(findings: Findings, domain: str, references: Mapping[str, str 
     """references: the control of each arm; arms of masks that have one are compared."""
     found, pairs = [], []
     for arm, control in references.items():
-        if control is None or findings.study.arms[arm].kind != MASK:
+        if control is None or not findings.study.arms[arm].is_mft:
             continue
         ours, theirs = _tried(findings, domain, arm), _tried(findings, domain, control)
         chosen = findings.chosen.get(domain, {})

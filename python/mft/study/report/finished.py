@@ -10,14 +10,18 @@ from torch import Tensor
 
 from mft.checks import nearest
 from mft.config import ModelConfig
-from mft.study.arms.job import Job
-from mft.study.config import MASK, Setting
+from mft.study.arms.arm import Arm
+from mft.study.arms.kinds import name_of
+from mft.study.arms.masks import Mask
+from mft.study.arms.setting import Setting
+from mft.study.arms.weights import with_weights
 from mft.study.load import load_study
 from mft.study.outcome import Unit
 from mft.study.plan import selection, starts_of
 from mft.study.report.table import reference_of
 from mft.study.store import BASE_MODEL, STUDY, Store, open_store
-from mft.study.workspace import Workspace, with_weights
+from mft.study.units.job import Job
+from mft.study.workspace import Workspace
 
 
 @contextmanager
@@ -41,17 +45,18 @@ class Finished:
         self.outcomes = store.outcomes()
         self._chosen = selection(self.study, self.outcomes).chosen
 
-    def arm(self, kind: str) -> str:
+    def arm(self, kind: type[Arm]) -> str:
         name = self.study.named(kind)
         if name is None:
-            raise ValueError(f"the study must hold an arm of kind {kind}, got {', '.join(self.study.arms)}")
+            known = ", ".join(self.study.arms)
+            raise ValueError(f"the study must hold an arm of kind {name_of(kind)}, got {known}")
         return name
 
     def masked_arm(self, name: str | None) -> str:
         """The arm of MFT of this name; None: the first."""
-        known = [arm for arm, config in self.study.arms.items() if config.kind == MASK]
+        known = [arm for arm, config in self.study.arms.items() if config.is_mft]
         if name is None:
-            return self.arm(MASK)
+            return self.arm(Mask)
         self.check("arm", name, known)
         return name
 

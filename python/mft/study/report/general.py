@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mft.study.config import BASE, FULL, StudyConfig
+from mft.study.arms.whole import Base, Full
+from mft.study.config import StudyConfig
 from mft.study.outcome import Findings, General, Unit
 from mft.study.report.statistics import Difference, Paired, differences, paired
 
@@ -35,7 +36,7 @@ def general_tables(findings: Findings) -> dict[str, dict[str, dict[str, OnText]]
                     continue
                 found = OnText(_mean([run.evaluation.loss for run in runs.values()]), _mean_kl(runs))
                 tables[domain][arm][text] = found
-                for name, reference in (("minus_full", study.named(FULL)), ("minus_start", start_of(study, arm))):
+                for name, reference in (("minus_full", study.named(Full)), ("minus_start", start_of(study, arm))):
                     others = on_test(findings, domain, reference, text)
                     if reference != arm and (pair := paired(runs, others)) is not None:
                         places.append((found, name))
@@ -47,14 +48,14 @@ def general_tables(findings: Findings) -> dict[str, dict[str, dict[str, OnText]]
 
 def start_of(study: StudyConfig, arm: str) -> str | None:
     """The arm whose model an arm began at; None for the base model's, and where no arm has that model."""
-    return study.start_of(arm) or (None if study.arms[arm].kind == BASE else study.named(BASE))
+    return study.start_of(arm) or (None if study.is_base(arm) else study.named(Base))
 
 
 def on_test(findings: Findings, domain: str, arm: str | None, text: str) -> Runs:
     """An arm's models on a text, by seed; the base model is one for all."""
     found = findings.general.get(domain, {}).get(arm, {}) if arm is not None else {}
     runs = {seed: texts[text] for seed, texts in found.items() if text in texts}
-    if runs and arm is not None and findings.study.arms[arm].kind == BASE:
+    if runs and arm is not None and findings.study.is_base(arm):
         return dict.fromkeys(findings.study.seeds, next(iter(runs.values())))
     return runs
 

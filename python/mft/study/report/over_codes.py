@@ -6,7 +6,7 @@ such pairs in all domains, and validation agree. Else the difference is not show
 
 from collections.abc import Mapping
 
-from mft.study.config import LORA, QUANTIZED
+from mft.study.arms.adapters import Lora
 from mft.study.outcome import Findings
 from mft.study.report.judge import side
 from mft.study.report.statistics import Difference, Paired, differences, paired, with_holm
@@ -19,7 +19,7 @@ Pair = tuple[str, str, str]  # domain, arm, the one it is held against
 def verdicts_over_codes(findings: Findings, tables: Mapping[str, DomainTable]) -> list[str]:
     """A paragraph a domain and quantized arm at which others begin; none in other studies."""
     study = findings.study
-    rounded = [name for name, arm in study.arms.items() if arm.kind == QUANTIZED]
+    rounded = [name for name, arm in study.arms.items() if arm.quantization is not None]
     costs = [(domain, name, exact_start(study, name)) for domain in tables for name in rounded]
     rivals = {place: _rivals(findings, tables[place[0]], place) for place in ((d, r) for d in tables for r in rounded)}
     cost = _differences(findings, costs)
@@ -43,7 +43,7 @@ def _rivals(findings: Findings, table: DomainTable, place: tuple[str, str]) -> l
     """Each mask that was trained, and each arm of adapters, of one quantized start."""
     domain, name = place
     rows = [row for row in table.rows if findings.study.codes_under(row.arm) == name]
-    adapters = [row.arm for row in rows if row.kind == LORA]
+    adapters = [row.arm for row in rows if isinstance(findings.study.arms[row.arm], Lora)]
     return [(domain, row.arm, lora) for row in rows if row.masked for lora in adapters]
 
 

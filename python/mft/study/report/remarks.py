@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 
-from mft.study.config import AVERAGE, CONTROL, DERIVED, REWARDS
+from mft.study.arms.control import Control
+from mft.study.arms.means import Average
+from mft.study.config import REWARDS
 from mft.study.outcome import Findings
 from mft.study.report.dominance import draws_of, family_size
 from mft.study.report.judge import LEAST_DOCUMENTS, MARGIN
@@ -75,7 +77,7 @@ def _method(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[s
         f"seed and document; {100 * CONFIDENCE:.0f} % intervals from {DRAWS} draws of seeds and documents at once, "
         "widened for how few there are; accuracy is that of the next token."
     )
-    if study.named(CONTROL) is not None:
+    if study.named(Control) is not None:
         claims = [
             row for table in tables.values() for row in table.rows if row.masked and row.decides in row.minus_control
         ]
@@ -87,9 +89,9 @@ def _method(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[s
         yield dominance_remark(family)
     yield p_remark(seeds)
     for domain, table in tables.items():
-        tried = [f"{row.arm} {row.tried}" for row in table.rows if row.kind != AVERAGE]
+        tried = [f"{row.arm} {row.tried}" for row in table.rows if not isinstance(study.arms[row.arm], Average)]
         total = sum(row.tried for row in table.rows)
-        means = [name for name, arm in study.arms.items() if arm.kind in DERIVED]  # part 0 of these is no run
+        means = [name for name, arm in study.arms.items() if arm.of is not None]  # part 0 of these is no run
         units = [(o.unit, o.seconds) for o in findings.outcomes if o.unit.domain == domain]
         runs = [seconds for unit, seconds in units if unit.arm not in means or unit.part > 0]
         yield (

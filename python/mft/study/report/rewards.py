@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.files.figure import new_figure, save_figure
-from mft.study.config import REWARDS, TRAINED
+from mft.study.config import REWARDS
 from mft.study.outcome import Findings
 
 REWARDS_PLOT = "rewards.png"
@@ -66,7 +66,7 @@ def rewards_remark(findings: Findings) -> str:
     study = findings.study
     assert study.objective == REWARDS, "asked for of such studies"
     config = study.rewards
-    trained = [(name, arm) for name, arm in study.arms.items() if arm.kind in TRAINED]
+    trained = [(name, arm) for name, arm in study.arms.items() if arm.learns]
     taught = ", ".join(f"{name} by {arm.teacher}" for name, arm in trained if arm.teacher is not None)
     lesson = f"at each token of its own answers what the teacher would say ({config.divergence}), not by rewards"
     others = ""

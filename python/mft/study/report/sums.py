@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from mft.evaluation.evaluate import Evaluation
-from mft.study.config import BASE
+from mft.study.arms.kinds import KINDS
+from mft.study.arms.whole import Base
 from mft.study.outcome import Findings, General, Measured
 from mft.study.report.equal_budgets import EqualBudget, outcome_within
 from mft.study.report.statistics import DRAWS, NATS_DECIMALS, Difference, differences, paired
@@ -62,7 +63,8 @@ def runs_in(table: Mapping[str, Any], arm: str, text: str | None = None) -> dict
             "trains nothing that is done"
         )
     found = {run["seed"]: _measured(held, run, general=text is not None) for run in runs}
-    if len(found) == 1 and next(row["kind"] for row in table["rows"] if row["arm"] == arm) == BASE:
+    kind = next(KINDS[row["kind"]] for row in table["rows"] if row["arm"] == arm)
+    if len(found) == 1 and kind is Base:
         found = dict.fromkeys(sorted({run["seed"] for run in held["runs"]}), next(iter(found.values())))
     return found
 

@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mft.evaluation.evaluate import Evaluation
-from mft.study.config import AVERAGE, BASE, CONTROL, FULL, INTERPOLATED, QUANTIZED, REWARDS, Setting, StudyConfig
+from mft.study.arms.control import Control
+from mft.study.arms.means import Average, Between
+from mft.study.arms.setting import Setting
+from mft.study.arms.whole import Base, Full
+from mft.study.config import REWARDS, StudyConfig
 from mft.study.outcome import Findings, Measured
 from mft.study.report.dominance import Comparison, comparisons, is_mft
 from mft.study.report.equal_budgets import EqualBudget, equal_budgets
@@ -23,6 +27,7 @@ from mft.study.report.statistics import (
 )
 
 Runs = Mapping[int, Measured]
+FULL, CONTROL = "full", "control"  # what a difference is from: the full fine-tune, or what the arm is held against
 
 
 @dataclass
@@ -119,24 +124,24 @@ def reference_of(study: StudyConfig, arm: str) -> str | None:
     """The arm that ``arm`` is held against, the control of the same layers; None for the control itself, and where
     there is none. Over codes it is such a control, rounded after its training, of the same exact start."""
     config, codes = study.arms[arm], study.codes_under(arm)
-    derived = config.kind in (AVERAGE, INTERPOLATED)
-    own = study.arms[str(config.of)] if derived else config
+    between = isinstance(config, Between)
+    own = study.arms[str(config.of)] if between else config
     layers = own.layers_to_transform, own.target_modules
     start = study.start_of(arm if codes is None else codes)
     controls = [
         name
         for name, c in study.arms.items()
-        if c.kind == CONTROL and (c.layers_to_transform, c.target_modules) == layers
+        if isinstance(c, Control) and (c.layers_to_transform, c.target_modules) == layers
     ]
     alike = [name for name in controls if study.start_of(name) == start]
     if codes is not None:
-        rounded = (QUANTIZED, study.arms[codes].quantization)
-        found = (name for name, c in study.arms.items() if (c.kind, c.quantization) == rounded and c.start in alike)
-        return None if config.kind == AVERAGE else next(found, None)
+        quantization = study.arms[codes].quantization
+        found = (name for name, c in study.arms.items() if c.quantization == quantization and c.start in alike)
+        return None if isinstance(config, Average) else next(found, None)
     control = next(iter(alike or controls), None)
-    if derived:
-        made = (config.kind, control, config.runs)
-        control = next((name for name, c in study.arms.items() if (c.kind, c.of, c.runs) == made), None)
+    if between:
+        made = (type(config), control, config.runs)
+        control = next((name for name, c in study.arms.items() if (type(c), c.of, c.runs) == made), None)
     return None if control == arm else control
 
 
@@ -156,7 +161,7 @@ def recovered_share(study: StudyConfig, losses: Mapping[str, float], arm: str) -
 
 def exact_start(study: StudyConfig, rounded: str) -> str:
     """The arm whose end a quantized arm rounded."""
-    return study.start_of(rounded) or str(study.named(BASE))
+    return study.start_of(rounded) or str(study.named(Base))
 
 
 def study_numbers(findings: Findings, tables: Mapping[str, DomainTable] | None = None) -> dict[str, Any]:
@@ -188,7 +193,7 @@ def finite(value: Any) -> Any:
 
 def _table(findings: Findings, domain: str) -> DomainTable:
     study, test = findings.study, findings.test[domain]
-    full, control = str(study.named(FULL)), study.named(CONTROL)
+    full, control = str(study.named(Full)), study.named(Control)
     rows = [_means(findings, domain, arm) for arm in study.arms if test.get(arm)]
     losses = {row.arm: row.loss for row in rows}
     for row in rows:
@@ -209,7 +214,7 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
     setting, against = findings.chosen.get(domain, {}).get(arm), reference_of(study, arm)
     outcomes = [o for o in findings.outcomes if (o.unit.domain, o.unit.arm) == (domain, arm)]
     # The runs of an average were tried, and their setting chosen, by the arm that it averages.
-    own = [o.unit.setting for o in outcomes if study.arms[arm].kind != AVERAGE]
+    own = [o.unit.setting for o in outcomes if not isinstance(study.arms[arm], Average)]
     source = study.arms[arm].of or arm
     chosen = [
         o
@@ -217,7 +222,7 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
         if (o.unit.domain, o.unit.arm, o.unit.setting, o.unit.part) == (domain, source, setting, 0)
     ]
     seconds = _mean([o.seconds for o in chosen]) if chosen else None
-    if study.arms[arm].kind == AVERAGE:
+    if isinstance(study.arms[arm], Average):
         seconds = _seconds_of_parts(findings, domain, arm, len(runs))
     flips = [o.flips for o in chosen if o.flips is not None]
     memory = [float(o.memory) for o in chosen if o.memory is not None]
@@ -264,7 +269,7 @@ def _pairs(findings: Findings, domain: str, table: DomainTable) -> dict[tuple[st
     test, found = findings.test[domain], dict[tuple[str, str, str], Paired | None]()
     for row in table.rows:
         runs = test[row.arm]
-        if row.kind == BASE and len(runs) == 1:  # the same model whatever the seed
+        if findings.study.is_base(row.arm) and len(runs) == 1:  # the same model whatever the seed
             runs = dict.fromkeys(test[table.full], next(iter(runs.values())))
         if row.arm != table.full:
             found[row.arm, FULL, "loss"] = paired(runs, test[table.full])

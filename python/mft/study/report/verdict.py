@@ -9,7 +9,6 @@ would be needed.
 import math
 from collections.abc import Callable, Iterable, Mapping
 
-from mft.study.config import AVERAGE, INTERPOLATED
 from mft.study.outcome import Findings
 from mft.study.report.dominance import (
     BETTER_BY_ONE,
@@ -204,9 +203,6 @@ def _uncompared(findings: Findings, table: DomainTable, row: Row) -> str:
         return ""
     if row.against is None and findings.study.codes_under(row.arm) is not None:
         return "; not compared: no arm rounds a control of its layers and its exact start to such codes"
-    if row.kind == AVERAGE and row.against is None:
-        runs = findings.study.arms[row.arm].runs
-        return f"; not compared: no arm averages {runs} runs of {table.control}, and a single run is no match"
-    if row.kind == INTERPOLATED and row.against is None:
-        return f"; not compared: no arm lies between {table.control} and its start"
+    if row.against is None and (why := findings.study.arms[row.arm].why_uncompared(table.control)):
+        return f"; not compared: {why}"
     return f"; not compared: {row.against} was not tested in the same seeds"

@@ -7,15 +7,8 @@ from statistics import median
 from typing import Any
 
 from mft.files.figure import new_figure, save_figure
-from mft.study.config import AVERAGE, BITDELTA, CONTINUED, CONTROL, INTERPOLATED, LORA, MASK, SPARSE_DELTA, TERNARY
+from mft.study.arms.kinds import KINDS
 
-_COLOURS = {
-    **{MASK: "#c1121f", CONTROL: "#e69f00", CONTINUED: "#56b4e9", LORA: "#0072b2"},
-    **{BITDELTA: "#009e73", TERNARY: "#7a5195", SPARSE_DELTA: "#8c564b"},
-}
-_OTHER = "0.5"
-_LABELLED_BELOW = (SPARSE_DELTA, CONTROL)  # which lie close to ternary and bitdelta
-_APART = (INTERPOLATED, AVERAGE)  # kinds whose arms are made of different ones: no line joins them
 _FEW = 64  # bytes: what stores fewer, such as a temperature, lies on the left edge and does not widen the axis
 _REACH = 1.6  # a panel ends so many times as far above its lowest interval as most arms lie; arrows are farther
 
@@ -61,7 +54,7 @@ def plot_bytes(numbers: Mapping[str, Any], path: Path) -> None:
             axes.set_axis_off()
     last = grid[0][-1]
     for kind in kinds:
-        last.plot([], [], "o", color=_COLOURS.get(kind, _OTHER), label=kind.replace("_", " "))
+        last.plot([], [], "o", color=KINDS[kind].colour, label=kind.replace("_", " "))
     last.plot([], [], "-", color="0.6", linewidth=3, alpha=0.5, label="frontier")
     last.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     save_figure(figure, path, dpi=100)
@@ -94,7 +87,7 @@ def _panels(table: Mapping[str, Any]) -> dict[str, list[Point]]:
     """By the arm where they began."""
     starts = dict.fromkeys([table["full"], *(row["start"] for row in table["rows"] if row.get("start"))])
     found = {start: of for start in starts if (of := points(table, start))}
-    masked = {start: of for start, of in found.items() if any(point.kind == MASK for point in of)}
+    masked = {start: of for start, of in found.items() if any(KINDS[point.kind].is_mft for point in of)}
     return masked or {start: of for start, of in found.items() if start == table["full"]}
 
 
@@ -112,13 +105,13 @@ def _draw(axes, found: Sequence[Point], level: float) -> None:
     right = found[-1].bytes * 4
     axes.axhline(level, color="0.25", linestyle="--", linewidth=1)
     for kind, teacher in dict.fromkeys((point.kind, point.teacher) for point in found):
-        colour = _COLOURS.get(kind, _OTHER)
+        colour, joined = KINDS[kind].colour, KINDS[kind].joined
         of_kind = [point for point in found if (point.kind, point.teacher) == (kind, teacher)]
         lowest = min(of_kind, key=lambda point: point.estimate)
         for point in of_kind:  # the others of a line are known by its colour: names of all would lie on each other
-            named = kind in _APART or point is lowest or point.bytes < left or point.estimate > top
+            named = not joined or point is lowest or point.bytes < left or point.estimate > top
             _draw_point(axes, point, colour, left, top, named=named)
-        if len(of_kind) > 1 and kind not in _APART:
+        if len(of_kind) > 1 and joined:
             ends = [min(point.estimate, top) for point in of_kind]
             axes.plot([max(point.bytes, left) for point in of_kind], ends, "-", color=colour, linewidth=1, alpha=0.6)
     if best := frontier(found, level):
@@ -152,7 +145,7 @@ def _draw_point(axes, point: Point, colour: str, left: float, top: float, *, nam
     axes.annotate(
         label,
         (x, y),
-        xytext=(6, -9 if point.kind in _LABELLED_BELOW else 4),
+        xytext=(6, -9 if KINDS[point.kind].label_below else 4),
         textcoords="offset points",
         fontsize="x-small",
         color=colour,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from mft.study.config import FULL
+from mft.study.arms.whole import Full
 from mft.study.report.finished import opened
 from mft.study.report.pictures.overlap import overlaps, plot_overlaps
 from mft.study.report.pictures.surface import loss_surface, plane_through, plot_surfaces, random_plane, weights_of
@@ -31,7 +31,7 @@ def draw_surface(
         domain = next(iter(ground.study.domains)) if domain is None else domain
         ground.check("domain", domain, list(ground.study.domains))
         mask = ground.masked_arm(arm)
-        full, control = ground.arm(FULL), ground.control_of(mask)
+        full, control = ground.arm(Full), ground.control_of(mask)
         names, first = ground.workspace.layers_of(ground.study.arms[mask])
         seed = ground.study.seeds[0]
         models = {arm: ground.model(domain, arm, seed) for arm in (full, control, mask)}

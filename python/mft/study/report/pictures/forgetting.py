@@ -8,8 +8,11 @@ from statistics import median
 from typing import Any
 
 from mft.files.figure import new_figure, save_figure
-from mft.study.config import AVERAGE, BASE, FULL, INTERPOLATED
-from mft.study.report.pictures.plots import TRAINED, colours_of
+from mft.study.arms.arm import Arm
+from mft.study.arms.kinds import KINDS
+from mft.study.arms.means import Average, Interpolated
+from mft.study.arms.whole import Base, Full
+from mft.study.report.pictures.plots import colours_of
 
 _OUTLIER = 5  # times the median distance of trained arms, beyond which an arm does not widen the panel near the start
 _MARGIN = 0.07
@@ -60,7 +63,7 @@ def curves(table: Table, text: str, first_seed: int) -> list[Curve]:
     origin = seen.chosen(table["full"])
     found = []
     for row in table["rows"]:
-        if row["kind"] != INTERPOLATED or origin is None:
+        if KINDS[row["kind"]] is not Interpolated or origin is None:
             continue
         along = {0.0: seen.chosen(row["start"])} | seen.by_alpha(row["arm"])
         along.setdefault(1.0, seen.chosen(row["of"]))
@@ -84,7 +87,7 @@ def plot_forgetting(numbers: Mapping[str, Any], path: Path) -> None:
     figure = new_figure(13.5, 4.6 * len(panels))
     for (left, right), (domain, text, table) in zip(figure.subplots(len(panels), 2, squeeze=False), panels):
         found, lines = points(table, text), curves(table, text, numbers["seeds"][0])
-        shown = [p for p in found if p.kind in (BASE, FULL, *TRAINED)]
+        shown = [p for p in found if _is_shown(KINDS[p.kind])]
         ends = [both for line in lines for both in line.by_alpha.values()]
         _draw(left, table, found, lines, _box(shown, ends))
         _draw(right, table, found, lines, _box(_near(shown), []))
@@ -137,7 +140,7 @@ def _ends(difference: Mapping[str, float | None]) -> tuple[float, float, float]:
 
 def _near(found: Sequence[Point]) -> list[Point]:
     """The trained arms that lie no farther from the full fine-tune than most."""
-    trained = [point for point in found if point.kind in TRAINED]
+    trained = [point for point in found if KINDS[point.kind].near]
     for name in ("forgotten", "gained"):
         far = _OUTLIER * median([abs(getattr(point, name)[1]) for point in trained] or [0.0])
         trained = [point for point in trained if abs(getattr(point, name)[1]) <= far] or trained
@@ -165,25 +168,24 @@ def _draw(axes, table: Table, found: Sequence[Point], lines: Sequence[Curve], li
         xs, ys = zip(*line.by_alpha.values()) if line.by_alpha else ((), ())
         axes.plot(xs, ys, ".-", color=colours[line.arm], linewidth=1, markersize=4, alpha=0.6)
     for point, marker in _marked(found, masked):
-        (x, y), colour = (point.forgotten[1], point.gained[1]), colours[point.arm]
+        kind, (x, y), colour = KINDS[point.kind], (point.forgotten[1], point.gained[1]), colours[point.arm]
         (left, right), (bottom, top) = limits
         inside = left <= x <= right and bottom <= y <= top
         if inside:
             errors = [[[v[1] - v[0]], [v[2] - v[1]]] for v in (point.forgotten, point.gained)]
             axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], fmt="none", ecolor=colour, elinewidth=1.2, alpha=0.8)
-        elif point.kind in (BASE, FULL, *TRAINED):
+        elif _is_shown(kind):
             continue  # seen where all of it is
         place = min(max(x, left), right), min(max(y, bottom), top)
         label = point.arm if inside else f"{point.arm} (farther)"
-        hollow = point.kind == INTERPOLATED
         axes.plot(
             *place,
             marker,
             color=colour,
             markersize=8,
-            markerfacecolor="white" if hollow else colour,
+            markerfacecolor="white" if kind is Interpolated else colour,
             markeredgewidth=1.5,
-            markeredgecolor="black" if point.kind == AVERAGE else colour,
+            markeredgecolor="black" if kind is Average else colour,
             label=label,
             clip_on=False,
             zorder=3,
@@ -196,12 +198,18 @@ def _draw(axes, table: Table, found: Sequence[Point], lines: Sequence[Curve], li
     axes.set_axisbelow(True)
 
 
+def _is_shown(kind: type[Arm]) -> bool:
+    """Whether the picture of all of it is wide enough for an arm of this kind."""
+    return kind in (Base, Full) or kind.near
+
+
 def _marked(found: Sequence[Point], masked: set[str]) -> Iterator[tuple[Point, str]]:
     untrained = iter(_UNTRAINED * math.ceil(len(found) / len(_UNTRAINED)))
     for point in found:
-        if point.kind == BASE:
+        kind = KINDS[point.kind]
+        if kind is Base:
             yield point, "s"
-        elif point.kind in (FULL, *TRAINED):
-            yield point, "D" if point.kind == INTERPOLATED else "o" if point.arm in masked else "P"
+        elif _is_shown(kind):
+            yield point, "D" if kind is Interpolated else "o" if point.arm in masked else "P"
         else:
             yield point, next(untrained)

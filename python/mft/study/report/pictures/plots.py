@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mft.files.figure import new_figure, save_figure
-from mft.study.config import AVERAGE, CONTROL, FULL, INTERPOLATED
+from mft.study.arms.control import Control
+from mft.study.arms.kinds import KINDS
+from mft.study.arms.means import Average, Interpolated
+from mft.study.arms.whole import Full
 from mft.study.outcome import Findings
 from mft.study.report.table import study_numbers
 
@@ -14,7 +17,6 @@ _MASKED = ("#c1121f", "#e4572e", "#8f2d56", "#ff70a6")
 _FULL, _CONTROL, _PLAIN = "0.25", "#e69f00", "0.5"
 _OTHERS = ("#0072b2", "#009e73", "#56b4e9", "#7a5195")
 _REACH = 2.5  # axes end so many times beyond the span of the trained arms; what lies farther becomes an arrow
-TRAINED = ("control", "mask", "continued", "lora", AVERAGE, INTERPOLATED)
 
 
 def plot_study(numbers: Mapping[str, Any], path: Path) -> None:
@@ -112,7 +114,7 @@ def _draw_differences(axes, table: Mapping[str, Any], reference: str) -> None:
 
 def _limits(compared) -> tuple[float, float]:
     """The intervals of trained arms and 0, and what lies within _REACH times their span."""
-    near = [d for row, d in compared if row["kind"] in TRAINED] or [d for _, d in compared]
+    near = [d for row, d in compared if KINDS[row["kind"]].near] or [d for _, d in compared]
     values = [0.0] + [d[end] for d in near for end in ("low", "estimate", "high") if d[end] is not None]
     span = (max(values) - min(values)) or 1e-4
     floor, ceiling = max(values) - _REACH * span, min(values) + _REACH * span
@@ -130,7 +132,9 @@ def _draw_rates(axes, table: Mapping[str, Any], first_seed: int) -> None:
     trials: dict[str, list[Mapping[str, Any]]] = {}
     for trial in table["trials"]:
         row = rows.get(trial["arm"])
-        if trial["lr"] is not None and row is not None and row["kind"] != AVERAGE and trial["seed"] == first_seed:
+        if row is None or trial["lr"] is None or trial["seed"] != first_seed:
+            continue
+        if KINDS[row["kind"]] is not Average:
             trials.setdefault(trial["arm"], []).append(trial)
     best = [min((_loss(trial) for trial in tried), default=float("inf")) for tried in trials.values()]
     best = [loss for loss in best if loss < float("inf")]
@@ -179,17 +183,18 @@ def colours_of(table: Mapping[str, Any]) -> dict[str, str]:
     colours, masked, others = dict[str, str](), 0, 0
     controls = {row["against"] for row in table["rows"] if row["masked"]}  # averages of the control too
     for row in table["rows"]:
-        if row["kind"] == INTERPOLATED:
+        kind = KINDS[row["kind"]]
+        if kind is Interpolated:
             continue
         if row["masked"]:
             colours[row["arm"]], masked = _MASKED[masked % len(_MASKED)], masked + 1
-        elif row["kind"] == FULL:
+        elif kind is Full:
             colours[row["arm"]] = _FULL
-        elif row["kind"] == CONTROL or row["arm"] in controls:
+        elif kind is Control or row["arm"] in controls:
             colours[row["arm"]] = _CONTROL
-        elif row["kind"] in TRAINED:
+        elif kind.near:
             colours[row["arm"]], others = _OTHERS[others % len(_OTHERS)], others + 1
         else:
             colours[row["arm"]] = _PLAIN
-    made = {row["arm"]: colours.get(row["of"], _PLAIN) for row in table["rows"] if row["kind"] == INTERPOLATED}
-    return colours | made
+    made = [row for row in table["rows"] if KINDS[row["kind"]] is Interpolated]
+    return colours | {row["arm"]: colours.get(row["of"], _PLAIN) for row in made}

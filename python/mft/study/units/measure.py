@@ -9,24 +9,19 @@ from torch import nn
 from mft.evaluation.evaluate import Evaluation, evaluate
 from mft.evaluation.exact_match import exact_matches
 from mft.evaluation.kl_divergence import kl_divergence
-from mft.study.arms.job import arm_of
-from mft.study.config import BASE, CONTINUED, FULL, QUANTIZED, REWARDS, ArmConfig
+from mft.study.arms.arm import Arm
+from mft.study.config import REWARDS
 from mft.study.outcome import General, Measured, Unit
+from mft.study.units.job import arm_of
 from mft.study.workspace import ROWS, Workspace, with_layers_remembered
 from mft.training.loop import NonFiniteLoss
 
 
-def keeps_prefix(kind: str) -> bool:
-    """Whether a model of this kind, or one derived from it, shares its start's layers below the masked ones."""
-    return kind not in (BASE, FULL, CONTINUED, QUANTIZED)
-
-
-def evaluation_options(
-    workspace: Workspace, arm: ArmConfig, general: str | None = None
-) -> Callable[[str], dict[str, Any]]:
-    """Options of evaluate, for a split of the domain or of a general text."""
+def evaluation_options(workspace: Workspace, arm: Arm, general: str | None = None) -> Callable[[str], dict[str, Any]]:
+    """Options of evaluate, for a split of the domain or of a general text: what the layers below the arm's make of it
+    is remembered."""
     source = arm if arm.of is None else workspace.study.arms[arm.of]
-    if not keeps_prefix(source.kind):
+    if source.whole_model:
         return lambda split: {"batch_size": ROWS}
     _, first = workspace.layers_of(arm)
     return lambda split: {"batch_size": ROWS, "first": first, "memory": workspace.memory(split, first, general)}

@@ -1,14 +1,12 @@
 """A unit from its start to an outcome, as validation sees it; and later on test."""
 
 from mft.evaluation.temperature import evaluate_tempered, fit_temperature
-from mft.masks.quantize import rounded_weights
-from mft.study.arms.job import Job, arm_of
-from mft.study.arms.measure import answer, evaluation_options, on_general, on_validation
-from mft.study.arms.models import model_of, save_weights
-from mft.study.arms.size import stored_bytes
-from mft.study.arms.train import train_unit
-from mft.study.config import FULL, QUANTIZED, TEMPERATURE
+from mft.study.arms.weights import save_weights
+from mft.study.arms.whole import Full
 from mft.study.outcome import Measured, Outcome, Tested
+from mft.study.units.job import Job, arm_of, ground_of, model_of, stored_bytes
+from mft.study.units.measure import answer, evaluation_options, on_general, on_validation
+from mft.study.units.train import train_unit
 from mft.study.workspace import Workspace, with_layers_remembered
 from mft.training.loop import NonFiniteLoss
 from mft_kernels.ops.checks import NonFiniteScores
@@ -21,12 +19,11 @@ def run_unit(workspace: Workspace, job: Job) -> Outcome:
     try:
         if arm.lrs:
             return train_unit(workspace, job)
-        if arm.kind == FULL:  # the model as it comes
-            save_weights({}, job.trained)
-        if arm.kind == QUANTIZED:
-            save_weights(rounded_weights(workspace.model, str(arm.quantization)), job.trained)
+        weights = arm.made(ground_of(workspace, job))
+        if weights is not None:
+            save_weights(weights, job.trained)
         model = model_of(workspace, job)
-        if arm.kind == TEMPERATURE:
+        if arm.tempered:
             validation, options = (
                 workspace.splits(unit.domain).validation,
                 evaluation_options(workspace, arm)("validation"),
@@ -49,10 +46,11 @@ def run_unit(workspace: Workspace, job: Job) -> Outcome:
 
 def run_test(workspace: Workspace, job: Job) -> Tested:
     """Evaluate a unit's model on validation again, and on test; each also at the temperature that validation likes."""
-    unit, kind = job.unit, arm_of(workspace, job.unit).kind
-    workspace.begin(unit.domain, (job.trained,) if kind == FULL else job.starts)
+    unit, arm = job.unit, arm_of(workspace, job.unit)
+    is_full = isinstance(arm, Full)  # where others begin: it is run from the base model, and its model is kept
+    workspace.begin(unit.domain, (job.trained,) if is_full else job.starts)
     model, splits = model_of(workspace, job), workspace.splits(unit.domain)
-    options, temperature = evaluation_options(workspace, arm_of(workspace, unit)), 0.0
+    options, temperature = evaluation_options(workspace, arm), 0.0
     measured = {}
     for split in ("validation", "test"):
         dataset = getattr(splits, split)
@@ -60,8 +58,8 @@ def run_test(workspace: Workspace, job: Job) -> Tested:
         if split == "validation":
             temperature = fit_temperature(model, dataset, **remembering)
         plain, tempered = evaluate_tempered(model, dataset, temperature, **remembering)
-        measured[split] = Measured(tempered if kind == TEMPERATURE else plain, tempered, temperature)
+        measured[split] = Measured(tempered if arm.tempered else plain, tempered, temperature)
         if unit.domain in workspace.study.answers:
             answer(workspace, model, dataset, measured[split])
-    start = workspace.base if kind == FULL else workspace.model
+    start = workspace.base if is_full else workspace.model
     return Tested(unit, measured["validation"], measured["test"], on_general(workspace, unit, model, "test", start))

@@ -1,0 +1,176 @@
+"""What is left of a trained arm's difference from its start when few bits are kept of it.
+
+delta = trained - start, one matrix at a time; of experts in one parameter (E, N, K) each expert's is a matrix.
+
+    bitdelta      scale * sign(delta), scale the mean of |delta| (arXiv 2402.10193)
+    ternary       of the share of largest |delta| scale * sign(delta), scale their mean |delta|; 0 elsewhere
+    sparse_delta  the share of largest |delta| as it is; 0 elsewhere
+
+Scales and kept numbers have the 16 bits that are counted for them (see size.py): bfloat16, rounded before they are
+evaluated. A parameter of one dimension, such as a norm's, keeps all its numbers, so rounded. BitDelta has no sign for
+0, which a third of a bfloat16 control's deltas are: + and - take turns there, so that sums are not shifted.
+
+BitDelta's second step trains the scales, each as a factor that is 1 at first: here to the loss of the training data,
+where the paper distils the trained model's logits.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mft.config import TrainConfig
+from mft.masks.export_format import coded_size
+from mft.models.causal_lm import clone_with_own_weights
+from mft.study.arms.arm import TRAINING, Arm, Ground
+from mft.study.arms.fp32_steps import compute_in_fp32, factors_of, learn_factors
+from mft.study.arms.memory import trained_weight_bytes
+from mft.study.arms.size import NUMBER, model_numbers
+from mft.study.arms.weights import Weights, with_weights
+
+
+class _Compressed(Arm):
+    takes = frozenset({"of"})
+    needs = frozenset({"of"})
+
+    def may_be_of(self, source: type[Arm]) -> bool:
+        return source.compressible
+
+    @classmethod
+    def of_delta(cls, delta: Tensor, share: float | None = None, factor: Tensor | None = None) -> Tensor:
+        """What is left of delta (N, K), (E, N, K) or (N,), fp32.
+
+        Args: share: of weights, for the kinds that choose some. factor: of bitdelta's scales, (1, 1) or (E, 1, 1).
+        """
+        if delta.dim() < 2:
+            return _rounded(delta)
+        return cls.of_matrices(delta.reshape(-1, delta.shape[-2:].numel()), share, factor).reshape(delta.shape)
+
+    @classmethod
+    def of_matrices(cls, matrices: Tensor, share: float | None, factor: Tensor | None) -> Tensor:
+        """The same of a matrix in each row."""
+        raise NotImplementedError
+
+    @classmethod
+    def bytes_of_matrices(cls, weight: Tensor, start: Tensor, matrices: int) -> int:
+        """Of what takes start to weight."""
+        raise NotImplementedError
+
+    def model(self, ground: Ground, path: Path) -> nn.Module:
+        return self.with_factors(ground, {})
+
+    def with_factors(self, ground: Ground, factors: Mapping[str, Tensor]) -> nn.Module:
+        """start + what is left of trained - start, in fp32."""
+        (source,), model, weights = ground.sources, ground.start, dict[str, Tensor]()
+        for name, (start, end) in _starts_and_ends(ground).items():
+            left = self.of_delta(end.float() - start.float(), ground.setting.share, factors.get(name))
+            weights[name] = start.float() + left
+        if not source.arm.whole_model:  # then weights are nowhere tied
+            model = compute_in_fp32(clone_with_own_weights(model), weights)
+        return with_weights(model, weights).eval()
+
+    def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
+        whole = ground.sources[0].arm.whole_model
+        names = [name for name, _ in ground.start.named_parameters()] if whole else ground.weight_names()
+        weights = [[each.get_parameter(name).detach() for each in (model, ground.start)] for name in names]
+        return sum(self._bytes(weight, start) for weight, start in weights)
+
+    def _bytes(self, weight: Tensor, start: Tensor) -> int:
+        if weight.dim() < 2:
+            return NUMBER * weight.numel()
+        return self.bytes_of_matrices(weight, start, len(weight) if weight.dim() == 3 else 1)
+
+
+class BitDelta(_Compressed):
+    """Start + scale * sign(trained - start), a scale a matrix; with lrs the scales are trained then."""
+
+    takes = _Compressed.takes | TRAINING
+    fades = True
+    colour = "#009e73"
+
+    def may_be_of(self, source: type[Arm]) -> bool:
+        return super().may_be_of(source) and not (self.lrs and source.whole_model)
+
+    @classmethod
+    def of_matrices(cls, matrices: Tensor, share: float | None, factor: Tensor | None) -> Tensor:
+        scale = matrices.abs().mean(-1, keepdim=True)
+        scale = _rounded(scale if factor is None else factor.reshape(-1, 1) * scale)
+        even = torch.arange(matrices.shape[-1], device=matrices.device) % 2 == 0
+        return torch.where((matrices > 0) | ((matrices == 0) & even), scale, -scale)
+
+    @classmethod
+    def bytes_of_matrices(cls, weight: Tensor, start: Tensor, matrices: int) -> int:
+        return math.ceil(weight.numel() / 8) + NUMBER * matrices
+
+    def model(self, ground: Ground, path: Path) -> nn.Module:
+        return self.model_with(ground, load_file(path)) if self.lrs else super().model(ground, path)
+
+    def model_with(self, ground: Ground, weights: Weights) -> nn.Module:
+        return self.with_factors(ground, factors_of(weights))
+
+    def untrained(self, ground: Ground) -> nn.Module:
+        """A model whose scales can be trained, and nothing else."""
+        pairs = _starts_and_ends(ground).items()
+        steps = {name: self.of_delta(end.float() - start.float()) for name, (start, end) in pairs}
+        return learn_factors(compute_in_fp32(clone_with_own_weights(ground.start), steps), steps)
+
+    def training_bytes(self, ground: Ground, train: TrainConfig) -> int:
+        return trained_weight_bytes(ground.base, model_numbers(ground.base))
+
+
+class Ternary(_Compressed):
+    """Start + scale * sign(trained - start) of a share of the weights, 0 of the others."""
+
+    takes = _Compressed.takes | {"shares"}
+    needs = _Compressed.needs | {"shares"}
+    colour = "#7a5195"
+
+    @classmethod
+    def of_matrices(cls, matrices: Tensor, share: float | None, factor: Tensor | None) -> Tensor:
+        largest = _largest(matrices.abs(), share)
+        scale = _rounded((matrices.abs() * largest).sum(-1, keepdim=True) / largest.sum(-1, keepdim=True))
+        return torch.where(largest, scale * matrices.sign(), 0)
+
+    @classmethod
+    def bytes_of_matrices(cls, weight: Tensor, start: Tensor, matrices: int) -> int:
+        changed = weight != start
+        return coded_size(~changed) + math.ceil(int(changed.sum()) / 8) + NUMBER * matrices
+
+
+class SparseDelta(_Compressed):
+    """Start + trained - start of a share of the weights, 0 of the others."""
+
+    takes = _Compressed.takes | {"shares"}
+    needs = _Compressed.needs | {"shares"}
+    colour = "#8c564b"
+    label_below = True  # it lies close to ternary
+
+    @classmethod
+    def of_matrices(cls, matrices: Tensor, share: float | None, factor: Tensor | None) -> Tensor:
+        return torch.where(_largest(matrices.abs(), share), _rounded(matrices), 0)
+
+    @classmethod
+    def bytes_of_matrices(cls, weight: Tensor, start: Tensor, matrices: int) -> int:
+        changed = weight != start
+        return coded_size(~changed) + NUMBER * int(changed.sum())
+
+
+def _starts_and_ends(ground: Ground) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the source trained, before and after, on the CPU."""
+    (source,) = ground.sources
+    trained = source.weights(ground)
+    return {name: (ground.start.get_parameter(name).detach().cpu(), end) for name, end in trained.items()}
+
+
+def _largest(sizes: Tensor, share: float | None) -> Tensor:
+    """True at the share of largest entries of each row, one at the least."""
+    assert share is not None
+    count = max(1, round(share * sizes.shape[-1]))
+    return torch.zeros_like(sizes, dtype=torch.bool).scatter_(-1, sizes.topk(count, sorted=False).indices, True)
+
+
+def _rounded(numbers: Tensor) -> Tensor:
+    return numbers.bfloat16().float()

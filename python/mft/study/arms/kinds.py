@@ -1,0 +1,55 @@
+"""The one registry of kinds of arms."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mft.checks import check_one_of
+from mft.importance.importance import METHODS
+from mft.study.arms.adapters import Lora
+from mft.study.arms.arm import Arm
+from mft.study.arms.compressed import BitDelta, SparseDelta, Ternary
+from mft.study.arms.control import Control
+from mft.study.arms.masks import Mask, OneShot
+from mft.study.arms.means import Average, Interpolated
+from mft.study.arms.quantized import Quantized
+from mft.study.arms.temperature import Temperature
+from mft.study.arms.whole import Base, Continued, Full
+
+KINDS: dict[str, type[Arm]] = {
+    "base": Base,
+    "full": Full,
+    "continued": Continued,
+    "control": Control,
+    "lora": Lora,
+    "mask": Mask,
+    **dict.fromkeys(METHODS, OneShot),  # random, magnitude, magnitude_rows, wanda, gradient, fisher
+    "temperature": Temperature,
+    "quantized": Quantized,
+    "average": Average,
+    "interpolated": Interpolated,
+    "bitdelta": BitDelta,
+    "ternary": Ternary,
+    "sparse_delta": SparseDelta,
+}
+
+
+def class_of(values: Mapping[str, Any]) -> type[Arm]:
+    """The class of an arm by the values of its keys; Arm, which says what is wrong, without a kind.
+
+    Raises: ValueError for an unknown kind.
+    """
+    kind = values.get("kind")
+    if not isinstance(kind, str):
+        return Arm
+    check_one_of("kind", kind, tuple(KINDS))
+    return KINDS[kind]
+
+
+def name_of(kind: type[Arm]) -> str:
+    """What a study's file calls a kind of one name."""
+    return next(name for name, cls in KINDS.items() if cls is kind)
+
+
+def make_arm(kind: str, **keys: Any) -> Arm:
+    """An arm of this kind. Raises: ValueError that names the key."""
+    return class_of({"kind": kind})(kind, **keys)

@@ -1,0 +1,109 @@
+"""Masks: MFT, whose scores are trained, and those that are found in one shot."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mft.config import DATA_INITS, INITS, MaskConfig, TrainConfig
+from mft.importance.scores import initialise_scores, mask_from_data
+from mft.masks.convert import came_from_conv1d, mask_model, masked_modules
+from mft.masks.export_format import coded_size
+from mft.models.causal_lm import clone_with_own_weights
+from mft.models.linears import weight_name
+from mft.study.arms.arm import LEARNING, ON_LAYERS, Arm, Ground
+from mft.study.arms.memory import score_bytes
+from mft.study.arms.weights import Weights
+from mft.study.one_shot import one_shot_mask
+from mft.training.loop import StepReport, train_masks
+
+
+class _AnyMask(Arm):
+    takes = ON_LAYERS | {"keep_ratios", "start"}
+    is_mask = True
+
+    def choices(self, mask: MaskConfig) -> dict[str, list[Any]]:
+        found = super().choices(mask)
+        if self.threshold is None:
+            found["keep_ratio"] = found["keep_ratio"] or [mask.keep_ratio]
+        return found
+
+    def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
+        return sum(map(coded_size, _kept(ground, model)))
+
+
+class Mask(_AnyMask):
+    """Scores trained."""
+
+    takes = _AnyMask.takes | LEARNING | {"init", "mode", "threshold", "sharpness", "deletion_penalty"}
+    needs = frozenset({"lrs"})
+    learns = "scores"
+    is_mft = True
+    may_start = True
+    may_teach = True
+    near = True
+    colour = "#c1121f"
+
+    def untrained(self, ground: Ground) -> nn.Module:
+        model, init = clone_with_own_weights(ground.start), self.init or ground.mask.init
+        if init in DATA_INITS:
+            return mask_from_data(model, replace(ground.mask, init=init), ground.rows())
+        mask_model(model, replace(ground.mask, init=init if init in INITS else "constant"))
+        return model if init in INITS else initialise_scores(model, init, ground.rows(), seed=ground.seed)
+
+    def let_learn(self, model: nn.Module, ground: Ground) -> None:
+        model.requires_grad_(False)
+        for module in masked_modules(model).values():
+            module.scores.requires_grad_(True)
+
+    def train(
+        self, model: nn.Module, ground: Ground, rows: Any, train: TrainConfig, **options: Any
+    ) -> Sequence[StepReport]:
+        return train_masks(model, rows, train, **options)
+
+    def trained_weights(self, model: nn.Module, ground: Ground) -> Weights:
+        """The weights that the masks leave."""
+        weights = {}
+        for name, module in masked_modules(model).items():
+            kept = module.merged_weight()
+            kept = kept.t() if came_from_conv1d(module) else kept
+            weights[weight_name(ground.start, name)] = kept.cpu().contiguous()
+        return weights
+
+    def bytes_of_mean(self, ground: Ground, model: nn.Module, runs: int) -> int:
+        """How many runs keep a weight, or the weights where these are fewer bytes."""
+        return min(super().bytes_of_mean(ground, model, runs), sum(map(coded_size, _kept_by_runs(ground, model, runs))))
+
+    def training_bytes(self, ground: Ground, train: TrainConfig) -> int:
+        return int(score_bytes(ground.mask, train) * ground.numbers())
+
+
+class OneShot(_AnyMask):
+    """A mask found in one shot (importance.py)."""
+
+    tuned = False
+
+    def model(self, ground: Ground, path: Path) -> nn.Module:
+        clone = clone_with_own_weights(ground.start)
+        return one_shot_mask(clone, ground.mask, self.kind, ground.rows()).eval()
+
+
+def _kept(ground: Ground, model: nn.Module) -> Iterator[Tensor]:
+    """True where a weight stays."""
+    masked = masked_modules(model)
+    for name in ground.layers:
+        if name in masked:
+            yield masked[name].mask()
+            continue
+        weight, start = (each.get_parameter(weight_name(each, name)) for each in (model, ground.start))
+        yield weight.detach() == start.detach()
+
+
+def _kept_by_runs(ground: Ground, model: nn.Module, runs: int) -> Iterator[Tensor]:
+    """Of a mean of masks: True where one run at least keeps a weight, where two do, and so on."""
+    for name in ground.layers:
+        weight, start = (each.get_parameter(weight_name(each, name)).detach() for each in (model, ground.start))
+        kept = (weight / start * runs).nan_to_num(runs).round()  # a weight that is 0 does not tell
+        yield from (kept >= count for count in range(1, runs + 1))

@@ -1,0 +1,75 @@
+"""Arms between models: the mean of several runs, and what lies between a run and its start."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mft.checks import check_rule
+from mft.study.arms.arm import Arm, Ground
+from mft.study.arms.size import NUMBER
+from mft.study.arms.weights import with_weights
+from mft.study.arms.whole import Full
+
+
+class Between(Arm):
+    """Its weights lie between those of models; reports hold it against the same that is made of the control."""
+
+    takes = frozenset({"of"})
+    needs = frozenset({"of"})
+    near = True
+    joined = False
+
+
+class Average(Between):
+    """The mean weights of `runs` runs of the arm `of`, from one fine-tune."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rule = "be left out for this kind, whose setting the arm that it is of chooses"
+        check_rule(self.max_bytes is None, "max_bytes", rule, self.max_bytes)
+
+    def may_be_of(self, source: type[Arm]) -> bool:
+        return bool(source.learns)
+
+    def why_uncompared(self, control: str) -> str:
+        return f"no arm averages {self.runs} runs of {control}, and a single run is no match"
+
+    def model(self, ground: Ground, path: Path) -> nn.Module:
+        parts = [source.weights(ground) for source in ground.sources]
+        mean = {
+            name: torch.stack([part[name].double() for part in parts]).mean(0).to(weight.dtype)
+            for name, weight in parts[0].items()
+        }
+        return with_weights(ground.start, mean).eval()
+
+    def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
+        return ground.sources[0].arm.bytes_of_mean(ground, model, self.runs)
+
+
+class Interpolated(Between):
+    """Start + alpha * (trained - start), trained being what the arm `of` made of its start."""
+
+    takes = Between.takes | {"alphas"}
+    needs = Between.needs | {"alphas"}
+
+    def may_be_of(self, source: type[Arm]) -> bool:
+        return bool(source.learns) or issubclass(source, Full)
+
+    def why_uncompared(self, control: str) -> str:
+        return f"no arm lies between {control} and its start"
+
+    def model(self, ground: Ground, path: Path) -> nn.Module:
+        """In fp64, rounded once."""
+        (source,), alpha = ground.sources, ground.setting.alpha
+        assert alpha is not None
+        weights = {}
+        for name, weight in source.weights(ground).items():
+            start = ground.start.get_parameter(name).detach().double().cpu()
+            weights[name] = (start + alpha * (weight.double() - start)).to(weight.dtype)
+        return with_weights(ground.start, weights).eval()
+
+    def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
+        """Alpha, beside what it is of."""
+        (source,) = ground.sources
+        return NUMBER + source.stored_bytes(ground, model)

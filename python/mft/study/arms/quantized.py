@@ -1,0 +1,31 @@
+"""The start in codes, rounded once: where arms begin that train over codes."""
+
+from torch import nn
+
+from mft.masks.quantize import rounded_weights
+from mft.study.arms.arm import Arm, Ground
+from mft.study.arms.size import NUMBER, weights_bytes
+from mft.study.arms.weights import Weights
+
+
+class Quantized(Arm):
+    """Its start, the decoder layers' linears rounded to what codes of `quantization` hold; whatever begins at it trains
+    over codes."""
+
+    takes = frozenset({"quantization", "start"})
+    needs = frozenset({"quantization"})
+    whole_model = True
+    may_start = True
+
+    @property
+    def leaves_weights(self) -> bool:
+        return True
+
+    def why_not_over(self, codes: str, quantization: str, name: str) -> str:
+        return f"lead to no quantized arm, here {codes}, whose weights are {quantization} already"
+
+    def made(self, ground: Ground) -> Weights | None:
+        return rounded_weights(ground.start, str(self.quantization))
+
+    def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
+        return weights_bytes(ground.base, self.quantization, NUMBER)

@@ -1,0 +1,37 @@
+"""One configuration of an arm, of those that validation chooses from."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Setting:
+    """None where the arm has no such choice."""
+
+    lr: float | None = None
+    epochs: float | None = None
+    keep_ratio: float | None = None
+    beta1: float | None = None
+    alpha: float | None = None
+    rank: int | None = None
+    share: float | None = None
+
+    def __str__(self) -> str:
+        parts = (
+            *(("lr", self.lr), ("epochs", self.epochs), ("keep", self.keep_ratio), ("beta1", self.beta1)),
+            ("alpha", self.alpha),
+            ("rank", self.rank),
+            ("share", self.share),
+        )
+        return ", ".join(f"{name} {value:g}" for name, value in parts if value is not None)
+
+
+# Keys of an arm that hold values to choose from, each with the field of Setting that one of them becomes.
+CHOICES = {
+    "lrs": "lr",
+    "epochs": "epochs",
+    "keep_ratios": "keep_ratio",
+    "beta1s": "beta1",
+    "alphas": "alpha",
+    "lora_ranks": "rank",
+    "shares": "share",
+}

@@ -1,0 +1,64 @@
+"""A unit and the files that it needs; the arm that does it, and the ground on which."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from mft.study.arms.arm import Arm, Ground, Source
+from mft.study.arms.size import weights_bytes
+from mft.study.outcome import Unit
+from mft.study.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Job:
+    """A unit and the files that it needs."""
+
+    unit: Unit
+    starts: tuple[Path, ...]  # the trained weights that lead from the base model to where the unit begins, in order
+    trained: Path  # where the unit's own are, or go
+    parts: tuple[tuple[Unit, Path], ...] = ()  # of an average: what its mean is of
+    source: tuple[Unit, Path] | None = None  # of other derived arms: what they are made of
+    teacher: tuple[Path, ...] | None = None  # as starts, to the model whose words are learned; None: the text's are
+    on_test: bool = False
+
+
+def arm_of(workspace: Workspace, unit: Unit) -> Arm:
+    """The unit's arm; a part of an average is a run of the arm that the average is of."""
+    arm = workspace.study.arms[unit.arm]
+    return workspace.study.arms[str(arm.of)] if unit.part else arm
+
+
+def ground_of(workspace: Workspace, job: Job) -> Ground:
+    """After workspace.begin."""
+    unit, arm = job.unit, arm_of(workspace, job.unit)
+    mask, keep_ratio = replace(workspace.study.mask_of(arm), seed=unit.seed), unit.setting.keep_ratio
+    runs = job.parts or (() if job.source is None else (job.source,))
+    return Ground(
+        workspace.model,
+        workspace.base,
+        workspace.layers_of(arm)[0],
+        mask if keep_ratio is None else replace(mask, keep_ratio=keep_ratio),
+        unit.setting,
+        unit.seed,
+        lambda: workspace.splits(unit.domain).train,
+        tuple(Source(arm_of(workspace, run), run.setting, path) for run, path in runs),
+    )
+
+
+def model_of(workspace: Workspace, job: Job) -> nn.Module:
+    """The unit's model as its files have it, in eval mode; after workspace.begin."""
+    return arm_of(workspace, job.unit).model(ground_of(workspace, job), job.trained)
+
+
+def stored_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
+    """What must be stored beside the unit's start; model: the unit's, after workspace.begin."""
+    return arm_of(workspace, job.unit).stored_bytes(ground_of(workspace, job), model)
+
+
+def training_bytes(workspace: Workspace, job: Job) -> int:
+    """Of a trained arm; where it begins over codes, its start in codes, which its model here is only equal to."""
+    study, codes = workspace.study, workspace.study.codes_under(job.unit.arm)
+    start = weights_bytes(workspace.base, None if codes is None else study.arms[codes].quantization)
+    return start + arm_of(workspace, job.unit).training_bytes(ground_of(workspace, job), study.stage)
