@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mft_kernels.codes import NESTED_BLOCK, NF4_BLOCK
 from torch import Tensor
 from torch.nn import functional as F
 

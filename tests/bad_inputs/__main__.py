@@ -1,4 +1,4 @@
-"""PYTHONPATH=tests python -m bad_inputs > docs/errors.md: every case is run, and what it said is written down."""
+"""Print the page of errors: every case is run, and what it said is written down."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""docs/errors.md: the lists as a page."""
+"""The page of errors: the lists as a page."""
 
 import sys
 
