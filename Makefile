@@ -92,7 +92,7 @@ build/pages/kernels-compiled.md: | dev
 
 # The page of bad inputs, and tests/docs/error_messages.json: the words of every message, which a test compares.
 errors: build/pages/errors.md
-	PYTHONPATH=tests $(BIN)/python tests/docs/error_messages.py
+	PYTHONPATH=.:tests $(BIN)/python tests/docs/error_messages.py
 
 # The page of public names, and docs/configuration.md: every key of a run and a study, its default and its comment.
 reference: build/pages/reference.md
