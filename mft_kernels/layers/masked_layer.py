@@ -205,8 +205,6 @@ class MaskedLayer(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         watch(self.scores)  # a pickle holds an ordinary Parameter
-        if not self.scores.untyped_storage().resizable():  # in memory of the file's reader, which might write
-            self.scores.data = self.scores.data.clone()
 
     def _apply(self, fn, recurse=True):
         # .to(bfloat16), .half() and the like cast what they may: the scores keep their dtype, or their small

@@ -2,10 +2,10 @@
 
 The host has to know whether scores are finite and whether one is 0, and on an accelerator it waits for each answer. So
 masking.py selects from the companions, too, of the scores that are asked for first after a step, and reads all answers
-at once. Those of a score are what the same optimiser wrote in the same step, on the same stream, and
+at once. Those of a score are what the same optimiser left in the same step, on the same stream, and
 
 - what was asked for, on that stream, since it was last selected from: what is no longer used costs one selection more;
-- what nothing wrote or handed out since: a later write may be one that only the layer itself waits for.
+- what was not written since: a later write may be one that only the layer itself waits for.
 """
 
 import weakref
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from .scores import Scores
+from .scores import Scores, forget_states
 
 
 @dataclass(eq=False)
@@ -35,32 +35,36 @@ def stream_of(scores: torch.Tensor) -> Any:
 
 def companions(scores: Scores, steps: int, stream: Any) -> list[tuple[Scores, Any]]:
     """The other scores to select from on ``stream`` now, each with the rule of its outdated memo."""
-    if scores.left is None:
+    if scores.stepped is None:
         return []
-    step: Step = scores.left[2]
+    step: Step = scores.stepped[0]
     optimizer = step.optimizer()
     if optimizer is None or step.stream != stream or step.looked == steps:
         return []
     step.looked = steps
-    outdated = ((other, other.memo) for other in _scores_of(optimizer) if other is not scores)
+    outdated = ((other, other.memo) for other in _scores_of(optimizer) if other is not scores and other.ahead is None)
     return [
         (other, memo.rule)
         for other, memo in outdated
         if memo is not None
         and memo.state.steps != steps
-        and other.asked_on == stream
-        and other.left == (other._version, other._handed_out, step)
+        and memo.stream == stream
+        and other.stepped == (step, other._version, other.accessed)
     ]
 
 
 def _stepped(optimizer: Optimizer, *_: Any) -> None:
-    """Note how the optimiser left its scores."""
+    """Forget all states, as optimisers write in many ways, and note how this one left its scores."""
+    forget_states()
+    captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     steps: dict[Any, Step] = {}
     for scores in _scores_of(optimizer):
+        if captured:
+            scores.in_graph = True
         stream = stream_of(scores)
         if stream is not None:
             step = steps.setdefault(stream, Step(weakref.ref(optimizer), stream))
-            scores.left = scores._version, scores._handed_out, step
+            scores.stepped = step, scores._version, scores.accessed
 
 
 register_optimizer_step_post_hook(_stepped)

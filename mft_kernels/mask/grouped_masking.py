@@ -8,7 +8,7 @@ from torch import Tensor
 from ..ops import checks
 from ..ops.grouped import GRADIENTS_OF_GROUPED_PACKED, GROUPED_PACKED
 from ..ops.grouped_checks import check_grouped
-from ..ops.route import Op
+from ..ops.route import Op, is_called_by_graph
 from ..reference.fixed_point import selectable
 from .masking import by_the_forwards_mask, current_mask, sign_scores
 
@@ -45,12 +45,12 @@ def _check(x, weight, scores, offsets, bias, keep_ratio, threshold, transposed, 
 
 
 def _product(x, weight, scores, offsets, bias, keep_ratio, threshold, transposed, mode, backend):
-    mask = current_mask(scores, keep_ratio, threshold, mode)
+    mask = current_mask(scores, keep_ratio, threshold, mode, remember=not is_called_by_graph())
     return GROUPED_PACKED.compute(x, weight, mask.packed, offsets, bias, transposed, backend)
 
 
 def _gradients(grad_output, x, weight, scores, offsets, keep_ratio, threshold, transposed, mode, *rest):
-    mask = current_mask(scores, keep_ratio, threshold, mode)
+    mask = current_mask(scores, keep_ratio, threshold, mode, remember=False)
     rule = keep_ratio, threshold, transposed, mode
     return _gradients_of(mask, grad_output, x, weight, scores, offsets, *rule, *rest)
 

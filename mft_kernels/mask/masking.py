@@ -1,9 +1,9 @@
 """From scores to the mask that holds now: one selection per change of the scores, however many forwards.
 
 The mask changes once an optimiser step, so threshold, packed mask and packed signs (1 bit a weight each) are remembered
-with the scores, for as long as scores.py can vouch that nothing wrote into them. Of scores that are no parameter of a
-masked layer nothing is remembered. On an accelerator a step's masks are found together, so that the host waits for the
-device once; see companions.py.
+with the scores, until scores.py sees a write into them. Of scores that are no parameter of a masked layer nothing is
+remembered, and no graph remembers what is selected in it. On an accelerator a step's masks are found together, so that
+the host waits for the device once; see companions.py.
 """
 
 from collections.abc import Callable
@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..ops import checks
 from ..ops.linear import GRADIENTS_OF_PACKED, MASKED_LINEAR_PACKED
-from ..ops.route import Gradient, Op, is_seen_by_others
+from ..ops.route import Gradient, Op, is_called_by_graph, is_seen_by_others
 from ..ops.select import kept_threshold, kept_thresholds, pack_mask, pack_signs
 from ..ops.straight_through import straight_through
 from ..reference.fixed_point import code_at_least, selectable
 from . import companions
-from .scores import Scores, State, optimiser_stepped, state, still
+from .scores import Scores, State, forget_states, state, still
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,17 @@ class _Memo:
     state: State
     rule: Rule
     mask: CurrentMask
+    stream: Any  # on which it was found; see companions.py
 
 
 def current_mask(
-    scores: Tensor, keep_ratio: float, threshold: float | None, mode: str, *, anew: bool = False
+    scores: Tensor,
+    keep_ratio: float,
+    threshold: float | None,
+    mode: str,
+    *,
+    anew: bool = False,
+    remember: bool = True,
 ) -> CurrentMask:
     """Threshold, packed mask and packed signs of ``scores`` as they are now.
 
@@ -57,6 +63,8 @@ def current_mask(
         scores: (N, K), or of experts (E, N, K).
         threshold: a fixed one, or None to find the one that keeps ``keep_ratio``, of each expert.
         anew: select, whatever is remembered; for what is saved, shown or reported.
+        remember: what is selected. A graph must not: torch.compile raises the version of the scores before it runs a
+            graph that will write into them, so the new version would be remembered with the mask of the old scores.
     Raises: NonFiniteScores (a ValueError); not while a CUDA graph is captured. ValueError if scores are spread over
         processes.
     """
@@ -66,33 +74,36 @@ def current_mask(
     rule = keep_ratio, threshold, mode
     if _capturing(scores):
         scores.in_graph = True  # a CUDA graph replays what it captured, so the selection has to be in it
-    elif not anew and (remembered := _remembered(scores, rule)) is not None:
+    elif not anew and (remembered := remembered_mask(scores, rule)) is not None:
         return remembered
-    now = state(scores)  # before the selection: what is written in it is seen later
-    if now is not None and not anew and (stream := companions.stream_of(scores)) is not None:
-        memo = scores.memo = _find_together(scores, now, rule, stream)
-        return memo.mask
-    mask = _find_mask(scores, keep_ratio, threshold, mode)
-    scores.memo, scores.ahead = None if now is None else _Memo(now, rule, mask), None
-    return mask
+    if not remember:
+        return _find_mask(scores, *rule)
+    now, stream = state(scores), companions.stream_of(scores)  # before the selection, so that a write in it is seen
+    if now is None:
+        scores.memo = scores.ahead = None
+        return _find_mask(scores, *rule)
+    if stream is None or anew:
+        memo, scores.ahead = _Memo(now, rule, _find_mask(scores, *rule), stream), None
+    else:
+        memo = _find_together(scores, now, rule, stream)
+    scores.memo = memo
+    return memo.mask
 
 
 def outdate(scores: Tensor | None = None) -> None:
     """Forget the mask that is remembered of ``scores``, or of all, after a write that nothing shows.
 
-    That is a write through a raw pointer or, on a GPU, one by a collective or a CUDA graph; see scores.py.
+    docs/concepts.md lists the writes that are seen. After any other one the old mask may stay in use until this call.
     """
     if scores is None:
-        optimiser_stepped()
+        forget_states()
     elif type(scores) is Scores:
         scores.memo = scores.ahead = None
 
 
-register_optimizer_step_post_hook(optimiser_stepped)
-
-
-def _remembered(scores: Scores, rule: Rule) -> CurrentMask | None:
-    memo = scores.memo
+def remembered_mask(scores: Tensor, rule: Rule) -> CurrentMask | None:
+    """The mask that is remembered of ``scores``, if it still holds."""
+    memo = scores.memo if type(scores) is Scores else None  # once: another thread may forget it
     return memo.mask if memo is not None and memo.rule == rule and still(scores, memo.state) else None
 
 
@@ -103,31 +114,29 @@ def _capturing(scores: Tensor) -> bool:
 def _find_together(scores: Scores, now: State, rule: Rule, stream: Any) -> _Memo:
     """The memo of ``scores``, found ahead or now; if now, those of its companions are found ahead, by the same wait."""
     ahead, scores.ahead = scores.ahead, None
-    if ahead is not None and ahead.rule == rule and scores.asked_on == stream and still(scores, ahead.state):
+    if ahead is not None and ahead.rule == rule and ahead.stream == stream and still(scores, ahead.state):
         return ahead
-    scores.asked_on = stream if ahead is None else None
     before = None if scores.memo is None else scores.memo.rule
-    others = companions.companions(scores, now.steps, stream)
     wanted = [(scores, now, rule)]
-    for other, its_rule in others:
+    for other, its_rule in companions.companions(scores, now.steps, stream):
         its_state = state(other)
         if its_state is not None:  # a ratio that follows a schedule has changed for all
             wanted.append((other, its_state, rule if its_rule == before else its_rule))
     for each, _, _ in wanted:  # new masks take the old ones' memory
         each.memo = each.ahead = None
     masks = _find_masks([(each, rule) for each, _, rule in wanted])
-    memos = [None if mask is None else _Memo(at, rule, mask) for (_, at, rule), mask in zip(wanted, masks)]
+    memos = [None if mask is None else _Memo(at, rule, mask, stream) for (_, at, rule), mask in zip(wanted, masks)]
     for (other, _, _), found in zip(wanted[1:], memos[1:]):
         other.ahead = found  # none of what is not finite: its own layer will say so
     if memos[0] is None:
-        raise checks.NonFiniteScores(selectable(Tensor.detach(scores)))
+        raise checks.NonFiniteScores(selectable(scores.detach()))
     return memos[0]
 
 
 def _find_mask(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str) -> CurrentMask:
     (mask,) = _find_masks([(scores, (keep_ratio, fixed, mode))])
     if mask is None:
-        raise checks.NonFiniteScores(selectable(Tensor.detach(scores)))
+        raise checks.NonFiniteScores(selectable(scores.detach()))
     return mask
 
 
@@ -154,7 +163,7 @@ def _launch(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str):
     Within a CUDA graph the host can ask nothing: scores that are not finite give the threshold NaN, which keeps no
     weight, and the sign comes from the scores.
     """
-    scores = Tensor.detach(scores)  # not Scores.detach, which counts as handing them out
+    scores = scores.detach()
     fixed_point = scores.dtype == torch.int16
     if fixed is None:
         of_all = kept_threshold if scores.dim() == 2 else kept_thresholds
@@ -206,17 +215,17 @@ def _check(x, weight, scores, bias, keep_ratio, threshold, mode, backend):
 
 def _by_memo(x, weight, scores, bias, keep_ratio, threshold, mode):
     """The short way of the packed mask, where one is remembered."""
-    mask = _remembered(scores, (keep_ratio, threshold, mode)) if type(scores) is Scores else None
+    mask = remembered_mask(scores, (keep_ratio, threshold, mode))
     return None if mask is None else MASKED_LINEAR_PACKED.by_short_way((x, weight, mask.packed, bias, "auto"))
 
 
 def _product(x, weight, scores, bias, keep_ratio, threshold, mode, backend):
-    mask = current_mask(scores, keep_ratio, threshold, mode)
+    mask = current_mask(scores, keep_ratio, threshold, mode, remember=not is_called_by_graph())
     return MASKED_LINEAR_PACKED.compute(x, weight, mask.packed, bias, backend)
 
 
 def _gradients(grad_output, x, weight, scores, keep_ratio, threshold, mode, *rest):
-    mask = current_mask(scores, keep_ratio, threshold, mode)
+    mask = current_mask(scores, keep_ratio, threshold, mode, remember=False)
     return _gradients_of(mask, grad_output, x, weight, scores, keep_ratio, threshold, mode, *rest)
 
 
@@ -228,7 +237,7 @@ def _gradients_of(mask, grad_output, x, weight, scores, keep_ratio, threshold, m
 
 def sign_scores(scores: Tensor) -> Tensor | None:
     """The scores that a sign may be taken from: int16 scores have no gradient."""
-    return Tensor.detach(scores) if scores.is_floating_point() else None
+    return scores.detach() if scores.is_floating_point() else None
 
 
 def by_the_forwards_mask(run: Op, with_mask: Callable, *, bias: int) -> Gradient:
@@ -246,8 +255,8 @@ def by_the_forwards_mask(run: Op, with_mask: Callable, *, bias: int) -> Gradient
 
     def setup_context(ctx, inputs, output):
         plain.setup_context(ctx, inputs, output)
-        memo = inputs[2].memo if type(inputs[2]) is Scores else None  # once: another thread may forget it
-        ctx.settings = (*ctx.settings[:-1], None if memo is None else memo.mask, ctx.settings[-1])
+        keep_ratio, threshold, *_, mode, backend = ctx.settings
+        ctx.settings = (*ctx.settings[:-1], remembered_mask(inputs[2], (keep_ratio, threshold, mode)), backend)
 
     return Gradient(plain.backward, setup_context)
 

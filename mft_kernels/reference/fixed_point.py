@@ -38,8 +38,7 @@ def float_from_fixed(codes: Tensor) -> Tensor:
 
 def selectable(scores: Tensor) -> Tensor:
     """Scores as the kernels that select read them: fixed-point codes as fp16, all others as they are."""
-    # Not scores.view, which a masked layer's Scores count as handing their memory out.
-    return Tensor.view(scores, torch.float16) if scores.dtype == torch.int16 else scores
+    return scores.view(torch.float16) if scores.dtype == torch.int16 else scores
 
 
 def code_at_least(threshold: float) -> int:

@@ -91,8 +91,6 @@ def test_a_rule_that_changes_for_all_layers_costs_no_further_wait(machine, rule,
     machine.step()
     assert machine.forward() == (2, sorted([*ALL, 3]))
     machine.step()
-    assert machine.forward() == (2, ALL)
-    machine.step()
     assert machine.forward() == (1, ALL)
 
 
@@ -168,7 +166,7 @@ def test_a_layer_that_is_no_longer_used_costs_one_selection_more(machine):
     for _ in range(3):
         again.append(machine.forward())
         machine.step()
-    assert again == [(3, ALL), (3, ALL), (1, ALL)]  # once more alone, as the last time ahead was in vain
+    assert again == [(3, ALL), (1, ALL), (1, ALL)]  # two alone, as the last time ahead was in vain
 
 
 def test_a_held_layer_is_left_alone_wherever_its_scores_rest(machine):
