@@ -214,7 +214,8 @@ class MaskedLayer(nn.Module):
         def keep_scores_dtype(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
             is_score = tensor is scores or tensor is scores.grad
-            return tensor.to(applied.device) if is_score and applied.dtype != tensor.dtype else applied
+            kept = tensor.to(applied.device) if is_score and applied.dtype != tensor.dtype else applied
+            return kept.detach()  # torch may make a Parameter of it, and makes none of Scores
 
         super()._apply(keep_scores_dtype, recurse)
         watch(self.scores)  # which another Parameter may have replaced

@@ -446,8 +446,29 @@ def swapped(layer):
     return layer
 
 
+def cast(layer):
+    return layer.to(torch.float64).float()
+
+
+def cast_by_new_parameters(layer):
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        return cast(layer)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+def cast_by_swapping(layer):
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return cast(layer)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 @pytest.mark.parametrize(
-    "change", [assigned, replaced, copy.deepcopy, pickled, saved, swapped, lambda m: m.to(torch.float64).float()]
+    "change",
+    [assigned, replaced, copy.deepcopy, pickled, saved, swapped, cast, cast_by_new_parameters, cast_by_swapping],
 )
 def test_scores_stay_watched_whatever_becomes_of_their_module(change):
     layer = new_layer()

@@ -348,6 +348,7 @@ class _Scores(nn.ParameterDict):
     def _apply(self, fn: Any, recurse: bool = True) -> "_Scores":
         def move_only(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
-            return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
+            kept = applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
+            return kept.detach()  # torch may make a Parameter of it, and makes none of Scores
 
         return super()._apply(move_only, recurse)
