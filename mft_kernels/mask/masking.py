@@ -103,7 +103,9 @@ def outdate(scores: Tensor | None = None) -> None:
 
 def remembered_mask(scores: Tensor, rule: Rule) -> CurrentMask | None:
     """The mask that is remembered of ``scores``, if it still holds."""
-    memo = scores.memo if type(scores) is Scores else None  # once: another thread may forget it
+    if type(scores) is not Scores:
+        return None
+    memo = scores.memo  # once: another thread may forget it
     return memo.mask if memo is not None and memo.rule == rule and still(scores, memo.state) else None
 
 

@@ -108,9 +108,11 @@ def forget_states() -> None:
 
 def _some_words(scores: Scores) -> numpy.ndarray:
     """Some of the words of scores on a CPU, all bytes where they are few; read in place, and holding nothing."""
-    size = scores.numel() * scores.itemsize if scores.is_cpu else 0
-    if size == 0:
+    if not scores.is_cpu or scores.numel() == 0:
         return numpy.empty(0)
+    # Expanded scores have fewer bytes of memory than elements.
+    in_storage = scores.untyped_storage().nbytes() - int(scores.storage_offset()) * scores.itemsize
+    size = min(scores.numel() * scores.itemsize, in_storage)
     memory = memoryview((c_char * size).from_address(scores.data_ptr()))
     lines = size // (8 * _RUN)
     if lines < 2 * _RUNS:

@@ -495,6 +495,13 @@ def test_scores_are_pickled_as_a_parameter_without_their_memo():
     assert torch.equal(torch.load(file, weights_only=True), layer.scores)
 
 
+def test_no_more_is_read_than_the_memory_of_expanded_scores():
+    layer = new_layer()
+    layer.scores.data = torch.full((1, SIZE), 0.5).expand(SIZE, SIZE)
+    assert state(layer.scores).words.nbytes == 4 * SIZE
+    assert is_current(layer)
+
+
 def test_a_captured_cuda_graph_may_write_scores_for_ever_after(monkeypatch):
     layer = new_layer()
     monkeypatch.setattr(masking, "_capturing", lambda _: True)
