@@ -111,7 +111,7 @@ def measure(command: Sequence[str], out: Path, deadline: float, *, dry: bool = F
         why = running.get("lost", why) if code is not None else "the time was up while it ran"
         print(f"{case}: {why}", flush=True)
         kind = "" if hung else case.what
-        if code is not None and is_beside_others(case) and not failures and not {"", case.what} & without_cuda.keys():
+        if code is not None and is_beside_others(case) and not {"", case.what} & without_cuda.keys():
             without_cuda[kind] = f"not tried again after {case}: {why}"
             results.set(case, NOT_MEASURED, reason=WAITING, failures={CUDA: why})
             continue

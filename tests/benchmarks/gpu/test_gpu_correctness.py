@@ -164,6 +164,10 @@ def test_each_check_runs_by_the_kernels_of_its_capability(changes, here, monkeyp
     changes["pack_mask"] = lambda result, *a: seen.add(os.environ["MFT_CUDA_CAPABILITY"]) or result
     complaints_of("cuda layouts", here)
     assert seen == {"90", "80"}
+    names = [name.rsplit(", ", 1) for name, _ in layouts.checks(here)]
+    by = {capability: {name for name, by in names if by == capability} for capability in seen}
+    assert len(by["90"]) > 100
+    assert by["90"] == by["80"]
     assert "MFT_CUDA_CAPABILITY" not in os.environ
 
 

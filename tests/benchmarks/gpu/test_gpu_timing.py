@@ -56,7 +56,7 @@ class Card:
                 "Properties", (), {"L2_cache_size": 1 << 20, "multi_processor_count": 132, "total_memory": 80 << 30}
             ),
             "Stream": object,
-            "set_stream": lambda stream: None,
+            "set_stream": lambda stream: card.log.append("own stream"),
             "synchronize": lambda: None,
             "Event": Event,
             "CUDAGraph": Graph,
@@ -97,7 +97,8 @@ def test_a_graph_of_a_step_is_captured_once_and_replayed(monkeypatch):
     replay = Gpu().graph(lambda: work("run") or results)
     before = card.now
     assert replay()[0] is results[0]
-    assert card.log == ["run", "run", "replay 1"]  # what is made once, the capture, and the replay
+    # What is made once, the capture, and the replay.
+    assert card.log == ["own stream", "run", "run", "own stream", "replay 1"]
     assert card.now == before + 0.5
 
 
@@ -105,6 +106,7 @@ def test_what_cannot_be_captured_queues_up_instead_and_says_why(monkeypatch):
     card = Card(monkeypatch, capture_fails=True)
     timer = Gpu().timer(card.work(0.5), 3)
     assert (timer.method, timer.calls) == ("queued", 6)
+    assert card.log[-1] == "own stream"  # a capture that fails leaves another one
     assert timer.note == "operation not permitted when stream is capturing"
     assert timer.replay() == pytest.approx(0.5)
     assert Gpu().timer(card.work(0.5), 3, QUEUED).note == "its host code cannot be captured"
