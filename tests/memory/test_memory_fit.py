@@ -96,6 +96,12 @@ def test_a_quantised_base_of_which_nothing_would_be_quantised_is_refused():
     assert "layerwise" not in choose(SEVEN, Workload(), 80e9).refusals
 
 
+def test_what_is_recomputed_takes_time():
+    plain = Workload(memory="plain")
+    seconds = [estimate(SEVEN, work).seconds for work in (plain, replace(plain, gradient_checkpointing=True))]
+    assert 1.2 < seconds[1] / seconds[0] < 1.4
+
+
 def test_ways_that_the_engines_refuse():
     assert choose(SEVEN, Workload(layers=LOCAL, scores="int16"), 80e9).way == "resident"
     clipped = choose(SEVEN, Workload(layers=LOCAL, clipping=True), 8e9)
