@@ -177,7 +177,8 @@ def _launch(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str):
     if _capturing(scores):
         return CurrentMask(threshold, packed, None), None, 0
     bad = selectable(threshold).isnan().any() if fixed is None else ~selectable(scores).isfinite().all()
-    signs, zeros = None, 0
+    signs: Tensor | None = None
+    zeros: Tensor | int = 0
     if mode != "value" and not fixed_point:
         signs, zeros = pack_signs(scores.flatten(0, -2))
     return CurrentMask(threshold, packed, None if signs is None else signs.view(packed.shape)), bad, zeros

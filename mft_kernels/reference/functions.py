@@ -89,8 +89,8 @@ def score_grad(
     if not accumulate:
         d_scores.zero_()
     for e, rows in _groups(offsets, len(x)):
-        of_expert = [None if t is None else t[e] for t in (weight, sign)]
-        score_grad(grad_output[rows], x[rows], *of_expert, d_scores[e], accumulate=accumulate)
+        factor, own_sign = (None if t is None else t[e] for t in (weight, sign))
+        score_grad(grad_output[rows], x[rows], factor, own_sign, d_scores[e], accumulate=accumulate)
 
 
 def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) -> Tensor:

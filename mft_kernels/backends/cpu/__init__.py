@@ -27,13 +27,15 @@ def product(
 ) -> Tensor:
     """a @ where(keep, weight, 0).T + bias; transposed: a @ where(keep, weight, 0). See the reference."""
     bias = _contiguous(bias)
-    if isinstance(weight, Experts):
-        return _product_of_experts(a, weight, keep, bias, transposed)
+    if isinstance(keep, KeepByTask):
+        assert isinstance(weight, Tensor), "a mask per row is one on a dense matrix"
+        return _d_x_by_task(a, weight, keep) if transposed else _product_by_task(a, weight, keep, bias)
     if isinstance(weight, Codes):
         return _product_of_codes(a, weight, keep, bias, transposed)
+    assert keep is not None, "only codes are multiplied without a mask"
+    if isinstance(weight, Experts):
+        return _product_of_experts(a, weight, keep, bias, transposed)
     weight = weight.contiguous()
-    if isinstance(keep, KeepByTask):
-        return (_d_x_by_task if transposed else _product_by_task)(a, weight, keep, bias)
     if transposed:
         d_x = _by_path("d_x", built.cpu_ops.grad_x, (_rows(a), weight, *_mask(keep), keep.magnitude), keep.source)
         return d_x.view(*a.shape[:-1], weight.shape[1])
@@ -62,6 +64,7 @@ def score_grad(
         )
         return
     if d_weight is not None:
+        assert keep is not None
         d_weight.copy_(built.cpu_ops.grad_weight(grad, x, *_mask(keep), keep.magnitude))
     if d_scores is not None:
         _grad_scores(d_scores, grad, x, _contiguous(weight), scores, signs, accumulate=accumulate)
@@ -188,7 +191,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _mask(keep: Keep) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(scores, threshold, packed) as the library takes them for one matrix; thresholds by row go through their bits."""
-    if keep.by_row and keep.source.dim() == 2:
+    if keep.thresholds is not None and keep.by_row and keep.source.dim() == 2:
         return None, None, pack(keep.source, keep.thresholds, keep.mode)
     return _contiguous(keep.scores), _contiguous(keep.thresholds), _contiguous(keep.words)
 
@@ -225,7 +228,7 @@ def _product_by_task(a: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor |
     return reference.product(a, weight, KeepByTask(masks, tasks), bias) if y is None else y  # None: it is empty
 
 
-def _d_x_by_task(grad_output: Tensor, weight: Tensor, keep: KeepByTask, _: None) -> Tensor:
+def _d_x_by_task(grad_output: Tensor, weight: Tensor, keep: KeepByTask) -> Tensor:
     """One product per mask."""
     places: dict[int, list[int]] = {}
     for place, task in enumerate(keep.tasks.tolist()):

@@ -24,12 +24,14 @@ def product(
 ) -> Tensor:
     """a @ where(keep, weight, 0).T + bias; transposed: a @ where(keep, weight, 0). See the reference."""
     bias = _contiguous(bias)
-    if isinstance(weight, Experts):
-        return _product_of_experts(a, weight, keep, bias, transposed)
+    if isinstance(keep, KeepByTask):
+        assert isinstance(weight, Tensor), "a mask per row is one on a dense matrix"
+        return _d_x_by_task(a, weight, keep) if transposed else _product_by_task(a, weight, keep, bias)
     if isinstance(weight, Codes):
         return _product_of_codes(a, weight, keep, bias, transposed)
-    if isinstance(keep, KeepByTask):
-        return (_d_x_by_task if transposed else _product_by_task)(a, weight, keep, bias)
+    assert keep is not None, "only codes are multiplied without a mask"
+    if isinstance(weight, Experts):
+        return _product_of_experts(a, weight, keep, bias, transposed)
     y = built.cuda_ops.product(_rows(a), _matrix(weight), *_mask(keep), bias, keep.magnitude, transposed)
     return y.view(*a.shape[:-1], weight.shape[transposed])
 
@@ -47,16 +49,16 @@ def score_grad(
     keep: Keep | None = None,
 ) -> None:
     """d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign], in the epilogue; no temporary of that size."""
-    by_bits = sign is not None and sign.dtype == torch.int32
-    of_sign = (None, sign.contiguous()) if by_bits else (_matrix(sign), None)
-    operands = _rows(grad_output), _rows(x)
+    if sign is not None and sign.dtype == torch.int32:
+        of_sign: tuple[Tensor | None, Tensor | None] = (None, sign.contiguous())
+    else:
+        of_sign = (None if sign is None else _matrix(sign), None)
+    operands, factor = (_rows(grad_output), _rows(x)), None if weight is None else _matrix(weight)
     if offsets is not None:
-        built.cuda_ops.grouped_score_grad_(
-            d_scores, *operands, offsets.contiguous(), _matrix(weight), *of_sign, accumulate
-        )
+        built.cuda_ops.grouped_score_grad_(d_scores, *operands, offsets.contiguous(), factor, *of_sign, accumulate)
         return
     mask, magnitude = ((None, None, None), False) if keep is None else (_mask(keep), keep.magnitude)
-    built.cuda_ops.score_grad_(d_scores, d_weight, *operands, _matrix(weight), *of_sign, *mask, magnitude, accumulate)
+    built.cuda_ops.score_grad_(d_scores, d_weight, *operands, factor, *of_sign, *mask, magnitude, accumulate)
 
 
 def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) -> Tensor:
@@ -114,10 +116,8 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _matrix(t: Tensor | None) -> Tensor | None:
+def _matrix(t: Tensor) -> Tensor:
     """Itself where rows have unit stride and do not overlap (expanded ones do), else a copy; (N, K) or (E, N, K)."""
-    if t is None:
-        return None
     rows, columns = t.shape[-2:]
     fits = (columns <= 1 or t.stride(-1) == 1) and (rows <= 1 or t.stride(-2) >= columns)
     return t if fits else t.contiguous()
@@ -129,7 +129,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _mask(keep: Keep) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(scores, thresholds, packed) as the library takes them."""
-    return _matrix(keep.scores), keep.thresholds, _contiguous(keep.words)
+    scores = None if keep.scores is None else _matrix(keep.scores)
+    return scores, keep.thresholds, _contiguous(keep.words)
 
 
 def _product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -176,7 +177,7 @@ def _product_by_task(x: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor |
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _d_x_by_task(grad_output: Tensor, weight: Tensor, keep: KeepByTask, _: None) -> Tensor:
+def _d_x_by_task(grad_output: Tensor, weight: Tensor, keep: KeepByTask) -> Tensor:
     """A product of all rows for each mask, of which its rows are taken."""
     grad, weight = _rows(grad_output), _matrix(weight)
     task = keep.tasks.repeat_interleave(_rows_of_a_task(grad, keep.tasks))[: len(grad)].unsqueeze(1)

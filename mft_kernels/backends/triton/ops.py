@@ -51,12 +51,14 @@ def product(
     choose: Choose = always_fused,
 ) -> Tensor:
     """a @ where(keep, weight, 0).T + bias; transposed: a @ where(keep, weight, 0). See the reference."""
-    if isinstance(weight, Experts):
-        return product_of_experts(a, weight, keep, bias, transposed=transposed)
+    if isinstance(keep, KeepByTask):
+        assert isinstance(weight, Tensor), "a mask per row is one on a dense matrix"
+        return product_by_task(a, weight, keep, bias, transposed=transposed)
     if isinstance(weight, Codes):
         return product_of_codes(a, weight, keep, bias, transposed=transposed)
-    if isinstance(keep, KeepByTask):
-        return product_by_task(a, weight, keep, bias, transposed=transposed)
+    assert keep is not None, "only codes are multiplied without a mask"
+    if isinstance(weight, Experts):
+        return product_of_experts(a, weight, keep, bias, transposed=transposed)
     if transposed:
         return _backward(a, a, weight, keep, None, torch.float32, [True, False, False, False], choose)[0]
     return _forward(a, weight, _with_whole_words(keep), bias, choose)
@@ -98,9 +100,10 @@ def score_grad(
         assert d_scores is not None
         score_grad_of_experts(grad_output, x, weight, _whole_words(sign), d_scores, offsets, accumulate=accumulate)
     elif accumulate:
+        assert d_scores is not None
         _add_sums(d_scores, grad_output, x, weight, _whole_words(sign))
     else:
-        of_weight = _with_whole_words(keep)
+        of_weight = None if keep is None else _with_whole_words(keep)
         fill_gradients(
             _rows(grad_output), _rows(x), weight, of_weight, _whole_words(sign), d_scores=d_scores, d_weight=d_weight
         )
@@ -120,8 +123,8 @@ def _whole_words(sign: Tensor | None) -> Tensor | None:
     return sign.contiguous() if sign is not None and sign.dtype == torch.int32 else sign
 
 
-def _with_whole_words(keep: Keep | None) -> Keep | None:
-    return keep if keep is None or keep.words is None else Keep(keep.words.contiguous())
+def _with_whole_words(keep: Keep) -> Keep:
+    return keep if keep.words is None else Keep(keep.words.contiguous())
 
 
 def _forward(x: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, choose: Choose) -> Tensor:
