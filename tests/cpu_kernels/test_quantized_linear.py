@@ -143,8 +143,7 @@ def test_threads_change_no_bit(kind, dtype):
         try:
             for m in (1, 20, 150):
                 x = torch.linspace(-1, 1, m * n).view(m, n).to(dtype)
-                for product in (flat.masked_linear_quantized, flat.masked_linear_quantized_d_x):
-                    bias = [None] if product is flat.masked_linear_quantized else []
+                for product, bias in ((flat.masked_linear_quantized, [None]), (flat.masked_linear_quantized_d_x, [])):
                     y = product(x, codes, absmax, packed, *bias, [n, k], levels)
                     assert_same_bits(y, found.setdefault((m, product), y))
         finally:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mft_kernels import pack_mask, reference
+from mft_kernels import masked_linear_quantized, pack_mask, reference
 from mft_kernels.backends import table as backends
 from mft_kernels.backends.triton import ops
 from mft_kernels.backends.triton import quantized as kernels
@@ -154,7 +154,7 @@ def test_the_op_takes_leading_axes_strides_and_no_tokens_and_has_gradients(devic
         bias = integers(device, torch.float32, 6).requires_grad_()
         found = []
         for backend in ("triton", "reference"):
-            y = flat.masked_linear_quantized(x, codes, absmax, None, bias, **named, backend=backend)
+            y = masked_linear_quantized(x, codes, absmax, None, bias, **named, backend=backend)
             found.append((y, *torch.autograd.grad(y.sum(), (x, bias))))
         for got, expected in zip(*found):
             assert torch.equal(got, expected)
