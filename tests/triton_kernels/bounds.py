@@ -25,6 +25,7 @@ from guarded import guarded
 from mft_kernels.backends.triton import bits, ops, score_step, select, target
 from mft_kernels.backends.triton.launch import launch
 from mft_kernels.by_name import ByName
+from mft_kernels.operands import Update
 from mft_kernels.reference import step as reference_step
 from mft_kernels.reference.fixed_point import fixed_from_float
 from mft_kernels.testing import Inputs, random_inputs
@@ -107,7 +108,7 @@ def run_score_steps(t: Inputs, at_end: bool) -> None:
         scales = guard(torch.zeros(2, blocks)) if moments == torch.uint8 else None
         threshold = guard(torch.zeros((), dtype=dtype))
         adam = (1, 1e-3, 0.9, 0.999, 1e-8, 0.0, guard(torch.ones(())), 0, "magnitude", 0.7, threshold)
-        score_step.score_step(scores, guard(like.float()), weight, means, squares, scales, *adam)
+        score_step.score_step(Update(scores, guard(like.float()), weight, means, squares, scales, *adam))
 
 
 def guarded_allocation(at_end: bool) -> ExitStack:

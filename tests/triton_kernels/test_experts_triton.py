@@ -126,7 +126,7 @@ def test_each_of_many_matrices_has_its_own_kth_largest(device, dtype):
     scores = torch.randn(4, 3, select._BLOCK + 7, generator=torch.Generator().manual_seed(0)).to(dtype)
     scores[1, 2, 5], scores[3] = torch.nan, 0.25
     for keep_ratio in (0.0, 0.3, 0.9):
-        found = select.select(scores.to(device, each=True), keep_ratio, "magnitude")
+        found = select.select(scores.to(device), keep_ratio, "magnitude", each=True)
         assert_same(found, oracle.kept_thresholds(scores, keep_ratio, "magnitude"))
         assert found.isnan().tolist() == [False, True, False, False]
 

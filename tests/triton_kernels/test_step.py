@@ -15,6 +15,7 @@ from mft_kernels.backends.triton import score_step as kernels
 from mft_kernels.backends.triton import select
 from mft_kernels.backends.triton.target import assume, installed_triton, target_of
 from mft_kernels.by_name import oracle
+from mft_kernels.operands import Update
 from mft_kernels.reference.fixed_point import LARGEST_CODE
 
 FORMATS = (torch.float32, torch.bfloat16, torch.int16)
@@ -58,7 +59,7 @@ def assert_steps_equal_the_reference(device, tensors, steps=2, between=None, **o
             scale = options["grad_scale"]
             now = options | {"step": step, "grad_scale": None if scale is None else scale.to(state["scores"].device)}
             if state is ours:
-                got = kernels.score_step(**state, **now)
+                got = kernels.score_step(Update(**state, **now))
             else:
                 expected = oracle.score_step(**state, **now)
         for name, value in theirs.items():
@@ -117,7 +118,7 @@ def test_misaligned_and_strided_tensors_are_read(device, dtype, eight_bit):
         ours[name] = memory[1:].view_as(ours[name]).copy_(ours[name])
     ours["grad"] = ours["grad"].T.contiguous().T
     ours["weight"] = ours["weight"].repeat(1, 2)[:, :260]
-    got = kernels.score_step(**ours, **DEFAULTS)
+    got = kernels.score_step(Update(**ours, **DEFAULTS))
     expected = oracle.score_step(**theirs, **DEFAULTS)
     for name, value in theirs.items():
         if value is not None:
@@ -144,7 +145,7 @@ def test_words_depend_on_all_bits_of_seed_and_step(device, dtype):
 
 def test_no_ratio_asks_for_no_mask(device):
     ours = copy_to(device, arguments((3, 40), torch.int16, True))
-    threshold, packed = kernels.score_step(**ours, **DEFAULTS | {"keep_ratio": None})
+    threshold, packed = kernels.score_step(Update(**ours, **DEFAULTS | {"keep_ratio": None}))
     assert threshold.numel() == packed.numel() == 0
 
 
@@ -252,7 +253,7 @@ def test_one_non_finite_score_makes_the_threshold_nan_and_keeps_nothing(device, 
     ours = assert_steps_equal_the_reference(device, tensors, steps=1, threshold=hint, mode=mode)
     assert missed == [None if dtype == torch.float32 else False]
     options = DEFAULTS | {"step": 2, "mode": mode, "threshold": hint.to(device)}
-    threshold, packed = kernels.score_step(**ours, **options)
+    threshold, packed = kernels.score_step(Update(**ours, **options))
     assert floats(threshold).isnan()
     assert not packed.any()
     assert not floats(ours["scores"])[3, 7].isfinite()
