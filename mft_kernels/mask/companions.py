@@ -42,11 +42,11 @@ def companions(scores: Scores, steps: int, stream: Any) -> list[tuple[Scores, An
     if optimizer is None or step.stream != stream or step.looked == steps:
         return []
     step.looked = steps
-    outdated = ((other, other.memo) for other in _scores_of(optimizer) if other is not scores and other.ahead is None)
+    outdated = ((other, other.memo) for other in _scores_of(optimizer) if other is not scores)
     return [
         (other, memo.rule)
         for other, memo in outdated
-        if memo is not None
+        if memo is not None  # else what was found ahead was not asked for
         and memo.state.steps != steps
         and memo.stream == stream
         and other.stepped == (step, other._version, other.accessed)

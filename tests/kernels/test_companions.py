@@ -234,6 +234,17 @@ def test_another_stream_selects_for_itself(machine, stepped_elsewhere):
     assert (machine.waits, machine.selected[-1:]) == (1, [1])
 
 
+def test_scores_that_another_stream_asked_for_are_not_selected_ahead(machine):
+    machine.stream = "stream 1"
+    outdate(machine.layers[2].scores)
+    machine.layers[2](X)
+    machine.stream = "stream 0"
+    machine.forward()
+    machine.step()
+    machine.layers[0](X)
+    assert sorted(machine.selected) == [0, 1, 3, 4]
+
+
 def test_a_captured_graph_selects_for_itself_and_asks_the_host_nothing(machine, monkeypatch):
     machine.selected, machine.waits = [], 0
     monkeypatch.setattr(masking, "_capturing", lambda _: True)

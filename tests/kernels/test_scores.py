@@ -96,6 +96,11 @@ def by_vector_to_parameters(p):
     vector_to_parameters(parameters_to_vector([p]).flip(0), [p])
 
 
+@torch.no_grad()
+def in_place_in_part(p):
+    p[UNSAMPLED] = 10
+
+
 def in_another_thread(p):
     thread = threading.Thread(target=through_data_in_part, args=(p,))
     thread.start()
