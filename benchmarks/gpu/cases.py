@@ -1,6 +1,6 @@
 """What is measured, by whom and in which order: what is worth most comes first, and whatever ends a run leaves that.
 
-The first two minutes are the checks that a wrong kernel hardly passes, then a figure for each goal (HEADLINE).
+The first minutes are the checks that a wrong kernel hardly passes, then a figure for each goal (HEADLINE).
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,13 +38,13 @@ PAPER_MOST_TOKENS = 2048
 WHY_NOT_COMPILED = f"compiled for 4096 x 4096 and M in {COMPILED_TOKENS} alone: each compilation takes 5 to 20 s"
 WHY_NOT_PAPER = f"left out above M = {PAPER_MOST_TOKENS}: there the products hide more and more of its sort"
 
-#: Those that a wrong kernel hardly passes come before anything is timed. Those of csrc/cuda are cases of their own, so
-#: that one backend's fault is not the other's.
-_FIRST_CHECKS = ("exact", "cuda exact", "random", "cuda random")
+#: Those of every op, which a wrong kernel hardly passes, come before anything is timed. Those of csrc/cuda are cases of
+#: their own, so that one backend's fault is not the other's.
+_FIRST_CHECKS = ("exact", "cuda exact", "random", "cuda random", "other ops", "cuda other ops")
 _OTHER_CHECKS = ("repeats", "cuda repeats", "cuda layouts")
 SANITIZERS = ("cuda memcheck", "cuda racecheck")
 TESTS = "tests"
-CUDA_CHECKS = ("cuda exact", "cuda random", "cuda repeats", "cuda layouts")
+CUDA_CHECKS = ("cuda exact", "cuda random", "cuda other ops", "cuda repeats", "cuda layouts")
 
 #: In order: what other answers rest on, then few tokens, where a launch is the cost, then many.
 _TOKENS_BY_WORTH = (2048, 512, 1024, 64, 1, 4096, 16, 8192, 16384)
@@ -77,7 +77,7 @@ _TRAIN_TOKENS = (2048,)
 #: Seconds after which a case counts as hung. Compiling kernels is most of what the slow ones take.
 _PATIENCE = 60.0
 _PATIENCE_COMPILED = 90.0
-_PATIENCE_OF = {"exact": 225.0, "cuda layouts": 120.0}
+_PATIENCE_OF = {"exact": 225.0, "other ops": 225.0, "cuda layouts": 120.0}
 #: Seconds that programs get which take what they get; all that is left where nothing comes behind them.
 SECONDS_OF = {TESTS: 40.0, "cuda memcheck": 100.0, "cuda racecheck": 100.0}
 

@@ -1,6 +1,7 @@
 """Whether the kernels are right on this device: every op on the shapes of a real layer, then their tests.
 
-exact     small integers: every sum is exact, so results must equal the reference in every bit
+exact     products and selection of small integers: every sum is exact, so results must equal the reference in every bit
+other ops   the same over codes, over experts, with a mask a row; and score_step
 random    error against float64 at most twice PyTorch's own in the same dtype
 repeats   the same call gives the same bits, 100 times
 tests     tests/triton_kernels, in a process of its own
@@ -27,7 +28,6 @@ from .device import Device
 from .equality import (
     REFERENCE,
     WANTED,
-    Call,
     Check,
     accumulating_calls,
     dense_calls,
@@ -81,7 +81,7 @@ def _checks(detail: str, device: Device) -> Iterator[Check]:
         yield from layouts.checks(device)
         return
     of_cuda, kind = detail.startswith(CUDA), detail.removeprefix(f"{CUDA} ")
-    check = {"exact": _exact, "random": _random, "repeats": _repeats}[kind]
+    check = {"exact": _exact, "other ops": _other_ops, "random": _random, "repeats": _repeats}[kind]
     if kind == "exact" and not device.dry and not of_cuda:
         yield "auto takes the triton backend", _assert_automatic
     tokens = CUDA_TOKENS if of_cuda else TOKENS
@@ -92,17 +92,11 @@ def _checks(detail: str, device: Device) -> Iterator[Check]:
 
 def _exact(m: int, n: int, k: int, names: tuple[str, ...], device: Device) -> Iterator[Check]:
     own, backend = names[0], device.backends[names[0]]  # what others end in is a rounding of torch's
-    if m == (DRY_TOKENS if device.dry else TOKENS[0]):
-        yield from expert_checks(f"{own}, a layer's experts", n, k, torch.bfloat16, backend, device.torch_device)
-        yield from step_checks(own, n, k, backend, device.torch_device)
     for scores_dtype in (torch.bfloat16, torch.float32):
         t = _to(integer_inputs(m, n, k, torch.bfloat16, scores_dtype), device)
         threshold = torch.tensor(2, dtype=scores_dtype, device=device.torch_device)
         label = f"{own}, M = {m}, scores {name_of(scores_dtype)}"
-        calls: list[Call] = [*dense_calls(t, threshold), *accumulating_calls(t)]
-        if scores_dtype == torch.bfloat16:
-            calls += [*many_calls(t, threshold), *code_calls(t, threshold)]
-        yield from equal(backend, f"dense integers, {label}", calls)
+        yield from equal(backend, f"dense integers, {label}", [*dense_calls(t, threshold), *accumulating_calls(t)])
         yield from selection_checks(label, t.scores, threshold, backend)
         for v in (t.x, t.grad_output):
             v *= (torch.arange(v.numel(), device=v.device).view_as(v) % _SPARSE == 0).to(v.dtype)
@@ -113,6 +107,16 @@ def _exact(m: int, n: int, k: int, names: tuple[str, ...], device: Device) -> It
             # Such rows go by a pass into scratch memory and cuBLAS, whatever the card: Triton's other way.
             odd = Inputs(**vars(t) | {name: getattr(t, name)[:, 1:].contiguous() for name in ("x", "weight", "scores")})
             yield from equal(device.backends[AUTO], f"{label}, rows not aligned", dense_calls(odd, threshold))
+
+
+def _other_ops(m: int, n: int, k: int, names: tuple[str, ...], device: Device) -> Iterator[Check]:
+    own, backend = names[0], device.backends[names[0]]
+    t = _to(integer_inputs(m, n, k, torch.bfloat16, torch.bfloat16), device)
+    threshold = torch.tensor(2, dtype=torch.bfloat16, device=device.torch_device)
+    yield from equal(backend, f"{own}, M = {m}", [*code_calls(t, threshold), *many_calls(t, threshold)])
+    if m == (DRY_TOKENS if device.dry else TOKENS[0]):
+        yield from step_checks(own, n, k, backend, device.torch_device)
+        yield from expert_checks(f"{own}, a layer's experts", n, k, torch.bfloat16, backend, device.torch_device)
 
 
 def _random(m: int, n: int, k: int, names: tuple[str, ...], device: Device) -> Iterator[Check]:
