@@ -8,9 +8,9 @@ from tiny_study import STUDY
 
 from mft.config import DataConfig, MaskConfig
 from mft.files.yaml_file import dump_yaml
+from mft.study.arms.full import Full
 from mft.study.arms.kinds import make_arm
 from mft.study.arms.setting import Setting
-from mft.study.arms.whole import Full
 from mft.study.config import LEAST_RATES, ScratchConfig
 from mft.study.load import SHIPPED, load_study, study_values
 

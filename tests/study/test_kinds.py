@@ -12,6 +12,7 @@ from rich.console import Console
 from tiny_study import FULL, make_study, write_ground
 
 from mft.checks import at_least
+from mft.importance.importance import METHODS
 from mft.study.arms.arm import TRAINING, Arm
 from mft.study.arms.kinds import KINDS, class_of, make_arm
 from mft.study.arms.memory import trained_weight_bytes
@@ -23,7 +24,6 @@ from mft.study.report.table import study_numbers
 from mft.study.report.write import write_study_report
 from mft.study.run import run_study
 from mft.study.store import Store
-from mft.training.loop import train_loop
 
 ARMS = FULL + "  MFT: {kind: mask, lrs: [1e-2]}\n"
 NORMS = "  norms: {kind: norms, lrs: [1e-2, 1e-1], last: 2}\n  mean: {kind: average, of: norms, runs: 2}\n"
@@ -63,13 +63,10 @@ class Norms(Arm):
         return sum(model.get_parameter(name).numel() for name in self.names(model))
 
     def untrained(self, ground):
-        return copy.deepcopy(ground.start)
-
-    def train(self, model, ground, rows, train, **options):
-        model.requires_grad_(False)
+        model = copy.deepcopy(ground.start)
         for name in self.names(model):
             model.get_parameter(name).requires_grad_(True)
-        return train_loop(model, rows, train, **options)
+        return model
 
     def stored_bytes(self, ground, model):
         return NUMBER * self.numbers(model)
@@ -136,6 +133,27 @@ def test_a_kind_needs_only_keys_that_it_takes_and_says_what_it_is(kind):
     assert cls.__doc__
     if cls.learns:
         assert "lrs" in cls.needs
+
+
+@pytest.mark.parametrize(
+    ("what", "kinds"),
+    [
+        ("fades", "continued control lora bitdelta"),
+        ("may_start", "base full continued control mask quantized"),
+        ("may_teach", "base full continued control mask"),
+        ("compressible", "full continued control"),
+        ("near", "continued control lora mask average interpolated"),
+        ("learns", "continued control lora mask"),
+        ("whole_model", "base full continued quantized"),
+    ],
+)
+def test_what_the_kinds_are_to_plans_and_reports(what, kinds):
+    assert [kind for kind, cls in KINDS.items() if getattr(cls, what)] == kinds.split()
+
+
+def test_rivals_of_masks_are_all_that_is_tuned_and_no_mask():
+    untuned = [kind for kind, cls in KINDS.items() if not cls.tuned]
+    assert untuned == ["base", *METHODS, "temperature"]
 
 
 def test_keys_are_those_that_0_2_wrote(tmp_path):

@@ -15,7 +15,7 @@ from mft.memory.model_config import read_model_config
 from mft.memory.rewards import Sizes, rewards_memory, rewards_peak
 from mft.memory.shapes import ModelShape, shape_from_config
 from mft.study.arms.arm import Arm
-from mft.study.arms.whole import Full
+from mft.study.arms.full import Full
 from mft.study.config import REWARDS, StudyConfig
 from mft.study.load import load_study
 from mft.tracking.console import console, say

@@ -8,7 +8,7 @@ from typing import Any
 from mft.checks import check_rule, nearest
 from mft.files.json_file import read_object
 from mft.study.ablate import derive, plot_ablation
-from mft.study.arms.whole import Full
+from mft.study.arms.full import Full
 from mft.study.config import StudyConfig
 from mft.study.report.environment import environment
 from mft.study.report.pictures.by_bytes import plot_bytes

@@ -15,10 +15,9 @@ from mft.checks import check_rule, nearest
 from mft.config import parse_layers
 from mft.files.figure import new_figure, save_figure
 from mft.study.arms.arm import Arm
-from mft.study.arms.control import Control
+from mft.study.arms.full import Control, Full
 from mft.study.arms.kinds import KINDS, make_arm, name_of
 from mft.study.arms.masks import Mask
-from mft.study.arms.whole import Full
 from mft.study.config import StudyConfig
 
 RATIOS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)

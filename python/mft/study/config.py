@@ -26,10 +26,10 @@ from mft.config import DataConfig, MaskConfig, ModelConfig, TrainConfig
 from mft.files.nested import CLASS_BY_VALUES
 from mft.rewards.config import RewardsConfig
 from mft.study.arms.arm import Arm
+from mft.study.arms.full import Base, Full
 from mft.study.arms.kinds import KINDS, class_of, name_of
 from mft.study.arms.means import Average
 from mft.study.arms.setting import Setting
-from mft.study.arms.whole import Base, Full
 
 # What the arms after the full fine-tune make smaller: the loss, or the share of wrong answers, by rewards.
 OBJECTIVES = CROSS_ENTROPY, REWARDS = ("cross_entropy", "rewards")
@@ -156,9 +156,9 @@ class StudyConfig:
                 check_rule(before not in seen, f"arms.{name}.start", "lead back to the full fine-tune", before)
                 seen.append(before)
         for name, arm in self.arms.items():
-            if (codes := self.codes_under(name)) is not None:
-                rule = arm.why_not_over(codes, str(self.arms[codes].quantization), name)
-                check_rule(not rule, f"arms.{name}.start", rule, arm.start)
+            if not arm.over_codes and (codes := self.codes_under(name)) is not None:
+                rule = f"lead to no quantized arm{self._why_not_over(name, codes)}"
+                check_rule(False, f"arms.{name}.start", rule, arm.start)
             if arm.teacher is not None:
                 rule = "name an arm that needs nothing of this one"
                 check_rule(name not in self._all_needs(name), f"arms.{name}.teacher", rule, arm.teacher)
@@ -168,6 +168,15 @@ class StudyConfig:
         kinds = ", ".join(kind for kind, cls in KINDS.items() if may(cls))
         rule = f"name an arm of the kinds {kinds}: {', '.join(known)}{nearest(value, known)}"
         check_rule(value in known, key, rule, value)
+
+    def _why_not_over(self, name: str, codes: str) -> str:
+        arm, held = self.arms[name], self.arms[codes].quantization
+        if arm.quantization is not None:
+            return f", here {codes}, whose weights are {held} already"
+        return (
+            f" for the kind {arm.kind}, here {codes}: weights in {held} do not train; train them exactly, and round "
+            f"them in an arm {{kind: quantized, start: {name}, quantization: {held}}}"
+        )
 
     def _all_needs(self, arm: str) -> set[str]:
         """What it needs, what that needs, and so on."""

@@ -24,9 +24,9 @@ from typing import Any
 from mft.files.atomic import sweep, target_of, write_whole
 from mft.files.json_file import parse_value
 from mft.files.yaml_file import dump_yaml, parse_yaml
+from mft.study.arms.full import Full
 from mft.study.arms.means import Average
 from mft.study.arms.setting import CHOICES, Setting
-from mft.study.arms.whole import Full
 from mft.study.config import CROSS_ENTROPY, StudyConfig
 from mft.study.load import study_values
 from mft.study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values

@@ -5,7 +5,6 @@ train and weigh its models. A key that no other kind has is a field of its own c
 Arm itself stand in the hashes of all arms.
 """
 
-import copy
 import dataclasses
 import itertools
 import math
@@ -43,8 +42,9 @@ from mft.config import (
 from mft.importance.importance import METHODS
 from mft.models.linears import weight_name
 from mft.rewards.teacher import check_prompt
+from mft.study.arms.memory import trained_weight_bytes
 from mft.study.arms.setting import CHOICES, Setting
-from mft.study.arms.size import NUMBER
+from mft.study.arms.size import NUMBER, model_numbers
 from mft.study.arms.weights import Weights, with_weights
 from mft.training.loop import StepReport, train_loop
 
@@ -112,6 +112,7 @@ class Arm:
     whole_model = False  # its weights may differ from its start's anywhere, not in its layers alone
     may_start = False  # its weights bear the model's own names: other arms may begin at its end
     may_teach = False  # other arms may learn its words
+    over_codes = True  # it may begin at a quantized arm's end
     compressible = False  # its weights differ from its start's by what can be made small
     is_mask = False  # trained, or found in one shot
     is_mft = False  # a trained mask
@@ -171,10 +172,6 @@ class Arm:
         """Whether it can be made of the runs of an arm of this kind."""
         return False
 
-    def why_not_over(self, codes: str, quantization: str, name: str) -> str:
-        """The rule that it breaks where it, called name, begins over weights in codes; "" if it may."""
-        return ""
-
     def why_uncompared(self, control: str) -> str:
         """Why reports hold it against nothing, though the study has this control; "" if they do."""
         return ""
@@ -208,11 +205,8 @@ class Arm:
     # ------------------------------------------------------------------------------- its training
 
     def untrained(self, ground: "Ground") -> nn.Module:
-        """A clone of the start, with what the arm trains added."""
-        return copy.deepcopy(ground.start)
-
-    def let_learn(self, model: nn.Module, ground: "Ground") -> None:
-        """What the arm trains requires grad, and nothing else; called where no method of train does that."""
+        """A clone of the start, with what the arm trains added: that requires grad, and nothing else."""
+        raise NotImplementedError
 
     def train(
         self, model: nn.Module, ground: "Ground", rows: Any, train: TrainConfig, **options: Any
@@ -235,8 +229,8 @@ class Arm:
         return NUMBER * ground.numbers()
 
     def training_bytes(self, ground: "Ground", train: TrainConfig) -> int:
-        """What must be in memory while it trains, beside its start's weights (see memory.py)."""
-        raise NotImplementedError
+        """What must be in memory while it trains, beside its start's weights (see memory.py); here, of all weights."""
+        return trained_weight_bytes(ground.base, model_numbers(ground.base))
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mft.config import TrainConfig
 from mft.masks.export_format import coded_size
 from mft.models.causal_lm import clone_with_own_weights
 from mft.study.arms.arm import TRAINING, Arm, Ground
 from mft.study.arms.fp32_steps import compute_in_fp32, factors_of, learn_factors
-from mft.study.arms.memory import trained_weight_bytes
-from mft.study.arms.size import NUMBER, model_numbers
+from mft.study.arms.size import NUMBER
 from mft.study.arms.weights import Weights, with_weights
 
 
@@ -117,15 +115,15 @@ class BitDelta(_Compressed):
         steps = {name: self.of_delta(end.float() - start.float()) for name, (start, end) in pairs}
         return learn_factors(compute_in_fp32(clone_with_own_weights(ground.start), steps), steps)
 
-    def training_bytes(self, ground: Ground, train: TrainConfig) -> int:
-        return trained_weight_bytes(ground.base, model_numbers(ground.base))
 
-
-class Ternary(_Compressed):
-    """Start + scale * sign(trained - start) of a share of the weights, 0 of the others."""
-
+class _OfShare(_Compressed):
     takes = _Compressed.takes | {"shares"}
     needs = _Compressed.needs | {"shares"}
+
+
+class Ternary(_OfShare):
+    """Start + scale * sign(trained - start) of a share of the weights, 0 of the others."""
+
     colour = "#7a5195"
 
     @classmethod
@@ -140,11 +138,9 @@ class Ternary(_Compressed):
         return coded_size(~changed) + math.ceil(int(changed.sum()) / 8) + NUMBER * matrices
 
 
-class SparseDelta(_Compressed):
+class SparseDelta(_OfShare):
     """Start + trained - start of a share of the weights, 0 of the others."""
 
-    takes = _Compressed.takes | {"shares"}
-    needs = _Compressed.needs | {"shares"}
     colour = "#8c564b"
     label_below = True  # it lies close to ternary
 

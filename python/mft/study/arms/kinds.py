@@ -8,12 +8,11 @@ from mft.importance.importance import METHODS
 from mft.study.arms.adapters import Lora
 from mft.study.arms.arm import Arm
 from mft.study.arms.compressed import BitDelta, SparseDelta, Ternary
-from mft.study.arms.control import Control
+from mft.study.arms.full import Base, Continued, Control, Full
 from mft.study.arms.masks import Mask, OneShot
 from mft.study.arms.means import Average, Interpolated
 from mft.study.arms.quantized import Quantized
 from mft.study.arms.temperature import Temperature
-from mft.study.arms.whole import Base, Continued, Full
 
 KINDS: dict[str, type[Arm]] = {
     "base": Base,

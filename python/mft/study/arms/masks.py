@@ -47,16 +47,18 @@ class Mask(_AnyMask):
     colour = "#c1121f"
 
     def untrained(self, ground: Ground) -> nn.Module:
+        model = self._masked(ground).requires_grad_(False)
+        for module in masked_modules(model).values():
+            if module.scores.is_floating_point():  # of others the training says why not
+                module.scores.requires_grad_(True)
+        return model
+
+    def _masked(self, ground: Ground) -> nn.Module:
         model, init = clone_with_own_weights(ground.start), self.init or ground.mask.init
         if init in DATA_INITS:
             return mask_from_data(model, replace(ground.mask, init=init), ground.rows())
         mask_model(model, replace(ground.mask, init=init if init in INITS else "constant"))
         return model if init in INITS else initialise_scores(model, init, ground.rows(), seed=ground.seed)
-
-    def let_learn(self, model: nn.Module, ground: Ground) -> None:
-        model.requires_grad_(False)
-        for module in masked_modules(model).values():
-            module.scores.requires_grad_(True)
 
     def train(
         self, model: nn.Module, ground: Ground, rows: Any, train: TrainConfig, **options: Any

@@ -7,9 +7,9 @@ from torch import nn
 
 from mft.checks import check_rule
 from mft.study.arms.arm import Arm, Ground
+from mft.study.arms.full import Full
 from mft.study.arms.size import NUMBER
 from mft.study.arms.weights import with_weights
-from mft.study.arms.whole import Full
 
 
 class Between(Arm):

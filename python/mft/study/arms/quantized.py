@@ -16,13 +16,11 @@ class Quantized(Arm):
     needs = frozenset({"quantization"})
     whole_model = True
     may_start = True
+    over_codes = False
 
     @property
     def leaves_weights(self) -> bool:
         return True
-
-    def why_not_over(self, codes: str, quantization: str, name: str) -> str:
-        return f"lead to no quantized arm, here {codes}, whose weights are {quantization} already"
 
     def made(self, ground: Ground) -> Weights | None:
         return rounded_weights(ground.start, str(self.quantization))

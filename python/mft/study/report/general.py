@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mft.study.arms.whole import Base, Full
+from mft.study.arms.full import Base, Full
 from mft.study.config import StudyConfig
 from mft.study.outcome import Findings, General, Unit
 from mft.study.report.statistics import Difference, Paired, differences, paired

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from mft.study.arms.control import Control
+from mft.study.arms.full import Control
 from mft.study.arms.means import Average
 from mft.study.config import REWARDS
 from mft.study.outcome import Findings

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from mft.evaluation.evaluate import Evaluation
+from mft.study.arms.full import Base
 from mft.study.arms.kinds import KINDS
-from mft.study.arms.whole import Base
 from mft.study.outcome import Findings, General, Measured
 from mft.study.report.equal_budgets import EqualBudget, outcome_within
 from mft.study.report.statistics import DRAWS, NATS_DECIMALS, Difference, differences, paired

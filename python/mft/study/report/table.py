@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mft.evaluation.evaluate import Evaluation
-from mft.study.arms.control import Control
+from mft.study.arms.full import Base, Control, Full
 from mft.study.arms.means import Average, Between
 from mft.study.arms.setting import Setting
-from mft.study.arms.whole import Base, Full
 from mft.study.config import REWARDS, StudyConfig
 from mft.study.outcome import Findings, Measured
 from mft.study.report.dominance import Comparison, comparisons, is_mft

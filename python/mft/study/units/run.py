@@ -1,8 +1,8 @@
 """A unit from its start to an outcome, as validation sees it; and later on test."""
 
 from mft.evaluation.temperature import evaluate_tempered, fit_temperature
+from mft.study.arms.full import Full
 from mft.study.arms.weights import save_weights
-from mft.study.arms.whole import Full
 from mft.study.outcome import Measured, Outcome, Tested
 from mft.study.units.job import Job, arm_of, ground_of, model_of, stored_bytes
 from mft.study.units.measure import answer, evaluation_options, on_general, on_validation

@@ -49,7 +49,6 @@ def train_unit(workspace: Workspace, job: Job) -> Outcome:
         options["objective"] = Distillation(workspace.teacher(unit.domain, job.teacher), weight=0.0)
     reports: Sequence[StepReport | RewardReport]
     if config is not None:
-        arm.let_learn(model, ground)
         if job.teacher is not None:
             teacher = workspace.teaching_model(unit.domain, job.teacher)
             options["teacher"] = OnPolicyTeacher(teacher, arm.teacher_prompt or QUESTION)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from mft.study.arms.whole import Full
+from mft.study.arms.full import Full
 from mft.study.report.finished import opened
 from mft.study.report.pictures.overlap import overlaps, plot_overlaps
 from mft.study.report.pictures.surface import loss_surface, plane_through, plot_surfaces, random_plane, weights_of

@@ -9,9 +9,9 @@ from typing import Any
 
 from mft.files.figure import new_figure, save_figure
 from mft.study.arms.arm import Arm
+from mft.study.arms.full import Base, Full
 from mft.study.arms.kinds import KINDS
 from mft.study.arms.means import Average, Interpolated
-from mft.study.arms.whole import Base, Full
 from mft.study.report.pictures.plots import colours_of
 
 _OUTLIER = 5  # times the median distance of trained arms, beyond which an arm does not widen the panel near the start

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mft.files.figure import new_figure, save_figure
-from mft.study.arms.control import Control
+from mft.study.arms.full import Control, Full
 from mft.study.arms.kinds import KINDS
 from mft.study.arms.means import Average, Interpolated
-from mft.study.arms.whole import Full
 from mft.study.outcome import Findings
 from mft.study.report.table import study_numbers
 

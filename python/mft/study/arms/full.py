@@ -1,17 +1,16 @@
-"""Arms of all weights: the base model, the full fine-tune where most others begin, and that trained on."""
+"""Arms of the weights themselves: the base model, the full fine-tune where most others begin, weights trained on."""
 
-from collections.abc import Sequence
+import copy
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from mft.config import TrainConfig
-from mft.study.arms.arm import LEARNING, TRAINING, Arm, Ground
+from mft.models.causal_lm import clone_with_own_weights
+from mft.study.arms.arm import LEARNING, ON_LAYERS, TRAINING, Arm, Ground
 from mft.study.arms.memory import trained_weight_bytes
 from mft.study.arms.size import NUMBER, model_numbers
 from mft.study.arms.weights import Weights
-from mft.training.loop import StepReport, finetune
 
 
 class Base(Arm):
@@ -30,19 +29,15 @@ class Base(Arm):
         return 0
 
 
-class _Whole(Arm):
-    """All weights are trained."""
-
+class _AllWeights(Arm):
     takes = TRAINING
     whole_model = True
     may_start = True
     may_teach = True
     compressible = True
 
-    def train(
-        self, model: nn.Module, ground: Ground, rows: Any, train: TrainConfig, **options: Any
-    ) -> Sequence[StepReport]:
-        return finetune(model, rows, train, **options)
+    def untrained(self, ground: Ground) -> nn.Module:
+        return copy.deepcopy(ground.start).requires_grad_(True)
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         return NUMBER * model_numbers(model)
@@ -50,11 +45,8 @@ class _Whole(Arm):
     def bytes_of_mean(self, ground: Ground, model: nn.Module, runs: int) -> int:
         return NUMBER * model_numbers(model)
 
-    def training_bytes(self, ground: Ground, train: TrainConfig) -> int:
-        return trained_weight_bytes(ground.base, model_numbers(ground.base))
 
-
-class Full(_Whole):
+class Full(_AllWeights):
     """The full fine-tune, annealed; without lrs, the model as it comes, for one that needs no fine-tune."""
 
     follows = False
@@ -73,26 +65,38 @@ class Full(_Whole):
         return super().stored_bytes(ground, model) if self.lrs else 0
 
 
-class Continued(_Whole):
+class Continued(_AllWeights):
     """All weights trained on."""
 
     takes = LEARNING
     needs = frozenset({"lrs"})
     learns = "everything"
+    over_codes = False
     fades = True
     near = True
     colour = "#56b4e9"
 
-    def why_not_over(self, codes: str, quantization: str, name: str) -> str:
-        return exact_weights_rule(self.kind, codes, quantization, name)
 
-    def let_learn(self, model: nn.Module, ground: Ground) -> None:
-        model.requires_grad_(True)
+class Control(Arm):
+    """The masked layers' weights trained on."""
 
+    takes = LEARNING | ON_LAYERS
+    needs = frozenset({"lrs"})
+    learns = "weights"
+    may_start = True
+    may_teach = True
+    compressible = True
+    over_codes = False
+    fades = True
+    near = True
+    colour = "#e69f00"
+    label_below = True  # it lies close to bitdelta
 
-def exact_weights_rule(kind: str, codes: str, quantization: str, name: str) -> str:
-    """Of an arm called name, which trains the weights themselves."""
-    return (
-        f"lead to no quantized arm for the kind {kind}, here {codes}: weights in {quantization} do not train; train "
-        f"them exactly, and round them in an arm {{kind: quantized, start: {name}, quantization: {quantization}}}"
-    )
+    def untrained(self, ground: Ground) -> nn.Module:
+        model = clone_with_own_weights(ground.start, ground.layers)
+        for name in ground.weight_names():
+            model.get_parameter(name).requires_grad_(True)
+        return model
+
+    def training_bytes(self, ground: Ground, train: TrainConfig) -> int:
+        return trained_weight_bytes(ground.base, ground.numbers())
