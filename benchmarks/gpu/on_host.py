@@ -42,7 +42,8 @@ def install() -> str | None:
         return str(reason)
     built.cuda_ops = getattr(torch.ops, _NAME)
     cuda = registered("cuda")
-    register(Backend(name=BACKEND, device_types=frozenset({"cpu"}), dtypes=cuda.dtypes, ops=cuda.ops))
+    on_cpu = frozenset({"cpu"})
+    register(Backend(BACKEND, on_cpu, cuda.dtypes, cuda.functions, takes=cuda.takes))
     os.environ.setdefault("MFT_CUDA_CAPABILITY", "90")  # Hopper's kernels where they take the arguments, else sm_80's
     return None
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,23 +133,24 @@ def card(monkeypatch):
     """A GPU's table of backends: triton and cuda serve, and each says who it is."""
 
     def backend(name, on_request=None):
-        ops = {op: (lambda *_, name=name: name) for op in ("masked_linear", "accumulate_product")}
-        return backends.Backend(name, frozenset({"cuda"}), frozenset(), ops, on_request=on_request)
+        functions = {function: (lambda *_, name=name: name) for function in ("product", "score_grad")}
+        return backends.Backend(name, frozenset({"cuda"}), frozenset(), functions, on_request=on_request)
 
     table = {"cuda": backend("cuda", "no GPU has timed it"), "triton": backend("triton")}
     monkeypatch.setattr(backends, "_TABLE", backends._TABLE | table)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
     def chosen(tokens, dtypes=(BF16, BF16), requested="auto"):
-        return backends.choose("masked_linear", torch.device("cuda"), dtypes, requested)(torch.empty(2, tokens // 2, 4))
+        run = backends.choose("product", torch.device("cuda"), dtypes, requested, op="masked_linear")
+        return run(torch.empty(2, tokens // 2, 4))
 
     return chosen
 
 
 def test_without_a_table_auto_is_as_it_was(card, stored, monkeypatch):
     assert [card(tokens) for tokens in (2, 2048)] == ["triton", "triton"]
-    found = backends.choose("masked_linear", torch.device("cuda"), (BF16, BF16))
-    assert found is backends._TABLE["triton"].ops["masked_linear"]
+    found = backends.choose("product", torch.device("cuda"), (BF16, BF16), op="masked_linear")
+    assert found is backends._TABLE["triton"].functions["product"]
     assert not faster.TABLE.exists()
 
 
@@ -178,6 +180,5 @@ def test_a_card_that_cuda_refuses_keeps_triton(card, stored, monkeypatch):
 
 def test_sizes_are_tokens_or_scores():
     x, scores = torch.empty(3, 5, 4), torch.empty(6, 4)
-    assert faster.size_of("masked_linear", (x, scores)) == 15
-    assert faster.size_of("accumulate_product", (scores, x, x)) == 15
-    assert faster.size_of("kept_threshold", (scores, 0.9, "value")) == faster.size_of("score_step", (scores,)) == 24
+    assert faster.size_of("product", x) == faster.size_of("score_grad", x) == 15
+    assert faster.size_of("select", scores) == faster.size_of("step", SimpleNamespace(scores=scores)) == 24
