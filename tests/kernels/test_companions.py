@@ -245,6 +245,12 @@ def test_scores_that_another_stream_asked_for_are_not_selected_ahead(machine):
     assert sorted(machine.selected) == [0, 1, 3, 4]
 
 
+def test_scores_whose_mask_was_asked_for_before_are_not_selected_ahead(machine):
+    machine.layers[2].mask()
+    machine.layers[0](X)
+    assert sorted(machine.selected) == ALL
+
+
 def test_a_captured_graph_selects_for_itself_and_asks_the_host_nothing(machine, monkeypatch):
     machine.selected, machine.waits = [], 0
     monkeypatch.setattr(masking, "_capturing", lambda _: True)
