@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..codes import FORMATS
+from ..codes import Codes
 from ..operands import Experts, KeepByTask
 from ..reference import functions as reference
 from . import faster
@@ -31,7 +31,7 @@ Dtypes = tuple[torch.dtype, ...]
 #: them by "product" and "score_grad".
 FUNCTIONS = ("product", "score_grad", "gradients", "select", "pack", "signs", "step", "decode")
 #: What a function may be given instead of a matrix, scores or one packed mask; each backend says which it takes.
-OPERANDS = frozenset({*FORMATS.values(), Experts, KeepByTask})
+OPERANDS = frozenset({Codes, Experts, KeepByTask})
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Backend:
     device_types: frozenset[str]  # empty: every device
     dtypes: frozenset[torch.dtype]  # of weight and scores; empty: every floating dtype
     functions: Mapping[str, Callable]
-    takes: frozenset[type] = frozenset()  # of OPERANDS
+    takes: frozenset[type] = frozenset()  # of OPERANDS or their subclasses; a class stands for its own subclasses too
     unavailable: str | None = None  # why it cannot run on this machine; None when it can
     detail: str = ""  # what is running, for instance the instruction set
     automatic: Mapping[str, Callable] = field(default_factory=dict)  # what "auto" runs in place of some functions
@@ -53,6 +53,10 @@ class Backend:
         """One of FUNCTIONS, as a request by name runs it, or "auto"."""
         chosen = {**self.functions, **self.automatic} if automatic else self.functions
         return chosen[name] if name in chosen else by_two_functions(chosen["product"], chosen["score_grad"])
+
+    def takes_operand(self, operand: type) -> bool:
+        """Whether one of ``takes`` stands for this class."""
+        return issubclass(operand, tuple(self.takes))
 
     def refusal(
         self,
@@ -68,7 +72,7 @@ class Backend:
         missing = [name for name in needed if function not in self.functions and name not in self.functions]
         if missing:
             return f"it has no {missing[0]}"
-        if unknown := operands - self.takes:
+        if unknown := [each for each in operands if not self.takes_operand(each)]:
             return f"its {function} takes no {' and no '.join(sorted(each.__name__ for each in unknown))}"
         if self.device_types and device.type not in self.device_types:
             return f"it runs on {', '.join(sorted(self.device_types))}, got a tensor on {device}"
@@ -149,7 +153,7 @@ def choose(
     """The function that serves a call on ``device``.
 
     Args:
-        function: one of FUNCTIONS. operands: of OPERANDS, those that the call has.
+        function: one of FUNCTIONS. operands: what the call has of OPERANDS or their subclasses.
         requested: "auto" or a backend's name; with "auto" the environment variable MFT_KERNELS may name one.
         op: the op that asks; the function's name unless given.
     Raises: ValueError for an unknown name; RuntimeError, with the reason, when a named backend cannot serve the call.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backends.table import asked_for, choose, registered
-from ..codes import FORMATS
+from ..codes import FORMATS, Codes
 from ..operands import Keep
 from . import served
 from .checks import autocasts, check_device, check_floating, check_packed, check_tensor
@@ -47,7 +47,7 @@ class QuantizedMatrix:
         """Whether a product with x, or with a gradient, is made without a dense matrix."""
         if isinstance(x, FakeTensor) and not torch.compiler.is_compiling():
             return False  # simulated: a "cpu" of that kind stands for any device, and others make the dense matrix
-        return x.dtype == self.dtype and _decodes(self.codes.device.type, x.dtype)
+        return x.dtype == self.dtype and _decodes(FORMATS[self.levels()], self.codes.device.type, x.dtype)
 
     def masked_linear(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
         """x @ where(mask, dense(), 0).T + bias"""
@@ -66,15 +66,15 @@ class QuantizedMatrix:
         )
 
 
-def _decodes(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether a kernel of ours decodes there: one that "auto" takes, or the cuda backend's where it is asked for."""
+def _decodes(form: type[Codes], device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a kernel of ours decodes it there: one that "auto" takes, or the cuda backend's where it is asked for."""
     name = "cpu"
     if device_type == "cuda":
         name = "cuda" if asked_for() == "cuda" else "triton"
     if name == "cuda" and dtype == torch.float32:
         return False  # its kernels take 16 bits
     found = registered(name)
-    return device_type in found.device_types and found.takes.issuperset(FORMATS.values())
+    return device_type in found.device_types and found.takes_operand(form)
 
 
 def masked_linear_quantized(

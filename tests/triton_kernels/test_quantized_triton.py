@@ -165,8 +165,11 @@ class Coded(quantized.QuantizedMatrix):
 
     shape, codes = torch.Size((6, 64)), SimpleNamespace(device=torch.device("cuda"))
 
-    def __init__(self, dtype=torch.bfloat16):
-        self.dtype = dtype
+    def __init__(self, dtype=torch.bfloat16, kind="nf4"):
+        self.dtype, self.kind = dtype, kind
+
+    def levels(self):
+        return self.kind
 
 
 def test_on_a_gpu_layers_decode_in_the_kernel_where_triton_compiles_and_where_cuda_is_asked_for(monkeypatch):
