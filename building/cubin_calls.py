@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mft_kernels.backends.triton import bits, ops, score_step, scratch, select
 from mft_kernels.by_name import ByName
-from mft_kernels.codes import NESTED_BLOCK, NF4_BLOCK
+from mft_kernels.codes import FORMATS
 from mft_kernels.operands import Keep, Update
 from mft_kernels.reference.step import BLOCK
 
@@ -212,10 +212,7 @@ def _operands(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 def _codes(n: int, k: int, kind: str) -> tuple[Tensor, list[Tensor], str]:
     """Codes, absmax, and what the kernels call the kind."""
-    if kind == "int8":
-        return empty(n, k, dtype=torch.int8), [empty(n, dtype=FP32)], kind
-    codes, blocks = empty(n * k // 2, dtype=torch.uint8), -(-n * k // NF4_BLOCK)
-    if kind == "nf4":
-        return codes, [empty(blocks, dtype=FP32)], kind
-    nested = empty(-(-blocks // NESTED_BLOCK), dtype=FP32), empty(256, dtype=FP32), empty(dtype=FP32)
-    return codes, [empty(blocks, dtype=torch.uint8), *nested], "nf4"
+    name, scales = ("nf4", 4) if kind == "nested" else (kind, 1)
+    form = FORMATS[name]
+    absmax = [empty(*size, dtype=dtype) for _, size, dtype in form.scales_expected((n, k), scales)]
+    return empty(*form.code_shape((n, k)), dtype=form.code_dtype), absmax, name

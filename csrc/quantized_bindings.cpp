@@ -1,4 +1,6 @@
 // The ops of namespace mft_cpu over codes (cpu/decode.h), and the dense matrix of codes.
+#include <algorithm>
+
 #include "cpu/capability.h"
 #include "cpu/dequantize.h"
 #include "operands.h"
@@ -12,21 +14,27 @@ using mft::Text;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A weight in codes; `absmax`: fp32, or the four of bitsandbytes' double quantisation: its codes, their fp32 absmax, the
-// map of the codes, the offset.
+// A weight in codes, by a table of `levels` or of int8; `absmax`: fp32, or for a table the four of bitsandbytes' double
+// quantisation: its codes, their fp32 absmax, the map of the codes, the offset.
 mft::Quantized quantized(const Tensor& codes, const std::vector<Tensor>& absmax, int64_t rows, int64_t columns,
-                         bool nf4) {
+                         const std::optional<Tensor>& levels, int64_t block) {
   const auto check = [](const Tensor& t, ScalarType type, int64_t numel, const char* name) {
     STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.is_cpu() && t.numel() == numel, name,
                     " must be contiguous on the CPU, of its kind's dtype and of ", numel, " elements");
     return t.const_data_ptr();
   };
   const auto blocks_of = [](int64_t numel, int64_t block) { return (numel + block - 1) / block; };
-  const int64_t numel = rows * columns, blocks = nf4 ? blocks_of(numel, mft::kNf4Block) : rows;
-  STD_TORCH_CHECK(rows >= 0 && columns >= 0 && (absmax.size() == 1 || (nf4 && absmax.size() == 4)),
-                  "absmax must be one tensor, or the four of a doubly quantised nf4");
-  mft::Quantized found{nf4, rows, columns, nullptr, nullptr, nullptr, nullptr, nullptr, 0};
-  found.codes = check(codes, nf4 ? ScalarType::Byte : ScalarType::Char, nf4 ? (numel + 1) / 2 : numel, "codes");
+  const bool table = levels.has_value();
+  STD_TORCH_CHECK(table ? block > 0 : block == 0, "block must be how many weights of a table share an absmax, else 0");
+  const int64_t numel = rows * columns, blocks = table ? blocks_of(numel, block) : rows;
+  STD_TORCH_CHECK(rows >= 0 && columns >= 0 && (absmax.size() == 1 || (table && absmax.size() == 4)),
+                  "absmax must be one tensor, or for a table the four of double quantisation");
+  mft::Quantized found{block, rows, columns, nullptr, nullptr, nullptr, nullptr, nullptr, 0, {}};
+  if (table) {
+    const void* given = check(*levels, ScalarType::Float, mft::kLevels, "levels");
+    std::copy_n(static_cast<const float*>(given), mft::kLevels, found.levels);
+  }
+  found.codes = check(codes, table ? ScalarType::Byte : ScalarType::Char, table ? (numel + 1) / 2 : numel, "codes");
   if (absmax.size() == 1) {
     found.absmax = static_cast<const float*>(check(absmax[0], ScalarType::Float, blocks, "absmax"));
   } else {
@@ -48,9 +56,10 @@ MaskSource bits_or_all(const std::optional<Tensor>& packed, std::vector<uint32_t
 }
 
 Tensor masked_linear_quantized(Tensor x, Tensor codes, std::vector<Tensor> absmax, std::optional<Tensor> packed,
-                               std::optional<Tensor> bias, int64_t rows, int64_t columns, bool nf4, Text path) {
+                               std::optional<Tensor> bias, int64_t rows, int64_t columns, std::optional<Tensor> levels,
+                               int64_t block, Text path) {
   const mft::Capability& cpu = mft::chosen_capability();
-  const mft::Quantized weight = quantized(codes, absmax, rows, columns, nf4);
+  const mft::Quantized weight = quantized(codes, absmax, rows, columns, levels, block);
   const Matrix in = mft::flat(x, columns, "x", const_cast<void*>(x.const_data_ptr()));
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->numel() == rows && bias->is_contiguous() && mft::format_of(*bias, "bias") == in.format,
@@ -65,9 +74,9 @@ Tensor masked_linear_quantized(Tensor x, Tensor codes, std::vector<Tensor> absma
 }
 
 Tensor grad_x_quantized(Tensor grad_output, Tensor codes, std::vector<Tensor> absmax, std::optional<Tensor> packed,
-                        int64_t rows, int64_t columns, bool nf4, Text path) {
+                        int64_t rows, int64_t columns, std::optional<Tensor> levels, int64_t block, Text path) {
   const mft::Capability& cpu = mft::chosen_capability();
-  const mft::Quantized weight = quantized(codes, absmax, rows, columns, nf4);
+  const mft::Quantized weight = quantized(codes, absmax, rows, columns, levels, block);
   const Matrix grad = mft::input(grad_output, "grad_output");
   STD_TORCH_CHECK(grad.columns == rows, "grad_output must be (M, N)");
   std::vector<uint32_t> all;
@@ -77,9 +86,9 @@ Tensor grad_x_quantized(Tensor grad_output, Tensor codes, std::vector<Tensor> ab
   return d_x;
 }
 
-void dequantize_(Tensor out, Tensor codes, std::vector<Tensor> absmax, bool nf4) {
+void dequantize_(Tensor out, Tensor codes, std::vector<Tensor> absmax, std::optional<Tensor> levels, int64_t block) {
   const Matrix dense = mft::output(out, "out");
-  mft::dequantize(mft::chosen_capability(), dense, quantized(codes, absmax, dense.rows, dense.columns, nf4));
+  mft::dequantize(mft::chosen_capability(), dense, quantized(codes, absmax, dense.rows, dense.columns, levels, block));
 }
 
 }  // namespace
@@ -87,11 +96,11 @@ void dequantize_(Tensor out, Tensor codes, std::vector<Tensor> absmax, bool nf4)
 MFT_OPS(m) {
   m.def(
       "masked_linear_quantized(Tensor x, Tensor codes, Tensor[] absmax, Tensor? packed, Tensor? bias, int rows, "
-      "int columns, bool nf4, str path) -> Tensor");
+      "int columns, Tensor? levels, int block, str path) -> Tensor");
   m.def(
       "grad_x_quantized(Tensor grad_output, Tensor codes, Tensor[] absmax, Tensor? packed, int rows, int columns, "
-      "bool nf4, str path) -> Tensor");
-  m.def("dequantize_(Tensor(a!) out, Tensor codes, Tensor[] absmax, bool nf4) -> ()");
+      "Tensor? levels, int block, str path) -> Tensor");
+  m.def("dequantize_(Tensor(a!) out, Tensor codes, Tensor[] absmax, Tensor? levels, int block) -> ()");
 }
 
 MFT_OPS_ON(CPU, m) {

@@ -1,9 +1,10 @@
 """Quantised weights: a class per format, with its checks and its decoding in plain PyTorch, which defines it.
 
-A new format is a class here, entered into FORMATS, and a decoder in the kernels of each backend that multiplies it.
-Formats are those of bitsandbytes 0.50. Everything is decoded in fp32 and rounded once to the dtype asked for.
+A new table of 16 levels is a class here, entered into FORMATS: kernels take its levels and block from there.
+nf4 and int8 are those of bitsandbytes 0.50. Everything is decoded in fp32 and rounded once to the dtype asked for.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 INT8_LARGEST = 127
-NF4_BLOCK = 64  # weights that share an absmax
 NESTED_BLOCK = 256  # codes of an absmax that share one
 NF4 = (
     -1.0,
@@ -41,6 +41,7 @@ class Codes:
     Attributes:
         codes: of code_dtype. scales: the tensors that a format needs beside them, in its order.
         shape: (N, K).
+        has_coded_scales: whether the scales may be codes too, with tensors that decode them.
     """
 
     codes: Tensor
@@ -49,6 +50,7 @@ class Codes:
 
     name: ClassVar[str]
     code_dtype: ClassVar[torch.dtype]
+    has_coded_scales: ClassVar[bool] = False
 
     @classmethod
     def code_shape(cls, shape: Sequence[int]) -> tuple[int, ...]:
@@ -58,6 +60,13 @@ class Codes:
     @classmethod
     def scales_expected(cls, shape: Sequence[int], count: int) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         """Name, shape and dtype of each of ``count`` scales. Raises: ValueError if the format has not so many."""
+        if count != 1:
+            raise ValueError(f"absmax must be one tensor for {cls.name}, got {count}")
+        return [("absmax", (cls.scale_count(shape),), torch.float32)]
+
+    @classmethod
+    def scale_count(cls, shape: Sequence[int]) -> int:
+        """Of a weight of ``shape``."""
         raise NotImplementedError
 
     def decode(self) -> Tensor:
@@ -79,35 +88,69 @@ class Int8(Codes):
         return tuple(shape)
 
     @classmethod
-    def scales_expected(cls, shape, count):
-        if count != 1:
-            raise ValueError(f"absmax must be one tensor for int8, got {count}")
-        return [("absmax", (shape[0],), torch.float32)]
+    def scale_count(cls, shape):
+        return shape[0]
 
     def decode(self):
         return self.codes * (self.scales[0] / INT8_LARGEST)[:, None]
 
 
-class Nf4(Codes):
-    """w[i] = NF4[code[i]] * absmax[i // 64], i over the whole matrix; two codes per byte, the first in the high bits.
+class Table(Codes):
+    """w[i] = levels[code[i]] * scale[i // block], i over the whole matrix.
 
-    With double quantisation absmax is itself four tensors, (codes, nested, map, offset):
-    absmax[b] = map[codes[b]] * nested[b // 256] + offset.
+    Two codes per byte, the first in the high bits.
+
+    Attributes:
+        levels: 16, each 0 or from 1e-7 to 1e7 in magnitude, for which the kernels round as decode() does.
+        block: weights that share a scale, a power of two.
     """
 
-    name, code_dtype = "nf4", torch.uint8
+    code_dtype = torch.uint8
+    levels: ClassVar[tuple[float, ...]]
+    block: ClassVar[int]
 
     @classmethod
     def code_shape(cls, shape):
         return (-(-shape[0] * shape[1] // 2),)
 
     @classmethod
+    def scale_count(cls, shape):
+        return -(-shape[0] * shape[1] // cls.block)
+
+    @classmethod
+    @functools.cache
+    def levels_on(cls, device: torch.device) -> Tensor:
+        """The levels in fp32, (16,)."""
+        return torch.tensor(cls.levels, dtype=torch.float32, device=device)
+
+    def decode(self):
+        numel = self.shape[0] * self.shape[1]
+        codes = self.codes.view(-1)
+        both = torch.stack((codes >> 4, codes & 15), 1).view(-1)[:numel]
+        scales = self.block_scales().repeat_interleave(self.block)[:numel]
+        return (self.levels_on(codes.device)[both.int()] * scales).view(*self.shape)
+
+    def block_scales(self) -> Tensor:
+        """fp32, one per block of weights."""
+        return self.scales[0]
+
+
+class Nf4(Table):
+    """w[i] = NF4[code[i]] * absmax[i // 64]
+
+    With double quantisation absmax is itself four tensors, (codes, nested, map, offset):
+    absmax[b] = map[codes[b]] * nested[b // 256] + offset.
+    """
+
+    name, levels, block, has_coded_scales = "nf4", NF4, 64, True
+
+    @classmethod
     def scales_expected(cls, shape, count):
-        blocks = -(-shape[0] * shape[1] // NF4_BLOCK)
         if count == 1:
-            return [("absmax", (blocks,), torch.float32)]
+            return super().scales_expected(shape, count)
         if count != 4:
             raise ValueError(f"absmax must be one tensor, or for nf4 the four of double quantisation, got {count}")
+        blocks = cls.scale_count(shape)
         return [
             ("absmax[0]", (blocks,), torch.uint8),
             ("absmax[1]", (-(-blocks // NESTED_BLOCK),), torch.float32),
@@ -115,15 +158,7 @@ class Nf4(Codes):
             ("absmax[3]", (), torch.float32),
         ]
 
-    def decode(self):
-        numel = self.shape[0] * self.shape[1]
-        codes = self.codes.view(-1)
-        levels = torch.tensor(NF4, device=codes.device)
-        both = torch.stack((codes >> 4, codes & 15), 1).view(-1)[:numel]
-        return (levels[both.int()] * self.absmax().repeat_interleave(NF4_BLOCK)[:numel]).view(*self.shape)
-
-    def absmax(self) -> Tensor:
-        """fp32, one per block of weights."""
+    def block_scales(self):
         if len(self.scales) == 1:
             return self.scales[0]
         codes, nested, levels, offset = self.scales

@@ -1,10 +1,11 @@
 // Weights that lie in codes, and how one instruction set decodes a part of a row.
 //
-//   nf4    w[i] = level[code[i]] * absmax[i / 64]    i over the whole matrix; two codes a byte, the first in the high bits
+//   table  w[i] = level[code[i]] * absmax[i / block]   i over the whole matrix; two codes a byte, the first in the high bits
 //   int8   w[n, k] = code[n, k] * (absmax[n] / 127)
 //
-// In fp32, rounded once to the format that is asked for: what bitsandbytes' dequantize_4bit gives, to the last bit. Its
-// double quantisation: absmax[b] = map[absmax_codes[b]] * nested[b / 256] + offset, in fp32, rounded twice.
+// Levels and block are the format's (mft_kernels/codes.py). In fp32, rounded once to the format that is asked for: of nf4
+// what bitsandbytes' dequantize_4bit gives, to the last bit. Its double quantisation:
+// absmax[b] = map[absmax_codes[b]] * nested[b / 256] + offset, in fp32, rounded twice.
 #pragma once
 
 #include <cstdint>
@@ -13,17 +14,18 @@
 
 namespace mft {
 
-constexpr int64_t kNf4Block = 64;      // weights that share an absmax
+constexpr int kLevels = 16;
 constexpr int64_t kNestedBlock = 256;  // codes of an absmax that share one
 
 struct Quantized {
-  bool nf4;  // else int8
+  int64_t block;  // weights that share an absmax, if levels[] decodes them; 0: int8
   int64_t rows, columns;
   const void* codes;
   const float* absmax;  // nullptr: it is quantised itself
   const uint8_t* absmax_codes;
   const float *nested, *map;
   float offset;
+  alignas(64) float levels[kLevels];
 
   float absmax_of(int64_t block) const {
     if (absmax != nullptr) return absmax[block];
@@ -40,7 +42,7 @@ struct Span {
 inline Span codes_span(const Quantized& weight, int64_t row, int64_t first, int64_t count) {
   const int64_t index = row * weight.columns + first;
   const auto* codes = static_cast<const char*>(weight.codes);
-  return weight.nf4 ? Span{codes + index / 2, (count + 1) / 2} : Span{codes + index, count};
+  return weight.block != 0 ? Span{codes + index / 2, (count + 1) / 2} : Span{codes + index, count};
 }
 
 // out[0 .. count) = w[row, first .. first + count)

@@ -1,7 +1,7 @@
 // decode.h, once: included by one source file per instruction set, which names MFT_DECODE and its flags. Only raw pointers
 // here, as in row_kernels.inl.
 //
-// Of each block of NF4 the sixteen values are made and rounded first; its codes then look them up, 32 at a time.
+// Of each block of a table the sixteen values are made and rounded first; its codes then look them up, 32 at a time.
 
 #include <cstdint>
 #include <cstring>
@@ -17,28 +17,7 @@ namespace {
 
 #include "formats.inl"
 
-constexpr int kLevels = 16;
 constexpr int64_t kUnit = 32;  // codes, in 16 bytes
-
-// arXiv 2305.14314, as bitsandbytes writes them
-alignas(64) constexpr float kNf4[kLevels] = {
-    -1.0f,
-    -0.6961928009986877f,
-    -0.5250730514526367f,
-    -0.39491748809814453f,
-    -0.28444138169288635f,
-    -0.18477343022823334f,
-    -0.09105003625154495f,
-    0.0f,
-    0.07958029955625534f,
-    0.16093020141124725f,
-    0.24611230194568634f,
-    0.33791524171829224f,
-    0.44070982933044434f,
-    0.5626170039176941f,
-    0.7229568362236023f,
-    1.0f,
-};
 
 inline uint32_t rounded(float value, uint32_t, Format) { return as_bits(value); }
 inline uint16_t rounded(float value, uint16_t, Format format) {
@@ -46,8 +25,8 @@ inline uint16_t rounded(float value, uint16_t, Format format) {
 }
 
 template <typename Element>
-inline void make_values(Element* values, float absmax, Format format) {
-  for (int i = 0; i < kLevels; ++i) values[i] = rounded(kNf4[i] * absmax, Element{}, format);
+inline void make_values(Element* values, const float* levels, float absmax, Format format) {
+  for (int i = 0; i < kLevels; ++i) values[i] = rounded(levels[i] * absmax, Element{}, format);
 }
 
 #if defined(__AVX512BW__)
@@ -75,12 +54,11 @@ inline Table table_of(const uint16_t* values) {
 }
 inline Table table_of(const uint32_t* values) { return _mm512_load_si512(values); }
 
-inline Table table_of(float absmax, Format format, uint16_t) {
-  const __m512 values = _mm512_mul_ps(_mm512_load_ps(kNf4), _mm512_set1_ps(absmax));
-  return _mm512_broadcast_i64x4(rounded_vector(values, format));
+inline Table table_of(__m512 levels, float absmax, Format format, uint16_t) {
+  return _mm512_broadcast_i64x4(rounded_vector(_mm512_mul_ps(levels, _mm512_set1_ps(absmax)), format));
 }
-inline Table table_of(float absmax, Format, uint32_t) {
-  return _mm512_castps_si512(_mm512_mul_ps(_mm512_load_ps(kNf4), _mm512_set1_ps(absmax)));
+inline Table table_of(__m512 levels, float absmax, Format, uint32_t) {
+  return _mm512_castps_si512(_mm512_mul_ps(levels, _mm512_set1_ps(absmax)));
 }
 
 // Bytes of 16 as words, each twice.
@@ -107,19 +85,21 @@ inline void look_up(uint32_t* out, const uint8_t* codes, Table table) {
   _mm512_storeu_si512(out + 16, _mm512_permutexvar_epi32(high, table));
 }
 
-// Whole blocks from `first` on; returns where they end.
-template <typename Element>
-int64_t decode_blocks(Element* out, Format format, const Quantized& weight, int64_t first, int64_t end) {
-  const auto* codes = static_cast<const uint8_t*>(weight.codes);
-  int64_t i = first;
-  for (; i + kNf4Block <= end; i += kNf4Block) {
-    const float absmax = weight.absmax_of(i / kNf4Block);
-    if (!is_usual(absmax)) return i;
-    const Table table = table_of(absmax, format, Element{});
-    look_up(out + (i - first), codes + i / 2, table);
-    look_up(out + (i - first) + kUnit, codes + i / 2 + kUnit / 2, table);
+// Whole blocks from this one on, as far as they end before `end`; returns how many. kSize: see decode_table().
+template <int64_t kSize, typename Element>
+int64_t decode_blocks(Element* out, Format format, const Quantized& weight, int64_t block, int64_t end) {
+  const int64_t size = kSize != 0 ? kSize : weight.block;
+  if (size % kUnit != 0) return 0;
+  const auto* codes = static_cast<const uint8_t*>(weight.codes) + block * size / 2;
+  const __m512 levels = _mm512_load_ps(weight.levels);
+  const int64_t first = block, last = end / size;
+  for (; block < last; ++block) {
+    const float absmax = weight.absmax_of(block);
+    if (!is_usual(absmax)) break;
+    const Table table = table_of(levels, absmax, format, Element{});
+    for (int64_t unit = 0; unit < size; unit += kUnit, out += kUnit, codes += kUnit / 2) look_up(out, codes, table);
   }
-  return i;
+  return block - first;
 }
 
 // Codes times the scale; returns how many.
@@ -195,30 +175,29 @@ const Element* table_of(const Element* values) {
   return values;
 }
 
-template <typename Element>
-int64_t decode_blocks(Element*, Format, const Quantized&, int64_t first, int64_t) {
-  return first;
+template <int64_t kSize, typename Element>
+int64_t decode_blocks(Element*, Format, const Quantized&, int64_t, int64_t) {
+  return 0;
 }
 
 inline int64_t decode_codes(uint16_t*, Format, const int8_t*, float, int64_t) { return 0; }
 
 #endif
 
-template <typename Element>
-void decode_nf4(Element* out, Format format, const Quantized& weight, int64_t first, int64_t count) {
+// kSize: of a block, where the compiler knows it; 0: weight.block.
+template <int64_t kSize, typename Element>
+void decode_table(Element* out, Format format, const Quantized& weight, int64_t first, int64_t count) {
   const auto* codes = static_cast<const uint8_t*>(weight.codes);
-  const int64_t end = first + count;
-  for (int64_t i = first; i < end;) {
-    if (i % kNf4Block == 0) {
-      const int64_t whole = decode_blocks(out + (i - first), format, weight, i, end);
-      if (whole != i) {
-        i = whole;
-        continue;
-      }
+  const int64_t size = kSize != 0 ? kSize : weight.block, end = first + count;
+  for (int64_t i = first, block = first / size; i < end; ++block) {
+    if (i == block * size) {
+      const int64_t whole = decode_blocks<kSize>(out + (i - first), format, weight, block, end);
+      i += whole * size, block += whole;
+      if (i == end) return;
     }
-    const int64_t block = i / kNf4Block, block_end = (block + 1) * kNf4Block < end ? (block + 1) * kNf4Block : end;
+    const int64_t block_end = (block + 1) * size < end ? (block + 1) * size : end;
     alignas(64) Element values[kLevels];
-    make_values(values, weight.absmax_of(block), format);
+    make_values(values, weight.levels, weight.absmax_of(block), format);
     while (i < block_end) {
       if (i % kUnit == 0 && i + kUnit <= block_end) {
         look_up(out + (i - first), codes + i / 2, table_of(values));
@@ -247,8 +226,10 @@ void decode_int8(uint16_t* out, Format format, const int8_t* codes, float scale,
 template <typename Element>
 void decode_typed(Element* out, Format format, const Quantized& weight, int64_t row, int64_t first, int64_t count) {
   const int64_t index = row * weight.columns + first;
-  if (weight.nf4) {
-    decode_nf4(out, format, weight, index, count);
+  if (weight.block == 64) {
+    decode_table<64>(out, format, weight, index, count);
+  } else if (weight.block != 0) {
+    decode_table<0>(out, format, weight, index, count);
   } else {
     decode_int8(out, format, static_cast<const int8_t*>(weight.codes) + index, weight.absmax[row] / 127, count);
   }

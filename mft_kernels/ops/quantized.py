@@ -155,7 +155,8 @@ def _check_codes(codes, absmax, shape, kind) -> list[Tensor]:
     for scale, (name, size, dtype) in zip(scales, form.scales_expected(shape, len(scales))):
         check_tensor(name, scale)
         if scale.dtype != dtype:
-            advice = ": give all four tensors of double quantisation" if scale.dtype == torch.uint8 else ""
+            is_half_given = form.has_coded_scales and scale.dtype == torch.uint8
+            advice = ": give all four tensors of double quantisation" if is_half_given else ""
             raise TypeError(f"{name} must be {dtype}, got {scale.dtype}{advice}")
         if tuple(scale.shape) != size:
             raise ValueError(f"{name} must be {size} for {kind} of {tuple(shape)}, got {tuple(scale.shape)}")

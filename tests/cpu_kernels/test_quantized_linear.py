@@ -12,6 +12,7 @@ from benchmarks.bench_memory import process_bytes
 from mft_kernels import masked_linear_packed, pack_mask, reference
 from mft_kernels.backends import cpu
 from mft_kernels.by_name import ByName, oracle
+from mft_kernels.codes import FORMATS, Table
 from mft_kernels.ops.quantized import masked_linear_quantized_d_x
 from mft_kernels.testing import integer_inputs
 
@@ -75,13 +76,14 @@ def products(x, grad, weight, codes, absmax, kind, packed, bias):
     """(path, forward pass or d_x over codes, the same over the matrix), by every path that there is."""
     n, k = weight.shape
     every = pack_mask(torch.ones(n, k), torch.tensor(1.0)) if packed is None else packed
-    ops = torch.ops.mft_cpu
+    ops, form = torch.ops.mft_cpu, FORMATS[kind]
+    table = (form.levels_on(codes.device), form.block) if issubclass(form, Table) else (None, 0)
     of_codes = codes, absmax, packed
     for path in paths("forward", weight.dtype, len(x), n, k):
-        ours = ops.masked_linear_quantized(x, *of_codes, bias, n, k, kind == "nf4", path)
+        ours = ops.masked_linear_quantized(x, *of_codes, bias, n, k, *table, path)
         yield path, ours, ops.masked_linear(x, weight, None, None, every, bias, False, path)
     for path in paths("d_x", weight.dtype, len(x), n, k):
-        ours = ops.grad_x_quantized(grad, *of_codes, n, k, kind == "nf4", path)
+        ours = ops.grad_x_quantized(grad, *of_codes, n, k, *table, path)
         yield path, ours, ops.grad_x(grad, weight, None, None, every, False, path)
 
 

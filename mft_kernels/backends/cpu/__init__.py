@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from ...codes import Codes, Int8, Nf4
+from ...codes import Codes, Int8, Table
 from ...operands import MODES, MOST_MASKS, Experts, Keep, KeepByTask, Update, Weight
 from ...reference.linear import kept_count
 from .. import built
@@ -127,7 +127,7 @@ def step(update: Update) -> tuple[Tensor, Tensor]:
 def decode(weight: Codes, dtype: torch.dtype) -> Tensor:
     """The dense (N, K) of ``dtype``."""
     dense = torch.empty(tuple(weight.shape), dtype=dtype)
-    built.cpu_ops.dequantize_(dense, *_codes(weight), isinstance(weight, Nf4))
+    built.cpu_ops.dequantize_(dense, *_codes(weight), *_table(weight))
     return dense
 
 
@@ -200,6 +200,11 @@ def _codes(weight: Codes) -> tuple[Tensor, list[Tensor]]:
     return weight.codes.contiguous(), [each.contiguous() for each in weight.scales]
 
 
+def _table(weight: Codes) -> tuple[Tensor | None, int]:
+    """(levels, how many weights share a scale), as the library takes them; (None, 0) for int8."""
+    return (weight.levels_on(weight.codes.device), weight.block) if isinstance(weight, Table) else (None, 0)
+
+
 def _product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
     """Each expert's product is that of a matrix, by the path that the library's model chooses for its rows.
 
@@ -215,7 +220,7 @@ def _product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | N
 def _product_of_codes(a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor | None, transposed: bool) -> Tensor:
     """The product over the decoded weight, to the bit; it is decoded in parts where it is masked."""
     rest = (None if keep is None else _contiguous(keep.words), *(() if transposed else (bias,)), *weight.shape)
-    how = isinstance(weight, Nf4), "auto"
+    how = *_table(weight), "auto"
     if not transposed:
         return built.cpu_ops.masked_linear_quantized(a.contiguous(), *_codes(weight), *rest, *how)
     return built.cpu_ops.grad_x_quantized(_rows(a), *_codes(weight), *rest, *how).view(*a.shape[:-1], weight.shape[1])
@@ -301,7 +306,7 @@ register(
         device_types=frozenset({"cpu"}),
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
         functions={f.__name__: f for f in (product, score_grad, select, pack, signs, step, decode)},
-        takes=frozenset({Nf4, Int8, Experts, KeepByTask}),
+        takes=frozenset({Table, Int8, Experts, KeepByTask}),
         short={} if unavailable else _short(),
         unavailable=unavailable,
         detail="" if unavailable else f"C++, {built.cpu_ops.capability()}",

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from ...codes import Int8, Nf4
+from ...codes import Int8, Table
 from ...operands import Experts, KeepByTask
 from .. import built
 from ..autotune import measuring
@@ -143,7 +143,7 @@ register(
         device_types=frozenset({"cpu" if _interprets else "cuda"}),
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
         functions=_named,
-        takes=frozenset({Nf4, Int8, Experts, KeepByTask}) if _named else frozenset(),
+        takes=frozenset({Table, Int8, Experts, KeepByTask}) if _named else frozenset(),
         automatic=_automatic,
         short=_short() if _named else {},
         unavailable=unavailable,

@@ -1,8 +1,8 @@
 """The masked product over codes: out = a @ Wm.T (forward) or a @ Wm (d_x), Wm = where(keep, decoded, 0), not in memory.
 
-    nf4   decoded[i] = NF4[code[i]] * absmax[i // 64]   i over the whole (N, K); two codes a byte, the first in the high
-                                                        bits; absmax may be codes itself (double quantisation)
-    int8  decoded[n, k] = code[n, k] * (absmax[n] / 127)
+    table  decoded[i] = levels[code[i]] * absmax[i // BLOCK]   i over the whole (N, K); two codes a byte, the first in
+                                                               the high bits; absmax may be codes (double quantisation)
+    int8   decoded[n, k] = code[n, k] * (absmax[n] / 127)
 
 In fp32 and rounded once to a's dtype, as codes.py does it, so Wm is the same to the bit. P is the
 axis of the result that comes from the weight, Q the one that is summed (product.py). One program makes BLOCK_M x
@@ -13,17 +13,15 @@ BLOCK_P of out, or of a part of its sum:
       M | a | a | a |   x   [Wm][Wm][Wm]   = one tile of out
         +---+---+---+
 
-Where rows are whole blocks of 64, a thread takes many codes by one load, and an absmax a block. Else, and of other odd
+Where rows are whole blocks, a thread takes many codes by one load, and an absmax a block. Else, and of other odd
 rows, codes come one by one, by their place in the whole matrix: correct, not fast. No GPU has run this.
 """
 
-import functools
 import math
 
-import torch
 from torch import Tensor
 
-from ...codes import NESTED_BLOCK, NF4, NF4_BLOCK, Codes, Nf4
+from ...codes import NESTED_BLOCK, Codes, Table
 from ...operands import Keep
 from . import planned
 from .arguments import arithmetic, is_exact
@@ -39,7 +37,8 @@ def product_of_codes(
     a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor | None, *, transposed: bool = False
 ) -> Tensor:
     """a @ where(keep, decoded, 0).T + bias; transposed: without the .T."""
-    packed, levels = None if keep is None else keep.source, _levels(a.device) if isinstance(weight, Nf4) else None
+    packed = None if keep is None else keep.source
+    levels = weight.levels_on(a.device) if isinstance(weight, Table) else None
     number = planned.kind("codes", a, weight.name, *weight.shape, transposed)
 
     def run() -> list[Tensor]:
@@ -57,7 +56,8 @@ def _launch(
     out = a.new_empty((m, p))
     bias = None if bias is None else bias.contiguous()
     packed = None if packed is None else packed.contiguous()
-    whole = k % (16 if levels is None else NF4_BLOCK) == 0
+    block = weight.block if isinstance(weight, Table) else 0
+    whole = k % (block or 16) == 0
     asked = Operands(a.element_size(), 0, is_exact(a), whole)
     tiles = quantized_tiles(target_of(a.device), max(1, m), max(1, p), max(1, q), asked)
     part = max(tiles.inner, tiles.part(q))
@@ -82,9 +82,8 @@ def _launch(
         *a.stride(),
         *out.stride(),
         TRANSPOSED=transposed,
-        KIND=weight.name,
         WHOLE=whole,
-        BLOCK=NF4_BLOCK,
+        BLOCK=block,
         NESTED=NESTED_BLOCK if len(weight.scales) > 1 else 0,
         PACKED=packed is not None,
         HAS_BIAS=bias is not None,
@@ -102,20 +101,18 @@ def _launch(
     return out.view(*given.shape[:-1], p)
 
 
-@functools.cache
-def _levels(device: torch.device) -> Tensor:
-    return torch.tensor(NF4, device=device)
-
-
 @triton.jit(do_not_specialize=["M", "SPLITS"])
 def _quantized_product_kernel(
     a, codes, absmax, levels, keep, bias, out, parts, M, N, K, SPLITS, Q_SPLIT,
     stride_am, stride_aq, stride_om, stride_op,
-    TRANSPOSED: tl.constexpr, KIND: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
+    TRANSPOSED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
     PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out (M, P) a program, if SPLITS is 1; else of one of the parts, see _masked_product_kernel."""
+    """One tile of out (M, P) a program, if SPLITS is 1; else of one of the parts, see _masked_product_kernel.
+
+    BLOCK: weights that share an absmax, if levels decode them; 0: int8.
+    """
     P = K if TRANSPOSED else N
     Q = N if TRANSPOSED else K
     ROWS: tl.constexpr = BLOCK_Q if TRANSPOSED else BLOCK_P
@@ -127,7 +124,7 @@ def _quantized_product_kernel(
     row = tile % tiles_m * BLOCK_M
     column = tile // tiles_m * BLOCK_P
     start = split * Q_SPLIT
-    if KIND == "nf4":
+    if BLOCK:
         table = tl.load(levels + tl.arange(0, 16))
     else:
         scale = _int8_scale(absmax, 0 if TRANSPOSED else column, N, ROWS)
@@ -136,8 +133,8 @@ def _quantized_product_kernel(
         tokens = load_tile(a, row, q, M, Q, stride_am, stride_aq, BLOCK_M, BLOCK_Q, False)
         n = q if TRANSPOSED else column
         k = column if TRANSPOSED else q
-        if KIND == "nf4":
-            w = _nf4_tile(codes, absmax, table, n, k, N, K, WHOLE, BLOCK, NESTED, ROWS, COLUMNS)
+        if BLOCK:
+            w = _table_tile(codes, absmax, table, n, k, N, K, WHOLE, BLOCK, NESTED, ROWS, COLUMNS)
         else:
             if TRANSPOSED:
                 scale = _int8_scale(absmax, n, N, ROWS)
@@ -164,7 +161,7 @@ def _quantized_product_kernel(
 
 
 @triton.jit
-def _nf4_tile(
+def _table_tile(
     codes, absmax, table, row, column, rows, columns,
     WHOLE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +171,7 @@ def _nf4_tile(
     16 x 32 x 128), and loads from memory half as many again, whose addresses fill the registers.
     """
     r = (row + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    if WHOLE:  # rows are whole blocks: two codes a byte, one absmax for up to 64 columns
+    if WHOLE:  # rows are whole blocks: two codes a byte, one absmax for up to BLOCK columns
         GROUPS: tl.constexpr = COLUMNS // BLOCK if COLUMNS > BLOCK else 1
         byte = column // 2 + tl.arange(0, COLUMNS // 2)[None, :]
         both = tl.load(codes + r * (columns // 2) + byte, mask=(r < rows) & (byte < columns // 2), other=0)
