@@ -165,4 +165,10 @@ class Nf4(Table):
         return levels[codes.int()] * nested.repeat_interleave(NESTED_BLOCK)[: len(codes)] + offset
 
 
-FORMATS: dict[str, type[Codes]] = {each.name: each for each in (Nf4, Int8)}
+class Int4(Table):
+    """w[i] = (code[i] - 8) * scale[i // 32]"""
+
+    name, levels, block = "int4", tuple(map(float, range(-8, 8))), 32
+
+
+FORMATS: dict[str, type[Codes]] = {each.name: each for each in (Nf4, Int8, Int4)}

@@ -1,7 +1,7 @@
 """The masked product over a quantised weight: decoded where the mask is applied, never whole.
 
-A product reads 0.5625 bytes a weight in NF4 (0.516 with double quantisation), 1 in int8, and 1 bit of the mask. Where
-there are scores, pack_mask makes the bits. dequantize makes the dense matrix.
+A product reads 0.5625 bytes a weight in NF4 (0.516 with double quantisation), 0.625 in int4 and 1 in int8, and 1 bit of
+the mask. Where there are scores, pack_mask makes the bits. dequantize makes the dense matrix.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class QuantizedMatrix:
     codes: Tensor
 
     def levels(self) -> str:
-        """ "nf4" or "int8"."""
+        """The kind, as of masked_linear_quantized: a key of FORMATS."""
         raise NotImplementedError
 
     def scales(self) -> list[Tensor]:
@@ -90,18 +90,20 @@ def masked_linear_quantized(
 ) -> Tensor:
     """y = x @ where(mask, w, 0).T + bias, w decoded from codes: without its dense matrix on a CPU and by GPU kernels.
 
-    nf4: w[i] = NF4[code[i]] * absmax[i // 64], i over the whole matrix. int8: w[n, k] = code[n, k] * (absmax[n] / 127).
+    nf4: w[i] = NF4[code[i]] * absmax[i // 64], i over the whole matrix. int4: w[i] = (code[i] - 8) * absmax[i // 32].
+    int8: w[n, k] = code[n, k] * (absmax[n] / 127).
     In fp32, rounded once to x's dtype, as bitsandbytes does it; on a CPU the result is that of masked_linear_packed
     over dequantize's matrix, to the bit. Gradients go to x and bias.
 
     Args:
         x: (..., K), floating.
-        codes: uint8, ceil(N * K / 2) of them for nf4, the first of two in the high bits; int8 (N, K).
-        absmax: fp32, (B,), B = ceil(N * K / 64) for nf4, (N,) for int8. Of bitsandbytes' double quantisation of nf4
-            four: uint8 (B,); fp32 (ceil(B / 256),), (256,) and (), its nested absmax, map of codes, and offset.
+        codes: uint8, ceil(N * K / 2) of them for nf4 and int4, the first of two in the high bits; int8 (N, K).
+        absmax: fp32, (B,), B = ceil(N * K / 64) for nf4, ceil(N * K / 32) for int4, N for int8. Of bitsandbytes' double
+            quantisation of nf4 four: uint8 (B,); fp32 (ceil(B / 256),), (256,) and (), its nested absmax, map of codes,
+            and offset.
         packed: int32 (N, ceil(K / 32)), see pack_mask; None keeps all.
         bias: (N,), dtype of x.
-        shape: (N, K). kind: "nf4" or "int8".
+        shape: (N, K). kind: "nf4", "int8" or "int4".
     Returns: (..., N) in x's dtype; accumulated in fp32.
     Raises: ValueError for shapes, devices or kind, TypeError for dtypes, RuntimeError for a backend that cannot serve.
     """

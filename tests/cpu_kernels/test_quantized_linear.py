@@ -1,4 +1,4 @@
-"""Products over NF4 and int8 codes: the decoded weight's to the bit; tests/models has NF4 beside bitsandbytes."""
+"""Products over codes: the decoded weight's to the bit; tests/models has NF4 beside bitsandbytes."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ flat = ByName(cpu)
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = ("nf4", "nf4-dq", "int8")
+KINDS = ("nf4", "nf4-dq", "int8", "int4")
 # Rows that begin within a byte, within a block and within half of one; one weight; parts of rows for every path.
 SHAPES = [(1, 1), (3, 5), (7, 63), (33, 129), (9, 576), (70, 2050)]
 TOKENS = (0, 1, 3, 17, 70, 150)
@@ -39,27 +39,28 @@ def coded(n, k, kind):
     """(codes, absmax, what the kernels call the kind) of any numbers."""
     if kind == "int8":
         return torch.randint(-127, 128, (n, k), dtype=torch.int8), [torch.rand(n) + 0.1], "int8"
-    blocks = -(-n * k // 64)
+    blocks = -(-n * k // (32 if kind == "int4" else 64))
     codes = torch.randint(0, 256, (-(-n * k // 2), 1), dtype=torch.uint8)
-    if kind == "nf4":
-        return codes, [torch.rand(blocks) + 0.1], "nf4"
+    if kind != "nf4-dq":
+        return codes, [torch.rand(blocks) + 0.1], kind
     nested = torch.rand(-(-blocks // 256)), torch.rand(256) * 2 - 1, torch.tensor(0.7)
     return codes, [torch.randint(0, 256, (blocks,), dtype=torch.uint8), *nested], "nf4"
 
 
 def of_integers(n, k, kind):
-    """As coded(), of the integers -2, 0 and 2, and those: of NF4 the levels -1, 0 and 1 times an absmax."""
+    """As coded(), of the integers -2, 0 and 2, and those: of a table the levels -1, 0 and 1 times an absmax."""
     values = torch.randint(-1, 2, (n, k)) * 2
     if kind == "int8":
         return values.to(torch.int8), [torch.full((n,), 127.0)], "int8", values.float()
-    nibbles = torch.tensor([0, 7, 15], dtype=torch.uint8)[values // 2 + 1].view(-1)
+    levels = [7, 8, 9] if kind == "int4" else [0, 7, 15]
+    nibbles = torch.tensor(levels, dtype=torch.uint8)[values // 2 + 1].view(-1)
     nibbles = torch.nn.functional.pad(nibbles, (0, n * k % 2))
-    blocks = -(-n * k // 64)
+    blocks = -(-n * k // (32 if kind == "int4" else 64))
     absmax = [torch.full((blocks,), 2.0)]
     if kind == "nf4-dq":
         nested = torch.full((-(-blocks // 256),), 0.5), torch.arange(256.0), torch.tensor(1.5)
         absmax = [torch.ones(blocks, dtype=torch.uint8), *nested]
-    return (nibbles[::2] << 4) | nibbles[1::2], absmax, "nf4", values.float()
+    return (nibbles[::2] << 4) | nibbles[1::2], absmax, kind.removesuffix("-dq"), values.float()
 
 
 def assert_same_bits(got, expected):
@@ -110,9 +111,10 @@ def test_every_code_is_rounded_once_at_every_size_of_absmax(capability, dtype):
     sizes = torch.tensor(
         [1e-45, 1e-40, 3e-38, 1e-33, 1e-7, 0.7, 3e4, 1e38, 3e38, 0.0, -0.5, float("inf"), float("nan")]
     )
-    nf4 = (torch.arange(256).to(torch.uint8).repeat(13), [sizes.repeat_interleave(8)], "nf4")
+    both = torch.arange(256).to(torch.uint8).repeat(13)
+    nf4, int4 = (both, [sizes.repeat_interleave(8)], "nf4"), (both, [sizes.repeat_interleave(16)], "int4")
     int8 = (torch.arange(-128, 128).to(torch.int8).repeat(13, 1), [sizes], "int8")
-    for (codes, absmax, levels), shape in ((nf4, [13, 512]), (int8, [13, 256])):
+    for (codes, absmax, levels), shape in ((nf4, [13, 512]), (int4, [13, 512]), (int8, [13, 256])):
         expected = oracle.dequantize(codes, absmax, shape, levels, dtype)
         got = flat.dequantize(codes, absmax, shape, levels, dtype)
         assert torch.equal(got.isnan(), expected.isnan())
@@ -153,7 +155,7 @@ def test_threads_change_no_bit(kind, dtype):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="/proc/self/clear_refs is Linux's")
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "int4"])
 def test_no_dense_copy_of_the_weight_is_made(kind):
     n, k = 4096, 4096
     codes, absmax, levels = coded(n, k, kind)
@@ -225,7 +227,9 @@ NESTED = [torch.zeros(6).byte(), torch.zeros(1), torch.zeros(256), torch.tensor(
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"kind": "fp4"}, ValueError, "kind must be one of ('nf4', 'int8'), got 'fp4'"),
+        ({"kind": "fp4"}, ValueError, "kind must be one of ('nf4', 'int8', 'int4'), got 'fp4'"),
+        ({"kind": "int4"}, ValueError, "absmax must be (12,) for int4 of (6, 64), got (6,)"),
+        ({"kind": "int4", "absmax": NESTED}, ValueError, "absmax must be one tensor for int4, got 4"),
         ({"shape": (6, 66)}, ValueError, "codes must be 198 bytes for nf4 of (6, 66), got (192,)"),
         ({"codes": torch.zeros(6, 64)}, TypeError, "codes must be torch.uint8 for nf4, got torch.float32"),
         ({"absmax": torch.zeros(7)}, ValueError, "absmax must be (6,) for nf4 of (6, 64), got (7,)"),
@@ -247,3 +251,10 @@ def test_wrong_arguments_are_named_with_rule_and_value(change, error, message):
     arguments = {"x": torch.zeros(2, 64), "codes": codes, "absmax": absmax, "shape": (6, 64)}
     with pytest.raises(error, match=re.escape(message)):
         mft_kernels.masked_linear_quantized(**arguments | change)
+
+
+@pytest.mark.parametrize(("kind", "blocks", "advice"), [("nf4", 6, ": give all four tensors of .*"), ("int4", 12, "")])
+def test_double_quantisation_is_advised_for_nf4_alone(kind, blocks, advice):
+    codes, absmax = torch.zeros(192).byte(), torch.zeros(blocks).byte()
+    with pytest.raises(TypeError, match=f"^absmax must be torch.float32, got torch.uint8{advice}$"):
+        mft_kernels.dequantize(codes, absmax, shape=(6, 64), kind=kind)

@@ -38,7 +38,7 @@ SIZES = (
     (64, 32000, 2048), (70, 5120, 1024), (128, 1024, 1024), (250, 5120, 13824), (513, 2560, 2560), (1024, 4864, 896),
     (3000, 896, 4864), (8192, 5632, 2048),
 )  # fmt: skip
-BOTH, KINDS = (False, True), ("nf4", "nested", "int8")
+BOTH, KINDS = (False, True), ("nf4", "nested", "int8", "int4")
 #: All that each op can be asked for.
 OPTIONS: dict[str, dict[str, tuple]] = {
     "selection": {"dtype": DTYPES, "mode": MODES, "by_row": BOTH},
@@ -113,6 +113,7 @@ LEFT_OUT: dict[str, Callable[[Asked], bool]] = {
     "layers have one threshold": lambda a: a.get("by_row", False),
     "over experts: they would not fit a bundle": lambda a: a["op"].startswith("experts"),
     "layers freeze the weight": lambda a: "weight" in a.get("wanted", ""),
+    "no layer of ours holds int4": lambda a: a.get("kind") == "int4",
     "in TF32 the products of layers alone, whose masks are words": lambda a: (
         a["tf32"] and (a["op"].startswith(("codes", "many")) or a.get("mask", "words") != "words")
     ),

@@ -1,4 +1,4 @@
-"""The triton backend's products over NF4 and int8 codes are the reference's; the weight is decoded to the bit."""
+"""The triton backend's products over codes are the reference's; the weight is decoded to the bit."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from mft_kernels.testing import assert_within_budget, random_inputs
 flat = ByName(ops)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = ("nf4", "nf4-dq", "int8")
+KINDS = ("nf4", "nf4-dq", "int8", "int4")
 # (M, N, K): rows that begin within a byte, within half of a block, and at whole blocks; every height of a tile.
 SHAPES = [(1, 1, 1), (17, 34, 67), (40, 9, 96), (5, 40, 128)]
 
@@ -28,12 +28,12 @@ def coded(n, k, kind, device="cpu"):
     if kind == "int8":
         codes, absmax = torch.randint(-127, 128, (n, k), dtype=torch.int8), [torch.rand(n) + 0.1]
     else:
-        blocks = -(-n * k // 64)
+        blocks = -(-n * k // (32 if kind == "int4" else 64))
         codes, absmax = torch.randint(0, 256, (-(-n * k // 2), 1), dtype=torch.uint8), [torch.rand(blocks) + 0.1]
         if kind == "nf4-dq":
             nested = torch.rand(-(-blocks // 256)), torch.rand(256) * 2 - 1, torch.tensor(0.7)
             absmax = [torch.randint(0, 256, (blocks,), dtype=torch.uint8), *nested]
-    return codes.to(device), [scale.to(device) for scale in absmax], "int8" if kind == "int8" else "nf4"
+    return codes.to(device), [scale.to(device) for scale in absmax], kind.removesuffix("-dq")
 
 
 def of_powers(n, k, kind, device):
@@ -41,7 +41,7 @@ def of_powers(n, k, kind, device):
     codes, absmax, levels = coded(n, k, kind)
     if kind == "int8":
         return (codes % 3 - 1).to(device), [127.0 * 2.0 ** torch.randint(0, 3, (n,)).to(device)], levels
-    nibbles = torch.tensor([0, 7, 15], dtype=torch.uint8)
+    nibbles = torch.tensor([7, 8, 9] if kind == "int4" else [0, 7, 15], dtype=torch.uint8)
     codes = (nibbles[codes.int() % 3] << 4) | nibbles[codes.int() // 3 % 3]
     absmax[0] = 2.0 ** torch.randint(0, 3, absmax[0].shape)
     if kind == "nf4-dq":
@@ -77,7 +77,8 @@ def test_products_of_integers_equal_the_reference(device, kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_weight_is_decoded_to_the_bit(device, kind, dtype):
     """The unit matrix of N tokens reads d_x = decoded: also in bf16, which is rounded before it is multiplied."""
-    sizes = torch.tensor([1e-33, 1e-7, 0.7, 3e4, 0.0, -0.5])
+    largest = 7e3 if kind == "int4" else 3e4  # by up to 1.1 and a level, in fp16
+    sizes = torch.tensor([1e-33, 1e-7, 0.7, largest, 0.0, -0.5])
     for n, k in ((16, 128), (9, 45)):
         codes, absmax, levels = coded(n, k, kind)
         if kind != "nf4-dq":
@@ -109,7 +110,7 @@ def test_random_products_err_as_torch_does(device, kind):
 def test_a_sum_in_parts_counts_every_element_and_the_bias_once(device, target, monkeypatch):
     plan = kernels.quantized_tiles
     monkeypatch.setattr(kernels, "quantized_tiles", lambda *sizes: replace(plan(*sizes), splits=3))
-    for kind, (n, k) in (("nf4", (24, 704)), ("int8", (24, 689))):
+    for kind, (n, k) in (("nf4", (24, 704)), ("int4", (24, 672)), ("int8", (24, 689))):
         codes, absmax, levels = of_powers(n, k, kind, device)
         x, bias = integers(device, torch.float16, 3, k), integers(device, torch.float16, n)
         arguments = x, codes, absmax, None, bias, [n, k], levels
@@ -186,6 +187,7 @@ def test_on_a_gpu_layers_decode_in_the_kernel_where_triton_compiles_and_where_cu
     assert not is_fused()
     monkeypatch.setenv("MFT_KERNELS", "cuda")
     assert is_fused()  # by the cuda backend's
+    assert not Coded(kind="int4").is_fused(torch.empty(1, dtype=torch.bfloat16))  # which takes no int4
     assert not Coded(torch.float32).is_fused(torch.empty(1))
     monkeypatch.delenv("MFT_KERNELS")
     assert not is_fused()
