@@ -124,18 +124,23 @@ inline __m256i codes_in_order(const uint8_t* codes) {
   return _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
 }
 
-// Byte `shift / 8` of each value, twice.
-template <typename Element>
-inline __m256i bytes_of_values(const Element* values, int shift) {
-  alignas(16) uint8_t bytes[kLevels];
-  for (int i = 0; i < kLevels; ++i) bytes[i] = static_cast<uint8_t>(values[i] >> shift);
-  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
-}
+// The low and the high bytes of the sixteen values, each twice.
+struct BytesOfValues {
+  __m256i low, high;
+};
 
-inline void look_up(uint16_t* out, const uint8_t* codes, const uint16_t* values) {
+inline BytesOfValues table_of(const uint16_t* values) {
+  const __m256i all = _mm256_load_si256(reinterpret_cast<const __m256i*>(values));
+  const __m256i low = _mm256_and_si256(all, _mm256_set1_epi16(0xff)), high = _mm256_srli_epi16(all, 8);
+  // Packed within halves: low and high bytes of the first eight, then those of the others.
+  const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8);
+  return {_mm256_permute2x128_si256(bytes, bytes, 0x00), _mm256_permute2x128_si256(bytes, bytes, 0x11)};
+}
+inline const uint32_t* table_of(const uint32_t* values) { return values; }
+
+inline void look_up(uint16_t* out, const uint8_t* codes, const BytesOfValues& values) {
   const __m256i which = codes_in_order(codes);
-  const __m256i low = _mm256_shuffle_epi8(bytes_of_values(values, 0), which);
-  const __m256i high = _mm256_shuffle_epi8(bytes_of_values(values, 8), which);
+  const __m256i low = _mm256_shuffle_epi8(values.low, which), high = _mm256_shuffle_epi8(values.high, which);
   const __m256i first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
   auto* to = reinterpret_cast<__m256i*>(out);
   _mm256_storeu_si256(to, _mm256_permute2x128_si256(first, second, 0x20));
@@ -159,6 +164,11 @@ inline void look_up(uint32_t* out, const uint8_t* codes, const uint32_t* values)
 #else
 
 template <typename Element>
+const Element* table_of(const Element* values) {
+  return values;
+}
+
+template <typename Element>
 inline void look_up(Element* out, const uint8_t* codes, const Element* values) {
   for (int64_t j = 0; j < kUnit; j += 2) {
     out[j] = values[codes[j / 2] >> 4];
@@ -169,11 +179,6 @@ inline void look_up(Element* out, const uint8_t* codes, const Element* values) {
 #endif
 
 #if !defined(__AVX512BW__)
-
-template <typename Element>
-const Element* table_of(const Element* values) {
-  return values;
-}
 
 template <int64_t kSize, typename Element>
 int64_t decode_blocks(Element*, Format, const Quantized&, int64_t, int64_t) {
@@ -198,9 +203,10 @@ void decode_table(Element* out, Format format, const Quantized& weight, int64_t 
     const int64_t block_end = (block + 1) * size < end ? (block + 1) * size : end;
     alignas(64) Element values[kLevels];
     make_values(values, weight.levels, weight.absmax_of(block), format);
+    const auto table = table_of(values);
     while (i < block_end) {
       if (i % kUnit == 0 && i + kUnit <= block_end) {
-        look_up(out + (i - first), codes + i / 2, table_of(values));
+        look_up(out + (i - first), codes + i / 2, table);
         i += kUnit;
       } else {
         out[i - first] = values[i % 2 == 0 ? codes[i / 2] >> 4 : codes[i / 2] & 15];
