@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml $(wildcard benchmarks/results/gpu-faster.json)
 
-.PHONY: install dev demo test lint errors reference docs sanitize ports faults fuzz architectures cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
+.PHONY: install dev demo test test-slow lint errors reference docs sanitize ports faults fuzz architectures cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
 # What users need: to train, compare and serve. And on top of it what tests, linters and docs need, the extra dev.
 install: $(VENV)/.installed
@@ -59,11 +59,15 @@ demo: install
 
 # Two processes of one thread each (tests/conftest.py says why one): a file's tests stay together, as they share what is
 # slow to make. The Triton kernels run in the interpreter, which has to be chosen before they are imported.
+# What takes longest and breaks least is left to test-slow, which .ci/run runs too.
 test: dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels tests/grouped tests/kernels/test_ops.py tests/kernels/test_repeatability.py -k "triton and not ($(SLOW_INTERPRETED))"
 # Of the ops over experts, whose kernels tests/triton_kernels has in every form.
 SLOW_INTERPRETED := grouped_ops and (random or values and not (bfloat16 and 45 and magnitude) or add_up and not (bfloat16 and signs))
+
+test-slow: dev
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: dev
 	$(BIN)/ruff check .

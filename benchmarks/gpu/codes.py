@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mft_kernels import dequantize, reference
-from mft_kernels.codes import NESTED_BLOCK, NF4_BLOCK
+from mft_kernels.codes import NESTED_BLOCK, Nf4
 from mft_kernels.testing import Inputs
 
 from .cases import CUDA, DENSE, FUSED, Case
@@ -67,7 +67,7 @@ class Codes:
 
 def drawn(kind: str, n: int, k: int, device: torch.device, *, whole: bool = False) -> Codes:
     """At random; ``whole``: of integers from -2 to 2, so that sums are exact."""
-    generator, blocks = torch.Generator(device).manual_seed(0), -(-n * k // NF4_BLOCK)
+    generator, blocks = torch.Generator(device).manual_seed(0), -(-n * k // Nf4.block)
 
     def draw(low: int, end: int, *shape: int) -> Tensor:
         return torch.randint(low, end, shape, generator=generator, device=device)

@@ -150,6 +150,7 @@ def test_every_extra_is_driven():
     assert set(USES) - {None} == set(PROJECT["optional-dependencies"]) - OF_THE_CHECKOUT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", USES)
 def test_an_extra_alone_is_enough(extra, tmp_path):
     brought = brought_by(extra)

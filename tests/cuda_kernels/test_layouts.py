@@ -37,6 +37,7 @@ def test_the_device_addresses_shared_memory_and_tma_as_cute_does():
     run("test_layouts_device.cpp", [built("machine.cpp")], cute_headers())
 
 
+@pytest.mark.slow
 def test_cutlass_s_kernel_of_d_scores_on_hopper_makes_every_element_bit_for_bit():
     # -O1: at -O0 it runs for long. CUTLASS's device code is parsed whole, and g++ knows not all that it calls.
     flags = [*cute_headers(), "-O1", "-g0", "-fpermissive", "-w"]

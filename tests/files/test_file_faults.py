@@ -11,6 +11,7 @@ import pytest
 CASES = int(os.environ.get("MFT_FILE_FAULTS", "8"))  # of some two thousand, at places spread over all
 
 
+@pytest.mark.slow
 def test_a_run_that_met_a_fault_goes_on_to_the_same_bytes():
     """MFT_FILE_FAULTS=200 tries more; python tests/file_faults.py (make faults) each fault at every call."""
     command = [sys.executable, str(Path(file_faults.__file__)), "--cases", str(CASES), "--jobs", "1"]

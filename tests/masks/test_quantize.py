@@ -398,6 +398,7 @@ def exact_loss(smollm2_dir, real_text):
     return evaluate(smollm2(smollm2_dir), real_text).loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "loss_added", "bytes_a_weight"),
     [("nf4", 0.3, 0.5625), ("nf4-dq", 0.3, 0.518), ("int8", 0.03, 1.008)],

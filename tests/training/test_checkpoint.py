@@ -64,6 +64,7 @@ def save_on_and_on(root, first):
         write(root, step)
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_any_point_leaves_a_checkpoint_that_loads(tmp_path):
     """MFT_KILLS=1000 kills more often."""
     began = time.monotonic()

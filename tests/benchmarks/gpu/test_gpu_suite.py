@@ -125,6 +125,7 @@ def test_a_dry_run_writes_nothing_among_the_stored_results(capsys):
     assert "--out must be elsewhere in a dry run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_dry_run_walks_through_everything(tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(tmp_path)],
