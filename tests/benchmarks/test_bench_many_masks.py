@@ -48,6 +48,7 @@ def test_the_table_of_many_masks_shows_losses_differences_and_bytes(exports):
     assert f"| masks in memory | {sizes['masks in memory']:,d} |" in memory
 
 
+@pytest.mark.slow
 def test_the_question_of_many_masks_is_answered(smollm2_dir, tokenizer, tmp_path, monkeypatch, capsys):
     def load_small(name):
         with torch.random.fork_rng():

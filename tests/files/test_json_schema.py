@@ -76,6 +76,7 @@ def test_whatever_value_a_run_takes_is_valid(validators, cls, name):
     assert loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cls", "name"), fields(Arm, ScratchConfig))
 def test_whatever_value_a_study_takes_is_valid(validators, tmp_path, cls, name):
     loaded = 0

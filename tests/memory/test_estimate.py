@@ -30,6 +30,7 @@ def test_each_way_is_as_simulated(way, layers):
     assert_as_simulated(SMALL, Workload(memory=way, layers=layers, sequence=512, accumulation=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "config"),
     [("plain", GROUPED), ("plain", QWEN), ("plain", NARROW), ("resident", QWEN), ("layerwise", NARROW)],
@@ -40,6 +41,7 @@ def test_other_shapes(way, config):
     assert_as_simulated(config, Workload(memory=way, sequence=256, micro_batch=2, accumulation=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "changes"),
     [

@@ -98,6 +98,7 @@ def test_an_interrupted_study_resumes_to_the_same_bits(study, done, monkeypatch)
     assert study.lines == []  # all is done
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(study, done):
     two = facts(study("workers=2"))
     assert equal(two, done.found)
