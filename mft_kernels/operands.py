@@ -130,6 +130,26 @@ class Update:
         """What the scores are multiplied by."""
         return 1 - self.lr * self.weight_decay
 
+    def until_seed(self) -> tuple:
+        """The first fifteen arguments of score_step_ in both C++ libraries."""
+        return (
+            self.scores,
+            self.grad.contiguous(),
+            None if self.weight is None else self.weight.contiguous(),
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.scales,
+            self.step,
+            self.step_size,
+            self.beta1,
+            self.beta2,
+            self.correction,
+            self.eps,
+            self.decay,
+            self.grad_scale,
+            self.seed,
+        )
+
     @property
     def magnitude(self) -> bool:
         """Whether the next mask compares magnitudes."""

@@ -10,7 +10,7 @@ correctness.py   ops on real shapes, equality.py bit for bit; layouts.py: CUDA's
 programs.py      what runs in a process of its own: Triton's tests, compute-sanitizer
 timing.py        competitors on rotated inputs (operands.py), in CUDA graphs, in interleaved rounds
 ways.py, products.py, two_passes.py   a layer's products in every way; once_a_step.py, codes.py, experts.py: other ops
-train.py         whole optimiser steps, beside what mft estimate says
+train.py         whole optimiser steps, compared with what mft estimate says
 
 bundle.py     what it needs elsewhere, in one folder (`make gpu-bundle`)
 device.py     the card, or in a dry run a CPU with Triton's interpreter and, by on_host.py, the emulator of csrc/cuda

@@ -144,7 +144,7 @@ def _dense(product: str, t: Experts) -> Callable[[int], Tensor]:
 
 
 def _ours(product: str, t: Experts, backend: str, *, packed: bool) -> Callable[[int], tuple[Tensor, ...]]:
-    """A function of a copy, of which there is one: the one result that is asked for, in a tuple."""
+    """Return a function that makes only the result asked for, in a tuple. Its argument is not used."""
     if product == "d_scores":
         name, _, arguments = t.gradients(_D_SCORES)
         return lambda copy: results(name, backend, arguments)[2:3]

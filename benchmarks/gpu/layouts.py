@@ -56,7 +56,7 @@ SMALL: tuple[Size, ...] = (
 #: takes the most tokens that give each cluster a tile, of 256 features; an H100 has 66 clusters.
 WIDE: tuple[Size, ...] = ((500, 8448, 64), (160, 8448, 64), (500, 64, 8448), (160, 64, 8448))
 _CUT: Size = (64, 256, 128)  # of a wider matrix
-#: (N, K) of experts, of whom one kernel serves every capability: the second's rows are whole chunks, tiles are more
+#: (N, K) of experts. One kernel serves every capability. The second's rows are whole chunks, tiles are more
 #: than one in every direction.
 _EXPERTS = ((33, 47), (264, 136))
 

@@ -85,7 +85,7 @@ def time_host(case: Case, bench: Bench) -> dict[str, Any]:
         # Its scores, as threshold, are those that the other masks were made of: all compute the same.
         expected = Eager().forward(operands[0])
         for name, make in _LAYERS.items():
-            # A layer that was captured selects anew in each eager call too: it cannot know what a replay wrote.
+            # A captured layer also selects again in each eager call, as it cannot know what a replay wrote.
             for how, label in ((CLOCK, name), (GRAPH, name + IN_GRAPH)):
                 run = functools.partial(lambda way, copy: way.forward(operands[copy]), make())
                 found[label] = Competitor(run, None if name == DENSE_LAYER else expected, how=how)

@@ -47,7 +47,7 @@ def run_for(
         os.killpg(process.pid, signal.SIGKILL)
         return process.communicate()[0] or "", None
     finally:
-        if process.poll() is None:  # whoever waits here was stopped itself
+        if process.poll() is None:  # this process was stopped while it waited
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 

@@ -15,7 +15,7 @@ _COLUMNS = (DENSE, CUDA, FUSED, PACKED, AUTO, LAYER, HELD, PASS, KEPT, COMPILED,
 WARNING = "WARNING"
 _OPENING = """# Measured on a GPU
 
-Written by `make gpu`; the same numbers, with every round, are in gpu-*.json beside this file.
+Written by `make gpu`. The gpu-*.json files in this folder hold the same numbers with every round.
 """
 _DRY = """
 **A dry run: kernels emulated on a CPU. No figure below was measured on a GPU, and none says anything of one.**

@@ -1,4 +1,4 @@
-"""Time whole optimiser steps of models with random weights in each way of running, beside what mft estimate says.
+"""Time whole optimiser steps of random models in each way of running, compared with what mft estimate says.
 
 Their time and memory do not depend on the values. Needs transformers, and nothing of mft that reads data sets.
 """
@@ -43,7 +43,7 @@ _TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 1, "
 
 
 def time_train(case: Case, bench: Bench) -> dict[str, Any]:
-    """Times and peak bytes of a step of case.detail, "model, way", beside the estimate's."""
+    """Times and peak bytes of a step of case.detail, "model, way", and the bytes that are estimated."""
     if str(ROOT / "python") not in sys.path:  # the recipe need not be installed
         sys.path.append(str(ROOT / "python"))
     device, (model, way) = bench.device, case.detail.rsplit(", ", 1)

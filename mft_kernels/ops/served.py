@@ -1,5 +1,6 @@
 """From an op's operands to the function of the backend that serves them: for use within ops, unchecked."""
 
+import torch
 from torch import Tensor
 
 from ..backends.table import choose
@@ -32,7 +33,7 @@ def gradients(
     weight: Tensor | Experts,
     keep: Keep,
     sign: Tensor | None,
-    score_dtype,
+    score_dtype: torch.dtype,
     output_mask: list[bool],
     backend: str,
     *,

@@ -96,21 +96,7 @@ def step(update: Update) -> tuple[Tensor, Tensor]:
     """
     scores = update.scores
     found = built.cpu_ops.score_step_(
-        scores,
-        update.grad.contiguous(),
-        _contiguous(update.weight),
-        update.exp_avg,
-        update.exp_avg_sq,
-        update.scales,
-        update.step,
-        update.step_size,
-        update.beta1,
-        update.beta2,
-        update.correction,
-        update.eps,
-        update.decay,
-        update.grad_scale,
-        update.seed,
+        *update.until_seed(),
         update.magnitude and update.weight is not None,
         -1 if update.keep_ratio is None else kept_count(scores.numel(), update.keep_ratio),
         update.magnitude,

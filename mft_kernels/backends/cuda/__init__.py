@@ -88,21 +88,7 @@ def step(update: Update) -> tuple[Tensor, Tensor]:
     fp32 scores take three more passes, others one or two where the threshold before is not given or far from the next.
     """
     return built.cuda_ops.score_step_(
-        update.scores,
-        update.grad.contiguous(),
-        _contiguous(update.weight),
-        update.exp_avg,
-        update.exp_avg_sq,
-        update.scales,
-        update.step,
-        update.step_size,
-        update.beta1,
-        update.beta2,
-        update.correction,
-        update.eps,
-        update.decay,
-        update.grad_scale,
-        update.seed,
+        *update.until_seed(),
         update.magnitude,
         -1 if update.keep_ratio is None else kept_count(update.scores.numel(), update.keep_ratio),
         update.threshold,
