@@ -59,7 +59,8 @@ demo: install
 
 # Two processes of one thread each (tests/conftest.py says why one): a file's tests stay together, as they share what is
 # slow to make. The Triton kernels run in the interpreter, which has to be chosen before they are imported.
-# What takes longest and breaks least is left to test-slow, which .ci/run runs too.
+# Tests marked slow are left to test-slow: what takes seconds and seldom breaks, and the code of every page but README and
+# quick-start. .ci/run runs both.
 test: dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels tests/grouped tests/kernels/test_ops.py tests/kernels/test_repeatability.py -k "triton and not ($(SLOW_INTERPRETED))"
@@ -67,7 +68,7 @@ test: dev
 SLOW_INTERPRETED := grouped_ops and (random or values and not (bfloat16 and 45 and magnitude) or add_up and not (bfloat16 and signs))
 
 test-slow: dev
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: dev
 	$(BIN)/ruff check .

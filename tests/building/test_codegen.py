@@ -41,6 +41,7 @@ OTHERS = {"_masked_weight_kernel", "_many_masks_kernel", "_grouped_product_kerne
 every_entry = functools.cache(launches.entries)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("card", launches.targets(), ids=str)
 def test_every_binary_of_the_usual_launches_is_as_it_should_be(card):
     """Two of each kernel, of few tokens and of many; where instructions are sm_80's and shared memory alone differs, of

@@ -22,6 +22,8 @@ if triton.knobs.runtime.interpret:
 if not triton.__version__.startswith("3.9"):
     pytest.skip(f"cubins are of Triton 3.9, this is {triton.__version__}", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 _NAMES = (

@@ -48,6 +48,7 @@ def test_no_schedule_of_the_load_warp_and_the_epilogue_of_d_scores_on_hopper_han
     run("test_score_protocol.cpp", [], [*cute_headers(), "-fpermissive", "-w"])
 
 
+@pytest.mark.slow
 def test_cutlass_s_kernel_of_d_scores_on_hopper_ends_and_its_stages_are_whole_in_every_schedule_tried():
     """And each of seven faults, put into it one by one, is found and named."""
     # -O1: at -O0 g++ takes longer.

@@ -5,9 +5,12 @@ import functools
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import mft
+
+pytestmark = pytest.mark.slow
 
 DOC = Path(__file__).parents[2] / "docs" / "transformers.md"
 

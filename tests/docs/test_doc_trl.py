@@ -12,6 +12,8 @@ from mft.models import pretrained
 
 pytest.importorskip("trl", reason="needs trl: pip install 'mft_kernels[trl]'")
 
+pytestmark = pytest.mark.slow
+
 DOC = Path(__file__).parents[2] / "docs" / "trl.md"
 
 

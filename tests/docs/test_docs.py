@@ -135,6 +135,7 @@ def test_the_blocks_of_readme_and_quick_start_run(ground):
         assert (ground / "runs" / run / "masks" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
 @pytest.mark.usefixtures("torchrun")
 @pytest.mark.parametrize("document", titled(d for d in DOCUMENTS if blocks(d) and d.name not in ELSEWHERE))

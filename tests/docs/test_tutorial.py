@@ -19,6 +19,7 @@ PAGE = ROOT / "docs" / "tutorials" / "first-mask.md"
 SMALL = ["data.sequence_length=128", "train.steps=2", "data.max_eval_tokens=1024"]
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, tiny_llama, tokenizer, monkeypatch):
     save_model(tiny_llama.to(torch.bfloat16), tokenizer, tmp_path / "model")
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))

@@ -380,6 +380,7 @@ def torchrun(*arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_a_run_whose_writer_is_killed_ends_and_goes_on_to_the_single_process_result(cli, tmp_path):
     learn = [*LEARN, "train.steps=16", f"train.accumulation={COUNT}", "mask.keep_ratio=0.8", "checkpoint_minutes=0"]
     learn += ["train.eval_every=6", "train.keep_best=true", "report_to=tensorboard"]

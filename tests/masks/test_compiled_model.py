@@ -82,6 +82,7 @@ def checkpointed(model, use_reentrant):
     return model.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "fullgraph"),
     [

@@ -82,6 +82,7 @@ def stop_after(monkeypatch, count, error):
     return ran
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_resumes_to_the_same_bits(study, done, monkeypatch):
     for count in (1, 4, 5):
         with monkeypatch.context() as patch:

@@ -250,6 +250,7 @@ def test_a_run_reports_nowhere_unless_asked():
     assert load_config(None).report_to == []
 
 
+@pytest.mark.slow
 def test_wandb_takes_a_run_offline(cli, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -51,6 +51,7 @@ def test_it_says_of_which_commit_it_is_and_what_it_lacks(folder):
     assert bundle.commit_of(made / "tests") == {}
 
 
+@pytest.mark.slow
 def test_the_suite_runs_from_it_alone(folder, tmp_path):
     made, _ = folder
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--what", "host", "--out", str(tmp_path)]

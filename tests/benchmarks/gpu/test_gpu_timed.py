@@ -112,6 +112,7 @@ def test_selections_that_disagree_are_not_timed(bench, monkeypatch):
 # ---------------------------------------------------------------------------------------------- whole steps
 
 
+@pytest.mark.slow
 def test_every_way_of_running_is_trained_without_datasets():
     """On a machine that lacks the package, and one more that only the verbs need."""
     code = (

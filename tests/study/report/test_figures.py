@@ -44,6 +44,7 @@ def study(tmp_path_factory):
         yield directory / "run", findings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["surface", "overlap", "summary", "bytes", "forgetting"])
 def test_each_picture_is_drawn_from_the_command_line(study, tmp_path, what):
     picture = tmp_path / "picture.png"
