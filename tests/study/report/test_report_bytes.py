@@ -10,7 +10,7 @@ from test_study_report import ARMS, LOSSES, findings
 
 from mft.files.figure import new_figure
 from mft.study.arms.kinds import make_arm
-from mft.study.report.at_equal_bytes import at_equal_bytes, remark_on_bytes, said_of_bytes
+from mft.study.report.at_equal_bytes import ABOUT, NO_MORE, at_equal_bytes, remark_on_bytes, said_of_bytes
 from mft.study.report.pictures import by_bytes as by_bytes_module
 from mft.study.report.pictures.by_bytes import Point, frontier, plot_bytes, points
 from mft.study.report.table import study_numbers, study_tables
@@ -69,10 +69,34 @@ def test_a_masks_rival_is_the_best_on_validation_that_stores_no_more_from_the_sa
     assert one.validation == pytest.approx(-0.03, abs=0.002)
     _, (one,) = by_bytes(sizes=SIZES | RIVALS | {"MFT": 64_000})
     assert (one.rival, one.rivals) == ("LoRA 8", 3)  # as many bytes are not more
-    _, (one,) = by_bytes(sizes=SIZES | RIVALS | {"MFT": 63_999})
+    _, (one, _) = by_bytes(sizes=SIZES | RIVALS | {"MFT": 63_999})
     assert one.rival == "LoRA 1"
-    _, (one,) = by_bytes(validation=LOSS | {"temperature": 1.97})
+    _, (one, _) = by_bytes(validation=LOSS | {"temperature": 1.97})
     assert one.rival == "temperature"  # whatever test says
+
+
+@pytest.mark.parametrize(
+    ("bytes_of_mft", "expected"),
+    [
+        (6_402, [("temperature", NO_MORE), ("LoRA 1", ABOUT)]),  # by 1.25 times larger than the mask
+        (6_399, [("temperature", NO_MORE), (None, ABOUT)]),
+        (9_000, [("LoRA 1", NO_MORE)]),  # it is the best by both
+        (63_999, [("LoRA 1", NO_MORE), ("LoRA 8", ABOUT)]),
+        (20_000, [("LoRA 1", NO_MORE), (None, ABOUT)]),  # which has 40 % of its bytes
+    ],
+)
+def test_a_mask_meets_what_stores_about_as_much_too(bytes_of_mft, expected):
+    _, found = by_bytes(sizes=SIZES | RIVALS | {"MFT": bytes_of_mft - 1})
+    assert [(one.rival, one.stores) for one in found] == expected
+    compared = [one for one in found if one.rival is not None]
+    assert all(one.difference.p_holm <= len(compared) * one.difference.p for one in compared)
+    (said,) = said_of_bytes(found)
+    assert ("has no rival that stores about as much." in said) == ((None, ABOUT) in expected)
+    if bytes_of_mft == 20_000:
+        assert "LoRA 1 (8,001 bytes, 40 % of its own, the best on validation of 2 that store no more)" in said
+    if bytes_of_mft == 63_999:
+        assert "LoRA 8 (64,001 bytes, 100 % of its own, the only one to store about as much)" in said
+        assert "and of those that take about as much, within a factor of 1.25," in remark_on_bytes(found)[0]
 
 
 @pytest.mark.parametrize(
@@ -123,9 +147,9 @@ def test_the_report_holds_the_sentence_the_numbers_and_the_picture(tmp_path):
     write_study_report(study, tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert re.search(
-        r"\ncode, at equal bytes\. MFT \(9,001 bytes\) is neither shown ahead of nor behind LoRA 1 \(8,001 bytes, the "
-        r"best on validation of 2 that store no more\) \(1 test document, at least 20 are needed\): -0\.0\d+ nats "
-        r"a token, Holm-adjusted p -; on validation -0\.0\d+\.\n",
+        r"\ncode, at equal bytes\. MFT \(9,001 bytes\) is neither shown ahead of nor behind LoRA 1 \(8,001 bytes, 89 % "
+        r"of its own, the best on validation of 2 that store no more\) \(1 test document, at least 20 are needed\): "
+        r"-0\.0\d+ nats a token, Holm-adjusted p -; on validation -0\.0\d+\.\n",
         text,
     )
     assert "over these 1 comparisons" in text

@@ -1,14 +1,15 @@
 """Each trained mask against what else can be kept in as few bytes beside the same start.
 
-Of all arms from its start that are no masks and store no more than it does, the mask is held against that of least
-validation loss. The difference is one of test losses, paired by seed and document as in the tables; Holm's correction
+A mask meets two rivals, of all arms from its start that are no masks: the best of those that store no more than it
+does, however little that is, and the best of those that store about as much, a little less or more. Validation says
+which is best. The difference is one of test losses, paired by seed and document as in the tables; Holm's correction
 runs over these comparisons in all domains. Ahead or behind is said by the rules of verdict.py, else that neither shows.
 """
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mft.study.config import StudyConfig
 from mft.study.outcome import Findings
@@ -18,6 +19,8 @@ from mft.study.report.table import DomainTable, Row, finite
 from mft.study.report.verdict import shown_interval, shown_p
 
 AHEAD, BEHIND, UNDECIDED = "ahead", "behind", "undecided"
+NO_MORE, ABOUT = "no more", "about as much"
+NEAR = 1.25  # times the bytes, either way, that are about as much: a rank of LoRA more or less from rank 4 on
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class AtEqualBytes:
     rival_bytes: float | None = None
     difference: Difference | None = None  # test loss, mask - rival
     validation: float | None = None  # the same on validation
+    stores: str = NO_MORE  # what rivals may store: NO_MORE than the mask, or ABOUT as much
 
     @property
     def verdict(self) -> tuple[str, str]:
@@ -41,8 +45,14 @@ class AtEqualBytes:
         return {-1: AHEAD, 0: UNDECIDED, 1: BEHIND}[shown], why
 
 
+class _Rival(NamedTuple):
+    row: Row
+    validation: float  # mask - rival
+    pair: Paired  # the same on test
+
+
 def at_equal_bytes(findings: Findings, tables: Mapping[str, DomainTable]) -> list[AtEqualBytes]:
-    """One a domain and trained mask, in their order; none at all where no mask has a rival."""
+    """Two a domain and trained mask, in their order, or one where its rivals are the same; none where there is none."""
     found: list[AtEqualBytes] = []
     pairs: list[Paired] = []
     for domain, table in tables.items():
@@ -50,20 +60,26 @@ def at_equal_bytes(findings: Findings, tables: Mapping[str, DomainTable]) -> lis
             if not findings.study.arms[row.arm].is_mft or row.bytes is None:
                 continue
             rivals = list(_rivals(findings, domain, table, row))
-            best = max(rivals, key=lambda each: each[1], default=None)
-            one = AtEqualBytes(domain, row.arm, row.bytes, len(rivals))
-            if best is not None:
-                rival, validation, pair = best
-                one = dataclasses.replace(one, rival=rival.arm, rival_bytes=rival.bytes, validation=validation)
-                pairs.append(pair)
-            found.append(one)
+            met: list[str | None] = []
+            for stores in (NO_MORE, ABOUT):
+                allowed = [each for each in rivals if _may_store(stores, each.row, row)]
+                best = max(allowed, key=lambda each: each.validation, default=None)
+                if (best and best.row.arm) in met:
+                    continue
+                one = AtEqualBytes(domain, row.arm, row.bytes, len(allowed), stores=stores)
+                if best is not None:
+                    rival, validation, pair = best
+                    one = dataclasses.replace(one, rival=rival.arm, rival_bytes=rival.bytes, validation=validation)
+                    pairs.append(pair)
+                met.append(one.rival)
+                found.append(one)
     family = iter(with_holm(differences(pairs)))
     found = [one if one.rival is None else dataclasses.replace(one, difference=next(family)) for one in found]
     return found if pairs else []
 
 
 def said_of_bytes(found: Sequence[AtEqualBytes]) -> list[str]:
-    """One paragraph a domain, a sentence a mask."""
+    """One paragraph a domain, a sentence a mask and rival."""
     domains = dict.fromkeys(one.domain for one in found)
     return [
         f"{domain}, at equal bytes. {' '.join(_sentence(one) for one in found if one.domain == domain)}"
@@ -74,10 +90,16 @@ def said_of_bytes(found: Sequence[AtEqualBytes]) -> list[str]:
 def remark_on_bytes(found: Sequence[AtEqualBytes]) -> list[str]:
     """How the comparisons were made, if there are any."""
     count = sum(one.rival is not None for one in found)
+    about = (
+        f"; and of those that take about as much, within a factor of {NEAR:g}, where that is another one"
+        if any(one.stores == ABOUT for one in found)
+        else ""
+    )
     return [
         "At equal bytes: what an arm must keep beside the model that it began at, numbers in 16 bits, masks and "
         "positions entropy-coded, means over seeds; the rival is that with the least validation loss of all arms from "
-        f"the same start that are no masks and take no more; Holm's correction runs over these {count} comparisons."
+        f"the same start that are no masks and take no more{about}; Holm's correction runs over these {count} "
+        "comparisons."
     ] * (count > 0)
 
 
@@ -88,17 +110,23 @@ def bytes_values(found: Sequence[AtEqualBytes]) -> list[dict[str, Any]]:
     )
 
 
-def _rivals(findings: Findings, domain: str, table: DomainTable, mask: Row) -> Iterator[tuple[Row, float, Paired]]:
-    """(rival, mask - rival on validation, the pair on test) where both were tested in some seed."""
+def _may_store(stores: str, rival: Row, mask: Row) -> bool:
+    assert rival.bytes is not None
+    assert mask.bytes is not None
+    if stores == NO_MORE:
+        return rival.bytes <= mask.bytes
+    return mask.bytes / NEAR <= rival.bytes <= mask.bytes * NEAR
+
+
+def _rivals(findings: Findings, domain: str, table: DomainTable, mask: Row) -> Iterator[_Rival]:
+    """Of every size, where both were tested in some seed."""
     test, validation = findings.test[domain], findings.validation.get(domain, {})
     for row in table.rows:
-        if row.start != mask.start or _is_of_a_mask(findings.study, row.arm):
-            continue
-        if row.bytes is None or mask.bytes is None or row.bytes > mask.bytes:
+        if row.start != mask.start or row.bytes is None or _is_of_a_mask(findings.study, row.arm):
             continue
         pair, before = (paired(split.get(mask.arm, {}), split.get(row.arm, {})) for split in (test, validation))
         if pair is not None and before is not None:
-            yield row, before.estimate, pair
+            yield _Rival(row, before.estimate, pair)
 
 
 def _is_of_a_mask(study: StudyConfig, arm: str) -> bool:
@@ -109,13 +137,15 @@ def _is_of_a_mask(study: StudyConfig, arm: str) -> bool:
 
 def _sentence(one: AtEqualBytes) -> str:
     mask = f"{one.mask} ({one.bytes:,.0f} bytes)"
-    if one.rival is None or one.difference is None or one.validation is None:
-        return f"{mask} has no rival that stores so little."
+    if one.rival is None or one.rival_bytes is None or one.difference is None or one.validation is None:
+        return f"{mask} has no rival that stores {'so little' if one.stores == NO_MORE else one.stores}."
     verdict, why = one.verdict
     words = {AHEAD: "is ahead of", BEHIND: "is behind", UNDECIDED: "is neither shown ahead of nor behind"}[verdict]
-    best = f"the best on validation of {one.rivals} that store no more" if one.rivals > 1 else "the only one"
+    share = f"{one.rival_bytes:,.0f} bytes, {100 * one.rival_bytes / one.bytes:.0f} % of its own"
+    store = "store no more" if one.stores == NO_MORE else "store about as much"
+    best = f"the best on validation of {one.rivals} that {store}" if one.rivals > 1 else f"the only one to {store}"
     return (
-        f"{mask} {words} {one.rival} ({one.rival_bytes:,.0f} bytes, {best}){f' ({why})' if why else ''}: "
+        f"{mask} {words} {one.rival} ({share}, {best}){f' ({why})' if why else ''}: "
         f"{shown_interval(one.difference)} nats a token, Holm-adjusted p {shown_p(one.difference)}; "
         f"on validation {one.validation:+.4f}."
     )
