@@ -1,6 +1,7 @@
 """A whole study: interrupted, resumed, with more workers, with more seeds, it finds the same; what fails is named."""
 
 import io
+import json
 import multiprocessing
 import os
 import select
@@ -8,11 +9,13 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
 from rich.console import Console
 from tiny_study import FEW, FULL, equal, make_study, write_ground
 from typer.testing import CliRunner
 
+from benchmarks import recompute
 from mft.cli.app import app
 from mft.study import run, workers
 from mft.study.arms.setting import Setting
@@ -231,6 +234,12 @@ def test_the_command_writes_its_tables_and_continues(ground, tmp_path):
     assert "MFT - control" in text
     assert text.startswith("Error: count, full: its best rate, 0.0")  # of two, one is an end
     assert f"files: {tmp_path}/run/" in result.output
+    table = json.loads((tmp_path / "run" / "table.json").read_text())["domains"]["count"]
+    (row,) = [row for row in table["rows"] if row["arm"] == "MFT"]
+    arrays = np.load(tmp_path / "run" / "sums.npz")
+    found = recompute.difference(arrays, "count/test/count", "MFT", "control")
+    assert found == pytest.approx({name: row["minus_control"]["loss"][name] for name in found}, rel=1e-9)
+    assert np.abs(arrays["count/test/count/documents"]).min() > 2**32  # hashes, no numbers
     again = CliRunner().invoke(app, call)
     assert again.exit_code == 0
     assert "[1/" not in again.output

@@ -18,6 +18,7 @@ from mft.study.report.pictures.plots import plot_summary
 from mft.study.report.write import console_report, write_study_report
 from mft.study.run import run_study
 from mft.study.store import FORGETTING, STUDY, copy_fine_tunes, fine_tunes_in
+from mft.study.sums import FILE as SUMS
 from mft.tracking.console import console, say
 from mft.tracking.curves import PLOT
 from mft.tracking.metrics import METRICS
@@ -39,7 +40,7 @@ def run_compare(study: StudyConfig, *, overwrite: bool, fine_tunes_of: Path | No
     for part in console_report(findings):
         console.print(part)
     pictures = [PLOT, FORGETTING] if any(study.general_of(domain) for domain in study.domains) else [PLOT]
-    say(f"files: {directory}/ ({', '.join((TABLE_MARKDOWN, TABLE_JSON, *pictures))})")
+    say(f"files: {directory}/ ({', '.join((TABLE_MARKDOWN, TABLE_JSON, SUMS, *pictures))})")
 
 
 def run_ablate(

@@ -128,6 +128,8 @@ class Findings:
     notes: list[str] = field(default_factory=list)
     general: dict[str, dict[str, dict[int, dict[str, General]]]] = field(default_factory=dict)  # last: name of text
     open_ends: list[OpenEnd] = field(default_factory=list)  # choices that lie at an end of their grid
+    # By domain, split and text (the domain itself, or a general text): a hash by number of a document (see sums.py).
+    documents: dict[tuple[str, str, str], dict[int, int]] = field(default_factory=dict)
     test_openings: int = 1  # how often test was evaluated with other arms or settings than before, this time included
 
     def rates(self, domain: str, arm: str) -> int | None:

@@ -31,6 +31,7 @@ from mft.study.plan import (
 )
 from mft.study.progress import Shown, shown_progress
 from mft.study.store import BASE_MODEL, Store, open_store
+from mft.study.sums import document_hashes
 from mft.study.units.job import Job
 from mft.study.workers import Result, Workers, job_words, start_workers
 from mft.study.workspace import Workspace
@@ -74,7 +75,7 @@ def run_study(study: StudyConfig, directory: Path, *, console: Console, overwrit
                     soft_wrap=True,
                 )
                 raise
-        return _findings(study, run, openings, lines)
+        return _findings(study, run, openings, lines, _hashes(study, workspace))
 
 
 class _Run:
@@ -223,7 +224,26 @@ def _found_words(result: Result) -> str:
     return f"validation {result.loss:.4f}" + ("" if exact is None else f", {100 * exact:.1f} % exact")
 
 
-def _findings(study: StudyConfig, run: _Run, openings: int, lines: list[str]) -> Findings:
+def _hashes(study: StudyConfig, workspace: Workspace) -> dict[tuple[str, str, str], dict[int, int]]:
+    """Of the documents of validation and test, see Findings."""
+    found = {}
+    for domain in study.domains:
+        texts = {domain: workspace.splits(domain)} | {
+            text: workspace.general(text) for text in study.general_of(domain)
+        }
+        for text, splits in texts.items():
+            for split in SPLITS[1:]:
+                found[domain, split, text] = document_hashes(getattr(splits, split))
+    return found
+
+
+def _findings(
+    study: StudyConfig,
+    run: _Run,
+    openings: int,
+    lines: list[str],
+    documents: dict[tuple[str, str, str], dict[int, int]],
+) -> Findings:
     validation: dict = {domain: {arm: {} for arm in study.arms} for domain in study.domains}
     test: dict = {domain: {arm: {} for arm in study.arms} for domain in study.domains}
     general: dict = {domain: {arm: {} for arm in study.arms} for domain in study.domains}
@@ -235,4 +255,4 @@ def _findings(study: StudyConfig, run: _Run, openings: int, lines: list[str]) ->
             general[unit.domain][unit.arm][seed] = tested.general
     outcomes = sorted_outcomes(study, run.outcomes.values())
     said, ends = lines + notes(study, outcomes), open_ends(study, outcomes)
-    return Findings(study, outcomes, run.chosen, validation, test, said, general, ends, openings)
+    return Findings(study, outcomes, run.chosen, validation, test, said, general, ends, documents, openings)

@@ -5,7 +5,7 @@
                units/<domain>/<arm>/<key>.json        an Outcome
                trained/<domain>/<arm>/<key>.safetensors
                test/<domain>/<arm>/<key>.json         a Tested; test/openings.json: each set of models that test saw
-               table.md, table.json, plot.png, bytes.png, forgetting.png
+               table.md, table.json, sums.npz, plot.png, bytes.png, forgetting.png
 
 A unit's key is a hash of all that determines its result, so that what was found stays valid while arms, domains, seeds
 and rates are added. Files appear whole or not at all.
@@ -31,6 +31,7 @@ from mft.study.config import CROSS_ENTROPY, StudyConfig
 from mft.study.load import study_values
 from mft.study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values
 from mft.study.plan import best_so_far, selection, source_of, start_of, teachers_of
+from mft.study.sums import FILE as SUMS
 from mft.tracking.curves import PLOT
 from mft.training.run_directory import ABLATION, TABLE_JSON, TABLE_MARKDOWN
 from mft.training.run_lock import LOCK, hold
@@ -38,7 +39,7 @@ from mft.training.run_lock import LOCK, hold
 FORMAT = 2  # counts up when the same declaration gives other results
 STUDY, BASE_MODEL, UNITS, TRAINED, TEST = "study.yaml", "base", "units", "trained", "test"
 FORGETTING = "forgetting.png"
-_OURS = {STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK, TABLE_MARKDOWN, TABLE_JSON, PLOT, FORGETTING, ABLATION}
+_OURS = {STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK, TABLE_MARKDOWN, TABLE_JSON, SUMS, PLOT, FORGETTING, ABLATION}
 BYTES = "bytes.png"
 _OURS |= {BYTES, "rewards.png", "summary.png", "surface.png", "overlap.png"}  # of mft plot
 _OPENINGS = "openings.json"

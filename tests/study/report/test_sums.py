@@ -1,23 +1,33 @@
-"""Intervals computed again from the sums per document that table.json holds."""
+"""Intervals computed again from the sums per document beside table.json, by the report's code and by numpy alone."""
 
 import dataclasses
 import json
+import types
+import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 from test_dominance import findings as findings_with_texts
 from test_study_report import findings
 
+from benchmarks import recompute
+from mft.study.arms.setting import Setting
 from mft.study.report.dominance import draws_of
-from mft.study.report.statistics import METRICS
-from mft.study.report.sums import recomputed, recomputed_at_budget, runs_in
+from mft.study.report.equal_budgets import EqualBudget
+from mft.study.report.statistics import METRICS, paired
+from mft.study.report.sums import recomputed, recomputed_at_budget
 from mft.study.report.write import write_study_report
+from mft.study.sums import UNITS, read_sums
 
 _OF_A_PAIR = ("estimate", "low", "high", "p", "seeds", "documents")  # what Holm's correction changes needs its family
 
 
 def written(found, directory):
+    """(a domain of table.json, its sums, the directory)"""
     write_study_report(found, directory)
-    return json.loads((directory / "table.json").read_text())["domains"]["code"]
+    table = json.loads((directory / "table.json").read_text())["domains"]["code"]
+    return types.SimpleNamespace(table=table, sums=read_sums(directory / "sums.npz"), directory=directory)
 
 
 def same(stored, again):
@@ -38,56 +48,140 @@ def with_texts(tmp_path_factory):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_each_interval_of_the_table_is_recomputed_from_stored_sums(with_answers, metric):
-    compared = [row for row in with_answers["rows"] if row["minus_control"]]
+    compared = [row for row in with_answers.table["rows"] if row["minus_control"]]
     assert len(compared) > 3
     for row in compared:
-        again = recomputed(with_answers, row["arm"], row["against"], metric)
+        again = recomputed(with_answers.sums, "code", row["arm"], row["against"], metric)
         assert same(row["minus_control"][metric], again), row["arm"]
 
 
 def test_the_base_model_is_one_for_all_seeds(with_answers):
-    (row,) = [row for row in with_answers["rows"] if row["arm"] == "base"]
-    again = recomputed(with_answers, "base", with_answers["full"])
+    (row,) = [row for row in with_answers.table["rows"] if row["arm"] == "base"]
+    again = recomputed(with_answers.sums, "code", "base", with_answers.table["full"])
     assert again.seeds == 3
     assert same(row["minus_full"], again)
 
 
 def test_intervals_on_general_texts_and_of_dominance_are_recomputed(with_texts):
-    for row in with_texts["rows"]:
+    table, sums = with_texts.table, with_texts.sums
+    for row in table["rows"]:
         stored = row["general"]["other"]
-        for name, other in (("minus_full", with_texts["full"]), ("minus_start", row["start"])):
+        for name, other in (("minus_full", table["full"]), ("minus_start", row["start"])):
             if stored[name] is not None:
-                assert same(stored[name], recomputed(with_texts, row["arm"], other, text="other"))
-    draws = draws_of(2 * len(with_texts["comparisons"]))
-    for one in with_texts["comparisons"]:
+                assert same(stored[name], recomputed(sums, "code", row["arm"], other, text="other"))
+    draws = draws_of(2 * len(table["comparisons"]))
+    for one in table["comparisons"]:
         for loss, text in (("domain", None), ("general", one["text"])):
-            again = recomputed(with_texts, one["arm"], one["rival"], text=text, draws=draws)
+            again = recomputed(sums, "code", one["arm"], one["rival"], text=text, draws=draws)
             assert same(one[loss]["difference"], again)
 
 
 def test_intervals_at_equal_budgets_are_recomputed(with_answers):
-    compared = [one for one in with_answers["equal_budgets"] if one["difference"] is not None]
+    compared = [one for one in with_answers.table["equal_budgets"] if one["difference"] is not None]
     assert compared
     for one in compared:
-        assert same(one["difference"], recomputed_at_budget(with_answers, one))
+        settings = {name: Setting(**one[name]) for name in ("setting", "control_setting")}
+        assert same(one["difference"], recomputed_at_budget(with_answers.sums, "code", EqualBudget(**one | settings)))
 
 
-def test_sums_give_back_the_means_of_the_table(with_texts):
-    for row in with_texts["rows"]:
-        runs, on_text = runs_in(with_texts, row["arm"]), runs_in(with_texts, row["arm"], "other")
+def test_sums_give_back_the_means_of_the_table_on_both_splits(with_texts):
+    for row in with_texts.table["rows"]:
+        runs, on_text = (with_texts.sums.runs("code", row["arm"], text=text) for text in (None, "other"))
         assert sum(run.evaluation.loss for run in runs.values()) / len(runs) == pytest.approx(row["loss"], abs=1e-6)
         kl = sum(run.mean_kl for run in on_text.values()) / len(on_text)
         assert kl == pytest.approx(row["general"]["other"]["kl"], abs=1e-6)
+        if row["against"] is not None and row["validation"] is not None:
+            again = recomputed(with_texts.sums, "code", row["arm"], row["against"], split="validation")
+            assert again.estimate == pytest.approx(row["validation"], abs=1e-6)
+    on_validation = with_texts.sums.runs("code", "MFT", text="other", split="validation")
+    assert sorted(on_validation) == [0, 1, 2]
 
 
-def test_a_run_takes_a_line_per_kind_of_sum(tmp_path):
-    write_study_report(findings(documents=49), tmp_path)
-    lines = (tmp_path / "table.json").read_text().splitlines()
-    numbers = [line.strip() for line in lines if line.strip().startswith('"loss_sums": ')]
-    assert {line.count(",") for line in numbers} == {49, 30}  # test's documents and validation's, a comma after
-    assert max(map(len, numbers)) < 49 * 14
+def test_a_document_is_named_by_its_hash_so_that_studies_can_be_joined(tmp_path):
+    one = findings_with_texts()
+    one.documents = {("code", "test", "code"): {n: 1000 - n for n in range(30)}}
+    held = written(one, tmp_path).sums
+    assert held.arrays["code/test/code/documents"].tolist() == list(range(1000, 970, -1))
+    others = written(findings_with_texts(), tmp_path).sums.runs("code", "MFT")
+    with pytest.raises(ValueError, match="must be measured on the same documents"):
+        paired(held.runs("code", "MFT"), others)
 
 
-def test_a_table_without_sums_is_refused():
-    with pytest.raises(ValueError, match="must hold the sums per document of 'MFT' on test, got none: run mft compare"):
-        recomputed({"rows": []}, "MFT", "control")
+def test_the_file_is_small_and_the_same_each_time(tmp_path):
+    found = findings(documents=500)
+    first, second = (written(found, tmp_path / name).directory / "sums.npz" for name in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+    held = read_sums(first)
+    numbers = sum(
+        array.size for name, array in held.arrays.items() if name.endswith(("/loss", "/tempered", "/correct"))
+    )
+    assert first.stat().st_size < 3.5 * numbers
+    assert "sums" not in json.loads((tmp_path / "a" / "table.json").read_text())["domains"]["code"]
+
+
+def test_what_the_file_does_not_hold_is_refused_by_name(with_texts, tmp_path):
+    with pytest.raises(ValueError, match="must hold sums of the arm 'MTF' at code/test/code, got MFT, base, control, "):
+        recomputed(with_texts.sums, "code", "MTF", "control")
+    with pytest.raises(ValueError, match="at code/test/else, got none of any arm"):
+        recomputed(with_texts.sums, "code", "MFT", "control", text="else")
+
+
+def zipped(path, name):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, "content")
+
+
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda path: path.write_bytes(b"not an archive"), "no archive of arrays"),
+        (lambda path: zipped(path, "notes.txt"), "an archive with notes.txt"),
+        (lambda path: np.savez(path, a=np.array([{}], dtype=object)), "an archive that cannot be read"),
+    ],
+)
+def test_another_file_is_refused(make, got, tmp_path):
+    path = tmp_path / "sums.npz"
+    make(path)
+    with pytest.raises(ValueError, match=rf"sums.npz must be the sums.npz of a study, got {got}"):
+        read_sums(path)
+
+
+# ------------------------------------------------------------------------------------------ by numpy alone
+
+
+@pytest.mark.parametrize("arm", ["base", "full fine-tune", "MFT", "MFT x3"])
+def test_numpy_alone_finds_the_reports_interval(with_answers, arm):
+    row = next(row for row in with_answers.table["rows"] if row["arm"] == arm)
+    arrays = np.load(with_answers.directory / "sums.npz")
+    again = recompute.difference(arrays, "code/test/code", arm, row["against"])
+    stored = row["minus_control"]["loss"]
+    assert again == pytest.approx({name: stored[name] for name in _OF_A_PAIR}, rel=1e-9)
+
+
+def test_the_script_names_the_leader_and_its_nearest_rival(with_answers, with_texts, capsys):
+    recompute.main([str(with_answers.directory / "sums.npz")])
+    said = capsys.readouterr().out
+    assert "MFT x3" in said.splitlines()[1]  # the least loss on validation
+    assert f"MFT x3 - MFT: {recomputed(with_answers.sums, 'code', 'MFT x3', 'MFT').estimate:+.4f} [" in said
+    recompute.main([str(with_texts.directory / "sums.npz"), "--arms", "MFT", "control", "--text", "other"])
+    assert "MFT - control: -0.05" in capsys.readouterr().out
+
+
+def test_the_scripts_unit_is_the_files():
+    assert recompute.UNITS == UNITS
+    assert len(Path(recompute.__file__).read_text().splitlines()) < 150
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--domain", "cod"], "--domain must be one of code, got cod"),
+        (["--arms", "MFT", "MTF"], "--arms must be of MFT, MFT x3, base, .*got MTF"),
+        (["--arms", "MFT"], "two arms"),
+        (["--bytes", "-1"], "two arms"),
+        (["--text", "else"], "--text must be one of code, got else"),
+    ],
+)
+def test_the_script_refuses_what_the_file_does_not_hold(with_answers, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        recompute.main([str(with_answers.directory / "sums.npz"), *arguments])

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from mft.study.config import REWARDS, StudyConfig
 from mft.study.outcome import General, Measured
+from mft.study.sums import NATS_DECIMALS
 
 METRICS = ("loss", "tempered", "accuracy", "answers")
 WRONG = "wrong"  # questions less exact answers: what rewards make smaller
 CONFIDENCE = 0.95
 LEVEL = 1 - CONFIDENCE
 DRAWS = 10_000
-NATS_DECIMALS = 4  # of a document's sum, here and in table.json: 1e-4 nats of some hundred tokens
 _MANY_SEEDS = 5
 _CHUNK_BYTES = 32 << 20  # of multiplicities at once; with counts and products of them well below 200 MB
 _DRAWN_BYTES = 128 << 20  # of draws of several differences at once

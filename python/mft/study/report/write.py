@@ -25,10 +25,12 @@ from mft.study.report.pictures.forgetting import plot_forgetting
 from mft.study.report.pictures.plots import plot_study
 from mft.study.report.remarks import remarks
 from mft.study.report.rewards import REWARDS_PLOT, plot_rewards, reward_curves
-from mft.study.report.sums import sums_values
-from mft.study.report.table import DomainTable, Row, finite, study_numbers, study_tables
+from mft.study.report.sums import sums_of
+from mft.study.report.table import DomainTable, Row, study_numbers, study_tables
 from mft.study.report.verdict import conclusion_of, errors, shown_interval, shown_p, study_verdicts
 from mft.study.store import BYTES, FORGETTING
+from mft.study.sums import FILE as SUMS
+from mft.study.sums import write_sums
 from mft.tracking.curves import PLOT
 from mft.training.run_directory import TABLE_JSON, TABLE_MARKDOWN
 
@@ -39,7 +41,7 @@ _MEGA = 1e6
 
 
 def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, Any] | None = None) -> None:
-    """table.md, table.json and plot.png in directory.
+    """table.md, table.json, sums.npz and plot.png in directory.
 
     bytes.png too where a mask has a rival in as few bytes, and forgetting.png where forgetting was measured.
 
@@ -54,10 +56,10 @@ def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, 
         for row, entry in zip(table.rows, numbers["domains"][domain]["rows"]):
             entry["conclusion"] = conclusion_of(table, row)
         numbers["domains"][domain]["by_rewards"] = reward_curves(findings, domain)
-        numbers["domains"][domain]["sums"] = finite(sums_values(findings, domain, table.equal_budgets))
     numbers |= {"errors": wrong, "verdicts": said, "remarks": known, "environment": extra}
     numbers |= {"at_equal_bytes": bytes_values(by_bytes)}
     write_whole(directory / TABLE_JSON, numbers_text(numbers))
+    write_sums(sums_of(findings, tables), directory / SUMS)
     plot_study(numbers, directory / PLOT)
     if findings.study.objective == REWARDS:
         plot_rewards(numbers, directory / REWARDS_PLOT)
