@@ -240,6 +240,7 @@ def test_the_command_writes_its_tables_and_continues(ground, tmp_path):
     found = recompute.difference(arrays, "count/test/count", "MFT", "control")
     assert found == pytest.approx({name: row["minus_control"]["loss"][name] for name in found}, rel=1e-9)
     assert np.abs(arrays["count/test/count/documents"]).min() > 2**32  # hashes, no numbers
+    assert "count: 1 seed and 8 test documents can show no difference: at least 2 of both are needed" in result.output
     again = CliRunner().invoke(app, call)
     assert again.exit_code == 0
     assert "[1/" not in again.output

@@ -209,6 +209,11 @@ class StudyConfig:
         """Those that an arm runs with: the base model knows none, and runs once."""
         return self.seeds[:1] if self.is_base(arm) else self.seeds
 
+    @property
+    def all_seeds(self) -> list[int]:
+        """Those that any arm may run with."""
+        return self.seeds
+
     def needs(self, arm: str) -> list[str]:
         """The arms whose chosen runs must be there before this one's begin."""
         config = self.arms[arm]

@@ -29,6 +29,7 @@ from mft.study.plan import (
     teachers_of,
     work_of,
 )
+from mft.study.power import power_lines
 from mft.study.progress import Shown, shown_progress
 from mft.study.store import BASE_MODEL, Store, open_store
 from mft.study.sums import document_hashes
@@ -61,7 +62,8 @@ def run_study(study: StudyConfig, directory: Path, *, console: Console, overwrit
         for domain in study.questions:
             notes_of_train = [note for note in workspace.questions(domain).notes if not note.startswith(SPLITS[1:])]
             lines += [f"{domain}, questions: {note}" for note in notes_of_train]
-        for line in lines:
+        documents = {domain: len(set(workspace.splits(domain).test["document"])) for domain in study.domains}
+        for line in [*lines, *power_lines(study, documents, store.directory)]:
             console.print(line, style="dim", highlight=False, soft_wrap=True)
         with start_workers(study, base, workspace) as workers, shown_progress(console) as shown:
             run = _Run(study, store, workers, shown)

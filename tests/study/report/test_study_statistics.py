@@ -98,7 +98,7 @@ def test_without_its_two_corrections_it_is_the_joint_bootstrap(monkeypatch):
     generator = np.random.default_rng(5)
     sums, counts = generator.normal(0.2, 1, (3, 4)), np.array([1.0, 2, 3, 4])
     monkeypatch.setattr(statistics, "_few", lambda count: 1.0)
-    monkeypatch.setattr(statistics, "_degrees_of_freedom", lambda *args: np.array([1e9]))
+    monkeypatch.setattr(statistics, "degrees_of_freedom", lambda *args: np.array([1e9]))
     every = [
         sums[np.ix_(seeds, documents)].sum() / (3 * counts[list(documents)].sum())
         for seeds in itertools.product(range(3), repeat=3)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mft.study.config import REWARDS, StudyConfig
 from mft.study.outcome import General, Measured
+from mft.study.power import degrees_of_freedom, squared_errors
 from mft.study.sums import NATS_DECIMALS
 
 METRICS = ("loss", "tempered", "accuracy", "answers")
@@ -149,7 +150,7 @@ def resampled(sums: Floats, counts: Floats, draws: int = DRAWS, seed: int = 0) -
         products = (times @ flat).reshape(-1, comparisons, seeds)
         over_seeds = np.einsum("rcs,rs->rc", products, shares[part])
         drawn[:, part] += _few(documents) * (over_seeds / (times @ counts.T)).T
-    freedom = _degrees_of_freedom(from_mean, residuals.mean(1), counts)
+    freedom = degrees_of_freedom(*squared_errors(from_mean, residuals.mean(1), counts), seeds, documents)
     for place, v in enumerate(freedom):  # each from its own generator: a difference does not depend on its neighbours
         drawn[place] *= np.sqrt(v / np.random.default_rng((seed, 1)).chisquare(v, draws))
     return estimate[:, None] + drawn
@@ -215,13 +216,3 @@ def _multiplicities(generator: np.random.Generator, rows: int, documents: int) -
     """(rows, documents): how often each document is drawn among as many as there are."""
     drawn = generator.integers(documents, size=(rows, documents)) + documents * np.arange(rows)[:, None]
     return np.bincount(drawn.ravel(), minlength=rows * documents).reshape(rows, documents).astype(float)
-
-
-def _degrees_of_freedom(from_mean: Floats, residuals: Floats, counts: Floats) -> Floats:
-    """(C,): (V_S + V_D)^2 / (V_S^2 / (S - 1) + V_D^2 / (D - 1)), V the squared standard errors over each."""
-    seeds, documents = from_mean.shape[-1], residuals.shape[-1]
-    over_seeds = (from_mean**2).sum(-1) / (seeds * max(1, seeds - 1))
-    over_documents = (residuals**2).sum(-1) * documents / ((documents - 1) * counts.sum(-1) ** 2)
-    total = over_seeds + over_documents
-    share = np.divide(over_seeds, total, out=np.zeros_like(total), where=total > 0)
-    return 1 / (share**2 / max(1, seeds - 1) + (1 - share) ** 2 / (documents - 1))

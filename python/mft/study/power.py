@@ -1,0 +1,130 @@
+"""The smallest difference that a study can show, from its seeds and test documents, before anything runs.
+
+A mean difference over S seeds and D documents has the squared standard errors V_S = sd_S^2 / S over seeds and
+V_D = sd_D^2 / D over documents. At level alpha = 0.05 it is found with the chance 0.8 if it is at least
+
+    (t_v(1 - alpha / 2) + t_v(0.8)) sqrt(V_S + V_D),    v = (V_S + V_D)^2 / (V_S^2 / (S - 1) + V_D^2 / (D - 1))
+
+with quantiles t_v of Student's t, v by Satterthwaite. statistics.py has the same v, so 3 seeds cost here what they cost
+there: with infinitely many the two quantiles add up to 2.8.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mft.study.config import CROSS_ENTROPY, StudyConfig
+from mft.study.sums import FILE, Sums, read_sums
+
+ALPHA, POWER = 0.05, 0.8
+_DRAWS = 200_000  # of Student's t: its quantiles to about 1 %
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How much a difference of two arms varies: standard deviations in nats per token, and of what they are."""
+
+    seeds: float
+    documents: float
+    source: str
+
+
+# Of the stored studies, differences of tuned arms on test. Where two are known the larger stands here.
+SMALL_HEADERS = Spread(0.0038, 0.018, "a model of 1 M parameters on C++ headers")
+SMOLLM2_CODE = Spread(0.002, 0.031, "SmolLM2-135M on library source")
+UNKNOWN = Spread(0.0038, 0.031, "the larger of the stored studies: no earlier result has this model and text")
+
+
+def smallest_difference(spread: Spread, seeds: int, documents: int) -> float:
+    """What POWER of all studies of so many seeds and documents show, in nats per token; infinite for one of either."""
+    if seeds < 2 or documents < 2:
+        return math.inf
+    over_seeds, over_documents = spread.seeds**2 / seeds, spread.documents**2 / documents
+    freedom = degrees_of_freedom(np.array(over_seeds), np.array(over_documents), seeds, documents)
+    drawn = np.random.default_rng(0).standard_t(freedom, _DRAWS)
+    return float(np.quantile(drawn, (1 - ALPHA / 2, POWER)).sum() * math.sqrt(over_seeds + over_documents))
+
+
+def power_lines(study: StudyConfig, documents: dict[str, int], directory: Path) -> list[str]:
+    """A line a domain, before the study begins. documents: of test, by domain; directory: the study's."""
+    if study.objective != CROSS_ENTROPY:  # nothing is known of how wrong answers vary
+        return []
+    earlier, seeds, lines = directory / FILE, len(study.all_seeds), []
+    sums = read_sums(earlier) if earlier.is_file() else None
+    for domain, count in documents.items():
+        measured = None if sums is None else spread_in(sums, domain, [n for n, arm in study.arms.items() if arm.tuned])
+        spread = measured or _known(study, domain)
+        least = smallest_difference(spread, seeds, count)
+        size = f"{domain}: {seeds} seed{'s' * (seeds != 1)} and {count} test documents"
+        if math.isinf(least):
+            lines.append(f"{size} can show no difference: at least 2 of both are needed")
+            continue
+        lines.append(
+            f"{size} can show a difference of {least:.4f} nats per token (p < {ALPHA}, power {POWER}, one comparison; "
+            f"more comparisons need more), if differences vary by {spread.seeds:.4f} over seeds and "
+            f"{spread.documents:.4f} over documents, as for {spread.source}. Half of it needs four times as many of "
+            "both"
+        )
+    return lines
+
+
+def spread_in(sums: Sums, domain: str, arms: Iterable[str]) -> Spread | None:
+    """The median over all pairs of these arms, on test; None without a pair of two seeds and two documents."""
+    spreads = [(math.sqrt(a), math.sqrt(b)) for a, b in _variances(sums, domain, list(arms))]
+    if not spreads:
+        return None
+    seeds, documents = np.median(spreads, axis=0)
+    return Spread(float(seeds), float(documents), f"the {len(spreads)} pairs of tuned arms in its earlier {FILE}")
+
+
+def squared_errors(from_mean: Floats, residuals: Floats, counts: Floats) -> tuple[Floats, Floats]:
+    """(V_S, V_D), each (C,), of C mean differences.
+
+    Args: from_mean (C, S): the mean with each seed, less that over all. residuals (C, D): the sum over a document less
+        what the mean makes of its count, mean over seeds. counts (C, D): tokens.
+    """
+    seeds, documents = from_mean.shape[-1], residuals.shape[-1]
+    over_seeds = (from_mean**2).sum(-1) / (seeds * max(1, seeds - 1))
+    over_documents = (residuals**2).sum(-1) * documents / ((documents - 1) * counts.sum(-1) ** 2)
+    return over_seeds, over_documents
+
+
+def degrees_of_freedom(over_seeds: Floats, over_documents: Floats, seeds: int, documents: int) -> Floats:
+    """v of the formula above, of V_S and V_D of one shape."""
+    total = over_seeds + over_documents
+    share = np.divide(over_seeds, total, out=np.zeros_like(total), where=total > 0)
+    return 1 / (share**2 / max(1, seeds - 1) + (1 - share) ** 2 / (documents - 1))
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _known(study: StudyConfig, domain: str) -> Spread:
+    """Of the stored studies on the same kind of model and text."""
+    sources = study.domains[domain].every_source
+    if study.scratch is not None and sources == ["headers"]:
+        return SMALL_HEADERS
+    if study.scratch is None and study.model.name == "smollm2-135m" and sources == ["stdlib"]:
+        return SMOLLM2_CODE
+    return UNKNOWN
+
+
+def _variances(sums: Sums, domain: str, arms: list[str]) -> Iterator[tuple[float, float]]:
+    """Over seeds and over documents, of each pair of arms."""
+    measured = set(sums.arms(domain))
+    for one, other in itertools.combinations([arm for arm in arms if arm in measured], 2):
+        a, b = sums.runs(domain, one), sums.runs(domain, other)
+        seeds, n = sorted(a.keys() & b.keys()), next(iter(a.values())).evaluation.tokens.numpy()
+        if len(seeds) < 2 or len(n) < 2:
+            continue
+        x = np.stack([(a[seed].evaluation.loss_sums - b[seed].evaluation.loss_sums).numpy() for seed in seeds])
+        by_seed = x.sum(-1) / n.sum()
+        residuals = (x - by_seed[:, None] * n).mean(0)
+        over_seeds, over_documents = squared_errors((by_seed - by_seed.mean())[None], residuals[None], n[None])
+        yield over_seeds.item() * len(x), over_documents.item() * len(n)
