@@ -20,6 +20,7 @@ from exact import (
 )
 
 from mft_kernels.backends.triton import ops
+from mft_kernels.backends.triton.product import new_parts, sum_splits
 from mft_kernels.backends.triton.target import assume, interpreting
 from mft_kernels.by_name import ByName
 from mft_kernels.testing import Inputs, random_inputs
@@ -89,6 +90,14 @@ def test_a_sum_in_parts_counts_every_element_and_the_bias_once(device, target):
         t, _ = forward()
         packed, _ = bits_of(t.scores, some, "magnitude")
         assert_equals_reference("masked_linear_packed", t.x, t.weight, packed, t.bias)
+
+
+def test_two_parts_larger_than_a_block_are_summed_whole(device):
+    bias, out = torch.arange(300.0, device=device), torch.empty(5, 300, device=device)
+    parts = new_parts(out, 2, 5, 300)
+    parts.copy_(torch.arange(3000.0, device=device).view(2, 5, 300))
+    sum_splits(parts, bias, out)
+    assert torch.equal(out, parts.sum(0) + bias)
 
 
 @pytest.mark.parametrize(("m", "count"), [(513, 1), (512, 2)])
