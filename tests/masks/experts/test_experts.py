@@ -74,6 +74,11 @@ def test_every_score_learns_and_a_layers_mask_says_what_is_computed(base):
     assert not _close(out, _logits(base))
 
 
+def test_every_layer_knows_its_name_for_messages(base):
+    for name, layer in masked_modules(_masked(base)).items():
+        assert layer.module_name == name
+
+
 def test_merged_the_model_is_of_its_own_class_with_its_own_names(base):
     masked = _masked(base)
     layers, out, one_by_one = _grouped(masked), _logits(masked), dict(merged_weights(masked))
